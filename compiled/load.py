@@ -1,0 +1,42 @@
+"""From an open checkpoint to a model on the device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from model.kernels import cpu
+from model.transformer import BoundModel, bind
+from model.weights.checkpoint import Checkpoint
+from model.weights.load import load_weights
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype_name: str, progress: Callable[[int, int], None] | None = None
+) -> BoundModel:
+    """Reads all weights and places them, packed for the kernels where this device has any for the dtype.
+
+    Args:
+        checkpoint: an open model.
+        dtype_name: "bfloat16" or "float32", of matrices and cache.
+        progress: called with the bytes read so far and in all.
+
+    Raises:
+        ModelLoadError: lists everything that is wrong with the checkpoint.
+    """
+    dtype = jnp.dtype(dtype_name)
+    packs = dtype == jnp.bfloat16 and jax.default_backend() == "cpu" and cpu.load() is not None
+
+    def put(_: str, array: NDArray[Any]) -> Any:
+        placed = jnp.asarray(array)
+        return cpu.pack(placed) if packs and placed.ndim == 2 else placed
+
+    return bind(checkpoint.config, dtype, load_weights(checkpoint, np.dtype(dtype), put, progress))
+
+
+def uses_kernels(model: BoundModel) -> bool:
+    """Whether the model's linear maps run in packed kernels, rather than in XLA."""
+    return any(leaf.ndim > 2 for leaf in model.leaves)

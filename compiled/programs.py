@@ -1,0 +1,127 @@
+"""Ahead-of-time compilation: every program is lowered and compiled once, kept, and called directly.
+
+A `Compiled` raises TypeError on any other shape or dtype, so "no compile while serving" is a guarantee.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+from jax.stages import Compiled
+
+from compiled.shapes import HeadShape, StepShape
+
+type Shape = StepShape | HeadShape
+
+
+class UnknownShapeError(LookupError):
+    """A step was asked for in a shape that no program was compiled for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One program to be made: a function named after its shape, and the shapes of its arguments."""
+
+    shape: Shape
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]  # pytrees of jax.ShapeDtypeStruct
+    donate: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One executable and what it took to make."""
+
+    shape: Shape
+    compiled: Compiled
+    lower_seconds: float
+    compile_seconds: float  # reading it from the persistent cache counts here
+
+    @property
+    def name(self) -> str:
+        """The shape's name."""
+        return self.shape.name
+
+    @property
+    def temp_bytes(self) -> int:
+        """Scratch memory of one call, arguments and results apart."""
+        analysis = self.compiled.memory_analysis()
+        return int(analysis.temp_size_in_bytes) if analysis is not None else 0
+
+
+class Programs:
+    """The executables of one server, by shape."""
+
+    def __init__(self, programs: Iterable[Program]) -> None:
+        self._programs: Mapping[Shape, Program] = {program.shape: program for program in programs}
+
+    def __iter__(self) -> Iterator[Program]:
+        return iter(self._programs.values())
+
+    def __getitem__(self, shape: Shape) -> Program:
+        """The program of a shape.
+
+        Raises:
+            UnknownShapeError: nothing was compiled for it.
+        """
+        try:
+            return self._programs[shape]
+        except KeyError:
+            raise UnknownShapeError(f"no program was compiled for {shape}") from None
+
+
+def compile_plans(plans: Iterable[Plan], on_done: Callable[[Program], None] | None = None) -> Programs:
+    """Compiles all plans on a few threads; every failure is raised."""
+    todo = list(plans)
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="compile") as pool:
+        futures = [pool.submit(_compile, plan, on_done) for plan in todo]
+        return Programs(future.result() for future in futures)
+
+
+def use_persistent_cache(directory: Path) -> None:
+    """Keeps executables in `directory`, made private: whoever can write there can run code in this process."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory.chmod(0o700)
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # A torn entry only warns by default and is never rewritten; as an error it can be deleted and made anew.
+    jax.config.update("jax_raise_persistent_cache_errors", True)
+    compilation_cache.reset_cache()
+
+
+def _compile(plan: Plan, on_done: Callable[[Program], None] | None) -> Program:
+    start = time.perf_counter()
+
+    def named(*arguments: Any) -> Any:
+        return plan.function(*arguments)
+
+    named.__name__ = named.__qualname__ = plan.shape.name  # the HLO module's name, and the cache entry's
+    lowered = jax.jit(named, donate_argnums=plan.donate).lower(*plan.arguments)
+    middle = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except Exception:
+        if not _delete_cache_entries(plan.shape.name):
+            raise
+        compiled = lowered.compile()
+    program = Program(plan.shape, compiled, middle - start, time.perf_counter() - middle)
+    if on_done is not None:
+        on_done(program)
+    return program
+
+
+def _delete_cache_entries(name: str) -> int:
+    directory = jax.config.jax_compilation_cache_dir
+    if not directory:
+        return 0
+    entries = list(Path(directory).glob(f"jit_{name}-*"))
+    for entry in entries:
+        entry.unlink(missing_ok=True)
+    return len(entries)

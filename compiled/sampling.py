@@ -1,0 +1,149 @@
+"""Choosing one token per row: greedy, temperature, top-k, top-p, min-p, a seed for each row. No sort of the vocabulary.
+
+A token is drawn from the whole distribution by inverse CDF over blocks, then tested for membership: its rank against
+top_k, the probability ahead of it against top_p. A rejected token, with everything behind it, leaves the distribution
+for the next round. The allowed tokens are a prefix of the order by probability, so they are never cut, and what is
+accepted follows the renormalised allowed distribution exactly. With top_p = 0.9 nine rows in ten end in round one.
+
+Order of the filters as in vLLM: temperature, min_p, top_k, then top_p on what is left.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from compiled.logprobs import BLOCK, blocked_top_k
+from compiled.state import SamplingArrays
+
+_MAX_ROUNDS = 256  # each round at least halves what is left on average; a bound all the same
+
+
+def choose_tokens(logits: Array, sampling: SamplingArrays) -> Array:
+    """One id [R] int32 per row of logits [R, V] float32."""
+    with jax.named_scope("sample"):
+        allowed = _ban(jnp.where(logits == 0, 0.0, logits), sampling.banned)
+        best, best_ids = blocked_top_k(allowed, 1)
+        tokens: Array = jax.lax.cond(
+            jnp.any(sampling.temperature > 0),
+            lambda: _draw(allowed, best[:, 0], best_ids[:, 0], sampling),
+            lambda: best_ids[:, 0],
+        )
+        return tokens
+
+
+def _ban(logits: Array, banned: Array) -> Array:
+    rows = jnp.arange(logits.shape[0])[:, None]
+    allowed: Array = jax.lax.cond(
+        jnp.any(banned < logits.shape[1]),
+        lambda: logits.at[rows, banned].set(-jnp.inf, mode="drop"),
+        lambda: logits,
+    )
+    return allowed
+
+
+class _Round(NamedTuple):
+    number: Array  # [] int32
+    done: Array  # [R] bool
+    token: Array  # [R] int32
+    bound: Array  # [R] float32 logit of the last rejected token
+    bound_id: Array  # [R] int32 and its id: only tokens strictly ahead of it are left
+
+
+def _draw(logits: Array, best: Array, best_ids: Array, sampling: SamplingArrays) -> Array:
+    R, V = logits.shape
+    greedy = sampling.temperature <= 0
+    temperature = jnp.where(greedy, 1.0, sampling.temperature)
+    weights = jnp.exp((logits - best[:, None]) / temperature[:, None])  # [R, V], the best token weighs 1
+    floor = jnp.where(sampling.min_p > 0, best + temperature * jnp.log(sampling.min_p), -jnp.inf)
+    allowed_mass = _allowed_mass(logits, weights, floor, sampling)
+    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(sampling.seed), sampling.step)
+    ids = jnp.arange(V, dtype=jnp.int32)
+
+    def ahead_of(value: Array, token: Array) -> Array:
+        return (logits > value[:, None]) | ((logits == value[:, None]) & (ids < token[:, None]))
+
+    def one_round(at: _Round) -> _Round:
+        uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, at.number)))(keys)
+        token, weight = _inverse_cdf(jnp.where(ahead_of(at.bound, at.bound_id), weights, 0.0), uniform)
+        value = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+        ahead = ahead_of(value, token)
+        rank = 1 + jnp.sum(ahead, axis=1, dtype=jnp.int32)
+        mass_ahead = jnp.sum(jnp.where(ahead, weights, 0.0), axis=1)
+        accepted = (sampling.top_k == 0) | (rank <= sampling.top_k)
+        accepted &= (sampling.top_p >= 1) | (mass_ahead < sampling.top_p * allowed_mass)
+        accepted |= rank == 1  # a top_p so small that the product rounds to 0 leaves the best token
+        drawn = weight > 0  # rounding at the very end of the CDF can land on a token that is not left: draw again
+        take = ~at.done & drawn & accepted
+        shrink = ~at.done & drawn & ~accepted
+        return _Round(
+            at.number + 1,
+            at.done | take,
+            jnp.where(take, token, at.token),
+            jnp.where(shrink, value, at.bound),
+            jnp.where(shrink, token, at.bound_id),
+        )
+
+    start = _Round(jnp.int32(0), greedy | jnp.isnan(best), best_ids, floor, jnp.full((R,), V, jnp.int32))
+    last = jax.lax.while_loop(lambda at: ~jnp.all(at.done) & (at.number < _MAX_ROUNDS), one_round, start)
+    return last.token
+
+
+def _inverse_cdf(weights: Array, uniform: Array) -> tuple[Array, Array]:
+    """A token [R] and its weight [R] from unnormalised weights [R, V] and uniforms [R] in [0, 1)."""
+    blocks = _zero_padded_blocks(weights)
+    ends = jnp.cumsum(blocks.sum(axis=-1), axis=-1)  # [R, blocks]
+    target = uniform * ends[:, -1]
+    block = jnp.minimum(jnp.sum(ends <= target[:, None], axis=1), ends.shape[1] - 1)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]  # [R, 128]
+    before = jnp.where(block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0)
+    within = jnp.sum(before[:, None] + jnp.cumsum(inside, axis=-1) <= target[:, None], axis=1)
+    within = jnp.minimum(within, BLOCK - 1)
+    token = jnp.minimum(block * BLOCK + within, weights.shape[1] - 1).astype(jnp.int32)
+    return token, jnp.take_along_axis(weights, token[:, None], axis=1)[:, 0]
+
+
+def _zero_padded_blocks(weights: Array) -> Array:
+    R, V = weights.shape
+    return jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(R, -1, BLOCK)
+
+
+def _allowed_mass(logits: Array, weights: Array, floor: Array, sampling: SamplingArrays) -> Array:
+    """Total weight [R] of what min_p and top_k leave: what top_p is a share of."""
+
+    def above_floor() -> Array:
+        return jnp.sum(jnp.where(logits >= floor[:, None], weights, 0.0), axis=1)
+
+    def above_both() -> Array:
+        k = jnp.minimum(sampling.top_k, logits.shape[1])
+        kth = _kth_largest(logits, k)
+        ahead = logits > kth[:, None]
+        spare = k - jnp.sum(ahead, axis=1, dtype=jnp.int32)  # how many of those equal to it are in
+        tied = jnp.max(jnp.where(logits == kth[:, None], weights, 0.0), axis=1)
+        top = jnp.sum(jnp.where(ahead, weights, 0.0), axis=1) + spare * tied
+        return jnp.where((sampling.top_k > 0) & (kth >= floor), top, above_floor())
+
+    needs_k = jnp.any((sampling.top_k > 0) & (sampling.top_p < 1))
+    mass: Array = jax.lax.cond(needs_k, above_both, above_floor)
+    return mass
+
+
+def _kth_largest(x: Array, k: Array) -> Array:
+    """The k-th largest value [R] of x [R, V], by 32 bits from the highest; k [R] int32, 0 counts as 1."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    # Order-preserving map from float32 to uint32: flip all bits of negatives, the sign bit of the rest.
+    keys = jax.lax.bitcast_convert_type(bits ^ ((bits >> 31) | jnp.int32(-(2**31))), jnp.uint32)
+    wanted = jnp.clip(k, 1, x.shape[1])
+
+    def bit(i: Array, found: Array) -> Array:
+        candidate = found | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        enough = jnp.sum(keys >= candidate[:, None], axis=1, dtype=jnp.int32) >= wanted
+        return jnp.where(enough, candidate, found)
+
+    found = jax.lax.fori_loop(0, 32, bit, jnp.zeros((x.shape[0],), jnp.uint32))
+    # The found key is that of a value present: read it back through the inverse map.
+    high = (found >> 31) == 1
+    restored = jnp.where(high, found ^ jnp.uint32(2**31), ~found)
+    value: Array = jax.lax.bitcast_convert_type(restored, jnp.float32)
+    return value

@@ -1,0 +1,54 @@
+"""Compiles linear.cc for the installed jaxlib: `python -m model.kernels.cpu.build`."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from model.kernels.cpu.library import library_path
+
+SOURCES = (Path(__file__).with_name("linear.cc"), Path(__file__).with_name("tiles.h"))
+COMPILERS = ("c++", "g++", "clang++")
+# No -march=native: the library picks its path when it runs, so it can be built on another machine.
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
+
+
+def build(sources: Sequence[Path], library: Path) -> str:
+    """Makes `library` from the first of `sources`, unless it is newer than all of them; the line to print.
+
+    Raises RuntimeError (no compiler, a compile that fails) or OSError (a folder that cannot be written).
+    """
+    if library.exists() and library.stat().st_mtime >= max(source.stat().st_mtime for source in sources):
+        return f"CPU kernels: {library.name} is up to date"
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise RuntimeError(f"no C++ compiler on PATH ({', '.join(COMPILERS)})")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = library.with_suffix(f".{os.getpid()}")
+    command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(sources[0]), "-o", str(unfinished)]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode != 0:
+            errors = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines()
+            raise RuntimeError(f"{compiler} failed: {errors[0] if errors else f'exit code {run.returncode}'}")
+        unfinished.replace(library)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return f"CPU kernels: built {library.name} with {compiler}"
+
+
+def main() -> int:
+    """Builds the kernels; they are optional, so a failure is one line on stderr and the exit code is 0."""
+    try:
+        print(build(SOURCES, library_path()))
+    except (RuntimeError, OSError) as error:
+        print(f"CPU kernels: {error}; XLA does their work", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,70 @@
+"""The paged cache: keys, values and final hidden states of every cached token.
+
+A page holds S tokens. Page 0 is nobody's: padding writes there. A row's block table lists its pages in order, so
+token t of a row lies in page `table[t // S]` at offset `t % S`.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from model.config import ModelConfig
+
+PAGE_SIZE = 64  # S, tokens
+NULL_PAGE = 0
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class PagedCache:
+    """Pages of all layers. One array pair per layer: slicing a stacked cache would copy it."""
+
+    keys: tuple[Array, ...]  # L x [N, K, S, E]
+    values: tuple[Array, ...]  # L x [N, K, S, E]
+    hidden: Array  # [N, S, D] after the final norm: the head alone can score them
+
+
+def cache_shape(config: ModelConfig, pages: int, dtype: jnp.dtype) -> PagedCache:
+    """The cache's shapes, as `jax.ShapeDtypeStruct` leaves."""
+
+    def zeros() -> PagedCache:
+        kv = (jnp.zeros((pages, config.num_kv_heads, PAGE_SIZE, config.head_dim), dtype),) * config.num_layers
+        return PagedCache(kv, kv, jnp.zeros((pages, PAGE_SIZE, config.hidden_size), dtype))
+
+    shape: PagedCache = jax.eval_shape(zeros)
+    return shape
+
+
+def bytes_per_page(config: ModelConfig, dtype: jnp.dtype) -> int:
+    """Bytes that one page takes over all layers, hidden states included."""
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim + config.hidden_size
+    return PAGE_SIZE * per_token * jnp.dtype(dtype).itemsize
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the tokens of a step live in the cache."""
+
+    pages: Array  # [R, T] int32 page of each token; NULL_PAGE for padding
+    offsets: Array  # [R, T] int32 offset in that page
+
+
+def addresses(tables: Array, positions: Array) -> Addresses:
+    """tables [R, P] and positions [R, T] (-1 = padding) to pages and offsets [R, T]."""
+    valid = positions >= 0
+    at = jnp.where(valid, positions, 0)
+    pages = jnp.take_along_axis(tables, at // PAGE_SIZE, axis=1)
+    return Addresses(jnp.where(valid, pages, NULL_PAGE), at % PAGE_SIZE)
+
+
+def write_heads(pages: Array, heads: Array, at: Addresses) -> Array:
+    """pages [N, K, S, E] with heads [R, T, K, E] stored at their tokens' places."""
+    return pages.at[at.pages, :, at.offsets].set(heads.astype(pages.dtype), mode="drop")
+
+
+def write_hidden(pages: Array, hidden: Array, at: Addresses) -> Array:
+    """pages [N, S, D] with hidden [R, T, D] stored at their tokens' places."""
+    return pages.at[at.pages, at.offsets].set(hidden.astype(pages.dtype), mode="drop")

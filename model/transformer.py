@@ -1,0 +1,108 @@
+"""Transformer: embed -> layers -> final hidden states; the head is separate, so that hidden states can be scored later.
+
+Flax NNX only defines the modules. At load the abstract module is split once into a graph definition and flat leaves;
+a step merges them again while it is traced.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from model.config import ModelConfig
+from model.kv_cache import PagedCache, addresses, write_hidden
+from model.layers import Layer, RMSNorm, rotary_angles
+from model.linear import Linear, matmul, take_rows
+
+
+class Embedding(nnx.Module):
+    """Token embeddings [V, D], which are also the head's weight where the two are tied."""
+
+    def __init__(self, vocab_size: int, size: int, dtype: jnp.dtype) -> None:
+        self.weight = nnx.Param(jnp.zeros((vocab_size, size), dtype))
+
+    def __call__(self, tokens: Array) -> Array:
+        """tokens [R, T] int32 -> [R, T, D] float32."""
+        R, T = tokens.shape
+        return take_rows(self.weight.get_value(), tokens.reshape(R * T)).reshape(R, T, -1).astype(jnp.float32)
+
+
+class Transformer(nnx.Module):
+    """A decoder-only language model over a paged cache."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype)
+        self.layers = nnx.List([Layer(config, dtype) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = None if config.tie_word_embeddings else Linear(config.vocab_size, config.hidden_size, dtype)
+
+    def __call__(self, tokens: Array, positions: Array, tables: Array, cache: PagedCache) -> tuple[Array, PagedCache]:
+        """Runs new tokens of R rows and stores their keys, values and final hidden states.
+
+        Args:
+            tokens: [R, T] int32.
+            positions: [R, T] int32 position of each token in its row, -1 for padding.
+            tables: [R, P] int32 block tables.
+            cache: the pages; every earlier token of the rows is in them.
+
+        Returns:
+            Final hidden states [R, T, D] and the cache.
+        """
+        at = addresses(tables, positions)
+        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        x = self.embed(tokens)
+        keys, values = list(cache.keys), list(cache.values)
+        for i, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer_{i}"):
+                x, (keys[i], values[i]) = layer(x, positions, angles, (keys[i], values[i]), tables, at)
+        hidden = self.norm(x).astype(cache.hidden.dtype)
+        return hidden, PagedCache(tuple(keys), tuple(values), write_hidden(cache.hidden, hidden, at))
+
+    def logits(self, hidden: Array) -> Array:
+        """hidden [M, D] -> [M, V] float32."""
+        head = self.embed if self.head is None else self.head
+        with jax.named_scope("head"):
+            return matmul(hidden, head.weight.get_value())
+
+
+@dataclass(frozen=True, slots=True)
+class BoundModel:
+    """A Transformer taken apart: what is traced (definition) and what is passed to every step (leaves)."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    definition: Any  # nnx.GraphDef and the leaves' tree, closed over by the steps
+    leaves: tuple[Array, ...]
+
+    def merge(self, leaves: tuple[Array, ...]) -> Transformer:
+        """The module around (traced) leaves."""
+        graph, tree = self.definition
+        model: Transformer = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+        return model
+
+
+def abstract_weights(config: ModelConfig, dtype: jnp.dtype) -> dict[str, jax.ShapeDtypeStruct]:
+    """Target path -> shape and dtype of every weight, as `model.weights` names them."""
+    _, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, dtype)))
+    return {_path(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
+def bind(config: ModelConfig, dtype: jnp.dtype, weights: Mapping[str, Any]) -> BoundModel:
+    """Fills an abstract Transformer with `weights` (target path -> array, packed weight or ShapeDtypeStruct).
+
+    Raises:
+        KeyError: a weight is absent; `model.weights` has reported such a thing before.
+    """
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, dtype)))
+    flat = [(path, leaf.replace(weights[_path(path)])) for path, leaf in nnx.to_flat_state(state)]
+    leaves, tree = jax.tree.flatten(nnx.from_flat_state(flat))
+    return BoundModel(config, dtype, (graph, tree), tuple(leaves))
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in path)

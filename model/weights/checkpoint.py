@@ -1,0 +1,49 @@
+"""What the loader asks of a file format."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from numpy.typing import NDArray
+
+from model.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One stored tensor, known without reading it."""
+
+    shape: tuple[int, ...]  # numpy's order, slowest axis first
+    stored_as: str  # the format's own name of the type, such as "BF16" or "Q4_1"
+    supported: bool  # whether `Checkpoint.read` knows this type
+    nbytes: int  # in the file; 0 where the type is not supported
+
+
+class Checkpoint(Protocol):
+    """An open model: its configuration and its tensors under the names of its own format."""
+
+    @property
+    def path(self) -> str:
+        """The file or directory, for messages."""
+
+    @property
+    def naming(self) -> Literal["hf", "gguf"]:
+        """Which of the two names in the weight table its tensors carry."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes of the network."""
+
+    def names(self) -> Mapping[str, TensorInfo]:
+        """Every tensor in the file(s)."""
+
+    def read(self, name: str) -> NDArray[Any]:
+        """A fresh array of the tensor's values: bfloat16 where it is stored so, else float32.
+
+        Raises:
+            ModelLoadError: the bytes cannot be read or decoded; the message does not repeat the name.
+            KeyError: no such tensor.
+        """
+
+    def close(self) -> None:
+        """Lets go of the files. Arrays already read stay valid."""

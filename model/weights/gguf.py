@@ -1,0 +1,95 @@
+"""Reads a GGUF file: configuration, tokenizer metadata and tensors, quantised ones as float32."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from gguf import quants
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
+
+from model.config import ConfigError, ModelConfig, config_from_gguf
+from model.weights.checkpoint import TensorInfo
+from model.weights.errors import ModelLoadError
+from model.weights.gguf_header import GgufHeader, read_header
+
+_PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_QUANTISED = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"})
+_RUN_VALUES = 1 << 18  # values dequantised together; a multiple of every block size
+
+
+class GgufCheckpoint:
+    """One GGUF file. Its header is read at once, each tensor when it is asked for."""
+
+    naming: Literal["gguf"] = "gguf"
+
+    def __init__(self, path: Path) -> None:
+        """Reads the header.
+
+        Raises:
+            ModelLoadError: the file is not there, truncated or not GGUF, or the model is not supported.
+        """
+        header = read_header(path)
+        self.path = str(path)
+        self.metadata: dict[str, Any] = header.metadata  # str, int, float, bool, or a list of these
+        self.config = _config(path, header)
+        self._tensors = header.tensors
+        self._file = path.open("rb")
+
+    def names(self) -> Mapping[str, TensorInfo]:
+        """Every tensor of the file."""
+        return {
+            name: TensorInfo(
+                tensor.shape,
+                tensor.type_name,
+                tensor.type_name in _PLAIN or tensor.type_name in _QUANTISED,
+                tensor.nbytes,
+            )
+            for name, tensor in self._tensors.items()
+        }
+
+    def read(self, name: str) -> NDArray[Any]:
+        """See `Checkpoint.read`."""
+        tensor = self._tensors[name]
+        dtype = _PLAIN.get(tensor.type_name, np.dtype(np.uint8))
+        try:
+            self._file.seek(tensor.offset)
+            values = np.fromfile(self._file, dtype, tensor.nbytes // dtype.itemsize)
+        except OSError as error:
+            raise ModelLoadError(f"cannot be read: {error.strerror}") from error
+        if values.nbytes != tensor.nbytes:
+            raise ModelLoadError(f"cannot be read: {values.nbytes} of {tensor.nbytes} bytes are there")
+        if tensor.type_name in _QUANTISED:
+            values = _dequantise(values, GGMLQuantizationType(tensor.type_number))
+        elif tensor.type_name == "F16":
+            values = values.astype(np.float32)
+        return values.reshape(tensor.shape)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _dequantise(raw: NDArray[np.uint8], kind: GGMLQuantizationType) -> NDArray[np.float32]:
+    """Bytes [N] -> float32 values, flat. In small runs of blocks: the library's temporaries are 3 times the result."""
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    values = np.empty(raw.size // block_bytes * block, np.float32)
+    run = _RUN_VALUES // block
+    # A damaged scale is infinite or NaN; the loader reports it, numpy's warnings would not say where.
+    with np.errstate(all="ignore"):
+        for start in range(0, raw.size // block_bytes, run):
+            blocks = raw[start * block_bytes : (start + run) * block_bytes]
+            values[start * block : (start + run) * block] = quants.dequantize(blocks, kind)
+    return values
+
+
+def _config(path: Path, header: GgufHeader) -> ModelConfig:
+    parts = header.metadata.get("split.count", 1)
+    if parts != 1:
+        raise ModelLoadError(f"{path}: is one of {parts} parts; merge them with llama-gguf-split first")
+    try:
+        return config_from_gguf(header.metadata, has_output="output.weight" in header.tensors)
+    except ConfigError as error:
+        raise ModelLoadError(f"{path}: {str(error).removeprefix('GGUF: ')}") from error

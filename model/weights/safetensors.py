@@ -1,0 +1,125 @@
+"""Reads a directory of config.json and safetensors, in one file or sharded.
+
+Formats: the safetensors README ("Format"), and the index that `transformers` writes beside shards
+(`{"metadata": {...}, "weight_map": {tensor name: file name}}`).
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from model.config import ConfigError, ModelConfig, config_from_hf
+from model.weights.checkpoint import TensorInfo
+from model.weights.errors import ModelLoadError
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+
+
+class SafetensorsCheckpoint:
+    """A Hugging Face model directory. Tensors are read one by one through memory maps."""
+
+    naming: Literal["hf"] = "hf"
+
+    def __init__(self, folder: Path) -> None:
+        """Opens every shard and reads the headers.
+
+        Raises:
+            ModelLoadError: a file is missing, truncated or not what its name says, or the model is not supported.
+        """
+        self.path = str(folder)
+        self.config = _config(folder / "config.json")
+        self._open_files = ExitStack()
+        self._file_of: dict[str, Any] = {}  # open files; safetensors gives their methods no types
+        self._tensors: dict[str, TensorInfo] = {}
+        try:
+            for path in _files(folder):
+                self._add(path)
+        except BaseException:
+            self.close()
+            raise
+
+    def names(self) -> Mapping[str, TensorInfo]:
+        """Every tensor of every shard."""
+        return self._tensors
+
+    def read(self, name: str) -> NDArray[Any]:
+        """See `Checkpoint.read`."""
+        try:
+            values: NDArray[Any] = self._file_of[name].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(f"cannot be read: {error}") from error
+        return values.astype(np.float32) if values.dtype == np.float16 else values
+
+    def close(self) -> None:
+        """Closes the shards."""
+        self._open_files.close()
+
+    def _add(self, path: Path) -> None:
+        try:
+            file = self._open_files.enter_context(safe_open(path, framework="numpy"))
+        except FileNotFoundError as error:
+            raise ModelLoadError(f"{path}: named by {_INDEX} but not there") from error
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(f"{path}: not a whole safetensors file: {error}") from error
+        for name in file.offset_keys():
+            if name in self._tensors:
+                raise ModelLoadError(f"{path}: holds {name}, which another shard holds too")
+            header = file.get_slice(name)
+            shape, stored_as = tuple(header.get_shape()), str(header.get_dtype())
+            size = _ITEM_BYTES.get(stored_as)
+            nbytes = 0 if size is None else size * int(np.prod(shape, dtype=np.int64))
+            self._file_of[name] = file
+            self._tensors[name] = TensorInfo(shape, stored_as, size is not None, nbytes)
+
+
+def _config(path: Path) -> ModelConfig:
+    try:
+        return config_from_hf(_json_object(path))
+    except ConfigError as error:
+        raise ModelLoadError(f"{path}: {str(error).removeprefix('config.json: ')}") from error
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files to open, in the order in which `transformers` looks for them."""
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    if (folder / _INDEX).is_file():
+        return _indexed(folder)
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        raise ModelLoadError(f"{folder}: holds {len(found)} *.safetensors files, no {_SINGLE} and no {_INDEX}")
+    return found
+
+
+def _indexed(folder: Path) -> list[Path]:
+    index = folder / _INDEX
+    weight_map = _json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelLoadError(f"{index}: weight_map is missing or not an object")
+    names = set()
+    for name in weight_map.values():
+        # A shard lies beside its index: a path that leads elsewhere is refused.
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelLoadError(f"{index}: {name!r} is not the name of a .safetensors file")
+        names.add(name)
+    return [folder / name for name in sorted(names)]
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelLoadError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelLoadError(f"{path}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{path}: not a JSON object")
+    return value

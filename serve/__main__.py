@@ -1,0 +1,91 @@
+"""`python -m serve [MODEL] [flags]`: starts the engine and serves HTTP in the foreground."""
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+from rich.console import Console
+
+from model.config import ConfigError
+from model.weights.errors import ModelLoadError
+from serve.app import AppConfig, create_app
+from serve.config import ServeConfig, parse_args
+from serve.startup import StartupError, start
+from serve.text.tokenizer import TokenizerError
+
+
+def main() -> int:
+    """Returns the exit code: 0 after SIGTERM or Ctrl-C, 1 where the model cannot be served."""
+    config = parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    console = Console(stderr=True, highlight=False)
+    try:
+        listener = _bind(config)  # first: an address in use is better said before minutes of loading
+        chat_template = _chat_template(config.chat_template)
+        served = start(config, console)
+    except (ModelLoadError, ConfigError, TokenizerError, StartupError) as error:
+        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    names = config.served_model_name or (served.name,)
+    app_config = AppConfig(
+        served_model_names=names,
+        api_keys=config.api_key,
+        system_fingerprint=served.fingerprint,
+        chat_template=chat_template,
+    )
+    host, port = listener.getsockname()[:2]
+    console.print(f"serving  {', '.join(names)} at http://{host}:{port} (OpenAI base URL: http://{host}:{port}/v1)")
+    app = create_app(served.engine, served.tokenizer, app_config)
+    try:
+        _run(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=config.shutdown_timeout,
+            ),
+            listener,
+        )
+    finally:
+        served.engine.stop()
+    return 0
+
+
+def _run(config: uvicorn.Config, listener: socket.socket) -> None:
+    """Serves until SIGTERM or SIGINT, then lets running requests finish."""
+    # uvicorn raises the signal again when it has shut down, which would make the exit code that of a killed process.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    asyncio.run(uvicorn.Server(config).serve(sockets=[listener]), loop_factory=config.get_loop_factory())
+
+
+def _bind(config: ServeConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise StartupError(f"cannot listen on {config.host} port {config.port}: {error.strerror}") from error
+    return listener
+
+
+def _chat_template(option: str | None) -> str | None:
+    """The template that --chat-template names or is."""
+    if option is None or "{" in option:
+        return option
+    try:
+        return Path(option).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"--chat-template {option}: cannot be read as a text file") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""create_app: the routes, and what is common to all answers."""
+
+import logging
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from serve import __version__
+from serve.openai.access import Access
+from serve.openai.chat import ChatCompletions
+from serve.openai.completions import Completions
+from serve.openai.endpoint import AppConfig, Endpoint
+from serve.openai.errors import APIError, engine_error
+from serve.openai.generation import Engine
+from serve.openai.models import Models
+from serve.openai.stream import dump
+from serve.text.tokenizer import Tokenizer
+
+__all__ = ["AppConfig", "create_app"]
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(engine: Engine, tokenizer: Tokenizer, config: AppConfig) -> Starlette:
+    """The ASGI app around a running engine, whose life is the caller's business."""
+    endpoint = Endpoint(engine, tokenizer, config)
+    models = Models(endpoint)
+
+    async def health(_: Request) -> Response:
+        return Response(status_code=200 if engine.ready else 503)
+
+    async def version(_: Request) -> Response:
+        return Response(dump({"version": __version__}), media_type="application/json")
+
+    routes = [
+        Route("/v1/models", models.list),
+        Route("/v1/models/{id:path}", models.one),
+        Route("/v1/chat/completions", ChatCompletions(endpoint).__call__, methods=["POST"]),
+        Route("/v1/completions", Completions(endpoint).__call__, methods=["POST"]),
+        Route("/health", health),
+        Route("/ping", health, methods=["GET", "POST"]),
+        Route("/version", version),
+    ]
+    cors = Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
+    app = Starlette(
+        routes=routes,
+        middleware=[cors, Middleware(Access, api_keys=config.api_keys)],
+        exception_handlers={APIError: _api_error, HTTPException: _http_error, Exception: _unexpected},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, APIError)
+    return error.response()
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """404 and 405 of the router."""
+    assert isinstance(error, HTTPException)
+    message = f"{error.detail}: {request.method} {request.url.path[:200]}"
+    return APIError(error.status_code, message, None, None, error.headers or {}).response()
+
+
+async def _unexpected(_: Request, error: Exception) -> Response:
+    logger.error("a request failed", exc_info=error)
+    return engine_error("The server failed on this request.").response()

@@ -1,0 +1,53 @@
+"""Pure ASGI middleware: API keys, request ids, double slashes."""
+
+import hmac
+import re
+import uuid
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.openai.errors import APIError
+
+_OPEN_PATHS = frozenset({"/health", "/ping"})
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,200}")
+
+
+class Access:
+    """Checks the key, names the request and tidies the path, then lets the request through."""
+
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        asked = headers.get("x-request-id", "")
+        request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        path = re.sub("/{2,}", "/", scope["path"])  # clients with a base URL that ends in a slash
+        scope = {**scope, "path": path, "headers": _with_request_id(scope["headers"], request_id)}
+        if self._keys and path not in _OPEN_PATHS and scope["method"] != "OPTIONS" and not self._allows(headers):
+            error = APIError(401, "The API key is missing or wrong.", None, "invalid_api_key")
+            await error.response()(scope, receive, send_with_id)
+            return
+        await self._app(scope, receive, send_with_id)
+
+    def _allows(self, headers: Headers) -> bool:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        matches = [hmac.compare_digest(key.strip().encode(), known) for known in self._keys]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+def _with_request_id(headers: list[tuple[bytes, bytes]], request_id: str) -> list[tuple[bytes, bytes]]:
+    rest = [(name, value) for name, value in headers if name != b"x-request-id"]
+    return [*rest, (b"x-request-id", request_id.encode())]

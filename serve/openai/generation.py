@@ -1,0 +1,291 @@
+"""What both endpoints do: fields to SamplingParams, requests to the engine, events to text with their numbers."""
+
+import asyncio
+import enum
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from serve.engine.detokenize import Detokenizer
+from serve.engine.request import (
+    EngineLimits,
+    EngineStoppedError,
+    FinishReason,
+    QueueFullError,
+    Request,
+    SamplingParams,
+    TokenEvent,
+    TokenScores,
+)
+from serve.openai.errors import APIError, engine_error, invalid, unsupported
+from serve.openai.schema import GenerationRequest
+from serve.text.tokenizer import Tokenizer
+
+GREEDY_BELOW = 1e-5  # temperatures under it are 0
+_MAX_STOP_STRINGS = 10_000
+
+
+class Engine(Protocol):
+    """The engine as HTTP sees it."""
+
+    limits: EngineLimits
+
+    @property
+    def ready(self) -> bool: ...
+    def submit(self, request: Request) -> AsyncIterator[TokenEvent]: ...
+    def abort(self, request_id: str) -> None: ...
+
+
+class Score(enum.Enum):
+    """Which of the answers to a prompt carry the prompt's numbers; they are computed for each that does."""
+
+    NONE = enum.auto()
+    FIRST = enum.auto()
+    EVERY = enum.auto()  # streams of completions: each choice opens with its echo, whoever comes first
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one event adds to one choice."""
+
+    text: str
+    token_ids: list[int]
+    scores: TokenScores
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    prompt_scores: TokenScores | None = None
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer in the making: the engine's request, and how its tokens become text."""
+
+    index: int
+    request: Request
+    stop: tuple[str, ...]
+    include_stop: bool
+    skip_special_tokens: bool
+    first: bool = True  # of its prompt: it carries the prompt's scores
+
+    async def deltas(self, engine: Engine, tokenizer: Tokenizer) -> AsyncGenerator[Delta]:
+        """The engine's events with their text; ends after the delta that has a finish reason.
+
+        Raises:
+            APIError: 429 when the queue is full, 500 when the engine fails.
+        """
+        detokenizer = Detokenizer(
+            tokenizer,
+            skip_special_tokens=self.skip_special_tokens,
+            stop=self.stop,
+            include_stop_str_in_output=self.include_stop,
+        )
+        try:
+            async for event in engine.submit(self.request):
+                delta = self._delta(event, detokenizer, tokenizer)
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        except QueueFullError:
+            message = "Too many requests are waiting. Try again later."
+            raise APIError(429, message, None, "rate_limit_exceeded", {"Retry-After": "1"}) from None
+        except EngineStoppedError:
+            raise APIError(503, "The server is shutting down.", None, "engine_stopped") from None
+        finally:
+            engine.abort(self.request.id)
+
+    def _delta(self, event: TokenEvent, detokenizer: Detokenizer, tokenizer: Tokenizer) -> Delta:
+        if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+            raise engine_error(f"The engine failed: {event.error}." if event.error else "The request was aborted.")
+        text, count = "", 0
+        for token_id in event.token_ids:
+            count += 1
+            if token_id != event.stop_token_id or self.include_stop:
+                text += detokenizer.push(token_id)
+            if detokenizer.stopped_by is not None:
+                break
+        ids, scores = event.token_ids[:count], _first_rows(event.scores, count)
+        if detokenizer.stopped_by is not None:
+            return Delta(text, ids, scores, "stop", detokenizer.stopped_by, event.prompt_scores)
+        if event.finish_reason is None:
+            return Delta(text, ids, scores, None, None, event.prompt_scores)
+        stop = event.stop_token_id
+        stop_reason = None if stop in tokenizer.eos_token_ids else stop
+        text += detokenizer.finish()
+        return Delta(text, ids, scores, event.finish_reason.value, stop_reason, event.prompt_scores)
+
+
+@dataclass(slots=True)
+class Finished:
+    """A whole choice."""
+
+    choice: Choice
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    scores: list[TokenScores] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    prompt_scores: TokenScores | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Appends a delta."""
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.scores.append(delta.scores)
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+        self.prompt_scores = delta.prompt_scores or self.prompt_scores
+
+    def all_scores(self) -> TokenScores:
+        """The numbers of all tokens; as many rows as tokens, or something was lost."""
+        parts = self.scores
+        whole = TokenScores(
+            *(np.concatenate([getattr(part, name) for part in parts]) for name in TokenScores.__slots__)
+        )
+        if len(whole.logprob) != len(self.token_ids):
+            raise engine_error("The engine returned another number of log-probabilities than of tokens.")
+        return whole
+
+
+async def finish(choice: Choice, engine: Engine, tokenizer: Tokenizer) -> Finished:
+    """Runs a choice to its end."""
+    result = Finished(choice)
+    async with aclosing(choice.deltas(engine, tokenizer)) as deltas:
+        async for delta in deltas:
+            result.add(delta)
+    return result
+
+
+async def merge(
+    choices: Sequence[Choice], engine: Engine, tokenizer: Tokenizer
+) -> AsyncGenerator[tuple[Choice, Delta]]:
+    """The deltas of all choices, as they come."""
+    queue: asyncio.Queue[tuple[Choice, Delta] | None] = asyncio.Queue()
+
+    async def run(choice: Choice) -> None:
+        try:
+            async with aclosing(choice.deltas(engine, tokenizer)) as deltas:
+                async for delta in deltas:
+                    queue.put_nowait((choice, delta))
+        finally:
+            queue.put_nowait(None)
+
+    tasks = [asyncio.create_task(run(choice)) for choice in choices]
+    try:
+        for _ in tasks:
+            while (item := await queue.get()) is not None:
+                yield item
+            for task in tasks:  # a failure of one ends all
+                if task.done():
+                    task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def make_choices(
+    body: GenerationRequest,
+    prompts: Sequence[list[int]],
+    max_tokens: Sequence[int],
+    *,
+    score: Score,
+    limits: EngineLimits,
+    tokenizer: Tokenizer,
+) -> list[Choice]:
+    """A choice for each of n answers to each prompt, in the order of their indices.
+
+    Raises:
+        APIError: 400 that names a field.
+    """
+    n = body.n or 1
+    eos = frozenset() if body.ignore_eos else tokenizer.eos_token_ids
+    stop_ids = eos | frozenset(body.stop_token_ids or ())
+    _check_stop_ids(body, stop_ids, limits)
+    stop = _stop_strings(body)
+    seed = None if body.seed in (None, -1) else body.seed
+    temperature = 1.0 if body.temperature is None else body.temperature
+    choices = []
+    for index in range(len(prompts) * n):
+        which, number = divmod(index, n)
+        if (body.min_tokens or 0) > max_tokens[which]:
+            raise invalid("min_tokens", f"`min_tokens` is above the {max_tokens[which]} tokens that may be generated.")
+        params = SamplingParams(
+            max_tokens=max_tokens[which],
+            temperature=0.0 if temperature < GREEDY_BELOW else max(temperature, 0.01),
+            top_k=max(body.top_k or 0, 0),
+            top_p=1.0 if body.top_p is None else body.top_p,
+            min_p=body.min_p or 0.0,
+            seed=None if seed is None else seed + number,
+            min_tokens=body.min_tokens or 0,
+            stop_token_ids=stop_ids,
+            prompt_logprobs=score is Score.EVERY or (score is Score.FIRST and number == 0),
+        )
+        choices.append(
+            Choice(
+                index=index,
+                request=Request(uuid.uuid4().hex, prompts[which], params),
+                stop=stop,
+                include_stop=bool(body.include_stop_str_in_output),
+                skip_special_tokens=body.skip_special_tokens is not False,
+                first=number == 0,
+            )
+        )
+    return choices
+
+
+def prompt_top_k(body: GenerationRequest, limits: EngineLimits) -> int | None:
+    """The number of alternatives that `prompt_logprobs` asks for, None where it asks for nothing."""
+    k = body.prompt_logprobs
+    if k == -1:
+        raise unsupported("prompt_logprobs", "`prompt_logprobs` of -1, the whole vocabulary, is not supported yet.")
+    return None if k is None else check_top_k("prompt_logprobs", k, limits)
+
+
+def check_top_k(param: str, k: int, limits: EngineLimits) -> int:
+    """k, unless it is above what this server computes."""
+    if k > limits.max_logprobs:
+        message = f"`{param}` is {k}, greater than the maximum of {limits.max_logprobs} (--max-logprobs)."
+        raise invalid(param, message, "integer_above_max_value")
+    return k
+
+
+def check_room(param: str, prompt: int, max_tokens: int | None, limits: EngineLimits) -> int:
+    """Tokens that may be generated after a prompt of that many: `max_tokens`, or the rest of the context."""
+    limit = limits.max_model_len
+    if prompt + (1 if max_tokens is None else max_tokens) > limit:
+        wanted = "at least 1" if max_tokens is None else str(max_tokens)
+        message = (
+            f"This model's maximum context length is {limit} tokens, but {prompt} prompt tokens and {wanted} "
+            "to generate were asked for."
+        )
+        raise invalid(param, message, "context_length_exceeded")
+    return limit - prompt if max_tokens is None else max_tokens
+
+
+def check_stream_options(body: GenerationRequest) -> None:
+    """`stream_options` only makes sense with `stream`."""
+    if body.stream_options is not None and not body.stream:
+        raise invalid("stream_options", "`stream_options` is only allowed when `stream` is true.")
+
+
+def _check_stop_ids(body: GenerationRequest, stop_ids: frozenset[int], limits: EngineLimits) -> None:
+    if any(token_id >= limits.vocab_size for token_id in body.stop_token_ids or ()):
+        raise invalid("stop_token_ids", f"`stop_token_ids` holds an id outside the vocabulary of {limits.vocab_size}.")
+    if body.min_tokens and len(stop_ids) > limits.max_banned_ids:
+        raise invalid("stop_token_ids", f"With `min_tokens`, at most {limits.max_banned_ids} stop ids are allowed.")
+
+
+def _stop_strings(body: GenerationRequest) -> tuple[str, ...]:
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    if "" in stop:
+        raise invalid("stop", "`stop` cannot contain an empty string.")
+    if len(stop) > _MAX_STOP_STRINGS:
+        raise invalid("stop", f"`stop` has more than {_MAX_STOP_STRINGS} strings.", "array_above_max_length")
+    return stop
+
+
+def _first_rows(scores: TokenScores, count: int) -> TokenScores:
+    return TokenScores(scores.logprob[:count], scores.rank[:count], scores.top_ids[:count], scores.top_logprobs[:count])

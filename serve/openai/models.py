@@ -1,0 +1,39 @@
+"""GET /v1/models and /v1/models/{id}."""
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serve.openai.endpoint import Endpoint
+from serve.openai.stream import dump
+
+
+class Models:
+    """The endpoint: a card for every served name."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._at = endpoint
+
+    async def list(self, _: Request) -> Response:
+        """All cards."""
+        cards = [self._card(name) for name in self._at.config.served_model_names]
+        return Response(dump({"object": "list", "data": cards}), media_type="application/json")
+
+    async def one(self, request: Request) -> Response:
+        """One card; ids may hold slashes."""
+        name = self._at.model_name(request.path_params["id"])
+        return Response(dump(self._card(name)), media_type="application/json")
+
+    def _card(self, name: str) -> dict[str, Any]:
+        limits = self._at.engine.limits
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._at.created,
+            "owned_by": "logprobd",
+            "root": self._at.config.served_model_names[0],
+            "parent": None,
+            "max_model_len": limits.max_model_len,
+            "max_logprobs": limits.max_logprobs,
+        }

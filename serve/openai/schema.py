@@ -1,0 +1,236 @@
+"""Request bodies as pydantic models, and the one way from bytes to a model or an APIError that names the field."""
+
+import logging
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from serve.openai.errors import APIError, invalid, unsupported
+
+logger = logging.getLogger(__name__)
+
+_INT64 = 2**63
+
+# Field -> values that change nothing; null never does. Any other value is refused until the field is honoured.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "logprob_token_ids": (),
+    "prompt_logprob_token_ids": (),
+    "prompt_logprobs_start": (0,),
+    "logprobs_mode": ("raw_logprobs",),
+    "truncate_prompt_tokens": (),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "tools": (),
+    "tool_choice": ("none",),
+    "functions": (),
+    "function_call": ("none",),
+    "use_beam_search": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "prompt_embeds": (),
+    "priority": (0,),
+    "chat_template": (),
+    "documents": ([],),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "reasoning_effort": ("none",),
+    "kv_transfer_params": (),
+    "thinking_token_budget": (),
+    "repetition_detection": (),
+}
+# Fields that say something about the caller or the transport and nothing about the answer.
+_WITHOUT_EFFECT = frozenset(
+    (
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "request_id",
+        "cache_salt",
+        "parallel_tool_calls",
+        "include_reasoning",
+        "spaces_between_special_tokens",
+        "session_id",
+        "stream_interval",
+        "vllm_xargs",
+        "verbosity",
+    )
+)
+
+_Count = Annotated[int, Field(ge=0, lt=_INT64)]
+_TokenIds = Annotated[list[_Count], Field(fail_fast=True)]
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`."""
+
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class GenerationRequest(BaseModel):
+    """What chat and completions have in common. None always means the default."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    max_tokens: _Count | None = None
+    min_tokens: _Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: _TokenIds | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    prompt_logprobs: Annotated[int, Field(ge=-1)] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    add_special_tokens: bool | None = None
+    echo: bool | None = None
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions. `prompt` is read by hand: a list of many ids needs one fast pass and one short error."""
+
+    prompt: Any = None
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+
+
+class ChatMessage(BaseModel):
+    """One message. Fields that templates know, such as `name`, pass through."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    max_completion_tokens: _Count | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class FieldLog:
+    """Logs each unknown field's name once in the life of a server."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def unknown(self, names: Iterable[str]) -> None:
+        """Notes unknown fields; only their first thousand, so that a client cannot fill the memory."""
+        for name in names:
+            if name not in self._seen and len(self._seen) < 1000:
+                self._seen.add(name)
+                logger.warning("unknown request field %.100r is ignored", name)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body of a JSON request.
+
+    Raises:
+        APIError: 400 for another content type, 413 for more than `max_bytes`.
+    """
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise APIError(400, "The content type must be application/json.", None, "invalid_content_type")
+    too_large = APIError(413, f"The body is larger than {max_bytes} bytes.", None, "request_too_large")
+    if int(request.headers.get("content-length") or 0) > max_bytes:
+        raise too_large
+    chunks, size = [], 0
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > max_bytes:
+                raise too_large
+            chunks.append(chunk)
+    except ClientDisconnect:
+        raise APIError(400, "The body is incomplete.", None, "invalid_json") from None
+    return b"".join(chunks)
+
+
+def parse[M: GenerationRequest](kind: type[M], body: bytes, log: FieldLog) -> M:
+    """Reads a body into a request model.
+
+    Raises:
+        APIError: 400 that names the first wrong field, or the field that is not supported.
+    """
+    try:
+        data = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        reason = str(error).split(":")[0]
+        raise APIError(400, f"The body is not valid JSON: {reason}.", None, "invalid_json") from None
+    if not isinstance(data, dict):
+        raise APIError(400, "The body must be a JSON object.", None, "invalid_json")
+    try:
+        parsed = kind.model_validate(data)
+    except ValidationError as error:
+        raise _from_pydantic(error) from None
+    extra = parsed.model_extra or {}
+    for name, value in extra.items():
+        if value is not None and name in _UNSUPPORTED and value not in _UNSUPPORTED[name]:
+            raise unsupported(name)
+    log.unknown(name for name in extra if name not in _UNSUPPORTED and name not in _WITHOUT_EFFECT)
+    return parsed
+
+
+_CODES = {
+    "missing": "missing_required_parameter",
+    "greater_than_equal": "integer_below_min_value",
+    "greater_than": "decimal_below_min_value",
+    "less_than_equal": "integer_above_max_value",
+    "less_than": "integer_above_max_value",
+}
+
+
+def _from_pydantic(error: ValidationError) -> APIError:
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    kind = first["type"]
+    param = _location(first["loc"])
+    code = _CODES.get(kind, "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value")
+    return invalid(param, f"`{param}`: {first['msg']}.", code)
+
+
+def _location(parts: tuple[int | str, ...]) -> str:
+    """("messages", 0, "role") as OpenAI writes it; the names of union members that pydantic adds are left out."""
+    text = ""
+    for part in parts:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif part not in ("str", "list[str]", "list[dict[str,any]]") and not part.startswith(("list[", "dict[")):
+            text += f".{part}" if text else part
+    return text

@@ -1,0 +1,138 @@
+"""From a ServeConfig to a running engine: files, weights, programs, with progress on the terminal."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from compiled.load import load_model, uses_kernels
+from compiled.programs import Program, use_persistent_cache
+from compiled.runner import ModelRunner
+from compiled.shapes import make_buckets
+from compiled.state import MAX_BANNED
+from model.config import ModelConfig
+from model.kv_cache import PAGE_SIZE, bytes_per_page
+from model.transformer import BoundModel
+from model.weights.checkpoint import Checkpoint
+from model.weights.gguf import GgufCheckpoint
+from model.weights.load import open_checkpoint
+from model.weights.source import ModelSource, default_model_path, resolve_model
+from serve.config import ServeConfig
+from serve.engine.engine import Engine
+from serve.engine.request import EngineLimits
+from serve.text.gguf_tokenizer import tokenizer_from_gguf
+from serve.text.tokenizer import Tokenizer, load_tokenizer
+
+_CACHE_BYTES = 1 << 30  # of pages, unless one request of full length needs more
+
+
+class StartupError(Exception):
+    """The options and the model do not fit together; the message is meant for whoever started us."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Everything the HTTP layer needs."""
+
+    name: str
+    engine: Engine
+    runner: ModelRunner
+    tokenizer: Tokenizer
+    fingerprint: str
+
+
+def start(config: ServeConfig, console: Console) -> Served:
+    """Loads, compiles and starts the engine.
+
+    Raises:
+        ModelLoadError, ConfigError, TokenizerError, StartupError: what is wrong, in words for the user.
+    """
+    use_persistent_cache(config.compilation_cache_dir.expanduser())
+    source = _find(config)
+    checkpoint = open_checkpoint(source)
+    try:
+        tokenizer = _tokenizer(source, checkpoint)
+        model_config = checkpoint.config
+        max_model_len = _max_model_len(config, model_config)
+        if tokenizer.vocab_size > model_config.vocab_size:
+            raise StartupError(
+                f"{source.name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model_config.vocab_size}"
+            )
+        model = _load(checkpoint, config.dtype, console)
+    finally:
+        checkpoint.close()
+    runner = _compile(model, config, max_model_len, console)
+    limits = EngineLimits(max_model_len, config.max_logprobs, model_config.vocab_size, MAX_BANNED)
+    engine = Engine(runner, limits, max_waiting=config.max_num_queued_reqs)
+    engine.start()
+    return Served(source.name, engine, runner, tokenizer, _fingerprint(config, model))
+
+
+def _find(config: ServeConfig) -> ModelSource:
+    if config.model:
+        return resolve_model(config.model, config.revision)
+    path = default_model_path()
+    return ModelSource("SmolLM2-135M-Instruct", path)
+
+
+def _tokenizer(source: ModelSource, checkpoint: Checkpoint) -> Tokenizer:
+    if isinstance(checkpoint, GgufCheckpoint):
+        return tokenizer_from_gguf(checkpoint.metadata)
+    return load_tokenizer(source.path)
+
+
+def _max_model_len(config: ServeConfig, model: ModelConfig) -> int:
+    own = model.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > own:
+        raise StartupError(f"--max-model-len {config.max_model_len} is above the model's own {own}")
+    return config.max_model_len or own
+
+
+def _load(checkpoint: Checkpoint, dtype: str, console: Console) -> BoundModel:
+    with Progress(TextColumn("loading  "), BarColumn(), DownloadColumn(), console=console) as bar:
+        task = bar.add_task("weights", total=None)
+        model = load_model(checkpoint, dtype, lambda done, total: bar.update(task, completed=done, total=total))
+    size = sum(leaf.nbytes for leaf in model.leaves)
+    linears = "packed kernels" if uses_kernels(model) else "XLA"
+    console.print(f"weights  {size / 1e6:,.0f} MB {dtype} on {jax.default_backend()}, linear maps by {linears}")
+    return model
+
+
+def _compile(model: BoundModel, config: ServeConfig, max_model_len: int, console: Console) -> ModelRunner:
+    buckets = make_buckets(max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
+    per_page = bytes_per_page(model.config, model.dtype)
+    most = config.max_num_seqs * buckets.pages_per_row
+    pages = min(most, max(buckets.pages_per_row, _CACHE_BYTES // per_page)) + 1
+    tokens = (pages - 1) * PAGE_SIZE
+    console.print(f"cache    {pages * per_page / 1e6:,.0f} MB, {tokens:,} tokens; at most {max_model_len:,} a request")
+    count = len(buckets.steps()) + len(buckets.heads())
+    with Progress(
+        TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    ) as bar:
+        task = bar.add_task("programs", total=count)
+        return ModelRunner(
+            model,
+            buckets,
+            pages=pages,
+            max_logprobs=config.max_logprobs,
+            on_compiled=_reporter(bar, lambda: bar.advance(task)),
+        )
+
+
+def _reporter(bar: Progress, advance: Callable[[], None]) -> Callable[[Program], None]:
+    def report(program: Program) -> None:
+        advance()
+        bar.console.print(
+            f"  {program.name:<12} lower {program.lower_seconds:5.2f} s  compile {program.compile_seconds:5.2f} s"
+            f"  scratch {program.temp_bytes / 2**20:6.1f} MiB"
+        )
+
+    return report
+
+
+def _fingerprint(config: ServeConfig, model: BoundModel) -> str:
+    """Names the configuration that the numbers come from: versions, platform, dtype."""
+    linears = "packed" if uses_kernels(model) else "xla"
+    return f"fp_jax{jax.__version__}_{jax.default_backend()}_{config.dtype}_{linears}"

@@ -1,0 +1,65 @@
+"""SentencePiece BPE from GGUF metadata (`tokenizer.ggml.model` "llama"): pieces with scores instead of merges."""
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers
+
+from serve.text.gguf_vocabulary import USER_DEFINED, Vocabulary, required_list
+from serve.text.token_bytes import SPACE
+from serve.text.tokenizer import TokenizerError
+
+
+def sentencepiece_backend(vocabulary: Vocabulary) -> Backend:
+    """BPE whose next merge is the one that makes the piece of the highest score, with a fallback to `<0xNN>` bytes.
+
+    Raises:
+        TokenizerError: scores or the unknown token are missing.
+    """
+    vocabulary = _with_marked_spaces(vocabulary)
+    unknown = vocabulary.id_of("unknown")
+    if unknown is None:
+        raise TokenizerError("GGUF: tokenizer.ggml.unknown_token_id is missing")
+    backend = Backend(
+        models.BPE(
+            vocab=vocabulary.ids(),
+            merges=_merges(vocabulary),
+            unk_token=vocabulary.tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    prefix = vocabulary.flag("add_space_prefix", True)
+    replace = normalizers.Replace(" ", SPACE)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if prefix else replace
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    vocabulary.add_special_tokens(backend, add_bos=True)
+    return backend
+
+
+def _with_marked_spaces(vocabulary: Vocabulary) -> Vocabulary:
+    """Runs of spaces, which GGUF files have as user-defined tokens, become ordinary pieces again."""
+    tokens, types = list(vocabulary.tokens), list(vocabulary.types)
+    for index, token in enumerate(tokens):
+        if types[index] == USER_DEFINED and not token.strip(" " + SPACE):
+            tokens[index], types[index] = token.replace(" ", SPACE), 1
+    return Vocabulary(tokens, types, vocabulary.metadata)
+
+
+def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """All pairs of pieces that make a piece: best score first, then lower id, then lower ids of the two halves."""
+    scores = required_list(vocabulary.metadata, "scores")
+    if len(scores) != len(vocabulary.tokens):
+        raise TokenizerError(f"GGUF: {len(vocabulary.tokens)} tokens, but {len(scores)} scores")
+    ids = vocabulary.ids()
+    ranked = []
+    for token, index in ids.items():
+        if vocabulary.types[index] != 1:
+            continue
+        # Whatever their score, runs of spaces come first: SentencePiece looks for user-defined pieces beforehand.
+        score = float("inf") if not token.strip(SPACE) else scores[index]
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in ids and right in ids:
+                ranked.append((-score, index, ids[left], ids[right], left, right))
+    ranked.sort()
+    return [(row[4], row[5]) for row in ranked]

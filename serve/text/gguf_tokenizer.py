@@ -1,0 +1,106 @@
+"""Tokenizer from the metadata of a GGUF file, with the ids of the original tokenizer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from serve.text.gguf_sentencepiece import sentencepiece_backend
+from serve.text.gguf_vocabulary import Vocabulary, read_vocabulary, required_list
+from serve.text.tokenizer import Tokenizer, TokenizerError
+
+
+@dataclass(frozen=True, slots=True)
+class _Pre:
+    """What `tokenizer.ggml.pre` names: how a text is split into words before the merges."""
+
+    split: str | None = None  # the model's published pattern; None is GPT-2's, which `tokenizers` has built in
+    single_digits: bool = False
+    nfc: bool = False
+    ignore_merges: bool = False  # a word that is a token is taken whole
+    add_bos: bool = False  # where the file does not say
+
+
+_GPT2 = _Pre()
+_PRE = {
+    "default": _GPT2,
+    "gpt-2": _GPT2,
+    "smollm": _Pre(single_digits=True),
+    # tokenizer.json of Qwen2 and Qwen2.5.
+    "qwen2": _Pre(
+        split=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+        nfc=True,
+    ),
+    # tokenizer.json of Llama 3: as Qwen2's but for numbers, which are cut into threes.
+    "llama-bpe": _Pre(
+        split=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ignore_merges=True,
+        add_bos=True,
+    ),
+}
+_TEMPLATE_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
+    """Builds the tokenizer; keys are those of the GGUF specification (`docs/gguf.md` of the ggml project).
+
+    Args:
+        metadata: key -> plain Python value. `tokenizer.ggml.model` may be "gpt2" (byte-level BPE) or "llama"
+            (SentencePiece BPE with scores).
+
+    Raises:
+        TokenizerError: a key is missing, contradicts another, or names a kind that is not known.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        raise TokenizerError(f"GGUF: tokenizer.ggml.model {kind!r} is not known; known: gpt2, llama")
+    vocabulary = read_vocabulary(metadata)
+    backend = _byte_level_backend(vocabulary) if kind == "gpt2" else sentencepiece_backend(vocabulary)
+    named = {name: vocabulary.id_of(key) for name, key in _TEMPLATE_NAMES.items()}
+    ends = (vocabulary.id_of("eos"), vocabulary.id_of("eot"))
+    return Tokenizer(
+        backend,
+        eos_token_ids=[index for index in ends if index is not None],
+        special_tokens={name: vocabulary.tokens[index] for name, index in named.items() if index is not None},
+        chat_template=metadata.get("tokenizer.chat_template"),
+    )
+
+
+def _byte_level_backend(vocabulary: Vocabulary) -> Backend:
+    pre = _pre_of(vocabulary.metadata)
+    merges = [tuple(merge.split(" ")) for merge in required_list(vocabulary.metadata, "merges")]
+    if not all(len(merge) == 2 for merge in merges):
+        raise TokenizerError("GGUF: tokenizer.ggml.merges must hold pairs with one space between them")
+    try:
+        model = models.BPE(vocab=vocabulary.ids(), merges=merges, ignore_merges=pre.ignore_merges)
+    except Exception as error:  # `tokenizers` raises no narrower class for a merge it cannot make
+        raise TokenizerError(f"GGUF: tokenizer.ggml.merges do not fit the tokens: {error}") from error
+    backend = Backend(model)
+    if pre.nfc:
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(_splitters(pre))
+    backend.decoder = decoders.ByteLevel()
+    vocabulary.add_special_tokens(backend, add_bos=pre.add_bos)
+    return backend
+
+
+def _splitters(pre: _Pre) -> list[pre_tokenizers.PreTokenizer]:
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if pre.single_digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if pre.split is not None:
+        steps.append(pre_tokenizers.Split(Regex(pre.split), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.split is None))
+    return steps
+
+
+def _pre_of(metadata: Mapping[str, Any]) -> _Pre:
+    # No default where the key is absent: the wrong split gives ids that look right and are not.
+    name = metadata.get("tokenizer.ggml.pre")
+    if name not in _PRE:
+        raise TokenizerError(f"GGUF: tokenizer.ggml.pre {name!r} is not known; known: {', '.join(sorted(_PRE))}")
+    return _PRE[name]

@@ -1,0 +1,94 @@
+"""The vocabulary that GGUF metadata describes, checked. Keys: `docs/gguf.md` of the ggml project, "Tokenizer"."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, processors
+
+from serve.text.tokenizer import TokenizerError
+
+_PREFIX = "tokenizer.ggml."
+# Numbers of `tokenizer.ggml.token_type`.
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Tokens by id with their types, and the metadata for what else one kind of tokenizer needs."""
+
+    tokens: list[str]
+    types: list[int]
+    metadata: Mapping[str, Any]
+
+    def id_of(self, name: str) -> int | None:
+        """The id in `tokenizer.ggml.<name>_token_id`, None where the key is absent.
+
+        Raises:
+            TokenizerError: it is not the id of a token.
+        """
+        value = self.metadata.get(f"{_PREFIX}{name}_token_id")
+        if value is None:
+            return None
+        if type(value) is not int or not 0 <= value < len(self.tokens):
+            raise TokenizerError(f"GGUF: {_PREFIX}{name}_token_id {value!r} is not below {len(self.tokens)}")
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        """The boolean `tokenizer.ggml.<name>`."""
+        return bool(self.metadata.get(_PREFIX + name, default))
+
+    def ids(self) -> dict[str, int]:
+        """Token -> id, without the unused ones that only pad the model's vocabulary."""
+        return {token: index for index, token in enumerate(self.tokens) if self.types[index] != UNUSED}
+
+    def add_special_tokens(self, backend: Tokenizer, *, add_bos: bool) -> None:
+        """Puts into `backend` the tokens that match text before anything else, and what surrounds a text.
+
+        Args:
+            add_bos: whether a text begins with BOS where the file does not say.
+        """
+        backend.add_tokens(
+            [
+                AddedToken(token, special=kind == CONTROL, normalized=False)
+                for token, kind in zip(self.tokens, self.types, strict=True)
+                if kind in (CONTROL, USER_DEFINED)
+            ]
+        )
+        around = {
+            "bos": self.id_of("bos") if self.flag("add_bos_token", add_bos) else None,
+            "eos": self.id_of("eos") if self.flag("add_eos_token", False) else None,
+        }
+        present = {name: index for name, index in around.items() if index is not None}
+        if present:
+            # The names stand for the ids; the tokens' own text could hold the template's colon.
+            backend.post_processor = processors.TemplateProcessing(
+                single=[name for name in ("bos", "$A", "eos") if name == "$A" or name in present],
+                special_tokens=[
+                    {"id": name, "ids": [index], "tokens": [self.tokens[index]]} for name, index in present.items()
+                ],
+            )
+
+
+def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
+    """Reads tokens and token types.
+
+    Raises:
+        TokenizerError: a key is missing, or the two differ in length.
+    """
+    tokens, types = required_list(metadata, "tokens"), required_list(metadata, "token_type")
+    if len(tokens) != len(types):
+        raise TokenizerError(f"GGUF: {len(tokens)} tokens, but {len(types)} token types")
+    return Vocabulary(tokens, types, metadata)
+
+
+def required_list(metadata: Mapping[str, Any], name: str) -> list[Any]:
+    """The list `tokenizer.ggml.<name>`.
+
+    Raises:
+        TokenizerError: it is missing or empty.
+    """
+    value = metadata.get(_PREFIX + name)
+    if not value or not isinstance(value, list):
+        raise TokenizerError(f"GGUF: {_PREFIX}{name} is missing")
+    return value

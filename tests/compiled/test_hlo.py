@@ -1,0 +1,246 @@
+"""Reading HLO text: numbers that can be checked by hand, then what the compiled steps of a tiny model promise."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import pytest
+
+from compiled import hlo
+from compiled.hlo import Operation, Totals
+from compiled.programs import compile_plans
+from compiled.runner import make_plans
+from compiled.shapes import Buckets
+from compiled.state import DeviceState
+from model.config import config_from_hf
+from model.kv_cache import cache_shape
+from model.transformer import abstract_weights, bind
+from tests.model.tiny import tiny_configs
+
+TEXT = """HloModule jit_toy, is_scheduled=true, input_output_alias={ {1}: (2, {}, may-alias) }, entry_computation_layout={}
+
+%adds (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%takes_a_row (table: bf16[100,64], id: s32[1]) -> f32[1,64] {
+  %id = s32[1]{0} parameter(1)
+  %table = bf16[100,64]{1,0} parameter(0)
+  %gather.1 = bf16[1,64]{1,0} gather(%table, %id), offset_dims={1}, slice_sizes={1,64}
+  ROOT %convert.1 = f32[1,64]{1,0} convert(%gather.1), metadata={op_name="jit(toy)/gather"}
+}
+
+%writes_a_row (cache: f32[50,64], row: f32[1,64], at: s32[]) -> f32[50,64] {
+  %cache = f32[50,64]{1,0} parameter(0)
+  %row = f32[1,64]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %dynamic-update-slice.1 = f32[50,64]{1,0} dynamic-update-slice(%cache, %row, %at, %zero)
+}
+
+%multiplies (x: f32[4,64], w: f32[10,64]) -> f32[4,10] {
+  %x.1 = f32[4,64]{1,0} parameter(0)
+  %w.1 = f32[10,64]{1,0} parameter(1)
+  ROOT %dot.1 = f32[4,10]{1,0} dot(%x.1, %w.1), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+%body (carry: (s32[], f32[4,64], f32[10,64])) -> (s32[], f32[4,64], f32[10,64]) {
+  %carry = (s32[], f32[4,64]{1,0}, /*index=2*/f32[10,64]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  %x = f32[4,64]{1,0} get-tuple-element(%carry), index=1
+  %w = f32[10,64]{1,0} get-tuple-element(%carry), index=2
+  %copy.1 = f32[4,64]{1,0} copy(%x)
+  %fusion.3 = f32[4,10]{1,0} fusion(%x, %w), kind=kLoop, calls=%multiplies, metadata={op_name="jit(toy)/layer_0/attention/while/body/dot_general" stack_frame_id=3}
+  ROOT %tuple.1 = (s32[], f32[4,64]{1,0}, f32[10,64]{1,0}) tuple(%i, %copy.1, %w)
+}
+
+%condition (carry.1: (s32[], f32[4,64], f32[10,64])) -> pred[] {
+  %carry.1 = (s32[], f32[4,64]{1,0}, f32[10,64]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%carry.1), index=0
+  %three = s32[] constant(3)
+  ROOT %lt = pred[] compare(%i.1, %three), direction=LT
+}
+
+%branch (y: f32[4,16]) -> f32[4,16] {
+  %y.1 = f32[4,16]{1,0} parameter(0)
+  ROOT %negate.1 = f32[4,16]{1,0} negate(%y.1), metadata={op_name="jit(toy)/sample/cond/branch_0_fun/neg"}
+}
+
+%compares (z: f32[4,16], own: f32[4,1]) -> s32[4,16] {
+  %z = f32[4,16]{1,0} parameter(0)
+  %own = f32[4,16]{1,0} parameter(1)
+  %gt = pred[4,16]{1,0} compare(%z, %own), direction=GT, metadata={op_name="jit(toy)/logprobs/rank/gt" stack_frame_id=7}
+  ROOT %ahead = s32[4,16]{1,0} convert(%gt)
+}
+
+ENTRY %main (table.1: bf16[100,64], id.1: s32[1], cache.1: f32[50,64]) -> (f32[4,16], f32[50,64]) {
+  %table.1 = bf16[100,64]{1,0} parameter(0), metadata={op_name="arguments[0]"}
+  %id.1 = s32[1]{0} parameter(1)
+  %cache.1 = f32[50,64]{1,0} parameter(2)
+  %number = s32[] constant(0)
+  %fusion.1 = f32[1,64]{1,0} fusion(%table.1, %id.1), kind=kLoop, calls=%takes_a_row, metadata={op_name="jit(toy)/gather"}
+  %fusion.2 = f32[50,64]{1,0} fusion(%cache.1, %fusion.1, %number), kind=kLoop, calls=%writes_a_row, metadata={op_name="jit(toy)/layer_0/attention/scatter"}
+  %x.2 = f32[4,64]{1,0} broadcast(%number), dimensions={}, metadata={op_name="jit(toy)/layer_0/attention/broadcast"}
+  %w.2 = f32[10,64]{1,0} slice(%fusion.2), slice={[0:10], [0:64]}, metadata={op_name="jit(toy)/layer_0/mlp/slice"}
+  %tuple.2 = (s32[], f32[4,64]{1,0}, f32[10,64]{1,0}) tuple(%number, %x.2, %w.2)
+  %while.1 = (s32[], f32[4,64]{1,0}, f32[10,64]{1,0}) while(%tuple.2), condition=%condition, body=%body, metadata={op_name="jit(toy)/layer_0/attention/while"}
+  %x.3 = f32[4,64]{1,0} get-tuple-element(%while.1), index=1
+  %packed = bf16[1,32,32,2]{3,2,1,0} broadcast(%number), dimensions={}
+  %bf = bf16[4,64]{1,0} convert(%x.3), metadata={op_name="jit(toy)/head/convert_element_type"}
+  %ffi_call.1 = f32[4,16]{1,0} custom-call(%bf, %packed), custom_call_target="logprobd_linear", api_version=API_VERSION_TYPED_FFI, metadata={op_name="jit(toy)/head/ffi_call"}, backend_config={}
+  %conditional.1 = f32[4,16]{1,0} conditional(%number, %ffi_call.1, %ffi_call.1), branch_computations={%branch, %branch}, metadata={op_name="jit(toy)/sample/cond"}
+  %fusion.4 = s32[4,16]{1,0} fusion(%conditional.1, %ffi_call.1), kind=kLoop, calls=%compares, metadata={op_name="jit(toy)/logprobs/rank/convert_element_type"}
+  %reduce.1 = s32[4]{0} reduce(%fusion.4, %number), dimensions={1}, to_apply=%adds
+  ROOT %result = (f32[4,16]{1,0}, f32[50,64]{1,0}) tuple(%conditional.1, %fusion.2)
+}
+"""  # noqa: E501
+
+# By hand. float32 and int32 have 4 bytes, bfloat16 has 2.
+EXPECTED = [
+    Operation("fusion.1", "fusion", "f32[1,64]", 64 * 2 + 4 + 64 * 4, 0, "other"),  # one row of the table, not 100
+    Operation("fusion.2", "fusion", "f32[50,64]", 2 * 64 * 4 + 4, 0, "attention"),  # a row read, a row written
+    Operation("x.2", "broadcast", "f32[4,64]", 4 + 4 * 64 * 4, 0, "attention"),
+    Operation("w.2", "slice", "f32[10,64]", 2 * 10 * 64 * 4, 0, "mlp"),
+    Operation("while.1", "while", "(s32[], f32[4,64], f32[10,64])", 0, 0, "attention"),
+    Operation("lt", "compare", "pred[]", 4 + 4 + 1, 0, "attention"),
+    Operation("copy.1", "copy", "f32[4,64]", 2 * 4 * 64 * 4, 0, "attention"),
+    Operation("fusion.3", "fusion", "f32[4,10]", (4 * 64 + 10 * 64 + 4 * 10) * 4, 2 * 4 * 10 * 64, "attention"),
+    Operation("packed", "broadcast", "bf16[1,32,32,2]", 4 + 32 * 32 * 2 * 2, 0, "other"),
+    Operation("bf", "convert", "bf16[4,64]", 4 * 64 * (4 + 2), 0, "head"),
+    Operation("ffi_call.1", "custom-call", "f32[4,16]", 4 * 64 * 2 + 32 * 64 * 2 + 4 * 16 * 4, 2 * 4 * 16 * 64, "head"),
+    Operation("conditional.1", "conditional", "f32[4,16]", 0, 0, "sample"),
+    Operation("negate.1", "negate", "f32[4,16]", 2 * 4 * 16 * 4, 0, "sample"),
+    Operation("negate.1", "negate", "f32[4,16]", 2 * 4 * 16 * 4, 0, "sample"),
+    Operation("fusion.4", "fusion", "s32[4,16]", 3 * 4 * 16 * 4, 0, "rank"),
+    Operation("reduce.1", "reduce", "s32[4]", 4 * 16 * 4 + 4 + 4 * 4, 0, "rank"),  # named nothing: as its operand
+]
+
+
+def test_operations_of_a_text_counted_by_hand() -> None:
+    assert hlo.operations(TEXT) == EXPECTED
+
+
+def test_totals_by_scope() -> None:
+    totals = hlo.by_scope(hlo.operations(TEXT))
+    assert totals["head"] == Totals(1536 + 4864, 8192)
+    assert sum(total.bytes for total in totals.values()) == sum(operation.bytes for operation in EXPECTED)
+    assert list(totals) == sorted(totals, key=lambda scope: -totals[scope].bytes)
+
+
+def test_rank_comparison_is_found_by_its_scope_alone() -> None:
+    assert hlo.rank_comparison(TEXT) == ["%gt = pred[4,16] compare(%z, %own), direction=GT"]
+
+
+def test_results_and_donations() -> None:
+    assert hlo.result_shapes(TEXT) == ["f32[4,16]", "f32[50,64]"]
+    assert hlo.donations(TEXT) == {1: 2}
+
+
+def test_metadata_is_cut_out() -> None:
+    line = '%a = f32[] add(%b, %c), metadata={op_name="vmap({x})" stack_frame_id=1}, backend_config={"a":"b"}'
+    assert hlo.without_metadata(line) == '%a = f32[] add(%b, %c), backend_config={"a":"b"}'
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("pred[3]", 3),
+        ("s4[3]", 2),
+        ("bf16[]", 2),
+        ("f8e4m3fn[5,2]", 10),
+        ("u64[0,7]", 0),
+        ("token[]", 0),
+        ("(f32[2], (s32[2], u8[1]))", 17),
+    ],
+)
+def test_bytes_of_a_shape(shape: str, size: int) -> None:
+    text = f"ENTRY %main (x: {shape}) -> {shape} {{\n  %x = {shape} parameter(0)\n  ROOT %y = {shape} copy(%x)\n}}\n"
+    assert [operation.bytes for operation in hlo.operations(text)] == [2 * size]
+
+
+def test_a_text_without_entry_is_refused() -> None:
+    for read in (hlo.operations, hlo.result_shapes, hlo.rank_comparison):
+        with pytest.raises(ValueError, match="no ENTRY"):
+            read("HloModule nothing\n")
+
+
+# A real program: 2 layers, and sizes that no other axis has, V above all.
+CONFIG = config_from_hf(tiny_configs()["llama"])
+PAGES = 9
+V = CONFIG.vocab_size
+PROGRAMS = ("decode_1", "decode_4", "prefill_16", "sample_1", "score_8")
+STEPS = ("decode_1", "decode_4", "prefill_16")
+
+
+@pytest.fixture(scope="module")
+def texts() -> Mapping[str, str]:
+    """HLO of every program of the tiny model; nothing but shapes is needed to compile it."""
+    dtype = jnp.dtype(jnp.float32)
+    model = bind(CONFIG, dtype, abstract_weights(CONFIG, dtype))
+    buckets = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=8, pages_per_row=4)
+    plans = make_plans(model, buckets, DeviceState(cache_shape(CONFIG, PAGES, dtype)), k=5)
+    return {program.name: hlo.hlo_text(program) for program in compile_plans(plans)}
+
+
+def axes(shapes: list[str]) -> set[str]:
+    return {axis for shape in shapes for axis in shape.partition("[")[2].rstrip("]").split(",")}
+
+
+def test_the_text_names_no_file(texts: Mapping[str, str]) -> None:
+    assert set(texts) == set(PROGRAMS)
+    for text in texts.values():
+        assert text.startswith("HloModule jit_")
+        assert ".py" not in text
+
+
+@pytest.mark.parametrize(("name", "rows"), [("decode_1", 1), ("decode_4", 4), ("sample_1", 1), ("score_8", 8)])
+def test_the_rank_compares_with_the_whole_vocabulary(texts: Mapping[str, str], name: str, rows: int) -> None:
+    lines = [line for line in hlo.rank_comparison(texts[name]) if f"pred[{rows},{V}]" in line]
+    assert sorted(line.rpartition("direction=")[2] for line in lines) == ["EQ", "GT", "LT"]
+
+
+def test_prefill_ranks_nothing(texts: Mapping[str, str]) -> None:
+    assert hlo.rank_comparison(texts["prefill_16"]) == []
+    assert f"f32[16,{V}]" not in texts["prefill_16"]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_no_array_over_the_vocabulary_leaves(texts: Mapping[str, str], name: str) -> None:
+    assert str(V) not in axes(hlo.result_shapes(texts[name]))
+
+
+@pytest.mark.parametrize(("name", "rows"), [("decode_4", 4), ("score_8", 8)])
+def test_logits_exist_inside_for_the_rows_of_the_step_only(texts: Mapping[str, str], name: str, rows: int) -> None:
+    inside = {operation.shape for operation in hlo.operations(texts[name]) if operation.scope == "head"}
+    assert inside == {f"f32[{rows},{V}]"}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_cache_is_donated_and_never_copied(texts: Mapping[str, str], name: str) -> None:
+    results = hlo.result_shapes(texts[name])
+    pages = f"f32[{PAGES},{CONFIG.num_kv_heads},64,{CONFIG.head_dim}]"
+    hidden = f"f32[{PAGES},64,{CONFIG.hidden_size}]"
+    donated = hlo.donations(texts[name])
+    assert [results[i] for i in sorted(donated)] == [pages] * (2 * CONFIG.num_layers) + [hidden]
+    assert len(set(donated.values())) == len(donated)
+    copied = {operation.shape for operation in hlo.operations(texts[name]) if operation.opcode == "copy"}
+    assert not copied & {pages, hidden}
+
+
+def test_prefill_returns_the_cache_alone(texts: Mapping[str, str]) -> None:
+    assert sorted(hlo.donations(texts["prefill_16"])) == list(range(len(hlo.result_shapes(texts["prefill_16"]))))
+
+
+@pytest.mark.parametrize("name", ["sample_1", "score_8"])
+def test_the_head_programs_leave_the_cache_where_it_is(texts: Mapping[str, str], name: str) -> None:
+    assert hlo.donations(texts[name]) == {}
+    assert len(hlo.result_shapes(texts[name])) == {"sample_1": 5, "score_8": 4}[name]
+
+
+def test_matrix_products_of_a_decode_step(texts: Mapping[str, str]) -> None:
+    totals = hlo.by_scope(hlo.operations(texts["decode_4"]))
+    D, F, rows = CONFIG.hidden_size, CONFIG.intermediate_size, 4
+    assert totals["mlp"].flops == 2 * rows * 3 * D * F * CONFIG.num_layers
+    assert totals["head"].flops == 2 * rows * D * V
+    assert totals["rank"].flops == 0

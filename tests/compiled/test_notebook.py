@@ -1,0 +1,72 @@
+"""The notebook runs from its first cell to its last, and shows what its text talks about."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parents[2] / "compiled"
+NOTEBOOK = FOLDER / "inspect_hlo.ipynb"
+PROGRAMS = ("decode_1", "decode_4", "prefill_64", "sample_1", "score_64")
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The notebook with fresh outputs, run where Jupyter would run it, by the interpreter of this test."""
+    folder = tmp_path_factory.mktemp("jupyter")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "MPLCONFIGDIR"):
+            environment.setenv(name, str(folder))
+        # Without folders to look in, the only kernel known is ipykernel in sys.executable.
+        manager = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+        NotebookClient(notebook, km=manager, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
+        yield notebook
+
+
+def outputs(notebook: Any) -> list[Any]:
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def printed(notebook: Any) -> str:
+    return "".join(output.text for output in outputs(notebook) if output.output_type == "stream")
+
+
+def images(notebook: Any) -> list[str]:
+    return [output.data["image/png"] for output in outputs(notebook) if "image/png" in output.get("data", {})]
+
+
+def check_story(notebook: Any) -> None:
+    """What a reader has to find among the outputs."""
+    text = printed(notebook)
+    rows = [line.split()[0] for line in text.splitlines() if line.endswith(" Gflop")]
+    assert rows == list(PROGRAMS)
+    for direction in ("GT", "EQ", "LT"):
+        assert any("= pred[1,49152] compare(" in line for line in text.splitlines() if line.endswith(direction))
+    assert "copies of an array like bf16[33,3,64,64]: 0" in text
+    assert "prefill_64 no logits at all" in text
+    assert "score_64   ['f32[64]', 's32[64]', 's32[64,20]', 'f32[64,20]']" in text
+    assert len(images(notebook)) == 2
+
+
+def test_it_runs_and_tells_its_story(executed: Any) -> None:
+    assert [output for output in outputs(executed) if output.output_type == "error"] == []
+    assert [output.text for output in outputs(executed) if output.get("name") == "stderr"] == []
+    check_story(executed)
+
+
+def test_the_stored_outputs_tell_the_same_story() -> None:
+    check_story(nbformat.read(NOTEBOOK, as_version=4))
+
+
+def test_the_stored_file_is_small_and_names_no_file_of_a_machine() -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    assert sum(len(image) for image in images(notebook)) < 300_000
+    text = printed(notebook)
+    assert ".py" not in text
+    assert "site-packages" not in text

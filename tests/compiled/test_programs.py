@@ -1,0 +1,139 @@
+"""Programs: nothing runs that was not compiled, failures are raised, and the persistent cache mends itself."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from compiled.programs import Plan, Program, UnknownShapeError, compile_plans
+from compiled.shapes import HeadShape, StepShape
+
+ROOT = Path(__file__).parents[2]
+VECTOR = jax.ShapeDtypeStruct((4,), jnp.float32)
+
+
+def double(x: Any) -> Any:
+    return 2 * x
+
+
+def plan(rows: int) -> Plan:
+    return Plan(StepShape(rows, 1, 1), double, (jax.ShapeDtypeStruct((rows,), jnp.float32),))
+
+
+def test_each_plan_is_compiled_once_and_told() -> None:
+    told: list[Program] = []
+    programs = compile_plans([plan(2), plan(3)], told.append)
+    assert {program.name for program in told} == {"decode_2", "decode_3"}
+    assert {program.shape for program in programs} == {StepShape(2, 1, 1), StepShape(3, 1, 1)}
+    assert all(program.lower_seconds > 0 and program.compile_seconds > 0 for program in programs)
+    assert all(program.temp_bytes >= 0 for program in programs)
+    np.testing.assert_array_equal(programs[StepShape(3, 1, 1)].compiled(np.ones(3, np.float32)), np.full(3, 2.0))
+
+
+def test_an_unknown_shape_raises() -> None:
+    programs = compile_plans([plan(2)])
+    for shape in (StepShape(3, 1, 1), StepShape(2, 1, 2), HeadShape(2, samples=True)):
+        with pytest.raises(UnknownShapeError, match="no program was compiled"):
+            programs[shape]
+
+
+@pytest.mark.parametrize(
+    "argument", [np.ones(3, np.float32), np.ones((2, 2), np.float32), np.ones(2, np.int32), np.ones(2, jnp.bfloat16)]
+)
+def test_a_program_refuses_what_it_was_not_compiled_for(argument: Any) -> None:
+    program = compile_plans([plan(2)])[StepShape(2, 1, 1)]
+    with pytest.raises(TypeError, match="computation was compiled"):
+        program.compiled(argument)
+
+
+def test_the_executable_bears_the_name_of_its_shape() -> None:
+    program = compile_plans([plan(2)])[StepShape(2, 1, 1)]
+    text = program.compiled.as_text()
+    assert text is not None
+    assert text.startswith("HloModule jit_decode_2,")
+
+
+def test_donated_arguments_are_given_up() -> None:
+    shape = HeadShape(4, samples=False)
+    program = compile_plans([Plan(shape, double, (VECTOR,), donate=(0,))])[shape]
+    x = jnp.ones(4)
+    np.testing.assert_array_equal(program.compiled(x), np.full(4, 2.0))
+    assert x.is_deleted()
+
+
+def test_a_failure_is_raised() -> None:
+    def wrong(x: Any) -> Any:
+        raise ValueError(f"cannot trace {x.shape}")
+
+    bad = Plan(HeadShape(4, samples=True), wrong, (VECTOR,))
+    with pytest.raises(ValueError, match="cannot trace"):
+        compile_plans([plan(2), bad, plan(3)])
+
+
+CACHE_SCRIPT = """
+import logging, os, stat, sys, warnings
+from pathlib import Path
+
+warnings.simplefilter("error")
+import jax, jax.monitoring, jax.numpy as jnp
+import numpy as np
+
+from compiled.programs import Plan, compile_plans, use_persistent_cache
+from compiled.shapes import StepShape
+
+directory = Path(sys.argv[1])
+directory.mkdir(parents=True, mode=0o755)  # there before, and open to others
+os.umask(0)
+use_persistent_cache(directory)
+assert stat.S_IMODE(directory.stat().st_mode) == 0o700, oct(directory.stat().st_mode)
+
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("/cache_hits") else None)
+shape = StepShape(4, 1, 1)
+
+
+def function(x):
+    return jnp.sin(x) @ x
+
+
+def run():
+    hits.clear()
+    plan = Plan(shape, function, (jax.ShapeDtypeStruct((4,), jnp.float32),))
+    result = compile_plans([plan])[shape].compiled(np.arange(4, dtype=np.float32))
+    return len(hits), float(result)
+
+
+def entries():
+    return sorted(directory.glob("jit_decode_4-*-cache"))
+
+
+cold, first = run()
+(entry,) = entries()
+whole = entry.stat().st_size
+print("cold", cold, "first", first)
+warm, second = run()
+print("warm", warm, second == first)
+
+for size in (whole // 2, 0):
+    entry.write_bytes(entry.read_bytes()[:size])
+    torn, third = run()
+    assert entries() == [entry]
+    print("torn", torn, third == first, entry.stat().st_size > size)
+    mended, fourth = run()
+    print("mended", mended, fourth == first)
+"""
+
+
+def test_the_persistent_cache_is_private_read_and_mended(tmp_path: Path) -> None:
+    """In a process of its own, so that this one's jax configuration stays as it is."""
+    command = [sys.executable, "-W", "error", "-c", CACHE_SCRIPT, str(tmp_path / "programs")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("cold 0 ")
+    assert done.stdout.splitlines()[1:] == ["warm 1 True", *["torn 0 True True", "mended 1 True"] * 2]
+    assert done.stderr == ""

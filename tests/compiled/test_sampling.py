@@ -1,0 +1,219 @@
+"""Choosing tokens: which ones can be drawn, how often, and what a seed promises; against numpy in float64."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from compiled.sampling import _kth_largest, choose_tokens
+from compiled.state import MAX_BANNED, SamplingArrays, greedy_sampling
+
+V = 300
+DRAWS = 4096
+
+_choose = jax.jit(choose_tokens)
+kth_largest = jax.jit(_kth_largest)
+
+
+@dataclass(frozen=True)
+class Filters:
+    """One row's way of sampling."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    banned: tuple[int, ...] = ()
+
+
+GREEDY = Filters(temperature=0.0)
+FILTERS = {
+    "plain": Filters(),
+    "cold": Filters(temperature=0.6),
+    "hot": Filters(temperature=1.7),
+    "top_k": Filters(top_k=10),
+    "top_p": Filters(top_p=0.8),
+    "min_p": Filters(min_p=0.1),
+    "top_k_then_top_p": Filters(top_k=25, top_p=0.7),
+    "min_p_then_top_p": Filters(min_p=0.15, top_p=0.75),
+    "min_p_below_top_k": Filters(min_p=0.3, top_k=40, top_p=0.9),
+    "all": Filters(temperature=1.3, min_p=0.04, top_k=20, top_p=0.85),
+    "top_k_above_the_vocabulary": Filters(temperature=1.5, top_k=1000, top_p=0.6),
+    "banned": Filters(temperature=0.8, top_k=12, top_p=0.9, banned=(0, 1, 2, 150, 299)),
+}
+
+
+def arrays(rows: list[Filters], seeds: Any = None, step: int = 0) -> SamplingArrays:
+    """Sampling arrays of the rows; row i has seed i unless told."""
+    sampling = greedy_sampling(len(rows))
+    sampling.seed[:, 1] = np.arange(len(rows)) if seeds is None else seeds
+    sampling.step[:] = step
+    for i, row in enumerate(rows):
+        sampling.temperature[i] = row.temperature
+        sampling.top_k[i] = row.top_k
+        sampling.top_p[i] = row.top_p
+        sampling.min_p[i] = row.min_p
+        sampling.banned[i, : len(row.banned)] = row.banned
+    return sampling
+
+
+def choose(logits: NDArray[np.float32], sampling: SamplingArrays) -> NDArray[np.int32]:
+    return np.asarray(_choose(logits, sampling))
+
+
+def reference(logits: NDArray[np.float32], row: Filters) -> NDArray[np.float64]:
+    """Probability of every token [V]: temperature, min_p, top_k, top_p, in that order, ties by lower id."""
+    x = logits.astype(np.float64)
+    x[list(row.banned)] = -np.inf
+    p = np.exp((x - x.max()) / row.temperature)
+    p[p < row.min_p * p.max()] = 0
+    order = np.argsort(-p, kind="stable")
+    if row.top_k:
+        p[order[row.top_k :]] = 0
+    p /= p.sum()
+    ahead = np.cumsum(p[order]) - p[order]
+    p[order[ahead >= row.top_p]] = 0
+    return p / p.sum()
+
+
+def smooth_logits() -> NDArray[np.float32]:
+    """The best tokens lie anywhere, and none of the filters above cuts within rounding of a token."""
+    return (np.random.default_rng(5).standard_normal(V) * 1.5).astype(np.float32)
+
+
+def tied_logits() -> NDArray[np.float32]:
+    return np.random.default_rng(6).integers(-2, 3, V).astype(np.float32)
+
+
+def check_frequencies(tokens: NDArray[np.int32], expected: NDArray[np.float64]) -> None:
+    """Nothing outside the allowed set, and a chi-square inside it (rare tokens taken together)."""
+    counts = np.bincount(tokens, minlength=V)
+    assert not counts[expected == 0].any(), np.flatnonzero((expected == 0) & (counts > 0))
+    mean = expected * len(tokens)
+    common = mean >= 8
+    if (rest := mean[~common].sum()) >= 8:
+        mean, counts = np.append(mean[common], rest), np.append(counts[common], counts[~common].sum())
+    else:
+        mean, counts = mean[common], counts[common]
+    freedom = len(mean) - 1
+    chi_square = ((counts - mean) ** 2 / mean).sum()
+    assert chi_square < freedom + 4 * np.sqrt(2 * freedom), (chi_square, freedom)
+
+
+@pytest.mark.parametrize("make_logits", [smooth_logits, tied_logits])
+@pytest.mark.parametrize("name", FILTERS)
+def test_draws_follow_the_renormalised_allowed_distribution(name: str, make_logits: Any) -> None:
+    logits, row = make_logits(), FILTERS[name]
+    tokens = choose(np.tile(logits, (DRAWS, 1)), arrays([row] * DRAWS))
+    check_frequencies(tokens, reference(logits, row))
+
+
+def test_steps_of_one_seed_are_draws_of_their_own() -> None:
+    logits, row = smooth_logits(), FILTERS["top_p"]
+    sampling = arrays([row] * DRAWS, seeds=1234)
+    sampling.step[:] = np.arange(DRAWS)
+    check_frequencies(choose(np.tile(logits, (DRAWS, 1)), sampling), reference(logits, row))
+
+
+@pytest.mark.parametrize("word", [0, 1])
+def test_both_words_of_a_seed_count(word: int) -> None:
+    logits, row = smooth_logits(), FILTERS["plain"]
+    sampling = arrays([row] * DRAWS, seeds=7)
+    sampling.seed[:, word] = np.arange(DRAWS) + 1000
+    check_frequencies(choose(np.tile(logits, (DRAWS, 1)), sampling), reference(logits, row))
+
+
+@pytest.mark.parametrize("make_logits", [smooth_logits, tied_logits])
+def test_a_row_alone_and_in_a_mixed_crowd(make_logits: Any) -> None:
+    logits = make_logits()
+    others = [GREEDY, *FILTERS.values()]
+    rng = np.random.default_rng(7)
+    for row in FILTERS.values():
+        alone = int(choose(logits[None], arrays([row], seeds=99, step=3))[0])
+        assert reference(logits, row)[alone] > 0
+        for R in (2, 4, 8, 16, 64):
+            place = int(rng.integers(R))
+            crowd = rng.standard_normal((R, V)).astype(np.float32) * 3
+            crowd[place] = logits
+            rows = [others[i % len(others)] for i in range(R)]
+            rows[place] = row
+            sampling = arrays(rows, step=11)
+            sampling.seed[place], sampling.step[place] = (0, 99), 3
+            assert choose(crowd, sampling)[place] == alone
+
+
+@pytest.mark.parametrize("crowd", [GREEDY, FILTERS["all"]])
+def test_greedy_is_the_stable_argmax(crowd: Filters) -> None:
+    logits = np.random.default_rng(8).integers(-2, 3, (64, V)).astype(np.float32)
+    logits[5] = 1.0
+    logits[6, [20, 280]] = -0.0, 0.0
+    logits[6, np.setdiff1d(np.arange(V), [20, 280])] = -1.0
+    rows = [GREEDY] * 63 + [crowd]  # one row that samples takes the other branch
+    tokens = choose(logits, arrays(rows))
+    np.testing.assert_array_equal(tokens[:63], logits[:63].argmax(axis=1))
+    assert tokens[5] == 0
+    assert tokens[6] == 20
+
+
+def test_greedy_never_takes_a_banned_token() -> None:
+    logits = np.random.default_rng(9).standard_normal((64, V)).astype(np.float32)
+    order = np.argsort(-logits, axis=1, kind="stable")
+    for count in (1, MAX_BANNED):
+        rows = [Filters(temperature=0.0, banned=tuple(map(int, order[i, :count]))) for i in range(64)]
+        np.testing.assert_array_equal(choose(logits, arrays(rows)), order[:, count])
+
+
+def test_a_ban_concerns_its_row_alone() -> None:
+    logits = np.tile(smooth_logits(), (64, 1))
+    best = int(logits[0].argmax())
+    rows = [GREEDY] * 63 + [Filters(temperature=0.0, banned=(best,))]
+    tokens = choose(logits, arrays(rows))
+    assert (tokens[:63] == best).all()
+    assert tokens[63] != best
+
+
+@pytest.mark.parametrize("row", [Filters(top_k=1), Filters(top_p=1e-6), Filters(top_p=1e-45), Filters(min_p=1.0)])
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 2.0])
+def test_filters_that_leave_one_token(row: Filters, temperature: float) -> None:
+    logits = np.random.default_rng(10).standard_normal((64, V)).astype(np.float32) * 3
+    rows = [replace(row, temperature=temperature)] * 64
+    np.testing.assert_array_equal(choose(logits, arrays(rows)), logits.argmax(axis=1))
+
+
+def test_large_logits_at_a_low_temperature_stay_numbers() -> None:
+    logits = np.random.default_rng(11).standard_normal((64, V)).astype(np.float32) * 1e4
+    rows = [Filters(temperature=0.01, top_k=5, top_p=0.9, min_p=0.1)] * 64
+    np.testing.assert_array_equal(choose(logits, arrays(rows)), logits.argmax(axis=1))
+
+
+def test_rows_without_numbers_end_and_leave_the_others_alone() -> None:
+    logits = np.tile(smooth_logits(), (64, 1))
+    sampling = arrays([FILTERS["all"]] * 64)
+    clean = choose(logits, sampling)
+    logits[3, 40] = np.nan
+    logits[4] = np.nan
+    logits[5, 7] = np.inf
+    tokens = choose(logits, sampling)
+    assert ((tokens >= 0) & (tokens < V)).all()
+    np.testing.assert_array_equal(np.delete(tokens, [3, 4, 5]), np.delete(clean, [3, 4, 5]))
+
+
+def test_kth_largest() -> None:
+    special = np.float32([-np.inf, np.inf, -1e38, 1e38, 0.0, -1.5, -1.5, 1.5, 1e-38, -1e-38])
+    x = np.random.default_rng(12).standard_normal((64, V)).astype(np.float32) * 50
+    x[:, 100 : 100 + len(special)] = special
+    x[1] = -np.abs(x[1])
+    x[2] = np.round(x[2] / 40)
+    x[3] = -np.inf
+    x[4] = 3.0
+    falling = -np.sort(-x, axis=1)
+    for k in (1, 2, 3, 50, 150, V - 1, V):
+        result = np.asarray(kth_largest(x, np.full(64, k, np.int32)))
+        np.testing.assert_array_equal(result, falling[:, k - 1])
+    each_its_own = np.arange(1, 65, dtype=np.int32)
+    np.testing.assert_array_equal(np.asarray(kth_largest(x, each_its_own)), falling[np.arange(64), each_its_own - 1])
+    np.testing.assert_array_equal(np.asarray(kth_largest(x, np.zeros(64, np.int32))), falling[:, 0])
+    np.testing.assert_array_equal(np.asarray(kth_largest(x, np.full(64, 10**6, np.int32))), falling[:, -1])

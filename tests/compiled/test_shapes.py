@@ -1,0 +1,46 @@
+"""Buckets: every size fits the smallest shape that holds it, and no other shape exists."""
+
+import pytest
+
+from compiled.shapes import Buckets, HeadShape, StepShape, bucket, make_buckets
+from model.kv_cache import PAGE_SIZE
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "expected"), [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3)), (16, (1, 2, 4, 8, 16)), (6, (1, 2, 4, 6))]
+)
+def test_decode_rows_are_powers_of_two_and_the_limit(max_num_seqs: int, expected: tuple[int, ...]) -> None:
+    assert make_buckets(max_num_seqs=max_num_seqs, max_model_len=64).decode_rows == expected
+
+
+@pytest.mark.parametrize(("max_model_len", "pages"), [(1, 1), (64, 1), (65, 2), (2048, 32)])
+def test_tables_hold_the_longest_request(max_model_len: int, pages: int) -> None:
+    buckets = make_buckets(max_num_seqs=1, max_model_len=max_model_len)
+    assert buckets.pages_per_row == pages
+    assert pages * PAGE_SIZE >= max_model_len
+
+
+def test_a_size_is_padded_to_the_next_bucket() -> None:
+    assert [bucket((1, 2, 4), size) for size in (1, 2, 3, 4)] == [1, 2, 4, 4]
+
+
+@pytest.mark.parametrize("size", [-1, 0, 5])
+def test_a_size_that_no_bucket_holds(size: int) -> None:
+    with pytest.raises(ValueError, match=rf"no bucket of \(1, 2, 4\) holds {size}"):
+        bucket((1, 2, 4), size)
+
+
+def test_whatever_is_asked_for_is_in_the_list_of_shapes() -> None:
+    buckets = make_buckets(max_num_seqs=6, max_model_len=300)
+    used = {buckets.decode(rows) for rows in range(1, 7)}
+    used |= {buckets.prefill(tokens) for tokens in range(1, buckets.prefill_chunks[-1] + 1)}
+    assert used == set(buckets.steps())
+    assert len(buckets.steps()) == len(used)
+
+
+def test_shapes_and_names() -> None:
+    buckets = Buckets(decode_rows=(1, 2), prefill_chunks=(16,), score_rows=8, pages_per_row=3)
+    assert buckets.steps() == (StepShape(1, 1, 3), StepShape(2, 1, 3), StepShape(1, 16, 3))
+    assert buckets.heads() == (HeadShape(1, samples=True), HeadShape(8, samples=False))
+    names = [shape.name for shape in (*buckets.steps(), *buckets.heads())]
+    assert names == ["decode_1", "decode_2", "prefill_16", "sample_1", "score_8"]

@@ -1,0 +1,41 @@
+"""What the tests on the real default model share: it is loaded and compiled once for each dtype."""
+
+import pytest
+
+from compiled.load import load_model
+from compiled.runner import ModelRunner
+from compiled.shapes import Buckets
+from model.weights.load import open_checkpoint
+from model.weights.source import ModelSource, default_model_path
+from tests.in_process import PAGES
+
+# Small, so that it compiles in half a minute, and with the same kinds of buckets as a server's.
+BUCKETS = Buckets(decode_rows=(1, 2, 4, 8), prefill_chunks=(16, 64), score_rows=64, pages_per_row=16)
+
+
+def _runner(dtype: str) -> ModelRunner:
+    checkpoint = open_checkpoint(ModelSource("default", default_model_path()))
+    try:
+        model = load_model(checkpoint, dtype)
+    finally:
+        checkpoint.close()
+    return ModelRunner(model, BUCKETS, pages=PAGES, max_logprobs=20)
+
+
+@pytest.fixture(scope="session")
+def float32_runner() -> ModelRunner:
+    """The default model in float32."""
+    return _runner("float32")
+
+
+@pytest.fixture(scope="session")
+def bfloat16_runner() -> ModelRunner:
+    """The default model in bfloat16, through the packed kernels where this machine has them."""
+    return _runner("bfloat16")
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def runner(request: pytest.FixtureRequest) -> ModelRunner:
+    """The default model in either dtype."""
+    chosen: ModelRunner = request.getfixturevalue(f"{request.param}_runner")
+    return chosen

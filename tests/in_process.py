@@ -1,0 +1,43 @@
+"""Runs requests through an EngineCore in this process, without threads or HTTP."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from serve.engine.core import EngineCore, Runner
+from serve.engine.request import FinishReason, Request, SamplingParams, TokenScores
+
+PAGES = 100
+MAX_MODEL_LEN = 1024
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a request got."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[np.float32] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    top_logprobs: list[bytes] = field(default_factory=list)
+    prompt: TokenScores | None = None
+    finish_reason: FinishReason | None = None
+
+
+def run(runner: Runner, requests: dict[str, tuple[list[int], SamplingParams]]) -> dict[str, Answer]:
+    """Submits all requests (id -> prompt, params) at once and steps until every one has ended."""
+    core = EngineCore(runner, max_model_len=MAX_MODEL_LEN)
+    answers = {name: Answer() for name in requests}
+    for name, (prompt, params) in requests.items():
+        request = Request(name, prompt, params)
+        request.seed = params.seed or 0
+        core.add(request)
+    while core.scheduler.num_requests:
+        for request, event in core.step():
+            answer = answers[request.id]
+            answer.token_ids += event.token_ids
+            answer.logprobs += list(event.scores.logprob)
+            answer.ranks += [int(rank) for rank in event.scores.rank]
+            answer.top_logprobs += [row.tobytes() for row in event.scores.top_logprobs]
+            answer.prompt = event.prompt_scores or answer.prompt
+            answer.finish_reason = event.finish_reason
+    return answers

@@ -1,0 +1,148 @@
+# mypy: disable-error-code="import-not-found"
+"""Remakes the golden files from the Hugging Face modules in torch. Run by hand; the tests need no torch.
+
+    python -m tests.model.golden.make_golden
+
+from the repository's root, with torch and transformers installed (versions.json says which were used). Every file
+holds tokens [T] int32, token_logprobs [T-1] float32 and token_ranks [T-1] int32 of all tokens but the first, and, for
+some positions [P] int32, float32 arrays under the names of our own sub-layers:
+
+    embed, norm [P, D], logits [P, V], and for layer i, each with the prefix "layers.i":
+    .attention_norm [P, D]; .attention.q, .k, .v before and .q_rotated, .k_rotated after rotary, [P, heads * E];
+    .attention.heads [P, H * E] before and .attention [P, D] after the output map; .mlp_norm, .mlp [P, D];
+    the layer's output [P, D] under the prefix itself
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from tests.model.tiny import SEED, random_tokens, random_weights, tiny_configs
+
+FOLDER = Path(__file__).parent
+# Both ends, some in between, and both sides of the border between two pages of 64 tokens.
+POSITIONS = np.array([0, 1, 2, 5, 13, 22, 40, 62, 63, 64, 65, 69], np.int32)
+SMALLEST_GAP = 5e-5  # of a token's logit to any other: ranks are then equal wherever logits are within 2e-5
+
+
+def main() -> None:
+    """Writes one .npz per tiny model, and versions.json."""
+    torch.set_num_threads(1)
+    for name, config in tiny_configs().items():
+        with torch.no_grad():
+            arrays: dict[str, Any] = _golden(config)
+        np.savez_compressed(FOLDER / f"{name}.npz", **arrays)
+    versions = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+    }
+    (FOLDER / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+
+
+def _golden(config: dict[str, Any]) -> dict[str, NDArray[Any]]:
+    model = _module(config)
+    values: dict[str, Any] = {}
+    _record_layers(model, values)
+    tokens = random_tokens(config, SEED)
+    with _recording_rotary(model, values):
+        logits = model(torch.from_numpy(tokens)[None].long(), use_cache=False).logits[0]
+    values["logits"] = logits
+    arrays = {key: value.reshape(len(tokens), -1).numpy()[POSITIONS] for key, value in values.items()}
+    return (
+        arrays | {"tokens": tokens, "positions": POSITIONS} | _scores(logits[:-1], torch.from_numpy(tokens[1:]).long())
+    )
+
+
+def _scores(logits: Any, targets: Any) -> dict[str, NDArray[Any]]:
+    """Log-prob and unique rank of targets [n] under logits [n, V]."""
+    own = logits.gather(1, targets[:, None])
+    ids = torch.arange(logits.shape[1])
+    others = (logits - own).abs()[ids != targets[:, None]]
+    if others.min() < SMALLEST_GAP:
+        raise ValueError(f"two logits are only {others.min()} apart, so that a rank may differ: change SEED")
+    ahead = (logits > own) | ((logits == own) & (ids < targets[:, None]))
+    return {
+        "token_logprobs": torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0].numpy(),
+        "token_ranks": (1 + ahead.sum(1)).to(torch.int32).numpy(),
+    }
+
+
+def _module(config: dict[str, Any]) -> Any:
+    """The Hugging Face module with the tiny weights, float32, attention written out."""
+    model_class = getattr(transformers, config["architectures"][0])
+    hf_config = model_class.config_class(**config, attn_implementation="eager")
+    rope = hf_config.rope_parameters
+    if rope != {"rope_theta": config.get("rope_theta", rope["rope_theta"]), "rope_type": "default"}:
+        raise ValueError(f"transformers made {rope} of {config}")
+    model = model_class(hf_config).eval().float()
+    weights = {name: torch.from_numpy(array) for name, array in random_weights(config, SEED).items()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    if unexpected or missing != (["lm_head.weight"] if config["tie_word_embeddings"] else []):
+        raise ValueError(f"missing {missing}, unexpected {unexpected}")
+    model.tie_weights()
+    return model
+
+
+def _record_layers(model: Any, values: dict[str, Any]) -> None:
+    """Has every sub-layer put its output into `values`."""
+    core = model.model
+    core.embed_tokens.register_forward_hook(_keep(values, "embed"))
+    core.norm.register_forward_hook(_keep(values, "norm"))
+    for i, layer in enumerate(core.layers):
+        at = f"layers.{i}"
+        attention = layer.self_attn
+        for module, name in (
+            (layer, at),
+            (layer.input_layernorm, f"{at}.attention_norm"),
+            (attention, f"{at}.attention"),
+            (attention.q_proj, f"{at}.attention.q"),
+            (attention.k_proj, f"{at}.attention.k"),
+            (attention.v_proj, f"{at}.attention.v"),
+            (layer.post_attention_layernorm, f"{at}.mlp_norm"),
+            (layer.mlp, f"{at}.mlp"),
+        ):
+            module.register_forward_hook(_keep(values, name))
+        attention.o_proj.register_forward_pre_hook(_keep_input(values, f"{at}.attention.heads"))
+
+
+def _keep(values: dict[str, Any], name: str) -> Callable[[Any, Any, Any], None]:
+    def hook(_module: Any, _inputs: Any, output: Any) -> None:
+        values[name] = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
+def _keep_input(values: dict[str, Any], name: str) -> Callable[[Any, Any], None]:
+    def hook(_module: Any, inputs: Any) -> None:
+        values[name] = inputs[0]
+
+    return hook
+
+
+def _recording_rotary(model: Any, values: dict[str, Any]) -> Any:
+    """A context in which the modelling file's rotary function, called once a layer and in order, is recorded too."""
+    modelling = sys.modules[type(model).__module__]
+    rotary = modelling.apply_rotary_pos_emb
+    layers = iter(range(len(model.model.layers)))
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        q, k = rotary(*args, **kwargs)  # [1, heads, T, E]
+        at = f"layers.{next(layers)}.attention"
+        values[f"{at}.q_rotated"], values[f"{at}.k_rotated"] = q[0].transpose(0, 1), k[0].transpose(0, 1)
+        return q, k
+
+    return patch.object(modelling, "apply_rotary_pos_emb", recording)
+
+
+if __name__ == "__main__":
+    main()

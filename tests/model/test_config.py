@@ -1,0 +1,145 @@
+"""ModelConfig from config.json and from GGUF metadata."""
+
+from typing import Any
+
+import pytest
+
+from model.config import ConfigError, ModelConfig, config_from_gguf, config_from_hf
+
+HF: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+}
+GGUF: dict[str, Any] = {
+    "general.architecture": "llama",
+    "llama.block_count": 3,
+    "llama.context_length": 512,
+    "llama.embedding_length": 48,
+    "llama.feed_forward_length": 96,
+    "llama.attention.head_count": 6,
+    "llama.attention.head_count_kv": 2,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.freq_base": 500000.0,
+    "llama.rope.dimension_count": 8,
+    "tokenizer.ggml.tokens": ["t"] * 100,
+}
+EXPECTED = ModelConfig(
+    family="llama",
+    vocab_size=100,
+    hidden_size=48,
+    intermediate_size=96,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    rope_theta=500000.0,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=512,
+    tie_word_embeddings=True,
+)
+
+
+def without(source: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in source.items() if name != key}
+
+
+def test_both_formats_give_the_same_config() -> None:
+    assert config_from_hf(HF) == EXPECTED
+    assert config_from_gguf(GGUF, has_output=False) == EXPECTED
+    assert len({config_from_hf(HF), config_from_gguf(GGUF, has_output=False)}) == 1
+
+
+def test_dims_name_the_axes_of_the_weight_table() -> None:
+    assert EXPECTED.dims() == {"V": 100, "D": 48, "F": 96, "Q": 48, "KV": 16, "H": 6, "K": 2}
+
+
+def test_hf_defaults() -> None:
+    config = config_from_hf(without(without(without(HF, "num_key_value_heads"), "rope_theta"), "tie_word_embeddings"))
+    assert (config.num_kv_heads, config.rope_theta, config.tie_word_embeddings) == (6, 10000.0, False)
+
+
+def test_hf_head_dim_is_read_where_it_is_given() -> None:
+    assert config_from_hf(HF | {"head_dim": 32}).dims()["Q"] == 192
+
+
+def test_hf_rope_parameters_go_before_rope_theta() -> None:
+    config = config_from_hf(HF | {"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}})
+    assert config.rope_theta == 7.0
+
+
+def test_hf_model_type_serves_where_architectures_is_absent() -> None:
+    assert config_from_hf(without(HF, "architectures") | {"model_type": "qwen2"}).traits.qkv_bias
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["BertModel"]}, "BertModel"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures must be a list"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+        ({"vocab_size": "100"}, "vocab_size must be an integer"),
+        ({"vocab_size": True}, "vocab_size must be an integer"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps must be a number"),
+        ({"num_key_value_heads": 4}, "not a multiple of num_kv_heads"),
+        ({"num_attention_heads": 7}, "not a multiple of 7 heads"),
+        ({"num_attention_heads": 0}, "not a multiple of 0 heads"),
+        ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rope scaling 'llama3'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope scaling 'linear'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling 'yarn'"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+    ],
+)
+def test_hf_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_from_hf(HF | change)
+
+
+def test_gguf_ties_the_head_where_there_is_no_output() -> None:
+    assert not config_from_gguf(GGUF, has_output=True).tie_word_embeddings
+
+
+def test_gguf_defaults() -> None:
+    config = config_from_gguf(without(GGUF, "llama.attention.head_count_kv"), has_output=True)
+    assert config.num_kv_heads == 6
+    assert config_from_gguf(without(GGUF, "llama.rope.freq_base"), has_output=True).rope_theta == 10000.0
+
+
+def test_gguf_vocabulary_size_without_a_token_list() -> None:
+    config = config_from_gguf(without(GGUF, "tokenizer.ggml.tokens") | {"llama.vocab_size": 90}, has_output=True)
+    assert config.vocab_size == 90
+
+
+def test_gguf_keys_follow_the_architecture() -> None:
+    metadata = {key.replace("llama.", "qwen2."): value for key, value in GGUF.items()}
+    assert config_from_gguf(metadata | {"general.architecture": "qwen2"}, has_output=False).family == "qwen2"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"general.architecture": "bert"}, "'bert' is not known"),
+        ({"general.architecture": None}, "None is not known"),
+        ({"llama.block_count": None}, "llama.block_count is missing"),
+        ({"llama.attention.head_count": [6, 6, 6]}, "llama.attention.head_count must be an integer"),
+        ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon is missing"),
+        ({"llama.rope.scaling.type": "yarn"}, "'yarn' is not supported"),
+        ({"llama.rope.dimension_count": 4}, "differs from the head size 8"),
+    ],
+)
+def test_gguf_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_from_gguf(GGUF | change, has_output=True)

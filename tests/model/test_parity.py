@@ -1,0 +1,188 @@
+"""Every sub-layer, and the whole network in every way of running it, against torch in float32 (see golden/)."""
+
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+from numpy.typing import NDArray
+
+from model.attention import attend
+from model.kv_cache import PagedCache, addresses, cache_shape, write_heads
+from model.layers import Layer, rotary_angles, rotate
+from model.transformer import BoundModel, bind
+from model.weights.load import load_weights, open_checkpoint
+from model.weights.source import resolve_model
+from tests.model.tiny import SEED, TOKENS, random_tokens, random_weights, tiny_configs, write_checkpoint
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = sorted(tiny_configs())
+TOLERANCE = 2e-5  # absolute; values have a standard deviation of about 1, so float32 rounds them by 1e-7
+PAGES = 7  # the null page and two for each of three rows
+SUB_LAYERS = (
+    "attention_norm",
+    "attention.q",
+    "attention.k",
+    "attention.v",
+    "attention.q_rotated",
+    "attention.k_rotated",
+    "attention.heads",
+    "attention",
+    "mlp_norm",
+    "mlp",
+)
+NAMES = [
+    "embed",
+    *(f"layers.{i}.{name}" for i in range(2) for name in SUB_LAYERS),
+    "layers.0",
+    "layers.1",
+    "norm",
+    "logits",
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One tiny model, loaded, with what torch makes of it."""
+
+    name: str
+    model: BoundModel
+    golden: dict[str, NDArray[Any]]
+    traced: dict[str, NDArray[np.float32]]  # name -> [T, n]: our sub-layers' outputs
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    config = tiny_configs()[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    write_checkpoint(folder, config, random_weights(config, SEED))
+    with closing(open_checkpoint(resolve_model(str(folder), None))) as checkpoint:
+        weights = load_weights(checkpoint, np.dtype(np.float32), lambda _, array: jnp.asarray(array))
+        model = bind(checkpoint.config, jnp.dtype(jnp.float32), weights)
+    with np.load(GOLDEN / f"{request.param}.npz") as file:
+        golden = dict(file)
+    traced = jax.jit(partial(trace, model))(model.leaves, jnp.asarray(golden["tokens"]))
+    return Case(request.param, model, golden, jax.tree.map(np.asarray, traced))
+
+
+def empty_cache(model: BoundModel) -> PagedCache:
+    cache: PagedCache = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cache_shape(model.config, PAGES, model.dtype)
+    )
+    return cache
+
+
+def trace(bound: BoundModel, leaves: tuple[Array, ...], tokens: Array) -> dict[str, Array]:
+    """Runs the sub-layers one by one: name -> output [T, n]."""
+    model = bound.merge(leaves)
+    positions, tables = jnp.arange(TOKENS)[None], jnp.array([[1, 2]])
+    angles = rotary_angles(positions, bound.config.head_dim, bound.config.rope_theta)
+    cache, at = empty_cache(bound), addresses(tables, positions)
+    x = model.embed(tokens[None])
+    values = {"embed": x}
+    for i, layer in enumerate(model.layers):
+        pages = (cache.keys[i], cache.values[i])
+        inside = trace_attention(layer, x, angles, pages, tables, positions)
+        inside["attention"], _ = layer.attention(inside["attention_norm"], positions, angles, pages, tables, at)
+        inside["mlp_norm"] = layer.mlp_norm(x + inside["attention"])
+        inside["mlp"] = layer.mlp(inside["mlp_norm"])
+        values |= {f"layers.{i}.{name}": value for name, value in inside.items()}
+        x, _ = layer(x, positions, angles, pages, tables, at)
+        values[f"layers.{i}"] = x
+    values["norm"] = model.norm(x)
+    values["logits"] = model.logits(values["norm"][0])
+    return {name: value.reshape(TOKENS, -1) for name, value in values.items()}
+
+
+def trace_attention(
+    layer: Layer, x: Array, angles: tuple[Array, Array], pages: tuple[Array, Array], tables: Array, positions: Array
+) -> dict[str, Array]:
+    """The parts of attention up to its output map."""
+    H, K = layer.attention.config.num_heads, layer.attention.config.num_kv_heads
+    at = addresses(tables, positions)
+    normed = layer.attention_norm(x)
+    q, k, v = jnp.split(layer.attention.qkv(normed).reshape(1, TOKENS, H + 2 * K, -1), (H, H + K), axis=2)
+    q_rotated, k_rotated = rotate(q, angles), rotate(k, angles)
+    keys, values = write_heads(pages[0], k_rotated, at), write_heads(pages[1], v, at)
+    return {
+        "attention_norm": normed,
+        "attention.q": q,
+        "attention.k": k,
+        "attention.v": v,
+        "attention.q_rotated": q_rotated,
+        "attention.k_rotated": k_rotated,
+        "attention.heads": attend(q_rotated, keys, values, tables, positions),
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sub_layer(case: Case, name: str) -> None:
+    ours = case.traced[name][case.golden["positions"]]
+    np.testing.assert_allclose(ours, case.golden[name], rtol=0, atol=TOLERANCE)
+
+
+def test_no_golden_value_is_left_unread(case: Case) -> None:
+    others = {"tokens", "positions", "token_logprobs", "token_ranks"}
+    assert case.golden.keys() == case.traced.keys() | others
+    assert set(NAMES) == case.traced.keys()
+
+
+def test_golden_tokens_follow_from_the_seed(case: Case) -> None:
+    config = tiny_configs()[case.name]
+    np.testing.assert_array_equal(random_tokens(config, SEED), case.golden["tokens"])
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of running a sequence: tokens per step, and the rows of the batch, of which the last is compared."""
+
+    lengths: tuple[int, ...]
+    rows: int = 1
+
+
+WAYS = {
+    "one_chunk": Way((TOKENS,)),
+    "three_chunks": Way((32, 32, 6)),
+    "decode_over_the_page_border": Way((61, *[1] * 9)),
+    "decode_in_a_batch": Way((61, *[1] * 9), rows=3),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_whole(case: Case, way: Way) -> None:
+    hidden, logits = run(case.model, case.golden["tokens"], way)
+    golden, positions = case.golden, case.golden["positions"]
+    np.testing.assert_allclose(hidden[positions], golden["norm"], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(logits[positions], golden["logits"], rtol=0, atol=TOLERANCE)
+    own = np.take_along_axis(logits[:-1], golden["tokens"][1:, None], 1)
+    logprobs = own[:, 0] - np.logaddexp.reduce(logits[:-1].astype(np.float64), axis=1)
+    np.testing.assert_allclose(logprobs, golden["token_logprobs"], rtol=0, atol=TOLERANCE)
+    np.testing.assert_array_equal(1 + (logits[:-1] > own).sum(1), golden["token_ranks"])
+
+
+def run(model: BoundModel, tokens: NDArray[np.int32], way: Way) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Final hidden states [T, D] and logits [T, V] of the sequence, which shares its steps with shifted copies."""
+    rows = np.stack([np.roll(tokens, way.rows - 1 - row) for row in range(way.rows)])
+    tables = jnp.array([[2 * row + 2, 2 * row + 1] for row in range(way.rows)])
+    step = jax.jit(lambda leaves, *inputs: model.merge(leaves)(*inputs))
+    cache, start = empty_cache(model), 0
+    parts = []
+    for length in way.lengths:
+        # Prefill chunks end in padding, which must change nothing.
+        padding = ((0, 0), (0, 0 if length == 1 else 3))
+        new = np.pad(rows[:, start : start + length], padding)
+        positions = np.tile(np.arange(start, start + length, dtype=np.int32), (way.rows, 1))
+        positions = np.pad(positions, padding, constant_values=-1)
+        hidden, cache = step(model.leaves, new, positions, tables, cache)
+        parts.append(np.asarray(hidden)[-1, :length])
+        start += length
+    whole = np.concatenate(parts)
+    cached = np.asarray(cache.hidden)[np.asarray(tables[-1])].reshape(-1, whole.shape[1])[:start]
+    np.testing.assert_array_equal(cached, whole)  # what the head is given later
+    return whole, np.asarray(jax.jit(lambda leaves, x: model.merge(leaves).logits(x))(model.leaves, jnp.asarray(whole)))

@@ -1,0 +1,237 @@
+"""GGUF files: header, metadata, every type that is read, and damage."""
+
+import struct
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from model.weights.errors import ModelLoadError
+from model.weights.gguf import GgufCheckpoint
+from model.weights.gguf_header import read_header
+from model.weights.source import default_model_path
+from tests.model.tiny_checkpoints import BF16, TinyModel, gguf_name
+
+U32, STRING, ARRAY = 4, 8, 9
+
+
+def string(text: str | bytes) -> bytes:
+    data = text.encode() if isinstance(text, str) else text
+    return struct.pack("<Q", len(data)) + data
+
+
+def value(key: str, kind: int, data: bytes) -> bytes:
+    return string(key) + struct.pack("<I", kind) + data
+
+
+def tensor(name: str, dims: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes:
+    """A row of the table of tensors, fastest axis first as the format wants it."""
+    return string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
+
+
+def header(values: list[bytes], tensors: list[bytes], version: int = 3) -> bytes:
+    counts = struct.pack("<IQQ", version, len(tensors), len(values))
+    return b"GGUF" + counts + b"".join(values) + b"".join(tensors)
+
+
+def refused(path: Path, content: bytes) -> str:
+    """The one line that a file of this content must give."""
+    path.write_bytes(content)
+    with pytest.raises(ModelLoadError) as caught:
+        read_header(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "a.gguf"
+
+
+def test_metadata_becomes_plain_values(path: Path) -> None:
+    writer = gguf.GGUFWriter(path, "llama")
+    kinds = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
+    expected: dict[str, Any] = {kind: 7 if kind.startswith("u") else -7 for kind in kinds}
+    for kind in kinds:
+        getattr(writer, f"add_{kind}")(kind, expected[kind])
+    expected |= {"f32": 0.1, "f64": 0.1, "bool": True, "text": "Ġé", "ints": [1, -2], "floats": [0.5, 2.0]}
+    expected |= {"texts": ["", "Ġt", "日本"], "bools": [True, False]}
+    writer.add_float32("f32", 0.1)
+    writer.add_float64("f64", 0.1)
+    writer.add_bool("bool", True)
+    writer.add_string("text", "Ġé")
+    for key in ("ints", "floats", "texts", "bools"):
+        writer.add_array(key, expected[key])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    expected["f32"] = float(np.float32(0.1))
+    metadata = read_header(path).metadata
+    assert metadata == expected | {"general.architecture": "llama"}
+    assert {key: type(metadata[key]) for key in expected} == {key: type(expected[key]) for key in expected}
+    assert [type(item) for item in metadata["bools"] + metadata["ints"]] == [bool, bool, int, int]
+
+
+def test_shapes_are_reversed_and_offsets_aligned(path: Path) -> None:
+    values = [value("general.alignment", U32, struct.pack("<I", 64))]
+    head = header(values, [tensor("a", (4, 3)), tensor("b", (2,), offset=64)])
+    start = -(-len(head) // 64) * 64
+    path.write_bytes(head.ljust(start, b"\0") + bytes(128))
+    rows = read_header(path).tensors
+    assert [(row.shape, row.offset, row.nbytes) for row in rows.values()] == [
+        ((3, 4), start, 48),
+        ((2,), start + 64, 8),
+    ]
+
+
+def test_version_2_is_read(path: Path) -> None:
+    path.write_bytes(header([value("k", U32, struct.pack("<I", 5))], [], version=2))
+    assert read_header(path).metadata == {"k": 5}
+
+
+def test_every_cut_of_a_file_is_refused(path: Path) -> None:
+    tokens = value("tokens", ARRAY, struct.pack("<IQ", STRING, 2) + string("ab") + string("c"))
+    numbers = value("numbers", ARRAY, struct.pack("<IQ", U32, 2) + bytes(8))
+    head = header([tokens, numbers, value("text", STRING, string("abc"))], [tensor("a", (4, 3))])
+    whole = head.ljust(-(-len(head) // 32) * 32, b"\0") + bytes(48)
+    path.write_bytes(whole)
+    assert list(read_header(path).tensors) == ["a"]
+    for size in range(len(whole)):
+        message = refused(path, whole[:size])
+        assert ("not a GGUF file" if size < 4 else "truncated") in message
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04" + bytes(40), "not a GGUF file"),
+        (header([], [], version=1), "has version 1"),
+        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "is big-endian"),
+        (header([value("k", 13, b"")], []), "unknown type 13 of a metadata value"),
+        (
+            header([value("k", ARRAY, struct.pack("<IQ", ARRAY, 1) + bytes(20))], []),
+            "unknown type 9 of a metadata array",
+        ),
+        (header([value("k", ARRAY, struct.pack("<IQ", STRING, 2**60))], []), "truncated"),
+        (header([value("k", ARRAY, struct.pack("<IQ", U32, 2**62))], []), "truncated"),
+        (header([value("k", STRING, string(b"\xff\xfe"))], []), "is not UTF-8"),
+        (header([value("k", U32, bytes(4))] * 2, []), "metadata key k is there twice"),
+        (header([value("general.alignment", U32, bytes(4))], []), "general.alignment is 0"),
+        (header([value("general.alignment", STRING, string("x"))], []), "general.alignment is 'x'"),
+        (header([], [tensor("a", (1,)), tensor("a", (1,))]) + bytes(64), "tensor a is there twice"),
+        (header([], [tensor("a", (1, 1, 1, 1, 1))]), "tensor a has 5 axes"),
+        (header([], [tensor("a", (33,), kind=2)]) + bytes(64), "not a multiple of Q4_0's 32"),
+        (header([], [tensor("a", (2**40, 2**40))]) + bytes(64), "truncated: tensor a ends at byte"),
+        (header([], [tensor("a", (1,), offset=2**63)]) + bytes(64), "truncated: tensor a ends at byte"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "truncated"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60), "truncated"),
+    ],
+)
+def test_a_bad_header(path: Path, content: bytes, message: str) -> None:
+    assert message in refused(path, content)
+
+
+def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="No such file"):
+        GgufCheckpoint(tmp_path / "gone.gguf")
+    with pytest.raises(ModelLoadError, match="Is a directory"):
+        GgufCheckpoint(tmp_path)
+
+
+def test_an_unknown_type_has_no_size(path: Path) -> None:
+    path.write_bytes(header([], [tensor("a", (4,), kind=999)]))
+    row = read_header(path).tensors["a"]
+    assert (row.type_name, row.nbytes) == ("type 999", 0)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_types_that_python_can_write(path: Path, kind: str) -> None:
+    tiny = TinyModel()
+    with closing(GgufCheckpoint(tiny.write_gguf(path, kind))) as checkpoint:
+        name = "model.layers.1.mlp.down_proj.weight"
+        got = checkpoint.read(gguf_name(name))
+        assert got.dtype == (BF16 if kind == "BF16" else np.float32)
+        np.testing.assert_array_equal(got.astype(np.float32), tiny.rounded(kind).tensors[name])
+        info = checkpoint.names()[gguf_name(name)]
+        assert (info.shape, info.stored_as, info.supported) == (tiny.shapes()[name], kind, True)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+def test_types_that_only_raw_blocks_can_make(path: Path, kind: str) -> None:
+    qtype = gguf.GGMLQuantizationType[kind]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[qtype]
+    blocks = np.random.default_rng(3).integers(0, 256, (5, 2 * block_bytes), np.uint8)
+    for scale in (0, 2) if kind == "Q4_K" else (block_bytes - 2,):  # float16 fields: any bits could be NaN
+        for start in (scale, scale + block_bytes):
+            blocks[:, start : start + 2] = np.array([0.125], "<f2").view(np.uint8)
+    with closing(GgufCheckpoint(TinyModel().write_gguf(path, raw={"extra": (blocks, kind)}))) as checkpoint:
+        info = checkpoint.names()["extra"]
+        assert (info.shape, info.stored_as, info.supported, info.nbytes) == ((5, 2 * block), kind, True, blocks.size)
+        got = checkpoint.read("extra")
+        np.testing.assert_array_equal(got, gguf.quants.dequantize(blocks, qtype))
+        assert np.ptp(got) > 1
+
+
+def test_a_tensor_of_several_runs(path: Path) -> None:
+    values = np.random.default_rng(5).standard_normal((9000, 64), np.float32)
+    blocks = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+    with closing(GgufCheckpoint(TinyModel().write_gguf(path, raw={"extra": (blocks, "Q8_0")}))) as checkpoint:
+        got = checkpoint.read("extra")
+    np.testing.assert_array_equal(got, gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0))
+
+
+def test_other_types_are_told_apart(path: Path) -> None:
+    blocks = np.zeros((2, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q2_K][1]), np.uint8)
+    with closing(GgufCheckpoint(TinyModel().write_gguf(path, raw={"extra": (blocks, "Q2_K")}))) as checkpoint:
+        info = checkpoint.names()["extra"]
+        assert (info.stored_as, info.supported) == ("Q2_K", False)
+
+
+def test_a_file_cut_after_it_was_opened(path: Path) -> None:
+    with closing(GgufCheckpoint(TinyModel().write_gguf(path))) as checkpoint:
+        last = list(checkpoint.names())[-1]
+        path.write_bytes(path.read_bytes()[:-256])
+        with pytest.raises(ModelLoadError, match=r"cannot be read: \d+ of \d+ bytes are there"):
+            checkpoint.read(last)
+
+
+def test_a_part_of_a_split_file(path: Path) -> None:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ModelLoadError, match="is one of 3 parts"):
+        GgufCheckpoint(path)
+
+
+def test_a_bad_configuration_names_the_file(path: Path) -> None:
+    path.write_bytes(header([value("general.architecture", STRING, string("bert"))], []))
+    with pytest.raises(ModelLoadError) as caught:
+        GgufCheckpoint(path)
+    assert str(caught.value).startswith(f"{path}: general.architecture 'bert' is not known")
+
+
+def test_the_default_model() -> None:
+    with closing(GgufCheckpoint(default_model_path())) as checkpoint:
+        config = checkpoint.config
+        assert (config.family, config.num_layers, config.hidden_size, config.intermediate_size) == (
+            "llama",
+            30,
+            576,
+            1536,
+        )
+        assert (config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size) == (9, 3, 64, 49152)
+        assert (config.rope_theta, config.max_position_embeddings, config.tie_word_embeddings) == (100000.0, 8192, True)
+        assert np.float32(config.rms_norm_eps) == np.float32(1e-5)
+        tokens = checkpoint.metadata["tokenizer.ggml.tokens"]
+        assert (len(tokens), tokens[:2], len(checkpoint.metadata["tokenizer.ggml.merges"])) == (
+            49152,
+            ["<|endoftext|>", "<|im_start|>"],
+            48900,
+        )

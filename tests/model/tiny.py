@@ -1,0 +1,128 @@
+"""Tiny random models of each family, for which tests/model/golden holds what torch makes of them.
+
+No weights are stored: they follow from a seed, on every platform and numpy. Runs on Python 3.11 too, without torch
+and without this project's packages, because make_golden.py needs it where torch lives.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+SEED = 1
+TOKENS = 70  # one more page than the first, whose size is 64
+
+
+def tiny_configs() -> dict[str, dict[str, Any]]:
+    """Case name -> config.json of a Hugging Face model.
+
+    Sizes are chosen so that mixing two of them up cannot go unseen: an odd vocabulary, H * E unlike D, 2 to 7 query
+    heads per key/value head.
+    """
+    return {
+        "llama": _config("Llama", 64, 96, 131, (4, 2), 1e-5, head_dim=20, rope_theta=10000.0),
+        "llama_tied": _config("Llama", 48, 80, 128, (6, 2), 1e-5, rope_theta=100000.0, tie_word_embeddings=True),
+        "qwen2": _config(
+            "Qwen2",
+            56,
+            72,
+            140,
+            (7, 1),
+            1e-6,
+            rope_parameters={"rope_theta": 1000000.0, "rope_type": "default"},
+            tie_word_embeddings=True,
+        ),
+    }
+
+
+def _config(
+    name: str, hidden: int, mlp: int, vocab: int, heads: tuple[int, int], epsilon: float, **more: Any
+) -> dict[str, Any]:
+    return {
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": name.lower(),
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "hidden_act": "silu",
+        "max_position_embeddings": 256,
+        "rms_norm_eps": epsilon,
+        "tie_word_embeddings": False,
+    } | more
+
+
+def random_weights(config: dict[str, Any], seed: int) -> dict[str, NDArray[np.float32]]:
+    """Hugging Face tensor name -> float32 values, the same for the same seed.
+
+    Matrices keep the scale of what they multiply. Embeddings are as small as trained ones, so that the epsilon of the
+    first norms shows in the results; norm weights lie around 1, biases around 0.
+    """
+    bits = np.random.PCG64(seed)
+    weights = {}
+    for name, shape in _shapes(config).items():
+        if name == "model.embed_tokens.weight":
+            weights[name] = _uniform(bits, shape, 0.0, 0.2)
+        elif name.endswith("norm.weight"):
+            weights[name] = _uniform(bits, shape, 1.0, 0.5)
+        elif name.endswith(".bias"):
+            weights[name] = _uniform(bits, shape, 0.0, 0.5)
+        else:
+            weights[name] = _uniform(bits, shape, 0.0, math.sqrt(3 / shape[-1]))
+    return weights
+
+
+def random_tokens(config: dict[str, Any], seed: int) -> NDArray[np.int32]:
+    """TOKENS ids below the vocabulary size, int32 [T], the same for the same seed."""
+    raw = np.random.PCG64([seed, 1]).random_raw(TOKENS)
+    return (raw % np.uint64(config["vocab_size"])).astype(np.int32)
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any], weights: dict[str, NDArray[np.float32]]) -> None:
+    """Writes config.json and model.safetensors into an existing folder, as the Hugging Face hub lays them out."""
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "model.safetensors")
+
+
+def _uniform(bits: np.random.PCG64, shape: tuple[int, ...], center: float, radius: float) -> NDArray[np.float32]:
+    # numpy promises the raw bits of a generator for ever, but not what its distributions make of them.
+    raw = bits.random_raw(math.prod(shape)) >> np.uint64(11)
+    unit = raw.astype(np.float64) * 2.0**-52 - 1.0  # [-1, 1)
+    return (center + radius * unit).astype(np.float32).reshape(shape)
+
+
+def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Hugging Face tensor name -> shape, in the order in which the random bits are used."""
+    D, V = config["hidden_size"], config["vocab_size"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    for i in range(config["num_hidden_layers"]):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in _layer_shapes(config).items()}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (V, D)
+    return shapes
+
+
+def _layer_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    D, F = config["hidden_size"], config["intermediate_size"]
+    H, K = config["num_attention_heads"], config["num_key_value_heads"]
+    E = config.get("head_dim", D // H)
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (D,),
+        "self_attn.q_proj.weight": (H * E, D),
+        "self_attn.k_proj.weight": (K * E, D),
+        "self_attn.v_proj.weight": (K * E, D),
+        "self_attn.o_proj.weight": (D, H * E),
+        "post_attention_layernorm.weight": (D,),
+        "mlp.gate_proj.weight": (F, D),
+        "mlp.up_proj.weight": (F, D),
+        "mlp.down_proj.weight": (D, F),
+    }
+    if config["model_type"] == "qwen2":
+        shapes |= {f"self_attn.{n}_proj.bias": (size * E,) for n, size in (("q", H), ("k", K), ("v", K))}
+    return shapes

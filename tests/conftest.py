@@ -1,5 +1,7 @@
 """What the tests on the real default model share: it is loaded and compiled once for each dtype."""
 
+from pathlib import Path
+
 import pytest
 
 from compiled.load import load_model
@@ -13,25 +15,26 @@ from tests.in_process import PAGES
 BUCKETS = Buckets(decode_rows=(1, 2, 4, 8), prefill_chunks=(16, 64), score_rows=64, pages_per_row=16)
 
 
-def _runner(dtype: str) -> ModelRunner:
-    checkpoint = open_checkpoint(ModelSource("default", default_model_path()))
+def make_runner(path: Path, dtype: str, buckets: Buckets = BUCKETS) -> ModelRunner:
+    """A compiled model."""
+    checkpoint = open_checkpoint(ModelSource(path.name, path))
     try:
         model = load_model(checkpoint, dtype)
     finally:
         checkpoint.close()
-    return ModelRunner(model, BUCKETS, pages=PAGES, max_logprobs=20)
+    return ModelRunner(model, buckets, pages=PAGES, max_logprobs=20)
 
 
 @pytest.fixture(scope="session")
 def float32_runner() -> ModelRunner:
     """The default model in float32."""
-    return _runner("float32")
+    return make_runner(default_model_path(), "float32")
 
 
 @pytest.fixture(scope="session")
 def bfloat16_runner() -> ModelRunner:
     """The default model in bfloat16, through the packed kernels where this machine has them."""
-    return _runner("bfloat16")
+    return make_runner(default_model_path(), "bfloat16")
 
 
 @pytest.fixture(params=["float32", "bfloat16"])

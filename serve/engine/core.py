@@ -45,6 +45,7 @@ class EngineCore:
     def __init__(self, runner: Runner, *, max_model_len: int) -> None:
         self._runner = runner
         self._max_model_len = max_model_len
+        self._emitted: list[Emitted] = []  # by the step at work; what ended in a step that fails must be told too
         buckets = runner.buckets
         self.scheduler = Scheduler(
             PagePool(runner.pages), max_num_seqs=buckets.decode_rows[-1], chunk=buckets.prefill_chunks[-1]
@@ -64,54 +65,56 @@ class EngineCore:
     def fail_all(self, message: str) -> list[Emitted]:
         """Ends every running request with an error and starts from an empty cache: a step failed after donation.
 
-        Waiting requests lose nothing and stay.
+        Waiting requests lose nothing and stay. The events of the failed step come before the errors.
         """
-        emitted = []
         for request in list(self.scheduler.running):
             event = self._event(None)
             event.error = message
-            emitted.append(self._finish(request, event, FinishReason.ERROR))
+            self._emitted.append(self._finish(request, event, FinishReason.ERROR))
         self._runner.reset()
-        return emitted
+        return self._take_emitted()
 
     def step(self) -> list[Emitted]:
         """Runs one step. Events come in the order in which the tokens were computed."""
         schedule = self.scheduler.schedule()
-        emitted = self._prefill(schedule)
-        emitted += self._decode(schedule.decodes)
+        self._prefill(schedule)
+        self._decode(schedule.decodes)
         if not self.scheduler.num_requests:
             self.scheduler.check()
+        return self._take_emitted()
+
+    def _take_emitted(self) -> list[Emitted]:
+        emitted, self._emitted = self._emitted, []
         return emitted
 
-    def _prefill(self, schedule: Schedule) -> list[Emitted]:
+    def _prefill(self, schedule: Schedule) -> None:
         for work in schedule.prefills:
             inputs = batch.prefill_input(work, self._runner.buckets.prefill(work.length))
             self._runner.prefill(inputs)
             work.request.num_computed += work.length
         self._score([row for work in schedule.prefills for row in _rows_to_score(work)])
-        emitted: list[Emitted] = []
         for work in schedule.prefills:
             if work.ends_prefill:
-                emitted += self._end_prefill(work.request)
-        return emitted
+                self._end_prefill(work.request)
 
-    def _end_prefill(self, request: Request) -> list[Emitted]:
+    def _end_prefill(self, request: Request) -> None:
         request.status = RequestStatus.DECODE
         if request.output_token_ids:  # computed again after a preemption: the next token is a decode step's
-            return []
+            return
         if request.params.max_tokens == 0:
-            return [self._finish(request, self._event(request), FinishReason.LENGTH)]
+            self._emitted.append(self._finish(request, self._event(request), FinishReason.LENGTH))
+            return
         output = self._runner.sample(batch.last_place(request), batch.sampling_arrays([request], 1))
-        return [self._append(request, output, 0)]
+        self._emitted.append(self._append(request, output, 0))
 
-    def _decode(self, requests: list[Request]) -> list[Emitted]:
+    def _decode(self, requests: list[Request]) -> None:
         if not requests:
-            return []
+            return
         shape = self._runner.buckets.decode(len(requests))
         output = self._runner.decode(batch.decode_input(requests, shape), batch.sampling_arrays(requests, shape.rows))
         for request in requests:
             request.num_computed += 1
-        return [self._append(request, output, row) for row, request in enumerate(requests)]
+        self._emitted += [self._append(request, output, row) for row, request in enumerate(requests)]
 
     def _score(self, rows: list[batch.ScoreRow]) -> None:
         size = self._runner.buckets.score_rows
@@ -133,7 +136,7 @@ class EngineCore:
         request.output_token_ids.append(token)
         event.token_ids = [token]
         event.scores = _row(output.logprobs, row)
-        if np.isnan(event.scores.logprob[0]):
+        if np.isnan(event.scores.logprob[0]) or _holds_nan(event.prompt_scores):
             event.error = _NOT_A_NUMBER
             return self._finish(request, event, FinishReason.ERROR)
         if token in request.params.stop_token_ids:
@@ -152,7 +155,7 @@ class EngineCore:
 
     def _finish(self, request: Request, event: TokenEvent, reason: FinishReason) -> Emitted:
         event.finish_reason = reason
-        if event.prompt_scores is not None and np.isnan(event.prompt_scores.logprob).any():
+        if _holds_nan(event.prompt_scores):
             event.finish_reason, event.error = FinishReason.ERROR, _NOT_A_NUMBER
         self.scheduler.finish(request)
         return request, event
@@ -165,6 +168,10 @@ def _rows_to_score(work: PrefillWork) -> Iterable[batch.ScoreRow]:
     start = max(work.start, request.num_scored)
     end = min(work.start + work.length, len(request.prompt_token_ids) - 1)
     return [batch.ScoreRow(request, index) for index in range(start, end)]
+
+
+def _holds_nan(scores: TokenScores | None) -> bool:
+    return scores is not None and bool(np.isnan(scores.logprob).any())
 
 
 def _row(logprobs: TokenLogprobs, row: int) -> TokenScores:

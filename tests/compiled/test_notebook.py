@@ -25,7 +25,9 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             environment.setenv(name, str(folder))
         # Without folders to look in, the only kernel known is ipykernel in sys.executable.
         manager = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
-        NotebookClient(notebook, km=manager, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
+        NotebookClient(notebook, km=manager, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute(
+            cleanup_kc=True
+        )
         yield notebook
 
 

@@ -1,0 +1,278 @@
+"""The ASGI app around a real engine with a scripted runner: what the tests of the HTTP layer talk to.
+
+The tokenizer has a token for each of the 256 bytes, whose id is the byte, so that texts, ids and offsets can be read
+off; after them come BEGIN, END (the end of a sequence) and TWIN, which reads like the byte 0xFF.
+"""
+
+import asyncio
+import functools
+import json
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx2
+import numpy as np
+from numpy.typing import NDArray
+from starlette.applications import Starlette
+
+from compiled.state import SamplingArrays, StepInput, StepOutput, TokenLogprobs
+from serve.app import AppConfig, create_app
+from serve.engine.engine import Engine
+from serve.engine.request import EngineLimits
+from serve.text.gguf_tokenizer import tokenizer_from_gguf
+from serve.text.token_bytes import byte_characters
+from serve.text.tokenizer import Tokenizer
+from tests.serve.fake_runner import FakeRunner, K
+
+MODEL = "org/bytes"
+MAX_MODEL_LEN = 512
+BEGIN, END, TWIN = 256, 257, 258
+IMPOSSIBLE = 7  # a byte whose log-prob is minus infinity
+LIMITS = EngineLimits(max_model_len=MAX_MODEL_LEN, max_logprobs=K, vocab_size=259, max_banned_ids=8)
+_NORMAL, _CONTROL = 1, 3
+_TIMEOUT = 20  # seconds after which something hangs; never reached otherwise
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.content == 'refuse' %}{{ raise_exception('It is refused.') }}{% endif %}"
+    "{{ m.role }}:{{ m.content }}{{ mark or ';' }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+)
+
+
+@functools.cache
+def byte_tokenizer(*, add_bos: bool = False) -> Tokenizer:
+    """The tokenizer of the module's docstring; with `add_bos`, it puts BEGIN before a text."""
+    metadata = {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": [*byte_characters(), "<begin>", "<end>", "\\xff"],
+        "token_type": [_NORMAL] * 256 + [_CONTROL, _CONTROL, 4],
+        "merges": [],
+        "bos_token_id": BEGIN,
+        "eos_token_id": END,
+        "add_bos_token": add_bos,
+    }
+    keys: dict[str, Any] = {f"tokenizer.ggml.{name}": value for name, value in metadata.items()}
+    return tokenizer_from_gguf(keys | {"tokenizer.chat_template": TEMPLATE})
+
+
+class ScriptedRunner(FakeRunner):
+    """Chooses the tokens of a script and END after them; without a script it is the FakeRunner.
+
+    The token of step s has log-prob -(s + 1) / 10 and rank 2; before it stands the next id with half of that, after it
+    the id after next, whose probability is 0.
+    """
+
+    def __init__(self, script: Sequence[int] | None, *, pages: int = 64) -> None:
+        super().__init__(pages=pages)
+        self.script = script
+
+    def decode(self, inputs: StepInput, sampling: SamplingArrays) -> StepOutput:
+        """As the script says."""
+        return self._scripted(super().decode(inputs, sampling), sampling)
+
+    def sample(self, places: NDArray[np.int32], sampling: SamplingArrays) -> StepOutput:
+        """As the script says."""
+        return self._scripted(super().sample(places, sampling), sampling)
+
+    def score(self, places: NDArray[np.int32], targets: NDArray[np.int32]) -> TokenLogprobs:
+        """The FakeRunner's numbers, but for IMPOSSIBLE."""
+        result = super().score(places, targets)
+        if self.script is not None:
+            result.logprob[targets == IMPOSSIBLE] = -np.inf
+        return result
+
+    def _scripted(self, output: StepOutput, sampling: SamplingArrays) -> StepOutput:
+        if self.script is None:
+            return output
+        steps = np.asarray(sampling.step, np.int64)
+        tokens = np.array([self.script[s] if s < len(self.script) else END for s in steps], np.int32)
+        own = (-(steps + 1) / 10).astype(np.float32)
+        own[tokens == IMPOSSIBLE] = -np.inf
+        top_ids = np.stack([tokens + 1, tokens, tokens + 2], axis=1)
+        tops = np.stack([own / np.float32(2), own, np.full_like(own, -np.inf)], axis=1)
+        return StepOutput(tokens, TokenLogprobs(own, np.full(len(own), 2, np.int32), top_ids, tops))
+
+
+class Gate:
+    """Put into `runner.before_call`, holds the engine at the (after + 1)th call of a name until it is opened."""
+
+    def __init__(self, name: str, after: int = 0) -> None:
+        self._name, self._left = name, after
+        self._reached, self._opened = threading.Event(), threading.Event()
+
+    def __call__(self, name: str) -> None:
+        if name == self._name:
+            self._left -= 1
+            if self._left < 0:
+                self._reached.set()
+                assert self._opened.wait(_TIMEOUT)
+
+    def open(self) -> None:
+        """Lets the engine go on, for good."""
+        self._opened.set()
+
+    async def reached(self) -> None:
+        """Returns when the engine stands at the gate."""
+        assert await asyncio.to_thread(self._reached.wait, _TIMEOUT)
+
+
+@dataclass(slots=True)
+class Server:
+    """A running app and its client."""
+
+    runner: ScriptedRunner
+    engine: Engine
+    app: Starlette
+    client: httpx2.AsyncClient
+
+    async def post(self, path: str, body: Any, **headers: str) -> httpx2.Response:
+        """POSTs JSON; bytes are sent as they are."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        async with asyncio.timeout(_TIMEOUT):
+            return await self.client.post(
+                path, content=content, headers={"content-type": "application/json"} | headers
+            )
+
+    async def chat(self, **fields: Any) -> Any:
+        """The answer to a greedy chat request that must succeed."""
+        return answered(await self.post("/v1/chat/completions", chat_body(**fields)))
+
+    async def complete(self, **fields: Any) -> Any:
+        """The answer to a greedy completions request that must succeed."""
+        return answered(await self.post("/v1/completions", completion_body(**fields)))
+
+    async def chat_stream(self, **fields: Any) -> list[Any]:
+        """The chunks of a streamed `chat`, without the [DONE] that must end it."""
+        return chunks_of(await self.post("/v1/chat/completions", chat_body(**fields, stream=True)))
+
+    async def complete_stream(self, **fields: Any) -> list[Any]:
+        """The chunks of a streamed `complete`."""
+        return chunks_of(await self.post("/v1/completions", completion_body(**fields, stream=True)))
+
+    async def assert_idle(self) -> None:
+        """Stops the engine and fails unless it had no request left and all its pages were free."""
+        await asyncio.to_thread(self.engine.stop)
+        scheduler = self.engine._core.scheduler
+        assert scheduler.num_requests == 0
+        scheduler.check()
+
+
+@asynccontextmanager
+async def serving(
+    script: Sequence[int] | None = b"Hello",
+    *,
+    max_waiting: int = 64,
+    add_bos: bool = False,
+    **config: Any,
+) -> AsyncIterator[Server]:
+    """A server whose model says `script` and then END; `config` are fields of AppConfig."""
+    runner = ScriptedRunner(script)
+    engine = Engine(runner, LIMITS, max_waiting=max_waiting)
+    engine.start()
+    settings = AppConfig(**{"served_model_names": (MODEL, "alias")} | config)
+    app = create_app(engine, byte_tokenizer(add_bos=add_bos), settings)
+    transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+    try:
+        async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
+            yield Server(runner, engine, app, client)
+    finally:
+        runner.before_call = lambda _: None
+        await asyncio.to_thread(engine.stop)
+
+
+def chat_body(**fields: Any) -> dict[str, Any]:
+    """A greedy chat request."""
+    return {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0} | fields
+
+
+def completion_body(**fields: Any) -> dict[str, Any]:
+    """A greedy completions request."""
+    return {"prompt": "Hi", "temperature": 0} | fields
+
+
+def answered(response: httpx2.Response) -> Any:
+    """The JSON of a successful answer."""
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "application/json"
+    return response.json()
+
+
+def events_of(response: httpx2.Response) -> list[str]:
+    """The data of all server-sent events."""
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    parts = response.text.split("\n\n")
+    assert parts.pop() == ""
+    assert all(part.startswith("data: ") and "\n" not in part for part in parts)
+    return [part.removeprefix("data: ") for part in parts]
+
+
+def chunks_of(response: httpx2.Response) -> list[Any]:
+    """The JSON of all events but the last, which must be [DONE]."""
+    *events, last = events_of(response)
+    assert last == "[DONE]"
+    return [json.loads(event) for event in events]
+
+
+def error_of(response: httpx2.Response, status: int) -> Any:
+    """The error object of an answer, whose envelope is checked."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert set(body) == {"error"}
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert 0 < len(error["message"]) <= 1000
+    return error
+
+
+@dataclass(slots=True)
+class Connection:
+    """A client at the level of ASGI, which sees each message when it is sent and can go away at any time."""
+
+    path: str
+    body: Any
+    spec_version: str = "2.3"  # from 2.4 on, `send` raises OSError once the client is gone
+    sent: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
+    _incoming: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
+    _gone: bool = False
+
+    async def run(self, app: Starlette) -> None:
+        """Sends the request and returns when the app has done all it does for it."""
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": self.spec_version},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": self.path,
+            "raw_path": self.path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"content-type", b"application/json")],
+            "client": ("test", 1),
+            "server": ("test", 80),
+        }
+        self._incoming.put_nowait({"type": "http.request", "body": json.dumps(self.body).encode()})
+        async with asyncio.timeout(_TIMEOUT):
+            await app(scope, self._incoming.get, self._send)
+
+    async def data(self) -> bytes:
+        """The next piece of the answer's body."""
+        async with asyncio.timeout(_TIMEOUT):
+            while (message := await self.sent.get())["type"] != "http.response.body":
+                pass
+        return bytes(message["body"])
+
+    def leave(self) -> None:
+        """Closes the connection."""
+        self._gone = True
+        self._incoming.put_nowait({"type": "http.disconnect"})
+
+    async def _send(self, message: Any) -> None:
+        if self._gone and self.spec_version >= "2.4":
+            raise OSError
+        self.sent.put_nowait(dict(message))

@@ -1,0 +1,50 @@
+"""A real server in a process of its own."""
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class ServerProcess:
+    """`python -m serve ... --port 0`, up when the constructor returns."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-W", "error::ResourceWarning", "-m", "serve", *arguments, "--port", "0"]
+        self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        self.log: list[str] = []
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line)
+            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+                self.url = found[0]
+                break
+        else:
+            raise RuntimeError(f"the server ended with {self.process.wait()}:\n{''.join(self.log)}")
+        # Somebody must read on, or a full pipe would stop the server.
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+
+    def peak_memory(self) -> int:
+        """The most memory that was ever resident, in bytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text("ascii")
+        found = re.search(r"VmHWM:\s+(\d+) kB", status)
+        assert found is not None
+        return int(found[1]) * 1024
+
+    def terminate(self) -> int:
+        """Sends SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(timeout=60)
+        self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return code
+
+    def _read_log(self) -> None:
+        assert self.process.stderr is not None
+        self.log.extend(self.process.stderr)

@@ -1,0 +1,190 @@
+"""The main job, for real: a server process, the official client, the example."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+from openai import OpenAI
+
+from tests.golden_cases import Measured, compare, load_golden
+from tests.serve.server_process import ROOT, ServerProcess
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The default model in float32."""
+    cache = tmp_path_factory.mktemp("xla")
+    process = ServerProcess(
+        "--dtype", "float32", "--max-num-seqs", "4", "--max-model-len", "4096", "--compilation-cache-dir", str(cache)
+    )
+    yield process
+    if process.process.poll() is None:
+        process.terminate()
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_the_example_prints_the_sections_of_the_document(server: ServerProcess) -> None:
+    result = subprocess.run(
+        [sys.executable, "examples/online_chat_completion_logprobs.py"],
+        cwd=ROOT,
+        env={**os.environ, "OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_KEY": "none"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    text = result.stdout
+    assert text.startswith("Using model: SmolLM2-135M-Instruct\n\n" + "=" * 80 + "\n")
+    assert "Generated text: The capital of France is Paris.\n" in text
+    generated, prompt = text.split("=== Prompt Token Logprobs (vLLM Extension) ===")
+    assert "=== Generated Token Logprobs (Standard OpenAI) ===" in generated
+    assert re.search(r"^Position 0: 'The' \(logprob=-\d\.\d{6}\)\n    'The': logprob=-\S+ <-- chosen$", generated, re.M)
+    assert generated.count("<-- chosen") == 8  # "The capital of France is Paris." and the end of the turn
+    assert "Position 0: token_id=1 -> None (first token, no prior context)" in prompt
+    line = r"^    token_id=  9690, token='system', logprob= *-\d+\.\d{6}, rank=\d+ <-- actual$"
+    assert re.search(line, prompt, re.M)
+    positions = prompt.count("\nPosition ")
+    assert prompt.count("<-- actual") == positions - 1
+
+
+def test_golden_numbers_over_http(client: OpenAI) -> None:
+    prompts = load_golden("smollm2-q4_1-gguf-f32")
+    measured = []
+    for prompt in prompts:
+        answer = client.completions.create(
+            model="SmolLM2-135M-Instruct",
+            prompt=list(prompt.token_ids),
+            max_tokens=len(prompt.greedy),
+            temperature=0,
+            logprobs=1,
+            extra_body={"prompt_logprobs": 0, "return_token_ids": True, "ignore_eos": True},
+        )
+        choice = answer.choices[0]
+        extra = choice.model_extra or {}
+        entries = [
+            entry[str(token)] for entry, token in zip(extra["prompt_logprobs"][1:], prompt.token_ids[1:], strict=True)
+        ]
+        assert choice.logprobs is not None
+        measured.append(
+            Measured(
+                [entry["logprob"] for entry in entries],
+                [entry["rank"] for entry in entries],
+                extra["token_ids"],
+                choice.logprobs.token_logprobs or [],
+            )
+        )
+    figures = compare(prompts, measured)
+    assert figures.mean_error < 1e-4
+    assert figures.wrong_ranks == ()
+    assert figures.wrong_greedy == ()
+
+
+def test_a_stream_says_what_the_whole_answer_says(client: OpenAI) -> None:
+    messages = [{"role": "user", "content": "Say hello in Japanese, with an emoji."}]
+    options = {"model": "SmolLM2-135M-Instruct", "messages": messages, "max_tokens": 40, "seed": 3, "logprobs": True}
+    extra = {"return_token_ids": True, "prompt_logprobs": 2}
+    whole = client.chat.completions.create(**options, extra_body=extra)  # type: ignore[call-overload]
+    text, entries, ids, first = "", [], [], None
+    for chunk in client.chat.completions.create(**options, stream=True, extra_body=extra):  # type: ignore[call-overload]
+        first = first or chunk
+        choice = chunk.choices[0]
+        text += choice.delta.content or ""
+        entries += choice.logprobs.content if choice.logprobs else []
+        ids += (choice.model_extra or {}).get("token_ids", [])
+    choice = whole.choices[0]
+    assert text == choice.message.content
+    assert ids == choice.model_extra["token_ids"]
+    assert [entry.logprob for entry in entries] == [entry.logprob for entry in choice.logprobs.content]
+    assert first is not None
+    assert first.model_extra["prompt_logprobs"] == whole.model_extra["prompt_logprobs"]
+    assert len(whole.model_extra["prompt_logprobs"]) == whole.usage.prompt_tokens
+    # Skipping special tokens, the bytes of all entries are the bytes of the text.
+    data = b"".join(bytes(entry.bytes) for entry in entries if not entry.token.startswith("<|"))
+    assert data.decode("utf-8", "replace") == text
+
+
+def test_lm_eval_shape(server: ServerProcess) -> None:
+    """The request that lm-evaluation-harness sends for log-likelihoods."""
+    prompts = [[504, 3575, 282, 4649, 314], [504, 6376]]
+    body = {
+        "model": "SmolLM2-135M-Instruct",
+        "prompt": prompts,
+        "temperature": 0,
+        "max_tokens": 1,
+        "logprobs": 1,
+        "seed": 1234,
+        "echo": True,
+    }
+    answer = httpx2.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
+    for choice, prompt in zip(answer["choices"], prompts, strict=True):
+        logprobs = choice["logprobs"]
+        assert len(logprobs["token_logprobs"]) == len(prompt) + 1
+        assert logprobs["token_logprobs"][0] is None
+        for own, top in zip(logprobs["token_logprobs"][1:], logprobs["top_logprobs"][1:], strict=True):
+            assert own in top.values()
+            assert own <= max(top.values())
+
+
+def test_scoring_a_long_prompt_takes_little_memory(server: ServerProcess) -> None:
+    """Promise 3: no [prompt, vocabulary] array, which would be 690 MB here."""
+
+    def score(tokens: int) -> int:
+        ids = [20 + (7919 * i) % 40000 for i in range(tokens)]
+        body = {"prompt": ids, "max_tokens": 1, "prompt_logprobs": 20}
+        answer = httpx2.post(f"{server.url}/v1/completions", json=body, timeout=300)
+        entries = json.loads(answer.content)["choices"][0]["prompt_logprobs"]
+        assert len(entries) == tokens
+        assert all(20 <= len(entry) <= 21 for entry in entries[1:])
+        return server.peak_memory()
+
+    short = score(100)
+    assert score(3500) - short < 400e6
+
+
+def test_sigterm_drains_and_exits_0_and_a_second_start_reads_the_cache(tmp_path: Path) -> None:
+    arguments = ("--max-num-seqs", "1", "--max-model-len", "256", "--compilation-cache-dir", str(tmp_path / "xla"))
+    first = ServerProcess(*arguments)
+    entries = sorted(path.name for path in (tmp_path / "xla").glob("jit_decode_1-*-cache"))
+    assert len(entries) == 1
+    with httpx2.stream(
+        "POST",
+        f"{first.url}/v1/completions",
+        json={"prompt": "Once upon a time", "max_tokens": 60, "ignore_eos": True, "stream": True},
+        timeout=60,
+    ) as response:
+        lines = response.iter_lines()
+        next(lines)  # the stream has begun: now ask the server to end
+        first.process.terminate()
+        events = [line for line in lines if line.startswith("data: ")]
+    assert events[-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in events[-2]
+    assert first.terminate() == 0
+    second = ServerProcess(*arguments)
+    assert second.terminate() == 0
+    assert sorted(path.name for path in (tmp_path / "xla").glob("jit_decode_1-*-cache")) == entries
+
+
+def test_what_cannot_be_served_is_one_message_and_exit_code_1(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF\x03\x00\x00\x00")
+    for model in (str(broken), str(tmp_path / "nothing"), str(tmp_path)):
+        result = subprocess.run(
+            [sys.executable, "-m", "serve", model, "--port", "0", "--compilation-cache-dir", str(tmp_path / "xla")],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 1
+        assert "Traceback" not in result.stderr
+        assert result.stderr.startswith("error: ")

@@ -1,0 +1,96 @@
+"""Promise 1: the default model's numbers against torch's in float32."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from compiled.runner import ModelRunner
+from compiled.shapes import Buckets
+from model.weights.load import load_weights, open_checkpoint
+from model.weights.source import ModelSource, default_model_path
+from serve.engine.request import SamplingParams
+from tests.conftest import make_runner
+from tests.golden_cases import Figures, GoldenName, Measured, compare, load_golden
+from tests.in_process import run
+
+
+def _figures(runner: ModelRunner, name: GoldenName) -> Figures:
+    prompts = load_golden(name)
+    steps = len(prompts[0].greedy)
+    params = SamplingParams(max_tokens=steps, temperature=0, prompt_logprobs=True)
+    answers = run(runner, {str(i): (list(prompt.token_ids), params) for i, prompt in enumerate(prompts)})
+    measured = []
+    for answer in answers.values():
+        assert answer.prompt is not None
+        logprobs, ranks = answer.prompt.logprob.tolist(), answer.prompt.rank.tolist()
+        measured.append(Measured(logprobs, ranks, answer.token_ids, [float(x) for x in answer.logprobs]))
+    return compare(prompts, measured)
+
+
+def _assert_float32(figures: Figures) -> None:
+    print(figures)
+    assert figures.mean_error < 1e-4
+    assert figures.max_error < 1e-3
+    assert figures.greedy_max_error < 1e-3
+    assert figures.wrong_ranks == ()
+    assert figures.wrong_greedy == ()
+
+
+def test_float32_from_gguf(float32_runner: ModelRunner) -> None:
+    _assert_float32(_figures(float32_runner, "smollm2-q4_1-gguf-f32"))
+
+
+def test_bfloat16_from_gguf(bfloat16_runner: ModelRunner) -> None:
+    figures = _figures(bfloat16_runner, "smollm2-q4_1-gguf-f32")
+    print(figures)
+    assert figures.mean_error < 0.035
+
+
+@pytest.fixture(scope="module")
+def hf_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Hugging Face directory that the second golden file was made of: the same weights rounded to bfloat16."""
+    checkpoint = open_checkpoint(ModelSource("default", default_model_path()))
+    try:
+        weights = load_weights(checkpoint, np.dtype(ml_dtypes.bfloat16), lambda _, array: array)
+        config = checkpoint.config
+    finally:
+        checkpoint.close()
+    dims = config.dims()
+    tensors: dict[str, NDArray[Any]] = {}
+    for row in config.traits.weights:
+        for layer in range(config.num_layers if "{i}" in row.target else 1):
+            fused = weights.get(row.target.format(i=layer))
+            start = 0
+            for piece in row.pieces if fused is not None else ():
+                end = start + dims[piece.shape[0]]
+                tensors[piece.hf.format(i=layer)] = np.asarray(fused)[start:end].astype(ml_dtypes.bfloat16)
+                start = end
+    directory = tmp_path_factory.mktemp("smollm2")
+    save_file(tensors, directory / "model.safetensors")
+    sizes = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": True,
+    }
+    (directory / "config.json").write_text(json.dumps(sizes), "utf-8")
+    return directory
+
+
+def test_float32_from_a_hugging_face_directory(hf_directory: Path) -> None:
+    buckets = Buckets(decode_rows=(8,), prefill_chunks=(64,), score_rows=64, pages_per_row=16)
+    _assert_float32(_figures(make_runner(hf_directory, "float32", buckets), "smollm2-prompt-logprobs"))

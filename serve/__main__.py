@@ -40,7 +40,8 @@ def main() -> int:
         chat_template=chat_template,
     )
     host, port = listener.getsockname()[:2]
-    console.print(f"serving  {', '.join(names)} at http://{host}:{port} (OpenAI base URL: http://{host}:{port}/v1)")
+    # Not wrapped: whoever starts us reads the address from this line.
+    console.print(f"serving  {', '.join(names)} at http://{host}:{port} (API under /v1)", soft_wrap=True)
     app = create_app(served.engine, served.tokenizer, app_config)
     try:
         _run(

@@ -1,7 +1,5 @@
 """create_app: the routes, and what is common to all answers."""
 
-import logging
-
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -15,15 +13,13 @@ from serve.openai.access import Access
 from serve.openai.chat import ChatCompletions
 from serve.openai.completions import Completions
 from serve.openai.endpoint import AppConfig, Endpoint
-from serve.openai.errors import APIError, engine_error
+from serve.openai.errors import APIError
 from serve.openai.generation import Engine
 from serve.openai.models import Models
 from serve.openai.stream import dump
 from serve.text.tokenizer import Tokenizer
 
 __all__ = ["AppConfig", "create_app"]
-
-logger = logging.getLogger(__name__)
 
 
 def create_app(engine: Engine, tokenizer: Tokenizer, config: AppConfig) -> Starlette:
@@ -50,7 +46,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: AppConfig) -> Starl
     app = Starlette(
         routes=routes,
         middleware=[cors, Middleware(Access, api_keys=config.api_keys)],
-        exception_handlers={APIError: _api_error, HTTPException: _http_error, Exception: _unexpected},
+        exception_handlers={APIError: _api_error, HTTPException: _http_error},
     )
     app.router.redirect_slashes = False
     return app
@@ -66,8 +62,3 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{error.detail}: {request.method} {request.url.path[:200]}"
     return APIError(error.status_code, message, None, None, error.headers or {}).response()
-
-
-async def _unexpected(_: Request, error: Exception) -> Response:
-    logger.error("a request failed", exc_info=error)
-    return engine_error("The server failed on this request.").response()

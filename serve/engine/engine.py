@@ -75,8 +75,12 @@ class Engine:
         Raises:
             EngineStoppedError: the engine takes no more requests.
             QueueFullError: too many requests are unfinished.
-            ValueError: the cache could never hold it.
+            ValueError: the prompt is empty or above the model's length, or the cache could never hold the request.
         """
+        if not 1 <= len(request.prompt_token_ids) <= self.limits.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(request.prompt_token_ids)} of 1 to {self.limits.max_model_len} tokens"
+            )
         needed = -(-min(self.limits.max_model_len, request.num_tokens + request.params.max_tokens) // PAGE_SIZE)
         if needed >= self._runner.pages:
             raise ValueError(f"the request needs {needed} pages of cache, there are {self._runner.pages - 1}")
@@ -107,15 +111,19 @@ class Engine:
         self._inbox.put(lambda: self._abort(request_id))
 
     def _loop(self) -> None:
-        while self._drain_inbox():
-            try:
-                emitted = self._core.step()
-            except Exception:
-                logger.exception("a step failed; its requests are ended with an error and the cache starts anew")
-                emitted = self._recover()
-            for item in emitted:
-                self._emit(item)
-        self._close_streams()
+        try:
+            while self._drain_inbox():
+                for item in self._step():
+                    self._emit(item)
+        finally:
+            self._close_streams()
+
+    def _step(self) -> list[Emitted]:
+        try:
+            return self._core.step()
+        except Exception:
+            logger.exception("a step failed; its requests are ended with an error and the cache starts anew")
+            return self._recover()
 
     def _close_streams(self) -> None:
         """Nobody is left waiting: every open stream ends, and no other is opened."""

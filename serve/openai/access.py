@@ -1,6 +1,7 @@
-"""Pure ASGI middleware: API keys, request ids, double slashes."""
+"""Pure ASGI middleware: API keys, request ids, double slashes, and an answer where nothing else has one."""
 
 import hmac
+import logging
 import re
 import uuid
 from collections.abc import Sequence
@@ -8,7 +9,9 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.openai.errors import APIError
+from serve.openai.errors import APIError, engine_error
+
+logger = logging.getLogger(__name__)
 
 _OPEN_PATHS = frozenset({"/health", "/ping"})
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,200}")
@@ -40,7 +43,24 @@ class Access:
             error = APIError(401, "The API key is missing or wrong.", None, "invalid_api_key")
             await error.response()(scope, receive, send_with_id)
             return
-        await self._app(scope, receive, send_with_id)
+        await self._answer(scope, receive, send_with_id)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Here and not in an exception handler of the app, whose answer would bear neither the id nor CORS headers."""
+        started = False
+
+        async def note_start(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, note_start)
+        except Exception:
+            if started:
+                raise
+            logger.exception("a request failed")
+            await engine_error("The server failed on this request.").response()(scope, receive, send)
 
     def _allows(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")

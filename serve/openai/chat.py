@@ -19,14 +19,14 @@ from serve.openai.generation import (
     check_room,
     check_stream_options,
     check_top_k,
-    finish,
+    finish_all,
     make_choices,
     merge,
     prompt_top_k,
 )
 from serve.openai.logprobs import TokenNames, chat_content, prompt_logprobs
 from serve.openai.schema import ChatCompletionRequest, ChatMessage, parse, read_body
-from serve.openai.stream import EventStream, dump, json_or_disconnect, started
+from serve.openai.stream import dump, json_or_disconnect, stream_or_disconnect
 from serve.text.chat_template import ChatTemplateError
 from serve.text.tokenizer import TokenizerError
 
@@ -59,7 +59,7 @@ class ChatCompletions:
         data = await read_body(request, self._at.config.max_body_bytes)
         job = await asyncio.to_thread(self._prepare, data, request.headers.get("x-request-id"))
         if job.body.stream:
-            return EventStream(await started(self._chunks(job)), self._at.abort_all(job.choices))
+            return await stream_or_disconnect(request, self._chunks(job), self._at.abort_all(job.choices))
         return await json_or_disconnect(request, self._answer(job))
 
     def _prepare(self, data: bytes, request_id: str | None) -> _Job:
@@ -115,7 +115,7 @@ class ChatCompletions:
         return ids
 
     async def _answer(self, job: _Job) -> bytes:
-        results = await asyncio.gather(*[finish(choice, self._at.engine, self._at.tokenizer) for choice in job.choices])
+        results = await finish_all(job.choices, self._at.engine, self._at.tokenizer)
         return await asyncio.to_thread(self._body, job, results)
 
     def _body(self, job: _Job, results: Sequence[Finished]) -> bytes:
@@ -153,7 +153,8 @@ class ChatCompletions:
         async for choice, delta in merge(job.choices, self._at.engine, self._at.tokenizer):
             if choice.index not in opened:
                 opened.add(choice.index)
-                yield await self._opening(job, choice, delta)
+                opening = await self._opening(job, choice, delta)
+                yield opening | ({"usage": usage.fields()} if continuous else {})
             usage.completion_tokens += len(delta.token_ids)
             chunk = job.header.fields() | {"choices": [self._delta(job, choice, delta)]}
             yield chunk | ({"usage": usage.fields()} if continuous else {})

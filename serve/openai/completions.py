@@ -19,14 +19,14 @@ from serve.openai.generation import (
     check_room,
     check_stream_options,
     check_top_k,
-    finish,
+    finish_all,
     make_choices,
     merge,
     prompt_top_k,
 )
 from serve.openai.logprobs import CompletionLogprobs, TokenNames, joined, prompt_logprobs
 from serve.openai.schema import CompletionRequest, parse, read_body
-from serve.openai.stream import EventStream, dump, json_or_disconnect, started
+from serve.openai.stream import dump, json_or_disconnect, stream_or_disconnect
 from serve.text.tokenizer import TokenizerError
 
 _MAX_PROMPTS = 2048
@@ -72,7 +72,7 @@ class Completions:
         data = await read_body(request, self._at.config.max_body_bytes)
         job = await asyncio.to_thread(self._prepare, data, request.headers.get("x-request-id"))
         if job.body.stream:
-            return EventStream(await started(self._chunks(job)), self._at.abort_all(job.choices))
+            return await stream_or_disconnect(request, self._chunks(job), self._at.abort_all(job.choices))
         return await json_or_disconnect(request, self._answer(job))
 
     def _prepare(self, data: bytes, request_id: str | None) -> _Job:
@@ -144,7 +144,7 @@ class Completions:
         return _Prompt(ids, text, hidden)
 
     async def _answer(self, job: _Job) -> bytes:
-        results = await asyncio.gather(*[finish(choice, self._at.engine, self._at.tokenizer) for choice in job.choices])
+        results = await finish_all(job.choices, self._at.engine, self._at.tokenizer)
         return await asyncio.to_thread(self._body, job, results)
 
     def _body(self, job: _Job, results: Sequence[Finished]) -> bytes:

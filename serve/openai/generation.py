@@ -149,13 +149,13 @@ class Finished:
         return whole
 
 
-async def finish(choice: Choice, engine: Engine, tokenizer: Tokenizer) -> Finished:
-    """Runs a choice to its end."""
-    result = Finished(choice)
-    async with aclosing(choice.deltas(engine, tokenizer)) as deltas:
-        async for delta in deltas:
-            result.add(delta)
-    return result
+async def finish_all(choices: Sequence[Choice], engine: Engine, tokenizer: Tokenizer) -> list[Finished]:
+    """Runs all choices of an answer to their ends; the failure of one ends all."""
+    results = [Finished(choice) for choice in choices]
+    async with aclosing(merge(choices, engine, tokenizer)) as deltas:
+        async for choice, delta in deltas:
+            results[choice.index].add(delta)
+    return results
 
 
 async def merge(

@@ -208,20 +208,25 @@ def parse[M: GenerationRequest](kind: type[M], body: bytes, log: FieldLog) -> M:
     return parsed
 
 
-_CODES = {
-    "missing": "missing_required_parameter",
-    "greater_than_equal": "integer_below_min_value",
-    "greater_than": "decimal_below_min_value",
-    "less_than_equal": "integer_above_max_value",
-    "less_than": "integer_above_max_value",
+_BOUNDS = {
+    "greater_than_equal": ("ge", "below_min_value"),
+    "greater_than": ("gt", "below_min_value"),
+    "less_than_equal": ("le", "above_max_value"),
+    "less_than": ("lt", "above_max_value"),
 }
 
 
 def _from_pydantic(error: ValidationError) -> APIError:
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     kind = first["type"]
     param = _location(first["loc"])
-    code = _CODES.get(kind, "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value")
+    if kind == "missing":
+        code = "missing_required_parameter"
+    elif kind in _BOUNDS:
+        bound, suffix = _BOUNDS[kind]
+        code = f"{'decimal' if isinstance(first['ctx'][bound], float) else 'integer'}_{suffix}"
+    else:
+        code = "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
     return invalid(param, f"`{param}`: {first['msg']}.", code)
 
 

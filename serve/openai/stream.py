@@ -40,21 +40,26 @@ class EventStream(StreamingResponse):
             self._on_close()
 
 
-async def started(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[bytes]:
-    """Events of `chunks`, after the first of which is known: until then an error can still be a status.
+async def stream_or_disconnect(
+    request: Request, chunks: AsyncGenerator[dict[str, Any]], on_close: Callable[[], None]
+) -> Response:
+    """Events of `chunks`, one at least, once the first is known: until then an error can still be a status.
 
     Raises:
         APIError: the first chunk could not be made.
     """
-    first = await anext(chunks, None)
-    return _events(first, chunks)
+    first = await _unless_gone(request, _first(chunks))
+    return Response(status_code=_CLIENT_CLOSED) if first is None else EventStream(_events(first, chunks), on_close)
 
 
-async def _events(first: dict[str, Any] | None, chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[bytes]:
+async def _first(chunks: AsyncGenerator[dict[str, Any]]) -> dict[str, Any]:
+    return await anext(chunks)
+
+
+async def _events(first: dict[str, Any], chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[bytes]:
     async with aclosing(chunks):
         try:
-            if first is not None:
-                yield await _event(first)
+            yield await _event(first)
             async for chunk in chunks:
                 yield await _event(chunk)
         except APIError as error:
@@ -73,13 +78,17 @@ async def _event(chunk: dict[str, Any]) -> bytes:
 
 async def json_or_disconnect(request: Request, work: Coroutine[Any, Any, bytes]) -> Response:
     """The JSON that `work` makes; cancels it when the client closes the connection."""
+    data = await _unless_gone(request, work)
+    return Response(status_code=_CLIENT_CLOSED) if data is None else Response(data, media_type="application/json")
+
+
+async def _unless_gone[T](request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """What `work` returns; None, and `work` cancelled, when the client closes the connection first."""
     task = asyncio.create_task(work)
     gone = asyncio.create_task(_disconnected(request))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            return Response(status_code=_CLIENT_CLOSED)
-        return Response(task.result(), media_type="application/json")
+        return task.result() if task.done() else None
     finally:
         for each in (task, gone):
             each.cancel()

@@ -10,15 +10,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from compiled.shapes import Buckets
 from compiled.state import MAX_BANNED, SamplingArrays, StepInput, StepOutput, TokenLogprobs
 from model.kv_cache import NULL_PAGE, PAGE_SIZE
-from serve.engine.request import FinishReason, SamplingParams, TokenEvent, TokenScores
+from serve.engine.core import EngineCore
+from serve.engine.request import FinishReason, Request, SamplingParams, TokenEvent, TokenScores
 
 VOCAB_SIZE = 97  # V
 K = 3
+
+MAX_MODEL_LEN = 512  # tokens, unless a test says otherwise
 
 _FIRST_SHIFT, _SECOND_SHIFT = 5, 3
 
@@ -219,3 +223,57 @@ def outcome_of(events: Sequence[TokenEvent]) -> Outcome:
 def _rows(scores: TokenScores | TokenLogprobs) -> list[tuple[float | list[int], ...]]:
     columns = (scores.logprob, scores.rank, scores.top_ids, scores.top_logprobs)
     return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def greedy(max_tokens: int, *, prompt_logprobs: bool = False) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, prompt_logprobs=prompt_logprobs)
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return [int(token) for token in np.random.default_rng([length, seed]).integers(0, VOCAB_SIZE, length)]
+
+
+class CoreBench:
+    """A core, its fake runner and what every request has been told."""
+
+    def __init__(self, *, pages: int = 64, max_num_seqs: int = 4, max_model_len: int = MAX_MODEL_LEN) -> None:
+        rows = tuple(n for n in (1, 2, 4) if n <= max_num_seqs)
+        self.runner = FakeRunner(pages=pages, decode_rows=rows, pages_per_row=-(-max_model_len // 64))
+        self.core = EngineCore(self.runner, max_model_len=max_model_len)
+        self.events: dict[str, list[TokenEvent]] = {}
+
+    def add(self, name: str, prompt: list[int], params: SamplingParams) -> Request:
+        request = Request(name, prompt, params)
+        request.seed = params.seed or 0
+        self.core.add(request)
+        self.events[name] = []
+        return request
+
+    def step(self) -> None:
+        self.take(self.core.step())
+        self.core.scheduler.check()
+
+    def take(self, emitted: Sequence[tuple[Request, TokenEvent]]) -> None:
+        for request, event in emitted:
+            self.events[request.id].append(event)
+
+    def run(self) -> None:
+        for _ in range(3000):
+            if not self.core.scheduler.num_requests:
+                return
+            self.step()
+        raise AssertionError("the requests do not end")
+
+    def fail(self) -> None:
+        """A step that raises, and what the engine does then."""
+        with pytest.raises(InjectedError):
+            self.core.step()
+        self.take(self.core.fail_all("it failed"))
+        self.core.scheduler.check()
+
+    def outcome(self, name: str) -> Outcome:
+        return outcome_of(self.events[name])
+
+
+def alone(request: Request, max_model_len: int = MAX_MODEL_LEN) -> Outcome:
+    return expected_outcome(request.prompt_token_ids, request.params, seed=request.seed, max_model_len=max_model_len)

@@ -31,8 +31,8 @@ MODEL = "org/bytes"
 MAX_MODEL_LEN = 512
 BEGIN, END, TWIN = 256, 257, 258
 IMPOSSIBLE = 7  # a byte whose log-prob is minus infinity
-LIMITS = EngineLimits(max_model_len=MAX_MODEL_LEN, max_logprobs=K, vocab_size=259, max_banned_ids=8)
-_NORMAL, _CONTROL = 1, 3
+LIMITS = EngineLimits(max_model_len=MAX_MODEL_LEN, max_logprobs=K, vocab_size=260, max_banned_ids=8)
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _TIMEOUT = 20  # seconds after which something hangs; never reached otherwise
 
 TEMPLATE = (
@@ -44,12 +44,13 @@ TEMPLATE = (
 @functools.cache
 def byte_tokenizer(*, add_bos: bool = False) -> Tokenizer:
     """The tokenizer of the module's docstring; with `add_bos`, it puts BEGIN before a text."""
+    characters = byte_characters()
     metadata = {
         "model": "gpt2",
         "pre": "gpt-2",
-        "tokens": [*byte_characters(), "<begin>", "<end>", "\\xff"],
-        "token_type": [_NORMAL] * 256 + [_CONTROL, _CONTROL, 4],
-        "merges": [],
+        "tokens": [*characters, "<begin>", "<end>", "\\xff", characters[0] + characters[1]],
+        "token_type": [_NORMAL] * 256 + [_CONTROL, _CONTROL, _USER_DEFINED, _NORMAL],
+        "merges": [f"{characters[0]} {characters[1]}"],  # there must be one; no text here holds these bytes
         "bos_token_id": BEGIN,
         "eos_token_id": END,
         "add_bos_token": add_bos,
@@ -65,8 +66,8 @@ class ScriptedRunner(FakeRunner):
     the id after next, whose probability is 0.
     """
 
-    def __init__(self, script: Sequence[int] | None, *, pages: int = 64) -> None:
-        super().__init__(pages=pages)
+    def __init__(self, script: Sequence[int] | None) -> None:
+        super().__init__()
         self.script = script
 
     def decode(self, inputs: StepInput, sampling: SamplingArrays) -> StepOutput:
@@ -132,9 +133,7 @@ class Server:
         """POSTs JSON; bytes are sent as they are."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         async with asyncio.timeout(_TIMEOUT):
-            return await self.client.post(
-                path, content=content, headers={"content-type": "application/json"} | headers
-            )
+            return await self.client.post(path, content=content, headers={"content-type": "application/json"} | headers)
 
     async def chat(self, **fields: Any) -> Any:
         """The answer to a greedy chat request that must succeed."""
@@ -235,16 +234,14 @@ class Connection:
 
     path: str
     body: Any
-    spec_version: str = "2.3"  # from 2.4 on, `send` raises OSError once the client is gone
     sent: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
     _incoming: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
-    _gone: bool = False
 
     async def run(self, app: Starlette) -> None:
         """Sends the request and returns when the app has done all it does for it."""
         scope = {
             "type": "http",
-            "asgi": {"version": "3.0", "spec_version": self.spec_version},
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": "1.1",
             "method": "POST",
             "scheme": "http",
@@ -269,10 +266,7 @@ class Connection:
 
     def leave(self) -> None:
         """Closes the connection."""
-        self._gone = True
         self._incoming.put_nowait({"type": "http.disconnect"})
 
     async def _send(self, message: Any) -> None:
-        if self._gone and self.spec_version >= "2.4":
-            raise OSError
         self.sent.put_nowait(dict(message))

@@ -1,85 +1,17 @@
 """EngineCore through a fake runner: whatever happens around a request, it is told what it is told alone."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.engine.core import EngineCore
-from serve.engine.request import FinishReason, Request, RequestStatus, SamplingParams, TokenEvent
-from tests.serve.fake_runner import (
-    VOCAB_SIZE,
-    FakeRunner,
-    InjectedError,
-    Outcome,
-    expected_outcome,
-    hidden_after,
-    next_token,
-    outcome_of,
-)
-
-MAX_MODEL_LEN = 512
-
-
-def greedy(max_tokens: int, *, prompt_logprobs: bool = False) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, temperature=0.0, prompt_logprobs=prompt_logprobs)
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return [int(token) for token in np.random.default_rng([length, seed]).integers(0, VOCAB_SIZE, length)]
-
-
-class Bench:
-    """A core, its fake runner and what every request has been told."""
-
-    def __init__(self, *, pages: int = 64, max_num_seqs: int = 4, max_model_len: int = MAX_MODEL_LEN) -> None:
-        rows = tuple(n for n in (1, 2, 4) if n <= max_num_seqs)
-        self.runner = FakeRunner(pages=pages, decode_rows=rows, pages_per_row=-(-max_model_len // 64))
-        self.core = EngineCore(self.runner, max_model_len=max_model_len)
-        self.events: dict[str, list[TokenEvent]] = {}
-
-    def add(self, name: str, prompt: list[int], params: SamplingParams) -> Request:
-        request = Request(name, prompt, params)
-        request.seed = params.seed or 0
-        self.core.add(request)
-        self.events[name] = []
-        return request
-
-    def step(self) -> None:
-        self.take(self.core.step())
-        self.core.scheduler.check()
-
-    def take(self, emitted: Sequence[tuple[Request, TokenEvent]]) -> None:
-        for request, event in emitted:
-            self.events[request.id].append(event)
-
-    def run(self) -> None:
-        for _ in range(3000):
-            if not self.core.scheduler.num_requests:
-                return
-            self.step()
-        raise AssertionError("the requests do not end")
-
-    def fail(self) -> None:
-        """A step that raises, and what the engine does then."""
-        with pytest.raises(InjectedError):
-            self.core.step()
-        self.take(self.core.fail_all("it failed"))
-        self.core.scheduler.check()
-
-    def outcome(self, name: str) -> Outcome:
-        return outcome_of(self.events[name])
-
-
-def alone(request: Request, max_model_len: int = MAX_MODEL_LEN) -> Outcome:
-    return expected_outcome(request.prompt_token_ids, request.params, seed=request.seed, max_model_len=max_model_len)
+from serve.engine.request import FinishReason, Request, RequestStatus, SamplingParams
+from tests.serve.fake_runner import VOCAB_SIZE, CoreBench, alone, greedy, hidden_after, next_token, prompt_of
 
 
 def test_a_prompt_in_chunks_then_one_token_a_step() -> None:
-    bench = Bench()
+    bench = CoreBench()
     bench.add("a", prompt_of(150), greedy(3))
     bench.run()
     assert bench.runner.calls == [
@@ -94,7 +26,7 @@ def test_a_prompt_in_chunks_then_one_token_a_step() -> None:
 
 
 def test_prefill_and_decode_take_turns() -> None:
-    bench = Bench()
+    bench = CoreBench()
     a = bench.add("a", [5], greedy(4))
     bench.step()
     b = bench.add("b", prompt_of(100), greedy(2))
@@ -110,7 +42,7 @@ def test_prefill_and_decode_take_turns() -> None:
 
 
 def test_the_prompt_is_scored_in_blocks_across_chunks() -> None:
-    bench = Bench()
+    bench = CoreBench()
     a = bench.add("a", prompt_of(70), greedy(2, prompt_logprobs=True))
     bench.run()
     # 64 rows of the first chunk and 5 of the second: the last token has no successor.
@@ -120,7 +52,7 @@ def test_the_prompt_is_scored_in_blocks_across_chunks() -> None:
 
 
 def test_rows_of_several_prompts_share_a_block() -> None:
-    bench = Bench()
+    bench = CoreBench()
     requests = [bench.add(f"{i}", prompt_of(4, i), greedy(1, prompt_logprobs=True)) for i in range(4)]
     bench.run()
     assert [live for name, live in bench.runner.calls if name == "score"] == [8, 4]
@@ -131,7 +63,7 @@ def test_rows_of_several_prompts_share_a_block() -> None:
 @pytest.mark.parametrize("length", [1, 2, 64, 65, 200])
 @pytest.mark.parametrize("scored", [False, True])
 def test_no_tokens_wanted(length: int, scored: bool) -> None:
-    bench = Bench()
+    bench = CoreBench()
     a = bench.add("a", prompt_of(length), greedy(0, prompt_logprobs=scored))
     bench.run()
     assert bench.outcome("a") == alone(a)
@@ -148,7 +80,7 @@ def test_a_stop_id_ends_the_request_and_min_tokens_puts_it_off() -> None:
     first = next_token(hidden_after(prompt))
     second = next_token(hidden_after([*prompt, first + 1]))
     for min_tokens, expected in ((0, [first]), (1, [first + 1, second])):
-        bench = Bench()
+        bench = CoreBench()
         stops = frozenset({first, second})
         params = SamplingParams(max_tokens=9, temperature=0.0, min_tokens=min_tokens, stop_token_ids=stops)
         a = bench.add("a", prompt, params)
@@ -161,7 +93,7 @@ def test_a_stop_id_ends_the_request_and_min_tokens_puts_it_off() -> None:
 
 @pytest.mark.parametrize("length", [250, 255, 256])
 def test_the_models_length_ends_a_request(length: int) -> None:
-    bench = Bench(max_model_len=256)
+    bench = CoreBench(max_model_len=256)
     a = bench.add("a", prompt_of(length), greedy(1000))
     bench.run()
     assert len(bench.outcome("a").tokens) == max(1, 256 - length)
@@ -171,7 +103,7 @@ def test_the_models_length_ends_a_request(length: int) -> None:
 def test_a_tiny_pool_changes_no_number() -> None:
     outcomes = []
     for pages in (40, 4):
-        bench = Bench(pages=pages, max_model_len=192)
+        bench = CoreBench(pages=pages, max_model_len=192)
         for i in range(4):
             bench.add(f"{i}", prompt_of(30 + 20 * i, i), greedy(60, prompt_logprobs=True))
         bench.run()
@@ -185,7 +117,7 @@ def test_a_tiny_pool_changes_no_number() -> None:
 
 @pytest.mark.parametrize("steps", range(5))
 def test_abort_in_every_state(steps: int) -> None:
-    bench = Bench(max_num_seqs=1)
+    bench = CoreBench(max_num_seqs=1)
     a = bench.add("a", prompt_of(100), greedy(50, prompt_logprobs=True))
     b = bench.add("b", prompt_of(20), greedy(2))
     for _ in range(steps):
@@ -203,7 +135,7 @@ def test_abort_in_every_state(steps: int) -> None:
 
 
 def test_a_generated_nan_is_an_error_of_that_request_alone() -> None:
-    bench = Bench()
+    bench = CoreBench()
     a, b = bench.add("a", prompt_of(9, 1), greedy(6)), bench.add("b", prompt_of(9, 2), greedy(6))
     bench.runner.nan_token = alone(a).tokens[2]
     assert bench.runner.nan_token not in alone(b).tokens + alone(a).tokens[:2]
@@ -219,7 +151,7 @@ def test_a_generated_nan_is_an_error_of_that_request_alone() -> None:
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 5])
 def test_a_nan_in_the_prompts_scores_is_an_error_in_the_first_event(max_tokens: int) -> None:
-    bench = Bench()
+    bench = CoreBench()
     a = bench.add("a", prompt_of(9), greedy(max_tokens, prompt_logprobs=True))
     bench.runner.nan_token = a.prompt_token_ids[4]
     assert bench.runner.nan_token not in alone(a).tokens
@@ -232,7 +164,7 @@ def test_a_nan_in_the_prompts_scores_is_an_error_in_the_first_event(max_tokens: 
 
 @pytest.mark.parametrize("name", ["prefill", "score", "sample", "decode"])
 def test_a_failed_step_ends_the_running_and_spares_the_waiting(name: str) -> None:
-    bench = Bench(max_num_seqs=2)
+    bench = CoreBench(max_num_seqs=2)
     bench.add("a", prompt_of(9, 1), greedy(6, prompt_logprobs=True))
     bench.step()
     bench.add("b", prompt_of(9, 2), greedy(6, prompt_logprobs=True))
@@ -252,7 +184,7 @@ def test_a_failed_step_ends_the_running_and_spares_the_waiting(name: str) -> Non
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
 def test_a_request_that_ended_in_the_step_that_failed_is_told_so(max_tokens: int) -> None:
-    bench = Bench()
+    bench = CoreBench()
     bench.add("a", prompt_of(9, 1), greedy(6))
     bench.step()
     b = bench.add("b", prompt_of(9, 2), greedy(max_tokens, prompt_logprobs=True))
@@ -265,16 +197,18 @@ def test_a_request_that_ended_in_the_step_that_failed_is_told_so(max_tokens: int
 
 
 def test_a_failure_is_survived_by_one_that_waits_after_preemption() -> None:
-    bench = Bench(pages=4, max_model_len=192)
+    bench = CoreBench(pages=3, max_model_len=128)
     a = bench.add("a", prompt_of(60, 1), greedy(50))
-    b = bench.add("b", prompt_of(60, 2), greedy(60, prompt_logprobs=True))
-    while not (b.status is RequestStatus.WAITING and b.output_token_ids):
+    b = bench.add("b", prompt_of(10, 2), greedy(60, prompt_logprobs=True))
+    for _ in range(6):  # a's 65th token takes the only page of b
         bench.step()
+    assert b.status is RequestStatus.WAITING
+    assert len(b.output_token_ids) == 4
     bench.runner.fail_once("decode")
     bench.fail()
     assert a.status is RequestStatus.FINISHED
     bench.run()
-    assert bench.outcome("b") == alone(b)
+    assert bench.outcome("b") == alone(b, 128)
 
 
 @dataclass(frozen=True)
@@ -306,7 +240,7 @@ def cases(draw: st.DrawFn) -> Case:
 @settings(max_examples=100, deadline=None)
 @given(everyone=st.lists(cases(), min_size=1, max_size=9), pages=st.integers(5, 14), rows=st.sampled_from((1, 2, 4)))
 def test_any_crowd_in_any_pool(everyone: list[Case], pages: int, rows: int) -> None:
-    bench = Bench(pages=pages, max_num_seqs=rows, max_model_len=256)
+    bench = CoreBench(pages=pages, max_num_seqs=rows, max_model_len=256)
     requests: dict[int, Request] = {}
     now = 0
     while len(requests) < len(everyone) or bench.core.scheduler.num_requests:

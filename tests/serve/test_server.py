@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from openai import OpenAI
+from openai.types.chat import ChatCompletionTokenLogprob
 
 from tests.golden_cases import Measured, compare, load_golden
 from tests.serve.server_process import ROOT, ServerProcess
@@ -94,7 +95,9 @@ def test_a_stream_says_what_the_whole_answer_says(client: OpenAI) -> None:
     options = {"model": "SmolLM2-135M-Instruct", "messages": messages, "max_tokens": 40, "seed": 3, "logprobs": True}
     extra = {"return_token_ids": True, "prompt_logprobs": 2}
     whole = client.chat.completions.create(**options, extra_body=extra)  # type: ignore[call-overload]
-    text, entries, ids, first = "", [], [], None
+    text, first = "", None
+    entries: list[ChatCompletionTokenLogprob] = []
+    ids: list[int] = []
     for chunk in client.chat.completions.create(**options, stream=True, extra_body=extra):  # type: ignore[call-overload]
         first = first or chunk
         choice = chunk.choices[0]
@@ -109,7 +112,7 @@ def test_a_stream_says_what_the_whole_answer_says(client: OpenAI) -> None:
     assert first.model_extra["prompt_logprobs"] == whole.model_extra["prompt_logprobs"]
     assert len(whole.model_extra["prompt_logprobs"]) == whole.usage.prompt_tokens
     # Skipping special tokens, the bytes of all entries are the bytes of the text.
-    data = b"".join(bytes(entry.bytes) for entry in entries if not entry.token.startswith("<|"))
+    data = b"".join(bytes(entry.bytes or ()) for entry in entries if not entry.token.startswith("<|"))
     assert data.decode("utf-8", "replace") == text
 
 

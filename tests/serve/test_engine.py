@@ -1,0 +1,254 @@
+"""Engine: streams, limits, aborts, stops and failures of the thread, as an event loop sees them.
+
+ENDLESS requests would run for minutes: whatever a test does while one runs happens before its end.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from serve.engine.engine import Engine
+from serve.engine.request import (
+    EngineLimits,
+    EngineStoppedError,
+    FinishReason,
+    QueueFullError,
+    Request,
+    SamplingParams,
+    TokenEvent,
+)
+from tests.serve.fake_runner import VOCAB_SIZE, FakeRunner, K, InjectedError, alone, greedy, outcome_of, prompt_of
+
+LONG = 100_000  # tokens
+ENDLESS = greedy(LONG - 1000)
+TIMEOUT = 20  # seconds after which something hangs; never reached otherwise
+
+
+@asynccontextmanager
+async def running(
+    runner: FakeRunner, *, max_waiting: int = 8, max_model_len: int | None = None
+) -> AsyncIterator[Engine]:
+    length = runner.buckets.pages_per_row * 64 if max_model_len is None else max_model_len
+    limits = EngineLimits(max_model_len=length, max_logprobs=K, vocab_size=VOCAB_SIZE, max_banned_ids=16)
+    engine = Engine(runner, limits, max_waiting=max_waiting)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        runner.before_call = lambda _: None
+        await asyncio.to_thread(engine.stop)
+
+
+def endless_runner(*, pages: int = 4000) -> FakeRunner:
+    return FakeRunner(pages=pages, decode_rows=(1, 2), pages_per_row=LONG // 64 + 1)
+
+
+async def collect(engine: Engine, request: Request) -> list[TokenEvent]:
+    async with asyncio.timeout(TIMEOUT), aclosing(engine.submit(request)) as events:
+        return [event async for event in events]
+
+
+async def first(events: AsyncIterator[TokenEvent]) -> TokenEvent:
+    async with asyncio.timeout(TIMEOUT):
+        return await anext(events)
+
+
+async def rest(events: AsyncIterator[TokenEvent]) -> list[TokenEvent]:
+    async with asyncio.timeout(TIMEOUT):
+        return [event async for event in events]
+
+
+async def check_empty(engine: Engine) -> None:
+    """A request comes and goes, and nothing of any other is left."""
+    request = Request("probe", prompt_of(70), greedy(3, prompt_logprobs=True))
+    assert outcome_of(await collect(engine, request)) == alone(request)
+    await asyncio.to_thread(engine.stop)
+    assert engine._core.scheduler.num_requests == 0
+    engine._core.scheduler.check()
+    assert not engine._streams
+
+
+async def test_streams_are_those_of_the_core() -> None:
+    async with running(FakeRunner(pages=12)) as engine:
+        requests = [
+            Request(f"{i}", prompt_of(20 * i + 1, i), SamplingParams(30, i % 2, seed=i, prompt_logprobs=i > 2))
+            for i in range(8)
+        ]
+        answers = await asyncio.gather(*(collect(engine, request) for request in requests))
+        for request, events in zip(requests, answers, strict=True):
+            assert outcome_of(events) == alone(request)
+        await check_empty(engine)
+
+
+async def test_requests_from_another_event_loop() -> None:
+    async with running(FakeRunner()) as engine:
+        here, there = Request("here", prompt_of(9, 1), greedy(20)), Request("there", prompt_of(9, 2), greedy(20))
+        answers = await asyncio.gather(
+            collect(engine, here), asyncio.to_thread(lambda: asyncio.run(collect(engine, there)))
+        )
+        assert [outcome_of(events) for events in answers] == [alone(here), alone(there)]
+
+
+async def test_seeds_are_taken_as_64_bits_or_drawn() -> None:
+    async with running(FakeRunner()) as engine:
+        for asked, used in ((0, 0), (7, 7), (-1, 2**64 - 1), (-(2**63), 2**63), (2**63 - 1, 2**63 - 1)):
+            request = Request("a", [1, 2, 3], SamplingParams(4, seed=asked))
+            assert outcome_of(await collect(engine, request)) == alone(request)
+            assert request.seed == used
+        drawn = [Request("a", [1], SamplingParams(1)) for _ in range(2)]
+        for request in drawn:
+            await collect(engine, request)
+        assert drawn[0].seed != drawn[1].seed
+
+
+async def test_too_many_requests() -> None:
+    async with running(endless_runner(), max_waiting=2) as engine:
+        async with aclosing(engine.submit(Request("a", [1], ENDLESS))) as a:
+            await first(a)
+            async with aclosing(engine.submit(Request("b", [2], ENDLESS))) as b:
+                await first(b)
+                with pytest.raises(QueueFullError):
+                    await collect(engine, Request("c", [3], greedy(1)))
+        while len(engine._streams) == 2:  # until the thread has seen that the two have left
+            await asyncio.to_thread(engine._streams_lock.acquire)
+            engine._streams_lock.release()
+        await check_empty(engine)
+
+
+async def test_abort_ends_a_stream_and_no_other() -> None:
+    async with running(endless_runner()) as engine:
+        async with aclosing(engine.submit(Request("a", [1], ENDLESS))) as a:
+            b = asyncio.create_task(collect(engine, Request("b", [2], greedy(300))))
+            before = [await first(a) for _ in range(3)]
+            engine.abort("a")
+            engine.abort("a")
+            engine.abort("nobody")
+            events = before + await rest(a)
+            assert events[-1].finish_reason is FinishReason.ABORT
+            assert events[-1].token_ids == []
+            assert all(event.finish_reason is None for event in events[:-1])
+            assert outcome_of(await b).reason is FinishReason.LENGTH
+        await check_empty(engine)
+
+
+async def test_a_waiting_request_can_be_aborted() -> None:
+    async with running(endless_runner()) as engine:
+        streams = [engine.submit(Request(f"{i}", [i], ENDLESS)) for i in range(2)]
+        for stream in streams:
+            await first(stream)
+        waiting = asyncio.create_task(collect(engine, Request("waiting", [3], greedy(1))))
+        engine.abort("waiting")  # not submitted yet: the task has not run
+        await first(streams[0])
+        engine.abort("waiting")
+        (event,) = await waiting
+        assert event.finish_reason is FinishReason.ABORT
+        for stream in streams:
+            await stream.aclose()
+        await check_empty(engine)
+
+
+async def test_closing_a_stream_early_aborts() -> None:
+    async with running(endless_runner(), max_waiting=1000) as engine:
+        stream = engine.submit(Request("a", [1], ENDLESS))
+        await first(stream)
+        await stream.aclose()
+        await check_empty(engine)
+
+
+async def test_cancelling_the_reader_aborts() -> None:
+    async with running(endless_runner()) as engine:
+        started = asyncio.Event()
+
+        async def read() -> None:
+            async with aclosing(engine.submit(Request("a", [1], ENDLESS))) as events:
+                async for _ in events:
+                    started.set()
+
+        reader = asyncio.create_task(read())
+        async with asyncio.timeout(TIMEOUT):
+            await started.wait()
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        await check_empty(engine)
+
+
+async def test_stop_ends_open_streams_and_takes_no_more() -> None:
+    async with running(endless_runner()) as engine:
+        assert engine.ready
+        streams = [engine.submit(Request(f"{i}", [i], ENDLESS)) for i in range(2)]
+        for stream in streams:
+            await first(stream)
+        waiting = asyncio.create_task(collect(engine, Request("waiting", [3], greedy(1))))
+        await first(streams[0])
+        await asyncio.to_thread(engine.stop)
+        assert not engine.ready
+        assert not engine.failed
+        for events in (await rest(streams[0]), await rest(streams[1]), await waiting):
+            assert (events[-1].finish_reason, events[-1].error) == (FinishReason.ERROR, "the engine has stopped")
+        with pytest.raises(EngineStoppedError):
+            await collect(engine, Request("late", [1], greedy(1)))
+        engine.stop()
+
+
+@pytest.mark.parametrize(("prompt", "max_tokens"), [(0, 1), (257, 0), (300, 10), (150, 50), (192, 1)])
+async def test_what_could_never_fit_is_refused(prompt: int, max_tokens: int) -> None:
+    async with running(FakeRunner(pages=4), max_waiting=1, max_model_len=256) as engine:
+        with pytest.raises(ValueError, match=r"prompt has \d+ of 1 to 256|needs 4 pages"):
+            await collect(engine, Request("a", [1] * prompt, greedy(max_tokens, prompt_logprobs=True)))
+        for fitting in (192, 100):
+            request = Request("a", prompt_of(fitting), greedy(192 - fitting, prompt_logprobs=True))
+            assert outcome_of(await collect(engine, request)) == alone(request)
+        await check_empty(engine)
+
+
+async def test_a_failed_step_is_survived(caplog: pytest.LogCaptureFixture) -> None:
+    runner = FakeRunner()
+    runner.fail_once("decode", after=2)
+    async with running(runner) as engine:
+        events = await collect(engine, Request("a", [1], greedy(50)))
+        assert (events[-1].finish_reason, events[-1].error) == (FinishReason.ERROR, "the engine failed on this request")
+        assert len(events) == 4
+        assert engine.ready
+        assert runner.resets == 1
+        assert [record.levelno for record in caplog.records] == [logging.ERROR]
+        await check_empty(engine)
+
+
+async def test_a_failure_without_recovery_stops_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    runner = endless_runner()
+
+    def before_call(name: str) -> None:
+        if name == "reset" or (name, len(runner.calls)) == ("decode", 200):
+            raise InjectedError(name)
+
+    runner.before_call = before_call
+    async with running(runner) as engine:
+        answers = await asyncio.gather(*(collect(engine, Request(f"{i}", [i], ENDLESS)) for i in range(4)))
+        for events in answers:
+            assert (events[-1].finish_reason, events[-1].error) == (FinishReason.ERROR, "the engine has stopped")
+        assert engine.failed
+        assert not engine.ready
+        assert len(caplog.records) == 2
+        with pytest.raises(EngineStoppedError):
+            await collect(engine, Request("late", [1], greedy(1)))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_nobody_is_left_waiting_when_the_thread_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Any) -> None:
+        raise InjectedError
+
+    async with running(endless_runner()) as engine:
+        async with aclosing(engine.submit(Request("a", [1], ENDLESS))) as a:
+            await first(a)
+            monkeypatch.setattr(engine._core, "abort", broken)
+            engine.abort("a")
+            events = await rest(a)
+        assert events[-1].finish_reason is FinishReason.ERROR
+        with pytest.raises(EngineStoppedError):
+            await collect(engine, Request("late", [1], greedy(1)))

@@ -1,0 +1,166 @@
+"""What all answers have in common: keys, request ids, paths, CORS, models and health."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from serve import __version__
+from tests.serve.fake_runner import K
+from tests.serve.http_client import MAX_MODEL_LEN, MODEL, Server, chat_body, completion_body, error_of, serving
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    async with serving() as server:
+        yield server
+
+
+@pytest.fixture
+async def locked_server() -> AsyncIterator[Server]:
+    async with serving(api_keys=("sk-1", "sk-2")) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "sk-1", "Basic sk-1", "Bearer", "Bearer ", "Bearer sk-", "Bearer sk-11", "Bearer sk-1 sk-2"]
+)
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/version", "/nowhere", "//v1//models"])
+async def test_a_wrong_key(locked_server: Server, path: str, header: str | None) -> None:
+    headers = {} if header is None else {"authorization": header}
+    response = await locked_server.client.get(f"http://test{path}", headers=headers)
+    error = error_of(response, 401)
+    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "invalid_api_key", None)
+    assert response.headers["x-request-id"]
+
+
+async def test_a_wrong_key_that_is_not_ascii(locked_server: Server) -> None:
+    headers = [(b"authorization", "Bearer sk-é".encode())]
+    error_of(await locked_server.client.get("/v1/models", headers=headers), 401)
+
+
+async def test_a_wrong_key_costs_the_engine_nothing(locked_server: Server) -> None:
+    error_of(await locked_server.post("/v1/completions", completion_body()), 401)
+    assert locked_server.runner.calls == []
+
+
+@pytest.mark.parametrize("header", ["Bearer sk-1", "Bearer sk-2", "bearer sk-1", "Bearer  sk-2 "])
+async def test_each_key_opens(locked_server: Server, header: str) -> None:
+    response = await locked_server.post("/v1/chat/completions", chat_body(), Authorization=header)
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping"])
+async def test_health_needs_no_key(locked_server: Server, path: str) -> None:
+    response = await locked_server.client.get(path)
+    assert (response.status_code, response.content) == (200, b"")
+
+
+async def test_health_follows_the_engine(server: Server) -> None:
+    assert (await server.client.get("/health")).status_code == 200
+    assert (await server.client.post("/ping")).status_code == 200
+    await asyncio.to_thread(server.engine.stop)
+    assert (await server.client.get("/health")).status_code == 503
+    assert (await server.client.get("/ping")).status_code == 503
+
+
+async def test_version(server: Server) -> None:
+    assert (await server.client.get("/version")).json() == {"version": __version__}
+
+
+@pytest.mark.parametrize(("path", "prefix"), [("/v1/chat/completions", "chatcmpl"), ("/v1/completions", "cmpl")])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_request_id_comes_back(server: Server, path: str, prefix: str, stream: bool) -> None:
+    body = (chat_body if prefix == "chatcmpl" else completion_body)(stream=stream)
+    response = await server.post(path, body, **{"X-Request-Id": "mine-1"})
+    assert response.headers["x-request-id"] == "mine-1"
+    assert f'"id":"{prefix}-mine-1"' in response.text
+
+
+@pytest.mark.parametrize("asked", ["", "two words", "x" * 201, "\x7f"])
+async def test_a_request_id_that_is_no_name_is_replaced(server: Server, asked: str) -> None:
+    response = await server.post("/v1/completions", completion_body(), **{"X-Request-Id": asked})
+    made = response.headers["x-request-id"]
+    assert len(made) == 32
+    assert response.json()["id"] == f"cmpl-{made}"
+
+
+async def test_request_ids_differ_and_errors_have_one(server: Server) -> None:
+    responses = [await server.post("/v1/completions", body) for body in (completion_body(), completion_body(), {})]
+    assert len({response.headers["x-request-id"] for response in responses}) == 3
+    response = await server.client.get("/nowhere", headers={"X-Request-Id": "a"})
+    assert response.headers["x-request-id"] == "a"
+
+
+@pytest.mark.parametrize("path", ["//v1/models", "/v1//models", "/v1///models"])
+async def test_double_slashes(server: Server, path: str) -> None:
+    assert (await server.client.get(f"http://test{path}")).json()["object"] == "list"
+
+
+async def test_models(server: Server) -> None:
+    answer = (await server.client.get("/v1/models")).json()
+    assert [card["id"] for card in answer["data"]] == [MODEL, "alias"]
+    card = answer["data"][0]
+    assert card.pop("created") > 1_700_000_000
+    assert card == {
+        "id": MODEL,
+        "object": "model",
+        "owned_by": "logprobd",
+        "root": MODEL,
+        "parent": None,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_logprobs": K,
+    }
+
+
+async def test_one_model(server: Server) -> None:
+    cards = (await server.client.get("/v1/models")).json()["data"]
+    assert (await server.client.get("/v1/models/alias")).json() == cards[1]
+    assert (await server.client.get("/v1/models/org/bytes")).json() == cards[0]
+    assert (await server.client.get("/v1/models/org%2Fbytes")).json() == cards[0]
+
+
+@pytest.mark.parametrize("name", ["gpt-9", "org", "org/bytes/", "x" * 5000])
+async def test_a_model_that_is_not_served(server: Server, name: str) -> None:
+    error = error_of(await server.client.get(f"/v1/models/{name}"), 404)
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+    assert len(error["message"]) < 300
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/chat/completions"),
+        ("PUT", "/v1/completions"),
+        ("DELETE", "/v1/models"),
+        ("POST", "/v1/models/alias"),
+        ("POST", "/health"),
+    ],
+)
+async def test_a_wrong_method(server: Server, method: str, path: str) -> None:
+    response = await server.client.request(method, path)
+    assert error_of(response, 405)["type"] == "invalid_request_error"
+    assert method not in response.headers["allow"]
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/chat", "/v1/completions/", "/v1/embeddings", "/" + "x" * 5000])
+async def test_a_wrong_path(server: Server, path: str) -> None:
+    error = error_of(await server.client.post(path), 404)
+    assert error["type"] == "invalid_request_error"
+    assert len(error["message"]) < 300
+
+
+async def test_browsers_may_ask(locked_server: Server) -> None:
+    origin = {"Origin": "https://page.test"}
+    for key, status in (("sk-1", 200), ("wrong", 401)):
+        headers = origin | {"Authorization": f"Bearer {key}"}
+        response = await locked_server.client.get("/v1/models", headers=headers)
+        assert response.status_code == status
+        assert response.headers["access-control-allow-origin"] == "*"
+    preflight = origin | {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    response = await locked_server.client.options("/v1/chat/completions", headers=preflight)
+    assert response.status_code == 200
+    assert "authorization" in response.headers["access-control-allow-headers"].lower()

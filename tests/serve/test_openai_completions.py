@@ -1,0 +1,164 @@
+"""/v1/completions: shapes, many prompts, and how a text ends."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from serve.engine.request import SamplingParams
+from tests.serve.fake_runner import expected_outcome
+from tests.serve.http_client import (
+    END,
+    MAX_MODEL_LEN,
+    MODEL,
+    Server,
+    serving,
+)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    async with serving() as server:
+        yield server
+
+
+@pytest.fixture
+async def plain_server() -> AsyncIterator[Server]:
+    """One whose model computes its tokens from the prompt."""
+    async with serving(None) as server:
+        yield server
+
+
+async def one(server: Server, **fields: Any) -> Any:
+    """The only choice of an answer."""
+    (choice,) = (await server.complete(**fields))["choices"]
+    return choice
+
+
+async def test_the_shape_of_an_answer(server: Server) -> None:
+    answer = await server.complete()
+    assert answer.pop("id").startswith("cmpl-")
+    assert answer.pop("created") > 1_700_000_000
+    assert answer == {
+        "object": "text_completion",
+        "model": MODEL,
+        "system_fingerprint": None,
+        "choices": [
+            {
+                "index": 0,
+                "text": "Hello",
+                "logprobs": None,
+                "finish_reason": "stop",
+                "stop_reason": None,
+                "prompt_logprobs": None,
+                "prompt_token_ids": None,
+                "token_ids": None,
+            }
+        ],
+        "usage": {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8, "prompt_tokens_details": None},
+    }
+
+
+async def test_an_alias_and_a_fingerprint() -> None:
+    async with serving(system_fingerprint="fp_1") as server:
+        answer = await server.complete(model="alias")
+        assert (answer["model"], answer["system_fingerprint"]) == ("alias", "fp_1")
+
+
+async def test_sixteen_tokens_are_the_default(plain_server: Server) -> None:
+    assert (await plain_server.complete())["usage"]["completion_tokens"] == 16
+
+
+@pytest.mark.parametrize("prompt", ["Hi", [72, 105], ["Hi"], [[72, 105]]])
+async def test_the_four_forms_of_a_prompt(plain_server: Server, prompt: Any) -> None:
+    choice = await one(plain_server, prompt=prompt, echo=True, return_token_ids=True, max_tokens=3)
+    expected = expected_outcome([72, 105], SamplingParams(3, temperature=0), max_model_len=MAX_MODEL_LEN)
+    assert choice["prompt_token_ids"] == [72, 105]
+    assert choice["token_ids"] == expected.tokens
+    assert choice["text"] == "Hi" + bytes(expected.tokens).decode()
+
+
+@pytest.mark.parametrize("seed", [0, 5, -7, 2**63 - 2])
+async def test_prompts_times_n(plain_server: Server, seed: int) -> None:
+    """Choice i of a prompt uses seed + i; the index is the prompt's place times n plus i."""
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    answer = await plain_server.complete(
+        prompt=prompts, n=2, temperature=1, seed=seed, max_tokens=5, return_token_ids=True, logprobs=1
+    )
+    choices = answer["choices"]
+    assert [choice["index"] for choice in choices] == list(range(6))
+    for choice in choices:
+        which, number = divmod(choice["index"], 2)
+        expected = expected_outcome(
+            prompts[which], SamplingParams(5), seed=(seed + number) % 2**64, max_model_len=MAX_MODEL_LEN
+        )
+        assert choice["token_ids"] == expected.tokens
+        assert choice["prompt_token_ids"] == prompts[which]
+        assert choice["logprobs"]["token_logprobs"] == [row[0] for row in expected.scores]
+    assert answer["usage"] == {
+        "prompt_tokens": 6,  # each prompt once
+        "completion_tokens": 30,
+        "total_tokens": 36,
+        "prompt_tokens_details": None,
+    }
+
+
+async def test_greedy_answers_may_be_several(server: Server) -> None:
+    assert [choice["text"] for choice in (await server.complete(n=3))["choices"]] == ["Hello"] * 3
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-6])
+async def test_tiny_temperatures_are_greedy(plain_server: Server, temperature: float) -> None:
+    tokens = (await one(plain_server, temperature=temperature, seed=9, return_token_ids=True))["token_ids"]
+    assert tokens == expected_outcome([72, 105], SamplingParams(16, 0), max_model_len=MAX_MODEL_LEN).tokens
+
+
+@pytest.mark.parametrize(
+    ("fields", "text", "reason", "stop", "tokens"),
+    [
+        ({}, "Hello", "stop", None, 6),
+        ({"max_tokens": 5}, "Hello", "length", None, 5),
+        ({"stop": "el"}, "H", "stop", "el", 3),
+        ({"stop": ["xx", "lo", "llo"]}, "He", "stop", "llo", 5),
+        ({"stop": "el", "include_stop_str_in_output": True}, "Hel", "stop", "el", 3),
+        ({"stop": "lx"}, "Hello", "stop", None, 6),  # held back, then told
+        ({"stop": "ox", "max_tokens": 5}, "Hello", "length", None, 5),
+        ({"stop_token_ids": [101]}, "H", "stop", 101, 2),
+        ({"stop_token_ids": [101], "include_stop_str_in_output": True}, "He", "stop", 101, 2),
+        ({"stop_token_ids": [101], "stop": "Hx"}, "H", "stop", 101, 2),
+        ({"include_stop_str_in_output": True, "skip_special_tokens": False}, "Hello<end>", "stop", None, 6),
+        ({"ignore_eos": True, "max_tokens": 8}, "Hello", "length", None, 8),
+        ({"ignore_eos": True, "stop_token_ids": [END]}, "Hello", "stop", None, 6),
+    ],
+)
+async def test_how_a_text_ends(
+    server: Server, fields: dict[str, Any], text: str, reason: str, stop: str | int | None, tokens: int
+) -> None:
+    answer = await server.complete(**fields, logprobs=1, return_token_ids=True)
+    (choice,) = answer["choices"]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == (text, reason, stop)
+    assert len(choice["token_ids"]) == len(choice["logprobs"]["tokens"]) == tokens
+    assert answer["usage"]["completion_tokens"] == tokens
+    assert choice["token_ids"] == [*b"Hello", END, END, END][:tokens]
+
+
+async def test_ten_thousand_stop_strings(server: Server) -> None:
+    choice = await one(server, stop=[f"x{i}" for i in range(9_999)] + ["ll"])
+    assert (choice["text"], choice["stop_reason"]) == ("He", "ll")
+
+
+async def test_min_tokens_hold_the_stop_ids_back(plain_server: Server) -> None:
+    prompt = [3, 5]  # the hidden state is 10, which is the first token
+    assert (await one(plain_server, prompt=prompt, stop_token_ids=[10], return_token_ids=True))["token_ids"] == [10]
+    choice = await one(plain_server, prompt=prompt, stop_token_ids=[10], min_tokens=3, return_token_ids=True)
+    params = SamplingParams(16, 0, min_tokens=3, stop_token_ids=frozenset((10, END)))
+    expected = expected_outcome(prompt, params, max_model_len=MAX_MODEL_LEN)
+    assert choice["token_ids"] == expected.tokens
+    assert len(expected.tokens) > 3
+
+
+async def test_a_character_that_is_never_completed() -> None:
+    async with serving("aé".encode()) as server:
+        choice = await one(server, max_tokens=2, logprobs=0)
+    assert choice["text"] == "a\ufffd"
+    assert choice["logprobs"]["tokens"] == ["a", "\\xc3"]

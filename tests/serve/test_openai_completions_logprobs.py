@@ -1,0 +1,259 @@
+"""The log-probs of /v1/completions: every variant of echo, logprobs and max_tokens; offsets and names."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from compiled.state import TokenLogprobs
+from serve.engine.request import SamplingParams
+from tests.serve.fake_runner import K, expected_outcome
+from tests.serve.http_client import (
+    BEGIN,
+    IMPOSSIBLE,
+    LIMITS,
+    MAX_MODEL_LEN,
+    TWIN,
+    Server,
+    completion_body,
+    serving,
+)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    async with serving() as server:
+        yield server
+
+
+@pytest.fixture
+async def plain_server() -> AsyncIterator[Server]:
+    """One whose model computes its tokens from the prompt."""
+    async with serving(None) as server:
+        yield server
+
+
+async def one(server: Server, **fields: Any) -> Any:
+    """The only choice of an answer."""
+    (choice,) = (await server.complete(**fields))["choices"]
+    return choice
+
+
+async def test_the_example_of_the_contract(server: Server) -> None:
+    """echo and logprobs: 1, one token: the numbers of prompt and output in one line."""
+    choice = await one(server, prompt=[72, 105], echo=True, logprobs=1, max_tokens=1)
+    assert choice["text"] == "HiH"
+    # After H the hidden state is 73; i is 105: -(178 mod 7) / 8, rank 1 + 178 mod 5; best is token 73.
+    assert choice["logprobs"] == {
+        "tokens": ["H", "i", "H"],
+        "token_logprobs": [None, -0.375, -0.1],
+        "top_logprobs": [None, {"i": -0.375, "I": -1.0}, {"H": -0.1, "I": -0.05}],
+        "text_offset": [0, 1, 2],
+        "top_token_ids": [None, [73], [73]],
+    }
+    assert choice["prompt_logprobs"] == [
+        None,
+        {
+            "105": {"logprob": -0.375, "rank": 4, "decoded_token": "i"},
+            "73": {"logprob": -1.0, "rank": 1, "decoded_token": "I"},
+        },
+    ]
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 4])
+@pytest.mark.parametrize("logprobs", [None, 0, 1, K])
+@pytest.mark.parametrize("echo", [False, True])
+async def test_every_variant(server: Server, echo: bool, logprobs: int | None, max_tokens: int) -> None:
+    answer = await server.complete(
+        prompt="abc", echo=echo, logprobs=logprobs, max_tokens=max_tokens, return_token_ids=True
+    )
+    (choice,) = answer["choices"]
+    assert choice["text"] == ("abc" if echo else "") + "Hello"[:max_tokens]
+    assert choice["token_ids"] == list(b"Hello"[:max_tokens])
+    assert choice["prompt_token_ids"] == list(b"abc")
+    assert choice["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == max_tokens
+    assert (choice["prompt_logprobs"] is not None) == (echo and logprobs is not None)
+    if logprobs is None:
+        assert choice["logprobs"] is None
+        return
+    columns = choice["logprobs"]
+    rows = 3 * echo + max_tokens
+    assert {name: len(column) for name, column in columns.items()} == dict.fromkeys(columns, rows)
+    assert "".join(columns["tokens"]) == choice["text"]
+    assert columns["text_offset"] == list(range(rows))
+    for i in range(int(echo), rows):
+        assert columns["tokens"][i] == next(iter(columns["top_logprobs"][i]))
+        assert columns["top_logprobs"][i][columns["tokens"][i]] == columns["token_logprobs"][i]
+        assert logprobs <= len(columns["top_logprobs"][i]) <= logprobs + 1
+        assert len(columns["top_token_ids"][i]) == logprobs
+
+
+async def test_the_first_entry_of_an_echo_has_no_number(server: Server) -> None:
+    columns = (await one(server, echo=True, logprobs=2, max_tokens=0))["logprobs"]
+    assert [column[0] for column in columns.values()] == ["H", None, None, 0, None]
+
+
+async def test_prompt_logprobs_alone(server: Server) -> None:
+    choice = await one(server, prompt="abc", prompt_logprobs=2, max_tokens=0)
+    assert (choice["text"], choice["logprobs"]) == ("", None)
+    assert len(choice["prompt_logprobs"]) == 3
+    assert choice["prompt_logprobs"][0] is None
+
+
+@pytest.mark.parametrize("k", range(K + 1))
+async def test_prompt_logprobs_name_the_actual_token_first_and_never_twice(plain_server: Server, k: int) -> None:
+    prompt = [4, 5, 6, 7, 9, 20, 41, 5, 3, 2, 90, 11]  # 4 -> 5 and 5 -> 6 are among the best three
+    entries = (await one(plain_server, prompt=prompt, prompt_logprobs=k, max_tokens=0))["prompt_logprobs"]
+    scores = expected_outcome(
+        prompt, SamplingParams(0, prompt_logprobs=True), max_model_len=MAX_MODEL_LEN
+    ).prompt_scores
+    assert scores is not None
+    assert entries[0] is None
+    for token, entry, (logprob, rank, ids, tops) in zip(prompt[1:], entries[1:], scores, strict=True):
+        assert isinstance(ids, list)
+        assert isinstance(tops, list)
+        others = [i for i in ids[:k] if i != token]
+        assert list(entry) == [str(token), *map(str, others)]
+        assert (entry[str(token)]["logprob"], entry[str(token)]["rank"]) == (logprob, rank)
+        for i in others:
+            where = ids.index(i)
+            assert (entry[str(i)]["logprob"], entry[str(i)]["rank"]) == (tops[where], where + 1)
+        assert all(entry[i]["decoded_token"] == chr(int(i)) for i in entry)
+
+
+async def test_every_choice_of_a_prompt_shows_its_prompt_logprobs(plain_server: Server) -> None:
+    body = {"prompt": ["abc", [3, 4]], "n": 2, "prompt_logprobs": 1, "max_tokens": 1}
+    choices = (await plain_server.complete(**body))["choices"]
+    assert [len(choice["prompt_logprobs"]) for choice in choices] == [3, 3, 2, 2]
+    assert choices[0]["prompt_logprobs"] == choices[1]["prompt_logprobs"]
+
+
+async def test_numbers_are_printed_as_the_same_text_everywhere(server: Server) -> None:
+    """lm-eval compares them for equality. The text is the shortest that gives the float32."""
+    response = await server.post("/v1/completions", completion_body(echo=True, logprobs=K))
+    columns = json.loads(response.text, parse_float=str)["choices"][0]["logprobs"]
+    assert columns["token_logprobs"][2:] == ["-0.1", "-0.2", "-0.3", "-0.4", "-0.5", "-0.6"]
+    for own, tops, token in zip(
+        columns["token_logprobs"][1:], columns["top_logprobs"][1:], columns["tokens"][1:], strict=True
+    ):
+        assert tops[token] == own
+        assert str(np.float32(own)) == own
+    assert columns["top_logprobs"][2] == {"H": "-0.1", "I": "-0.05", "J": "-9999.0"}
+
+
+async def test_greedy_is_recognised_by_equality(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that is the most likely has exactly the number of the best alternative."""
+
+    def best_first(_: NDArray[np.int32], targets: NDArray[np.int32]) -> TokenLogprobs:
+        own = (-targets / 3).astype(np.float32)
+        ids, tops = np.stack([targets, targets + 1, targets + 2], axis=1), np.stack([own, own - 1, own - 2], axis=1)
+        return TokenLogprobs(own, np.ones(len(own), np.int32), ids, tops)
+
+    monkeypatch.setattr(server.runner, "score", best_first)
+    columns = (await one(server, prompt=[9, 8, 7], echo=True, logprobs=1, max_tokens=1))["logprobs"]
+    greedy = [
+        own == max(tops.values())
+        for own, tops in zip(columns["token_logprobs"][1:], columns["top_logprobs"][1:], strict=True)
+    ]
+    assert greedy == [True, True, False]
+
+
+@pytest.mark.parametrize("text", ["Hé 😊!", "日本語", "a\ud7ffb"])
+async def test_offsets_count_characters_of_the_text(text: str) -> None:
+    async with serving(text.encode()) as server:
+        choice = await one(server, prompt=text, echo=True, logprobs=0, max_tokens=len(text.encode()))
+    assert choice["text"] == text * 2
+    columns = choice["logprobs"]
+    offsets = columns["text_offset"]
+    data = (text * 2).encode()
+    assert offsets == [len(data[:i].decode(errors="ignore")) for i in range(len(data))]
+    first = text.encode()[0]
+    assert columns["tokens"][0] == (chr(first) if first < 128 else f"\\x{first:02x}")
+
+
+async def test_an_added_bos_takes_no_room_in_the_text() -> None:
+    async with serving(add_bos=True) as server:
+        choice = await one(server, echo=True, logprobs=0, max_tokens=1, return_token_ids=True)
+        assert choice["text"] == "HiH"
+        assert choice["prompt_token_ids"] == [BEGIN, *b"Hi"]
+        assert choice["logprobs"]["tokens"] == ["<begin>", "H", "i", "H"]
+        assert choice["logprobs"]["text_offset"] == [0, 0, 1, 2]
+        shown = await one(server, echo=True, logprobs=0, max_tokens=1, skip_special_tokens=False)
+        assert (shown["text"], shown["logprobs"]["text_offset"]) == ("HiH", [0, 0, 1, 2])
+        bare = await one(server, add_special_tokens=False, return_token_ids=True)
+        assert bare["prompt_token_ids"] == list(b"Hi")
+        ids = await one(server, prompt=[72], return_token_ids=True)
+        assert ids["prompt_token_ids"] == [72]
+
+
+@pytest.mark.parametrize(
+    ("skip", "text", "offsets"),
+    [(True, "HiA", [0, 0, 1, 2, 3, 3]), (False, "<begin>HiA<end><end>", [0, 7, 8, 9, 10, 15])],
+)
+async def test_special_tokens_in_the_text(skip: bool, text: str, offsets: list[int]) -> None:
+    fields = {"echo": True, "logprobs": 0, "ignore_eos": True, "max_tokens": 3}
+    async with serving(b"A") as server:
+        choice = await one(server, prompt=[BEGIN, *b"Hi"], skip_special_tokens=skip, **fields)
+    assert choice["text"] == text
+    assert choice["logprobs"]["tokens"] == ["<begin>", "H", "i", "A", "<end>", "<end>"]
+    assert choice["logprobs"]["text_offset"] == offsets
+
+
+async def test_tokens_that_read_alike_share_a_key_and_keep_the_higher_value() -> None:
+    async with serving([253]) as server:  # its alternatives are 254, itself and 255
+        columns = (await one(server, logprobs=3, max_tokens=1))["logprobs"]
+        assert columns["tokens"] == ["\\xfd"]
+        assert columns["top_logprobs"] == [{"\\xfd": -0.1, "\\xfe": -0.05, "\\xff": -9999.0}]
+    async with serving([TWIN - 1]) as server:  # END, whose best alternative is TWIN
+        columns = (await one(server, logprobs=1, max_tokens=1))["logprobs"]
+        assert columns["top_logprobs"] == [{"<end>": -0.1, "\\xff": -0.05}]
+        assert columns["top_token_ids"] == [[TWIN]]
+
+
+async def test_of_twins_the_more_likely_one_is_shown(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def score(_: NDArray[np.int32], targets: NDArray[np.int32]) -> TokenLogprobs:
+        own = np.full(len(targets), -2, np.float32)
+        ids, tops = np.array([TWIN, 255, 9], np.int32), np.array([-1, -2, -3], np.float32)
+        rows = len(targets), 1
+        return TokenLogprobs(own, np.full(len(own), 2, np.int32), np.tile(ids, rows), np.tile(tops, rows))
+
+    monkeypatch.setattr(server.runner, "score", score)
+    columns = (await one(server, prompt=[72, 255], echo=True, logprobs=2, max_tokens=0))["logprobs"]
+    assert columns["token_logprobs"] == [None, -2.0]
+    assert columns["top_logprobs"] == [None, {"\\xff": -1.0}]
+    assert columns["top_token_ids"] == [None, [TWIN, 255]]
+
+
+async def test_tokens_as_ids(server: Server) -> None:
+    choice = await one(server, echo=True, logprobs=1, max_tokens=1, return_tokens_as_token_ids=True)
+    assert choice["text"] == "HiH"
+    assert choice["logprobs"]["tokens"] == ["token_id:72", "token_id:105", "token_id:72"]
+    assert choice["logprobs"]["top_logprobs"][2] == {"token_id:72": -0.1, "token_id:73": -0.05}
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2]
+
+
+async def test_the_longest_prompt(server: Server) -> None:
+    answer = await server.complete(prompt=[1] * LIMITS.max_model_len, max_tokens=0, prompt_logprobs=0)
+    assert answer["usage"]["total_tokens"] == LIMITS.max_model_len
+    assert len(answer["choices"][0]["prompt_logprobs"]) == LIMITS.max_model_len
+
+
+async def test_one_token_has_no_prompt_numbers(server: Server) -> None:
+    choice = await one(server, prompt=[5], echo=True, logprobs=1, max_tokens=0)
+    assert choice["prompt_logprobs"] == [None]
+    assert choice["logprobs"]["token_logprobs"] == [None]
+
+
+async def test_an_impossible_token_has_a_number_that_json_knows() -> None:
+    async with serving(bytes([IMPOSSIBLE])) as server:
+        answer = await server.complete(prompt=[1, IMPOSSIBLE], logprobs=1, echo=True)
+        choice = answer["choices"][0]
+        assert choice["logprobs"]["token_logprobs"][:3] == [None, -9999.0, -9999.0]
+        assert choice["prompt_logprobs"][1][str(IMPOSSIBLE)]["logprob"] == -9999.0
+        chat = await server.chat(logprobs=True, messages=[{"role": "user", "content": "\x07"}], prompt_logprobs=0)
+        assert chat["choices"][0]["logprobs"]["content"][0]["logprob"] == -9999.0
+        assert chat["prompt_logprobs"][5]["7"]["logprob"] == -9999.0

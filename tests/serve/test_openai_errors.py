@@ -1,0 +1,288 @@
+"""Everything that is wrong with a request is said in OpenAI's envelope, and the next request is answered."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from serve.openai.schema import _UNSUPPORTED, ChatCompletionRequest, CompletionRequest, StreamOptions
+from tests.serve.fake_runner import K
+from tests.serve.http_client import (
+    LIMITS,
+    MAX_MODEL_LEN,
+    Server,
+    chat_body,
+    completion_body,
+    error_of,
+    serving,
+)
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    async with serving() as server:
+        yield server
+
+
+async def refused(server: Server, path: str, body: Any, status: int = 400) -> tuple[str | None, str | None]:
+    """The param and code of an error, after which the server answers as before."""
+    error = error_of(await server.post(path, body), status)
+    assert error["type"] == "invalid_request_error"
+    assert (await server.complete())["choices"][0]["text"] == "Hello"
+    return error["param"], error["code"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"temperature": 3}, "temperature", "decimal_above_max_value"),
+        ({"temperature": -0.5}, "temperature", "decimal_below_min_value"),
+        ({"temperature": True}, "temperature", "invalid_type"),
+        ({"top_p": 0}, "top_p", "decimal_below_min_value"),
+        ({"top_p": 1.5}, "top_p", "decimal_above_max_value"),
+        ({"top_k": -2}, "top_k", "integer_below_min_value"),
+        ({"min_p": 2}, "min_p", "decimal_above_max_value"),
+        ({"n": 0}, "n", "integer_below_min_value"),
+        ({"n": 129}, "n", "integer_above_max_value"),
+        ({"n": 1.0}, "n", "invalid_type"),
+        ({"n": True}, "n", "invalid_type"),
+        ({"max_tokens": "1"}, "max_tokens", "invalid_type"),
+        ({"max_tokens": True}, "max_tokens", "invalid_type"),
+        ({"max_tokens": -1}, "max_tokens", "integer_below_min_value"),
+        ({"max_tokens": 2**63}, "max_tokens", "integer_above_max_value"),
+        ({"min_tokens": 4, "max_tokens": 3}, "min_tokens", "invalid_value"),
+        ({"seed": 2**63}, "seed", "integer_above_max_value"),
+        ({"seed": 2**70}, "seed", "invalid_type"),
+        ({"stream": 1}, "stream", "invalid_type"),
+        ({"stream": "true"}, "stream", "invalid_type"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage", "invalid_type"),
+        ({"stop": ""}, "stop", "invalid_value"),
+        ({"stop": ["a", ""]}, "stop", "invalid_value"),
+        ({"stop": ["x"] * 10_001}, "stop", "array_above_max_length"),
+        ({"stop": 5}, "stop", "invalid_type"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]", "integer_below_min_value"),
+        ({"stop_token_ids": [1, 2.0]}, "stop_token_ids[1]", "invalid_type"),
+        ({"stop_token_ids": [LIMITS.vocab_size]}, "stop_token_ids", "invalid_value"),
+        ({"stop_token_ids": list(range(9)), "min_tokens": 1}, "stop_token_ids", "invalid_value"),
+        ({"prompt_logprobs": -2}, "prompt_logprobs", "integer_below_min_value"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs", "unsupported_parameter"),
+        ({"prompt_logprobs": K + 1}, "prompt_logprobs", "integer_above_max_value"),
+        ({"prompt_logprobs": True}, "prompt_logprobs", "invalid_type"),
+        ({"model": 5}, "model", "invalid_type"),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_a_wrong_field_is_named(server: Server, path: str, fields: dict[str, Any], param: str, code: str) -> None:
+    body = chat_body(**fields) if path == CHAT else completion_body(**fields)
+    assert await refused(server, path, body) == (param, code)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"logprobs": 1}, "logprobs", "invalid_type"),
+        ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
+        ({"logprobs": False, "top_logprobs": 2}, "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": K + 1}, "top_logprobs", "integer_above_max_value"),
+        ({"logprobs": True, "top_logprobs": -2}, "top_logprobs", "integer_below_min_value"),
+        ({"logprobs": True, "top_logprobs": "1"}, "top_logprobs", "invalid_type"),
+        ({"echo": True}, "echo", "unsupported_parameter"),
+        ({"messages": None}, "messages", "invalid_type"),
+        ({"messages": []}, "messages", "empty_array"),
+        ({"messages": "Hi"}, "messages", "invalid_type"),
+        ({"messages": ["Hi"]}, "messages[0]", "invalid_type"),
+        ({"messages": [{"content": "Hi"}]}, "messages[0].role", "missing_required_parameter"),
+        ({"messages": [{"role": "pope", "content": "Hi"}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": 1, "content": "Hi"}]}, "messages[0].role", "invalid_type"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_type"),
+        ({"messages": [{"role": "user", "content": ["Hi"]}]}, "messages[0].content", "invalid_type"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[0].content[0].type",
+            "unsupported_parameter",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]},
+            "messages[0].content[0].text",
+            "invalid_type",
+        ),
+        ({"messages": [{"role": "user", "content": "refuse"}]}, "messages", "invalid_value"),
+        (
+            {"add_generation_prompt": True, "continue_final_message": True},
+            "continue_final_message",
+            "invalid_value",
+        ),
+        ({"chat_template_kwargs": {"messages": []}}, "messages", "invalid_value"),
+        ({"chat_template_kwargs": 5}, "chat_template_kwargs", "invalid_type"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens", "integer_below_min_value"),
+        ({"max_tokens": MAX_MODEL_LEN - 8}, "messages", "context_length_exceeded"),
+        ({"messages": [{"role": "user", "content": "x" * MAX_MODEL_LEN}]}, "messages", "context_length_exceeded"),
+    ],
+)
+async def test_a_wrong_field_of_chat_is_named(server: Server, fields: dict[str, Any], param: str, code: str) -> None:
+    assert await refused(server, CHAT, chat_body(**fields)) == (param, code)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"logprobs": True}, "logprobs", "invalid_type"),
+        ({"logprobs": -1}, "logprobs", "integer_below_min_value"),
+        ({"logprobs": K + 1}, "logprobs", "integer_above_max_value"),
+        ({"prompt": None}, "prompt", "missing_required_parameter"),
+        ({"prompt": ""}, "prompt", "missing_required_parameter"),
+        ({"prompt": []}, "prompt", "missing_required_parameter"),
+        ({"prompt": 5}, "prompt", "invalid_type"),
+        ({"prompt": {"text": "Hi"}}, "prompt", "invalid_type"),
+        ({"prompt": ["Hi", ""]}, "prompt[1]", "invalid_value"),
+        ({"prompt": ["Hi", []]}, "prompt[1]", "invalid_type"),
+        ({"prompt": ["Hi", None]}, "prompt[1]", "invalid_type"),
+        ({"prompt": [1, -1]}, "prompt[1]", "invalid_value"),
+        ({"prompt": [1, LIMITS.vocab_size]}, "prompt[1]", "invalid_value"),
+        ({"prompt": [1, 2.0]}, "prompt[1]", "invalid_type"),
+        ({"prompt": [1, "2"]}, "prompt[1]", "invalid_type"),
+        ({"prompt": [True]}, "prompt[0]", "invalid_type"),
+        ({"prompt": [1.0]}, "prompt[0]", "invalid_type"),
+        ({"prompt": [[1], [2, 2**70]]}, "prompt[1][1]", "invalid_type"),
+        ({"prompt": ["a"] * 2049}, "prompt", "array_above_max_length"),
+        ({"max_tokens": MAX_MODEL_LEN - 1}, "prompt", "context_length_exceeded"),
+        ({"prompt": [1] * (MAX_MODEL_LEN + 1), "max_tokens": 0}, "prompt", "context_length_exceeded"),
+    ],
+)
+async def test_a_wrong_field_of_completions_is_named(
+    server: Server, fields: dict[str, Any], param: str, code: str
+) -> None:
+    assert await refused(server, COMPLETIONS, completion_body(**fields)) == (param, code)
+
+
+@pytest.mark.parametrize(("path", "param"), [(CHAT, "messages"), (COMPLETIONS, "prompt")])
+async def test_the_one_required_field_is_missing(server: Server, path: str, param: str) -> None:
+    assert await refused(server, path, {}) == (param, "missing_required_parameter")
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_unknown_model(server: Server, path: str) -> None:
+    body = (chat_body if path == CHAT else completion_body)(model="gpt-9")
+    assert await refused(server, path, body, 404) == ("model", "model_not_found")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"Hi",
+        b"\xff",
+        b"[]",
+        b"null",
+        b'"messages"',
+        b'{"prompt": "Hi", "temperature": NaN}',
+        b'{"prompt": "Hi", "temperature": Infinity}',
+        b'{"prompt": "Hi", "temperature": 1e400}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "\xed\xa0\x80"}',
+        b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+    ids=range(13),
+)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_a_body_that_is_not_a_json_object(server: Server, path: str, body: bytes) -> None:
+    assert await refused(server, path, body) == (None, "invalid_json")
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+async def test_another_content_type(server: Server, kind: str) -> None:
+    body = json.dumps(completion_body())
+    response = await server.client.post(COMPLETIONS, content=body, headers={"content-type": kind})
+    assert error_of(response, 400)["code"] == "invalid_content_type"
+
+
+@pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "Application/JSON", "application/vnd.api+json"])
+async def test_other_names_of_json(server: Server, kind: str) -> None:
+    body = json.dumps(completion_body())
+    response = await server.client.post(COMPLETIONS, content=body, headers={"content-type": kind})
+    assert response.status_code == 200
+
+
+async def test_a_body_that_is_too_large() -> None:
+    async def pieces() -> AsyncIterator[bytes]:  # sent without a Content-Length
+        for _ in range(4):
+            yield b" " * 100
+
+    async with serving(max_body_bytes=300) as server:
+        assert await refused(server, COMPLETIONS, b" " * 301, 413) == (None, "request_too_large")
+        headers = {"content-type": "application/json"}
+        response = await server.client.post(COMPLETIONS, content=pieces(), headers=headers)
+        assert error_of(response, 413)["code"] == "request_too_large"
+
+
+async def test_many_wrong_ids_give_one_short_error(server: Server) -> None:
+    for bad in (-1, 10**6, 1.5, "x", None, [1]):
+        response = await server.post(COMPLETIONS, completion_body(prompt=[1] + [bad] * 200_000))
+        assert error_of(response, 400)["param"] == "prompt[1]"
+        response = await server.post(COMPLETIONS, completion_body(stop_token_ids=[1] + [bad] * 200_000))
+        assert error_of(response, 400)["param"].startswith("stop_token_ids")
+
+
+async def test_long_input_is_not_echoed_back(server: Server) -> None:
+    for fields in ({"model": "x" * 100_000}, {"messages": [{"role": "x" * 100_000, "content": "Hi"}]}):
+        response = await server.post(CHAT, chat_body(**fields))
+        assert response.status_code in (400, 404)
+        assert len(response.content) < 2000
+
+
+async def test_deep_nesting_within_what_json_allows(server: Server) -> None:
+    deep: Any = "x"
+    for _ in range(500):
+        deep = [deep]
+    assert await refused(server, CHAT, chat_body(messages=deep)) == ("messages[0]", "invalid_type")
+    assert await refused(server, COMPLETIONS, completion_body(prompt=deep)) == ("prompt[0][0]", "invalid_type")
+    assert await refused(server, COMPLETIONS, completion_body(tools=deep)) == ("tools", "unsupported_parameter")
+    await server.complete(unknown=deep)
+
+
+# A value of every known field that would change the answer if it were honoured.
+OTHERS: dict[str, Any] = {"length_penalty": 2, "priority": 1, "best_of": 2, "prompt_logprobs_start": 3, "suffix": "x"}
+
+
+@pytest.mark.parametrize("name", sorted(_UNSUPPORTED))
+async def test_a_field_that_is_not_honoured_is_refused(server: Server, name: str) -> None:
+    body = completion_body(**{name: OTHERS.get(name, {"some": "value"})})
+    assert await refused(server, COMPLETIONS, body) == (name, "unsupported_parameter")
+    assert await refused(server, CHAT, chat_body(**{name: 0.5})) == (name, "unsupported_parameter")
+
+
+async def test_values_that_change_nothing_are_accepted(server: Server) -> None:
+    plain = await server.complete()
+    neutral = {name: values[0] for name, values in _UNSUPPORTED.items() if values}
+    assert len(neutral) > 10
+    for fields in (neutral, dict.fromkeys(_UNSUPPORTED)):
+        assert (await server.complete(**fields))["choices"] == plain["choices"]
+        await server.chat(**fields)
+
+
+def test_the_table_holds_what_the_contract_names() -> None:
+    named = {"logit_bias", "response_format", "tools", "best_of", "suffix", "presence_penalty", "allowed_token_ids"}
+    assert named <= set(_UNSUPPORTED)
+
+
+async def test_null_is_the_default_of_every_field(server: Server) -> None:
+    nulls = dict.fromkeys(CompletionRequest.model_fields.keys() - {"prompt", "temperature"})
+    assert (await server.complete(**nulls))["choices"] == (await server.complete())["choices"]
+    nulls = dict.fromkeys(ChatCompletionRequest.model_fields.keys() - {"messages", "temperature"})
+    assert (await server.chat(**nulls))["choices"] == (await server.chat())["choices"]
+    await server.complete(temperature=None)
+    assert await server.chat_stream(stream_options=dict.fromkeys(StreamOptions.model_fields))
+
+
+async def test_unknown_fields_are_accepted_and_logged_once(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        await server.complete(flavour="mint", user="me", metadata={"a": "b"}, verbosity="low")
+    assert [record.getMessage() for record in caplog.records if "ignored" in record.getMessage()] == [
+        "unknown request field 'flavour' is ignored"
+    ]

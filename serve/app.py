@@ -42,7 +42,13 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: AppConfig) -> Starl
         Route("/ping", health, methods=["GET", "POST"]),
         Route("/version", version),
     ]
-    cors = Middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=["*"],
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id", "retry-after"],
+    )
     app = Starlette(
         routes=routes,
         middleware=[cors, Middleware(Access, api_keys=config.api_keys)],

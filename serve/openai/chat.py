@@ -9,20 +9,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve.engine.request import TokenScores
+from serve.openai.checks import check_room, check_stream_options, check_top_k, prompt_top_k
 from serve.openai.endpoint import Endpoint, Header, Usage, usage_of, wants_usage
 from serve.openai.errors import invalid, unsupported
 from serve.openai.generation import (
     Choice,
     Delta,
     Finished,
-    Score,
-    check_room,
-    check_stream_options,
-    check_top_k,
     finish_all,
     make_choices,
     merge,
-    prompt_top_k,
 )
 from serve.openai.logprobs import TokenNames, chat_content, prompt_logprobs
 from serve.openai.schema import ChatCompletionRequest, ChatMessage, parse, read_body
@@ -80,7 +76,7 @@ class ChatCompletions:
             body,
             [ids],
             [check_room("messages", len(ids), asked, limits)],
-            score=Score.NONE if prompt_k is None else Score.FIRST,
+            score_prompts=prompt_k is not None,
             limits=limits,
             tokenizer=at.tokenizer,
         )

@@ -9,20 +9,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve.engine.request import TokenScores
+from serve.openai.checks import check_room, check_stream_options, check_top_k, prompt_top_k
 from serve.openai.endpoint import Endpoint, Header, Usage, usage_of, wants_usage
 from serve.openai.errors import invalid
 from serve.openai.generation import (
     Choice,
     Delta,
     Finished,
-    Score,
-    check_room,
-    check_stream_options,
-    check_top_k,
     finish_all,
     make_choices,
     merge,
-    prompt_top_k,
 )
 from serve.openai.logprobs import CompletionLogprobs, TokenNames, joined, prompt_logprobs
 from serve.openai.schema import CompletionRequest, parse, read_body
@@ -39,7 +35,7 @@ class _Prompt:
 
     ids: list[int]
     text: str  # what echo returns
-    hidden: frozenset[int]  # ids that were added and are no part of the text
+    hidden: list[bool]  # for each id, whether it is no part of the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +54,7 @@ class _Job:
         return self.body.n or 1
 
     def prompt(self, choice: Choice) -> _Prompt:
-        return self.prompts[choice.index // self.n]
+        return self.prompts[choice.prompt_index]
 
 
 class Completions:
@@ -91,7 +87,7 @@ class Completions:
             body,
             [prompt.ids for prompt in prompts],
             room,
-            score=_score(body, prompt_k),
+            score_prompts=prompt_k is not None,
             limits=limits,
             tokenizer=at.tokenizer,
         )
@@ -127,7 +123,7 @@ class Completions:
         if not ids:
             raise invalid(where, f"`{where}` gives no tokens.")
         added = tokenizer.is_special(ids[0]) and not text.startswith(tokenizer.token_text(ids[0]))
-        return _Prompt(ids, text, frozenset(ids[:1] if added else ()))
+        return _Prompt(ids, text, [added] + [False] * (len(ids) - 1))
 
     def _id_prompt(self, body: CompletionRequest, ids: Any, where: str) -> _Prompt:
         vocabulary = self._at.engine.limits.vocab_size
@@ -139,7 +135,7 @@ class Completions:
             if not 0 <= token_id < vocabulary:
                 raise invalid(f"{where}[{i}]", f"`{where}[{i}]` is not in the vocabulary of {vocabulary} tokens.")
         skips = body.skip_special_tokens is not False
-        hidden = frozenset(i for i in set(ids) if self._at.tokenizer.is_special(i)) if skips else frozenset()
+        hidden = [skips and self._at.tokenizer.is_special(token_id) for token_id in ids]
         text = self._at.tokenizer.decode(ids, skip_special_tokens=skips) if body.echo else ""
         return _Prompt(ids, text, hidden)
 
@@ -159,8 +155,8 @@ class Completions:
         logprobs = None
         if job.body.logprobs is not None:
             columns = self._columns(job)
-            parts = [columns.echo(prompt.ids, scores, hidden=prompt.hidden)] if job.body.echo and scores else []
-            parts.append(columns.output(result.token_ids, result.all_scores(), hidden=frozenset()))
+            parts = [columns.echo(prompt.ids, scores, prompt.text, prompt.hidden)] if job.body.echo and scores else []
+            parts.append(columns.output(result.token_ids, result.all_scores()))
             logprobs = joined(parts)
         return {
             "index": result.choice.index,
@@ -187,42 +183,47 @@ class Completions:
         usage = Usage.of_prompts(job.choices)
         final, continuous = wants_usage(job.body)
         columns: dict[int, CompletionLogprobs] = {}
+        scores: dict[int, TokenScores | None] = {}  # by prompt; its first choice opens first and brings them
         async for choice, delta in merge(job.choices, self._at.engine, self._at.tokenizer):
-            opens = choice.index not in columns
-            if opens:
-                columns[choice.index] = self._columns(job)
             usage.completion_tokens += len(delta.token_ids)
-            fields = await asyncio.to_thread(self._delta, job, choice, delta, columns[choice.index], opens=opens)
-            chunk = job.header.fields() | {"choices": [fields]}
+            if choice.index in columns:
+                fields = self._delta(job, delta, columns[choice.index])
+            else:
+                columns[choice.index] = self._columns(job)
+                shared = scores.setdefault(choice.prompt_index, delta.prompt_scores)
+                fields = await asyncio.to_thread(self._opening, job, choice, delta, columns[choice.index], shared)
+            chunk = job.header.fields() | {"choices": [{"index": choice.index} | fields]}
             yield chunk | ({"usage": usage.fields()} if continuous else {})
         if final:
             yield job.header.fields() | {"choices": [], "usage": usage.fields()}
 
-    def _delta(
-        self, job: _Job, choice: Choice, delta: Delta, columns: CompletionLogprobs, *, opens: bool
+    def _opening(
+        self, job: _Job, choice: Choice, delta: Delta, columns: CompletionLogprobs, scores: TokenScores | None
     ) -> dict[str, Any]:
-        """One choice of a chunk; the one that opens it also carries the prompt's text, ids and numbers."""
-        prompt, echo = job.prompt(choice), opens and bool(job.body.echo)
-        fields: dict[str, Any] = {"index": choice.index, "text": (prompt.text if echo else "") + delta.text}
-        fields["logprobs"] = None
-        if job.body.logprobs is not None:
-            parts = []
-            if echo and delta.prompt_scores is not None:
-                parts.append(columns.echo(prompt.ids, delta.prompt_scores, hidden=prompt.hidden))
-            parts.append(columns.output(delta.token_ids, delta.scores, hidden=frozenset()))
-            fields["logprobs"] = joined(parts)
-        fields["finish_reason"] = delta.finish_reason
+        """What opens a choice: also the prompt's text, ids and numbers."""
+        prompt = job.prompt(choice)
+        echo = None
+        if job.body.echo and job.body.logprobs is not None and scores is not None:
+            echo = columns.echo(prompt.ids, scores, prompt.text, prompt.hidden)  # before the output: offsets go on
+        fields = self._delta(job, delta, columns)
+        if echo is not None:
+            fields["logprobs"] = joined([echo, fields["logprobs"]])
+        if job.body.echo:
+            fields["text"] = prompt.text + delta.text
+        if scores is not None and job.prompt_k is not None:
+            fields["prompt_logprobs"] = self._prompt_logprobs(job, prompt, scores)
+        return fields | ({"prompt_token_ids": prompt.ids} if job.body.return_token_ids else {})
+
+    def _delta(self, job: _Job, delta: Delta, columns: CompletionLogprobs) -> dict[str, Any]:
+        """What an event adds to a choice."""
+        wanted = job.body.logprobs is not None
+        fields: dict[str, Any] = {
+            "text": delta.text,
+            "logprobs": columns.output(delta.token_ids, delta.scores) if wanted else None,
+            "finish_reason": delta.finish_reason,
+        }
         if delta.finish_reason is not None:
             fields["stop_reason"] = delta.stop_reason
-        if opens and delta.prompt_scores is not None and job.prompt_k is not None:
-            fields["prompt_logprobs"] = self._prompt_logprobs(job, prompt, delta.prompt_scores)
         if job.body.return_token_ids:
-            fields |= {"prompt_token_ids": prompt.ids} if opens else {}
             fields["token_ids"] = delta.token_ids
         return fields
-
-
-def _score(body: CompletionRequest, prompt_k: int | None) -> Score:
-    if prompt_k is None:
-        return Score.NONE
-    return Score.EVERY if body.stream else Score.FIRST

@@ -1,7 +1,6 @@
 """What both endpoints do: fields to SamplingParams, requests to the engine, events to text with their numbers."""
 
 import asyncio
-import enum
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
@@ -21,12 +20,14 @@ from serve.engine.request import (
     TokenEvent,
     TokenScores,
 )
-from serve.openai.errors import APIError, engine_error, invalid, unsupported
+from serve.openai.errors import APIError, engine_error, invalid
 from serve.openai.schema import GenerationRequest
 from serve.text.tokenizer import Tokenizer
 
 GREEDY_BELOW = 1e-5  # temperatures under it are 0
 _MAX_STOP_STRINGS = 10_000
+_MAX_STOP_CHARACTERS = 20_000  # of all strings; preparing them takes time on the event loop
+_AT_ONCE = 64  # of the choices of one HTTP request: a long list of prompts leaves room in the queue for others
 
 
 class Engine(Protocol):
@@ -38,14 +39,6 @@ class Engine(Protocol):
     def ready(self) -> bool: ...
     def submit(self, request: Request) -> AsyncIterator[TokenEvent]: ...
     def abort(self, request_id: str) -> None: ...
-
-
-class Score(enum.Enum):
-    """Which of the answers to a prompt carry the prompt's numbers; they are computed for each that does."""
-
-    NONE = enum.auto()
-    FIRST = enum.auto()
-    EVERY = enum.auto()  # streams of completions: each choice opens with its echo, whoever comes first
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +62,9 @@ class Choice:
     stop: tuple[str, ...]
     include_stop: bool
     skip_special_tokens: bool
-    first: bool = True  # of its prompt: it carries the prompt's scores
+    prompt_index: int
+    eos_token_ids: frozenset[int]  # ending with one of these has no stop_reason
+    first: bool  # of its prompt: it carries the prompt's scores
 
     async def deltas(self, engine: Engine, tokenizer: Tokenizer) -> AsyncGenerator[Delta]:
         """The engine's events with their text; ends after the delta that has a finish reason.
@@ -85,7 +80,7 @@ class Choice:
         )
         try:
             async for event in engine.submit(self.request):
-                delta = self._delta(event, detokenizer, tokenizer)
+                delta = self._delta(event, detokenizer)
                 yield delta
                 if delta.finish_reason is not None:
                     return
@@ -97,7 +92,7 @@ class Choice:
         finally:
             engine.abort(self.request.id)
 
-    def _delta(self, event: TokenEvent, detokenizer: Detokenizer, tokenizer: Tokenizer) -> Delta:
+    def _delta(self, event: TokenEvent, detokenizer: Detokenizer) -> Delta:
         if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             raise engine_error(f"The engine failed: {event.error}." if event.error else "The request was aborted.")
         text, count = "", 0
@@ -113,7 +108,7 @@ class Choice:
         if event.finish_reason is None:
             return Delta(text, ids, scores, None, None, event.prompt_scores)
         stop = event.stop_token_id
-        stop_reason = None if stop in tokenizer.eos_token_ids else stop
+        stop_reason = None if stop in self.eos_token_ids else stop
         text += detokenizer.finish()
         return Delta(text, ids, scores, event.finish_reason.value, stop_reason, event.prompt_scores)
 
@@ -161,14 +156,19 @@ async def finish_all(choices: Sequence[Choice], engine: Engine, tokenizer: Token
 async def merge(
     choices: Sequence[Choice], engine: Engine, tokenizer: Tokenizer
 ) -> AsyncGenerator[tuple[Choice, Delta]]:
-    """The deltas of all choices, as they come."""
+    """The deltas of all choices as they come, but of a prompt's choices the first one's first: it has the scores."""
     queue: asyncio.Queue[tuple[Choice, Delta] | None] = asyncio.Queue()
+    slots = asyncio.Semaphore(_AT_ONCE)
+    opened = {choice.prompt_index: asyncio.Event() for choice in choices}
 
     async def run(choice: Choice) -> None:
         try:
-            async with aclosing(choice.deltas(engine, tokenizer)) as deltas:
+            async with slots, aclosing(choice.deltas(engine, tokenizer)) as deltas:
                 async for delta in deltas:
+                    if not choice.first:
+                        await opened[choice.prompt_index].wait()
                     queue.put_nowait((choice, delta))
+                    opened[choice.prompt_index].set()
         finally:
             queue.put_nowait(None)
 
@@ -191,7 +191,7 @@ def make_choices(
     prompts: Sequence[list[int]],
     max_tokens: Sequence[int],
     *,
-    score: Score,
+    score_prompts: bool,
     limits: EngineLimits,
     tokenizer: Tokenizer,
 ) -> list[Choice]:
@@ -221,7 +221,7 @@ def make_choices(
             seed=None if seed is None else seed + number,
             min_tokens=body.min_tokens or 0,
             stop_token_ids=stop_ids,
-            prompt_logprobs=score is Score.EVERY or (score is Score.FIRST and number == 0),
+            prompt_logprobs=score_prompts and number == 0,
         )
         choices.append(
             Choice(
@@ -230,45 +230,12 @@ def make_choices(
                 stop=stop,
                 include_stop=bool(body.include_stop_str_in_output),
                 skip_special_tokens=body.skip_special_tokens is not False,
+                prompt_index=which,
+                eos_token_ids=eos,
                 first=number == 0,
             )
         )
     return choices
-
-
-def prompt_top_k(body: GenerationRequest, limits: EngineLimits) -> int | None:
-    """The number of alternatives that `prompt_logprobs` asks for, None where it asks for nothing."""
-    k = body.prompt_logprobs
-    if k == -1:
-        raise unsupported("prompt_logprobs", "`prompt_logprobs` of -1, the whole vocabulary, is not supported yet.")
-    return None if k is None else check_top_k("prompt_logprobs", k, limits)
-
-
-def check_top_k(param: str, k: int, limits: EngineLimits) -> int:
-    """k, unless it is above what this server computes."""
-    if k > limits.max_logprobs:
-        message = f"`{param}` is {k}, greater than the maximum of {limits.max_logprobs} (--max-logprobs)."
-        raise invalid(param, message, "integer_above_max_value")
-    return k
-
-
-def check_room(param: str, prompt: int, max_tokens: int | None, limits: EngineLimits) -> int:
-    """Tokens that may be generated after a prompt of that many: `max_tokens`, or the rest of the context."""
-    limit = limits.max_model_len
-    if prompt + (1 if max_tokens is None else max_tokens) > limit:
-        wanted = "at least 1" if max_tokens is None else str(max_tokens)
-        message = (
-            f"This model's maximum context length is {limit} tokens, but {prompt} prompt tokens and {wanted} "
-            "to generate were asked for."
-        )
-        raise invalid(param, message, "context_length_exceeded")
-    return limit - prompt if max_tokens is None else max_tokens
-
-
-def check_stream_options(body: GenerationRequest) -> None:
-    """`stream_options` only makes sense with `stream`."""
-    if body.stream_options is not None and not body.stream:
-        raise invalid("stream_options", "`stream_options` is only allowed when `stream` is true.")
 
 
 def _check_stop_ids(body: GenerationRequest, stop_ids: frozenset[int], limits: EngineLimits) -> None:
@@ -284,6 +251,8 @@ def _stop_strings(body: GenerationRequest) -> tuple[str, ...]:
         raise invalid("stop", "`stop` cannot contain an empty string.")
     if len(stop) > _MAX_STOP_STRINGS:
         raise invalid("stop", f"`stop` has more than {_MAX_STOP_STRINGS} strings.", "array_above_max_length")
+    if sum(map(len, stop)) > _MAX_STOP_CHARACTERS:
+        raise invalid("stop", f"`stop` has more than {_MAX_STOP_CHARACTERS} characters.", "string_above_max_length")
     return stop
 
 

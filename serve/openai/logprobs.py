@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.engine.request import TokenScores
+from serve.openai.errors import engine_error
 from serve.text.token_strings import decoded_tokens
 from serve.text.tokenizer import Tokenizer
 
@@ -30,7 +31,13 @@ class TokenNames:
 
 
 def clamped(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Log-probs with -inf as -9999."""
+    """Log-probs with -inf as -9999.
+
+    Raises:
+        APIError: 500 for NaN and +inf, which JSON would silently turn into null.
+    """
+    if not (values < np.inf).all():
+        raise engine_error("The engine failed: a log-probability is not a number.")
     return np.maximum(values, _LOWEST)
 
 
@@ -78,53 +85,73 @@ def prompt_logprobs(
 
 
 class CompletionLogprobs:
-    """Makes the legacy completions `logprobs` object, in one piece or chunk by chunk."""
+    """Makes the legacy completions `logprobs` object, in one piece or chunk by chunk.
+
+    `text_offset` counts code points of the text that the client gets.
+    """
 
     def __init__(self, names: TokenNames, k: int, *, skip_special_tokens: bool) -> None:
         self._names = names
         self._k = k
         self._skip_special_tokens = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._offset = 0  # code points of the returned text before the next token
+        self._offset = 0  # code points of the output's text before the next token
 
-    def echo(self, token_ids: Sequence[int], scores: TokenScores, *, hidden: frozenset[int]) -> dict[str, Any]:
-        """The prompt's tokens: the first has no number. Tokens in `hidden` (an added BOS) take no room in the text."""
-        rows = [self._row(token_ids[0], hidden, None, None, 0)]
-        rows += [
-            self._row(token, hidden, scores, clamped(scores.logprob)[i], i) for i, token in enumerate(token_ids[1:])
-        ]
-        return _columns(rows)
+    def echo(self, token_ids: Sequence[int], scores: TokenScores, text: str, hidden: Sequence[bool]) -> dict[str, Any]:
+        """The prompt's tokens: the first has no number.
 
-    def output(self, token_ids: Sequence[int], scores: TokenScores, *, hidden: frozenset[int]) -> dict[str, Any]:
+        Args:
+            text: what is echoed for them; the output follows it.
+            hidden: for each token, whether it takes no room in the text.
+        """
+        self._offset = len(text)
+        logprobs, tops = clamped(scores.logprob), clamped(scores.top_logprobs)
+        columns = [self._numbers(token, logprobs[i], scores, tops, i) for i, token in enumerate(token_ids[1:])]
+        offsets = self._prompt_offsets(token_ids, text, hidden)
+        return _columns([(self._names(token_ids[0]), None, None, None), *columns], offsets)
+
+    def output(self, token_ids: Sequence[int], scores: TokenScores) -> dict[str, Any]:
         """Generated tokens."""
-        logprobs = clamped(scores.logprob)
-        return _columns([self._row(token, hidden, scores, logprobs[i], i) for i, token in enumerate(token_ids)])
+        logprobs, tops = clamped(scores.logprob), clamped(scores.top_logprobs)
+        columns = [self._numbers(token, logprobs[i], scores, tops, i) for i, token in enumerate(token_ids)]
+        return _columns(columns, [self._output_offset(token) for token in token_ids])
 
-    def _row(
-        self, token_id: int, hidden: frozenset[int], scores: TokenScores | None, logprob: np.float32 | None, i: int
-    ) -> tuple[str, np.float32 | None, dict[str, np.float32] | None, int, list[int] | None]:
-        offset = self._offset
-        special = self._skip_special_tokens and self._names.tokenizer.is_special(token_id)
-        if token_id not in hidden and not special:
-            self._offset += len(self._decoder.decode(self._names.tokenizer.token_bytes(token_id)))
-        if scores is None or logprob is None:
-            return self._names(token_id), None, None, offset, None
-        top = {self._names(token_id): logprob}
-        tops = clamped(scores.top_logprobs[i])
-        for j in range(self._k):
+    def _prompt_offsets(self, token_ids: Sequence[int], text: str, hidden: Sequence[bool]) -> list[int]:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        pieces = [
+            "" if hides else decoder.decode(self._names.tokenizer.token_bytes(token))
+            for token, hides in zip(token_ids, hidden, strict=True)
+        ]
+        # SentencePiece begins the first word with a space that the text does not have.
+        offset = -1 if "".join(pieces).startswith(" ") and not text.startswith(" ") else 0
+        offsets = []
+        for piece in pieces:
+            offsets.append(min(max(offset, 0), len(text)))
+            offset += len(piece)
+        return offsets
+
+    def _output_offset(self, token_id: int) -> int:
+        offset, tokenizer = self._offset, self._names.tokenizer
+        if not (self._skip_special_tokens and tokenizer.is_special(token_id)):
+            self._offset += len(self._decoder.decode(tokenizer.token_bytes(token_id)))
+        return offset
+
+    def _numbers(
+        self, token_id: int, logprob: np.float32, scores: TokenScores, tops: NDArray[np.float32], i: int
+    ) -> tuple[str, np.float32, dict[str, np.float32], list[int]]:
+        name = self._names(token_id)
+        top = {name: logprob}
+        ids: list[int] = scores.top_ids[i, : self._k].tolist()
+        for j, other_id in enumerate(ids):
             # Distinct tokens that read alike share a key: the higher value stays, and top_token_ids tells them apart.
-            name = self._names(int(scores.top_ids[i, j]))
-            top[name] = max(top.get(name, _LOWEST), tops[j])
-        return self._names(token_id), logprob, top, offset, scores.top_ids[i, : self._k].tolist()
+            other = self._names(other_id)
+            top[other] = max(top.get(other, _LOWEST), tops[i, j])
+        return name, logprob, top, ids
 
 
-def _columns(rows: list[Any]) -> dict[str, Any]:
-    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "top_token_ids")
-    return (
-        dict(zip(names, (list(column) for column in zip(*rows, strict=True)), strict=True))
-        if rows
-        else {name: [] for name in names}
-    )
+def _columns(rows: Sequence[tuple[Any, ...]], offsets: list[int]) -> dict[str, Any]:
+    names = ("tokens", "token_logprobs", "top_logprobs", "top_token_ids")
+    return {name: [row[i] for row in rows] for i, name in enumerate(names)} | {"text_offset": offsets}
 
 
 def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -39,9 +39,10 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": (),
     "function_call": ("none",),
     "use_beam_search": (False,),
-    "best_of": (1,),
+    "best_of": (),  # but for the value of `n`
     "suffix": ("",),
     "prompt_embeds": (),
+    "logits_processors": ([],),
     "priority": (0,),
     "chat_template": (),
     "documents": ([],),
@@ -169,7 +170,8 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     if kind != "application/json" and not kind.endswith("+json"):
         raise APIError(400, "The content type must be application/json.", None, "invalid_content_type")
     too_large = APIError(413, f"The body is larger than {max_bytes} bytes.", None, "request_too_large")
-    if int(request.headers.get("content-length") or 0) > max_bytes:
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and (len(declared) > 18 or int(declared) > max_bytes):
         raise too_large
     chunks, size = [], 0
     try:
@@ -202,7 +204,8 @@ def parse[M: GenerationRequest](kind: type[M], body: bytes, log: FieldLog) -> M:
         raise _from_pydantic(error) from None
     extra = parsed.model_extra or {}
     for name, value in extra.items():
-        if value is not None and name in _UNSUPPORTED and value not in _UNSUPPORTED[name]:
+        neutral = (parsed.n or 1,) if name == "best_of" else _UNSUPPORTED.get(name, (value,))
+        if value is not None and value not in neutral:
             raise unsupported(name)
     log.unknown(name for name in extra if name not in _UNSUPPORTED and name not in _WITHOUT_EFFECT)
     return parsed

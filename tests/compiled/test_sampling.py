@@ -76,7 +76,8 @@ def reference(logits: NDArray[np.float32], row: Filters) -> NDArray[np.float64]:
     p /= p.sum()
     ahead = np.cumsum(p[order]) - p[order]
     p[order[ahead >= row.top_p]] = 0
-    return p / p.sum()
+    shares: NDArray[np.float64] = p / p.sum()
+    return shares
 
 
 def smooth_logits() -> NDArray[np.float32]:
@@ -202,7 +203,7 @@ def test_rows_without_numbers_end_and_leave_the_others_alone() -> None:
 
 
 def test_kth_largest() -> None:
-    special = np.float32([-np.inf, np.inf, -1e38, 1e38, 0.0, -1.5, -1.5, 1.5, 1e-38, -1e-38])
+    special = np.array([-np.inf, np.inf, -1e38, 1e38, 0.0, -1.5, -1.5, 1.5, 1e-38, -1e-38], np.float32)
     x = np.random.default_rng(12).standard_normal((64, V)).astype(np.float32) * 50
     x[:, 100 : 100 + len(special)] = special
     x[1] = -np.abs(x[1])

@@ -42,5 +42,5 @@ def test_shapes_and_names() -> None:
     buckets = Buckets(decode_rows=(1, 2), prefill_chunks=(16,), score_rows=8, pages_per_row=3)
     assert buckets.steps() == (StepShape(1, 1, 3), StepShape(2, 1, 3), StepShape(1, 16, 3))
     assert buckets.heads() == (HeadShape(1, samples=True), HeadShape(8, samples=False))
-    names = [shape.name for shape in (*buckets.steps(), *buckets.heads())]
+    names = [step.name for step in buckets.steps()] + [head.name for head in buckets.heads()]
     assert names == ["decode_1", "decode_2", "prefill_16", "sample_1", "score_8"]

@@ -8,13 +8,13 @@ URL ?=
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check --require-hashes --no-deps
 
-.PHONY: serve test check bench notebook lock clean
+.PHONY: serve test check bench notebook kernels lock clean
 .DELETE_ON_ERROR:
 
-serve: .venv/.serve .venv/.kernels
+serve: .venv/.serve kernels
 	$(PY) -m serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
-test: .venv/.dev .venv/.kernels
+test: .venv/.dev kernels
 	$(PY) -m pytest
 
 check: .venv/.dev
@@ -23,11 +23,11 @@ check: .venv/.dev
 	$(PY) -m mypy
 
 # Against a server that runs (URL=http://...), or starts one itself on MODEL.
-bench: .venv/.serve .venv/.kernels
+bench: .venv/.serve kernels
 	$(PY) -m serve.bench $(if $(URL),--url $(URL)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
-notebook: .venv/.dev .venv/.kernels
-	$(PY) -m pip install -q --disable-pip-version-check notebook
+notebook: .venv/.dev kernels
+	@$(PIP) -r requirements-notebook.lock
 	.venv/bin/jupyter notebook compiled/inspect_hlo.ipynb
 
 # Rewrites the locks from pyproject.toml; needs uv.
@@ -35,6 +35,8 @@ LOCK := uv pip compile -q --generate-hashes --no-header --no-annotate
 lock:
 	$(LOCK) --universal --python-version 3.12 pyproject.toml -o requirements.lock
 	$(LOCK) --universal --python-version 3.12 pyproject.toml --extra dev -c requirements.lock -o requirements-dev.lock
+	$(LOCK) --universal --python-version 3.12 pyproject.toml --extra dev --extra notebook -c requirements-dev.lock \
+		-o requirements-notebook.lock
 	$(LOCK) --no-deps requirements-model.in -o requirements-model.lock
 
 clean:
@@ -54,7 +56,6 @@ $(PY):
 	@$(PIP) -r requirements-dev.lock
 	@touch $@
 
-# Optional: without a compiler this says so in one line and XLA does the work.
-.venv/.kernels: $(wildcard model/kernels/cpu/*.cc) | .venv/.serve
+# Optional: without a compiler this says so in one line and XLA does the work. Builds only what is not up to date.
+kernels: .venv/.serve
 	@$(PY) -m model.kernels.cpu.build
-	@touch $@

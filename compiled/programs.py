@@ -107,9 +107,9 @@ def _compile(plan: Plan, on_done: Callable[[Program], None] | None) -> Program:
     middle = time.perf_counter()
     try:
         compiled = lowered.compile()
-    except Exception:
-        if not _delete_cache_entries(plan.shape.name):
-            raise
+    except Exception:  # noqa: BLE001 - a torn cache entry or a full disk; what is wrong with the program comes again
+        _delete_cache_entries(plan.shape.name)
+        jax.config.update("jax_raise_persistent_cache_errors", False)
         compiled = lowered.compile()
     program = Program(plan.shape, compiled, middle - start, time.perf_counter() - middle)
     if on_done is not None:
@@ -117,11 +117,8 @@ def _compile(plan: Plan, on_done: Callable[[Program], None] | None) -> Program:
     return program
 
 
-def _delete_cache_entries(name: str) -> int:
+def _delete_cache_entries(name: str) -> None:
     directory = jax.config.jax_compilation_cache_dir
-    if not directory:
-        return 0
-    entries = list(Path(directory).glob(f"jit_{name}-*"))
-    for entry in entries:
-        entry.unlink(missing_ok=True)
-    return len(entries)
+    if directory:
+        for entry in Path(directory).glob(f"jit_{name}-*"):
+            entry.unlink(missing_ok=True)

@@ -35,7 +35,8 @@ def print_generated(response: ChatCompletion) -> None:
     for position, entry in enumerate((logprobs and logprobs.content) or []):
         print(f"Position {position}: {entry.token!r} (logprob={entry.logprob:.6f})")
         for other in entry.top_logprobs:
-            chosen = " <-- chosen" if other.token == entry.token else ""
+            same = (other.token, other.logprob) == (entry.token, entry.logprob)
+            chosen = " <-- chosen" if same else ""
             print(f"    {other.token!r}: logprob={other.logprob:.6f}{chosen}")
         print()
 

@@ -37,6 +37,7 @@ def attend(queries: Array, keys: Array, values: Array, tables: Array, positions:
     q = queries.reshape(R, T, K, G, E).transpose(0, 2, 3, 1, 4).reshape(R, K, G * T, E)
     q = jnp.pad(q * jnp.float32(E**-0.5), ((0, 0), (0, 0), (0, padding), (0, 0)))
     query_at = jnp.pad(jnp.tile(positions, (1, G)), ((0, 0), (0, padding)), constant_values=-1)[:, None, :, None]
+    last_at = jnp.max(positions, axis=1, keepdims=True)  # [R, 1]
 
     def page(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         best, total, out = carry
@@ -46,6 +47,8 @@ def attend(queries: Array, keys: Array, values: Array, tables: Array, positions:
         scores = jnp.einsum("rkqe,rkse->rkqs", q, k)
         key_at = i * PAGE_SIZE + jnp.arange(PAGE_SIZE, dtype=jnp.int32)
         scores = jnp.where(key_at <= query_at, scores, _MASKED)
+        # A page may hold what an earlier owner left behind its end: 0 x NaN would be NaN.
+        v = jnp.where((key_at <= last_at)[:, None, :, None], v, 0.0)
         new_best = jnp.maximum(best, scores.max(-1))
         scale = jnp.exp(best - new_best)
         p = jnp.exp(scores - new_best[..., None])

@@ -2,8 +2,8 @@
 
 XLA:CPU takes other routes for few rows than for many: it adds in another order (measured: 4 rows differ, 8 and more
 agree bit for bit) and takes the logarithm of a scalar by other code than that of a vector. So few rows are padded to
-many, and long sums are spelled out as additions of halves. Every reduction on the path from token to log-prob goes
-through here or through max, which has no rounding.
+many, and long sums are spelled out as additions of halves. Every sum over features or over the vocabulary goes through
+here; `attention.py` pads its own products and sums.
 """
 
 import jax.numpy as jnp

@@ -72,6 +72,7 @@ def _bind(config: ServeConfig) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
+        listener.listen(2048)  # now: the port is ours, and early clients wait instead of being refused
     except OSError as error:
         listener.close()
         raise StartupError(f"cannot listen on {config.host} port {config.port}: {error.strerror}") from error

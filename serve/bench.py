@@ -15,6 +15,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -140,6 +141,8 @@ def own_server(arguments: list[str]) -> Iterator[str]:
         for line in process.stderr:
             sys.stderr.write(line)
             if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+                # Somebody must read on, or a full pipe would stop the server.
+                threading.Thread(target=process.stderr.read, daemon=True).start()
                 yield found[0]
                 break
         else:

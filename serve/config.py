@@ -33,7 +33,7 @@ class ServeConfig:
 def parse_args(arguments: Sequence[str] | None = None) -> ServeConfig:
     """Reads the command line; a mistake ends the process with code 2 and a line that names the flag."""
     values = vars(_parser().parse_args(arguments))
-    values["api_key"] = tuple(key for group in values["api_key"] for key in group)
+    values["api_key"] = tuple(values["api_key"])
     values["served_model_name"] = tuple(values["served_model_name"])
     return ServeConfig(**values)
 
@@ -48,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     flag("model", nargs="?", help="hub id, local directory or .gguf file; nothing: SmolLM2-135M-Instruct")
     flag("--host", default="127.0.0.1", help="address to listen on")
     flag("--port", type=_between(0, 65535), default=8000, help="port to listen on; 0 picks a free one")
-    flag("--api-key", nargs="+", action="append", default=[], help="keys that clients must send one of")
-    flag("--served-model-name", nargs="+", default=[], help="names in the API; default: the model as named")
+    flag("--api-key", action="append", default=[], help="a key that clients must send; may be given again")
+    flag("--served-model-name", action="append", default=[], help="name in the API; may be given again")
     flag("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of weights and cache")
     flag("--revision", help="branch, tag or commit of a hub id")
     flag("--max-model-len", type=_between(2, 1 << 24), help="tokens of prompt and output; default: the model's")

@@ -49,7 +49,10 @@ def start(config: ServeConfig, console: Console) -> Served:
     Raises:
         ModelLoadError, ConfigError, TokenizerError, StartupError: what is wrong, in words for the user.
     """
-    use_persistent_cache(config.compilation_cache_dir.expanduser())
+    try:
+        use_persistent_cache(config.compilation_cache_dir.expanduser())
+    except (OSError, RuntimeError) as error:
+        raise StartupError(f"--compilation-cache-dir {config.compilation_cache_dir}: {error}") from error
     source = _find(config)
     checkpoint = open_checkpoint(source)
     try:

@@ -53,8 +53,6 @@ class EngineCore:
 
     def add(self, request: Request) -> None:
         """Queues a request."""
-        if request.params.prompt_logprobs:
-            request.prompt_scores = empty_scores(len(request.prompt_token_ids) - 1, self._runner.max_logprobs)
         self.scheduler.add(request)
 
     def abort(self, request_id: str) -> Emitted | None:
@@ -89,6 +87,7 @@ class EngineCore:
 
     def _prefill(self, schedule: Schedule) -> None:
         for work in schedule.prefills:
+            self._make_scores(work.request)
             inputs = batch.prefill_input(work, self._runner.buckets.prefill(work.length))
             self._runner.prefill(inputs)
             work.request.num_computed += work.length
@@ -96,6 +95,11 @@ class EngineCore:
         for work in schedule.prefills:
             if work.ends_prefill:
                 self._end_prefill(work.request)
+
+    def _make_scores(self, request: Request) -> None:
+        """Room for the prompt's numbers, once its turn has come: waiting requests shall take no memory."""
+        if request.params.prompt_logprobs and request.prompt_scores is None:
+            request.prompt_scores = empty_scores(len(request.prompt_token_ids) - 1, self._runner.max_logprobs)
 
     def _end_prefill(self, request: Request) -> None:
         request.status = RequestStatus.DECODE

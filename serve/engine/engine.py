@@ -9,7 +9,7 @@ import logging
 import queue
 import secrets
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from model.kv_cache import PAGE_SIZE
@@ -69,7 +69,7 @@ class Engine:
         self._inbox.put(self._stop)
         self._thread.join()
 
-    async def submit(self, request: Request) -> AsyncIterator[TokenEvent]:
+    async def submit(self, request: Request) -> AsyncGenerator[TokenEvent]:
         """Queues a request and yields its events until the one that has a finish reason.
 
         Raises:

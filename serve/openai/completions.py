@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -144,11 +145,14 @@ class Completions:
         return await asyncio.to_thread(self._body, job, results)
 
     def _body(self, job: _Job, results: Sequence[Finished]) -> bytes:
-        choices = []
+        choices: list[dict[str, Any]] = []
+        shown: orjson.Fragment | None = None  # a prompt's numbers, written once for all its choices
         for result in results:
             prompt = job.prompt(result.choice)
             scores = results[result.choice.index // job.n * job.n].prompt_scores  # the prompt's first choice has them
-            choices.append(self._choice(job, result, prompt, scores))
+            if result.choice.index % job.n == 0:
+                shown = orjson.Fragment(dump(self._prompt_logprobs(job, prompt, scores)))
+            choices.append(self._choice(job, result, prompt, scores) | {"prompt_logprobs": shown})
         return dump(job.header.fields() | {"choices": choices, "usage": usage_of(results).fields()})
 
     def _choice(self, job: _Job, result: Finished, prompt: _Prompt, scores: TokenScores | None) -> dict[str, Any]:
@@ -164,7 +168,6 @@ class Completions:
             "logprobs": logprobs,
             "finish_reason": result.finish_reason,
             "stop_reason": result.stop_reason,
-            "prompt_logprobs": self._prompt_logprobs(job, prompt, scores),
             "prompt_token_ids": prompt.ids if job.body.return_token_ids else None,
             "token_ids": result.token_ids if job.body.return_token_ids else None,
         }

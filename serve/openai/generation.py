@@ -26,7 +26,7 @@ from serve.text.tokenizer import Tokenizer
 
 GREEDY_BELOW = 1e-5  # temperatures under it are 0
 _MAX_STOP_STRINGS = 10_000
-_MAX_STOP_CHARACTERS = 20_000  # of all strings; preparing them takes time on the event loop
+_MAX_STOP_CHARACTERS = 100_000  # of all strings; preparing them takes time on the event loop
 _AT_ONCE = 64  # of the choices of one HTTP request: a long list of prompts leaves room in the queue for others
 
 

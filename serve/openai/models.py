@@ -22,7 +22,10 @@ class Models:
 
     async def one(self, request: Request) -> Response:
         """One card; ids may hold slashes."""
-        name = self._at.model_name(request.path_params["id"])
+        name = request.path_params["id"]
+        if f"/{name}" in self._at.config.served_model_names:  # a local path, whose double slash was collapsed
+            name = f"/{name}"
+        name = self._at.model_name(name)
         return Response(dump(self._card(name)), media_type="application/json")
 
     def _card(self, name: str) -> dict[str, Any]:

@@ -43,6 +43,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "prompt_embeds": (),
     "logits_processors": ([],),
+    "typical_p": (1,),
+    "vllm_xargs": ({},),
     "priority": (0,),
     "chat_template": (),
     "documents": ([],),
@@ -71,7 +73,6 @@ _WITHOUT_EFFECT = frozenset(
         "spaces_between_special_tokens",
         "session_id",
         "stream_interval",
-        "vllm_xargs",
         "verbosity",
     )
 )
@@ -104,7 +105,7 @@ class GenerationRequest(BaseModel):
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stop_token_ids: _TokenIds | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -131,7 +132,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
 
 
 class ChatCompletionRequest(GenerationRequest):

@@ -21,7 +21,7 @@ from serve.engine.request import (
     SamplingParams,
     TokenEvent,
 )
-from tests.serve.fake_runner import VOCAB_SIZE, FakeRunner, K, InjectedError, alone, greedy, outcome_of, prompt_of
+from tests.serve.fake_runner import VOCAB_SIZE, FakeRunner, InjectedError, K, alone, greedy, outcome_of, prompt_of
 
 LONG = 100_000  # tokens
 ENDLESS = greedy(LONG - 1000)
@@ -60,6 +60,11 @@ async def first(events: AsyncIterator[TokenEvent]) -> TokenEvent:
 async def rest(events: AsyncIterator[TokenEvent]) -> list[TokenEvent]:
     async with asyncio.timeout(TIMEOUT):
         return [event async for event in events]
+
+
+def submit(engine: Engine, request: Request) -> asyncio.Task[list[TokenEvent]]:
+    """collect() in a task that has handed the request to the engine when this returns."""
+    return asyncio.Task(collect(engine, request), loop=asyncio.get_running_loop(), eager_start=True)
 
 
 async def check_empty(engine: Engine) -> None:
@@ -107,22 +112,22 @@ async def test_seeds_are_taken_as_64_bits_or_drawn() -> None:
 
 async def test_too_many_requests() -> None:
     async with running(endless_runner(), max_waiting=2) as engine:
-        async with aclosing(engine.submit(Request("a", [1], ENDLESS))) as a:
-            await first(a)
-            async with aclosing(engine.submit(Request("b", [2], ENDLESS))) as b:
-                await first(b)
-                with pytest.raises(QueueFullError):
-                    await collect(engine, Request("c", [3], greedy(1)))
-        while len(engine._streams) == 2:  # until the thread has seen that the two have left
-            await asyncio.to_thread(engine._streams_lock.acquire)
-            engine._streams_lock.release()
+        endless = [submit(engine, Request(f"{i}", [i], ENDLESS)) for i in range(2)]
+        with pytest.raises(QueueFullError):
+            await collect(engine, Request("c", [3], greedy(1)))
+        engine.abort("0")
+        await endless[0]
+        request = Request("c", prompt_of(9), greedy(1))
+        assert outcome_of(await collect(engine, request)) == alone(request)
+        engine.abort("1")
+        await endless[1]
         await check_empty(engine)
 
 
 async def test_abort_ends_a_stream_and_no_other() -> None:
     async with running(endless_runner()) as engine:
         async with aclosing(engine.submit(Request("a", [1], ENDLESS))) as a:
-            b = asyncio.create_task(collect(engine, Request("b", [2], greedy(300))))
+            b = submit(engine, Request("b", [2], greedy(300)))
             before = [await first(a) for _ in range(3)]
             engine.abort("a")
             engine.abort("a")
@@ -137,17 +142,15 @@ async def test_abort_ends_a_stream_and_no_other() -> None:
 
 async def test_a_waiting_request_can_be_aborted() -> None:
     async with running(endless_runner()) as engine:
-        streams = [engine.submit(Request(f"{i}", [i], ENDLESS)) for i in range(2)]
-        for stream in streams:
-            await first(stream)
-        waiting = asyncio.create_task(collect(engine, Request("waiting", [3], greedy(1))))
-        engine.abort("waiting")  # not submitted yet: the task has not run
-        await first(streams[0])
+        running_ones = [submit(engine, Request(f"{i}", [i], ENDLESS)) for i in range(2)]
+        waiting = submit(engine, Request("waiting", [3], greedy(1)))
         engine.abort("waiting")
         (event,) = await waiting
-        assert event.finish_reason is FinishReason.ABORT
-        for stream in streams:
-            await stream.aclose()
+        assert (event.finish_reason, event.token_ids) == (FinishReason.ABORT, [])
+        for i, task in enumerate(running_ones):
+            assert not task.done()
+            engine.abort(f"{i}")
+            await task
         await check_empty(engine)
 
 
@@ -180,16 +183,13 @@ async def test_cancelling_the_reader_aborts() -> None:
 async def test_stop_ends_open_streams_and_takes_no_more() -> None:
     async with running(endless_runner()) as engine:
         assert engine.ready
-        streams = [engine.submit(Request(f"{i}", [i], ENDLESS)) for i in range(2)]
-        for stream in streams:
-            await first(stream)
-        waiting = asyncio.create_task(collect(engine, Request("waiting", [3], greedy(1))))
-        await first(streams[0])
-        await asyncio.to_thread(engine.stop)
-        assert not engine.ready
-        assert not engine.failed
-        for events in (await rest(streams[0]), await rest(streams[1]), await waiting):
-            assert (events[-1].finish_reason, events[-1].error) == (FinishReason.ERROR, "the engine has stopped")
+        async with aclosing(engine.submit(Request("a", [1], ENDLESS))) as a:
+            await first(a)
+            others = [submit(engine, Request(f"{i}", [i], ENDLESS)) for i in range(3)]
+            await asyncio.to_thread(engine.stop)
+            for events in (await rest(a), *await asyncio.gather(*others)):
+                assert (events[-1].finish_reason, events[-1].error) == (FinishReason.ERROR, "the engine has stopped")
+        assert not any((engine.ready, engine.failed))
         with pytest.raises(EngineStoppedError):
             await collect(engine, Request("late", [1], greedy(1)))
         engine.stop()

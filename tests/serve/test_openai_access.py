@@ -157,6 +157,7 @@ async def test_browsers_may_ask(locked_server: Server) -> None:
         response = await locked_server.client.get("/v1/models", headers=headers)
         assert response.status_code == status
         assert response.headers["access-control-allow-origin"] == "*"
+        assert "x-request-id" in response.headers["access-control-expose-headers"]
     preflight = origin | {
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization,content-type",

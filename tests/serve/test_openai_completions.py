@@ -103,6 +103,13 @@ async def test_prompts_times_n(plain_server: Server, seed: int) -> None:
     }
 
 
+async def test_more_prompts_than_the_queue_holds(server: Server) -> None:
+    """They run in turns."""
+    choices = (await server.complete(prompt=["a"] * 100, max_tokens=1))["choices"]
+    assert [choice["index"] for choice in choices] == list(range(100))
+    assert {choice["text"] for choice in choices} == {"H"}
+
+
 async def test_greedy_answers_may_be_several(server: Server) -> None:
     assert [choice["text"] for choice in (await server.complete(n=3))["choices"]] == ["Hello"] * 3
 
@@ -128,7 +135,7 @@ async def test_tiny_temperatures_are_greedy(plain_server: Server, temperature: f
         ({"stop_token_ids": [101], "stop": "Hx"}, "H", "stop", 101, 2),
         ({"include_stop_str_in_output": True, "skip_special_tokens": False}, "Hello<end>", "stop", None, 6),
         ({"ignore_eos": True, "max_tokens": 8}, "Hello", "length", None, 8),
-        ({"ignore_eos": True, "stop_token_ids": [END]}, "Hello", "stop", None, 6),
+        ({"ignore_eos": True, "stop_token_ids": [END]}, "Hello", "stop", END, 6),
     ],
 )
 async def test_how_a_text_ends(
@@ -143,7 +150,7 @@ async def test_how_a_text_ends(
 
 
 async def test_ten_thousand_stop_strings(server: Server) -> None:
-    choice = await one(server, stop=[f"x{i}" for i in range(9_999)] + ["ll"])
+    choice = await one(server, stop=[chr(0x4E00 + i) for i in range(9_999)] + ["ll"])
     assert (choice["text"], choice["stop_reason"]) == ("He", "ll")
 
 

@@ -94,7 +94,13 @@ async def test_every_variant(server: Server, echo: bool, logprobs: int | None, m
 
 async def test_the_first_entry_of_an_echo_has_no_number(server: Server) -> None:
     columns = (await one(server, echo=True, logprobs=2, max_tokens=0))["logprobs"]
-    assert [column[0] for column in columns.values()] == ["H", None, None, 0, None]
+    assert {name: column[0] for name, column in columns.items()} == {
+        "tokens": "H",
+        "token_logprobs": None,
+        "top_logprobs": None,
+        "text_offset": 0,
+        "top_token_ids": None,
+    }
 
 
 async def test_prompt_logprobs_alone(server: Server) -> None:

@@ -273,6 +273,7 @@ async def test_prompts_times_n() -> None:
         assert joined(choices, COMPLETIONS) == whole(expected, COMPLETIONS)
         assert choices[0]["prompt_logprobs"] == expected["prompt_logprobs"]
         assert choices[0]["prompt_token_ids"] == expected["prompt_token_ids"]
+    assert [name for name, _ in server.runner.calls].count("score") == 2  # once an answer: [3] has no second token
     assert chunks[-1]["usage"] == answer["usage"]
 
 

@@ -63,7 +63,7 @@ async def refused(server: Server, path: str, body: Any, status: int = 400) -> tu
         ({"stop": ""}, "stop", "invalid_value"),
         ({"stop": ["a", ""]}, "stop", "invalid_value"),
         ({"stop": ["x"] * 10_001}, "stop", "array_above_max_length"),
-        ({"stop": ["x" * 10_000, "y" * 10_001]}, "stop", "string_above_max_length"),
+        ({"stop": ["x" * 50_000, "y" * 50_001]}, "stop", "string_above_max_length"),
         ({"stop": 5}, "stop", "invalid_type"),
         ({"n": 2, "best_of": 3}, "best_of", "unsupported_parameter"),
         ({"stop_token_ids": [-1]}, "stop_token_ids[0]", "integer_below_min_value"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
-from jax.stages import Compiled
+from jax.stages import Compiled, Lowered
 
 from compiled.shapes import HeadShape, StepShape
 
@@ -108,13 +108,20 @@ def _compile(plan: Plan, on_done: Callable[[Program], None] | None) -> Program:
     try:
         compiled = lowered.compile()
     except Exception:  # noqa: BLE001 - a torn cache entry or a full disk; what is wrong with the program comes again
-        _delete_cache_entries(plan.shape.name)
-        jax.config.update("jax_raise_persistent_cache_errors", False)
-        compiled = lowered.compile()
+        compiled = _compile_past_cache(lowered, plan.shape.name)
     program = Program(plan.shape, compiled, middle - start, time.perf_counter() - middle)
     if on_done is not None:
         on_done(program)
     return program
+
+
+def _compile_past_cache(lowered: Lowered, name: str) -> Compiled:
+    _delete_cache_entries(name)
+    try:
+        return lowered.compile()
+    except Exception:  # noqa: BLE001 - not this entry: from here on the cache may fail, which jax then warns about
+        jax.config.update("jax_raise_persistent_cache_errors", False)
+        return lowered.compile()
 
 
 def _delete_cache_entries(name: str) -> None:

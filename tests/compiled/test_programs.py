@@ -75,11 +75,19 @@ def test_a_failure_is_raised() -> None:
         compile_plans([plan(2), bad, plan(3)])
 
 
+def test_a_failure_after_lowering_is_raised() -> None:
+    def unknown(x: Any) -> Any:
+        return jax.ffi.ffi_call("no_such_target", VECTOR)(x)
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_target"):
+        compile_plans([Plan(HeadShape(4, samples=True), unknown, (VECTOR,)), plan(2)])
+
+
+# Warnings are only shown here, as they are in a server; made into errors they would cause the very recovery.
 CACHE_SCRIPT = """
-import logging, os, stat, sys, warnings
+import os, stat, sys, warnings
 from pathlib import Path
 
-warnings.simplefilter("error")
 import jax, jax.monitoring, jax.numpy as jnp
 import numpy as np
 
@@ -92,9 +100,12 @@ os.umask(0)
 use_persistent_cache(directory)
 assert stat.S_IMODE(directory.stat().st_mode) == 0o700, oct(directory.stat().st_mode)
 
+warnings.simplefilter("always")
+shown = []
+warnings.showwarning = lambda message, *_, **__: shown.append(message)
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("/cache_hits") else None)
-shape = StepShape(4, 1, 1)
+SIZES = (4, 5, 6)
 
 
 def function(x):
@@ -103,37 +114,48 @@ def function(x):
 
 def run():
     hits.clear()
-    plan = Plan(shape, function, (jax.ShapeDtypeStruct((4,), jnp.float32),))
-    result = compile_plans([plan])[shape].compiled(np.arange(4, dtype=np.float32))
-    return len(hits), float(result)
+    plans = [Plan(StepShape(n, 1, 1), function, (jax.ShapeDtypeStruct((n,), jnp.float32),)) for n in SIZES]
+    programs = compile_plans(plans)
+    results = [float(programs[plan.shape].compiled(np.arange(n, dtype=np.float32))) for n, plan in zip(SIZES, plans)]
+    return len(hits), results
 
 
 def entries():
-    return sorted(directory.glob("jit_decode_4-*-cache"))
+    return sorted(directory.glob("jit_decode_*-cache"))
 
 
 cold, first = run()
-(entry,) = entries()
-whole = entry.stat().st_size
-print("cold", cold, "first", first)
+whole = entries()
+print("cold", cold, len(whole))
 warm, second = run()
 print("warm", warm, second == first)
 
-for size in (whole // 2, 0):
-    entry.write_bytes(entry.read_bytes()[:size])
+for divisor in (2, 10**9):  # half of it, and nothing
+    sizes = [entry.stat().st_size // divisor for entry in whole]
+    for entry, size in zip(whole, sizes):
+        entry.write_bytes(entry.read_bytes()[:size])
     torn, third = run()
-    assert entries() == [entry]
-    print("torn", torn, third == first, entry.stat().st_size > size)
+    assert entries() == whole
+    print("torn", torn, third == first, all(entry.stat().st_size > size for entry, size in zip(whole, sizes)))
     mended, fourth = run()
     print("mended", mended, fourth == first)
+
+print("warnings", len(shown))
+for entry in directory.iterdir():
+    entry.unlink()
+directory.rmdir()
+directory.touch()  # a cache that nothing can be written to, even by root
+lost, fifth = run()
+print("lost", lost, fifth == first, len(shown) > 0)
 """
+
+EXPECTED = ["cold 0 3", "warm 3 True", *["torn 0 True True", "mended 3 True"] * 2, "warnings 0", "lost 0 True True"]
 
 
 def test_the_persistent_cache_is_private_read_and_mended(tmp_path: Path) -> None:
     """In a process of its own, so that this one's jax configuration stays as it is."""
-    command = [sys.executable, "-W", "error", "-c", CACHE_SCRIPT, str(tmp_path / "programs")]
+    command = [sys.executable, "-c", CACHE_SCRIPT, str(tmp_path / "programs")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].startswith("cold 0 ")
-    assert done.stdout.splitlines()[1:] == ["warm 1 True", *["torn 0 True True", "mended 1 True"] * 2]
+    assert done.stdout.splitlines() == EXPECTED
     assert done.stderr == ""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import uvicorn
 from rich.console import Console
+from starlette.types import ASGIApp
 
 from model.config import ConfigError
 from model.weights.errors import ModelLoadError
@@ -39,31 +40,32 @@ def main() -> int:
         system_fingerprint=served.fingerprint,
         chat_template=chat_template,
     )
+    app = create_app(served.engine, served.tokenizer, app_config)
+    server = _server(app, config)
     host, port = listener.getsockname()[:2]
     # Not wrapped: whoever starts us reads the address from this line.
     console.print(f"serving  {', '.join(names)} at http://{host}:{port} (API under /v1)", soft_wrap=True)
-    app = create_app(served.engine, served.tokenizer, app_config)
     try:
-        _run(
-            uvicorn.Config(
-                app,
-                log_level="warning",
-                access_log=False,
-                timeout_graceful_shutdown=config.shutdown_timeout,
-            ),
-            listener,
-        )
+        asyncio.run(server.serve(sockets=[listener]), loop_factory=server.config.get_loop_factory())
     finally:
         served.engine.stop()
     return 0
 
 
-def _run(config: uvicorn.Config, listener: socket.socket) -> None:
-    """Serves until SIGTERM or SIGINT, then lets running requests finish."""
-    # uvicorn raises the signal again when it has shut down, which would make the exit code that of a killed process.
+def _server(app: ASGIApp, config: ServeConfig) -> uvicorn.Server:
+    """A server that ends at SIGTERM or SIGINT, from now on, once running requests have finished."""
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=config.shutdown_timeout)
+    )
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
+    # uvicorn takes the signals over while it runs. Ours are for one that comes before, and for uvicorn's raising it
+    # again afterwards, which would make the exit code that of a killed process.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    asyncio.run(uvicorn.Server(config).serve(sockets=[listener]), loop_factory=config.get_loop_factory())
+        signal.signal(number, end)
+    return server
 
 
 def _bind(config: ServeConfig) -> socket.socket:

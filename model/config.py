@@ -90,7 +90,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         num_layers=_int(config, "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=_int(config, "num_key_value_heads", heads),
-        head_dim=_int(config, "head_dim", _head_dim(hidden, heads)),
+        head_dim=_head_dim(config, "head_dim", hidden, heads),
         rope_theta=_float(rope if "rope_theta" in rope else config, "rope_theta", 10000.0),
         rms_norm_eps=_float(config, "rms_norm_eps", 1e-6),
         max_position_embeddings=_int(config, "max_position_embeddings"),
@@ -119,7 +119,7 @@ def config_from_gguf(metadata: Mapping[str, Any], *, has_output: bool) -> ModelC
     key = f"{arch}.".__add__
     heads = _int(metadata, key("attention.head_count"))
     hidden = _int(metadata, key("embedding_length"))
-    head_dim = _int(metadata, key("attention.key_length"), _head_dim(hidden, heads))
+    head_dim = _head_dim(metadata, key("attention.key_length"), hidden, heads)
     if _int(metadata, key("rope.dimension_count"), head_dim) != head_dim:
         raise ConfigError(f"GGUF: {key('rope.dimension_count')} differs from the head size {head_dim}: not supported")
     tokens = metadata.get("tokenizer.ggml.tokens") or []
@@ -161,7 +161,9 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
         raise ConfigError("config.json: mlp_bias is not supported")
 
 
-def _head_dim(hidden: int, heads: int) -> int:
+def _head_dim(source: Mapping[str, Any], key: str, hidden: int, heads: int) -> int:
+    if source.get(key) is not None:
+        return _int(source, key)
     if heads < 1 or hidden % heads:
         raise ConfigError(f"hidden size {hidden} is not a multiple of {heads} heads, and no head size is given")
     return hidden // heads

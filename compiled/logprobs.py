@@ -4,33 +4,78 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from compiled.state import TokenLogprobs
+from compiled.state import NO_ID, TokenLogprobs
 from model.reduce import log_sum_exp
 
 BLOCK = 128
 
 
-def token_logprobs(logits: Array, ids: Array, k: int) -> TokenLogprobs:
-    """The numbers of one token per row.
-
-    The rank is 1 + #(logit > own) + #(logit == own with a lower id), by comparison over the whole vocabulary: it is
-    the token's position in a stable descending sort, for every k.
+def token_logprobs(logits: Array, ids: Array, k: int, scored_ids: Array) -> TokenLogprobs:
+    """The numbers of one token per row, of its k best alternatives and of the ids that it names.
 
     Args:
         logits: [R, V] float32.
         ids: [R] int32, the token of each row.
         k: number of alternatives.
+        scored_ids: [R, B] int32, ids of each row, then NO_ID. What an id outside the vocabulary gives means nothing.
     """
     with jax.named_scope("logprobs"):
-        logits = jnp.where(logits == 0, 0.0, logits)  # -0 and +0 are one value for the rank and two for a sort
-        normalizer = log_sum_exp(logits)[:, None]
-        own = jnp.take_along_axis(logits, ids[:, None], axis=-1)
-        with jax.named_scope("rank"):
-            lower = jnp.arange(logits.shape[-1], dtype=jnp.int32) < ids[:, None]
-            ahead = (logits > own) | ((logits == own) & lower)
-            rank = 1 + jnp.sum(ahead, axis=-1, dtype=jnp.int32)
+        logits, normalizer = _normalized(logits)
+        own, rank = _value_and_rank(logits, ids)
         values, top_ids = blocked_top_k(logits, k)
-        return TokenLogprobs((own - normalizer)[:, 0], rank, top_ids, values - normalizer)
+        scored, scored_ranks = _scored(logits, scored_ids)
+        return TokenLogprobs(
+            own - normalizer, rank, top_ids, values - normalizer[:, None], scored - normalizer[:, None], scored_ranks
+        )
+
+
+def all_logprobs(logits: Array) -> Array:
+    """Log-probs [R, V] float32 of logits [R, V] float32: for each token the bits that token_logprobs gives it."""
+    with jax.named_scope("logprobs"):
+        logits, normalizer = _normalized(logits)
+        return logits - normalizer[:, None]
+
+
+def one_zero(logits: Array) -> Array:
+    """The logits with +0 for -0: the two are one value for the rank and two for a sort."""
+    return jnp.where(logits == 0, 0.0, logits)
+
+
+def _normalized(logits: Array) -> tuple[Array, Array]:
+    """Logits [R, V], and what is taken from them to make log-probs [R].
+
+    The barrier keeps the normaliser from being computed once more, and by other code, inside each of its users.
+    """
+    logits = one_zero(logits)
+    normalizer: Array = jax.lax.optimization_barrier(log_sum_exp(logits))
+    return logits, normalizer
+
+
+def _value_and_rank(logits: Array, ids: Array) -> tuple[Array, Array]:
+    """Logit [R] and rank [R] int32 of one id per row.
+
+    The rank is 1 + #(logit > own) + #(logit == own with a lower id), by comparison over the whole vocabulary: it is
+    the token's position in a stable descending sort, for every k.
+    """
+    own = jnp.take_along_axis(logits, ids[:, None], axis=-1, mode="clip")
+    with jax.named_scope("rank"):
+        lower = jnp.arange(logits.shape[-1], dtype=jnp.int32) < ids[:, None]
+        ahead = (logits > own) | ((logits == own) & lower)
+        return own[:, 0], 1 + jnp.sum(ahead, axis=-1, dtype=jnp.int32)
+
+
+def _scored(logits: Array, ids: Array) -> tuple[Array, Array]:
+    """Logits and ranks [R, B] of ids [R, B]: one pass over the vocabulary for each id of the row that names most."""
+    rounds = jnp.max(jnp.sum(ids != NO_ID, axis=1))
+
+    def one(column: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        of_column = _value_and_rank(logits, ids[:, column])
+        values, ranks = (all_.at[:, column].set(new) for all_, new in zip(found, of_column, strict=True))
+        return values, ranks
+
+    start = jnp.zeros(ids.shape, jnp.float32), jnp.zeros(ids.shape, jnp.int32)
+    found: tuple[Array, Array] = jax.lax.fori_loop(0, rounds, one, start)
+    return found
 
 
 def blocks_of(x: Array) -> Array:

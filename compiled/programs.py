@@ -15,9 +15,9 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.stages import Compiled, Lowered
 
-from compiled.shapes import HeadShape, StepShape
+from compiled.shapes import HeadShape, SlotShape, StepShape
 
-type Shape = StepShape | HeadShape
+type Shape = StepShape | HeadShape | SlotShape
 
 
 class UnknownShapeError(LookupError):

@@ -7,49 +7,86 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
 from compiled import step
-from compiled.programs import Plan, Program, Programs, compile_plans
-from compiled.shapes import Buckets, HeadShape, StepShape
-from compiled.state import DeviceState, SamplingArrays, StepInput, StepOutput, TokenLogprobs, greedy_sampling
+from compiled.programs import Plan, Program, Programs, Shape, compile_plans
+from compiled.shapes import Buckets, HeadShape, SlotShape, StepShape
+from compiled.state import (
+    MAX_SCORED_IDS,
+    Adjustment,
+    DecodeInput,
+    DeviceState,
+    SamplingArrays,
+    ScoreInput,
+    SlotState,
+    StepInput,
+    StepOutput,
+    TokenLogprobs,
+    greedy_sampling,
+)
+from model.config import ModelConfig
 from model.kv_cache import cache_shape
 from model.transformer import BoundModel
 
 
-def step_shapes(shape: StepShape) -> StepInput:
-    """Abstract StepInput of a step."""
-    tokens = jax.ShapeDtypeStruct((shape.rows, shape.chunk), jnp.int32)
-    return StepInput(tokens, tokens, jax.ShapeDtypeStruct((shape.rows, shape.pages), jnp.int32))
+def state_shapes(config: ModelConfig, buckets: Buckets, *, pages: int, dtype: jnp.dtype) -> DeviceState:
+    """Abstract DeviceState of a server with N `pages`, the null page included."""
+    Z, V = buckets.slots, config.vocab_size
+    slots = SlotState(
+        tokens=_int32(Z),
+        bias=jax.ShapeDtypeStruct((Z, V), jnp.float32),
+        counts=_int32(Z, V),
+        seen=jax.ShapeDtypeStruct((Z, V), jnp.bool_),
+    )
+    return DeviceState(cache_shape(config, pages, dtype), slots)
+
+
+def make_plans(model: BoundModel, buckets: Buckets, state: DeviceState, k: int) -> list[Plan]:
+    """What has to be compiled for a model. All arguments may be abstract."""
+    leaves, state = _abstract((model.leaves, state))
+    V = model.config.vocab_size
+    plans = [_step_plan(model, leaves, state, shape, k) for shape in buckets.steps()]
+    plans += [_head_plan(model, leaves, state, shape, k) for shape in buckets.heads()]
+    adjustment = Adjustment(
+        bias=jax.ShapeDtypeStruct((V,), jnp.float32), counts=_int32(V), seen=jax.ShapeDtypeStruct((V,), jnp.bool_)
+    )
+    plans.append(Plan(SlotShape(buckets.slots), step.adjust, (state, _int32(), adjustment), donate=(0,)))
+    return plans
+
+
+def _step_plan(model: BoundModel, leaves: Any, state: DeviceState, shape: StepShape, k: int) -> Plan:
+    R, T, tables = shape.rows, shape.chunk, _int32(shape.rows, shape.pages)
+    if T > 1:
+        chunk = StepInput(_int32(R, T), _int32(R, T), tables)
+        return Plan(shape, partial(step.prefill, model), (leaves, state, chunk), donate=(1,))
+    rows = DecodeInput(_int32(R), _int32(R), tables, _int32(R), _int32(R, MAX_SCORED_IDS))
+    sampling = _abstract(greedy_sampling(R, model.config.vocab_size))
+    return Plan(shape, partial(step.decode, model, k), (leaves, state, rows, sampling), donate=(1,))
+
+
+def _head_plan(model: BoundModel, leaves: Any, state: DeviceState, shape: HeadShape, k: int) -> Plan:
+    places = _int32(shape.rows)
+    if shape.whole:
+        return Plan(shape, partial(step.vocabulary, model), (leaves, state, places))
+    tokens = ScoreInput(places, places, _int32(shape.rows, MAX_SCORED_IDS))
+    return Plan(shape, partial(step.score, model, k), (leaves, state, tokens))
+
+
+def _int32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def make_plans(model: BoundModel, buckets: Buckets, state: DeviceState, k: int) -> list[Plan]:
-    """What has to be compiled for a model: every step and head shape. All arguments may be abstract."""
-    leaves = _abstract(model.leaves)
-    plans = []
-    for shape in buckets.steps():
-        if shape.chunk == 1:
-            sampling = _abstract(greedy_sampling(shape.rows))
-            arguments: tuple[Any, ...] = (leaves, state, step_shapes(shape), sampling)
-            plans.append(Plan(shape, partial(step.decode, model, k), arguments, donate=(1,)))
-        else:
-            arguments = (leaves, state, step_shapes(shape))
-            plans.append(Plan(shape, partial(step.prefill, model), arguments, donate=(1,)))
-    for head in buckets.heads():
-        places = jax.ShapeDtypeStruct((head.rows,), jnp.int32)
-        if head.samples:
-            arguments = (leaves, state, places, _abstract(greedy_sampling(head.rows)))
-            plans.append(Plan(head, partial(step.sample, model, k), arguments))
-        else:
-            plans.append(Plan(head, partial(step.score, model, k), (leaves, state, places, places)))
-    return plans
-
-
 class ModelRunner:
-    """Runs steps. Inputs and outputs are numpy arrays padded to a compiled shape; nothing here knows a request."""
+    """Runs steps. Inputs are numpy arrays padded to a compiled shape; nothing here knows a request.
+
+    A call begins a step and returns; `read` waits. Steps run in the order of the calls. The device may read an input
+    where it lies, at any time until the step has run: an array must not be changed once it has been handed over.
+    """
 
     def __init__(
         self,
@@ -72,39 +109,64 @@ class ModelRunner:
         self.buckets = buckets
         self.pages = pages
         self.max_logprobs = max_logprobs
+        self.vocab_size = model.config.vocab_size
         self._leaves = model.leaves
-        self._state_shapes = DeviceState(cache_shape(model.config, pages, model.dtype))
+        self._state_shapes = state_shapes(model.config, buckets, pages=pages, dtype=model.dtype)
         self.programs: Programs = compile_plans(
             make_plans(model, buckets, self._state_shapes, max_logprobs), on_compiled
         )
         self._state = step.zero_state(self._state_shapes)
 
     def prefill(self, inputs: StepInput) -> None:
-        """Runs one chunk of a row; inputs [1, T]."""
-        self._state = self._step(inputs)(self._leaves, self._state, inputs)
+        """Begins one chunk of a row; inputs [1, T].
 
-    def decode(self, inputs: StepInput, sampling: SamplingArrays) -> StepOutput:
-        """Runs one token of every row; inputs [R, 1]. Waits for the result."""
-        self._state, output = self._step(inputs)(self._leaves, self._state, inputs, sampling)
-        result: StepOutput = jax.tree.map(np.asarray, output)
-        return result
+        Raises:
+            UnknownShapeError: no program was compiled for this size; so do all methods that take arrays.
+        """
+        rows, chunk = inputs.tokens.shape
+        compiled = self._compiled(StepShape(rows, chunk, inputs.tables.shape[1]))
+        self._state = compiled(self._leaves, self._state, inputs)
 
-    def sample(self, places: np.ndarray, sampling: SamplingArrays) -> StepOutput:
-        """Chooses the token after each cached token in places [R]. Waits for the result."""
-        program = self.programs[HeadShape(len(places), samples=True)]
-        result: StepOutput = jax.tree.map(np.asarray, program.compiled(self._leaves, self._state, places, sampling))
-        return result
+    def decode(self, inputs: DecodeInput, sampling: SamplingArrays) -> StepOutput:
+        """Begins one token of every row [R]; the result is on the device."""
+        rows, pages = inputs.tables.shape
+        compiled = self._compiled(StepShape(rows, 1, pages))
+        output: StepOutput
+        self._state, output = compiled(self._leaves, self._state, inputs, sampling)
+        return _on_its_way(output)
 
-    def score(self, places: np.ndarray, targets: np.ndarray) -> TokenLogprobs:
-        """The numbers of targets [M] after the cached tokens in places [M]. Waits for the result."""
-        program = self.programs[HeadShape(len(places), samples=False)]
-        result: TokenLogprobs = jax.tree.map(np.asarray, program.compiled(self._leaves, self._state, places, targets))
-        return result
+    def score(self, inputs: ScoreInput) -> TokenLogprobs:
+        """Begins a block of prompt tokens [M]; the result is on the device."""
+        compiled = self._compiled(HeadShape(len(inputs.places), whole=False))
+        logprobs: TokenLogprobs = compiled(self._leaves, self._state, inputs)
+        return _on_its_way(logprobs)
+
+    def vocabulary(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Log-probs [M, V] of every token after the cached tokens in places [M]. Waits for the result."""
+        compiled = self._compiled(HeadShape(len(places), whole=True))
+        return np.asarray(compiled(self._leaves, self._state, places))
+
+    def adjust(self, slot: int, adjustment: Adjustment) -> None:
+        """Begins to replace what a slot adds to its request's choices."""
+        compiled = self._compiled(SlotShape(self.buckets.slots))
+        self._state = compiled(self._state, np.asarray(slot, np.int32), adjustment)
+
+    @staticmethod
+    def read[T](tree: T) -> T:
+        """The same tree with numpy arrays. Waits for them."""
+        arrays: T = jax.tree.map(np.asarray, tree)
+        return arrays
 
     def reset(self) -> None:
         """A fresh, empty state: a step that failed after donation has lost the old one."""
         self._state = step.zero_state(self._state_shapes)
 
-    def _step(self, inputs: StepInput) -> Any:
-        rows, chunk = inputs.tokens.shape
-        return self.programs[StepShape(rows, chunk, inputs.tables.shape[1])].compiled
+    def _compiled(self, shape: Shape) -> Any:
+        return self.programs[shape].compiled
+
+
+def _on_its_way[T](tree: T) -> T:
+    """Starts the copy to the host, so that it does not begin only when somebody reads."""
+    for leaf in jax.tree.leaves(tree):
+        leaf.copy_to_host_async()
+    return tree

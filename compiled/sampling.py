@@ -5,7 +5,7 @@ top_k, the probability ahead of it against top_p. A rejected token, with everyth
 for the next round. The allowed tokens are a prefix of the order by probability, so they are never cut, and what is
 accepted follows the renormalised allowed distribution exactly. With top_p = 0.9 nine rows in ten end in round one.
 
-Order of the filters as in vLLM: temperature, min_p, top_k, then top_p on what is left.
+Order as in vLLM: bias, penalties and mask (`adjust.py`), temperature, min_p, top_k, then top_p on what is left.
 """
 
 from typing import NamedTuple
@@ -14,33 +14,42 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from compiled.logprobs import BLOCK, blocked_top_k
-from compiled.state import SamplingArrays
+from compiled.adjust import adjust_logits, changes_logits
+from compiled.logprobs import BLOCK, blocked_top_k, one_zero
+from compiled.state import SamplingArrays, SlotState
 
 _MAX_ROUNDS = 256  # each round at least halves what is left on average; a bound all the same
 
 
-def choose_tokens(logits: Array, sampling: SamplingArrays) -> Array:
-    """One id [R] int32 per row of logits [R, V] float32."""
+def choose_tokens(logits: Array, sampling: SamplingArrays, slots: SlotState, rows: Array) -> Array:
+    """Chooses one id [R] int32 per row.
+
+    A row whose mask forbids every token gets token 0: such a request is refused before it comes here.
+
+    Args:
+        logits: [R, V] float32.
+        sampling: how each row chooses.
+        slots: bias, counts and seen tokens of all requests.
+        rows: [R] int32, the slot of each row.
+    """
     with jax.named_scope("sample"):
-        allowed = _ban(jnp.where(logits == 0, 0.0, logits), sampling.banned)
-        best, best_ids = blocked_top_k(allowed, 1)
-        tokens: Array = jax.lax.cond(
-            jnp.any(sampling.temperature > 0),
-            lambda: _draw(allowed, best[:, 0], best_ids[:, 0], sampling),
-            lambda: best_ids[:, 0],
-        )
+        samples = jnp.any(sampling.temperature > 0)
+
+        def choose() -> Array:
+            allowed = adjust_logits(logits, sampling, slots, rows)
+            best, best_ids = _best(allowed)
+            token: Array = jax.lax.cond(samples, lambda: _draw(allowed, best, best_ids, sampling), lambda: best_ids)
+            return token
+
+        # The commonest step writes nothing as large as the logits: every row greedy, none of them adjusted.
+        tokens: Array = jax.lax.cond(samples | changes_logits(sampling), choose, lambda: _best(one_zero(logits))[1])
         return tokens
 
 
-def _ban(logits: Array, banned: Array) -> Array:
-    rows = jnp.arange(logits.shape[0])[:, None]
-    allowed: Array = jax.lax.cond(
-        jnp.any(banned < logits.shape[1]),
-        lambda: logits.at[rows, banned].set(-jnp.inf, mode="drop"),
-        lambda: logits,
-    )
-    return allowed
+def _best(logits: Array) -> tuple[Array, Array]:
+    """The best logit [R] and its id [R] int32."""
+    value, token = blocked_top_k(logits, 1)
+    return value[:, 0], token[:, 0]
 
 
 class _Round(NamedTuple):
@@ -85,7 +94,8 @@ def _draw(logits: Array, best: Array, best_ids: Array, sampling: SamplingArrays)
             jnp.where(shrink, token, at.bound_id),
         )
 
-    start = _Round(jnp.int32(0), greedy | jnp.isnan(best), best_ids, floor, jnp.full((R,), V, jnp.int32))
+    done = greedy | ~jnp.isfinite(best)  # nothing is allowed, or nothing is a number: no weights to draw from
+    start = _Round(jnp.int32(0), done, best_ids, floor, jnp.full((R,), V, jnp.int32))
     last = jax.lax.while_loop(lambda at: ~jnp.all(at.done) & (at.number < _MAX_ROUNDS), one_round, start)
     return last.token
 

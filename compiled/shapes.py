@@ -1,4 +1,4 @@
-"""StepShape: the fixed shapes that programs are compiled for, and the buckets they come from."""
+"""The fixed shapes that programs are compiled for, and the buckets they come from."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -26,12 +26,24 @@ class HeadShape:
     """Shape of a head step, over hidden states that are already in the cache."""
 
     rows: int  # M
-    samples: bool  # chooses a token for each row, else scores the given one
+    whole: bool  # gives the log-prob of every token, else the numbers of given ones
 
     @property
     def name(self) -> str:
         """What logs, HLO modules and the notebook call it."""
-        return f"sample_{self.rows}" if self.samples else f"score_{self.rows}"
+        return f"vocabulary_{self.rows}" if self.whole else f"score_{self.rows}"
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class SlotShape:
+    """Shape of the step that fills one of Z slots."""
+
+    slots: int  # Z
+
+    @property
+    def name(self) -> str:
+        """What logs, HLO modules and the notebook call it."""
+        return "adjust"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +54,12 @@ class Buckets:
     prefill_chunks: tuple[int, ...]
     score_rows: int
     pages_per_row: int
+    vocabulary_rows: int = 0  # prompt rows whose whole distribution leaves the device at once; 0 = never
+
+    @property
+    def slots(self) -> int:
+        """Z: a slot for each row of the largest decode step, and padding's."""
+        return self.decode_rows[-1] + 1
 
     def decode(self, rows: int) -> StepShape:
         """The shape for `rows` live rows."""
@@ -57,8 +75,9 @@ class Buckets:
         return (*decode, *(StepShape(1, chunk, self.pages_per_row) for chunk in self.prefill_chunks))
 
     def heads(self) -> tuple[HeadShape, ...]:
-        """Every head shape: the first token after a prefill, and blocks of prompt rows."""
-        return (HeadShape(1, samples=True), HeadShape(self.score_rows, samples=False))
+        """Every head shape: blocks of prompt rows."""
+        score = HeadShape(self.score_rows, whole=False)
+        return (score, HeadShape(self.vocabulary_rows, whole=True)) if self.vocabulary_rows else (score,)
 
 
 def bucket(sizes: Sequence[int], size: int) -> int:
@@ -73,14 +92,28 @@ def bucket(sizes: Sequence[int], size: int) -> int:
     return sizes[at]
 
 
-def make_buckets(*, max_num_seqs: int, max_model_len: int) -> Buckets:
-    """Buckets of a server: decode rows in powers of two up to `max_num_seqs`, three prefill chunks."""
+def make_buckets(
+    *, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int, whole_vocabulary: bool = False
+) -> Buckets:
+    """Buckets of a server.
+
+    Args:
+        max_num_seqs: requests that run at once; decode rows go in powers of two up to it.
+        max_model_len: tokens of a request; it gives the width of the block tables.
+        max_num_batched_tokens: prompt and decode tokens of one step together; the largest prefill chunk is the
+            largest of 16, 32, 64 ... that leaves room for a decode row of every other request.
+        whole_vocabulary: whether prompt rows may be asked for whole.
+    """
     rows = [1]
     while rows[-1] < max_num_seqs:
         rows.append(min(2 * rows[-1], max_num_seqs))
+    chunks = [16]
+    while chunks[-1] * 2 <= max_num_batched_tokens - max_num_seqs:
+        chunks.append(chunks[-1] * 2)
     return Buckets(
         decode_rows=tuple(rows),
-        prefill_chunks=(16, 64, 256),
+        prefill_chunks=tuple(chunks),
         score_rows=64,
         pages_per_row=-(-max_model_len // PAGE_SIZE),
+        vocabulary_rows=8 if whole_vocabulary else 0,
     )

@@ -10,25 +10,61 @@ from model.kv_cache import PagedCache
 
 type Array = Any  # jax.Array inside a program, numpy.ndarray outside
 
-MAX_BANNED = 16  # B: ids that a row may be forbidden to choose
+MAX_SCORED_IDS = 128  # B: ids whose numbers a row may ask for beside its top-k
+NO_ID = np.iinfo(np.int32).max  # fills what is left of such a list
+FROM_SLOT = -1  # as a decode row's token: the one that its slot chose last, which the host may not have read yet
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class SlotState:
+    """What the device keeps of every running request. Z slots; the last one is nobody's: padding writes there."""
+
+    tokens: Array  # [Z] int32 chosen last
+    bias: Array  # [Z, V] float32 added to the logits before a choice
+    counts: Array  # [Z, V] int32 how often the request has chosen each token
+    seen: Array  # [Z, V] bool whether the token is in its prompt
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class DeviceState:
-    """What one step hands to the next; donated to every forward step, so exactly one owner may hold it."""
+    """What one step hands to the next; donated to every step that writes, so exactly one owner may hold it."""
 
     cache: PagedCache
+    slots: SlotState
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """One forward step. Padding has position -1."""
+    """A chunk of one row's tokens, to be prefilled. Padding has position -1."""
 
-    tokens: Array  # [R, T] int32
-    positions: Array  # [R, T] int32
+    tokens: Array  # [1, T] int32
+    positions: Array  # [1, T] int32
+    tables: Array  # [1, P] int32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class DecodeInput:
+    """One token of every row. Padding has position -1 and the last slot."""
+
+    tokens: Array  # [R] int32, or FROM_SLOT
+    positions: Array  # [R] int32
     tables: Array  # [R, P] int32
+    slots: Array  # [R] int32 the row's place in SlotState
+    scored_ids: Array  # [R, B] int32 ids to be scored beside the top-k, then NO_ID
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class ScoreInput:
+    """Tokens of prompts whose numbers are asked for."""
+
+    places: Array  # [M] int32 where the hidden state before the token lies (page * S + offset)
+    targets: Array  # [M] int32 the token
+    scored_ids: Array  # [M, B] int32 as in DecodeInput
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +78,21 @@ class SamplingArrays:
     min_p: Array  # [R] float32, 0 = off
     seed: Array  # [R, 2] uint32
     step: Array  # [R] uint32 tokens the row has chosen before this one
-    banned: Array  # [R, B] int32 ids that may not be chosen; V or above = none
+    adjusted: Array  # [R] bool whether the slot's bias and counts, and the penalties below, apply
+    presence: Array  # [R] float32 taken from the logits of tokens chosen before, 0 = off
+    frequency: Array  # [R] float32 the same times how often, 0 = off
+    repetition: Array  # [R] float32 divides positive and multiplies negative logits of tokens seen or chosen, 1 = off
+    mask: Array  # [R, W] uint32, W = ceil(V / 32): bit i of word w is set if token 32 w + i may be chosen
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Adjustment:
+    """What a request brings into its slot, where its choice is adjusted."""
+
+    bias: Array  # [V] float32
+    counts: Array  # [V] int32
+    seen: Array  # [V] bool
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +104,8 @@ class TokenLogprobs:
     rank: Array  # [R] int32, 1 = most likely, unique: ties go to the lower id
     top_ids: Array  # [R, K] int32, best first
     top_logprobs: Array  # [R, K] float32
+    scored_logprobs: Array  # [R, B] float32 of scored_ids; what NO_ID gives means nothing
+    scored_ranks: Array  # [R, B] int32
 
 
 @jax.tree_util.register_dataclass
@@ -65,8 +117,13 @@ class StepOutput:
     logprobs: TokenLogprobs
 
 
-def greedy_sampling(rows: int) -> SamplingArrays:
-    """Sampling arrays (numpy) of `rows` greedy rows, to be filled in."""
+def mask_words(vocab_size: int) -> int:
+    """W: 32-bit words that hold a bit for every token."""
+    return -(-vocab_size // 32)
+
+
+def greedy_sampling(rows: int, vocab_size: int) -> SamplingArrays:
+    """Sampling arrays (numpy) of `rows` greedy rows that may choose any token, to be filled in."""
     return SamplingArrays(
         temperature=np.zeros(rows, np.float32),
         top_k=np.zeros(rows, np.int32),
@@ -74,5 +131,14 @@ def greedy_sampling(rows: int) -> SamplingArrays:
         min_p=np.zeros(rows, np.float32),
         seed=np.zeros((rows, 2), np.uint32),
         step=np.zeros(rows, np.uint32),
-        banned=np.full((rows, MAX_BANNED), np.iinfo(np.int32).max, np.int32),
+        adjusted=np.zeros(rows, np.bool_),
+        presence=np.zeros(rows, np.float32),
+        frequency=np.zeros(rows, np.float32),
+        repetition=np.ones(rows, np.float32),
+        mask=np.full((rows, mask_words(vocab_size)), 0xFFFFFFFF, np.uint32),
     )
+
+
+def no_scored_ids(rows: int) -> Any:
+    """scored_ids [rows, B] (numpy) that ask for nothing, to be filled in."""
+    return np.full((rows, MAX_SCORED_IDS), NO_ID, np.int32)

@@ -1,17 +1,27 @@
-"""The steps that are compiled: prefill, decode, sample, score. Pure functions of arrays; `programs.py` compiles them.
+"""The steps that are compiled. Pure functions of arrays; `programs.py` compiles them.
 
-Logits never leave: a step returns chosen tokens and their numbers.
+Logits never leave, but for `vocabulary`: a step returns chosen tokens and their numbers.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from compiled.logprobs import token_logprobs
+from compiled.adjust import fill_slot, record_choice
+from compiled.logprobs import all_logprobs, token_logprobs
 from compiled.sampling import choose_tokens
-from compiled.state import DeviceState, SamplingArrays, StepInput, StepOutput, TokenLogprobs
+from compiled.state import (
+    Adjustment,
+    DecodeInput,
+    DeviceState,
+    SamplingArrays,
+    ScoreInput,
+    StepInput,
+    StepOutput,
+    TokenLogprobs,
+)
 from model.kv_cache import PAGE_SIZE
-from model.transformer import BoundModel, Transformer
+from model.transformer import BoundModel
 
 type Leaves = tuple[Array, ...]
 
@@ -19,41 +29,41 @@ type Leaves = tuple[Array, ...]
 def prefill(model: BoundModel, leaves: Leaves, state: DeviceState, step: StepInput) -> DeviceState:
     """Stores keys, values and final hidden states of a chunk of one row's tokens ([1, T])."""
     _, cache = model.merge(leaves)(step.tokens, step.positions, step.tables, state.cache)
-    return DeviceState(cache)
+    return DeviceState(cache, state.slots)
 
 
 def decode(
-    model: BoundModel, k: int, leaves: Leaves, state: DeviceState, step: StepInput, sampling: SamplingArrays
+    model: BoundModel, k: int, leaves: Leaves, state: DeviceState, step: DecodeInput, sampling: SamplingArrays
 ) -> tuple[DeviceState, StepOutput]:
-    """Runs one token of each row ([R, 1]) and chooses the next."""
+    """Runs one token of each row ([R]), chooses the next and leaves it in the row's slot."""
     module = model.merge(leaves)
-    hidden, cache = module(step.tokens, step.positions, step.tables, state.cache)
-    # The barrier keeps the head apart from the layers, so that it is compiled alike in decode, sample and score.
-    return DeviceState(cache), _choose(module, k, jax.lax.optimization_barrier(hidden[:, 0]), sampling)
+    slots = state.slots
+    tokens = jnp.where(step.tokens >= 0, step.tokens, slots.tokens[step.slots])
+    hidden, cache = module(tokens[:, None], step.positions[:, None], step.tables, state.cache)
+    # The barrier keeps the head apart from the layers, so that it is compiled alike in decode and score.
+    logits = module.logits(jax.lax.optimization_barrier(hidden[:, 0]))
+    chosen = choose_tokens(logits, sampling, slots, step.slots)
+    output = StepOutput(chosen, token_logprobs(logits, chosen, k, step.scored_ids))
+    return DeviceState(cache, record_choice(slots, step.slots, chosen)), output
 
 
-def sample(
-    model: BoundModel, k: int, leaves: Leaves, state: DeviceState, places: Array, sampling: SamplingArrays
-) -> StepOutput:
-    """Chooses the token after each cached token in `places` [R] (page * S + offset): the first one of a request."""
-    return _choose(model.merge(leaves), k, _cached_hidden(state, places), sampling)
-
-
-def score(
-    model: BoundModel, k: int, leaves: Leaves, state: DeviceState, places: Array, targets: Array
-) -> TokenLogprobs:
-    """The numbers of token `targets` [M] after each cached token in `places` [M]: a block of prompt rows.
+def score(model: BoundModel, k: int, leaves: Leaves, state: DeviceState, step: ScoreInput) -> TokenLogprobs:
+    """The numbers of a block of prompt tokens ([M]), each after the cached token before it.
 
     The head runs over this block alone, so no [prompt, V] array exists, however long the prompt.
     """
-    logits = model.merge(leaves).logits(_cached_hidden(state, places))
-    return token_logprobs(logits, targets, k)
+    logits = model.merge(leaves).logits(_cached_hidden(state, step.places))
+    return token_logprobs(logits, step.targets, k, step.scored_ids)
 
 
-def _choose(module: Transformer, k: int, hidden: Array, sampling: SamplingArrays) -> StepOutput:
-    logits = module.logits(hidden)
-    tokens = choose_tokens(logits, sampling)
-    return StepOutput(tokens, token_logprobs(logits, tokens, k))
+def vocabulary(model: BoundModel, leaves: Leaves, state: DeviceState, places: Array) -> Array:
+    """Log-probs [M, V] float32 of every token after the cached tokens in `places` [M] int32."""
+    return all_logprobs(model.merge(leaves).logits(_cached_hidden(state, places)))
+
+
+def adjust(state: DeviceState, slot: Array, adjustment: Adjustment) -> DeviceState:
+    """Replaces bias, counts and seen tokens of a slot ([] int32)."""
+    return DeviceState(state.cache, fill_slot(state.slots, slot, adjustment))
 
 
 def _cached_hidden(state: DeviceState, places: Array) -> Array:

@@ -8,11 +8,10 @@ import pytest
 from compiled import hlo
 from compiled.hlo import Operation, Totals
 from compiled.programs import compile_plans
-from compiled.runner import make_plans
+from compiled.runner import make_plans, state_shapes
 from compiled.shapes import Buckets
-from compiled.state import DeviceState
+from compiled.state import MAX_SCORED_IDS
 from model.config import config_from_hf
-from model.kv_cache import cache_shape
 from model.transformer import abstract_weights, bind
 from tests.model.tiny import tiny_configs
 
@@ -169,8 +168,9 @@ def test_a_text_without_entry_is_refused() -> None:
 CONFIG = config_from_hf(tiny_configs()["llama"])
 PAGES = 9
 V = CONFIG.vocab_size
-PROGRAMS = ("decode_1", "decode_4", "prefill_16", "sample_1", "score_8")
-STEPS = ("decode_1", "decode_4", "prefill_16")
+WRITERS = ("decode_1", "decode_4", "prefill_16", "adjust")
+READERS = ("score_8", "vocabulary_2")
+SLOTS = (f"f32[5,{V}]", f"s32[5,{V}]", f"pred[5,{V}]")  # bias, counts, seen of 4 rows and of padding
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +178,8 @@ def texts() -> Mapping[str, str]:
     """HLO of every program of the tiny model; nothing but shapes is needed to compile it."""
     dtype = jnp.dtype(jnp.float32)
     model = bind(CONFIG, dtype, abstract_weights(CONFIG, dtype))
-    buckets = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=8, pages_per_row=4)
-    plans = make_plans(model, buckets, DeviceState(cache_shape(CONFIG, PAGES, dtype)), k=5)
+    buckets = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=8, pages_per_row=4, vocabulary_rows=2)
+    plans = make_plans(model, buckets, state_shapes(CONFIG, buckets, pages=PAGES, dtype=dtype), k=5)
     return {program.name: hlo.hlo_text(program) for program in compile_plans(plans)}
 
 
@@ -188,16 +188,19 @@ def axes(shapes: list[str]) -> set[str]:
 
 
 def test_the_text_names_no_file(texts: Mapping[str, str]) -> None:
-    assert set(texts) == set(PROGRAMS)
+    assert set(texts) == {*WRITERS, *READERS}
     for text in texts.values():
         assert text.startswith("HloModule jit_")
         assert ".py" not in text
 
 
-@pytest.mark.parametrize(("name", "rows"), [("decode_1", 1), ("decode_4", 4), ("sample_1", 1), ("score_8", 8)])
+@pytest.mark.parametrize(("name", "rows"), [("decode_1", 1), ("decode_4", 4), ("score_8", 8)])
 def test_the_rank_compares_with_the_whole_vocabulary(texts: Mapping[str, str], name: str, rows: int) -> None:
     lines = [line for line in hlo.rank_comparison(texts[name]) if f"pred[{rows},{V}]" in line]
-    assert sorted(line.rpartition("direction=")[2] for line in lines) == ["EQ", "GT", "LT"]
+    directions = [line.rpartition("direction=")[2] for line in lines]
+    assert sorted(directions) == sorted(
+        2 * ["EQ", "GT", "LT"]
+    )  # for the row's own token, and in the loop over given ids
 
 
 def test_prefill_ranks_nothing(texts: Mapping[str, str]) -> None:
@@ -205,9 +208,15 @@ def test_prefill_ranks_nothing(texts: Mapping[str, str]) -> None:
     assert f"f32[16,{V}]" not in texts["prefill_16"]
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_no_array_over_the_vocabulary_leaves(texts: Mapping[str, str], name: str) -> None:
-    assert str(V) not in axes(hlo.result_shapes(texts[name]))
+@pytest.mark.parametrize("name", ["decode_1", "decode_4", "prefill_16", "score_8"])
+def test_no_new_array_over_the_vocabulary_leaves(texts: Mapping[str, str], name: str) -> None:
+    kept = hlo.donations(texts[name])
+    leaves = [shape for i, shape in enumerate(hlo.result_shapes(texts[name])) if i not in kept]
+    assert str(V) not in axes(leaves)
+
+
+def test_whole_rows_leave_by_the_one_program_made_for_it(texts: Mapping[str, str]) -> None:
+    assert hlo.result_shapes(texts["vocabulary_2"]) == [f"f32[2,{V}]"]
 
 
 @pytest.mark.parametrize(("name", "rows"), [("decode_4", 4), ("score_8", 8)])
@@ -216,26 +225,44 @@ def test_logits_exist_inside_for_the_rows_of_the_step_only(texts: Mapping[str, s
     assert inside == {f"f32[{rows},{V}]"}
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_the_cache_is_donated_and_never_copied(texts: Mapping[str, str], name: str) -> None:
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_state_is_donated_and_never_copied(texts: Mapping[str, str], name: str) -> None:
     results = hlo.result_shapes(texts[name])
     pages = f"f32[{PAGES},{CONFIG.num_kv_heads},64,{CONFIG.head_dim}]"
     hidden = f"f32[{PAGES},64,{CONFIG.hidden_size}]"
     donated = hlo.donations(texts[name])
-    assert [results[i] for i in sorted(donated)] == [pages] * (2 * CONFIG.num_layers) + [hidden]
+    state = [*[pages] * (2 * CONFIG.num_layers), hidden, "s32[5]", *SLOTS]
+    assert [results[i] for i in sorted(donated)] == state
     assert len(set(donated.values())) == len(donated)
     copied = {operation.shape for operation in hlo.operations(texts[name]) if operation.opcode == "copy"}
-    assert not copied & {pages, hidden}
+    assert not copied & {pages, hidden, *SLOTS}
 
 
-def test_prefill_returns_the_cache_alone(texts: Mapping[str, str]) -> None:
-    assert sorted(hlo.donations(texts["prefill_16"])) == list(range(len(hlo.result_shapes(texts["prefill_16"]))))
+@pytest.mark.parametrize("name", ["decode_1", "decode_4"])
+def test_a_choice_is_counted_in_place_and_copies_no_logits(texts: Mapping[str, str], name: str) -> None:
+    counted = hlo.operations(texts[name])
+    writes = [operation for operation in counted if operation.shape in SLOTS]
+    assert [operation.shape for operation in writes] == [f"s32[5,{V}]"]
+    assert writes[0].bytes < V
+    logits = f"f32[{name.removeprefix('decode_')},{V}]"
+    assert [operation for operation in counted if operation.opcode == "copy" and operation.shape == logits] == []
 
 
-@pytest.mark.parametrize("name", ["sample_1", "score_8"])
-def test_the_head_programs_leave_the_cache_where_it_is(texts: Mapping[str, str], name: str) -> None:
+@pytest.mark.parametrize("name", ["prefill_16", "adjust"])
+def test_prefill_and_adjust_return_the_state_alone(texts: Mapping[str, str], name: str) -> None:
+    assert sorted(hlo.donations(texts[name])) == list(range(len(hlo.result_shapes(texts[name]))))
+
+
+@pytest.mark.parametrize(("name", "results"), [("score_8", 6), ("vocabulary_2", 1)])
+def test_the_head_programs_leave_the_state_where_it_is(texts: Mapping[str, str], name: str, results: int) -> None:
     assert hlo.donations(texts[name]) == {}
-    assert len(hlo.result_shapes(texts[name])) == {"sample_1": 5, "score_8": 4}[name]
+    assert len(hlo.result_shapes(texts[name])) == results
+
+
+@pytest.mark.parametrize(("name", "rows"), [("decode_4", 4), ("score_8", 8)])
+def test_numbers_of_given_ids_leave_beside_the_others(texts: Mapping[str, str], name: str, rows: int) -> None:
+    ids = f"{rows},{MAX_SCORED_IDS}"
+    assert hlo.result_shapes(texts[name])[-2:] == [f"f32[{ids}]", f"s32[{ids}]"]
 
 
 def test_matrix_products_of_a_decode_step(texts: Mapping[str, str]) -> None:

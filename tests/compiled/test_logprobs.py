@@ -1,5 +1,6 @@
 """Top-k, rank and log-probability against numpy: ties, signed zeros, infinities, odd sizes, and rows in a crowd."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,21 +11,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from compiled.logprobs import blocked_top_k, token_logprobs
-from compiled.state import TokenLogprobs
+from compiled.logprobs import all_logprobs, blocked_top_k, token_logprobs
+from compiled.state import MAX_SCORED_IDS, TokenLogprobs, no_scored_ids
 
 SIZES = (5, 128, 129, 300, 1000)  # each with 4 rows and few k, because every shape is a program
 
 top_k = jax.jit(blocked_top_k, static_argnums=1)
 
 
+whole = jax.jit(all_logprobs)
+
+
 @partial(jax.jit, static_argnums=2)
-def _numbers(logits: Any, ids: Any, k: int) -> TokenLogprobs:
-    return token_logprobs(logits, ids, k)
+def _numbers(logits: Any, ids: Any, k: int, scored_ids: Any) -> TokenLogprobs:
+    return token_logprobs(logits, ids, k, scored_ids)
 
 
-def numbers(logits: NDArray[np.float32], ids: Any, k: int) -> TokenLogprobs:
-    result: TokenLogprobs = jax.tree.map(np.asarray, _numbers(logits, np.asarray(ids, np.int32), k))
+def numbers(logits: NDArray[np.float32], ids: Any, k: int, scored: Sequence[Sequence[int]] = ()) -> TokenLogprobs:
+    """The numbers as numpy arrays; `scored` are the ids that the first rows name."""
+    scored_ids = no_scored_ids(len(logits))
+    for row, named in enumerate(scored):
+        scored_ids[row, : len(named)] = named
+    result: TokenLogprobs = jax.tree.map(np.asarray, _numbers(logits, np.asarray(ids, np.int32), k, scored_ids))
     return result
 
 
@@ -166,3 +174,49 @@ def test_a_rows_numbers_do_not_depend_on_the_rows_beside_it(size: int) -> None:
         result = numbers(crowd, np.full(R, 17), 20)
         for name in ("logprob", "rank", "top_ids", "top_logprobs"):
             np.testing.assert_array_equal(getattr(result, name)[place], getattr(alone, name)[0], err_msg=f"{name} {R}")
+
+
+def test_given_ids_have_the_rank_of_a_stable_sort_and_the_log_prob_of_a_token() -> None:
+    R, V = 6, 300
+    logits = np.random.default_rng(5).integers(-3, 4, (R, V)).astype(np.float32)  # many ties
+    order = stable_order(logits)
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.arange(1, V + 1)[None], axis=1)
+    rng = np.random.default_rng(6)
+    # Duplicates, the whole width, none, and the ids at both ends.
+    scored = [[7, 7, 299, 7], rng.integers(0, V, MAX_SCORED_IDS).tolist(), [], [0], [299, 0], [150]]
+    result = numbers(logits, np.zeros(R), 20, scored)
+    for row, named in enumerate(scored):
+        assert result.scored_ranks[row, : len(named)].tolist() == rank[row, named].tolist()
+        own = numbers(np.repeat(logits[row : row + 1], max(len(named), 1), axis=0), named or [0], 0)
+        assert result.scored_logprobs[row, : len(named)].tobytes() == own.logprob[: len(named)].tobytes()
+
+
+def test_a_token_that_is_given_too_has_the_same_bits_twice() -> None:
+    R, V = 64, 5000
+    rng = np.random.default_rng(7)
+    logits = (rng.standard_normal((R, V)) * 4).astype(np.float32)
+    tokens = rng.integers(0, V, R)
+    result = numbers(logits, tokens, 1, [[3, int(token)] for token in tokens])
+    assert result.scored_logprobs[:, 1].tobytes() == result.logprob.tobytes()
+    assert result.scored_ranks[:, 1].tolist() == result.rank.tolist()
+
+
+def test_given_ids_change_no_other_number() -> None:
+    logits = (np.random.default_rng(8).standard_normal((4, 300)) * 4).astype(np.float32)
+    plain, asked = numbers(logits, [1, 2, 3, 4], 20), numbers(logits, [1, 2, 3, 4], 20, [[5, 6], [7]])
+    for name in ("logprob", "rank", "top_ids", "top_logprobs"):
+        assert getattr(plain, name).tobytes() == getattr(asked, name).tobytes()
+
+
+@pytest.mark.parametrize("size", [300, 5000])
+def test_whole_rows_have_the_bits_of_single_tokens(size: int) -> None:
+    rng = np.random.default_rng(9)
+    logits = (rng.standard_normal((8, size)) * 4).astype(np.float32)
+    logits[:, 5] = -0.0
+    rows = np.asarray(whole(logits))
+    for token in (0, 5, 17, size - 1):
+        crowd = np.concatenate([logits, (rng.standard_normal((56, size)) * 4).astype(np.float32)])
+        result = numbers(crowd, np.full(64, token), 20)
+        assert rows[:, token].tobytes() == result.logprob[:8].tobytes()
+        assert np.take_along_axis(rows, result.top_ids[:8], axis=1).tobytes() == result.top_logprobs[:8].tobytes()

@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "compiled"
 NOTEBOOK = FOLDER / "inspect_hlo.ipynb"
-PROGRAMS = ("decode_1", "decode_4", "prefill_64", "sample_1", "score_64")
+PROGRAMS = ("decode_1", "decode_4", "prefill_64", "score_64", "adjust")
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,9 @@ def check_story(notebook: Any) -> None:
     for direction in ("GT", "EQ", "LT"):
         assert any("= pred[1,49152] compare(" in line for line in text.splitlines() if line.endswith(direction))
     assert "copies of an array like bf16[33,3,64,64]: 0" in text
+    assert "copies of an array of the slots: 0" in text
     assert "prefill_64 no logits at all" in text
-    assert "score_64   ['f32[64]', 's32[64]', 's32[64,20]', 'f32[64,20]']" in text
+    assert "score_64   ['f32[64]', 's32[64]', 's32[64,20]', 'f32[64,20]', 'f32[64,128]', 's32[64,128]']" in text
     assert len(images(notebook)) == 2
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from compiled.programs import Plan, Program, UnknownShapeError, compile_plans
-from compiled.shapes import HeadShape, StepShape
+from compiled.shapes import HeadShape, SlotShape, StepShape
 
 ROOT = Path(__file__).parents[2]
 VECTOR = jax.ShapeDtypeStruct((4,), jnp.float32)
@@ -37,7 +37,7 @@ def test_each_plan_is_compiled_once_and_told() -> None:
 
 def test_an_unknown_shape_raises() -> None:
     programs = compile_plans([plan(2)])
-    for shape in (StepShape(3, 1, 1), StepShape(2, 1, 2), HeadShape(2, samples=True)):
+    for shape in (StepShape(3, 1, 1), StepShape(2, 1, 2), HeadShape(2, whole=True), SlotShape(2)):
         with pytest.raises(UnknownShapeError, match="no program was compiled"):
             programs[shape]
 
@@ -59,7 +59,7 @@ def test_the_executable_bears_the_name_of_its_shape() -> None:
 
 
 def test_donated_arguments_are_given_up() -> None:
-    shape = HeadShape(4, samples=False)
+    shape = HeadShape(4, whole=False)
     program = compile_plans([Plan(shape, double, (VECTOR,), donate=(0,))])[shape]
     x = jnp.ones(4)
     np.testing.assert_array_equal(program.compiled(x), np.full(4, 2.0))
@@ -70,7 +70,7 @@ def test_a_failure_is_raised() -> None:
     def wrong(x: Any) -> Any:
         raise ValueError(f"cannot trace {x.shape}")
 
-    bad = Plan(HeadShape(4, samples=True), wrong, (VECTOR,))
+    bad = Plan(HeadShape(4, whole=True), wrong, (VECTOR,))
     with pytest.raises(ValueError, match="cannot trace"):
         compile_plans([plan(2), bad, plan(3)])
 
@@ -80,7 +80,7 @@ def test_a_failure_after_lowering_is_raised() -> None:
         return jax.ffi.ffi_call("no_such_target", VECTOR)(x)
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_target"):
-        compile_plans([Plan(HeadShape(4, samples=True), unknown, (VECTOR,)), plan(2)])
+        compile_plans([Plan(HeadShape(4, whole=True), unknown, (VECTOR,)), plan(2)])
 
 
 # Warnings are only shown here, as they are in a server; made into errors they would cause the very recovery.

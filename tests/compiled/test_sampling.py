@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from compiled.sampling import _kth_largest, choose_tokens
-from compiled.state import MAX_BANNED, SamplingArrays, greedy_sampling
+from compiled.state import SamplingArrays, greedy_sampling
+from tests.compiled.slots import empty_slots, packed
 
 V = 300
 DRAWS = 4096
@@ -26,7 +27,7 @@ class Filters:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    banned: tuple[int, ...] = ()
+    forbidden: tuple[int, ...] = ()
 
 
 GREEDY = Filters(temperature=0.0)
@@ -43,13 +44,13 @@ FILTERS = {
     "min_p_below_top_k": Filters(min_p=0.2, top_k=250, top_p=0.6),
     "all": Filters(temperature=1.3, min_p=0.04, top_k=20, top_p=0.85),
     "top_k_above_the_vocabulary": Filters(temperature=1.5, top_k=1000, top_p=0.6),
-    "banned": Filters(temperature=0.8, top_k=12, top_p=0.9, banned=(0, 1, 2, 150, 299)),
+    "masked": Filters(temperature=0.8, top_k=12, top_p=0.9, forbidden=(0, 1, 2, 150, 299)),
 }
 
 
 def arrays(rows: list[Filters], seeds: Any = None, step: int = 0) -> SamplingArrays:
     """Sampling arrays of the rows; row i has seed i unless told."""
-    sampling = greedy_sampling(len(rows))
+    sampling = greedy_sampling(len(rows), V)
     sampling.seed[:, 1] = np.arange(len(rows)) if seeds is None else seeds
     sampling.step[:] = step
     for i, row in enumerate(rows):
@@ -57,18 +58,19 @@ def arrays(rows: list[Filters], seeds: Any = None, step: int = 0) -> SamplingArr
         sampling.top_k[i] = row.top_k
         sampling.top_p[i] = row.top_p
         sampling.min_p[i] = row.min_p
-        sampling.banned[i, : len(row.banned)] = row.banned
+        if row.forbidden:
+            sampling.mask[i] = packed(~np.isin(np.arange(V), row.forbidden))
     return sampling
 
 
 def choose(logits: NDArray[np.float32], sampling: SamplingArrays) -> NDArray[np.int32]:
-    return np.asarray(_choose(logits, sampling))
+    return np.asarray(_choose(logits, sampling, empty_slots(1, V), np.zeros(len(logits), np.int32)))
 
 
 def reference(logits: NDArray[np.float32], row: Filters) -> NDArray[np.float64]:
     """Probability of every token [V]: temperature, min_p, top_k, top_p, in that order, ties by lower id."""
     x = logits.astype(np.float64)
-    x[list(row.banned)] = -np.inf
+    x[list(row.forbidden)] = -np.inf
     p = np.exp((x - x.max()) / row.temperature)
     p[p < row.min_p * p.max()] = 0
     order = np.argsort(-p, kind="stable")
@@ -166,21 +168,32 @@ def test_greedy_is_the_stable_argmax(crowd: Filters) -> None:
     assert tokens[6] == 20
 
 
-def test_greedy_never_takes_a_banned_token() -> None:
+def test_greedy_takes_the_best_token_that_is_not_masked() -> None:
     logits = np.random.default_rng(9).standard_normal((64, V)).astype(np.float32)
     order = np.argsort(-logits, axis=1, kind="stable")
-    for count in (1, MAX_BANNED):
-        rows = [Filters(temperature=0.0, banned=tuple(map(int, order[i, :count]))) for i in range(64)]
+    for count in (1, 16, V - 1):
+        rows = [Filters(temperature=0.0, forbidden=tuple(map(int, order[i, :count]))) for i in range(64)]
         np.testing.assert_array_equal(choose(logits, arrays(rows)), order[:, count])
 
 
-def test_a_ban_concerns_its_row_alone() -> None:
+def test_a_mask_concerns_its_row_alone() -> None:
     logits = np.tile(smooth_logits(), (64, 1))
     best = int(logits[0].argmax())
-    rows = [GREEDY] * 63 + [Filters(temperature=0.0, banned=(best,))]
+    rows = [GREEDY] * 63 + [Filters(temperature=0.0, forbidden=(best,))]
     tokens = choose(logits, arrays(rows))
     assert (tokens[:63] == best).all()
     assert tokens[63] != best
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_may_choose_nothing_gets_token_0_and_leaves_the_others_alone(temperature: float) -> None:
+    logits = np.tile(smooth_logits(), (64, 1))
+    rows = [replace(FILTERS["all"], temperature=temperature)] * 64
+    clean = choose(logits, arrays(rows))
+    rows[9] = replace(rows[9], forbidden=tuple(range(V)))
+    tokens = choose(logits, arrays(rows))
+    assert tokens[9] == 0
+    np.testing.assert_array_equal(np.delete(tokens, 9), np.delete(clean, 9))
 
 
 @pytest.mark.parametrize("row", [Filters(top_k=1), Filters(top_p=1e-6), Filters(top_p=1e-45), Filters(min_p=1.0)])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from compiled.shapes import Buckets, HeadShape, StepShape, bucket, make_buckets
+from compiled.shapes import Buckets, HeadShape, SlotShape, StepShape, bucket, make_buckets
 from model.kv_cache import PAGE_SIZE
 
 
@@ -10,14 +10,27 @@ from model.kv_cache import PAGE_SIZE
     ("max_num_seqs", "expected"), [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3)), (16, (1, 2, 4, 8, 16)), (6, (1, 2, 4, 6))]
 )
 def test_decode_rows_are_powers_of_two_and_the_limit(max_num_seqs: int, expected: tuple[int, ...]) -> None:
-    assert make_buckets(max_num_seqs=max_num_seqs, max_model_len=64).decode_rows == expected
+    buckets = make_buckets(max_num_seqs=max_num_seqs, max_model_len=64, max_num_batched_tokens=64)
+    assert buckets.decode_rows == expected
+    assert buckets.slots == max_num_seqs + 1
 
 
 @pytest.mark.parametrize(("max_model_len", "pages"), [(1, 1), (64, 1), (65, 2), (2048, 32)])
 def test_tables_hold_the_longest_request(max_model_len: int, pages: int) -> None:
-    buckets = make_buckets(max_num_seqs=1, max_model_len=max_model_len)
+    buckets = make_buckets(max_num_seqs=1, max_model_len=max_model_len, max_num_batched_tokens=64)
     assert buckets.pages_per_row == pages
     assert pages * PAGE_SIZE >= max_model_len
+
+
+@pytest.mark.parametrize(
+    ("max_num_batched_tokens", "expected"),
+    [(20, (16,)), (35, (16,)), (36, (16, 32)), (260, (16, 32, 64, 128, 256)), (600, (16, 32, 64, 128, 256, 512))],
+)
+def test_the_largest_chunk_leaves_room_for_a_token_of_every_request(
+    max_num_batched_tokens: int, expected: tuple[int, ...]
+) -> None:
+    buckets = make_buckets(max_num_seqs=4, max_model_len=64, max_num_batched_tokens=max_num_batched_tokens)
+    assert buckets.prefill_chunks == expected
 
 
 def test_a_size_is_padded_to_the_next_bucket() -> None:
@@ -31,7 +44,7 @@ def test_a_size_that_no_bucket_holds(size: int) -> None:
 
 
 def test_whatever_is_asked_for_is_in_the_list_of_shapes() -> None:
-    buckets = make_buckets(max_num_seqs=6, max_model_len=300)
+    buckets = make_buckets(max_num_seqs=6, max_model_len=300, max_num_batched_tokens=256)
     used = {buckets.decode(rows) for rows in range(1, 7)}
     used |= {buckets.prefill(tokens) for tokens in range(1, buckets.prefill_chunks[-1] + 1)}
     assert used == set(buckets.steps())
@@ -41,6 +54,13 @@ def test_whatever_is_asked_for_is_in_the_list_of_shapes() -> None:
 def test_shapes_and_names() -> None:
     buckets = Buckets(decode_rows=(1, 2), prefill_chunks=(16,), score_rows=8, pages_per_row=3)
     assert buckets.steps() == (StepShape(1, 1, 3), StepShape(2, 1, 3), StepShape(1, 16, 3))
-    assert buckets.heads() == (HeadShape(1, samples=True), HeadShape(8, samples=False))
+    assert buckets.heads() == (HeadShape(8, whole=False),)
     names = [step.name for step in buckets.steps()] + [head.name for head in buckets.heads()]
-    assert names == ["decode_1", "decode_2", "prefill_16", "sample_1", "score_8"]
+    assert names == ["decode_1", "decode_2", "prefill_16", "score_8"]
+    assert SlotShape(buckets.slots).name == "adjust"
+
+
+def test_whole_rows_are_compiled_for_only_where_they_may_be_asked_for() -> None:
+    for whole in (False, True):
+        buckets = make_buckets(max_num_seqs=1, max_model_len=64, max_num_batched_tokens=64, whole_vocabulary=whole)
+        assert [head.name for head in buckets.heads()] == ["score_64", "vocabulary_8"][: 1 + whole]

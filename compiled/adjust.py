@@ -1,0 +1,79 @@
+"""What changes logits before a choice: bias, penalties, mask. The numbers that are told never see it.
+
+Order as in vLLM: logit_bias, repetition, frequency and presence penalty, then what may not be chosen at all.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from compiled.logprobs import one_zero
+from compiled.state import Adjustment, SamplingArrays, SlotState
+
+_ALL_ALLOWED = 0xFFFFFFFF
+
+
+def fill_slot(slots: SlotState, slot: Array, adjustment: Adjustment) -> SlotState:
+    """The slots, with bias, counts and seen of `slot` ([] int32) replaced; its last token stays."""
+    return SlotState(
+        tokens=slots.tokens,
+        bias=slots.bias.at[slot].set(adjustment.bias),
+        counts=slots.counts.at[slot].set(adjustment.counts),
+        seen=slots.seen.at[slot].set(adjustment.seen),
+    )
+
+
+def record_choice(slots: SlotState, rows: Array, tokens: Array) -> SlotState:
+    """The slots, after the rows in slots `rows` [R] int32 have chosen `tokens` [R] int32."""
+    return SlotState(
+        tokens=slots.tokens.at[rows].set(tokens),
+        bias=slots.bias,
+        counts=slots.counts.at[rows, tokens].add(1),
+        seen=slots.seen,
+    )
+
+
+def changes_logits(sampling: SamplingArrays) -> Array:
+    """Whether ([] bool) adjust_logits would change any row."""
+    return jnp.any(sampling.adjusted) | jnp.any(sampling.mask != jnp.uint32(_ALL_ALLOWED))
+
+
+def adjust_logits(logits: Array, sampling: SamplingArrays, slots: SlotState, rows: Array) -> Array:
+    """Logits [R, V] float32 of rows in slots `rows` [R] int32, as they are chosen from: masked ones are -inf.
+
+    Rows that ask for nothing keep their bits. Each case is one pass over the logits: a branch that handed them on as
+    they are would copy them.
+    """
+
+    def penalized() -> Array:
+        return _penalize(logits, sampling, slots, rows)
+
+    def masked(x: Array) -> Array:
+        return jnp.where(_unpack(sampling.mask, logits.shape[1]), x, -jnp.inf)
+
+    cases = (
+        lambda: one_zero(logits),
+        lambda: one_zero(penalized()),
+        lambda: one_zero(masked(logits)),
+        lambda: one_zero(masked(penalized())),
+    )
+    case = jnp.any(sampling.adjusted) + 2 * jnp.any(sampling.mask != jnp.uint32(_ALL_ALLOWED))
+    adjusted: Array = jax.lax.switch(case, cases)
+    return adjusted
+
+
+def _penalize(logits: Array, sampling: SamplingArrays, slots: SlotState, rows: Array) -> Array:
+    counts = slots.counts[rows]
+    chosen = counts > 0
+    x = logits + slots.bias[rows]
+    repetition = jnp.where(chosen | slots.seen[rows], sampling.repetition[:, None], 1.0)
+    x = jnp.where(x > 0, x / repetition, x * repetition)
+    x = x - sampling.frequency[:, None] * counts
+    x = x - sampling.presence[:, None] * chosen
+    return jnp.where(sampling.adjusted[:, None], x, logits)
+
+
+def _unpack(words: Array, V: int) -> Array:
+    """Packed words [R, W] uint32 as [R, V] bool; bits past V are dropped."""
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return bits.reshape(words.shape[0], -1)[:, :V] == 1

@@ -1,0 +1,244 @@
+"""ModelRunner on a tiny model: slots between steps, results that are read late, whole rows, unknown shapes."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from compiled.load import load_model
+from compiled.programs import UnknownShapeError
+from compiled.runner import ModelRunner
+from compiled.shapes import Buckets
+from compiled.state import (
+    FROM_SLOT,
+    Adjustment,
+    DecodeInput,
+    SamplingArrays,
+    ScoreInput,
+    StepInput,
+    StepOutput,
+    TokenLogprobs,
+    greedy_sampling,
+    no_scored_ids,
+)
+from compiled.step import place_of
+from model.weights.load import open_checkpoint
+from model.weights.source import ModelSource
+from tests.model.tiny import random_weights, tiny_configs, write_checkpoint
+
+CONFIG = tiny_configs()["llama"]
+V = CONFIG["vocab_size"]
+BUCKETS = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=16, pages_per_row=2, vocabulary_rows=8)
+PROMPT = [5, 17, 99, 3]
+
+
+@pytest.fixture(scope="module")
+def compiled_runner(tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
+    folder: Path = tmp_path_factory.mktemp("tiny")
+    write_checkpoint(folder, CONFIG, random_weights(CONFIG, seed=3))
+    checkpoint = open_checkpoint(ModelSource("tiny", folder))
+    try:
+        model = load_model(checkpoint, "float32")
+    finally:
+        checkpoint.close()
+    return ModelRunner(model, BUCKETS, pages=9, max_logprobs=5)
+
+
+@pytest.fixture
+def runner(compiled_runner: ModelRunner) -> ModelRunner:
+    """With an empty state."""
+    compiled_runner.reset()
+    return compiled_runner
+
+
+def prefill(runner: ModelRunner, tokens: list[int], page: int) -> None:
+    """All but the last token of a prompt, in one page."""
+    count = len(tokens) - 1
+    step = StepInput(np.zeros((1, 16), np.int32), np.full((1, 16), -1, np.int32), np.zeros((1, 2), np.int32))
+    step.tokens[0, :count] = tokens[:count]
+    step.positions[0, :count] = np.arange(count)
+    step.tables[0, 0] = page
+    runner.prefill(step)
+
+
+def decode_input(rows: list[tuple[int, int, int, int]], size: int = 4) -> DecodeInput:
+    """Rows of token, position, page and slot, padded."""
+    step = DecodeInput(
+        tokens=np.zeros(size, np.int32),
+        positions=np.full(size, -1, np.int32),
+        tables=np.zeros((size, 2), np.int32),
+        slots=np.full(size, BUCKETS.slots - 1, np.int32),
+        scored_ids=no_scored_ids(size),
+    )
+    for row, (token, position, page, slot) in enumerate(rows):
+        step.tokens[row], step.positions[row], step.tables[row, 0], step.slots[row] = token, position, page, slot
+    return step
+
+
+def sampling_of(size: int = 4, **values: float) -> SamplingArrays:
+    """Greedy rows; with values, adjusted ones."""
+    sampling = greedy_sampling(size, V)
+    sampling.adjusted[:] = bool(values)
+    for name, value in values.items():
+        getattr(sampling, name)[:] = value
+    return sampling
+
+
+def adjustment_of(
+    bias: dict[int, float] | None = None, counts: tuple[int, ...] = (), seen: tuple[int, ...] = ()
+) -> Adjustment:
+    new = Adjustment(np.zeros(V, np.float32), np.zeros(V, np.int32), np.zeros(V, np.bool_))
+    for token, value in (bias or {}).items():
+        new.bias[token] = value
+    for token in counts:
+        new.counts[token] += 1
+    new.seen[list(seen)] = True
+    return new
+
+
+def generate(
+    runner: ModelRunner, steps: int, *, from_slot: bool = True, slot: int = 2, **values: float
+) -> list[StepOutput]:
+    """PROMPT continued in one row of four; with tokens from the slot, all steps are begun before any is read."""
+    prefill(runner, PROMPT, page=3)
+    outputs: list[StepOutput] = []
+    token = PROMPT[-1]
+    for i in range(steps):
+        row = (token, len(PROMPT) - 1 + i, 3, slot)
+        outputs.append(runner.decode(decode_input([row]), sampling_of(4, **values)))
+        token = FROM_SLOT if from_slot else int(runner.read(outputs[-1]).tokens[0])
+    return [runner.read(output) for output in outputs]
+
+
+def tokens_of(outputs: list[StepOutput]) -> list[int]:
+    return [int(output.tokens[0]) for output in outputs]
+
+
+def bits(logprobs: TokenLogprobs, row: int) -> list[bytes]:
+    """A row's own numbers and its alternatives'."""
+    return [np.asarray(leaf)[row].tobytes() for leaf in jax.tree.leaves(logprobs)[:4]]
+
+
+def score(runner: ModelRunner, places: list[int], targets: list[int], ids: list[int] | None = None) -> TokenLogprobs:
+    step = ScoreInput(np.zeros(16, np.int32), np.zeros(16, np.int32), no_scored_ids(16))
+    step.places[: len(places)], step.targets[: len(targets)] = places, targets
+    step.scored_ids[:, : len(ids or [])] = ids or []
+    return runner.read(runner.score(step))
+
+
+def test_a_token_taken_from_its_slot_is_the_one_chosen_there(runner: ModelRunner) -> None:
+    told = generate(runner, 12, from_slot=False)
+    runner.reset()
+    kept = generate(runner, 12, from_slot=True)
+    assert tokens_of(kept) == tokens_of(told)
+    assert len(set(tokens_of(told))) > 1
+    for a, b in zip(kept, told, strict=True):
+        assert bits(a.logprobs, 0) == bits(b.logprobs, 0)
+
+
+def test_rows_keep_their_slots_when_they_change_places(runner: ModelRunner) -> None:
+    prompts = {0: PROMPT, 1: [1, 2, 3], 3: [100, 90, 80, 70, 60]}  # by slot
+    for slot, prompt in prompts.items():
+        prefill(runner, prompt, page=1 + slot)
+    alone = {}
+    for slot, prompt in prompts.items():
+        rows = [(prompt[-1], len(prompt) - 1, 1 + slot, slot), (FROM_SLOT, len(prompt), 1 + slot, slot)]
+        alone[slot] = [int(runner.read(runner.decode(decode_input([row]), sampling_of())).tokens[0]) for row in rows]
+    chosen: dict[int, list[int]] = {slot: [] for slot in prompts}
+    for i, order in enumerate(([0, 1, 3], [3, 0, 1])):
+        rows = [(FROM_SLOT if i else prompts[slot][-1], len(prompts[slot]) - 1 + i, 1 + slot, slot) for slot in order]
+        output = runner.read(runner.decode(decode_input(rows), sampling_of()))
+        for row, slot in enumerate(order):
+            chosen[slot].append(int(output.tokens[row]))
+    assert chosen == alone
+
+
+def test_counts_add_up_over_steps(runner: ModelRunner) -> None:
+    """A bias of 100 makes one token win until the frequency penalty of 30 a time has outweighed it."""
+    runner.adjust(2, adjustment_of({40: 100.0, 41: 95.0}))
+    tokens = tokens_of(generate(runner, 6, frequency=30.0))
+    assert tokens == [40, 41, 40, 41, 40, 41]
+
+
+def test_an_adjustment_replaces_what_its_slot_held_and_no_other(runner: ModelRunner) -> None:
+    runner.adjust(1, adjustment_of({7: 100.0}))
+    runner.adjust(2, adjustment_of({40: 100.0}))
+    assert tokens_of(generate(runner, 3, frequency=1.0)) == [40] * 3
+    runner.adjust(2, adjustment_of({50: 100.0, 60: 99.0}, counts=(50,)))
+    assert tokens_of(generate(runner, 1, presence=3.0)) == [60]
+    assert tokens_of(generate(runner, 1, slot=1, presence=3.0)) == [7]
+
+
+def test_repetition_concerns_the_prompts_tokens_and_those_chosen(runner: ModelRunner) -> None:
+    runner.adjust(2, adjustment_of({40: 100.0, 41: 90.0, 42: 80.0}, seen=(40,)))
+    assert tokens_of(generate(runner, 3, repetition=2.0)) == [41, 42, 40]
+
+
+def test_what_changes_the_choice_changes_no_number(runner: ModelRunner) -> None:
+    plain = generate(runner, 1)[0]
+    best = int(plain.tokens[0])
+    runner.adjust(2, adjustment_of({77: 50.0}, counts=(best,), seen=(3,)))
+    changed = generate(runner, 1, presence=1.0, repetition=1.5, frequency=0.5)[0]
+    assert int(changed.tokens[0]) == 77
+    assert bits(changed.logprobs, 0)[2:] == bits(plain.logprobs, 0)[2:]
+    place = place_of(3, len(PROMPT) - 1)
+    assert bits(score(runner, [place], [77]), 0) == bits(changed.logprobs, 0)
+
+
+def test_given_ids_are_scored_in_both_programs_alike(runner: ModelRunner) -> None:
+    prefill(runner, PROMPT, page=3)
+    step = decode_input([(PROMPT[-1], len(PROMPT) - 1, 3, 0)])
+    ids = [V - 1, 0, 64]
+    step.scored_ids[0, :3] = ids
+    output = runner.read(runner.decode(step, sampling_of()))
+    place = place_of(3, len(PROMPT) - 1)
+    again = score(runner, [place] * 3, ids, ids)
+    for column in range(3):
+        assert output.logprobs.scored_logprobs[0, column] == again.logprob[column] == again.scored_logprobs[0, column]
+        assert output.logprobs.scored_ranks[0, column] == again.rank[column] == again.scored_ranks[0, column]
+
+
+def test_whole_rows_have_the_bits_of_scores(runner: ModelRunner) -> None:
+    prefill(runner, [*PROMPT, 1, 2, 3, 4, 5], page=3)
+    places: NDArray[np.int32] = np.array([place_of(3, i) for i in range(8)], np.int32)
+    rows = runner.vocabulary(places)
+    assert rows.shape == (8, V)
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(np.exp(rows.astype(np.float64)).sum(axis=1), 1.0, atol=1e-5)
+    for token in range(V):
+        scored = score(runner, places.tolist(), [token] * 8)
+        assert scored.logprob[:8].tobytes() == rows[:, token].tobytes()
+        order = np.argsort(-rows, axis=1, kind="stable")
+        assert scored.rank[:8].tolist() == (1 + (order == token).argmax(axis=1)).tolist()
+
+
+def test_what_a_step_gave_stays_as_it_was_when_later_steps_run(runner: ModelRunner) -> None:
+    prefill(runner, PROMPT, page=3)
+    row = (PROMPT[-1], len(PROMPT) - 1, 3, 2)
+    first = runner.decode(decode_input([row]), sampling_of())
+    read_at_once = jax.tree.map(np.array, runner.read(first))
+    for i in range(4):
+        runner.decode(decode_input([(FROM_SLOT, len(PROMPT) + i, 3, 2)]), sampling_of())
+    read_late = runner.read(first)
+    assert [leaf.tobytes() for leaf in jax.tree.leaves(read_late)] == [
+        leaf.tobytes() for leaf in jax.tree.leaves(read_at_once)
+    ]
+
+
+def test_shapes_that_were_not_compiled_raise(runner: ModelRunner) -> None:
+    with pytest.raises(UnknownShapeError):
+        runner.decode(decode_input([], size=3), sampling_of(3))
+    with pytest.raises(UnknownShapeError):
+        runner.vocabulary(np.zeros(7, np.int32))
+    with pytest.raises(UnknownShapeError):
+        runner.prefill(StepInput(*(np.zeros((1, n), np.int32) for n in (15, 15, 2))))
+    with pytest.raises(TypeError, match="compiled"):
+        runner.decode(decode_input([]), greedy_sampling(4, V + 32))
+
+
+def test_what_a_runner_tells_of_itself(runner: ModelRunner) -> None:
+    assert (runner.buckets, runner.pages, runner.max_logprobs, runner.vocab_size) == (BUCKETS, 9, 5, V)
+    names = [program.name for program in runner.programs]
+    assert names == ["decode_1", "decode_4", "prefill_16", "score_16", "vocabulary_8", "adjust"]

@@ -11,8 +11,8 @@ from model.weights.load import open_checkpoint
 from model.weights.source import ModelSource, default_model_path
 from tests.in_process import PAGES
 
-# Small, so that it compiles in half a minute, and with the same kinds of buckets as a server's.
-BUCKETS = Buckets(decode_rows=(1, 2, 4, 8), prefill_chunks=(16, 64), score_rows=64, pages_per_row=16)
+# A server's, but for the length of a request.
+BUCKETS = Buckets(decode_rows=(1, 2, 4, 8, 16), prefill_chunks=(16, 64, 256), score_rows=64, pages_per_row=16)
 
 
 def make_runner(path: Path, dtype: str, buckets: Buckets = BUCKETS) -> ModelRunner:

@@ -9,6 +9,7 @@ from serve.engine.request import FinishReason, Request, SamplingParams, TokenSco
 
 PAGES = 100
 MAX_MODEL_LEN = 1024
+MAX_NUM_BATCHED_TOKENS = 272
 
 
 @dataclass(slots=True)
@@ -23,9 +24,17 @@ class Answer:
     finish_reason: FinishReason | None = None
 
 
-def run(runner: Runner, requests: dict[str, tuple[list[int], SamplingParams]]) -> dict[str, Answer]:
-    """Submits all requests (id -> prompt, params) at once and steps until every one has ended."""
-    core = EngineCore(runner, max_model_len=MAX_MODEL_LEN)
+def run(
+    runner: Runner,
+    requests: dict[str, tuple[list[int], SamplingParams]],
+    *,
+    max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
+) -> dict[str, Answer]:
+    """Submits all requests (id -> prompt, params) at once and steps until every one has ended.
+
+    The prefix cache is empty at the start, so what a call gives depends on no call before.
+    """
+    core = EngineCore(runner, max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=max_num_batched_tokens)
     answers = {name: Answer() for name in requests}
     for name, (prompt, params) in requests.items():
         request = Request(name, prompt, params)

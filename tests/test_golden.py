@@ -14,7 +14,7 @@ from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
 from model.weights.load import load_weights, open_checkpoint
 from model.weights.source import ModelSource, default_model_path
-from serve.engine.request import SamplingParams
+from serve.engine.request import PromptScoring, SamplingParams
 from tests.conftest import make_runner
 from tests.golden_cases import Figures, GoldenName, Measured, compare, load_golden
 from tests.in_process import run
@@ -23,7 +23,7 @@ from tests.in_process import run
 def _figures(runner: ModelRunner, name: GoldenName) -> Figures:
     prompts = load_golden(name)
     steps = len(prompts[0].greedy)
-    params = SamplingParams(max_tokens=steps, temperature=0, prompt_logprobs=True)
+    params = SamplingParams(max_tokens=steps, temperature=0, prompt=PromptScoring())
     answers = run(runner, {str(i): (list(prompt.token_ids), params) for i, prompt in enumerate(prompts)})
     measured = []
     for answer in answers.values():

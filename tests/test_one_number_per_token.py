@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from compiled.runner import ModelRunner
-from serve.engine.request import SamplingParams
+from serve.engine.request import PromptScoring, SamplingParams
 from tests.in_process import Answer, run
 
 _VOCABULARY = 49152
 
 
 def _greedy(tokens: int, *, score: bool = False) -> SamplingParams:
-    return SamplingParams(max_tokens=tokens, temperature=0, prompt_logprobs=score)
+    return SamplingParams(max_tokens=tokens, temperature=0, prompt=PromptScoring() if score else None)
 
 
 def _prompt(seed: int, length: int) -> list[int]:
@@ -23,12 +23,14 @@ def _same(a: Answer, b: Answer) -> bool:
     return (a.token_ids, a.logprobs, a.ranks, a.top_logprobs) == (b.token_ids, b.logprobs, b.ranks, b.top_logprobs)
 
 
-@pytest.mark.parametrize("length", [1, 15, 64, 65, 150])
+@pytest.mark.parametrize("length", [1, 65, 150])
 def test_alone_or_in_a_full_batch(runner: ModelRunner, length: int) -> None:
-    mine = (_prompt(length, length), _greedy(24, score=True))
+    mine = (_prompt(length, length), _greedy(12, score=True))
     alone = run(runner, {"mine": mine})["mine"]
-    for companions in (1, 3, 7):
-        others = {f"other {i}": (_prompt(100 + i, 7 + 31 * i), _greedy(9 + 5 * i)) for i in range(companions)}
+    for companions in (1, 3, 7, 15):
+        others = {
+            f"other {i}": (_prompt(100 + i, 5 + 23 * (i % 4)), _greedy(4 + 3 * (i % 4))) for i in range(companions)
+        }
         crowded = run(runner, {**others, "mine": mine})["mine"]
         assert _same(crowded, alone)
         assert alone.prompt is not None
@@ -36,7 +38,7 @@ def test_alone_or_in_a_full_batch(runner: ModelRunner, length: int) -> None:
         assert crowded.prompt.logprob.tobytes() == alone.prompt.logprob.tobytes()
 
 
-@pytest.mark.parametrize("length", [1, 30, 64, 100])
+@pytest.mark.parametrize("length", [1, 64, 100])
 def test_generated_or_scored_again_as_a_prompt(runner: ModelRunner, length: int) -> None:
     prompt = _prompt(1000 + length, length)
     generated = run(runner, {"generate": (prompt, _greedy(40))})["generate"]
@@ -49,12 +51,14 @@ def test_generated_or_scored_again_as_a_prompt(runner: ModelRunner, length: int)
     assert [row.tobytes() for row in again.top_logprobs[first:]] == generated.top_logprobs
 
 
-def test_whatever_the_chunks(runner: ModelRunner) -> None:
-    """A long prompt behind shorter ones is cut into other chunks than alone."""
-    mine = (_prompt(7, 200), _greedy(4, score=True))
+@pytest.mark.parametrize("budget", [32, 80, 272])
+def test_whatever_the_chunks(runner: ModelRunner, budget: int) -> None:
+    """A budget of tokens for a step cuts a long prompt, and shorter ones before it cut it elsewhere."""
+    mine = (_prompt(7, 300), _greedy(4, score=True))
     alone = run(runner, {"mine": mine})["mine"]
-    for before in (3, 17, 50):
-        cut = run(runner, {"first": (_prompt(before, before), _greedy(3)), "mine": mine})["mine"]
+    for before in (3, 50):
+        requests = {"first": (_prompt(before, before), _greedy(3)), "mine": mine}
+        cut = run(runner, requests, max_num_batched_tokens=budget)["mine"]
         assert _same(cut, alone)
         assert alone.prompt is not None
         assert cut.prompt is not None
@@ -68,3 +72,22 @@ def test_a_seed_draws_the_same_alone_and_in_a_crowd(runner: ModelRunner) -> None
     assert _same(run(runner, {**others, "mine": mine})["mine"], alone)
     reseeded = (mine[0], SamplingParams(max_tokens=24, temperature=0.9, top_p=0.95, top_k=50, seed=43))
     assert run(runner, {"mine": reseeded})["mine"].token_ids != alone.token_ids
+
+
+def test_penalties_and_bias_choose_the_same_alone_and_in_a_crowd(runner: ModelRunner) -> None:
+    params = SamplingParams(
+        max_tokens=24,
+        temperature=0.8,
+        seed=7,
+        presence_penalty=0.5,
+        frequency_penalty=0.3,
+        repetition_penalty=1.2,
+        logit_bias=((300, 3.0), (20, -50.0)),
+    )
+    mine = (_prompt(6, 20), params)
+    alone = run(runner, {"mine": mine})["mine"]
+    others = {f"other {i}": (_prompt(i, 10), _greedy(20)) for i in range(5)}
+    assert _same(run(runner, {**others, "mine": mine})["mine"], alone)
+    again = run(runner, {"score": (mine[0] + alone.token_ids, _greedy(0, score=True))})["score"].prompt
+    assert again is not None
+    assert again.logprob[len(mine[0]) - 1 :].tobytes() == np.array(alone.logprobs, np.float32).tobytes()

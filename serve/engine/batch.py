@@ -1,88 +1,112 @@
-"""Requests to arrays: the numpy inputs of a step, padded to a compiled shape."""
+"""Requests to arrays: the numpy inputs of a step, padded to a compiled shape. Arrays are made anew for every step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compiled.shapes import StepShape
-from compiled.state import MAX_BANNED, SamplingArrays, StepInput, greedy_sampling
+from compiled.state import (
+    FROM_SLOT,
+    Adjustment,
+    DecodeInput,
+    SamplingArrays,
+    ScoreInput,
+    StepInput,
+    greedy_sampling,
+    no_scored_ids,
+)
 from compiled.step import place_of
 from model.kv_cache import PAGE_SIZE
 from serve.engine.request import Request
 from serve.engine.scheduler import PrefillWork
 
+type ScoreRow = tuple[Request, int]  # row i of a request's prompt_scores: it scores prompt token i + 1
+
 
 def prefill_input(work: PrefillWork, shape: StepShape) -> StepInput:
     """A chunk of one request as [1, T]."""
-    inputs = _padded(shape)
+    tokens = np.zeros((1, shape.chunk), np.int32)
+    positions = np.full((1, shape.chunk), -1, np.int32)
+    tables = np.zeros((1, shape.pages), np.int32)
     end = work.start + work.length
-    inputs.tokens[0, : work.length] = work.request.tokens(work.start, end)
-    inputs.positions[0, : work.length] = np.arange(work.start, end)
-    inputs.tables[0, : len(work.request.pages)] = work.request.pages
-    return inputs
+    tokens[0, : work.length] = work.request.tokens(work.start, end)
+    positions[0, : work.length] = np.arange(work.start, end)
+    tables[0, : len(work.request.pages)] = work.request.pages
+    return StepInput(tokens, positions, tables)
 
 
-def decode_input(requests: Sequence[Request], shape: StepShape) -> StepInput:
-    """The last token of each request as [R, 1]."""
-    inputs = _padded(shape)
+def decode_input(requests: Sequence[Request], shape: StepShape, padding_slot: int) -> DecodeInput:
+    """The last token of each request as [R]; the scheduler has counted the token that will be chosen."""
+    tokens = np.zeros(shape.rows, np.int32)
+    positions = np.full(shape.rows, -1, np.int32)
+    tables = np.zeros((shape.rows, shape.pages), np.int32)
+    slots = np.full(shape.rows, padding_slot, np.int32)
+    scored_ids = no_scored_ids(shape.rows)
     for row, request in enumerate(requests):
-        inputs.tokens[row, 0] = request.output_token_ids[-1]
-        inputs.positions[row, 0] = request.num_tokens - 1
-        inputs.tables[row, : len(request.pages)] = request.pages
-    return inputs
+        tokens[row] = _last_token(request)
+        positions[row] = request.num_tokens - 2
+        tables[row, : len(request.pages)] = request.pages
+        slots[row] = request.slot
+        if ids := request.params.logprob_token_ids:
+            scored_ids[row, : len(ids)] = ids
+    return DecodeInput(tokens, positions, tables, slots, scored_ids)
 
 
-def sampling_arrays(requests: Sequence[Request], rows: int) -> SamplingArrays:
-    """How each request chooses its next token; padding rows are greedy."""
-    arrays = greedy_sampling(rows)
+def sampling_arrays(requests: Sequence[Request], rows: int, vocab_size: int) -> SamplingArrays:
+    """How each request chooses the token that the scheduler has counted; padding rows are greedy."""
+    arrays = greedy_sampling(rows, vocab_size)
     for row, request in enumerate(requests):
-        params = request.params
+        params, step = request.params, request.num_chosen - 1
         arrays.temperature[row] = params.temperature
         arrays.top_k[row] = params.top_k
         arrays.top_p[row] = params.top_p
         arrays.min_p[row] = params.min_p
         arrays.seed[row] = (request.seed >> 32) & 0xFFFFFFFF, request.seed & 0xFFFFFFFF
-        arrays.step[row] = len(request.output_token_ids)
-        if len(request.output_token_ids) < params.min_tokens:
-            banned = sorted(params.stop_token_ids)[:MAX_BANNED]
-            arrays.banned[row, : len(banned)] = banned
+        arrays.step[row] = step
+        if params.adjusts:
+            arrays.adjusted[row] = True
+            arrays.presence[row] = params.presence_penalty
+            arrays.frequency[row] = params.frequency_penalty
+            arrays.repetition[row] = params.repetition_penalty
+        words = request.mask.row(request.output_token_ids, step) if request.mask else None
+        if words is not None:
+            arrays.mask[row] = words
     return arrays
 
 
-@dataclass(frozen=True, slots=True)
-class ScoreRow:
-    """One prompt token to be scored: row `index` of a request's prompt_scores."""
-
-    request: Request
-    index: int
-
-    @property
-    def place(self) -> int:
-        """Where the hidden state that predicts it lies."""
-        return place_of(self.request.pages[self.index // PAGE_SIZE], self.index)
-
-    @property
-    def target(self) -> int:
-        """The token itself."""
-        return self.request.prompt_token_ids[self.index + 1]
+def adjustment(request: Request, vocab_size: int) -> Adjustment:
+    """What a request brings into its slot. All its tokens must have been read."""
+    bias = np.zeros(vocab_size, np.float32)
+    for token, value in request.params.logit_bias:
+        bias[token] = value
+    counts = np.bincount(np.asarray(request.output_token_ids, np.int64), minlength=vocab_size).astype(np.int32)
+    seen = np.zeros(vocab_size, np.bool_)
+    seen[request.prompt_token_ids] = True
+    return Adjustment(bias, counts, seen)
 
 
-def score_input(rows: Sequence[ScoreRow], size: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Places and targets [M] of a block of prompt rows, padded with the null page's first place."""
-    places, targets = np.zeros(size, np.int32), np.zeros(size, np.int32)
-    places[: len(rows)] = [row.place for row in rows]
-    targets[: len(rows)] = [row.target for row in rows]
-    return places, targets
+def score_input(rows: Sequence[ScoreRow], size: int) -> ScoreInput:
+    """A block of prompt rows [M], padded with the null page's first place."""
+    places, targets, scored_ids = np.zeros(size, np.int32), np.zeros(size, np.int32), no_scored_ids(size)
+    for i, (request, index) in enumerate(rows):
+        places[i] = place_of(request.pages[index // PAGE_SIZE], index)
+        targets[i] = request.prompt_token_ids[index + 1]
+        if request.params.prompt and (ids := request.params.prompt.token_ids):
+            scored_ids[i, : len(ids)] = ids
+    return ScoreInput(places, targets, scored_ids)
 
 
-def last_place(request: Request) -> NDArray[np.int32]:
-    """Where the hidden state of a request's last token lies, [1]."""
-    last = request.num_tokens - 1
-    return np.array([place_of(request.pages[last // PAGE_SIZE], last)], np.int32)
+def places(request: Request, start: int, size: int, count: int) -> NDArray[np.int32]:
+    """Where the hidden states of a request's tokens start..start+count-1 lie, padded to [size]."""
+    found = np.zeros(size, np.int32)
+    found[:count] = [place_of(request.pages[at // PAGE_SIZE], at) for at in range(start, start + count)]
+    return found
 
 
-def _padded(shape: StepShape) -> StepInput:
-    tokens = np.zeros((shape.rows, shape.chunk), np.int32)
-    return StepInput(tokens, np.full_like(tokens, -1), np.zeros((shape.rows, shape.pages), np.int32))
+def _last_token(request: Request) -> int:
+    """The last token before the one to be chosen, or FROM_SLOT if it has not been read yet."""
+    before = request.num_chosen - 1
+    if len(request.output_token_ids) < before:
+        return FROM_SLOT
+    return request.output_token_ids[-1] if before else request.prompt_token_ids[-1]

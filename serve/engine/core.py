@@ -1,24 +1,34 @@
-"""EngineCore: schedule -> run -> update, one step at a time, on whichever thread calls it."""
+"""EngineCore: schedule -> begin -> read the step before, on whichever thread calls it.
 
-from collections.abc import Iterable
-from typing import Protocol
+A step is begun before the one before it is read: the tokens that it continues from are still on the device, which takes
+them from its slots. So what a request has chosen is known one step late: a step may hold a row of a request that had
+ended, whose result is thrown away.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compiled.shapes import Buckets
-from compiled.state import SamplingArrays, StepInput, StepOutput, TokenLogprobs
-from serve.engine import batch
-from serve.engine.pages import PagePool
-from serve.engine.request import (
-    FinishReason,
-    Request,
-    RequestStatus,
-    TokenEvent,
-    TokenScores,
-    empty_scores,
+from compiled.state import (
+    Adjustment,
+    DecodeInput,
+    SamplingArrays,
+    ScoreInput,
+    StepInput,
+    StepOutput,
+    TokenLogprobs,
 )
-from serve.engine.scheduler import PrefillWork, Schedule, Scheduler
+from serve.engine import batch
+from serve.engine.batch import ScoreRow
+from serve.engine.masks import TokenMask
+from serve.engine.pages import PagePool
+from serve.engine.request import FinishReason, Request, RequestStatus, TokenEvent, TokenScores, empty_scores
+from serve.engine.scheduler import Schedule, Scheduler
+from serve.engine.scores import begin_prompt_scores, holds_nan, keep_prompt_scores, token_scores, write
 
 type Emitted = tuple[Request, TokenEvent]
 
@@ -26,158 +36,214 @@ _NOT_A_NUMBER = "the model computed a log-probability that is not a number"
 
 
 class Runner(Protocol):
-    """What runs the steps: `compiled.runner.ModelRunner`, or a fake whose arithmetic can be done by hand."""
+    """What runs the steps: `compiled.runner.ModelRunner`, or a fake whose arithmetic can be done by hand.
+
+    decode and score begin a step and return what read() waits for. Inputs are not changed afterwards.
+    """
 
     buckets: Buckets
     pages: int
     max_logprobs: int
+    vocab_size: int
 
     def prefill(self, inputs: StepInput) -> None: ...
-    def decode(self, inputs: StepInput, sampling: SamplingArrays) -> StepOutput: ...
-    def sample(self, places: NDArray[np.int32], sampling: SamplingArrays) -> StepOutput: ...
-    def score(self, places: NDArray[np.int32], targets: NDArray[np.int32]) -> TokenLogprobs: ...
+    def adjust(self, slot: int, adjustment: Adjustment) -> None: ...
+    def decode(self, inputs: DecodeInput, sampling: SamplingArrays) -> StepOutput: ...
+    def score(self, inputs: ScoreInput) -> TokenLogprobs: ...
+    def read(self, tree: Any) -> Any: ...
+    def vocabulary(self, places: NDArray[np.int32]) -> NDArray[np.float32]: ...
     def reset(self) -> None: ...
+
+
+@dataclass(slots=True)
+class _Begun:
+    """A step whose results have not been read."""
+
+    blocks: list[tuple[Sequence[ScoreRow], TokenLogprobs]] = field(default_factory=list)
+    scored: list[Request] = field(default_factory=list)
+    rows: list[Request] = field(default_factory=list)
+    output: StepOutput | None = None
 
 
 class EngineCore:
     """The scheduler and the runner joined. Not thread-safe: one thread owns it."""
 
-    def __init__(self, runner: Runner, *, max_model_len: int) -> None:
+    def __init__(
+        self, runner: Runner, *, max_model_len: int, max_num_batched_tokens: int, prefix_caching: bool = True
+    ) -> None:
         self._runner = runner
-        self._max_model_len = max_model_len
+        self._pool = PagePool(runner.pages, caching=prefix_caching)
+        self._begun: _Begun | None = None
+        self.at_work = False  # the last step began or read something; else only a call can change anything
         self._emitted: list[Emitted] = []  # by the step at work; what ended in a step that fails must be told too
-        buckets = runner.buckets
         self.scheduler = Scheduler(
-            PagePool(runner.pages), max_num_seqs=buckets.decode_rows[-1], chunk=buckets.prefill_chunks[-1]
+            self._pool,
+            runner.buckets,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            on_admit=lambda request: begin_prompt_scores(request, self._pool, runner.max_logprobs),
         )
 
     def add(self, request: Request) -> None:
         """Queues a request."""
+        request.mask = TokenMask(request.params, self._runner.vocab_size)
         self.scheduler.add(request)
 
     def abort(self, request_id: str) -> Emitted | None:
-        """Ends a request wherever it stands; None if it had ended."""
+        """Ends a request wherever it stands, and frees what it holds; None if it had ended."""
         request = self.scheduler.find(request_id)
-        return None if request is None else self._finish(request, self._event(None), FinishReason.ABORT)
+        if request is None:
+            return None
+        if request.status is RequestStatus.FINISHED:  # held until now
+            self.scheduler.finish(request)
+            return None
+        return self._give_up(request, FinishReason.ABORT)
 
     def fail_all(self, message: str) -> list[Emitted]:
         """Ends every running request with an error and starts from an empty cache: a step failed after donation.
 
         Waiting requests lose nothing and stay. The events of the failed step come before the errors.
         """
+        self._begun, self.at_work = None, True
         for request in list(self.scheduler.running):
-            event = self._event(None)
-            event.error = message
-            self._emitted.append(self._finish(request, event, FinishReason.ERROR))
+            self._emitted.append(self._give_up(request, FinishReason.ERROR, message))
+        for request in list(self.scheduler.held.values()):
+            self.scheduler.finish(request)
+        self._pool.forget()
         self._runner.reset()
         return self._take_emitted()
 
     def step(self) -> list[Emitted]:
-        """Runs one step. Events come in the order in which the tokens were computed."""
-        schedule = self.scheduler.schedule()
-        self._prefill(schedule)
-        self._decode(schedule.decodes)
+        """Begins a step and reads the one before. Events come in the order in which the tokens were computed."""
+        reads = self._begun is not None
+        if self._must_read_first():
+            self._read()
+        begun = self._begin(self.scheduler.schedule())
+        self._read()
+        self._begun = begun
+        self.at_work = reads or begun is not None
         if not self.scheduler.num_requests:
             self.scheduler.check()
         return self._take_emitted()
+
+    def vocabulary(self, request_id: str, start: int, count: int) -> NDArray[np.float32]:
+        """Log-probs [count, V] of every token after the prompt tokens start..start+count-1 of a held request.
+
+        Raises:
+            LookupError: no such request is held.
+        """
+        request = self.scheduler.held[request_id]
+        size = self._runner.buckets.vocabulary_rows
+        blocks = [
+            self._runner.vocabulary(batch.places(request, at, size, min(size, start + count - at)))
+            for at in range(start, start + count, size)
+        ]
+        return np.concatenate(blocks)[:count]
+
+    def _must_read_first(self) -> bool:
+        """Whether what the next step is to be depends on tokens that are still on the device."""
+        if self._begun is None:
+            return False
+        waits = any(request.mask is not None and request.mask.waits for request in self._begun.rows)
+        return waits or self.scheduler.must_preempt()
+
+    def _begin(self, schedule: Schedule) -> _Begun | None:
+        if not schedule:
+            return None
+        for work in schedule.prefills:
+            self._runner.prefill(batch.prefill_input(work, self._runner.buckets.prefill(work.length)))
+        begun = _Begun(scored=schedule.scored, rows=schedule.decodes)
+        rows = [(work.request, index) for work in schedule.scores for index in range(work.start, work.end)]
+        size = self._runner.buckets.score_rows
+        for start in range(0, len(rows), size):
+            block = rows[start : start + size]
+            begun.blocks.append((block, self._runner.score(batch.score_input(block, size))))
+        for request in schedule.begun:
+            if request.params.adjusts:
+                self._runner.adjust(request.slot, batch.adjustment(request, self._runner.vocab_size))
+        if schedule.decodes:
+            begun.output = self._decode(schedule.decodes)
+        return begun
+
+    def _decode(self, requests: list[Request]) -> StepOutput:
+        buckets = self._runner.buckets
+        shape = buckets.decode(len(requests))
+        inputs = batch.decode_input(requests, shape, buckets.slots - 1)
+        return self._runner.decode(inputs, batch.sampling_arrays(requests, shape.rows, self._runner.vocab_size))
+
+    def _read(self) -> None:
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return
+        for block, logprobs in begun.blocks:
+            _fill(block, self._runner.read(logprobs))
+        for request in begun.scored:
+            if request.status is not RequestStatus.FINISHED:
+                event = self._event(request, [], empty_scores(0, 0))
+                self._emitted.append(self._told(request, event, FinishReason.LENGTH))
+        if begun.output is not None:
+            output = self._runner.read(begun.output)
+            for row, request in enumerate(begun.rows):
+                if request.status is not RequestStatus.FINISHED:
+                    self._emitted.append(self._append(request, output, row))
+
+    def _append(self, request: Request, output: StepOutput, row: int) -> Emitted:
+        token = int(output.tokens[row])
+        scores = token_scores(output.logprobs, slice(row, row + 1), request.params.logprob_token_ids)
+        event = self._event(request, [token], scores)
+        request.output_token_ids.append(token)
+        self.scheduler.register_pages(request)
+        if token in request.params.stop_token_ids:
+            event.stop_token_id = token
+            return self._told(request, event, FinishReason.STOP)
+        done = len(request.output_token_ids) >= request.max_chosen
+        return self._told(request, event, FinishReason.LENGTH if done else None)
+
+    def _event(self, request: Request, token_ids: list[int], scores: TokenScores) -> TokenEvent:
+        """An event, with the prompt's scores if it is the request's first."""
+        event = TokenEvent(token_ids, scores, cached_tokens=request.num_cached or 0)
+        if not request.output_token_ids:
+            event.prompt_scores = request.prompt_scores
+        return event
+
+    def _told(self, request: Request, event: TokenEvent, reason: FinishReason | None) -> Emitted:
+        """An event that carries numbers; it ends the request where there is a reason, or a number is not one."""
+        scoring, scores = request.params.prompt, event.prompt_scores
+        wrong = holds_nan(event.scores)
+        if scores is not None and scoring is not None:
+            wrong |= holds_nan(scores, scoring.start - 1)
+            if not wrong:
+                keep_prompt_scores(request, self._pool)
+        if wrong:
+            event.error, reason = _NOT_A_NUMBER, FinishReason.ERROR
+        return (request, event) if reason is None else self._finish(request, event, reason)
+
+    def _give_up(self, request: Request, reason: FinishReason, error: str | None = None) -> Emitted:
+        event = TokenEvent([], empty_scores(0, 0), cached_tokens=request.num_cached or 0, error=error)
+        return self._finish(request, event, reason)
+
+    def _finish(self, request: Request, event: TokenEvent, reason: FinishReason) -> Emitted:
+        event.finish_reason = reason
+        whole = request.params.prompt is not None and request.params.prompt.whole
+        self.scheduler.finish(request, hold=whole and reason in (FinishReason.STOP, FinishReason.LENGTH))
+        return request, event
 
     def _take_emitted(self) -> list[Emitted]:
         emitted, self._emitted = self._emitted, []
         return emitted
 
-    def _prefill(self, schedule: Schedule) -> None:
-        for work in schedule.prefills:
-            self._make_scores(work.request)
-            inputs = batch.prefill_input(work, self._runner.buckets.prefill(work.length))
-            self._runner.prefill(inputs)
-            work.request.num_computed += work.length
-        self._score([row for work in schedule.prefills for row in _rows_to_score(work)])
-        for work in schedule.prefills:
-            if work.ends_prefill:
-                self._end_prefill(work.request)
 
-    def _make_scores(self, request: Request) -> None:
-        """Room for the prompt's numbers, once its turn has come: waiting requests shall take no memory."""
-        if request.params.prompt_logprobs and request.prompt_scores is None:
-            request.prompt_scores = empty_scores(len(request.prompt_token_ids) - 1, self._runner.max_logprobs)
-
-    def _end_prefill(self, request: Request) -> None:
-        request.status = RequestStatus.DECODE
-        if request.output_token_ids:  # computed again after a preemption: the next token is a decode step's
-            return
-        if request.params.max_tokens == 0:
-            self._emitted.append(self._finish(request, self._event(request), FinishReason.LENGTH))
-            return
-        output = self._runner.sample(batch.last_place(request), batch.sampling_arrays([request], 1))
-        self._emitted.append(self._append(request, output, 0))
-
-    def _decode(self, requests: list[Request]) -> None:
-        if not requests:
-            return
-        shape = self._runner.buckets.decode(len(requests))
-        output = self._runner.decode(batch.decode_input(requests, shape), batch.sampling_arrays(requests, shape.rows))
-        for request in requests:
-            request.num_computed += 1
-        self._emitted += [self._append(request, output, row) for row, request in enumerate(requests)]
-
-    def _score(self, rows: list[batch.ScoreRow]) -> None:
-        size = self._runner.buckets.score_rows
-        for start in range(0, len(rows), size):
-            block = rows[start : start + size]
-            result = self._runner.score(*batch.score_input(block, size))
-            for i, row in enumerate(block):
-                scores = row.request.prompt_scores
-                assert scores is not None
-                scores.logprob[row.index] = result.logprob[i]
-                scores.rank[row.index] = result.rank[i]
-                scores.top_ids[row.index] = result.top_ids[i]
-                scores.top_logprobs[row.index] = result.top_logprobs[i]
-                row.request.num_scored = row.index + 1
-
-    def _append(self, request: Request, output: StepOutput, row: int) -> Emitted:
-        token = int(output.tokens[row])
-        event = self._event(request)
-        request.output_token_ids.append(token)
-        event.token_ids = [token]
-        event.scores = _row(output.logprobs, row)
-        if np.isnan(event.scores.logprob[0]) or _holds_nan(event.prompt_scores):
-            event.error = _NOT_A_NUMBER
-            return self._finish(request, event, FinishReason.ERROR)
-        if token in request.params.stop_token_ids:
-            event.stop_token_id = token
-            return self._finish(request, event, FinishReason.STOP)
-        if len(request.output_token_ids) >= request.params.max_tokens or request.num_tokens >= self._max_model_len:
-            return self._finish(request, event, FinishReason.LENGTH)
-        return request, event
-
-    def _event(self, request: Request | None) -> TokenEvent:
-        """An event without tokens; with the prompt's scores if it is the request's first."""
-        event = TokenEvent([], empty_scores(0, self._runner.max_logprobs))
-        if request is not None and not request.output_token_ids:
-            event.prompt_scores = request.prompt_scores
-        return event
-
-    def _finish(self, request: Request, event: TokenEvent, reason: FinishReason) -> Emitted:
-        event.finish_reason = reason
-        if _holds_nan(event.prompt_scores):
-            event.finish_reason, event.error = FinishReason.ERROR, _NOT_A_NUMBER
-        self.scheduler.finish(request)
-        return request, event
-
-
-def _rows_to_score(work: PrefillWork) -> Iterable[batch.ScoreRow]:
-    request = work.request
-    if request.prompt_scores is None:
-        return []
-    start = max(work.start, request.num_scored)
-    end = min(work.start + work.length, len(request.prompt_token_ids) - 1)
-    return [batch.ScoreRow(request, index) for index in range(start, end)]
-
-
-def _holds_nan(scores: TokenScores | None) -> bool:
-    return scores is not None and bool(np.isnan(scores.logprob).any())
-
-
-def _row(logprobs: TokenLogprobs, row: int) -> TokenScores:
-    at = slice(row, row + 1)
-    return TokenScores(logprobs.logprob[at], logprobs.rank[at], logprobs.top_ids[at], logprobs.top_logprobs[at])
+def _fill(block: Sequence[ScoreRow], logprobs: TokenLogprobs) -> None:
+    """Writes a block's numbers into its requests' columns, a run of one request's rows at a time."""
+    start = 0
+    while start < len(block):
+        request, index = block[start]
+        end = start + 1
+        while end < len(block) and block[end][0] is request:
+            end += 1
+        scoring = request.params.prompt
+        assert request.prompt_scores is not None
+        assert scoring is not None
+        scores = token_scores(logprobs, slice(start, end), scoring.token_ids)
+        write(request.prompt_scores, slice(index, index + end - start), scores)
+        start = end

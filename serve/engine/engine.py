@@ -9,10 +9,13 @@ import logging
 import queue
 import secrets
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
-from model.kv_cache import PAGE_SIZE
+import numpy as np
+from numpy.typing import NDArray
+
 from serve.engine.core import Emitted, EngineCore, Runner
 from serve.engine.request import (
     EngineLimits,
@@ -27,29 +30,41 @@ from serve.engine.request import (
 logger = logging.getLogger(__name__)
 
 
+type _Delivery = list[tuple[asyncio.Queue[TokenEvent], TokenEvent]]
+
+
 @dataclass(frozen=True, slots=True)
 class _Stream:
     loop: asyncio.AbstractEventLoop
     events: asyncio.Queue[TokenEvent]
 
-    def send(self, event: TokenEvent) -> None:
-        """Hands over an event from the engine's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens any more
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-
 
 class Engine:
     """Runs requests on one thread. submit and abort may be called from any event loop."""
 
-    def __init__(self, runner: Runner, limits: EngineLimits, *, max_waiting: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        limits: EngineLimits,
+        *,
+        max_waiting: int,
+        max_num_batched_tokens: int,
+        prefix_caching: bool = True,
+    ) -> None:
         """`max_waiting` unfinished requests may be in the engine before QueueFullError."""
         self.limits = limits
         self.failed = False
         self._runner = runner
         self._max_waiting = max_waiting
-        self._core = EngineCore(runner, max_model_len=limits.max_model_len)
+        self._core = EngineCore(
+            runner,
+            max_model_len=limits.max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens,
+            prefix_caching=prefix_caching,
+        )
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
+        self._held: set[str] = set()  # ended, and kept for vocabulary() until abort()
         self._streams_lock = threading.Lock()
         self._closed = False
         self._stopping = False
@@ -77,44 +92,62 @@ class Engine:
             QueueFullError: too many requests are unfinished.
             ValueError: the prompt is empty or above the model's length, or the cache could never hold the request.
         """
-        if not 1 <= len(request.prompt_token_ids) <= self.limits.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(request.prompt_token_ids)} of 1 to {self.limits.max_model_len} tokens"
-            )
-        needed = -(-min(self.limits.max_model_len, request.num_tokens + request.params.max_tokens) // PAGE_SIZE)
-        if needed >= self._runner.pages:
-            raise ValueError(f"the request needs {needed} pages of cache, there are {self._runner.pages - 1}")
+        self._check(request)
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
         with self._streams_lock:
             if self._closed:
                 raise EngineStoppedError
-            if len(self._streams) >= self._max_waiting:
+            if len(self._streams) + len(self._held) >= self._max_waiting:
                 raise QueueFullError
             self._streams[request.id] = stream
         seed = request.params.seed
         request.seed = secrets.randbits(64) if seed is None else seed & (2**64 - 1)
         self._inbox.put(lambda: self._core.add(request))
+        ended = False
         try:
-            while True:
+            while not ended:
                 event = await stream.events.get()
+                ended = event.finish_reason is not None
                 yield event
-                if event.finish_reason is not None:
-                    return
         finally:
-            self.abort(request.id)
+            if not ended:
+                self.abort(request.id)
 
     def abort(self, request_id: str) -> None:
-        """Ends a request and frees what it holds. Harmless when it has ended."""
+        """Ends a request, or the hold of one that has ended, and frees what it has. Harmless when it has nothing."""
         with self._streams_lock:
-            if request_id not in self._streams:
+            if request_id not in self._streams and request_id not in self._held:
                 return
         self._inbox.put(lambda: self._abort(request_id))
+
+    async def vocabulary(self, request_id: str, start: int, count: int) -> NDArray[np.float32]:
+        """Log-probs [count, V] of every token after the prompt tokens start..start+count-1 of a request that is held.
+
+        Raises:
+            EngineStoppedError: the request is not held, or no longer, or the engine failed.
+        """
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[NDArray[np.float32]] = loop.create_future()
+        with self._streams_lock:
+            if self._closed:
+                raise EngineStoppedError
+            self._inbox.put(lambda: self._vocabulary(loop, answer, request_id, start, count))
+        return await answer
+
+    def _check(self, request: Request) -> None:
+        prompt, most = len(request.prompt_token_ids), self.limits.max_model_len
+        if not 1 <= prompt <= most:
+            raise ValueError(f"the prompt has {prompt} of 1 to {most} tokens")
+        needed = min(most, prompt + request.params.max_tokens)
+        if needed > self.limits.cache_tokens:
+            raise ValueError(
+                f"the request needs a cache of {needed} tokens, there is one of {self.limits.cache_tokens}"
+            )
 
     def _loop(self) -> None:
         try:
             while self._drain_inbox():
-                for item in self._step():
-                    self._emit(item)
+                self._deliver(self._step())
         finally:
             self._close_streams()
 
@@ -125,25 +158,16 @@ class Engine:
             logger.exception("a step failed; its requests are ended with an error and the cache starts anew")
             return self._recover()
 
-    def _close_streams(self) -> None:
-        """Nobody is left waiting: every open stream ends, and no other is opened."""
-        with self._streams_lock:
-            self._closed = True
-            streams = list(self._streams.values())
-            self._streams.clear()
-        for stream in streams:
-            event = TokenEvent([], empty_scores(0, self.limits.max_logprobs), FinishReason.ERROR)
-            event.error = "the engine has stopped"
-            stream.send(event)
-
     def _drain_inbox(self) -> bool:
-        """Handles all calls; waits for one while there is nothing to run. False: the thread shall end."""
+        """Handles all calls; waits for one while no step is at work. False: the thread shall end."""
+        handled = False
         while not self._stopping:
             try:
-                call = self._inbox.get(block=not self._core.scheduler.num_requests)
+                call = self._inbox.get(block=not (handled or self._core.at_work))
             except queue.Empty:
                 return True
             call()
+            handled = True
         return False
 
     def _recover(self) -> list[Emitted]:
@@ -155,18 +179,75 @@ class Engine:
             return []
 
     def _abort(self, request_id: str) -> None:
+        with self._streams_lock:
+            self._held.discard(request_id)
         emitted = self._core.abort(request_id)
         if emitted is not None:
-            self._emit(emitted)
+            self._deliver([emitted])
+
+    def _vocabulary(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        answer: asyncio.Future[NDArray[np.float32]],
+        request_id: str,
+        start: int,
+        count: int,
+    ) -> None:
+        rows: NDArray[np.float32] | None = None
+        try:
+            if not self._closed:
+                rows = self._core.vocabulary(request_id, start, count)
+        except LookupError:
+            pass
+        except Exception:
+            logger.exception("the rows of a prompt could not be computed")
+
+        def tell() -> None:
+            if answer.cancelled():
+                return
+            if rows is None:
+                answer.set_exception(EngineStoppedError())
+            else:
+                answer.set_result(rows)
+
+        with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens any more
+            loop.call_soon_threadsafe(tell)
 
     def _stop(self) -> None:
         self._stopping = True
 
-    def _emit(self, emitted: Emitted) -> None:
-        request, event = emitted
+    def _deliver(self, emitted: Sequence[Emitted]) -> None:
+        """Hands a step's events to the loops that wait for them: one call for each loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, _Delivery] = defaultdict(list)
         with self._streams_lock:
-            stream = self._streams.get(request.id)
-            if event.finish_reason is not None:
-                self._streams.pop(request.id, None)
-        if stream is not None:
-            stream.send(event)
+            for request, event in emitted:
+                if event.finish_reason is None:
+                    stream = self._streams.get(request.id)
+                else:
+                    stream = self._streams.pop(request.id, None)
+                    if stream is not None and request.id in self._core.scheduler.held:
+                        self._held.add(request.id)
+                if stream is not None:
+                    by_loop[stream.loop].append((stream.events, event))
+        for loop, delivery in by_loop.items():
+            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens any more
+                loop.call_soon_threadsafe(_put, delivery)
+
+    def _close_streams(self) -> None:
+        """Nobody is left waiting: every open stream ends, and no other is opened."""
+        with self._streams_lock:
+            self._closed = True
+            streams = list(self._streams.values())
+            self._streams.clear()
+            self._held.clear()
+        while not self._inbox.empty():  # what waits for rows must be told that there are none
+            self._inbox.get()()
+        for stream in streams:
+            event = TokenEvent([], empty_scores(0, 0), FinishReason.ERROR, error="the engine has stopped")
+            with contextlib.suppress(RuntimeError):
+                stream.loop.call_soon_threadsafe(stream.events.put_nowait, event)
+
+
+def _put(delivery: _Delivery) -> None:
+    for events, event in delivery:
+        events.put_nowait(event)

@@ -1,15 +1,18 @@
 """Scheduler: which requests run in the next step. Policy without tensors: it sees tokens, pages and counts.
 
-schedule() picks a decode token for every running row and, up to one chunk's budget, prompt tokens for the oldest
-prompts; the engine runs that; finish() ends a request. First come, first served. When pages run out, the youngest
-running request is preempted: its pages go back and it waits, at the front, to be computed again.
+A step is prompt chunks within a budget of tokens, then blocks of prompt rows to be scored, then one token of every
+request whose prompt is done. First come, first served within a priority. A request is admitted when the pool holds all
+pages of what it has so far. When a running request needs a page and none is left, the last in line is preempted: its
+pages go back, and it waits to be computed again from what the cache still has of it.
 """
 
-from collections import deque
+from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from compiled.shapes import Buckets, bucket
 from model.kv_cache import PAGE_SIZE
-from serve.engine.pages import PagePool
+from serve.engine.pages import PagePool, page_hash, root_hash
 from serve.engine.request import Request, RequestStatus
 
 
@@ -21,33 +24,54 @@ class PrefillWork:
     start: int
     length: int
 
-    @property
-    def ends_prefill(self) -> bool:
-        """Whether the request has nothing left to prefill after it."""
-        return self.start + self.length == self.request.prefill_end
+
+@dataclass(frozen=True, slots=True)
+class ScoreWork:
+    """Rows start..end-1 of one request's prompt_scores: row i scores prompt token i + 1."""
+
+    request: Request
+    start: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """One step's work."""
+    """One step's work, in the order in which it has to be begun."""
 
     prefills: list[PrefillWork] = field(default_factory=list)
+    scores: list[ScoreWork] = field(default_factory=list)
+    scored: list[Request] = field(default_factory=list)  # with this step's scores they are done: nothing to choose
+    begun: list[Request] = field(default_factory=list)  # those of `decodes` for which it is the first since admission
     decodes: list[Request] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.prefills or self.decodes)
+        return bool(self.prefills or self.scores or self.scored or self.decodes)
 
 
 class Scheduler:
-    """Waiting and running requests, and the pages they hold."""
+    """Waiting, running and held requests, their pages and their slots."""
 
-    def __init__(self, pool: PagePool, *, max_num_seqs: int, chunk: int) -> None:
-        """`max_num_seqs` requests run at once; at most `chunk` prompt tokens are prefilled in a step."""
+    def __init__(
+        self,
+        pool: PagePool,
+        buckets: Buckets,
+        *,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        on_admit: Callable[[Request], None] = lambda _: None,
+    ) -> None:
+        """`on_admit` is told of a request that has got its pages, before its work is planned."""
         self._pool = pool
-        self._max_num_seqs = max_num_seqs
-        self._chunk = chunk
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # oldest first
+        self._chunks = buckets.prefill_chunks
+        self._max_num_seqs = buckets.decode_rows[-1]
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_model_len = max_model_len
+        self._on_admit = on_admit
+        self._slots = list(reversed(range(self._max_num_seqs)))
+        self._arrivals = 0
+        self.waiting: list[Request] = []  # in line
+        self.running: list[Request] = []  # in line
+        self.held: dict[str, Request] = {}  # ended, but their pages are still asked about
 
     @property
     def num_requests(self) -> int:
@@ -55,84 +79,196 @@ class Scheduler:
         return len(self.waiting) + len(self.running)
 
     def add(self, request: Request) -> None:
-        """Puts a request at the end of the queue."""
-        self.waiting.append(request)
+        """Puts a request in line."""
+        request.arrival = self._arrivals
+        self._arrivals += 1
+        request.max_chosen = min(request.params.max_tokens, self._max_model_len - len(request.prompt_token_ids))
+        if request.params.prompt is not None:
+            request.num_scored = request.params.prompt.start - 1
+        insort(self.waiting, request, key=_place_in_line)
 
     def find(self, request_id: str) -> Request | None:
-        """The unfinished request of that id."""
-        return next((r for r in (*self.running, *self.waiting) if r.id == request_id), None)
+        """The request of that id that waits, runs or is held."""
+        unfinished = (r for r in (*self.running, *self.waiting) if r.id == request_id)
+        return next(unfinished, self.held.get(request_id))
+
+    def must_preempt(self) -> bool:
+        """Whether the next schedule() would preempt. Tokens on their way must be read before it may."""
+        wanted = sum(_missing_pages(request, request.num_tokens) for request in self._decoding())
+        return wanted > self._pool.num_free
 
     def schedule(self) -> Schedule:
         """Picks the next step's work and gives it its pages."""
-        for request in list(self.running):
-            if request.status is RequestStatus.DECODE:  # else an older request has taken its pages by now
+        for request in self._decoding():
+            if request.status is RequestStatus.DECODE:  # else one before it in line has taken its pages by now
                 self._reserve_or_preempt(request)
-        decodes = [request for request in self.running if request.status is RequestStatus.DECODE]
-        return Schedule(self._schedule_prefills(), decodes)
+        schedule = Schedule()
+        self._plan_prompts(schedule, self._max_num_batched_tokens - len(self._decoding()))
+        for request in self.running:
+            if request.status is RequestStatus.PREFILL and _prompt_is_done(request):
+                self._end_prompt(request, schedule)
+        for request in self._decoding():
+            request.num_computed += 1
+            request.num_chosen += 1
+            schedule.decodes.append(request)
+        return schedule
 
-    def finish(self, request: Request) -> None:
-        """Takes a request out, wherever it stands, and frees its pages."""
-        request.status = RequestStatus.FINISHED
-        self._release(request)
+    def register_pages(self, request: Request) -> None:
+        """Makes those of its pages known that are full of tokens that the host knows."""
+        full = min(request.num_computed, _known_tokens(request)) // PAGE_SIZE
+        _extend_hashes(request, full)
+        for index in range(request.num_registered, full):
+            self._pool.register(request.pages[index], request.hashes[index])
+        request.num_registered = max(request.num_registered, full)
+
+    def finish(self, request: Request, *, hold: bool = False) -> None:
+        """Takes a request out, wherever it stands, and frees its pages; `hold` keeps them until the next finish()."""
         if request in self.running:
             self.running.remove(request)
-        else:
+            self._slots.append(request.slot)
+        elif request.status is RequestStatus.WAITING:
             self.waiting.remove(request)
+        self.held.pop(request.id, None)
+        request.status = RequestStatus.FINISHED
+        if hold:
+            self.held[request.id] = request
+        else:
+            self._release(request)
 
     def check(self) -> None:
-        """Raises AssertionError unless free and held pages are all pages."""
-        self._pool.check([page for request in (*self.running, *self.waiting) for page in request.pages])
+        """Raises AssertionError unless pages and slots add up."""
+        holders = (*self.running, *self.waiting, *self.held.values())
+        self._pool.check(page for request in holders for page in request.pages)
+        if sorted([*self._slots, *(request.slot for request in self.running)]) != list(range(self._max_num_seqs)):
+            raise AssertionError("free and used slots are not all slots")
 
-    def _schedule_prefills(self) -> list[PrefillWork]:
-        """Prompt tokens within the budget. Only the last one may end in the middle of its prompt: were there two,
-        each could hold the pages that the other waits for.
+    def _decoding(self) -> list[Request]:
+        """Running requests that will choose one more token, in line."""
+        return [r for r in self.running if r.status is RequestStatus.DECODE and r.num_chosen < r.max_chosen]
+
+    def _plan_prompts(self, schedule: Schedule, budget: int) -> None:
+        """Chunks of prompts within a budget of tokens, padding included, and rows to be scored within one chunk's."""
+        rows = self._chunks[-1]
+        planned: set[str] = set()
+        while (request := self._next_prompt(planned, budget)) is not None:
+            planned.add(request.id)
+            left = request.prefill_end - request.num_computed
+            fitting = [chunk for chunk in self._chunks if chunk <= budget]
+            if left > 0 and fitting:
+                length = min(left, fitting[-1])
+                schedule.prefills.append(PrefillWork(request, request.num_computed, length))
+                budget -= bucket(self._chunks, length)
+                request.num_computed += length
+                self.register_pages(request)
+            rows -= self._plan_scores(schedule, request, rows)
+
+    def _plan_scores(self, schedule: Schedule, request: Request, most: int) -> int:
+        start = request.num_scored
+        end = min(_rows_to_score(request), request.num_computed, start + most)
+        if end <= start:
+            return 0
+        schedule.scores.append(ScoreWork(request, start, end))
+        request.num_scored = end
+        return end - start
+
+    def _next_prompt(self, planned: set[str], budget: int) -> Request | None:
+        """The next in line with a prompt to work on: one that runs, or else one that can be admitted.
+
+        Nobody is admitted beside a prompt that is not computed to its end: a newcomer that begins alike shall find all
+        of its pages.
         """
-        budget = self._chunk
-        works: list[PrefillWork] = []
-        while budget > 0:
-            request = self._next_to_prefill(works)
-            if request is None:
-                break
-            length = min(budget, request.prefill_end - request.num_computed)
-            if not self._reserve(request, request.num_computed + length):
-                break
-            if request.status is RequestStatus.WAITING:
-                self.waiting.popleft()
-                self.running.append(request)
-                request.status = RequestStatus.PREFILL
-            works.append(PrefillWork(request, request.num_computed, length))
-            budget -= length
-        return works
-
-    def _next_to_prefill(self, works: list[PrefillWork]) -> Request | None:
-        taken = {id(work.request) for work in works}
-        for request in self.running:
-            if request.status is RequestStatus.PREFILL and id(request) not in taken:
+        prompts = [request for request in self.running if request.status is RequestStatus.PREFILL]
+        for request in prompts:
+            if request.id not in planned:
                 return request
-        if self.waiting and len(self.running) < self._max_num_seqs:
-            return self.waiting[0]
-        return None
+        if budget < self._chunks[0] or any(request.num_computed < request.prefill_end for request in prompts):
+            return None
+        return self._admit()
 
-    def _reserve(self, request: Request, tokens: int) -> bool:
-        """Makes the request's pages hold `tokens` tokens, if there are enough."""
-        pages = self._pool.take(max(0, -(-tokens // PAGE_SIZE) - len(request.pages)))
-        if pages is None:
-            return False
-        request.pages += pages
-        return True
+    def _admit(self) -> Request | None:
+        """Lets the first in line run if there is a slot and pages for all its tokens so far, else nobody.
+
+        While others run, a page for each of them is left over, or they would soon preempt the newcomer.
+        """
+        if not self.waiting or not self._slots:
+            return None
+        request = self.waiting[0]
+        _extend_hashes(request, request.prefill_end // PAGE_SIZE)
+        cached = self._pool.find(request.hashes[: request.prefill_end // PAGE_SIZE])
+        wanted = -(-(request.num_tokens if request.max_chosen else request.prefill_end) // PAGE_SIZE)
+        if wanted - len(cached) + self._pool.num_idle(cached) + len(self.running) > self._pool.num_free:
+            return None
+        self._pool.hold(cached)
+        taken = self._pool.take(wanted - len(cached))
+        assert taken is not None
+        self.waiting.pop(0)
+        insort(self.running, request, key=_place_in_line)
+        request.status = RequestStatus.PREFILL
+        request.slot = self._slots.pop()
+        request.pages = cached + taken
+        request.num_registered = len(cached)
+        request.num_computed = len(cached) * PAGE_SIZE
+        if request.num_cached is None:
+            request.num_cached = request.num_computed
+        self._on_admit(request)
+        return request
+
+    def _end_prompt(self, request: Request, schedule: Schedule) -> None:
+        if request.max_chosen:
+            request.status = RequestStatus.DECODE
+            schedule.begun.append(request)
+        else:
+            request.status = RequestStatus.SCORED
+            schedule.scored.append(request)
 
     def _reserve_or_preempt(self, request: Request) -> None:
-        """Makes room for the request's next token, from the youngest request's pages if need be, which may be its."""
-        while request.status is RequestStatus.DECODE and not self._reserve(request, request.num_tokens):
-            self._preempt(self.running[-1])
+        """Makes room for the request's next token, from the last in line if need be, which may be itself."""
+        while request.status is RequestStatus.DECODE:
+            pages = self._pool.take(_missing_pages(request, request.num_tokens))
+            if pages is not None:
+                request.pages += pages
+                return
+            self._preempt(next(r for r in reversed(self.running) if r.status is not RequestStatus.SCORED))
 
     def _preempt(self, request: Request) -> None:
         self._release(request)
         self.running.remove(request)
+        self._slots.append(request.slot)
         request.num_computed = 0
         request.status = RequestStatus.WAITING
-        self.waiting.appendleft(request)
+        insort(self.waiting, request, key=_place_in_line)
 
     def _release(self, request: Request) -> None:
         self._pool.give_back(request.pages)
-        request.pages = []
+        request.pages, request.num_registered = [], 0
+
+
+def _place_in_line(request: Request) -> tuple[int, int]:
+    return request.priority, request.arrival
+
+
+def _known_tokens(request: Request) -> int:
+    return len(request.prompt_token_ids) + len(request.output_token_ids)
+
+
+def _missing_pages(request: Request, tokens: int) -> int:
+    """Pages that the request lacks to hold so many tokens."""
+    return max(0, -(-tokens // PAGE_SIZE) - len(request.pages))
+
+
+def _rows_to_score(request: Request) -> int:
+    """Where the rows that are asked for end; num_scored begins with the first of them."""
+    scoring = request.params.prompt
+    return 0 if scoring is None or scoring.whole else len(request.prompt_token_ids) - 1
+
+
+def _prompt_is_done(request: Request) -> bool:
+    return request.num_computed >= request.prefill_end and request.num_scored >= _rows_to_score(request)
+
+
+def _extend_hashes(request: Request, pages: int) -> None:
+    """The chained hashes of the request's first `pages` pages."""
+    while (index := len(request.hashes)) < pages:
+        before = request.hashes[-1] if index else root_hash(request.cache_salt)
+        tokens = request.tokens(index * PAGE_SIZE, (index + 1) * PAGE_SIZE)
+        request.hashes.append(page_hash(before, tokens))

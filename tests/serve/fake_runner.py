@@ -1,23 +1,36 @@
 """A runner whose arithmetic can be done by hand: the serving loop is tested without a model.
 
 After tokens t0..tn-1 the hidden state h is their sum plus n. The greedy token is h mod V; sampling shifts it by the
-seed and the step; a banned token gives way to the next id. Token t after h has log-prob -((t + h) mod 7) / 8 and rank
-1 + (t + h) mod 5. The pages hold tokens, positions and hidden states, and every step reads them back through the
-block tables: a wrong page, position, chunk or place gives other numbers, or an AssertionError on the spot.
+seed and the step, an adjusted row by what its slot holds; a masked token gives way to the next id. Token t after h has
+log-prob -((t + h) mod 7) / 8 and rank 1 + (t + h) mod 5. The pages hold tokens, positions and hidden states, and every
+step reads them back through the block tables: a wrong page, position, slot, chunk or place gives other numbers, or an
+AssertionError on the spot. What a step gives can be looked at only through read(), as on a device.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from compiled.shapes import Buckets
-from compiled.state import MAX_BANNED, SamplingArrays, StepInput, StepOutput, TokenLogprobs
+from compiled.state import (
+    MAX_SCORED_IDS,
+    NO_ID,
+    Adjustment,
+    DecodeInput,
+    SamplingArrays,
+    ScoreInput,
+    StepInput,
+    StepOutput,
+    TokenLogprobs,
+    mask_words,
+)
 from model.kv_cache import NULL_PAGE, PAGE_SIZE
 from serve.engine.core import EngineCore
-from serve.engine.request import FinishReason, Request, SamplingParams, TokenEvent, TokenScores
+from serve.engine.request import FinishReason, PromptScoring, Request, SamplingParams, TokenEvent, TokenScores
 
 VOCAB_SIZE = 97  # V
 K = 3
@@ -36,10 +49,10 @@ def hidden_after(tokens: Sequence[int]) -> int:
     return sum(tokens) + len(tokens)
 
 
-def next_token(hidden: int, *, shift: int = 0, banned: Sequence[int] = ()) -> int:
+def next_token(hidden: int, *, shift: int = 0, forbidden: Callable[[int], bool] = lambda _: False) -> int:
     """The token chosen after a hidden state."""
     token = (hidden + shift) % VOCAB_SIZE
-    while token in banned:
+    while forbidden(token):
         token = (token + 1) % VOCAB_SIZE
     return token
 
@@ -49,9 +62,20 @@ def shift_of(seed: int, step: int) -> int:
     return _FIRST_SHIFT * (seed >> 32) + _SECOND_SHIFT * (seed & 0xFFFFFFFF) + step
 
 
-def numbers(hidden: Sequence[int], targets: Sequence[int], nan_token: int | None = None) -> TokenLogprobs:
-    """The numbers of targets [R] after hidden states [R]."""
+def adjusted_shift(bias: float, seen: int, chosen: int, presence: float, frequency: float, repetition: float) -> int:
+    """What an adjusted row adds: sums over its slot, and its penalties."""
+    return int(bias + 2 * seen + 7 * chosen + 16 * (presence + 2 * frequency + 3 * repetition))
+
+
+def numbers(
+    hidden: Sequence[int],
+    targets: Sequence[int],
+    scored_ids: NDArray[np.int32] | None = None,
+    nan_token: int | None = None,
+) -> TokenLogprobs:
+    """The numbers of targets [R] after hidden states [R], and of scored_ids [R, B]."""
     h, t, k = np.asarray(hidden, np.int64), np.asarray(targets, np.int64), np.arange(K)
+    scored = np.zeros((len(h), 0), np.int64) if scored_ids is None else scored_ids.astype(np.int64)
     logprob = np.where(t == (-1 if nan_token is None else nan_token), np.nan, -((t + h) % 7) / 8)
     top_ids = (h[:, None] + k) % VOCAB_SIZE
     top_logprobs = -(h[:, None] % 3) - k / 8
@@ -60,16 +84,28 @@ def numbers(hidden: Sequence[int], targets: Sequence[int], nan_token: int | None
         (1 + (t + h) % 5).astype(np.int32),
         top_ids.astype(np.int32),
         top_logprobs.astype(np.float32),
+        (-((scored + h[:, None]) % 7) / 8).astype(np.float32),
+        (1 + (scored + h[:, None]) % 5).astype(np.int32),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """What a step gives before it is read."""
+
+    tree: Any
 
 
 class FakeRunner:
     """Implements `serve.engine.core.Runner`."""
 
     def __init__(self, *, pages: int = 64, decode_rows: tuple[int, ...] = (1, 2, 4), pages_per_row: int = 8) -> None:
-        self.buckets = Buckets(decode_rows, prefill_chunks=(16, 64), score_rows=8, pages_per_row=pages_per_row)
+        self.buckets = Buckets(
+            decode_rows, prefill_chunks=(16, 64), score_rows=8, pages_per_row=pages_per_row, vocabulary_rows=4
+        )
         self.pages = pages
         self.max_logprobs = K
+        self.vocab_size = VOCAB_SIZE
         self.calls: list[tuple[str, int]] = []  # name and live rows or tokens
         self.resets = 0
         self.before_call: Callable[[str], None] = lambda _: None  # may raise, or wait for a test
@@ -100,32 +136,54 @@ class FakeRunner:
         np.testing.assert_array_equal(inputs.positions[0, :live], np.arange(start, start + live))
         self._store(inputs.tables[0], inputs.tokens[0, :live], start)
 
-    def decode(self, inputs: StepInput, sampling: SamplingArrays) -> StepOutput:
+    def adjust(self, slot: int, adjustment: Adjustment) -> None:
+        """Fills a slot."""
+        self._call("adjust", 1)
+        assert 0 <= slot < self.buckets.slots - 1
+        assert adjustment.bias.shape == adjustment.counts.shape == adjustment.seen.shape == (VOCAB_SIZE,)
+        self._bias[slot] = adjustment.bias.sum()
+        self._seen[slot] = adjustment.seen.sum()
+        self._chosen[slot] = adjustment.counts.sum()
+
+    def decode(self, inputs: DecodeInput, sampling: SamplingArrays) -> Any:
         """Stores one token of every row and chooses the next."""
-        rows, chunk = inputs.tokens.shape
+        rows = len(inputs.tokens)
         assert rows in self.buckets.decode_rows
-        assert chunk == 1
-        live = int((inputs.positions[:, 0] >= 0).sum())
-        assert (inputs.positions[:live, 0] >= 0).all()
+        live = int((inputs.positions >= 0).sum())
+        assert (inputs.positions[:live] >= 0).all()
+        assert (inputs.slots[live:] == self.buckets.slots - 1).all()
+        assert len(set(inputs.slots[:live])) == live
         self._call("decode", live)
+        tokens = np.where(inputs.tokens >= 0, inputs.tokens, self._last[inputs.slots])
         hidden = [
-            self._store(inputs.tables[row], inputs.tokens[row], int(inputs.positions[row, 0])) for row in range(live)
+            self._store(inputs.tables[row], tokens[row : row + 1], int(inputs.positions[row])) for row in range(live)
         ]
-        return self._choose(hidden + [0] * (rows - live), sampling)
+        output = self._choose(hidden + [0] * (rows - live), inputs, sampling)
+        self._last[inputs.slots] = output.tokens
+        np.add.at(self._chosen, inputs.slots, 1)
+        return Unread(output)
 
-    def sample(self, places: NDArray[np.int32], sampling: SamplingArrays) -> StepOutput:
-        """Chooses the token after each cached one."""
-        assert len(places) == 1
-        self._call("sample", 1)
-        return self._choose(self._hidden_at(places), sampling)
-
-    def score(self, places: NDArray[np.int32], targets: NDArray[np.int32]) -> TokenLogprobs:
+    def score(self, inputs: ScoreInput) -> Any:
         """The numbers of given tokens; padding points at the null page."""
-        assert len(places) == len(targets) == self.buckets.score_rows
-        live = int((places // PAGE_SIZE != NULL_PAGE).sum())
+        assert len(inputs.places) == len(inputs.targets) == self.buckets.score_rows
+        live = int((inputs.places // PAGE_SIZE != NULL_PAGE).sum())
         self._call("score", live)
-        hidden = self._hidden_at(places[:live]) + [0] * (len(places) - live)
-        return numbers(hidden, [int(target) for target in targets], self.nan_token)
+        hidden = self._hidden_at(inputs.places[:live]) + [0] * (len(inputs.places) - live)
+        return Unread(numbers(hidden, inputs.targets.tolist(), inputs.scored_ids, self.nan_token))
+
+    def read(self, tree: Any) -> Any:
+        """What a step gave."""
+        self._call("read", 0)
+        assert isinstance(tree, Unread)
+        return tree.tree
+
+    def vocabulary(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
+        """The log-prob of every token after each cached one."""
+        assert len(places) == self.buckets.vocabulary_rows
+        live = int((places // PAGE_SIZE != NULL_PAGE).sum())
+        self._call("vocabulary", live)
+        hidden = np.asarray(self._hidden_at(places[:live]) + [0] * (len(places) - live))
+        return (-((np.arange(VOCAB_SIZE) + hidden[:, None]) % 7) / 8).astype(np.float32)
 
     def reset(self) -> None:
         """Forgets every page."""
@@ -141,6 +199,8 @@ class FakeRunner:
         self._tokens = np.full((self.pages, PAGE_SIZE), -1, np.int64)
         self._positions = np.full((self.pages, PAGE_SIZE), -1, np.int64)
         self._hidden = np.full((self.pages, PAGE_SIZE), -1, np.int64)
+        self._last, self._chosen, self._seen = (np.zeros(self.buckets.slots, np.int64) for _ in range(3))
+        self._bias = np.zeros(self.buckets.slots)
 
     def _store(self, table: NDArray[np.int32], tokens: NDArray[np.int32], start: int) -> int:
         """Writes tokens from position `start` on; the hidden state after the last one."""
@@ -160,14 +220,26 @@ class FakeRunner:
         assert (hidden >= 0).all()
         return [int(h) for h in hidden]
 
-    def _choose(self, hidden: list[int], sampling: SamplingArrays) -> StepOutput:
+    def _choose(self, hidden: list[int], inputs: DecodeInput, sampling: SamplingArrays) -> StepOutput:
+        assert inputs.scored_ids.shape == (len(hidden), MAX_SCORED_IDS)
+        assert sampling.mask.shape == (len(hidden), mask_words(VOCAB_SIZE))
         tokens = []
         for row, h in enumerate(hidden):
             high, low = (int(word) for word in sampling.seed[row])
             shift = shift_of(high << 32 | low, int(sampling.step[row])) if sampling.temperature[row] > 0 else 0
-            assert sampling.banned[row].shape == (MAX_BANNED,)
-            tokens.append(next_token(h, shift=shift, banned=[int(token) for token in sampling.banned[row]]))
-        return StepOutput(np.asarray(tokens, np.int32), numbers(hidden, tokens, self.nan_token))
+            if sampling.adjusted[row]:
+                slot = inputs.slots[row]
+                penalties = (float(sampling.presence[row]), float(sampling.frequency[row]))
+                shift += adjusted_shift(
+                    self._bias[slot], self._seen[slot], self._chosen[slot], *penalties, float(sampling.repetition[row])
+                )
+            tokens.append(next_token(h, shift=shift, forbidden=_cleared_in(sampling.mask[row])))
+        scored = np.where(inputs.scored_ids == NO_ID, 0, inputs.scored_ids)
+        return StepOutput(np.asarray(tokens, np.int32), numbers(hidden, tokens, scored, self.nan_token))
+
+
+def _cleared_in(words: NDArray[np.uint32]) -> Callable[[int], bool]:
+    return lambda token: not int(words[token // 32]) >> token % 32 & 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,30 +256,33 @@ class Outcome:
 def expected_outcome(prompt: list[int], params: SamplingParams, *, seed: int = 0, max_model_len: int) -> Outcome:
     """What a request computed alone is told, by the formulas above and no engine."""
     prompt_scores = None
-    if params.prompt_logprobs:
-        hidden = [hidden_after(prompt[:n]) for n in range(1, len(prompt))]
-        prompt_scores = _rows(numbers(hidden, prompt[1:]))
+    if params.prompt is not None:
+        hidden = [hidden_after(prompt[:n]) for n in range(params.prompt.start, len(prompt))]
+        prompt_scores = _expected_rows(hidden, prompt[params.prompt.start :], params.prompt.token_ids)
     tokens: list[int] = []
     states: list[int] = []
     reason, stop = FinishReason.LENGTH, None
-    while len(tokens) < params.max_tokens and stop is None:
+    while len(tokens) < params.max_tokens and stop is None and len(prompt) + len(tokens) < max_model_len:
         states.append(hidden_after(prompt + tokens))
         shift = shift_of(seed, len(tokens)) if params.temperature > 0 else 0
-        banned = sorted(params.stop_token_ids) if len(tokens) < params.min_tokens else []
-        tokens.append(next_token(states[-1], shift=shift, banned=banned))
+        if params.adjusts:
+            penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
+            shift += adjusted_shift(
+                sum(value for _, value in params.logit_bias), len(set(prompt)), len(tokens), *penalties
+            )
+        tokens.append(next_token(states[-1], shift=shift, forbidden=lambda t: _forbidden(t, tokens, params)))
         if tokens[-1] in params.stop_token_ids:
             reason, stop = FinishReason.STOP, tokens[-1]
-        elif len(prompt) + len(tokens) >= max_model_len:
-            break
-    return Outcome(tokens, _rows(numbers(states, tokens)), reason, stop, prompt_scores)
+    return Outcome(tokens, _expected_rows(states, tokens, params.logprob_token_ids), reason, stop, prompt_scores)
 
 
-def outcome_of(events: Sequence[TokenEvent]) -> Outcome:
-    """All events of one finished request taken together."""
+def outcome_of(events: Sequence[TokenEvent], start: int = 1) -> Outcome:
+    """All events of one finished request taken together; of its prompt's scores those from token `start` on."""
     last = events[-1]
     assert last.finish_reason is not None
     assert all(event.finish_reason is None for event in events[:-1])
     assert all(event.prompt_scores is None for event in events[1:])
+    assert len({event.cached_tokens for event in events}) == 1
     for event in events:
         assert len(event.token_ids) == len(event.scores.logprob)
     first = events[0].prompt_scores
@@ -216,17 +291,38 @@ def outcome_of(events: Sequence[TokenEvent]) -> Outcome:
         [row for event in events for row in _rows(event.scores)],
         last.finish_reason,
         last.stop_token_id,
-        None if first is None else _rows(first),
+        None if first is None else _rows(first[start - 1 :]),
     )
 
 
-def _rows(scores: TokenScores | TokenLogprobs) -> list[tuple[float | list[int], ...]]:
-    columns = (scores.logprob, scores.rank, scores.top_ids, scores.top_logprobs)
+def _forbidden(token: int, before: list[int], params: SamplingParams) -> bool:
+    if params.allowed_token_ids is not None and token not in params.allowed_token_ids:
+        return True
+    if len(before) < params.min_tokens and token in params.stop_token_ids:
+        return True
+    return any(
+        word[-1] == token and (len(word) == 1 or tuple(before[1 - len(word) :]) == word[:-1])
+        for word in params.bad_words
+    )
+
+
+def _expected_rows(hidden: list[int], targets: list[int], ids: tuple[int, ...]) -> list[tuple[float | list[int], ...]]:
+    named = np.broadcast_to(np.asarray(ids, np.int32), (len(hidden), len(ids)))
+    all_numbers = numbers(hidden, targets, named)
+    own = all_numbers.logprob, all_numbers.rank
+    if ids:
+        return _rows(TokenScores(*own, named, all_numbers.scored_ranks, all_numbers.scored_logprobs))
+    ranks = np.broadcast_to(np.arange(1, K + 1, dtype=np.int32), all_numbers.top_ids.shape)
+    return _rows(TokenScores(*own, all_numbers.top_ids, ranks, all_numbers.top_logprobs))
+
+
+def _rows(scores: TokenScores) -> list[tuple[float | list[int], ...]]:
+    columns = (scores.logprob, scores.rank, scores.top_ids, scores.top_ranks, scores.top_logprobs)
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 def greedy(max_tokens: int, *, prompt_logprobs: bool = False) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, temperature=0.0, prompt_logprobs=prompt_logprobs)
+    return SamplingParams(max_tokens, temperature=0.0, prompt=PromptScoring() if prompt_logprobs else None)
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -236,15 +332,30 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 class CoreBench:
     """A core, its fake runner and what every request has been told."""
 
-    def __init__(self, *, pages: int = 64, max_num_seqs: int = 4, max_model_len: int = MAX_MODEL_LEN) -> None:
+    def __init__(
+        self,
+        *,
+        pages: int = 64,
+        max_num_seqs: int = 4,
+        max_model_len: int = MAX_MODEL_LEN,
+        max_num_batched_tokens: int = 68,
+        prefix_caching: bool = True,
+    ) -> None:
         rows = tuple(n for n in (1, 2, 4) if n <= max_num_seqs)
         self.runner = FakeRunner(pages=pages, decode_rows=rows, pages_per_row=-(-max_model_len // 64))
-        self.core = EngineCore(self.runner, max_model_len=max_model_len)
+        self.core = EngineCore(
+            self.runner,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens,
+            prefix_caching=prefix_caching,
+        )
         self.events: dict[str, list[TokenEvent]] = {}
 
-    def add(self, name: str, prompt: list[int], params: SamplingParams) -> Request:
-        request = Request(name, prompt, params)
-        request.seed = params.seed or 0
+    def add(
+        self, name: str, prompt: list[int], params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
+    ) -> Request:
+        request = Request(name, prompt, params, priority, cache_salt)
+        request.seed = (params.seed or 0) & (2**64 - 1)
         self.core.add(request)
         self.events[name] = []
         return request
@@ -267,12 +378,16 @@ class CoreBench:
     def fail(self) -> None:
         """A step that raises, and what the engine does then."""
         with pytest.raises(InjectedError):
-            self.core.step()
+            self._step_until_it_fails()
         self.take(self.core.fail_all("it failed"))
         self.core.scheduler.check()
 
-    def outcome(self, name: str) -> Outcome:
-        return outcome_of(self.events[name])
+    def _step_until_it_fails(self) -> None:
+        while True:
+            self.step()
+
+    def outcome(self, name: str, start: int = 1) -> Outcome:
+        return outcome_of(self.events[name], start)
 
 
 def alone(request: Request, max_model_len: int = MAX_MODEL_LEN) -> Outcome:

@@ -9,19 +9,33 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 
+from compiled.state import MAX_SCORED_IDS
+from model.kv_cache import PAGE_SIZE
 from serve.engine.engine import Engine
 from serve.engine.request import (
     EngineLimits,
     EngineStoppedError,
     FinishReason,
+    PromptScoring,
     QueueFullError,
     Request,
     SamplingParams,
     TokenEvent,
 )
-from tests.serve.fake_runner import VOCAB_SIZE, FakeRunner, InjectedError, K, alone, greedy, outcome_of, prompt_of
+from tests.serve.fake_runner import (
+    VOCAB_SIZE,
+    FakeRunner,
+    InjectedError,
+    K,
+    alone,
+    greedy,
+    hidden_after,
+    outcome_of,
+    prompt_of,
+)
 
 LONG = 100_000  # tokens
 ENDLESS = greedy(LONG - 1000)
@@ -33,8 +47,15 @@ async def running(
     runner: FakeRunner, *, max_waiting: int = 8, max_model_len: int | None = None
 ) -> AsyncIterator[Engine]:
     length = runner.buckets.pages_per_row * 64 if max_model_len is None else max_model_len
-    limits = EngineLimits(max_model_len=length, max_logprobs=K, vocab_size=VOCAB_SIZE, max_banned_ids=16)
-    engine = Engine(runner, limits, max_waiting=max_waiting)
+    limits = EngineLimits(
+        max_model_len=length,
+        max_logprobs=K,
+        vocab_size=VOCAB_SIZE,
+        cache_tokens=(runner.pages - 1) * PAGE_SIZE,
+        max_scored_ids=MAX_SCORED_IDS,
+        whole_vocabulary=True,
+    )
+    engine = Engine(runner, limits, max_waiting=max_waiting, max_num_batched_tokens=68)
     engine.start()
     try:
         yield engine
@@ -80,7 +101,11 @@ async def check_empty(engine: Engine) -> None:
 async def test_streams_are_those_of_the_core() -> None:
     async with running(FakeRunner(pages=12)) as engine:
         requests = [
-            Request(f"{i}", prompt_of(20 * i + 1, i), SamplingParams(30, i % 2, seed=i, prompt_logprobs=i > 2))
+            Request(
+                f"{i}",
+                prompt_of(20 * i + 1, i),
+                SamplingParams(30, i % 2, seed=i, prompt=PromptScoring() if i > 2 else None),
+            )
             for i in range(8)
         ]
         answers = await asyncio.gather(*(collect(engine, request) for request in requests))
@@ -198,7 +223,7 @@ async def test_stop_ends_open_streams_and_takes_no_more() -> None:
 @pytest.mark.parametrize(("prompt", "max_tokens"), [(0, 1), (257, 0), (300, 10), (150, 50), (192, 1)])
 async def test_what_could_never_fit_is_refused(prompt: int, max_tokens: int) -> None:
     async with running(FakeRunner(pages=4), max_waiting=1, max_model_len=256) as engine:
-        with pytest.raises(ValueError, match=r"prompt has \d+ of 1 to 256|needs 4 pages"):
+        with pytest.raises(ValueError, match=r"prompt has \d+ of 1 to 256|a cache of \d+ tokens, there is one of 192"):
             await collect(engine, Request("a", [1] * prompt, greedy(max_tokens, prompt_logprobs=True)))
         for fitting in (192, 100):
             request = Request("a", prompt_of(fitting), greedy(192 - fitting, prompt_logprobs=True))
@@ -212,7 +237,7 @@ async def test_a_failed_step_is_survived(caplog: pytest.LogCaptureFixture) -> No
     async with running(runner) as engine:
         events = await collect(engine, Request("a", [1], greedy(50)))
         assert (events[-1].finish_reason, events[-1].error) == (FinishReason.ERROR, "the engine failed on this request")
-        assert len(events) == 4
+        assert len(events) == 2  # the token of the step that was not read yet is lost with the request
         assert engine.ready
         assert runner.resets == 1
         assert [record.levelno for record in caplog.records] == [logging.ERROR]
@@ -223,7 +248,7 @@ async def test_a_failure_without_recovery_stops_the_engine(caplog: pytest.LogCap
     runner = endless_runner()
 
     def before_call(name: str) -> None:
-        if name == "reset" or (name, len(runner.calls)) == ("decode", 200):
+        if name == "reset" or (name == "decode" and len(runner.calls) >= 200):
             raise InjectedError(name)
 
     runner.before_call = before_call
@@ -252,3 +277,50 @@ async def test_nobody_is_left_waiting_when_the_thread_dies(monkeypatch: pytest.M
         assert events[-1].finish_reason is FinishReason.ERROR
         with pytest.raises(EngineStoppedError):
             await collect(engine, Request("late", [1], greedy(1)))
+
+
+def whole(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens, temperature=0.0, prompt=PromptScoring(whole=True))
+
+
+async def test_rows_of_the_whole_vocabulary_until_they_are_given_up() -> None:
+    async with running(FakeRunner(), max_waiting=1) as engine:
+        prompt = prompt_of(20)
+        assert len(await collect(engine, Request("a", prompt, whole(2)))) == 2
+        rows = await engine.vocabulary("a", 3, 2)
+        expected = [[-((token + hidden_after(prompt[:n])) % 7) / 8 for token in range(VOCAB_SIZE)] for n in (4, 5)]
+        np.testing.assert_array_equal(rows, np.asarray(expected, np.float32))
+        with pytest.raises(QueueFullError):  # what is held counts
+            await collect(engine, Request("b", [1], greedy(1)))
+        engine.abort("a")
+        with pytest.raises(EngineStoppedError):
+            await engine.vocabulary("a", 3, 2)
+        await check_empty(engine)
+
+
+async def test_rows_are_asked_for_in_vain_where_the_device_fails_or_the_engine_stops(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    runner = FakeRunner()
+    async with running(runner) as engine:
+        await collect(engine, Request("a", prompt_of(20), whole(0)))
+        runner.fail_once("vocabulary")
+        with pytest.raises(EngineStoppedError):
+            await engine.vocabulary("a", 0, 1)
+        assert len(caplog.records) == 1
+        assert (await engine.vocabulary("a", 0, 1)).shape == (1, VOCAB_SIZE)
+        await asyncio.to_thread(engine.stop)
+        with pytest.raises(EngineStoppedError):
+            await engine.vocabulary("a", 0, 1)
+
+
+async def test_a_request_waits_while_a_held_one_has_the_pages() -> None:
+    async with running(FakeRunner(pages=4)) as engine:
+        await collect(engine, Request("a", prompt_of(150), whole(0)))
+        b = Request("b", prompt_of(100, 1), greedy(5))
+        waiting = submit(engine, b)
+        await engine.vocabulary("a", 0, 1)  # the engine has seen b by now
+        assert not waiting.done()
+        engine.abort("a")
+        assert outcome_of(await waiting) == alone(b)
+        await check_empty(engine)

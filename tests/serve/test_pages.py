@@ -1,9 +1,10 @@
-"""PagePool: pages are handed out once each, and a page that is lost or shared is found out."""
+"""PagePool: pages are handed out once each, found again by their content, and nothing is lost or held unseen."""
 
 import pytest
 
-from model.kv_cache import NULL_PAGE
-from serve.engine.pages import PagePool
+from model.kv_cache import NULL_PAGE, PAGE_SIZE
+from serve.engine.pages import PagePool, page_hash, root_hash
+from serve.engine.request import empty_scores
 
 
 def test_every_page_but_the_null_page_is_handed_out_once() -> None:
@@ -30,7 +31,7 @@ def test_pages_come_back_in_order_of_release() -> None:
     pool.take(4)
     pool.give_back([3])
     pool.give_back([1, 4])
-    assert pool.take(3) == [3, 1, 4]
+    assert pool.take(3) == [3, 4, 1]  # of one block table the last page first
 
 
 def test_check_accepts_what_is_whole() -> None:
@@ -48,5 +49,125 @@ def test_check_accepts_what_is_whole() -> None:
 def test_check_finds_lost_shared_and_foreign_pages(held: list[int]) -> None:
     pool = PagePool(5)
     assert pool.take(2) == [1, 2]
-    with pytest.raises(AssertionError, match="2 free"):
+    with pytest.raises(AssertionError, match="disagree on who holds"):
         pool.check(held)
+
+
+def content(number: int) -> bytes:
+    return page_hash(root_hash(""), [number] * PAGE_SIZE)
+
+
+def filled(pool: PagePool, *numbers: int) -> list[int]:
+    """Pages that were held, registered under contents of these numbers, and given back."""
+    pages = pool.take(len(numbers))
+    assert pages is not None
+    for page, number in zip(pages, numbers, strict=True):
+        pool.register(page, content(number))
+    pool.give_back(pages)
+    pool.check([])
+    return pages
+
+
+def test_a_registered_page_is_found_by_its_content_after_its_holder_has_gone() -> None:
+    pool = PagePool(5)
+    first, second = filled(pool, 1, 2)
+    assert pool.num_free == 4
+    assert pool.find([content(1), content(2), content(3)]) == [first, second]
+    assert pool.find([content(3), content(1)]) == []  # only a leading run
+    pool.hold([first])
+    pool.hold([first])
+    assert pool.num_free == 3
+    pool.check([first, first])
+    pool.give_back([first])
+    assert pool.num_free == 3
+    pool.give_back([first])
+    assert pool.num_free == 4
+
+
+def test_pages_without_content_are_taken_before_cached_ones_are_evicted() -> None:
+    pool = PagePool(5)
+    filled(pool, 1, 2)
+    taken = pool.take(2)
+    assert taken is not None
+    assert len(pool.find([content(1), content(2)])) == 2
+    pool.check(taken)
+
+
+def test_the_least_recently_used_page_is_evicted_and_of_a_run_the_last() -> None:
+    pool = PagePool(4)
+    one, two = filled(pool, 1, 2)
+    (three,) = filled(pool, 3)
+    pool.hold([one])  # used again: now 2 is the oldest, then 3, then 1
+    pool.give_back([one])
+    assert pool.take(1) == [two]
+    assert pool.find([content(2)]) == []
+    assert pool.take(1) == [three]
+    assert pool.find([content(1)]) == [one]
+    pool.check([two, three])
+
+
+def test_a_held_page_is_never_evicted() -> None:
+    pool = PagePool(3)
+    one, two = filled(pool, 1, 2)
+    pool.hold([one])
+    assert pool.num_idle([one, two]) == 1
+    assert pool.take(2) is None
+    assert pool.take(1) == [two]
+    assert pool.find([content(1)]) == [one]
+
+
+def test_of_two_pages_with_one_content_the_first_stays_known() -> None:
+    pool = PagePool(4)
+    (one,) = filled(pool, 1)
+    taken = pool.take(3)
+    assert taken is not None
+    assert one in taken  # evicted: 1 is not known any more
+    pool.register(taken[0], content(1))
+    pool.register(taken[1], content(1))
+    assert pool.find([content(1)]) == [taken[0]]
+    pool.give_back(taken)
+    pool.check([])
+    assert pool.num_free == 3
+
+
+def test_scores_live_as_long_as_their_page_is_known() -> None:
+    pool = PagePool(2)
+    filled(pool, 1)
+    scores = empty_scores(PAGE_SIZE, 2)
+    pool.keep_scores(content(1), scores)
+    pool.keep_scores(content(2), scores)  # of no page
+    assert pool.scores(content(1)) is scores
+    assert pool.scores(content(2)) is None
+    pool.check([])
+    pool.take(1)
+    assert pool.scores(content(1)) is None
+
+
+def test_forgetting_leaves_free_pages_and_nothing_known() -> None:
+    pool = PagePool(4)
+    filled(pool, 1, 2)
+    pool.keep_scores(content(1), empty_scores(PAGE_SIZE, 2))
+    pool.forget()
+    pool.check([])
+    assert pool.num_free == 3
+    assert pool.find([content(1)]) == []
+    assert pool.scores(content(1)) is None
+
+
+def test_without_caching_nothing_is_known() -> None:
+    pool = PagePool(4, caching=False)
+    filled(pool, 1, 2)
+    assert pool.find([content(1)]) == []
+    assert pool.num_free == 3
+
+
+def test_the_hash_is_of_the_tokens_of_all_before_them_and_of_the_salt() -> None:
+    tokens = list(range(PAGE_SIZE))
+    others = [
+        page_hash(root_hash(""), tokens),
+        page_hash(root_hash("a"), tokens),
+        page_hash(root_hash(""), tokens[::-1]),
+        page_hash(page_hash(root_hash(""), tokens), tokens),
+    ]
+    assert len(set(others)) == 4
+    assert page_hash(root_hash("a"), tokens) == others[1]

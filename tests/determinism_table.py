@@ -1,0 +1,126 @@
+"""`python -m tests.determinism_table [MODEL ...]`: by how much a log-prob moves with how it is computed.
+
+For each model (none: the default one) and each way to multiply: one request alone against the same one in a crowd,
+in other chunks, from the prefix cache, and generated against scored again. 0 is equality to the last bit.
+docs/design.md holds what it printed.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from compiled.load import load_model
+from compiled.runner import ModelRunner
+from compiled.shapes import make_buckets
+from model.kernels import cpu
+from model.weights.load import open_checkpoint
+from model.weights.source import ModelSource, default_model_path
+from serve.engine.core import EngineCore
+from serve.engine.request import PromptScoring, Request, SamplingParams
+
+_PROMPT, _OUTPUT = 300, 40  # tokens
+_CONTEXT = 1024
+_ROWS = 16
+_BATCHED = 256 + _ROWS
+
+type Numbers = NDArray[np.float32]
+
+
+class Measurement:
+    """Log-probs of one request, computed in several ways by one runner."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._random = np.random.default_rng(5)
+        self._prompt = self._ids(_PROMPT)
+
+    def differences(self) -> dict[str, float]:
+        """Way -> largest difference in nats to the request alone, cold, in chunks of 256."""
+        alone, tokens = self._run()
+        found = {f"{rows} rows": _distance(alone, self._run(companions=rows - 1)[0]) for rows in (2, 4, 8, 16)}
+        for chunk in (16, 64):
+            found[f"chunks of {chunk}"] = _distance(alone, self._run(batched=chunk + _ROWS)[0])
+        core = self._core(_BATCHED)
+        self._answer(core, self._prompt, _OUTPUT)
+        found["cached, not scored before"] = _distance(alone, self._answer(core, self._prompt, _OUTPUT)[0])
+        again, _ = self._answer(self._core(_BATCHED), self._prompt + tokens, 0)
+        found["generated, scored again"] = _distance(alone, again)
+        return found
+
+    def _run(self, *, companions: int = 0, batched: int = _BATCHED) -> tuple[Numbers, list[int]]:
+        core = self._core(batched)
+        for i in range(companions):
+            other = Request(f"{i}", self._ids(20), SamplingParams(_CONTEXT - 100, temperature=0.0))
+            core.add(other)
+        return self._answer(core, self._prompt, _OUTPUT)
+
+    def _answer(self, core: EngineCore, prompt: list[int], tokens: int) -> tuple[Numbers, list[int]]:
+        """All numbers of a scored request, prompt and output in one line; and its output."""
+        request = Request("mine", prompt, SamplingParams(tokens, temperature=0.0, prompt=PromptScoring()))
+        core.add(request)
+        parts: list[Numbers] = []
+        while True:
+            for owner, event in core.step():
+                if owner is request:
+                    parts += [] if event.prompt_scores is None else [event.prompt_scores.logprob]
+                    parts.append(event.scores.logprob)
+                    if event.finish_reason is not None:
+                        return np.concatenate(parts), request.output_token_ids
+
+    def _core(self, batched: int) -> EngineCore:
+        return EngineCore(self._runner, max_model_len=_CONTEXT, max_num_batched_tokens=batched)
+
+    def _ids(self, count: int) -> list[int]:
+        ids: list[int] = self._random.integers(20, self._runner.vocab_size, count).tolist()
+        return ids
+
+
+def _distance(a: Numbers, b: Numbers) -> float:
+    n = min(len(a), len(b))  # another token once chosen, the rest cannot be compared: it is then another text
+    return float(np.abs(a[:n] - b[:n]).max())
+
+
+@contextmanager
+def _without_kernels() -> Iterator[None]:
+    load = cpu.load
+    cpu.load = lambda: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        cpu.load = load
+
+
+def _runner(path: Path, dtype: str) -> ModelRunner:
+    checkpoint = open_checkpoint(ModelSource(path.name, path))
+    try:
+        model = load_model(checkpoint, dtype)
+    finally:
+        checkpoint.close()
+    buckets = make_buckets(max_num_seqs=_ROWS, max_model_len=_CONTEXT, max_num_batched_tokens=_BATCHED)
+    return ModelRunner(model, buckets, pages=_ROWS * buckets.pages_per_row + 1, max_logprobs=20)
+
+
+def main() -> None:
+    """Prints a table for each model."""
+    for path in [Path(name) for name in sys.argv[1:]] or [default_model_path()]:
+        columns = {"float32, XLA": Measurement(_runner(path, "float32")).differences()}
+        with _without_kernels():
+            columns["bfloat16, XLA"] = Measurement(_runner(path, "bfloat16")).differences()
+        if cpu.load() is not None:
+            columns["bfloat16, kernels"] = Measurement(_runner(path, "bfloat16")).differences()
+        table = Table("against alone, cold, chunks of 256", *columns, title=path.stem)
+        for way in columns["float32, XLA"]:
+            table.add_row(
+                way, *(f"{differences[way]:.1e}" if differences[way] else "0" for differences in columns.values())
+            )
+        Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

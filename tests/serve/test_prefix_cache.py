@@ -1,0 +1,145 @@
+"""The prefix cache through a fake runner: what it has is neither computed nor scored again, and no number changes."""
+
+import pytest
+
+from serve.engine.request import PromptScoring, SamplingParams
+from tests.serve.fake_runner import VOCAB_SIZE, CoreBench, alone, greedy, hidden_after, prompt_of
+
+
+def calls(bench: CoreBench, name: str) -> int:
+    """Live rows or tokens of all calls of that name since the last look."""
+    live = sum(live for called, live in bench.runner.calls if called == name)
+    bench.runner.calls = [call for call in bench.runner.calls if call[0] != name]
+    return live
+
+
+def test_a_prompt_that_was_only_generated_from_is_scored_by_the_head_alone() -> None:
+    bench = CoreBench()
+    bench.add("a", prompt_of(200), greedy(3))
+    bench.run()
+    assert (calls(bench, "prefill"), calls(bench, "score")) == (199, 0)
+    b = bench.add("b", prompt_of(200), greedy(3, prompt_logprobs=True))
+    bench.run()
+    assert (calls(bench, "prefill"), calls(bench, "score")) == (7, 199)
+    assert bench.events["b"][0].cached_tokens == 192
+    assert bench.outcome("b") == alone(b)
+
+
+def test_a_prompt_that_was_scored_is_not_scored_again() -> None:
+    bench = CoreBench()
+    bench.add("a", prompt_of(200), greedy(0, prompt_logprobs=True))
+    bench.run()
+    assert (calls(bench, "prefill"), calls(bench, "score")) == (199, 199)
+    b = bench.add("b", [*prompt_of(192), *prompt_of(192), *prompt_of(8)][:150], greedy(3, prompt_logprobs=True))
+    c = bench.add("c", [*prompt_of(200), *prompt_of(20)], greedy(3, prompt_logprobs=True))
+    bench.run()
+    assert bench.outcome("b") == alone(b)
+    assert bench.outcome("c") == alone(c)
+    calls(bench, "score")
+    d = bench.add("d", prompt_of(200), greedy(2, prompt_logprobs=True))
+    bench.run()
+    assert calls(bench, "score") == 8  # the tokens behind the last full page
+    assert bench.outcome("d") == alone(d)
+
+
+@pytest.mark.parametrize("first", [1, 2, 64, 65, 128, 150])
+@pytest.mark.parametrize("second", [1, 3, 64, 100, 129, 199])
+def test_any_part_of_a_prompt_may_have_been_scored_before(first: int, second: int) -> None:
+    bench = CoreBench()
+    for name, start in (("a", first), ("b", second), ("c", 1)):
+        params = SamplingParams(1, temperature=0.0, prompt=PromptScoring(start))
+        request = bench.add(name, prompt_of(200), params)
+        bench.run()
+        assert bench.outcome(name, start) == alone(request)
+
+
+def test_scores_of_given_ids_are_neither_kept_nor_mixed_up_with_kept_ones() -> None:
+    bench = CoreBench()
+    for name, ids in (("a", ()), ("b", (5, 6)), ("c", ())):
+        params = SamplingParams(1, temperature=0.0, prompt=PromptScoring(token_ids=ids))
+        request = bench.add(name, prompt_of(200), params)
+        bench.run()
+        assert bench.outcome(name) == alone(request)
+        assert calls(bench, "score") == {"a": 199, "b": 199, "c": 8}[name]
+
+
+def test_without_caching_everything_is_computed_again() -> None:
+    bench = CoreBench(prefix_caching=False)
+    for name in "ab":
+        request = bench.add(name, prompt_of(200), greedy(1, prompt_logprobs=True))
+        bench.run()
+        assert (calls(bench, "prefill"), calls(bench, "score")) == (199, 199)
+        assert bench.outcome(name) == alone(request)
+        assert bench.events[name][0].cached_tokens == 0
+
+
+def test_requests_of_other_salts_share_nothing() -> None:
+    bench = CoreBench()
+    for name, salt in (("a", ""), ("b", "x"), ("c", "x")):
+        request = bench.add(name, prompt_of(200), greedy(1, prompt_logprobs=True), cache_salt=salt)
+        bench.run()
+        assert bench.outcome(name) == alone(request)
+        assert bench.events[name][0].cached_tokens == (192 if name == "c" else 0)
+
+
+def test_several_answers_to_one_prompt_share_its_pages() -> None:
+    bench = CoreBench(max_num_batched_tokens=68)
+    requests = [bench.add(f"{i}", prompt_of(200), SamplingParams(30, seed=i)) for i in range(4)]
+    while not all(request.output_token_ids for request in requests):
+        bench.step()
+    assert len({tuple(request.pages[:3]) for request in requests}) == 1
+    assert calls(bench, "prefill") == 199 + 3 * 7
+    bench.run()
+    for request in requests:
+        assert bench.outcome(request.id) == alone(request)
+
+
+def test_an_answer_that_is_continued_is_cached_as_well() -> None:
+    bench = CoreBench()
+    a = bench.add("a", prompt_of(100), greedy(100))
+    bench.run()
+    calls(bench, "prefill")
+    b = bench.add("b", [*prompt_of(100), *a.output_token_ids], greedy(5, prompt_logprobs=True))
+    bench.run()
+    assert calls(bench, "prefill") == 7
+    assert bench.outcome("b") == alone(b)
+
+
+def test_the_cache_gives_way_to_requests_that_need_its_pages() -> None:
+    bench = CoreBench(pages=9)
+    for i in range(6):
+        request = bench.add(f"{i}", prompt_of(300, i % 3), greedy(20, prompt_logprobs=True))
+        bench.run()
+        assert bench.outcome(f"{i}") == alone(request)
+
+
+def test_the_whole_vocabulary_of_a_held_request_is_read_block_by_block() -> None:
+    bench = CoreBench()
+    params = SamplingParams(2, temperature=0.0, prompt=PromptScoring(whole=True))
+    a = bench.add("a", prompt_of(70), params)
+    bench.run()
+    assert bench.outcome("a").prompt_scores is None
+    assert calls(bench, "score") == 0
+    rows = bench.core.vocabulary("a", 60, 9)
+    assert rows.shape == (9, VOCAB_SIZE)
+    for i, row in enumerate(rows):
+        hidden = hidden_after(a.prompt_token_ids[: 61 + i])
+        assert row.tolist() == [-((token + hidden) % 7) / 8 for token in range(VOCAB_SIZE)]
+    assert a.pages
+    bench.core.scheduler.check()
+    assert bench.core.abort("a") is None
+    assert not a.pages
+    bench.core.scheduler.check()
+    with pytest.raises(LookupError):
+        bench.core.vocabulary("a", 0, 1)
+
+
+def test_a_held_request_does_not_survive_a_failure() -> None:
+    bench = CoreBench()
+    bench.add("a", prompt_of(70), SamplingParams(0, prompt=PromptScoring(whole=True)))
+    bench.run()
+    bench.add("b", prompt_of(7), greedy(3))
+    bench.runner.fail_once("decode")
+    bench.fail()
+    with pytest.raises(LookupError):
+        bench.core.vocabulary("a", 0, 1)

@@ -1,0 +1,141 @@
+"""Promise 2 under load: a small model with a tiny cache gives everyone what it gives them alone, to the last bit."""
+
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+import pytest
+
+from compiled.load import load_model
+from compiled.runner import ModelRunner
+from compiled.shapes import Buckets
+from model.weights.load import open_checkpoint
+from model.weights.source import ModelSource
+from serve.engine.core import EngineCore
+from serve.engine.request import FinishReason, PromptScoring, Request, SamplingParams, TokenEvent, TokenScores
+from tests.model.tiny import random_weights, write_checkpoint
+
+# The head shape of SmolLM2-135M, for which XLA's attention is the same to the last bit (docs/design.md).
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+BUCKETS = Buckets(decode_rows=(1, 2, 4), prefill_chunks=(16, 64), score_rows=64, pages_per_row=4)
+REQUESTS = 80
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def small_runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
+    folder = tmp_path_factory.mktemp("model")
+    write_checkpoint(folder, CONFIG, random_weights(CONFIG, seed=3))
+    checkpoint = open_checkpoint(ModelSource("small", folder))
+    try:
+        model = load_model(checkpoint, request.param)
+    finally:
+        checkpoint.close()
+    return ModelRunner(model, BUCKETS, pages=10, max_logprobs=20)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    prompt: list[int]
+    params: SamplingParams
+    arrival: int  # step
+    leaves: int | None  # step
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """All that a request was told, as bits."""
+
+    token_ids: list[int]
+    scores: list[tuple[bytes, ...]]
+    prompt: tuple[bytes, ...] | None
+    reason: FinishReason | None
+
+
+def random_cases(random: Random) -> list[Case]:
+    beginnings = [[random.randrange(300) for _ in range(200)] for _ in range(3)]
+    cases = []
+    for i in range(REQUESTS):
+        own = [random.randrange(300) for _ in range(random.randint(1, 60))]
+        prompt = (random.choice(beginnings)[: random.choice((0, 30, 64, 100, 128, 150))] + own)[:200]
+        scoring = PromptScoring(random.randint(1, len(prompt))) if random.random() < 0.6 else None
+        params = SamplingParams(
+            max_tokens=random.choice((0, 1, random.randint(2, 50))),
+            temperature=random.choice((0.0, 0.8, 1.3)),
+            top_p=random.choice((1.0, 0.9)),
+            top_k=random.choice((0, 10)),
+            seed=random.getrandbits(32),
+            prompt=scoring if len(prompt) > 1 else None,
+        )
+        if random.random() < 0.3:
+            params = replace(params, frequency_penalty=0.7, repetition_penalty=1.2, logit_bias=((5, 3.0),))
+        if random.random() < 0.3:
+            params = replace(params, allowed_token_ids=frozenset(random.sample(range(300), 40)))
+        if random.random() < 0.2:
+            params = replace(params, logprob_token_ids=(7, 3, 299))
+        leaves = i * 3 + random.randint(1, 30) if random.random() < 0.1 else None
+        cases.append(Case(prompt, params, i * 3, leaves))
+    return cases
+
+
+def run(runner: ModelRunner, cases: list[Case], *, prefix_caching: bool) -> tuple[list[Told], int]:
+    """What each was told, and how many found something in the prefix cache."""
+    core = EngineCore(runner, max_model_len=256, max_num_batched_tokens=68, prefix_caching=prefix_caching)
+    events: list[list[TokenEvent]] = [[] for _ in cases]
+    step = 0
+    while step <= cases[-1].arrival or core.scheduler.num_requests:
+        for i, case in enumerate(cases):
+            if case.arrival == step:
+                request = Request(f"{i}", case.prompt, case.params)
+                request.seed = case.params.seed or 0
+                core.add(request)
+            if case.leaves == step and (gone := core.abort(f"{i}")) is not None:
+                events[i].append(gone[1])
+        for request, event in core.step():
+            events[int(request.id)].append(event)
+        core.scheduler.check()
+        step += 1
+    starts = [case.params.prompt.start if case.params.prompt else 1 for case in cases]
+    cached = sum(bool(each and each[0].cached_tokens) for each in events)
+    return [_told(each, start) for each, start in zip(events, starts, strict=True)], cached
+
+
+def test_everyone_is_told_what_they_are_told_alone(small_runner: ModelRunner) -> None:
+    cases = random_cases(Random(11))
+    crowd, cached = run(small_runner, cases, prefix_caching=True)
+    assert cached > 10
+    for case, told in zip(cases, crowd, strict=True):
+        (alone,), _ = run(small_runner, [replace(case, arrival=0, leaves=None)], prefix_caching=False)
+        if told.reason is FinishReason.ABORT:
+            assert told.token_ids == alone.token_ids[: len(told.token_ids)]
+            assert told.scores == alone.scores[: len(told.scores)]
+        else:
+            assert told == alone
+
+
+def _told(events: list[TokenEvent], start: int) -> Told:
+    prompt = events[0].prompt_scores
+    return Told(
+        [token for event in events for token in event.token_ids],
+        [_bits(event.scores) for event in events if event.token_ids],
+        None if prompt is None else _bits(prompt[start - 1 :]),
+        events[-1].finish_reason,
+    )
+
+
+def _bits(scores: TokenScores) -> tuple[bytes, ...]:
+    return tuple(getattr(scores, name).tobytes() for name in TokenScores.__slots__)

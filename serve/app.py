@@ -10,13 +10,14 @@ from starlette.routing import Route
 
 from serve import __version__
 from serve.openai.access import Access
+from serve.openai.body import dump
 from serve.openai.chat import ChatCompletions
 from serve.openai.completions import Completions
 from serve.openai.endpoint import AppConfig, Endpoint
 from serve.openai.errors import APIError
 from serve.openai.generation import Engine
 from serve.openai.models import Models
-from serve.openai.stream import dump
+from serve.openai.vocabulary import RowWriter
 from serve.text.tokenizer import Tokenizer
 
 __all__ = ["AppConfig", "create_app"]
@@ -24,7 +25,9 @@ __all__ = ["AppConfig", "create_app"]
 
 def create_app(engine: Engine, tokenizer: Tokenizer, config: AppConfig) -> Starlette:
     """The ASGI app around a running engine, whose life is the caller's business."""
-    endpoint = Endpoint(engine, tokenizer, config)
+    limits = engine.limits
+    writer = RowWriter(tokenizer, limits.vocab_size) if limits.whole_vocabulary else None
+    endpoint = Endpoint(engine, tokenizer, config, writer)
     models = Models(endpoint)
 
     async def health(_: Request) -> Response:

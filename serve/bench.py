@@ -7,6 +7,7 @@ weight once, so weight bytes / read bandwidth is the least time of a step; the b
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -24,10 +25,13 @@ import httpx2
 from rich.console import Console
 from rich.table import Table
 
+from serve.bench_host import host_ms_per_step
 from serve.bench_limit import decode_bytes, read_bandwidth
 
 _PROMPT, _OUTPUT = 32, 64  # tokens of a decode stream
 _LONG = 512  # tokens of a prefill
+_REUSED, _CACHED = 900, 800  # tokens of a prompt, and of those the ones that an earlier one began with
+_BESIDE = 1500  # tokens of a prompt that comes while a stream runs
 _SCORED, _SCORED_AT_ONCE = 48, 16  # lm-eval's shape: short prompts with echo, many in a request
 
 
@@ -40,6 +44,11 @@ class Row:
     ttft_ms: float | None = None
     itl_ms: float | None = None
     total_ms: float | None = None
+    note: str = ""
+
+
+class RefusedError(Exception):
+    """The server does not do this."""
 
 
 class Load:
@@ -59,11 +68,7 @@ class Load:
 
     async def prefill(self, **extra: object) -> Row:
         """A long prompt and one token: the median of five."""
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            await self._post({"prompt": self._ids(_LONG), "max_tokens": 1, **extra})
-            seconds.append(time.perf_counter() - start)
+        seconds = [await self._timed({"prompt": self._ids(_LONG), "max_tokens": 1, **extra}) for _ in range(5)]
         median = statistics.median(seconds)
         name = f"prefill of {_LONG}" + "".join(f", {key}={value}" for key, value in extra.items())
         return Row(name, _LONG / median, total_ms=median * 1e3)
@@ -71,11 +76,36 @@ class Load:
     async def score_short(self) -> Row:
         """Many short prompts in one request, as lm-eval asks for log-likelihoods."""
         prompts = [self._ids(_SCORED) for _ in range(_SCORED_AT_ONCE)]
-        start = time.perf_counter()
-        await self._post({"prompt": prompts, "max_tokens": 1, "echo": True, "logprobs": 1})
-        seconds = time.perf_counter() - start
+        seconds = await self._timed({"prompt": prompts, "max_tokens": 1, "echo": True, "logprobs": 1})
         tokens = _SCORED * _SCORED_AT_ONCE
         return Row(f"score {_SCORED_AT_ONCE} prompts of {_SCORED}", tokens / seconds, total_ms=seconds * 1e3)
+
+    async def reuse(self) -> list[Row]:
+        """A long prompt scored cold, and with its beginning in the cache: only computed before, or scored as well."""
+        rows: list[Row] = []
+        scored: dict[str, object] = {"prompt_logprobs": 5, "max_tokens": 1}
+        name = f"score {_REUSED}"
+        for case, first in (("cold", None), (f"{_CACHED} cached", {"max_tokens": 1}), (f"{_CACHED} scored", scored)):
+            seconds = []
+            for _ in range(3):
+                beginning = self._ids(_CACHED)
+                if first is not None:
+                    await self._post({"prompt": beginning, **first})
+                seconds.append(await self._timed({"prompt": beginning + self._ids(_REUSED - _CACHED), **scored}))
+            median = statistics.median(seconds)
+            ratio = 1e3 * median / (rows[0].total_ms or 1.0) if rows else 1.0
+            note = f"{1 / ratio:.1f} x" if rows else ""
+            rows.append(Row(f"{name}, {case}", _REUSED / median, total_ms=median * 1e3, note=note))
+        return rows
+
+    async def beside(self) -> Row:
+        """The longest wait between two tokens of a stream while a long prompt comes in."""
+        stream = asyncio.create_task(self._stream({}))
+        seconds = await self._timed({"prompt": self._ids(_BESIDE), "max_tokens": 1})
+        _, arrivals = await stream
+        gaps = [1e3 * (after - before) for before, after in itertools.pairwise(arrivals)]
+        name = f"1 stream beside a prompt of {_BESIDE}"
+        return Row(name, _BESIDE / seconds, itl_ms=statistics.median(gaps), note=f"longest {max(gaps):.0f} ms")
 
     async def _decode_round(self, name: str, streams: int, extra: dict[str, object]) -> Row:
         start = time.perf_counter()
@@ -96,7 +126,7 @@ class Load:
         begun = time.perf_counter()
         async with self._client.stream("POST", "/v1/completions", json=body) as response:
             if response.status_code != 200:
-                raise SystemExit(f"{response.status_code}: {(await response.aread())[:300].decode()}")
+                raise _refused(response.status_code, (await response.aread()).decode())
             arrivals = [
                 time.perf_counter()
                 async for line in response.aiter_lines()
@@ -104,10 +134,15 @@ class Load:
             ]
         return begun, arrivals
 
+    async def _timed(self, body: dict[str, object]) -> float:
+        start = time.perf_counter()
+        await self._post(body)
+        return time.perf_counter() - start
+
     async def _post(self, body: dict[str, object]) -> None:
         response = await self._client.post("/v1/completions", json=self._body(body))
         if response.status_code != 200:
-            raise SystemExit(f"{response.status_code}: {response.text[:300]}")
+            raise _refused(response.status_code, response.text)
 
     def _body(self, body: dict[str, object]) -> dict[str, object]:
         return {"model": self._model, "temperature": 0, **body}
@@ -116,19 +151,32 @@ class Load:
         return [self._random.randrange(100, self._vocabulary) for _ in range(count)]
 
 
+def _refused(status: int, text: str) -> BaseException:
+    """What a status that is not 200 means: other servers refuse some of what is asked here."""
+    return RefusedError(text[:200]) if status == 400 else SystemExit(f"{status}: {text[:300]}")
+
+
 async def measure(url: str, vocabulary: int) -> AsyncIterator[Row]:
     """All scenarios, one after another."""
     async with httpx2.AsyncClient(base_url=url, timeout=600) as client:
-        models = (await client.get("/v1/models")).json()["data"]
-        load = Load(client, models[0]["id"], vocabulary)
+        card = (await client.get("/v1/models")).json()["data"][0]
+        load = Load(client, card["id"], vocabulary)
         await load.decode(1)  # not counted: connections, first touches of memory
         for streams in (1, 4, 16):
             yield await load.decode(streams)
         yield await load.decode(16, logprobs=5)
         yield await load.decode(16, temperature=1, top_p=0.9)
         yield await load.prefill()
-        yield await load.prefill(prompt_logprobs=5)
-        yield await load.score_short()
+        for scenario in (load.prefill(prompt_logprobs=5), load.score_short(), load.beside()):
+            try:
+                yield await scenario
+            except RefusedError as error:
+                yield Row(f"refused: {error}", 0.0)
+        try:
+            for row in await load.reuse():
+                yield row
+        except RefusedError as error:
+            yield Row(f"refused: {error}", 0.0)
 
 
 @contextlib.contextmanager
@@ -157,12 +205,12 @@ def show(rows: list[Row], floor_ms: float | None, gigabytes: float) -> None:
     table = Table(
         title=f"read bandwidth {gigabytes:.1f} GB/s" + (f", floor {floor_ms:.1f} ms a step" if floor_ms else "")
     )
-    for column in ("scenario", "tokens/s", "TTFT ms", "ITL ms", "total ms", "share of limit"):
-        table.add_column(column, justify="left" if column == "scenario" else "right")
+    for column in ("scenario", "tokens/s", "TTFT ms", "ITL ms", "total ms", "share of limit", "note"):
+        table.add_column(column, justify="left" if column in ("scenario", "note") else "right")
     for row in rows:
         share = f"{floor_ms / row.itl_ms:.0%}" if floor_ms and row.itl_ms else ""
         numbers = [f"{value:.1f}" if value is not None else "" for value in (row.ttft_ms, row.itl_ms, row.total_ms)]
-        table.add_row(row.scenario, f"{row.tokens_per_second:.1f}", *numbers, share)
+        table.add_row(row.scenario, f"{row.tokens_per_second:.1f}", *numbers, share, row.note)
     Console(width=max(110, Console().width)).print(table)
 
 
@@ -180,12 +228,14 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("NO_COLOR", "1")
     gigabytes = read_bandwidth() / 1e9
+    host = host_ms_per_step()
     weights = None if options.url and not options.model else decode_bytes(options.model, options.dtype)
     with contextlib.ExitStack() as stack:
         arguments = [*([options.model] if options.model else []), "--dtype", options.dtype]
         url = options.url or stack.enter_context(own_server(arguments))
         rows = asyncio.run(_collect(url, options.vocabulary))
     show(rows, weights / gigabytes / 1e6 if weights else None, gigabytes)
+    Console().print(f"host time of our engine: {host:.2f} ms a step of 16 rows (schedule, batch, read-out, events)")
 
 
 if __name__ == "__main__":

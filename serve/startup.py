@@ -1,5 +1,6 @@
 """From a ServeConfig to a running engine: files, weights, programs, with progress on the terminal."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,8 +11,8 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from compiled.load import load_model, uses_kernels
 from compiled.programs import Program, use_persistent_cache
 from compiled.runner import ModelRunner
-from compiled.shapes import make_buckets
-from compiled.state import MAX_BANNED
+from compiled.shapes import Buckets, make_buckets
+from compiled.state import MAX_SCORED_IDS
 from model.config import ModelConfig
 from model.kv_cache import PAGE_SIZE, bytes_per_page
 from model.transformer import BoundModel
@@ -22,6 +23,7 @@ from model.weights.source import ModelSource, default_model_path, resolve_model
 from serve.config import ServeConfig
 from serve.engine.engine import Engine
 from serve.engine.request import EngineLimits
+from serve.memory import free_memory
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -67,10 +69,23 @@ def start(config: ServeConfig, console: Console) -> Served:
     finally:
         checkpoint.close()
     runner = _compile(model, config, max_model_len, console)
-    limits = EngineLimits(max_model_len, config.max_logprobs, model_config.vocab_size, MAX_BANNED)
-    engine = Engine(runner, limits, max_waiting=config.max_num_queued_reqs)
+    limits = EngineLimits(
+        max_model_len=max_model_len,
+        max_logprobs=runner.max_logprobs,
+        vocab_size=model_config.vocab_size,
+        cache_tokens=(runner.pages - 1) * PAGE_SIZE,
+        max_scored_ids=MAX_SCORED_IDS,
+        whole_vocabulary=config.max_logprobs == -1,
+    )
+    engine = Engine(
+        runner,
+        limits,
+        max_waiting=config.max_num_queued_reqs,
+        max_num_batched_tokens=config.batched_tokens,
+        prefix_caching=config.enable_prefix_caching,
+    )
     engine.start()
-    return Served(source.name, engine, runner, tokenizer, _fingerprint(config, model))
+    return Served(source.name, engine, runner, tokenizer, _fingerprint(config, model, runner))
 
 
 def _find(config: ServeConfig) -> ModelSource:
@@ -104,13 +119,19 @@ def _load(checkpoint: Checkpoint, dtype: str, console: Console) -> BoundModel:
 
 
 def _compile(model: BoundModel, config: ServeConfig, max_model_len: int, console: Console) -> ModelRunner:
-    buckets = make_buckets(max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
-    per_page = bytes_per_page(model.config, model.dtype)
-    most = config.max_num_seqs * buckets.pages_per_row
-    pages = min(most, max(buckets.pages_per_row, _CACHE_BYTES // per_page)) + 1
+    buckets = make_buckets(
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=config.batched_tokens,
+        whole_vocabulary=config.max_logprobs == -1,
+    )
+    pages = _pages(model, config, buckets, console)
     tokens = (pages - 1) * PAGE_SIZE
-    console.print(f"cache    {pages * per_page / 1e6:,.0f} MB, {tokens:,} tokens; at most {max_model_len:,} a request")
-    count = len(buckets.steps()) + len(buckets.heads())
+    size = pages * bytes_per_page(model.config, model.dtype) / 1e6
+    console.print(f"cache    {size:,.0f} MB, {tokens:,} tokens; at most {max_model_len:,} a request")
+    if tokens < max_model_len:
+        console.print("cache    it holds less than one request of full length: what needs more is refused")
+    count = len(buckets.steps()) + len(buckets.heads()) + 1  # and the one that fills a slot
     with Progress(
         TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     ) as bar:
@@ -119,9 +140,29 @@ def _compile(model: BoundModel, config: ServeConfig, max_model_len: int, console
             model,
             buckets,
             pages=pages,
-            max_logprobs=config.max_logprobs,
+            max_logprobs=config.computed_logprobs,
             on_compiled=_reporter(bar, lambda: bar.advance(task)),
         )
+
+
+def _pages(model: BoundModel, config: ServeConfig, buckets: Buckets, console: Console) -> int:
+    """Pages of the cache, the null page included."""
+    per_page = bytes_per_page(model.config, model.dtype)
+    all_rows = config.max_num_seqs * buckets.pages_per_row
+    if config.kv_cache_memory is None:
+        return min(all_rows, max(buckets.pages_per_row, _CACHE_BYTES // per_page)) + 1
+    free = free_memory()
+    size = config.kv_cache_memory.bytes_of(free)
+    if size is None:
+        raise StartupError("--kv-cache-memory: this device does not tell how much memory is free; give bytes")
+    if size < 2 * per_page:
+        raise StartupError(
+            f"--kv-cache-memory: {size:,} bytes hold no page of {PAGE_SIZE} tokens, which takes {per_page:,} bytes, "
+            "and another for padding"
+        )
+    if free is not None and size > free:
+        console.print(f"cache    warning: --kv-cache-memory is {size:,} bytes, and {free:,} are free")
+    return size // per_page
 
 
 def _reporter(bar: Progress, advance: Callable[[], None]) -> Callable[[Program], None]:
@@ -135,7 +176,12 @@ def _reporter(bar: Progress, advance: Callable[[], None]) -> Callable[[Program],
     return report
 
 
-def _fingerprint(config: ServeConfig, model: BoundModel) -> str:
-    """Names the configuration that the numbers come from: versions, platform, dtype."""
+def _fingerprint(config: ServeConfig, model: BoundModel, runner: ModelRunner) -> str:
+    """Names what the numbers come from: versions, platform, dtype, and a digest of shapes and options.
+
+    The same weights under the same fingerprint give the same bits.
+    """
     linears = "packed" if uses_kernels(model) else "xla"
-    return f"fp_jax{jax.__version__}_{jax.default_backend()}_{config.dtype}_{linears}"
+    shapes = (runner.buckets, runner.max_logprobs, config.batched_tokens, config.enable_prefix_caching)
+    digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
+    return f"fp_jax{jax.__version__}_{jax.default_backend()}_{config.dtype}_{linears}_{digest}"

@@ -1,40 +1,69 @@
 """What both endpoints check of a request against what the engine can do. Each check names the field in its APIError."""
 
+import re
+from collections.abc import Collection
+
 from serve.engine.request import EngineLimits
 from serve.openai.errors import invalid, unsupported
 from serve.openai.schema import GenerationRequest
 
-
-def prompt_top_k(body: GenerationRequest, limits: EngineLimits) -> int | None:
-    """The number of alternatives that `prompt_logprobs` asks for, None where it asks for nothing."""
-    k = body.prompt_logprobs
-    if k == -1:
-        raise unsupported("prompt_logprobs", "`prompt_logprobs` of -1, the whole vocabulary, is not supported yet.")
-    return None if k is None else check_top_k("prompt_logprobs", k, limits)
+_CACHE_SALT = re.compile(r"[^@/\\\0]{1,128}")
 
 
-def check_top_k(param: str, k: int, limits: EngineLimits) -> int:
-    """k, unless it is above what this server computes."""
+def check_common(body: GenerationRequest) -> None:
+    """Fields that can be judged without the model."""
+    if body.stream_options is not None and not body.stream:
+        raise invalid("stream_options", "`stream_options` is only allowed when `stream` is true.")
+    if body.best_of not in (None, body.n or 1):
+        raise unsupported("best_of", "`best_of` must equal `n`.")
+    if body.cache_salt is not None and not _CACHE_SALT.fullmatch(body.cache_salt):
+        raise invalid("cache_salt", "`cache_salt` must be 1 to 128 characters without @, /, \\ and NUL.")
+
+
+def check_top_k(param: str, k: int, limits: EngineLimits) -> None:
+    """k is what this server computes for every token."""
     if k > limits.max_logprobs:
         message = f"`{param}` is {k}, greater than the maximum of {limits.max_logprobs} (--max-logprobs)."
         raise invalid(param, message, "integer_above_max_value")
-    return k
+
+
+def check_ids(param: str, ids: Collection[int], limits: EngineLimits) -> None:
+    """All ids are in the vocabulary."""
+    if any(token_id >= limits.vocab_size for token_id in ids):
+        raise invalid(param, f"`{param}` holds an id outside the vocabulary of {limits.vocab_size}.")
+
+
+def check_scored_ids(param: str, ids: Collection[int], limits: EngineLimits) -> None:
+    """Ids whose numbers are asked for: some, not too many, each once."""
+    if not ids:
+        raise invalid(param, f"`{param}` must hold at least one id.", "empty_array")
+    if len(ids) > limits.max_scored_ids:
+        message = f"`{param}` holds more than {limits.max_scored_ids} ids."
+        raise invalid(param, message, "array_above_max_length")
+    if len(set(ids)) != len(ids):
+        raise invalid(param, f"`{param}` holds an id twice.")
+    check_ids(param, ids, limits)
+
+
+def check_logprob_token_ids(body: GenerationRequest, *, shown: bool, limits: EngineLimits) -> None:
+    """`logprob_token_ids` names the alternatives of log-probs that are `shown`."""
+    if body.logprob_token_ids is None:
+        return
+    if not shown:
+        raise invalid("logprob_token_ids", "`logprob_token_ids` needs `logprobs`.")
+    check_scored_ids("logprob_token_ids", body.logprob_token_ids, limits)
 
 
 def check_room(param: str, prompt: int, max_tokens: int | None, limits: EngineLimits) -> int:
-    """Tokens that may be generated after a prompt of that many: `max_tokens`, or the rest of the context."""
-    limit = limits.max_model_len
-    if prompt + (1 if max_tokens is None else max_tokens) > limit:
-        wanted = "at least 1" if max_tokens is None else str(max_tokens)
-        message = (
-            f"This model's maximum context length is {limit} tokens, but {prompt} prompt tokens and {wanted} "
-            "to generate were asked for."
-        )
-        raise invalid(param, message, "context_length_exceeded")
-    return limit - prompt if max_tokens is None else max_tokens
-
-
-def check_stream_options(body: GenerationRequest) -> None:
-    """`stream_options` only makes sense with `stream`."""
-    if body.stream_options is not None and not body.stream:
-        raise invalid("stream_options", "`stream_options` is only allowed when `stream` is true.")
+    """Tokens that may be generated after a prompt of that many: `max_tokens`, or all that there is room for."""
+    room = min(limits.max_model_len, limits.cache_tokens) - prompt
+    wanted = 1 if max_tokens is None else max_tokens
+    if wanted <= room:
+        return room if max_tokens is None else wanted
+    least = "at least " if max_tokens is None else ""
+    asked = f"but {prompt} prompt tokens and {least}{wanted} to generate were asked for."
+    if prompt + wanted > limits.max_model_len:
+        message = f"This model's maximum context length is {limits.max_model_len} tokens, {asked}"
+    else:
+        message = f"The cache holds {limits.cache_tokens} tokens (--kv-cache-memory), {asked}"
+    raise invalid(param, message, "context_length_exceeded")

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serve.openai.errors import APIError
-from serve.openai.generation import Choice, Engine, Finished
-from serve.openai.schema import FieldLog, GenerationRequest
+from serve.openai.generation import Choice, Delta, Engine, Finished
+from serve.openai.known_fields import FieldLog
+from serve.openai.schema import GenerationRequest
+from serve.openai.vocabulary import RowWriter
 from serve.text.tokenizer import Tokenizer
 
 
@@ -30,6 +32,7 @@ class Endpoint:
     engine: Engine
     tokenizer: Tokenizer
     config: AppConfig
+    row_writer: RowWriter | None  # where the engine gives whole rows
     fields: FieldLog = field(default_factory=FieldLog)
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970, of the models' cards
 
@@ -45,12 +48,12 @@ class Endpoint:
             raise APIError(404, f"The model {asked[:200]!r} does not exist.", "model", "model_not_found")
         return asked
 
-    def abort_all(self, choices: Sequence[Choice]) -> Callable[[], None]:
-        """A callback that ends all choices; harmless where they have ended."""
+    def abort_all(self, request_ids: Sequence[str]) -> Callable[[], None]:
+        """A callback that ends all requests to the engine; harmless where they have ended."""
 
         def abort() -> None:
-            for choice in choices:
-                self.engine.abort(choice.request.id)
+            for request_id in request_ids:
+                self.engine.abort(request_id)
 
         return abort
 
@@ -85,13 +88,19 @@ class Header:
 class Usage:
     """Counts tokens; a prompt counts once, however many answers it gets."""
 
-    prompt_tokens: int = 0
+    prompt_tokens: int
     completion_tokens: int = 0
+    cached_tokens: int = 0  # of the prompts, those that the engine did not compute again
 
     @classmethod
     def of_prompts(cls, choices: Sequence[Choice]) -> "Usage":
         """The prompts of all choices, nothing generated yet."""
         return cls(sum(len(choice.request.prompt_token_ids) for choice in choices if choice.first))
+
+    def open(self, choice: Choice, told: Delta | Finished) -> None:
+        """Counts what is told of a choice's prompt; once for each choice."""
+        if choice.first:
+            self.cached_tokens += told.cached_tokens
 
     def fields(self) -> dict[str, Any]:
         """As JSON fields."""
@@ -99,14 +108,16 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": None,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 
 def usage_of(results: Sequence[Finished]) -> Usage:
     """The usage of a whole answer."""
     usage = Usage.of_prompts([result.choice for result in results])
-    usage.completion_tokens = sum(len(result.token_ids) for result in results)
+    for result in results:
+        usage.open(result.choice, result)
+        usage.completion_tokens += len(result.token_ids)
     return usage
 
 

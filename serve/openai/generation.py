@@ -1,19 +1,21 @@
-"""What both endpoints do: fields to SamplingParams, requests to the engine, events to text with their numbers."""
+"""What both endpoints do: requests to the engine, events to text with their numbers."""
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from serve.engine.detokenize import Detokenizer
 from serve.engine.request import (
     EngineLimits,
     EngineStoppedError,
     FinishReason,
+    PromptScoring,
     QueueFullError,
     Request,
     SamplingParams,
@@ -21,24 +23,23 @@ from serve.engine.request import (
     TokenScores,
 )
 from serve.openai.errors import APIError, engine_error, invalid
+from serve.openai.sampling_params import stop_strings
 from serve.openai.schema import GenerationRequest
 from serve.text.tokenizer import Tokenizer
 
-GREEDY_BELOW = 1e-5  # temperatures under it are 0
-_MAX_STOP_STRINGS = 10_000
-_MAX_STOP_CHARACTERS = 100_000  # of all strings; preparing them takes time on the event loop
 _AT_ONCE = 64  # of the choices of one HTTP request: a long list of prompts leaves room in the queue for others
 
 
 class Engine(Protocol):
-    """The engine as HTTP sees it."""
+    """The engine as HTTP sees it; `serve.engine.engine.Engine` says what its methods do."""
 
     limits: EngineLimits
 
     @property
     def ready(self) -> bool: ...
-    def submit(self, request: Request) -> AsyncIterator[TokenEvent]: ...
+    def submit(self, request: Request) -> AsyncGenerator[TokenEvent]: ...
     def abort(self, request_id: str) -> None: ...
+    async def vocabulary(self, request_id: str, start: int, count: int) -> NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Delta:
     text: str
     token_ids: list[int]
     scores: TokenScores
+    cached_tokens: int = 0  # of the prompt; the same in all deltas
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     prompt_scores: TokenScores | None = None
@@ -70,7 +72,7 @@ class Choice:
         """The engine's events with their text; ends after the delta that has a finish reason.
 
         Raises:
-            APIError: 429 when the queue is full, 500 when the engine fails.
+            APIError: 429 when the queue is full, 500 when the engine fails, 503 when it has stopped.
         """
         detokenizer = Detokenizer(
             tokenizer,
@@ -79,22 +81,16 @@ class Choice:
             include_stop_str_in_output=self.include_stop,
         )
         try:
-            async for event in engine.submit(self.request):
-                delta = self._delta(event, detokenizer)
-                yield delta
-                if delta.finish_reason is not None:
-                    return
-        except QueueFullError:
-            message = "Too many requests are waiting. Try again later."
-            raise APIError(429, message, None, "rate_limit_exceeded", {"Retry-After": "1"}) from None
-        except EngineStoppedError:
-            raise APIError(503, "The server is shutting down.", None, "engine_stopped") from None
+            async with aclosing(events_of(engine, self.request)) as events:
+                async for event in events:
+                    delta = self._delta(event, detokenizer)
+                    yield delta
+                    if delta.finish_reason is not None:
+                        return
         finally:
             engine.abort(self.request.id)
 
     def _delta(self, event: TokenEvent, detokenizer: Detokenizer) -> Delta:
-        if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-            raise engine_error(f"The engine failed: {event.error}." if event.error else "The request was aborted.")
         text, count = "", 0
         for token_id in event.token_ids:
             count += 1
@@ -102,15 +98,22 @@ class Choice:
                 text += detokenizer.push(token_id)
             if detokenizer.stopped_by is not None:
                 break
-        ids, scores = event.token_ids[:count], _first_rows(event.scores, count)
+        reason: str | None = event.finish_reason
+        stop_reason: str | int | None = None
         if detokenizer.stopped_by is not None:
-            return Delta(text, ids, scores, "stop", detokenizer.stopped_by, event.prompt_scores)
-        if event.finish_reason is None:
-            return Delta(text, ids, scores, None, None, event.prompt_scores)
-        stop = event.stop_token_id
-        stop_reason = None if stop in self.eos_token_ids else stop
-        text += detokenizer.finish()
-        return Delta(text, ids, scores, event.finish_reason.value, stop_reason, event.prompt_scores)
+            reason, stop_reason = "stop", detokenizer.stopped_by
+        elif reason is not None:
+            text += detokenizer.finish()
+            stop_reason = None if event.stop_token_id in self.eos_token_ids else event.stop_token_id
+        return Delta(
+            text=text,
+            token_ids=event.token_ids[:count],
+            scores=event.scores[:count],
+            cached_tokens=event.cached_tokens,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            prompt_scores=event.prompt_scores,
+        )
 
 
 @dataclass(slots=True)
@@ -121,6 +124,7 @@ class Finished:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     scores: list[TokenScores] = field(default_factory=list)
+    cached_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     prompt_scores: TokenScores | None = None
@@ -129,19 +133,43 @@ class Finished:
         """Appends a delta."""
         self.text += delta.text
         self.token_ids += delta.token_ids
-        self.scores.append(delta.scores)
+        if delta.token_ids or not self.scores:
+            self.scores.append(delta.scores)
+        self.cached_tokens = delta.cached_tokens
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
         self.prompt_scores = delta.prompt_scores or self.prompt_scores
 
     def all_scores(self) -> TokenScores:
-        """The numbers of all tokens; as many rows as tokens, or something was lost."""
-        parts = self.scores
-        whole = TokenScores(
-            *(np.concatenate([getattr(part, name) for part in parts]) for name in TokenScores.__slots__)
-        )
-        if len(whole.logprob) != len(self.token_ids):
-            raise engine_error("The engine returned another number of log-probabilities than of tokens.")
-        return whole
+        """The numbers of all tokens in one piece."""
+        names = TokenScores.__slots__
+        return TokenScores(*(np.concatenate([getattr(part, name) for part in self.scores]) for name in names))
+
+
+async def events_of(engine: Engine, request: Request) -> AsyncGenerator[TokenEvent]:
+    """Submits a request; its events, none of which tells a failure.
+
+    Raises:
+        APIError: as in `Choice.deltas`.
+    """
+    with engine_errors():
+        async with aclosing(engine.submit(request)) as events:
+            async for event in events:
+                if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+                    message = f"The engine failed: {event.error}." if event.error else "The request was aborted."
+                    raise engine_error(message)
+                yield event
+
+
+@contextmanager
+def engine_errors() -> Iterator[None]:
+    """Turns what the engine raises into what the client is told."""
+    try:
+        yield
+    except QueueFullError:
+        message = "Too many requests are waiting. Try again later."
+        raise APIError(429, message, None, "rate_limit_exceeded", {"Retry-After": "1"}) from None
+    except EngineStoppedError:
+        raise APIError(503, "The server is shutting down.", None, "engine_stopped") from None
 
 
 async def finish_all(choices: Sequence[Choice], engine: Engine, tokenizer: Tokenizer) -> list[Finished]:
@@ -191,70 +219,48 @@ def make_choices(
     prompts: Sequence[list[int]],
     max_tokens: Sequence[int],
     *,
-    score_prompts: bool,
-    limits: EngineLimits,
-    tokenizer: Tokenizer,
+    params: SamplingParams,
+    scoring: PromptScoring | None,
+    eos_token_ids: frozenset[int],
 ) -> list[Choice]:
     """A choice for each of n answers to each prompt, in the order of their indices.
+
+    Args:
+        max_tokens: of each prompt's answers.
+        params: what all answers share.
+        scoring: what the first answer to each prompt tells about it.
 
     Raises:
         APIError: 400 that names a field.
     """
     n = body.n or 1
-    eos = frozenset() if body.ignore_eos else tokenizer.eos_token_ids
-    stop_ids = eos | frozenset(body.stop_token_ids or ())
-    _check_stop_ids(body, stop_ids, limits)
-    stop = _stop_strings(body)
-    seed = None if body.seed in (None, -1) else body.seed
-    temperature = 1.0 if body.temperature is None else body.temperature
+    stop = stop_strings(body)
     choices = []
     for index in range(len(prompts) * n):
         which, number = divmod(index, n)
-        if (body.min_tokens or 0) > max_tokens[which]:
+        if params.min_tokens > max_tokens[which]:
             raise invalid("min_tokens", f"`min_tokens` is above the {max_tokens[which]} tokens that may be generated.")
-        params = SamplingParams(
+        own = replace(
+            params,
             max_tokens=max_tokens[which],
-            temperature=0.0 if temperature < GREEDY_BELOW else max(temperature, 0.01),
-            top_k=max(body.top_k or 0, 0),
-            top_p=1.0 if body.top_p is None else body.top_p,
-            min_p=body.min_p or 0.0,
-            seed=None if seed is None else seed + number,
-            min_tokens=body.min_tokens or 0,
-            stop_token_ids=stop_ids,
-            prompt_logprobs=score_prompts and number == 0,
+            seed=None if body.seed in (None, -1) else body.seed + number,
+            prompt=scoring if number == 0 else None,
         )
         choices.append(
             Choice(
                 index=index,
-                request=Request(uuid.uuid4().hex, prompts[which], params),
+                request=make_request(body, prompts[which], own),
                 stop=stop,
                 include_stop=bool(body.include_stop_str_in_output),
                 skip_special_tokens=body.skip_special_tokens is not False,
                 prompt_index=which,
-                eos_token_ids=eos,
+                eos_token_ids=eos_token_ids,
                 first=number == 0,
             )
         )
     return choices
 
 
-def _check_stop_ids(body: GenerationRequest, stop_ids: frozenset[int], limits: EngineLimits) -> None:
-    if any(token_id >= limits.vocab_size for token_id in body.stop_token_ids or ()):
-        raise invalid("stop_token_ids", f"`stop_token_ids` holds an id outside the vocabulary of {limits.vocab_size}.")
-    if body.min_tokens and len(stop_ids) > limits.max_banned_ids:
-        raise invalid("stop_token_ids", f"With `min_tokens`, at most {limits.max_banned_ids} stop ids are allowed.")
-
-
-def _stop_strings(body: GenerationRequest) -> tuple[str, ...]:
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    if "" in stop:
-        raise invalid("stop", "`stop` cannot contain an empty string.")
-    if len(stop) > _MAX_STOP_STRINGS:
-        raise invalid("stop", f"`stop` has more than {_MAX_STOP_STRINGS} strings.", "array_above_max_length")
-    if sum(map(len, stop)) > _MAX_STOP_CHARACTERS:
-        raise invalid("stop", f"`stop` has more than {_MAX_STOP_CHARACTERS} characters.", "string_above_max_length")
-    return stop
-
-
-def _first_rows(scores: TokenScores, count: int) -> TokenScores:
-    return TokenScores(scores.logprob[:count], scores.rank[:count], scores.top_ids[:count], scores.top_logprobs[:count])
+def make_request(body: GenerationRequest, prompt: list[int], params: SamplingParams) -> Request:
+    """One request to the engine, with a name of its own."""
+    return Request(uuid.uuid4().hex, prompt, params, body.priority or 0, body.cache_salt or "")

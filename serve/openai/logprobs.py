@@ -16,6 +16,8 @@ from serve.openai.errors import engine_error
 from serve.text.token_strings import decoded_tokens
 from serve.text.tokenizer import Tokenizer
 
+type _Numbers = tuple[str, np.float32, dict[str, np.float32], list[int]]  # a token, its own, by name, the others' ids
+
 _LOWEST = np.float32(-9999.0)  # what OpenAI writes for a token of probability 0; JSON has no infinity
 
 
@@ -41,15 +43,33 @@ def clamped(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.maximum(values, _LOWEST)
 
 
+def checked(scores: TokenScores, rows: int, alternatives: int) -> TokenScores:
+    """The scores, of which as many rows and at least as many alternatives are there as are to be shown.
+
+    Raises:
+        APIError: 500 otherwise; a list that is silently too short would be a wrong answer.
+    """
+    whole = all(len(getattr(scores, name)) == rows for name in TokenScores.__slots__)
+    tables = (scores.top_ids, scores.top_ranks, scores.top_logprobs)
+    if not whole or (rows and any(table.shape[1] < alternatives for table in tables)):
+        raise engine_error("The engine returned another number of log-probabilities than asked for.")
+    return scores
+
+
 def chat_content(names: TokenNames, token_ids: Sequence[int], scores: TokenScores, k: int) -> list[dict[str, Any]]:
-    """`logprobs.content` of chat: an entry per token, with the k most likely tokens, best first.
+    """`logprobs.content` of chat: an entry per token, with its first k alternatives.
 
     `token_id` and `rank` are ours: distinct tokens can read alike.
     """
+    checked(scores, len(token_ids), k)
     logprobs, tops = clamped(scores.logprob), clamped(scores.top_logprobs)
     return [
         _chat_entry(names, token_id, logprobs[i], int(scores.rank[i]))
-        | {"top_logprobs": [_chat_entry(names, int(scores.top_ids[i, j]), tops[i, j], j + 1) for j in range(k)]}
+        | {
+            "top_logprobs": [
+                _chat_entry(names, int(scores.top_ids[i, j]), tops[i, j], int(scores.top_ranks[i, j])) for j in range(k)
+            ]
+        }
         for i, token_id in enumerate(token_ids)
     ]
 
@@ -65,15 +85,21 @@ def _chat_entry(names: TokenNames, token_id: int, logprob: np.float32, rank: int
 
 
 def prompt_logprobs(
-    tokenizer: Tokenizer, token_ids: Sequence[int], scores: TokenScores, k: int
+    tokenizer: Tokenizer, token_ids: Sequence[int], scores: TokenScores, k: int, start: int
 ) -> list[dict[str, dict[str, Any]] | None]:
-    """vLLM's `prompt_logprobs`: null for the first token, then the actual token's entry and the k best beside it."""
-    logprobs, tops = clamped(scores.logprob), clamped(scores.top_logprobs)
-    result: list[dict[str, dict[str, Any]] | None] = [None]
-    for i, actual in enumerate(token_ids[1:]):
-        numbers = {actual: (logprobs[i], int(scores.rank[i]))}
+    """vLLM's `prompt_logprobs`: for each token its own entry, then its first k alternatives.
+
+    Args:
+        start: tokens before it are null; the first token always is.
+    """
+    checked(scores, len(token_ids) - 1, k)
+    logprobs, tops = clamped(scores.logprob[start - 1 :]), clamped(scores.top_logprobs[start - 1 :])
+    result: list[dict[str, dict[str, Any]] | None] = [None] * min(start, len(token_ids))
+    for i, (logprob, top) in enumerate(zip(logprobs, tops, strict=True), start - 1):
+        actual = token_ids[i + 1]
+        numbers = {actual: (logprob, int(scores.rank[i]))}
         for j in range(k):
-            numbers.setdefault(int(scores.top_ids[i, j]), (tops[i, j], j + 1))
+            numbers.setdefault(int(scores.top_ids[i, j]), (top[j], int(scores.top_ranks[i, j])))
         decoded = decoded_tokens(tokenizer, token_ids[max(0, i - 3) : i + 1], list(numbers))
         result.append(
             {
@@ -91,30 +117,33 @@ class CompletionLogprobs:
     """
 
     def __init__(self, names: TokenNames, k: int, *, skip_special_tokens: bool) -> None:
+        """`k` alternatives are shown of each generated token."""
         self._names = names
         self._k = k
         self._skip_special_tokens = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0  # code points of the output's text before the next token
 
-    def echo(self, token_ids: Sequence[int], scores: TokenScores, text: str, hidden: Sequence[bool]) -> dict[str, Any]:
-        """The prompt's tokens: the first has no number.
+    def echo(
+        self, token_ids: Sequence[int], scores: TokenScores, text: str, hidden: Sequence[bool], *, k: int, start: int
+    ) -> dict[str, Any]:
+        """The prompt's tokens, with k alternatives.
 
         Args:
             text: what is echoed for them; the output follows it.
             hidden: for each token, whether it takes no room in the text.
+            start: tokens before it have no numbers; the first never has.
         """
         self._offset = len(text)
-        logprobs, tops = clamped(scores.logprob), clamped(scores.top_logprobs)
-        columns = [self._numbers(token, logprobs[i], scores, tops, i) for i, token in enumerate(token_ids[1:])]
-        offsets = self._prompt_offsets(token_ids, text, hidden)
-        return _columns([(self._names(token_ids[0]), None, None, None), *columns], offsets)
+        checked(scores, len(token_ids) - 1, k)
+        bare = [(self._names(token), None, None, None) for token in token_ids[:start]]
+        numbers = self._numbers(token_ids[start:], scores[start - 1 :], k)
+        return _columns([*bare, *numbers], self._prompt_offsets(token_ids, text, hidden))
 
     def output(self, token_ids: Sequence[int], scores: TokenScores) -> dict[str, Any]:
         """Generated tokens."""
-        logprobs, tops = clamped(scores.logprob), clamped(scores.top_logprobs)
-        columns = [self._numbers(token, logprobs[i], scores, tops, i) for i, token in enumerate(token_ids)]
-        return _columns(columns, [self._output_offset(token) for token in token_ids])
+        checked(scores, len(token_ids), self._k)
+        return _columns(self._numbers(token_ids, scores, self._k), [self._output_offset(token) for token in token_ids])
 
     def _prompt_offsets(self, token_ids: Sequence[int], text: str, hidden: Sequence[bool]) -> list[int]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -136,20 +165,22 @@ class CompletionLogprobs:
             self._offset += len(self._decoder.decode(tokenizer.token_bytes(token_id)))
         return offset
 
-    def _numbers(
-        self, token_id: int, logprob: np.float32, scores: TokenScores, tops: NDArray[np.float32], i: int
-    ) -> tuple[str, np.float32, dict[str, np.float32], list[int]]:
-        name = self._names(token_id)
-        top = {name: logprob}
-        ids: list[int] = scores.top_ids[i, : self._k].tolist()
-        for j, other_id in enumerate(ids):
-            # Distinct tokens that read alike share a key: the higher value stays, and top_token_ids tells them apart.
-            other = self._names(other_id)
-            top[other] = max(top.get(other, _LOWEST), tops[i, j])
-        return name, logprob, top, ids
+    def _numbers(self, token_ids: Sequence[int], scores: TokenScores, k: int) -> list[_Numbers]:
+        logprobs, tops = clamped(scores.logprob), clamped(scores.top_logprobs)
+        rows = []
+        for i, token_id in enumerate(token_ids):
+            name = self._names(token_id)
+            top = {name: logprobs[i]}
+            ids: list[int] = scores.top_ids[i, :k].tolist()
+            for j, other_id in enumerate(ids):
+                # Tokens that read alike share a key: the higher value stays, and top_token_ids tells them apart.
+                other = self._names(other_id)
+                top[other] = max(top.get(other, _LOWEST), tops[i, j])
+            rows.append((name, logprobs[i], top, ids))
+        return rows
 
 
-def _columns(rows: Sequence[tuple[Any, ...]], offsets: list[int]) -> dict[str, Any]:
+def _columns(rows: Sequence[_Numbers | tuple[str, None, None, None]], offsets: list[int]) -> dict[str, Any]:
     names = ("tokens", "token_logprobs", "top_logprobs", "top_token_ids")
     return {name: [row[i] for row in rows] for i, name in enumerate(names)} | {"text_offset": offsets}
 

@@ -5,8 +5,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from serve.openai.body import dump
 from serve.openai.endpoint import Endpoint
-from serve.openai.stream import dump
 
 
 class Models:
@@ -39,4 +39,5 @@ class Models:
             "parent": None,
             "max_model_len": limits.max_model_len,
             "max_logprobs": limits.max_logprobs,
+            "whole_vocabulary": limits.whole_vocabulary,
         }

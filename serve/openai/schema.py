@@ -1,84 +1,20 @@
 """Request bodies as pydantic models, and the one way from bytes to a model or an APIError that names the field."""
 
-import logging
-from collections.abc import Iterable
 from typing import Annotated, Any
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from serve.openai.errors import APIError, invalid, unsupported
-
-logger = logging.getLogger(__name__)
+from serve.openai.errors import APIError, invalid
+from serve.openai.known_fields import FieldLog, check_extra
 
 _INT64 = 2**63
 
-# Field -> values that change nothing; null never does. Any other value is refused until the field is honoured.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "length_penalty": (1,),
-    "logit_bias": ({},),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "logprob_token_ids": (),
-    "prompt_logprob_token_ids": (),
-    "prompt_logprobs_start": (0,),
-    "logprobs_mode": ("raw_logprobs",),
-    "truncate_prompt_tokens": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "tools": (),
-    "tool_choice": ("none",),
-    "functions": (),
-    "function_call": ("none",),
-    "use_beam_search": (False,),
-    "best_of": (),  # but for the value of `n`
-    "suffix": ("",),
-    "prompt_embeds": (),
-    "logits_processors": ([],),
-    "typical_p": (1,),
-    "vllm_xargs": ({},),
-    "priority": (0,),
-    "chat_template": (),
-    "documents": ([],),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "reasoning_effort": ("none",),
-    "kv_transfer_params": (),
-    "thinking_token_budget": (),
-    "repetition_detection": (),
-}
-# Fields that say something about the caller or the transport and nothing about the answer.
-_WITHOUT_EFFECT = frozenset(
-    (
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "request_id",
-        "cache_salt",
-        "parallel_tool_calls",
-        "include_reasoning",
-        "spaces_between_special_tokens",
-        "session_id",
-        "stream_interval",
-        "verbosity",
-    )
-)
-
 _Count = Annotated[int, Field(ge=0, lt=_INT64)]
 _TokenIds = Annotated[list[_Count], Field(fail_fast=True)]
+_Strings = Annotated[list[str], Field(fail_fast=True)]
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class StreamOptions(BaseModel):
@@ -98,14 +34,24 @@ class GenerationRequest(BaseModel):
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
+    best_of: int | None = None  # only the value of `n`
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    cache_salt: str | None = None
     max_tokens: _Count | None = None
     min_tokens: _Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    # In float32 it must be neither 0 nor so large that a logit times it is infinite.
+    repetition_penalty: Annotated[float, Field(ge=1e-30, le=1e30)] | None = None
+    logit_bias: dict[str, Any] | None = None
+    allowed_token_ids: _TokenIds | None = None
+    bad_words: _Strings | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
-    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    stop: str | _Strings | None = None
     stop_token_ids: _TokenIds | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -113,6 +59,9 @@ class GenerationRequest(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     prompt_logprobs: Annotated[int, Field(ge=-1)] | None = None
+    prompt_logprobs_start: _Count | None = None
+    prompt_logprob_token_ids: _TokenIds | None = None
+    logprob_token_ids: _TokenIds | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     add_special_tokens: bool | None = None
@@ -145,20 +94,6 @@ class ChatCompletionRequest(GenerationRequest):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-
-
-class FieldLog:
-    """Logs each unknown field's name once in the life of a server."""
-
-    def __init__(self) -> None:
-        self._seen: set[str] = set()
-
-    def unknown(self, names: Iterable[str]) -> None:
-        """Notes unknown fields; only their first thousand, so that a client cannot fill the memory."""
-        for name in names:
-            if name not in self._seen and len(self._seen) < 1000:
-                self._seen.add(name)
-                logger.warning("unknown request field %.100r is ignored", name)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -203,12 +138,7 @@ def parse[M: GenerationRequest](kind: type[M], body: bytes, log: FieldLog) -> M:
         parsed = kind.model_validate(data)
     except ValidationError as error:
         raise _from_pydantic(error) from None
-    extra = parsed.model_extra or {}
-    for name, value in extra.items():
-        neutral = (parsed.n or 1,) if name == "best_of" else _UNSUPPORTED.get(name, (value,))
-        if value is not None and value not in neutral:
-            raise unsupported(name)
-    log.unknown(name for name in extra if name not in _UNSUPPORTED and name not in _WITHOUT_EFFECT)
+    check_extra(parsed.model_extra or {}, log)
     return parsed
 
 

@@ -6,11 +6,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from serve.openai.body import Body, dump, make_body
 from serve.openai.errors import APIError, engine_error
 
 logger = logging.getLogger(__name__)
@@ -18,19 +18,14 @@ logger = logging.getLogger(__name__)
 _CLIENT_CLOSED = 499  # nobody reads it; it is the usual status of such a request in logs
 
 
-def dump(value: Any) -> bytes:
-    """JSON. numpy's float32 is printed as the shortest text that gives the same float32."""
-    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events whose end, however it comes, is told to `on_close`.
+class ClosingStream(StreamingResponse):
+    """A body in pieces whose end, however it comes, is told to `on_close`.
 
     A generator's own `finally` does not run before the answer ends when the client is cut off while it is written to.
     """
 
-    def __init__(self, events: AsyncIterator[bytes], on_close: Callable[[], None]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    def __init__(self, pieces: AsyncIterator[bytes], media_type: str, on_close: Callable[[], None]) -> None:
+        super().__init__(pieces, media_type=media_type, headers={"Cache-Control": "no-cache"})
         self._on_close = on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,38 +43,84 @@ async def stream_or_disconnect(
     Raises:
         APIError: the first chunk could not be made.
     """
-    first = await _unless_gone(request, _first(chunks))
-    return Response(status_code=_CLIENT_CLOSED) if first is None else EventStream(_events(first, chunks), on_close)
+    events = _events(chunks)
+    first = await _unless_gone(request, _next(events))
+    if first is None:
+        return Response(status_code=_CLIENT_CLOSED)
+    return ClosingStream(_continued(first, events), "text/event-stream", on_close)
 
 
-async def _first(chunks: AsyncGenerator[dict[str, Any]]) -> dict[str, Any]:
-    return await anext(chunks)
+async def json_or_disconnect(
+    request: Request, work: Coroutine[Any, Any, Body], on_close: Callable[[], None]
+) -> Response:
+    """The JSON that `work` makes; cancels it when the client closes the connection.
+
+    A body with holes is sent in pieces, once the first is known. What fails later closes the connection before the
+    body's end, so that nobody takes it for whole.
+
+    Raises:
+        APIError: `work` failed, or the first piece could not be made.
+    """
+    begun = await _unless_gone(request, _begin(work))
+    if begun is None:
+        return Response(status_code=_CLIENT_CLOSED)
+    first, pieces = begun
+    if pieces is None:
+        return Response(first, media_type="application/json")
+    return ClosingStream(_continued(first, pieces), "application/json", on_close)
 
 
-async def _events(first: dict[str, Any], chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[bytes]:
+async def _begin(work: Coroutine[Any, Any, Body]) -> tuple[bytes, AsyncGenerator[bytes] | None]:
+    """The first piece of a body, and the rest if it has holes."""
+    body = await work
+    if not body.holes:
+        return body.texts[0], None
+    pieces = body.pieces()
+    return await anext(pieces), pieces
+
+
+async def _next(pieces: AsyncGenerator[bytes]) -> bytes:
+    return await anext(pieces)
+
+
+async def _continued(first: bytes, pieces: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    async with aclosing(pieces):
+        yield first
+        async for piece in pieces:
+            yield piece
+
+
+async def _events(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[bytes]:
+    """Chunks as events; a failure after the first piece is an event, too.
+
+    If it tears an event, what the client has got of that one is no JSON, and cannot be taken for an answer.
+    """
+    sent, whole = False, True
     async with aclosing(chunks):
         try:
-            yield await _event(first)
             async for chunk in chunks:
-                yield await _event(chunk)
-        except APIError as error:
-            yield b"data: " + dump(error.body) + b"\n\n"
-        except Exception:
-            logger.exception("a stream failed")
-            yield b"data: " + dump(engine_error().body) + b"\n\n"
+                async with aclosing(_event(chunk)) as pieces:
+                    async for piece in pieces:
+                        sent, whole = True, piece.endswith(b"\n\n")
+                        yield piece
+        except Exception as error:
+            if not sent:
+                raise
+            if not isinstance(error, APIError):
+                logger.exception("a stream failed")
+                error = engine_error()
+            yield (b"" if whole else b"\n\n") + b"data: " + dump(error.body) + b"\n\n"
         yield b"data: [DONE]\n\n"
 
 
-async def _event(chunk: dict[str, Any]) -> bytes:
+async def _event(chunk: dict[str, Any]) -> AsyncGenerator[bytes]:
     large = "prompt_logprobs" in chunk or any("prompt_logprobs" in choice for choice in chunk["choices"])
-    data = await asyncio.to_thread(dump, chunk) if large else dump(chunk)
-    return b"data: " + data + b"\n\n"
-
-
-async def json_or_disconnect(request: Request, work: Coroutine[Any, Any, bytes]) -> Response:
-    """The JSON that `work` makes; cancels it when the client closes the connection."""
-    data = await _unless_gone(request, work)
-    return Response(status_code=_CLIENT_CLOSED) if data is None else Response(data, media_type="application/json")
+    body = await asyncio.to_thread(make_body, chunk) if large else make_body(chunk)
+    body.texts[0] = b"data: " + body.texts[0]
+    body.texts[-1] += b"\n\n"
+    async with aclosing(body.pieces()) as pieces:
+        async for piece in pieces:
+            yield piece
 
 
 async def _unless_gone[T](request: Request, work: Coroutine[Any, Any, T]) -> T | None:

@@ -8,9 +8,9 @@ import asyncio
 import functools
 import json
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx2
@@ -18,20 +18,31 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.applications import Starlette
 
-from compiled.state import SamplingArrays, StepInput, StepOutput, TokenLogprobs
+from compiled.state import (
+    MAX_SCORED_IDS,
+    NO_ID,
+    Adjustment,
+    DecodeInput,
+    SamplingArrays,
+    ScoreInput,
+    StepOutput,
+    TokenLogprobs,
+    mask_words,
+)
+from model.kv_cache import NULL_PAGE, PAGE_SIZE
 from serve.app import AppConfig, create_app
 from serve.engine.engine import Engine
-from serve.engine.request import EngineLimits
+from serve.engine.request import EngineLimits, Request, TokenEvent
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.token_bytes import byte_characters
 from serve.text.tokenizer import Tokenizer
-from tests.serve.fake_runner import FakeRunner, K
+from tests.serve import fake_runner
+from tests.serve.fake_runner import MAX_MODEL_LEN, FakeRunner, K, Unread
 
 MODEL = "org/bytes"
-MAX_MODEL_LEN = 512
+VOCAB_SIZE = 260
 BEGIN, END, TWIN = 256, 257, 258
 IMPOSSIBLE = 7  # a byte whose log-prob is minus infinity
-LIMITS = EngineLimits(max_model_len=MAX_MODEL_LEN, max_logprobs=K, vocab_size=260, max_banned_ids=8)
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _TIMEOUT = 20  # seconds after which something hangs; never reached otherwise
 
@@ -62,39 +73,88 @@ def byte_tokenizer(*, add_bos: bool = False) -> Tokenizer:
 class ScriptedRunner(FakeRunner):
     """Chooses the tokens of a script and END after them; without a script it is the FakeRunner.
 
-    The token of step s has log-prob -(s + 1) / 10 and rank 2; before it stands the next id with half of that, after it
-    the id after next, whose probability is 0.
+    A forbidden token gives way to the next id. The token of step s has log-prob -(s + 1) / 10 and rank 2; before it
+    stands the next id with half of that, after it the id after next, whose probability is 0. Ids that a request names
+    have the FakeRunner's numbers.
     """
 
-    def __init__(self, script: Sequence[int] | None) -> None:
-        super().__init__()
+    def __init__(self, script: Sequence[int] | None, *, pages: int) -> None:
+        super().__init__(pages=pages)
         self.script = script
+        self.vocab_size = VOCAB_SIZE
 
-    def decode(self, inputs: StepInput, sampling: SamplingArrays) -> StepOutput:
-        """As the script says."""
-        return self._scripted(super().decode(inputs, sampling), sampling)
+    def adjust(self, slot: int, adjustment: Adjustment) -> None:
+        """Fills a slot of the FakeRunner's vocabulary."""
+        size = fake_runner.VOCAB_SIZE
+        assert len(adjustment.bias) == VOCAB_SIZE
+        columns = (adjustment.bias, adjustment.counts, adjustment.seen)
+        super().adjust(slot, Adjustment(*(column[:size] for column in columns)))
 
-    def sample(self, places: NDArray[np.int32], sampling: SamplingArrays) -> StepOutput:
-        """As the script says."""
-        return self._scripted(super().sample(places, sampling), sampling)
-
-    def score(self, places: NDArray[np.int32], targets: NDArray[np.int32]) -> TokenLogprobs:
+    def score(self, inputs: ScoreInput) -> Any:
         """The FakeRunner's numbers, but for IMPOSSIBLE."""
-        result = super().score(places, targets)
+        result = super().score(inputs)
         if self.script is not None:
-            result.logprob[targets == IMPOSSIBLE] = -np.inf
+            result.tree.logprob[inputs.targets == IMPOSSIBLE] = -np.inf
         return result
 
-    def _scripted(self, output: StepOutput, sampling: SamplingArrays) -> StepOutput:
+    def _choose(self, hidden: list[int], inputs: DecodeInput, sampling: SamplingArrays) -> StepOutput:
         if self.script is None:
-            return output
+            mask = sampling.mask[:, : mask_words(fake_runner.VOCAB_SIZE)]
+            return super()._choose(hidden, inputs, replace(sampling, mask=mask))
         steps = np.asarray(sampling.step, np.int64)
-        tokens = np.array([self.script[s] if s < len(self.script) else END for s in steps], np.int32)
+        wanted = [self.script[s] if s < len(self.script) else END for s in steps]
+        tokens = np.array(
+            [_allowed(token, words) for token, words in zip(wanted, sampling.mask, strict=True)], np.int32
+        )
         own = (-(steps + 1) / 10).astype(np.float32)
         own[tokens == IMPOSSIBLE] = -np.inf
-        top_ids = np.stack([tokens + 1, tokens, tokens + 2], axis=1)
-        tops = np.stack([own / np.float32(2), own, np.full_like(own, -np.inf)], axis=1)
-        return StepOutput(tokens, TokenLogprobs(own, np.full(len(own), 2, np.int32), top_ids, tops))
+        scored = np.where(inputs.scored_ids == NO_ID, 0, inputs.scored_ids)
+        numbers = replace(
+            fake_runner.numbers(hidden, tokens.tolist(), scored),
+            logprob=own,
+            rank=np.full(len(own), 2, np.int32),
+            top_ids=np.stack([tokens + 1, tokens, tokens + 2], axis=1),
+            top_logprobs=np.stack([own / np.float32(2), own, np.full_like(own, -np.inf)], axis=1),
+        )
+        return StepOutput(tokens, numbers)
+
+
+def _allowed(token: int, words: NDArray[np.uint32]) -> int:
+    while not int(words[token // 32]) >> token % 32 & 1:
+        token = (token + 1) % VOCAB_SIZE
+    return token
+
+
+class ExactRunner(ScriptedRunner):
+    """Its numbers of prompts are those of one distribution: ranks and alternatives follow from whole rows."""
+
+    def row(self, hidden: int) -> NDArray[np.float32]:
+        """Log-probs [V] after a hidden state. Many are alike, and one is minus infinity."""
+        row = (-((np.arange(VOCAB_SIZE) * 37 + hidden) % 101) / 8).astype(np.float32)
+        row[hidden % VOCAB_SIZE] = -np.inf
+        return row
+
+    def score(self, inputs: ScoreInput) -> Any:
+        """As the rows say."""
+        numbers = super().score(inputs).tree
+        for i, hidden in enumerate(self._hidden_at(inputs.places[_live(inputs.places)])):
+            row, token = self.row(hidden), inputs.targets[i]
+            order = np.argsort(-row, kind="stable")
+            numbers.logprob[i], numbers.rank[i] = row[token], 1 + int(np.flatnonzero(order == token)[0])
+            numbers.top_ids[i], numbers.top_logprobs[i] = order[:K], row[order[:K]]
+        return Unread(numbers)
+
+    def vocabulary(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
+        """As the rows say."""
+        rows = np.zeros((len(super().vocabulary(places)), VOCAB_SIZE), np.float32)
+        for i, hidden in enumerate(self._hidden_at(places[_live(places)])):
+            rows[i] = self.row(hidden)
+        return rows
+
+
+def _live(places: NDArray[np.int32]) -> NDArray[np.bool_]:
+    live: NDArray[np.bool_] = places // PAGE_SIZE != NULL_PAGE
+    return live
 
 
 class Gate:
@@ -156,6 +216,7 @@ class Server:
         await asyncio.to_thread(self.engine.stop)
         scheduler = self.engine._core.scheduler
         assert scheduler.num_requests == 0
+        assert not scheduler.held
         scheduler.check()
 
 
@@ -163,23 +224,54 @@ class Server:
 async def serving(
     script: Sequence[int] | None = b"Hello",
     *,
+    runner: type[ScriptedRunner] = ScriptedRunner,
+    pages: int = 64,
+    whole_vocabulary: bool = False,
     max_waiting: int = 64,
     add_bos: bool = False,
     **config: Any,
 ) -> AsyncIterator[Server]:
     """A server whose model says `script` and then END; `config` are fields of AppConfig."""
-    runner = ScriptedRunner(script)
-    engine = Engine(runner, LIMITS, max_waiting=max_waiting)
+    runs = runner(script, pages=pages)
+    limits = EngineLimits(
+        max_model_len=MAX_MODEL_LEN,
+        max_logprobs=K,
+        vocab_size=VOCAB_SIZE,
+        cache_tokens=(pages - 1) * PAGE_SIZE,
+        max_scored_ids=MAX_SCORED_IDS,
+        whole_vocabulary=whole_vocabulary,
+    )
+    engine = Engine(runs, limits, max_waiting=max_waiting, max_num_batched_tokens=68)
     engine.start()
     settings = AppConfig(**{"served_model_names": (MODEL, "alias")} | config)
     app = create_app(engine, byte_tokenizer(add_bos=add_bos), settings)
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
     try:
         async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
-            yield Server(runner, engine, app, client)
+            yield Server(runs, engine, app, client)
     finally:
-        runner.before_call = lambda _: None
+        runs.before_call = lambda _: None
         await asyncio.to_thread(engine.stop)
+
+
+def alternatives(ids: NDArray[np.int32], tops: NDArray[np.float32], own: NDArray[np.float32], rank: int) -> Unread:
+    """What a runner's score() gives: own [R], ids and tops [R, K]."""
+    none = np.zeros((len(own), MAX_SCORED_IDS))
+    ranks = np.full(len(own), rank, np.int32)
+    return Unread(TokenLogprobs(own, ranks, ids, tops, none.astype(np.float32), none.astype(np.int32)))
+
+
+def submitted(server: Server) -> list[Request]:
+    """A list into which all requests go that the app submits from now on."""
+    requests: list[Request] = []
+    submit = server.engine.submit
+
+    def noted(request: Request) -> AsyncGenerator[TokenEvent]:
+        requests.append(request)
+        return submit(request)
+
+    server.engine.submit = noted  # type: ignore[method-assign]
+    return requests
 
 
 def chat_body(**fields: Any) -> dict[str, Any]:

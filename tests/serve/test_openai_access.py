@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from serve import __version__
-from tests.serve.fake_runner import K
-from tests.serve.http_client import MAX_MODEL_LEN, MODEL, Server, chat_body, completion_body, error_of, serving
+from tests.serve.fake_runner import MAX_MODEL_LEN, K
+from tests.serve.http_client import MODEL, Server, chat_body, completion_body, error_of, serving
 
 
 @pytest.fixture
@@ -110,6 +110,7 @@ async def test_models(server: Server) -> None:
         "parent": None,
         "max_model_len": MAX_MODEL_LEN,
         "max_logprobs": K,
+        "whole_vocabulary": False,
     }
 
 

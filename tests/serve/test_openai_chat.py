@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from serve.engine.request import SamplingParams
-from tests.serve.fake_runner import K, expected_outcome
-from tests.serve.http_client import END, LIMITS, MAX_MODEL_LEN, MODEL, Server, chat_body, serving
+from tests.serve.fake_runner import MAX_MODEL_LEN, K, expected_outcome
+from tests.serve.http_client import END, MODEL, Server, chat_body, serving
 
 PROMPT = "user:Hi;>"
 
@@ -42,7 +42,12 @@ async def test_the_shape_of_an_answer(server: Server) -> None:
                 "token_ids": None,
             }
         ],
-        "usage": {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15, "prompt_tokens_details": None},
+        "usage": {
+            "prompt_tokens": 9,
+            "completion_tokens": 6,
+            "total_tokens": 15,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
         "prompt_token_ids": None,
         "prompt_logprobs": None,
     }
@@ -152,7 +157,7 @@ async def test_n_answers_share_the_prompt() -> None:
 async def test_without_a_limit_the_context_is_filled() -> None:
     async with serving(None) as server:
         answer = await server.chat()
-    assert answer["usage"]["total_tokens"] == LIMITS.max_model_len
+    assert answer["usage"]["total_tokens"] == MAX_MODEL_LEN
     assert answer["choices"][0]["finish_reason"] == "length"
 
 

@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 
 from serve.engine.request import SamplingParams
-from tests.serve.fake_runner import expected_outcome
+from tests.serve.fake_runner import MAX_MODEL_LEN, expected_outcome
 from tests.serve.http_client import (
     END,
-    MAX_MODEL_LEN,
     MODEL,
     Server,
     serving,
@@ -55,7 +54,12 @@ async def test_the_shape_of_an_answer(server: Server) -> None:
                 "token_ids": None,
             }
         ],
-        "usage": {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8, "prompt_tokens_details": None},
+        "usage": {
+            "prompt_tokens": 2,
+            "completion_tokens": 6,
+            "total_tokens": 8,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
     }
 
 
@@ -99,7 +103,7 @@ async def test_prompts_times_n(plain_server: Server, seed: int) -> None:
         "prompt_tokens": 6,  # each prompt once
         "completion_tokens": 30,
         "total_tokens": 36,
-        "prompt_tokens_details": None,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 

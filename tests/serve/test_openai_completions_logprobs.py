@@ -6,18 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from compiled.state import TokenLogprobs
-from serve.engine.request import SamplingParams
-from tests.serve.fake_runner import K, expected_outcome
+from compiled.state import ScoreInput
+from serve.engine.request import PromptScoring, SamplingParams
+from tests.serve.fake_runner import MAX_MODEL_LEN, K, Unread, expected_outcome
 from tests.serve.http_client import (
     BEGIN,
     IMPOSSIBLE,
-    LIMITS,
-    MAX_MODEL_LEN,
     TWIN,
     Server,
+    alternatives,
     completion_body,
     serving,
 )
@@ -115,19 +113,20 @@ async def test_prompt_logprobs_name_the_actual_token_first_and_never_twice(plain
     prompt = [4, 5, 6, 7, 9, 20, 41, 5, 3, 2, 90, 11]  # 4 -> 5 and 5 -> 6 are among the best three
     entries = (await one(plain_server, prompt=prompt, prompt_logprobs=k, max_tokens=0))["prompt_logprobs"]
     scores = expected_outcome(
-        prompt, SamplingParams(0, prompt_logprobs=True), max_model_len=MAX_MODEL_LEN
+        prompt, SamplingParams(0, prompt=PromptScoring()), max_model_len=MAX_MODEL_LEN
     ).prompt_scores
     assert scores is not None
     assert entries[0] is None
-    for token, entry, (logprob, rank, ids, tops) in zip(prompt[1:], entries[1:], scores, strict=True):
+    for token, entry, (logprob, rank, ids, ranks, tops) in zip(prompt[1:], entries[1:], scores, strict=True):
         assert isinstance(ids, list)
+        assert isinstance(ranks, list)
         assert isinstance(tops, list)
         others = [i for i in ids[:k] if i != token]
         assert list(entry) == [str(token), *map(str, others)]
         assert (entry[str(token)]["logprob"], entry[str(token)]["rank"]) == (logprob, rank)
         for i in others:
             where = ids.index(i)
-            assert (entry[str(i)]["logprob"], entry[str(i)]["rank"]) == (tops[where], where + 1)
+            assert (entry[str(i)]["logprob"], entry[str(i)]["rank"]) == (tops[where], ranks[where])
         assert all(entry[i]["decoded_token"] == chr(int(i)) for i in entry)
 
 
@@ -154,10 +153,10 @@ async def test_numbers_are_printed_as_the_same_text_everywhere(server: Server) -
 async def test_greedy_is_recognised_by_equality(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A token that is the most likely has exactly the number of the best alternative."""
 
-    def best_first(_: NDArray[np.int32], targets: NDArray[np.int32]) -> TokenLogprobs:
-        own = (-targets / 3).astype(np.float32)
-        ids, tops = np.stack([targets, targets + 1, targets + 2], axis=1), np.stack([own, own - 1, own - 2], axis=1)
-        return TokenLogprobs(own, np.ones(len(own), np.int32), ids, tops)
+    def best_first(inputs: ScoreInput) -> Unread:
+        own = (-inputs.targets / 3).astype(np.float32)
+        ids = np.stack([inputs.targets, inputs.targets + 1, inputs.targets + 2], axis=1)
+        return alternatives(ids, np.stack([own, own - 1, own - 2], axis=1), own, rank=1)
 
     monkeypatch.setattr(server.runner, "score", best_first)
     columns = (await one(server, prompt=[9, 8, 7], echo=True, logprobs=1, max_tokens=1))["logprobs"]
@@ -221,11 +220,11 @@ async def test_tokens_that_read_alike_share_a_key_and_keep_the_higher_value() ->
 
 
 async def test_of_twins_the_more_likely_one_is_shown(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    def score(_: NDArray[np.int32], targets: NDArray[np.int32]) -> TokenLogprobs:
-        own = np.full(len(targets), -2, np.float32)
+    def score(inputs: ScoreInput) -> Unread:
+        own = np.full(len(inputs.targets), -2, np.float32)
         ids, tops = np.array([TWIN, 255, 9], np.int32), np.array([-1, -2, -3], np.float32)
-        rows = len(targets), 1
-        return TokenLogprobs(own, np.full(len(own), 2, np.int32), np.tile(ids, rows), np.tile(tops, rows))
+        rows = len(own), 1
+        return alternatives(np.tile(ids, rows), np.tile(tops, rows), own, rank=2)
 
     monkeypatch.setattr(server.runner, "score", score)
     columns = (await one(server, prompt=[72, 255], echo=True, logprobs=2, max_tokens=0))["logprobs"]
@@ -243,9 +242,9 @@ async def test_tokens_as_ids(server: Server) -> None:
 
 
 async def test_the_longest_prompt(server: Server) -> None:
-    answer = await server.complete(prompt=[1] * LIMITS.max_model_len, max_tokens=0, prompt_logprobs=0)
-    assert answer["usage"]["total_tokens"] == LIMITS.max_model_len
-    assert len(answer["choices"][0]["prompt_logprobs"]) == LIMITS.max_model_len
+    answer = await server.complete(prompt=[1] * MAX_MODEL_LEN, max_tokens=0, prompt_logprobs=0)
+    assert answer["usage"]["total_tokens"] == MAX_MODEL_LEN
+    assert len(answer["choices"][0]["prompt_logprobs"]) == MAX_MODEL_LEN
 
 
 async def test_one_token_has_no_prompt_numbers(server: Server) -> None:

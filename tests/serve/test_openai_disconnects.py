@@ -31,7 +31,7 @@ def body_of(path: str, **fields: Any) -> dict[str, Any]:
 
 @PATHS
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("name", ["prefill", "sample"])
+@pytest.mark.parametrize("name", ["prefill", "decode"])
 async def test_a_client_leaves_before_the_first_token(server: Server, path: str, stream: bool, name: str) -> None:
     gate = server.runner.before_call = Gate(name)
     connection = Connection(path, body_of(path, stream=stream, max_tokens=400, n=2, ignore_eos=True))
@@ -41,7 +41,7 @@ async def test_a_client_leaves_before_the_first_token(server: Server, path: str,
     await run
     gate.open()
     await server.assert_idle()
-    assert "decode" not in [name for name, _ in server.runner.calls]
+    assert [name for name, _ in server.runner.calls].count("decode") == 1  # of the step that was at work
 
 
 @PATHS

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -62,19 +63,19 @@ async def test_the_engine_stops_under_a_request(server: Server) -> None:
     assert (error["code"], error["message"]) == ("engine_error", "The engine failed: the engine has stopped.")
 
 
-@pytest.mark.parametrize("name", ["prefill", "sample", "decode"])
-async def test_a_step_fails(server: Server, name: str) -> None:
-    for path, body in ((CHAT, chat_body()), (COMPLETIONS, completion_body(n=2))):
-        server.runner.fail_once(name)
-        error = error_of(await server.post(path, body), 500)
-        assert (error["type"], error["code"], error["param"]) == ("server_error", "engine_error", None)
-        assert "Injected" not in error["message"]
-        assert (await server.complete())["choices"][0]["text"] == "Hello"
+@pytest.mark.parametrize("name", ["prefill", "decode", "read"])
+@pytest.mark.parametrize(("path", "body"), [(CHAT, chat_body()), (COMPLETIONS, completion_body(n=2))])
+async def test_a_step_fails(server: Server, name: str, path: str, body: Any) -> None:
+    server.runner.fail_once(name)
+    error = error_of(await server.post(path, body), 500)
+    assert (error["type"], error["code"], error["param"]) == ("server_error", "engine_error", None)
+    assert "Injected" not in error["message"]
+    assert (await server.complete())["choices"][0]["text"] == "Hello"
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 async def test_a_stream_fails_before_its_first_byte(server: Server, path: str) -> None:
-    server.runner.fail_once("sample")
+    server.runner.fail_once("decode")
     body = chat_body(stream=True) if path == CHAT else completion_body(stream=True)
     assert error_of(await server.post(path, body), 500)["code"] == "engine_error"
     assert await server.chat_stream()
@@ -83,7 +84,7 @@ async def test_a_stream_fails_before_its_first_byte(server: Server, path: str) -
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 async def test_a_stream_fails_on_its_way(server: Server, path: str) -> None:
     body = chat_body(stream=True) if path == CHAT else completion_body(stream=True)
-    server.runner.fail_once("decode", after=1)
+    server.runner.fail_once("decode", after=3)  # two tokens have been read when the fourth is begun
     *chunks, error, done = events_of(await server.post(path, body))
     assert len(chunks) == (3 if path == CHAT else 2)
     assert json.loads(error)["error"]["code"] == "engine_error"

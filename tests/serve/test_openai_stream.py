@@ -280,12 +280,12 @@ async def test_prompts_times_n() -> None:
 @PATHS
 async def test_nothing_is_sent_before_the_first_token_and_each_at_once(server: Server, path: str) -> None:
     """Benchmarks take the first chunk for the first token."""
-    gate = server.runner.before_call = Gate("sample")
+    gate = server.runner.before_call = Gate("read")
     connection = Connection(path, body_of(path, stream=True))
     run = asyncio.create_task(connection.run(server.app))
     await gate.reached()
     assert connection.sent.empty()
-    next_gate = server.runner.before_call = Gate("decode")
+    next_gate = server.runner.before_call = Gate("read")
     gate.open()
     await next_gate.reached()
     if path == CHAT:

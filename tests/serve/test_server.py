@@ -1,12 +1,14 @@
 """The main job, for real: a server process, the official client, the example."""
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -152,6 +154,81 @@ def test_scoring_a_long_prompt_takes_little_memory(server: ServerProcess) -> Non
 
     short = score(100)
     assert score(3500) - short < 400e6
+
+
+def test_what_is_cached_is_said_and_changes_no_bit(server: ServerProcess) -> None:
+    ids = [20 + (104729 * i) % 40000 for i in range(300)]
+    body = {"prompt": ids, "max_tokens": 5, "temperature": 0, "logprobs": 5, "prompt_logprobs": 5}
+
+    def ask(**more: object) -> tuple[dict[str, Any], int]:
+        answer = httpx2.post(f"{server.url}/v1/completions", json=body | more, timeout=60).json()
+        return answer["choices"][0], answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    cold, found = ask(cache_salt="cold")
+    assert found == 0
+    assert ask() == (cold, 0)
+    assert ask() == (cold, 256)  # its four full pages, and the numbers of their tokens
+    ask(prompt=[7, *ids], prompt_logprobs=None, cache_salt="unscored")
+    fresh, found = ask(prompt=[7, *ids], cache_salt="fresh")
+    assert found == 0
+    assert ask(prompt=[7, *ids], cache_salt="unscored") == (fresh, 256)  # the head alone, over what was left behind
+
+
+def test_answers_to_one_prompt_come_from_one_prefill(server: ServerProcess) -> None:
+    ids = [20 + (15485863 * i) % 40000 for i in range(200)]
+    body = {"prompt": ids, "max_tokens": 8, "seed": 5, "logprobs": 2}
+    answer = httpx2.post(f"{server.url}/v1/completions", json=body | {"n": 3}, timeout=60).json()
+    assert answer["usage"]["prompt_tokens"] == 200
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    for i, choice in enumerate(answer["choices"]):
+        alone = httpx2.post(f"{server.url}/v1/completions", json=body | {"seed": 5 + i}, timeout=60).json()
+        assert alone["choices"][0]["logprobs"] == choice["logprobs"]
+        assert alone["usage"]["prompt_tokens_details"]["cached_tokens"] == 192
+
+
+def test_penalties_and_constraints_reach_the_choice(server: ServerProcess) -> None:
+    body = {
+        "prompt": "one two three one two three one two",
+        "max_tokens": 12,
+        "temperature": 0,
+        "return_token_ids": True,
+    }
+
+    def ask(**more: object) -> list[int]:
+        answer = httpx2.post(f"{server.url}/v1/completions", json=body | more, timeout=60).json()
+        ids: list[int] = answer["choices"][0]["token_ids"]
+        return ids
+
+    plain = ask()
+    assert len(set(plain)) < len(plain)
+    assert len(set(ask(frequency_penalty=2.0, presence_penalty=2.0))) > len(set(plain))
+    unrepeated = ask(repetition_penalty=1e6)
+    assert len(set(unrepeated)) == len(unrepeated)
+    assert plain[0] not in ask(logit_bias={str(plain[0]): -100})
+    assert set(ask(allowed_token_ids=[504, 505])) <= {504, 505}
+    assert plain[:3] != ask(bad_words=[" three one"])[:3]
+
+
+def test_a_small_cache_and_whole_rows(tmp_path: Path) -> None:
+    process = ServerProcess(
+        *("--max-num-seqs", "1", "--max-model-len", "512", "--max-logprobs", "-1", "--kv-cache-memory", "8MB"),
+        *("--compilation-cache-dir", str(tmp_path / "xla")),
+    )
+    url = f"{process.url}/v1/completions"
+    refused = httpx2.post(url, json={"prompt": [100] * 300, "max_tokens": 1}, timeout=60)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "prompt"
+    assert "--kv-cache-memory" in refused.json()["error"]["message"]
+    body = {"prompt": [504, 3575, 282, 4649], "max_tokens": 0, "prompt_logprobs": 20}
+    few = httpx2.post(url, json=body, timeout=60).json()["choices"][0]["prompt_logprobs"]
+    whole = httpx2.post(url, json=body | {"prompt_logprobs": -1}, timeout=60).json()["choices"][0]["prompt_logprobs"]
+    assert whole[0] is None
+    for some, every in zip(few[1:], whole[1:], strict=True):
+        assert len(every) == 49152
+        assert {token: every[token] for token in some} == some
+        assert sorted(entry["rank"] for entry in every.values()) == list(range(1, 49153))
+        assert math.fsum(math.exp(entry["logprob"]) for entry in every.values()) == pytest.approx(1, abs=1e-5)
+    assert process.terminate() == 0
 
 
 def test_sigterm_drains_and_exits_0_and_a_second_start_reads_the_cache(tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""What a step costs on the host alone: the engine's own code, driven by a runner that computes nothing."""
+
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compiled.shapes import make_buckets
+from compiled.state import (
+    MAX_SCORED_IDS,
+    Adjustment,
+    DecodeInput,
+    SamplingArrays,
+    ScoreInput,
+    StepInput,
+    StepOutput,
+    TokenLogprobs,
+)
+from serve.engine.core import EngineCore
+from serve.engine.request import Request, SamplingParams
+
+_CONTEXT = 4096  # tokens
+_PROMPT = 512
+_STEPS = 500
+
+
+class NullRunner:
+    """Implements `serve.engine.core.Runner`: every step is done at once, and always gives the same token."""
+
+    def __init__(self, *, rows: int, vocab_size: int, max_logprobs: int) -> None:
+        self.buckets = make_buckets(max_num_seqs=rows, max_model_len=_CONTEXT, max_num_batched_tokens=256 + rows)
+        self.pages = rows * self.buckets.pages_per_row + 1
+        self.vocab_size = vocab_size
+        self.max_logprobs = max_logprobs
+        self._numbers = {size: _numbers(size, max_logprobs) for size in (*self.buckets.decode_rows, 64)}
+
+    def prefill(self, inputs: StepInput) -> None:
+        """Nothing."""
+
+    def adjust(self, slot: int, adjustment: Adjustment) -> None:
+        """Nothing."""
+
+    def decode(self, _: DecodeInput, sampling: SamplingArrays) -> StepOutput:
+        """Token 5 for each row."""
+        rows = len(sampling.step)
+        return StepOutput(np.full(rows, 5, np.int32), self._numbers[rows])
+
+    def score(self, inputs: ScoreInput) -> TokenLogprobs:
+        """Zeros."""
+        return self._numbers[len(inputs.places)]
+
+    def read(self, tree: Any) -> Any:
+        """What it is given."""
+        return tree
+
+    def vocabulary(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Zeros [M, V]."""
+        return np.zeros((len(places), self.vocab_size), np.float32)
+
+    def reset(self) -> None:
+        """Nothing."""
+
+
+def host_ms_per_step(*, rows: int = 16, vocab_size: int = 151_936, max_logprobs: int = 20) -> float:
+    """Milliseconds of schedule, batch, read-out and events for a decode step of `rows` sampled requests: the median."""
+    runner = NullRunner(rows=rows, vocab_size=vocab_size, max_logprobs=max_logprobs)
+    core = EngineCore(runner, max_model_len=_CONTEXT, max_num_batched_tokens=256 + rows)
+    for i in range(rows):
+        prompt = [i] * _PROMPT
+        core.add(Request(f"{i}", prompt, SamplingParams(_CONTEXT - _PROMPT, temperature=1.0, top_p=0.9)))
+    while len(core.step()) < rows:  # until all prompts are done
+        pass
+    seconds = []
+    for _ in range(_STEPS):
+        start = time.perf_counter()
+        emitted = core.step()
+        seconds.append(time.perf_counter() - start)
+        assert len(emitted) == rows
+    return 1e3 * statistics.median(seconds)
+
+
+def _numbers(rows: int, k: int) -> TokenLogprobs:
+    return TokenLogprobs(
+        logprob=np.zeros(rows, np.float32),
+        rank=np.ones(rows, np.int32),
+        top_ids=np.zeros((rows, k), np.int32),
+        top_logprobs=np.zeros((rows, k), np.float32),
+        scored_logprobs=np.zeros((rows, MAX_SCORED_IDS), np.float32),
+        scored_ranks=np.zeros((rows, MAX_SCORED_IDS), np.int32),
+    )

@@ -1,0 +1,78 @@
+"""How much memory the page cache may take: an amount, or a share of what is free once the weights are loaded."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(%|[kmgt]i?|)b?)", re.IGNORECASE)
+
+# What the cgroup of a process says: limit and use, version 2 and version 1.
+_CGROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryAmount:
+    """Bytes, or a share of the free memory."""
+
+    size: int | float  # int: bytes; float: a share above 0, at most 1
+
+    def bytes_of(self, free: int | None) -> int | None:
+        """In bytes, where `free` are free; None for a share of an unknown amount."""
+        if isinstance(self.size, int):
+            return self.size
+        return None if free is None else int(self.size * free)
+
+
+def parse_memory(text: str) -> MemoryAmount:
+    """Reads "800M", "2GiB", "1073741824", "50%" or "0.5".
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    found = _AMOUNT.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(f"{text!r} is neither bytes, such as 800M or 2GiB, nor a share, such as 0.5 or 50%")
+    number, unit = float(found[1]), found[2].lower()
+    if unit != "%" and not (unit == "" and "." in found[1]):
+        return MemoryAmount(int(number * _UNITS[unit]))
+    share = number / 100 if unit else number
+    if not 0 < share <= 1:
+        raise ValueError(f"{text!r} is no share above 0 and up to all")
+    return MemoryAmount(share)
+
+
+def free_memory() -> int | None:
+    """Bytes that the first device has left; on a CPU, what this machine and this process's cgroup leave."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return _free_host_memory()
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+
+
+def _free_host_memory() -> int | None:
+    known = [_meminfo(), *(_cgroup_rest(limit, used) for limit, used in _CGROUPS)]
+    return min((each for each in known if each is not None), default=None)
+
+
+def _meminfo() -> int | None:
+    try:
+        found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def _cgroup_rest(limit: Path, used: Path) -> int | None:
+    try:
+        return max(0, int(limit.read_text(encoding="ascii")) - int(used.read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no such cgroup, or "max"
+        return None

@@ -1,0 +1,109 @@
+"""Job: a request to either endpoint, checked, with all that its answer is made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serve.engine.request import PromptScoring, Request, SamplingParams, TokenScores
+from serve.openai.body import Hole
+from serve.openai.endpoint import Endpoint, Header
+from serve.openai.errors import engine_error
+from serve.openai.generation import Choice, make_choices, make_request
+from serve.openai.logprobs import TokenNames, prompt_logprobs
+from serve.openai.prompt_numbers import PromptNumbers, check_start
+from serve.openai.sampling_params import sampling_params
+from serve.openai.schema import GenerationRequest
+from serve.openai.vocabulary import whole_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt: its ids, and for an echo, how they read."""
+
+    ids: list[int]
+    text: str = ""
+    hidden: Sequence[bool] = ()  # for each id, whether it is no part of the text
+
+
+@dataclass(frozen=True, slots=True)
+class Job[B: GenerationRequest]:
+    """A checked request."""
+
+    at: Endpoint
+    body: B
+    header: Header
+    prompts: list[Prompt]
+    choices: list[Choice]
+    names: TokenNames
+    alternatives: int  # shown of each generated token
+    numbers: PromptNumbers
+    row_requests: list[Request]  # for each prompt, where its rows are whole, the request that they are asked of
+
+    @property
+    def request_ids(self) -> list[str]:
+        """Of all that the engine may hold for this job."""
+        return [choice.request.id for choice in self.choices] + [request.id for request in self.row_requests]
+
+    def prompt(self, choice: Choice) -> Prompt:
+        """The prompt that a choice answers."""
+        return self.prompts[choice.prompt_index]
+
+    def prompt_logprobs(self, prompt_index: int, scores: TokenScores | None) -> list[Any] | Hole | None:
+        """A prompt's `prompt_logprobs`, None where it is not asked for. Slow: not for the event loop.
+
+        Raises:
+            APIError: 500 if there are no scores, or not as many as tokens.
+        """
+        numbers, at, ids = self.numbers, self.at, self.prompts[prompt_index].ids
+        if numbers.shown is None:
+            return None
+        if scores is None:
+            raise engine_error("The engine returned no log-probabilities of the prompt.")
+        if numbers.whole:
+            assert at.row_writer is not None
+            request = self.row_requests[prompt_index]
+            return Hole(whole_rows(at.engine, at.row_writer, request, scores, numbers.shown))
+        return prompt_logprobs(at.tokenizer, ids, scores, numbers.shown, numbers.start)
+
+
+def make_job[B: GenerationRequest](
+    at: Endpoint,
+    body: B,
+    header: Header,
+    prompts: list[Prompt],
+    *,
+    max_tokens: Sequence[int],
+    top_k: int | None,
+    numbers: PromptNumbers,
+) -> Job[B]:
+    """A job of prompts and what is asked of each.
+
+    Args:
+        max_tokens: of each prompt's answers.
+        top_k: alternatives of each generated token, if not named by id.
+
+    Raises:
+        APIError: 400 that names a field.
+    """
+    ids = [prompt.ids for prompt in prompts]
+    check_start(body, ids)
+    choices = make_choices(
+        body,
+        ids,
+        max_tokens,
+        params=sampling_params(body, at.tokenizer.eos_token_ids, at.engine.limits, at.tokenizer),
+        scoring=numbers.scoring,
+        eos_token_ids=frozenset() if body.ignore_eos else at.tokenizer.eos_token_ids,
+    )
+    whole = SamplingParams(0, prompt=PromptScoring(numbers.start, whole=True))
+    return Job(
+        at=at,
+        body=body,
+        header=header,
+        prompts=prompts,
+        choices=choices,
+        names=TokenNames(at.tokenizer, bool(body.return_tokens_as_token_ids)),
+        alternatives=len(body.logprob_token_ids or ()) or top_k or 0,
+        numbers=numbers,
+        row_requests=[make_request(body, each, whole) for each in ids] if numbers.whole else [],
+    )

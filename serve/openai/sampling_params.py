@@ -1,0 +1,152 @@
+"""Fields of a request to SamplingParams. Whatever is wrong is an APIError that names the field."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from serve.engine.request import EngineLimits, SamplingParams
+from serve.openai.checks import check_ids
+from serve.openai.errors import invalid
+from serve.openai.schema import GenerationRequest
+from serve.text.tokenizer import TokenizerError
+
+GREEDY_BELOW = 1e-5  # temperatures under it are 0
+_MAX_STOP_STRINGS = 10_000
+_MAX_BAD_WORDS = 1000
+_MAX_BAD_WORD_TOKENS = 10_000  # of all words
+_MAX_CHARACTERS = 100_000  # of all strings of a field; preparing them takes time
+
+
+class Encoder(Protocol):
+    """What makes tokens of text."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+
+def sampling_params(
+    body: GenerationRequest, eos_token_ids: frozenset[int], limits: EngineLimits, encoder: Encoder
+) -> SamplingParams:
+    """How all answers to a request are chosen; `max_tokens`, `seed` and `prompt` are left for each to fill in.
+
+    Args:
+        eos_token_ids: the model's, which end an answer as the request's stop ids do unless it ignores them.
+
+    Raises:
+        APIError: 400 that names a field.
+    """
+    check_ids("stop_token_ids", body.stop_token_ids or (), limits)
+    temperature = 1.0 if body.temperature is None else body.temperature
+    params = SamplingParams(
+        max_tokens=0,
+        temperature=0.0 if temperature < GREEDY_BELOW else max(temperature, 0.01),
+        top_k=max(body.top_k or 0, 0),
+        top_p=1.0 if body.top_p is None else body.top_p,
+        min_p=body.min_p or 0.0,
+        min_tokens=body.min_tokens or 0,
+        stop_token_ids=(frozenset() if body.ignore_eos else eos_token_ids) | frozenset(body.stop_token_ids or ()),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        logit_bias=_logit_bias(body.logit_bias or {}, limits),
+        allowed_token_ids=_allowed_token_ids(body, limits),
+        bad_words=bad_word_ids(body.bad_words or (), encoder),
+        logprob_token_ids=tuple(body.logprob_token_ids or ()),
+    )
+    _check_something_is_left(params, limits)
+    return params
+
+
+def stop_strings(body: GenerationRequest) -> tuple[str, ...]:
+    """The strings that end an answer.
+
+    Raises:
+        APIError: 400 that names `stop`.
+    """
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    _check_strings("stop", stop, _MAX_STOP_STRINGS)
+    return stop
+
+
+def bad_word_ids(words: Iterable[str], encoder: Encoder) -> tuple[tuple[int, ...], ...]:
+    """The runs of tokens that spell the words, as vLLM finds them.
+
+    Each word is taken bare, and with a space before it where that gives as many tokens and another first one: so it is
+    found at the start of a text and within it.
+
+    Raises:
+        APIError: 400 that names `bad_words`.
+    """
+    words = tuple(words)
+    _check_strings("bad_words", words, _MAX_BAD_WORDS)
+    runs: dict[tuple[int, ...], None] = {}
+    for word in words:
+        bare = _tokens(word.lstrip(), encoder)
+        spaced = _tokens(f" {word.lstrip()}", encoder)
+        runs[bare] = None
+        if len(spaced) == len(bare) and spaced[0] != bare[0]:
+            runs[spaced] = None
+    if sum(map(len, runs)) > _MAX_BAD_WORD_TOKENS:
+        message = f"`bad_words` has more than {_MAX_BAD_WORD_TOKENS} tokens."
+        raise invalid("bad_words", message, "array_above_max_length")
+    return tuple(runs)
+
+
+def _tokens(text: str, encoder: Encoder) -> tuple[int, ...]:
+    try:
+        ids = tuple(encoder.encode(text, add_special_tokens=False))
+    except TokenizerError as error:
+        raise invalid("bad_words", f"`bad_words`: {error}.") from None
+    if not ids:
+        raise invalid("bad_words", "`bad_words` holds a word that gives no tokens.")
+    return ids
+
+
+def _check_strings(param: str, strings: tuple[str, ...], most: int) -> None:
+    if "" in strings:
+        raise invalid(param, f"`{param}` cannot contain an empty string.")
+    if len(strings) > most:
+        raise invalid(param, f"`{param}` has more than {most} strings.", "array_above_max_length")
+    if sum(map(len, strings)) > _MAX_CHARACTERS:
+        raise invalid(param, f"`{param}` has more than {_MAX_CHARACTERS} characters.", "string_above_max_length")
+
+
+def _logit_bias(biases: Mapping[str, Any], limits: EngineLimits) -> tuple[tuple[int, float], ...]:
+    if len(biases) > limits.vocab_size:
+        raise invalid("logit_bias", f"`logit_bias` has more entries than the vocabulary of {limits.vocab_size}.")
+    return tuple((_bias_id(key, limits), _bias(value)) for key, value in biases.items())
+
+
+def _bias_id(key: str, limits: EngineLimits) -> int:
+    if not (key.isascii() and key.isdecimal() and len(key) <= 10 and key == str(int(key))):
+        raise invalid("logit_bias", f"`logit_bias` has a key that is no token id: {key[:50]!r}.")
+    check_ids("logit_bias", (int(key),), limits)
+    return int(key)
+
+
+def _bias(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise invalid("logit_bias", "`logit_bias` has a value that is not a number.", "invalid_type")
+    if not -100 <= value <= 100:
+        raise invalid("logit_bias", "`logit_bias` has a value that is not between -100 and 100.")
+    return float(value)
+
+
+def _allowed_token_ids(body: GenerationRequest, limits: EngineLimits) -> frozenset[int] | None:
+    if body.allowed_token_ids is None:
+        return None
+    if not body.allowed_token_ids:
+        raise invalid("allowed_token_ids", "`allowed_token_ids` must hold at least one id.", "empty_array")
+    check_ids("allowed_token_ids", body.allowed_token_ids, limits)
+    return frozenset(body.allowed_token_ids)
+
+
+def _check_something_is_left(params: SamplingParams, limits: EngineLimits) -> None:
+    """Whatever has been chosen, some token is neither forbidden by min_tokens nor the last of a bad word."""
+    bad = frozenset(word[-1] for word in params.bad_words)
+    forbidden = bad | params.stop_token_ids if params.min_tokens else bad
+    if params.allowed_token_ids is not None:
+        if params.allowed_token_ids <= forbidden:
+            message = "`allowed_token_ids` may leave nothing to choose beside `bad_words`, `min_tokens` and stop ids."
+            raise invalid("allowed_token_ids", message)
+    elif len(forbidden) >= limits.vocab_size:
+        param = "bad_words" if len(bad) >= limits.vocab_size else "stop_token_ids"
+        raise invalid(param, f"`{param}` may leave no token to choose.")

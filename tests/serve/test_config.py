@@ -1,0 +1,97 @@
+"""The command line: amounts of memory, defaults that follow from other flags, and flags that contradict each other."""
+
+from pathlib import Path
+
+import pytest
+
+from serve import memory
+from serve.config import parse_args
+from serve.memory import MemoryAmount, parse_memory
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1073741824", 2**30),
+        ("1GiB", 2**30),
+        ("1gi", 2**30),
+        ("2G", 2 * 10**9),
+        ("800 MB", 800 * 10**6),
+        ("1.5KiB", 1536),
+        ("12k", 12_000),
+        ("1TiB", 2**40),
+        ("7", 7),
+        ("7B", 7),
+        ("50%", 0.5),
+        ("100%", 1.0),
+        ("0.25", 0.25),
+        ("1.0", 1.0),
+    ],
+)
+def test_amounts_of_memory(text: str, size: float) -> None:
+    amount = parse_memory(text)
+    assert (amount.size, type(amount.size)) == (size, type(size))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "much", "-1", "-5G", "0.0", "1.5", "101%", "0%", "1 2", "1GG", "50%G", "nan", "1e9"]
+)
+def test_what_is_no_amount_of_memory(text: str) -> None:
+    with pytest.raises(ValueError, match="share"):
+        parse_memory(text)
+
+
+def test_shares_are_of_what_is_free() -> None:
+    assert MemoryAmount(0.5).bytes_of(1000) == 500
+    assert MemoryAmount(0.5).bytes_of(None) is None
+    assert MemoryAmount(7).bytes_of(None) == 7
+
+
+def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine = memory.free_memory()
+    assert machine is not None
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr(memory, "_CGROUPS", ((limit, used),))
+    assert memory.free_memory() is not None  # no such files
+    limit.write_text("5000\n")
+    used.write_text("2000\n")
+    assert memory.free_memory() == 3000
+    used.write_text("9000\n")
+    assert memory.free_memory() == 0
+    limit.write_text("max\n")
+    free = memory.free_memory()
+    assert free is not None
+    assert free > 3000
+
+
+def test_defaults_follow_other_flags() -> None:
+    config = parse_args([])
+    assert (config.batched_tokens, config.computed_logprobs) == (272, 20)
+    assert config.enable_prefix_caching
+    assert config.kv_cache_memory is None
+    config = parse_args(["--max-num-seqs", "4", "--max-logprobs", "-1", "--no-enable-prefix-caching"])
+    assert (config.batched_tokens, config.computed_logprobs, config.max_logprobs) == (260, 20, -1)
+    assert not config.enable_prefix_caching
+    config = parse_args(["--max-num-batched-tokens", "64", "--max-logprobs", "50", "--kv-cache-memory", "25%"])
+    assert (config.batched_tokens, config.computed_logprobs) == (64, 50)
+    assert config.kv_cache_memory == MemoryAmount(0.25)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--max-num-batched-tokens", "31"], ("--max-num-batched-tokens", "--max-num-seqs")),
+        (["--max-num-seqs", "300", "--max-num-batched-tokens", "256"], ("--max-num-batched-tokens", "--max-num-seqs")),
+        (["--kv-cache-memory", "lots"], ("--kv-cache-memory", "lots")),
+        (["--max-logprobs", "0"], ("--max-logprobs",)),
+        (["--max-logprobs", "-2"], ("--max-logprobs",)),
+    ],
+)
+def test_mistakes_end_with_code_2_and_name_the_flag(
+    arguments: list[str], named: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_args(arguments)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert all(name in error for name in named)

@@ -1,0 +1,322 @@
+"""prompt_logprobs of -1, or of more than --max-logprobs: whole rows, written one at a time."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from serve.engine.request import QueueFullError, Request, TokenEvent, TokenScores
+from serve.openai.body import Hole, make_body
+from serve.openai.errors import APIError
+from serve.openai.vocabulary import RowWriter
+from tests.serve.fake_runner import K, hidden_after
+from tests.serve.http_client import (
+    VOCAB_SIZE,
+    Connection,
+    ExactRunner,
+    Gate,
+    Server,
+    byte_tokenizer,
+    chat_body,
+    chunks_of,
+    completion_body,
+    error_of,
+    events_of,
+    serving,
+    submitted,
+)
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+PATHS = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+STREAMS = pytest.mark.parametrize("stream", [False, True])
+PROMPTS = {CHAT: b"user:Hi;>", COMPLETIONS: b"Hi there, all of you"}
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    async with serving(runner=ExactRunner, whole_vocabulary=True) as server:
+        yield server
+
+
+def body_of(path: str, **fields: Any) -> dict[str, Any]:
+    return chat_body(**fields) if path == CHAT else completion_body(prompt=PROMPTS[path].decode(), **fields)
+
+
+async def answer_of(server: Server, path: str, *, stream: bool = False, **fields: Any) -> Any:
+    """What holds prompt_logprobs in an answer: chat's answer or first chunk, completions' choice or its first chunk."""
+    response = await server.post(path, body_of(path, **fields, stream=stream))
+    if stream:
+        first, *others = chunks_of(response)
+        assert not any("prompt_logprobs" in part for chunk in others for part in (chunk, *chunk["choices"]))
+        return first if path == CHAT else first["choices"][0]
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "application/json"
+    return response.json() if path == CHAT else response.json()["choices"][0]
+
+
+def row_of(server: Server, prompt: bytes, index: int) -> NDArray[np.float32]:
+    """Log-probs [V] of what may follow the token at an index."""
+    assert isinstance(server.runner, ExactRunner)
+    return server.runner.row(hidden_after(prompt[: index + 1]))
+
+
+def expected_entry(row: NDArray[np.float32], actual: int, k: int) -> list[tuple[int, float, int]]:
+    """Id, log-prob and rank of the token itself, then of the k best without it."""
+    order = sorted(range(VOCAB_SIZE), key=lambda token: (-row[token], token))
+    ranked = [(token, max(-9999.0, float(row[token])), rank) for rank, token in enumerate(order, 1)]
+    own = ranked[order.index(actual)]
+    return [own, *(each for each in ranked[:k] if each != own)]
+
+
+def told(entry: dict[str, Any]) -> list[tuple[int, float, int]]:
+    return [(int(key), value["logprob"], value["rank"]) for key, value in entry.items()]
+
+
+@pytest.mark.parametrize("k", [-1, K + 1, 100, VOCAB_SIZE, VOCAB_SIZE + 1])
+@pytest.mark.parametrize("max_tokens", [0, 2])
+@PATHS
+@STREAMS
+async def test_every_row_is_whole(server: Server, path: str, stream: bool, k: int, max_tokens: int) -> None:
+    prompt = PROMPTS[path]
+    answer = await answer_of(server, path, stream=stream, prompt_logprobs=k, max_tokens=max_tokens)
+    entries = answer["prompt_logprobs"]
+    assert entries[0] is None
+    assert len(entries) == len(prompt)
+    for index, entry in enumerate(entries[1:]):
+        shown = VOCAB_SIZE if k == -1 else k
+        assert told(entry) == expected_entry(row_of(server, prompt, index), prompt[index + 1], shown)
+    names = {key: value["decoded_token"] for key, value in entries[1].items()}
+    if k == -1:
+        assert (names["65"], names["34"], names["256"], names["200"], names["259"]) == ("A", '"', "<begin>", "", "\0\1")
+    await server.assert_idle()
+
+
+@PATHS
+async def test_a_number_is_the_same_for_every_k(server: Server, path: str) -> None:
+    few = (await answer_of(server, path, prompt_logprobs=K))["prompt_logprobs"]
+    whole = (await answer_of(server, path, prompt_logprobs=-1))["prompt_logprobs"]
+    for small, large in zip(few[1:], whole[1:], strict=True):
+        assert list(small) == list(large)[: len(small)]
+        assert all(small[key]["logprob"] == large[key]["logprob"] for key in small)
+        assert all(small[key]["rank"] == large[key]["rank"] for key in small)
+
+
+@pytest.mark.parametrize("start", [1, 2, 8])
+@PATHS
+@STREAMS
+async def test_a_suffix(server: Server, path: str, stream: bool, start: int) -> None:
+    plain = (await answer_of(server, path, prompt_logprobs=-1))["prompt_logprobs"]
+    server.runner.calls.clear()
+    answer = await answer_of(server, path, stream=stream, prompt_logprobs=-1, prompt_logprobs_start=start)
+    assert answer["prompt_logprobs"] == [None] * start + plain[start:]
+    assert sum(live for name, live in server.runner.calls if name == "vocabulary") == len(plain) - start
+
+
+async def test_a_prompt_of_one_token(server: Server) -> None:
+    answer = await server.complete(prompt=[5], prompt_logprobs=-1)
+    assert answer["choices"][0]["prompt_logprobs"] == [None]
+
+
+@STREAMS
+async def test_rows_are_told_once_for_each_prompt(server: Server, stream: bool) -> None:
+    fields: dict[str, Any] = {"prompt": ["abc", "de"], "n": 2, "prompt_logprobs": -1, "max_tokens": 1}
+    if stream:
+        choices = [choice for chunk in await server.complete_stream(**fields) for choice in chunk["choices"]]
+        shown = {choice["index"]: choice["prompt_logprobs"] for choice in choices if "prompt_logprobs" in choice}
+    else:
+        choices = (await server.complete(**fields))["choices"]
+        shown = {choice["index"]: choice["prompt_logprobs"] for choice in choices if choice["prompt_logprobs"]}
+    assert {index: [entry and len(entry) for entry in entries] for index, entries in shown.items()} == {
+        0: [None, VOCAB_SIZE, VOCAB_SIZE],
+        2: [None, VOCAB_SIZE],
+    }
+    await server.assert_idle()
+
+
+@STREAMS
+async def test_an_echo_keeps_its_own_k(server: Server, stream: bool) -> None:
+    choice = await answer_of(
+        server, COMPLETIONS, stream=stream, echo=True, logprobs=2, prompt_logprobs=-1, max_tokens=0
+    )
+    assert [len(entry) for entry in choice["prompt_logprobs"][1:]] == [VOCAB_SIZE] * 19
+    columns = choice["logprobs"]
+    assert [len(ids) for ids in columns["top_token_ids"][1:]] == [2] * 19
+    prompt = PROMPTS[COMPLETIONS]
+    assert columns["token_logprobs"][1:] == [
+        entry[str(token)]["logprob"] for token, entry in zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True)
+    ]
+
+
+async def test_rows_share_the_salt_and_priority_of_the_answer(server: Server) -> None:
+    requests = submitted(server)
+    await server.complete(prompt="abc", prompt_logprobs=-1, cache_salt="a", priority=3, max_tokens=1)
+    assert [(request.cache_salt, request.priority) for request in requests] == [("a", 3)] * 2
+    assert [request.params.max_tokens for request in requests] == [1, 0]
+
+
+@PATHS
+@STREAMS
+async def test_rows_are_sent_before_the_next_are_made(server: Server, path: str, stream: bool) -> None:
+    """Nobody holds more than the rows of one block: the first go out while the engine stands before the next."""
+    gate = server.runner.before_call = Gate("vocabulary", after=2)  # two calls are one block of eight rows
+    connection = Connection(path, body_of(path, prompt_logprobs=-1, max_tokens=1, stream=stream))
+    run = asyncio.create_task(connection.run(server.app))
+    if path == CHAT:  # its prompt has eight rows: one block
+        gate.open()
+    else:
+        await gate.reached()
+    pieces = [await connection.data() for _ in range(8)]
+    rows = b"".join(pieces).count(b'"65":')
+    assert rows == 8
+    gate.open()
+    await run
+
+
+@PATHS
+@STREAMS
+@pytest.mark.parametrize("after", [0, 2])
+async def test_a_client_leaves_while_rows_are_made(server: Server, path: str, stream: bool, after: int) -> None:
+    long = {"messages": [{"role": "user", "content": "x" * 40}]} if path == CHAT else {"prompt": "x" * 40}
+    gate = server.runner.before_call = Gate("vocabulary", after=after)
+    body = (chat_body if path == CHAT else completion_body)(**long, prompt_logprobs=-1, n=2, stream=stream)
+    connection = Connection(path, body)
+    run = asyncio.create_task(connection.run(server.app))
+    await gate.reached()
+    connection.leave()
+    await run
+    gate.open()
+    await server.assert_idle()
+
+
+@PATHS
+@STREAMS
+async def test_the_engine_fails_before_the_first_row(server: Server, path: str, stream: bool) -> None:
+    server.runner.fail_once("vocabulary")
+    response = await server.post(path, body_of(path, prompt_logprobs=-1, max_tokens=1, stream=stream))
+    assert error_of(response, 500)["code"] == "engine_error"
+    await server.complete()
+    await server.assert_idle()
+
+
+async def test_the_engine_fails_between_rows(server: Server) -> None:
+    """The body does not end: nobody takes it for whole."""
+    server.runner.fail_once("vocabulary", after=2)
+    connection = Connection(COMPLETIONS, body_of(COMPLETIONS, prompt_logprobs=-1, max_tokens=1))
+    with pytest.raises(Exception, match="already started"):
+        await connection.run(server.app)
+    messages = [connection.sent.get_nowait() for _ in range(connection.sent.qsize())]
+    assert messages[0]["status"] == 200
+    assert len(messages) == 1 + 8
+    assert all(message["more_body"] for message in messages[1:])
+    await server.complete()
+    await server.assert_idle()
+
+
+async def test_a_stream_fails_between_rows(server: Server) -> None:
+    """The event that it tears is no JSON; the error is an event of its own."""
+    server.runner.fail_once("vocabulary", after=2)
+    torn, error, done = events_of(
+        await server.post(COMPLETIONS, body_of(COMPLETIONS, prompt_logprobs=-1, max_tokens=1, stream=True))
+    )
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(torn)
+    assert json.loads(error)["error"]["code"] == "engine_error"
+    assert done == "[DONE]"
+    await server.assert_idle()
+
+
+@PATHS
+@STREAMS
+async def test_the_queue_is_full_when_rows_are_asked_for(
+    server: Server, path: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = server.engine.submit
+
+    def full(request: Request) -> AsyncGenerator[TokenEvent]:
+        if request.params.prompt is not None and request.params.prompt.whole:
+            raise QueueFullError
+        return submit(request)
+
+    monkeypatch.setattr(server.engine, "submit", full)
+    response = await server.post(path, body_of(path, prompt_logprobs=-1, max_tokens=1, stream=stream))
+    assert error_of(response, 429)["code"] == "rate_limit_exceeded"
+    assert response.headers["retry-after"] == "1"
+
+
+@STREAMS
+async def test_answers_with_whole_rows_never_wait_for_each_others_pages(stream: bool) -> None:
+    """Each of four needs two of three pages; held ones wait for nobody."""
+    async with serving(runner=ExactRunner, whole_vocabulary=True, pages=4) as server:
+        bodies = [
+            completion_body(prompt=[letter * 90, letter * 80], prompt_logprobs=K + 1, n=2, max_tokens=3, stream=stream)
+            for letter in "abcd"
+        ]
+        responses = await asyncio.gather(*(server.post(COMPLETIONS, body) for body in bodies))
+        assert [response.status_code for response in responses] == [200] * 4
+        if stream:
+            assert all(chunks_of(response) for response in responses)
+        await server.assert_idle()
+
+
+def scores_of(rank: int, top_ids: list[int], tops: list[float], logprob: float) -> TokenScores:
+    """One row of scores."""
+    ranks = np.arange(1, len(top_ids) + 1, dtype=np.int32)
+    floats = (np.asarray([logprob], np.float32), np.asarray([tops], np.float32))
+    return TokenScores(floats[0], np.asarray([rank], np.int32), np.asarray([top_ids], np.int32), ranks[None], floats[1])
+
+
+def test_ranks_of_equal_log_probs_are_those_that_are_told_elsewhere() -> None:
+    """Logits that differ may give one log-prob: the order of the best, and the token's rank, are not the row's."""
+    row = np.asarray([-4, -1, -1, -3, -3, -3, -9], np.float32)
+    writer = RowWriter(byte_tokenizer(), len(row))
+    entry = json.loads(writer.row(row, 5, scores_of(3, [2, 1], [-1, -1], -3), len(row)))
+    assert told(entry) == [(5, -3, 3), (2, -1, 1), (1, -1, 2), (3, -3, 4), (4, -3, 5), (0, -4, 6), (6, -9, 7)]
+
+
+def test_of_a_token_among_the_best_only_k_are_shown() -> None:
+    row = np.asarray([-4, -1, -2, -3, -5, -6, -7], np.float32)
+    writer = RowWriter(byte_tokenizer(), len(row))
+    entry = json.loads(writer.row(row, 2, scores_of(2, [1, 2], [-1, -2], -2), 3))
+    assert told(entry) == [(2, -2, 2), (1, -1, 1), (3, -3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("row", "rank"),
+    [
+        ([-1, -2, -3], 2),  # too short
+        ([-4, -1, np.nan, -3, -5, -6, -7], 2),
+        ([-4, -1, np.inf, -3, -5, -6, -7], 2),
+        ([-4, -1, -2, -3, -5, -6, -7], 1),  # the best is another
+    ],
+)
+def test_a_row_that_cannot_be_is_an_error(row: list[float], rank: int) -> None:
+    writer = RowWriter(byte_tokenizer(), 7)
+    with pytest.raises(APIError) as raised:
+        writer.row(np.asarray(row, np.float32), 2, scores_of(rank, [1, 2], [-1, -2], -2), 7)
+    assert raised.value.status == 500
+
+
+async def test_a_body_is_written_around_its_holes() -> None:
+    async def pieces(*parts: bytes) -> AsyncGenerator[bytes]:
+        for part in parts:
+            yield part
+
+    body = make_body({"a": Hole(pieces(b"[1", b"]")), "b": ["x", Hole(pieces(b"2"))], "c": "d"})
+    parts = [part async for part in body.pieces()]
+    assert parts == [b'{"a":[1', b"]", b',"b":["x",2', b'],"c":"d"}']
+
+
+def test_what_has_no_json_is_an_error() -> None:
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        make_body({"a": object()})
+
+
+@pytest.mark.parametrize("whole", [False, True])
+async def test_the_model_card_tells_whether_rows_may_be_whole(whole: bool) -> None:
+    async with serving(whole_vocabulary=whole) as server:
+        (card, _) = (await server.client.get("/v1/models")).json()["data"]
+        assert (card["whole_vocabulary"], card["max_logprobs"]) == (whole, K)

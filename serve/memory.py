@@ -47,6 +47,20 @@ def parse_memory(text: str) -> MemoryAmount:
     return MemoryAmount(share)
 
 
+def pages_in(amount: MemoryAmount, *, free: int | None, page_bytes: int) -> int:
+    """Pages of `page_bytes` that the amount holds, the null page included, where `free` bytes are free.
+
+    Raises:
+        ValueError: it holds none beside the null page, or it is a share of an unknown amount.
+    """
+    size = amount.bytes_of(free)
+    if size is None:
+        raise ValueError("this device does not tell how much memory is free; give bytes")
+    if size < 2 * page_bytes:
+        raise ValueError(f"{size:,} bytes hold no page: one takes {page_bytes:,} bytes, and padding needs another")
+    return size // page_bytes
+
+
 def free_memory() -> int | None:
     """Bytes that the first device has left; on a CPU, what this machine and this process's cgroup leave."""
     device = jax.local_devices()[0]

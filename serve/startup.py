@@ -23,7 +23,7 @@ from model.weights.source import ModelSource, default_model_path, resolve_model
 from serve.config import ServeConfig
 from serve.engine.engine import Engine
 from serve.engine.request import EngineLimits
-from serve.memory import free_memory
+from serve.memory import free_memory, pages_in
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -85,7 +85,8 @@ def start(config: ServeConfig, console: Console) -> Served:
         prefix_caching=config.enable_prefix_caching,
     )
     engine.start()
-    return Served(source.name, engine, runner, tokenizer, _fingerprint(config, model, runner))
+    fingerprint = system_fingerprint(config, runner.buckets, "packed" if uses_kernels(model) else "xla")
+    return Served(source.name, engine, runner, tokenizer, fingerprint)
 
 
 def _find(config: ServeConfig) -> ModelSource:
@@ -152,17 +153,13 @@ def _pages(model: BoundModel, config: ServeConfig, buckets: Buckets, console: Co
     if config.kv_cache_memory is None:
         return min(all_rows, max(buckets.pages_per_row, _CACHE_BYTES // per_page)) + 1
     free = free_memory()
-    size = config.kv_cache_memory.bytes_of(free)
-    if size is None:
-        raise StartupError("--kv-cache-memory: this device does not tell how much memory is free; give bytes")
-    if size < 2 * per_page:
-        raise StartupError(
-            f"--kv-cache-memory: {size:,} bytes hold no page of {PAGE_SIZE} tokens, which takes {per_page:,} bytes, "
-            "and another for padding"
-        )
-    if free is not None and size > free:
-        console.print(f"cache    warning: --kv-cache-memory is {size:,} bytes, and {free:,} are free")
-    return size // per_page
+    try:
+        pages = pages_in(config.kv_cache_memory, free=free, page_bytes=per_page)
+    except ValueError as error:
+        raise StartupError(f"--kv-cache-memory: {error}") from None
+    if free is not None and pages * per_page > free:
+        console.print(f"cache    warning: --kv-cache-memory asks for more than the {free:,} bytes that are free")
+    return pages
 
 
 def _reporter(bar: Progress, advance: Callable[[], None]) -> Callable[[Program], None]:
@@ -176,12 +173,11 @@ def _reporter(bar: Progress, advance: Callable[[], None]) -> Callable[[Program],
     return report
 
 
-def _fingerprint(config: ServeConfig, model: BoundModel, runner: ModelRunner) -> str:
-    """Names what the numbers come from: versions, platform, dtype, and a digest of shapes and options.
+def system_fingerprint(config: ServeConfig, buckets: Buckets, linears: str) -> str:
+    """Names what the numbers come from: versions, platform, dtype, linear maps, and a digest of shapes and options.
 
     The same weights under the same fingerprint give the same bits.
     """
-    linears = "packed" if uses_kernels(model) else "xla"
-    shapes = (runner.buckets, runner.max_logprobs, config.batched_tokens, config.enable_prefix_caching)
+    shapes = (buckets, config.computed_logprobs, config.batched_tokens, config.enable_prefix_caching)
     digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
     return f"fp_jax{jax.__version__}_{jax.default_backend()}_{config.dtype}_{linears}_{digest}"

@@ -69,6 +69,7 @@ def test_hf_defaults() -> None:
 
 def test_hf_head_dim_is_read_where_it_is_given() -> None:
     assert config_from_hf(HF | {"head_dim": 32}).dims()["Q"] == 192
+    assert config_from_hf(HF | {"head_dim": 32, "hidden_size": 50}).dims()["Q"] == 192  # and no multiple of the heads
 
 
 def test_hf_rope_parameters_go_before_rope_theta() -> None:

@@ -255,10 +255,12 @@ def test_rows_of_a_cached_prompt_are_scored_a_chunk_a_step() -> None:
     assert [(work.start, work.end) for work in schedule.scores] == [(0, 64)]
     assert schedule.decodes == []  # its first token waits for its prompt's numbers
     assert bench.scores() == [("b", 64, 128)]
-    assert bench.scores() == [("b", 128, 192)]
-    assert b.status is RequestStatus.PREFILL
-    assert bench.scores() == [("b", 192, 199)]
-    assert b.status is RequestStatus.DECODE
+    schedule = bench.step()
+    assert [(work.start, work.end) for work in schedule.scores] == [(128, 192)]
+    assert schedule.decodes == []
+    schedule = bench.step()
+    assert [(work.start, work.end) for work in schedule.scores] == [(192, 199)]
+    assert schedule.decodes == [b]
 
 
 def test_only_the_rows_asked_for_are_scored() -> None:

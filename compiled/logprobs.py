@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from compiled.state import NO_ID, TokenLogprobs
-from model.reduce import log_sum_exp
+from model.reduce import log_sum_exp, parts_of
 
 BLOCK = 128
 
@@ -20,7 +20,7 @@ def token_logprobs(logits: Array, ids: Array, k: int, scored_ids: Array) -> Toke
         scored_ids: [R, B] int32, ids of each row, then NO_ID. What an id outside the vocabulary gives means nothing.
     """
     with jax.named_scope("logprobs"):
-        logits, normalizer = _normalized(logits)
+        normalizer = _normalizer(logits)
         own, rank = _value_and_rank(logits, ids)
         values, top_ids = blocked_top_k(logits, k)
         scored, scored_ranks = _scored(logits, scored_ids)
@@ -32,8 +32,7 @@ def token_logprobs(logits: Array, ids: Array, k: int, scored_ids: Array) -> Toke
 def all_logprobs(logits: Array) -> Array:
     """Log-probs [R, V] float32 of logits [R, V] float32: for each token the bits that token_logprobs gives it."""
     with jax.named_scope("logprobs"):
-        logits, normalizer = _normalized(logits)
-        return logits - normalizer[:, None]
+        return logits - _normalizer(logits)[:, None]
 
 
 def one_zero(logits: Array) -> Array:
@@ -41,14 +40,13 @@ def one_zero(logits: Array) -> Array:
     return jnp.where(logits == 0, 0.0, logits)
 
 
-def _normalized(logits: Array) -> tuple[Array, Array]:
-    """Logits [R, V], and what is taken from them to make log-probs [R].
+def _normalizer(logits: Array) -> Array:
+    """What turns logits [R, V] to log-probs [R].
 
-    The barrier keeps the normaliser from being computed once more, and by other code, inside each of its users.
+    The barrier keeps it from being computed once more, and by other code, inside each of its users.
     """
-    logits = one_zero(logits)
     normalizer: Array = jax.lax.optimization_barrier(log_sum_exp(logits))
-    return logits, normalizer
+    return normalizer
 
 
 def _value_and_rank(logits: Array, ids: Array) -> tuple[Array, Array]:
@@ -59,9 +57,11 @@ def _value_and_rank(logits: Array, ids: Array) -> tuple[Array, Array]:
     """
     own = jnp.take_along_axis(logits, ids[:, None], axis=-1, mode="clip")
     with jax.named_scope("rank"):
-        lower = jnp.arange(logits.shape[-1], dtype=jnp.int32) < ids[:, None]
-        ahead = (logits > own) | ((logits == own) & lower)
-        return own[:, 0], 1 + jnp.sum(ahead, axis=-1, dtype=jnp.int32)
+        ahead = jnp.zeros((logits.shape[0], 1), jnp.int32)
+        for i, part in enumerate(parts_of(logits)):
+            lower = i * part.shape[1] + jnp.arange(part.shape[1], dtype=jnp.int32) < ids[:, None]
+            ahead = ahead + ((part > own) | ((part == own) & lower)).astype(jnp.int32)
+        return own[:, 0], 1 + jnp.sum(ahead, axis=-1)
 
 
 def _scored(logits: Array, ids: Array) -> tuple[Array, Array]:
@@ -90,13 +90,13 @@ def blocked_top_k(x: Array, k: int) -> tuple[Array, Array]:
 
     The k best values lie in the k blocks with the best maxima (equal maxima: the blocks first in order), and among
     equal values those blocks hold the lowest ids. A plain `lax.top_k` beside other uses of the same logits becomes a
-    full sort on CPU. x must hold no NaN and no -0.
+    full sort on CPU. x must hold no NaN. -0 and +0 are one value, but two for a sort: they are made one where it looks.
     """
     blocks = blocks_of(x)
     count = min(k, blocks.shape[1])
-    _, chosen = jax.lax.top_k(blocks.max(axis=-1), count)
+    _, chosen = jax.lax.top_k(one_zero(blocks.max(axis=-1)), count)
     chosen = jnp.sort(chosen, axis=-1)  # ascending, so that candidates stay in the order of their ids
     candidates = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(x.shape[0], count * BLOCK)
-    values, at = jax.lax.top_k(candidates, k)
+    values, at = jax.lax.top_k(one_zero(candidates), k)
     ids = jnp.take_along_axis(chosen, at // BLOCK, axis=1) * BLOCK + at % BLOCK
     return values, ids.astype(jnp.int32)

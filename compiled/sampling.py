@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from compiled.adjust import adjust_logits, changes_logits
-from compiled.logprobs import BLOCK, blocked_top_k, one_zero
+from compiled.logprobs import BLOCK, blocked_top_k
 from compiled.state import SamplingArrays, SlotState
 
 _MAX_ROUNDS = 256  # each round at least halves what is left on average; a bound all the same
@@ -42,7 +42,7 @@ def choose_tokens(logits: Array, sampling: SamplingArrays, slots: SlotState, row
             return token
 
         # The commonest step writes nothing as large as the logits: every row greedy, none of them adjusted.
-        tokens: Array = jax.lax.cond(samples | changes_logits(sampling), choose, lambda: _best(one_zero(logits))[1])
+        tokens: Array = jax.lax.cond(samples | changes_logits(sampling), choose, lambda: _best(logits)[1])
         return tokens
 
 

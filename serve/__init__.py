@@ -1,3 +1,3 @@
 """Who asks: requests, scheduling, HTTP. Imports compiled and model; nothing here is imported by them."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -18,29 +18,34 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import httpx2
 from rich.console import Console
 from rich.table import Table
 
+from compiled.state import MAX_SCORED_IDS
 from serve.bench_host import host_ms_per_step
 from serve.bench_limit import decode_bytes, read_bandwidth
 
 _PROMPT, _OUTPUT = 32, 64  # tokens of a decode stream
 _LONG = 512  # tokens of a prefill
 _REUSED, _CACHED = 900, 800  # tokens of a prompt, and of those the ones that an earlier one began with
-_BESIDE = 1500  # tokens of a prompt that comes while a stream runs
+_BESIDE = 2048  # tokens at most of a prompt that comes while a stream runs
+_CHUNK = 256  # tokens of a prompt that our server computes between two tokens of a stream
 _SCORED, _SCORED_AT_ONCE = 48, 16  # lm-eval's shape: short prompts with echo, many in a request
+_REFUSALS = (400, 404, 422, 501)  # what servers answer to what they do not do
+
+type Body = dict[str, object]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Figures:
     """One line of the table; what does not apply is None."""
 
-    scenario: str
-    tokens_per_second: float
+    tokens_per_second: float | None = None
     ttft_ms: float | None = None
     itl_ms: float | None = None
     total_ms: float | None = None
@@ -51,132 +56,154 @@ class RefusedError(Exception):
     """The server does not do this."""
 
 
-class Load:
-    """A client of one server."""
+class FailedError(Exception):
+    """The server failed, and so does the bench."""
 
-    def __init__(self, client: httpx2.AsyncClient, model: str, vocabulary: int) -> None:
+
+class Load:
+    """A client of one server. Public methods measure; RefusedError where the server does not do what they ask."""
+
+    def __init__(self, client: httpx2.AsyncClient, card: dict[str, Any], vocabulary: int) -> None:
+        """`card` is the model's entry in /v1/models."""
         self._client = client
-        self._model = model
+        self._model: str = card["id"]
+        self.long_prompt = min(_BESIDE, (card.get("max_model_len") or _BESIDE + 1) - 1)
         self._random = random.Random(time.time_ns())
         self._vocabulary = vocabulary
 
-    async def decode(self, streams: int, **extra: object) -> Row:
+    async def decode(self, streams: int, **extra: object) -> Figures:
         """`streams` streams at once, the better of two rounds."""
-        name = f"{streams} stream{'s'[: streams > 1]}" + "".join(f", {key}={value}" for key, value in extra.items())
-        rounds = [await self._decode_round(name, streams, extra) for _ in range(2)]
-        return max(rounds, key=lambda row: row.tokens_per_second)
+        rounds = [await self._decode_round(streams, extra) for _ in range(2)]
+        return max(rounds, key=lambda figures: figures.tokens_per_second or 0)
 
-    async def prefill(self, **extra: object) -> Row:
+    async def prefill(self, **extra: object) -> Figures:
         """A long prompt and one token: the median of five."""
         seconds = [await self._timed({"prompt": self._ids(_LONG), "max_tokens": 1, **extra}) for _ in range(5)]
         median = statistics.median(seconds)
-        name = f"prefill of {_LONG}" + "".join(f", {key}={value}" for key, value in extra.items())
-        return Row(name, _LONG / median, total_ms=median * 1e3)
+        return Figures(_LONG / median, total_ms=median * 1e3)
 
-    async def score_short(self) -> Row:
+    async def score_short(self) -> Figures:
         """Many short prompts in one request, as lm-eval asks for log-likelihoods."""
         prompts = [self._ids(_SCORED) for _ in range(_SCORED_AT_ONCE)]
         seconds = await self._timed({"prompt": prompts, "max_tokens": 1, "echo": True, "logprobs": 1})
-        tokens = _SCORED * _SCORED_AT_ONCE
-        return Row(f"score {_SCORED_AT_ONCE} prompts of {_SCORED}", tokens / seconds, total_ms=seconds * 1e3)
+        return Figures(_SCORED * _SCORED_AT_ONCE / seconds, total_ms=seconds * 1e3)
 
-    async def reuse(self) -> list[Row]:
-        """A long prompt scored cold, and with its beginning in the cache: only computed before, or scored as well."""
-        rows: list[Row] = []
-        scored: dict[str, object] = {"prompt_logprobs": 5, "max_tokens": 1}
-        name = f"score {_REUSED}"
-        for case, first in (("cold", None), (f"{_CACHED} cached", {"max_tokens": 1}), (f"{_CACHED} scored", scored)):
-            seconds = []
-            for _ in range(3):
-                beginning = self._ids(_CACHED)
-                if first is not None:
-                    await self._post({"prompt": beginning, **first})
-                seconds.append(await self._timed({"prompt": beginning + self._ids(_REUSED - _CACHED), **scored}))
-            median = statistics.median(seconds)
-            ratio = 1e3 * median / (rows[0].total_ms or 1.0) if rows else 1.0
-            note = f"{1 / ratio:.1f} x" if rows else ""
-            rows.append(Row(f"{name}, {case}", _REUSED / median, total_ms=median * 1e3, note=note))
-        return rows
+    async def reuse(self, before: Body) -> Figures:
+        """A long prompt scored whose beginning was asked for in `before`, against none of it: medians of three."""
+        cold, reused = [], []
+        for _ in range(3):
+            cold.append(await self._timed(self._scored(self._ids(_REUSED))))
+            beginning = self._ids(_CACHED)
+            await self._timed({"prompt": beginning, **before})
+            reused.append(await self._timed(self._scored(beginning + self._ids(_REUSED - _CACHED))))
+        median = statistics.median(reused)
+        ratio = statistics.median(cold) / median
+        return Figures(_REUSED / median, total_ms=median * 1e3, note=f"{ratio:.1f} x as fast as cold")
 
-    async def beside(self) -> Row:
+    async def score(self) -> Figures:
+        """A long prompt scored, of which nothing is cached: the median of three."""
+        seconds = [await self._timed(self._scored(self._ids(_REUSED))) for _ in range(3)]
+        median = statistics.median(seconds)
+        return Figures(_REUSED / median, total_ms=median * 1e3)
+
+    async def beside(self) -> Figures:
         """The longest wait between two tokens of a stream while a long prompt comes in."""
-        stream = asyncio.create_task(self._stream({}))
-        seconds = await self._timed({"prompt": self._ids(_BESIDE), "max_tokens": 1})
-        _, arrivals = await stream
-        gaps = [1e3 * (after - before) for before, after in itertools.pairwise(arrivals)]
-        name = f"1 stream beside a prompt of {_BESIDE}"
-        return Row(name, _BESIDE / seconds, itl_ms=statistics.median(gaps), note=f"longest {max(gaps):.0f} ms")
 
-    async def _decode_round(self, name: str, streams: int, extra: dict[str, object]) -> Row:
+        def prompt() -> Body:
+            return {"prompt": self._ids(self.long_prompt), "max_tokens": 1}
+
+        # The mean of all chunks: later ones take longer, since they attend to those before.
+        chunk_ms = 1e3 * await self._timed(prompt()) * _CHUNK / self.long_prompt
+        arrivals: list[float] = []
+        coming: asyncio.Task[float] | None = None
+        async for arrival in self._stream({}):
+            arrivals.append(arrival)
+            if coming is None and len(arrivals) == _OUTPUT // 4:
+                coming = asyncio.create_task(self._timed(prompt()))
+        assert coming is not None
+        seconds = await coming
+        gaps = [1e3 * (after - before) for before, after in itertools.pairwise(arrivals)]
+        usual = statistics.median(gaps[: _OUTPUT // 4 - 1])
+        longest = max(gaps)
+        note = f"longest gap {longest:.0f} ms, {longest / (usual + chunk_ms):.1f} x (usual + mean chunk)"
+        return Figures(self.long_prompt / seconds, itl_ms=usual, note=note)
+
+    async def _decode_round(self, streams: int, extra: Body) -> Figures:
+        async def one() -> tuple[float, list[float]]:
+            return time.perf_counter(), [arrival async for arrival in self._stream(extra)]
+
         start = time.perf_counter()
-        results = await asyncio.gather(*[self._stream(extra) for _ in range(streams)])
+        results = await asyncio.gather(*[one() for _ in range(streams)])
         seconds = time.perf_counter() - start
-        return Row(
-            name,
+        return Figures(
             streams * _OUTPUT / seconds,
             ttft_ms=1e3 * statistics.median(arrivals[0] - begun for begun, arrivals in results),
             itl_ms=1e3 * statistics.median((at[-1] - at[0]) / (_OUTPUT - 1) for _, at in results),
         )
 
-    async def _stream(self, extra: dict[str, object]) -> tuple[float, list[float]]:
+    async def _stream(self, extra: Body) -> AsyncGenerator[float]:
+        """When each chunk of a stream came."""
         body = self._body(
             {"prompt": self._ids(_PROMPT), "max_tokens": _OUTPUT, "min_tokens": _OUTPUT, "ignore_eos": True, **extra}
         )
         body["stream"] = True
-        begun = time.perf_counter()
         async with self._client.stream("POST", "/v1/completions", json=body) as response:
             if response.status_code != 200:
                 raise _refused(response.status_code, (await response.aread()).decode())
-            arrivals = [
-                time.perf_counter()
-                async for line in response.aiter_lines()
-                if line.startswith("data: {") and json.loads(line[6:]).get("choices")
-            ]
-        return begun, arrivals
+            async for line in response.aiter_lines():
+                if line.startswith("data: {") and json.loads(line[6:]).get("choices"):
+                    yield time.perf_counter()
 
-    async def _timed(self, body: dict[str, object]) -> float:
+    async def _timed(self, body: Body) -> float:
         start = time.perf_counter()
-        await self._post(body)
-        return time.perf_counter() - start
-
-    async def _post(self, body: dict[str, object]) -> None:
         response = await self._client.post("/v1/completions", json=self._body(body))
         if response.status_code != 200:
             raise _refused(response.status_code, response.text)
+        return time.perf_counter() - start
 
-    def _body(self, body: dict[str, object]) -> dict[str, object]:
+    @staticmethod
+    def _scored(prompt: list[int]) -> Body:
+        return {"prompt": prompt, "prompt_logprobs": 5, "max_tokens": 1}
+
+    def _body(self, body: Body) -> Body:
         return {"model": self._model, "temperature": 0, **body}
 
     def _ids(self, count: int) -> list[int]:
         return [self._random.randrange(100, self._vocabulary) for _ in range(count)]
 
 
-def _refused(status: int, text: str) -> BaseException:
+def _refused(status: int, text: str) -> Exception:
     """What a status that is not 200 means: other servers refuse some of what is asked here."""
-    return RefusedError(text[:200]) if status == 400 else SystemExit(f"{status}: {text[:300]}")
+    return RefusedError(text[:80]) if status in _REFUSALS else FailedError(f"{status}: {text[:300]}")
 
 
-async def measure(url: str, vocabulary: int) -> AsyncIterator[Row]:
-    """All scenarios, one after another."""
-    async with httpx2.AsyncClient(base_url=url, timeout=600) as client:
-        card = (await client.get("/v1/models")).json()["data"][0]
-        load = Load(client, card["id"], vocabulary)
-        await load.decode(1)  # not counted: connections, first touches of memory
-        for streams in (1, 4, 16):
-            yield await load.decode(streams)
-        yield await load.decode(16, logprobs=5)
-        yield await load.decode(16, temperature=1, top_p=0.9)
-        yield await load.prefill()
-        for scenario in (load.prefill(prompt_logprobs=5), load.score_short(), load.beside()):
-            try:
-                yield await scenario
-            except RefusedError as error:
-                yield Row(f"refused: {error}", 0.0)
+async def measure(client: httpx2.AsyncClient, vocabulary: int) -> AsyncIterator[tuple[str, Figures]]:
+    """All scenarios by name, one after another; `client` has the server's address as its base."""
+    load = Load(client, (await client.get("/v1/models")).json()["data"][0], vocabulary)
+    await load.decode(1)  # not counted: connections, first touches of memory
+    for name, scenario in _scenarios(load).items():
         try:
-            for row in await load.reuse():
-                yield row
+            yield name, await scenario()
         except RefusedError as error:
-            yield Row(f"refused: {error}", 0.0)
+            yield name, Figures(note=f"refused: {error}")
+
+
+def _scenarios(load: Load) -> dict[str, Callable[[], Awaitable[Figures]]]:
+    score = f"score {_REUSED}"
+    return {
+        "1 stream": lambda: load.decode(1),
+        "4 streams": lambda: load.decode(4),
+        "16 streams": lambda: load.decode(16),
+        "16 streams, logprobs=5": lambda: load.decode(16, logprobs=5),
+        "16 streams, temperature=1, top_p=0.9": lambda: load.decode(16, temperature=1, top_p=0.9),
+        f"prefill of {_LONG}": load.prefill,
+        f"prefill of {_LONG}, prompt_logprobs=5": lambda: load.prefill(prompt_logprobs=5),
+        f"score {_SCORED_AT_ONCE} prompts of {_SCORED}": load.score_short,
+        f"{score}, cold": load.score,
+        f"{score}, {_CACHED} cached, not scored": lambda: load.reuse({"max_tokens": 1}),
+        f"{score}, {_CACHED} scored before": lambda: load.reuse({"max_tokens": 1, "prompt_logprobs": 5}),
+        f"1 stream beside a prompt of {load.long_prompt}": load.beside,
+    }
 
 
 @contextlib.contextmanager
@@ -200,22 +227,23 @@ def own_server(arguments: list[str]) -> Iterator[str]:
         process.wait()
 
 
-def show(rows: list[Row], floor_ms: float | None, gigabytes: float) -> None:
+def show(rows: dict[str, Figures], floor_ms: float | None, gigabytes: float) -> None:
     """The table. Share: the least time of a step over the time between two tokens of one stream."""
     table = Table(
         title=f"read bandwidth {gigabytes:.1f} GB/s" + (f", floor {floor_ms:.1f} ms a step" if floor_ms else "")
     )
     for column in ("scenario", "tokens/s", "TTFT ms", "ITL ms", "total ms", "share of limit", "note"):
         table.add_column(column, justify="left" if column in ("scenario", "note") else "right")
-    for row in rows:
+    for name, row in rows.items():
         share = f"{floor_ms / row.itl_ms:.0%}" if floor_ms and row.itl_ms else ""
-        numbers = [f"{value:.1f}" if value is not None else "" for value in (row.ttft_ms, row.itl_ms, row.total_ms)]
-        table.add_row(row.scenario, f"{row.tokens_per_second:.1f}", *numbers, share, row.note)
-    Console(width=max(110, Console().width)).print(table)
+        numbers = (row.tokens_per_second, row.ttft_ms, row.itl_ms, row.total_ms)
+        table.add_row(name, *(f"{value:.1f}" if value is not None else "" for value in numbers), share, row.note)
+    Console(width=max(150, Console().width)).print(table)
 
 
-async def _collect(url: str, vocabulary: int) -> list[Row]:
-    return [row async for row in measure(url, vocabulary)]
+async def _collect(url: str, vocabulary: int) -> dict[str, Figures]:
+    async with httpx2.AsyncClient(base_url=url, timeout=600) as client:
+        return {name: figures async for name, figures in measure(client, vocabulary)}
 
 
 def main() -> None:
@@ -228,14 +256,21 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("NO_COLOR", "1")
     gigabytes = read_bandwidth() / 1e9
-    host = host_ms_per_step()
+    plain, named = host_ms_per_step(), host_ms_per_step(named_ids=MAX_SCORED_IDS)
     weights = None if options.url and not options.model else decode_bytes(options.model, options.dtype)
     with contextlib.ExitStack() as stack:
         arguments = [*([options.model] if options.model else []), "--dtype", options.dtype]
         url = options.url or stack.enter_context(own_server(arguments))
-        rows = asyncio.run(_collect(url, options.vocabulary))
+        try:
+            rows = asyncio.run(_collect(url, options.vocabulary))
+        except FailedError as error:
+            raise SystemExit(f"error: {error}") from None
     show(rows, weights / gigabytes / 1e6 if weights else None, gigabytes)
-    Console().print(f"host time of our engine: {host:.2f} ms a step of 16 rows (schedule, batch, read-out, events)")
+    Console().print(
+        "host time of our engine (schedule, batch, read-out, events): "
+        f"{plain:.2f} ms a step of 16 rows, {named:.2f} ms with {MAX_SCORED_IDS} logprob_token_ids each",
+        soft_wrap=True,
+    )
 
 
 if __name__ == "__main__":

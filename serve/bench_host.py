@@ -63,13 +63,16 @@ class NullRunner:
         """Nothing."""
 
 
-def host_ms_per_step(*, rows: int = 16, vocab_size: int = 151_936, max_logprobs: int = 20) -> float:
-    """Milliseconds of schedule, batch, read-out and events for a decode step of `rows` sampled requests: the median."""
+def host_ms_per_step(*, rows: int = 16, vocab_size: int = 151_936, max_logprobs: int = 20, named_ids: int = 0) -> float:
+    """Milliseconds of schedule, batch, read-out and events for a decode step of `rows` sampled requests: the median.
+
+    Each request names so many ids whose numbers it wants; with none it has the K best, as every step gives them.
+    """
     runner = NullRunner(rows=rows, vocab_size=vocab_size, max_logprobs=max_logprobs)
     core = EngineCore(runner, max_model_len=_CONTEXT, max_num_batched_tokens=256 + rows)
+    params = SamplingParams(_CONTEXT - _PROMPT, temperature=1.0, top_p=0.9, logprob_token_ids=tuple(range(named_ids)))
     for i in range(rows):
-        prompt = [i] * _PROMPT
-        core.add(Request(f"{i}", prompt, SamplingParams(_CONTEXT - _PROMPT, temperature=1.0, top_p=0.9)))
+        core.add(Request(f"{i}", [i] * _PROMPT, params))
     while len(core.step()) < rows:  # until all prompts are done
         pass
     seconds = []

@@ -152,11 +152,12 @@ def test_a_mask_outweighs_any_bias() -> None:
 def test_a_zero_made_by_a_penalty_is_plus_zero() -> None:
     V = 300
     logits, slots = np.full((R, V), -2.0, np.float32), empty_slots(Z, V)
-    logits[:, [40, 200]] = -0.0, 0.0
+    logits[:, [40, 200]] = -np.finfo(np.float32).tiny, 0.0  # a hundred-millionth of it is -0
     slots.seen[:, 40] = True
-    result = adjust(logits, sampling_of(V, repetition=2.0), slots, range(R))
+    sampling = sampling_of(V, repetition=1e-8)
+    result = adjust(logits, sampling, slots, range(R))
     assert not np.signbit(result[:, 40]).any()
-    tokens = np.asarray(_choose(logits, sampling_of(V, repetition=2.0), slots, np.arange(R)))
+    tokens = np.asarray(_choose(logits, sampling, slots, np.arange(R)))
     assert tokens.tolist() == [40] * R  # equal to 200, and lower
 
 

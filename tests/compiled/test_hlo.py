@@ -1,5 +1,6 @@
 """Reading HLO text: numbers that can be checked by hand, then what the compiled steps of a tiny model promise."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -196,11 +197,12 @@ def test_the_text_names_no_file(texts: Mapping[str, str]) -> None:
 
 @pytest.mark.parametrize(("name", "rows"), [("decode_1", 1), ("decode_4", 4), ("score_8", 8)])
 def test_the_rank_compares_with_the_whole_vocabulary(texts: Mapping[str, str], name: str, rows: int) -> None:
-    lines = [line for line in hlo.rank_comparison(texts[name]) if f"pred[{rows},{V}]" in line]
-    directions = [line.rpartition("direction=")[2] for line in lines]
-    assert sorted(directions) == sorted(
-        2 * ["EQ", "GT", "LT"]
-    )  # for the row's own token, and in the loop over given ids
+    parts, width = 2, 128  # those of the 16 that hold any of V; XLA has done the others' work while it compiled
+    lines = [line for line in hlo.rank_comparison(texts[name]) if f"pred[{rows},{width}]" in line]
+    directions = Counter(line.rpartition("direction=")[2] for line in lines)
+    # For the row's own token, and in the loop over given ids. The parts may share their numbers of tokens.
+    assert (directions["GT"], directions["EQ"]) == (2 * parts, 2 * parts)
+    assert directions["LT"] >= 2
 
 
 def test_prefill_ranks_nothing(texts: Mapping[str, str]) -> None:
@@ -221,7 +223,8 @@ def test_whole_rows_leave_by_the_one_program_made_for_it(texts: Mapping[str, str
 
 @pytest.mark.parametrize(("name", "rows"), [("decode_4", 4), ("score_8", 8)])
 def test_logits_exist_inside_for_the_rows_of_the_step_only(texts: Mapping[str, str], name: str, rows: int) -> None:
-    inside = {operation.shape for operation in hlo.operations(texts[name]) if operation.scope == "head"}
+    shapes = {operation.shape for operation in hlo.operations(texts[name]) if operation.scope == "head"}
+    inside = {shape for shape in shapes if str(V) in axes([shape])}
     assert inside == {f"f32[{rows},{V}]"}
 
 

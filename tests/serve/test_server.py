@@ -206,7 +206,28 @@ def test_penalties_and_constraints_reach_the_choice(server: ServerProcess) -> No
     assert len(set(unrepeated)) == len(unrepeated)
     assert plain[0] not in ask(logit_bias={str(plain[0]): -100})
     assert set(ask(allowed_token_ids=[504, 505])) <= {504, 505}
-    assert plain[:3] != ask(bad_words=[" three one"])[:3]
+
+
+def test_a_bad_word_of_two_tokens_is_never_finished(client: OpenAI) -> None:
+    def ask(**more: object) -> tuple[list[str], str]:
+        answer = client.completions.create(
+            model="SmolLM2-135M-Instruct",
+            prompt="The capital of France is",
+            max_tokens=12,
+            temperature=0,
+            logprobs=0,
+            extra_body=more,
+        )
+        assert answer.choices[0].logprobs is not None
+        return answer.choices[0].logprobs.tokens or [], answer.choices[0].text
+
+    tokens, text = ask()
+    word = "".join(tokens[:2])
+    assert text.startswith(word)
+    others, other_text = ask(bad_words=[word])
+    assert others[0] == tokens[0]
+    assert others[1] != tokens[1]
+    assert word not in other_text
 
 
 def test_a_small_cache_and_whole_rows(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""The bench on a server that refuses some of what it asks, and the host time of a step."""
+
+import json
+
+import httpx2
+import pytest
+
+from serve.bench import FailedError, measure, show
+from serve.bench_host import host_ms_per_step
+
+
+def peer(request: httpx2.Request) -> httpx2.Response:
+    """A server that streams, completes, and does not know prompt_logprobs."""
+    if request.url.path == "/v1/models":
+        return httpx2.Response(200, json={"data": [{"id": "m", "max_model_len": 1000}]})
+    body = json.loads(request.content)
+    if "prompt_logprobs" in body:
+        return httpx2.Response(400, json={"error": "no prompt_logprobs"})
+    prompt = body["prompt"]
+    assert isinstance(prompt[0], list) or len(prompt) + body["max_tokens"] <= 1000
+    if not body.get("stream"):
+        return httpx2.Response(200, json={"choices": []})
+    events = ['data: {"choices": [{"text": "a"}]}'] * body["max_tokens"] + ["data: [DONE]"]
+    return httpx2.Response(200, text="\n\n".join(events))
+
+
+async def test_what_a_server_refuses_is_a_row_that_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    async with httpx2.AsyncClient(base_url="http://peer", transport=httpx2.MockTransport(peer)) as client:
+        rows = {name: figures async for name, figures in measure(client, 200)}
+    refused = [name for name, figures in rows.items() if figures.note.startswith("refused: ")]
+    assert refused == [
+        "prefill of 512, prompt_logprobs=5",
+        "score 900, cold",
+        "score 900, 800 cached, not scored",
+        "score 900, 800 scored before",
+    ]
+    assert all((figures.tokens_per_second is None) == (name in refused) for name, figures in rows.items())
+    assert "1 stream beside a prompt of 999" in rows  # no more than the model takes
+    show(rows, None, 10.0)
+    table = capsys.readouterr().out
+    assert all(name in table for name in rows)
+
+
+async def test_a_server_that_fails_ends_the_bench() -> None:
+    def failing(request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(500) if request.method == "POST" else peer(request)
+
+    async with httpx2.AsyncClient(base_url="http://peer", transport=httpx2.MockTransport(failing)) as client:
+        with pytest.raises(FailedError, match="500"):
+            await anext(measure(client, 200))
+
+
+def test_the_host_time_of_a_step_is_measured_without_a_device() -> None:
+    assert host_ms_per_step(rows=2, vocab_size=100, max_logprobs=5, named_ids=3) > 0

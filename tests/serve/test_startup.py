@@ -1,0 +1,60 @@
+"""What start-up decides without a model: the pages of the cache and the fingerprint."""
+
+import pytest
+
+from compiled.shapes import make_buckets
+from serve.config import parse_args
+from serve.memory import MemoryAmount, pages_in
+from serve.startup import system_fingerprint
+
+
+def fingerprint(*flags: str, linears: str = "xla") -> str:
+    config = parse_args(flags)
+    buckets = make_buckets(
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len or 4096,
+        max_num_batched_tokens=config.batched_tokens,
+        whole_vocabulary=config.max_logprobs == -1,
+    )
+    return system_fingerprint(config, buckets, linears)
+
+
+def test_pages_are_what_the_amount_holds_whole() -> None:
+    assert pages_in(MemoryAmount(1000), free=None, page_bytes=300) == 3
+    assert pages_in(MemoryAmount(0.5), free=1000, page_bytes=250) == 2
+
+
+def test_an_amount_below_one_page_beside_the_null_page_says_the_numbers() -> None:
+    assert pages_in(MemoryAmount(2000), free=None, page_bytes=1000) == 2
+    with pytest.raises(ValueError, match=r"1,999 bytes hold no page: one takes 1,000 bytes"):
+        pages_in(MemoryAmount(1999), free=None, page_bytes=1000)
+
+
+def test_a_share_of_an_unknown_amount_asks_for_bytes() -> None:
+    with pytest.raises(ValueError, match="give bytes"):
+        pages_in(MemoryAmount(0.5), free=None, page_bytes=1)
+
+
+def test_the_same_options_have_the_same_fingerprint_wherever_the_server_listens() -> None:
+    assert fingerprint("--dtype", "float32") == fingerprint(*("--dtype", "float32", "--port", "1", "--api-key", "k"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--dtype", "float32"),
+        ("--max-num-seqs", "4"),
+        ("--max-num-batched-tokens", "1024"),
+        ("--max-model-len", "512"),
+        ("--max-logprobs", "5"),
+        ("--max-logprobs", "-1"),
+        ("--no-enable-prefix-caching",),
+    ],
+    ids=" ".join,
+)
+def test_what_changes_shapes_changes_the_fingerprint(flags: tuple[str, ...]) -> None:
+    assert fingerprint(*flags) != fingerprint()
+
+
+def test_the_fingerprint_names_the_linear_maps() -> None:
+    assert fingerprint(linears="packed") != fingerprint(linears="xla")

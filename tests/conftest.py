@@ -15,14 +15,14 @@ from tests.in_process import PAGES
 BUCKETS = Buckets(decode_rows=(1, 2, 4, 8, 16), prefill_chunks=(16, 64, 256), score_rows=64, pages_per_row=16)
 
 
-def make_runner(path: Path, dtype: str, buckets: Buckets = BUCKETS) -> ModelRunner:
+def make_runner(path: Path, dtype: str, buckets: Buckets = BUCKETS, pages: int = PAGES) -> ModelRunner:
     """A compiled model."""
     checkpoint = open_checkpoint(ModelSource(path.name, path))
     try:
         model = load_model(checkpoint, dtype)
     finally:
         checkpoint.close()
-    return ModelRunner(model, buckets, pages=PAGES, max_logprobs=20)
+    return ModelRunner(model, buckets, pages=pages, max_logprobs=20)
 
 
 @pytest.fixture(scope="session")

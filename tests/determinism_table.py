@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from compiled.load import load_model
 from compiled.runner import ModelRunner
 from compiled.shapes import make_buckets
 from model.kernels import cpu
-from model.weights.load import open_checkpoint
-from model.weights.source import ModelSource, default_model_path
+from model.weights.source import default_model_path
 from serve.engine.core import EngineCore
 from serve.engine.request import PromptScoring, Request, SamplingParams
+from tests.conftest import make_runner
 
 _PROMPT, _OUTPUT = 300, 40  # tokens
 _CONTEXT = 1024
@@ -97,13 +96,8 @@ def _without_kernels() -> Iterator[None]:
 
 
 def _runner(path: Path, dtype: str) -> ModelRunner:
-    checkpoint = open_checkpoint(ModelSource(path.name, path))
-    try:
-        model = load_model(checkpoint, dtype)
-    finally:
-        checkpoint.close()
     buckets = make_buckets(max_num_seqs=_ROWS, max_model_len=_CONTEXT, max_num_batched_tokens=_BATCHED)
-    return ModelRunner(model, buckets, pages=_ROWS * buckets.pages_per_row + 1, max_logprobs=20)
+    return make_runner(path, dtype, buckets, pages=_ROWS * buckets.pages_per_row + 1)
 
 
 def main() -> None:

@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 
-from compiled.load import load_model
 from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
-from model.weights.load import open_checkpoint
-from model.weights.source import ModelSource
 from serve.engine.core import EngineCore
 from serve.engine.request import FinishReason, PromptScoring, Request, SamplingParams, TokenEvent, TokenScores
+from tests.conftest import make_runner
 from tests.model.tiny import random_weights, write_checkpoint
 
 # The head shape of SmolLM2-135M, for which XLA's attention is the same to the last bit (docs/design.md).
@@ -40,12 +38,7 @@ REQUESTS = 80
 def small_runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
     folder = tmp_path_factory.mktemp("model")
     write_checkpoint(folder, CONFIG, random_weights(CONFIG, seed=3))
-    checkpoint = open_checkpoint(ModelSource("small", folder))
-    try:
-        model = load_model(checkpoint, request.param)
-    finally:
-        checkpoint.close()
-    return ModelRunner(model, BUCKETS, pages=10, max_logprobs=20)
+    return make_runner(folder, request.param, BUCKETS, pages=10)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,8 @@ def load_model(
     return bind(checkpoint.config, dtype, load_weights(checkpoint, np.dtype(dtype), put, progress))
 
 
-def uses_kernels(model: BoundModel) -> bool:
-    """Whether the model's linear maps run in packed kernels, rather than in XLA."""
-    return any(leaf.ndim > 2 for leaf in model.leaves)
+def kernels_used(model: BoundModel) -> tuple[str, ...]:
+    """What runs in the CPU's own kernels rather than in XLA: of "linear" and "attention", those that do."""
+    packed = ("linear",) if any(leaf.ndim > 2 for leaf in model.leaves) else ()
+    attends = ("attention",) if jax.default_backend() == "cpu" and cpu.load() is not None else ()
+    return packed + attends

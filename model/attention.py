@@ -1,9 +1,12 @@
 """The one seam for attention over pages."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from model.kernels import cpu
 from model.kv_cache import PAGE_SIZE
 
 # XLA:CPU multiplies small matrices by other code, with other last bits, than large ones: with this many query rows a
@@ -12,21 +15,38 @@ _MIN_QUERIES = 32
 _MASKED = -1e30  # finite, so that a row of padding gives no NaN
 
 
-def attend(queries: Array, keys: Array, values: Array, tables: Array, positions: Array) -> Array:
+def attend(queries: Array, keys: Array, values: Array, tables: Array, positions: Array, *, window: int = 0) -> Array:
     """Causal attention of each query over its row's cached tokens, itself included.
 
-    Online softmax over pages in order (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"):
-    the loop runs to the longest row's last page, so its cost follows the true length, and a page adds to a query's
-    result in the same order whether the query comes from a prefill chunk or from a decode step.
+    In both forms the cost follows the true length, and a page adds to a query's result in the same order whether the
+    query comes from a prefill chunk or from a decode step. What the program is compiled for decides between them, not
+    the machine that compiles it.
 
     Args:
         queries: [R, T, H, E] float32, rotated.
         keys, values: [N, K, S, E] pages.
         tables: [R, P] int32 pages of each row in order.
         positions: [R, T] int32, -1 for padding.
+        window: how many tokens a query sees, itself included; 0 = all before it.
 
     Returns:
-        [R, T, H * E] float32.
+        [R, T, H * E] float32; what padding gives means nothing.
+    """
+    xla = partial(attend_in_xla, window=window)
+    if cpu.load() is None:
+        return xla(queries, keys, values, tables, positions)
+    kernel = partial(cpu.attend, window=window)
+    result: Array = jax.lax.platform_dependent(queries, keys, values, tables, positions, cpu=kernel, default=xla)
+    return result
+
+
+def attend_in_xla(
+    queries: Array, keys: Array, values: Array, tables: Array, positions: Array, *, window: int = 0
+) -> Array:
+    """`attend` for any platform, as XLA compiles it.
+
+    Online softmax over pages in order (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"): a
+    loop over pages from the first to the last that any query sees.
     """
     R, T, H, E = queries.shape
     K = keys.shape[1]
@@ -46,18 +66,24 @@ def attend(queries: Array, keys: Array, values: Array, tables: Array, positions:
         v = values[ids].astype(jnp.float32)
         scores = jnp.einsum("rkqe,rkse->rkqs", q, k)
         key_at = i * PAGE_SIZE + jnp.arange(PAGE_SIZE, dtype=jnp.int32)
-        scores = jnp.where(key_at <= query_at, scores, _MASKED)
+        seen = key_at <= query_at
+        if window:
+            seen &= key_at > query_at - window
+        scores = jnp.where(seen, scores, _MASKED)
         # A page may hold what an earlier owner left behind its end: 0 x NaN would be NaN.
         v = jnp.where((key_at <= last_at)[:, None, :, None], v, 0.0)
         new_best = jnp.maximum(best, scores.max(-1))
         scale = jnp.exp(best - new_best)
-        p = jnp.exp(scores - new_best[..., None])
+        p = jnp.where(seen, jnp.exp(scores - new_best[..., None]), 0.0)
         out = out * scale[..., None] + jnp.einsum("rkqs,rkse->rkqe", p, v)
         return new_best, total * scale + p.sum(-1), out
 
     shape = (R, K, Q)
     start = (jnp.full(shape, _MASKED, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, E), jnp.float32))
     pages = jnp.max(positions) // PAGE_SIZE + 1
-    _, total, out = jax.lax.fori_loop(0, pages, page, start)
+    lowest = jnp.min(jnp.where(positions < 0, jnp.max(positions), positions))
+    first = jnp.maximum(lowest - window + 1, 0) // PAGE_SIZE if window else 0
+    _, total, out = jax.lax.fori_loop(first, pages, page, start)
+    total = jnp.where(total > 0, total, 1.0)  # padding saw nothing
     result: Array = (out / total[..., None])[:, :, : G * T].reshape(R, K, G, T, E)
     return result.transpose(0, 3, 1, 2, 4).reshape(R, T, H * E)

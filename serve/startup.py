@@ -1,14 +1,14 @@
 """From a ServeConfig to a running engine: files, weights, programs, with progress on the terminal."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from compiled.load import load_model, uses_kernels
+from compiled.load import kernels_used, load_model
 from compiled.programs import Program, use_persistent_cache
 from compiled.runner import ModelRunner
 from compiled.shapes import Buckets, make_buckets
@@ -85,7 +85,7 @@ def start(config: ServeConfig, console: Console) -> Served:
         prefix_caching=config.enable_prefix_caching,
     )
     engine.start()
-    fingerprint = system_fingerprint(config, runner.buckets, "packed" if uses_kernels(model) else "xla")
+    fingerprint = system_fingerprint(config, runner.buckets, kernels_used(model))
     return Served(source.name, engine, runner, tokenizer, fingerprint)
 
 
@@ -114,8 +114,8 @@ def _load(checkpoint: Checkpoint, dtype: str, console: Console) -> BoundModel:
         task = bar.add_task("weights", total=None)
         model = load_model(checkpoint, dtype, lambda done, total: bar.update(task, completed=done, total=total))
     size = sum(leaf.nbytes for leaf in model.leaves)
-    linears = "packed kernels" if uses_kernels(model) else "XLA"
-    console.print(f"weights  {size / 1e6:,.0f} MB {dtype} on {jax.default_backend()}, linear maps by {linears}")
+    kernels = " and ".join(kernels_used(model)) or "none, XLA does it all"
+    console.print(f"weights  {size / 1e6:,.0f} MB {dtype} on {jax.default_backend()}; own kernels: {kernels}")
     return model
 
 
@@ -173,11 +173,11 @@ def _reporter(bar: Progress, advance: Callable[[], None]) -> Callable[[Program],
     return report
 
 
-def system_fingerprint(config: ServeConfig, buckets: Buckets, linears: str) -> str:
-    """Names what the numbers come from: versions, platform, dtype, linear maps, and a digest of shapes and options.
+def system_fingerprint(config: ServeConfig, buckets: Buckets, kernels: Sequence[str]) -> str:
+    """Names what the numbers come from: versions, platform, dtype, own kernels, and a digest of shapes and options.
 
     The same weights under the same fingerprint give the same bits.
     """
     shapes = (buckets, config.computed_logprobs, config.batched_tokens, config.enable_prefix_caching)
     digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
-    return f"fp_jax{jax.__version__}_{jax.default_backend()}_{config.dtype}_{linears}_{digest}"
+    return f"fp_jax{jax.__version__}_{jax.default_backend()}_{config.dtype}_{"-".join(kernels) or "xla"}_{digest}"

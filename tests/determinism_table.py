@@ -103,11 +103,12 @@ def _runner(path: Path, dtype: str) -> ModelRunner:
 def main() -> None:
     """Prints a table for each model."""
     for path in [Path(name) for name in sys.argv[1:]] or [default_model_path()]:
-        columns = {"float32, XLA": Measurement(_runner(path, "float32")).differences()}
-        with _without_kernels():
-            columns["bfloat16, XLA"] = Measurement(_runner(path, "bfloat16")).differences()
-        if cpu.load() is not None:
-            columns["bfloat16, kernels"] = Measurement(_runner(path, "bfloat16")).differences()
+        columns = {}
+        for dtype in ("float32", "bfloat16"):
+            with _without_kernels():
+                columns[f"{dtype}, XLA"] = Measurement(_runner(path, dtype)).differences()
+            if cpu.load() is not None:
+                columns[f"{dtype}, kernels"] = Measurement(_runner(path, dtype)).differences()
         table = Table("against alone, cold, chunks of 256", *columns, title=path.stem)
         for way in columns["float32, XLA"]:
             table.add_row(

@@ -8,7 +8,7 @@ from serve.memory import MemoryAmount, pages_in
 from serve.startup import system_fingerprint
 
 
-def fingerprint(*flags: str, linears: str = "xla") -> str:
+def fingerprint(*flags: str, kernels: tuple[str, ...] = ()) -> str:
     config = parse_args(flags)
     buckets = make_buckets(
         max_num_seqs=config.max_num_seqs,
@@ -16,7 +16,7 @@ def fingerprint(*flags: str, linears: str = "xla") -> str:
         max_num_batched_tokens=config.batched_tokens,
         whole_vocabulary=config.max_logprobs == -1,
     )
-    return system_fingerprint(config, buckets, linears)
+    return system_fingerprint(config, buckets, kernels)
 
 
 def test_pages_are_what_the_amount_holds_whole() -> None:
@@ -56,5 +56,6 @@ def test_what_changes_shapes_changes_the_fingerprint(flags: tuple[str, ...]) -> 
     assert fingerprint(*flags) != fingerprint()
 
 
-def test_the_fingerprint_names_the_linear_maps() -> None:
-    assert fingerprint(linears="packed") != fingerprint(linears="xla")
+def test_the_fingerprint_names_the_kernels() -> None:
+    assert "_xla_" in fingerprint()
+    assert "_linear-attention_" in fingerprint(kernels=("linear", "attention"))

@@ -1,9 +1,10 @@
-"""Kernels for XLA:CPU: `linear.cc`, compiled by `python -m model.kernels.cpu.build`, called through XLA's FFI.
+"""Kernels for XLA:CPU: `linear.cc` and `attention.cc`, compiled by `python -m model.kernels.cpu.build`, called through XLA's FFI.
 
 What lives here knows arrays and nothing of models. Where `load()` gives None, XLA does the work.
 """
 
+from model.kernels.cpu.attention import attend
 from model.kernels.cpu.library import CpuKernels, load
 from model.kernels.cpu.linear import PackedWeight, linear, pack, unpack_rows
 
-__all__ = ["CpuKernels", "PackedWeight", "linear", "load", "pack", "unpack_rows"]
+__all__ = ["CpuKernels", "PackedWeight", "attend", "linear", "load", "pack", "unpack_rows"]

@@ -1,4 +1,4 @@
-"""Compiles linear.cc for the installed jaxlib: `python -m model.kernels.cpu.build`."""
+"""Compiles the kernels for the installed jaxlib: `python -m model.kernels.cpu.build`."""
 
 import os
 import shutil
@@ -11,14 +11,17 @@ import jax
 
 from model.kernels.cpu.library import library_path
 
-SOURCES = (Path(__file__).with_name("linear.cc"), Path(__file__).with_name("tiles.h"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("linear.cc", "attention.cc", "attention.h", "parallel.h", "tiles.h")
+)
 COMPILERS = ("c++", "g++", "clang++")
 # No -march=native: the library picks its path when it runs, so it can be built on another machine.
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
+# No contraction: a multiply-add is fused where the source says so, and nowhere else.
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off")
 
 
 def build(sources: Sequence[Path], library: Path) -> str:
-    """Makes `library` from the first of `sources`, unless it is newer than all of them; the line to print.
+    """Makes `library` from the .cc files of `sources`, unless it is newer than all of them; the line to print.
 
     Raises RuntimeError (no compiler, a compile that fails) or OSError (a folder that cannot be written).
     """
@@ -29,7 +32,8 @@ def build(sources: Sequence[Path], library: Path) -> str:
         raise RuntimeError(f"no C++ compiler on PATH ({', '.join(COMPILERS)})")
     library.parent.mkdir(parents=True, exist_ok=True)
     unfinished = library.with_suffix(f".{os.getpid()}")
-    command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(sources[0]), "-o", str(unfinished)]
+    units = (str(source) for source in sources if source.suffix == ".cc")
+    command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), *units, "-o", str(unfinished)]
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode != 0:

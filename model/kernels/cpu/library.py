@@ -9,21 +9,26 @@ import jax
 import jaxlib.version
 
 TARGET = "logprobd_linear"
+ATTENTION_TARGET = "logprobd_attention"
 # One result to the last bit on three paths: AVX512_BF16, AVX512F, and plain C++.
 PATHS = ("pairs", "floats", "portable")
 
 
 @dataclass(frozen=True)
 class CpuKernels:
-    """The loaded library: the name of its XLA target, and the paths that this CPU can run, each as `target_path`."""
+    """The loaded library: the names of its XLA targets, and the paths of `target` that this CPU can run.
+
+    Each path is a target of its own, `target_path`, for the tests.
+    """
 
     target: str
+    attention: str
     paths: tuple[str, ...]
 
 
 def library_path() -> Path:
     """Where the library of this jaxlib lies: its interface belongs to one version of the headers."""
-    return Path(__file__).with_name("_build") / f"linear-jaxlib-{jaxlib.version.__version__}.so"
+    return Path(__file__).with_name("_build") / f"kernels-jaxlib-{jaxlib.version.__version__}.so"
 
 
 @functools.cache
@@ -41,6 +46,6 @@ def load() -> CpuKernels | None:
     if not has["floats"]:
         return None
     paths = tuple(path for path in PATHS if has[path])
-    for name in (TARGET, *(f"{TARGET}_{path}" for path in paths)):
+    for name in (TARGET, ATTENTION_TARGET, *(f"{TARGET}_{path}" for path in paths)):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-    return CpuKernels(TARGET, paths)
+    return CpuKernels(TARGET, ATTENTION_TARGET, paths)

@@ -1,12 +1,10 @@
 // y[M, N] = x[M, K] W[N, K]^T for bfloat16 x and packed bfloat16 W, as handlers of XLA's foreign function interface.
-// tiles.h has the layout of W, the arithmetic and its promise; here is how a call is shared among XLA's own threads.
+// tiles.h has the layout of W, the arithmetic and its promise; parallel.h shares a call among XLA's own threads.
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <memory>
-#include <thread>
 
+#include "parallel.h"
 #include "tiles.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -14,21 +12,10 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kClaims = 4;                 // a claim is a thread's share of the blocks left, over this
 constexpr int64_t kMinBytesToShare = 1 << 16;  // waking a thread takes longer than reading less of W than this
 constexpr int64_t kMaxRowsAlone = 16;          // or than the arithmetic of so few rows
 
-// What the threads of one call share. It outlives the call: a task that the pool starts late finds no block left.
-struct Job {
-  Problem problem;
-  TileTable tiles;
-  int64_t threads;
-  std::atomic<int64_t> claimed{0};
-  std::atomic<int64_t> finished{0};
-};
-
-void Compute(const Job& job, int64_t block, bool more) {
-  const Problem& p = job.problem;
+void Compute(const Problem& p, TileTable table, int64_t block, bool more) {
   const int64_t tiles = (p.m + kMaxRows - 1) / kMaxRows;
   const uint16_t* here = p.w + block * p.pairs * kPair;
   const uint16_t* next = more ? here + p.pairs * kPair : here;
@@ -37,21 +24,7 @@ void Compute(const Job& job, int64_t block, bool more) {
     // The first tiles fetch the next block: its even lines, then its odd lines.
     const uint16_t* line0 = t == 0 ? next : here;
     const uint16_t* line1 = (t == 1 || tiles == 1 ? next : here) + kColumns;
-    job.tiles[rows - 1](p, {row, block, {line0, line1}});
-  }
-}
-
-// Takes blocks until none is left: large claims first, so that reads run on, then small ones, so that all end together.
-void Work(Job& job) {
-  const FloatMode mode;
-  const int64_t blocks = job.problem.blocks;
-  int64_t first = job.claimed.load();
-  while (first < blocks) {
-    const int64_t last = first + std::max<int64_t>(1, (blocks - first) / (kClaims * job.threads));
-    if (!job.claimed.compare_exchange_weak(first, last)) continue;
-    for (int64_t block = first; block < last; ++block) Compute(job, block, block + 1 < last);
-    job.finished.fetch_add(last - first);
-    first = job.claimed.load();
+    table[rows - 1](p, {row, block, {line0, line1}});
   }
 }
 
@@ -70,15 +43,13 @@ ffi::Error Run(TileTable tiles, ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, 
   }
   const bool bf16 = y->element_type() == ffi::BF16;
   if (!bf16 && y->element_type() != ffi::F32) return ffi::Error::InvalidArgument("linear gives bfloat16 or float32");
-  auto job = std::make_shared<Job>();
-  job->problem = {reinterpret_cast<const uint16_t*>(x.typed_data()), reinterpret_cast<const uint16_t*>(w.typed_data()),
-                  y->untyped_data(), bf16, xs[0], ys[1], xs[1], ws[1], ws[0]};
-  job->tiles = tiles;
-  job->threads = Threads(job->problem, pool.num_threads());
-  for (int64_t t = 1; t < job->threads; ++t) pool.Schedule([job] { Work(*job); });
-  Work(*job);
-  // Whatever is not finished was claimed by a thread that is at work on it: never a wait for a task to start.
-  while (job->finished.load() < ws[0]) std::this_thread::yield();
+  const Problem problem = {reinterpret_cast<const uint16_t*>(x.typed_data()),
+                           reinterpret_cast<const uint16_t*>(w.typed_data()),
+                           y->untyped_data(), bf16, xs[0], ys[1], xs[1], ws[1], ws[0]};
+  Share(pool, Threads(problem, pool.num_threads()), ws[0], [problem, tiles](int64_t first, int64_t last) {
+    const FloatMode mode;
+    for (int64_t block = first; block < last; ++block) Compute(problem, tiles, block, block + 1 < last);
+  });
   return ffi::Error::Success();
 }
 

@@ -1,0 +1,96 @@
+// Attention over pages as a handler of XLA's foreign function interface. attention.h has the arithmetic and its promise.
+
+#include "attention.h"
+
+#include "parallel.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr int64_t kMinWorkToShare = 1 << 15;  // multiply-adds; waking a thread takes longer than fewer
+
+#if defined(__x86_64__)
+
+// Multiply-adds of a call at most, from the longest row.
+int64_t WorkOf(const Pages& p) {
+  const int64_t tokens = p.rows * p.tokens;
+  const int64_t longest = tokens > 0 ? *std::max_element(p.positions, p.positions + tokens) + 1 : 0;
+  return tokens * p.heads * longest * p.size;
+}
+
+template <typename Element>
+void AttendAll(ffi::ThreadPool pool, const Pages& pages) {
+  const int64_t blocks = (pages.tokens + kQueryTokens - 1) / kQueryTokens;
+  const int64_t units = pages.rows * pages.kv_heads * blocks;
+  const int64_t most = WorkOf(pages) < kMinWorkToShare ? 1 : pool.num_threads();
+  Share(pool, std::max<int64_t>(1, std::min(most, units)), units, [pages, blocks](int64_t first, int64_t last) {
+    const FloatMode mode;
+    const int64_t widest = std::min(kQueryTokens, pages.tokens) * (pages.heads / pages.kv_heads);
+    const Scratch scratch(widest, pages.size);
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t block = blocks - 1 - i % blocks;  // the last tokens see most: the longest units come first
+      const Unit unit = {i / blocks / pages.kv_heads, i / blocks % pages.kv_heads, block * kQueryTokens,
+                         std::min(pages.tokens, (block + 1) * kQueryTokens)};
+      Attend<Element>(pages, unit, scratch);
+    }
+  });
+}
+
+#endif
+
+// Every address that the call will read: ids within the cache, positions within the tables.
+bool InBounds(const Pages& p) {
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const int32_t* positions = p.positions + row * p.tokens;
+    const int64_t last = p.tokens > 0 ? *std::max_element(positions, positions + p.tokens) : -1;
+    if (last >= p.table * kPage) return false;
+    for (int64_t i = 0; i * kPage <= last; ++i) {
+      const int64_t id = p.tables[row * p.table + i];
+      if (id < 0 || id >= p.pages) return false;
+    }
+  }
+  return true;
+}
+
+ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                     ffi::Buffer<ffi::S32> tables, ffi::Buffer<ffi::S32> positions, ffi::ResultBuffer<ffi::F32> out,
+                     int64_t window) {
+  const auto q = queries.dimensions(), k = keys.dimensions(), v = values.dimensions(), t = tables.dimensions();
+  const auto at = positions.dimensions();
+  if (q.size() != 4 || k.size() != 4 || v.size() != 4 || t.size() != 2 || at.size() != 2 ||
+      !std::equal(k.begin(), k.end(), v.begin()) || k[2] != kPage || k[3] != q[3] || q[3] % 2 != 0 || k[1] < 1 ||
+      q[2] % k[1] != 0 || t[0] != q[0] || at[0] != q[0] || at[1] != q[1] ||
+      out->element_count() != queries.element_count() || keys.element_type() != values.element_type()) {
+    return ffi::Error::InvalidArgument(
+        "attention takes q [R, T, H, E], keys and values [N, K, 64, E], tables [R, P], positions [R, T]");
+  }
+  const Pages pages = {tables.typed_data(), positions.typed_data(), queries.typed_data(), keys.untyped_data(),
+                       values.untyped_data(), out->typed_data(), q[0], q[1], q[2], k[1], q[3], t[1], k[0], window};
+  if (!InBounds(pages)) return ffi::Error::InvalidArgument("attention: a page or a position is out of bounds");
+#if defined(__x86_64__)
+  if (keys.element_type() == ffi::BF16) {
+    AttendAll<uint16_t>(pool, pages);
+    return ffi::Error::Success();
+  }
+  if (keys.element_type() == ffi::F32) {
+    AttendAll<float>(pool, pages);
+    return ffi::Error::Success();
+  }
+#endif
+  return ffi::Error::InvalidArgument("attention takes bfloat16 or float32 pages");
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_attention, Attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("window"));

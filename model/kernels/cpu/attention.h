@@ -1,0 +1,313 @@
+// The arithmetic of attention.cc: causal attention of a block of queries over the pages of one row and key/value head.
+//
+// The promise: a query's result depends on its own values and on its row's keys and values alone. Pages come in order,
+// a page has the same 64 places for every caller, and each sum runs in one fixed order: a score over the head's
+// elements ascending, an output over the page's keys ascending, by one fused multiply-add each. So a query has the same
+// bits in a prefill chunk of any size, in a decode step of any number of rows, and beside any padding.
+// A key that a query must not see has weight +0, which changes no sum.
+//
+// Online softmax over pages: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "tiles.h"
+
+namespace {
+
+constexpr int64_t kPage = 64;         // S, tokens of a page
+constexpr int64_t kLanes = 16;        // floats of a vector
+constexpr int64_t kQueryTokens = 32;  // tokens of a block: each page is converted once for all of them
+
+struct Pages {
+  const int32_t* tables;     // [R, P]
+  const int32_t* positions;  // [R, T], -1 is padding
+  const float* queries;      // [R, T, H, E]
+  const void* keys;          // [N, K, S, E]
+  const void* values;        // [N, K, S, E]
+  float* out;                // [R, T, H * E]
+  int64_t rows, tokens, heads, kv_heads, size, table, pages;
+  int64_t window;  // keys that a query sees, itself included; 0 = all
+};
+
+struct Unit {
+  int64_t row, head, from, to;  // tokens [from, to) of a row, all queries of a key/value head
+};
+
+#if defined(__x86_64__)
+
+struct alignas(64) Line {
+  float lane[kLanes];
+};
+
+// What a thread needs for one unit after the other. Ep is E rounded up to whole vectors.
+class Scratch {
+ public:
+  Scratch(int64_t queries, int64_t size)
+      : padded((size + kLanes - 1) / kLanes * kLanes),
+        lines_(static_cast<size_t>((kPage * size + kPage * padded + queries * (padded * 2 + kPage + 3 * kLanes)) /
+                                   kLanes)) {
+    float* at = lines_.data()->lane;
+    const auto take = [&at](int64_t count) { return std::exchange(at, at + count); };
+    keys = take(size * kPage);
+    values = take(kPage * padded);
+    query = take(queries * padded);
+    sum = take(queries * padded);
+    weight = take(queries * kPage);
+    total = take(queries * kLanes);
+    best = take(queries * kLanes);
+    scale = take(queries * kLanes);
+  }
+
+  const int64_t padded;
+  float* keys;    // [E, S] the page's keys, transposed
+  float* values;  // [S, Ep]
+  float* query;   // [Q, Ep] times E^-1/2
+  float* sum;     // [Q, Ep]
+  float* weight;  // [Q, S] scores, then exp(score - best)
+  float* total;   // [Q, 16] sums of weights, by lane
+  float* best;    // [Q] the best score so far
+  float* scale;   // [Q] what the page before it is worth now
+
+ private:
+  std::vector<Line> lines_;
+};
+
+// exp(x) for x <= 0: 2^n e^r, |r| <= ln(2) / 2, e^r by its Taylor series to r^7, which leaves out less than 6e-9.
+AVX512_INLINE __m512 ExpOfNegative(__m512 x) {
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);  // ln(2) in two parts, the first exact in 10 bits
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 e = _mm512_set1_ps(1.0f / 5040);
+  for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(term));
+  }
+  const __mmask16 tiny = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);  // a NaN is not: it stays
+  return _mm512_mask_mov_ps(_mm512_scalef_ps(e, n), tiny, _mm512_setzero_ps());
+}
+
+// Sixteen places of a page, `stride` elements apart, at elements e and e + 1.
+struct TwoElements {
+  __m512 first, second;
+};
+
+AVX512_INLINE TwoElements Gather(const uint16_t* from, __m512i offsets, __mmask16 valid) {
+  const __m512i bits = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), valid, offsets, from, 2);
+  const __m512i high = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), _mm512_castsi512_ps(high)};
+}
+
+AVX512_INLINE TwoElements Gather(const float* from, __m512i offsets, __mmask16 valid) {
+  return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), valid, offsets, from, 4),
+          _mm512_mask_i32gather_ps(_mm512_setzero_ps(), valid, offsets, from + 1, 4)};
+}
+
+AVX512_INLINE __m512 LoadFloats(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
+
+AVX512_INLINE __m512 LoadFloats(const uint16_t* from, __mmask16 mask) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+}
+
+AVX512_INLINE __mmask16 FirstLanes(int64_t count) {
+  return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, kLanes)) - 1);
+}
+
+// The first `valid` places of a page as floats; zeros after them, whatever an earlier owner left there.
+template <typename Element>
+AVX512 void Convert(const Element* keys, const Element* values, int64_t size, int64_t valid, const Scratch& to) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i offsets = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(size)));
+  for (int64_t s = 0; s < kPage; s += kLanes) {
+    const __mmask16 there = FirstLanes(valid - s);
+    for (int64_t e = 0; e < size; e += 2) {  // heads have an even size: rotary embedding asks for it
+      const TwoElements both = Gather(keys + s * size + e, offsets, there);
+      _mm512_store_ps(to.keys + e * kPage + s, both.first);
+      _mm512_store_ps(to.keys + (e + 1) * kPage + s, both.second);
+    }
+  }
+  for (int64_t s = 0; s < valid; ++s) {
+    for (int64_t e = 0; e < size; e += kLanes) {
+      _mm512_store_ps(to.values + s * to.padded + e, LoadFloats(values + s * size + e, FirstLanes(size - e)));
+    }
+  }
+}
+
+// Scores of kRows queries against the 64 places of a page.
+template <int kRows>
+AVX512 void Scores(int64_t query, int64_t size, const Scratch& at) {
+  __m512 acc[kRows][4];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < 4; ++v) acc[r][v] = _mm512_setzero_ps();
+  }
+  const float* q = at.query + query * at.padded;
+  for (int64_t e = 0; e < size; ++e) {
+    __m512 k[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) k[v] = _mm512_load_ps(at.keys + e * kPage + v * kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const __m512 x = _mm512_set1_ps(q[r * at.padded + e]);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) acc[r][v] = _mm512_fmadd_ps(x, k[v], acc[r][v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < 4; ++v) _mm512_store_ps(at.weight + (query + r) * kPage + v * kLanes, acc[r][v]);
+  }
+}
+
+// Scores to weights, with best, total and scale moved on. The query sees places [first, last) of the page.
+AVX512_INLINE void Weigh(int64_t query, int64_t first, int64_t last, const Scratch& at) {
+  float* weights = at.weight + query * kPage;
+  if (first >= last) {
+    std::fill_n(weights, kPage, 0.0f);
+    at.scale[query] = 1.0f;
+    return;
+  }
+  __m512 score[4], top = _mm512_set1_ps(at.best[query]);
+  for (int v = 0; v < 4; ++v) {
+    const auto seen = static_cast<__mmask16>(FirstLanes(last - v * kLanes) & ~FirstLanes(first - v * kLanes));
+    score[v] = _mm512_mask_mov_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), seen,
+                                  _mm512_load_ps(weights + v * kLanes));
+    top = _mm512_max_ps(top, score[v]);
+  }
+  const float best = _mm512_reduce_max_ps(top);
+  const __m512 scale = ExpOfNegative(_mm512_set1_ps(at.best[query] - best));
+  for (int v = 0; v < 4; ++v) {
+    score[v] = ExpOfNegative(_mm512_sub_ps(score[v], _mm512_set1_ps(best)));
+    _mm512_store_ps(weights + v * kLanes, score[v]);
+  }
+  const __m512 sum = _mm512_add_ps(_mm512_add_ps(score[0], score[1]), _mm512_add_ps(score[2], score[3]));
+  float* total = at.total + query * kLanes;
+  _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_load_ps(total), scale, sum));
+  at.best[query] = best;
+  at.scale[query] = _mm512_cvtss_f32(scale);
+}
+
+// sum = sum * scale + weights x values, for kRows queries and kVectors vectors of the head from element e on.
+template <int kRows, int kVectors>
+AVX512 void Accumulate(int64_t query, int64_t e, int64_t valid, const Scratch& at) {
+  __m512 acc[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r) {
+    const __m512 scale = _mm512_set1_ps(at.scale[query + r]);
+    for (int v = 0; v < kVectors; ++v) {
+      acc[r][v] = _mm512_mul_ps(_mm512_load_ps(at.sum + (query + r) * at.padded + e + v * kLanes), scale);
+    }
+  }
+  const float* weights = at.weight + query * kPage;
+  for (int64_t s = 0; s < valid; ++s) {
+    __m512 value[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) value[v] = _mm512_load_ps(at.values + s * at.padded + e + v * kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const __m512 weight = _mm512_set1_ps(weights[r * kPage + s]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_fmadd_ps(weight, value[v], acc[r][v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      _mm512_store_ps(at.sum + (query + r) * at.padded + e + v * kLanes, acc[r][v]);
+    }
+  }
+}
+
+template <int kRows>
+AVX512 void AccumulateAll(int64_t query, int64_t valid, const Scratch& at) {
+  int64_t e = 0;
+  for (; e + 4 * kLanes <= at.padded; e += 4 * kLanes) Accumulate<kRows, 4>(query, e, valid, at);
+  for (; e < at.padded; e += kLanes) Accumulate<kRows, 1>(query, e, valid, at);
+}
+
+// Runs tile<rows>(query) over all queries, six at a time.
+#define FOR_TILES(queries, CALL)                 \
+  for (int64_t q = 0; q < (queries);) {          \
+    const int64_t left = (queries) - q;          \
+    if (left >= 6) {                             \
+      CALL(6);                                   \
+      q += 6;                                    \
+    } else if (left >= 3) {                      \
+      CALL(3);                                   \
+      q += 3;                                    \
+    } else {                                     \
+      CALL(1);                                   \
+      q += 1;                                    \
+    }                                            \
+  }
+
+// The queries of a unit and their positions, by [token, head of the group].
+struct Queries {
+  int64_t group, count, first, last;  // first and last: the lowest and highest position, -1 where all are padding
+  const int32_t* positions;           // [tokens]
+  int64_t position(int64_t query) const { return positions[query / group]; }
+};
+
+AVX512 Queries Begin(const Pages& p, const Unit& unit, const Scratch& at) {
+  const int64_t group = p.heads / p.kv_heads;
+  Queries queries = {group, (unit.to - unit.from) * group, -1, -1, p.positions + unit.row * p.tokens + unit.from};
+  for (int64_t t = 0; t < unit.to - unit.from; ++t) {
+    const int64_t position = queries.positions[t];
+    if (position < 0) continue;
+    queries.first = queries.first < 0 ? position : std::min(queries.first, position);
+    queries.last = std::max(queries.last, position);
+  }
+  const __m512 factor = _mm512_set1_ps(1.0f / __builtin_sqrtf(static_cast<float>(p.size)));
+  for (int64_t q = 0; q < queries.count; ++q) {
+    const int64_t token = unit.row * p.tokens + unit.from + q / group;
+    const float* from = p.queries + (token * p.heads + unit.head * group + q % group) * p.size;
+    for (int64_t e = 0; e < at.padded; e += kLanes) {
+      const __m512 x = LoadFloats(from + e, FirstLanes(p.size - e));
+      _mm512_store_ps(at.query + q * at.padded + e, _mm512_mul_ps(x, factor));
+      _mm512_store_ps(at.sum + q * at.padded + e, _mm512_setzero_ps());
+    }
+    _mm512_store_ps(at.total + q * kLanes, _mm512_setzero_ps());
+    at.best[q] = -std::numeric_limits<float>::infinity();
+  }
+  return queries;
+}
+
+AVX512 void Finish(const Pages& p, const Unit& unit, const Queries& queries, const Scratch& at) {
+  for (int64_t q = 0; q < queries.count; ++q) {
+    const int64_t token = unit.row * p.tokens + unit.from + q / queries.group;
+    float* to = p.out + (token * p.heads + unit.head * queries.group + q % queries.group) * p.size;
+    const bool padding = queries.position(q) < 0;
+    const __m512 total = _mm512_set1_ps(padding ? 1.0f : _mm512_reduce_add_ps(_mm512_load_ps(at.total + q * kLanes)));
+    for (int64_t e = 0; e < p.size; e += kLanes) {
+      // + 0, since a weight of +0 may have turned a sum's -0 to +0.
+      const __m512 mean = _mm512_div_ps(_mm512_load_ps(at.sum + q * at.padded + e), total);
+      _mm512_mask_storeu_ps(to + e, FirstLanes(p.size - e), _mm512_add_ps(mean, _mm512_setzero_ps()));
+    }
+  }
+}
+
+template <typename Element>
+AVX512 void Attend(const Pages& p, const Unit& unit, const Scratch& at) {
+  const Queries queries = Begin(p, unit, at);
+  const int64_t seen_from = p.window > 0 ? std::max<int64_t>(0, queries.first - p.window + 1) : 0;
+  for (int64_t page = seen_from / kPage; page * kPage <= queries.last; ++page) {
+    const int64_t start = page * kPage, valid = std::min(kPage, queries.last + 1 - start);
+    const int64_t id = p.tables[unit.row * p.table + page];
+    const int64_t place = (id * p.kv_heads + unit.head) * kPage * p.size;
+    Convert(static_cast<const Element*>(p.keys) + place, static_cast<const Element*>(p.values) + place, p.size, valid,
+            at);
+#define SCORES(rows) Scores<rows>(q, p.size, at)
+    FOR_TILES(queries.count, SCORES)
+    for (int64_t q = 0; q < queries.count; ++q) {
+      const int64_t position = queries.position(q);
+      Weigh(q, p.window > 0 ? position - p.window + 1 - start : 0, std::min(valid, position + 1 - start), at);
+    }
+#define ACCUMULATE(rows) AccumulateAll<rows>(q, valid, at)
+    FOR_TILES(queries.count, ACCUMULATE)
+  }
+  Finish(p, unit, queries, at);
+}
+
+#endif
+
+}  // namespace

@@ -1,0 +1,34 @@
+"""Attention over pages: true lengths, no gathered copy of the pages."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from model.kernels.cpu.library import load
+
+
+def attend(queries: Array, keys: Array, values: Array, tables: Array, positions: Array, *, window: int = 0) -> Array:
+    """Causal attention of each query over its row's cached tokens, itself included, in the order of attention.h.
+
+    A query has the same bits in every batch and chunk; padding costs nothing and gives zeros.
+
+    Args:
+        queries: [R, T, H, E] float32.
+        keys, values: [N, K, 64, E] bfloat16 or float32 pages.
+        tables: [R, P] int32 pages of each row in order.
+        positions: [R, T] int32, -1 for padding.
+        window: how many tokens a query sees, itself included; 0 = all before it.
+
+    Returns:
+        [R, T, H * E] float32.
+
+    Raises:
+        RuntimeError: `load()` gives None.
+    """
+    kernels = load()
+    if kernels is None:
+        raise RuntimeError("the CPU kernels are not built, or this CPU has no AVX-512")
+    R, T, H, E = queries.shape
+    call = jax.ffi.ffi_call(kernels.attention, jax.ShapeDtypeStruct((R, T, H * E), jnp.float32))
+    return call(queries, keys, values, tables, positions, window=np.int64(window))

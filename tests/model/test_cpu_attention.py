@@ -1,0 +1,183 @@
+"""The attention kernel: true, the same to the bit for every batch and chunk, and only in programs for the CPU."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from model.attention import attend, attend_in_xla
+from model.kernels import cpu
+from model.kernels.cpu import build, library
+from model.kv_cache import PAGE_SIZE
+
+# H, K, E of SmolLM2, Qwen2.5-0.5B, Llama-3.2-1B (twice: the two shapes that differed in XLA), Gemma 3, and odd ones.
+HEADS = [(9, 3, 64), (14, 2, 64), (32, 8, 64), (32, 32, 64), (32, 8, 128), (4, 1, 256), (3, 3, 6), (5, 1, 98)]
+type Floats = NDArray[np.float32]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> cpu.CpuKernels:
+    try:
+        build.build(build.SOURCES, library.library_path())
+    except RuntimeError as error:
+        pytest.skip(f"the kernels cannot be built here: {error}")
+    loaded = cpu.load()
+    if loaded is None:
+        pytest.skip("this CPU has no AVX-512")
+    return loaded
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """Rows of different lengths in shuffled pages; what lies behind a row's end is NaN."""
+
+    queries: Floats  # [R, T, H, E] of each row's every token
+    keys: jax.Array  # [N, K, S, E]
+    values: jax.Array
+    tables: NDArray[np.int32]
+    lengths: tuple[int, ...]
+
+    def positions(self, row: int, start: int, end: int) -> NDArray[np.int32]:
+        at = np.arange(start, end, dtype=np.int32)
+        return np.where(at < self.lengths[row], at, -1)[None]
+
+    def chunk(self, row: int, start: int, end: int, *, window: int = 0) -> Floats:
+        """What the kernel gives tokens [start, end) of a row, as one prefill chunk."""
+        at = self.positions(row, start, end)
+        queries, tables = self.queries[row : row + 1, start:end], self.tables[row : row + 1]
+        out = np.asarray(jax.jit(cpu.attend, static_argnames="window")(
+            queries, self.keys, self.values, tables, at, window=window
+        ))[0]
+        return out[at[0] >= 0]
+
+    def whole(self, row: int, *, window: int = 0) -> Floats:
+        return self.chunk(row, 0, self.lengths[row], window=window)
+
+    def in_float64(self, row: int, *, window: int = 0) -> NDArray[np.float64]:
+        """[T, H * E] in plain words."""
+        T = self.lengths[row]
+        _, _, H, E = self.queries.shape
+        group = H // self.keys.shape[1]
+
+        def of(pages: jax.Array) -> NDArray[np.float64]:
+            row_pages = np.asarray(pages, np.float64)[self.tables[row]]  # [P, K, S, E]
+            return row_pages.transpose(1, 0, 2, 3).reshape(row_pages.shape[1], -1, E)[:, :T].repeat(group, axis=0)
+
+        scores = np.einsum("the,hse->hts", self.queries[row, :T].astype(np.float64), of(self.keys)) / np.sqrt(E)
+        at = np.arange(T)
+        seen = at <= at[:, None]
+        if window:
+            seen &= at > at[:, None] - window
+        scores = np.where(seen, scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        return np.einsum("hts,hse->the", weights, of(self.values)).reshape(T, H * E)
+
+
+def crowd(heads: tuple[int, int, int], lengths: tuple[int, ...], dtype: str = "bfloat16", seed: int = 0) -> Crowd:
+    H, K, E = heads
+    random = np.random.default_rng(seed)
+    width = -(-max(lengths) // PAGE_SIZE)
+    tables = 1 + random.permutation(len(lengths) * width).reshape(len(lengths), width).astype(np.int32)
+    keys, values = (random.normal(size=(tables.size + 1, K, PAGE_SIZE, E)).astype(np.float32) for _ in range(2))
+    for row, length in enumerate(lengths):
+        for i, page in enumerate(tables[row]):
+            behind = max(0, length - i * PAGE_SIZE)
+            keys[page, :, behind:] = values[page, :, behind:] = np.nan
+    queries = random.normal(size=(len(lengths), max(lengths), H, E)).astype(np.float32)
+    return Crowd(queries, jnp.asarray(keys, dtype), jnp.asarray(values, dtype), tables, lengths)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("window", [0, 1, 40, 64, 100])
+def test_it_is_within_float32_rounding_of_attention(heads: tuple[int, int, int], dtype: str, window: int) -> None:
+    rows = crowd(heads, (1, 63, 200), dtype)
+    for row in range(3):
+        np.testing.assert_allclose(
+            rows.whole(row, window=window), rows.in_float64(row, window=window), rtol=0, atol=4e-6
+        )
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_xla_gives_the_same_but_for_rounding(window: int) -> None:
+    rows = crowd((14, 2, 64), (150,))
+    for start in (0, 130):
+        at = rows.positions(0, start, 170)
+        queries = np.resize(rows.queries, (1, 170, 14, 64))[:, start:]
+        out = jax.jit(attend_in_xla, static_argnames="window")(
+            queries, rows.keys, rows.values, rows.tables, at, window=window
+        )
+        np.testing.assert_allclose(np.asarray(out)[0, at[0] >= 0], rows.whole(0, window=window)[start:], rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("heads", HEADS)
+def test_a_query_has_the_same_bits_in_every_chunk_and_batch(heads: tuple[int, int, int], dtype: str) -> None:
+    rows = crowd(heads, (130, 70, 129, 1, 65), dtype)
+    whole = [rows.whole(row) for row in range(5)]
+    for size in (1, 7, 31, 32, 64, 100):
+        for start in range(0, 130, size) if size > 1 else (0, 63, 64, 129):
+            part = rows.chunk(0, start, min(130, start + size))
+            np.testing.assert_array_equal(part, whole[0][start : start + size], err_msg=f"{start}, {size}")
+    # Decode steps of all five rows, some of them already at their end.
+    for back in (1, 2, 66):
+        at = np.asarray([[length - back if length >= back else -1] for length in rows.lengths], np.int32)
+        queries = np.stack([rows.queries[row, max(0, at[row, 0])][None] for row in range(5)])
+        out = np.asarray(cpu.attend(queries, rows.keys, rows.values, rows.tables, at))
+        for row, position in enumerate(at[:, 0]):
+            expected = whole[row][position] if position >= 0 else np.zeros_like(out[row, 0])
+            np.testing.assert_array_equal(out[row, 0], expected, err_msg=f"row {row} at {position}")
+
+
+def test_the_window_has_the_same_bits_in_every_chunk() -> None:
+    rows = crowd((4, 2, 32), (300,))
+    whole = rows.whole(0, window=70)
+    for start, end in ((0, 1), (69, 70), (133, 134), (134, 200), (299, 300)):
+        np.testing.assert_array_equal(rows.chunk(0, start, end, window=70), whole[start:end])
+
+
+def test_nan_and_infinity_are_not_swallowed() -> None:
+    rows = crowd((2, 1, 16), (3,))
+    out = cpu.attend(rows.queries * np.nan, rows.keys, rows.values, rows.tables, rows.positions(0, 0, 3))
+    assert np.isnan(np.asarray(out)).all()
+
+
+def test_many_calls_at_once() -> None:
+    """Independent calls share XLA's threads: none may wait for a task that another one keeps from starting."""
+    rows = crowd((14, 2, 64), (256,))
+    args = (rows.queries, rows.keys, rows.values, rows.tables, rows.positions(0, 0, 256))
+    run = jax.jit(lambda *args: [cpu.attend(args[0] + i, *args[1:]) for i in range(12)])
+    first = [np.asarray(out) for out in run(*args)]
+    with ThreadPoolExecutor(8) as pool:
+        for outs in pool.map(lambda _: run(*args), range(40)):
+            for out, expected in zip(outs, first, strict=True):
+                np.testing.assert_array_equal(np.asarray(out), expected)
+
+
+@pytest.mark.parametrize(("table", "position"), [([[9]], 0), ([[-1]], 0), ([[0]], 64)])
+def test_an_address_outside_the_cache_is_an_error(table: list[list[int]], position: int) -> None:
+    pages = jnp.zeros((2, 1, PAGE_SIZE, 8))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="out of bounds"):
+        cpu.attend(
+            jnp.zeros((1, 1, 1, 8)), pages, pages, jnp.asarray(table, jnp.int32), jnp.asarray([[position]], jnp.int32)
+        ).block_until_ready()
+
+
+def test_pages_of_another_size_are_an_error() -> None:
+    pages = jnp.zeros((2, 1, 32, 8))
+    zero = jnp.zeros((1, 1), jnp.int32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"\[N, K, 64, E\]"):
+        cpu.attend(jnp.zeros((1, 1, 1, 8)), pages, pages, zero, zero).block_until_ready()
+
+
+@pytest.mark.parametrize(("platform", "holds"), [("cpu", True), ("tpu", False), ("cuda", False)])
+def test_the_platform_that_is_compiled_for_decides(kernels: cpu.CpuKernels, platform: str, holds: bool) -> None:
+    rows = crowd((14, 2, 64), (20,))
+    traced = jax.jit(attend).trace(rows.queries, rows.keys, rows.values, rows.tables, rows.positions(0, 0, 20))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert (kernels.attention in text) is holds

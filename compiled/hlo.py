@@ -4,10 +4,11 @@ The text is XLA's optimised HLO, as `Compiled.as_text()` prints it; its operatio
 https://openxla.org/xla/operation_semantics. What is counted is what the text says, not what was measured:
 
 - A loop's body is counted once, and so is every branch of a conditional, because the text does not say how often each
-  runs. In decode, attention is therefore the cost of one page, and sampling that of one draw.
+  runs. In decode, sampling is therefore the cost of one draw, and attention that of one page of every row, both in
+  XLA's loop and in our kernel, which reads as many pages as a row has.
 - Bytes are those of operands and results, whether they come from memory or from a cache. An array from which rows are
   gathered or sliced counts for what is taken, one that is updated in place for what is written.
-- Flops are those of matrix products alone: `dot` and our packed kernel.
+- Flops are those of matrix products alone: `dot` and our kernels.
 """
 
 import math
@@ -16,13 +17,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from compiled.programs import Program
-from model.kernels.cpu.library import TARGET
+from model.kernels.cpu.library import ATTENTION_TARGET, TARGET
 
 SCOPES = ("attention", "mlp", "head", "sample", "logprobs", "rank")  # the names given by jax.named_scope
 OTHER = "other"  # embedding, rotary angles, final norm, hidden pages
 
 _NO_COST = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast"})
 _CONTROL = frozenset({"while", "conditional", "call"})
+_PAGES = (1, 2)  # the attention kernel's operands that are all pages of the cache
 _TAKES = frozenset({"gather", "dynamic-slice", "slice"})
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
@@ -250,6 +252,9 @@ def _read(computation: _Computation, user: _Instruction, i: int) -> int:
         return _size(user.shape)
     if (user.opcode == "dynamic-update-slice" and i == 0) or (user.opcode == "scatter" and i < len(user.operands) // 2):
         return 0  # updated in place
+    if _is_call_of(ATTENTION_TARGET, user) and i in _PAGES:
+        pages, rows = (_dims(computation[user.operands[j]].shape)[0] for j in (i, 0))
+        return _size(computation[user.operands[i]].shape) // pages * rows
     return _size(computation[user.operands[i]].shape)
 
 
@@ -278,10 +283,18 @@ def _flops(computations: dict[str, _Computation], computation: _Computation, ins
             axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
             contracted = math.prod(left[int(axis)] for axis in axes[1].split(",") if axis) if axes else 1
             return 2 * math.prod(_dims(instruction.shape)) * contracted
-        case "custom-call" if f'custom_call_target="{TARGET}"' in instruction.attributes:
+        case "custom-call" if _is_call_of(ATTENTION_TARGET, instruction):
+            # Queries [R, T, H, E] against the keys of a page, then its values: see model/kernels/cpu/attention.py.
+            queries, pages = (_dims(computation[instruction.operands[i]].shape) for i in (0, _PAGES[0]))
+            return 2 * 2 * math.prod(queries) * pages[2]
+        case "custom-call" if _is_call_of(TARGET, instruction):
             # x [M, K] and a packed weight give [M, N]: see model/kernels/cpu/linear.py.
             return 2 * math.prod(_dims(instruction.shape)) * _dims(computation[instruction.operands[0]].shape)[1]
     return 0
+
+
+def _is_call_of(target: str, instruction: _Instruction) -> bool:
+    return f'custom_call_target="{target}"' in instruction.attributes
 
 
 def _dims(shape: str) -> list[int]:

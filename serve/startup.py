@@ -180,4 +180,4 @@ def system_fingerprint(config: ServeConfig, buckets: Buckets, kernels: Sequence[
     """
     shapes = (buckets, config.computed_logprobs, config.batched_tokens, config.enable_prefix_caching)
     digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
-    return f"fp_jax{jax.__version__}_{jax.default_backend()}_{config.dtype}_{"-".join(kernels) or "xla"}_{digest}"
+    return f"fp_jax{jax.__version__}_{jax.default_backend()}_{config.dtype}_{'-'.join(kernels) or 'xla'}_{digest}"

@@ -87,6 +87,11 @@ ENTRY %main (table.1: bf16[100,64], id.1: s32[1], cache.1: f32[50,64]) -> (f32[4
   %while.1 = (s32[], f32[4,64]{1,0}, f32[10,64]{1,0}) while(%tuple.2), condition=%condition, body=%body, metadata={op_name="jit(toy)/layer_0/attention/while"}
   %x.3 = f32[4,64]{1,0} get-tuple-element(%while.1), index=1
   %packed = bf16[1,32,32,2]{3,2,1,0} broadcast(%number), dimensions={}
+  %q = f32[4,1,6,8]{3,2,1,0} broadcast(%number), dimensions={}
+  %pages = bf16[50,2,64,8]{3,2,1,0} broadcast(%number), dimensions={}
+  %tables = s32[4,5]{1,0} broadcast(%number), dimensions={}
+  %at.1 = s32[4,1]{1,0} broadcast(%number), dimensions={}
+  %ffi_call.2 = f32[4,1,48]{2,1,0} custom-call(%q, %pages, %pages, %tables, %at.1), custom_call_target="logprobd_attention", api_version=API_VERSION_TYPED_FFI, metadata={op_name="jit(toy)/layer_0/attention/ffi_call"}, backend_config={window = 0 : i64}
   %bf = bf16[4,64]{1,0} convert(%x.3), metadata={op_name="jit(toy)/head/convert_element_type"}
   %ffi_call.1 = f32[4,16]{1,0} custom-call(%bf, %packed), custom_call_target="logprobd_linear", api_version=API_VERSION_TYPED_FFI, metadata={op_name="jit(toy)/head/ffi_call"}, backend_config={}
   %conditional.1 = f32[4,16]{1,0} conditional(%number, %ffi_call.1, %ffi_call.1), branch_computations={%branch, %branch}, metadata={op_name="jit(toy)/sample/cond"}
@@ -107,6 +112,18 @@ EXPECTED = [
     Operation("copy.1", "copy", "f32[4,64]", 2 * 4 * 64 * 4, 0, "attention"),
     Operation("fusion.3", "fusion", "f32[4,10]", (4 * 64 + 10 * 64 + 4 * 10) * 4, 2 * 4 * 10 * 64, "attention"),
     Operation("packed", "broadcast", "bf16[1,32,32,2]", 4 + 32 * 32 * 2 * 2, 0, "other"),
+    Operation("q", "broadcast", "f32[4,1,6,8]", 4 + 4 * 48 * 4, 0, "other"),
+    Operation("pages", "broadcast", "bf16[50,2,64,8]", 4 + 50 * 2 * 64 * 8 * 2, 0, "other"),
+    Operation("tables", "broadcast", "s32[4,5]", 4 + 4 * 5 * 4, 0, "other"),
+    Operation("at.1", "broadcast", "s32[4,1]", 4 + 4 * 4, 0, "other"),
+    Operation(  # a page of keys and one of values for each of four rows, not all 50
+        "ffi_call.2",
+        "custom-call",
+        "f32[4,1,48]",
+        4 * 48 * 4 + 2 * 4 * (2 * 64 * 8 * 2) + 4 * 5 * 4 + 4 * 4 + 4 * 48 * 4,
+        2 * 2 * 4 * 48 * 64,
+        "attention",
+    ),
     Operation("bf", "convert", "bf16[4,64]", 4 * 64 * (4 + 2), 0, "head"),
     Operation("ffi_call.1", "custom-call", "f32[4,16]", 4 * 64 * 2 + 32 * 64 * 2 + 4 * 16 * 4, 2 * 4 * 16 * 64, "head"),
     Operation("conditional.1", "conditional", "f32[4,16]", 0, 0, "sample"),

@@ -49,9 +49,9 @@ class Crowd:
         """What the kernel gives tokens [start, end) of a row, as one prefill chunk."""
         at = self.positions(row, start, end)
         queries, tables = self.queries[row : row + 1, start:end], self.tables[row : row + 1]
-        out = np.asarray(jax.jit(cpu.attend, static_argnames="window")(
-            queries, self.keys, self.values, tables, at, window=window
-        ))[0]
+        out = np.asarray(
+            jax.jit(cpu.attend, static_argnames="window")(queries, self.keys, self.values, tables, at, window=window)
+        )[0]
         return out[at[0] >= 0]
 
     def whole(self, row: int, *, window: int = 0) -> Floats:
@@ -112,7 +112,9 @@ def test_xla_gives_the_same_but_for_rounding(window: int) -> None:
         out = jax.jit(attend_in_xla, static_argnames="window")(
             queries, rows.keys, rows.values, rows.tables, at, window=window
         )
-        np.testing.assert_allclose(np.asarray(out)[0, at[0] >= 0], rows.whole(0, window=window)[start:], rtol=0, atol=4e-6)
+        np.testing.assert_allclose(
+            np.asarray(out)[0, at[0] >= 0], rows.whole(0, window=window)[start:], rtol=0, atol=4e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -1,4 +1,4 @@
-"""Kernels for XLA:CPU: `linear.cc` and `attention.cc`, compiled by `python -m model.kernels.cpu.build`, called through XLA's FFI.
+"""Kernels for XLA:CPU in C++, compiled by `python -m model.kernels.cpu.build`, called through XLA's FFI.
 
 What lives here knows arrays and nothing of models. Where `load()` gives None, XLA does the work.
 """

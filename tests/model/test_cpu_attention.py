@@ -66,7 +66,8 @@ class Crowd:
         at = self.positions(row, start, end)
         tables = self.tables[row : row + 1]
         out = run(cpu.attend, self, self.queries[row : row + 1, start:end], tables, at, window=window)[0]
-        return out[at[0] >= 0]
+        seen: Floats = out[at[0] >= 0]
+        return seen
 
     def whole(self, row: int, *, window: int = 0) -> Floats:
         return self.chunk(row, 0, self.lengths[row], window=window)
@@ -79,7 +80,9 @@ class Crowd:
 
         def of(pages: jax.Array) -> NDArray[np.float64]:
             row_pages = np.asarray(pages, np.float64)[self.tables[row]]  # [P, K, S, E]
-            return row_pages.transpose(1, 0, 2, 3).reshape(row_pages.shape[1], -1, E)[:, :T].repeat(group, axis=0)
+            heads = row_pages.transpose(1, 0, 2, 3).reshape(row_pages.shape[1], -1, E)
+            shared: NDArray[np.float64] = heads[:, :T].repeat(group, axis=0)
+            return shared
 
         scores = np.einsum("the,hse->hts", self.queries[row, :T].astype(np.float64), of(self.keys)) / np.sqrt(E)
         at = np.arange(T)
@@ -89,7 +92,8 @@ class Crowd:
         scores = np.where(seen, scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
-        return np.einsum("hts,hse->the", weights, of(self.values)).reshape(T, H * E)
+        out: NDArray[np.float64] = np.einsum("hts,hse->the", weights, of(self.values))
+        return out.reshape(T, H * E)
 
 
 def crowd(heads: tuple[int, int, int], lengths: tuple[int, ...], dtype: str = "bfloat16", seed: int = 0) -> Crowd:

@@ -62,7 +62,7 @@ class DecodeInput:
 class ScoreInput:
     """Tokens of prompts whose numbers are asked for."""
 
-    places: Array  # [M] int32 where the hidden state before the token lies (page * S + offset)
+    places: Array  # [M] int32 where the hidden state before the token lies (page * S + offset), 0 for padding
     targets: Array  # [M] int32 the token
     scored_ids: Array  # [M, B] int32 as in DecodeInput
 

@@ -20,7 +20,7 @@ from compiled.state import (
     StepOutput,
     TokenLogprobs,
 )
-from model.kv_cache import PAGE_SIZE
+from model.kv_cache import NULL_PAGE, PAGE_SIZE, live_rows
 from model.transformer import BoundModel
 
 type Leaves = tuple[Array, ...]
@@ -41,7 +41,7 @@ def decode(
     tokens = jnp.where(step.tokens >= 0, step.tokens, slots.tokens[step.slots])
     hidden, cache = module(tokens[:, None], step.positions[:, None], step.tables, state.cache)
     # The barrier keeps the head apart from the layers, so that it is compiled alike in decode and score.
-    logits = module.logits(jax.lax.optimization_barrier(hidden[:, 0]))
+    logits = module.logits(jax.lax.optimization_barrier(hidden[:, 0]), live_rows(step.positions >= 0))
     chosen = choose_tokens(logits, sampling, slots, step.slots)
     output = StepOutput(chosen, token_logprobs(logits, chosen, k, step.scored_ids))
     return DeviceState(cache, record_choice(slots, step.slots, chosen)), output
@@ -52,13 +52,13 @@ def score(model: BoundModel, k: int, leaves: Leaves, state: DeviceState, step: S
 
     The head runs over this block alone, so no [prompt, V] array exists, however long the prompt.
     """
-    logits = model.merge(leaves).logits(_cached_hidden(state, step.places))
+    logits = model.merge(leaves).logits(_cached_hidden(state, step.places), _live(step.places))
     return token_logprobs(logits, step.targets, k, step.scored_ids)
 
 
 def vocabulary(model: BoundModel, leaves: Leaves, state: DeviceState, places: Array) -> Array:
     """Log-probs [M, V] float32 of every token after the cached tokens in `places` [M] int32."""
-    return all_logprobs(model.merge(leaves).logits(_cached_hidden(state, places)))
+    return all_logprobs(model.merge(leaves).logits(_cached_hidden(state, places), _live(places)))
 
 
 def adjust(state: DeviceState, slot: Array, adjustment: Adjustment) -> DeviceState:
@@ -69,6 +69,11 @@ def adjust(state: DeviceState, slot: Array, adjustment: Adjustment) -> DeviceSta
 def _cached_hidden(state: DeviceState, places: Array) -> Array:
     pages = state.cache.hidden
     return pages.reshape(-1, pages.shape[-1])[places]
+
+
+def _live(places: Array) -> Array:
+    """Rows [] int32 up to the last whose place is not in the null page, where padding's is."""
+    return live_rows(places >= place_of(NULL_PAGE + 1, 0))
 
 
 def place_of(page: int, position: int) -> int:

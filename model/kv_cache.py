@@ -50,6 +50,7 @@ class Addresses:
 
     pages: Array  # [R, T] int32 page of each token; NULL_PAGE for padding
     offsets: Array  # [R, T] int32 offset in that page
+    live: Array  # [] int32 tokens up to the last that is not padding, of all R * T in order
 
 
 def addresses(tables: Array, positions: Array) -> Addresses:
@@ -57,7 +58,12 @@ def addresses(tables: Array, positions: Array) -> Addresses:
     valid = positions >= 0
     at = jnp.where(valid, positions, 0)
     pages = jnp.take_along_axis(tables, at // PAGE_SIZE, axis=1)
-    return Addresses(jnp.where(valid, pages, NULL_PAGE), at % PAGE_SIZE)
+    return Addresses(jnp.where(valid, pages, NULL_PAGE), at % PAGE_SIZE, live_rows(valid.reshape(-1)))
+
+
+def live_rows(valid: Array) -> Array:
+    """How many of the rows valid [M] bool lead up to the last valid one: [] int32."""
+    return jnp.max(jnp.where(valid, jnp.arange(1, valid.shape[0] + 1, dtype=jnp.int32), 0))
 
 
 def write_heads(pages: Array, heads: Array, at: Addresses) -> Array:

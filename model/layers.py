@@ -65,11 +65,11 @@ class Attention(nnx.Module):
         """x [R, T, D] -> [R, T, D] and this layer's key and value pages with the new tokens stored."""
         R, T, _ = x.shape
         H, K, E = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        heads = self.qkv(x).reshape(R, T, H + 2 * K, E)
+        heads = self.qkv(x, at.live).reshape(R, T, H + 2 * K, E)
         q, k = rotate(heads[:, :, :H], angles), rotate(heads[:, :, H : H + K], angles)
         keys = write_heads(pages[0], k, at)
         values = write_heads(pages[1], heads[:, :, H + K :], at)
-        return self.out(attend(q, keys, values, tables, positions)), (keys, values)
+        return self.out(attend(q, keys, values, tables, positions), at.live), (keys, values)
 
 
 class MLP(nnx.Module):
@@ -79,10 +79,10 @@ class MLP(nnx.Module):
         self.gate_up = Linear(2 * config.intermediate_size, config.hidden_size, dtype)
         self.down = Linear(config.hidden_size, config.intermediate_size, dtype)
 
-    def __call__(self, x: Array) -> Array:
-        """x [R, T, D] -> [R, T, D]."""
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up)
+    def __call__(self, x: Array, live: Array | None = None) -> Array:
+        """x [R, T, D] -> [R, T, D]; `live` as in Linear."""
+        gate, up = jnp.split(self.gate_up(x, live), 2, axis=-1)
+        return self.down(jax.nn.silu(gate) * up, live)
 
 
 class Layer(nnx.Module):
@@ -108,4 +108,4 @@ class Layer(nnx.Module):
             y, pages = self.attention(self.attention_norm(x), positions, angles, pages, tables, at)
             x = x + y
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.mlp_norm(x)), pages
+            return x + self.mlp(self.mlp_norm(x), at.live), pages

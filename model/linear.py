@@ -14,10 +14,13 @@ MIN_ROWS = 2
 type Weight = Array | cpu.PackedWeight
 
 
-def matmul(x: Array, weight: Weight) -> Array:
-    """x [M, K] times weight [N, K] transposed: [M, N] float32; x is rounded to the weight's dtype first."""
+def matmul(x: Array, weight: Weight, live: Array | None = None) -> Array:
+    """x [M, K] times weight [N, K] transposed: [M, N] float32; x is rounded to the weight's dtype first.
+
+    Rows from `live` ([] int32, None = M) on are padding: what they give means nothing, and the kernel leaves them out.
+    """
     if isinstance(weight, cpu.PackedWeight):
-        return cpu.linear(x.astype(jnp.bfloat16), weight)
+        return cpu.linear(x.astype(jnp.bfloat16), weight, live=live)
     rows = x.shape[0]
     if rows < MIN_ROWS:
         x = jnp.pad(x, ((0, MIN_ROWS - rows), (0, 0)))
@@ -41,9 +44,12 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((n, k), dtype))
         self.bias = nnx.Param(jnp.zeros((n,), jnp.float32)) if bias else None
 
-    def __call__(self, x: Array) -> Array:
-        """x [..., K] -> [..., N] float32: the sums are not rounded, so the residual stream keeps them whole."""
-        y = matmul(x.reshape(-1, x.shape[-1]), self.weight.get_value())
+    def __call__(self, x: Array, live: Array | None = None) -> Array:
+        """x [..., K] -> [..., N] float32: the sums are not rounded, so the residual stream keeps them whole.
+
+        `live` as in matmul, of the leading axes taken as one.
+        """
+        y = matmul(x.reshape(-1, x.shape[-1]), self.weight.get_value(), live)
         if self.bias is not None:
             y = y + self.bias.get_value()
         return y.reshape(*x.shape[:-1], y.shape[-1])

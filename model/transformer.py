@@ -63,11 +63,11 @@ class Transformer(nnx.Module):
         hidden = self.norm(x).astype(cache.hidden.dtype)
         return hidden, PagedCache(tuple(keys), tuple(values), write_hidden(cache.hidden, hidden, at))
 
-    def logits(self, hidden: Array) -> Array:
-        """hidden [M, D] -> [M, V] float32."""
+    def logits(self, hidden: Array, live: Array | None = None) -> Array:
+        """hidden [M, D] -> [M, V] float32; `live` as in Linear."""
         head = self.embed if self.head is None else self.head
         with jax.named_scope("head"):
-            return matmul(hidden, head.weight.get_value())
+            return matmul(hidden, head.weight.get_value(), live)
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
 
 def on_path(kernels: cpu.CpuKernels, path: str, x: jax.Array, weight: cpu.PackedWeight) -> np.ndarray:
     call = jax.ffi.ffi_call(f"{kernels.target}_{path}", jax.ShapeDtypeStruct((x.shape[0], weight.n), jnp.float32))
-    return np.asarray(call(x, weight.data))
+    return np.asarray(call(x, weight.data, jnp.int32(x.shape[0])))
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
@@ -127,6 +127,18 @@ def test_a_row_has_the_same_bits_in_every_batch(dtype: jnp.dtype) -> None:
         for first in (0, 257 - m):
             part = cpu.linear(x[first : first + m], weight, dtype)
             np.testing.assert_array_equal(np.asarray(part), whole[first : first + m], err_msg=f"{m} rows from {first}")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("live", [-1, 0, 1, 5, 12, 13, 40, 64, 65])
+@pytest.mark.usefixtures("kernels")
+def test_rows_that_are_not_live_are_zeros_and_change_no_other(live: int, dtype: jnp.dtype) -> None:
+    x, weight = normal(20, 64, 70), cpu.pack(normal(21, 100, 70))
+    whole = np.asarray(cpu.linear(x, weight, dtype))
+    count = min(max(live, 0), 64)
+    some = np.asarray(cpu.linear(x.at[count:].set(jnp.nan), weight, dtype, live=jnp.int32(live)))
+    np.testing.assert_array_equal(some[:count], whole[:count])
+    assert not some[count:].any()
 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 33), (5, 64), (30, 100)])

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "parallel.h"
 #include "tiles.h"
@@ -35,7 +36,7 @@ int64_t Threads(const Problem& p, int64_t in_pool) {
 }
 
 ffi::Error Run(TileTable tiles, ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi::BF16> w,
-               ffi::Result<ffi::AnyBuffer> y) {
+               ffi::BufferR0<ffi::S32> live, ffi::Result<ffi::AnyBuffer> y) {
   const auto xs = x.dimensions(), ws = w.dimensions(), ys = y->dimensions();
   if (xs.size() != 2 || ws.size() != 4 || ys.size() != 2 || ws[2] != kColumns || ws[3] != 2 || xs[0] != ys[0] ||
       (xs[1] + 1) / 2 != ws[1] || (ys[1] + kColumns - 1) / kColumns != ws[0]) {
@@ -43,9 +44,13 @@ ffi::Error Run(TileTable tiles, ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, 
   }
   const bool bf16 = y->element_type() == ffi::BF16;
   if (!bf16 && y->element_type() != ffi::F32) return ffi::Error::InvalidArgument("linear gives bfloat16 or float32");
+  // Rows past the live ones are padding: they are zeros, and cost no more than that.
+  const int64_t m = std::clamp<int64_t>(*live.typed_data(), 0, xs[0]), row = ys[1] * (bf16 ? 2 : 4);
+  std::memset(static_cast<char*>(y->untyped_data()) + m * row, 0, static_cast<size_t>((xs[0] - m) * row));
+  if (m == 0) return ffi::Error::Success();
   const Problem problem = {reinterpret_cast<const uint16_t*>(x.typed_data()),
                            reinterpret_cast<const uint16_t*>(w.typed_data()),
-                           y->untyped_data(), bf16, xs[0], ys[1], xs[1], ws[1], ws[0]};
+                           y->untyped_data(), bf16, m, ys[1], xs[1], ws[1], ws[0]};
   Share(pool, Threads(problem, pool.num_threads()), ws[0], [problem, tiles](int64_t first, int64_t last) {
     const FloatMode mode;
     for (int64_t block = first; block < last; ++block) Compute(problem, tiles, block, block + 1 < last);
@@ -55,8 +60,8 @@ ffi::Error Run(TileTable tiles, ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, 
 
 template <TileTable (*kTiles)()>
 ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi::BF16> w,
-                  ffi::Result<ffi::AnyBuffer> y) {
-  return Run(kTiles(), pool, x, w, y);
+                  ffi::BufferR0<ffi::S32> live, ffi::Result<ffi::AnyBuffer> y) {
+  return Run(kTiles(), pool, x, w, live, y);
 }
 
 auto Binding() {
@@ -64,6 +69,7 @@ auto Binding() {
       .Ctx<ffi::ThreadPool>()
       .Arg<ffi::Buffer<ffi::BF16>>()
       .Arg<ffi::Buffer<ffi::BF16>>()
+      .Arg<ffi::BufferR0<ffi::S32>>()
       .Ret<ffi::AnyBuffer>();
 }
 

@@ -42,10 +42,11 @@ def unpack_rows(weight: PackedWeight, rows: Array) -> Array:
     return pairs.reshape(rows.shape[0], -1)[:, : weight.k]
 
 
-def linear(x: Array, weight: PackedWeight, out_dtype: DTypeLike = jnp.float32) -> Array:
+def linear(x: Array, weight: PackedWeight, out_dtype: DTypeLike = jnp.float32, *, live: Array | None = None) -> Array:
     """y [M, n] = x [M, k] bfloat16 times the weight transposed, summed in float32 in the order that tiles.h states.
 
-    A row of y has the same bits for every M. bfloat16 is the float32 result rounded to nearest even.
+    A row of y has the same bits for every M. Rows from `live` ([] int32, None = M) on are padding: they are not
+    computed, and y has zeros there. bfloat16 is the float32 result rounded to nearest even.
     Raises RuntimeError where `load()` gives None, and TypeError or ValueError on an x of another dtype or width.
     """
     kernels = load()
@@ -56,4 +57,4 @@ def linear(x: Array, weight: PackedWeight, out_dtype: DTypeLike = jnp.float32) -
     if x.ndim != 2 or x.shape[1] != weight.k:
         raise ValueError(f"x has shape {x.shape}, not [M, {weight.k}]")
     call = jax.ffi.ffi_call(kernels.target, jax.ShapeDtypeStruct((x.shape[0], weight.n), out_dtype))
-    return call(x, weight.data)
+    return call(x, weight.data, jnp.int32(x.shape[0]) if live is None else live)

@@ -17,14 +17,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from compiled.programs import Program
-from model.kernels.cpu.library import ATTENTION_TARGET, TARGET
+from model.kernels.cpu.library import ATTENTION_TARGET, ROTATE_TARGET, TARGET
 
 SCOPES = ("attention", "mlp", "head", "sample", "logprobs", "rank")  # the names given by jax.named_scope
 OTHER = "other"  # embedding, rotary angles, final norm, hidden pages
 
 _NO_COST = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast"})
 _CONTROL = frozenset({"while", "conditional", "call"})
-_PAGES = (1, 2)  # the attention kernel's operands that are all pages of the cache
+_PAGES = {ATTENTION_TARGET: (1, 2), ROTATE_TARGET: (3, 4)}  # the kernels' operands that are all pages of the cache
 _TAKES = frozenset({"gather", "dynamic-slice", "slice"})
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
@@ -252,7 +252,9 @@ def _read(computation: _Computation, user: _Instruction, i: int) -> int:
         return _size(user.shape)
     if (user.opcode == "dynamic-update-slice" and i == 0) or (user.opcode == "scatter" and i < len(user.operands) // 2):
         return 0  # updated in place
-    if _is_call_of(ATTENTION_TARGET, user) and i in _PAGES:
+    if _is_call_of(ROTATE_TARGET, user) and i in _PAGES[ROTATE_TARGET]:
+        return 0  # updated in place
+    if _is_call_of(ATTENTION_TARGET, user) and i in _PAGES[ATTENTION_TARGET]:
         pages, rows = (_dims(computation[user.operands[j]].shape)[0] for j in (i, 0))
         return _size(computation[user.operands[i]].shape) // pages * rows
     return _size(computation[user.operands[i]].shape)
@@ -270,6 +272,8 @@ def _written(computation: _Computation, writer: _Instruction) -> int:
             return _size(sources[1].shape)
         case "scatter":
             return sum(_size(update.shape) for update in sources[len(sources) // 2 + 1 :])
+        case "custom-call" if _is_call_of(ROTATE_TARGET, writer):
+            return _rotated(sources)
     return _size(writer.shape)
 
 
@@ -285,12 +289,20 @@ def _flops(computations: dict[str, _Computation], computation: _Computation, ins
             return 2 * math.prod(_dims(instruction.shape)) * contracted
         case "custom-call" if _is_call_of(ATTENTION_TARGET, instruction):
             # Queries [R, T, H, E] against the keys of a page, then its values: see model/kernels/cpu/attention.py.
-            queries, pages = (_dims(computation[instruction.operands[i]].shape) for i in (0, _PAGES[0]))
+            queries, pages = (_dims(computation[instruction.operands[i]].shape) for i in (0, 1))
             return 2 * 2 * math.prod(queries) * pages[2]
         case "custom-call" if _is_call_of(TARGET, instruction):
             # x [M, K] and a packed weight give [M, N]: see model/kernels/cpu/linear.py.
             return 2 * math.prod(_dims(instruction.shape)) * _dims(computation[instruction.operands[0]].shape)[1]
     return 0
+
+
+def _rotated(operands: list[_Instruction]) -> int:
+    """Bytes written of heads [R, T, H + 2 K, E]: the queries, and in their pages [N, K, S, E] the keys and values."""
+    heads, pages = _dims(operands[0].shape), [operands[i].shape for i in _PAGES[ROTATE_TARGET]]
+    K, E = _dims(pages[0])[1], heads[3]
+    stored = sum(_bits(page.partition("[")[0]) // 8 * K * E for page in pages)
+    return math.prod(heads[:2]) * (4 * (heads[2] - 2 * K) * E + stored)
 
 
 def _is_call_of(target: str, instruction: _Instruction) -> bool:

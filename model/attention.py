@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from model.kernels import cpu
+from model.kernels.choice import by_platform
 from model.kv_cache import PAGE_SIZE
 
 # XLA:CPU multiplies small matrices by other code, with other last bits, than large ones: with this many query rows a
@@ -32,11 +33,8 @@ def attend(queries: Array, keys: Array, values: Array, tables: Array, positions:
     Returns:
         [R, T, H * E] float32; what padding gives means nothing.
     """
-    xla = partial(attend_in_xla, window=window)
-    if cpu.load() is None:
-        return xla(queries, keys, values, tables, positions)
-    kernel = partial(cpu.attend, window=window)
-    result: Array = jax.lax.platform_dependent(queries, keys, values, tables, positions, cpu=kernel, default=xla)
+    forms = {"on_cpu": partial(cpu.attend, window=window), "xla": partial(attend_in_xla, window=window)}
+    result: Array = by_platform(queries, keys, values, tables, positions, **forms)
     return result
 
 

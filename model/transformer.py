@@ -15,8 +15,9 @@ from jax import Array
 
 from model.config import ModelConfig
 from model.kv_cache import PagedCache, addresses, write_hidden
-from model.layers import Layer, RMSNorm, rotary_angles
+from model.layers import Layer, RMSNorm
 from model.linear import Linear, matmul, take_rows
+from model.rotary import rotary_angles
 
 
 class Embedding(nnx.Module):
@@ -38,7 +39,7 @@ class Transformer(nnx.Module):
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype)
         self.layers = nnx.List([Layer(config, dtype) for _ in range(config.num_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.head = None if config.tie_word_embeddings else Linear(config.vocab_size, config.hidden_size, dtype)
 
     def __call__(self, tokens: Array, positions: Array, tables: Array, cache: PagedCache) -> tuple[Array, PagedCache]:
@@ -60,7 +61,7 @@ class Transformer(nnx.Module):
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
                 x, (keys[i], values[i]) = layer(x, positions, angles, (keys[i], values[i]), tables, at)
-        hidden = self.norm(x).astype(cache.hidden.dtype)
+        hidden = self.norm(x, at.live)
         return hidden, PagedCache(tuple(keys), tuple(values), write_hidden(cache.hidden, hidden, at))
 
     def logits(self, hidden: Array, live: Array | None = None) -> Array:

@@ -92,6 +92,9 @@ ENTRY %main (table.1: bf16[100,64], id.1: s32[1], cache.1: f32[50,64]) -> (f32[4
   %tables = s32[4,5]{1,0} broadcast(%number), dimensions={}
   %at.1 = s32[4,1]{1,0} broadcast(%number), dimensions={}
   %ffi_call.2 = f32[4,1,48]{2,1,0} custom-call(%q, %pages, %pages, %tables, %at.1), custom_call_target="logprobd_attention", api_version=API_VERSION_TYPED_FFI, metadata={op_name="jit(toy)/layer_0/attention/ffi_call"}, backend_config={window = 0 : i64}
+  %heads = f32[4,1,10,8]{3,2,1,0} broadcast(%number), dimensions={}
+  %cos = f32[4,1,1,4]{3,2,1,0} broadcast(%number), dimensions={}
+  %ffi_call.3 = (f32[4,1,6,8]{3,2,1,0}, bf16[50,2,64,8]{3,2,1,0}, bf16[50,2,64,8]{3,2,1,0}) custom-call(%heads, %cos, %cos, %pages, %pages, %tables, %at.1), custom_call_target="logprobd_rotate", output_to_operand_aliasing={{1}: (3, {}), {2}: (4, {})}, api_version=API_VERSION_TYPED_FFI, metadata={op_name="jit(toy)/layer_0/attention/ffi_call"}, backend_config={}
   %bf = bf16[4,64]{1,0} convert(%x.3), metadata={op_name="jit(toy)/head/convert_element_type"}
   %ffi_call.1 = f32[4,16]{1,0} custom-call(%bf, %packed), custom_call_target="logprobd_linear", api_version=API_VERSION_TYPED_FFI, metadata={op_name="jit(toy)/head/ffi_call"}, backend_config={}
   %conditional.1 = f32[4,16]{1,0} conditional(%number, %ffi_call.1, %ffi_call.1), branch_computations={%branch, %branch}, metadata={op_name="jit(toy)/sample/cond"}
@@ -122,6 +125,16 @@ EXPECTED = [
         "f32[4,1,48]",
         4 * 48 * 4 + 2 * 4 * (2 * 64 * 8 * 2) + 4 * 5 * 4 + 4 * 4 + 4 * 48 * 4,
         2 * 2 * 4 * 48 * 64,
+        "attention",
+    ),
+    Operation("heads", "broadcast", "f32[4,1,10,8]", 4 + 4 * 10 * 8 * 4, 0, "other"),
+    Operation("cos", "broadcast", "f32[4,1,1,4]", 4 + 4 * 4 * 4, 0, "other"),
+    Operation(  # reads heads, angles and addresses; writes queries, and 2 keys and 2 values of 8 a token
+        "ffi_call.3",
+        "custom-call",
+        "(f32[4,1,6,8], bf16[50,2,64,8], bf16[50,2,64,8])",
+        4 * 10 * 8 * 4 + 2 * 4 * 4 * 4 + 4 * 5 * 4 + 4 * 4 + 4 * 6 * 8 * 4 + 4 * (2 + 2) * 8 * 2,
+        0,
         "attention",
     ),
     Operation("bf", "convert", "bf16[4,64]", 4 * 64 * (4 + 2), 0, "head"),

@@ -56,8 +56,8 @@ def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
     return jnp.asarray(values, jnp.bfloat16)
 
 
-def on_path(kernels: cpu.CpuKernels, path: str, x: jax.Array, weight: cpu.PackedWeight) -> np.ndarray:
-    call = jax.ffi.ffi_call(f"{kernels.target}_{path}", jax.ShapeDtypeStruct((x.shape[0], weight.n), jnp.float32))
+def on_path(path: str, x: jax.Array, weight: cpu.PackedWeight) -> np.ndarray:
+    call = jax.ffi.ffi_call(f"{library.TARGET}_{path}", jax.ShapeDtypeStruct((x.shape[0], weight.n), jnp.float32))
     return np.asarray(call(x, weight.data, jnp.int32(x.shape[0])))
 
 
@@ -102,7 +102,7 @@ def test_every_path_gives_the_documented_order_to_the_bit(kernels: cpu.CpuKernel
         exact += x32[:, j : j + 1] * w32[:, j]
     assert "portable" in kernels.paths
     for path in kernels.paths:
-        np.testing.assert_array_equal(on_path(kernels, path, x, weight), exact, err_msg=path)
+        np.testing.assert_array_equal(on_path(path, x, weight), exact, err_msg=path)
     np.testing.assert_array_equal(cpu.linear(x, weight), exact)
 
 
@@ -111,8 +111,8 @@ def test_the_vector_paths_agree_on_denormals(kernels: cpu.CpuKernels) -> None:
         pytest.skip("this CPU has no AVX512_BF16")
     scale = 2.0**-63.5  # products and sums on both sides of float32's smallest normal number, 2^-126
     x, weight = normal(5, 13, 300, scale=scale), cpu.pack(normal(6, 64, 300, scale=scale))
-    pairs = on_path(kernels, "pairs", x, weight)
-    np.testing.assert_array_equal(pairs, on_path(kernels, "floats", x, weight))
+    pairs = on_path("pairs", x, weight)
+    np.testing.assert_array_equal(pairs, on_path("floats", x, weight))
     np.testing.assert_array_equal(pairs[:1], cpu.linear(x[:1], weight))
     assert np.count_nonzero(pairs) > 0
     assert np.count_nonzero(pairs) < pairs.size

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from model.attention import attend
 from model.kv_cache import PagedCache, addresses, cache_shape, write_heads
-from model.layers import Layer, rotary_angles, rotate
+from model.layers import Layer
+from model.rotary import rotary_angles, rotate
 from model.transformer import BoundModel, bind
 from model.weights.load import load_weights, open_checkpoint
 from model.weights.source import resolve_model
@@ -108,7 +109,7 @@ def trace_attention(
     at = addresses(tables, positions)
     normed = layer.attention_norm(x)
     q, k, v = jnp.split(layer.attention.qkv(normed).reshape(1, TOKENS, H + 2 * K, -1), (H, H + K), axis=2)
-    q_rotated, k_rotated = rotate(q, angles), rotate(k, angles)
+    q_rotated, k_rotated = rotate(q, *angles), rotate(k, *angles)
     keys, values = write_heads(pages[0], k_rotated, at), write_heads(pages[1], v, at)
     return {
         "attention_norm": normed,

@@ -6,5 +6,17 @@ What lives here knows arrays and nothing of models. Where `load()` gives None, X
 from model.kernels.cpu.attention import attend
 from model.kernels.cpu.library import CpuKernels, load
 from model.kernels.cpu.linear import PackedWeight, linear, pack, unpack_rows
+from model.kernels.cpu.rows import rms_norm, rotate_and_store, swiglu
 
-__all__ = ["CpuKernels", "PackedWeight", "attend", "linear", "load", "pack", "unpack_rows"]
+__all__ = [
+    "CpuKernels",
+    "PackedWeight",
+    "attend",
+    "linear",
+    "load",
+    "pack",
+    "rms_norm",
+    "rotate_and_store",
+    "swiglu",
+    "unpack_rows",
+]

@@ -16,12 +16,11 @@
 #include <utility>
 #include <vector>
 
-#include "tiles.h"
+#include "vectors.h"
 
 namespace {
 
 constexpr int64_t kPage = 64;         // S, tokens of a page
-constexpr int64_t kLanes = 16;        // floats of a vector
 constexpr int64_t kQueryTokens = 32;  // tokens of a block: each page is converted once for all of them
 
 struct Pages {
@@ -78,19 +77,6 @@ class Scratch {
   std::vector<Line> lines_;
 };
 
-// exp(x) for x <= 0: 2^n e^r, |r| <= ln(2) / 2, e^r by its Taylor series to r^7, which leaves out less than 6e-9.
-AVX512_INLINE __m512 ExpOfNegative(__m512 x) {
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);  // ln(2) in two parts, the first exact in 10 bits
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 e = _mm512_set1_ps(1.0f / 5040);
-  for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(term));
-  }
-  const __mmask16 tiny = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);  // a NaN is not: it stays
-  return _mm512_mask_mov_ps(_mm512_scalef_ps(e, n), tiny, _mm512_setzero_ps());
-}
-
 // Sixteen places of a page, `stride` elements apart, at elements e and e + 1.
 struct TwoElements {
   __m512 first, second;
@@ -105,16 +91,6 @@ AVX512_INLINE TwoElements Gather(const uint16_t* from, __m512i offsets, __mmask1
 AVX512_INLINE TwoElements Gather(const float* from, __m512i offsets, __mmask16 valid) {
   return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), valid, offsets, from, 4),
           _mm512_mask_i32gather_ps(_mm512_setzero_ps(), valid, offsets, from + 1, 4)};
-}
-
-AVX512_INLINE __m512 LoadFloats(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
-
-AVX512_INLINE __m512 LoadFloats(const uint16_t* from, __mmask16 mask) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
-}
-
-AVX512_INLINE __mmask16 FirstLanes(int64_t count) {
-  return static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, kLanes)) - 1);
 }
 
 // The first `valid` places of a page as floats; zeros after them, whatever an earlier owner left there.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from model.kernels.cpu.library import load
+from model.kernels.cpu.library import ATTENTION_TARGET, require
 
 
 def attend(queries: Array, keys: Array, values: Array, tables: Array, positions: Array, *, window: int = 0) -> Array:
@@ -26,9 +26,7 @@ def attend(queries: Array, keys: Array, values: Array, tables: Array, positions:
     Raises:
         RuntimeError: `load()` gives None.
     """
-    kernels = load()
-    if kernels is None:
-        raise RuntimeError("the CPU kernels are not built, or this CPU has no AVX-512")
+    require()
     R, T, H, E = queries.shape
-    call = jax.ffi.ffi_call(kernels.attention, jax.ShapeDtypeStruct((R, T, H * E), jnp.float32))
+    call = jax.ffi.ffi_call(ATTENTION_TARGET, jax.ShapeDtypeStruct((R, T, H * E), jnp.float32))
     return call(queries, keys, values, tables, positions, window=np.int64(window))

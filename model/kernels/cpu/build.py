@@ -11,9 +11,9 @@ import jax
 
 from model.kernels.cpu.library import library_path
 
-SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("linear.cc", "attention.cc", "attention.h", "parallel.h", "tiles.h")
-)
+UNITS = ("linear.cc", "attention.cc", "rows.cc")
+HEADERS = ("tiles.h", "attention.h", "rows.h", "parallel.h", "vectors.h")
+SOURCES = tuple(Path(__file__).with_name(name) for name in (*UNITS, *HEADERS))
 COMPILERS = ("c++", "g++", "clang++")
 # No -march=native: the library picks its path when it runs, so it can be built on another machine.
 # No contraction: a multiply-add is fused where the source says so, and nowhere else.

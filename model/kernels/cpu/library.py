@@ -10,19 +10,18 @@ import jaxlib.version
 
 TARGET = "logprobd_linear"
 ATTENTION_TARGET = "logprobd_attention"
+NORM_TARGET = "logprobd_norm"
+SWIGLU_TARGET = "logprobd_swiglu"
+ROTATE_TARGET = "logprobd_rotate"
+TARGETS = (TARGET, ATTENTION_TARGET, NORM_TARGET, SWIGLU_TARGET, ROTATE_TARGET)
 # One result to the last bit on three paths: AVX512_BF16, AVX512F, and plain C++.
 PATHS = ("pairs", "floats", "portable")
 
 
 @dataclass(frozen=True)
 class CpuKernels:
-    """The loaded library: the names of its XLA targets, and the paths of `target` that this CPU can run.
+    """The loaded library: the paths of the linear kernel that this CPU can run, each also a target `TARGET_path`."""
 
-    Each path is a target of its own, `target_path`, for the tests.
-    """
-
-    target: str
-    attention: str
     paths: tuple[str, ...]
 
 
@@ -46,6 +45,14 @@ def load() -> CpuKernels | None:
     if not has["floats"]:
         return None
     paths = tuple(path for path in PATHS if has[path])
-    for name in (TARGET, ATTENTION_TARGET, *(f"{TARGET}_{path}" for path in paths)):
+    for name in (*TARGETS, *(f"{TARGET}_{path}" for path in paths)):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-    return CpuKernels(TARGET, ATTENTION_TARGET, paths)
+    return CpuKernels(paths)
+
+
+def require() -> CpuKernels:
+    """The kernels. Raises RuntimeError where `load()` gives None."""
+    kernels = load()
+    if kernels is None:
+        raise RuntimeError("the CPU kernels are not built, or this CPU has no AVX-512: leave the work to XLA")
+    return kernels

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from model.kernels.cpu.library import load
+from model.kernels.cpu.library import TARGET, require
 
 COLUMNS = 32
 
@@ -49,12 +49,10 @@ def linear(x: Array, weight: PackedWeight, out_dtype: DTypeLike = jnp.float32, *
     computed, and y has zeros there. bfloat16 is the float32 result rounded to nearest even.
     Raises RuntimeError where `load()` gives None, and TypeError or ValueError on an x of another dtype or width.
     """
-    kernels = load()
-    if kernels is None:
-        raise RuntimeError("the CPU kernels are not built, or this CPU has no AVX-512: keep weights unpacked")
+    require()
     if x.dtype != jnp.bfloat16:
         raise TypeError(f"x is {x.dtype}, not bfloat16")
     if x.ndim != 2 or x.shape[1] != weight.k:
         raise ValueError(f"x has shape {x.shape}, not [M, {weight.k}]")
-    call = jax.ffi.ffi_call(kernels.target, jax.ShapeDtypeStruct((x.shape[0], weight.n), out_dtype))
+    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct((x.shape[0], weight.n), out_dtype))
     return call(x, weight.data, jnp.int32(x.shape[0]) if live is None else live)

@@ -17,11 +17,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
-#define AVX512_INLINE __attribute__((target("avx512f,avx512bw,avx512vl"), always_inline)) inline
-#endif
+#include "vectors.h"
 
 namespace {
 
@@ -46,20 +42,6 @@ struct Place {
 
 using Tile = void (*)(const Problem& problem, const Place& place);
 using TileTable = const Tile*;  // [rows - 1]
-
-float ToFloat(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
-
-uint16_t ToBf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if (value != value) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 // Any CPU: the order in plain words.
 template <int kRows>
@@ -155,16 +137,6 @@ struct FusedFloats {
   }
 };
 
-AVX512_INLINE void StoreBf16(uint16_t* to, __mmask16 mask, __m512 value) {
-  const __m512i bits = _mm512_castps_si512(value), top = _mm512_srli_epi32(bits, 16);
-  const __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
-  const __m512i even = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
-  const __m512i quiet = _mm512_or_si512(top, _mm512_set1_epi32(0x40));
-  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  const __m512i rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(even, 16), nan, quiet);
-  _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(rounded));
-}
-
 AVX512_INLINE void Store(const Problem& p, int64_t row, int64_t block, const __m512 (&acc)[2]) {
   for (int64_t half = 0; half < 2; ++half) {
     const int64_t column = block * kColumns + half * 16;
@@ -203,20 +175,6 @@ AVX512 void VectorTile(const Problem& p, const Place& place) {
   for (int r = 0; r < kRows; ++r) Store(p, place.row + r, place.block, acc[r]);
 }
 
-// Flushes denormals and rounds to nearest on this thread while it lives, whatever the thread was set to.
-class FloatMode {
- public:
-  FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr((saved_ & ~0x6000u) | 0x8040u); }
-  ~FloatMode() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-};
-
-bool HasFloats() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-}
-
 bool HasPairs() { return HasFloats() && __builtin_cpu_supports("avx512bf16"); }
 
 template <typename OneRow, typename Ops, int... kIndex>
@@ -236,9 +194,6 @@ TileTable FastestTiles() {
 
 #else
 
-struct FloatMode {};  // elsewhere denormals stay
-
-bool HasFloats() { return false; }
 bool HasPairs() { return false; }
 TileTable PairTiles() { return PortableTiles(); }
 TileTable FloatTiles() { return PortableTiles(); }

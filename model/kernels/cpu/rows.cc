@@ -1,0 +1,191 @@
+// RMSNorm, SwiGLU, and rotary embedding with the write to the cache, as handlers of XLA's foreign function interface.
+// rows.h has the arithmetic and its promise.
+
+#include "rows.h"
+
+#include <cstring>
+
+#include "parallel.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr int64_t kMinElementsToShare = 1 << 15;  // waking a thread takes longer than fewer
+constexpr int64_t kPage = 64;                     // S, tokens of a page
+
+// Calls row(i) for the rows that are live and fills the others of y with zeros. bytes: of a row of y.
+template <typename Row>
+void EachRow(ffi::ThreadPool pool, int64_t rows, int64_t live, int64_t elements, void* y, int64_t bytes, Row row) {
+  live = std::clamp<int64_t>(live, 0, rows);
+  std::memset(static_cast<char*>(y) + live * bytes, 0, static_cast<size_t>((rows - live) * bytes));
+  if (live == 0) return;
+  const int64_t threads = live * elements < kMinElementsToShare ? 1 : std::min<int64_t>(pool.num_threads(), live);
+  Share(pool, std::max<int64_t>(1, threads), live, [row](int64_t first, int64_t last) {
+    const FloatMode mode;
+    for (int64_t i = first; i < last; ++i) row(i);
+  });
+}
+
+// Calls run with y as the float or bfloat16 array that it is.
+template <typename Run>
+ffi::Error Typed(ffi::Result<ffi::AnyBuffer>& y, Run run) {
+  if (y->element_type() == ffi::F32) {
+    run(static_cast<float*>(y->untyped_data()));
+  } else if (y->element_type() == ffi::BF16) {
+    run(static_cast<uint16_t*>(y->untyped_data()));
+  } else {
+    return ffi::Error::InvalidArgument("the result is bfloat16 or float32");
+  }
+  return ffi::Error::Success();
+}
+
+#if defined(__x86_64__)
+
+ffi::Error Norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> weight,
+                ffi::BufferR0<ffi::S32> live, ffi::Result<ffi::AnyBuffer> y, float epsilon) {
+  const auto xs = x.dimensions();
+  if (xs.size() != 2 || weight.element_count() != static_cast<size_t>(xs[1]) || y->element_count() != x.element_count()) {
+    return ffi::Error::InvalidArgument("norm takes x [M, D] and weight [D] and gives y [M, D]");
+  }
+  const float *from = x.typed_data(), *by = weight.typed_data();
+  const int64_t size = xs[1];
+  return Typed(y, [&](auto* to) {
+    EachRow(pool, xs[0], *live.typed_data(), size, to, size * sizeof(*to),
+            [=](int64_t i) { NormRow(from + i * size, by, epsilon, size, to + i * size); });
+  });
+}
+
+ffi::Error Swiglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::BufferR0<ffi::S32> live,
+                  ffi::Result<ffi::AnyBuffer> y) {
+  const auto xs = x.dimensions(), ys = y->dimensions();
+  if (xs.size() != 2 || ys.size() != 2 || ys[0] != xs[0] || 2 * ys[1] != xs[1]) {
+    return ffi::Error::InvalidArgument("swiglu takes [M, 2 F], gate then up, and gives [M, F]");
+  }
+  const float* from = x.typed_data();
+  const int64_t size = ys[1];
+  return Typed(y, [&](auto* to) {
+    EachRow(pool, xs[0], *live.typed_data(), 2 * size, to, size * sizeof(*to), [=](int64_t i) {
+      SwigluRow(from + 2 * i * size, from + (2 * i + 1) * size, size, to + i * size);
+    });
+  });
+}
+
+struct Heads {
+  const float *heads, *cos, *sin;  // [R, T, H + 2 K, E], [R, T, E / 2] twice
+  const int32_t *tables, *positions;
+  float* queries;  // [R, T, H, E]
+  int64_t tokens, query_heads, kv_heads, size, table;
+};
+
+// One token: its queries turned, its keys turned into their page, its values copied there. Padding is left out.
+template <typename Element>
+void StoreToken(const Heads& h, int64_t token, Element* keys, Element* values) {
+  const int64_t position = h.positions[token], size = h.size, half = size / 2;
+  float* queries = h.queries + token * h.query_heads * size;
+  if (position < 0) {
+    std::fill_n(queries, h.query_heads * size, 0.0f);
+    return;
+  }
+  const float* from = h.heads + token * (h.query_heads + 2 * h.kv_heads) * size;
+  const float *cos = h.cos + token * half, *sin = h.sin + token * half;
+  for (int64_t head = 0; head < h.query_heads; ++head, from += size) {
+    RotateHead(from, cos, sin, half, queries + head * size);
+  }
+  const int64_t page = h.tables[token / h.tokens * h.table + position / kPage];
+  for (int64_t head = 0; head < h.kv_heads; ++head, from += size) {
+    const int64_t place = ((page * h.kv_heads + head) * kPage + position % kPage) * size;
+    RotateHead(from, cos, sin, half, keys + place);
+    CopyHead(from + h.kv_heads * size, size, values + place);
+  }
+}
+
+// Every page that the call will write lies in the cache.
+bool InBounds(const Heads& h, int64_t all, int64_t pages) {
+  for (int64_t token = 0; token < all; ++token) {
+    const int64_t position = h.positions[token];
+    if (position >= h.table * kPage) return false;
+    if (position < 0) continue;
+    const int64_t page = h.tables[token / h.tokens * h.table + position / kPage];
+    if (page < 0 || page >= pages) return false;
+  }
+  return true;
+}
+
+ffi::Error RotateAndStore(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> heads, ffi::Buffer<ffi::F32> cos,
+                          ffi::Buffer<ffi::F32> sin, ffi::AnyBuffer keys_in, ffi::AnyBuffer values_in,
+                          ffi::Buffer<ffi::S32> tables, ffi::Buffer<ffi::S32> positions,
+                          ffi::ResultBuffer<ffi::F32> queries, ffi::Result<ffi::AnyBuffer> keys,
+                          ffi::Result<ffi::AnyBuffer> values) {
+  const auto in = heads.dimensions(), q = queries->dimensions(), k = keys->dimensions(), t = tables.dimensions();
+  if (in.size() != 4 || q.size() != 4 || k.size() != 4 || t.size() != 2 || k[2] != kPage || k[3] != in[3] ||
+      in[3] % 2 != 0 || in[2] != q[2] + 2 * k[1] || t[0] != in[0] || keys->element_type() != values->element_type() ||
+      positions.element_count() != static_cast<size_t>(in[0] * in[1]) || cos.element_count() != sin.element_count() ||
+      cos.element_count() != static_cast<size_t>(in[0] * in[1] * in[3] / 2)) {
+    return ffi::Error::InvalidArgument(
+        "rotate takes heads [R, T, H + 2 K, E], cos and sin [R, T, E / 2], pages [N, K, 64, E], tables [R, P], "
+        "positions [R, T]");
+  }
+  if (keys->untyped_data() != keys_in.untyped_data() || values->untyped_data() != values_in.untyped_data()) {
+    return ffi::Error::Internal("rotate writes to the pages that it is given: they are not the same buffers");
+  }
+  const Heads h = {heads.typed_data(), cos.typed_data(), sin.typed_data(), tables.typed_data(), positions.typed_data(),
+                   queries->typed_data(), in[1], q[2], k[1], in[3], t[1]};
+  const int64_t all = in[0] * in[1];
+  if (!InBounds(h, all, k[0])) return ffi::Error::InvalidArgument("rotate: a page or a position is out of bounds");
+  void* value_pages = values->untyped_data();
+  return Typed(keys, [&](auto* to) {
+    auto* values_to = static_cast<decltype(to)>(value_pages);
+    EachRow(pool, all, all, in[2] * in[3], to, 0, [=](int64_t i) { StoreToken(h, i, to, values_to); });
+  });
+}
+
+#else
+
+ffi::Error Norm(ffi::ThreadPool, ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::F32>, ffi::BufferR0<ffi::S32>,
+                ffi::Result<ffi::AnyBuffer>, float) {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "not on this CPU");
+}
+
+ffi::Error Swiglu(ffi::ThreadPool, ffi::Buffer<ffi::F32>, ffi::BufferR0<ffi::S32>, ffi::Result<ffi::AnyBuffer>) {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "not on this CPU");
+}
+
+ffi::Error RotateAndStore(ffi::ThreadPool, ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::F32>,
+                          ffi::AnyBuffer, ffi::AnyBuffer, ffi::Buffer<ffi::S32>, ffi::Buffer<ffi::S32>,
+                          ffi::ResultBuffer<ffi::F32>, ffi::Result<ffi::AnyBuffer>, ffi::Result<ffi::AnyBuffer>) {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "not on this CPU");
+}
+
+#endif
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_norm, Norm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::BufferR0<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<float>("epsilon"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_swiglu, Swiglu,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::BufferR0<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_rotate, RotateAndStore,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());

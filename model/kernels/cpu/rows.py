@@ -1,0 +1,51 @@
+"""What a layer does to one token at a time, each in one pass: RMSNorm, SwiGLU, rotary embedding with the cache write.
+
+A token has the same bits in every batch and chunk. Rows from `live` ([] int32) on are padding and give zeros. All raise
+RuntimeError where `load()` gives None.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+
+from model.kernels.cpu.library import NORM_TARGET, ROTATE_TARGET, SWIGLU_TARGET, require
+
+
+def rms_norm(x: Array, weight: Array, live: Array, *, epsilon: float, dtype: DTypeLike) -> Array:
+    """x / sqrt(mean(x^2) + epsilon) * weight: x [M, D] and weight [D] float32 -> [M, D], rounded to dtype."""
+    require()
+    call = jax.ffi.ffi_call(NORM_TARGET, jax.ShapeDtypeStruct(x.shape, dtype))
+    return call(x, weight, live, epsilon=np.float32(epsilon))
+
+
+def swiglu(gate_up: Array, live: Array, *, dtype: DTypeLike) -> Array:
+    """silu(gate) * up: gate_up [M, 2 F] float32, gate first -> [M, F], rounded to dtype."""
+    require()
+    M, width = gate_up.shape
+    return jax.ffi.ffi_call(SWIGLU_TARGET, jax.ShapeDtypeStruct((M, width // 2), dtype))(gate_up, live)
+
+
+def rotate_and_store(
+    heads: Array, cos: Array, sin: Array, keys: Array, values: Array, tables: Array, positions: Array
+) -> tuple[Array, Array, Array]:
+    """Rotates queries and keys, and stores keys and values in their pages, in place where the pages are donated.
+
+    Args:
+        heads: [R, T, H + 2 K, E] float32: queries, keys, values.
+        cos, sin: [R, T, 1, E / 2] float32 of each token's angles.
+        keys, values: [N, K, 64, E] bfloat16 or float32 pages.
+        tables: [R, P] int32 pages of each row in order.
+        positions: [R, T] int32, -1 for padding, which is stored nowhere and whose queries are zeros.
+
+    Returns:
+        Queries [R, T, H, E] float32, and the pages.
+    """
+    require()
+    R, T, all_heads, E = heads.shape
+    results = (jax.ShapeDtypeStruct((R, T, all_heads - 2 * keys.shape[1], E), jnp.float32), keys, values)
+    shapes = tuple(jax.ShapeDtypeStruct(result.shape, result.dtype) for result in results)
+    call = jax.ffi.ffi_call(ROTATE_TARGET, shapes, input_output_aliases={3: 1, 4: 2})
+    queries, keys, values = call(heads, cos, sin, keys, values, tables, positions)
+    return queries, keys, values

@@ -1,0 +1,55 @@
+"""The seam for rotary position embedding and the write to the cache."""
+
+from functools import partial
+
+import jax.numpy as jnp
+from jax import Array
+
+from model.kernels import cpu
+from model.kernels.choice import by_platform
+from model.kv_cache import addresses, write_heads
+
+
+def rotary_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+    """cos and sin [R, T, 1, E/2] float32 of each position (Su et al. 2021), angles in float32 throughout."""
+    frequencies = 1.0 / (theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotates the pairs (e, e + E/2) of x [R, T, heads, E] float32 by the angles of its positions."""
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def rotate_and_store(
+    heads: Array, angles: tuple[Array, Array], pages: tuple[Array, Array], tables: Array, positions: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    """Rotates the queries and keys of new tokens and stores their keys and values.
+
+    Args:
+        heads: [R, T, H + 2 K, E] float32: queries, keys, values.
+        angles: cos and sin of `rotary_angles`.
+        pages: keys and values [N, K, S, E].
+        tables: [R, P] int32 pages of each row in order.
+        positions: [R, T] int32, -1 for padding.
+
+    Returns:
+        Queries [R, T, H, E] float32, rotated, and the pages with the new tokens in them.
+    """
+    arguments = (heads, *angles, *pages, tables, positions)
+    queries, keys, values = by_platform(*arguments, on_cpu=cpu.rotate_and_store, xla=rotate_and_store_in_xla)
+    return queries, (keys, values)
+
+
+def rotate_and_store_in_xla(
+    heads: Array, cos: Array, sin: Array, keys: Array, values: Array, tables: Array, positions: Array
+) -> tuple[Array, Array, Array]:
+    """`rotate_and_store` for any platform, as XLA compiles it."""
+    K = keys.shape[1]
+    H = heads.shape[2] - 2 * K
+    at = addresses(tables, positions)
+    turn = partial(rotate, cos=cos, sin=sin)
+    keys = write_heads(keys, turn(heads[:, :, H : H + K]), at)
+    return turn(heads[:, :, :H]), keys, write_heads(values, heads[:, :, H + K :], at)

@@ -1,0 +1,171 @@
+"""The kernels that work on one token at a time: true, the same to the bit beside any other, padding left out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from model.kernels import cpu
+from model.kernels.cpu import build, library
+from model.kv_cache import PAGE_SIZE
+from model.layers import rms_norm_in_xla, swiglu_in_xla
+from model.rotary import rotary_angles, rotate_and_store, rotate_and_store_in_xla
+
+DTYPES = ["float32", "bfloat16"]
+WIDTHS = [1, 15, 16, 96, 577, 896]  # whole vectors and parts of one
+type Floats = NDArray[np.float32]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> cpu.CpuKernels:
+    try:
+        build.build(build.SOURCES, library.library_path())
+    except RuntimeError as error:
+        pytest.skip(f"the kernels cannot be built here: {error}")
+    loaded = cpu.load()
+    if loaded is None:
+        pytest.skip("this CPU has no AVX-512")
+    return loaded
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def all_of(x: jax.Array) -> jax.Array:
+    return jnp.int32(x.shape[0])
+
+
+def norm(x: jax.Array, weight: jax.Array, live: jax.Array, dtype: str = "float32") -> Floats:
+    return np.asarray(cpu.rms_norm(x, weight, live, epsilon=1e-6, dtype=dtype))
+
+
+def gated(x: jax.Array, live: jax.Array, dtype: str = "float32") -> Floats:
+    return np.asarray(cpu.swiglu(x, live, dtype=dtype))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_norm_is_within_float32_rounding(width: int) -> None:
+    x, weight = 3 * normal(0, 5, width), normal(1, width)
+    x64 = np.asarray(x, np.float64)
+    exact = x64 / np.sqrt((x64 * x64).mean(-1, keepdims=True) + 1e-6) * np.asarray(weight, np.float64)
+    np.testing.assert_allclose(norm(x, weight, all_of(x)), exact, rtol=1e-6)
+    xla = rms_norm_in_xla(x, weight, all_of(x), epsilon=1e-6, dtype="float32")
+    np.testing.assert_allclose(np.asarray(xla), exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_swiglu_is_within_float32_rounding(width: int) -> None:
+    x = 10 * normal(2, 5, 2 * width)
+    gate, up = np.split(np.asarray(x, np.float64), 2, axis=1)
+    exact = gate / (1 + np.exp(-gate)) * up
+    np.testing.assert_allclose(gated(x, all_of(x)), exact, rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(swiglu_in_xla(x, all_of(x), dtype="float32")), exact, rtol=1e-6)
+
+
+def test_swiglu_of_extreme_gates_neither_overflows_nor_swallows_nan() -> None:
+    gates = [-1e30, -200.0, -88.0, -0.0, 0.0, 88.0, 200.0, 1e30, np.nan]
+    x = jnp.asarray([[*gates, *[1.0] * len(gates)]], jnp.float32)
+    y = gated(x, all_of(x))[0]
+    np.testing.assert_allclose(y[:8], [0, 0, -88 * np.exp(-88.0), 0, 0, 88, 200, 1e30], rtol=1e-6, atol=1e-36)
+    assert np.isnan(y[8])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_in_every_batch(dtype: str) -> None:
+    x, weight = normal(3, 257, 2 * 577), normal(4, 2 * 577)
+    whole_norm, whole_gated = norm(x, weight, all_of(x), dtype), gated(x, all_of(x), dtype)
+    for m in (1, 2, 3, 16, 64):
+        for first in (0, 257 - m):
+            part = x[first : first + m]
+            np.testing.assert_array_equal(norm(part, weight, all_of(part), dtype), whole_norm[first : first + m])
+            np.testing.assert_array_equal(gated(part, all_of(part), dtype), whole_gated[first : first + m])
+
+
+def test_bfloat16_is_the_float32_result_rounded() -> None:
+    x, weight = normal(5, 9, 66), normal(6, 66)
+    rounded = jnp.asarray(norm(x, weight, all_of(x))).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(norm(x, weight, all_of(x), "bfloat16"), np.asarray(rounded))
+    rounded = jnp.asarray(gated(x, all_of(x))).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(gated(x, all_of(x), "bfloat16"), np.asarray(rounded))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("live", [-1, 0, 1, 30, 64, 65])
+def test_rows_that_are_not_live_are_zeros_and_change_no_other(live: int, dtype: str) -> None:
+    x, weight = normal(7, 64, 60), normal(8, 60)
+    count = min(max(live, 0), 64)
+    torn = x.at[count:].set(jnp.nan)
+    for some, whole in (
+        (norm(torn, weight, jnp.int32(live), dtype), norm(x, weight, all_of(x), dtype)),
+        (gated(torn, jnp.int32(live), dtype), gated(x, all_of(x), dtype)),
+    ):
+        np.testing.assert_array_equal(some[:count], whole[:count])
+        assert not some[count:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("H", "K", "E"), [(9, 3, 64), (14, 2, 64), (4, 1, 256), (3, 3, 6), (5, 1, 98)])
+@pytest.mark.parametrize(("R", "T"), [(1, 1), (4, 1), (1, 70)])
+def test_rotate_and_store_does_what_xla_does(H: int, K: int, E: int, R: int, T: int, dtype: str) -> None:
+    heads = normal(9, R, T, H + 2 * K, E)
+    keys, values = (jnp.asarray(normal(seed, 2 * R + 1, K, PAGE_SIZE, E), dtype) for seed in (10, 11))
+    tables = jnp.arange(1, 2 * R + 1, dtype=jnp.int32)[::-1].reshape(R, 2)
+    positions = jnp.where(jnp.arange(R * T).reshape(R, T) % 7 == 5, -1, 63 + jnp.arange(R)[:, None] * 20)
+    positions = jnp.where(positions >= 0, jnp.minimum(positions, 127 - T) + jnp.arange(T), -1).astype(jnp.int32)
+    arguments = (heads, *rotary_angles(positions, E, 1e4), keys, values, tables, positions)
+    ours, xla = jax.jit(cpu.rotate_and_store)(*arguments), jax.jit(rotate_and_store_in_xla)(*arguments)
+    valid = np.asarray(positions) >= 0
+    np.testing.assert_allclose(np.asarray(ours[0])[valid], np.asarray(xla[0])[valid], rtol=0, atol=1e-6)
+    assert not np.asarray(ours[0])[~valid].any()
+    for mine, theirs, before in zip(ours[1:], xla[1:], (keys, values), strict=True):
+        mine, theirs = np.asarray(mine, np.float32), np.asarray(theirs, np.float32)
+        np.testing.assert_allclose(mine[1:], theirs[1:], rtol=0, atol=1e-6 if dtype == "float32" else 0.02)
+        np.testing.assert_array_equal(mine[0], np.asarray(before[0], np.float32))  # padding is stored nowhere
+
+
+def test_a_rotated_token_has_the_same_bits_in_every_batch() -> None:
+    H, K, E, T = 9, 3, 64, 128
+    heads, tables = normal(12, 1, T, H + 2 * K, E), jnp.asarray([[1, 2]], jnp.int32)
+    positions = jnp.arange(T, dtype=jnp.int32)[None]
+    empty = jnp.zeros((3, K, PAGE_SIZE, E), jnp.bfloat16)
+    cos, sin = rotary_angles(positions, E, 1e4)
+    whole = cpu.rotate_and_store(heads, cos, sin, empty, empty, tables, positions)
+    for start, end in ((0, 1), (63, 64), (64, 128), (100, 117)):
+        cut = slice(start, end)
+        part = cpu.rotate_and_store(heads[:, cut], cos[:, cut], sin[:, cut], empty, empty, tables, positions[:, cut])
+        np.testing.assert_array_equal(part[0], whole[0][:, cut])
+        for mine, all_ in zip(part[1:], whole[1:], strict=True):
+            flat = (np.asarray(pages)[1:].transpose(0, 2, 1, 3).reshape(T, K, E) for pages in (mine, all_))
+            few, many = flat
+            np.testing.assert_array_equal(few[cut], many[cut])
+            assert not few[:start].any()
+            assert not few[end:].any()
+
+
+def test_donated_pages_are_written_in_place() -> None:
+    pages = (normal(13, 3, 1, PAGE_SIZE, 8), normal(14, 3, 1, PAGE_SIZE, 8))
+    at = jnp.zeros((1, 1), jnp.int32)
+    addresses = [page.unsafe_buffer_pointer() for page in pages]
+    step = jax.jit(cpu.rotate_and_store, donate_argnums=(3, 4))
+    _, *after = step(normal(15, 1, 1, 3, 8), *rotary_angles(at, 8, 1e4), *pages, at, at)
+    assert [page.unsafe_buffer_pointer() for page in after] == addresses
+
+
+@pytest.mark.parametrize(("table", "position"), [([[9]], 0), ([[-1]], 0), ([[0]], 64)])
+def test_an_address_outside_the_cache_is_an_error(table: list[list[int]], position: int) -> None:
+    pages, at = jnp.zeros((2, 1, PAGE_SIZE, 8)), jnp.asarray([[position]], jnp.int32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="out of bounds"):
+        jax.block_until_ready(
+            cpu.rotate_and_store(
+                jnp.zeros((1, 1, 3, 8)), *rotary_angles(at, 8, 1e4), pages, pages, jnp.asarray(table, jnp.int32), at
+            )
+        )
+
+
+@pytest.mark.parametrize(("platform", "holds"), [("cpu", True), ("tpu", False), ("cuda", False)])
+def test_the_platform_that_is_compiled_for_decides(platform: str, holds: bool) -> None:
+    pages, at = jnp.zeros((2, 1, PAGE_SIZE, 8)), jnp.zeros((1, 1), jnp.int32)
+    traced = jax.jit(rotate_and_store).trace(jnp.zeros((1, 1, 3, 8)), rotary_angles(at, 8, 1e4), (pages, pages), at, at)
+    assert (library.ROTATE_TARGET in traced.lower(lowering_platforms=(platform,)).as_text()) is holds

@@ -13,6 +13,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 
+constexpr int64_t kAhead = 4096;               // elements of W: 8 KiB
 constexpr int64_t kMinBytesToShare = 1 << 16;  // waking a thread takes longer than reading less of W than this
 constexpr int64_t kMaxRowsAlone = 16;          // or than the arithmetic of so few rows
 
@@ -22,9 +23,10 @@ void Compute(const Problem& p, TileTable table, int64_t block, bool more) {
   const uint16_t* next = more ? here + p.pairs * kPair : here;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t row = p.m * t / tiles, rows = p.m * (t + 1) / tiles - row;
-    // The first tiles fetch the next block: its even lines, then its odd lines.
-    const uint16_t* line0 = t == 0 ? next : here;
-    const uint16_t* line1 = (t == 1 || tiles == 1 ? next : here) + kColumns;
+    // A single tile reads W as fast as it comes: it fetches what it needs soon, past the block's end too, since the next
+    // block lies behind it. Of several, the first two fetch the next block: its even lines, then its odd lines.
+    const uint16_t* line0 = tiles == 1 ? here + kAhead : t == 0 ? next : here;
+    const uint16_t* line1 = (tiles == 1 ? here + kAhead : t == 1 ? next : here) + kColumns;
     table[rows - 1](p, {row, block, {line0, line1}});
   }
 }

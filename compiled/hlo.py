@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from compiled.programs import Program
-from model.kernels.cpu.library import ATTENTION_TARGET, ROTATE_TARGET, TARGET
+from model.kernels.cpu.library import ATTENTION_TARGET, ROTATE_TARGET, SCORE_TARGET, TARGET
 
 SCOPES = ("attention", "mlp", "head", "sample", "logprobs", "rank")  # the names given by jax.named_scope
 OTHER = "other"  # embedding, rotary angles, final norm, hidden pages
@@ -291,6 +291,9 @@ def _flops(computations: dict[str, _Computation], computation: _Computation, ins
             # Queries [R, T, H, E] against the keys of a page, then its values: see model/kernels/cpu/attention.py.
             queries, pages = (_dims(computation[instruction.operands[i]].shape) for i in (0, 1))
             return 2 * 2 * math.prod(queries) * pages[2]
+        case "custom-call" if _is_call_of(SCORE_TARGET, instruction):
+            vocab = re.search(r"vocab = (\d+)", instruction.attributes)
+            return 2 * math.prod(_dims(computation[instruction.operands[0]].shape)) * int(vocab[1] if vocab else 0)
         case "custom-call" if _is_call_of(TARGET, instruction):
             # x [M, K] and a packed weight give [M, N]: see model/kernels/cpu/linear.py.
             return 2 * math.prod(_dims(instruction.shape)) * _dims(computation[instruction.operands[0]].shape)[1]

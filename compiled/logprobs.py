@@ -1,16 +1,22 @@
 """Log-prob, unique rank and exact top-k of rows of logits."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from compiled.state import NO_ID, TokenLogprobs
+from model.kernels import cpu
+from model.kernels.choice import by_platform
 from model.reduce import log_sum_exp, parts_of
+from model.transformer import Transformer
 
 BLOCK = 128
 
 
-def token_logprobs(logits: Array, ids: Array, k: int, scored_ids: Array) -> TokenLogprobs:
+def token_logprobs(logits: Array, ids: Array, k: int, scored_ids: Array, live: Array | None = None) -> TokenLogprobs:
     """The numbers of one token per row, of its k best alternatives and of the ids that it names.
 
     Args:
@@ -18,21 +24,66 @@ def token_logprobs(logits: Array, ids: Array, k: int, scored_ids: Array) -> Toke
         ids: [R] int32, the token of each row.
         k: number of alternatives.
         scored_ids: [R, B] int32, ids of each row, then NO_ID. What an id outside the vocabulary gives means nothing.
+        live: [] int32, None = R: rows after them are padding, and what they give means nothing.
     """
     with jax.named_scope("logprobs"):
-        normalizer = _normalizer(logits)
-        own, rank = _value_and_rank(logits, ids)
-        values, top_ids = blocked_top_k(logits, k)
-        scored, scored_ranks = _scored(logits, scored_ids)
-        return TokenLogprobs(
-            own - normalizer, rank, top_ids, values - normalizer[:, None], scored - normalizer[:, None], scored_ranks
+        numbers: TokenLogprobs = by_platform(
+            logits, ids, scored_ids, _all_of(ids) if live is None else live, on_cpu=_on_cpu(k), xla=_in_xla(k)
         )
+        return numbers
 
 
-def all_logprobs(logits: Array) -> Array:
+def head_logprobs(
+    module: Transformer, hidden: Array, ids: Array, k: int, scored_ids: Array, live: Array
+) -> TokenLogprobs:
+    """`token_logprobs` of hidden states [M, D], with no logits at all where the head's weight is packed."""
+    weight = module.head_weight()
+    if not isinstance(weight, cpu.PackedWeight):
+        return token_logprobs(module.logits(hidden, live), ids, k, scored_ids, live)
+    with jax.named_scope("head"):
+        hidden = hidden.astype(jnp.bfloat16)
+        return _of_kernel(cpu.score(hidden, weight, ids, scored_ids, live, k=k))
+
+
+def all_logprobs(logits: Array, live: Array | None = None) -> Array:
     """Log-probs [R, V] float32 of logits [R, V] float32: for each token the bits that token_logprobs gives it."""
     with jax.named_scope("logprobs"):
-        return logits - _normalizer(logits)[:, None]
+        live = _all_of(logits) if live is None else live
+        normalizer: Array = by_platform(logits, live, on_cpu=_normalizer_on_cpu, xla=_normalizer_in_xla)
+        return logits - normalizer[:, None]
+
+
+def token_logprobs_in_xla(logits: Array, ids: Array, scored_ids: Array, live: Array, *, k: int) -> TokenLogprobs:
+    """`token_logprobs` for any platform, as XLA compiles it."""
+    normalizer = _normalizer_in_xla(logits, live)
+    own, rank = _value_and_rank(logits, ids)
+    values, top_ids = blocked_top_k(logits, k)
+    scored, scored_ranks = _scored(logits, scored_ids)
+    return TokenLogprobs(
+        own - normalizer, rank, top_ids, values - normalizer[:, None], scored - normalizer[:, None], scored_ranks
+    )
+
+
+def _in_xla(k: int) -> Callable[..., TokenLogprobs]:
+    return partial(token_logprobs_in_xla, k=k)
+
+
+def _on_cpu(k: int) -> Callable[..., TokenLogprobs]:
+    return lambda *arguments: _of_kernel(cpu.token_numbers(*arguments, k=k))
+
+
+def _of_kernel(numbers: cpu.Numbers) -> TokenLogprobs:
+    return TokenLogprobs(*numbers[:-1])
+
+
+def _normalizer_on_cpu(logits: Array, live: Array) -> Array:
+    rows = logits.shape[0]
+    nothing = jnp.zeros((rows,), jnp.int32), jnp.zeros((rows, 0), jnp.int32)
+    return cpu.token_numbers(logits, *nothing, live, k=0).normalizer
+
+
+def _all_of(x: Array) -> Array:
+    return jnp.asarray(x.shape[0], jnp.int32)
 
 
 def one_zero(logits: Array) -> Array:
@@ -40,11 +91,12 @@ def one_zero(logits: Array) -> Array:
     return jnp.where(logits == 0, 0.0, logits)
 
 
-def _normalizer(logits: Array) -> Array:
+def _normalizer_in_xla(logits: Array, live: Array) -> Array:
     """What turns logits [R, V] to log-probs [R].
 
     The barrier keeps it from being computed once more, and by other code, inside each of its users.
     """
+    del live
     normalizer: Array = jax.lax.optimization_barrier(log_sum_exp(logits))
     return normalizer
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from compiled.adjust import fill_slot, record_choice
-from compiled.logprobs import all_logprobs, token_logprobs
+from compiled.logprobs import all_logprobs, head_logprobs, token_logprobs
 from compiled.sampling import choose_tokens
 from compiled.state import (
     Adjustment,
@@ -41,9 +41,10 @@ def decode(
     tokens = jnp.where(step.tokens >= 0, step.tokens, slots.tokens[step.slots])
     hidden, cache = module(tokens[:, None], step.positions[:, None], step.tables, state.cache)
     # The barrier keeps the head apart from the layers, so that it is compiled alike in decode and score.
-    logits = module.logits(jax.lax.optimization_barrier(hidden[:, 0]), live_rows(step.positions >= 0))
+    live = live_rows(step.positions >= 0)
+    logits = module.logits(jax.lax.optimization_barrier(hidden[:, 0]), live)
     chosen = choose_tokens(logits, sampling, slots, step.slots)
-    output = StepOutput(chosen, token_logprobs(logits, chosen, k, step.scored_ids))
+    output = StepOutput(chosen, token_logprobs(logits, chosen, k, step.scored_ids, live))
     return DeviceState(cache, record_choice(slots, step.slots, chosen)), output
 
 
@@ -52,13 +53,14 @@ def score(model: BoundModel, k: int, leaves: Leaves, state: DeviceState, step: S
 
     The head runs over this block alone, so no [prompt, V] array exists, however long the prompt.
     """
-    logits = model.merge(leaves).logits(_cached_hidden(state, step.places), _live(step.places))
-    return token_logprobs(logits, step.targets, k, step.scored_ids)
+    hidden = _cached_hidden(state, step.places)
+    return head_logprobs(model.merge(leaves), hidden, step.targets, k, step.scored_ids, _live(step.places))
 
 
 def vocabulary(model: BoundModel, leaves: Leaves, state: DeviceState, places: Array) -> Array:
     """Log-probs [M, V] float32 of every token after the cached tokens in `places` [M] int32."""
-    return all_logprobs(model.merge(leaves).logits(_cached_hidden(state, places), _live(places)))
+    live = _live(places)
+    return all_logprobs(model.merge(leaves).logits(_cached_hidden(state, places), live), live)
 
 
 def adjust(state: DeviceState, slot: Array, adjustment: Adjustment) -> DeviceState:

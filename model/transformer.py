@@ -16,7 +16,7 @@ from jax import Array
 from model.config import ModelConfig
 from model.kv_cache import PagedCache, addresses, write_hidden
 from model.layers import Layer, RMSNorm
-from model.linear import Linear, matmul, take_rows
+from model.linear import Linear, Weight, matmul, take_rows
 from model.rotary import rotary_angles
 
 
@@ -66,9 +66,14 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Array, live: Array | None = None) -> Array:
         """hidden [M, D] -> [M, V] float32; `live` as in Linear."""
-        head = self.embed if self.head is None else self.head
         with jax.named_scope("head"):
-            return matmul(hidden, head.weight.get_value(), live)
+            return matmul(hidden, self.head_weight(), live)
+
+    def head_weight(self) -> Weight:
+        """The head's weight [V, D]: the embeddings where the two are tied."""
+        head = self.embed if self.head is None else self.head
+        weight: Weight = head.weight.get_value()
+        return weight
 
 
 @dataclass(frozen=True, slots=True)

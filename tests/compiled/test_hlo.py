@@ -13,6 +13,7 @@ from compiled.runner import make_plans, state_shapes
 from compiled.shapes import Buckets
 from compiled.state import MAX_SCORED_IDS
 from model.config import config_from_hf
+from model.kernels import cpu
 from model.transformer import abstract_weights, bind
 from tests.model.tiny import tiny_configs
 
@@ -205,8 +206,22 @@ SLOTS = (f"f32[5,{V}]", f"s32[5,{V}]", f"pred[5,{V}]")  # bias, counts, seen of 
 
 
 @pytest.fixture(scope="module")
-def texts() -> Mapping[str, str]:
-    """HLO of every program of the tiny model; nothing but shapes is needed to compile it."""
+def xla_texts() -> Mapping[str, str]:
+    """HLO of every program of the tiny model without our kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "load", lambda: None)
+        return compile_tiny()
+
+
+@pytest.fixture(scope="module", params=["kernels", "XLA"])
+def texts(request: pytest.FixtureRequest) -> Mapping[str, str]:
+    """HLO of every program of the tiny model, with our kernels where this machine has them, and without."""
+    made: Mapping[str, str] = request.getfixturevalue("xla_texts") if request.param == "XLA" else compile_tiny()
+    return made
+
+
+def compile_tiny() -> Mapping[str, str]:
+    """Nothing but shapes is needed to compile a model."""
     dtype = jnp.dtype(jnp.float32)
     model = bind(CONFIG, dtype, abstract_weights(CONFIG, dtype))
     buckets = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=8, pages_per_row=4, vocabulary_rows=2)
@@ -226,9 +241,9 @@ def test_the_text_names_no_file(texts: Mapping[str, str]) -> None:
 
 
 @pytest.mark.parametrize(("name", "rows"), [("decode_1", 1), ("decode_4", 4), ("score_8", 8)])
-def test_the_rank_compares_with_the_whole_vocabulary(texts: Mapping[str, str], name: str, rows: int) -> None:
+def test_the_rank_compares_with_the_whole_vocabulary(xla_texts: Mapping[str, str], name: str, rows: int) -> None:
     parts, width = 2, 128  # those of the 16 that hold any of V; XLA has done the others' work while it compiled
-    lines = [line for line in hlo.rank_comparison(texts[name]) if f"pred[{rows},{width}]" in line]
+    lines = [line for line in hlo.rank_comparison(xla_texts[name]) if f"pred[{rows},{width}]" in line]
     directions = Counter(line.rpartition("direction=")[2] for line in lines)
     # For the row's own token, and in the loop over given ids. The parts may share their numbers of tokens.
     assert (directions["GT"], directions["EQ"]) == (2 * parts, 2 * parts)
@@ -303,4 +318,4 @@ def test_matrix_products_of_a_decode_step(texts: Mapping[str, str]) -> None:
     D, F, rows = CONFIG.hidden_size, CONFIG.intermediate_size, 4
     assert totals["mlp"].flops == 2 * rows * 3 * D * F * CONFIG.num_layers
     assert totals["head"].flops == 2 * rows * D * V
-    assert totals["rank"].flops == 0
+    assert totals["logprobs"].flops == 0

@@ -1,6 +1,6 @@
 """Top-k, rank and log-probability against numpy: ties, signed zeros, infinities, odd sizes, and rows in a crowd."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,18 +13,34 @@ from numpy.typing import NDArray
 
 from compiled.logprobs import all_logprobs, blocked_top_k, token_logprobs
 from compiled.state import MAX_SCORED_IDS, TokenLogprobs, no_scored_ids
+from model.kernels import cpu
 
 SIZES = (5, 128, 129, 300, 1000)  # each with 4 rows and few k, because every shape is a program
 
 top_k = jax.jit(blocked_top_k, static_argnums=1)
 
 
-whole = jax.jit(all_logprobs)
+@pytest.fixture(params=["kernels", "XLA"], autouse=True)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test here holds for both forms."""
+    if request.param == "XLA":
+        monkeypatch.setattr(cpu, "load", lambda: None)
+    elif cpu.load() is None:
+        pytest.skip("no kernels here")
+    # A trace is kept for a function: each form is one of its own.
+    monkeypatch.setitem(FORM, "numbers", _NUMBERS[request.param])
+    monkeypatch.setitem(FORM, "whole", _WHOLE[request.param])
 
 
-@partial(jax.jit, static_argnums=2)
-def _numbers(logits: Any, ids: Any, k: int, scored_ids: Any) -> TokenLogprobs:
-    return token_logprobs(logits, ids, k, scored_ids)
+FORM: dict[str, Callable[..., Any]] = {}  # the functions under test, as `form` has chosen them
+
+
+def _compiled(function: Callable[..., Any], **options: Any) -> dict[str, Callable[..., Any]]:
+    return {name: jax.jit(partial(function), **options) for name in ("kernels", "XLA")}
+
+
+_NUMBERS = _compiled(token_logprobs, static_argnums=2)
+_WHOLE = _compiled(all_logprobs)
 
 
 def numbers(logits: NDArray[np.float32], ids: Any, k: int, scored: Sequence[Sequence[int]] = ()) -> TokenLogprobs:
@@ -32,7 +48,7 @@ def numbers(logits: NDArray[np.float32], ids: Any, k: int, scored: Sequence[Sequ
     scored_ids = no_scored_ids(len(logits))
     for row, named in enumerate(scored):
         scored_ids[row, : len(named)] = named
-    result: TokenLogprobs = jax.tree.map(np.asarray, _numbers(logits, np.asarray(ids, np.int32), k, scored_ids))
+    result: TokenLogprobs = jax.tree.map(np.asarray, FORM["numbers"](logits, np.asarray(ids, np.int32), k, scored_ids))
     return result
 
 
@@ -214,7 +230,7 @@ def test_whole_rows_have_the_bits_of_single_tokens(size: int) -> None:
     rng = np.random.default_rng(9)
     logits = (rng.standard_normal((8, size)) * 4).astype(np.float32)
     logits[:, 5] = -0.0
-    rows = np.asarray(whole(logits))
+    rows = np.asarray(FORM["whole"](logits))
     for token in (0, 5, 17, size - 1):
         crowd = np.concatenate([logits, (rng.standard_normal((56, size)) * 4).astype(np.float32)])
         result = numbers(crowd, np.full(64, token), 20)

@@ -4,12 +4,14 @@ What lives here knows arrays and nothing of models. Where `load()` gives None, X
 """
 
 from model.kernels.cpu.attention import attend
+from model.kernels.cpu.head import Numbers, score, token_numbers
 from model.kernels.cpu.library import CpuKernels, load
 from model.kernels.cpu.linear import PackedWeight, linear, pack, unpack_rows
 from model.kernels.cpu.rows import rms_norm, rotate_and_store, swiglu
 
 __all__ = [
     "CpuKernels",
+    "Numbers",
     "PackedWeight",
     "attend",
     "linear",
@@ -17,6 +19,8 @@ __all__ = [
     "pack",
     "rms_norm",
     "rotate_and_store",
+    "score",
     "swiglu",
+    "token_numbers",
     "unpack_rows",
 ]

@@ -13,7 +13,17 @@ ATTENTION_TARGET = "logprobd_attention"
 NORM_TARGET = "logprobd_norm"
 SWIGLU_TARGET = "logprobd_swiglu"
 ROTATE_TARGET = "logprobd_rotate"
-TARGETS = (TARGET, ATTENTION_TARGET, NORM_TARGET, SWIGLU_TARGET, ROTATE_TARGET)
+NUMBERS_TARGET = "logprobd_numbers"
+SCORE_TARGET = "logprobd_score"
+TARGETS = (
+    TARGET,
+    ATTENTION_TARGET,
+    NORM_TARGET,
+    SWIGLU_TARGET,
+    ROTATE_TARGET,
+    NUMBERS_TARGET,
+    SCORE_TARGET,
+)
 # One result to the last bit on three paths: AVX512_BF16, AVX512F, and plain C++.
 PATHS = ("pairs", "floats", "portable")
 

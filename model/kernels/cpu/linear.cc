@@ -13,23 +13,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kAhead = 4096;               // elements of W: 8 KiB
 constexpr int64_t kMinBytesToShare = 1 << 16;  // waking a thread takes longer than reading less of W than this
 constexpr int64_t kMaxRowsAlone = 16;          // or than the arithmetic of so few rows
-
-void Compute(const Problem& p, TileTable table, int64_t block, bool more) {
-  const int64_t tiles = (p.m + kMaxRows - 1) / kMaxRows;
-  const uint16_t* here = p.w + block * p.pairs * kPair;
-  const uint16_t* next = more ? here + p.pairs * kPair : here;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t row = p.m * t / tiles, rows = p.m * (t + 1) / tiles - row;
-    // A single tile reads W as fast as it comes: it fetches what it needs soon, past the block's end too, since the next
-    // block lies behind it. Of several, the first two fetch the next block: its even lines, then its odd lines.
-    const uint16_t* line0 = tiles == 1 ? here + kAhead : t == 0 ? next : here;
-    const uint16_t* line1 = (tiles == 1 ? here + kAhead : t == 1 ? next : here) + kColumns;
-    table[rows - 1](p, {row, block, {line0, line1}});
-  }
-}
 
 int64_t Threads(const Problem& p, int64_t in_pool) {
   const int64_t bytes = p.blocks * p.pairs * kPair * static_cast<int64_t>(sizeof(*p.w));

@@ -24,6 +24,7 @@ namespace {
 constexpr int64_t kColumns = 32;         // output columns in a block of W
 constexpr int64_t kPair = 2 * kColumns;  // elements of W that a pair of K takes in a block: two cache lines
 constexpr int64_t kMaxRows = 12;         // rows of a tile: 24 accumulators, 4 registers for W and 2 for x
+constexpr int64_t kAhead = 4096;         // elements of W, 8 KiB, that a lone tile fetches ahead
 constexpr int64_t kChunk = 256;          // elements of K whose x and W stay in the first-level cache together
 
 struct Problem {
@@ -200,5 +201,20 @@ TileTable FloatTiles() { return PortableTiles(); }
 TileTable FastestTiles() { return PortableTiles(); }
 
 #endif
+
+// All rows of y for one block of columns; `more`: the next block is to be computed here, too.
+void Compute(const Problem& p, TileTable table, int64_t block, bool more) {
+  const int64_t tiles = (p.m + kMaxRows - 1) / kMaxRows;
+  const uint16_t* here = p.w + block * p.pairs * kPair;
+  const uint16_t* next = more ? here + p.pairs * kPair : here;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t row = p.m * t / tiles, rows = p.m * (t + 1) / tiles - row;
+    // A single tile reads W as fast as it comes: it fetches what it needs soon, past the block's end too, since the next
+    // block lies behind it. Of several, the first two fetch the next block: its even lines, then its odd lines.
+    const uint16_t* line0 = tiles == 1 ? here + kAhead : t == 0 ? next : here;
+    const uint16_t* line1 = (tiles == 1 ? here + kAhead : t == 1 ? next : here) + kColumns;
+    table[rows - 1](p, {row, block, {line0, line1}});
+  }
+}
 
 }  // namespace

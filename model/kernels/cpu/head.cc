@@ -1,0 +1,198 @@
+// The numbers of tokens, as handlers of XLA's foreign function interface: from logits, or from hidden states and the
+// head's packed weight without ever holding a row of logits. head.h has the arithmetic and its promise.
+
+#include "head.h"
+
+#include <memory>
+
+#include "parallel.h"
+#include "tiles.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+using Ids = ffi::Buffer<ffi::S32>;
+using OutFloats = ffi::ResultBuffer<ffi::F32>;
+using OutIds = ffi::ResultBuffer<ffi::S32>;
+
+#if defined(__x86_64__)
+
+constexpr int64_t kMinLogitsToShare = 1 << 15;  // waking a thread takes longer than fewer
+
+// Calls produce(panel, row, take) for every panel and live row, which calls take(logits), and writes all answers.
+template <typename Produce>
+void Gather(ffi::ThreadPool pool, const std::shared_ptr<Tally>& tally, Produce produce) {
+  const Numbers& n = tally->numbers;
+  const int64_t most = n.rows * n.vocab < kMinLogitsToShare ? 1 : pool.num_threads();
+  Share(pool, std::max<int64_t>(1, std::min<int64_t>(most, tally->panels)), tally->panels,
+        [tally, produce](int64_t first, int64_t last) {
+          const FloatMode mode;
+          const Numbers& all = tally->numbers;
+          std::vector<Best> best(static_cast<size_t>(all.rows), Best(all.k));
+          for (int64_t panel = first; panel < last; ++panel) {
+            const int64_t count = std::min(kPanel, all.vocab - panel * kPanel);
+            produce(panel, count, [&](int64_t r, const float* logits) {
+              Take(tally->rows[static_cast<size_t>(r)], panel, logits, count, best[static_cast<size_t>(r)]);
+            });
+          }
+          const std::lock_guard<std::mutex> guard(tally->lock);
+          for (size_t r = 0; r < best.size(); ++r) {
+            auto& candidates = tally->rows[r].candidates;
+            candidates.insert(candidates.end(), best[r].kept().begin(), best[r].kept().end());
+          }
+        });
+  const FloatMode mode;
+  for (int64_t r = 0; r < n.rows; ++r) Answer(*tally, r);
+}
+
+// The results of a call, checked and cleared: padded rows are zeros. Rows are cut to the live ones.
+struct Request {
+  Numbers numbers;
+  bool fits;
+};
+
+Request MakeRequest(int64_t rows, int64_t vocab, const Ids& ids, const Ids& named_ids, ffi::BufferR0<ffi::S32> live,
+                    OutFloats& logprob, OutIds& rank, OutIds& top_ids, OutFloats& top_logprobs,
+                    OutFloats& named_logprobs, OutIds& named_ranks, OutFloats& normalizer) {
+  const auto top = top_ids->dimensions(), named = named_ids.dimensions();
+  const auto all = static_cast<size_t>(rows);
+  const bool fits = top.size() == 2 && named.size() == 2 && top[0] == rows && named[0] == rows &&
+                    ids.element_count() == all && vocab > 0 && top[1] <= vocab && logprob->element_count() == all &&
+                    rank->element_count() == all && normalizer->element_count() == all &&
+                    top_logprobs->element_count() == top_ids->element_count() &&
+                    named_logprobs->element_count() == named_ids.element_count() &&
+                    named_ranks->element_count() == named_ids.element_count();
+  if (!fits) return {{}, false};
+  for (const auto& floats : {&logprob, &top_logprobs, &named_logprobs, &normalizer}) {
+    std::fill_n((*floats)->typed_data(), (*floats)->element_count(), 0.0f);
+  }
+  for (const auto& counts : {&rank, &top_ids, &named_ranks}) {
+    std::fill_n((*counts)->typed_data(), (*counts)->element_count(), 0);
+  }
+  return {{std::clamp<int64_t>(*live.typed_data(), 0, rows), vocab, top[1], named[1], ids.typed_data(),
+           named_ids.typed_data(), logprob->typed_data(), rank->typed_data(), top_ids->typed_data(),
+           top_logprobs->typed_data(), named_logprobs->typed_data(), named_ranks->typed_data(),
+           normalizer->typed_data()},
+          true};
+}
+
+ffi::Error FromLogits(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, Ids ids, Ids named_ids,
+                      ffi::BufferR0<ffi::S32> live, OutFloats logprob, OutIds rank, OutIds top_ids,
+                      OutFloats top_logprobs, OutFloats named_logprobs, OutIds named_ranks, OutFloats normalizer) {
+  const auto size = logits.dimensions();
+  if (size.size() != 2) return ffi::Error::InvalidArgument("numbers takes logits [R, V]");
+  const Request request = MakeRequest(size[0], size[1], ids, named_ids, live, logprob, rank, top_ids, top_logprobs,
+                                      named_logprobs, named_ranks, normalizer);
+  if (!request.fits) return ffi::Error::InvalidArgument("numbers takes ids [R], named ids [R, B], top k of V at most");
+  auto tally = std::make_shared<Tally>(request.numbers);
+  const float* from = logits.typed_data();
+  const int64_t vocab = size[1], rows = request.numbers.rows;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (Token& token : tally->rows[static_cast<size_t>(r)].tokens) token.own = from[r * vocab + token.id];
+  }
+  Gather(pool, tally, [from, vocab, rows](int64_t panel, int64_t, auto take) {
+    for (int64_t r = 0; r < rows; ++r) take(r, from + r * vocab + panel * kPanel);
+  });
+  return ffi::Error::Success();
+}
+
+// The logits of all rows in columns [first, first + count), by the tiles of the linear kernel: y [M, count].
+void Logits(const Problem& whole, TileTable tiles, int64_t first, int64_t count, float* y) {
+  const int64_t blocks = (count + kColumns - 1) / kColumns;
+  const Problem part = {whole.x, whole.w + first / kColumns * whole.pairs * kPair, y, false, whole.m, count, whole.k,
+                        whole.pairs, blocks};
+  for (int64_t block = 0; block < blocks; ++block) Compute(part, tiles, block, block + 1 < blocks);
+}
+
+// The logit of one column for one row.
+float Logit(const Problem& whole, TileTable tiles, int64_t row, int64_t column) {
+  const int64_t first = column / kColumns * kColumns, count = std::min(kColumns, whole.n - first);
+  float y[kColumns];
+  Problem one = whole;
+  one.x += row * whole.k;
+  one.m = 1;
+  Logits(one, tiles, first, count, y);
+  return y[column - first];
+}
+
+ffi::Error FromHidden(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> hidden, ffi::Buffer<ffi::BF16> w, Ids ids,
+                      Ids named_ids, ffi::BufferR0<ffi::S32> live, OutFloats logprob, OutIds rank, OutIds top_ids,
+                      OutFloats top_logprobs, OutFloats named_logprobs, OutIds named_ranks, OutFloats normalizer,
+                      int64_t vocab) {
+  const auto xs = hidden.dimensions(), ws = w.dimensions();
+  if (xs.size() != 2 || ws.size() != 4 || ws[2] != kColumns || ws[3] != 2 || (xs[1] + 1) / 2 != ws[1] ||
+      (vocab + kColumns - 1) / kColumns != ws[0]) {
+    return ffi::Error::InvalidArgument("score takes hidden [M, K] and w [ceil(V/32), ceil(K/2), 32, 2]");
+  }
+  const Request request = MakeRequest(xs[0], vocab, ids, named_ids, live, logprob, rank, top_ids, top_logprobs,
+                                      named_logprobs, named_ranks, normalizer);
+  if (!request.fits) return ffi::Error::InvalidArgument("score takes ids [M], named ids [M, B], top k of V at most");
+  const int64_t rows = request.numbers.rows;
+  if (rows == 0) return ffi::Error::Success();
+  auto tally = std::make_shared<Tally>(request.numbers);
+  const TileTable tiles = FastestTiles();
+  const Problem problem = {reinterpret_cast<const uint16_t*>(hidden.typed_data()),
+                           reinterpret_cast<const uint16_t*>(w.typed_data()),
+                           nullptr, false, rows, vocab, xs[1], ws[1], ws[0]};
+  {
+    const FloatMode mode;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (Token& token : tally->rows[static_cast<size_t>(r)].tokens) token.own = Logit(problem, tiles, r, token.id);
+    }
+  }
+  Gather(pool, tally, [problem, tiles, rows](int64_t panel, int64_t count, auto take) {
+    std::vector<float> logits(static_cast<size_t>(rows * count));
+    Logits(problem, tiles, panel * kPanel, count, logits.data());
+    for (int64_t r = 0; r < rows; ++r) take(r, logits.data() + r * count);
+  });
+  return ffi::Error::Success();
+}
+
+#else
+
+ffi::Error FromLogits(ffi::ThreadPool, ffi::Buffer<ffi::F32>, Ids, Ids, ffi::BufferR0<ffi::S32>, OutFloats, OutIds,
+                      OutIds, OutFloats, OutFloats, OutIds, OutFloats) {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "not on this CPU");
+}
+
+ffi::Error FromHidden(ffi::ThreadPool, ffi::Buffer<ffi::BF16>, ffi::Buffer<ffi::BF16>, Ids, Ids,
+                      ffi::BufferR0<ffi::S32>, OutFloats, OutIds, OutIds, OutFloats, OutFloats, OutIds, OutFloats,
+                      int64_t) {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "not on this CPU");
+}
+
+#endif
+
+// The results of both handlers.
+template <typename Binding>
+auto WithResults(Binding binding) {
+  return std::move(binding)
+      .template Ret<ffi::Buffer<ffi::F32>>()
+      .template Ret<ffi::Buffer<ffi::S32>>()
+      .template Ret<ffi::Buffer<ffi::S32>>()
+      .template Ret<ffi::Buffer<ffi::F32>>()
+      .template Ret<ffi::Buffer<ffi::F32>>()
+      .template Ret<ffi::Buffer<ffi::S32>>()
+      .template Ret<ffi::Buffer<ffi::F32>>();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_numbers, FromLogits,
+                              WithResults(ffi::Ffi::Bind()
+                                              .Ctx<ffi::ThreadPool>()
+                                              .Arg<ffi::Buffer<ffi::F32>>()
+                                              .Arg<Ids>()
+                                              .Arg<Ids>()
+                                              .Arg<ffi::BufferR0<ffi::S32>>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_score, FromHidden,
+                              WithResults(ffi::Ffi::Bind()
+                                              .Ctx<ffi::ThreadPool>()
+                                              .Arg<ffi::Buffer<ffi::BF16>>()
+                                              .Arg<ffi::Buffer<ffi::BF16>>()
+                                              .Arg<Ids>()
+                                              .Arg<Ids>()
+                                              .Arg<ffi::BufferR0<ffi::S32>>())
+                                  .Attr<int64_t>("vocab"));

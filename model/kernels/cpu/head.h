@@ -1,0 +1,217 @@
+// The arithmetic of head.cc: log-prob, unique rank and exact top-k of rows of logits, panel by panel as they come.
+//
+// The promise: a row's numbers depend on its own logits alone. A panel is 1,024 columns wherever it comes from: logits
+// in memory, or products just computed. Its greatest value and its sum of exponentials are taken in one order, panels
+// are added in order at the end, and what is counted or selected does not depend on the order at all.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <mutex>
+#include <vector>
+
+#include "vectors.h"
+
+#if defined(__x86_64__)
+
+namespace {
+
+constexpr int64_t kPanel = 1024;
+constexpr int32_t kNoId = std::numeric_limits<int32_t>::max();
+
+// What is asked of a call, and where the answers go.
+struct Numbers {
+  int64_t rows, vocab, k, named;  // R, V, K, B
+  const int32_t* ids;             // [R]
+  const int32_t* named_ids;       // [R, B], then kNoId
+  float* logprob;                 // [R]
+  int32_t* rank;                  // [R]
+  int32_t* top_ids;               // [R, K]
+  float* top_logprobs;            // [R, K]
+  float* named_logprobs;          // [R, B]
+  int32_t* named_ranks;           // [R, B]
+  float* normalizer;              // [R]
+};
+
+struct Candidate {
+  float value;
+  int32_t id;
+  bool operator<(const Candidate& other) const {  // what comes first in a stable sort: the two zeros are equal
+    return value > other.value || (value == other.value && id < other.id);
+  }
+};
+
+// A token whose rank is asked for.
+struct Token {
+  int32_t id;
+  float own;
+  std::atomic<int32_t> ahead{0};
+};
+
+struct Row {
+  std::vector<Token> tokens;                                          // the row's own, then those that it names
+  std::vector<float> best, total;                                     // of each panel
+  std::atomic<float> floor{-std::numeric_limits<float>::infinity()};  // what is below is not among the top k
+  std::vector<Candidate> candidates;                                  // under the lock
+};
+
+// What the threads of one call gather.
+class Tally {
+ public:
+  explicit Tally(const Numbers& asked)
+      : numbers(asked), panels((asked.vocab + kPanel - 1) / kPanel), rows(static_cast<size_t>(asked.rows)) {
+    for (int64_t r = 0; r < asked.rows; ++r) {
+      Row& row = rows[static_cast<size_t>(r)];
+      int64_t count = 1;
+      while (count <= asked.named && asked.named_ids[r * asked.named + count - 1] != kNoId) ++count;
+      row.tokens = std::vector<Token>(static_cast<size_t>(count));
+      for (int64_t i = 0; i < count; ++i) {
+        const int32_t id = i == 0 ? asked.ids[r] : asked.named_ids[r * asked.named + i - 1];
+        row.tokens[static_cast<size_t>(i)].id = std::clamp<int32_t>(id, 0, static_cast<int32_t>(asked.vocab - 1));
+      }
+      row.best.resize(static_cast<size_t>(panels));
+      row.total.resize(static_cast<size_t>(panels));
+    }
+  }
+
+  const Numbers numbers;
+  const int64_t panels;
+  std::vector<Row> rows;
+  std::mutex lock;
+};
+
+// The best k that one claim has seen of a row, best first.
+class Best {
+ public:
+  explicit Best(int64_t k) : k_(static_cast<size_t>(k)) { kept_.reserve(k_ + 1); }
+
+  bool full() const { return kept_.size() == k_; }
+  // The least that is kept, once there are k. Ids come in ascending order, so what only equals it stays out.
+  float least() const { return k_ == 0 ? std::numeric_limits<float>::infinity() : kept_.back().value; }
+
+  void Offer(Candidate newcomer) {
+    kept_.insert(std::upper_bound(kept_.begin(), kept_.end(), newcomer), newcomer);
+    if (kept_.size() > k_) kept_.pop_back();
+  }
+
+  const std::vector<Candidate>& kept() const { return kept_; }
+
+ private:
+  const size_t k_;
+  std::vector<Candidate> kept_;
+};
+
+AVX512_INLINE __m512 LoadPanel(const float* logits, int64_t at, int64_t count) {
+  const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  return _mm512_mask_loadu_ps(nothing, FirstLanes(count - at), logits + at);
+}
+
+// Lanes that may be among the top k: none that another claim's k surpass, none that this claim's k reach.
+AVX512_INLINE uint32_t MayBeBest(__m512 x, __mmask16 there, __m512 below, const Best& best) {
+  const __mmask16 found = _mm512_mask_cmp_ps_mask(there, x, below, _CMP_GE_OQ);
+  return best.full() ? _mm512_mask_cmp_ps_mask(found, x, _mm512_set1_ps(best.least()), _CMP_GT_OQ) : found;
+}
+
+// Offers what may be among the top k of a row, and gives the panel's greatest value.
+AVX512 float Select(const float* logits, int64_t count, int64_t first_id, float below, Best& best) {
+  const __m512 floor = _mm512_set1_ps(below);
+  __m512 top = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const __m512 x = LoadPanel(logits, i, count);
+    top = _mm512_max_ps(top, x);
+    for (uint32_t found = MayBeBest(x, FirstLanes(count - i), floor, best); found != 0; found &= found - 1) {
+      const int64_t at = i + __builtin_ctz(found);
+      best.Offer({logits[at], static_cast<int32_t>(first_id + at)});
+    }
+  }
+  return _mm512_reduce_max_ps(top);
+}
+
+AVX512 float SumOfExponentials(const float* logits, int64_t count, float best) {
+  // Of -inf alone the sum is 0, and a NaN among them stays one.
+  const __m512 shift = _mm512_set1_ps(best == -std::numeric_limits<float>::infinity() ? 0.0f : best);
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const __m512 term = ExpOfNegative(_mm512_sub_ps(LoadPanel(logits, i, count), shift));
+    sum = _mm512_mask_add_ps(sum, FirstLanes(count - i), sum, term);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+// How many of a panel come before a token: greater, or equal with a lower id.
+AVX512 int32_t Ahead(const float* logits, int64_t count, int64_t first_id, const Token& token) {
+  const __m512 own = _mm512_set1_ps(token.own);
+  const int64_t lower = token.id - first_id;  // columns before it have lower ids
+  int32_t ahead = 0;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const __m512 x = LoadPanel(logits, i, count);
+    const __mmask16 there = FirstLanes(count - i);
+    const uint32_t greater = _mm512_mask_cmp_ps_mask(there, x, own, _CMP_GT_OQ);
+    const uint32_t equal = _mm512_mask_cmp_ps_mask(there & FirstLanes(lower - i), x, own, _CMP_EQ_OQ);
+    ahead += __builtin_popcount(greater | equal);
+  }
+  return ahead;
+}
+
+// Takes one panel of a row into account.
+inline void Take(Row& row, int64_t panel, const float* logits, int64_t count, Best& best) {
+  const int64_t first_id = panel * kPanel;
+  const float top = Select(logits, count, first_id, row.floor.load(std::memory_order_relaxed), best);
+  if (best.full()) {
+    const float mine = best.least();
+    float known = row.floor.load(std::memory_order_relaxed);
+    while (known < mine && !row.floor.compare_exchange_weak(known, mine, std::memory_order_relaxed)) {
+    }
+  }
+  row.best[static_cast<size_t>(panel)] = top;
+  row.total[static_cast<size_t>(panel)] = SumOfExponentials(logits, count, top);
+  for (Token& token : row.tokens) {
+    token.ahead.fetch_add(Ahead(logits, count, first_id, token), std::memory_order_relaxed);
+  }
+}
+
+// log(sum(exp(logits))) of a row from its panels, in order. Infinite or no numbers give NaN.
+AVX512 inline float Normalizer(const Row& row) {
+  const float best = *std::max_element(row.best.begin(), row.best.end());
+  const auto panels = static_cast<int64_t>(row.best.size());
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < panels; i += kLanes) {
+    const __mmask16 there = FirstLanes(panels - i);
+    const __m512 scale = ExpOfNegative(_mm512_sub_ps(LoadPanel(row.best.data(), i, panels), _mm512_set1_ps(best)));
+    sum = _mm512_mask3_fmadd_ps(LoadFloats(row.total.data() + i, there), scale, sum, there);
+  }
+  return best + std::log(_mm512_reduce_add_ps(sum));
+}
+
+// The answers for row r, once all panels are in.
+inline void Answer(Tally& tally, int64_t r) {
+  const Numbers& to = tally.numbers;
+  Row& row = tally.rows[static_cast<size_t>(r)];
+  const float normalizer = Normalizer(row);
+  to.normalizer[r] = normalizer;
+  to.logprob[r] = row.tokens[0].own - normalizer;
+  to.rank[r] = 1 + row.tokens[0].ahead.load();
+  for (int64_t i = 0; i < to.named; ++i) {
+    const bool asked = i + 1 < static_cast<int64_t>(row.tokens.size());
+    const Token* token = asked ? &row.tokens[static_cast<size_t>(i + 1)] : nullptr;
+    to.named_logprobs[r * to.named + i] = asked ? token->own - normalizer : 0.0f;
+    to.named_ranks[r * to.named + i] = asked ? 1 + token->ahead.load() : 0;
+  }
+  const int64_t there = std::min<int64_t>(to.k, static_cast<int64_t>(row.candidates.size()));
+  std::partial_sort(row.candidates.begin(), row.candidates.begin() + there, row.candidates.end());
+  for (int64_t i = 0; i < to.k; ++i) {  // a row of NaN has fewer candidates than k
+    const bool found = i < there;
+    const Candidate& candidate = row.candidates[static_cast<size_t>(found ? i : 0)];
+    to.top_ids[r * to.k + i] = found ? candidate.id : 0;
+    to.top_logprobs[r * to.k + i] =
+        (found ? candidate.value : std::numeric_limits<float>::quiet_NaN()) - normalizer;
+  }
+}
+
+}  // namespace
+
+#endif

@@ -1,0 +1,126 @@
+"""The head's kernel gives the bits that logits give, without them. `tests/compiled/test_logprobs.py` has the rest."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.kernels import cpu
+from model.kernels.cpu import build, library
+
+NO_ID = np.iinfo(np.int32).max
+# K and V: less than a block, parts of blocks and panels, several panels.
+SIZES = [(2, 5), (64, 32), (65, 1000), (96, 1024), (96, 1025), (128, 5000)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> cpu.CpuKernels:
+    try:
+        build.build(build.SOURCES, library.library_path())
+    except RuntimeError as error:
+        pytest.skip(f"the kernels cannot be built here: {error}")
+    loaded = cpu.load()
+    if loaded is None:
+        pytest.skip("this CPU has no AVX-512")
+    return loaded
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.bfloat16)
+
+
+def ids_of(rows: int, vocab: int, named: int = 3) -> tuple[jax.Array, jax.Array]:
+    random = np.random.default_rng(rows)
+    named_ids = random.integers(0, vocab, (rows, named)).astype(np.int32)
+    named_ids[::2, 1:] = NO_ID
+    return jnp.asarray(random.integers(0, vocab, rows), jnp.int32), jnp.asarray(named_ids)
+
+
+def check_equal(ours: cpu.Numbers, expected: cpu.Numbers) -> None:
+    for name, mine, other in zip(cpu.Numbers._fields, ours, expected, strict=True):
+        assert np.asarray(mine).tobytes() == np.asarray(other).tobytes(), name
+
+
+@pytest.mark.parametrize(("width", "vocab"), SIZES)
+@pytest.mark.parametrize("rows", [1, 2, 13, 64])
+def test_score_has_the_bits_of_the_numbers_of_logits(rows: int, width: int, vocab: int) -> None:
+    hidden, weight = normal(0, rows, width), cpu.pack(normal(1, vocab, width))
+    ids, named = ids_of(rows, vocab)
+    live, k = jnp.int32(rows), min(20, vocab)
+    expected = cpu.token_numbers(cpu.linear(hidden, weight), ids, named, live, k=k)
+    check_equal(cpu.score(hidden, weight, ids, named, live, k=k), expected)
+
+
+def test_a_row_has_the_same_bits_in_every_batch() -> None:
+    hidden, weight = normal(2, 64, 96), cpu.pack(normal(3, 5000, 96))
+    ids, named = ids_of(64, 5000)
+    whole = cpu.score(hidden, weight, ids, named, jnp.int32(64), k=20)
+    for m in (1, 5, 12, 13, 40):
+        for at in (slice(0, m), slice(64 - m, 64)):
+            some = cpu.score(hidden[at], weight, ids[at], named[at], jnp.int32(m), k=20)
+            check_equal(some, cpu.Numbers(*(part[at] for part in whole)))
+
+
+def test_equal_logits_come_by_ascending_id_whoever_finds_them() -> None:
+    """Most columns are alike, so that every panel of every thread has as many as are wanted."""
+    vocab = 20_000
+    column = np.where(np.arange(vocab)[:, None] % 7 == 3, 1.0, 0.5)
+    weight = cpu.pack(jnp.asarray(np.repeat(column, 8, axis=1), jnp.bfloat16))
+    ids, named = jnp.asarray([19_995, 3], jnp.int32), jnp.full((2, 1), NO_ID, jnp.int32)
+    for _ in range(20):
+        found = cpu.score(jnp.ones((2, 8), jnp.bfloat16), weight, ids, named, jnp.int32(2), k=30)
+        np.testing.assert_array_equal(found.top_ids, np.broadcast_to(3 + 7 * np.arange(30), (2, 30)))
+        equal = np.arange(vocab) % 7 == 3
+        assert found.rank.tolist() == [1 + equal[:19_995].sum(), 1]
+
+
+@pytest.mark.parametrize("live", [-1, 0, 1, 7, 12, 13])
+def test_rows_that_are_not_live_are_zeros_and_change_no_other(live: int) -> None:
+    hidden, weight = normal(4, 12, 64), cpu.pack(normal(5, 3000, 64))
+    ids, named = ids_of(12, 3000)
+    whole = cpu.score(hidden, weight, ids, named, jnp.int32(12), k=5)
+    count = min(max(live, 0), 12)
+    torn = hidden.at[count:].set(jnp.nan)
+    some = cpu.score(torn, weight, ids, named, jnp.int32(live), k=5)
+    for mine, all_ in zip(some, whole, strict=True):
+        np.testing.assert_array_equal(mine[:count], all_[:count])
+        assert not np.asarray(mine[count:]).any()
+
+
+@pytest.mark.parametrize("place", [0, 1023, 1024, 2999])
+def test_a_nan_is_never_swallowed(place: int) -> None:
+    logits = np.full((1, 3000), -np.inf, np.float32)
+    logits[0, [5, 2000]] = 1.0
+    logits[0, place] = np.nan
+    ids, named = jnp.asarray([5], jnp.int32), jnp.full((1, 1), NO_ID, jnp.int32)
+    found = cpu.token_numbers(jnp.asarray(logits), ids, named, jnp.int32(1), k=4)
+    assert np.isnan(found.logprob).all()
+    assert np.isnan(found.top_logprobs).all()
+
+
+def test_many_calls_at_once() -> None:
+    hidden, weight = normal(6, 12, 64), cpu.pack(normal(7, 6000, 64))
+    ids, named = ids_of(12, 6000)
+
+    @jax.jit
+    def calls(hidden: jax.Array) -> list[cpu.Numbers]:
+        return [cpu.score(hidden + i, weight, ids, named, jnp.int32(12), k=20) for i in range(8)]
+
+    first = calls(hidden)
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: calls(hidden), range(20)):
+            for mine, expected in zip(found, first, strict=True):
+                check_equal(mine, expected)
+
+
+def test_score_refuses_another_dtype_or_width() -> None:
+    weight = cpu.pack(normal(8, 40, 8))
+    ids, named = ids_of(1, 40)
+    with pytest.raises(TypeError, match="float32, not bfloat16"):
+        cpu.score(jnp.zeros((1, 8)), weight, ids, named, jnp.int32(1), k=1)
+    with pytest.raises(ValueError, match=r"\(1, 9\), not \[M, 8\]"):
+        cpu.score(jnp.zeros((1, 9), jnp.bfloat16), weight, ids, named, jnp.int32(1), k=1)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="top k of V at most"):
+        jax.block_until_ready(cpu.score(jnp.zeros((1, 8), jnp.bfloat16), weight, ids, named, jnp.int32(1), k=41))

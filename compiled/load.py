@@ -11,11 +11,16 @@ from numpy.typing import NDArray
 from model.kernels import cpu
 from model.transformer import BoundModel, bind
 from model.weights.checkpoint import Checkpoint
+from model.weights.int8 import Int8Array
 from model.weights.load import load_weights
 
 
 def load_model(
-    checkpoint: Checkpoint, dtype_name: str, progress: Callable[[int, int], None] | None = None
+    checkpoint: Checkpoint,
+    dtype_name: str,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    int8: bool = False,
 ) -> BoundModel:
     """Reads all weights and places them, packed for the kernels where this device has any for the dtype.
 
@@ -23,6 +28,7 @@ def load_model(
         checkpoint: an open model.
         dtype_name: "bfloat16" or "float32", of matrices and cache.
         progress: called with the bytes read so far and in all.
+        int8: whether matrices are int8 with scales instead.
 
     Raises:
         ModelLoadError: lists everything that is wrong with the checkpoint.
@@ -30,11 +36,15 @@ def load_model(
     dtype = jnp.dtype(dtype_name)
     packs = dtype == jnp.bfloat16 and jax.default_backend() == "cpu" and cpu.load() is not None
 
+    def put_int8(array: Int8Array) -> Any:
+        return cpu.pack_int8(jnp.asarray(array.values), jnp.asarray(array.scales))
+
     def put(_: str, array: NDArray[Any]) -> Any:
         placed = jnp.asarray(array)
         return cpu.pack(placed) if packs and placed.ndim == 2 else placed
 
-    return bind(checkpoint.config, dtype, load_weights(checkpoint, np.dtype(dtype), put, progress))
+    weights = load_weights(checkpoint, np.dtype(dtype), put, progress, put_int8=put_int8 if int8 else None)
+    return bind(checkpoint.config, dtype, weights)
 
 
 def kernels_used(model: BoundModel) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def head_logprobs(
 ) -> TokenLogprobs:
     """`token_logprobs` of hidden states [M, D], with no logits at all where the head's weight is packed."""
     weight = module.head_weight()
-    if not isinstance(weight, cpu.PackedWeight):
+    if cpu.load() is None or isinstance(weight, Array):
         return token_logprobs(module.logits(hidden, live), ids, k, scored_ids, live)
     with jax.named_scope("head"):
         hidden = hidden.astype(jnp.bfloat16)

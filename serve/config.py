@@ -22,6 +22,7 @@ class ServeConfig:
     api_key: tuple[str, ...]
     served_model_name: tuple[str, ...]  # empty: the model as named
     dtype: str  # "bfloat16" or "float32"
+    quantization: str | None  # "int8"
     revision: str | None
     max_model_len: int | None  # None: the model's own
     max_num_seqs: int
@@ -40,6 +41,11 @@ class ServeConfig:
         return DEFAULT_MAX_LOGPROBS if self.max_logprobs == -1 else self.max_logprobs
 
     @property
+    def weights_as(self) -> str:
+        """What the numbers of a matrix are: the quantization, or else the dtype."""
+        return self.quantization or self.dtype
+
+    @property
     def batched_tokens(self) -> int:
         """Prompt and decode tokens of one step at most."""
         return self.max_num_batched_tokens or 256 + self.max_num_seqs
@@ -54,6 +60,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> ServeConfig:
             f"argument --max-num-batched-tokens: {tokens} leaves no room for 16 prompt tokens beside one for each of "
             f"--max-num-seqs {values['max_num_seqs']}"
         )
+    if values["quantization"] and values["dtype"] != "bfloat16":
+        parser.error(f"argument --quantization: int8 weights go with --dtype bfloat16, not {values['dtype']}")
     values["api_key"] = tuple(values["api_key"])
     values["served_model_name"] = tuple(values["served_model_name"])
     return ServeConfig(**values)
@@ -72,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     flag("--api-key", action="append", default=[], help="a key that clients must send; may be given again")
     flag("--served-model-name", action="append", default=[], help="name in the API; may be given again")
     flag("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of weights and cache")
+    flag(
+        "--quantization",
+        choices=("int8",),
+        help="of matrices: int8 with a scale for 32 weights, GGUF's Q8_0 taken as it is; default: none",
+    )
     flag("--revision", help="branch, tag or commit of a hub id")
     flag("--max-model-len", type=_between(2, 1 << 24), help="tokens of prompt and output; default: the model's")
     flag("--max-num-seqs", type=_between(1, 1024), default=16, help="requests that run at once")

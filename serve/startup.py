@@ -65,7 +65,7 @@ def start(config: ServeConfig, console: Console) -> Served:
             raise StartupError(
                 f"{source.name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model_config.vocab_size}"
             )
-        model = _load(checkpoint, config.dtype, console)
+        model = _load(checkpoint, config, console)
     finally:
         checkpoint.close()
     runner = _compile(model, config, max_model_len, console)
@@ -109,13 +109,19 @@ def _max_model_len(config: ServeConfig, model: ModelConfig) -> int:
     return config.max_model_len or own
 
 
-def _load(checkpoint: Checkpoint, dtype: str, console: Console) -> BoundModel:
+def _load(checkpoint: Checkpoint, config: ServeConfig, console: Console) -> BoundModel:
     with Progress(TextColumn("loading  "), BarColumn(), DownloadColumn(), console=console) as bar:
         task = bar.add_task("weights", total=None)
-        model = load_model(checkpoint, dtype, lambda done, total: bar.update(task, completed=done, total=total))
+        model = load_model(
+            checkpoint,
+            config.dtype,
+            lambda done, total: bar.update(task, completed=done, total=total),
+            int8=config.quantization == "int8",
+        )
     size = sum(leaf.nbytes for leaf in model.leaves)
     kernels = " and ".join(kernels_used(model)) or "none, XLA does it all"
-    console.print(f"weights  {size / 1e6:,.0f} MB {dtype} on {jax.default_backend()}; own kernels: {kernels}")
+    where = jax.default_backend()
+    console.print(f"weights  {size / 1e6:,.0f} MB {config.weights_as} on {where}; own kernels: {kernels}")
     return model
 
 
@@ -174,10 +180,10 @@ def _reporter(bar: Progress, advance: Callable[[], None]) -> Callable[[Program],
 
 
 def system_fingerprint(config: ServeConfig, buckets: Buckets, kernels: Sequence[str]) -> str:
-    """Names what the numbers come from: versions, platform, dtype, own kernels, and a digest of shapes and options.
+    """Names what the numbers come from: versions, platform, weights, own kernels, and a digest of shapes and options.
 
     The same weights under the same fingerprint give the same bits.
     """
     shapes = (buckets, config.computed_logprobs, config.batched_tokens, config.enable_prefix_caching)
     digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
-    return f"fp_jax{jax.__version__}_{jax.default_backend()}_{config.dtype}_{'-'.join(kernels) or 'xla'}_{digest}"
+    return f"fp_jax{jax.__version__}_{jax.default_backend()}_{config.weights_as}_{'-'.join(kernels) or 'xla'}_{digest}"

@@ -15,11 +15,11 @@ from tests.in_process import PAGES
 BUCKETS = Buckets(decode_rows=(1, 2, 4, 8, 16), prefill_chunks=(16, 64, 256), score_rows=64, pages_per_row=16)
 
 
-def make_runner(path: Path, dtype: str, buckets: Buckets = BUCKETS, pages: int = PAGES) -> ModelRunner:
-    """A compiled model."""
+def make_runner(path: Path, weights: str, buckets: Buckets = BUCKETS, pages: int = PAGES) -> ModelRunner:
+    """A compiled model; `weights` is a dtype, or "int8"."""
     checkpoint = open_checkpoint(ModelSource(path.name, path))
     try:
-        model = load_model(checkpoint, dtype)
+        model = load_model(checkpoint, "bfloat16" if weights == "int8" else weights, int8=weights == "int8")
     finally:
         checkpoint.close()
     return ModelRunner(model, buckets, pages=pages, max_logprobs=20)
@@ -37,8 +37,14 @@ def bfloat16_runner() -> ModelRunner:
     return make_runner(default_model_path(), "bfloat16")
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
+@pytest.fixture(scope="session")
+def int8_runner() -> ModelRunner:
+    """The default model with int8 matrices, through their kernels where this machine has them."""
+    return make_runner(default_model_path(), "int8")
+
+
+@pytest.fixture(params=["float32", "bfloat16", "int8"])
 def runner(request: pytest.FixtureRequest) -> ModelRunner:
-    """The default model in either dtype."""
+    """The default model with weights of each kind."""
     chosen: ModelRunner = request.getfixturevalue(f"{request.param}_runner")
     return chosen

@@ -52,6 +52,13 @@ def test_bfloat16_from_gguf(bfloat16_runner: ModelRunner) -> None:
     assert figures.mean_error < 0.035
 
 
+def test_int8_from_gguf(int8_runner: ModelRunner) -> None:
+    """`python -m tests.accuracy_table` has the errors; the limit is twice the mean."""
+    figures = _figures(int8_runner, "smollm2-q4_1-gguf-f32")
+    print(figures)
+    assert figures.mean_error < 0.09
+
+
 @pytest.fixture(scope="module")
 def hf_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Hugging Face directory that the second golden file was made of: the same weights rounded to bfloat16."""

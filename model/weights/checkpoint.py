@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 from numpy.typing import NDArray
 
 from model.config import ModelConfig
+from model.weights.int8 import Int8Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,13 @@ class Checkpoint(Protocol):
         Raises:
             ModelLoadError: the bytes cannot be read or decoded; the message does not repeat the name.
             KeyError: no such tensor.
+        """
+
+    def read_int8(self, name: str) -> Int8Array | None:
+        """The tensor's own int8 values and scales, where it is a matrix that is stored so; else None.
+
+        Raises:
+            ModelLoadError, KeyError: as `read`.
         """
 
     def close(self) -> None:

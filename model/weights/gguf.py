@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from model.config import ConfigError, ModelConfig, config_from_gguf
 from model.weights.checkpoint import TensorInfo
 from model.weights.errors import ModelLoadError
-from model.weights.gguf_header import GgufHeader, read_header
+from model.weights.gguf_header import GgufHeader, GgufTensor, read_header
+from model.weights.int8 import GROUP, Int8Array
 
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _QUANTISED = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"})
+_Q8_0_BLOCK = np.dtype([("scale", "<f2"), ("values", "i1", GROUP)])
 _RUN_VALUES = 1 << 18  # values dequantised together; a multiple of every block size
 
 
@@ -53,6 +55,22 @@ class GgufCheckpoint:
     def read(self, name: str) -> NDArray[Any]:
         """See `Checkpoint.read`."""
         tensor = self._tensors[name]
+        values = self._read_bytes(tensor)
+        if tensor.type_name in _QUANTISED:
+            values = _dequantise(values, GGMLQuantizationType(tensor.type_number))
+        elif tensor.type_name == "F16":
+            values = values.astype(np.float32)
+        return values.reshape(tensor.shape)
+
+    def read_int8(self, name: str) -> Int8Array | None:
+        """See `Checkpoint.read_int8`."""
+        tensor = self._tensors[name]
+        if tensor.type_name != "Q8_0" or len(tensor.shape) != 2:
+            return None
+        blocks = self._read_bytes(tensor).view(_Q8_0_BLOCK).reshape(tensor.shape[0], -1)
+        return Int8Array(blocks["values"].reshape(tensor.shape), blocks["scale"].copy())
+
+    def _read_bytes(self, tensor: GgufTensor) -> NDArray[Any]:
         dtype = _PLAIN.get(tensor.type_name, np.dtype(np.uint8))
         try:
             self._file.seek(tensor.offset)
@@ -61,11 +79,7 @@ class GgufCheckpoint:
             raise ModelLoadError(f"cannot be read: {error.strerror}") from error
         if values.nbytes != tensor.nbytes:
             raise ModelLoadError(f"cannot be read: {values.nbytes} of {tensor.nbytes} bytes are there")
-        if tensor.type_name in _QUANTISED:
-            values = _dequantise(values, GGMLQuantizationType(tensor.type_number))
-        elif tensor.type_name == "F16":
-            values = values.astype(np.float32)
-        return values.reshape(tensor.shape)
+        return values
 
     def close(self) -> None:
         """Closes the file."""

@@ -13,6 +13,7 @@ from model.families import HEAD, Piece, WeightRow
 from model.weights.checkpoint import Checkpoint, TensorInfo
 from model.weights.errors import ModelLoadError
 from model.weights.gguf import GgufCheckpoint
+from model.weights.int8 import Int8Array, quantise
 from model.weights.safetensors import SafetensorsCheckpoint
 from model.weights.source import ModelSource
 
@@ -20,6 +21,7 @@ _CHECK_VALUES = 1 << 20  # values looked at together, so that a check needs litt
 _BF16_EXPONENT = np.uint16(0x7F80)  # all ones: infinite or NaN
 
 type Put[T] = Callable[[str, NDArray[Any]], T]
+type PutInt8[T] = Callable[[Int8Array], T]
 type Progress = Callable[[int, int], None]
 
 
@@ -50,7 +52,12 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
 
 
 def load_weights[T](
-    checkpoint: Checkpoint, dtype: np.dtype[Any], put: Put[T], progress: Progress | None = None
+    checkpoint: Checkpoint,
+    dtype: np.dtype[Any],
+    put: Put[T],
+    progress: Progress | None = None,
+    *,
+    put_int8: PutInt8[T] | None = None,
 ) -> dict[str, T]:
     """Reads every weight of the model's family, one of ours at a time.
 
@@ -59,6 +66,8 @@ def load_weights[T](
         dtype: of the matrices, float32 or bfloat16; norms and biases (one axis) are float32 always.
         put: given a target path and its host array, which is not used again here, returns what to keep.
         progress: called after each weight with the bytes of the file(s) read so far, and those to read in all.
+        put_int8: where it is given, matrices are made int8 with scales (as they are stored where they are stored so,
+            else rounded) and go to it instead of `put`.
 
     Returns:
         Target path, such as "layers.0.attention.qkv.weight", -> what `put` returned.
@@ -76,9 +85,15 @@ def load_weights[T](
     done = 0
     weights: dict[str, T] = {}
     for target in targets:
-        array = _read(checkpoint, target, dtype, problems)
-        if not problems:  # once one is found only the list of problems matters
-            weights[target.path] = put(target.path, array)
+        # Once a problem is found only the list of problems matters.
+        if put_int8 is not None and len(target.parts[0].shape) == 2:
+            matrix = _read_int8(checkpoint, target, problems)
+            if not problems:
+                weights[target.path] = put_int8(matrix)
+        else:
+            array = _read(checkpoint, target, dtype, problems)
+            if not problems:
+                weights[target.path] = put(target.path, array)
         done += sum(stored[part.name].nbytes for part in target.parts)
         if progress is not None:
             progress(done, total)
@@ -157,6 +172,26 @@ def _read(checkpoint: Checkpoint, target: _Target, dtype: np.dtype[Any], problem
         if not _all_finite(rows):
             problems.append(f"{part.name}: holds values that are not finite")
     return stacked
+
+
+def _read_int8(checkpoint: Checkpoint, target: _Target, problems: list[str]) -> Int8Array:
+    """The parts of a matrix, stacked, as int8; what is wrong with their values is added to `problems`."""
+    parts = []
+    for part in target.parts:
+        try:
+            stored = checkpoint.read_int8(part.name)
+            if stored is None:
+                stored = quantise(np.asarray(checkpoint.read(part.name), np.float32))
+        except ModelLoadError as error:
+            problems.append(f"{part.name}: {error}")
+            continue
+        if not _all_finite(stored.scales):
+            problems.append(f"{part.name}: holds values that are not finite, or too large for int8 with float16 scales")
+        parts.append([_half_split(array, part.interleaved_heads) for array in (stored.values, stored.scales)])
+    if problems:
+        return Int8Array(np.empty((0, 0), np.int8), np.empty((0, 0), np.float16))
+    values, scales = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return Int8Array(values, scales)
 
 
 def _half_split(values: NDArray[Any], heads: int) -> NDArray[Any]:

@@ -58,6 +58,9 @@ class SafetensorsCheckpoint:
             raise ModelLoadError(f"cannot be read: {error}") from error
         return values.astype(np.float32) if values.dtype == np.float16 else values
 
+    def read_int8(self, name: str) -> None:
+        """See `Checkpoint.read_int8`: there is no such type here."""
+
     def close(self) -> None:
         """Closes the shards."""
         self._open_files.close()

@@ -85,6 +85,8 @@ def test_defaults_follow_other_flags() -> None:
         (["--kv-cache-memory", "lots"], ("--kv-cache-memory", "lots")),
         (["--max-logprobs", "0"], ("--max-logprobs",)),
         (["--max-logprobs", "-2"], ("--max-logprobs",)),
+        (["--quantization", "int4"], ("--quantization", "int8")),
+        (["--quantization", "int8", "--dtype", "float32"], ("--quantization", "bfloat16")),
     ],
 )
 def test_mistakes_end_with_code_2_and_name_the_flag(

@@ -43,6 +43,7 @@ def test_the_same_options_have_the_same_fingerprint_wherever_the_server_listens(
     "flags",
     [
         ("--dtype", "float32"),
+        ("--quantization", "int8"),
         ("--max-num-seqs", "4"),
         ("--max-num-batched-tokens", "1024"),
         ("--max-model-len", "512"),

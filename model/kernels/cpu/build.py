@@ -12,7 +12,7 @@ import jax
 from model.kernels.cpu.library import library_path
 
 UNITS = ("linear.cc", "attention.cc", "rows.cc", "head.cc")
-HEADERS = ("tiles.h", "attention.h", "rows.h", "head.h", "parallel.h", "vectors.h")
+HEADERS = ("tiles.h", "attention.h", "rows.h", "head.h", "weight.h", "parallel.h", "vectors.h")
 SOURCES = tuple(Path(__file__).with_name(name) for name in (*UNITS, *HEADERS))
 COMPILERS = ("c++", "g++", "clang++")
 # No -march=native: the library picks its path when it runs, so it can be built on another machine.

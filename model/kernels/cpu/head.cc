@@ -6,7 +6,7 @@
 #include <memory>
 
 #include "parallel.h"
-#include "tiles.h"
+#include "weight.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -14,9 +14,6 @@ namespace {
 namespace ffi = xla::ffi;
 
 using Ids = ffi::Buffer<ffi::S32>;
-using OutFloats = ffi::ResultBuffer<ffi::F32>;
-using OutIds = ffi::ResultBuffer<ffi::S32>;
-
 #if defined(__x86_64__)
 
 constexpr int64_t kMinLogitsToShare = 1 << 15;  // waking a thread takes longer than fewer
@@ -54,37 +51,39 @@ struct Request {
 };
 
 Request MakeRequest(int64_t rows, int64_t vocab, const Ids& ids, const Ids& named_ids, ffi::BufferR0<ffi::S32> live,
-                    OutFloats& logprob, OutIds& rank, OutIds& top_ids, OutFloats& top_logprobs,
-                    OutFloats& named_logprobs, OutIds& named_ranks, OutFloats& normalizer) {
-  const auto top = top_ids->dimensions(), named = named_ids.dimensions();
+                    ffi::RemainingRets& results) {
+  const auto logprob = results.get<ffi::Buffer<ffi::F32>>(0), top_logprobs = results.get<ffi::Buffer<ffi::F32>>(3);
+  const auto named_logprobs = results.get<ffi::Buffer<ffi::F32>>(4), normalizer = results.get<ffi::Buffer<ffi::F32>>(6);
+  const auto rank = results.get<Ids>(1), top_ids = results.get<Ids>(2), named_ranks = results.get<Ids>(5);
+  for (const auto* floats : {&logprob, &top_logprobs, &named_logprobs, &normalizer}) {
+    if (!floats->has_value()) return {{}, false};
+    std::fill_n((**floats)->typed_data(), (**floats)->element_count(), 0.0f);
+  }
+  for (const auto* counts : {&rank, &top_ids, &named_ranks}) {
+    if (!counts->has_value()) return {{}, false};
+    std::fill_n((**counts)->typed_data(), (**counts)->element_count(), 0);
+  }
+  const auto top = (*top_ids)->dimensions(), named = named_ids.dimensions();
   const auto all = static_cast<size_t>(rows);
   const bool fits = top.size() == 2 && named.size() == 2 && top[0] == rows && named[0] == rows &&
-                    ids.element_count() == all && vocab > 0 && top[1] <= vocab && logprob->element_count() == all &&
-                    rank->element_count() == all && normalizer->element_count() == all &&
-                    top_logprobs->element_count() == top_ids->element_count() &&
-                    named_logprobs->element_count() == named_ids.element_count() &&
-                    named_ranks->element_count() == named_ids.element_count();
+                    ids.element_count() == all && vocab > 0 && top[1] <= vocab && (*logprob)->element_count() == all &&
+                    (*rank)->element_count() == all && (*normalizer)->element_count() == all &&
+                    (*top_logprobs)->element_count() == (*top_ids)->element_count() &&
+                    (*named_logprobs)->element_count() == named_ids.element_count() &&
+                    (*named_ranks)->element_count() == named_ids.element_count();
   if (!fits) return {{}, false};
-  for (const auto& floats : {&logprob, &top_logprobs, &named_logprobs, &normalizer}) {
-    std::fill_n((*floats)->typed_data(), (*floats)->element_count(), 0.0f);
-  }
-  for (const auto& counts : {&rank, &top_ids, &named_ranks}) {
-    std::fill_n((*counts)->typed_data(), (*counts)->element_count(), 0);
-  }
   return {{std::clamp<int64_t>(*live.typed_data(), 0, rows), vocab, top[1], named[1], ids.typed_data(),
-           named_ids.typed_data(), logprob->typed_data(), rank->typed_data(), top_ids->typed_data(),
-           top_logprobs->typed_data(), named_logprobs->typed_data(), named_ranks->typed_data(),
-           normalizer->typed_data()},
+           named_ids.typed_data(), (*logprob)->typed_data(), (*rank)->typed_data(), (*top_ids)->typed_data(),
+           (*top_logprobs)->typed_data(), (*named_logprobs)->typed_data(), (*named_ranks)->typed_data(),
+           (*normalizer)->typed_data()},
           true};
 }
 
 ffi::Error FromLogits(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, Ids ids, Ids named_ids,
-                      ffi::BufferR0<ffi::S32> live, OutFloats logprob, OutIds rank, OutIds top_ids,
-                      OutFloats top_logprobs, OutFloats named_logprobs, OutIds named_ranks, OutFloats normalizer) {
+                      ffi::BufferR0<ffi::S32> live, ffi::RemainingRets results) {
   const auto size = logits.dimensions();
   if (size.size() != 2) return ffi::Error::InvalidArgument("numbers takes logits [R, V]");
-  const Request request = MakeRequest(size[0], size[1], ids, named_ids, live, logprob, rank, top_ids, top_logprobs,
-                                      named_logprobs, named_ranks, normalizer);
+  const Request request = MakeRequest(size[0], size[1], ids, named_ids, live, results);
   if (!request.fits) return ffi::Error::InvalidArgument("numbers takes ids [R], named ids [R, B], top k of V at most");
   auto tally = std::make_shared<Tally>(request.numbers);
   const float* from = logits.typed_data();
@@ -100,10 +99,8 @@ ffi::Error FromLogits(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, Ids id
 
 // The logits of all rows in columns [first, first + count), by the tiles of the linear kernel: y [M, count].
 void Logits(const Problem& whole, TileTable tiles, int64_t first, int64_t count, float* y) {
-  const int64_t blocks = (count + kColumns - 1) / kColumns;
-  const Problem part = {whole.x, whole.w + first / kColumns * whole.pairs * kPair, y, false, whole.m, count, whole.k,
-                        whole.pairs, blocks};
-  for (int64_t block = 0; block < blocks; ++block) Compute(part, tiles, block, block + 1 < blocks);
+  const Problem part = Columns(whole, first, count, y);
+  for (int64_t block = 0; block < part.blocks; ++block) Compute(part, tiles, block, block + 1 < part.blocks);
 }
 
 // The logit of one column for one row.
@@ -117,25 +114,18 @@ float Logit(const Problem& whole, TileTable tiles, int64_t row, int64_t column) 
   return y[column - first];
 }
 
-ffi::Error FromHidden(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> hidden, ffi::Buffer<ffi::BF16> w, Ids ids,
-                      Ids named_ids, ffi::BufferR0<ffi::S32> live, OutFloats logprob, OutIds rank, OutIds top_ids,
-                      OutFloats top_logprobs, OutFloats named_logprobs, OutIds named_ranks, OutFloats normalizer,
-                      int64_t vocab) {
-  const auto xs = hidden.dimensions(), ws = w.dimensions();
-  if (xs.size() != 2 || ws.size() != 4 || ws[2] != kColumns || ws[3] != 2 || (xs[1] + 1) / 2 != ws[1] ||
-      (vocab + kColumns - 1) / kColumns != ws[0]) {
-    return ffi::Error::InvalidArgument("score takes hidden [M, K] and w [ceil(V/32), ceil(K/2), 32, 2]");
+ffi::Error Score(TileTable tiles, ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> hidden, const Weight& weight, Ids ids,
+                 Ids named_ids, ffi::BufferR0<ffi::S32> live, ffi::RemainingRets results, int64_t vocab) {
+  const auto xs = hidden.dimensions();
+  if (xs.size() != 2 || !weight.Fits(vocab, xs[1])) {
+    return ffi::Error::InvalidArgument("score takes hidden [M, K] and a packed weight [V, K]");
   }
-  const Request request = MakeRequest(xs[0], vocab, ids, named_ids, live, logprob, rank, top_ids, top_logprobs,
-                                      named_logprobs, named_ranks, normalizer);
+  const Request request = MakeRequest(xs[0], vocab, ids, named_ids, live, results);
   if (!request.fits) return ffi::Error::InvalidArgument("score takes ids [M], named ids [M, B], top k of V at most");
   const int64_t rows = request.numbers.rows;
   if (rows == 0) return ffi::Error::Success();
   auto tally = std::make_shared<Tally>(request.numbers);
-  const TileTable tiles = FastestTiles();
-  const Problem problem = {reinterpret_cast<const uint16_t*>(hidden.typed_data()),
-                           reinterpret_cast<const uint16_t*>(w.typed_data()),
-                           nullptr, false, rows, vocab, xs[1], ws[1], ws[0]};
+  const Problem problem = weight.MakeProblem(hidden.typed_data(), nullptr, false, rows, vocab, xs[1]);
   {
     const FloatMode mode;
     for (int64_t r = 0; r < rows; ++r) {
@@ -152,47 +142,57 @@ ffi::Error FromHidden(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> hidden, ffi::
 
 #else
 
-ffi::Error FromLogits(ffi::ThreadPool, ffi::Buffer<ffi::F32>, Ids, Ids, ffi::BufferR0<ffi::S32>, OutFloats, OutIds,
-                      OutIds, OutFloats, OutFloats, OutIds, OutFloats) {
+ffi::Error FromLogits(ffi::ThreadPool, ffi::Buffer<ffi::F32>, Ids, Ids, ffi::BufferR0<ffi::S32>, ffi::RemainingRets) {
   return ffi::Error(ffi::ErrorCode::kUnimplemented, "not on this CPU");
 }
 
-ffi::Error FromHidden(ffi::ThreadPool, ffi::Buffer<ffi::BF16>, ffi::Buffer<ffi::BF16>, Ids, Ids,
-                      ffi::BufferR0<ffi::S32>, OutFloats, OutIds, OutIds, OutFloats, OutFloats, OutIds, OutFloats,
-                      int64_t) {
+ffi::Error Score(TileTable, ffi::ThreadPool, ffi::Buffer<ffi::BF16>, const Weight&, Ids, Ids, ffi::BufferR0<ffi::S32>,
+                 ffi::RemainingRets, int64_t) {
   return ffi::Error(ffi::ErrorCode::kUnimplemented, "not on this CPU");
 }
 
 #endif
 
-// The results of both handlers.
-template <typename Binding>
-auto WithResults(Binding binding) {
-  return std::move(binding)
-      .template Ret<ffi::Buffer<ffi::F32>>()
-      .template Ret<ffi::Buffer<ffi::S32>>()
-      .template Ret<ffi::Buffer<ffi::S32>>()
-      .template Ret<ffi::Buffer<ffi::F32>>()
-      .template Ret<ffi::Buffer<ffi::F32>>()
-      .template Ret<ffi::Buffer<ffi::S32>>()
-      .template Ret<ffi::Buffer<ffi::F32>>();
+ffi::Error FromHidden(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> hidden, ffi::Buffer<ffi::BF16> w, Ids ids,
+                      Ids named_ids, ffi::BufferR0<ffi::S32> live, ffi::RemainingRets results, int64_t vocab) {
+  return Score(FastestTiles(), pool, hidden, PairsOf(w), ids, named_ids, live, results, vocab);
+}
+
+ffi::Error FromHiddenInt8(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> hidden, ffi::Buffer<ffi::S8> w,
+                          ffi::Buffer<ffi::F16> scales, Ids ids, Ids named_ids, ffi::BufferR0<ffi::S32> live,
+                          ffi::RemainingRets results, int64_t vocab) {
+  return Score(Int8Tiles(), pool, hidden, Int8Of(w, scales), ids, named_ids, live, results, vocab);
 }
 
 }  // namespace
 
+// The results, in order: log-prob, rank, top ids, top log-probs, named log-probs, named ranks, normalizer.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_numbers, FromLogits,
-                              WithResults(ffi::Ffi::Bind()
-                                              .Ctx<ffi::ThreadPool>()
-                                              .Arg<ffi::Buffer<ffi::F32>>()
-                                              .Arg<Ids>()
-                                              .Arg<Ids>()
-                                              .Arg<ffi::BufferR0<ffi::S32>>()));
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<Ids>()
+                                  .Arg<Ids>()
+                                  .Arg<ffi::BufferR0<ffi::S32>>()
+                                  .RemainingRets());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_score, FromHidden,
-                              WithResults(ffi::Ffi::Bind()
-                                              .Ctx<ffi::ThreadPool>()
-                                              .Arg<ffi::Buffer<ffi::BF16>>()
-                                              .Arg<ffi::Buffer<ffi::BF16>>()
-                                              .Arg<Ids>()
-                                              .Arg<Ids>()
-                                              .Arg<ffi::BufferR0<ffi::S32>>())
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Arg<Ids>()
+                                  .Arg<Ids>()
+                                  .Arg<ffi::BufferR0<ffi::S32>>()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("vocab"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_score_int8, FromHiddenInt8,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::F16>>()
+                                  .Arg<Ids>()
+                                  .Arg<Ids>()
+                                  .Arg<ffi::BufferR0<ffi::S32>>()
+                                  .RemainingRets()
                                   .Attr<int64_t>("vocab"));

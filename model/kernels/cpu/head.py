@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from model.kernels.cpu.library import NUMBERS_TARGET, SCORE_TARGET, require
-from model.kernels.cpu.linear import PackedWeight
+from model.kernels.cpu.library import NUMBERS_TARGET, SCORE_INT8_TARGET, SCORE_TARGET, require
+from model.kernels.cpu.linear import Packed, PackedWeight, arrays_of, check_input
 
 
 class Numbers(NamedTuple):
@@ -41,7 +41,7 @@ def token_numbers(logits: Array, ids: Array, named_ids: Array, live: Array, *, k
     return Numbers(*_call(NUMBERS_TARGET, named_ids, k)(logits, ids, named_ids, live))
 
 
-def score(hidden: Array, weight: PackedWeight, ids: Array, named_ids: Array, live: Array, *, k: int) -> Numbers:
+def score(hidden: Array, weight: Packed, ids: Array, named_ids: Array, live: Array, *, k: int) -> Numbers:
     """`token_numbers` of the logits hidden [R, K] bfloat16 times weight transposed, to the last bit.
 
     A row of logits never exists as a whole: a thread holds 1,024 columns of them.
@@ -51,12 +51,9 @@ def score(hidden: Array, weight: PackedWeight, ids: Array, named_ids: Array, liv
         TypeError, ValueError: hidden has another dtype or width.
     """
     require()
-    if hidden.dtype != jnp.bfloat16:
-        raise TypeError(f"hidden is {hidden.dtype}, not bfloat16")
-    if hidden.ndim != 2 or hidden.shape[1] != weight.k:
-        raise ValueError(f"hidden has shape {hidden.shape}, not [M, {weight.k}]")
-    call = _call(SCORE_TARGET, named_ids, k)
-    return Numbers(*call(hidden, weight.data, ids, named_ids, live, vocab=np.int64(weight.n)))
+    check_input(hidden, weight)
+    call = _call(SCORE_TARGET if isinstance(weight, PackedWeight) else SCORE_INT8_TARGET, named_ids, k)
+    return Numbers(*call(hidden, *arrays_of(weight), ids, named_ids, live, vocab=np.int64(weight.n)))
 
 
 def _call(target: str, named_ids: Array, k: int) -> Callable[..., Sequence[Array]]:

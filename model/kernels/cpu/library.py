@@ -15,6 +15,8 @@ SWIGLU_TARGET = "logprobd_swiglu"
 ROTATE_TARGET = "logprobd_rotate"
 NUMBERS_TARGET = "logprobd_numbers"
 SCORE_TARGET = "logprobd_score"
+INT8_TARGET = "logprobd_linear_int8"
+SCORE_INT8_TARGET = "logprobd_score_int8"
 TARGETS = (
     TARGET,
     ATTENTION_TARGET,
@@ -23,6 +25,8 @@ TARGETS = (
     ROTATE_TARGET,
     NUMBERS_TARGET,
     SCORE_TARGET,
+    INT8_TARGET,
+    SCORE_INT8_TARGET,
 )
 # One result to the last bit on three paths: AVX512_BF16, AVX512F, and plain C++.
 PATHS = ("pairs", "floats", "portable")

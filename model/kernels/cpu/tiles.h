@@ -29,11 +29,31 @@ constexpr int64_t kChunk = 256;          // elements of K whose x and W stay in 
 
 struct Problem {
   const uint16_t* x;
-  const uint16_t* w;
+  const uint16_t* w;       // bfloat16, or two int8
+  const uint16_t* scales;  // float16 of int8 weights: [blocks, groups, 32]
   void* y;
   bool bf16;  // y is bfloat16, else float32
-  int64_t m, n, k, pairs, blocks;
+  int64_t m, n, k, blocks;
+  int64_t stride;  // of a block of w, in elements of 16 bits
 };
+
+constexpr int64_t kGroup = 32;  // elements of K that share a scale
+
+int64_t Groups(const Problem& p) { return (p.k + kGroup - 1) / kGroup; }
+
+// The part of a problem with columns [first, first + count), `first` at the beginning of a block, and y [M, count].
+Problem Columns(const Problem& whole, int64_t first, int64_t count, float* y) {
+  const int64_t block = first / kColumns;
+  Problem part = whole;
+  part.w += block * whole.stride;
+  if (whole.scales != nullptr) part.scales += block * Groups(whole) * kColumns;
+  part.y = y;
+  part.bf16 = false;
+  part.n = count;
+  part.blocks = (count + kColumns - 1) / kColumns;
+  return part;
+}
+
 
 // One tile's place, and the two streams of cache lines to fetch meanwhile: one line of each for every pair of K.
 struct Place {
@@ -50,7 +70,7 @@ void PortableTile(const Problem& p, const Place& place) {
   const int64_t columns = std::min(kColumns, p.n - place.block * kColumns);
   for (int64_t row = place.row; row < place.row + kRows; ++row) {
     const uint16_t* x = p.x + row * p.k;
-    const uint16_t* w = p.w + place.block * p.pairs * kPair;
+    const uint16_t* w = p.w + place.block * p.stride;
     float sum[kColumns] = {};
     for (int64_t at = 0; at < p.k; at += 2, w += kPair) {
       const float a = ToFloat(x[at]), b = at + 1 < p.k ? ToFloat(x[at + 1]) : 0.0f;
@@ -156,7 +176,7 @@ AVX512 void VectorTile(const Problem& p, const Place& place) {
   alignas(64) typename Ops::X x[kRows][kChunk];
   __m512 acc[kRows][2];
   for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
-  const uint16_t* w = p.w + place.block * p.pairs * kPair;
+  const uint16_t* w = p.w + place.block * p.stride;
   const uint16_t *ahead0 = place.ahead[0], *ahead1 = place.ahead[1];
   for (int64_t from = 0; from < p.k; from += kChunk) {
     const int64_t count = std::min(kChunk, p.k - from);
@@ -175,6 +195,57 @@ AVX512 void VectorTile(const Problem& p, const Place& place) {
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) Store(p, place.row + r, place.block, acc[r]);
 }
+
+// int8 weights with a scale for 32 elements of K: widened, scaled (8 bits times float16's 11 are exact in float32), then
+// one fused multiply-add each, K ascending. W lies as [ceil(N/32)][ceil(K/32) * 32][32]: 32 bytes for each element of K.
+template <int kRows>
+AVX512 void Int8Tile(const Problem& p, const Place& place) {
+  alignas(64) float x[kRows][kChunk];
+  __m512 acc[kRows][2];
+  for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
+  const auto* w = reinterpret_cast<const int8_t*>(p.w + place.block * p.stride);
+  const uint16_t* scale = p.scales + place.block * Groups(p) * kColumns;
+  const uint16_t *ahead0 = place.ahead[0], *ahead1 = place.ahead[1];
+  for (int64_t from = 0; from < p.k; from += kChunk) {
+    const int64_t count = std::min(kChunk, p.k - from), padded = (count + kGroup - 1) / kGroup * kGroup;
+    for (int r = 0; r < kRows; ++r) {
+      FusedFloats::Stage(x[r], p.x + (place.row + r) * p.k + from, count);
+      std::fill(x[r] + count, x[r] + padded, 0.0f);
+    }
+    for (int64_t group = 0; group < padded; group += kGroup, scale += kColumns) {
+      const __m512 s0 = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scale)));
+      const __m512 s1 = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scale + kLanes)));
+      for (int64_t i = group; i < group + kGroup; ++i, w += kColumns) {
+        if (i % 4 == 0) {  // four elements of K are two cache lines
+          _mm_prefetch(reinterpret_cast<const char*>(ahead0), _MM_HINT_T1);
+          _mm_prefetch(reinterpret_cast<const char*>(ahead1), _MM_HINT_T1);
+          ahead0 += kPair;
+          ahead1 += kPair;
+        }
+        const __m512i q0 = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+        const __m512i q1 = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + kLanes)));
+        const __m512 w0 = _mm512_mul_ps(_mm512_cvtepi32_ps(q0), s0);
+        const __m512 w1 = _mm512_mul_ps(_mm512_cvtepi32_ps(q1), s1);
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r) {
+          const __m512 v = _mm512_set1_ps(x[r][i]);
+          acc[r][0] = _mm512_fmadd_ps(v, w0, acc[r][0]);
+          acc[r][1] = _mm512_fmadd_ps(v, w1, acc[r][1]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) Store(p, place.row + r, place.block, acc[r]);
+}
+
+template <int... kIndex>
+TileTable Int8Table(std::integer_sequence<int, kIndex...>) {
+  static constexpr Tile table[] = {Int8Tile<kIndex + 1>...};
+  return table;
+}
+
+TileTable Int8Tiles() { return Int8Table(RowCounts()); }
 
 bool HasPairs() { return HasFloats() && __builtin_cpu_supports("avx512bf16"); }
 
@@ -199,14 +270,15 @@ bool HasPairs() { return false; }
 TileTable PairTiles() { return PortableTiles(); }
 TileTable FloatTiles() { return PortableTiles(); }
 TileTable FastestTiles() { return PortableTiles(); }
+TileTable Int8Tiles() { return nullptr; }  // the library is not used where this is compiled
 
 #endif
 
 // All rows of y for one block of columns; `more`: the next block is to be computed here, too.
 void Compute(const Problem& p, TileTable table, int64_t block, bool more) {
   const int64_t tiles = (p.m + kMaxRows - 1) / kMaxRows;
-  const uint16_t* here = p.w + block * p.pairs * kPair;
-  const uint16_t* next = more ? here + p.pairs * kPair : here;
+  const uint16_t* here = p.w + block * p.stride;
+  const uint16_t* next = more ? here + p.stride : here;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t row = p.m * t / tiles, rows = p.m * (t + 1) / tiles - row;
     // A single tile reads W as fast as it comes: it fetches what it needs soon, past the block's end too, since the next

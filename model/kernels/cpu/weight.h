@@ -1,0 +1,46 @@
+// A packed weight [N, K] as the handlers are given it: bfloat16 in pairs, or int8 with scales. tiles.h has both layouts.
+
+#pragma once
+
+#include <cstdint>
+
+#include "tiles.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+struct Weight {
+  const void* data;
+  const void* scales;             // none for bfloat16
+  int64_t blocks, depth, groups;  // depth: pairs of K, or elements of K; 0 blocks where the shapes contradict
+  int64_t stride;
+
+  bool Fits(int64_t n, int64_t k) const {
+    const bool deep = scales == nullptr ? (k + 1) / 2 == depth : groups == (k + kGroup - 1) / kGroup;
+    return blocks > 0 && (n + kColumns - 1) / kColumns == blocks && deep;
+  }
+
+  Problem MakeProblem(const void* x, void* y, bool bf16, int64_t m, int64_t n, int64_t k) const {
+    return {static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(data), static_cast<const uint16_t*>(scales),
+            y, bf16, m, n, k, blocks, stride};
+  }
+};
+
+// [ceil(N/32), ceil(K/2), 32, 2]
+Weight PairsOf(xla::ffi::Buffer<xla::ffi::BF16> w) {
+  const auto size = w.dimensions();
+  if (size.size() != 4 || size[2] != kColumns || size[3] != 2) return {};
+  return {w.typed_data(), nullptr, size[0], size[1], 0, size[1] * kPair};
+}
+
+// [ceil(N/32), ceil(K/32) * 32, 32] and [ceil(N/32), ceil(K/32), 32]
+Weight Int8Of(xla::ffi::Buffer<xla::ffi::S8> w, xla::ffi::Buffer<xla::ffi::F16> scales) {
+  const auto size = w.dimensions(), groups = scales.dimensions();
+  if (size.size() != 3 || groups.size() != 3 || size[2] != kColumns || groups[2] != kColumns || groups[0] != size[0] ||
+      size[1] != groups[1] * kGroup) {
+    return {};
+  }
+  return {w.typed_data(), scales.typed_data(), size[0], size[1], groups[1], size[1] * kColumns / 2};
+}
+
+}  // namespace

@@ -1,0 +1,75 @@
+"""`python -m tests.accuracy_table [MODEL ...]`: what bfloat16 and int8 weights cost, on the golden prompts.
+
+For each model (none: the default one), against float32: the mean and the greatest |error| of the log-probs of the
+prompts' tokens, the mean Kullback-Leibler divergence of the whole distributions, and how often the best token is
+another. docs/design.md holds what it printed.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from compiled.shapes import Buckets
+from model.weights.source import default_model_path
+from serve.engine.core import EngineCore
+from serve.engine.request import PromptScoring, Request, SamplingParams
+from tests.conftest import make_runner
+from tests.golden_cases import load_golden
+from tests.in_process import MAX_MODEL_LEN, MAX_NUM_BATCHED_TOKENS
+
+_BUCKETS = Buckets(
+    decode_rows=(1,), prefill_chunks=(64, 256), score_rows=64, pages_per_row=MAX_MODEL_LEN // 64, vocabulary_rows=8
+)
+_REFERENCE, _OTHERS = "float32", ("bfloat16", "int8")
+
+
+def distributions(path: Path, weights: str) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Of each golden prompt: ids [T] of its tokens after the first, and log-probs [T, V] of what could stand there."""
+    core = EngineCore(
+        make_runner(path, weights, _BUCKETS, pages=20),
+        max_model_len=MAX_MODEL_LEN,
+        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
+    )
+    found = []
+    for prompt in load_golden("smollm2-q4_1-gguf-f32"):
+        ids = list(prompt.token_ids)
+        request = Request("mine", ids, SamplingParams(0, temperature=0.0, prompt=PromptScoring(whole=True)))
+        core.add(request)
+        while core.scheduler.num_requests:
+            core.step()
+        found.append((np.array(ids[1:]), core.vocabulary("mine", 0, len(ids) - 1)))
+        core.abort("mine")
+    return found
+
+
+def _row(
+    reference: list[tuple[NDArray[np.int64], NDArray[np.float32]]],
+    other: list[tuple[NDArray[np.int64], NDArray[np.float32]]],
+) -> list[str]:
+    errors, divergences, parted = [], [], []
+    for (ids, p), (_, q) in zip(reference, other, strict=True):
+        own = np.arange(len(ids))
+        errors.append(np.abs(p[own, ids] - q[own, ids]))
+        wide = p.astype(np.float64)
+        divergences.append((np.exp(wide) * (wide - q)).sum(axis=1))
+        parted.append(p.argmax(axis=1) != q.argmax(axis=1))
+    error, divergence, apart = (np.concatenate(parts) for parts in (errors, divergences, parted))
+    return [f"{error.mean():.4f}", f"{error.max():.4f}", f"{divergence.mean():.6f}", f"{apart.sum()} of {apart.size}"]
+
+
+def main() -> None:
+    """Prints a table for each model."""
+    for path in [Path(name) for name in sys.argv[1:]] or [default_model_path()]:
+        table = Table("weights", "mean error", "max error", "mean KL", "other best token", title=path.stem)
+        reference = distributions(path, _REFERENCE)
+        for weights in _OTHERS:
+            table.add_row(weights, *_row(reference, distributions(path, weights)))
+        Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""int8 weights: rounding, what a file holds already, and the product in both forms."""
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from model.kernels import cpu
+from model.linear import matmul, take_rows
+from model.weights.errors import ModelLoadError
+from model.weights.int8 import GROUP, Int8Array, quantise
+from model.weights.load import load_weights, open_checkpoint
+from model.weights.source import resolve_model
+from tests.model.tiny_checkpoints import BF16, TinyModel, gguf_name
+
+UP = "model.layers.1.mlp.up_proj.weight"
+SHAPES = [
+    (1, 32, 2),
+    (2, 1, 1),
+    (3, 33, 31),
+    (12, 64, 256),
+    (13, 100, 257),
+    (25, 31, 515),
+    (64, 576, 96),
+    (257, 40, 90),
+]
+
+in_xla = jax.jit(matmul)
+
+
+def values_of(array: Int8Array) -> NDArray[np.float32]:
+    """What an Int8Array says, [N, K]."""
+    scales = np.repeat(array.scales.astype(np.float32), GROUP, axis=1)[:, : array.values.shape[1]]
+    return array.values.astype(np.float32) * scales
+
+
+def normal(seed: int, *shape: int) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def packed(seed: int, n: int, k: int) -> tuple[cpu.PackedInt8, NDArray[np.float32]]:
+    """A packed weight and its values [n, k]."""
+    array = quantise(normal(seed, n, k))
+    return cpu.pack_int8(jnp.asarray(array.values), jnp.asarray(array.scales)), values_of(array)
+
+
+def load(path: Path) -> dict[str, NDArray[Any]]:
+    """All weights: matrices as the float32 values of their int8 form."""
+    with closing(open_checkpoint(resolve_model(str(path), None))) as checkpoint:
+        return load_weights(checkpoint, BF16, lambda _, array: array, put_int8=values_of)
+
+
+@pytest.fixture
+def kernels() -> None:
+    if cpu.load() is None:
+        pytest.skip("no kernels here")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 31), (7, 32), (3, 33), (64, 576)])
+def test_a_group_is_rounded_to_the_nearest_of_its_steps(shape: tuple[int, int]) -> None:
+    matrix = normal(1, *shape) * np.exp(normal(2, shape[0], 1) * 3)
+    array = quantise(matrix)
+    steps = np.repeat(array.scales.astype(np.float32), GROUP, axis=1)[:, : shape[1]]
+    # Half a step, but for the greatest of a group: its scale was rounded to float16's eleven bits.
+    limit = 0.5 * steps + np.abs(matrix) * 2.0**-11
+    assert (np.abs(values_of(array) - matrix) <= limit).all()
+    assert array.values.min() >= -127
+
+
+def test_groups_of_zeros_and_numbers_too_small_for_a_scale_are_zeros() -> None:
+    matrix = np.zeros((2, 64), np.float32)
+    matrix[0, 5], matrix[1, 40] = 1e-30, 2.0
+    expected = np.zeros_like(matrix)
+    expected[1, 40] = 127 * np.float32(np.float16(2 / 127))
+    np.testing.assert_array_equal(values_of(quantise(matrix)), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_q8_0_is_taken_as_it_is(tmp_path: Path, family: str, tied: bool) -> None:
+    tiny = TinyModel(family, tied)
+    got = load(tiny.write_gguf(tmp_path / "a.gguf", "Q8_0"))
+    expected = tiny.rounded("Q8_0").expected()
+    assert got.keys() == expected.keys()
+    for path, values in expected.items():
+        np.testing.assert_array_equal(got[path], values, err_msg=path)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_1"])
+def test_anything_else_is_rounded_once(tmp_path: Path, kind: str) -> None:
+    tiny = TinyModel()
+    got = load(tiny.write_gguf(tmp_path / "a.gguf", kind))
+    for path, values in tiny.rounded(kind).expected().items():
+        np.testing.assert_array_equal(got[path], values_of(quantise(values)) if values.ndim == 2 else values, path)
+
+
+def test_a_directory_gives_what_a_gguf_file_gives(tmp_path: Path) -> None:
+    tiny = TinyModel("qwen2", tied=False)
+    from_gguf = load(tiny.write_gguf(tmp_path / "a.gguf"))
+    for path, values in load(tiny.write_hf(tmp_path / "hf")).items():
+        np.testing.assert_array_equal(values, from_gguf[path], err_msg=path)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e9])
+def test_values_that_int8_cannot_hold(tmp_path: Path, bad: float) -> None:
+    tiny = TinyModel()
+    tiny.tensors[UP].flat[-1] = bad
+    with pytest.raises(ModelLoadError, match=rf"{UP}: holds values that are not finite, or too large for int8"):
+        load(tiny.write_hf(tmp_path / "hf"))
+
+
+def test_a_damaged_scale_of_q8_0(tmp_path: Path) -> None:
+    tiny, name = TinyModel(), gguf_name(UP)
+    blocks = gguf.quants.quantize(tiny.tensors.pop(UP), gguf.GGMLQuantizationType.Q8_0)
+    blocks[3, :2] = np.array([np.nan], "<f2").view(np.uint8)
+    path = tiny.write_gguf(tmp_path / "a.gguf", "Q8_0", raw={name: (blocks, "Q8_0")})
+    with pytest.raises(ModelLoadError, match=rf"{name}: holds values that are not finite"):
+        load(path)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_pack_keeps_every_value_and_pads_with_zeros(m: int, n: int, k: int) -> None:
+    weight, values = packed(m, n, k)
+    assert weight.data.shape == (-(-n // 32), -(-k // 32) * 32, 32)
+    assert weight.scales.shape == (-(-n // 32), -(-k // 32), 32)
+    np.testing.assert_array_equal(cpu.unpack_rows(weight, jnp.arange(n)), values)
+    assert np.count_nonzero(weight.data) == np.count_nonzero(values)
+    rows = jnp.asarray([n - 1, 0, n - 1], jnp.int32)
+    np.testing.assert_array_equal(take_rows(weight, rows), values[np.asarray(rows)])
+
+
+@pytest.mark.parametrize("form", ["kernels", "XLA"])
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_the_product_is_within_float32_rounding(
+    m: int, n: int, k: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if form == "XLA":
+        monkeypatch.setattr(cpu, "load", lambda: None)
+    elif cpu.load() is None:
+        pytest.skip("no kernels here")
+    x = jnp.asarray(normal(3, m, k), jnp.bfloat16)
+    weight, values = packed(4, n, k)
+    y = np.asarray(matmul(x, weight))
+    x64, w64 = np.asarray(x, np.float64), values.astype(np.float64)
+    bound = k * 2.0**-24 * (np.abs(x64) @ np.abs(w64).T)
+    assert (np.abs(y - x64 @ w64.T) <= bound).all()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_kernels_order_is_ascending_k_by_fused_multiply_adds() -> None:
+    x, (weight, values) = jnp.asarray(normal(5, 13, 257), jnp.bfloat16), packed(6, 70, 257)
+    x64, w64, y = np.asarray(x, np.float64), values.astype(np.float64), np.zeros((13, 70), np.float32)
+    for i in range(257):
+        # A product of 8 by 19 bits is exact; a sum that float64 rounds first could differ, which chance spares here.
+        y = (y + x64[:, i, None] * w64[:, i]).astype(np.float32)
+    np.testing.assert_array_equal(cpu.linear(x, weight), y)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.usefixtures("kernels")
+def test_a_row_has_the_same_bits_in_every_batch(dtype: Any) -> None:
+    x, (weight, _) = jnp.asarray(normal(7, 257, 577), jnp.bfloat16), packed(8, 1000, 577)
+    whole = np.asarray(cpu.linear(x, weight, dtype))
+    for m in (1, 2, 3, 11, 12, 13, 16, 64):
+        for first in (0, 257 - m):
+            part = np.asarray(cpu.linear(x[first : first + m], weight, dtype))
+            np.testing.assert_array_equal(part, whole[first : first + m], err_msg=f"{m} rows from {first}")
+
+
+@pytest.mark.parametrize("live", [-1, 0, 1, 12, 13, 64, 65])
+@pytest.mark.usefixtures("kernels")
+def test_rows_that_are_not_live_are_zeros_and_change_no_other(live: int) -> None:
+    x, (weight, _) = jnp.asarray(normal(9, 64, 70), jnp.bfloat16), packed(10, 100, 70)
+    whole, count = np.asarray(cpu.linear(x, weight)), min(max(live, 0), 64)
+    some = np.asarray(cpu.linear(x.at[count:].set(jnp.nan), weight, live=jnp.int32(live)))
+    np.testing.assert_array_equal(some[:count], whole[:count])
+    assert not some[count:].any()
+
+
+@pytest.mark.parametrize(("rows", "width", "vocab"), [(1, 5, 7), (13, 64, 1024), (64, 96, 3001)])
+@pytest.mark.usefixtures("kernels")
+def test_score_has_the_bits_of_the_numbers_of_logits(rows: int, width: int, vocab: int) -> None:
+    hidden, (weight, _) = jnp.asarray(normal(11, rows, width), jnp.bfloat16), packed(12, vocab, width)
+    ids = jnp.arange(rows, dtype=jnp.int32) % vocab
+    named, live = jnp.zeros((rows, 2), jnp.int32), jnp.int32(rows)
+    expected = cpu.token_numbers(cpu.linear(hidden, weight), ids, named, live, k=5)
+    for mine, other in zip(cpu.score(hidden, weight, ids, named, live, k=5), expected, strict=True):
+        assert np.asarray(mine).tobytes() == np.asarray(other).tobytes()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_linear_refuses_another_dtype_or_width_or_shapes_that_contradict() -> None:
+    weight, _ = packed(13, 40, 64)
+    with pytest.raises(TypeError, match="float32, not bfloat16"):
+        cpu.linear(jnp.zeros((1, 64)), weight)
+    with pytest.raises(ValueError, match=r"\(1, 65\), not \[M, 64\]"):
+        cpu.linear(jnp.zeros((1, 65), jnp.bfloat16), weight)
+    torn = cpu.PackedInt8(weight.data, weight.scales[:, :1], weight.n, weight.k)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="linear takes"):
+        jax.block_until_ready(cpu.linear(jnp.zeros((1, 64), jnp.bfloat16), torn))
+
+
+def test_it_lowers_for_every_platform() -> None:
+    """Programs for other platforms hold no call of ours."""
+    x, (weight, _) = jnp.zeros((4, 64), jnp.bfloat16), packed(14, 64, 64)
+    for platform in ("tpu", "cuda"):
+        text = in_xla.trace(x, weight).lower(lowering_platforms=(platform,)).as_text()
+        assert "logprobd" not in text
+    if cpu.load() is not None:
+        assert "logprobd_linear_int8" in in_xla.trace(x, weight).lower(lowering_platforms=("cpu",)).as_text()

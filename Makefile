@@ -14,7 +14,7 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check --require-hashes --no
 serve: .venv/.serve kernels
 	$(PY) -m serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
-test: .venv/.dev kernels
+test: .venv/.dev .venv/.arm kernels
 	$(PY) -m pytest
 
 check: .venv/.dev
@@ -54,6 +54,17 @@ $(PY):
 .venv/.dev: requirements-dev.lock | .venv/.serve
 	@echo "installing what requirements-dev.lock names"
 	@$(PIP) -r requirements-dev.lock
+	@touch $@
+
+# For a test that compiles the kernels for ARM and runs them; without these programs it is skipped. Only where packages
+# can be installed without a question: as root on Debian, which is CI.
+ARM_TOOLS := g++-aarch64-linux-gnu qemu-user-static
+.venv/.arm: | $(PY)
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		echo "installing $(ARM_TOOLS)"; \
+		{ apt-get update -q && apt-get install -q -y --no-install-recommends $(ARM_TOOLS); } > /dev/null 2>&1 \
+			|| echo "$(ARM_TOOLS) cannot be installed: the test that needs them is skipped"; \
+	fi
 	@touch $@
 
 # Optional: without a compiler this says so in one line and XLA does the work. Builds only what is not up to date.

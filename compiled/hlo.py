@@ -17,7 +17,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from compiled.programs import Program
-from model.kernels.cpu.library import ATTENTION_TARGET, ROTATE_TARGET, SCORE_TARGET, TARGET
+from model.kernels.cpu.library import (
+    ATTENTION_TARGET,
+    INT8_TARGET,
+    ROTATE_TARGET,
+    SCORE_INT8_TARGET,
+    SCORE_TARGET,
+    TARGET,
+)
 
 SCOPES = ("attention", "mlp", "head", "sample", "logprobs", "rank")  # the names given by jax.named_scope
 OTHER = "other"  # embedding, rotary angles, final norm, hidden pages
@@ -252,9 +259,9 @@ def _read(computation: _Computation, user: _Instruction, i: int) -> int:
         return _size(user.shape)
     if (user.opcode == "dynamic-update-slice" and i == 0) or (user.opcode == "scatter" and i < len(user.operands) // 2):
         return 0  # updated in place
-    if _is_call_of(ROTATE_TARGET, user) and i in _PAGES[ROTATE_TARGET]:
+    if _is_call_of(user, ROTATE_TARGET) and i in _PAGES[ROTATE_TARGET]:
         return 0  # updated in place
-    if _is_call_of(ATTENTION_TARGET, user) and i in _PAGES[ATTENTION_TARGET]:
+    if _is_call_of(user, ATTENTION_TARGET) and i in _PAGES[ATTENTION_TARGET]:
         pages, rows = (_dims(computation[user.operands[j]].shape)[0] for j in (i, 0))
         return _size(computation[user.operands[i]].shape) // pages * rows
     return _size(computation[user.operands[i]].shape)
@@ -272,7 +279,7 @@ def _written(computation: _Computation, writer: _Instruction) -> int:
             return _size(sources[1].shape)
         case "scatter":
             return sum(_size(update.shape) for update in sources[len(sources) // 2 + 1 :])
-        case "custom-call" if _is_call_of(ROTATE_TARGET, writer):
+        case "custom-call" if _is_call_of(writer, ROTATE_TARGET):
             return _rotated(sources)
     return _size(writer.shape)
 
@@ -287,14 +294,14 @@ def _flops(computations: dict[str, _Computation], computation: _Computation, ins
             axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
             contracted = math.prod(left[int(axis)] for axis in axes[1].split(",") if axis) if axes else 1
             return 2 * math.prod(_dims(instruction.shape)) * contracted
-        case "custom-call" if _is_call_of(ATTENTION_TARGET, instruction):
+        case "custom-call" if _is_call_of(instruction, ATTENTION_TARGET):
             # Queries [R, T, H, E] against the keys of a page, then its values: see model/kernels/cpu/attention.py.
             queries, pages = (_dims(computation[instruction.operands[i]].shape) for i in (0, 1))
             return 2 * 2 * math.prod(queries) * pages[2]
-        case "custom-call" if _is_call_of(SCORE_TARGET, instruction):
+        case "custom-call" if _is_call_of(instruction, SCORE_TARGET, SCORE_INT8_TARGET):
             vocab = re.search(r"vocab = (\d+)", instruction.attributes)
             return 2 * math.prod(_dims(computation[instruction.operands[0]].shape)) * int(vocab[1] if vocab else 0)
-        case "custom-call" if _is_call_of(TARGET, instruction):
+        case "custom-call" if _is_call_of(instruction, TARGET, INT8_TARGET):
             # x [M, K] and a packed weight give [M, N]: see model/kernels/cpu/linear.py.
             return 2 * math.prod(_dims(instruction.shape)) * _dims(computation[instruction.operands[0]].shape)[1]
     return 0
@@ -308,8 +315,8 @@ def _rotated(operands: list[_Instruction]) -> int:
     return math.prod(heads[:2]) * (4 * (heads[2] - 2 * K) * E + stored)
 
 
-def _is_call_of(target: str, instruction: _Instruction) -> bool:
-    return f'custom_call_target="{target}"' in instruction.attributes
+def _is_call_of(instruction: _Instruction, *targets: str) -> bool:
+    return any(f'custom_call_target="{target}"' in instruction.attributes for target in targets)
 
 
 def _dims(shape: str) -> list[int]:

@@ -48,7 +48,12 @@ def load_model(
 
 
 def kernels_used(model: BoundModel) -> tuple[str, ...]:
-    """What runs in the CPU's own kernels rather than in XLA: of "linear" and "attention", those that do."""
+    """The instruction set of the CPU's own kernels, then what runs in them: of "linear" and "attention", those that do.
+
+    Empty where XLA does it all.
+    """
+    kernels = cpu.load() if jax.default_backend() == "cpu" else None
+    if kernels is None:
+        return ()
     packed = ("linear",) if any(leaf.ndim > 2 for leaf in model.leaves) else ()
-    attends = ("attention",) if jax.default_backend() == "cpu" and cpu.load() is not None else ()
-    return packed + attends
+    return (kernels.instruction_set, *packed, "attention")

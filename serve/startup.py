@@ -119,7 +119,7 @@ def _load(checkpoint: Checkpoint, config: ServeConfig, console: Console) -> Boun
             int8=config.quantization == "int8",
         )
     size = sum(leaf.nbytes for leaf in model.leaves)
-    kernels = " and ".join(kernels_used(model)) or "none, XLA does it all"
+    kernels = ", ".join(kernels_used(model)) or "none, XLA does it all"
     where = jax.default_backend()
     console.print(f"weights  {size / 1e6:,.0f} MB {config.weights_as} on {where}; own kernels: {kernels}")
     return model

@@ -152,6 +152,10 @@ def test_operations_of_a_text_counted_by_hand() -> None:
     assert hlo.operations(TEXT) == EXPECTED
 
 
+def test_an_int8_product_computes_as_much_as_a_bfloat16_one() -> None:
+    assert hlo.operations(TEXT.replace('"logprobd_linear"', '"logprobd_linear_int8"')) == EXPECTED
+
+
 def test_totals_by_scope() -> None:
     totals = hlo.by_scope(hlo.operations(TEXT))
     assert totals["head"] == Totals(1536 + 4864, 8192)

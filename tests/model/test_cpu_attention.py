@@ -13,24 +13,14 @@ from numpy.typing import NDArray
 
 from model.attention import attend, attend_in_xla
 from model.kernels import cpu
-from model.kernels.cpu import build, library
+from model.kernels.cpu import library
 from model.kv_cache import PAGE_SIZE
 
 # H, K, E of SmolLM2, Qwen2.5-0.5B, Llama-3.2-1B (twice: the two shapes that differed in XLA), Gemma 3, and odd ones.
 HEADS = [(9, 3, 64), (14, 2, 64), (32, 8, 64), (32, 32, 64), (32, 8, 128), (4, 1, 256), (3, 3, 6), (5, 1, 98)]
 type Floats = NDArray[np.float32]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels() -> cpu.CpuKernels:
-    try:
-        build.build(build.SOURCES, library.library_path())
-    except RuntimeError as error:
-        pytest.skip(f"the kernels cannot be built here: {error}")
-    loaded = cpu.load()
-    if loaded is None:
-        pytest.skip("this CPU has no AVX-512")
-    return loaded
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def run(
@@ -155,6 +145,14 @@ def test_the_window_has_the_same_bits_in_every_chunk() -> None:
     whole = rows.whole(0, window=70)
     for start, end in ((0, 1), (69, 70), (133, 134), (134, 200), (299, 300)):
         np.testing.assert_array_equal(rows.chunk(0, start, end, window=70), whole[start:end])
+
+
+def test_padding_gives_zeros_beside_a_window_too() -> None:
+    rows = crowd((4, 2, 32), (70,))
+    at = np.where(np.arange(70) < 40, np.arange(70), -1).astype(np.int32)[None]
+    out = run(cpu.attend, rows, rows.queries, rows.tables, at, window=20)
+    np.testing.assert_array_equal(out[0, :40], rows.whole(0, window=20)[:40])
+    assert not out[0, 40:].any()
 
 
 def test_nan_is_not_swallowed() -> None:

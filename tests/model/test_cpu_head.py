@@ -8,23 +8,12 @@ import numpy as np
 import pytest
 
 from model.kernels import cpu
-from model.kernels.cpu import build, library
 
 NO_ID = np.iinfo(np.int32).max
 # K and V: less than a block, parts of blocks and panels, several panels.
 SIZES = [(2, 5), (64, 32), (65, 1000), (96, 1024), (96, 1025), (128, 5000)]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels() -> cpu.CpuKernels:
-    try:
-        build.build(build.SOURCES, library.library_path())
-    except RuntimeError as error:
-        pytest.skip(f"the kernels cannot be built here: {error}")
-    loaded = cpu.load()
-    if loaded is None:
-        pytest.skip("this CPU has no AVX-512")
-    return loaded
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

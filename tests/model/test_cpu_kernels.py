@@ -1,6 +1,7 @@
 """The packed linear kernel: true, the same to the bit for every batch, and harmless where it cannot be built."""
 
 import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,18 +18,6 @@ from model.kernels import cpu
 from model.kernels.cpu import build, library
 
 SHAPES = [(1, 32, 2), (2, 1, 1), (3, 33, 5), (12, 64, 256), (13, 100, 257), (25, 31, 515), (64, 576, 96), (257, 40, 90)]
-
-
-@pytest.fixture(scope="module")
-def kernels() -> cpu.CpuKernels:
-    try:
-        build.build(build.SOURCES, library.library_path())
-    except RuntimeError as error:
-        pytest.skip(f"the kernels cannot be built here: {error}")
-    loaded = cpu.load()
-    if loaded is None:
-        pytest.skip("this CPU has no AVX-512")
-    return loaded
 
 
 @pytest.fixture
@@ -100,13 +89,12 @@ def test_every_path_gives_the_documented_order_to_the_bit(kernels: cpu.CpuKernel
     x32[:, :k], w32[:, :k] = np.asarray(x), np.asarray(cpu.unpack_rows(weight, jnp.arange(n)))
     for j in (at + odd for at in range(0, k, 2) for odd in (1, 0)):
         exact += x32[:, j : j + 1] * w32[:, j]
-    assert "portable" in kernels.paths
     for path in kernels.paths:
         np.testing.assert_array_equal(on_path(path, x, weight), exact, err_msg=path)
     np.testing.assert_array_equal(cpu.linear(x, weight), exact)
 
 
-def test_the_vector_paths_agree_on_denormals(kernels: cpu.CpuKernels) -> None:
+def test_both_paths_agree_on_denormals(kernels: cpu.CpuKernels) -> None:
     if "pairs" not in kernels.paths:
         pytest.skip("this CPU has no AVX512_BF16")
     scale = 2.0**-63.5  # products and sums on both sides of float32's smallest normal number, 2^-126
@@ -235,12 +223,28 @@ def test_linear_refuses_another_dtype_or_width() -> None:
 
 
 def test_without_a_library_there_are_no_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for content in (None, b"not a library"):
-        path = tmp_path / "linear.so"
-        if content is not None:
-            path.write_bytes(content)
-        monkeypatch.setattr(library, "library_path", lambda path=path: path)
-        assert library.load.__wrapped__() is None
+    monkeypatch.setattr(library, "library_path", lambda name: tmp_path / name)
+    assert library.load.__wrapped__() is None
+    for name in library.INSTRUCTION_SETS:
+        (tmp_path / name).write_bytes(b"not a library")
+    assert library.load.__wrapped__() is None
+
+
+def test_a_library_for_another_cpu_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no compiler here")
+    source = tmp_path / "a.cc"
+    source.write_text('extern "C" int logprobd_runs_here() { return 0; }')
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", tmp_path / "avx512"], check=True)
+    monkeypatch.setattr(library, "library_path", lambda name: tmp_path / name)
+    assert library.load.__wrapped__() is None
+
+
+def test_a_machine_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    assert build.main() == 0
+    assert capsys.readouterr().err == "CPU kernels: none are written for riscv64; XLA does their work\n"
 
 
 def run_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str | None) -> int:
@@ -251,7 +255,7 @@ def run_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str | N
         (tools / "c++").write_text(f"#!/bin/sh\n{compiler}\n")
         (tools / "c++").chmod(0o755)
     monkeypatch.setenv("PATH", str(tools))
-    monkeypatch.setattr(build, "library_path", lambda: tmp_path / "_build" / "linear.so")
+    monkeypatch.setattr(build, "library_path", lambda name: tmp_path / "_build" / name)
     return build.main()
 
 

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from model.kernels import cpu
-from model.kernels.cpu import build, library
+from model.kernels.cpu import library
 from model.kv_cache import PAGE_SIZE
 from model.layers import rms_norm_in_xla, swiglu_in_xla
 from model.rotary import rotary_angles, rotate_and_store, rotate_and_store_in_xla
@@ -16,17 +16,7 @@ DTYPES = ["float32", "bfloat16"]
 WIDTHS = [1, 15, 16, 96, 577, 896]  # whole vectors and parts of one
 type Floats = NDArray[np.float32]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels() -> cpu.CpuKernels:
-    try:
-        build.build(build.SOURCES, library.library_path())
-    except RuntimeError as error:
-        pytest.skip(f"the kernels cannot be built here: {error}")
-    loaded = cpu.load()
-    if loaded is None:
-        pytest.skip("this CPU has no AVX-512")
-    return loaded
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

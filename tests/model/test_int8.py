@@ -56,12 +56,6 @@ def load(path: Path) -> dict[str, NDArray[Any]]:
         return load_weights(checkpoint, BF16, lambda _, array: array, put_int8=values_of)
 
 
-@pytest.fixture
-def kernels() -> None:
-    if cpu.load() is None:
-        pytest.skip("no kernels here")
-
-
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (7, 32), (3, 33), (64, 576)])
 def test_a_group_is_rounded_to_the_nearest_of_its_steps(shape: tuple[int, int]) -> None:
     matrix = normal(1, *shape) * np.exp(normal(2, shape[0], 1) * 3)

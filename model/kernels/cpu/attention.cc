@@ -11,8 +11,6 @@ namespace ffi = xla::ffi;
 
 constexpr int64_t kMinWorkToShare = 1 << 15;  // multiply-adds; waking a thread takes longer than fewer
 
-#if defined(__x86_64__)
-
 // Multiply-adds of a call at most, from the longest row.
 int64_t WorkOf(const Pages& p) {
   const int64_t tokens = p.rows * p.tokens;
@@ -37,8 +35,6 @@ void AttendAll(ffi::ThreadPool pool, const Pages& pages) {
     }
   });
 }
-
-#endif
 
 // Every address that the call will read: ids within the cache, positions within the tables.
 bool InBounds(const Pages& p) {
@@ -69,7 +65,6 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::A
   const Pages pages = {tables.typed_data(), positions.typed_data(), queries.typed_data(), keys.untyped_data(),
                        values.untyped_data(), out->typed_data(), q[0], q[1], q[2], k[1], q[3], t[1], k[0], window};
   if (!InBounds(pages)) return ffi::Error::InvalidArgument("attention: a page or a position is out of bounds");
-#if defined(__x86_64__)
   if (keys.element_type() == ffi::BF16) {
     AttendAll<uint16_t>(pool, pages);
     return ffi::Error::Success();
@@ -78,7 +73,6 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::A
     AttendAll<float>(pool, pages);
     return ffi::Error::Success();
   }
-#endif
   return ffi::Error::InvalidArgument("attention takes bfloat16 or float32 pages");
 }
 

@@ -38,8 +38,6 @@ struct Unit {
   int64_t row, head, from, to;  // tokens [from, to) of a row, all queries of a key/value head
 };
 
-#if defined(__x86_64__)
-
 struct alignas(64) Line {
   float lane[kLanes];
 };
@@ -77,127 +75,114 @@ class Scratch {
   std::vector<Line> lines_;
 };
 
-// Sixteen places of a page, `stride` elements apart, at elements e and e + 1.
-struct TwoElements {
-  __m512 first, second;
-};
-
-AVX512_INLINE TwoElements Gather(const uint16_t* from, __m512i offsets, __mmask16 valid) {
-  const __m512i bits = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), valid, offsets, from, 2);
-  const __m512i high = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), _mm512_castsi512_ps(high)};
-}
-
-AVX512_INLINE TwoElements Gather(const float* from, __m512i offsets, __mmask16 valid) {
-  return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), valid, offsets, from, 4),
-          _mm512_mask_i32gather_ps(_mm512_setzero_ps(), valid, offsets, from + 1, 4)};
-}
-
 // The first `valid` places of a page as floats; zeros after them, whatever an earlier owner left there.
 template <typename Element>
-AVX512 void Convert(const Element* keys, const Element* values, int64_t size, int64_t valid, const Scratch& to) {
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i offsets = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(size)));
+void Convert(const Element* keys, const Element* values, int64_t size, int64_t valid, const Scratch& to) {
   for (int64_t s = 0; s < kPage; s += kLanes) {
-    const __mmask16 there = FirstLanes(valid - s);
     for (int64_t e = 0; e < size; e += 2) {  // heads have an even size: rotary embedding asks for it
-      const TwoElements both = Gather(keys + s * size + e, offsets, there);
-      _mm512_store_ps(to.keys + e * kPage + s, both.first);
-      _mm512_store_ps(to.keys + (e + 1) * kPage + s, both.second);
+      const Pairs both = GatherPairs(keys + s * size + e, size, valid - s);
+      Store(to.keys + e * kPage + s, both.first);
+      Store(to.keys + (e + 1) * kPage + s, both.second);
     }
   }
   for (int64_t s = 0; s < valid; ++s) {
     for (int64_t e = 0; e < size; e += kLanes) {
-      _mm512_store_ps(to.values + s * to.padded + e, LoadFloats(values + s * size + e, FirstLanes(size - e)));
+      Store(to.values + s * to.padded + e, LoadSome(values + s * size + e, size - e));
     }
   }
 }
 
-// Scores of kRows queries against the 64 places of a page.
-template <int kRows>
-AVX512 void Scores(int64_t query, int64_t size, const Scratch& at) {
-  __m512 acc[kRows][4];
+// Scores of kRows queries against kVectors times 16 places of a page, from the place `first` on.
+template <int kRows, int kVectors>
+INLINE void ScoresOf(int64_t query, int64_t first, int64_t size, const Scratch& at) {
+  Floats acc[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < 4; ++v) acc[r][v] = _mm512_setzero_ps();
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = Zeros();
   }
   const float* q = at.query + query * at.padded;
   for (int64_t e = 0; e < size; ++e) {
-    __m512 k[4];
+    Floats k[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) k[v] = _mm512_load_ps(at.keys + e * kPage + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) k[v] = Load(at.keys + e * kPage + first + v * kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
-      const __m512 x = _mm512_set1_ps(q[r * at.padded + e]);
+      const Floats x = Fill(q[r * at.padded + e]);
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) acc[r][v] = _mm512_fmadd_ps(x, k[v], acc[r][v]);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = Fma(x, k[v], acc[r][v]);
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < 4; ++v) _mm512_store_ps(at.weight + (query + r) * kPage + v * kLanes, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v) Store(at.weight + (query + r) * kPage + first + v * kLanes, acc[r][v]);
   }
 }
 
+template <int kRows>
+void Scores(int64_t query, int64_t size, const Scratch& at) {
+  for (int64_t s = 0; s < kPage; s += kTileVectors * kLanes) ScoresOf<kRows, kTileVectors>(query, s, size, at);
+}
+
 // Scores to weights, with best, total and scale moved on. The query sees places [first, last) of the page.
-AVX512_INLINE void Weigh(int64_t query, int64_t first, int64_t last, const Scratch& at) {
+INLINE void Weigh(int64_t query, int64_t first, int64_t last, const Scratch& at) {
   float* weights = at.weight + query * kPage;
-  if (first >= last) {
+  if (std::max<int64_t>(first, 0) >= last) {
     std::fill_n(weights, kPage, 0.0f);
     at.scale[query] = 1.0f;
     return;
   }
-  __m512 score[4], top = _mm512_set1_ps(at.best[query]);
+  Floats score[4], top = Fill(at.best[query]);
   for (int v = 0; v < 4; ++v) {
-    const auto seen = static_cast<__mmask16>(FirstLanes(last - v * kLanes) & ~FirstLanes(first - v * kLanes));
-    score[v] = _mm512_mask_mov_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), seen,
-                                  _mm512_load_ps(weights + v * kLanes));
-    top = _mm512_max_ps(top, score[v]);
+    const Floats all = Load(weights + v * kLanes), none = Fill(-std::numeric_limits<float>::infinity());
+    const Floats early = Choose(FirstLanes(last - v * kLanes), all, none);
+    score[v] = Choose(FirstLanes(first - v * kLanes), none, early);
+    top = Max(top, score[v]);
   }
-  const float best = _mm512_reduce_max_ps(top);
-  const __m512 scale = ExpOfNegative(_mm512_set1_ps(at.best[query] - best));
+  const float best = MaxOf(top);
+  const Floats scale = ExpOfNegative(Fill(at.best[query] - best));
   for (int v = 0; v < 4; ++v) {
-    score[v] = ExpOfNegative(_mm512_sub_ps(score[v], _mm512_set1_ps(best)));
-    _mm512_store_ps(weights + v * kLanes, score[v]);
+    score[v] = ExpOfNegative(Sub(score[v], Fill(best)));
+    Store(weights + v * kLanes, score[v]);
   }
-  const __m512 sum = _mm512_add_ps(_mm512_add_ps(score[0], score[1]), _mm512_add_ps(score[2], score[3]));
+  const Floats sum = Add(Add(score[0], score[1]), Add(score[2], score[3]));
   float* total = at.total + query * kLanes;
-  _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_load_ps(total), scale, sum));
+  Store(total, Fma(Load(total), scale, sum));
   at.best[query] = best;
-  at.scale[query] = _mm512_cvtss_f32(scale);
+  float scales[kLanes];
+  Store(scales, scale);
+  at.scale[query] = scales[0];
 }
 
 // sum = sum * scale + weights x values, for kRows queries and kVectors vectors of the head from element e on.
 template <int kRows, int kVectors>
-AVX512 void Accumulate(int64_t query, int64_t e, int64_t valid, const Scratch& at) {
-  __m512 acc[kRows][kVectors];
+INLINE void Accumulate(int64_t query, int64_t e, int64_t valid, const Scratch& at) {
+  Floats acc[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
-    const __m512 scale = _mm512_set1_ps(at.scale[query + r]);
+    const Floats scale = Fill(at.scale[query + r]);
     for (int v = 0; v < kVectors; ++v) {
-      acc[r][v] = _mm512_mul_ps(_mm512_load_ps(at.sum + (query + r) * at.padded + e + v * kLanes), scale);
+      acc[r][v] = Mul(Load(at.sum + (query + r) * at.padded + e + v * kLanes), scale);
     }
   }
   const float* weights = at.weight + query * kPage;
   for (int64_t s = 0; s < valid; ++s) {
-    __m512 value[kVectors];
+    Floats value[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) value[v] = _mm512_load_ps(at.values + s * at.padded + e + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) value[v] = Load(at.values + s * at.padded + e + v * kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
-      const __m512 weight = _mm512_set1_ps(weights[r * kPage + s]);
+      const Floats weight = Fill(weights[r * kPage + s]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_fmadd_ps(weight, value[v], acc[r][v]);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = Fma(weight, value[v], acc[r][v]);
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      _mm512_store_ps(at.sum + (query + r) * at.padded + e + v * kLanes, acc[r][v]);
-    }
+    for (int v = 0; v < kVectors; ++v) Store(at.sum + (query + r) * at.padded + e + v * kLanes, acc[r][v]);
   }
 }
 
 template <int kRows>
-AVX512 void AccumulateAll(int64_t query, int64_t valid, const Scratch& at) {
+void AccumulateAll(int64_t query, int64_t valid, const Scratch& at) {
+  constexpr int64_t kWide = kTileVectors * kLanes;
   int64_t e = 0;
-  for (; e + 4 * kLanes <= at.padded; e += 4 * kLanes) Accumulate<kRows, 4>(query, e, valid, at);
+  for (; e + kWide <= at.padded; e += kWide) Accumulate<kRows, kTileVectors>(query, e, valid, at);
   for (; e < at.padded; e += kLanes) Accumulate<kRows, 1>(query, e, valid, at);
 }
 
@@ -224,7 +209,7 @@ struct Queries {
   int64_t position(int64_t query) const { return positions[query / group]; }
 };
 
-AVX512 Queries Begin(const Pages& p, const Unit& unit, const Scratch& at) {
+Queries Begin(const Pages& p, const Unit& unit, const Scratch& at) {
   const int64_t group = p.heads / p.kv_heads;
   Queries queries = {group, (unit.to - unit.from) * group, -1, -1, p.positions + unit.row * p.tokens + unit.from};
   for (int64_t t = 0; t < unit.to - unit.from; ++t) {
@@ -233,37 +218,36 @@ AVX512 Queries Begin(const Pages& p, const Unit& unit, const Scratch& at) {
     queries.first = queries.first < 0 ? position : std::min(queries.first, position);
     queries.last = std::max(queries.last, position);
   }
-  const __m512 factor = _mm512_set1_ps(1.0f / __builtin_sqrtf(static_cast<float>(p.size)));
+  const Floats factor = Fill(1.0f / __builtin_sqrtf(static_cast<float>(p.size)));
   for (int64_t q = 0; q < queries.count; ++q) {
     const int64_t token = unit.row * p.tokens + unit.from + q / group;
     const float* from = p.queries + (token * p.heads + unit.head * group + q % group) * p.size;
     for (int64_t e = 0; e < at.padded; e += kLanes) {
-      const __m512 x = LoadFloats(from + e, FirstLanes(p.size - e));
-      _mm512_store_ps(at.query + q * at.padded + e, _mm512_mul_ps(x, factor));
-      _mm512_store_ps(at.sum + q * at.padded + e, _mm512_setzero_ps());
+      Store(at.query + q * at.padded + e, Mul(LoadSome(from + e, p.size - e), factor));
+      Store(at.sum + q * at.padded + e, Zeros());
     }
-    _mm512_store_ps(at.total + q * kLanes, _mm512_setzero_ps());
+    Store(at.total + q * kLanes, Zeros());
     at.best[q] = -std::numeric_limits<float>::infinity();
   }
   return queries;
 }
 
-AVX512 void Finish(const Pages& p, const Unit& unit, const Queries& queries, const Scratch& at) {
+void Finish(const Pages& p, const Unit& unit, const Queries& queries, const Scratch& at) {
   for (int64_t q = 0; q < queries.count; ++q) {
     const int64_t token = unit.row * p.tokens + unit.from + q / queries.group;
     float* to = p.out + (token * p.heads + unit.head * queries.group + q % queries.group) * p.size;
     const bool padding = queries.position(q) < 0;
-    const __m512 total = _mm512_set1_ps(padding ? 1.0f : _mm512_reduce_add_ps(_mm512_load_ps(at.total + q * kLanes)));
+    const Floats total = Fill(padding ? 1.0f : SumOf(Load(at.total + q * kLanes)));
     for (int64_t e = 0; e < p.size; e += kLanes) {
       // + 0, since a weight of +0 may have turned a sum's -0 to +0.
-      const __m512 mean = _mm512_div_ps(_mm512_load_ps(at.sum + q * at.padded + e), total);
-      _mm512_mask_storeu_ps(to + e, FirstLanes(p.size - e), _mm512_add_ps(mean, _mm512_setzero_ps()));
+      const Floats mean = Div(Load(at.sum + q * at.padded + e), total);
+      StoreSome(to + e, p.size - e, Add(mean, Zeros()));
     }
   }
 }
 
 template <typename Element>
-AVX512 void Attend(const Pages& p, const Unit& unit, const Scratch& at) {
+void Attend(const Pages& p, const Unit& unit, const Scratch& at) {
   const Queries queries = Begin(p, unit, at);
   const int64_t seen_from = p.window > 0 ? std::max<int64_t>(0, queries.first - p.window + 1) : 0;
   for (int64_t page = seen_from / kPage; page * kPage <= queries.last; ++page) {
@@ -283,7 +267,5 @@ AVX512 void Attend(const Pages& p, const Unit& unit, const Scratch& at) {
   }
   Finish(p, unit, queries, at);
 }
-
-#endif
 
 }  // namespace

@@ -1,26 +1,48 @@
 """Compiles the kernels for the installed jaxlib: `python -m model.kernels.cpu.build`."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 
-from model.kernels.cpu.library import library_path
+from model.kernels.cpu.library import INSTRUCTION_SETS, library_path
 
 UNITS = ("linear.cc", "attention.cc", "rows.cc", "head.cc")
-HEADERS = ("tiles.h", "attention.h", "rows.h", "head.h", "weight.h", "parallel.h", "vectors.h")
+HEADERS = (
+    "tiles.h",
+    "attention.h",
+    "rows.h",
+    "head.h",
+    "weight.h",
+    "parallel.h",
+    "vectors.h",
+    "vectors_avx512.h",
+    "vectors_avx2.h",
+    "vectors_neon.h",
+    "vectors_parts.h",
+)
 SOURCES = tuple(Path(__file__).with_name(name) for name in (*UNITS, *HEADERS))
 COMPILERS = ("c++", "g++", "clang++")
-# No -march=native: the library picks its path when it runs, so it can be built on another machine.
+# No -march=native: the right library is picked when it is loaded, so it can be built on another machine.
 # No contraction: a multiply-add is fused where the source says so, and nowhere else.
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off")
+_X86, _ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
 
 
-def build(sources: Sequence[Path], library: Path) -> str:
+def instruction_sets(machine: str) -> tuple[str, ...]:
+    """Those of a machine, as platform.machine() calls it, for which the kernels are written."""
+    if machine.lower() in _X86:
+        return ("avx512", "avx2")
+    return ("neon",) if machine.lower() in _ARM else ()
+
+
+def build(sources: Sequence[Path], library: Path, flags: Sequence[str] = ()) -> str:
     """Makes `library` from the .cc files of `sources`, unless it is newer than all of them; the line to print.
 
     Raises RuntimeError (no compiler, a compile that fails) or OSError (a folder that cannot be written).
@@ -33,7 +55,7 @@ def build(sources: Sequence[Path], library: Path) -> str:
     library.parent.mkdir(parents=True, exist_ok=True)
     unfinished = library.with_suffix(f".{os.getpid()}")
     units = (str(source) for source in sources if source.suffix == ".cc")
-    command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), *units, "-o", str(unfinished)]
+    command = [compiler, *FLAGS, *flags, "-isystem", jax.ffi.include_dir(), *units, "-o", str(unfinished)]
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode != 0:
@@ -45,10 +67,22 @@ def build(sources: Sequence[Path], library: Path) -> str:
     return f"CPU kernels: built {library.name} with {compiler}"
 
 
+def build_all() -> list[str]:
+    """Builds a library for each instruction set of this machine, side by side; the lines to print.
+
+    Raises as `build` does, and RuntimeError on a machine for which there are no kernels.
+    """
+    names = instruction_sets(platform.machine())
+    if not names:
+        raise RuntimeError(f"none are written for {platform.machine()}")
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(lambda name: build(SOURCES, library_path(name), INSTRUCTION_SETS[name]), names))
+
+
 def main() -> int:
     """Builds the kernels; they are optional, so a failure is one line on stderr and the exit code is 0."""
     try:
-        print(build(SOURCES, library_path()))
+        print("\n".join(build_all()))
     except (RuntimeError, OSError) as error:
         print(f"CPU kernels: {error}; XLA does their work", file=sys.stderr)
     return 0

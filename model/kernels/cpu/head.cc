@@ -14,8 +14,6 @@ namespace {
 namespace ffi = xla::ffi;
 
 using Ids = ffi::Buffer<ffi::S32>;
-#if defined(__x86_64__)
-
 constexpr int64_t kMinLogitsToShare = 1 << 15;  // waking a thread takes longer than fewer
 
 // Calls produce(panel, row, take) for every panel and live row, which calls take(logits), and writes all answers.
@@ -139,19 +137,6 @@ ffi::Error Score(TileTable tiles, ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> h
   });
   return ffi::Error::Success();
 }
-
-#else
-
-ffi::Error FromLogits(ffi::ThreadPool, ffi::Buffer<ffi::F32>, Ids, Ids, ffi::BufferR0<ffi::S32>, ffi::RemainingRets) {
-  return ffi::Error(ffi::ErrorCode::kUnimplemented, "not on this CPU");
-}
-
-ffi::Error Score(TileTable, ffi::ThreadPool, ffi::Buffer<ffi::BF16>, const Weight&, Ids, Ids, ffi::BufferR0<ffi::S32>,
-                 ffi::RemainingRets, int64_t) {
-  return ffi::Error(ffi::ErrorCode::kUnimplemented, "not on this CPU");
-}
-
-#endif
 
 ffi::Error FromHidden(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> hidden, ffi::Buffer<ffi::BF16> w, Ids ids,
                       Ids named_ids, ffi::BufferR0<ffi::S32> live, ffi::RemainingRets results, int64_t vocab) {

@@ -16,8 +16,6 @@
 
 #include "vectors.h"
 
-#if defined(__x86_64__)
-
 namespace {
 
 constexpr int64_t kPanel = 1024;
@@ -105,53 +103,51 @@ class Best {
   std::vector<Candidate> kept_;
 };
 
-AVX512_INLINE __m512 LoadPanel(const float* logits, int64_t at, int64_t count) {
-  const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  return _mm512_mask_loadu_ps(nothing, FirstLanes(count - at), logits + at);
+// A part of a panel, and -inf after its end.
+INLINE Floats LoadPanel(const float* logits, int64_t at, int64_t count) {
+  return KeepFirst(LoadSome(logits + at, count - at), count - at, -std::numeric_limits<float>::infinity());
 }
 
 // Lanes that may be among the top k: none that another claim's k surpass, none that this claim's k reach.
-AVX512_INLINE uint32_t MayBeBest(__m512 x, __mmask16 there, __m512 below, const Best& best) {
-  const __mmask16 found = _mm512_mask_cmp_ps_mask(there, x, below, _CMP_GE_OQ);
-  return best.full() ? _mm512_mask_cmp_ps_mask(found, x, _mm512_set1_ps(best.least()), _CMP_GT_OQ) : found;
+INLINE uint32_t MayBeBest(Floats x, uint32_t there, Floats below, const Best& best) {
+  const uint32_t found = there & Bits(NotLess(x, below));
+  return best.full() ? found & Bits(Greater(x, Fill(best.least()))) : found;
 }
 
 // Offers what may be among the top k of a row, and gives the panel's greatest value.
-AVX512 float Select(const float* logits, int64_t count, int64_t first_id, float below, Best& best) {
-  const __m512 floor = _mm512_set1_ps(below);
-  __m512 top = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+float Select(const float* logits, int64_t count, int64_t first_id, float below, Best& best) {
+  const Floats floor = Fill(below);
+  Floats top = Fill(-std::numeric_limits<float>::infinity());
   for (int64_t i = 0; i < count; i += kLanes) {
-    const __m512 x = LoadPanel(logits, i, count);
-    top = _mm512_max_ps(top, x);
-    for (uint32_t found = MayBeBest(x, FirstLanes(count - i), floor, best); found != 0; found &= found - 1) {
+    const Floats x = LoadPanel(logits, i, count);
+    top = Max(top, x);
+    for (uint32_t found = MayBeBest(x, Bits(FirstLanes(count - i)), floor, best); found != 0; found &= found - 1) {
       const int64_t at = i + __builtin_ctz(found);
       best.Offer({logits[at], static_cast<int32_t>(first_id + at)});
     }
   }
-  return _mm512_reduce_max_ps(top);
+  return MaxOf(top);
 }
 
-AVX512 float SumOfExponentials(const float* logits, int64_t count, float best) {
+float SumOfExponentials(const float* logits, int64_t count, float best) {
   // Of -inf alone the sum is 0, and a NaN among them stays one.
-  const __m512 shift = _mm512_set1_ps(best == -std::numeric_limits<float>::infinity() ? 0.0f : best);
-  __m512 sum = _mm512_setzero_ps();
+  const Floats shift = Fill(best == -std::numeric_limits<float>::infinity() ? 0.0f : best);
+  Floats sum = Zeros();
   for (int64_t i = 0; i < count; i += kLanes) {
-    const __m512 term = ExpOfNegative(_mm512_sub_ps(LoadPanel(logits, i, count), shift));
-    sum = _mm512_mask_add_ps(sum, FirstLanes(count - i), sum, term);
+    sum = Add(sum, ExpOfNegative(Sub(LoadPanel(logits, i, count), shift)));  // past the end: exp(-inf) = 0
   }
-  return _mm512_reduce_add_ps(sum);
+  return SumOf(sum);
 }
 
 // How many of a panel come before a token: greater, or equal with a lower id.
-AVX512 int32_t Ahead(const float* logits, int64_t count, int64_t first_id, const Token& token) {
-  const __m512 own = _mm512_set1_ps(token.own);
+int32_t Ahead(const float* logits, int64_t count, int64_t first_id, const Token& token) {
+  const Floats own = Fill(token.own);
   const int64_t lower = token.id - first_id;  // columns before it have lower ids
   int32_t ahead = 0;
   for (int64_t i = 0; i < count; i += kLanes) {
-    const __m512 x = LoadPanel(logits, i, count);
-    const __mmask16 there = FirstLanes(count - i);
-    const uint32_t greater = _mm512_mask_cmp_ps_mask(there, x, own, _CMP_GT_OQ);
-    const uint32_t equal = _mm512_mask_cmp_ps_mask(there & FirstLanes(lower - i), x, own, _CMP_EQ_OQ);
+    const Floats x = LoadPanel(logits, i, count);
+    const uint32_t greater = Bits(FirstLanes(count - i)) & Bits(Greater(x, own));
+    const uint32_t equal = Bits(FirstLanes(std::min(count, lower) - i)) & Bits(Equal(x, own));
     ahead += __builtin_popcount(greater | equal);
   }
   return ahead;
@@ -175,16 +171,16 @@ inline void Take(Row& row, int64_t panel, const float* logits, int64_t count, Be
 }
 
 // log(sum(exp(logits))) of a row from its panels, in order. Infinite or no numbers give NaN.
-AVX512 inline float Normalizer(const Row& row) {
+inline float Normalizer(const Row& row) {
   const float best = *std::max_element(row.best.begin(), row.best.end());
   const auto panels = static_cast<int64_t>(row.best.size());
-  __m512 sum = _mm512_setzero_ps();
+  Floats sum = Zeros();
   for (int64_t i = 0; i < panels; i += kLanes) {
-    const __mmask16 there = FirstLanes(panels - i);
-    const __m512 scale = ExpOfNegative(_mm512_sub_ps(LoadPanel(row.best.data(), i, panels), _mm512_set1_ps(best)));
-    sum = _mm512_mask3_fmadd_ps(LoadFloats(row.total.data() + i, there), scale, sum, there);
+    const Floats scale = ExpOfNegative(Sub(LoadPanel(row.best.data(), i, panels), Fill(best)));
+    const Floats total = LoadSome(row.total.data() + i, panels - i);
+    sum = Choose(FirstLanes(panels - i), Fma(total, scale, sum), sum);
   }
-  return best + std::log(_mm512_reduce_add_ps(sum));
+  return best + std::log(SumOf(sum));
 }
 
 // The answers for row r, once all panels are in.
@@ -213,5 +209,3 @@ inline void Answer(Tally& tally, int64_t r) {
 }
 
 }  // namespace
-
-#endif

@@ -69,7 +69,6 @@ auto Binding() {
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_linear, Linear<FastestTiles>, Binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_linear_pairs, Linear<PairTiles>, Binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_linear_floats, Linear<FloatTiles>, Binding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_linear_portable, Linear<PortableTiles>, Binding());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_linear_int8, LinearInt8,
                               ffi::Ffi::Bind()
@@ -80,6 +79,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_linear_int8, LinearInt8,
                                   .Arg<ffi::BufferR0<ffi::S32>>()
                                   .Ret<ffi::AnyBuffer>());
 
-// Whether the CPU can run the paths "pairs" and "floats": 1 or 0.
+// Whether this CPU can run what was compiled here, and its path "pairs": 1 or 0.
+extern "C" int logprobd_runs_here() { return RunsHere(); }
 extern "C" int logprobd_has_pairs() { return HasPairs(); }
-extern "C" int logprobd_has_floats() { return HasFloats(); }

@@ -41,8 +41,6 @@ ffi::Error Typed(ffi::Result<ffi::AnyBuffer>& y, Run run) {
   return ffi::Error::Success();
 }
 
-#if defined(__x86_64__)
-
 ffi::Error Norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> weight,
                 ffi::BufferR0<ffi::S32> live, ffi::Result<ffi::AnyBuffer> y, float epsilon) {
   const auto xs = x.dimensions();
@@ -140,25 +138,6 @@ ffi::Error RotateAndStore(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> heads, ffi
     EachRow(pool, all, all, in[2] * in[3], to, 0, [=](int64_t i) { StoreToken(h, i, to, values_to); });
   });
 }
-
-#else
-
-ffi::Error Norm(ffi::ThreadPool, ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::F32>, ffi::BufferR0<ffi::S32>,
-                ffi::Result<ffi::AnyBuffer>, float) {
-  return ffi::Error(ffi::ErrorCode::kUnimplemented, "not on this CPU");
-}
-
-ffi::Error Swiglu(ffi::ThreadPool, ffi::Buffer<ffi::F32>, ffi::BufferR0<ffi::S32>, ffi::Result<ffi::AnyBuffer>) {
-  return ffi::Error(ffi::ErrorCode::kUnimplemented, "not on this CPU");
-}
-
-ffi::Error RotateAndStore(ffi::ThreadPool, ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::F32>, ffi::Buffer<ffi::F32>,
-                          ffi::AnyBuffer, ffi::AnyBuffer, ffi::Buffer<ffi::S32>, ffi::Buffer<ffi::S32>,
-                          ffi::ResultBuffer<ffi::F32>, ffi::Result<ffi::AnyBuffer>, ffi::Result<ffi::AnyBuffer>) {
-  return ffi::Error(ffi::ErrorCode::kUnimplemented, "not on this CPU");
-}
-
-#endif
 
 }  // namespace
 

@@ -1,0 +1,19 @@
+"""The kernels, for the tests that need them."""
+
+import pytest
+
+from model.kernels import cpu
+from model.kernels.cpu import build
+
+
+@pytest.fixture(scope="session")
+def kernels() -> cpu.CpuKernels:
+    """The kernels, built if they are not; skips where they cannot be."""
+    try:
+        build.build_all()
+    except RuntimeError as error:
+        pytest.skip(f"the kernels cannot be built here: {error}")
+    loaded = cpu.load()
+    if loaded is None:
+        pytest.skip("there are no kernels for this CPU")
+    return loaded

@@ -10,6 +10,7 @@ from jax import Array
 from compiled.state import NO_ID, TokenLogprobs
 from model.kernels import cpu
 from model.kernels.choice import by_platform
+from model.linear import matmul
 from model.reduce import log_sum_exp, parts_of
 from model.transformer import Transformer
 
@@ -38,11 +39,13 @@ def head_logprobs(
 ) -> TokenLogprobs:
     """`token_logprobs` of hidden states [M, D], with no logits at all where the head's weight is packed."""
     weight = module.head_weight()
-    if cpu.load() is None or isinstance(weight, Array):
+    if isinstance(weight, Array):
         return token_logprobs(module.logits(hidden, live), ids, k, scored_ids, live)
     with jax.named_scope("head"):
-        hidden = hidden.astype(jnp.bfloat16)
-        return _of_kernel(cpu.score(hidden, weight, ids, scored_ids, live, k=k))
+        numbers: TokenLogprobs = by_platform(
+            hidden, weight, ids, scored_ids, live, on_cpu=_score_on_cpu(k), xla=_score_in_xla(k)
+        )
+        return numbers
 
 
 def all_logprobs(logits: Array, live: Array | None = None) -> Array:
@@ -70,6 +73,17 @@ def _in_xla(k: int) -> Callable[..., TokenLogprobs]:
 
 def _on_cpu(k: int) -> Callable[..., TokenLogprobs]:
     return lambda *arguments: _of_kernel(cpu.token_numbers(*arguments, k=k))
+
+
+def _score_on_cpu(k: int) -> Callable[..., TokenLogprobs]:
+    return lambda hidden, *arguments: _of_kernel(cpu.score(hidden.astype(jnp.bfloat16), *arguments, k=k))
+
+
+def _score_in_xla(k: int) -> Callable[..., TokenLogprobs]:
+    def score(hidden: Array, weight: cpu.Packed, *arguments: Array) -> TokenLogprobs:
+        return token_logprobs_in_xla(matmul(hidden, weight, arguments[-1]), *arguments, k=k)
+
+    return score
 
 
 def _of_kernel(numbers: cpu.Numbers) -> TokenLogprobs:

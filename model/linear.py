@@ -21,24 +21,20 @@ def matmul(x: Array, weight: Weight, live: Array | None = None) -> Array:
     To bfloat16 for an int8 weight. Rows from `live` ([] int32, None = M) on are padding: what they give means nothing,
     and the kernel leaves them out.
     """
-    if isinstance(weight, cpu.PackedInt8):
-        x = x.astype(jnp.bfloat16)
-        live = jnp.asarray(x.shape[0], jnp.int32) if live is None else live
-        y: Array = by_platform(x, weight, live, on_cpu=_int8_on_cpu, xla=_int8_in_xla)
-        return y
-    if isinstance(weight, cpu.PackedWeight):
-        return cpu.linear(x.astype(jnp.bfloat16), weight, live=live)
-    return _dot(x.astype(weight.dtype), weight)
+    if isinstance(weight, Array):
+        return _dot(x.astype(weight.dtype), weight)
+    live = jnp.asarray(x.shape[0], jnp.int32) if live is None else live
+    y: Array = by_platform(x.astype(jnp.bfloat16), weight, live, on_cpu=_in_kernel, xla=_unpacked_in_xla)
+    return y
 
 
 def take_rows(weight: Weight, ids: Array) -> Array:
     """Rows `ids` [M] of a weight [N, K]: [M, K]. The embedding shares its storage with a tied head."""
-    if isinstance(weight, cpu.PackedWeight | cpu.PackedInt8):
-        return cpu.unpack_rows(weight, ids)
-    return weight[ids]
+    return weight[ids] if isinstance(weight, Array) else cpu.unpack_rows(weight, ids)
 
 
 def _dot(x: Array, weight: Array) -> Array:
+    """x [M, K] times a weight whose axis 1 is K: [M, the other axes] float32."""
     rows = x.shape[0]
     if rows < MIN_ROWS:
         x = jnp.pad(x, ((0, MIN_ROWS - rows), (0, 0)))
@@ -46,20 +42,16 @@ def _dot(x: Array, weight: Array) -> Array:
     return y[:rows]
 
 
-def _int8_on_cpu(x: Array, weight: cpu.PackedInt8, live: Array) -> Array:
+def _in_kernel(x: Array, weight: cpu.Packed, live: Array) -> Array:
     return cpu.linear(x, weight, live=live)
 
 
-def _int8_in_xla(x: Array, weight: cpu.PackedInt8, live: Array) -> Array:
-    """The same for any platform: the weight is made float32 first, so it is slow, but no number is rounded."""
+def _unpacked_in_xla(x: Array, weight: cpu.Packed, live: Array) -> Array:
+    """The same for any platform: the weight is unpacked in each call, which is slow, but no number is rounded."""
     del live
-    rows = x.shape[0]
-    x = jnp.pad(x, ((0, max(0, MIN_ROWS - rows)), (0, weight.data.shape[1] - weight.k)))
-    blocks, depth, columns = weight.data.shape
-    scales = weight.scales.astype(jnp.float32)[:, :, None]  # [N/32, K/32, 1, 32]
-    values = weight.data.astype(jnp.float32).reshape(blocks, scales.shape[1], -1, columns) * scales
-    y = jax.lax.dot_general(x.astype(jnp.float32), values.reshape(blocks, depth, columns), (((1,), (1,)), ((), ())))
-    return y.reshape(x.shape[0], -1)[:rows, : weight.n]
+    blocks = cpu.unpack_blocks(weight)  # [B, K padded, 32]
+    x = jnp.pad(x, ((0, 0), (0, blocks.shape[1] - weight.k))).astype(blocks.dtype)
+    return _dot(x, blocks).reshape(x.shape[0], -1)[:, : weight.n]
 
 
 class Linear(nnx.Module):

@@ -4,7 +4,7 @@ Flax NNX only defines the modules. At load the abstract module is split once int
 a step merges them again while it is traced.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,26 @@ class Embedding(nnx.Module):
         """tokens [R, T] int32 -> [R, T, D] float32."""
         R, T = tokens.shape
         return take_rows(self.weight.get_value(), tokens.reshape(R * T)).reshape(R, T, -1).astype(jnp.float32)
+
+
+def traced_once[**P, T](method: Callable[P, T]) -> Callable[P, T]:
+    """`method` of modules, traced for the first of those that are alike; the others take what it traced.
+
+    Most of what a start with warm caches takes is tracing, and layers are alike. XLA sees calls of one function, and
+    inlines them.
+    """
+
+    def call(graph: Any, state: Any, *arguments: Any) -> T:
+        return method(nnx.merge(graph, state), *arguments)  # type: ignore[call-arg]
+
+    traced = jax.jit(call, static_argnums=0)
+
+    def run(*arguments: P.args, **_: P.kwargs) -> T:
+        module, *others = arguments
+        result: T = traced(*nnx.split(module), *others)
+        return result
+
+    return run
 
 
 class Transformer(nnx.Module):
@@ -58,9 +78,10 @@ class Transformer(nnx.Module):
         angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed(tokens)
         keys, values = list(cache.keys), list(cache.values)
+        run = traced_once(Layer.__call__)
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                x, (keys[i], values[i]) = layer(x, positions, angles, (keys[i], values[i]), tables, at)
+                x, (keys[i], values[i]) = run(layer, x, positions, angles, (keys[i], values[i]), tables, at)
         hidden = self.norm(x, at.live)
         return hidden, PagedCache(tuple(keys), tuple(values), write_hidden(cache.hidden, hidden, at))
 

@@ -95,9 +95,9 @@ def _without_kernels() -> Iterator[None]:
         cpu.load = load
 
 
-def _runner(path: Path, dtype: str) -> ModelRunner:
+def _runner(path: Path, weights: str) -> ModelRunner:
     buckets = make_buckets(max_num_seqs=_ROWS, max_model_len=_CONTEXT, max_num_batched_tokens=_BATCHED)
-    return make_runner(path, dtype, buckets, pages=_ROWS * buckets.pages_per_row + 1)
+    return make_runner(path, weights, buckets, pages=_ROWS * buckets.pages_per_row + 1)
 
 
 def main() -> None:
@@ -109,6 +109,8 @@ def main() -> None:
                 columns[f"{dtype}, XLA"] = Measurement(_runner(path, dtype)).differences()
             if cpu.load() is not None:
                 columns[f"{dtype}, kernels"] = Measurement(_runner(path, dtype)).differences()
+        if cpu.load() is not None:
+            columns["int8, kernels"] = Measurement(_runner(path, "int8")).differences()
         table = Table("against alone, cold, chunks of 256", *columns, title=path.stem)
         for way in columns["float32, XLA"]:
             table.add_row(

@@ -28,13 +28,21 @@ def run(
     runner: Runner,
     requests: dict[str, tuple[list[int], SamplingParams]],
     *,
+    before: dict[str, tuple[list[int], SamplingParams]] | None = None,
     max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
 ) -> dict[str, Answer]:
     """Submits all requests (id -> prompt, params) at once and steps until every one has ended.
 
-    The prefix cache is empty at the start, so what a call gives depends on no call before.
+    The prefix cache is empty at the start, so what a call gives depends on no call before; those in `before` have run
+    when the others come.
     """
     core = EngineCore(runner, max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=max_num_batched_tokens)
+    if before:
+        _answers(core, before)
+    return _answers(core, requests)
+
+
+def _answers(core: EngineCore, requests: dict[str, tuple[list[int], SamplingParams]]) -> dict[str, Answer]:
     answers = {name: Answer() for name in requests}
     for name, (prompt, params) in requests.items():
         request = Request(name, prompt, params)

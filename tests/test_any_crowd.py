@@ -34,7 +34,7 @@ BUCKETS = Buckets(decode_rows=(1, 2, 4), prefill_chunks=(16, 64), score_rows=64,
 REQUESTS = 80
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8"])
 def small_runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
     folder = tmp_path_factory.mktemp("model")
     write_checkpoint(folder, CONFIG, random_weights(CONFIG, seed=3))

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from compiled.runner import ModelRunner
 from serve.engine.request import PromptScoring, SamplingParams
@@ -63,6 +65,32 @@ def test_whatever_the_chunks(runner: ModelRunner, budget: int) -> None:
         assert alone.prompt is not None
         assert cut.prompt is not None
         assert cut.prompt.logprob.tobytes() == alone.prompt.logprob.tobytes()
+
+
+@settings(max_examples=5, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_however_it_is_computed(runner: ModelRunner, data: st.DataObject) -> None:
+    """A property: of any request, beside any others, in any chunks, from any cache, and scored again afterwards."""
+    seed, length, tokens = (data.draw(st.integers(1, most)) for most in (10_000, 200, 20))
+    mine = (_prompt(seed, length), _greedy(tokens, score=True))
+    alone = run(runner, {"mine": mine})["mine"]
+    others = data.draw(st.lists(st.tuples(st.integers(1, 100), st.integers(1, 8)), max_size=7))
+    crowd = {f"other {i}": (_prompt(seed + 1 + i, size), _greedy(count)) for i, (size, count) in enumerate(others)}
+    begun = data.draw(st.integers(0, length))  # tokens of the prompt that someone else has asked for before
+    before = {"before": (mine[0][:begun], _greedy(1))} if begun else {}
+    budget = data.draw(st.sampled_from((32, 80, 272)))
+    found = run(runner, {**crowd, "mine": mine}, before=before, max_num_batched_tokens=budget)["mine"]
+    assert _same(found, alone)
+    assert alone.prompt is not None
+    assert found.prompt is not None
+    assert found.prompt.logprob.tobytes() == alone.prompt.logprob.tobytes()
+    whole = mine[0] + alone.token_ids
+    again = run(runner, {**crowd, "again": (whole, _greedy(0, score=True))}, max_num_batched_tokens=budget)[
+        "again"
+    ].prompt
+    assert again is not None
+    every = np.concatenate([alone.prompt.logprob[: length - 1], np.array(alone.logprobs, np.float32)])
+    assert again.logprob.tobytes() == every.tobytes()
 
 
 def test_a_seed_draws_the_same_alone_and_in_a_crowd(runner: ModelRunner) -> None:

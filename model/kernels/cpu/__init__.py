@@ -6,7 +6,16 @@ What lives here knows arrays and nothing of models. Where `load()` gives None, X
 from model.kernels.cpu.attention import attend
 from model.kernels.cpu.head import Numbers, score, token_numbers
 from model.kernels.cpu.library import CpuKernels, load
-from model.kernels.cpu.linear import Packed, PackedInt8, PackedWeight, linear, pack, pack_int8, unpack_rows
+from model.kernels.cpu.linear import (
+    Packed,
+    PackedInt8,
+    PackedWeight,
+    linear,
+    pack,
+    pack_int8,
+    unpack_blocks,
+    unpack_rows,
+)
 from model.kernels.cpu.rows import rms_norm, rotate_and_store, swiglu
 
 __all__ = [
@@ -25,5 +34,6 @@ __all__ = [
     "score",
     "swiglu",
     "token_numbers",
+    "unpack_blocks",
     "unpack_rows",
 ]

@@ -1,6 +1,7 @@
 """ModelRunner: owns the weights, the DeviceState and the executables. One thread uses it."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -112,10 +113,12 @@ class ModelRunner:
         self.vocab_size = model.config.vocab_size
         self._leaves = model.leaves
         self._state_shapes = state_shapes(model.config, buckets, pages=pages, dtype=model.dtype)
-        self.programs: Programs = compile_plans(
-            make_plans(model, buckets, self._state_shapes, max_logprobs), on_compiled
-        )
-        self._state = step.zero_state(self._state_shapes)
+        with ThreadPoolExecutor(1, thread_name_prefix="state") as pool:  # fresh memory takes seconds to come
+            state = pool.submit(step.zero_state, self._state_shapes)
+            self.programs: Programs = compile_plans(
+                make_plans(model, buckets, self._state_shapes, max_logprobs), on_compiled
+            )
+            self._state = state.result()
 
     def prefill(self, inputs: StepInput) -> None:
         """Begins one chunk of a row; inputs [1, T].

@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from model.kernels import cpu
 from model.kernels.cpu import build, library
+from model.linear import matmul
 
 SHAPES = [(1, 32, 2), (2, 1, 1), (3, 33, 5), (12, 64, 256), (13, 100, 257), (25, 31, 515), (64, 576, 96), (257, 40, 90)]
 
@@ -172,6 +173,22 @@ def test_many_calls_in_one_program_and_in_several_threads_all_finish() -> None:
 
     with ThreadPoolExecutor(8) as threads:
         assert all(threads.map(check, range(64)))
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.usefixtures("kernels")
+def test_packed_weights_have_a_form_for_every_platform(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that this machine has packed are no reason why a step could not be compiled for another one."""
+    x, w = normal(22, rows, 70), normal(23, 100, 70)
+    weight = cpu.pack(w)
+    product = jax.jit(matmul)
+    for other in ("tpu", "cuda"):
+        assert "logprobd" not in product.trace(x, weight).lower(lowering_platforms=(other,)).as_text()
+    assert library.TARGET in product.trace(x, weight).lower(lowering_platforms=("cpu",)).as_text()
+    in_kernel = np.asarray(product(x, weight))
+    monkeypatch.setattr(cpu, "load", lambda: None)
+    np.testing.assert_array_equal(matmul(x, weight), matmul(x, w))
+    np.testing.assert_allclose(matmul(x, weight), in_kernel, rtol=0, atol=1e-4)
 
 
 @pytest.mark.usefixtures("kernels")

@@ -1,7 +1,7 @@
 """`make bench`: the same load on any OpenAI-compatible server, and what share of the memory's bandwidth it reaches.
 
 Prompts are random token ids, so that no prefix cache helps and any model will do. A decode step must read every
-weight once, so weight bytes / read bandwidth is the least time of a step; the bandwidth is measured in the same run.
+weight once, so weight bytes / read bandwidth is the least time of a step; the bandwidth is measured before each round.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from rich.table import Table
 
 from compiled.state import MAX_SCORED_IDS
 from serve.bench_host import host_ms_per_step
-from serve.bench_limit import decode_bytes, read_bandwidth
+from serve.bench_limit import bandwidth_probe, decode_bytes
 
 _PROMPT, _OUTPUT = 32, 64  # tokens of a decode stream
 _LONG = 512  # tokens of a prefill
@@ -49,7 +49,14 @@ class Figures:
     ttft_ms: float | None = None
     itl_ms: float | None = None
     total_ms: float | None = None
+    bandwidth: float | None = None  # bytes a second that could be read just before
     note: str = ""
+
+    def share(self, weight_bytes: float) -> float | None:
+        """The least time of a step over the time between two tokens of one stream."""
+        if self.bandwidth is None or self.itl_ms is None:
+            return None
+        return 1e3 * weight_bytes / self.bandwidth / self.itl_ms
 
 
 class RefusedError(Exception):
@@ -63,18 +70,21 @@ class FailedError(Exception):
 class Load:
     """A client of one server. Public methods measure; RefusedError where the server does not do what they ask."""
 
-    def __init__(self, client: httpx2.AsyncClient, card: dict[str, Any], vocabulary: int) -> None:
-        """`card` is the model's entry in /v1/models."""
+    def __init__(
+        self, client: httpx2.AsyncClient, card: dict[str, Any], vocabulary: int, probe: Callable[[], float]
+    ) -> None:
+        """`card` is the model's entry in /v1/models, `probe` measures the read bandwidth."""
         self._client = client
+        self._probe = probe
         self._model: str = card["id"]
         self.long_prompt = min(_BESIDE, (card.get("max_model_len") or _BESIDE + 1) - 1)
         self._random = random.Random(time.time_ns())
         self._vocabulary = vocabulary
 
     async def decode(self, streams: int, **extra: object) -> Figures:
-        """`streams` streams at once, the better of two rounds."""
-        rounds = [await self._decode_round(streams, extra) for _ in range(2)]
-        return max(rounds, key=lambda figures: figures.tokens_per_second or 0)
+        """`streams` streams at once: of three rounds the one whose share of the limit is the median."""
+        rounds = [await self._decode_round(streams, extra) for _ in range(3)]
+        return sorted(rounds, key=lambda figures: figures.share(1.0) or 0.0)[1]
 
     async def prefill(self, **extra: object) -> Figures:
         """A long prompt and one token: the median of five."""
@@ -132,6 +142,7 @@ class Load:
         async def one() -> tuple[float, list[float]]:
             return time.perf_counter(), [arrival async for arrival in self._stream(extra)]
 
+        bandwidth = self._probe()
         start = time.perf_counter()
         results = await asyncio.gather(*[one() for _ in range(streams)])
         seconds = time.perf_counter() - start
@@ -139,6 +150,7 @@ class Load:
             streams * _OUTPUT / seconds,
             ttft_ms=1e3 * statistics.median(arrivals[0] - begun for begun, arrivals in results),
             itl_ms=1e3 * statistics.median((at[-1] - at[0]) / (_OUTPUT - 1) for _, at in results),
+            bandwidth=bandwidth,
         )
 
     async def _stream(self, extra: Body) -> AsyncGenerator[float]:
@@ -177,9 +189,11 @@ def _refused(status: int, text: str) -> Exception:
     return RefusedError(text[:80]) if status in _REFUSALS else FailedError(f"{status}: {text[:300]}")
 
 
-async def measure(client: httpx2.AsyncClient, vocabulary: int) -> AsyncIterator[tuple[str, Figures]]:
+async def measure(
+    client: httpx2.AsyncClient, vocabulary: int, probe: Callable[[], float]
+) -> AsyncIterator[tuple[str, Figures]]:
     """All scenarios by name, one after another; `client` has the server's address as its base."""
-    load = Load(client, (await client.get("/v1/models")).json()["data"][0], vocabulary)
+    load = Load(client, (await client.get("/v1/models")).json()["data"][0], vocabulary, probe)
     await load.decode(1)  # not counted: connections, first touches of memory
     for name, scenario in _scenarios(load).items():
         try:
@@ -227,23 +241,23 @@ def own_server(arguments: list[str]) -> Iterator[str]:
         process.wait()
 
 
-def show(rows: dict[str, Figures], floor_ms: float | None, gigabytes: float) -> None:
-    """The table. Share: the least time of a step over the time between two tokens of one stream."""
-    table = Table(
-        title=f"read bandwidth {gigabytes:.1f} GB/s" + (f", floor {floor_ms:.1f} ms a step" if floor_ms else "")
-    )
-    for column in ("scenario", "tokens/s", "TTFT ms", "ITL ms", "total ms", "share of limit", "note"):
+def show(rows: dict[str, Figures], weight_bytes: float | None) -> None:
+    """The table; the share of the limit where the weights are known."""
+    table = Table(title=f"{weight_bytes / 1e6:,.0f} MB of weights a step" if weight_bytes else None)
+    for column in ("scenario", "tokens/s", "TTFT ms", "ITL ms", "total ms", "GB/s", "share of limit", "note"):
         table.add_column(column, justify="left" if column in ("scenario", "note") else "right")
     for name, row in rows.items():
-        share = f"{floor_ms / row.itl_ms:.0%}" if floor_ms and row.itl_ms else ""
-        numbers = (row.tokens_per_second, row.ttft_ms, row.itl_ms, row.total_ms)
-        table.add_row(name, *(f"{value:.1f}" if value is not None else "" for value in numbers), share, row.note)
+        gigabytes = None if row.bandwidth is None else row.bandwidth / 1e9
+        numbers = (row.tokens_per_second, row.ttft_ms, row.itl_ms, row.total_ms, gigabytes)
+        share = row.share(weight_bytes) if weight_bytes else None
+        texts = [f"{value:.1f}" if value is not None else "" for value in numbers]
+        table.add_row(name, *texts, f"{share:.0%}" if share else "", row.note)
     Console(width=max(150, Console().width)).print(table)
 
 
 async def _collect(url: str, vocabulary: int) -> dict[str, Figures]:
     async with httpx2.AsyncClient(base_url=url, timeout=600) as client:
-        return {name: figures async for name, figures in measure(client, vocabulary)}
+        return {name: figures async for name, figures in measure(client, vocabulary, bandwidth_probe())}
 
 
 def main() -> None:
@@ -252,20 +266,25 @@ def main() -> None:
     parser.add_argument("--url", help="a server that runs, such as http://127.0.0.1:8000; else one is started")
     parser.add_argument("--model", help="the model's files: served if no --url is given, and the source of the floor")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
+    parser.add_argument("--quantization", choices=("int8",), help="of the weights")
     parser.add_argument("--vocabulary", type=int, default=30000, help="ids of the random prompts are below it")
     options = parser.parse_args()
     os.environ.setdefault("NO_COLOR", "1")
-    gigabytes = read_bandwidth() / 1e9
     plain, named = host_ms_per_step(), host_ms_per_step(named_ids=MAX_SCORED_IDS)
-    weights = None if options.url and not options.model else decode_bytes(options.model, options.dtype)
+    weights = (
+        None
+        if options.url and not options.model
+        else decode_bytes(options.model, options.quantization or options.dtype)
+    )
     with contextlib.ExitStack() as stack:
         arguments = [*([options.model] if options.model else []), "--dtype", options.dtype]
+        arguments += ["--quantization", options.quantization] if options.quantization else []
         url = options.url or stack.enter_context(own_server(arguments))
         try:
             rows = asyncio.run(_collect(url, options.vocabulary))
         except FailedError as error:
             raise SystemExit(f"error: {error}") from None
-    show(rows, weights / gigabytes / 1e6 if weights else None, gigabytes)
+    show(rows, weights)
     Console().print(
         "host time of our engine (schedule, batch, read-out, events): "
         f"{plain:.2f} ms a step of 16 rows, {named:.2f} ms with {MAX_SCORED_IDS} logprob_token_ids each",

@@ -2,40 +2,53 @@
 
 import statistics
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from model.transformer import abstract_weights
+from model.weights.int8 import GROUP
 from model.weights.load import open_checkpoint
 from model.weights.source import ModelSource, default_model_path, resolve_model
 
 _BYTES = 512 << 20  # far more than any cache holds
 
 
-def read_bandwidth() -> float:
-    """Bytes a second that this device reads: a float32 matrix-vector product, which XLA runs at the memory's speed."""
+def bandwidth_probe() -> Callable[[], float]:
+    """A measurement of the bytes a second that this device reads now.
+
+    It is a float32 matrix-vector product, which XLA runs at the memory's speed.
+    """
     columns = 1024
     matrix = jnp.ones((_BYTES // 4 // columns, columns), jnp.float32)
     vector = jnp.ones((columns,), jnp.float32)
     product = jax.jit(lambda m, v: m @ v)
     product(matrix, vector).block_until_ready()
-    seconds = []
-    for _ in range(7):
-        start = time.perf_counter()
-        product(matrix, vector).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return _BYTES / statistics.median(seconds)
+
+    def measure() -> float:
+        seconds = []
+        for _ in range(7):
+            start = time.perf_counter()
+            product(matrix, vector).block_until_ready()
+            seconds.append(time.perf_counter() - start)
+        return _BYTES / statistics.median(seconds)
+
+    return measure
 
 
-def decode_bytes(model: str | None, dtype: str) -> int:
-    """Bytes of weights that a decode step reads: all, but of an untied embedding only the rows asked for."""
+def decode_bytes(model: str | None, weights_as: str) -> float:
+    """Bytes of weights that a decode step reads: all, but of an untied embedding only the rows asked for.
+
+    `weights_as` is a dtype, or "int8": matrices of a byte an element and two for the scale of a group.
+    """
     source = resolve_model(model, None) if model else ModelSource("default", default_model_path())
     checkpoint = open_checkpoint(source)
     try:
         config = checkpoint.config
     finally:
         checkpoint.close()
-    weights = abstract_weights(config, jnp.dtype(dtype))
-    read = {path: leaf for path, leaf in weights.items() if config.tie_word_embeddings or path != "embed.weight"}
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in read.values())
+    int8 = weights_as == "int8"
+    weights = abstract_weights(config, jnp.dtype("bfloat16" if int8 else weights_as))
+    read = [leaf for path, leaf in weights.items() if config.tie_word_embeddings or path != "embed.weight"]
+    return float(sum(leaf.size * (1 + 2 / GROUP if int8 and leaf.ndim == 2 else leaf.dtype.itemsize) for leaf in read))

@@ -5,8 +5,9 @@ import json
 import httpx2
 import pytest
 
-from serve.bench import FailedError, measure, show
+from serve.bench import FailedError, Figures, measure, show
 from serve.bench_host import host_ms_per_step
+from serve.bench_limit import decode_bytes
 
 
 def peer(request: httpx2.Request) -> httpx2.Response:
@@ -26,7 +27,7 @@ def peer(request: httpx2.Request) -> httpx2.Response:
 
 async def test_what_a_server_refuses_is_a_row_that_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     async with httpx2.AsyncClient(base_url="http://peer", transport=httpx2.MockTransport(peer)) as client:
-        rows = {name: figures async for name, figures in measure(client, 200)}
+        rows = {name: figures async for name, figures in measure(client, 200, lambda: 1e10)}
     refused = [name for name, figures in rows.items() if figures.note.startswith("refused: ")]
     assert refused == [
         "prefill of 512, prompt_logprobs=5",
@@ -36,9 +37,25 @@ async def test_what_a_server_refuses_is_a_row_that_says_so(capsys: pytest.Captur
     ]
     assert all((figures.tokens_per_second is None) == (name in refused) for name, figures in rows.items())
     assert "1 stream beside a prompt of 999" in rows  # no more than the model takes
-    show(rows, None, 10.0)
+    show(rows, None)
     table = capsys.readouterr().out
     assert all(name in table for name in rows)
+    assert "%" not in table
+
+
+def test_the_share_of_the_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    step = Figures(itl_ms=50.0, bandwidth=20e9)  # 800 MB take 40 ms
+    assert step.share(800e6) == pytest.approx(0.8)
+    assert Figures(itl_ms=50.0).share(800e6) is None
+    show({"1 stream": step}, 800e6)
+    assert "80%" in capsys.readouterr().out
+
+
+def test_what_a_step_reads_of_the_default_model() -> None:
+    elements = decode_bytes(None, "float32") / 4
+    assert 134e6 < elements < 135e6
+    assert decode_bytes(None, "bfloat16") / elements == pytest.approx(2, rel=1e-3)  # norms stay float32
+    assert decode_bytes(None, "int8") / elements == pytest.approx(1.0625, rel=1e-3)
 
 
 async def test_a_server_that_fails_ends_the_bench() -> None:
@@ -47,7 +64,7 @@ async def test_a_server_that_fails_ends_the_bench() -> None:
 
     async with httpx2.AsyncClient(base_url="http://peer", transport=httpx2.MockTransport(failing)) as client:
         with pytest.raises(FailedError, match="500"):
-            await anext(measure(client, 200))
+            await anext(measure(client, 200, lambda: 1e10))
 
 
 def test_the_host_time_of_a_step_is_measured_without_a_device() -> None:

@@ -300,6 +300,19 @@ def test_a_build_that_fails_says_so_in_one_line(
     assert not list((tmp_path / "_build").glob("*"))
 
 
+def test_an_instruction_set_that_a_compiler_does_not_know_is_no_loss_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    knows_one = 'case "$*" in *-mavx512f*) echo "error: no -mavx512f" >&2; exit 1;; esac; for o; do :; done; : > "$o"'
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert run_build(monkeypatch, tmp_path, knows_one) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.splitlines()[0].startswith("CPU kernels: not built for avx512: ")
+    assert out.splitlines()[1].startswith("CPU kernels: built avx2 with ")
+    assert [path.name for path in (tmp_path / "_build").iterdir()] == ["avx2"]
+
+
 def test_a_build_is_skipped_only_while_the_library_is_newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
 

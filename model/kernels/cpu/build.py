@@ -27,7 +27,8 @@ HEADERS = (
     "vectors_neon.h",
     "vectors_parts.h",
 )
-SOURCES = tuple(Path(__file__).with_name(name) for name in (*UNITS, *HEADERS))
+FLAGS_FROM = ("build.py", "library.py")
+SOURCES = tuple(Path(__file__).with_name(name) for name in (*UNITS, *HEADERS, *FLAGS_FROM))
 COMPILERS = ("c++", "g++", "clang++")
 # No -march=native: the right library is picked when it is loaded, so it can be built on another machine.
 # No contraction: a multiply-add is fused where the source says so, and nowhere else.
@@ -70,20 +71,27 @@ def build(sources: Sequence[Path], library: Path, flags: Sequence[str] = ()) -> 
 def build_all() -> list[str]:
     """Builds a library for each instruction set of this machine, side by side; the lines to print.
 
-    Raises as `build` does, and RuntimeError on a machine for which there are no kernels.
+    Raises RuntimeError where there are no kernels for the machine, or none could be built.
     """
     names = instruction_sets(platform.machine())
     if not names:
         raise RuntimeError(f"none are written for {platform.machine()}")
     with ThreadPoolExecutor() as threads:
-        return list(threads.map(lambda name: build(SOURCES, library_path(name), INSTRUCTION_SETS[name]), names))
+        builds = [threads.submit(build, SOURCES, library_path(name), INSTRUCTION_SETS[name]) for name in names]
+    failures = {name: done.exception() for name, done in zip(names, builds, strict=True)}
+    if all(failures.values()):
+        raise RuntimeError(str(failures[names[0]]))
+    return [
+        f"CPU kernels: not built for {name}: {failures[name]}" if failures[name] else done.result()
+        for name, done in zip(names, builds, strict=True)
+    ]
 
 
 def main() -> int:
     """Builds the kernels; they are optional, so a failure is one line on stderr and the exit code is 0."""
     try:
         print("\n".join(build_all()))
-    except (RuntimeError, OSError) as error:
+    except RuntimeError as error:
         print(f"CPU kernels: {error}; XLA does their work", file=sys.stderr)
     return 0
 

@@ -32,21 +32,20 @@ class Embedding(nnx.Module):
         return take_rows(self.weight.get_value(), tokens.reshape(R * T)).reshape(R, T, -1).astype(jnp.float32)
 
 
-def traced_once[**P, T](method: Callable[P, T]) -> Callable[P, T]:
-    """`method` of modules, traced for the first of those that are alike; the others take what it traced.
+def traced_once[T](method: Callable[..., T]) -> Callable[..., T]:
+    """`method` of modules (positional arguments only), traced for the first of those that are alike.
 
-    Most of what a start with warm caches takes is tracing, and layers are alike. XLA sees calls of one function, and
-    inlines them.
+    The others take what was traced: most of what a start with warm caches takes is tracing, and layers are alike. XLA
+    sees calls of one function, and inlines them.
     """
 
     def call(graph: Any, state: Any, *arguments: Any) -> T:
-        return method(nnx.merge(graph, state), *arguments)  # type: ignore[call-arg]
+        return method(nnx.merge(graph, state), *arguments)
 
     traced = jax.jit(call, static_argnums=0)
 
-    def run(*arguments: P.args, **_: P.kwargs) -> T:
-        module, *others = arguments
-        result: T = traced(*nnx.split(module), *others)
+    def run(module: nnx.Module, *arguments: Any) -> T:
+        result: T = traced(*nnx.split(module), *arguments)
         return result
 
     return run

@@ -34,7 +34,7 @@ def take_rows(weight: Weight, ids: Array) -> Array:
 
 
 def _dot(x: Array, weight: Array) -> Array:
-    """x [M, K] times a weight whose axis 1 is K: [M, the other axes] float32."""
+    """x [M, K] times weight [N, K] transposed: [M, N] float32."""
     rows = x.shape[0]
     if rows < MIN_ROWS:
         x = jnp.pad(x, ((0, MIN_ROWS - rows), (0, 0)))
@@ -47,11 +47,13 @@ def _in_kernel(x: Array, weight: cpu.Packed, live: Array) -> Array:
 
 
 def _unpacked_in_xla(x: Array, weight: cpu.Packed, live: Array) -> Array:
-    """The same for any platform: the weight is unpacked in each call, which is slow, but no number is rounded."""
+    """The same for any platform: the weight is unpacked in each call, which is slow, but no number is rounded.
+
+    To [N, K], not by its blocks: a product of another layout would have other last bits for one row than for many.
+    """
     del live
-    blocks = cpu.unpack_blocks(weight)  # [B, K padded, 32]
-    x = jnp.pad(x, ((0, 0), (0, blocks.shape[1] - weight.k))).astype(blocks.dtype)
-    return _dot(x, blocks).reshape(x.shape[0], -1)[:, : weight.n]
+    unpacked = cpu.unpack(weight)
+    return _dot(x.astype(unpacked.dtype), unpacked)
 
 
 class Linear(nnx.Module):

@@ -146,6 +146,19 @@ def test_the_product_is_within_float32_rounding(
     assert (np.abs(y - x64 @ w64.T) <= bound).all()
 
 
+@pytest.mark.parametrize(("n", "k"), [(576, 576), (1536, 576), (960, 576), (576, 1536), (1152, 896), (896, 4864)])
+def test_without_kernels_a_row_has_the_same_bits_in_every_batch(
+    n: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the shapes of real models: XLA's products of other shapes (96 columns) can differ, whatever the weights."""
+    monkeypatch.setattr(cpu, "load", lambda: None)
+    x, (weight, _) = jnp.asarray(normal(15, 64, k)), packed(16, n, k)
+    product = jax.jit(matmul)  # not in_xla, which may have compiled the kernels' form
+    whole = np.asarray(product(x, weight))
+    for m in (1, 2, 3, 8, 16):
+        np.testing.assert_array_equal(product(x[:m], weight), whole[:m], err_msg=f"{m} rows")
+
+
 @pytest.mark.usefixtures("kernels")
 def test_the_kernels_order_is_ascending_k_by_fused_multiply_adds() -> None:
     x, (weight, values) = jnp.asarray(normal(5, 13, 257), jnp.bfloat16), packed(6, 70, 257)

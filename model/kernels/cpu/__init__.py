@@ -13,7 +13,7 @@ from model.kernels.cpu.linear import (
     linear,
     pack,
     pack_int8,
-    unpack_blocks,
+    unpack,
     unpack_rows,
 )
 from model.kernels.cpu.rows import rms_norm, rotate_and_store, swiglu
@@ -34,6 +34,6 @@ __all__ = [
     "score",
     "swiglu",
     "token_numbers",
-    "unpack_blocks",
+    "unpack",
     "unpack_rows",
 ]

@@ -76,14 +76,15 @@ def unpack_rows(weight: Packed, rows: Array) -> Array:
     return scaled.reshape(rows.shape[0], -1)[:, : weight.k]
 
 
-def unpack_blocks(weight: Packed) -> Array:
-    """All of a weight in blocks of 32 rows: [ceil(n/32), k padded with zeros, 32], of the dtype of `unpack_rows`."""
+def unpack(weight: Packed) -> Array:
+    """All of a weight: [n, k], of the dtype of `unpack_rows`."""
     blocks = weight.data.shape[0]
     if isinstance(weight, PackedWeight):
-        return weight.data.transpose(0, 1, 3, 2).reshape(blocks, -1, COLUMNS)
-    scales = weight.scales.astype(jnp.float32)[:, :, None]
-    values = weight.data.astype(jnp.float32).reshape(blocks, -1, GROUP, COLUMNS) * scales
-    return values.reshape(blocks, -1, COLUMNS)
+        rows = weight.data.transpose(0, 2, 1, 3)  # [B, 32, k/2, 2]
+    else:
+        values = weight.data.astype(jnp.float32).reshape(blocks, -1, GROUP, COLUMNS)
+        rows = (values * weight.scales.astype(jnp.float32)[:, :, None]).transpose(0, 3, 1, 2)  # [B, 32, groups, 32]
+    return rows.reshape(blocks * COLUMNS, -1)[: weight.n, : weight.k]
 
 
 def linear(x: Array, weight: Packed, out_dtype: DTypeLike = jnp.float32, *, live: Array | None = None) -> Array:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.stages import Compiled, Lowered
 
-from compiled.shapes import HeadShape, SlotShape, StepShape
+from compiled.shapes import HeadShape, SlotShape, StateShape, StepShape
 
-type Shape = StepShape | HeadShape | SlotShape
+type Shape = StepShape | HeadShape | SlotShape | StateShape
 
 
 class UnknownShapeError(LookupError):
@@ -77,9 +78,13 @@ class Programs:
 
 
 def compile_plans(plans: Iterable[Plan], on_done: Callable[[Program], None] | None = None) -> Programs:
-    """Compiles all plans on a few threads; every failure is raised."""
+    """Compiles all plans on a few threads; every failure is raised.
+
+    Nothing else may be compiled at the same time: it would fail on a damaged entry of the persistent cache.
+    """
     todo = list(plans)
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="compile") as pool:
+    threads = min(4, os.cpu_count() or 1)
+    with _cache_errors(), ThreadPoolExecutor(max_workers=threads, thread_name_prefix="compile") as pool:
         futures = [pool.submit(_compile, plan, on_done) for plan in todo]
         return Programs(future.result() for future in futures)
 
@@ -91,9 +96,20 @@ def use_persistent_cache(directory: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # A torn entry only warns by default and is never rewritten; as an error it can be deleted and made anew.
-    jax.config.update("jax_raise_persistent_cache_errors", True)
     compilation_cache.reset_cache()
+
+
+@contextmanager
+def _cache_errors() -> Iterator[None]:
+    """A torn cache entry only warns by default and is never rewritten; as an error it can be deleted and made anew.
+
+    For programs only: where jax compiles on its own, say to pack a weight, nobody would catch the error.
+    """
+    jax.config.update("jax_raise_persistent_cache_errors", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_raise_persistent_cache_errors", False)
 
 
 def _compile(plan: Plan, on_done: Callable[[Program], None] | None) -> Program:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from compiled import step
 from compiled.programs import Plan, Program, Programs, Shape, compile_plans
-from compiled.shapes import Buckets, HeadShape, SlotShape, StepShape
+from compiled.shapes import Buckets, HeadShape, SlotShape, StateShape, StepShape
 from compiled.state import (
     MAX_SCORED_IDS,
     Adjustment,
@@ -54,6 +54,12 @@ def make_plans(model: BoundModel, buckets: Buckets, state: DeviceState, k: int) 
     )
     plans.append(Plan(SlotShape(buckets.slots), step.adjust, (state, _int32(), adjustment), donate=(0,)))
     return plans
+
+
+def state_plan(state: DeviceState) -> Plan:
+    """What makes a fresh state like the abstract `state`."""
+    shape = StateShape(state.cache.hidden.shape[0], state.slots.tokens.shape[0])
+    return Plan(shape, partial(step.zero_state, state), ())
 
 
 def _step_plan(model: BoundModel, leaves: Any, state: DeviceState, shape: StepShape, k: int) -> Plan:
@@ -112,13 +118,14 @@ class ModelRunner:
         self.max_logprobs = max_logprobs
         self.vocab_size = model.config.vocab_size
         self._leaves = model.leaves
-        self._state_shapes = state_shapes(model.config, buckets, pages=pages, dtype=model.dtype)
+        shapes = state_shapes(model.config, buckets, pages=pages, dtype=model.dtype)
+        first = compile_plans([state_plan(shapes)], on_compiled)
+        (self._zero_state,) = first
         with ThreadPoolExecutor(1, thread_name_prefix="state") as pool:  # fresh memory takes seconds to come
-            state = pool.submit(step.zero_state, self._state_shapes)
-            self.programs: Programs = compile_plans(
-                make_plans(model, buckets, self._state_shapes, max_logprobs), on_compiled
-            )
-            self._state = state.result()
+            state = pool.submit(lambda: jax.block_until_ready(self._zero_state.compiled()))
+            rest = compile_plans(make_plans(model, buckets, shapes, max_logprobs), on_compiled)
+            self._state: DeviceState = state.result()
+        self.programs = Programs([*first, *rest])
 
     def prefill(self, inputs: StepInput) -> None:
         """Begins one chunk of a row; inputs [1, T].
@@ -162,7 +169,7 @@ class ModelRunner:
 
     def reset(self) -> None:
         """A fresh, empty state: a step that failed after donation has lost the old one."""
-        self._state = step.zero_state(self._state_shapes)
+        self._state = self._zero_state.compiled()
 
     def _compiled(self, shape: Shape) -> Any:
         return self.programs[shape].compiled

@@ -46,6 +46,19 @@ class SlotShape:
         return "adjust"
 
 
+@dataclass(frozen=True, order=True, slots=True)
+class StateShape:
+    """Shape of the step that makes a fresh DeviceState."""
+
+    pages: int  # N
+    slots: int  # Z
+
+    @property
+    def name(self) -> str:
+        """What logs, HLO modules and the notebook call it."""
+        return "zero_state"
+
+
 @dataclass(frozen=True, slots=True)
 class Buckets:
     """All sizes that one server compiles. Ascending tuples; a size is padded up to the next bucket."""

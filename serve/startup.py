@@ -138,7 +138,7 @@ def _compile(model: BoundModel, config: ServeConfig, max_model_len: int, console
     console.print(f"cache    {size:,.0f} MB, {tokens:,} tokens; at most {max_model_len:,} a request")
     if tokens < max_model_len:
         console.print("cache    it holds less than one request of full length: what needs more is refused")
-    count = len(buckets.steps()) + len(buckets.heads()) + 1  # and the one that fills a slot
+    count = len(buckets.steps()) + len(buckets.heads()) + 2  # and those that fill a slot and the state
     with Progress(
         TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     ) as bar:

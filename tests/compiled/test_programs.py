@@ -12,6 +12,7 @@ import pytest
 
 from compiled.programs import Plan, Program, UnknownShapeError, compile_plans
 from compiled.shapes import HeadShape, SlotShape, StepShape
+from tests.model.tiny import random_weights, tiny_configs, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 VECTOR = jax.ShapeDtypeStruct((4,), jnp.float32)
@@ -159,3 +160,46 @@ def test_the_persistent_cache_is_private_read_and_mended(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == EXPECTED
     assert done.stderr == ""
+
+
+START_SCRIPT = """
+import sys, warnings
+from pathlib import Path
+
+import numpy as np
+
+from compiled.load import load_model
+from compiled.programs import use_persistent_cache
+from compiled.runner import ModelRunner
+from compiled.shapes import Buckets
+from model.weights.load import open_checkpoint
+from model.weights.source import ModelSource
+
+warnings.simplefilter("ignore")
+use_persistent_cache(Path(sys.argv[1]))
+checkpoint = open_checkpoint(ModelSource("tiny", Path(sys.argv[2])))
+model = load_model(checkpoint, "bfloat16", int8=sys.argv[3] == "int8")
+buckets = Buckets(decode_rows=(1,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, vocabulary_rows=8)
+runner = ModelRunner(model, buckets, pages=3, max_logprobs=5)
+print(float(runner.vocabulary(np.zeros(8, np.int32))[0, 0]))
+"""
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_a_start_survives_a_cache_whose_every_entry_is_torn(weights: str, tmp_path: Path) -> None:
+    """Those of programs that jax makes on its own too, such as the one that packs a weight."""
+    directory, model = tmp_path / "programs", tmp_path / "model"
+    model.mkdir()
+    config = tiny_configs()["llama"]
+    write_checkpoint(model, config, random_weights(config, seed=3))
+
+    def start() -> str:
+        command = [sys.executable, "-c", START_SCRIPT, str(directory), str(model), weights]
+        return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300, check=True).stdout
+
+    first = start()
+    entries = list(directory.glob("*-cache"))
+    assert len(entries) > 6
+    for entry in entries:
+        entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])
+    assert start() == first

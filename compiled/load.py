@@ -48,12 +48,9 @@ def load_model(
 
 
 def kernels_used(model: BoundModel) -> tuple[str, ...]:
-    """The instruction set of the CPU's own kernels, then what runs in them: of "linear" and "attention", those that do.
-
-    Empty where XLA does it all.
-    """
+    """The CPU's own kernels: their instruction set and digest, then what runs in them; empty where XLA does it all."""
     kernels = cpu.load() if jax.default_backend() == "cpu" else None
     if kernels is None:
         return ()
     packed = ("linear",) if any(leaf.ndim > 2 for leaf in model.leaves) else ()
-    return (kernels.instruction_set, *packed, "attention")
+    return (f"{kernels.instruction_set}-{kernels.digest}", *packed, "attention", "rows", "head")

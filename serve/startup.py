@@ -182,7 +182,8 @@ def _reporter(bar: Progress, advance: Callable[[], None]) -> Callable[[Program],
 def system_fingerprint(config: ServeConfig, buckets: Buckets, kernels: Sequence[str]) -> str:
     """Names what the numbers come from: versions, platform, weights, own kernels, and a digest of shapes and options.
 
-    The same weights under the same fingerprint give the same bits.
+    The same weights under the same fingerprint give the same bits on one machine; on others too, but for what XLA
+    multiplies, whose order is the CPU's or GPU's.
     """
     shapes = (buckets, config.computed_logprobs, config.batched_tokens, config.enable_prefix_caching)
     digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]

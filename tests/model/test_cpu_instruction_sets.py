@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from model.kernels.cpu import build
-from model.kernels.cpu.library import INSTRUCTION_SETS
+from model.kernels.cpu.library import FLAGS as ALL_FLAGS
+from model.kernels.cpu.library import FOLDER, INSTRUCTION_SETS
 
 PROGRAM = Path(__file__).with_name("kernel_bits.cc")
-HEADERS = Path(build.__file__).parent
 CANNOT_RUN = 77  # the program's exit code on a CPU that it is not for
-FLAGS = [flag for flag in build.FLAGS if flag not in ("-shared", "-fPIC", "-O3")]
+FLAGS = [flag for flag in ALL_FLAGS if flag not in ("-shared", "-fPIC", "-O3")]
 FAST = "-O2"
 SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
@@ -28,7 +28,7 @@ def lines_of(folder: Path, flags: Sequence[str], compiler: str = "c++", runner: 
     if found is None:
         pytest.skip(f"no {compiler} here")
     program = folder / "kernel_bits"
-    subprocess.run([found, *FLAGS, *flags, "-I", HEADERS, PROGRAM, "-o", program], check=True)
+    subprocess.run([found, *FLAGS, *flags, "-I", FOLDER, PROGRAM, "-o", program], check=True)
     run = subprocess.run([*runner, program], capture_output=True, text=True, check=False)
     if run.returncode == CANNOT_RUN:
         pytest.skip("this CPU cannot run it")

@@ -1,10 +1,9 @@
 """The packed linear kernel: true, the same to the bit for every batch, and harmless where it cannot be built."""
 
-import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -313,24 +312,45 @@ def test_an_instruction_set_that_a_compiler_does_not_know_is_no_loss_to_the_othe
     assert [path.name for path in (tmp_path / "_build").iterdir()] == ["avx2"]
 
 
-def test_a_build_is_skipped_only_while_the_library_is_newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[list[str]] = []
+def test_a_build_is_skipped_only_where_the_library_of_the_same_sources_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Sequence[str]] = []
 
-    def compile_nothing(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    def compile_nothing(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
         calls.append(command)
         Path(command[-1]).write_text("library")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", compile_nothing)
     monkeypatch.setattr(shutil, "which", lambda name: f"bin/{name}")
-    source, header = tmp_path / "a.cc", tmp_path / "a.h"
-    for path in (source, header):
-        path.write_text("")
-    made = tmp_path / "_build" / "a.so"
-    assert build.build((source, header), made) == "CPU kernels: built a.so with bin/c++"
-    assert build.build((source, header), made) == "CPU kernels: a.so is up to date"
+    units, folder = [tmp_path / "a.cc"], tmp_path / "_build"
+    assert build.build(units, folder / "a-1.so") == "CPU kernels: built a-1.so with bin/c++"
+    assert build.build(units, folder / "a-1.so") == "CPU kernels: a-1.so is up to date"
     assert len(calls) == 1
-    header_time = made.stat().st_mtime + 10
-    os.utime(header, (header_time, header_time))
-    build.build((source, header), made)
-    assert len(calls) == 2
+    build.build(units, folder / "b-1.so")
+    build.build(units, folder / "a-2.so")
+    assert sorted(path.name for path in folder.iterdir()) == ["a-2.so", "b-1.so"]
+
+
+def test_changed_sources_are_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of older sources is never loaded, also where the new one cannot be built."""
+    source = tmp_path / "a.cc"
+    monkeypatch.setattr(library, "UNITS", [source])
+    monkeypatch.setattr(library, "digest", library.digest.__wrapped__)
+    names = set()
+    for text in ("one", "two"):
+        source.write_text(text)
+        names.add(library.library_path("avx2").name)
+    assert len(names) == 2
+
+
+def test_the_next_compiler_is_tried_where_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def only_clang(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
+        if command[0] == "bin/clang++":
+            Path(command[-1]).write_text("library")
+        return subprocess.CompletedProcess(command, int(command[0] != "bin/clang++"), "", "error: too old")
+
+    monkeypatch.setattr(subprocess, "run", only_clang)
+    monkeypatch.setattr(shutil, "which", lambda name: f"bin/{name}")
+    assert build.build([], tmp_path / "a-1.so") == "CPU kernels: built a-1.so with bin/clang++"

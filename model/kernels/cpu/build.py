@@ -11,28 +11,9 @@ from pathlib import Path
 
 import jax
 
-from model.kernels.cpu.library import INSTRUCTION_SETS, library_path
+from model.kernels.cpu.library import FLAGS, INSTRUCTION_SETS, UNITS, library_path
 
-UNITS = ("linear.cc", "attention.cc", "rows.cc", "head.cc")
-HEADERS = (
-    "tiles.h",
-    "attention.h",
-    "rows.h",
-    "head.h",
-    "weight.h",
-    "parallel.h",
-    "vectors.h",
-    "vectors_avx512.h",
-    "vectors_avx2.h",
-    "vectors_neon.h",
-    "vectors_parts.h",
-)
-FLAGS_FROM = ("build.py", "library.py")
-SOURCES = tuple(Path(__file__).with_name(name) for name in (*UNITS, *HEADERS, *FLAGS_FROM))
 COMPILERS = ("c++", "g++", "clang++")
-# No -march=native: the right library is picked when it is loaded, so it can be built on another machine.
-# No contraction: a multiply-add is fused where the source says so, and nowhere else.
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off")
 _X86, _ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
 
 
@@ -43,29 +24,40 @@ def instruction_sets(machine: str) -> tuple[str, ...]:
     return ("neon",) if machine.lower() in _ARM else ()
 
 
-def build(sources: Sequence[Path], library: Path, flags: Sequence[str] = ()) -> str:
-    """Makes `library` from the .cc files of `sources`, unless it is newer than all of them; the line to print.
+def build(units: Sequence[Path], library: Path, flags: Sequence[str] = ()) -> str:
+    """Makes `library`, named NAME-DIGEST.so, from .cc files unless it is there; the line to print.
 
-    Raises RuntimeError (no compiler, a compile that fails) or OSError (a folder that cannot be written).
+    The first compiler that can is taken. Older libraries of the same NAME are deleted.
+    Raises RuntimeError (no compiler, none that can) or OSError (a folder that cannot be written).
     """
-    if library.exists() and library.stat().st_mtime >= max(source.stat().st_mtime for source in sources):
+    if library.exists():
         return f"CPU kernels: {library.name} is up to date"
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
+    compilers = [path for path in map(shutil.which, COMPILERS) if path is not None]
+    if not compilers:
         raise RuntimeError(f"no C++ compiler on PATH ({', '.join(COMPILERS)})")
     library.parent.mkdir(parents=True, exist_ok=True)
     unfinished = library.with_suffix(f".{os.getpid()}")
-    units = (str(source) for source in sources if source.suffix == ".cc")
-    command = [compiler, *FLAGS, *flags, "-isystem", jax.ffi.include_dir(), *units, "-o", str(unfinished)]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        if run.returncode != 0:
-            errors = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines()
-            raise RuntimeError(f"{compiler} failed: {errors[0] if errors else f'exit code {run.returncode}'}")
-        unfinished.replace(library)
-    finally:
+    arguments = (*FLAGS, *flags, "-isystem", jax.ffi.include_dir(), *map(str, units), "-o", str(unfinished))
+    errors = []
+    for compiler in compilers:
+        error = _compile((compiler, *arguments))
+        if error is None:
+            unfinished.replace(library)
+            for old in set(library.parent.glob(f"{library.stem.rpartition('-')[0]}-*.so")) - {library}:
+                old.unlink(missing_ok=True)
+            return f"CPU kernels: built {library.name} with {compiler}"
         unfinished.unlink(missing_ok=True)
-    return f"CPU kernels: built {library.name} with {compiler}"
+        errors.append(f"{compiler} failed: {error}")
+    raise RuntimeError(errors[0])
+
+
+def _compile(command: Sequence[str]) -> str | None:
+    """Runs a compiler; what it says is wrong."""
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode == 0:
+        return None
+    lines = run.stderr.splitlines()
+    return next((line for line in lines if "error" in line), lines[0] if lines else f"exit code {run.returncode}")
 
 
 def build_all() -> list[str]:
@@ -77,7 +69,7 @@ def build_all() -> list[str]:
     if not names:
         raise RuntimeError(f"none are written for {platform.machine()}")
     with ThreadPoolExecutor() as threads:
-        builds = [threads.submit(build, SOURCES, library_path(name), INSTRUCTION_SETS[name]) for name in names]
+        builds = [threads.submit(build, UNITS, library_path(name), INSTRUCTION_SETS[name]) for name in names]
     failures = {name: done.exception() for name, done in zip(names, builds, strict=True)}
     if all(failures.values()):
         raise RuntimeError(str(failures[names[0]]))

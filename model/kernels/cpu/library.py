@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,21 +35,40 @@ INSTRUCTION_SETS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi"),
     "neon": (),
 }
+# No -march=native: the right library is picked when it is loaded, so it can be built on another machine.
+# No contraction: a multiply-add is fused where the source says so, and nowhere else.
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off")
+FOLDER = Path(__file__).parent
+UNITS, HEADERS = sorted(FOLDER.glob("*.cc")), sorted(FOLDER.glob("*.h"))
 # bfloat16's linear map has one result to the last bit on two paths: AVX512_BF16, and float32 multiply-adds.
 PATHS = ("pairs", "floats")
 
 
 @dataclass(frozen=True)
 class CpuKernels:
-    """The loaded library: its instruction set, and the paths of the linear kernel, each also a target `TARGET_path`."""
+    """The loaded library: what it was made from, its instruction set, and the paths of the linear kernel.
 
+    Each path is also a target `TARGET_path`.
+    """
+
+    digest: str
     instruction_set: str
     paths: tuple[str, ...]
 
 
+@functools.cache
+def digest() -> str:
+    """Of the sources and flags: a library is only ever loaded beside what it was made from."""
+    text = repr(
+        (FLAGS, sorted(INSTRUCTION_SETS.items()), [(path.name, path.read_bytes()) for path in (*UNITS, *HEADERS)])
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
 def library_path(instruction_set: str) -> Path:
-    """Where the library of this jaxlib lies: its interface belongs to one version of the headers."""
-    return Path(__file__).with_name("_build") / f"kernels-jaxlib-{jaxlib.version.__version__}-{instruction_set}.so"
+    """Where the library of these sources and this jaxlib lies: its interface belongs to one version of the headers."""
+    name = f"kernels-jaxlib-{jaxlib.version.__version__}-{instruction_set}-{digest()}.so"
+    return FOLDER / "_build" / name
 
 
 @functools.cache
@@ -72,7 +92,7 @@ def _register(library: ctypes.CDLL, instruction_set: str) -> CpuKernels:
     paths = PATHS if library.logprobd_has_pairs() else ("floats",)
     for name in (*TARGETS, *(f"{TARGET}_{path}" for path in paths)):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-    return CpuKernels(instruction_set, paths)
+    return CpuKernels(digest(), instruction_set, paths)
 
 
 def require() -> CpuKernels:

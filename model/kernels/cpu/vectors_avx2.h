@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "x86.h"
+
 #define INLINE __attribute__((always_inline)) inline
 
 namespace {
@@ -23,19 +25,7 @@ struct Mask {
   __m256 low, high;  // all bits of a lane, or none
 };
 
-inline bool RunsHere() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-
-// Flushes denormals and rounds to nearest on this thread while it lives, whatever the thread was set to.
-class FloatMode {
- public:
-  FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr((saved_ & ~0x6000u) | 0x8040u); }
-  ~FloatMode() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-};
+inline bool RunsHere() { return HasAvx2(); }
 
 INLINE Floats Zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 INLINE Floats Fill(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "x86.h"
+
 #define INLINE __attribute__((always_inline)) inline
 
 namespace {
@@ -19,18 +21,9 @@ using Floats = __m512;
 using Mask = __mmask16;
 
 inline bool RunsHere() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  return HasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl");
 }
-
-// Flushes denormals and rounds to nearest on this thread while it lives, whatever the thread was set to.
-class FloatMode {
- public:
-  FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr((saved_ & ~0x6000u) | 0x8040u); }
-  ~FloatMode() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-};
 
 INLINE Floats Zeros() { return _mm512_setzero_ps(); }
 INLINE Floats Fill(float value) { return _mm512_set1_ps(value); }

@@ -139,6 +139,7 @@ void Head(const std::string& kind, int64_t vocab, int64_t k) {
     if (kind == "ties") x = std::round(x);
     if (kind == "mostly banned" && random.Next() % 8 != 0) x = -std::numeric_limits<float>::infinity();
   }
+  if (kind == "all nan") std::fill(logits.begin(), logits.end(), std::numeric_limits<float>::quiet_NaN());
   if (kind == "nan") logits[static_cast<size_t>(vocab / 2)] = std::numeric_limits<float>::quiet_NaN();
   const std::vector<int32_t> ids = {0, static_cast<int32_t>(vocab - 1)};
   const std::vector<int32_t> named = {static_cast<int32_t>(vocab / 2), kNoId, kNoId, kNoId};
@@ -188,7 +189,7 @@ int main() {
     Rows<float>(size);
     Rows<uint16_t>(size);
   }
-  for (const char* kind : {"plain", "ties", "mostly banned", "nan"}) {
+  for (const char* kind : {"plain", "ties", "mostly banned", "nan", "all nan"}) {
     Head(kind, 40, 20);
     Head(kind, 1024, 5);
     Head(kind, 5003, 20);

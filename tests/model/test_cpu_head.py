@@ -89,6 +89,14 @@ def test_a_nan_is_never_swallowed(place: int) -> None:
     assert np.isnan(found.top_logprobs).all()
 
 
+def test_a_row_of_nan_alone() -> None:
+    ids, named = jnp.asarray([5], jnp.int32), jnp.full((1, 1), NO_ID, jnp.int32)
+    found = cpu.token_numbers(jnp.full((1, 3000), jnp.nan), ids, named, jnp.int32(1), k=4)
+    assert np.isnan(found.logprob).all()
+    assert np.isnan(found.top_logprobs).all()
+    assert not np.asarray(found.top_ids).any()
+
+
 def test_many_calls_at_once() -> None:
     hidden, weight = normal(6, 12, 64), cpu.pack(normal(7, 6000, 64))
     ids, named = ids_of(12, 6000)

@@ -2,6 +2,7 @@
 
 #include "attention.h"
 
+#include "outcome.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -19,11 +20,11 @@ int64_t WorkOf(const Pages& p) {
 }
 
 template <typename Element>
-void AttendAll(ffi::ThreadPool pool, const Pages& pages) {
+bool AttendAll(ffi::ThreadPool pool, const Pages& pages) {
   const int64_t blocks = (pages.tokens + kQueryTokens - 1) / kQueryTokens;
   const int64_t units = pages.rows * pages.kv_heads * blocks;
   const int64_t most = WorkOf(pages) < kMinWorkToShare ? 1 : pool.num_threads();
-  Share(pool, std::max<int64_t>(1, std::min(most, units)), units, [pages, blocks](int64_t first, int64_t last) {
+  return Share(pool, std::max<int64_t>(1, std::min(most, units)), units, [pages, blocks](int64_t first, int64_t last) {
     const FloatMode mode;
     const int64_t widest = std::min(kQueryTokens, pages.tokens) * (pages.heads / pages.kv_heads);
     const Scratch scratch(widest, pages.size);
@@ -65,14 +66,8 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::A
   const Pages pages = {tables.typed_data(), positions.typed_data(), queries.typed_data(), keys.untyped_data(),
                        values.untyped_data(), out->typed_data(), q[0], q[1], q[2], k[1], q[3], t[1], k[0], window};
   if (!InBounds(pages)) return ffi::Error::InvalidArgument("attention: a page or a position is out of bounds");
-  if (keys.element_type() == ffi::BF16) {
-    AttendAll<uint16_t>(pool, pages);
-    return ffi::Error::Success();
-  }
-  if (keys.element_type() == ffi::F32) {
-    AttendAll<float>(pool, pages);
-    return ffi::Error::Success();
-  }
+  if (keys.element_type() == ffi::BF16) return Outcome(AttendAll<uint16_t>(pool, pages));
+  if (keys.element_type() == ffi::F32) return Outcome(AttendAll<float>(pool, pages));
   return ffi::Error::InvalidArgument("attention takes bfloat16 or float32 pages");
 }
 

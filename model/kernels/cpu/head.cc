@@ -3,8 +3,11 @@
 
 #include "head.h"
 
+#include <map>
 #include <memory>
+#include <utility>
 
+#include "outcome.h"
 #include "parallel.h"
 #include "weight.h"
 #include "xla/ffi/api/ffi.h"
@@ -14,14 +17,15 @@ namespace {
 namespace ffi = xla::ffi;
 
 using Ids = ffi::Buffer<ffi::S32>;
-constexpr int64_t kMinLogitsToShare = 1 << 15;  // waking a thread takes longer than fewer
+constexpr int64_t kMinLogitsToShare = 1 << 15;  // waking a thread takes longer than so few
 
-// Calls produce(panel, row, take) for every panel and live row, which calls take(logits), and writes all answers.
+// Calls produce(panel, count, take) for every panel, which calls take(row, logits) for every live row, and writes all
+// answers.
 template <typename Produce>
-void Gather(ffi::ThreadPool pool, const std::shared_ptr<Tally>& tally, Produce produce) {
+ffi::Error Gather(ffi::ThreadPool pool, const std::shared_ptr<Tally>& tally, Produce produce) {
   const Numbers& n = tally->numbers;
   const int64_t most = n.rows * n.vocab < kMinLogitsToShare ? 1 : pool.num_threads();
-  Share(pool, std::max<int64_t>(1, std::min<int64_t>(most, tally->panels)), tally->panels,
+  const bool done = Share(pool, std::max<int64_t>(1, std::min<int64_t>(most, tally->panels)), tally->panels,
         [tally, produce](int64_t first, int64_t last) {
           const FloatMode mode;
           const Numbers& all = tally->numbers;
@@ -38,8 +42,10 @@ void Gather(ffi::ThreadPool pool, const std::shared_ptr<Tally>& tally, Produce p
             candidates.insert(candidates.end(), best[r].kept().begin(), best[r].kept().end());
           }
         });
+  if (!done) return Outcome(false);
   const FloatMode mode;
   for (int64_t r = 0; r < n.rows; ++r) Answer(*tally, r);
+  return ffi::Error::Success();
 }
 
 // The results of a call, checked and cleared: padded rows are zeros. Rows are cut to the live ones.
@@ -89,10 +95,9 @@ ffi::Error FromLogits(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, Ids id
   for (int64_t r = 0; r < rows; ++r) {
     for (Token& token : tally->rows[static_cast<size_t>(r)].tokens) token.own = from[r * vocab + token.id];
   }
-  Gather(pool, tally, [from, vocab, rows](int64_t panel, int64_t, auto take) {
+  return Gather(pool, tally, [from, vocab, rows](int64_t panel, int64_t, auto take) {
     for (int64_t r = 0; r < rows; ++r) take(r, from + r * vocab + panel * kPanel);
   });
-  return ffi::Error::Success();
 }
 
 // The logits of all rows in columns [first, first + count), by the tiles of the linear kernel: y [M, count].
@@ -101,15 +106,38 @@ void Logits(const Problem& whole, TileTable tiles, int64_t first, int64_t count,
   for (int64_t block = 0; block < part.blocks; ++block) Compute(part, tiles, block, block + 1 < part.blocks);
 }
 
-// The logit of one column for one row.
-float Logit(const Problem& whole, TileTable tiles, int64_t row, int64_t column) {
-  const int64_t first = column / kColumns * kColumns, count = std::min(kColumns, whole.n - first);
-  float y[kColumns];
-  Problem one = whole;
-  one.x += row * whole.k;
-  one.m = 1;
-  Logits(one, tiles, first, count, y);
-  return y[column - first];
+struct Asked {
+  int64_t row;
+  Token* token;
+};
+
+// The logits of the tokens that are asked for, which must be known before the panels are counted. What lies in one
+// block of columns comes from one product, of the rows from the first to the last that ask.
+bool OwnLogits(ffi::ThreadPool pool, const std::shared_ptr<Tally>& tally, const Problem& whole, TileTable tiles) {
+  std::map<int64_t, std::vector<Asked>> by_block;
+  for (int64_t r = 0; r < tally->numbers.rows; ++r) {
+    for (Token& token : tally->rows[static_cast<size_t>(r)].tokens) by_block[token.id / kColumns].push_back({r, &token});
+  }
+  auto blocks = std::make_shared<std::vector<std::vector<Asked>>>();
+  for (auto& [block, asked] : by_block) blocks->push_back(std::move(asked));
+  const auto count = static_cast<int64_t>(blocks->size());
+  return Share(pool, std::min<int64_t>(pool.num_threads(), count), count,
+               [blocks, whole, tiles](int64_t from, int64_t to) {
+                 const FloatMode mode;
+                 for (int64_t i = from; i < to; ++i) {
+                   const std::vector<Asked>& asked = (*blocks)[static_cast<size_t>(i)];
+                   const int64_t first = asked.front().token->id / kColumns * kColumns, row = asked.front().row;
+                   const int64_t columns = std::min(kColumns, whole.n - first);
+                   Problem some = whole;
+                   some.x += row * whole.k;
+                   some.m = asked.back().row - row + 1;
+                   std::vector<float> y(static_cast<size_t>(some.m * columns));
+                   Logits(some, tiles, first, columns, y.data());
+                   for (const Asked& one : asked) {
+                     one.token->own = y[static_cast<size_t>((one.row - row) * columns + one.token->id - first)];
+                   }
+                 }
+               });
 }
 
 ffi::Error Score(TileTable tiles, ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> hidden, const Weight& weight, Ids ids,
@@ -124,18 +152,12 @@ ffi::Error Score(TileTable tiles, ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> h
   if (rows == 0) return ffi::Error::Success();
   auto tally = std::make_shared<Tally>(request.numbers);
   const Problem problem = weight.MakeProblem(hidden.typed_data(), nullptr, false, rows, vocab, xs[1]);
-  {
-    const FloatMode mode;
-    for (int64_t r = 0; r < rows; ++r) {
-      for (Token& token : tally->rows[static_cast<size_t>(r)].tokens) token.own = Logit(problem, tiles, r, token.id);
-    }
-  }
-  Gather(pool, tally, [problem, tiles, rows](int64_t panel, int64_t count, auto take) {
+  if (!OwnLogits(pool, tally, problem, tiles)) return Outcome(false);
+  return Gather(pool, tally, [problem, tiles, rows](int64_t panel, int64_t count, auto take) {
     std::vector<float> logits(static_cast<size_t>(rows * count));
     Logits(problem, tiles, panel * kPanel, count, logits.data());
     for (int64_t r = 0; r < rows; ++r) take(r, logits.data() + r * count);
   });
-  return ffi::Error::Success();
 }
 
 ffi::Error FromHidden(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> hidden, ffi::Buffer<ffi::BF16> w, Ids ids,

@@ -200,11 +200,10 @@ inline void Answer(Tally& tally, int64_t r) {
   const int64_t there = std::min<int64_t>(to.k, static_cast<int64_t>(row.candidates.size()));
   std::partial_sort(row.candidates.begin(), row.candidates.begin() + there, row.candidates.end());
   for (int64_t i = 0; i < to.k; ++i) {  // a row of NaN has fewer candidates than k
-    const bool found = i < there;
-    const Candidate& candidate = row.candidates[static_cast<size_t>(found ? i : 0)];
-    to.top_ids[r * to.k + i] = found ? candidate.id : 0;
-    to.top_logprobs[r * to.k + i] =
-        (found ? candidate.value : std::numeric_limits<float>::quiet_NaN()) - normalizer;
+    const Candidate none = {std::numeric_limits<float>::quiet_NaN(), 0};
+    const Candidate candidate = i < there ? row.candidates[static_cast<size_t>(i)] : none;
+    to.top_ids[r * to.k + i] = candidate.id;
+    to.top_logprobs[r * to.k + i] = candidate.value - normalizer;
   }
 }
 

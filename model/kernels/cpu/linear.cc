@@ -1,10 +1,11 @@
-// y[M, N] = x[M, K] W[N, K]^T for bfloat16 x and packed bfloat16 W, as handlers of XLA's foreign function interface.
+// y[M, N] = x[M, K] W[N, K]^T for bfloat16 x and a packed W, bfloat16 or int8, as handlers of XLA's foreign function interface.
 // tiles.h has the layout of W, the arithmetic and its promise; parallel.h shares a call among XLA's own threads.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
+#include "outcome.h"
 #include "parallel.h"
 #include "weight.h"
 #include "xla/ffi/api/ffi.h"
@@ -36,11 +37,11 @@ ffi::Error Run(TileTable tiles, ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, 
   std::memset(static_cast<char*>(y->untyped_data()) + m * row, 0, static_cast<size_t>((xs[0] - m) * row));
   if (m == 0) return ffi::Error::Success();
   const Problem problem = weight.MakeProblem(x.typed_data(), y->untyped_data(), bf16, m, ys[1], xs[1]);
-  Share(pool, Threads(problem, pool.num_threads()), problem.blocks, [problem, tiles](int64_t first, int64_t last) {
-    const FloatMode mode;
-    for (int64_t block = first; block < last; ++block) Compute(problem, tiles, block, block + 1 < last);
-  });
-  return ffi::Error::Success();
+  return Outcome(
+      Share(pool, Threads(problem, pool.num_threads()), problem.blocks, [problem, tiles](int64_t first, int64_t last) {
+        const FloatMode mode;
+        for (int64_t block = first; block < last; ++block) Compute(problem, tiles, block, block + 1 < last);
+      }));
 }
 
 template <TileTable (*kTiles)()>

@@ -6,10 +6,9 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <thread>
 #include <utility>
-
-#include "xla/ffi/api/ffi.h"
 
 namespace {
 
@@ -22,6 +21,7 @@ struct Job {
   int64_t count, threads;
   std::atomic<int64_t> claimed{0};
   std::atomic<int64_t> finished{0};
+  std::atomic<bool> failed{false};
 
   Job(Range run, int64_t items, int64_t workers) : range(std::move(run)), count(items), threads(workers) {}
 };
@@ -33,20 +33,26 @@ void Work(Job<Range>& job) {
   while (first < job.count) {
     const int64_t last = first + std::max<int64_t>(1, (job.count - first) / (kClaims * job.threads));
     if (!job.claimed.compare_exchange_weak(first, last)) continue;
-    job.range(first, last);
+    try {
+      if (!job.failed) job.range(first, last);
+    } catch (const std::bad_alloc&) {  // the pool's threads are XLA's: nothing may be thrown there
+      job.failed = true;
+    }
     job.finished.fetch_add(last - first);
     first = job.claimed.load();
   }
 }
 
 // Calls range(first, last) for pieces of [0, count) that cover it once, on this thread and up to threads - 1 others.
-template <typename Range>
-void Share(xla::ffi::ThreadPool pool, int64_t threads, int64_t count, Range range) {
+// False where memory ran out in one of them: then not all was done.
+template <typename Pool, typename Range>
+[[nodiscard]] bool Share(Pool& pool, int64_t threads, int64_t count, Range range) {
   auto job = std::make_shared<Job<Range>>(std::move(range), count, threads);
   for (int64_t t = 1; t < threads; ++t) pool.Schedule([job] { Work(*job); });
   Work(*job);
   // Whatever is not finished was claimed by a thread that is at work on it: never a wait for a task to start.
   while (job->finished.load() < count) std::this_thread::yield();
+  return !job->failed;
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "outcome.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -15,14 +16,15 @@ namespace ffi = xla::ffi;
 constexpr int64_t kMinElementsToShare = 1 << 15;  // waking a thread takes longer than fewer
 constexpr int64_t kPage = 64;                     // S, tokens of a page
 
-// Calls row(i) for the rows that are live and fills the others of y with zeros. bytes: of a row of y.
+// Calls row(i) for the rows that are live and fills the others of y with zeros. bytes: of a row of y. As Share does,
+// it tells whether all was done.
 template <typename Row>
-void EachRow(ffi::ThreadPool pool, int64_t rows, int64_t live, int64_t elements, void* y, int64_t bytes, Row row) {
+bool EachRow(ffi::ThreadPool pool, int64_t rows, int64_t live, int64_t elements, void* y, int64_t bytes, Row row) {
   live = std::clamp<int64_t>(live, 0, rows);
   std::memset(static_cast<char*>(y) + live * bytes, 0, static_cast<size_t>((rows - live) * bytes));
-  if (live == 0) return;
+  if (live == 0) return true;
   const int64_t threads = live * elements < kMinElementsToShare ? 1 : std::min<int64_t>(pool.num_threads(), live);
-  Share(pool, std::max<int64_t>(1, threads), live, [row](int64_t first, int64_t last) {
+  return Share(pool, std::max<int64_t>(1, threads), live, [row](int64_t first, int64_t last) {
     const FloatMode mode;
     for (int64_t i = first; i < last; ++i) row(i);
   });
@@ -31,14 +33,9 @@ void EachRow(ffi::ThreadPool pool, int64_t rows, int64_t live, int64_t elements,
 // Calls run with y as the float or bfloat16 array that it is.
 template <typename Run>
 ffi::Error Typed(ffi::Result<ffi::AnyBuffer>& y, Run run) {
-  if (y->element_type() == ffi::F32) {
-    run(static_cast<float*>(y->untyped_data()));
-  } else if (y->element_type() == ffi::BF16) {
-    run(static_cast<uint16_t*>(y->untyped_data()));
-  } else {
-    return ffi::Error::InvalidArgument("the result is bfloat16 or float32");
-  }
-  return ffi::Error::Success();
+  if (y->element_type() == ffi::F32) return Outcome(run(static_cast<float*>(y->untyped_data())));
+  if (y->element_type() == ffi::BF16) return Outcome(run(static_cast<uint16_t*>(y->untyped_data())));
+  return ffi::Error::InvalidArgument("the result is bfloat16 or float32");
 }
 
 ffi::Error Norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> weight,
@@ -50,8 +47,8 @@ ffi::Error Norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::
   const float *from = x.typed_data(), *by = weight.typed_data();
   const int64_t size = xs[1];
   return Typed(y, [&](auto* to) {
-    EachRow(pool, xs[0], *live.typed_data(), size, to, size * sizeof(*to),
-            [=](int64_t i) { NormRow(from + i * size, by, epsilon, size, to + i * size); });
+    return EachRow(pool, xs[0], *live.typed_data(), size, to, size * sizeof(*to),
+                   [=](int64_t i) { NormRow(from + i * size, by, epsilon, size, to + i * size); });
   });
 }
 
@@ -64,7 +61,7 @@ ffi::Error Swiglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::BufferR0<f
   const float* from = x.typed_data();
   const int64_t size = ys[1];
   return Typed(y, [&](auto* to) {
-    EachRow(pool, xs[0], *live.typed_data(), 2 * size, to, size * sizeof(*to), [=](int64_t i) {
+    return EachRow(pool, xs[0], *live.typed_data(), 2 * size, to, size * sizeof(*to), [=](int64_t i) {
       SwigluRow(from + 2 * i * size, from + (2 * i + 1) * size, size, to + i * size);
     });
   });
@@ -117,7 +114,7 @@ ffi::Error RotateAndStore(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> heads, ffi
                           ffi::ResultBuffer<ffi::F32> queries, ffi::Result<ffi::AnyBuffer> keys,
                           ffi::Result<ffi::AnyBuffer> values) {
   const auto in = heads.dimensions(), q = queries->dimensions(), k = keys->dimensions(), t = tables.dimensions();
-  if (in.size() != 4 || q.size() != 4 || k.size() != 4 || t.size() != 2 || k[2] != kPage || k[3] != in[3] ||
+  if (in.size() != 4 || q.size() != 4 || k.size() != 4 || t.size() != 2 || k[2] != kPage || k[3] != in[3] || values->element_count() != keys->element_count() ||
       in[3] % 2 != 0 || in[2] != q[2] + 2 * k[1] || t[0] != in[0] || keys->element_type() != values->element_type() ||
       positions.element_count() != static_cast<size_t>(in[0] * in[1]) || cos.element_count() != sin.element_count() ||
       cos.element_count() != static_cast<size_t>(in[0] * in[1] * in[3] / 2)) {
@@ -135,7 +132,7 @@ ffi::Error RotateAndStore(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> heads, ffi
   void* value_pages = values->untyped_data();
   return Typed(keys, [&](auto* to) {
     auto* values_to = static_cast<decltype(to)>(value_pages);
-    EachRow(pool, all, all, in[2] * in[3], to, 0, [=](int64_t i) { StoreToken(h, i, to, values_to); });
+    return EachRow(pool, all, all, in[2] * in[3], to, 0, [=](int64_t i) { StoreToken(h, i, to, values_to); });
   });
 }
 

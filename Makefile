@@ -8,7 +8,7 @@ URL ?=
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check --require-hashes --no-deps
 
-.PHONY: serve test check bench notebook kernels lock clean
+.PHONY: serve test check bench sanitize notebook kernels lock clean
 .DELETE_ON_ERROR:
 
 serve: .venv/.serve kernels
@@ -25,6 +25,10 @@ check: .venv/.dev
 # Against a server that runs (URL=http://...), or starts one itself on MODEL.
 bench: .venv/.serve kernels
 	$(PY) -m serve.bench $(if $(URL),--url $(URL)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+# The kernels' unit tests under AddressSanitizer and UBSan; needs g++ and takes minutes.
+sanitize: .venv/.dev kernels
+	$(PY) -m tests.sanitized_kernels
 
 notebook: .venv/.dev kernels
 	@$(PIP) -r requirements-notebook.lock

@@ -14,21 +14,32 @@ from model.kernels.cpu.library import FLAGS as ALL_FLAGS
 from model.kernels.cpu.library import FOLDER, INSTRUCTION_SETS
 
 PROGRAM = Path(__file__).with_name("kernel_bits.cc")
+THREADS_PROGRAM = Path(__file__).with_name("kernel_threads.cc")
 CANNOT_RUN = 77  # the program's exit code on a CPU that it is not for
 FLAGS = [flag for flag in ALL_FLAGS if flag not in ("-shared", "-fPIC", "-O3")]
 FAST = "-O2"
 SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
+THREAD_SANITIZER = ("-O1", "-fsanitize=thread", "-g")
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 NATIVE = build.instruction_sets(platform.machine())
 
 
-def lines_of(folder: Path, flags: Sequence[str], compiler: str = "c++", runner: Sequence[str] = ()) -> list[str]:
+def lines_of(
+    folder: Path,
+    flags: Sequence[str],
+    compiler: str = "c++",
+    runner: Sequence[str] = (),
+    source: Path = PROGRAM,
+) -> list[str]:
     """What the program prints when it is compiled with `flags`; skips where that cannot be done here."""
     found = shutil.which(compiler)
     if found is None:
         pytest.skip(f"no {compiler} here")
-    program = folder / "kernel_bits"
-    subprocess.run([found, *FLAGS, *flags, "-I", FOLDER, PROGRAM, "-o", program], check=True)
+    nothing, program = folder / "nothing.cc", folder / "program"
+    nothing.write_text("int main() {}")
+    if subprocess.run([found, *flags, nothing, "-o", program], check=False).returncode != 0:
+        pytest.skip(f"{compiler} lacks what {' '.join(flags)} need")
+    subprocess.run([found, *FLAGS, *flags, "-pthread", "-I", FOLDER, source, "-o", program], check=True)
     run = subprocess.run([*runner, program], capture_output=True, text=True, check=False)
     if run.returncode == CANNOT_RUN:
         pytest.skip("this CPU cannot run it")
@@ -61,6 +72,13 @@ def test_arm(reference: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NATIVE)
 def test_sanitizers_find_nothing(name: str, reference: list[str], tmp_path: Path) -> None:
     assert lines_of(tmp_path, (*SANITIZERS, *INSTRUCTION_SETS[name])) == reference
+
+
+@pytest.mark.parametrize("sanitizers", [SANITIZERS, THREAD_SANITIZER], ids=["address", "thread"])
+def test_calls_that_threads_share(sanitizers: Sequence[str], tmp_path: Path) -> None:
+    if not NATIVE:
+        pytest.skip(f"no kernels for {platform.machine()}")
+    assert lines_of(tmp_path, (*sanitizers, *INSTRUCTION_SETS[NATIVE[-1]]), source=THREADS_PROGRAM) == []
 
 
 @pytest.mark.parametrize("name", NATIVE[1:])

@@ -17,37 +17,6 @@ namespace {
 namespace ffi = xla::ffi;
 
 using Ids = ffi::Buffer<ffi::S32>;
-constexpr int64_t kMinLogitsToShare = 1 << 15;  // waking a thread takes longer than so few
-
-// Calls produce(panel, count, take) for every panel, which calls take(row, logits) for every live row, and writes all
-// answers.
-template <typename Produce>
-ffi::Error Gather(ffi::ThreadPool pool, const std::shared_ptr<Tally>& tally, Produce produce) {
-  const Numbers& n = tally->numbers;
-  const int64_t most = n.rows * n.vocab < kMinLogitsToShare ? 1 : pool.num_threads();
-  const bool done = Share(pool, std::max<int64_t>(1, std::min<int64_t>(most, tally->panels)), tally->panels,
-        [tally, produce](int64_t first, int64_t last) {
-          const FloatMode mode;
-          const Numbers& all = tally->numbers;
-          std::vector<Best> best(static_cast<size_t>(all.rows), Best(all.k));
-          for (int64_t panel = first; panel < last; ++panel) {
-            const int64_t count = std::min(kPanel, all.vocab - panel * kPanel);
-            produce(panel, count, [&](int64_t r, const float* logits) {
-              Take(tally->rows[static_cast<size_t>(r)], panel, logits, count, best[static_cast<size_t>(r)]);
-            });
-          }
-          const std::lock_guard<std::mutex> guard(tally->lock);
-          for (size_t r = 0; r < best.size(); ++r) {
-            auto& candidates = tally->rows[r].candidates;
-            candidates.insert(candidates.end(), best[r].kept().begin(), best[r].kept().end());
-          }
-        });
-  if (!done) return Outcome(false);
-  const FloatMode mode;
-  for (int64_t r = 0; r < n.rows; ++r) Answer(*tally, r);
-  return ffi::Error::Success();
-}
-
 // The results of a call, checked and cleared: padded rows are zeros. Rows are cut to the live ones.
 struct Request {
   Numbers numbers;
@@ -95,9 +64,9 @@ ffi::Error FromLogits(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, Ids id
   for (int64_t r = 0; r < rows; ++r) {
     for (Token& token : tally->rows[static_cast<size_t>(r)].tokens) token.own = from[r * vocab + token.id];
   }
-  return Gather(pool, tally, [from, vocab, rows](int64_t panel, int64_t, auto take) {
+  return Outcome(Gather(pool, tally, [from, vocab, rows](int64_t panel, int64_t, auto take) {
     for (int64_t r = 0; r < rows; ++r) take(r, from + r * vocab + panel * kPanel);
-  });
+  }));
 }
 
 // The logits of all rows in columns [first, first + count), by the tiles of the linear kernel: y [M, count].
@@ -153,11 +122,11 @@ ffi::Error Score(TileTable tiles, ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> h
   auto tally = std::make_shared<Tally>(request.numbers);
   const Problem problem = weight.MakeProblem(hidden.typed_data(), nullptr, false, rows, vocab, xs[1]);
   if (!OwnLogits(pool, tally, problem, tiles)) return Outcome(false);
-  return Gather(pool, tally, [problem, tiles, rows](int64_t panel, int64_t count, auto take) {
+  return Outcome(Gather(pool, tally, [problem, tiles, rows](int64_t panel, int64_t count, auto take) {
     std::vector<float> logits(static_cast<size_t>(rows * count));
     Logits(problem, tiles, panel * kPanel, count, logits.data());
     for (int64_t r = 0; r < rows; ++r) take(r, logits.data() + r * count);
-  });
+  }));
 }
 
 ffi::Error FromHidden(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> hidden, ffi::Buffer<ffi::BF16> w, Ids ids,

@@ -11,9 +11,11 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <mutex>
 #include <vector>
 
+#include "parallel.h"
 #include "vectors.h"
 
 namespace {
@@ -205,6 +207,36 @@ inline void Answer(Tally& tally, int64_t r) {
     to.top_ids[r * to.k + i] = candidate.id;
     to.top_logprobs[r * to.k + i] = candidate.value - normalizer;
   }
+}
+
+constexpr int64_t kMinLogitsToShare = 1 << 15;  // waking a thread takes longer than so few
+
+// Calls produce(panel, count, take) for every panel, which calls take(row, logits) for every live row, and writes all
+// answers. False where memory ran out.
+template <typename Pool, typename Produce>
+[[nodiscard]] bool Gather(Pool& pool, const std::shared_ptr<Tally>& tally, Produce produce) {
+  const Numbers& n = tally->numbers;
+  const int64_t most = n.rows * n.vocab < kMinLogitsToShare ? 1 : pool.num_threads();
+  const auto range = [tally, produce](int64_t first, int64_t last) {
+    const FloatMode mode;
+    const Numbers& all = tally->numbers;
+    std::vector<Best> best(static_cast<size_t>(all.rows), Best(all.k));
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t count = std::min(kPanel, all.vocab - panel * kPanel);
+      produce(panel, count, [&](int64_t r, const float* logits) {
+        Take(tally->rows[static_cast<size_t>(r)], panel, logits, count, best[static_cast<size_t>(r)]);
+      });
+    }
+    const std::lock_guard<std::mutex> guard(tally->lock);
+    for (size_t r = 0; r < best.size(); ++r) {
+      auto& candidates = tally->rows[r].candidates;
+      candidates.insert(candidates.end(), best[r].kept().begin(), best[r].kept().end());
+    }
+  };
+  if (!Share(pool, std::max<int64_t>(1, std::min<int64_t>(most, tally->panels)), tally->panels, range)) return false;
+  const FloatMode mode;
+  for (int64_t r = 0; r < n.rows; ++r) Answer(*tally, r);
+  return true;
 }
 
 }  // namespace

@@ -1,0 +1,120 @@
+// Runs what shares a call among threads with a pool of its own, on random sizes, and checks the results.
+// test_cpu_instruction_sets.py compiles it with ThreadSanitizer, and with AddressSanitizer and UBSan.
+
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <new>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "head.h"
+#include "parallel.h"
+#include "tiles.h"
+
+namespace {
+
+// As XLA's: tasks start when they like, some only after the call that made them has returned.
+class Pool {
+ public:
+  explicit Pool(int64_t threads) : threads_(threads) {}
+  ~Pool() {
+    for (std::thread& thread : running_) thread.join();
+  }
+  int64_t num_threads() const { return threads_; }
+  template <typename Task>
+  void Schedule(Task task) {
+    running_.emplace_back(std::move(task));
+  }
+
+ private:
+  const int64_t threads_;
+  std::vector<std::thread> running_;
+};
+
+void Check(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "%s\n", what);
+  std::exit(1);
+}
+
+void EveryItemOnce(Pool& pool, int64_t threads, int64_t count) {
+  std::vector<int> seen(static_cast<size_t>(count));
+  int* to = seen.data();
+  Check(Share(pool, threads, count, [to](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) ++to[i];
+  }), "a share failed");
+  for (const int times : seen) Check(times == 1, "an item was not done once");
+}
+
+void MemoryRunsOut(Pool& pool, int64_t threads, int64_t count, int64_t at) {
+  const bool done = Share(pool, threads, count, [at](int64_t first, int64_t last) {
+    if (first <= at && at < last) throw std::bad_alloc();
+  });
+  Check(!done, "a share that ran out of memory said that all was done");
+}
+
+void Products(Pool& pool, std::mt19937& random, int64_t m, int64_t n, int64_t k) {
+  std::vector<uint16_t> x(static_cast<size_t>(m * k)), w(static_cast<size_t>((n + 31) / 32 * ((k + 1) / 2) * 64));
+  for (auto* values : {&x, &w}) {
+    for (uint16_t& value : *values) value = static_cast<uint16_t>(0x3f00 + random() % 256);
+  }
+  std::vector<float> alone(static_cast<size_t>(m * n)), shared(alone.size());
+  const TileTable tiles = FastestTiles();
+  const auto run = [&](float* y) {
+    const Problem problem = {x.data(), w.data(), nullptr, y, false, m, n, k, (n + 31) / 32, (k + 1) / 2 * 64};
+    return [problem, tiles](int64_t first, int64_t last) {
+      const FloatMode mode;
+      for (int64_t block = first; block < last; ++block) Compute(problem, tiles, block, block + 1 < last);
+    };
+  };
+  run(alone.data())(0, (n + 31) / 32);
+  Check(Share(pool, pool.num_threads(), (n + 31) / 32, run(shared.data())), "a product failed");
+  Check(alone == shared, "a product differs by how it is shared");
+}
+
+void Rows(Pool& pool, std::mt19937& random, int64_t rows, int64_t vocab, int64_t k, int64_t named) {
+  std::vector<float> logits(static_cast<size_t>(rows * vocab));
+  for (float& x : logits) x = static_cast<float>(static_cast<int>(random() % 64)) / 8;  // many are equal
+  std::vector<int32_t> ids(static_cast<size_t>(rows)), named_ids(static_cast<size_t>(rows * named));
+  for (int32_t& id : ids) id = static_cast<int32_t>(random() % vocab);
+  for (int32_t& id : named_ids) id = static_cast<int32_t>(random() % vocab);
+  const size_t floats = static_cast<size_t>(rows * (2 + k + named)), counts = static_cast<size_t>(rows * (1 + k + named));
+  std::vector<float> found[2] = {std::vector<float>(floats), std::vector<float>(floats)};
+  std::vector<int32_t> ranks[2] = {std::vector<int32_t>(counts), std::vector<int32_t>(counts)};
+  Pool one(1);
+  for (int way = 0; way < 2; ++way) {
+    float* f = found[way].data();
+    int32_t* c = ranks[way].data();
+    auto tally = std::make_shared<Tally>(Numbers{rows, vocab, k, named, ids.data(), named_ids.data(), f, c, c + rows,
+                                                 f + 2 * rows, f + rows * (2 + k), c + rows * (1 + k), f + rows});
+    for (int64_t r = 0; r < rows; ++r) {
+      for (Token& token : tally->rows[static_cast<size_t>(r)].tokens) token.own = logits[static_cast<size_t>(r * vocab + token.id)];
+    }
+    const float* from = logits.data();
+    Check(Gather(way == 0 ? one : pool, tally, [from, vocab, rows](int64_t panel, int64_t, auto take) {
+      for (int64_t r = 0; r < rows; ++r) take(r, from + r * vocab + panel * kPanel);
+    }), "numbers failed");
+  }
+  Check(found[0] == found[1] && ranks[0] == ranks[1], "numbers differ by how they are shared");
+}
+
+}  // namespace
+
+int main() {
+  if (!RunsHere()) return 77;
+  std::mt19937 random(7);
+  const auto below = [&random](int64_t limit) { return static_cast<int64_t>(random() % static_cast<uint64_t>(limit)); };
+  for (int round = 0; round < 40; ++round) {
+    Pool pool(1 + below(4));
+    EveryItemOnce(pool, pool.num_threads(), below(200));
+    const int64_t count = 1 + below(100);
+    MemoryRunsOut(pool, pool.num_threads(), count, below(count));
+    Products(pool, random, 1 + below(30), 1 + below(300), 1 + below(90));
+    const int64_t vocab = 1 + below(20000);
+    Rows(pool, random, 1 + below(4), vocab, below(std::min<int64_t>(vocab, 20) + 1), below(4));
+  }
+  return 0;
+}

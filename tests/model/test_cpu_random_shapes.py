@@ -1,0 +1,78 @@
+"""The kernels in shapes that nobody chose. `make sanitize` runs these, too."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from model.kernels import cpu
+from model.weights.int8 import quantise
+from tests.model.test_cpu_attention import crowd
+
+NO_ID = np.iinfo(np.int32).max
+SIZES = st.tuples(st.integers(1, 80), st.integers(1, 400), st.integers(1, 300))  # M, N, K
+WEIGHTS = st.sampled_from(["bfloat16", "int8"])
+SEEDS = st.integers(0, 2**32 - 1)
+few = settings(max_examples=25, deadline=None, derandomize=True)
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+
+def packed(weights: str, matrix: NDArray[np.float32]) -> cpu.Packed:
+    if weights == "bfloat16":
+        return cpu.pack(jnp.asarray(matrix))
+    rounded = quantise(matrix)
+    return cpu.pack_int8(jnp.asarray(rounded.values), jnp.asarray(rounded.scales))
+
+
+@few
+@given(size=SIZES, weights=WEIGHTS, seed=SEEDS)
+def test_linear(size: tuple[int, int, int], weights: str, seed: int) -> None:
+    (m, n, k), random = size, np.random.default_rng(seed)
+    x = jnp.asarray(random.normal(size=(m, k)), jnp.bfloat16)
+    weight = packed(weights, random.normal(size=(n, k)).astype(np.float32))
+    values = np.asarray(cpu.unpack(weight), np.float64)
+    x64, y = np.asarray(x, np.float64), np.asarray(cpu.linear(x, weight))
+    assert (np.abs(y - x64 @ values.T) <= k * 2.0**-24 * (np.abs(x64) @ np.abs(values).T)).all()
+    row = int(random.integers(m))
+    assert np.asarray(cpu.linear(x[row : row + 1], weight)).tobytes() == y[row].tobytes()
+
+
+@few
+@given(size=SIZES, weights=WEIGHTS, k=st.integers(0, 20), named=st.integers(0, 5), seed=SEEDS)
+def test_score(size: tuple[int, int, int], weights: str, k: int, named: int, seed: int) -> None:
+    (m, vocab, width), random = size, np.random.default_rng(seed)
+    hidden = jnp.asarray(random.normal(size=(m, width)), jnp.bfloat16)
+    weight = packed(weights, random.normal(size=(vocab, width)).astype(np.float32))
+    ids = jnp.asarray(random.integers(0, vocab, m), jnp.int32)
+    named_ids = random.integers(0, vocab, (m, named)).astype(np.int32)
+    named_ids[random.random(m) < 0.5, named // 2 :] = NO_ID
+    live, k = jnp.int32(random.integers(m + 1)), min(k, vocab)
+    found = cpu.score(hidden, weight, ids, jnp.asarray(named_ids), live, k=k)
+    expected = cpu.token_numbers(cpu.linear(hidden, weight), ids, jnp.asarray(named_ids), live, k=k)
+    for mine, other in zip(found, expected, strict=True):
+        assert np.asarray(mine).tobytes() == np.asarray(other).tobytes()
+
+
+@few
+@given(
+    kv_heads=st.integers(1, 4),
+    group=st.integers(1, 9),
+    half=st.integers(1, 66),
+    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=3),
+    window=st.integers(0, 130),
+    dtype=st.sampled_from(["bfloat16", "float32"]),
+    seed=SEEDS,
+)
+def test_attention(
+    kv_heads: int, group: int, half: int, lengths: list[int], window: int, dtype: str, seed: int
+) -> None:
+    rows = crowd((kv_heads * group, kv_heads, 2 * half), tuple(lengths), dtype, seed)
+    row = seed % len(lengths)
+    whole = rows.whole(row, window=window)
+    np.testing.assert_allclose(whole, rows.in_float64(row, window=window), rtol=0, atol=4e-6)
+    cut = seed % lengths[row]
+    tail = rows.chunk(row, cut, lengths[row], window=window)
+    assert tail.tobytes() == whole[cut:].tobytes()

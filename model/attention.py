@@ -13,6 +13,7 @@ from model.kv_cache import PAGE_SIZE
 # XLA:CPU multiplies small matrices by other code, with other last bits, than large ones: with this many query rows a
 # decode step takes the same route as a prefill chunk (measured: 18 rows differ, 24 do not; docs/design.md).
 _MIN_QUERIES = 32
+_EXACT = jax.lax.Precision.HIGHEST  # a GPU or TPU would round the operands
 _MASKED = -1e30  # finite, so that a row of padding gives no NaN
 
 
@@ -62,7 +63,7 @@ def attend_in_xla(
         ids = tables[:, i]
         k = keys[ids].astype(jnp.float32)  # [R, K, S, E]
         v = values[ids].astype(jnp.float32)
-        scores = jnp.einsum("rkqe,rkse->rkqs", q, k)
+        scores = jnp.einsum("rkqe,rkse->rkqs", q, k, precision=_EXACT)
         key_at = i * PAGE_SIZE + jnp.arange(PAGE_SIZE, dtype=jnp.int32)
         seen = key_at <= query_at
         if window:
@@ -73,7 +74,7 @@ def attend_in_xla(
         new_best = jnp.maximum(best, scores.max(-1))
         scale = jnp.exp(best - new_best)
         p = jnp.where(seen, jnp.exp(scores - new_best[..., None]), 0.0)
-        out = out * scale[..., None] + jnp.einsum("rkqs,rkse->rkqe", p, v)
+        out = out * scale[..., None] + jnp.einsum("rkqs,rkse->rkqe", p, v, precision=_EXACT)
         return new_best, total * scale + p.sum(-1), out
 
     shape = (R, K, Q)

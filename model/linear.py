@@ -38,7 +38,11 @@ def _dot(x: Array, weight: Array) -> Array:
     rows = x.shape[0]
     if rows < MIN_ROWS:
         x = jnp.pad(x, ((0, MIN_ROWS - rows), (0, 0)))
-    y = jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    # Products of bfloat16 are exact in float32; those of float32 would be of rounded operands on a GPU or TPU.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    y = jax.lax.dot_general(
+        x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
     return y[:rows]
 
 

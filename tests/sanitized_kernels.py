@@ -37,7 +37,8 @@ def _runtime(name: str) -> str:
 
 
 def _run_tests(made: Path) -> int:
-    library.library_path = build.library_path = lambda name: made.with_name(f"{name}.so")  # type: ignore[assignment]
+    for module in (library, build):
+        module.library_path = lambda name: made.with_name(f"{name}.so")  # type: ignore[attr-defined]
     kernels = cpu.load()
     if kernels is None or kernels.instruction_set != made.stem:
         raise RuntimeError(f"{made} was not loaded")
@@ -51,7 +52,7 @@ def main() -> int:
     if _LIBRARY in os.environ:
         return _run_tests(Path(os.environ[_LIBRARY]))
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / f"{cpu.require().instruction_set}.so"
+        made = Path(folder) / f"{library.require().instruction_set}.so"
         _build(made)
         preloaded = " ".join(map(_runtime, ("libasan.so", "libubsan.so")))
         # Python itself leaves memory behind at its end.

@@ -181,7 +181,7 @@ def _read_int8(checkpoint: Checkpoint, target: _Target, problems: list[str]) -> 
         try:
             stored = checkpoint.read_int8(part.name)
             if stored is None:
-                stored = quantise(np.asarray(checkpoint.read(part.name), np.float32))
+                stored = quantise(checkpoint.read(part.name))
         except ModelLoadError as error:
             problems.append(f"{part.name}: {error}")
             continue

@@ -21,10 +21,13 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def packed(weights: str, matrix: NDArray[np.float32]) -> cpu.Packed:
+    made: cpu.Packed
     if weights == "bfloat16":
-        return cpu.pack(jnp.asarray(matrix))
-    rounded = quantise(matrix)
-    return cpu.pack_int8(jnp.asarray(rounded.values), jnp.asarray(rounded.scales))
+        made = cpu.pack(jnp.asarray(matrix))
+    else:
+        rounded = quantise(matrix)
+        made = cpu.pack_int8(jnp.asarray(rounded.values), jnp.asarray(rounded.scales))
+    return made
 
 
 @few

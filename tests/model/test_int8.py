@@ -7,6 +7,7 @@ from typing import Any
 import gguf
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -73,6 +74,23 @@ def test_groups_of_zeros_and_numbers_too_small_for_a_scale_are_zeros() -> None:
     expected = np.zeros_like(matrix)
     expected[1, 40] = 127 * np.float32(np.float16(2 / 127))
     np.testing.assert_array_equal(values_of(quantise(matrix)), expected)
+
+
+@pytest.mark.parametrize("greatest", [7.7e-3, 1e-4, 3e-5, 1e-5, 8e-6])
+def test_groups_whose_scale_is_subnormal_in_float16(greatest: float) -> None:
+    matrix = normal(17, 64, 320)
+    matrix *= greatest / np.abs(matrix).max()
+    array = quantise(matrix)
+    steps = np.repeat(array.scales.astype(np.float32), GROUP, axis=1)
+    assert (np.abs(values_of(array) - matrix) <= 0.501 * np.maximum(steps, 2.0**-24)).all()
+
+
+def test_a_large_matrix_is_rounded_row_by_row() -> None:
+    matrix = normal(18, 3000, 600)  # more than is rounded at once
+    array, last = quantise(matrix), quantise(matrix[-1:])
+    np.testing.assert_array_equal(array.values[-1:], last.values)
+    np.testing.assert_array_equal(array.scales[-1:], last.scales)
+    np.testing.assert_array_equal(values_of(quantise(matrix.astype(ml_dtypes.bfloat16))).shape, matrix.shape)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -219,5 +237,6 @@ def test_it_lowers_for_every_platform() -> None:
     for platform in ("tpu", "cuda"):
         text = in_xla.trace(x, weight).lower(lowering_platforms=(platform,)).as_text()
         assert "logprobd" not in text
+        assert "HIGHEST" in text  # of float32 operands, which they would round
     if cpu.load() is not None:
         assert "logprobd_linear_int8" in in_xla.trace(x, weight).lower(lowering_platforms=("cpu",)).as_text()

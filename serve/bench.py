@@ -21,6 +21,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 from rich.console import Console
@@ -247,7 +248,7 @@ def show(rows: dict[str, Figures], weight_bytes: float | None) -> None:
     for column in ("scenario", "tokens/s", "TTFT ms", "ITL ms", "total ms", "GB/s", "share of limit", "note"):
         table.add_column(column, justify="left" if column in ("scenario", "note") else "right")
     for name, row in rows.items():
-        gigabytes = None if row.bandwidth is None else row.bandwidth / 1e9
+        gigabytes = None if row.bandwidth is None or weight_bytes is None else row.bandwidth / 1e9
         numbers = (row.tokens_per_second, row.ttft_ms, row.itl_ms, row.total_ms, gigabytes)
         share = row.share(weight_bytes) if weight_bytes else None
         texts = [f"{value:.1f}" if value is not None else "" for value in numbers]
@@ -271,11 +272,10 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("NO_COLOR", "1")
     plain, named = host_ms_per_step(), host_ms_per_step(named_ids=MAX_SCORED_IDS)
-    weights = (
-        None
-        if options.url and not options.model
-        else decode_bytes(options.model, options.quantization or options.dtype)
-    )
+    # Another machine's memory is not this one's.
+    elsewhere = options.url and urlsplit(options.url).hostname not in ("127.0.0.1", "::1", "localhost")
+    unknown = elsewhere or (options.url and not options.model)
+    weights = None if unknown else decode_bytes(options.model, options.quantization or options.dtype)
     with contextlib.ExitStack() as stack:
         arguments = [*([options.model] if options.model else []), "--dtype", options.dtype]
         arguments += ["--quantization", options.quantization] if options.quantization else []

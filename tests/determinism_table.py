@@ -109,6 +109,8 @@ def main() -> None:
                 columns[f"{dtype}, XLA"] = Measurement(_runner(path, dtype)).differences()
             if cpu.load() is not None:
                 columns[f"{dtype}, kernels"] = Measurement(_runner(path, dtype)).differences()
+        with _without_kernels():
+            columns["int8, XLA"] = Measurement(_runner(path, "int8")).differences()
         if cpu.load() is not None:
             columns["int8, kernels"] = Measurement(_runner(path, "int8")).differences()
         table = Table("against alone, cold, chunks of 256", *columns, title=path.stem)

@@ -120,9 +120,9 @@ class ModelRunner:
         self._leaves = model.leaves
         shapes = state_shapes(model.config, buckets, pages=pages, dtype=model.dtype)
         first = compile_plans([state_plan(shapes)], on_compiled)
-        (self._zero_state,) = first
+        (zero_state,) = first
         with ThreadPoolExecutor(1, thread_name_prefix="state") as pool:  # fresh memory takes seconds to come
-            state = pool.submit(lambda: jax.block_until_ready(self._zero_state.compiled()))
+            state = pool.submit(lambda: jax.block_until_ready(zero_state.compiled()))
             rest = compile_plans(make_plans(model, buckets, shapes, max_logprobs), on_compiled)
             self._state: DeviceState = state.result()
         self.programs = Programs([*first, *rest])
@@ -169,7 +169,7 @@ class ModelRunner:
 
     def reset(self) -> None:
         """A fresh, empty state: a step that failed after donation has lost the old one."""
-        self._state = self._zero_state.compiled()
+        self._state = self._compiled(StateShape(self.pages, self.buckets.slots))()
 
     def _compiled(self, shape: Shape) -> Any:
         return self.programs[shape].compiled

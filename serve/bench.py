@@ -21,7 +21,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx2
 from rich.console import Console
@@ -29,7 +28,7 @@ from rich.table import Table
 
 from compiled.state import MAX_SCORED_IDS
 from serve.bench_host import host_ms_per_step
-from serve.bench_limit import bandwidth_probe, decode_bytes
+from serve.bench_limit import bandwidth_probe, decode_bytes, is_here
 
 _PROMPT, _OUTPUT = 32, 64  # tokens of a decode stream
 _LONG = 512  # tokens of a prefill
@@ -272,10 +271,8 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("NO_COLOR", "1")
     plain, named = host_ms_per_step(), host_ms_per_step(named_ids=MAX_SCORED_IDS)
-    # Another machine's memory is not this one's.
-    elsewhere = options.url and urlsplit(options.url).hostname not in ("127.0.0.1", "::1", "localhost")
-    unknown = elsewhere or (options.url and not options.model)
-    weights = None if unknown else decode_bytes(options.model, options.quantization or options.dtype)
+    known = options.url is None or (options.model is not None and is_here(options.url))
+    weights = decode_bytes(options.model, options.quantization or options.dtype) if known else None
     with contextlib.ExitStack() as stack:
         arguments = [*([options.model] if options.model else []), "--dtype", options.dtype]
         arguments += ["--quantization", options.quantization] if options.quantization else []

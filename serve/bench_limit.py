@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,11 @@ def bandwidth_probe() -> Callable[[], float]:
         return _BYTES / statistics.median(seconds)
 
     return measure
+
+
+def is_here(url: str) -> bool:
+    """Whether a server runs on this machine, so that its limit is this machine's bandwidth."""
+    return urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
 
 
 def decode_bytes(model: str | None, weights_as: str) -> float:

@@ -121,7 +121,9 @@ def _load(checkpoint: Checkpoint, config: ServeConfig, console: Console) -> Boun
     size = sum(leaf.nbytes for leaf in model.leaves)
     kernels = ", ".join(kernels_used(model)) or "none, XLA does it all"
     where = jax.default_backend()
-    console.print(f"weights  {size / 1e6:,.0f} MB {config.weights_as} on {where}; own kernels: {kernels}")
+    console.print(
+        f"weights  {size / 1e6:,.0f} MB {config.weights_as} on {where}; own kernels: {kernels}", soft_wrap=True
+    )
     return model
 
 

@@ -3,11 +3,11 @@
 
 #include <cstdio>
 #include <cstdlib>
-#include <functional>
 #include <memory>
 #include <new>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "head.h"
@@ -81,7 +81,7 @@ void Rows(Pool& pool, std::mt19937& random, int64_t rows, int64_t vocab, int64_t
   std::vector<int32_t> ids(static_cast<size_t>(rows)), named_ids(static_cast<size_t>(rows * named));
   for (int32_t& id : ids) id = static_cast<int32_t>(random() % vocab);
   for (int32_t& id : named_ids) id = static_cast<int32_t>(random() % vocab);
-  const size_t floats = static_cast<size_t>(rows * (2 + k + named)), counts = static_cast<size_t>(rows * (1 + k + named));
+  const auto floats = static_cast<size_t>(rows * (2 + k + named)), counts = static_cast<size_t>(rows * (1 + k + named));
   std::vector<float> found[2] = {std::vector<float>(floats), std::vector<float>(floats)};
   std::vector<int32_t> ranks[2] = {std::vector<int32_t>(counts), std::vector<int32_t>(counts)};
   Pool one(1);
@@ -91,7 +91,9 @@ void Rows(Pool& pool, std::mt19937& random, int64_t rows, int64_t vocab, int64_t
     auto tally = std::make_shared<Tally>(Numbers{rows, vocab, k, named, ids.data(), named_ids.data(), f, c, c + rows,
                                                  f + 2 * rows, f + rows * (2 + k), c + rows * (1 + k), f + rows});
     for (int64_t r = 0; r < rows; ++r) {
-      for (Token& token : tally->rows[static_cast<size_t>(r)].tokens) token.own = logits[static_cast<size_t>(r * vocab + token.id)];
+      for (Token& token : tally->rows[static_cast<size_t>(r)].tokens) {
+        token.own = logits[static_cast<size_t>(r * vocab + token.id)];
+      }
     }
     const float* from = logits.data();
     Check(Gather(way == 0 ? one : pool, tally, [from, vocab, rows](int64_t panel, int64_t, auto take) {

@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from model.kernels.cpu import build
-from model.kernels.cpu.library import FLAGS as ALL_FLAGS
-from model.kernels.cpu.library import FOLDER, INSTRUCTION_SETS
+from model.kernels.cpu import build, library
+from model.kernels.cpu.library import INSTRUCTION_SETS
+from tests.sanitized_kernels import SANITIZERS
 
 PROGRAM = Path(__file__).with_name("kernel_bits.cc")
 THREADS_PROGRAM = Path(__file__).with_name("kernel_threads.cc")
 CANNOT_RUN = 77  # the program's exit code on a CPU that it is not for
-FLAGS = [flag for flag in ALL_FLAGS if flag not in ("-shared", "-fPIC", "-O3")]
+FLAGS = [flag for flag in library.FLAGS if flag != "-shared"]  # a later -O2 or -O1 takes the place of their -O3
 FAST = "-O2"
-SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g")
 THREAD_SANITIZER = ("-O1", "-fsanitize=thread", "-g")
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 NATIVE = build.instruction_sets(platform.machine())
@@ -39,7 +38,7 @@ def lines_of(
     nothing.write_text("int main() {}")
     if subprocess.run([found, *flags, nothing, "-o", program], check=False).returncode != 0:
         pytest.skip(f"{compiler} lacks what {' '.join(flags)} need")
-    subprocess.run([found, *FLAGS, *flags, "-pthread", "-I", FOLDER, source, "-o", program], check=True)
+    subprocess.run([found, *FLAGS, *flags, "-pthread", "-I", library.FOLDER, source, "-o", program], check=True)
     run = subprocess.run([*runner, program], capture_output=True, text=True, check=False)
     if run.returncode == CANNOT_RUN:
         pytest.skip("this CPU cannot run it")

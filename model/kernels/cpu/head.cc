@@ -85,7 +85,9 @@ struct Asked {
 bool OwnLogits(ffi::ThreadPool pool, const std::shared_ptr<Tally>& tally, const Problem& whole, TileTable tiles) {
   std::map<int64_t, std::vector<Asked>> by_block;
   for (int64_t r = 0; r < tally->numbers.rows; ++r) {
-    for (Token& token : tally->rows[static_cast<size_t>(r)].tokens) by_block[token.id / kColumns].push_back({r, &token});
+    for (Token& token : tally->rows[static_cast<size_t>(r)].tokens) {
+      by_block[token.id / kColumns].push_back({r, &token});
+    }
   }
   auto blocks = std::make_shared<std::vector<std::vector<Asked>>>();
   for (auto& [block, asked] : by_block) blocks->push_back(std::move(asked));

@@ -1,4 +1,5 @@
-// The arithmetic of head.cc: log-prob, unique rank and exact top-k of rows of logits, panel by panel as they come.
+// The arithmetic of head.cc: log-prob, unique rank and exact top-k of rows of logits, panel by panel as they come,
+// on as many threads as there are.
 //
 // The promise: a row's numbers depend on its own logits alone. A panel is 1,024 columns wherever it comes from: logits
 // in memory, or products just computed. Its greatest value and its sum of exponentials are taken in one order, panels
@@ -209,7 +210,7 @@ inline void Answer(Tally& tally, int64_t r) {
   }
 }
 
-constexpr int64_t kMinLogitsToShare = 1 << 15;  // waking a thread takes longer than so few
+constexpr int64_t kMinLogitsToShare = 1 << 15;  // waking a thread takes longer than fewer
 
 // Calls produce(panel, count, take) for every panel, which calls take(row, logits) for every live row, and writes all
 // answers. False where memory ran out.

@@ -114,8 +114,9 @@ ffi::Error RotateAndStore(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> heads, ffi
                           ffi::ResultBuffer<ffi::F32> queries, ffi::Result<ffi::AnyBuffer> keys,
                           ffi::Result<ffi::AnyBuffer> values) {
   const auto in = heads.dimensions(), q = queries->dimensions(), k = keys->dimensions(), t = tables.dimensions();
-  if (in.size() != 4 || q.size() != 4 || k.size() != 4 || t.size() != 2 || k[2] != kPage || k[3] != in[3] || values->element_count() != keys->element_count() ||
-      in[3] % 2 != 0 || in[2] != q[2] + 2 * k[1] || t[0] != in[0] || keys->element_type() != values->element_type() ||
+  if (in.size() != 4 || q.size() != 4 || k.size() != 4 || t.size() != 2 || k[2] != kPage || k[3] != in[3] ||
+      values->element_count() != keys->element_count() || values->element_type() != keys->element_type() ||
+      in[3] % 2 != 0 || in[2] != q[2] + 2 * k[1] || t[0] != in[0] ||
       positions.element_count() != static_cast<size_t>(in[0] * in[1]) || cos.element_count() != sin.element_count() ||
       cos.element_count() != static_cast<size_t>(in[0] * in[1] * in[3] / 2)) {
     return ffi::Error::InvalidArgument(

@@ -195,3 +195,4 @@ def test_the_platform_that_is_compiled_for_decides(platform: str, holds: bool) -
     traced = jax.jit(attend).trace(rows.queries, rows.keys, rows.values, rows.tables, rows.positions(0, 0, 20))
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert (library.ATTENTION_TARGET in text) is holds
+    assert text.count("HIGHEST") == (0 if holds else 4)  # both operands of both products, which they would round

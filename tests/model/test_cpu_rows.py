@@ -154,6 +154,13 @@ def test_an_address_outside_the_cache_is_an_error(table: list[list[int]], positi
         )
 
 
+def test_values_of_another_size_than_the_keys_are_an_error() -> None:
+    at = jnp.zeros((1, 1), jnp.int32)
+    pages = jnp.zeros((2, 1, PAGE_SIZE, 8)), jnp.zeros((1, 1, PAGE_SIZE, 8))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="rotate takes"):
+        jax.block_until_ready(cpu.rotate_and_store(jnp.zeros((1, 1, 3, 8)), *rotary_angles(at, 8, 1e4), *pages, at, at))
+
+
 @pytest.mark.parametrize(("platform", "holds"), [("cpu", True), ("tpu", False), ("cuda", False)])
 def test_the_platform_that_is_compiled_for_decides(platform: str, holds: bool) -> None:
     pages, at = jnp.zeros((2, 1, PAGE_SIZE, 8)), jnp.zeros((1, 1), jnp.int32)

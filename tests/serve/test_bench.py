@@ -7,7 +7,7 @@ import pytest
 
 from serve.bench import FailedError, Figures, measure, show
 from serve.bench_host import host_ms_per_step
-from serve.bench_limit import decode_bytes
+from serve.bench_limit import decode_bytes, is_here
 
 
 def peer(request: httpx2.Request) -> httpx2.Response:
@@ -56,6 +56,20 @@ def test_what_a_step_reads_of_the_default_model() -> None:
     assert 134e6 < elements < 135e6
     assert decode_bytes(None, "bfloat16") / elements == pytest.approx(2, rel=1e-3)  # norms stay float32
     assert decode_bytes(None, "int8") / elements == pytest.approx(1.0625, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("url", "here"),
+    [
+        ("http://127.0.0.1:8000", True),
+        ("http://[::1]:8000/v1", True),
+        ("http://localhost", True),
+        ("http://127.0.0.1.example.org", False),
+        ("http://gpu:8000", False),
+    ],
+)
+def test_the_limit_is_that_of_this_machine(url: str, here: bool) -> None:
+    assert is_here(url) is here
 
 
 async def test_a_server_that_fails_ends_the_bench() -> None:

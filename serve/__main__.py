@@ -1,13 +1,10 @@
 """`python -m serve [MODEL] [flags]`: starts the engine and serves HTTP in the foreground."""
 
 import asyncio
-import gc
 import logging
 import signal
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
@@ -30,8 +27,7 @@ def main() -> int:
     try:
         listener = _bind(config)  # first: an address in use is better said before minutes of loading
         chat_template = _chat_template(config.chat_template)
-        with _no_collection():
-            served = start(config, console)
+        served = start(config, console)
     except (ModelLoadError, ConfigError, TokenizerError, StartupError) as error:
         console.print(f"error: {error}", markup=False, soft_wrap=True)
         return 1
@@ -54,17 +50,6 @@ def main() -> int:
     finally:
         served.engine.stop()
     return 0
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Tracing makes millions of objects that stay: looking for garbage among them takes a second, then and later."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _server(app: ASGIApp, config: ServeConfig) -> uvicorn.Server:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from numpy.typing import NDArray
 
 from compiled import step
@@ -127,15 +128,17 @@ class ModelRunner:
             self._state: DeviceState = state.result()
         self.programs = Programs([*first, *rest])
 
-    def prefill(self, inputs: StepInput) -> None:
-        """Begins one chunk of a row; inputs [1, T].
+    def prefill(self, inputs: StepInput) -> Array:
+        """Begins one chunk of a row; inputs [1, T]. How many tokens it has, [] on the device: there when it is done.
 
         Raises:
             UnknownShapeError: no program was compiled for this size; so do all methods that take arrays.
         """
         rows, chunk = inputs.tokens.shape
         compiled = self._compiled(StepShape(rows, chunk, inputs.tables.shape[1]))
-        self._state = compiled(self._leaves, self._state, inputs)
+        count: Array
+        self._state, count = compiled(self._leaves, self._state, inputs)
+        return _on_its_way(count)
 
     def decode(self, inputs: DecodeInput, sampling: SamplingArrays) -> StepOutput:
         """Begins one token of every row [R]; the result is on the device."""
@@ -168,7 +171,13 @@ class ModelRunner:
         return arrays
 
     def reset(self) -> None:
-        """A fresh, empty state: a step that failed after donation has lost the old one."""
+        """A fresh, empty state: a step that failed after donation has lost the old one, or part of it.
+
+        What is left of it goes first: a large cache may not fit twice.
+        """
+        for leaf in jax.tree.leaves(self._state):
+            if not leaf.is_deleted():
+                leaf.delete()
         self._state = self._compiled(StateShape(self.pages, self.buckets.slots))()
 
     def _compiled(self, shape: Shape) -> Any:

@@ -26,10 +26,13 @@ from model.transformer import BoundModel
 type Leaves = tuple[Array, ...]
 
 
-def prefill(model: BoundModel, leaves: Leaves, state: DeviceState, step: StepInput) -> DeviceState:
-    """Stores keys, values and final hidden states of a chunk of one row's tokens ([1, T])."""
+def prefill(model: BoundModel, leaves: Leaves, state: DeviceState, step: StepInput) -> tuple[DeviceState, Array]:
+    """Stores keys, values and final hidden states of a chunk of one row's tokens ([1, T]); how many there were, [].
+
+    The count is there to be waited for: the state goes on into the next step.
+    """
     _, cache = model.merge(leaves)(step.tokens, step.positions, step.tables, state.cache)
-    return DeviceState(cache, state.slots)
+    return DeviceState(cache, state.slots), jnp.sum(step.positions >= 0, dtype=jnp.int32)
 
 
 def decode(

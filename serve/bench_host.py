@@ -36,7 +36,7 @@ class NullRunner:
         self.max_logprobs = max_logprobs
         self._numbers = {size: _numbers(size, max_logprobs) for size in (*self.buckets.decode_rows, 64)}
 
-    def prefill(self, inputs: StepInput) -> None:
+    def prefill(self, inputs: StepInput) -> Any:
         """Nothing."""
 
     def adjust(self, slot: int, adjustment: Adjustment) -> None:

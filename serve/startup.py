@@ -61,10 +61,7 @@ def start(config: ServeConfig, console: Console) -> Served:
         tokenizer = _tokenizer(source, checkpoint)
         model_config = checkpoint.config
         max_model_len = _max_model_len(config, model_config)
-        if tokenizer.vocab_size > model_config.vocab_size:
-            raise StartupError(
-                f"{source.name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model_config.vocab_size}"
-            )
+        check_tokenizer(source.name, tokenizer, model_config.vocab_size)
         model = _load(checkpoint, config, console)
     finally:
         checkpoint.close()
@@ -100,6 +97,15 @@ def _tokenizer(source: ModelSource, checkpoint: Checkpoint) -> Tokenizer:
     if isinstance(checkpoint, GgufCheckpoint):
         return tokenizer_from_gguf(checkpoint.metadata)
     return load_tokenizer(source.path)
+
+
+def check_tokenizer(name: str, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises StartupError for a tokenizer of another model than the one whose vocabulary has `vocab_size` tokens."""
+    if tokenizer.vocab_size > vocab_size:
+        raise StartupError(f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}")
+    for token_id in tokenizer.eos_token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise StartupError(f"{name}: eos_token_id {token_id} is none of the model's {vocab_size} tokens")
 
 
 def _max_model_len(config: ServeConfig, model: ModelConfig) -> int:

@@ -38,7 +38,7 @@ _NOT_A_NUMBER = "the model computed a log-probability that is not a number"
 class Runner(Protocol):
     """What runs the steps: `compiled.runner.ModelRunner`, or a fake whose arithmetic can be done by hand.
 
-    decode and score begin a step and return what read() waits for. Inputs are not changed afterwards.
+    prefill, decode and score begin a step and return what read() waits for. Inputs are not changed afterwards.
     """
 
     buckets: Buckets
@@ -46,7 +46,7 @@ class Runner(Protocol):
     max_logprobs: int
     vocab_size: int
 
-    def prefill(self, inputs: StepInput) -> None: ...
+    def prefill(self, inputs: StepInput) -> Any: ...
     def adjust(self, slot: int, adjustment: Adjustment) -> None: ...
     def decode(self, inputs: DecodeInput, sampling: SamplingArrays) -> StepOutput: ...
     def score(self, inputs: ScoreInput) -> TokenLogprobs: ...
@@ -59,6 +59,7 @@ class Runner(Protocol):
 class _Begun:
     """A step whose results have not been read."""
 
+    prefilled: Any = None  # tells when the last chunk is done
     blocks: list[tuple[Sequence[ScoreRow], TokenLogprobs]] = field(default_factory=list)
     scored: list[Request] = field(default_factory=list)
     rows: list[Request] = field(default_factory=list)
@@ -97,7 +98,7 @@ class EngineCore:
         if request.status is RequestStatus.FINISHED:  # held until now
             self.scheduler.finish(request)
             return None
-        return self._give_up(request, FinishReason.ABORT)
+        return self._finish(request, _ending(request, FinishReason.ABORT), FinishReason.ABORT)
 
     def fail_all(self, message: str) -> list[Emitted]:
         """Ends every running request with an error and starts from an empty cache: a step failed after donation.
@@ -105,11 +106,8 @@ class EngineCore:
         Waiting requests lose nothing and stay. The events of the failed step come before the errors.
         """
         self._begun, self.at_work = None, True
-        for request in list(self.scheduler.running):
-            self._emitted.append(self._give_up(request, FinishReason.ERROR, message))
-        for request in list(self.scheduler.held.values()):
-            self.scheduler.finish(request)
-        self._pool.forget()
+        for request in self.scheduler.end_all():
+            self._emitted.append((request, _ending(request, FinishReason.ERROR, message)))
         self._runner.reset()
         return self._take_emitted()
 
@@ -150,9 +148,10 @@ class EngineCore:
     def _begin(self, schedule: Schedule) -> _Begun | None:
         if not schedule:
             return None
-        for work in schedule.prefills:
-            self._runner.prefill(batch.prefill_input(work, self._runner.buckets.prefill(work.length)))
         begun = _Begun(scored=schedule.scored, rows=schedule.decodes)
+        for work in schedule.prefills:
+            chunk = batch.prefill_input(work, self._runner.buckets.prefill(work.length))
+            begun.prefilled = self._runner.prefill(chunk)
         rows = [(work.request, index) for work in schedule.scores for index in range(work.start, work.end)]
         size = self._runner.buckets.score_rows
         for start in range(0, len(rows), size):
@@ -175,6 +174,8 @@ class EngineCore:
         begun, self._begun = self._begun, None
         if begun is None:
             return
+        if begun.prefilled is not None and begun.output is None and not begun.blocks:
+            self._runner.read(begun.prefilled)  # nothing is to be known, but the device must not fall behind
         for block, logprobs in begun.blocks:
             _fill(block, self._runner.read(logprobs))
         for request in begun.scored:
@@ -215,12 +216,9 @@ class EngineCore:
             if not wrong:
                 keep_prompt_scores(request, self._pool)
         if wrong:
+            self._pool.forget(request.pages)  # which of them is to blame is not known: nobody shall find any
             event.error, reason = _NOT_A_NUMBER, FinishReason.ERROR
         return (request, event) if reason is None else self._finish(request, event, reason)
-
-    def _give_up(self, request: Request, reason: FinishReason, error: str | None = None) -> Emitted:
-        event = TokenEvent([], empty_scores(0, 0), cached_tokens=request.num_cached or 0, error=error)
-        return self._finish(request, event, reason)
 
     def _finish(self, request: Request, event: TokenEvent, reason: FinishReason) -> Emitted:
         event.finish_reason = reason
@@ -231,6 +229,11 @@ class EngineCore:
     def _take_emitted(self) -> list[Emitted]:
         emitted, self._emitted = self._emitted, []
         return emitted
+
+
+def _ending(request: Request, reason: FinishReason, error: str | None = None) -> TokenEvent:
+    """An event that carries no numbers."""
+    return TokenEvent([], empty_scores(0, 0), reason, cached_tokens=request.num_cached or 0, error=error)
 
 
 def _fill(block: Sequence[ScoreRow], logprobs: TokenLogprobs) -> None:

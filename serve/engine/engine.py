@@ -9,7 +9,8 @@ import logging
 import queue
 import secrets
 import threading
-from collections import defaultdict
+import time
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from serve.engine.request import (
     EngineLimits,
     EngineStoppedError,
     FinishReason,
+    NotHeldError,
     QueueFullError,
     Request,
     TokenEvent,
@@ -39,6 +41,29 @@ class _Stream:
     events: asyncio.Queue[TokenEvent]
 
 
+@dataclass(frozen=True, slots=True)
+class _RowsWanted:
+    """A call of vocabulary() that waits for its answer."""
+
+    loop: asyncio.AbstractEventLoop
+    answer: asyncio.Future[NDArray[np.float32]]
+    request_id: str
+    start: int
+    count: int
+
+    def tell(self, rows: NDArray[np.float32] | Exception) -> None:
+        def tell() -> None:
+            if self.answer.cancelled():
+                return
+            if isinstance(rows, Exception):
+                self.answer.set_exception(rows)
+            else:
+                self.answer.set_result(rows)
+
+        with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens any more
+            self.loop.call_soon_threadsafe(tell)
+
+
 class Engine:
     """Runs requests on one thread. submit and abort may be called from any event loop."""
 
@@ -50,8 +75,15 @@ class Engine:
         max_waiting: int,
         max_num_batched_tokens: int,
         prefix_caching: bool = True,
+        hold_seconds: float = 120,
     ) -> None:
-        """`max_waiting` unfinished requests may be in the engine before QueueFullError."""
+        """Prepares the thread; start() starts it.
+
+        Args:
+            max_waiting: unfinished requests that may be in the engine before QueueFullError.
+            hold_seconds: how long a request is held for vocabulary() without being asked: a client that does not read
+                shall not keep others from its pages.
+        """
         self.limits = limits
         self.failed = False
         self._runner = runner
@@ -62,9 +94,11 @@ class Engine:
             max_num_batched_tokens=max_num_batched_tokens,
             prefix_caching=prefix_caching,
         )
+        self._hold_seconds = hold_seconds
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
-        self._held: set[str] = set()  # ended, and kept for vocabulary() until abort()
+        self._held: dict[str, float] = {}  # ended, and kept for vocabulary() until abort() or this monotonic time
+        self._wanted: deque[_RowsWanted] = deque()  # the thread's own
         self._streams_lock = threading.Lock()
         self._closed = False
         self._stopping = False
@@ -102,7 +136,7 @@ class Engine:
             self._streams[request.id] = stream
         seed = request.params.seed
         request.seed = secrets.randbits(64) if seed is None else seed & (2**64 - 1)
-        self._inbox.put(lambda: self._core.add(request))
+        self._inbox.put(lambda: self._add(request))
         ended = False
         try:
             while not ended:
@@ -124,15 +158,16 @@ class Engine:
         """Log-probs [count, V] of every token after the prompt tokens start..start+count-1 of a request that is held.
 
         Raises:
-            EngineStoppedError: the request is not held, or no longer, or the engine failed.
+            EngineStoppedError: the engine has stopped, or failed on these rows.
+            NotHeldError: the request is not held, or no longer: nobody asked for `hold_seconds`.
         """
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[NDArray[np.float32]] = loop.create_future()
+        wanted = _RowsWanted(loop, loop.create_future(), request_id, start, count)
         with self._streams_lock:
             if self._closed:
                 raise EngineStoppedError
-            self._inbox.put(lambda: self._vocabulary(loop, answer, request_id, start, count))
-        return await answer
+            self._inbox.put(lambda: self._wanted.append(wanted))
+        return await wanted.answer
 
     def _check(self, request: Request) -> None:
         prompt, most = len(request.prompt_token_ids), self.limits.max_model_len
@@ -147,6 +182,8 @@ class Engine:
     def _loop(self) -> None:
         try:
             while self._drain_inbox():
+                self._end_old_holds()
+                self._answer_one()
                 self._deliver(self._step())
         finally:
             self._close_streams()
@@ -156,19 +193,50 @@ class Engine:
             return self._core.step()
         except Exception:
             logger.exception("a step failed; its requests are ended with an error and the cache starts anew")
-            return self._recover()
+        return self._recover()  # not among the handlers: a traceback keeps arrays of the step alive
 
     def _drain_inbox(self) -> bool:
-        """Handles all calls; waits for one while no step is at work. False: the thread shall end."""
-        handled = False
-        while not self._stopping:
-            try:
-                call = self._inbox.get(block=not (handled or self._core.at_work))
-            except queue.Empty:
-                return True
+        """Handles the calls that have come; waits for one while there is nothing to do. False: the thread shall end."""
+        count = self._inbox.qsize()
+        if not count and not self._core.at_work and not self._wanted:
+            with contextlib.suppress(queue.Empty):
+                self._handle(self._inbox.get(timeout=self._until_a_hold_ends()))
+        for _ in range(count):  # those that come meanwhile are for after the next step
+            self._handle(self._inbox.get())
+        return not self._stopping
+
+    def _handle(self, call: Callable[[], None]) -> None:
+        if self._stopping:
+            return
+        try:
             call()
-            handled = True
-        return False
+        except Exception:
+            logger.exception("a call to the engine failed; running requests are ended and the cache starts anew")
+        else:
+            return
+        self._deliver(self._recover())
+
+    def _add(self, request: Request) -> None:
+        try:
+            self._core.add(request)
+        except Exception:
+            logger.exception("a request could not be queued")
+            event = TokenEvent([], empty_scores(0, 0), FinishReason.ERROR, error="it could not be queued")
+            self._deliver([(request, event)])
+
+    def _until_a_hold_ends(self) -> float | None:
+        """Seconds; None if nothing is held."""
+        with self._streams_lock:
+            ends = min(self._held.values(), default=None)
+        return None if ends is None else max(0.0, ends - time.monotonic())
+
+    def _end_old_holds(self) -> None:
+        now = time.monotonic()
+        with self._streams_lock:
+            asked = {wanted.request_id for wanted in self._wanted}
+            old = [each for each, ends in self._held.items() if ends <= now and each not in asked]
+        for request_id in old:
+            self._abort(request_id)
 
     def _recover(self) -> list[Emitted]:
         try:
@@ -180,38 +248,26 @@ class Engine:
 
     def _abort(self, request_id: str) -> None:
         with self._streams_lock:
-            self._held.discard(request_id)
+            self._held.pop(request_id, None)
         emitted = self._core.abort(request_id)
         if emitted is not None:
             self._deliver([emitted])
 
-    def _vocabulary(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        answer: asyncio.Future[NDArray[np.float32]],
-        request_id: str,
-        start: int,
-        count: int,
-    ) -> None:
-        rows: NDArray[np.float32] | None = None
+    def _answer_one(self) -> None:
+        """Computes rows for one call of vocabulary(): steps go on between them."""
+        if not self._wanted:
+            return
+        wanted = self._wanted.popleft()
         try:
-            if not self._closed:
-                rows = self._core.vocabulary(request_id, start, count)
+            wanted.tell(self._core.vocabulary(wanted.request_id, wanted.start, wanted.count))
         except LookupError:
-            pass
+            wanted.tell(NotHeldError())
         except Exception:
             logger.exception("the rows of a prompt could not be computed")
-
-        def tell() -> None:
-            if answer.cancelled():
-                return
-            if rows is None:
-                answer.set_exception(EngineStoppedError())
-            else:
-                answer.set_result(rows)
-
-        with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens any more
-            loop.call_soon_threadsafe(tell)
+            wanted.tell(EngineStoppedError())
+        with self._streams_lock:
+            if wanted.request_id in self._held:
+                self._held[wanted.request_id] = time.monotonic() + self._hold_seconds
 
     def _stop(self) -> None:
         self._stopping = True
@@ -226,7 +282,7 @@ class Engine:
                 else:
                     stream = self._streams.pop(request.id, None)
                     if stream is not None and request.id in self._core.scheduler.held:
-                        self._held.add(request.id)
+                        self._held[request.id] = time.monotonic() + self._hold_seconds
                 if stream is not None:
                     by_loop[stream.loop].append((stream.events, event))
         for loop, delivery in by_loop.items():
@@ -240,12 +296,16 @@ class Engine:
             streams = list(self._streams.values())
             self._streams.clear()
             self._held.clear()
-        while not self._inbox.empty():  # what waits for rows must be told that there are none
-            self._inbox.get()()
         for stream in streams:
             event = TokenEvent([], empty_scores(0, 0), FinishReason.ERROR, error="the engine has stopped")
             with contextlib.suppress(RuntimeError):
                 stream.loop.call_soon_threadsafe(stream.events.put_nowait, event)
+
+        while not self._inbox.empty():  # who waits for rows must be told that there are none
+            with contextlib.suppress(Exception):
+                self._inbox.get()()
+        for wanted in self._wanted:
+            wanted.tell(EngineStoppedError())
 
 
 def _put(delivery: _Delivery) -> None:

@@ -22,13 +22,14 @@ class PagePool:
         """`pages` pages, the null page among them. Without `caching`, a page is forgotten when its holder ends."""
         self._caching = caching
         self._pages = [page for page in range(pages) if page != NULL_PAGE]
-        self._free = deque(self._pages)
+        self._free: deque[int] = deque()
         self._idle: OrderedDict[int, None] = OrderedDict()  # registered, held by nobody; least recently used first
         self._holders: Counter[int] = Counter()
         self._hash_of: dict[int, bytes] = {}
         self._page_of: dict[bytes, int] = {}
         self._scores: dict[bytes, TokenScores] = {}
         self.capacity = len(self._pages)
+        self.clear()
 
     @property
     def num_free(self) -> int:
@@ -90,11 +91,23 @@ class PagePool:
         """The numbers of a registered page's tokens, [S], if they were kept."""
         return self._scores.get(content)
 
-    def forget(self) -> None:
-        """Forgets all content: the device has lost it."""
-        self._free.extend(self._idle)
-        for known in (self._idle, self._hash_of, self._page_of, self._scores):
-            known.clear()
+    def forget(self, pages: Iterable[int]) -> None:
+        """Makes pages unknown again. Who holds them keeps them."""
+        for page in pages:
+            content = self._hash_of.pop(page, None)
+            if content is None:
+                continue
+            del self._page_of[content]
+            self._scores.pop(content, None)
+            if page in self._idle:
+                del self._idle[page]
+                self._free.append(page)
+
+    def clear(self) -> None:
+        """All pages free and unknown: the device has lost what they held, and nobody asks for them any more."""
+        for books in (self._idle, self._holders, self._hash_of, self._page_of, self._scores):
+            books.clear()
+        self._free = deque(self._pages)
 
     def check(self, held: Iterable[int]) -> None:
         """Raises AssertionError unless `held`, all block tables in one line, free and idle pages are all pages."""

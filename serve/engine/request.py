@@ -32,6 +32,10 @@ class QueueFullError(Exception):
     """The engine holds as many waiting requests as it may; try again later."""
 
 
+class NotHeldError(Exception):
+    """The request is not held for questions, or no longer."""
+
+
 class EngineStoppedError(Exception):
     """The engine has stopped or failed and takes no more requests."""
 

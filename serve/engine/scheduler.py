@@ -67,7 +67,7 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
         self._on_admit = on_admit
-        self._slots = list(reversed(range(self._max_num_seqs)))
+        self._slots = self._all_slots()
         self._arrivals = 0
         self.waiting: list[Request] = []  # in line
         self.running: list[Request] = []  # in line
@@ -135,12 +135,28 @@ class Scheduler:
         else:
             self._release(request)
 
+    def end_all(self) -> list[Request]:
+        """Takes out whatever holds a page, and opens new books; the requests that ran. Those that wait stay.
+
+        It does not go by the old books: they may be what is wrong.
+        """
+        running, held = self.running, list(self.held.values())
+        self.running, self.held = [], {}
+        for request in (*running, *held):
+            request.status, request.pages, request.num_registered = RequestStatus.FINISHED, [], 0
+        self._slots = self._all_slots()
+        self._pool.clear()
+        return running
+
     def check(self) -> None:
         """Raises AssertionError unless pages and slots add up."""
         holders = (*self.running, *self.waiting, *self.held.values())
         self._pool.check(page for request in holders for page in request.pages)
         if sorted([*self._slots, *(request.slot for request in self.running)]) != list(range(self._max_num_seqs)):
             raise AssertionError("free and used slots are not all slots")
+
+    def _all_slots(self) -> list[int]:
+        return list(reversed(range(self._max_num_seqs)))
 
     def _decoding(self) -> list[Request]:
         """Running requests that will choose one more token, in line."""

@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from serve.engine.request import EngineStoppedError, Request, TokenScores
+from serve.engine.request import EngineStoppedError, NotHeldError, Request, TokenScores
 from serve.openai.errors import engine_error
 from serve.openai.generation import Engine, events_of
 from serve.openai.logprobs import checked, clamped
@@ -123,6 +123,8 @@ async def _rows(engine: Engine, request: Request, start: int, count: int) -> NDA
         rows = await engine.vocabulary(request.id, start, count)
     except EngineStoppedError:
         raise engine_error("The engine failed: it has no rows for this prompt.") from None
+    except NotHeldError:
+        raise engine_error("The rows were not read for so long that the cache forgot the prompt.") from None
     if len(rows) != count:
         raise engine_error("The engine returned another number of rows than asked for.")
     return rows

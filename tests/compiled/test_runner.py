@@ -1,6 +1,7 @@
 """ModelRunner on a tiny model: slots between steps, results that are read late, whole rows, unknown shapes."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from compiled.load import load_model
-from compiled.programs import UnknownShapeError
+from compiled.programs import Shape, UnknownShapeError
 from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
 from compiled.state import (
@@ -60,7 +61,7 @@ def prefill(runner: ModelRunner, tokens: list[int], page: int) -> None:
     step.tokens[0, :count] = tokens[:count]
     step.positions[0, :count] = np.arange(count)
     step.tables[0, 0] = page
-    runner.prefill(step)
+    assert runner.read(runner.prefill(step)) == count
 
 
 def decode_input(rows: list[tuple[int, int, int, int]], size: int = 4) -> DecodeInput:
@@ -126,6 +127,23 @@ def score(runner: ModelRunner, places: list[int], targets: list[int], ids: list[
     step.places[: len(places)], step.targets[: len(targets)] = places, targets
     step.scored_ids[:, : len(ids or [])] = ids or []
     return runner.read(runner.score(step))
+
+
+def test_a_reset_lets_go_of_the_old_state_before_it_makes_another(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill(runner, PROMPT, page=1)
+    old, compiled = jax.tree.leaves(runner._state), runner._compiled
+    gone: list[bool] = []
+
+    def note(shape: Shape) -> Any:
+        gone.extend(leaf.is_deleted() for leaf in old)
+        return compiled(shape)
+
+    monkeypatch.setattr(runner, "_compiled", note)
+    old[0].delete()  # as by a step that failed after donation
+    runner.reset()
+    assert gone == [True] * len(old)
 
 
 def test_a_token_taken_from_its_slot_is_the_one_chosen_there(runner: ModelRunner) -> None:

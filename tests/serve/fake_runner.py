@@ -125,7 +125,7 @@ class FakeRunner:
 
         self.before_call = before_call
 
-    def prefill(self, inputs: StepInput) -> None:
+    def prefill(self, inputs: StepInput) -> Any:
         """Stores a chunk of one row."""
         rows, chunk = inputs.tokens.shape
         assert rows == 1
@@ -135,6 +135,7 @@ class FakeRunner:
         start = int(inputs.positions[0, 0])
         np.testing.assert_array_equal(inputs.positions[0, :live], np.arange(start, start + live))
         self._store(inputs.tables[0], inputs.tokens[0, :live], start)
+        return Unread(np.int32(live))
 
     def adjust(self, slot: int, adjustment: Adjustment) -> None:
         """Fills a slot."""

@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from serve.engine.request import (
     EngineLimits,
     EngineStoppedError,
     FinishReason,
+    NotHeldError,
     PromptScoring,
     QueueFullError,
     Request,
@@ -44,7 +46,7 @@ TIMEOUT = 20  # seconds after which something hangs; never reached otherwise
 
 @asynccontextmanager
 async def running(
-    runner: FakeRunner, *, max_waiting: int = 8, max_model_len: int | None = None
+    runner: FakeRunner, *, max_waiting: int = 8, max_model_len: int | None = None, hold_seconds: float = 1000
 ) -> AsyncIterator[Engine]:
     length = runner.buckets.pages_per_row * 64 if max_model_len is None else max_model_len
     limits = EngineLimits(
@@ -55,7 +57,7 @@ async def running(
         max_scored_ids=MAX_SCORED_IDS,
         whole_vocabulary=True,
     )
-    engine = Engine(runner, limits, max_waiting=max_waiting, max_num_batched_tokens=68)
+    engine = Engine(runner, limits, max_waiting=max_waiting, max_num_batched_tokens=68, hold_seconds=hold_seconds)
     engine.start()
     try:
         yield engine
@@ -265,18 +267,52 @@ async def test_a_failure_without_recovery_stops_the_engine(caplog: pytest.LogCap
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 async def test_nobody_is_left_waiting_when_the_thread_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise SystemExit
+
+    async with running(endless_runner()) as engine:
+        await collect(engine, Request("held", prompt_of(20), whole(0)))
+        async with aclosing(engine.submit(Request("a", [1], ENDLESS))) as a:
+            await first(a)
+            monkeypatch.setattr(engine._core, "step", broken)
+            events = await rest(a)
+        assert events[-1].finish_reason is FinishReason.ERROR
+        with pytest.raises(EngineStoppedError):
+            await collect(engine, Request("late", [1], greedy(1)))
+        with pytest.raises(EngineStoppedError):
+            await engine.vocabulary("held", 0, 1)
+
+
+async def test_a_call_that_fails_ends_what_runs_and_no_more(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(_: Any) -> None:
         raise InjectedError
 
     async with running(endless_runner()) as engine:
         async with aclosing(engine.submit(Request("a", [1], ENDLESS))) as a:
             await first(a)
-            monkeypatch.setattr(engine._core, "abort", broken)
-            engine.abort("a")
-            events = await rest(a)
+            with monkeypatch.context() as patch:
+                patch.setattr(engine._core, "abort", broken)
+                engine.abort("a")
+                events = await rest(a)
         assert events[-1].finish_reason is FinishReason.ERROR
-        with pytest.raises(EngineStoppedError):
-            await collect(engine, Request("late", [1], greedy(1)))
+        assert len(caplog.records) == 1
+        await check_empty(engine)
+
+
+async def test_a_request_that_cannot_be_queued_is_the_only_one_to_fail(caplog: pytest.LogCaptureFixture) -> None:
+    async with running(endless_runner()) as engine:
+        async with aclosing(engine.submit(Request("a", [1], ENDLESS))) as a:
+            await first(a)
+            odd = SamplingParams(5, min_tokens=2, stop_token_ids=frozenset({VOCAB_SIZE + 64}))
+            events = await collect(engine, Request("b", [1], odd))
+            assert [(event.finish_reason, event.error) for event in events] == [
+                (FinishReason.ERROR, "it could not be queued")
+            ]
+            await first(a)
+        assert len(caplog.records) == 1
+        await check_empty(engine)
 
 
 def whole(max_tokens: int) -> SamplingParams:
@@ -293,7 +329,7 @@ async def test_rows_of_the_whole_vocabulary_until_they_are_given_up() -> None:
         with pytest.raises(QueueFullError):  # what is held counts
             await collect(engine, Request("b", [1], greedy(1)))
         engine.abort("a")
-        with pytest.raises(EngineStoppedError):
+        with pytest.raises(NotHeldError):
             await engine.vocabulary("a", 3, 2)
         await check_empty(engine)
 
@@ -323,4 +359,32 @@ async def test_a_request_waits_while_a_held_one_has_the_pages() -> None:
         assert not waiting.done()
         engine.abort("a")
         assert outcome_of(await waiting) == alone(b)
+        await check_empty(engine)
+
+
+async def test_a_hold_that_nobody_uses_gives_way() -> None:
+    async with running(FakeRunner(pages=4), hold_seconds=0) as engine:
+        await collect(engine, Request("a", prompt_of(150), whole(0)))
+        b = Request("b", prompt_of(100, 1), greedy(5))
+        assert outcome_of(await collect(engine, b)) == alone(b)
+        with pytest.raises(NotHeldError):
+            await engine.vocabulary("a", 0, 1)
+        await check_empty(engine)
+
+
+async def test_rows_for_many_readers_leave_room_for_steps() -> None:
+    runner = FakeRunner()
+    async with running(runner, max_waiting=9) as engine:
+        names = [f"{i}" for i in range(5)]
+        for name in names:
+            await collect(engine, Request(name, prompt_of(20), whole(0)))
+        async with aclosing(engine.submit(Request("a", [1], greedy(400)))) as a:
+            await first(a)
+            runner.calls.clear()
+            await asyncio.gather(*(engine.vocabulary(name, 0, 1) for name in names))
+            order = [name for name, _ in list(runner.calls) if name in ("vocabulary", "decode")]
+        assert order.count("vocabulary") == len(names)
+        assert all(pair != ("vocabulary", "vocabulary") for pair in pairwise(order))
+        for name in names:
+            engine.abort(name)
         await check_empty(engine)

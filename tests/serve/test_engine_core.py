@@ -3,7 +3,7 @@
 import pytest
 
 from serve.engine.request import FinishReason, PromptScoring, RequestStatus, SamplingParams
-from tests.serve.fake_runner import CoreBench, K, alone, greedy, hidden_after, next_token, prompt_of
+from tests.serve.fake_runner import CoreBench, InjectedError, K, alone, greedy, hidden_after, next_token, prompt_of
 
 
 def test_a_prompt_in_chunks_then_one_token_a_step_read_one_step_late() -> None:
@@ -12,8 +12,8 @@ def test_a_prompt_in_chunks_then_one_token_a_step_read_one_step_late() -> None:
     bench.run()
     assert bench.runner.calls == [
         ("prefill", 64),
-        ("prefill", 64),
-        *(("prefill", 21), ("decode", 1)),
+        *(("prefill", 64), ("read", 0)),
+        *(("prefill", 21), ("decode", 1), ("read", 0)),
         *(("decode", 1), ("read", 0)),
         *(("decode", 1), ("read", 0)),
         ("read", 0),
@@ -251,6 +251,46 @@ def test_a_failed_step_ends_the_running_and_spares_the_waiting(name: str) -> Non
     bench.run()
     assert bench.outcome("c") == alone(c)
     assert bench.outcome("d") == alone(d)
+
+
+def test_a_failure_is_survived_when_the_books_are_wrong() -> None:
+    bench = CoreBench()
+    bench.add("a", prompt_of(150, 1), greedy(6))
+    bench.step()
+
+    def break_books(_: str) -> None:
+        bench.core._pool._holders.clear()
+        bench.core.scheduler._slots.append(0)
+        bench.runner.before_call = lambda _: None
+        raise InjectedError
+
+    bench.runner.before_call = break_books
+    bench.fail()
+    b = bench.add("b", prompt_of(150, 2), greedy(6))
+    bench.run()
+    assert bench.outcome("b") == alone(b)
+
+
+def test_chunks_are_waited_for_one_step_late() -> None:
+    bench = CoreBench()
+    bench.add("a", prompt_of(400), greedy(1))
+    for _ in range(6):
+        bench.step()
+    names = [name for name, _ in bench.runner.calls]
+    assert names == ["prefill", *["prefill", "read"] * 5]
+
+
+def test_nothing_of_a_request_that_ends_in_nan_is_found_again() -> None:
+    bench = CoreBench()
+    a = bench.add("a", prompt_of(150), greedy(1, prompt_logprobs=True))
+    bench.runner.nan_token = a.prompt_token_ids[140]
+    bench.run()
+    assert bench.events["a"][-1].finish_reason is FinishReason.ERROR
+    bench.runner.nan_token = None
+    b = bench.add("b", prompt_of(150), greedy(1, prompt_logprobs=True))
+    bench.run()
+    assert bench.events["b"][0].cached_tokens == 0
+    assert bench.outcome("b") == alone(b)
 
 
 def test_nothing_cached_survives_a_failure() -> None:

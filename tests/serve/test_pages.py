@@ -143,15 +143,32 @@ def test_scores_live_as_long_as_their_page_is_known() -> None:
     assert pool.scores(content(1)) is None
 
 
-def test_forgetting_leaves_free_pages_and_nothing_known() -> None:
+def test_clearing_leaves_free_pages_and_nothing_known() -> None:
     pool = PagePool(4)
     filled(pool, 1, 2)
     pool.keep_scores(content(1), empty_scores(PAGE_SIZE, 2))
-    pool.forget()
+    pool.take(1)
+    pool.clear()
     pool.check([])
     assert pool.num_free == 3
     assert pool.find([content(1)]) == []
     assert pool.scores(content(1)) is None
+
+
+def test_pages_that_are_forgotten_stay_with_their_holders() -> None:
+    pool = PagePool(5)
+    filled(pool, 1, 2, 3)
+    pool.keep_scores(content(1), empty_scores(PAGE_SIZE, 2))
+    held, idle, other = pool.find([content(1), content(2), content(3)])
+    pool.hold([held])
+    pool.forget([held, idle, NULL_PAGE])
+    pool.check([held])
+    assert pool.find([content(1)]) == pool.find([content(2)]) == []
+    assert pool.scores(content(1)) is None
+    assert pool.find([content(3)]) == [other]
+    pool.give_back([held])
+    pool.check([])
+    assert pool.num_free == 4
 
 
 def test_without_caching_nothing_is_known() -> None:

@@ -1,11 +1,14 @@
 """What start-up decides without a model: the pages of the cache and the fingerprint."""
 
+import copy
+
 import pytest
 
 from compiled.shapes import make_buckets
 from serve.config import parse_args
 from serve.memory import MemoryAmount, pages_in
-from serve.startup import system_fingerprint
+from serve.startup import StartupError, check_tokenizer, system_fingerprint
+from tests.serve.http_client import END, byte_tokenizer
 
 
 def fingerprint(*flags: str, kernels: tuple[str, ...] = ()) -> str:
@@ -60,3 +63,18 @@ def test_what_changes_shapes_changes_the_fingerprint(flags: tuple[str, ...]) -> 
 def test_the_fingerprint_names_the_kernels() -> None:
     assert "_xla_" in fingerprint()
     assert "_linear-attention_" in fingerprint(kernels=("linear", "attention"))
+
+
+@pytest.mark.parametrize("eos", [-1, 300])
+def test_an_eos_id_that_the_model_lacks_is_refused(eos: int) -> None:
+    tokenizer = copy.copy(byte_tokenizer())
+    check_tokenizer("m", tokenizer, tokenizer.vocab_size)
+    tokenizer.eos_token_ids = frozenset({END, eos})
+    with pytest.raises(StartupError, match=f"m: eos_token_id {eos} is none of the model's 300 tokens"):
+        check_tokenizer("m", tokenizer, 300)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused() -> None:
+    tokenizer = byte_tokenizer()
+    with pytest.raises(StartupError, match=f"m: the tokenizer has {tokenizer.vocab_size} tokens, the model 200"):
+        check_tokenizer("m", tokenizer, 200)

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from compiled.adjust import adjust_logits, changes_logits
-from compiled.logprobs import BLOCK, blocked_top_k
+from compiled.filters import best_of, weigh
+from compiled.logprobs import BLOCK
 from compiled.state import SamplingArrays, SlotState
 
 _MAX_ROUNDS = 256  # each round at least halves what is left on average; a bound all the same
@@ -37,19 +38,13 @@ def choose_tokens(logits: Array, sampling: SamplingArrays, slots: SlotState, row
 
         def choose() -> Array:
             allowed = adjust_logits(logits, sampling, slots, rows)
-            best, best_ids = _best(allowed)
+            best, best_ids = best_of(allowed)
             token: Array = jax.lax.cond(samples, lambda: _draw(allowed, best, best_ids, sampling), lambda: best_ids)
             return token
 
         # The commonest step writes nothing as large as the logits: every row greedy, none of them adjusted.
-        tokens: Array = jax.lax.cond(samples | changes_logits(sampling), choose, lambda: _best(logits)[1])
+        tokens: Array = jax.lax.cond(samples | changes_logits(sampling), choose, lambda: best_of(logits)[1])
         return tokens
-
-
-def _best(logits: Array) -> tuple[Array, Array]:
-    """The best logit [R] and its id [R] int32."""
-    value, token = blocked_top_k(logits, 1)
-    return value[:, 0], token[:, 0]
 
 
 class _Round(NamedTuple):
@@ -63,10 +58,7 @@ class _Round(NamedTuple):
 def _draw(logits: Array, best: Array, best_ids: Array, sampling: SamplingArrays) -> Array:
     R, V = logits.shape
     greedy = sampling.temperature <= 0
-    temperature = jnp.where(greedy, 1.0, sampling.temperature)
-    weights = jnp.exp((logits - best[:, None]) / temperature[:, None])  # [R, V], the best token weighs 1
-    floor = jnp.where(sampling.min_p > 0, best + temperature * jnp.log(sampling.min_p), -jnp.inf)
-    allowed_mass = _allowed_mass(logits, weights, floor, sampling)
+    weights, floor, allowed_mass = weigh(logits, best, sampling)
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(sampling.seed), sampling.step)
     ids = jnp.arange(V, dtype=jnp.int32)
 
@@ -117,43 +109,3 @@ def _inverse_cdf(weights: Array, uniform: Array) -> tuple[Array, Array]:
 def _zero_padded_blocks(weights: Array) -> Array:
     R, V = weights.shape
     return jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(R, -1, BLOCK)
-
-
-def _allowed_mass(logits: Array, weights: Array, floor: Array, sampling: SamplingArrays) -> Array:
-    """Total weight [R] of what min_p and top_k leave: what top_p is a share of."""
-
-    def above_floor() -> Array:
-        return jnp.sum(jnp.where(logits >= floor[:, None], weights, 0.0), axis=1)
-
-    def above_both() -> Array:
-        k = jnp.minimum(sampling.top_k, logits.shape[1])
-        kth = _kth_largest(logits, k)
-        ahead = logits > kth[:, None]
-        spare = k - jnp.sum(ahead, axis=1, dtype=jnp.int32)  # how many of those equal to it are in
-        tied = jnp.max(jnp.where(logits == kth[:, None], weights, 0.0), axis=1)
-        top = jnp.sum(jnp.where(ahead, weights, 0.0), axis=1) + spare * tied
-        return jnp.where((sampling.top_k > 0) & (kth >= floor), top, above_floor())
-
-    needs_k = jnp.any((sampling.top_k > 0) & (sampling.top_p < 1))
-    mass: Array = jax.lax.cond(needs_k, above_both, above_floor)
-    return mass
-
-
-def _kth_largest(x: Array, k: Array) -> Array:
-    """The k-th largest value [R] of x [R, V], by 32 bits from the highest; k [R] int32, 0 counts as 1."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    # Order-preserving map from float32 to uint32: flip all bits of negatives, the sign bit of the rest.
-    keys = jax.lax.bitcast_convert_type(bits ^ ((bits >> 31) | jnp.int32(-(2**31))), jnp.uint32)
-    wanted = jnp.clip(k, 1, x.shape[1])
-
-    def bit(i: Array, found: Array) -> Array:
-        candidate = found | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        enough = jnp.sum(keys >= candidate[:, None], axis=1, dtype=jnp.int32) >= wanted
-        return jnp.where(enough, candidate, found)
-
-    found = jax.lax.fori_loop(0, 32, bit, jnp.zeros((x.shape[0],), jnp.uint32))
-    # The found key is that of a value present: read it back through the inverse map.
-    high = (found >> 31) == 1
-    restored = jnp.where(high, found ^ jnp.uint32(2**31), ~found)
-    value: Array = jax.lax.bitcast_convert_type(restored, jnp.float32)
-    return value

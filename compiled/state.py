@@ -82,6 +82,7 @@ class SamplingArrays:
     presence: Array  # [R] float32 taken from the logits of tokens chosen before, 0 = off
     frequency: Array  # [R] float32 the same times how often, 0 = off
     repetition: Array  # [R] float32 divides positive and multiplies negative logits of tokens seen or chosen, 1 = off
+    processed: Array  # [R] bool whether the numbers told are those of what is drawn from, not the raw ones
     mask: Array  # [R, W] uint32, W = ceil(V / 32): bit i of word w is set if token 32 w + i may be chosen
 
 
@@ -98,7 +99,10 @@ class Adjustment:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """The product: numbers of one token per row, from the raw model distribution (temperature 1, nothing masked)."""
+    """The product: numbers of one token per row, from the raw model distribution (temperature 1, nothing masked).
+
+    A decode row may ask for those of the distribution that its token was drawn from (`SamplingArrays.processed`).
+    """
 
     logprob: Array  # [R] float32, natural log
     rank: Array  # [R] int32, 1 = most likely, unique: ties go to the lower id
@@ -135,6 +139,7 @@ def greedy_sampling(rows: int, vocab_size: int) -> SamplingArrays:
         presence=np.zeros(rows, np.float32),
         frequency=np.zeros(rows, np.float32),
         repetition=np.ones(rows, np.float32),
+        processed=np.zeros(rows, np.bool_),
         mask=np.full((rows, mask_words(vocab_size)), 0xFFFFFFFF, np.uint32),
     )
 

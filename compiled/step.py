@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from compiled.adjust import fill_slot, record_choice
+from compiled.filters import processed_logits
 from compiled.logprobs import all_logprobs, head_logprobs, token_logprobs
 from compiled.sampling import choose_tokens
 from compiled.state import (
@@ -47,8 +48,17 @@ def decode(
     live = live_rows(step.positions >= 0)
     logits = module.logits(jax.lax.optimization_barrier(hidden[:, 0]), live)
     chosen = choose_tokens(logits, sampling, slots, step.slots)
-    output = StepOutput(chosen, token_logprobs(logits, chosen, k, step.scored_ids, live))
-    return DeviceState(cache, record_choice(slots, step.slots, chosen)), output
+
+    def numbers(of: Array) -> TokenLogprobs:
+        return token_logprobs(of, chosen, k, step.scored_ids, live)
+
+    def processed() -> TokenLogprobs:
+        return numbers(processed_logits(logits, chosen, sampling, slots, step.slots))
+
+    told = jax.lax.cond(jnp.any(sampling.processed), processed, lambda: numbers(logits))
+    # The barrier has the choice counted after the counts were read for the last time: in place, without a copy.
+    output: StepOutput = jax.lax.optimization_barrier(StepOutput(chosen, told))
+    return DeviceState(cache, record_choice(slots, step.slots, output.tokens)), output
 
 
 def score(model: BoundModel, k: int, leaves: Leaves, state: DeviceState, step: ScoreInput) -> TokenLogprobs:

@@ -64,6 +64,7 @@ def sampling_arrays(requests: Sequence[Request], rows: int, vocab_size: int) -> 
         arrays.min_p[row] = params.min_p
         arrays.seed[row] = (request.seed >> 32) & 0xFFFFFFFF, request.seed & 0xFFFFFFFF
         arrays.step[row] = step
+        arrays.processed[row] = params.processed
         if params.adjusts:
             arrays.adjusted[row] = True
             arrays.presence[row] = params.presence_penalty

@@ -82,6 +82,7 @@ class SamplingParams:
     allowed_token_ids: frozenset[int] | None = None  # None is all
     bad_words: tuple[tuple[int, ...], ...] = ()  # runs of ids that the output may not contain
     logprob_token_ids: tuple[int, ...] = ()  # the alternatives shown are these instead of the K best
+    processed: bool = False  # the numbers of chosen tokens are of what they are drawn from, not of the raw distribution
     prompt: PromptScoring | None = None
 
     @property

@@ -54,6 +54,23 @@ def check_logprob_token_ids(body: GenerationRequest, *, shown: bool, limits: Eng
     check_scored_ids("logprob_token_ids", body.logprob_token_ids, limits)
 
 
+def truncated(ids: list[int], body: GenerationRequest, max_tokens: int | None, limits: EngineLimits) -> list[int]:
+    """A prompt cut to `truncate_prompt_tokens`, at its beginning unless the request says otherwise.
+
+    Args:
+        max_tokens: asked for, which -1 leaves room for; one where nothing is asked.
+    """
+    most = body.truncate_prompt_tokens
+    if most is None:
+        return ids
+    if most == -1:
+        most = max(1, min(limits.max_model_len, limits.cache_tokens) - (1 if max_tokens is None else max_tokens))
+    if not 1 <= most <= limits.max_model_len:
+        message = f"`truncate_prompt_tokens` must be -1, or from 1 to {limits.max_model_len}."
+        raise invalid("truncate_prompt_tokens", message)
+    return ids[:most] if body.truncation_side == "right" else ids[-most:]
+
+
 def check_room(param: str, prompt: int, max_tokens: int | None, limits: EngineLimits) -> int:
     """Tokens that may be generated after a prompt of that many: `max_tokens`, or all that there is room for."""
     room = min(limits.max_model_len, limits.cache_tokens) - prompt

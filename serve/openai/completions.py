@@ -11,8 +11,8 @@ from starlette.responses import Response
 
 from serve.engine.request import TokenScores
 from serve.openai.body import Body, Hole, dump, make_body
-from serve.openai.checks import check_common, check_logprob_token_ids, check_room, check_top_k
-from serve.openai.endpoint import Endpoint, Header, Usage, usage_of, wants_usage
+from serve.openai.checks import check_common, check_logprob_token_ids, check_room, check_top_k, truncated
+from serve.openai.endpoint import Endpoint, Usage, usage_of
 from serve.openai.errors import engine_error, invalid
 from serve.openai.generation import Choice, Delta, Finished, finish_all, merge
 from serve.openai.job import Job, Prompt, make_job
@@ -37,23 +37,22 @@ class Completions:
     async def __call__(self, request: Request) -> Response:
         """Answers with JSON, or with server-sent events where `stream` is true."""
         data = await read_body(request, self._at.config.max_body_bytes)
-        job = await asyncio.to_thread(self._prepare, data, request.headers.get("x-request-id"))
+        job = await asyncio.to_thread(self._prepare, data, request.headers["x-request-id"])
         abort = self._at.abort_all(job.request_ids)
         if job.body.stream:
             return await stream_or_disconnect(request, self._chunks(job), abort)
         return await json_or_disconnect(request, self._answer(job), abort)
 
-    def _prepare(self, data: bytes, request_id: str | None) -> _Job:
+    def _prepare(self, data: bytes, request_id: str) -> _Job:
         at, limits = self._at, self._at.engine.limits
-        body = parse(CompletionRequest, data, at.fields)
+        body = at.filled(parse(CompletionRequest, data, at.fields))
         check_common(body)
         check_top_k("logprobs", body.logprobs or 0, limits)
         check_logprob_token_ids(body, shown=body.logprobs is not None, limits=limits)
         numbers = prompt_numbers(body, body.logprobs if body.echo else None, limits)
-        name = at.model_name(body.model)
-        header = Header.make("cmpl", "text_completion", name, at.config.system_fingerprint, request_id)
-        prompts = self._prompts(body)
+        header = at.header("cmpl", "text_completion", body, request_id)
         asked = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        prompts = [self._truncated(body, prompt, asked) for prompt in self._prompts(body)]
         room = [check_room("prompt", len(prompt.ids), asked, limits) for prompt in prompts]
         return make_job(at, body, header, prompts, max_tokens=room, top_k=body.logprobs, numbers=numbers)
 
@@ -96,6 +95,14 @@ class Completions:
                 raise invalid(f"{where}[{i}]", f"`{where}[{i}]` must be a token id.", "invalid_type")
             if not 0 <= token_id < vocabulary:
                 raise invalid(f"{where}[{i}]", f"`{where}[{i}]` is not in the vocabulary of {vocabulary} tokens.")
+        return self._read_back(body, ids)
+
+    def _truncated(self, body: CompletionRequest, prompt: Prompt, asked: int) -> Prompt:
+        ids = truncated(prompt.ids, body, asked, self._at.engine.limits)
+        return prompt if len(ids) == len(prompt.ids) else self._read_back(body, ids)
+
+    def _read_back(self, body: CompletionRequest, ids: list[int]) -> Prompt:
+        """A prompt whose text is what its ids read."""
         skips = body.skip_special_tokens is not False
         hidden = [skips and self._at.tokenizer.is_special(token_id) for token_id in ids]
         text = self._at.tokenizer.decode(ids, skip_special_tokens=skips) if body.echo else ""
@@ -107,16 +114,16 @@ class Completions:
 
     def _body(self, job: _Job, results: Sequence[Finished]) -> Body:
         choices: list[dict[str, Any]] = []
-        shown: orjson.Fragment | Hole | None = None
+        shown: dict[str, orjson.Fragment | Hole | None] = {}
         scores: TokenScores | None = None
         for result in results:
             if result.choice.first:  # it has the prompt's scores, which are written once for all its choices
                 scores = result.prompt_scores
-                numbers = job.prompt_logprobs(result.choice.prompt_index, scores)
-                shown = numbers if isinstance(numbers, Hole) else orjson.Fragment(dump(numbers))
-            choices.append(self._choice(job, result, scores) | {"prompt_logprobs": shown})
-            if isinstance(shown, Hole):  # too large to be repeated
-                shown = None
+                fields = job.prompt_fields(result.choice.prompt_index, scores)
+                shown = {name: _written(numbers) for name, numbers in fields.items()}
+            choices.append(self._choice(job, result, scores) | shown)
+            if job.numbers.whole:  # too large to be repeated
+                shown = dict.fromkeys(shown)
         return make_body(job.header.fields() | {"choices": choices, "usage": usage_of(results).fields()})
 
     def _choice(self, job: _Job, result: Finished, scores: TokenScores | None) -> dict[str, Any]:
@@ -153,7 +160,7 @@ class Completions:
 
     async def _chunks(self, job: _Job) -> AsyncGenerator[dict[str, Any]]:
         usage = Usage.of_prompts(job.choices)
-        final, continuous = wants_usage(job.body)
+        final, continuous = self._at.wants_usage(job.body)
         columns: dict[int, CompletionLogprobs] = {}
         scores: dict[int, TokenScores | None] = {}  # by prompt; its first choice opens first and brings them
         async with aclosing(merge(job.choices, self._at.engine, self._at.tokenizer)) as deltas:
@@ -183,7 +190,7 @@ class Completions:
         if job.body.echo:
             fields["text"] = prompt.text + delta.text
         if job.numbers.shown is not None and (choice.first or not job.numbers.whole):
-            fields["prompt_logprobs"] = job.prompt_logprobs(choice.prompt_index, scores)
+            fields |= job.prompt_fields(choice.prompt_index, scores)
         return fields | ({"prompt_token_ids": prompt.ids} if job.body.return_token_ids else {})
 
     def _delta(self, job: _Job, delta: Delta, columns: CompletionLogprobs) -> dict[str, Any]:
@@ -199,3 +206,8 @@ class Completions:
         if job.body.return_token_ids:
             fields["token_ids"] = delta.token_ids
         return fields
+
+
+def _written(numbers: Any) -> orjson.Fragment | Hole | None:
+    """Numbers of a prompt as the JSON that all its choices show."""
+    return numbers if numbers is None or isinstance(numbers, Hole) else orjson.Fragment(dump(numbers))

@@ -1,15 +1,15 @@
 """What a handler holds: the collaborators that every endpoint shares."""
 
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from serve.openai.defaults import GenerationDefaults
 from serve.openai.errors import APIError
 from serve.openai.generation import Choice, Delta, Engine, Finished
 from serve.openai.known_fields import FieldLog
-from serve.openai.schema import GenerationRequest
+from serve.openai.schema import GenerationRequest, LogprobsMode
 from serve.openai.vocabulary import RowWriter
 from serve.text.tokenizer import Tokenizer
 
@@ -22,6 +22,12 @@ class AppConfig:
     api_keys: tuple[str, ...] = ()  # empty: open to all
     system_fingerprint: str | None = None
     chat_template: str | None = None  # instead of the tokenizer's
+    trust_request_chat_template: bool = False
+    response_role: str = "assistant"
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+    logprobs_mode: LogprobsMode = "raw_logprobs"  # where a request does not say
+    return_tokens_as_token_ids: bool = False
+    force_include_usage: bool = False  # every stream ends with its usage
     max_body_bytes: int = 64 << 20
 
 
@@ -48,6 +54,30 @@ class Endpoint:
             raise APIError(404, f"The model {asked[:200]!r} does not exist.", "model", "model_not_found")
         return asked
 
+    def filled[B: GenerationRequest](self, body: B) -> B:
+        """The request, with the server's defaults where it says nothing."""
+        return self.config.defaults.fill(body)
+
+    def logprobs_mode(self, body: GenerationRequest) -> LogprobsMode:
+        """Which distribution the numbers of generated tokens are of."""
+        return body.logprobs_mode or self.config.logprobs_mode
+
+    def header(self, prefix: str, kind: str, body: GenerationRequest, request_id: str) -> "Header":
+        """The header of an answer. Its id is the request's: of the body, or else of the HTTP header.
+
+        Raises:
+            APIError: 404 for a model that is not served.
+        """
+        name, mode = self.model_name(body.model), self.logprobs_mode(body)
+        told = mode if body.logprobs_mode is not None or mode != "raw_logprobs" else None
+        return Header(f"{prefix}-{body.request_id or request_id}", kind, name, self.config.system_fingerprint, told)
+
+    def wants_usage(self, body: GenerationRequest) -> tuple[bool, bool]:
+        """Whether a stream ends with its usage, and whether every chunk carries it."""
+        options = body.stream_options
+        final = self.config.force_include_usage or bool(options and options.include_usage)
+        return final, final and bool(options and options.continuous_usage_stats)
+
     def abort_all(self, request_ids: Sequence[str]) -> Callable[[], None]:
         """A callback that ends all requests to the engine; harmless where they have ended."""
 
@@ -66,22 +96,19 @@ class Header:
     object: str
     model: str
     system_fingerprint: str | None
+    logprobs_mode: str | None = None  # told where it was asked for, or is not the usual one
     created: int = field(default_factory=lambda: int(time.time()))
-
-    @classmethod
-    def make(cls, prefix: str, kind: str, model: str, fingerprint: str | None, request_id: str | None) -> "Header":
-        """A header with the client's request id, or one of our own."""
-        return cls(f"{prefix}-{request_id or uuid.uuid4().hex}", kind, model, fingerprint)
 
     def fields(self) -> dict[str, Any]:
         """As JSON fields."""
-        return {
+        fields = {
             "id": self.id,
             "object": self.object,
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.system_fingerprint,
         }
+        return fields if self.logprobs_mode is None else fields | {"logprobs_mode": self.logprobs_mode}
 
 
 @dataclass(slots=True)
@@ -119,10 +146,3 @@ def usage_of(results: Sequence[Finished]) -> Usage:
         usage.open(result.choice, result)
         usage.completion_tokens += len(result.token_ids)
     return usage
-
-
-def wants_usage(body: GenerationRequest) -> tuple[bool, bool]:
-    """Whether a stream ends with its usage, and whether every chunk carries it."""
-    options = body.stream_options
-    final = bool(options and options.include_usage)
-    return final, final and bool(options and options.continuous_usage_stats)

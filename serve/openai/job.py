@@ -9,7 +9,7 @@ from serve.openai.body import Hole
 from serve.openai.endpoint import Endpoint, Header
 from serve.openai.errors import engine_error
 from serve.openai.generation import Choice, make_choices, make_request
-from serve.openai.logprobs import TokenNames, prompt_logprobs
+from serve.openai.logprobs import TokenNames, prompt_columns, prompt_logprobs
 from serve.openai.prompt_numbers import PromptNumbers, check_start
 from serve.openai.sampling_params import sampling_params
 from serve.openai.schema import GenerationRequest
@@ -23,6 +23,7 @@ class Prompt:
     ids: list[int]
     text: str = ""
     hidden: Sequence[bool] = ()  # for each id, whether it is no part of the text
+    echo: str = ""  # of a chat, what its answer begins with
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,22 @@ class Job[B: GenerationRequest]:
         """The prompt that a choice answers."""
         return self.prompts[choice.prompt_index]
 
+    def prompt_fields(self, prompt_index: int, scores: TokenScores | None) -> dict[str, Any]:
+        """What an answer tells of a prompt's numbers. Slow: not for the event loop.
+
+        Raises:
+            APIError: as in `prompt_logprobs`.
+        """
+        numbers = self.numbers
+        if not numbers.columns or numbers.shown is None:
+            return {"prompt_logprobs": self.prompt_logprobs(prompt_index, scores)}
+        if scores is None:
+            raise engine_error("The engine returned no log-probabilities of the prompt.")
+        columns = prompt_columns(self.prompts[prompt_index].ids, scores, numbers.shown, numbers.start)
+        return {"prompt_logprobs": None, "prompt_logprobs_columns": columns}
+
     def prompt_logprobs(self, prompt_index: int, scores: TokenScores | None) -> list[Any] | Hole | None:
-        """A prompt's `prompt_logprobs`, None where it is not asked for. Slow: not for the event loop.
+        """A prompt's `prompt_logprobs`, None where it is not asked for.
 
         Raises:
             APIError: 500 if there are no scores, or not as many as tokens.
@@ -91,7 +106,13 @@ def make_job[B: GenerationRequest](
         body,
         ids,
         max_tokens,
-        params=sampling_params(body, at.tokenizer.eos_token_ids, at.engine.limits, at.tokenizer),
+        params=sampling_params(
+            body,
+            at.tokenizer.eos_token_ids,
+            at.engine.limits,
+            at.tokenizer,
+            processed=at.logprobs_mode(body) == "processed_logprobs",
+        ),
         scoring=numbers.scoring,
         eos_token_ids=frozenset() if body.ignore_eos else at.tokenizer.eos_token_ids,
     )
@@ -102,8 +123,14 @@ def make_job[B: GenerationRequest](
         header=header,
         prompts=prompts,
         choices=choices,
-        names=TokenNames(at.tokenizer, bool(body.return_tokens_as_token_ids)),
+        names=TokenNames(
+            at.tokenizer, _or_default(body.return_tokens_as_token_ids, at.config.return_tokens_as_token_ids)
+        ),
         alternatives=len(body.logprob_token_ids or ()) or top_k or 0,
         numbers=numbers,
         row_requests=[make_request(body, each, whole) for each in ids] if numbers.whole else [],
     )
+
+
+def _or_default(said: bool | None, default: bool) -> bool:
+    return default if said is None else said

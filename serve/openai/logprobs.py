@@ -110,6 +110,25 @@ def prompt_logprobs(
     return result
 
 
+def prompt_columns(token_ids: Sequence[int], scores: TokenScores, k: int, start: int) -> dict[str, Any]:
+    """The same numbers in columns, n = prompt - start rows each: less to write and to read than entries by name.
+
+    Args:
+        start: the first token with numbers, whose row is the first.
+    """
+    checked(scores, len(token_ids) - 1, k)
+    rows = scores[start - 1 :]
+    return {
+        "start": start,
+        "token_ids": token_ids[start:],  # [n]
+        "logprobs": clamped(rows.logprob),  # [n]
+        "ranks": rows.rank,  # [n]
+        "top_token_ids": np.ascontiguousarray(rows.top_ids[:, :k]),  # [n, k]
+        "top_logprobs": np.ascontiguousarray(clamped(rows.top_logprobs[:, :k])),  # [n, k]
+        "top_ranks": np.ascontiguousarray(rows.top_ranks[:, :k]),  # [n, k]
+    }
+
+
 class CompletionLogprobs:
     """Makes the legacy completions `logprobs` object, in one piece or chunk by chunk.
 

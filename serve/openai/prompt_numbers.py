@@ -17,6 +17,7 @@ class PromptNumbers:
     echoed: int | None  # alternatives in an echo's log-probs; None: there are none
     start: int = 1  # tokens before it have no numbers; the first token never has
     token_ids: tuple[int, ...] = ()  # the alternatives are these, in place of the best
+    columns: bool = False  # told as columns instead of an entry for each token
     whole: bool = False  # `shown` is more than the engine tells of every token: rows are asked of Engine.vocabulary()
 
     @property
@@ -51,7 +52,13 @@ def prompt_numbers(body: GenerationRequest, echoed: int | None, limits: EngineLi
     if whole:
         _check_whole(shown or 0, limits)
         shown = limits.vocab_size if shown == -1 else min(shown or 0, limits.vocab_size)
-    return PromptNumbers(shown, echoed, max(1, start), tuple(ids or ()), whole)
+    columns = body.prompt_logprobs_format == "columns"
+    if columns and shown is None:
+        raise invalid("prompt_logprobs_format", "`prompt_logprobs_format` needs `prompt_logprobs`.")
+    if columns and whole:
+        message = f"`prompt_logprobs_format`: columns hold {limits.max_logprobs} alternatives at most."
+        raise invalid("prompt_logprobs_format", message)
+    return PromptNumbers(shown, echoed, max(1, start), tuple(ids or ()), columns, whole)
 
 
 def check_start(body: GenerationRequest, prompts: Sequence[Sequence[int]]) -> None:

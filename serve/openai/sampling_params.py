@@ -23,11 +23,17 @@ class Encoder(Protocol):
 
 
 def sampling_params(
-    body: GenerationRequest, eos_token_ids: frozenset[int], limits: EngineLimits, encoder: Encoder
+    body: GenerationRequest,
+    eos_token_ids: frozenset[int],
+    limits: EngineLimits,
+    encoder: Encoder,
+    *,
+    processed: bool = False,
 ) -> SamplingParams:
     """How all answers to a request are chosen; `max_tokens`, `seed` and `prompt` are left for each to fill in.
 
     Args:
+        processed: whether the numbers are to be of the distribution that tokens are drawn from.
         eos_token_ids: the model's, which end an answer as the request's stop ids do unless it ignores them.
 
     Raises:
@@ -50,6 +56,7 @@ def sampling_params(
         allowed_token_ids=_allowed_token_ids(body, limits),
         bad_words=bad_word_ids(body.bad_words or (), encoder),
         logprob_token_ids=tuple(body.logprob_token_ids or ()),
+        processed=processed,
     )
     _check_something_is_left(params, limits)
     return params

@@ -1,6 +1,6 @@
 """Request bodies as pydantic models, and the one way from bytes to a model or an APIError that names the field."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -14,7 +14,16 @@ _INT64 = 2**63
 _Count = Annotated[int, Field(ge=0, lt=_INT64)]
 _TokenIds = Annotated[list[_Count], Field(fail_fast=True)]
 _Strings = Annotated[list[str], Field(fail_fast=True)]
-_Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+# Fields whose defaults a model may bring (`defaults.py`).
+Temperature = Annotated[float, Field(ge=0, le=2)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(ge=-1, lt=2**31)]
+MinP = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+# In float32 it must be neither 0 nor so large that a logit times it is infinite.
+RepetitionPenalty = Annotated[float, Field(ge=1e-30, le=1e30)]
+LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 
 
 class StreamOptions(BaseModel):
@@ -39,14 +48,13 @@ class GenerationRequest(BaseModel):
     cache_salt: str | None = None
     max_tokens: _Count | None = None
     min_tokens: _Count | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    presence_penalty: _Penalty | None = None
-    frequency_penalty: _Penalty | None = None
-    # In float32 it must be neither 0 nor so large that a logit times it is infinite.
-    repetition_penalty: Annotated[float, Field(ge=1e-30, le=1e30)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     logit_bias: dict[str, Any] | None = None
     allowed_token_ids: _TokenIds | None = None
     bad_words: _Strings | None = None
@@ -60,11 +68,15 @@ class GenerationRequest(BaseModel):
     stream_options: StreamOptions | None = None
     prompt_logprobs: Annotated[int, Field(ge=-1)] | None = None
     prompt_logprobs_start: _Count | None = None
+    prompt_logprobs_format: Literal["entries", "columns"] | None = None
     prompt_logprob_token_ids: _TokenIds | None = None
     logprob_token_ids: _TokenIds | None = None
+    logprobs_mode: LogprobsMode | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=_INT64)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    request_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,200}$")] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    add_special_tokens: bool | None = None
     echo: bool | None = None
 
 
@@ -72,6 +84,7 @@ class CompletionRequest(GenerationRequest):
     """POST /v1/completions. `prompt` is read by hand: a list of many ids needs one fast pass and one short error."""
 
     prompt: Any = None
+    add_special_tokens: bool | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None
 
 
@@ -84,16 +97,26 @@ class ChatMessage(BaseModel):
     content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
 
 
-class ChatCompletionRequest(GenerationRequest):
-    """POST /v1/chat/completions."""
+class ChatPromptFields(BaseModel):
+    """What a chat's prompt is made of; /tokenize takes it, too."""
 
     messages: Annotated[list[ChatMessage], Field(fail_fast=True)]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template: str | None = None  # honoured where the server trusts requests
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    reasoning_effort: str | None = None
+
+
+class ChatCompletionRequest(GenerationRequest, ChatPromptFields):
+    """POST /v1/chat/completions."""
+
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     max_completion_tokens: _Count | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    return_prompt_text: bool | None = None
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
@@ -121,7 +144,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-def parse[M: GenerationRequest](kind: type[M], body: bytes, log: FieldLog) -> M:
+def parse[M: BaseModel](kind: type[M], body: bytes, log: FieldLog) -> M:
     """Reads a body into a request model.
 
     Raises:

@@ -205,6 +205,25 @@ def test_what_changes_the_choice_changes_no_number(runner: ModelRunner) -> None:
     assert bits(score(runner, [place], [77]), 0) == bits(changed.logprobs, 0)
 
 
+def test_processed_numbers_are_those_of_what_is_drawn_from_and_a_neighbour_keeps_its_own(runner: ModelRunner) -> None:
+    prefill(runner, PROMPT, page=1)
+    prefill(runner, PROMPT, page=2)
+    step = decode_input([(PROMPT[-1], len(PROMPT) - 1, 1, 0), (PROMPT[-1], len(PROMPT) - 1, 2, 1)])
+    raw = runner.vocabulary(np.full(8, place_of(1, 0), np.int32))  # any row: only to see that the cache is there
+    assert np.isfinite(raw).all()
+    plain = runner.read(runner.decode(step, sampling_of()))
+    sampling = sampling_of()
+    sampling.temperature[:2], sampling.top_k[:2] = 0.5, 3
+    sampling.processed[0] = True
+    told = runner.read(runner.decode(step, sampling)).logprobs
+    assert bits(told, 1)[2:] == bits(plain.logprobs, 1)[2:]
+    assert told.top_ids[0].tolist()[:3] == plain.logprobs.top_ids[0].tolist()[:3]
+    doubled = np.exp(plain.logprobs.top_logprobs[0, :3].astype(np.float64) / 0.5)
+    np.testing.assert_allclose(np.exp(told.top_logprobs[0, :3]), doubled / doubled.sum(), rtol=1e-5)
+    assert (told.top_logprobs[0, 3:] == -np.inf).all()
+    assert np.isfinite(told.logprob[:2]).all()
+
+
 def test_given_ids_are_scored_in_both_programs_alike(runner: ModelRunner) -> None:
     prefill(runner, PROMPT, page=3)
     step = decode_input([(PROMPT[-1], len(PROMPT) - 1, 3, 0)])

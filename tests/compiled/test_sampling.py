@@ -1,6 +1,6 @@
 """Choosing tokens: which ones can be drawn, how often, and what a seed promises; against numpy in float64."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from compiled.sampling import _kth_largest, choose_tokens
+from compiled.filters import kth_largest, processed_logits
+from compiled.sampling import choose_tokens
 from compiled.state import SamplingArrays, greedy_sampling
 from tests.compiled.slots import empty_slots, packed
 
@@ -16,7 +17,8 @@ V = 300
 DRAWS = 4096
 
 _choose = jax.jit(choose_tokens)
-kth_largest = jax.jit(_kth_largest)
+_processed = jax.jit(processed_logits)
+_kth_largest = jax.jit(kth_largest)
 
 
 @dataclass(frozen=True)
@@ -232,9 +234,59 @@ def test_kth_largest() -> None:
     x[4] = 3.0
     falling = -np.sort(-x, axis=1)
     for k in (1, 2, 3, 50, 150, V - 1, V):
-        result = np.asarray(kth_largest(x, np.full(64, k, np.int32)))
+        result = np.asarray(_kth_largest(x, np.full(64, k, np.int32)))
         np.testing.assert_array_equal(result, falling[:, k - 1])
     each_its_own = np.arange(1, 65, dtype=np.int32)
-    np.testing.assert_array_equal(np.asarray(kth_largest(x, each_its_own)), falling[np.arange(64), each_its_own - 1])
-    np.testing.assert_array_equal(np.asarray(kth_largest(x, np.zeros(64, np.int32))), falling[:, 0])
-    np.testing.assert_array_equal(np.asarray(kth_largest(x, np.full(64, 10**6, np.int32))), falling[:, -1])
+    np.testing.assert_array_equal(np.asarray(_kth_largest(x, each_its_own)), falling[np.arange(64), each_its_own - 1])
+    np.testing.assert_array_equal(np.asarray(_kth_largest(x, np.zeros(64, np.int32))), falling[:, 0])
+    np.testing.assert_array_equal(np.asarray(_kth_largest(x, np.full(64, 10**6, np.int32))), falling[:, -1])
+
+
+def processed(logits: NDArray[np.float32], chosen: Any, sampling: SamplingArrays) -> NDArray[np.float64]:
+    """Processed logits as probabilities [R, V]."""
+    slots, rows = empty_slots(1, V), np.zeros(len(logits), np.int32)
+    told = np.asarray(_processed(logits, np.asarray(chosen, np.int32), sampling, slots, rows)).astype(np.float64)
+    weights = np.exp(told - told.max(axis=1, keepdims=True))
+    shares: NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
+    return shares
+
+
+@pytest.mark.parametrize("make_logits", [smooth_logits, tied_logits])
+def test_processed_logits_are_those_of_the_allowed_distribution(make_logits: Any) -> None:
+    logits = np.tile(make_logits(), (len(FILTERS), 1))
+    sampling = arrays(list(FILTERS.values()))
+    sampling.processed[:] = True
+    best = [int(np.argmax(reference(row, filters))) for row, filters in zip(logits, FILTERS.values(), strict=True)]
+    shares = processed(logits, best, sampling)
+    for share, filters in zip(shares, FILTERS.values(), strict=True):
+        expected = reference(logits[0], filters)
+        np.testing.assert_array_equal(share > 0, expected > 0)
+        np.testing.assert_allclose(share, expected, rtol=2e-5, atol=1e-9)
+
+
+def test_every_token_that_is_drawn_has_a_processed_probability() -> None:
+    logits = np.tile(tied_logits(), (512, 1))
+    sampling = arrays([FILTERS["top_k_then_top_p"]] * 512)
+    sampling.processed[:] = True
+    tokens = choose(logits, sampling)
+    shares = processed(logits, tokens, sampling)
+    assert (shares[np.arange(512), tokens] > 0).all()
+    outside = int(np.argmin(logits[0]))  # as if rounding had let it in
+    assert (processed(logits[:1], [outside], arrays_like(sampling, 1)) > 0)[0, outside]
+
+
+def arrays_like(sampling: SamplingArrays, rows: int) -> SamplingArrays:
+    """The first rows."""
+    return SamplingArrays(*(getattr(sampling, field.name)[:rows] for field in fields(sampling)))
+
+
+def test_greedy_rows_are_processed_without_temperature_and_filters_and_others_stay_raw() -> None:
+    logits = np.tile(smooth_logits(), (3, 1))
+    forbidden = Filters(temperature=0.0, top_k=3, top_p=0.1, forbidden=(4, 5))
+    sampling = arrays([forbidden, forbidden, FILTERS["all"]])
+    sampling.processed[:] = [True, False, False]
+    slots, rows = empty_slots(1, V), np.zeros(3, np.int32)
+    told = np.asarray(_processed(logits, np.zeros(3, np.int32), sampling, slots, rows))
+    expected = logits.copy()
+    expected[0, [4, 5]] = -np.inf
+    np.testing.assert_array_equal(told, expected)

@@ -1,0 +1,92 @@
+"""The prompt of a chat: messages through the template to token ids."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from serve.openai.endpoint import Endpoint
+from serve.openai.errors import invalid, unsupported
+from serve.openai.schema import ChatMessage, ChatPromptFields
+from serve.text.chat_template import ChatTemplateError
+from serve.text.tokenizer import TokenizerError
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def chat_text(body: ChatPromptFields, at: Endpoint) -> str:
+    """The chat as the template writes it, special tokens written out.
+
+    Raises:
+        APIError: 400 that names a field.
+    """
+    if not body.messages:
+        raise invalid("messages", "`messages` must hold at least one message.", "empty_array")
+    if body.chat_template is not None and not at.config.trust_request_chat_template:
+        message = "`chat_template` is taken from the request only where the server says --trust-request-chat-template."
+        raise unsupported("chat_template", message)
+    continues = bool(body.continue_final_message)
+    # Both true is a contradiction unless the first is only a default.
+    generates = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+    if continues and generates:
+        message = "`continue_final_message` and `add_generation_prompt` cannot both be true."
+        raise invalid("continue_final_message", message)
+    messages = [_message(message, i) for i, message in enumerate(body.messages)]
+    try:
+        return at.tokenizer.render_chat(
+            messages,
+            add_generation_prompt=generates,
+            continue_final_message=continues,
+            chat_template_kwargs=_variables(body),
+            chat_template=body.chat_template or at.config.chat_template,
+        )
+    except ChatTemplateError as error:
+        raise invalid("messages", f"The chat template refused the messages: {error}") from None
+
+
+def chat_ids(body: ChatPromptFields, text: str, at: Endpoint) -> list[int]:
+    """The token ids of a rendered chat.
+
+    Raises:
+        APIError: 400 that names `messages`.
+    """
+    try:
+        ids = at.tokenizer.encode(text, add_special_tokens=bool(body.add_special_tokens))
+    except TokenizerError as error:
+        raise invalid("messages", str(error)) from None
+    if not ids:
+        raise invalid("messages", "The messages give an empty prompt.")
+    return ids
+
+
+def reply_role_text(body: ChatPromptFields, role: str) -> str:
+    """What an echo puts before the answer: the last message, if it is by the one who answers."""
+    last = body.messages[-1]
+    content = _message(last, len(body.messages) - 1)["content"]
+    return content or "" if last.role == role else ""
+
+
+def _variables(body: ChatPromptFields) -> Mapping[str, Any]:
+    """What the template sees beside the messages; `chat_template_kwargs` stand over fields of their own."""
+    named = {"documents": body.documents, "reasoning_effort": body.reasoning_effort}
+    return {name: value for name, value in named.items() if value is not None} | (body.chat_template_kwargs or {})
+
+
+def _message(message: ChatMessage, index: int) -> dict[str, Any]:
+    """A message for the template, its text parts joined."""
+    where = f"messages[{index}]"
+    if message.role not in _ROLES:
+        raise invalid(f"{where}.role", f"`{where}.role` must be one of {', '.join(_ROLES)}.")
+    content = message.content
+    if isinstance(content, list):
+        content = "\n".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+    elif content is None and message.role != "assistant":
+        raise invalid(f"{where}.content", f"`{where}.content` is missing.", "missing_required_parameter")
+    return {"role": message.role, "content": content, **(message.model_extra or {})}
+
+
+def _part(part: dict[str, Any], where: str) -> str:
+    if part.get("type") != "text":
+        raise unsupported(f"{where}.type", f"`{where}.type`: only parts of type text are supported.")
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise invalid(f"{where}.text", f"`{where}.text` must be a string.", "invalid_type")
+    return text

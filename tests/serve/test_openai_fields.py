@@ -1,0 +1,255 @@
+"""Fields beyond OpenAI's that shape a prompt or an answer, and the server's own defaults; on both endpoints."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve.openai.defaults import DefaultsError, GenerationDefaults, defaults_of
+from tests.serve.fake_runner import MAX_MODEL_LEN
+from tests.serve.http_client import VOCAB_SIZE, Server, chat_body, completion_body, error_of, serving, submitted
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+PATHS = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+TEXT = list(b"user:Hi;>")
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    async with serving() as server:
+        yield server
+
+
+async def answer_of(server: Server, path: str, **fields: Any) -> Any:
+    return await (server.chat if path == CHAT else server.complete)(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"truncate_prompt_tokens": 4}, TEXT[-4:]),
+        ({"truncate_prompt_tokens": 4, "truncation_side": "left"}, TEXT[-4:]),
+        ({"truncate_prompt_tokens": 4, "truncation_side": "right"}, TEXT[:4]),
+        ({"truncate_prompt_tokens": 100}, TEXT),
+        ({"truncate_prompt_tokens": -1, "max_tokens": MAX_MODEL_LEN - 3}, TEXT[-3:]),
+        ({"truncation_side": "right"}, TEXT),
+    ],
+)
+@pytest.mark.parametrize("ids", [False, True])
+async def test_a_prompt_is_cut_to_what_is_asked(
+    server: Server, fields: dict[str, Any], expected: list[int], ids: bool
+) -> None:
+    fields = {"max_tokens": 1, "return_token_ids": True, "prompt_logprobs": 0} | fields
+    chat = await server.chat(**fields)
+    assert chat["prompt_token_ids"] == expected
+    assert len(chat["prompt_logprobs"]) == chat["usage"]["prompt_tokens"] == len(expected)
+    prompt = TEXT if ids else bytes(TEXT).decode()
+    answer = await server.complete(prompt=prompt, echo=True, logprobs=0, **fields)
+    (choice,) = answer["choices"]
+    assert choice["prompt_token_ids"] == expected
+    assert choice["text"].startswith(bytes(expected).decode() + "H")
+    assert len(choice["prompt_logprobs"]) == len(expected)
+    assert choice["logprobs"]["text_offset"][: len(expected)] == list(range(len(expected)))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_echo_of_chat_begins_with_the_last_message_if_it_is_the_replys(server: Server, stream: bool) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Oh, "}]
+    for given, expected in ((messages, "Oh, Hello"), (messages[:1], "Hello")):
+        fields = {"messages": given, "echo": True, "continue_final_message": given is messages}
+        if stream:
+            chunks = await server.chat_stream(**fields)
+            text = "".join(choice["delta"]["content"] for chunk in chunks for choice in chunk["choices"])
+        else:
+            answer = await server.chat(**fields)
+            text = answer["choices"][0]["message"]["content"]
+            assert answer["prompt_logprobs"] is None
+        assert text == expected
+
+
+async def test_the_prompts_text_is_told_on_demand(server: Server) -> None:
+    assert (await server.chat(return_prompt_text=True))["prompt_text"] == "user:Hi;>"
+    first, *others = await server.chat_stream(return_prompt_text=True)
+    assert first["prompt_text"] == "user:Hi;>"
+    assert not any("prompt_text" in chunk for chunk in others)
+    assert "prompt_text" not in await server.chat()
+
+
+async def test_a_template_of_the_request_where_it_is_trusted() -> None:
+    template = "{% for m in messages %}<{{ m.content }}>{% endfor %}{{ documents[0].title }}{{ reasoning_effort }}"
+    async with serving(trust_request_chat_template=True) as server:
+        fields: dict[str, Any] = {"chat_template": template, "documents": [{"title": "T"}], "reasoning_effort": "low"}
+        assert (await server.chat(**fields, return_prompt_text=True))["prompt_text"] == "<Hi>Tlow"
+        fields["chat_template_kwargs"] = {"reasoning_effort": "high"}
+        assert (await server.chat(**fields, return_prompt_text=True))["prompt_text"] == "<Hi>Thigh"
+        broken = await server.post(CHAT, chat_body(chat_template="{{ messages[5].content.x }}"))
+        assert error_of(broken, 400)["param"] == "messages"
+
+
+@PATHS
+async def test_the_request_id_of_the_body_names_the_answer(server: Server, path: str) -> None:
+    answer = await answer_of(server, path, request_id="mine-7")
+    assert answer["id"].endswith("-mine-7")
+
+
+@PATHS
+async def test_the_mode_of_the_numbers_is_asked_of_the_engine_and_told(server: Server, path: str) -> None:
+    requests = submitted(server)
+    for mode in ("raw_logprobs", "processed_logprobs"):
+        assert (await answer_of(server, path, logprobs_mode=mode))["logprobs_mode"] == mode
+    assert "logprobs_mode" not in await answer_of(server, path)
+    assert [request.params.processed for request in requests] == [False, True, False]
+    chunks = await (server.chat_stream if path == CHAT else server.complete_stream)(logprobs_mode="processed_logprobs")
+    assert {chunk["logprobs_mode"] for chunk in chunks} == {"processed_logprobs"}
+
+
+async def test_the_servers_own_mode_and_names() -> None:
+    async with serving(logprobs_mode="processed_logprobs", return_tokens_as_token_ids=True) as server:
+        requests = submitted(server)
+        answer = await server.complete(logprobs=0, max_tokens=1)
+        assert answer["logprobs_mode"] == "processed_logprobs"
+        assert answer["choices"][0]["logprobs"]["tokens"] == ["token_id:72"]
+        answer = await server.complete(
+            logprobs=0, max_tokens=1, return_tokens_as_token_ids=False, logprobs_mode="raw_logprobs"
+        )
+        assert answer["choices"][0]["logprobs"]["tokens"] == ["H"]
+        assert [request.params.processed for request in requests] == [True, False]
+
+
+async def test_every_stream_ends_with_its_usage_where_the_server_says_so() -> None:
+    async with serving(force_include_usage=True) as server:
+        assert (await server.chat_stream())[-1]["usage"]["completion_tokens"] == 6
+        assert (await server.complete_stream(stream_options={"include_usage": False}))[-1]["usage"][
+            "prompt_tokens"
+        ] == 2
+
+
+async def test_the_role_of_the_reply() -> None:
+    async with serving(response_role="bard") as server:
+        assert (await server.chat())["choices"][0]["message"]["role"] == "bard"
+        assert (await server.chat_stream())[0]["choices"][0]["delta"]["role"] == "bard"
+
+
+def columns_of(entries: list[dict[str, Any] | None], ids: list[int], start: int, k: int) -> dict[str, Any]:
+    """What the columns of these entries must be; each entry has its own token first."""
+    told = [list(entry.items()) for entry in entries[start:] if entry is not None]
+    own = [row[0][1] for row in told]
+    tops = [sorted(row, key=lambda item: item[1]["rank"]) for row in told]
+    assert all(len(row) >= k for row in tops)
+    return {
+        "start": start,
+        "token_ids": ids[start:],
+        "logprobs": [entry["logprob"] for entry in own],
+        "ranks": [entry["rank"] for entry in own],
+    }
+
+
+@PATHS
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("k", [0, 2])
+async def test_columns_hold_the_numbers_of_the_entries(path: str, start: int, k: int) -> None:
+    async with serving(None) as server:
+        fields: dict[str, Any] = {
+            "prompt_logprobs": k,
+            "return_token_ids": True,
+            "max_tokens": 1,
+            "prompt_logprobs_start": start,
+        }
+        fields |= {"prompt": "abcde"} if path == COMPLETIONS else {}
+        entries = await answer_of(server, path, **fields)
+        columns = await answer_of(server, path, **fields, prompt_logprobs_format="columns")
+        if path == COMPLETIONS:
+            (entries,), (columns,) = entries["choices"], columns["choices"]
+        assert columns["prompt_logprobs"] is None
+        told = columns["prompt_logprobs_columns"]
+        ids = entries["prompt_token_ids"]
+        rest = columns_of(entries["prompt_logprobs"], ids, max(1, start), k)
+        assert {name: told[name] for name in rest} == rest
+        assert [len(row) for row in told["top_token_ids"]] == [k] * len(told["token_ids"])
+        for i, entry in enumerate(entries["prompt_logprobs"][max(1, start) :]):
+            for j, token in enumerate(told["top_token_ids"][i]):
+                if token != told["token_ids"][i]:
+                    assert entry[str(token)]["logprob"] == told["top_logprobs"][i][j]
+                    assert entry[str(token)]["rank"] == told["top_ranks"][i][j]
+        stream = await (server.chat_stream if path == CHAT else server.complete_stream)(
+            **fields, prompt_logprobs_format="columns"
+        )
+        opening = stream[0] if path == CHAT else stream[0]["choices"][0]
+        assert opening["prompt_logprobs_columns"] == told
+
+
+async def test_columns_of_every_prompt_and_choice_and_of_named_ids() -> None:
+    async with serving(None) as server:
+        answer = await server.complete(
+            prompt=["abc", "de"], n=2, prompt_logprob_token_ids=[5, 9], prompt_logprobs_format="columns", max_tokens=1
+        )
+        columns = [choice["prompt_logprobs_columns"] for choice in answer["choices"]]
+        assert columns[0] == columns[1]
+        assert columns[2] == columns[3]
+        assert [row["token_ids"] for row in columns[::2]] == [list(b"bc"), list(b"e")]
+        assert columns[0]["top_token_ids"] == [[5, 9], [5, 9]]
+
+
+async def test_columns_do_not_hold_whole_rows() -> None:
+    async with serving(None, whole_vocabulary=True) as server:
+        body = completion_body(prompt_logprobs=-1, prompt_logprobs_format="columns")
+        assert error_of(await server.post(COMPLETIONS, body), 400)["param"] == "prompt_logprobs_format"
+
+
+DEFAULTS = GenerationDefaults(
+    temperature=0.7, top_p=0.8, top_k=20, min_p=0.1, repetition_penalty=1.1, frequency_penalty=0.5, max_new_tokens=3
+)
+
+
+@PATHS
+async def test_the_models_defaults_hold_where_a_request_says_nothing(path: str) -> None:
+    async with serving(defaults=DEFAULTS) as server:
+        requests = submitted(server)
+        body = chat_body() if path == CHAT else completion_body()
+        await server.post(path, body | {"temperature": None})
+        await server.post(
+            path, body | {"temperature": 0, "top_p": 1, "top_k": 0, "repetition_penalty": 1.0, "min_p": 0}
+        )
+        said, own = (request.params for request in requests)
+        assert (said.temperature, said.top_p, said.top_k, said.min_p) == (0.7, 0.8, 20, 0.1)
+        assert (said.repetition_penalty, said.frequency_penalty) == (1.1, 0.5)
+        assert (own.temperature, own.top_p, own.top_k, own.min_p, own.repetition_penalty) == (0, 1, 0, 0, 1)
+        assert said.max_tokens == (3 if path == CHAT else 16)
+        await server.post(path, body | {"max_tokens": 9})
+        assert requests[-1].params.max_tokens == 9
+
+
+def test_defaults_come_from_the_models_folder_unless_switched_off(tmp_path: Path) -> None:
+    file = tmp_path / "generation_config.json"
+    assert defaults_of("auto", "{}", tmp_path) == GenerationDefaults()
+    file.write_text(json.dumps({"temperature": 0.6, "top_k": 50, "do_sample": True, "eos_token_id": [1, 2]}))
+    assert defaults_of("auto", "{}", tmp_path).said() == {"temperature": 0.6, "top_k": 50}
+    assert defaults_of("vllm", "{}", tmp_path).said() == {}
+    for source in (str(tmp_path), str(file)):
+        assert defaults_of(source, '{"top_k": 5}', tmp_path / "m.gguf").said() == {"temperature": 0.6, "top_k": 5}
+
+
+@pytest.mark.parametrize(
+    ("source", "override", "text", "message"),
+    [
+        ("auto", "{}", "{", "not JSON"),
+        ("auto", "{}", "[]", "must be a JSON object"),
+        ("auto", "{}", '{"temperature": 3}', "generation_config.json: temperature: Input should be less than"),
+        ("auto", "{}", '{"top_k": "5"}', "top_k: Input should be a valid integer"),
+        ("auto", "[1]", "{}", "--override-generation-config: must be a JSON object"),
+        ("auto", "{", "{}", "--override-generation-config: not JSON"),
+        ("auto", '{"min_p": 2}', "{}", "--override-generation-config: min_p"),
+        ("nowhere", "{}", "{}", "--generation-config: .*nowhere: No such file"),
+    ],
+)
+def test_broken_defaults_are_named(tmp_path: Path, source: str, override: str, text: str, message: str) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(DefaultsError, match=message):
+        defaults_of(source, override, tmp_path)
+
+
+async def test_ids_that_the_vocabulary_lacks_are_no_prompt(server: Server) -> None:
+    body = completion_body(prompt=[VOCAB_SIZE], truncate_prompt_tokens=1)
+    assert error_of(await server.post(COMPLETIONS, body), 400)["param"] == "prompt[0]"

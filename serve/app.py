@@ -17,6 +17,7 @@ from serve.openai.endpoint import AppConfig, Endpoint
 from serve.openai.errors import APIError
 from serve.openai.generation import Engine
 from serve.openai.models import Models
+from serve.openai.tokenize import Tokenization
 from serve.openai.vocabulary import RowWriter
 from serve.text.tokenizer import Tokenizer
 
@@ -29,6 +30,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: AppConfig) -> Starl
     writer = RowWriter(tokenizer, limits.vocab_size) if limits.whole_vocabulary else None
     endpoint = Endpoint(engine, tokenizer, config, writer)
     models = Models(endpoint)
+    tokenization = Tokenization(endpoint)
 
     async def health(_: Request) -> Response:
         return Response(status_code=200 if engine.ready else 503)
@@ -41,6 +43,9 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: AppConfig) -> Starl
         Route("/v1/models/{id:path}", models.one),
         Route("/v1/chat/completions", ChatCompletions(endpoint).__call__, methods=["POST"]),
         Route("/v1/completions", Completions(endpoint).__call__, methods=["POST"]),
+        Route("/tokenize", tokenization.tokenize, methods=["POST"]),
+        Route("/detokenize", tokenization.detokenize, methods=["POST"]),
+        Route("/tokenizer_info", tokenization.info),
         Route("/health", health),
         Route("/ping", health, methods=["GET", "POST"]),
         Route("/version", version),

@@ -11,8 +11,9 @@ from serve.openai.known_fields import FieldLog, check_extra
 
 _INT64 = 2**63
 
-_Count = Annotated[int, Field(ge=0, lt=_INT64)]
-_TokenIds = Annotated[list[_Count], Field(fail_fast=True)]
+Count = Annotated[int, Field(ge=0, lt=_INT64)]
+TokenId = Count
+_TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 _Strings = Annotated[list[str], Field(fail_fast=True)]
 
 # Fields whose defaults a model may bring (`defaults.py`).
@@ -46,8 +47,8 @@ class GenerationRequest(BaseModel):
     best_of: int | None = None  # only the value of `n`
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     cache_salt: str | None = None
-    max_tokens: _Count | None = None
-    min_tokens: _Count | None = None
+    max_tokens: Count | None = None
+    min_tokens: Count | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
@@ -67,7 +68,7 @@ class GenerationRequest(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     prompt_logprobs: Annotated[int, Field(ge=-1)] | None = None
-    prompt_logprobs_start: _Count | None = None
+    prompt_logprobs_start: Count | None = None
     prompt_logprobs_format: Literal["entries", "columns"] | None = None
     prompt_logprob_token_ids: _TokenIds | None = None
     logprob_token_ids: _TokenIds | None = None
@@ -115,7 +116,7 @@ class ChatCompletionRequest(GenerationRequest, ChatPromptFields):
 
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
-    max_completion_tokens: _Count | None = None
+    max_completion_tokens: Count | None = None
     return_prompt_text: bool | None = None
 
 
@@ -150,6 +151,15 @@ def parse[M: BaseModel](kind: type[M], body: bytes, log: FieldLog) -> M:
     Raises:
         APIError: 400 that names the first wrong field, or the field that is not supported.
     """
+    return validated(kind, json_object(body), log)
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """A body's JSON.
+
+    Raises:
+        APIError: 400 where it is no JSON object.
+    """
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -157,6 +167,11 @@ def parse[M: BaseModel](kind: type[M], body: bytes, log: FieldLog) -> M:
         raise APIError(400, f"The body is not valid JSON: {reason}.", None, "invalid_json") from None
     if not isinstance(data, dict):
         raise APIError(400, "The body must be a JSON object.", None, "invalid_json")
+    return data
+
+
+def validated[M: BaseModel](kind: type[M], data: dict[str, Any], log: FieldLog) -> M:
+    """Reads JSON into a request model; raises as `parse` does."""
     try:
         parsed = kind.model_validate(data)
     except ValidationError as error:

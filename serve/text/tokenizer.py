@@ -68,6 +68,15 @@ class Tokenizer:
         """Text of the token that ends a sequence, if there is one."""
         return self._special_tokens.get("eos_token")
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Names such as "eos_token" and the texts of these tokens."""
+        return dict(self._special_tokens)
+
+    def token_piece(self, token_id: int) -> str:
+        """The token as the vocabulary spells it, such as "Ġthe"; "" for an id that no token has."""
+        return self._backend.id_to_token(token_id) or ""
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Ids of `text`, in which the text of a special token becomes that token.
 

@@ -1,0 +1,103 @@
+"""POST /tokenize and /detokenize, GET /tokenizer_info: vLLM's shapes, which lm-eval and others look for."""
+
+import asyncio
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serve.openai.body import dump
+from serve.openai.chat_prompt import chat_ids, chat_text
+from serve.openai.checks import check_ids
+from serve.openai.endpoint import Endpoint
+from serve.openai.errors import invalid
+from serve.openai.schema import ChatPromptFields, TokenId, json_object, read_body, validated
+from serve.text.tokenizer import TokenizerError
+
+_JSON = "application/json"
+
+
+class TokenizeTextRequest(BaseModel):
+    """POST /tokenize of a text."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    prompt: str
+    model: str | None = None
+    add_special_tokens: bool | None = None  # true: as completions do
+    return_token_strs: bool | None = None
+
+
+class TokenizeChatRequest(ChatPromptFields):
+    """POST /tokenize of a chat."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    """POST /detokenize."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+    model: str | None = None
+
+
+class Tokenization:
+    """The endpoints."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._at = endpoint
+
+    async def tokenize(self, request: Request) -> Response:
+        """Token ids of a text or a chat, as a request to generate would have them."""
+        return await self._answer(request, self._tokenize)
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of token ids, special tokens written out."""
+        return await self._answer(request, self._detokenize)
+
+    async def info(self, _: Request) -> Response:
+        """What clients want to know of a tokenizer that they do not have."""
+        tokenizer, limits = self._at.tokenizer, self._at.engine.limits
+        fields = {
+            **tokenizer.special_tokens,
+            "chat_template": self._at.config.chat_template or tokenizer.chat_template,
+            "eos_token_ids": sorted(tokenizer.eos_token_ids),
+            "model_max_length": limits.max_model_len,
+            "vocab_size": limits.vocab_size,
+        }
+        return Response(dump({"bos_token": None, "eos_token": None, "pad_token": None} | fields), media_type=_JSON)
+
+    async def _answer(self, request: Request, work: Any) -> Response:
+        data = await read_body(request, self._at.config.max_body_bytes)
+        return Response(await asyncio.to_thread(work, data), media_type=_JSON)
+
+    def _tokenize(self, data: bytes) -> bytes:
+        at, values = self._at, json_object(data)
+        if "messages" in values:
+            chat = validated(TokenizeChatRequest, values, at.fields)
+            at.model_name(chat.model)
+            return self._tokens(chat_ids(chat, chat_text(chat, at), at), shown=bool(chat.return_token_strs))
+        body = validated(TokenizeTextRequest, values, at.fields)
+        at.model_name(body.model)
+        try:
+            ids = at.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        except TokenizerError as error:
+            raise invalid("prompt", f"`prompt`: {error}.") from None
+        return self._tokens(ids, shown=bool(body.return_token_strs))
+
+    def _tokens(self, ids: list[int], *, shown: bool) -> bytes:
+        names = [self._at.tokenizer.token_piece(token_id) for token_id in ids] if shown else None
+        limit = self._at.engine.limits.max_model_len
+        return dump({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": names})
+
+    def _detokenize(self, data: bytes) -> bytes:
+        body = validated(DetokenizeRequest, json_object(data), self._at.fields)
+        self._at.model_name(body.model)
+        check_ids("tokens", body.tokens, self._at.engine.limits)
+        return dump({"prompt": self._at.tokenizer.decode(body.tokens, skip_special_tokens=False)})

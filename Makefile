@@ -41,7 +41,7 @@ lock:
 	$(LOCK) --universal --python-version 3.12 pyproject.toml --extra dev -c requirements.lock -o requirements-dev.lock
 	$(LOCK) --universal --python-version 3.12 pyproject.toml --extra dev --extra notebook -c requirements-dev.lock \
 		-o requirements-notebook.lock
-	$(LOCK) --no-deps requirements-model.in -o requirements-model.lock
+	$(LOCK) --no-deps requirements-files.in -o requirements-files.lock
 
 clean:
 	rm -rf .venv model/kernels/cpu/_build
@@ -49,10 +49,10 @@ clean:
 $(PY):
 	@python=$$(scripts/find-python) && echo "making .venv with $$python" && "$$python" -m venv .venv
 
-.venv/.serve: requirements.lock requirements-model.lock | $(PY)
+.venv/.serve: requirements.lock requirements-files.lock | $(PY)
 	@echo "installing what requirements.lock names"
 	@$(PIP) -r requirements.lock
-	@$(PIP) -r requirements-model.lock
+	@$(PIP) -r requirements-files.lock
 	@touch $@
 
 .venv/.dev: requirements-dev.lock | .venv/.serve

@@ -17,6 +17,7 @@ from serve.openai.endpoint import AppConfig, Endpoint
 from serve.openai.errors import APIError
 from serve.openai.generation import Engine
 from serve.openai.models import Models
+from serve.openai.openapi import documentation
 from serve.openai.tokenize import Tokenization
 from serve.openai.vocabulary import RowWriter
 from serve.text.tokenizer import Tokenizer
@@ -35,6 +36,9 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: AppConfig) -> Starl
     async def health(_: Request) -> Response:
         return Response(status_code=200 if engine.ready else 503)
 
+    async def load(_: Request) -> Response:
+        return Response(dump({"server_load": engine.load}), media_type="application/json")
+
     async def version(_: Request) -> Response:
         return Response(dump({"version": __version__}), media_type="application/json")
 
@@ -46,10 +50,13 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: AppConfig) -> Starl
         Route("/tokenize", tokenization.tokenize, methods=["POST"]),
         Route("/detokenize", tokenization.detokenize, methods=["POST"]),
         Route("/tokenizer_info", tokenization.info),
+        Route("/load", load),
         Route("/health", health),
         Route("/ping", health, methods=["GET", "POST"]),
         Route("/version", version),
     ]
+    if config.documented:
+        routes += documentation(secured=bool(config.api_keys))
     cors = Middleware(
         CORSMiddleware,
         allow_origins=["*"],

@@ -109,6 +109,11 @@ class Engine:
         """Whether requests are being served."""
         return self._thread.is_alive() and not self.failed
 
+    @property
+    def load(self) -> int:
+        """Unfinished requests, those that are held included."""
+        return len(self._streams) + len(self._held)
+
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()
@@ -131,7 +136,7 @@ class Engine:
         with self._streams_lock:
             if self._closed:
                 raise EngineStoppedError
-            if len(self._streams) + len(self._held) >= self._max_waiting:
+            if self.load >= self._max_waiting:
                 raise QueueFullError
             self._streams[request.id] = stream
         seed = request.params.seed

@@ -13,7 +13,8 @@ from serve.openai.errors import APIError, engine_error
 
 logger = logging.getLogger(__name__)
 
-_OPEN_PATHS = frozenset({"/health", "/ping"})
+# What says nothing of the model or of other requests.
+_OPEN_PATHS = re.compile(r"/health|/ping|/openapi\.json|/docs(/.*)?")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,200}")
 
 
@@ -39,7 +40,12 @@ class Access:
 
         path = re.sub("/{2,}", "/", scope["path"])  # clients with a base URL that ends in a slash
         scope = {**scope, "path": path, "headers": _with_request_id(scope["headers"], request_id)}
-        if self._keys and path not in _OPEN_PATHS and scope["method"] != "OPTIONS" and not self._allows(headers):
+        if (
+            self._keys
+            and not _OPEN_PATHS.fullmatch(path)
+            and scope["method"] != "OPTIONS"
+            and not self._allows(headers)
+        ):
             error = APIError(401, "The API key is missing or wrong.", None, "invalid_api_key")
             await error.response()(scope, receive, send_with_id)
             return

@@ -28,6 +28,7 @@ class AppConfig:
     logprobs_mode: LogprobsMode = "raw_logprobs"  # where a request does not say
     return_tokens_as_token_ids: bool = False
     force_include_usage: bool = False  # every stream ends with its usage
+    documented: bool = True  # /openapi.json and /docs
     max_body_bytes: int = 64 << 20
 
 

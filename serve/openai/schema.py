@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 from starlette.requests import ClientDisconnect, Request
 
 from serve.openai.errors import APIError, invalid
@@ -24,6 +24,7 @@ MinP = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 # In float32 it must be neither 0 nor so large that a logit times it is infinite.
 RepetitionPenalty = Annotated[float, Field(ge=1e-30, le=1e30)]
+_BIAS = {"type": "number", "minimum": -100, "maximum": 100}
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 
 
@@ -56,7 +57,7 @@ class GenerationRequest(BaseModel):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: RepetitionPenalty | None = None
-    logit_bias: dict[str, Any] | None = None
+    logit_bias: dict[str, Annotated[Any, WithJsonSchema(_BIAS)]] | None = None  # read by hand, as the ids are keys
     allowed_token_ids: _TokenIds | None = None
     bad_words: _Strings | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
@@ -81,10 +82,23 @@ class GenerationRequest(BaseModel):
     echo: bool | None = None
 
 
+_PROMPT = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}},
+    ],
+    "description": "a text, token ids, or a list of either",
+}
+
+
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions. `prompt` is read by hand: a list of many ids needs one fast pass and one short error."""
 
-    prompt: Any = None
+    model_config = ConfigDict(json_schema_extra={"required": ["prompt"]})
+
+    prompt: Annotated[Any, WithJsonSchema(_PROMPT)] = None
     add_special_tokens: bool | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None
 

@@ -1,0 +1,158 @@
+"""/openapi.json, made from the models that read requests, and /docs: Swagger UI from files of this machine."""
+
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.responses import FileResponse, HTMLResponse, Response
+from starlette.routing import Route
+
+from serve import __version__
+from serve.openai import answers
+from serve.openai.body import dump
+from serve.openai.schema import ChatCompletionRequest, CompletionRequest
+from serve.openai.tokenize import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
+
+_REFERENCE = "#/components/schemas/{model}"
+_FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>logprobd</title>
+<link rel="icon" href="docs/favicon.png"><link rel="stylesheet" href="docs/swagger-ui.css"></head>
+<body><div id="ui"></div><script src="docs/swagger-ui-bundle.js"></script>
+<script>SwaggerUIBundle({url: "openapi.json", dom_id: "#ui"})</script></body></html>
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Operation:
+    method: str
+    path: str
+    summary: str
+    body: tuple[type[BaseModel], ...] = ()  # one of them
+    answer: type[BaseModel] | None = None
+    event: type[BaseModel] | None = None  # of a stream
+    errors: tuple[int, ...] = ()
+
+
+_POST_ERRORS = (400, 401, 404, 413, 429, 500, 503)
+_OPERATIONS = (
+    _Operation(
+        "post",
+        "/v1/chat/completions",
+        "Replies to a chat, with the log-prob and rank of every token",
+        (ChatCompletionRequest,),
+        answers.ChatCompletionAnswer,
+        answers.ChatChunk,
+        _POST_ERRORS,
+    ),
+    _Operation(
+        "post",
+        "/v1/completions",
+        "Continues or scores texts or token ids",
+        (CompletionRequest,),
+        answers.CompletionAnswer,
+        answers.CompletionChunk,
+        _POST_ERRORS,
+    ),
+    _Operation("get", "/v1/models", "The served models", answer=answers.ModelList, errors=(401,)),
+    _Operation("get", "/v1/models/{id}", "One model", answer=answers.ModelCard, errors=(401, 404)),
+    _Operation(
+        "post",
+        "/tokenize",
+        "Token ids of a text or a chat",
+        (TokenizeTextRequest, TokenizeChatRequest),
+        answers.Tokenized,
+        errors=_POST_ERRORS,
+    ),
+    _Operation(
+        "post", "/detokenize", "Text of token ids", (DetokenizeRequest,), answers.Detokenized, errors=_POST_ERRORS
+    ),
+    _Operation("get", "/tokenizer_info", "Special tokens and template", answer=answers.TokenizerInfo, errors=(401,)),
+    _Operation("get", "/health", "200 when requests are served, 503 otherwise", errors=(503,)),
+    _Operation("get", "/ping", "As /health", errors=(503,)),
+    _Operation("get", "/version", "The version of this server", answer=answers.Version, errors=(401,)),
+    _Operation("get", "/load", "How much there is to do", answer=answers.Load, errors=(401,)),
+)
+
+
+def openapi(*, secured: bool) -> dict[str, Any]:
+    """The document, OpenAPI 3.1; `secured` says that a key is asked for."""
+    models = {model for operation in _OPERATIONS for model in _models(operation)} | {answers.ErrorAnswer}
+    ordered = sorted(models, key=lambda model: model.__name__)
+    _, schemas = models_json_schema([(model, "validation") for model in ordered], ref_template=_REFERENCE)
+    paths: dict[str, Any] = {}
+    for operation in _OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method] = _described(operation)
+    components: dict[str, Any] = {"schemas": schemas["$defs"]}
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "logprobd", "version": __version__, "description": "The exact log-prob of every token."},
+        "paths": paths,
+        "components": components,
+    }
+    if secured:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+    return document
+
+
+def documentation(*, secured: bool) -> list[Route]:
+    """Routes of the document and of the page that shows it."""
+    document = dump(openapi(secured=secured))
+
+    async def serve_document(_: Any) -> Response:
+        return Response(document, media_type="application/json")
+
+    async def serve_page(_: Any) -> Response:
+        return HTMLResponse(_PAGE)
+
+    routes = [Route("/openapi.json", serve_document)]
+    folder = _swagger_ui()
+    if folder is None:  # installed without it: the document is still there
+        return routes
+    return [*routes, Route("/docs", serve_page), *(_file(folder, name) for name in _FILES)]
+
+
+def _file(folder: Path, name: str) -> Route:
+    async def serve_file(_: Any) -> Response:
+        return FileResponse(folder / name)
+
+    return Route(f"/docs/{name}", serve_file)
+
+
+def _swagger_ui() -> Path | None:
+    """The folder of its files. They come in a package that is never imported: it would want FastAPI."""
+    found = importlib.util.find_spec("fastapi_offline")
+    return None if found is None or found.origin is None else Path(found.origin).parent / "static"
+
+
+def _models(operation: _Operation) -> Iterable[type[BaseModel]]:
+    return (*operation.body, *(model for model in (operation.answer, operation.event) if model is not None))
+
+
+def _described(operation: _Operation) -> dict[str, Any]:
+    answer: dict[str, Any] = {"description": "As asked"}
+    if operation.answer is not None:
+        answer["content"] = {"application/json": {"schema": _reference(operation.answer)}}
+    if operation.event is not None:
+        answer["content"]["text/event-stream"] = {"schema": _reference(operation.event)}
+    described: dict[str, Any] = {"summary": operation.summary, "responses": {"200": answer}}
+    error = {"application/json": {"schema": _reference(answers.ErrorAnswer)}}
+    for status in operation.errors:
+        bare = operation.path in ("/health", "/ping")
+        described["responses"][str(status)] = {"description": "Refused"} | ({} if bare else {"content": error})
+    if operation.body:
+        kinds = [_reference(model) for model in operation.body]
+        schema = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
+        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    if "{id}" in operation.path:
+        described["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
+    return described
+
+
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": _REFERENCE.format(model=model.__name__)}

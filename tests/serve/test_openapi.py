@@ -1,0 +1,110 @@
+"""/openapi.json describes what is really asked and answered; /docs shows it without a network."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx2
+import pytest
+from pydantic import BaseModel
+
+from serve.openai import answers
+from serve.openai.openapi import openapi
+from serve.openai.schema import ChatCompletionRequest, CompletionRequest
+from tests.serve.http_client import MODEL, Gate, Server, answered, chat_body, completion_body, serving
+
+NUMBERS: dict[str, Any] = {
+    "prompt_logprobs": 2,
+    "return_token_ids": True,
+    "max_tokens": 2,
+    "logprobs_mode": "raw_logprobs",
+}
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    async with serving(None) as server:
+        yield server
+
+
+def has_shape(kind: type[BaseModel], value: Any) -> None:
+    """Fails where a field is missing, unknown or of another type."""
+    kind.model_validate_json(json.dumps(value))
+
+
+async def test_the_document_is_served_and_names_every_route(server: Server) -> None:
+    document = answered(await server.client.get("/openapi.json"))
+    assert document == openapi(secured=False)
+    served = {getattr(route, "path", "").replace(":path", "") for route in server.app.routes}
+    assert set(document["paths"]) == {path for path in served if path != "/openapi.json" and "/docs" not in path}
+    text = json.dumps(document)
+    for reference in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:
+        assert reference in document["components"]["schemas"]
+
+
+@pytest.mark.parametrize("kind", [ChatCompletionRequest, CompletionRequest])
+def test_every_field_of_a_request_is_described(kind: type[BaseModel]) -> None:
+    schema = openapi(secured=False)["components"]["schemas"][kind.__name__]
+    assert schema["properties"].keys() == kind.model_fields.keys()
+    assert schema["required"] == ["messages" if kind is ChatCompletionRequest else "prompt"]
+
+
+@pytest.mark.parametrize("extra", [{}, NUMBERS, NUMBERS | {"prompt_logprobs_format": "columns"}])
+async def test_answers_have_the_shapes_that_are_described(server: Server, extra: dict[str, Any]) -> None:
+    chat = {"logprobs": True, "top_logprobs": 2} | extra
+    has_shape(answers.ChatCompletionAnswer, await server.chat(**chat))
+    for chunk in await server.chat_stream(**chat, stream_options={"include_usage": True}, return_prompt_text=True):
+        has_shape(answers.ChatChunk, chunk)
+    completion = {"logprobs": 2, "echo": True, "n": 2} | extra
+    has_shape(answers.CompletionAnswer, await server.complete(**completion))
+    for chunk in await server.complete_stream(**completion, stream_options={"include_usage": True}):
+        has_shape(answers.CompletionChunk, chunk)
+
+
+async def test_the_small_answers_have_their_shapes(server: Server) -> None:
+    kinds: dict[str, type[BaseModel]] = {
+        "/v1/models": answers.ModelList,
+        f"/v1/models/{MODEL}": answers.ModelCard,
+        "/tokenizer_info": answers.TokenizerInfo,
+        "/version": answers.Version,
+        "/load": answers.Load,
+    }
+    for path, kind in kinds.items():
+        has_shape(kind, answered(await server.client.get(path)))
+    has_shape(answers.Tokenized, answered(await server.post("/tokenize", {"prompt": "Hi", "return_token_strs": True})))
+    has_shape(answers.Detokenized, answered(await server.post("/detokenize", {"tokens": [72]})))
+    for path, body in (("/v1/completions", completion_body(n=0)), ("/v1/chat/completions", chat_body(n=0))):
+        has_shape(answers.ErrorAnswer, (await server.post(path, body)).json())
+
+
+async def test_the_page_and_its_files_are_served_without_a_key() -> None:
+    async with serving(api_keys=("sk-1",)) as server:
+        page = await server.client.get("/docs")
+        assert page.headers["content-type"].startswith("text/html")
+        assert "http" not in page.text
+        for name, kind in {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}.items():
+            assert f"docs/{name}" in page.text
+            file = await server.client.get(f"/docs/{name}")
+            assert file.headers["content-type"].startswith(kind)
+            assert len(file.content) > 50_000
+        document = answered(await server.client.get("/openapi.json"))
+        assert document["security"] == [{"key": []}]
+
+
+async def test_both_can_be_switched_off() -> None:
+    async with serving(documented=False) as server:
+        for path in ("/docs", "/openapi.json", "/docs/swagger-ui.css"):
+            response: httpx2.Response = await server.client.get(path)
+            assert response.status_code == 404
+
+
+async def test_load_counts_unfinished_requests(server: Server) -> None:
+    gate = Gate("decode")
+    server.runner.before_call = gate
+    task = asyncio.create_task(server.complete(n=3))
+    await gate.reached()
+    assert answered(await server.client.get("/load")) == {"server_load": 3}
+    gate.open()
+    await task
+    assert answered(await server.client.get("/load")) == {"server_load": 0}

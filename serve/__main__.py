@@ -14,7 +14,9 @@ from starlette.types import ASGIApp
 from model.config import ConfigError
 from model.weights.errors import ModelLoadError
 from serve.app import AppConfig, create_app
-from serve.config import ServeConfig, parse_args
+from serve.config import ServeConfig
+from serve.flags import parse_args
+from serve.openai.defaults import DefaultsError
 from serve.startup import StartupError, start
 from serve.text.tokenizer import TokenizerError
 
@@ -28,7 +30,7 @@ def main() -> int:
         listener = _bind(config)  # first: an address in use is better said before minutes of loading
         chat_template = _chat_template(config.chat_template)
         served = start(config, console)
-    except (ModelLoadError, ConfigError, TokenizerError, StartupError) as error:
+    except (ModelLoadError, ConfigError, TokenizerError, DefaultsError, StartupError) as error:
         console.print(f"error: {error}", markup=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
@@ -39,12 +41,24 @@ def main() -> int:
         api_keys=config.api_key,
         system_fingerprint=served.fingerprint,
         chat_template=chat_template,
+        trust_request_chat_template=config.trust_request_chat_template,
+        response_role=config.response_role,
+        defaults=served.defaults,
+        logprobs_mode=config.logprobs_mode,
+        return_tokens_as_token_ids=config.return_tokens_as_token_ids,
+        force_include_usage=config.enable_force_include_usage,
+        allowed_origins=config.allowed_origins,
+        allowed_methods=config.allowed_methods,
+        allowed_headers=config.allowed_headers,
+        allow_credentials=config.allow_credentials,
+        logs_requests=config.enable_log_requests,
+        max_log_len=config.max_log_len,
+        documented=not config.disable_fastapi_docs,
     )
-    app = create_app(served.engine, served.tokenizer, app_config)
+    app = create_app(served.engine, served.tokenizer, app_config, served.metrics)
     server = _server(app, config)
-    host, port = listener.getsockname()[:2]
     # Not wrapped: whoever starts us reads the address from this line.
-    console.print(f"serving  {', '.join(names)} at http://{host}:{port} (API under /v1)", soft_wrap=True)
+    console.print(f"serving  {', '.join(names)} at {_address(config, listener)} (API under /v1)", soft_wrap=True)
     try:
         asyncio.run(server.serve(sockets=[listener]), loop_factory=server.config.get_loop_factory())
     finally:
@@ -55,7 +69,15 @@ def main() -> int:
 def _server(app: ASGIApp, config: ServeConfig) -> uvicorn.Server:
     """A server that ends at SIGTERM or SIGINT, from now on, once running requests have finished."""
     server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=config.shutdown_timeout)
+        uvicorn.Config(
+            app,
+            log_level=config.uvicorn_log_level,
+            access_log=False,
+            timeout_graceful_shutdown=config.shutdown_timeout,
+            root_path=config.root_path,
+            ssl_keyfile=config.ssl_keyfile,
+            ssl_certfile=config.ssl_certfile,
+        )
     )
 
     def end(*_: object) -> None:
@@ -68,7 +90,16 @@ def _server(app: ASGIApp, config: ServeConfig) -> uvicorn.Server:
     return server
 
 
+def _address(config: ServeConfig, listener: socket.socket) -> str:
+    if config.uds is not None:
+        return f"unix:{config.uds}"
+    host, port = listener.getsockname()[:2]
+    return f"{'http' if config.ssl_certfile is None else 'https'}://{host}:{port}"
+
+
 def _bind(config: ServeConfig) -> socket.socket:
+    if config.uds is not None:
+        return _bind_file(config.uds)
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -78,6 +109,23 @@ def _bind(config: ServeConfig) -> socket.socket:
     except OSError as error:
         listener.close()
         raise StartupError(f"cannot listen on {config.host} port {config.port}: {error.strerror}") from error
+    return listener
+
+
+def _bind_file(path: Path) -> socket.socket:
+    """A Unix socket; one that a server has left behind is replaced."""
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        if path.is_socket():
+            with socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(str(path)) == 0:
+                    raise StartupError(f"--uds {path}: a server listens there")
+            path.unlink()
+        listener.bind(str(path))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise StartupError(f"--uds {path}: {error.strerror or error}") from error
     return listener
 
 

@@ -9,6 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from serve import __version__
+from serve.metrics import CONTENT_TYPE, Metrics
 from serve.openai.access import Access
 from serve.openai.body import dump
 from serve.openai.chat import ChatCompletions
@@ -25,16 +26,19 @@ from serve.text.tokenizer import Tokenizer
 __all__ = ["AppConfig", "create_app"]
 
 
-def create_app(engine: Engine, tokenizer: Tokenizer, config: AppConfig) -> Starlette:
-    """The ASGI app around a running engine, whose life is the caller's business."""
+def create_app(engine: Engine, tokenizer: Tokenizer, config: AppConfig, metrics: Metrics) -> Starlette:
+    """The ASGI app around a running engine, whose life is the caller's business; so is who tells `metrics` of it."""
     limits = engine.limits
     writer = RowWriter(tokenizer, limits.vocab_size) if limits.whole_vocabulary else None
-    endpoint = Endpoint(engine, tokenizer, config, writer)
+    endpoint = Endpoint(engine, tokenizer, config, writer, metrics.on_choices)
     models = Models(endpoint)
     tokenization = Tokenization(endpoint)
 
     async def health(_: Request) -> Response:
         return Response(status_code=200 if engine.ready else 503)
+
+    async def prometheus(_: Request) -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
 
     async def load(_: Request) -> Response:
         return Response(dump({"server_load": engine.load}), media_type="application/json")
@@ -50,6 +54,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: AppConfig) -> Starl
         Route("/tokenize", tokenization.tokenize, methods=["POST"]),
         Route("/detokenize", tokenization.detokenize, methods=["POST"]),
         Route("/tokenizer_info", tokenization.info),
+        Route("/metrics", prometheus),
         Route("/load", load),
         Route("/health", health),
         Route("/ping", health, methods=["GET", "POST"]),
@@ -59,14 +64,15 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: AppConfig) -> Starl
         routes += documentation(secured=bool(config.api_keys))
     cors = Middleware(
         CORSMiddleware,
-        allow_origins=["*"],
-        allow_methods=["*"],
-        allow_headers=["*"],
+        allow_origins=config.allowed_origins,
+        allow_methods=config.allowed_methods,
+        allow_headers=config.allowed_headers,
+        allow_credentials=config.allow_credentials,
         expose_headers=["x-request-id", "retry-after"],
     )
     app = Starlette(
         routes=routes,
-        middleware=[cors, Middleware(Access, api_keys=config.api_keys)],
+        middleware=[cors, Middleware(Access, api_keys=config.api_keys, on_answer=metrics.on_http)],
         exception_handlers={APIError: _api_error, HTTPException: _http_error},
     )
     app.router.redirect_slashes = False

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 from rich.console import Console
@@ -24,6 +25,8 @@ from serve.config import ServeConfig
 from serve.engine.engine import Engine
 from serve.engine.request import EngineLimits
 from serve.memory import free_memory, pages_in
+from serve.metrics import Metrics
+from serve.openai.defaults import GenerationDefaults, defaults_of
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -43,22 +46,28 @@ class Served:
     runner: ModelRunner
     tokenizer: Tokenizer
     fingerprint: str
+    defaults: GenerationDefaults
+    metrics: Metrics
 
 
 def start(config: ServeConfig, console: Console) -> Served:
     """Loads, compiles and starts the engine.
 
     Raises:
-        ModelLoadError, ConfigError, TokenizerError, StartupError: what is wrong, in words for the user.
+        ModelLoadError, ConfigError, TokenizerError, DefaultsError, StartupError: what is wrong, in words for the user.
     """
     try:
         use_persistent_cache(config.compilation_cache_dir.expanduser())
     except (OSError, RuntimeError) as error:
         raise StartupError(f"--compilation-cache-dir {config.compilation_cache_dir}: {error}") from error
     source = _find(config)
+    defaults = defaults_of(config.generation_config, config.override_generation_config, source.path)
+    if said := defaults.said():
+        told = ", ".join(f"{name} {value}" for name, value in said.items())
+        console.print(f"defaults {told} (--generation-config vllm: none of the model's)", soft_wrap=True)
     checkpoint = open_checkpoint(source)
     try:
-        tokenizer = _tokenizer(source, checkpoint)
+        tokenizer = _tokenizer(config, source, checkpoint)
         model_config = checkpoint.config
         max_model_len = _max_model_len(config, model_config)
         check_tokenizer(source.name, tokenizer, model_config.vocab_size)
@@ -74,16 +83,22 @@ def start(config: ServeConfig, console: Console) -> Served:
         max_scored_ids=MAX_SCORED_IDS,
         whole_vocabulary=config.max_logprobs == -1,
     )
+    name = (*config.served_model_name, source.name)[0]
+    metrics = Metrics(name, max_model_len=max_model_len, vllm_names=config.vllm_metrics)
     engine = Engine(
         runner,
         limits,
         max_waiting=config.max_num_queued_reqs,
         max_num_batched_tokens=config.batched_tokens,
         prefix_caching=config.enable_prefix_caching,
+        max_waiting_tokens=config.max_num_queued_tokens,
+        seed=config.seed,
+        observer=metrics,
     )
+    metrics.watch(lambda: engine.gauges, _cache_labels(config, runner))
     engine.start()
     fingerprint = system_fingerprint(config, runner.buckets, kernels_used(model))
-    return Served(source.name, engine, runner, tokenizer, fingerprint)
+    return Served(source.name, engine, runner, tokenizer, fingerprint, defaults, metrics)
 
 
 def _find(config: ServeConfig) -> ModelSource:
@@ -93,10 +108,33 @@ def _find(config: ServeConfig) -> ModelSource:
     return ModelSource("SmolLM2-135M-Instruct", path)
 
 
-def _tokenizer(source: ModelSource, checkpoint: Checkpoint) -> Tokenizer:
+def _tokenizer(config: ServeConfig, source: ModelSource, checkpoint: Checkpoint) -> Tokenizer:
+    if config.tokenizer is not None:
+        return _other_tokenizer(config.tokenizer.expanduser())
     if isinstance(checkpoint, GgufCheckpoint):
         return tokenizer_from_gguf(checkpoint.metadata)
     return load_tokenizer(source.path)
+
+
+def _other_tokenizer(path: Path) -> Tokenizer:
+    if path.suffix != ".gguf":
+        return load_tokenizer(path)
+    checkpoint = open_checkpoint(ModelSource(path.stem, path))
+    try:
+        assert isinstance(checkpoint, GgufCheckpoint)
+        return tokenizer_from_gguf(checkpoint.metadata)
+    finally:
+        checkpoint.close()
+
+
+def _cache_labels(config: ServeConfig, runner: ModelRunner) -> dict[str, str]:
+    """What a dashboard is told of the cache."""
+    return {
+        "block_size": str(PAGE_SIZE),
+        "num_gpu_blocks": str(runner.pages - 1),
+        "cache_dtype": config.dtype,
+        "enable_prefix_caching": str(config.enable_prefix_caching),
+    }
 
 
 def check_tokenizer(name: str, tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -5,6 +5,7 @@ them from its slots. So what a request has chosen is known one step late: a step
 ended, whose result is thrown away.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ from compiled.state import (
 from serve.engine import batch
 from serve.engine.batch import ScoreRow
 from serve.engine.masks import TokenMask
+from serve.engine.observer import EngineGauges, NoObserver, Observer
 from serve.engine.pages import PagePool
 from serve.engine.request import FinishReason, Request, RequestStatus, TokenEvent, TokenScores, empty_scores
 from serve.engine.scheduler import Schedule, Scheduler
@@ -70,9 +72,16 @@ class EngineCore:
     """The scheduler and the runner joined. Not thread-safe: one thread owns it."""
 
     def __init__(
-        self, runner: Runner, *, max_model_len: int, max_num_batched_tokens: int, prefix_caching: bool = True
+        self,
+        runner: Runner,
+        *,
+        max_model_len: int,
+        max_num_batched_tokens: int,
+        prefix_caching: bool = True,
+        observer: Observer | None = None,
     ) -> None:
         self._runner = runner
+        self._observer: Observer = observer or NoObserver()
         self._pool = PagePool(runner.pages, caching=prefix_caching)
         self._begun: _Begun | None = None
         self.at_work = False  # the last step began or read something; else only a call can change anything
@@ -82,8 +91,14 @@ class EngineCore:
             runner.buckets,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
-            on_admit=lambda request: begin_prompt_scores(request, self._pool, runner.max_logprobs),
+            on_admit=self._admitted,
         )
+
+    @property
+    def gauges(self) -> EngineGauges:
+        """How things stand; may be read by any thread."""
+        scheduler = self.scheduler
+        return EngineGauges(len(scheduler.running), len(scheduler.waiting), len(scheduler.held), self._pool.usage)
 
     def add(self, request: Request) -> None:
         """Queues a request."""
@@ -107,6 +122,7 @@ class EngineCore:
         """
         self._begun, self.at_work = None, True
         for request in self.scheduler.end_all():
+            self._observer.on_finished(request, FinishReason.ERROR)
             self._emitted.append((request, _ending(request, FinishReason.ERROR, message)))
         self._runner.reset()
         return self._take_emitted()
@@ -116,7 +132,11 @@ class EngineCore:
         reads = self._begun is not None
         if self._must_read_first():
             self._read()
-        begun = self._begin(self.scheduler.schedule())
+        preempted = self.scheduler.num_preempted
+        schedule = self.scheduler.schedule()
+        if self.scheduler.num_preempted > preempted:
+            self._observer.on_preempted(self.scheduler.num_preempted - preempted)
+        begun = self._begin(schedule)
         self._read()
         self._begun = begun
         self.at_work = reads or begun is not None
@@ -138,6 +158,12 @@ class EngineCore:
         ]
         return np.concatenate(blocks)[:count]
 
+    def _admitted(self, request: Request) -> None:
+        begin_prompt_scores(request, self._pool, self._runner.max_logprobs)
+        if not request.times.admitted:  # else it has been preempted
+            request.times.admitted = time.monotonic()
+            self._observer.on_admitted(request)
+
     def _must_read_first(self) -> bool:
         """Whether what the next step is to be depends on tokens that are still on the device."""
         if self._begun is None:
@@ -148,6 +174,7 @@ class EngineCore:
     def _begin(self, schedule: Schedule) -> _Begun | None:
         if not schedule:
             return None
+        self._observer.on_step(sum(work.length for work in schedule.prefills) + len(schedule.decodes))
         begun = _Begun(scored=schedule.scored, rows=schedule.decodes)
         for work in schedule.prefills:
             chunk = batch.prefill_input(work, self._runner.buckets.prefill(work.length))
@@ -193,12 +220,19 @@ class EngineCore:
         scores = token_scores(output.logprobs, slice(row, row + 1), request.params.logprob_token_ids)
         event = self._event(request, [token], scores)
         request.output_token_ids.append(token)
+        self._timed(request)
         self.scheduler.register_pages(request)
         if token in request.params.stop_token_ids:
             event.stop_token_id = token
             return self._told(request, event, FinishReason.STOP)
         done = len(request.output_token_ids) >= request.max_chosen
         return self._told(request, event, FinishReason.LENGTH if done else None)
+
+    def _timed(self, request: Request) -> None:
+        now, times = time.monotonic(), request.times
+        gap = now - times.last if times.first else None
+        times.first, times.last = times.first or now, now
+        self._observer.on_token(request, gap)
 
     def _event(self, request: Request, token_ids: list[int], scores: TokenScores) -> TokenEvent:
         """An event, with the prompt's scores if it is the request's first."""
@@ -222,6 +256,8 @@ class EngineCore:
 
     def _finish(self, request: Request, event: TokenEvent, reason: FinishReason) -> Emitted:
         event.finish_reason = reason
+        request.times.last = request.times.last or time.monotonic()
+        self._observer.on_finished(request, reason)
         whole = request.params.prompt is not None and request.params.prompt.whole
         self.scheduler.finish(request, hold=whole and reason in (FinishReason.STOP, FinishReason.LENGTH))
         return request, event

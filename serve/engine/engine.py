@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import queue
+import random
 import secrets
 import threading
 import time
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.engine.core import Emitted, EngineCore, Runner
+from serve.engine.observer import EngineGauges, NoObserver, Observer
 from serve.engine.request import (
     EngineLimits,
     EngineStoppedError,
@@ -39,6 +41,7 @@ type _Delivery = list[tuple[asyncio.Queue[TokenEvent], TokenEvent]]
 class _Stream:
     loop: asyncio.AbstractEventLoop
     events: asyncio.Queue[TokenEvent]
+    tokens: int  # of the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,9 @@ class Engine:
         max_num_batched_tokens: int,
         prefix_caching: bool = True,
         hold_seconds: float = 120,
+        max_waiting_tokens: int | None = None,
+        seed: int | None = None,
+        observer: Observer | None = None,
     ) -> None:
         """Prepares the thread; start() starts it.
 
@@ -83,6 +89,9 @@ class Engine:
             max_waiting: unfinished requests that may be in the engine before QueueFullError.
             hold_seconds: how long a request is held for vocabulary() without being asked: a client that does not read
                 shall not keep others from its pages.
+            max_waiting_tokens: prompt tokens that unfinished requests may have together before QueueFullError.
+            seed: what seeds are drawn from for requests without one; None draws them from the system.
+            observer: is told of all work.
         """
         self.limits = limits
         self.failed = False
@@ -93,8 +102,12 @@ class Engine:
             max_model_len=limits.max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
             prefix_caching=prefix_caching,
+            observer=observer,
         )
+        self._observer: Observer = observer or NoObserver()
         self._hold_seconds = hold_seconds
+        self._max_waiting_tokens = max_waiting_tokens
+        self._random = secrets.SystemRandom() if seed is None else random.Random(seed)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._held: dict[str, float] = {}  # ended, and kept for vocabulary() until abort() or this monotonic time
@@ -114,6 +127,11 @@ class Engine:
         """Unfinished requests, those that are held included."""
         return len(self._streams) + len(self._held)
 
+    @property
+    def gauges(self) -> EngineGauges:
+        """How things stand."""
+        return self._core.gauges
+
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()
@@ -132,15 +150,20 @@ class Engine:
             ValueError: the prompt is empty or above the model's length, or the cache could never hold the request.
         """
         self._check(request)
-        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue(), len(request.prompt_token_ids))
         with self._streams_lock:
             if self._closed:
                 raise EngineStoppedError
             if self.load >= self._max_waiting:
+                self._observer.on_rejected("max_num_queued_reqs")
+                raise QueueFullError
+            if self._max_waiting_tokens is not None and self._too_many_tokens(stream.tokens):
+                self._observer.on_rejected("max_num_queued_tokens")
                 raise QueueFullError
             self._streams[request.id] = stream
         seed = request.params.seed
-        request.seed = secrets.randbits(64) if seed is None else seed & (2**64 - 1)
+        request.times.arrived = time.monotonic()
+        request.seed = self._random.getrandbits(64) if seed is None else seed & (2**64 - 1)
         self._inbox.put(lambda: self._add(request))
         ended = False
         try:
@@ -173,6 +196,11 @@ class Engine:
                 raise EngineStoppedError
             self._inbox.put(lambda: self._wanted.append(wanted))
         return await wanted.answer
+
+    def _too_many_tokens(self, more: int) -> bool:
+        """Whether a prompt has to wait; one that is too long for the limit alone may come when nothing else is here."""
+        waiting = [stream.tokens for stream in self._streams.values()]
+        return bool(waiting) and sum(waiting) + more > (self._max_waiting_tokens or 0)
 
     def _check(self, request: Request) -> None:
         prompt, most = len(request.prompt_token_ids), self.limits.max_model_len

@@ -36,6 +36,11 @@ class PagePool:
         """Pages that nobody holds: take() gives them, cached or not."""
         return len(self._free) + len(self._idle)
 
+    @property
+    def usage(self) -> float:
+        """Share of the pages that somebody holds."""
+        return len(self._holders) / max(1, self.capacity)
+
     def take(self, count: int) -> list[int] | None:
         """`count` pages to write to, or None (and nothing taken) if there are fewer. Evicts what is least in use."""
         if count > self.num_free:

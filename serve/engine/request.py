@@ -133,6 +133,16 @@ class Mask(Protocol):
         """Packed words [W] as in `SamplingArrays.mask`, None = any token."""
 
 
+@dataclass(slots=True)
+class RequestTimes:
+    """When things happened to a request, in seconds of time.monotonic()."""
+
+    arrived: float = 0.0
+    admitted: float = 0.0  # ran for the first time
+    first: float = 0.0  # token
+    last: float = 0.0  # token, or the end of a scoring
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """One sequence in the engine. Whoever submits it sets the first fields, up to cache_salt, and reads no other."""
@@ -157,6 +167,7 @@ class Request:
     prompt_scores: TokenScores | None = None
     mask: Mask | None = None
     seed: int = 0  # the seed in use: the one asked for, or one drawn at submit
+    times: RequestTimes = field(default_factory=RequestTimes)
 
     @property
     def num_tokens(self) -> int:

@@ -69,6 +69,7 @@ class Scheduler:
         self._on_admit = on_admit
         self._slots = self._all_slots()
         self._arrivals = 0
+        self.num_preempted = 0  # ever
         self.waiting: list[Request] = []  # in line
         self.running: list[Request] = []  # in line
         self.held: dict[str, Request] = {}  # ended, but their pages are still asked about
@@ -252,6 +253,7 @@ class Scheduler:
         self._slots.append(request.slot)
         request.num_computed = 0
         request.status = RequestStatus.WAITING
+        self.num_preempted += 1
         insort(self.waiting, request, key=_place_in_line)
 
     def _release(self, request: Request) -> None:

@@ -3,8 +3,9 @@
 import hmac
 import logging
 import re
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,11 +19,18 @@ _OPEN_PATHS = re.compile(r"/health|/ping|/openapi\.json|/docs(/.*)?")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,200}")
 
 
+type OnAnswer = Callable[[str, str, int, float], None]  # handler (a route), method, status, seconds
+
+_NO_ROUTE = "none"
+
+
 class Access:
     """Checks the key, names the request and tidies the path, then lets the request through."""
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], on_answer: OnAnswer) -> None:
+        """`on_answer` is told of every answer when it has ended."""
         self._app = app
+        self._on_answer = on_answer
         self._keys = [key.encode() for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -33,8 +41,12 @@ class Access:
         asked = headers.get("x-request-id", "")
         request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
 
+        began, status = time.monotonic(), 0
+
         async def send_with_id(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
@@ -48,8 +60,10 @@ class Access:
         ):
             error = APIError(401, "The API key is missing or wrong.", None, "invalid_api_key")
             await error.response()(scope, receive, send_with_id)
-            return
-        await self._answer(scope, receive, send_with_id)
+        else:
+            await self._answer(scope, receive, send_with_id)
+        handler = getattr(scope.get("route"), "path", _NO_ROUTE)
+        self._on_answer(handler, scope["method"], status, time.monotonic() - began)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Here and not in an exception handler of the app, whose answer would bear neither the id nor CORS headers."""

@@ -1,5 +1,6 @@
 """What a handler holds: the collaborators that every endpoint shares."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from serve.openai.known_fields import FieldLog
 from serve.openai.schema import GenerationRequest, LogprobsMode
 from serve.openai.vocabulary import RowWriter
 from serve.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,12 @@ class AppConfig:
     logprobs_mode: LogprobsMode = "raw_logprobs"  # where a request does not say
     return_tokens_as_token_ids: bool = False
     force_include_usage: bool = False  # every stream ends with its usage
+    allowed_origins: tuple[str, ...] = ("*",)  # for CORS, as are the next three
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
+    logs_requests: bool = False
+    max_log_len: int | None = None  # characters of a prompt in the log
     documented: bool = True  # /openapi.json and /docs
     max_body_bytes: int = 64 << 20
 
@@ -40,6 +49,7 @@ class Endpoint:
     tokenizer: Tokenizer
     config: AppConfig
     row_writer: RowWriter | None  # where the engine gives whole rows
+    on_choices: Callable[[int], None]  # told of n of every request
     fields: FieldLog = field(default_factory=FieldLog)
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970, of the models' cards
 
@@ -78,6 +88,12 @@ class Endpoint:
         options = body.stream_options
         final = self.config.force_include_usage or bool(options and options.include_usage)
         return final, final and bool(options and options.continuous_usage_stats)
+
+    def log_request(self, header: "Header", body: GenerationRequest, prompts: Sequence[str]) -> None:
+        """Writes a request to the log; `prompts` as text, cut to the length that is allowed."""
+        fields = body.model_dump(exclude_none=True, exclude={"prompt", "messages"})
+        shown = [prompt[: self.config.max_log_len] for prompt in prompts]
+        logger.warning("request %s: prompts %r, fields %r", header.id, shown, fields)
 
     def abort_all(self, request_ids: Sequence[str]) -> Callable[[], None]:
         """A callback that ends all requests to the engine; harmless where they have ended."""

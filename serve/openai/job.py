@@ -116,6 +116,9 @@ def make_job[B: GenerationRequest](
         scoring=numbers.scoring,
         eos_token_ids=frozenset() if body.ignore_eos else at.tokenizer.eos_token_ids,
     )
+    at.on_choices(body.n or 1)
+    if at.config.logs_requests:
+        at.log_request(header, body, [at.tokenizer.decode(each, skip_special_tokens=False) for each in ids])
     whole = SamplingParams(0, prompt=PromptScoring(numbers.start, whole=True))
     return Job(
         at=at,

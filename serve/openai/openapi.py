@@ -75,6 +75,7 @@ _OPERATIONS = (
     _Operation("get", "/health", "200 when requests are served, 503 otherwise", errors=(503,)),
     _Operation("get", "/ping", "As /health", errors=(503,)),
     _Operation("get", "/version", "The version of this server", answer=answers.Version, errors=(401,)),
+    _Operation("get", "/metrics", "Prometheus text", errors=(401,)),
     _Operation("get", "/load", "How much there is to do", answer=answers.Load, errors=(401,)),
 )
 

@@ -33,6 +33,7 @@ from model.kv_cache import NULL_PAGE, PAGE_SIZE
 from serve.app import AppConfig, create_app
 from serve.engine.engine import Engine
 from serve.engine.request import EngineLimits, Request, TokenEvent
+from serve.metrics import Metrics
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.token_bytes import byte_characters
 from serve.text.tokenizer import Tokenizer
@@ -229,6 +230,7 @@ async def serving(
     whole_vocabulary: bool = False,
     max_waiting: int = 64,
     add_bos: bool = False,
+    vllm_names: bool = False,
     **config: Any,
 ) -> AsyncIterator[Server]:
     """A server whose model says `script` and then END; `config` are fields of AppConfig."""
@@ -241,10 +243,12 @@ async def serving(
         max_scored_ids=MAX_SCORED_IDS,
         whole_vocabulary=whole_vocabulary,
     )
-    engine = Engine(runs, limits, max_waiting=max_waiting, max_num_batched_tokens=68)
+    metrics = Metrics(MODEL, max_model_len=MAX_MODEL_LEN, vllm_names=vllm_names)
+    engine = Engine(runs, limits, max_waiting=max_waiting, max_num_batched_tokens=68, observer=metrics)
+    metrics.watch(lambda: engine.gauges, {"block_size": str(PAGE_SIZE)})
     engine.start()
     settings = AppConfig(**{"served_model_names": (MODEL, "alias")} | config)
-    app = create_app(engine, byte_tokenizer(add_bos=add_bos), settings)
+    app = create_app(engine, byte_tokenizer(add_bos=add_bos), settings, metrics)
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
     try:
         async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:

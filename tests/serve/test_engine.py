@@ -46,7 +46,12 @@ TIMEOUT = 20  # seconds after which something hangs; never reached otherwise
 
 @asynccontextmanager
 async def running(
-    runner: FakeRunner, *, max_waiting: int = 8, max_model_len: int | None = None, hold_seconds: float = 1000
+    runner: FakeRunner,
+    *,
+    max_waiting: int = 8,
+    max_model_len: int | None = None,
+    hold_seconds: float = 1000,
+    **options: int | None,
 ) -> AsyncIterator[Engine]:
     length = runner.buckets.pages_per_row * 64 if max_model_len is None else max_model_len
     limits = EngineLimits(
@@ -57,7 +62,15 @@ async def running(
         max_scored_ids=MAX_SCORED_IDS,
         whole_vocabulary=True,
     )
-    engine = Engine(runner, limits, max_waiting=max_waiting, max_num_batched_tokens=68, hold_seconds=hold_seconds)
+    engine = Engine(
+        runner,
+        limits,
+        max_waiting=max_waiting,
+        max_num_batched_tokens=68,
+        hold_seconds=hold_seconds,
+        max_waiting_tokens=options.get("max_waiting_tokens"),
+        seed=options.get("seed"),
+    )
     engine.start()
     try:
         yield engine
@@ -135,6 +148,35 @@ async def test_seeds_are_taken_as_64_bits_or_drawn() -> None:
         for request in drawn:
             await collect(engine, request)
         assert drawn[0].seed != drawn[1].seed
+
+
+async def test_one_seed_of_the_engine_gives_one_run_of_seeds() -> None:
+    runs = []
+    for seed in (1, 1, 2):
+        async with running(FakeRunner(), seed=seed) as engine:
+            requests = [Request(f"{i}", [1], SamplingParams(1)) for i in range(3)]
+            for request in requests:
+                await collect(engine, request)
+            runs.append([request.seed for request in requests])
+    assert runs[0] == runs[1] != runs[2]
+    assert len(set(runs[0])) == 3
+
+
+async def test_too_many_prompt_tokens() -> None:
+    async with running(endless_runner(), max_waiting_tokens=100) as engine:
+        a = submit(engine, Request("a", prompt_of(120), ENDLESS))  # alone, even one that is too long may come
+        with pytest.raises(QueueFullError):
+            await collect(engine, Request("b", [1], greedy(1)))
+        engine.abort("a")
+        await a
+        b, c = submit(engine, Request("b", prompt_of(60), ENDLESS)), Request("c", prompt_of(41), greedy(1))
+        with pytest.raises(QueueFullError):
+            await collect(engine, c)
+        c = Request("c", prompt_of(40), greedy(1))
+        assert outcome_of(await collect(engine, c)) == alone(c)
+        engine.abort("b")
+        await b
+        await check_empty(engine)
 
 
 async def test_too_many_requests() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from serve import memory
-from serve.config import parse_args
+from serve.flags import parse_args
 from serve.memory import MemoryAmount, parse_memory
 
 
@@ -85,6 +85,10 @@ def test_defaults_follow_other_flags() -> None:
         (["--kv-cache-memory", "lots"], ("--kv-cache-memory", "lots")),
         (["--max-logprobs", "0"], ("--max-logprobs",)),
         (["--max-logprobs", "-2"], ("--max-logprobs",)),
+        (["--ssl-keyfile", "key.pem"], ("--ssl-keyfile", "--ssl-certfile")),
+        (["--allowed-origins", "*"], ("--allowed-origins", '["*"]')),
+        (["--logprobs-mode", "raw_logits"], ("--logprobs-mode",)),
+        (["--config", "nowhere.yaml"], ("--config", "nowhere.yaml")),
         (["--quantization", "int4"], ("--quantization", "int8")),
         (["--quantization", "int8", "--dtype", "float32"], ("--quantization", "bfloat16")),
     ],
@@ -97,3 +101,47 @@ def test_mistakes_end_with_code_2_and_name_the_flag(
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert all(name in error for name in named)
+
+
+def test_keys_come_from_the_environment_unless_given() -> None:
+    environ = {"LOGPROBD_API_KEY": "ours", "VLLM_API_KEY": "theirs"}
+    assert parse_args([], environ).api_key == ("ours", "theirs")
+    assert parse_args([], {"VLLM_API_KEY": ""}).api_key == ()
+    assert parse_args(["--api-key", "a", "--api-key", "b"], environ).api_key == ("a", "b")
+
+
+def test_what_vllm_switches_and_is_always_so_here_is_taken() -> None:
+    flags = ["--enable-chunked-prefill", "--enable-server-load-tracking", "--disable-uvicorn-access-log"]
+    assert parse_args(flags) == parse_args([])
+
+
+def test_lists_are_json() -> None:
+    config = parse_args(["--allowed-origins", '["https://a", "https://b"]', "--allow-credentials"])
+    assert config.allowed_origins == ("https://a", "https://b")
+    assert config.allow_credentials
+
+
+def test_a_file_stands_for_flags_and_the_command_line_over_it(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        "model: folder/model\nmax-num-seqs: 4\nmax_model_len: 512\nenable-prefix-caching: false\n"
+        "served-model-name: [a, b]\nvllm-metrics: true\noverride-generation-config: {temperature: 0.5}\n"
+        "allowed-origins: ['https://a']\n"
+    )
+    config = parse_args(["--config", str(file), "--max-num-seqs", "8"])
+    assert (config.model, config.max_num_seqs, config.max_model_len) == ("folder/model", 8, 512)
+    assert (config.enable_prefix_caching, config.vllm_metrics) == (False, True)
+    assert config.served_model_name == ("a", "b")
+    assert config.override_generation_config == '{"temperature": 0.5}'
+    assert config.allowed_origins == ("https://a",)
+    assert parse_args(["other", "--config", str(file)]).model == "other"
+
+
+@pytest.mark.parametrize("text", ["[1]", "max-num-seqs: many", "no-such-flag: 1", "a: b: c"])
+def test_a_broken_file_ends_with_code_2(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        parse_args(["--config", str(file)])
+    assert ended.value.code == 2
+    assert "--" in capsys.readouterr().err

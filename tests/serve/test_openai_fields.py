@@ -253,3 +253,25 @@ def test_broken_defaults_are_named(tmp_path: Path, source: str, override: str, t
 async def test_ids_that_the_vocabulary_lacks_are_no_prompt(server: Server) -> None:
     body = completion_body(prompt=[VOCAB_SIZE], truncate_prompt_tokens=1)
     assert error_of(await server.post(COMPLETIONS, body), 400)["param"] == "prompt[0]"
+
+
+@PATHS
+async def test_requests_are_logged_where_that_is_wanted(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    for wanted in (True, False):
+        caplog.clear()
+        async with serving(logs_requests=wanted, max_log_len=3) as server:
+            await answer_of(server, path, request_id="id-1", top_k=7)
+        lines = [record.getMessage() for record in caplog.records]
+        assert len(lines) == wanted
+        if wanted:
+            text = "use" if path == CHAT else "Hi"
+            assert f"id-1: prompts ['{text}'], fields" in lines[0]
+            assert "'top_k': 7" in lines[0]
+
+
+async def test_cors_as_the_server_is_told() -> None:
+    async with serving(allowed_origins=("https://a",), allow_credentials=True) as server:
+        for origin, allowed in (("https://a", "https://a"), ("https://b", None)):
+            response = await server.client.get("/health", headers={"origin": origin})
+            assert response.headers.get("access-control-allow-origin") == allowed
+        assert response.headers["access-control-allow-credentials"] == "true"

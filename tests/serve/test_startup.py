@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from compiled.shapes import make_buckets
-from serve.config import parse_args
+from serve.flags import parse_args
 from serve.memory import MemoryAmount, pages_in
 from serve.startup import StartupError, check_tokenizer, system_fingerprint
 from tests.serve.http_client import END, byte_tokenizer

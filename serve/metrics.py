@@ -1,0 +1,207 @@
+"""/metrics: Prometheus counters and histograms of the engine and of HTTP, under our names and, if wanted, vLLM's."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.registry import Collector
+
+from serve.engine.observer import EngineGauges
+from serve.engine.request import FinishReason, Request
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+OWN_PREFIX, VLLM_PREFIX = "logprobd:", "vllm:"
+
+_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+_GAP = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+_STEP = tuple(float(1 << n) for n in range(15))
+_CHOICES = (1, 2, 5, 10, 20)
+_HTTP = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 600)
+
+
+class Metrics:
+    """An `Observer` of the engine, and of the app."""
+
+    def __init__(self, model_name: str, *, max_model_len: int, vllm_names: bool) -> None:
+        """`max_model_len` bounds the histograms of tokens. With `vllm_names`, every number has both names."""
+        self._registry = CollectorRegistry()
+        self._families: dict[str, Any] = {}
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self._registry)
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._prefixes = (OWN_PREFIX, VLLM_PREFIX) if vllm_names else (OWN_PREFIX,)
+        tokens = _one_two_five(max_model_len)
+        self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
+        self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found there")
+        self._preemptions = self._counter("num_preemptions", "Requests that lost their pages")
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens")
+        self._scored_tokens = self._counter("prompt_logprobs_tokens", "Prompt tokens whose log-probs were told")
+        self._generated_tokens = self._counter("generation_tokens", "Generated tokens")
+        self._success = {
+            reason: self._counter("request_success", "Ended requests", finished_reason=str(reason))
+            for reason in FinishReason
+        }
+        self._rejections = {
+            reason: self._counter("admission_rejections", "Refused requests", reason=reason)
+            for reason in ("max_num_queued_reqs", "max_num_queued_tokens")
+        }
+        self._step = self._histogram("iteration_tokens_total", "Tokens of a step", _STEP)
+        self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token", _FIRST_TOKEN)
+        self._gap = self._histogram("inter_token_latency_seconds", "Between tokens", _GAP)
+        self._per_token = self._histogram("request_time_per_output_token_seconds", "Mean of a request's gaps", _GAP)
+        self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the end", _REQUEST)
+        self._queue = self._histogram("request_queue_time_seconds", "From arrival to running", _REQUEST)
+        self._prefill = self._histogram("request_prefill_time_seconds", "From running to the first token", _REQUEST)
+        self._decode = self._histogram("request_decode_time_seconds", "From the first token to the last", _REQUEST)
+        self._inference = self._histogram("request_inference_time_seconds", "From running to the last token", _REQUEST)
+        self._prompt_size = self._histogram("request_prompt_tokens", "Prompt tokens of a request", tokens)
+        self._output_size = self._histogram("request_generation_tokens", "Generated tokens of a request", tokens)
+        self._max_tokens = self._histogram("request_params_max_tokens", "max_tokens of a request", tokens)
+        self._n = self._histogram("request_params_n", "n of an HTTP request", _CHOICES)
+        self._http_count = Counter(
+            "http_requests", "Answers by handler and status", ("handler", "method", "status"), registry=self._registry
+        )
+        self._http_time = Histogram(
+            "http_request_duration_seconds",
+            "From the request to the end of its answer",
+            ("handler", "method"),
+            buckets=_HTTP,
+            registry=self._registry,
+        )
+
+    def watch(self, gauges: Callable[[], EngineGauges], cache: dict[str, str]) -> None:
+        """Reads `gauges` at every scrape; `cache` is told as labels."""
+        self._registry.register(_Gauges(gauges, cache, self._labels, self._prefixes))
+
+    def text(self) -> bytes:
+        """What a scrape gets."""
+        return generate_latest(self._registry)
+
+    def on_step(self, tokens: int) -> None:
+        """See `Observer`."""
+        self._step.observe(tokens)
+
+    def on_admitted(self, request: Request) -> None:
+        """See `Observer`."""
+        self._prefix_queries.inc(len(request.prompt_token_ids))
+        self._prefix_hits.inc(request.num_cached or 0)
+        self._queue.observe(request.times.admitted - request.times.arrived)
+
+    def on_preempted(self, count: int) -> None:
+        """See `Observer`."""
+        self._preemptions.inc(count)
+
+    def on_token(self, request: Request, gap: float | None) -> None:
+        """See `Observer`."""
+        self._generated_tokens.inc()
+        if gap is None:
+            self._first.observe(request.times.first - request.times.arrived)
+            self._prefill.observe(request.times.first - request.times.admitted)
+        else:
+            self._gap.observe(gap)
+
+    def on_finished(self, request: Request, reason: FinishReason) -> None:
+        """See `Observer`."""
+        self._success[reason].inc()
+        if reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            return
+        times, prompt, output = request.times, len(request.prompt_token_ids), len(request.output_token_ids)
+        self._prompt_tokens.inc(prompt)
+        if request.params.prompt is not None:
+            self._scored_tokens.inc(prompt - request.params.prompt.start)
+        self._e2e.observe(times.last - times.arrived)
+        self._inference.observe(times.last - times.admitted)
+        if output:
+            self._decode.observe(times.last - times.first)
+        if output > 1:
+            self._per_token.observe((times.last - times.first) / (output - 1))
+        self._prompt_size.observe(prompt)
+        self._output_size.observe(output)
+        self._max_tokens.observe(request.params.max_tokens)
+
+    def on_rejected(self, reason: str) -> None:
+        """See `Observer`."""
+        self._rejections[reason].inc()
+
+    def on_choices(self, n: int) -> None:
+        """An HTTP request asked for `n` answers to each prompt."""
+        self._n.observe(n)
+
+    def on_http(self, handler: str, method: str, status: int, seconds: float) -> None:
+        """An HTTP request was answered; `handler` is a route, not a path, of which there are too many."""
+        self._http_count.labels(handler, method, str(status)).inc()
+        self._http_time.labels(handler, method).observe(seconds)
+
+    def _counter(self, name: str, text: str, **labels: str) -> "_Both":
+        return self._both(lambda full, keys: Counter(full, text, keys, registry=None), name, labels)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> "_Both":
+        return self._both(lambda full, keys: Histogram(full, text, keys, buckets=buckets, registry=None), name, {})
+
+    def _both(self, make: Callable[[str, list[str]], Any], name: str, labels: dict[str, str]) -> "_Both":
+        labels = self._labels | labels
+        children = []
+        for prefix in self._prefixes:
+            full = prefix + name
+            if full not in self._families:
+                self._families[full] = make(full, list(labels))
+                self._registry.register(self._families[full])
+            children.append(self._families[full].labels(**labels))
+        return _Both(children)
+
+
+class _Both:
+    """One number under all its names."""
+
+    def __init__(self, children: Iterable[Any]) -> None:
+        self._children = tuple(children)
+
+    def inc(self, amount: float = 1) -> None:
+        for child in self._children:
+            child.inc(amount)
+
+    def observe(self, value: float) -> None:
+        for child in self._children:
+            child.observe(value)
+
+
+class _Gauges(Collector):
+    """The engine's gauges, read when they are asked for."""
+
+    def __init__(
+        self, gauges: Callable[[], EngineGauges], cache: dict[str, str], labels: dict[str, str], prefixes: Iterable[str]
+    ) -> None:
+        self._gauges, self._cache, self._labels, self._prefixes = gauges, cache, labels, tuple(prefixes)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        now = self._gauges()
+        for prefix in self._prefixes:
+            yield self._gauge(prefix + "num_requests_running", "Requests that run", now.running)
+            yield self._gauge(prefix + "num_requests_waiting", "Requests that wait", now.waiting)
+            yield self._gauge(prefix + "kv_cache_usage_perc", "Share of the pages in use, 0 to 1", now.cache_usage)
+            yield self._gauge(prefix + "cache_config_info", "The cache, as labels", 1, self._cache)
+        yield self._gauge(OWN_PREFIX + "num_requests_held", "Ended requests whose rows are still read", now.held)
+
+    def _gauge(self, name: str, text: str, value: float, more: dict[str, str] | None = None) -> GaugeMetricFamily:
+        labels = self._labels | (more or {})
+        family = GaugeMetricFamily(name, text, labels=list(labels))
+        family.add_metric(list(labels.values()), value)
+        return family
+
+
+def _one_two_five(most: int) -> tuple[float, ...]:
+    """1, 2, 5, 10 ... up to `most`."""
+    steps = (float(digit * 10**power) for power in range(len(str(most))) for digit in (1, 2, 5))
+    return tuple(step for step in steps if step <= most)

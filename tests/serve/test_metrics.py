@@ -1,0 +1,113 @@
+"""/metrics: what the engine and HTTP did, under our names and vLLM's."""
+
+import asyncio
+import re
+
+import pytest
+
+from serve.metrics import CONTENT_TYPE
+from tests.serve.fake_runner import MAX_MODEL_LEN
+from tests.serve.http_client import MODEL, Gate, Server, completion_body, serving
+
+LABELS = f'engine="0",model_name="{MODEL}"'
+
+
+async def scraped(server: Server) -> dict[str, float]:
+    """Samples by name and labels, but for buckets."""
+    response = await server.client.get("/metrics")
+    assert (response.status_code, response.headers["content-type"]) == (200, CONTENT_TYPE)
+    lines = [line.rpartition(" ") for line in response.text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in lines}
+
+
+def of(samples: dict[str, float], name: str, more: str = "", prefix: str = "logprobd:") -> float:
+    """The value of an engine's sample; `more` are labels that sort before or after."""
+    wanted = {*LABELS.split(","), *filter(None, [more])}
+    found = [
+        value
+        for key, value in samples.items()
+        if key.partition("{")[0] == prefix + name and set(key.partition("{")[2].rstrip("}").split(",")) == wanted
+    ]
+    assert len(found) == 1, (name, [key for key in samples if name in key])
+    return found[0]
+
+
+@pytest.mark.parametrize("vllm_names", [False, True])
+async def test_what_requests_leave_behind(vllm_names: bool) -> None:
+    async with serving(vllm_names=vllm_names) as server:
+        prompt = "x" * 130
+        await server.complete(prompt=prompt, prompt_logprobs=0, max_tokens=3)
+        await server.complete(prompt=prompt, n=2)
+        await server.complete(prompt=prompt, max_tokens=0, prompt_logprobs=1)
+        samples = await scraped(server)
+        for prefix in ("logprobd:", "vllm:") if vllm_names else ("logprobd:",):
+            counts = {
+                "prompt_tokens_total": 4 * 130,
+                "generation_tokens_total": 3 + 2 * 6,
+                "prompt_logprobs_tokens_total": 2 * 129,
+                "prefix_cache_queries_total": 4 * 130,
+                "prefix_cache_hits_total": 3 * 128,
+                "num_preemptions_total": 0,
+                "time_to_first_token_seconds_count": 3,
+                "inter_token_latency_seconds_count": 2 + 2 * 5,
+                "e2e_request_latency_seconds_count": 4,
+                "request_queue_time_seconds_count": 4,
+                "request_prompt_tokens_sum": 4 * 130,
+                "request_generation_tokens_sum": 15,
+                "request_params_n_sum": 4,
+                "request_params_max_tokens_count": 4,
+                "num_requests_running": 0,
+                "num_requests_waiting": 0,
+                "kv_cache_usage_perc": 0,
+            }
+            assert {name: of(samples, name, prefix=prefix) for name in counts} == counts
+            assert of(samples, "request_success_total", 'finished_reason="length"', prefix) == 2
+            assert of(samples, "request_success_total", 'finished_reason="stop"', prefix) == 2
+            assert of(samples, "cache_config_info", 'block_size="64"', prefix) == 1
+            assert of(samples, "iteration_tokens_total_sum", prefix=prefix) > 130
+        assert any(name.startswith("vllm:") for name in samples) == vllm_names
+        assert any(name.startswith("process_") for name in samples)
+
+
+async def test_how_things_stand_while_requests_run_and_wait() -> None:
+    async with serving(max_waiting=5) as server:
+        gate = Gate("decode")
+        server.runner.before_call = gate
+        tasks = [asyncio.create_task(server.complete(prompt="abc", n=5))]
+        await gate.reached()
+        refused = await server.post("/v1/completions", completion_body())
+        assert refused.status_code == 429
+        samples = await scraped(server)
+        assert of(samples, "num_requests_running") + of(samples, "num_requests_waiting") <= 5
+        assert of(samples, "num_requests_running") >= 1
+        assert of(samples, "kv_cache_usage_perc") > 0
+        assert of(samples, "admission_rejections_total", 'reason="max_num_queued_reqs"') == 1
+        gate.open()
+        await asyncio.gather(*tasks)
+
+
+async def test_answers_are_counted_by_route_and_status() -> None:
+    async with serving() as server:
+        await server.complete()
+        await server.complete_stream()
+        await server.post("/v1/completions", completion_body(n=0))
+        for path in ("/nowhere/1", "/nowhere/2", f"/v1/models/{MODEL}"):
+            await server.client.get(path)
+        samples = await scraped(server)
+        for handler, method, status, count in (
+            ("/v1/completions", "POST", 200, 2),
+            ("/v1/completions", "POST", 400, 1),
+            ("none", "GET", 404, 2),
+            ("/v1/models/{id:path}", "GET", 200, 1),
+        ):
+            assert samples[f'http_requests_total{{handler="{handler}",method="{method}",status="{status}"}}'] == count
+        assert samples['http_request_duration_seconds_count{handler="/v1/completions",method="POST"}'] == 3
+        assert not re.search("nowhere", " ".join(samples))
+
+
+async def test_buckets_of_tokens_end_at_the_models_length() -> None:
+    async with serving() as server:
+        text = (await server.client.get("/metrics")).text
+        bounds = re.findall(r'logprobd:request_prompt_tokens_bucket\{.*le="([0-9.]+)"', text)
+        assert [float(bound) for bound in bounds] == [1, 2, 5, 10, 20, 50, 100, 200, 500]
+        assert MAX_MODEL_LEN == 512

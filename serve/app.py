@@ -19,6 +19,7 @@ from serve.openai.errors import APIError
 from serve.openai.generation import Engine
 from serve.openai.models import Models
 from serve.openai.openapi import documentation
+from serve.openai.prompt_entries import EntryWriter
 from serve.openai.tokenize import Tokenization
 from serve.openai.vocabulary import RowWriter
 from serve.text.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: AppConfig, metrics:
     """The ASGI app around a running engine, whose life is the caller's business; so is who tells `metrics` of it."""
     limits = engine.limits
     writer = RowWriter(tokenizer, limits.vocab_size) if limits.whole_vocabulary else None
-    endpoint = Endpoint(engine, tokenizer, config, writer, metrics.on_choices)
+    endpoint = Endpoint(engine, tokenizer, config, writer, EntryWriter(tokenizer), metrics.on_choices)
     models = Models(endpoint)
     tokenization = Tokenization(endpoint)
 

@@ -210,4 +210,4 @@ class Completions:
 
 def _written(numbers: Any) -> orjson.Fragment | Hole | None:
     """Numbers of a prompt as the JSON that all its choices show."""
-    return numbers if numbers is None or isinstance(numbers, Hole) else orjson.Fragment(dump(numbers))
+    return numbers if numbers is None or isinstance(numbers, Hole | orjson.Fragment) else orjson.Fragment(dump(numbers))

@@ -10,6 +10,7 @@ from serve.openai.defaults import GenerationDefaults
 from serve.openai.errors import APIError
 from serve.openai.generation import Choice, Delta, Engine, Finished
 from serve.openai.known_fields import FieldLog
+from serve.openai.prompt_entries import EntryWriter
 from serve.openai.schema import GenerationRequest, LogprobsMode
 from serve.openai.vocabulary import RowWriter
 from serve.text.tokenizer import Tokenizer
@@ -49,6 +50,7 @@ class Endpoint:
     tokenizer: Tokenizer
     config: AppConfig
     row_writer: RowWriter | None  # where the engine gives whole rows
+    entry_writer: EntryWriter
     on_choices: Callable[[int], None]  # told of n of every request
     fields: FieldLog = field(default_factory=FieldLog)
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970, of the models' cards

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
 from serve.engine.request import PromptScoring, Request, SamplingParams, TokenScores
 from serve.openai.body import Hole
 from serve.openai.endpoint import Endpoint, Header
 from serve.openai.errors import engine_error
 from serve.openai.generation import Choice, make_choices, make_request
-from serve.openai.logprobs import TokenNames, prompt_columns, prompt_logprobs
+from serve.openai.logprobs import TokenNames, prompt_columns
 from serve.openai.prompt_numbers import PromptNumbers, check_start
 from serve.openai.sampling_params import sampling_params
 from serve.openai.schema import GenerationRequest
@@ -63,7 +65,7 @@ class Job[B: GenerationRequest]:
         columns = prompt_columns(self.prompts[prompt_index].ids, scores, numbers.shown, numbers.start)
         return {"prompt_logprobs": None, "prompt_logprobs_columns": columns}
 
-    def prompt_logprobs(self, prompt_index: int, scores: TokenScores | None) -> list[Any] | Hole | None:
+    def prompt_logprobs(self, prompt_index: int, scores: TokenScores | None) -> orjson.Fragment | Hole | None:
         """A prompt's `prompt_logprobs`, None where it is not asked for.
 
         Raises:
@@ -78,7 +80,7 @@ class Job[B: GenerationRequest]:
             assert at.row_writer is not None
             request = self.row_requests[prompt_index]
             return Hole(whole_rows(at.engine, at.row_writer, request, scores, numbers.shown))
-        return prompt_logprobs(at.tokenizer, ids, scores, numbers.shown, numbers.start)
+        return orjson.Fragment(at.entry_writer.entries(ids, scores, numbers.shown, numbers.start))
 
 
 def make_job[B: GenerationRequest](

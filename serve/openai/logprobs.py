@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from serve.engine.request import TokenScores
 from serve.openai.errors import engine_error
-from serve.text.token_strings import decoded_tokens
 from serve.text.tokenizer import Tokenizer
 
 type _Numbers = tuple[str, np.float32, dict[str, np.float32], list[int]]  # a token, its own, by name, the others' ids
@@ -82,32 +81,6 @@ def _chat_entry(names: TokenNames, token_id: int, logprob: np.float32, rank: int
         "token_id": token_id,
         "rank": rank,
     }
-
-
-def prompt_logprobs(
-    tokenizer: Tokenizer, token_ids: Sequence[int], scores: TokenScores, k: int, start: int
-) -> list[dict[str, dict[str, Any]] | None]:
-    """vLLM's `prompt_logprobs`: for each token its own entry, then its first k alternatives.
-
-    Args:
-        start: tokens before it are null; the first token always is.
-    """
-    checked(scores, len(token_ids) - 1, k)
-    logprobs, tops = clamped(scores.logprob[start - 1 :]), clamped(scores.top_logprobs[start - 1 :])
-    result: list[dict[str, dict[str, Any]] | None] = [None] * min(start, len(token_ids))
-    for i, (logprob, top) in enumerate(zip(logprobs, tops, strict=True), start - 1):
-        actual = token_ids[i + 1]
-        numbers = {actual: (logprob, int(scores.rank[i]))}
-        for j in range(k):
-            numbers.setdefault(int(scores.top_ids[i, j]), (top[j], int(scores.top_ranks[i, j])))
-        decoded = decoded_tokens(tokenizer, token_ids[max(0, i - 3) : i + 1], list(numbers))
-        result.append(
-            {
-                str(token_id): {"logprob": logprob, "rank": rank, "decoded_token": name}
-                for (token_id, (logprob, rank)), name in zip(numbers.items(), decoded, strict=True)
-            }
-        )
-    return result
 
 
 def prompt_columns(token_ids: Sequence[int], scores: TokenScores, k: int, start: int) -> dict[str, Any]:

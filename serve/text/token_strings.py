@@ -23,6 +23,12 @@ def decoded_tokens(tokenizer: Tokenizer, context_ids: Sequence[int], candidate_i
     return [_decoded(context, tokenizer.token_bytes(index)) for index in candidate_ids]
 
 
+def whole_text(tokenizer: Tokenizer, token_id: int) -> str | None:
+    """The text of a token that reads the same after whatever tokens; None for one that may be completed by them."""
+    data = tokenizer.token_bytes(token_id)
+    return None if _is_broken(data) else _text(data)
+
+
 def _decoded(context: list[bytes], token: bytes) -> str:
     if not _is_broken(token):
         return _text(token)

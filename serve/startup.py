@@ -110,13 +110,14 @@ def _find(config: ServeConfig) -> ModelSource:
 
 def _tokenizer(config: ServeConfig, source: ModelSource, checkpoint: Checkpoint) -> Tokenizer:
     if config.tokenizer is not None:
-        return _other_tokenizer(config.tokenizer.expanduser())
+        return local_tokenizer(config.tokenizer.expanduser())
     if isinstance(checkpoint, GgufCheckpoint):
         return tokenizer_from_gguf(checkpoint.metadata)
     return load_tokenizer(source.path)
 
 
-def _other_tokenizer(path: Path) -> Tokenizer:
+def local_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory or a .gguf file."""
     if path.suffix != ".gguf":
         return load_tokenizer(path)
     checkpoint = open_checkpoint(ModelSource(path.stem, path))

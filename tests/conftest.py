@@ -1,5 +1,6 @@
 """What the tests on the real default model share: it is loaded and compiled once for each dtype."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from compiled.shapes import Buckets
 from model.weights.load import open_checkpoint
 from model.weights.source import ModelSource, default_model_path
 from tests.in_process import PAGES
+from tests.serve.server_process import ServerProcess
 
 # A server's, but for the length of a request.
 BUCKETS = Buckets(decode_rows=(1, 2, 4, 8, 16), prefill_chunks=(16, 64, 256), score_rows=64, pages_per_row=16)
@@ -23,6 +25,18 @@ def make_runner(path: Path, weights: str, buckets: Buckets = BUCKETS, pages: int
     finally:
         checkpoint.close()
     return ModelRunner(model, buckets, pages=pages, max_logprobs=20)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A real server with the default model, in float32: the numbers are true to 1e-4."""
+    cache = tmp_path_factory.mktemp("xla")
+    process = ServerProcess(
+        "--dtype", "float32", "--max-num-seqs", "4", "--max-model-len", "4096", "--compilation-cache-dir", str(cache)
+    )
+    yield process
+    assert process.process.poll() is None, "".join(process.log)  # nothing that was sent to it may have ended it
+    assert process.terminate() == 0
 
 
 @pytest.fixture(scope="session")

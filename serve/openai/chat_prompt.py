@@ -5,11 +5,9 @@ from typing import Any
 
 from serve.openai.endpoint import Endpoint
 from serve.openai.errors import invalid, unsupported
-from serve.openai.schema import ChatMessage, ChatPromptFields
+from serve.openai.schema import ROLES, ChatMessage, ChatPromptFields
 from serve.text.chat_template import ChatTemplateError
 from serve.text.tokenizer import TokenizerError
-
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def chat_text(body: ChatPromptFields, at: Endpoint) -> str:
@@ -73,8 +71,8 @@ def _variables(body: ChatPromptFields) -> Mapping[str, Any]:
 def _message(message: ChatMessage, index: int) -> dict[str, Any]:
     """A message for the template, its text parts joined."""
     where = f"messages[{index}]"
-    if message.role not in _ROLES:
-        raise invalid(f"{where}.role", f"`{where}.role` must be one of {', '.join(_ROLES)}.")
+    if message.role not in ROLES:
+        raise invalid(f"{where}.role", f"`{where}.role` must be one of {', '.join(ROLES)}.")
     content = message.content
     if isinstance(content, list):
         content = "\n".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))

@@ -140,7 +140,7 @@ def _described(operation: _Operation) -> dict[str, Any]:
     if operation.answer is not None:
         answer["content"] = {"application/json": {"schema": _reference(operation.answer)}}
     if operation.event is not None:
-        answer["content"]["text/event-stream"] = {"schema": _reference(operation.event)}
+        answer["content"]["text/event-stream"] = {"schema": _event(operation.event)}
     described: dict[str, Any] = {"summary": operation.summary, "responses": {"200": answer}}
     error = {"application/json": {"schema": _reference(answers.ErrorAnswer)}}
     for status in operation.errors:
@@ -153,6 +153,12 @@ def _described(operation: _Operation) -> dict[str, Any]:
     if "{id}" in operation.path:
         described["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
     return described
+
+
+def _event(model: type[BaseModel]) -> dict[str, Any]:
+    """One server-sent event; after the last there is one whose data is [DONE]."""
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": _reference(model)}
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 
 def _reference(model: type[BaseModel]) -> dict[str, str]:

@@ -103,19 +103,29 @@ class CompletionRequest(GenerationRequest):
     logprobs: Annotated[int, Field(ge=0)] | None = None
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+
+
 class ChatMessage(BaseModel):
     """One message. Fields that templates know, such as `name`, pass through."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    role: str
-    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    role: Annotated[str, WithJsonSchema({"type": "string", "enum": list(ROLES)})]
+    content: str | Annotated[list[Annotated[dict[str, Any], WithJsonSchema(_PART)]], Field(fail_fast=True)] | None = (
+        None
+    )
 
 
 class ChatPromptFields(BaseModel):
     """What a chat's prompt is made of; /tokenize takes it, too."""
 
-    messages: Annotated[list[ChatMessage], Field(fail_fast=True)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None

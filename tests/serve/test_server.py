@@ -19,18 +19,6 @@ from tests.golden_cases import Measured, compare, load_golden
 from tests.serve.server_process import ROOT, ServerProcess
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """The default model in float32."""
-    cache = tmp_path_factory.mktemp("xla")
-    process = ServerProcess(
-        "--dtype", "float32", "--max-num-seqs", "4", "--max-model-len", "4096", "--compilation-cache-dir", str(cache)
-    )
-    yield process
-    if process.process.poll() is None:
-        process.terminate()
-
-
 @pytest.fixture
 def client(server: ServerProcess) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:

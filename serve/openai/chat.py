@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from serve.openai.body import Body, make_body
 from serve.openai.chat_prompt import chat_ids, chat_text, reply_role_text
-from serve.openai.checks import check_common, check_logprob_token_ids, check_room, check_top_k, truncated
+from serve.openai.checks import check_common, check_length, check_logprob_token_ids, check_room, check_top_k, truncated
 from serve.openai.endpoint import Endpoint, Usage, usage_of
 from serve.openai.errors import invalid
 from serve.openai.generation import Choice, Delta, Finished, finish_all, merge
@@ -50,6 +50,7 @@ class ChatCompletions:
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         header = at.header("chatcmpl", kind, body, request_id)
         text = chat_text(body, at)
+        check_length("messages", text, body, at.tokenizer, limits)
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         ids = truncated(chat_ids(body, text, at), body, asked, limits)
         prompt = Prompt(ids, text, echo=reply_role_text(body, at.config.response_role) if body.echo else "")

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from serve.engine.request import EngineLimits
 from serve.openai.errors import invalid, unsupported
 from serve.openai.schema import GenerationRequest
+from serve.text.tokenizer import Tokenizer
 
 _CACHE_SALT = re.compile(r"[^@/\\\0]{1,128}")
 
@@ -69,6 +70,16 @@ def truncated(ids: list[int], body: GenerationRequest, max_tokens: int | None, l
         message = f"`truncate_prompt_tokens` must be -1, or from 1 to {limits.max_model_len}."
         raise invalid("truncate_prompt_tokens", message)
     return ids[:most] if body.truncation_side == "right" else ids[-most:]
+
+
+def check_length(param: str, text: str, body: GenerationRequest, tokenizer: Tokenizer, limits: EngineLimits) -> None:
+    """A text that could never fit is refused before it is tokenized, unless it is to be cut."""
+    if body.truncate_prompt_tokens is None and tokenizer.surely_above(text, limits.max_model_len):
+        message = (
+            f"This model's maximum context length is {limits.max_model_len} tokens, "
+            f"which {len(text)} characters are above whatever they say."
+        )
+        raise invalid(param, message, "context_length_exceeded")
 
 
 def check_room(param: str, prompt: int, max_tokens: int | None, limits: EngineLimits) -> int:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from serve.engine.request import TokenScores
 from serve.openai.body import Body, Hole, dump, make_body
-from serve.openai.checks import check_common, check_logprob_token_ids, check_room, check_top_k, truncated
+from serve.openai.checks import check_common, check_length, check_logprob_token_ids, check_room, check_top_k, truncated
 from serve.openai.endpoint import Endpoint, Usage, usage_of
 from serve.openai.errors import engine_error, invalid
 from serve.openai.generation import Choice, Delta, Finished, finish_all, merge
@@ -77,6 +77,7 @@ class Completions:
 
     def _text_prompt(self, body: CompletionRequest, text: str, where: str) -> Prompt:
         tokenizer = self._at.tokenizer
+        check_length(where, text, body, tokenizer, self._at.engine.limits)
         try:
             ids = tokenizer.encode(text, add_special_tokens=body.add_special_tokens is not False)
         except TokenizerError as error:

@@ -50,6 +50,7 @@ class Tokenizer:
         self._special_ids = frozenset(
             index for index, token in backend.get_added_tokens_decoder().items() if token.special
         )
+        self._longest = max(1, *map(len, self._bytes))
         self.eos_token_ids = frozenset(eos_token_ids)
         self.chat_template = chat_template
 
@@ -92,6 +93,13 @@ class Tokenizer:
             return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
         except TypeError as error:  # how `tokenizers` says that a str is not valid Unicode
             raise TokenizerError("text holds a lone surrogate, which is not valid Unicode") from error
+
+    def surely_above(self, text: str, tokens: int) -> bool:
+        """Whether `text` has more than so many tokens, told by its length alone: tokenizing megabytes takes seconds.
+
+        False says nothing. A normalizer may shorten what is tokenized, by no more than the factor of 4 taken here.
+        """
+        return len(text) > 4 * self._longest * tokens
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Text of `ids` (0 or more each), broken UTF-8 as U+FFFD; SentencePiece drops the first space."""

@@ -234,6 +234,17 @@ async def test_a_body_that_is_too_large() -> None:
         assert error_of(response, 413)["code"] == "request_too_large"
 
 
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_bodies_of_50_megabytes(server: Server, path: str) -> None:
+    param = "messages" if path == CHAT else "prompt"
+    text = "x" * 50_000_000
+    body = chat_body(messages=[{"role": "user", "content": text}]) if path == CHAT else completion_body(prompt=text)
+    assert await refused(server, path, body) == (param, "context_length_exceeded")
+    if path == COMPLETIONS:
+        ids = b'{"prompt": [' + b"1," * 5_000_000 + b"1]}"
+        assert await refused(server, path, ids) == (param, "context_length_exceeded")
+
+
 async def test_many_wrong_ids_give_one_short_error(server: Server) -> None:
     for bad in (-1, 10**6, 1.5, "x", None, [1]):
         response = await server.post(COMPLETIONS, completion_body(prompt=[1] + [bad] * 200_000))

@@ -8,7 +8,7 @@ URL ?=
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check --require-hashes --no-deps
 
-.PHONY: serve test check bench sanitize notebook kernels lock clean
+.PHONY: serve test clients check bench sanitize notebook kernels lock clean
 .DELETE_ON_ERROR:
 
 serve: .venv/.serve kernels
@@ -16,6 +16,10 @@ serve: .venv/.serve kernels
 
 test: .venv/.dev .venv/.arm kernels
 	$(PY) -m pytest
+
+# The clients that people use, each in an environment of its own, and a fuzzer. Needs npm; downloads, and takes minutes.
+clients: .venv/.dev kernels
+	$(PY) -m pytest -m clients tests/clients
 
 check: .venv/.dev
 	.venv/bin/ruff format --check
@@ -41,6 +45,9 @@ lock:
 	$(LOCK) --universal --python-version 3.12 pyproject.toml --extra dev -c requirements.lock -o requirements-dev.lock
 	$(LOCK) --universal --python-version 3.12 pyproject.toml --extra dev --extra notebook -c requirements-dev.lock \
 		-o requirements-notebook.lock
+	for name in $(basename $(notdir $(wildcard requirements-clients/*.in))); do \
+		uv pip compile -q --no-header --no-annotate --universal --python-version 3.12 requirements-clients/$$name.in \
+			-o requirements-clients/$$name.txt; done
 	$(LOCK) --no-deps requirements-files.in -o requirements-files.lock
 
 clean:

@@ -60,10 +60,13 @@ class Access:
         ):
             error = APIError(401, "The API key is missing or wrong.", None, "invalid_api_key")
             await error.response()(scope, receive, send_with_id)
-        else:
+            self._on_answer(_NO_ROUTE, scope["method"], status, time.monotonic() - began)
+            return
+        try:
             await self._answer(scope, receive, send_with_id)
-        handler = getattr(scope.get("route"), "path", _NO_ROUTE)
-        self._on_answer(handler, scope["method"], status, time.monotonic() - began)
+        finally:
+            handler = getattr(scope.get("route"), "path", _NO_ROUTE)
+            self._on_answer(handler, scope["method"], status, time.monotonic() - began)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Here and not in an exception handler of the app, whose answer would bear neither the id nor CORS headers."""

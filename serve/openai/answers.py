@@ -66,7 +66,7 @@ class ChatLogprobsAnswer(_Answer):
     """`choices[].logprobs` of chat: an entry for every generated token, the stop token included."""
 
     content: list[TokenEntry]
-    refusal: None = None
+    refusal: None
 
 
 class PromptEntry(_Answer):

@@ -129,7 +129,7 @@ class ChatCompletions:
         fields: dict[str, Any] = {"index": choice.index, "delta": {"content": delta.text}, "logprobs": None}
         if job.body.logprobs:
             content = chat_content(job.names, delta.token_ids, delta.scores, job.alternatives)
-            fields["logprobs"] = {"content": content}
+            fields["logprobs"] = {"content": content, "refusal": None}
         fields["finish_reason"] = delta.finish_reason
         if delta.finish_reason is not None:
             fields["stop_reason"] = delta.stop_reason

@@ -156,8 +156,9 @@ def _described(operation: _Operation) -> dict[str, Any]:
 
 
 def _event(model: type[BaseModel]) -> dict[str, Any]:
-    """One server-sent event; after the last there is one whose data is [DONE]."""
-    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": _reference(model)}
+    """One server-sent event; the data of the last is [DONE]."""
+    chunk = {"type": "string", "contentMediaType": "application/json", "contentSchema": _reference(model)}
+    data = {"anyOf": [{"const": "[DONE]"}, chunk]}
     return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 

@@ -221,7 +221,7 @@ def test_a_bad_word_of_two_tokens_is_never_finished(client: OpenAI) -> None:
 def test_a_small_cache_and_whole_rows(tmp_path: Path) -> None:
     process = ServerProcess(
         *("--max-num-seqs", "1", "--max-model-len", "512", "--max-logprobs", "-1", "--kv-cache-memory", "8MB"),
-        *("--compilation-cache-dir", str(tmp_path / "xla")),
+        *("--max-num-batched-tokens", "17", "--compilation-cache-dir", str(tmp_path / "xla")),  # little to compile
     )
     url = f"{process.url}/v1/completions"
     refused = httpx2.post(url, json={"prompt": [100] * 300, "max_tokens": 1}, timeout=60)
@@ -241,7 +241,8 @@ def test_a_small_cache_and_whole_rows(tmp_path: Path) -> None:
 
 
 def test_sigterm_drains_and_exits_0_and_a_second_start_reads_the_cache(tmp_path: Path) -> None:
-    arguments = ("--max-num-seqs", "1", "--max-model-len", "256", "--compilation-cache-dir", str(tmp_path / "xla"))
+    few = ("--max-num-seqs", "1", "--max-model-len", "256", "--max-num-batched-tokens", "17")  # programs
+    arguments = (*few, "--compilation-cache-dir", str(tmp_path / "xla"))
     first = ServerProcess(*arguments)
     entries = sorted(path.name for path in (tmp_path / "xla").glob("jit_decode_1-*-cache"))
     assert len(entries) == 1
@@ -266,14 +267,17 @@ def test_sigterm_drains_and_exits_0_and_a_second_start_reads_the_cache(tmp_path:
 def test_what_cannot_be_served_is_one_message_and_exit_code_1(tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF\x03\x00\x00\x00")
-    for model in (str(broken), str(tmp_path / "nothing"), str(tmp_path)):
-        result = subprocess.run(
-            [sys.executable, "-m", "serve", model, "--port", "0", "--compilation-cache-dir", str(tmp_path / "xla")],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 1
-        assert "Traceback" not in result.stderr
-        assert result.stderr.startswith("error: ")
+    options = ("--port", "0", "--compilation-cache-dir", str(tmp_path / "xla"))
+    wrong = [
+        *((str(model),) for model in (broken, tmp_path / "nothing", tmp_path)),
+        ("--generation-config", str(tmp_path / "nowhere.json")),
+    ]
+    processes = [
+        subprocess.Popen([sys.executable, "-m", "serve", *each, *options], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for each in wrong
+    ]
+    for process in processes:
+        _, error = process.communicate()
+        assert process.returncode == 1
+        assert "Traceback" not in error
+        assert error.startswith("error: ")

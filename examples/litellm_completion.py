@@ -1,0 +1,56 @@
+"""Asks a running server for log-probs with LiteLLM, and prints a line for each token.
+
+Needs `pip install litellm`. Another address: OPENAI_BASE_URL=http://host:port/v1; a key: OPENAI_API_KEY=...
+"""
+
+import json
+import os
+from typing import Any
+
+import litellm
+
+MODEL = os.environ.get("MODEL", "SmolLM2-135M-Instruct")
+SERVER: dict[str, Any] = {
+    "api_base": os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"),
+    "api_key": os.environ.get("OPENAI_API_KEY", "none"),
+}
+CHAT: dict[str, Any] = SERVER | {
+    "model": f"openai/{MODEL}",
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "max_tokens": 32,
+    "temperature": 0,
+    "logprobs": True,
+    "top_logprobs": 2,
+}
+
+
+def print_tokens(title: str, text: str, tokens: list[tuple[str, float | None]]) -> None:
+    """A section of what is printed; the first token of a text has no log-prob."""
+    print(f"\n== {title}: {json.dumps(text, ensure_ascii=False)}")
+    for token, logprob in tokens:
+        print(json.dumps(token, ensure_ascii=False), json.dumps(logprob))
+
+
+def main() -> None:
+    """Chat at once and as a stream, and a text completion that echoes its prompt."""
+    choice = litellm.completion(**CHAT).choices[0]
+    print_tokens("chat", choice.message.content, [(entry.token, entry.logprob) for entry in choice.logprobs.content])
+
+    text = ""
+    entries: list[Any] = []
+    for chunk in litellm.completion(**CHAT, stream=True):
+        text += chunk.choices[0].delta.content or ""
+        logprobs = getattr(chunk.choices[0], "logprobs", None)
+        entries += logprobs.content if logprobs else []
+    print_tokens("stream", text, [(entry.token, entry.logprob) for entry in entries])
+
+    completion: dict[str, Any] = {"prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
+    model = f"text-completion-openai/{MODEL}"
+    answer = litellm.text_completion(**SERVER, model=model, **completion, echo=True, logprobs=1)
+    choice = answer.choices[0]
+    numbers = choice.logprobs
+    print_tokens("completions", choice.text, list(zip(numbers.tokens, numbers.token_logprobs, strict=True)))
+
+
+if __name__ == "__main__":
+    main()

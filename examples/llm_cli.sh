@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Asks a running server with the command `llm` (pip install llm): chat, and a completion whose log-probs llm keeps.
+# Another address: OPENAI_BASE_URL=http://host:port/v1. Your own settings of llm are left alone.
+set -eu
+LLM_USER_PATH=$(mktemp -d)
+export LLM_USER_PATH
+trap 'rm -r "$LLM_USER_PATH"' EXIT
+
+# What you would add to extra-openai-models.yaml in the folder that `dirname "$(llm logs path)"` names.
+cat > "$LLM_USER_PATH/extra-openai-models.yaml" << YAML
+- model_id: logprobd
+  model_name: ${MODEL:-SmolLM2-135M-Instruct}
+  api_base: ${OPENAI_BASE_URL:-http://127.0.0.1:8000/v1}
+- model_id: logprobd-completion
+  model_name: ${MODEL:-SmolLM2-135M-Instruct}
+  api_base: ${OPENAI_BASE_URL:-http://127.0.0.1:8000/v1}
+  completion: true
+YAML
+
+question="What is the capital of France?"
+echo "== chat"
+llm -m logprobd -o temperature 0 -o max_tokens 32 --no-stream "$question"
+echo "== stream"
+llm -m logprobd -o temperature 0 -o max_tokens 32 "$question"
+echo "== completions"
+llm -m logprobd-completion -o temperature 0 -o max_tokens 4 -o logprobs 2 "The capital of France is"
+echo "== logged"
+llm logs -n 1 --json

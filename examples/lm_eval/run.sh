@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Scores three small tasks with lm-evaluation-harness: log-likelihoods and texts from completions, texts from chat.
+# Needs `pip install 'lm-eval[api]'`. From the root of the repository: examples/lm_eval/run.sh [FOLDER FOR THE RESULTS]
+# Another address: OPENAI_BASE_URL=http://host:port/v1
+set -eu
+url=${OPENAI_BASE_URL:-http://127.0.0.1:8000/v1}
+results=${1:-lm_eval_results}
+model=${MODEL:-SmolLM2-135M-Instruct}
+tasks=tests/clients/lm_eval_tasks
+
+# The server tokenizes for lm_eval ("auto" finds its /tokenize), so no tokenizer is downloaded.
+lm_eval run --model local-completions \
+  --model_args "model=$model,base_url=$url/completions,tokenizer_backend=auto" --batch_size 4 \
+  --include_path "$tasks" --tasks logprobd_choice,logprobd_rolling,logprobd_generate \
+  --output_path "$results/completions" --log_samples
+
+lm_eval run --model local-chat-completions \
+  --model_args "model=$model,base_url=$url/chat/completions,num_concurrent=2" --apply_chat_template \
+  --include_path "$tasks" --tasks logprobd_generate \
+  --output_path "$results/chat" --log_samples

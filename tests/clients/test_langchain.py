@@ -1,0 +1,20 @@
+"""LangChain's ChatOpenAI, by the example."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.clients.environments import python_environment, run
+from tests.clients.printed import Expected, Section, sections
+
+pytestmark = pytest.mark.clients
+
+
+def test_log_probs_are_in_the_metadata_of_a_message_and_of_a_stream(
+    base_url: str, expected: Expected, tmp_path: Path
+) -> None:
+    programs = python_environment("langchain")
+    printed = run("python", "examples/langchain_chat.py", base_url=base_url, home=tmp_path, programs=programs)
+    usage = f"tokens: {len(expected.prompt.tokens)} of the prompt, {len(expected.chat.tokens)} generated"
+    section = Section(expected.chat.text, expected.chat.tokens, [usage])
+    assert sections(printed) == {"chat": section, "stream": section}

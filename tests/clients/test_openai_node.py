@@ -1,0 +1,26 @@
+"""openai-node, by the example: JSON.parse and the package's own reading of streams."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.clients.conftest import MODEL
+from tests.clients.environments import node_environment, run
+from tests.clients.printed import Expected, sections
+from tests.serve.server_process import ROOT
+
+pytestmark = pytest.mark.clients
+
+
+def test_the_example_prints_the_servers_numbers(base_url: str, expected: Expected, tmp_path: Path) -> None:
+    # node looks for packages from where the script lies.
+    script = shutil.copy(ROOT / "examples" / "openai_node.mjs", node_environment())
+    printed = run("node", str(script), base_url=base_url, home=tmp_path)
+    assert printed.startswith(f"Using model: {MODEL}\n")
+    assert sections(printed) == {
+        "chat": expected.chat,
+        "prompt": expected.prompt,
+        "stream": expected.chat,
+        "completions": expected.completions,
+    }

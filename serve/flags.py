@@ -26,6 +26,20 @@ _ALWAYS_SO = (
     "--disable-uvicorn-access-log",
 )
 
+# And these have one value here, which is taken.
+_ONE_VALUE = {
+    "--block-size": "64",
+    "--kv-cache-dtype": "auto",
+    "--load-format": "auto",
+    "--tokenizer-mode": "auto",
+    "--scheduling-policy": "priority",
+    "--chat-template-content-format": "auto",
+    "--stream-interval": "1",
+    "--tensor-parallel-size": "1",
+    "--data-parallel-size": "1",
+    "--api-server-count": "1",
+}
+
 
 def parse_args(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> ServeConfig:
     """Reads the command line; a mistake ends the process with code 2 and a line that names the flag.
@@ -214,6 +228,8 @@ def _parser() -> argparse.ArgumentParser:
     flag("--shutdown-timeout", type=_between(0, 3600), default=30, help="seconds that running requests get at the end")
     for name in _ALWAYS_SO:
         flag(name, action="store_true", dest="always_so", help=argparse.SUPPRESS)
+    for name, value in _ONE_VALUE.items():
+        flag(name, choices=(value,), dest="always_so", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"logprobd {__version__}")
     return parser
 

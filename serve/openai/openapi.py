@@ -1,5 +1,6 @@
 """/openapi.json, made from the models that read requests, and /docs: Swagger UI from files of this machine."""
 
+import functools
 import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -103,10 +104,13 @@ def openapi(*, secured: bool) -> dict[str, Any]:
 
 def documentation(*, secured: bool) -> list[Route]:
     """Routes of the document and of the page that shows it."""
-    document = dump(openapi(secured=secured))
+
+    @functools.cache  # made when it is first asked for: it takes longer than the rest of the app
+    def document() -> bytes:
+        return dump(openapi(secured=secured))
 
     async def serve_document(_: Any) -> Response:
-        return Response(document, media_type="application/json")
+        return Response(document(), media_type="application/json")
 
     async def serve_page(_: Any) -> Response:
         return HTMLResponse(_PAGE)

@@ -88,6 +88,7 @@ def test_defaults_follow_other_flags() -> None:
         (["--ssl-keyfile", "key.pem"], ("--ssl-keyfile", "--ssl-certfile")),
         (["--allowed-origins", "*"], ("--allowed-origins", '["*"]')),
         (["--logprobs-mode", "raw_logits"], ("--logprobs-mode",)),
+        (["--block-size", "16"], ("--block-size", "64")),
         (["--config", "nowhere.yaml"], ("--config", "nowhere.yaml")),
         (["--quantization", "int4"], ("--quantization", "int8")),
         (["--quantization", "int8", "--dtype", "float32"], ("--quantization", "bfloat16")),
@@ -113,6 +114,9 @@ def test_keys_come_from_the_environment_unless_given() -> None:
 def test_what_vllm_switches_and_is_always_so_here_is_taken() -> None:
     flags = ["--enable-chunked-prefill", "--enable-server-load-tracking", "--disable-uvicorn-access-log"]
     assert parse_args(flags) == parse_args([])
+    assert parse_args(
+        ["--block-size", "64", "--tensor-parallel-size=1", "--scheduling-policy", "priority"]
+    ) == parse_args([])
 
 
 def test_lists_are_json() -> None:

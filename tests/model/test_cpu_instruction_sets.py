@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,16 +69,25 @@ def test_arm(reference: list[str], tmp_path: Path) -> None:
     assert lines_of(tmp_path, (FAST, "-static", *INSTRUCTION_SETS["neon"]), ARM_COMPILER, (emulator,)) == reference
 
 
-@pytest.mark.parametrize("name", NATIVE)
-def test_sanitizers_find_nothing(name: str, reference: list[str], tmp_path: Path) -> None:
-    assert lines_of(tmp_path, (*SANITIZERS, *INSTRUCTION_SETS[name])) == reference
+def lines_of_each(folder: Path, flags: Sequence[Sequence[str]], source: Path) -> list[list[str]]:
+    """What the program prints for each of several lists of flags; they are compiled at once."""
+    folders = [folder / f"{number}" for number in range(len(flags))]
+    for each in folders:
+        each.mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda each, options: lines_of(each, options, source=source), folders, flags))
 
 
-@pytest.mark.parametrize("sanitizers", [SANITIZERS, THREAD_SANITIZER], ids=["address", "thread"])
-def test_calls_that_threads_share(sanitizers: Sequence[str], tmp_path: Path) -> None:
+def test_sanitizers_find_nothing(reference: list[str], tmp_path: Path) -> None:
+    flags = [(*SANITIZERS, *INSTRUCTION_SETS[name]) for name in NATIVE]
+    assert lines_of_each(tmp_path, flags, PROGRAM) == [reference] * len(NATIVE)
+
+
+def test_calls_that_threads_share(tmp_path: Path) -> None:
     if not NATIVE:
         pytest.skip(f"no kernels for {platform.machine()}")
-    assert lines_of(tmp_path, (*sanitizers, *INSTRUCTION_SETS[NATIVE[-1]]), source=THREADS_PROGRAM) == []
+    flags = [(*sanitizers, *INSTRUCTION_SETS[NATIVE[-1]]) for sanitizers in (SANITIZERS, THREAD_SANITIZER)]
+    assert lines_of_each(tmp_path, flags, THREADS_PROGRAM) == [[], []]
 
 
 @pytest.mark.parametrize("name", NATIVE[1:])

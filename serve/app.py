@@ -1,5 +1,7 @@
 """create_app: the routes, and what is common to all answers."""
 
+import asyncio
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -20,6 +22,7 @@ from serve.openai.generation import Engine
 from serve.openai.models import Models
 from serve.openai.openapi import documentation
 from serve.openai.prompt_entries import EntryWriter
+from serve.openai.schema import json_object, read_body
 from serve.openai.tokenize import Tokenization
 from serve.openai.vocabulary import RowWriter
 from serve.text.tokenizer import Tokenizer
@@ -32,11 +35,16 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: AppConfig, metrics:
     limits = engine.limits
     writer = RowWriter(tokenizer, limits.vocab_size) if limits.whole_vocabulary else None
     endpoint = Endpoint(engine, tokenizer, config, writer, EntryWriter(tokenizer), metrics.on_choices)
-    models = Models(endpoint)
+    models, chat, completions = Models(endpoint), ChatCompletions(endpoint), Completions(endpoint)
     tokenization = Tokenization(endpoint)
 
     async def health(_: Request) -> Response:
         return Response(status_code=200 if engine.ready else 503)
+
+    async def invocations(request: Request) -> Response:  # SageMaker has one path for all that a model does
+        data = await read_body(request, config.max_body_bytes)
+        kind = completions if "prompt" in await asyncio.to_thread(json_object, data) else chat
+        return await kind.answer(request, data)
 
     async def prometheus(_: Request) -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
@@ -50,8 +58,9 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: AppConfig, metrics:
     routes = [
         Route("/v1/models", models.list),
         Route("/v1/models/{id:path}", models.one),
-        Route("/v1/chat/completions", ChatCompletions(endpoint).__call__, methods=["POST"]),
-        Route("/v1/completions", Completions(endpoint).__call__, methods=["POST"]),
+        Route("/v1/chat/completions", chat.__call__, methods=["POST"]),
+        Route("/v1/completions", completions.__call__, methods=["POST"]),
+        Route("/invocations", invocations, methods=["POST"]),
         Route("/tokenize", tokenization.tokenize, methods=["POST"]),
         Route("/detokenize", tokenization.detokenize, methods=["POST"]),
         Route("/tokenizer_info", tokenization.info),

@@ -9,12 +9,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve.openai.body import Body, make_body
-from serve.openai.chat_prompt import chat_ids, chat_text, reply_role_text
-from serve.openai.checks import check_common, check_length, check_logprob_token_ids, check_room, check_top_k, truncated
+from serve.openai.chat_prompt import chat_prompt
+from serve.openai.checks import check_common, check_logprob_token_ids, check_top_k
 from serve.openai.endpoint import Endpoint, Usage, usage_of
 from serve.openai.errors import invalid
 from serve.openai.generation import Choice, Delta, Finished, finish_all, merge
-from serve.openai.job import Job, Prompt, make_job
+from serve.openai.job import Job, make_job
 from serve.openai.logprobs import chat_content
 from serve.openai.prompt_numbers import prompt_numbers
 from serve.openai.schema import ChatCompletionRequest, parse, read_body
@@ -31,7 +31,10 @@ class ChatCompletions:
 
     async def __call__(self, request: Request) -> Response:
         """Answers with JSON, or with server-sent events where `stream` is true."""
-        data = await read_body(request, self._at.config.max_body_bytes)
+        return await self.answer(request, await read_body(request, self._at.config.max_body_bytes))
+
+    async def answer(self, request: Request, data: bytes) -> Response:
+        """Answers a body that has been read."""
         job = await asyncio.to_thread(self._prepare, data, request.headers["x-request-id"])
         abort = self._at.abort_all(job.request_ids)
         if job.body.stream:
@@ -49,18 +52,12 @@ class ChatCompletions:
         numbers = prompt_numbers(body, None, limits)
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         header = at.header("chatcmpl", kind, body, request_id)
-        text = chat_text(body, at)
-        check_length("messages", text, body, at.tokenizer, limits)
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        ids = truncated(chat_ids(body, text, at), body, asked, limits)
-        prompt = Prompt(ids, text, echo=reply_role_text(body, at.config.response_role) if body.echo else "")
-        room = self._room(len(ids), asked)
+        prompt, room = chat_prompt(body, asked, at)
+        usual = at.config.defaults.max_new_tokens
+        if asked is None and usual is not None:
+            room = min(room, usual)
         return make_job(at, body, header, [prompt], max_tokens=[room], top_k=body.top_logprobs, numbers=numbers)
-
-    def _room(self, prompt: int, asked: int | None) -> int:
-        room = check_room("messages", prompt, asked, self._at.engine.limits)
-        usual = self._at.config.defaults.max_new_tokens
-        return min(room, usual) if asked is None and usual is not None else room
 
     async def _answer(self, job: _Job) -> Body:
         results = await finish_all(job.choices, self._at.engine, self._at.tokenizer)

@@ -1,13 +1,39 @@
-"""The prompt of a chat: messages through the template to token ids."""
+"""The prompt of a chat: messages through the template to token ids, or ids that a client already has."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from serve.engine.request import EngineLimits
+from serve.openai.checks import check_ids, check_length, check_room, truncated
 from serve.openai.endpoint import Endpoint
 from serve.openai.errors import invalid, unsupported
-from serve.openai.schema import ROLES, ChatMessage, ChatPromptFields
+from serve.openai.job import Prompt
+from serve.openai.schema import ROLES, ChatCompletionRequest, ChatMessage, ChatPromptFields
 from serve.text.chat_template import ChatTemplateError
 from serve.text.tokenizer import TokenizerError
+
+
+def chat_prompt(body: ChatCompletionRequest, max_tokens: int | None, at: Endpoint) -> tuple[Prompt, int]:
+    """The prompt, and how many tokens may be generated after it.
+
+    Args:
+        max_tokens: asked for; None for all that there is room for.
+
+    Raises:
+        APIError: 400 that names a field.
+    """
+    limits = at.engine.limits
+    if body.prompt_token_ids is not None:
+        param, text, ids = "prompt_token_ids", "", _given_ids(body.prompt_token_ids, limits)
+        if body.return_prompt_text:
+            text = at.tokenizer.decode(ids, skip_special_tokens=False)
+    else:
+        param, text = "messages", chat_text(body, at)
+        check_length(param, text, body, at.tokenizer, limits)
+        ids = chat_ids(body, text, at)
+    ids = truncated(ids, body, max_tokens, limits)
+    room = check_room(param, len(ids), max_tokens, limits)
+    return Prompt(ids, text, echo=_reply_so_far(body, at.config.response_role) if body.echo else ""), room
 
 
 def chat_text(body: ChatPromptFields, at: Endpoint) -> str:
@@ -16,6 +42,8 @@ def chat_text(body: ChatPromptFields, at: Endpoint) -> str:
     Raises:
         APIError: 400 that names a field.
     """
+    if body.messages is None:
+        raise invalid("messages", "`messages` is missing.", "missing_required_parameter")
     if not body.messages:
         raise invalid("messages", "`messages` must hold at least one message.", "empty_array")
     if body.chat_template is not None and not at.config.trust_request_chat_template:
@@ -55,11 +83,18 @@ def chat_ids(body: ChatPromptFields, text: str, at: Endpoint) -> list[int]:
     return ids
 
 
-def reply_role_text(body: ChatPromptFields, role: str) -> str:
+def _given_ids(ids: list[int], limits: EngineLimits) -> list[int]:
+    if not ids:
+        raise invalid("prompt_token_ids", "`prompt_token_ids` must hold at least one id.", "empty_array")
+    check_ids("prompt_token_ids", ids, limits)
+    return ids
+
+
+def _reply_so_far(body: ChatPromptFields, role: str) -> str:
     """What an echo puts before the answer: the last message, if it is by the one who answers."""
-    last = body.messages[-1]
-    content = _message(last, len(body.messages) - 1)["content"]
-    return content or "" if last.role == role else ""
+    if not body.messages or body.messages[-1].role != role:
+        return ""
+    return _message(body.messages[-1], len(body.messages) - 1)["content"] or ""
 
 
 def _variables(body: ChatPromptFields) -> Mapping[str, Any]:

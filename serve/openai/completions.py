@@ -36,7 +36,10 @@ class Completions:
 
     async def __call__(self, request: Request) -> Response:
         """Answers with JSON, or with server-sent events where `stream` is true."""
-        data = await read_body(request, self._at.config.max_body_bytes)
+        return await self.answer(request, await read_body(request, self._at.config.max_body_bytes))
+
+    async def answer(self, request: Request, data: bytes) -> Response:
+        """Answers a body that has been read."""
         job = await asyncio.to_thread(self._prepare, data, request.headers["x-request-id"])
         abort = self._at.abort_all(job.request_ids)
         if job.body.stream:

@@ -59,6 +59,13 @@ _OPERATIONS = (
         answers.CompletionChunk,
         _POST_ERRORS,
     ),
+    _Operation(
+        "post",
+        "/invocations",
+        "A completion where the body has a prompt, else a chat",
+        (CompletionRequest, ChatCompletionRequest),
+        errors=_POST_ERRORS,
+    ),
     _Operation("get", "/v1/models", "The served models", answer=answers.ModelList, errors=(401,)),
     _Operation("get", "/v1/models/{id}", "One model", answer=answers.ModelCard, errors=(401, 404)),
     _Operation(

@@ -125,7 +125,7 @@ class ChatMessage(BaseModel):
 class ChatPromptFields(BaseModel):
     """What a chat's prompt is made of; /tokenize takes it, too."""
 
-    messages: Annotated[list[ChatMessage], Field(fail_fast=True, json_schema_extra={"minItems": 1})]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, json_schema_extra={"minItems": 1})] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
@@ -136,8 +136,13 @@ class ChatPromptFields(BaseModel):
 
 
 class ChatCompletionRequest(GenerationRequest, ChatPromptFields):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. The prompt is what the template makes of `messages`, or ids that say it themselves."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": ["messages"]}, {"required": ["prompt_token_ids"]}]}
+    )
+
+    prompt_token_ids: Annotated[list[TokenId], Field(fail_fast=True, json_schema_extra={"minItems": 1})] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     max_completion_tokens: Count | None = None

@@ -11,6 +11,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from serve.openai.body import Body, dump, make_body
+from serve.openai.compression import HEADERS, compressed, compressed_pieces, takes_gzip
 from serve.openai.errors import APIError, engine_error
 
 logger = logging.getLogger(__name__)
@@ -65,9 +66,14 @@ async def json_or_disconnect(
     if begun is None:
         return Response(status_code=_CLIENT_CLOSED)
     first, pieces = begun
+    zipped = takes_gzip(request)
     if pieces is None:
-        return Response(first, media_type="application/json")
-    return ClosingStream(_continued(first, pieces), "application/json", on_close)
+        smaller = await compressed(first) if zipped else None
+        return Response(smaller or first, headers=HEADERS if smaller else None, media_type="application/json")
+    whole = _continued(first, pieces)
+    answer = ClosingStream(compressed_pieces(whole) if zipped else whole, "application/json", on_close)
+    answer.headers.update(HEADERS if zipped else {})
+    return answer
 
 
 async def _begin(work: Coroutine[Any, Any, Body]) -> tuple[bytes, AsyncGenerator[bytes] | None]:

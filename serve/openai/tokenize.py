@@ -32,7 +32,7 @@ class TokenizeTextRequest(BaseModel):
 class TokenizeChatRequest(ChatPromptFields):
     """POST /tokenize of a chat."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"required": ["messages"]})
 
     model: str | None = None
     return_token_strs: bool | None = None

@@ -189,7 +189,10 @@ def test_13_ids_come_back_with_every_answer_and_can_be_sent(ask: Ask) -> None:
     body = {"prompt": told["prompt_token_ids"], "max_tokens": 5, "temperature": 0, "return_token_ids": True}
     again = ask(**body, logprobs=0)["choices"][0]
     assert again["token_ids"] == choice["token_ids"]
-    assert again["logprobs"]["token_logprobs"] == [entry["logprob"] for entry in choice["logprobs"]["content"]]
+    numbers = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+    assert again["logprobs"]["token_logprobs"] == numbers
+    chat = ask(CHAT, prompt_token_ids=told["prompt_token_ids"], max_tokens=5, temperature=0, logprobs=True)
+    assert [entry["logprob"] for entry in chat["choices"][0]["logprobs"]["content"]] == numbers
 
 
 def test_14_echo_with_logprobs_is_whole_or_refused(server: ServerProcess, ask: Ask) -> None:

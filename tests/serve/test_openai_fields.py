@@ -9,11 +9,22 @@ import pytest
 
 from serve.openai.defaults import DefaultsError, GenerationDefaults, defaults_of
 from tests.serve.fake_runner import MAX_MODEL_LEN
-from tests.serve.http_client import VOCAB_SIZE, Server, chat_body, completion_body, error_of, serving, submitted
+from tests.serve.http_client import (
+    VOCAB_SIZE,
+    Server,
+    answered,
+    chat_body,
+    chunks_of,
+    completion_body,
+    error_of,
+    serving,
+    submitted,
+)
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PATHS = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 TEXT = list(b"user:Hi;>")
+MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture
@@ -75,6 +86,42 @@ async def test_the_prompts_text_is_told_on_demand(server: Server) -> None:
     assert first["prompt_text"] == "user:Hi;>"
     assert not any("prompt_text" in chunk for chunk in others)
     assert "prompt_text" not in await server.chat()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("messages", [{}, {"messages": None}, {"messages": []}, {"messages": MESSAGES}])
+async def test_ids_are_the_prompt_of_a_chat_whatever_the_messages(
+    server: Server, messages: dict[str, Any], stream: bool
+) -> None:
+    fields = {"prompt_token_ids": [*b"Oh, ", 257], "return_token_ids": True, "return_prompt_text": True}
+    body = {"temperature": 0, "prompt_logprobs": 0, "stream": stream} | fields | messages
+    response = await server.post(CHAT, body)
+    answer = chunks_of(response)[0] if stream else answered(response)
+    assert answer["prompt_token_ids"] == fields["prompt_token_ids"]
+    assert answer["prompt_text"] == "Oh, <end>"
+    assert [list(entry) for entry in answer["prompt_logprobs"][1:]] == [["104"], ["44"], ["32"], ["257"]]
+
+
+async def test_ids_of_a_chat_are_cut_and_echo_like_messages(server: Server) -> None:
+    ids = {"prompt_token_ids": TEXT, "return_token_ids": True}
+    assert (await server.chat(**ids, truncate_prompt_tokens=3))["prompt_token_ids"] == TEXT[-3:]
+    spoken = [{"role": "assistant", "content": "Oh, "}]
+    for messages, text in ((spoken, "Oh, Hello"), ([], "Hello")):
+        answer = await server.chat(**ids, messages=messages, echo=True)
+        assert answer["choices"][0]["message"]["content"] == text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_invocations_are_chats_or_completions(server: Server, stream: bool) -> None:
+    for body, kind in (
+        (chat_body(), "chat.completion"),
+        ({"prompt_token_ids": TEXT}, "chat.completion"),
+        (completion_body(), "text_completion"),
+    ):
+        response = await server.post("/invocations", body | {"stream": stream})
+        answer = chunks_of(response)[0] if stream else answered(response)
+        assert answer["object"].removesuffix(".chunk") == kind
+    assert error_of(await server.post("/invocations", {}), 400)["param"] == "messages"
 
 
 async def test_a_template_of_the_request_where_it_is_trusted() -> None:

@@ -1,0 +1,66 @@
+"""Long JSON answers are zipped for clients that take it; short ones and streams of events never are."""
+
+import gzip
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from tests.serve.http_client import ExactRunner, Server, chat_body, completion_body, serving
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+LONG = "0123456789" * 25
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    async with serving(runner=ExactRunner, whole_vocabulary=True) as server:
+        yield server
+
+
+async def raw(server: Server, path: str, body: dict[str, Any], accept: str | None) -> tuple[bytes, Any]:
+    """An answer's bytes as they are sent, and its headers."""
+    headers = {} if accept is None else {"accept-encoding": accept}
+    request = server.client.build_request("POST", path, json=body, headers=headers)
+    if accept is None:
+        del request.headers["accept-encoding"]
+    response = await server.client.send(request, stream=True)
+    assert response.status_code == 200
+    return b"".join([part async for part in response.aiter_raw()]), response.headers
+
+
+def told(data: bytes) -> Any:
+    """An answer's JSON but for what differs between two alike requests."""
+    return {name: value for name, value in json.loads(data).items() if name not in ("id", "created", "usage")}
+
+
+@pytest.mark.parametrize("accept", ["gzip", "br, gzip;q=0.5", "deflate, GZIP"])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_a_long_answer_is_zipped(server: Server, path: str, whole: bool, accept: str) -> None:
+    fields: dict[str, Any] = {"max_tokens": 1, "prompt_logprobs": -1 if whole else 3}
+    body = chat_body(messages=[{"role": "user", "content": LONG}]) if path == CHAT else completion_body(prompt=LONG)
+    zipped, headers = await raw(server, path, body | fields, accept)
+    assert headers["content-encoding"] == "gzip"
+    assert "Accept-Encoding" in headers["vary"]
+    plain, bare = await raw(server, path, body | fields, None)
+    assert "content-encoding" not in bare
+    assert len(zipped) < len(plain) / 3
+    assert told(gzip.decompress(zipped)) == told(plain)
+    assert (await server.post(path, body | fields)).json()["model"]  # a usual client unzips it by itself
+
+
+@pytest.mark.parametrize("accept", [None, "identity", "br", "gzip;q=0", "gzip; q=0.000, br"])
+@pytest.mark.parametrize("k", [3, -1])
+async def test_nobody_gets_what_he_does_not_take(server: Server, accept: str | None, k: int) -> None:
+    data, headers = await raw(server, COMPLETIONS, completion_body(prompt=LONG, prompt_logprobs=k), accept)
+    assert "content-encoding" not in headers
+    assert data.startswith(b"{")
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True, "prompt": LONG, "prompt_logprobs": 3}])
+async def test_short_answers_and_events_are_sent_as_they_are(server: Server, fields: dict[str, Any]) -> None:
+    data, headers = await raw(server, COMPLETIONS, completion_body(**fields), "gzip")
+    assert "content-encoding" not in headers
+    assert data.startswith((b"{", b"data: "))

@@ -1,4 +1,4 @@
-"""gzip for JSON answers: many numbers are long, and shrink to a quarter. Done in threads, away from the event loop."""
+"""gzip for JSON answers: many numbers are long, and shrink to a third. Done in threads, away from the event loop."""
 
 import asyncio
 import gzip

@@ -128,4 +128,6 @@ async def test_the_client_leaves_while_it_sends(server: Server) -> None:
     connection = Connection(CHAT, None)
     connection.leave()
     await connection.run(server.app)
-    await server.complete()
+    assert connection.sent.get_nowait()["status"] == 400  # nobody reads it, but the request has ended
+    assert (await server.complete())["choices"][0]["text"] == "Hello"
+    await server.assert_idle()

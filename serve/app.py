@@ -34,7 +34,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: AppConfig, metrics:
     """The ASGI app around a running engine, whose life is the caller's business; so is who tells `metrics` of it."""
     limits = engine.limits
     writer = RowWriter(tokenizer, limits.vocab_size) if limits.whole_vocabulary else None
-    endpoint = Endpoint(engine, tokenizer, config, writer, EntryWriter(tokenizer), metrics.on_choices)
+    endpoint = Endpoint(engine, tokenizer, config, writer, EntryWriter(tokenizer), metrics.on_answers)
     models, chat, completions = Models(endpoint), ChatCompletions(endpoint), Completions(endpoint)
     tokenization = Tokenization(endpoint)
 

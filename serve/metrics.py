@@ -69,7 +69,10 @@ class Metrics:
         self._prompt_size = self._histogram("request_prompt_tokens", "Prompt tokens of a request", tokens)
         self._output_size = self._histogram("request_generation_tokens", "Generated tokens of a request", tokens)
         self._max_tokens = self._histogram("request_params_max_tokens", "max_tokens of a request", tokens)
-        self._n = self._histogram("request_params_n", "n of an HTTP request", _CHOICES)
+        self._n = self._histogram("request_params_n", "Answers to a prompt", _CHOICES)
+        self._longest = self._histogram(
+            "request_max_num_generation_tokens", "Generated tokens of the longest answer to a prompt", tokens
+        )
         self._http_count = Counter(
             "http_requests", "Answers by handler and status", ("handler", "method", "status"), registry=self._registry
         )
@@ -135,9 +138,10 @@ class Metrics:
         """See `Observer`."""
         self._rejections[reason].inc()
 
-    def on_choices(self, n: int) -> None:
-        """An HTTP request asked for `n` answers to each prompt."""
-        self._n.observe(n)
+    def on_answers(self, tokens: Sequence[int]) -> None:
+        """All answers to a prompt have ended; `tokens` of each."""
+        self._n.observe(len(tokens))
+        self._longest.observe(max(tokens))
 
     def on_http(self, handler: str, method: str, status: int, seconds: float) -> None:
         """An HTTP request was answered; `handler` is a route, not a path, of which there are too many."""

@@ -105,7 +105,7 @@ class EngineCore:
         request.mask = TokenMask(request.params, self._runner.vocab_size)
         self.scheduler.add(request)
 
-    def abort(self, request_id: str) -> Emitted | None:
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> Emitted | None:
         """Ends a request wherever it stands, and frees what it holds; None if it had ended."""
         request = self.scheduler.find(request_id)
         if request is None:
@@ -113,7 +113,7 @@ class EngineCore:
         if request.status is RequestStatus.FINISHED:  # held until now
             self.scheduler.finish(request)
             return None
-        return self._finish(request, _ending(request, FinishReason.ABORT), FinishReason.ABORT)
+        return self._finish(request, _ending(request, reason), reason)
 
     def fail_all(self, message: str) -> list[Emitted]:
         """Ends every running request with an error and starts from an empty cache: a step failed after donation.

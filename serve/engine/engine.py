@@ -175,12 +175,15 @@ class Engine:
             if not ended:
                 self.abort(request.id)
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request, or the hold of one that has ended, and frees what it has. Harmless when it has nothing."""
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
+        """Ends a request, or the hold of one that has ended, and frees what it has. Harmless when it has nothing.
+
+        The reason is STOP where the text has ended, of which the engine knows nothing.
+        """
         with self._streams_lock:
             if request_id not in self._streams and request_id not in self._held:
                 return
-        self._inbox.put(lambda: self._abort(request_id))
+        self._inbox.put(lambda: self._abort(request_id, reason))
 
     async def vocabulary(self, request_id: str, start: int, count: int) -> NDArray[np.float32]:
         """Log-probs [count, V] of every token after the prompt tokens start..start+count-1 of a request that is held.
@@ -269,7 +272,7 @@ class Engine:
             asked = {wanted.request_id for wanted in self._wanted}
             old = [each for each, ends in self._held.items() if ends <= now and each not in asked]
         for request_id in old:
-            self._abort(request_id)
+            self._abort(request_id, FinishReason.ABORT)
 
     def _recover(self) -> list[Emitted]:
         try:
@@ -279,10 +282,10 @@ class Engine:
             self.failed = self._stopping = True
             return []
 
-    def _abort(self, request_id: str) -> None:
+    def _abort(self, request_id: str, reason: FinishReason) -> None:
         with self._streams_lock:
             self._held.pop(request_id, None)
-        emitted = self._core.abort(request_id)
+        emitted = self._core.abort(request_id, reason)
         if emitted is not None:
             self._deliver([emitted])
 

@@ -13,7 +13,7 @@ from serve.openai.chat_prompt import chat_prompt
 from serve.openai.checks import check_common, check_logprob_token_ids, check_top_k
 from serve.openai.endpoint import Endpoint, Usage, usage_of
 from serve.openai.errors import invalid
-from serve.openai.generation import Choice, Delta, Finished, finish_all, merge
+from serve.openai.generation import Choice, Delta, Finished, finish_all
 from serve.openai.job import Job, make_job
 from serve.openai.logprobs import chat_content
 from serve.openai.prompt_numbers import prompt_numbers
@@ -60,7 +60,7 @@ class ChatCompletions:
         return make_job(at, body, header, [prompt], max_tokens=[room], top_k=body.top_logprobs, numbers=numbers)
 
     async def _answer(self, job: _Job) -> Body:
-        results = await finish_all(job.choices, self._at.engine, self._at.tokenizer)
+        results = await finish_all(job.choices, job.deltas())
         return await asyncio.to_thread(self._body, job, results)
 
     def _body(self, job: _Job, results: Sequence[Finished]) -> Body:
@@ -95,7 +95,7 @@ class ChatCompletions:
         usage = Usage.of_prompts(job.choices)
         final, continuous = self._at.wants_usage(job.body)
         opened: set[int] = set()
-        async with aclosing(merge(job.choices, self._at.engine, self._at.tokenizer)) as deltas:
+        async with aclosing(job.deltas()) as deltas:
             async for choice, delta in deltas:
                 if choice.index not in opened:
                     opened.add(choice.index)

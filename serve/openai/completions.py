@@ -14,7 +14,7 @@ from serve.openai.body import Body, Hole, dump, make_body
 from serve.openai.checks import check_common, check_length, check_logprob_token_ids, check_room, check_top_k, truncated
 from serve.openai.endpoint import Endpoint, Usage, usage_of
 from serve.openai.errors import engine_error, invalid
-from serve.openai.generation import Choice, Delta, Finished, finish_all, merge
+from serve.openai.generation import Choice, Delta, Finished, finish_all
 from serve.openai.job import Job, Prompt, make_job
 from serve.openai.logprobs import CompletionLogprobs, joined
 from serve.openai.prompt_numbers import prompt_numbers
@@ -113,7 +113,7 @@ class Completions:
         return Prompt(ids, text, hidden)
 
     async def _answer(self, job: _Job) -> Body:
-        results = await finish_all(job.choices, self._at.engine, self._at.tokenizer)
+        results = await finish_all(job.choices, job.deltas())
         return await asyncio.to_thread(self._body, job, results)
 
     def _body(self, job: _Job, results: Sequence[Finished]) -> Body:
@@ -167,7 +167,7 @@ class Completions:
         final, continuous = self._at.wants_usage(job.body)
         columns: dict[int, CompletionLogprobs] = {}
         scores: dict[int, TokenScores | None] = {}  # by prompt; its first choice opens first and brings them
-        async with aclosing(merge(job.choices, self._at.engine, self._at.tokenizer)) as deltas:
+        async with aclosing(job.deltas()) as deltas:
             async for choice, delta in deltas:
                 usage.completion_tokens += len(delta.token_ids)
                 if choice.index in columns:

@@ -51,7 +51,7 @@ class Endpoint:
     config: AppConfig
     row_writer: RowWriter | None  # where the engine gives whole rows
     entry_writer: EntryWriter
-    on_choices: Callable[[int], None]  # told of n of every request
+    on_answers: Callable[[Sequence[int]], None]  # told of the tokens of each answer to a prompt
     fields: FieldLog = field(default_factory=FieldLog)
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970, of the models' cards
 

@@ -40,7 +40,7 @@ class Engine(Protocol):
     @property
     def load(self) -> int: ...
     def submit(self, request: Request) -> AsyncGenerator[TokenEvent]: ...
-    def abort(self, request_id: str) -> None: ...
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None: ...
     async def vocabulary(self, request_id: str, start: int, count: int) -> NDArray[np.float32]: ...
 
 
@@ -69,6 +69,7 @@ class Choice:
     prompt_index: int
     eos_token_ids: frozenset[int]  # ending with one of these has no stop_reason
     first: bool  # of its prompt: it carries the prompt's scores
+    num_tokens: int = 0  # generated so far
 
     async def deltas(self, engine: Engine, tokenizer: Tokenizer) -> AsyncGenerator[Delta]:
         """The engine's events with their text; ends after the delta that has a finish reason.
@@ -86,6 +87,9 @@ class Choice:
             async with aclosing(events_of(engine, self.request)) as events:
                 async for event in events:
                     delta = self._delta(event, detokenizer)
+                    self.num_tokens += len(delta.token_ids)
+                    if detokenizer.stopped_by is not None:
+                        engine.abort(self.request.id, FinishReason.STOP)
                     yield delta
                     if delta.finish_reason is not None:
                         return
@@ -174,10 +178,10 @@ def engine_errors() -> Iterator[None]:
         raise APIError(503, "The server is shutting down.", None, "engine_stopped") from None
 
 
-async def finish_all(choices: Sequence[Choice], engine: Engine, tokenizer: Tokenizer) -> list[Finished]:
-    """Runs all choices of an answer to their ends; the failure of one ends all."""
+async def finish_all(choices: Sequence[Choice], deltas: AsyncGenerator[tuple[Choice, Delta]]) -> list[Finished]:
+    """Reads the deltas of all choices to their ends."""
     results = [Finished(choice) for choice in choices]
-    async with aclosing(merge(choices, engine, tokenizer)) as deltas:
+    async with aclosing(deltas):
         async for choice, delta in deltas:
             results[choice.index].add(delta)
     return results
@@ -186,7 +190,10 @@ async def finish_all(choices: Sequence[Choice], engine: Engine, tokenizer: Token
 async def merge(
     choices: Sequence[Choice], engine: Engine, tokenizer: Tokenizer
 ) -> AsyncGenerator[tuple[Choice, Delta]]:
-    """The deltas of all choices as they come, but of a prompt's choices the first one's first: it has the scores."""
+    """The deltas of all choices as they come, but of a prompt's choices the first one's first: it has the scores.
+
+    The failure of one ends all.
+    """
     queue: asyncio.Queue[tuple[Choice, Delta] | None] = asyncio.Queue()
     slots = asyncio.Semaphore(_AT_ONCE)
     opened = {choice.prompt_index: asyncio.Event() for choice in choices}

@@ -1,6 +1,7 @@
 """Job: a request to either endpoint, checked, with all that its answer is made of."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from serve.engine.request import PromptScoring, Request, SamplingParams, TokenSc
 from serve.openai.body import Hole
 from serve.openai.endpoint import Endpoint, Header
 from serve.openai.errors import engine_error
-from serve.openai.generation import Choice, make_choices, make_request
+from serve.openai.generation import Choice, Delta, make_choices, make_request, merge
 from serve.openai.logprobs import TokenNames, prompt_columns
 from serve.openai.prompt_numbers import PromptNumbers, check_start
 from serve.openai.sampling_params import sampling_params
@@ -50,6 +51,15 @@ class Job[B: GenerationRequest]:
     def prompt(self, choice: Choice) -> Prompt:
         """The prompt that a choice answers."""
         return self.prompts[choice.prompt_index]
+
+    async def deltas(self) -> AsyncGenerator[tuple[Choice, Delta]]:
+        """Runs the choices: what each step adds to them. The metrics are told when all have ended."""
+        async with aclosing(merge(self.choices, self.at.engine, self.at.tokenizer)) as deltas:
+            async for each in deltas:
+                yield each
+        n = self.body.n or 1
+        for start in range(0, len(self.choices), n):
+            self.at.on_answers([choice.num_tokens for choice in self.choices[start : start + n]])
 
     def prompt_fields(self, prompt_index: int, scores: TokenScores | None) -> dict[str, Any]:
         """What an answer tells of a prompt's numbers. Slow: not for the event loop.
@@ -118,7 +128,6 @@ def make_job[B: GenerationRequest](
         scoring=numbers.scoring,
         eos_token_ids=frozenset() if body.ignore_eos else at.tokenizer.eos_token_ids,
     )
-    at.on_choices(body.n or 1)
     if at.config.logs_requests:
         at.log_request(header, body, [at.tokenizer.decode(each, skip_special_tokens=False) for each in ids])
     whole = SamplingParams(0, prompt=PromptScoring(numbers.start, whole=True))

@@ -292,7 +292,17 @@ def answered(response: httpx2.Response) -> Any:
     """The JSON of a successful answer."""
     assert response.status_code == 200, response.text
     assert response.headers["content-type"] == "application/json"
-    return response.json()
+    return told(response.text)
+
+
+def told(text: str) -> Any:
+    """JSON, no object of which has a key twice: a reader would get the last, and never know of the others."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        assert len({name for name, _ in pairs}) == len(pairs), pairs
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=once)
 
 
 def events_of(response: httpx2.Response) -> list[str]:
@@ -309,7 +319,7 @@ def chunks_of(response: httpx2.Response) -> list[Any]:
     """The JSON of all events but the last, which must be [DONE]."""
     *events, last = events_of(response)
     assert last == "[DONE]"
-    return [json.loads(event) for event in events]
+    return [told(event) for event in events]
 
 
 def error_of(response: httpx2.Response, status: int) -> Any:

@@ -55,6 +55,8 @@ async def test_what_requests_leave_behind(vllm_names: bool) -> None:
                 "request_prompt_tokens_sum": 4 * 130,
                 "request_generation_tokens_sum": 15,
                 "request_params_n_sum": 4,
+                "request_max_num_generation_tokens_count": 3,
+                "request_max_num_generation_tokens_sum": 3 + 6,
                 "request_params_max_tokens_count": 4,
                 "num_requests_running": 0,
                 "num_requests_waiting": 0,
@@ -67,6 +69,25 @@ async def test_what_requests_leave_behind(vllm_names: bool) -> None:
             assert of(samples, "iteration_tokens_total_sum", prefix=prefix) > 130
         assert any(name.startswith("vllm:") for name in samples) == vllm_names
         assert any(name.startswith("process_") for name in samples)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_text_that_a_stop_string_ends_counts_as_an_answer(stream: bool) -> None:
+    async with serving() as server:
+        await server.post("/v1/completions", completion_body(stop="l", max_tokens=50, stream=stream))
+        await asyncio.to_thread(server.engine.stop)
+        samples = await scraped(server)
+        assert of(samples, "request_success_total", 'finished_reason="stop"') == 1
+        assert of(samples, "request_success_total", 'finished_reason="abort"') == 0
+        assert of(samples, "e2e_request_latency_seconds_count") == 1
+        assert of(samples, "request_max_num_generation_tokens_sum") == 3
+
+
+async def test_requests_that_lose_their_pages_are_counted() -> None:
+    async with serving(pages=5) as server:
+        answer = await server.complete(prompt="x" * 100, n=2, ignore_eos=True, max_tokens=90)  # 5 pages, of 4
+        assert answer["usage"]["completion_tokens"] == 180
+        assert of(await scraped(server), "num_preemptions_total") >= 1
 
 
 async def test_how_things_stand_while_requests_run_and_wait() -> None:

@@ -126,6 +126,8 @@ async def test_a_stream_fails_on_its_way_as_nobody_foresaw(server: Server, monke
 
 async def test_the_client_leaves_while_it_sends(server: Server) -> None:
     connection = Connection(CHAT, None)
+    torn = json.dumps(chat_body()).encode()  # it looks whole
+    connection._incoming.put_nowait({"type": "http.request", "body": torn, "more_body": True})
     connection.leave()
     await connection.run(server.app)
     assert connection.sent.get_nowait()["status"] == 400  # nobody reads it, but the request has ended

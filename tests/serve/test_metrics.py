@@ -74,8 +74,12 @@ async def test_what_requests_leave_behind(vllm_names: bool) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_text_that_a_stop_string_ends_counts_as_an_answer(stream: bool) -> None:
     async with serving() as server:
-        await server.post("/v1/completions", completion_body(stop="l", max_tokens=50, stream=stream))
-        await asyncio.to_thread(server.engine.stop)
+        gate = Gate("decode", after=6)  # the engine would go on: it knows nothing of the text
+        server.runner.before_call = gate
+        body = completion_body(stop="l", ignore_eos=True, max_tokens=50, stream=stream)
+        await server.post("/v1/completions", body)
+        gate.open()
+        await server.assert_idle()
         samples = await scraped(server)
         assert of(samples, "request_success_total", 'finished_reason="stop"') == 1
         assert of(samples, "request_success_total", 'finished_reason="abort"') == 0

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
-from serve.openai.schema import GenerationRequest, MinP, Penalty, RepetitionPenalty, Temperature, TopK, TopP
+from serve.openai.schema import GenerationRequest, SamplingFields
 
 _FILE = "generation_config.json"
 
@@ -15,18 +15,11 @@ class DefaultsError(ValueError):
     """A file or option of generation defaults is wrong; the message names it and the field."""
 
 
-class GenerationDefaults(BaseModel):
+class GenerationDefaults(SamplingFields):
     """Values for fields that a request leaves out; None leaves OpenAI's default."""
 
-    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True)
 
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    min_p: MinP | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: RepetitionPenalty | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None  # of a chat; a completion has 16
 
     @classmethod

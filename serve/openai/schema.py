@@ -16,14 +16,7 @@ TokenId = Count
 _TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 _Strings = Annotated[list[str], Field(fail_fast=True)]
 
-# Fields whose defaults a model may bring (`defaults.py`).
-Temperature = Annotated[float, Field(ge=0, le=2)]
-TopP = Annotated[float, Field(gt=0, le=1)]
-TopK = Annotated[int, Field(ge=-1, lt=2**31)]
-MinP = Annotated[float, Field(ge=0, le=1)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-# In float32 it must be neither 0 nor so large that a logit times it is infinite.
-RepetitionPenalty = Annotated[float, Field(ge=1e-30, le=1e30)]
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
 _BIAS = {"type": "number", "minimum": -100, "maximum": 100}
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 
@@ -38,10 +31,25 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = None
 
 
-class GenerationRequest(BaseModel):
+class SamplingFields(BaseModel):
+    """How tokens are drawn. A model may bring defaults of these (`defaults.py`)."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    # In float32 it must be neither 0 nor so large that a logit times it is infinite.
+    repetition_penalty: Annotated[float, Field(ge=1e-30, le=1e30)] | None = None
+
+
+class GenerationRequest(SamplingFields):
     """What chat and completions have in common. None always means the default."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow")
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -50,13 +58,6 @@ class GenerationRequest(BaseModel):
     cache_salt: str | None = None
     max_tokens: Count | None = None
     min_tokens: Count | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    min_p: MinP | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: RepetitionPenalty | None = None
     logit_bias: dict[str, Annotated[Any, WithJsonSchema(_BIAS)]] | None = None  # read by hand, as the ids are keys
     allowed_token_ids: _TokenIds | None = None
     bad_words: _Strings | None = None

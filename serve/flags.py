@@ -50,9 +50,11 @@ def parse_args(arguments: Sequence[str] | None = None, environ: Mapping[str, str
     """
     parser = _parser()
     files, _ = _file_parser().parse_known_args(arguments)
-    if files.config is not None:
-        parser.set_defaults(**_from_file(files.config, parser))
+    said = {} if files.config is None else _from_file(files.config, parser)
+    parser.set_defaults(**{name: value for name, value in said.items() if name not in _LISTS})
     values = vars(parser.parse_args(arguments))
+    for name in _LISTS:  # argparse would add to a default
+        values[name] = values[name] or said.get(name, [])
     del values["config"], values["always_so"]
     _check(parser, values)
     values["api_key"] = tuple(values["api_key"] or [environ[name] for name in _KEY_VARIABLES if environ.get(name)])
@@ -83,6 +85,8 @@ def _from_file(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     words = []
     for key, value in said.items():
         flag = "--" + str(key).replace("_", "-")
+        if value is None:
+            continue
         if flag == "--model":
             words.append(str(value))
         elif isinstance(value, bool):
@@ -113,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m serve",
         description="OpenAI-compatible server of exact log-probabilities.",
         formatter_class=_Help,
+        allow_abbrev=False,
         parents=[_file_parser()],
     )
     flag = parser.add_argument

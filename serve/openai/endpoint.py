@@ -93,7 +93,7 @@ class Endpoint:
 
     def log_request(self, header: "Header", body: GenerationRequest, prompts: Sequence[str]) -> None:
         """Writes a request to the log; `prompts` as text, cut to the length that is allowed."""
-        fields = body.model_dump(exclude_none=True, exclude={"prompt", "messages"})
+        fields = body.model_dump(exclude_none=True, exclude={"prompt", "messages", "prompt_token_ids"})
         shown = [prompt[: self.config.max_log_len] for prompt in prompts]
         logger.warning("request %s: prompts %r, fields %r", header.id, shown, fields)
 

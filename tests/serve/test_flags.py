@@ -89,6 +89,7 @@ def test_defaults_follow_other_flags() -> None:
         (["--allowed-origins", "*"], ("--allowed-origins", '["*"]')),
         (["--logprobs-mode", "raw_logits"], ("--logprobs-mode",)),
         (["--block-size", "16"], ("--block-size", "64")),
+        (["--conf", "nowhere.yaml"], ("--conf",)),
         (["--config", "nowhere.yaml"], ("--config", "nowhere.yaml")),
         (["--quantization", "int4"], ("--quantization", "int8")),
         (["--quantization", "int8", "--dtype", "float32"], ("--quantization", "bfloat16")),
@@ -130,7 +131,7 @@ def test_a_file_stands_for_flags_and_the_command_line_over_it(tmp_path: Path) ->
     file.write_text(
         "model: folder/model\nmax-num-seqs: 4\nmax_model_len: 512\nenable-prefix-caching: false\n"
         "served-model-name: [a, b]\nvllm-metrics: true\noverride-generation-config: {temperature: 0.5}\n"
-        "allowed-origins: ['https://a']\n"
+        "allowed-origins: ['https://a']\nmax-log-len:\n"
     )
     config = parse_args(["--config", str(file), "--max-num-seqs", "8"])
     assert (config.model, config.max_num_seqs, config.max_model_len) == ("folder/model", 8, 512)
@@ -138,6 +139,8 @@ def test_a_file_stands_for_flags_and_the_command_line_over_it(tmp_path: Path) ->
     assert config.served_model_name == ("a", "b")
     assert config.override_generation_config == '{"temperature": 0.5}'
     assert config.allowed_origins == ("https://a",)
+    assert config.max_log_len is None
+    assert parse_args(["--config", str(file), "--served-model-name", "c"]).served_model_name == ("c",)
     assert parse_args(["other", "--config", str(file)]).model == "other"
 
 

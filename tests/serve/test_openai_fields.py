@@ -316,6 +316,14 @@ async def test_requests_are_logged_where_that_is_wanted(path: str, caplog: pytes
             assert "'top_k': 7" in lines[0]
 
 
+async def test_the_log_of_a_prompt_of_ids_is_cut_too(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(logs_requests=True, max_log_len=3) as server:
+        await server.chat(prompt_token_ids=TEXT, request_id="id-1")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "id-1: prompts ['use'], fields" in line
+    assert "prompt_token_ids" not in line
+
+
 async def test_cors_as_the_server_is_told() -> None:
     async with serving(allowed_origins=("https://a",), allow_credentials=True) as server:
         for origin, allowed in (("https://a", "https://a"), ("https://b", None)):

@@ -21,6 +21,7 @@ def load_model(
     progress: Callable[[int, int], None] | None = None,
     *,
     int8: bool = False,
+    max_model_len: int | None = None,
 ) -> BoundModel:
     """Reads all weights and places them, packed for the kernels where this device has any for the dtype.
 
@@ -29,6 +30,7 @@ def load_model(
         dtype_name: "bfloat16" or "float32", of matrices and cache.
         progress: called with the bytes read so far and in all.
         int8: whether matrices are int8 with scales instead.
+        max_model_len: tokens that a request can have; None: as many as the model takes.
 
     Raises:
         ModelLoadError: lists everything that is wrong with the checkpoint.
@@ -44,7 +46,8 @@ def load_model(
         return cpu.pack(placed) if packs and placed.ndim == 2 else placed
 
     weights = load_weights(checkpoint, np.dtype(dtype), put, progress, put_int8=put_int8 if int8 else None)
-    return bind(checkpoint.config, dtype, weights)
+    config = checkpoint.config
+    return bind(config.for_length(max_model_len or config.max_position_embeddings), dtype, weights)
 
 
 def kernels_used(model: BoundModel) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from jax import Array
 from compiled.state import NO_ID, TokenLogprobs
 from model.kernels import cpu
 from model.kernels.choice import by_platform
+from model.layers import soft_cap_in_xla
 from model.linear import matmul
 from model.reduce import log_sum_exp, parts_of
 from model.transformer import Transformer
@@ -41,9 +42,10 @@ def head_logprobs(
     weight = module.head_weight()
     if isinstance(weight, Array):
         return token_logprobs(module.logits(hidden, live), ids, k, scored_ids, live)
+    cap = module.config.logit_cap
     with jax.named_scope("head"):
         numbers: TokenLogprobs = by_platform(
-            hidden, weight, ids, scored_ids, live, on_cpu=_score_on_cpu(k), xla=_score_in_xla(k)
+            hidden, weight, ids, scored_ids, live, on_cpu=_score_on_cpu(k, cap), xla=_score_in_xla(k, cap)
         )
         return numbers
 
@@ -75,13 +77,15 @@ def _on_cpu(k: int) -> Callable[..., TokenLogprobs]:
     return lambda *arguments: _of_kernel(cpu.token_numbers(*arguments, k=k))
 
 
-def _score_on_cpu(k: int) -> Callable[..., TokenLogprobs]:
-    return lambda hidden, *arguments: _of_kernel(cpu.score(hidden.astype(jnp.bfloat16), *arguments, k=k))
+def _score_on_cpu(k: int, cap: float) -> Callable[..., TokenLogprobs]:
+    return lambda hidden, *arguments: _of_kernel(cpu.score(hidden.astype(jnp.bfloat16), *arguments, k=k, cap=cap))
 
 
-def _score_in_xla(k: int) -> Callable[..., TokenLogprobs]:
+def _score_in_xla(k: int, cap: float) -> Callable[..., TokenLogprobs]:
     def score(hidden: Array, weight: cpu.Packed, *arguments: Array) -> TokenLogprobs:
-        return token_logprobs_in_xla(matmul(hidden, weight, arguments[-1]), *arguments, k=k)
+        logits = matmul(hidden, weight, arguments[-1])
+        logits = soft_cap_in_xla(logits, arguments[-1], cap=cap) if cap else logits
+        return token_logprobs_in_xla(logits, *arguments, k=k)
 
     return score
 

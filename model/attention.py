@@ -17,7 +17,17 @@ _EXACT = jax.lax.Precision.HIGHEST  # a GPU or TPU would round the operands
 _MASKED = -1e30  # finite, so that a row of padding gives no NaN
 
 
-def attend(queries: Array, keys: Array, values: Array, tables: Array, positions: Array, *, window: int = 0) -> Array:
+def attend(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    tables: Array,
+    positions: Array,
+    *,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+) -> Array:
     """Causal attention of each query over its row's cached tokens, itself included.
 
     In both forms the cost follows the true length, and a page adds to a query's result in the same order whether the
@@ -29,18 +39,35 @@ def attend(queries: Array, keys: Array, values: Array, tables: Array, positions:
         keys, values: [N, K, S, E] pages.
         tables: [R, P] int32 pages of each row in order.
         positions: [R, T] int32, -1 for padding.
+        scale: of the scores.
         window: how many tokens a query sees, itself included; 0 = all before it.
+        cap: cap * tanh(score / cap) stands for a score; 0 = as it is.
 
     Returns:
         [R, T, H * E] float32; what padding gives means nothing.
     """
-    forms = {"on_cpu": partial(cpu.attend, window=window), "xla": partial(attend_in_xla, window=window)}
-    result: Array = by_platform(queries, keys, values, tables, positions, **forms)
+    result: Array = by_platform(
+        queries,
+        keys,
+        values,
+        tables,
+        positions,
+        on_cpu=partial(cpu.attend, scale=scale, window=window, cap=cap),
+        xla=partial(attend_in_xla, scale=scale, window=window, cap=cap),
+    )
     return result
 
 
 def attend_in_xla(
-    queries: Array, keys: Array, values: Array, tables: Array, positions: Array, *, window: int = 0
+    queries: Array,
+    keys: Array,
+    values: Array,
+    tables: Array,
+    positions: Array,
+    *,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
 ) -> Array:
     """`attend` for any platform, as XLA compiles it.
 
@@ -54,7 +81,7 @@ def attend_in_xla(
     padding = Q - G * T
     # [R, K, Q, E]: one matrix product per row and key/value head.
     q = queries.reshape(R, T, K, G, E).transpose(0, 2, 3, 1, 4).reshape(R, K, G * T, E)
-    q = jnp.pad(q * jnp.float32(E**-0.5), ((0, 0), (0, 0), (0, padding), (0, 0)))
+    q = jnp.pad(q * jnp.float32(scale), ((0, 0), (0, 0), (0, padding), (0, 0)))
     query_at = jnp.pad(jnp.tile(positions, (1, G)), ((0, 0), (0, padding)), constant_values=-1)[:, None, :, None]
     last_at = jnp.max(positions, axis=1, keepdims=True)  # [R, 1]
 
@@ -64,6 +91,8 @@ def attend_in_xla(
         k = keys[ids].astype(jnp.float32)  # [R, K, S, E]
         v = values[ids].astype(jnp.float32)
         scores = jnp.einsum("rkqe,rkse->rkqs", q, k, precision=_EXACT)
+        if cap:
+            scores = jnp.float32(cap) * jnp.tanh(scores / jnp.float32(cap))
         key_at = i * PAGE_SIZE + jnp.arange(PAGE_SIZE, dtype=jnp.int32)
         seen = key_at <= query_at
         if window:

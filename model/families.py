@@ -1,11 +1,12 @@
 """One row per architecture: its traits, and where each of our weights is found in a checkpoint.
 
 A new family is a row here; a new file only where a new kind of layer is needed. Names of Hugging Face tensors follow
-`transformers` (modeling_llama, modeling_qwen2), those of GGUF its specification ("standardized tensor names").
+`transformers` (its modeling files), those of GGUF its specification ("standardized tensor names").
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,11 @@ class Piece:
     shape: tuple[str, ...]
     heads: str | None = None  # "H" or "K" where the rows are rotary heads, which some GGUF files store interleaved
 
+    @property
+    def is_norm(self) -> bool:
+        """Whether it is the weight of a norm."""
+        return self.hf.endswith("norm.weight")
+
 
 @dataclass(frozen=True, slots=True)
 class WeightRow:
@@ -26,7 +32,7 @@ class WeightRow:
     pieces: tuple[Piece, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """Traits and weight table of one architecture."""
 
@@ -34,10 +40,26 @@ class Family:
     hf_architectures: tuple[str, ...]
     hf_model_types: tuple[str, ...]
     gguf_architectures: tuple[str, ...]
-    qkv_bias: bool
-    gguf_interleaved_rotary: bool  # q and k rows of GGUF files pair dimensions (0, 1), ours pair (0, E/2)
     weights: tuple[WeightRow, ...]
-    ignored: tuple[str, ...]  # checkpoint names that hold nothing we need
+    gguf_interleaved_rotary: bool = False  # q and k rows of GGUF files pair dimensions (0, 1), ours pair (0, E/2)
+    qkv_bias: bool = False
+    qk_norm: Literal["none", "head", "whole"] = "none"  # RMSNorm of q and k: of each head, or of all heads as one
+    pre_norm: bool = True  # of what enters attention and MLP
+    post_norm: bool = False  # of what leaves them
+    activation: Literal["silu", "gelu"] = "silu"  # of the gate; gelu by its approximation with tanh
+    scaled_embedding: bool = False  # times sqrt(D)
+    hf_norm_offset: float = 0.0  # what Hugging Face's module adds to the weight of a norm; GGUF files have it added
+    local_period: int = 0  # where there is a window: every so many layers one sees all; 0 = none does
+    local_theta: float | None = None  # of layers with a window; None: as the others
+    window_flag: bool = False  # config.json's window counts only with `use_sliding_window`
+    no_rope_period: int = 0  # every so many layers one is not told the positions; 0 = all are
+    hf_defaults: Mapping[str, Any] = field(default_factory=dict)  # of transformers, where config.json says nothing
+    ignored: tuple[str, ...] = ()  # checkpoint names that hold nothing we need
+
+    @property
+    def activation_names(self) -> tuple[str, ...]:
+        """What config.json calls the activation."""
+        return ("silu",) if self.activation == "silu" else ("gelu_pytorch_tanh", "gelu_new")
 
 
 def _piece(hf: str, gguf: str, *shape: str, heads: str | None = None, kind: str = "weight") -> Piece:
@@ -48,34 +70,70 @@ _EMBED = WeightRow("embed.weight", (Piece("model.embed_tokens.weight", "token_em
 _FINAL_NORM = WeightRow("norm.weight", (Piece("model.norm.weight", "output_norm.weight", ("D",)),))
 HEAD = WeightRow("head.weight", (Piece("lm_head.weight", "output.weight", ("V", "D")),))
 
-_LAYER = (
-    WeightRow("layers.{i}.attention_norm.weight", (_piece("input_layernorm", "attn_norm", "D"),)),
-    WeightRow(
-        "layers.{i}.attention.qkv.weight",
-        (
-            _piece("self_attn.q_proj", "attn_q", "Q", "D", heads="H"),
-            _piece("self_attn.k_proj", "attn_k", "KV", "D", heads="K"),
-            _piece("self_attn.v_proj", "attn_v", "KV", "D"),
-        ),
-    ),
-    WeightRow("layers.{i}.attention.out.weight", (_piece("self_attn.o_proj", "attn_output", "D", "Q"),)),
-    WeightRow("layers.{i}.mlp_norm.weight", (_piece("post_attention_layernorm", "ffn_norm", "D"),)),
-    WeightRow(
-        "layers.{i}.mlp.gate_up.weight",
-        (_piece("mlp.gate_proj", "ffn_gate", "F", "D"), _piece("mlp.up_proj", "ffn_up", "F", "D")),
-    ),
-    WeightRow("layers.{i}.mlp.down.weight", (_piece("mlp.down_proj", "ffn_down", "D", "F"),)),
+
+def _row(target: str, *pieces: Piece) -> WeightRow:
+    return WeightRow(f"layers.{{i}}.{target}", pieces)
+
+
+_QKV = _row(
+    "attention.qkv.weight",
+    _piece("self_attn.q_proj", "attn_q", "Q", "D", heads="H"),
+    _piece("self_attn.k_proj", "attn_k", "KV", "D", heads="K"),
+    _piece("self_attn.v_proj", "attn_v", "KV", "D"),
 )
-_QKV_BIAS = WeightRow(
-    "layers.{i}.attention.qkv.bias",
-    (
-        _piece("self_attn.q_proj", "attn_q", "Q", heads="H", kind="bias"),
-        _piece("self_attn.k_proj", "attn_k", "KV", heads="K", kind="bias"),
-        _piece("self_attn.v_proj", "attn_v", "KV", kind="bias"),
-    ),
+_GATE_UP = _row(
+    "mlp.gate_up.weight",
+    _piece("mlp.gate_proj", "ffn_gate", "F", "D"),
+    _piece("mlp.up_proj", "ffn_up", "F", "D"),
 )
+_OUT = _row("attention.out.weight", _piece("self_attn.o_proj", "attn_output", "D", "Q"))
+_DOWN = _row("mlp.down.weight", _piece("mlp.down_proj", "ffn_down", "D", "F"))
+_NORMS = (
+    _row("attention_norm.weight", _piece("input_layernorm", "attn_norm", "D")),
+    _row("mlp_norm.weight", _piece("post_attention_layernorm", "ffn_norm", "D")),
+)
+_POST_NORMS = (
+    _row("attention_post_norm.weight", _piece("post_attention_layernorm", "post_attention_norm", "D")),
+    _row("mlp_post_norm.weight", _piece("post_feedforward_layernorm", "post_ffw_norm", "D")),
+)
+_FOUR_NORMS = (
+    _row("attention_norm.weight", _piece("input_layernorm", "attn_norm", "D")),
+    _row("mlp_norm.weight", _piece("pre_feedforward_layernorm", "ffn_norm", "D")),
+    *_POST_NORMS,
+)
+
+
+def _qk_norms(q: str, k: str) -> tuple[WeightRow, ...]:
+    """Norms of queries and keys, of so many elements each."""
+    return (
+        _row("attention.q_norm.weight", _piece("self_attn.q_norm", "attn_q_norm", q)),
+        _row("attention.k_norm.weight", _piece("self_attn.k_norm", "attn_k_norm", k)),
+    )
+
+
+_MATRICES = (_QKV, _OUT, _GATE_UP, _DOWN)
+_FUSED = (  # three and two matrices in one tensor
+    _row("attention.qkv.weight", _piece("self_attn.qkv_proj", "attn_qkv", "QKV", "D")),
+    _OUT,
+    _row("mlp.gate_up.weight", _piece("mlp.gate_up_proj", "ffn_up", "FF", "D")),
+    _DOWN,
+)
+_QKV_BIAS = _row(
+    "attention.qkv.bias",
+    _piece("self_attn.q_proj", "attn_q", "Q", heads="H", kind="bias"),
+    _piece("self_attn.k_proj", "attn_k", "KV", heads="K", kind="bias"),
+    _piece("self_attn.v_proj", "attn_v", "KV", kind="bias"),
+)
+
+
+_GEMMA = {"tie_word_embeddings": True, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096}
 # Old checkpoints carry the rotary frequencies, which follow from rope_theta.
 _IGNORED = ("model.layers.{i}.self_attn.rotary_emb.inv_freq",)
+
+
+def _model(*layer: WeightRow) -> tuple[WeightRow, ...]:
+    return (_EMBED, *layer, _FINAL_NORM, HEAD)
+
 
 FAMILIES: dict[str, Family] = {
     row.name: row
@@ -85,9 +143,17 @@ FAMILIES: dict[str, Family] = {
             hf_architectures=("LlamaForCausalLM",),
             hf_model_types=("llama",),
             gguf_architectures=("llama",),
-            qkv_bias=False,
             gguf_interleaved_rotary=True,
-            weights=(_EMBED, *_LAYER, _FINAL_NORM, HEAD),
+            weights=_model(*_NORMS, *_MATRICES),
+            ignored=_IGNORED,
+        ),
+        Family(  # its GGUF files say "llama", and nothing of a window
+            name="mistral",
+            hf_architectures=("MistralForCausalLM",),
+            hf_model_types=("mistral",),
+            gguf_architectures=(),
+            weights=_model(*_NORMS, *_MATRICES),
+            hf_defaults={"sliding_window": 4096, "max_position_embeddings": 4096 * 32},
             ignored=_IGNORED,
         ),
         Family(
@@ -96,9 +162,83 @@ FAMILIES: dict[str, Family] = {
             hf_model_types=("qwen2",),
             gguf_architectures=("qwen2",),
             qkv_bias=True,
-            gguf_interleaved_rotary=False,
-            weights=(_EMBED, *_LAYER, _QKV_BIAS, _FINAL_NORM, HEAD),
+            window_flag=True,
+            weights=_model(*_NORMS, *_MATRICES, _QKV_BIAS),
+            hf_defaults={"sliding_window": 4096, "max_window_layers": 28},
             ignored=_IGNORED,
+        ),
+        Family(
+            name="qwen3",
+            hf_architectures=("Qwen3ForCausalLM",),
+            hf_model_types=("qwen3",),
+            gguf_architectures=("qwen3",),
+            qk_norm="head",
+            window_flag=True,
+            weights=_model(*_NORMS, *_MATRICES, *_qk_norms("E", "E")),
+            hf_defaults={"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+        ),
+        Family(
+            name="smollm3",
+            hf_architectures=("SmolLM3ForCausalLM",),
+            hf_model_types=("smollm3",),
+            gguf_architectures=("smollm3",),
+            gguf_interleaved_rotary=True,
+            window_flag=True,
+            no_rope_period=4,
+            weights=_model(*_NORMS, *_MATRICES),
+            hf_defaults={"tie_word_embeddings": True, "rope_theta": 2e6, "max_position_embeddings": 32768},
+        ),
+        Family(
+            name="olmo2",
+            hf_architectures=("Olmo2ForCausalLM",),
+            hf_model_types=("olmo2",),
+            gguf_architectures=("olmo2",),
+            qk_norm="whole",
+            pre_norm=False,
+            post_norm=True,
+            weights=_model(*_POST_NORMS, *_MATRICES, *_qk_norms("Q", "KV")),
+            hf_defaults={"rms_norm_eps": 1e-5},
+        ),
+        Family(
+            name="phi3",
+            hf_architectures=("Phi3ForCausalLM",),
+            hf_model_types=("phi3",),
+            gguf_architectures=("phi3",),
+            weights=_model(*_NORMS, *_FUSED),
+            hf_defaults={"rms_norm_eps": 1e-5},
+        ),
+        Family(
+            name="gemma2",
+            hf_architectures=("Gemma2ForCausalLM",),
+            hf_model_types=("gemma2",),
+            gguf_architectures=("gemma2",),
+            post_norm=True,
+            activation="gelu",
+            scaled_embedding=True,
+            hf_norm_offset=1.0,
+            local_period=2,
+            weights=_model(*_FOUR_NORMS, *_MATRICES),
+            hf_defaults={
+                **_GEMMA,
+                "max_position_embeddings": 8192,
+                "attn_logit_softcapping": 50.0,
+                "final_logit_softcapping": 30.0,
+            },
+        ),
+        Family(
+            name="gemma3",
+            hf_architectures=("Gemma3ForCausalLM",),
+            hf_model_types=("gemma3_text",),
+            gguf_architectures=("gemma3",),
+            qk_norm="head",
+            post_norm=True,
+            activation="gelu",
+            scaled_embedding=True,
+            hf_norm_offset=1.0,
+            local_period=6,
+            local_theta=10000.0,
+            weights=_model(*_FOUR_NORMS, *_MATRICES, *_qk_norms("E", "E")),
+            hf_defaults={**_GEMMA, "max_position_embeddings": 131072, "rope_theta": 1e6},
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""The blocks of a decoder layer: RMSNorm, attention, gated MLP.
+"""The blocks of a decoder layer: RMSNorm, attention, gated MLP. A family's row says which of them it has.
 
 The residual stream is float32 throughout; what enters a linear map or the cache is rounded to the model's dtype. On the
 default model in bfloat16 this takes the mean log-prob error from 0.043 to the figure in docs/design.md.
@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from model.attention import attend
-from model.config import ModelConfig
+from model.config import LayerKind, ModelConfig
 from model.kernels import cpu
 from model.kernels.choice import by_platform
 from model.kv_cache import Addresses
@@ -51,33 +51,63 @@ def rms_norm_in_xla(x: Array, weight: Array, live: Array, *, epsilon: float, dty
     return (x * jax.lax.rsqrt(squares / x.shape[1] + jnp.float32(epsilon)) * weight).astype(dtype)
 
 
-def swiglu(gate_up: Array, live: Array | None, dtype: jnp.dtype) -> Array:
-    """silu(gate) * up of gate_up [M, 2 F] float32, gate first: [M, F], rounded to dtype; `live` as in Linear."""
+def gated(gate_up: Array, live: Array | None, activation: str, dtype: jnp.dtype) -> Array:
+    """activation(gate) * up of gate_up [M, 2 F] float32, gate first: [M, F], rounded to dtype; `live` as in Linear."""
     live = _all_of(gate_up) if live is None else live
-    y: Array = by_platform(
-        gate_up, live, on_cpu=partial(cpu.swiglu, dtype=dtype), xla=partial(swiglu_in_xla, dtype=dtype)
-    )
+    on_cpu, xla = (cpu.swiglu, swiglu_in_xla) if activation == "silu" else (cpu.geglu, geglu_in_xla)
+    y: Array = by_platform(gate_up, live, on_cpu=partial(on_cpu, dtype=dtype), xla=partial(xla, dtype=dtype))
     return y
 
 
 def swiglu_in_xla(gate_up: Array, live: Array, *, dtype: DTypeLike) -> Array:
-    """`swiglu` for any platform; what rows from `live` on give means nothing."""
+    """silu(gate) * up for any platform; what rows from `live` on give means nothing."""
     del live
     gate, up = jnp.split(gate_up, 2, axis=-1)
     return (jax.nn.silu(gate) * up).astype(dtype)
+
+
+def geglu_in_xla(gate_up: Array, live: Array, *, dtype: DTypeLike) -> Array:
+    """gelu(gate) * up for any platform, gelu by its approximation with tanh; as `swiglu_in_xla`."""
+    del live
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return (jax.nn.gelu(gate, approximate=True) * up).astype(dtype)
+
+
+def soft_cap(x: Array, live: Array | None, cap: float) -> Array:
+    """cap * tanh(x / cap) of x [M, N] float32, or x where cap is 0; `live` as in Linear."""
+    if not cap:
+        return x
+    live = _all_of(x) if live is None else live
+    y: Array = by_platform(x, live, on_cpu=partial(cpu.soft_cap, cap=cap), xla=partial(soft_cap_in_xla, cap=cap))
+    return y
+
+
+def soft_cap_in_xla(x: Array, live: Array, *, cap: float) -> Array:
+    """`soft_cap` for any platform."""
+    del live
+    return jnp.float32(cap) * jnp.tanh(x / jnp.float32(cap))
 
 
 def _all_of(x: Array) -> Array:
     return jnp.asarray(x.shape[0], jnp.int32)
 
 
+# Letters of the sizes over which queries and keys are normed.
+_NORMED: dict[str, tuple[str | None, str | None]] = {"none": (None, None), "head": ("E", "E"), "whole": ("Q", "KV")}
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with q, k and v in one product."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
-        dims = config.dims()
+    def __init__(self, config: ModelConfig, kind: LayerKind, dtype: jnp.dtype) -> None:
+        dims, traits = config.dims(), config.traits
         self.config = config
-        self.qkv = Linear(dims["Q"] + 2 * dims["KV"], dims["D"], dtype, bias=config.traits.qkv_bias)
+        self.kind = kind
+        self.qkv = Linear(dims["QKV"], dims["D"], dtype, bias=traits.qkv_bias)
+        self.q_norm, self.k_norm = (
+            None if of is None else RMSNorm(dims[of], config.rms_norm_eps, jnp.dtype(jnp.float32))
+            for of in _NORMED[traits.qk_norm]
+        )
         self.out = Linear(dims["D"], dims["Q"], dtype)
 
     def __call__(
@@ -90,36 +120,69 @@ class Attention(nnx.Module):
         at: Addresses,
     ) -> tuple[Array, tuple[Array, Array]]:
         """x [R, T, D] -> [R, T, D] and this layer's key and value pages with the new tokens stored."""
+        queries, (keys, values) = rotate_and_store(self.heads(x, at.live), angles, pages, tables, positions)
+        config = self.config
+        seen = attend(
+            queries,
+            keys,
+            values,
+            tables,
+            positions,
+            scale=config.attention_scale,
+            window=self.kind.window,
+            cap=config.attention_cap,
+        )
+        return self.out(seen, at.live), (keys, values)
+
+    def heads(self, x: Array, live: Array | None = None) -> Array:
+        """x [R, T, D] -> queries, keys and values [R, T, H + 2 K, E] float32, not rotated; `live` as in Linear."""
         R, T, _ = x.shape
         H, K, E = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        heads = self.qkv(x, at.live).reshape(R, T, H + 2 * K, E)
-        queries, (keys, values) = rotate_and_store(heads, angles, pages, tables, positions)
-        return self.out(attend(queries, keys, values, tables, positions), at.live), (keys, values)
+        heads = self.qkv(x, live).reshape(R, T, H + 2 * K, E)
+        if self.q_norm is None or self.k_norm is None:
+            return heads
+        q, k, v = jnp.split(heads, (H, H + K), axis=2)
+        return jnp.concatenate([_normed(q, self.q_norm, live), _normed(k, self.k_norm, live), v], axis=2)
+
+
+def _normed(heads: Array, norm: RMSNorm, live: Array | None) -> Array:
+    """heads [R, T, h, E], normed one by one or all of a token as one: as many elements as the norm has weights."""
+    R, T, h, E = heads.shape
+    rows = heads.reshape(-1, norm.weight.get_value().shape[0])
+    per_token = rows.shape[0] // (R * T)
+    return norm(rows, None if live is None else live * per_token).reshape(R, T, h, E)
 
 
 class MLP(nnx.Module):
-    """SwiGLU (Shazeer 2020) with gate and up in one product."""
+    """A gated MLP (Shazeer 2020) with gate and up in one product."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
         self.gate_up = Linear(2 * config.intermediate_size, config.hidden_size, dtype)
+        self.activation = config.traits.activation
         self.dtype = dtype
         self.down = Linear(config.hidden_size, config.intermediate_size, dtype)
 
     def __call__(self, x: Array, live: Array | None = None) -> Array:
         """x [R, T, D] -> [R, T, D]; `live` as in Linear."""
         gate_up = self.gate_up(x, live)
-        hidden = swiglu(gate_up.reshape(-1, gate_up.shape[-1]), live, self.dtype)
+        hidden = gated(gate_up.reshape(-1, gate_up.shape[-1]), live, self.activation, self.dtype)
         return self.down(hidden.reshape(*x.shape[:-1], -1), live)
 
 
 class Layer(nnx.Module):
-    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One decoder layer: x + attention(x), then x + mlp(x), with norms before or after either, or both."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.attention = Attention(config, dtype)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+    def __init__(self, config: ModelConfig, kind: LayerKind, dtype: jnp.dtype) -> None:
+        def norm(wanted: bool, of: jnp.dtype) -> RMSNorm | None:
+            return RMSNorm(config.hidden_size, config.rms_norm_eps, of) if wanted else None
+
+        traits, whole = config.traits, jnp.dtype(jnp.float32)  # of what is added to the residual stream
+        self.attention_norm = norm(traits.pre_norm, dtype)
+        self.attention = Attention(config, kind, dtype)
+        self.attention_post_norm = norm(traits.post_norm, whole)
+        self.mlp_norm = norm(traits.pre_norm, dtype)
         self.mlp = MLP(config, dtype)
+        self.mlp_post_norm = norm(traits.post_norm, whole)
 
     def __call__(
         self,
@@ -132,7 +195,12 @@ class Layer(nnx.Module):
     ) -> tuple[Array, tuple[Array, Array]]:
         """x [R, T, D] -> [R, T, D] and this layer's pages with the new tokens stored."""
         with jax.named_scope("attention"):
-            y, pages = self.attention(self.attention_norm(x, at.live), positions, angles, pages, tables, at)
-            x = x + y
+            y, pages = self.attention(_maybe(self.attention_norm, x, at), positions, angles, pages, tables, at)
+            x = x + _maybe(self.attention_post_norm, y, at)
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.mlp_norm(x, at.live), at.live), pages
+            y = self.mlp(_maybe(self.mlp_norm, x, at), at.live)
+            return x + _maybe(self.mlp_post_norm, y, at), pages
+
+
+def _maybe(norm: RMSNorm | None, x: Array, at: Addresses) -> Array:
+    return x if norm is None else norm(x, at.live)

@@ -8,13 +8,20 @@ from jax import Array
 from model.kernels import cpu
 from model.kernels.choice import by_platform
 from model.kv_cache import addresses, write_heads
+from model.rope import Rope
 
 
-def rotary_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """cos and sin [R, T, 1, E/2] float32 of each position (Su et al. 2021), angles in float32 throughout."""
-    frequencies = 1.0 / (theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
+def rotary_angles(positions: Array, head_dim: int, rope: Rope | None) -> tuple[Array, Array]:
+    """cos and sin [R, T, 1, E/2] float32 of each position, angles in float32 throughout; None turns nothing."""
+    if rope is None:
+        shape = (*positions.shape, 1, head_dim // 2)
+        return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+    frequencies = 1.0 / (rope.theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
+    if rope.divisors:
+        frequencies = frequencies / jnp.asarray(rope.divisors, jnp.float32)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if rope.scale == 1 else (cos * jnp.float32(rope.scale), sin * jnp.float32(rope.scale))
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:

@@ -4,6 +4,7 @@ Flax NNX only defines the modules. At load the abstract module is split once int
 a step merges them again while it is traced.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from jax import Array
 
 from model.config import ModelConfig
 from model.kv_cache import PagedCache, addresses, write_hidden
-from model.layers import Layer, RMSNorm
+from model.layers import Layer, RMSNorm, soft_cap
 from model.linear import Linear, Weight, matmul, take_rows
 from model.rotary import rotary_angles
 
@@ -23,13 +24,15 @@ from model.rotary import rotary_angles
 class Embedding(nnx.Module):
     """Token embeddings [V, D], which are also the head's weight where the two are tied."""
 
-    def __init__(self, vocab_size: int, size: int, dtype: jnp.dtype) -> None:
+    def __init__(self, vocab_size: int, size: int, dtype: jnp.dtype, *, scaled: bool) -> None:
         self.weight = nnx.Param(jnp.zeros((vocab_size, size), dtype))
+        self.scale = math.sqrt(size) if scaled else 1.0
 
     def __call__(self, tokens: Array) -> Array:
         """tokens [R, T] int32 -> [R, T, D] float32."""
         R, T = tokens.shape
-        return take_rows(self.weight.get_value(), tokens.reshape(R * T)).reshape(R, T, -1).astype(jnp.float32)
+        rows = take_rows(self.weight.get_value(), tokens.reshape(R * T)).reshape(R, T, -1).astype(jnp.float32)
+        return rows if self.scale == 1 else rows * jnp.float32(self.scale)
 
 
 def traced_once[T](method: Callable[..., T]) -> Callable[..., T]:
@@ -56,8 +59,9 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype)
-        self.layers = nnx.List([Layer(config, dtype) for _ in range(config.num_layers)])
+        scaled = config.traits.scaled_embedding
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype, scaled=scaled)
+        self.layers = nnx.List([Layer(config, kind, dtype) for kind in config.layers])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.head = None if config.tie_word_embeddings else Linear(config.vocab_size, config.hidden_size, dtype)
 
@@ -74,20 +78,23 @@ class Transformer(nnx.Module):
             Final hidden states [R, T, D] and the cache.
         """
         at = addresses(tables, positions)
-        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        ropes = dict.fromkeys(kind.rope for kind in self.config.layers)
+        angles = {rope: rotary_angles(positions, self.config.head_dim, rope) for rope in ropes}
         x = self.embed(tokens)
         keys, values = list(cache.keys), list(cache.values)
         run = traced_once(Layer.__call__)
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                x, (keys[i], values[i]) = run(layer, x, positions, angles, (keys[i], values[i]), tables, at)
+                x, (keys[i], values[i]) = run(
+                    layer, x, positions, angles[layer.attention.kind.rope], (keys[i], values[i]), tables, at
+                )
         hidden = self.norm(x, at.live)
         return hidden, PagedCache(tuple(keys), tuple(values), write_hidden(cache.hidden, hidden, at))
 
     def logits(self, hidden: Array, live: Array | None = None) -> Array:
         """hidden [M, D] -> [M, V] float32; `live` as in Linear."""
         with jax.named_scope("head"):
-            return matmul(hidden, self.head_weight(), live)
+            return soft_cap(matmul(hidden, self.head_weight(), live), live, self.config.logit_cap)
 
     def head_weight(self) -> Weight:
         """The head's weight [V, D]: the embeddings where the two are tied."""

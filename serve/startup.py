@@ -71,7 +71,7 @@ def start(config: ServeConfig, console: Console) -> Served:
         model_config = checkpoint.config
         max_model_len = _max_model_len(config, model_config)
         check_tokenizer(source.name, tokenizer, model_config.vocab_size)
-        model = _load(checkpoint, config, console)
+        model = _load(checkpoint, config, max_model_len, console)
     finally:
         checkpoint.close()
     runner = _compile(model, config, max_model_len, console)
@@ -154,7 +154,7 @@ def _max_model_len(config: ServeConfig, model: ModelConfig) -> int:
     return config.max_model_len or own
 
 
-def _load(checkpoint: Checkpoint, config: ServeConfig, console: Console) -> BoundModel:
+def _load(checkpoint: Checkpoint, config: ServeConfig, max_model_len: int, console: Console) -> BoundModel:
     with Progress(TextColumn("loading  "), BarColumn(), DownloadColumn(), console=console) as bar:
         task = bar.add_task("weights", total=None)
         model = load_model(
@@ -162,6 +162,7 @@ def _load(checkpoint: Checkpoint, config: ServeConfig, console: Console) -> Boun
             config.dtype,
             lambda done, total: bar.update(task, completed=done, total=total),
             int8=config.quantization == "int8",
+            max_model_len=max_model_len,
         )
     size = sum(leaf.nbytes for leaf in model.leaves)
     kernels = ", ".join(kernels_used(model)) or "none, XLA does it all"

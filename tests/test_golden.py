@@ -69,6 +69,7 @@ def hf_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         checkpoint.close()
     dims = config.dims()
+    assert config.layers[0].rope is not None
     tensors: dict[str, NDArray[Any]] = {}
     for row in config.traits.weights:
         for layer in range(config.num_layers if "{i}" in row.target else 1):
@@ -89,7 +90,7 @@ def hf_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
-        "rope_theta": config.rope_theta,
+        "rope_theta": config.layers[0].rope.theta,
         "rms_norm_eps": config.rms_norm_eps,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": True,

@@ -10,10 +10,11 @@ from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-from model.config import ConfigError, ModelConfig, config_from_gguf
+from model.config import ConfigError, ModelConfig
+from model.config_gguf import config_from_gguf
 from model.weights.checkpoint import TensorInfo
 from model.weights.errors import ModelLoadError
-from model.weights.gguf_header import GgufHeader, GgufTensor, read_header
+from model.weights.gguf_header import GgufTensor, read_header
 from model.weights.int8 import GROUP, Int8Array
 
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -36,9 +37,13 @@ class GgufCheckpoint:
         header = read_header(path)
         self.path = str(path)
         self.metadata: dict[str, Any] = header.metadata  # str, int, float, bool, or a list of these
-        self.config = _config(path, header)
         self._tensors = header.tensors
         self._file = path.open("rb")
+        try:
+            self.config = self._read_config()
+        except BaseException:
+            self.close()
+            raise
 
     def names(self) -> Mapping[str, TensorInfo]:
         """Every tensor of the file."""
@@ -85,6 +90,23 @@ class GgufCheckpoint:
         """Closes the file."""
         self._file.close()
 
+    def _read_config(self) -> ModelConfig:
+        parts = self.metadata.get("split.count", 1)
+        if parts != 1:
+            raise ModelLoadError(f"{self.path}: is one of {parts} parts; merge them with llama-gguf-split first")
+        try:
+            return config_from_gguf(self.metadata, self._numbers, has_output="output.weight" in self._tensors)
+        except (ConfigError, ModelLoadError) as error:
+            raise ModelLoadError(f"{self.path}: {str(error).removeprefix('GGUF: ')}") from error
+
+    def _numbers(self, name: str) -> tuple[float, ...]:
+        """A tensor's values, flat; none where there is no such tensor."""
+        if name not in self._tensors:
+            return ()
+        if self._tensors[name].type_name not in _PLAIN:
+            raise ModelLoadError(f"{name}: stored as {self._tensors[name].type_name}, which is not supported")
+        return tuple(float(value) for value in self.read(name).reshape(-1))
+
 
 def _dequantise(raw: NDArray[np.uint8], kind: GGMLQuantizationType) -> NDArray[np.float32]:
     """Bytes [N] -> float32 values, flat. In small runs of blocks: the library's temporaries are 3 times the result."""
@@ -97,13 +119,3 @@ def _dequantise(raw: NDArray[np.uint8], kind: GGMLQuantizationType) -> NDArray[n
             blocks = raw[start * block_bytes : (start + run) * block_bytes]
             values[start * block : (start + run) * block] = quants.dequantize(blocks, kind)
     return values
-
-
-def _config(path: Path, header: GgufHeader) -> ModelConfig:
-    parts = header.metadata.get("split.count", 1)
-    if parts != 1:
-        raise ModelLoadError(f"{path}: is one of {parts} parts; merge them with llama-gguf-split first")
-    try:
-        return config_from_gguf(header.metadata, has_output="output.weight" in header.tensors)
-    except ConfigError as error:
-        raise ModelLoadError(f"{path}: {str(error).removeprefix('GGUF: ')}") from error

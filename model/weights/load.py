@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.config import ModelConfig
+from model.config_gguf import ROPE_TENSORS
 from model.families import HEAD, Piece, WeightRow
 from model.weights.checkpoint import Checkpoint, TensorInfo
 from model.weights.errors import ModelLoadError
@@ -32,6 +33,7 @@ class _Part:
     name: str
     shape: tuple[int, ...]
     interleaved_heads: int  # heads whose rows are stored as [E/2, 2]; 0 where they lie as ours do
+    offset: float  # to be added to the values
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,7 @@ def _part(checkpoint: Checkpoint, piece: Piece, layer: int) -> _Part:
         (piece.gguf if is_gguf else piece.hf).format(i=layer),
         tuple(dims[letter] for letter in piece.shape),
         dims[piece.heads] if interleaved and piece.heads is not None else 0,
+        0.0 if is_gguf or not piece.is_norm else checkpoint.config.traits.hf_norm_offset,
     )
 
 
@@ -147,6 +150,7 @@ def _problems(checkpoint: Checkpoint, targets: list[_Target], stored: Mapping[st
 
 
 def _ignored(config: ModelConfig) -> Iterator[str]:
+    yield from ROPE_TENSORS  # the configuration has read them
     for name in config.traits.ignored:
         for layer in range(config.num_layers):
             yield name.format(i=layer)
@@ -169,6 +173,8 @@ def _read(checkpoint: Checkpoint, target: _Target, dtype: np.dtype[Any], problem
             problems.append(f"{part.name}: {error}")
             continue
         np.copyto(rows, _half_split(values, part.interleaved_heads), casting="same_kind")
+        if part.offset:
+            rows += np.float32(part.offset)
         if not _all_finite(rows):
             problems.append(f"{part.name}: holds values that are not finite")
     return stacked

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from model.config import ConfigError, ModelConfig, config_from_hf
+from model.config import ConfigError, ModelConfig
+from model.config_hf import config_from_hf
 from model.weights.checkpoint import TensorInfo
 from model.weights.errors import ModelLoadError
 

@@ -12,7 +12,7 @@ from compiled.programs import compile_plans
 from compiled.runner import make_plans, state_shapes
 from compiled.shapes import Buckets
 from compiled.state import MAX_SCORED_IDS
-from model.config import config_from_hf
+from model.config_hf import config_from_hf
 from model.kernels import cpu
 from model.transformer import abstract_weights, bind
 from tests.model.tiny import tiny_configs

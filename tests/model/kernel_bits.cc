@@ -102,7 +102,7 @@ void Attention(int64_t tokens, int64_t before, int64_t heads, int64_t kv_heads, 
   }
   std::vector<float> out(queries.size());
   const Pages p = {tables.data(), positions.data(), queries.data(), keys.data(), values.data(), out.data(), rows,
-                   tokens, heads, kv_heads, size, table, pages, window};
+                   tokens, heads, kv_heads, size, table, pages, window, 1 / __builtin_sqrtf(static_cast<float>(size)), 0};
   const Scratch scratch(std::min(kQueryTokens, tokens) * (heads / kv_heads), size);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t head = 0; head < kv_heads; ++head) {

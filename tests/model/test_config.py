@@ -4,7 +4,10 @@ from typing import Any
 
 import pytest
 
-from model.config import ConfigError, ModelConfig, config_from_gguf, config_from_hf
+from model.config import ConfigError, LayerKind, ModelConfig
+from model.config_gguf import config_from_gguf as read_gguf
+from model.config_hf import config_from_hf
+from model.rope import Rope
 
 HF: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -37,15 +40,28 @@ EXPECTED = ModelConfig(
     vocab_size=100,
     hidden_size=48,
     intermediate_size=96,
-    num_layers=3,
     num_heads=6,
     num_kv_heads=2,
     head_dim=8,
-    rope_theta=500000.0,
+    layers=(LayerKind(Rope(500000.0)),) * 3,
     rms_norm_eps=1e-5,
     max_position_embeddings=512,
     tie_word_embeddings=True,
+    attention_scale=8**-0.5,
 )
+
+
+def config_from_gguf(metadata: dict[str, Any], *, has_output: bool, **tensors: tuple[float, ...]) -> ModelConfig:
+    """Of a file that holds these small tensors."""
+    return read_gguf(metadata, lambda name: tensors.get(name.removesuffix(".weight"), ()), has_output=has_output)
+
+
+def ropes(config: ModelConfig) -> list[Rope | None]:
+    return [kind.rope for kind in config.layers]
+
+
+def windows(config: ModelConfig) -> list[int]:
+    return [kind.window for kind in config.layers]
 
 
 def without(source: dict[str, Any], key: str) -> dict[str, Any]:
@@ -59,12 +75,24 @@ def test_both_formats_give_the_same_config() -> None:
 
 
 def test_dims_name_the_axes_of_the_weight_table() -> None:
-    assert EXPECTED.dims() == {"V": 100, "D": 48, "F": 96, "Q": 48, "KV": 16, "H": 6, "K": 2}
+    assert EXPECTED.dims() == {
+        "V": 100,
+        "D": 48,
+        "F": 96,
+        "Q": 48,
+        "KV": 16,
+        "QKV": 80,
+        "FF": 192,
+        "E": 8,
+        "H": 6,
+        "K": 2,
+    }
 
 
 def test_hf_defaults() -> None:
     config = config_from_hf(without(without(without(HF, "num_key_value_heads"), "rope_theta"), "tie_word_embeddings"))
-    assert (config.num_kv_heads, config.rope_theta, config.tie_word_embeddings) == (6, 10000.0, False)
+    assert (config.num_kv_heads, config.tie_word_embeddings) == (6, False)
+    assert ropes(config) == [Rope(10000.0)] * 3
 
 
 def test_hf_head_dim_is_read_where_it_is_given() -> None:
@@ -74,7 +102,7 @@ def test_hf_head_dim_is_read_where_it_is_given() -> None:
 
 def test_hf_rope_parameters_go_before_rope_theta() -> None:
     config = config_from_hf(HF | {"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}})
-    assert config.rope_theta == 7.0
+    assert ropes(config) == [Rope(7.0)] * 3
 
 
 def test_hf_model_type_serves_where_architectures_is_absent() -> None:
@@ -95,10 +123,17 @@ def test_hf_model_type_serves_where_architectures_is_absent() -> None:
         ({"num_attention_heads": 7}, "not a multiple of 7 heads"),
         ({"num_attention_heads": 0}, "not a multiple of 0 heads"),
         ({"head_dim": 7}, "head_dim 7 is odd"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "of type 'llama3'"),
-        ({"rope_scaling": {"type": "linear"}}, "of type 'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "of type 'yarn'"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "low_freq_factor is missing"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rotary factor must be"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "of type 'dynamic' is not supported; known: default"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "factor is missing"),
+        ({"rope_theta": 1.0}, "rope_theta must be above 1"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers must be from 1 to"),
+        ({"layer_types": ["full_attention"]}, "layer_types must be 3"),
+        ({"layer_types": ["chunked_attention"] * 3}, "layer_types must be 3"),
+        ({"layer_types": ["sliding_attention"] * 3}, "sliding_window is missing"),
+        ({"sliding_window": -1}, "sliding window must be at least 1"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
@@ -116,7 +151,7 @@ def test_gguf_ties_the_head_where_there_is_no_output() -> None:
 def test_gguf_defaults() -> None:
     config = config_from_gguf(without(GGUF, "llama.attention.head_count_kv"), has_output=True)
     assert config.num_kv_heads == 6
-    assert config_from_gguf(without(GGUF, "llama.rope.freq_base"), has_output=True).rope_theta == 10000.0
+    assert ropes(config_from_gguf(without(GGUF, "llama.rope.freq_base"), has_output=True)) == [Rope(10000.0)] * 3
 
 
 def test_gguf_vocabulary_size_without_a_token_list() -> None:
@@ -137,7 +172,10 @@ def test_gguf_keys_follow_the_architecture() -> None:
         ({"llama.block_count": None}, "llama.block_count is missing"),
         ({"llama.attention.head_count": [6, 6, 6]}, "llama.attention.head_count must be an integer"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon is missing"),
-        ({"llama.rope.scaling.type": "yarn"}, "'yarn' is not supported"),
+        ({"llama.rope.scaling.type": "longrope"}, "'longrope' is not supported"),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 0.5}, "scaling.factor must be at least 1"),
+        ({"llama.block_count": -1}, "block_count must be from 1"),
+        ({"llama.attention.value_length": 16}, "differs from the head size 8"),
         ({"llama.rope.dimension_count": 4}, "differs from the head size 8"),
     ],
 )

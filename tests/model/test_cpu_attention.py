@@ -31,9 +31,10 @@ def run(
     positions: NDArray[np.int32],
     *,
     window: int = 0,
+    cap: float = 0.0,
 ) -> Floats:
     """Attention over the crowd's pages, in either form, compiled."""
-    compiled = jax.jit(partial(form, window=window))
+    compiled = jax.jit(partial(form, scale=queries.shape[-1] ** -0.5, window=window, cap=cap))
     return np.asarray(compiled(queries, crowd.keys, crowd.values, tables, positions))
 
 
@@ -165,7 +166,7 @@ def test_many_calls_at_once() -> None:
     """Independent calls share XLA's threads: none may wait for a task that another one keeps from starting."""
     rows = crowd((14, 2, 64), (256,))
     args = (rows.queries, rows.keys, rows.values, rows.tables, rows.positions(0, 0, 256))
-    calls = jax.jit(lambda *args: [cpu.attend(args[0] + i, *args[1:]) for i in range(12)])
+    calls = jax.jit(lambda *args: [cpu.attend(args[0] + i, *args[1:], scale=0.125) for i in range(12)])
     first = [np.asarray(out) for out in calls(*args)]
     with ThreadPoolExecutor(8) as pool:
         for outs in pool.map(lambda _: calls(*args), range(40)):
@@ -178,7 +179,12 @@ def test_an_address_outside_the_cache_is_an_error(table: list[list[int]], positi
     pages = jnp.zeros((2, 1, PAGE_SIZE, 8))
     with pytest.raises(jax.errors.JaxRuntimeError, match="out of bounds"):
         cpu.attend(
-            jnp.zeros((1, 1, 1, 8)), pages, pages, jnp.asarray(table, jnp.int32), jnp.asarray([[position]], jnp.int32)
+            jnp.zeros((1, 1, 1, 8)),
+            pages,
+            pages,
+            jnp.asarray(table, jnp.int32),
+            jnp.asarray([[position]], jnp.int32),
+            scale=1.0,
         ).block_until_ready()
 
 
@@ -186,13 +192,15 @@ def test_pages_of_another_size_are_an_error() -> None:
     pages = jnp.zeros((2, 1, 32, 8))
     zero = jnp.zeros((1, 1), jnp.int32)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"\[N, K, 64, E\]"):
-        cpu.attend(jnp.zeros((1, 1, 1, 8)), pages, pages, zero, zero).block_until_ready()
+        cpu.attend(jnp.zeros((1, 1, 1, 8)), pages, pages, zero, zero, scale=1.0).block_until_ready()
 
 
 @pytest.mark.parametrize(("platform", "holds"), [("cpu", True), ("tpu", False), ("cuda", False)])
 def test_the_platform_that_is_compiled_for_decides(platform: str, holds: bool) -> None:
     rows = crowd((14, 2, 64), (20,))
-    traced = jax.jit(attend).trace(rows.queries, rows.keys, rows.values, rows.tables, rows.positions(0, 0, 20))
+    traced = jax.jit(partial(attend, scale=0.125)).trace(
+        rows.queries, rows.keys, rows.values, rows.tables, rows.positions(0, 0, 20)
+    )
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert (library.ATTENTION_TARGET in text) is holds
     assert text.count("HIGHEST") == (0 if holds else 4)  # both operands of both products, which they would round

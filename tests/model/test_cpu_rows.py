@@ -10,6 +10,7 @@ from model.kernels import cpu
 from model.kernels.cpu import library
 from model.kv_cache import PAGE_SIZE
 from model.layers import rms_norm_in_xla, swiglu_in_xla
+from model.rope import Rope
 from model.rotary import rotary_angles, rotate_and_store, rotate_and_store_in_xla
 
 DTYPES = ["float32", "bfloat16"]
@@ -17,6 +18,8 @@ WIDTHS = [1, 15, 16, 96, 577, 896]  # whole vectors and parts of one
 type Floats = NDArray[np.float32]
 
 pytestmark = pytest.mark.usefixtures("kernels")
+
+ROPE = Rope(1e4)
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -104,7 +107,7 @@ def test_rotate_and_store_does_what_xla_does(H: int, K: int, E: int, R: int, T: 
     tables = jnp.arange(1, 2 * R + 1, dtype=jnp.int32)[::-1].reshape(R, 2)
     positions = jnp.where(jnp.arange(R * T).reshape(R, T) % 7 == 5, -1, 63 + jnp.arange(R)[:, None] * 20)
     positions = jnp.where(positions >= 0, jnp.minimum(positions, 127 - T) + jnp.arange(T), -1).astype(jnp.int32)
-    arguments = (heads, *rotary_angles(positions, E, 1e4), keys, values, tables, positions)
+    arguments = (heads, *rotary_angles(positions, E, ROPE), keys, values, tables, positions)
     ours, xla = jax.jit(cpu.rotate_and_store)(*arguments), jax.jit(rotate_and_store_in_xla)(*arguments)
     valid = np.asarray(positions) >= 0
     np.testing.assert_allclose(np.asarray(ours[0])[valid], np.asarray(xla[0])[valid], rtol=0, atol=1e-6)
@@ -120,7 +123,7 @@ def test_a_rotated_token_has_the_same_bits_in_every_batch() -> None:
     heads, tables = normal(12, 1, T, H + 2 * K, E), jnp.asarray([[1, 2]], jnp.int32)
     positions = jnp.arange(T, dtype=jnp.int32)[None]
     empty = jnp.zeros((3, K, PAGE_SIZE, E), jnp.bfloat16)
-    cos, sin = rotary_angles(positions, E, 1e4)
+    cos, sin = rotary_angles(positions, E, ROPE)
     whole = cpu.rotate_and_store(heads, cos, sin, empty, empty, tables, positions)
     for start, end in ((0, 1), (63, 64), (64, 128), (100, 117)):
         cut = slice(start, end)
@@ -139,7 +142,7 @@ def test_donated_pages_are_written_in_place() -> None:
     at = jnp.zeros((1, 1), jnp.int32)
     addresses = [page.unsafe_buffer_pointer() for page in pages]
     step = jax.jit(cpu.rotate_and_store, donate_argnums=(3, 4))
-    _, *after = step(normal(15, 1, 1, 3, 8), *rotary_angles(at, 8, 1e4), *pages, at, at)
+    _, *after = step(normal(15, 1, 1, 3, 8), *rotary_angles(at, 8, ROPE), *pages, at, at)
     assert [page.unsafe_buffer_pointer() for page in after] == addresses
 
 
@@ -149,7 +152,12 @@ def test_an_address_outside_the_cache_is_an_error(table: list[list[int]], positi
     with pytest.raises(jax.errors.JaxRuntimeError, match="out of bounds"):
         jax.block_until_ready(
             cpu.rotate_and_store(
-                jnp.zeros((1, 1, 3, 8)), *rotary_angles(at, 8, 1e4), pages, pages, jnp.asarray(table, jnp.int32), at
+                jnp.zeros((1, 1, 3, 8)),
+                *rotary_angles(at, 8, ROPE),
+                pages,
+                pages,
+                jnp.asarray(table, jnp.int32),
+                at,
             )
         )
 
@@ -158,11 +166,15 @@ def test_values_of_another_size_than_the_keys_are_an_error() -> None:
     at = jnp.zeros((1, 1), jnp.int32)
     pages = jnp.zeros((2, 1, PAGE_SIZE, 8)), jnp.zeros((1, 1, PAGE_SIZE, 8))
     with pytest.raises(jax.errors.JaxRuntimeError, match="rotate takes"):
-        jax.block_until_ready(cpu.rotate_and_store(jnp.zeros((1, 1, 3, 8)), *rotary_angles(at, 8, 1e4), *pages, at, at))
+        jax.block_until_ready(
+            cpu.rotate_and_store(jnp.zeros((1, 1, 3, 8)), *rotary_angles(at, 8, ROPE), *pages, at, at)
+        )
 
 
 @pytest.mark.parametrize(("platform", "holds"), [("cpu", True), ("tpu", False), ("cuda", False)])
 def test_the_platform_that_is_compiled_for_decides(platform: str, holds: bool) -> None:
     pages, at = jnp.zeros((2, 1, PAGE_SIZE, 8)), jnp.zeros((1, 1), jnp.int32)
-    traced = jax.jit(rotate_and_store).trace(jnp.zeros((1, 1, 3, 8)), rotary_angles(at, 8, 1e4), (pages, pages), at, at)
+    traced = jax.jit(rotate_and_store).trace(
+        jnp.zeros((1, 1, 3, 8)), rotary_angles(at, 8, ROPE), (pages, pages), at, at
+    )
     assert (library.ROTATE_TARGET in traced.lower(lowering_platforms=(platform,)).as_text()) is holds

@@ -15,19 +15,18 @@ from numpy.typing import NDArray
 
 from model.attention import attend
 from model.kv_cache import PagedCache, addresses, cache_shape, write_heads
-from model.layers import Layer
+from model.layers import Attention
 from model.rotary import rotary_angles, rotate
 from model.transformer import BoundModel, bind
 from model.weights.load import load_weights, open_checkpoint
 from model.weights.source import resolve_model
-from tests.model.tiny import SEED, TOKENS, random_tokens, random_weights, tiny_configs, write_checkpoint
+from tests.model.tiny import TOKENS, random_tokens, random_weights, seed_of, tiny_configs, write_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(tiny_configs())
 TOLERANCE = 2e-5  # absolute; values have a standard deviation of about 1, so float32 rounds them by 1e-7
 PAGES = 7  # the null page and two for each of three rows
 SUB_LAYERS = (
-    "attention_norm",
     "attention.q",
     "attention.k",
     "attention.v",
@@ -35,17 +34,17 @@ SUB_LAYERS = (
     "attention.k_rotated",
     "attention.heads",
     "attention",
-    "mlp_norm",
     "mlp",
 )
-NAMES = [
-    "embed",
-    *(f"layers.{i}.{name}" for i in range(2) for name in SUB_LAYERS),
-    "layers.0",
-    "layers.1",
-    "norm",
-    "logits",
-]
+BEFORE, AFTER = ("attention_norm", "mlp_norm"), ("attention_post_norm", "mlp_post_norm")
+
+
+def names_of(case: str) -> list[str]:
+    """What a case's golden file must hold beside tokens and scores."""
+    kind = tiny_configs()[case]["model_type"]
+    norms = (() if kind == "olmo2" else BEFORE) + (AFTER if kind in ("olmo2", "gemma2", "gemma3_text") else ())
+    layers = [f"layers.{i}.{name}" for i in range(2) for name in (*SUB_LAYERS, *norms)]
+    return ["embed", *layers, "layers.0", "layers.1", "norm", "logits"]
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,11 @@ class Case:
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     config = tiny_configs()[request.param]
     folder = tmp_path_factory.mktemp(request.param)
-    write_checkpoint(folder, config, random_weights(config, SEED))
+    write_checkpoint(folder, config, random_weights(config, seed_of(request.param)))
     with closing(open_checkpoint(resolve_model(str(folder), None))) as checkpoint:
         weights = load_weights(checkpoint, np.dtype(np.float32), lambda _, array: jnp.asarray(array))
-        model = bind(checkpoint.config, jnp.dtype(jnp.float32), weights)
+        config_here = checkpoint.config.for_length(checkpoint.config.max_position_embeddings)
+        model = bind(config_here, jnp.dtype(jnp.float32), weights)
     with np.load(GOLDEN / f"{request.param}.npz") as file:
         golden = dict(file)
     traced = jax.jit(partial(trace, model))(model.leaves, jnp.asarray(golden["tokens"]))
@@ -83,17 +83,24 @@ def trace(bound: BoundModel, leaves: tuple[Array, ...], tokens: Array) -> dict[s
     """Runs the sub-layers one by one: name -> output [T, n]."""
     model = bound.merge(leaves)
     positions, tables = jnp.arange(TOKENS)[None], jnp.array([[1, 2]])
-    angles = rotary_angles(positions, bound.config.head_dim, bound.config.rope_theta)
     cache, at = empty_cache(bound), addresses(tables, positions)
     x = model.embed(tokens[None])
     values = {"embed": x}
     for i, layer in enumerate(model.layers):
         pages = (cache.keys[i], cache.values[i])
-        inside = trace_attention(layer, x, angles, pages, tables, positions)
-        inside["attention"], _ = layer.attention(inside["attention_norm"], positions, angles, pages, tables, at)
-        inside["mlp_norm"] = layer.mlp_norm(x + inside["attention"])
+        angles = rotary_angles(positions, bound.config.head_dim, layer.attention.kind.rope)
+        into = x if layer.attention_norm is None else layer.attention_norm(x)
+        inside = trace_attention(layer.attention, into, angles, pages, tables, positions) | {"attention_norm": into}
+        inside["attention"], _ = layer.attention(into, positions, angles, pages, tables, at)
+        after = inside["attention"]
+        if layer.attention_post_norm is not None:
+            after = inside["attention_post_norm"] = layer.attention_post_norm(after)
+        inside["mlp_norm"] = x + after if layer.mlp_norm is None else layer.mlp_norm(x + after)
         inside["mlp"] = layer.mlp(inside["mlp_norm"])
-        values |= {f"layers.{i}.{name}": value for name, value in inside.items()}
+        if layer.mlp_post_norm is not None:
+            inside["mlp_post_norm"] = layer.mlp_post_norm(inside["mlp"])
+        absent = () if layer.mlp_norm is not None else BEFORE
+        values |= {f"layers.{i}.{name}": value for name, value in inside.items() if name not in absent}
         x, _ = layer(x, positions, angles, pages, tables, at)
         values[f"layers.{i}"] = x
     values["norm"] = model.norm(x)
@@ -102,41 +109,53 @@ def trace(bound: BoundModel, leaves: tuple[Array, ...], tokens: Array) -> dict[s
 
 
 def trace_attention(
-    layer: Layer, x: Array, angles: tuple[Array, Array], pages: tuple[Array, Array], tables: Array, positions: Array
+    attention: Attention,
+    x: Array,
+    angles: tuple[Array, Array],
+    pages: tuple[Array, Array],
+    tables: Array,
+    positions: Array,
 ) -> dict[str, Array]:
     """The parts of attention up to its output map."""
-    H, K = layer.attention.config.num_heads, layer.attention.config.num_kv_heads
+    config = attention.config
     at = addresses(tables, positions)
-    normed = layer.attention_norm(x)
-    q, k, v = jnp.split(layer.attention.qkv(normed).reshape(1, TOKENS, H + 2 * K, -1), (H, H + K), axis=2)
+    q, k, v = jnp.split(attention.heads(x), (config.num_heads, config.num_heads + config.num_kv_heads), axis=2)
     q_rotated, k_rotated = rotate(q, *angles), rotate(k, *angles)
     keys, values = write_heads(pages[0], k_rotated, at), write_heads(pages[1], v, at)
     return {
-        "attention_norm": normed,
         "attention.q": q,
         "attention.k": k,
         "attention.v": v,
         "attention.q_rotated": q_rotated,
         "attention.k_rotated": k_rotated,
-        "attention.heads": attend(q_rotated, keys, values, tables, positions),
+        "attention.heads": attend(
+            q_rotated,
+            keys,
+            values,
+            tables,
+            positions,
+            scale=config.attention_scale,
+            window=attention.kind.window,
+            cap=config.attention_cap,
+        ),
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_sub_layer(case: Case, name: str) -> None:
-    ours = case.traced[name][case.golden["positions"]]
-    np.testing.assert_allclose(ours, case.golden[name], rtol=0, atol=TOLERANCE)
+def test_sub_layers(case: Case) -> None:
+    for name in names_of(case.name):
+        ours = case.traced[name][case.golden["positions"]]
+        np.testing.assert_allclose(ours, case.golden[name], rtol=0, atol=TOLERANCE, err_msg=name)
 
 
 def test_no_golden_value_is_left_unread(case: Case) -> None:
     others = {"tokens", "positions", "token_logprobs", "token_ranks"}
     assert case.golden.keys() == case.traced.keys() | others
-    assert set(NAMES) == case.traced.keys()
+    assert set(names_of(case.name)) == case.traced.keys()
 
 
 def test_golden_tokens_follow_from_the_seed(case: Case) -> None:
     config = tiny_configs()[case.name]
-    np.testing.assert_array_equal(random_tokens(config, SEED), case.golden["tokens"])
+    np.testing.assert_array_equal(random_tokens(config, seed_of(case.name)), case.golden["tokens"])
 
 
 @dataclass(frozen=True)

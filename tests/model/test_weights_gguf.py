@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 
+from model.rope import Rope
 from model.weights.errors import ModelLoadError
 from model.weights.gguf import GgufCheckpoint
 from model.weights.gguf_header import read_header
@@ -227,7 +228,11 @@ def test_the_default_model() -> None:
             1536,
         )
         assert (config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size) == (9, 3, 64, 49152)
-        assert (config.rope_theta, config.max_position_embeddings, config.tie_word_embeddings) == (100000.0, 8192, True)
+        assert (config.layers[0].rope, config.max_position_embeddings, config.tie_word_embeddings) == (
+            Rope(100000.0),
+            8192,
+            True,
+        )
         assert np.float32(config.rms_norm_eps) == np.float32(1e-5)
         tokens = checkpoint.metadata["tokenizer.ggml.tokens"]
         assert (len(tokens), tokens[:2], len(checkpoint.metadata["tokenizer.ggml.merges"])) == (

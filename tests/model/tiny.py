@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 SEED = 1
+# Cases where, with SEED, two logits come so close that a rank could differ by rounding.
+OTHER_SEEDS = {"mistral": 2, "olmo2": 2, "gemma3": 4}
 TOKENS = 70  # one more page than the first, whose size is 64
 
 
@@ -36,7 +38,81 @@ def tiny_configs() -> dict[str, dict[str, Any]]:
             rope_parameters={"rope_theta": 1000000.0, "rope_type": "default"},
             tie_word_embeddings=True,
         ),
+        "llama3": _config("Llama", 48, 64, 120, (4, 2), 1e-5, rope_theta=500000.0, rope_scaling=_LLAMA3),
+        "yarn": _config("Qwen2", 48, 64, 110, (3, 1), 1e-6, rope_theta=10000.0, rope_scaling=_YARN),
+        "qwen3": _config("Qwen3", 48, 64, 122, (6, 2), 1e-6, head_dim=16, rope_theta=1000000.0),
+        "mistral": _config("Mistral", 40, 72, 118, (4, 1), 1e-5, head_dim=12, sliding_window=20),
+        "smollm3": _config("SmolLM3", 48, 56, 126, (4, 2), 1e-6, rope_theta=2000000.0, no_rope_layers=[1, 0]),
+        "olmo2": _config("Olmo2", 48, 64, 124, (6, 3), 1e-6, rope_theta=500000.0),
+        "phi3": _config("Phi3", 56, 64, 116, (7, 7), 1e-5, sliding_window=30),
+        "phi3_long": _config(
+            "Phi3",
+            64,
+            48,
+            130,
+            (8, 4),
+            1e-5,
+            original_max_position_embeddings=64,
+            rope_scaling={
+                "type": "longrope",
+                "short_factor": [1.0, 1.1, 1.3, 1.6],
+                "long_factor": [1.2, 1.9, 2.7, 4.1],
+            },
+        ),
+        "gemma2": _config(
+            "Gemma2",
+            48,
+            64,
+            134,
+            (4, 2),
+            1e-6,
+            head_dim=16,
+            sliding_window=24,
+            query_pre_attn_scalar=20,
+            attn_logit_softcapping=2.0,  # so small that they show
+            final_logit_softcapping=8.0,
+            **_GELU,
+        ),
+        "gemma3": _config(
+            "Gemma3",
+            40,
+            56,
+            136,
+            (4, 1),
+            1e-6,
+            model_type="gemma3_text",
+            head_dim=16,
+            sliding_window=24,
+            query_pre_attn_scalar=20,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+            **_GELU,
+        ),
     }
+
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+_GELU: dict[str, Any] = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+}
+_ONE_ADDED = ("gemma2", "gemma3_text")  # to the weights of their norms
+
+
+def seed_of(case: str) -> int:
+    """What the weights and tokens of a case follow from."""
+    return OTHER_SEEDS.get(case, SEED)
 
 
 def _config(
@@ -62,7 +138,8 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, NDArray[np.fl
     """Hugging Face tensor name -> float32 values, the same for the same seed.
 
     Matrices keep the scale of what they multiply. Embeddings are as small as trained ones, so that the epsilon of the
-    first norms shows in the results; norm weights lie around 1, biases around 0.
+    first norms shows in the results; norm weights lie around 1 (0 where 1 is added to them), biases
+    around 0.
     """
     bits = np.random.PCG64(seed)
     weights = {}
@@ -70,7 +147,7 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, NDArray[np.fl
         if name == "model.embed_tokens.weight":
             weights[name] = _uniform(bits, shape, 0.0, 0.2)
         elif name.endswith("norm.weight"):
-            weights[name] = _uniform(bits, shape, 1.0, 0.5)
+            weights[name] = _uniform(bits, shape, 0.0 if config["model_type"] in _ONE_ADDED else 1.0, 0.5)
         elif name.endswith(".bias"):
             weights[name] = _uniform(bits, shape, 0.0, 0.5)
         else:
@@ -112,17 +189,25 @@ def _layer_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     D, F = config["hidden_size"], config["intermediate_size"]
     H, K = config["num_attention_heads"], config["num_key_value_heads"]
     E = config.get("head_dim", D // H)
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (D,),
-        "self_attn.q_proj.weight": (H * E, D),
-        "self_attn.k_proj.weight": (K * E, D),
-        "self_attn.v_proj.weight": (K * E, D),
-        "self_attn.o_proj.weight": (D, H * E),
-        "post_attention_layernorm.weight": (D,),
-        "mlp.gate_proj.weight": (F, D),
-        "mlp.up_proj.weight": (F, D),
-        "mlp.down_proj.weight": (D, F),
-    }
-    if config["model_type"] == "qwen2":
+    kind = config["model_type"]
+    shapes: dict[str, tuple[int, ...]] = {} if kind == "olmo2" else {"input_layernorm.weight": (D,)}
+    if kind == "phi3":
+        shapes["self_attn.qkv_proj.weight"] = ((H + 2 * K) * E, D)
+    else:
+        shapes |= {f"self_attn.{n}_proj.weight": (size * E, D) for n, size in (("q", H), ("k", K), ("v", K))}
+    shapes |= {"self_attn.o_proj.weight": (D, H * E), "post_attention_layernorm.weight": (D,)}
+    if kind == "phi3":
+        shapes["mlp.gate_up_proj.weight"] = (2 * F, D)
+    else:
+        shapes |= {"mlp.gate_proj.weight": (F, D), "mlp.up_proj.weight": (F, D)}
+    shapes["mlp.down_proj.weight"] = (D, F)
+    if kind == "qwen2":
         shapes |= {f"self_attn.{n}_proj.bias": (size * E,) for n, size in (("q", H), ("k", K), ("v", K))}
+    if kind in ("qwen3", "gemma3_text", "olmo2"):
+        q, k = (H * E, K * E) if kind == "olmo2" else (E, E)
+        shapes |= {"self_attn.q_norm.weight": (q,), "self_attn.k_norm.weight": (k,)}
+    if kind in (*_ONE_ADDED, "olmo2"):
+        shapes["post_feedforward_layernorm.weight"] = (D,)
+    if kind in _ONE_ADDED:
+        shapes["pre_feedforward_layernorm.weight"] = (D,)
     return shapes

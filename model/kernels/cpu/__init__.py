@@ -16,7 +16,7 @@ from model.kernels.cpu.linear import (
     unpack,
     unpack_rows,
 )
-from model.kernels.cpu.rows import rms_norm, rotate_and_store, swiglu
+from model.kernels.cpu.rows import geglu, rms_norm, rotate_and_store, soft_cap, swiglu
 
 __all__ = [
     "CpuKernels",
@@ -25,6 +25,7 @@ __all__ = [
     "PackedInt8",
     "PackedWeight",
     "attend",
+    "geglu",
     "linear",
     "load",
     "pack",
@@ -32,6 +33,7 @@ __all__ = [
     "rms_norm",
     "rotate_and_store",
     "score",
+    "soft_cap",
     "swiglu",
     "token_numbers",
     "unpack",

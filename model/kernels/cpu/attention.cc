@@ -53,7 +53,7 @@ bool InBounds(const Pages& p) {
 
 ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                      ffi::Buffer<ffi::S32> tables, ffi::Buffer<ffi::S32> positions, ffi::ResultBuffer<ffi::F32> out,
-                     int64_t window) {
+                     int64_t window, float scale, float cap) {
   const auto q = queries.dimensions(), k = keys.dimensions(), v = values.dimensions(), t = tables.dimensions();
   const auto at = positions.dimensions();
   if (q.size() != 4 || k.size() != 4 || v.size() != 4 || t.size() != 2 || at.size() != 2 ||
@@ -64,7 +64,7 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::A
         "attention takes q [R, T, H, E], keys and values [N, K, 64, E], tables [R, P], positions [R, T]");
   }
   const Pages pages = {tables.typed_data(), positions.typed_data(), queries.typed_data(), keys.untyped_data(),
-                       values.untyped_data(), out->typed_data(), q[0], q[1], q[2], k[1], q[3], t[1], k[0], window};
+                       values.untyped_data(), out->typed_data(), q[0], q[1], q[2], k[1], q[3], t[1], k[0], window, scale, cap};
   if (!InBounds(pages)) return ffi::Error::InvalidArgument("attention: a page or a position is out of bounds");
   if (keys.element_type() == ffi::BF16) return Outcome(AttendAll<uint16_t>(pool, pages));
   if (keys.element_type() == ffi::F32) return Outcome(AttendAll<float>(pool, pages));
@@ -82,4 +82,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_attention, Attention,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<int64_t>("window"));
+                                  .Attr<int64_t>("window")
+                                  .Attr<float>("scale")
+                                  .Attr<float>("cap"));

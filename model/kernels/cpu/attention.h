@@ -32,6 +32,8 @@ struct Pages {
   float* out;                // [R, T, H * E]
   int64_t rows, tokens, heads, kv_heads, size, table, pages;
   int64_t window;  // keys that a query sees, itself included; 0 = all
+  float scale;     // of a score
+  float cap;       // cap * tanh(score / cap) stands for a score; 0 = as it is
 };
 
 struct Unit {
@@ -64,7 +66,7 @@ class Scratch {
   const int64_t padded;
   float* keys;    // [E, S] the page's keys, transposed
   float* values;  // [S, Ep]
-  float* query;   // [Q, Ep] times E^-1/2
+  float* query;   // [Q, Ep] times the scale
   float* sum;     // [Q, Ep]
   float* weight;  // [Q, S] scores, then exp(score - best)
   float* total;   // [Q, 16] sums of weights, by lane
@@ -122,7 +124,7 @@ void Scores(int64_t query, int64_t size, const Scratch& at) {
 }
 
 // Scores to weights, with best, total and scale moved on. The query sees places [first, last) of the page.
-INLINE void Weigh(int64_t query, int64_t first, int64_t last, const Scratch& at) {
+INLINE void Weigh(int64_t query, int64_t first, int64_t last, float cap, const Scratch& at) {
   float* weights = at.weight + query * kPage;
   if (std::max<int64_t>(first, 0) >= last) {
     std::fill_n(weights, kPage, 0.0f);
@@ -131,7 +133,8 @@ INLINE void Weigh(int64_t query, int64_t first, int64_t last, const Scratch& at)
   }
   Floats score[4], top = Fill(at.best[query]);
   for (int v = 0; v < 4; ++v) {
-    const Floats all = Load(weights + v * kLanes), none = Fill(-std::numeric_limits<float>::infinity());
+    const Floats raw = Load(weights + v * kLanes), none = Fill(-std::numeric_limits<float>::infinity());
+    const Floats all = cap > 0 ? SoftCap(raw, Fill(cap)) : raw;
     const Floats early = Choose(FirstLanes(last - v * kLanes), all, none);
     score[v] = Choose(FirstLanes(first - v * kLanes), none, early);
     top = Max(top, score[v]);
@@ -218,7 +221,7 @@ Queries Begin(const Pages& p, const Unit& unit, const Scratch& at) {
     queries.first = queries.first < 0 ? position : std::min(queries.first, position);
     queries.last = std::max(queries.last, position);
   }
-  const Floats factor = Fill(1.0f / __builtin_sqrtf(static_cast<float>(p.size)));
+  const Floats factor = Fill(p.scale);
   for (int64_t q = 0; q < queries.count; ++q) {
     const int64_t token = unit.row * p.tokens + unit.from + q / group;
     const float* from = p.queries + (token * p.heads + unit.head * group + q % group) * p.size;
@@ -260,7 +263,8 @@ void Attend(const Pages& p, const Unit& unit, const Scratch& at) {
     FOR_TILES(queries.count, SCORES)
     for (int64_t q = 0; q < queries.count; ++q) {
       const int64_t position = queries.position(q);
-      Weigh(q, p.window > 0 ? position - p.window + 1 - start : 0, std::min(valid, position + 1 - start), at);
+      Weigh(q, p.window > 0 ? position - p.window + 1 - start : 0, std::min(valid, position + 1 - start), p.cap,
+            at);
     }
 #define ACCUMULATE(rows) AccumulateAll<rows>(q, valid, at)
     FOR_TILES(queries.count, ACCUMULATE)

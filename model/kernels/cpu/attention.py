@@ -8,7 +8,17 @@ from jax import Array
 from model.kernels.cpu.library import ATTENTION_TARGET, require
 
 
-def attend(queries: Array, keys: Array, values: Array, tables: Array, positions: Array, *, window: int = 0) -> Array:
+def attend(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    tables: Array,
+    positions: Array,
+    *,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+) -> Array:
     """Causal attention of each query over its row's cached tokens, itself included, in the order of attention.h.
 
     A query has the same bits in every batch and chunk; padding costs nothing and gives zeros.
@@ -18,7 +28,9 @@ def attend(queries: Array, keys: Array, values: Array, tables: Array, positions:
         keys, values: [N, K, 64, E] bfloat16 or float32 pages.
         tables: [R, P] int32 pages of each row in order.
         positions: [R, T] int32, -1 for padding.
+        scale: of the scores.
         window: how many tokens a query sees, itself included; 0 = all before it.
+        cap: cap * tanh(score / cap) stands for a score; 0 = as it is.
 
     Returns:
         [R, T, H * E] float32.
@@ -29,4 +41,6 @@ def attend(queries: Array, keys: Array, values: Array, tables: Array, positions:
     require()
     R, T, H, E = queries.shape
     call = jax.ffi.ffi_call(ATTENTION_TARGET, jax.ShapeDtypeStruct((R, T, H * E), jnp.float32))
-    return call(queries, keys, values, tables, positions, window=np.int64(window))
+    return call(
+        queries, keys, values, tables, positions, window=np.int64(window), scale=np.float32(scale), cap=np.float32(cap)
+    )

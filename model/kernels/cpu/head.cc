@@ -9,6 +9,7 @@
 
 #include "outcome.h"
 #include "parallel.h"
+#include "rows.h"
 #include "weight.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -69,10 +70,18 @@ ffi::Error FromLogits(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, Ids id
   }));
 }
 
+// The head's product, and the bound of its logits: 0 where there is none.
+struct Head {
+  Problem whole;
+  TileTable tiles;
+  float cap;
+};
+
 // The logits of all rows in columns [first, first + count), by the tiles of the linear kernel: y [M, count].
-void Logits(const Problem& whole, TileTable tiles, int64_t first, int64_t count, float* y) {
-  const Problem part = Columns(whole, first, count, y);
-  for (int64_t block = 0; block < part.blocks; ++block) Compute(part, tiles, block, block + 1 < part.blocks);
+void Logits(const Head& head, int64_t first, int64_t count, float* y) {
+  const Problem part = Columns(head.whole, first, count, y);
+  for (int64_t block = 0; block < part.blocks; ++block) Compute(part, head.tiles, block, block + 1 < part.blocks);
+  if (head.cap > 0) SoftCapRow(y, head.cap, part.m * count, y);
 }
 
 struct Asked {
@@ -82,7 +91,7 @@ struct Asked {
 
 // The logits of the tokens that are asked for, which must be known before the panels are counted. What lies in one
 // block of columns comes from one product, of the rows from the first to the last that ask.
-bool OwnLogits(ffi::ThreadPool pool, const std::shared_ptr<Tally>& tally, const Problem& whole, TileTable tiles) {
+bool OwnLogits(ffi::ThreadPool pool, const std::shared_ptr<Tally>& tally, const Head& head) {
   std::map<int64_t, std::vector<Asked>> by_block;
   for (int64_t r = 0; r < tally->numbers.rows; ++r) {
     for (Token& token : tally->rows[static_cast<size_t>(r)].tokens) {
@@ -93,17 +102,17 @@ bool OwnLogits(ffi::ThreadPool pool, const std::shared_ptr<Tally>& tally, const 
   for (auto& [block, asked] : by_block) blocks->push_back(std::move(asked));
   const auto count = static_cast<int64_t>(blocks->size());
   return Share(pool, std::min<int64_t>(pool.num_threads(), count), count,
-               [blocks, whole, tiles](int64_t from, int64_t to) {
+               [blocks, head](int64_t from, int64_t to) {
                  const FloatMode mode;
                  for (int64_t i = from; i < to; ++i) {
                    const std::vector<Asked>& asked = (*blocks)[static_cast<size_t>(i)];
                    const int64_t first = asked.front().token->id / kColumns * kColumns, row = asked.front().row;
-                   const int64_t columns = std::min(kColumns, whole.n - first);
-                   Problem some = whole;
-                   some.x += row * whole.k;
-                   some.m = asked.back().row - row + 1;
-                   std::vector<float> y(static_cast<size_t>(some.m * columns));
-                   Logits(some, tiles, first, columns, y.data());
+                   const int64_t columns = std::min(kColumns, head.whole.n - first);
+                   Head some = head;
+                   some.whole.x += row * head.whole.k;
+                   some.whole.m = asked.back().row - row + 1;
+                   std::vector<float> y(static_cast<size_t>(some.whole.m * columns));
+                   Logits(some, first, columns, y.data());
                    for (const Asked& one : asked) {
                      one.token->own = y[static_cast<size_t>((one.row - row) * columns + one.token->id - first)];
                    }
@@ -112,7 +121,8 @@ bool OwnLogits(ffi::ThreadPool pool, const std::shared_ptr<Tally>& tally, const 
 }
 
 ffi::Error Score(TileTable tiles, ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> hidden, const Weight& weight, Ids ids,
-                 Ids named_ids, ffi::BufferR0<ffi::S32> live, ffi::RemainingRets results, int64_t vocab) {
+                 Ids named_ids, ffi::BufferR0<ffi::S32> live, ffi::RemainingRets results, int64_t vocab,
+                 float cap) {
   const auto xs = hidden.dimensions();
   if (xs.size() != 2 || !weight.Fits(vocab, xs[1])) {
     return ffi::Error::InvalidArgument("score takes hidden [M, K] and a packed weight [V, K]");
@@ -122,24 +132,24 @@ ffi::Error Score(TileTable tiles, ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> h
   const int64_t rows = request.numbers.rows;
   if (rows == 0) return ffi::Error::Success();
   auto tally = std::make_shared<Tally>(request.numbers);
-  const Problem problem = weight.MakeProblem(hidden.typed_data(), nullptr, false, rows, vocab, xs[1]);
-  if (!OwnLogits(pool, tally, problem, tiles)) return Outcome(false);
-  return Outcome(Gather(pool, tally, [problem, tiles, rows](int64_t panel, int64_t count, auto take) {
+  const Head head = {weight.MakeProblem(hidden.typed_data(), nullptr, false, rows, vocab, xs[1]), tiles, cap};
+  if (!OwnLogits(pool, tally, head)) return Outcome(false);
+  return Outcome(Gather(pool, tally, [head, rows](int64_t panel, int64_t count, auto take) {
     std::vector<float> logits(static_cast<size_t>(rows * count));
-    Logits(problem, tiles, panel * kPanel, count, logits.data());
+    Logits(head, panel * kPanel, count, logits.data());
     for (int64_t r = 0; r < rows; ++r) take(r, logits.data() + r * count);
   }));
 }
 
 ffi::Error FromHidden(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> hidden, ffi::Buffer<ffi::BF16> w, Ids ids,
-                      Ids named_ids, ffi::BufferR0<ffi::S32> live, ffi::RemainingRets results, int64_t vocab) {
-  return Score(FastestTiles(), pool, hidden, PairsOf(w), ids, named_ids, live, results, vocab);
+                      Ids named_ids, ffi::BufferR0<ffi::S32> live, ffi::RemainingRets results, int64_t vocab, float cap) {
+  return Score(FastestTiles(), pool, hidden, PairsOf(w), ids, named_ids, live, results, vocab, cap);
 }
 
 ffi::Error FromHiddenInt8(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> hidden, ffi::Buffer<ffi::S8> w,
                           ffi::Buffer<ffi::F16> scales, Ids ids, Ids named_ids, ffi::BufferR0<ffi::S32> live,
-                          ffi::RemainingRets results, int64_t vocab) {
-  return Score(Int8Tiles(), pool, hidden, Int8Of(w, scales), ids, named_ids, live, results, vocab);
+                          ffi::RemainingRets results, int64_t vocab, float cap) {
+  return Score(Int8Tiles(), pool, hidden, Int8Of(w, scales), ids, named_ids, live, results, vocab, cap);
 }
 
 }  // namespace
@@ -162,7 +172,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_score, FromHidden,
                                   .Arg<Ids>()
                                   .Arg<ffi::BufferR0<ffi::S32>>()
                                   .RemainingRets()
-                                  .Attr<int64_t>("vocab"));
+                                  .Attr<int64_t>("vocab")
+                                  .Attr<float>("cap"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_score_int8, FromHiddenInt8,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -173,4 +184,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_score_int8, FromHiddenInt8,
                                   .Arg<Ids>()
                                   .Arg<ffi::BufferR0<ffi::S32>>()
                                   .RemainingRets()
-                                  .Attr<int64_t>("vocab"));
+                                  .Attr<int64_t>("vocab")
+                                  .Attr<float>("cap"));

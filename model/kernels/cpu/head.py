@@ -41,10 +41,13 @@ def token_numbers(logits: Array, ids: Array, named_ids: Array, live: Array, *, k
     return Numbers(*_call(NUMBERS_TARGET, named_ids, k)(logits, ids, named_ids, live))
 
 
-def score(hidden: Array, weight: Packed, ids: Array, named_ids: Array, live: Array, *, k: int) -> Numbers:
+def score(
+    hidden: Array, weight: Packed, ids: Array, named_ids: Array, live: Array, *, k: int, cap: float = 0.0
+) -> Numbers:
     """`token_numbers` of the logits hidden [R, K] bfloat16 times weight transposed, to the last bit.
 
-    A row of logits never exists as a whole: a thread holds 1,024 columns of them.
+    A row of logits never exists as a whole: a thread holds 1,024 columns of them. `cap` bounds them as `soft_cap` does;
+    0 leaves them.
 
     Raises:
         RuntimeError: `load()` gives None.
@@ -53,7 +56,9 @@ def score(hidden: Array, weight: Packed, ids: Array, named_ids: Array, live: Arr
     require()
     check_input(hidden, weight)
     call = _call(SCORE_TARGET if isinstance(weight, PackedWeight) else SCORE_INT8_TARGET, named_ids, k)
-    return Numbers(*call(hidden, *arrays_of(weight), ids, named_ids, live, vocab=np.int64(weight.n)))
+    return Numbers(
+        *call(hidden, *arrays_of(weight), ids, named_ids, live, vocab=np.int64(weight.n), cap=np.float32(cap))
+    )
 
 
 def _call(target: str, named_ids: Array, k: int) -> Callable[..., Sequence[Array]]:

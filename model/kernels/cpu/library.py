@@ -13,6 +13,8 @@ TARGET = "logprobd_linear"
 ATTENTION_TARGET = "logprobd_attention"
 NORM_TARGET = "logprobd_norm"
 SWIGLU_TARGET = "logprobd_swiglu"
+GEGLU_TARGET = "logprobd_geglu"
+SOFT_CAP_TARGET = "logprobd_soft_cap"
 ROTATE_TARGET = "logprobd_rotate"
 NUMBERS_TARGET = "logprobd_numbers"
 SCORE_TARGET = "logprobd_score"
@@ -23,6 +25,8 @@ TARGETS = (
     ATTENTION_TARGET,
     NORM_TARGET,
     SWIGLU_TARGET,
+    GEGLU_TARGET,
+    SOFT_CAP_TARGET,
     ROTATE_TARGET,
     NUMBERS_TARGET,
     SCORE_TARGET,

@@ -1,4 +1,4 @@
-// RMSNorm, SwiGLU, and rotary embedding with the write to the cache, as handlers of XLA's foreign function interface.
+// RMSNorm, gated activations, soft caps, and rotary embedding with the write to the cache, as handlers of XLA's foreign function interface.
 // rows.h has the arithmetic and its promise.
 
 #include "rows.h"
@@ -52,19 +52,43 @@ ffi::Error Norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::
   });
 }
 
-ffi::Error Swiglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::BufferR0<ffi::S32> live,
-                  ffi::Result<ffi::AnyBuffer> y) {
+// row(gate, up, F, y) for each row of [M, 2 F].
+template <typename Row>
+ffi::Error Gated(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::BufferR0<ffi::S32> live,
+                 ffi::Result<ffi::AnyBuffer> y, Row row) {
   const auto xs = x.dimensions(), ys = y->dimensions();
   if (xs.size() != 2 || ys.size() != 2 || ys[0] != xs[0] || 2 * ys[1] != xs[1]) {
-    return ffi::Error::InvalidArgument("swiglu takes [M, 2 F], gate then up, and gives [M, F]");
+    return ffi::Error::InvalidArgument("a gated activation takes [M, 2 F], gate then up, and gives [M, F]");
   }
   const float* from = x.typed_data();
   const int64_t size = ys[1];
   return Typed(y, [&](auto* to) {
-    return EachRow(pool, xs[0], *live.typed_data(), 2 * size, to, size * sizeof(*to), [=](int64_t i) {
-      SwigluRow(from + 2 * i * size, from + (2 * i + 1) * size, size, to + i * size);
-    });
+    return EachRow(pool, xs[0], *live.typed_data(), 2 * size, to, size * sizeof(*to),
+                   [=](int64_t i) { row(from + 2 * i * size, from + (2 * i + 1) * size, size, to + i * size); });
   });
+}
+
+ffi::Error Swiglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::BufferR0<ffi::S32> live,
+                  ffi::Result<ffi::AnyBuffer> y) {
+  return Gated(pool, x, live, y, [](auto... row) { SwigluRow(row...); });
+}
+
+ffi::Error Geglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::BufferR0<ffi::S32> live,
+                 ffi::Result<ffi::AnyBuffer> y) {
+  return Gated(pool, x, live, y, [](auto... row) { GegluRow(row...); });
+}
+
+ffi::Error CapRows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::BufferR0<ffi::S32> live,
+                   ffi::ResultBuffer<ffi::F32> y, float cap) {
+  const auto xs = x.dimensions();
+  if (xs.size() != 2 || y->element_count() != x.element_count() || !(cap > 0)) {
+    return ffi::Error::InvalidArgument("soft_cap takes x [M, N] and a positive cap and gives y [M, N]");
+  }
+  const float* from = x.typed_data();
+  float* to = y->typed_data();
+  const int64_t size = xs[1];
+  return Outcome(EachRow(pool, xs[0], *live.typed_data(), size, to, size * sizeof(*to),
+                         [=](int64_t i) { SoftCapRow(from + i * size, cap, size, to + i * size); }));
 }
 
 struct Heads {
@@ -153,6 +177,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_swiglu, Swiglu,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::BufferR0<ffi::S32>>()
                                   .Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_geglu, Geglu,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::BufferR0<ffi::S32>>()
+                                  .Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_soft_cap, CapRows,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::BufferR0<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("cap"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_rotate, RotateAndStore,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

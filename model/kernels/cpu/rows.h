@@ -28,16 +28,30 @@ void NormRow(const float* x, const float* weight, float epsilon, int64_t size, E
   }
 }
 
-// y = gate / (1 + exp(-gate)) * up, by e = exp(-|gate|), which never overflows.
+// y = gate * sigmoid(gate) * up.
 template <typename Element>
 void SwigluRow(const float* gate, const float* up, int64_t size, Element* y) {
-  const Floats one = Fill(1.0f);
   for (int64_t i = 0; i < size; i += kLanes) {
     const Floats g = LoadSome(gate + i, size - i);
-    const Floats e = ExpOfNegative(Sub(Zeros(), Abs(g)));
-    const Floats sigmoid = Div(Choose(Less(g, Zeros()), e, one), Add(one, e));
-    StoreSome(y + i, size - i, Mul(Mul(g, sigmoid), LoadSome(up + i, size - i)));
+    StoreSome(y + i, size - i, Mul(Mul(g, Sigmoid(g)), LoadSome(up + i, size - i)));
   }
+}
+
+// y = gelu(gate) * up by the approximation with tanh, where (1 + tanh(u)) / 2 = sigmoid(2 u).
+template <typename Element>
+void GegluRow(const float* gate, const float* up, int64_t size, Element* y) {
+  const Floats linear = Fill(1.5957691216f), cubic = Fill(0.044715f * 1.5957691216f);  // 2 sqrt(2 / pi)
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const Floats g = LoadSome(gate + i, size - i);
+    const Floats u = Mul(g, Fma(Mul(g, g), cubic, linear));
+    StoreSome(y + i, size - i, Mul(Mul(g, Sigmoid(u)), LoadSome(up + i, size - i)));
+  }
+}
+
+// y = cap * tanh(x / cap).
+inline void SoftCapRow(const float* x, float cap, int64_t size, float* y) {
+  const Floats bound = Fill(cap);
+  for (int64_t i = 0; i < size; i += kLanes) StoreSome(y + i, size - i, SoftCap(LoadSome(x + i, size - i), bound));
 }
 
 // Turns the pairs (i, i + half) of one head by its token's angles.

@@ -1,4 +1,4 @@
-"""What a layer does to one token at a time, each in one pass: RMSNorm, SwiGLU, rotary embedding with the cache write.
+"""What a layer does to one token at a time, each in one pass: norm, gated activation, soft cap, rotary and cache write.
 
 A token has the same bits in every batch and chunk. Rows from `live` ([] int32) on are padding and give zeros. All raise
 RuntimeError where `load()` gives None.
@@ -10,7 +10,14 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from model.kernels.cpu.library import NORM_TARGET, ROTATE_TARGET, SWIGLU_TARGET, require
+from model.kernels.cpu.library import (
+    GEGLU_TARGET,
+    NORM_TARGET,
+    ROTATE_TARGET,
+    SOFT_CAP_TARGET,
+    SWIGLU_TARGET,
+    require,
+)
 
 
 def rms_norm(x: Array, weight: Array, live: Array, *, epsilon: float, dtype: DTypeLike) -> Array:
@@ -22,9 +29,24 @@ def rms_norm(x: Array, weight: Array, live: Array, *, epsilon: float, dtype: DTy
 
 def swiglu(gate_up: Array, live: Array, *, dtype: DTypeLike) -> Array:
     """silu(gate) * up: gate_up [M, 2 F] float32, gate first -> [M, F], rounded to dtype."""
+    return _gated(SWIGLU_TARGET, gate_up, live, dtype)
+
+
+def geglu(gate_up: Array, live: Array, *, dtype: DTypeLike) -> Array:
+    """gelu(gate) * up, gelu by its approximation with tanh: as `swiglu`."""
+    return _gated(GEGLU_TARGET, gate_up, live, dtype)
+
+
+def soft_cap(x: Array, live: Array, *, cap: float) -> Array:
+    """cap * tanh(x / cap): x [M, N] float32 -> [M, N]."""
+    require()
+    return jax.ffi.ffi_call(SOFT_CAP_TARGET, jax.ShapeDtypeStruct(x.shape, x.dtype))(x, live, cap=np.float32(cap))
+
+
+def _gated(target: str, gate_up: Array, live: Array, dtype: DTypeLike) -> Array:
     require()
     M, width = gate_up.shape
-    return jax.ffi.ffi_call(SWIGLU_TARGET, jax.ShapeDtypeStruct((M, width // 2), dtype))(gate_up, live)
+    return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((M, width // 2), dtype))(gate_up, live)
 
 
 def rotate_and_store(

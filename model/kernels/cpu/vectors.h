@@ -49,4 +49,23 @@ INLINE Floats ExpOfNegative(Floats x) {
   return Choose(Less(x, Fill(-87.0f)), Zeros(), TimesPowerOfTwo(e, n));  // a NaN is not less: it stays
 }
 
+// 1 / (1 + exp(-x)), by exp(-|x|), which never overflows.
+INLINE Floats Sigmoid(Floats x) {
+  const Floats one = Fill(1.0f), e = ExpOfNegative(Sub(Zeros(), Abs(x)));
+  return Div(Choose(Less(x, Zeros()), e, one), Add(one, e));
+}
+
+// tanh(x): its Taylor series to x^11 below 1/4, where 1 - exp(-2|x|) would lose digits, and that form above.
+INLINE Floats Tanh(Floats x) {
+  const Floats size = Abs(x), one = Fill(1.0f), square = Mul(x, x);
+  Floats series = Fill(-1382.0f / 155925);
+  for (const float term : {62.0f / 2835, -17.0f / 315, 2.0f / 15, -1.0f / 3}) series = Fma(series, square, Fill(term));
+  const Floats small = Fma(Mul(series, square), x, x);
+  const Floats e = ExpOfNegative(Mul(size, Fill(-2.0f))), large = Div(Sub(one, e), Add(one, e));
+  return Choose(Less(size, Fill(0.25f)), small, Choose(Less(x, Zeros()), Sub(Zeros(), large), large));
+}
+
+// cap * tanh(x / cap): what keeps a model's scores and logits below cap (Gemma 2).
+INLINE Floats SoftCap(Floats x, Floats cap) { return Mul(cap, Tanh(Div(x, cap))); }
+
 }  // namespace

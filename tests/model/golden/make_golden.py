@@ -10,12 +10,15 @@ some positions [P] int32, float32 arrays under the names of our own sub-layers:
     embed, norm [P, D], logits [P, V], and for layer i, each with the prefix "layers.i":
     .attention_norm [P, D]; .attention.q, .k, .v before and .q_rotated, .k_rotated after rotary, [P, heads * E];
     .attention.heads [P, H * E] before and .attention [P, D] after the output map; .mlp_norm, .mlp [P, D];
-    the layer's output [P, D] under the prefix itself
+    .attention_post_norm, .mlp_post_norm [P, D]; the layer's output [P, D] under the prefix itself
+
+A family has those of the norms that its layers have.
 """
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,7 +28,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from tests.model.tiny import SEED, random_tokens, random_weights, tiny_configs
+from tests.model.tiny import random_tokens, random_weights, seed_of, tiny_configs
 
 FOLDER = Path(__file__).parent
 # Both ends, some in between, and both sides of the border between two pages of 64 tokens.
@@ -38,7 +41,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for name, config in tiny_configs().items():
         with torch.no_grad():
-            arrays: dict[str, Any] = _golden(config)
+            arrays: dict[str, Any] = _golden(config, seed_of(name))
         np.savez_compressed(FOLDER / f"{name}.npz", **arrays)
     versions = {
         "python": sys.version.split()[0],
@@ -49,12 +52,12 @@ def main() -> None:
     (FOLDER / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 
 
-def _golden(config: dict[str, Any]) -> dict[str, NDArray[Any]]:
-    model = _module(config)
+def _golden(config: dict[str, Any], seed: int) -> dict[str, NDArray[Any]]:
+    model = _module(config, seed)
     values: dict[str, Any] = {}
     _record_layers(model, values)
-    tokens = random_tokens(config, SEED)
-    with _recording_rotary(model, values):
+    tokens = random_tokens(config, seed)
+    with _recording_attention(model, values):
         logits = model(torch.from_numpy(tokens)[None].long(), use_cache=False).logits[0]
     values["logits"] = logits
     arrays = {key: value.reshape(len(tokens), -1).numpy()[POSITIONS] for key, value in values.items()}
@@ -69,7 +72,7 @@ def _scores(logits: Any, targets: Any) -> dict[str, NDArray[Any]]:
     ids = torch.arange(logits.shape[1])
     others = (logits - own).abs()[ids != targets[:, None]]
     if others.min() < SMALLEST_GAP:
-        raise ValueError(f"two logits are only {others.min()} apart, so that a rank may differ: change SEED")
+        raise ValueError(f"two logits are only {others.min()} apart: give the case another seed")
     ahead = (logits > own) | ((logits == own) & (ids < targets[:, None]))
     return {
         "token_logprobs": torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0].numpy(),
@@ -77,15 +80,12 @@ def _scores(logits: Any, targets: Any) -> dict[str, NDArray[Any]]:
     }
 
 
-def _module(config: dict[str, Any]) -> Any:
+def _module(config: dict[str, Any], seed: int) -> Any:
     """The Hugging Face module with the tiny weights, float32, attention written out."""
     model_class = getattr(transformers, config["architectures"][0])
-    hf_config = model_class.config_class(**config, attn_implementation="eager")
-    rope = hf_config.rope_parameters
-    if rope != {"rope_theta": config.get("rope_theta", rope["rope_theta"]), "rope_type": "default"}:
-        raise ValueError(f"transformers made {rope} of {config}")
+    hf_config = model_class.config_class(**config, pad_token_id=0, attn_implementation="eager")
     model = model_class(hf_config).eval().float()
-    weights = {name: torch.from_numpy(array) for name, array in random_weights(config, SEED).items()}
+    weights = {name: torch.from_numpy(array) for name, array in random_weights(config, seed).items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if unexpected or missing != (["lm_head.weight"] if config["tie_word_embeddings"] else []):
         raise ValueError(f"missing {missing}, unexpected {unexpected}")
@@ -96,23 +96,22 @@ def _module(config: dict[str, Any]) -> Any:
 def _record_layers(model: Any, values: dict[str, Any]) -> None:
     """Has every sub-layer put its output into `values`."""
     core = model.model
-    core.embed_tokens.register_forward_hook(_keep(values, "embed"))
+    core.layers[0].register_forward_pre_hook(_keep_input(values, "embed"))
     core.norm.register_forward_hook(_keep(values, "norm"))
     for i, layer in enumerate(core.layers):
         at = f"layers.{i}"
-        attention = layer.self_attn
-        for module, name in (
-            (layer, at),
-            (layer.input_layernorm, f"{at}.attention_norm"),
-            (attention, f"{at}.attention"),
-            (attention.q_proj, f"{at}.attention.q"),
-            (attention.k_proj, f"{at}.attention.k"),
-            (attention.v_proj, f"{at}.attention.v"),
-            (layer.post_attention_layernorm, f"{at}.mlp_norm"),
-            (layer.mlp, f"{at}.mlp"),
-        ):
+        named = {at: layer, f"{at}.attention": layer.self_attn, f"{at}.mlp": layer.mlp}
+        after_attention, after_mlp = layer.post_attention_layernorm, getattr(layer, "post_feedforward_layernorm", None)
+        if after_mlp is None:
+            named[f"{at}.mlp_norm"] = after_attention
+        else:
+            named |= {f"{at}.attention_post_norm": after_attention, f"{at}.mlp_post_norm": after_mlp}
+        for name, module in (("attention_norm", "input_layernorm"), ("mlp_norm", "pre_feedforward_layernorm")):
+            if hasattr(layer, module):
+                named[f"{at}.{name}"] = getattr(layer, module)
+        for name, module in named.items():
             module.register_forward_hook(_keep(values, name))
-        attention.o_proj.register_forward_pre_hook(_keep_input(values, f"{at}.attention.heads"))
+        layer.self_attn.o_proj.register_forward_pre_hook(_keep_input(values, f"{at}.attention.heads"))
 
 
 def _keep(values: dict[str, Any], name: str) -> Callable[[Any, Any, Any], None]:
@@ -129,19 +128,29 @@ def _keep_input(values: dict[str, Any], name: str) -> Callable[[Any, Any], None]
     return hook
 
 
-def _recording_rotary(model: Any, values: dict[str, Any]) -> Any:
-    """A context in which the modelling file's rotary function, called once a layer and in order, is recorded too."""
+@contextmanager
+def _recording_attention(model: Any, values: dict[str, Any]) -> Iterator[None]:
+    """A context in which what enters the modelling file's rotary and attention functions is recorded too."""
     modelling = sys.modules[type(model).__module__]
-    rotary = modelling.apply_rotary_pos_emb
-    layers = iter(range(len(model.model.layers)))
+    rotary, attention = modelling.apply_rotary_pos_emb, modelling.eager_attention_forward
+    before: dict[str, Any] = {}  # queries and keys of the layer at work, where it is told the positions
 
-    def recording(*args: Any, **kwargs: Any) -> Any:
-        q, k = rotary(*args, **kwargs)  # [1, heads, T, E]
-        at = f"layers.{next(layers)}.attention"
-        values[f"{at}.q_rotated"], values[f"{at}.k_rotated"] = q[0].transpose(0, 1), k[0].transpose(0, 1)
-        return q, k
+    def recording_rotary(q: Any, k: Any, *args: Any, **kwargs: Any) -> Any:
+        before.update(q=q, k=k)
+        return rotary(q, k, *args, **kwargs)
 
-    return patch.object(modelling, "apply_rotary_pos_emb", recording)
+    def recording_attention(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        found = {"q_rotated": query, "k_rotated": key, "v": value, "q": query, "k": key, **before}  # [1, heads, T, E]
+        before.clear()
+        for name, heads in found.items():
+            values[f"layers.{module.layer_idx}.attention.{name}"] = heads[0].transpose(0, 1)
+        return attention(module, query, key, value, *args, **kwargs)
+
+    with (
+        patch.object(modelling, "apply_rotary_pos_emb", recording_rotary),
+        patch.object(modelling, "eager_attention_forward", recording_attention),
+    ):
+        yield
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+"""ModelConfig from GGUF metadata (key names: the GGUF specification, `docs/gguf.md` of the ggml project)."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from model import rope as ropes
+from model.config import ConfigError, LayerKind, ModelConfig
+from model.config_values import float_of, head_dim_of, int_of, layer_count
+from model.families import FAMILIES, Family, family_of
+from model.rope import Rope
+
+type Tensor = Callable[[str], tuple[float, ...]]
+
+# Tensors that hold what rotary frequencies are divided by.
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_DIVISORS, _LONG, _SHORT = ROPE_TENSORS
+# Largest of their families: scores are scaled by hidden size over heads, not by head size. Files do not say so.
+_SCALED_BY_HIDDEN = {("gemma2", 46), ("gemma3", 62)}
+
+
+def config_from_gguf(metadata: Mapping[str, Any], tensor: Tensor, *, has_output: bool) -> ModelConfig:
+    """Reads the metadata of a file.
+
+    Args:
+        metadata: key -> Python value; `tokenizer.ggml.tokens` gives the vocabulary size where no key does.
+        tensor: the values of one of ROPE_TENSORS, empty where the file has no such tensor.
+        has_output: whether the file holds `output.weight`; without it the head is the embedding.
+
+    Raises:
+        ConfigError: names the key that is missing or not supported.
+    """
+    arch = metadata.get("general.architecture")
+    family = family_of(gguf_architecture=arch)
+    if family is None:
+        known = ", ".join(sorted(name for row in FAMILIES.values() for name in row.gguf_architectures))
+        raise ConfigError(f"GGUF: general.architecture {arch!r} is not known; known: {known}")
+    key = f"{arch}.".__add__
+    heads, hidden = int_of(metadata, key("attention.head_count")), int_of(metadata, key("embedding_length"))
+    head_dim = head_dim_of(metadata, key("attention.key_length"), hidden, heads)
+    for name in ("rope.dimension_count", "attention.value_length"):
+        if int_of(metadata, key(name), head_dim) != head_dim:
+            raise ConfigError(f"GGUF: {key(name)} differs from the head size {head_dim}: not supported")
+    tokens = metadata.get("tokenizer.ggml.tokens") or []
+    if not isinstance(tokens, list):
+        raise ConfigError("tokenizer.ggml.tokens must be a list")
+    layers = _layers(metadata, family, key, tensor, head_dim)
+    by_hidden = (family.name, len(layers)) in _SCALED_BY_HIDDEN
+    return ModelConfig(
+        family=family.name,
+        vocab_size=len(tokens) or int_of(metadata, key("vocab_size")),
+        hidden_size=hidden,
+        intermediate_size=int_of(metadata, key("feed_forward_length")),
+        num_heads=heads,
+        num_kv_heads=int_of(metadata, key("attention.head_count_kv"), heads),
+        head_dim=head_dim,
+        layers=layers,
+        # GGUF keeps it as float32: 9.99999974738e-06 is read back as the 1e-5 that was meant.
+        rms_norm_eps=float(f"{float_of(metadata, key('attention.layer_norm_rms_epsilon')):.6g}"),
+        max_position_embeddings=int_of(metadata, key("context_length")),
+        tie_word_embeddings=not has_output,
+        attention_scale=float((hidden / heads if by_hidden else head_dim) ** -0.5),
+        attention_cap=float_of(metadata, key("attn_logit_softcapping"), 0.0),
+        logit_cap=float_of(metadata, key("final_logit_softcapping"), 0.0),
+    )
+
+
+def _layers(
+    metadata: Mapping[str, Any], family: Family, key: Callable[[str], str], tensor: Tensor, head_dim: int
+) -> tuple[LayerKind, ...]:
+    rope = _rope(metadata, key, tensor, head_dim)
+    local = rope if family.local_theta is None else Rope(family.local_theta)
+    count = layer_count(metadata, key("block_count"))
+    period = family.no_rope_period
+    kinds = []
+    for i, window in enumerate(_windows(metadata, family, key, count)):
+        told = not period or (i + 1) % period != 0
+        kinds.append(LayerKind((local if window else rope) if told else None, window))
+    return tuple(kinds)
+
+
+def _windows(metadata: Mapping[str, Any], family: Family, key: Callable[[str], str], count: int) -> list[int]:
+    """The window of each layer, 0 where it sees all."""
+    window = int_of(metadata, key("attention.sliding_window"), 0)
+    pattern = metadata.get(key("attention.sliding_window_pattern"))
+    if isinstance(pattern, list):
+        if len(pattern) != count:
+            raise ConfigError(f"GGUF: {key('attention.sliding_window_pattern')} must hold {count} values")
+        return [window if local else 0 for local in pattern]
+    period = int_of(metadata, key("attention.sliding_window_pattern"), family.local_period)
+    return [0 if period and (i + 1) % period == 0 else window for i in range(count)]
+
+
+def _rope(metadata: Mapping[str, Any], key: Callable[[str], str], tensor: Tensor, head_dim: int) -> Rope:
+    theta = float_of(metadata, key("rope.freq_base"), 10000.0)
+    if not theta > 1:
+        raise ConfigError(f"GGUF: {key('rope.freq_base')} must be above 1, got {theta}")
+    most = int_of(metadata, key("context_length"))
+    original = int_of(metadata, key("rope.scaling.original_context_length"), most)
+    if long := tensor(_LONG):
+        scale = float_of(metadata, key("rope.scaling.attn_factor"), ropes.longrope_scale(most / original, original))
+        return Rope(theta, tensor(_SHORT), scale, long, original)
+    type_ = metadata.get(key("rope.scaling.type"), "none")
+    factor = float_of(metadata, key("rope.scaling.factor"), 1.0)
+    if not factor >= 1:
+        raise ConfigError(f"GGUF: {key('rope.scaling.factor')} must be at least 1, got {factor}")
+    if type_ == "yarn":
+        divisors = ropes.yarn_divisors(
+            theta, head_dim, factor=factor, fast=32.0, slow=1.0, original=original, truncate=True
+        )
+        return Rope(theta, divisors, ropes.yarn_scale(factor))
+    if type_ not in ("none", "linear"):
+        raise ConfigError(f"GGUF: {key('rope.scaling.type')} {type_!r} is not supported; known: none, linear, yarn")
+    divisors = tensor(_DIVISORS)
+    if type_ == "linear" and factor != 1:
+        divisors = tuple(factor * each for each in divisors or (1.0,) * (head_dim // 2))
+    return Rope(theta, divisors)

@@ -1,0 +1,203 @@
+"""ModelConfig from a Hugging Face `config.json`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from model import rope as ropes
+from model.config import ConfigError, LayerKind, ModelConfig
+from model.config_values import float_of, floats_of, head_dim_of, int_of, layer_count, mapping_of, strings_of
+from model.families import FAMILIES, Family, family_of
+from model.rope import Rope
+
+_GLOBAL, _LOCAL = "full_attention", "sliding_attention"  # entries of `layer_types`
+
+
+def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """Reads a `config.json`.
+
+    Raises:
+        ConfigError: names the key that is missing or not supported.
+    """
+    family = family_of(hf_architectures=strings_of(config, "architectures"), hf_model_type=config.get("model_type"))
+    if family is None:
+        known = ", ".join(sorted(name for row in FAMILIES.values() for name in row.hf_architectures))
+        raise ConfigError(f"config.json: architecture {config.get('architectures')} is not known; known: {known}")
+    config = {**family.hf_defaults, **config}
+    _refuse_unsupported(config, family)
+    heads, hidden = int_of(config, "num_attention_heads"), int_of(config, "hidden_size")
+    head_dim = head_dim_of(config, "head_dim", hidden, heads)
+    return ModelConfig(
+        family=family.name,
+        vocab_size=int_of(config, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=int_of(config, "intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=int_of(config, "num_key_value_heads", heads),
+        head_dim=head_dim,
+        layers=_layers(config, family, head_dim),
+        rms_norm_eps=float_of(config, "rms_norm_eps", 1e-6),
+        max_position_embeddings=int_of(config, "max_position_embeddings"),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        attention_scale=_attention_scale(config, head_dim),
+        attention_cap=float_of(config, "attn_logit_softcapping", 0.0),
+        logit_cap=float_of(config, "final_logit_softcapping", 0.0),
+    )
+
+
+def _attention_scale(config: Mapping[str, Any], head_dim: int) -> float:
+    scalar = float_of(config, "query_pre_attn_scalar", head_dim)
+    if not scalar > 0:
+        raise ConfigError(f"config.json: query_pre_attn_scalar must be a positive number, got {scalar}")
+    return float(scalar**-0.5)
+
+
+def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
+    for key in ("hidden_activation", "hidden_act"):
+        if config.get(key) not in (None, *family.activation_names):
+            known = ", ".join(family.activation_names)
+            raise ConfigError(f"config.json: {key} {config[key]!r} is not supported; known: {known}")
+    for key in ("quantization_config", "partial_rotary_factor"):
+        if config.get(key) not in (None, 1, 1.0):
+            raise ConfigError(f"config.json: {key} is not supported yet")
+    if config.get("attention_bias") and not family.qkv_bias:
+        raise ConfigError("config.json: attention_bias is not supported for this architecture")
+    if config.get("mlp_bias"):
+        raise ConfigError("config.json: mlp_bias is not supported")
+    if config.get("use_bidirectional_attention"):
+        raise ConfigError("config.json: use_bidirectional_attention is not supported")
+
+
+def _layers(config: Mapping[str, Any], family: Family, head_dim: int) -> tuple[LayerKind, ...]:
+    windows = _windows(config, family)
+    told = _told(config, family)
+    kinds = []
+    for i, window in enumerate(windows):
+        kind = _LOCAL if window and family.local_theta else _GLOBAL
+        kinds.append(LayerKind(_rope(config, kind, family, head_dim) if told[i] else None, window))
+    return tuple(kinds)
+
+
+def _windows(config: Mapping[str, Any], family: Family) -> list[int]:
+    """The window of each layer, 0 where it sees all."""
+    count = layer_count(config, "num_hidden_layers")
+    types = strings_of(config, "layer_types")
+    flagged = family.window_flag and not config.get("use_sliding_window")
+    window = 0 if flagged else int_of(config, "sliding_window", 0)
+    if types:
+        if len(types) != count or not set(types) <= {_GLOBAL, _LOCAL}:
+            raise ConfigError(f"config.json: layer_types must be {count} of {_GLOBAL}, {_LOCAL}")
+        if _LOCAL in types and not window:
+            raise ConfigError(f"config.json: layer_types has {_LOCAL}, but sliding_window is missing")
+        return [window if each == _LOCAL else 0 for each in types]
+    period = int_of(config, "sliding_window_pattern", family.local_period)
+    first = int_of(config, "max_window_layers", 0) if family.window_flag else 0
+    return [0 if i < first or (period and (i + 1) % period == 0) else window for i in range(count)]
+
+
+def _told(config: Mapping[str, Any], family: Family) -> list[bool]:
+    """Whether each layer is told the positions."""
+    count = layer_count(config, "num_hidden_layers")
+    if not family.no_rope_period:
+        return [True] * count
+    said = config.get("no_rope_layers")
+    if said is None:
+        period = int_of(config, "no_rope_layer_interval", family.no_rope_period)
+        return [(i + 1) % max(1, period) != 0 for i in range(count)]
+    if not isinstance(said, list) or len(said) != count or not set(said) <= {0, 1}:
+        raise ConfigError(f"config.json: no_rope_layers must be {count} of 0 and 1")
+    return [bool(each) for each in said]
+
+
+def _rope(config: Mapping[str, Any], kind: str, family: Family, head_dim: int) -> Rope:
+    """The angles of one kind of layer.
+
+    transformers 5 keeps all in `rope_parameters`, for each kind of layer where they differ; before it there were
+    `rope_theta` and `rope_scaling`.
+    """
+    parameters = mapping_of(config, "rope_parameters")
+    if kind in parameters:
+        parameters = mapping_of(parameters, kind)
+    elif kind == _LOCAL:
+        return Rope(float_of(config, "rope_local_base_freq", family.local_theta))
+    theta = float_of(parameters if "rope_theta" in parameters else config, "rope_theta", 10000.0)
+    if not theta > 1:
+        raise ConfigError(f"config.json: rope_theta must be above 1, got {theta}")
+    key = "rope_parameters" if parameters else "rope_scaling"
+    scaling = parameters or mapping_of(config, key)
+    type_ = scaling.get("rope_type", scaling.get("type", "default"))
+    if type_ not in _SCALINGS:
+        known = ", ".join(_SCALINGS)
+        raise ConfigError(f"config.json: {key} of type {type_!r} is not supported; known: {known}")
+    return _SCALINGS[type_](theta, head_dim, {**_lengths(config), **scaling})
+
+
+def _lengths(config: Mapping[str, Any]) -> dict[str, int]:
+    most = int_of(config, "max_position_embeddings")
+    original = int_of(config, "original_max_position_embeddings", most)
+    return {"max_position_embeddings": most, "original_max_position_embeddings": original}
+
+
+def _plain(theta: float, _: int, __: Mapping[str, Any]) -> Rope:
+    return Rope(theta)
+
+
+def _linear(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> Rope:
+    return Rope(theta, (float_of(scaling, "factor"),) * (head_dim // 2))
+
+
+def _llama3(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> Rope:
+    low, high = float_of(scaling, "low_freq_factor"), float_of(scaling, "high_freq_factor")
+    if not high > low:
+        raise ConfigError(f"config.json: high_freq_factor {high} is not above low_freq_factor {low}")
+    original = int_of(scaling, "original_max_position_embeddings")
+    factor = _factor(scaling)
+    return Rope(theta, ropes.llama3_divisors(theta, head_dim, factor=factor, low=low, high=high, original=original))
+
+
+def _yarn(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> Rope:
+    factor, original = _factor(scaling), int_of(scaling, "original_max_position_embeddings")
+    divisors = ropes.yarn_divisors(
+        theta,
+        head_dim,
+        factor=factor,
+        fast=float_of(scaling, "beta_fast", 32.0),
+        slow=float_of(scaling, "beta_slow", 1.0),
+        original=original,
+        truncate=bool(scaling.get("truncate", True)),
+    )
+    share, all_share = float_of(scaling, "mscale", 0.0), float_of(scaling, "mscale_all_dim", 0.0)
+    usual = ropes.yarn_scale(factor)
+    if share and all_share:
+        usual = ropes.yarn_scale(factor, share) / ropes.yarn_scale(factor, all_share)
+    return Rope(theta, divisors, float_of(scaling, "attention_factor", usual))
+
+
+def _longrope(theta: float, _: int, scaling: Mapping[str, Any]) -> Rope:
+    original = int_of(scaling, "original_max_position_embeddings")
+    if original < 2:
+        raise ConfigError(f"config.json: original_max_position_embeddings must be at least 2, got {original}")
+    factor = float_of(scaling, "factor", int_of(scaling, "max_position_embeddings") / original)
+    return Rope(
+        theta,
+        floats_of(scaling, "short_factor"),
+        float_of(scaling, "attention_factor", ropes.longrope_scale(factor, original)),
+        floats_of(scaling, "long_factor"),
+        original,
+    )
+
+
+def _factor(scaling: Mapping[str, Any]) -> float:
+    factor = float_of(scaling, "factor")
+    if not factor >= 1:
+        raise ConfigError(f"config.json: a rotary factor must be at least 1, got {factor}")
+    return factor
+
+
+_SCALINGS: Mapping[str, Callable[[float, int, Mapping[str, Any]], Rope]] = {
+    "default": _plain,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "su": _longrope,  # the older name
+}

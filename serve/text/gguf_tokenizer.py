@@ -24,23 +24,25 @@ class _Pre:
 
 
 _GPT2 = _Pre()
+# tokenizer.json of Llama 3, and of all that cut words as cl100k does: numbers are cut into threes.
+_THREES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = _Pre(split=_THREES, ignore_merges=True, add_bos=True)
+# tokenizer.json of Qwen2, Qwen2.5 and Qwen3: single digits.
+_QWEN2 = _Pre(split=_THREES.replace("{1,3}", ""), nfc=True)
 _PRE = {
     "default": _GPT2,
     "gpt-2": _GPT2,
     "smollm": _Pre(single_digits=True),
-    # tokenizer.json of Qwen2 and Qwen2.5.
-    "qwen2": _Pre(
-        split=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-        nfc=True,
-    ),
-    # tokenizer.json of Llama 3: as Qwen2's but for numbers, which are cut into threes.
-    "llama-bpe": _Pre(
-        split=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-        ignore_merges=True,
-        add_bos=True,
-    ),
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "dbrx": _Pre(split=_THREES),  # OLMo-2's files say so
+    "smaug-bpe": _Pre(split=_THREES),
 }
 _TEMPLATE_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 

@@ -33,11 +33,11 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, attn_implementation="eager").eval()
         prompts = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))["prompts"]
         with torch.no_grad():
-            ranges[name] = [_ranges(model, prompt) for prompt in prompts]
+            ranges[name] = [ranges_of(model, prompt) for prompt in prompts]
     (FOLDER / "rank_ranges.json").write_text(json.dumps(ranges, separators=(",", ":")) + "\n")
 
 
-def _ranges(model: Any, prompt: dict[str, Any]) -> list[list[int]]:
+def ranges_of(model: Any, prompt: dict[str, Any]) -> list[list[int]]:
     ids = torch.tensor(prompt["prompt_token_ids"])
     logits = model(ids[None]).logits[0, :-1]
     own = logits.gather(1, ids[1:, None])

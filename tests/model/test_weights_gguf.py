@@ -13,7 +13,7 @@ from model.rope import Rope
 from model.weights.errors import ModelLoadError
 from model.weights.gguf import GgufCheckpoint
 from model.weights.gguf_header import read_header
-from model.weights.source import default_model_path
+from model.weights.source import default_model_path, resolve_model
 from tests.model.tiny_checkpoints import BF16, TinyModel, gguf_name
 
 U32, STRING, ARRAY = 4, 8, 9
@@ -162,20 +162,40 @@ def test_types_that_python_can_write(path: Path, kind: str) -> None:
         assert (info.shape, info.stored_as, info.supported) == (tiny.shapes()[name], kind, True)
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+# Where the float16 scales of a block lie: any other bits are numbers, but these could be NaN.
+SCALES = {
+    "Q2_K": (-4, -2),
+    "Q3_K": (-2,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (-2,),
+    "IQ1_S": (0,),
+    "IQ2_S": (0,),
+    "IQ2_XS": (0,),
+    "IQ2_XXS": (0,),
+    "IQ3_S": (0,),
+    "IQ3_XXS": (0,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+    "TQ1_0": (-2,),
+    "TQ2_0": (-2,),
+}
+
+
+@pytest.mark.parametrize("kind", SCALES)
 def test_types_that_only_raw_blocks_can_make(path: Path, kind: str) -> None:
     qtype = gguf.GGMLQuantizationType[kind]
     block, block_bytes = gguf.GGML_QUANT_SIZES[qtype]
     blocks = np.random.default_rng(3).integers(0, 256, (5, 2 * block_bytes), np.uint8)
-    for scale in (0, 2) if kind == "Q4_K" else (block_bytes - 2,):  # float16 fields: any bits could be NaN
-        for start in (scale, scale + block_bytes):
+    for scale in SCALES[kind]:
+        for start in (scale % block_bytes, scale % block_bytes + block_bytes):
             blocks[:, start : start + 2] = np.array([0.125], "<f2").view(np.uint8)
     with closing(GgufCheckpoint(TinyModel().write_gguf(path, raw={"extra": (blocks, kind)}))) as checkpoint:
         info = checkpoint.names()["extra"]
         assert (info.shape, info.stored_as, info.supported, info.nbytes) == ((5, 2 * block), kind, True, blocks.size)
         got = checkpoint.read("extra")
         np.testing.assert_array_equal(got, gguf.quants.dequantize(blocks, qtype))
-        assert np.ptp(got) > 1
+        assert np.ptp(got) > 0.2
 
 
 def test_a_tensor_of_several_runs(path: Path) -> None:
@@ -187,10 +207,10 @@ def test_a_tensor_of_several_runs(path: Path) -> None:
 
 
 def test_other_types_are_told_apart(path: Path) -> None:
-    blocks = np.zeros((2, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q2_K][1]), np.uint8)
-    with closing(GgufCheckpoint(TinyModel().write_gguf(path, raw={"extra": (blocks, "Q2_K")}))) as checkpoint:
+    blocks = np.zeros((2, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_1][1]), np.uint8)
+    with closing(GgufCheckpoint(TinyModel().write_gguf(path, raw={"extra": (blocks, "Q8_1")}))) as checkpoint:
         info = checkpoint.names()["extra"]
-        assert (info.stored_as, info.supported) == ("Q2_K", False)
+        assert (info.stored_as, info.supported) == ("Q8_1", False)
 
 
 def test_a_file_cut_after_it_was_opened(path: Path) -> None:
@@ -201,14 +221,57 @@ def test_a_file_cut_after_it_was_opened(path: Path) -> None:
             checkpoint.read(last)
 
 
-def test_a_part_of_a_split_file(path: Path) -> None:
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_uint16("split.count", 3)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    with pytest.raises(ModelLoadError, match="is one of 3 parts"):
-        GgufCheckpoint(path)
+def split(folder: Path, parts: int = 3) -> list[Path]:
+    """A tiny model in several files, as gguf-split makes them: the first has the metadata, each some tensors."""
+    whole = TinyModel().write_gguf(folder / "whole.gguf")
+    reader = gguf.GGUFReader(whole)
+    paths = []
+    for number in range(parts):
+        path = folder / f"tiny-{number + 1:05}-of-{parts:05}.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        if number == 0:
+            for key, field in reader.fields.items():
+                if not key.startswith(("GGUF.", "general.architecture")):
+                    writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", parts)
+        for tensor in reader.tensors[number::parts]:
+            writer.add_tensor(tensor.name, tensor.data)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        paths.append(path)
+    return paths
+
+
+@pytest.mark.parametrize("named", [0, 2])
+def test_a_model_in_several_files(tmp_path: Path, named: int) -> None:
+    parts = split(tmp_path)
+    with closing(GgufCheckpoint(tmp_path / "whole.gguf")) as whole, closing(GgufCheckpoint(parts[named])) as checkpoint:
+        assert checkpoint.config == whole.config
+        assert checkpoint.names() == whole.names()
+        for name in whole.names():
+            np.testing.assert_array_equal(checkpoint.read(name), whole.read(name))
+    (tmp_path / "whole.gguf").unlink()
+    assert resolve_model(str(tmp_path), None).path == parts[0]
+
+
+def test_parts_that_are_not_what_their_names_say(tmp_path: Path) -> None:
+    first, second, third = split(tmp_path)
+    kept = second.read_bytes()
+    second.unlink()
+    with pytest.raises(ModelLoadError, match=r"tiny-00002-of-00003\.gguf: No such file"):
+        GgufCheckpoint(first)
+    second.write_bytes(third.read_bytes())
+    with pytest.raises(ModelLoadError, match=r"tiny-00002-of-00003\.gguf: is not part 2 of 3"):
+        GgufCheckpoint(first)
+    second.write_bytes(kept[:-64])
+    with pytest.raises(ModelLoadError, match=r"tiny-00002-of-00003\.gguf: truncated"):
+        GgufCheckpoint(first)
+    first.rename(tmp_path / "other.gguf")
+    with pytest.raises(ModelLoadError, match="is one of 3 parts, but is not named"):
+        GgufCheckpoint(tmp_path / "other.gguf")
 
 
 def test_a_bad_configuration_names_the_file(path: Path) -> None:

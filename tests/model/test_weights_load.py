@@ -169,14 +169,14 @@ def test_problems_of_a_gguf_file_carry_its_own_names(tmp_path: Path) -> None:
     tiny = TinyModel()
     del tiny.tensors[UP]
     tiny.tensors["model.embed_tokens.weight"] = np.zeros((48, 32), np.float32)
-    block = np.zeros((64, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q2_K][1]), np.uint8)
+    block = np.zeros((64, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_1][1]), np.uint8)
     path = tiny.write_gguf(
-        tmp_path / "a.gguf", raw={"mystery.weight": (block, "Q2_K"), "blk.1.ffn_up.weight": (block, "Q2_K")}
+        tmp_path / "a.gguf", raw={"mystery.weight": (block, "Q8_1"), "blk.1.ffn_up.weight": (block, "Q8_1")}
     )
     assert problems(path) == [
         "token_embd.weight: has shape [48, 32], must be [48, 64]",
-        "blk.1.ffn_up.weight: has shape [64, 256], must be [96, 64]",
-        "blk.1.ffn_up.weight: stored as Q2_K, which is not supported",
+        "blk.1.ffn_up.weight: has shape [64, 32], must be [96, 64]",
+        "blk.1.ffn_up.weight: stored as Q8_1, which is not supported",
         "mystery.weight: unexpected",
     ]
 

@@ -30,15 +30,35 @@ CONFIG: dict[str, Any] = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
+GELU: dict[str, Any] = CONFIG | {"hidden_act": "gelu_pytorch_tanh", "sliding_window": 70, "query_pre_attn_scalar": 64}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": CONFIG,
+    "gemma2": GELU
+    | {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 9.0,
+    },
+    "gemma3": GELU
+    | {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
 BUCKETS = Buckets(decode_rows=(1, 2, 4), prefill_chunks=(16, 64), score_rows=64, pages_per_row=4)
 REQUESTS = 80
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8"])
+@pytest.fixture(
+    scope="module", params=["llama-float32", "llama-bfloat16", "llama-int8", "gemma2-bfloat16", "gemma3-float32"]
+)
 def small_runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
     folder = tmp_path_factory.mktemp("model")
-    write_checkpoint(folder, CONFIG, random_weights(CONFIG, seed=3))
-    return make_runner(folder, request.param, BUCKETS, pages=10)
+    family, weights = request.param.split("-")
+    write_checkpoint(folder, CONFIGS[family], random_weights(CONFIGS[family], seed=3))
+    return make_runner(folder, weights, BUCKETS, pages=10)
 
 
 @dataclass(frozen=True, slots=True)

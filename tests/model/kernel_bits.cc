@@ -88,7 +88,8 @@ void Linear(int64_t m, int64_t n, int64_t k) {
 }
 
 template <typename Element>
-void Attention(int64_t tokens, int64_t before, int64_t heads, int64_t kv_heads, int64_t size, int64_t window) {
+void Attention(int64_t tokens, int64_t before, int64_t heads, int64_t kv_heads, int64_t size, int64_t window,
+               float cap = 0) {
   Random random(static_cast<uint64_t>(tokens * 1000 + before * 100 + size));
   const int64_t rows = 2, table = (before + tokens + kPage - 1) / kPage, pages = rows * table + 1;
   const auto queries = Filled<float>(random, rows * tokens * heads * size, -3, 3);
@@ -102,7 +103,8 @@ void Attention(int64_t tokens, int64_t before, int64_t heads, int64_t kv_heads, 
   }
   std::vector<float> out(queries.size());
   const Pages p = {tables.data(), positions.data(), queries.data(), keys.data(), values.data(), out.data(), rows,
-                   tokens, heads, kv_heads, size, table, pages, window, 1 / __builtin_sqrtf(static_cast<float>(size)), 0};
+                   tokens, heads, kv_heads, size, table, pages, window, 1 / __builtin_sqrtf(static_cast<float>(size)),
+                   cap};
   const Scratch scratch(std::min(kQueryTokens, tokens) * (heads / kv_heads), size);
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t head = 0; head < kv_heads; ++head) {
@@ -112,7 +114,8 @@ void Attention(int64_t tokens, int64_t before, int64_t heads, int64_t kv_heads, 
     }
   }
   Print("attention " + std::to_string(tokens) + " after " + std::to_string(before) + " of " + std::to_string(heads) +
-            "x" + std::to_string(size) + " window " + std::to_string(window) + NameOf<Element>(),
+            "x" + std::to_string(size) + " window " + std::to_string(window) +
+            (cap > 0 ? " capped" : "") + NameOf<Element>(),
         out);
 }
 
@@ -123,11 +126,17 @@ void Rows(int64_t size) {
   std::vector<Element> norm(static_cast<size_t>(size)), swiglu(norm), copy(norm), turned(static_cast<size_t>(2 * size));
   NormRow(x.data(), w.data(), 1e-5f, size, norm.data());
   SwigluRow(x.data(), x.data() + size, size, swiglu.data());
+  std::vector<Element> geglu(static_cast<size_t>(size));
+  GegluRow(x.data(), x.data() + size, size, geglu.data());
+  std::vector<float> capped(static_cast<size_t>(2 * size));
+  SoftCapRow(x.data(), 7, 2 * size, capped.data());
   CopyHead(x.data(), size, copy.data());
   RotateHead(x.data(), w.data(), w.data(), size, turned.data());
   const std::string name = std::to_string(size) + NameOf<Element>();
   Print("norm " + name, norm);
   Print("swiglu " + name, swiglu);
+  Print("geglu " + name, geglu);
+  Print("soft cap " + name, capped);
   Print("copy " + name, copy);
   Print("rotate " + name, turned);
 }
@@ -185,6 +194,7 @@ int main() {
   Attention<uint16_t>(70, 30, 4, 1, 98, 0);
   Attention<float>(40, 100, 3, 3, 6, 50);
   Attention<uint16_t>(33, 0, 8, 1, 128, 7);
+  Attention<float>(40, 100, 4, 2, 16, 50, 2);
   for (const int64_t size : {1, 15, 16, 17, 96, 577}) {
     Rows<float>(size);
     Rows<uint16_t>(size);

@@ -52,18 +52,18 @@ class Crowd:
         at = np.arange(start, end, dtype=np.int32)
         return np.where(at < self.lengths[row], at, -1)[None]
 
-    def chunk(self, row: int, start: int, end: int, *, window: int = 0) -> Floats:
+    def chunk(self, row: int, start: int, end: int, *, window: int = 0, cap: float = 0.0) -> Floats:
         """What the kernel gives tokens [start, end) of a row, as one prefill chunk."""
         at = self.positions(row, start, end)
         tables = self.tables[row : row + 1]
-        out = run(cpu.attend, self, self.queries[row : row + 1, start:end], tables, at, window=window)[0]
+        out = run(cpu.attend, self, self.queries[row : row + 1, start:end], tables, at, window=window, cap=cap)[0]
         seen: Floats = out[at[0] >= 0]
         return seen
 
-    def whole(self, row: int, *, window: int = 0) -> Floats:
-        return self.chunk(row, 0, self.lengths[row], window=window)
+    def whole(self, row: int, *, window: int = 0, cap: float = 0.0) -> Floats:
+        return self.chunk(row, 0, self.lengths[row], window=window, cap=cap)
 
-    def in_float64(self, row: int, *, window: int = 0) -> NDArray[np.float64]:
+    def in_float64(self, row: int, *, window: int = 0, cap: float = 0.0) -> NDArray[np.float64]:
         """[T, H * E] in plain words."""
         T = self.lengths[row]
         _, _, H, E = self.queries.shape
@@ -76,6 +76,7 @@ class Crowd:
             return shared
 
         scores = np.einsum("the,hse->hts", self.queries[row, :T].astype(np.float64), of(self.keys)) / np.sqrt(E)
+        scores = cap * np.tanh(scores / cap) if cap else scores
         at = np.arange(T)
         seen = at <= at[:, None]
         if window:
@@ -110,6 +111,19 @@ def test_it_is_within_float32_rounding_of_attention(heads: tuple[int, int, int],
         np.testing.assert_allclose(
             rows.whole(row, window=window), rows.in_float64(row, window=window), rtol=0, atol=4e-6
         )
+
+
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_capped_scores(dtype: str, window: int) -> None:
+    rows = crowd((4, 2, 32), (1, 200), dtype)
+    whole = rows.whole(1, window=window, cap=1.5)
+    np.testing.assert_allclose(whole, rows.in_float64(1, window=window, cap=1.5), rtol=0, atol=4e-6)
+    assert np.abs(whole - rows.whole(1, window=window)).max() > 1e-2
+    for start, end in ((0, 1), (63, 65), (134, 200)):
+        np.testing.assert_array_equal(rows.chunk(1, start, end, window=window, cap=1.5), whole[start:end])
+    out = run(attend_in_xla, rows, rows.queries[1:], rows.tables[1:], rows.positions(1, 0, 200), window=window, cap=1.5)
+    np.testing.assert_allclose(out[0], whole, rtol=0, atol=4e-6)
 
 
 @pytest.mark.parametrize("window", [0, 40])

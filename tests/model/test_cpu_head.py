@@ -42,6 +42,19 @@ def test_score_has_the_bits_of_the_numbers_of_logits(rows: int, width: int, voca
     check_equal(cpu.score(hidden, weight, ids, named, live, k=k), expected)
 
 
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_score_caps_logits_as_soft_cap_does(rows: int) -> None:
+    hidden, weight = normal(0, rows, 96), cpu.pack(normal(1, 2100, 96))
+    ids, named = ids_of(rows, 2100)
+    live = jnp.int32(rows)
+    logits = cpu.soft_cap(cpu.linear(hidden, weight, live=live), live, cap=2.0)
+    expected = cpu.token_numbers(logits, ids, named, live, k=20)
+    found = cpu.score(hidden, weight, ids, named, live, k=20, cap=2.0)
+    check_equal(found, expected)
+    uncapped = cpu.score(hidden, weight, ids, named, live, k=20)
+    assert not np.array_equal(np.asarray(found.logprob), np.asarray(uncapped.logprob))
+
+
 def test_a_row_has_the_same_bits_in_every_batch() -> None:
     hidden, weight = normal(2, 64, 96), cpu.pack(normal(3, 5000, 96))
     ids, named = ids_of(64, 5000)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from model.kernels import cpu
 from model.kernels.cpu import library
 from model.kv_cache import PAGE_SIZE
-from model.layers import rms_norm_in_xla, swiglu_in_xla
+from model.layers import geglu_in_xla, rms_norm_in_xla, soft_cap_in_xla, swiglu_in_xla
 from model.rope import Rope
 from model.rotary import rotary_angles, rotate_and_store, rotate_and_store_in_xla
 
@@ -36,6 +36,14 @@ def norm(x: jax.Array, weight: jax.Array, live: jax.Array, dtype: str = "float32
 
 def gated(x: jax.Array, live: jax.Array, dtype: str = "float32") -> Floats:
     return np.asarray(cpu.swiglu(x, live, dtype=dtype))
+
+
+def geglu(x: jax.Array, live: jax.Array, dtype: str = "float32") -> Floats:
+    return np.asarray(cpu.geglu(x, live, dtype=dtype))
+
+
+def capped(x: jax.Array, live: jax.Array) -> Floats:
+    return np.asarray(cpu.soft_cap(x, live, cap=30.0))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -65,14 +73,51 @@ def test_swiglu_of_extreme_gates_neither_overflows_nor_swallows_nan() -> None:
     assert np.isnan(y[8])
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_geglu_is_within_float32_rounding(width: int) -> None:
+    x = 3 * normal(6, 5, 2 * width)
+    gate, up = np.split(np.asarray(x, np.float64), 2, axis=1)
+    exact = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
+    np.testing.assert_allclose(geglu(x, all_of(x)), exact, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(geglu_in_xla(x, all_of(x), dtype="float32")), exact, rtol=2e-6, atol=1e-6)
+
+
+def test_geglu_of_extreme_gates_neither_overflows_nor_swallows_nan() -> None:
+    gates = [-1e30, -200.0, -10.0, -0.0, 0.0, 10.0, 200.0, 1e12, np.nan]
+    x = jnp.asarray([[*gates, *[1.0] * len(gates)]], jnp.float32)
+    y = geglu(x, all_of(x))[0]
+    np.testing.assert_allclose(y[:8], [0, 0, 0, 0, 0, 10, 200, 1e12], rtol=1e-6, atol=1e-6)
+    assert np.isnan(y[8])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_soft_cap_is_within_float32_rounding(width: int) -> None:
+    x = normal(8, 7, width) * jnp.asarray([[1e-6], [0.01], [1.0], [7.0], [7.6], [30.0], [1000.0]])
+    exact = 30 * np.tanh(np.asarray(x, np.float64) / 30)
+    np.testing.assert_allclose(capped(x, all_of(x)), exact, rtol=4e-7)
+    np.testing.assert_allclose(np.asarray(soft_cap_in_xla(x, all_of(x), cap=30.0)), exact, rtol=4e-6)
+
+
+def test_soft_cap_keeps_order_signs_and_nan() -> None:
+    x = jnp.asarray([[-np.inf, -1e30, -31.0, -1e-30, 0.0, 1e-30, 31.0, 1e30, np.inf, np.nan]], jnp.float32)
+    y = capped(x, all_of(x))[0]
+    assert (np.diff(y[:9]) >= 0).all()
+    assert (y[0], y[4], y[8]) == (-30, 0, 30)
+    assert np.isnan(y[9])
+    np.testing.assert_array_equal(capped(jnp.stack([x[0]] * 3), jnp.int32(1))[1:], np.zeros((2, 10)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_has_the_same_bits_in_every_batch(dtype: str) -> None:
     x, weight = normal(3, 257, 2 * 577), normal(4, 2 * 577)
     whole_norm, whole_gated = norm(x, weight, all_of(x), dtype), gated(x, all_of(x), dtype)
+    whole_geglu, whole_capped = geglu(x, all_of(x), dtype), capped(x, all_of(x))
     for m in (1, 2, 3, 16, 64):
         for first in (0, 257 - m):
             part = x[first : first + m]
             np.testing.assert_array_equal(norm(part, weight, all_of(part), dtype), whole_norm[first : first + m])
+            np.testing.assert_array_equal(geglu(part, all_of(part), dtype), whole_geglu[first : first + m])
+            np.testing.assert_array_equal(capped(part, all_of(part)), whole_capped[first : first + m])
             np.testing.assert_array_equal(gated(part, all_of(part), dtype), whole_gated[first : first + m])
 
 

@@ -6,13 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
 
 from model.kernels import cpu
 from model.transformer import BoundModel, bind
 from model.weights.checkpoint import Checkpoint
-from model.weights.int8 import Int8Array
 from model.weights.load import load_weights
+from model.weights.rows import Int8Rows, Rows
 
 
 def load_model(
@@ -38,12 +37,13 @@ def load_model(
     dtype = jnp.dtype(dtype_name)
     packs = dtype == jnp.bfloat16 and jax.default_backend() == "cpu" and cpu.load() is not None
 
-    def put_int8(array: Int8Array) -> Any:
-        return cpu.pack_int8(jnp.asarray(array.values), jnp.asarray(array.scales))
+    def put_int8(rows: Int8Rows) -> Any:
+        return cpu.pack_int8_rows(rows.shape, ((run.values, run.scales) for run in rows.runs()))
 
-    def put(_: str, array: NDArray[Any]) -> Any:
-        placed = jnp.asarray(array)
-        return cpu.pack(placed) if packs and placed.ndim == 2 else placed
+    def put(_: str, rows: Rows) -> Any:
+        if packs and len(rows.shape) == 2:
+            return cpu.pack_rows(rows.shape, rows.runs())
+        return jax.device_put(rows.whole())
 
     weights = load_weights(checkpoint, np.dtype(dtype), put, progress, put_int8=put_int8 if int8 else None)
     config = checkpoint.config

@@ -38,16 +38,16 @@ class Checkpoint(Protocol):
     def names(self) -> Mapping[str, TensorInfo]:
         """Every tensor in the file(s)."""
 
-    def read(self, name: str) -> NDArray[Any]:
-        """A fresh array of the tensor's values: bfloat16 where it is stored so, else float32.
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """A fresh array of rows start..stop-1 (along axis 0) of a tensor: bfloat16 where it is stored so, else float32.
 
         Raises:
             ModelLoadError: the bytes cannot be read or decoded; the message does not repeat the name.
             KeyError: no such tensor.
         """
 
-    def read_int8(self, name: str) -> Int8Array | None:
-        """The tensor's own int8 values and scales, where it is a matrix that is stored so; else None.
+    def read_int8(self, name: str, start: int = 0, stop: int | None = None) -> Int8Array | None:
+        """The rows' own int8 values and scales, where the tensor is a matrix that is stored so; else None.
 
         Raises:
             ModelLoadError, KeyError: as `read`.

@@ -68,34 +68,40 @@ class GgufCheckpoint:
             for name, tensor in self._tensors.items()
         }
 
-    def read(self, name: str) -> NDArray[Any]:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """See `Checkpoint.read`."""
         tensor = self._tensors[name]
-        values = self._read_bytes(name)
+        values = self._read_rows(name, start, stop)
         if tensor.type_name in _QUANTISED:
             values = _dequantise(values, GGMLQuantizationType(tensor.type_number))
         elif tensor.type_name == "F16":
             values = values.astype(np.float32)
-        return values.reshape(tensor.shape)
+        return values.reshape(-1, *tensor.shape[1:])
 
-    def read_int8(self, name: str) -> Int8Array | None:
+    def read_int8(self, name: str, start: int = 0, stop: int | None = None) -> Int8Array | None:
         """See `Checkpoint.read_int8`."""
         tensor = self._tensors[name]
         if tensor.type_name != "Q8_0" or len(tensor.shape) != 2:
             return None
-        blocks = self._read_bytes(name).view(_Q8_0_BLOCK).reshape(tensor.shape[0], -1)
-        return Int8Array(blocks["values"].reshape(tensor.shape), blocks["scale"].copy())
+        columns = tensor.shape[1]
+        blocks = self._read_rows(name, start, stop).view(_Q8_0_BLOCK).reshape(-1, columns // GROUP)
+        return Int8Array(blocks["values"].reshape(-1, columns), blocks["scale"].copy())
 
-    def _read_bytes(self, name: str) -> NDArray[Any]:
+    def _read_rows(self, name: str, start: int, stop: int | None) -> NDArray[Any]:
+        """Rows of a tensor as they are stored, flat. A row is whole blocks, but for a tensor of one axis."""
         tensor, file = self._tensors[name], self._file_of[name]
         dtype = _PLAIN.get(tensor.type_name, np.dtype(np.uint8))
+        count = tensor.shape[0] if tensor.shape else 1
+        stop = count if stop is None else min(stop, count)
+        row = tensor.nbytes // count
+        wanted = tensor.nbytes if stop - start == count else (stop - start) * row
         try:
-            file.seek(tensor.offset)
-            values = np.fromfile(file, dtype, tensor.nbytes // dtype.itemsize)
+            file.seek(tensor.offset + start * row)
+            values = np.fromfile(file, dtype, wanted // dtype.itemsize)
         except OSError as error:
             raise ModelLoadError(f"cannot be read: {error.strerror}") from error
-        if values.nbytes != tensor.nbytes:
-            raise ModelLoadError(f"cannot be read: {values.nbytes} of {tensor.nbytes} bytes are there")
+        if values.nbytes != wanted:
+            raise ModelLoadError(f"cannot be read: {values.nbytes} of {wanted} bytes are there")
         return values
 
     def close(self) -> None:

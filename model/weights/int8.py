@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 GROUP = 32
 _LARGEST = 127
-_TOGETHER = 1 << 20  # values rounded at once, so that a large matrix needs little memory beside itself
+_TOGETHER = 1 << 16  # values rounded at once: they stay in a core's cache
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,10 @@
 """Fills the weight table of a family from a checkpoint, or lists everything that is wrong with it."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -15,14 +18,16 @@ from model.weights.checkpoint import Checkpoint, TensorInfo
 from model.weights.errors import ModelLoadError
 from model.weights.gguf import GgufCheckpoint
 from model.weights.int8 import Int8Array, quantise
+from model.weights.rows import Int8Rows, Rows
 from model.weights.safetensors import SafetensorsCheckpoint
 from model.weights.source import ModelSource
 
+_RUN_VALUES = 1 << 20  # read together
 _CHECK_VALUES = 1 << 20  # values looked at together, so that a check needs little memory
 _BF16_EXPONENT = np.uint16(0x7F80)  # all ones: infinite or NaN
 
-type Put[T] = Callable[[str, NDArray[Any]], T]
-type PutInt8[T] = Callable[[Int8Array], T]
+type Put[T] = Callable[[str, Rows], T]
+type PutInt8[T] = Callable[[Int8Rows], T]
 type Progress = Callable[[int, int], None]
 
 
@@ -43,6 +48,10 @@ class _Target:
     path: str
     parts: tuple[_Part, ...]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
 
 def open_checkpoint(source: ModelSource) -> Checkpoint:
     """Opens the files of a model and reads their headers; close it when the weights are loaded.
@@ -61,13 +70,15 @@ def load_weights[T](
     *,
     put_int8: PutInt8[T] | None = None,
 ) -> dict[str, T]:
-    """Reads every weight of the model's family, one of ours at a time.
+    """Reads every weight of the model's family, one of ours at a time, the largest first, each in runs of rows.
+
+    The largest come first because what is held beside a weight while it is made is then held beside few others.
 
     Args:
         checkpoint: an open model.
         dtype: of the matrices, float32 or bfloat16; norms and biases (one axis) are float32 always.
-        put: given a target path and its host array, which is not used again here, returns what to keep.
-        progress: called after each weight with the bytes of the file(s) read so far, and those to read in all.
+        put: given a target path and its rows, returns what to keep.
+        progress: called after each run with the bytes of the file(s) read so far, and those to read in all.
         put_int8: where it is given, matrices are made int8 with scales (as they are stored where they are stored so,
             else rounded) and go to it instead of `put`.
 
@@ -83,25 +94,106 @@ def load_weights[T](
     problems = _problems(checkpoint, targets, stored)
     if problems:
         raise ModelLoadError.of_problems(checkpoint.path, problems)
-    total = sum(stored[part.name].nbytes for target in targets for part in target.parts)
-    done = 0
+    reader = _Reader(
+        checkpoint, dtype, sum(stored[part.name].nbytes for each in targets for part in each.parts), progress
+    )
     weights: dict[str, T] = {}
-    for target in targets:
-        # Once a problem is found only the list of problems matters.
-        if put_int8 is not None and len(target.parts[0].shape) == 2:
-            matrix = _read_int8(checkpoint, target, problems)
-            if not problems:
-                weights[target.path] = put_int8(matrix)
-        else:
-            array = _read(checkpoint, target, dtype, problems)
-            if not problems:
-                weights[target.path] = put(target.path, array)
-        done += sum(stored[part.name].nbytes for part in target.parts)
-        if progress is not None:
-            progress(done, total)
-    if problems:
-        raise ModelLoadError.of_problems(checkpoint.path, problems)
+    for target in sorted(targets, key=lambda each: -math.prod(each.shape)):
+        try:
+            if put_int8 is not None and len(target.shape) == 2:
+                weights[target.path] = put_int8(Int8Rows(target.shape, partial(reader.int8_runs, target)))
+            else:
+                rows = Rows(target.shape, reader.dtype_of(target), partial(reader.runs, target))
+                weights[target.path] = put(target.path, rows)
+        except _UnreadableError:
+            continue  # the others are looked at all the same: the list of problems shall be whole
+    if reader.problems:
+        order = [part.name for target in targets for part in target.parts]
+        found = sorted(reader.problems.items(), key=lambda item: order.index(item[0]))
+        raise ModelLoadError.of_problems(checkpoint.path, [f"{name}: {what}" for name, what in found])
     return weights
+
+
+class _UnreadableError(Exception):
+    """A part cannot be read, which is among the problems."""
+
+
+class _Reader:
+    """Reads targets in runs of rows, counts bytes and gathers problems."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: np.dtype[Any], total: int, progress: Progress | None) -> None:
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._total = total
+        self._progress = progress
+        self._done = 0.0
+        self.problems: dict[str, str] = {}  # by the part's name
+
+    def dtype_of(self, target: _Target) -> np.dtype[Any]:
+        """That of the model for a matrix."""
+        return self._dtype if len(target.shape) > 1 else np.dtype(np.float32)
+
+    def runs(self, target: _Target) -> Iterator[NDArray[Any]]:
+        """The rows of a target, cast."""
+        return _ahead(self._runs(target))
+
+    def int8_runs(self, target: _Target) -> Iterator[Int8Array]:
+        """The rows of a matrix as int8."""
+        return _ahead(self._int8_runs(target))
+
+    def _runs(self, target: _Target) -> Iterator[NDArray[Any]]:
+        dtype = self.dtype_of(target)
+        for part in target.parts:
+            for start, stop in _runs_of(part):
+                values = self._read(part, self._checkpoint.read, start, stop)
+                run = _half_split(values, part.interleaved_heads).astype(dtype, copy=False)
+                run = run + np.float32(part.offset) if part.offset else run
+                self._check(part, run, "")
+                yield run
+
+    def _int8_runs(self, target: _Target) -> Iterator[Int8Array]:
+        for part in target.parts:
+            for start, stop in _runs_of(part):
+                run = self._read(part, self._checkpoint.read_int8, start, stop)
+                if run is None:
+                    run = quantise(self._read(part, self._checkpoint.read, start, stop))
+                self._check(part, run.scales, ", or too large for int8 with float16 scales")
+                heads = part.interleaved_heads
+                yield Int8Array(_half_split(run.values, heads), _half_split(run.scales, heads))
+
+    def _read[R](self, part: _Part, read: Callable[[str, int, int], R], start: int, stop: int) -> R:
+        try:
+            run = read(part.name, start, stop)
+        except ModelLoadError as error:
+            self.problems[part.name] = str(error)
+            raise _UnreadableError from error
+        if run is not None:
+            self._done += (stop - start) / part.shape[0] * self._checkpoint.names()[part.name].nbytes
+            if self._progress is not None:
+                self._progress(round(self._done), self._total)
+        return run
+
+    def _check(self, part: _Part, values: NDArray[Any], more: str) -> None:
+        if not _all_finite(values):
+            self.problems[part.name] = f"holds values that are not finite{more}"
+
+
+def _ahead[T](items: Iterator[T]) -> Iterator[T]:
+    """The same, each made by another thread while the one before it is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+
+
+def _runs_of(part: _Part) -> Iterator[tuple[int, int]]:
+    """First row and end of each run. Rows that change places are one."""
+    count = part.shape[0]
+    together = max(1, _RUN_VALUES // max(1, math.prod(part.shape[1:])))
+    together = count if part.interleaved_heads or len(part.shape) == 1 else together
+    for start in range(0, count, together):
+        yield start, min(count, start + together)
 
 
 def _plan(checkpoint: Checkpoint) -> list[_Target]:
@@ -157,47 +249,6 @@ def _ignored(config: ModelConfig) -> Iterator[str]:
     if config.tie_word_embeddings:  # a copy of the embedding
         for piece in HEAD.pieces:
             yield from (piece.hf, piece.gguf)
-
-
-def _read(checkpoint: Checkpoint, target: _Target, dtype: np.dtype[Any], problems: list[str]) -> NDArray[Any]:
-    """The parts of a target, stacked and cast; what is wrong with their values is added to `problems`."""
-    shape = (sum(part.shape[0] for part in target.parts), *target.parts[0].shape[1:])
-    stacked = np.empty(shape, dtype if len(shape) > 1 else np.float32)
-    row = 0
-    for part in target.parts:
-        rows = stacked[row : row + part.shape[0]]
-        row += part.shape[0]
-        try:
-            values = checkpoint.read(part.name)
-        except ModelLoadError as error:
-            problems.append(f"{part.name}: {error}")
-            continue
-        np.copyto(rows, _half_split(values, part.interleaved_heads), casting="same_kind")
-        if part.offset:
-            rows += np.float32(part.offset)
-        if not _all_finite(rows):
-            problems.append(f"{part.name}: holds values that are not finite")
-    return stacked
-
-
-def _read_int8(checkpoint: Checkpoint, target: _Target, problems: list[str]) -> Int8Array:
-    """The parts of a matrix, stacked, as int8; what is wrong with their values is added to `problems`."""
-    parts = []
-    for part in target.parts:
-        try:
-            stored = checkpoint.read_int8(part.name)
-            if stored is None:
-                stored = quantise(checkpoint.read(part.name))
-        except ModelLoadError as error:
-            problems.append(f"{part.name}: {error}")
-            continue
-        if not _all_finite(stored.scales):
-            problems.append(f"{part.name}: holds values that are not finite, or too large for int8 with float16 scales")
-        parts.append([_half_split(array, part.interleaved_heads) for array in (stored.values, stored.scales)])
-    if problems:
-        return Int8Array(np.empty((0, 0), np.int8), np.empty((0, 0), np.float16))
-    values, scales = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return Int8Array(values, scales)
 
 
 def _half_split(values: NDArray[Any], heads: int) -> NDArray[Any]:

@@ -21,7 +21,33 @@ from model.weights.errors import ModelLoadError
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_MAPPED_BYTES = 64 << 20
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+
+
+class _Shard:
+    """One file, mapped anew from time to time: what has been read of a mapping counts as this process's memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read_bytes = 0
+        self.file = self._open()
+
+    def read(self, name: str, start: int, stop: int | None) -> NDArray[Any]:
+        if self._read_bytes > _MAPPED_BYTES:
+            self.close()
+            self._read_bytes, self.file = 0, self._open()
+        # A view of what safetensors has copied out of the mapping.
+        values: NDArray[Any] = self.file.get_slice(name)[start:stop]
+        self._read_bytes += values.nbytes
+        return values
+
+    def close(self) -> None:
+        self.file.__exit__(None, None, None)
+
+    def _open(self) -> Any:  # safetensors gives its methods no types
+        file: Any = safe_open(self._path, framework="numpy")
+        return file.__enter__()
 
 
 class SafetensorsCheckpoint:
@@ -38,7 +64,7 @@ class SafetensorsCheckpoint:
         self.path = str(folder)
         self.config = _config(folder / "config.json")
         self._open_files = ExitStack()
-        self._file_of: dict[str, Any] = {}  # open files; safetensors gives their methods no types
+        self._file_of: dict[str, _Shard] = {}
         self._tensors: dict[str, TensorInfo] = {}
         try:
             for path in _files(folder):
@@ -51,15 +77,15 @@ class SafetensorsCheckpoint:
         """Every tensor of every shard."""
         return self._tensors
 
-    def read(self, name: str) -> NDArray[Any]:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """See `Checkpoint.read`."""
         try:
-            values: NDArray[Any] = self._file_of[name].get_tensor(name)
+            values = self._file_of[name].read(name, start, stop)
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(f"cannot be read: {error}") from error
         return values.astype(np.float32) if values.dtype == np.float16 else values
 
-    def read_int8(self, name: str) -> None:
+    def read_int8(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """See `Checkpoint.read_int8`: there is no such type here."""
 
     def close(self) -> None:
@@ -68,19 +94,20 @@ class SafetensorsCheckpoint:
 
     def _add(self, path: Path) -> None:
         try:
-            file = self._open_files.enter_context(safe_open(path, framework="numpy"))
+            shard = _Shard(path)
         except FileNotFoundError as error:
             raise ModelLoadError(f"{path}: named by {_INDEX} but not there") from error
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(f"{path}: not a whole safetensors file: {error}") from error
-        for name in file.offset_keys():
+        self._open_files.callback(shard.close)
+        for name in shard.file.offset_keys():
             if name in self._tensors:
                 raise ModelLoadError(f"{path}: holds {name}, which another shard holds too")
-            header = file.get_slice(name)
+            header = shard.file.get_slice(name)
             shape, stored_as = tuple(header.get_shape()), str(header.get_dtype())
             size = _ITEM_BYTES.get(stored_as)
             nbytes = 0 if size is None else size * int(np.prod(shape, dtype=np.int64))
-            self._file_of[name] = file
+            self._file_of[name] = shard
             self._tensors[name] = TensorInfo(shape, stored_as, size is not None, nbytes)
 
 

@@ -63,7 +63,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(request.param)
     write_checkpoint(folder, config, random_weights(config, seed_of(request.param)))
     with closing(open_checkpoint(resolve_model(str(folder), None))) as checkpoint:
-        weights = load_weights(checkpoint, np.dtype(np.float32), lambda _, array: jnp.asarray(array))
+        weights = load_weights(checkpoint, np.dtype(np.float32), lambda _, rows: jnp.asarray(rows.whole()))
         config_here = checkpoint.config.for_length(checkpoint.config.max_position_embeddings)
         model = bind(config_here, jnp.dtype(jnp.float32), weights)
     with np.load(GOLDEN / f"{request.param}.npz") as file:

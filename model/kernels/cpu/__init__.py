@@ -13,6 +13,8 @@ from model.kernels.cpu.linear import (
     linear,
     pack,
     pack_int8,
+    pack_int8_rows,
+    pack_rows,
     unpack,
     unpack_rows,
 )
@@ -30,6 +32,8 @@ __all__ = [
     "load",
     "pack",
     "pack_int8",
+    "pack_int8_rows",
+    "pack_rows",
     "rms_norm",
     "rotate_and_store",
     "score",

@@ -1,16 +1,23 @@
 """The packed linear map: weights in the order in which the kernel reads them, bfloat16 or int8 with scales."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
+from numpy.typing import NDArray
 
+from model.host_memory import aligned_empty
 from model.kernels.cpu.library import INT8_TARGET, TARGET, require
 
 COLUMNS = 32
 GROUP = 32  # elements of a row that share a scale
+_BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @jax.tree_util.register_dataclass
@@ -44,25 +51,63 @@ class PackedInt8:
 type Packed = PackedWeight | PackedInt8
 
 
-@jax.jit
-def pack(w: Array) -> PackedWeight:
+def pack(w: ArrayLike) -> PackedWeight:
     """Packs w [n, k] (rounded to bfloat16 if it is wider); the values are w's, only their order changes."""
-    n, k = w.shape
-    padded = jnp.pad(w.astype(jnp.bfloat16), ((0, -n % COLUMNS), (0, k % 2)))
-    # A pair moves as one 32-bit word, which XLA transposes faster than two halves.
-    words = jax.lax.bitcast_convert_type(padded.reshape(-1, COLUMNS, (k + 1) // 2, 2), jnp.uint32)
-    data = jax.lax.bitcast_convert_type(words.transpose(0, 2, 1), jnp.bfloat16)
-    return PackedWeight(data, n, k)
+    rows = np.asarray(w)
+    return pack_rows(rows.shape, [rows])
 
 
-@jax.jit
-def pack_int8(values: Array, scales: Array) -> PackedInt8:
+def pack_rows(shape: tuple[int, ...], runs: Iterable[NDArray[Any]]) -> PackedWeight:
+    """`pack` of a weight [n, k] whose rows come in runs, which are not held together."""
+    n, k = shape
+    # A pair moves as one 32-bit word.
+    words, block = aligned_empty((-(-n // COLUMNS), (k + 1) // 2, COLUMNS), np.uint32), 0
+    for rows in _blocks(runs):
+        pairs = np.ascontiguousarray(_padded(rows.astype(_BF16, copy=False), 0, k % 2)).view(np.uint32)
+        blocks = pairs.reshape(-1, COLUMNS, words.shape[1])
+        words[block : block + len(blocks)] = blocks.transpose(0, 2, 1)
+        block += len(blocks)
+    return PackedWeight(jax.device_put(words.view(_BF16).reshape(*words.shape, 2)), n, k)
+
+
+def pack_int8(values: ArrayLike, scales: ArrayLike) -> PackedInt8:
     """Packs values [n, k] int8 and scales [n, ceil(k/32)] float16; only their order changes."""
-    n, k = values.shape
-    rows = -n % COLUMNS
-    data = jnp.pad(values, ((0, rows), (0, -k % GROUP))).reshape(-1, COLUMNS, k + -k % GROUP)
-    groups = jnp.pad(scales, ((0, rows), (0, 0))).reshape(-1, COLUMNS, scales.shape[1])
-    return PackedInt8(data.transpose(0, 2, 1), groups.transpose(0, 2, 1), n, k)
+    whole = np.asarray(values)
+    return pack_int8_rows(whole.shape, [(whole, np.asarray(scales))])
+
+
+def pack_int8_rows(shape: tuple[int, ...], runs: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> PackedInt8:
+    """`pack_int8` of a weight [n, k] whose rows come in runs, which are not held together."""
+    n, k = shape
+    groups = -(-k // GROUP)
+    data = aligned_empty((-(-n // COLUMNS), groups * GROUP, COLUMNS), np.int8)
+    scales, block = aligned_empty((data.shape[0], groups, COLUMNS), np.float16), 0
+    # Values and the bytes of their scales side by side, so that runs are cut into blocks once.
+    joined = (np.concatenate([v, s.view(np.int8)], axis=1) for v, s in runs)
+    for rows in _blocks(joined):
+        values, own = rows[:, :k], np.ascontiguousarray(rows[:, k:]).view(np.float16)
+        padded = _padded(values, 0, -k % GROUP).reshape(-1, COLUMNS, groups * GROUP)
+        data[block : block + len(padded)] = padded.transpose(0, 2, 1)
+        scales[block : block + len(padded)] = own.reshape(-1, COLUMNS, groups).transpose(0, 2, 1)
+        block += len(padded)
+    return PackedInt8(jax.device_put(data), jax.device_put(scales), n, k)
+
+
+def _blocks(runs: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    """The same rows in runs of whole blocks of 32; the last block is filled with zeros."""
+    rest: NDArray[Any] | None = None
+    for run in runs:
+        rows = run if rest is None else np.concatenate([rest, run])
+        whole = len(rows) // COLUMNS * COLUMNS
+        if whole:
+            yield rows[:whole]
+        rest = rows[whole:] if whole < len(rows) else None
+    if rest is not None:
+        yield _padded(rest, -len(rest) % COLUMNS, 0)
+
+
+def _padded(array: NDArray[Any], rows: int, columns: int) -> NDArray[Any]:
+    return np.pad(array, ((0, rows), (0, columns))) if rows or columns else array
 
 
 def unpack_rows(weight: Packed, rows: Array) -> Array:

@@ -1,5 +1,6 @@
 """From an open checkpoint to a model on the device."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.config import ModelConfig
 from model.kernels import cpu
-from model.transformer import BoundModel, bind
+from model.transformer import BoundModel, abstract_weights, bind
 from model.weights.checkpoint import Checkpoint
+from model.weights.int8 import GROUP
 from model.weights.load import load_weights
 from model.weights.rows import Int8Rows, Rows
 
@@ -48,6 +51,15 @@ def load_model(
     weights = load_weights(checkpoint, np.dtype(dtype), put, progress, put_int8=put_int8 if int8 else None)
     config = checkpoint.config
     return bind(config.for_length(max_model_len or config.max_position_embeddings), dtype, weights)
+
+
+def weight_bytes(config: ModelConfig, dtype_name: str, *, int8: bool = False) -> int:
+    """Bytes that the weights of a model will take, but for what packing pads."""
+    shapes = abstract_weights(config, jnp.dtype(dtype_name)).values()
+    vectors, matrices = (sum(math.prod(each.shape) for each in shapes if len(each.shape) == axes) for axes in (1, 2))
+    # int8: a byte a value, and a float16 for each 32.
+    of_matrices = matrices * (GROUP + 2) // GROUP if int8 else matrices * jnp.dtype(dtype_name).itemsize
+    return int(4 * vectors + of_matrices)
 
 
 def kernels_used(model: BoundModel) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ def main() -> int:
     try:
         listener = _bind(config)  # first: an address in use is better said before minutes of loading
         chat_template = _chat_template(config.chat_template)
-        served = start(config, console)
+        served = start(config, console, chat_template)
     except (ModelLoadError, ConfigError, TokenizerError, DefaultsError, StartupError) as error:
         console.print(f"error: {error}", markup=False, soft_wrap=True)
         return 1

@@ -27,7 +27,7 @@ class ServeConfig:
     allow_credentials: bool
     api_key: tuple[str, ...]
     served_model_name: tuple[str, ...]  # empty: the model as named
-    dtype: str  # "bfloat16" or "float32"
+    dtype: str  # "bfloat16", "float32", or "auto" until the model is known
     quantization: str | None  # "int8"
     revision: str | None
     max_model_len: int | None  # None: the model's own

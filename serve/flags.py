@@ -68,8 +68,8 @@ def _check(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> None:
             f"argument --max-num-batched-tokens: {tokens} leaves no room for 16 prompt tokens beside one for each of "
             f"--max-num-seqs {values['max_num_seqs']}"
         )
-    if values["quantization"] and values["dtype"] != "bfloat16":
-        parser.error(f"argument --quantization: int8 weights go with --dtype bfloat16, not {values['dtype']}")
+    if values["quantization"] and values["dtype"] == "float32":
+        parser.error("argument --quantization: int8 weights go with --dtype bfloat16, not float32")
     if (values["ssl_keyfile"] is None) != (values["ssl_certfile"] is None):
         parser.error("argument --ssl-keyfile: it goes with --ssl-certfile")
 
@@ -140,7 +140,12 @@ def _parser() -> argparse.ArgumentParser:
         help="a key that clients must send; may be given again; default: $LOGPROBD_API_KEY and $VLLM_API_KEY",
     )
     flag("--served-model-name", action="append", default=[], help="name in the API; may be given again")
-    flag("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of weights and cache")
+    flag(
+        "--dtype",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="of weights and cache; auto: float32 for a model that is stored so, else bfloat16",
+    )
     flag(
         "--quantization",
         choices=("int8",),

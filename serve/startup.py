@@ -2,12 +2,20 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 
 from compiled.load import kernels_used, load_model
 from compiled.programs import Program, use_persistent_cache
@@ -24,13 +32,13 @@ from model.weights.source import ModelSource, default_model_path, resolve_model
 from serve.config import ServeConfig
 from serve.engine.engine import Engine
 from serve.engine.request import EngineLimits
-from serve.memory import free_memory, pages_in
+from serve.memory import free_memory
 from serve.metrics import Metrics
 from serve.openai.defaults import GenerationDefaults, defaults_of
+from serve.plan import MemoryPlan, PlanError, plan_memory
+from serve.text.chat_template import ChatTemplateError
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer, load_tokenizer
-
-_CACHE_BYTES = 1 << 30  # of pages, unless one request of full length needs more
 
 
 class StartupError(Exception):
@@ -50,8 +58,11 @@ class Served:
     metrics: Metrics
 
 
-def start(config: ServeConfig, console: Console) -> Served:
+def start(config: ServeConfig, console: Console, chat_template: str | None = None) -> Served:
     """Loads, compiles and starts the engine.
+
+    Args:
+        chat_template: instead of the model's.
 
     Raises:
         ModelLoadError, ConfigError, TokenizerError, DefaultsError, StartupError: what is wrong, in words for the user.
@@ -71,10 +82,20 @@ def start(config: ServeConfig, console: Console) -> Served:
         model_config = checkpoint.config
         max_model_len = _max_model_len(config, model_config)
         check_tokenizer(source.name, tokenizer, model_config.vocab_size)
+        check_template(source.name, tokenizer, chat_template)
+        config = replace(config, dtype=chosen_dtype(config, checkpoint))
+        buckets = make_buckets(
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=config.batched_tokens,
+            whole_vocabulary=config.max_logprobs == -1,
+        )
+        plan = _plan(source.name, model_config, buckets, config)
+        console.print(f"plan     {plan}", soft_wrap=True)
         model = _load(checkpoint, config, max_model_len, console)
     finally:
         checkpoint.close()
-    runner = _compile(model, config, max_model_len, console)
+    runner = _compile(model, buckets, plan.pages, config, max_model_len, console)
     limits = EngineLimits(
         max_model_len=max_model_len,
         max_logprobs=runner.max_logprobs,
@@ -155,7 +176,8 @@ def _max_model_len(config: ServeConfig, model: ModelConfig) -> int:
 
 
 def _load(checkpoint: Checkpoint, config: ServeConfig, max_model_len: int, console: Console) -> BoundModel:
-    with Progress(TextColumn("loading  "), BarColumn(), DownloadColumn(), console=console) as bar:
+    columns = (TextColumn("loading  "), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("weights", total=None)
         model = load_model(
             checkpoint,
@@ -173,14 +195,47 @@ def _load(checkpoint: Checkpoint, config: ServeConfig, max_model_len: int, conso
     return model
 
 
-def _compile(model: BoundModel, config: ServeConfig, max_model_len: int, console: Console) -> ModelRunner:
-    buckets = make_buckets(
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=max_model_len,
-        max_num_batched_tokens=config.batched_tokens,
-        whole_vocabulary=config.max_logprobs == -1,
-    )
-    pages = _pages(model, config, buckets, console)
+def check_template(name: str, tokenizer: Tokenizer, instead: str | None) -> None:
+    """Raises StartupError for a template, the tokenizer's or another, that cannot even write a user's "Hi"."""
+    if instead is None and tokenizer.chat_template is None:
+        return
+    try:
+        tokenizer.render_chat(
+            [{"role": "user", "content": "Hi"}],
+            add_generation_prompt=True,
+            continue_final_message=False,
+            chat_template_kwargs={},
+            chat_template=instead,
+        )
+    except ChatTemplateError as error:
+        raise StartupError(f"{name}: the chat template fails: {error}") from None
+
+
+def chosen_dtype(config: ServeConfig, checkpoint: Checkpoint) -> str:
+    """Of weights and cache: what --dtype says, or float32 for a model whose matrices are all stored so."""
+    if config.dtype != "auto":
+        return config.dtype
+    kinds = {info.stored_as for info in checkpoint.names().values() if len(info.shape) > 1}
+    return "float32" if kinds == {"F32"} and config.quantization is None else "bfloat16"
+
+
+def _plan(name: str, model: ModelConfig, buckets: Buckets, config: ServeConfig) -> MemoryPlan:
+    try:
+        return plan_memory(
+            model,
+            buckets,
+            dtype=config.dtype,
+            int8=config.quantization == "int8",
+            asked=config.kv_cache_memory,
+            free=free_memory(),
+        )
+    except PlanError as error:
+        raise StartupError(f"{name}: {error}") from None
+
+
+def _compile(
+    model: BoundModel, buckets: Buckets, pages: int, config: ServeConfig, max_model_len: int, console: Console
+) -> ModelRunner:
     tokens = (pages - 1) * PAGE_SIZE
     size = pages * bytes_per_page(model.config, model.dtype) / 1e6
     console.print(f"cache    {size:,.0f} MB, {tokens:,} tokens; at most {max_model_len:,} a request")
@@ -198,22 +253,6 @@ def _compile(model: BoundModel, config: ServeConfig, max_model_len: int, console
             max_logprobs=config.computed_logprobs,
             on_compiled=_reporter(bar, lambda: bar.advance(task)),
         )
-
-
-def _pages(model: BoundModel, config: ServeConfig, buckets: Buckets, console: Console) -> int:
-    """Pages of the cache, the null page included."""
-    per_page = bytes_per_page(model.config, model.dtype)
-    all_rows = config.max_num_seqs * buckets.pages_per_row
-    if config.kv_cache_memory is None:
-        return min(all_rows, max(buckets.pages_per_row, _CACHE_BYTES // per_page)) + 1
-    free = free_memory()
-    try:
-        pages = pages_in(config.kv_cache_memory, free=free, page_bytes=per_page)
-    except ValueError as error:
-        raise StartupError(f"--kv-cache-memory: {error}") from None
-    if free is not None and pages * per_page > free:
-        console.print(f"cache    warning: --kv-cache-memory asks for more than the {free:,} bytes that are free")
-    return pages
 
 
 def _reporter(bar: Progress, advance: Callable[[], None]) -> Callable[[Program], None]:

@@ -1,0 +1,153 @@
+"""What is wrong with a model's files is said in words, with exit code 1, before anything is loaded or compiled."""
+
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from tests.model.tiny_checkpoints import VOCAB, TinyModel
+from tests.serve.server_process import ROOT
+
+# Runs `python -m serve` once for each argument list, in one process: most of such a run is importing.
+RUNS = """
+import contextlib, io, json, sys
+from serve.__main__ import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = main()
+    print(json.dumps([code, said.getvalue()]))
+"""
+
+
+def directory(folder: Path, **config: Any) -> Path:
+    """A tiny model with a tokenizer, and what `config` puts in the place of its config.json's values."""
+    TinyModel().write_hf(folder)
+    changed = TinyModel().hf_config() | config
+    wanted = {name: value for name, value in changed.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(wanted))
+    write_tokenizer(folder, VOCAB)
+    return folder
+
+
+def write_tokenizer(folder: Path, size: int, template: str | None = None) -> None:
+    letters = [*map(chr, range(97, 123)), *map(chr, range(65, 91))]
+    tokenizer = Tokenizer(models.BPE(vocab={letters[i]: i for i in range(size)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | (
+        {} if template is None else {"chat_template": template}
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def truncated(folder: Path) -> Path:
+    file = directory(folder) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    return folder
+
+
+def cut_header(folder: Path) -> Path:
+    file = directory(folder) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    return folder
+
+
+def other_tokenizer(folder: Path) -> Path:
+    write_tokenizer(directory(folder), VOCAB + 2)
+    return folder
+
+
+def templated(template: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        write_tokenizer(directory(folder), VOCAB, template)
+        return folder
+
+    return make
+
+
+def gguf(content: bytes) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        folder.mkdir()
+        (folder / "a.gguf").write_bytes(content)
+        return folder / "a.gguf"
+
+    return make
+
+
+def changed(**config: Any) -> Callable[[Path], Path]:
+    return lambda folder: directory(folder, **config)
+
+
+def pickled(folder: Path) -> Path:
+    directory(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    return folder
+
+
+def with_code(folder: Path) -> Path:
+    """A directory that names code of its own, as remote code does."""
+    directory(folder, auto_map={"AutoModelForCausalLM": "evil.Model"}, architectures=["EvilForCausalLM"])
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()")
+    return folder
+
+
+CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "truncated safetensors": (truncated, "model.safetensors: not a whole safetensors file"),
+    "cut header": (cut_header, "model.safetensors: not a whole safetensors file"),
+    "wrong magic": (gguf(b"GGML" + bytes(60)), "a.gguf: not a GGUF file"),
+    "impossible tensor count": (gguf(b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0)), "a.gguf: truncated"),
+    "impossible value count": (gguf(b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60)), "a.gguf: truncated"),
+    "missing size": (changed(hidden_size=None), "config.json: hidden_size is missing"),
+    "missing layers": (changed(num_hidden_layers=None), "config.json: num_hidden_layers is missing"),
+    "contradictory heads": (changed(num_key_value_heads=3), "is not a multiple of num_kv_heads 3"),
+    "contradictory sizes": (
+        changed(intermediate_size=97),
+        "mlp.gate_proj.weight: has shape [96, 64], must be [97, 64]",
+    ),
+    "more layers than weights": (changed(num_hidden_layers=3), "model.layers.2.input_layernorm.weight: missing"),
+    "absurd layers": (changed(num_hidden_layers=10**15), "num_hidden_layers must be from 1 to 10000"),
+    "unknown architecture": (
+        changed(architectures=["MambaForCausalLM"]),
+        "architecture ['MambaForCausalLM'] is not known; known: Gemma2ForCausalLM, Gemma3ForCausalLM, LlamaForCausalLM",
+    ),
+    "another model's tokenizer": (other_tokenizer, f"the tokenizer has {VOCAB + 2} tokens, the model {VOCAB}"),
+    "template that raises": (
+        templated("{{ raise_exception('Only systems may speak.') }}"),
+        "the chat template fails: Only systems may speak.",
+    ),
+    "template that is none": (templated("{% for m in messages %}"), "the chat template fails: "),
+    "pickled weights": (pickled, "holds no *.safetensors and no .gguf file (pickled weights are not read)"),
+    "code of its own": (with_code, "architecture ['EvilForCausalLM'] is not known"),
+}
+
+
+def test_each_is_said_with_exit_code_1(tmp_path: Path) -> None:
+    models_ = {name: make(tmp_path / f"{i}") for i, (name, (make, _)) in enumerate(CASES.items())}
+    options = ["--port", "0", "--compilation-cache-dir", str(tmp_path / "xla")]
+    arguments = json.dumps([[str(path), *options] for path in models_.values()])
+    run = subprocess.run(
+        [sys.executable, "-c", RUNS, arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=300
+    )
+    ended = dict(zip(CASES, map(json.loads, run.stdout.splitlines()), strict=True))
+    for name, (code, said) in ended.items():
+        assert code == 1, (name, said)
+        assert CASES[name][1] in said, (name, said)
+        assert any(line.startswith("error: ") for line in said.splitlines()), (name, said)
+        assert "Traceback" not in said
+    assert not list(tmp_path.glob("**/ran"))  # nothing of a model directory was executed
+
+
+def test_a_good_one_passes_all_checks(tmp_path: Path) -> None:
+    """Else the cases above could fail for a reason that they share: this one ends at a flag that no file mends."""
+    path = templated("{% for m in messages %}{{ m.content }}{% endfor %}")(tmp_path / "good")
+    arguments = json.dumps([[str(path), "--port", "0", "--kv-cache-memory", "1"]])
+    run = subprocess.run([sys.executable, "-c", RUNS, arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    (code, said) = json.loads(run.stdout)
+    assert (code, said.startswith(f"error: {path}: --kv-cache-memory: 1 bytes hold no page")) == (1, True), said

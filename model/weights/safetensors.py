@@ -21,7 +21,7 @@ from model.weights.errors import ModelLoadError
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_MAPPED_BYTES = 64 << 20
+_MAPPED_BYTES = 16 << 20
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 
 

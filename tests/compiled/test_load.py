@@ -1,0 +1,71 @@
+"""Loading holds little beside the weights themselves."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tests.serve.server_process import ROOT
+
+# Loads a model in a process of its own: what was there before, the most that was there, and the weights, in bytes.
+LOAD = """
+import re, sys
+from pathlib import Path
+import jax
+from compiled.load import load_model
+from model.kernels import cpu
+from model.weights.load import open_checkpoint
+from model.weights.source import resolve_model
+def of(name):
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+jax.device_put(1.0).block_until_ready()
+cpu.load()
+before = of("VmRSS")
+model = load_model(open_checkpoint(resolve_model(sys.argv[1], None)), "bfloat16", int8=sys.argv[2] == "int8")
+jax.block_until_ready(model.leaves)
+print(before, of("VmHWM"), sum(leaf.nbytes for leaf in model.leaves))
+"""
+V, D, F, L = 100_000, 1024, 4096, 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 330 MB in bfloat16, most of it the embedding, as in small models."""
+    folder = tmp_path_factory.mktemp("large")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": V,
+        "hidden_size": D,
+        "intermediate_size": F,
+        "num_hidden_layers": L,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    for i in range(L):
+        at = f"model.layers.{i}"
+        shapes |= {f"{at}.self_attn.{name}_proj.weight": (D, D) for name in "qkvo"}
+        shapes |= {f"{at}.mlp.{name}_proj.weight": (F, D) for name in ("gate", "up")}
+        shapes |= {f"{at}.mlp.down_proj.weight": (D, F)}
+        shapes |= {f"{at}.{name}_layernorm.weight": (D,) for name in ("input", "post_attention")}
+    save_file(
+        {name: np.ones(shape, ml_dtypes.bfloat16) for name, shape in shapes.items()}, folder / "model.safetensors"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_the_most_is_little_more_than_the_weights(folder: Path, weights: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD, str(folder), weights], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    before, most, size = map(int, run.stdout.split())
+    assert size > (150e6 if weights == "int8" else 300e6)
+    assert most - before < 1.15 * size + 30e6  # beside a model this small, what the first use of a library takes counts

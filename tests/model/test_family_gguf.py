@@ -1,0 +1,126 @@
+"""Each family's tiny model as a GGUF file gives the network and the weights of its Hugging Face directory."""
+
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from model.config import ModelConfig
+from model.families import HEAD
+from model.weights.checkpoint import Checkpoint
+from model.weights.load import load_weights, open_checkpoint
+from model.weights.source import ModelSource
+from tests.model.tiny import random_weights, tiny_configs, write_checkpoint
+
+CASES = sorted(tiny_configs().keys() - {"mistral"})  # whose GGUF files are llama's
+
+
+def write_gguf(path: Path, hf: dict[str, Any], weights: dict[str, NDArray[np.float32]], config: ModelConfig) -> Path:
+    """As llama.cpp's converter writes it."""
+    family = config.traits
+    arch = family.gguf_architectures[0]
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    rope = next(kind.rope for kind in reversed(config.layers) if kind.rope is not None)
+    writer.add_rope_freq_base(rope.theta)
+    if window := max(kind.window for kind in config.layers):
+        writer.add_sliding_window(window)
+    for key, cap in (("attn_logit_softcapping", config.attention_cap), ("final_logit_softcapping", config.logit_cap)):
+        if cap:
+            writer.add_float32(f"{arch}.{key}", cap)
+    _add_rope(writer, hf, rope)
+    for row in family.weights:
+        for piece in row.pieces:
+            for layer in range(config.num_layers if "{i}" in piece.hf else 1):
+                if row == HEAD and config.tie_word_embeddings:
+                    continue
+                values = weights[piece.hf.format(i=layer)]
+                if piece.is_norm:
+                    values = values + np.float32(family.hf_norm_offset)
+                if piece.heads and family.gguf_interleaved_rotary:
+                    pairs = values.reshape(config.dims()[piece.heads], 2, -1, *values.shape[1:])
+                    values = np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(values.shape))
+                writer.add_tensor(piece.gguf.format(i=layer), values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_rope(writer: gguf.GGUFWriter, hf: dict[str, Any], rope: Any) -> None:
+    scaling = hf.get("rope_scaling") or (hf.get("rope_parameters") or {}).get("full_attention") or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind == "llama3":
+        writer.add_tensor("rope_freqs.weight", np.array(rope.divisors, np.float32))
+    elif kind == "longrope":
+        writer.add_tensor("rope_factors_short.weight", np.array(rope.divisors, np.float32))
+        writer.add_tensor("rope_factors_long.weight", np.array(rope.long_divisors, np.float32))
+        writer.add_rope_scaling_orig_ctx_len(rope.short_length)
+        writer.add_rope_scaling_attn_factors(rope.scale)
+    elif kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR if kind == "linear" else gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling["factor"])
+        if kind == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+
+
+def of_checkpoint(checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
+    return load_weights(checkpoint, np.dtype(np.float32), lambda _, rows: rows.whole())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_gguf_file_is_the_directory(tmp_path: Path, case: str) -> None:
+    hf = tiny_configs()[case]
+    if case == "smollm3":  # files say nothing of it: every fourth layer
+        hf = hf | {"num_hidden_layers": 4, "no_rope_layers": None}
+    if case == "gemma3":  # nor of this: every sixth layer sees all; and scores are scaled by the size of a head
+        kinds = [*["sliding_attention"] * 5, "full_attention"]
+        hf = hf | {"num_hidden_layers": 6, "layer_types": kinds, "query_pre_attn_scalar": 16}
+    if case == "gemma2":
+        hf = hf | {"query_pre_attn_scalar": 16}
+    weights = random_weights(hf, 1)
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    write_checkpoint(folder, hf, weights)
+    with closing(open_checkpoint(ModelSource("hf", folder))) as checkpoint:
+        expected, config = of_checkpoint(checkpoint), checkpoint.config
+    path = write_gguf(tmp_path / "m.gguf", hf, weights, config)
+    with closing(open_checkpoint(ModelSource("gguf", path))) as checkpoint:
+        found, read = of_checkpoint(checkpoint), checkpoint.config
+    assert _rounded(read) == _rounded(config)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name)
+
+
+def _rounded(config: ModelConfig) -> ModelConfig:
+    """Without the digits that float32 does not hold, in which GGUF keeps numbers."""
+
+    def short(value: float) -> float:
+        return float(f"{value:.6g}")
+
+    layers = []
+    for kind in config.layers:
+        rope = kind.rope
+        if rope is not None:
+            divisors, long = (tuple(map(short, each)) for each in (rope.divisors, rope.long_divisors))
+            rope = replace(
+                rope, theta=short(rope.theta), divisors=divisors, long_divisors=long, scale=short(rope.scale)
+            )
+        layers.append(replace(kind, rope=rope))
+    return replace(config, layers=tuple(layers))

@@ -24,9 +24,9 @@ def python_environment(name: str) -> Path:
     return folder / "bin"
 
 
-def node_environment() -> Path:
-    """The folder in which node finds the packages of requirements-clients/node/."""
-    folder, wanted = ENVIRONMENTS / "node", REQUIREMENTS / "node"
+def node_environment(name: str = "node") -> Path:
+    """The folder in which node finds the packages of requirements-clients/NAME/."""
+    folder, wanted = ENVIRONMENTS / name, REQUIREMENTS / name
     lock, stamp = wanted / "package-lock.json", folder / "installed.json"
     if not _is_current(stamp, lock):
         folder.mkdir(parents=True, exist_ok=True)

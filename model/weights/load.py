@@ -70,9 +70,7 @@ def load_weights[T](
     *,
     put_int8: PutInt8[T] | None = None,
 ) -> dict[str, T]:
-    """Reads every weight of the model's family, one of ours at a time, the largest first, each in runs of rows.
-
-    The largest come first because what is held beside a weight while it is made is then held beside few others.
+    """Reads every weight of the model's family, one of ours at a time, each in runs of rows.
 
     Args:
         checkpoint: an open model.
@@ -98,7 +96,7 @@ def load_weights[T](
         checkpoint, dtype, sum(stored[part.name].nbytes for each in targets for part in each.parts), progress
     )
     weights: dict[str, T] = {}
-    for target in sorted(targets, key=lambda each: -math.prod(each.shape)):
+    for target in targets:
         try:
             if put_int8 is not None and len(target.shape) == 2:
                 weights[target.path] = put_int8(Int8Rows(target.shape, partial(reader.int8_runs, target)))
@@ -108,9 +106,8 @@ def load_weights[T](
         except _UnreadableError:
             continue  # the others are looked at all the same: the list of problems shall be whole
     if reader.problems:
-        order = [part.name for target in targets for part in target.parts]
-        found = sorted(reader.problems.items(), key=lambda item: order.index(item[0]))
-        raise ModelLoadError.of_problems(checkpoint.path, [f"{name}: {what}" for name, what in found])
+        found = [f"{name}: {what}" for name, what in reader.problems.items()]
+        raise ModelLoadError.of_problems(checkpoint.path, found)
     return weights
 
 

@@ -86,6 +86,13 @@ def test_auto_is_how_the_model_is_stored(tmp_path: Path, stored: type, flags: tu
         assert chosen_dtype(parse_args(flags), checkpoint) == expected
 
 
+def test_auto_is_float32_only_where_all_matrices_are(tmp_path: Path) -> None:
+    extra = {"blk.9.attn_q.weight": (np.zeros((2, 128), np.uint8), "BF16")}
+    path = TinyModel().write_gguf(tmp_path / "m.gguf", "F32", extra)
+    with closing(open_checkpoint(ModelSource("m", path))) as checkpoint:
+        assert chosen_dtype(parse_args([]), checkpoint) == "bfloat16"
+
+
 @pytest.mark.parametrize(("kind", "expected"), [("F32", "float32"), ("Q8_0", "bfloat16"), ("F16", "bfloat16")])
 def test_auto_for_gguf(tmp_path: Path, kind: str, expected: str) -> None:
     path = TinyModel().write_gguf(tmp_path / "m.gguf", kind)

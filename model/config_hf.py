@@ -71,6 +71,8 @@ def _layers(config: Mapping[str, Any], family: Family, head_dim: int) -> tuple[L
     windows = _windows(config, family)
     told = _told(config, family)
     kinds = []
+    if family.no_rope_period and not strings_of(config, "layer_types"):  # SmolLM3: only where positions are not told
+        windows = [0 if is_told else window for window, is_told in zip(windows, told, strict=True)]
     for i, window in enumerate(windows):
         kind = _LOCAL if window and family.local_theta else _GLOBAL
         kinds.append(LayerKind(_rope(config, kind, family, head_dim) if told[i] else None, window))

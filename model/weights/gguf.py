@@ -76,7 +76,7 @@ class GgufCheckpoint:
             values = _dequantise(values, GGMLQuantizationType(tensor.type_number))
         elif tensor.type_name == "F16":
             values = values.astype(np.float32)
-        return values.reshape(-1, *tensor.shape[1:])
+        return values.reshape(_rows_of(tensor, start, stop), *tensor.shape[1:])
 
     def read_int8(self, name: str, start: int = 0, stop: int | None = None) -> Int8Array | None:
         """See `Checkpoint.read_int8`."""
@@ -91,10 +91,9 @@ class GgufCheckpoint:
         """Rows of a tensor as they are stored, flat. A row is whole blocks, but for a tensor of one axis."""
         tensor, file = self._tensors[name], self._file_of[name]
         dtype = _PLAIN.get(tensor.type_name, np.dtype(np.uint8))
-        count = tensor.shape[0] if tensor.shape else 1
-        stop = count if stop is None else min(stop, count)
-        row = tensor.nbytes // count
-        wanted = tensor.nbytes if stop - start == count else (stop - start) * row
+        count, rows = _rows_of(tensor, 0, None), _rows_of(tensor, start, stop)
+        row = tensor.nbytes // count if count else 0
+        wanted = tensor.nbytes if rows == count else rows * row
         try:
             file.seek(tensor.offset + start * row)
             values = np.fromfile(file, dtype, wanted // dtype.itemsize)
@@ -128,6 +127,12 @@ class GgufCheckpoint:
         if self._tensors[name].type_name not in _PLAIN:
             raise ModelLoadError(f"{name}: stored as {self._tensors[name].type_name}, which is not supported")
         return tuple(float(value) for value in self.read(name).reshape(-1))
+
+
+def _rows_of(tensor: GgufTensor, start: int, stop: int | None) -> int:
+    """How many rows there are from `start` on, before `stop`; a tensor without axes has one."""
+    count = tensor.shape[0] if tensor.shape else 1
+    return (count if stop is None else min(stop, count)) - start
 
 
 def _dequantise(raw: NDArray[np.uint8], kind: GGMLQuantizationType) -> NDArray[np.float32]:

@@ -182,3 +182,28 @@ def test_gguf_keys_follow_the_architecture() -> None:
 def test_gguf_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_from_gguf(GGUF | change, has_output=True)
+
+
+def test_windows_of_smollm3_are_where_positions_are_not_told() -> None:
+    smollm3 = HF | {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1, 0, 1]}
+    config = config_from_hf(smollm3 | {"use_sliding_window": True, "sliding_window": 64})
+    assert windows(config) == [0, 64, 0]
+    assert [rope is None for rope in ropes(config)] == [False, True, False]
+    assert windows(config_from_hf(smollm3 | {"sliding_window": 64})) == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "expected"),
+    [
+        ("Qwen2ForCausalLM", {"sliding_window": 64}, [0, 0, 0]),
+        ("Qwen2ForCausalLM", {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}, [0, 64, 64]),
+        ("MistralForCausalLM", {}, [4096] * 3),
+        ("MistralForCausalLM", {"sliding_window": None}, [0] * 3),
+        ("Gemma2ForCausalLM", {"hidden_act": "gelu_pytorch_tanh"}, [4096, 0, 4096]),
+        ("Gemma3ForCausalLM", {"hidden_act": "gelu_pytorch_tanh", "sliding_window_pattern": 3}, [4096, 4096, 0]),
+        ("Phi3ForCausalLM", {"sliding_window": 2047}, [2047] * 3),
+        ("LlamaForCausalLM", {}, [0] * 3),
+    ],
+)
+def test_windows_as_transformers_gives_them(architecture: str, change: dict[str, Any], expected: list[int]) -> None:
+    assert windows(config_from_hf(HF | {"architectures": [architecture]} | change)) == expected

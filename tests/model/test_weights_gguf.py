@@ -144,6 +144,14 @@ def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
         GgufCheckpoint(tmp_path)
 
 
+@pytest.mark.parametrize("dims", [(0,), (4, 0), (0, 4)])
+def test_a_tensor_of_nothing_is_read_as_nothing(path: Path, dims: tuple[int, ...]) -> None:
+    empty: Any = np.zeros(dims[::-1], np.float32)
+    with closing(GgufCheckpoint(TinyModel().write_gguf(path, raw={"rope_freqs.weight": (empty, "F32")}))) as checkpoint:
+        assert checkpoint.read("rope_freqs.weight").size == 0
+        assert checkpoint.config.layers[0].rope == Rope(10000.0)
+
+
 def test_an_unknown_type_has_no_size(path: Path) -> None:
     path.write_bytes(header([], [tensor("a", (4,), kind=999)]))
     row = read_header(path).tensors["a"]

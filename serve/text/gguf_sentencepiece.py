@@ -1,6 +1,7 @@
 """SentencePiece BPE from GGUF metadata (`tokenizer.ggml.model` "llama"): pieces with scores instead of merges."""
 
 import math
+from collections.abc import Collection
 
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
@@ -23,7 +24,7 @@ def sentencepiece_backend(vocabulary: Vocabulary) -> Backend:
     backend = Backend(
         models.BPE(
             vocab=vocabulary.ids(),
-            merges=_merges(vocabulary),
+            merges=_merges(vocabulary, set(runs)),
             unk_token=vocabulary.tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
@@ -50,11 +51,11 @@ def _with_marked_spaces(vocabulary: Vocabulary) -> tuple[Vocabulary, list[str]]:
     return Vocabulary(tokens, types, vocabulary.metadata), runs
 
 
-def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+def _merges(vocabulary: Vocabulary, runs: Collection[str]) -> list[tuple[str, str]]:
     """All pairs of pieces that make a piece: best score first, then lower id, then lower ids of the two halves.
 
-    Before them, whatever their score, runs of spaces, the longest first: SentencePiece looks for user-defined pieces
-    beforehand, and takes the longest.
+    Before them, whatever their score, runs of spaces that are user-defined (Gemma), the longest first: SentencePiece
+    looks for such pieces beforehand, and takes the longest. Those of Llama 2 are ordinary pieces of the worst score.
     """
     scores = required_list(vocabulary.metadata, "scores")
     if len(scores) != len(vocabulary.tokens):
@@ -64,7 +65,7 @@ def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     for token, index in ids.items():
         if vocabulary.types[index] != 1:
             continue
-        is_run = not token.strip(SPACE)
+        is_run = token in runs
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in ids and right in ids:

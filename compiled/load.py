@@ -7,14 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model.config import ModelConfig
 from model.kernels import cpu
+from model.sharding import Cut, spec_of_row, weight_rows
 from model.transformer import BoundModel, abstract_weights, bind
 from model.weights.checkpoint import Checkpoint
 from model.weights.int8 import GROUP
 from model.weights.load import load_weights
 from model.weights.rows import Int8Rows, Rows
+from model.weights.shards import cut_int8_rows, cut_rows
 
 
 def load_model(
@@ -24,6 +27,7 @@ def load_model(
     *,
     int8: bool = False,
     max_model_len: int | None = None,
+    mesh: Mesh | None = None,
 ) -> BoundModel:
     """Reads all weights and places them, packed for the kernels where this device has any for the dtype.
 
@@ -33,6 +37,7 @@ def load_model(
         progress: called with the bytes read so far and in all.
         int8: whether matrices are int8 with scales instead.
         max_model_len: tokens that a request can have; None: as many as the model takes.
+        mesh: over which the model is cut; each weight is cut on the host and goes to its devices shard by shard.
 
     Raises:
         ModelLoadError: lists everything that is wrong with the checkpoint.
@@ -40,22 +45,72 @@ def load_model(
     dtype = jnp.dtype(dtype_name)
     packs = dtype == jnp.bfloat16 and jax.default_backend() == "cpu" and cpu.load() is not None
 
-    def put_int8(rows: Int8Rows) -> Any:
+    config = checkpoint.config.for_length(max_model_len or checkpoint.config.max_position_embeddings)
+    shards = None if mesh is None else _Shards(config, mesh)
+
+    def put_int8(path: str, rows: Int8Rows) -> Any:
+        if shards is not None:
+            cut = cut_int8_rows(rows, shards.kept_of(path))
+            return shards.placed(path, [cpu.pack_int8(part.values, part.scales) for part in cut])
         return cpu.pack_int8_rows(rows.shape, ((run.values, run.scales) for run in rows.runs()))
 
-    def put(_: str, rows: Rows) -> Any:
+    def put(path: str, rows: Rows) -> Any:
+        if shards is not None:
+            cut = cut_rows(rows, shards.kept_of(path))
+            return shards.placed(path, [cpu.pack(part) if packs and part.ndim == 2 else part for part in cut])
         if packs and len(rows.shape) == 2:
             return cpu.pack_rows(rows.shape, rows.runs())
         return jax.device_put(rows.whole())
 
     weights = load_weights(checkpoint, np.dtype(dtype), put, progress, put_int8=put_int8 if int8 else None)
-    config = checkpoint.config
-    return bind(config.for_length(max_model_len or config.max_position_embeddings), dtype, weights)
+    return bind(config, dtype, weights, mesh)
 
 
-def weight_bytes(config: ModelConfig, dtype_name: str, *, int8: bool = False) -> int:
-    """Bytes that the weights of a model will take, but for what packing pads."""
-    shapes = abstract_weights(config, jnp.dtype(dtype_name)).values()
+class _Shards:
+    """Puts what each shard holds of a weight where it belongs."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
+        self._cut = Cut(config, mesh.size)
+        self._rows = weight_rows(config)
+        self._mesh = mesh
+
+    def kept_of(self, path: str) -> Any:
+        return self._cut.kept_of(self._rows[path])
+
+    def placed(self, path: str, parts: list[Any]) -> Any:
+        """One array over the mesh, or packed weight of such, from the part of each device."""
+        spec = spec_of_row(self._rows[path])
+
+        def one(*each: Any) -> Any:
+            sharding = NamedSharding(self._mesh, PartitionSpec(*spec[: each[0].ndim]))
+            shape = [
+                size * self._mesh.size if axis < len(spec) and spec[axis] else size
+                for axis, size in enumerate(each[0].shape)
+            ]
+            arrays = [jax.device_put(part, device) for part, device in zip(each, self._mesh.devices.flat, strict=True)]
+            return jax.make_array_from_single_device_arrays(tuple(shape), sharding, arrays)
+
+        return jax.tree.map(one, *parts)
+
+
+def abstract_model(config: ModelConfig, dtype_name: str, mesh: Mesh | None = None) -> BoundModel:
+    """A model without weights, which programs can be compiled for; over a mesh, also of devices that are not here."""
+    dtype = jnp.dtype(dtype_name)
+    shapes = abstract_weights(config, dtype, mesh.size if mesh else 1)
+    if mesh is None:
+        return bind(config, dtype, shapes)
+    rows = weight_rows(config)
+    placed = {}
+    for path, shape in shapes.items():
+        spec = spec_of_row(rows[path])
+        whole = tuple(size * (mesh.size if axis else 1) for size, axis in zip(shape.shape, spec, strict=True))
+        placed[path] = jax.ShapeDtypeStruct(whole, shape.dtype, sharding=NamedSharding(mesh, spec))
+    return bind(config, dtype, placed, mesh)
+
+
+def weight_bytes(config: ModelConfig, dtype_name: str, *, int8: bool = False, shards: int = 1) -> int:
+    """Bytes that the weights of a model will take on each device, but for what packing pads."""
+    shapes = abstract_weights(config, jnp.dtype(dtype_name), shards).values()
     vectors, matrices = (sum(math.prod(each.shape) for each in shapes if len(each.shape) == axes) for axes in (1, 2))
     # int8: a byte a value, and a float16 for each 32.
     of_matrices = matrices * (GROUP + 2) // GROUP if int8 else matrices * jnp.dtype(dtype_name).itemsize

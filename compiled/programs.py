@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled, Lowered
 
 from compiled.shapes import HeadShape, SlotShape, StateShape, StepShape
@@ -31,8 +32,30 @@ class Plan:
 
     shape: Shape
     function: Callable[..., Any]
-    arguments: tuple[Any, ...]  # pytrees of jax.ShapeDtypeStruct
+    arguments: tuple[Any, ...]  # pytrees of jax.ShapeDtypeStruct, which say how they lie in a mesh
     donate: tuple[int, ...] = ()
+    mesh: Mesh | None = None  # one program for each of its devices
+    results: Any = None  # how the results lie in the mesh: PartitionSpecs, a prefix of their tree; None: whole in each
+
+    def lower(self) -> Lowered:
+        """Traces the function."""
+        function = self.function
+        if self.mesh is not None:
+            taken, given = specs_of(self.arguments), PartitionSpec() if self.results is None else self.results
+            # Not checked: the kernels' calls do not say what of their results differs between shards.
+            function = jax.shard_map(
+                function,
+                mesh=self.mesh,
+                in_specs=taken,
+                out_specs=given,
+                check_vma=False,
+            )
+
+        def named(*arguments: Any) -> Any:
+            return function(*arguments)
+
+        named.__name__ = named.__qualname__ = self.shape.name  # the HLO module's name, and the cache entry's
+        return jax.jit(named, donate_argnums=self.donate).lower(*self.arguments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +135,18 @@ def _cache_errors() -> Iterator[None]:
         jax.config.update("jax_raise_persistent_cache_errors", False)
 
 
+def specs_of(tree: Any) -> Any:
+    """How the abstract arrays of a tree lie in their mesh; what says nothing is in every device whole."""
+
+    def spec(leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
+        return leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else PartitionSpec()
+
+    return jax.tree.map(spec, tree)
+
+
 def _compile(plan: Plan, on_done: Callable[[Program], None] | None) -> Program:
     start = time.perf_counter()
-
-    def named(*arguments: Any) -> Any:
-        return plan.function(*arguments)
-
-    named.__name__ = named.__qualname__ = plan.shape.name  # the HLO module's name, and the cache entry's
-    lowered = jax.jit(named, donate_argnums=plan.donate).lower(*plan.arguments)
+    lowered = plan.lower()
     middle = time.perf_counter()
     try:
         compiled = lowered.compile()

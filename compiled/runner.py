@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from compiled import step
-from compiled.programs import Plan, Program, Programs, Shape, compile_plans
+from compiled.programs import Plan, Program, Programs, Shape, compile_plans, specs_of
 from compiled.shapes import Buckets, HeadShape, SlotShape, StateShape, StepShape
 from compiled.state import (
     MAX_SCORED_IDS,
@@ -28,20 +30,40 @@ from compiled.state import (
     greedy_sampling,
 )
 from model.config import ModelConfig
-from model.kv_cache import cache_shape
+from model.kv_cache import cache_shape, cache_specs
+from model.sharding import TENSOR, Cut
 from model.transformer import BoundModel
 
 
-def state_shapes(config: ModelConfig, buckets: Buckets, *, pages: int, dtype: jnp.dtype) -> DeviceState:
+def state_shapes(
+    config: ModelConfig, buckets: Buckets, *, pages: int, dtype: jnp.dtype, mesh: Mesh | None = None
+) -> DeviceState:
     """Abstract DeviceState of a server with N `pages`, the null page included."""
-    Z, V = buckets.slots, config.vocab_size
+    shards = mesh.size if mesh else 1
+    Z, V = buckets.slots, shards * Cut(config, shards).local.vocab_size
     slots = SlotState(
         tokens=_int32(Z),
         bias=jax.ShapeDtypeStruct((Z, V), jnp.float32),
         counts=_int32(Z, V),
         seen=jax.ShapeDtypeStruct((Z, V), jnp.bool_),
     )
-    return DeviceState(cache_shape(config, pages, dtype), slots)
+    state = DeviceState(cache_shape(config, pages, dtype, shards), slots)
+    return state if mesh is None else _placed(state, state_specs(config), mesh)
+
+
+def state_specs(config: ModelConfig) -> DeviceState:
+    """How a DeviceState lies in a mesh: PartitionSpecs."""
+    columns = PartitionSpec(None, TENSOR)
+    return DeviceState(cache_specs(config), SlotState(PartitionSpec(), columns, columns, columns))
+
+
+def _placed[T](shapes: T, specs: T, mesh: Mesh) -> T:
+    placed: T = jax.tree.map(
+        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
+        shapes,
+        specs,
+    )
+    return placed
 
 
 def make_plans(model: BoundModel, buckets: Buckets, state: DeviceState, k: int) -> list[Plan]:
@@ -53,30 +75,46 @@ def make_plans(model: BoundModel, buckets: Buckets, state: DeviceState, k: int) 
     adjustment = Adjustment(
         bias=jax.ShapeDtypeStruct((V,), jnp.float32), counts=_int32(V), seen=jax.ShapeDtypeStruct((V,), jnp.bool_)
     )
-    plans.append(Plan(SlotShape(buckets.slots), step.adjust, (state, _int32(), adjustment), donate=(0,)))
-    return plans
+    adjust = partial(step.adjust, model.cut.vocabulary)
+    plans.append(Plan(SlotShape(buckets.slots), adjust, (state, _int32(), adjustment), (0,), results=specs_of(state)))
+    return [replace(plan, mesh=model.mesh) for plan in plans]
 
 
 def state_plan(state: DeviceState) -> Plan:
     """What makes a fresh state like the abstract `state`."""
     shape = StateShape(state.cache.hidden.shape[0], state.slots.tokens.shape[0])
-    return Plan(shape, partial(step.zero_state, state), ())
+    parts = jax.tree.map(_part, state)
+    return Plan(shape, partial(step.zero_state, parts), (), mesh=_mesh_of(state), results=specs_of(state))
+
+
+def _mesh_of(state: DeviceState) -> Mesh | None:
+    placed = state.cache.hidden.sharding
+    mesh = placed.mesh if isinstance(placed, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) else None
+
+
+def _part(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """What one device holds of an array."""
+    placed = leaf.sharding
+    return jax.ShapeDtypeStruct(placed.shard_shape(leaf.shape) if placed is not None else leaf.shape, leaf.dtype)
 
 
 def _step_plan(model: BoundModel, leaves: Any, state: DeviceState, shape: StepShape, k: int) -> Plan:
     R, T, tables = shape.rows, shape.chunk, _int32(shape.rows, shape.pages)
+    results = (specs_of(state), PartitionSpec())
     if T > 1:
         chunk = StepInput(_int32(R, T), _int32(R, T), tables)
-        return Plan(shape, partial(step.prefill, model), (leaves, state, chunk), donate=(1,))
+        return Plan(shape, partial(step.prefill, model), (leaves, state, chunk), (1,), results=results)
     rows = DecodeInput(_int32(R), _int32(R), tables, _int32(R), _int32(R, MAX_SCORED_IDS))
     sampling = _abstract(greedy_sampling(R, model.config.vocab_size))
-    return Plan(shape, partial(step.decode, model, k), (leaves, state, rows, sampling), donate=(1,))
+    return Plan(shape, partial(step.decode, model, k), (leaves, state, rows, sampling), (1,), results=results)
 
 
 def _head_plan(model: BoundModel, leaves: Any, state: DeviceState, shape: HeadShape, k: int) -> Plan:
     places = _int32(shape.rows)
     if shape.whole:
-        return Plan(shape, partial(step.vocabulary, model), (leaves, state, places))
+        columns = PartitionSpec(None, TENSOR)
+        return Plan(shape, partial(step.vocabulary, model), (leaves, state, places), results=columns)
     tokens = ScoreInput(places, places, _int32(shape.rows, MAX_SCORED_IDS))
     return Plan(shape, partial(step.score, model, k), (leaves, state, tokens))
 
@@ -86,7 +124,14 @@ def _int32(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    """Shapes, dtypes and, of what lies in a mesh, where it lies."""
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        placed = getattr(leaf, "sharding", None)
+        placed = placed if isinstance(placed, NamedSharding) else None
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
+
+    return jax.tree.map(shape, tree)
 
 
 class ModelRunner:
@@ -119,7 +164,7 @@ class ModelRunner:
         self.max_logprobs = max_logprobs
         self.vocab_size = model.config.vocab_size
         self._leaves = model.leaves
-        shapes = state_shapes(model.config, buckets, pages=pages, dtype=model.dtype)
+        shapes = state_shapes(model.config, buckets, pages=pages, dtype=model.dtype, mesh=model.mesh)
         first = compile_plans([state_plan(shapes)], on_compiled)
         (zero_state,) = first
         with ThreadPoolExecutor(1, thread_name_prefix="state") as pool:  # fresh memory takes seconds to come
@@ -157,7 +202,7 @@ class ModelRunner:
     def vocabulary(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
         """Log-probs [M, V] of every token after the cached tokens in places [M]. Waits for the result."""
         compiled = self._compiled(HeadShape(len(places), whole=True))
-        return np.asarray(compiled(self._leaves, self._state, places))
+        return np.asarray(compiled(self._leaves, self._state, places))[:, : self.vocab_size]
 
     def adjust(self, slot: int, adjustment: Adjustment) -> None:
         """Begins to replace what a slot adds to its request's choices."""

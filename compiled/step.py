@@ -22,6 +22,7 @@ from compiled.state import (
     TokenLogprobs,
 )
 from model.kv_cache import NULL_PAGE, PAGE_SIZE, live_rows
+from model.sharding import VocabularyAxis
 from model.transformer import BoundModel
 
 type Leaves = tuple[Array, ...]
@@ -40,25 +41,25 @@ def decode(
     model: BoundModel, k: int, leaves: Leaves, state: DeviceState, step: DecodeInput, sampling: SamplingArrays
 ) -> tuple[DeviceState, StepOutput]:
     """Runs one token of each row ([R]), chooses the next and leaves it in the row's slot."""
-    module = model.merge(leaves)
+    module, axis = model.merge(leaves), model.cut.vocabulary
     slots = state.slots
     tokens = jnp.where(step.tokens >= 0, step.tokens, slots.tokens[step.slots])
     hidden, cache = module(tokens[:, None], step.positions[:, None], step.tables, state.cache)
     # The barrier keeps the head apart from the layers, so that it is compiled alike in decode and score.
     live = live_rows(step.positions >= 0)
     logits = module.logits(jax.lax.optimization_barrier(hidden[:, 0]), live)
-    chosen = choose_tokens(logits, sampling, slots, step.slots)
+    chosen = choose_tokens(logits, sampling, slots, step.slots, axis)
 
     def numbers(of: Array) -> TokenLogprobs:
-        return token_logprobs(of, chosen, k, step.scored_ids, live)
+        return token_logprobs(of, chosen, k, step.scored_ids, live, axis)
 
     def processed() -> TokenLogprobs:
-        return numbers(processed_logits(logits, chosen, sampling, slots, step.slots))
+        return numbers(processed_logits(logits, chosen, sampling, slots, step.slots, axis))
 
     told = jax.lax.cond(jnp.any(sampling.processed), processed, lambda: numbers(logits))
     # The barrier has the choice counted after the counts were read for the last time: in place, without a copy.
     output: StepOutput = jax.lax.optimization_barrier(StepOutput(chosen, told))
-    return DeviceState(cache, record_choice(slots, step.slots, output.tokens)), output
+    return DeviceState(cache, record_choice(slots, step.slots, output.tokens, axis)), output
 
 
 def score(model: BoundModel, k: int, leaves: Leaves, state: DeviceState, step: ScoreInput) -> TokenLogprobs:
@@ -66,24 +67,25 @@ def score(model: BoundModel, k: int, leaves: Leaves, state: DeviceState, step: S
 
     The head runs over this block alone, so no [prompt, V] array exists, however long the prompt.
     """
-    hidden = _cached_hidden(state, step.places)
+    hidden = _cached_hidden(model, state, step.places)
     return head_logprobs(model.merge(leaves), hidden, step.targets, k, step.scored_ids, _live(step.places))
 
 
 def vocabulary(model: BoundModel, leaves: Leaves, state: DeviceState, places: Array) -> Array:
     """Log-probs [M, V] float32 of every token after the cached tokens in `places` [M] int32."""
     live = _live(places)
-    return all_logprobs(model.merge(leaves).logits(_cached_hidden(state, places), live), live)
+    logits = model.merge(leaves).logits(_cached_hidden(model, state, places), live)
+    return all_logprobs(logits, live, model.cut.vocabulary)
 
 
-def adjust(state: DeviceState, slot: Array, adjustment: Adjustment) -> DeviceState:
+def adjust(axis: VocabularyAxis, state: DeviceState, slot: Array, adjustment: Adjustment) -> DeviceState:
     """Replaces bias, counts and seen tokens of a slot ([] int32)."""
-    return DeviceState(state.cache, fill_slot(state.slots, slot, adjustment))
+    return DeviceState(state.cache, fill_slot(state.slots, slot, adjustment, axis))
 
 
-def _cached_hidden(state: DeviceState, places: Array) -> Array:
+def _cached_hidden(model: BoundModel, state: DeviceState, places: Array) -> Array:
     pages = state.cache.hidden
-    return pages.reshape(-1, pages.shape[-1])[places]
+    return model.cut.whole_hidden(pages.reshape(-1, pages.shape[-1])[places])
 
 
 def _live(places: Array) -> Array:

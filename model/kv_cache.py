@@ -5,12 +5,15 @@ token t of a row lies in page `table[t // S]` at offset `t % S`.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from model.config import ModelConfig
+from model.sharding import TENSOR, Cut
 
 PAGE_SIZE = 64  # S, tokens
 NULL_PAGE = 0
@@ -21,25 +24,34 @@ NULL_PAGE = 0
 class PagedCache:
     """Pages of all layers. One array pair per layer: slicing a stacked cache would copy it."""
 
-    keys: tuple[Array, ...]  # L x [N, K, S, E]
-    values: tuple[Array, ...]  # L x [N, K, S, E]
-    hidden: Array  # [N, S, D] after the final norm: the head alone can score them
+    keys: tuple[Any, ...]  # L x [N, K, S, E]
+    values: tuple[Any, ...]  # L x [N, K, S, E]
+    hidden: Any  # [N, S, D] after the final norm: the head alone can score them
 
 
-def cache_shape(config: ModelConfig, pages: int, dtype: jnp.dtype) -> PagedCache:
-    """The cache's shapes, as `jax.ShapeDtypeStruct` leaves."""
+def cache_shape(config: ModelConfig, pages: int, dtype: jnp.dtype, shards: int = 1) -> PagedCache:
+    """The cache's shapes over all shards, as `jax.ShapeDtypeStruct` leaves."""
+    cut = Cut(config, shards)
+    K, D = shards * cut.local.num_kv_heads, shards * cut.hidden_size
 
     def zeros() -> PagedCache:
-        kv = (jnp.zeros((pages, config.num_kv_heads, PAGE_SIZE, config.head_dim), dtype),) * config.num_layers
-        return PagedCache(kv, kv, jnp.zeros((pages, PAGE_SIZE, config.hidden_size), dtype))
+        kv = (jnp.zeros((pages, K, PAGE_SIZE, config.head_dim), dtype),) * config.num_layers
+        return PagedCache(kv, kv, jnp.zeros((pages, PAGE_SIZE, D), dtype))
 
     shape: PagedCache = jax.eval_shape(zeros)
     return shape
 
 
-def bytes_per_page(config: ModelConfig, dtype: jnp.dtype) -> int:
-    """Bytes that one page takes over all layers, hidden states included."""
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim + config.hidden_size
+def cache_specs(config: ModelConfig) -> PagedCache:
+    """How the cache lies in a mesh: heads and the features of hidden states are cut."""
+    kv = (PartitionSpec(None, TENSOR),) * config.num_layers
+    return PagedCache(kv, kv, PartitionSpec(None, None, TENSOR))
+
+
+def bytes_per_page(config: ModelConfig, dtype: jnp.dtype, shards: int = 1) -> int:
+    """Bytes that one page takes on each device over all layers, hidden states included."""
+    cut = Cut(config, shards)
+    per_token = 2 * config.num_layers * cut.local.num_kv_heads * config.head_dim + cut.hidden_size
     return PAGE_SIZE * per_token * jnp.dtype(dtype).itemsize
 
 

@@ -14,26 +14,35 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from model.attention import attend
-from model.config import LayerKind, ModelConfig
+from model.config import LayerKind
 from model.kernels import cpu
 from model.kernels.choice import by_platform
 from model.kv_cache import Addresses
 from model.linear import Linear
 from model.reduce import row_sum
 from model.rotary import rotate_and_store
+from model.sharding import Cut
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight in float32 (Zhang and Sennrich 2019), rounded to dtype. Weight [D] float32."""
+    """x / rms(x) * weight in float32 (Zhang and Sennrich 2019), rounded to dtype. Weight [D] float32.
 
-    def __init__(self, size: int, epsilon: float, dtype: jnp.dtype) -> None:
+    Where D is cut over shards (`over`, its letter in a cut), the mean is of all of them.
+    """
+
+    def __init__(self, size: int, epsilon: float, dtype: jnp.dtype, *, over: tuple[Cut, str] | None = None) -> None:
         self.weight = nnx.Param(jnp.zeros((size,), jnp.float32))
         self.epsilon = epsilon
         self.dtype = dtype
+        self.over = over
 
     def __call__(self, x: Array, live: Array | None = None) -> Array:
         """x [..., D] float32 -> [..., D]; `live` as in Linear."""
         rows = x.reshape(-1, x.shape[-1])
+        if self.over is not None:
+            cut, letter = self.over
+            mean = cut.total(row_sum(rows * rows))[:, None] / cut.count(letter)
+            return _scaled(rows, mean, self.weight.get_value(), self.epsilon).astype(self.dtype).reshape(x.shape)
         live = _all_of(rows) if live is None else live
         y: Array = by_platform(
             rows,
@@ -48,8 +57,11 @@ class RMSNorm(nnx.Module):
 def rms_norm_in_xla(x: Array, weight: Array, live: Array, *, epsilon: float, dtype: DTypeLike) -> Array:
     """RMSNorm of x [M, D] for any platform; what rows from `live` on give means nothing."""
     del live
-    squares = row_sum(x * x)[:, None]
-    return (x * jax.lax.rsqrt(squares / x.shape[1] + jnp.float32(epsilon)) * weight).astype(dtype)
+    return _scaled(x, row_sum(x * x)[:, None] / x.shape[1], weight, epsilon).astype(dtype)
+
+
+def _scaled(x: Array, mean: Array, weight: Array, epsilon: float) -> Array:
+    return x * jax.lax.rsqrt(mean + jnp.float32(epsilon)) * weight
 
 
 def gated(gate_up: Array, live: Array | None, activation: str, dtype: jnp.dtype) -> Array:
@@ -104,16 +116,17 @@ _NORMED: dict[str, tuple[str | None, str | None]] = {"none": (None, None), "head
 class Attention(nnx.Module):
     """Grouped-query attention with q, k and v in one product."""
 
-    def __init__(self, config: ModelConfig, kind: LayerKind, dtype: jnp.dtype) -> None:
+    def __init__(self, cut: Cut, kind: LayerKind, dtype: jnp.dtype) -> None:
+        config = cut.local
         dims, traits = config.dims(), config.traits
         self.config = config
         self.kind = kind
         self.qkv = Linear(dims["QKV"], dims["D"], dtype, bias=traits.qkv_bias)
         self.q_norm, self.k_norm = (
-            None if of is None else RMSNorm(dims[of], config.rms_norm_eps, jnp.dtype(jnp.float32))
+            None if of is None else RMSNorm(dims[of], config.rms_norm_eps, jnp.dtype(jnp.float32), over=_over(cut, of))
             for of in _NORMED[traits.qk_norm]
         )
-        self.out = Linear(dims["D"], dims["Q"], dtype)
+        self.out = Linear(dims["D"], dims["Q"], dtype, summed=_summed(cut))
 
     def __call__(
         self,
@@ -150,6 +163,14 @@ class Attention(nnx.Module):
         return jnp.concatenate([_normed(q, self.q_norm, live), _normed(k, self.k_norm, live), v], axis=2)
 
 
+def _over(cut: Cut, letter: str) -> tuple[Cut, str] | None:
+    return (cut, letter) if cut.shards > 1 and letter != "E" else None
+
+
+def _summed(cut: Cut) -> Cut | None:
+    return cut if cut.shards > 1 else None
+
+
 def _normed(heads: Array, norm: RMSNorm, live: Array | None) -> Array:
     """heads [R, T, h, E], normed one by one or all of a token as one: as many elements as the norm has weights."""
     R, T, h, E = heads.shape
@@ -161,11 +182,12 @@ def _normed(heads: Array, norm: RMSNorm, live: Array | None) -> Array:
 class MLP(nnx.Module):
     """A gated MLP (Shazeer 2020) with gate and up in one product."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, cut: Cut, dtype: jnp.dtype) -> None:
+        config = cut.local
         self.gate_up = Linear(2 * config.intermediate_size, config.hidden_size, dtype)
         self.activation = config.traits.activation
         self.dtype = dtype
-        self.down = Linear(config.hidden_size, config.intermediate_size, dtype)
+        self.down = Linear(config.hidden_size, config.intermediate_size, dtype, summed=_summed(cut))
 
     def __call__(self, x: Array, live: Array | None = None) -> Array:
         """x [R, T, D] -> [R, T, D]; `live` as in Linear."""
@@ -177,16 +199,18 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One decoder layer: x + attention(x), then x + mlp(x), with norms before or after either, or both."""
 
-    def __init__(self, config: ModelConfig, kind: LayerKind, dtype: jnp.dtype) -> None:
+    def __init__(self, cut: Cut, kind: LayerKind, dtype: jnp.dtype) -> None:
+        config = cut.whole
+
         def norm(wanted: bool, of: jnp.dtype) -> RMSNorm | None:
             return RMSNorm(config.hidden_size, config.rms_norm_eps, of) if wanted else None
 
         traits, whole = config.traits, jnp.dtype(jnp.float32)  # of what is added to the residual stream
         self.attention_norm = norm(traits.pre_norm, dtype)
-        self.attention = Attention(config, kind, dtype)
+        self.attention = Attention(cut, kind, dtype)
         self.attention_post_norm = norm(traits.post_norm, whole)
         self.mlp_norm = norm(traits.pre_norm, dtype)
-        self.mlp = MLP(config, dtype)
+        self.mlp = MLP(cut, dtype)
         self.mlp_post_norm = norm(traits.post_norm, whole)
 
     def __call__(

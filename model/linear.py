@@ -7,6 +7,7 @@ from jax import Array
 
 from model.kernels import cpu
 from model.kernels.choice import by_platform
+from model.sharding import Cut
 
 # XLA:CPU has no fast path for a one-row bf16 product (1.4 GB/s against 13, docs/design.md), and one row would also
 # take another route, with other last bits, than many rows do.
@@ -61,11 +62,15 @@ def _unpacked_in_xla(x: Array, weight: cpu.Packed, live: Array) -> Array:
 
 
 class Linear(nnx.Module):
-    """y = x W^T (+ b): weight [N, K] in the model's dtype, bias [N] float32."""
+    """y = x W^T (+ b): weight [N, K] in the model's dtype, bias [N] float32.
 
-    def __init__(self, n: int, k: int, dtype: jnp.dtype, *, bias: bool = False) -> None:
+    Where K is cut over shards (`summed`), each has a part of every sum, and gets the whole of them.
+    """
+
+    def __init__(self, n: int, k: int, dtype: jnp.dtype, *, bias: bool = False, summed: Cut | None = None) -> None:
         self.weight = nnx.Param(jnp.zeros((n, k), dtype))
         self.bias = nnx.Param(jnp.zeros((n,), jnp.float32)) if bias else None
+        self.summed = summed
 
     def __call__(self, x: Array, live: Array | None = None) -> Array:
         """x [..., K] -> [..., N] float32: the sums are not rounded, so the residual stream keeps them whole.
@@ -73,6 +78,7 @@ class Linear(nnx.Module):
         `live` as in matmul, of the leading axes taken as one.
         """
         y = matmul(x.reshape(-1, x.shape[-1]), self.weight.get_value(), live)
+        y = y if self.summed is None else self.summed.total(y)
         if self.bias is not None:
             y = y + self.bias.get_value()
         return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from model.sharding import WHOLE, VocabularyAxis
+
 _MIN_ROWS = 16
 _PARTS = 16
 _LANES = 128  # a part's width is a multiple of it
@@ -34,12 +36,12 @@ def parts_of(x: Array) -> list[Array]:
     return jnp.split(padded, _PARTS, axis=1)
 
 
-def log_sum_exp(x: Array) -> Array:
-    """log(sum(exp(x))) over the last axis of x [M, N] float32: [M].
+def log_sum_exp(x: Array, axis: VocabularyAxis = WHOLE) -> Array:
+    """log(sum(exp(x))) over the last axis of x [M, N] float32: [M]. That axis may be cut over shards.
 
     The sum is spelled out, parts first and then a tree of halves, which also loses less to rounding than one long sum.
     """
-    best = jnp.max(x, axis=-1, keepdims=True)
+    best = axis.largest(jnp.max(x, axis=-1, keepdims=True))
     terms = functools.reduce(jnp.add, (jnp.exp(part - best) for part in parts_of(x)))
     terms = jax.lax.optimization_barrier(terms)  # or XLA computes each exponential again for every level of the tree
     width = terms.shape[1]
@@ -47,5 +49,5 @@ def log_sum_exp(x: Array) -> Array:
     while terms.shape[1] > 1:
         half = terms.shape[1] // 2
         terms = terms[:, :half] + terms[:, half:]
-    totals = jnp.pad(terms[:, 0], (0, max(0, _MIN_ROWS - x.shape[0])), constant_values=1.0)
+    totals = jnp.pad(axis.total(terms[:, 0]), (0, max(0, _MIN_ROWS - x.shape[0])), constant_values=1.0)
     return best[:, 0] + jnp.log(totals)[: x.shape[0]]

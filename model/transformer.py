@@ -13,26 +13,39 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 from model.config import ModelConfig
 from model.kv_cache import PagedCache, addresses, write_hidden
 from model.layers import Layer, RMSNorm, soft_cap
 from model.linear import Linear, Weight, matmul, take_rows
 from model.rotary import rotary_angles
+from model.sharding import Cut
 
 
 class Embedding(nnx.Module):
     """Token embeddings [V, D], which are also the head's weight where the two are tied."""
 
-    def __init__(self, vocab_size: int, size: int, dtype: jnp.dtype, *, scaled: bool) -> None:
-        self.weight = nnx.Param(jnp.zeros((vocab_size, size), dtype))
-        self.scale = math.sqrt(size) if scaled else 1.0
+    def __init__(self, cut: Cut, dtype: jnp.dtype) -> None:
+        config = cut.local
+        self.weight = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
+        self.scale = math.sqrt(config.hidden_size) if config.traits.scaled_embedding else 1.0
+        self.cut = cut
 
     def __call__(self, tokens: Array) -> Array:
         """tokens [R, T] int32 -> [R, T, D] float32."""
         R, T = tokens.shape
-        rows = take_rows(self.weight.get_value(), tokens.reshape(R * T)).reshape(R, T, -1).astype(jnp.float32)
+        rows = self._rows(tokens.reshape(R * T)).reshape(R, T, -1)
         return rows if self.scale == 1 else rows * jnp.float32(self.scale)
+
+    def _rows(self, tokens: Array) -> Array:
+        """tokens [M] -> [M, D] float32. Each token's row is in one shard."""
+        width = self.cut.local.vocab_size
+        at = self.cut.vocabulary.place(tokens, width)
+        if self.cut.shards == 1:
+            return take_rows(self.weight.get_value(), at).astype(jnp.float32)
+        rows = take_rows(self.weight.get_value(), jnp.minimum(at, width - 1)).astype(jnp.float32)
+        return self.cut.total(jnp.where((at < width)[:, None], rows, 0.0))
 
 
 def traced_once[T](method: Callable[..., T]) -> Callable[..., T]:
@@ -57,11 +70,11 @@ def traced_once[T](method: Callable[..., T]) -> Callable[..., T]:
 class Transformer(nnx.Module):
     """A decoder-only language model over a paged cache."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
-        self.config = config
-        scaled = config.traits.scaled_embedding
-        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype, scaled=scaled)
-        self.layers = nnx.List([Layer(config, kind, dtype) for kind in config.layers])
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, shards: int = 1) -> None:
+        self.cut = Cut(config, shards)
+        self.config = config = self.cut.local
+        self.embed = Embedding(self.cut, dtype)
+        self.layers = nnx.List([Layer(self.cut, kind, dtype) for kind in config.layers])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.head = None if config.tie_word_embeddings else Linear(config.vocab_size, config.hidden_size, dtype)
 
@@ -89,12 +102,16 @@ class Transformer(nnx.Module):
                     layer, x, positions, angles[layer.attention.kind.rope], (keys[i], values[i]), tables, at
                 )
         hidden = self.norm(x, at.live)
-        return hidden, PagedCache(tuple(keys), tuple(values), write_hidden(cache.hidden, hidden, at))
+        pages = write_hidden(cache.hidden, self.cut.own_hidden(hidden), at)
+        return hidden, PagedCache(tuple(keys), tuple(values), pages)
 
     def logits(self, hidden: Array, live: Array | None = None) -> Array:
-        """hidden [M, D] -> [M, V] float32; `live` as in Linear."""
+        """hidden [M, D] -> [M, V] float32, or a shard's columns of it; `live` as in Linear."""
         with jax.named_scope("head"):
-            return soft_cap(matmul(hidden, self.head_weight(), live), live, self.config.logit_cap)
+            logits = soft_cap(matmul(hidden, self.head_weight(), live), live, self.config.logit_cap)
+            if self.cut.shards == 1:
+                return logits
+            return jnp.where(self.cut.vocabulary.ids(logits.shape[1]) < self.cut.whole.vocab_size, logits, -jnp.inf)
 
     def head_weight(self) -> Weight:
         """The head's weight [V, D]: the embeddings where the two are tied."""
@@ -111,6 +128,12 @@ class BoundModel:
     dtype: jnp.dtype
     definition: Any  # nnx.GraphDef and the leaves' tree, closed over by the steps
     leaves: tuple[Array, ...]
+    mesh: Mesh | None = None  # over which the leaves are cut; the definition is that of one shard
+
+    @property
+    def cut(self) -> Cut:
+        """How it is cut."""
+        return Cut(self.config, self.mesh.size if self.mesh else 1)
 
     def merge(self, leaves: tuple[Array, ...]) -> Transformer:
         """The module around (traced) leaves."""
@@ -119,22 +142,24 @@ class BoundModel:
         return model
 
 
-def abstract_weights(config: ModelConfig, dtype: jnp.dtype) -> dict[str, jax.ShapeDtypeStruct]:
-    """Target path -> shape and dtype of every weight, as `model.weights` names them."""
-    _, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, dtype)))
+def abstract_weights(config: ModelConfig, dtype: jnp.dtype, shards: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+    """Target path -> shape and dtype, in each shard, of every weight, as `model.weights` names them."""
+    _, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, dtype, shards)))
     return {_path(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
-def bind(config: ModelConfig, dtype: jnp.dtype, weights: Mapping[str, Any]) -> BoundModel:
+def bind(config: ModelConfig, dtype: jnp.dtype, weights: Mapping[str, Any], mesh: Mesh | None = None) -> BoundModel:
     """Fills an abstract Transformer with `weights` (target path -> array, packed weight or ShapeDtypeStruct).
+
+    With a mesh the arrays lie in it as `model.sharding` says, and the Transformer is that of one shard.
 
     Raises:
         KeyError: a weight is absent; `model.weights` has reported such a thing before.
     """
-    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, dtype)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, dtype, mesh.size if mesh else 1)))
     flat = [(path, leaf.replace(weights[_path(path)])) for path, leaf in nnx.to_flat_state(state)]
     leaves, tree = jax.tree.flatten(nnx.from_flat_state(flat))
-    return BoundModel(config, dtype, (graph, tree), tuple(leaves))
+    return BoundModel(config, dtype, (graph, tree), tuple(leaves), mesh)
 
 
 def _path(path: tuple[Any, ...]) -> str:

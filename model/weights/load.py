@@ -27,7 +27,7 @@ _CHECK_VALUES = 1 << 20  # values looked at together, so that a check needs litt
 _BF16_EXPONENT = np.uint16(0x7F80)  # all ones: infinite or NaN
 
 type Put[T] = Callable[[str, Rows], T]
-type PutInt8[T] = Callable[[Int8Rows], T]
+type PutInt8[T] = Callable[[str, Int8Rows], T]
 type Progress = Callable[[int, int], None]
 
 
@@ -99,7 +99,8 @@ def load_weights[T](
     for target in targets:
         try:
             if put_int8 is not None and len(target.shape) == 2:
-                weights[target.path] = put_int8(Int8Rows(target.shape, partial(reader.int8_runs, target)))
+                int8_rows = Int8Rows(target.shape, partial(reader.int8_runs, target))
+                weights[target.path] = put_int8(target.path, int8_rows)
             else:
                 rows = Rows(target.shape, reader.dtype_of(target), partial(reader.runs, target))
                 weights[target.path] = put(target.path, rows)

@@ -56,7 +56,7 @@ def load(path: Path) -> dict[str, NDArray[Any]]:
     """All weights: matrices as the float32 values of their int8 form."""
     with closing(open_checkpoint(resolve_model(str(path), None))) as checkpoint:
         return load_weights(
-            checkpoint, BF16, lambda _, rows: rows.whole(), put_int8=lambda rows: values_of(rows.whole())
+            checkpoint, BF16, lambda _, rows: rows.whole(), put_int8=lambda _, rows: values_of(rows.whole())
         )
 
 

@@ -123,4 +123,5 @@ def kernels_used(model: BoundModel) -> tuple[str, ...]:
     if kernels is None:
         return ()
     packed = ("linear",) if any(leaf.ndim > 2 for leaf in model.leaves) else ()
-    return (f"{kernels.instruction_set}-{kernels.digest}", *packed, "attention", "rows", "head")
+    head = ("head",) if model.cut.shards == 1 else ()
+    return (f"{kernels.instruction_set}-{kernels.digest}", *packed, "attention", "rows", *head)

@@ -31,6 +31,7 @@ class ServeConfig:
     quantization: str | None  # "int8"
     revision: str | None
     max_model_len: int | None  # None: the model's own
+    tensor_parallel_size: int  # devices over which the model is cut
     max_num_seqs: int
     max_num_batched_tokens: int | None  # None: 256 and a row for each of max_num_seqs
     kv_cache_memory: MemoryAmount | None  # None: 1 GiB, or one request of full length

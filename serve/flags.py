@@ -35,7 +35,6 @@ _ONE_VALUE = {
     "--scheduling-policy": "priority",
     "--chat-template-content-format": "auto",
     "--stream-interval": "1",
-    "--tensor-parallel-size": "1",
     "--data-parallel-size": "1",
     "--api-server-count": "1",
 }
@@ -153,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     flag("--revision", help="branch, tag or commit of a hub id")
     flag("--max-model-len", type=_between(2, 1 << 24), help="tokens of prompt and output; default: the model's")
+    flag("--tensor-parallel-size", type=_between(1, 1024), default=1, help="devices over which the model is cut")
     flag("--max-num-seqs", type=_between(1, 1024), default=16, help="requests that run at once")
     flag(
         "--max-num-batched-tokens",

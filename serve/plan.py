@@ -8,6 +8,7 @@ from compiled.load import weight_bytes
 from compiled.shapes import Buckets
 from model.config import ModelConfig
 from model.kv_cache import bytes_per_page
+from model.sharding import Cut
 from serve.memory import MemoryAmount, pages_in
 
 _CACHE_BYTES = 1 << 30  # of pages, unless one request of full length needs more
@@ -49,19 +50,22 @@ def plan_memory(
     int8: bool,
     asked: MemoryAmount | None,
     free: int | None,
+    shards: int = 1,
 ) -> MemoryPlan:
-    """Plans weights, cache and workspace.
+    """Plans weights, cache and workspace of each device.
 
     Args:
         asked: of the cache: bytes, or a share of what weights and workspace leave free. None: 1 GiB, or what one
             request of full length needs, or what there is room for.
-        free: bytes, None if nobody knows.
+        free: bytes of a device, None if nobody knows.
+        shards: devices over which the model is cut.
 
     Raises:
         PlanError: it does not fit, or the cache holds no page.
     """
-    weights, workspace = weight_bytes(config, dtype, int8=int8), _workspace(config, buckets)
-    page_bytes = bytes_per_page(config, jnp.dtype(dtype))
+    weights = weight_bytes(config, dtype, int8=int8, shards=shards)
+    workspace = _workspace(Cut(config, shards).local, buckets)
+    page_bytes = bytes_per_page(config, jnp.dtype(dtype), shards)
     left = None if free is None else free - weights - workspace
     if asked is not None:
         try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -24,6 +25,7 @@ from compiled.shapes import Buckets, make_buckets
 from compiled.state import MAX_SCORED_IDS
 from model.config import ModelConfig
 from model.kv_cache import PAGE_SIZE, bytes_per_page
+from model.sharding import tensor_mesh
 from model.transformer import BoundModel
 from model.weights.checkpoint import Checkpoint
 from model.weights.gguf import GgufCheckpoint
@@ -76,6 +78,7 @@ def start(config: ServeConfig, console: Console, chat_template: str | None = Non
     if said := defaults.said():
         told = ", ".join(f"{name} {value}" for name, value in said.items())
         console.print(f"defaults {told} (--generation-config vllm: none of the model's)", soft_wrap=True)
+    mesh = _mesh(config)
     checkpoint = open_checkpoint(source)
     try:
         tokenizer = _tokenizer(config, source, checkpoint)
@@ -92,7 +95,7 @@ def start(config: ServeConfig, console: Console, chat_template: str | None = Non
         )
         plan = _plan(source.name, model_config, buckets, config)
         console.print(f"plan     {plan}", soft_wrap=True)
-        model = _load(checkpoint, config, max_model_len, console)
+        model = _load(checkpoint, config, max_model_len, mesh, console)
     finally:
         checkpoint.close()
     runner = _compile(model, buckets, plan.pages, config, max_model_len, console)
@@ -175,7 +178,9 @@ def _max_model_len(config: ServeConfig, model: ModelConfig) -> int:
     return config.max_model_len or own
 
 
-def _load(checkpoint: Checkpoint, config: ServeConfig, max_model_len: int, console: Console) -> BoundModel:
+def _load(
+    checkpoint: Checkpoint, config: ServeConfig, max_model_len: int, mesh: Mesh | None, console: Console
+) -> BoundModel:
     columns = (TextColumn("loading  "), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("weights", total=None)
@@ -185,10 +190,11 @@ def _load(checkpoint: Checkpoint, config: ServeConfig, max_model_len: int, conso
             lambda done, total: bar.update(task, completed=done, total=total),
             int8=config.quantization == "int8",
             max_model_len=max_model_len,
+            mesh=mesh,
         )
     size = sum(leaf.nbytes for leaf in model.leaves)
     kernels = ", ".join(kernels_used(model)) or "none, XLA does it all"
-    where = jax.default_backend()
+    where = jax.default_backend() + (f", cut over {mesh.size} devices" if mesh else "")
     console.print(
         f"weights  {size / 1e6:,.0f} MB {config.weights_as} on {where}; own kernels: {kernels}", soft_wrap=True
     )
@@ -219,6 +225,22 @@ def chosen_dtype(config: ServeConfig, checkpoint: Checkpoint) -> str:
     return "float32" if kinds == {"F32"} and config.quantization is None else "bfloat16"
 
 
+def _mesh(config: ServeConfig) -> Mesh | None:
+    """The devices over which the model is cut; None: one."""
+    count, devices = config.tensor_parallel_size, jax.devices()
+    if count > len(devices):
+        platform = devices[0].platform
+        hint = f"; JAX_NUM_CPU_DEVICES={count} in the environment makes as many of one" if platform == "cpu" else ""
+        raise StartupError(f"--tensor-parallel-size {count}: there are {len(devices)} {platform} devices{hint}")
+    return tensor_mesh(devices[:count]) if count > 1 else None
+
+
+def _free_memory_of_each(devices: int) -> int | None:
+    """Bytes that each of the devices has left; the devices of a CPU share its memory."""
+    free = free_memory()
+    return free // devices if free is not None and jax.default_backend() == "cpu" else free
+
+
 def _plan(name: str, model: ModelConfig, buckets: Buckets, config: ServeConfig) -> MemoryPlan:
     try:
         return plan_memory(
@@ -227,7 +249,8 @@ def _plan(name: str, model: ModelConfig, buckets: Buckets, config: ServeConfig) 
             dtype=config.dtype,
             int8=config.quantization == "int8",
             asked=config.kv_cache_memory,
-            free=free_memory(),
+            free=_free_memory_of_each(config.tensor_parallel_size),
+            shards=config.tensor_parallel_size,
         )
     except PlanError as error:
         raise StartupError(f"{name}: {error}") from None
@@ -237,7 +260,7 @@ def _compile(
     model: BoundModel, buckets: Buckets, pages: int, config: ServeConfig, max_model_len: int, console: Console
 ) -> ModelRunner:
     tokens = (pages - 1) * PAGE_SIZE
-    size = pages * bytes_per_page(model.config, model.dtype) / 1e6
+    size = pages * model.cut.shards * bytes_per_page(model.config, model.dtype, model.cut.shards) / 1e6
     console.print(f"cache    {size:,.0f} MB, {tokens:,} tokens; at most {max_model_len:,} a request")
     if tokens < max_model_len:
         console.print("cache    it holds less than one request of full length: what needs more is refused")
@@ -272,6 +295,8 @@ def system_fingerprint(config: ServeConfig, buckets: Buckets, kernels: Sequence[
     The same weights under the same fingerprint give the same bits on one machine; on others too, but for what XLA
     multiplies, whose order is the CPU's or GPU's.
     """
-    shapes = (buckets, config.computed_logprobs, config.batched_tokens, config.enable_prefix_caching)
+    options = (config.computed_logprobs, config.batched_tokens, config.enable_prefix_caching)
+    cut = (config.tensor_parallel_size,) if config.tensor_parallel_size > 1 else ()
+    shapes = (buckets, *options, *cut)
     digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
     return f"fp_jax{jax.__version__}_{jax.default_backend()}_{config.weights_as}_{'-'.join(kernels) or 'xla'}_{digest}"

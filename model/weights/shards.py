@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from model.config import ConfigError
 from model.sharding import Kept
 from model.weights.int8 import GROUP, Int8Array
 from model.weights.rows import Int8Rows, Rows
@@ -20,7 +21,7 @@ def cut_int8_rows(rows: Int8Rows, kept: tuple[Kept, Kept]) -> list[Int8Array]:
     """The same of an int8 matrix; a group that shares a scale is never cut.
 
     Raises:
-        ValueError: a shard would begin inside of a group.
+        ConfigError: a shard would begin inside of a group.
     """
     width = rows.shape[1]
     of_scales = _groups(kept[1], width)
@@ -41,7 +42,7 @@ def _groups(columns: Kept, width: int) -> Kept:
         return np.broadcast_to(np.arange(-(-width // GROUP)), (len(columns), -(-width // GROUP)))
     firsts = columns[:, ::GROUP]
     if columns.shape[1] % GROUP or (firsts[firsts >= 0] % GROUP).any():
-        raise ValueError(f"int8 with tensor parallelism needs heads of a multiple of {GROUP} elements")
+        raise ConfigError(f"int8 with tensor parallelism needs heads of a multiple of {GROUP} elements")
     return np.where(firsts < 0, -1, firsts // GROUP)
 
 

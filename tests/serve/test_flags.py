@@ -115,9 +115,7 @@ def test_keys_come_from_the_environment_unless_given() -> None:
 def test_what_vllm_switches_and_is_always_so_here_is_taken() -> None:
     flags = ["--enable-chunked-prefill", "--enable-server-load-tracking", "--disable-uvicorn-access-log"]
     assert parse_args(flags) == parse_args([])
-    assert parse_args(
-        ["--block-size", "64", "--tensor-parallel-size=1", "--scheduling-policy", "priority"]
-    ) == parse_args([])
+    assert parse_args(["--block-size", "64", "--scheduling-policy", "priority"]) == parse_args([])
 
 
 def test_lists_are_json() -> None:

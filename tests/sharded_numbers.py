@@ -1,0 +1,144 @@
+"""`python -m tests.sharded_numbers`: the numbers of small models on 1, 2, 4 and 8 devices, as JSON.
+
+The devices are made of one CPU, which has to be said before a process uses it: hence a process of its own.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from compiled import hlo
+from compiled.load import load_model
+from compiled.runner import ModelRunner
+from compiled.shapes import Buckets, StepShape
+from compiled.state import (
+    FROM_SLOT,
+    Adjustment,
+    DecodeInput,
+    SamplingArrays,
+    ScoreInput,
+    StepInput,
+    greedy_sampling,
+    no_scored_ids,
+)
+from compiled.step import place_of
+from model.kv_cache import PAGE_SIZE
+from model.sharding import tensor_mesh
+from model.weights.load import open_checkpoint
+from model.weights.source import ModelSource
+from tests.model.tiny import random_weights, tiny_configs, write_checkpoint
+
+PROMPT = [5, 17, 99, 3, 8, 9, 44]
+BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, vocabulary_rows=8)
+V = 1100  # columns in each of 8 shards, and an uneven rest
+# Name -> family, what its config.json says otherwise, dtype, whether matrices are int8, and how many devices. What is
+# compiled takes time: all counts for one case, and for the others that which shows most.
+CASES: dict[str, tuple[str, dict[str, Any], str, bool, tuple[int, ...]]] = {
+    "9 heads, 3 of keys": ("llama", {"num_attention_heads": 9, "num_key_value_heads": 3}, "float32", False, (2, 4, 8)),
+    "14 heads, 2 of keys, biases": (
+        "qwen2",
+        {"num_attention_heads": 14, "num_key_value_heads": 2},
+        "float32",
+        False,
+        (8,),
+    ),
+    "norms over all heads": ("olmo2", {}, "float32", False, (4,)),
+    "norms of each head, tied": ("gemma3", {}, "float32", False, (4,)),
+    "soft caps": ("gemma2", {}, "float32", False, (4,)),
+    "q, k, v in one tensor": ("phi3", {}, "float32", False, (4,)),
+    "bfloat16": ("llama", {}, "bfloat16", False, (4,)),
+    "int8": ("llama", {"head_dim": 32}, "bfloat16", True, (2,)),
+}
+
+
+def numbers(runner: ModelRunner, *, company: int = 0) -> dict[str, Any]:
+    """What the model says of PROMPT and of what it chooses after it, with up to 3 other rows beside it."""
+    runner.reset()
+    count = len(PROMPT) - 1
+    tokens, positions = np.zeros((1, 16), np.int32), np.full((1, 16), -1, np.int32)
+    tokens[0, :count], positions[0, :count] = PROMPT[:-1], np.arange(count)
+    for page in range(1, 2 + company):
+        runner.prefill(StepInput(tokens, positions, np.array([[page, 0]], np.int32)))
+    places, targets, named = np.zeros(16, np.int32), np.zeros(16, np.int32), no_scored_ids(16)
+    places[:count], targets[:count] = [place_of(1, i) for i in range(count)], PROMPT[1:]
+    named[:, :2] = [7, V - 1]
+    scored = runner.read(runner.score(ScoreInput(places, targets, named)))
+    said = {
+        "prompt": scored.logprob[:count].tolist(),
+        "top": scored.top_logprobs[:count].tolist(),
+        "named": scored.scored_logprobs[:count, :2].tolist(),
+        "ranks": [
+            scored.rank[:count].tolist(),
+            scored.top_ids[:count].tolist(),
+            scored.scored_ranks[:count, :2].tolist(),
+        ],
+        "whole": runner.vocabulary(places[:8])[:count].tolist(),
+    }
+    greedy = runner.read(decode(runner, greedy_sampling(4, V), 0, company))
+    said |= {"greedy": greedy.logprobs.logprob[:1].tolist(), "greedy token": int(greedy.tokens[0])}
+    return said
+
+
+def decode(runner: ModelRunner, sampling: SamplingArrays, step: int, company: int = 0) -> Any:
+    """One token of the first row, after `step` others."""
+    rows = np.arange(4) <= company
+    last = np.where(rows, PROMPT[-1] if step == 0 else FROM_SLOT, 0).astype(np.int32)
+    positions = np.where(rows, len(PROMPT) - 1 + step, -1).astype(np.int32)
+    tables = np.where(rows[:, None], np.stack([np.arange(1, 5), np.zeros(4)], axis=1), 0).astype(np.int32)
+    slots = np.where(rows, np.arange(4), BUCKETS.slots - 1).astype(np.int32)
+    return runner.decode(DecodeInput(last, positions, tables, slots, no_scored_ids(4)), sampling)
+
+
+def choices(runner: ModelRunner) -> dict[str, Any]:
+    """Tokens that are drawn under every filter, with bias, penalties and a mask, and the numbers of what was drawn."""
+    runner.reset()
+    numbers(runner)
+    sampling = greedy_sampling(4, V)
+    sampling.temperature[0], sampling.top_p[0], sampling.top_k[0], sampling.min_p[0] = 1.2, 0.8, 700, 1e-4
+    sampling.seed[0], sampling.processed[0], sampling.adjusted[0] = (1, 2), True, True
+    sampling.repetition[0], sampling.frequency[0], sampling.presence[0] = 1.3, 0.2, 0.1
+    sampling.mask[0, ::3] = 0x5555AAAA
+    bias = np.linspace(-1, 1, V, dtype=np.float32)
+    runner.adjust(0, Adjustment(bias, np.zeros(V, np.int32), np.arange(V) % 5 == 0))
+    tokens, logprobs = [], []
+    for step in range(12):
+        sampling.step[0] = step
+        output = runner.read(decode(runner, sampling, step))
+        tokens.append(int(output.tokens[0]))
+        logprobs += output.logprobs.logprob[:1].tolist() + output.logprobs.top_logprobs[0].tolist()
+    return {"drawn": tokens, "drawn logprobs": logprobs}
+
+
+def main() -> int:
+    """Prints case -> devices -> numbers, and the HLO of a decode step cut in four."""
+    jax.config.update("jax_num_cpu_devices", 8)
+    told: dict[str, Any] = {"V": V, "page": PAGE_SIZE}
+    for case, (family, changes, dtype, int8, counts) in CASES.items():
+        config = tiny_configs()[family] | {"vocab_size": V} | changes
+        told[case] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            write_checkpoint(Path(folder), config, random_weights(config, seed=3))
+            for devices in (1, *counts):
+                mesh = None if devices == 1 else tensor_mesh(jax.devices()[:devices])
+                checkpoint = open_checkpoint(ModelSource("tiny", Path(folder)))
+                try:
+                    model = load_model(checkpoint, dtype, int8=int8, mesh=mesh)
+                finally:
+                    checkpoint.close()
+                runner = ModelRunner(model, BUCKETS, pages=9, max_logprobs=5)
+                alone = numbers(runner)
+                told[case][devices] = alone | choices(runner)
+                told[case][devices]["changed by company"] = numbers(runner, company=3) != alone
+                if devices == 4 and "hlo" not in told:
+                    told["hlo"] = hlo.hlo_text(runner.programs[StepShape(4, 1, 2)])
+    json.dump(told, sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

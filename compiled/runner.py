@@ -29,32 +29,26 @@ from compiled.state import (
     TokenLogprobs,
     greedy_sampling,
 )
-from model.config import ModelConfig
-from model.kv_cache import cache_shape, cache_specs
-from model.sharding import TENSOR, Cut
+from model.sharding import TENSOR
 from model.transformer import BoundModel
 
 
-def state_shapes(
-    config: ModelConfig, buckets: Buckets, *, pages: int, dtype: jnp.dtype, mesh: Mesh | None = None
-) -> DeviceState:
+def state_shapes(model: BoundModel, buckets: Buckets, *, pages: int) -> DeviceState:
     """Abstract DeviceState of a server with N `pages`, the null page included."""
-    shards = mesh.size if mesh else 1
-    Z, V = buckets.slots, shards * Cut(config, shards).local.vocab_size
+    layout, cut = model.cache_layout, model.cut
+    Z, V = buckets.slots, cut.shards * cut.local.vocab_size
     slots = SlotState(
         tokens=_int32(Z),
         bias=jax.ShapeDtypeStruct((Z, V), jnp.float32),
         counts=_int32(Z, V),
         seen=jax.ShapeDtypeStruct((Z, V), jnp.bool_),
     )
-    state = DeviceState(cache_shape(config, pages, dtype, shards), slots)
-    return state if mesh is None else _placed(state, state_specs(config), mesh)
-
-
-def state_specs(config: ModelConfig) -> DeviceState:
-    """How a DeviceState lies in a mesh: PartitionSpecs."""
+    state = DeviceState(layout.shape(pages), slots)
+    if model.mesh is None:
+        return state
     columns = PartitionSpec(None, TENSOR)
-    return DeviceState(cache_specs(config), SlotState(PartitionSpec(), columns, columns, columns))
+    specs = DeviceState(layout.specs(), SlotState(PartitionSpec(), columns, columns, columns))
+    return _placed(state, specs, model.mesh)
 
 
 def _placed[T](shapes: T, specs: T, mesh: Mesh) -> T:
@@ -164,7 +158,7 @@ class ModelRunner:
         self.max_logprobs = max_logprobs
         self.vocab_size = model.config.vocab_size
         self._leaves = model.leaves
-        shapes = state_shapes(model.config, buckets, pages=pages, dtype=model.dtype, mesh=model.mesh)
+        shapes = state_shapes(model, buckets, pages=pages)
         first = compile_plans([state_plan(shapes)], on_compiled)
         (zero_state,) = first
         with ThreadPoolExecutor(1, thread_name_prefix="state") as pool:  # fresh memory takes seconds to come

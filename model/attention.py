@@ -1,14 +1,15 @@
 """The one seam for attention over pages."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model.kernels import cpu
-from model.kernels.choice import by_platform
-from model.kv_cache import PAGE_SIZE
+from model.kernels import cpu, gpu, tpu
+from model.kernels.choice import Form, by_platform
+from model.kv_cache import PAGE_SIZE, JoinedPages, LayerPages, SplitPages
 
 # XLA:CPU multiplies small matrices by other code, with other last bits, than large ones: with this many query rows a
 # decode step takes the same route as a prefill chunk (measured: 18 rows differ, 24 do not; docs/design.md).
@@ -19,8 +20,7 @@ _MASKED = -1e30  # finite, so that a row of padding gives no NaN
 
 def attend(
     queries: Array,
-    keys: Array,
-    values: Array,
+    pages: LayerPages,
     tables: Array,
     positions: Array,
     *,
@@ -30,13 +30,13 @@ def attend(
 ) -> Array:
     """Causal attention of each query over its row's cached tokens, itself included.
 
-    In both forms the cost follows the true length, and a page adds to a query's result in the same order whether the
+    In all forms the cost follows the true length, and a page adds to a query's result in the same order whether the
     query comes from a prefill chunk or from a decode step. What the program is compiled for decides between them, not
     the machine that compiles it.
 
     Args:
         queries: [R, T, H, E] float32, rotated.
-        keys, values: [N, K, S, E] pages.
+        pages: of the layer.
         tables: [R, P] int32 pages of each row in order.
         positions: [R, T] int32, -1 for padding.
         scale: of the scores.
@@ -46,22 +46,34 @@ def attend(
     Returns:
         [R, T, H * E] float32; what padding gives means nothing.
     """
-    result: Array = by_platform(
-        queries,
-        keys,
-        values,
-        tables,
-        positions,
-        on_cpu=partial(cpu.attend, scale=scale, window=window, cap=cap),
-        xla=partial(attend_in_xla, scale=scale, window=window, cap=cap),
-    )
+    options: dict[str, Any] = {"scale": scale, "window": window, "cap": cap}
+    kernels = _kernels_of(pages, queries.shape)
+    forms = {platform: partial(form, **options) for platform, form in kernels.items()}
+    result: Array = by_platform(queries, pages, tables, positions, xla=partial(attend_in_xla, **options), **forms)
     return result
+
+
+def _kernels_of(pages: LayerPages, queries: tuple[int, ...]) -> dict[str, Form]:
+    """The kernels that read such pages, as `by_platform` names their platforms."""
+    if isinstance(pages, SplitPages):
+        on_gpu = {"on_gpu": _apart(gpu.attend)} if gpu.takes(queries[3], pages.keys.dtype) else {}
+        return {"on_cpu": _apart(cpu.attend), **on_gpu}
+    return {"on_tpu": _joined_on_tpu} if 1 in queries[:2] else {}
+
+
+def _apart(kernel: Form) -> Form:
+    return lambda queries, pages, *arguments, **options: kernel(
+        queries, pages.keys, pages.values, *arguments, **options
+    )
+
+
+def _joined_on_tpu(queries: Array, pages: JoinedPages, *arguments: Array, **options: Any) -> Array:
+    return tpu.attend(queries, pages.heads, *arguments, kv_heads=pages.kv_heads, **options)
 
 
 def attend_in_xla(
     queries: Array,
-    keys: Array,
-    values: Array,
+    pages: LayerPages,
     tables: Array,
     positions: Array,
     *,
@@ -75,7 +87,7 @@ def attend_in_xla(
     loop over pages from the first to the last that any query sees.
     """
     R, T, H, E = queries.shape
-    K = keys.shape[1]
+    K = pages.keys.shape[1] if isinstance(pages, SplitPages) else pages.kv_heads
     G = H // K
     Q = max(G * T, _MIN_QUERIES)
     padding = Q - G * T
@@ -87,9 +99,7 @@ def attend_in_xla(
 
     def page(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         best, total, out = carry
-        ids = tables[:, i]
-        k = keys[ids].astype(jnp.float32)  # [R, K, S, E]
-        v = values[ids].astype(jnp.float32)
+        k, v = pages.take(tables[:, i])  # [R, K, S, E]
         scores = jnp.einsum("rkqe,rkse->rkqs", q, k, precision=_EXACT)
         if cap:
             scores = jnp.float32(cap) * jnp.tanh(scores / jnp.float32(cap))
@@ -108,10 +118,10 @@ def attend_in_xla(
 
     shape = (R, K, Q)
     start = (jnp.full(shape, _MASKED, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, E), jnp.float32))
-    pages = jnp.max(positions) // PAGE_SIZE + 1
+    end = jnp.max(positions) // PAGE_SIZE + 1
     lowest = jnp.min(jnp.where(positions < 0, jnp.max(positions), positions))
     first = jnp.maximum(lowest - window + 1, 0) // PAGE_SIZE if window else 0
-    _, total, out = jax.lax.fori_loop(first, pages, page, start)
+    _, total, out = jax.lax.fori_loop(first, end, page, start)
     total = jnp.where(total > 0, total, 1.0)  # padding saw nothing
     result: Array = (out / total[..., None])[:, :, : G * T].reshape(R, K, G, T, E)
     return result.transpose(0, 3, 1, 2, 4).reshape(R, T, H * E)

@@ -4,7 +4,8 @@ A page holds S tokens. Page 0 is nobody's: padding writes there. A row's block t
 token t of a row lies in page `table[t // S]` at offset `t % S`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from model.config import ModelConfig
+from model.kernels import tpu
 from model.sharding import TENSOR, Cut
 
 PAGE_SIZE = 64  # S, tokens
@@ -21,38 +22,100 @@ NULL_PAGE = 0
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
-class PagedCache:
-    """Pages of all layers. One array pair per layer: slicing a stacked cache would copy it."""
+class SplitPages:
+    """A layer's keys and values apart, head by head: what the kernels of CPU and GPU read, and XLA."""
 
-    keys: tuple[Any, ...]  # L x [N, K, S, E]
-    values: tuple[Any, ...]  # L x [N, K, S, E]
+    keys: Any  # [N, K, S, E]
+    values: Any  # [N, K, S, E]
+
+    def store(self, keys: Array, values: Array, at: "Addresses") -> "SplitPages":
+        """With keys and values [R, T, K, E] of new tokens in their places."""
+        return SplitPages(write_heads(self.keys, keys, at), write_heads(self.values, values, at))
+
+    def take(self, ids: Array) -> tuple[Array, Array]:
+        """Keys and values [R, K, S, E] float32 of pages ids [R]."""
+        return self.keys[ids].astype(jnp.float32), self.values[ids].astype(jnp.float32)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("heads",), meta_fields=("kv_heads", "head_dim"))
+@dataclass(frozen=True, slots=True)
+class JoinedPages:
+    """A layer's keys and values token by token, in whole tiles of a TPU: what its ragged paged attention reads."""
+
+    heads: Any  # [N, S, 2 K', E'], each head's keys before its values, zeros behind K heads and E elements
+    kv_heads: int  # K
+    head_dim: int  # E
+
+    def store(self, keys: Array, values: Array, at: "Addresses") -> "JoinedPages":
+        """With keys and values [R, T, K, E] of new tokens in their places."""
+        R, T, K, E = keys.shape
+        heads, lanes = self.heads.shape[2:]
+        joined = jnp.stack([keys, values], axis=3).reshape(R, T, 2 * K, E)
+        joined = jnp.pad(joined, ((0, 0), (0, 0), (0, heads - 2 * K), (0, lanes - E))).astype(self.heads.dtype)
+        return replace(self, heads=self.heads.at[at.pages, at.offsets].set(joined, mode="drop"))
+
+    def take(self, ids: Array) -> tuple[Array, Array]:
+        """Keys and values [R, K, S, E] float32 of pages ids [R]."""
+        own = self.heads[ids, :, : 2 * self.kv_heads, : self.head_dim].astype(jnp.float32).transpose(0, 2, 1, 3)
+        return own[:, 0::2], own[:, 1::2]
+
+
+type LayerPages = SplitPages | JoinedPages
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class PagedCache:
+    """Pages of all layers. Arrays of each layer apart: slicing a stacked cache would copy it."""
+
+    layers: tuple[Any, ...]  # L LayerPages
     hidden: Any  # [N, S, D] after the final norm: the head alone can score them
 
 
-def cache_shape(config: ModelConfig, pages: int, dtype: jnp.dtype, shards: int = 1) -> PagedCache:
-    """The cache's shapes over all shards, as `jax.ShapeDtypeStruct` leaves."""
-    cut = Cut(config, shards)
-    K, D = shards * cut.local.num_kv_heads, shards * cut.hidden_size
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """How a model's cache lies on the devices of a platform."""
 
-    def zeros() -> PagedCache:
-        kv = (jnp.zeros((pages, K, PAGE_SIZE, config.head_dim), dtype),) * config.num_layers
-        return PagedCache(kv, kv, jnp.zeros((pages, PAGE_SIZE, D), dtype))
+    cut: Cut
+    dtype: jnp.dtype
+    platform: str = "cpu"  # as JAX names it: "cpu", "gpu" or "tpu"
 
-    shape: PagedCache = jax.eval_shape(zeros)
-    return shape
+    @property
+    def joined(self) -> bool:
+        """Whether layers have JoinedPages."""
+        return self.platform == "tpu" and tpu.takes(self.dtype)
 
+    def shape(self, pages: int) -> PagedCache:
+        """The shapes of N pages over all shards, as `jax.ShapeDtypeStruct` leaves."""
+        config, shards = self.cut.local, self.cut.shards
+        heads, lanes = self._stored()
+        split = jax.ShapeDtypeStruct((pages, shards * heads, PAGE_SIZE, lanes), self.dtype)
+        joined = jax.ShapeDtypeStruct((pages, PAGE_SIZE, shards * 2 * heads, lanes), self.dtype)
+        hidden = jax.ShapeDtypeStruct((pages, PAGE_SIZE, shards * self.cut.hidden_size), self.dtype)
+        layer = self._layer(joined) if self.joined else SplitPages(split, split)
+        return PagedCache((layer,) * config.num_layers, hidden)
 
-def cache_specs(config: ModelConfig) -> PagedCache:
-    """How the cache lies in a mesh: heads and the features of hidden states are cut."""
-    kv = (PartitionSpec(None, TENSOR),) * config.num_layers
-    return PagedCache(kv, kv, PartitionSpec(None, None, TENSOR))
+    def specs(self) -> PagedCache:
+        """How it lies in a mesh: heads and the features of hidden states are cut."""
+        split, joined = PartitionSpec(None, TENSOR), PartitionSpec(None, None, TENSOR)
+        layer = self._layer(joined) if self.joined else SplitPages(split, split)
+        return PagedCache((layer,) * self.cut.local.num_layers, PartitionSpec(None, None, TENSOR))
 
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes that one page takes on each device over all layers, hidden states included."""
+        heads, lanes = self._stored()
+        per_token = 2 * self.cut.local.num_layers * heads * lanes + self.cut.hidden_size
+        return PAGE_SIZE * per_token * jnp.dtype(self.dtype).itemsize
 
-def bytes_per_page(config: ModelConfig, dtype: jnp.dtype, shards: int = 1) -> int:
-    """Bytes that one page takes on each device over all layers, hidden states included."""
-    cut = Cut(config, shards)
-    per_token = 2 * config.num_layers * cut.local.num_kv_heads * config.head_dim + cut.hidden_size
-    return PAGE_SIZE * per_token * jnp.dtype(dtype).itemsize
+    def _layer(self, heads: Any) -> JoinedPages:
+        config = self.cut.local
+        return JoinedPages(heads, config.num_kv_heads, config.head_dim)
+
+    def _stored(self) -> tuple[int, int]:
+        """Key/value heads of one shard and their elements, as they are stored."""
+        K, E = self.cut.local.num_kv_heads, self.cut.local.head_dim
+        return (tpu.kv_heads_of_tiles(K), tpu.lanes_of_tiles(E)) if self.joined else (K, E)
 
 
 @jax.tree_util.register_dataclass

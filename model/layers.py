@@ -17,7 +17,7 @@ from model.attention import attend
 from model.config import LayerKind
 from model.kernels import cpu
 from model.kernels.choice import by_platform
-from model.kv_cache import Addresses
+from model.kv_cache import Addresses, LayerPages
 from model.linear import Linear
 from model.reduce import row_sum
 from model.rotary import rotate_and_store
@@ -133,24 +133,23 @@ class Attention(nnx.Module):
         x: Array,
         positions: Array,
         angles: tuple[Array, Array],
-        pages: tuple[Array, Array],
+        pages: LayerPages,
         tables: Array,
         at: Addresses,
-    ) -> tuple[Array, tuple[Array, Array]]:
-        """x [R, T, D] -> [R, T, D] and this layer's key and value pages with the new tokens stored."""
-        queries, (keys, values) = rotate_and_store(self.heads(x, at.live), angles, pages, tables, positions)
+    ) -> tuple[Array, LayerPages]:
+        """x [R, T, D] -> [R, T, D] and this layer's pages with the new tokens stored."""
+        queries, pages = rotate_and_store(self.heads(x, at.live), angles, pages, tables, positions)
         config = self.config
         seen = attend(
             queries,
-            keys,
-            values,
+            pages,
             tables,
             positions,
             scale=config.attention_scale,
             window=self.kind.window,
             cap=config.attention_cap,
         )
-        return self.out(seen, at.live), (keys, values)
+        return self.out(seen, at.live), pages
 
     def heads(self, x: Array, live: Array | None = None) -> Array:
         """x [R, T, D] -> queries, keys and values [R, T, H + 2 K, E] float32, not rotated; `live` as in Linear."""
@@ -218,10 +217,10 @@ class Layer(nnx.Module):
         x: Array,
         positions: Array,
         angles: tuple[Array, Array],
-        pages: tuple[Array, Array],
+        pages: LayerPages,
         tables: Array,
         at: Addresses,
-    ) -> tuple[Array, tuple[Array, Array]]:
+    ) -> tuple[Array, LayerPages]:
         """x [R, T, D] -> [R, T, D] and this layer's pages with the new tokens stored."""
         with jax.named_scope("attention"):
             y, pages = self.attention(_maybe(self.attention_norm, x, at), positions, angles, pages, tables, at)

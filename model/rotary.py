@@ -7,7 +7,7 @@ from jax import Array
 
 from model.kernels import cpu
 from model.kernels.choice import by_platform
-from model.kv_cache import addresses, write_heads
+from model.kv_cache import JoinedPages, LayerPages, SplitPages, addresses
 from model.rope import Rope
 
 
@@ -31,32 +31,40 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def rotate_and_store(
-    heads: Array, angles: tuple[Array, Array], pages: tuple[Array, Array], tables: Array, positions: Array
-) -> tuple[Array, tuple[Array, Array]]:
+    heads: Array, angles: tuple[Array, Array], pages: LayerPages, tables: Array, positions: Array
+) -> tuple[Array, LayerPages]:
     """Rotates the queries and keys of new tokens and stores their keys and values.
 
     Args:
         heads: [R, T, H + 2 K, E] float32: queries, keys, values.
         angles: cos and sin of `rotary_angles`.
-        pages: keys and values [N, K, S, E].
+        pages: of the layer.
         tables: [R, P] int32 pages of each row in order.
         positions: [R, T] int32, -1 for padding.
 
     Returns:
         Queries [R, T, H, E] float32, rotated, and the pages with the new tokens in them.
     """
-    arguments = (heads, *angles, *pages, tables, positions)
-    queries, keys, values = by_platform(*arguments, on_cpu=cpu.rotate_and_store, xla=rotate_and_store_in_xla)
-    return queries, (keys, values)
+    if isinstance(pages, JoinedPages):
+        return rotate_and_store_in_xla(heads, *angles, pages, tables, positions)
+    arguments = (heads, *angles, pages, tables, positions)
+    stored: tuple[Array, LayerPages] = by_platform(*arguments, on_cpu=_on_cpu, xla=rotate_and_store_in_xla)
+    return stored
+
+
+def _on_cpu(
+    heads: Array, cos: Array, sin: Array, pages: SplitPages, tables: Array, positions: Array
+) -> tuple[Array, SplitPages]:
+    queries, keys, values = cpu.rotate_and_store(heads, cos, sin, pages.keys, pages.values, tables, positions)
+    return queries, SplitPages(keys, values)
 
 
 def rotate_and_store_in_xla(
-    heads: Array, cos: Array, sin: Array, keys: Array, values: Array, tables: Array, positions: Array
-) -> tuple[Array, Array, Array]:
+    heads: Array, cos: Array, sin: Array, pages: LayerPages, tables: Array, positions: Array
+) -> tuple[Array, LayerPages]:
     """`rotate_and_store` for any platform, as XLA compiles it."""
-    K = keys.shape[1]
+    K = pages.keys.shape[1] if isinstance(pages, SplitPages) else pages.kv_heads
     H = heads.shape[2] - 2 * K
-    at = addresses(tables, positions)
     turn = partial(rotate, cos=cos, sin=sin)
-    keys = write_heads(keys, turn(heads[:, :, H : H + K]), at)
-    return turn(heads[:, :, :H]), keys, write_heads(values, heads[:, :, H + K :], at)
+    stored = pages.store(turn(heads[:, :, H : H + K]), heads[:, :, H + K :], addresses(tables, positions))
+    return turn(heads[:, :, :H]), stored

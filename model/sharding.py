@@ -34,7 +34,7 @@ RULES: dict[str, str | None] = {
     "D": None,
     "E": None,
 }
-_LANES = 128  # a shard's columns of the vocabulary: whole blocks of the top-k, whole words of a mask
+_LANES = 128  # a shard's columns of the vocabulary are whole blocks of the top-k, whole words of a mask
 _GROUP = 32  # and of the MLP's features: whole groups of int8 weights
 
 type Kept = NDArray[np.int64]  # [shards, n]: what each shard holds of an axis, by index; -1 is a zero
@@ -136,8 +136,12 @@ class Cut:
 
     @property
     def hidden_size(self) -> int:
-        """Features of a cached hidden state that one shard keeps."""
-        return -(-self.whole.hidden_size // self.shards)
+        """Features of a cached hidden state that one shard keeps.
+
+        Whole lanes where there are several: a TPU would store others the other way round, and turn all pages round and
+        back in every step.
+        """
+        return self._width("D", _LANES)
 
     def total(self, x: Array) -> Array:
         """The sum of what each shard has."""

@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from model.config import ModelConfig
-from model.kv_cache import PagedCache, addresses, write_hidden
+from model.kv_cache import CacheLayout, PagedCache, addresses, write_hidden
 from model.layers import Layer, RMSNorm, soft_cap
 from model.linear import Linear, Weight, matmul, take_rows
 from model.rotary import rotary_angles
@@ -94,16 +94,14 @@ class Transformer(nnx.Module):
         ropes = dict.fromkeys(kind.rope for kind in self.config.layers)
         angles = {rope: rotary_angles(positions, self.config.head_dim, rope) for rope in ropes}
         x = self.embed(tokens)
-        keys, values = list(cache.keys), list(cache.values)
+        layers = list(cache.layers)
         run = traced_once(Layer.__call__)
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                x, (keys[i], values[i]) = run(
-                    layer, x, positions, angles[layer.attention.kind.rope], (keys[i], values[i]), tables, at
-                )
+                x, layers[i] = run(layer, x, positions, angles[layer.attention.kind.rope], layers[i], tables, at)
         hidden = self.norm(x, at.live)
         pages = write_hidden(cache.hidden, self.cut.own_hidden(hidden), at)
-        return hidden, PagedCache(tuple(keys), tuple(values), pages)
+        return hidden, PagedCache(tuple(layers), pages)
 
     def logits(self, hidden: Array, live: Array | None = None) -> Array:
         """hidden [M, D] -> [M, V] float32, or a shard's columns of it; `live` as in Linear."""
@@ -134,6 +132,16 @@ class BoundModel:
     def cut(self) -> Cut:
         """How it is cut."""
         return Cut(self.config, self.mesh.size if self.mesh else 1)
+
+    @property
+    def platform(self) -> str:
+        """What it runs on, as JAX names it: "cpu", "gpu" or "tpu"."""
+        return jax.default_backend() if self.mesh is None else str(self.mesh.devices.flat[0].platform)
+
+    @property
+    def cache_layout(self) -> CacheLayout:
+        """How its cache lies there."""
+        return CacheLayout(self.cut, self.dtype, self.platform)
 
     def merge(self, leaves: tuple[Array, ...]) -> Transformer:
         """The module around (traced) leaves."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from compiled.load import weight_bytes
 from compiled.shapes import Buckets
 from model.config import ModelConfig
-from model.kv_cache import bytes_per_page
+from model.kv_cache import CacheLayout
 from model.sharding import Cut
 from serve.memory import MemoryAmount, pages_in
 
@@ -51,6 +51,7 @@ def plan_memory(
     asked: MemoryAmount | None,
     free: int | None,
     shards: int = 1,
+    platform: str = "cpu",
 ) -> MemoryPlan:
     """Plans weights, cache and workspace of each device.
 
@@ -59,13 +60,14 @@ def plan_memory(
             request of full length needs, or what there is room for.
         free: bytes of a device, None if nobody knows.
         shards: devices over which the model is cut.
+        platform: of the devices, as JAX names it.
 
     Raises:
         PlanError: it does not fit, or the cache holds no page.
     """
     weights = weight_bytes(config, dtype, int8=int8, shards=shards)
     workspace = _workspace(Cut(config, shards).local, buckets)
-    page_bytes = bytes_per_page(config, jnp.dtype(dtype), shards)
+    page_bytes = CacheLayout(Cut(config, shards), jnp.dtype(dtype), platform).bytes_per_page
     left = None if free is None else free - weights - workspace
     if asked is not None:
         try:

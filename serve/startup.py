@@ -24,7 +24,7 @@ from compiled.runner import ModelRunner
 from compiled.shapes import Buckets, make_buckets
 from compiled.state import MAX_SCORED_IDS
 from model.config import ModelConfig
-from model.kv_cache import PAGE_SIZE, bytes_per_page
+from model.kv_cache import PAGE_SIZE
 from model.sharding import tensor_mesh
 from model.transformer import BoundModel
 from model.weights.checkpoint import Checkpoint
@@ -251,6 +251,7 @@ def _plan(name: str, model: ModelConfig, buckets: Buckets, config: ServeConfig) 
             asked=config.kv_cache_memory,
             free=_free_memory_of_each(config.tensor_parallel_size),
             shards=config.tensor_parallel_size,
+            platform=jax.default_backend(),
         )
     except PlanError as error:
         raise StartupError(f"{name}: {error}") from None
@@ -260,7 +261,7 @@ def _compile(
     model: BoundModel, buckets: Buckets, pages: int, config: ServeConfig, max_model_len: int, console: Console
 ) -> ModelRunner:
     tokens = (pages - 1) * PAGE_SIZE
-    size = pages * model.cut.shards * bytes_per_page(model.config, model.dtype, model.cut.shards) / 1e6
+    size = pages * model.cut.shards * model.cache_layout.bytes_per_page / 1e6
     console.print(f"cache    {size:,.0f} MB, {tokens:,} tokens; at most {max_model_len:,} a request")
     if tokens < max_model_len:
         console.print("cache    it holds less than one request of full length: what needs more is refused")

@@ -229,7 +229,7 @@ def compile_tiny() -> Mapping[str, str]:
     dtype = jnp.dtype(jnp.float32)
     model = bind(CONFIG, dtype, abstract_weights(CONFIG, dtype))
     buckets = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=8, pages_per_row=4, vocabulary_rows=2)
-    plans = make_plans(model, buckets, state_shapes(CONFIG, buckets, pages=PAGES, dtype=dtype), k=5)
+    plans = make_plans(model, buckets, state_shapes(model, buckets, pages=PAGES), k=5)
     return {program.name: hlo.hlo_text(program) for program in compile_plans(plans)}
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -14,18 +13,19 @@ from numpy.typing import NDArray
 from model.attention import attend, attend_in_xla
 from model.kernels import cpu
 from model.kernels.cpu import library
-from model.kv_cache import PAGE_SIZE
+from model.kv_cache import PAGE_SIZE, SplitPages
+from tests.model.crowd import Crowd, Floats
+from tests.model.crowd import crowd as a_crowd
 
 # H, K, E of SmolLM2, Qwen2.5-0.5B, Llama-3.2-1B (twice: the two shapes that differed in XLA), Gemma 3, and odd ones.
 HEADS = [(9, 3, 64), (14, 2, 64), (32, 8, 64), (32, 32, 64), (32, 8, 128), (4, 1, 256), (3, 3, 6), (5, 1, 98)]
-type Floats = NDArray[np.float32]
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def run(
     form: Callable[..., jax.Array],
-    crowd: "Crowd",
+    crowd: Crowd,
     queries: Floats,
     tables: NDArray[np.int32],
     positions: NDArray[np.int32],
@@ -35,22 +35,12 @@ def run(
 ) -> Floats:
     """Attention over the crowd's pages, in either form, compiled."""
     compiled = jax.jit(partial(form, scale=queries.shape[-1] ** -0.5, window=window, cap=cap))
-    return np.asarray(compiled(queries, crowd.keys, crowd.values, tables, positions))
+    pages = (SplitPages(crowd.keys, crowd.values),) if form is attend_in_xla else (crowd.keys, crowd.values)
+    return np.asarray(compiled(queries, *pages, tables, positions))
 
 
-@dataclass(frozen=True)
-class Crowd:
-    """Rows of different lengths in shuffled pages; what lies behind a row's end is NaN."""
-
-    queries: Floats  # [R, T, H, E] of each row's every token
-    keys: jax.Array  # [N, K, S, E]
-    values: jax.Array
-    tables: NDArray[np.int32]
-    lengths: tuple[int, ...]
-
-    def positions(self, row: int, start: int, end: int) -> NDArray[np.int32]:
-        at = np.arange(start, end, dtype=np.int32)
-        return np.where(at < self.lengths[row], at, -1)[None]
+class Rows(Crowd):
+    """A crowd as the kernel sees it."""
 
     def chunk(self, row: int, start: int, end: int, *, window: int = 0, cap: float = 0.0) -> Floats:
         """What the kernel gives tokens [start, end) of a row, as one prefill chunk."""
@@ -63,43 +53,9 @@ class Crowd:
     def whole(self, row: int, *, window: int = 0, cap: float = 0.0) -> Floats:
         return self.chunk(row, 0, self.lengths[row], window=window, cap=cap)
 
-    def in_float64(self, row: int, *, window: int = 0, cap: float = 0.0) -> NDArray[np.float64]:
-        """[T, H * E] in plain words."""
-        T = self.lengths[row]
-        _, _, H, E = self.queries.shape
-        group = H // self.keys.shape[1]
 
-        def of(pages: jax.Array) -> NDArray[np.float64]:
-            row_pages = np.asarray(pages, np.float64)[self.tables[row]]  # [P, K, S, E]
-            heads = row_pages.transpose(1, 0, 2, 3).reshape(row_pages.shape[1], -1, E)
-            shared: NDArray[np.float64] = heads[:, :T].repeat(group, axis=0)
-            return shared
-
-        scores = np.einsum("the,hse->hts", self.queries[row, :T].astype(np.float64), of(self.keys)) / np.sqrt(E)
-        scores = cap * np.tanh(scores / cap) if cap else scores
-        at = np.arange(T)
-        seen = at <= at[:, None]
-        if window:
-            seen &= at > at[:, None] - window
-        scores = np.where(seen, scores, -np.inf)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        out: NDArray[np.float64] = np.einsum("hts,hse->the", weights, of(self.values))
-        return out.reshape(T, H * E)
-
-
-def crowd(heads: tuple[int, int, int], lengths: tuple[int, ...], dtype: str = "bfloat16", seed: int = 0) -> Crowd:
-    H, K, E = heads
-    random = np.random.default_rng(seed)
-    width = -(-max(lengths) // PAGE_SIZE)
-    tables = 1 + random.permutation(len(lengths) * width).reshape(len(lengths), width).astype(np.int32)
-    keys, values = (random.normal(size=(tables.size + 1, K, PAGE_SIZE, E)).astype(np.float32) for _ in range(2))
-    for row, length in enumerate(lengths):
-        for i, page in enumerate(tables[row]):
-            behind = max(0, length - i * PAGE_SIZE)
-            keys[page, :, behind:] = values[page, :, behind:] = np.nan
-    queries = random.normal(size=(len(lengths), max(lengths), H, E)).astype(np.float32)
-    return Crowd(queries, jnp.asarray(keys, dtype), jnp.asarray(values, dtype), tables, lengths)
+def crowd(heads: tuple[int, int, int], lengths: tuple[int, ...], dtype: str = "bfloat16", seed: int = 0) -> Rows:
+    return Rows(**vars(a_crowd(heads, lengths, dtype, seed)))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -211,10 +167,24 @@ def test_pages_of_another_size_are_an_error() -> None:
 
 @pytest.mark.parametrize(("platform", "holds"), [("cpu", True), ("tpu", False), ("cuda", False)])
 def test_the_platform_that_is_compiled_for_decides(platform: str, holds: bool) -> None:
-    rows = crowd((14, 2, 64), (20,))
+    rows = crowd((14, 2, 64), (20,), "float32")
     traced = jax.jit(partial(attend, scale=0.125)).trace(
-        rows.queries, rows.keys, rows.values, rows.tables, rows.positions(0, 0, 20)
+        rows.queries, SplitPages(rows.keys, rows.values), rows.tables, rows.positions(0, 0, 20)
     )
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert (library.ATTENTION_TARGET in text) is holds
     assert text.count("HIGHEST") == (0 if holds else 4)  # both operands of both products, which they would round
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "holds"), [("bfloat16", 64, True), ("float32", 64, False), ("bfloat16", 98, False)]
+)
+def test_a_gpu_has_a_kernel_of_its_own_for_bfloat16(dtype: str, head_dim: int, *, holds: bool) -> None:
+    rows = crowd((2, 1, head_dim), (20,), dtype)
+    h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("tensor",), abstract_device=h100)):
+        traced = jax.jit(partial(attend, scale=0.125)).trace(
+            rows.queries, SplitPages(rows.keys, rows.values), rows.tables, rows.positions(0, 0, 20)
+        )
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("xla.gpu.triton" in text) is holds

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from model.kernels import cpu
 from model.kernels.cpu import library
-from model.kv_cache import PAGE_SIZE
+from model.kv_cache import PAGE_SIZE, SplitPages
 from model.layers import geglu_in_xla, rms_norm_in_xla, soft_cap_in_xla, swiglu_in_xla
 from model.rope import Rope
 from model.rotary import rotary_angles, rotate_and_store, rotate_and_store_in_xla
@@ -152,8 +152,9 @@ def test_rotate_and_store_does_what_xla_does(H: int, K: int, E: int, R: int, T: 
     tables = jnp.arange(1, 2 * R + 1, dtype=jnp.int32)[::-1].reshape(R, 2)
     positions = jnp.where(jnp.arange(R * T).reshape(R, T) % 7 == 5, -1, 63 + jnp.arange(R)[:, None] * 20)
     positions = jnp.where(positions >= 0, jnp.minimum(positions, 127 - T) + jnp.arange(T), -1).astype(jnp.int32)
-    arguments = (heads, *rotary_angles(positions, E, ROPE), keys, values, tables, positions)
-    ours, xla = jax.jit(cpu.rotate_and_store)(*arguments), jax.jit(rotate_and_store_in_xla)(*arguments)
+    angles, at = rotary_angles(positions, E, ROPE), (tables, positions)
+    ours = jax.jit(cpu.rotate_and_store)(heads, *angles, keys, values, *at)
+    xla = jax.tree.leaves(jax.jit(rotate_and_store_in_xla)(heads, *angles, SplitPages(keys, values), *at))
     valid = np.asarray(positions) >= 0
     np.testing.assert_allclose(np.asarray(ours[0])[valid], np.asarray(xla[0])[valid], rtol=0, atol=1e-6)
     assert not np.asarray(ours[0])[~valid].any()
@@ -220,6 +221,6 @@ def test_values_of_another_size_than_the_keys_are_an_error() -> None:
 def test_the_platform_that_is_compiled_for_decides(platform: str, holds: bool) -> None:
     pages, at = jnp.zeros((2, 1, PAGE_SIZE, 8)), jnp.zeros((1, 1), jnp.int32)
     traced = jax.jit(rotate_and_store).trace(
-        jnp.zeros((1, 1, 3, 8)), rotary_angles(at, 8, ROPE), (pages, pages), at, at
+        jnp.zeros((1, 1, 3, 8)), rotary_angles(at, 8, ROPE), SplitPages(pages, pages), at, at
     )
     assert (library.ROTATE_TARGET in traced.lower(lowering_platforms=(platform,)).as_text()) is holds

@@ -14,7 +14,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from model.attention import attend
-from model.kv_cache import PagedCache, addresses, cache_shape, write_heads
+from model.kv_cache import PagedCache, SplitPages, addresses
 from model.layers import Attention
 from model.rotary import rotary_angles, rotate
 from model.transformer import BoundModel, bind
@@ -77,9 +77,7 @@ def make_case(name: str, folder: Path) -> Case:
 
 
 def empty_cache(model: BoundModel) -> PagedCache:
-    cache: PagedCache = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cache_shape(model.config, PAGES, model.dtype)
-    )
+    cache: PagedCache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), model.cache_layout.shape(PAGES))
     return cache
 
 
@@ -91,7 +89,7 @@ def trace(bound: BoundModel, leaves: tuple[Array, ...], tokens: Array) -> dict[s
     x = model.embed(tokens[None])
     values = {"embed": x}
     for i, layer in enumerate(model.layers):
-        pages = (cache.keys[i], cache.values[i])
+        pages = cache.layers[i]
         angles = rotary_angles(positions, bound.config.head_dim, layer.attention.kind.rope)
         into = x if layer.attention_norm is None else layer.attention_norm(x)
         inside = trace_attention(layer.attention, into, angles, pages, tables, positions) | {"attention_norm": into}
@@ -116,7 +114,7 @@ def trace_attention(
     attention: Attention,
     x: Array,
     angles: tuple[Array, Array],
-    pages: tuple[Array, Array],
+    pages: SplitPages,
     tables: Array,
     positions: Array,
 ) -> dict[str, Array]:
@@ -125,7 +123,7 @@ def trace_attention(
     at = addresses(tables, positions)
     q, k, v = jnp.split(attention.heads(x), (config.num_heads, config.num_heads + config.num_kv_heads), axis=2)
     q_rotated, k_rotated = rotate(q, *angles), rotate(k, *angles)
-    keys, values = write_heads(pages[0], k_rotated, at), write_heads(pages[1], v, at)
+    stored = pages.store(k_rotated, v, at)
     return {
         "attention.q": q,
         "attention.k": k,
@@ -134,8 +132,7 @@ def trace_attention(
         "attention.k_rotated": k_rotated,
         "attention.heads": attend(
             q_rotated,
-            keys,
-            values,
+            stored,
             tables,
             positions,
             scale=config.attention_scale,

@@ -1,0 +1,201 @@
+"""Attention over pages on an NVIDIA GPU: no gathered copy of the pages, and a long row is shared among programs.
+
+One program of the grid has 64 queries of one row and key/value head and walks over one part of the row's pages, which
+is cut the same way wherever a query comes from (Dao et al. 2023, "Flash-Decoding"). Each part is an online softmax
+(Milakov and Gimelshein 2018); parts are then added in order. Decode and prefill run the same tile, so a query's sums
+have one order in both.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+_QUERIES = 64  # of a program: a whole tile of the tensor cores, also where a decode step fills a few rows of it
+_PART_PAGES = 8  # at least, of a part of a row
+_MAX_PARTS = 16  # of a row: their results are kept until they are added
+_LEAST = 16  # elements of the smallest piece of a head that tensor cores multiply
+_MASKED = -1e30  # finite, so that a row of padding gives no NaN
+
+
+def takes(head_dim: int, dtype: Any) -> bool:
+    """Whether `attend` can: pages of bfloat16, and heads of a multiple of 16 elements.
+
+    float32 would be multiplied without tensor cores, or rounded for them; XLA does it at full precision.
+    """
+    return jnp.dtype(dtype) == jnp.bfloat16 and head_dim % _LEAST == 0
+
+
+def attend(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    tables: Array,
+    positions: Array,
+    *,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    interpret: bool = False,
+) -> Array:
+    """Causal attention of each query over its row's cached tokens, itself included.
+
+    Queries and weights are float32 and enter a product as the sum of two bfloat16, which keeps 16 of their digits.
+
+    Args:
+        queries: [R, T, H, E] float32.
+        keys, values: [N, K, S, E] bfloat16 pages, S a power of two.
+        tables: [R, P] int32 pages of each row in order.
+        positions: [R, T] int32, -1 for padding.
+        scale: of the scores.
+        window: how many tokens a query sees, itself included; 0 = all before it.
+        cap: cap * tanh(score / cap) stands for a score; 0 = as it is.
+        interpret: run the kernel's operations one by one on any platform, for tests.
+
+    Returns:
+        [R, T, H * E] float32; what padding gives means nothing.
+    """
+    R, T, H, E = queries.shape
+    N, K, S, _ = keys.shape
+    G, P = H // K, tables.shape[1]
+    parts = min(_MAX_PARTS, -(-P // _PART_PAGES))
+    blocks = -(-T * G // _QUERIES)
+    Q = blocks * _QUERIES
+    rest = ((0, 0), (0, 0), (0, Q - T * G), (0, 0))
+    # [R, K, Q, E]: a token's queries of one key/value head side by side.
+    q = queries.reshape(R, T, K, G, E).transpose(0, 2, 1, 3, 4).reshape(R, K, T * G, E)
+    q = jnp.pad(q * jnp.float32(scale), rest)
+    at = jnp.pad(jnp.repeat(positions, G, axis=1), ((0, 0), (0, Q - T * G)), constant_values=-1)
+    kernel = partial(_part, page_size=S, part_pages=-(-P // parts), window=window, cap=cap, pieces=_pieces(E))
+    pages = pl.BlockSpec((N, None, S, E), lambda _, k, __: (0, k, 0, 0))
+
+    def of_part(*shape: int) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
+        spec = pl.BlockSpec(
+            (None, None, None, _QUERIES, *shape),
+            lambda r, k, i: (i // blocks, r, k, i % blocks, *(0,) * len(shape)),
+        )
+        return spec, jax.ShapeDtypeStruct((parts, R, K, Q, *shape), jnp.float32)
+
+    specs, shapes = zip(of_part(E), of_part(), of_part(), strict=True)
+    out, best, total = pl.pallas_call(
+        lambda *refs: kernel(pl.program_id(2) // blocks, *refs),
+        grid=(R, K, parts * blocks),
+        in_specs=[
+            pl.BlockSpec((None, None, _QUERIES, E), lambda r, k, i: (r, k, i % blocks, 0)),
+            pl.BlockSpec((None, _QUERIES), lambda r, _, i: (r, i % blocks)),
+            pl.BlockSpec((None, P), lambda r, _, __: (r, 0)),
+            pages,
+            pages,
+        ],
+        out_specs=list(specs),
+        out_shape=list(shapes),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="logprobd_attention",
+    )(q, at, tables, keys, values)
+    result = _added(out, best, total)[:, :, : T * G].reshape(R, K, T, G, E)
+    return result.transpose(0, 2, 1, 3, 4).reshape(R, T, H * E)
+
+
+def _part(
+    part: Array,
+    q_ref: Any,  # [64, E] float32, scaled
+    at_ref: Any,  # [64] positions
+    table_ref: Any,  # [P]
+    keys_ref: Any,  # [N, S, E] of the head
+    values_ref: Any,
+    out_ref: Any,  # [64, E] sums of weighted values
+    best_ref: Any,  # [64] greatest scores
+    total_ref: Any,  # [64] sums of weights
+    *,
+    page_size: int,
+    part_pages: int,
+    window: int,
+    cap: float,
+    pieces: list[tuple[int, int]],
+) -> None:
+    """What 64 queries see of one part of a row."""
+    at = at_ref[...]
+    last = jnp.max(at)
+    lowest = jnp.min(jnp.where(at < 0, last, at))
+    first = jnp.maximum(lowest - window + 1, 0) // page_size if window else 0
+    start = jnp.maximum(part * part_pages, first)
+    stop = jnp.minimum((part + 1) * part_pages, last // page_size + 1)
+    q = [_halves(q_ref[:, pl.ds(low, size)]) for low, size in pieces]
+
+    def page(i: Array, carry: Any) -> Any:
+        best, total, outs = carry
+        number = table_ref[i]
+        key_at = i * page_size + jnp.arange(page_size, dtype=jnp.int32)
+        scores = jnp.zeros((_QUERIES, page_size), jnp.float32)
+        for (low, size), halves in zip(pieces, q, strict=True):
+            keys = keys_ref[number, :, pl.ds(low, size)]
+            scores = _product(halves, keys, scores, by=1)
+        if cap:
+            scores = jnp.float32(cap) * jnp.tanh(scores / jnp.float32(cap))
+        seen = key_at[None, :] <= at[:, None]
+        if window:
+            seen &= key_at[None, :] > at[:, None] - window
+        scores = jnp.where(seen, scores, _MASKED)
+        new_best = jnp.maximum(best, jnp.max(scores, axis=1))
+        rescale = jnp.exp(best - new_best)
+        weights = jnp.where(seen, jnp.exp(scores - new_best[:, None]), 0.0)
+        halves = _halves(weights)
+        # A page may hold what an earlier owner left behind its end: 0 x NaN would be NaN.
+        there = (key_at <= last)[:, None]
+        outs = tuple(
+            _product(
+                halves,
+                jnp.where(there, values_ref[number, :, pl.ds(low, size)], 0),
+                out * rescale[:, None],
+                by=0,
+            )
+            for (low, size), out in zip(pieces, outs, strict=True)
+        )
+        return new_best, total * rescale + jnp.sum(weights, axis=1), outs
+
+    nothing = tuple(jnp.zeros((_QUERIES, size), jnp.float32) for _, size in pieces)
+    begin = (jnp.full((_QUERIES,), _MASKED, jnp.float32), jnp.zeros((_QUERIES,), jnp.float32), nothing)
+    best, total, outs = jax.lax.fori_loop(start, stop, page, begin)
+    for (low, size), out in zip(pieces, outs, strict=True):
+        out_ref[:, pl.ds(low, size)] = out
+    best_ref[...] = best
+    total_ref[...] = total
+
+
+def _pieces(size: int) -> list[tuple[int, int]]:
+    """Where a head is cut, and how long the pieces are: powers of two, which is what Triton takes."""
+    pieces, start = [], 0
+    while start < size:
+        piece = 1 << ((size - start).bit_length() - 1)
+        pieces.append((start, piece))
+        start += piece
+    return pieces
+
+
+def _halves(x: Array) -> tuple[Array, Array]:
+    """x float32 as the sum of two bfloat16."""
+    high = x.astype(jnp.bfloat16)
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def _product(halves: tuple[Array, Array], y: Array, added: Array, *, by: int) -> Array:
+    """added + x y in float32, where axis `by` of y is multiplied by the last of x."""
+    high, low = (
+        jax.lax.dot_general(x, y, (((1,), (by,)), ((), ())), preferred_element_type=jnp.float32) for x in halves
+    )
+    return added + (high + low)
+
+
+def _added(out: Array, best: Array, total: Array) -> Array:
+    """The results [R, K, Q, E] of all parts together, in order: out [parts, R, K, Q, E], best and total [..., Q]."""
+    greatest = jnp.max(best, axis=0)
+    sums, weights = jnp.zeros_like(out[0]), jnp.zeros_like(total[0])
+    for i in range(out.shape[0]):
+        share = jnp.exp(best[i] - greatest)
+        sums, weights = sums + share[..., None] * out[i], weights + share * total[i]
+    return sums / jnp.where(weights > 0, weights, 1.0)[..., None]  # padding saw nothing

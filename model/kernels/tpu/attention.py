@@ -1,0 +1,97 @@
+"""Ragged paged attention on a TPU: the Pallas kernel that JAX ships (`jax.experimental.pallas.ops.tpu`).
+
+It reads keys and values of a token side by side, in whole tiles: 128 elements of a head, and as many heads as fill
+registers of bfloat16 pairs. Heads that do not come out even are filled up with zeros, in the cache too; a TPU would
+store the elements so in any case.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+_LANES = 128
+_BLOCK_PAGES = 8  # of keys in one step of the kernel
+_BLOCK_QUERIES = 32  # tokens, the same for decode and prefill: a query's sums have one order in both
+
+
+def takes(dtype: Any) -> bool:
+    """Whether `attend` can: pages of bfloat16. float32 would be rounded on its way; XLA does it at full precision."""
+    return bool(jnp.dtype(dtype) == jnp.bfloat16)
+
+
+def lanes_of_tiles(head_dim: int) -> int:
+    """E', elements of a stored head."""
+    return -(-head_dim // _LANES) * _LANES
+
+
+def kv_heads_of_tiles(kv_heads: int) -> int:
+    """K', stored key/value heads: 1, 2, 4 or a multiple of 8."""
+    return -(-kv_heads // 8) * 8 if kv_heads > 4 else 1 << (kv_heads - 1).bit_length()
+
+
+def attend(
+    queries: Array,
+    pages: Array,
+    tables: Array,
+    positions: Array,
+    *,
+    kv_heads: int,
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+) -> Array:
+    """Causal attention of each query over its row's cached tokens, itself included.
+
+    Args:
+        queries: [R, T, H, E] float32; R or T is 1. Rows of a decode step, or tokens of a chunk, that are padding come
+            after all others.
+        pages: [N, S, 2 K', E'] bfloat16, each head's keys before its values.
+        tables: [R, P] int32 pages of each row in order.
+        positions: [R, T] int32, -1 for padding; those of a chunk follow one another.
+        kv_heads: K, of which H / K queries each share one.
+        scale: of the scores.
+        window: how many tokens a query sees, itself included; 0 = all before it.
+        cap: cap * tanh(score / cap) stands for a score; 0 = as it is.
+
+    Returns:
+        [R, T, H * E] float32; zeros for padding.
+
+    Raises:
+        ValueError: several rows of several tokens.
+    """
+    R, T, H, E = queries.shape
+    if R > 1 and T > 1:
+        raise ValueError(f"{R} rows of {T} tokens: a step has one token of each row, or one row")
+    stored_heads, lanes = pages.shape[2] // 2, pages.shape[3]
+    G = H // kv_heads
+    q = jnp.pad(
+        queries.reshape(R * T, kv_heads, G, E), ((0, 0), (0, stored_heads - kv_heads), (0, 0), (0, lanes - E))
+    ).reshape(R * T, stored_heads * G, lanes)
+    there = positions >= 0
+    if T == 1:
+        rows = jnp.sum(there, dtype=jnp.int32)
+        ends = jnp.minimum(jnp.arange(R + 1, dtype=jnp.int32), rows)
+        lengths = jnp.maximum(positions[:, 0] + 1, 1)
+    else:
+        rows = jnp.ones((), jnp.int32)
+        ends = jnp.stack([jnp.zeros((), jnp.int32), jnp.sum(there, dtype=jnp.int32)])
+        lengths = jnp.maximum(jnp.max(positions, axis=1) + 1, 1)
+    out = ragged_paged_attention(
+        q,
+        pages,
+        lengths,
+        tables,
+        ends,
+        rows[None],
+        sm_scale=scale,
+        sliding_window=window or None,
+        soft_cap=cap or None,
+        num_kv_pages_per_block=min(_BLOCK_PAGES, tables.shape[1]),
+        num_queries_per_block=_BLOCK_QUERIES,
+    )
+    out = out.reshape(R, T, stored_heads, G, lanes)[:, :, :kv_heads, :, :E].reshape(R, T, H * E)
+    result: Array = jnp.where(there[:, :, None], out, 0.0)  # the kernel writes nothing there
+    return jax.lax.convert_element_type(result, jnp.float32)

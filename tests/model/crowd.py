@@ -1,0 +1,65 @@
+"""Rows of different lengths in shuffled pages, for the tests of every form of attention."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from model.kv_cache import PAGE_SIZE
+
+type Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """Rows of different lengths in shuffled pages; what lies behind a row's end is NaN."""
+
+    queries: Floats  # [R, T, H, E] of each row's every token
+    keys: jax.Array  # [N, K, S, E]
+    values: jax.Array
+    tables: NDArray[np.int32]
+    lengths: tuple[int, ...]
+
+    def positions(self, row: int, start: int, end: int) -> NDArray[np.int32]:
+        at = np.arange(start, end, dtype=np.int32)
+        return np.where(at < self.lengths[row], at, -1)[None]
+
+    def in_float64(self, row: int, *, window: int = 0, cap: float = 0.0) -> NDArray[np.float64]:
+        """[T, H * E] in plain words."""
+        T = self.lengths[row]
+        _, _, H, E = self.queries.shape
+        group = H // self.keys.shape[1]
+
+        def of(pages: jax.Array) -> NDArray[np.float64]:
+            row_pages = np.asarray(pages, np.float64)[self.tables[row]]  # [P, K, S, E]
+            heads = row_pages.transpose(1, 0, 2, 3).reshape(row_pages.shape[1], -1, E)
+            shared: NDArray[np.float64] = heads[:, :T].repeat(group, axis=0)
+            return shared
+
+        scores = np.einsum("the,hse->hts", self.queries[row, :T].astype(np.float64), of(self.keys)) / np.sqrt(E)
+        scores = cap * np.tanh(scores / cap) if cap else scores
+        at = np.arange(T)
+        seen = at <= at[:, None]
+        if window:
+            seen &= at > at[:, None] - window
+        scores = np.where(seen, scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        out: NDArray[np.float64] = np.einsum("hts,hse->the", weights, of(self.values))
+        return out.reshape(T, H * E)
+
+
+def crowd(heads: tuple[int, int, int], lengths: tuple[int, ...], dtype: str = "bfloat16", seed: int = 0) -> Crowd:
+    H, K, E = heads
+    random = np.random.default_rng(seed)
+    width = -(-max(lengths) // PAGE_SIZE)
+    tables = 1 + random.permutation(len(lengths) * width).reshape(len(lengths), width).astype(np.int32)
+    keys, values = (random.normal(size=(tables.size + 1, K, PAGE_SIZE, E)).astype(np.float32) for _ in range(2))
+    for row, length in enumerate(lengths):
+        for i, page in enumerate(tables[row]):
+            behind = max(0, length - i * PAGE_SIZE)
+            keys[page, :, behind:] = values[page, :, behind:] = np.nan
+    queries = random.normal(size=(len(lengths), max(lengths), H, E)).astype(np.float32)
+    return Crowd(queries, jnp.asarray(keys, dtype), jnp.asarray(values, dtype), tables, lengths)

@@ -1,0 +1,183 @@
+"""The attention kernels of GPU and TPU against XLA's form, run operation by operation on this CPU.
+
+What is compared is the kernels' arithmetic and addressing; that they compile for their chips is for
+tests/compiled/test_targets.py. A chip's own products of bfloat16 are exact in float32, as here; in which order it adds
+them is its own.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src import literals
+from jax.experimental import pallas as pl
+
+from model.attention import attend, attend_in_xla
+from model.kernels import gpu, tpu
+from model.kv_cache import PAGE_SIZE, Addresses, CacheLayout, JoinedPages, LayerPages, SplitPages
+from model.sharding import Cut
+from tests.compiled.test_targets import qwen
+from tests.model.crowd import Crowd, Floats, crowd
+
+# H, K, E: SmolLM2's and Qwen2.5's, Llama-3's, one of Phi-3's odd size, and one with a single key/value head.
+HEADS = [(9, 3, 64), (14, 2, 64), (32, 8, 128), (6, 2, 96), (4, 1, 256)]
+LENGTHS = (200, 64, 1, 130)
+KINDS: list[dict[str, Any]] = [{}, {"window": 50}, {"cap": 5.0}]
+CASES = [(heads, KINDS[0]) for heads in HEADS] + [(HEADS[0], kind) for kind in KINDS[1:]]
+# Queries and weights keep 16 of float32's 24 digits on a GPU; on a TPU all, as far as this CPU can tell.
+TOLERANCE = {"gpu": 1e-5, "tpu": 4e-6}
+type Run = Callable[..., Floats]
+
+
+def joined(rows: Crowd) -> JoinedPages:
+    """The same pages as a TPU keeps them."""
+    N, K, S, E = rows.keys.shape
+    heads = jnp.stack([rows.keys, rows.values], axis=2).transpose(0, 3, 1, 2, 4).reshape(N, S, 2 * K, E)
+    fill = ((0, 0), (0, 0), (0, 2 * (tpu.kv_heads_of_tiles(K) - K)), (0, tpu.lanes_of_tiles(E) - E))
+    return JoinedPages(jnp.pad(heads, fill), K, E)
+
+
+def in_xla(rows: Crowd, queries: Floats, tables: Any, positions: Any, **kind: Any) -> Floats:
+    form = jax.jit(partial(attend_in_xla, scale=queries.shape[-1] ** -0.5, **kind))
+    return np.asarray(form(queries, SplitPages(rows.keys, rows.values), tables, positions))
+
+
+def on_gpu(rows: Crowd, queries: Floats, tables: Any, positions: Any, **kind: Any) -> Floats:
+    form = jax.jit(partial(gpu.attend, scale=queries.shape[-1] ** -0.5, interpret=True, **kind))
+    return np.asarray(form(queries, rows.keys, rows.values, tables, positions))
+
+
+def on_tpu(rows: Crowd, queries: Floats, tables: Any, positions: Any, **kind: Any) -> Floats:
+    pages = joined(rows)
+    form = jax.jit(partial(tpu.attend, kv_heads=pages.kv_heads, scale=queries.shape[-1] ** -0.5, **kind))
+    return np.asarray(form(queries, pages.heads, tables, positions))
+
+
+@pytest.fixture(params=["gpu", "tpu"])
+def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    name: str = request.param
+    if name == "tpu":  # JAX's kernel has no switch of its own; and its interpreter takes no plain numbers for indices
+        monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
+        monkeypatch.setattr(literals.TypedInt, "shape", (), raising=False)
+    return name
+
+
+@pytest.fixture
+def run(platform: str) -> Run:
+    return {"gpu": on_gpu, "tpu": on_tpu}[platform]
+
+
+def last_tokens(rows: Crowd) -> tuple[Floats, Any]:
+    """A decode step of all rows: queries [R, 1, H, E] and positions [R, 1]."""
+    ends = np.array(rows.lengths, np.int32) - 1
+    return rows.queries[np.arange(len(ends)), ends][:, None], ends[:, None]
+
+
+@pytest.mark.parametrize(("heads", "kind"), CASES)
+def test_a_decode_step_is_that_of_xla(platform: str, run: Run, heads: Any, kind: Any) -> None:
+    rows = crowd(heads, LENGTHS)
+    queries, positions = last_tokens(rows)
+    ours = run(rows, queries, rows.tables, positions, **kind)
+    np.testing.assert_allclose(
+        ours, in_xla(rows, queries, rows.tables, positions, **kind), rtol=0, atol=TOLERANCE[platform]
+    )
+
+
+@pytest.mark.parametrize(("heads", "kind"), [(HEADS[0], KINDS[1]), (HEADS[3], KINDS[0])])
+def test_a_chunk_in_the_middle_of_a_row_is_that_of_xla(platform: str, run: Run, heads: Any, kind: Any) -> None:
+    rows = crowd(heads, LENGTHS)
+    positions = rows.positions(0, 70, 214)  # 14 of padding
+    queries = np.pad(rows.queries[:1, 70:], ((0, 0), (0, 14), (0, 0), (0, 0)))
+    ours = run(rows, queries, rows.tables[:1], positions, **kind)[0, :130]
+    theirs = in_xla(rows, queries, rows.tables[:1], positions, **kind)[0, :130]
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE[platform])
+
+
+@pytest.mark.parametrize("heads", [(9, 3, 64), (32, 8, 128)])
+def test_a_token_has_the_same_bits_in_a_chunk_and_in_a_crowd(run: Run, heads: Any) -> None:
+    rows = crowd(heads, LENGTHS)
+    queries, positions = last_tokens(rows)
+    crowded = run(rows, queries, rows.tables, positions)
+    alone = run(rows, queries[:1], rows.tables[:1], positions[:1])
+    np.testing.assert_array_equal(crowded[0], alone[0])
+    for start, end in ((136, 200), (199, 200)):
+        chunk = run(rows, rows.queries[:1, start:end], rows.tables[:1], rows.positions(0, start, end))
+        np.testing.assert_array_equal(chunk[0, 199 - start], alone[0, 0])
+
+
+def test_a_long_row_is_added_from_its_parts(run: Run, platform: str) -> None:
+    """More pages than one part of a row has, or one block of keys."""
+    rows = crowd((2, 1, 16), (1500,))
+    queries, positions = last_tokens(rows)
+    ours, theirs = (form(rows, queries, rows.tables, positions) for form in (run, in_xla))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE[platform])
+
+
+def test_padding_gives_nothing_that_is_no_number(run: Run) -> None:
+    rows = crowd((9, 3, 64), LENGTHS)
+    queries, positions = last_tokens(rows)
+    positions = np.where(np.arange(4)[:, None] < 2, positions, -1)
+    ours = run(rows, queries, rows.tables, positions)
+    np.testing.assert_array_equal(ours[:2], run(rows, queries, rows.tables, last_tokens(rows)[1])[:2])
+    assert np.isfinite(ours).all()
+
+
+def test_nan_is_not_swallowed(run: Run) -> None:
+    rows = crowd((2, 1, 16), (3,))
+    queries, positions = last_tokens(rows)
+    assert np.isnan(run(rows, queries * np.float32(np.nan), rows.tables, positions)).all()
+
+
+def test_a_tpu_takes_rows_or_a_chunk_not_both() -> None:
+    rows = crowd((2, 1, 16), (3, 3))
+    with pytest.raises(ValueError, match="2 rows of 2 tokens"):
+        on_tpu(rows, rows.queries[:, :2], rows.tables, np.zeros((2, 2), np.int32))
+
+
+@pytest.mark.parametrize("heads", [(9, 3, 64), (14, 2, 64), (5, 5, 98)])
+def test_joined_pages_hold_what_split_pages_hold(heads: tuple[int, int, int]) -> None:
+    rows = crowd(heads, (130,), dtype="float32")
+    K, E = heads[1:]
+    split, both = SplitPages(rows.keys, rows.values), joined(rows)
+    at = Addresses(jnp.array([[1, 2]]), jnp.array([[3, 63]]), jnp.int32(2))
+    keys, values = (jnp.asarray(np.random.default_rng(seed).normal(size=(1, 2, K, E)), jnp.float32) for seed in (5, 6))
+    for before, after in ((split, both), (split.store(keys, values, at), both.store(keys, values, at))):
+        for ours, theirs in zip(before.take(jnp.arange(4)), after.take(jnp.arange(4)), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", ["split", "joined"])
+def test_xla_reads_pages_of_either_kind(layout: str) -> None:
+    rows = crowd((9, 3, 64), LENGTHS)
+    queries, positions = last_tokens(rows)
+    pages: LayerPages = SplitPages(rows.keys, rows.values) if layout == "split" else joined(rows)
+    ours = jax.jit(partial(attend, scale=0.125))(queries, pages, rows.tables, positions)
+    np.testing.assert_allclose(ours, in_xla(rows, queries, rows.tables, positions), rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def layouts() -> Callable[..., CacheLayout]:
+    return lambda platform, dtype, shards=1: CacheLayout(Cut(qwen().config, shards), jnp.dtype(dtype), platform)
+
+
+def test_only_a_tpu_with_bfloat16_joins_keys_and_values(layouts: Callable[..., CacheLayout]) -> None:
+    assert layouts("tpu", "bfloat16").shape(9).layers[0].heads.shape == (9, PAGE_SIZE, 4, 128)
+    assert layouts("tpu", "bfloat16", 4).shape(9).layers[0].heads.shape == (9, PAGE_SIZE, 8, 128)
+    for platform, dtype in (("tpu", "float32"), ("gpu", "bfloat16"), ("cpu", "bfloat16")):
+        assert layouts(platform, dtype).shape(9).layers[0].keys.shape == (9, 2, PAGE_SIZE, 64)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_the_bytes_of_a_page_are_those_of_its_arrays(
+    layouts: Callable[..., CacheLayout], platform: str, shards: int
+) -> None:
+    layout = layouts(platform, "bfloat16", shards)
+    one, two = (
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layout.shape(pages))) for pages in (7, 8)
+    )
+    assert two - one == shards * layout.bytes_per_page

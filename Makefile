@@ -4,17 +4,26 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
 URL ?=
+# cuda or tpu: installs what JAX needs for that accelerator and runs on it; without, JAX takes what it finds.
+DEVICE ?=
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check --require-hashes --no-deps
 
-.PHONY: serve test clients check bench sanitize notebook kernels lock clean
+RUN := $(if $(DEVICE),JAX_PLATFORMS=$(DEVICE)) $(PY)
+READY := .venv/.serve $(addprefix .venv/.,$(filter-out cpu,$(DEVICE)))
+
+.PHONY: serve ray test clients check bench bench-gpu portability sanitize notebook kernels lock clean
 .DELETE_ON_ERROR:
 
-serve: .venv/.serve kernels
-	$(PY) -m serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+serve: $(READY) kernels
+	$(RUN) -m serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
-test: .venv/.dev .venv/.arm kernels
+# Replicas behind one address, over Ray Serve: ARGS="--num-replicas 2".
+ray: $(READY) .venv/.ray kernels
+	$(RUN) -m serve.ray_app $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+test: .venv/.dev .venv/.arm .venv/.ray .venv/.targets kernels
 	$(PY) -m pytest
 
 # The clients that people use, each in an environment of its own, and a fuzzer. Needs npm; downloads, and takes minutes.
@@ -27,24 +36,37 @@ check: .venv/.dev
 	$(PY) -m mypy
 
 # Against a server that runs (URL=http://...), or starts one itself on MODEL.
-bench: .venv/.serve kernels
-	$(PY) -m serve.bench $(if $(URL),--url $(URL)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+bench: $(READY) kernels
+	$(RUN) -m serve.bench $(if $(URL),--url $(URL)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+# The same table on an NVIDIA GPU.
+bench-gpu:
+	$(MAKE) bench DEVICE=cuda
+
+# A model's steps, compiled for hardware that is not here: ARGS="--target h100 --target v5e:2x2".
+PORTABLE ?= examples/configs/Qwen2.5-0.5B
+portability: .venv/.serve .venv/.targets kernels
+	$(PY) -m compiled.targets $(or $(MODEL),$(PORTABLE)) $(ARGS)
 
 # The kernels' unit tests under AddressSanitizer and UBSan; needs g++ and takes minutes.
 sanitize: .venv/.dev kernels
 	$(PY) -m tests.sanitized_kernels
 
-notebook: .venv/.dev kernels
+notebook: .venv/.dev .venv/.targets kernels
 	@$(PIP) -r requirements-notebook.lock
 	.venv/bin/jupyter notebook compiled/inspect_hlo.ipynb
 
 # Rewrites the locks from pyproject.toml; needs uv.
 LOCK := uv pip compile -q --generate-hashes --no-header --no-annotate
+# An extra's lock holds what it adds, so the locks of what it adds to are not installed twice.
+ADDED = $(shell sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements.lock)
 lock:
 	$(LOCK) --universal --python-version 3.12 pyproject.toml -o requirements.lock
 	$(LOCK) --universal --python-version 3.12 pyproject.toml --extra dev -c requirements.lock -o requirements-dev.lock
 	$(LOCK) --universal --python-version 3.12 pyproject.toml --extra dev --extra notebook -c requirements-dev.lock \
 		-o requirements-notebook.lock
+	for name in targets cuda tpu ray; do $(LOCK) --universal --python-version 3.12 pyproject.toml --extra $$name \
+		-c requirements-dev.lock $(ADDED) -o requirements-$$name.lock; done
 	for name in $(basename $(notdir $(wildcard requirements-clients/*.in))); do \
 		uv pip compile -q --no-header --no-annotate --universal --python-version 3.12 requirements-clients/$$name.in \
 			-o requirements-clients/$$name.txt; done
@@ -66,6 +88,19 @@ $(PY):
 	@echo "installing what requirements-dev.lock and requirements-test-models.lock name"
 	@$(PIP) -r requirements-dev.lock
 	@$(PIP) -r requirements-test-models.lock
+	@touch $@
+
+.venv/.cuda .venv/.tpu .venv/.ray: .venv/.%: requirements-%.lock | .venv/.serve
+	@echo "installing what $< names"
+	@$(PIP) -r $<
+	@touch $@
+
+# The compilers lie apart, in a folder that compiled/chips.py looks into: among the other packages, every process of JAX
+# would try to start them. They are there for Linux on x86-64; elsewhere the tests that need them are skipped.
+.venv/.targets: requirements-targets.lock | .venv/.serve
+	@echo "installing what $< names"
+	@rm -rf .venv/targets
+	@$(PIP) --target .venv/targets -r $< || echo "the compilers cannot be installed here"
 	@touch $@
 
 # For a test that compiles the kernels for ARM and runs them; without these programs it is skipped. Only where packages

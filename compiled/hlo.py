@@ -27,6 +27,7 @@ from model.kernels.cpu.library import (
 )
 
 SCOPES = ("attention", "mlp", "head", "sample", "logprobs", "rank")  # the names given by jax.named_scope
+COLLECTIVES = frozenset({"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"})
 OTHER = "other"  # embedding, rotary angles, final norm, hidden pages
 
 _NO_COST = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast"})
@@ -112,6 +113,16 @@ def operations(text: str) -> list[Operation]:
     """
     computations, entry = _parse(text)
     return list(_run(computations, entry, OTHER))
+
+
+def collectives(counted: list[Operation]) -> list[Operation]:
+    """Those that move arrays between devices; of one that runs in two parts, the first."""
+    return [operation for operation in counted if operation.opcode.removesuffix("-start") in COLLECTIVES]
+
+
+def widest_axis(shape: str) -> int:
+    """The longest axis of an array's shape, or of all arrays in a tuple; 0 for scalars."""
+    return max((max(_dims(found.group()), default=0) for found in _ARRAY.finditer(shape)), default=0)
 
 
 def by_scope(counted: list[Operation]) -> dict[str, Totals]:

@@ -1,0 +1,108 @@
+"""Accelerators that need not be here: what bounds a step on one, and how XLA is told to compile for it."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from model.sharding import tensor_mesh
+
+
+class TargetError(ValueError):
+    """A target is not known, or its compiler is not installed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """What bounds a step on one chip."""
+
+    memory: int  # bytes
+    bandwidth: float  # bytes a second, of that memory
+    peak: float  # bfloat16 flops a second, dense
+    links: float  # bytes a second to other chips, in and out together
+
+
+# Sources: NVIDIA, "H100 Tensor Core GPU" data sheet, SXM column; Google Cloud TPU documentation, tables of
+# specifications on the pages "TPU v5e", "TPU v5p" and "TPU v6e" (November 2026).
+CHIPS = {
+    "h100": Chip(80 * 10**9, 3.35e12, 989e12, 900e9),
+    "v5e": Chip(16 * 2**30, 800e9, 197e12, 400e9),
+    "v5p": Chip(95 * 2**30, 2765e9, 459e12, 1200e9),
+    "v6e": Chip(32 * 2**30, 1600e9, 918e12, 800e9),
+}
+DEFAULT_TARGETS = ("cpu", "h100", "v5e:1x1", "v5e:2x2", "v5p:1x1x1", "v6e:1x1")
+
+# Without these libtpu asks a metadata server which chips there are, and one process alone may load it.
+_TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+# What XLA has to know of an H100 (SXM5): limits of compute capability 9.0 (CUDA C++ Programming Guide, "Compute
+# Capabilities") and the sizes of its data sheet.
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
+  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def use_compilers(folder: Path | None = None) -> None:
+    """Makes the compilers in `folder` known to this process, which stays on the CPU. Before JAX is used for anything.
+
+    Args:
+        folder: where `make portability` put libtpu and jax-cuda13-plugin; None: `targets` beside this Python. They
+            are not among the other packages, where each process of JAX would try to start them.
+    """
+    os.environ.update(_TPU_ENVIRONMENT)
+    sys.path.append(str(folder or Path(sys.prefix) / "targets"))
+    jax.config.update("jax_platforms", "cpu")
+
+
+def mesh_of(target: str) -> Mesh | None:
+    """The devices of a target: "cpu" (this machine; None), "h100", "h100:8", or a TPU slice such as "v5e:2x2".
+
+    Raises:
+        TargetError: nobody knows it, or its compiler is not installed.
+    """
+    if target == "cpu":
+        return None
+    name, _, shape = target.partition(":")
+    if name not in CHIPS:
+        raise TargetError(f"{target}: not a target; there are cpu, {', '.join(CHIPS)}, and slices such as v5e:2x2")
+    try:
+        return tensor_mesh(_devices(name, shape))
+    except Exception as error:  # the plug-ins raise what they like
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TargetError(f"{target}: {said} (`make portability` installs the compilers)") from error
+
+
+def _devices(name: str, shape: str) -> Sequence[jax.Device]:
+    if name == "h100":
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name="H100", topology=f"1x1x{shape or 1}", target_config=_H100
+        )
+    else:
+        one = "1x1x1" if name == "v5p" else "1x1"
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape or one}")
+    devices: Sequence[jax.Device] = topology.devices
+    return devices
+
+
+def chip_of(target: str) -> Chip | None:
+    """The limits of a target's chip. None for a CPU: those of this machine are measured (`make bench`), not listed."""
+    return CHIPS.get(target.partition(":")[0])

@@ -1,0 +1,275 @@
+"""`python -m compiled.targets MODEL --target h100`: compiles a model's steps for hardware that is not here.
+
+Nothing but shapes is needed: no weights, no chip. `make portability` installs the compilers (libtpu and NVIDIA's
+plug-in). What is printed is what they say of each device: memory by kind, flops and bytes, a loop's body counted once.
+NVIDIA's says nothing of these without a GPU, so `compiled/hlo.py` counts them. Beside that stand the work that is
+needed and the least time for it.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from huggingface_hub import hf_hub_download
+from jax.stages import Compiled
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from compiled import hlo
+from compiled.chips import CHIPS, DEFAULT_TARGETS, Chip, TargetError, chip_of, mesh_of, use_compilers
+from compiled.load import abstract_model
+from compiled.programs import Plan, Program, compile_plans
+from compiled.runner import make_plans, state_plan, state_shapes
+from compiled.shapes import Buckets, make_buckets
+from compiled.work import Work, work_of
+from model.config import ConfigError, ModelConfig
+from model.config_hf import config_from_hf
+from model.transformer import BoundModel
+from model.weights.errors import ModelLoadError
+from model.weights.load import open_checkpoint
+from model.weights.source import ModelSource
+
+CONTEXT = 1024  # tokens that each row has before a step, for the least time
+_ALTERNATIVES = 20  # k, as a server's
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a compiler says of one program on each device."""
+
+    program: Program
+    argument_bytes: int  # weights, cache, slots and inputs
+    result_bytes: int  # beside the cache and slots that are updated in place
+    temp_bytes: int
+    flops: float
+    moved_bytes: float
+    work: Work | None  # what is needed; None for programs that only fill memory
+
+    @property
+    def bytes(self) -> int:
+        """Memory while it runs."""
+        return self.argument_bytes + self.result_bytes + self.temp_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A program that its compiler would not make."""
+
+    name: str
+    reason: str
+    argument_bytes: int  # weights, cache, slots and inputs, worked out from their shapes
+
+
+def reports(model: BoundModel, buckets: Buckets, *, pages: int, only: Sequence[str] = ()) -> Iterator[Report | Refusal]:
+    """Compiles the programs of a server, one after another.
+
+    Args:
+        model: abstract, on the mesh of a target.
+        pages: N, pages of the cache.
+        only: names of programs; all, if empty.
+    """
+    state = state_shapes(model, buckets, pages=pages)
+    for plan in (*make_plans(model, buckets, state, _ALTERNATIVES), state_plan(state)):
+        if not only or plan.shape.name in only:
+            yield _report(model, plan)
+
+
+def _report(model: BoundModel, plan: Plan) -> Report | Refusal:
+    try:
+        (program,) = compile_plans([plan])
+    except Exception as error:  # noqa: BLE001 - whatever a compiler raises: it is what this program is asked for
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        return Refusal(plan.shape.name, reason, sum(map(_bytes_on_each, jax.tree.leaves(plan.arguments))))
+    memory: Any = program.compiled.memory_analysis()
+    flops, moved = _counted(program)
+    return Report(
+        program,
+        int(memory.argument_size_in_bytes),
+        int(memory.output_size_in_bytes - memory.alias_size_in_bytes),
+        int(memory.temp_size_in_bytes),
+        flops,
+        moved,
+        work_of(model, plan.shape, CONTEXT),
+    )
+
+
+def _bytes_on_each(leaf: jax.ShapeDtypeStruct) -> int:
+    """Bytes of an argument on each device."""
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return int(math.prod(shape)) * int(leaf.dtype.itemsize)
+
+
+def _counted(program: Program) -> tuple[float, float]:
+    """Flops and bytes of one call, by the compiler; where it does not tell, by the program's text."""
+    said = _cost_analysis(program.compiled)
+    if "flops" in said:
+        return said["flops"], said.get("bytes accessed", 0.0)
+    operations = hlo.operations(hlo.hlo_text(program))
+    return float(sum(each.flops for each in operations)), float(sum(each.bytes for each in operations))
+
+
+def _cost_analysis(compiled: Compiled) -> dict[str, float]:
+    said: Any = compiled.cost_analysis() or {}
+    costs: dict[str, float] = said[0] if isinstance(said, list) else said
+    return costs
+
+
+def table_of(title: str, chip: Chip | None, found: Sequence[Report | Refusal]) -> Table:
+    """The programs of one model on one target, as Markdown."""
+    table = Table(title=title, box=box.MARKDOWN, title_justify="left")
+    table.add_column("program")
+    for column in (
+        "compile s",
+        "arguments MB",
+        "results MB",
+        "scratch MB",
+        "Gflop",
+        "MB moved",
+        "MB needed",
+        "least ms",
+    ):
+        table.add_column(column, justify="right")
+    table.add_column("bound by")
+    for each in found:
+        if isinstance(each, Refusal):
+            table.add_row(each.name, "refused", *("",) * 8)
+            continue
+        work = each.work
+        table.add_row(
+            each.program.name,
+            f"{each.program.lower_seconds + each.program.compile_seconds:.1f}",
+            _mb(each.argument_bytes),
+            _mb(each.result_bytes),
+            _mb(each.temp_bytes),
+            f"{each.flops / 1e9:,.1f}",
+            _mb(each.moved_bytes),
+            _mb(work.read) if work else "",
+            f"{work.seconds(chip) * 1e3:.3f}" if work and chip else "",
+            work.bound(chip) if work and chip else "",
+        )
+    return table
+
+
+def fits(target: str, found: Iterable[Report | Refusal]) -> bool:
+    """Whether each chip has the memory that the greatest program takes."""
+    chip = chip_of(target)
+    return chip is None or _greatest(found) <= chip.memory
+
+
+def verdict(target: str, found: Sequence[Report | Refusal]) -> str:
+    """The same in words, and what a compiler refused though it would fit."""
+    chip = chip_of(target)
+    size = f"{_greatest(found) / 1e9:.1f} GB"
+    if chip is None:
+        return f"{target}: {size}"
+    said = f"{target}: {size} of {chip.memory / 1e9:.1f} GB on each chip: "
+    if not fits(target, found):
+        return said + "does NOT fit"
+    return said + "; ".join([f"{each.name} was refused: {each.reason}" for each in _refused(found)] or ["fits"])
+
+
+def _greatest(found: Iterable[Report | Refusal]) -> int:
+    return max((each.argument_bytes if isinstance(each, Refusal) else each.bytes for each in found), default=0)
+
+
+def _refused(found: Iterable[Report | Refusal]) -> list[Refusal]:
+    return [each for each in found if isinstance(each, Refusal)]
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:,.1f}"
+
+
+def read_config(model: str) -> ModelConfig:
+    """The configuration of a directory, a config.json, a .gguf file or a hub id, whose config.json alone is fetched.
+
+    Raises:
+        ConfigError: it cannot be read or is not supported.
+        ModelLoadError: a GGUF file has faults.
+    """
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        checkpoint = open_checkpoint(ModelSource(model, path))
+        try:
+            return checkpoint.config
+        finally:
+            checkpoint.close()
+    try:
+        if path.is_dir():
+            path /= "config.json"
+        elif not path.exists():
+            path = Path(hf_hub_download(model, "config.json"))
+        return config_from_hf(json.loads(path.read_text(encoding="utf-8")))
+    except Exception as error:  # the hub's client has many
+        raise ConfigError(f"{model}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0; 1 where a model or target is not known, or a program cannot be compiled."""
+    options = _parser().parse_args(arguments)
+    use_compilers()
+    try:
+        config = read_config(options.model)
+        whole = [
+            _compile_for(target, config, options, Console(width=140)) for target in options.target or DEFAULT_TARGETS
+        ]
+    except (ConfigError, ModelLoadError, TargetError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0 if all(whole) else 1
+
+
+def _compile_for(target: str, config: ModelConfig, options: argparse.Namespace, console: Console) -> bool:
+    """Prints what a target's compiler says; False where it refused a program that would fit."""
+    length, rows = min(options.max_model_len, config.max_position_embeddings), options.max_num_seqs
+    buckets = make_buckets(max_num_seqs=rows, max_model_len=length, max_num_batched_tokens=256 + rows)
+    pages = rows * buckets.pages_per_row + 1
+    model = abstract_model(config.for_length(length), options.dtype, mesh_of(target))
+    found = list(reports(model, buckets, pages=pages, only=options.program))
+    cache = pages * model.cache_layout.bytes_per_page / 1e6
+    console.print(table_of(f"{options.model} for {target}, {options.dtype}, on each chip", chip_of(target), found))
+    told = (
+        f"cache {cache:,.0f} MB for {rows} rows of {length:,} tokens; needed and least with {CONTEXT:,} before each row"
+    )
+    console.print(f"{verdict(target, found)}; {told}\n", soft_wrap=True)
+    return not _refused(found) or not fits(target, found)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m compiled.targets",
+        description="Compiles a model's steps for hardware that is not here.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="a directory with a config.json, such a file, a .gguf file or a hub id")
+    names = ", ".join(("cpu", *CHIPS))
+    parser.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        help=f"{names}; with a colon the slice: h100:8, v5e:2x2; may be given again; default: all of one chip, and "
+        "four of v5e",
+    )
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of weights and cache")
+    parser.add_argument("--max-num-seqs", type=_positive, default=16, help="requests that run at once")
+    parser.add_argument("--max-model-len", type=_positive, default=4096, help="tokens of prompt and output")
+    parser.add_argument("--program", action="append", default=[], help="such as decode_16; default: all")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""The least that a program must do on each device: bytes from memory, flops, bytes between devices.
+
+The roofline (Williams et al. 2009) of a step: each weight that it uses is read once, so are the keys and values of what
+its rows have seen, and nothing in between goes to memory.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from compiled.chips import Chip
+from compiled.programs import Shape
+from compiled.shapes import HeadShape, StepShape
+from model.kv_cache import PAGE_SIZE
+from model.transformer import BoundModel, abstract_weights
+
+_FLOAT = 4  # bytes of what is summed over devices
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one device has to do."""
+
+    read: int  # bytes of its memory
+    flops: int
+    linked: int  # bytes that go out to other devices and come in from them
+
+    def seconds(self, chip: Chip) -> float:
+        """The least time: memory and arithmetic at once, and links, which a layer waits for."""
+        return max(self.read / chip.bandwidth, self.flops / chip.peak) + self.linked / chip.links
+
+    def bound(self, chip: Chip) -> str:
+        """What takes most of that time."""
+        times = {
+            "memory": self.read / chip.bandwidth,
+            "arithmetic": self.flops / chip.peak,
+            "links": self.linked / chip.links,
+        }
+        return max(times, key=lambda name: times[name])
+
+
+def work_of(model: BoundModel, shape: Shape, context: int) -> Work | None:
+    """The work of a step or a block of prompt rows; None for the programs that only fill memory.
+
+    Args:
+        model: its leaves may be abstract.
+        context: tokens that each row has in the cache.
+    """
+    config, cut, size = model.cut.local, model.cut, jnp.dtype(model.dtype).itemsize
+    V, D, L = config.vocab_size, config.hidden_size, config.num_layers
+    shapes = abstract_weights(model.config, model.dtype, cut.shards).values()  # of one device
+    matrices = sum(math.prod(each.shape) for each in shapes if len(each.shape) > 1)
+    layers = matrices - V * D * (1 if config.tie_word_embeddings else 2)
+    match shape:
+        case StepShape(rows, chunk):
+            tokens = rows * chunk
+            used = layers + (V * D if chunk == 1 else 0)  # prefill runs no head
+            attention = 4 * tokens * context * L * config.num_heads * config.head_dim
+            read = size * (used + tokens * D) + rows * context * _bytes_per_token(model)
+            summed = (2 * L + 1) * tokens * D * _FLOAT  # after attention and MLP of each layer, and the embeddings
+            return Work(read, 2 * tokens * used + attention, _linked(cut.shards, summed))
+        case HeadShape(rows):
+            return Work(size * rows * D + size * V * D, 2 * rows * V * D, _linked(cut.shards, rows * D * size) // 2)
+    return None
+
+
+def _bytes_per_token(model: BoundModel) -> int:
+    """Bytes of a token's keys and values on one device."""
+    hidden = model.cut.hidden_size * jnp.dtype(model.dtype).itemsize
+    return model.cache_layout.bytes_per_page // PAGE_SIZE - hidden
+
+
+def _linked(shards: int, size: int) -> int:
+    """Bytes out and in of each device for a sum over all of so many bytes: a ring passes them round twice.
+
+    To gather them instead takes one round.
+    """
+    return 4 * (shards - 1) * size // shards

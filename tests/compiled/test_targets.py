@@ -1,0 +1,164 @@
+"""A model's steps are compiled for chips that are not here: by the real compilers, with the kernels meant for them."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compiled.chips import CHIPS, DEFAULT_TARGETS, Chip, TargetError, mesh_of
+from compiled.load import abstract_model
+from compiled.shapes import HeadShape, SlotShape, StepShape
+from compiled.work import Work, work_of
+from model.config_hf import config_from_hf
+
+ROOT = Path(__file__).parents[2]
+COMPILERS = Path(sys.prefix) / "targets"
+QWEN = ROOT / "examples" / "configs" / "Qwen2.5-0.5B" / "config.json"
+PROGRAMS = {"decode_4", "prefill_16", "score_16", "vocabulary_8", "adjust", "zero_state"}
+FORWARD = ("decode_4", "prefill_16")
+TPUS = [target for target in DEFAULT_TARGETS if target.startswith("v")]
+
+needs_compilers = pytest.mark.skipif(
+    not COMPILERS.is_dir(), reason="no compilers beside this Python: `make portability` installs them"
+)
+
+
+@pytest.fixture(scope="module")
+def facts() -> Mapping[str, Mapping[str, Any]]:
+    """Target -> program -> what its compiler made of a tiny model."""
+    made = subprocess.run([sys.executable, "-m", "tests.target_facts"], cwd=ROOT, capture_output=True, check=True)
+    told: Mapping[str, Mapping[str, Any]] = json.loads(made.stdout)
+    return told
+
+
+@needs_compilers
+@pytest.mark.parametrize("target", DEFAULT_TARGETS)
+def test_every_program_compiles(facts: Any, target: str) -> None:
+    assert set(facts[target]) == PROGRAMS
+    for name, fact in facts[target].items():
+        assert "refused" not in fact, f"{name}: {fact}"
+        assert sum(fact["bytes"]) > 0
+        assert fact["moved"] > 0
+    for name in FORWARD:
+        assert facts[target][name]["flops"] > 1e5
+
+
+@needs_compilers
+@pytest.mark.parametrize("target", DEFAULT_TARGETS)
+def test_attention_is_the_kernel_of_that_platform(facts: Any, target: str) -> None:
+    call = {"cpu": "logprobd_attention", "h100": "__gpu$xla.gpu.triton"}.get(target, "tpu_custom_call")
+    for name in FORWARD:
+        assert facts[target][name]["attention"], name
+        if target != "cpu" or any("logprobd" in each for each in facts["cpu"]["score_16"]["calls"]):
+            assert call in facts[target][name]["calls"]
+    others = {"logprobd_attention", "__gpu$xla.gpu.triton", "tpu_custom_call"} - {call}
+    for fact in facts[target].values():
+        assert not others & set(fact["calls"])
+
+
+@needs_compilers
+@pytest.mark.parametrize("target", DEFAULT_TARGETS)
+def test_the_cache_is_updated_in_place(facts: Any, target: str) -> None:
+    arrays = (
+        6 if target in TPUS else 7
+    )  # keys and values of the one layer in one array, or apart; hidden; four of slots
+    for name in (*FORWARD, "adjust"):
+        assert facts[target][name]["donated"] == arrays
+        assert facts[target][name]["copies of pages"] == 0
+
+
+@needs_compilers
+def test_four_chips_pass_on_no_logits(facts: Any) -> None:
+    for name in FORWARD:
+        fact = facts["v5e:2x2"][name]
+        assert fact["collectives"] > 0
+        assert fact["widest axis moved"] < 128  # a shard has 384 columns of the vocabulary
+    for target in set(DEFAULT_TARGETS) - {"v5e:2x2"}:
+        assert facts[target]["decode_4"]["collectives"] == 0
+
+
+@needs_compilers
+def test_four_chips_share_weights_and_cache(facts: Any) -> None:
+    one, four = (facts[target]["decode_4"]["bytes"][0] for target in ("v5e:1x1", "v5e:2x2"))
+    assert four < 0.6 * one  # what a tiny model fills up with zeros keeps it from being a quarter
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "compiled.targets", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_table_tells_memory_work_and_the_verdict() -> None:
+    done = run(str(QWEN), "--target", "cpu", "--program", "adjust", "--max-num-seqs", "2", "--max-model-len", "256")
+    assert done.returncode == 0, done.stderr
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith("| adjust")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    # 9 pages of 24 layers of 2 heads of 64, twice, with 896 hidden features; 3 slots of 9 bytes a token.
+    cache, slots = 9 * 64 * (24 * 2 * 2 * 64 + 896) * 2, 3 * 9 * 151_936
+    assert float(cells[2].replace(",", "")) == pytest.approx((cache + slots) / 1e6 + 9 * 151_936 / 1e6, abs=0.2)
+    assert "cpu: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((str(QWEN), "--target", "a100"), "a100: not a target; there are cpu, h100, v5e, v5p, v6e"),
+        (("examples/configs", "--target", "cpu"), "examples/configs: "),
+        (("README.md", "--target", "cpu"), "README.md: "),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(arguments: tuple[str, ...], said: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {said}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_slice_that_does_not_exist_names_the_target() -> None:
+    with pytest.raises(TargetError, match=r"^v5e:banana: .*make portability"):
+        mesh_of("v5e:banana")
+
+
+def qwen() -> Any:
+    return abstract_model(config_from_hf(json.loads(QWEN.read_text("utf-8"))), "bfloat16")
+
+
+def test_the_work_of_a_decode_step_is_its_weights_and_its_rows() -> None:
+    work = work_of(qwen(), StepShape(16, 1, 64), context=1000)
+    assert work is not None
+    matrices = 24 * (896 * (896 + 2 * 128) + 896 * 896 + 3 * 896 * 4864) + 151_936 * 896
+    assert work.read == 2 * (matrices + 16 * 896) + 16 * 1000 * 24 * 2 * 128 * 2
+    assert work.flops == 2 * 16 * matrices + 4 * 16 * 1000 * 24 * 896
+    assert work.linked == 0
+
+
+def test_a_prefill_runs_no_head_and_a_block_of_prompt_rows_only_that() -> None:
+    decode, prefill = (work_of(qwen(), StepShape(*shape, 64), context=0) for shape in ((1, 1), (1, 256)))
+    block = work_of(qwen(), HeadShape(64, whole=False), context=0)
+    assert decode is not None
+    assert prefill is not None
+    assert block is not None
+    assert prefill.flops == 256 * (decode.flops - 2 * 151_936 * 896)
+    assert block.flops == 64 * 2 * 151_936 * 896
+    assert work_of(qwen(), SlotShape(17), context=0) is None
+
+
+def test_the_least_time_is_of_what_takes_longest_and_then_the_links() -> None:
+    chip = Chip(memory=10, bandwidth=100.0, peak=1000.0, links=50.0)
+    assert Work(read=200, flops=1000, linked=0).seconds(chip) == 2
+    assert Work(read=200, flops=1000, linked=0).bound(chip) == "memory"
+    assert Work(read=200, flops=3000, linked=50).seconds(chip) == 4
+    assert Work(read=200, flops=3000, linked=500).bound(chip) == "links"
+
+
+def test_what_chips_can_do_is_in_proportion() -> None:
+    """A slip of a unit (Gbit for GB, TB for GB) would be a factor of 8 or 1000."""
+    for chip in CHIPS.values():
+        assert 10e9 < chip.memory < 200e9
+        assert 0.5e12 < chip.bandwidth < 5e12
+        assert 50 < chip.peak / chip.bandwidth < 1000
+        assert 1.5 < chip.bandwidth / chip.links < 5

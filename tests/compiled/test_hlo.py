@@ -108,18 +108,18 @@ ENTRY %main (table.1: bf16[100,64], id.1: s32[1], cache.1: f32[50,64]) -> (f32[4
 # By hand. float32 and int32 have 4 bytes, bfloat16 has 2.
 EXPECTED = [
     Operation("fusion.1", "fusion", "f32[1,64]", 64 * 2 + 4 + 64 * 4, 0, "other"),  # one row of the table, not 100
-    Operation("fusion.2", "fusion", "f32[50,64]", 2 * 64 * 4 + 4, 0, "attention"),  # a row read, a row written
-    Operation("x.2", "broadcast", "f32[4,64]", 4 + 4 * 64 * 4, 0, "attention"),
-    Operation("w.2", "slice", "f32[10,64]", 2 * 10 * 64 * 4, 0, "mlp"),
-    Operation("while.1", "while", "(s32[], f32[4,64], f32[10,64])", 0, 0, "attention"),
-    Operation("lt", "compare", "pred[]", 4 + 4 + 1, 0, "attention"),
-    Operation("copy.1", "copy", "f32[4,64]", 2 * 4 * 64 * 4, 0, "attention"),
-    Operation("fusion.3", "fusion", "f32[4,10]", (4 * 64 + 10 * 64 + 4 * 10) * 4, 2 * 4 * 10 * 64, "attention"),
-    Operation("packed", "broadcast", "bf16[1,32,32,2]", 4 + 32 * 32 * 2 * 2, 0, "other"),
-    Operation("q", "broadcast", "f32[4,1,6,8]", 4 + 4 * 48 * 4, 0, "other"),
-    Operation("pages", "broadcast", "bf16[50,2,64,8]", 4 + 50 * 2 * 64 * 8 * 2, 0, "other"),
-    Operation("tables", "broadcast", "s32[4,5]", 4 + 4 * 5 * 4, 0, "other"),
-    Operation("at.1", "broadcast", "s32[4,1]", 4 + 4 * 4, 0, "other"),
+    Operation("fusion.2", "fusion", "f32[50,64]", 2 * 64 * 4 + 4, 0, "attention", 0),  # a row read, a row written
+    Operation("x.2", "broadcast", "f32[4,64]", 4 + 4 * 64 * 4, 0, "attention", 0),
+    Operation("w.2", "slice", "f32[10,64]", 2 * 10 * 64 * 4, 0, "mlp", 0),
+    Operation("while.1", "while", "(s32[], f32[4,64], f32[10,64])", 0, 0, "attention", 0),
+    Operation("lt", "compare", "pred[]", 4 + 4 + 1, 0, "attention", 0),
+    Operation("copy.1", "copy", "f32[4,64]", 2 * 4 * 64 * 4, 0, "attention", 0),
+    Operation("fusion.3", "fusion", "f32[4,10]", (4 * 64 + 10 * 64 + 4 * 10) * 4, 2 * 4 * 10 * 64, "attention", 0),
+    Operation("packed", "broadcast", "bf16[1,32,32,2]", 4 + 32 * 32 * 2 * 2, 0, "head"),
+    Operation("q", "broadcast", "f32[4,1,6,8]", 4 + 4 * 48 * 4, 0, "attention", 0),
+    Operation("pages", "broadcast", "bf16[50,2,64,8]", 4 + 50 * 2 * 64 * 8 * 2, 0, "attention", 0),
+    Operation("tables", "broadcast", "s32[4,5]", 4 + 4 * 5 * 4, 0, "attention", 0),
+    Operation("at.1", "broadcast", "s32[4,1]", 4 + 4 * 4, 0, "attention", 0),
     Operation(  # a page of keys and one of values for each of four rows, not all 50
         "ffi_call.2",
         "custom-call",
@@ -127,9 +127,10 @@ EXPECTED = [
         4 * 48 * 4 + 2 * 4 * (2 * 64 * 8 * 2) + 4 * 5 * 4 + 4 * 4 + 4 * 48 * 4,
         2 * 2 * 4 * 48 * 64,
         "attention",
+        0,
     ),
-    Operation("heads", "broadcast", "f32[4,1,10,8]", 4 + 4 * 10 * 8 * 4, 0, "other"),
-    Operation("cos", "broadcast", "f32[4,1,1,4]", 4 + 4 * 4 * 4, 0, "other"),
+    Operation("heads", "broadcast", "f32[4,1,10,8]", 4 + 4 * 10 * 8 * 4, 0, "attention", 0),
+    Operation("cos", "broadcast", "f32[4,1,1,4]", 4 + 4 * 4 * 4, 0, "attention", 0),
     Operation(  # reads heads, angles and addresses; writes queries, and 2 keys and 2 values of 8 a token
         "ffi_call.3",
         "custom-call",
@@ -137,6 +138,7 @@ EXPECTED = [
         4 * 10 * 8 * 4 + 2 * 4 * 4 * 4 + 4 * 5 * 4 + 4 * 4 + 4 * 6 * 8 * 4 + 4 * (2 + 2) * 8 * 2,
         0,
         "attention",
+        0,
     ),
     Operation("bf", "convert", "bf16[4,64]", 4 * 64 * (4 + 2), 0, "head"),
     Operation("ffi_call.1", "custom-call", "f32[4,16]", 4 * 64 * 2 + 32 * 64 * 2 + 4 * 16 * 4, 2 * 4 * 16 * 64, "head"),
@@ -156,9 +158,78 @@ def test_an_int8_product_computes_as_much_as_a_bfloat16_one() -> None:
     assert hlo.operations(TEXT.replace('"logprobd_linear"', '"logprobd_linear_int8"')) == EXPECTED
 
 
+# What a TPU's compiler writes: weights fetched ahead into memory on the chip, S(1), products as convolutions, a kernel;
+# and Triton's kernel as NVIDIA's writes it.
+AHEAD = """HloModule jit_ahead
+
+ENTRY %main (w: bf16[96,64], x: f32[4,64], q: f32[4,6,128], kv: bf16[50,64,4,128], t: s32[4,5]) -> f32[4,96] {
+  %w = bf16[96,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %x = f32[4,64]{1,0:T(4,128)S(1)} parameter(1)
+  %q = f32[4,6,128]{2,1,0} parameter(2)
+  %kv = bf16[50,64,4,128]{3,2,1,0:T(4,128)(2,1)} parameter(3)
+  %t = s32[4,5]{1,0} parameter(4)
+  %slice-start = ((bf16[96,64]{1,0:T(8,128)(2,1)}), bf16[24,64]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:24], [0:64]}
+  %slice-done = bf16[24,64]{1,0:T(8,128)(2,1)S(1)} slice-done(%slice-start)
+  %copy-start = (bf16[96,64]{1,0:S(1)}, bf16[96,64]{1,0}, u32[]{:S(2)}) copy-start(%w)
+  %copy-done = bf16[96,64]{1,0:S(1)} copy-done(%copy-start)
+  %convolution.1 = f32[4,24]{1,0} convolution(%x, %slice-done), dim_labels=bf_oi->bf, metadata={op_name="jit(ahead)/layer_1/mlp/dot_general"}
+  %convolution.2 = f32[4,96]{1,0:S(1)} convolution(%x, %copy-done), dim_labels=bf_oi->bf, metadata={op_name="jit(ahead)/layer_2/mlp/dot_general"}
+  %ragged.1 = f32[4,6,128]{2,1,0:S(1)} custom-call(%t, %t, %t, %t, %t, /*index=5*/%q, %kv), custom_call_target="tpu_custom_call", metadata={op_name="jit(ahead)/layer_2/attention/jit(ragged_paged_attention)/ragged_paged_attention_kernel/pallas_call"}
+  %triton.1 = f32[4,6,128]{2,1,0:S(1)} custom-call(%q, %t, %t, %kv, %kv), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(ahead)/layer_2/attention/logprobd_attention/pallas_call"}
+  %reduce.1 = f32[4,96]{1,0} all-reduce-start(%convolution.2), metadata={op_name="jit(ahead)/layer_2/mlp/psum"}
+  ROOT %done.1 = f32[4,96]{1,0} all-reduce-done(%reduce.1)
+}
+"""  # noqa: E501
+
+_SLICE, _COPY, _PAGES = 24 * 64 * 2, 96 * 64 * 2, 4 * (64 * 4 * 128 * 2)  # a page of each of four rows
+_TABLE, _QUERIES = 4 * 5 * 4, 4 * 6 * 128
+EXPECTED_AHEAD = [
+    Operation("slice-start", "slice-start", "((bf16[96,64]), bf16[24,64], s32[])", _SLICE, 0, "mlp", 1),
+    Operation("slice-done", "slice-done", "bf16[24,64]", 0, 0, "mlp", 1),
+    Operation("copy-start", "copy-start", "(bf16[96,64], bf16[96,64], u32[])", _COPY, 0, "mlp", 2),
+    Operation("copy-done", "copy-done", "bf16[96,64]", 0, 0, "mlp", 2),
+    Operation("convolution.1", "convolution", "f32[4,24]", 4 * 24 * 4, 2 * 4 * 24 * 64, "mlp", 1),
+    Operation("convolution.2", "convolution", "f32[4,96]", 0, 2 * 4 * 96 * 64, "mlp", 2),
+    Operation(
+        "ragged.1",
+        "custom-call",
+        "f32[4,6,128]",
+        5 * _TABLE + 4 * _QUERIES + _PAGES,
+        2 * 2 * _QUERIES * 64,
+        "attention",
+        2,
+    ),
+    Operation(
+        "triton.1",
+        "custom-call",
+        "f32[4,6,128]",
+        2 * _TABLE + 4 * _QUERIES + 2 * _PAGES,
+        2 * 2 * _QUERIES * 4,  # its third axis is the page's
+        "attention",
+        2,
+    ),
+    Operation("reduce.1", "all-reduce-start", "f32[4,96]", 4 * 96 * 4, 0, "mlp", 2),
+    Operation("done.1", "all-reduce-done", "f32[4,96]", 0, 0, "mlp", 2),
+]
+
+
+def test_what_is_fetched_ahead_counts_once_and_for_who_waits_for_it() -> None:
+    counted = hlo.operations(AHEAD)
+    assert counted == EXPECTED_AHEAD
+    assert [each.name for each in hlo.collectives(counted)] == ["reduce.1"]
+    assert list(hlo.by_layer(counted)) == [1, 2, None]
+    assert hlo.by_layer(counted)[1] == Totals(_SLICE + 4 * 24 * 4, 2 * 4 * 24 * 64)
+    assert hlo.by_layer(counted)[None] == Totals(0, 0)
+
+
+@pytest.mark.parametrize(("shape", "widest"), [("f32[]", 0), ("(f32[3,7], s32[5])", 7), ("bf16[16,128]", 128)])
+def test_the_widest_axis_of_a_shape(shape: str, widest: int) -> None:
+    assert hlo.widest_axis(shape) == widest
+
+
 def test_totals_by_scope() -> None:
     totals = hlo.by_scope(hlo.operations(TEXT))
-    assert totals["head"] == Totals(1536 + 4864, 8192)
+    assert totals["head"] == Totals(1536 + 4864 + 4100, 8192)  # the packed weight is its user's
     assert sum(total.bytes for total in totals.values()) == sum(operation.bytes for operation in EXPECTED)
     assert list(totals) == sorted(totals, key=lambda scope: -totals[scope].bytes)
 

@@ -1,6 +1,7 @@
 """From a ServeConfig to a running engine: files, weights, programs, with progress on the terminal."""
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -227,12 +228,19 @@ def chosen_dtype(config: ServeConfig, checkpoint: Checkpoint) -> str:
 
 def _mesh(config: ServeConfig) -> Mesh | None:
     """The devices over which the model is cut; None: one."""
-    count, devices = config.tensor_parallel_size, jax.devices()
+    count, devices = config.tensor_parallel_size, _devices()
     if count > len(devices):
         platform = devices[0].platform
         hint = f"; JAX_NUM_CPU_DEVICES={count} in the environment makes as many of one" if platform == "cpu" else ""
         raise StartupError(f"--tensor-parallel-size {count}: there are {len(devices)} {platform} devices{hint}")
     return tensor_mesh(devices[:count]) if count > 1 else None
+
+
+def _devices() -> list[jax.Device]:
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # such as JAX_PLATFORMS=cuda where there is no GPU
+        raise StartupError(f"JAX finds no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}") from error
 
 
 def _free_memory_of_each(devices: int) -> int | None:

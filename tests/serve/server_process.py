@@ -1,10 +1,12 @@
 """A real server in a process of its own."""
 
+import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -13,9 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 class ServerProcess:
     """`python -m serve ... --port 0`, up when the constructor returns."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, environ: Mapping[str, str] = {}) -> None:
         command = [sys.executable, "-W", "error::ResourceWarning", "-m", "serve", *arguments, "--port", "0"]
-        self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        environment = {**os.environ, **environ}
+        self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
         self.log: list[str] = []
         assert self.process.stderr is not None
         for line in self.process.stderr:

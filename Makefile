@@ -21,7 +21,7 @@ serve: $(READY) kernels
 
 # Replicas behind one address, over Ray Serve: ARGS="--num-replicas 2".
 ray: $(READY) .venv/.ray kernels
-	$(RUN) -m serve.ray_app $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+	$(RUN) -m serve.ray_app $(MODEL) --host $(HOST) --port $(PORT) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 test: .venv/.dev .venv/.arm .venv/.ray .venv/.targets kernels
 	$(PY) -m pytest

@@ -11,14 +11,10 @@ import uvicorn
 from rich.console import Console
 from starlette.types import ASGIApp
 
-from model.config import ConfigError
-from model.weights.errors import ModelLoadError
-from serve.app import AppConfig, create_app
+from serve.assembly import STARTUP_ERRORS, assemble
 from serve.config import ServeConfig
 from serve.flags import parse_args
-from serve.openai.defaults import DefaultsError
-from serve.startup import StartupError, start
-from serve.text.tokenizer import TokenizerError
+from serve.startup import StartupError
 
 
 def main() -> int:
@@ -28,34 +24,13 @@ def main() -> int:
     console = Console(stderr=True, highlight=False)
     try:
         listener = _bind(config)  # first: an address in use is better said before minutes of loading
-        chat_template = _chat_template(config.chat_template)
-        served = start(config, console, chat_template)
-    except (ModelLoadError, ConfigError, TokenizerError, DefaultsError, StartupError) as error:
+        served, app = assemble(config, console)
+    except STARTUP_ERRORS as error:
         console.print(f"error: {error}", markup=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         return 130
     names = config.served_model_name or (served.name,)
-    app_config = AppConfig(
-        served_model_names=names,
-        api_keys=config.api_key,
-        system_fingerprint=served.fingerprint,
-        chat_template=chat_template,
-        trust_request_chat_template=config.trust_request_chat_template,
-        response_role=config.response_role,
-        defaults=served.defaults,
-        logprobs_mode=config.logprobs_mode,
-        return_tokens_as_token_ids=config.return_tokens_as_token_ids,
-        force_include_usage=config.enable_force_include_usage,
-        allowed_origins=config.allowed_origins,
-        allowed_methods=config.allowed_methods,
-        allowed_headers=config.allowed_headers,
-        allow_credentials=config.allow_credentials,
-        logs_requests=config.enable_log_requests,
-        max_log_len=config.max_log_len,
-        documented=not config.disable_fastapi_docs,
-    )
-    app = create_app(served.engine, served.tokenizer, app_config, served.metrics)
     server = _server(app, config)
     # Not wrapped: whoever starts us reads the address from this line.
     console.print(f"serving  {', '.join(names)} at {_address(config, listener)} (API under /v1)", soft_wrap=True)
@@ -127,16 +102,6 @@ def _bind_file(path: Path) -> socket.socket:
         listener.close()
         raise StartupError(f"--uds {path}: {error.strerror or error}") from error
     return listener
-
-
-def _chat_template(option: str | None) -> str | None:
-    """The template that --chat-template names or is."""
-    if option is None or "{" in option:
-        return option
-    try:
-        return Path(option).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartupError(f"--chat-template {option}: cannot be read as a text file") from error
 
 
 if __name__ == "__main__":

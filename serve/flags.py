@@ -81,6 +81,11 @@ def _from_file(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
         parser.error(f"argument --config: {path}: {str(error).splitlines()[0]}")
     if not isinstance(said, dict):
         parser.error(f"argument --config: {path}: must be a mapping of flags to values")
+    return vars(parser.parse_args(words_of(said)))
+
+
+def words_of(said: Mapping[str, Any]) -> list[str]:
+    """The command line that says what a mapping of flags to values says; an underscore may stand for a hyphen."""
     words = []
     for key, value in said.items():
         flag = "--" + str(key).replace("_", "-")
@@ -94,7 +99,7 @@ def _from_file(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
             words += [word for each in value for word in (flag, str(each))]
         else:
             words.append(f"{flag}={json.dumps(value) if isinstance(value, list | dict) else value}")
-    return vars(parser.parse_args(words))
+    return words
 
 
 def _file_parser() -> argparse.ArgumentParser:

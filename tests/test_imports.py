@@ -18,6 +18,12 @@ FORBIDDEN = (
     ("serve.text", "serve.engine"),
     ("serve.openai", "jax"),
     ("serve.text", "jax"),
+    # Ray is an extra: what serves without it must not need it.
+    ("model", "ray"),
+    ("compiled", "ray"),
+    ("serve.engine", "ray"),
+    ("serve.openai", "ray"),
+    ("serve.text", "ray"),
 )
 
 

@@ -1,0 +1,44 @@
+# The server in an image, made with the Makefile's own targets.
+#   docker build -t logprobd .                              for CPU
+#   docker build --build-arg DEVICE=cuda -t logprobd .      for NVIDIA; DEVICE=tpu for TPU
+#   docker build --build-arg RAY=yes -t logprobd-ray .      with Ray, for deploy/rayservice.yaml
+#   docker run -p 8000:8000 -v logprobd:/home/logprobd/.cache logprobd [MODEL] [flags]
+FROM debian:trixie-slim AS packages
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates g++ make python3.13 python3.13-venv \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /opt/logprobd
+COPY Makefile requirements*.lock ./
+COPY scripts/ scripts/
+ARG DEVICE=cpu
+ARG RAY=no
+RUN make .venv/.serve \
+    && case $DEVICE in cpu) ;; *) make .venv/.$DEVICE ;; esac \
+    && case $RAY in no) ;; *) make .venv/.ray ;; esac
+COPY model/ model/
+COPY compiled/ compiled/
+COPY serve/ serve/
+# The kernels are built for every instruction set of this kind of processor; the server chooses when it starts.
+RUN make kernels && .venv/bin/python -m compileall -q model compiled serve
+
+FROM debian:trixie-slim
+ARG DEVICE=cpu
+ARG RAY=no
+# KubeRay runs `ray`, and asks with wget whether it is well.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates python3.13 $(case $RAY in no) ;; *) echo wget ;; esac) \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --create-home logprobd \
+    && install -d -o logprobd -g logprobd /home/logprobd/.cache \
+    && case $RAY in no) ;; *) ln -s /opt/logprobd/.venv/bin/ray /usr/local/bin/ray ;; esac
+COPY --from=packages /opt/logprobd /opt/logprobd
+WORKDIR /opt/logprobd
+ENV PYTHONPATH=/opt/logprobd PYTHONUNBUFFERED=1 JAX_PLATFORMS=$DEVICE
+USER 10001
+# Compiled programs, packed weights and models of the hub: kept, the next start takes seconds.
+VOLUME /home/logprobd/.cache
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10m \
+    CMD [".venv/bin/python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+# What follows the image's name in `docker run` is added, and stands over these flags.
+ENTRYPOINT [".venv/bin/python", "-m", "serve", "--host", "0.0.0.0", "--port", "8000"]

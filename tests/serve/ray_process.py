@@ -1,0 +1,66 @@
+"""A real Ray with replicas of the server, in processes of their own."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from tests.serve.server_process import ROOT, ServerProcess
+
+
+class RayProcess(ServerProcess):
+    """`python -m serve.ray_app ... --port 0`, up when the constructor returns."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "serve.ray_app", *arguments, "--port", "0"]
+        self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        self.log: list[str] = []
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line)
+            if found := re.match(r"serving .* at (http://127\.0\.0\.1:\d+)", line):
+                self.url = found[1]
+                break
+        else:
+            raise RuntimeError(f"the server ended with {self.process.wait()}:\n{''.join(self.log)}")
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+
+    def replicas(self) -> list[int]:
+        """The process ids of the replicas."""
+        return sorted(
+            pid
+            for pid in _descendants(self.process.pid)
+            if _title(pid).startswith("ray::ServeReplica:logprobd:Replica")
+        )
+
+    def kill(self, replica: int) -> None:
+        """Kills a replica's process, as the system does that runs out of memory."""
+        assert replica in self.replicas()
+        os.kill(replica, signal.SIGKILL)
+
+
+def _descendants(pid: int) -> set[int]:
+    parents = {int(path.name): _parent(path) for path in Path("/proc").iterdir() if path.name.isdecimal()}
+    found, new = set[int](), {pid}
+    while new:
+        found |= new
+        new = {child for child, parent in parents.items() if parent in found} - found
+    return found - {pid}
+
+
+def _parent(process: Path) -> int:
+    try:
+        return int((process / "stat").read_text("utf-8", "replace").rpartition(")")[2].split()[1])
+    except OSError:  # it has ended meanwhile
+        return 0
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace")
+    except OSError:
+        return ""

@@ -1,0 +1,201 @@
+"""Two replicas of the default model on a real Ray of this machine, through the same API."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx2
+import pytest
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.serve.ray_process import RayProcess
+from tests.serve.server_process import ServerProcess
+
+pytest.importorskip("ray", reason="Ray is not installed: `make ray` does it")
+
+_DEADLINE = 60  # seconds after which something hangs; never reached otherwise
+_STORY = "Once upon a time"
+_LONG = {"prompt": _STORY, "max_tokens": 450, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayProcess]:
+    cache = tmp_path_factory.mktemp("xla")
+    process = RayProcess(
+        *("--num-replicas", "2", "--num-cpus-per-replica", "0.5", "--dtype", "float32", "--max-num-seqs", "2"),
+        *("--max-model-len", "512", "--max-num-batched-tokens", "18", "--compilation-cache-dir", str(cache)),
+    )
+    yield process
+    if process.process.poll() is None:
+        assert process.terminate() == 0
+
+
+def post(server: ServerProcess, body: dict[str, Any], **headers: str) -> httpx2.Response:
+    return httpx2.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=_DEADLINE)
+
+
+def numbers(server: RayProcess, name: str, **labels: str) -> dict[str, float]:
+    """The samples of one name in /metrics, by replica, summed over all other labels; none while there is no replica."""
+    answer = httpx2.get(f"{server.url}/metrics", timeout=_DEADLINE)
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(answer.text if answer.status_code == 200 else ""):
+        for sample in family.samples:
+            if sample.name == name and labels.items() <= sample.labels.items():
+                replica = sample.labels["replica"]
+                found[replica] = found.get(replica, 0) + sample.value
+    return found
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Asks, over HTTP, until it is so."""
+    end = time.monotonic() + _DEADLINE
+    while not condition():
+        assert time.monotonic() < end
+
+
+def idle(server: RayProcess) -> bool:
+    return not any(numbers(server, "logprobd:num_requests_running").values())
+
+
+def test_every_replica_gives_the_numbers_of_a_server_alone(replicas: RayProcess, server: ServerProcess) -> None:
+    body = {
+        "prompt": "The capital of France is",
+        "max_tokens": 6,
+        "temperature": 0,
+        "logprobs": 3,
+        "prompt_logprobs": 3,
+    }
+    alone = post(server, body).json()["choices"]
+    before = numbers(replicas, "logprobd:prompt_tokens_total")
+    for _ in range(2):  # they take turns
+        assert post(replicas, body).json()["choices"] == alone
+    after = numbers(replicas, "logprobd:prompt_tokens_total")
+    assert len(before) == 2
+    assert {replica: after[replica] - before[replica] for replica in before} == dict.fromkeys(before, 5)
+
+
+def test_the_official_client_streams(replicas: RayProcess) -> None:
+    options: dict[str, Any] = {
+        "model": "SmolLM2-135M-Instruct",
+        "messages": [{"role": "user", "content": "Say hello."}],
+        "max_tokens": 12,
+        "temperature": 0,
+        "logprobs": True,
+    }
+    with OpenAI(base_url=f"{replicas.url}/v1", api_key="none", max_retries=0) as client:
+        whole = client.chat.completions.create(**options)
+        chunks = list(client.chat.completions.create(**options, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+    entries = [entry for chunk in chunks if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
+    assert len(entries) > 5
+    assert [entry.logprob for entry in entries] == [entry.logprob for entry in whole.choices[0].logprobs.content]
+
+
+def test_errors_and_request_ids_are_the_servers(replicas: RayProcess) -> None:
+    refused = post(replicas, {"prompt": "Hi", "max_tokens": -1}, **{"x-request-id": "mine"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "max_tokens"
+    assert refused.headers.get_list("x-request-id") == ["mine"]
+    assert httpx2.get(f"{replicas.url}/health").status_code == 200
+    assert httpx2.get(f"{replicas.url}/nowhere").json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_prompt_goes_where_its_beginning_is_cached(replicas: RayProcess) -> None:
+    def cached(prompt: str, **more: str) -> int:
+        answer = post(replicas, {"prompt": prompt, "max_tokens": 1} | more).json()
+        found: int = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return found
+
+    texts = [f"{name} went to the market to buy apples and pears. " * 10 for name in ("Anna", "Bertha", "Clara")]
+    assert [cached(text) for text in texts] == [0, 0, 0]
+    assert all(cached(text + "Then") >= 64 for text in texts * 2)
+    assert [cached(texts[0], cache_salt="another") for _ in range(2)] != [0, 0]  # it too has its own place
+    assert cached(texts[0], cache_salt="a third") == 0
+
+
+def test_a_client_that_goes_away_frees_what_it_had(replicas: RayProcess) -> None:
+    def aborted() -> float:
+        return sum(numbers(replicas, "logprobd:request_success_total", finished_reason="abort").values())
+
+    before = aborted()
+    with httpx2.stream("POST", f"{replicas.url}/v1/completions", json=_LONG | {"stream": True}) as response:
+        next(response.iter_lines())
+    until(lambda: aborted() == before + 1)
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.post(f"{replicas.url}/v1/completions", json=_LONG, timeout=1)
+    until(lambda: aborted() == before + 2)
+    assert idle(replicas)
+    assert httpx2.get(f"{replicas.url}/load").json() == {"server_load": 0}
+
+
+def test_a_replica_that_is_killed_takes_only_its_streams_with_it(replicas: RayProcess) -> None:
+    body = {"prompt": _STORY, "max_tokens": 50, "ignore_eos": True, "temperature": 0, "logprobs": 1}
+    right = post(replicas, body).json()["choices"][0]
+    url = f"{replicas.url}/v1/completions"
+    killed, _ = replicas.replicas()
+    with (
+        httpx2.Client(timeout=_DEADLINE) as client,
+        ThreadPoolExecutor() as pool,
+        client.stream("POST", url, json=body | {"stream": True}) as first,
+        client.stream("POST", url, json=body | {"stream": True}) as second,
+    ):
+        streams = [each.iter_lines() for each in (first, second)]
+        begun = [next(lines) for lines in streams]
+        wholes = [pool.submit(post, replicas, body) for _ in range(2)]
+        until(lambda: list(numbers(replicas, "logprobd:num_requests_running").values()) == [2, 2])
+        replicas.kill(killed)
+        events = [
+            [line.removeprefix("data: ") for line in (line_one, *lines) if line]
+            for line_one, lines in zip(begun, streams, strict=True)
+        ]
+        # Nothing was seen of the answers that come whole: the survivor has given both.
+        for whole in wholes:
+            assert whole.result().json()["choices"][0] == right
+    assert [each[-1] for each in events] == ["[DONE]", "[DONE]"]
+    chunks = [[json.loads(event) for event in each[:-1]] for each in events]
+    broken, complete = sorted(chunks, key=lambda each: "error" not in each[-1])
+    assert broken.pop()["error"] == {
+        "message": "The replica that answered has died.",
+        "type": "server_error",
+        "param": None,
+        "code": "engine_error",
+    }
+    for each in (broken, complete):
+        text = "".join(chunk["choices"][0]["text"] for chunk in each)
+        logprobs = [number for chunk in each for number in chunk["choices"][0]["logprobs"]["token_logprobs"]]
+        assert right["text"].startswith(text)
+        assert logprobs == right["logprobs"]["token_logprobs"][: len(logprobs)]
+    assert len(broken) < len(complete)
+    assert complete[-1]["choices"][0]["finish_reason"] == "length"
+
+    until(lambda: len(numbers(replicas, "logprobd:num_requests_running")) == 2)
+    assert killed not in replicas.replicas()
+    assert post(replicas, body).json()["choices"][0] == right
+
+
+def test_without_a_replica_clients_are_told_to_come_again_until_there_is_one(replicas: RayProcess) -> None:
+    body = {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0}
+    for each in replicas.replicas():
+        replicas.kill(each)
+    end = time.monotonic() + _DEADLINE
+    while (answer := post(replicas, body)).status_code != 200:
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "5"
+        assert answer.json()["error"]["type"] == "service_unavailable"
+        assert time.monotonic() < end
+    assert answer.json()["choices"][0]["text"] == " Paris"
+
+
+def test_sigterm_drains_and_exits_0(replicas: RayProcess) -> None:
+    body = {"prompt": _STORY, "max_tokens": 60, "ignore_eos": True, "stream": True}
+    with httpx2.stream("POST", f"{replicas.url}/v1/completions", json=body, timeout=_DEADLINE) as response:
+        lines = response.iter_lines()
+        next(lines)  # the stream has begun: now ask the server to end
+        replicas.process.terminate()
+        events = [line for line in lines if line.startswith("data: ")]
+    assert events[-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in events[-2]
+    assert replicas.terminate() == 0

@@ -1,0 +1,267 @@
+"""The relay between clients and replicas, whose replicas here are scripts: what they answer, and where they die."""
+
+import asyncio
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import pytest
+
+ray_exceptions = pytest.importorskip("ray.exceptions", reason="Ray is not installed: `make ray` does it")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Ray's own
+    from serve import ray_front
+
+from serve.openai.endpoint import AppConfig  # noqa: E402
+from serve.prefix_index import prompt_blocks  # noqa: E402
+from serve.ray_front import Front  # noqa: E402
+
+DIED = ray_exceptions.ActorDiedError()
+HANGS = "hangs"
+EVENT: dict[str, Any] = {"type": "http.response.body", "body": b'data: {"n":1}\n\n', "more_body": True}
+END: dict[str, Any] = {"type": "http.response.body", "body": b"", "more_body": False}
+
+
+def start(kind: str = "text/event-stream", status: int = 200) -> dict[str, Any]:
+    headers = [(b"content-type", kind.encode()), (b"x-request-id", b"the proxy says it")]
+    return {"type": "http.response.start", "status": status, "headers": headers}
+
+
+type Step = list[dict[str, Any]] | Exception | str
+
+
+@dataclass
+class Call:
+    """One request to a replica, which does what its script says."""
+
+    steps: list[Step]
+    cancelled: bool = False
+    arguments: tuple[Any, ...] = ()
+
+    def __aiter__(self) -> "Call":
+        return self
+
+    async def __anext__(self) -> list[dict[str, Any]]:
+        if not self.steps:
+            raise StopAsyncIteration
+        step = self.steps.pop(0)
+        if isinstance(step, Exception):
+            raise step
+        if isinstance(step, str):
+            await asyncio.Event().wait()
+        return step  # type: ignore[return-value]
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+@dataclass
+class Replicas:
+    """Stands for Ray's handle: every call gets the next script."""
+
+    scripts: Sequence[list[Step]] = ()
+    all: Sequence[Any] = ()  # what each replica answers to what is asked of all
+    calls: list[Call] = field(default_factory=list)
+
+    def options(self, **_: Any) -> "Replicas":
+        return self
+
+    def remote(self, *arguments: Any) -> Call:
+        self.calls.append(Call(list(self.scripts[len(self.calls)]), arguments=arguments))
+        return self.calls[-1]
+
+    def broadcast(self, method: str, *_: Any) -> "Replicas":
+        assert method == "whole"
+        return self
+
+    async def results_async(self, **_: Any) -> Sequence[Any]:
+        return self.all
+
+
+@dataclass
+class Got:
+    """What a client got."""
+
+    status: int
+    headers: dict[bytes, bytes]
+    body: bytes
+    whole: bool
+
+    @property
+    def error(self) -> Any:
+        return json.loads(self.body)["error"]
+
+
+async def ask(replicas: Replicas, body: bytes = b"{}", *, path: str = "/v1/completions", pieces: int = 1) -> Got:
+    """Sends a request, its body in pieces, and reads the answer."""
+    sent: list[Any] = []
+    step = -(-len(body) // pieces) or 1
+    unread = [body[at : at + step] for at in range(0, max(1, len(body)), step)]
+
+    async def receive() -> dict[str, Any]:
+        if not unread:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": unread.pop(0), "more_body": bool(unread)}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app(replicas)(scope(path), receive, send)
+    head, *rest = sent
+    whole = not rest[-1].get("more_body", False)
+    return Got(head["status"], dict(head["headers"]), b"".join(each["body"] for each in rest), whole)
+
+
+def app(replicas: Any) -> Any:
+    return Front(replicas).__serve_build_asgi_app__()
+
+
+def scope(path: str = "/v1/completions", **headers: str) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "method": "GET" if path in ("/metrics", "/load") else "POST",
+        "path": path,
+        "root_path": "",
+        "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
+        "state": object(),  # is not for another process
+    }
+
+
+async def test_an_answer_comes_as_it_is_with_the_proxys_request_id() -> None:
+    replicas = Replicas([[[], [start(), EVENT], [EVENT, END]]])
+    body = json.dumps({"prompt": "x" * 600}).encode()
+    got = await ask(replicas, body, pieces=3)
+    assert got == Got(200, {b"content-type": b"text/event-stream"}, EVENT["body"] * 2, True)
+    blocks, told, sent = replicas.calls[0].arguments
+    assert blocks == prompt_blocks(body)
+    assert len(blocks) == 2
+    assert sent == body
+    assert told["path"] == "/v1/completions"
+    assert "state" not in told
+
+
+@pytest.mark.parametrize("dies", [[DIED], [[], DIED]])
+async def test_what_nothing_was_seen_of_is_sent_again(dies: list[Step]) -> None:
+    replicas = Replicas([dies, dies, [[], [start(), EVENT, END]]])
+    got = await ask(replicas)
+    assert (got.status, got.body) == (200, EVENT["body"])
+    assert len(replicas.calls) == 3
+
+
+async def test_it_is_sent_three_times_at_most() -> None:
+    replicas = Replicas([[[], DIED]] * 4)
+    got = await ask(replicas)
+    assert got.status == 503
+    assert got.headers[b"retry-after"] == b"5"
+    assert len(replicas.calls) == 3
+
+
+async def test_where_no_replica_takes_it_a_client_is_told_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_front, "_WAIT", 0.01)
+    replicas = Replicas([[HANGS]])
+    got = await ask(replicas)
+    assert got.status == 503
+    assert got.error["type"] == "service_unavailable"
+    assert b"retry-after" in got.headers
+    assert replicas.calls[0].cancelled
+
+
+@pytest.mark.parametrize(("sent", "before"), [(EVENT, b""), (EVENT | {"body": b'data: {"n":'}, b"\n\n")])
+async def test_a_stream_that_dies_ends_with_an_error_event(sent: dict[str, Any], before: bytes) -> None:
+    replicas = Replicas([[[], [start(), sent], DIED]])
+    got = await ask(replicas)
+    assert got.status == 200
+    assert got.whole
+    rest = got.body.removeprefix(sent["body"] + before)
+    event, done, nothing = rest.split(b"\n\n")
+    assert (done, nothing) == (b"data: [DONE]", b"")
+    error = json.loads(event.removeprefix(b"data: "))["error"]
+    assert error["message"] == "The replica that answered has died."
+    assert error["type"] == "server_error"
+
+
+async def test_a_json_answer_that_dies_is_not_taken_for_whole() -> None:
+    replicas = Replicas([[[], [start("application/json"), EVENT], DIED]])
+    with pytest.raises(ConnectionError):
+        await ask(replicas)
+
+
+async def test_a_failure_is_told_without_internals() -> None:
+    failed = ray_exceptions.RayTaskError("answer", "Traceback: secret", ValueError("secret"))
+    got = await ask(Replicas([[[], failed]]))
+    assert got.status == 500
+    assert b"secret" not in got.body
+    got = await ask(Replicas([[[], [start(), EVENT], failed]]))
+    assert b"secret" not in got.body
+    assert got.body.endswith(b"data: [DONE]\n\n")
+
+
+async def test_a_client_that_goes_away_cancels_the_call() -> None:
+    replicas = Replicas([[[], [start(), EVENT], HANGS]])
+    incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    incoming.put_nowait({"type": "http.request", "body": b"{}"})
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.body":
+            incoming.put_nowait({"type": "http.disconnect"})
+
+    async with asyncio.timeout(10):
+        await app(replicas)(scope(), incoming.get, send)
+    assert replicas.calls[0].cancelled
+
+
+@pytest.mark.parametrize("declared", [True, False])
+async def test_a_body_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch, declared: bool) -> None:
+    monkeypatch.setattr(ray_front, "MAX_BODY_BYTES", 100)
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        assert not declared, "it is not read"
+        return {"type": "http.request", "body": b"x" * 60, "more_body": True}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    await app(Replicas())(scope(**{"content_length": "101"} if declared else {}), receive, send)
+    assert sent[0]["status"] == 413
+    assert json.loads(sent[1]["body"])["error"]["code"] == "request_too_large"
+
+
+def test_the_limit_of_a_body_is_the_servers() -> None:
+    (default,) = (each.default for each in fields(AppConfig) if each.name == "max_body_bytes")
+    assert default == ray_front.MAX_BODY_BYTES
+
+
+def told(text: str, status: int = 200) -> list[dict[str, Any]]:
+    return [start("text/plain", status), {"type": "http.response.body", "body": text.encode()}]
+
+
+async def test_metrics_are_those_of_all_replicas() -> None:
+    text = (
+        '# HELP x_total Things\n# TYPE x_total counter\nx_total{{kind="a\\"b"}} {}\n'
+        "# HELP y Now\n# TYPE y gauge\ny {}\n"
+    )
+    replicas = Replicas(all=[("r2", told(text.format(3, 0.5))), DIED, ("r1", told(text.format(4, 7)))])
+    got = await ask(replicas, path="/metrics")
+    assert got.body.decode().splitlines() == [
+        "# HELP x_total Things",
+        "# TYPE x_total counter",
+        'x_total{kind="a\\"b",replica="r1"} 4.0',
+        'x_total{kind="a\\"b",replica="r2"} 3.0',
+        "# HELP y Now",
+        "# TYPE y gauge",
+        'y{replica="r1"} 7.0',
+        'y{replica="r2"} 0.5',
+    ]
+    assert got.headers[b"content-length"] == str(len(got.body)).encode()
+    refused = await ask(Replicas(all=[("r1", told("no key", 401))]), path="/metrics")
+    assert (refused.status, refused.body) == (401, b"no key")
+    assert (await ask(Replicas(all=[DIED]), path="/metrics")).status == 503
+
+
+async def test_the_load_is_that_of_all_replicas() -> None:
+    replicas = Replicas(all=[("r1", told('{"server_load":2}')), ("r2", told('{"server_load":3}'))])
+    assert json.loads((await ask(replicas, path="/load")).body) == {"server_load": 5}

@@ -1,0 +1,164 @@
+"""Flags of replicas, and what Ray is asked for on their account."""
+
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+import pytest
+
+from serve.ray_options import options_of, parse_ray_args
+from tests.serve.server_process import ROOT
+
+
+def test_without_flags_there_is_one_replica_on_one_cpu() -> None:
+    options, config = parse_ray_args([], {})
+    assert (options.num_replicas, options.autoscaling, options.address) == (1, None, None)
+    assert options.resources(1) == {"num_cpus": 1.0}
+    assert config.model is None
+
+
+def test_flags_of_replicas_and_of_the_server_go_together() -> None:
+    words = ["org/model", "--num-replicas", "3", "--dtype", "float32", "--num-cpus-per-replica", "0.5"]
+    options, config = parse_ray_args([*words, "--api-key", "k", "--address", "auto"], {})
+    assert (options.num_replicas, options.num_cpus_per_replica, options.address) == (3, 0.5, "auto")
+    assert (config.model, config.dtype, config.api_key) == ("org/model", "float32", ("k",))
+
+
+@pytest.mark.parametrize(
+    ("device", "resources"),
+    [
+        ("cpu", {"num_cpus": 1.0}),
+        ("cuda", {"num_cpus": 1.0, "num_gpus": 4}),
+        ("tpu", {"num_cpus": 1.0, "resources": {"TPU": 4}}),
+    ],
+)
+def test_a_replica_reserves_the_devices_it_is_cut_over(device: str, resources: dict[str, Any]) -> None:
+    options, config = parse_ray_args(["--device", device, "--tensor-parallel-size", "4"], {})
+    assert options.resources(config.tensor_parallel_size) == resources
+
+
+@pytest.mark.parametrize(
+    ("words", "autoscaling"),
+    [
+        ("--max-replicas 4", {"min_replicas": 1, "max_replicas": 4}),
+        (
+            "--min-replicas 2 --max-replicas 4 --target-ongoing-requests 6.5",
+            {"min_replicas": 2, "max_replicas": 4, "target_ongoing_requests": 6.5},
+        ),
+    ],
+)
+def test_a_greatest_number_is_as_many_as_the_load_wants(words: str, autoscaling: dict[str, Any]) -> None:
+    options, _ = parse_ray_args(words.split(), {})
+    assert options.autoscaling == autoscaling
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        ("--num-replicas 0", "--num-replicas"),
+        ("--num-replicas many", "--num-replicas"),
+        ("--min-replicas 2", "--min-replicas"),
+        ("--target-ongoing-requests 2", "--target-ongoing-requests"),
+        ("--num-replicas 2 --max-replicas 4", "--num-replicas"),
+        ("--min-replicas 5 --max-replicas 4", "--min-replicas"),
+        ("--device gpu", "--device"),
+        ("--uds /tmp/socket", "--uds"),
+        ("--max-num-seqs 0", "--max-num-seqs"),
+        ("--nonsense", "--nonsense"),
+    ],
+)
+def test_a_mistake_names_its_flag(words: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_ray_args(words.split(), {})
+    assert ended.value.code == 2
+    assert flag in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_mapping_says_what_the_command_line_says() -> None:
+    args = {
+        "model": "org/model",
+        "max_replicas": 3,
+        "served_model_name": ["a", "b"],
+        "enable_prefix_caching": False,
+        "device": None,
+    }
+    words = "org/model --max-replicas 3 --served-model-name a --served-model-name b --no-enable-prefix-caching"
+    assert options_of(args, {"LOGPROBD_API_KEY": "k"}) == parse_ray_args(words.split(), {"LOGPROBD_API_KEY": "k"})
+
+
+@pytest.mark.parametrize(("args", "flag"), [({"nonsense": 1}, "--nonsense"), ({"num_replicas": 0}, "--num-replicas")])
+def test_a_mistake_in_a_mapping_is_a_value_error(
+    args: dict[str, Any], flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=flag) as error:
+        options_of(args, {})
+    assert "\n" not in str(error.value)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_help_has_both_kinds_of_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_ray_args(["--help"], {})
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "--num-replicas" in text
+    assert "--max-num-seqs" in text
+
+
+def test_without_ray_one_line_says_what_to_install() -> None:
+    code = "import runpy, sys; sys.modules['ray'] = None; runpy.run_module('serve.ray_app', run_name='__main__')"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == "error: Ray is not installed: run `make ray`, or `pip install 'ray[serve]'`\n"
+
+
+def loaded(module: str) -> set[str]:
+    """The packages that are loaded with a module."""
+    code = f"import sys, {module}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(ended.stdout.split())
+
+
+def test_a_server_needs_no_ray() -> None:
+    assert "ray" not in loaded("serve.__main__")
+
+
+def test_a_front_needs_no_model() -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: `make ray`")
+    packages = loaded("serve.ray_front, serve.ray_router")
+    assert "ray" in packages
+    assert not packages & {"jax", "transformers", "tokenizers", "compiled", "model"}
+
+
+@pytest.mark.parametrize(
+    ("words", "replicas"),
+    [
+        ("--num-replicas 3", (3, None)),
+        ("--min-replicas 2 --max-replicas 5 --target-ongoing-requests 7", (None, (2, 5, 7.0))),
+    ],
+)
+def test_ray_is_told(words: str, replicas: Any) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: `make ray`")
+    flags = "--device cuda --tensor-parallel-size 2 --shutdown-timeout 50 --max-num-queued-reqs 100 --max-num-seqs 8"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own
+        from serve.ray_app import application
+
+        front = application(*parse_ray_args([*words.split(), *flags.split()], {}))._bound_deployment
+    (replica,) = (each._bound_deployment for each in front.init_args)
+    assert (front.name, replica.name) == ("Front", "Replica")
+    fixed, scaled = replicas
+    told = replica._deployment_config.autoscaling_config
+    if scaled is None:
+        assert (replica.num_replicas, told) == (fixed, None)
+    else:
+        assert (told.min_replicas, told.max_replicas, told.target_ongoing_requests) == scaled
+    assert replica.ray_actor_options["num_gpus"] == 2
+    assert front.ray_actor_options["num_cpus"] == 0
+    router = replica._deployment_config.request_router_config
+    assert router.request_router_class == "serve.ray_router.PrefixRouter"
+    assert router.request_router_kwargs["margin"] == 4
+    for each in (front, replica):
+        assert each._deployment_config.graceful_shutdown_timeout_s == 50
+        assert each.max_ongoing_requests > 100  # the engine itself refuses what is too many

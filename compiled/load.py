@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model.config import ModelConfig
-from model.kernels import cpu
+from model.kernels import cpu, gpu
 from model.sharding import Cut, spec_of_row, weight_rows
 from model.transformer import BoundModel, abstract_weights, bind
 from model.weights.checkpoint import Checkpoint
@@ -118,8 +118,16 @@ def weight_bytes(config: ModelConfig, dtype_name: str, *, int8: bool = False, sh
 
 
 def kernels_used(model: BoundModel) -> tuple[str, ...]:
-    """The CPU's own kernels: their instruction set and digest, then what runs in them; empty where XLA does it all."""
-    kernels = cpu.load() if jax.default_backend() == "cpu" else None
+    """What does not run as XLA's own code; empty where XLA does it all.
+
+    The CPU's kernels by their instruction set and digest, then what runs in them.
+    """
+    match model.platform:
+        case "gpu":
+            return ("triton-attention",) if gpu.takes(model.config.head_dim, model.dtype) else ()
+        case "tpu":
+            return ("ragged-paged-attention",) if model.cache_layout.joined else ()
+    kernels = cpu.load() if model.platform == "cpu" else None
     if kernels is None:
         return ()
     packed = ("linear",) if any(leaf.ndim > 2 for leaf in model.leaves) else ()

@@ -197,7 +197,7 @@ def _load(
     kernels = ", ".join(kernels_used(model)) or "none, XLA does it all"
     where = jax.default_backend() + (f", cut over {mesh.size} devices" if mesh else "")
     console.print(
-        f"weights  {size / 1e6:,.0f} MB {config.weights_as} on {where}; own kernels: {kernels}", soft_wrap=True
+        f"weights  {size / 1e6:,.0f} MB {config.weights_as} on {where}; kernels: {kernels}", soft_wrap=True
     )
     return model
 

@@ -1,15 +1,21 @@
-"""Loading holds little beside the weights themselves."""
+"""Loading holds little beside the weights themselves; and what a model runs on is told."""
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from compiled.load import abstract_model, kernels_used
+from model.config_hf import config_from_hf
+from tests.model.tiny import tiny_configs
 from tests.serve.server_process import ROOT
 
 # Loads a model in a process of its own: what was there before, the most that was there, and the weights, in bytes.
@@ -69,3 +75,20 @@ def test_the_most_is_little_more_than_the_weights(folder: Path, weights: str) ->
     before, most, size = map(int, run.stdout.split())
     assert size > (150e6 if weights == "int8" else 300e6)
     assert most - before < 1.15 * size + 30e6  # beside a model this small, what the first use of a library takes counts
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "kernels"),
+    [
+        ("gpu", "bfloat16", ("triton-attention",)),
+        ("gpu", "float32", ()),
+        ("tpu", "bfloat16", ("ragged-paged-attention",)),
+        ("tpu", "float32", ()),
+        ("rocm", "bfloat16", ()),
+    ],
+)
+def test_the_kernels_of_an_accelerator_are_told(platform: str, dtype: str, kernels: tuple[str, ...]) -> None:
+    here = abstract_model(config_from_hf(tiny_configs()["qwen3"]), dtype)
+    device: Any = SimpleNamespace(platform=platform)
+    mesh: Any = SimpleNamespace(size=1, devices=np.array([device]))
+    assert kernels_used(replace(here, mesh=mesh)) == kernels

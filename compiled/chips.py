@@ -27,9 +27,10 @@ class Chip:
     links: float  # bytes a second to other chips, in and out together
 
 
-# Sources: NVIDIA, "H100 Tensor Core GPU" data sheet, SXM column; Google Cloud TPU documentation, tables of
-# specifications on the pages "TPU v5e", "TPU v5p" and "TPU v6e" (November 2026).
+# Sources: NVIDIA, data sheets "A100 Tensor Core GPU" and "H100 Tensor Core GPU", columns of SXM with 80 GB; Google
+# Cloud TPU documentation, specifications on the pages "TPU v5e", "TPU v5p" and "TPU v6e" (November 2026).
 CHIPS = {
+    "a100": Chip(80 * 10**9, 2.039e12, 312e12, 600e9),
     "h100": Chip(80 * 10**9, 3.35e12, 989e12, 900e9),
     "v5e": Chip(16 * 2**30, 800e9, 197e12, 400e9),
     "v5p": Chip(95 * 2**30, 2765e9, 459e12, 1200e9),
@@ -37,6 +38,7 @@ CHIPS = {
 }
 DEFAULT_TARGETS = ("cpu", "h100", "v5e:1x1", "v5e:2x2", "v5p:1x1x1", "v6e:1x1")
 
+_HINT = " (`make portability` installs the compilers)"
 # Without these libtpu asks a metadata server which chips there are, and one process alone may load it.
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -45,20 +47,31 @@ _TPU_ENVIRONMENT = {
     "TPU_WORKER_ID": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# What XLA has to know of an H100 (SXM5): limits of compute capability 9.0 (CUDA C++ Programming Guide, "Compute
-# Capabilities") and the sizes of its data sheet.
-_H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+# What XLA has to know of a GPU: limits of its compute capability (CUDA C++ Programming Guide, "Compute Capabilities")
+# and the sizes of its data sheet.
+_GPU = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 threads_per_core_limit: 2048
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
-  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 {sizes}
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} runtime_version {{ major: 12 minor: 8 }}
+device_description_str: "{name}"
 """
+_GPUS = {
+    "a100": _GPU.format(
+        name="NVIDIA A100-SXM4-80GB",
+        sizes="shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912 core_count: 108 fpus_per_core: 64 "
+        "memory_bandwidth: 2039000000000 l2_cache_size: 41943040 clock_rate_ghz: 1.41 device_memory_size: 84987740160 "
+        "cuda_compute_capability { major: 8 }",
+    ),
+    "h100": _GPU.format(
+        name="NVIDIA H100 80GB HBM3",
+        sizes="shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448 core_count: 132 fpus_per_core: 128 "
+        "memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048 "
+        "cuda_compute_capability { major: 9 }",
+    ),
+}
 
 
 def use_compilers(folder: Path | None = None) -> None:
@@ -88,13 +101,14 @@ def mesh_of(target: str) -> Mesh | None:
         return tensor_mesh(_devices(name, shape))
     except Exception as error:  # the plug-ins raise what they like
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TargetError(f"{target}: {said} (`make portability` installs the compilers)") from error
+        hint = "" if any((Path(path) / "libtpu").is_dir() for path in sys.path) else _HINT
+        raise TargetError(f"{target}: {said}{hint}") from error
 
 
 def _devices(name: str, shape: str) -> Sequence[jax.Device]:
-    if name == "h100":
+    if name in _GPUS:
         topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="H100", topology=f"1x1x{shape or 1}", target_config=_H100
+            platform="cuda", topology_name=name.upper(), topology=f"1x1x{shape or 1}", target_config=_GPUS[name]
         )
     else:
         one = "1x1x1" if name == "v5p" else "1x1"

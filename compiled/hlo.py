@@ -20,8 +20,6 @@ from compiled.hlo_cost import bytes_of, flops_of
 from compiled.hlo_text import Computation, Instruction, arrays_of, dims, parse, without_metadata, without_sources
 from compiled.programs import Program
 
-__all__ = ["without_metadata"]
-
 SCOPES = ("attention", "mlp", "head", "sample", "logprobs", "rank")  # the names given by jax.named_scope
 OTHER = "other"  # embedding, rotary angles, final norm, hidden pages
 COLLECTIVES = frozenset({"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"})

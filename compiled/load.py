@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model.config import ModelConfig
-from model.kernels import cpu, gpu
+from model.kernels import cpu, gpu, tpu
 from model.sharding import Cut, spec_of_row, weight_rows
 from model.transformer import BoundModel, abstract_weights, bind
 from model.weights.checkpoint import Checkpoint
@@ -51,13 +51,13 @@ def load_model(
     def put_int8(path: str, rows: Int8Rows) -> Any:
         if shards is not None:
             cut = cut_int8_rows(rows, shards.kept_of(path))
-            return shards.placed(path, [cpu.pack_int8(part.values, part.scales) for part in cut])
+            return shards.placed(path, cut, lambda part: cpu.pack_int8(part.values, part.scales))
         return cpu.pack_int8_rows(rows.shape, ((run.values, run.scales) for run in rows.runs()))
 
     def put(path: str, rows: Rows) -> Any:
         if shards is not None:
             cut = cut_rows(rows, shards.kept_of(path))
-            return shards.placed(path, [cpu.pack(part) if packs and part.ndim == 2 else part for part in cut])
+            return shards.placed(path, cut, lambda part: cpu.pack(part) if packs and part.ndim == 2 else part)
         if packs and len(rows.shape) == 2:
             return cpu.pack_rows(rows.shape, rows.runs())
         return jax.device_put(rows.whole())
@@ -77,9 +77,13 @@ class _Shards:
     def kept_of(self, path: str) -> Any:
         return self._cut.kept_of(self._rows[path])
 
-    def placed(self, path: str, parts: list[Any]) -> Any:
-        """One array over the mesh, or packed weight of such, from the part of each device."""
+    def placed(self, path: str, parts: list[Any], pack: Callable[[Any], Any]) -> Any:
+        """One array over the mesh, or packed weight of such, from the part of each device, packed there."""
         spec = spec_of_row(self._rows[path])
+        packed = []
+        for part, device in zip(parts, self._mesh.devices.flat, strict=True):
+            with jax.default_device(device):
+                packed.append(pack(part))
 
         def one(*each: Any) -> Any:
             sharding = NamedSharding(self._mesh, PartitionSpec(*spec[: each[0].ndim]))
@@ -90,7 +94,7 @@ class _Shards:
             arrays = [jax.device_put(part, device) for part, device in zip(each, self._mesh.devices.flat, strict=True)]
             return jax.make_array_from_single_device_arrays(tuple(shape), sharding, arrays)
 
-        return jax.tree.map(one, *parts)
+        return jax.tree.map(one, *packed)
 
 
 def abstract_model(config: ModelConfig, dtype_name: str, mesh: Mesh | None = None) -> BoundModel:
@@ -122,11 +126,12 @@ def kernels_used(model: BoundModel) -> tuple[str, ...]:
 
     The CPU's kernels by their instruction set and digest, then what runs in them.
     """
+    nvidia = model.device_kind.startswith("NVIDIA")
     match model.platform:
         case "gpu":
-            return ("triton-attention",) if gpu.takes(model.config.head_dim, model.dtype) else ()
+            return ("triton-attention",) if gpu.takes(model.config.head_dim, model.dtype) and nvidia else ()
         case "tpu":
-            return ("ragged-paged-attention",) if model.cache_layout.joined else ()
+            return ("ragged-paged-attention",) if tpu.reads(model.config.head_dim, model.dtype) else ()
     kernels = cpu.load() if model.platform == "cpu" else None
     if kernels is None:
         return ()

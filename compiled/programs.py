@@ -26,6 +26,10 @@ class UnknownShapeError(LookupError):
     """A step was asked for in a shape that no program was compiled for."""
 
 
+class RefusedError(RuntimeError):
+    """The compiler of a platform does not take a program; the message names it, with the reason."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One program to be made: a function named after its shape, and the shapes of its arguments."""
@@ -103,6 +107,9 @@ class Programs:
 def compile_plans(plans: Iterable[Plan], on_done: Callable[[Program], None] | None = None) -> Programs:
     """Compiles all plans on a few threads; every failure is raised.
 
+    Raises:
+        RefusedError: the platform's compiler does not take a program, for want of memory, say.
+
     Nothing else may be compiled at the same time: it would fail on a damaged entry of the persistent cache.
     """
     todo = list(plans)
@@ -164,7 +171,10 @@ def _compile_past_cache(lowered: Lowered, name: str) -> Compiled:
         return lowered.compile()
     except Exception:  # noqa: BLE001 - not this entry: from here on the cache may fail, which jax then warns about
         jax.config.update("jax_raise_persistent_cache_errors", False)
+    try:
         return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise RefusedError(f"{name}: {str(error).splitlines()[0]}") from error
 
 
 def _delete_cache_entries(name: str) -> None:

@@ -231,6 +231,11 @@ def _compile_for(target: str, config: ModelConfig, options: argparse.Namespace, 
     length, rows = min(options.max_model_len, config.max_position_embeddings), options.max_num_seqs
     buckets = make_buckets(max_num_seqs=rows, max_model_len=length, max_num_batched_tokens=256 + rows)
     pages = rows * buckets.pages_per_row + 1
+    steps, heads = ([shape.name for shape in shapes] for shapes in (buckets.steps(), buckets.heads()))
+    known = [*steps, *heads, "adjust", "zero_state"]
+    for name in options.program:
+        if name not in known:
+            raise TargetError(f"--program {name}: there are {', '.join(known)}")
     model = abstract_model(config.for_length(length), options.dtype, mesh_of(target))
     found = list(reports(model, buckets, pages=pages, only=options.program))
     cache = pages * model.cache_layout.bytes_per_page / 1e6
@@ -265,10 +270,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -47,27 +47,31 @@ def attend(
         [R, T, H * E] float32; what padding gives means nothing.
     """
     options: dict[str, Any] = {"scale": scale, "window": window, "cap": cap}
-    kernels = _kernels_of(pages, queries.shape)
+    kernels = _kernels_of(pages, queries.shape, tables.shape)
     forms = {platform: partial(form, **options) for platform, form in kernels.items()}
     result: Array = by_platform(queries, pages, tables, positions, xla=partial(attend_in_xla, **options), **forms)
     return result
 
 
-def _kernels_of(pages: LayerPages, queries: tuple[int, ...]) -> dict[str, Form]:
+def _kernels_of(pages: LayerPages, queries: tuple[int, ...], tables: tuple[int, ...]) -> dict[str, Form]:
     """The kernels that read such pages, as `by_platform` names their platforms."""
     if isinstance(pages, SplitPages):
-        on_gpu = {"on_gpu": _apart(gpu.attend)} if gpu.takes(queries[3], pages.keys.dtype) else {}
-        return {"on_cpu": _apart(cpu.attend), **on_gpu}
-    return {"on_tpu": _joined_on_tpu} if 1 in queries[:2] else {}
+        on_gpu = {"on_gpu": _on_gpu} if gpu.takes(queries[3], pages.keys.dtype) else {}
+        return {"on_cpu": _on_cpu, **on_gpu}
+    return {"on_tpu": _on_tpu} if tpu.takes(queries, tables) else {}
 
 
-def _apart(kernel: Form) -> Form:
-    return lambda queries, pages, *arguments, **options: kernel(
-        queries, pages.keys, pages.values, *arguments, **options
-    )
+def _on_cpu(queries: Array, pages: SplitPages, *arguments: Array, **options: Any) -> Array:
+    return cpu.attend(queries, pages.keys, pages.values, *arguments, **options)
 
 
-def _joined_on_tpu(queries: Array, pages: JoinedPages, *arguments: Array, **options: Any) -> Array:
+def _on_gpu(queries: Array, pages: SplitPages, *arguments: Array, **options: Any) -> Array:
+    if gpu.runs_here():
+        return gpu.attend(queries, pages.keys, pages.values, *arguments, **options)
+    return attend_in_xla(queries, pages, *arguments, **options)
+
+
+def _on_tpu(queries: Array, pages: JoinedPages, *arguments: Array, **options: Any) -> Array:
     return tpu.attend(queries, pages.heads, *arguments, kv_heads=pages.kv_heads, **options)
 
 
@@ -87,13 +91,13 @@ def attend_in_xla(
     loop over pages from the first to the last that any query sees.
     """
     R, T, H, E = queries.shape
-    K = pages.keys.shape[1] if isinstance(pages, SplitPages) else pages.kv_heads
+    K, lanes = _stored(pages)
     G = H // K
     Q = max(G * T, _MIN_QUERIES)
     padding = Q - G * T
     # [R, K, Q, E]: one matrix product per row and key/value head.
     q = queries.reshape(R, T, K, G, E).transpose(0, 2, 3, 1, 4).reshape(R, K, G * T, E)
-    q = jnp.pad(q * jnp.float32(scale), ((0, 0), (0, 0), (0, padding), (0, 0)))
+    q = jnp.pad(q * jnp.float32(scale), ((0, 0), (0, 0), (0, padding), (0, lanes - E)))
     query_at = jnp.pad(jnp.tile(positions, (1, G)), ((0, 0), (0, padding)), constant_values=-1)[:, None, :, None]
     last_at = jnp.max(positions, axis=1, keepdims=True)  # [R, 1]
 
@@ -117,11 +121,22 @@ def attend_in_xla(
         return new_best, total * scale + p.sum(-1), out
 
     shape = (R, K, Q)
-    start = (jnp.full(shape, _MASKED, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, E), jnp.float32))
+    start = (
+        jnp.full(shape, _MASKED, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros((*shape, lanes), jnp.float32),
+    )
     end = jnp.max(positions) // PAGE_SIZE + 1
     lowest = jnp.min(jnp.where(positions < 0, jnp.max(positions), positions))
     first = jnp.maximum(lowest - window + 1, 0) // PAGE_SIZE if window else 0
     _, total, out = jax.lax.fori_loop(first, end, page, start)
     total = jnp.where(total > 0, total, 1.0)  # padding saw nothing
-    result: Array = (out / total[..., None])[:, :, : G * T].reshape(R, K, G, T, E)
+    result: Array = (out / total[..., None])[:, :, : G * T, :E].reshape(R, K, G, T, E)
     return result.transpose(0, 3, 1, 2, 4).reshape(R, T, H * E)
+
+
+def _stored(pages: LayerPages) -> tuple[int, int]:
+    """K and E' of a layer's pages."""
+    if isinstance(pages, SplitPages):
+        return pages.keys.shape[1], pages.keys.shape[3]
+    return pages.kv_heads, pages.heads.shape[3]

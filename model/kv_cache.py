@@ -23,28 +23,32 @@ NULL_PAGE = 0
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class SplitPages:
-    """A layer's keys and values apart, head by head: what the kernels of CPU and GPU read, and XLA."""
+    """A layer's keys and values apart, head by head: what the kernels of CPU and GPU read, and XLA.
 
-    keys: Any  # [N, K, S, E]
-    values: Any  # [N, K, S, E]
+    E' is E, or on a TPU whole lanes with zeros behind E.
+    """
+
+    keys: Any  # [N, K, S, E']
+    values: Any  # [N, K, S, E']
 
     def store(self, keys: Array, values: Array, at: "Addresses") -> "SplitPages":
         """With keys and values [R, T, K, E] of new tokens in their places."""
+        fill = ((0, 0),) * 3 + ((0, self.keys.shape[3] - keys.shape[3]),)
+        keys, values = jnp.pad(keys, fill), jnp.pad(values, fill)
         return SplitPages(write_heads(self.keys, keys, at), write_heads(self.values, values, at))
 
     def take(self, ids: Array) -> tuple[Array, Array]:
-        """Keys and values [R, K, S, E] float32 of pages ids [R]."""
+        """Keys and values [R, K, S, E'] float32 of pages ids [R]."""
         return self.keys[ids].astype(jnp.float32), self.values[ids].astype(jnp.float32)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("heads",), meta_fields=("kv_heads", "head_dim"))
+@partial(jax.tree_util.register_dataclass, data_fields=("heads",), meta_fields=("kv_heads",))
 @dataclass(frozen=True, slots=True)
 class JoinedPages:
     """A layer's keys and values token by token, in whole tiles of a TPU: what its ragged paged attention reads."""
 
     heads: Any  # [N, S, 2 K', E'], each head's keys before its values, zeros behind K heads and E elements
     kv_heads: int  # K
-    head_dim: int  # E
 
     def store(self, keys: Array, values: Array, at: "Addresses") -> "JoinedPages":
         """With keys and values [R, T, K, E] of new tokens in their places."""
@@ -55,8 +59,8 @@ class JoinedPages:
         return replace(self, heads=self.heads.at[at.pages, at.offsets].set(joined, mode="drop"))
 
     def take(self, ids: Array) -> tuple[Array, Array]:
-        """Keys and values [R, K, S, E] float32 of pages ids [R]."""
-        own = self.heads[ids, :, : 2 * self.kv_heads, : self.head_dim].astype(jnp.float32).transpose(0, 2, 1, 3)
+        """Keys and values [R, K, S, E'] float32 of pages ids [R]."""
+        own = self.heads[ids][:, :, : 2 * self.kv_heads].astype(jnp.float32).transpose(0, 2, 1, 3)
         return own[:, 0::2], own[:, 1::2]
 
 
@@ -69,7 +73,7 @@ class PagedCache:
     """Pages of all layers. Arrays of each layer apart: slicing a stacked cache would copy it."""
 
     layers: tuple[Any, ...]  # L LayerPages
-    hidden: Any  # [N, S, D] after the final norm: the head alone can score them
+    hidden: Any  # [N, S, D'] after the final norm, so that the head alone can score them; D' is at least D
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,12 @@ class CacheLayout:
     @property
     def joined(self) -> bool:
         """Whether layers have JoinedPages."""
-        return self.platform == "tpu" and tpu.takes(self.dtype)
+        return self.platform == "tpu" and tpu.reads(self.cut.local.head_dim, self.dtype)
+
+    @property
+    def hidden_size(self) -> int:
+        """Features of a hidden state as one shard stores it."""
+        return self._lanes(self.cut.hidden_size)
 
     def shape(self, pages: int) -> PagedCache:
         """The shapes of N pages over all shards, as `jax.ShapeDtypeStruct` leaves."""
@@ -91,7 +100,7 @@ class CacheLayout:
         heads, lanes = self._stored()
         split = jax.ShapeDtypeStruct((pages, shards * heads, PAGE_SIZE, lanes), self.dtype)
         joined = jax.ShapeDtypeStruct((pages, PAGE_SIZE, shards * 2 * heads, lanes), self.dtype)
-        hidden = jax.ShapeDtypeStruct((pages, PAGE_SIZE, shards * self.cut.hidden_size), self.dtype)
+        hidden = jax.ShapeDtypeStruct((pages, PAGE_SIZE, shards * self.hidden_size), self.dtype)
         layer = self._layer(joined) if self.joined else SplitPages(split, split)
         return PagedCache((layer,) * config.num_layers, hidden)
 
@@ -105,17 +114,20 @@ class CacheLayout:
     def bytes_per_page(self) -> int:
         """Bytes that one page takes on each device over all layers, hidden states included."""
         heads, lanes = self._stored()
-        per_token = 2 * self.cut.local.num_layers * heads * lanes + self.cut.hidden_size
+        per_token = 2 * self.cut.local.num_layers * heads * lanes + self.hidden_size
         return PAGE_SIZE * per_token * jnp.dtype(self.dtype).itemsize
 
     def _layer(self, heads: Any) -> JoinedPages:
-        config = self.cut.local
-        return JoinedPages(heads, config.num_kv_heads, config.head_dim)
+        return JoinedPages(heads, self.cut.local.num_kv_heads)
 
     def _stored(self) -> tuple[int, int]:
         """Key/value heads of one shard and their elements, as they are stored."""
-        K, E = self.cut.local.num_kv_heads, self.cut.local.head_dim
-        return (tpu.kv_heads_of_tiles(K), tpu.lanes_of_tiles(E)) if self.joined else (K, E)
+        K = self.cut.local.num_kv_heads
+        return tpu.kv_heads_of_tiles(K) if self.joined else K, self._lanes(self.cut.local.head_dim)
+
+    def _lanes(self, size: int) -> int:
+        """Whole lanes on a TPU: it would lay others out the other way round, and turn all pages round in each step."""
+        return tpu.lanes_of_tiles(size) if self.platform == "tpu" else size
 
 
 @jax.tree_util.register_dataclass
@@ -147,5 +159,6 @@ def write_heads(pages: Array, heads: Array, at: Addresses) -> Array:
 
 
 def write_hidden(pages: Array, hidden: Array, at: Addresses) -> Array:
-    """pages [N, S, D] with hidden [R, T, D] stored at their tokens' places."""
+    """pages [N, S, D'] with hidden [R, T, D] stored at their tokens' places, zeros behind them."""
+    hidden = jnp.pad(hidden, ((0, 0), (0, 0), (0, pages.shape[2] - hidden.shape[2])))
     return pages.at[at.pages, at.offsets].set(hidden.astype(pages.dtype), mode="drop")

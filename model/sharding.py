@@ -136,12 +136,8 @@ class Cut:
 
     @property
     def hidden_size(self) -> int:
-        """Features of a cached hidden state that one shard keeps.
-
-        Whole lanes where there are several: a TPU would store others the other way round, and turn all pages round and
-        back in every step.
-        """
-        return self._width("D", _LANES)
+        """Features of a cached hidden state that one shard keeps."""
+        return -(-self.whole.hidden_size // self.shards)
 
     def total(self, x: Array) -> Array:
         """The sum of what each shard has."""
@@ -151,8 +147,9 @@ class Cut:
         """Hidden states [..., D] to the features that this shard keeps."""
         return self.vocabulary.part_of(hidden, self.hidden_size)
 
-    def whole_hidden(self, own: Array) -> Array:
-        """Hidden states [M, D] from what each shard keeps of them."""
+    def whole_hidden(self, stored: Array) -> Array:
+        """Hidden states [M, D] from what each shard stores of them, which may have zeros behind it."""
+        own = stored[:, : self.hidden_size]
         if self.shards == 1:
             return own
         hidden: Array = jax.lax.all_gather(own, TENSOR, axis=1, tiled=True)

@@ -136,7 +136,17 @@ class BoundModel:
     @property
     def platform(self) -> str:
         """What it runs on, as JAX names it: "cpu", "gpu" or "tpu"."""
-        return jax.default_backend() if self.mesh is None else str(self.mesh.devices.flat[0].platform)
+        return str(self._device.platform)
+
+    @property
+    def device_kind(self) -> str:
+        """The name of the chips that it runs on."""
+        return str(self._device.device_kind)
+
+    @property
+    def _device(self) -> jax.Device:
+        device: jax.Device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+        return device
 
     @property
     def cache_layout(self) -> CacheLayout:

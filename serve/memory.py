@@ -61,11 +61,21 @@ def pages_in(amount: MemoryAmount, *, free: int | None, page_bytes: int) -> int:
     return size // page_bytes
 
 
-def free_memory() -> int | None:
-    """Bytes that the first device has left; on a CPU, what this machine and this process's cgroup leave."""
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        return _free_host_memory()
+def free_memory(devices: int = 1) -> int | None:
+    """Bytes that each of the first so many devices has left; of a CPU its share of what machine and cgroup leave.
+
+    None where a device does not tell.
+    """
+    used = jax.local_devices()[:devices]
+    if used[0].platform == "cpu":
+        whole = _free_host_memory()
+        return whole and whole // devices
+    left = [_left(device) for device in used]
+    known = [each for each in left if each is not None]
+    return min(known) if len(known) == len(left) else None
+
+
+def _left(device: jax.Device) -> int | None:
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
         return None

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.progress import (
 )
 
 from compiled.load import kernels_used, load_model
-from compiled.programs import Program, use_persistent_cache
+from compiled.programs import Program, RefusedError, use_persistent_cache
 from compiled.runner import ModelRunner
 from compiled.shapes import Buckets, make_buckets
 from compiled.state import MAX_SCORED_IDS
@@ -99,7 +100,10 @@ def start(config: ServeConfig, console: Console, chat_template: str | None = Non
         model = _load(checkpoint, config, max_model_len, mesh, console)
     finally:
         checkpoint.close()
-    runner = _compile(model, buckets, plan.pages, config, max_model_len, console)
+    try:
+        runner = _compile(model, buckets, plan.pages, config, max_model_len, console)
+    except RefusedError as error:
+        raise StartupError(f"{source.name} cannot be compiled for this device: {error}") from error
     limits = EngineLimits(
         max_model_len=max_model_len,
         max_logprobs=runner.max_logprobs,
@@ -196,9 +200,7 @@ def _load(
     size = sum(leaf.nbytes for leaf in model.leaves)
     kernels = ", ".join(kernels_used(model)) or "none, XLA does it all"
     where = jax.default_backend() + (f", cut over {mesh.size} devices" if mesh else "")
-    console.print(
-        f"weights  {size / 1e6:,.0f} MB {config.weights_as} on {where}; kernels: {kernels}", soft_wrap=True
-    )
+    console.print(f"weights  {size / 1e6:,.0f} MB {config.weights_as} on {where}; kernels: {kernels}", soft_wrap=True)
     return model
 
 
@@ -243,12 +245,6 @@ def _devices() -> list[jax.Device]:
         raise StartupError(f"JAX finds no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}") from error
 
 
-def _free_memory_of_each(devices: int) -> int | None:
-    """Bytes that each of the devices has left; the devices of a CPU share its memory."""
-    free = free_memory()
-    return free // devices if free is not None and jax.default_backend() == "cpu" else free
-
-
 def _plan(name: str, model: ModelConfig, buckets: Buckets, config: ServeConfig) -> MemoryPlan:
     try:
         return plan_memory(
@@ -257,7 +253,7 @@ def _plan(name: str, model: ModelConfig, buckets: Buckets, config: ServeConfig) 
             dtype=config.dtype,
             int8=config.quantization == "int8",
             asked=config.kv_cache_memory,
-            free=_free_memory_of_each(config.tensor_parallel_size),
+            free=free_memory(config.tensor_parallel_size),
             shards=config.tensor_parallel_size,
             platform=jax.default_backend(),
         )
@@ -301,11 +297,13 @@ def _reporter(bar: Progress, advance: Callable[[], None]) -> Callable[[Program],
 def system_fingerprint(config: ServeConfig, buckets: Buckets, kernels: Sequence[str]) -> str:
     """Names what the numbers come from: versions, platform, weights, own kernels, and a digest of shapes and options.
 
-    The same weights under the same fingerprint give the same bits on one machine; on others too, but for what XLA
-    multiplies, whose order is the CPU's or GPU's.
+    The same weights under the same fingerprint give the same bits on one CPU; on others too, but for what XLA
+    multiplies, whose order is the CPU's. On a GPU it chooses among products by timing them when it compiles.
     """
     options = (config.computed_logprobs, config.batched_tokens, config.enable_prefix_caching)
     cut = (config.tensor_parallel_size,) if config.tensor_parallel_size > 1 else ()
     shapes = (buckets, *options, *cut)
     digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
-    return f"fp_jax{jax.__version__}_{jax.default_backend()}_{config.weights_as}_{'-'.join(kernels) or 'xla'}_{digest}"
+    platform = jax.default_backend()
+    chip = "" if platform == "cpu" else "-" + re.sub(r"\W+", "-", jax.devices()[0].device_kind)
+    return f"fp_jax{jax.__version__}_{platform}{chip}_{config.weights_as}_{'-'.join(kernels) or 'xla'}_{digest}"

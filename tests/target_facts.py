@@ -1,12 +1,18 @@
-"""`python -m tests.target_facts`: a tiny model compiled for every target, as JSON: target -> program -> what was found.
+"""`python -m tests.target_facts`: tiny models compiled for chips that are not here, as JSON: case -> program -> facts.
 
 A process of its own: the compilers must be known before JAX is used.
 """
 
 import json
+import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
 
 from compiled import hlo
 from compiled.chips import DEFAULT_TARGETS, mesh_of, use_compilers
@@ -14,14 +20,63 @@ from compiled.load import abstract_model
 from compiled.shapes import Buckets
 from compiled.targets import Refusal, Report, reports
 from model.config_hf import config_from_hf
+from model.kernels import cpu
+from model.transformer import BoundModel, abstract_weights, bind
 from tests.model.tiny import tiny_configs
 
 BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, vocabulary_rows=8)
 V = 1100
-PAGES = 9
+PAGES = 4097  # with few, XLA lays out pages otherwise
 # Two layers would be alike: one shows as much.
-CONFIG = tiny_configs()["llama"] | {"vocab_size": V, "head_dim": 64, "num_hidden_layers": 1}
+SIZES = {"vocab_size": V, "head_dim": 64, "num_hidden_layers": 1}
+_FORWARD = ("decode_4", "prefill_16")
+_LIKE_V5E = ("v5p:1x1x1", "v6e:1x1")
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model for a target."""
+
+    target: str
+    changes: dict[str, Any] = field(default_factory=dict)  # of config.json
+    dtype: str = "bfloat16"
+    int8: bool = False
+    only: tuple[str, ...] = ()  # programs; empty: all
+
+
+# Every target, most with every program, then what differs: sizes that fill no whole lanes, large heads, float32, int8,
+# an older GPU, several of them.
+CASES: dict[str, Case] = {
+    **{target: Case(target, only=_FORWARD if target in _LIKE_V5E else ()) for target in DEFAULT_TARGETS},
+    "odd sizes": Case("v5e:1x1", {"hidden_size": 576}, only=("prefill_16", "score_16")),
+    "odd sizes, four chips": Case("v5e:2x2", {"hidden_size": 896}, only=("prefill_16", "score_16")),
+    "float32": Case("v5e:1x1", dtype="float32", only=("decode_4",)),
+    "large heads": Case("v6e:1x1", {"head_dim": 256}, only=("decode_4",)),
+    "large heads, a100": Case("a100", {"head_dim": 256}, only=_FORWARD),
+    "int8": Case("v5e:1x1", {"hidden_size": 1024, "vocab_size": 65536}, int8=True, only=("score_16",)),
+    "int8, h100": Case("h100", {"hidden_size": 1024, "vocab_size": 65536}, int8=True, only=("score_16",)),
+    "two gpus": Case("h100:2", only=("decode_4", "score_16")),
+}
+
+
+def model_of(case: Case) -> BoundModel:
+    """A model without weights."""
+    config = config_from_hf(tiny_configs()["llama"] | SIZES | case.changes)
+    mesh = mesh_of(case.target)
+    if not case.int8:
+        return abstract_model(config, case.dtype, mesh)
+    dtype = jnp.dtype(case.dtype)
+    weights = abstract_weights(config, dtype).items()
+    return bind(config, dtype, {path: _int8(leaf) if leaf.ndim == 2 else leaf for path, leaf in weights}, mesh)
+
+
+def _int8(leaf: Any) -> Any:
+    n, k = leaf.shape
+    like = cpu.pack_int8(np.zeros((32, k), np.int8), np.zeros((32, -(-k // 32)), np.float16))
+    blocks = -(-n // 32)
+    data, scales = (leaf.update(shape=(blocks, *array.shape[1:]), dtype=array.dtype) for array in cpu.arrays_of(like))
+    return cpu.like(like, (data, scales), n)
 
 
 def facts(found: Report | Refusal) -> dict[str, Any]:
@@ -29,7 +84,8 @@ def facts(found: Report | Refusal) -> dict[str, Any]:
     if isinstance(found, Refusal):
         return {"refused": found.reason}
     text = hlo.hlo_text(found.program)
-    moved = hlo.collectives(hlo.operations(text))
+    operations = hlo.operations(text)
+    moved = hlo.collectives(operations)
     return {
         "bytes": [found.argument_bytes, found.result_bytes, found.temp_bytes],
         "flops": found.flops,
@@ -37,24 +93,26 @@ def facts(found: Report | Refusal) -> dict[str, Any]:
         "calls": sorted(set(_TARGET.findall(text))),
         "attention": "ragged_paged_attention" in text or "logprobd_attention" in text,
         "collectives": len(moved),
-        "widest axis moved": max((hlo.widest_axis(each.shape) for each in moved), default=0),
+        "axes moved": sorted({hlo.widest_axis(each.shape) for each in moved}),
         "donated": len(hlo.donations(text)),
-        "copies of pages": len(re.findall(rf"\[{PAGES},[\d,]+\]\S* copy\(", text)),
+        "copies of pages": sum(
+            each.opcode in ("copy", "copy-start", "transpose") and f"[{PAGES}," in each.shape for each in operations
+        ),
     }
 
 
 def main() -> int:
     """Prints the facts."""
     use_compilers()
-    told: dict[str, Any] = {}
-    for target in DEFAULT_TARGETS:
-        model = abstract_model(config_from_hf(CONFIG), "bfloat16", mesh_of(target))
-        told[target] = {}
-        for found in reports(model, BUCKETS, pages=PAGES):
-            name = found.name if isinstance(found, Refusal) else found.program.name
-            told[target][name] = facts(found)
-    json.dump(told, sys.stdout)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        json.dump(dict(zip(CASES, pool.map(facts_of, CASES.values()), strict=True)), sys.stdout)
     return 0
+
+
+def facts_of(case: Case) -> dict[str, Any]:
+    """Program -> facts."""
+    found = reports(model_of(case), BUCKETS, pages=PAGES, only=case.only)
+    return {each.name if isinstance(each, Refusal) else each.program.name: facts(each) for each in found}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 
 from compiled import hlo
 from compiled.hlo import Operation, Totals
+from compiled.hlo_text import without_metadata
 from compiled.programs import compile_plans
 from compiled.runner import make_plans, state_shapes
 from compiled.shapes import Buckets
@@ -245,7 +246,7 @@ def test_results_and_donations() -> None:
 
 def test_metadata_is_cut_out() -> None:
     line = '%a = f32[] add(%b, %c), metadata={op_name="vmap({x})" stack_frame_id=1}, backend_config={"a":"b"}'
-    assert hlo.without_metadata(line) == '%a = f32[] add(%b, %c), backend_config={"a":"b"}'
+    assert without_metadata(line) == '%a = f32[] add(%b, %c), backend_config={"a":"b"}'
 
 
 @pytest.mark.parametrize(

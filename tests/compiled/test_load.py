@@ -78,17 +78,17 @@ def test_the_most_is_little_more_than_the_weights(folder: Path, weights: str) ->
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "kernels"),
+    ("platform", "kind", "dtype", "kernels"),
     [
-        ("gpu", "bfloat16", ("triton-attention",)),
-        ("gpu", "float32", ()),
-        ("tpu", "bfloat16", ("ragged-paged-attention",)),
-        ("tpu", "float32", ()),
-        ("rocm", "bfloat16", ()),
+        ("gpu", "NVIDIA H100 80GB HBM3", "bfloat16", ("triton-attention",)),
+        ("gpu", "NVIDIA H100 80GB HBM3", "float32", ()),
+        ("gpu", "gfx942", "bfloat16", ()),
+        ("tpu", "TPU v5 lite", "bfloat16", ("ragged-paged-attention",)),
+        ("tpu", "TPU v5 lite", "float32", ()),
     ],
 )
-def test_the_kernels_of_an_accelerator_are_told(platform: str, dtype: str, kernels: tuple[str, ...]) -> None:
+def test_the_kernels_of_an_accelerator_are_told(platform: str, kind: str, dtype: str, kernels: tuple[str, ...]) -> None:
     here = abstract_model(config_from_hf(tiny_configs()["qwen3"]), dtype)
-    device: Any = SimpleNamespace(platform=platform)
+    device: Any = SimpleNamespace(platform=platform, device_kind=kind)
     mesh: Any = SimpleNamespace(size=1, devices=np.array([device]))
     assert kernels_used(replace(here, mesh=mesh)) == kernels

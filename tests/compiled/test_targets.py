@@ -1,6 +1,7 @@
 """A model's steps are compiled for chips that are not here: by the real compilers, with the kernels meant for them."""
 
 import json
+import platform
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,13 +15,14 @@ from compiled.load import abstract_model
 from compiled.shapes import HeadShape, SlotShape, StepShape
 from compiled.work import Work, work_of
 from model.config_hf import config_from_hf
+from tests.target_facts import CASES
 
 ROOT = Path(__file__).parents[2]
 COMPILERS = Path(sys.prefix) / "targets"
 QWEN = ROOT / "examples" / "configs" / "Qwen2.5-0.5B" / "config.json"
 PROGRAMS = {"decode_4", "prefill_16", "score_16", "vocabulary_8", "adjust", "zero_state"}
 FORWARD = ("decode_4", "prefill_16")
-TPUS = [target for target in DEFAULT_TARGETS if target.startswith("v")]
+TPUS = ("v5e:1x1", "v5e:2x2", "v5p:1x1x1", "v6e:1x1")
 
 needs_compilers = pytest.mark.skipif(
     not COMPILERS.is_dir(), reason="no compilers beside this Python: `make portability` installs them"
@@ -35,56 +37,85 @@ def facts() -> Mapping[str, Mapping[str, Any]]:
     return told
 
 
+def test_the_compilers_are_here_where_they_can_be() -> None:
+    """Or what follows would be skipped, and nobody would see."""
+    assert COMPILERS.is_dir() or (platform.system(), platform.machine()) != ("Linux", "x86_64")
+
+
 @needs_compilers
-@pytest.mark.parametrize("target", DEFAULT_TARGETS)
-def test_every_program_compiles(facts: Any, target: str) -> None:
-    assert set(facts[target]) == PROGRAMS
-    for name, fact in facts[target].items():
+@pytest.mark.parametrize("case", CASES)
+def test_every_program_compiles(facts: Any, case: str) -> None:
+    assert set(facts[case]) == set(CASES[case].only or PROGRAMS)
+    for name, fact in facts[case].items():
         assert "refused" not in fact, f"{name}: {fact}"
         assert sum(fact["bytes"]) > 0
         assert fact["moved"] > 0
-    for name in FORWARD:
-        assert facts[target][name]["flops"] > 1e5
+        assert fact["flops"] > 1e5 or name in ("adjust", "zero_state")
 
 
 @needs_compilers
-@pytest.mark.parametrize("target", DEFAULT_TARGETS)
-def test_attention_is_the_kernel_of_that_platform(facts: Any, target: str) -> None:
-    call = {"cpu": "logprobd_attention", "h100": "__gpu$xla.gpu.triton"}.get(target, "tpu_custom_call")
-    for name in FORWARD:
-        assert facts[target][name]["attention"], name
-        if target != "cpu" or any("logprobd" in each for each in facts["cpu"]["score_16"]["calls"]):
-            assert call in facts[target][name]["calls"]
-    others = {"logprobd_attention", "__gpu$xla.gpu.triton", "tpu_custom_call"} - {call}
-    for fact in facts[target].values():
-        assert not others & set(fact["calls"])
+@pytest.mark.parametrize("case", CASES)
+def test_attention_is_the_kernel_of_that_platform(facts: Any, case: str) -> None:
+    target, in_xla = CASES[case].target, case in ("float32", "large heads")
+    calls = {
+        "c": "logprobd_attention",
+        "h": "__gpu$xla.gpu.triton",
+        "a": "__gpu$xla.gpu.triton",
+        "v": "tpu_custom_call",
+    }
+    own = calls[target[0]]
+    if target == "cpu" and not any("logprobd" in call for call in facts["cpu"]["score_16"]["calls"]):
+        pytest.skip("no kernels have been built here")
+    for name, fact in facts[case].items():
+        holds = name in FORWARD and not in_xla
+        assert fact["attention"] is holds, name
+        assert (own in fact["calls"]) is holds, name
+        assert not set(calls.values()) - {own} & set(fact["calls"])
 
 
 @needs_compilers
-@pytest.mark.parametrize("target", DEFAULT_TARGETS)
-def test_the_cache_is_updated_in_place(facts: Any, target: str) -> None:
-    arrays = (
-        6 if target in TPUS else 7
-    )  # keys and values of the one layer in one array, or apart; hidden; four of slots
-    for name in (*FORWARD, "adjust"):
-        assert facts[target][name]["donated"] == arrays
-        assert facts[target][name]["copies of pages"] == 0
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if not case.int8])
+def test_the_cache_is_updated_in_place(facts: Any, case: str) -> None:
+    """And no pages are copied, or turned round, on the way. Small ones a TPU may fetch whole to be scored."""
+    joined = CASES[case].target in TPUS and case not in ("float32", "large heads")
+    arrays = 6 if joined else 7  # keys and values of the one layer in one array, or apart; hidden; four of slots
+    for name in {*FORWARD, "adjust"} & set(facts[case]):
+        assert facts[case][name]["donated"] == arrays
+        assert facts[case][name]["copies of pages"] == 0
+    if "odd sizes" in case:
+        assert facts[case]["score_16"]["copies of pages"] == 0
 
 
 @needs_compilers
-def test_four_chips_pass_on_no_logits(facts: Any) -> None:
-    for name in FORWARD:
-        fact = facts["v5e:2x2"][name]
+@pytest.mark.parametrize(("case", "shards"), [("v5e:2x2", 4), ("odd sizes, four chips", 4), ("two gpus", 2)])
+def test_several_chips_pass_on_no_logits(facts: Any, case: str, shards: int) -> None:
+    """What is moved is hidden states, or a shard's part of them, candidates and sums: never columns of V."""
+    hidden = CASES[case].changes.get("hidden_size", 64)
+    known = {hidden, hidden // shards}
+    for name, fact in facts[case].items():
+        if name in ("adjust", "zero_state"):
+            continue
         assert fact["collectives"] > 0
-        assert fact["widest axis moved"] < 128  # a shard has 384 columns of the vocabulary
-    for target in set(DEFAULT_TARGETS) - {"v5e:2x2"}:
-        assert facts[target]["decode_4"]["collectives"] == 0
+        assert set(fact["axes moved"]) - known <= set(range(4 * 20 + 1)), name  # rows, and the best 20 of each shard
+
+
+@needs_compilers
+def test_one_chip_moves_nothing(facts: Any) -> None:
+    for case in set(DEFAULT_TARGETS) - {"v5e:2x2"}:
+        assert facts[case]["decode_4"]["collectives"] == 0
 
 
 @needs_compilers
 def test_four_chips_share_weights_and_cache(facts: Any) -> None:
     one, four = (facts[target]["decode_4"]["bytes"][0] for target in ("v5e:1x1", "v5e:2x2"))
-    assert four < 0.6 * one  # what a tiny model fills up with zeros keeps it from being a quarter
+    assert four < 0.7 * one  # what a tiny model fills up with zeros keeps it from being a quarter
+
+
+@needs_compilers
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.int8])
+def test_an_accelerator_never_has_a_whole_int8_weight_in_float32(facts: Any, case: str) -> None:
+    fact = facts[case]["score_16"]
+    assert fact["bytes"][2] < 65_536 * 1024  # a quarter of the head in float32
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -106,9 +137,10 @@ def test_the_table_tells_memory_work_and_the_verdict() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((str(QWEN), "--target", "a100"), "a100: not a target; there are cpu, h100, v5e, v5p, v6e"),
+        ((str(QWEN), "--target", "b200"), "b200: not a target; there are cpu, a100, h100, v5e, v5p, v6e"),
         (("examples/configs", "--target", "cpu"), "examples/configs: "),
         (("README.md", "--target", "cpu"), "README.md: "),
+        ((str(QWEN), "--target", "cpu", "--program", "decode_17"), "--program decode_17: there are decode_1, decode_2"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(arguments: tuple[str, ...], said: str) -> None:
@@ -119,7 +151,7 @@ def test_what_is_wrong_is_said_in_one_line(arguments: tuple[str, ...], said: str
 
 
 def test_a_slice_that_does_not_exist_names_the_target() -> None:
-    with pytest.raises(TargetError, match=r"^v5e:banana: .*make portability"):
+    with pytest.raises(TargetError, match=r"^v5e:banana: "):
         mesh_of("v5e:banana")
 
 

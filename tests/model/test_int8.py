@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from model import linear
 from model.kernels import cpu
 from model.linear import matmul, take_rows
 from model.weights.errors import ModelLoadError
@@ -166,6 +167,19 @@ def test_the_product_is_within_float32_rounding(
     x64, w64 = np.asarray(x, np.float64), values.astype(np.float64)
     bound = k * 2.0**-24 * (np.abs(x64) @ np.abs(w64).T)
     assert (np.abs(y - x64 @ w64.T) <= bound).all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 40, 64), (3, 2048, 33), (5, 2100, 96), (2, 4097, 64)])
+def test_an_accelerator_unpacks_some_rows_at_a_time(m: int, n: int, k: int, kind: str) -> None:
+    """The form is theirs, the arithmetic can be seen here."""
+    weight, values = packed(3, n, k)
+    if kind == "bfloat16":
+        values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
+    chosen: cpu.Packed = weight if kind == "int8" else cpu.pack(values)
+    x = normal(4, m, k).astype(ml_dtypes.bfloat16)
+    y = jax.jit(linear._by_blocks)(x, chosen, jnp.int32(m))
+    np.testing.assert_allclose(y, x.astype(np.float64) @ values.T.astype(np.float64), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(("n", "k"), [(576, 576), (1536, 576), (960, 576), (576, 1536), (1152, 896), (896, 4864)])

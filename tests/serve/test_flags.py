@@ -1,7 +1,10 @@
 """The command line: amounts of memory, defaults that follow from other flags, and flags that contradict each other."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import jax
 import pytest
 
 from serve import memory
@@ -62,6 +65,23 @@ def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_pa
     free = memory.free_memory()
     assert free is not None
     assert free > 3000
+
+
+def test_the_fullest_of_several_accelerators_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def device(**stats: int) -> Any:
+        return SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
+
+    devices = [device(bytes_limit=9000, bytes_in_use=1000), device(bytes_limit=9000, bytes_in_use=5000), device()]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert [memory.free_memory(count) for count in (1, 2, 3)] == [8000, 4000, None]
+
+
+def test_devices_made_of_one_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    limit.write_text("5000\n")
+    used.write_text("2000\n")
+    monkeypatch.setattr(memory, "_CGROUPS", ((limit, used),))
+    assert memory.free_memory(4) == 750
 
 
 def test_defaults_follow_other_flags() -> None:

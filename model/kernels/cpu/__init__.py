@@ -7,9 +7,12 @@ from model.kernels.cpu.attention import attend
 from model.kernels.cpu.head import Numbers, score, token_numbers
 from model.kernels.cpu.library import CpuKernels, load
 from model.kernels.cpu.linear import (
+    COLUMNS,
     Packed,
     PackedInt8,
     PackedWeight,
+    arrays_of,
+    like,
     linear,
     pack,
     pack_int8,
@@ -21,13 +24,16 @@ from model.kernels.cpu.linear import (
 from model.kernels.cpu.rows import geglu, rms_norm, rotate_and_store, soft_cap, swiglu
 
 __all__ = [
+    "COLUMNS",
     "CpuKernels",
     "Numbers",
     "Packed",
     "PackedInt8",
     "PackedWeight",
+    "arrays_of",
     "attend",
     "geglu",
+    "like",
     "linear",
     "load",
     "pack",

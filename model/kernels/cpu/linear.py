@@ -152,6 +152,13 @@ def arrays_of(weight: Packed) -> tuple[Array, ...]:
     return (weight.data,) if isinstance(weight, PackedWeight) else (weight.data, weight.scales)
 
 
+def like(weight: Packed, arrays: tuple[Array, ...], n: int) -> Packed:
+    """A weight of n rows of the same kind and width, from its operands."""
+    if isinstance(weight, PackedWeight):
+        return PackedWeight(arrays[0], n, weight.k)
+    return PackedInt8(arrays[0], arrays[1], n, weight.k)
+
+
 def check_input(x: Array, weight: Packed) -> None:
     """Raises TypeError or ValueError unless x is [M, k] bfloat16."""
     if x.dtype != jnp.bfloat16:

@@ -1,9 +1,9 @@
 """Attention over pages on an NVIDIA GPU: no gathered copy of the pages, and a long row is shared among programs.
 
-One program of the grid has 64 queries of one row and key/value head and walks over one part of the row's pages, which
-is cut the same way wherever a query comes from (Dao et al. 2023, "Flash-Decoding"). Each part is an online softmax
-(Milakov and Gimelshein 2018); parts are then added in order. Decode and prefill run the same tile, so a query's sums
-have one order in both.
+One program of the grid has a tile of queries of one row and key/value head and walks over one part of the row's pages,
+which is cut the same way wherever a query comes from (Dao et al. 2023, "Flash-Decoding"). Each part is an online
+softmax (Milakov and Gimelshein 2018); parts are then added in order. Decode and prefill run the same tile, so a query's
+sums have one order in both.
 """
 
 from functools import partial
@@ -16,6 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 _QUERIES = 64  # of a program: a whole tile of the tensor cores, also where a decode step fills a few rows of it
+_LARGE = 128  # elements of a head above which a program has half as many queries, to fit into shared memory
+_OLDEST = 80  # compute capability, times ten, that Triton compiles for
 _PART_PAGES = 8  # at least, of a part of a row
 _MAX_PARTS = 16  # of a row: their results are kept until they are added
 _LEAST = 16  # elements of the smallest piece of a head that tensor cores multiply
@@ -28,6 +30,11 @@ def takes(head_dim: int, dtype: Any) -> bool:
     float32 would be multiplied without tensor cores, or rounded for them; XLA does it at full precision.
     """
     return jnp.dtype(dtype) == jnp.bfloat16 and head_dim % _LEAST == 0
+
+
+def runs_here() -> bool:
+    """Whether Triton compiles for the GPU that is being compiled for. For use while a program is lowered."""
+    return bool(triton.get_gpu_info().compute_capability >= _OLDEST)
 
 
 def attend(
@@ -63,8 +70,10 @@ def attend(
     N, K, S, _ = keys.shape
     G, P = H // K, tables.shape[1]
     parts = min(_MAX_PARTS, -(-P // _PART_PAGES))
-    blocks = -(-T * G // _QUERIES)
-    Q = blocks * _QUERIES
+    tile = _QUERIES if E <= _LARGE else _QUERIES // 2
+    blocks = -(-T * G // tile)
+    Q = blocks * tile
+    kept = min(tile, 1 << (T * G - 1).bit_length())  # of a tile's queries, where one holds them all
     rest = ((0, 0), (0, 0), (0, Q - T * G), (0, 0))
     # [R, K, Q, E]: a token's queries of one key/value head side by side.
     q = queries.reshape(R, T, K, G, E).transpose(0, 2, 1, 3, 4).reshape(R, K, T * G, E)
@@ -75,25 +84,25 @@ def attend(
 
     def of_part(*shape: int) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
         spec = pl.BlockSpec(
-            (None, None, None, _QUERIES, *shape),
+            (None, None, None, kept, *shape),
             lambda r, k, i: (i // blocks, r, k, i % blocks, *(0,) * len(shape)),
         )
-        return spec, jax.ShapeDtypeStruct((parts, R, K, Q, *shape), jnp.float32)
+        return spec, jax.ShapeDtypeStruct((parts, R, K, blocks * kept, *shape), jnp.float32)
 
     specs, shapes = zip(of_part(E), of_part(), of_part(), strict=True)
     out, best, total = pl.pallas_call(
         lambda *refs: kernel(pl.program_id(2) // blocks, *refs),
         grid=(R, K, parts * blocks),
         in_specs=[
-            pl.BlockSpec((None, None, _QUERIES, E), lambda r, k, i: (r, k, i % blocks, 0)),
-            pl.BlockSpec((None, _QUERIES), lambda r, _, i: (r, i % blocks)),
+            pl.BlockSpec((None, None, tile, E), lambda r, k, i: (r, k, i % blocks, 0)),
+            pl.BlockSpec((None, tile), lambda r, _, i: (r, i % blocks)),
             pl.BlockSpec((None, P), lambda r, _, __: (r, 0)),
             pages,
             pages,
         ],
         out_specs=list(specs),
         out_shape=list(shapes),
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2 if E <= _LARGE else 1),
         interpret=interpret,
         name="logprobd_attention",
     )(q, at, tables, keys, values)
@@ -103,14 +112,14 @@ def attend(
 
 def _part(
     part: Array,
-    q_ref: Any,  # [64, E] float32, scaled
-    at_ref: Any,  # [64] positions
+    q_ref: Any,  # [B, E] float32, scaled: B queries of a tile
+    at_ref: Any,  # [B] positions
     table_ref: Any,  # [P]
     keys_ref: Any,  # [N, S, E] of the head
     values_ref: Any,
-    out_ref: Any,  # [64, E] sums of weighted values
-    best_ref: Any,  # [64] greatest scores
-    total_ref: Any,  # [64] sums of weights
+    out_ref: Any,  # [A, E] sums of weighted values of the first A queries
+    best_ref: Any,  # [A] greatest scores
+    total_ref: Any,  # [A] sums of weights
     *,
     page_size: int,
     part_pages: int,
@@ -118,8 +127,8 @@ def _part(
     cap: float,
     pieces: list[tuple[int, int]],
 ) -> None:
-    """What 64 queries see of one part of a row."""
-    at = at_ref[...]
+    """What a tile of queries sees of one part of a row."""
+    at, count, kept = at_ref[...], at_ref.shape[0], best_ref.shape[0]
     last = jnp.max(at)
     lowest = jnp.min(jnp.where(at < 0, last, at))
     first = jnp.maximum(lowest - window + 1, 0) // page_size if window else 0
@@ -131,7 +140,7 @@ def _part(
         best, total, outs = carry
         number = table_ref[i]
         key_at = i * page_size + jnp.arange(page_size, dtype=jnp.int32)
-        scores = jnp.zeros((_QUERIES, page_size), jnp.float32)
+        scores = jnp.zeros((count, page_size), jnp.float32)
         for (low, size), halves in zip(pieces, q, strict=True):
             keys = keys_ref[number, :, pl.ds(low, size)]
             scores = _product(halves, keys, scores, by=1)
@@ -158,13 +167,22 @@ def _part(
         )
         return new_best, total * rescale + jnp.sum(weights, axis=1), outs
 
-    nothing = tuple(jnp.zeros((_QUERIES, size), jnp.float32) for _, size in pieces)
-    begin = (jnp.full((_QUERIES,), _MASKED, jnp.float32), jnp.zeros((_QUERIES,), jnp.float32), nothing)
+    nothing = tuple(jnp.zeros((count, size), jnp.float32) for _, size in pieces)
+    begin = (jnp.full((count,), _MASKED, jnp.float32), jnp.zeros((count,), jnp.float32), nothing)
     best, total, outs = jax.lax.fori_loop(start, stop, page, begin)
     for (low, size), out in zip(pieces, outs, strict=True):
-        out_ref[:, pl.ds(low, size)] = out
-    best_ref[...] = best
-    total_ref[...] = total
+        out_ref[:, pl.ds(low, size)] = _first(out, kept)
+    best_ref[...] = _first(best, kept)
+    total_ref[...] = _first(total, kept)
+
+
+def _first(x: Array, count: int) -> Array:
+    """The first rows of x [B, ...]; Triton has no slices, so the others are added to them as zeros."""
+    if count == x.shape[0]:
+        return x
+    groups = x.reshape(x.shape[0] // count, count, *x.shape[1:])
+    own = jnp.arange(groups.shape[0], dtype=jnp.int32).reshape(-1, *(1,) * x.ndim) == 0
+    return jnp.sum(jnp.where(own, groups, 0.0), axis=0)
 
 
 def _pieces(size: int) -> list[tuple[int, int]]:

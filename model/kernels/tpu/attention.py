@@ -2,9 +2,10 @@
 
 It reads keys and values of a token side by side, in whole tiles: 128 elements of a head, and as many heads as fill
 registers of bfloat16 pairs. Heads that do not come out even are filled up with zeros, in the cache too; a TPU would
-store the elements so in any case.
+store the elements so in any case. Heads of more than 128 elements it does not compile.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -14,12 +15,21 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_
 
 _LANES = 128
 _BLOCK_PAGES = 8  # of keys in one step of the kernel
+_MOST_TABLE_ENTRIES = 200 << 10  # of tables, which the kernel keeps in 1 MiB of scalar memory beside other things
 _BLOCK_QUERIES = 32  # tokens, the same for decode and prefill: a query's sums have one order in both
 
 
-def takes(dtype: Any) -> bool:
-    """Whether `attend` can: pages of bfloat16. float32 would be rounded on its way; XLA does it at full precision."""
-    return bool(jnp.dtype(dtype) == jnp.bfloat16)
+def reads(head_dim: int, dtype: Any) -> bool:
+    """Whether `attend` can read pages of such heads: bfloat16, of up to 128 elements.
+
+    float32 would be rounded on its way; XLA does it at full precision.
+    """
+    return bool(jnp.dtype(dtype) == jnp.bfloat16 and head_dim <= _LANES)
+
+
+def takes(queries: tuple[int, ...], tables: tuple[int, ...]) -> bool:
+    """Whether `attend` can, by the shapes of queries [R, T, H, E] and tables [R, P]."""
+    return 1 in queries[:2] and math.prod(tables) <= _MOST_TABLE_ENTRIES
 
 
 def lanes_of_tiles(head_dim: int) -> int:

@@ -40,5 +40,5 @@ VOLUME /home/logprobd/.cache
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m \
     CMD [".venv/bin/python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
-# What follows the image's name in `docker run` is added, and stands over these flags.
+# What follows the image's name in `docker run` is added. The port stays: HEALTHCHECK asks there; `-p` publishes another.
 ENTRYPOINT [".venv/bin/python", "-m", "serve", "--host", "0.0.0.0", "--port", "8000"]

@@ -32,8 +32,11 @@ def prompt_blocks(body: bytes) -> tuple[bytes, ...]:
     name = next((name for name in _PROMPTS if request.get(name) is not None), None)
     if name is None:
         return ()
-    key = orjson.dumps(request[name])[:-1]  # without the bracket or quote that closes it
-    link, blocks = _digest(orjson.dumps([request.get("cache_salt"), name])), []
+    try:
+        key = orjson.dumps(request[name])[:-1]  # without the bracket or quote that closes it
+        link, blocks = _digest(orjson.dumps([request.get("cache_salt"), name])), []
+    except orjson.JSONEncodeError:  # too deep; the replica refuses it
+        return ()
     for start in range(0, min(len(key) // BLOCK_BYTES, _MAX_BLOCKS) * BLOCK_BYTES, BLOCK_BYTES):
         link = _digest(link + key[start : start + BLOCK_BYTES])
         blocks.append(link)

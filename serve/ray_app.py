@@ -73,7 +73,7 @@ def application(options: RayOptions, config: ServeConfig) -> serve.Application:
         max_ongoing_requests=most * (options.max_replicas or options.num_replicas),
         **common,
     )
-    return front.bind(replica.bind(config))
+    return front.bind(replica.bind(config), config.api_key)
 
 
 def main() -> int:
@@ -87,8 +87,16 @@ def main() -> int:
         console.print(f"error: cannot listen on {config.host} port {config.port}: {error.strerror}", soft_wrap=True)
         return 1
     logging.getLogger("ray").setLevel(logging.WARNING)
-    _start_ray(options)
     try:
+        _start_ray(options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        console.print(f"error: --address {options.address}: {said}", markup=False, soft_wrap=True)
+        return 1
+    try:
+        if serve.status().proxies:
+            console.print("error: Ray Serve runs there already; give it deploy/rayservice.yaml's serveConfigV2 instead")
+            return 1
         _start_serve(config, port)
         try:
             serve.run(application(options, config), name=_NAME, route_prefix="/")
@@ -117,7 +125,8 @@ def _start_ray(options: RayOptions) -> None:
         return
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = f"{_ROOT}:{path}" if path else str(_ROOT)  # Ray's workers import us
-    ray.init(include_dashboard=False, logging_level=logging.WARNING)
+    # "local": whatever other Ray there is on this machine stays as it is.
+    ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
 
 
 def _start_serve(config: ServeConfig, port: int) -> None:

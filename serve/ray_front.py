@@ -2,18 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import orjson
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.openai.access import refusal, route_path
 from serve.openai.body import dump
 from serve.openai.errors import APIError, engine_error
 from serve.prefix_index import prompt_blocks
@@ -30,8 +31,9 @@ _PLAIN = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path"
 class Front:
     """An ASGI app in front of the replicas of a model."""
 
-    def __init__(self, replicas: DeploymentHandle[Any]) -> None:
-        """`replicas` are those of a `serve.ray_replica.Replica`."""
+    def __init__(self, replicas: DeploymentHandle[Any], api_keys: Sequence[str] = ()) -> None:
+        """`replicas` are those of a `serve.ray_replica.Replica`. Where there are keys, no body is read without one."""
+        self._keys = [key.encode() for key in api_keys]
         self._one = replicas.options(method_name="answer", stream=True)
         self._all = replicas
 
@@ -45,6 +47,8 @@ class Front:
             await send({"type": "websocket.close"})
             return
         try:
+            if error := refusal(scope, self._keys):
+                raise error
             body = await _read(scope, receive)
             answer = asyncio.create_task(self._answer(_plain(scope), body, _Relay(send)))
             gone = asyncio.create_task(_gone(receive))
@@ -60,7 +64,7 @@ class Front:
             await error.response()(scope, receive, send)
 
     async def _answer(self, scope: dict[str, Any], body: bytes, relay: "_Relay") -> None:
-        if scope["method"] == "GET" and scope["path"] in ("/metrics", "/load"):
+        if scope["method"] == "GET" and route_path(scope) in ("/metrics", "/load"):
             await relay.send_all(await self._sums(scope))
             return
         blocks = await asyncio.to_thread(prompt_blocks, body)
@@ -69,17 +73,17 @@ class Front:
                 async with aclosing(self._messages(blocks, scope, body)) as batches:
                     async for batch in batches:
                         await relay.send_all(batch)
-            except RayActorError:
-                logger.warning("a replica died on a request")
-                if relay.started:
-                    await relay.break_off("The replica that answered has died.")
-                    return
             except RayTaskError:
                 logger.exception("a request failed")
                 if not relay.started:
                     raise engine_error("The server failed on this request.") from None
                 await relay.break_off("The server failed on this request.")
                 return
+            except RayError as error:  # its process, its machine, or Ray ended it for want of memory
+                logger.warning("a replica died on a request: %s", type(error).__name__)
+                if relay.started:
+                    await relay.break_off("The replica that answered has died.")
+                    return
             else:
                 return
         raise _unavailable()
@@ -91,17 +95,14 @@ class Front:
 
         Raises:
             APIError: 503, no replica takes the request.
-            RayActorError: the replica has died.
             RayTaskError: it failed.
+            RayError: the replica has died.
         """
         call = self._one.remote(blocks, scope, body)
         try:
-            async with asyncio.timeout(_WAIT):
-                await anext(call)  # empty: it is taken
+            await _taken(call)
             async for batch in call:
                 yield batch
-        except (TimeoutError, DeploymentUnavailableError):
-            raise _unavailable() from None
         finally:
             call.cancel()  # harmless where it has ended
 
@@ -120,7 +121,7 @@ class Front:
                 return messages
         bodies = {replica: _body(messages) for replica, messages in told.items()}
         start = next(iter(told.values()))[0]
-        whole = await asyncio.to_thread(merged if scope["path"] == "/metrics" else _total, bodies)
+        whole = await asyncio.to_thread(merged if route_path(scope) == "/metrics" else _total, bodies)
         headers = [(name, value) for name, value in start["headers"] if name != b"content-length"]
         return [
             {**start, "headers": [*headers, (b"content-length", b"%d" % len(whole))]},
@@ -161,6 +162,19 @@ class _Relay:
         error = dump(engine_error(why).body)
         event = (b"" if self._whole else b"\n\n") + b"data: " + error + b"\n\ndata: [DONE]\n\n"
         await self._send({"type": "http.response.body", "body": event, "more_body": False})
+
+
+async def _taken(call: AsyncIterator[Any]) -> None:
+    """Waits until a replica takes a request, which it says with a first item that is empty.
+
+    Raises:
+        APIError: 503, none does.
+    """
+    try:
+        async with asyncio.timeout(_WAIT):
+            await anext(call)
+    except (TimeoutError, DeploymentUnavailableError):
+        raise _unavailable() from None
 
 
 def _unavailable() -> APIError:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,14 +91,16 @@ def _parser() -> argparse.ArgumentParser:
     flag("--num-replicas", type=_positive, help="engines, each with its own weights and cache; default: 1")
     flag("--min-replicas", type=_positive, help="with --max-replicas, instead of --num-replicas: as the load wants")
     flag("--max-replicas", type=_positive, help="the most that the load may have started")
-    flag("--target-ongoing-requests", type=float, help="of a replica, which the number of replicas follows")
+    flag("--target-ongoing-requests", type=_above_zero, help="of a replica, which the number of replicas follows")
     flag(
         "--device",
         choices=("cpu", "cuda", "tpu"),
         default="cpu",
         help="a replica reserves --tensor-parallel-size of these from Ray; default: %(default)s",
     )
-    flag("--num-cpus-per-replica", type=float, default=1.0, help="CPUs that it reserves, too; default: %(default)s")
+    flag(
+        "--num-cpus-per-replica", type=_above_zero, default=1.0, help="CPUs that it reserves, too; default: %(default)s"
+    )
     return parser
 
 
@@ -119,3 +122,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value

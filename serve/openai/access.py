@@ -52,13 +52,7 @@ class Access:
 
         path = re.sub("/{2,}", "/", scope["path"])  # clients with a base URL that ends in a slash
         scope = {**scope, "path": path, "headers": _with_request_id(scope["headers"], request_id)}
-        if (
-            self._keys
-            and not _OPEN_PATHS.fullmatch(path)
-            and scope["method"] != "OPTIONS"
-            and not self._allows(headers)
-        ):
-            error = APIError(401, "The API key is missing or wrong.", None, "invalid_api_key")
+        if error := refusal(scope, self._keys):
             await error.response()(scope, receive, send_with_id)
             self._on_answer(_NO_ROUTE, scope["method"], status, time.monotonic() - began)
             return
@@ -85,10 +79,21 @@ class Access:
             logger.exception("a request failed")
             await engine_error("The server failed on this request.").response()(scope, receive, send)
 
-    def _allows(self, headers: Headers) -> bool:
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        matches = [hmac.compare_digest(key.strip().encode(), known) for known in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
+
+def refusal(scope: Scope, keys: Sequence[bytes]) -> APIError | None:
+    """The error for a request that bears none of the keys, where there are any and its path needs one."""
+    if not keys or _OPEN_PATHS.fullmatch(route_path(scope)) or scope["method"] == "OPTIONS":
+        return None
+    scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+    matches = [hmac.compare_digest(key.strip().encode(), known) for known in keys]
+    if scheme.lower() == "bearer" and any(matches):
+        return None
+    return APIError(401, "The API key is missing or wrong.", None, "invalid_api_key")
+
+
+def route_path(scope: Scope) -> str:
+    """The path of a request, without the one under which a proxy serves this, and without double slashes."""
+    return re.sub("/{2,}", "/", scope["path"]).removeprefix(scope.get("root_path", "").rstrip("/"))
 
 
 def _with_request_id(headers: list[tuple[bytes, bytes]], request_id: str) -> list[tuple[bytes, bytes]]:

@@ -20,6 +20,8 @@ from serve.prefix_index import prompt_blocks  # noqa: E402
 from serve.ray_front import Front  # noqa: E402
 
 DIED = ray_exceptions.ActorDiedError()
+FOR_WANT_OF_MEMORY = ray_exceptions.OutOfMemoryError("Ray has ended it")
+LATE = ray_exceptions.GetTimeoutError("its machine is silent")  # which is a TimeoutError, too
 HANGS = "hangs"
 EVENT: dict[str, Any] = {"type": "http.response.body", "body": b'data: {"n":1}\n\n', "more_body": True}
 END: dict[str, Any] = {"type": "http.response.body", "body": b"", "more_body": False}
@@ -115,8 +117,8 @@ async def ask(replicas: Replicas, body: bytes = b"{}", *, path: str = "/v1/compl
     return Got(head["status"], dict(head["headers"]), b"".join(each["body"] for each in rest), whole)
 
 
-def app(replicas: Any) -> Any:
-    return Front(replicas).__serve_build_asgi_app__()
+def app(replicas: Any, *api_keys: str) -> Any:
+    return Front(replicas, api_keys).__serve_build_asgi_app__()
 
 
 def scope(path: str = "/v1/completions", **headers: str) -> dict[str, Any]:
@@ -143,7 +145,7 @@ async def test_an_answer_comes_as_it_is_with_the_proxys_request_id() -> None:
     assert "state" not in told
 
 
-@pytest.mark.parametrize("dies", [[DIED], [[], DIED]])
+@pytest.mark.parametrize("dies", [[DIED], [[], DIED], [[], FOR_WANT_OF_MEMORY], [[], LATE]])
 async def test_what_nothing_was_seen_of_is_sent_again(dies: list[Step]) -> None:
     replicas = Replicas([dies, dies, [[], [start(), EVENT, END]]])
     got = await ask(replicas)
@@ -169,9 +171,12 @@ async def test_where_no_replica_takes_it_a_client_is_told_to_come_again(monkeypa
     assert replicas.calls[0].cancelled
 
 
+@pytest.mark.parametrize("death", [DIED, FOR_WANT_OF_MEMORY, LATE])
 @pytest.mark.parametrize(("sent", "before"), [(EVENT, b""), (EVENT | {"body": b'data: {"n":'}, b"\n\n")])
-async def test_a_stream_that_dies_ends_with_an_error_event(sent: dict[str, Any], before: bytes) -> None:
-    replicas = Replicas([[[], [start(), sent], DIED]])
+async def test_a_stream_that_dies_ends_with_an_error_event(
+    sent: dict[str, Any], before: bytes, death: Exception
+) -> None:
+    replicas = Replicas([[[], [start(), sent], death]])
     got = await ask(replicas)
     assert got.status == 200
     assert got.whole
@@ -230,6 +235,32 @@ async def test_a_body_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPat
     assert json.loads(sent[1]["body"])["error"]["code"] == "request_too_large"
 
 
+@pytest.mark.parametrize(("key", "status"), [("Bearer right", 200), ("Bearer wrong", 401), ("", 401)])
+async def test_without_a_key_no_body_is_read_and_no_replica_asked(key: str, status: int) -> None:
+    replicas = Replicas([[[], [start(), EVENT, END]]])
+    sent: list[dict[str, Any]] = []
+    unread = [{"type": "http.request", "body": b"{}"}]
+
+    async def receive() -> dict[str, Any]:
+        if not unread:
+            await asyncio.Event().wait()
+        return unread.pop()
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    await app(replicas, "right")(scope(authorization=key), receive, send)
+    assert sent[0]["status"] == status
+    assert (not unread, len(replicas.calls)) == ((True, 1) if status == 200 else (False, 0))
+
+
+async def test_a_prompt_that_is_nested_too_deep_is_for_the_replica_to_refuse() -> None:
+    body = b'{"prompt": ' + b"[" * 300 + b"]" * 300 + b"}"
+    replicas = Replicas([[[], [start(), EVENT, END]]])
+    assert (await ask(replicas, body)).status == 200
+    assert replicas.calls[0].arguments[0] == ()
+
+
 def test_the_limit_of_a_body_is_the_servers() -> None:
     (default,) = (each.default for each in fields(AppConfig) if each.name == "max_body_bytes")
     assert default == ray_front.MAX_BODY_BYTES
@@ -265,3 +296,22 @@ async def test_metrics_are_those_of_all_replicas() -> None:
 async def test_the_load_is_that_of_all_replicas() -> None:
     replicas = Replicas(all=[("r1", told('{"server_load":2}')), ("r2", told('{"server_load":3}'))])
     assert json.loads((await ask(replicas, path="/load")).body) == {"server_load": 5}
+
+
+@pytest.mark.parametrize(("path", "root"), [("/api/load", "/api"), ("//load", ""), ("/api//load", "/api/")])
+async def test_it_is_found_under_a_proxys_path_too(path: str, root: str) -> None:
+    sent: list[dict[str, Any]] = []
+    unread = [{"type": "http.request", "body": b""}]
+
+    async def receive() -> dict[str, Any]:
+        if not unread:
+            await asyncio.Event().wait()
+        return unread.pop()
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    await app(Replicas(all=[("r1", told('{"server_load":2}'))]))(
+        {**scope("/load"), "path": path, "root_path": root}, receive, send
+    )
+    assert json.loads(sent[1]["body"]) == {"server_load": 2}

@@ -60,6 +60,10 @@ def test_a_greatest_number_is_as_many_as_the_load_wants(words: str, autoscaling:
         ("--num-replicas many", "--num-replicas"),
         ("--min-replicas 2", "--min-replicas"),
         ("--target-ongoing-requests 2", "--target-ongoing-requests"),
+        ("--max-replicas 2 --target-ongoing-requests nan", "--target-ongoing-requests"),
+        ("--max-replicas 2 --target-ongoing-requests=-2", "--target-ongoing-requests"),
+        ("--num-cpus-per-replica=-1", "--num-cpus-per-replica"),
+        ("--num-cpus-per-replica many", "--num-cpus-per-replica"),
         ("--num-replicas 2 --max-replicas 4", "--num-replicas"),
         ("--min-replicas 5 --max-replicas 4", "--min-replicas"),
         ("--device gpu", "--device"),
@@ -146,7 +150,7 @@ def test_ray_is_told(words: str, replicas: Any) -> None:
         from serve.ray_app import application
 
         front = application(*parse_ray_args([*words.split(), *flags.split()], {}))._bound_deployment
-    (replica,) = (each._bound_deployment for each in front.init_args)
+    replica = front.init_args[0]._bound_deployment
     assert (front.name, replica.name) == ("Front", "Replica")
     fixed, scaled = replicas
     told = replica._deployment_config.autoscaling_config

@@ -15,7 +15,7 @@ import numpy as np
 from compiled import hlo
 from compiled.load import load_model
 from compiled.runner import ModelRunner
-from compiled.shapes import Buckets, StepShape
+from compiled.shapes import Buckets
 from compiled.state import (
     FROM_SLOT,
     Adjustment,
@@ -36,23 +36,23 @@ from tests.model.tiny import random_weights, tiny_configs, write_checkpoint
 PROMPT = [5, 17, 99, 3, 8, 9, 44]
 BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, vocabulary_rows=8)
 V = 1100  # columns in each of 8 shards, and an uneven rest
+_ONE_LAYER = {"num_hidden_layers": 1}  # a second is cut as the first is
 # Name -> family, what its config.json says otherwise, dtype, whether matrices are int8, and how many devices. What is
 # compiled takes time: all counts for one case, and for the others that which shows most.
 CASES: dict[str, tuple[str, dict[str, Any], str, bool, tuple[int, ...]]] = {
     "9 heads, 3 of keys": ("llama", {"num_attention_heads": 9, "num_key_value_heads": 3}, "float32", False, (2, 4, 8)),
     "14 heads, 2 of keys, biases": (
         "qwen2",
-        {"num_attention_heads": 14, "num_key_value_heads": 2},
+        {"num_attention_heads": 14, "num_key_value_heads": 2, **_ONE_LAYER},
         "float32",
         False,
         (8,),
     ),
-    "norms over all heads": ("olmo2", {}, "float32", False, (4,)),
+    "norms over all heads": ("olmo2", _ONE_LAYER, "float32", False, (4,)),
     "norms of each head, tied": ("gemma3", {}, "float32", False, (4,)),
-    "soft caps": ("gemma2", {}, "float32", False, (4,)),
-    "q, k, v in one tensor": ("phi3", {}, "float32", False, (4,)),
-    "bfloat16": ("llama", {}, "bfloat16", False, (4,)),
-    "int8": ("llama", {"head_dim": 32}, "bfloat16", True, (2,)),
+    "soft caps": ("gemma2", _ONE_LAYER, "float32", False, (4,)),
+    "q, k, v in one tensor, bfloat16": ("phi3", _ONE_LAYER, "bfloat16", False, (4,)),
+    "int8": ("llama", {"head_dim": 32, **_ONE_LAYER}, "bfloat16", True, (2,)),
 }
 
 
@@ -115,7 +115,7 @@ def choices(runner: ModelRunner) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Prints case -> devices -> numbers, and the HLO of a decode step cut in four."""
+    """Prints case -> devices -> numbers, and the HLO of a model's programs cut in four."""
     jax.config.update("jax_num_cpu_devices", 8)
     told: dict[str, Any] = {"V": V, "page": PAGE_SIZE}
     for case, (family, changes, dtype, int8, counts) in CASES.items():
@@ -135,7 +135,7 @@ def main() -> int:
                 told[case][devices] = alone | choices(runner)
                 told[case][devices]["changed by company"] = numbers(runner, company=3) != alone
                 if devices == 4 and "hlo" not in told:
-                    told["hlo"] = hlo.hlo_text(runner.programs[StepShape(4, 1, 2)])
+                    told["hlo"] = {each.name: hlo.hlo_text(each) for each in runner.programs}
     json.dump(told, sys.stdout)
     return 0
 

@@ -99,7 +99,7 @@ def test_a_chunk_in_the_middle_of_a_row_is_that_of_xla(platform: str, run: Run, 
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE[platform])
 
 
-@pytest.mark.parametrize("heads", [(9, 3, 64), (32, 8, 128)])
+@pytest.mark.parametrize("heads", [(9, 3, 64), (8, 2, 128)])
 def test_a_token_has_the_same_bits_in_a_chunk_and_in_a_crowd(run: Run, heads: Any) -> None:
     rows = crowd(heads, LENGTHS)
     queries, positions = last_tokens(rows)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from compiled import work
 from compiled.chips import CHIPS, DEFAULT_TARGETS, Chip, TargetError, mesh_of
 from compiled.load import abstract_model
 from compiled.shapes import HeadShape, SlotShape, StepShape
@@ -160,12 +161,12 @@ def qwen() -> Any:
 
 
 def test_the_work_of_a_decode_step_is_its_weights_and_its_rows() -> None:
-    work = work_of(qwen(), StepShape(16, 1, 64), context=1000)
-    assert work is not None
+    step = work_of(qwen(), StepShape(16, 1, 64), context=1000)
+    assert step is not None
     matrices = 24 * (896 * (896 + 2 * 128) + 896 * 896 + 3 * 896 * 4864) + 151_936 * 896
-    assert work.read == 2 * (matrices + 16 * 896) + 16 * 1000 * 24 * 2 * 128 * 2
-    assert work.flops == 2 * 16 * matrices + 4 * 16 * 1000 * 24 * 896
-    assert work.linked == 0
+    assert step.read == 2 * (matrices + 16 * 896) + 16 * 1000 * 24 * 2 * 128 * 2
+    assert step.flops == 2 * 16 * matrices + 4 * 16 * 1000 * 24 * 896
+    assert step.linked == 0
 
 
 def test_a_prefill_runs_no_head_and_a_block_of_prompt_rows_only_that() -> None:
@@ -177,6 +178,12 @@ def test_a_prefill_runs_no_head_and_a_block_of_prompt_rows_only_that() -> None:
     assert prefill.flops == 256 * (decode.flops - 2 * 151_936 * 896)
     assert block.flops == 64 * 2 * 151_936 * 896
     assert work_of(qwen(), SlotShape(17), context=0) is None
+
+
+def test_a_ring_passes_a_sum_round_twice() -> None:
+    """Each of 4 devices sends and gets 3 quarters, twice."""
+    assert work._linked(4, 100) == 2 * 2 * 75
+    assert work._linked(1, 100) == 0
 
 
 def test_the_least_time_is_of_what_takes_longest_and_then_the_links() -> None:

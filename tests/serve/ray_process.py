@@ -1,33 +1,17 @@
 """A real Ray with replicas of the server, in processes of their own."""
 
 import os
-import re
 import signal
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
-from tests.serve.server_process import ROOT, ServerProcess
+from tests.serve.server_process import ServerProcess
 
 
 class RayProcess(ServerProcess):
     """`python -m serve.ray_app ... --port 0`, up when the constructor returns."""
 
     def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "serve.ray_app", *arguments, "--port", "0"]
-        self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-        self.log: list[str] = []
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.log.append(line)
-            if found := re.match(r"serving .* at (http://127\.0\.0\.1:\d+)", line):
-                self.url = found[1]
-                break
-        else:
-            raise RuntimeError(f"the server ended with {self.process.wait()}:\n{''.join(self.log)}")
-        self._reader = threading.Thread(target=self._read_log, daemon=True)
-        self._reader.start()
+        self._start(["-m", "serve.ray_app", *arguments, "--port", "0"])
 
     def replicas(self) -> list[int]:
         """The process ids of the replicas."""

@@ -16,15 +16,24 @@ class ServerProcess:
     """`python -m serve ... --port 0`, up when the constructor returns."""
 
     def __init__(self, *arguments: str, environ: Mapping[str, str] = {}) -> None:
-        command = [sys.executable, "-W", "error::ResourceWarning", "-m", "serve", *arguments, "--port", "0"]
-        environment = {**os.environ, **environ}
-        self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+        self._start(["-W", "error::ResourceWarning", "-m", "serve", *arguments, "--port", "0"], environ)
+
+    def _start(self, arguments: list[str], environ: Mapping[str, str] = {}) -> None:
+        """Python with these arguments, until it says where it serves."""
+        self.process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environ},
+        )
         self.log: list[str] = []
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.log.append(line)
-            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-                self.url = found[0]
+            if found := re.search(r"serving .* at (http://127\.0\.0\.1:\d+)", line):
+                self.url = found[1]
                 break
         else:
             raise RuntimeError(f"the server ended with {self.process.wait()}:\n{''.join(self.log)}")

@@ -101,20 +101,27 @@ async def ask(replicas: Replicas, body: bytes = b"{}", *, path: str = "/v1/compl
     """Sends a request, its body in pieces, and reads the answer."""
     sent: list[Any] = []
     step = -(-len(body) // pieces) or 1
-    unread = [body[at : at + step] for at in range(0, max(1, len(body)), step)]
-
-    async def receive() -> dict[str, Any]:
-        if not unread:
-            await asyncio.Event().wait()
-        return {"type": "http.request", "body": unread.pop(0), "more_body": bool(unread)}
+    cuts = range(0, max(1, len(body)), step)
+    parts = [{"type": "http.request", "body": body[at : at + step], "more_body": at != cuts[-1]} for at in cuts]
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    await app(replicas)(scope(path), receive, send)
+    await app(replicas)(scope(path), receiver(parts), send)
     head, *rest = sent
     whole = not rest[-1].get("more_body", False)
     return Got(head["status"], dict(head["headers"]), b"".join(each["body"] for each in rest), whole)
+
+
+def receiver(unread: list[dict[str, Any]]) -> Any:
+    """A client that sends these, then waits."""
+
+    async def receive() -> dict[str, Any]:
+        if not unread:
+            await asyncio.Event().wait()
+        return unread.pop(0)
+
+    return receive
 
 
 def app(replicas: Any, *api_keys: str) -> Any:
@@ -235,21 +242,24 @@ async def test_a_body_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPat
     assert json.loads(sent[1]["body"])["error"]["code"] == "request_too_large"
 
 
-@pytest.mark.parametrize(("key", "status"), [("Bearer right", 200), ("Bearer wrong", 401), ("", 401)])
-async def test_without_a_key_no_body_is_read_and_no_replica_asked(key: str, status: int) -> None:
+@pytest.mark.parametrize(
+    ("key", "method", "status"),
+    [
+        ("Bearer right", "POST", 200),
+        ("Bearer wrong", "POST", 401),
+        ("", "POST", 401),
+        ("", "OPTIONS", 200),  # a browser asks before it may send the key
+    ],
+)
+async def test_without_a_key_no_body_is_read_and_no_replica_asked(key: str, method: str, status: int) -> None:
     replicas = Replicas([[[], [start(), EVENT, END]]])
     sent: list[dict[str, Any]] = []
     unread = [{"type": "http.request", "body": b"{}"}]
 
-    async def receive() -> dict[str, Any]:
-        if not unread:
-            await asyncio.Event().wait()
-        return unread.pop()
-
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    await app(replicas, "right")(scope(authorization=key), receive, send)
+    await app(replicas, "right")({**scope(authorization=key), "method": method}, receiver(unread), send)
     assert sent[0]["status"] == status
     assert (not unread, len(replicas.calls)) == ((True, 1) if status == 200 else (False, 0))
 
@@ -301,17 +311,13 @@ async def test_the_load_is_that_of_all_replicas() -> None:
 @pytest.mark.parametrize(("path", "root"), [("/api/load", "/api"), ("//load", ""), ("/api//load", "/api/")])
 async def test_it_is_found_under_a_proxys_path_too(path: str, root: str) -> None:
     sent: list[dict[str, Any]] = []
-    unread = [{"type": "http.request", "body": b""}]
-
-    async def receive() -> dict[str, Any]:
-        if not unread:
-            await asyncio.Event().wait()
-        return unread.pop()
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
     await app(Replicas(all=[("r1", told('{"server_load":2}'))]))(
-        {**scope("/load"), "path": path, "root_path": root}, receive, send
+        {**scope("/load"), "path": path, "root_path": root},
+        receiver([{"type": "http.request", "body": b""}]),
+        send,
     )
     assert json.loads(sent[1]["body"]) == {"server_load": 2}

@@ -7,7 +7,7 @@ FROM debian:trixie-slim AS packages
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates g++ make python3.13 python3.13-venv \
     && rm -rf /var/lib/apt/lists/*
-WORKDIR /opt/logprobd
+WORKDIR /srv/logprobd
 COPY Makefile requirements*.lock ./
 COPY scripts/ scripts/
 ARG DEVICE=cpu
@@ -30,10 +30,10 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --create-home logprobd \
     && install -d -o logprobd -g logprobd /home/logprobd/.cache \
-    && case $RAY in no) ;; *) ln -s /opt/logprobd/.venv/bin/ray /usr/local/bin/ray ;; esac
-COPY --from=packages /opt/logprobd /opt/logprobd
-WORKDIR /opt/logprobd
-ENV PYTHONPATH=/opt/logprobd PYTHONUNBUFFERED=1 JAX_PLATFORMS=$DEVICE
+    && case $RAY in no) ;; *) ln -s /srv/logprobd/.venv/bin/ray /usr/local/bin/ray ;; esac
+COPY --from=packages /srv/logprobd /srv/logprobd
+WORKDIR /srv/logprobd
+ENV PYTHONPATH=/srv/logprobd PYTHONUNBUFFERED=1 JAX_PLATFORMS=$DEVICE
 USER 10001
 # Compiled programs, packed weights and models of the hub: kept, the next start takes seconds.
 VOLUME /home/logprobd/.cache

@@ -44,9 +44,8 @@ bench-gpu:
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(MAKE) bench DEVICE=cuda
 
 # A model's steps, compiled for hardware that is not here: ARGS="--target h100 --target v5e:2x2".
-PORTABLE ?= examples/configs/Qwen2.5-0.5B
 portability: .venv/.serve .venv/.targets kernels
-	$(PY) -m compiled.targets $(or $(MODEL),$(PORTABLE)) $(ARGS)
+	$(PY) -m compiled.targets $(or $(MODEL),examples/configs/Qwen2.5-0.5B) $(ARGS)
 
 # The kernels' unit tests under AddressSanitizer and UBSan; needs g++ and takes minutes.
 sanitize: .venv/.dev kernels

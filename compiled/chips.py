@@ -74,15 +74,14 @@ _GPUS = {
 }
 
 
-def use_compilers(folder: Path | None = None) -> None:
-    """Makes the compilers in `folder` known to this process, which stays on the CPU. Before JAX is used for anything.
+def use_compilers() -> None:
+    """Makes the compilers known to this process, which stays on the CPU. Before JAX is used for anything.
 
-    Args:
-        folder: where `make portability` put libtpu and jax-cuda13-plugin; None: `targets` beside this Python. They
-            are not among the other packages, where each process of JAX would try to start them.
+    They lie where `make portability` puts libtpu and jax-cuda13-plugin, in `targets` beside this Python, not among the
+    other packages, where each process of JAX would try to start them.
     """
     os.environ.update(_TPU_ENVIRONMENT)
-    sys.path.append(str(folder or Path(sys.prefix) / "targets"))
+    sys.path.append(str(Path(sys.prefix) / "targets"))
     jax.config.update("jax_platforms", "cpu")
 
 

@@ -74,10 +74,17 @@ def reports(model: BoundModel, buckets: Buckets, *, pages: int, only: Sequence[s
         model: abstract, on the mesh of a target.
         pages: N, pages of the cache.
         only: names of programs; all, if empty.
+
+    Raises:
+        TargetError: there is no program of such a name.
     """
     state = state_shapes(model, buckets, pages=pages)
-    for plan in (*make_plans(model, buckets, state, _ALTERNATIVES), state_plan(state)):
-        if not only or plan.shape.name in only:
+    plans = {plan.shape.name: plan for plan in (*make_plans(model, buckets, state, _ALTERNATIVES), state_plan(state))}
+    for name in only:
+        if name not in plans:
+            raise TargetError(f"--program {name}: there are {', '.join(plans)}")
+    for name, plan in plans.items():
+        if not only or name in only:
             yield _report(model, plan)
 
 
@@ -231,11 +238,6 @@ def _compile_for(target: str, config: ModelConfig, options: argparse.Namespace, 
     length, rows = min(options.max_model_len, config.max_position_embeddings), options.max_num_seqs
     buckets = make_buckets(max_num_seqs=rows, max_model_len=length, max_num_batched_tokens=256 + rows)
     pages = rows * buckets.pages_per_row + 1
-    steps, heads = ([shape.name for shape in shapes] for shapes in (buckets.steps(), buckets.heads()))
-    known = [*steps, *heads, "adjust", "zero_state"]
-    for name in options.program:
-        if name not in known:
-            raise TargetError(f"--program {name}: there are {', '.join(known)}")
     model = abstract_model(config.for_length(length), options.dtype, mesh_of(target))
     found = list(reports(model, buckets, pages=pages, only=options.program))
     cache = pages * model.cache_layout.bytes_per_page / 1e6

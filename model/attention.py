@@ -91,7 +91,7 @@ def attend_in_xla(
     loop over pages from the first to the last that any query sees.
     """
     R, T, H, E = queries.shape
-    K, lanes = _stored(pages)
+    K, lanes = pages.kv_heads, pages.lanes
     G = H // K
     Q = max(G * T, _MIN_QUERIES)
     padding = Q - G * T
@@ -133,10 +133,3 @@ def attend_in_xla(
     total = jnp.where(total > 0, total, 1.0)  # padding saw nothing
     result: Array = (out / total[..., None])[:, :, : G * T, :E].reshape(R, K, G, T, E)
     return result.transpose(0, 3, 1, 2, 4).reshape(R, T, H * E)
-
-
-def _stored(pages: LayerPages) -> tuple[int, int]:
-    """K and E' of a layer's pages."""
-    if isinstance(pages, SplitPages):
-        return pages.keys.shape[1], pages.keys.shape[3]
-    return pages.kv_heads, pages.heads.shape[3]

@@ -31,9 +31,19 @@ class SplitPages:
     keys: Any  # [N, K, S, E']
     values: Any  # [N, K, S, E']
 
+    @property
+    def kv_heads(self) -> int:
+        """K."""
+        return int(self.keys.shape[1])
+
+    @property
+    def lanes(self) -> int:
+        """E'."""
+        return int(self.keys.shape[3])
+
     def store(self, keys: Array, values: Array, at: "Addresses") -> "SplitPages":
         """With keys and values [R, T, K, E] of new tokens in their places."""
-        fill = ((0, 0),) * 3 + ((0, self.keys.shape[3] - keys.shape[3]),)
+        fill = ((0, 0),) * 3 + ((0, self.lanes - keys.shape[3]),)
         keys, values = jnp.pad(keys, fill), jnp.pad(values, fill)
         return SplitPages(write_heads(self.keys, keys, at), write_heads(self.values, values, at))
 
@@ -50,12 +60,18 @@ class JoinedPages:
     heads: Any  # [N, S, 2 K', E'], each head's keys before its values, zeros behind K heads and E elements
     kv_heads: int  # K
 
+    @property
+    def lanes(self) -> int:
+        """E'."""
+        return int(self.heads.shape[3])
+
     def store(self, keys: Array, values: Array, at: "Addresses") -> "JoinedPages":
         """With keys and values [R, T, K, E] of new tokens in their places."""
         R, T, K, E = keys.shape
-        heads, lanes = self.heads.shape[2:]
         joined = jnp.stack([keys, values], axis=3).reshape(R, T, 2 * K, E)
-        joined = jnp.pad(joined, ((0, 0), (0, 0), (0, heads - 2 * K), (0, lanes - E))).astype(self.heads.dtype)
+        joined = jnp.pad(joined, ((0, 0), (0, 0), (0, self.heads.shape[2] - 2 * K), (0, self.lanes - E))).astype(
+            self.heads.dtype
+        )
         return replace(self, heads=self.heads.at[at.pages, at.offsets].set(joined, mode="drop"))
 
     def take(self, ids: Array) -> tuple[Array, Array]:

@@ -63,7 +63,7 @@ def rotate_and_store_in_xla(
     heads: Array, cos: Array, sin: Array, pages: LayerPages, tables: Array, positions: Array
 ) -> tuple[Array, LayerPages]:
     """`rotate_and_store` for any platform, as XLA compiles it."""
-    K = pages.keys.shape[1] if isinstance(pages, SplitPages) else pages.kv_heads
+    K = pages.kv_heads
     H = heads.shape[2] - 2 * K
     turn = partial(rotate, cos=cos, sin=sin)
     stored = pages.store(turn(heads[:, :, H : H + K]), heads[:, :, H + K :], addresses(tables, positions))

@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("model", nargs="?", help="hub id, local directory or .gguf file; nothing: SmolLM2-135M-Instruct")
     flag("--tokenizer", type=Path, help="local directory or .gguf file; default: the model's own")
     flag("--host", default="127.0.0.1", help="address to listen on")
-    flag("--port", type=_between(0, 65535), default=8000, help="port to listen on; 0 picks a free one")
+    flag("--port", type=between(0, 65535), default=8000, help="port to listen on; 0 picks a free one")
     flag("--uds", type=Path, help="listen on this Unix socket instead of host and port")
     flag("--ssl-keyfile", type=Path, help="serve HTTPS with this key")
     flag("--ssl-certfile", type=Path, help="and this certificate")
@@ -156,12 +156,12 @@ def _parser() -> argparse.ArgumentParser:
         help="of matrices: int8 with a scale for 32 weights, GGUF's Q8_0 taken as it is; default: none",
     )
     flag("--revision", help="branch, tag or commit of a hub id")
-    flag("--max-model-len", type=_between(2, 1 << 24), help="tokens of prompt and output; default: the model's")
-    flag("--tensor-parallel-size", type=_between(1, 1024), default=1, help="devices over which the model is cut")
-    flag("--max-num-seqs", type=_between(1, 1024), default=16, help="requests that run at once")
+    flag("--max-model-len", type=between(2, 1 << 24), help="tokens of prompt and output; default: the model's")
+    flag("--tensor-parallel-size", type=between(1, 1024), default=1, help="devices over which the model is cut")
+    flag("--max-num-seqs", type=between(1, 1024), default=16, help="requests that run at once")
     flag(
         "--max-num-batched-tokens",
-        type=_between(17, 1 << 20),
+        type=between(17, 1 << 20),
         help="prompt and decode tokens of one step; default: 256 and one for each of --max-num-seqs",
     )
     flag(
@@ -182,11 +182,11 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_MAX_LOGPROBS,
         help="most alternatives per token; -1: 20, but prompt_logprobs may be any number, or -1 for all tokens",
     )
-    flag("--max-num-queued-reqs", type=_between(1, 1 << 20), default=1024, help="unfinished requests before 429")
-    flag("--max-num-queued-tokens", type=_between(1, 1 << 40), help="their prompt tokens before 429; default: no limit")
+    flag("--max-num-queued-reqs", type=between(1, 1 << 20), default=1024, help="unfinished requests before 429")
+    flag("--max-num-queued-tokens", type=between(1, 1 << 40), help="their prompt tokens before 429; default: no limit")
     flag(
         "--seed",
-        type=_between(0, (1 << 63) - 1),
+        type=between(0, (1 << 63) - 1),
         help="of what requests without a seed draw; default: another each start",
     )
     flag(
@@ -237,10 +237,10 @@ def _parser() -> argparse.ArgumentParser:
         default=False,
         help="log each request: its id, prompt and fields",
     )
-    flag("--max-log-len", type=_between(0, 1 << 30), help="characters of a prompt in that log; default: all")
+    flag("--max-log-len", type=between(0, 1 << 30), help="characters of a prompt in that log; default: all")
     flag("--uvicorn-log-level", choices=("critical", "error", "warning", "info", "debug", "trace"), default="warning")
     flag("--compilation-cache-dir", type=Path, default=Path("~/.cache/logprobd/xla"), help="kept executables")
-    flag("--shutdown-timeout", type=_between(0, 3600), default=30, help="seconds that running requests get at the end")
+    flag("--shutdown-timeout", type=between(0, 3600), default=30, help="seconds that running requests get at the end")
     for name in _ALWAYS_SO:
         flag(name, action="store_true", dest="always_so", help=argparse.SUPPRESS)
     for name, value in _ONE_VALUE.items():
@@ -249,7 +249,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _between(low: int, high: int) -> Callable[[str], int]:
+def between(low: int, high: int) -> Callable[[str], int]:
+    """The type of an integer flag within bounds."""
+
     def integer(text: str) -> int:
         try:
             value = int(text)
@@ -263,7 +265,7 @@ def _between(low: int, high: int) -> Callable[[str], int]:
 
 
 def _max_logprobs(text: str) -> int:
-    return -1 if text == "-1" else _between(1, _MAX_LOGPROBS_LIMIT)(text)
+    return -1 if text == "-1" else between(1, _MAX_LOGPROBS_LIMIT)(text)
 
 
 def _memory(text: str) -> MemoryAmount:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from serve.config import ServeConfig
-from serve.flags import parse_args, words_of
+from serve.flags import between, parse_args, words_of
 
+_MOST_REPLICAS = 1 << 16
 _UNSUPPORTED = ("uds",)  # what Ray Serve's proxy cannot do
 
 type Device = Literal["cpu", "cuda", "tpu"]
@@ -88,9 +89,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     flag = parser.add_argument
     flag("--address", help="of a Ray cluster, or auto; default: Ray is started on this machine")
-    flag("--num-replicas", type=_positive, help="engines, each with its own weights and cache; default: 1")
-    flag("--min-replicas", type=_positive, help="with --max-replicas, instead of --num-replicas: as the load wants")
-    flag("--max-replicas", type=_positive, help="the most that the load may have started")
+    flag(
+        "--num-replicas",
+        type=between(1, _MOST_REPLICAS),
+        help="engines, each with its own weights and cache; default: 1",
+    )
+    flag(
+        "--min-replicas",
+        type=between(1, _MOST_REPLICAS),
+        help="with --max-replicas, instead of --num-replicas: as the load wants",
+    )
+    flag("--max-replicas", type=between(1, _MOST_REPLICAS), help="the most that the load may have started")
     flag("--target-ongoing-requests", type=_above_zero, help="of a replica, which the number of replicas follows")
     flag(
         "--device",
@@ -116,12 +125,6 @@ def _check(parser: argparse.ArgumentParser, values: argparse.Namespace, config: 
     for name in _UNSUPPORTED:
         if getattr(config, name):
             parser.error(f"argument --{name}: not with Ray Serve, whose proxy listens on --host and --port")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
 
 
 def _above_zero(text: str) -> float:

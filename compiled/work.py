@@ -67,8 +67,8 @@ def work_of(model: BoundModel, shape: Shape, context: int) -> Work | None:
 
 def _bytes_per_token(model: BoundModel) -> int:
     """Bytes of a token's keys and values on one device."""
-    hidden = model.cut.hidden_size * jnp.dtype(model.dtype).itemsize
-    return model.cache_layout.bytes_per_page // PAGE_SIZE - hidden
+    layout = model.cache_layout
+    return layout.bytes_per_page // PAGE_SIZE - layout.hidden_size * jnp.dtype(model.dtype).itemsize
 
 
 def _linked(shards: int, size: int) -> int:

@@ -1,13 +1,16 @@
 """A model's steps are compiled for chips that are not here: by the real compilers, with the kernels meant for them."""
 
+import dataclasses
 import json
 import platform
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from compiled import work
@@ -178,6 +181,18 @@ def test_a_prefill_runs_no_head_and_a_block_of_prompt_rows_only_that() -> None:
     assert prefill.flops == 256 * (decode.flops - 2 * 151_936 * 896)
     assert block.flops == 64 * 2 * 151_936 * 896
     assert work_of(qwen(), SlotShape(17), context=0) is None
+
+
+def test_a_token_of_a_tpu_counts_without_what_fills_up_its_hidden_state() -> None:
+    """Of 576 features, 640 are stored; two heads of 64 are two of 128, keys and values, in 24 layers."""
+    config = dataclasses.replace(qwen().config, hidden_size=576)
+    device: Any = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+    mesh: Any = SimpleNamespace(size=1, devices=np.array([device]))
+    model = dataclasses.replace(qwen(), config=config, mesh=mesh)
+    few, many = (work_of(model, StepShape(1, 1, 64), context=tokens) for tokens in (0, 10))
+    assert few is not None
+    assert many is not None
+    assert many.read - few.read == 10 * 24 * 2 * 2 * 128 * 2
 
 
 def test_a_ring_passes_a_sum_round_twice() -> None:

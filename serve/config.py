@@ -1,60 +1,104 @@
-"""ServeConfig: what the command line says."""
+"""What the command line says: EngineConfig of a model and its engine, ServeConfig of a server around it."""
 
+import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve.memory import MemoryAmount
+from serve.memory import MemoryAmount, parse_memory
 from serve.openai.schema import LogprobsMode
+from serve.options import between, option
 
 DEFAULT_MAX_LOGPROBS = 20
 
+_MAX_LOGPROBS_LIMIT = 1024  # a program with a larger top-k would be slow for every request
 
-@dataclass(frozen=True, slots=True)
-class ServeConfig:
-    """Options of one server."""
+# Headings of --help.
+_MODEL = "model"
+_NUMBERS = "numbers"
+_ENGINE = "batches and memory"
+_PLACE = "address and access"
+_API = "what requests may say, and get"
+_PROCESS = "logs and process"
 
-    model: str | None  # hub id, directory or .gguf file; None is the default model
-    tokenizer: Path | None  # directory or .gguf file; None: the model's own
-    host: str
-    port: int
-    uds: Path | None  # a Unix socket instead of host and port
-    ssl_keyfile: Path | None
-    ssl_certfile: Path | None
-    root_path: str  # under which a proxy serves this
-    allowed_origins: tuple[str, ...]
-    allowed_methods: tuple[str, ...]
-    allowed_headers: tuple[str, ...]
-    allow_credentials: bool
-    api_key: tuple[str, ...]
-    served_model_name: tuple[str, ...]  # empty: the model as named
-    dtype: str  # "bfloat16", "float32", or "auto" until the model is known
-    quantization: str | None  # "int8"
-    revision: str | None
-    max_model_len: int | None  # None: the model's own
-    tensor_parallel_size: int  # devices over which the model is cut
-    max_num_seqs: int
-    max_num_batched_tokens: int | None  # None: 256 and a row for each of max_num_seqs
-    kv_cache_memory: MemoryAmount | None  # None: 1 GiB, or one request of full length
-    enable_prefix_caching: bool
-    max_logprobs: int  # -1: prompts may be scored on the whole vocabulary
-    max_num_queued_reqs: int
-    max_num_queued_tokens: int | None  # prompt tokens of unfinished requests; None: no limit
-    seed: int | None  # of requests without one; None draws anew at every start
-    logprobs_mode: LogprobsMode
-    return_tokens_as_token_ids: bool
-    generation_config: str  # "auto", "vllm", a folder or a file
-    override_generation_config: str  # a JSON object
-    chat_template: str | None  # a file, or the template itself
-    trust_request_chat_template: bool
-    response_role: str
-    enable_force_include_usage: bool
-    disable_fastapi_docs: bool
-    vllm_metrics: bool
-    enable_log_requests: bool
-    max_log_len: int | None  # characters of a prompt in the log
-    uvicorn_log_level: str
-    compilation_cache_dir: Path
-    shutdown_timeout: int  # seconds
+
+def _max_logprobs(text: str) -> int:
+    return -1 if text == "-1" else between(1, _MAX_LOGPROBS_LIMIT)(text)
+
+
+def _memory(text: str) -> MemoryAmount:
+    try:
+        return parse_memory(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _strings(text: str) -> tuple[str, ...]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON list of strings, such as ["*"]')
+    return tuple(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Which model, and how it runs."""
+
+    model: str | None = option(_MODEL, "hub id, local directory or .gguf file; nothing: SmolLM2-135M-Instruct")
+    tokenizer: Path | None = option(_MODEL, "local directory or .gguf file; default: the model's own", Path)
+    revision: str | None = option(_MODEL, "branch, tag or commit of a hub id")
+    dtype: str = option(
+        _MODEL,
+        "of weights and cache; auto: float32 for a model that is stored so, else bfloat16",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+    )
+    quantization: str | None = option(
+        _MODEL,
+        "of matrices: int8 with a scale for 32 weights, GGUF's Q8_0 taken as it is; default: none",
+        choices=("int8",),
+    )
+    chat_template: str | None = option(_MODEL, "a Jinja file, or the template itself, instead of the model's")
+    generation_config: str = option(
+        _MODEL, "defaults of requests: auto (the model's file), vllm (none), a path", default="auto"
+    )
+    override_generation_config: str = option(_MODEL, "JSON object that stands over that file", default="{}")
+
+    max_logprobs: int = option(
+        _NUMBERS,
+        "most alternatives per token; -1: 20, but prompt_logprobs may be any number, or -1 for all tokens",
+        _max_logprobs,
+        default=DEFAULT_MAX_LOGPROBS,
+    )
+    seed: int | None = option(
+        _NUMBERS, "of what requests without a seed draw; default: another each start", between(0, (1 << 63) - 1)
+    )
+
+    max_model_len: int | None = option(
+        _ENGINE, "tokens of prompt and output; default: the model's", between(2, 1 << 24)
+    )
+    max_num_seqs: int = option(_ENGINE, "requests that run at once", between(1, 1024), default=16)
+    max_num_batched_tokens: int | None = option(
+        _ENGINE,
+        "prompt and decode tokens of one step; default: 256 and one for each of --max-num-seqs",
+        between(17, 1 << 20),
+    )
+    kv_cache_memory: MemoryAmount | None = option(
+        _ENGINE,
+        "of the page cache: bytes, such as 800M or 2GiB, or a share of what the weights leave free, such as 0.5; "
+        "default: 1GiB, or what one request of full length needs",
+        _memory,
+    )
+    enable_prefix_caching: bool = option(_ENGINE, "keep full pages for prompts that begin alike", None, default=True)
+    tensor_parallel_size: int = option(_ENGINE, "devices over which the model is cut", between(1, 1024), default=1)
+    max_num_queued_reqs: int = option(_ENGINE, "unfinished requests before 429", between(1, 1 << 20), default=1024)
+    max_num_queued_tokens: int | None = option(
+        _ENGINE, "their prompt tokens before 429; default: no limit", between(1, 1 << 40)
+    )
+    compilation_cache_dir: Path = option(_PROCESS, "kept executables", Path, default=Path("~/.cache/logprobd/xla"))
 
     @property
     def computed_logprobs(self) -> int:
@@ -70,3 +114,55 @@ class ServeConfig:
     def batched_tokens(self) -> int:
         """Prompt and decode tokens of one step at most."""
         return self.max_num_batched_tokens or 256 + self.max_num_seqs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig(EngineConfig):
+    """Options of one server."""
+
+    model: str | None = option(
+        _MODEL, "hub id, local directory or .gguf file; nothing: SmolLM2-135M-Instruct", positional=True
+    )
+
+    host: str = option(_PLACE, "address to listen on", default="127.0.0.1")
+    port: int = option(_PLACE, "port to listen on; 0 picks a free one", between(0, 65535), default=8000)
+    uds: Path | None = option(_PLACE, "listen on this Unix socket instead of host and port", Path)
+    ssl_keyfile: Path | None = option(_PLACE, "serve HTTPS with this key", Path)
+    ssl_certfile: Path | None = option(_PLACE, "and this certificate", Path)
+    root_path: str = option(_PLACE, "path under which a proxy serves this", default="")
+    api_key: tuple[str, ...] = option(
+        _PLACE,
+        "a key that clients must send; may be given again; default: $LOGPROBD_API_KEY and $VLLM_API_KEY",
+        default=(),
+        many=True,
+    )
+    allowed_origins: tuple[str, ...] = option(_PLACE, "for CORS, as a JSON list", _strings, default=("*",))
+    allowed_methods: tuple[str, ...] = option(_PLACE, "for CORS, as a JSON list", _strings, default=("*",))
+    allowed_headers: tuple[str, ...] = option(_PLACE, "for CORS, as a JSON list", _strings, default=("*",))
+    allow_credentials: bool = option(_PLACE, "for CORS", None, default=False)
+
+    served_model_name: tuple[str, ...] = option(_API, "name in the API; may be given again", default=(), many=True)
+    logprobs_mode: LogprobsMode = option(
+        _API,
+        "numbers of generated tokens: before or after penalties, masks, temperature and filters",
+        choices=("raw_logprobs", "processed_logprobs"),
+        default="raw_logprobs",
+    )
+    return_tokens_as_token_ids: bool = option(_API, "write tokens as token_id:123", None, default=False)
+    trust_request_chat_template: bool = option(_API, "take templates from requests", None, default=False)
+    response_role: str = option(_API, "role of replies", default="assistant")
+    enable_force_include_usage: bool = option(_API, "end every stream with its usage", None, default=False)
+    disable_fastapi_docs: bool = option(_API, "no /docs and no /openapi.json", None, default=False)
+
+    vllm_metrics: bool = option(_PROCESS, "every number of /metrics under vLLM's name, too", None, default=False)
+    enable_log_requests: bool = option(_PROCESS, "log each request: its id, prompt and fields", None, default=False)
+    max_log_len: int | None = option(_PROCESS, "characters of a prompt in that log; default: all", between(0, 1 << 30))
+    uvicorn_log_level: str = option(
+        _PROCESS,
+        "of the HTTP server",
+        choices=("critical", "error", "warning", "info", "debug", "trace"),
+        default="warning",
+    )
+    shutdown_timeout: int = option(
+        _PROCESS, "seconds that running requests get at the end", between(0, 3600), default=30
+    )

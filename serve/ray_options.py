@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from serve.config import ServeConfig
-from serve.flags import between, parse_args, words_of
+from serve.flags import command_line, parse_args
+from serve.options import between
 
 _MOST_REPLICAS = 1 << 16
 _UNSUPPORTED = ("uds",)  # what Ray Serve's proxy cannot do
@@ -74,7 +75,7 @@ def options_of(args: Mapping[str, Any], environ: Mapping[str, str] = os.environ)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return parse_ray_args(words_of(args), environ)
+            return parse_ray_args(command_line().words_of(args), environ)
     except SystemExit:
         raise ValueError(said.getvalue().strip().rpartition("error: ")[2] or "args: --help is no option here") from None
 

@@ -20,9 +20,9 @@ class Replica:
         """Loads and compiles; Ray sends requests when this has returned.
 
         Raises:
-            serve.assembly.STARTUP_ERRORS: what is wrong, in words for the user.
+            serve.startup.STARTUP_ERRORS: what is wrong, in words for the user.
         """
-        self._served, self._app = assemble(config, Console(stderr=True, highlight=False))
+        self._served = assemble(config, Console(stderr=True, highlight=False))
         self._id = serve.get_replica_context().replica_id.unique_id
 
     def check_health(self) -> None:
@@ -50,7 +50,7 @@ class Replica:
         del blocks
         yield []
         messages: asyncio.Queue[Message] = asyncio.Queue()
-        app = asyncio.create_task(_run(self._app, scope, body, messages))
+        app = asyncio.create_task(_run(self._served.app, scope, body, messages))
         try:
             async for some in _batches(messages, app):
                 yield some

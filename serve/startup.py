@@ -1,4 +1,4 @@
-"""From a ServeConfig to a running engine: files, weights, programs, with progress on the terminal."""
+"""From an EngineConfig to a running engine: files, weights, programs, with progress on the terminal."""
 
 import hashlib
 import os
@@ -25,48 +25,76 @@ from compiled.programs import Program, RefusedError, use_persistent_cache
 from compiled.runner import ModelRunner
 from compiled.shapes import Buckets, make_buckets
 from compiled.state import MAX_SCORED_IDS
-from model.config import ModelConfig
+from model.config import ConfigError, ModelConfig
 from model.kv_cache import PAGE_SIZE
 from model.sharding import tensor_mesh
 from model.transformer import BoundModel
 from model.weights.checkpoint import Checkpoint
+from model.weights.errors import ModelLoadError
 from model.weights.gguf import GgufCheckpoint
 from model.weights.load import open_checkpoint
 from model.weights.source import ModelSource, default_model_path, resolve_model
-from serve.config import ServeConfig
+from serve.config import EngineConfig
 from serve.engine.engine import Engine
+from serve.engine.observer import Observer
 from serve.engine.request import EngineLimits
 from serve.memory import free_memory
-from serve.metrics import Metrics
-from serve.openai.defaults import GenerationDefaults, defaults_of
+from serve.openai.defaults import DefaultsError, GenerationDefaults, defaults_of
 from serve.plan import MemoryPlan, PlanError, plan_memory
 from serve.text.chat_template import ChatTemplateError
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
-from serve.text.tokenizer import Tokenizer, load_tokenizer
+from serve.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 
 class StartupError(Exception):
     """The options and the model do not fit together; the message is meant for whoever started us."""
 
 
+# What is wrong with a model or the options, in words for whoever started us.
+STARTUP_ERRORS = (ModelLoadError, ConfigError, TokenizerError, DefaultsError, StartupError)
+
+
 @dataclass(frozen=True, slots=True)
-class Served:
-    """Everything the HTTP layer needs."""
+class Loaded:
+    """A model that is compiled, and what belongs to it."""
 
     name: str
-    engine: Engine
     runner: ModelRunner
     tokenizer: Tokenizer
+    limits: EngineLimits
+    chat_template: str | None  # instead of the tokenizer's
     fingerprint: str
     defaults: GenerationDefaults
-    metrics: Metrics
+    config: EngineConfig  # with the dtype that was chosen
+
+    def cache_labels(self) -> dict[str, str]:
+        """What a dashboard is told of the cache."""
+        return {
+            "block_size": str(PAGE_SIZE),
+            "num_gpu_blocks": str(self.runner.pages - 1),
+            "cache_dtype": self.config.dtype,
+            "enable_prefix_caching": str(self.config.enable_prefix_caching),
+        }
+
+    def start_engine(self, observer: Observer | None = None) -> Engine:
+        """An engine that runs; `observer` is told of its work."""
+        config = self.config
+        engine = Engine(
+            self.runner,
+            self.limits,
+            max_waiting=config.max_num_queued_reqs,
+            max_num_batched_tokens=config.batched_tokens,
+            prefix_caching=config.enable_prefix_caching,
+            max_waiting_tokens=config.max_num_queued_tokens,
+            seed=config.seed,
+            observer=observer,
+        )
+        engine.start()
+        return engine
 
 
-def start(config: ServeConfig, console: Console, chat_template: str | None = None) -> Served:
-    """Loads, compiles and starts the engine.
-
-    Args:
-        chat_template: instead of the model's.
+def load(config: EngineConfig, console: Console) -> Loaded:
+    """Loads and compiles a model, with progress on the console.
 
     Raises:
         ModelLoadError, ConfigError, TokenizerError, DefaultsError, StartupError: what is wrong, in words for the user.
@@ -75,6 +103,7 @@ def start(config: ServeConfig, console: Console, chat_template: str | None = Non
         use_persistent_cache(config.compilation_cache_dir.expanduser())
     except (OSError, RuntimeError) as error:
         raise StartupError(f"--compilation-cache-dir {config.compilation_cache_dir}: {error}") from error
+    template = chosen_template(config)
     source = _find(config)
     defaults = defaults_of(config.generation_config, config.override_generation_config, source.path)
     if said := defaults.said():
@@ -87,7 +116,7 @@ def start(config: ServeConfig, console: Console, chat_template: str | None = Non
         model_config = checkpoint.config
         max_model_len = _max_model_len(config, model_config)
         check_tokenizer(source.name, tokenizer, model_config.vocab_size)
-        check_template(source.name, tokenizer, chat_template)
+        check_template(source.name, tokenizer, template)
         config = replace(config, dtype=chosen_dtype(config, checkpoint))
         buckets = make_buckets(
             max_num_seqs=config.max_num_seqs,
@@ -112,32 +141,18 @@ def start(config: ServeConfig, console: Console, chat_template: str | None = Non
         max_scored_ids=MAX_SCORED_IDS,
         whole_vocabulary=config.max_logprobs == -1,
     )
-    name = (*config.served_model_name, source.name)[0]
-    metrics = Metrics(name, max_model_len=max_model_len, vllm_names=config.vllm_metrics)
-    engine = Engine(
-        runner,
-        limits,
-        max_waiting=config.max_num_queued_reqs,
-        max_num_batched_tokens=config.batched_tokens,
-        prefix_caching=config.enable_prefix_caching,
-        max_waiting_tokens=config.max_num_queued_tokens,
-        seed=config.seed,
-        observer=metrics,
-    )
-    metrics.watch(lambda: engine.gauges, _cache_labels(config, runner))
-    engine.start()
     fingerprint = system_fingerprint(config, runner.buckets, kernels_used(model))
-    return Served(source.name, engine, runner, tokenizer, fingerprint, defaults, metrics)
+    return Loaded(source.name, runner, tokenizer, limits, template, fingerprint, defaults, config)
 
 
-def _find(config: ServeConfig) -> ModelSource:
+def _find(config: EngineConfig) -> ModelSource:
     if config.model:
         return resolve_model(config.model, config.revision)
     path = default_model_path()
     return ModelSource("SmolLM2-135M-Instruct", path)
 
 
-def _tokenizer(config: ServeConfig, source: ModelSource, checkpoint: Checkpoint) -> Tokenizer:
+def _tokenizer(config: EngineConfig, source: ModelSource, checkpoint: Checkpoint) -> Tokenizer:
     if config.tokenizer is not None:
         return local_tokenizer(config.tokenizer.expanduser())
     if isinstance(checkpoint, GgufCheckpoint):
@@ -157,16 +172,6 @@ def local_tokenizer(path: Path) -> Tokenizer:
         checkpoint.close()
 
 
-def _cache_labels(config: ServeConfig, runner: ModelRunner) -> dict[str, str]:
-    """What a dashboard is told of the cache."""
-    return {
-        "block_size": str(PAGE_SIZE),
-        "num_gpu_blocks": str(runner.pages - 1),
-        "cache_dtype": config.dtype,
-        "enable_prefix_caching": str(config.enable_prefix_caching),
-    }
-
-
 def check_tokenizer(name: str, tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises StartupError for a tokenizer of another model than the one whose vocabulary has `vocab_size` tokens."""
     if tokenizer.vocab_size > vocab_size:
@@ -176,7 +181,7 @@ def check_tokenizer(name: str, tokenizer: Tokenizer, vocab_size: int) -> None:
             raise StartupError(f"{name}: eos_token_id {token_id} is none of the model's {vocab_size} tokens")
 
 
-def _max_model_len(config: ServeConfig, model: ModelConfig) -> int:
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     own = model.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > own:
         raise StartupError(f"--max-model-len {config.max_model_len} is above the model's own {own}")
@@ -184,7 +189,7 @@ def _max_model_len(config: ServeConfig, model: ModelConfig) -> int:
 
 
 def _load(
-    checkpoint: Checkpoint, config: ServeConfig, max_model_len: int, mesh: Mesh | None, console: Console
+    checkpoint: Checkpoint, config: EngineConfig, max_model_len: int, mesh: Mesh | None, console: Console
 ) -> BoundModel:
     columns = (TextColumn("loading  "), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console) as bar:
@@ -220,7 +225,22 @@ def check_template(name: str, tokenizer: Tokenizer, instead: str | None) -> None
         raise StartupError(f"{name}: the chat template fails: {error}") from None
 
 
-def chosen_dtype(config: ServeConfig, checkpoint: Checkpoint) -> str:
+def chosen_template(config: EngineConfig) -> str | None:
+    """The template that --chat-template names or is.
+
+    Raises:
+        StartupError: the file cannot be read.
+    """
+    option = config.chat_template
+    if option is None or "{" in option:
+        return option
+    try:
+        return Path(option).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"--chat-template {option}: cannot be read as a text file") from error
+
+
+def chosen_dtype(config: EngineConfig, checkpoint: Checkpoint) -> str:
     """Of weights and cache: what --dtype says, or float32 for a model whose matrices are all stored so."""
     if config.dtype != "auto":
         return config.dtype
@@ -228,7 +248,7 @@ def chosen_dtype(config: ServeConfig, checkpoint: Checkpoint) -> str:
     return "float32" if kinds == {"F32"} and config.quantization is None else "bfloat16"
 
 
-def _mesh(config: ServeConfig) -> Mesh | None:
+def _mesh(config: EngineConfig) -> Mesh | None:
     """The devices over which the model is cut; None: one."""
     count, devices = config.tensor_parallel_size, _devices()
     if count > len(devices):
@@ -245,7 +265,7 @@ def _devices() -> list[jax.Device]:
         raise StartupError(f"JAX finds no device of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}") from error
 
 
-def _plan(name: str, model: ModelConfig, buckets: Buckets, config: ServeConfig) -> MemoryPlan:
+def _plan(name: str, model: ModelConfig, buckets: Buckets, config: EngineConfig) -> MemoryPlan:
     try:
         return plan_memory(
             model,
@@ -262,7 +282,7 @@ def _plan(name: str, model: ModelConfig, buckets: Buckets, config: ServeConfig) 
 
 
 def _compile(
-    model: BoundModel, buckets: Buckets, pages: int, config: ServeConfig, max_model_len: int, console: Console
+    model: BoundModel, buckets: Buckets, pages: int, config: EngineConfig, max_model_len: int, console: Console
 ) -> ModelRunner:
     tokens = (pages - 1) * PAGE_SIZE
     size = pages * model.cut.shards * model.cache_layout.bytes_per_page / 1e6
@@ -294,7 +314,7 @@ def _reporter(bar: Progress, advance: Callable[[], None]) -> Callable[[Program],
     return report
 
 
-def system_fingerprint(config: ServeConfig, buckets: Buckets, kernels: Sequence[str]) -> str:
+def system_fingerprint(config: EngineConfig, buckets: Buckets, kernels: Sequence[str]) -> str:
     """Names what the numbers come from: versions, platform, weights, own kernels, and a digest of shapes and options.
 
     The same weights under the same fingerprint give the same bits on one CPU; on others too, but for what XLA

@@ -18,9 +18,8 @@ RUNS = """
 import contextlib, io, json, sys
 from serve.__main__ import main
 for arguments in json.loads(sys.argv[1]):
-    sys.argv[1:] = arguments
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        code = main()
+        code = main(arguments)
     print(json.dumps([code, said.getvalue()]))
 """
 

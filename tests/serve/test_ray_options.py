@@ -125,7 +125,7 @@ def loaded(module: str) -> set[str]:
 
 
 def test_a_server_needs_no_ray() -> None:
-    assert "ray" not in loaded("serve.__main__")
+    assert "ray" not in loaded("serve.server")
 
 
 def test_a_front_needs_no_model() -> None:

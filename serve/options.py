@@ -1,0 +1,168 @@
+"""A dataclass whose fields are a command line: each field says its flag, and a parser is made from them."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_KEY = "option"
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """How a field is read from the command line."""
+
+    group: str  # heading of --help under which it stands
+    help: str
+    read: Callable[[str], Any] | None  # from a word to the value; None: a switch that also has a --no- form
+    choices: tuple[str, ...] | None
+    many: bool  # may be given again; the field is a tuple
+    positional: bool
+    default: Any  # MISSING: it must be given
+
+    def declaration(self, name: str) -> tuple[str, dict[str, Any]]:
+        """What argparse's add_argument wants for a field of this name."""
+        about: dict[str, Any] = {"help": self.help + _told(self.default), "default": self.default}
+        if self.read is None:
+            return _flag(name), about | {"action": argparse.BooleanOptionalAction}
+        about |= {"type": self.read, "choices": self.choices}
+        if self.positional:
+            return name, about | ({"default": None} if self.default is MISSING else {"nargs": "?"})
+        if self.many:
+            return _flag(name), about | {"action": "append", "default": []}
+        return _flag(name), about | {"required": self.default is MISSING}
+
+
+def option(
+    group: str,
+    text: str,
+    read: Callable[[str], Any] | None = str,
+    *,
+    default: Any = None,
+    choices: tuple[str, ...] | None = None,
+    many: bool = False,
+    positional: bool = False,
+) -> Any:
+    """A field that is an option, described by `text`; its name with hyphens is the flag.
+
+    Args:
+        read: from a word to the value, raising argparse.ArgumentTypeError; None makes a switch.
+        default: dataclasses.MISSING for what must be given.
+    """
+    described = Option(group, text, read, choices, many, positional, default)
+    if default is MISSING:
+        return dataclasses.field(metadata={_KEY: described})
+    return dataclasses.field(default=default, metadata={_KEY: described})
+
+
+class CommandLine[C]:
+    """Reads the words of a command line, and a YAML file of them, into a dataclass of options."""
+
+    def __init__(self, kind: type[C], *, prog: str, description: str, epilog: str | None = None) -> None:
+        """`kind` is a dataclass whose fields are all made by `option`."""
+        self._kind = kind
+        fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # there is no public type for "a dataclass"
+        self._options: dict[str, Option] = {each.name: each.metadata[_KEY] for each in fields}
+        self._lists = tuple(name for name, each in self._options.items() if each.many)
+        self.parser = argparse.ArgumentParser(
+            prog=prog,
+            usage=" ".join([prog, *self._positionals(), "[flags]"]),
+            description=description,
+            epilog=epilog,
+            formatter_class=_Help,
+            allow_abbrev=False,
+        )
+        self.parser.add_argument("--config", type=Path, help="YAML file of flags; the command line stands over it")
+        groups: dict[str, Any] = {}
+        for name, each in self._options.items():
+            group = groups.get(each.group) or groups.setdefault(each.group, self.parser.add_argument_group(each.group))
+            word, about = each.declaration(name)
+            group.add_argument(word, **about)
+
+    def read(self, arguments: Sequence[str] | None = None) -> C:
+        """The options that are said; a mistake ends the process with code 2 and a line that names the flag.
+
+        Args:
+            arguments: those of the process, if None.
+        """
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--config", type=Path)
+        files, _ = first.parse_known_args(arguments)
+        said = {} if files.config is None else self._from_file(files.config)
+        self.parser.set_defaults(**{name: value for name, value in said.items() if name not in self._lists})
+        values = vars(self.parser.parse_args(arguments))
+        for name in self._lists:  # argparse would add to a default
+            values[name] = tuple(values[name] or said.get(name, ()))
+        return self._kind(**{name: values[name] for name in self._options})
+
+    def _from_file(self, path: Path) -> dict[str, Any]:
+        """Values of a YAML file, read as the flags read them."""
+        try:
+            said = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            self.parser.error(f"argument --config: {path}: {str(error).splitlines()[0]}")
+        if not isinstance(said, dict):
+            self.parser.error(f"argument --config: {path}: must be a mapping of flags to values")
+        return vars(self.parser.parse_args(self.words_of(said)))
+
+    def words_of(self, said: Mapping[str, Any]) -> list[str]:
+        """The command line that says what a mapping of flags to values says; an underscore may stand for a hyphen."""
+        words: list[str] = []
+        for key, value in said.items():
+            name = str(key).replace("-", "_")
+            if value is not None:
+                words += self._said(name, value)
+        return words
+
+    def _said(self, name: str, value: Any) -> list[str]:
+        flag = _flag(name)
+        if name in self._options and self._options[name].positional:
+            return [str(value)]
+        if isinstance(value, bool):
+            return [flag if value else flag.replace("--", "--no-", 1)]
+        if isinstance(value, list) and name in self._lists:
+            return [word for each in value for word in (flag, str(each))]
+        return [f"{flag}={json.dumps(value) if isinstance(value, list | dict) else value}"]
+
+    def _positionals(self) -> list[str]:
+        named = [(name.upper(), each.default) for name, each in self._options.items() if each.positional]
+        return [name if default is MISSING else f"[{name}]" for name, default in named]
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Flags in one column, what they do in another."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _told(default: Any) -> str:
+    """A default, where there is one to tell."""
+    if default is MISSING or default is False or default in (None, (), "", "{}"):
+        return ""
+    text = "on" if default is True else json.dumps(default) if isinstance(default, tuple) else str(default)
+    return f" (default: {text.replace('%', '%%')})"
+
+
+def between(low: int, high: int) -> Callable[[str], int]:
+    """Reads an integer within bounds."""
+
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
+        return value
+
+    return integer

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from rich.console import Console
 from starlette.applications import Starlette
 
 from serve.app import AppConfig, create_app
 from serve.config import ServeConfig
 from serve.engine.engine import Engine
 from serve.metrics import Metrics
+from serve.report import Reporter
 from serve.startup import load
 
 
@@ -17,17 +17,18 @@ class Served:
     """A running engine and the app around it."""
 
     names: tuple[str, ...]  # of the model, in the API
+    chats: bool  # whether there is a chat template
     engine: Engine
     app: Starlette
 
 
-def assemble(config: ServeConfig, console: Console) -> Served:
+def assemble(config: ServeConfig, reporter: Reporter) -> Served:
     """Starts the engine and makes the app around it.
 
     Raises:
         STARTUP_ERRORS: the model cannot be served.
     """
-    loaded = load(config, console)
+    loaded = load(config, reporter)
     names = config.served_model_name or (loaded.name,)
     metrics = Metrics(names[0], max_model_len=loaded.limits.max_model_len, vllm_names=config.vllm_metrics)
     engine = loaded.start_engine(metrics)
@@ -51,4 +52,5 @@ def assemble(config: ServeConfig, console: Console) -> Served:
         max_log_len=config.max_log_len,
         documented=not config.disable_fastapi_docs,
     )
-    return Served(names, engine, create_app(engine, loaded.tokenizer, app_config, metrics))
+    chats = loaded.chat_template is not None or loaded.tokenizer.chat_template is not None
+    return Served(names, chats, engine, create_app(engine, loaded.tokenizer, app_config, metrics))

@@ -13,13 +13,14 @@ DEFAULT_MAX_LOGPROBS = 20
 
 _MAX_LOGPROBS_LIMIT = 1024  # a program with a larger top-k would be slow for every request
 
-# Headings of --help.
+# Headings of --help. What a command has of its own comes before these.
 _MODEL = "model"
 _NUMBERS = "numbers"
 _ENGINE = "batches and memory"
 _PLACE = "address and access"
 _API = "what requests may say, and get"
 _PROCESS = "logs and process"
+GROUPS = (_MODEL, _NUMBERS, _ENGINE, _PLACE, _API, _PROCESS)
 
 
 def _max_logprobs(text: str) -> int:
@@ -47,9 +48,11 @@ def _strings(text: str) -> tuple[str, ...]:
 class EngineConfig:
     """Which model, and how it runs."""
 
-    model: str | None = option(_MODEL, "hub id, local directory or .gguf file; nothing: SmolLM2-135M-Instruct")
+    model: str | None = option(
+        _MODEL, "hub id, local directory or .gguf file; nothing: SmolLM2-135M-Instruct", metavar="MODEL"
+    )
     tokenizer: Path | None = option(_MODEL, "local directory or .gguf file; default: the model's own", Path)
-    revision: str | None = option(_MODEL, "branch, tag or commit of a hub id")
+    revision: str | None = option(_MODEL, "branch, tag or commit of a hub id", metavar="NAME")
     dtype: str = option(
         _MODEL,
         "of weights and cache; auto: float32 for a model that is stored so, else bfloat16",
@@ -61,17 +64,22 @@ class EngineConfig:
         "of matrices: int8 with a scale for 32 weights, GGUF's Q8_0 taken as it is; default: none",
         choices=("int8",),
     )
-    chat_template: str | None = option(_MODEL, "a Jinja file, or the template itself, instead of the model's")
-    generation_config: str = option(
-        _MODEL, "defaults of requests: auto (the model's file), vllm (none), a path", default="auto"
+    chat_template: str | None = option(
+        _MODEL, "a Jinja file, or the template itself, instead of the model's", metavar="FILE"
     )
-    override_generation_config: str = option(_MODEL, "JSON object that stands over that file", default="{}")
+    generation_config: str = option(
+        _MODEL, "defaults of requests: auto (the model's file), vllm (none), a path", default="auto", metavar="PATH"
+    )
+    override_generation_config: str = option(
+        _MODEL, "JSON object that stands over that file", default="{}", metavar="JSON"
+    )
 
     max_logprobs: int = option(
         _NUMBERS,
         "most alternatives per token; -1: 20, but prompt_logprobs may be any number, or -1 for all tokens",
         _max_logprobs,
         default=DEFAULT_MAX_LOGPROBS,
+        metavar="N",
     )
     seed: int | None = option(
         _NUMBERS, "of what requests without a seed draw; default: another each start", between(0, (1 << 63) - 1)
@@ -91,6 +99,7 @@ class EngineConfig:
         "of the page cache: bytes, such as 800M or 2GiB, or a share of what the weights leave free, such as 0.5; "
         "default: 1GiB, or what one request of full length needs",
         _memory,
+        metavar="BYTES",
     )
     enable_prefix_caching: bool = option(_ENGINE, "keep full pages for prompts that begin alike", None, default=True)
     tensor_parallel_size: int = option(_ENGINE, "devices over which the model is cut", between(1, 1024), default=1)
@@ -98,7 +107,22 @@ class EngineConfig:
     max_num_queued_tokens: int | None = option(
         _ENGINE, "their prompt tokens before 429; default: no limit", between(1, 1 << 40)
     )
-    compilation_cache_dir: Path = option(_PROCESS, "kept executables", Path, default=Path("~/.cache/logprobd/xla"))
+    compilation_cache_dir: Path = option(
+        _PROCESS, "kept executables", Path, default=Path("~/.cache/logprobd/xla"), metavar="DIR"
+    )
+    log_format: str = option(
+        _PROCESS,
+        "of start-up and logs on stderr; auto: a screen on a terminal, else plain lines",
+        choices=("auto", "plain", "json"),
+        default="auto",
+    )
+    log_level: str = option(
+        _PROCESS,
+        "of our own logs: debug (which tells of each program, too), info, warning, error",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        metavar="LEVEL",
+    )
 
     @property
     def computed_logprobs(self) -> int:
@@ -121,36 +145,49 @@ class ServeConfig(EngineConfig):
     """Options of one server."""
 
     model: str | None = option(
-        _MODEL, "hub id, local directory or .gguf file; nothing: SmolLM2-135M-Instruct", positional=True
+        _MODEL,
+        "hub id, local directory or .gguf file; nothing: SmolLM2-135M-Instruct",
+        positional=True,
+        metavar="MODEL",
     )
 
-    host: str = option(_PLACE, "address to listen on", default="127.0.0.1")
-    port: int = option(_PLACE, "port to listen on; 0 picks a free one", between(0, 65535), default=8000)
-    uds: Path | None = option(_PLACE, "listen on this Unix socket instead of host and port", Path)
-    ssl_keyfile: Path | None = option(_PLACE, "serve HTTPS with this key", Path)
-    ssl_certfile: Path | None = option(_PLACE, "and this certificate", Path)
-    root_path: str = option(_PLACE, "path under which a proxy serves this", default="")
+    host: str = option(_PLACE, "address to listen on", default="127.0.0.1", metavar="ADDRESS")
+    port: int = option(_PLACE, "port to listen on; 0 picks a free one", between(0, 65535), default=8000, metavar="N")
+    uds: Path | None = option(_PLACE, "listen on this Unix socket instead of host and port", Path, metavar="PATH")
+    ssl_keyfile: Path | None = option(_PLACE, "serve HTTPS with this key", Path, metavar="FILE")
+    ssl_certfile: Path | None = option(_PLACE, "and this certificate", Path, metavar="FILE")
+    root_path: str = option(_PLACE, "path under which a proxy serves this", default="", metavar="PATH")
     api_key: tuple[str, ...] = option(
         _PLACE,
         "a key that clients must send; may be given again; default: $LOGPROBD_API_KEY and $VLLM_API_KEY",
         default=(),
         many=True,
+        metavar="KEY",
     )
-    allowed_origins: tuple[str, ...] = option(_PLACE, "for CORS, as a JSON list", _strings, default=("*",))
-    allowed_methods: tuple[str, ...] = option(_PLACE, "for CORS, as a JSON list", _strings, default=("*",))
-    allowed_headers: tuple[str, ...] = option(_PLACE, "for CORS, as a JSON list", _strings, default=("*",))
+    allowed_origins: tuple[str, ...] = option(
+        _PLACE, "for CORS, as a JSON list", _strings, default=("*",), metavar="JSON"
+    )
+    allowed_methods: tuple[str, ...] = option(
+        _PLACE, "for CORS, as a JSON list", _strings, default=("*",), metavar="JSON"
+    )
+    allowed_headers: tuple[str, ...] = option(
+        _PLACE, "for CORS, as a JSON list", _strings, default=("*",), metavar="JSON"
+    )
     allow_credentials: bool = option(_PLACE, "for CORS", None, default=False)
 
-    served_model_name: tuple[str, ...] = option(_API, "name in the API; may be given again", default=(), many=True)
+    served_model_name: tuple[str, ...] = option(
+        _API, "name in the API; may be given again", default=(), many=True, metavar="NAME"
+    )
     logprobs_mode: LogprobsMode = option(
         _API,
-        "numbers of generated tokens: before or after penalties, masks, temperature and filters",
+        "numbers of generated tokens: raw_logprobs; processed_logprobs: after penalties, masks, temperature, filters",
         choices=("raw_logprobs", "processed_logprobs"),
         default="raw_logprobs",
+        metavar="MODE",
     )
     return_tokens_as_token_ids: bool = option(_API, "write tokens as token_id:123", None, default=False)
     trust_request_chat_template: bool = option(_API, "take templates from requests", None, default=False)
-    response_role: str = option(_API, "role of replies", default="assistant")
+    response_role: str = option(_API, "role of replies", default="assistant", metavar="NAME")
     enable_force_include_usage: bool = option(_API, "end every stream with its usage", None, default=False)
     disable_fastapi_docs: bool = option(_API, "no /docs and no /openapi.json", None, default=False)
 
@@ -159,10 +196,11 @@ class ServeConfig(EngineConfig):
     max_log_len: int | None = option(_PROCESS, "characters of a prompt in that log; default: all", between(0, 1 << 30))
     uvicorn_log_level: str = option(
         _PROCESS,
-        "of the HTTP server",
+        "of the HTTP server: critical, error, warning, info, debug, trace",
         choices=("critical", "error", "warning", "info", "debug", "trace"),
         default="warning",
+        metavar="LEVEL",
     )
     shutdown_timeout: int = option(
-        _PROCESS, "seconds that running requests get at the end", between(0, 3600), default=30
+        _PROCESS, "seconds that running requests get at the end", between(0, 3600), default=30, metavar="SECONDS"
     )

@@ -7,9 +7,22 @@ from dataclasses import replace
 from typing import Protocol
 
 from serve import __version__
-from serve.config import EngineConfig, ServeConfig
+from serve.config import GROUPS, EngineConfig, ServeConfig
 from serve.options import CommandLine
 
+_EPILOG = """\
+commands without a server, each with its own --help:
+  python -m serve score FILE      log-prob and rank of every token of a file
+  python -m serve chat            a chat in this terminal, its tokens coloured by surprise
+
+examples:
+  python -m serve                                         the default model on 127.0.0.1:8000
+  python -m serve Qwen/Qwen2.5-0.5B-Instruct --port 9000  a model of the hub
+  python -m serve model-q8_0.gguf --quantization int8     a file of this machine, in half the memory
+  python -m serve --dtype float32 --max-num-seqs 4        numbers to 1e-4, for few clients
+  LOGPROBD_API_KEY=... python -m serve --host 0.0.0.0     for other machines, who need the key
+  python -m serve --config serve.yaml --log-format json   flags from a file, logs for a machine
+"""
 _KEY_VARIABLES = ("LOGPROBD_API_KEY", "VLLM_API_KEY")
 # What vLLM switches with these is always so here: they are taken, so that its command lines work.
 _ALWAYS_SO = (
@@ -54,7 +67,11 @@ def parse_args(arguments: Sequence[str] | None = None, environ: Mapping[str, str
 def command_line() -> CommandLine[ServeConfig]:
     """The flags of a server."""
     line = CommandLine(
-        ServeConfig, prog="python -m serve", description="OpenAI-compatible server of exact log-probabilities."
+        ServeConfig,
+        prog="python -m serve",
+        description="OpenAI-compatible server of exact log-probabilities and ranks.",
+        epilog=_EPILOG,
+        order=GROUPS,
     )
     line.parser.add_argument("--version", action="version", version=f"logprobd {__version__}")
     for name in _ALWAYS_SO:

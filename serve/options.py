@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 _KEY = "option"
+_WIDTH = 100  # columns of --help at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +26,21 @@ class Option:
     many: bool  # may be given again; the field is a tuple
     positional: bool
     default: Any  # MISSING: it must be given
+    metavar: str | None  # what stands for the value in --help
+
+    @property
+    def placeholder(self) -> str | None:
+        """What stands for the value in --help."""
+        if self.metavar is not None or self.read is None:
+            return self.metavar
+        return "|".join(self.choices) if self.choices else _placeholder(self.read)
 
     def declaration(self, name: str) -> tuple[str, dict[str, Any]]:
         """What argparse's add_argument wants for a field of this name."""
         about: dict[str, Any] = {"help": self.help + _told(self.default), "default": self.default}
         if self.read is None:
             return _flag(name), about | {"action": argparse.BooleanOptionalAction}
-        about |= {"type": self.read, "choices": self.choices}
+        about |= {"type": self.read, "choices": self.choices, "metavar": self.placeholder}
         if self.positional:
             return name, about | ({"default": None} if self.default is MISSING else {"nargs": "?"})
         if self.many:
@@ -47,14 +57,17 @@ def option(
     choices: tuple[str, ...] | None = None,
     many: bool = False,
     positional: bool = False,
+    metavar: str | None = None,
 ) -> Any:
     """A field that is an option, described by `text`; its name with hyphens is the flag.
 
     Args:
         read: from a word to the value, raising argparse.ArgumentTypeError; None makes a switch.
         default: dataclasses.MISSING for what must be given.
+        many: it may be given again, and the field is a tuple.
+        metavar: what stands for the value in --help; None: the choices, or what `read` reads.
     """
-    described = Option(group, text, read, choices, many, positional, default)
+    described = Option(group, text, read, choices, many, positional, default, metavar)
     if default is MISSING:
         return dataclasses.field(metadata={_KEY: described})
     return dataclasses.field(default=default, metadata={_KEY: described})
@@ -63,8 +76,15 @@ def option(
 class CommandLine[C]:
     """Reads the words of a command line, and a YAML file of them, into a dataclass of options."""
 
-    def __init__(self, kind: type[C], *, prog: str, description: str, epilog: str | None = None) -> None:
-        """`kind` is a dataclass whose fields are all made by `option`."""
+    def __init__(
+        self, kind: type[C], *, prog: str, description: str, epilog: str | None = None, order: Sequence[str] = ()
+    ) -> None:
+        """Makes the parser.
+
+        Args:
+            kind: a dataclass whose fields are all made by `option`.
+            order: of the groups in --help; others come before these, as their first fields do.
+        """
         self._kind = kind
         fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # there is no public type for "a dataclass"
         self._options: dict[str, Option] = {each.name: each.metadata[_KEY] for each in fields}
@@ -77,12 +97,15 @@ class CommandLine[C]:
             formatter_class=_Help,
             allow_abbrev=False,
         )
-        self.parser.add_argument("--config", type=Path, help="YAML file of flags; the command line stands over it")
-        groups: dict[str, Any] = {}
+        self.parser.add_argument(
+            "--config", type=Path, metavar="FILE", help="YAML file of flags; the command line stands over it"
+        )
+        named = dict.fromkeys(each.group for each in self._options.values())
+        sequence = [name for name in named if name not in order] + [name for name in order if name in named]
+        groups = {name: self.parser.add_argument_group(name) for name in sequence}
         for name, each in self._options.items():
-            group = groups.get(each.group) or groups.setdefault(each.group, self.parser.add_argument_group(each.group))
             word, about = each.declaration(name)
-            group.add_argument(word, **about)
+            groups[each.group].add_argument(word, **about)
 
     def read(self, arguments: Sequence[str] | None = None) -> C:
         """The options that are said; a mistake ends the process with code 2 and a line that names the flag.
@@ -135,10 +158,23 @@ class CommandLine[C]:
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Flags in one column, what they do in another."""
+    """Flags in one column, what they do in another; a switch that is on by default shows how it is turned off."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32)
+        columns = min(_WIDTH, shutil.get_terminal_size().columns - 2)
+        super().__init__(prog, max_help_position=34, width=columns)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not isinstance(action, argparse.BooleanOptionalAction):
+            return super()._format_action_invocation(action)
+        flag = action.option_strings[0]
+        return flag.replace("--", "--[no-]", 1) if action.default else flag
+
+
+def _placeholder(read: Callable[[str], Any]) -> str:
+    if isinstance(read, Between):
+        return "N" if isinstance(read.low, int) else "X"
+    return "PATH" if read is Path else "TEXT"
 
 
 def _flag(name: str) -> str:
@@ -153,16 +189,25 @@ def _told(default: Any) -> str:
     return f" (default: {text.replace('%', '%%')})"
 
 
-def between(low: int, high: int) -> Callable[[str], int]:
-    """Reads an integer within bounds."""
+def between[N: (int, float)](low: N, high: N) -> "Between[N]":
+    """Reads a number within bounds, of their type."""
+    return Between(low, high)
 
-    def integer(text: str) -> int:
+
+@dataclass(frozen=True, slots=True)
+class Between[N: (int, float)]:
+    """Reads a number."""
+
+    low: N
+    high: N
+
+    def __call__(self, text: str) -> N:
+        """Raises argparse.ArgumentTypeError for what is no such number."""
+        kind = type(self.low)
         try:
-            value = int(text)
+            value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{value} is not between {low} and {high}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
+        if not self.low <= value <= self.high:
+            raise argparse.ArgumentTypeError(f"{value} is not between {self.low} and {self.high}")
         return value
-
-    return integer

@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 try:
     import ray
     from ray import serve
@@ -27,6 +25,8 @@ from serve.ray_front import Front
 from serve.ray_options import RayOptions, options_of, parse_ray_args
 from serve.ray_replica import Replica
 from serve.ray_router import PrefixRouter
+from serve.report import start_reporting
+from serve.report_events import Failed, Interrupted, Serving
 
 _NAME = "logprobd"  # of the application
 _ROOT = Path(__file__).resolve().parent.parent
@@ -79,36 +79,45 @@ def application(options: RayOptions, config: ServeConfig) -> serve.Application:
 def main() -> int:
     """Returns the exit code: 0 after SIGTERM or Ctrl-C, 1 where the model cannot be served."""
     options, config = parse_ray_args()
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    console = Console(stderr=True, highlight=False)
+    reporter = start_reporting(config)
     try:
         port = _free_port(config)
     except OSError as error:
-        console.print(f"error: cannot listen on {config.host} port {config.port}: {error.strerror}", soft_wrap=True)
+        reporter.tell(Failed(f"cannot listen on {config.host} port {config.port}: {error.strerror}"))
         return 1
     logging.getLogger("ray").setLevel(logging.WARNING)
     try:
         _start_ray(options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        console.print(f"error: --address {options.address}: {said}", markup=False, soft_wrap=True)
+        reporter.tell(Failed(f"--address {options.address}: {said}"))
         return 1
     try:
         if serve.status().proxies:
-            console.print("error: Ray Serve runs there already; give it deploy/rayservice.yaml's serveConfigV2 instead")
+            reporter.tell(
+                Failed("Ray Serve runs there already; give it deploy/rayservice.yaml's serveConfigV2 instead")
+            )
             return 1
         _start_serve(config, port)
         try:
             serve.run(application(options, config), name=_NAME, route_prefix="/")
         except RuntimeError as error:
-            console.print(f"error: {_why(error)}", markup=False, soft_wrap=True)
+            reporter.tell(Failed(_why(error)))
             return 1
         except KeyboardInterrupt:
+            reporter.tell(Interrupted())
             return 130
         end = _signalled()
         scheme = "http" if config.ssl_certfile is None else "https"
-        names = ", ".join(config.served_model_name) or config.model or "the default model"
-        console.print(f"serving  {names} at {scheme}://{config.host}:{port} (API under /v1)", soft_wrap=True)
+        reporter.tell(
+            Serving(
+                models=config.served_model_name or (config.model or "the default model",),
+                url=f"{scheme}://{config.host}:{port}",
+                keyed=bool(config.api_key),
+                chats=True,  # that the replicas know, and not we
+                documented=not config.disable_fastapi_docs,
+            )
+        )
         end.wait()
         serve.delete(_NAME)  # returns when running requests have ended
         return 0

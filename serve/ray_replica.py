@@ -6,11 +6,11 @@ from contextlib import suppress
 from typing import Any
 
 from ray import serve
-from rich.console import Console
 from starlette.types import ASGIApp, Message
 
 from serve.assembly import assemble
 from serve.config import ServeConfig
+from serve.report import start_reporting
 
 
 class Replica:
@@ -22,7 +22,7 @@ class Replica:
         Raises:
             serve.startup.STARTUP_ERRORS: what is wrong, in words for the user.
         """
-        self._served = assemble(config, Console(stderr=True, highlight=False))
+        self._served = assemble(config, start_reporting(config))
         self._id = serve.get_replica_context().replica_id.unique_id
 
     def check_health(self) -> None:

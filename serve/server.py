@@ -1,43 +1,55 @@
 """`python -m serve [MODEL] [flags]`: starts the engine and serves HTTP in the foreground."""
 
 import asyncio
-import logging
 import signal
 import socket
+import ssl
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import uvicorn
-from rich.console import Console
 from starlette.types import ASGIApp
 
-from serve.assembly import assemble
+from serve.assembly import Served, assemble
 from serve.config import ServeConfig
 from serve.flags import parse_args
+from serve.report import start_reporting
+from serve.report_events import Failed, Interrupted, Serving
 from serve.startup import STARTUP_ERRORS, StartupError
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit code: 0 after SIGTERM or Ctrl-C, 1 where the model cannot be served."""
+    """Returns the exit code: 0 after SIGTERM or Ctrl-C, 1 where it cannot serve, 130 for Ctrl-C before it does."""
     config = parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    console = Console(stderr=True, highlight=False)
-    try:
-        listener = _bind(config)  # first: an address in use is better said before minutes of loading
-        served = assemble(config, console)
-    except STARTUP_ERRORS as error:
-        console.print(f"error: {error}", markup=False, soft_wrap=True)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    server = _server(served.app, config)
-    # Not wrapped: whoever starts us reads the address from this line.
-    console.print(f"serving  {', '.join(served.names)} at {_address(config, listener)} (API under /v1)", soft_wrap=True)
-    try:
+    reporter = start_reporting(config)
+    with ExitStack() as stack:
+        try:
+            _check_certificate(config)
+            # Before minutes of loading: an address in use is better said now.
+            listener = stack.enter_context(_bind(config))
+            served = assemble(config, reporter)
+        except STARTUP_ERRORS as error:
+            reporter.tell(Failed(str(error)))
+            return 1
+        except KeyboardInterrupt:
+            reporter.tell(Interrupted())
+            return 130
+        stack.callback(served.engine.stop)
+        server = _server(served.app, config)
+        reporter.tell(_serving(config, served, listener))
         asyncio.run(server.serve(sockets=[listener]), loop_factory=server.config.get_loop_factory())
-    finally:
-        served.engine.stop()
     return 0
+
+
+def _serving(config: ServeConfig, served: Served, listener: socket.socket) -> Serving:
+    return Serving(
+        models=served.names,
+        url=_address(config, listener),
+        keyed=bool(config.api_key),
+        chats=served.chats,
+        documented=not config.disable_fastapi_docs,
+    )
 
 
 def _server(app: ASGIApp, config: ServeConfig) -> uvicorn.Server:
@@ -45,6 +57,7 @@ def _server(app: ASGIApp, config: ServeConfig) -> uvicorn.Server:
     server = uvicorn.Server(
         uvicorn.Config(
             app,
+            log_config=None,  # what it logs goes the way of all logs
             log_level=config.uvicorn_log_level,
             access_log=False,
             timeout_graceful_shutdown=config.shutdown_timeout,
@@ -68,7 +81,18 @@ def _address(config: ServeConfig, listener: socket.socket) -> str:
     if config.uds is not None:
         return f"unix:{config.uds}"
     host, port = listener.getsockname()[:2]
-    return f"{'http' if config.ssl_certfile is None else 'https'}://{host}:{port}"
+    shown = f"[{host}]" if ":" in host else host
+    return f"{'http' if config.ssl_certfile is None else 'https'}://{shown}:{port}"
+
+
+def _check_certificate(config: ServeConfig) -> None:
+    """Raises StartupError for files that uvicorn could not use, which it would say only after all is loaded."""
+    if config.ssl_certfile is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+    except OSError as error:  # ssl.SSLError is one
+        raise StartupError(f"--ssl-certfile {config.ssl_certfile}: {error.strerror or error}") from error
 
 
 def _bind(config: ServeConfig) -> socket.socket:

@@ -1,29 +1,20 @@
-"""From an EngineConfig to a running engine: files, weights, programs, with progress on the terminal."""
+"""From an EngineConfig to a running engine: files, weights, programs, with a Reporter told of each."""
 
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TransferSpeedColumn,
-)
 
 from compiled.load import kernels_used, load_model
-from compiled.programs import Program, RefusedError, use_persistent_cache
+from compiled.programs import RefusedError, Shape, use_persistent_cache
 from compiled.runner import ModelRunner
-from compiled.shapes import Buckets, make_buckets
+from compiled.shapes import Buckets, SlotShape, StateShape, make_buckets
 from compiled.state import MAX_SCORED_IDS
 from model.config import ConfigError, ModelConfig
 from model.kv_cache import PAGE_SIZE
@@ -41,6 +32,9 @@ from serve.engine.request import EngineLimits
 from serve.memory import free_memory
 from serve.openai.defaults import DefaultsError, GenerationDefaults, defaults_of
 from serve.plan import MemoryPlan, PlanError, plan_memory
+from serve.report import Reporter
+from serve.report_events import AllCompiled, DefaultsTaken, WeightsLoaded
+from serve.report_facts import cache_hits, memory_planned, model_found, program_compiled
 from serve.text.chat_template import ChatTemplateError
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
@@ -93,8 +87,8 @@ class Loaded:
         return engine
 
 
-def load(config: EngineConfig, console: Console) -> Loaded:
-    """Loads and compiles a model, with progress on the console.
+def load(config: EngineConfig, reporter: Reporter) -> Loaded:
+    """Loads and compiles a model.
 
     Raises:
         ModelLoadError, ConfigError, TokenizerError, DefaultsError, StartupError: what is wrong, in words for the user.
@@ -107,8 +101,7 @@ def load(config: EngineConfig, console: Console) -> Loaded:
     source = _find(config)
     defaults = defaults_of(config.generation_config, config.override_generation_config, source.path)
     if said := defaults.said():
-        told = ", ".join(f"{name} {value}" for name, value in said.items())
-        console.print(f"defaults {told} (--generation-config vllm: none of the model's)", soft_wrap=True)
+        reporter.tell(DefaultsTaken(said))
     mesh = _mesh(config)
     checkpoint = open_checkpoint(source)
     try:
@@ -124,13 +117,14 @@ def load(config: EngineConfig, console: Console) -> Loaded:
             max_num_batched_tokens=config.batched_tokens,
             whole_vocabulary=config.max_logprobs == -1,
         )
+        reporter.tell(model_found(source.name, checkpoint, config, max_model_len, mesh))
         plan = _plan(source.name, model_config, buckets, config)
-        console.print(f"plan     {plan}", soft_wrap=True)
-        model = _load(checkpoint, config, max_model_len, mesh, console)
+        reporter.tell(memory_planned(plan, max_model_len))
+        model = _load(checkpoint, config, max_model_len, mesh, reporter)
     finally:
         checkpoint.close()
     try:
-        runner = _compile(model, buckets, plan.pages, config, max_model_len, console)
+        runner = _compile(model, buckets, plan.pages, config, reporter)
     except RefusedError as error:
         raise StartupError(f"{source.name} cannot be compiled for this device: {error}") from error
     limits = EngineLimits(
@@ -189,23 +183,20 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def _load(
-    checkpoint: Checkpoint, config: EngineConfig, max_model_len: int, mesh: Mesh | None, console: Console
+    checkpoint: Checkpoint, config: EngineConfig, max_model_len: int, mesh: Mesh | None, reporter: Reporter
 ) -> BoundModel:
-    columns = (TextColumn("loading  "), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("weights", total=None)
+    began = time.perf_counter()
+    with reporter.loading() as progress:
         model = load_model(
             checkpoint,
             config.dtype,
-            lambda done, total: bar.update(task, completed=done, total=total),
+            progress,
             int8=config.quantization == "int8",
             max_model_len=max_model_len,
             mesh=mesh,
         )
     size = sum(leaf.nbytes for leaf in model.leaves)
-    kernels = ", ".join(kernels_used(model)) or "none, XLA does it all"
-    where = jax.default_backend() + (f", cut over {mesh.size} devices" if mesh else "")
-    console.print(f"weights  {size / 1e6:,.0f} MB {config.weights_as} on {where}; kernels: {kernels}", soft_wrap=True)
+    reporter.tell(WeightsLoaded(size, time.perf_counter() - began, kernels_used(model)))
     return model
 
 
@@ -281,37 +272,26 @@ def _plan(name: str, model: ModelConfig, buckets: Buckets, config: EngineConfig)
         raise StartupError(f"{name}: {error}") from None
 
 
-def _compile(
-    model: BoundModel, buckets: Buckets, pages: int, config: EngineConfig, max_model_len: int, console: Console
-) -> ModelRunner:
-    tokens = (pages - 1) * PAGE_SIZE
-    size = pages * model.cut.shards * model.cache_layout.bytes_per_page / 1e6
-    console.print(f"cache    {size:,.0f} MB, {tokens:,} tokens; at most {max_model_len:,} a request")
-    if tokens < max_model_len:
-        console.print("cache    it holds less than one request of full length: what needs more is refused")
-    count = len(buckets.steps()) + len(buckets.heads()) + 2  # and those that fill a slot and the state
-    with Progress(
-        TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    ) as bar:
-        task = bar.add_task("programs", total=count)
-        return ModelRunner(
+def _compile(model: BoundModel, buckets: Buckets, pages: int, config: EngineConfig, reporter: Reporter) -> ModelRunner:
+    # In the order in which they are begun.
+    shapes: tuple[Shape, ...] = (
+        StateShape(pages, buckets.slots),
+        *buckets.steps(),
+        *buckets.heads(),
+        SlotShape(buckets.slots),
+    )
+    began = time.perf_counter()
+    with cache_hits() as hits, reporter.compiling([shape.name for shape in shapes]) as ready:
+        runner = ModelRunner(
             model,
             buckets,
             pages=pages,
             max_logprobs=config.computed_logprobs,
-            on_compiled=_reporter(bar, lambda: bar.advance(task)),
+            on_compiled=lambda program: ready(program_compiled(program)),
         )
-
-
-def _reporter(bar: Progress, advance: Callable[[], None]) -> Callable[[Program], None]:
-    def report(program: Program) -> None:
-        advance()
-        bar.console.print(
-            f"  {program.name:<12} lower {program.lower_seconds:5.2f} s  compile {program.compile_seconds:5.2f} s"
-            f"  scratch {program.temp_bytes / 2**20:6.1f} MiB"
-        )
-
-    return report
+    cached = min(len(hits), len(shapes))
+    reporter.tell(AllCompiled(len(shapes), cached, time.perf_counter() - began))
+    return runner
 
 
 def system_fingerprint(config: EngineConfig, buckets: Buckets, kernels: Sequence[str]) -> str:

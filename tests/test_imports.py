@@ -18,6 +18,14 @@ FORBIDDEN = (
     ("serve.text", "serve.engine"),
     ("serve.openai", "jax"),
     ("serve.text", "jax"),
+    # The chat in a terminal is the engine without HTTP.
+    ("serve.terminal", "serve.openai"),
+    ("serve.terminal", "starlette"),
+    ("serve.terminal", "jax"),
+    ("serve.score", "serve.openai"),
+    ("serve.score", "jax"),
+    ("serve.engine", "rich"),
+    ("serve.openai", "rich"),
     # Ray is an extra: what serves without it must not need it.
     ("model", "ray"),
     ("compiled", "ray"),
@@ -84,6 +92,7 @@ def test_every_name_in_the_rules_is_a_folder_here() -> None:
         ("serve.text.tokenizer", "if True:\n    import serve.openai.chat", "serve.openai.chat"),
         ("serve.openai.chat", "import jax.numpy as jnp", "jax.numpy"),
         ("serve.text.tokenizer", "from jax import Array", "jax.Array"),
+        ("serve.terminal.session", "from serve.openai.chat import x", "serve.openai.chat.x"),
     ],
 )
 def test_a_forbidden_import_is_found(tmp_path: Path, module: str, source: str, found: str) -> None:

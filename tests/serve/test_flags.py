@@ -1,5 +1,7 @@
 """The command line: amounts of memory, defaults that follow from other flags, and flags that contradict each other."""
 
+import dataclasses
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +10,8 @@ import jax
 import pytest
 
 from serve import memory
-from serve.flags import parse_args
+from serve.config import GROUPS, ServeConfig
+from serve.flags import command_line, parse_args
 from serve.memory import MemoryAmount, parse_memory
 
 
@@ -170,3 +173,45 @@ def test_a_broken_file_ends_with_code_2(tmp_path: Path, text: str, capsys: pytes
         parse_args(["--config", str(file)])
     assert ended.value.code == 2
     assert "--" in capsys.readouterr().err
+
+
+def printed_help(monkeypatch: pytest.MonkeyPatch, columns: int) -> str:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    return command_line().parser.format_help()
+
+
+def test_help_has_every_option_in_its_group_with_words_about_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = printed_help(monkeypatch, 100)
+    assert re.findall(r"^(\S.*):$", text, re.MULTILINE)[:7] == ["options", *GROUPS]
+    for field in dataclasses.fields(ServeConfig):
+        option = field.metadata["option"]
+        assert option.help, field.name
+        assert option.group in GROUPS, field.name
+        word = "MODEL" if option.positional else "--" + field.name.replace("_", "-")
+        shown = re.compile(rf"^  (\[?{word}|{word.replace('--', r'--\[no-\]')})\b", re.MULTILINE)
+        section = text[text.index(f"\n{option.group}:\n") :].split("\n\n")[0]
+        assert len(shown.findall(section)) == 1, field.name
+
+
+@pytest.mark.parametrize(("columns", "widest"), [(200, 100), (100, 98), (80, 78)])
+def test_help_fits(columns: int, widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags, _, epilog = printed_help(monkeypatch, columns).partition("\ncommands without a server")
+    assert max(map(len, flags.splitlines())) <= widest
+    assert max(map(len, epilog.splitlines())) <= 100
+    assert not re.search(r"(?<![$A-Z_])[A-Z]{2,}_[A-Z_]+", flags)  # long names in capitals, but for $VARIABLES
+
+
+def test_help_shows_how_a_switch_is_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = printed_help(monkeypatch, 100)
+    assert "--[no-]enable-prefix-caching" in text
+    assert "--vllm-metrics " in text
+    assert not parse_args(["--vllm-metrics", "--no-vllm-metrics"]).vllm_metrics  # not shown, but there
+
+
+def test_examples_in_the_help_are_command_lines_that_are_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    examples = printed_help(monkeypatch, 100).partition("examples:\n")[2]
+    (tmp_path / "serve.yaml").write_text("port: 9000")
+    monkeypatch.chdir(tmp_path)
+    found = re.findall(r"python -m serve(.*?)(?:   |  \w|$)", examples, re.MULTILINE)
+    assert len(found) == 6
+    assert [parse_args(arguments.split()).port for arguments in found] == [8000, 9000, 8000, 8000, 8000, 9000]

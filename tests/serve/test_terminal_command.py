@@ -1,0 +1,99 @@
+"""`python -m serve chat` without a terminal: what goes where, and how it ends. The model is a script."""
+
+import io
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from serve.engine.engine import Engine
+from serve.openai.defaults import GenerationDefaults
+from serve.report_events import Failed, Interrupted
+from serve.startup import StartupError
+from serve.terminal import command
+from serve.text.tokenizer import Tokenizer
+from tests.serve.http_client import byte_tokenizer
+from tests.serve.test_terminal_session import scripted_engine
+
+
+class Told:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def tell(self, event: Any) -> None:
+        self.events.append(event)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    told = Told()
+    monkeypatch.setattr(command, "start_reporting", lambda _: told)
+    return told
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, typed: str, *arguments: str, tokenizer: Tokenizer | None = None
+) -> tuple[int, Engine]:
+    """The exit code of a chat into which `typed` is piped."""
+    engine, _ = scripted_engine(b"Hello, you")
+    engine.start()
+    loaded = SimpleNamespace(
+        name="m",
+        tokenizer=tokenizer or byte_tokenizer(),
+        chat_template=None,
+        limits=engine.limits,
+        defaults=GenerationDefaults(max_new_tokens=5),
+        fingerprint="fp",
+        start_engine=lambda: engine,
+    )
+    monkeypatch.setattr(command, "load", lambda *_: loaded)
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    try:
+        return command.main(arguments), engine
+    finally:
+        if engine.ready:
+            engine.stop()
+
+
+@pytest.mark.usefixtures("told")
+def test_replies_go_to_stdout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, engine = run(monkeypatch, "Hi\nand\\\nmore", "--system", "S")
+    assert (code, engine.ready) == (0, False)
+    assert capsys.readouterr() == ("Hello\nHello\n", "")  # five tokens each: the model's own default
+
+
+@pytest.mark.usefixtures("told")
+def test_what_fails_goes_to_stderr_and_into_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _ = run(monkeypatch, "refuse\nHi\n", "--max-tokens", "2")
+    out, error = capsys.readouterr()
+    assert (code, out) == (1, "He\n")
+    assert error.startswith("error: It is refused.; after /reset")
+
+
+def test_a_model_without_a_template_is_refused(monkeypatch: pytest.MonkeyPatch, told: Told) -> None:
+    bare = byte_tokenizer(add_bos=True)  # another object than the others'
+    monkeypatch.setattr(bare, "chat_template", None)
+    assert run(monkeypatch, "Hi\n", tokenizer=bare)[0] == 1
+    assert told.events == [Failed("m has no chat template: give one with --chat-template")]
+
+
+def fails_with(error: BaseException) -> Any:
+    def load(*_: object) -> None:
+        raise error
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "event"),
+    [(StartupError("why"), 1, Failed("why")), (KeyboardInterrupt(), 130, Interrupted())],
+)
+def test_how_a_start_ends(
+    monkeypatch: pytest.MonkeyPatch, told: Told, error: BaseException, code: int, event: object
+) -> None:
+    monkeypatch.setattr(command, "load", fails_with(error))
+    assert (command.main([]), told.events) == (code, [event])

@@ -1,0 +1,113 @@
+"""`python -m serve chat` in a process with a terminal of its own."""
+
+import fcntl
+import importlib.util
+import os
+import re
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.serve.server_process import ROOT
+from tests.serve.test_bad_models import templated
+
+_TIMEOUT = 120  # seconds after which something hangs; never reached otherwise
+# The terminal becomes the process's own, so that Ctrl-C reaches it; a shell may have SIGINT ignored in the background.
+RUN = """
+import fcntl, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from serve.__main__ import main
+sys.exit(main(["chat", *sys.argv[1:]]))
+"""
+SMALL = ("--max-num-batched-tokens", "17", "--max-model-len", "64", "--max-tokens", "8", "--temperature", "0")
+
+
+class Screen:
+    """A chat on a pseudo-terminal of 100 columns."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._ours, theirs = os.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+        environ = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", RUN, *arguments],
+            cwd=ROOT,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            env=environ | {"TERM": "xterm-256color", "COLORTERM": "truecolor"},
+        )
+        os.close(theirs)
+        self.seen = ""  # all of it, without escape sequences
+
+    def until(self, text: str) -> str:
+        """What comes up to a text, and with it."""
+        shown, raw, deadline = "", b"", time.monotonic() + _TIMEOUT
+        while text not in shown:
+            assert select.select([self._ours], [], [], max(0, deadline - time.monotonic()))[0], self.seen + shown
+            raw += self._read()
+            shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", raw.decode(errors="replace")).replace("\r\n", "\n")
+        self.seen += shown
+        return shown
+
+    def type(self, text: str) -> None:
+        """As a person would."""
+        os.write(self._ours, text.encode())
+
+    def ended(self) -> int:
+        """The exit code."""
+        return self.process.wait(_TIMEOUT)
+
+    def close(self) -> None:
+        """Ends it, however it is."""
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+
+    def _read(self) -> bytes:
+        try:
+            data = os.read(self._ours, 1 << 16)
+        except OSError:  # how Linux says that nobody has the other end any more
+            data = b""
+        assert data, f"it ended with {self.process.wait()}:\n{self.seen}"
+        return data
+
+
+@pytest.fixture
+def screen(tmp_path: Path) -> Iterator[Screen]:
+    model = templated("{% for m in messages %}{{ m.content }}{% endfor %}")(tmp_path / "model")
+    screen = Screen("--model", str(model), *SMALL, "--compilation-cache-dir", str(tmp_path / "xla"))
+    yield screen
+    screen.close()
+
+
+def test_a_chat_on_a_terminal(screen: Screen) -> None:
+    start = screen.until("> ")
+    for part in ("╭─ logprobd", "memory    █", "loading", "compiling", "✓ 5 programs compiled in", " 0.1 % "):
+        assert part in start, part
+    screen.type("\x03")  # Ctrl-C
+    screen.until("Ctrl-D or /quit ends")
+    screen.until("> ")
+    screen.type("abc\n")
+    reply = screen.until("> ")
+    assert re.search(r"\n8 tokens; [\d.]+ tokens/s; perplexity [\d.]+", reply), reply
+    assert "cut at the most tokens" in reply
+    screen.type("/why 1\n")
+    assert "token 1 of 8" in screen.until("> ")
+    screen.type("a" * 70 + "\n")
+    assert "error: the chat has 81 tokens" in screen.until("/retry sends the message")
+    if importlib.util.find_spec("readline"):
+        screen.until("> " + "a" * 70)  # put back, to be shortened
+        screen.type("\x15")  # Ctrl-U
+    screen.type("\x04")  # Ctrl-D
+    assert screen.ended() == 0
+    assert "Traceback" not in screen.seen

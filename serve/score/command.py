@@ -1,8 +1,222 @@
 """The command line."""
 
-from collections.abc import Sequence
+import asyncio
+import hashlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+from serve.report import Reporter, start_reporting
+from serve.report_events import Failed, Interrupted
+from serve.score.config import ScoreConfig, parse_args
+from serve.score.errors import ScoreError
+from serve.score.identity import files_digest, model_digest
+from serve.score.journal import (
+    Checkpoint,
+    Finish,
+    Journal,
+    Paths,
+    check_same,
+    finish,
+    open_journal,
+    read_checkpoint,
+    remove,
+)
+from serve.score.progress import open_meter
+from serve.score.rows import RowWriter
+from serve.score.run import InFlight, Pipeline
+from serve.score.scoring import Scoring
+from serve.score.source import Source, open_source
+from serve.score.texts import TextReader
+from serve.score.totals import summary
+from serve.score.windows import make_context
+from serve.startup import STARTUP_ERRORS, Loaded, chosen_template, load
+
+_ROUNDS = 4  # requests in the engine for each that runs: it shall never wait for one
+_MAX_TOKENS = 2**17  # of texts in flight: some tens of MB, with 20 alternatives each
+
+_GOES_ON = "stopped; the same command goes on from there"
+
+
+class _StoppedError(Exception):
+    """A signal came."""
+
+    def __init__(self, code: int, line: int) -> None:
+        super().__init__()
+        self.code = code  # the exit code
+        self.line = line  # the last that is written
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit code."""
-    raise NotImplementedError(arguments)
+    """Returns the exit code, as --help says."""
+    config = parse_args(arguments)
+    reporter = start_reporting(config)
+    paths = Paths(config.writes_to)
+    try:
+        at, rate = _score(config, paths, reporter)
+        finish(paths, at, _converter(config))
+    except (*STARTUP_ERRORS, ScoreError) as error:
+        reporter.tell(Failed(str(error)))
+        return 1
+    except OSError as error:
+        reporter.tell(Failed(f"{error.filename or paths.output}: {error.strerror or error}"))
+        return 1
+    except KeyboardInterrupt:  # before the first line, or after the last
+        reporter.tell(Failed(_GOES_ON) if paths.meta.exists() else Interrupted())
+        return 130
+    except _StoppedError as stopped:
+        reporter.tell(Failed(f"after line {stopped.line:,}: {_GOES_ON}"))
+        return stopped.code
+    for name, value in (*summary(at.sums), *rate, ("output", str(paths.output))):
+        print(f"{name:<11} {value}")
+    return 0
+
+
+def _score(config: ScoreConfig, paths: Paths, reporter: Reporter) -> tuple[Checkpoint, list[tuple[str, str]]]:
+    """Scores what is left; where the rows stand, and how fast it was."""
+    with open_source(config.file, TextReader.fields(config.text_field)) as source:
+        at = _begin(config, paths)
+        if at.complete:
+            return at, [("speed", "nothing to do: it was complete")]
+        with open_journal(paths, at) as journal:
+            loaded = load(config.engine, reporter)
+            made_with = at.made_with | {"fingerprint": loaded.fingerprint}
+            if "fingerprint" in at.made_with:
+                check_same(paths, at.made_with, made_with)
+            at.made_with = made_with
+            scoring = _scoring(config, source, loaded)
+            before, begun = at.sums.scored, time.monotonic()
+            _drive(config, scoring, loaded, journal)
+            at.complete, at.input_bytes = True, config.file.stat().st_size
+    new, seconds = at.sums.scored - before, time.monotonic() - begun
+    return at, [("speed", f"{new / seconds:,.0f} tokens/s")] if new else []
+
+
+def _begin(config: ScoreConfig, paths: Paths) -> Checkpoint:
+    """Where to begin: behind what an earlier run has written, if anything."""
+    if not paths.output.parent.is_dir():
+        raise ScoreError(f"--output {paths.output}: there is no folder {paths.output.parent}")
+    if config.overwrite:
+        remove(paths)
+    wanted = _identity(config)
+    found = read_checkpoint(paths)
+    if found is None or not (found.line or found.complete):
+        return Checkpoint(wanted)
+    check_same(paths, found.made_with, wanted | {"fingerprint": found.made_with.get("fingerprint")})
+    if found.complete and found.input_bytes != config.file.stat().st_size:
+        raise ScoreError(f"{config.file} has changed since {paths.output} was made of it: --overwrite begins anew")
+    return found
+
+
+def _identity(config: ScoreConfig) -> dict[str, Any]:
+    said = config.identity() | {"weights": model_digest(config.model, config.revision)}
+    if config.tokenizer is not None:
+        said["tokenizer"] += f" ({files_digest(config.tokenizer.expanduser())})"
+    if (template := chosen_template(config)) is not None:
+        said["chat_template"] = f"sha256 {hashlib.sha256(template.encode()).hexdigest()[:16]}"
+    return said
+
+
+def _scoring(config: ScoreConfig, source: Source, loaded: Loaded) -> Scoring:
+    limits = loaded.limits
+    return Scoring(
+        config.file,
+        source,
+        reader=TextReader(
+            loaded.tokenizer,
+            limits.vocab_size,
+            chat_template=loaded.chat_template,
+            text_field=config.text_field,
+            add_special_tokens=config.add_special_tokens,
+        ),
+        context=make_context(min(limits.max_model_len, limits.cache_tokens), config.long, config.stride),
+        writer=RowWriter(
+            loaded.tokenizer,
+            alternatives=config.top_logprobs,
+            per_token=config.per_token,
+            windowed=config.long == "window",
+            id_as_text=config.writes_parquet,
+        ),
+        limit=config.limit,
+        skips=config.on_error == "skip",
+    )
+
+
+def _drive(config: ScoreConfig, scoring: Scoring, loaded: Loaded, journal: Journal) -> None:
+    """Runs an engine and a scoring on it.
+
+    Raises:
+        _StoppedError: a signal came.
+    """
+    bounds = InFlight(
+        requests=min(config.max_num_queued_reqs, _ROUNDS * config.max_num_seqs),
+        tokens=config.max_num_queued_tokens or _MAX_TOKENS,
+    )
+    engine = loaded.start_engine()
+    pipeline = Pipeline(engine, bounds, config.top_logprobs)
+    with _Signals() as signals:
+        try:
+            with open_meter(sys.stderr, config.log_format, journal.at.sums.scored) as meter:
+                if journal.at.line:
+                    meter.say(f"goes on after line {journal.at.line:,} of {config.file}")
+                asyncio.run(signals.run(scoring.run(pipeline, journal, meter)))
+        except asyncio.CancelledError:
+            if signals.came is None:
+                raise
+            raise _StoppedError(128 + signals.came, journal.at.line) from None
+        finally:
+            engine.stop()
+
+
+class _Signals:
+    """While it is open, SIGINT and SIGTERM cancel what it runs, and do nothing while that ends."""
+
+    def __init__(self) -> None:
+        self.came: int | None = None  # the first
+        self._cancel: Callable[[], object] = lambda: None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._end)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    async def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs it to its end, or raises CancelledError."""
+        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+        self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)  # which also wakes the loop
+        if self.came is not None:
+            task.cancel()
+        await task
+
+    def _end(self, number: int, _: FrameType | None) -> None:
+        if self.came is None:
+            self.came = number
+            self._cancel()
+
+
+def _converter(config: ScoreConfig) -> Finish | None:
+    if not config.writes_parquet:
+        return None
+
+    def convert(rows: Path, output: Path, at: Checkpoint) -> None:
+        from serve.score.parquet import write_parquet  # pyarrow takes half a second, which JSONL need not wait
+
+        write_parquet(
+            rows,
+            output,
+            longest_row=at.longest_row,
+            alternatives=config.top_logprobs,
+            per_token=config.per_token,
+            about=at.made_with,
+        )
+
+    return convert

@@ -1,0 +1,159 @@
+"""`python -m serve score` on a model whose arithmetic can be done by hand; as a program, it is killed at every fsync.
+
+The tokenizer is that of tests.serve.http_client: a token is a byte.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+from unittest.mock import patch
+
+import numpy as np
+import orjson
+
+from compiled.runner import ModelRunner
+from compiled.state import MAX_SCORED_IDS
+from model.kv_cache import PAGE_SIZE
+from serve.config import EngineConfig
+from serve.engine.request import EngineLimits
+from serve.openai.defaults import GenerationDefaults
+from serve.report import Reporter
+from serve.report_events import Event
+from serve.report_lines import LineReporter
+from serve.score import command, journal
+from serve.startup import Loaded
+from tests.serve.fake_runner import FakeRunner, K, hidden_after, numbers
+from tests.serve.http_client import VOCAB_SIZE, ScriptedRunner, byte_tokenizer
+
+CONTEXT = 128  # tokens
+
+
+def byte_runner() -> ScriptedRunner:
+    """A runner for the byte tokenizer."""
+    return ScriptedRunner(None, pages=64, pages_per_row=CONTEXT // PAGE_SIZE)
+
+
+def fake_load(runner: FakeRunner, fingerprint: str = "fp") -> Callable[[EngineConfig, Reporter], Loaded]:
+    """What stands for serve.startup.load."""
+
+    def load(config: EngineConfig, _: Reporter) -> Loaded:
+        limits = EngineLimits(
+            max_model_len=CONTEXT,
+            max_logprobs=K,
+            vocab_size=VOCAB_SIZE,
+            cache_tokens=(runner.pages - 1) * PAGE_SIZE,
+            max_scored_ids=MAX_SCORED_IDS,
+            whole_vocabulary=False,
+        )
+        defaults = GenerationDefaults()
+        model = cast("ModelRunner", runner)
+        return Loaded("fake", model, byte_tokenizer(), limits, None, fingerprint, defaults, config)
+
+    return load
+
+
+@dataclass(slots=True)
+class Told:
+    """A reporter that keeps what it is told."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def tell(self, event: Event) -> None:
+        """See Reporter."""
+        self.lines.append(event.line)
+
+
+def expected_numbers(token_ids: Sequence[int]) -> tuple[list[Any], list[Any]]:
+    """Log-probs and ranks of a text that fits, None for the first token."""
+    hidden = [hidden_after(token_ids[:n]) for n in range(1, len(token_ids))]
+    scores = numbers(hidden, token_ids[1:])
+    return [None, *scores.logprob.tolist()], [None, *scores.rank.tolist()]
+
+
+def write_lines(path: Path, rows: Sequence[Any]) -> Path:
+    """Writes JSONL."""
+    path.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads JSONL."""
+    return [orjson.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def some_rows(number: int) -> list[dict[str, str]]:
+    """Rows with texts of random bytes below 128."""
+    random = np.random.default_rng(number)
+    texts = [bytes(random.integers(32, 127, n).tolist()) for n in random.integers(2, 100, number)]
+    return [{"id": f"row {i}", "text": text.decode()} for i, text in enumerate(texts)]
+
+
+def _killed_at(number: int, run: Callable[[], int]) -> int:
+    """Runs; the process is killed where fsync would be called for the (number + 1)th time."""
+    left, real = number, os.fsync
+
+    def fsync(handle: int) -> None:
+        nonlocal left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        real(handle)
+
+    with patch.object(os, "fsync", fsync):
+        return run()
+
+
+def _in_a_fork(run: Callable[[], int]) -> int:
+    """What waitpid says of a process that runs it."""
+    process = os.fork()
+    if process == 0:
+        os._exit(run())
+    return os.waitpid(process, 0)[1]
+
+
+def _survived(rows: Path, output: Path, first: int) -> int:
+    """Kills a run at each of its fsyncs from `first` on, and one that goes on; how many kills a third has survived."""
+    paths = journal.Paths(output)
+    whole = output.with_stem("whole")
+
+    def run(to: Path = output) -> int:
+        return command.main([str(rows), "--output", str(to)])
+
+    assert _in_a_fork(lambda: run(whole)) == 0
+    for number in count(first):
+        for path in (paths.output, paths.partial, paths.meta):
+            path.unlink(missing_ok=True)
+        status = _in_a_fork(partial(_killed_at, number, run))
+        if status == 0:
+            return number
+        assert status == signal.SIGKILL, status
+        if paths.meta.exists() and paths.partial.exists():
+            with paths.partial.open("ab") as file:
+                file.write(b'{"line":9')  # a row that was not written to its end
+        assert _in_a_fork(partial(_killed_at, 4, run)) in (0, signal.SIGKILL)
+        assert _in_a_fork(run) == 0
+        assert output.read_bytes() == whole.read_bytes(), f"killed at fsync {number}"
+    raise AssertionError("never")
+
+
+def main(folder: Path) -> None:
+    """Prints how many kills were survived for each format, or raises."""
+    with (
+        patch.object(command, "load", fake_load(byte_runner())),
+        patch.object(command, "start_reporting", lambda _: LineReporter(sys.stderr)),
+        patch.object(journal, "_EVERY", 0.0),  # a checkpoint after each line
+    ):
+        rows = write_lines(folder / "rows.jsonl", some_rows(3))
+        kills = _survived(rows, folder / "out.jsonl", 0)
+        print("jsonl", kills)
+        print("parquet", _survived(rows, folder / "out.parquet", kills - 4))  # the ends are what differs
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

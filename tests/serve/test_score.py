@@ -1,0 +1,421 @@
+"""`python -m serve score` from its flags to its files, on a model whose arithmetic can be done by hand."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow.parquet
+import pytest
+
+from serve.score import command, journal
+from serve.startup import StartupError
+from tests.serve.fake_runner import hidden_after
+from tests.serve.fake_runner import numbers as numbers_of
+from tests.serve.http_client import BEGIN, IMPOSSIBLE, VOCAB_SIZE, ScriptedRunner
+from tests.serve.scoring import (
+    CONTEXT,
+    Told,
+    byte_runner,
+    expected_numbers,
+    fake_load,
+    read_lines,
+    some_rows,
+    write_lines,
+)
+
+
+@dataclass(slots=True)
+class Command:
+    """Runs the command in a folder."""
+
+    folder: Path
+    patch: pytest.MonkeyPatch
+    capture: pytest.CaptureFixture[str]
+    runner: ScriptedRunner = field(default_factory=byte_runner)
+    fingerprint: str = "fp"
+    load: Callable[..., Any] | None = None  # instead of the fake's
+    err: str = ""
+    out: str = ""
+
+    def __call__(self, file: Path, *flags: str) -> int:
+        """The exit code; what is said is in `out` and `err`."""
+        told = Told()
+        self.patch.setattr(command, "start_reporting", lambda _: told)
+        self.patch.setattr(command, "load", self.load or fake_load(self.runner, self.fingerprint))
+        code = command.main([str(file), *flags])
+        said = self.capture.readouterr()
+        self.out, self.err = said.out, said.err + "\n".join(told.lines)
+        return code
+
+    def rows(self, rows: list[Any], name: str = "rows.jsonl") -> Path:
+        """A file of rows."""
+        return write_lines(self.folder / name, rows)
+
+    @property
+    def output(self) -> list[dict[str, Any]]:
+        """What was made of rows.jsonl."""
+        return read_lines(self.folder / "rows.logprobs.jsonl")
+
+    @property
+    def names(self) -> set[str]:
+        """Of all files."""
+        return {path.name for path in self.folder.iterdir()}
+
+
+@pytest.fixture
+def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(tmp_path, monkeypatch, capsys)
+
+
+def fail_if_loaded(*_: object) -> Any:
+    raise AssertionError("the model is loaded")
+
+
+def test_every_token_has_its_numbers_and_every_row_its_sums(score: Command) -> None:
+    texts = ["Hello, world!", "é", "x" * CONTEXT]
+    assert score(score.rows([{"id": i, "text": text} for i, text in enumerate(texts)])) == 0
+    assert len(score.output) == len(texts)
+    total = 0.0
+    for i, (text, row) in enumerate(zip(texts, score.output, strict=True)):
+        ids = list(text.encode())
+        logprobs, ranks = expected_numbers(ids)
+        assert row["line"] == i + 1
+        assert row["id"] == i
+        assert row["token_ids"] == ids
+        assert row["byte_lengths"] == [1] * len(ids)
+        assert row["logprobs"] == logprobs
+        assert row["ranks"] == ranks
+        assert row["num_tokens"] == len(ids) == row["num_scored"] + 1
+        assert row["logprob"] == sum(logprobs[1:])
+        assert row["perplexity"] == math.exp(-row["logprob"] / (len(ids) - 1))
+        assert row["bits_per_byte"] == -row["logprob"] / math.log(2) / (len(ids) - 1)
+        total += row["logprob"]
+    assert score.output[1]["tokens"] == [r"\xc3", r"\xa9"]
+    scored = sum(len(text.encode()) - 1 for text in texts)
+    assert f"perplexity  {math.exp(-total / scored):.6g}" in score.out
+    assert "lines       3 scored\n" in score.out
+
+
+def test_alternatives_are_asked_for_by_number(score: Command) -> None:
+    assert score(score.rows(["Hello"]), "--top-logprobs", "2") == 0
+    [row] = score.output
+    ids = list(b"Hello")
+    best = numbers_of([hidden_after(ids[:n]) for n in range(1, len(ids))], ids[1:])
+    assert row["top_token_ids"] == [None, *best.top_ids[:, :2].tolist()]
+    assert row["top_logprobs"] == [None, *best.top_logprobs[:, :2].tolist()]
+
+
+def test_a_probability_of_0_is_the_servers_number(score: Command) -> None:
+    score.runner.script = []
+    assert score(score.rows([{"token_ids": [72, IMPOSSIBLE]}])) == 0
+    [row] = score.output
+    assert row["logprobs"] == [None, -9999.0]
+    assert row["perplexity"] is None
+
+
+def test_a_completion_is_told_apart(score: Command) -> None:
+    rows = [
+        {"prompt": "ab", "completion": "cd"},
+        {"prompt": [97, 98], "completion": [99, 100]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    ]
+    assert score(score.rows(rows)) == 0
+    text, ids, chat = score.output
+    logprobs, ranks = expected_numbers(list(b"abcd"))
+    assert text["token_ids"] == ids["token_ids"] == list(b"abcd")
+    assert text["completion_start"] == ids["completion_start"] == 2
+    assert text["completion_logprob"] == sum(logprobs[2:])
+    assert text["completion_perplexity"] == math.exp(-sum(logprobs[2:]) / 2)
+    assert text["is_greedy"] is (ranks[2:] == [1, 1])
+    assert bytes(chat["token_ids"]) == b"user:a;assistant:b;"
+    assert chat["completion_start"] == len("user:a;")
+    assert "completions 3" in score.out
+
+
+def test_only_sums(score: Command) -> None:
+    assert score(score.rows(["Hello"]), "--no-per-token") == 0
+    assert set(score.output[0]) == {"line", "num_tokens", "num_scored", "logprob", "perplexity", "bits_per_byte"}
+
+
+@pytest.mark.parametrize("flags", [(), ("--stride", "50")], ids=str)
+def test_windows_score_a_long_text_once(score: Command, flags: tuple[str, ...]) -> None:
+    ids = [i * 7 % VOCAB_SIZE for i in range(3 * CONTEXT + 5)]
+    assert score(score.rows([{"token_ids": ids}, "short"]), "--long", "window", *flags) == 0
+    long, short = score.output
+    stride = int(flags[1]) if flags else CONTEXT // 2
+    expected, _ = expected_numbers(ids[:CONTEXT])
+    end = CONTEXT
+    while end < len(ids):
+        start, end = end, min(len(ids), end + stride)
+        window, _ = expected_numbers(ids[end - CONTEXT : end])
+        expected += window[start - end :]
+    assert long["logprobs"] == expected
+    assert long["windows"] == 1 + -(-(len(ids) - CONTEXT) // stride)
+    assert short["windows"] == 1
+
+
+def test_truncated_rows_say_so_and_have_no_sums_of_half_a_completion(score: Command) -> None:
+    rows = [{"token_ids": [1] * (CONTEXT + 3)}, {"prompt": "a", "completion": "b" * CONTEXT}]
+    assert score(score.rows(rows), "--long", "truncate") == 0
+    plain, pair = score.output
+    assert plain["num_tokens"] == CONTEXT
+    assert plain["truncated"] == 3
+    assert len(plain["logprobs"]) == CONTEXT
+    assert pair["completion_logprob"] is None
+    assert pair["is_greedy"] is None
+    assert "completions" not in score.out
+
+
+def test_a_broken_line_stops_with_its_number_and_the_corrected_file_goes_on(score: Command) -> None:
+    rows = some_rows(5)
+    file = score.rows([*rows[:3], {"tex": 1}, *rows[3:]])
+    assert score(file) == 1
+    assert f"{file}:4: has no text" in score.err
+    assert "rows.logprobs.jsonl" not in score.names
+    score.rows([*rows[:3], "repaired", *rows[3:]])
+    assert score(file) == 0
+    assert "goes on after line 3" in score.err
+    assert [row["line"] for row in score.output] == [1, 2, 3, 4, 5, 6]
+    assert bytes(score.output[3]["token_ids"]) == b"repaired"
+
+
+def test_broken_lines_are_skipped_by_flag(score: Command) -> None:
+    file = score.folder / "rows.jsonl"
+    file.write_bytes(b'"one"\n\n{"text": \n[]\n"two"\n' + b"x" * 3 + b'\n{"text": "\xff"}\n"three"')
+    assert score(file, "--on-error", "skip") == 0
+    assert [row["line"] for row in score.output] == [1, 5, 8]
+    for number in (3, 4, 6, 7):
+        assert f"{file}:{number}: is " in score.err
+    assert "3 scored, 4 skipped" in score.out
+
+
+def test_a_text_above_the_context_is_an_error_that_names_the_way_out(score: Command) -> None:
+    assert score(score.rows(["x" * (CONTEXT + 1)])) == 1
+    assert "rows.jsonl:1: has 129 tokens, above the 128 of the context: --long window" in score.err
+
+
+def test_a_number_that_is_none_is_the_lines_error(score: Command) -> None:
+    score.runner.nan_token = ord("b")
+    assert score(score.rows(["aaa", "abc", "ccc"]), "--on-error", "skip") == 0
+    assert [row["line"] for row in score.output] == [1, 3]
+    assert "rows.jsonl:2: the engine failed: the model computed a log-probability that is not a number" in score.err
+
+
+def test_parquet_has_the_rows_of_jsonl(score: Command) -> None:
+    file = score.rows([*some_rows(7), {"id": 3, "prompt": "é", "completion": "b"}, "x"])
+    flags = ("--top-logprobs", "2")
+    assert score(file, *flags) == 0
+    assert score(file, *flags, "--output", str(score.folder / "out.parquet")) == 0
+    table = pyarrow.parquet.read_table(score.folder / "out.parquet")
+    made = [{name: value for name, value in row.items() if value is not None} for row in table.to_pylist()]
+    expected = [row | ({"id": str(row["id"])} if "id" in row else {}) for row in score.output]
+    assert made == [{name: value for name, value in row.items() if value is not None} for row in expected]
+    assert str(table.schema.field("logprobs").type) == "list<element: float>"
+    assert orjson.loads(table.schema.metadata[b"logprobd"])["fingerprint"] == "fp"
+    assert not [name for name in score.names if name.endswith((".partial", ".tmp"))]
+
+
+def test_a_complete_output_is_left_alone_without_a_model(score: Command) -> None:
+    file = score.rows(some_rows(3))
+    assert score(file) == 0
+    before, summary = score.output, score.out.splitlines()[:3]
+    score.load = fail_if_loaded
+    assert score(file) == 0
+    assert score.output == before
+    assert score.out.splitlines()[:3] == summary
+    assert "it was complete" in score.out
+    score.rows(some_rows(4))
+    assert score(file) == 1
+    assert "rows.jsonl has changed" in score.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_what_is_scored_and_the_same_command_goes_on(score: Command, number: int) -> None:
+    file = score.rows(some_rows(40))
+    flags = ("--max-num-seqs", "1")
+
+    def stop(name: str) -> None:
+        if name == "score" and len(score.runner.calls) > 60:
+            os.kill(os.getpid(), number)
+
+    # It comes at every step from then on. If the command did not take it, it would end the tests.
+    previous = signal.signal(number, lambda *_: None)
+    score.runner.before_call = stop
+    try:
+        assert score(file, *flags) == 128 + number
+    finally:
+        signal.signal(number, previous)
+    assert "the same command goes on from there" in score.err
+    kept = score.folder / "rows.logprobs.jsonl.partial"
+    assert 0 < len(read_lines(kept)) < 40
+    score.runner.before_call = lambda _: None
+    assert score(file, *flags) == 0
+    assert [row["line"] for row in score.output] == list(range(1, 41))
+    assert score(file, *flags, "--output", str(score.folder / "whole.jsonl")) == 0
+    assert read_lines(score.folder / "whole.jsonl") == score.output
+
+
+def begun(score: Command) -> Path:
+    """A file whose scoring has stopped behind its second line."""
+    file = score.rows(["one", "two", 3])
+    assert score(file) == 1
+    return file
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--dtype", "float32"), "--dtype was auto, is float32"),
+        (("--top-logprobs", "1"), "--top-logprobs was 0, is 1"),
+        (("--long", "window"), "--long was error, is window"),
+        (("--no-per-token",), "--per-token was True, is False"),
+        (("--format", "parquet", "--output", "{}/rows.logprobs.jsonl"), "format was jsonl, is parquet"),
+        (("--limit", "1"), "--limit was not said, is 1"),
+    ],
+    ids=" ".join,
+)
+def test_other_options_are_refused(score: Command, flags: tuple[str, ...], told: str) -> None:
+    file = begun(score)
+    assert score(file, *(flag.format(score.folder) for flag in flags)) == 1
+    assert told in score.err
+    assert len(read_lines(score.folder / "rows.logprobs.jsonl.partial")) == 2
+
+
+def test_other_weights_or_programs_or_lines_are_refused(score: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = begun(score)
+    score.fingerprint = "other"
+    assert score(file) == 1
+    assert "fingerprint was fp, is other" in score.err
+    score.fingerprint = "fp"
+    score.rows(["one", "too", "three"])
+    assert score(file) == 1
+    assert "is no longer what it was up to line 2" in score.err
+    monkeypatch.setattr(command, "model_digest", lambda *_: "other")
+    assert score(file) == 1
+    assert "weights was" in score.err
+
+
+def test_overwrite_begins_anew(score: Command) -> None:
+    file = begun(score)
+    score.rows(["four"])
+    assert score(file, "--overwrite", "--top-logprobs", "1") == 0
+    assert [bytes(row["token_ids"]) for row in score.output] == [b"four"]
+
+
+def test_files_of_others_are_not_touched(score: Command) -> None:
+    file = score.rows(["one"])
+    mine = score.folder / "rows.logprobs.jsonl"
+    mine.write_text("mine")
+    assert score(file) == 1
+    assert "--overwrite" in score.err
+    assert mine.read_text() == "mine"
+
+
+def test_two_processes_do_not_write_to_one_output(score: Command) -> None:
+    file = begun(score)
+    paths = journal.Paths(score.folder / "rows.logprobs.jsonl")
+    at = journal.read_checkpoint(paths)
+    assert at is not None
+    with journal.open_journal(paths, at):
+        for flags in ((), ("--overwrite",)):
+            assert score(file, *flags) == 1
+            assert "another process writes" in score.err
+
+
+def test_rows_that_are_missing_are_not_papered_over(score: Command) -> None:
+    file = begun(score)
+    partial = score.folder / "rows.logprobs.jsonl.partial"
+    partial.write_bytes(partial.read_bytes()[:-1])
+    assert score(file) == 1
+    assert "is shorter than" in score.err
+    partial.unlink()
+    assert score(file) == 1
+    assert "not the rows that it tells of" in score.err
+
+
+def test_what_never_began_leaves_nothing(score: Command) -> None:
+    file = score.rows(["one"])
+
+    def refuse(*_: object) -> Any:
+        raise StartupError("it does not fit")
+
+    score.load = refuse
+    assert score(file) == 1
+    assert score.err == "error: it does not fit"
+    assert score.names == {"rows.jsonl"}
+
+
+def test_what_cannot_be_opened_is_said_in_one_line(score: Command) -> None:
+    assert score(score.folder / "none.jsonl") == 1
+    assert score.err == f"error: {score.folder}/none.jsonl: cannot be read: No such file or directory"
+    file = score.rows(["one"])
+    assert score(file, "--output", str(score.folder / "no" / "out.jsonl")) == 1
+    assert "there is no folder" in score.err
+    assert score(file, "--long", "window", "--stride", str(CONTEXT)) == 1
+    assert "--stride 128: it must be below the context of 128 tokens" in score.err
+
+
+def test_an_empty_file_has_an_empty_output(score: Command) -> None:
+    file = score.rows([])
+    for name in ("out.jsonl", "out.parquet"):
+        assert score(file, "--output", str(score.folder / name)) == 0
+    assert (score.folder / "out.jsonl").read_bytes() == b""
+    assert pyarrow.parquet.read_table(score.folder / "out.parquet").num_rows == 0
+
+
+def test_only_the_first_lines(score: Command) -> None:
+    assert score(score.rows(["one", "two", "three"]), "--limit", "2") == 0
+    assert [row["line"] for row in score.output] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ((), "FILE"),
+        (("rows", "--stride", "5"), "--stride"),
+        (("rows", "--top-logprobs", "1", "--no-per-token"), "--top-logprobs"),
+        (("rows", "--output", "rows"), "--output"),
+        (("rows", "--long", "never"), "--long"),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_the_flags_is_code_2(
+    flags: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(flags)
+    assert ended.value.code == 2
+    assert told.lower() in capsys.readouterr().err.lower()
+
+
+def test_a_run_that_is_killed_goes_on_without_a_gap_or_a_double(tmp_path: Path) -> None:
+    """At each fsync, in forks of one process: tests.serve.scoring says how."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serve.scoring", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    told = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("jsonl ", "parquet ")))
+    assert int(told["jsonl"]) > 10
+    assert int(told["parquet"]) > 10
+
+
+def test_the_tokenizer_may_add_what_the_model_wants(score: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.serve import scoring
+    from tests.serve.http_client import byte_tokenizer
+
+    monkeypatch.setattr(scoring, "byte_tokenizer", lambda: byte_tokenizer(add_bos=True))
+    file = score.rows(["ab", {"prompt": "a", "completion": "b"}, {"messages": [{"role": "user", "content": "x"}]}])
+    assert score(file) == 0
+    text, pair, chat = score.output
+    assert text["token_ids"] == pair["token_ids"] == [BEGIN, 97, 98]
+    assert pair["completion_start"] == 2
+    assert chat["token_ids"] == list(b"user:x;")
+    assert score(file, "--no-add-special-tokens", "--overwrite") == 0
+    assert score.output[0]["token_ids"] == [97, 98]

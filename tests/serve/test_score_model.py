@@ -1,0 +1,60 @@
+"""`python -m serve score` as a process, with the default model, beside a server of the same options."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+
+from tests.serve.scoring import read_lines, write_lines
+from tests.serve.server_process import ROOT, ServerProcess
+
+TEXTS = [
+    "The capital of France is Paris.",
+    "naïve 東京 👩‍🚀",
+    "def f(x):\n\treturn x\n" * 20,
+    *(f"{n} times {n} is {n * n}." for n in range(8)),
+]
+
+
+def engine_flags(server: ServerProcess) -> list[str]:
+    """The server's own, its cache of compiled programs included."""
+    words = server.process.args
+    assert isinstance(words, list)
+    said = [str(word) for word in words]
+    return said[said.index("serve") + 1 : said.index("--port")]
+
+
+def served(server: ServerProcess, prompt: Any) -> dict[str, Any]:
+    body = {"prompt": prompt, "max_tokens": 0, "prompt_logprobs": 2, "prompt_logprobs_format": "columns"}
+    answer = httpx2.post(f"{server.url}/v1/completions", json=body | {"return_token_ids": True}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    told = answer.json()
+    choice: dict[str, Any] = told["choices"][0]
+    return choice | {"fingerprint": told["system_fingerprint"]}
+
+
+def test_a_process_has_the_numbers_of_a_server_to_the_last_bit(server: ServerProcess, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "What is the capital of France?"}, {"role": "assistant", "content": "Paris."}]
+    file = write_lines(tmp_path / "rows.jsonl", [*({"text": text} for text in TEXTS), {"messages": chat}])
+    words = [sys.executable, "-m", "serve", "score", str(file), "--top-logprobs", "2", *engine_flags(server)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = read_lines(tmp_path / "rows.logprobs.jsonl")
+    assert len(rows) == len(TEXTS) + 1
+    for text, row in zip([*TEXTS, rows[-1]["token_ids"]], rows, strict=True):
+        answer = served(server, text)
+        columns = answer["prompt_logprobs_columns"]
+        assert row["token_ids"] == answer["prompt_token_ids"]
+        assert row["ranks"] == [None, *columns["ranks"]]
+        assert row["logprobs"] == [None, *columns["logprobs"]]
+        assert row["top_token_ids"] == [None, *columns["top_token_ids"]]
+        assert row["top_logprobs"] == [None, *columns["top_logprobs"]]
+        assert sum(row["byte_lengths"]) == len(text.encode()) if isinstance(text, str) else True
+    logprobs = np.concatenate([np.asarray(row["logprobs"][1:], np.float32) for row in rows]).astype(np.float64)
+    assert f"perplexity  {np.exp(-logprobs.mean()):.6g}\n" in done.stdout
+    assert f"tokens      {len(logprobs):,} scored of" in done.stdout
+    meta = (tmp_path / "rows.logprobs.jsonl.meta.json").read_text("utf-8")
+    assert f'"fingerprint": "{answer["fingerprint"]}"' in meta

@@ -1,0 +1,148 @@
+"""Many texts in the engine at once: in order, within bounds, each with its own failure."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+
+import numpy as np
+import pytest
+
+from serve.engine.request import EngineLimits, EngineStoppedError, FinishReason, Request, TokenEvent, empty_scores
+from serve.score.errors import ScoreError
+from serve.score.run import InFlight, Outcome, Pipeline, Work
+from serve.score.source import Line
+from serve.score.texts import Text
+from serve.score.windows import Context
+
+K = 3
+
+
+class Engine:
+    """Answers the request that came last first. A prompt's log-probs are minus its tokens.
+
+    One that begins with 0 fails, with 1 finds the engine stopped, with 2 gets NaN.
+    """
+
+    limits = EngineLimits(1000, K, 1000, 1000, 128, whole_vocabulary=False)
+
+    def __init__(self) -> None:
+        self.open: dict[str, Request] = {}
+        self.most, self.most_tokens, self.all = 0, 0, 0
+
+    async def submit(self, request: Request) -> AsyncGenerator[TokenEvent]:
+        prompt = request.prompt_token_ids
+        if prompt[0] == 1:
+            raise EngineStoppedError
+        self.open[request.id] = request
+        self.all += 1
+        self.most = max(self.most, len(self.open))
+        self.most_tokens = max(self.most_tokens, sum(len(each.prompt_token_ids) for each in self.open.values()))
+        try:
+            while next(reversed(self.open)) != request.id:
+                await asyncio.sleep(0)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            if prompt[0] == 0:
+                yield TokenEvent([], empty_scores(0, 0), FinishReason.ERROR, error="it broke")
+                return
+            scores = empty_scores(len(prompt) - 1, K)
+            scores.logprob[:] = -np.asarray(prompt[1:], np.float32)
+            scores.top_logprobs[:] = 0
+            if prompt[0] == 2:
+                scores.logprob[-1] = np.nan
+            yield TokenEvent([], empty_scores(0, 0), FinishReason.LENGTH, prompt_scores=scores)
+        finally:
+            del self.open[request.id]
+
+
+def works(texts: Sequence[list[int]], taken: list[int], size: int = 1000) -> Iterator[Work]:
+    context = Context(size, "window", size // 2)
+    for number, ids in enumerate(texts, 1):
+        taken.append(number)
+        line = Line(number, b"", 0, 0)
+        if ids:
+            yield Work(line, Text(ids, None), tuple(context.windows(len(ids))))
+        else:
+            yield Work(line, error="it is empty")
+
+
+async def outcomes(engine: Engine, texts: Sequence[list[int]], bounds: InFlight, size: int = 1000) -> list[Outcome]:
+    """All outcomes; fails if more is read ahead than the bounds allow."""
+    taken: list[int] = []
+    found: list[Outcome] = []
+    async with aclosing(Pipeline(engine, bounds, 2).outcomes(works(texts, taken, size))) as each:
+        async for outcome in each:
+            found.append(outcome)
+            assert len(taken) - len(found) <= bounds.requests
+    return found
+
+
+def texts_of(count: int) -> list[list[int]]:
+    return [[3, *range(4, 5 + i % 7)] for i in range(count)]
+
+
+async def test_results_come_in_order_from_many_at_once() -> None:
+    engine, texts = Engine(), texts_of(50)
+    found = await outcomes(engine, texts, InFlight(requests=8, tokens=1000))
+    assert [outcome.work.line.number for outcome in found] == list(range(1, 51))
+    for text, outcome in zip(texts, found, strict=True):
+        assert outcome.scores is not None
+        assert (-outcome.scores.logprob).tolist() == text[1:]
+        assert outcome.scores.top_logprobs.shape == (len(text) - 1, 2)
+        assert outcome.scores.top_logprobs.base is None  # the rest is not kept
+    assert engine.most == 8
+
+
+async def test_tokens_bound_what_is_in_flight_and_a_longer_text_is_alone() -> None:
+    engine = Engine()
+    texts = [*texts_of(20), [3] * 70, *texts_of(20)]
+    found = await outcomes(engine, texts, InFlight(requests=8, tokens=20))
+    assert len(found) == 41
+    assert engine.most_tokens == 70
+    small = Engine()
+    await outcomes(small, texts_of(40), InFlight(requests=8, tokens=20))
+    assert 10 < small.most_tokens <= 20
+
+
+async def test_windows_of_a_long_text_share_the_bound() -> None:
+    engine, text = Engine(), [3, *range(4, 500)]
+    [long, short] = await outcomes(engine, [text, [3, 4]], InFlight(requests=4, tokens=1000), size=20)
+    assert long.scores is not None
+    assert (-long.scores.logprob).tolist() == text[1:]
+    assert short.scores is not None
+    assert engine.most == 4
+    assert engine.all > 40
+
+
+async def test_one_tokens_text_asks_nothing() -> None:
+    engine = Engine()
+    [outcome] = await outcomes(engine, [[5]], InFlight(4, 100))
+    assert outcome.error is None
+    assert outcome.scores is not None
+    assert len(outcome.scores.logprob) == engine.all == 0
+
+
+async def test_a_failure_is_its_own_lines() -> None:
+    found = await outcomes(Engine(), [[3, 4], [0, 4], [], [2, 4], [3, 5]], InFlight(8, 100))
+    assert [outcome.error for outcome in found] == [
+        None,
+        "the engine failed: it broke",
+        "it is empty",
+        "the engine failed: a log-prob is not a number",
+        None,
+    ]
+
+
+async def test_a_stopped_engine_ends_all_and_leaves_nothing_running() -> None:
+    engine = Engine()
+    with pytest.raises(ScoreError, match="the engine has stopped"):
+        await outcomes(engine, [[3, 4], [3, 4], [1, 4], [3, 5], [3, 6]], InFlight(8, 100))
+    assert not engine.open
+
+
+async def test_who_stops_reading_leaves_nothing_running() -> None:
+    engine = Engine()
+    async with aclosing(Pipeline(engine, InFlight(8, 100), 0).outcomes(works(texts_of(50), []))) as each:
+        await anext(each)
+        assert engine.open
+    assert not engine.open

@@ -1,0 +1,248 @@
+"""What `score` reads: lines of files, texts of lines, windows of texts."""
+
+import gzip
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve.score import source
+from serve.score.errors import LineError, ScoreError
+from serve.score.source import Line, open_source
+from serve.score.texts import Text, TextReader
+from serve.score.windows import Context, make_context
+from tests.serve.http_client import VOCAB_SIZE, byte_tokenizer
+
+COLUMNS = TextReader.fields(None)
+
+
+def lines_of(path: Path) -> list[Line]:
+    with open_source(path, COLUMNS) as opened:
+        return list(opened.lines)
+
+
+def numbered(path: Path) -> list[tuple[int, bytes]]:
+    return [(line.number, line.data) for line in lines_of(path)]
+
+
+def packed(data: bytes, suffix: str) -> bytes:
+    if suffix == ".gz":
+        return gzip.compress(data)
+    return pyarrow.compress(data, codec="zstd", asbytes=True) if suffix == ".zst" else data
+
+
+def test_blank_lines_are_counted_and_ends_and_a_mark_are_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\n\n  \n two \nthree")
+    assert numbered(path) == [(1, b"one"), (4, b" two "), (5, b"three")]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+def test_packed_files_read_as_what_is_in_them(tmp_path: Path, kind: str, suffix: str) -> None:
+    data = b"".join(b'"line %d"\n' % i for i in range(5000))
+    path = tmp_path / f"a{kind}{suffix}"
+    path.write_bytes(packed(data, suffix))
+    with open_source(path, COLUMNS) as opened:
+        assert opened.is_text is (kind == ".txt")
+        assert opened.total == path.stat().st_size
+        found = list(opened.lines)
+    assert [line.data for line in found] == data.splitlines()
+    assert found[-1].position == opened.total
+    assert 0 < found[0].position <= opened.total
+
+
+def test_a_checksum_is_of_all_lines_so_far(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    sums = {}
+    for name, data in {
+        "as it was": b"a\nb\nc",
+        "more": b"a\nb\nc\nd",
+        "other": b"a\nB\nc",
+        "blank": b"a\n\nb\nc",
+    }.items():
+        path.write_bytes(data)
+        sums[name] = [line.checksum for line in lines_of(path)]
+    assert sums["more"][:3] == sums["as it was"]
+    assert sums["other"][0] == sums["as it was"][0]
+    assert sums["other"][2] != sums["as it was"][2] != sums["blank"][2]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b""])
+def test_a_line_that_is_too_long_is_skipped_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: bytes) -> None:
+    monkeypatch.setattr(source, "_LONGEST", 10)
+    monkeypatch.setattr(source, "_PIECE", 4)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"x" * 10 + b"\n" + b"y" * 25 + end + (b"after" if end else b""))
+    first, second, *rest = lines_of(path)
+    assert first.data == b"x" * 10
+    assert second.error == "is longer than 10 bytes"
+    assert [line.data for line in rest] == ([b"after"] if end else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl.gz", gzip.compress(b'"a"\n' * 9999)[:-9]),
+        ("a.jsonl.gz", b"no gzip"),
+        ("a.txt.zst", b"no zstd"),
+        ("a.parquet", b"no parquet"),
+    ],
+)
+def test_a_file_that_is_torn_is_one_error(tmp_path: Path, name: str, data: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(ScoreError, match=name):
+        lines_of(path)
+
+
+def test_what_cannot_be_read_again_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ScoreError, match="is not a file"):
+        lines_of(tmp_path)
+
+
+def test_rows_of_parquet_are_lines_and_only_known_columns_are_read(tmp_path: Path) -> None:
+    rows = [{"id": i, "text": f"text {i}", "huge": "x", "messages": None} for i in range(200)]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=150)
+    found = lines_of(path)
+    assert [line.number for line in found] == list(range(1, 201))
+    assert orjson.loads(found[170].data) == {"id": 170, "text": "text 170", "messages": None}
+    assert found[-1].position == 200
+
+
+def test_a_parquet_column_that_is_no_text_is_the_lines_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [b"bytes"]}), path)
+    [line] = lines_of(path)
+    assert "no text" in (line.error or "")
+
+
+def read(value: Any, **options: Any) -> Text:
+    reader = TextReader(byte_tokenizer(), VOCAB_SIZE, **options)
+    return reader.read(Line(1, orjson.dumps(value), 0, 0), is_text=False)
+
+
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "text", "start"),
+    [
+        ("bare", b"bare", None),
+        ({"text": "one", "messages": [USER]}, b"one", None),
+        ({"text": None, "messages": [USER]}, b"user:a;", None),
+        ({"messages": [USER, ANSWER]}, b"user:a;assistant:b;", 7),
+        ({"messages": [ANSWER]}, b"assistant:b;", None),
+        ({"messages": [ANSWER, USER]}, b"assistant:b;user:a;", None),
+        ({"prompt": "a", "completion": "bc"}, b"abc", 1),
+        ({"prompt": [USER], "completion": [ANSWER]}, b"user:a;assistant:b;", 7),
+        ({"prompt": [97], "completion": [98]}, b"ab", 1),
+        ({"prompt": "a", "completion": "b", "messages": [USER]}, b"ab", 1),
+        ({"token_ids": [97, 98]}, b"ab", None),
+        ({"text": [97, 98]}, b"ab", None),
+        ({"text": [USER]}, b"user:a;", None),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}, b"user:x;", None),
+    ],
+    ids=str,
+)
+def test_a_row_says_what_is_scored(row: Any, text: bytes, start: int | None) -> None:
+    found = read(row)
+    assert bytes(found.token_ids) == text
+    assert found.completion_start == start
+
+
+def test_a_named_field_stands_alone() -> None:
+    row = {"body": "here", "text": "not here", "id": "x"}
+    assert read(row, text_field="body") == Text(list(b"here"), None, "x")
+    with pytest.raises(LineError, match="has no body"):
+        read({"text": "x", "prompt": "a", "completion": "b"}, text_field="body")
+
+
+def test_another_template_is_taken_and_sees_the_tools() -> None:
+    row = {"messages": [USER], "tools": [{"name": "hammer"}]}
+    template = "{% for tool in tools %}{{ tool.name }}{% endfor %}{{ messages[0].content }}"
+    assert bytes(read(row, chat_template=template).token_ids) == b"hammera"
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (3, "neither a JSON object nor a string"),
+        ({}, "has no text, prompt and completion, messages or token_ids"),
+        ({"prompt": "a"}, "has no text"),
+        ({"text": ""}, "gives no tokens"),
+        ({"text": 3}, "text is neither a string"),
+        ({"token_ids": []}, "gives no tokens"),
+        ({"token_ids": [1, True]}, r"token_ids\[1\] is not a token id"),
+        ({"token_ids": [VOCAB_SIZE]}, r"token_ids\[0\]: 260 is not in the vocabulary of 260 tokens"),
+        ({"prompt": "a", "completion": ""}, "the completion gives no tokens"),
+        ({"prompt": [97], "completion": []}, "the completion gives no tokens"),
+        ({"prompt": "", "completion": "b"}, "the prompt gives no tokens"),
+        ({"prompt": "a", "completion": [98]}, "must both be"),
+        ({"messages": [{"content": "a"}]}, r"messages\[0\] is not a message with a role"),
+        ({"messages": [USER, "a"]}, r"messages\[1\] is not a message"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\]\.content is not a text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "only parts of type text"),
+        ({"messages": [{"role": "user", "content": "refuse"}]}, "It is refused"),
+    ],
+    ids=str,
+)
+def test_a_broken_row_says_what_is_wrong(row: Any, told: str) -> None:
+    with pytest.raises(LineError, match=told):
+        read(row)
+
+
+def test_a_lone_surrogate_is_the_lines_error() -> None:
+    reader = TextReader(byte_tokenizer(), VOCAB_SIZE)
+    with pytest.raises(LineError, match="is not JSON"):
+        reader.read(Line(1, b'"\\ud800"', 0, 0), is_text=False)
+
+
+class Merging:
+    """A tokenizer that has a token of its own for "ab"."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        del add_special_tokens
+        return list(text.encode().replace(b"ab", b"\x01"))
+
+
+def test_a_token_across_the_seam_is_the_completions() -> None:
+    reader = TextReader(Merging(), VOCAB_SIZE)  # type: ignore[arg-type]  # all that is asked of it
+    found = reader.read(Line(1, b'{"prompt": "xa", "completion": "bc"}', 0, 0), is_text=False)
+    assert found.token_ids == [ord("x"), 1, ord("c")]
+    assert found.completion_start == 1
+
+
+@given(tokens=st.integers(1, 60), size=st.integers(2, 20), data=st.data())
+def test_each_token_is_scored_once_with_its_context(tokens: int, size: int, data: st.DataObject) -> None:
+    stride = data.draw(st.integers(1, size - 1))
+    windows = Context(size, "window", stride).windows(tokens)
+    scored = [position for window in windows for position in range(window.first, window.end)]
+    assert scored == list(range(1, tokens))
+    for window in windows:
+        assert 0 <= window.begin < window.first
+        assert window.end - window.begin <= size
+    for window in windows[1:]:
+        assert window.end - window.begin == size  # as much context as there is room for
+        assert window.first - window.begin >= size - stride
+
+
+def ends(windows: Sequence[Any]) -> list[int]:
+    return [window.end for window in windows]
+
+
+def test_what_is_too_long_is_an_error_or_cut() -> None:
+    assert ends(make_context(10, "error", None).windows(10)) == [10]
+    with pytest.raises(LineError, match="has 11 tokens, above the 10"):
+        make_context(10, "error", None).windows(11)
+    assert ends(make_context(10, "truncate", None).windows(11)) == [10]
+    assert ends(make_context(10, "window", None).windows(16)) == [10, 15, 16]
+    with pytest.raises(ScoreError, match="--stride 10"):
+        make_context(10, "window", 10)

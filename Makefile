@@ -13,7 +13,7 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check --require-hashes --no
 RUN := $(if $(DEVICE),JAX_PLATFORMS=$(DEVICE)) $(PY)
 READY := .venv/.serve $(addprefix .venv/.,$(filter-out cpu,$(DEVICE)))
 
-.PHONY: serve ray test clients check bench bench-gpu portability sanitize notebook kernels lock clean
+.PHONY: serve ray test screenshots clients check bench bench-gpu portability sanitize notebook kernels lock clean
 .DELETE_ON_ERROR:
 
 serve: $(READY) kernels
@@ -23,8 +23,12 @@ serve: $(READY) kernels
 ray: $(READY) .venv/.ray kernels
 	$(RUN) -m serve.ray_app $(MODEL) --host $(HOST) --port $(PORT) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
-test: .venv/.dev .venv/.arm .venv/.ray .venv/.targets kernels
+test: .venv/.dev .venv/.programs .venv/.ray .venv/.targets kernels
 	$(PY) -m pytest
+
+# The pictures of the README, as the tests see the page.
+screenshots: .venv/.dev .venv/.programs kernels
+	SCREENSHOTS=docs/images $(PY) -m pytest tests/browser -k "hovering or branch or compare or chat"
 
 # The clients that people use, each in an environment of its own, and a fuzzer. Needs npm; downloads, and takes minutes.
 clients: .venv/.dev kernels
@@ -105,14 +109,14 @@ $(PY):
 	fi
 	@touch $@
 
-# For a test that compiles the kernels for ARM and runs them; without these programs it is skipped. Only where packages
-# can be installed without a question: as root on Debian, which is CI.
-ARM_TOOLS := g++-aarch64-linux-gnu qemu-user-static
-.venv/.arm: | $(PY)
+# Programs of Debian that tests need: a browser, and what compiles the kernels for ARM and runs them. Without one, the
+# tests that need it are skipped. Only where packages can be installed without a question: as root on Debian, which is CI.
+PROGRAMS := chromium fonts-noto-color-emoji g++-aarch64-linux-gnu qemu-user-static
+.venv/.programs: | $(PY)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
-		echo "installing $(ARM_TOOLS)"; \
-		{ apt-get update -q && apt-get install -q -y --no-install-recommends $(ARM_TOOLS); } > /dev/null 2>&1 \
-			|| echo "$(ARM_TOOLS) cannot be installed: the test that needs them is skipped"; \
+		echo "installing $(PROGRAMS)"; \
+		{ apt-get update -q && apt-get install -q -y --no-install-recommends $(PROGRAMS); } > /dev/null 2>&1 \
+			|| echo "$(PROGRAMS) cannot all be installed: tests that need one are skipped"; \
 	fi
 	@touch $@
 

@@ -26,6 +26,7 @@ from serve.openai.schema import json_object, read_body
 from serve.openai.tokenize import Tokenization
 from serve.openai.vocabulary import RowWriter
 from serve.text.tokenizer import Tokenizer
+from serve.web.pages import inspector
 
 __all__ = ["AppConfig", "create_app"]
 
@@ -69,6 +70,7 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: AppConfig, metrics:
         Route("/health", health),
         Route("/ping", health, methods=["GET", "POST"]),
         Route("/version", version),
+        *inspector(),
     ]
     if config.documented:
         routes += documentation(secured=bool(config.api_keys))

@@ -15,7 +15,7 @@ from serve.openai.errors import APIError, engine_error
 logger = logging.getLogger(__name__)
 
 # What says nothing of the model or of other requests.
-_OPEN_PATHS = re.compile(r"/health|/ping|/openapi\.json|/docs(/.*)?")
+_OPEN_PATHS = re.compile(r"/|/web/.*|/health|/ping|/openapi\.json|/docs(/.*)?")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,200}")
 
 

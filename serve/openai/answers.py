@@ -244,6 +244,7 @@ class Detokenized(_Answer):
     """The answer of /detokenize."""
 
     prompt: str
+    token_bytes: list[_Bytes] | None = None
 
 
 class TokenizerInfo(BaseModel):
@@ -256,6 +257,7 @@ class TokenizerInfo(BaseModel):
     pad_token: str | None
     chat_template: str | None
     eos_token_ids: list[int]
+    special_token_ids: list[int]
     model_max_length: int
     vocab_size: int
 

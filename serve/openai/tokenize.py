@@ -45,6 +45,7 @@ class DetokenizeRequest(BaseModel):
 
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
     model: str | None = None
+    return_token_bytes: bool | None = None
 
 
 class Tokenization:
@@ -58,7 +59,7 @@ class Tokenization:
         return await self._answer(request, self._tokenize)
 
     async def detokenize(self, request: Request) -> Response:
-        """The text of token ids, special tokens written out."""
+        """The text of token ids, special tokens written out; on demand the bytes of each."""
         return await self._answer(request, self._detokenize)
 
     async def info(self, _: Request) -> Response:
@@ -68,6 +69,7 @@ class Tokenization:
             **tokenizer.special_tokens,
             "chat_template": self._at.config.chat_template or tokenizer.chat_template,
             "eos_token_ids": sorted(tokenizer.eos_token_ids),
+            "special_token_ids": sorted(tokenizer.special_ids),
             "model_max_length": limits.max_model_len,
             "vocab_size": limits.vocab_size,
         }
@@ -100,4 +102,8 @@ class Tokenization:
         body = validated(DetokenizeRequest, json_object(data), self._at.fields)
         self._at.model_name(body.model)
         check_ids("tokens", body.tokens, self._at.engine.limits)
-        return dump({"prompt": self._at.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        tokenizer = self._at.tokenizer
+        answer: dict[str, Any] = {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}
+        if body.return_token_bytes:
+            answer["token_bytes"] = [list(tokenizer.token_bytes(token_id)) for token_id in body.tokens]
+        return dump(answer)

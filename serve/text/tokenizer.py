@@ -113,6 +113,11 @@ class Tokenizer:
         r"""The token's text where its bytes are valid UTF-8; bytes that are not are shown as `\xNN`, as OpenAI does."""
         return self.token_bytes(token_id).decode("utf-8", "backslashreplace")
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are markup."""
+        return self._special_ids
+
     def is_special(self, token_id: int) -> bool:
         """Whether the token is markup, which `skip_special_tokens` hides."""
         return token_id in self._special_ids

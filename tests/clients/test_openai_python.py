@@ -41,7 +41,7 @@ def test_models(client: OpenAI) -> None:
     assert [card.id for card in client.models.list()] == [MODEL]
     card = client.models.retrieve(MODEL)
     assert (card.id, card.object) == (MODEL, "model")
-    assert (card.model_extra or {})["max_model_len"] == 4096
+    assert (card.model_extra or {})["max_model_len"] == 8192
 
 
 def test_a_chat_has_the_numbers_of_its_output_and_of_its_prompt(client: OpenAI) -> None:

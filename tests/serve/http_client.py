@@ -79,8 +79,8 @@ class ScriptedRunner(FakeRunner):
     have the FakeRunner's numbers.
     """
 
-    def __init__(self, script: Sequence[int] | None, *, pages: int) -> None:
-        super().__init__(pages=pages)
+    def __init__(self, script: Sequence[int] | None, *, pages: int, pages_per_row: int) -> None:
+        super().__init__(pages=pages, pages_per_row=pages_per_row)
         self.script = script
         self.vocab_size = VOCAB_SIZE
 
@@ -176,9 +176,13 @@ class Gate:
         """Lets the engine go on, for good."""
         self._opened.set()
 
-    async def reached(self) -> None:
+    def wait(self) -> None:
         """Returns when the engine stands at the gate."""
-        assert await asyncio.to_thread(self._reached.wait, _TIMEOUT)
+        assert self._reached.wait(_TIMEOUT)
+
+    async def reached(self) -> None:
+        """The same, without holding the event loop."""
+        await asyncio.to_thread(self.wait)
 
 
 @dataclass(slots=True)
@@ -231,19 +235,20 @@ async def serving(
     max_waiting: int = 64,
     add_bos: bool = False,
     vllm_names: bool = False,
+    max_model_len: int = MAX_MODEL_LEN,
     **config: Any,
 ) -> AsyncIterator[Server]:
     """A server whose model says `script` and then END; `config` are fields of AppConfig."""
-    runs = runner(script, pages=pages)
+    runs = runner(script, pages=pages, pages_per_row=-(-max_model_len // PAGE_SIZE))
     limits = EngineLimits(
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len,
         max_logprobs=K,
         vocab_size=VOCAB_SIZE,
         cache_tokens=(pages - 1) * PAGE_SIZE,
         max_scored_ids=MAX_SCORED_IDS,
         whole_vocabulary=whole_vocabulary,
     )
-    metrics = Metrics(MODEL, max_model_len=MAX_MODEL_LEN, vllm_names=vllm_names)
+    metrics = Metrics(MODEL, max_model_len=max_model_len, vllm_names=vllm_names)
     engine = Engine(runs, limits, max_waiting=max_waiting, max_num_batched_tokens=68, observer=metrics)
     metrics.watch(lambda: engine.gauges, {"block_size": str(PAGE_SIZE)})
     engine.start()

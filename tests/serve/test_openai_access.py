@@ -144,7 +144,19 @@ async def test_a_wrong_method(server: Server, method: str, path: str) -> None:
     assert method not in response.headers["allow"]
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/chat", "/v1/completions/", "/v1/embeddings", "/" + "x" * 5000])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/web",
+        "/web/../app.py",
+        "/web/pages.py",
+        "/v1",
+        "/v1/chat",
+        "/v1/completions/",
+        "/v1/embeddings",
+        "/" + "x" * 5000,
+    ],
+)
 async def test_a_wrong_path(server: Server, path: str) -> None:
     error = error_of(await server.client.post(path), 404)
     assert error["type"] == "invalid_request_error"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.serve.fake_runner import MAX_MODEL_LEN
-from tests.serve.http_client import BEGIN, END, TEMPLATE, VOCAB_SIZE, Server, answered, error_of, serving
+from tests.serve.http_client import BEGIN, END, TEMPLATE, TWIN, VOCAB_SIZE, Server, answered, error_of, serving
 
 
 @pytest.fixture
@@ -53,6 +53,12 @@ async def test_there_and_back(server: Server) -> None:
     assert answered(await server.post("/detokenize", {"tokens": [0xF0]})) == {"prompt": "\ufffd"}
 
 
+async def test_the_bytes_of_each_token_on_demand(server: Server) -> None:
+    ids = [BEGIN, *"é".encode(), TWIN]
+    answer = answered(await server.post("/detokenize", {"tokens": ids, "return_token_bytes": True}))
+    assert answer == {"prompt": "<begin>é\\xff", "token_bytes": [[*b"<begin>"], [0xC3], [0xA9], [*b"\\xff"]]}
+
+
 async def test_what_is_told_of_the_tokenizer(server: Server) -> None:
     info = answered(await server.client.get("/tokenizer_info"))
     assert info == {
@@ -61,6 +67,7 @@ async def test_what_is_told_of_the_tokenizer(server: Server) -> None:
         "pad_token": None,
         "chat_template": TEMPLATE,
         "eos_token_ids": [END],
+        "special_token_ids": [BEGIN, END],
         "model_max_length": MAX_MODEL_LEN,
         "vocab_size": VOCAB_SIZE,
     }

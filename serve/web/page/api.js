@@ -1,0 +1,107 @@
+// The server, asked over the same API that every client has.
+
+/** What went wrong, in words for whoever uses the page. `kind`: down, key, refused, failed. */
+export class ServerError extends Error {
+  constructor(kind, message) {
+    super(message);
+    this.kind = kind;
+  }
+}
+
+export class Server {
+  /** `key` is a function: the key may change while the page is open. */
+  constructor(key) {
+    this.key = key;
+    this.bytes = new Map(); // token id -> Uint8Array
+    this.special = new Set();
+  }
+
+  /** The card of the served model: id, max_model_len, max_logprobs. */
+  async card() {
+    const [models, info] = await Promise.all([this.#json("v1/models"), this.#json("tokenizer_info")]);
+    this.special = new Set(info.special_token_ids);
+    return { ...models.data[0], hasTemplate: info.chat_template !== null };
+  }
+
+  /** Token ids of {prompt} or {messages}. */
+  async tokenize(request, signal) {
+    return (await this.#json("tokenize", request, signal)).tokens;
+  }
+
+  /** Makes the bytes of these ids known. */
+  async learn(ids, signal) {
+    const unknown = [...new Set(ids)].filter((id) => !this.bytes.has(id));
+    if (unknown.length === 0) return;
+    const answer = await this.#json("detokenize", { tokens: unknown, return_token_bytes: true }, signal);
+    unknown.forEach((id, i) => this.bytes.set(id, Uint8Array.from(answer.token_bytes[i])));
+  }
+
+  /** The events of a streamed chat completion. */
+  async *stream(request, signal) {
+    const response = await this.#ask("v1/chat/completions", { ...request, stream: true }, signal);
+    let ended = false;
+    for await (const data of events(response.body)) {
+      if (data === "[DONE]") {
+        ended = true;
+        break;
+      }
+      const event = JSON.parse(data);
+      if (event.error) throw new ServerError("failed", event.error.message);
+      yield event;
+    }
+    if (!ended) throw new ServerError("down", "The server broke off in the middle of its answer.");
+  }
+
+  async #json(path, body, signal) {
+    const response = await this.#ask(path, body, signal);
+    try {
+      return await response.json();
+    } catch (error) {
+      throw asServerError(error);
+    }
+  }
+
+  async #ask(path, body, signal) {
+    const headers = { "Content-Type": "application/json" };
+    if (this.key()) headers.Authorization = `Bearer ${this.key()}`;
+    const options = body === undefined ? { headers } : { headers, method: "POST", body: JSON.stringify(body) };
+    let response;
+    try {
+      response = await fetch(new URL(path, document.baseURI), { ...options, signal });
+    } catch (error) {
+      throw asServerError(error);
+    }
+    if (response.ok) return response;
+    if (response.status === 401) throw new ServerError("key", "The server asks for an API key, or does not know this one.");
+    throw new ServerError("refused", await messageOf(response));
+  }
+}
+
+async function messageOf(response) {
+  const said = await response.json().catch(() => null);
+  return said?.error?.message ?? `The server answered with status ${response.status}.`;
+}
+
+function asServerError(error) {
+  if (error.name === "AbortError") return error;
+  return new ServerError("down", `The server at ${location.host} does not answer. Is it running?`);
+}
+
+/** The data of server-sent events. */
+async function* events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      const parts = (rest + value).split("\n\n");
+      rest = parts.pop();
+      for (const part of parts) if (part.startsWith("data: ")) yield part.slice(6);
+    }
+  } catch (error) {
+    throw asServerError(error);
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}

@@ -1,0 +1,135 @@
+// The tokens of a run as cells in a line of text. One of them can have the focus; arrow keys move it.
+
+import { draw, partOf, plain } from "./text.js";
+import { step } from "./totals.js";
+import { describe } from "./format.js";
+
+export class Cells {
+  /**
+   * `on` has what is told: point(index, element) for a cell under the pointer or in focus, leave() when the pointer
+   * goes, enter() for the Enter key on a cell.
+   */
+  constructor(element, on) {
+    this.element = element;
+    this.on = on;
+    this.run = null;
+    this.current = 0;
+    this.indexes = new WeakMap(); // cell -> index
+    element.addEventListener("pointerover", (event) => this.#over(event));
+    element.addEventListener("pointerleave", () => on.leave());
+    element.addEventListener("focusin", (event) => this.#focused(event));
+    element.addEventListener("keydown", (event) => this.#key(event));
+  }
+
+  /** Shows another run. */
+  show(run) {
+    this.run = run;
+    this.current = 0;
+    this.element.replaceChildren();
+    this.update(0);
+  }
+
+  /** Tokens from `start` on are new or have got numbers. */
+  update(start) {
+    const { tokens } = this.run;
+    const fresh = document.createDocumentFragment();
+    // Bytes that come may complete a character that earlier tokens began.
+    for (let i = Math.max(0, start - 3); i < tokens.length; i++) {
+      const cell = this.element.children[i] ?? fresh.appendChild(this.#make(i));
+      this.#paint(cell, i);
+    }
+    this.element.append(fresh);
+  }
+
+  /** The cell of a token. */
+  cell(index) {
+    return this.element.children[index];
+  }
+
+  /** Moves the focus to a token and makes it visible. */
+  focus(index) {
+    const target = this.cell(Math.min(Math.max(index, 0), this.run.tokens.length - 1));
+    if (!target) return;
+    target.scrollIntoView({ block: "nearest" });
+    target.focus({ preventScroll: true });
+  }
+
+  #make(index) {
+    const cell = document.createElement("span");
+    const token = this.run.tokens[index];
+    cell.setAttribute("role", "option");
+    cell.tabIndex = index === this.current ? 0 : -1;
+    this.indexes.set(cell, index);
+    draw(cell, token.bytes);
+    return cell;
+  }
+
+  #paint(cell, index) {
+    const token = this.run.tokens[index];
+    const classes = ["cell", token.origin];
+    if (token.special) classes.push("special");
+    if (typeof token.logprob === "number") classes.push(`s${step(token.logprob)}`);
+    else classes.push(token.logprob === null ? "first" : "waiting");
+    cell.className = classes.join(" ");
+    const part = partOf(this.run.tokens, index);
+    if (part?.last) cell.dataset.whole = part.character;
+    cell.ariaLabel = `${plain(token.bytes)}: ${describe(token)}`;
+  }
+
+  #indexOf(node) {
+    return this.indexes.get(node.closest?.(".cell")) ?? -1;
+  }
+
+  #over(event) {
+    if (event.pointerType !== "mouse") return; // a finger focuses what it touches
+    const index = this.#indexOf(event.target);
+    if (index >= 0) this.on.point(index, this.cell(index));
+  }
+
+  #focused(event) {
+    const index = this.#indexOf(event.target);
+    if (index < 0) return;
+    this.cell(this.current)?.setAttribute("tabindex", "-1");
+    this.cell(this.current)?.setAttribute("aria-selected", "false");
+    this.current = index;
+    this.cell(index).tabIndex = 0;
+    this.cell(index).setAttribute("aria-selected", "true");
+    this.on.point(index, this.cell(index));
+  }
+
+  #key(event) {
+    const last = this.run ? this.run.tokens.length - 1 : 0;
+    const moves = {
+      ArrowRight: () => this.current + 1,
+      ArrowLeft: () => this.current - 1,
+      ArrowDown: () => this.#line(1),
+      ArrowUp: () => this.#line(-1),
+      Home: () => 0,
+      End: () => last,
+      PageDown: () => this.current + 50,
+      PageUp: () => this.current - 50,
+    };
+    if (event.key === "Enter") this.on.enter();
+    else if (moves[event.key]) this.focus(moves[event.key]());
+    else return;
+    event.preventDefault();
+  }
+
+  /** The token nearest below (1) or above (-1) the current one. */
+  #line(direction) {
+    const box = (index) => this.cell(index).getClientRects()[0]; // where it begins: a line break ends in the next line
+    const middle = ({ left, width }) => left + width / 2;
+    const here = box(this.current);
+    let best = this.current;
+    let line = null; // the top of the line that is looked at
+    for (let i = this.current + direction; this.cell(i); i += direction) {
+      const there = box(i);
+      if (Math.abs(there.top - here.top) < here.height / 2) continue;
+      if (line !== null && Math.abs(there.top - line) > there.height / 2) break;
+      const nearer = Math.abs(middle(there) - middle(here)) < Math.abs(middle(box(best)) - middle(here));
+      if (line === null || nearer) best = i;
+      line = there.top;
+    }
+    return best;
+  }
+}

@@ -1,0 +1,92 @@
+// What is typed into a pane: a text or a chat. Nothing here is ever emptied but by whoever types.
+
+export class Editor {
+  /** `root` is the pane's form; `onEdit()` is told of every change. */
+  constructor(root, onEdit) {
+    this.root = root;
+    this.prompt = root.querySelector(".prompt");
+    this.messages = root.querySelector(".messages");
+    root.querySelector(".add").addEventListener("click", () => {
+      const roles = this.#chat.map((message) => message.role);
+      this.#add(roles.at(-1) === "user" ? "assistant" : "user", "").focus();
+      onEdit();
+    });
+    root.addEventListener("input", () => {
+      this.#showMode();
+      onEdit();
+    });
+    root.querySelector("[type=file]").addEventListener("change", (event) => this.#load(event.target, onEdit));
+    this.set({ mode: "text", text: "", messages: [{ role: "user", content: "" }] });
+  }
+
+  /** {mode, text, messages}. */
+  get state() {
+    return { mode: this.mode, text: this.prompt.value, messages: this.#chat };
+  }
+
+  get mode() {
+    return this.root.querySelector("[name=mode]:checked").value;
+  }
+
+  set({ mode, text, messages }) {
+    this.root.querySelector(`[name=mode][value=${mode === "chat" ? "chat" : "text"}]`).checked = true;
+    this.prompt.value = text;
+    this.messages.replaceChildren();
+    for (const { role, content } of messages) this.#add(role, content);
+    this.#showMode();
+  }
+
+  /** The request to tokenize. */
+  get request() {
+    return this.mode === "chat" ? { messages: this.#chat } : { prompt: this.prompt.value };
+  }
+
+  /** Whether there is nothing to run. */
+  get empty() {
+    return this.mode === "chat" ? this.#chat.length === 0 : this.prompt.value === "";
+  }
+
+  /** Adds a reply, and a message of the user to be filled. */
+  reply(text) {
+    this.#add("assistant", text);
+    this.#add("user", "").focus();
+  }
+
+  get #chat() {
+    return Array.from(this.messages.children, (message) => ({
+      role: message.querySelector("select").value,
+      content: message.querySelector("textarea").value,
+    }));
+  }
+
+  #add(role, content) {
+    const message = document.getElementById("message").content.firstElementChild.cloneNode(true);
+    const text = message.querySelector("textarea");
+    message.querySelector("select").value = role;
+    text.value = content;
+    message.querySelector("button").addEventListener("click", () => {
+      message.remove();
+      this.root.dispatchEvent(new Event("input"));
+    });
+    this.messages.append(message);
+    return text;
+  }
+
+  #showMode() {
+    this.prompt.hidden = this.mode === "chat";
+    this.root.querySelector(".chat").hidden = this.mode !== "chat";
+  }
+
+  async #load(input, onEdit) {
+    const [file] = input.files;
+    if (!file) return;
+    try {
+      const text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
+      this.set({ ...this.state, mode: "text", text });
+      onEdit();
+    } catch {
+      onEdit(`${file.name} is not text in UTF-8.`);
+    }
+    input.value = ""; // so that the same file can be chosen again
+  }
+}

@@ -1,0 +1,69 @@
+// A run as JSON and as CSV, for other programs.
+
+import { hex, plain } from "./text.js";
+import { totals } from "./totals.js";
+
+const probability = (logprob) => (typeof logprob === "number" ? Math.exp(logprob) : null);
+
+/** Everything that is known of a run, as JSON text. */
+export function asJson(run, model, request) {
+  const tokens = run.tokens.map((token, position) => ({
+    position,
+    origin: token.origin,
+    ...entry(token),
+    top: token.top.map(entry),
+  }));
+  const { title, finish, usage } = run;
+  const document = { format: "logprobd inspection", version: 1, model, title, request, finish_reason: finish, usage };
+  return JSON.stringify({ ...document, totals: totals(run.tokens), tokens }, null, 1);
+}
+
+function entry(token) {
+  return {
+    token_id: token.id,
+    text: new TextDecoder().decode(token.bytes), // bytes tell what a broken character was
+    bytes: [...token.bytes],
+    special: token.special,
+    logprob: token.logprob ?? null,
+    probability: probability(token.logprob),
+    rank: token.rank,
+  };
+}
+
+/**
+ * A line for each token (RFC 4180). Texts are written as JSON strings: a line break stays in its line, and no
+ * spreadsheet takes a text for a formula.
+ */
+export function asCsv(run) {
+  const width = Math.max(0, ...run.tokens.map((token) => token.top.length));
+  const own = ["position", "origin", "token_id", "text", "bytes", "special", "logprob", "probability", "rank"];
+  const others = Array.from({ length: width }, (_, i) =>
+    ["token_id", "text", "logprob"].map((name) => `top_${i + 1}_${name}`),
+  );
+  const rows = run.tokens.map((token, position) => [
+    position,
+    token.origin,
+    token.id,
+    JSON.stringify(plain(token.bytes)),
+    Array.from(token.bytes, hex).join(""),
+    token.special,
+    token.logprob ?? "",
+    probability(token.logprob) ?? "",
+    token.rank ?? "",
+    ...Array.from({ length: width }, (_, i) => alternative(token.top[i])).flat(),
+  ]);
+  return [[...own, ...others.flat()], ...rows].map((row) => row.map(quoted).join(",") + "\r\n").join("");
+}
+
+const alternative = (other) => (other ? [other.id, JSON.stringify(plain(other.bytes)), other.logprob] : ["", "", ""]);
+
+const quoted = (value) => (/[",\r\n]/.test(String(value)) ? `"${String(value).replaceAll('"', '""')}"` : String(value));
+
+/** Has the browser save a text as a file. */
+export function save(text, name, type) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type }));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+}

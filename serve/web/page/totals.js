@@ -1,0 +1,73 @@
+// Sums over tokens. Pure functions; log-probs are natural logarithms.
+
+const scored = (tokens) => tokens.filter((token) => typeof token.logprob === "number");
+
+/**
+ * {tokens, scored, sum, mean, perplexity, bitsPerByte, first}. Bits per byte are over the bytes of scored tokens of the
+ * text: special tokens are no part of it and have neither bits nor bytes. `first` is the share of rank 1.
+ */
+export function totals(tokens) {
+  const known = scored(tokens);
+  const sum = known.reduce((total, token) => total + token.logprob, 0);
+  const text = known.filter((token) => !token.special);
+  const bytes = text.reduce((total, token) => total + token.bytes.length, 0);
+  const bits = -text.reduce((total, token) => total + token.logprob, 0) / Math.LN2;
+  const mean = known.length ? sum / known.length : null;
+  return {
+    tokens: tokens.length,
+    scored: known.length,
+    sum: known.length ? sum : null,
+    mean,
+    perplexity: mean === null ? null : Math.exp(-mean),
+    bitsPerByte: bytes ? bits / bytes : null,
+    first: known.length ? known.filter((token) => token.rank === 1).length / known.length : null,
+  };
+}
+
+/** Indexes of the tokens with the lowest log-probs, lowest first. */
+export function mostSurprising(tokens, count) {
+  const places = tokens.map((token, index) => ({ index, logprob: token.logprob }));
+  return scored(places)
+    .sort((a, b) => a.logprob - b.logprob || a.index - b.index)
+    .slice(0, count)
+    .map((place) => place.index);
+}
+
+/** Classes of ranks: {name, from, to}. */
+export const RANKS = [
+  { name: "1", from: 1, to: 1 },
+  { name: "2–3", from: 2, to: 3 },
+  { name: "4–10", from: 4, to: 10 },
+  { name: "11–100", from: 11, to: 100 },
+  { name: "101–1,000", from: 101, to: 1000 },
+  { name: "above 1,000", from: 1001, to: Infinity },
+];
+
+/** How many tokens are in each class of RANKS. */
+export function rankHistogram(tokens) {
+  const ranks = scored(tokens).map((token) => token.rank);
+  return RANKS.map(({ from, to }) => ranks.filter((rank) => rank >= from && rank <= to).length);
+}
+
+/** Upper bounds, in nats of surprise (-log-prob), of the colours. */
+export const STEPS = [0.05, 0.3, 0.7, 1.4, 2.3, 3.5, 5, 7, 10];
+
+/** The colour of a token: 0 (certain) to STEPS.length. */
+export function step(logprob) {
+  const index = STEPS.findIndex((bound) => -logprob < bound);
+  return index < 0 ? STEPS.length : index;
+}
+
+/** At most `width` points {index, low, mean} along the text: the lowest and the mean log-prob of each stretch. */
+export function curve(tokens, width) {
+  const places = scored(tokens.map((token, index) => ({ index, logprob: token.logprob })));
+  const size = Math.max(1, Math.ceil(places.length / width));
+  const points = [];
+  for (let i = 0; i < places.length; i += size) {
+    const stretch = places.slice(i, i + size);
+    const lowest = stretch.reduce((a, b) => (b.logprob < a.logprob ? b : a));
+    const mean = stretch.reduce((total, place) => total + place.logprob, 0) / stretch.length;
+    points.push({ index: lowest.index, low: lowest.logprob, mean });
+  }
+  return points;
+}

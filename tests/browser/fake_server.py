@@ -1,0 +1,42 @@
+"""A server in this process, on a port that a browser can reach: the app of `serving`, whose model is a script."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from tests.serve.http_client import Server, serving
+
+
+@contextmanager
+def listening(port: int = 0, **options: Any) -> Iterator[tuple[str, Server]]:
+    """The address and the parts of a server, for as long as the block runs; `options` are those of `serving`."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", port))
+    listener.listen()
+    ready, parts = threading.Event(), []
+    uvicorns: list[uvicorn.Server] = []
+
+    async def serve() -> None:
+        async with serving(**options) as server:
+            config = uvicorn.Config(server.app, log_level="critical", lifespan="off", timeout_graceful_shutdown=0)
+            uvicorns.append(uvicorn.Server(config))
+            parts.append(server)
+            ready.set()
+            await uvicorns[0].serve(sockets=[listener])
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    try:
+        assert ready.wait(20)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", parts[0]
+    finally:
+        uvicorns[0].should_exit = True
+        thread.join(20)
+        listener.close()
+        assert not thread.is_alive()

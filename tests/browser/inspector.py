@@ -1,0 +1,118 @@
+"""The page as a person uses it: what is typed, clicked, seen and heard."""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Locator, Page, expect
+
+from tests.serve.server_process import ROOT
+
+# Kept after the tests; `make screenshots` has them written into the documentation instead.
+SCREENSHOTS = Path(os.environ.get("SCREENSHOTS") or ROOT / ".screenshots")
+_LONG = 180_000  # ms: a prompt of thousands of tokens on a busy machine
+
+
+class Inspector:
+    """One open page. Whatever a script of it complains of fails the test."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.complaints: list[str] = []
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("console", lambda message: self._heard(message.type, message.text))
+
+    def open(self, url: str, model: str = "SmolLM2-135M-Instruct") -> None:
+        """Loads the page, until it knows the model."""
+        self.page.goto(url)
+        expect(self.page.locator("#model")).to_contain_text(model)
+
+    def set(self, **parameters: object) -> None:
+        """Fills parameters by their labels; an underscore stands for a space."""
+        for name, value in parameters.items():
+            self.page.locator("#settings").get_by_label(name.replace("_", " "), exact=True).fill(str(value))
+
+    def pane(self, index: int = 0) -> "PaneView":
+        """A pane, from the left."""
+        return PaneView(self.page.locator(".pane").nth(index), self.page)
+
+    def screenshot(self, name: str) -> None:
+        """Keeps what is seen now as NAME.png."""
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+    @property
+    def details(self) -> Locator:
+        """The box of one token's details."""
+        return self.page.locator("#details")
+
+    @property
+    def alternatives(self) -> Locator:
+        """Its buttons."""
+        return self.details.get_by_role("button")
+
+    def facts(self) -> dict[str, str]:
+        """The names and values in it."""
+        names = self.details.locator("dt").all_inner_texts()
+        return dict(zip(names, self.details.locator("dd").all_inner_texts(), strict=True))
+
+    def _heard(self, kind: str, text: str) -> None:
+        # What a server refuses is in the console, too; the tests look for it in the page.
+        if kind == "error" and not text.startswith("Failed to load resource"):
+            self.complaints.append(text)
+
+
+class PaneView:
+    """One pane."""
+
+    def __init__(self, root: Locator, page: Page) -> None:
+        self.root = root
+        self._page = page
+        self.prompt = root.get_by_role("textbox", name="Prompt")
+        self.cells = root.locator(".cells > .cell")
+        self.error = root.get_by_role("alert")
+        self.status = root.get_by_role("status")
+
+    def button(self, name: str) -> Locator:
+        """A button by its text."""
+        return self.root.get_by_role("button", name=name, exact=True)
+
+    def run(self, prompt: str | None = None, button: str = "Run") -> None:
+        """Types a prompt, if one is given, presses a button and waits for the end."""
+        if prompt is not None:
+            self.prompt.fill(prompt)
+        self.button(button).click()
+        self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is on its way."""
+        expect(self.root).to_have_attribute("aria-busy", "false", timeout=_LONG)
+
+    def texts(self) -> list[str]:
+        """The text of every token, as it would be copied."""
+        return self.cells.all_text_contents()
+
+    def totals(self) -> dict[str, list[str]]:
+        """The table of sums: a row's name, then prompt, generated, all."""
+        rows = [row.locator("th, td").all_inner_texts() for row in self.root.locator(".totals tbody tr").all()]
+        return {name: values for name, *values in rows}
+
+    def download(self, button: str) -> str:
+        """The text of the file that a button saves."""
+        with self._page.expect_download() as saved:
+            self.button(button).click()
+        return Path(saved.value.path()).read_text("utf-8")
+
+    def exported(self) -> Any:
+        """Everything that the pane knows of its run."""
+        return json.loads(self.download("Export JSON"))
+
+
+def number(text: str) -> float:
+    """A number as the page writes it."""
+    if "∞" in text:
+        return -math.inf
+    return float(re.sub("[,% ]", "", text.replace("−", "-")))

@@ -1,0 +1,146 @@
+"""What the page says, and keeps, when something goes wrong; and what it does while an answer comes."""
+
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.browser.fake_server import listening
+from tests.browser.inspector import Inspector
+from tests.serve.fake_runner import MAX_MODEL_LEN
+from tests.serve.http_client import MODEL, Gate, Server
+
+SCRIPT = b"The model says this."
+
+
+@pytest.fixture
+def fake() -> Iterator[tuple[str, Server]]:
+    with listening(script=SCRIPT) as served:
+        yield served
+
+
+def test_tokens_appear_as_they_come(inspector: Inspector, fake: tuple[str, Server]) -> None:
+    url, server = fake
+    gate = server.runner.before_call = Gate("decode", after=4)
+    inspector.open(url, MODEL)
+    pane = inspector.pane()
+    pane.prompt.fill("Hi")
+    pane.button("Run").click()
+    gate.wait()
+    generated = pane.root.locator(".cells .generated")
+    expect(generated).to_have_count(3)  # the engine reads a step behind the one that stands at the gate
+    expect(pane.root).to_have_attribute("aria-busy", "true")
+    assert generated.all_text_contents() == ["T", "h", "e"]
+    pane.button("Stop").click()
+    pane.wait()
+    expect(generated).to_have_count(3)
+    expect(pane.error).to_be_hidden()
+    gate.open()
+    pane.run(button="Continue")  # the model's script begins anew
+    assert "".join(pane.texts()) == "HiThe" + SCRIPT.decode() + "<end>"
+
+
+def test_markup_is_text(inspector: Inspector) -> None:
+    markup = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+    with listening(script=markup.encode()) as (url, _):
+        inspector.open(url, MODEL)
+        pane = inspector.pane()
+        inspector.set(max_tokens=100)
+        pane.run(markup)
+        assert "".join(pane.texts()) == markup + markup + "<end>"
+        pane.cells.nth(3).hover()
+        expect(inspector.details).to_be_visible()
+        expect(inspector.page.locator("img, body script")).to_have_count(0)
+
+
+def test_the_key_is_asked_for(inspector: Inspector) -> None:
+    with listening(script=SCRIPT, api_keys=("secret",)) as (url, _):
+        page = inspector.page
+        page.goto(url)
+        key = page.get_by_label("API key")
+        expect(key).to_be_visible()
+        inspector.screenshot("key")
+        pane = inspector.pane()
+        pane.run("not lost")
+        expect(pane.error).to_contain_text("API key")
+        key.fill("wrong")
+        page.get_by_role("button", name="Use it").click()
+        expect(key).to_have_value("")
+        expect(page.locator("#model")).to_have_text("not connected")
+        key.fill("secret")
+        page.get_by_role("button", name="Use it").click()
+        expect(page.locator("#model")).to_contain_text(MODEL)
+        expect(key).to_be_hidden()
+        expect(pane.prompt).to_have_value("not lost")
+        pane.run()
+        assert "".join(pane.texts()).startswith("not lostThe model")
+        page.get_by_role("button", name="Share link").click()
+        expect(page.locator("#notice")).to_contain_text("no key")
+        assert "secret" not in page.url
+        assert "secret" not in page.evaluate("JSON.stringify(localStorage) + sessionStorage.getItem('state')")
+
+
+def test_a_prompt_that_is_too_long(inspector: Inspector, fake: tuple[str, Server]) -> None:
+    inspector.open(fake[0], MODEL)
+    pane = inspector.pane()
+    pane.run("seen before")
+    before = pane.texts()
+    pane.run("x" * (MAX_MODEL_LEN + 1))
+    expect(pane.error).to_contain_text(f"{MAX_MODEL_LEN + 1} tokens")
+    expect(pane.prompt).to_have_value("x" * (MAX_MODEL_LEN + 1))
+    assert pane.texts() == before
+    pane.run("x" * MAX_MODEL_LEN)  # it fits, but not what is to be generated: the server says so
+    expect(pane.error).to_contain_text(f"maximum context length is {MAX_MODEL_LEN} tokens")
+    inspector.screenshot("error")
+    inspector.set(temperature=3)
+    pane.button("Run").click()
+    assert inspector.page.get_by_label("temperature").evaluate("input => !input.validity.valid")
+
+
+def test_the_server_goes_and_comes_back(inspector: Inspector) -> None:
+    with listening(script=SCRIPT) as (url, _):
+        inspector.open(url, MODEL)
+    pane = inspector.pane()
+    pane.run("typed")
+    expect(pane.error).to_contain_text("does not answer")
+    expect(pane.prompt).to_have_value("typed")
+    with listening(int(url.rpartition(":")[2]), script=SCRIPT):
+        pane.run()
+        expect(pane.error).to_be_hidden()
+        assert "".join(pane.texts()) == "typed" + SCRIPT.decode() + "<end>"
+
+
+def test_a_page_that_opens_before_its_server_connects_later(inspector: Inspector, fake: tuple[str, Server]) -> None:
+    url, _ = fake
+    inspector.page.route("**/v1/models", lambda route: route.abort())
+    inspector.page.goto(url)
+    expect(inspector.page.locator("#notice")).to_contain_text("does not answer")
+    inspector.page.unroute("**/v1/models")
+    inspector.pane().run("typed")
+    expect(inspector.page.locator("#model")).to_contain_text(MODEL)
+    assert "".join(inspector.pane().texts()).startswith("typedThe")
+
+
+def test_a_stream_that_fails_on_its_way(inspector: Inspector, fake: tuple[str, Server]) -> None:
+    url, server = fake
+    gate = server.runner.before_call = Gate("decode", after=6)
+    inspector.open(url, MODEL)
+    pane = inspector.pane()
+    pane.prompt.fill("Hi")
+    pane.button("Run").click()
+    gate.wait()
+
+    def fail(name: str) -> None:
+        if name != "reset":  # it recovers, and goes on
+            raise RuntimeError(name)
+
+    server.runner.before_call = fail
+    gate.open()
+    pane.wait()
+    expect(pane.error).to_contain_text("fail")
+    expect(pane.prompt).to_have_value("Hi")
+    assert "".join(pane.texts()).startswith("HiThe")
+    server.runner.before_call = lambda _: None
+    pane.run(button="Continue")
+    expect(pane.error).to_be_hidden()
+    assert pane.texts()[-1] == "<end>"

@@ -1,0 +1,138 @@
+"""For keyboards, screen readers, dark and narrow screens, and texts of ten thousand tokens."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import axe_playwright_python
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.browser.fake_server import listening
+from tests.browser.inspector import Inspector
+from tests.serve.http_client import MODEL
+
+LONG = 10_000
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with listening(script=b"The model says this.", max_model_len=LONG + 100, pages=2 + (LONG + 100) // 64) as (url, _):
+        yield url
+
+
+@pytest.fixture
+def page(inspector: Inspector, url: str) -> Inspector:
+    inspector.open(url, MODEL)
+    return inspector
+
+
+def audit(page: Page) -> list[Any]:
+    """What axe-core finds wrong."""
+    program = Path(axe_playwright_python.__file__).parent / "axe.min.js"
+    page.evaluate(program.read_text("utf-8") + "\n0")
+    found: list[Any] = page.evaluate("axe.run().then(results => results.violations)")
+    return [(each["id"], [node["html"] for node in each["nodes"]]) for each in found]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_an_audit_finds_nothing(page: Inspector, scheme: Any) -> None:
+    page.page.emulate_media(color_scheme=scheme)
+    assert audit(page.page) == []
+    page.page.get_by_role("button", name="Compare two").click()
+    for i in range(2):
+        page.pane(i).run("A few words, <begin> 😊")
+    page.pane().cells.nth(8).hover()
+    expect(page.details).to_be_visible()
+    assert audit(page.page) == []
+    page.screenshot(scheme)
+
+
+def test_the_theme_can_be_chosen(page: Inspector) -> None:
+    def back() -> str:
+        return str(page.page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor"))
+
+    light = back()
+    page.page.get_by_role("button", name="Dark or light").click()
+    assert back() != light
+    dark = back()
+    page.page.reload()
+    assert back() == dark
+
+
+def test_all_of_it_with_the_keyboard(page: Inspector) -> None:
+    pane, keys = page.pane(), page.page.keyboard
+    pane.prompt.focus()
+    keys.insert_text("Hello you")
+    keys.press("Control+Enter")
+    pane.wait()
+    pane.cells.first.focus()
+    keys.press("ArrowRight")
+    keys.press("ArrowRight")
+    expect(pane.cells.nth(2)).to_be_focused()
+    expect(pane.cells.nth(2)).to_have_attribute("aria-selected", "true")
+    label = pane.cells.nth(2).get_attribute("aria-label") or ""
+    assert label.startswith("l: prompt, log-prob ")
+    assert "rank" in label
+    expect(page.details).to_be_visible()
+    keys.press("Enter")
+    expect(page.alternatives.first).to_be_focused()
+    keys.press("ArrowDown")
+    expect(page.alternatives.nth(1)).to_be_focused()
+    keys.press("Escape")
+    expect(pane.cells.nth(2)).to_be_focused()
+    keys.press("End")
+    expect(pane.cells.last).to_be_focused()
+    keys.press("Home")
+    expect(pane.cells.first).to_be_focused()
+    keys.press("ArrowRight")
+    keys.press("Enter")
+    keys.press("Enter")  # takes the first alternative
+    expect(pane.root.get_by_role("navigation").get_by_role("button")).to_have_count(2)
+    pane.wait()
+    expect(pane.cells.nth(1)).to_be_focused()
+    # One stop in the order of Tab, however many tokens there are.
+    assert pane.cells.evaluate_all("cells => cells.filter(cell => cell.tabIndex === 0).length") == 1
+
+
+def test_lines_up_and_down(page: Inspector) -> None:
+    pane = page.pane()
+    pane.run("ab\ncd\nef", "Score only")
+    pane.cells.nth(1).focus()
+    page.page.keyboard.press("ArrowDown")
+    expect(pane.cells.nth(4)).to_be_focused()
+    page.page.keyboard.press("ArrowDown")
+    page.page.keyboard.press("ArrowUp")
+    expect(pane.cells.nth(4)).to_be_focused()
+
+
+def test_a_narrow_screen(page: Inspector) -> None:
+    page.page.set_viewport_size({"width": 360, "height": 740})
+    pane = page.pane()
+    pane.run("word " * 60 + "x" * 80)
+    pane.cells.nth(2).focus()
+    expect(page.details).to_be_visible()
+    width, inner = page.page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    assert width <= inner
+    box = page.details.bounding_box()
+    assert box is not None
+    assert (box["x"], box["y"] + box["height"]) == (0, 740)  # a sheet at the lower edge
+    page.screenshot("narrow")
+
+
+def test_ten_thousand_tokens(page: Inspector) -> None:
+    pane = page.pane()
+    page.set(max_tokens=5)
+    pane.run("".join(f"{i:9} " for i in range(LONG // 10)))
+    expect(pane.cells).to_have_count(LONG + 5)
+    assert len(pane.exported()["tokens"]) == LONG + 5
+    pane.cells.first.focus()
+    page.page.keyboard.press("End")
+    expect(pane.cells.last).to_be_in_viewport()
+    pane.cells.nth(LONG // 2).hover()
+    expect(page.details).to_be_visible()
+    assert f"token {LONG // 2:,}" in page.details.inner_text()
+    page.page.mouse.wheel(0, -300)  # the details go with their cell, or away
+    box, cell = page.details.bounding_box(), pane.cells.nth(LONG // 2).bounding_box()
+    assert cell is not None
+    assert box is None or abs(box["y"] - cell["y"]) < 400

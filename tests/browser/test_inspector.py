@@ -1,0 +1,297 @@
+"""The inspector in a real browser, on a real server with the default model in float32."""
+
+import csv
+import io
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from playwright.sync_api import BrowserContext, expect
+
+from tests.browser.inspector import Inspector, number
+from tests.serve.server_process import ServerProcess
+
+PROMPT = "The capital of France is"
+GREEDY = {"temperature": 0, "logprobs": True, "top_logprobs": 5, "prompt_logprobs": 5}
+
+
+def ask(server: ServerProcess, **fields: Any) -> Any:
+    """The same numbers without the page."""
+    response = httpx2.post(f"{server.url}/v1/chat/completions", json=GREEDY | fields, timeout=60)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+@pytest.fixture
+def page(inspector: Inspector, server: ServerProcess) -> Inspector:
+    """The page, greedy and short."""
+    inspector.open(server.url)
+    inspector.set(temperature=0, max_tokens=8)
+    return inspector
+
+
+def test_every_token_is_a_cell_with_the_servers_numbers(page: Inspector, server: ServerProcess) -> None:
+    pane = page.pane()
+    pane.run(PROMPT)
+    tokens = pane.exported()["tokens"]
+    assert [token["origin"] for token in tokens] == ["prompt"] * 5 + ["generated"] * 8
+    assert "".join(pane.texts()) == "".join(token["text"] for token in tokens)
+    assert "".join(pane.texts()).startswith(PROMPT)
+    ids = [token["token_id"] for token in tokens]
+    expected = ask(server, prompt_token_ids=ids[:5], max_tokens=8)
+    assert tokens[0]["logprob"] is None
+    for token, entry in zip(tokens[1:5], expected["prompt_logprobs"][1:], strict=True):
+        own = entry[str(token["token_id"])]
+        assert (token["logprob"], token["rank"]) == (own["logprob"], own["rank"])
+        best = [(other["token_id"], other["logprob"]) for other in token["top"]]
+        assert dict(best) | {token["token_id"]: own["logprob"]} == {
+            int(index): other["logprob"] for index, other in entry.items()
+        }
+    for token, entry in zip(tokens[5:], expected["choices"][0]["logprobs"]["content"], strict=True):
+        assert {name: token[name] for name in ("token_id", "bytes", "logprob", "rank")} == {
+            name: entry[name] for name in ("token_id", "bytes", "logprob", "rank")
+        }
+        assert [other["logprob"] for other in token["top"]] == [other["logprob"] for other in entry["top_logprobs"]]
+
+
+def test_colours_follow_the_surprise(page: Inspector) -> None:
+    pane = page.pane()
+    pane.run(PROMPT)
+    bounds = [0.05, 0.3, 0.7, 1.4, 2.3, 3.5, 5, 7, 10]
+    for i, token in enumerate(pane.exported()["tokens"][1:], 1):
+        step = sum(-token["logprob"] >= bound for bound in bounds)
+        assert f"s{step}" in (pane.cells.nth(i).get_attribute("class") or "").split()
+    colours = [
+        page.page.locator(f".legend .s{i}").evaluate("cell => getComputedStyle(cell).backgroundColor")
+        for i in range(10)
+    ]
+    assert len(set(colours)) == 10
+
+
+def test_hovering_shows_what_is_known_of_a_token(page: Inspector) -> None:
+    pane = page.pane()
+    pane.run(PROMPT)
+    pane.cells.nth(3).hover()
+    token = pane.exported()["tokens"][3]
+    pane.cells.nth(3).hover()
+    expect(page.details).to_be_visible()
+    facts = page.facts()
+    assert facts["id"] == str(token["token_id"])
+    assert bytes.fromhex(facts["bytes"]) == b" France"
+    assert number(facts["log-prob"]) == pytest.approx(token["logprob"], abs=1e-4)
+    assert number(facts["probability"]) == pytest.approx(100 * math.exp(token["logprob"]), abs=0.01)
+    assert number(facts["rank"]) == token["rank"]
+    # The five best, and the token itself where it is none of them, each with a bar as long as it is likely.
+    others = [other["token_id"] for other in token["top"]]
+    expect(page.alternatives).to_have_count(5 + (token["token_id"] not in others))
+    shares = page.details.locator(".bar").evaluate_all("bars => bars.map(bar => bar.style.getPropertyValue('--share'))")
+    assert [float(share) for share in shares[:5]] == pytest.approx([math.exp(o["logprob"]) for o in token["top"]])
+    page.screenshot("inspector")
+    page.page.mouse.move(5, 5)
+    expect(page.details).to_be_hidden()
+    pane.cells.nth(0).hover()
+    assert page.facts()["log-prob"] == "none: nothing comes before it"
+
+
+def test_an_alternative_is_a_branch(page: Inspector, server: ServerProcess) -> None:
+    pane = page.pane()
+    pane.run(PROMPT)
+    before = pane.exported()["tokens"]
+    pane.cells.nth(5).hover()
+    page.alternatives.nth(1).click()
+    expect(pane.root.get_by_role("navigation").get_by_role("button")).to_have_count(2)
+    pane.wait()
+    branch = pane.exported()["tokens"]
+    taken = before[5]["top"][1]
+    assert branch[:5] == before[:5]
+    assert branch[5]["origin"] == "branch"
+    assert {name: branch[5][name] for name in taken} == taken  # scored anew, and to the bit what it was said to be
+    ids = [token["token_id"] for token in branch]
+    expected = ask(server, prompt_token_ids=ids[:6], max_tokens=8)["choices"][0]["logprobs"]["content"]
+    assert [(t["token_id"], t["logprob"]) for t in branch[6:]] == [(e["token_id"], e["logprob"]) for e in expected]
+    page.screenshot("branch")
+    pane.root.get_by_role("navigation").get_by_role("button").first.click()
+    assert pane.exported()["tokens"] == before
+
+
+def test_a_text_can_be_continued(page: Inspector, server: ServerProcess) -> None:
+    pane = page.pane()
+    pane.run(PROMPT, "Score only")
+    expect(pane.cells).to_have_count(5)
+    pane.run(button="Continue")
+    pane.run(button="Continue")
+    tokens = pane.exported()["tokens"]
+    ids = [token["token_id"] for token in tokens]
+    expected = ask(server, prompt_token_ids=ids[:5], max_tokens=16)["choices"][0]["logprobs"]["content"]
+    assert [(t["token_id"], t["logprob"]) for t in tokens[5:]] == [(e["token_id"], e["logprob"]) for e in expected]
+
+
+def test_a_chat_and_its_reply(page: Inspector, server: ServerProcess) -> None:
+    pane = page.pane()
+    pane.root.get_by_label("chat").check()
+    pane.root.get_by_label("Message", exact=True).fill("What is the capital of France?")
+    page.set(max_tokens=20)
+    pane.run()
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    expected = ask(server, messages=messages, max_tokens=20, return_token_ids=True)
+    tokens = pane.exported()["tokens"]
+    assert [token["token_id"] for token in tokens] == expected["prompt_token_ids"] + expected["choices"][0]["token_ids"]
+    assert [token["text"] for token in tokens if token["special"]].count("<|im_end|>") == 3
+    expect(pane.status).to_contain_text("ended by itself")
+    page.screenshot("chat")
+    pane.button("Add the reply and answer it").click()
+    texts = [box.input_value() for box in pane.root.get_by_label("Message", exact=True).all()]
+    assert texts == [messages[0]["content"], expected["choices"][0]["message"]["content"], ""]
+
+
+def test_sums_are_those_of_the_tokens(page: Inspector) -> None:
+    pane = page.pane()
+    pane.run("Once upon a time, a zebra wrote Python.")
+    tokens, totals = pane.exported()["tokens"], pane.totals()
+    scored = [token for token in tokens if token["logprob"] is not None]
+    mean = sum(token["logprob"] for token in scored) / len(scored)
+    bits = -sum(token["logprob"] for token in scored) / math.log(2) / sum(len(token["bytes"]) for token in scored)
+    assert number(totals["tokens"][2]) == len(tokens)
+    assert number(totals["perplexity"][2]) == pytest.approx(math.exp(-mean), abs=1e-3)
+    assert number(totals["bits per byte"][2]) == pytest.approx(bits, abs=1e-3)
+    surprising = pane.root.locator(".surprising button")
+    lowest = min(scored, key=lambda token: token["logprob"])
+    assert f"rank {lowest['rank']:,}" in surprising.first.inner_text()
+    counts = pane.root.locator(".histogram .size").all_inner_texts()
+    ranks = [token["rank"] for token in scored]
+    limits = [0, 1, 3, 10, 100, 1000, math.inf]
+    assert [int(count) for count in counts] == [
+        sum(low < rank <= high for rank in ranks) for low, high in itertools.pairwise(limits)
+    ]
+    surprising.first.click()
+    expect(pane.cells.nth(tokens.index(lowest))).to_be_focused()
+    # A click on the curve goes to the token there: at its left end, the first that has numbers.
+    pane.root.locator(".curve").click(position={"x": 1, "y": 10})
+    expect(pane.cells.nth(1)).to_be_focused()
+
+
+def test_two_prompts_side_by_side(page: Inspector) -> None:
+    page.page.get_by_role("button", name="Compare two").click()
+    left, right = page.pane(0), page.pane(1)
+    left.prompt.fill("Water boils at one hundred degrees.")
+    right.prompt.fill("Water boils at ninety thousand degrees.")
+    left.button("Score only").click()
+    right.run(button="Score only")
+    left.wait()
+    table = page.page.locator("#comparison")
+    rows = {
+        row[0]: row[1:] for row in ([*each.locator("th, td").all_inner_texts()] for each in table.locator("tr").all())
+    }
+    one, other, difference = map(number, rows["perplexity"])
+    assert [one, other] == [number(pane.totals()["perplexity"][2]) for pane in (left, right)]
+    assert other - one == pytest.approx(difference, abs=1.5e-3 if other < 1000 else 1)
+    assert one < other
+    boxes = [pane.root.bounding_box() for pane in (left, right)]
+    assert boxes[0]
+    assert boxes[1]
+    assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
+    page.screenshot("compare")
+    page.page.get_by_role("button", name="Compare two").click()
+    expect(page.page.locator(".pane")).to_have_count(1)
+
+
+def test_tables_for_other_programs(page: Inspector) -> None:
+    pane = page.pane()
+    pane.run('A "quoted", text\nof 😊 two lines')
+    exported, text = pane.exported(), pane.download("Export CSV")
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    assert len(rows) == len(exported["tokens"])
+    for row, token in zip(rows, exported["tokens"], strict=True):
+        assert (int(row["token_id"]), bytes.fromhex(row["bytes"])) == (token["token_id"], bytes(token["bytes"]))
+        assert row["logprob"] == ("" if token["logprob"] is None else repr(token["logprob"]))
+        assert isinstance(json.loads(row["text"]), str)
+        tops = [row[f"top_{i}_token_id"] for i in range(1, 6)]
+        assert tops == [str(other["token_id"]) for other in token["top"]] or tops == [""] * 5
+    assert exported["model"] == "SmolLM2-135M-Instruct"
+    assert exported["request"]["temperature"] == 0
+
+
+def test_a_link_holds_what_was_typed_and_runs_nothing(page: Inspector, context: BrowserContext) -> None:
+    pane = page.pane()
+    pane.prompt.fill("Shared: ünï 😊")
+    page.set(max_tokens=3, top_p=0.5)
+    page.page.get_by_role("button", name="Share link").click()
+    expect(page.page.locator("#notice")).to_contain_text("link")
+    other = Inspector(context.new_page())
+    other.open(page.page.url)
+    assert other.pane().prompt.input_value() == "Shared: ünï 😊"
+    assert other.page.get_by_label("top p").input_value() == "0.5"
+    expect(other.pane().cells).to_have_count(0)
+    other.page.goto(page.page.url[:-4])
+    expect(other.page.locator("#notice")).to_contain_text("damaged")
+    assert other.complaints == []
+
+
+def test_a_reload_keeps_what_was_typed(page: Inspector) -> None:
+    page.pane().prompt.fill("not lost")
+    page.page.reload()
+    assert page.pane().prompt.input_value() == "not lost"
+    assert page.page.get_by_label("max tokens").input_value() == "8"
+
+
+def test_files(page: Inspector, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.txt", tmp_path / "bad.bin"
+    good.write_text("From a file: é\n", "utf-8")
+    bad.write_bytes(b"\xff\xfe\x00")
+    pane = page.pane()
+    chooser = pane.root.get_by_label("load a text file")
+    chooser.set_input_files(good)
+    expect(pane.prompt).to_have_value("From a file: é\n")
+    chooser.set_input_files(bad)
+    expect(pane.error).to_have_text("bad.bin is not text in UTF-8.")
+    expect(pane.prompt).to_have_value("From a file: é\n")
+
+
+def test_what_cannot_be_seen_is_shown(page: Inspector) -> None:
+    pane = page.pane()
+    text = "a \t b\n\n<|im_start|>\u200b\u202ex\u0301 👩\u200d💻"
+    pane.run(text, "Score only")
+    exported = pane.exported()["tokens"]
+    assert b"".join(bytes(token["bytes"]) for token in exported) == text.encode()
+    special = [i for i, token in enumerate(exported) if token["special"]]
+    assert [exported[i]["text"] for i in special] == ["<|im_start|>"]
+    assert "special" in (pane.cells.nth(special[0]).get_attribute("class") or "")
+    drawn = pane.cells.evaluate_all(
+        """cells => cells.map(cell => [...cell.querySelectorAll("i")].map(
+            i => getComputedStyle(i, "::before").content).join(""))"""
+    )
+    signs = "".join(drawn)
+    assert all(sign in signs for sign in ("·", "→", "↵"))
+    # Halves of a character: each byte in hexadecimal, and the whole beside the last.
+    halves = [
+        i for i, token in enumerate(exported) if bytes(token["bytes"]).decode("utf-8", "replace").endswith("\ufffd")
+    ]
+    assert halves
+    wholes = pane.cells.evaluate_all("cells => cells.map(cell => cell.dataset.whole ?? '')")
+    assert {"👩", "💻"} <= set(wholes)
+    pane.cells.nth(halves[0]).hover()
+    assert page.facts()["part of"] in text
+    page.screenshot("bytes")
+
+
+def test_a_prompt_of_5000_tokens(page: Inspector) -> None:
+    pane = page.pane()
+    text = "".join(f"{n} is a number. " for n in range(1, 901))
+    pane.prompt.fill(text)
+    page.set(max_tokens=2)
+    pane.button("Run").click()
+    expect(pane.cells.first).to_be_visible()  # the tokens come before their numbers
+    pane.wait()
+    tokens = pane.exported()["tokens"]
+    assert sum(token["origin"] == "prompt" for token in tokens) > 5000
+    assert all(token["logprob"] is not None for token in tokens[1:])
+    expect(pane.cells).to_have_count(len(tokens))
+    assert "".join(pane.texts()).startswith(text)
+    pane.cells.nth(10).focus()
+    page.page.keyboard.press("End")
+    expect(pane.cells.last).to_be_in_viewport()
+    page.screenshot("long")

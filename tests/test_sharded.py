@@ -2,9 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +20,8 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 @pytest.fixture(scope="session")
-def told() -> Any:
-    made = subprocess.run(
-        [sys.executable, "-m", "tests.sharded_numbers"], cwd=Path(__file__).parents[1], capture_output=True, check=True
-    )
-    return json.loads(made.stdout)
+def told(sharded_numbers: str) -> Any:
+    return json.loads(sharded_numbers)
 
 
 @pytest.mark.parametrize(("case", "devices"), PAIRS)

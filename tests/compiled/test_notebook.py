@@ -1,37 +1,20 @@
 """The notebook runs from its first cell to its last, and shows what its text talks about."""
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
-from jupyter_client.kernelspec import KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
-from nbclient import NotebookClient
 
-FOLDER = Path(__file__).parents[2] / "compiled"
-NOTEBOOK = FOLDER / "inspect_hlo.ipynb"
+from tests.compiled.test_targets import needs_compilers
+from tests.executed_notebook import NOTEBOOK
+
 PROGRAMS = ("decode_1", "decode_4", "prefill_64", "score_64", "adjust")
 
 
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The notebook with fresh outputs, run where Jupyter would run it, by the interpreter of this test."""
-    if not (Path(sys.prefix) / "targets").is_dir():
-        pytest.skip("no compilers beside this Python: `make portability` installs them")
-    folder = tmp_path_factory.mktemp("jupyter")
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    with pytest.MonkeyPatch.context() as environment:
-        for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "MPLCONFIGDIR"):
-            environment.setenv(name, str(folder))
-        # Without folders to look in, the only kernel known is ipykernel in sys.executable.
-        manager = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
-        NotebookClient(notebook, km=manager, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute(
-            cleanup_kc=True
-        )
-        yield notebook
+def executed(executed_notebook: str) -> Any:
+    """The notebook with fresh outputs."""
+    return nbformat.reads(executed_notebook, as_version=4)
 
 
 def outputs(notebook: Any) -> list[Any]:
@@ -79,6 +62,7 @@ def check_other_chips(text: str) -> None:
         assert any(line.startswith(f"{chip:8} 30 layers of") for line in lines)
 
 
+@needs_compilers
 def test_it_runs_and_tells_its_story(executed: Any) -> None:
     assert [output for output in outputs(executed) if output.output_type == "error"] == []
     assert [output.text for output in outputs(executed) if output.get("name") == "stderr"] == []

@@ -34,10 +34,9 @@ needs_compilers = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def facts() -> Mapping[str, Mapping[str, Any]]:
+def facts(target_facts: str) -> Mapping[str, Mapping[str, Any]]:
     """Target -> program -> what its compiler made of a tiny model."""
-    made = subprocess.run([sys.executable, "-m", "tests.target_facts"], cwd=ROOT, capture_output=True, check=True)
-    told: Mapping[str, Mapping[str, Any]] = json.loads(made.stdout)
+    told: Mapping[str, Mapping[str, Any]] = json.loads(target_facts)
     return told
 
 

@@ -1,6 +1,9 @@
 """Rows of different lengths in shuffled pages, for the tests of every form of attention."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +52,13 @@ class Crowd:
         weights /= weights.sum(-1, keepdims=True)
         out: NDArray[np.float64] = np.einsum("hts,hse->the", weights, of(self.values))
         return out.reshape(T, H * E)
+
+
+@cache
+def compiled(form: Callable[..., jax.Array], **options: Any) -> Callable[..., jax.Array]:
+    """A form of attention with these options; each shape of its arguments is compiled once for all tests."""
+    made: Callable[..., jax.Array] = jax.jit(partial(form, **options))
+    return made
 
 
 def crowd(heads: tuple[int, int, int], lengths: tuple[int, ...], dtype: str = "bfloat16", seed: int = 0) -> Crowd:

@@ -14,7 +14,7 @@ from model.attention import attend, attend_in_xla
 from model.kernels import cpu
 from model.kernels.cpu import library
 from model.kv_cache import PAGE_SIZE, SplitPages
-from tests.model.crowd import Crowd, Floats
+from tests.model.crowd import Crowd, Floats, compiled
 from tests.model.crowd import crowd as a_crowd
 
 # H, K, E of SmolLM2, Qwen2.5-0.5B, Llama-3.2-1B (twice: the two shapes that differed in XLA), Gemma 3, and odd ones.
@@ -34,9 +34,9 @@ def run(
     cap: float = 0.0,
 ) -> Floats:
     """Attention over the crowd's pages, in either form, compiled."""
-    compiled = jax.jit(partial(form, scale=queries.shape[-1] ** -0.5, window=window, cap=cap))
     pages = (SplitPages(crowd.keys, crowd.values),) if form is attend_in_xla else (crowd.keys, crowd.values)
-    return np.asarray(compiled(queries, *pages, tables, positions))
+    program = compiled(form, scale=queries.shape[-1] ** -0.5, window=window, cap=cap)
+    return np.asarray(program(queries, *pages, tables, positions))
 
 
 class Rows(Crowd):

@@ -1,93 +1,65 @@
 """The kernels have one result to the last bit on every instruction set, and touch no memory but their own."""
 
+import json
 import platform
-import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from model.kernels.cpu import build, library
-from model.kernels.cpu.library import INSTRUCTION_SETS
-from tests.sanitized_kernels import SANITIZERS
+from tests.kernel_lines import NATIVE
 
-PROGRAM = Path(__file__).with_name("kernel_bits.cc")
-THREADS_PROGRAM = Path(__file__).with_name("kernel_threads.cc")
-CANNOT_RUN = 77  # the program's exit code on a CPU that it is not for
-FLAGS = [flag for flag in library.FLAGS if flag != "-shared"]  # a later -O2 or -O1 takes the place of their -O3
-FAST = "-O2"
-THREAD_SANITIZER = ("-O1", "-fsanitize=thread", "-g")
-ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
-NATIVE = build.instruction_sets(platform.machine())
-
-
-def lines_of(
-    folder: Path,
-    flags: Sequence[str],
-    compiler: str = "c++",
-    runner: Sequence[str] = (),
-    source: Path = PROGRAM,
-) -> list[str]:
-    """What the program prints when it is compiled with `flags`; skips where that cannot be done here."""
-    found = shutil.which(compiler)
-    if found is None:
-        pytest.skip(f"no {compiler} here")
-    nothing, program = folder / "nothing.cc", folder / "program"
-    nothing.write_text("int main() {}")
-    if subprocess.run([found, *flags, nothing, "-o", program], check=False).returncode != 0:
-        pytest.skip(f"{compiler} lacks what {' '.join(flags)} need")
-    subprocess.run([found, *FLAGS, *flags, "-pthread", "-I", library.FOLDER, source, "-o", program], check=True)
-    run = subprocess.run([*runner, program], capture_output=True, text=True, check=False)
-    if run.returncode == CANNOT_RUN:
-        pytest.skip("this CPU cannot run it")
-    assert run.returncode == 0, run.stderr
-    return run.stdout.splitlines()
+type Told = Mapping[str, Mapping[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def told(kernel_lines: str) -> Told:
+    """What each program printed."""
+    made: Told = json.loads(kernel_lines)
+    return made
+
+
+def lines_of(told: Told, case: str) -> list[str]:
+    """What a program printed; skips where it cannot be compiled or run here."""
+    if "skipped" in told[case]:
+        pytest.skip(told[case]["skipped"])
+    assert "failed" not in told[case], told[case]["failed"]
+    lines: list[str] = told[case]["lines"]
+    return lines
+
+
+@pytest.fixture(scope="module")
+def reference(told: Told) -> list[str]:
     """The lines of the last instruction set of this machine: the one that most CPUs have."""
     if not NATIVE:
         pytest.skip(f"no kernels for {platform.machine()}")
-    lines = lines_of(tmp_path_factory.mktemp("reference"), (FAST, *INSTRUCTION_SETS[NATIVE[-1]]))
+    lines = lines_of(told, NATIVE[-1])
     assert len(lines) > 200
     return lines
 
 
 @pytest.mark.parametrize("name", NATIVE[:-1])
-def test_other_instruction_sets_of_this_machine(name: str, reference: list[str], tmp_path: Path) -> None:
-    assert lines_of(tmp_path, (FAST, *INSTRUCTION_SETS[name])) == reference
+def test_other_instruction_sets_of_this_machine(told: Told, name: str, reference: list[str]) -> None:
+    assert lines_of(told, name) == reference
 
 
-def test_arm(reference: list[str], tmp_path: Path) -> None:
-    emulator = shutil.which(ARM_EMULATOR)
-    if emulator is None:
-        pytest.skip(f"no {ARM_EMULATOR} here")
-    assert lines_of(tmp_path, (FAST, "-static", *INSTRUCTION_SETS["neon"]), ARM_COMPILER, (emulator,)) == reference
+def test_arm(told: Told, reference: list[str]) -> None:
+    assert lines_of(told, "arm") == reference
 
 
-def lines_of_each(folder: Path, flags: Sequence[Sequence[str]], source: Path) -> list[list[str]]:
-    """What the program prints for each of several lists of flags; they are compiled at once."""
-    folders = [folder / f"{number}" for number in range(len(flags))]
-    for each in folders:
-        each.mkdir()
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda each, options: lines_of(each, options, source=source), folders, flags))
+@pytest.mark.parametrize("name", NATIVE)
+def test_sanitizers_find_nothing(told: Told, name: str, reference: list[str]) -> None:
+    assert lines_of(told, f"{name}, sanitized") == reference
 
 
-def test_sanitizers_find_nothing(reference: list[str], tmp_path: Path) -> None:
-    flags = [(*SANITIZERS, *INSTRUCTION_SETS[name]) for name in NATIVE]
-    assert lines_of_each(tmp_path, flags, PROGRAM) == [reference] * len(NATIVE)
-
-
-def test_calls_that_threads_share(tmp_path: Path) -> None:
+def test_calls_that_threads_share(told: Told) -> None:
     if not NATIVE:
         pytest.skip(f"no kernels for {platform.machine()}")
-    flags = [(*sanitizers, *INSTRUCTION_SETS[NATIVE[-1]]) for sanitizers in (SANITIZERS, THREAD_SANITIZER)]
-    assert lines_of_each(tmp_path, flags, THREADS_PROGRAM) == [[], []]
+    for kind in ("sanitized", "threads sanitized"):
+        assert lines_of(told, f"shared calls, {kind}") == []
 
 
 @pytest.mark.parametrize("name", NATIVE[1:])

@@ -21,7 +21,7 @@ from model.kernels import gpu, tpu
 from model.kv_cache import PAGE_SIZE, Addresses, CacheLayout, JoinedPages, LayerPages, SplitPages
 from model.sharding import Cut
 from tests.compiled.test_targets import qwen
-from tests.model.crowd import Crowd, Floats, crowd
+from tests.model.crowd import Crowd, Floats, compiled, crowd
 
 # H, K, E: SmolLM2's and Qwen2.5's, Llama-3's, one of Phi-3's odd size, and one with a single key/value head.
 HEADS = [(9, 3, 64), (14, 2, 64), (32, 8, 128), (6, 2, 96), (4, 1, 256)]
@@ -46,18 +46,18 @@ def joined(rows: Crowd) -> JoinedPages:
 
 
 def in_xla(rows: Crowd, queries: Floats, tables: Any, positions: Any, **kind: Any) -> Floats:
-    form = jax.jit(partial(attend_in_xla, scale=queries.shape[-1] ** -0.5, **kind))
+    form = compiled(attend_in_xla, scale=queries.shape[-1] ** -0.5, **kind)
     return np.asarray(form(queries, SplitPages(rows.keys, rows.values), tables, positions))
 
 
 def on_gpu(rows: Crowd, queries: Floats, tables: Any, positions: Any, **kind: Any) -> Floats:
-    form = jax.jit(partial(gpu.attend, scale=queries.shape[-1] ** -0.5, interpret=True, **kind))
+    form = compiled(gpu.attend, scale=queries.shape[-1] ** -0.5, interpret=True, **kind)
     return np.asarray(form(queries, rows.keys, rows.values, tables, positions))
 
 
 def on_tpu(rows: Crowd, queries: Floats, tables: Any, positions: Any, **kind: Any) -> Floats:
     pages = joined(rows)
-    form = jax.jit(partial(tpu.attend, kv_heads=pages.kv_heads, scale=queries.shape[-1] ** -0.5, **kind))
+    form = compiled(tpu.attend, kv_heads=pages.kv_heads, scale=queries.shape[-1] ** -0.5, **kind)
     return np.asarray(form(queries, pages.heads, tables, positions))
 
 
@@ -166,7 +166,7 @@ def test_xla_reads_pages_of_either_kind(layout: str) -> None:
     fill = ((0, 0),) * 3 + ((0, 64 if "lanes" in layout else 0),)
     split = SplitPages(jnp.pad(rows.keys, fill), jnp.pad(rows.values, fill))
     pages: LayerPages = joined(rows) if layout == "joined" else split
-    ours = jax.jit(partial(attend_in_xla, scale=0.125))(queries, pages, rows.tables, positions)
+    ours = compiled(attend_in_xla, scale=0.125)(queries, pages, rows.tables, positions)
     np.testing.assert_allclose(ours, in_xla(rows, queries, rows.tables, positions), rtol=0, atol=1e-6)
 
 

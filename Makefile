@@ -28,7 +28,7 @@ test: .venv/.dev .venv/.programs .venv/.ray .venv/.targets kernels
 
 # The pictures of the README, as the tests see the page.
 screenshots: .venv/.dev .venv/.programs kernels
-	SCREENSHOTS=docs/images $(PY) -m pytest tests/browser -k "hovering or branch or compare or chat"
+	SCREENSHOTS=docs/images $(PY) -m pytest tests/browser -k "hovering or side_by_side"
 
 # The clients that people use, each in an environment of its own, and a fuzzer. Needs npm; downloads, and takes minutes.
 clients: .venv/.dev kernels

@@ -9,7 +9,7 @@ from playwright.sync_api import Browser, BrowserContext, sync_playwright
 from tests.browser.inspector import Inspector
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
-_FLAGS = (
+FLAGS = (
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
@@ -21,14 +21,18 @@ _FLAGS = (
 )
 
 
-@pytest.fixture(scope="package")
+def program() -> str | None:
+    """The browser's file."""
+    return next(filter(None, map(shutil.which, _NAMES)), None)
+
+
+@pytest.fixture(scope="module")  # no longer: its event loop would stand in the way of asynchronous tests
 def browser() -> Iterator[Browser]:
     """One process, with a profile that nobody else has."""
-    program = next(filter(None, map(shutil.which, _NAMES)), None)
-    if program is None:
+    if (path := program()) is None:
         pytest.skip("no Chromium is installed")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=_FLAGS)
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield browser
         browser.close()
 

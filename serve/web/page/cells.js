@@ -1,6 +1,6 @@
 // The tokens of a run as cells in a line of text. One of them can have the focus; arrow keys move it.
 
-import { draw, partOf, plain } from "./text.js";
+import { draw, escaped, partOf, plain } from "./text.js";
 import { step } from "./totals.js";
 import { describe } from "./format.js";
 
@@ -72,7 +72,7 @@ export class Cells {
     else classes.push(token.logprob === null ? "first" : "waiting");
     cell.className = classes.join(" ");
     const part = partOf(this.run.tokens, index);
-    if (part?.last) cell.dataset.whole = part.character;
+    if (part?.last) cell.dataset.whole = escaped(part.character);
     cell.ariaLabel = `${plain(token.bytes)}: ${describe(token)}`;
   }
 

@@ -1,7 +1,7 @@
 // What is known of one token, beside its cell: id, bytes, numbers, and the alternatives as bars to click.
 
 import { count, logprob, percent } from "./format.js";
-import { draw, hex, partOf, plain } from "./text.js";
+import { draw, escaped, hex, partOf, plain } from "./text.js";
 
 const HIDE_AFTER = 250; // ms: the pointer's way from a cell to the details
 
@@ -74,7 +74,7 @@ export class Details {
       ["id", String(token.id)],
       ["bytes", Array.from(token.bytes, hex).join(" ") || "none"],
     ];
-    if (part) facts.push(["part of", part.character]);
+    if (part) facts.push(["part of", escaped(part.character)]);
     if (typeof token.logprob === "number") {
       facts.push(["log-prob", logprob(token.logprob)]);
       facts.push(["probability", percent(Math.exp(token.logprob))]);

@@ -11,7 +11,10 @@ const significant = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 })
 export const count = (value) => whole.format(value);
 
 /** A number of the table of totals; a dash where there is none. */
-export const number = (value) => (value === null ? "–" : value >= 1000 ? count(Math.round(value)) : three.format(value));
+export function number(value) {
+  if (value === null) return "–";
+  return (Math.abs(value) >= 1000 ? count(Math.round(value)) : three.format(value)).replace("-", "−");
+}
 
 /** A log-prob in nats. */
 export const logprob = (value) => (value <= -9999 ? "−∞" : four.format(value).replace("-", "−"));

@@ -2,16 +2,16 @@
 
 import { Server, ServerError } from "./api.js";
 import { Details } from "./details.js";
-import { number } from "./format.js";
+import { count, number } from "./format.js";
 import { Pane } from "./pane.js";
 import { linkTo, stateOf } from "./share.js";
 
 const get = (id) => document.getElementById(id);
 const COMPARED = [
-  ["tokens", "tokens"],
-  ["log-prob, sum", "sum"],
-  ["perplexity", "perplexity"],
-  ["bits per byte", "bitsPerByte"],
+  ["tokens", "tokens", count],
+  ["log-prob, sum", "sum", number],
+  ["perplexity", "perplexity", number],
+  ["bits per byte", "bitsPerByte", number],
 ];
 
 class Page {
@@ -165,9 +165,9 @@ class Page {
     if (!left || !right) return;
     const table = document.createElement("table");
     table.append(line("th", ["", "left", "right", "right − left"]));
-    for (const [name, key] of COMPARED) {
+    for (const [name, key, shown] of COMPARED) {
       const known = left[key] !== null && right[key] !== null;
-      table.append(line("td", [name, left[key], right[key], known ? right[key] - left[key] : null]));
+      table.append(line("td", [name, ...[left[key], right[key], known ? right[key] - left[key] : null].map(shown)]));
     }
     get("comparison").replaceChildren(table);
   }
@@ -215,7 +215,7 @@ class PageDetails extends Details {
 function line(tag, [name, ...values]) {
   const row = document.createElement("tr");
   const cell = (kind, text) => Object.assign(document.createElement(kind), { textContent: text });
-  row.append(cell(name ? "th" : "td", name), ...values.map((value) => cell(tag, typeof value === "string" ? value : number(value))));
+  row.append(cell(name ? "th" : "td", name), ...values.map((value) => cell(tag, value)));
   return row;
 }
 

@@ -57,7 +57,8 @@ export function plain(bytes) {
     .join("");
 }
 
-function escaped(text) {
+/** A text whose characters that cannot be seen are named. */
+export function escaped(text) {
   const names = { "\n": "\\n", "\t": "\\t", "\r": "\\r" };
   return Array.from(text, (c) => names[c] ?? (c !== " " && INVISIBLE.test(c) ? `<${codePoint(c)}>` : c)).join("");
 }

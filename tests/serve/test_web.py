@@ -1,0 +1,60 @@
+"""The files of the inspector as they are served. What they do is in tests/browser."""
+
+import re
+from collections.abc import AsyncIterator
+
+import pytest
+
+from serve.web.pages import inspector
+from tests.serve.http_client import Server, serving
+
+PATHS = [route.path for route in inspector()]
+_MOST = 30_000  # bytes of the whole page, zipped
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    async with serving(api_keys=("secret",)) as server:
+        yield server
+
+
+async def test_the_page_is_open_and_says_what_it_may_do(server: Server) -> None:
+    assert "/" in PATHS
+    for path in PATHS:
+        response = await server.client.get(path)
+        assert response.status_code == 200
+        assert response.headers["x-content-type-options"] == "nosniff"
+        policy = dict(part.strip().split(" ", 1) for part in response.headers["content-security-policy"].split(";"))
+        assert policy["default-src"] == "'none'"
+        assert policy["script-src"] == policy["connect-src"] == "'self'"
+    assert (await server.client.get("/v1/models")).status_code == 401
+
+
+async def test_nothing_comes_from_elsewhere(server: Server) -> None:
+    """All that a file refers to is served beside it, under relative addresses: a proxy may serve it under any path."""
+    texts = {path: (await server.client.get(path)).text for path in PATHS}
+    for path, text in texts.items():
+        assert not re.search(r"https?://(?!www\.w3\.org/)", text), path
+        assert not re.search(r"<script(?! type=\"module\" src)|\son\w+=|style=", text), path
+        found = re.findall(r'(?:href|src)="([^"#]+)"', text) if path == "/" else []
+        assert {f"/{name}" for name in found} <= {*PATHS, "/docs"}
+        imported = re.findall(r'from "\./([^"]+)"', text)
+        assert {f"/web/{name}" for name in imported} <= {*PATHS}
+    assert len(re.findall("import ", texts["/web/main.js"])) > 3
+
+
+async def test_a_browser_gets_it_zipped_and_once(server: Server) -> None:
+    sizes = []
+    for path in PATHS:
+        response = await server.client.get(path, headers={"Accept-Encoding": "gzip"})
+        assert response.headers["content-encoding"] == "gzip"
+        plain = await server.client.get(path, headers={"Accept-Encoding": "identity"})
+        assert "content-encoding" not in plain.headers
+        assert plain.content == response.content  # the client has unzipped it
+        sizes.append(int(response.headers["content-length"]))
+        assert sizes[-1] < len(plain.content) + 100
+        again = await server.client.get(path, headers={"If-None-Match": response.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+        other = await server.client.get(path, headers={"If-None-Match": '"another"'})
+        assert other.status_code == 200
+    assert sum(sizes) < _MOST

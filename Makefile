@@ -23,7 +23,7 @@ serve: $(READY) kernels
 ray: $(READY) .venv/.ray kernels
 	$(RUN) -m serve.ray_app $(MODEL) --host $(HOST) --port $(PORT) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
-test: .venv/.dev .venv/.programs .venv/.ray .venv/.targets kernels
+test: .venv/.dev .venv/.guides .venv/.programs .venv/.ray .venv/.targets kernels
 	$(PY) -m pytest
 
 # The pictures of the README, as the tests see the page.
@@ -96,6 +96,13 @@ $(PY):
 .venv/.cuda .venv/.tpu .venv/.ray: .venv/.%: requirements-%.lock | .venv/.serve
 	@echo "installing what $< names"
 	@$(PIP) -r $<
+	@touch $@
+
+# lm-evaluation-harness, for its guide: see tests/clients/environments.py. One run imports little of it, so that compiling all of
+# it would take longer.
+.venv/.guides: requirements-clients/lm_eval.txt | $(PY)
+	@echo "installing what $< names, in an environment of its own"
+	@PIP_COMPILE=0 $(PY) -c "from tests.clients.environments import python_environment; python_environment('lm_eval')"
 	@touch $@
 
 # The compilers lie apart, in a folder that compiled/chips.py looks into: among the other packages, every process of JAX

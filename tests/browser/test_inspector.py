@@ -248,6 +248,9 @@ def test_files(page: Inspector, tmp_path: Path) -> None:
     expect(pane.prompt).to_have_value("From a file: é\n")
     chooser.set_input_files(bad)
     expect(pane.error).to_have_text("bad.bin is not text in UTF-8.")
+    bad.write_bytes(b"a" * ((4 << 20) + 1))
+    chooser.set_input_files(bad)
+    expect(pane.error).to_have_text("bad.bin is larger than 4 MiB.")
     expect(pane.prompt).to_have_value("From a file: é\n")
 
 

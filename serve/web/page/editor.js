@@ -1,5 +1,7 @@
 // What is typed into a pane: a text or a chat. Nothing here is ever emptied but by whoever types.
 
+const LARGEST_FILE = 4 << 20; // bytes: more than any model takes, and than a browser shows without pain
+
 export class Editor {
   /** `root` is the pane's form; `onEdit()` is told of every change. */
   constructor(root, onEdit) {
@@ -80,6 +82,8 @@ export class Editor {
   async #load(input, onEdit) {
     const [file] = input.files;
     if (!file) return;
+    input.value = ""; // so that the same file can be chosen again
+    if (file.size > LARGEST_FILE) return onEdit(`${file.name} is larger than ${LARGEST_FILE >> 20} MiB.`);
     try {
       const text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
       this.set({ ...this.state, mode: "text", text });
@@ -87,6 +91,5 @@ export class Editor {
     } catch {
       onEdit(`${file.name} is not text in UTF-8.`);
     }
-    input.value = ""; // so that the same file can be chosen again
   }
 }

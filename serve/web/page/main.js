@@ -26,8 +26,7 @@ class Page {
   }
 
   async open() {
-    const kept = sessionStorage.getItem("state");
-    if (kept) this.#restore(JSON.parse(kept));
+    this.#recall();
     await this.#follow();
     await this.connect();
   }
@@ -115,6 +114,16 @@ class Page {
     });
     const theme = localStorage.getItem("theme");
     if (theme) document.documentElement.dataset.theme = theme;
+  }
+
+  /** What was typed before a reload. */
+  #recall() {
+    try {
+      const kept = sessionStorage.getItem("state");
+      if (kept) this.#restore(JSON.parse(kept));
+    } catch {
+      sessionStorage.removeItem("state"); // of another version of this page
+    }
   }
 
   /** A link may hold what somebody else typed. It is shown, and run by whoever opened it. */

@@ -48,16 +48,18 @@ class Screen:
         )
         os.close(theirs)
         self.seen = ""  # all of it, without escape sequences
+        self._raw = b""
+        self._taken = 0  # characters of what was seen
 
     def until(self, text: str) -> str:
-        """What comes up to a text, and with it."""
-        shown, raw, deadline = "", b"", time.monotonic() + _TIMEOUT
-        while text not in shown:
-            assert select.select([self._ours], [], [], max(0, deadline - time.monotonic()))[0], self.seen + shown
-            raw += self._read()
-            shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", raw.decode(errors="replace")).replace("\r\n", "\n")
-        self.seen += shown
-        return shown
+        """What comes up to a text, and with it; what comes after it is for the next call."""
+        deadline = time.monotonic() + _TIMEOUT
+        while (at := self.seen.find(text, self._taken)) < 0:
+            assert select.select([self._ours], [], [], max(0, deadline - time.monotonic()))[0], self.seen
+            self._raw += self._read()
+            self.seen = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self._raw.decode(errors="replace")).replace("\r\n", "\n")
+        begin, self._taken = self._taken, at + len(text)
+        return self.seen[begin : self._taken]
 
     def type(self, text: str) -> None:
         """As a person would."""

@@ -19,6 +19,7 @@ from model.kv_cache import PAGE_SIZE
 from serve.engine.engine import Engine
 from serve.engine.request import EngineLimits, FinishReason, Request, SamplingParams
 from serve.terminal.conversation import Conversation, Prompter
+from serve.terminal.pieces import Piece
 from serve.terminal.screen import ChatScreen
 from serve.terminal.session import Session
 from tests.serve.fake_runner import MAX_MODEL_LEN, K
@@ -183,10 +184,18 @@ def ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def interrupt_at(chat: Chat, call: int) -> None:
-    """Ctrl-C comes before a call of decode, which goes on once the request has been given up."""
-    given_up, left = threading.Event(), itertools.count(1)
-    abort = chat.engine.abort
+def interrupt_at(chat: Chat, call: int, *, shown: bool) -> None:
+    """Ctrl-C comes before a call of decode, which goes on once the request has been given up.
+
+    Args:
+        shown: it comes after something of the reply was shown, however slow the thread is that shows it.
+    """
+    given_up, seen, left = threading.Event(), threading.Event(), itertools.count(1)
+    abort, show = chat.engine.abort, chat.session.screen.piece
+
+    def noted(piece: Piece) -> None:
+        show(piece)
+        seen.set()
 
     def aborted(request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         abort(request_id, reason)
@@ -194,9 +203,11 @@ def interrupt_at(chat: Chat, call: int) -> None:
 
     def before_call(name: str) -> None:
         if name == "decode" and next(left) == call:
+            assert not shown or seen.wait(20)
             os.kill(os.getpid(), signal.SIGINT)
             assert given_up.wait(20)
 
+    chat.session.screen.piece = noted  # type: ignore[method-assign]
     chat.engine.abort = aborted  # type: ignore[method-assign]
     chat.runner.before_call = before_call
 
@@ -204,11 +215,11 @@ def interrupt_at(chat: Chat, call: int) -> None:
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_keeps_what_came() -> None:
     with chatting("Hi", "and?", script=b"x" * 300, max_tokens=20) as chat:
-        interrupt_at(chat, 6)
+        interrupt_at(chat, 6, shown=True)
         chat.session.run()
     first, second = (turn.reply for turn in chat.session.chat.turns)
     assert first.finish_reason is None
-    assert 1 <= len(first.tokens) < 6
+    assert 1 <= len(first.tokens) <= 6
     assert first.text == "x" * len(first.tokens)
     assert "; stopped" in chat.stream.getvalue().splitlines()[1]
     assert chat.prompts()[1] == f"user:Hi;assistant:{first.text};user:and?;>"
@@ -218,7 +229,7 @@ def test_ctrl_c_keeps_what_came() -> None:
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_before_the_first_token_leaves_the_message_unsent() -> None:
     with chatting("Hi", "/retry") as chat:
-        interrupt_at(chat, 1)
+        interrupt_at(chat, 1, shown=False)
         chat.session.run()
     assert "stopped before the first token" in chat.stream.getvalue()
     assert chat.prompts() == ["user:Hi;>", "user:Hi;>"]

@@ -116,7 +116,11 @@ def compile_plans(plans: Iterable[Plan], on_done: Callable[[Program], None] | No
     threads = min(4, os.cpu_count() or 1)
     with _cache_errors(), ThreadPoolExecutor(max_workers=threads, thread_name_prefix="compile") as pool:
         futures = [pool.submit(_compile, plan, on_done) for plan in todo]
-        return Programs(future.result() for future in futures)
+        try:
+            return Programs(future.result() for future in futures)
+        except BaseException:  # an interrupt, too, does not wait for those that have not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def use_persistent_cache(directory: Path) -> None:

@@ -67,12 +67,14 @@ class EngineConfig:
     chat_template: str | None = option(
         _MODEL, "a Jinja file, or the template itself, instead of the model's", metavar="FILE"
     )
-    generation_config: str = option(
-        _MODEL, "defaults of requests: auto (the model's file), vllm (none), a path", default="auto", metavar="PATH"
-    )
-    override_generation_config: str = option(
-        _MODEL, "JSON object that stands over that file", default="{}", metavar="JSON"
-    )
+    # Said by those whose requests choose tokens, and by those to whom requests come from elsewhere.
+    generation_config: str = "vllm"
+    override_generation_config: str = "{}"
+    seed: int | None = None
+    max_num_queued_reqs: int = 1024
+    max_num_queued_tokens: int | None = None
+    # A model that has none is then refused.
+    needs_chat_template: bool = False
 
     max_logprobs: int = option(
         _NUMBERS,
@@ -80,9 +82,6 @@ class EngineConfig:
         _max_logprobs,
         default=DEFAULT_MAX_LOGPROBS,
         metavar="N",
-    )
-    seed: int | None = option(
-        _NUMBERS, "of what requests without a seed draw; default: another each start", between(0, (1 << 63) - 1)
     )
 
     max_model_len: int | None = option(
@@ -103,10 +102,6 @@ class EngineConfig:
     )
     enable_prefix_caching: bool = option(_ENGINE, "keep full pages for prompts that begin alike", None, default=True)
     tensor_parallel_size: int = option(_ENGINE, "devices over which the model is cut", between(1, 1024), default=1)
-    max_num_queued_reqs: int = option(_ENGINE, "unfinished requests before 429", between(1, 1 << 20), default=1024)
-    max_num_queued_tokens: int | None = option(
-        _ENGINE, "their prompt tokens before 429; default: no limit", between(1, 1 << 40)
-    )
     compilation_cache_dir: Path = option(
         _PROCESS, "kept executables", Path, default=Path("~/.cache/logprobd/xla"), metavar="DIR"
     )
@@ -141,7 +136,22 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServeConfig(EngineConfig):
+class SamplingConfig(EngineConfig):
+    """How tokens are chosen where a request does not say."""
+
+    generation_config: str = option(
+        _MODEL, "defaults of requests: auto (the model's file), vllm (none), a path", default="auto", metavar="PATH"
+    )
+    override_generation_config: str = option(
+        _MODEL, "JSON object that stands over that file", default="{}", metavar="JSON"
+    )
+    seed: int | None = option(
+        _NUMBERS, "of what requests without a seed draw; default: another each start", between(0, (1 << 63) - 1)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig(SamplingConfig):
     """Options of one server."""
 
     model: str | None = option(
@@ -149,6 +159,11 @@ class ServeConfig(EngineConfig):
         "hub id, local directory or .gguf file; nothing: SmolLM2-135M-Instruct",
         positional=True,
         metavar="MODEL",
+    )
+
+    max_num_queued_reqs: int = option(_ENGINE, "unfinished requests before 429", between(1, 1 << 20), default=1024)
+    max_num_queued_tokens: int | None = option(
+        _ENGINE, "their prompt tokens before 429; default: no limit", between(1, 1 << 40)
     )
 
     host: str = option(_PLACE, "address to listen on", default="127.0.0.1", metavar="ADDRESS")

@@ -35,17 +35,23 @@ class Option:
             return self.metavar
         return "|".join(self.choices) if self.choices else _placeholder(self.read)
 
+    def word(self, name: str) -> str:
+        """What a mistake is told of: the flag, or what stands for a word without one."""
+        return self.placeholder or name if self.positional else _flag(name)
+
     def declaration(self, name: str) -> tuple[str, dict[str, Any]]:
         """What argparse's add_argument wants for a field of this name."""
         about: dict[str, Any] = {"help": self.help + _told(self.default), "default": self.default}
         if self.read is None:
             return _flag(name), about | {"action": argparse.BooleanOptionalAction}
         about |= {"type": self.read, "choices": self.choices, "metavar": self.placeholder}
+        if self.default is MISSING:  # a file of flags may say it: what nobody says is missed when all is read
+            about["default"] = None
         if self.positional:
-            return name, about | ({"default": None} if self.default is MISSING else {"nargs": "?"})
+            return name, about | {"nargs": "?"}
         if self.many:
             return _flag(name), about | {"action": "append", "default": []}
-        return _flag(name), about | {"required": self.default is MISSING}
+        return _flag(name), about
 
 
 def option(
@@ -82,12 +88,12 @@ class CommandLine[C]:
         """Makes the parser.
 
         Args:
-            kind: a dataclass whose fields are all made by `option`.
+            kind: a dataclass; its fields that are made by `option` can be said, others keep their defaults.
             order: of the groups in --help; others come before these, as their first fields do.
         """
         self._kind = kind
         fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # there is no public type for "a dataclass"
-        self._options: dict[str, Option] = {each.name: each.metadata[_KEY] for each in fields}
+        self._options: dict[str, Option] = {each.name: each.metadata[_KEY] for each in fields if _KEY in each.metadata}
         self._lists = tuple(name for name, each in self._options.items() if each.many)
         self.parser = argparse.ArgumentParser(
             prog=prog,
@@ -121,6 +127,11 @@ class CommandLine[C]:
         values = vars(self.parser.parse_args(arguments))
         for name in self._lists:  # argparse would add to a default
             values[name] = tuple(values[name] or said.get(name, ()))
+        missed = [
+            each.word(name) for name, each in self._options.items() if each.default is MISSING and not values[name]
+        ]
+        if missed:
+            self.parser.error(f"the following arguments are required: {', '.join(missed)}")
         return self._kind(**{name: values[name] for name in self._options})
 
     def _from_file(self, path: Path) -> dict[str, Any]:

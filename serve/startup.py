@@ -109,6 +109,8 @@ def load(config: EngineConfig, reporter: Reporter) -> Loaded:
         model_config = checkpoint.config
         max_model_len = _max_model_len(config, model_config)
         check_tokenizer(source.name, tokenizer, model_config.vocab_size)
+        if config.needs_chat_template and template is None and tokenizer.chat_template is None:
+            raise StartupError(f"{source.name} has no chat template: give one with --chat-template")
         check_template(source.name, tokenizer, template)
         config = replace(config, dtype=chosen_dtype(config, checkpoint))
         buckets = make_buckets(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from serve.report import Reporter, start_reporting
 from serve.report_events import Failed, Interrupted
@@ -23,22 +23,23 @@ from serve.score.journal import (
     check_same,
     finish,
     open_journal,
+    open_rows,
     read_checkpoint,
-    remove,
 )
 from serve.score.progress import open_meter
 from serve.score.rows import RowWriter
 from serve.score.run import InFlight, Pipeline
-from serve.score.scoring import Scoring
+from serve.score.scoring import Scoring, check_no_more, first_lines
 from serve.score.source import Source, open_source
 from serve.score.texts import TextReader
 from serve.score.totals import summary
-from serve.score.windows import make_context
+from serve.score.windows import Context, make_context
 from serve.startup import STARTUP_ERRORS, Loaded, chosen_template, load
 
 _ROUNDS = 4  # requests in the engine for each that runs: it shall never wait for one
 _MAX_TOKENS = 2**17  # of texts in flight: some tens of MB, with 20 alternatives each
 
+_OF_LOADED = ("fingerprint", "context", "context_stride")  # what rows were made with and only a loaded model tells
 _GOES_ON = "stopped; the same command goes on from there"
 
 
@@ -58,7 +59,6 @@ def main(arguments: Sequence[str]) -> int:
     paths = Paths(config.writes_to)
     try:
         at, rate = _score(config, paths, reporter)
-        finish(paths, at, _converter(config))
     except (*STARTUP_ERRORS, ScoreError) as error:
         reporter.tell(Failed(str(error)))
         return 1
@@ -78,38 +78,54 @@ def main(arguments: Sequence[str]) -> int:
 
 def _score(config: ScoreConfig, paths: Paths, reporter: Reporter) -> tuple[Checkpoint, list[tuple[str, str]]]:
     """Scores what is left; where the rows stand, and how fast it was."""
-    with open_source(config.file, TextReader.fields(config.text_field)) as source:
+    if not paths.output.parent.is_dir():
+        raise ScoreError(f"--output {paths.output}: there is no folder {paths.output.parent}")
+    with open_source(config.file, TextReader.fields(config.text_field)) as source, open_rows(paths) as rows:
         at = _begin(config, paths)
+        rate = "nothing to do: it was complete"
         if at.complete:
-            return at, [("speed", "nothing to do: it was complete")]
-        with open_journal(paths, at) as journal:
-            loaded = load(config.engine, reporter)
-            made_with = at.made_with | {"fingerprint": loaded.fingerprint}
-            if "fingerprint" in at.made_with:
-                check_same(paths, at.made_with, made_with)
-            at.made_with = made_with
-            scoring = _scoring(config, source, loaded)
-            before, begun = at.sums.scored, time.monotonic()
-            _drive(config, scoring, loaded, journal)
-            at.complete, at.input_bytes = True, config.file.stat().st_size
-    new, seconds = at.sums.scored - before, time.monotonic() - begun
-    return at, [("speed", f"{new / seconds:,.0f} tokens/s")] if new else []
+            check_no_more(config.file, first_lines(source, config.limit), at)
+        else:
+            rate = _go_on(config, paths, source, rows, at, reporter)
+        finish(paths, rows, at, _converter(config))
+    return at, [("speed", rate)] if rate else []
 
 
 def _begin(config: ScoreConfig, paths: Paths) -> Checkpoint:
     """Where to begin: behind what an earlier run has written, if anything."""
-    if not paths.output.parent.is_dir():
-        raise ScoreError(f"--output {paths.output}: there is no folder {paths.output.parent}")
-    if config.overwrite:
-        remove(paths)
     wanted = _identity(config)
-    found = read_checkpoint(paths)
+    found = None if config.overwrite else read_checkpoint(paths)
     if found is None or not (found.line or found.complete):
         return Checkpoint(wanted)
-    check_same(paths, found.made_with, wanted | {"fingerprint": found.made_with.get("fingerprint")})
-    if found.complete and found.input_bytes != config.file.stat().st_size:
-        raise ScoreError(f"{config.file} has changed since {paths.output} was made of it: --overwrite begins anew")
+    check_same(paths, found.made_with, wanted | {name: found.made_with.get(name) for name in _OF_LOADED})
     return found
+
+
+def _go_on(
+    config: ScoreConfig, paths: Paths, source: Source, rows: BinaryIO, at: Checkpoint, reporter: Reporter
+) -> str:
+    """Scores what is left; how fast it was. Until the model is loaded, nothing of an earlier run is touched."""
+    loaded = load(config.engine, reporter)
+    limits = loaded.limits
+    context = make_context(min(limits.max_model_len, limits.cache_tokens), config.long, config.stride)
+    made_with = at.made_with | dict(zip(_OF_LOADED, (loaded.fingerprint, *_told_of(context)), strict=True))
+    if at.line:
+        check_same(paths, at.made_with, made_with)
+    at.made_with = made_with
+    with open_journal(paths, rows, at) as journal:
+        before, begun = at.sums.scored, time.monotonic()
+        _drive(config, _scoring(config, source, loaded, context), loaded, journal)
+        at.complete = True
+    new, seconds = at.sums.scored - before, time.monotonic() - begun
+    return f"{new / seconds:,.0f} tokens/s" if new else ""
+
+
+def _told_of(context: Context) -> tuple[int | None, int | None]:
+    """Size and stride, where numbers depend on them."""
+    return (
+        None if context.long == "error" else context.size,
+        context.stride if context.long == "window" else None,
+    )
 
 
 def _identity(config: ScoreConfig) -> dict[str, Any]:
@@ -121,19 +137,18 @@ def _identity(config: ScoreConfig) -> dict[str, Any]:
     return said
 
 
-def _scoring(config: ScoreConfig, source: Source, loaded: Loaded) -> Scoring:
-    limits = loaded.limits
+def _scoring(config: ScoreConfig, source: Source, loaded: Loaded, context: Context) -> Scoring:
     return Scoring(
         config.file,
         source,
         reader=TextReader(
             loaded.tokenizer,
-            limits.vocab_size,
+            loaded.limits.vocab_size,
             chat_template=loaded.chat_template,
             text_field=config.text_field,
             add_special_tokens=config.add_special_tokens,
         ),
-        context=make_context(min(limits.max_model_len, limits.cache_tokens), config.long, config.stride),
+        context=context,
         writer=RowWriter(
             loaded.tokenizer,
             alternatives=config.top_logprobs,
@@ -154,7 +169,7 @@ def _drive(config: ScoreConfig, scoring: Scoring, loaded: Loaded, journal: Journ
     """
     bounds = InFlight(
         requests=min(config.max_num_queued_reqs, _ROUNDS * config.max_num_seqs),
-        tokens=config.max_num_queued_tokens or _MAX_TOKENS,
+        tokens=_MAX_TOKENS,
     )
     engine = loaded.start_engine()
     pipeline = Pipeline(engine, bounds, config.top_logprobs)

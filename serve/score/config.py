@@ -108,9 +108,9 @@ class ScoreConfig(EngineConfig):
 
     @property
     def engine(self) -> EngineConfig:
-        """The same, with as many alternatives as are asked for; how many requests wait is bounded before the engine."""
+        """The same, with as many alternatives as are asked for."""
         most = max(self.computed_logprobs, self.top_logprobs)
-        return replace(self, max_logprobs=most, max_num_queued_tokens=None)
+        return replace(self, max_logprobs=most)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same in a run that goes on with what this one has written; JSON values."""

@@ -22,6 +22,8 @@ from serve.score.totals import Sums
 _EVERY = 2.0  # seconds between checkpoints: what a killed run has to do again
 _ANEW = "--overwrite begins anew"
 
+_NO_FLAGS = ("weights", "format", "fingerprint", "context", "context_stride")
+
 type Finish = Callable[[Path, Path, "Checkpoint"], None]  # makes the second file of the rows in the first
 
 
@@ -50,7 +52,6 @@ class Checkpoint:
     complete: bool = False  # no more rows will come
     line: int = 0  # the last that is dealt with
     checksum: int = 0  # of the input up to there
-    input_bytes: int = 0
     output_bytes: int = 0  # of rows
     longest_row: int = 0  # bytes
     sums: Sums = field(default_factory=Sums)
@@ -72,9 +73,13 @@ def read_checkpoint(paths: Paths) -> Checkpoint | None:
         return None
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise ScoreError(f"{paths.meta}: is not what a scoring leaves: {_ANEW}") from error
-    if not paths.partial.exists() and found.output_bytes and not (found.complete and paths.output.exists()):
-        raise ScoreError(f"{paths.meta} is there, but not the rows that it tells of: {_ANEW}")
+    if not _has_rows(paths, found) and not (found.complete and paths.output.exists()):
+        raise ScoreError(f"{paths.partial} lacks rows that {paths.meta.name} tells of: {_ANEW}")
     return found
+
+
+def _has_rows(paths: Paths, at: Checkpoint) -> bool:
+    return paths.partial.exists() and paths.partial.stat().st_size >= at.output_bytes
 
 
 def check_same(paths: Paths, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -86,32 +91,41 @@ def check_same(paths: Paths, found: dict[str, Any], wanted: dict[str, Any]) -> N
 
 
 def _flag(name: str) -> str:
-    return name.replace("_", " ") if name in ("weights", "fingerprint", "format") else "--" + name.replace("_", "-")
+    return name.replace("_", " ") if name in _NO_FLAGS else "--" + name.replace("_", "-")
 
 
 def _told(value: Any) -> str:
     return "not said" if value is None else str(value)
 
 
-def remove(paths: Paths) -> None:
-    """Removes what an earlier run has left.
+@contextmanager
+def open_rows(paths: Paths) -> Iterator[BinaryIO]:
+    """The file of rows, which no other process has open so at the same time; what is still empty at the end is removed.
+
+    What the files of an output say holds only in here.
 
     Raises:
-        ScoreError: it still runs.
+        ScoreError: another process has it.
     """
-    if paths.partial.exists():
+    while True:
         with paths.partial.open("ab") as file:
-            _lock(file, paths)
-            paths.partial.unlink()
-    for path in (paths.output, paths.meta):  # the meta file last: it tells whose the others are
-        path.unlink(missing_ok=True)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ScoreError(f"another process writes to {paths.partial}") from None
+            if not _is(file, paths.partial):  # another has made it the output, between open and flock
+                continue
+            try:
+                yield file
+            finally:
+                if _is(file, paths.partial) and not paths.partial.stat().st_size:
+                    paths.partial.unlink()
+            return
 
 
-def _lock(file: BinaryIO, paths: Paths) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ScoreError(f"another process writes to {paths.partial}") from None
+def _is(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file is what a path names."""
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 class Journal:
@@ -149,45 +163,35 @@ class Journal:
 
 
 @contextmanager
-def open_journal(paths: Paths, at: Checkpoint) -> Iterator[Journal]:
-    """Goes on behind a checkpoint; saves where it ends, however it ends. What has no row yet leaves nothing behind.
-
-    Raises:
-        ScoreError: another process writes there, or rows are missing.
-    """
-    with paths.partial.open("ab") as file:
-        _lock(file, paths)
-        if not at.output_bytes:
-            write_meta(paths, at)  # before any row: it tells whose they are
-        _cut(file, paths, at)
-        journal = Journal(paths, file, at)
-        try:
-            yield journal
-        finally:
-            if at.line or at.complete:
-                journal.save()
-            else:
-                paths.partial.unlink()
-                paths.meta.unlink()
-
-
-def _cut(file: BinaryIO, paths: Paths, at: Checkpoint) -> None:
-    """Cuts off what does not count."""
-    if file.seek(0, os.SEEK_END) < at.output_bytes:
-        raise ScoreError(f"{paths.partial} is shorter than {paths.meta.name} says: {_ANEW}")
-    file.truncate(at.output_bytes)
-
-
-def finish(paths: Paths, at: Checkpoint, convert: Finish | None) -> None:
-    """Makes the output of the rows of a complete run; harmless where that is done.
+def open_journal(paths: Paths, rows: BinaryIO, at: Checkpoint) -> Iterator[Journal]:
+    """Goes on behind a checkpoint; saves where it ends, however it ends. What has no row yet leaves no checkpoint.
 
     Args:
+        rows: what `open_rows` has opened.
+    """
+    if not at.output_bytes:
+        write_meta(paths, at)  # before any row: it tells whose they are
+    rows.truncate(at.output_bytes)  # what stands behind does not count
+    journal = Journal(paths, rows, at)
+    try:
+        yield journal
+    finally:
+        if at.line or at.complete:
+            journal.save()
+        else:
+            paths.meta.unlink()
+
+
+def finish(paths: Paths, rows: BinaryIO, at: Checkpoint, convert: Finish | None) -> None:
+    """Makes the output of the rows of a complete run, over what was there before; harmless where that is done.
+
+    Args:
+        rows: what `open_rows` has opened.
         convert: None: the rows are the output.
     """
-    if not paths.partial.exists():
+    if not _has_rows(paths, at):
         return
-    with paths.partial.open("ab") as file:
-        _cut(file, paths, at)
+    rows.truncate(at.output_bytes)
     if convert is None:
         paths.partial.replace(paths.output)
     else:

@@ -35,7 +35,9 @@ class RowWriter:
         ids = text.token_ids[: len(scores.logprob) + 1]
         lengths = [len(self.tokenizer.token_bytes(token_id)) for token_id in ids]
         logprobs = np.maximum(scores.logprob, _LOWEST)
-        sums = _sums(logprobs, scores.rank, sum(lengths[1:]), text, len(ids))
+        sums = _sums(logprobs, scores.rank, text, len(ids))
+        of_text = np.array([not self.tokenizer.is_special(token_id) for token_id in ids[1:]], bool)
+        sums.bytes, sums.text_logprob = int(np.array(lengths[1:], int)[of_text].sum()), _sum(logprobs[of_text])
         row: dict[str, Any] = {"line": outcome.work.line.number}
         if text.id is not None:
             row["id"] = self._id(text.id)
@@ -81,13 +83,12 @@ def _after_null(rows: NDArray[Any]) -> orjson.Fragment:
     return orjson.Fragment(b"[null]" if len(rows) == 0 else b"[null," + written[1:])
 
 
-def _sums(logprobs: NDArray[np.float32], ranks: NDArray[np.int32], num_bytes: int, text: Text, num_tokens: int) -> Sums:
+def _sums(logprobs: NDArray[np.float32], ranks: NDArray[np.int32], text: Text, num_tokens: int) -> Sums:
     sums = Sums(
         lines=1,
         tokens=num_tokens,
         scored=len(logprobs),
         logprob=_sum(logprobs),
-        bytes=num_bytes,
         rank_1=int((ranks == 1).sum()),
     )
     start = text.completion_start

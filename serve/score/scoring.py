@@ -52,10 +52,7 @@ class Scoring:
         Raises:
             ScoreError: a line is broken, and broken lines are not skipped; or the file is not what it was.
         """
-        lines = self._source.lines
-        if self._limit is not None:
-            most = self._limit
-            lines = takewhile(lambda line: line.number <= most, lines)
+        lines = first_lines(self._source, self._limit)
         skip_to(self._path, lines, journal.at)
         async with aclosing(pipeline.outcomes(map(self._work, lines))) as outcomes:
             async for outcome in outcomes:
@@ -87,6 +84,11 @@ class Scoring:
         return min(1.0, read if self._limit is None else max(read, line.number / self._limit))
 
 
+def first_lines(source: Source, limit: int | None) -> Iterator[Line]:
+    """The lines up to the number `limit`, or all."""
+    return source.lines if limit is None else takewhile(lambda line: line.number <= limit, source.lines)
+
+
 def skip_to(path: Path, lines: Iterator[Line], at: Checkpoint) -> None:
     """Reads the lines that are dealt with.
 
@@ -101,3 +103,10 @@ def skip_to(path: Path, lines: Iterator[Line], at: Checkpoint) -> None:
         if line.number >= at.line:
             break
     raise ScoreError(f"{path} is no longer what it was up to line {at.line:,}: --overwrite begins anew")
+
+
+def check_no_more(path: Path, lines: Iterator[Line], at: Checkpoint) -> None:
+    """Raises ScoreError where the lines are not those, and only those, that are dealt with."""
+    skip_to(path, lines, at)
+    if (more := next(lines, None)) is not None:
+        raise ScoreError(f"{path} has got line {more.number:,} since it was scored: --overwrite begins anew")

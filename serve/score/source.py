@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import stat
 import zlib
 from collections.abc import Callable, Iterator
@@ -50,17 +51,21 @@ def open_source(path: Path, columns: tuple[str, ...]) -> Iterator[Source]:
     Raises:
         ScoreError: the file cannot be read; also while lines are read.
     """
-    try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):
-            raise ScoreError(f"{path}: is not a file; what cannot be read again could not be gone on with")
+    with _opened(path) as raw:
         if path.suffix == ".parquet":
-            with path.open("rb") as raw:
-                yield _parquet(path, raw, columns)
+            yield _parquet(path, raw, columns)
             return
-        with path.open("rb") as raw, _unpacked(raw, path.suffix) as stream:
+        with _unpacked(raw, path.suffix) as stream:
             plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
-            yield Source(about.st_size, plain.suffix == ".txt", _lines(path, stream, raw.tell))
+            size = os.fstat(raw.fileno()).st_size
+            yield Source(size, plain.suffix == ".txt", _lines(path, stream, raw.tell))
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ScoreError(f"{path}: is not a file; what cannot be read again could not be gone on with")
+        return path.open("rb")
     except OSError as error:
         raise ScoreError(f"{path}: cannot be read: {error.strerror or error}") from error
 

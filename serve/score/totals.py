@@ -13,7 +13,8 @@ class Sums:
     tokens: int = 0
     scored: int = 0  # tokens with a number
     logprob: float = 0.0  # in nats
-    bytes: int = 0  # of the tokens that are scored
+    bytes: int = 0  # of the tokens that are scored, without special ones, which are no part of the text
+    text_logprob: float = 0.0  # of these tokens, in nats
     rank_1: int = 0  # tokens that the model held for the likeliest
     completions: int = 0
     completion_tokens: int = 0
@@ -27,8 +28,8 @@ class Sums:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Of the tokens that are scored; None without any."""
-        return -self.logprob / math.log(2) / self.bytes if self.bytes else None
+        """Of the text: special tokens have neither bits nor bytes. None where nothing of it is scored."""
+        return -self.text_logprob / math.log(2) / self.bytes if self.bytes else None
 
 
 def perplexity(logprob: float, tokens: int) -> float | None:

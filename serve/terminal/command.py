@@ -13,7 +13,7 @@ from serve.engine.engine import Engine
 from serve.engine.request import SamplingParams
 from serve.report import is_terminal, start_reporting
 from serve.report_events import Failed, Interrupted
-from serve.startup import STARTUP_ERRORS, Loaded, StartupError, load
+from serve.startup import STARTUP_ERRORS, Loaded, load
 from serve.terminal.config import ChatConfig, parse_args, sampling_params
 from serve.terminal.conversation import Conversation, Prompter
 from serve.terminal.lines import Typist, lines_of
@@ -29,8 +29,6 @@ def main(arguments: Sequence[str]) -> int:
     reporter = start_reporting(config)
     try:
         loaded = load(config, reporter)
-        if loaded.chat_template is None and loaded.tokenizer.chat_template is None:
-            raise StartupError(f"{loaded.name} has no chat template: give one with --chat-template")
     except STARTUP_ERRORS as error:
         reporter.tell(Failed(str(error)))
         return 1

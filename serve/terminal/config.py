@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve.config import GROUPS, EngineConfig
+from serve.config import GROUPS, SamplingConfig
 from serve.engine.request import SamplingParams
 from serve.flags import check_engine
 from serve.options import CommandLine, between, option
@@ -24,8 +24,10 @@ Type /help in the chat for its commands.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChatConfig(EngineConfig):
+class ChatConfig(SamplingConfig):
     """Options of a chat. Of sampling, None leaves the model's default, or else OpenAI's."""
+
+    needs_chat_template: bool = True
 
     max_num_seqs: int = option(_ENGINE, "requests that run at once", between(1, 1024), default=1)
 

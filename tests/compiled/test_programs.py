@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from compiled import programs
 from compiled.programs import Plan, Program, RefusedError, UnknownShapeError, compile_plans
 from compiled.shapes import HeadShape, SlotShape, StepShape
 from tests.model.tiny import random_weights, tiny_configs, write_checkpoint
@@ -28,19 +31,19 @@ def plan(rows: int) -> Plan:
 
 def test_each_plan_is_compiled_once_and_told() -> None:
     told: list[Program] = []
-    programs = compile_plans([plan(2), plan(3)], told.append)
+    made = compile_plans([plan(2), plan(3)], told.append)
     assert {program.name for program in told} == {"decode_2", "decode_3"}
-    assert {program.shape for program in programs} == {StepShape(2, 1, 1), StepShape(3, 1, 1)}
-    assert all(program.lower_seconds > 0 and program.compile_seconds > 0 for program in programs)
-    assert all(program.temp_bytes >= 0 for program in programs)
-    np.testing.assert_array_equal(programs[StepShape(3, 1, 1)].compiled(np.ones(3, np.float32)), np.full(3, 2.0))
+    assert {program.shape for program in made} == {StepShape(2, 1, 1), StepShape(3, 1, 1)}
+    assert all(program.lower_seconds > 0 and program.compile_seconds > 0 for program in made)
+    assert all(program.temp_bytes >= 0 for program in made)
+    np.testing.assert_array_equal(made[StepShape(3, 1, 1)].compiled(np.ones(3, np.float32)), np.full(3, 2.0))
 
 
 def test_an_unknown_shape_raises() -> None:
-    programs = compile_plans([plan(2)])
+    made = compile_plans([plan(2)])
     for shape in (StepShape(3, 1, 1), StepShape(2, 1, 2), HeadShape(2, whole=True), SlotShape(2)):
         with pytest.raises(UnknownShapeError, match="no program was compiled"):
-            programs[shape]
+            made[shape]
 
 
 @pytest.mark.parametrize(
@@ -74,6 +77,29 @@ def test_a_failure_is_raised() -> None:
     bad = Plan(HeadShape(4, whole=True), wrong, (VECTOR,))
     with pytest.raises(ValueError, match="cannot trace"):
         compile_plans([plan(2), bad, plan(3)])
+
+
+def test_after_a_failure_or_an_interrupt_no_more_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Any] = []
+    ended = threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            ended.set()
+            super().shutdown(wait=wait)
+
+    def fails(plan: Plan, _: object) -> None:
+        begun.append(plan)
+        if len(begun) == 1:
+            raise KeyboardInterrupt
+        assert ended.wait(20)
+
+    monkeypatch.setattr(programs, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(programs, "_compile", fails)
+    with pytest.raises(KeyboardInterrupt):
+        compile_plans([plan(rows) for rows in range(2, 12)])
+    assert len(begun) < 10
 
 
 def test_a_failure_after_lowering_is_raised() -> None:

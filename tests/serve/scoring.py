@@ -39,12 +39,14 @@ def byte_runner() -> ScriptedRunner:
     return ScriptedRunner(None, pages=64, pages_per_row=CONTEXT // PAGE_SIZE)
 
 
-def fake_load(runner: FakeRunner, fingerprint: str = "fp") -> Callable[[EngineConfig, Reporter], Loaded]:
+def fake_load(
+    runner: FakeRunner, fingerprint: str = "fp", context: int = CONTEXT
+) -> Callable[[EngineConfig, Reporter], Loaded]:
     """What stands for serve.startup.load."""
 
     def load(config: EngineConfig, _: Reporter) -> Loaded:
         limits = EngineLimits(
-            max_model_len=CONTEXT,
+            max_model_len=context,
             max_logprobs=K,
             vocab_size=VOCAB_SIZE,
             cache_tokens=(runner.pages - 1) * PAGE_SIZE,

@@ -146,8 +146,14 @@ def test_each_is_said_with_exit_code_1(tmp_path: Path) -> None:
 def test_a_good_one_passes_all_checks(tmp_path: Path) -> None:
     """Else the cases above could fail for a reason that they share: this one ends at a flag that no file mends."""
     path = templated("{% for m in messages %}{{ m.content }}{% endfor %}")(tmp_path / "good")
-    arguments = json.dumps([[str(path), "--port", "0", "--kv-cache-memory", "1"]])
+    bare, flags = directory(tmp_path / "bare"), ["--kv-cache-memory", "1"]
+    arguments = json.dumps([[str(path), "--port", "0", *flags], ["chat", "--model", str(bare), *flags]])
     run = subprocess.run([sys.executable, "-c", RUNS, arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    (code, said) = json.loads(run.stdout)
+    (code, said), (chat_code, of_chat) = map(json.loads, run.stdout.splitlines())
     last = said.splitlines()[-1]
     assert (code, last.startswith(f"error: {path}: --kv-cache-memory: 1 bytes hold no page")) == (1, True), said
+    # A chat cannot do without a template, which is told before that flag.
+    assert (chat_code, of_chat.splitlines()[-1]) == (
+        1,
+        f"error: {bare} has no chat template: give one with --chat-template",
+    )

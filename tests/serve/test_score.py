@@ -1,5 +1,7 @@
 """`python -m serve score` from its flags to its files, on a model whose arithmetic can be done by hand."""
 
+import errno
+import fcntl
 import math
 import os
 import signal
@@ -14,7 +16,8 @@ import orjson
 import pyarrow.parquet
 import pytest
 
-from serve.score import command, journal
+from serve.score import command, journal, parquet
+from serve.score.config import parse_args
 from serve.startup import StartupError
 from tests.serve.fake_runner import hidden_after
 from tests.serve.fake_runner import numbers as numbers_of
@@ -231,9 +234,14 @@ def test_a_complete_output_is_left_alone_without_a_model(score: Command) -> None
     assert score.output == before
     assert score.out.splitlines()[:3] == summary
     assert "it was complete" in score.out
-    score.rows(some_rows(4))
+    before_text = file.read_bytes()
+    file.write_bytes(before_text + b'\n"one more"')
     assert score(file) == 1
-    assert "rows.jsonl has changed" in score.err
+    assert "rows.jsonl has got line 5 since it was scored" in score.err
+    file.write_bytes(before_text.replace(b"row 1", b"row 7"))  # as long as before
+    assert score(file) == 1
+    assert "rows.jsonl is no longer what it was" in score.err
+    assert score.output == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -309,6 +317,77 @@ def test_overwrite_begins_anew(score: Command) -> None:
     assert [bytes(row["token_ids"]) for row in score.output] == [b"four"]
 
 
+def test_overwrite_touches_nothing_before_there_is_something_else(score: Command) -> None:
+    file = score.rows(["one"])
+    assert score(file) == 0
+    before = score.output
+
+    def refuse(*_: object) -> Any:
+        raise StartupError("it does not fit")
+
+    score.load = refuse
+    for flags in ((), ("--model", str(score.folder / "none")), ("--long", "window", "--stride", "1000000")):
+        assert score(file, "--overwrite", *flags) == 1
+        assert score.output == before
+    score.load = fail_if_loaded
+    assert score(file) == 0
+    assert "it was complete" in score.out
+    score.load = None
+    score.rows([1])
+    assert score(file, "--overwrite") == 1
+    assert "rows.jsonl:1: is neither" in score.err
+    assert score.output == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--long", "window"), "context was 128, is 64; context stride was 64, is 32"),
+        (("--long", "window", "--stride", "20"), "context was 128, is 64"),
+        (("--long", "truncate"), "context was 128, is 64"),
+        ((), None),  # a text that fits has the same numbers in any context
+    ],
+    ids=str,
+)
+def test_rows_of_one_context_are_not_mixed_with_those_of_another(
+    score: Command, flags: tuple[str, ...], told: str | None
+) -> None:
+    file = score.rows(["one", 2])
+    assert score(file, *flags) == 1
+    score.rows(["one", "two"])
+    score.load = fake_load(score.runner, context=64)
+    assert score(file, *flags) == (0 if told is None else 1)
+    assert told is None or told in score.err
+
+
+def test_special_tokens_are_no_part_of_the_text(score: Command) -> None:
+    ids = [*b"ab", BEGIN, *b"c"]
+    assert score(score.rows([{"token_ids": ids}])) == 0
+    [row] = score.output
+    logprobs, _ = expected_numbers(ids)
+    assert row["logprob"] == pytest.approx(sum(logprobs[1:]))
+    assert row["byte_lengths"] == [1, 1, len("<begin>"), 1]
+    assert row["bits_per_byte"] == pytest.approx(-(logprobs[1] + logprobs[3]) / math.log(2) / 2)
+
+
+def test_what_fails_in_the_writing_is_not_laid_to_the_input(score: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(journal.Journal, "save", full)
+    assert score(score.rows(["one"])) == 1
+    assert score.err == f"error: {score.folder}/rows.logprobs.jsonl: No space left on device"
+
+
+def test_a_file_of_flags_may_name_the_input_or_not(score: Command) -> None:
+    file, flags = score.rows(["Hello"]), score.folder / "flags.yaml"
+    flags.write_text("top-logprobs: 1\n")
+    assert parse_args([str(file), "--config", str(flags)]).top_logprobs == 1
+    flags.write_text(f"file: {file}\n")
+    assert parse_args(["--config", str(flags)]).file == file
+    assert parse_args(["other.jsonl", "--config", str(flags)]).file == Path("other.jsonl")
+
+
 def test_files_of_others_are_not_touched(score: Command) -> None:
     file = score.rows(["one"])
     mine = score.folder / "rows.logprobs.jsonl"
@@ -321,12 +400,47 @@ def test_files_of_others_are_not_touched(score: Command) -> None:
 def test_two_processes_do_not_write_to_one_output(score: Command) -> None:
     file = begun(score)
     paths = journal.Paths(score.folder / "rows.logprobs.jsonl")
-    at = journal.read_checkpoint(paths)
-    assert at is not None
-    with journal.open_journal(paths, at):
+    with journal.open_rows(paths):
         for flags in ((), ("--overwrite",)):
             assert score(file, *flags) == 1
             assert "another process writes" in score.err
+    assert len(read_lines(paths.partial)) == 2
+
+
+def test_an_output_is_nobody_elses_until_it_is_made(score: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, flags = score.rows(["one"]), ("--output", str(score.folder / "out.parquet"))
+    other = Command(score.folder, score.patch, score.capture)
+    write, others = parquet.write_parquet, []
+
+    def write_beside_another(*arguments: Any, **options: Any) -> None:
+        others.append(other(file, *flags))
+        write(*arguments, **options)
+
+    monkeypatch.setattr(parquet, "write_parquet", write_beside_another)
+    assert score(file, *flags) == 0
+    assert others == [1]
+    assert "another process writes" in other.err
+
+
+def test_who_waits_for_the_rows_does_not_take_the_output_for_them(
+    score: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = begun(score)
+    score.rows(["one", "two", "three"])
+    other = Command(score.folder, score.patch, score.capture)
+    flock, calls = fcntl.flock, []
+
+    def finished_before(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 1:
+            assert other(file) == 0
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", finished_before)
+    assert score(file) == 0
+    assert [row["line"] for row in score.output] == [1, 2, 3]
+    assert "it was complete" in score.out
+    assert score.names == {"rows.jsonl", "rows.logprobs.jsonl", "rows.logprobs.jsonl.meta.json"}
 
 
 def test_rows_that_are_missing_are_not_papered_over(score: Command) -> None:
@@ -334,10 +448,11 @@ def test_rows_that_are_missing_are_not_papered_over(score: Command) -> None:
     partial = score.folder / "rows.logprobs.jsonl.partial"
     partial.write_bytes(partial.read_bytes()[:-1])
     assert score(file) == 1
-    assert "is shorter than" in score.err
+    assert "lacks rows that rows.logprobs.jsonl.meta.json tells of" in score.err
     partial.unlink()
     assert score(file) == 1
-    assert "not the rows that it tells of" in score.err
+    assert "lacks rows that rows.logprobs.jsonl.meta.json tells of" in score.err
+    assert not partial.exists()
 
 
 def test_what_never_began_leaves_nothing(score: Command) -> None:
@@ -383,6 +498,9 @@ def test_only_the_first_lines(score: Command) -> None:
         (("rows", "--top-logprobs", "1", "--no-per-token"), "--top-logprobs"),
         (("rows", "--output", "rows"), "--output"),
         (("rows", "--long", "never"), "--long"),
+        (("rows", "--seed", "1"), "--seed"),
+        (("rows", "--generation-config", "vllm"), "--generation-config"),
+        (("rows", "--max-num-queued-reqs", "2"), "--max-num-queued-reqs"),
     ],
     ids=str,
 )

@@ -10,7 +10,7 @@ from serve.score import progress
 from serve.score.progress import open_meter
 from serve.score.totals import Sums, perplexity, summary
 
-SUMS = Sums(lines=3, skipped=1, scored=10, tokens=13, logprob=-10.0, bytes=20, rank_1=4)
+SUMS = Sums(lines=3, skipped=1, scored=10, tokens=13, logprob=-10.0, text_logprob=-9.0, bytes=20, rank_1=4)
 
 
 class Terminal(io.StringIO):
@@ -60,7 +60,7 @@ def test_the_summary_says_what_there_is() -> None:
     assert told["tokens"] == "10 scored of 13"
     assert told["log-prob"] == "-1.000000 a token"
     assert told["perplexity"] == "2.71828"
-    assert told["bits/byte"] == "0.721348"
+    assert told["bits/byte"] == "0.649213"
     assert told["rank 1"] == "40.00% of the tokens"
     assert "completions" not in told
     assert dict(summary(Sums())) == {"lines": "0 scored", "tokens": "0 scored of 0"}

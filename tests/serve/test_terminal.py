@@ -113,6 +113,7 @@ def test_sampling_is_the_options_over_the_models_over_openais() -> None:
         (["--top-p", "0"], "--top-p"),
         (["--max-tokens", "x"], "--max-tokens"),
         (["--port", "1"], "--port"),
+        (["--max-num-queued-reqs", "2"], "--max-num-queued-reqs"),
         (["--quantization", "int8", "--dtype", "float32"], "--quantization"),
     ],
 )

@@ -11,7 +11,6 @@ from serve.openai.defaults import GenerationDefaults
 from serve.report_events import Failed, Interrupted
 from serve.startup import StartupError
 from serve.terminal import command
-from serve.text.tokenizer import Tokenizer
 from tests.serve.http_client import byte_tokenizer
 from tests.serve.test_terminal_session import scripted_engine
 
@@ -33,15 +32,13 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
     return told
 
 
-def run(
-    monkeypatch: pytest.MonkeyPatch, typed: str, *arguments: str, tokenizer: Tokenizer | None = None
-) -> tuple[int, Engine]:
+def run(monkeypatch: pytest.MonkeyPatch, typed: str, *arguments: str) -> tuple[int, Engine]:
     """The exit code of a chat into which `typed` is piped."""
     engine, _ = scripted_engine(b"Hello, you")
     engine.start()
     loaded = SimpleNamespace(
         name="m",
-        tokenizer=tokenizer or byte_tokenizer(),
+        tokenizer=byte_tokenizer(),
         chat_template=None,
         limits=engine.limits,
         defaults=GenerationDefaults(max_new_tokens=5),
@@ -72,13 +69,6 @@ def test_what_fails_goes_to_stderr_and_into_the_exit_code(
     out, error = capsys.readouterr()
     assert (code, out) == (1, "He\n")
     assert error.startswith("error: It is refused.; after /reset")
-
-
-def test_a_model_without_a_template_is_refused(monkeypatch: pytest.MonkeyPatch, told: Told) -> None:
-    bare = byte_tokenizer(add_bos=True)  # another object than the others'
-    monkeypatch.setattr(bare, "chat_template", None)
-    assert run(monkeypatch, "Hi\n", tokenizer=bare)[0] == 1
-    assert told.events == [Failed("m has no chat template: give one with --chat-template")]
 
 
 def fails_with(error: BaseException) -> Any:

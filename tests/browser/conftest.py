@@ -1,5 +1,6 @@
 """A headless Chromium: Debian's, or another that is installed. Playwright brings none."""
 
+import os
 import shutil
 from collections.abc import Iterator
 
@@ -30,6 +31,8 @@ def program() -> str | None:
 def browser() -> Iterator[Browser]:
     """One process, with a profile that nobody else has."""
     if (path := program()) is None:
+        # Where `make test` could install one, it is missed.
+        assert not (shutil.which("apt-get") and os.geteuid() == 0), "Chromium could not be installed"
         pytest.skip("no Chromium is installed")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)

@@ -1,6 +1,7 @@
 """What the page says, and keeps, when something goes wrong; and what it does while an answer comes."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
@@ -40,7 +41,7 @@ def test_tokens_appear_as_they_come(inspector: Inspector, fake: tuple[str, Serve
     assert "".join(pane.texts()) == "HiThe" + SCRIPT.decode() + "<end>"
 
 
-def test_markup_is_text(inspector: Inspector) -> None:
+def test_markup_is_text(inspector: Inspector, tmp_path: Path) -> None:
     markup = "<img src=x onerror=alert(1)><script>alert(2)</script>"
     with listening(script=markup.encode()) as (url, _):
         inspector.open(url, MODEL)
@@ -50,6 +51,14 @@ def test_markup_is_text(inspector: Inspector) -> None:
         assert "".join(pane.texts()) == markup + markup + "<end>"
         pane.cells.nth(3).hover()
         expect(inspector.details).to_be_visible()
+        inspector.alternatives.first.click()
+        expect(pane.root.get_by_role("navigation").get_by_role("button")).to_have_count(2)
+        pane.wait()
+        file = tmp_path / "<img src=x onerror=alert(1)>.bin"
+        file.write_bytes(b"\xff")
+        pane.root.get_by_label("load a text file").set_input_files(file)
+        expect(pane.error).to_have_text(f"{file.name} is not text in UTF-8.")
+        assert pane.exported()["request"] == {"prompt": markup}
         expect(inspector.page.locator("img, body script")).to_have_count(0)
 
 
@@ -59,6 +68,7 @@ def test_the_key_is_asked_for(inspector: Inspector) -> None:
         page.goto(url)
         key = page.get_by_label("API key")
         expect(key).to_be_visible()
+        expect(page.locator("#key p")).to_contain_text("The server asks for an API key.")
         inspector.screenshot("key")
         pane = inspector.pane()
         pane.run("not lost")
@@ -66,6 +76,7 @@ def test_the_key_is_asked_for(inspector: Inspector) -> None:
         key.fill("wrong")
         page.get_by_role("button", name="Use it").click()
         expect(key).to_have_value("")
+        expect(page.locator("#key p")).to_contain_text("The server does not know this API key.")
         expect(page.locator("#model")).to_have_text("not connected")
         key.fill("secret")
         page.get_by_role("button", name="Use it").click()
@@ -108,6 +119,125 @@ def test_the_server_goes_and_comes_back(inspector: Inspector) -> None:
         pane.run()
         expect(pane.error).to_be_hidden()
         assert "".join(pane.texts()) == "typed" + SCRIPT.decode() + "<end>"
+
+
+def test_a_server_that_comes_back_with_another_model(inspector: Inspector) -> None:
+    with listening(script=SCRIPT) as (url, _):
+        inspector.open(url, MODEL)
+        pane = inspector.pane()
+        pane.run("typed")
+    port = int(url.rpartition(":")[2])
+    with listening(port, script=b"Other.", served_model_names=("other",), system_fingerprint="fp_2"):
+        pane.run(button="Run")  # nobody has seen it go
+        expect(pane.error).to_contain_text("started again with another model")
+        expect(inspector.page.locator("#model")).to_have_text("not connected")
+        pane.run()
+        expect(pane.error).to_be_hidden()
+        expect(inspector.page.locator("#model")).to_contain_text("other")
+        assert "".join(pane.texts()) == "typedOther.<end>"
+        pane.cells.nth(2).hover()
+        inspector.alternatives.first.click()
+        expect(pane.root.get_by_role("navigation").get_by_role("button")).to_have_count(2)
+        pane.wait()
+    pane.run()
+    expect(inspector.page.locator("#model")).to_have_text("not connected")
+    with listening(port, script=SCRIPT):  # numbers of two models are not put into one text
+        pane.run()
+        expect(inspector.page.locator("#model")).to_contain_text(MODEL)
+        expect(pane.error).to_be_hidden()
+        assert pane.exported()["model"] == MODEL
+
+
+def test_a_run_of_a_model_that_has_gone_is_not_continued(inspector: Inspector) -> None:
+    with listening(script=SCRIPT) as (url, _):
+        inspector.open(url, MODEL)
+        pane = inspector.pane()
+        inspector.set(max_tokens=3)
+        pane.run("typed")
+        before = pane.texts()
+    pane.run(button="Continue")
+    expect(pane.error).to_contain_text("does not answer")
+    with listening(int(url.rpartition(":")[2]), script=b"Other.", system_fingerprint="fp_2"):
+        pane.run(button="Continue")
+        expect(pane.error).to_contain_text("started again with another model")
+        assert pane.texts() == before
+
+
+def test_what_is_said_of_a_run_is_of_its_last_request(inspector: Inspector) -> None:
+    with listening(script=SCRIPT, max_model_len=1024) as (url, server):
+        inspector.open(url, MODEL)
+        pane = inspector.pane()
+        gate = server.runner.before_call = Gate("decode", after=4)
+        pane.prompt.fill("x" * 700)  # scored in two pieces, of which the first has an end of its own
+        pane.button("Run").click()
+        gate.wait()
+        expect(pane.root.locator(".cells .generated")).to_have_count(3)
+        pane.button("Stop").click()
+        pane.wait()
+        gate.open()
+        expect(pane.status).to_have_text("700 prompt tokens, 3 generated")
+        pane.run(button="Continue")
+        expect(pane.status).to_contain_text("ended by itself")
+        expect(pane.button("Continue")).to_be_hidden()
+        pane.run(button="Score only")
+        expect(pane.status).to_contain_text("scored only")
+
+
+def test_focus_and_details_stay_while_tokens_come(inspector: Inspector, fake: tuple[str, Server]) -> None:
+    url, server = fake
+    scoring, choosing = Gate("score"), Gate("decode", after=4)
+    inspector.open(url, MODEL)
+    inspector.page.evaluate("""() => {
+        window.said = [];
+        const status = document.querySelector(".pane .status");
+        new MutationObserver(() => window.said.push(status.textContent)).observe(status, {childList: true});
+    }""")
+    pane = inspector.pane()
+    server.runner.before_call = scoring
+    pane.prompt.fill("Hello")
+    pane.button("Run").click()
+    scoring.wait()
+    pane.cells.nth(2).hover()
+    assert inspector.facts()["log-prob"] == "not known yet"
+    server.runner.before_call = choosing
+    scoring.open()
+    choosing.wait()
+    expect(inspector.alternatives.first).to_be_visible()  # the numbers have come to the box that stood open
+    assert inspector.facts()["rank"]
+    first = pane.root.locator(".surprising button").first
+    first.focus()
+    choosing.open()
+    pane.wait()
+    expect(first).to_be_focused()
+    assert inspector.page.evaluate("window.said") == [
+        "5 tokens: waiting for their numbers …",
+        pane.status.inner_text(),
+    ]
+
+
+def test_a_branch_takes_the_focus_from_nobody(inspector: Inspector, fake: tuple[str, Server]) -> None:
+    url, server = fake
+    inspector.open(url, MODEL)
+    pane = inspector.pane()
+    pane.run("Hello")
+    gate = server.runner.before_call = Gate("decode", after=4)
+    pane.cells.nth(2).hover()
+    inspector.alternatives.first.click()
+    gate.wait()
+    branches = pane.root.get_by_role("navigation").get_by_role("button")
+    expect(branches).to_have_count(2)
+    expect(pane.cells.nth(2)).to_be_focused()
+    expect(inspector.details).to_be_visible()
+    pane.prompt.fill("another")
+    gate.open()
+    pane.wait()
+    expect(pane.prompt).to_be_focused()
+    # Details are of the run that was shown, and go with it.
+    pane.cells.nth(3).focus()
+    expect(inspector.details).to_be_visible()
+    branches.first.focus()
+    inspector.page.keyboard.press("Enter")
+    expect(inspector.details).to_be_hidden()
 
 
 def test_a_page_that_opens_before_its_server_connects_later(inspector: Inspector, fake: tuple[str, Server]) -> None:

@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import pytest
 from playwright.sync_api import BrowserContext, expect
 
+from model.weights.source import default_model_path
+from serve.engine.request import TokenScores
+from serve.score.rows import RowWriter
+from serve.score.run import Outcome, Work
+from serve.score.source import Line
+from serve.score.texts import Text
+from serve.score.totals import perplexity
+from serve.startup import local_tokenizer
 from tests.browser.inspector import Inspector, number
 from tests.serve.server_process import ServerProcess
 
@@ -201,18 +210,66 @@ def test_two_prompts_side_by_side(page: Inspector) -> None:
 
 def test_tables_for_other_programs(page: Inspector) -> None:
     pane = page.pane()
-    pane.run('A "quoted", text\nof 😊 two lines')
+    pane.run('A "quoted", text\nof 😊 two lines \ufeff')
     exported, text = pane.exported(), pane.download("Export CSV")
     rows = list(csv.DictReader(io.StringIO(text, newline="")))
     assert len(rows) == len(exported["tokens"])
     for row, token in zip(rows, exported["tokens"], strict=True):
         assert (int(row["token_id"]), bytes.fromhex(row["bytes"])) == (token["token_id"], bytes(token["bytes"]))
         assert row["logprob"] == ("" if token["logprob"] is None else repr(token["logprob"]))
-        assert isinstance(json.loads(row["text"]), str)
+        assert json.loads(row["text"]) == token["text"] == bytes(token["bytes"]).decode("utf-8", "replace")
         tops = [row[f"top_{i}_token_id"] for i in range(1, 6)]
         assert tops == [str(other["token_id"]) for other in token["top"]] or tops == [""] * 5
+        texts = [json.loads(row[f"top_{i}_text"] or '""') for i in range(1, 6)]
+        assert texts == [other["text"] for other in token["top"]] or texts == [""] * 5
     assert exported["model"] == "SmolLM2-135M-Instruct"
-    assert exported["request"]["temperature"] == 0
+
+
+def test_what_is_exported_is_what_was_run(page: Inspector) -> None:
+    pane = page.pane()
+    pane.run(PROMPT)
+    page.set(max_tokens=3, temperature=0.5)
+    pane.run(button="Continue")
+    pane.prompt.fill("another text")
+    page.set(temperature=1)
+    exported = pane.exported()
+    assert exported["request"] == {"prompt": PROMPT}
+    first, then = exported["parameters"]
+    assert first == {"from": 5, "max_tokens": 8, "temperature": 0, "top_logprobs": 5}
+    assert then == {"from": 13, "max_tokens": 3, "temperature": 0.5, "top_logprobs": 5}
+    assert exported["system_fingerprint"].startswith("fp_")
+    pane.cells.nth(5).hover()
+    page.alternatives.nth(1).click()
+    expect(pane.root.get_by_role("navigation").get_by_role("button")).to_have_count(2)
+    pane.wait()
+    branch = pane.exported()
+    assert [each["from"] for each in branch["parameters"]] == [6]  # nothing before it was generated
+    assert branch["request"] == exported["request"]
+
+
+def test_sums_are_those_of_the_scoring_command(page: Inspector) -> None:
+    """Without a template's special tokens, which are no part of the text, in both."""
+    pane = page.pane()
+    pane.run("<|im_start|>user\nOnce upon a time, a zebra 😊<|im_end|>\n", "Score only")
+    exported = pane.exported()
+    tokens = exported["tokens"]
+    empty = np.empty((len(tokens) - 1, 0), np.int32)
+    scores = TokenScores(
+        np.array([token["logprob"] for token in tokens[1:]], np.float32),
+        np.array([token["rank"] for token in tokens[1:]], np.int32),
+        empty,
+        empty,
+        empty.astype(np.float32),
+    )
+    writer = RowWriter(
+        local_tokenizer(default_model_path()), alternatives=0, per_token=True, windowed=False, id_as_text=False
+    )
+    text = Text([token["token_id"] for token in tokens], None)
+    _, sums = writer.row(Outcome(Work(Line(1, b"", 0, 0), text), scores))
+    totals = exported["totals"]
+    assert totals["bitsPerByte"] == pytest.approx(sums.bits_per_byte)
+    assert totals["perplexity"] == pytest.approx(perplexity(sums.logprob, sums.scored))
+    assert sums.bytes < sum(len(token["bytes"]) for token in tokens[1:])
 
 
 def test_a_link_holds_what_was_typed_and_runs_nothing(page: Inspector, context: BrowserContext) -> None:
@@ -236,6 +293,24 @@ def test_a_reload_keeps_what_was_typed(page: Inspector) -> None:
     page.page.reload()
     assert page.pane().prompt.input_value() == "not lost"
     assert page.page.get_by_label("max tokens").input_value() == "8"
+
+
+def test_what_is_typed_after_a_link_was_made_or_opened_is_not_lost(page: Inspector) -> None:
+    pane = page.pane()
+    pane.prompt.fill("before")
+    page.page.get_by_role("button", name="Share link").click()
+    expect(page.page.locator("#notice")).to_contain_text("link")
+    link = page.page.url
+    page.page.reload()
+    expect(pane.prompt).to_have_value("before")
+    assert page.page.url == link  # nothing was typed: it can still be copied
+    pane.prompt.fill("after")
+    page.page.reload()
+    expect(pane.prompt).to_have_value("after")
+    page.page.goto(link)
+    expect(pane.prompt).to_have_value("before")
+    page.page.goto(link.partition("#")[0])
+    expect(pane.prompt).to_have_value("before")  # what a link brought is kept, too
 
 
 def test_files(page: Inspector, tmp_path: Path) -> None:

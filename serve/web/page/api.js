@@ -1,6 +1,6 @@
 // The server, asked over the same API that every client has.
 
-/** What went wrong, in words for whoever uses the page. `kind`: down, key, refused, failed. */
+/** What went wrong, in words for whoever uses the page. `kind`: down, key, refused, failed, changed. */
 export class ServerError extends Error {
   constructor(kind, message) {
     super(message);
@@ -8,10 +8,23 @@ export class ServerError extends Error {
   }
 }
 
+/** Another model answers than the one that the page knows, or the same with other options. */
+export class ChangedError extends ServerError {
+  constructor() {
+    super("changed", "The server has been started again with another model or other options: run the text again.");
+  }
+}
+
 export class Server {
   /** `key` is a function: the key may change while the page is open. */
   constructor(key) {
     this.key = key;
+    this.forget();
+  }
+
+  /** Another model may answer from now on. */
+  forget() {
+    this.source = null; // of the first answer: its model and fingerprint
     this.bytes = new Map(); // token id -> Uint8Array
     this.special = new Set();
   }
@@ -47,6 +60,9 @@ export class Server {
       }
       const event = JSON.parse(data);
       if (event.error) throw new ServerError("failed", event.error.message);
+      const source = `${event.model} ${event.system_fingerprint}`;
+      this.source ??= source;
+      if (this.source !== source) throw new ChangedError();
       yield event;
     }
     if (!ended) throw new ServerError("down", "The server broke off in the middle of its answer.");
@@ -72,7 +88,9 @@ export class Server {
       throw asServerError(error);
     }
     if (response.ok) return response;
-    if (response.status === 401) throw new ServerError("key", "The server asks for an API key, or does not know this one.");
+    if (response.status === 401) {
+      throw new ServerError("key", this.key() ? "The server does not know this API key." : "The server asks for an API key.");
+    }
     throw new ServerError("refused", await messageOf(response));
   }
 }

@@ -6,12 +6,14 @@ import { draw, escaped, hex, partOf, plain } from "./text.js";
 const HIDE_AFTER = 250; // ms: the pointer's way from a cell to the details
 
 export class Details {
-  /** `onBranch(index, alternative)` is told of the alternative that somebody takes; `onClose()` of the Escape key. */
+  /** `onBranch(run, index, alternative)` is told of the alternative that somebody takes; `onClose()` of Escape. */
   constructor(element, onBranch, onClose) {
     this.element = element;
     this.onBranch = onBranch;
     this.timer = null;
-    this.cell = null; // the cell beside which it stands
+    this.run = null; // what is shown of which run, and the cell beside which it stands
+    this.index = null;
+    this.cell = null;
     element.addEventListener("pointerenter", () => this.stay());
     element.addEventListener("pointerleave", () => this.leave());
     element.addEventListener("keydown", (event) => this.#key(event, onClose));
@@ -20,10 +22,20 @@ export class Details {
   /** Shows token `index` of a run below its cell. */
   show(run, index, cell) {
     this.stay();
-    this.cell = cell;
+    Object.assign(this, { run, index, cell });
+    this.element.hidden = false;
+    this.#draw();
+  }
+
+  /** Tokens of a run from `from` on have got numbers. */
+  changed(run, from) {
+    if (!this.element.hidden && this.run === run && this.index >= from) this.#draw();
+  }
+
+  #draw() {
+    const { run, index, cell } = this;
     const token = run.tokens[index];
     this.element.replaceChildren(this.#head(token, index), this.#facts(run, index), this.#list(run, index));
-    this.element.hidden = false;
     this.#place(cell);
   }
 
@@ -93,12 +105,12 @@ export class Details {
     list.ariaLabel = "Alternatives: choose one to continue from there";
     const own = token.top.some((other) => other.id === token.id) ? [] : [token];
     for (const other of typeof token.logprob === "number" ? [...token.top, ...own] : []) {
-      list.append(this.#alternative(index, other, other.id === token.id));
+      list.append(this.#alternative(run, index, other, other.id === token.id));
     }
     return list;
   }
 
-  #alternative(index, other, isOwn) {
+  #alternative(run, index, other, isOwn) {
     const item = make("li", isOwn ? "own" : "");
     const button = make("button", "");
     button.type = "button";
@@ -112,7 +124,7 @@ export class Details {
     const what = isOwn ? "this token; continue from it again" : "continue from here with it";
     button.ariaLabel = `${plain(other.bytes)}, rank ${count(other.rank)}, ${percent(probability)}: ${what}`;
     button.title = what;
-    button.addEventListener("click", () => this.onBranch(index, other));
+    button.addEventListener("click", () => this.onBranch(run, index, other));
     item.append(button);
     return item;
   }

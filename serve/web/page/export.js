@@ -1,27 +1,28 @@
 // A run as JSON and as CSV, for other programs.
 
-import { hex, plain } from "./text.js";
+import { decoded, hex } from "./text.js";
 import { totals } from "./totals.js";
 
 const probability = (logprob) => (typeof logprob === "number" ? Math.exp(logprob) : null);
 
 /** Everything that is known of a run, as JSON text. */
-export function asJson(run, model, request) {
+export function asJson(run) {
   const tokens = run.tokens.map((token, position) => ({
     position,
     origin: token.origin,
     ...entry(token),
     top: token.top.map(entry),
   }));
-  const { title, finish, usage } = run;
-  const document = { format: "logprobd inspection", version: 1, model, title, request, finish_reason: finish, usage };
-  return JSON.stringify({ ...document, totals: totals(run.tokens), tokens }, null, 1);
+  const { title, source, prompt, fills, finish, usage } = run;
+  const about = { format: "logprobd inspection", version: 1, model: source?.model, system_fingerprint: source?.fingerprint };
+  const asked = { title, request: prompt, parameters: fills, finish_reason: finish, usage };
+  return JSON.stringify({ ...about, ...asked, totals: totals(run.tokens), tokens }, null, 1);
 }
 
 function entry(token) {
   return {
     token_id: token.id,
-    text: new TextDecoder().decode(token.bytes), // bytes tell what a broken character was
+    text: decoded(token.bytes), // bytes tell what a broken character was
     bytes: [...token.bytes],
     special: token.special,
     logprob: token.logprob ?? null,
@@ -44,7 +45,7 @@ export function asCsv(run) {
     position,
     token.origin,
     token.id,
-    JSON.stringify(plain(token.bytes)),
+    JSON.stringify(decoded(token.bytes)),
     Array.from(token.bytes, hex).join(""),
     token.special,
     token.logprob ?? "",
@@ -55,7 +56,7 @@ export function asCsv(run) {
   return [[...own, ...others.flat()], ...rows].map((row) => row.map(quoted).join(",") + "\r\n").join("");
 }
 
-const alternative = (other) => (other ? [other.id, JSON.stringify(plain(other.bytes)), other.logprob] : ["", "", ""]);
+const alternative = (other) => (other ? [other.id, JSON.stringify(decoded(other.bytes)), other.logprob] : ["", "", ""]);
 
 const quoted = (value) => (/[",\r\n]/.test(String(value)) ? `"${String(value).replaceAll('"', '""')}"` : String(value));
 

@@ -4,7 +4,7 @@ import { Server, ServerError } from "./api.js";
 import { Details } from "./details.js";
 import { count, number } from "./format.js";
 import { Pane } from "./pane.js";
-import { linkTo, stateOf } from "./share.js";
+import { isLink, linkTo, stateOf } from "./share.js";
 
 const get = (id) => document.getElementById(id);
 const COMPARED = [
@@ -18,7 +18,6 @@ class Page {
   constructor() {
     this.server = new Server(() => sessionStorage.getItem("key"));
     this.model = null;
-    this.shown = null; // {pane, index} of the details
     this.details = new PageDetails(this);
     this.panes = [new Pane(this)];
     get("panes").append(this.panes[0].root);
@@ -38,7 +37,6 @@ class Page {
       this.say("");
     } catch (error) {
       if (!(error instanceof ServerError)) throw error;
-      get("model").textContent = "not connected";
       this.failed(error);
       if (error.kind !== "key") this.say(error.message);
     }
@@ -71,8 +69,14 @@ class Page {
     return { ...rest, top_logprobs: alternatives };
   }
 
-  /** Something was typed: it is kept for a reload of this tab. */
+  /** Something was typed: the link in the address bar, if any, no longer holds it. */
   typed() {
+    if (isLink(location.hash)) history.replaceState(null, "", location.pathname + location.search);
+    this.#keep();
+  }
+
+  /** For a reload of this tab. */
+  #keep() {
     try {
       sessionStorage.setItem("state", JSON.stringify(this.#state));
     } catch {
@@ -87,8 +91,18 @@ class Page {
 
   /** A request has failed; the pane says so in its place. */
   failed(error) {
+    if (["down", "key", "changed"].includes(error.kind)) this.#forget();
     get("key").hidden = error.kind !== "key";
-    if (error.kind === "key") get("key").elements.key.focus();
+    if (error.kind !== "key") return;
+    get("key").querySelector("p").textContent = `${error.message} It is kept in this tab only.`;
+    get("key").elements.key.focus();
+  }
+
+  /** Whoever answers next may be another. */
+  #forget() {
+    this.model = null;
+    this.server.forget();
+    get("model").textContent = "not connected";
   }
 
   say(text) {
@@ -102,7 +116,10 @@ class Page {
       get("key").reset();
       await this.connect();
     });
-    get("compare").addEventListener("click", () => this.#showPanes(this.panes.length === 1 ? 2 : 1));
+    get("compare").addEventListener("click", () => {
+      this.#showPanes(this.panes.length === 1 ? 2 : 1);
+      this.typed();
+    });
     get("share").addEventListener("click", () => this.#share());
     get("theme").addEventListener("click", () => this.#theme());
     get("settings").addEventListener("input", () => this.typed());
@@ -148,6 +165,7 @@ class Page {
     }
     this.#showPanes(panes.length);
     panes.slice(0, 2).forEach((state, i) => this.panes[i].editor.set(state));
+    this.#keep();
   }
 
   #showPanes(wanted) {
@@ -163,7 +181,6 @@ class Page {
       get("panes").append(pane.root);
     }
     get("compare").ariaPressed = String(this.panes.length > 1);
-    this.typed();
     this.counted();
   }
 
@@ -205,7 +222,7 @@ class PageDetails extends Details {
   constructor(page) {
     super(
       get("details"),
-      (index, alternative) => this.pane.branch(index, alternative),
+      (run, index, alternative) => this.pane.branch(run, index, alternative),
       () => {
         const { pane, index } = this;
         pane.cells.focus(index);
@@ -215,9 +232,15 @@ class PageDetails extends Details {
     this.page = page;
   }
 
-  show(pane, index, cell) {
-    Object.assign(this, { pane, index });
-    super.show(pane.run, index, cell);
+  /** Shows a token of the run that a pane shows. */
+  point(pane, index, cell) {
+    this.pane = pane;
+    this.show(pane.run, index, cell);
+  }
+
+  /** Hides it, if it is about a token of this pane. */
+  hideOf(pane) {
+    if (pane === this.pane) this.hide();
   }
 }
 

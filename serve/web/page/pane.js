@@ -1,23 +1,15 @@
 // A pane: an editor, and below it what the last run of it gave.
 
 import { Cells } from "./cells.js";
-import { drawCurve, drawHistogram } from "./charts.js";
 import { Editor } from "./editor.js";
 import { asCsv, asJson, save } from "./export.js";
-import { count, logprob, number, percent } from "./format.js";
+import { count } from "./format.js";
 import { Run } from "./run.js";
-import { draw } from "./text.js";
-import { mostSurprising, totals } from "./totals.js";
+import { Sums } from "./sums.js";
+import { decoded } from "./text.js";
+import { totals } from "./totals.js";
 
-const SURPRISING = 10;
-const ROWS = [
-  ["tokens", (sums) => count(sums.tokens)],
-  ["log-prob, sum", (sums) => number(sums.sum)],
-  ["log-prob, mean", (sums) => number(sums.mean)],
-  ["perplexity", (sums) => number(sums.perplexity)],
-  ["bits per byte", (sums) => number(sums.bitsPerByte)],
-  ["rank 1", (sums) => (sums.first === null ? "–" : percent(sums.first))],
-];
+const SUMS_EVERY = 250; // ms, while tokens come
 
 export class Pane {
   /** `page` has server, details, settings() and card(), and is told: typed(), counted(), failed(error). */
@@ -27,30 +19,33 @@ export class Pane {
     this.runs = []; // the run of the prompt, and its branches
     this.run = null; // the one that is shown
     this.abort = null; // of the request on its way
+    this.timer = null; // until the sums are shown again
     this.editor = new Editor(this.#part(".editor"), (error) => {
       if (error) this.#say(error);
       page.typed();
     });
     this.cells = new Cells(this.#part(".cells"), {
-      point: (index, cell) => page.details.show(this, index, cell),
+      point: (index, cell) => page.details.point(this, index, cell),
       leave: () => page.details.leave(),
       enter: () => page.details.enter(),
     });
+    this.sums = new Sums(this.root, this.cells);
     this.#listen();
   }
 
-  /** Continues from token `index` with `alternative` in its place. */
-  async branch(index, alternative) {
+  /** Continues from token `index` of a run with `alternative` in its place. */
+  async branch(from, index, alternative) {
     const settings = this.page.settings();
     if (settings === null) return;
-    const before = this.run.tokens.slice(0, index);
-    const run = new Run(this.page.server, `${this.runs.length + 1}: from token ${count(index)}`, before);
+    const run = from.branch(`${this.runs.length + 1}: from token ${count(index)}`, index);
     await this.#work(run, async (signal) => {
       await run.add([alternative.id], "branch", signal);
       this.#keep(run);
+      // Whoever is elsewhere by now stays there.
+      const { activeElement: at, body } = document;
+      if (at === body || this.page.details.element.contains(at)) this.cells.focus(index);
       await this.#fill(run, settings, signal);
     });
-    this.cells.focus(Math.min(index, run.tokens.length - 1));
   }
 
   /** Sums over the run that is shown, null without one. */
@@ -80,19 +75,20 @@ export class Pane {
     click(".stop", () => this.stop());
     click(".continue", () => this.#continue());
     click(".reply", () => this.#reply());
-    click(".json", () => save(this.#json(), "tokens.json", "application/json"));
+    click(".json", () => save(asJson(this.run), "tokens.json", "application/json"));
     click(".csv", () => save(asCsv(this.run), "tokens.csv", "text/csv"));
   }
 
   /** Runs what is typed; `instead` stands over the parameters. */
   async #start(instead = {}) {
     if (this.editor.empty) return this.#say("There is nothing to run yet: type a prompt.");
-    const run = new Run(this.page.server, "1: the prompt");
+    const { request } = this.editor; // now: it may be changed while the server works
+    const run = new Run(this.page.server, "1: the prompt", request);
     await this.#work(run, async (signal) => {
       const { max_model_len: limit } = await this.page.card();
       const settings = this.page.settings(); // now: what may be asked for is known
       if (settings === null) return;
-      const ids = await this.page.server.tokenize(this.editor.request, signal);
+      const ids = await this.page.server.tokenize(request, signal);
       if (ids.length === 0) return this.#say("This text has no tokens.");
       if (ids.length > limit) {
         return this.#say(`The prompt is too long: ${count(ids.length)} tokens, and the model takes ${count(limit)}.`);
@@ -116,9 +112,10 @@ export class Pane {
     const abort = new AbortController();
     this.abort = abort;
     this.#say("");
-    this.page.details.hide();
+    this.page.details.hideOf(this);
     this.#busy(true);
     try {
+      await this.page.card();
       await work(abort.signal);
     } catch (error) {
       if (error.name !== "AbortError") this.#fail(error);
@@ -126,7 +123,7 @@ export class Pane {
       if (this.abort === abort) {
         this.abort = null;
         this.#busy(false);
-        if (run === this.run) this.#showAll(run);
+        if (this.run) this.#showAll(this.run);
       }
     }
   }
@@ -144,6 +141,7 @@ export class Pane {
   }
 
   #show(run) {
+    this.page.details.hideOf(this);
     this.run = run;
     this.#part(".result").hidden = false;
     this.cells.show(run);
@@ -158,60 +156,31 @@ export class Pane {
     this.#showAll(run);
   }
 
-  /** Cells at once; sums once for a frame, however many tokens come. */
+  /** Cells at once; sums now and then. */
   #changed(run, from) {
     if (run !== this.run) return;
     this.cells.update(from);
-    this.frame ??= requestAnimationFrame(() => {
-      this.frame = null;
-      this.#showAll(this.run);
-    });
+    this.page.details.changed(run, from);
+    this.timer ??= setTimeout(() => this.#showAll(this.run), SUMS_EVERY);
   }
 
   #showAll(run) {
-    const { tokens } = run;
-    const generated = tokens.filter((token) => token.origin === "generated");
-    const columns = [tokens.filter((token) => token.origin !== "generated"), generated, tokens].map(totals);
-    const rows = ROWS.map(([name, value]) => row([name, ...columns.map(value)]));
-    this.#part(".totals tbody").replaceChildren(...rows);
-    drawCurve(this.#part(".curve"), tokens, (index) => this.cells.focus(index));
-    drawHistogram(this.#part(".histogram"), tokens);
-    this.#part(".surprising").replaceChildren(...mostSurprising(tokens, SURPRISING).map((i) => this.#surprise(i)));
+    clearTimeout(this.timer);
+    this.timer = null;
+    this.sums.show(run);
     this.#part(".exports").hidden = false;
+    const generates = run.tokens.some((token) => token.origin === "generated");
     this.#part(".continue").hidden = run.finish === "stop" || this.abort !== null;
-    this.#part(".reply").hidden = this.editor.mode !== "chat" || generated.length === 0 || this.abort !== null;
-    const cached = run.usage?.prompt_tokens_details.cached_tokens;
-    const parts = [`${count(tokens.length - generated.length)} prompt tokens`, `${count(generated.length)} generated`];
-    if (run.seconds !== null) parts.push(`${run.seconds.toFixed(2)} s`);
-    if (cached) parts.push(`${count(cached)} from the cache`);
-    if (run.finish) parts.push(run.finish === "stop" ? "ended by itself" : "stopped at max tokens");
-    this.#status(parts.join(", "));
+    this.#part(".reply").hidden = this.editor.mode !== "chat" || !generates || this.abort !== null;
+    if (this.abort === null) this.#status(run.summary); // what is said aloud is said once, at the end
     this.page.counted();
-  }
-
-  #surprise(index) {
-    const token = this.run.tokens[index];
-    const item = document.createElement("li");
-    const button = document.createElement("button");
-    const name = document.createElement("span");
-    name.className = this.cells.cell(index).className;
-    draw(name, token.bytes);
-    button.type = "button";
-    button.append(name, ` ${logprob(token.logprob)}, rank ${count(token.rank)}`);
-    button.addEventListener("click", () => this.cells.focus(index));
-    item.append(button);
-    return item;
   }
 
   #reply() {
     const bytes = this.run.tokens.filter((t) => t.origin !== "prompt" && !t.special).flatMap((t) => [...t.bytes]);
-    this.editor.reply(new TextDecoder().decode(Uint8Array.from(bytes)));
+    this.editor.reply(decoded(Uint8Array.from(bytes)));
     this.#part(".reply").hidden = true;
     this.page.typed();
-  }
-
-  #json() {
-    return asJson(this.run, this.page.model.id, { ...this.editor.request, ...this.page.settings() });
   }
 
   #busy(busy) {
@@ -233,13 +202,4 @@ export class Pane {
   #status(text) {
     this.#part(".status").textContent = text;
   }
-}
-
-function row([name, ...values]) {
-  const element = document.createElement("tr");
-  const head = document.createElement("th");
-  head.scope = "row";
-  head.textContent = name;
-  element.append(head, ...values.map((value) => Object.assign(document.createElement("td"), { textContent: value })));
-  return element;
 }

@@ -2,6 +2,9 @@
 //
 // Everything goes through chat completions with `prompt_token_ids`: a branch is then exactly the tokens that are seen.
 
+import { ChangedError } from "./api.js";
+import { count } from "./format.js";
+
 const FIRST_PIECE = 512; // tokens that are scored first, for a long prompt to have numbers soon; then twice as many, ...
 
 /**
@@ -9,14 +12,38 @@ const FIRST_PIECE = 512; // tokens that are scored first, for a long prompt to h
  * undefined until it is known, null for the first token, which has none. `top` holds {id, bytes, special, logprob, rank}.
  */
 export class Run {
-  /** `tokens` are known already, such as those before a branch. */
-  constructor(server, title, tokens = []) {
+  /** `prompt` is what was typed: {prompt} or {messages}. */
+  constructor(server, title, prompt) {
     this.server = server;
     this.title = title;
-    this.tokens = tokens;
+    this.prompt = prompt;
+    this.tokens = [];
+    this.fills = []; // the parameters with which tokens were asked for, each with the position `from` which
+    this.source = null; // {model, fingerprint} that the numbers come from
     this.finish = null; // stop or length, when it has ended
     this.usage = null;
     this.seconds = null;
+  }
+
+  /** A run that begins with the first `length` tokens of this one. */
+  branch(title, length) {
+    const run = new Run(this.server, title, this.prompt);
+    run.tokens = this.tokens.slice(0, length);
+    run.fills = this.fills.filter((fill) => fill.from < length);
+    run.source = this.source;
+    return run;
+  }
+
+  /** What there is to say of it in a line. */
+  get summary() {
+    const generated = this.tokens.filter((token) => token.origin === "generated").length;
+    const parts = [`${count(this.tokens.length - generated)} prompt tokens`, `${count(generated)} generated`];
+    if (this.seconds !== null) parts.push(`${this.seconds.toFixed(2)} s`);
+    const cached = this.usage?.prompt_tokens_details.cached_tokens;
+    if (cached) parts.push(`${count(cached)} from the cache`);
+    if (this.finish === "stop") parts.push("ended by itself");
+    else if (this.finish) parts.push(this.fills.at(-1).max_tokens === 0 ? "scored only" : "stopped at max tokens");
+    return parts.join(", ");
   }
 
   /** The ids of all tokens. */
@@ -38,12 +65,15 @@ export class Run {
     const common = { ...settings, logprobs: true, top_logprobs: alternatives, stream_options: { include_usage: true } };
     const began = performance.now();
     const { ids } = this;
+    Object.assign(this, { finish: null, usage: null, seconds: null });
+    this.fills.push({ from: ids.length, top_logprobs: alternatives, ...settings });
     // What is scored in a piece is in the server's cache when the next one asks for it.
     for (let end = FIRST_PIECE; end < ids.length; end *= 2) {
       if (end <= this.#unknown || this.#unknown < 0) continue;
       await this.#ask({ ...common, max_tokens: 0, prompt_token_ids: ids.slice(0, end) }, alternatives, onChange, signal);
     }
-    await this.#ask({ ...common, prompt_token_ids: ids }, alternatives, onChange, signal);
+    const { finish, usage } = await this.#ask({ ...common, prompt_token_ids: ids }, alternatives, onChange, signal);
+    Object.assign(this, { finish, usage });
     this.seconds = (performance.now() - began) / 1000;
   }
 
@@ -52,10 +82,13 @@ export class Run {
     return this.tokens.findIndex((token) => token.logprob === undefined);
   }
 
+  /** One request; {finish, usage} of it. */
   async #ask(body, alternatives, onChange, signal) {
     const start = this.#unknown;
+    const ended = { finish: null, usage: null };
     const numbers = { prompt_logprobs: alternatives, prompt_logprobs_start: start, prompt_logprobs_format: "columns" };
     for await (const event of this.server.stream(start < 0 ? body : { ...body, ...numbers }, signal)) {
+      this.#check(event);
       if (event.prompt_logprobs_columns) {
         await this.#score(event.prompt_logprobs_columns, signal);
         onChange(start);
@@ -63,10 +96,17 @@ export class Run {
       const from = this.tokens.length;
       const choice = event.choices[0];
       for (const entry of choice?.logprobs?.content ?? []) this.tokens.push(this.#generated(entry));
-      if (choice?.finish_reason) this.finish = choice.finish_reason;
-      if (event.usage) this.usage = event.usage;
+      if (choice?.finish_reason) ended.finish = choice.finish_reason;
+      if (event.usage) ended.usage = event.usage;
       if (this.tokens.length > from) onChange(from);
     }
+    return ended;
+  }
+
+  /** Numbers of two models do not belong into one text. */
+  #check({ model, system_fingerprint: fingerprint }) {
+    this.source ??= { model, fingerprint };
+    if (this.source.model !== model || this.source.fingerprint !== fingerprint) throw new ChangedError();
   }
 
   async #score(columns, signal) {

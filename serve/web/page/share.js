@@ -2,6 +2,9 @@
 
 const PREFIX = "#inspect=";
 
+/** Whether this part of an address holds what was typed. */
+export const isLink = (hash) => hash.startsWith(PREFIX);
+
 /** An address of this page that holds `state`, any JSON. */
 export async function linkTo(state) {
   const zipped = await through(new Blob([JSON.stringify(state)]), new CompressionStream("deflate-raw"));
@@ -13,7 +16,7 @@ export async function linkTo(state) {
 
 /** The state that this address holds, null if none. Throws where it is damaged. */
 export async function stateOf(hash) {
-  if (!hash.startsWith(PREFIX)) return null;
+  if (!isLink(hash)) return null;
   const text = atob(hash.slice(PREFIX.length).replaceAll("-", "+").replaceAll("_", "/"));
   const bytes = Uint8Array.from(text, (character) => character.charCodeAt(0));
   return JSON.parse(new TextDecoder().decode(await through(new Blob([bytes]), new DecompressionStream("deflate-raw"))));

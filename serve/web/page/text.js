@@ -10,6 +10,10 @@ function lengthFrom(byte) {
 }
 
 const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+const lenient = new TextDecoder("utf-8", { ignoreBOM: true });
+
+/** The text of bytes, with U+FFFD for what is none. */
+export const decoded = (bytes) => lenient.decode(bytes);
 
 /** The character that begins at `start`, or null where these bytes hold none that is whole. */
 function characterAt(bytes, start) {

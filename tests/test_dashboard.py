@@ -156,6 +156,19 @@ def test_everything_is_read_from_the_source_that_was_chosen() -> None:
     assert all(source == {"type": "prometheus", "uid": "${datasource}"} for source in sources)
 
 
+def test_it_can_be_imported() -> None:
+    assert (DASHBOARD["uid"], DASHBOARD["title"]) == ("logprobd", "logprobd")
+    assert DASHBOARD["schemaVersion"] >= 36  # sources are objects since then
+    assert "id" not in DASHBOARD  # Grafana gives its own; another's would be overwritten
+
+
+def test_no_errors_are_a_zero_and_not_a_gap() -> None:
+    (errors,) = [panel for panel in PANELS if panel["title"] == "Errors"]
+    for target in errors["targets"]:
+        above, _, _ = target["expr"].partition(" / ")
+        assert above.endswith(" or vector(0))")
+
+
 def test_panels_lie_side_by_side() -> None:
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(set(ids)) == len(ids)

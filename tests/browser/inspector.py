@@ -71,14 +71,16 @@ class PaneView:
     def __init__(self, root: Locator, page: Page) -> None:
         self.root = root
         self._page = page
-        self.prompt = root.get_by_role("textbox", name="Prompt")
+        # Roles are looked for in the form only: Playwright would work out those of ten thousand cells.
+        self.form = root.locator(".editor")
+        self.prompt = self.form.get_by_role("textbox", name="Prompt")
         self.cells = root.locator(".cells > .cell")
-        self.error = root.get_by_role("alert")
-        self.status = root.get_by_role("status")
+        self.error = root.locator("[role=alert]")
+        self.status = root.locator("[role=status]")
 
     def button(self, name: str) -> Locator:
         """A button by its text."""
-        return self.root.get_by_role("button", name=name, exact=True)
+        return self.form.get_by_role("button", name=name, exact=True)
 
     def run(self, prompt: str | None = None, button: str = "Run") -> None:
         """Types a prompt, if one is given, presses a button and waits for the end."""
@@ -89,7 +91,8 @@ class PaneView:
 
     def wait(self) -> None:
         """Until nothing is on its way."""
-        expect(self.root).to_have_attribute("aria-busy", "false", timeout=_LONG)
+        # Not by expect(), which describes all cells each time that it has looked in vain.
+        self.root.and_(self._page.locator("[aria-busy=false]")).wait_for(state="attached", timeout=_LONG)
 
     def texts(self) -> list[str]:
         """The text of every token, as it would be copied."""

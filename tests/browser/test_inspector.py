@@ -358,7 +358,7 @@ def test_what_cannot_be_seen_is_shown(page: Inspector) -> None:
 
 def test_a_prompt_of_5000_tokens(page: Inspector) -> None:
     pane = page.pane()
-    text = "".join(f"{n} is a number. " for n in range(1, 901))
+    text = "".join(f"{n} is a number. " for n in range(1, 645))
     pane.prompt.fill(text)
     page.set(max_tokens=2)
     pane.button("Run").click()

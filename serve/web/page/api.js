@@ -8,11 +8,12 @@ export class ServerError extends Error {
   }
 }
 
-/** Another model answers than the one that the page knows, or the same with other options. */
-export class ChangedError extends ServerError {
-  constructor() {
-    super("changed", "The server has been started again with another model or other options: run the text again.");
+/** Who answers, as an event says: {model, fingerprint}. Throws where it is another than `known`, if any. */
+export function sourceOf({ model, system_fingerprint: fingerprint }, known) {
+  if (known && (known.model !== model || known.fingerprint !== fingerprint)) {
+    throw new ServerError("changed", "The server has been started again with another model or other options: run the text again.");
   }
+  return { model, fingerprint };
 }
 
 export class Server {
@@ -24,7 +25,7 @@ export class Server {
 
   /** Another model may answer from now on. */
   forget() {
-    this.source = null; // of the first answer: its model and fingerprint
+    this.source = null; // who has answered, of whom the following is known
     this.bytes = new Map(); // token id -> Uint8Array
     this.special = new Set();
   }
@@ -60,9 +61,7 @@ export class Server {
       }
       const event = JSON.parse(data);
       if (event.error) throw new ServerError("failed", event.error.message);
-      const source = `${event.model} ${event.system_fingerprint}`;
-      this.source ??= source;
-      if (this.source !== source) throw new ChangedError();
+      this.source = sourceOf(event, this.source);
       yield event;
     }
     if (!ended) throw new ServerError("down", "The server broke off in the middle of its answer.");

@@ -38,7 +38,7 @@ export class Pane {
     const settings = this.page.settings();
     if (settings === null) return;
     const run = from.branch(`${this.runs.length + 1}: from token ${count(index)}`, index);
-    await this.#work(run, async (signal) => {
+    await this.#work(async (signal) => {
       await run.add([alternative.id], "branch", signal);
       this.#keep(run);
       // Whoever is elsewhere by now stays there.
@@ -84,7 +84,7 @@ export class Pane {
     if (this.editor.empty) return this.#say("There is nothing to run yet: type a prompt.");
     const { request } = this.editor; // now: it may be changed while the server works
     const run = new Run(this.page.server, "1: the prompt", request);
-    await this.#work(run, async (signal) => {
+    await this.#work(async (signal) => {
       const { max_model_len: limit } = await this.page.card();
       const settings = this.page.settings(); // now: what may be asked for is known
       if (settings === null) return;
@@ -103,11 +103,11 @@ export class Pane {
   async #continue() {
     const settings = this.page.settings();
     const { run } = this;
-    if (settings !== null) await this.#work(run, (signal) => this.#fill(run, settings, signal));
+    if (settings !== null) await this.#work((signal) => this.#fill(run, settings, signal));
   }
 
   /** One piece of work at a time; whatever comes of it is said in this pane. */
-  async #work(run, work) {
+  async #work(work) {
     this.stop();
     const abort = new AbortController();
     this.abort = abort;

@@ -2,7 +2,7 @@
 //
 // Everything goes through chat completions with `prompt_token_ids`: a branch is then exactly the tokens that are seen.
 
-import { ChangedError } from "./api.js";
+import { sourceOf } from "./api.js";
 import { count } from "./format.js";
 
 const FIRST_PIECE = 512; // tokens that are scored first, for a long prompt to have numbers soon; then twice as many, ...
@@ -19,7 +19,7 @@ export class Run {
     this.prompt = prompt;
     this.tokens = [];
     this.fills = []; // the parameters with which tokens were asked for, each with the position `from` which
-    this.source = null; // {model, fingerprint} that the numbers come from
+    this.source = null; // who gave the numbers: {model, fingerprint}
     this.finish = null; // stop or length, when it has ended
     this.usage = null;
     this.seconds = null;
@@ -88,7 +88,7 @@ export class Run {
     const ended = { finish: null, usage: null };
     const numbers = { prompt_logprobs: alternatives, prompt_logprobs_start: start, prompt_logprobs_format: "columns" };
     for await (const event of this.server.stream(start < 0 ? body : { ...body, ...numbers }, signal)) {
-      this.#check(event);
+      this.source = sourceOf(event, this.source); // numbers of two models do not belong into one text
       if (event.prompt_logprobs_columns) {
         await this.#score(event.prompt_logprobs_columns, signal);
         onChange(start);
@@ -101,12 +101,6 @@ export class Run {
       if (this.tokens.length > from) onChange(from);
     }
     return ended;
-  }
-
-  /** Numbers of two models do not belong into one text. */
-  #check({ model, system_fingerprint: fingerprint }) {
-    this.source ??= { model, fingerprint };
-    if (this.source.model !== model || this.source.fingerprint !== fingerprint) throw new ChangedError();
   }
 
   async #score(columns, signal) {

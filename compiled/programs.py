@@ -3,6 +3,7 @@
 A `Compiled` raises TypeError on any other shape or dtype, so "no compile while serving" is a guarantee.
 """
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -124,8 +125,18 @@ def compile_plans(plans: Iterable[Plan], on_done: Callable[[Program], None] | No
 
 
 def use_persistent_cache(directory: Path) -> None:
-    """Keeps executables in `directory`, made private: whoever can write there can run code in this process."""
+    """Keeps executables in `directory`, made private: whoever can write there can run code in this process.
+
+    Raises:
+        PermissionError: it is another user's, or others could write there and something is in it.
+    """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = directory.stat()
+    if status.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "it belongs to another user, who could put programs there", str(directory))
+    if status.st_mode & 0o022 and any(directory.iterdir()):
+        why = "other users could write there: remove what is in it, or what gives them the right"
+        raise PermissionError(errno.EPERM, why, str(directory))
     directory.chmod(0o700)
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

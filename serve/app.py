@@ -13,6 +13,7 @@ from starlette.routing import Route
 from serve import __version__
 from serve.metrics import CONTENT_TYPE, Metrics
 from serve.openai.access import Access
+from serve.openai.bodies import Bodies
 from serve.openai.body import dump
 from serve.openai.chat import ChatCompletions
 from serve.openai.completions import Completions
@@ -22,30 +23,53 @@ from serve.openai.generation import Engine
 from serve.openai.models import Models
 from serve.openai.openapi import documentation
 from serve.openai.prompt_entries import EntryWriter
-from serve.openai.schema import json_object, read_body
+from serve.openai.readiness import Readiness
+from serve.openai.record import AnswerRecord, OnAnswer, record_of
+from serve.openai.schema import json_object
 from serve.openai.tokenize import Tokenization
 from serve.openai.vocabulary import RowWriter
+from serve.text.jailed_template import TemplateJail
 from serve.text.tokenizer import Tokenizer
 from serve.web.pages import inspector
 
 __all__ = ["AppConfig", "create_app"]
 
 
-def create_app(engine: Engine, tokenizer: Tokenizer, config: AppConfig, metrics: Metrics) -> Starlette:
-    """The ASGI app around a running engine, whose life is the caller's business; so is who tells `metrics` of it."""
-    limits = engine.limits
+def create_app(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    config: AppConfig,
+    metrics: Metrics,
+    *,
+    readiness: Readiness | None = None,
+    on_answer: OnAnswer = lambda _: None,
+) -> Starlette:
+    """The ASGI app around a running engine, whose life is the caller's business; so is who tells `metrics` of it.
+
+    Args:
+        readiness: the caller's word on whether requests are taken; always, if None.
+        on_answer: is told of each answer, after `metrics`.
+    """
+    limits, readiness = engine.limits, readiness or Readiness()
+    bodies = Bodies(max_bytes=config.max_body_bytes, seconds=config.client_timeout)
     writer = RowWriter(tokenizer, limits.vocab_size) if limits.whole_vocabulary else None
-    endpoint = Endpoint(engine, tokenizer, config, writer, EntryWriter(tokenizer), metrics.on_answers)
+    jail = TemplateJail() if config.trust_request_chat_template else None
+    endpoint = Endpoint(engine, tokenizer, config, writer, EntryWriter(tokenizer), bodies, metrics.on_answers, jail)
     models, chat, completions = Models(endpoint), ChatCompletions(endpoint), Completions(endpoint)
     tokenization = Tokenization(endpoint)
 
     async def health(_: Request) -> Response:
-        return Response(status_code=200 if engine.ready else 503)
+        return Response(status_code=200 if engine.ready and not readiness.draining else 503)
+
+    def told(record: AnswerRecord) -> None:
+        metrics.on_http(record)
+        on_answer(record)
 
     async def invocations(request: Request) -> Response:  # SageMaker has one path for all that a model does
-        data = await read_body(request, config.max_body_bytes)
-        kind = completions if "prompt" in await asyncio.to_thread(json_object, data) else chat
-        return await kind.answer(request, data)
+        async with bodies.read(request) as data:
+            kind = completions if "prompt" in await asyncio.to_thread(json_object, data) else chat
+            answer = await kind.checked(request, data)
+        return await answer()
 
     async def prometheus(_: Request) -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE)
@@ -74,25 +98,41 @@ def create_app(engine: Engine, tokenizer: Tokenizer, config: AppConfig, metrics:
     ]
     if config.documented:
         routes += documentation(secured=bool(config.api_keys))
-    cors = Middleware(
-        CORSMiddleware,
-        allow_origins=config.allowed_origins,
-        allow_methods=config.allowed_methods,
-        allow_headers=config.allowed_headers,
-        allow_credentials=config.allow_credentials,
-        expose_headers=["x-request-id", "retry-after"],
+    access = Middleware(
+        Access,
+        api_keys=config.api_keys,
+        allowed_hosts=config.allowed_hosts,
+        readiness=readiness,
+        on_answer=told,
     )
     app = Starlette(
         routes=routes,
-        middleware=[cors, Middleware(Access, api_keys=config.api_keys, on_answer=metrics.on_http)],
+        middleware=[*_cors(config), access],
         exception_handlers={APIError: _api_error, HTTPException: _http_error},
     )
     app.router.redirect_slashes = False
     return app
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
+def _cors(config: AppConfig) -> list[Middleware]:
+    """Nothing, unless pages of other origins may ask."""
+    if not config.allowed_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=config.allowed_methods,
+            allow_headers=config.allowed_headers,
+            allow_credentials=config.allow_credentials,
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    ]
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, APIError)
+    record_of(request).error = error.code
     return error.response()
 
 
@@ -100,4 +140,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """404 and 405 of the router."""
     assert isinstance(error, HTTPException)
     message = f"{error.detail}: {request.method} {request.url.path[:200]}"
+    record_of(request).error = f"http_{error.status_code}"
     return APIError(error.status_code, message, None, None, error.headers or {}).response()

@@ -1,15 +1,21 @@
 """From a ServeConfig to an app that answers: what every way to serve has in common."""
 
+import math
 from dataclasses import dataclass
 
 from starlette.applications import Starlette
 
+from serve.access_log import AccessLog
 from serve.app import AppConfig, create_app
 from serve.config import ServeConfig
 from serve.engine.engine import Engine
 from serve.metrics import Metrics
+from serve.openai.readiness import Readiness
+from serve.openai.record import AnswerRecord
 from serve.report import Reporter
-from serve.startup import load
+from serve.startup import Loaded, load
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +26,8 @@ class Served:
     chats: bool  # whether there is a chat template
     engine: Engine
     app: Starlette
+    readiness: Readiness  # the app's
+    metrics: Metrics
 
 
 def assemble(config: ServeConfig, reporter: Reporter) -> Served:
@@ -33,7 +41,25 @@ def assemble(config: ServeConfig, reporter: Reporter) -> Served:
     metrics = Metrics(names[0], max_model_len=loaded.limits.max_model_len, vllm_names=config.vllm_metrics)
     engine = loaded.start_engine(metrics)
     metrics.watch(lambda: engine.gauges, loaded.cache_labels())
-    app_config = AppConfig(
+    readiness = Readiness()
+    app = create_app(
+        engine,
+        loaded.tokenizer,
+        _app_config(config, names, loaded),
+        metrics,
+        readiness=readiness,
+        on_answer=_unlogged if config.disable_uvicorn_access_log else AccessLog(),
+    )
+    chats = loaded.chat_template is not None or loaded.tokenizer.chat_template is not None
+    return Served(names, chats, engine, app, readiness, metrics)
+
+
+def _unlogged(_: AnswerRecord) -> None:
+    pass
+
+
+def _app_config(config: ServeConfig, names: tuple[str, ...], loaded: Loaded) -> AppConfig:
+    return AppConfig(
         served_model_names=names,
         api_keys=config.api_key,
         system_fingerprint=loaded.fingerprint,
@@ -44,6 +70,7 @@ def assemble(config: ServeConfig, reporter: Reporter) -> Served:
         logprobs_mode=config.logprobs_mode,
         return_tokens_as_token_ids=config.return_tokens_as_token_ids,
         force_include_usage=config.enable_force_include_usage,
+        allowed_hosts=_allowed_hosts(config),
         allowed_origins=config.allowed_origins,
         allowed_methods=config.allowed_methods,
         allowed_headers=config.allowed_headers,
@@ -51,6 +78,18 @@ def assemble(config: ServeConfig, reporter: Reporter) -> Served:
         logs_requests=config.enable_log_requests,
         max_log_len=config.max_log_len,
         documented=not config.disable_fastapi_docs,
+        max_body_bytes=config.max_body_bytes,
+        client_timeout=config.client_timeout,
+        queue_timeout=config.queue_timeout or math.inf,
+        request_timeout=config.request_timeout or math.inf,
+        max_unread_tokens=config.max_unread_tokens,
+        prefix_cache_per_key=config.prefix_cache_per_key,
     )
-    chats = loaded.chat_template is not None or loaded.tokenizer.chat_template is not None
-    return Served(names, chats, engine, create_app(engine, loaded.tokenizer, app_config, metrics))
+
+
+def _allowed_hosts(config: ServeConfig) -> tuple[str, ...]:
+    """Where only this machine can ask, and nobody needs a key, a page's name must not be made to mean this machine."""
+    if config.allowed_hosts is not None:
+        return () if "*" in config.allowed_hosts else config.allowed_hosts
+    loops = config.uds is None and config.host in _LOOPBACK
+    return (*_LOOPBACK, "[::1]") if loops and not config.api_key else ()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,19 @@ def _memory(text: str) -> MemoryAmount:
         return parse_memory(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _bytes(text: str) -> int:
+    amount = _memory(text).size
+    if isinstance(amount, float):
+        raise argparse.ArgumentTypeError(f"{text!r} is a share; give bytes, such as 64MiB")
+    return amount
+
+
+def _key(text: str) -> str:
+    if not re.fullmatch(r"[\x21-\x7e]+", text):
+        raise argparse.ArgumentTypeError("a key has one character at least, all of them ASCII and none a space")
+    return text
 
 
 def _strings(text: str) -> tuple[str, ...]:
@@ -165,22 +179,62 @@ class ServeConfig(SamplingConfig):
     max_num_queued_tokens: int | None = option(
         _ENGINE, "their prompt tokens before 429; default: no limit", between(1, 1 << 40)
     )
+    queue_timeout: float | None = option(
+        _ENGINE,
+        "seconds that a request may wait before 503; default: no limit",
+        between(0.001, 86400.0),
+        metavar="SECONDS",
+    )
+    request_timeout: float | None = option(
+        _ENGINE,
+        "seconds that a request may take before 504; its own `timeout` may say less; default: no limit",
+        between(0.001, 86400.0),
+        metavar="SECONDS",
+    )
+    prefix_cache_per_key: bool = option(
+        _ENGINE, "requests of different API keys share no cached prompts", None, default=False
+    )
+    watchdog_timeout: int = option(
+        _ENGINE,
+        "seconds after which a step that does not end ends the process; 0: never",
+        between(0, 86400),
+        default=300,
+        metavar="SECONDS",
+    )
 
     host: str = option(_PLACE, "address to listen on", default="127.0.0.1", metavar="ADDRESS")
     port: int = option(_PLACE, "port to listen on; 0 picks a free one", between(0, 65535), default=8000, metavar="N")
     uds: Path | None = option(_PLACE, "listen on this Unix socket instead of host and port", Path, metavar="PATH")
     ssl_keyfile: Path | None = option(_PLACE, "serve HTTPS with this key", Path, metavar="FILE")
     ssl_certfile: Path | None = option(_PLACE, "and this certificate", Path, metavar="FILE")
+    ssl_ca_certs: Path | None = option(
+        _PLACE, "take only clients whose certificate is signed by one of these", Path, metavar="FILE"
+    )
     root_path: str = option(_PLACE, "path under which a proxy serves this", default="", metavar="PATH")
     api_key: tuple[str, ...] = option(
         _PLACE,
         "a key that clients must send; may be given again; default: $LOGPROBD_API_KEY and $VLLM_API_KEY",
+        _key,
         default=(),
         many=True,
         metavar="KEY",
     )
+    api_key_file: Path | None = option(
+        _PLACE, "more keys, one a line: what a command line says, others on the machine can see", Path, metavar="FILE"
+    )
+    allowed_hosts: tuple[str, ...] | None = option(
+        _PLACE,
+        "names that the Host header may have, as a JSON list; default: any, but where the host is 127.0.0.1 and there "
+        "is no key those of this machine",
+        _strings,
+        metavar="JSON",
+    )
     allowed_origins: tuple[str, ...] = option(
-        _PLACE, "for CORS, as a JSON list", _strings, default=("*",), metavar="JSON"
+        _PLACE,
+        "of pages that may ask (CORS), as a JSON list; default: none but our own",
+        _strings,
+        default=(),
+        metavar="JSON",
     )
     allowed_methods: tuple[str, ...] = option(
         _PLACE, "for CORS, as a JSON list", _strings, default=("*",), metavar="JSON"
@@ -201,12 +255,35 @@ class ServeConfig(SamplingConfig):
         metavar="MODE",
     )
     return_tokens_as_token_ids: bool = option(_API, "write tokens as token_id:123", None, default=False)
-    trust_request_chat_template: bool = option(_API, "take templates from requests", None, default=False)
+    trust_request_chat_template: bool = option(
+        _API, "take templates from requests, and render each in a process of its own", None, default=False
+    )
+    max_body_bytes: int = option(
+        _API, "of a request, such as 64MiB, before 413", _bytes, default=64 << 20, metavar="BYTES"
+    )
+    h11_max_incomplete_event_size: int = option(
+        _API,
+        "bytes of a request's line and headers before 431",
+        between(1 << 10, 1 << 24),
+        default=64 << 10,
+        metavar="BYTES",
+    )
+    client_timeout: int = option(
+        _API,
+        "seconds that a client may take to send a request, and to read what waits for it",
+        between(1, 86400),
+        default=60,
+        metavar="SECONDS",
+    )
+    max_unread_tokens: int = option(
+        _API, "tokens of a stream that may wait for its reader before it is cut", between(1, 1 << 24), default=4096
+    )
     response_role: str = option(_API, "role of replies", default="assistant", metavar="NAME")
     enable_force_include_usage: bool = option(_API, "end every stream with its usage", None, default=False)
     disable_fastapi_docs: bool = option(_API, "no /docs and no /openapi.json", None, default=False)
 
     vllm_metrics: bool = option(_PROCESS, "every number of /metrics under vLLM's name, too", None, default=False)
+    disable_uvicorn_access_log: bool = option(_PROCESS, "no line for each answer", None, default=False)
     enable_log_requests: bool = option(_PROCESS, "log each request: its id, prompt and fields", None, default=False)
     max_log_len: int | None = option(_PROCESS, "characters of a prompt in that log; default: all", between(0, 1 << 30))
     uvicorn_log_level: str = option(

@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 from serve import __version__
@@ -31,7 +32,6 @@ _ALWAYS_SO = (
     "--enable-request-id-headers",
     "--enable-tokenizer-info-endpoint",
     "--enable-server-load-tracking",
-    "--disable-uvicorn-access-log",
 )
 
 # And these have one value here, which is taken.
@@ -60,8 +60,30 @@ def parse_args(arguments: Sequence[str] | None = None, environ: Mapping[str, str
     check_engine(config, line.parser.error)
     if (config.ssl_keyfile is None) != (config.ssl_certfile is None):
         line.parser.error("argument --ssl-keyfile: it goes with --ssl-certfile")
-    keys = config.api_key or tuple(environ[name] for name in _KEY_VARIABLES if environ.get(name))
-    return replace(config, api_key=keys)
+    if config.ssl_ca_certs is not None and config.ssl_certfile is None:
+        line.parser.error("argument --ssl-ca-certs: it goes with --ssl-certfile")
+    keys = [*config.api_key, *_keys_of(config.api_key_file, line.parser.error)]
+    keys = keys or [environ[name] for name in _KEY_VARIABLES if environ.get(name)]
+    if config.prefix_cache_per_key and not keys:
+        line.parser.error("argument --prefix-cache-per-key: there are no API keys")
+    return replace(config, api_key=tuple(keys))
+
+
+def _keys_of(path: Path | None, refuse: "Refuse") -> list[str]:
+    """The keys of a file: a line each; what begins with # is none."""
+    if path is None:
+        return []
+    try:
+        lines = [line.strip() for line in path.expanduser().read_text(encoding="ascii").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        refuse(f"argument --api-key-file: {path}: {getattr(error, 'strerror', None) or 'it is no ASCII text'}")
+        return []
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:  # an empty file shall not open the server
+        refuse(f"argument --api-key-file: {path}: there is no key in it")
+    if any(" " in key for key in keys):
+        refuse(f"argument --api-key-file: {path}: a key holds a space")
+    return keys
 
 
 def command_line() -> CommandLine[ServeConfig]:

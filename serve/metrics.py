@@ -16,8 +16,9 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.registry import Collector
 
-from serve.engine.observer import EngineGauges
+from serve.engine.observer import EngineFault, EngineGauges
 from serve.engine.request import FinishReason, Request
+from serve.openai.record import AnswerRecord
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -29,6 +30,7 @@ _REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 2
 _STEP = tuple(float(1 << n) for n in range(15))
 _CHOICES = (1, 2, 5, 10, 20)
 _HTTP = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 600)
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 
 class Metrics:
@@ -56,6 +58,9 @@ class Metrics:
         self._rejections = {
             reason: self._counter("admission_rejections", "Refused requests", reason=reason)
             for reason in ("max_num_queued_reqs", "max_num_queued_tokens")
+        }
+        self._faults = {
+            kind: self._counter("engine_failures", "What failed in the engine", kind=kind) for kind in EngineFault
         }
         self._step = self._histogram("iteration_tokens_total", "Tokens of a step", _STEP)
         self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token", _FIRST_TOKEN)
@@ -138,15 +143,30 @@ class Metrics:
         """See `Observer`."""
         self._rejections[reason].inc()
 
+    def on_fault(self, kind: EngineFault) -> None:
+        """See `Observer`."""
+        self._faults[kind].inc()
+
+    def on_refused_connection(self, code: str) -> None:
+        """A connection was closed before there was a request, or because nobody took what was sent."""
+        self._error(code).inc()
+
     def on_answers(self, tokens: Sequence[int]) -> None:
         """All answers to a prompt have ended; `tokens` of each."""
         self._n.observe(len(tokens))
         self._longest.observe(max(tokens))
 
-    def on_http(self, handler: str, method: str, status: int, seconds: float) -> None:
-        """An HTTP request was answered; `handler` is a route, not a path, of which there are too many."""
-        self._http_count.labels(handler, method, str(status)).inc()
-        self._http_time.labels(handler, method).observe(seconds)
+    def on_http(self, record: AnswerRecord) -> None:
+        """An HTTP request was answered."""
+        method = record.method if record.method in _METHODS else "other"  # clients may name any
+        self._http_count.labels(record.handler, method, str(record.status)).inc()
+        self._http_time.labels(record.handler, method).observe(record.seconds)
+        if record.error is not None:
+            self._error(record.error).inc()
+
+    def _error(self, code: str) -> "_Both":
+        text = "Errors that clients were told, in answers and within streams, and clients that went away"
+        return self._counter("request_errors", text, code=code)
 
     def _counter(self, name: str, text: str, **labels: str) -> "_Both":
         return self._both(lambda full, keys: Counter(full, text, keys, registry=None), name, labels)

@@ -14,9 +14,9 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.openai.access import refusal, route_path
 from serve.openai.body import dump
 from serve.openai.errors import APIError, engine_error
+from serve.openai.keys import ApiKeys, route_path
 from serve.prefix_index import prompt_blocks
 from serve.ray_metrics import merged
 
@@ -33,7 +33,7 @@ class Front:
 
     def __init__(self, replicas: DeploymentHandle[Any], api_keys: Sequence[str] = ()) -> None:
         """`replicas` are those of a `serve.ray_replica.Replica`. Where there are keys, no body is read without one."""
-        self._keys = [key.encode() for key in api_keys]
+        self._keys = ApiKeys(api_keys)
         self._one = replicas.options(method_name="answer", stream=True)
         self._all = replicas
 
@@ -47,7 +47,7 @@ class Front:
             await send({"type": "websocket.close"})
             return
         try:
-            if error := refusal(scope, self._keys):
+            if error := self._keys.refusal(scope, self._keys.name_of(scope)):
                 raise error
             body = await _read(scope, receive)
             answer = asyncio.create_task(self._answer(_plain(scope), body, _Relay(send)))

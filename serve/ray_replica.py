@@ -22,13 +22,17 @@ class Replica:
         Raises:
             serve.startup.STARTUP_ERRORS: what is wrong, in words for the user.
         """
+        self._watchdog_timeout = config.watchdog_timeout
         self._served = assemble(config, start_reporting(config))
         self._id = serve.get_replica_context().replica_id.unique_id
 
     def check_health(self) -> None:
         """Called by Ray, which replaces the replica if this raises."""
-        if not self._served.engine.ready:
+        engine = self._served.engine
+        if not engine.ready:
             raise RuntimeError("the engine has stopped")
+        if self._watchdog_timeout and engine.silent_for > self._watchdog_timeout:
+            raise RuntimeError("a step of the engine does not end")
 
     def __del__(self) -> None:
         """Called by Ray when the replica has nothing left to do."""

@@ -1,26 +1,32 @@
 """`python -m serve [MODEL] [flags]`: starts the engine and serves HTTP in the foreground."""
 
 import asyncio
-import signal
+import ipaddress
+import logging
+import resource
 import socket
 import ssl
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-
-import uvicorn
-from starlette.types import ASGIApp
 
 from serve.assembly import Served, assemble
 from serve.config import ServeConfig
 from serve.flags import parse_args
+from serve.http_protocol import HttpConfig
+from serve.lifecycle import HttpServer, end_early, end_hard
 from serve.report import start_reporting
 from serve.report_events import Failed, Interrupted, Serving
 from serve.startup import STARTUP_ERRORS, StartupError
 
+logger = logging.getLogger(__name__)
+
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit code: 0 after SIGTERM or Ctrl-C, 1 where it cannot serve, 130 for Ctrl-C before it does."""
+    """Returns the exit code.
+
+    0 after SIGTERM or Ctrl-C, 1 where it cannot serve or the engine is lost, 130 for Ctrl-C before it serves.
+    """
     config = parse_args(arguments)
     reporter = start_reporting(config)
     with ExitStack() as stack:
@@ -36,10 +42,16 @@ def main(arguments: Sequence[str]) -> int:
             reporter.tell(Interrupted())
             return 130
         stack.callback(served.engine.stop)
-        server = _server(served.app, config)
+        server = _server(served, config)
+        end_early(server)
+        _raise_file_limit()
+        if not config.api_key and config.uds is None and not _is_loopback(config.host):
+            logger.warning("everybody who reaches %s can use this server: there is no --api-key", config.host)
         reporter.tell(_serving(config, served, listener))
         asyncio.run(server.serve(sockets=[listener]), loop_factory=server.config.get_loop_factory())
-    return 0
+        if served.engine.hangs:
+            end_hard(server.exit_code)
+    return server.exit_code
 
 
 def _serving(config: ServeConfig, served: Served, listener: socket.socket) -> Serving:
@@ -52,29 +64,42 @@ def _serving(config: ServeConfig, served: Served, listener: socket.socket) -> Se
     )
 
 
-def _server(app: ASGIApp, config: ServeConfig) -> uvicorn.Server:
-    """A server that ends at SIGTERM or SIGINT, from now on, once running requests have finished."""
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_config=None,  # what it logs goes the way of all logs
-            log_level=config.uvicorn_log_level,
-            access_log=False,
-            timeout_graceful_shutdown=config.shutdown_timeout,
-            root_path=config.root_path,
-            ssl_keyfile=config.ssl_keyfile,
-            ssl_certfile=config.ssl_certfile,
-        )
+def _server(served: Served, config: ServeConfig) -> HttpServer:
+    http = HttpConfig(
+        served.app,
+        client_timeout=config.client_timeout,
+        on_refused=served.metrics.on_refused_connection,
+        log_config=None,  # what it logs goes the way of all logs
+        log_level=config.uvicorn_log_level,
+        access_log=False,
+        h11_max_incomplete_event_size=config.h11_max_incomplete_event_size,
+        root_path=config.root_path,
+        ssl_keyfile=config.ssl_keyfile,
+        ssl_certfile=config.ssl_certfile,
+        ssl_ca_certs=config.ssl_ca_certs and str(config.ssl_ca_certs),
+        ssl_cert_reqs=ssl.CERT_REQUIRED if config.ssl_ca_certs else ssl.CERT_NONE,
+    )
+    return HttpServer(
+        http,
+        served.engine,
+        served.readiness,
+        drain_seconds=config.shutdown_timeout,
+        watchdog_seconds=config.watchdog_timeout,
     )
 
-    def end(*_: object) -> None:
-        server.should_exit = True
 
-    # uvicorn takes the signals over while it runs. Ours are for one that comes before, and for uvicorn's raising it
-    # again afterwards, which would make the exit code that of a killed process.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
-    return server
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _raise_file_limit() -> None:
+    """As many connections as the system lets us have: the usual limit is lower, for programs that use select()."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _address(config: ServeConfig, listener: socket.socket) -> str:
@@ -90,9 +115,16 @@ def _check_certificate(config: ServeConfig) -> None:
     if config.ssl_certfile is None:
         return
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        # A password could be asked for on a terminal only, and a server may have none.
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password=lambda: "")
     except OSError as error:  # ssl.SSLError is one
         raise StartupError(f"--ssl-certfile {config.ssl_certfile}: {error.strerror or error}") from error
+    try:
+        if config.ssl_ca_certs is not None:
+            context.load_verify_locations(config.ssl_ca_certs)
+    except OSError as error:
+        raise StartupError(f"--ssl-ca-certs {config.ssl_ca_certs}: {error.strerror or error}") from error
 
 
 def _bind(config: ServeConfig) -> socket.socket:

@@ -26,7 +26,7 @@ from compiled.state import (
 from serve.engine import batch
 from serve.engine.batch import ScoreRow
 from serve.engine.masks import TokenMask
-from serve.engine.observer import EngineGauges, NoObserver, Observer
+from serve.engine.observer import EngineFault, EngineGauges, NoObserver, Observer
 from serve.engine.pages import PagePool
 from serve.engine.request import FinishReason, Request, RequestStatus, TokenEvent, TokenScores, empty_scores
 from serve.engine.scheduler import Schedule, Scheduler
@@ -251,6 +251,7 @@ class EngineCore:
                 keep_prompt_scores(request, self._pool)
         if wrong:
             self._pool.forget(request.pages)  # which of them is to blame is not known: nobody shall find any
+            self._observer.on_fault(EngineFault.NAN)
             event.error, reason = _NOT_A_NUMBER, FinishReason.ERROR
         return (request, event) if reason is None else self._finish(request, event, reason)
 

@@ -6,65 +6,37 @@ Inbox: a queue of calls. Outbox: one asyncio queue per request, filled through `
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import random
 import secrets
+import sys
 import threading
 import time
-from collections import defaultdict, deque
+import traceback
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serve.engine.core import Emitted, EngineCore, Runner
-from serve.engine.observer import EngineGauges, NoObserver, Observer
+from serve.engine.observer import EngineFault, EngineGauges, NoObserver, Observer
 from serve.engine.request import (
+    DeadlineError,
     EngineLimits,
     EngineStoppedError,
     FinishReason,
     NotHeldError,
     QueueFullError,
+    QueueTimeoutError,
     Request,
     TokenEvent,
     empty_scores,
 )
+from serve.engine.streams import RowsWanted, Stream, Streams
 
 logger = logging.getLogger(__name__)
-
-
-type _Delivery = list[tuple[asyncio.Queue[TokenEvent], TokenEvent]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Stream:
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[TokenEvent]
-    tokens: int  # of the prompt
-
-
-@dataclass(frozen=True, slots=True)
-class _RowsWanted:
-    """A call of vocabulary() that waits for its answer."""
-
-    loop: asyncio.AbstractEventLoop
-    answer: asyncio.Future[NDArray[np.float32]]
-    request_id: str
-    start: int
-    count: int
-
-    def tell(self, rows: NDArray[np.float32] | Exception) -> None:
-        def tell() -> None:
-            if self.answer.cancelled():
-                return
-            if isinstance(rows, Exception):
-                self.answer.set_exception(rows)
-            else:
-                self.answer.set_result(rows)
-
-        with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens any more
-            self.loop.call_soon_threadsafe(tell)
 
 
 class Engine:
@@ -96,7 +68,6 @@ class Engine:
         self.limits = limits
         self.failed = False
         self._runner = runner
-        self._max_waiting = max_waiting
         self._core = EngineCore(
             runner,
             max_model_len=limits.max_model_len,
@@ -105,16 +76,14 @@ class Engine:
             observer=observer,
         )
         self._observer: Observer = observer or NoObserver()
-        self._hold_seconds = hold_seconds
-        self._max_waiting_tokens = max_waiting_tokens
         self._random = secrets.SystemRandom() if seed is None else random.Random(seed)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._streams: dict[str, _Stream] = {}
-        self._held: dict[str, float] = {}  # ended, and kept for vocabulary() until abort() or this monotonic time
-        self._wanted: deque[_RowsWanted] = deque()  # the thread's own
-        self._streams_lock = threading.Lock()
-        self._closed = False
+        self._streams = Streams(
+            max_waiting=max_waiting, max_waiting_tokens=max_waiting_tokens, hold_seconds=hold_seconds
+        )
+        self._wanted: deque[RowsWanted] = deque()  # the thread's own
         self._stopping = False
+        self._at_work_since: float | None = None  # time.monotonic() when the thread's round began; None: it waits
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     @property
@@ -123,23 +92,46 @@ class Engine:
         return self._thread.is_alive() and not self.failed
 
     @property
+    def hangs(self) -> bool:
+        """Whether the thread goes on though the engine has failed: nothing ends it but the process's end."""
+        return self.failed and self._thread.is_alive()
+
+    @property
     def load(self) -> int:
         """Unfinished requests, those that are held included."""
-        return len(self._streams) + len(self._held)
+        return len(self._streams)
 
     @property
     def gauges(self) -> EngineGauges:
         """How things stand."""
         return self._core.gauges
 
+    @property
+    def silent_for(self) -> float:
+        """Seconds since the thread began what it is doing; 0 while it has nothing to do."""
+        since = self._at_work_since
+        return 0.0 if since is None else time.monotonic() - since
+
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after its current step; unfinished requests are aborted."""
-        self._inbox.put(self._stop)
-        self._thread.join()
+        """Ends the thread after its current step, unless it was given up; unfinished requests are aborted."""
+        if self._thread.is_alive() and not self.failed:
+            self._inbox.put(self._stop)
+            self._thread.join()
+
+    def give_up(self) -> None:
+        """Ends all requests with an error while the thread hangs in a step, and takes no more."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        where = "".join(traceback.format_stack(frame)) if frame else "it has ended\n"
+        logger.critical(
+            "a step has not ended for %.0f s; the engine is given up. Its thread:\n%s", self.silent_for, where
+        )
+        self._observer.on_fault(EngineFault.STALLED)
+        self.failed = self._stopping = True
+        self._streams.close()
 
     async def submit(self, request: Request) -> AsyncGenerator[TokenEvent]:
         """Queues a request and yields its events until the one that has a finish reason.
@@ -147,20 +139,16 @@ class Engine:
         Raises:
             EngineStoppedError: the engine takes no more requests.
             QueueFullError: too many requests are unfinished.
+            QueueTimeoutError: it did not run by `request.start_by`.
+            DeadlineError: it did not end by `request.end_by`.
             ValueError: the prompt is empty or above the model's length, or the cache could never hold the request.
         """
         self._check(request)
-        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue(), len(request.prompt_token_ids))
-        with self._streams_lock:
-            if self._closed:
-                raise EngineStoppedError
-            if self.load >= self._max_waiting:
-                self._observer.on_rejected("max_num_queued_reqs")
-                raise QueueFullError
-            if self._max_waiting_tokens is not None and self._too_many_tokens(stream.tokens):
-                self._observer.on_rejected("max_num_queued_tokens")
-                raise QueueFullError
-            self._streams[request.id] = stream
+        try:
+            stream = self._streams.open(request.id, len(request.prompt_token_ids))
+        except QueueFullError as error:
+            self._observer.on_rejected(error.limit)
+            raise
         seed = request.params.seed
         request.times.arrived = time.monotonic()
         request.seed = self._random.getrandbits(64) if seed is None else seed & (2**64 - 1)
@@ -168,7 +156,7 @@ class Engine:
         ended = False
         try:
             while not ended:
-                event = await stream.events.get()
+                event = await _next_event(request, stream)
                 ended = event.finish_reason is not None
                 yield event
         finally:
@@ -180,10 +168,8 @@ class Engine:
 
         The reason is STOP where the text has ended, of which the engine knows nothing.
         """
-        with self._streams_lock:
-            if request_id not in self._streams and request_id not in self._held:
-                return
-        self._inbox.put(lambda: self._abort(request_id, reason))
+        if request_id in self._streams:
+            self._inbox.put(lambda: self._abort(request_id, reason))
 
     async def vocabulary(self, request_id: str, start: int, count: int) -> NDArray[np.float32]:
         """Log-probs [count, V] of every token after the prompt tokens start..start+count-1 of a request that is held.
@@ -193,17 +179,10 @@ class Engine:
             NotHeldError: the request is not held, or no longer: nobody asked for `hold_seconds`.
         """
         loop = asyncio.get_running_loop()
-        wanted = _RowsWanted(loop, loop.create_future(), request_id, start, count)
-        with self._streams_lock:
-            if self._closed:
-                raise EngineStoppedError
+        wanted = RowsWanted(loop, loop.create_future(), request_id, start, count)
+        with self._streams.asking(wanted):
             self._inbox.put(lambda: self._wanted.append(wanted))
-        return await wanted.answer
-
-    def _too_many_tokens(self, more: int) -> bool:
-        """Whether a prompt has to wait; one that is too long for the limit alone may come when nothing else is here."""
-        waiting = [stream.tokens for stream in self._streams.values()]
-        return bool(waiting) and sum(waiting) + more > (self._max_waiting_tokens or 0)
+            return await wanted.answer
 
     def _check(self, request: Request) -> None:
         prompt, most = len(request.prompt_token_ids), self.limits.max_model_len
@@ -222,21 +201,24 @@ class Engine:
                 self._answer_one()
                 self._deliver(self._step())
         finally:
-            self._close_streams()
+            self._streams.close()
 
     def _step(self) -> list[Emitted]:
         try:
             return self._core.step()
         except Exception:
             logger.exception("a step failed; its requests are ended with an error and the cache starts anew")
+        self._observer.on_fault(EngineFault.STEP)
         return self._recover()  # not among the handlers: a traceback keeps arrays of the step alive
 
     def _drain_inbox(self) -> bool:
         """Handles the calls that have come; waits for one while there is nothing to do. False: the thread shall end."""
         count = self._inbox.qsize()
         if not count and not self._core.at_work and not self._wanted:
+            self._at_work_since = None
             with contextlib.suppress(queue.Empty):
-                self._handle(self._inbox.get(timeout=self._until_a_hold_ends()))
+                self._handle(self._inbox.get(timeout=self._streams.until_a_hold_ends()))
+        self._at_work_since = time.monotonic()
         for _ in range(count):  # those that come meanwhile are for after the next step
             self._handle(self._inbox.get())
         return not self._stopping
@@ -250,6 +232,7 @@ class Engine:
             logger.exception("a call to the engine failed; running requests are ended and the cache starts anew")
         else:
             return
+        self._observer.on_fault(EngineFault.CALL)
         self._deliver(self._recover())
 
     def _add(self, request: Request) -> None:
@@ -257,34 +240,27 @@ class Engine:
             self._core.add(request)
         except Exception:
             logger.exception("a request could not be queued")
+            self._observer.on_fault(EngineFault.REQUEST)
             event = TokenEvent([], empty_scores(0, 0), FinishReason.ERROR, error="it could not be queued")
             self._deliver([(request, event)])
 
-    def _until_a_hold_ends(self) -> float | None:
-        """Seconds; None if nothing is held."""
-        with self._streams_lock:
-            ends = min(self._held.values(), default=None)
-        return None if ends is None else max(0.0, ends - time.monotonic())
-
     def _end_old_holds(self) -> None:
-        now = time.monotonic()
-        with self._streams_lock:
-            asked = {wanted.request_id for wanted in self._wanted}
-            old = [each for each, ends in self._held.items() if ends <= now and each not in asked]
-        for request_id in old:
-            self._abort(request_id, FinishReason.ABORT)
+        asked = {wanted.request_id for wanted in self._wanted}
+        for request_id in self._streams.old_holds():
+            if request_id not in asked:
+                self._abort(request_id, FinishReason.ABORT)
 
     def _recover(self) -> list[Emitted]:
         try:
             return self._core.fail_all("the engine failed on this request")
         except Exception:
             logger.exception("the engine could not recover; it stops")
+            self._observer.on_fault(EngineFault.LOST)
             self.failed = self._stopping = True
             return []
 
     def _abort(self, request_id: str, reason: FinishReason) -> None:
-        with self._streams_lock:
-            self._held.pop(request_id, None)
+        self._streams.release(request_id)
         emitted = self._core.abort(request_id, reason)
         if emitted is not None:
             self._deliver([emitted])
@@ -300,50 +276,30 @@ class Engine:
             wanted.tell(NotHeldError())
         except Exception:
             logger.exception("the rows of a prompt could not be computed")
+            self._observer.on_fault(EngineFault.ROWS)
             wanted.tell(EngineStoppedError())
-        with self._streams_lock:
-            if wanted.request_id in self._held:
-                self._held[wanted.request_id] = time.monotonic() + self._hold_seconds
+        self._streams.hold_on(wanted.request_id)
 
     def _stop(self) -> None:
         self._stopping = True
 
     def _deliver(self, emitted: Sequence[Emitted]) -> None:
-        """Hands a step's events to the loops that wait for them: one call for each loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, _Delivery] = defaultdict(list)
-        with self._streams_lock:
-            for request, event in emitted:
-                if event.finish_reason is None:
-                    stream = self._streams.get(request.id)
-                else:
-                    stream = self._streams.pop(request.id, None)
-                    if stream is not None and request.id in self._core.scheduler.held:
-                        self._held[request.id] = time.monotonic() + self._hold_seconds
-                if stream is not None:
-                    by_loop[stream.loop].append((stream.events, event))
-        for loop, delivery in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens any more
-                loop.call_soon_threadsafe(_put, delivery)
-
-    def _close_streams(self) -> None:
-        """Nobody is left waiting: every open stream ends, and no other is opened."""
-        with self._streams_lock:
-            self._closed = True
-            streams = list(self._streams.values())
-            self._streams.clear()
-            self._held.clear()
-        for stream in streams:
-            event = TokenEvent([], empty_scores(0, 0), FinishReason.ERROR, error="the engine has stopped")
-            with contextlib.suppress(RuntimeError):
-                stream.loop.call_soon_threadsafe(stream.events.put_nowait, event)
-
-        while not self._inbox.empty():  # who waits for rows must be told that there are none
-            with contextlib.suppress(Exception):
-                self._inbox.get()()
-        for wanted in self._wanted:
-            wanted.tell(EngineStoppedError())
+        self._streams.deliver(emitted, self._core.scheduler.held)
 
 
-def _put(delivery: _Delivery) -> None:
-    for events, event in delivery:
-        events.put_nowait(event)
+async def _next_event(request: Request, stream: Stream) -> TokenEvent:
+    """Raises as `Engine.submit` does for a time that is up."""
+    while True:
+        waits = not request.times.admitted
+        until = min(request.start_by, request.end_by) if waits else request.end_by
+        if until == math.inf:
+            return await stream.events.get()
+        try:
+            async with asyncio.timeout(max(0.0, until - time.monotonic())):
+                return await stream.events.get()
+        except TimeoutError:
+            now = time.monotonic()
+            if now >= request.end_by:
+                raise DeadlineError from None
+            if now >= request.start_by and not request.times.admitted:
+                raise QueueTimeoutError from None

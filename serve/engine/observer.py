@@ -1,9 +1,22 @@
 """What the engine tells of its work while it works: for metrics. Called on the engine's thread, so it must be quick."""
 
+import enum
 from dataclasses import dataclass
 from typing import Protocol
 
 from serve.engine.request import FinishReason, Request
+
+
+class EngineFault(enum.StrEnum):
+    """What can fail in the engine."""
+
+    STEP = "step"  # its running requests ended with an error, and the cache began anew
+    CALL = "call"  # one from outside the thread; the same happened
+    REQUEST = "request"  # one could not be queued
+    ROWS = "rows"  # of a whole vocabulary
+    NAN = "nan"  # a log-prob that is not a number, which nobody was told
+    LOST = "lost"  # the state could not be made anew: the engine has stopped
+    STALLED = "stalled"  # a step did not end: the engine was given up
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +50,9 @@ class Observer(Protocol):
     def on_rejected(self, reason: str) -> None:
         """A request found the queue full; `reason` is the limit. Called on an event loop's thread."""
 
+    def on_fault(self, kind: EngineFault) -> None:
+        """Something failed in the engine. Called on any thread."""
+
 
 class NoObserver:
     """Nobody is told."""
@@ -47,3 +63,4 @@ class NoObserver:
     def on_token(self, request: Request, gap: float | None) -> None: ...
     def on_finished(self, request: Request, reason: FinishReason) -> None: ...
     def on_rejected(self, reason: str) -> None: ...
+    def on_fault(self, kind: EngineFault) -> None: ...

@@ -1,6 +1,7 @@
 """What the engine is asked and what it answers: SamplingParams, Request, TokenEvent, PromptLogprobs."""
 
 import enum
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -30,6 +31,19 @@ class RequestStatus(enum.Enum):
 
 class QueueFullError(Exception):
     """The engine holds as many waiting requests as it may; try again later."""
+
+    def __init__(self, limit: str) -> None:
+        """`limit` names what is reached, as its flag does."""
+        super().__init__(limit)
+        self.limit = limit
+
+
+class QueueTimeoutError(Exception):
+    """The request did not run by the time by which it had to."""
+
+
+class DeadlineError(Exception):
+    """The request did not end by the time by which it had to."""
 
 
 class NotHeldError(Exception):
@@ -145,13 +159,15 @@ class RequestTimes:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One sequence in the engine. Whoever submits it sets the first fields, up to cache_salt, and reads no other."""
+    """One sequence in the engine. Whoever submits it sets the first fields, up to end_by, and changes no other."""
 
     id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     priority: int = 0  # lower runs first
     cache_salt: str = ""  # only requests of the same salt share pages
+    start_by: float = math.inf  # time.monotonic() by which it must run, and by which it must have ended
+    end_by: float = math.inf
     status: RequestStatus = RequestStatus.WAITING
     arrival: int = 0  # order of submission
     slot: int = -1  # its place in the device's SlotState while it runs

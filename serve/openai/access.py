@@ -1,37 +1,51 @@
-"""Pure ASGI middleware: API keys, request ids, double slashes, and an answer where nothing else has one."""
+"""Pure ASGI middleware: API keys, hosts, request ids, double slashes, and an answer where nothing else has one."""
 
-import hmac
 import logging
 import re
-import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.openai.errors import APIError, engine_error
+from serve.openai.keys import ApiKeys, route_path
+from serve.openai.readiness import Readiness
+from serve.openai.record import NO_ROUTE, AnswerRecord, OnAnswer, recorded
 
 logger = logging.getLogger(__name__)
 
-# What says nothing of the model or of other requests.
-_OPEN_PATHS = re.compile(r"/|/web/.*|/health|/ping|/openapi\.json|/docs(/.*)?")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,200}")
+_HEALTH = ("/health", "/ping")
+_PORT = re.compile(r":\d*$")
 
-
-type OnAnswer = Callable[[str, str, int, float], None]  # handler (a route), method, status, seconds
-
-_NO_ROUTE = "none"
+# Whatever a browser is sent, it takes it for what it is said to be.
+_ALWAYS = {"x-content-type-options": "nosniff"}
 
 
 class Access:
-    """Checks the key, names the request and tidies the path, then lets the request through."""
+    """Names the request, tidies its path and lets it through, or says why not."""
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str], on_answer: OnAnswer) -> None:
-        """`on_answer` is told of every answer when it has ended."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_keys: Sequence[str],
+        allowed_hosts: Sequence[str],
+        readiness: Readiness,
+        on_answer: OnAnswer,
+    ) -> None:
+        """Wraps an app.
+
+        Args:
+            allowed_hosts: that the Host header may name, whatever the port; none: any.
+            on_answer: is told of every answer when it has ended.
+        """
         self._app = app
+        self._keys = ApiKeys(api_keys)
+        self._hosts = frozenset(host.lower() for host in allowed_hosts)
+        self._readiness = readiness
         self._on_answer = on_answer
-        self._keys = [key.encode() for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,60 +54,61 @@ class Access:
         headers = Headers(scope=scope)
         asked = headers.get("x-request-id", "")
         request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
-
-        began, status = time.monotonic(), 0
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
+        client = scope.get("client")
+        record = AnswerRecord(request_id, scope["method"], scope["path"], client[0] if client else None)
+        record.key = self._keys.name_of(scope)
         path = re.sub("/{2,}", "/", scope["path"])  # clients with a base URL that ends in a slash
-        scope = {**scope, "path": path, "headers": _with_request_id(scope["headers"], request_id)}
-        if error := refusal(scope, self._keys):
-            await error.response()(scope, receive, send_with_id)
-            self._on_answer(_NO_ROUTE, scope["method"], status, time.monotonic() - began)
-            return
+        scope = {**scope, "path": path, "headers": _with_request_id(scope["headers"], request_id), **recorded(record)}
         try:
-            await self._answer(scope, receive, send_with_id)
+            await self._answer(scope, receive, _noted(send, record), record)
         finally:
-            handler = getattr(scope.get("route"), "path", _NO_ROUTE)
-            self._on_answer(handler, scope["method"], status, time.monotonic() - began)
+            record.end(getattr(scope.get("route"), "path", NO_ROUTE))
+            self._on_answer(record)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, record: AnswerRecord) -> None:
         """Here and not in an exception handler of the app, whose answer would bear neither the id nor CORS headers."""
-        started = False
+        error = self._refusal(scope, record.key)
+        if error is None:
+            try:
+                await self._app(scope, receive, send)
+            except Exception:
+                if record.status:
+                    raise
+                logger.exception("request %s failed", record.request_id)
+                error = engine_error("The server failed on this request.")
+        if error is not None:
+            record.error = error.code
+            await error.response()(scope, receive, send)
 
-        async def note_start(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
+    def _refusal(self, scope: Scope, key: str | None) -> APIError | None:
+        if error := self._wrong_host(scope) or self._keys.refusal(scope, key):
+            return error
+        return None if route_path(scope) in _HEALTH else self._readiness.refusal()
 
-        try:
-            await self._app(scope, receive, note_start)
-        except Exception:
-            if started:
-                raise
-            logger.exception("a request failed")
-            await engine_error("The server failed on this request.").response()(scope, receive, send)
-
-
-def refusal(scope: Scope, keys: Sequence[bytes]) -> APIError | None:
-    """The error for a request that bears none of the keys, where there are any and its path needs one."""
-    if not keys or _OPEN_PATHS.fullmatch(route_path(scope)) or scope["method"] == "OPTIONS":
-        return None
-    scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-    matches = [hmac.compare_digest(key.strip().encode(), known) for known in keys]
-    if scheme.lower() == "bearer" and any(matches):
-        return None
-    return APIError(401, "The API key is missing or wrong.", None, "invalid_api_key")
+    def _wrong_host(self, scope: Scope) -> APIError | None:
+        """The error for a name that is none of ours: a page of that name would take our answers for its own."""
+        host = _PORT.sub("", Headers(scope=scope).get("host", "")).lower()
+        if not self._hosts or not host or host in self._hosts:
+            return None
+        message = f"The host {host[:100]!r} is none of --allowed-hosts."
+        return APIError(403, message, None, "host_not_allowed")
 
 
-def route_path(scope: Scope) -> str:
-    """The path of a request, without the one under which a proxy serves this, and without double slashes."""
-    return re.sub("/{2,}", "/", scope["path"]).removeprefix(scope.get("root_path", "").rstrip("/"))
+def _noted(send: Send, record: AnswerRecord) -> Send:
+    """Sends, and writes into the record what is sent; every answer bears the request's id."""
+
+    async def noted(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            record.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = record.request_id
+            for name, value in _ALWAYS.items():
+                headers.setdefault(name, value)
+        elif message["type"] == "http.response.body":
+            record.sent += len(message.get("body", b""))
+        await send(message)
+
+    return noted
 
 
 def _with_request_id(headers: list[tuple[bytes, bytes]], request_id: str) -> list[tuple[bytes, bytes]]:

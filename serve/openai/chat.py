@@ -1,7 +1,7 @@
 """POST /v1/chat/completions."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -17,7 +17,8 @@ from serve.openai.generation import Choice, Delta, Finished, finish_all
 from serve.openai.job import Job, make_job
 from serve.openai.logprobs import chat_content
 from serve.openai.prompt_numbers import prompt_numbers
-from serve.openai.schema import ChatCompletionRequest, parse, read_body
+from serve.openai.record import AnswerRecord, record_of
+from serve.openai.schema import ChatCompletionRequest, parse
 from serve.openai.stream import json_or_disconnect, stream_or_disconnect
 
 type _Job = Job[ChatCompletionRequest]
@@ -31,17 +32,26 @@ class ChatCompletions:
 
     async def __call__(self, request: Request) -> Response:
         """Answers with JSON, or with server-sent events where `stream` is true."""
-        return await self.answer(request, await read_body(request, self._at.config.max_body_bytes))
+        async with self._at.bodies.read(request) as data:
+            answer = await self.checked(request, data)
+        return await answer()
 
-    async def answer(self, request: Request, data: bytes) -> Response:
-        """Answers a body that has been read."""
-        job = await asyncio.to_thread(self._prepare, data, request.headers["x-request-id"])
+    async def checked(self, request: Request, data: bytes) -> Callable[[], Awaitable[Response]]:
+        """What answers a body that has been read.
+
+        Raises:
+            APIError: what is wrong with it.
+        """
+        job = await asyncio.to_thread(self._prepare, data, record_of(request))
+        return lambda: self._respond(request, job)
+
+    async def _respond(self, request: Request, job: _Job) -> Response:
         abort = self._at.abort_all(job.request_ids)
         if job.body.stream:
             return await stream_or_disconnect(request, self._chunks(job), abort)
         return await json_or_disconnect(request, self._answer(job), abort)
 
-    def _prepare(self, data: bytes, request_id: str) -> _Job:
+    def _prepare(self, data: bytes, record: AnswerRecord) -> _Job:
         at, limits = self._at, self._at.engine.limits
         body = at.filled(parse(ChatCompletionRequest, data, at.fields))
         check_common(body)
@@ -51,13 +61,13 @@ class ChatCompletions:
         check_logprob_token_ids(body, shown=bool(body.logprobs), limits=limits)
         numbers = prompt_numbers(body, None, limits)
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
-        header = at.header("chatcmpl", kind, body, request_id)
+        header = at.header("chatcmpl", kind, body, record.request_id)
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         prompt, room = chat_prompt(body, asked, at)
         usual = at.config.defaults.max_new_tokens
         if asked is None and usual is not None:
             room = min(room, usual)
-        return make_job(at, body, header, [prompt], max_tokens=[room], top_k=body.top_logprobs, numbers=numbers)
+        return make_job(at, body, record, header, [prompt], max_tokens=[room], top_k=body.top_logprobs, numbers=numbers)
 
     async def _answer(self, job: _Job) -> Body:
         results = await finish_all(job.choices, job.deltas())

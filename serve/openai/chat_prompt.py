@@ -46,7 +46,7 @@ def chat_text(body: ChatPromptFields, at: Endpoint) -> str:
         raise invalid("messages", "`messages` is missing.", "missing_required_parameter")
     if not body.messages:
         raise invalid("messages", "`messages` must hold at least one message.", "empty_array")
-    if body.chat_template is not None and not at.config.trust_request_chat_template:
+    if body.chat_template is not None and at.jail is None:
         message = "`chat_template` is taken from the request only where the server says --trust-request-chat-template."
         raise unsupported("chat_template", message)
     continues = bool(body.continue_final_message)
@@ -56,13 +56,18 @@ def chat_text(body: ChatPromptFields, at: Endpoint) -> str:
         message = "`continue_final_message` and `add_generation_prompt` cannot both be true."
         raise invalid("continue_final_message", message)
     messages = [_message(message, i) for i, message in enumerate(body.messages)]
+    how: dict[str, Any] = {"add_generation_prompt": generates, "continue_final_message": continues}
     try:
+        if body.chat_template is not None and at.jail is not None:
+            return at.jail.render(
+                body.chat_template,
+                messages,
+                special_tokens=at.tokenizer.special_tokens,
+                template_kwargs=_variables(body),
+                **how,
+            )
         return at.tokenizer.render_chat(
-            messages,
-            add_generation_prompt=generates,
-            continue_final_message=continues,
-            chat_template_kwargs=_variables(body),
-            chat_template=body.chat_template or at.config.chat_template,
+            messages, chat_template_kwargs=_variables(body), chat_template=at.config.chat_template, **how
         )
     except ChatTemplateError as error:
         raise invalid("messages", f"The chat template refused the messages: {error}") from None

@@ -1,7 +1,7 @@
 """POST /v1/completions: the place for echo, for prompts of token ids and for lists of prompts."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -18,7 +18,8 @@ from serve.openai.generation import Choice, Delta, Finished, finish_all
 from serve.openai.job import Job, Prompt, make_job
 from serve.openai.logprobs import CompletionLogprobs, joined
 from serve.openai.prompt_numbers import prompt_numbers
-from serve.openai.schema import CompletionRequest, parse, read_body
+from serve.openai.record import AnswerRecord, record_of
+from serve.openai.schema import CompletionRequest, parse
 from serve.openai.stream import json_or_disconnect, stream_or_disconnect
 from serve.text.tokenizer import TokenizerError
 
@@ -36,28 +37,37 @@ class Completions:
 
     async def __call__(self, request: Request) -> Response:
         """Answers with JSON, or with server-sent events where `stream` is true."""
-        return await self.answer(request, await read_body(request, self._at.config.max_body_bytes))
+        async with self._at.bodies.read(request) as data:
+            answer = await self.checked(request, data)
+        return await answer()
 
-    async def answer(self, request: Request, data: bytes) -> Response:
-        """Answers a body that has been read."""
-        job = await asyncio.to_thread(self._prepare, data, request.headers["x-request-id"])
+    async def checked(self, request: Request, data: bytes) -> Callable[[], Awaitable[Response]]:
+        """What answers a body that has been read.
+
+        Raises:
+            APIError: what is wrong with it.
+        """
+        job = await asyncio.to_thread(self._prepare, data, record_of(request))
+        return lambda: self._respond(request, job)
+
+    async def _respond(self, request: Request, job: _Job) -> Response:
         abort = self._at.abort_all(job.request_ids)
         if job.body.stream:
             return await stream_or_disconnect(request, self._chunks(job), abort)
         return await json_or_disconnect(request, self._answer(job), abort)
 
-    def _prepare(self, data: bytes, request_id: str) -> _Job:
+    def _prepare(self, data: bytes, record: AnswerRecord) -> _Job:
         at, limits = self._at, self._at.engine.limits
         body = at.filled(parse(CompletionRequest, data, at.fields))
         check_common(body)
         check_top_k("logprobs", body.logprobs or 0, limits)
         check_logprob_token_ids(body, shown=body.logprobs is not None, limits=limits)
         numbers = prompt_numbers(body, body.logprobs if body.echo else None, limits)
-        header = at.header("cmpl", "text_completion", body, request_id)
+        header = at.header("cmpl", "text_completion", body, record.request_id)
         asked = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         prompts = [self._truncated(body, prompt, asked) for prompt in self._prompts(body)]
         room = [check_room("prompt", len(prompt.ids), asked, limits) for prompt in prompts]
-        return make_job(at, body, header, prompts, max_tokens=room, top_k=body.logprobs, numbers=numbers)
+        return make_job(at, body, record, header, prompts, max_tokens=room, top_k=body.logprobs, numbers=numbers)
 
     def _prompts(self, body: CompletionRequest) -> list[Prompt]:
         given = body.prompt

@@ -1,18 +1,22 @@
 """What a handler holds: the collaborators that every endpoint shares."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from serve.openai.bodies import Bodies
 from serve.openai.defaults import GenerationDefaults
 from serve.openai.errors import APIError
-from serve.openai.generation import Choice, Delta, Engine, Finished
+from serve.openai.generation import Choice, Delta, Engine, Finished, TimeLimits
 from serve.openai.known_fields import FieldLog
 from serve.openai.prompt_entries import EntryWriter
+from serve.openai.record import AnswerRecord
 from serve.openai.schema import GenerationRequest, LogprobsMode
 from serve.openai.vocabulary import RowWriter
+from serve.text.jailed_template import TemplateJail
 from serve.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -32,7 +36,8 @@ class AppConfig:
     logprobs_mode: LogprobsMode = "raw_logprobs"  # where a request does not say
     return_tokens_as_token_ids: bool = False
     force_include_usage: bool = False  # every stream ends with its usage
-    allowed_origins: tuple[str, ...] = ("*",)  # for CORS, as are the next three
+    allowed_hosts: tuple[str, ...] = ()  # that the Host header may name; empty: any
+    allowed_origins: tuple[str, ...] = ()  # for CORS, as are the next three; empty: pages of other origins get nothing
     allowed_methods: tuple[str, ...] = ("*",)
     allowed_headers: tuple[str, ...] = ("*",)
     allow_credentials: bool = False
@@ -40,6 +45,11 @@ class AppConfig:
     max_log_len: int | None = None  # characters of a prompt in the log
     documented: bool = True  # /openapi.json and /docs
     max_body_bytes: int = 64 << 20
+    client_timeout: float = 60  # seconds that a body may take to come
+    queue_timeout: float = math.inf  # seconds until a request must run, and until it must have ended
+    request_timeout: float = math.inf
+    max_unread_tokens: int = 4096  # of a stream that wait for its reader
+    prefix_cache_per_key: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +61,9 @@ class Endpoint:
     config: AppConfig
     row_writer: RowWriter | None  # where the engine gives whole rows
     entry_writer: EntryWriter
+    bodies: Bodies
     on_answers: Callable[[Sequence[int]], None]  # told of the tokens of each answer to a prompt
+    jail: TemplateJail | None  # where templates are taken from requests
     fields: FieldLog = field(default_factory=FieldLog)
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970, of the models' cards
 
@@ -70,6 +82,16 @@ class Endpoint:
     def filled[B: GenerationRequest](self, body: B) -> B:
         """The request, with the server's defaults where it says nothing."""
         return self.config.defaults.fill(body)
+
+    def time_limits(self, body: GenerationRequest, record: AnswerRecord) -> TimeLimits:
+        """Until when a request may wait, and run: what the server allows, or less where the request says so."""
+        seconds = min(self.config.request_timeout, math.inf if body.timeout is None else body.timeout)
+        return TimeLimits(record.began + self.config.queue_timeout, record.began + seconds)
+
+    def cache_salt(self, body: GenerationRequest, record: AnswerRecord) -> str:
+        """Requests of the same salt share cached prompts. One of the request holds no slash (`check_common`)."""
+        own = body.cache_salt or ""
+        return f"{record.key}/{own}" if self.config.prefix_cache_per_key and record.key else own
 
     def logprobs_mode(self, body: GenerationRequest) -> LogprobsMode:
         """Which distribution the numbers of generated tokens are of."""

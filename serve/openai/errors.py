@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 _MAX_MESSAGE = 1000  # characters: validation must not echo a large input back
 
-_TYPES = {429: "rate_limit_exceeded", 503: "service_unavailable"}
+_TYPES = {408: "timeout", 429: "rate_limit_exceeded", 503: "service_unavailable", 504: "timeout"}
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """What both endpoints do: requests to the engine, events to text with their numbers."""
 
 import asyncio
+import math
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -12,21 +13,26 @@ from numpy.typing import NDArray
 
 from serve.engine.detokenize import Detokenizer
 from serve.engine.request import (
+    DeadlineError,
     EngineLimits,
     EngineStoppedError,
     FinishReason,
     PromptScoring,
     QueueFullError,
+    QueueTimeoutError,
     Request,
     SamplingParams,
     TokenEvent,
     TokenScores,
 )
 from serve.openai.errors import APIError, engine_error, invalid
+from serve.openai.readiness import stopped
+from serve.openai.record import Work
 from serve.openai.sampling_params import stop_strings
 from serve.openai.schema import GenerationRequest
 from serve.text.tokenizer import Tokenizer
 
+_TOO_SLOW = "The answer was read too slowly: too many of its tokens were waiting to be sent."
 _AT_ONCE = 64  # of the choices of one HTTP request: a long list of prompts leaves room in the queue for others
 
 
@@ -42,6 +48,14 @@ class Engine(Protocol):
     def submit(self, request: Request) -> AsyncGenerator[TokenEvent]: ...
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None: ...
     async def vocabulary(self, request_id: str, start: int, count: int) -> NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TimeLimits:
+    """Of one HTTP request, in seconds of time.monotonic()."""
+
+    start_by: float = math.inf  # by then the first of its choices must run
+    end_by: float = math.inf  # by then all must have ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +188,13 @@ def engine_errors() -> Iterator[None]:
     except QueueFullError:
         message = "Too many requests are waiting. Try again later."
         raise APIError(429, message, None, "rate_limit_exceeded", {"Retry-After": "1"}) from None
+    except QueueTimeoutError:
+        message = "The request waited in the queue for as long as it may. Try again later."
+        raise APIError(503, message, None, "queue_timeout", {"Retry-After": "1"}) from None
+    except DeadlineError:
+        raise APIError(504, "The request did not end within its time.", "timeout", "deadline_exceeded") from None
     except EngineStoppedError:
-        raise APIError(503, "The server is shutting down.", None, "engine_stopped") from None
+        raise stopped() from None
 
 
 async def finish_all(choices: Sequence[Choice], deltas: AsyncGenerator[tuple[Choice, Delta]]) -> list[Finished]:
@@ -188,15 +207,17 @@ async def finish_all(choices: Sequence[Choice], deltas: AsyncGenerator[tuple[Cho
 
 
 async def merge(
-    choices: Sequence[Choice], engine: Engine, tokenizer: Tokenizer
+    choices: Sequence[Choice], engine: Engine, tokenizer: Tokenizer, max_unread: int | None = None
 ) -> AsyncGenerator[tuple[Choice, Delta]]:
     """The deltas of all choices as they come, but of a prompt's choices the first one's first: it has the scores.
 
-    The failure of one ends all.
+    The failure of one ends all. So does a reader that leaves `max_unread` deltas waiting: the engine is freed at once,
+    and the reader is told when it has read them.
     """
     queue: asyncio.Queue[tuple[Choice, Delta] | None] = asyncio.Queue()
     slots = asyncio.Semaphore(_AT_ONCE)
     opened = {choice.prompt_index: asyncio.Event() for choice in choices}
+    failures: list[Exception] = []
 
     async def run(choice: Choice) -> None:
         try:
@@ -204,8 +225,14 @@ async def merge(
                 async for delta in deltas:
                     if not choice.first:
                         await opened[choice.prompt_index].wait()
+                    if max_unread is not None and queue.qsize() >= max_unread:
+                        raise APIError(503, _TOO_SLOW, None, "slow_reader")
                     queue.put_nowait((choice, delta))
                     opened[choice.prompt_index].set()
+        except Exception as error:  # noqa: BLE001 - raised again by whoever reads
+            failures.append(error)
+            for task in tasks:
+                task.cancel()
         finally:
             queue.put_nowait(None)
 
@@ -214,9 +241,8 @@ async def merge(
         for _ in tasks:
             while (item := await queue.get()) is not None:
                 yield item
-            for task in tasks:  # a failure of one ends all
-                if task.done():
-                    task.result()
+            if failures:
+                raise failures[0]
     finally:
         for task in tasks:
             task.cancel()
@@ -231,6 +257,8 @@ def make_choices(
     params: SamplingParams,
     scoring: PromptScoring | None,
     eos_token_ids: frozenset[int],
+    cache_salt: str,
+    times: TimeLimits,
 ) -> list[Choice]:
     """A choice for each of n answers to each prompt, in the order of their indices.
 
@@ -249,6 +277,8 @@ def make_choices(
         which, number = divmod(index, n)
         if params.min_tokens > max_tokens[which]:
             raise invalid("min_tokens", f"`min_tokens` is above the {max_tokens[which]} tokens that may be generated.")
+        if index == 1:  # who waits behind the first waits for its own request, too
+            times = replace(times, start_by=math.inf)
         own = replace(
             params,
             max_tokens=max_tokens[which],
@@ -258,7 +288,7 @@ def make_choices(
         choices.append(
             Choice(
                 index=index,
-                request=make_request(body, prompts[which], own),
+                request=make_request(body, prompts[which], own, cache_salt, times),
                 stop=stop,
                 include_stop=bool(body.include_stop_str_in_output),
                 skip_special_tokens=body.skip_special_tokens is not False,
@@ -270,6 +300,23 @@ def make_choices(
     return choices
 
 
-def make_request(body: GenerationRequest, prompt: list[int], params: SamplingParams) -> Request:
+def make_request(
+    body: GenerationRequest, prompt: list[int], params: SamplingParams, cache_salt: str, times: TimeLimits
+) -> Request:
     """One request to the engine, with a name of its own."""
-    return Request(uuid.uuid4().hex, prompt, params, body.priority or 0, body.cache_salt or "")
+    return Request(uuid.uuid4().hex, prompt, params, body.priority or 0, cache_salt, times.start_by, times.end_by)
+
+
+def work_of(choices: Sequence[Choice]) -> Work:
+    """What the engine did for choices that have ended, or were given up."""
+    first = [choice.request for choice in choices if choice.first]
+    ran = [choice.request.times for choice in choices if choice.request.times.admitted]
+    told = [times for times in ran if times.last]
+    return Work(
+        prompt_tokens=sum(len(request.prompt_token_ids) for request in first),
+        cached_tokens=sum(request.num_cached or 0 for request in first),
+        completion_tokens=sum(choice.num_tokens for choice in choices),
+        queue=max((times.admitted - times.arrived for times in ran), default=None),
+        prefill=max(((times.first or times.last) - times.admitted for times in told), default=None),
+        decode=max((times.last - times.first for times in told if times.first), default=None),
+    )

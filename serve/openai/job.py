@@ -11,9 +11,10 @@ from serve.engine.request import PromptScoring, Request, SamplingParams, TokenSc
 from serve.openai.body import Hole
 from serve.openai.endpoint import Endpoint, Header
 from serve.openai.errors import engine_error
-from serve.openai.generation import Choice, Delta, make_choices, make_request, merge
+from serve.openai.generation import Choice, Delta, make_choices, make_request, merge, work_of
 from serve.openai.logprobs import TokenNames, prompt_columns
 from serve.openai.prompt_numbers import PromptNumbers, check_start
+from serve.openai.record import AnswerRecord
 from serve.openai.sampling_params import sampling_params
 from serve.openai.schema import GenerationRequest
 from serve.openai.vocabulary import whole_rows
@@ -54,7 +55,8 @@ class Job[B: GenerationRequest]:
 
     async def deltas(self) -> AsyncGenerator[tuple[Choice, Delta]]:
         """Runs the choices: what each step adds to them. The metrics are told when all have ended."""
-        async with aclosing(merge(self.choices, self.at.engine, self.at.tokenizer)) as deltas:
+        most = self.at.config.max_unread_tokens if self.body.stream else None
+        async with aclosing(merge(self.choices, self.at.engine, self.at.tokenizer, most)) as deltas:
             async for each in deltas:
                 yield each
         n = self.body.n or 1
@@ -96,6 +98,7 @@ class Job[B: GenerationRequest]:
 def make_job[B: GenerationRequest](
     at: Endpoint,
     body: B,
+    record: AnswerRecord,
     header: Header,
     prompts: list[Prompt],
     *,
@@ -106,6 +109,7 @@ def make_job[B: GenerationRequest](
     """A job of prompts and what is asked of each.
 
     Args:
+        record: of the HTTP request, which is told how to measure the work.
         max_tokens: of each prompt's answers.
         top_k: alternatives of each generated token, if not named by id.
 
@@ -114,6 +118,7 @@ def make_job[B: GenerationRequest](
     """
     ids = [prompt.ids for prompt in prompts]
     check_start(body, ids)
+    salt, times = at.cache_salt(body, record), at.time_limits(body, record)
     choices = make_choices(
         body,
         ids,
@@ -127,7 +132,10 @@ def make_job[B: GenerationRequest](
         ),
         scoring=numbers.scoring,
         eos_token_ids=frozenset() if body.ignore_eos else at.tokenizer.eos_token_ids,
+        cache_salt=salt,
+        times=times,
     )
+    record.measure = lambda: work_of(choices)
     if at.config.logs_requests:
         at.log_request(header, body, [at.tokenizer.decode(each, skip_special_tokens=False) for each in ids])
     whole = SamplingParams(0, prompt=PromptScoring(numbers.start, whole=True))
@@ -142,7 +150,7 @@ def make_job[B: GenerationRequest](
         ),
         alternatives=len(body.logprob_token_ids or ()) or top_k or 0,
         numbers=numbers,
-        row_requests=[make_request(body, each, whole) for each in ids] if numbers.whole else [],
+        row_requests=[make_request(body, each, whole, salt, times) for each in ids] if numbers.whole else [],
     )
 
 

@@ -2,8 +2,10 @@
 
 import functools
 import importlib.util
+from base64 import b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,18 @@ from serve.openai.tokenize import DetokenizeRequest, TokenizeChatRequest, Tokeni
 
 _REFERENCE = "#/components/schemas/{model}"
 _FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")
-_PAGE = """<!doctype html>
+_SCRIPT = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#ui"})'
+_PAGE = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>logprobd</title>
 <link rel="icon" href="docs/favicon.png"><link rel="stylesheet" href="docs/swagger-ui.css"></head>
 <body><div id="ui"></div><script src="docs/swagger-ui-bundle.js"></script>
-<script>SwaggerUIBundle({url: "openapi.json", dom_id: "#ui"})</script></body></html>
+<script>{_SCRIPT}</script></body></html>
 """
+_POLICY = (
+    f"default-src 'none'; script-src 'self' 'sha256-{b64encode(sha256(_SCRIPT.encode()).digest()).decode()}'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +47,7 @@ class _Operation:
     errors: tuple[int, ...] = ()
 
 
-_POST_ERRORS = (400, 401, 404, 413, 429, 500, 503)
+_POST_ERRORS = (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
 _OPERATIONS = (
     _Operation(
         "post",
@@ -120,7 +128,7 @@ def documentation(*, secured: bool) -> list[Route]:
         return Response(document(), media_type="application/json")
 
     async def serve_page(_: Any) -> Response:
-        return HTMLResponse(_PAGE)
+        return HTMLResponse(_PAGE, headers={"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"})
 
     routes = [Route("/openapi.json", serve_document)]
     folder = _swagger_ui()

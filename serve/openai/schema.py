@@ -4,12 +4,12 @@ from typing import Annotated, Any, Literal
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
-from starlette.requests import ClientDisconnect, Request
 
 from serve.openai.errors import APIError, invalid
 from serve.openai.known_fields import FieldLog, check_extra
 
 _INT64 = 2**63
+_DAY = 86400
 
 Count = Annotated[int, Field(ge=0, lt=_INT64)]
 TokenId = Count
@@ -56,6 +56,7 @@ class GenerationRequest(SamplingFields):
     best_of: int | None = None  # only the value of `n`
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     cache_salt: str | None = None
+    timeout: Annotated[float, Field(gt=0, le=_DAY)] | None = None  # seconds
     max_tokens: Count | None = None
     min_tokens: Count | None = None
     logit_bias: dict[str, Annotated[Any, WithJsonSchema(_BIAS)]] | None = None  # read by hand, as the ids are keys
@@ -148,31 +149,6 @@ class ChatCompletionRequest(GenerationRequest, ChatPromptFields):
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     max_completion_tokens: Count | None = None
     return_prompt_text: bool | None = None
-
-
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body of a JSON request.
-
-    Raises:
-        APIError: 400 for another content type, 413 for more than `max_bytes`.
-    """
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
-        raise APIError(400, "The content type must be application/json.", None, "invalid_content_type")
-    too_large = APIError(413, f"The body is larger than {max_bytes} bytes.", None, "request_too_large")
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and (len(declared) > 18 or int(declared) > max_bytes):
-        raise too_large
-    chunks, size = [], 0
-    try:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > max_bytes:
-                raise too_large
-            chunks.append(chunk)
-    except ClientDisconnect:
-        raise APIError(400, "The body is incomplete.", None, "invalid_json") from None
-    return b"".join(chunks)
 
 
 def parse[M: BaseModel](kind: type[M], body: bytes, log: FieldLog) -> M:

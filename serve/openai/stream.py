@@ -8,11 +8,12 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from serve.openai.body import Body, dump, make_body
 from serve.openai.compression import HEADERS, compressed, compressed_pieces, takes_gzip
 from serve.openai.errors import APIError, engine_error
+from serve.openai.record import AnswerRecord, record_of
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +26,26 @@ class ClosingStream(StreamingResponse):
     A generator's own `finally` does not run before the answer ends when the client is cut off while it is written to.
     """
 
-    def __init__(self, pieces: AsyncIterator[bytes], media_type: str, on_close: Callable[[], None]) -> None:
+    def __init__(
+        self, pieces: AsyncIterator[bytes], media_type: str, on_close: Callable[[], None], record: AnswerRecord
+    ) -> None:
         super().__init__(pieces, media_type=media_type, headers={"Cache-Control": "no-cache"})
         self._on_close = on_close
+        self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ended = False
+
+        async def noted(message: Message) -> None:
+            nonlocal ended
+            await send(message)
+            ended |= message["type"] == "http.response.body" and not message.get("more_body", False)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, noted)
         finally:
+            if not ended:
+                self._record.error = "client_gone"
             self._on_close()
 
 
@@ -44,11 +57,12 @@ async def stream_or_disconnect(
     Raises:
         APIError: the first chunk could not be made.
     """
-    events = _events(chunks)
+    record = record_of(request)
+    events = _events(chunks, record)
     first = await _unless_gone(request, _next(events))
     if first is None:
-        return Response(status_code=_CLIENT_CLOSED)
-    return ClosingStream(_continued(first, events), "text/event-stream", on_close)
+        return _client_gone(record)
+    return ClosingStream(_continued(first, events), "text/event-stream", on_close, record)
 
 
 async def json_or_disconnect(
@@ -64,16 +78,22 @@ async def json_or_disconnect(
     """
     begun = await _unless_gone(request, _begin(work))
     if begun is None:
-        return Response(status_code=_CLIENT_CLOSED)
+        return _client_gone(record_of(request))
     first, pieces = begun
     zipped = takes_gzip(request)
     if pieces is None:
         smaller = await compressed(first) if zipped else None
         return Response(smaller or first, headers=HEADERS if smaller else None, media_type="application/json")
     whole = _continued(first, pieces)
-    answer = ClosingStream(compressed_pieces(whole) if zipped else whole, "application/json", on_close)
+    record = record_of(request)
+    answer = ClosingStream(compressed_pieces(whole) if zipped else whole, "application/json", on_close, record)
     answer.headers.update(HEADERS if zipped else {})
     return answer
+
+
+def _client_gone(record: AnswerRecord) -> Response:
+    record.error = "client_gone"
+    return Response(status_code=_CLIENT_CLOSED)
 
 
 async def _begin(work: Coroutine[Any, Any, Body]) -> tuple[bytes, AsyncGenerator[bytes] | None]:
@@ -96,7 +116,7 @@ async def _continued(first: bytes, pieces: AsyncGenerator[bytes]) -> AsyncGenera
             yield piece
 
 
-async def _events(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[bytes]:
+async def _events(chunks: AsyncGenerator[dict[str, Any]], record: AnswerRecord) -> AsyncGenerator[bytes]:
     """Chunks as events; a failure after the first piece is an event, too.
 
     If it tears an event, what the client has got of that one is no JSON, and cannot be taken for an answer.
@@ -115,6 +135,7 @@ async def _events(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[byte
             if not isinstance(error, APIError):
                 logger.exception("a stream failed")
                 error = engine_error()
+            record.error = error.code
             yield (b"" if whole else b"\n\n") + b"data: " + dump(error.body) + b"\n\n"
         yield b"data: [DONE]\n\n"
 

@@ -12,7 +12,7 @@ from serve.openai.chat_prompt import chat_ids, chat_text
 from serve.openai.checks import check_ids
 from serve.openai.endpoint import Endpoint
 from serve.openai.errors import invalid
-from serve.openai.schema import ChatPromptFields, TokenId, json_object, read_body, validated
+from serve.openai.schema import ChatPromptFields, TokenId, json_object, validated
 from serve.text.tokenizer import TokenizerError
 
 _JSON = "application/json"
@@ -76,8 +76,8 @@ class Tokenization:
         return Response(dump({"bos_token": None, "eos_token": None, "pad_token": None} | fields), media_type=_JSON)
 
     async def _answer(self, request: Request, work: Any) -> Response:
-        data = await read_body(request, self._at.config.max_body_bytes)
-        return Response(await asyncio.to_thread(work, data), media_type=_JSON)
+        async with self._at.bodies.read(request) as data:
+            return Response(await asyncio.to_thread(work, data), media_type=_JSON)
 
     def _tokenize(self, data: bytes) -> bytes:
         at, values = self._at, json_object(data)

@@ -7,9 +7,9 @@ from typing import Any
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.browser.conftest import FLAGS, program
-from tests.browser.fake_server import listening
 from tests.browser.inspector import Inspector
 from tests.serve.http_client import MODEL
+from tests.serve.listening import listening
 from tests.serve.server_process import ROOT, ServerProcess
 
 _PROMPT = "The capital of France is Paris, and the capital of Italy is Rome."

@@ -34,6 +34,8 @@ from serve.app import AppConfig, create_app
 from serve.engine.engine import Engine
 from serve.engine.request import EngineLimits, Request, TokenEvent
 from serve.metrics import Metrics
+from serve.openai.readiness import Readiness
+from serve.openai.record import OnAnswer
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.token_bytes import byte_characters
 from serve.text.tokenizer import Tokenizer
@@ -236,6 +238,8 @@ async def serving(
     add_bos: bool = False,
     vllm_names: bool = False,
     max_model_len: int = MAX_MODEL_LEN,
+    readiness: Readiness | None = None,
+    on_answer: OnAnswer = lambda _: None,
     **config: Any,
 ) -> AsyncIterator[Server]:
     """A server whose model says `script` and then END; `config` are fields of AppConfig."""
@@ -253,7 +257,8 @@ async def serving(
     metrics.watch(lambda: engine.gauges, {"block_size": str(PAGE_SIZE)})
     engine.start()
     settings = AppConfig(**{"served_model_names": (MODEL, "alias")} | config)
-    app = create_app(engine, byte_tokenizer(add_bos=add_bos), settings, metrics)
+    tokenizer = byte_tokenizer(add_bos=add_bos)
+    app = create_app(engine, tokenizer, settings, metrics, readiness=readiness, on_answer=on_answer)
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
     try:
         async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:

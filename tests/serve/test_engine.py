@@ -110,7 +110,7 @@ async def check_empty(engine: Engine) -> None:
     await asyncio.to_thread(engine.stop)
     assert engine._core.scheduler.num_requests == 0
     engine._core.scheduler.check()
-    assert not engine._streams
+    assert not len(engine._streams)
 
 
 async def test_streams_are_those_of_the_core() -> None:

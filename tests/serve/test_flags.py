@@ -109,6 +109,12 @@ def test_defaults_follow_other_flags() -> None:
         (["--max-logprobs", "0"], ("--max-logprobs",)),
         (["--max-logprobs", "-2"], ("--max-logprobs",)),
         (["--ssl-keyfile", "key.pem"], ("--ssl-keyfile", "--ssl-certfile")),
+        (["--ssl-ca-certs", "ca.pem"], ("--ssl-ca-certs", "--ssl-certfile")),
+        (["--api-key", ""], ("--api-key",)),
+        (["--api-key", "two words"], ("--api-key",)),
+        (["--prefix-cache-per-key"], ("--prefix-cache-per-key",)),
+        (["--max-body-bytes", "50%"], ("--max-body-bytes",)),
+        (["--queue-timeout", "0"], ("--queue-timeout",)),
         (["--allowed-origins", "*"], ("--allowed-origins", '["*"]')),
         (["--logprobs-mode", "raw_logits"], ("--logprobs-mode",)),
         (["--block-size", "16"], ("--block-size", "64")),
@@ -135,8 +141,28 @@ def test_keys_come_from_the_environment_unless_given() -> None:
     assert parse_args(["--api-key", "a", "--api-key", "b"], environ).api_key == ("a", "b")
 
 
+def test_keys_come_from_a_file_too(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# ours\nsk-1\n\n  sk-2  \n")
+    assert parse_args(["--api-key", "a", "--api-key-file", str(path)], {"VLLM_API_KEY": "b"}).api_key == (
+        "a",
+        "sk-1",
+        "sk-2",
+    )
+
+
+@pytest.mark.parametrize("content", ["", "# none\n", "two words\n", "schl\u00fcssel\n"])
+def test_a_file_without_a_key_opens_nothing(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "keys"
+    path.write_text(content, encoding="utf-8")
+    for file in (path, tmp_path / "nowhere"):
+        with pytest.raises(SystemExit):
+            parse_args(["--api-key-file", str(file)])
+        assert "--api-key-file" in capsys.readouterr().err
+
+
 def test_what_vllm_switches_and_is_always_so_here_is_taken() -> None:
-    flags = ["--enable-chunked-prefill", "--enable-server-load-tracking", "--disable-uvicorn-access-log"]
+    flags = ["--enable-chunked-prefill", "--enable-server-load-tracking"]
     assert parse_args(flags) == parse_args([])
     assert parse_args(["--block-size", "64", "--scheduling-policy", "priority"]) == parse_args([])
 
@@ -192,7 +218,7 @@ def test_help_has_every_option_in_its_group_with_words_about_it(monkeypatch: pyt
         assert option.help, field.name
         assert option.group in GROUPS, field.name
         word = "MODEL" if option.positional else "--" + field.name.replace("_", "-")
-        shown = re.compile(rf"^  (\[?{word}|{word.replace('--', r'--\[no-\]')})\b", re.MULTILINE)
+        shown = re.compile(rf"^  (\[?{word}|{word.replace('--', r'--\[no-\]')})(?![\w-])", re.MULTILINE)
         section = text[text.index(f"\n{option.group}:\n") :].split("\n\n")[0]
         assert len(shown.findall(section)) == 1, field.name
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -163,18 +164,30 @@ async def test_a_wrong_path(server: Server, path: str) -> None:
     assert len(error["message"]) < 300
 
 
-async def test_browsers_may_ask(locked_server: Server) -> None:
-    origin = {"Origin": "https://page.test"}
-    for key, status in (("sk-1", 200), ("wrong", 401)):
-        headers = origin | {"Authorization": f"Bearer {key}"}
-        response = await locked_server.client.get("/v1/models", headers=headers)
-        assert response.status_code == status
-        assert response.headers["access-control-allow-origin"] == "*"
-        assert "x-request-id" in response.headers["access-control-expose-headers"]
-    preflight = origin | {
-        "Access-Control-Request-Method": "POST",
-        "Access-Control-Request-Headers": "authorization,content-type",
-    }
-    response = await locked_server.client.options("/v1/chat/completions", headers=preflight)
-    assert response.status_code == 200
-    assert "authorization" in response.headers["access-control-allow-headers"].lower()
+PREFLIGHT = {
+    "Origin": "https://page.test",
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type",
+}
+
+
+async def test_pages_of_allowed_origins_may_ask() -> None:
+    every: dict[str, Any] = {"allowed_origins": ("*",), "allowed_methods": ("*",), "allowed_headers": ("*",)}
+    async with serving(api_keys=("sk-1",), **every) as server:
+        for key, status in (("sk-1", 200), ("wrong", 401)):
+            headers = {"Origin": "https://page.test", "Authorization": f"Bearer {key}"}
+            response = await server.client.get("/v1/models", headers=headers)
+            assert response.status_code == status
+            assert response.headers["access-control-allow-origin"] == "*"
+            assert "x-request-id" in response.headers["access-control-expose-headers"]
+        response = await server.client.options("/v1/chat/completions", headers=PREFLIGHT)
+        assert response.status_code == 200
+        assert "authorization" in response.headers["access-control-allow-headers"].lower()
+
+
+async def test_pages_of_other_origins_may_not(server: Server) -> None:
+    response = await server.client.options("/v1/chat/completions", headers=PREFLIGHT)
+    error_of(response, 405)
+    answer = await server.post("/v1/completions", completion_body(), Origin="https://page.test")
+    for each in (response, answer):
+        assert not [name for name in each.headers if name.startswith("access-control-")]

@@ -238,7 +238,7 @@ async def test_the_queue_is_full_when_rows_are_asked_for(
 
     def full(request: Request) -> AsyncGenerator[TokenEvent]:
         if request.params.prompt is not None and request.params.prompt.whole:
-            raise QueueFullError
+            raise QueueFullError("max_num_queued_reqs")
         return submit(request)
 
     monkeypatch.setattr(server.engine, "submit", full)

@@ -1,7 +1,10 @@
 """/openapi.json describes what is really asked and answered; /docs shows it without a network."""
 
 import asyncio
+import base64
+import hashlib
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,7 +15,7 @@ from pydantic import BaseModel
 from serve.openai import answers
 from serve.openai.openapi import openapi
 from serve.openai.schema import ChatCompletionRequest, CompletionRequest
-from tests.serve.http_client import MODEL, Gate, Server, answered, chat_body, completion_body, serving
+from tests.serve.http_client import MODEL, Gate, Server, answered, chat_body, completion_body, error_of, serving
 
 NUMBERS: dict[str, Any] = {
     "prompt_logprobs": 2,
@@ -83,8 +86,8 @@ async def test_the_small_answers_have_their_shapes(server: Server) -> None:
         has_shape(answers.ErrorAnswer, (await server.post(path, body)).json())
 
 
-async def test_the_page_and_its_files_are_served_without_a_key() -> None:
-    async with serving(api_keys=("sk-1",)) as server:
+async def test_the_page_and_its_files_are_of_this_server() -> None:
+    async with serving() as server:
         page = await server.client.get("/docs")
         assert page.headers["content-type"].startswith("text/html")
         assert "http" not in page.text
@@ -93,8 +96,17 @@ async def test_the_page_and_its_files_are_served_without_a_key() -> None:
             file = await server.client.get(f"/docs/{name}")
             assert file.headers["content-type"].startswith(kind)
             assert len(file.content) > 50_000
-        document = answered(await server.client.get("/openapi.json"))
-        assert document["security"] == [{"key": []}]
+        [script] = re.findall("<script>(.*)</script>", page.text)
+        allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"script-src 'self' 'sha256-{allowed}'" in page.headers["content-security-policy"]
+
+
+async def test_where_there_are_keys_the_document_needs_one_and_says_so() -> None:
+    async with serving(api_keys=("sk-1",)) as server:
+        for path in ("/docs", "/docs/swagger-ui.css", "/openapi.json"):
+            error_of(await server.client.get(path), 401)
+        response = await server.client.get("/openapi.json", headers={"Authorization": "Bearer sk-1"})
+        assert answered(response)["security"] == [{"key": []}]
 
 
 async def test_both_can_be_switched_off() -> None:

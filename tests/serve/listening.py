@@ -1,4 +1,4 @@
-"""A server in this process, on a port that a browser can reach: the app of `serving`, whose model is a script."""
+"""A server in this process, on a port that others can reach: the app of `serving`, whose model is a script."""
 
 import asyncio
 import socket
@@ -9,12 +9,21 @@ from typing import Any
 
 import uvicorn
 
+from serve.http_protocol import HttpConfig
 from tests.serve.http_client import Server, serving
 
 
 @contextmanager
-def listening(port: int = 0, **options: Any) -> Iterator[tuple[str, Server]]:
-    """The address and the parts of a server, for as long as the block runs; `options` are those of `serving`."""
+def listening(
+    port: int = 0, *, connection_timeout: float = 60, refused: list[str] | None = None, **options: Any
+) -> Iterator[tuple[str, Server]]:
+    """The address and the parts of a server, for as long as the block runs; `options` are those of `serving`.
+
+    Args:
+        connection_timeout: seconds for a head to come, and for what waits to be read.
+        refused: gets the codes of connections that were closed.
+    """
+    refused = [] if refused is None else refused
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", port))
@@ -24,7 +33,15 @@ def listening(port: int = 0, **options: Any) -> Iterator[tuple[str, Server]]:
 
     async def serve() -> None:
         async with serving(**options) as server:
-            config = uvicorn.Config(server.app, log_level="critical", lifespan="off", timeout_graceful_shutdown=0)
+            config = HttpConfig(
+                server.app,
+                client_timeout=connection_timeout,
+                on_refused=refused.append,
+                h11_max_incomplete_event_size=4096,
+                log_level="critical",
+                lifespan="off",
+                timeout_graceful_shutdown=0,
+            )
             uvicorns.append(uvicorn.Server(config))
             parts.append(server)
             ready.set()

@@ -1,0 +1,97 @@
+"""HttpServer: uvicorn's server, which drains at a signal and ends when the engine is lost."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+import uvicorn
+
+from serve.engine.engine import Engine
+from serve.http_protocol import HttpConfig
+from serve.openai.readiness import Readiness
+
+logger = logging.getLogger(__name__)
+
+_FLUSH_SECONDS = 5  # for the last bytes of answers, once all is said
+
+
+class HttpServer(uvicorn.Server):
+    """Serves until SIGTERM or SIGINT, or until the engine fails.
+
+    Draining: new requests get 503, /health too, and running ones may end; what is not done in time is told so. A
+    second signal ends the process at once.
+    """
+
+    def __init__(
+        self, config: HttpConfig, engine: Engine, readiness: Readiness, *, drain_seconds: float, watchdog_seconds: float
+    ) -> None:
+        """Prepares a server.
+
+        Args:
+            readiness: the app's, which is told of draining.
+            watchdog_seconds: after which a step that does not end counts as a failure; 0: never.
+        """
+        config.timeout_graceful_shutdown = _FLUSH_SECONDS
+        super().__init__(config)
+        self.exit_code = 0
+        self._engine = engine
+        self._readiness = readiness
+        self._drain_seconds = drain_seconds
+        self._watchdog_seconds = watchdog_seconds
+        self._drains_until: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called at a signal; uvicorn would raise it again in the end, and so end with another code than 0."""
+        del frame
+        if self._drains_until is not None:
+            os.write(2, b"a second signal: ending at once\n")
+            os._exit(128 + sig)
+        self._drain(self._drain_seconds)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called by uvicorn ten times a second; True ends the server."""
+        ends = await super().on_tick(counter)
+        if self._drains_until is None:
+            self._look_at_engine()
+        if self._drains_until is None or ends:
+            return ends
+        if self.server_state.tasks and time.monotonic() < self._drains_until:
+            return False
+        if self.server_state.tasks:
+            logger.warning("%d requests have not ended in time: they are told so", len(self.server_state.tasks))
+        await asyncio.to_thread(self._engine.stop)  # which ends every stream
+        return True
+
+    def _look_at_engine(self) -> None:
+        if self._watchdog_seconds and self._engine.silent_for > self._watchdog_seconds and not self._engine.failed:
+            self._engine.give_up()
+        if not self._engine.ready:
+            logger.critical("the engine is lost: the server ends, so that another can be started")
+            self.exit_code = 1
+            self._drain(_FLUSH_SECONDS)
+
+    def _drain(self, seconds: float) -> None:
+        self._readiness.draining = True
+        self._drains_until = time.monotonic() + seconds
+        if running := len(self.server_state.tasks):
+            logger.warning(
+                "draining: %d requests have up to %g s to end; a second signal ends at once", running, seconds
+            )
+
+
+def end_early(server: HttpServer) -> None:
+    """Takes SIGTERM and SIGINT now, before uvicorn does, and after it has given them back."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, server.handle_exit)
+
+
+def end_hard(code: int) -> None:
+    """Ends the process though a thread hangs in the device, which a usual end would wait for."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

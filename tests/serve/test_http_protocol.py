@@ -1,0 +1,140 @@
+"""Connections that send no request, or read no answer: they end, and cost the others nothing."""
+
+import json
+import re
+import socket
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2
+import pytest
+
+from serve.http_protocol import GuardedProtocol
+from tests.serve.http_client import completion_body
+from tests.serve.listening import listening
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+
+
+def connected(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=20)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What comes until the server closes."""
+    data = b""
+    try:
+        while piece := connection.recv(1 << 16):
+            data += piece
+    except ConnectionResetError:
+        pass
+    return data
+
+
+def error_in(answer: bytes) -> tuple[int, str]:
+    """Status and code of an answer in OpenAI's envelope."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    found = re.match(rb"HTTP/1\.1 (\d+) ", head)
+    assert found is not None, answer
+    assert b"application/json" in head
+    return int(found[1]), json.loads(body)["error"]["code"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [
+        (b"nonsense\r\n\r\n", 400, "invalid_http"),
+        (b"GET / HTTP/1.1\r\n\r\n", 400, "invalid_http"),  # no host
+        (HEAD + b"Content-Length: many\r\n\r\n", 400, "invalid_http"),
+        (HEAD + b"X-Long: " + b"x" * 5000, 431, "headers_too_large"),
+        (b"GET /" + b"x" * 5000, 431, "headers_too_large"),
+    ],
+)
+def test_what_is_no_request_is_answered_in_the_envelope(sent: bytes, status: int, code: str) -> None:
+    refused: list[str] = []
+    with listening(refused=refused) as (url, _), connected(url) as connection:
+        connection.sendall(sent)
+        assert error_in(read_all(connection)) == (status, code)
+    assert refused == [code]
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/comp", HEAD])
+def test_a_request_whose_head_does_not_come_ends(sent: bytes) -> None:
+    refused: list[str] = []
+    with listening(connection_timeout=0.1, refused=refused) as (url, _), connected(url) as connection:
+        connection.sendall(sent)
+        assert read_all(connection) == b""
+    assert refused == ["header_timeout"]
+
+
+def test_so_does_the_second_one_of_a_connection() -> None:
+    refused: list[str] = []
+    with listening(connection_timeout=0.1, refused=refused) as (url, _), connected(url) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /hea")
+        assert read_all(connection).startswith(b"HTTP/1.1 200 ")
+    assert refused == ["header_timeout"]
+
+
+def test_a_body_that_does_not_come_is_a_408() -> None:
+    with listening(client_timeout=0.1) as (url, server), connected(url) as connection:
+        connection.sendall(HEAD + b'Content-Length: 100\r\n\r\n{"prompt": ')
+        assert error_in(read_all(connection)) == (408, "request_timeout")
+        assert server.engine.load == 0
+
+
+def test_a_slow_request_of_many_small_pieces_is_taken() -> None:
+    body = json.dumps(completion_body()).encode()
+    with listening() as (url, _), connected(url) as connection:
+        for byte in HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body:
+            connection.sendall(bytes([byte]))
+        assert b'"text":"Hello"' in read_all(connection)
+
+
+def stalled(url: str, body: dict[str, Any], until: Callable[[], bool]) -> socket.socket:
+    """A client that asks and reads nothing, until the server has noticed."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    host, port = url.removeprefix("http://").split(":")
+    connection.connect((host, int(port)))
+    data = json.dumps(body).encode()
+    connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+    with httpx2.Client(base_url=url) as client:
+        while not until():  # others are served meanwhile
+            assert client.post("/v1/completions", json=completion_body()).status_code == 200
+    return connection
+
+
+def test_a_client_that_reads_no_long_answer_is_dropped() -> None:
+    refused: list[str] = []
+    prompt = [10] * 20_000
+    with listening(script=None, connection_timeout=0.2, refused=refused, max_model_len=30_000, pages=1000) as (
+        url,
+        server,
+    ):
+        body = completion_body(prompt=prompt, max_tokens=1, prompt_logprobs=3)
+        with stalled(url, body, lambda: refused == ["stalled_reader"]):
+            pass
+        assert server.engine.load == 0
+
+
+def test_a_client_that_reads_a_little_at_a_time_is_waited_for() -> None:
+    refused: list[str] = []
+    timers: list[Callable[[], None]] = []
+    protocol = GuardedProtocol.__new__(GuardedProtocol)
+    protocol.config = SimpleNamespace(client_timeout=60, on_refused=refused.append)  # type: ignore[assignment]
+    protocol.loop = SimpleNamespace(call_later=lambda _, call, *__: timers.append(call))  # type: ignore[assignment]
+    unread = [100_000]
+    aborted: list[bool] = []
+    protocol.transport = SimpleNamespace(  # type: ignore[assignment]
+        get_write_buffer_size=lambda: unread[0], abort=lambda: aborted.append(True)
+    )
+    protocol._await_reader()
+    for unread[0] in (99_999, 50_000, 20_000):
+        timers.pop()()
+        assert not aborted
+    timers.pop()()  # nothing was read since
+    assert (aborted, refused, timers) == ([True], ["stalled_reader"], [])

@@ -1,0 +1,240 @@
+"""What one request may take: time in the queue, time in all, memory for its body, tokens that wait for its reader."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from serve.engine.request import FinishReason, Request, SamplingParams
+from serve.openai.readiness import Readiness
+from tests.serve.http_client import (
+    Connection,
+    Gate,
+    Server,
+    chat_body,
+    completion_body,
+    error_of,
+    events_of,
+    serving,
+)
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+PATHS = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    async with serving() as server:
+        yield server
+
+
+def body_of(path: str, **fields: Any) -> dict[str, Any]:
+    return (chat_body if path == CHAT else completion_body)(**fields)
+
+
+@PATHS
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_that_waits_too_long_is_sent_away(path: str, stream: bool) -> None:
+    async with serving(None, max_model_len=5000, pages=400, queue_timeout=0.05) as server:
+        others = [asyncio.create_task(ended(server, str(i))) for i in range(4)]  # as many as run at once
+        async with asyncio.timeout(20):
+            while server.engine.gauges.running < 4:
+                await asyncio.sleep(0)
+        gate = server.runner.before_call = Gate("decode")
+        await gate.reached()
+        response = await server.post(path, body_of(path, stream=stream))
+        error = error_of(response, 503)
+        assert (error["type"], error["code"]) == ("service_unavailable", "queue_timeout")
+        assert response.headers["retry-after"] == "1"
+        for i in range(4):
+            server.engine.abort(str(i))
+        gate.open()
+        assert (
+            await asyncio.gather(*others) == [FinishReason.ABORT] * 4
+        )  # until then they ran: no limit is set for them
+        await server.assert_idle()
+
+
+async def ended(server: Server, name: str) -> FinishReason | None:
+    """Runs a long request that no limit is set for; why it ended."""
+    params = SamplingParams(4000, temperature=0)
+    return [event.finish_reason async for event in server.engine.submit(Request(name, [1, 2], params))][-1]
+
+
+async def test_who_waits_behind_his_own_requests_waits_for_nobody_else() -> None:
+    async with serving(queue_timeout=0.05) as server:
+        gate = server.runner.before_call = Gate("decode", after=1)
+        asked = asyncio.create_task(server.complete(prompt=["a", "b", "c", "d", "e", "f"], max_tokens=4))
+        await gate.reached()
+        await asyncio.wait([asked], timeout=0.1)  # the last two wait for longer than anybody else may
+        gate.open()
+        assert [choice["text"] for choice in (await asked)["choices"]] == ["Hell"] * 6
+
+
+@PATHS
+@pytest.mark.parametrize("said", ["by the server", "by the request", "by both"])
+async def test_a_request_that_takes_too_long_ends(path: str, said: str) -> None:
+    config = {"by the server": 0.05, "by the request": None, "by both": 1000.0}[said]
+    fields = {} if said == "by the server" else {"timeout": 0.05}
+    async with serving(**({} if config is None else {"request_timeout": config})) as server:  # type: ignore[arg-type]
+        gate = server.runner.before_call = Gate("decode")
+        error = error_of(await server.post(path, body_of(path, **fields)), 504)
+        assert (error["type"], error["code"], error["param"]) == ("timeout", "deadline_exceeded", "timeout")
+        gate.open()
+        await server.assert_idle()
+        assert [name for name, _ in server.runner.calls].count("decode") == 1
+
+
+async def test_a_stream_that_takes_too_long_ends_with_an_error_event(server: Server) -> None:
+    gate = server.runner.before_call = Gate("decode", after=3)
+    *chunks, error, done = events_of(await server.post(COMPLETIONS, completion_body(stream=True, timeout=0.3)))
+    assert [json.loads(chunk)["choices"][0]["text"] for chunk in chunks] == ["H", "e"]
+    assert (json.loads(error)["error"]["code"], done) == ("deadline_exceeded", "[DONE]")
+    gate.open()
+    await server.assert_idle()
+
+
+async def test_a_request_within_its_time_is_as_any_other(server: Server) -> None:
+    assert (await server.complete(timeout=1000))["choices"][0]["text"] == "Hello"
+    assert (await server.chat(timeout=1000))["choices"][0]["message"]["content"] == "Hello"
+
+
+@pytest.mark.parametrize("timeout", [0, -1, 1e9, "5", True])
+async def test_a_time_that_is_none(server: Server, timeout: Any) -> None:
+    assert error_of(await server.post(COMPLETIONS, completion_body(timeout=timeout)), 400)["param"] == "timeout"
+
+
+@PATHS
+async def test_a_stream_that_nobody_reads_is_cut_and_the_engine_freed(path: str) -> None:
+    """What was waiting comes first, when somebody reads at last; then the error."""
+    async with serving(b"x" * 400, max_unread_tokens=8) as server:
+        reading = asyncio.Event()
+        connection = SlowReader(path, body_of(path, stream=True, max_tokens=400), reading)
+        run = asyncio.create_task(connection.run(server.app))
+        async with asyncio.timeout(20):
+            await connection.blocked.wait()
+            while server.engine.load:
+                await asyncio.sleep(0)
+        assert not run.done()
+        assert [name for name, _ in server.runner.calls].count("decode") < 100
+        reading.set()
+        await run
+        *chunks, error, done = connection.events()
+        assert 8 <= len(chunks) < 20
+        assert (json.loads(error)["error"]["code"], done) == ("slow_reader", "[DONE]")
+        await server.assert_idle()
+
+
+async def test_all_choices_of_a_stream_that_nobody_reads_are_ended() -> None:
+    async with serving(b"x" * 400, max_unread_tokens=8) as server:
+        reading = asyncio.Event()
+        connection = SlowReader(COMPLETIONS, completion_body(stream=True, max_tokens=400, n=3), reading)
+        run = asyncio.create_task(connection.run(server.app))
+        async with asyncio.timeout(20):
+            await connection.blocked.wait()
+            while server.engine.load:
+                await asyncio.sleep(0)
+        reading.set()
+        await run
+        assert json.loads(connection.events()[-2])["error"]["code"] == "slow_reader"
+        await server.assert_idle()
+
+
+async def test_an_answer_that_is_no_stream_may_be_as_long_as_it_is() -> None:
+    async with serving(b"x" * 400, max_unread_tokens=8) as server:
+        assert (await server.complete(max_tokens=400, n=2))["usage"]["completion_tokens"] == 800
+
+
+class SlowReader(Connection):
+    """A client that takes nothing after the first chunk until it is told to read."""
+
+    def __init__(self, path: str, body: Any, reading: asyncio.Event) -> None:
+        super().__init__(path, body)
+        self._reading = reading
+        self.blocked = asyncio.Event()
+        self.data_sent: list[bytes] = []
+
+    def events(self) -> list[str]:
+        """The data of all events."""
+        return [each.removeprefix("data: ") for each in b"".join(self.data_sent).decode().split("\n\n")[:-1]]
+
+    async def _send(self, message: Any) -> None:
+        self.data_sent.append(message.get("body", b""))
+        if message.get("body"):
+            self.blocked.set()
+            await self._reading.wait()
+
+
+async def test_bodies_that_are_held_together_are_bounded() -> None:
+    """Four of the largest; who comes then is sent away, and taken when there is room again."""
+    async with serving(max_body_bytes=1000) as server:
+        waiting = [Sending(COMPLETIONS, b" " * 1000) for _ in range(4)]
+        runs = [asyncio.create_task(each.run(server.app)) for each in waiting]
+        async with asyncio.timeout(20):
+            for each in waiting:
+                await each.taken.wait()
+        response = await server.post(COMPLETIONS, completion_body())
+        assert error_of(response, 503)["code"] == "too_many_bodies"
+        assert response.headers["retry-after"] == "1"
+        for each in waiting:
+            each.leave()
+        await asyncio.gather(*runs)
+        assert (await server.complete())["choices"][0]["text"] == "Hello"
+
+
+class Sending(Connection):
+    """A client that has sent a part of its body."""
+
+    def __init__(self, path: str, part: bytes) -> None:
+        super().__init__(path, None)
+        self.taken = asyncio.Event()
+        self._incoming = Noticed(self.taken)
+        self._incoming.put_nowait({"type": "http.request", "body": part, "more_body": True})
+
+    async def run(self, app: Any) -> None:
+        """Without the whole body that other connections send."""
+        scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": self.path,
+            "raw_path": self.path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"content-type", b"application/json")],
+        }
+        await app(scope, self._incoming.get, self._send)
+
+
+class Noticed(asyncio.Queue[dict[str, Any]]):
+    """Tells when somebody asks for more than there is."""
+
+    def __init__(self, asked: asyncio.Event) -> None:
+        super().__init__()
+        self._asked = asked
+
+    async def get(self) -> dict[str, Any]:
+        if self.empty():
+            self._asked.set()
+        return await super().get()
+
+
+async def test_while_it_drains_nothing_new_is_taken_and_what_runs_ends() -> None:
+    readiness = Readiness()
+    async with serving(readiness=readiness, api_keys=("sk-1",)) as server:
+        key = {"Authorization": "Bearer sk-1"}
+        gate = server.runner.before_call = Gate("decode", after=1)
+        running = asyncio.create_task(server.post(COMPLETIONS, completion_body(stream=True), **key))
+        await gate.reached()
+        readiness.draining = True
+        for path in ("/health", "/ping"):
+            assert (await server.client.get(path)).status_code == 503
+        response = await server.post(CHAT, chat_body(), **key)
+        assert error_of(response, 503)["code"] == "engine_stopped"
+        assert response.headers["retry-after"] == "2"
+        error_of(await server.post(CHAT, chat_body()), 401)
+        gate.open()
+        assert events_of(await running)[-1] == "[DONE]"

@@ -70,7 +70,7 @@ def _app_config(config: ServeConfig, names: tuple[str, ...], loaded: Loaded) -> 
         logprobs_mode=config.logprobs_mode,
         return_tokens_as_token_ids=config.return_tokens_as_token_ids,
         force_include_usage=config.enable_force_include_usage,
-        allowed_hosts=_allowed_hosts(config),
+        allowed_hosts=allowed_hosts(config),
         allowed_origins=config.allowed_origins,
         allowed_methods=config.allowed_methods,
         allowed_headers=config.allowed_headers,
@@ -87,7 +87,7 @@ def _app_config(config: ServeConfig, names: tuple[str, ...], loaded: Loaded) -> 
     )
 
 
-def _allowed_hosts(config: ServeConfig) -> tuple[str, ...]:
+def allowed_hosts(config: ServeConfig) -> tuple[str, ...]:
     """Where only this machine can ask, and nobody needs a key, a page's name must not be made to mean this machine."""
     if config.allowed_hosts is not None:
         return () if "*" in config.allowed_hosts else config.allowed_hosts

@@ -40,11 +40,12 @@ class ClosingStream(StreamingResponse):
             nonlocal ended
             await send(message)
             ended |= message["type"] == "http.response.body" and not message.get("more_body", False)
+            await asyncio.sleep(0)  # others have their turn, and a connection that was just lost is noticed
 
         try:
             await super().__call__(scope, receive, noted)
         finally:
-            if not ended:
+            if not ended and self._record.error is None:
                 self._record.error = "client_gone"
             self._on_close()
 

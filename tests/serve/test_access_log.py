@@ -1,0 +1,119 @@
+"""The line of each answer: who asked, what became of it, and where the time went."""
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+import pytest
+
+from serve.access_log import AccessLog, fields_of
+from serve.logs import JsonFormatter
+from serve.openai.record import AnswerRecord
+from tests.serve.http_client import Connection, Gate, chat_body, completion_body, events_of, serving
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_is_told_with_its_times(stream: bool) -> None:
+    records: list[AnswerRecord] = []
+    async with serving(on_answer=records.append, api_keys=("sk-1", "sk-2")) as server:
+        gate = server.runner.before_call = Gate("decode", after=2)
+        headers = {"X-Request-Id": "mine", "Authorization": "Bearer sk-2"}
+        body = completion_body(n=2, max_tokens=4, stream=stream)
+        asked = asyncio.create_task(server.post(f"http://test/{COMPLETIONS}?a=b", body, **headers))
+        await gate.reached()
+        await asyncio.sleep(0.01)
+        gate.open()
+        response = await asked
+    [record] = records
+    fields = fields_of(record)
+    times = {name: fields.pop(name) for name in ("seconds", "queue_seconds", "prefill_seconds", "decode_seconds")}
+    assert fields == {
+        "request_id": "mine",
+        "method": "POST",
+        "path": f"/{COMPLETIONS}",
+        "status": 200,
+        "client": "127.0.0.1",
+        "key": "key2",
+        "bytes": len(response.content),
+        "prompt_tokens": 2,
+        "cached_tokens": 0,
+        "completion_tokens": 8,
+    }
+    assert all(isinstance(seconds, float) and seconds >= 0 for seconds in times.values())
+    assert times["seconds"] >= times["decode_seconds"] >= 0.01  # type: ignore[operator]
+    assert record.handler == COMPLETIONS
+
+
+async def test_scores_have_no_decode_time() -> None:
+    records: list[AnswerRecord] = []
+    async with serving(None, on_answer=records.append) as server:
+        await server.complete(prompt=[1] * 20, max_tokens=0, prompt_logprobs=1)
+    fields = fields_of(records[0])
+    assert fields["prompt_tokens"] == 20
+    assert "prefill_seconds" in fields
+    assert "decode_seconds" not in fields
+
+
+async def test_errors_are_told_by_their_code_wherever_they_come() -> None:
+    records: list[AnswerRecord] = []
+    async with serving(on_answer=records.append) as server:
+        await server.post(CHAT, chat_body(top_k="x"))
+        await server.client.get("/nowhere")
+        server.runner.fail_once("decode", after=3)
+        events_of(await server.post(CHAT, chat_body(stream=True)))
+        for stream in (False, True):
+            gate = server.runner.before_call = Gate("decode", after=2)
+            connection = Connection(CHAT, chat_body(stream=stream))
+            run = asyncio.create_task(connection.run(server.app))
+            await gate.reached()
+            if stream:
+                await connection.data()
+            connection.leave()
+            await run
+            gate.open()
+        text = (await server.client.get("/metrics")).text
+    told = [(record.status, record.error) for record in records[:-1]]
+    assert told == [
+        (400, "invalid_type"),
+        (404, "http_404"),
+        (200, "engine_error"),
+        (499, "client_gone"),
+        (200, "client_gone"),
+    ]
+    for code, count in {"invalid_type": 1, "http_404": 1, "engine_error": 1, "client_gone": 2}.items():
+        assert f'logprobd:request_errors_total{{code="{code}",engine="0",model_name="org/bytes"}} {count}.0' in text
+    assert 'logprobd:engine_failures_total{engine="0",kind="step",model_name="org/bytes"} 1.0' in text
+
+
+def record(**fields: Any) -> AnswerRecord:
+    usual: dict[str, Any] = {"request_id": "a", "method": "GET", "path": "/v1/models", "status": 200}
+    return AnswerRecord(**usual | fields)
+
+
+def test_a_line_in_words_and_as_json(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "serve.access_log")
+    AccessLog()(record(client="::1", sent=12))
+    assert caplog.messages == ["GET /v1/models 200 request_id=a client=::1 bytes=12 seconds=0.0"]
+    line = json.loads(JsonFormatter().format(caplog.records[0]))
+    assert (line["request_id"], line["status"], line["bytes"], line["path"]) == ("a", 200, 12, "/v1/models")
+
+
+@pytest.mark.parametrize("handler", ["/health", "/metrics"])
+def test_probes_are_told_to_who_wants_to_know_all(handler: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "serve.access_log")
+    AccessLog()(record(handler=handler))
+    assert caplog.messages == []
+    caplog.set_level(logging.DEBUG, "serve.access_log")
+    AccessLog()(record(handler=handler))
+    assert len(caplog.messages) == 1
+
+
+def test_a_path_can_neither_begin_a_line_nor_colour_one() -> None:
+    path = fields_of(record(path="/a\nERROR all is lost\x1b[31m\u202e" + "x" * 1000))["path"]
+    assert isinstance(path, str)
+    assert path.startswith(r"/a\nERROR all is lost\x1b[31m\u202e")
+    assert path.isprintable()
+    assert len(path) < 400

@@ -1,0 +1,160 @@
+"""Crowds over real connections: clients that leave at any moment, more requests than rows, a slow reader among others.
+
+Rows, pages, file descriptors and memory must return to where they were.
+"""
+
+import asyncio
+import gc
+import json
+import os
+import random
+import tracemalloc
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from serve.engine.request import Request
+from tests.serve.http_client import Gate, Server, completion_body, serving, submitted
+from tests.serve.listening import listening
+
+SECONDS = 60  # after which something hangs
+TOKENS = 24
+LONG = {"max_tokens": TOKENS, "ignore_eos": True}
+
+
+def raw(body: dict[str, Any], path: str = "/v1/completions") -> bytes:
+    """A request as it goes over the wire."""
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    return head.encode() + data
+
+
+async def leaving(url: str, choose: random.Random) -> None:
+    """Asks for something long, and goes away: while it sends, before an answer, between chunks or within one."""
+    address = urlsplit(url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    request = raw(completion_body(**LONG, n=choose.randint(1, 3), stream=choose.random() < 0.7, prompt_logprobs=2))
+    moment = choose.choice(("sending", "sent", "reading", "reading"))
+    try:
+        writer.write(request[: choose.randrange(len(request))] if moment == "sending" else request)
+        await writer.drain()
+        if moment == "reading":
+            await reader.read(choose.randrange(1, 4000))
+    finally:
+        if choose.random() < 0.5:
+            writer.transport.abort()  # a reset, else an ordinary end
+        writer.close()
+
+
+async def staying(url: str, choose: random.Random) -> None:
+    """Reads its answer to the end, which must be whole."""
+    address = urlsplit(url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    stream = choose.random() < 0.5
+    request = raw(completion_body(**LONG, stream=stream)).replace(b"Host: a", b"Host: a\r\nConnection: close")
+    writer.write(request)
+    answer = await reader.read()
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 200 "), answer[:200]
+    assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") if stream else b'"completion_tokens":%d' % TOKENS in answer
+
+
+async def crowd(count: int, at_once: int, client: Callable[[int], Awaitable[None]]) -> None:
+    places = asyncio.Semaphore(at_once)
+
+    async def one(number: int) -> None:
+        async with places:
+            await client(number)
+
+    async with asyncio.timeout(SECONDS):
+        await asyncio.gather(*(one(number) for number in range(count)))
+
+
+def wait_until_idle(server: Server) -> None:
+    """Everything has ended, well within the time in which nothing may be left."""
+
+    async def idle() -> None:
+        async with asyncio.timeout(5):
+            while server.engine.load or server.engine.gauges.running or server.engine.gauges.waiting:
+                await asyncio.sleep(0)
+
+    asyncio.run(idle())
+    assert server.engine.gauges.cache_usage == 0
+
+
+def open_files() -> int:
+    return len(list(Path(f"/proc/{os.getpid()}/fd").iterdir()))
+
+
+def test_a_thousand_clients_leave_at_any_moment() -> None:
+    choose = random.Random(9)
+    with listening(script=b"x" * TOKENS, max_waiting=1000) as (url, server):
+
+        def round_of(count: int) -> tuple[int, int]:
+            """Files that are open and bytes that are held, after so many have left."""
+            asyncio.run(crowd(count, 20, lambda _: leaving(url, choose)))
+            wait_until_idle(server)
+            server.runner.calls.clear()
+            gc.collect()
+            return open_files(), tracemalloc.get_traced_memory()[0]
+
+        tracemalloc.start()
+        try:
+            _, before = round_of(200)  # what is made once is there
+            files, after = round_of(1000)
+        finally:
+            tracemalloc.stop()
+        assert after - before < 200_000  # nothing of each client: tables grow, and asyncio's own counters
+        assert files < 60
+        asyncio.run(crowd(4, 4, lambda _: staying(url, choose)))
+
+
+def test_of_two_hundred_clients_a_third_leaves() -> None:
+    choose = random.Random(10)
+    leaves = [choose.random() < 1 / 3 for _ in range(200)]
+    with listening(script=b"x" * TOKENS, max_waiting=1000) as (url, server):
+        asyncio.run(crowd(200, 200, lambda i: leaving(url, choose) if leaves[i] else staying(url, choose)))
+        wait_until_idle(server)
+        asyncio.run(server.assert_idle())
+
+
+async def test_sixty_four_requests_on_four_rows_are_served_in_their_order() -> None:
+    """First come, first served within a priority: the lower first."""
+    async with serving(b"x" * 8, max_waiting=64) as server:
+        requests = submitted(server)
+        gate = server.runner.before_call = Gate("prefill")
+        priorities = [random.Random(11).randrange(3) for _ in range(64)]
+        asked = []
+        async with asyncio.timeout(SECONDS):
+            for number, priority in enumerate(priorities):
+                asked.append(asyncio.create_task(server.complete(prompt=[number + 1], max_tokens=8, priority=priority)))
+                while len(requests) <= number:
+                    await asyncio.sleep(0)
+            gate.open()
+            answers = await asyncio.gather(*asked)
+        assert [answer["usage"]["completion_tokens"] for answer in answers] == [8] * 64
+        # The first was let in before the others came.
+        ran = sorted(requests[1:], key=lambda request: request.times.admitted)
+        assert ran == sorted(requests[1:], key=_place)
+        await server.assert_idle()
+
+
+def _place(request: Request) -> tuple[int, int]:
+    return request.priority, request.prompt_token_ids[0]
+
+
+async def test_more_requests_than_the_queue_holds_are_refused_cleanly() -> None:
+    async with serving(b"x" * 8, max_waiting=10) as server:
+        gate = server.runner.before_call = Gate("decode")
+        first = asyncio.create_task(server.complete(max_tokens=8))
+        await gate.reached()
+        asked = [asyncio.create_task(server.post("/v1/completions", completion_body(max_tokens=8))) for _ in range(63)]
+        done, _ = await asyncio.wait(asked, timeout=SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        assert done  # refused while the others wait
+        gate.open()
+        responses = [await each for each in asked]
+        await first
+        assert {response.status_code for response in responses} == {200, 429}
+        assert all("retry-after" in response.headers for response in responses if response.status_code == 429)
+        await server.assert_idle()

@@ -1,0 +1,271 @@
+"""What a request cannot do: pass for another, reach a file, run code, be read in a log, be seen through the cache."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compiled.programs import use_persistent_cache
+from serve.access_log import AccessLog
+from serve.assembly import allowed_hosts
+from serve.config import ServeConfig
+from serve.logs import JsonFormatter
+from serve.openai.keys import ApiKeys
+from serve.text.chat_template import ChatTemplateError
+from serve.text.jailed_template import TemplateJail
+from tests.serve.http_client import chat_body, completion_body, error_of, serving
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+SECRET = "zyzzyva-7351"
+_TOUCHING = ("open", "os", "subprocess", "exec", "compile", "import", "shutil", "pathlib")  # of audit events
+
+
+@pytest.fixture(scope="module")
+def jail() -> TemplateJail:
+    return TemplateJail(seconds=0.5, max_bytes=64 << 20, max_characters=10_000)
+
+
+def rendered(jail: TemplateJail, template: str) -> str:
+    return jail.render(
+        template,
+        [{"role": "user", "content": "Grüße, 🙂"}],
+        special_tokens={"bos_token": "<s>"},
+        add_generation_prompt=True,
+        continue_final_message=False,
+        template_kwargs={"mark": [1]},
+    )
+
+
+def test_a_jailed_template_renders_as_any_other(jail: TemplateJail) -> None:
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ mark[0] }}{% endfor %}"
+    assert rendered(jail, template) == "<s>Grüße, 🙂1"
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 0.5 s"),
+        ("{{ 10 ** (10 ** 9) }}", "more than 0.5 s"),
+        ("{{ 'a' * 10 ** 10 }}", "memory"),
+        ("{{ 'a' * 10001 }}", "more than 10000 characters"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{% import 'os' as os %}", "no loader"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "unsafe"),
+        ("{{ raise_exception('It is refused.') }}", "It is refused."),
+        ("{% if %}", "Expected an expression"),
+    ],
+)
+def test_a_template_ends_at_its_limits(jail: TemplateJail, template: str, why: str) -> None:
+    with pytest.raises(ChatTemplateError, match=why):
+        rendered(jail, template)
+    assert rendered(jail, "{{ messages[0].role }}") == "user"
+
+
+async def test_a_template_of_a_request_is_jailed_where_it_is_taken_and_else_refused() -> None:
+    endless = chat_body(chat_template="{{ 'a' * 10 ** 10 }}")
+    async with serving(trust_request_chat_template=True) as server:
+        error = error_of(await server.post(CHAT, endless), 400)
+        assert (error["param"], "memory" in error["message"]) == ("messages", True)
+        assert error_of(await server.post("/tokenize", endless), 400)["param"] == "messages"
+        own = chat_body(chat_template="{{ messages[0].content }}", return_prompt_text=True)
+        assert (await server.post(CHAT, own)).json()["prompt_text"] == "Hi"
+    async with serving() as server:
+        for path in (CHAT, "/tokenize"):
+            assert error_of(await server.post(path, endless), 400)["code"] == "unsupported_parameter"
+
+
+@contextmanager
+def audited(needle: str) -> Iterator[list[str]]:
+    """Audit events, such as `open`, whose arguments hold a text. A hook is for life: it is silenced."""
+    events: list[str] = []
+    heard = True
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        kind = event.split(".")[0]
+        if heard and kind in _TOUCHING and any(needle in str(argument) for argument in arguments):
+            events.append(event)
+
+    sys.addaudithook(hook)
+    try:
+        yield events
+    finally:
+        heard = False
+
+
+async def test_nothing_that_a_request_says_is_looked_up_on_disk() -> None:
+    path = f"/tmp/{SECRET}"
+    texts = {"model": path, "user": path, "cache_salt": SECRET, "request_id": path, "stop": path, "bad_words": [path]}
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        (COMPLETIONS, completion_body(**{name: value})) for name, value in texts.items()
+    ]
+    bodies += [
+        (COMPLETIONS, completion_body(prompt=f"../../{path}")),
+        (CHAT, chat_body(messages=[{"role": "user", "content": f"{{% include '{path}' %}}", "name": path}])),
+        (CHAT, chat_body(chat_template=f"{{% include '{path}' %}}")),
+        (CHAT, chat_body(chat_template=path)),
+        (CHAT, chat_body(chat_template_kwargs={"chat_template": path, "tools": path})),
+        (CHAT, chat_body(documents=[{"title": path, "path": path}])),
+        ("/tokenize", {"prompt": path}),
+        ("/tokenize", chat_body(chat_template_kwargs={"mark": path})),
+    ]
+    async with serving() as server:
+        with audited(SECRET) as events:
+            statuses = [(await server.post(where, body)).status_code for where, body in bodies]
+            places = ("/web/", "/web/..%2f", "/docs/", "/v1/models/..%2f..%2ftmp%2f")
+            statuses += [(await server.client.get(place + SECRET)).status_code for place in places]
+    assert set(statuses) <= {200, 400, 404}
+    assert events == []
+    with audited(SECRET) as events:  # that the hook hears at all
+        Path(path).exists()
+        with pytest.raises(FileNotFoundError):
+            open(path)  # noqa: SIM115  # it raises
+    assert events
+
+
+async def test_prompts_and_keys_are_in_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Not of requests that succeed, nor of those that fail, in whatever way."""
+    caplog.set_level(logging.DEBUG)
+    ids = list(SECRET.encode())
+    async with serving(api_keys=(SECRET,), on_answer=AccessLog()) as server:
+        key = {"Authorization": f"Bearer {SECRET}"}
+        for fault in (None, "prefill", "decode", "read"):
+            if fault:
+                server.runner.fail_once(fault)
+            await server.post(COMPLETIONS, completion_body(prompt=SECRET, stop=SECRET, stream=fault == "read"), **key)
+        await server.post(COMPLETIONS, completion_body(prompt=ids, prompt_logprobs=1, user=SECRET), **key)
+        await server.post(CHAT, chat_body(messages=[{"role": SECRET, "content": SECRET}]), **key)
+        await server.post(CHAT, chat_body(messages=[{"role": "user", "content": SECRET}], top_k=SECRET), **key)
+        await server.post(CHAT, b'{"messages": "' + SECRET.encode(), **key)
+        await server.post(f"{CHAT}?q={SECRET}", chat_body(), **key)
+        await server.post(CHAT, chat_body(), Authorization=f"Bearer x{SECRET}")
+    ours = [record for record in caplog.records if record.name.split(".")[0] != "httpx2"]  # which is the client
+    assert [record for record in ours if record.name == "serve.access_log"]
+    assert [record for record in ours if record.exc_info]  # of the steps that failed
+    text = "\n".join(JsonFormatter().format(record) for record in ours)
+    assert SECRET not in text
+    assert str(ids)[1:-1] not in text
+
+
+def keyed(authorization: str) -> dict[str, Any]:
+    return {"type": "http", "headers": [(b"authorization", authorization.encode())]}
+
+
+def test_keys_are_told_apart_by_names() -> None:
+    keys = ApiKeys(["sk-1", "sk-2"])
+    assert [keys.name_of(keyed(f"Bearer {key}")) for key in ("sk-1", "sk-2", "sk-3", "", "sk-1 ")] == [
+        "key1",
+        "key2",
+        None,
+        None,
+        "key1",
+    ]
+
+
+def test_every_key_is_compared_whole_whichever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[int, int]] = []
+
+    def compare(a: bytes, b: bytes) -> bool:
+        compared.append((len(a), len(b)))
+        return a == b
+
+    monkeypatch.setattr("hmac.compare_digest", compare)
+    keys = ApiKeys(["a", "b" * 100, "c"])
+    for key in ("a", "b" * 100, "wrong"):
+        compared.clear()
+        keys.name_of(keyed(f"Bearer {key}"))
+        assert compared == [(32, 32)] * 3
+
+
+async def test_requests_of_different_keys_share_no_cached_prompt_where_that_is_wanted() -> None:
+    prompt = [1] * 200
+    for apart in (False, True):
+        async with serving(None, api_keys=("sk-1", "sk-2"), prefix_cache_per_key=apart) as server:
+
+            async def cached(key: str, salt: str | None = None) -> int:
+                response = await server.post(
+                    COMPLETIONS, completion_body(prompt=prompt, cache_salt=salt), Authorization=f"Bearer {key}"
+                )
+                return int(response.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+            assert await cached("sk-1") == 0
+            assert await cached("sk-1") > 0
+            assert (await cached("sk-2") == 0) is apart
+            assert await cached("sk-2") > 0
+            assert await cached("sk-1", "key2") == 0  # a salt that looks like another's
+            assert await cached("sk-1", "own") == 0
+            assert (await cached("sk-2", "own") == 0) is apart
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1", 200),
+        ("127.0.0.1:8000", 200),
+        ("LocalHost:1", 200),
+        ("[::1]:8000", 200),
+        ("evil.test", 403),
+        ("evil.test:8000", 403),
+        ("127.0.0.1.evil.test", 403),
+        ("localhost.", 403),
+    ],
+)
+async def test_a_page_whose_name_is_made_to_mean_this_machine_gets_nothing(host: str, status: int) -> None:
+    async with serving(allowed_hosts=allowed_hosts(ServeConfig())) as server:
+        for path in ("/v1/models", "/", "/health"):
+            response = await server.client.get(path, headers={"Host": host})
+            assert response.status_code == status
+            if status == 403:
+                assert error_of(response, 403)["code"] == "host_not_allowed"
+
+
+def test_which_hosts_are_allowed() -> None:
+    assert "localhost" in allowed_hosts(ServeConfig())
+    assert allowed_hosts(ServeConfig(host="0.0.0.0")) == ()
+    assert allowed_hosts(ServeConfig(api_key=("sk-1",))) == ()
+    assert allowed_hosts(ServeConfig(uds=Path("socket"))) == ()
+    assert allowed_hosts(ServeConfig(allowed_hosts=("a.test",))) == ("a.test",)
+    assert allowed_hosts(ServeConfig(allowed_hosts=("*",))) == ()
+
+
+async def test_every_answer_says_that_its_type_is_its_type() -> None:
+    async with serving() as server:
+        for path in ("/", "/web/page.css", "/docs", "/v1/models", "/nowhere", "/metrics"):
+            assert (await server.client.get(path)).headers["x-content-type-options"] == "nosniff"
+
+
+async def test_methods_that_clients_make_up_are_one_in_the_metrics() -> None:
+    async with serving() as server:
+        for number in range(20):
+            await server.client.request(f"MADEUP{number}", "/v1/models")
+        text = (await server.client.get("/metrics")).text
+    assert 'method="other"' in text
+    assert "MADEUP" not in text
+
+
+def test_a_cache_of_programs_is_private(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    use_persistent_cache(own)
+    assert own.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_cache_of_programs_that_others_could_write_to_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in it may have come from them; an empty one is made private."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    (shared / "jit_step-1").write_bytes(b"")
+    with pytest.raises(PermissionError, match="other users could write there"):
+        use_persistent_cache(shared)
+    (shared / "jit_step-1").unlink()
+    use_persistent_cache(shared)
+    assert shared.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr("os.geteuid", lambda: shared.stat().st_uid + 1)
+    with pytest.raises(PermissionError, match="another user"):
+        use_persistent_cache(shared)

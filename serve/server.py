@@ -6,7 +6,7 @@ import logging
 import resource
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -15,15 +15,15 @@ from serve.config import ServeConfig
 from serve.flags import parse_args
 from serve.http_protocol import HttpConfig
 from serve.lifecycle import HttpServer, end_early, end_hard
-from serve.report import start_reporting
+from serve.report import Reporter, start_reporting
 from serve.report_events import Failed, Interrupted, Serving
 from serve.startup import STARTUP_ERRORS, StartupError
 
 logger = logging.getLogger(__name__)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Returns the exit code.
+def main(arguments: Sequence[str], make: Callable[[ServeConfig, Reporter], Served] = assemble) -> int:
+    """Starts what `make` makes and serves it; returns the exit code.
 
     0 after SIGTERM or Ctrl-C, 1 where it cannot serve or the engine is lost, 130 for Ctrl-C before it serves.
     """
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
             _check_certificate(config)
             # Before minutes of loading: an address in use is better said now.
             listener = stack.enter_context(_bind(config))
-            served = assemble(config, reporter)
+            served = make(config, reporter)
         except STARTUP_ERRORS as error:
             reporter.tell(Failed(str(error)))
             return 1

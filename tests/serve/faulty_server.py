@@ -1,0 +1,90 @@
+"""`python -m tests.serve.faulty_server`: what `python -m serve` runs, whose model is a script that can be made to fail.
+
+What a prompt begins with says how: FAIL fails once, LOSE for good, HANG never ends, SLOW takes its time.
+"""
+
+import sys
+import threading
+from typing import Any
+
+from compiled.state import MAX_SCORED_IDS, DecodeInput, SamplingArrays, StepInput, StepOutput
+from model.kv_cache import PAGE_SIZE
+from serve.app import create_app
+from serve.assembly import Served
+from serve.config import ServeConfig
+from serve.engine.engine import Engine
+from serve.engine.request import EngineLimits
+from serve.metrics import Metrics
+from serve.openai.endpoint import AppConfig
+from serve.openai.readiness import Readiness
+from serve.report import Reporter
+from serve.server import main
+from tests.serve.fake_runner import MAX_MODEL_LEN, K
+from tests.serve.http_client import MODEL, VOCAB_SIZE, ScriptedRunner, byte_tokenizer
+from tests.serve.server_process import ServerProcess
+
+FAIL, LOSE, HANG, SLOW = 1, 2, 3, 4  # token ids
+
+_PAGES = 64
+_STEP = 0.01  # seconds, where it is slow
+
+
+class FaultyServer(ServerProcess):
+    """The process, up when the constructor returns."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._start(["-m", "tests.serve.faulty_server", *arguments, "--port", "0"])
+
+
+class FaultyRunner(ScriptedRunner):
+    """Does what prompts say."""
+
+    def __init__(self) -> None:
+        super().__init__(b"x" * MAX_MODEL_LEN, pages=_PAGES, pages_per_row=MAX_MODEL_LEN // PAGE_SIZE)
+        self._slow = False
+
+    def prefill(self, inputs: StepInput) -> Any:
+        """The first token of a prompt says what becomes of it."""
+        said = int(inputs.tokens[0, 0])
+        if said == FAIL:
+            raise RuntimeError("it was to fail")
+        if said == LOSE:
+            self.reset = _lost  # type: ignore[method-assign]
+            raise RuntimeError("it was to be lost")
+        if said == HANG:
+            threading.Event().wait()
+        self._slow |= said == SLOW
+        return super().prefill(inputs)
+
+    def decode(self, inputs: DecodeInput, sampling: SamplingArrays) -> StepOutput:
+        """As a device that takes its time."""
+        if self._slow:
+            threading.Event().wait(_STEP)
+        output: StepOutput = super().decode(inputs, sampling)
+        return output
+
+
+def _lost() -> None:
+    raise RuntimeError("the device is gone")
+
+
+def _assemble(_config: ServeConfig, _reporter: Reporter) -> Served:
+    limits = EngineLimits(
+        max_model_len=MAX_MODEL_LEN,
+        max_logprobs=K,
+        vocab_size=VOCAB_SIZE,
+        cache_tokens=(_PAGES - 1) * PAGE_SIZE,
+        max_scored_ids=MAX_SCORED_IDS,
+        whole_vocabulary=False,
+    )
+    metrics = Metrics(MODEL, max_model_len=MAX_MODEL_LEN, vllm_names=False)
+    engine = Engine(FaultyRunner(), limits, max_waiting=64, max_num_batched_tokens=68, observer=metrics)
+    metrics.watch(lambda: engine.gauges, {})
+    engine.start()
+    readiness = Readiness()
+    app = create_app(engine, byte_tokenizer(), AppConfig(served_model_names=(MODEL,)), metrics, readiness=readiness)
+    return Served((MODEL,), True, engine, app, readiness, metrics)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], _assemble))

@@ -1,0 +1,119 @@
+"""How a server ends: at a signal, at a second one, when its engine is lost or hangs. Real processes and signals."""
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx2
+import pytest
+
+from tests.serve.faulty_server import FAIL, HANG, LOSE, SLOW, FaultyServer
+
+SECONDS = 30
+ENDLESS = {"prompt": [SLOW, 10], "max_tokens": 400, "stream": True, "ignore_eos": True}
+
+
+@pytest.fixture
+def server() -> Iterator[FaultyServer]:
+    process = FaultyServer("--shutdown-timeout", "20")
+    yield process
+    process.process.kill()
+    process.terminate()
+
+
+def post(server: FaultyServer, *prompt: int) -> httpx2.Response:
+    return httpx2.post(f"{server.url}/v1/completions", json={"prompt": [*prompt, 10], "max_tokens": 4}, timeout=SECONDS)
+
+
+@contextmanager
+def streaming(server: FaultyServer, **fields: object) -> Iterator[Iterator[str]]:
+    """The lines of a stream that has begun."""
+    with (
+        httpx2.Client(base_url=server.url, timeout=SECONDS) as client,
+        client.stream("POST", "/v1/completions", json=ENDLESS | fields) as response,
+    ):
+        assert response.status_code == 200
+        lines = (line for line in response.iter_lines() if line)
+        assert next(lines).startswith("data: {")
+        yield lines
+
+
+def wait_until_draining(server: FaultyServer) -> None:
+    """Returns when /health says that the server is not ready."""
+    with httpx2.Client(base_url=server.url, timeout=SECONDS) as client:
+        while client.get("/health").status_code != 503:
+            pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_at_a_signal_running_streams_end_and_new_requests_are_refused(server: FaultyServer, number: int) -> None:
+    with streaming(server, max_tokens=100) as lines:
+        server.process.send_signal(number)
+        wait_until_draining(server)
+        refused = post(server)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_stopped")
+        assert refused.headers["retry-after"]
+        *chunks, last, done = lines
+        assert len(chunks) == 98
+        assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        assert done == "data: [DONE]"
+    assert server.process.wait(SECONDS) == 0
+
+
+def test_what_does_not_end_in_time_is_told_so() -> None:
+    server = FaultyServer("--shutdown-timeout", "0")
+    with streaming(server) as lines:
+        server.process.send_signal(signal.SIGTERM)
+        *_, last, done = lines
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_error"
+        assert done == "data: [DONE]"
+    assert server.process.wait(SECONDS) == 0
+    server.terminate()
+
+
+def test_an_idle_server_ends_at_once(server: FaultyServer) -> None:
+    assert post(server).status_code == 200
+    assert server.terminate() == 0
+
+
+def test_a_second_signal_ends_at_once(server: FaultyServer) -> None:
+    with streaming(server) as lines:
+        server.process.send_signal(signal.SIGTERM)
+        wait_until_draining(server)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(SECONDS) == 128 + signal.SIGTERM
+        with pytest.raises(httpx2.TransportError):
+            list(lines)
+
+
+def test_a_failed_step_costs_its_requests_and_no_more(server: FaultyServer) -> None:
+    failed = post(server, FAIL)
+    assert (failed.status_code, failed.json()["error"]["code"]) == (500, "engine_error")
+    assert post(server).json()["choices"][0]["text"] == "xxxx"
+    assert httpx2.get(f"{server.url}/health").status_code == 200
+    assert 'kind="step",model_name="org/bytes"} 1.0' in httpx2.get(f"{server.url}/metrics").text
+
+
+def test_an_engine_that_is_lost_ends_the_process(server: FaultyServer) -> None:
+    with streaming(server) as lines:
+        lost = post(server, LOSE)
+        assert (lost.status_code, lost.json()["error"]["code"]) == (500, "engine_error")
+        *_, last, done = lines
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_error"
+        assert done == "data: [DONE]"
+    assert server.process.wait(SECONDS) == 1
+    server._reader.join()
+    assert "the engine is lost" in "".join(server.log)
+
+
+def test_an_engine_that_hangs_ends_the_process() -> None:
+    server = FaultyServer("--watchdog-timeout", "1")
+    hung = post(server, HANG)
+    assert (hung.status_code, hung.json()["error"]["code"]) == (500, "engine_error")
+    assert server.process.wait(SECONDS) == 1
+    server._reader.join()
+    log = "".join(server.log)
+    assert "a step has not ended for 1 s" in log
+    assert "in prefill" in log  # where it hangs
+    assert server.terminate() == 1

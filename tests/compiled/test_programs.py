@@ -167,16 +167,30 @@ for divisor in (2, 10**9):  # half of it, and nothing
     mended, fourth = run()
     print("mended", mended, fourth == first)
 
+for entry in whole:  # of the right length
+    data = bytearray(entry.read_bytes())
+    data[len(data) // 2] ^= 1
+    entry.write_bytes(data)
+flipped, fifth = run()
+print("flipped", flipped, fifth == first)
+
 print("warnings", len(shown))
 for entry in directory.iterdir():
     entry.unlink()
 directory.rmdir()
 directory.touch()  # a cache that nothing can be written to, even by root
-lost, fifth = run()
-print("lost", lost, fifth == first, len(shown) > 0)
+lost, sixth = run()
+print("lost", lost, sixth == first, len(shown) > 0)
 """
 
-EXPECTED = ["cold 0 3", "warm 3 True", *["torn 0 True True", "mended 3 True"] * 2, "warnings 0", "lost 0 True True"]
+EXPECTED = [
+    "cold 0 3",
+    "warm 3 True",
+    *["torn 0 True True", "mended 3 True"] * 2,
+    "flipped 0 True",
+    "warnings 0",
+    "lost 0 True True",
+]
 
 
 def test_the_persistent_cache_is_private_read_and_mended(tmp_path: Path) -> None:
@@ -214,18 +228,37 @@ print(float(runner.vocabulary(np.zeros(8, np.int32))[0, 0]))
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 def test_a_start_survives_a_cache_whose_every_entry_is_torn(weights: str, tmp_path: Path) -> None:
     """Those of programs that jax makes on its own too, such as the one that packs a weight."""
-    directory, model = tmp_path / "programs", tmp_path / "model"
-    model.mkdir()
-    config = tiny_configs()["llama"]
-    write_checkpoint(model, config, random_weights(config, seed=3))
-
-    def start() -> str:
-        command = [sys.executable, "-c", START_SCRIPT, str(directory), str(model), weights]
-        return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300, check=True).stdout
-
-    first = start()
+    directory, command = tmp_path / "programs", _start_command(tmp_path, weights)
+    first = _started(command)
     entries = list(directory.glob("*-cache"))
     assert len(entries) >= 6  # the programs of START_SCRIPT
     for entry in entries:
         entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])
-    assert start() == first
+    assert _started(command) == first
+
+
+def test_a_start_survives_one_that_was_killed_while_it_wrote_the_cache(tmp_path: Path) -> None:
+    directory, command = tmp_path / "programs", _start_command(tmp_path, "bfloat16")
+    killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while len(list(directory.glob("*-cache"))) < 4:
+        assert killed.poll() is None
+    killed.kill()
+    killed.wait()
+    again = _started(command)
+    for entry in directory.glob("*-cache"):
+        entry.unlink()
+    assert _started(command) == again  # without what the killed ones left
+
+
+def _start_command(folder: Path, weights: str) -> list[str]:
+    """Starts a tiny model, whose programs are kept in a folder beside it."""
+    directory, model = folder / "programs", folder / "model"
+    model.mkdir()
+    config = tiny_configs()["llama"]
+    write_checkpoint(model, config, random_weights(config, seed=3))
+    return [sys.executable, "-c", START_SCRIPT, str(directory), str(model), weights]
+
+
+def _started(command: list[str]) -> str:
+    """What it prints."""
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300, check=True).stdout

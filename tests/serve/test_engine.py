@@ -38,6 +38,7 @@ from tests.serve.fake_runner import (
     outcome_of,
     prompt_of,
 )
+from tests.serve.http_client import Gate
 
 LONG = 100_000  # tokens
 ENDLESS = greedy(LONG - 1000)
@@ -430,3 +431,35 @@ async def test_rows_for_many_readers_leave_room_for_steps() -> None:
         for name in names:
             engine.abort(name)
         await check_empty(engine)
+
+
+async def test_an_engine_with_nothing_to_do_is_not_silent() -> None:
+    async with running(FakeRunner()) as engine:
+        await collect(engine, Request("a", prompt_of(5), greedy(3)))
+        async with asyncio.timeout(TIMEOUT):
+            while engine.silent_for:  # it has a last look whether there is more
+                await asyncio.sleep(0)
+        await collect(engine, Request("b", prompt_of(5), greedy(3)))
+
+
+async def test_an_engine_that_is_given_up_leaves_nobody_waiting() -> None:
+    runner = endless_runner()
+    async with running(runner) as engine:
+        held = Request("held", prompt_of(10), SamplingParams(1, prompt=PromptScoring(whole=True)))
+        await collect(engine, held)
+        gate = runner.before_call = Gate("decode")
+        running_one = submit(engine, Request("a", prompt_of(5), greedy(LONG)))
+        await gate.reached()
+        rows = asyncio.create_task(engine.vocabulary("held", 0, 1))
+        await asyncio.sleep(0)
+        assert engine.silent_for > 0
+        engine.give_up()
+        assert (await running_one)[-1].finish_reason is FinishReason.ERROR
+        with pytest.raises(EngineStoppedError):
+            await rows
+        for question in (collect(engine, Request("b", prompt_of(5), greedy(1))), engine.vocabulary("held", 0, 1)):
+            with pytest.raises(EngineStoppedError):
+                await question
+        assert (engine.ready, engine.hangs) == (False, True)
+        engine.stop()  # does not wait for the thread
+        gate.open()

@@ -5,7 +5,7 @@ from typing import Any
 
 from model import rope as ropes
 from model.config import ConfigError, LayerKind, ModelConfig
-from model.config_values import float_of, head_dim_of, int_of, layer_count
+from model.config_values import MAX_FACTOR, float_of, head_dim_of, int_of, layer_count, shown
 from model.families import FAMILIES, Family, family_of
 from model.rope import Rope
 
@@ -33,7 +33,7 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor: Tensor, *, has_output:
     family = family_of(gguf_architecture=arch)
     if family is None:
         known = ", ".join(sorted(name for row in FAMILIES.values() for name in row.gguf_architectures))
-        raise ConfigError(f"GGUF: general.architecture {arch!r} is not known; known: {known}")
+        raise ConfigError(f"GGUF: general.architecture {shown(arch)} is not known; known: {known}")
     key = f"{arch}.".__add__
     heads, hidden = int_of(metadata, key("attention.head_count")), int_of(metadata, key("embedding_length"))
     head_dim = head_dim_of(metadata, key("attention.key_length"), hidden, heads)
@@ -96,20 +96,26 @@ def _rope(metadata: Mapping[str, Any], key: Callable[[str], str], tensor: Tensor
         raise ConfigError(f"GGUF: {key('rope.freq_base')} must be above 1, got {theta}")
     most = int_of(metadata, key("context_length"))
     original = int_of(metadata, key("rope.scaling.original_context_length"), most)
-    if long := tensor(_LONG):
+    long = tensor(_LONG)
+    if original < (least := 2 if long else 1):
+        name = key("rope.scaling.original_context_length")
+        raise ConfigError(f"GGUF: {name} must be at least {least}, got {original}")
+    if long:
         scale = float_of(metadata, key("rope.scaling.attn_factor"), ropes.longrope_scale(most / original, original))
         return Rope(theta, tensor(_SHORT), scale, long, original)
     type_ = metadata.get(key("rope.scaling.type"), "none")
     factor = float_of(metadata, key("rope.scaling.factor"), 1.0)
-    if not factor >= 1:
-        raise ConfigError(f"GGUF: {key('rope.scaling.factor')} must be at least 1, got {factor}")
+    if not 1 <= factor <= MAX_FACTOR:
+        name = key("rope.scaling.factor")
+        raise ConfigError(f"GGUF: {name} must be at least 1, and at most {MAX_FACTOR:g}, got {factor}")
     if type_ == "yarn":
         divisors = ropes.yarn_divisors(
             theta, head_dim, factor=factor, fast=32.0, slow=1.0, original=original, truncate=True
         )
         return Rope(theta, divisors, ropes.yarn_scale(factor))
     if type_ not in ("none", "linear"):
-        raise ConfigError(f"GGUF: {key('rope.scaling.type')} {type_!r} is not supported; known: none, linear, yarn")
+        name = key("rope.scaling.type")
+        raise ConfigError(f"GGUF: {name} {shown(type_)} is not supported; known: none, linear, yarn")
     divisors = tensor(_DIVISORS)
     if type_ == "linear" and factor != 1:
         divisors = tuple(factor * each for each in divisors or (1.0,) * (head_dim // 2))

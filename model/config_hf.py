@@ -5,7 +5,17 @@ from typing import Any
 
 from model import rope as ropes
 from model.config import ConfigError, LayerKind, ModelConfig
-from model.config_values import float_of, floats_of, head_dim_of, int_of, layer_count, mapping_of, strings_of
+from model.config_values import (
+    MAX_FACTOR,
+    float_of,
+    floats_of,
+    head_dim_of,
+    int_of,
+    layer_count,
+    mapping_of,
+    shown,
+    strings_of,
+)
 from model.families import FAMILIES, Family, family_of
 from model.rope import Rope
 
@@ -21,7 +31,8 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     family = family_of(hf_architectures=strings_of(config, "architectures"), hf_model_type=config.get("model_type"))
     if family is None:
         known = ", ".join(sorted(name for row in FAMILIES.values() for name in row.hf_architectures))
-        raise ConfigError(f"config.json: architecture {config.get('architectures')} is not known; known: {known}")
+        said = shown(config.get("architectures"))
+        raise ConfigError(f"config.json: architecture {said} is not known; known: {known}")
     config = {**family.hf_defaults, **config}
     _refuse_unsupported(config, family)
     heads, hidden = int_of(config, "num_attention_heads"), int_of(config, "hidden_size")
@@ -55,7 +66,7 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
     for key in ("hidden_activation", "hidden_act"):
         if config.get(key) not in (None, *family.activation_names):
             known = ", ".join(family.activation_names)
-            raise ConfigError(f"config.json: {key} {config[key]!r} is not supported; known: {known}")
+            raise ConfigError(f"config.json: {key} {shown(config[key])} is not supported; known: {known}")
     for key in ("quantization_config", "partial_rotary_factor"):
         if config.get(key) not in (None, 1, 1.0):
             raise ConfigError(f"config.json: {key} is not supported yet")
@@ -105,7 +116,7 @@ def _told(config: Mapping[str, Any], family: Family) -> list[bool]:
     if said is None:
         period = int_of(config, "no_rope_layer_interval", family.no_rope_period)
         return [(i + 1) % max(1, period) != 0 for i in range(count)]
-    if not isinstance(said, list) or len(said) != count or not set(said) <= {0, 1}:
+    if not isinstance(said, list) or len(said) != count or not all(each in (0, 1) for each in said):
         raise ConfigError(f"config.json: no_rope_layers must be {count} of 0 and 1")
     return [bool(each) for each in said]
 
@@ -127,9 +138,9 @@ def _rope(config: Mapping[str, Any], kind: str, family: Family, head_dim: int) -
     key = "rope_parameters" if parameters else "rope_scaling"
     scaling = parameters or mapping_of(config, key)
     type_ = scaling.get("rope_type", scaling.get("type", "default"))
-    if type_ not in _SCALINGS:
+    if not isinstance(type_, str) or type_ not in _SCALINGS:
         known = ", ".join(_SCALINGS)
-        raise ConfigError(f"config.json: {key} of type {type_!r} is not supported; known: {known}")
+        raise ConfigError(f"config.json: {key} of type {shown(type_)} is not supported; known: {known}")
     return _SCALINGS[type_](theta, head_dim, {**_lengths(config), **scaling})
 
 
@@ -137,6 +148,14 @@ def _lengths(config: Mapping[str, Any]) -> dict[str, int]:
     most = int_of(config, "max_position_embeddings")
     original = int_of(config, "original_max_position_embeddings", most)
     return {"max_position_embeddings": most, "original_max_position_embeddings": original}
+
+
+def _original(scaling: Mapping[str, Any], least: int = 1) -> int:
+    """The length that a model was trained for, of at least so many tokens."""
+    original = int_of(scaling, "original_max_position_embeddings")
+    if original < least:
+        raise ConfigError(f"config.json: original_max_position_embeddings must be at least {least}, got {original}")
+    return original
 
 
 def _plain(theta: float, _: int, __: Mapping[str, Any]) -> Rope:
@@ -151,33 +170,33 @@ def _llama3(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> Rope:
     low, high = float_of(scaling, "low_freq_factor"), float_of(scaling, "high_freq_factor")
     if not high > low:
         raise ConfigError(f"config.json: high_freq_factor {high} is not above low_freq_factor {low}")
-    original = int_of(scaling, "original_max_position_embeddings")
+    original = _original(scaling)
     factor = _factor(scaling)
     return Rope(theta, ropes.llama3_divisors(theta, head_dim, factor=factor, low=low, high=high, original=original))
 
 
 def _yarn(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> Rope:
-    factor, original = _factor(scaling), int_of(scaling, "original_max_position_embeddings")
+    factor, original = _factor(scaling), _original(scaling)
     divisors = ropes.yarn_divisors(
         theta,
         head_dim,
         factor=factor,
-        fast=float_of(scaling, "beta_fast", 32.0),
-        slow=float_of(scaling, "beta_slow", 1.0),
+        fast=_turns(scaling, "beta_fast", 32.0),
+        slow=_turns(scaling, "beta_slow", 1.0),
         original=original,
         truncate=bool(scaling.get("truncate", True)),
     )
     share, all_share = float_of(scaling, "mscale", 0.0), float_of(scaling, "mscale_all_dim", 0.0)
     usual = ropes.yarn_scale(factor)
+    if min(share, all_share) < 0:
+        raise ConfigError(f"config.json: mscale {share} or mscale_all_dim {all_share} is negative")
     if share and all_share:
         usual = ropes.yarn_scale(factor, share) / ropes.yarn_scale(factor, all_share)
     return Rope(theta, divisors, float_of(scaling, "attention_factor", usual))
 
 
 def _longrope(theta: float, _: int, scaling: Mapping[str, Any]) -> Rope:
-    original = int_of(scaling, "original_max_position_embeddings")
-    if original < 2:
-        raise ConfigError(f"config.json: original_max_position_embeddings must be at least 2, got {original}")
+    original = _original(scaling, least=2)
     factor = float_of(scaling, "factor", int_of(scaling, "max_position_embeddings") / original)
     return Rope(
         theta,
@@ -190,9 +209,16 @@ def _longrope(theta: float, _: int, scaling: Mapping[str, Any]) -> Rope:
 
 def _factor(scaling: Mapping[str, Any]) -> float:
     factor = float_of(scaling, "factor")
-    if not factor >= 1:
-        raise ConfigError(f"config.json: a rotary factor must be at least 1, got {factor}")
+    if not 1 <= factor <= MAX_FACTOR:
+        raise ConfigError(f"config.json: a rotary factor must be at least 1, and at most {MAX_FACTOR:g}, got {factor}")
     return factor
+
+
+def _turns(scaling: Mapping[str, Any], key: str, default: float) -> float:
+    turns = float_of(scaling, key, default)
+    if not 1e-6 <= turns <= 1e6:
+        raise ConfigError(f"config.json: {key} must be from 1e-06 to 1e+06, got {turns}")
+    return turns
 
 
 _SCALINGS: Mapping[str, Callable[[float, int, Mapping[str, Any]], Rope]] = {

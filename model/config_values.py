@@ -1,11 +1,24 @@
 """Values of a configuration, checked: what is missing or of another type is named."""
 
+import math
 from collections.abc import Mapping
+from reprlib import Repr
 from typing import Any
 
 from model.config import ConfigError
 
-_MAX_LAYERS = 10_000  # a damaged number of them is refused before they are made
+# Damaged numbers are refused before anything is made of so many.
+_MAX_LAYERS = 1000
+_MAX_HEAD_DIM = 1 << 16
+MAX_FACTOR = 1e6  # by which a context is stretched; by 1e16, arithmetic fails
+_INTEGERS = 1 << 31  # all lie below it, and above its negative
+
+_SHORT = Repr(maxstring=200)
+
+
+def shown(value: object) -> str:
+    """A value of a file for a message, however long or deep it is."""
+    return _SHORT.repr(value)
 
 
 def layer_count(source: Mapping[str, Any], key: str) -> int:
@@ -21,12 +34,15 @@ def layer_count(source: Mapping[str, Any], key: str) -> int:
 
 
 def head_dim_of(source: Mapping[str, Any], key: str, hidden: int, heads: int) -> int:
-    """E: as the file says, else what the hidden size leaves for each head."""
-    if source.get(key) is not None:
-        return int_of(source, key)
-    if heads < 1 or hidden % heads:
-        raise ConfigError(f"hidden size {hidden} is not a multiple of {heads} heads, and no head size is given")
-    return hidden // heads
+    """E: as the file says, else what the hidden size leaves for each head. Both are at least 1 after it."""
+    given = source.get(key) is not None
+    if hidden < 1 or heads < 1 or (not given and hidden % heads):
+        hint = "" if given else ", and no head size is given"
+        raise ConfigError(f"hidden size {hidden} is not a multiple of {heads} heads{hint}")
+    size = int_of(source, key, hidden // heads)
+    if not 1 <= size <= _MAX_HEAD_DIM:
+        raise ConfigError(f"a head's size must be from 1 to {_MAX_HEAD_DIM}, got {size}")
+    return size
 
 
 def strings_of(config: Mapping[str, Any], key: str) -> list[str]:
@@ -53,7 +69,9 @@ def int_of(source: Mapping[str, Any], key: str, default: int | None = None) -> i
     if value is None:
         raise ConfigError(f"{key} is missing")
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{key} must be an integer, got {value!r}")
+        raise ConfigError(f"{key} must be an integer, got {shown(value)}")
+    if abs(value) >= _INTEGERS:
+        raise ConfigError(f"{key} must be below {_INTEGERS}, got {shown(value)}")
     return value
 
 
@@ -65,8 +83,8 @@ def float_of(source: Mapping[str, Any], key: str, default: float | None = None) 
     if value is None:
         raise ConfigError(f"{key} is missing")
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{key} must be a number, got {value!r}")
-    return float(value)
+        raise ConfigError(f"{key} must be a number, got {shown(value)}")
+    return _finite(key, value)
 
 
 def floats_of(source: Mapping[str, Any], key: str) -> tuple[float, ...]:
@@ -74,4 +92,14 @@ def floats_of(source: Mapping[str, Any], key: str) -> tuple[float, ...]:
     value = source.get(key)
     if not isinstance(value, list) or not all(isinstance(each, int | float) for each in value):
         raise ConfigError(f"{key} must be a list of numbers")
-    return tuple(float(each) for each in value)
+    return tuple(_finite(key, each) for each in value)
+
+
+def _finite(key: str, value: float) -> float:
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise ConfigError(f"{key} must be finite, got {shown(value)}")
+    return number

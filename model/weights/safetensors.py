@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from model.config import ConfigError, ModelConfig
 from model.config_hf import config_from_hf
+from model.config_values import shown
 from model.weights.checkpoint import TensorInfo
 from model.weights.errors import ModelLoadError
 
@@ -137,9 +138,10 @@ def _indexed(folder: Path) -> list[Path]:
         raise ModelLoadError(f"{index}: weight_map is missing or not an object")
     names = set()
     for name in weight_map.values():
-        # A shard lies beside its index: a path that leads elsewhere is refused.
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ModelLoadError(f"{index}: {name!r} is not the name of a .safetensors file")
+        # A shard lies beside its index: a path that leads elsewhere is refused, and what no file can be called.
+        is_plain = isinstance(name, str) and name.isprintable() and Path(name).name == name
+        if not is_plain or not name.endswith(".safetensors"):
+            raise ModelLoadError(f"{index}: {shown(name)} is not the name of a .safetensors file")
         names.add(name)
     return [folder / name for name in sorted(names)]
 

@@ -1,5 +1,6 @@
 """ModelConfig from config.json and from GGUF metadata."""
 
+import math
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ GGUF: dict[str, Any] = {
     "llama.rope.dimension_count": 8,
     "tokenizer.ggml.tokens": ["t"] * 100,
 }
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0}
 EXPECTED = ModelConfig(
     family="llama",
     vocab_size=100,
@@ -129,7 +131,8 @@ def test_hf_model_type_serves_where_architectures_is_absent() -> None:
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "of type 'dynamic' is not supported; known: default"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "factor is missing"),
         ({"rope_theta": 1.0}, "rope_theta must be above 1"),
-        ({"num_hidden_layers": 10**12}, "num_hidden_layers must be from 1 to"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be from 1 to"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers must be below 2147483648"),
         ({"layer_types": ["full_attention"]}, "layer_types must be 3"),
         ({"layer_types": ["chunked_attention"] * 3}, "layer_types must be 3"),
         ({"layer_types": ["sliding_attention"] * 3}, "sliding_window is missing"),
@@ -137,6 +140,22 @@ def test_hf_model_type_serves_where_architectures_is_absent() -> None:
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_size": 0}, "hidden size 0 is not a multiple"),
+        ({"hidden_size": 2**31}, "hidden_size must be below 2147483648"),
+        ({"num_attention_heads": 0, "head_dim": 8}, "hidden size 48 is not a multiple of 0 heads$"),
+        ({"head_dim": -8}, "a head's size must be from 1 to 65536, got -8"),
+        ({"head_dim": 2**17}, "a head's size must be from 1 to 65536"),
+        ({"rope_theta": 10**400}, "rope_theta must be finite"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps must be finite"),
+        ({"rope_scaling": {"rope_type": []}}, r"of type \[\] is not supported"),
+        ({"rope_scaling": YARN | {"factor": 1e16}}, "a rotary factor must be at least 1, and at most 1e"),
+        ({"rope_scaling": YARN | {"original_max_position_embeddings": 0}}, "must be at least 1, got 0"),
+        ({"rope_scaling": YARN | {"beta_fast": 0}}, "beta_fast must be from"),
+        ({"rope_scaling": YARN | {"beta_slow": 1e300}}, "beta_slow must be from"),
+        ({"rope_scaling": YARN | {"mscale_all_dim": -1, "mscale": 1}}, "is negative"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [10**400]}}, "short_factor must be finite"),
+        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [[], 0, 1]}, "must be 3 of 0 and 1"),
+        ({"hidden_act": "x" * 10**6}, "hidden_act 'x{90,}[.]{3}x{90,}' is not supported"),
     ],
 )
 def test_hf_refuses(change: dict[str, Any], message: str) -> None:
@@ -177,11 +196,25 @@ def test_gguf_keys_follow_the_architecture() -> None:
         ({"llama.block_count": -1}, "block_count must be from 1"),
         ({"llama.attention.value_length": 16}, "differs from the head size 8"),
         ({"llama.rope.dimension_count": 4}, "differs from the head size 8"),
+        ({"llama.block_count": 1001}, "block_count must be from 1 to 1000"),
+        ({"llama.embedding_length": 0}, "hidden size 0 is not a multiple"),
+        ({"llama.attention.key_length": 0}, "a head's size must be from 1 to 65536, got 0"),
+        ({"llama.attention.key_length": 2**30}, "a head's size must be from 1 to 65536"),
+        ({"llama.rope.freq_base": math.nan}, "rope.freq_base must be finite"),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 1e30}, "at most 1e"),
+        ({"llama.rope.scaling.original_context_length": 0}, "original_context_length must be at least 1, got 0"),
+        ({"llama.rope.scaling.type": ["yarn"]}, "is not supported; known: none, linear, yarn"),
     ],
 )
 def test_gguf_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_from_gguf(GGUF | change, has_output=True)
+
+
+def test_gguf_long_factors_need_a_length_to_be_stretched() -> None:
+    tensors = dict.fromkeys(("rope_factors_long", "rope_factors_short"), (1.0,) * 4)
+    with pytest.raises(ConfigError, match="original_context_length must be at least 2, got 1"):
+        config_from_gguf(GGUF | {"llama.rope.scaling.original_context_length": 1}, has_output=True, **tensors)
 
 
 def test_windows_of_smollm3_are_where_positions_are_not_told() -> None:

@@ -277,6 +277,9 @@ def test_parts_that_are_not_what_their_names_say(tmp_path: Path) -> None:
     second.write_bytes(kept[:-64])
     with pytest.raises(ModelLoadError, match=r"tiny-00002-of-00003\.gguf: truncated"):
         GgufCheckpoint(first)
+    third.write_bytes(header([value("split.count", ARRAY, struct.pack("<IQI", U32, 1, 3))], []))
+    with pytest.raises(ModelLoadError, match=r"tiny-00003-of-00003\.gguf: split.count is \[3\]"):
+        GgufCheckpoint(third)
     first.rename(tmp_path / "other.gguf")
     with pytest.raises(ModelLoadError, match="is one of 3 parts, but is not named"):
         GgufCheckpoint(tmp_path / "other.gguf")

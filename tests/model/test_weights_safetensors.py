@@ -109,6 +109,9 @@ def test_several_files_without_an_index(tiny: TinyModel, tmp_path: Path) -> None
         (b'{"weight_map": {"a": 3}}', "3 is not the name of a .safetensors file"),
         (b'{"weight_map": {"a": "../other.safetensors"}}', "'../other.safetensors' is not the name"),
         (b'{"weight_map": {"a": "weights.bin"}}', "'weights.bin' is not the name"),
+        (rb'{"weight_map": {"a": "\u0000.safetensors"}}', r"'\x00.safetensors' is not the name"),
+        (rb'{"weight_map": {"a": "\ud800.safetensors"}}', r"'\ud800.safetensors' is not the name"),
+        (b'{"weight_map": {"a": ' + b"[" * 900 + b"]" * 900 + b"}}", "is not the name of a .safetensors file"),
         (b'{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors: named by"),
     ],
 )

@@ -111,7 +111,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
         "mlp.gate_proj.weight: has shape [96, 64], must be [97, 64]",
     ),
     "more layers than weights": (changed(num_hidden_layers=3), "model.layers.2.input_layernorm.weight: missing"),
-    "absurd layers": (changed(num_hidden_layers=10**15), "num_hidden_layers must be from 1 to 10000"),
+    "absurd layers": (changed(num_hidden_layers=10**6), "num_hidden_layers must be from 1 to 1000"),
     "unknown architecture": (
         changed(architectures=["MambaForCausalLM"]),
         "architecture ['MambaForCausalLM'] is not known; known: Gemma2ForCausalLM, Gemma3ForCausalLM, LlamaForCausalLM",

@@ -10,12 +10,14 @@ from serve.text.gguf_vocabulary import USER_DEFINED, Vocabulary, required_list
 from serve.text.token_bytes import SPACE
 from serve.text.tokenizer import TokenizerError
 
+_MAX_PIECE = 512  # characters: all ways to cut a piece in two are tried
+
 
 def sentencepiece_backend(vocabulary: Vocabulary) -> Backend:
     """BPE whose next merge is the one that makes the piece of the highest score, with a fallback to `<0xNN>` bytes.
 
     Raises:
-        TokenizerError: scores or the unknown token are missing.
+        TokenizerError: scores or the unknown token are missing, or wrong.
     """
     vocabulary, runs = _with_marked_spaces(vocabulary)
     unknown = vocabulary.id_of("unknown")
@@ -57,14 +59,18 @@ def _merges(vocabulary: Vocabulary, runs: Collection[str]) -> list[tuple[str, st
     Before them, whatever their score, runs of spaces that are user-defined (Gemma), the longest first: SentencePiece
     looks for such pieces beforehand, and takes the longest. Those of Llama 2 are ordinary pieces of the worst score.
     """
-    scores = required_list(vocabulary.metadata, "scores")
+    scores = required_list(vocabulary.metadata, "scores", float)
     if len(scores) != len(vocabulary.tokens):
         raise TokenizerError(f"GGUF: {len(vocabulary.tokens)} tokens, but {len(scores)} scores")
+    if any(map(math.isnan, scores)):
+        raise TokenizerError("GGUF: tokenizer.ggml.scores holds what is not a number")
     ids = vocabulary.ids()
     ranked = []
     for token, index in ids.items():
         if vocabulary.types[index] != 1:
             continue
+        if len(token) > _MAX_PIECE:
+            raise TokenizerError(f"GGUF: token {index} has {len(token)} characters, of at most {_MAX_PIECE}")
         is_run = token in runs
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]

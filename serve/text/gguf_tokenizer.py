@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from reprlib import repr as shown
 from typing import Any
 
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
@@ -59,7 +60,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
-        raise TokenizerError(f"GGUF: tokenizer.ggml.model {kind!r} is not known; known: gpt2, llama")
+        raise TokenizerError(f"GGUF: tokenizer.ggml.model {shown(kind)} is not known; known: gpt2, llama")
     vocabulary = read_vocabulary(metadata)
     backend = _byte_level_backend(vocabulary) if kind == "gpt2" else sentencepiece_backend(vocabulary)
     named = {name: vocabulary.id_of(key) for name, key in _TEMPLATE_NAMES.items()}
@@ -74,9 +75,10 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
 
 def _byte_level_backend(vocabulary: Vocabulary) -> Backend:
     pre = _pre_of(vocabulary.metadata)
-    merges = [tuple(merge.split(" ")) for merge in required_list(vocabulary.metadata, "merges")]
-    if not all(len(merge) == 2 for merge in merges):
+    pairs = [merge.split(" ") for merge in required_list(vocabulary.metadata, "merges", str)]
+    if not all(len(pair) == 2 for pair in pairs):
         raise TokenizerError("GGUF: tokenizer.ggml.merges must hold pairs with one space between them")
+    merges = [(left, right) for left, right in pairs]
     try:
         model = models.BPE(vocab=vocabulary.ids(), merges=merges, ignore_merges=pre.ignore_merges)
     except Exception as error:  # `tokenizers` raises no narrower class for a merge it cannot make
@@ -103,6 +105,6 @@ def _splitters(pre: _Pre) -> list[pre_tokenizers.PreTokenizer]:
 def _pre_of(metadata: Mapping[str, Any]) -> _Pre:
     # No default where the key is absent: the wrong split gives ids that look right and are not.
     name = metadata.get("tokenizer.ggml.pre")
-    if name not in _PRE:
-        raise TokenizerError(f"GGUF: tokenizer.ggml.pre {name!r} is not known; known: {', '.join(sorted(_PRE))}")
+    if not isinstance(name, str) or name not in _PRE:
+        raise TokenizerError(f"GGUF: tokenizer.ggml.pre {shown(name)} is not known; known: {', '.join(sorted(_PRE))}")
     return _PRE[name]

@@ -74,21 +74,23 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     """Reads tokens and token types.
 
     Raises:
-        TokenizerError: a key is missing, or the two differ in length.
+        TokenizerError: a key is missing or of another type, or the two differ in length.
     """
-    tokens, types = required_list(metadata, "tokens"), required_list(metadata, "token_type")
+    tokens, types = required_list(metadata, "tokens", str), required_list(metadata, "token_type", int)
     if len(tokens) != len(types):
         raise TokenizerError(f"GGUF: {len(tokens)} tokens, but {len(types)} token types")
     return Vocabulary(tokens, types, metadata)
 
 
-def required_list(metadata: Mapping[str, Any], name: str) -> list[Any]:
+def required_list[T](metadata: Mapping[str, Any], name: str, kind: type[T]) -> list[T]:
     """The list `tokenizer.ggml.<name>`.
 
     Raises:
-        TokenizerError: it is missing or empty.
+        TokenizerError: it is missing or empty, or holds something that is no `kind`.
     """
     value = metadata.get(_PREFIX + name)
     if not value or not isinstance(value, list):
         raise TokenizerError(f"GGUF: {_PREFIX}{name} is missing")
+    if not all(isinstance(item, kind) for item in value):
+        raise TokenizerError(f"GGUF: {_PREFIX}{name} must hold {kind.__name__} alone")
     return value

@@ -1,5 +1,6 @@
 """Tokenizers from hand-made GGUF metadata: each pre-tokenizer, token types, SentencePiece scores, errors."""
 
+import math
 from typing import Any
 
 import pytest
@@ -145,6 +146,7 @@ def test_sentencepiece_without_prefix_decodes_to_the_same_text() -> None:
 
 
 GOOD = byte_level("gpt-2", ["a b"])
+SIZE = len(sentencepiece()["tokenizer.ggml.tokens"])
 
 
 @pytest.mark.parametrize(
@@ -162,6 +164,14 @@ GOOD = byte_level("gpt-2", ["a b"])
         (GOOD | {"tokenizer.ggml.eos_token_id": 257}, "eos_token_id 257 is not below 257"),
         (sentencepiece(scores=[0.0]), "but 1 scores"),
         (sentencepiece(unknown_token_id=None), "unknown_token_id is missing"),
+        (GOOD | {"tokenizer.ggml.pre": ["gpt-2"]}, "pre .'gpt-2'. is not known"),
+        (GOOD | {"tokenizer.ggml.model": ["gpt2"]}, "model .'gpt2'. is not known"),
+        (GOOD | {"tokenizer.ggml.merges": [1.0]}, "merges must hold str alone"),
+        (GOOD | {"tokenizer.ggml.tokens": [7] * 257}, "tokens must hold str alone"),
+        (GOOD | {"tokenizer.ggml.token_type": ["x"] * 257}, "token_type must hold int alone"),
+        (sentencepiece(scores=["x"] * SIZE), "scores must hold float alone"),
+        (sentencepiece(scores=[math.nan] * SIZE), "scores holds what is not a number"),
+        (sentencepiece(tokens=["a" * 513] * SIZE, token_type=[NORMAL] * SIZE), "has 513 characters, of at most 512"),
     ],
 )
 def test_bad_metadata_is_named(metadata: dict[str, Any], message: str) -> None:

@@ -77,7 +77,7 @@ def _from_file(source: str, model: Path) -> GenerationDefaults:
     path = path / _FILE if path.is_dir() else path
     try:
         return GenerationDefaults.read(json.loads(path.read_bytes()), str(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, DefaultsError):
             raise
         reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"

@@ -64,7 +64,8 @@ def render_chat(
         )
     except TemplateError as error:
         raise ChatTemplateError(error.message or type(error).__name__) from error
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        # A template is a small program: a message of a shape it does not expect fails like any Python code.
-        raise ChatTemplateError(f"the chat template failed: {str(error)[:_MAX_ERROR]}") from error
+    except Exception as error:
+        # A template is a small program, made into Python: it fails like any, if need be for want of memory.
+        reason = str(error) or type(error).__name__
+        raise ChatTemplateError(f"the chat template failed: {reason[:_MAX_ERROR]}") from error
     return str(rendered[0])

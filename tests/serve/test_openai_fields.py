@@ -282,6 +282,7 @@ def test_defaults_come_from_the_models_folder_unless_switched_off(tmp_path: Path
     ("source", "override", "text", "message"),
     [
         ("auto", "{}", "{", "not JSON"),
+        ("auto", "{}", "[" * 200_000, "not JSON"),
         ("auto", "{}", "[]", "must be a JSON object"),
         ("auto", "{}", '{"temperature": 3}', "generation_config.json: temperature: Input should be less than"),
         ("auto", "{}", '{"top_k": "5"}', "top_k: Input should be a valid integer"),

@@ -122,6 +122,8 @@ def test_own_template_sees_kwargs_special_tokens_and_no_none_values(smollm2: Tok
         ("{{ messages[0].content + 1 }}", {}, "the chat template failed: .*str"),
         ("{{ messages.__class__.__mro__[1].__subclasses__() }}", {}, "unsafe"),
         ("x", {"messages": []}, "may not set 'messages'"),
+        ("{{ dict(a=1, a=2) }}", {}, "the chat template failed: keyword argument repeated"),
+        ("{{ 'x' * 10**15 }}", {}, "the chat template failed: MemoryError"),
     ],
 )
 def test_template_failures_say_why(smollm2: Tokenizer, template: str, kwargs: dict[str, Any], message: str) -> None:
@@ -204,7 +206,7 @@ def test_directories_that_cannot_be_loaded(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "2"}', '{"eos_token_id": [true]}'])
+@pytest.mark.parametrize("content", ["{", "[" * 200_000, "[]", '{"eos_token_id": "2"}', '{"eos_token_id": [true]}'])
 def test_broken_generation_config_is_an_error(tmp_path: Path, content: str) -> None:
     write_byte_level(tmp_path)
     (tmp_path / "generation_config.json").write_text(content)

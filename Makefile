@@ -13,7 +13,7 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check --require-hashes --no
 RUN := $(if $(DEVICE),JAX_PLATFORMS=$(DEVICE)) $(PY)
 READY := .venv/.serve $(addprefix .venv/.,$(filter-out cpu,$(DEVICE)))
 
-.PHONY: serve ray test screenshots clients check bench bench-gpu portability sanitize notebook kernels lock clean
+.PHONY: serve ray test screenshots clients check bench bench-gpu portability sanitize fuzz notebook kernels lock clean
 .DELETE_ON_ERROR:
 
 serve: $(READY) kernels
@@ -55,6 +55,10 @@ portability: .venv/.serve .venv/.targets kernels
 sanitize: .venv/.dev kernels
 	$(PY) -m tests.sanitized_kernels
 
+# Request bodies and model files by coverage, one target after the other: ARGS="gguf --minutes 20".
+fuzz: .venv/.dev .venv/.fuzz kernels
+	$(PY) -m tests.fuzz $(ARGS)
+
 notebook: .venv/.dev .venv/.targets kernels
 	@$(PIP) -r requirements-notebook.lock
 	.venv/bin/jupyter notebook compiled/inspect_hlo.ipynb
@@ -68,7 +72,7 @@ lock:
 	$(LOCK) --universal --python-version 3.12 pyproject.toml --extra dev -c requirements.lock -o requirements-dev.lock
 	$(LOCK) --universal --python-version 3.12 pyproject.toml --extra dev --extra notebook -c requirements-dev.lock \
 		-o requirements-notebook.lock
-	for name in targets cuda tpu ray; do $(LOCK) --universal --python-version 3.12 pyproject.toml --extra $$name \
+	for name in targets cuda tpu ray fuzz; do $(LOCK) --universal --python-version 3.12 pyproject.toml --extra $$name \
 		-c requirements-dev.lock $(ADDED) -o requirements-$$name.lock; done
 	for name in $(basename $(notdir $(wildcard requirements-clients/*.in))); do \
 		uv pip compile -q --no-header --no-annotate --universal --python-version 3.12 requirements-clients/$$name.in \
@@ -114,6 +118,12 @@ $(PY):
 	else \
 		echo "no compilers for other chips here: the tests that need them are skipped"; \
 	fi
+	@touch $@
+
+# Apart as well, in a folder that tests/fuzz/child.py looks into: it is not there for every Python and every machine.
+.venv/.fuzz: requirements-fuzz.lock | .venv/.serve
+	@echo "installing what $< names"
+	@rm -rf .venv/fuzz && $(PIP) --target .venv/fuzz -r $<
 	@touch $@
 
 # Programs of Debian that tests need: a browser, and what compiles the kernels for ARM and runs them. Without one, the

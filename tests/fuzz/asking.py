@@ -1,0 +1,94 @@
+"""Asks a server of the tests, and looks at all that must be so whatever was asked."""
+
+import asyncio
+import json
+from contextlib import AbstractAsyncContextManager
+
+import httpx2
+from pydantic import BaseModel
+
+from serve.openai import answers
+from tests.fuzz.bodies import DETOKENIZE, TOKENIZE
+from tests.serve.http_client import ExactRunner, Server, chunks_of, error_of, serving, told
+
+SECONDS = 10  # in which a request has to be answered
+_REFUSALS = (400, 404, 413)
+# By the `object` of an answer, which those of /tokenize and /detokenize lack.
+_WHOLE: dict[str, type[BaseModel]] = {
+    "chat.completion": answers.ChatCompletionAnswer,
+    "text_completion": answers.CompletionAnswer,
+    TOKENIZE: answers.Tokenized,
+    DETOKENIZE: answers.Detokenized,
+}
+_CHUNKS: dict[str, type[BaseModel]] = {
+    "chat.completion.chunk": answers.ChatChunk,
+    "text_completion": answers.CompletionChunk,
+}
+
+
+def answering() -> AbstractAsyncContextManager[Server]:
+    """A server on which as much as possible can be asked, and no answer takes long."""
+    return serving(
+        runner=ExactRunner,
+        whole_vocabulary=True,
+        max_model_len=64,
+        pages=32,
+        max_waiting=256,  # as on every server, more than one request may have at once
+        logs_requests=True,
+        trust_request_chat_template=True,
+    )
+
+
+async def asked(server: Server, path: str, body: bytes) -> int:
+    """The status of an answer.
+
+    Raises:
+        AssertionError, ValueError: it is a failure, is not what the API describes, or leaves something in the engine.
+        TimeoutError: there is none.
+    """
+    try:
+        async with asyncio.timeout(SECONDS):
+            response = await server.post(path, body)
+            await _nothing_is_left(server)
+        server.runner.calls.clear()
+        if response.status_code == 200:
+            _check_shape(path, response)
+        else:
+            assert response.status_code in _REFUSALS, (response.status_code, response.text)
+            assert error_of(response, response.status_code)["type"] == "invalid_request_error"
+    except Exception as error:
+        error.add_note(f"POST {path} {body[:2000]!r}")
+        raise
+    return response.status_code
+
+
+def _check_shape(path: str, response: httpx2.Response) -> None:
+    if response.headers["content-type"].startswith("text/event-stream"):
+        for chunk in chunks_of(response):
+            _CHUNKS[chunk["object"]].model_validate_json(json.dumps(chunk))
+    else:
+        assert response.headers["content-type"] == "application/json"
+        value = told(response.text)
+        _WHOLE[value.get("object", path)].model_validate_json(json.dumps(value))
+
+
+async def _nothing_is_left(server: Server) -> None:
+    """The engine, when it has heard of all that has ended, has no request and all pages free."""
+    loop = asyncio.get_running_loop()
+    looked: asyncio.Future[None] = loop.create_future()
+    server.engine._inbox.put(lambda: _look(server, loop, looked))
+    await looked
+
+
+def _look(server: Server, loop: asyncio.AbstractEventLoop, looked: asyncio.Future[None]) -> None:
+    """On the engine's own thread."""
+    try:
+        scheduler = server.engine._core.scheduler
+        assert server.engine.load == 0, "a request is left in the engine"
+        assert scheduler.num_requests == len(scheduler.held) == 0, "a request is left in the scheduler"
+        scheduler.check()
+        assert server.engine.gauges.cache_usage == 0, "a page is not free"
+    except AssertionError as error:
+        loop.call_soon_threadsafe(looked.set_exception, error)
+    else:
+        loop.call_soon_threadsafe(looked.set_result, None)

@@ -1,0 +1,158 @@
+"""Bodies of requests: some that are right, and what becomes of them by accident."""
+
+import json
+from copy import deepcopy
+from random import Random
+from typing import Any
+
+from serve.openai.known_fields import UNSUPPORTED, WITHOUT_EFFECT
+from serve.openai.schema import ChatCompletionRequest, CompletionRequest
+from tests.fuzz.random_bytes import bytes_changed
+from tests.fuzz.random_json import anything, deep, json_changed, written
+
+CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"
+PATHS = (CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE, "/invocations")
+
+_MESSAGES: tuple[Any, ...] = (
+    [{"role": "user", "content": "Hi"}],
+    [{"role": "system", "content": "x", "name": "n"}, {"role": "user", "content": [{"type": "text", "text": "a"}]}],
+    [{"role": "user", "content": "refuse"}],
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}],
+)
+# Values with which a field comes far.
+_VALUES: dict[str, tuple[Any, ...]] = {
+    "model": ("org/bytes", "alias", "gpt-9"),
+    "messages": _MESSAGES,
+    "prompt": ("Hi", [72, 105], ["Hi", "Ho"], [[72], [105, 256]], [1] * 70),
+    "prompt_token_ids": ([72, 105], [256, 1], [259] * 65),
+    "tokens": ([72, 105], [257, 258, 259], [0, 255, 195, 169]),
+    "temperature": (0, 1, 1e-6, 0.005, 2),
+    "top_p": (1, 0.9, 1e-9),
+    "top_k": (-1, 0, 5, 2**31 - 1),
+    "min_p": (0, 0.1, 1),
+    "presence_penalty": (0, 1.5, -2),
+    "frequency_penalty": (0, 0.5),
+    "repetition_penalty": (1, 1.3, 1e-30, 1e30),
+    "n": (1, 2, 5),
+    "best_of": (1, 2),
+    "priority": (0, -5, 2**31 - 1),
+    "cache_salt": ("salt", "a@b", ""),
+    "max_tokens": (0, 1, 3, 20),
+    "max_completion_tokens": (0, 1, 3, 20),
+    "min_tokens": (0, 1, 4),
+    "logit_bias": ({"5": 1.5}, {"257": -100}, {"72": 100, "0": 0}, {"999": 1}, {"01": 1}, {"٣": 1}),
+    "allowed_token_ids": ([72, 257], [5], [257]),
+    "bad_words": (["Hello"], ["e", "x y"], [" "]),
+    "seed": (-1, 0, 7, 2**63 - 1),
+    "stop": ("l", ["o", "l"], "Hello", []),
+    "stop_token_ids": ([108], [257], []),
+    "stream_options": ({"include_usage": True}, {"include_usage": True, "continuous_usage_stats": True}),
+    "logprobs": (True, 0, 1, 3),
+    "top_logprobs": (0, 1, 3),
+    "prompt_logprobs": (0, 1, 3, 5, -1, 260),
+    "prompt_logprobs_start": (0, 1, 2, 64),
+    "prompt_logprobs_format": ("entries", "columns"),
+    "prompt_logprob_token_ids": ([5], [1, 2, 3], [259]),
+    "logprob_token_ids": ([5], [1, 2, 3], [259]),
+    "logprobs_mode": ("raw_logprobs", "processed_logprobs"),
+    "truncate_prompt_tokens": (-1, 1, 2, 64),
+    "truncation_side": ("left", "right"),
+    "request_id": ("abc", "é", "a b"),
+    "chat_template": (
+        "{{ messages }}",
+        "{% for m in messages %}{{ m|tojson }}{% endfor %}",
+        "{% if %}",
+        "{{ dict(a=1, a=2) }}",
+    ),
+    "chat_template_kwargs": ({"mark": "!"}, {"messages": []}, {"a": {"b": [1]}}),
+    "documents": ([{"title": "t", "text": "x"}], []),
+    "reasoning_effort": ("low",),
+    "role": ("system", "developer", "user", "assistant", "tool"),
+    "content": ("Hi", "refuse", "", [{"type": "text", "text": "x"}], [], None),
+    "type": ("text", "image_url"),
+    "response_format": ({"type": "text"}, {"type": "json_object"}),
+}
+_FLAGS = (
+    *("stream", "echo", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "return_token_ids"),
+    *("return_tokens_as_token_ids", "add_generation_prompt", "continue_final_message", "add_special_tokens"),
+    *("return_prompt_text", "return_token_strs", "return_token_bytes", "include_usage"),
+)
+_MODELS = (*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields)
+# Some that nobody knows are among them; the fields of our own that take most effect are there twice.
+FIELDS = (*_VALUES, *_FLAGS, *dict.fromkeys((*_MODELS, *UNSUPPORTED, *WITHOUT_EFFECT)), "flavour", "x" * 200, "\0", "é")
+
+
+def _seeds() -> list[tuple[str, dict[str, Any]]]:
+    greedy: dict[str, Any] = {"temperature": 0, "max_tokens": 3}
+    numbers = {"prompt_logprobs": 2, "return_token_ids": True}
+    chat, text = {"messages": _MESSAGES[1]} | greedy, {"prompt": "Hi"} | greedy
+    some = {name: values[0] for name, values in _VALUES.items() if name in CompletionRequest.model_fields}
+    some |= {"stop": "l", "n": 2, "best_of": 2, "min_tokens": 0, "logprobs": 1, "temperature": 1, "prompt_logprobs": 0}
+    del some["prompt_logprob_token_ids"], some["stream_options"]
+    return [
+        (CHAT, chat),
+        (CHAT, chat | numbers | {"logprobs": True, "top_logprobs": 2, "n": 2, "echo": True}),
+        (CHAT, chat | numbers | {"stream": True, "stream_options": {"include_usage": True}, "logprobs": True}),
+        (CHAT, {"prompt_token_ids": [72, 105], "return_prompt_text": True} | greedy),
+        (CHAT, chat | {"chat_template_kwargs": {"mark": "!"}, "documents": [{"text": "x"}], "stop": ["l", "o"]}),
+        (COMPLETIONS, text),
+        (COMPLETIONS, text | numbers | {"echo": True, "logprobs": 3, "prompt": ["Hi", "Ho"], "n": 2}),
+        (COMPLETIONS, text | {"prompt": [[72], [105, 256]], "stream": True, "prompt_logprobs": 1, "echo": True}),
+        (COMPLETIONS, text | {"prompt_logprobs": -1, "max_tokens": 0}),
+        (COMPLETIONS, text | {"prompt_logprobs": 1, "prompt_logprobs_format": "columns", "prompt_logprobs_start": 1}),
+        (COMPLETIONS, some | {"prompt": "Hi"}),
+        (TOKENIZE, {"prompt": "Hé", "return_token_strs": True}),
+        (TOKENIZE, {"messages": _MESSAGES[0], "add_special_tokens": True}),
+        (DETOKENIZE, {"tokens": [72, 105, 257], "return_token_bytes": True}),
+        ("/invocations", text | {"echo": True}),
+        ("/invocations", chat),
+    ]
+
+
+def packed(path: str, body: bytes) -> bytes:
+    """A path and a body as one input."""
+    return bytes([PATHS.index(path)]) + body
+
+
+def unpacked(data: bytes) -> tuple[str, bytes]:
+    """The path and body of an input, whatever it is."""
+    return PATHS[(data[0] if data else 0) % len(PATHS)], data[1:]
+
+
+def seeds() -> list[bytes]:
+    """Inputs that are answered, of many fields."""
+    return [packed(path, json.dumps(body).encode()) for path, body in _seeds()]
+
+
+def mutated(data: bytes, random: Random) -> bytes:
+    """An input after some accidents, most of them to the JSON's values."""
+    path, body = unpacked(data)
+    if random.random() < 0.05:
+        path = random.choice(PATHS)
+    try:
+        value = json.loads(body)
+        if not isinstance(value, dict) or random.random() < 0.1:
+            return packed(path, bytes_changed(body, random))
+        for _ in range(random.choice((1, 1, 1, 2, 3))):
+            _change(value, random)
+        return packed(path, written(value, random))
+    except (ValueError, RecursionError, OverflowError):  # no JSON any more, or too deep to be written
+        return packed(path, bytes_changed(body, random))
+
+
+def _change(value: dict[str, Any], random: Random) -> None:
+    if random.random() < 0.5:
+        name = random.choice(FIELDS)
+        value[name] = deepcopy(_valued(name, random))
+    else:
+        json_changed(value, random, _valued)
+
+
+def _valued(name: str, random: Random) -> Any:
+    """Mostly what the field could be."""
+    chance = random.random()
+    if chance < 0.05:
+        return deep(random)
+    if chance < 0.25:
+        return anything(random)
+    return random.choice(_VALUES.get(name, (True, False, None, 0.5, {"some": "value"})))

@@ -1,0 +1,77 @@
+"""Opens a model's files as a start does, as far as that is possible without a device, and reads all weights."""
+
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from compiled.shapes import make_buckets
+from model.config import ModelConfig
+from model.weights.gguf import GgufCheckpoint
+from model.weights.load import load_weights, open_checkpoint
+from model.weights.source import ModelSource, resolve_model
+from serve.openai.defaults import defaults_of
+from serve.plan import PlanError, plan_memory
+from serve.startup import STARTUP_ERRORS, check_template, check_tokenizer
+from serve.text.gguf_tokenizer import tokenizer_from_gguf
+from serve.text.tokenizer import Tokenizer
+from tests.fuzz.gguf_seeds import second_part
+from tests.fuzz.model_folders import ModelFolder
+
+_CLEAN = (*STARTUP_ERRORS, PlanError)  # which a start makes a StartupError
+_BYTES = 1 << 30  # that a device would have free
+_TEXT = "Hi 12  a\n<t>é▁"
+
+
+class Opener:
+    """Opens one input after the other in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._planned: set[ModelConfig] = set()  # planning takes longer than all else, and most inputs are alike here
+
+    def gguf(self, data: bytes) -> bool:
+        """Opens a file; a second part lies beside it. Whether it was all right, and not refused in words."""
+        path = self._folder / "m-00001-of-00002.gguf"
+        path.write_bytes(data)
+        path.with_name("m-00002-of-00002.gguf").write_bytes(second_part())
+        return self._is_right(path)
+
+    def safetensors(self, data: bytes) -> bool:
+        """Opens a folder, in the same way."""
+        ModelFolder.of(data).write(self._folder)
+        return self._is_right(self._folder)
+
+    def _is_right(self, path: Path) -> bool:
+        try:
+            self._open(resolve_model(str(path), None))
+        except _CLEAN:
+            return False
+        return True
+
+    def _open(self, source: ModelSource) -> None:
+        defaults_of("auto", "{}", source.path)
+        with closing(open_checkpoint(source)) as checkpoint:
+            config = checkpoint.config
+            if isinstance(checkpoint, GgufCheckpoint):
+                _try_tokenizer(tokenizer_from_gguf(checkpoint.metadata), config)
+            if config not in self._planned:
+                _plan(config)
+                self._planned.add(config)
+            load_weights(checkpoint, np.dtype(np.float32), lambda _, rows: rows.whole().nbytes)
+
+
+def _try_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    check_tokenizer("m", tokenizer, config.vocab_size)
+    check_template("m", tokenizer, None)
+    ids = tokenizer.encode(_TEXT, add_special_tokens=True)
+    tokenizer.decode(ids, skip_special_tokens=False)
+    assert all(0 <= token_id < config.vocab_size for token_id in ids)
+
+
+def _plan(config: ModelConfig) -> None:
+    most = config.max_position_embeddings
+    buckets = make_buckets(max_num_seqs=4, max_model_len=most, max_num_batched_tokens=64)
+    config = replace(config.for_length(most), layers=config.layers[:2])  # a hundred layers take a second
+    plan_memory(config, buckets, dtype="float32", int8=False, asked=None, free=_BYTES)

@@ -8,6 +8,7 @@ from serve.openai.errors import invalid, unsupported
 from serve.openai.schema import GenerationRequest
 from serve.text.tokenizer import Tokenizer
 
+_MAX_ANSWERS = 4096
 _CACHE_SALT = re.compile(r"[^@/\\\0]{1,128}")
 
 
@@ -19,6 +20,13 @@ def check_common(body: GenerationRequest) -> None:
         raise unsupported("best_of", "`best_of` must equal `n`.")
     if body.cache_salt is not None and not _CACHE_SALT.fullmatch(body.cache_salt):
         raise invalid("cache_salt", "`cache_salt` must be 1 to 128 characters without @, /, \\ and NUL.")
+
+
+def check_answers(prompts: int, n: int) -> None:
+    """A request's answers are not so many that it alone fills the server's memory."""
+    if prompts * n > _MAX_ANSWERS:
+        message = f"`n` of {n} for each of {prompts} prompts is more than the maximum of {_MAX_ANSWERS} answers."
+        raise invalid("n", message, "integer_above_max_value")
 
 
 def check_top_k(param: str, k: int, limits: EngineLimits) -> None:

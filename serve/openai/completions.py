@@ -11,7 +11,15 @@ from starlette.responses import Response
 
 from serve.engine.request import TokenScores
 from serve.openai.body import Body, Hole, dump, make_body
-from serve.openai.checks import check_common, check_length, check_logprob_token_ids, check_room, check_top_k, truncated
+from serve.openai.checks import (
+    check_answers,
+    check_common,
+    check_length,
+    check_logprob_token_ids,
+    check_room,
+    check_top_k,
+    truncated,
+)
 from serve.openai.endpoint import Endpoint, Usage, usage_of
 from serve.openai.errors import engine_error, invalid
 from serve.openai.generation import Choice, Delta, Finished, finish_all
@@ -81,6 +89,7 @@ class Completions:
             return [self._id_prompt(body, given, "prompt")]
         if len(given) > _MAX_PROMPTS:
             raise invalid("prompt", f"`prompt` holds more than {_MAX_PROMPTS} prompts.", "array_above_max_length")
+        check_answers(len(given), body.n or 1)
         return [
             self._text_prompt(body, one, f"prompt[{i}]")
             if isinstance(one, str)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from serve.openai.errors import unsupported
+from serve.openai.nesting import check_levels
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +73,10 @@ def check_extra(fields: Mapping[str, Any], log: FieldLog) -> None:
     """Looks at the fields that no model has.
 
     Raises:
-        APIError: 400 that names a field which would change the answer if it were honoured.
+        APIError: 400 that names a field which would change the answer if it were honoured, or is too deep.
     """
     for name, value in fields.items():
         if value is not None and value not in UNSUPPORTED.get(name, (value,)):
             raise unsupported(name)
+    check_levels(fields)
     log.unknown(name for name in fields if name not in UNSUPPORTED and name not in WITHOUT_EFFECT)

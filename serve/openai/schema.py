@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 
 from serve.openai.errors import APIError, invalid
 from serve.openai.known_fields import FieldLog, check_extra
+from serve.openai.nesting import check_levels
 
 _INT64 = 2**63
 _DAY = 86400
@@ -182,6 +183,10 @@ def validated[M: BaseModel](kind: type[M], data: dict[str, Any], log: FieldLog) 
         parsed = kind.model_validate(data)
     except ValidationError as error:
         raise _from_pydantic(error) from None
+    if isinstance(parsed, ChatPromptFields):
+        check_levels({"chat_template_kwargs": parsed.chat_template_kwargs, "documents": parsed.documents})
+        for i, message in enumerate(parsed.messages or ()):
+            check_levels({"content": message.content, **(message.model_extra or {})}, f"messages[{i}].")
     check_extra(parsed.model_extra or {}, log)
     return parsed
 

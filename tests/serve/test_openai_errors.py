@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from serve.openai.checks import check_answers
 from serve.openai.known_fields import UNSUPPORTED
 from serve.openai.schema import ChatCompletionRequest, CompletionRequest, StreamOptions
 from tests.serve.fake_runner import MAX_MODEL_LEN, K
@@ -272,7 +273,51 @@ async def test_deep_nesting_within_what_json_allows(server: Server) -> None:
     assert await refused(server, CHAT, chat_body(messages=deep)) == ("messages[0]", "invalid_type")
     assert await refused(server, COMPLETIONS, completion_body(prompt=deep)) == ("prompt[0][0]", "invalid_type")
     assert await refused(server, COMPLETIONS, completion_body(tools=deep)) == ("tools", "unsupported_parameter")
-    await server.complete(unknown=deep)
+
+
+def objects(levels: int) -> Any:
+    """So many in one another."""
+    return {"x": objects(levels - 1)} if levels else "leaf"
+
+
+def with_levels(param: str, levels: int) -> dict[str, Any]:
+    """A chat with a field of so many levels."""
+    first = {"role": "user", "content": "Hi"}
+    match param:
+        case "documents":
+            return chat_body(documents=[objects(levels - 1)])
+        case "messages[1].content":
+            part = {"type": "text", "text": "Hi", "more": objects(levels - 2)}
+            return chat_body(messages=[first, {"role": "user", "content": [part]}])
+        case "messages[1].name":
+            return chat_body(messages=[first, first | {"name": objects(levels)}])
+    return chat_body(**{param: objects(levels)})
+
+
+@pytest.mark.parametrize(
+    "param",
+    ["chat_template_kwargs", "documents", "messages[1].content", "messages[1].name", "metadata", "x" * 100],
+)
+async def test_a_field_of_any_shape_has_64_levels_at_most(server: Server, param: str) -> None:
+    await server.chat(**with_levels(param, 64))
+    assert await refused(server, CHAT, with_levels(param, 65)) == (param, "invalid_value")
+    assert await refused(server, CHAT, with_levels(param, 900)) == (param, "invalid_value")
+
+
+async def test_tokenize_takes_no_more_levels(server: Server) -> None:
+    for body in ({"prompt": "Hi"}, {"messages": [{"role": "user", "content": "Hi"}]}):
+        assert await refused(server, "/tokenize", body | {"more": objects(65)}) == ("more", "invalid_value")
+    assert await refused(server, "/detokenize", {"tokens": [1], "more": objects(65)}) == ("more", "invalid_value")
+
+
+async def test_a_request_has_4096_answers_at_most(server: Server) -> None:
+    for prompts, n in ((2048, 3), (33, 128)):
+        body = completion_body(prompt=["a"] * prompts, n=n)
+        assert await refused(server, COMPLETIONS, body) == ("n", "integer_above_max_value")
+    body = completion_body(prompt=["a"] * 4097)
+    assert await refused(server, COMPLETIONS, body) == ("prompt", "array_above_max_length")
+    check_answers(2048, 2)
+    check_answers(32, 128)
 
 
 # A value of every known field that would change the answer if it were honoured.

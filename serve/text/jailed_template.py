@@ -83,9 +83,8 @@ def _render(pipe: Connection, arguments: str, limits: Mapping[str, float]) -> No
         if len(text) > limits["max_characters"]:
             result = ["error", f"the chat template wrote more than {limits['max_characters']} characters"]
     except ChatTemplateError as error:
-        result = ["error", str(error)]
-    except MemoryError:
-        result = ["error", "the chat template reached its limit of memory"]
+        starved = isinstance(error.__cause__, MemoryError)
+        result = ["error", "the chat template reached its limit of memory" if starved else str(error)]
     pipe.send_bytes(json.dumps(result).encode())
 
 

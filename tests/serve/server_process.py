@@ -32,7 +32,7 @@ class ServerProcess:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.log.append(line)
-            if found := re.search(r"serving .* at (http://127\.0\.0\.1:\d+)", line):
+            if found := re.search(r"serving .* at (https?://127\.0\.0\.1:\d+)", line):
                 self.url = found[1]
                 break
         else:

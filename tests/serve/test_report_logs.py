@@ -16,7 +16,7 @@ import httpx2
 import pytest
 from rich.console import Console
 
-from serve import server as server_module
+from serve.assembly import Served
 from serve.logs import JsonFormatter, json_line, set_up_logs
 from serve.server import main
 from tests.serve.server_process import ROOT, ServerProcess
@@ -184,14 +184,11 @@ def test_a_certificate_that_is_none_is_said_before_anything_is_loaded(
 
 
 @pytest.mark.usefixtures("own_logging")
-def test_ctrl_c_while_it_starts_ends_with_130(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(*_: object) -> None:
+def test_ctrl_c_while_it_starts_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> Served:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(server_module, "assemble", interrupted)
-    assert main(["--port", "0"]) == 130
+    assert main(["--port", "0"], interrupted) == 130
     assert capsys.readouterr().err == "interrupted before it was ready\n"
 
 

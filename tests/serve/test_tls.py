@@ -1,0 +1,80 @@
+"""HTTPS: a certificate of the server's, and clients that must have one of their own."""
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+import pytest
+import trustme
+
+from serve.server import main
+from tests.serve.faulty_server import FaultyServer
+
+
+@dataclass(frozen=True, slots=True)
+class Certificates:
+    """An authority, and files of what it has issued."""
+
+    authority: trustme.CA
+    folder: Path
+
+    def flags(self) -> list[str]:
+        """Those of a server."""
+        return ["--ssl-certfile", str(self.folder / "cert.pem"), "--ssl-keyfile", str(self.folder / "key.pem")]
+
+    def trusting(self) -> ssl.SSLContext:
+        """A client that knows the authority."""
+        context = ssl.create_default_context()
+        self.authority.configure_trust(context)
+        return context
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> Certificates:
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    issued.private_key_pem.write_to_path(tmp_path / "key.pem")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    return Certificates(authority, tmp_path)
+
+
+def test_answers_come_over_https(certificates: Certificates) -> None:
+    server = FaultyServer(*certificates.flags())
+    try:
+        assert server.url.startswith("https://")
+        assert httpx2.get(f"{server.url}/health", verify=certificates.trusting()).status_code == 200
+        with pytest.raises(httpx2.ConnectError):
+            httpx2.get(f"{server.url}/health")  # who does not know the authority
+        with pytest.raises(httpx2.TransportError):
+            httpx2.get(server.url.replace("https", "http"))
+    finally:
+        assert server.terminate() == 0
+
+
+def test_clients_need_a_certificate_where_that_is_wanted(certificates: Certificates) -> None:
+    server = FaultyServer(*certificates.flags(), "--ssl-ca-certs", str(certificates.folder / "ca.pem"))
+    try:
+        with pytest.raises(httpx2.TransportError):
+            httpx2.get(f"{server.url}/health", verify=certificates.trusting())
+        context = certificates.trusting()
+        certificates.authority.issue_cert("client@example.org").configure_cert(context)
+        assert httpx2.get(f"{server.url}/health", verify=context).status_code == 200
+        stranger = certificates.trusting()
+        trustme.CA().issue_cert("client@example.org").configure_cert(stranger)
+        with pytest.raises(httpx2.TransportError):
+            httpx2.get(f"{server.url}/health", verify=stranger)
+    finally:
+        assert server.terminate() == 0
+
+
+@pytest.mark.parametrize("flag", ["--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certs"])
+def test_a_file_that_is_none_is_said_before_anything_is_loaded(
+    certificates: Certificates, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = certificates.folder / "broken.pem"
+    broken.write_text("nothing")
+    flags = [*certificates.flags(), "--ssl-ca-certs", str(certificates.folder / "ca.pem"), flag, str(broken)]
+    assert main([*flags, "/no/such/model"]) == 1
+    assert flag.replace("keyfile", "certfile") in capsys.readouterr().err

@@ -168,7 +168,7 @@ class Engine:
 
         The reason is STOP where the text has ended, of which the engine knows nothing.
         """
-        if request_id in self._streams:
+        if self._streams.leave(request_id):
             self._inbox.put(lambda: self._abort(request_id, reason))
 
     async def vocabulary(self, request_id: str, start: int, count: int) -> NDArray[np.float32]:

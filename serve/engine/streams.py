@@ -62,15 +62,12 @@ class Streams:
         self._lock = threading.Lock()
         self._open: dict[str, Stream] = {}
         self._held: dict[str, float] = {}  # kept for Engine.vocabulary() until abort() or this monotonic time
+        self._leaving: set[str] = set()  # of the open ones, those that the engine is to end
         self._asked: set[RowsWanted] = set()
         self._closed = False
 
     def __len__(self) -> int:
         return len(self._open) + len(self._held)
-
-    def __contains__(self, request_id: str) -> bool:
-        with self._lock:
-            return request_id in self._open or request_id in self._held
 
     def open(self, request_id: str, tokens: int) -> Stream:
         """A stream to the loop that runs now.
@@ -83,12 +80,19 @@ class Streams:
         with self._lock:
             if self._closed:
                 raise EngineStoppedError
-            if len(self) >= self._max_waiting:
+            if len(self) - len(self._leaving) >= self._max_waiting:
                 raise QueueFullError("max_num_queued_reqs")
             if self._max_waiting_tokens is not None and self._too_many_tokens(tokens, self._max_waiting_tokens):
                 raise QueueFullError("max_num_queued_tokens")
             self._open[request_id] = stream
         return stream
+
+    def leave(self, request_id: str) -> bool:
+        """A request is to end: from now on its place in the queue is another's. False: there is no such request."""
+        with self._lock:
+            if request_id in self._open:
+                self._leaving.add(request_id)
+            return request_id in self._open or request_id in self._held
 
     def deliver(self, emitted: Sequence[Emitted], held: Container[str]) -> None:
         """Hands a step's events to the loops that wait for them: one call for each loop.
@@ -103,6 +107,7 @@ class Streams:
                     stream = self._open.get(request.id)
                 else:
                     stream = self._open.pop(request.id, None)
+                    self._leaving.discard(request.id)
                     if stream is not None and request.id in held:
                         self._held[request.id] = time.monotonic() + self._hold_seconds
                 if stream is not None:
@@ -157,6 +162,7 @@ class Streams:
             self._closed = True
             streams, asked = list(self._open.values()), list(self._asked)
             self._open.clear()
+            self._leaving.clear()
             self._held.clear()
         for stream in streams:
             event = TokenEvent([], empty_scores(0, 0), FinishReason.ERROR, error="the engine has stopped")
@@ -167,7 +173,7 @@ class Streams:
 
     def _too_many_tokens(self, more: int, most: int) -> bool:
         """Whether a prompt has to wait; one that is too long for the limit alone may come when nothing else is here."""
-        waiting = [stream.tokens for stream in self._open.values()]
+        waiting = [stream.tokens for name, stream in self._open.items() if name not in self._leaving]
         return bool(waiting) and sum(waiting) + more > most
 
 

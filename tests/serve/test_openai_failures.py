@@ -42,6 +42,16 @@ async def test_the_queue_is_full() -> None:
         assert (await server.complete())["choices"][0]["text"] == "Hello"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_one_request_does_not_fill_the_queue_with_what_it_has_ended(stream: bool) -> None:
+    """Choices that a stop string ends leave their places at once, though the engine hears of it after its step."""
+    async with serving(b"Hello" * 20, max_waiting=64) as server:
+        response = await server.post(COMPLETIONS, completion_body(n=128, stop="l", max_tokens=60, stream=stream))
+        assert response.status_code == 200
+        assert "rate_limit_exceeded" not in response.text
+        await server.assert_idle()
+
+
 async def test_the_failure_of_one_choice_ends_the_others() -> None:
     async with serving(max_waiting=2) as server:
         gate = server.runner.before_call = Gate("prefill")

@@ -16,6 +16,7 @@ from serve.openai.schema import ChatPromptFields, TokenId, json_object, validate
 from serve.text.tokenizer import TokenizerError
 
 _JSON = "application/json"
+_MAX_CHARACTERS = 4 << 20  # of a text: its tokens take a hundred times as many bytes while they are made
 
 
 class TokenizeTextRequest(BaseModel):
@@ -84,9 +85,12 @@ class Tokenization:
         if "messages" in values:
             chat = validated(TokenizeChatRequest, values, at.fields)
             at.model_name(chat.model)
-            return self._tokens(chat_ids(chat, chat_text(chat, at), at), shown=bool(chat.return_token_strs))
+            text = chat_text(chat, at)
+            _check_size("messages", text)
+            return self._tokens(chat_ids(chat, text, at), shown=bool(chat.return_token_strs))
         body = validated(TokenizeTextRequest, values, at.fields)
         at.model_name(body.model)
+        _check_size("prompt", body.prompt)
         try:
             ids = at.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
         except TokenizerError as error:
@@ -107,3 +111,9 @@ class Tokenization:
         if body.return_token_bytes:
             answer["token_bytes"] = [list(tokenizer.token_bytes(token_id)) for token_id in body.tokens]
         return dump(answer)
+
+
+def _check_size(param: str, text: str) -> None:
+    if len(text) > _MAX_CHARACTERS:
+        message = f"`{param}` has {len(text)} characters, of at most {_MAX_CHARACTERS}."
+        raise invalid(param, message, "string_above_max_length")

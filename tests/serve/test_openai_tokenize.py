@@ -6,7 +6,18 @@ from typing import Any
 import pytest
 
 from tests.serve.fake_runner import MAX_MODEL_LEN
-from tests.serve.http_client import BEGIN, END, TEMPLATE, TWIN, VOCAB_SIZE, Server, answered, error_of, serving
+from tests.serve.http_client import (
+    BEGIN,
+    END,
+    TEMPLATE,
+    TWIN,
+    VOCAB_SIZE,
+    Server,
+    answered,
+    chat_body,
+    error_of,
+    serving,
+)
 
 
 @pytest.fixture
@@ -100,3 +111,13 @@ async def test_what_is_wrong_is_named(server: Server, path: str, body: Any, para
 async def test_another_model_is_not_served(server: Server, path: str) -> None:
     body = {"prompt": "a", "tokens": [1], "model": "gpt-9"}
     assert error_of(await server.post(path, body), 404)["param"] == "model"
+
+
+async def test_a_text_of_megabytes_is_refused_before_it_is_tokenized(server: Server) -> None:
+    text = "x" * ((4 << 20) + 1)
+    for body, param in (
+        ({"prompt": text}, "prompt"),
+        (chat_body(messages=[{"role": "user", "content": text}]), "messages"),
+    ):
+        error = error_of(await server.post("/tokenize", body), 400)
+        assert (error["param"], error["code"]) == (param, "string_above_max_length")

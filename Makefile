@@ -13,7 +13,7 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check --require-hashes --no
 RUN := $(if $(DEVICE),JAX_PLATFORMS=$(DEVICE)) $(PY)
 READY := .venv/.serve $(addprefix .venv/.,$(filter-out cpu,$(DEVICE)))
 
-.PHONY: serve ray test screenshots clients check bench bench-gpu portability sanitize fuzz notebook kernels lock clean
+.PHONY: serve ray test screenshots clients check bench bench-gpu portability sanitize fuzz audit notebook kernels lock clean
 .DELETE_ON_ERROR:
 
 serve: $(READY) kernels
@@ -58,6 +58,11 @@ sanitize: .venv/.dev kernels
 # Request bodies and model files by coverage, one target after the other: ARGS="gguf --minutes 20".
 fuzz: .venv/.dev .venv/.fuzz kernels
 	$(PY) -m tests.fuzz $(ARGS)
+
+# What is known against the packages that the server is made of. Asks PyPI; fails where it cannot be asked about one, too.
+AUDITED := requirements.lock requirements-ray.lock requirements-cuda.lock requirements-tpu.lock
+audit: .venv/.audit
+	.venv/clients/pip_audit/bin/pip-audit --strict --disable-pip --require-hashes $(addprefix -r ,$(AUDITED))
 
 notebook: .venv/.dev .venv/.targets kernels
 	@$(PIP) -r requirements-notebook.lock
@@ -105,8 +110,10 @@ $(PY):
 # lm-evaluation-harness, for its guide: see tests/clients/environments.py. One run imports little of it, so that compiling all of
 # it would take longer.
 .venv/.guides: requirements-clients/lm_eval.txt | $(PY)
+.venv/.audit: requirements-clients/pip_audit.txt | $(PY)
+.venv/.guides .venv/.audit:
 	@echo "installing what $< names, in an environment of its own"
-	@PIP_COMPILE=0 $(PY) -c "from tests.clients.environments import python_environment; python_environment('lm_eval')"
+	@PIP_COMPILE=0 $(PY) -c "from tests.clients.environments import python_environment; python_environment('$(basename $(notdir $<))')"
 	@touch $@
 
 # The compilers lie apart, in a folder that compiled/chips.py looks into: among the other packages, every process of JAX

@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-SECONDS = 10  # that an input may take
+SECONDS = 20  # that an input may take
 _MEMORY = 1 << 30  # bytes that the process may have beside what it has when it begins
 _MOST_BYTES = 1 << 16  # of an input
 _INSTRUMENTED = ["model", "serve"]

@@ -258,7 +258,8 @@ def test_sigterm_drains_and_exits_0_and_a_second_start_reads_the_cache(tmp_path:
         events = [line for line in lines if line.startswith("data: ")]
     assert events[-1] == "data: [DONE]"
     assert '"finish_reason":"length"' in events[-2]
-    assert first.terminate() == 0
+    assert first.process.wait(60) == 0
+    first.terminate()
     second = ServerProcess(*arguments)
     assert second.terminate() == 0
     assert sorted(path.name for path in (tmp_path / "xla").glob("jit_decode_1-*-cache")) == entries

@@ -11,14 +11,9 @@ import itertools
 import json
 import os
 import random
-import re
-import signal
 import statistics
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +25,7 @@ from compiled.state import MAX_SCORED_IDS
 from serve.bench_host import host_ms_per_step
 from serve.bench_http import entries_ms, http_share
 from serve.bench_limit import bandwidth_probe, decode_bytes, is_here
+from serve.own_server import own_server
 
 _PROMPT, _OUTPUT = 32, 64  # tokens of a decode stream
 _LONG = 512  # tokens of a prefill
@@ -221,27 +217,6 @@ def _scenarios(load: Load) -> dict[str, Callable[[], Awaitable[Figures]]]:
     }
 
 
-@contextlib.contextmanager
-def own_server(arguments: list[str]) -> Iterator[str]:
-    """A server of ours on a free port, for the time of the measurement: its address."""
-    command = [sys.executable, "-m", "serve", *arguments, "--port", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        for line in process.stderr:
-            sys.stderr.write(line)
-            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-                # Somebody must read on, or a full pipe would stop the server.
-                threading.Thread(target=process.stderr.read, daemon=True).start()
-                yield found[0]
-                break
-        else:
-            raise SystemExit(process.wait())
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-
-
 def show(rows: dict[str, Figures], weight_bytes: float | None) -> None:
     """The table; the share of the limit where the weights are known."""
     table = Table(title=f"{weight_bytes / 1e6:,.0f} MB of weights a step" if weight_bytes else None)
@@ -278,7 +253,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         arguments = [*([options.model] if options.model else []), "--dtype", options.dtype]
         arguments += ["--quantization", options.quantization] if options.quantization else []
-        url = options.url or stack.enter_context(own_server(arguments))
+        url = options.url or stack.enter_context(own_server(arguments)).url
         try:
             rows = asyncio.run(_collect(url, options.vocabulary))
         except FailedError as error:

@@ -13,7 +13,7 @@ PIP := $(PY) -m pip install -q --disable-pip-version-check --require-hashes --no
 RUN := $(if $(DEVICE),JAX_PLATFORMS=$(DEVICE)) $(PY)
 READY := .venv/.serve $(addprefix .venv/.,$(filter-out cpu,$(DEVICE)))
 
-.PHONY: serve ray test screenshots clients check bench bench-gpu portability sanitize fuzz audit notebook kernels lock clean
+.PHONY: serve ray test screenshots clients check bench bench-gpu soak portability sanitize fuzz audit notebook kernels lock clean
 .DELETE_ON_ERROR:
 
 serve: $(READY) kernels
@@ -46,6 +46,10 @@ bench: $(READY) kernels
 # The same table on an NVIDIA GPU, of which the bench's process needs a part, too.
 bench-gpu:
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(MAKE) bench DEVICE=cuda
+
+# Mixed traffic for half an hour, and whether all that must hold has held: ARGS="--minutes 5 --report soak.md".
+soak: $(READY) kernels
+	$(RUN) -m serve.soak $(if $(URL),--url $(URL)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 # A model's steps, compiled for hardware that is not here: ARGS="--target h100 --target v5e:2x2".
 portability: .venv/.serve .venv/.targets kernels

@@ -24,6 +24,9 @@ FORBIDDEN = (
     ("serve.terminal", "jax"),
     ("serve.score", "serve.openai"),
     ("serve.score", "jax"),
+    # A client, which knows a server by what it answers.
+    ("serve.soak", "serve.engine"),
+    ("serve.soak", "jax"),
     ("serve.engine", "rich"),
     ("serve.openai", "rich"),
     # Ray is an extra: what serves without it must not need it.

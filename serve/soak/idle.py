@@ -1,0 +1,77 @@
+"""Looks at a server that has nothing to do: whether it knows, and what it still holds."""
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+import httpx2
+from prometheus_client.parser import text_string_to_metric_families
+
+from serve.soak.memory import Resident
+
+_SECONDS = 5.0  # after which a server that nobody asks must be idle
+_FILES = 8  # more open files than before the traffic, of pools that fill once
+
+_ZERO = (
+    "logprobd:num_requests_running",
+    "logprobd:num_requests_waiting",
+    "logprobd:num_requests_held",
+    "logprobd:kv_cache_usage_perc",
+)
+_LOAD = "/load"
+_RESIDENT, _FILES_OPEN, _STARTED = "process_resident_memory_bytes", "process_open_fds", "process_start_time_seconds"
+
+
+class Idle:
+    """Looks at one server, now and then."""
+
+    def __init__(self) -> None:
+        self.samples: list[Resident] = []
+        self.first: Mapping[str, float] = {}  # every number, at the first look and at the last
+        self.last: Mapping[str, float] = {}
+        self._failures = 0.0
+
+    async def look(self, http: httpx2.AsyncClient, seconds: float) -> tuple[list[str], list[str]]:
+        """Waits for a server to be idle; what is wrong with it, and which failures its engine has counted since.
+
+        Args:
+            seconds: since the soak began.
+        """
+        until = time.monotonic() + _SECONDS
+        while (wrong := list(self._not_idle(now := await _scrape(http)))) and time.monotonic() < until:
+            await asyncio.sleep(0.1)
+        self.first, self.last = self.first or now, now
+        self.samples.append(Resident(seconds, now.get(_RESIDENT, 0.0), now.get(_FILES_OPEN, 0.0)))
+        if now.get(_STARTED) != self.first.get(_STARTED):
+            wrong.append("the server's process is another than at the beginning")
+        return wrong, list(self._new_failures(now))
+
+    def _not_idle(self, now: Mapping[str, float]) -> Iterator[str]:
+        for name in (*_ZERO, _LOAD):
+            if name not in now:
+                yield f"{name} is not told"
+            elif now[name] != 0:
+                yield f"{name} is {now[name]:g} after {_SECONDS:g} s"
+        files = now.get(_FILES_OPEN, 0)
+        before = (self.first or now).get(_FILES_OPEN, 0)
+        if files > before + _FILES:
+            yield f"{files:.0f} files are open, {before:.0f} were before the traffic"
+
+    def _new_failures(self, now: Mapping[str, float]) -> Iterator[str]:
+        """Some versions count what has failed inside the engine; each failure is told once."""
+        failures = sum(value for name, value in now.items() if "engine_failures" in name)
+        if failures > self._failures:
+            yield f"the engine has counted {failures - self._failures:.0f} failures"
+        self._failures = failures
+
+
+async def _scrape(http: httpx2.AsyncClient) -> Mapping[str, float]:
+    """Every number of /metrics, summed over its labels, and of /load."""
+    values: dict[str, float] = defaultdict(float)
+    for family in text_string_to_metric_families((await http.get("/metrics", timeout=60)).raise_for_status().text):
+        for sample in family.samples:
+            if not sample.name.endswith("_created"):
+                values[sample.name] += sample.value
+    values[_LOAD] = (await http.get(_LOAD, timeout=60)).raise_for_status().json()["server_load"]
+    return values

@@ -4,7 +4,9 @@ import asyncio
 import copy
 import json
 import random
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +32,7 @@ from serve.soak.answers import Reply, Scored
 from serve.soak.ask import CHAT, COMPLETIONS, Ask, Manner, ServerFacts
 from serve.soak.bad_bodies import BadBodies
 from serve.soak.checks import check_scored, check_status, checked_reply
-from serve.soak.client import Answer, send
+from serve.soak.client import Answer, connect, send
 from serve.soak.idle import Idle
 from serve.soak.memory import Resident, growth
 from serve.soak.prompts import Prompts
@@ -602,9 +604,8 @@ def test_no_server_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not answer" in capsys.readouterr().err
 
 
-def test_a_server_that_fails_ends_the_soak(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def failing_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of any: it tells what it is, is idle, and answers each request of a soak with 500."""
     pages: dict[str, object] = {
         "/v1/models": {"data": [{"id": "m", "max_model_len": 2048, "max_logprobs": 20}]},
         "/tokenizer_info": {"vocab_size": 1000},
@@ -623,18 +624,78 @@ def test_a_server_that_fails_ends_the_soak(
         return httpx2.AsyncClient(base_url=url, transport=httpx2.MockTransport(failing))
 
     monkeypatch.setattr("serve.soak.soak.connect", connect)
+
+
+def test_a_server_that_fails_ends_the_soak(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    failing_server(monkeypatch)
     assert main(["--url", "http://s", "--report", str(tmp_path / "soak.md")]) == 1
     shown, written = capsys.readouterr().out, (tmp_path / "soak.md").read_text("utf-8")
     for report in (shown, written):
         assert "the status is 500" in report
         assert "failed: " in report
-    assert "| result | failed: 2" in written  # it ends after two hundred, and what was on its way
+    failed = re.search(r"failed: (\d+) violations", written)
+    assert failed is not None
+    assert 200 <= int(failed[1]) < 1000  # it ends after two hundred, and what was on its way
+
+
+def test_ctrl_c_ends_in_a_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    async def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    failing_server(monkeypatch)
+    monkeypatch.setattr(Soak, "run", interrupted)
+    assert main(["--url", "http://s"]) == 130
+    assert "interrupted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("code", "result"), [(0, 0), (-9, 1)])
+def test_a_server_of_its_own_gets_the_other_flags_and_has_to_end_well(
+    monkeypatch: pytest.MonkeyPatch, code: int, result: int
+) -> None:
+    started: list[str] = []
+
+    @contextmanager
+    def own(arguments: Sequence[str]) -> Iterator[OwnServer]:
+        started.extend(arguments)
+        server = OwnServer("http://s")
+        yield server
+        server.exit_code = code
+
+    async def nothing(*_: object) -> None:
+        pass
+
+    failing_server(monkeypatch)
+    monkeypatch.setattr("serve.soak.__main__.own_server", own)
+    monkeypatch.setattr(Soak, "run", nothing)
+    assert main(["--model", "org/m", "--minutes", "1", "--max-num-seqs", "4", "--dtype", "float32"]) == result
+    assert started[0] == "org/m"
+    assert started[-4:] == ["--max-num-seqs", "4", "--dtype", "float32"]  # after ours, so that they stand over them
+
+
+async def test_clients_leave_and_dawdle(server: ServerProcess) -> None:
+    body = {"prompt": "A long story:", "max_tokens": 60, "ignore_eos": True, "stream": True, "logprobs": 5}
+    ask = Ask("any", COMPLETIONS, body)
+    async with connect(server.url) as http:
+        for manner, patience in ((Manner.LEAVES_WAITING, 0.005), (Manner.LEAVES_SENDING, 0.5)):
+            answer = await send(http, replace(ask, manner=manner, patience=patience), ID, 20)
+            assert (answer.left, answer.failure, answer.status) == (True, None, None)
+        answer = await send(http, replace(ask, manner=Manner.LEAVES_READING, patience=3), ID, 20)
+        assert (answer.left, answer.failure, answer.status, len(answer.pieces)) == (True, None, 200, 3)
+        dawdling = replace(ask, manner=Manner.READS_SLOWLY, patience=0.1, body=body | {"max_tokens": 5})
+        answer = await send(http, dawdling, ID, 20)
+        assert answer.body.endswith(b"data: [DONE]\n\n")
+        times = [at for at, _ in answer.pieces]
+        assert all(after - before >= 0.09 for before, after in pairwise(times))
+    async with connect(server.url) as http:
+        assert await Idle().look(http, 0.0) == ([], [])
 
 
 def test_a_short_soak_of_a_real_server(
     server: ServerProcess, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    flags = ["--requests", "60", "--clients", "8", "--longest", "256", "--seed", "1", "--timeout", "100"]
+    flags = ["--requests", "50", "--clients", "8", "--longest", "256", "--seed", "1", "--timeout", "100"]
     assert main(["--url", server.url, *flags, "--report", str(tmp_path / "soak.md")]) == 0
     report = (tmp_path / "soak.md").read_text("utf-8")
     assert "| result | passed |" in report

@@ -89,8 +89,15 @@ def main() -> None:
         made: Any = atheris.Mutate(data, max_size) if random.random() < 0.1 else target.mutated(data, random)
         return bytes(made[:max_size])
 
-    options = [f"-max_total_time={seconds}", f"-seed={seed}", f"-timeout={SECONDS}", f"-max_len={_MOST_BYTES}"]
-    options += ["-print_final_stats=1", "-rss_limit_mb=4096", f"-artifact_prefix={findings}/", str(corpus)]
+    options = [f"-max_total_time={seconds}", f"-seed={seed}", f"-timeout={SECONDS}"]
+    options += [
+        f"-report_slow_units={SECONDS}",
+        f"-max_len={_MOST_BYTES}",
+        "-print_final_stats=1",
+        "-rss_limit_mb=4096",
+        f"-artifact_prefix={findings}/",
+        str(corpus),
+    ]
     atheris.Setup([sys.argv[0], *options], trial, custom_mutator=mutated)
     atheris.Fuzz()
 

@@ -25,6 +25,7 @@ from compiled.state import MAX_SCORED_IDS
 from serve.bench_host import host_ms_per_step
 from serve.bench_http import entries_ms, http_share
 from serve.bench_limit import bandwidth_probe, decode_bytes, is_here
+from serve.bench_reader import beside_a_reader
 from serve.own_server import own_server
 
 _PROMPT, _OUTPUT = 32, 64  # tokens of a decode stream
@@ -135,6 +136,19 @@ class Load:
         note = f"longest gap {longest:.0f} ms, {longest / (usual + chunk_ms):.1f} x (usual + mean chunk)"
         return Figures(self.long_prompt / seconds, itl_ms=usual, note=note)
 
+    async def beside_slow_reader(self) -> Figures:
+        """The rate of 15 streams beside one that nobody reads."""
+        prompt = self._ids(min(1500, self.long_prompt // 2))
+        body = self._body(
+            {"prompt": prompt, "prompt_logprobs": 20, "logprobs": 20, "max_tokens": 400, "ignore_eos": True}
+        )
+
+        async def others() -> float:
+            return (await self._decode_round(15, {})).tokens_per_second or 0.0
+
+        beside = await beside_a_reader(self._client, body, others)
+        return Figures(beside.unread, note=f"{beside.ratio:.3f} of that beside one that reads")
+
     async def _decode_round(self, streams: int, extra: Body) -> Figures:
         async def one() -> tuple[float, list[float]]:
             return time.perf_counter(), [arrival async for arrival in self._stream(extra)]
@@ -214,6 +228,7 @@ def _scenarios(load: Load) -> dict[str, Callable[[], Awaitable[Figures]]]:
         f"{score}, {_CACHED} cached, not scored": lambda: load.reuse({"max_tokens": 1}),
         f"{score}, {_CACHED} scored before": lambda: load.reuse({"max_tokens": 1, "prompt_logprobs": 5}),
         f"1 stream beside a prompt of {load.long_prompt}": load.beside,
+        "15 streams beside one that nobody reads": load.beside_slow_reader,
     }
 
 

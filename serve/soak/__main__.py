@@ -27,7 +27,9 @@ _MOST_LINES = 5  # of the server's log that are told
 _WIDTH = 120
 
 _EPILOG = """\
-other flags are those of the server that is started: python -m serve.soak --dtype float32 --max-num-seqs 4
+other flags are those of the server that is started:
+  python -m serve.soak --dtype float32 --max-num-seqs 4
+  python -m serve.soak --kv-cache-memory 52M    so little that requests lose their pages (of the default model)
 
 exit codes:
   0    all that was checked held

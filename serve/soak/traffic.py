@@ -19,23 +19,24 @@ class Traffic:
 
     def __init__(self, seed: int, facts: ServerFacts, *, longest: int, burst: int) -> None:
         """`longest` is the most tokens of a long prompt with its answer, `burst` how many requests come at once."""
-        self._seed, self._facts, self._burst_size = seed, facts, burst
+        self._seed, self._facts, self._longest, self._burst_size = seed, facts, longest, burst
         self._prompts = Prompts(seed, facts, longest)
         self._bad_bodies = BadBodies(facts, self._prompts)
         # A method draws the kind of its name; the weight is its share in a thousand.
         self._kinds: dict[Callable[[random.Random], Ask], int] = {
-            self._chat: 150,
-            self._completion: 150,
+            self._chat: 145,
+            self._completion: 145,
             self._several_answers: 50,
             self._stop_strings: 50,
             self._filters: 100,
             self._shared_prefix: 80,
             self._long_prompt: 15,
+            self._long_answer: 20,
             self._prompt_logprobs: 50,
             self._prompt_columns: 40,
             self._echo_of_many: 40,
             self._tokenize_and_back: 40,
-            self._page: 48,
+            self._page: 38,
             self._bad_bodies.draw: 80,
             self._leaves_waiting: 30,
             self._leaves_reading: 45,
@@ -115,6 +116,14 @@ class Traffic:
         if rng.random() < 0.5:
             body |= {"prompt_logprobs": rng.choice((0, 1, 5)), "prompt_logprobs_format": "columns"}
         return self._maybe_streamed(rng, "long prompt", COMPLETIONS, body)
+
+    def _long_answer(self, rng: random.Random) -> Ask:
+        """One, or several that grow together over pages of the cache: where there are few, some lose theirs."""
+        n, least, most = rng.choice(((1, 100, 400), (1, 100, 400), (8, 200, 280)))
+        body: Body = {"prompt": self._prompts.ids(rng, rng.randint(1, 60)), "ignore_eos": True} | self._sampled(rng)
+        body |= {"max_tokens": min(rng.randint(least, most), self._longest // 2), "logprobs": self._alternatives(rng)}
+        body["n"] = n
+        return self._maybe_streamed(rng, "long answer", COMPLETIONS, body)
 
     def _prompt_logprobs(self, rng: random.Random) -> Ask:
         return self._scored_prompt(rng, "prompt_logprobs")

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
     if own is not None:
         soak.tally.check(PROCESS, "at the end", _complaints(own))
-    judge(soak, max_growth=options.max_growth, max_p99_ms=options.max_p99_ms)
+    judge(soak)
     tables = list(sections(soak))
     show(tables, Console(width=max(_WIDTH, Console().width)))
     if options.report is not None:
@@ -99,6 +99,8 @@ def _settings(options: argparse.Namespace, url: str) -> Settings:
         longest=options.longest,
         timeout=options.timeout,
         tolerance=options.tolerance,
+        max_growth=options.max_growth,
+        max_p99_ms=options.max_p99_ms,
     )
 
 

@@ -42,7 +42,7 @@ class Growth:
         t = _T[freedom - 1] if 0 < freedom <= len(_T) else _T_MANY
         return self.mb_per_hour - t * self.error
 
-    def leaks(self, most: float = LEAK_MB_PER_HOUR) -> bool:
+    def leaks(self, most: float) -> bool:
         """Whether memory surely grows by more than `most` MB in an hour, and by more than what ends by itself."""
         return self.lowest > most and self.lowest * self.hours > LEAK_MB
 

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from serve.soak.idle import Idle
-from serve.soak.memory import LEAK_MB, LEAK_MB_PER_HOUR, growth
+from serve.soak.memory import LEAK_MB, growth
 from serve.soak.soak import Soak
 from serve.soak.tally import CHECKS, LATENCY, MEMORY, Tally, quantile
 
@@ -36,12 +36,12 @@ class Section:
     prose: bool = False
 
 
-def judge(soak: Soak, *, max_growth: float = LEAK_MB_PER_HOUR, max_p99_ms: float | None = None) -> None:
+def judge(soak: Soak) -> None:
     """What can only be said at the end: of memory, and of latency if there is a limit to it."""
-    line, tally = growth(soak.idle.samples), soak.tally
+    line, tally, max_p99_ms = growth(soak.idle.samples), soak.tally, soak.settings.max_p99_ms
     if line is not None:
         grows = f"it grows by {line.mb_per_hour:.0f} MB/h, surely by more than {line.lowest:.0f} MB/h"
-        tally.check(MEMORY, "at the end", [grows] if line.leaks(max_growth) else [], line.samples)
+        tally.check(MEMORY, "at the end", [grows] if line.leaks(soak.settings.max_growth) else [], line.samples)
     if max_p99_ms is not None:
         p99 = quantile(tally.between_tokens, 0.99)
         told = "there were no streams" if p99 is None else f"the p99 between tokens is {1e3 * p99:.0f} ms"
@@ -57,7 +57,7 @@ def sections(soak: Soak) -> Iterator[Section]:
     yield _requests(tally)
     yield _again(soak)
     yield _latency(tally)
-    yield Section("Memory, in pauses", ("", ""), list(_memory(soak.idle)), prose=True)
+    yield Section("Memory, in pauses", ("", ""), list(_memory(soak.idle, soak.settings.max_growth)), prose=True)
     yield Section("What the server counted", ("", ""), list(_counted(soak.idle)))
     if tally.violations:
         shown = [(each.check, each.where, each.what) for each in tally.violations[:_SHOWN]]
@@ -110,7 +110,7 @@ def _latency(tally: Tally) -> Section:
     return Section("Latency of streams as clients saw it, in ms", ("", "p50", "p90", "p99", "most", "measured"), rows)
 
 
-def _memory(idle: Idle) -> Iterator[tuple[str, str]]:
+def _memory(idle: Idle, max_growth: float) -> Iterator[tuple[str, str]]:
     if not idle.samples:
         return
     first, last, line = idle.samples[0], idle.samples[-1], growth(idle.samples)
@@ -122,7 +122,7 @@ def _memory(idle: Idle) -> Iterator[tuple[str, str]]:
     else:
         over = f"{line.samples} pauses in {60 * line.hours:.0f} minutes after the warm-up"
         yield "slope", f"{line.mb_per_hour:+,.1f} MB/h, standard error {line.error:,.1f}; {over}"
-        rule = f"a leak is more than {LEAK_MB_PER_HOUR:g} MB/h and {LEAK_MB:g} MB in all"
+        rule = f"a leak is more than {max_growth:g} MB/h and {LEAK_MB:g} MB in all"
         yield "surely above", f"{line.lowest:+,.1f} MB/h (95 %); {rule}"
     yield "open files", f"{first.open_files:.0f} at first, {last.open_files:.0f} at the end"
 

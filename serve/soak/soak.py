@@ -25,6 +25,7 @@ from serve.soak.ask import COMPLETIONS, Ask, ServerFacts
 from serve.soak.checks import check_other, check_status, checked_reply
 from serve.soak.client import connect, send
 from serve.soak.idle import Idle
+from serve.soak.memory import LEAK_MB_PER_HOUR
 from serve.soak.tally import AGAIN, ANSWER, FAILURES, IDLE, STATUS, Tally
 from serve.soak.traffic import Traffic
 
@@ -53,6 +54,8 @@ class Settings:
     longest: int | None  # tokens of a long prompt with its answer; None: what the model takes
     timeout: float  # seconds after which a request hangs
     tolerance: float | None  # between log-probs of the same token; None: 0 on a CPU, else 1e-3
+    max_growth: float = LEAK_MB_PER_HOUR  # of resident memory, MB per hour
+    max_p99_ms: float | None = None  # between two tokens of a stream; None: any
 
 
 async def read_facts(url: str) -> ServerFacts:

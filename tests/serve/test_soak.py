@@ -534,8 +534,8 @@ def test_quantiles() -> None:
     assert quantile(range(101), 0.99) == 99
 
 
-def soak_of(tally: Tally, *samples: Resident) -> Soak:
-    soak = Soak(SETTINGS, FACTS)
+def soak_of(tally: Tally, *samples: Resident, max_p99_ms: float | None = None) -> Soak:
+    soak = Soak(replace(SETTINGS, max_p99_ms=max_p99_ms), FACTS)
     soak.tally, soak.idle.samples = tally, list(samples)
     return soak
 
@@ -547,8 +547,8 @@ def test_the_report() -> None:
     tally.check("answers and their numbers", "chat, request 7", [f"wrong | {i}" for i in range(30)])
     tally.tokens(STREAM_ASK, stream_of(chunks()), reply_of_stream())
     tally.compared("scored again", Comparison(5, 0, ["x"]))
-    soak = soak_of(tally, *line(*(1000 + 10.0 * i for i in range(12))))
-    judge(soak, max_p99_ms=1.0)
+    soak = soak_of(tally, *line(*(1000 + 10.0 * i for i in range(12))), max_p99_ms=1.0)
+    judge(soak)
     text = markdown(list(sections(soak)))
     assert "| result | failed: 32 violations |" in text
     assert "| chat | 1 | 1 | 2 |" in text
@@ -572,12 +572,12 @@ def test_speed_is_judged_on_demand_only() -> None:
     tally.between_tokens.extend([100.0] * 10)
     judge(soak_of(tally))
     assert not tally.violations
-    judge(soak_of(tally), max_p99_ms=1e6)
+    judge(soak_of(tally, max_p99_ms=1e6))
     assert not tally.violations
-    judge(soak_of(tally), max_p99_ms=1e3)
+    judge(soak_of(tally, max_p99_ms=1e3))
     assert [each.check for each in tally.violations] == ["latency"]
     silent = Tally()
-    judge(soak_of(silent), max_p99_ms=1e3)
+    judge(soak_of(silent, max_p99_ms=1e3))
     assert [each.what for each in silent.violations] == ["there were no streams; 1000 ms are allowed"]
 
 

@@ -140,5 +140,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """404 and 405 of the router."""
     assert isinstance(error, HTTPException)
     message = f"{error.detail}: {request.method} {request.url.path[:200]}"
-    record_of(request).error = f"http_{error.status_code}"
-    return APIError(error.status_code, message, None, None, error.headers or {}).response()
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    return await _api_error(request, APIError(error.status_code, message, None, code, error.headers or {}))

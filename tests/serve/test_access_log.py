@@ -78,12 +78,12 @@ async def test_errors_are_told_by_their_code_wherever_they_come() -> None:
     told = [(record.status, record.error) for record in records[:-1]]
     assert told == [
         (400, "invalid_type"),
-        (404, "http_404"),
+        (404, "not_found"),
         (200, "engine_error"),
         (499, "client_gone"),
         (200, "client_gone"),
     ]
-    for code, count in {"invalid_type": 1, "http_404": 1, "engine_error": 1, "client_gone": 2}.items():
+    for code, count in {"invalid_type": 1, "not_found": 1, "engine_error": 1, "client_gone": 2}.items():
         assert f'logprobd:request_errors_total{{code="{code}",engine="0",model_name="org/bytes"}} {count}.0' in text
     assert 'logprobd:engine_failures_total{engine="0",kind="step",model_name="org/bytes"} 1.0' in text
 

@@ -141,7 +141,8 @@ async def test_a_model_that_is_not_served(server: Server, name: str) -> None:
 )
 async def test_a_wrong_method(server: Server, method: str, path: str) -> None:
     response = await server.client.request(method, path)
-    assert error_of(response, 405)["type"] == "invalid_request_error"
+    error = error_of(response, 405)
+    assert (error["type"], error["code"]) == ("invalid_request_error", "method_not_allowed")
     assert method not in response.headers["allow"]
 
 
@@ -160,7 +161,7 @@ async def test_a_wrong_method(server: Server, method: str, path: str) -> None:
 )
 async def test_a_wrong_path(server: Server, path: str) -> None:
     error = error_of(await server.client.post(path), 404)
-    assert error["type"] == "invalid_request_error"
+    assert (error["type"], error["code"]) == ("invalid_request_error", "not_found")
     assert len(error["message"]) < 300
 
 

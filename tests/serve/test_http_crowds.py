@@ -124,7 +124,8 @@ async def test_sixty_four_requests_on_four_rows_are_served_in_their_order() -> N
     async with serving(b"x" * 8, max_waiting=64) as server:
         requests = submitted(server)
         gate = server.runner.before_call = Gate("prefill")
-        priorities = [random.Random(11).randrange(3) for _ in range(64)]
+        choose = random.Random(11)
+        priorities = [choose.randrange(3) for _ in range(64)]
         asked = []
         async with asyncio.timeout(SECONDS):
             for number, priority in enumerate(priorities):

@@ -190,6 +190,8 @@ def _rows(cursor: _Cursor, count: int) -> dict[str, GgufTensor]:
         if axes > _MAX_DIMS:
             raise cursor.fail(f"tensor {name} has {axes} axes")
         shape = tuple(cursor.u64() for _ in range(axes))[::-1]
+        if 0 in shape:  # its other axes could be of any length, and no file too short for it
+            raise cursor.fail(f"tensor {name} has an axis of length 0")
         rows[name] = GgufTensor(shape, type_number=cursor.u32(), offset=cursor.u64(), nbytes=0)
     return rows
 

@@ -129,13 +129,15 @@ async def test_sixty_four_requests_on_four_rows_are_served_in_their_order() -> N
         asked = []
         async with asyncio.timeout(SECONDS):
             for number, priority in enumerate(priorities):
-                asked.append(asyncio.create_task(server.complete(prompt=[number + 1], max_tokens=8, priority=priority)))
+                asked.append(
+                    asyncio.create_task(server.complete(prompt=[number + 1, 5], max_tokens=8, priority=priority))
+                )
                 while len(requests) <= number:
                     await asyncio.sleep(0)
+                await gate.reached()  # with the first, before the others come
             gate.open()
             answers = await asyncio.gather(*asked)
         assert [answer["usage"]["completion_tokens"] for answer in answers] == [8] * 64
-        # The first was let in before the others came.
         ran = sorted(requests[1:], key=lambda request: request.times.admitted)
         assert ran == sorted(requests[1:], key=_place)
         await server.assert_idle()

@@ -126,7 +126,7 @@ def test_every_cut_of_a_file_is_refused(path: Path) -> None:
         (header([value("general.alignment", STRING, string("x"))], []), "general.alignment is 'x'"),
         (header([], [tensor("a", (1,)), tensor("a", (1,))]) + bytes(64), "tensor a is there twice"),
         (header([], [tensor("a", (1, 1, 1, 1, 1))]), "tensor a has 5 axes"),
-        (header([], [tensor("a", (2**62, 0, 2**62))]), "tensor a has an axis of length 0"),
+        (header([], [tensor("a", (2**62, 0, 2**62))]), "tensor a has no values, and an axis of length"),
         (header([], [tensor("a", (33,), kind=2)]) + bytes(64), "not a multiple of Q4_0's 32"),
         (header([], [tensor("a", (2**40, 2**40))]) + bytes(64), "truncated: tensor a ends at byte"),
         (header([], [tensor("a", (1,), offset=2**63)]) + bytes(64), "truncated: tensor a ends at byte"),

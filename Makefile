@@ -64,7 +64,7 @@ fuzz: .venv/.dev .venv/.fuzz kernels
 	$(PY) -m tests.fuzz $(ARGS)
 
 # What is known against the packages that the server is made of. Asks PyPI; fails where it cannot be asked about one, too.
-AUDITED := requirements.lock requirements-ray.lock requirements-cuda.lock requirements-tpu.lock
+AUDITED := requirements.lock requirements-files.lock requirements-ray.lock requirements-cuda.lock requirements-tpu.lock
 audit: .venv/.audit
 	.venv/clients/pip_audit/bin/pip-audit --strict --disable-pip --require-hashes $(addprefix -r ,$(AUDITED))
 

@@ -4,6 +4,7 @@ A `Compiled` raises TypeError on any other shape or dtype, so "no compile while 
 """
 
 import errno
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled, Lowered
 
 from compiled.shapes import HeadShape, SlotShape, StateShape, StepShape
+
+logger = logging.getLogger(__name__)
 
 type Shape = StepShape | HeadShape | SlotShape | StateShape
 
@@ -127,17 +130,20 @@ def compile_plans(plans: Iterable[Plan], on_done: Callable[[Program], None] | No
 def use_persistent_cache(directory: Path) -> None:
     """Keeps executables in `directory`, made private: whoever can write there can run code in this process.
 
+    What is there is thrown away if others could have put it there.
+
     Raises:
-        PermissionError: it is another user's, or others could write there and something is in it.
+        PermissionError: the directory is another user's.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = directory.stat()
     if status.st_uid != os.geteuid():
         raise PermissionError(errno.EPERM, "it belongs to another user, who could put programs there", str(directory))
-    if status.st_mode & 0o022 and any(directory.iterdir()):
-        why = "other users could write there: remove what is in it, or what gives them the right"
-        raise PermissionError(errno.EPERM, why, str(directory))
     directory.chmod(0o700)
+    if status.st_mode & 0o022 and (kept := list(directory.glob("*-cache"))):
+        logger.warning("%s: other users could write there: what was kept is compiled anew", directory)
+        for entry in kept:
+            entry.unlink(missing_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,5 +1,6 @@
 """AccessLog: a line for each answer, with the times that the engine took. Never what was asked."""
 
+import ipaddress
 import logging
 
 from serve.openai.record import AnswerRecord
@@ -29,7 +30,7 @@ def fields_of(record: AnswerRecord) -> dict[str, object]:
         # As it came, but for what a terminal would act upon.
         "path": record.path[:_MAX_PATH].encode("unicode_escape").decode("ascii"),
         "status": record.status,
-        "client": record.client,
+        "client": _address(record.client),
         "key": record.key,
         "bytes": record.sent,
         "seconds": round(record.seconds, 6),
@@ -44,6 +45,14 @@ def fields_of(record: AnswerRecord) -> dict[str, object]:
         times = {"queue_seconds": work.queue, "prefill_seconds": work.prefill, "decode_seconds": work.decode}
         fields |= {name: round(seconds, 6) for name, seconds in times.items() if seconds is not None}
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _address(client: str | None) -> str | None:
+    """A proxy on this machine may say whose request it is, in a header that anybody could have written."""
+    try:
+        return client and str(ipaddress.ip_address(client))
+    except ValueError:
+        return None
 
 
 def _line(fields: dict[str, object]) -> str:

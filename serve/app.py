@@ -69,6 +69,7 @@ def create_app(
         async with bodies.read(request) as data:
             kind = completions if "prompt" in await asyncio.to_thread(json_object, data) else chat
             answer = await kind.checked(request, data)
+        del data  # while it is answered, nobody needs what it was read from
         return await answer()
 
     async def prometheus(_: Request) -> Response:

@@ -1,5 +1,6 @@
 """From a ServeConfig to an app that answers: what every way to serve has in common."""
 
+import ipaddress
 import math
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from serve.openai.record import AnswerRecord
 from serve.report import Reporter
 from serve.startup import Loaded, load
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")  # as a Host header has them
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def assemble(config: ServeConfig, reporter: Reporter) -> Served:
     app = create_app(
         engine,
         loaded.tokenizer,
-        _app_config(config, names, loaded),
+        app_config(config, names, loaded),
         metrics,
         readiness=readiness,
         on_answer=_unlogged if config.disable_uvicorn_access_log else AccessLog(),
@@ -58,7 +59,8 @@ def _unlogged(_: AnswerRecord) -> None:
     pass
 
 
-def _app_config(config: ServeConfig, names: tuple[str, ...], loaded: Loaded) -> AppConfig:
+def app_config(config: ServeConfig, names: tuple[str, ...], loaded: Loaded) -> AppConfig:
+    """How the API of a model presents itself."""
     return AppConfig(
         served_model_names=names,
         api_keys=config.api_key,
@@ -91,5 +93,13 @@ def allowed_hosts(config: ServeConfig) -> tuple[str, ...]:
     """Where only this machine can ask, and nobody needs a key, a page's name must not be made to mean this machine."""
     if config.allowed_hosts is not None:
         return () if "*" in config.allowed_hosts else config.allowed_hosts
-    loops = config.uds is None and config.host in _LOOPBACK
-    return (*_LOOPBACK, "[::1]") if loops and not config.api_key else ()
+    loops = config.uds is None and is_loopback(config.host)
+    return (*_LOOPBACK, config.host) if loops and not config.api_key else ()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"

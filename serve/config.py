@@ -42,7 +42,8 @@ def _bytes(text: str) -> int:
     return amount
 
 
-def _key(text: str) -> str:
+def api_key(text: str) -> str:
+    """A key; raises argparse.ArgumentTypeError for what is none."""
     if not re.fullmatch(r"[\x21-\x7e]+", text):
         raise argparse.ArgumentTypeError("a key has one character at least, all of them ASCII and none a space")
     return text
@@ -214,7 +215,7 @@ class ServeConfig(SamplingConfig):
     api_key: tuple[str, ...] = option(
         _PLACE,
         "a key that clients must send; may be given again; default: $LOGPROBD_API_KEY and $VLLM_API_KEY",
-        _key,
+        api_key,
         default=(),
         many=True,
         metavar="KEY",

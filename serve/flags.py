@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from serve import __version__
-from serve.config import GROUPS, EngineConfig, ServeConfig
+from serve.config import GROUPS, EngineConfig, ServeConfig, api_key
 from serve.options import CommandLine
 
 _EPILOG = """\
@@ -63,7 +63,9 @@ def parse_args(arguments: Sequence[str] | None = None, environ: Mapping[str, str
     if config.ssl_ca_certs is not None and config.ssl_certfile is None:
         line.parser.error("argument --ssl-ca-certs: it goes with --ssl-certfile")
     keys = [*config.api_key, *_keys_of(config.api_key_file, line.parser.error)]
-    keys = keys or [environ[name] for name in _KEY_VARIABLES if environ.get(name)]
+    keys = keys or [
+        _checked(environ[name], f"${name}", line.parser.error) for name in _KEY_VARIABLES if name in environ
+    ]
     if config.prefix_cache_per_key and not keys:
         line.parser.error("argument --prefix-cache-per-key: there are no API keys")
     return replace(config, api_key=tuple(keys))
@@ -81,9 +83,16 @@ def _keys_of(path: Path | None, refuse: "Refuse") -> list[str]:
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:  # an empty file shall not open the server
         refuse(f"argument --api-key-file: {path}: there is no key in it")
-    if any(" " in key for key in keys):
-        refuse(f"argument --api-key-file: {path}: a key holds a space")
-    return keys
+    return [_checked(key, f"argument --api-key-file: {path}", refuse) for key in keys]
+
+
+def _checked(key: str, where: str, refuse: "Refuse") -> str:
+    """One that is set and empty would open the server, which nobody means."""
+    try:
+        return api_key(key)
+    except argparse.ArgumentTypeError as error:
+        refuse(f"{where}: {error}")
+        return key
 
 
 def command_line() -> CommandLine[ServeConfig]:

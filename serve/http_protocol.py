@@ -52,6 +52,8 @@ class GuardedProtocol(H11Protocol):
         super().on_response_complete()
         if not self._is_answering() and self.conn.trailing_data[0] and not self.transport.is_closing():
             self._await_head()
+        if self._until_read is None and self.transport.get_write_buffer_size():
+            self._await_reader()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
@@ -63,11 +65,6 @@ class GuardedProtocol(H11Protocol):
         """See asyncio.Protocol: the buffer is full."""
         super().pause_writing()
         self._await_reader()
-
-    def resume_writing(self) -> None:
-        """See asyncio.Protocol: there is room again."""
-        self._stop_waiting_for_reader()
-        super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
         """Called by uvicorn among the handlers of what is wrong with the request."""
@@ -89,6 +86,9 @@ class GuardedProtocol(H11Protocol):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Each request could fill the log with it."""
+
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
@@ -97,13 +97,19 @@ class GuardedProtocol(H11Protocol):
         self._until_head = self.loop.call_later(self.config.client_timeout, self._abandon, "header_timeout")
 
     def _await_reader(self) -> None:
+        self._stop_waiting_for_reader()
         unread = self.transport.get_write_buffer_size()
 
         def look() -> None:
-            if self.transport.get_write_buffer_size() < unread:  # nothing is added meanwhile: it reads, if slowly
-                self._await_reader()
-            else:
+            self._until_read = None
+            left = self.transport.get_write_buffer_size()
+            adds = (
+                self._is_answering() and not self.flow.write_paused
+            )  # then it may read, and more is there all the same
+            if left and left >= unread and not adds:
                 self._abandon("stalled_reader")
+            elif left:
+                self._await_reader()
 
         self._until_read = self.loop.call_later(self.config.client_timeout, look)
 

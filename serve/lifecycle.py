@@ -17,6 +17,7 @@ from serve.openai.readiness import Readiness
 logger = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 5  # for the last bytes of answers, once all is said
+_STEP_SECONDS = 20  # that a step may still take when all else has ended
 
 
 class HttpServer(uvicorn.Server):
@@ -48,28 +49,30 @@ class HttpServer(uvicorn.Server):
         """Called at a signal; uvicorn would raise it again in the end, and so end with another code than 0."""
         del frame
         if self._drains_until is not None:
-            os.write(2, b"a second signal: ending at once\n")
-            os._exit(128 + sig)
+            os.write(2, b"draining already: ending at once\n")
+            os._exit(self.exit_code or 128 + sig)
         self._drain(self._drain_seconds)
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second; True ends the server."""
         ends = await super().on_tick(counter)
-        if self._drains_until is None:
-            self._look_at_engine()
+        self._look_at_engine()
         if self._drains_until is None or ends:
             return ends
-        if self.server_state.tasks and time.monotonic() < self._drains_until:
+        running = self._readiness.running
+        if running and time.monotonic() < self._drains_until:
             return False
-        if self.server_state.tasks:
-            logger.warning("%d requests have not ended in time: they are told so", len(self.server_state.tasks))
-        await asyncio.to_thread(self._engine.stop)  # which ends every stream
+        if running:
+            logger.warning("%d requests have not ended in time: they are told so", running)
+        await asyncio.to_thread(self._engine.stop, _STEP_SECONDS)  # which ends every stream
+        if self._engine.failed:
+            self.exit_code = 1
         return True
 
     def _look_at_engine(self) -> None:
         if self._watchdog_seconds and self._engine.silent_for > self._watchdog_seconds and not self._engine.failed:
             self._engine.give_up()
-        if not self._engine.ready:
+        if not self._engine.ready and not self.exit_code:
             logger.critical("the engine is lost: the server ends, so that another can be started")
             self.exit_code = 1
             self._drain(_FLUSH_SECONDS)
@@ -77,7 +80,7 @@ class HttpServer(uvicorn.Server):
     def _drain(self, seconds: float) -> None:
         self._readiness.draining = True
         self._drains_until = time.monotonic() + seconds
-        if running := len(self.server_state.tasks):
+        if running := self._readiness.running:
             logger.warning(
                 "draining: %d requests have up to %g s to end; a second signal ends at once", running, seconds
             )

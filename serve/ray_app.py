@@ -73,7 +73,7 @@ def application(options: RayOptions, config: ServeConfig) -> serve.Application:
         max_ongoing_requests=most * (options.max_replicas or options.num_replicas),
         **common,
     )
-    return front.bind(replica.bind(config), config.api_key)
+    return front.bind(replica.bind(config), config.api_key, config.max_body_bytes)
 
 
 def main() -> int:

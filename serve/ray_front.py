@@ -22,7 +22,6 @@ from serve.ray_metrics import merged
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 64 << 20  # AppConfig's, which cannot be imported without the tokenizers
 _TRIES = 3  # replicas that a request is sent to, one after the other has died of it or beside it
 _WAIT = 5.0  # seconds for a replica to take a request, and then for a client to come again
 _PLAIN = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path")
@@ -31,8 +30,9 @@ _PLAIN = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path"
 class Front:
     """An ASGI app in front of the replicas of a model."""
 
-    def __init__(self, replicas: DeploymentHandle[Any], api_keys: Sequence[str] = ()) -> None:
+    def __init__(self, replicas: DeploymentHandle[Any], api_keys: Sequence[str], max_body_bytes: int) -> None:
         """`replicas` are those of a `serve.ray_replica.Replica`. Where there are keys, no body is read without one."""
+        self._max_body_bytes = max_body_bytes
         self._keys = ApiKeys(api_keys)
         self._one = replicas.options(method_name="answer", stream=True)
         self._all = replicas
@@ -49,7 +49,7 @@ class Front:
         try:
             if error := self._keys.refusal(scope, self._keys.name_of(scope)):
                 raise error
-            body = await _read(scope, receive)
+            body = await _read(scope, receive, self._max_body_bytes)
             answer = asyncio.create_task(self._answer(_plain(scope), body, _Relay(send)))
             gone = asyncio.create_task(_gone(receive))
             try:
@@ -189,15 +189,15 @@ def _plain(scope: Scope) -> dict[str, Any]:
     return plain | addresses | {"headers": [(bytes(name), bytes(value)) for name, value in scope["headers"]]}
 
 
-async def _read(scope: Scope, receive: Receive) -> bytes:
+async def _read(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
     """The whole body.
 
     Raises:
         APIError: 413 for more than the server takes; 400 where the client went away before its end.
     """
-    too_large = APIError(413, f"The body is larger than {MAX_BODY_BYTES} bytes.", None, "request_too_large")
+    too_large = APIError(413, f"The body is larger than {max_bytes} bytes.", None, "request_too_large")
     declared = dict(scope["headers"]).get(b"content-length", b"")
-    if declared.isdigit() and (len(declared) > 18 or int(declared) > MAX_BODY_BYTES):
+    if declared.isdigit() and (len(declared) > 18 or int(declared) > max_bytes):
         raise too_large
     pieces, size, more = [], 0, True
     while more:
@@ -206,7 +206,7 @@ async def _read(scope: Scope, receive: Receive) -> bytes:
             raise APIError(400, "The body is incomplete.", None, "invalid_json")
         pieces.append(message.get("body", b""))
         size += len(pieces[-1])
-        if size > MAX_BODY_BYTES:
+        if size > max_bytes:
             raise too_large
         more = message.get("more_body", False)
     return b"".join(pieces)

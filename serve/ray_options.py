@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import math
 import os
@@ -14,7 +15,8 @@ from serve.flags import command_line, parse_args
 from serve.options import between
 
 _MOST_REPLICAS = 1 << 16
-_UNSUPPORTED = ("uds",)  # what Ray Serve's proxy cannot do
+# What Ray Serve's proxy, through which everything comes, cannot do or does its own way.
+_UNSUPPORTED = ("uds", "ssl_ca_certs", "client_timeout", "h11_max_incomplete_event_size", "max_unread_tokens")
 
 type Device = Literal["cpu", "cuda", "tpu"]
 
@@ -123,9 +125,10 @@ def _check(parser: argparse.ArgumentParser, values: argparse.Namespace, config: 
         parser.error("argument --num-replicas: it does not go with --max-replicas")
     if scales and (values.min_replicas or 1) > values.max_replicas:
         parser.error(f"argument --min-replicas: {values.min_replicas} is above --max-replicas {values.max_replicas}")
+    usual = {each.name: each.default for each in dataclasses.fields(ServeConfig)}
     for name in _UNSUPPORTED:
-        if getattr(config, name):
-            parser.error(f"argument --{name}: not with Ray Serve, whose proxy listens on --host and --port")
+        if getattr(config, name) != usual[name]:
+            parser.error(f"argument --{name.replace('_', '-')}: not with Ray Serve, whose proxy takes the connections")
 
 
 def _above_zero(text: str) -> float:

@@ -1,7 +1,6 @@
 """`python -m serve [MODEL] [flags]`: starts the engine and serves HTTP in the foreground."""
 
 import asyncio
-import ipaddress
 import logging
 import resource
 import socket
@@ -10,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from serve.assembly import Served, assemble
+from serve.assembly import Served, assemble, is_loopback
 from serve.config import ServeConfig
 from serve.flags import parse_args
 from serve.http_protocol import HttpConfig
@@ -45,7 +44,7 @@ def main(arguments: Sequence[str], make: Callable[[ServeConfig, Reporter], Serve
         server = _server(served, config)
         end_early(server)
         _raise_file_limit()
-        if not config.api_key and config.uds is None and not _is_loopback(config.host):
+        if not config.api_key and config.uds is None and not is_loopback(config.host):
             logger.warning("everybody who reaches %s can use this server: there is no --api-key", config.host)
         reporter.tell(_serving(config, served, listener))
         asyncio.run(server.serve(sockets=[listener]), loop_factory=server.config.get_loop_factory())
@@ -86,13 +85,6 @@ def _server(served: Served, config: ServeConfig) -> HttpServer:
         drain_seconds=config.shutdown_timeout,
         watchdog_seconds=config.watchdog_timeout,
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _raise_file_limit() -> None:

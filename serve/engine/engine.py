@@ -116,11 +116,17 @@ class Engine:
         """Starts the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Ends the thread after its current step, unless it was given up; unfinished requests are aborted."""
+    def stop(self, seconds: float | None = None) -> None:
+        """Ends the thread after its current step; unfinished requests are aborted.
+
+        Args:
+            seconds: after which it is given up; None: it is waited for.
+        """
         if self._thread.is_alive() and not self.failed:
             self._inbox.put(self._stop)
-            self._thread.join()
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                self.give_up()
 
     def give_up(self) -> None:
         """Ends all requests with an error while the thread hangs in a step, and takes no more."""
@@ -139,7 +145,7 @@ class Engine:
         Raises:
             EngineStoppedError: the engine takes no more requests.
             QueueFullError: too many requests are unfinished.
-            QueueTimeoutError: it did not run by `request.start_by`.
+            QueueTimeoutError: it did not run within `request.queue_seconds`.
             DeadlineError: it did not end by `request.end_by`.
             ValueError: the prompt is empty or above the model's length, or the cache could never hold the request.
         """
@@ -290,8 +296,8 @@ class Engine:
 async def _next_event(request: Request, stream: Stream) -> TokenEvent:
     """Raises as `Engine.submit` does for a time that is up."""
     while True:
-        waits = not request.times.admitted
-        until = min(request.start_by, request.end_by) if waits else request.end_by
+        start_by = request.times.arrived + request.queue_seconds
+        until = request.end_by if request.times.admitted else min(start_by, request.end_by)
         if until == math.inf:
             return await stream.events.get()
         try:
@@ -301,5 +307,5 @@ async def _next_event(request: Request, stream: Stream) -> TokenEvent:
             now = time.monotonic()
             if now >= request.end_by:
                 raise DeadlineError from None
-            if now >= request.start_by and not request.times.admitted:
+            if now >= start_by and not request.times.admitted:
                 raise QueueTimeoutError from None

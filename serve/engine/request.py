@@ -166,8 +166,8 @@ class Request:
     params: SamplingParams
     priority: int = 0  # lower runs first
     cache_salt: str = ""  # only requests of the same salt share pages
-    start_by: float = math.inf  # time.monotonic() by which it must run, and by which it must have ended
-    end_by: float = math.inf
+    queue_seconds: float = math.inf  # that it may wait until it runs
+    end_by: float = math.inf  # time.monotonic() by which it must have ended
     status: RequestStatus = RequestStatus.WAITING
     arrival: int = 0  # order of submission
     slot: int = -1  # its place in the device's SlotState while it runs

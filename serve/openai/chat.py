@@ -34,6 +34,7 @@ class ChatCompletions:
         """Answers with JSON, or with server-sent events where `stream` is true."""
         async with self._at.bodies.read(request) as data:
             answer = await self.checked(request, data)
+        del data
         return await answer()
 
     async def checked(self, request: Request, data: bytes) -> Callable[[], Awaitable[Response]]:

@@ -6,10 +6,11 @@ from typing import Any
 from serve.engine.request import EngineLimits
 from serve.openai.checks import check_ids, check_length, check_room, truncated
 from serve.openai.endpoint import Endpoint
-from serve.openai.errors import invalid, unsupported
+from serve.openai.errors import APIError, invalid, unsupported
 from serve.openai.job import Prompt
 from serve.openai.schema import ROLES, ChatCompletionRequest, ChatMessage, ChatPromptFields
 from serve.text.chat_template import ChatTemplateError
+from serve.text.jailed_template import TemplateBusyError
 from serve.text.tokenizer import TokenizerError
 
 
@@ -71,6 +72,9 @@ def chat_text(body: ChatPromptFields, at: Endpoint) -> str:
         )
     except ChatTemplateError as error:
         raise invalid("messages", f"The chat template refused the messages: {error}") from None
+    except TemplateBusyError:
+        message = "Too many chat templates are being rendered. Try again later."
+        raise APIError(503, message, None, "too_many_templates", {"Retry-After": "1"}) from None
 
 
 def chat_ids(body: ChatPromptFields, text: str, at: Endpoint) -> list[int]:

@@ -46,8 +46,8 @@ class AppConfig:
     documented: bool = True  # /openapi.json and /docs
     max_body_bytes: int = 64 << 20
     client_timeout: float = 60  # seconds that a body may take to come
-    queue_timeout: float = math.inf  # seconds until a request must run, and until it must have ended
-    request_timeout: float = math.inf
+    queue_timeout: float = math.inf  # seconds that a request may wait in the engine
+    request_timeout: float = math.inf  # seconds from its first byte to the end of its answer
     max_unread_tokens: int = 4096  # of a stream that wait for its reader
     prefix_cache_per_key: bool = False
 
@@ -86,7 +86,7 @@ class Endpoint:
     def time_limits(self, body: GenerationRequest, record: AnswerRecord) -> TimeLimits:
         """Until when a request may wait, and run: what the server allows, or less where the request says so."""
         seconds = min(self.config.request_timeout, math.inf if body.timeout is None else body.timeout)
-        return TimeLimits(record.began + self.config.queue_timeout, record.began + seconds)
+        return TimeLimits(self.config.queue_timeout, record.began + seconds)
 
     def cache_salt(self, body: GenerationRequest, record: AnswerRecord) -> str:
         """Requests of the same salt share cached prompts. One of the request holds no slash (`check_common`)."""

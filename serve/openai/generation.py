@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.engine.detokenize import Detokenizer
+from serve.engine.detokenize import Detokenizer, StopStrings
 from serve.engine.request import (
     DeadlineError,
     EngineLimits,
@@ -52,10 +52,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TimeLimits:
-    """Of one HTTP request, in seconds of time.monotonic()."""
+    """Of one HTTP request."""
 
-    start_by: float = math.inf  # by then the first of its choices must run
-    end_by: float = math.inf  # by then all must have ended
+    queue_seconds: float = math.inf  # that the first of its choices may wait in the engine
+    end_by: float = math.inf  # in seconds of time.monotonic(): by then all must have ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Choice:
 
     index: int
     request: Request
-    stop: tuple[str, ...]
+    stop: StopStrings
     include_stop: bool
     skip_special_tokens: bool
     prompt_index: int
@@ -192,9 +192,14 @@ def engine_errors() -> Iterator[None]:
         message = "The request waited in the queue for as long as it may. Try again later."
         raise APIError(503, message, None, "queue_timeout", {"Retry-After": "1"}) from None
     except DeadlineError:
-        raise APIError(504, "The request did not end within its time.", "timeout", "deadline_exceeded") from None
+        raise too_late() from None
     except EngineStoppedError:
         raise stopped() from None
+
+
+def too_late() -> APIError:
+    """504 for a request whose time is up."""
+    return APIError(504, "The request did not end within its time.", "timeout", "deadline_exceeded")
 
 
 async def finish_all(choices: Sequence[Choice], deltas: AsyncGenerator[tuple[Choice, Delta]]) -> list[Finished]:
@@ -214,10 +219,9 @@ async def merge(
     The failure of one ends all. So does a reader that leaves `max_unread` deltas waiting: the engine is freed at once,
     and the reader is told when it has read them.
     """
-    queue: asyncio.Queue[tuple[Choice, Delta] | None] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[Choice, Delta] | Exception | None] = asyncio.Queue()  # None: a choice has ended
     slots = asyncio.Semaphore(_AT_ONCE)
     opened = {choice.prompt_index: asyncio.Event() for choice in choices}
-    failures: list[Exception] = []
 
     async def run(choice: Choice) -> None:
         try:
@@ -229,8 +233,8 @@ async def merge(
                         raise APIError(503, _TOO_SLOW, None, "slow_reader")
                     queue.put_nowait((choice, delta))
                     opened[choice.prompt_index].set()
-        except Exception as error:  # noqa: BLE001 - raised again by whoever reads
-            failures.append(error)
+        except Exception as error:  # noqa: BLE001 - raised again by whoever reads, after what came before it
+            queue.put_nowait(error)
             for task in tasks:
                 task.cancel()
         finally:
@@ -238,11 +242,15 @@ async def merge(
 
     tasks = [asyncio.create_task(run(choice)) for choice in choices]
     try:
-        for _ in tasks:
-            while (item := await queue.get()) is not None:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                running -= 1
+            else:
                 yield item
-            if failures:
-                raise failures[0]
     finally:
         for task in tasks:
             task.cancel()
@@ -271,14 +279,14 @@ def make_choices(
         APIError: 400 that names a field.
     """
     n = body.n or 1
-    stop = stop_strings(body)
+    stop = StopStrings(stop_strings(body))
     choices = []
     for index in range(len(prompts) * n):
         which, number = divmod(index, n)
         if params.min_tokens > max_tokens[which]:
             raise invalid("min_tokens", f"`min_tokens` is above the {max_tokens[which]} tokens that may be generated.")
         if index == 1:  # who waits behind the first waits for its own request, too
-            times = replace(times, start_by=math.inf)
+            times = replace(times, queue_seconds=math.inf)
         own = replace(
             params,
             max_tokens=max_tokens[which],
@@ -304,7 +312,7 @@ def make_request(
     body: GenerationRequest, prompt: list[int], params: SamplingParams, cache_salt: str, times: TimeLimits
 ) -> Request:
     """One request to the engine, with a name of its own."""
-    return Request(uuid.uuid4().hex, prompt, params, body.priority or 0, cache_salt, times.start_by, times.end_by)
+    return Request(uuid.uuid4().hex, prompt, params, body.priority or 0, cache_salt, times.queue_seconds, times.end_by)
 
 
 def work_of(choices: Sequence[Choice]) -> Work:

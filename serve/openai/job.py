@@ -138,6 +138,7 @@ def make_job[B: GenerationRequest](
     record.measure = lambda: work_of(choices)
     if at.config.logs_requests:
         at.log_request(header, body, [at.tokenizer.decode(each, skip_special_tokens=False) for each in ids])
+    body.forget_texts()
     whole = SamplingParams(0, prompt=PromptScoring(numbers.start, whole=True))
     return Job(
         at=at,

@@ -10,6 +10,7 @@ class Readiness:
     """One for each app."""
 
     draining: bool = False  # what runs may end, what comes is sent away
+    running: int = 0  # requests that were let in and have not ended
 
     def refusal(self) -> APIError | None:
         """The error for a request that comes now."""

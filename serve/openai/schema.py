@@ -84,6 +84,13 @@ class GenerationRequest(SamplingFields):
     return_tokens_as_token_ids: bool | None = None
     echo: bool | None = None
 
+    def forget_texts(self) -> None:
+        """Drops what prompts were made from, and fields that mean nothing: they may be large, and answers take long."""
+        (self.model_extra or {}).clear()
+        for name in ("prompt", "messages", "prompt_token_ids", "documents", "chat_template", "chat_template_kwargs"):
+            if name in type(self).model_fields:
+                setattr(self, name, None)
+
 
 _PROMPT = {
     "anyOf": [

@@ -16,6 +16,7 @@ from serve.openai.schema import ChatPromptFields, TokenId, json_object, validate
 from serve.text.tokenizer import TokenizerError
 
 _JSON = "application/json"
+_MAX_IDS = 1 << 20
 _MAX_CHARACTERS = 4 << 20  # of a text: its tokens take a hundred times as many bytes while they are made
 
 
@@ -105,6 +106,9 @@ class Tokenization:
     def _detokenize(self, data: bytes) -> bytes:
         body = validated(DetokenizeRequest, json_object(data), self._at.fields)
         self._at.model_name(body.model)
+        if len(body.tokens) > _MAX_IDS:
+            message = f"`tokens` has {len(body.tokens)} ids, of at most {_MAX_IDS}."
+            raise invalid("tokens", message, "array_above_max_length")
         check_ids("tokens", body.tokens, self._at.engine.limits)
         tokenizer = self._at.tokenizer
         answer: dict[str, Any] = {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}

@@ -4,6 +4,8 @@ A prompt's rows are told once: in its first choice, and null in its others.
 """
 
 import asyncio
+import math
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 
 from serve.engine.request import EngineStoppedError, NotHeldError, Request, TokenScores
 from serve.openai.errors import engine_error
-from serve.openai.generation import Engine, events_of
+from serve.openai.generation import Engine, events_of, too_late
 from serve.openai.logprobs import checked, clamped
 from serve.text.token_strings import decoded_tokens
 from serve.text.tokenizer import Tokenizer
@@ -120,7 +122,11 @@ async def whole_rows(
 
 async def _rows(engine: Engine, request: Request, start: int, count: int) -> NDArray[np.float32]:
     try:
-        rows = await engine.vocabulary(request.id, start, count)
+        left = None if request.end_by == math.inf else max(0.0, request.end_by - time.monotonic())
+        async with asyncio.timeout(left):
+            rows = await engine.vocabulary(request.id, start, count)
+    except TimeoutError:
+        raise too_late() from None
     except EngineStoppedError:
         raise engine_error("The engine failed: it has no rows for this prompt.") from None
     except NotHeldError:

@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import resource
+import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,9 +20,13 @@ from typing import Any
 
 from serve.text.chat_template import ChatTemplateError, render_chat
 
-_AT_ONCE = 4  # processes
+_AT_ONCE = 2  # processes: each holds a thread of those that read requests
 _START_SECONDS = 30.0  # for the first one, which imports
 _ESCAPED = 12  # bytes of a character in JSON at most
+
+
+class TemplateBusyError(Exception):
+    """As many templates are being rendered as may be; try again later."""
 
 
 class TemplateJail:
@@ -41,17 +46,25 @@ class TemplateJail:
 
         Raises:
             ChatTemplateError: as `render_chat` does, or a limit was reached.
+            TemplateBusyError: others are being rendered. Nobody waits: a thread that does is not there for others.
         """
         arguments = json.dumps([template, messages, others | {"special_tokens": dict(others["special_tokens"])}])
-        with self._places:
-            ours, theirs = self._context.Pipe(duplex=False)
-            process = self._context.Process(target=_render, args=(theirs, arguments, self._limits), daemon=True)
-            try:
+        if not self._places.acquire(blocking=False):
+            raise TemplateBusyError
+        try:
+            return self._rendered(arguments)
+        finally:
+            self._places.release()
+
+    def _rendered(self, arguments: str) -> str:
+        ours, theirs = self._context.Pipe(duplex=False)
+        with ours:
+            with theirs:
+                process = self._context.Process(target=_render, args=(theirs, arguments, self._limits), daemon=True)
                 process.start()
-                theirs.close()
+            try:
                 return self._result(ours)
             finally:
-                ours.close()
                 process.kill()
                 process.join()
                 process.close()
@@ -89,7 +102,9 @@ def _render(pipe: Connection, arguments: str, limits: Mapping[str, float]) -> No
 
 
 def _limit(more_bytes: int, seconds: int) -> None:
-    os.closerange(0, 3)  # there is nobody to talk to
+    os.closerange(0, 3)  # there is nobody to talk to, and nothing to know of the server
+    os.environ.clear()
+    sys.argv.clear()
     size = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * os.sysconf("SC_PAGESIZE")
     for what, most in (
         (resource.RLIMIT_AS, size + more_bytes),

@@ -117,3 +117,12 @@ def test_a_path_can_neither_begin_a_line_nor_colour_one() -> None:
     assert path.startswith(r"/a\nERROR all is lost\x1b[31m\u202e")
     assert path.isprintable()
     assert len(path) < 400
+
+
+@pytest.mark.parametrize(
+    ("client", "told"),
+    [("10.0.0.9", "10.0.0.9"), ("::1", "::1"), ("10.0.0.9 key=key1 bytes=0", None), ("\x9b31m", None), (None, None)],
+)
+def test_an_address_is_one_or_is_left_out(client: str | None, told: str | None) -> None:
+    """uvicorn takes it from a header, where a proxy of this machine has set it."""
+    assert fields_of(record(client=client)).get("client") == told

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.weights.gguf_header import read_header
-from serve.engine.detokenize import Detokenizer
+from serve.engine.detokenize import Detokenizer, StopStrings
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ def smollm2() -> Tokenizer:
 def run(tokens: Sequence[bytes], *stop: str, include: bool = False) -> tuple[list[str], str | None]:
     """The pieces of text, one per token and the last from finish(), and what stopped it."""
     detokenizer = Detokenizer(
-        FakeTokens(tokens), skip_special_tokens=False, stop=stop, include_stop_str_in_output=include
+        FakeTokens(tokens), skip_special_tokens=False, stop=StopStrings(stop), include_stop_str_in_output=include
     )
     found = [detokenizer.push(index) for index in range(len(tokens))]
     return [*found, detokenizer.finish()], detokenizer.stopped_by
@@ -50,7 +50,7 @@ def run(tokens: Sequence[bytes], *stop: str, include: bool = False) -> tuple[lis
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 49152 + 100), max_size=60), st.booleans())
 def test_text_is_that_of_decode(smollm2: Tokenizer, ids: list[int], skip: bool) -> None:
-    detokenizer = Detokenizer(smollm2, skip_special_tokens=skip, stop=(), include_stop_str_in_output=False)
+    detokenizer = Detokenizer(smollm2, skip_special_tokens=skip, stop=StopStrings(), include_stop_str_in_output=False)
     text = "".join(map(detokenizer.push, ids)) + detokenizer.finish()
     assert text == smollm2.decode(ids, skip_special_tokens=skip)
 
@@ -66,9 +66,11 @@ def test_broken_bytes_become_replacements_as_soon_as_they_are_known() -> None:
 
 def test_skipped_special_tokens_do_not_break_a_character() -> None:
     tokenizer = FakeTokens([b"\xc3", b"<end>", b"\xa9"], special=frozenset({1}))
-    skipping = Detokenizer(tokenizer, skip_special_tokens=True, stop=("<end>",), include_stop_str_in_output=False)
+    skipping = Detokenizer(
+        tokenizer, skip_special_tokens=True, stop=StopStrings(("<end>",)), include_stop_str_in_output=False
+    )
     assert [skipping.push(index) for index in range(3)] == ["", "", "é"]
-    showing = Detokenizer(tokenizer, skip_special_tokens=False, stop=(), include_stop_str_in_output=False)
+    showing = Detokenizer(tokenizer, skip_special_tokens=False, stop=StopStrings(), include_stop_str_in_output=False)
     assert [showing.push(index) for index in range(3)] == ["", "\ufffd<end>", "\ufffd"]
 
 

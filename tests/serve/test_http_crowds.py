@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from serve.engine.observer import EngineGauges
 from serve.engine.request import Request
+from serve.openai.readiness import Readiness
 from tests.serve.http_client import Gate, Server, completion_body, serving, submitted
 from tests.serve.listening import listening
 
 SECONDS = 60  # after which something hangs
+IDLE = EngineGauges(running=0, waiting=0, held=0, cache_usage=0)
 TOKENS = 24
 LONG = {"max_tokens": TOKENS, "ignore_eos": True}
 
@@ -71,16 +74,15 @@ async def crowd(count: int, at_once: int, client: Callable[[int], Awaitable[None
         await asyncio.gather(*(one(number) for number in range(count)))
 
 
-def wait_until_idle(server: Server) -> None:
+def wait_until_idle(server: Server, readiness: Readiness) -> None:
     """Everything has ended, well within the time in which nothing may be left."""
 
     async def idle() -> None:
         async with asyncio.timeout(5):
-            while server.engine.load or server.engine.gauges.running or server.engine.gauges.waiting:
+            while readiness.running or server.engine.load or server.engine.gauges != IDLE:
                 await asyncio.sleep(0)
 
     asyncio.run(idle())
-    assert server.engine.gauges.cache_usage == 0
 
 
 def open_files() -> int:
@@ -88,13 +90,14 @@ def open_files() -> int:
 
 
 def test_a_thousand_clients_leave_at_any_moment() -> None:
-    choose = random.Random(9)
-    with listening(script=b"x" * TOKENS, max_waiting=1000) as (url, server):
+    choose, readiness = random.Random(9), Readiness()
+    with listening(script=b"x" * TOKENS, max_waiting=1000, readiness=readiness) as (url, server):
+        before_all = open_files()
 
         def round_of(count: int) -> tuple[int, int]:
             """Files that are open and bytes that are held, after so many have left."""
             asyncio.run(crowd(count, 20, lambda _: leaving(url, choose)))
-            wait_until_idle(server)
+            wait_until_idle(server, readiness)
             server.runner.calls.clear()
             gc.collect()
             return open_files(), tracemalloc.get_traced_memory()[0]
@@ -105,17 +108,17 @@ def test_a_thousand_clients_leave_at_any_moment() -> None:
             files, after = round_of(1000)
         finally:
             tracemalloc.stop()
-        assert after - before < 200_000  # nothing of each client: tables grow, and asyncio's own counters
-        assert files < 60
+        assert after - before < 400_000  # nothing of each client, which would be thousands of bytes: tables that grow
+        assert files <= before_all + 5  # threads of the pool have none, uvicorn's loop a few
         asyncio.run(crowd(4, 4, lambda _: staying(url, choose)))
 
 
 def test_of_two_hundred_clients_a_third_leaves() -> None:
-    choose = random.Random(10)
+    choose, readiness = random.Random(10), Readiness()
     leaves = [choose.random() < 1 / 3 for _ in range(200)]
-    with listening(script=b"x" * TOKENS, max_waiting=1000) as (url, server):
+    with listening(script=b"x" * TOKENS, max_waiting=1000, readiness=readiness) as (url, server):
         asyncio.run(crowd(200, 200, lambda i: leaving(url, choose) if leaves[i] else staying(url, choose)))
-        wait_until_idle(server)
+        wait_until_idle(server, readiness)
         asyncio.run(server.assert_idle())
 
 

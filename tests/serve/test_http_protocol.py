@@ -126,7 +126,15 @@ def test_a_client_that_reads_a_little_at_a_time_is_waited_for() -> None:
     timers: list[Callable[[], None]] = []
     protocol = GuardedProtocol.__new__(GuardedProtocol)
     protocol.config = SimpleNamespace(client_timeout=60, on_refused=refused.append)  # type: ignore[assignment]
-    protocol.loop = SimpleNamespace(call_later=lambda _, call, *__: timers.append(call))  # type: ignore[assignment]
+    timer = SimpleNamespace(cancel=lambda: None)
+
+    def call_later(_: float, call: Callable[[], None], *__: object) -> SimpleNamespace:
+        timers.append(call)
+        return timer
+
+    protocol.loop = SimpleNamespace(call_later=call_later)  # type: ignore[assignment]
+    protocol.cycle = SimpleNamespace(response_complete=False)  # type: ignore[assignment]
+    protocol.flow = SimpleNamespace(write_paused=True)  # type: ignore[assignment]
     unread = [100_000]
     aborted: list[bool] = []
     protocol.transport = SimpleNamespace(  # type: ignore[assignment]
@@ -136,5 +144,13 @@ def test_a_client_that_reads_a_little_at_a_time_is_waited_for() -> None:
     for unread[0] in (99_999, 50_000, 20_000):
         timers.pop()()
         assert not aborted
-    timers.pop()()  # nothing was read since
+    protocol.flow.write_paused = False  # it is written to, so that as much may wait though it reads
+    timers.pop()()
+    assert not aborted
+    protocol.cycle.response_complete = True
+    timers.pop()()  # nothing was read since, nor added
     assert (aborted, refused, timers) == ([True], ["stalled_reader"], [])
+    unread[0] = 0
+    protocol._await_reader()
+    timers.pop()()  # all is read
+    assert (aborted, timers) == ([True], [])

@@ -2,8 +2,9 @@
 
 import json
 import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import httpx2
 import pytest
@@ -105,6 +106,43 @@ def test_an_engine_that_is_lost_ends_the_process(server: FaultyServer) -> None:
     assert server.process.wait(SECONDS) == 1
     server._reader.join()
     assert "the engine is lost" in "".join(server.log)
+
+
+def test_a_signal_while_a_step_hangs_ends_the_process_too() -> None:
+    server = FaultyServer("--shutdown-timeout", "1", "--watchdog-timeout", "3")
+    answers: list[httpx2.Response] = []
+    asking = threading.Thread(target=lambda: answers.append(post(server, HANG)))
+    asking.start()
+    with httpx2.Client(base_url=server.url, timeout=SECONDS) as client:
+        while client.get("/load").json()["server_load"] == 0:
+            pass
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(SECONDS) == 1
+    asking.join()
+    assert [answer.status_code for answer in answers] == [500]
+    server.terminate()
+
+
+def test_probes_are_answered_while_it_drains_and_not_waited_for(server: FaultyServer) -> None:
+    stop = threading.Event()
+
+    def probe() -> None:
+        with httpx2.Client(base_url=server.url, timeout=SECONDS) as client, suppress(httpx2.TransportError):
+            while not stop.is_set():
+                client.get("/health")
+
+    probing = [threading.Thread(target=probe) for _ in range(4)]
+    for each in probing:
+        each.start()
+    with streaming(server, max_tokens=50) as lines:
+        server.process.send_signal(signal.SIGTERM)
+        wait_until_draining(server)
+        assert httpx2.get(f"{server.url}/metrics").status_code == 200
+        assert list(lines)[-1] == "data: [DONE]"
+    assert server.process.wait(10) == 0  # and not after --shutdown-timeout
+    stop.set()
+    for each in probing:
+        each.join()
 
 
 def test_an_engine_that_hangs_ends_the_process() -> None:

@@ -121,3 +121,8 @@ async def test_a_text_of_megabytes_is_refused_before_it_is_tokenized(server: Ser
     ):
         error = error_of(await server.post("/tokenize", body), 400)
         assert (error["param"], error["code"]) == (param, "string_above_max_length")
+
+
+async def test_more_ids_than_any_text_has_are_refused(server: Server) -> None:
+    error = error_of(await server.post("/detokenize", {"tokens": [1] * ((1 << 20) + 1)}), 400)
+    assert (error["param"], error["code"]) == ("tokens", "array_above_max_length")

@@ -4,7 +4,7 @@ import asyncio
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -15,7 +15,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own
     from serve import ray_front
 
-from serve.openai.endpoint import AppConfig  # noqa: E402
 from serve.prefix_index import prompt_blocks  # noqa: E402
 from serve.ray_front import Front  # noqa: E402
 
@@ -124,8 +123,11 @@ def receiver(unread: list[dict[str, Any]]) -> Any:
     return receive
 
 
+MAX_BODY = 100_000  # bytes
+
+
 def app(replicas: Any, *api_keys: str) -> Any:
-    return Front(replicas, api_keys).__serve_build_asgi_app__()
+    return Front(replicas, api_keys, MAX_BODY).__serve_build_asgi_app__()
 
 
 def scope(path: str = "/v1/completions", **headers: str) -> dict[str, Any]:
@@ -226,18 +228,17 @@ async def test_a_client_that_goes_away_cancels_the_call() -> None:
 
 
 @pytest.mark.parametrize("declared", [True, False])
-async def test_a_body_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch, declared: bool) -> None:
-    monkeypatch.setattr(ray_front, "MAX_BODY_BYTES", 100)
+async def test_a_body_that_is_too_large_is_refused(declared: bool) -> None:
     sent: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
         assert not declared, "it is not read"
-        return {"type": "http.request", "body": b"x" * 60, "more_body": True}
+        return {"type": "http.request", "body": b"x" * (MAX_BODY - 40), "more_body": True}
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    await app(Replicas())(scope(**{"content_length": "101"} if declared else {}), receive, send)
+    await app(Replicas())(scope(**{"content_length": str(MAX_BODY + 1)} if declared else {}), receive, send)
     assert sent[0]["status"] == 413
     assert json.loads(sent[1]["body"])["error"]["code"] == "request_too_large"
 
@@ -269,11 +270,6 @@ async def test_a_prompt_that_is_nested_too_deep_is_for_the_replica_to_refuse() -
     replicas = Replicas([[[], [start(), EVENT, END]]])
     assert (await ask(replicas, body)).status == 200
     assert replicas.calls[0].arguments[0] == ()
-
-
-def test_the_limit_of_a_body_is_the_servers() -> None:
-    (default,) = (each.default for each in fields(AppConfig) if each.name == "max_body_bytes")
-    assert default == ray_front.MAX_BODY_BYTES
 
 
 def told(text: str, status: int = 200) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What a request cannot do: pass for another, reach a file, run code, be read in a log, be seen through the cache."""
 
+import asyncio
 import logging
 import sys
 from collections.abc import Iterator
@@ -77,6 +78,19 @@ async def test_a_template_of_a_request_is_jailed_where_it_is_taken_and_else_refu
     async with serving() as server:
         for path in (CHAT, "/tokenize"):
             assert error_of(await server.post(path, endless), 400)["code"] == "unsupported_parameter"
+
+
+async def test_templates_of_requests_keep_no_thread_from_others() -> None:
+    """Two are rendered; who comes then is sent away at once, and requests without a template are served meanwhile."""
+    endless = chat_body(chat_template="{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    async with serving(trust_request_chat_template=True) as server:
+        asked = [asyncio.create_task(server.post(CHAT, endless)) for _ in range(12)]
+        first, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        assert error_of(first.pop().result(), 503)["code"] == "too_many_templates"
+        assert (await server.complete())["choices"][0]["text"] == "Hello"
+        statuses = [(await each).status_code for each in asked]
+    assert sorted(statuses)[:2] == [400, 400]
+    assert set(statuses[2:]) == {503} or statuses.count(503) >= 8
 
 
 @contextmanager
@@ -212,6 +226,7 @@ async def test_requests_of_different_keys_share_no_cached_prompt_where_that_is_w
         ("evil.test:8000", 403),
         ("127.0.0.1.evil.test", 403),
         ("localhost.", 403),
+        ("", 200),  # none: no browser
     ],
 )
 async def test_a_page_whose_name_is_made_to_mean_this_machine_gets_nothing(host: str, status: int) -> None:
@@ -224,7 +239,8 @@ async def test_a_page_whose_name_is_made_to_mean_this_machine_gets_nothing(host:
 
 
 def test_which_hosts_are_allowed() -> None:
-    assert "localhost" in allowed_hosts(ServeConfig())
+    for host in ("127.0.0.1", "127.0.0.2", "::1", "0:0:0:0:0:0:0:1", "localhost", "LOCALHOST"):
+        assert "localhost" in allowed_hosts(ServeConfig(host=host))
     assert allowed_hosts(ServeConfig(host="0.0.0.0")) == ()
     assert allowed_hosts(ServeConfig(api_key=("sk-1",))) == ()
     assert allowed_hosts(ServeConfig(uds=Path("socket"))) == ()
@@ -253,18 +269,22 @@ def test_a_cache_of_programs_is_private(tmp_path: Path) -> None:
     assert own.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_cache_of_programs_that_others_could_write_to_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("mode", [0o777, 0o2770])
+def test_a_cache_of_programs_that_others_could_write_to_is_begun_anew(
+    mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is in it may have come from them; an empty one is made private."""
+    """What is in it may have come from them. Another user's is refused."""
     shared = tmp_path / "shared"
     shared.mkdir()
-    shared.chmod(0o777)
-    (shared / "jit_step-1").write_bytes(b"")
-    with pytest.raises(PermissionError, match="other users could write there"):
-        use_persistent_cache(shared)
-    (shared / "jit_step-1").unlink()
+    kept = shared / "jit_step-1-cache"
+    kept.write_bytes(b"")
+    shared.chmod(0o755)
     use_persistent_cache(shared)
+    assert kept.exists()
+    shared.chmod(mode)
+    use_persistent_cache(shared)
+    assert not kept.exists()
+    assert "other users could write there" in caplog.text
     assert shared.stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr("os.geteuid", lambda: shared.stat().st_uid + 1)
     with pytest.raises(PermissionError, match="another user"):

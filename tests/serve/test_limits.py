@@ -2,12 +2,16 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import tracemalloc
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import pytest
 
+from serve.engine.detokenize import StopStrings
 from serve.engine.request import FinishReason, Request, SamplingParams
+from serve.openai.errors import APIError
+from serve.openai.generation import merge
 from serve.openai.readiness import Readiness
 from tests.serve.http_client import (
     Connection,
@@ -240,3 +244,88 @@ async def test_while_it_drains_nothing_new_is_taken_and_what_runs_ends() -> None
         error_of(await server.post(CHAT, chat_body()), 401)
         gate.open()
         assert events_of(await running)[-1] == "[DONE]"
+
+
+async def test_what_waits_comes_before_the_failure_though_another_choice_has_ended() -> None:
+    ended, failed = FakeChoice(0, 1), FakeChoice(1, 9)
+    deltas = merge([ended, failed], None, None, max_unread=8)  # type: ignore[list-item, arg-type]
+    read = [await anext(deltas)]
+    async with asyncio.timeout(20):
+        await failed.cut.wait()
+
+    async def rest() -> None:
+        async for each in deltas:
+            read.append(each)  # noqa: PERF401  # what came before the failure counts
+
+    with pytest.raises(APIError, match="slowly"):
+        await rest()
+    assert len(read) == 7  # all but the two that found no room
+
+
+class FakeChoice:
+    """Yields so many deltas at once."""
+
+    def __init__(self, prompt_index: int, count: int) -> None:
+        self.prompt_index, self.first = prompt_index, True
+        self._count = count
+        self.cut = asyncio.Event()
+
+    async def deltas(self, *_: object) -> AsyncGenerator[int]:
+        """Numbers stand for them."""
+        try:
+            for number in range(self._count):
+                yield number
+        finally:
+            self.cut.set()
+
+
+async def test_all_answers_to_a_request_share_what_finds_their_stop_strings(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    class Counted(StopStrings):
+        def __init__(self, stop: Sequence[str]) -> None:
+            made.append(len(stop))
+            super().__init__(stop)
+
+    monkeypatch.setattr("serve.openai.generation.StopStrings", Counted)
+    async with serving() as server:
+        answer = await server.complete(prompt=["a", "b"], n=4, stop=["l", "xyz"])
+    assert [choice["text"] for choice in answer["choices"]] == ["He"] * 8
+    assert made == [2]
+
+
+async def test_texts_are_not_held_while_they_are_answered() -> None:
+    """Neither the body, nor the fields that mean nothing, nor what the prompt was made from."""
+    async with serving(b"x" * 400) as server:
+        await server.complete(user="x" * (1 << 20))  # what is made once is there
+        gate = server.runner.before_call = Gate("decode")
+        bodies = [completion_body(user="x" * (1 << 20), max_tokens=400, request_id=f"r{i}") for i in range(8)]
+        tracemalloc.start()
+        try:
+            asked = [
+                asyncio.create_task(server.client.post(COMPLETIONS, content=Once(body), headers=JSON))
+                for body in bodies
+            ]
+            async with asyncio.timeout(20):
+                while server.engine.load < 8:
+                    await asyncio.sleep(0)
+            await gate.reached()
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        gate.open()
+        await asyncio.gather(*asked)
+    assert held < 4 << 20
+
+
+JSON = {"content-type": "application/json"}
+
+
+class Once:
+    """A body that its client forgets when it is sent."""
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield json.dumps(self._body).encode()

@@ -146,7 +146,10 @@ class Load:
         async def others() -> float:
             return (await self._decode_round(15, {})).tokens_per_second or 0.0
 
-        beside = await beside_a_reader(self._client, body, others)
+        try:
+            beside = await beside_a_reader(self._client, body, others)
+        except OSError as error:
+            raise RefusedError(str(error)[:80]) from None
         return Figures(beside.unread, note=f"{beside.ratio:.3f} of that beside one that reads")
 
     async def _decode_round(self, streams: int, extra: Body) -> Figures:

@@ -36,6 +36,9 @@ async def beside_a_reader(
         body: of that stream. Its first event has to be larger than what both sides' systems take in, and it has to
             run for as long as `measure` takes.
         measure: runs the others, and gives their rate.
+
+    Raises:
+        OSError: there is no such stream.
     """
     rates: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(_PAIRS):
@@ -59,7 +62,7 @@ async def _stream(address: httpx2.URL, body: dict[str, object], *, reads: bool) 
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {address.host}\r\nContent-Type: application/json\r\n"
         await loop.sock_sendall(connection, f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         if not (await loop.sock_recv(connection, 12)).endswith(b"200"):
-            raise RuntimeError("the server does not stream this")
+            raise ConnectionError("the server does not stream this")
         reading = asyncio.create_task(_read(connection)) if reads else None
         yield
         if reading is not None:

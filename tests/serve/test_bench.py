@@ -26,7 +26,8 @@ def peer(request: httpx2.Request) -> httpx2.Response:
 
 
 async def test_what_a_server_refuses_is_a_row_that_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    async with httpx2.AsyncClient(base_url="http://peer", transport=httpx2.MockTransport(peer)) as client:
+    # At this address nobody listens, for what does not go through the client.
+    async with httpx2.AsyncClient(base_url="http://127.0.0.1:1", transport=httpx2.MockTransport(peer)) as client:
         rows = {name: figures async for name, figures in measure(client, 200, lambda: 1e10)}
     refused = [name for name, figures in rows.items() if figures.note.startswith("refused: ")]
     assert refused == [
@@ -34,6 +35,7 @@ async def test_what_a_server_refuses_is_a_row_that_says_so(capsys: pytest.Captur
         "score 900, cold",
         "score 900, 800 cached, not scored",
         "score 900, 800 scored before",
+        "15 streams beside one that nobody reads",
     ]
     assert all((figures.tokens_per_second is None) == (name in refused) for name, figures in rows.items())
     assert "1 stream beside a prompt of 999" in rows  # no more than the model takes

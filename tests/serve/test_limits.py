@@ -93,7 +93,7 @@ async def test_a_request_that_takes_too_long_ends(path: str, said: str) -> None:
 
 async def test_a_stream_that_takes_too_long_ends_with_an_error_event(server: Server) -> None:
     gate = server.runner.before_call = Gate("decode", after=3)
-    *chunks, error, done = events_of(await server.post(COMPLETIONS, completion_body(stream=True, timeout=0.3)))
+    *chunks, error, done = events_of(await server.post(COMPLETIONS, completion_body(stream=True, timeout=2)))
     assert [json.loads(chunk)["choices"][0]["text"] for chunk in chunks] == ["H", "e"]
     assert (json.loads(error)["error"]["code"], done) == ("deadline_exceeded", "[DONE]")
     gate.open()

@@ -27,7 +27,7 @@ _TOUCHING = ("open", "os", "subprocess", "exec", "compile", "import", "shutil", 
 
 @pytest.fixture(scope="module")
 def jail() -> TemplateJail:
-    return TemplateJail(seconds=0.5, max_bytes=64 << 20, max_characters=10_000)
+    return TemplateJail(seconds=1, max_bytes=64 << 20, max_characters=10_000)
 
 
 def rendered(jail: TemplateJail, template: str) -> str:
@@ -49,8 +49,8 @@ def test_a_jailed_template_renders_as_any_other(jail: TemplateJail) -> None:
 @pytest.mark.parametrize(
     ("template", "why"),
     [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 0.5 s"),
-        ("{{ 10 ** (10 ** 9) }}", "more than 0.5 s"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 1 s"),
+        ("{{ 10 ** (10 ** 9) }}", "more than 1 s"),
         ("{{ 'a' * 10 ** 10 }}", "memory"),
         ("{{ 'a' * 10001 }}", "more than 10000 characters"),
         ("{% include '/etc/passwd' %}", "no loader"),

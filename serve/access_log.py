@@ -3,11 +3,11 @@
 import ipaddress
 import logging
 
+from serve.openai.readiness import PROBES
 from serve.openai.record import AnswerRecord
 
 logger = logging.getLogger(__name__)
 
-_PROBES = ("/health", "/ping", "/metrics", "/load")  # asked for again and again, by machines
 _MAX_PATH = 200  # characters
 
 
@@ -16,7 +16,7 @@ class AccessLog:
 
     def __call__(self, record: AnswerRecord) -> None:
         """Writes of an answer that has ended."""
-        level = logging.DEBUG if record.handler in _PROBES else logging.INFO
+        level = logging.DEBUG if record.handler in PROBES else logging.INFO
         if logger.isEnabledFor(level):
             fields = fields_of(record)
             logger.log(level, "%s", _line(fields), extra=fields)

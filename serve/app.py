@@ -42,7 +42,7 @@ def create_app(
     metrics: Metrics,
     *,
     readiness: Readiness | None = None,
-    on_answer: OnAnswer = lambda _: None,
+    on_answer: OnAnswer | None = None,
 ) -> Starlette:
     """The ASGI app around a running engine, whose life is the caller's business; so is who tells `metrics` of it.
 
@@ -63,13 +63,14 @@ def create_app(
 
     def told(record: AnswerRecord) -> None:
         metrics.on_http(record)
-        on_answer(record)
+        if on_answer is not None:
+            on_answer(record)
 
     async def invocations(request: Request) -> Response:  # SageMaker has one path for all that a model does
         async with bodies.read(request) as data:
             kind = completions if "prompt" in await asyncio.to_thread(json_object, data) else chat
             answer = await kind.checked(request, data)
-        del data  # while it is answered, nobody needs what it was read from
+        del data  # as in `Answering`
         return await answer()
 
     async def prometheus(_: Request) -> Response:

@@ -12,7 +12,6 @@ from serve.config import ServeConfig
 from serve.engine.engine import Engine
 from serve.metrics import Metrics
 from serve.openai.readiness import Readiness
-from serve.openai.record import AnswerRecord
 from serve.report import Reporter
 from serve.startup import Loaded, load
 
@@ -49,14 +48,10 @@ def assemble(config: ServeConfig, reporter: Reporter) -> Served:
         app_config(config, names, loaded),
         metrics,
         readiness=readiness,
-        on_answer=_unlogged if config.disable_uvicorn_access_log else AccessLog(),
+        on_answer=None if config.disable_uvicorn_access_log else AccessLog(),
     )
     chats = loaded.chat_template is not None or loaded.tokenizer.chat_template is not None
     return Served(names, chats, engine, app, readiness, metrics)
-
-
-def _unlogged(_: AnswerRecord) -> None:
-    pass
 
 
 def app_config(config: ServeConfig, names: tuple[str, ...], loaded: Loaded) -> AppConfig:

@@ -2,10 +2,10 @@
 
 import argparse
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from serve.api_keys import api_key
 from serve.memory import MemoryAmount, parse_memory
 from serve.openai.schema import LogprobsMode
 from serve.options import between, option
@@ -40,13 +40,6 @@ def _bytes(text: str) -> int:
     if isinstance(amount, float):
         raise argparse.ArgumentTypeError(f"{text!r} is a share; give bytes, such as 64MiB")
     return amount
-
-
-def api_key(text: str) -> str:
-    """A key; raises argparse.ArgumentTypeError for what is none."""
-    if not re.fullmatch(r"[\x21-\x7e]+", text):
-        raise argparse.ArgumentTypeError("a key has one character at least, all of them ASCII and none a space")
-    return text
 
 
 def _strings(text: str) -> tuple[str, ...]:

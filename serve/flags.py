@@ -4,11 +4,11 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Protocol
 
 from serve import __version__
-from serve.config import GROUPS, EngineConfig, ServeConfig, api_key
+from serve.api_keys import all_keys
+from serve.config import GROUPS, EngineConfig, ServeConfig
 from serve.options import CommandLine
 
 _EPILOG = """\
@@ -24,7 +24,6 @@ examples:
   LOGPROBD_API_KEY=... python -m serve --host 0.0.0.0     for other machines, who need the key
   python -m serve --config serve.yaml --log-format json   flags from a file, logs for a machine
 """
-_KEY_VARIABLES = ("LOGPROBD_API_KEY", "VLLM_API_KEY")
 # What vLLM switches with these is always so here: they are taken, so that its command lines work.
 _ALWAYS_SO = (
     "--enable-chunked-prefill",
@@ -62,37 +61,13 @@ def parse_args(arguments: Sequence[str] | None = None, environ: Mapping[str, str
         line.parser.error("argument --ssl-keyfile: it goes with --ssl-certfile")
     if config.ssl_ca_certs is not None and config.ssl_certfile is None:
         line.parser.error("argument --ssl-ca-certs: it goes with --ssl-certfile")
-    keys = [*config.api_key, *_keys_of(config.api_key_file, line.parser.error)]
-    keys = keys or [
-        _checked(environ[name], f"${name}", line.parser.error) for name in _KEY_VARIABLES if name in environ
-    ]
+    try:
+        keys = all_keys(config.api_key, config.api_key_file, environ)
+    except ValueError as error:
+        line.parser.error(str(error))
     if config.prefix_cache_per_key and not keys:
         line.parser.error("argument --prefix-cache-per-key: there are no API keys")
-    return replace(config, api_key=tuple(keys))
-
-
-def _keys_of(path: Path | None, refuse: "Refuse") -> list[str]:
-    """The keys of a file: a line each; what begins with # is none."""
-    if path is None:
-        return []
-    try:
-        lines = [line.strip() for line in path.expanduser().read_text(encoding="ascii").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        refuse(f"argument --api-key-file: {path}: {getattr(error, 'strerror', None) or 'it is no ASCII text'}")
-        return []
-    keys = [line for line in lines if line and not line.startswith("#")]
-    if not keys:  # an empty file shall not open the server
-        refuse(f"argument --api-key-file: {path}: there is no key in it")
-    return [_checked(key, f"argument --api-key-file: {path}", refuse) for key in keys]
-
-
-def _checked(key: str, where: str, refuse: "Refuse") -> str:
-    """One that is set and empty would open the server, which nobody means."""
-    try:
-        return api_key(key)
-    except argparse.ArgumentTypeError as error:
-        refuse(f"{where}: {error}")
-        return key
+    return replace(config, api_key=keys)
 
 
 def command_line() -> CommandLine[ServeConfig]:

@@ -103,9 +103,8 @@ class GuardedProtocol(H11Protocol):
         def look() -> None:
             self._until_read = None
             left = self.transport.get_write_buffer_size()
-            adds = (
-                self._is_answering() and not self.flow.write_paused
-            )  # then it may read, and more is there all the same
+            # While it is written to, the client may read and as much wait all the same.
+            adds = self._is_answering() and not self.flow.write_paused
             if left and left >= unread and not adds:
                 self._abandon("stalled_reader")
             elif left:

@@ -39,7 +39,7 @@ class QueueFullError(Exception):
 
 
 class QueueTimeoutError(Exception):
-    """The request did not run by the time by which it had to."""
+    """The request waited for as long as it may."""
 
 
 class DeadlineError(Exception):

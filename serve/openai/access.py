@@ -10,13 +10,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.openai.errors import APIError, engine_error
 from serve.openai.keys import ApiKeys, route_path
-from serve.openai.readiness import Readiness
+from serve.openai.readiness import PROBES, Readiness
 from serve.openai.record import NO_ROUTE, AnswerRecord, OnAnswer, recorded
 
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,200}")
-_PROBES = ("/health", "/ping", "/metrics", "/load")  # are answered while the server drains, and not waited for
 _PORT = re.compile(r":\d*$")
 
 # Whatever a browser is sent, it takes it for what it is said to be.
@@ -69,7 +68,7 @@ class Access:
         """Here and not in an exception handler of the app, whose answer would bear neither the id nor CORS headers."""
         error = self._refusal(scope, record.key)
         if error is None:
-            counted = route_path(scope) not in _PROBES
+            counted = route_path(scope) not in PROBES
             self._readiness.running += counted
             try:
                 await self._app(scope, receive, send)
@@ -87,7 +86,7 @@ class Access:
     def _refusal(self, scope: Scope, key: str | None) -> APIError | None:
         if error := self._wrong_host(scope) or self._keys.refusal(scope, key):
             return error
-        return None if route_path(scope) in _PROBES else self._readiness.refusal()
+        return None if route_path(scope) in PROBES else self._readiness.refusal()
 
     def _wrong_host(self, scope: Scope) -> APIError | None:
         """The error for a name that is none of ours: a page of that name would take our answers for its own."""

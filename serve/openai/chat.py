@@ -1,56 +1,29 @@
 """POST /v1/chat/completions."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
-
+from serve.openai.answering import Answering
 from serve.openai.body import Body, make_body
 from serve.openai.chat_prompt import chat_prompt
 from serve.openai.checks import check_common, check_logprob_token_ids, check_top_k
-from serve.openai.endpoint import Endpoint, Usage, usage_of
+from serve.openai.endpoint import Usage, usage_of
 from serve.openai.errors import invalid
-from serve.openai.generation import Choice, Delta, Finished, finish_all
+from serve.openai.generation import Choice, Delta, Finished
 from serve.openai.job import Job, make_job
 from serve.openai.logprobs import chat_content
+from serve.openai.merging import finish_all
 from serve.openai.prompt_numbers import prompt_numbers
-from serve.openai.record import AnswerRecord, record_of
+from serve.openai.record import AnswerRecord
 from serve.openai.schema import ChatCompletionRequest, parse
-from serve.openai.stream import json_or_disconnect, stream_or_disconnect
 
 type _Job = Job[ChatCompletionRequest]
 
 
-class ChatCompletions:
+class ChatCompletions(Answering[ChatCompletionRequest]):
     """The endpoint."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._at = endpoint
-
-    async def __call__(self, request: Request) -> Response:
-        """Answers with JSON, or with server-sent events where `stream` is true."""
-        async with self._at.bodies.read(request) as data:
-            answer = await self.checked(request, data)
-        del data
-        return await answer()
-
-    async def checked(self, request: Request, data: bytes) -> Callable[[], Awaitable[Response]]:
-        """What answers a body that has been read.
-
-        Raises:
-            APIError: what is wrong with it.
-        """
-        job = await asyncio.to_thread(self._prepare, data, record_of(request))
-        return lambda: self._respond(request, job)
-
-    async def _respond(self, request: Request, job: _Job) -> Response:
-        abort = self._at.abort_all(job.request_ids)
-        if job.body.stream:
-            return await stream_or_disconnect(request, self._chunks(job), abort)
-        return await json_or_disconnect(request, self._answer(job), abort)
 
     def _prepare(self, data: bytes, record: AnswerRecord) -> _Job:
         at, limits = self._at, self._at.engine.limits

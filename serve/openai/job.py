@@ -11,8 +11,9 @@ from serve.engine.request import PromptScoring, Request, SamplingParams, TokenSc
 from serve.openai.body import Hole
 from serve.openai.endpoint import Endpoint, Header
 from serve.openai.errors import engine_error
-from serve.openai.generation import Choice, Delta, make_choices, make_request, merge, work_of
+from serve.openai.generation import Choice, Delta, make_choices, make_request, work_of
 from serve.openai.logprobs import TokenNames, prompt_columns
+from serve.openai.merging import merge
 from serve.openai.prompt_numbers import PromptNumbers, check_start
 from serve.openai.record import AnswerRecord
 from serve.openai.sampling_params import sampling_params

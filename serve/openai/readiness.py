@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from serve.openai.errors import APIError
 
+# Asked for again and again, by machines: they are answered while the server drains, and not waited for.
+PROBES = ("/health", "/ping", "/metrics", "/load")
+
 
 @dataclass(slots=True)
 class Readiness:

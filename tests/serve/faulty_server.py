@@ -41,7 +41,7 @@ class FaultyRunner(ScriptedRunner):
 
     def __init__(self) -> None:
         super().__init__(b"x" * MAX_MODEL_LEN, pages=_PAGES, pages_per_row=MAX_MODEL_LEN // PAGE_SIZE)
-        self._slow = False
+        self._slow = self._lost = False
 
     def prefill(self, inputs: StepInput) -> Any:
         """The first token of a prompt says what becomes of it."""
@@ -49,12 +49,18 @@ class FaultyRunner(ScriptedRunner):
         if said == FAIL:
             raise RuntimeError("it was to fail")
         if said == LOSE:
-            self.reset = _lost  # type: ignore[method-assign]
+            self._lost = True
             raise RuntimeError("it was to be lost")
         if said == HANG:
             threading.Event().wait()
         self._slow |= said == SLOW
         return super().prefill(inputs)
+
+    def reset(self) -> None:
+        """Fails for good once it was lost."""
+        if self._lost:
+            raise RuntimeError("the device is gone")
+        super().reset()
 
     def decode(self, inputs: DecodeInput, sampling: SamplingArrays) -> StepOutput:
         """As a device that takes its time."""
@@ -62,10 +68,6 @@ class FaultyRunner(ScriptedRunner):
             threading.Event().wait(_STEP)
         output: StepOutput = super().decode(inputs, sampling)
         return output
-
-
-def _lost() -> None:
-    raise RuntimeError("the device is gone")
 
 
 def _assemble(_config: ServeConfig, _reporter: Reporter) -> Served:

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx2
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from starlette.applications import Starlette
 
@@ -239,7 +240,7 @@ async def serving(
     vllm_names: bool = False,
     max_model_len: int = MAX_MODEL_LEN,
     readiness: Readiness | None = None,
-    on_answer: OnAnswer = lambda _: None,
+    on_answer: OnAnswer | None = None,
     **config: Any,
 ) -> AsyncIterator[Server]:
     """A server whose model says `script` and then END; `config` are fields of AppConfig."""
@@ -286,6 +287,15 @@ def submitted(server: Server) -> list[Request]:
 
     server.engine.submit = noted  # type: ignore[method-assign]
     return requests
+
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+PATHS = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+
+
+def body_of(path: str, **fields: Any) -> dict[str, Any]:
+    """A greedy request to either endpoint."""
+    return (chat_body if path == CHAT else completion_body)(**fields)
 
 
 def chat_body(**fields: Any) -> dict[str, Any]:
@@ -355,6 +365,11 @@ class Connection:
 
     async def run(self, app: Starlette) -> None:
         """Sends the request and returns when the app has done all it does for it."""
+        self._incoming.put_nowait({"type": "http.request", "body": json.dumps(self.body).encode()})
+        await self.talk(app)
+
+    async def talk(self, app: Starlette) -> None:
+        """The same, but that nothing of the body is sent."""
         scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -369,7 +384,6 @@ class Connection:
             "client": ("test", 1),
             "server": ("test", 80),
         }
-        self._incoming.put_nowait({"type": "http.request", "body": json.dumps(self.body).encode()})
         async with asyncio.timeout(_TIMEOUT):
             await app(scope, self._incoming.get, self._send)
 

@@ -124,22 +124,20 @@ def test_a_client_that_reads_no_long_answer_is_dropped() -> None:
 def test_a_client_that_reads_a_little_at_a_time_is_waited_for() -> None:
     refused: list[str] = []
     timers: list[Callable[[], None]] = []
-    protocol = GuardedProtocol.__new__(GuardedProtocol)
-    protocol.config = SimpleNamespace(client_timeout=60, on_refused=refused.append)  # type: ignore[assignment]
+    protocol: Any = GuardedProtocol.__new__(GuardedProtocol)  # with stand-ins for all that it looks at
+    protocol.config = SimpleNamespace(client_timeout=60, on_refused=refused.append)
     timer = SimpleNamespace(cancel=lambda: None)
 
     def call_later(_: float, call: Callable[[], None], *__: object) -> SimpleNamespace:
         timers.append(call)
         return timer
 
-    protocol.loop = SimpleNamespace(call_later=call_later)  # type: ignore[assignment]
-    protocol.cycle = SimpleNamespace(response_complete=False)  # type: ignore[assignment]
-    protocol.flow = SimpleNamespace(write_paused=True)  # type: ignore[assignment]
+    protocol.loop = SimpleNamespace(call_later=call_later)
+    protocol.cycle = SimpleNamespace(response_complete=False)
+    protocol.flow = SimpleNamespace(write_paused=True)
     unread = [100_000]
     aborted: list[bool] = []
-    protocol.transport = SimpleNamespace(  # type: ignore[assignment]
-        get_write_buffer_size=lambda: unread[0], abort=lambda: aborted.append(True)
-    )
+    protocol.transport = SimpleNamespace(get_write_buffer_size=lambda: unread[0], abort=lambda: aborted.append(True))
     protocol._await_reader()
     for unread[0] in (99_999, 50_000, 20_000):
         timers.pop()()

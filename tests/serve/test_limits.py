@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import tracemalloc
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
@@ -11,12 +12,16 @@ import pytest
 from serve.engine.detokenize import StopStrings
 from serve.engine.request import FinishReason, Request, SamplingParams
 from serve.openai.errors import APIError
-from serve.openai.generation import merge
+from serve.openai.merging import merge
 from serve.openai.readiness import Readiness
 from tests.serve.http_client import (
+    CHAT,
+    COMPLETIONS,
+    PATHS,
     Connection,
     Gate,
     Server,
+    body_of,
     chat_body,
     completion_body,
     error_of,
@@ -24,18 +29,11 @@ from tests.serve.http_client import (
     serving,
 )
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-PATHS = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-
 
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
     async with serving() as server:
         yield server
-
-
-def body_of(path: str, **fields: Any) -> dict[str, Any]:
-    return (chat_body if path == CHAT else completion_body)(**fields)
 
 
 @PATHS
@@ -55,9 +53,8 @@ async def test_a_request_that_waits_too_long_is_sent_away(path: str, stream: boo
         for i in range(4):
             server.engine.abort(str(i))
         gate.open()
-        assert (
-            await asyncio.gather(*others) == [FinishReason.ABORT] * 4
-        )  # until then they ran: no limit is set for them
+        # Until then they ran: no limit is set for them.
+        assert await asyncio.gather(*others) == [FinishReason.ABORT] * 4
         await server.assert_idle()
 
 
@@ -80,9 +77,9 @@ async def test_who_waits_behind_his_own_requests_waits_for_nobody_else() -> None
 @PATHS
 @pytest.mark.parametrize("said", ["by the server", "by the request", "by both"])
 async def test_a_request_that_takes_too_long_ends(path: str, said: str) -> None:
-    config = {"by the server": 0.05, "by the request": None, "by both": 1000.0}[said]
+    config = {"by the server": 0.05, "by the request": math.inf, "by both": 1000.0}[said]
     fields = {} if said == "by the server" else {"timeout": 0.05}
-    async with serving(**({} if config is None else {"request_timeout": config})) as server:  # type: ignore[arg-type]
+    async with serving(request_timeout=config) as server:
         gate = server.runner.before_call = Gate("decode")
         error = error_of(await server.post(path, body_of(path, **fields)), 504)
         assert (error["type"], error["code"], error["param"]) == ("timeout", "deadline_exceeded", "timeout")
@@ -177,7 +174,7 @@ async def test_bodies_that_are_held_together_are_bounded() -> None:
     """Four of the largest; who comes then is sent away, and taken when there is room again."""
     async with serving(max_body_bytes=1000) as server:
         waiting = [Sending(COMPLETIONS, b" " * 1000) for _ in range(4)]
-        runs = [asyncio.create_task(each.run(server.app)) for each in waiting]
+        runs = [asyncio.create_task(each.talk(server.app)) for each in waiting]
         async with asyncio.timeout(20):
             for each in waiting:
                 await each.taken.wait()
@@ -198,21 +195,6 @@ class Sending(Connection):
         self.taken = asyncio.Event()
         self._incoming = Noticed(self.taken)
         self._incoming.put_nowait({"type": "http.request", "body": part, "more_body": True})
-
-    async def run(self, app: Any) -> None:
-        """Without the whole body that other connections send."""
-        scope = {
-            "type": "http",
-            "http_version": "1.1",
-            "method": "POST",
-            "scheme": "http",
-            "path": self.path,
-            "raw_path": self.path.encode(),
-            "query_string": b"",
-            "root_path": "",
-            "headers": [(b"content-type", b"application/json")],
-        }
-        await app(scope, self._incoming.get, self._send)
 
 
 class Noticed(asyncio.Queue[dict[str, Any]]):
@@ -248,7 +230,9 @@ async def test_while_it_drains_nothing_new_is_taken_and_what_runs_ends() -> None
 
 async def test_what_waits_comes_before_the_failure_though_another_choice_has_ended() -> None:
     ended, failed = FakeChoice(0, 1), FakeChoice(1, 9)
-    deltas = merge([ended, failed], None, None, max_unread=8)  # type: ignore[list-item, arg-type]
+    choices: list[Any] = [ended, failed]
+    nobody: Any = None
+    deltas = merge(choices, nobody, nobody, max_unread=8)
     read = [await anext(deltas)]
     async with asyncio.timeout(20):
         await failed.cut.wait()

@@ -2,31 +2,23 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 
 from tests.serve.http_client import (
+    PATHS,
     Connection,
     Gate,
     Server,
-    chat_body,
-    completion_body,
+    body_of,
     serving,
 )
-
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-PATHS = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 
 
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
     async with serving() as server:
         yield server
-
-
-def body_of(path: str, **fields: Any) -> dict[str, Any]:
-    return (chat_body if path == CHAT else completion_body)(**fields)
 
 
 @PATHS

@@ -1,0 +1,67 @@
+"""All choices of a request as one: their deltas as they come, or their whole answers."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from serve.openai.errors import APIError
+from serve.openai.generation import Choice, Delta, Engine, Finished
+from serve.text.tokenizer import Tokenizer
+
+_TOO_SLOW = "The answer was read too slowly: too many of its tokens were waiting to be sent."
+_AT_ONCE = 64  # of the choices of one HTTP request: a long list of prompts leaves room in the queue for others
+
+
+async def finish_all(choices: Sequence[Choice], deltas: AsyncGenerator[tuple[Choice, Delta]]) -> list[Finished]:
+    """Reads the deltas of all choices to their ends."""
+    results = [Finished(choice) for choice in choices]
+    async with aclosing(deltas):
+        async for choice, delta in deltas:
+            results[choice.index].add(delta)
+    return results
+
+
+async def merge(
+    choices: Sequence[Choice], engine: Engine, tokenizer: Tokenizer, max_unread: int | None = None
+) -> AsyncGenerator[tuple[Choice, Delta]]:
+    """The deltas of all choices as they come, but of a prompt's choices the first one's first: it has the scores.
+
+    The failure of one ends all. So does a reader that leaves `max_unread` deltas waiting: the engine is freed at once,
+    and the reader is told when it has read them.
+    """
+    queue: asyncio.Queue[tuple[Choice, Delta] | Exception | None] = asyncio.Queue()  # None: a choice has ended
+    slots = asyncio.Semaphore(_AT_ONCE)
+    opened = {choice.prompt_index: asyncio.Event() for choice in choices}
+
+    async def run(choice: Choice) -> None:
+        try:
+            async with slots, aclosing(choice.deltas(engine, tokenizer)) as deltas:
+                async for delta in deltas:
+                    if not choice.first:
+                        await opened[choice.prompt_index].wait()
+                    if max_unread is not None and queue.qsize() >= max_unread:
+                        raise APIError(503, _TOO_SLOW, None, "slow_reader")
+                    queue.put_nowait((choice, delta))
+                    opened[choice.prompt_index].set()
+        except Exception as error:  # noqa: BLE001 - raised again by whoever reads, after what came before it
+            queue.put_nowait(error)
+            for task in tasks:
+                task.cancel()
+        finally:
+            queue.put_nowait(None)
+
+    tasks = [asyncio.create_task(run(choice)) for choice in choices]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

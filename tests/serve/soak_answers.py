@@ -1,0 +1,196 @@
+"""Answers as a server gives them, made by hand, for the tests of the soak to change."""
+
+import copy
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from serve.soak.answers import Reply
+from serve.soak.ask import CHAT, COMPLETIONS, Ask, ServerFacts
+from serve.soak.checks import checked_reply
+from serve.soak.client import Answer
+from serve.soak.soak import Settings
+
+ID = "soak-1-7"
+
+
+FACTS = ServerFacts("m", 2048, 20, 1000, "fp_jax0.12_cpu_bfloat16", "0.2.0")
+
+
+SETTINGS = Settings("http://s", 1, 60.0, None, 2, 4, None, 10.0, None)
+
+
+CHAT_ASK = Ask(
+    "chat",
+    CHAT,
+    {
+        "messages": [{"role": "user", "content": "a secret"}],
+        "temperature": 0,
+        "max_tokens": 2,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "prompt_logprobs": 1,
+        "stop": ["stop"],
+    },
+)
+
+
+TEXT_ASK = Ask(
+    "completion", COMPLETIONS, {"prompt": [[5, 6], [7]], "seed": 1, "max_tokens": 1, "logprobs": 2, "echo": True}
+)
+
+
+def entry(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
+    return {"token": "x", "logprob": logprob, "bytes": [120], "token_id": token_id, "rank": rank}
+
+
+def chat_entry(token_id: int) -> dict[str, Any]:
+    return entry(token_id, -0.5, 1) | {"top_logprobs": [entry(token_id, -0.5, 1), entry(token_id + 1, -1.5, 2)]}
+
+
+def usage(prompt: int, output: int) -> dict[str, Any]:
+    told = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+    return told | {"prompt_tokens_details": {"cached_tokens": 0}}
+
+
+def prompt_entries(ids: list[int]) -> list[dict[str, Any] | None]:
+    """The best is token 3; the rank of others is above what is shown."""
+    best = {"3": {"logprob": -0.1, "rank": 1, "decoded_token": "x"}}
+    return [None, *({str(token): {"logprob": -4.0, "rank": 9, "decoded_token": "x"}} | best for token in ids[1:])]
+
+
+def chat_answer() -> dict[str, Any]:
+    """What CHAT_ASK may be told."""
+    return {
+        "id": f"chatcmpl-{ID}",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "system_fingerprint": FACTS.fingerprint,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "xx", "refusal": None},
+                "logprobs": {"content": [chat_entry(11), chat_entry(12)], "refusal": None},
+                "finish_reason": "length",
+                "stop_reason": None,
+                "token_ids": [11, 12],
+            }
+        ],
+        "usage": usage(3, 2),
+        "prompt_token_ids": [5, 6, 7],
+        "prompt_logprobs": prompt_entries([5, 6, 7]),
+    }
+
+
+def text_choice(index: int, prompt: list[int]) -> dict[str, Any]:
+    best = {"x": -4.0, "y": -0.1, "z": -2.5}
+    own = {"a": -0.5, "b": -1.5}
+    later = len(prompt) - 1
+    return {
+        "index": index,
+        "text": "xx",
+        "logprobs": {
+            "tokens": [*("x" for _ in prompt), "a"],
+            "token_logprobs": [None, *(-4.0 for _ in range(later)), -0.5],
+            "top_logprobs": [None, *(best for _ in range(later)), own],
+            "top_token_ids": [None, *([3, 4] for _ in range(later)), [11, 12]],
+            "text_offset": list(range(len(prompt) + 1)),
+        },
+        "finish_reason": "length",
+        "stop_reason": None,
+        "prompt_token_ids": prompt,
+        "token_ids": [11],
+        "prompt_logprobs": [
+            entry and entry | {"4": {"logprob": -2.5, "rank": 2, "decoded_token": "x"}}
+            for entry in prompt_entries(prompt)
+        ],
+    }
+
+
+def text_answer() -> dict[str, Any]:
+    """What TEXT_ASK may be told."""
+    header = {"id": f"cmpl-{ID}", "object": "text_completion", "created": 1, "model": "m", "system_fingerprint": "f"}
+    return header | {"choices": [text_choice(0, [5, 6]), text_choice(1, [7])], "usage": usage(3, 2)}
+
+
+def answer_of(payload: object, status: int = 200, headers: Mapping[str, str] = {}) -> Answer:
+    """An answer as a client keeps it."""
+    body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+    told = {"x-request-id": ID, "content-type": "application/json", **headers}
+    return Answer(ID, 0.0, status, told, [(1.0, body)])
+
+
+def wrong_with(ask: Ask, payload: object) -> list[str]:
+    return checked_reply(ask, answer_of(payload))[1]
+
+
+def changed(payload: dict[str, Any], path: str, value: object) -> dict[str, Any]:
+    """The payload with another value at a path such as "choices.0.text"."""
+    copied = copy.deepcopy(payload)
+    at: Any = copied
+    *steps, last = path.split(".")
+    for step in steps:
+        at = at[int(step)] if isinstance(at, list) else at[step]
+    at[int(last) if isinstance(at, list) else last] = value
+    return copied
+
+
+CONTENT = "choices.0.logprobs.content"
+
+
+def chunks() -> list[dict[str, Any]]:
+    """Events of a stream that tells what `chat_answer` does."""
+    whole = chat_answer()
+    header = {name: whole[name] for name in ("id", "created", "model", "system_fingerprint")}
+    header["object"] = "chat.completion.chunk"
+    told = {name: whole[name] for name in ("prompt_token_ids", "prompt_logprobs")}
+
+    def choice(content: str, number: int | None, **more: object) -> dict[str, Any]:
+        logprobs = None if number is None else {"content": [chat_entry(number)], "refusal": None}
+        fields = {"index": 0, "delta": {"content": content}, "logprobs": logprobs, "finish_reason": None}
+        return fields | ({} if number is None else {"token_ids": [number]}) | more
+
+    return [
+        header | told | {"choices": [choice("", None, delta={"role": "assistant", "content": ""})]},
+        header | {"choices": [choice("x", 11)]},
+        header | {"choices": [choice("x", 12, finish_reason="length", stop_reason=None)]},
+        header | {"choices": [], "usage": whole["usage"]},
+    ]
+
+
+STREAM_ASK = replace(
+    CHAT_ASK,
+    body=dict(CHAT_ASK.body or (), stream=True, stream_options={"include_usage": True}),  # type: ignore[arg-type]
+)
+
+
+def stream_of(events: Iterable[object], end: bytes = b"data: [DONE]\n\n", kind: str = "text/event-stream") -> Answer:
+    """An answer that came in pieces of seven bytes."""
+    body = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events) + end
+    pieces = [(float(at), body[at : at + 7]) for at in range(0, len(body), 7)]
+    return Answer(ID, 0.0, 200, {"x-request-id": ID, "content-type": kind}, pieces)
+
+
+ERROR = {"error": {"message": "Too long.", "type": "invalid_request_error", "param": "prompt", "code": "x"}}
+
+
+def reply_to(ask: Ask, payload: dict[str, Any]) -> Reply:
+    reply = checked_reply(ask, answer_of(payload))[0]
+    assert reply is not None
+    return reply
+
+
+def reply_of_stream() -> Reply:
+    reply = checked_reply(STREAM_ASK, stream_of(chunks()))[0]
+    assert reply is not None
+    return reply
+
+
+def metrics_of(**values: float) -> str:
+    names = ("num_requests_running", "num_requests_waiting", "num_requests_held", "kv_cache_usage_perc")
+    told = dict.fromkeys((f"logprobd:{name}" for name in names), 0.0)
+    told |= {"process_resident_memory_bytes": 1e9, "process_open_fds": 16, "process_start_time_seconds": 5}
+    told |= {name if name.startswith("process") else f"logprobd:{name}": value for name, value in values.items()}
+    return "".join(f"# TYPE {name} gauge\n{name} {value}\n" for name, value in told.items())

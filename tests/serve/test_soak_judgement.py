@@ -1,0 +1,205 @@
+"""What the soak makes of all that it saw: memory, idleness, traffic, its report."""
+
+import asyncio
+import random
+from dataclasses import replace
+
+import httpx2
+import pytest
+
+from serve.soak.again import (
+    Comparison,
+)
+from serve.soak.ask import Manner, ServerFacts
+from serve.soak.bad_bodies import BadBodies
+from serve.soak.checks import check_status
+from serve.soak.client import send
+from serve.soak.idle import Idle
+from serve.soak.memory import Resident, growth
+from serve.soak.prompts import Prompts
+from serve.soak.report import judge, markdown, sections
+from serve.soak.soak import Soak
+from serve.soak.tally import Tally, quantile
+from serve.soak.traffic import Traffic
+from tests.serve.fake_runner import MAX_MODEL_LEN, K
+from tests.serve.http_client import MODEL, VOCAB_SIZE, serving
+from tests.serve.soak_answers import (
+    CHAT_ASK,
+    ERROR,
+    FACTS,
+    ID,
+    SETTINGS,
+    STREAM_ASK,
+    answer_of,
+    chat_answer,
+    chunks,
+    metrics_of,
+    reply_of_stream,
+    stream_of,
+)
+
+
+def line(*megabytes: float, minutes: float = 2.0, begin: float = 10.0) -> list[Resident]:
+    return [Resident(60 * (begin + minutes * i), 1e6 * each, 10.0) for i, each in enumerate(megabytes)]
+
+
+def test_the_slope_of_memory() -> None:
+    found = growth(line(100, 104, 108, 112))
+    assert found is not None
+    assert found.mb_per_hour == pytest.approx(120)
+    assert found.error == pytest.approx(0, abs=1e-6)
+    assert found.hours == pytest.approx(0.1)
+    found = growth(line(0, 2, 1, 3))  # by hand: slope 0.8 of a sample, rest 1.8, spread 5
+    assert found is not None
+    assert found.mb_per_hour == pytest.approx(0.8 * 30)
+    assert found.error == pytest.approx((1.8 / 2 / 5) ** 0.5 * 30)
+    assert found.lowest == pytest.approx(found.mb_per_hour - 4.30 * found.error)
+    assert growth([]) is None
+    assert growth(line(1, 2)) is None
+
+
+def test_a_leak_is_sure_fast_and_large() -> None:
+    def leaks(*megabytes: float, minutes: float = 2.0, most: float = 50.0) -> bool:
+        found = growth(line(*megabytes, minutes=minutes))
+        assert found is not None
+        return found.leaks(most)
+
+    steady = [1000 + 4.0 * i for i in range(12)]  # 120 MB/h, for 22 minutes
+    assert leaks(*steady)
+    assert not leaks(*steady, most=200)
+    assert not leaks(*steady[:6])  # 20 MB in all
+    assert not leaks(*(1000 + 100.0 * (i % 2) for i in range(12)))  # up and down
+    assert not leaks(*(1000.0 for _ in range(12)))
+    assert not leaks(*(1000 + 1.0 * i for i in range(60)))  # 30 MB/h, and 59 MB in all
+
+
+def test_the_warm_up_is_left_out() -> None:
+    warm = line(*(500 - 50.0 * i for i in range(5)), minutes=1, begin=0)  # which take the first four minutes
+    found = growth([*warm[:4], *line(1000, 1000, 1000, begin=4)])
+    assert found is not None
+    assert (found.mb_per_hour, found.samples) == (0, 3)
+    assert growth(warm) is None
+
+
+async def look(idle: Idle, load: float = 0, **values: float) -> tuple[list[str], list[str]]:
+    def server(request: httpx2.Request) -> httpx2.Response:
+        if request.url.path == "/load":
+            return httpx2.Response(200, json={"server_load": load})
+        return httpx2.Response(200, text=metrics_of(**values))
+
+    async with httpx2.AsyncClient(base_url="http://s", transport=httpx2.MockTransport(server)) as http:
+        return await idle.look(http, 1.0)
+
+
+async def test_what_is_not_idle_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.soak.idle._SECONDS", 0.0)
+    idle = Idle()
+    assert await look(idle) == ([], [])
+    assert idle.samples == [Resident(1.0, 1e9, 16)]
+    assert await look(idle, process_open_fds=20) == ([], [])
+    for values, told in (
+        ({"num_requests_running": 1.0}, "num_requests_running is 1 after"),
+        ({"num_requests_held": 2.0}, "num_requests_held is 2 after"),
+        ({"kv_cache_usage_perc": 0.01}, "kv_cache_usage_perc is 0.01 after"),
+        ({"process_open_fds": 40.0}, "40 files are open, 16 were"),
+        ({"process_start_time_seconds": 6.0}, "another than at the beginning"),
+    ):
+        (wrong,), _ = await look(idle, **values)
+        assert told in wrong
+    assert "/load is 3" in (await look(idle, load=3))[0][0]
+
+
+async def test_failures_of_the_engine_are_told_once() -> None:
+    idle = Idle()
+    assert await look(idle, engine_failures=0) == ([], [])
+    assert await look(idle, engine_failures=2) == ([], ["the engine has counted 2 failures"])
+    assert await look(idle, engine_failures=2) == ([], [])
+
+
+async def test_what_breaks_on_its_way_is_a_failure() -> None:
+    async def never(_: httpx2.Request) -> httpx2.Response:
+        await asyncio.sleep(60)
+        return httpx2.Response(200)
+
+    def gone(_: httpx2.Request) -> httpx2.Response:
+        raise httpx2.ReadError("gone")
+
+    for handler, timeout, failure in ((never, 0.01, "it hangs: no end after 0 s"), (gone, 9, "ReadError: gone")):
+        async with httpx2.AsyncClient(base_url="http://s", transport=httpx2.MockTransport(handler)) as http:
+            assert (await send(http, CHAT_ASK, ID, timeout)).failure == failure
+    async with httpx2.AsyncClient(base_url="http://s", transport=httpx2.MockTransport(never)) as http:
+        answer = await send(http, replace(CHAT_ASK, manner=Manner.LEAVES_WAITING, patience=0.01), ID, 9)
+    assert (answer.left, answer.failure, answer.status) == (True, None, None)
+
+
+async def test_wrong_requests_get_what_is_said() -> None:
+    facts = ServerFacts(MODEL, MAX_MODEL_LEN, K, VOCAB_SIZE, "", "")
+    bodies = BadBodies(facts, Prompts(1, facts, MAX_MODEL_LEN))
+    async with serving() as server:
+        for number in range(300):
+            ask = bodies.draw(random.Random(number))
+            answer = await send(server.client, ask, ID, 20)
+            assert list(check_status(ask, answer)) == [], ask
+        await server.assert_idle()
+
+
+def test_a_request_is_drawn_from_the_seed_and_its_number() -> None:
+    traffic, other, third = (Traffic(seed, FACTS, longest=2048, burst=50) for seed in (1, 1, 2))
+    asks = [traffic.draw(number) for number in range(2000)]
+    assert [ask.body for ask in asks] == [other.draw(number).body for number in range(2000)]
+    assert asks[5].body != third.draw(5).body
+    assert len({ask.kind for ask in asks}) == 19
+    assert {ask.manner for ask in asks} == set(Manner)
+    assert {ask.times for ask in asks} == {1, 50}
+    for ask in asks:
+        if ask.generates and isinstance(ask.body, dict) and "prompt" in ask.body:
+            prompts = ask.body["prompt"] if isinstance(ask.body["prompt"][0], list) else [ask.body["prompt"]]
+            assert all(isinstance(each, str) or len(each) + ask.body["max_tokens"] <= 2048 for each in prompts)
+
+
+def test_quantiles() -> None:
+    assert quantile([], 0.5) is None
+    assert quantile([3, 1, 2], 0.5) == 2
+    assert quantile(range(100), 0.99) == 99
+    assert quantile(range(101), 0.99) == 99
+
+
+def soak_of(tally: Tally, *samples: Resident, max_p99_ms: float | None = None) -> Soak:
+    soak = Soak(replace(SETTINGS, max_p99_ms=max_p99_ms), FACTS)
+    soak.tally, soak.idle.samples = tally, list(samples)
+    return soak
+
+
+def test_the_report() -> None:
+    tally = Tally()
+    tally.count(CHAT_ASK, answer_of(chat_answer()))
+    tally.count(CHAT_ASK, answer_of(ERROR, 429))
+    tally.check("answers and their numbers", "chat, request 7", [f"wrong | {i}" for i in range(30)])
+    tally.tokens(STREAM_ASK, stream_of(chunks()), reply_of_stream())
+    tally.compared("scored again", Comparison(5, 0, ["x"]))
+    soak = soak_of(tally, *line(*(1000 + 10.0 * i for i in range(12))), max_p99_ms=1.0)
+    judge(soak)
+    text = markdown(list(sections(soak)))
+    assert "| result | failed: 32 violations |" in text
+    assert "| chat | 1 | 1 | 2 |" in text
+    assert "| answers and their numbers | 1 | 30 |" in text
+    assert "| memory | 12 | 1 |" in text
+    assert "| latency | 1 | 1 |" in text
+    assert "| differences, scored again | 1 |" in text
+    assert "Violations, 20 of 32" in text
+    assert text.count("wrong \\| ") == 20
+    assert "secret" not in text
+
+
+def test_speed_is_judged_on_demand_only() -> None:
+    tally = Tally()
+    tally.between_tokens.extend([100.0] * 10)
+    judge(soak_of(tally))
+    assert not tally.violations
+    judge(soak_of(tally, max_p99_ms=1e6))
+    assert not tally.violations
+    judge(soak_of(tally, max_p99_ms=1e3))
+    assert [each.check for each in tally.violations] == ["latency"]
+    silent = Tally()
+    judge(soak_of(silent, max_p99_ms=1e3))
+    assert [each.what for each in silent.violations] == ["there were no streams; 1000 ms are allowed"]

@@ -15,17 +15,25 @@ from tests.serve.http_client import Server, serving
 
 @contextmanager
 def listening(
-    port: int = 0, *, connection_timeout: float = 60, refused: list[str] | None = None, **options: Any
+    port: int = 0,
+    *,
+    connection_timeout: float = 60,
+    refused: list[str] | None = None,
+    send_buffer: int | None = None,
+    **options: Any,
 ) -> Iterator[tuple[str, Server]]:
     """The address and the parts of a server, for as long as the block runs; `options` are those of `serving`.
 
     Args:
         connection_timeout: seconds for a head to come, and for what waits to be read.
         refused: gets the codes of connections that were closed.
+        send_buffer: bytes that the system takes of an answer before it is read; None: as many as it likes.
     """
     refused = [] if refused is None else refused
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if send_buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     listener.bind(("127.0.0.1", port))
     listener.listen()
     ready, parts = threading.Event(), []

@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -102,8 +103,10 @@ def stalled(url: str, body: dict[str, Any], until: Callable[[], bool]) -> socket
     connection.connect((host, int(port)))
     data = json.dumps(body).encode()
     connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+    end = time.monotonic() + 30
     with httpx2.Client(base_url=url) as client:
         while not until():  # others are served meanwhile
+            assert time.monotonic() < end, "the server has not noticed"
             assert client.post("/v1/completions", json=completion_body()).status_code == 200
     return connection
 
@@ -116,6 +119,17 @@ def test_a_client_that_reads_no_long_answer_is_dropped() -> None:
         server,
     ):
         body = completion_body(prompt=prompt, max_tokens=1, prompt_logprobs=3)
+        with stalled(url, body, lambda: refused == ["stalled_reader"]):
+            pass
+        assert server.engine.load == 0
+
+
+def test_so_is_one_that_reads_nothing_of_an_answer_that_fills_no_buffer() -> None:
+    refused: list[str] = []
+    body = completion_body(prompt=[10] * 300, max_tokens=1, prompt_logprobs=3)
+    with listening(script=None, connection_timeout=0.2, refused=refused, send_buffer=4096) as (url, server):
+        answer = httpx2.post(f"{url}/v1/completions", json=body).content
+        assert 32_000 < len(answer) < 1 << 16  # at which asyncio says that a buffer is full
         with stalled(url, body, lambda: refused == ["stalled_reader"]):
             pass
         assert server.engine.load == 0

@@ -23,6 +23,7 @@ from serve.openai.record import AnswerRecord
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 OWN_PREFIX, VLLM_PREFIX = "logprobd:", "vllm:"
+ERRORS_TEXT = "Errors that clients were told, in answers and within streams, and clients that went away"
 
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _GAP = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -165,8 +166,7 @@ class Metrics:
             self._error(record.error).inc()
 
     def _error(self, code: str) -> "_Both":
-        text = "Errors that clients were told, in answers and within streams, and clients that went away"
-        return self._counter("request_errors", text, code=code)
+        return self._counter("request_errors", ERRORS_TEXT, code=code)
 
     def _counter(self, name: str, text: str, **labels: str) -> "_Both":
         return self._both(lambda full, keys: Counter(full, text, keys, registry=None), name, labels)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -36,6 +37,7 @@ class Front:
         self._keys = ApiKeys(api_keys)
         self._one = replicas.options(method_name="answer", stream=True)
         self._all = replicas
+        self._errors: Counter[str] = Counter()  # by code: those of which no replica knows
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray."""
@@ -61,6 +63,7 @@ class Front:
                     each.cancel()
                 await asyncio.gather(answer, gone, return_exceptions=True)
         except APIError as error:
+            self._errors[error.code or ""] += 1
             await error.response()(scope, receive, send)
 
     async def _answer(self, scope: dict[str, Any], body: bytes, relay: "_Relay") -> None:
@@ -77,16 +80,21 @@ class Front:
                 logger.exception("a request failed")
                 if not relay.started:
                     raise engine_error("The server failed on this request.") from None
-                await relay.break_off("The server failed on this request.")
+                await self._break_off(relay, "The server failed on this request.")
                 return
             except RayError as error:  # its process, its machine, or Ray ended it for want of memory
                 logger.warning("a replica died on a request: %s", type(error).__name__)
                 if relay.started:
-                    await relay.break_off("The replica that answered has died.")
+                    await self._break_off(relay, "The replica that answered has died.")
                     return
             else:
                 return
         raise _unavailable()
+
+    async def _break_off(self, relay: "_Relay", why: str) -> None:
+        error = engine_error(why)
+        self._errors[error.code or ""] += 1
+        await relay.break_off(error)
 
     async def _messages(
         self, blocks: Sequence[bytes], scope: dict[str, Any], body: bytes
@@ -121,7 +129,10 @@ class Front:
                 return messages
         bodies = {replica: _body(messages) for replica, messages in told.items()}
         start = next(iter(told.values()))[0]
-        whole = await asyncio.to_thread(merged if route_path(scope) == "/metrics" else _total, bodies)
+        if route_path(scope) == "/metrics":
+            whole = await asyncio.to_thread(merged, bodies, self._errors.copy())
+        else:
+            whole = _total(bodies)
         headers = [(name, value) for name, value in start["headers"] if name != b"content-length"]
         return [
             {**start, "headers": [*headers, (b"content-length", b"%d" % len(whole))]},
@@ -151,7 +162,7 @@ class _Relay:
                 self._whole = body.endswith(b"\n\n")
             await self._send(message)
 
-    async def break_off(self, why: str) -> None:
+    async def break_off(self, error: APIError) -> None:
         """Ends a stream with an error event; anything else in a way that nobody takes for whole.
 
         Raises:
@@ -159,8 +170,7 @@ class _Relay:
         """
         if not self._is_events:
             raise ConnectionError("an answer broke off")
-        error = dump(engine_error(why).body)
-        event = (b"" if self._whole else b"\n\n") + b"data: " + error + b"\n\ndata: [DONE]\n\n"
+        event = (b"" if self._whole else b"\n\n") + b"data: " + dump(error.body) + b"\n\ndata: [DONE]\n\n"
         await self._send({"type": "http.response.body", "body": event, "more_body": False})
 
 

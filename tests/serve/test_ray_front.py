@@ -299,6 +299,34 @@ async def test_metrics_are_those_of_all_replicas() -> None:
     assert (await ask(Replicas(all=[DIED]), path="/metrics")).status == 503
 
 
+async def test_what_the_front_refuses_is_counted_too() -> None:
+    counted = (
+        "# TYPE logprobd:request_errors_total counter\n"
+        'logprobd:request_errors_total{code="queue_full",engine="0",model_name="m"} 2\n'
+    )
+    scripts: list[list[Step]] = [[[], [start(), EVENT], DIED]]
+    front = app(Replicas(scripts, all=[("r1", told(counted))]), "right")
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    for path, headers in (
+        ("/v1/completions", {"authorization": "Bearer wrong"}),
+        ("/v1/completions", {"authorization": ""}),
+        ("/v1/completions", {"authorization": "Bearer right", "content_length": str(MAX_BODY + 1)}),
+        ("/v1/completions", {"authorization": "Bearer right"}),
+        ("/metrics", {"authorization": "Bearer right"}),
+    ):
+        await front(scope(path, **headers), receiver([{"type": "http.request", "body": b"{}"}]), send)
+    assert sorted(line for line in sent[-1]["body"].decode().splitlines() if not line.startswith("#")) == [
+        'logprobd:request_errors_total{code="engine_error",model_name="m",replica="front"} 1.0',
+        'logprobd:request_errors_total{code="invalid_api_key",model_name="m",replica="front"} 2.0',
+        'logprobd:request_errors_total{code="queue_full",engine="0",model_name="m",replica="r1"} 2.0',
+        'logprobd:request_errors_total{code="request_too_large",model_name="m",replica="front"} 1.0',
+    ]
+
+
 async def test_the_load_is_that_of_all_replicas() -> None:
     replicas = Replicas(all=[("r1", told('{"server_load":2}')), ("r2", told('{"server_load":3}'))])
     assert json.loads((await ask(replicas, path="/load")).body) == {"server_load": 5}

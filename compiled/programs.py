@@ -3,25 +3,20 @@
 A `Compiled` raises TypeError on any other shape or dtype, so "no compile while serving" is a guarantee.
 """
 
-import errno
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled, Lowered
 
+from compiled.program_cache import delete_entries, seal_entries
 from compiled.shapes import HeadShape, SlotShape, StateShape, StepShape
-
-logger = logging.getLogger(__name__)
 
 type Shape = StepShape | HeadShape | SlotShape | StateShape
 
@@ -121,33 +116,12 @@ def compile_plans(plans: Iterable[Plan], on_done: Callable[[Program], None] | No
     with _cache_errors(), ThreadPoolExecutor(max_workers=threads, thread_name_prefix="compile") as pool:
         futures = [pool.submit(_compile, plan, on_done) for plan in todo]
         try:
-            return Programs(future.result() for future in futures)
+            programs = Programs(future.result() for future in futures)
+            seal_entries()  # what jax has compiled on its own, too
+            return programs
         except BaseException:  # an interrupt, too, does not wait for those that have not begun
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def use_persistent_cache(directory: Path) -> None:
-    """Keeps executables in `directory`, made private: whoever can write there can run code in this process.
-
-    What is there is thrown away if others could have put it there.
-
-    Raises:
-        PermissionError: the directory is another user's.
-    """
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = directory.stat()
-    if status.st_uid != os.geteuid():
-        raise PermissionError(errno.EPERM, "it belongs to another user, who could put programs there", str(directory))
-    directory.chmod(0o700)
-    if status.st_mode & 0o022 and (kept := list(directory.glob("*-cache"))):
-        logger.warning("%s: other users could write there: what was kept is compiled anew", directory)
-        for entry in kept:
-            entry.unlink(missing_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
 
 
 @contextmanager
@@ -181,13 +155,14 @@ def _compile(plan: Plan, on_done: Callable[[Program], None] | None) -> Program:
     except Exception:  # noqa: BLE001 - a torn cache entry or a full disk; what is wrong with the program comes again
         compiled = _compile_past_cache(lowered, plan.shape.name)
     program = Program(plan.shape, compiled, middle - start, time.perf_counter() - middle)
+    seal_entries(plan.shape.name)
     if on_done is not None:
         on_done(program)
     return program
 
 
 def _compile_past_cache(lowered: Lowered, name: str) -> Compiled:
-    _delete_cache_entries(name)
+    delete_entries(name)
     try:
         return lowered.compile()
     except Exception:  # noqa: BLE001 - not this entry: from here on the cache may fail, which jax then warns about
@@ -196,10 +171,3 @@ def _compile_past_cache(lowered: Lowered, name: str) -> Compiled:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise RefusedError(f"{name}: {str(error).splitlines()[0]}") from error
-
-
-def _delete_cache_entries(name: str) -> None:
-    directory = jax.config.jax_compilation_cache_dir
-    if directory:
-        for entry in Path(directory).glob(f"jit_{name}-*"):
-            entry.unlink(missing_ok=True)

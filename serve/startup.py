@@ -12,7 +12,8 @@ import jax
 from jax.sharding import Mesh
 
 from compiled.load import kernels_used, load_model
-from compiled.programs import RefusedError, Shape, use_persistent_cache
+from compiled.program_cache import use_persistent_cache
+from compiled.programs import RefusedError, Shape
 from compiled.runner import ModelRunner
 from compiled.shapes import Buckets, SlotShape, StateShape, make_buckets
 from compiled.state import MAX_SCORED_IDS

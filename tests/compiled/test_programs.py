@@ -118,7 +118,8 @@ from pathlib import Path
 import jax, jax.monitoring, jax.numpy as jnp
 import numpy as np
 
-from compiled.programs import Plan, compile_plans, use_persistent_cache
+from compiled.program_cache import use_persistent_cache
+from compiled.programs import Plan, compile_plans
 from compiled.shapes import StepShape
 
 directory = Path(sys.argv[1])
@@ -166,6 +167,8 @@ for divisor in (2, 10**9):  # half of it, and nothing
     print("torn", torn, third == first, all(entry.stat().st_size > size for entry, size in zip(whole, sizes)))
     mended, fourth = run()
     print("mended", mended, fourth == first)
+    use_persistent_cache(directory)  # as the next start does
+    print("sealed", entries() == whole, run()[0])
 
 for entry in whole:  # of the right length
     data = bytearray(entry.read_bytes())
@@ -186,7 +189,7 @@ print("lost", lost, sixth == first, len(shown) > 0)
 EXPECTED = [
     "cold 0 3",
     "warm 3 True",
-    *["torn 0 True True", "mended 3 True"] * 2,
+    *["torn 0 True True", "mended 3 True", "sealed True 3"] * 2,
     "flipped 0 True",
     "warnings 0",
     "lost 0 True True",
@@ -209,7 +212,7 @@ from pathlib import Path
 import numpy as np
 
 from compiled.load import load_model
-from compiled.programs import use_persistent_cache
+from compiled.program_cache import use_persistent_cache
 from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
 from model.weights.load import open_checkpoint

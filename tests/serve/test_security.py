@@ -1,6 +1,7 @@
 """What a request cannot do: pass for another, reach a file, run code, be read in a log, be seen through the cache."""
 
 import asyncio
+import hashlib
 import logging
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from compiled.programs import use_persistent_cache
+from compiled.program_cache import use_persistent_cache
 from serve.access_log import AccessLog
 from serve.assembly import allowed_hosts
 from serve.config import ServeConfig
@@ -263,6 +264,28 @@ async def test_methods_that_clients_make_up_are_one_in_the_metrics() -> None:
     assert "MADEUP" not in text
 
 
+def sealed_entry(directory: Path, name: str) -> Path:
+    """An entry as it is kept, and its sum."""
+    entry = directory / f"{name}-cache"
+    entry.write_bytes(name.encode() * 100)
+    (directory / f"{name}-cache.sha256").write_text(hashlib.sha256(entry.read_bytes()).hexdigest())
+    return entry
+
+
+def test_what_is_kept_is_what_was_sealed_or_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever it is compressed with: not every compression has a sum of its own."""
+    whole, flipped, torn = (sealed_entry(tmp_path, name) for name in ("whole", "flipped", "torn"))
+    data = bytearray(flipped.read_bytes())
+    data[300] ^= 4
+    flipped.write_bytes(data)
+    torn.write_bytes(torn.read_bytes()[:50])
+    unsealed = tmp_path / "unsealed-cache"  # whose writer was killed
+    unsealed.write_bytes(b"x")
+    use_persistent_cache(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [whole, tmp_path / "whole-cache.sha256"]
+    assert sorted(record.getMessage().split(":")[0] for record in caplog.records) == ["flipped-cache", "torn-cache"]
+
+
 def test_a_cache_of_programs_is_private(tmp_path: Path) -> None:
     own = tmp_path / "own"
     use_persistent_cache(own)
@@ -276,8 +299,7 @@ def test_a_cache_of_programs_that_others_could_write_to_is_begun_anew(
     """What is in it may have come from them. Another user's is refused."""
     shared = tmp_path / "shared"
     shared.mkdir()
-    kept = shared / "jit_step-1-cache"
-    kept.write_bytes(b"")
+    kept = sealed_entry(shared, "jit_step-1")
     shared.chmod(0o755)
     use_persistent_cache(shared)
     assert kept.exists()

@@ -253,7 +253,7 @@ class ServeConfig(SamplingConfig):
         _API, "take templates from requests, and render each in a process of its own", None, default=False
     )
     max_body_bytes: int = option(
-        _API, "of a request, such as 64MiB, before 413", _bytes, default=64 << 20, metavar="BYTES"
+        _API, "of a request, such as 64MiB, before 413", _bytes, default=16 << 20, metavar="BYTES"
     )
     h11_max_incomplete_event_size: int = option(
         _API,

@@ -4,8 +4,11 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
 import uvicorn
@@ -16,6 +19,7 @@ from serve.openai.readiness import Readiness
 
 logger = logging.getLogger(__name__)
 
+_WORKER = "worker"  # begins the names of the pool's threads
 _FLUSH_SECONDS = 5  # for the last bytes of answers, once all is said
 _STEP_SECONDS = 20  # that a step may still take when all else has ended
 
@@ -39,7 +43,7 @@ class HttpServer(uvicorn.Server):
         config.timeout_graceful_shutdown = _FLUSH_SECONDS
         super().__init__(config)
         self.exit_code = 0
-        self._engine = engine
+        self.engine = engine
         self._readiness = readiness
         self._drain_seconds = drain_seconds
         self._watchdog_seconds = watchdog_seconds
@@ -59,20 +63,27 @@ class HttpServer(uvicorn.Server):
         self._look_at_engine()
         if self._drains_until is None or ends:
             return ends
-        running = self._readiness.running
+        running = self._unfinished()
         if running and time.monotonic() < self._drains_until:
             return False
         if running:
             logger.warning("%d requests have not ended in time: they are told so", running)
-        await asyncio.to_thread(self._engine.stop, _STEP_SECONDS)  # which ends every stream
-        if self._engine.failed:
+        # Ends every stream. On a thread of its own: the pool may be busy with what somebody has asked.
+        with ThreadPoolExecutor(1) as alone:
+            await asyncio.get_running_loop().run_in_executor(alone, self.engine.stop, _STEP_SECONDS)
+        if self.engine.failed:
             self.exit_code = 1
         return True
 
+    def _unfinished(self) -> int:
+        """Answers in the making, or that clients have not read: the app is done with one long before its reader is."""
+        unread = sum(each.transport.get_write_buffer_size() > 0 for each in self.server_state.connections)
+        return max(self._readiness.running, unread)
+
     def _look_at_engine(self) -> None:
-        if self._watchdog_seconds and self._engine.silent_for > self._watchdog_seconds and not self._engine.failed:
-            self._engine.give_up()
-        if not self._engine.ready and not self.exit_code:
+        if self._watchdog_seconds and self.engine.silent_for > self._watchdog_seconds and not self.engine.failed:
+            self.engine.give_up()
+        if not self.engine.ready and not self.exit_code:
             logger.critical("the engine is lost: the server ends, so that another can be started")
             self.exit_code = 1
             self._drain(_FLUSH_SECONDS)
@@ -80,10 +91,33 @@ class HttpServer(uvicorn.Server):
     def _drain(self, seconds: float) -> None:
         self._readiness.draining = True
         self._drains_until = time.monotonic() + seconds
-        if running := self._readiness.running:
+        if running := self._unfinished():
             logger.warning(
                 "draining: %d requests have up to %g s to end; a second signal ends at once", running, seconds
             )
+
+
+def run(server: HttpServer, listener: socket.socket) -> None:
+    """Serves to the end. If a thread hangs then, in the device or with what a client asked, the process ends here."""
+    pool = ThreadPoolExecutor(thread_name_prefix=_WORKER)
+
+    async def serve() -> None:
+        asyncio.get_running_loop().set_default_executor(pool)
+        await server.serve(sockets=[listener])
+        pool.shutdown(wait=False, cancel_futures=True)
+        if server.engine.hangs or not _workers_end():
+            end_hard(server.exit_code)
+
+    asyncio.run(serve(), loop_factory=server.config.get_loop_factory())
+
+
+def _workers_end() -> bool:
+    """Waits for the threads of the pool, which a usual end would do without any limit."""
+    until = time.monotonic() + _FLUSH_SECONDS
+    workers = [thread for thread in threading.enumerate() if thread.name.startswith(_WORKER)]
+    for thread in workers:
+        thread.join(max(0.0, until - time.monotonic()))
+    return not any(thread.is_alive() for thread in workers)
 
 
 def end_early(server: HttpServer) -> None:

@@ -1,6 +1,5 @@
 """`python -m serve [MODEL] [flags]`: starts the engine and serves HTTP in the foreground."""
 
-import asyncio
 import logging
 import resource
 import socket
@@ -13,7 +12,7 @@ from serve.assembly import Served, assemble, is_loopback
 from serve.config import ServeConfig
 from serve.flags import parse_args
 from serve.http_protocol import HttpConfig
-from serve.lifecycle import HttpServer, end_early, end_hard
+from serve.lifecycle import HttpServer, end_early, run
 from serve.report import Reporter, start_reporting
 from serve.report_events import Failed, Interrupted, Serving
 from serve.startup import STARTUP_ERRORS, StartupError
@@ -47,9 +46,7 @@ def main(arguments: Sequence[str], make: Callable[[ServeConfig, Reporter], Serve
         if not config.api_key and config.uds is None and not is_loopback(config.host):
             logger.warning("everybody who reaches %s can use this server: there is no --api-key", config.host)
         reporter.tell(_serving(config, served, listener))
-        asyncio.run(server.serve(sockets=[listener]), loop_factory=server.config.get_loop_factory())
-        if served.engine.hangs:
-            end_hard(server.exit_code)
+        run(server, listener)
     return server.exit_code
 
 

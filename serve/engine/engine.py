@@ -28,6 +28,7 @@ from serve.engine.request import (
     EngineStoppedError,
     FinishReason,
     NotHeldError,
+    Place,
     QueueFullError,
     QueueTimeoutError,
     Request,
@@ -137,13 +138,13 @@ class Engine:
         )
         self._observer.on_fault(EngineFault.STALLED)
         self.failed = self._stopping = True
-        self._streams.close()
+        self._streams.close(failed=True)
 
     async def submit(self, request: Request) -> AsyncGenerator[TokenEvent]:
         """Queues a request and yields its events until the one that has a finish reason.
 
         Raises:
-            EngineStoppedError: the engine takes no more requests.
+            EngineStoppedError: the engine takes no more requests, or was stopped before this one's end.
             QueueFullError: too many requests are unfinished.
             QueueTimeoutError: it did not run within `request.queue_seconds`.
             DeadlineError: it did not end by `request.end_by`.
@@ -151,9 +152,10 @@ class Engine:
         """
         self._check(request)
         try:
-            stream = self._streams.open(request.id, len(request.prompt_token_ids))
+            stream = self._streams.open(request.id, len(request.prompt_token_ids), request.place)
         except QueueFullError as error:
-            self._observer.on_rejected(error.limit)
+            if request.place is Place.REFUSED:
+                self._observer.on_rejected(error.limit)
             raise
         seed = request.params.seed
         request.times.arrived = time.monotonic()
@@ -163,6 +165,8 @@ class Engine:
         try:
             while not ended:
                 event = await _next_event(request, stream)
+                if event.stopped:
+                    raise EngineStoppedError
                 ended = event.finish_reason is not None
                 yield event
         finally:
@@ -207,7 +211,7 @@ class Engine:
                 self._answer_one()
                 self._deliver(self._step())
         finally:
-            self._streams.close()
+            self._streams.close(failed=self.failed or sys.exception() is not None)
 
     def _step(self) -> list[Emitted]:
         try:

@@ -29,6 +29,14 @@ class RequestStatus(enum.Enum):
     FINISHED = enum.auto()
 
 
+class Place(enum.Enum):
+    """What a request is told where the queue is full."""
+
+    REFUSED = enum.auto()
+    WAITS = enum.auto()  # the same, but its client is not sent away: another of the client's requests is being served
+    GIVEN = enum.auto()  # nothing: it takes the place of one of the same client that has ended
+
+
 class QueueFullError(Exception):
     """The engine holds as many waiting requests as it may; try again later."""
 
@@ -136,6 +144,7 @@ class TokenEvent:
     prompt_scores: TokenScores | None = None
     cached_tokens: int = 0  # prompt tokens that the prefix cache had; the same in all events
     error: str | None = None  # with FinishReason.ERROR: what may be told to the client
+    stopped: bool = False  # with FinishReason.ABORT: because the engine was told to stop; `Engine.submit` raises it
 
 
 class Mask(Protocol):
@@ -159,7 +168,7 @@ class RequestTimes:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One sequence in the engine. Whoever submits it sets the first fields, up to end_by, and changes no other."""
+    """One sequence in the engine. Whoever submits it sets the first fields, up to place, and changes no other."""
 
     id: str
     prompt_token_ids: list[int]
@@ -168,6 +177,7 @@ class Request:
     cache_salt: str = ""  # only requests of the same salt share pages
     queue_seconds: float = math.inf  # that it may wait until it runs
     end_by: float = math.inf  # time.monotonic() by which it must have ended
+    place: Place = Place.REFUSED
     status: RequestStatus = RequestStatus.WAITING
     arrival: int = 0  # order of submission
     slot: int = -1  # its place in the device's SlotState while it runs

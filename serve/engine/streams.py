@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.engine.core import Emitted
-from serve.engine.request import EngineStoppedError, FinishReason, QueueFullError, TokenEvent, empty_scores
+from serve.engine.request import EngineStoppedError, FinishReason, Place, QueueFullError, TokenEvent, empty_scores
 
 type _Delivery = list[tuple[asyncio.Queue[TokenEvent], TokenEvent]]
 
@@ -69,8 +69,8 @@ class Streams:
     def __len__(self) -> int:
         return len(self._open) + len(self._held)
 
-    def open(self, request_id: str, tokens: int) -> Stream:
-        """A stream to the loop that runs now.
+    def open(self, request_id: str, tokens: int, place: Place) -> Stream:
+        """A stream to the loop that runs now, for a prompt of so many tokens.
 
         Raises:
             EngineStoppedError: all are closed.
@@ -80,10 +80,8 @@ class Streams:
         with self._lock:
             if self._closed:
                 raise EngineStoppedError
-            if len(self) - len(self._leaving) >= self._max_waiting:
-                raise QueueFullError("max_num_queued_reqs")
-            if self._max_waiting_tokens is not None and self._too_many_tokens(tokens, self._max_waiting_tokens):
-                raise QueueFullError("max_num_queued_tokens")
+            if place is not Place.GIVEN:
+                self._check_room(tokens)
             self._open[request_id] = stream
         return stream
 
@@ -156,8 +154,12 @@ class Streams:
             with self._lock:
                 self._asked.discard(wanted)
 
-    def close(self) -> None:
-        """Nobody is left waiting: every open stream and call for rows ends with an error, and no other is taken."""
+    def close(self, *, failed: bool) -> None:
+        """Nobody is left waiting: every open stream and call for rows ends, and no other is taken.
+
+        Args:
+            failed: they end with an error; else they are told that the engine was stopped.
+        """
         with self._lock:
             self._closed = True
             streams, asked = list(self._open.values()), list(self._asked)
@@ -165,11 +167,19 @@ class Streams:
             self._leaving.clear()
             self._held.clear()
         for stream in streams:
-            event = TokenEvent([], empty_scores(0, 0), FinishReason.ERROR, error="the engine has stopped")
+            event = TokenEvent([], empty_scores(0, 0), FinishReason.ABORT, stopped=True)
+            if failed:
+                event = TokenEvent([], empty_scores(0, 0), FinishReason.ERROR, error="the engine has stopped")
             with contextlib.suppress(RuntimeError):
                 stream.loop.call_soon_threadsafe(stream.events.put_nowait, event)
         for wanted in asked:
             wanted.tell(EngineStoppedError())
+
+    def _check_room(self, tokens: int) -> None:
+        if len(self) - len(self._leaving) >= self._max_waiting:
+            raise QueueFullError("max_num_queued_reqs")
+        if self._max_waiting_tokens is not None and self._too_many_tokens(tokens, self._max_waiting_tokens):
+            raise QueueFullError("max_num_queued_tokens")
 
     def _too_many_tokens(self, more: int, most: int) -> bool:
         """Whether a prompt has to wait; one that is too long for the limit alone may come when nothing else is here."""

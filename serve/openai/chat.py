@@ -15,7 +15,7 @@ from serve.openai.generation import Choice, Delta, Finished
 from serve.openai.job import Job, make_job
 from serve.openai.logprobs import chat_content
 from serve.openai.merging import finish_all
-from serve.openai.prompt_numbers import prompt_numbers
+from serve.openai.prompt_numbers import check_told, prompt_numbers
 from serve.openai.record import AnswerRecord
 from serve.openai.schema import ChatCompletionRequest, parse
 
@@ -38,10 +38,12 @@ class ChatCompletions(Answering[ChatCompletionRequest]):
         header = at.header("chatcmpl", kind, body, record.request_id)
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         prompt, room = chat_prompt(body, asked, at)
+        check_told(numbers, [prompt.ids], 1, limits)
         usual = at.config.defaults.max_new_tokens
         if asked is None and usual is not None:
             room = min(room, usual)
-        return make_job(at, body, record, header, [prompt], max_tokens=[room], top_k=body.top_logprobs, numbers=numbers)
+        shown = body.top_logprobs or 0 if body.logprobs else None
+        return make_job(at, body, record, header, [prompt], max_tokens=[room], top_k=shown, numbers=numbers)
 
     async def _answer(self, job: _Job) -> Body:
         results = await finish_all(job.choices, job.deltas())

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from serve.engine.request import EngineLimits
-from serve.openai.checks import check_ids, check_length, check_room, truncated
+from serve.openai.checks import check_ids, check_length, check_number_of_ids, check_room, truncated
 from serve.openai.endpoint import Endpoint
 from serve.openai.errors import APIError, invalid, unsupported
 from serve.openai.job import Prompt
-from serve.openai.schema import ROLES, ChatCompletionRequest, ChatMessage, ChatPromptFields
+from serve.openai.schema import MAX_ITEMS, ROLES, ChatCompletionRequest, ChatMessage, ChatPromptFields
 from serve.text.chat_template import ChatTemplateError
 from serve.text.jailed_template import TemplateBusyError
 from serve.text.tokenizer import TokenizerError
@@ -25,7 +25,7 @@ def chat_prompt(body: ChatCompletionRequest, max_tokens: int | None, at: Endpoin
     """
     limits = at.engine.limits
     if body.prompt_token_ids is not None:
-        param, text, ids = "prompt_token_ids", "", _given_ids(body.prompt_token_ids, limits)
+        param, text, ids = "prompt_token_ids", "", _given_ids(body, body.prompt_token_ids, limits)
         if body.return_prompt_text:
             text = at.tokenizer.decode(ids, skip_special_tokens=False)
     else:
@@ -92,9 +92,10 @@ def chat_ids(body: ChatPromptFields, text: str, at: Endpoint) -> list[int]:
     return ids
 
 
-def _given_ids(ids: list[int], limits: EngineLimits) -> list[int]:
+def _given_ids(body: ChatCompletionRequest, ids: list[int], limits: EngineLimits) -> list[int]:
     if not ids:
         raise invalid("prompt_token_ids", "`prompt_token_ids` must hold at least one id.", "empty_array")
+    check_number_of_ids("prompt_token_ids", ids, body, limits)
     check_ids("prompt_token_ids", ids, limits)
     return ids
 
@@ -119,6 +120,9 @@ def _message(message: ChatMessage, index: int) -> dict[str, Any]:
         raise invalid(f"{where}.role", f"`{where}.role` must be one of {', '.join(ROLES)}.")
     content = message.content
     if isinstance(content, list):
+        if len(content) > MAX_ITEMS:
+            too_many = f"`{where}.content` has more than {MAX_ITEMS} parts."
+            raise invalid(f"{where}.content", too_many, "array_above_max_length")
         content = "\n".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
     elif content is None and message.role != "assistant":
         raise invalid(f"{where}.content", f"`{where}.content` is missing.", "missing_required_parameter")

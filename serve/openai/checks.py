@@ -1,7 +1,7 @@
 """What both endpoints check of a request against what the engine can do. Each check names the field in its APIError."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from serve.engine.request import EngineLimits
 from serve.openai.errors import invalid, unsupported
@@ -9,6 +9,8 @@ from serve.openai.schema import GenerationRequest
 from serve.text.tokenizer import Tokenizer
 
 _MAX_ANSWERS = 4096
+# Of a text: its tokens take 300 bytes for each while they are made. More where a model's context is longer.
+_MAX_CHARACTERS, _CHARACTERS = 4 << 20, 16
 _CACHE_SALT = re.compile(r"[^@/\\\0]{1,128}")
 
 
@@ -81,12 +83,28 @@ def truncated(ids: list[int], body: GenerationRequest, max_tokens: int | None, l
 
 
 def check_length(param: str, text: str, body: GenerationRequest, tokenizer: Tokenizer, limits: EngineLimits) -> None:
-    """A text that could never fit is refused before it is tokenized, unless it is to be cut."""
+    """A text that could never fit is refused before it is tokenized; one that is to be cut, where it is enormous."""
     if body.truncate_prompt_tokens is None and tokenizer.surely_above(text, limits.max_model_len):
         message = (
             f"This model's maximum context length is {limits.max_model_len} tokens, "
             f"which {len(text)} characters are above whatever they say."
         )
+        raise invalid(param, message, "context_length_exceeded")
+    check_size(param, text, limits)
+
+
+def check_size(param: str, text: str, limits: EngineLimits) -> None:
+    """A text is one that can be tokenized."""
+    most = max(_MAX_CHARACTERS, _CHARACTERS * limits.max_model_len)
+    if len(text) > most:
+        message = f"`{param}` has {len(text)} characters, of at most {most}."
+        raise invalid(param, message, "string_above_max_length")
+
+
+def check_number_of_ids(param: str, ids: Sequence[int], body: GenerationRequest, limits: EngineLimits) -> None:
+    """Ids that could never fit are refused before each is looked at, unless they are to be cut."""
+    if body.truncate_prompt_tokens is None and len(ids) > limits.max_model_len:
+        message = f"This model's maximum context length is {limits.max_model_len} tokens, but `{param}` has {len(ids)}."
         raise invalid(param, message, "context_length_exceeded")
 
 

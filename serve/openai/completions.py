@@ -15,6 +15,7 @@ from serve.openai.checks import (
     check_common,
     check_length,
     check_logprob_token_ids,
+    check_number_of_ids,
     check_room,
     check_top_k,
     truncated,
@@ -25,7 +26,7 @@ from serve.openai.generation import Choice, Delta, Finished
 from serve.openai.job import Job, Prompt, make_job
 from serve.openai.logprobs import CompletionLogprobs, joined
 from serve.openai.merging import finish_all
-from serve.openai.prompt_numbers import prompt_numbers
+from serve.openai.prompt_numbers import check_told, prompt_numbers
 from serve.openai.record import AnswerRecord
 from serve.openai.schema import CompletionRequest, parse
 from serve.text.tokenizer import TokenizerError
@@ -50,6 +51,9 @@ class Completions(Answering[CompletionRequest]):
         asked = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         prompts = [self._truncated(body, prompt, asked) for prompt in self._prompts(body)]
         room = [check_room("prompt", len(prompt.ids), asked, limits) for prompt in prompts]
+        # A choice of a stream is sent before the next has any; the rows of a whole vocabulary are told once.
+        copies = 1 if body.stream or numbers.whole else body.n or 1
+        check_told(numbers, [prompt.ids for prompt in prompts], copies, limits)
         return make_job(at, body, record, header, prompts, max_tokens=room, top_k=body.logprobs, numbers=numbers)
 
     def _prompts(self, body: CompletionRequest) -> list[Prompt]:
@@ -88,6 +92,7 @@ class Completions(Answering[CompletionRequest]):
         vocabulary = self._at.engine.limits.vocab_size
         if not isinstance(ids, list) or not ids:
             raise invalid(where, f"`{where}` must be a string or a non-empty list of token ids.", "invalid_type")
+        check_number_of_ids(where, ids, body, self._at.engine.limits)
         for i, token_id in enumerate(ids):
             if type(token_id) is not int:
                 raise invalid(f"{where}[{i}]", f"`{where}[{i}]` must be a token id.", "invalid_type")

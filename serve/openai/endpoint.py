@@ -44,7 +44,7 @@ class AppConfig:
     logs_requests: bool = False
     max_log_len: int | None = None  # characters of a prompt in the log
     documented: bool = True  # /openapi.json and /docs
-    max_body_bytes: int = 64 << 20
+    max_body_bytes: int = 16 << 20
     client_timeout: float = 60  # seconds that a body may take to come
     queue_timeout: float = math.inf  # seconds that a request may wait in the engine
     request_timeout: float = math.inf  # seconds from its first byte to the end of its answer

@@ -43,6 +43,11 @@ def unsupported(param: str, message: str | None = None) -> APIError:
     return APIError(400, message or f"`{param}` is not supported yet.", param, "unsupported_parameter")
 
 
+def client_gone() -> APIError:
+    """499, the usual status in logs of a request whose client went away. Nobody reads it."""
+    return APIError(499, "The client closed the connection.", None, "client_gone")
+
+
 def engine_error(message: str = "The engine failed on this request.") -> APIError:
     """500 without internals."""
     return APIError(500, message, None, "engine_error")

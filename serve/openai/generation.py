@@ -23,6 +23,7 @@ from serve.engine.request import (
     SamplingParams,
     TokenEvent,
     TokenScores,
+    empty_scores,
 )
 from serve.openai.errors import APIError, engine_error, invalid
 from serve.openai.readiness import stopped
@@ -30,6 +31,8 @@ from serve.openai.record import Work
 from serve.openai.sampling_params import stop_strings
 from serve.openai.schema import GenerationRequest
 from serve.text.tokenizer import Tokenizer
+
+_NOT_SHOWN = empty_scores(0, 0)
 
 
 class Engine(Protocol):
@@ -60,7 +63,7 @@ class Delta:
 
     text: str
     token_ids: list[int]
-    scores: TokenScores
+    scores: TokenScores  # one row per token id; none where the choice shows none
     cached_tokens: int = 0  # of the prompt; the same in all deltas
     finish_reason: str | None = None
     stop_reason: str | int | None = None
@@ -79,6 +82,7 @@ class Choice:
     prompt_index: int
     eos_token_ids: frozenset[int]  # ending with one of these has no stop_reason
     first: bool  # of its prompt: it carries the prompt's scores
+    shows: bool  # the numbers of its tokens
     num_tokens: int = 0  # generated so far
 
     async def deltas(self, engine: Engine, tokenizer: Tokenizer) -> AsyncGenerator[Delta]:
@@ -124,7 +128,7 @@ class Choice:
         return Delta(
             text=text,
             token_ids=event.token_ids[:count],
-            scores=event.scores[:count],
+            scores=event.scores[:count] if self.shows else _NOT_SHOWN,
             cached_tokens=event.cached_tokens,
             finish_reason=reason,
             stop_reason=stop_reason,
@@ -206,6 +210,7 @@ def make_choices(
     params: SamplingParams,
     scoring: PromptScoring | None,
     eos_token_ids: frozenset[int],
+    shows: bool,
     cache_salt: str,
     times: TimeLimits,
 ) -> list[Choice]:
@@ -215,6 +220,7 @@ def make_choices(
         max_tokens: of each prompt's answers.
         params: what all answers share.
         scoring: what the first answer to each prompt tells about it.
+        shows: the numbers of generated tokens. Where nobody asks for them they are not kept: there may be many.
 
     Raises:
         APIError: 400 that names a field.
@@ -244,6 +250,7 @@ def make_choices(
                 prompt_index=which,
                 eos_token_ids=eos_token_ids,
                 first=number == 0,
+                shows=shows,
             )
         )
     return choices

@@ -112,7 +112,7 @@ def make_job[B: GenerationRequest](
     Args:
         record: of the HTTP request, which is told how to measure the work.
         max_tokens: of each prompt's answers.
-        top_k: alternatives of each generated token, if not named by id.
+        top_k: alternatives of each generated token, if not named by id; None: no numbers of these are asked for.
 
     Raises:
         APIError: 400 that names a field.
@@ -132,6 +132,7 @@ def make_job[B: GenerationRequest](
             processed=at.logprobs_mode(body) == "processed_logprobs",
         ),
         scoring=numbers.scoring,
+        shows=top_k is not None,
         eos_token_ids=frozenset() if body.ignore_eos else at.tokenizer.eos_token_ids,
         cache_salt=salt,
         times=times,

@@ -1,9 +1,10 @@
 """All choices of a request as one: their deltas as they come, or their whole answers."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 
+from serve.engine.request import Place, Request
 from serve.openai.errors import APIError
 from serve.openai.generation import Choice, Delta, Engine, Finished
 from serve.text.tokenizer import Tokenizer
@@ -30,19 +31,22 @@ async def merge(
     and the reader is told when it has read them.
     """
     queue: asyncio.Queue[tuple[Choice, Delta] | Exception | None] = asyncio.Queue()  # None: a choice has ended
-    slots = asyncio.Semaphore(_AT_ONCE)
+    places = _Places()
     opened = {choice.prompt_index: asyncio.Event() for choice in choices}
+
+    async def forward(choice: Choice) -> None:
+        async with aclosing(choice.deltas(engine, tokenizer)) as deltas:
+            async for delta in deltas:
+                if not choice.first:
+                    await opened[choice.prompt_index].wait()
+                if max_unread is not None and queue.qsize() >= max_unread:
+                    raise APIError(503, _TOO_SLOW, None, "slow_reader")
+                queue.put_nowait((choice, delta))
+                opened[choice.prompt_index].set()
 
     async def run(choice: Choice) -> None:
         try:
-            async with slots, aclosing(choice.deltas(engine, tokenizer)) as deltas:
-                async for delta in deltas:
-                    if not choice.first:
-                        await opened[choice.prompt_index].wait()
-                    if max_unread is not None and queue.qsize() >= max_unread:
-                        raise APIError(503, _TOO_SLOW, None, "slow_reader")
-                    queue.put_nowait((choice, delta))
-                    opened[choice.prompt_index].set()
+            await places.run(choice.request, lambda: forward(choice))
         except Exception as error:  # noqa: BLE001 - raised again by whoever reads, after what came before it
             queue.put_nowait(error)
             for task in tasks:
@@ -65,3 +69,48 @@ async def merge(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Places:
+    """The places that one HTTP request has in the engine's queue: so many at once at most.
+
+    Where the queue is full only the first choice is refused, and nothing is lost by that. The others wait until one of
+    theirs has ended, and get its place.
+    """
+
+    def __init__(self) -> None:
+        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._given = asyncio.Semaphore(0)  # places of those that have ended, for those that wait
+        self._begun = False
+        self._running = self._waiting = 0
+
+    async def run(self, request: Request, forward: Callable[[], Awaitable[None]]) -> None:
+        """Runs a choice's request, which `forward` submits, to its end.
+
+        Raises:
+            APIError: as `forward` does; 429 for the first request only.
+        """
+        async with self._slots:
+            request.place = Place.REFUSED if not self._begun else Place.WAITS if self._running else Place.GIVEN
+            self._begun = True
+            try:
+                await self._counted(forward)
+            except APIError as error:
+                if error.status != 429 or request.place is not Place.WAITS:
+                    raise
+            else:
+                return
+            self._waiting += 1
+            await self._given.acquire()
+            request.place = Place.GIVEN
+            await self._counted(forward)
+
+    async def _counted(self, forward: Callable[[], Awaitable[None]]) -> None:
+        self._running += 1
+        try:
+            await forward()
+        finally:
+            self._running -= 1
+        if self._waiting:
+            self._waiting -= 1
+            self._given.release()

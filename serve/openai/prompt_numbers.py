@@ -8,6 +8,9 @@ from serve.openai.checks import check_scored_ids, check_top_k
 from serve.openai.errors import invalid
 from serve.openai.schema import GenerationRequest
 
+_MAX_NUMBERS = 4 << 20  # of an answer; as JSON each takes 80 bytes
+_FULL_LENGTHS = 2  # prompts of the longest kind that are always answered: one that echoes has its numbers twice
+
 
 @dataclass(frozen=True, slots=True)
 class PromptNumbers:
@@ -68,6 +71,25 @@ def check_start(body: GenerationRequest, prompts: Sequence[Sequence[int]]) -> No
         shortest = min(map(len, prompts))
         message = f"`prompt_logprobs_start` is {start}, but a prompt has only {shortest} tokens."
         raise invalid("prompt_logprobs_start", message)
+
+
+def check_told(numbers: PromptNumbers, prompts: Sequence[Sequence[int]], copies: int, limits: EngineLimits) -> None:
+    """An answer's numbers of prompts are not so many that it alone fills the server's memory.
+
+    Args:
+        copies: how often the answer has those of each prompt at the same time.
+    """
+    kept = [0 if alternatives is None else alternatives + 1 for alternatives in (numbers.shown, numbers.echoed)]
+    if numbers.whole:
+        kept[0] = limits.max_logprobs + 1  # the others are written as they are sent
+    rows = sum(max(0, len(prompt) - numbers.start) for prompt in prompts)
+    most = max(_MAX_NUMBERS, _FULL_LENGTHS * limits.max_model_len * (limits.max_logprobs + 1))
+    if (told := rows * copies * sum(kept)) > most:
+        message = (
+            f"The answer would hold {told} log-probs of prompts, of at most {most}: send fewer prompts at once, or ask "
+            "for less of each (`prompt_logprobs`, `logprobs` with `echo`, `n`)."
+        )
+        raise invalid("prompt_logprobs" if numbers.echoed is None else "logprobs", message, "too_many_logprobs")
 
 
 def _check_whole(k: int, limits: EngineLimits) -> None:

@@ -11,6 +11,8 @@ from serve.openai.nesting import check_levels
 
 _INT64 = 2**63
 _DAY = 86400
+MAX_ITEMS = 10_000  # messages of a chat, parts of one, documents
+_MAX_VALUES = 1 << 20  # lists and objects of a body, told by their brackets: each takes a hundred bytes and more
 
 Count = Annotated[int, Field(ge=0, lt=_INT64)]
 TokenId = Count
@@ -135,13 +137,16 @@ class ChatMessage(BaseModel):
 class ChatPromptFields(BaseModel):
     """What a chat's prompt is made of; /tokenize takes it, too."""
 
-    messages: Annotated[list[ChatMessage], Field(fail_fast=True, json_schema_extra={"minItems": 1})] | None = None
+    messages: (
+        Annotated[list[ChatMessage], Field(fail_fast=True, max_length=MAX_ITEMS, json_schema_extra={"minItems": 1})]
+        | None
+    ) = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     chat_template: str | None = None  # honoured where the server trusts requests
     chat_template_kwargs: dict[str, Any] | None = None
-    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MAX_ITEMS)] | None = None
     reasoning_effort: str | None = None
 
 
@@ -172,8 +177,10 @@ def json_object(body: bytes) -> dict[str, Any]:
     """A body's JSON.
 
     Raises:
-        APIError: 400 where it is no JSON object.
+        APIError: 400 where it is no JSON object, or one of too many parts.
     """
+    if body.count(b"[") + body.count(b"{") > _MAX_VALUES:
+        raise APIError(400, f"The body holds more than {_MAX_VALUES} brackets.", None, "invalid_json")
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -215,6 +222,8 @@ def _from_pydantic(error: ValidationError) -> APIError:
     elif kind in _BOUNDS:
         bound, suffix = _BOUNDS[kind]
         code = f"{'decimal' if isinstance(first['ctx'][bound], float) else 'integer'}_{suffix}"
+    elif kind == "too_long":
+        code = "array_above_max_length"
     else:
         code = "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
     return invalid(param, f"`{param}`: {first['msg']}.", code)

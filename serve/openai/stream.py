@@ -6,18 +6,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from serve.openai.body import Body, dump, make_body
 from serve.openai.compression import HEADERS, compressed, compressed_pieces, takes_gzip
-from serve.openai.errors import APIError, engine_error
+from serve.openai.errors import APIError, client_gone, engine_error
 from serve.openai.record import AnswerRecord, record_of
 
 logger = logging.getLogger(__name__)
-
-_CLIENT_CLOSED = 499  # nobody reads it; it is the usual status of such a request in logs
 
 
 class ClosingStream(StreamingResponse):
@@ -44,6 +42,14 @@ class ClosingStream(StreamingResponse):
 
         try:
             await super().__call__(scope, receive, noted)
+        except APIError as error:
+            self._record.error = error.code
+            raise
+        except ClientDisconnect:
+            raise
+        except Exception:
+            self._record.error = engine_error().code
+            raise
         finally:
             if not ended and self._record.error is None:
                 self._record.error = "client_gone"
@@ -56,13 +62,13 @@ async def stream_or_disconnect(
     """Events of `chunks`, one at least, once the first is known: until then an error can still be a status.
 
     Raises:
-        APIError: the first chunk could not be made.
+        APIError: the first chunk could not be made, or the client has gone.
     """
     record = record_of(request)
     events = _events(chunks, record)
     first = await _unless_gone(request, _next(events))
     if first is None:
-        return _client_gone(record)
+        raise client_gone()
     return ClosingStream(_continued(first, events), "text/event-stream", on_close, record)
 
 
@@ -75,11 +81,11 @@ async def json_or_disconnect(
     body's end, so that nobody takes it for whole.
 
     Raises:
-        APIError: `work` failed, or the first piece could not be made.
+        APIError: `work` failed, or the first piece could not be made, or the client has gone.
     """
     begun = await _unless_gone(request, _begin(work))
     if begun is None:
-        return _client_gone(record_of(request))
+        raise client_gone()
     first, pieces = begun
     zipped = takes_gzip(request)
     if pieces is None:
@@ -90,11 +96,6 @@ async def json_or_disconnect(
     answer = ClosingStream(compressed_pieces(whole) if zipped else whole, "application/json", on_close, record)
     answer.headers.update(HEADERS if zipped else {})
     return answer
-
-
-def _client_gone(record: AnswerRecord) -> Response:
-    record.error = "client_gone"
-    return Response(status_code=_CLIENT_CLOSED)
 
 
 async def _begin(work: Coroutine[Any, Any, Body]) -> tuple[bytes, AsyncGenerator[bytes] | None]:

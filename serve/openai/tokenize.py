@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from serve.openai.body import dump
 from serve.openai.chat_prompt import chat_ids, chat_text
-from serve.openai.checks import check_ids
+from serve.openai.checks import check_ids, check_size
 from serve.openai.endpoint import Endpoint
 from serve.openai.errors import invalid
 from serve.openai.schema import ChatPromptFields, TokenId, json_object, validated
@@ -17,7 +17,6 @@ from serve.text.tokenizer import TokenizerError
 
 _JSON = "application/json"
 _MAX_IDS = 1 << 20
-_MAX_CHARACTERS = 4 << 20  # of a text: its tokens take a hundred times as many bytes while they are made
 
 
 class TokenizeTextRequest(BaseModel):
@@ -87,11 +86,11 @@ class Tokenization:
             chat = validated(TokenizeChatRequest, values, at.fields)
             at.model_name(chat.model)
             text = chat_text(chat, at)
-            _check_size("messages", text)
+            check_size("messages", text, at.engine.limits)
             return self._tokens(chat_ids(chat, text, at), shown=bool(chat.return_token_strs))
         body = validated(TokenizeTextRequest, values, at.fields)
         at.model_name(body.model)
-        _check_size("prompt", body.prompt)
+        check_size("prompt", body.prompt, at.engine.limits)
         try:
             ids = at.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
         except TokenizerError as error:
@@ -115,9 +114,3 @@ class Tokenization:
         if body.return_token_bytes:
             answer["token_bytes"] = [list(tokenizer.token_bytes(token_id)) for token_id in body.tokens]
         return dump(answer)
-
-
-def _check_size(param: str, text: str) -> None:
-    if len(text) > _MAX_CHARACTERS:
-        message = f"`{param}` has {len(text)} characters, of at most {_MAX_CHARACTERS}."
-        raise invalid(param, message, "string_above_max_length")

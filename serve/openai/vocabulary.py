@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from serve.engine.request import EngineStoppedError, NotHeldError, Request, TokenScores
+from serve.engine.request import EngineStoppedError, NotHeldError, Place, Request, TokenScores
 from serve.openai.errors import engine_error
 from serve.openai.generation import Engine, events_of, too_late
 from serve.openai.logprobs import checked, clamped
@@ -104,6 +104,7 @@ async def whole_rows(
     start = min(scoring.start, len(prompt))
     checked(scores, len(prompt) - 1, engine.limits.max_logprobs)
     piece = b"[" + b",".join([b"null"] * start)
+    request.place = Place.GIVEN  # its choices', which have ended
     try:
         if start < len(prompt):
             async with aclosing(events_of(engine, request)) as events:

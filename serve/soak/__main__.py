@@ -17,7 +17,7 @@ from serve.options import between
 from serve.own_server import OwnServer, own_server
 from serve.soak.memory import LEAK_MB_PER_HOUR
 from serve.soak.report import judge, markdown, sections, show
-from serve.soak.soak import Settings, Soak, read_facts
+from serve.soak.soak import MAX_P99_MS, Settings, Soak, read_facts
 from serve.soak.tally import PROCESS
 
 # Small, so that requests wait for each other, and a burst is more than the queue takes.
@@ -147,7 +147,11 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of resident memory, MB per hour; default: {LEAK_MB_PER_HOUR:g}",
     )
     rules.add_argument(
-        "--max-p99-ms", type=between(0.0, 1e9), metavar="X", help="between two tokens of a stream; default: any"
+        "--max-p99-ms",
+        type=between(0.0, 1e9),
+        default=MAX_P99_MS,
+        metavar="X",
+        help=f"between two tokens of a stream; default: {MAX_P99_MS:g}",
     )
     parser.add_argument("--report", type=Path, metavar="FILE", help="the report as Markdown, too")
     return parser

@@ -20,6 +20,8 @@ _ZERO = (
     "logprobd:kv_cache_usage_perc",
 )
 _LOAD = "/load"
+_ENGINE_FAILURES = "logprobd:engine_failures_total"
+_SERVER_ERRORS, _ENGINE_ERRORS = "answers with a status of 5xx", "errors of the engine that clients were told"
 _RESIDENT, _FILES_OPEN, _STARTED = "process_resident_memory_bytes", "process_open_fds", "process_start_time_seconds"
 
 
@@ -30,7 +32,7 @@ class Idle:
         self.samples: list[Resident] = []
         self.first: Mapping[str, float] = {}  # every number, at the first look and at the last
         self.last: Mapping[str, float] = {}
-        self._failures = 0.0
+        self._failures: Mapping[str, float] = {}
 
     async def look(self, http: httpx2.AsyncClient, seconds: float) -> tuple[list[str], list[str]]:
         """Waits for a server to be idle; what is wrong with it, and which failures its engine has counted since.
@@ -59,10 +61,11 @@ class Idle:
             yield f"{files:.0f} files are open, {before:.0f} were before the traffic"
 
     def _new_failures(self, now: Mapping[str, float]) -> Iterator[str]:
-        """Some versions count what has failed inside the engine; each failure is told once."""
-        failures = sum(value for name, value in now.items() if "engine_failures" in name)
-        if failures > self._failures:
-            yield f"the engine has counted {failures - self._failures:.0f} failures"
+        """What the server counts of what went wrong, whether a client has seen it or not; each failure is told once."""
+        failures = {name: now.get(name, 0) for name in (_ENGINE_FAILURES, _SERVER_ERRORS, _ENGINE_ERRORS)}
+        for name, count in failures.items():
+            if count > self._failures.get(name, 0):
+                yield f"the server has counted {count - self._failures.get(name, 0):.0f} more of {name}"
         self._failures = failures
 
 
@@ -73,5 +76,9 @@ async def _scrape(http: httpx2.AsyncClient) -> Mapping[str, float]:
         for sample in family.samples:
             if not sample.name.endswith("_created"):
                 values[sample.name] += sample.value
+            if sample.name == "http_requests_total" and sample.labels["status"].startswith("5"):
+                values[_SERVER_ERRORS] += sample.value
+            if sample.name == "logprobd:request_errors_total" and sample.labels["code"] == "engine_error":
+                values[_ENGINE_ERRORS] += sample.value
     values[_LOAD] = (await http.get(_LOAD, timeout=60)).raise_for_status().json()["server_load"]
     return values

@@ -36,7 +36,8 @@ class Traffic:
             self._prompt_columns: 40,
             self._echo_of_many: 40,
             self._tokenize_and_back: 40,
-            self._page: 38,
+            self._many_prompts: 4,
+            self._page: 34,
             self._bad_bodies.draw: 80,
             self._leaves_waiting: 30,
             self._leaves_reading: 45,
@@ -160,6 +161,12 @@ class Traffic:
             "max_tokens": rng.choice((0, 1)),
         }
         return self._maybe_streamed(rng, "echo of many", COMPLETIONS, body | self._sampled(rng), share=0.1)
+
+    def _many_prompts(self, rng: random.Random) -> Ask:
+        """More than one request has in the engine at once."""
+        prompts = [self._prompts.ids(rng, rng.randint(1, 8)) for _ in range(rng.randint(70, 100))]
+        body: Body = {"prompt": prompts, "max_tokens": 1, "logprobs": 1} | self._sampled(rng)
+        return self._maybe_streamed(rng, "many prompts", COMPLETIONS, body)
 
     def _tokenize_and_back(self, rng: random.Random) -> Ask:
         text = self._prompts.text(rng, rng.randint(1, 80))

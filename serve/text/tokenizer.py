@@ -1,6 +1,8 @@
 """Tokenizer: text to token ids and back, the true bytes of a token, chat templates."""
 
+import contextlib
 import json
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from transformers import AutoTokenizer
 
 from serve.text.chat_template import ChatTemplateError, render_chat
 from serve.text.token_bytes import UnknownDecoderError, token_bytes_table
+
+_LARGE = 1 << 18  # characters: 75 MB while they are made tokens
 
 
 class TokenizerError(ValueError):
@@ -42,6 +46,7 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
+        self._large = threading.Lock()
         self._special_tokens = dict(special_tokens)
         try:
             self._bytes = token_bytes_table(backend)
@@ -89,8 +94,11 @@ class Tokenizer:
         Raises:
             TokenizerError: `text` holds a lone surrogate.
         """
+        # What a large text takes is given back before the next one is begun.
+        alone = self._large if len(text) > _LARGE else contextlib.nullcontext()
         try:
-            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            with alone:
+                return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
         except TypeError as error:  # how `tokenizers` says that a str is not valid Unicode
             raise TokenizerError("text holds a lone surrogate, which is not valid Unicode") from error
 

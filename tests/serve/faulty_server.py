@@ -1,6 +1,7 @@
 """`python -m tests.serve.faulty_server`: what `python -m serve` runs, whose model is a script that can be made to fail.
 
-What a prompt begins with says how: FAIL fails once, LOSE for good, HANG never ends, SLOW takes its time.
+What a prompt begins with says how: FAIL fails once, LOSE for good, HANG never ends, SLOW takes its time. A text that
+begins with STUCK is never tokenized. The last bytes of answers get less time than usual.
 """
 
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 from compiled.state import MAX_SCORED_IDS, DecodeInput, SamplingArrays, StepInput, StepOutput
 from model.kv_cache import PAGE_SIZE
+from serve import lifecycle
 from serve.app import create_app
 from serve.assembly import Served
 from serve.config import ServeConfig
@@ -19,11 +21,13 @@ from serve.openai.endpoint import AppConfig
 from serve.openai.readiness import Readiness
 from serve.report import Reporter
 from serve.server import main
+from serve.text.tokenizer import Tokenizer
 from tests.serve.fake_runner import MAX_MODEL_LEN, K
 from tests.serve.http_client import MODEL, VOCAB_SIZE, ScriptedRunner, byte_tokenizer
 from tests.serve.server_process import ServerProcess
 
 FAIL, LOSE, HANG, SLOW = 1, 2, 3, 4  # token ids
+STUCK = "stuck"
 
 _PAGES = 64
 _STEP = 0.01  # seconds, where it is slow
@@ -70,6 +74,20 @@ class FaultyRunner(ScriptedRunner):
         return output
 
 
+def _tokenizer() -> Tokenizer:
+    tokenizer = byte_tokenizer()
+    encode = tokenizer.encode
+
+    def encode_or_not(text: str, *, add_special_tokens: bool) -> list[int]:
+        if text.startswith(STUCK):
+            print(STUCK, file=sys.stderr, flush=True)
+            threading.Event().wait()
+        return encode(text, add_special_tokens=add_special_tokens)
+
+    setattr(tokenizer, "encode", encode_or_not)  # noqa: B010 - mypy takes no assignment to a method
+    return tokenizer
+
+
 def _assemble(_config: ServeConfig, _reporter: Reporter) -> Served:
     limits = EngineLimits(
         max_model_len=MAX_MODEL_LEN,
@@ -84,9 +102,10 @@ def _assemble(_config: ServeConfig, _reporter: Reporter) -> Served:
     metrics.watch(lambda: engine.gauges, {})
     engine.start()
     readiness = Readiness()
-    app = create_app(engine, byte_tokenizer(), AppConfig(served_model_names=(MODEL,)), metrics, readiness=readiness)
+    app = create_app(engine, _tokenizer(), AppConfig(served_model_names=(MODEL,)), metrics, readiness=readiness)
     return Served((MODEL,), True, engine, app, readiness, metrics)
 
 
 if __name__ == "__main__":
+    lifecycle._FLUSH_SECONDS = 1
     sys.exit(main(sys.argv[1:], _assemble))

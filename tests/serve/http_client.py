@@ -236,6 +236,7 @@ async def serving(
     pages: int = 64,
     whole_vocabulary: bool = False,
     max_waiting: int = 64,
+    max_waiting_tokens: int | None = None,
     add_bos: bool = False,
     vllm_names: bool = False,
     max_model_len: int = MAX_MODEL_LEN,
@@ -254,7 +255,14 @@ async def serving(
         whole_vocabulary=whole_vocabulary,
     )
     metrics = Metrics(MODEL, max_model_len=max_model_len, vllm_names=vllm_names)
-    engine = Engine(runs, limits, max_waiting=max_waiting, max_num_batched_tokens=68, observer=metrics)
+    engine = Engine(
+        runs,
+        limits,
+        max_waiting=max_waiting,
+        max_waiting_tokens=max_waiting_tokens,
+        max_num_batched_tokens=68,
+        observer=metrics,
+    )
     metrics.watch(lambda: engine.gauges, {"block_size": str(PAGE_SIZE)})
     engine.start()
     settings = AppConfig(**{"served_model_names": (MODEL, "alias")} | config)

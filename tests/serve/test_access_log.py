@@ -3,14 +3,16 @@
 import asyncio
 import json
 import logging
+from contextlib import suppress
 from typing import Any
 
+import httpx2
 import pytest
 
 from serve.access_log import AccessLog, fields_of
 from serve.logs import JsonFormatter
 from serve.openai.record import AnswerRecord
-from tests.serve.http_client import Connection, Gate, chat_body, completion_body, events_of, serving
+from tests.serve.http_client import Connection, ExactRunner, Gate, chat_body, completion_body, events_of, serving
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -87,6 +89,16 @@ async def test_errors_are_told_by_their_code_wherever_they_come() -> None:
     for code, count in {"invalid_type": 1, "not_found": 1, "engine_error": 1, "client_gone": 2}.items():
         assert f'logprobd:request_errors_total{{code="{code}",engine="0",model_name="org/bytes"}} {count}.0' in text
     assert 'logprobd:engine_failures_total{engine="0",kind="step",model_name="org/bytes"} 1.0' in text
+
+
+async def test_an_answer_whose_rows_fail_on_their_way_is_no_client_that_left() -> None:
+    records: list[AnswerRecord] = []
+    async with serving(runner=ExactRunner, on_answer=records.append, whole_vocabulary=True) as server:
+        server.runner.fail_once("vocabulary", after=8)
+        body = completion_body(prompt=[10] * 60, max_tokens=0, prompt_logprobs=-1)
+        with suppress(httpx2.TransportError):
+            await server.post(COMPLETIONS, body)
+    assert [(record.status, record.error) for record in records] == [(200, "engine_error")]
 
 
 def record(**fields: Any) -> AnswerRecord:

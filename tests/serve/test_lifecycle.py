@@ -1,15 +1,19 @@
 """How a server ends: at a signal, at a second one, when its engine is lost or hangs. Real processes and signals."""
 
 import json
+import os
+import re
 import signal
+import socket
+import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import httpx2
 import pytest
 
-from tests.serve.faulty_server import FAIL, HANG, LOSE, SLOW, FaultyServer
+from tests.serve.faulty_server import FAIL, HANG, LOSE, SLOW, STUCK, FaultyServer
 
 SECONDS = 30
 ENDLESS = {"prompt": [SLOW, 10], "max_tokens": 400, "stream": True, "ignore_eos": True}
@@ -67,10 +71,57 @@ def test_what_does_not_end_in_time_is_told_so() -> None:
     with streaming(server) as lines:
         server.process.send_signal(signal.SIGTERM)
         *_, last, done = lines
-        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_error"
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_stopped"
         assert done == "data: [DONE]"
     assert server.process.wait(SECONDS) == 0
     server.terminate()
+
+
+def test_an_answer_that_is_still_being_read_is_waited_for(server: FaultyServer) -> None:
+    """It was written long ago, all at once: the app has done with it, and the connection has not."""
+    body = {"prompt": [10] * 400, "max_tokens": 1, "prompt_logprobs": 3, "n": 128, "stream": False}
+    with sending(server, body, receive_buffer=4096) as connection:
+        head = connection.recv(1000)
+        size = int(re.findall(rb"content-length: (\d+)", head)[0])
+        assert size > 8 << 20  # more than a system's buffers
+        server.process.send_signal(signal.SIGTERM)
+        wait_until_draining(server)
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.process.wait(3)  # which is longer than the last bytes of an answer get
+        rest = head.partition(b"\r\n\r\n")[2]
+        while piece := connection.recv(1 << 20):
+            rest += piece
+    assert len(rest) == size
+    assert len(json.loads(rest)["choices"]) == 128
+    assert server.process.wait(SECONDS) == 0
+
+
+def test_what_never_ends_in_a_thread_of_the_pool_does_not_keep_the_process() -> None:
+    server = FaultyServer("--shutdown-timeout", "0")
+    threads = min(32, (getattr(os, "process_cpu_count", os.cpu_count)() or 1) + 4)
+    with ExitStack() as stack:
+        for _ in range(threads + 2):
+            stack.enter_context(sending(server, {"prompt": STUCK}))
+        while "".join(server.log).count(STUCK) < threads:
+            assert server.process.poll() is None
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(SECONDS) == 0
+    server.terminate()
+
+
+@contextmanager
+def sending(server: FaultyServer, body: object, *, receive_buffer: int | None = None) -> Iterator[socket.socket]:
+    """A connection over which a request was sent."""
+    data = json.dumps(body).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.socket() as connection:
+        connection.settimeout(SECONDS)
+        if receive_buffer is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        connection.connect((host, int(port)))
+        head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        yield connection
 
 
 def test_an_idle_server_ends_at_once(server: FaultyServer) -> None:

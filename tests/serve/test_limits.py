@@ -171,20 +171,22 @@ class SlowReader(Connection):
 
 
 async def test_bodies_that_are_held_together_are_bounded() -> None:
-    """Four of the largest; who comes then is sent away, and taken when there is room again."""
-    async with serving(max_body_bytes=1000) as server:
-        waiting = [Sending(COMPLETIONS, b" " * 1000) for _ in range(4)]
+    """Four of the largest; who comes then is sent away, and taken when there is room again. A small one is always."""
+    large = json.dumps(completion_body()).encode() + b" " * 400_000
+    async with serving(max_body_bytes=1 << 20) as server:
+        waiting = [Sending(COMPLETIONS, b" " * (1 << 20)) for _ in range(4)]
         runs = [asyncio.create_task(each.talk(server.app)) for each in waiting]
         async with asyncio.timeout(20):
             for each in waiting:
                 await each.taken.wait()
-        response = await server.post(COMPLETIONS, completion_body())
+        response = await server.post(COMPLETIONS, large)
         assert error_of(response, 503)["code"] == "too_many_bodies"
         assert response.headers["retry-after"] == "1"
+        assert (await server.complete())["choices"][0]["text"] == "Hello"
         for each in waiting:
             each.leave()
         await asyncio.gather(*runs)
-        assert (await server.complete())["choices"][0]["text"] == "Hello"
+        assert (await server.post(COMPLETIONS, large)).status_code == 200
 
 
 class Sending(Connection):
@@ -246,19 +248,34 @@ async def test_what_waits_comes_before_the_failure_though_another_choice_has_end
     assert len(read) == 7  # all but the two that found no room
 
 
-class FakeChoice:
-    """Yields so many deltas at once."""
+async def test_the_failure_of_one_choice_ends_the_others() -> None:
+    endless, failed = FakeChoice(0, None), FakeChoice(1, 3, RuntimeError("no"))
+    choices: list[Any] = [endless, failed]
+    nobody: Any = None
+    with pytest.raises(RuntimeError, match="no"):
+        async for _ in merge(choices, nobody, nobody):
+            pass
+    assert endless.cut.is_set()
 
-    def __init__(self, prompt_index: int, count: int) -> None:
+
+class FakeChoice:
+    """Yields so many deltas at once, then fails or ends; None: it waits for ever."""
+
+    def __init__(self, prompt_index: int, count: int | None, error: Exception | None = None) -> None:
         self.prompt_index, self.first = prompt_index, True
-        self._count = count
+        self.request = Request(str(prompt_index), [1], SamplingParams(1))
+        self._count, self._error = count, error
         self.cut = asyncio.Event()
 
     async def deltas(self, *_: object) -> AsyncGenerator[int]:
         """Numbers stand for them."""
         try:
-            for number in range(self._count):
+            for number in range(self._count or 0):
                 yield number
+            if self._error is not None:
+                raise self._error
+            if self._count is None:
+                await asyncio.Event().wait()
         finally:
             self.cut.set()
 

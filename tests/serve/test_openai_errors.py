@@ -13,6 +13,7 @@ from tests.serve.fake_runner import MAX_MODEL_LEN, K
 from tests.serve.http_client import (
     VOCAB_SIZE,
     Server,
+    body_of,
     chat_body,
     completion_body,
     error_of,
@@ -241,19 +242,81 @@ async def test_a_body_that_is_too_large() -> None:
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-async def test_bodies_of_50_megabytes(server: Server, path: str) -> None:
+async def test_bodies_of_50_megabytes(path: str) -> None:
     param = "messages" if path == CHAT else "prompt"
     text = "x" * 50_000_000
     body = chat_body(messages=[{"role": "user", "content": text}]) if path == CHAT else completion_body(prompt=text)
-    assert await refused(server, path, body) == (param, "context_length_exceeded")
-    if path == COMPLETIONS:
-        ids = b'{"prompt": [' + b"1," * 5_000_000 + b"1]}"
-        assert await refused(server, path, ids) == (param, "context_length_exceeded")
+    async with serving(max_body_bytes=64 << 20) as server:
+        assert await refused(server, path, body) == (param, "context_length_exceeded")
+        assert await refused(server, path, body | {"truncate_prompt_tokens": 1}) == (param, "string_above_max_length")
+        if path == COMPLETIONS:
+            ids = b'{"prompt": [' + b"1," * 5_000_000 + b"1]}"
+            assert await refused(server, path, ids) == (param, "context_length_exceeded")
+
+
+@pytest.mark.parametrize("truncates", [{}, {"truncate_prompt_tokens": 1}])
+async def test_ids_that_could_never_fit_are_not_looked_at(server: Server, truncates: dict[str, int]) -> None:
+    for path, param in ((COMPLETIONS, "prompt"), (CHAT, "prompt_token_ids")):
+        fields = {param: [1] * 10_000 + [10**6]} | truncates
+        body = completion_body(**fields) if path == COMPLETIONS else chat_body(messages=None, **fields)
+        told = (f"{param}[10000]" if path == COMPLETIONS else param, "invalid_value") if truncates else None
+        assert await refused(server, path, body) == (told or (param, "context_length_exceeded"))
+
+
+async def test_a_chat_has_ten_thousand_messages_at_most(server: Server) -> None:
+    message, part = {"role": "user", "content": "a"}, {"type": "text", "text": "a"}
+    for fields, param in (
+        ({"messages": [message] * 10_001}, "messages"),
+        ({"messages": [message | {"content": [part] * 10_001}]}, "messages[0].content"),
+        ({"documents": [{}] * 10_001}, "documents"),
+    ):
+        assert await refused(server, CHAT, chat_body(**fields)) == (param, "array_above_max_length")
+
+
+async def test_a_body_has_a_million_brackets_at_most(server: Server) -> None:
+    """What they open takes much more memory than they do."""
+    for many in (b"[]", b"{}"):
+        body = b'{"prompt": "a", "user": [' + b",".join([many] * (1 << 20)) + b"]}"
+        assert await refused(server, COMPLETIONS, body) == (None, "invalid_json")
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (COMPLETIONS, {"prompt_logprobs": 3, "n": 2}, "prompt_logprobs"),
+        (COMPLETIONS, {"echo": True, "logprobs": 3}, "logprobs"),
+        (COMPLETIONS, {"prompt_logprobs": 3, "stream": True, "prompt": [[1] * 400] * 2}, "prompt_logprobs"),
+        (CHAT, {"prompt_logprobs": 3, "messages": None, "prompt_token_ids": [1] * 400}, None),
+        (COMPLETIONS, {"prompt_logprobs": 3, "n": 2, "stream": True}, None),
+        (COMPLETIONS, {"n": 128, "logprobs": 3}, None),
+    ],
+)
+async def test_an_answer_holds_so_many_numbers_of_prompts_at_most(
+    path: str, fields: dict[str, Any], param: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a list of prompts, or many answers to one, would repeat. One prompt of full length is always answered."""
+    monkeypatch.setattr("serve.openai.prompt_numbers._MAX_NUMBERS", 2000)
+    async with serving(max_model_len=410) as server:
+        monkeypatch.setattr("serve.openai.prompt_numbers._FULL_LENGTHS", 0)
+        body = {"prompt": [1] * 400, **fields} if path == COMPLETIONS else fields
+        body = body_of(path, max_tokens=1, **body)
+        if param is None:
+            assert (await server.post(path, body)).status_code == 200
+        else:
+            assert await refused(server, path, body) == (param, "too_many_logprobs")
+
+
+async def test_one_prompt_of_full_length_is_always_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.openai.prompt_numbers._MAX_NUMBERS", 1)
+    async with serving(max_model_len=410) as server:
+        body = completion_body(prompt=[1] * 409, max_tokens=1, echo=True, logprobs=3)
+        assert (await server.post(COMPLETIONS, body)).status_code == 200
 
 
 async def test_many_wrong_ids_give_one_short_error(server: Server) -> None:
     for bad in (-1, 10**6, 1.5, "x", None, [1]):
-        response = await server.post(COMPLETIONS, completion_body(prompt=[1] + [bad] * 200_000))
+        body = completion_body(prompt=[1] + [bad] * 200_000, truncate_prompt_tokens=1)
+        response = await server.post(COMPLETIONS, body)
         assert error_of(response, 400)["param"] == "prompt[1]"
         response = await server.post(COMPLETIONS, completion_body(stop_token_ids=[1] + [bad] * 200_000))
         assert error_of(response, 400)["param"].startswith("stop_token_ids")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -52,11 +53,26 @@ async def test_one_request_does_not_fill_the_queue_with_what_it_has_ended(stream
         await server.assert_idle()
 
 
-async def test_the_failure_of_one_choice_ends_the_others() -> None:
-    async with serving(max_waiting=2) as server:
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("limits", [{"max_waiting": 6}, {"max_waiting_tokens": 6 * len("Hi")}])
+async def test_only_the_first_choice_of_a_request_can_be_refused(stream: bool, limits: dict[str, Any]) -> None:
+    """The others wait for one of theirs, however few places there are."""
+    async with serving(**limits) as server:
+        response = await server.post(COMPLETIONS, completion_body(prompt="Hi", n=100, max_tokens=2, stream=stream))
+        assert response.status_code == 200
+        assert "rate_limit_exceeded" not in response.text
         gate = server.runner.before_call = Gate("prefill")
-        error_of(await server.post(CHAT, chat_body(n=3)), 429)
+        others = [asyncio.create_task(server.complete(prompt="Hi", n=5)) for _ in range(2)]
+        await gate.reached()
+        assert (
+            error_of(await server.post(COMPLETIONS, completion_body(prompt="Hi", n=3)), 429)["code"]
+            == "rate_limit_exceeded"
+        )
         gate.open()
+        for other in others:
+            assert [choice["text"] for choice in (await other)["choices"]] == ["Hello"] * 5
+        text = (await server.client.get("/metrics")).text
+        assert len(re.findall(r"^logprobd:admission_rejections_total\{.*\} 1\.0$", text, re.MULTILINE)) == 1
         await server.assert_idle()
 
 
@@ -69,8 +85,9 @@ async def test_the_engine_has_stopped(server: Server) -> None:
 
 async def test_the_engine_stops_under_a_request(server: Server) -> None:
     server.runner.before_call = lambda name: server.engine._stop() if name == "decode" else None
-    error = error_of(await server.post(COMPLETIONS, completion_body()), 500)
-    assert (error["code"], error["message"]) == ("engine_error", "The engine failed: the engine has stopped.")
+    response = await server.post(COMPLETIONS, completion_body())
+    assert error_of(response, 503)["code"] == "engine_stopped"
+    assert response.headers["retry-after"] == "2"
 
 
 @pytest.mark.parametrize("name", ["prefill", "decode", "read"])
@@ -139,6 +156,6 @@ async def test_the_client_leaves_while_it_sends(server: Server) -> None:
     connection._incoming.put_nowait({"type": "http.request", "body": torn, "more_body": True})
     connection.leave()
     await connection.run(server.app)
-    assert connection.sent.get_nowait()["status"] == 400  # nobody reads it, but the request has ended
+    assert connection.sent.get_nowait()["status"] == 499  # nobody reads it, but the request has ended
     assert (await server.complete())["choices"][0]["text"] == "Hello"
     await server.assert_idle()

@@ -105,6 +105,8 @@ def _item(kind: int, random: Random) -> bytes:
     if kind == STRING:
         text = random.choice(_TEXTS).encode()
         return string(bytes_changed(text, random) if random.random() < 0.1 else text)
+    if kind not in PACKED:  # an accident of its own
+        return random.randbytes(4)
     packed = "<" + PACKED[kind]
     if packed in ("<f", "<d"):
         return struct.pack(packed, random.choice((*_FLOATS, random.uniform(-10, 10))))

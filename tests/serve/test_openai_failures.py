@@ -68,6 +68,7 @@ async def test_only_the_first_choice_of_a_request_can_be_refused(stream: bool, l
             error_of(await server.post(COMPLETIONS, completion_body(prompt="Hi", n=3)), 429)["code"]
             == "rate_limit_exceeded"
         )
+        assert server.engine.load == 6
         gate.open()
         for other in others:
             assert [choice["text"] for choice in (await other)["choices"]] == ["Hello"] * 5

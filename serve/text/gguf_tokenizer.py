@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as Backend
 
 from serve.text.gguf_sentencepiece import sentencepiece_backend
 from serve.text.gguf_vocabulary import Vocabulary, read_vocabulary, required_list
+from serve.text.panics import panics_as_errors
 from serve.text.tokenizer import Tokenizer, TokenizerError
 
 
@@ -80,7 +81,8 @@ def _byte_level_backend(vocabulary: Vocabulary) -> Backend:
         raise TokenizerError("GGUF: tokenizer.ggml.merges must hold pairs with one space between them")
     merges = [(left, right) for left, right in pairs]
     try:
-        model = models.BPE(vocab=vocabulary.ids(), merges=merges, ignore_merges=pre.ignore_merges)
+        with panics_as_errors():
+            model = models.BPE(vocab=vocabulary.ids(), merges=merges, ignore_merges=pre.ignore_merges)
     except Exception as error:  # `tokenizers` raises no narrower class for a merge it cannot make
         raise TokenizerError(f"GGUF: tokenizer.ggml.merges do not fit the tokens: {error}") from error
     backend = Backend(model)

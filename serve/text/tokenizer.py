@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 from serve.text.chat_template import ChatTemplateError, render_chat
+from serve.text.panics import PanicError, panics_as_errors
 from serve.text.token_bytes import UnknownDecoderError, token_bytes_table
 
 _LARGE = 1 << 18  # characters: 75 MB while they are made tokens
@@ -92,15 +93,17 @@ class Tokenizer:
             add_special_tokens: adds what the model wants around a text, such as BOS.
 
         Raises:
-            TokenizerError: `text` holds a lone surrogate.
+            TokenizerError: `text` holds a lone surrogate, or the library fails on it.
         """
         # What a large text takes is given back before the next one is begun.
         alone = self._large if len(text) > _LARGE else contextlib.nullcontext()
         try:
-            with alone:
+            with alone, panics_as_errors():
                 return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
         except TypeError as error:  # how `tokenizers` says that a str is not valid Unicode
             raise TokenizerError("text holds a lone surrogate, which is not valid Unicode") from error
+        except PanicError as error:
+            raise TokenizerError("the tokenizer fails on this text") from error
 
     def surely_above(self, text: str, tokens: int) -> bool:
         """Whether `text` has more than so many tokens, told by its length alone: tokenizing megabytes takes seconds.
@@ -169,7 +172,8 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
     if not model_dir.is_dir():  # else AutoTokenizer takes the path for a hub id
         raise TokenizerError(f"{model_dir} is not a directory")
     try:
-        loaded: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        with panics_as_errors():
+            loaded: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # broken files raise almost anything, a bare Exception from `tokenizers` included
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TokenizerError(f"{model_dir}: the tokenizer does not load: {reason}") from error

@@ -160,6 +160,7 @@ SIZE = len(sentencepiece()["tokenizer.ggml.tokens"])
         (byte_level("gpt-2", []), "merges is missing"),
         (byte_level("gpt-2", ["a"]), "must hold pairs"),
         (GOOD | {"tokenizer.ggml.merges": ["a b", "x yz"]}, "do not fit the tokens"),
+        (GOOD | {"tokenizer.ggml.merges": ["a b", "ab ab"]}, "do not fit the tokens"),  # of which the library panics
         (GOOD | {"tokenizer.ggml.token_type": [NORMAL]}, "257 tokens, but 1 token types"),
         (GOOD | {"tokenizer.ggml.eos_token_id": 257}, "eos_token_id 257 is not below 257"),
         (sentencepiece(scores=[0.0]), "but 1 scores"),

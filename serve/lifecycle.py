@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
@@ -14,12 +15,14 @@ from types import FrameType
 import uvicorn
 
 from serve.engine.engine import Engine
+from serve.heap import trim
 from serve.http_protocol import HttpConfig
 from serve.openai.readiness import Readiness
 
 logger = logging.getLogger(__name__)
 
 _WORKER = "worker"  # begins the names of the pool's threads
+QUIET_SECONDS = 2  # without a request, after which memory is given back
 _FLUSH_SECONDS = 5  # for the last bytes of answers, once all is said
 _STEP_SECONDS = 20  # that a step may still take when all else has ended
 
@@ -48,6 +51,7 @@ class HttpServer(uvicorn.Server):
         self._drain_seconds = drain_seconds
         self._watchdog_seconds = watchdog_seconds
         self._drains_until: float | None = None
+        self._quiet = _Quiet()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called at a signal; uvicorn would raise it again in the end, and so end with another code than 0."""
@@ -61,6 +65,8 @@ class HttpServer(uvicorn.Server):
         """Called by uvicorn ten times a second; True ends the server."""
         ends = await super().on_tick(counter)
         self._look_at_engine()
+        if self._quiet.begins(self._readiness.running or self.engine.load, self._readiness.ended):
+            asyncio.get_running_loop().run_in_executor(None, trim)
         if self._drains_until is None or ends:
             return ends
         running = self._unfinished()
@@ -95,6 +101,27 @@ class HttpServer(uvicorn.Server):
             logger.warning(
                 "draining: %d requests have up to %g s to end; a second signal ends at once", running, seconds
             )
+
+
+class _Quiet:
+    """Finds out when nobody has asked for a while."""
+
+    def __init__(self) -> None:
+        self._ended, self._since = -1, 0.0
+
+    def begins(self, running: int, ended: int) -> bool:
+        """True once in each quiet time, when it has lasted long enough. To be called often.
+
+        Args:
+            running: requests that have not ended.
+            ended: those that have, since the start.
+        """
+        if running or ended != self._ended:
+            self._ended, self._since = ended, time.monotonic()
+        elif time.monotonic() - self._since >= QUIET_SECONDS:
+            self._since = math.inf
+            return True
+        return False
 
 
 def run(server: HttpServer, listener: socket.socket) -> None:

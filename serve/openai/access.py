@@ -79,6 +79,7 @@ class Access:
                 error = engine_error("The server failed on this request.")
             finally:
                 self._readiness.running -= counted
+                self._readiness.ended += counted
         if error is not None:
             record.error = error.code
             await error.response()(scope, receive, send)

@@ -14,6 +14,7 @@ class Readiness:
 
     draining: bool = False  # what runs may end, what comes is sent away
     running: int = 0  # requests that were let in and have not ended
+    ended: int = 0  # those that have
 
     def refusal(self) -> APIError | None:
         """The error for a request that comes now."""

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
+from serve.lifecycle import QUIET_SECONDS
 from serve.soak.memory import Resident
 
 _SECONDS = 5.0  # after which a server that nobody asks must be idle
+_SETTLE_SECONDS = QUIET_SECONDS + 1  # until it has given back what it does not need
 _FILES = 8  # more open files than before the traffic, of pools that fill once
 
 _ZERO = (
@@ -43,6 +45,8 @@ class Idle:
         until = time.monotonic() + _SECONDS
         while (wrong := list(self._not_idle(now := await _scrape(http)))) and time.monotonic() < until:
             await asyncio.sleep(0.1)
+        await asyncio.sleep(_SETTLE_SECONDS)
+        now = await _scrape(http)
         self.first, self.last = self.first or now, now
         self.samples.append(Resident(seconds, now.get(_RESIDENT, 0.0), now.get(_FILES_OPEN, 0.0)))
         if now.get(_STARTED) != self.first.get(_STARTED):

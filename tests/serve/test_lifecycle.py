@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import httpx2
 import pytest
 
+from serve import lifecycle
 from tests.serve.faulty_server import FAIL, HANG, LOSE, SLOW, STUCK, FaultyServer
 
 SECONDS = 30
@@ -122,6 +124,43 @@ def sending(server: FaultyServer, body: object, *, receive_buffer: int | None = 
         head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         yield connection
+
+
+def test_memory_is_given_back_once_in_each_quiet_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    quiet = lifecycle._Quiet()
+
+    def after(seconds: float, running: int, ended: int) -> bool:
+        now[0] += seconds
+        return quiet.begins(running, ended)
+
+    assert [after(1.5, 0, 0) for _ in range(4)] == [False, False, True, False]
+    assert not after(50, 1, 0)
+    assert [after(1.5, 0, 1) for _ in range(4)] == [False, False, True, False]
+    assert [after(1.5, 0, 2 + i) for i in range(4)] == [False] * 4  # short ones, never seen to run
+
+
+HEAP = """
+import resource
+from pathlib import Path
+
+from serve.heap import trim
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+kept = [bytes(64 << 10) for _ in range(4000)]
+kept = kept[-1:]  # it lies behind all the others, so that the heap does not shrink by itself
+before = resident()
+trim()
+print(before - resident())
+"""
+
+
+def test_freed_memory_is_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", HEAP], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 100 << 20
 
 
 def test_an_idle_server_ends_at_once(server: FaultyServer) -> None:

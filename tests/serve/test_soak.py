@@ -20,6 +20,12 @@ from tests.serve.server_process import ServerProcess
 from tests.serve.soak_answers import ERROR, ID, metrics_of
 
 
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These servers have no memory to give back."""
+    monkeypatch.setattr("serve.soak.idle._SETTLE_SECONDS", 0.0)
+
+
 def test_what_a_server_says_at_its_end() -> None:
     assert list(_complaints(OwnServer("x", ["12:00 INFO serve: fine\n"], 0))) == []
     log = ["12:00 ERROR serve.engine.engine: a step failed\n", "Traceback (most recent call last):\n", "  x\n"]

@@ -40,6 +40,12 @@ from tests.serve.soak_answers import (
 )
 
 
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These servers have no memory to give back."""
+    monkeypatch.setattr("serve.soak.idle._SETTLE_SECONDS", 0.0)
+
+
 def line(*megabytes: float, minutes: float = 2.0, begin: float = 10.0) -> list[Resident]:
     return [Resident(60 * (begin + minutes * i), 1e6 * each, 10.0) for i, each in enumerate(megabytes)]
 

@@ -77,13 +77,13 @@ def _sum_of(entry: Path) -> Path:
 
 
 def _is_whole(entry: Path) -> bool:
-    """False also for one without a sum, whose writer may have been killed."""
+    """False also for one without a sum, whose writer was killed, or is still at work in another process."""
     try:
-        sealed = _sum_of(entry).read_text("ascii")
+        sealed, found = _sum_of(entry).read_text("ascii"), _digest(entry)
     except (OSError, ValueError):
         return False
-    if sealed == _digest(entry):
-        return True
+    if sealed == found or not sealed:
+        return bool(sealed)
     logger.warning("%s: a kept program is damaged; it is compiled anew", entry.name)
     return False
 

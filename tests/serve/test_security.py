@@ -281,6 +281,8 @@ def test_what_is_kept_is_what_was_sealed_or_is_made_anew(tmp_path: Path, caplog:
     torn.write_bytes(torn.read_bytes()[:50])
     unsealed = tmp_path / "unsealed-cache"  # whose writer was killed
     unsealed.write_bytes(b"x")
+    (tmp_path / "begun-cache").write_bytes(b"x")
+    (tmp_path / "begun-cache.sha256").touch()
     use_persistent_cache(tmp_path)
     assert sorted(tmp_path.iterdir()) == [whole, tmp_path / "whole-cache.sha256"]
     assert sorted(record.getMessage().split(":")[0] for record in caplog.records) == ["flipped-cache", "torn-cache"]

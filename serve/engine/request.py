@@ -34,7 +34,7 @@ class Place(enum.Enum):
 
     REFUSED = enum.auto()
     WAITS = enum.auto()  # the same, but its client is not sent away: another of the client's requests is being served
-    GIVEN = enum.auto()  # nothing: it takes the place of one of the same client that has ended
+    GIVEN = enum.auto()  # nothing: it comes after those of the same client, which have ended
 
 
 class QueueFullError(Exception):

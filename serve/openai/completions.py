@@ -51,8 +51,7 @@ class Completions(Answering[CompletionRequest]):
         asked = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         prompts = [self._truncated(body, prompt, asked) for prompt in self._prompts(body)]
         room = [check_room("prompt", len(prompt.ids), asked, limits) for prompt in prompts]
-        # A choice of a stream is sent before the next has any; the rows of a whole vocabulary are told once.
-        copies = 1 if body.stream or numbers.whole else body.n or 1
+        copies = 1 if body.stream else body.n or 1  # a choice of a stream is sent before the next one is written
         check_told(numbers, [prompt.ids for prompt in prompts], copies, limits)
         return make_job(at, body, record, header, prompts, max_tokens=room, top_k=body.logprobs, numbers=numbers)
 

@@ -1,8 +1,9 @@
 """All choices of a request as one: their deltas as they come, or their whole answers."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from typing import Any
 
 from serve.engine.request import Place, Request
 from serve.openai.errors import APIError
@@ -74,43 +75,52 @@ async def merge(
 class _Places:
     """The places that one HTTP request has in the engine's queue: so many at once at most.
 
-    Where the queue is full only the first choice is refused, and nothing is lost by that. The others wait until one of
-    theirs has ended, and get its place.
+    Where the queue is full only the first choice is refused, and nothing is lost by that. The others wait, in their
+    order, for one of theirs to end; when none is left, the next one gets a place beyond the limit.
     """
 
     def __init__(self) -> None:
         self._slots = asyncio.Semaphore(_AT_ONCE)
-        self._given = asyncio.Semaphore(0)  # places of those that have ended, for those that wait
+        self._turn = asyncio.Lock()  # of who tries to get in; the others are behind it
+        self._ended = asyncio.Event()
         self._begun = False
-        self._running = self._waiting = 0
+        self._running = 0
 
-    async def run(self, request: Request, forward: Callable[[], Awaitable[None]]) -> None:
-        """Runs a choice's request, which `forward` submits, to its end.
+    async def run(self, request: Request, forward: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Runs a choice's request, which `forward` submits at once, to its end.
 
         Raises:
             APIError: as `forward` does; 429 for the first request only.
         """
         async with self._slots:
+            async with self._turn:
+                running = await self._admitted(request, forward)
+            await running
+
+    async def _admitted(self, request: Request, forward: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+        while True:
             request.place = Place.REFUSED if not self._begun else Place.WAITS if self._running else Place.GIVEN
             self._begun = True
+            self._ended.clear()
+            task = asyncio.create_task(forward())
             try:
-                await self._counted(forward)
-            except APIError as error:
-                if error.status != 429 or request.place is not Place.WAITS:
-                    raise
-            else:
-                return
-            self._waiting += 1
-            await self._given.acquire()
-            request.place = Place.GIVEN
-            await self._counted(forward)
+                await asyncio.sleep(0)  # one step: the engine has taken it by then, or not
+            except asyncio.CancelledError:
+                task.cancel()
+                raise
+            if not (request.place is Place.WAITS and _is_refused(task)):
+                self._running += 1
+                task.add_done_callback(self._end)
+                return task
+            await self._ended.wait()
 
-    async def _counted(self, forward: Callable[[], Awaitable[None]]) -> None:
-        self._running += 1
-        try:
-            await forward()
-        finally:
-            self._running -= 1
-        if self._waiting:
-            self._waiting -= 1
-            self._given.release()
+    def _end(self, _: asyncio.Task[None]) -> None:
+        self._running -= 1
+        self._ended.set()
+
+
+def _is_refused(task: asyncio.Task[None]) -> bool:
+    if not task.done() or task.cancelled():
+        return False
+    error = task.exception()
+    return isinstance(error, APIError) and error.status == 429

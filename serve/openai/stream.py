@@ -17,6 +17,8 @@ from serve.openai.record import AnswerRecord, record_of
 
 logger = logging.getLogger(__name__)
 
+_PIECE = 256 << 10  # bytes
+
 
 class ClosingStream(StreamingResponse):
     """A body in pieces whose end, however it comes, is told to `on_close`.
@@ -56,6 +58,20 @@ class ClosingStream(StreamingResponse):
             self._on_close()
 
 
+class _InPieces(Response):
+    """A whole body, written as its reader takes it.
+
+    A transport would take all of it at once, and of an encrypted one nobody can tell how much it still holds.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del scope, receive
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for start in range(0, len(self.body), _PIECE):
+            more = start + _PIECE < len(self.body)
+            await send({"type": "http.response.body", "body": self.body[start : start + _PIECE], "more_body": more})
+
+
 async def stream_or_disconnect(
     request: Request, chunks: AsyncGenerator[dict[str, Any]], on_close: Callable[[], None]
 ) -> Response:
@@ -90,7 +106,7 @@ async def json_or_disconnect(
     zipped = takes_gzip(request)
     if pieces is None:
         smaller = await compressed(first) if zipped else None
-        return Response(smaller or first, headers=HEADERS if smaller else None, media_type="application/json")
+        return _InPieces(smaller or first, headers=HEADERS if smaller else None, media_type="application/json")
     whole = _continued(first, pieces)
     record = record_of(request)
     answer = ClosingStream(compressed_pieces(whole) if zipped else whole, "application/json", on_close, record)

@@ -34,7 +34,7 @@ class Idle:
         self.samples: list[Resident] = []
         self.first: Mapping[str, float] = {}  # every number, at the first look and at the last
         self.last: Mapping[str, float] = {}
-        self._failures: Mapping[str, float] = {}
+        self._failures: Mapping[str, float] | None = None
 
     async def look(self, http: httpx2.AsyncClient, seconds: float) -> tuple[list[str], list[str]]:
         """Waits for a server to be idle; what is wrong with it, and which failures its engine has counted since.
@@ -68,8 +68,8 @@ class Idle:
         """What the server counts of what went wrong, whether a client has seen it or not; each failure is told once."""
         failures = {name: now.get(name, 0) for name in (_ENGINE_FAILURES, _SERVER_ERRORS, _ENGINE_ERRORS)}
         for name, count in failures.items():
-            if count > self._failures.get(name, 0):
-                yield f"the server has counted {count - self._failures.get(name, 0):.0f} more of {name}"
+            if self._failures is not None and count > self._failures[name]:  # of what was before we know nothing
+                yield f"the server has counted {count - self._failures[name]:.0f} more of {name}"
         self._failures = failures
 
 

@@ -14,7 +14,7 @@ from serve.text.chat_template import ChatTemplateError, render_chat
 from serve.text.panics import PanicError, panics_as_errors
 from serve.text.token_bytes import UnknownDecoderError, token_bytes_table
 
-_LARGE = 1 << 18  # characters: 75 MB while they are made tokens
+_LARGE, _LARGE_AT_ONCE = 1 << 18, 2  # characters: 75 MB while they are made tokens
 
 
 class TokenizerError(ValueError):
@@ -47,7 +47,7 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
-        self._large = threading.Lock()
+        self._large = threading.BoundedSemaphore(_LARGE_AT_ONCE)
         self._special_tokens = dict(special_tokens)
         try:
             self._bytes = token_bytes_table(backend)
@@ -95,10 +95,9 @@ class Tokenizer:
         Raises:
             TokenizerError: `text` holds a lone surrogate, or the library fails on it.
         """
-        # What a large text takes is given back before the next one is begun.
-        alone = self._large if len(text) > _LARGE else contextlib.nullcontext()
+        few = self._large if len(text) > _LARGE else contextlib.nullcontext()
         try:
-            with alone, panics_as_errors():
+            with few, panics_as_errors():
                 return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
         except TypeError as error:  # how `tokenizers` says that a str is not valid Unicode
             raise TokenizerError("text holds a lone surrogate, which is not valid Unicode") from error

@@ -5,16 +5,20 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
 
 import httpx2
 import pytest
 
 from serve import lifecycle
+from tests.serve.certificates import Certificates
 from tests.serve.faulty_server import FAIL, HANG, LOSE, SLOW, STUCK, FaultyServer
 
 SECONDS = 30
@@ -46,9 +50,9 @@ def streaming(server: FaultyServer, **fields: object) -> Iterator[Iterator[str]]
         yield lines
 
 
-def wait_until_draining(server: FaultyServer) -> None:
+def wait_until_draining(server: FaultyServer, tls: ssl.SSLContext | None = None) -> None:
     """Returns when /health says that the server is not ready."""
-    with httpx2.Client(base_url=server.url, timeout=SECONDS) as client:
+    with httpx2.Client(base_url=server.url, timeout=SECONDS, verify=tls or True) as client:
         while client.get("/health").status_code != 503:
             pass
 
@@ -79,51 +83,67 @@ def test_what_does_not_end_in_time_is_told_so() -> None:
     server.terminate()
 
 
-def test_an_answer_that_is_still_being_read_is_waited_for(server: FaultyServer) -> None:
-    """It was written long ago, all at once: the app has done with it, and the connection has not."""
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_an_answer_that_is_still_being_read_is_waited_for(encrypted: bool, tmp_path: Path) -> None:
+    certificates = Certificates.made_in(tmp_path) if encrypted else None
+    server = FaultyServer("--shutdown-timeout", "20", *(certificates.flags() if certificates else ()))
+    tls = certificates.trusting() if certificates else None
     body = {"prompt": [10] * 400, "max_tokens": 1, "prompt_logprobs": 3, "n": 128, "stream": False}
-    with sending(server, body, receive_buffer=4096) as connection:
+    with killed(server), sending(server, body, receive_buffer=4096, tls=tls) as connection:
         head = connection.recv(1000)
         size = int(re.findall(rb"content-length: (\d+)", head)[0])
         assert size > 8 << 20  # more than a system's buffers
         server.process.send_signal(signal.SIGTERM)
-        wait_until_draining(server)
+        wait_until_draining(server, tls)
         with pytest.raises(subprocess.TimeoutExpired):
             server.process.wait(3)  # which is longer than the last bytes of an answer get
         rest = head.partition(b"\r\n\r\n")[2]
         while piece := connection.recv(1 << 20):
             rest += piece
-    assert len(rest) == size
-    assert len(json.loads(rest)["choices"]) == 128
-    assert server.process.wait(SECONDS) == 0
+        assert len(rest) == size
+        assert len(json.loads(rest)["choices"]) == 128
+        assert server.process.wait(SECONDS) == 0
 
 
 def test_what_never_ends_in_a_thread_of_the_pool_does_not_keep_the_process() -> None:
     server = FaultyServer("--shutdown-timeout", "0")
     threads = min(32, (getattr(os, "process_cpu_count", os.cpu_count)() or 1) + 4)
-    with ExitStack() as stack:
+    end = time.monotonic() + SECONDS
+    with killed(server), ExitStack() as stack:
         for _ in range(threads + 2):
             stack.enter_context(sending(server, {"prompt": STUCK}))
         while "".join(server.log).count(STUCK) < threads:
-            assert server.process.poll() is None
+            assert time.monotonic() < end
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(SECONDS) == 0
-    server.terminate()
 
 
 @contextmanager
-def sending(server: FaultyServer, body: object, *, receive_buffer: int | None = None) -> Iterator[socket.socket]:
+def killed(server: FaultyServer) -> Iterator[None]:
+    """Whatever becomes of the block, the process ends."""
+    try:
+        yield
+    finally:
+        server.process.kill()
+        server.terminate()
+
+
+@contextmanager
+def sending(
+    server: FaultyServer, body: object, *, receive_buffer: int | None = None, tls: ssl.SSLContext | None = None
+) -> Iterator[socket.socket]:
     """A connection over which a request was sent."""
     data = json.dumps(body).encode()
-    host, port = server.url.removeprefix("http://").split(":")
+    host, port = server.url.partition("://")[2].split(":")
     with socket.socket() as connection:
         connection.settimeout(SECONDS)
         if receive_buffer is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         connection.connect((host, int(port)))
         head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n"
-        connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-        yield connection
+        with tls.wrap_socket(connection, server_hostname=host) if tls else nullcontext(connection) as client:
+            client.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+            yield client
 
 
 def test_memory_is_given_back_once_in_each_quiet_time(monkeypatch: pytest.MonkeyPatch) -> None:

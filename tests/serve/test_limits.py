@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from serve.engine.detokenize import StopStrings
-from serve.engine.request import FinishReason, Request, SamplingParams
+from serve.engine.request import FinishReason, Place, Request, SamplingParams
 from serve.openai.errors import APIError
 from serve.openai.merging import merge
 from serve.openai.readiness import Readiness
@@ -245,7 +245,75 @@ async def test_what_waits_comes_before_the_failure_though_another_choice_has_end
 
     with pytest.raises(APIError, match="slowly"):
         await rest()
-    assert len(read) == 7  # all but the two that found no room
+    assert len(read) == 8  # all but the two that found no room
+
+
+async def test_choices_that_had_to_wait_run_side_by_side_when_there_is_room_again() -> None:
+    """A queue that was full once does not make them run one after the other for good."""
+    room = Room(2)
+    choices: list[Any] = [QueuedChoice(index, room) for index in range(12)]
+    nobody: Any = None
+    read = asyncio.create_task(collected(merge(choices, nobody, nobody)))
+    async with asyncio.timeout(20):
+        await room.is_full()
+        room.places = 5
+        room.finish(1)  # with which they learn of it
+        await room.is_full()
+        assert (room.running, room.most) == (5, 5)
+        room.places = 0  # others have come
+        while len(room.ended) < 12:
+            room.finish(len(room.ended) + 1)
+            await asyncio.sleep(0)
+        await read
+    assert room.ended == list(range(12))
+
+
+async def collected(deltas: AsyncGenerator[Any]) -> list[Any]:
+    return [each async for each in deltas]
+
+
+class Room:
+    """A queue of so many places."""
+
+    def __init__(self, places: int) -> None:
+        self.places, self.running, self.most = places, 0, 0
+        self.ended: list[int] = []
+        self._may_end = 0
+
+    async def is_full(self) -> None:
+        """Fails unless all places are taken soon."""
+        for _ in range(100):  # turns of the loop, which is as long as anything takes here
+            await asyncio.sleep(0)
+        assert self.running == self.places
+
+    def finish(self, count: int) -> None:
+        """So many may have ended."""
+        self._may_end = count
+
+    async def stay(self, index: int) -> None:
+        """Until it may end."""
+        self.running += 1
+        self.most = max(self.most, self.running)
+        while self._may_end <= index:
+            await asyncio.sleep(0)
+        self.running -= 1
+        self.ended.append(index)
+
+
+class QueuedChoice:
+    """Takes a place until it may end."""
+
+    def __init__(self, index: int, room: Room) -> None:
+        self.prompt_index, self.first = index, True
+        self.request = Request(str(index), [1], SamplingParams(1))
+        self._index, self._room = index, room
+
+    async def deltas(self, *_: object) -> AsyncGenerator[int]:
+        """As `Choice.deltas`."""
+        if self.request.place is not Place.GIVEN and self._room.running >= self._room.places:
+            raise APIError(429, "full", None, "rate_limit_exceeded")
+        await self._room.stay(self._index)
+        yield self._index
 
 
 async def test_the_failure_of_one_choice_ends_the_others() -> None:

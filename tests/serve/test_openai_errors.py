@@ -12,6 +12,7 @@ from serve.openai.schema import ChatCompletionRequest, CompletionRequest, Stream
 from tests.serve.fake_runner import MAX_MODEL_LEN, K
 from tests.serve.http_client import (
     VOCAB_SIZE,
+    ExactRunner,
     Server,
     body_of,
     chat_body,
@@ -289,6 +290,9 @@ async def test_a_body_has_a_million_brackets_at_most(server: Server) -> None:
         (CHAT, {"prompt_logprobs": 3, "messages": None, "prompt_token_ids": [1] * 400}, None),
         (COMPLETIONS, {"prompt_logprobs": 3, "n": 2, "stream": True}, None),
         (COMPLETIONS, {"n": 128, "logprobs": 3}, None),
+        (COMPLETIONS, {"prompt_logprobs": -1, "n": 128}, None),  # written once, as they are sent
+        (COMPLETIONS, {"prompt_logprobs": -1, "echo": True, "logprobs": 1, "n": 2}, "logprobs"),
+        (COMPLETIONS, {"prompt_logprob_token_ids": list(range(8))}, "prompt_logprobs"),
     ],
 )
 async def test_an_answer_holds_so_many_numbers_of_prompts_at_most(
@@ -296,7 +300,7 @@ async def test_an_answer_holds_so_many_numbers_of_prompts_at_most(
 ) -> None:
     """Which a list of prompts, or many answers to one, would repeat. One prompt of full length is always answered."""
     monkeypatch.setattr("serve.openai.prompt_numbers._MAX_NUMBERS", 2000)
-    async with serving(max_model_len=410) as server:
+    async with serving(max_model_len=410, whole_vocabulary=True, runner=ExactRunner) as server:
         monkeypatch.setattr("serve.openai.prompt_numbers._FULL_LENGTHS", 0)
         body = {"prompt": [1] * 400, **fields} if path == COMPLETIONS else fields
         body = body_of(path, max_tokens=1, **body)
@@ -309,8 +313,9 @@ async def test_an_answer_holds_so_many_numbers_of_prompts_at_most(
 async def test_one_prompt_of_full_length_is_always_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.openai.prompt_numbers._MAX_NUMBERS", 1)
     async with serving(max_model_len=410) as server:
-        body = completion_body(prompt=[1] * 409, max_tokens=1, echo=True, logprobs=3)
-        assert (await server.post(COMPLETIONS, body)).status_code == 200
+        for fields in ({"logprobs": 3}, {"logprobs": 0, "prompt_logprob_token_ids": list(range(20))}):
+            body = completion_body(prompt=[1] * 409, max_tokens=1, echo=True, **fields)
+            assert (await server.post(COMPLETIONS, body)).status_code == 200
 
 
 async def test_many_wrong_ids_give_one_short_error(server: Server) -> None:

@@ -1,7 +1,5 @@
 """HTTPS: a certificate of the server's, and clients that must have one of their own."""
 
-import ssl
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
@@ -9,35 +7,13 @@ import pytest
 import trustme
 
 from serve.server import main
+from tests.serve.certificates import Certificates
 from tests.serve.faulty_server import FaultyServer
-
-
-@dataclass(frozen=True, slots=True)
-class Certificates:
-    """An authority, and files of what it has issued."""
-
-    authority: trustme.CA
-    folder: Path
-
-    def flags(self) -> list[str]:
-        """Those of a server."""
-        return ["--ssl-certfile", str(self.folder / "cert.pem"), "--ssl-keyfile", str(self.folder / "key.pem")]
-
-    def trusting(self) -> ssl.SSLContext:
-        """A client that knows the authority."""
-        context = ssl.create_default_context()
-        self.authority.configure_trust(context)
-        return context
 
 
 @pytest.fixture
 def certificates(tmp_path: Path) -> Certificates:
-    authority = trustme.CA()
-    issued = authority.issue_cert("127.0.0.1")
-    issued.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
-    issued.private_key_pem.write_to_path(tmp_path / "key.pem")
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    return Certificates(authority, tmp_path)
+    return Certificates.made_in(tmp_path)
 
 
 def test_answers_come_over_https(certificates: Certificates) -> None:

@@ -76,15 +76,16 @@ class _Places:
     """The places that one HTTP request has in the engine's queue: so many at once at most.
 
     Where the queue is full only the first choice is refused, and nothing is lost by that. The others wait, in their
-    order, for one of theirs to end; when none is left, the next one gets a place beyond the limit.
+    order, for one of theirs to end; when none is left, the next one gets a place beyond the limit. In their order: a
+    choice that ran before the first one of its prompt would wait for that, and that for it.
     """
 
     def __init__(self) -> None:
         self._slots = asyncio.Semaphore(_AT_ONCE)
-        self._turn = asyncio.Lock()  # of who tries to get in; the others are behind it
+        self._turn = asyncio.Lock()  # of those that wait: one tries, the others are behind it
         self._ended = asyncio.Event()
         self._begun = False
-        self._running = 0
+        self._running = self._waiting = 0
 
     async def run(self, request: Request, forward: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Runs a choice's request, which `forward` submits at once, to its end.
@@ -93,34 +94,46 @@ class _Places:
             APIError: as `forward` does; 429 for the first request only.
         """
         async with self._slots:
-            async with self._turn:
-                running = await self._admitted(request, forward)
-            await running
+            task = await self._tried(request, forward, waited=False)
+            if task is None:
+                try:
+                    async with self._turn:
+                        while (task := await self._tried(request, forward, waited=True)) is None:
+                            if self._running:
+                                await self._ended.wait()
+                finally:
+                    self._waiting -= 1
+            await task
 
-    async def _admitted(self, request: Request, forward: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
-        while True:
-            request.place = Place.REFUSED if not self._begun else Place.WAITS if self._running else Place.GIVEN
-            self._begun = True
-            self._ended.clear()
-            task = asyncio.create_task(forward())
-            try:
-                await asyncio.sleep(0)  # one step: the engine has taken it by then, or not
-            except asyncio.CancelledError:
-                task.cancel()
+    async def _tried(
+        self, request: Request, forward: Callable[[], Coroutine[Any, Any, None]], *, waited: bool
+    ) -> asyncio.Task[bool] | None:
+        """The request as it runs; None if it has to wait."""
+        request.place = Place.REFUSED if not self._begun else Place.WAITS if self._running else Place.GIVEN
+        self._begun = True
+        self._running += 1
+        self._ended.clear()
+        task = asyncio.create_task(self._taken(request, forward, waited=waited))
+        try:
+            await asyncio.sleep(0)  # one step: the engine has taken it by then, or not
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        refused = task.done() and not task.cancelled() and task.exception() is None and not task.result()
+        return None if refused else task
+
+    async def _taken(self, request: Request, forward: Callable[[], Coroutine[Any, Any, None]], *, waited: bool) -> bool:
+        """False at once for a request that has to wait; else True when it has ended."""
+        try:
+            if waited or not self._waiting:
+                await forward()
+                self._ended.set()
+                return True
+        except APIError as error:
+            if error.status != 429 or request.place is not Place.WAITS:
                 raise
-            if not (request.place is Place.WAITS and _is_refused(task)):
-                self._running += 1
-                task.add_done_callback(self._end)
-                return task
-            await self._ended.wait()
-
-    def _end(self, _: asyncio.Task[None]) -> None:
-        self._running -= 1
-        self._ended.set()
-
-
-def _is_refused(task: asyncio.Task[None]) -> bool:
-    if not task.done() or task.cancelled():
+        finally:
+            self._running -= 1
+        if not waited:
+            self._waiting += 1
         return False
-    error = task.exception()
-    return isinstance(error, APIError) and error.status == 429

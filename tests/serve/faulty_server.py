@@ -1,7 +1,8 @@
 """`python -m tests.serve.faulty_server`: what `python -m serve` runs, whose model is a script that can be made to fail.
 
 What a prompt begins with says how: FAIL fails once, LOSE for good, HANG never ends, SLOW takes its time. A text that
-begins with STUCK is never tokenized. The last bytes of answers get less time than usual.
+begins with STUCK is never tokenized. The last bytes of answers, and the last
+step, get less time than usual.
 """
 
 import sys
@@ -108,4 +109,5 @@ def _assemble(_config: ServeConfig, _reporter: Reporter) -> Served:
 
 if __name__ == "__main__":
     lifecycle._FLUSH_SECONDS = 1
+    lifecycle._STEP_SECONDS = 5
     sys.exit(main(sys.argv[1:], _assemble))

@@ -245,7 +245,7 @@ async def test_what_waits_comes_before_the_failure_though_another_choice_has_end
 
     with pytest.raises(APIError, match="slowly"):
         await rest()
-    assert len(read) == 8  # all but the two that found no room
+    assert len(read) == 7  # all but the two that found no room
 
 
 async def test_choices_that_had_to_wait_run_side_by_side_when_there_is_room_again() -> None:

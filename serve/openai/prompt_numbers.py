@@ -82,10 +82,10 @@ def check_told(numbers: PromptNumbers, prompts: Sequence[Sequence[int]], copies:
     shown, echoed = (0 if each is None else each + 1 for each in (numbers.shown, numbers.echoed))
     most_of_one = max(limits.max_logprobs, len(numbers.token_ids)) + 1
     # Whole rows are written as they are sent, and once; what is kept of them is their best.
-    each = (most_of_one if numbers.whole else shown * copies) + echoed * copies
+    of_a_row = (most_of_one if numbers.whole else shown * copies) + echoed * copies
     rows = sum(max(0, len(prompt) - numbers.start) for prompt in prompts)
     most = max(_MAX_NUMBERS, _FULL_LENGTHS * limits.max_model_len * most_of_one)
-    if (told := rows * each) > most:
+    if (told := rows * of_a_row) > most:
         message = (
             f"The answer would hold {told} log-probs of prompts, of at most {most}: send fewer prompts at once, or ask "
             "for less of each (`prompt_logprobs`, `logprobs` with `echo`, `n`)."

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from serve.soak.answers import Reply
-from serve.soak.ask import CHAT, COMPLETIONS, Ask, ServerFacts
+from serve.soak.ask import CHAT, COMPLETIONS, Ask, Body, ServerFacts
 from serve.soak.checks import checked_reply
 from serve.soak.client import Answer
 from serve.soak.soak import Settings
@@ -21,18 +21,19 @@ FACTS = ServerFacts("m", 2048, 20, 1000, "fp_jax0.12_cpu_bfloat16", "0.2.0")
 SETTINGS = Settings("http://s", 1, 60.0, None, 2, 4, None, 10.0, None)
 
 
+CHAT_BODY: Body = {
+    "messages": [{"role": "user", "content": "a secret"}],
+    "temperature": 0,
+    "max_tokens": 2,
+    "logprobs": True,
+    "top_logprobs": 2,
+    "prompt_logprobs": 1,
+    "stop": ["stop"],
+}
 CHAT_ASK = Ask(
     "chat",
     CHAT,
-    {
-        "messages": [{"role": "user", "content": "a secret"}],
-        "temperature": 0,
-        "max_tokens": 2,
-        "logprobs": True,
-        "top_logprobs": 2,
-        "prompt_logprobs": 1,
-        "stop": ["stop"],
-    },
+    CHAT_BODY,
 )
 
 
@@ -162,7 +163,7 @@ def chunks() -> list[dict[str, Any]]:
 
 STREAM_ASK = replace(
     CHAT_ASK,
-    body=dict(CHAT_ASK.body or (), stream=True, stream_options={"include_usage": True}),  # type: ignore[arg-type]
+    body=CHAT_BODY | {"stream": True, "stream_options": {"include_usage": True}},
 )
 
 

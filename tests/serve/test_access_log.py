@@ -1,6 +1,7 @@
 """The line of each answer: who asked, what became of it, and where the time went."""
 
 import asyncio
+import itertools
 import json
 import logging
 from contextlib import suppress
@@ -12,6 +13,7 @@ import pytest
 from serve.access_log import AccessLog, fields_of
 from serve.logs import JsonFormatter
 from serve.openai.record import AnswerRecord
+from serve.openai.vocabulary import RowWriter
 from tests.serve.http_client import Connection, ExactRunner, Gate, chat_body, completion_body, events_of, serving
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -91,10 +93,23 @@ async def test_errors_are_told_by_their_code_wherever_they_come() -> None:
     assert 'logprobd:engine_failures_total{engine="0",kind="step",model_name="org/bytes"} 1.0' in text
 
 
-async def test_an_answer_whose_rows_fail_on_their_way_is_no_client_that_left() -> None:
+@pytest.mark.parametrize("foreseen", [True, False])
+async def test_an_answer_whose_rows_fail_on_their_way_is_no_client_that_left(
+    foreseen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     records: list[AnswerRecord] = []
+    row, written = RowWriter.row, itertools.count()
+
+    def failing(*arguments: Any) -> bytes:
+        if next(written) == 20:
+            raise RuntimeError("nobody foresaw it")
+        return row(*arguments)
+
     async with serving(runner=ExactRunner, on_answer=records.append, whole_vocabulary=True) as server:
-        server.runner.fail_once("vocabulary", after=8)
+        if foreseen:
+            server.runner.fail_once("vocabulary", after=8)
+        else:
+            monkeypatch.setattr(RowWriter, "row", failing)
         body = completion_body(prompt=[10] * 60, max_tokens=0, prompt_logprobs=-1)
         with suppress(httpx2.TransportError):
             await server.post(COMPLETIONS, body)

@@ -268,6 +268,20 @@ async def test_choices_that_had_to_wait_run_side_by_side_when_there_is_room_agai
     assert room.ended == list(range(12))
 
 
+async def test_choices_that_have_to_wait_keep_their_order() -> None:
+    """Though there is room again before the next one asks."""
+    room = Room(1, grows=True)
+    choices: list[Any] = [QueuedChoice(index, room) for index in range(6)]
+    nobody: Any = None
+    read = asyncio.create_task(collected(merge(choices, nobody, nobody)))
+    async with asyncio.timeout(20):
+        while not room.entered:
+            await asyncio.sleep(0)
+        room.finish(6)
+        await read
+    assert room.entered == list(range(6))
+
+
 async def collected(deltas: AsyncGenerator[Any]) -> list[Any]:
     return [each async for each in deltas]
 
@@ -275,9 +289,12 @@ async def collected(deltas: AsyncGenerator[Any]) -> list[Any]:
 class Room:
     """A queue of so many places."""
 
-    def __init__(self, places: int) -> None:
+    def __init__(self, places: int, *, grows: bool = False) -> None:
+        """`grows`: there is one place more after each refusal, as when somebody else has left."""
         self.places, self.running, self.most = places, 0, 0
+        self.entered: list[int] = []
         self.ended: list[int] = []
+        self._grows = grows
         self._may_end = 0
 
     async def is_full(self) -> None:
@@ -290,8 +307,15 @@ class Room:
         """So many may have ended."""
         self._may_end = count
 
+    def refuses(self) -> bool:
+        """Whether all places are taken."""
+        full = self.running >= self.places
+        self.places += full and self._grows
+        return full
+
     async def stay(self, index: int) -> None:
         """Until it may end."""
+        self.entered.append(index)
         self.running += 1
         self.most = max(self.most, self.running)
         while self._may_end <= index:
@@ -310,7 +334,7 @@ class QueuedChoice:
 
     async def deltas(self, *_: object) -> AsyncGenerator[int]:
         """As `Choice.deltas`."""
-        if self.request.place is not Place.GIVEN and self._room.running >= self._room.places:
+        if self.request.place is not Place.GIVEN and self._room.refuses():
             raise APIError(429, "full", None, "rate_limit_exceeded")
         await self._room.stay(self._index)
         yield self._index

@@ -24,6 +24,7 @@ from serve.soak.checks import check_scored, check_status, checked_reply
 from serve.soak.client import Answer
 from tests.serve.soak_answers import (
     CHAT_ASK,
+    CHAT_BODY,
     CONTENT,
     ERROR,
     ID,
@@ -194,7 +195,7 @@ def test_an_answer_is_scored_again_with_its_prompt() -> None:
     assert isinstance(again.body, dict)
     assert again.body["prompt"] == [5, 6, 7, 11, 12]
     assert again.body["max_tokens"] == 0
-    processed = replace(CHAT_ASK, body=dict(CHAT_ASK.body or (), logprobs_mode="processed_logprobs"))  # type: ignore[arg-type]
+    processed = replace(CHAT_ASK, body=CHAT_BODY | {"logprobs_mode": "processed_logprobs"})
     assert sorted(kept(processed, chat_answer()).rows) == [1, 2]  # the prompt's are raw, whatever is asked
 
 

@@ -21,18 +21,18 @@ serve: $(READY) kernels
 
 # Replicas behind one address, over Ray Serve: ARGS="--num-replicas 2".
 ray: $(READY) .venv/.ray kernels
-	$(RUN) -m serve.ray_app $(MODEL) --host $(HOST) --port $(PORT) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+	$(RUN) -m serve.ray.app $(MODEL) --host $(HOST) --port $(PORT) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 test: .venv/.dev .venv/.guides .venv/.programs .venv/.ray .venv/.targets kernels
 	$(PY) -m pytest
 
 # The pictures of the README, as the tests see the page.
 screenshots: .venv/.dev .venv/.programs kernels
-	SCREENSHOTS=docs/images $(PY) -m pytest tests/browser -k "hovering or side_by_side"
+	SCREENSHOTS=docs/images $(PY) -m pytest tests/integration/browser -k "hovering or side_by_side"
 
 # The clients that people use, each in an environment of its own, and a fuzzer. Needs npm; downloads, and takes minutes.
 clients: .venv/.dev kernels
-	$(PY) -m pytest -m clients tests/clients
+	$(PY) -m pytest -m clients tools/clients
 
 check: .venv/.dev
 	.venv/bin/ruff format --check
@@ -41,7 +41,7 @@ check: .venv/.dev
 
 # Against a server that runs (URL=http://...), or starts one itself on MODEL.
 bench: $(READY) kernels
-	$(RUN) -m serve.bench $(if $(URL),--url $(URL)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+	$(RUN) -m tools.bench $(if $(URL),--url $(URL)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 # The same table on an NVIDIA GPU, of which the bench's process needs a part, too.
 bench-gpu:
@@ -49,19 +49,19 @@ bench-gpu:
 
 # Mixed traffic for half an hour, and whether all that must hold has held: ARGS="--minutes 5 --report soak.md".
 soak: $(READY) kernels
-	$(RUN) -m serve.soak $(if $(URL),--url $(URL)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+	$(RUN) -m tools.soak $(if $(URL),--url $(URL)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 # A model's steps, compiled for hardware that is not here: ARGS="--target h100 --target v5e:2x2".
 portability: .venv/.serve .venv/.targets kernels
-	$(PY) -m compiled.targets $(or $(MODEL),examples/configs/Qwen2.5-0.5B) $(ARGS)
+	$(PY) -m tools.portability $(or $(MODEL),examples/configs/Qwen2.5-0.5B) $(ARGS)
 
 # The kernels' unit tests under AddressSanitizer and UBSan; needs g++ and takes minutes.
 sanitize: .venv/.dev kernels
-	$(PY) -m tests.sanitized_kernels
+	$(PY) -m tools.sanitize
 
 # Request bodies and model files by coverage, one target after the other: ARGS="gguf --minutes 20".
 fuzz: .venv/.dev .venv/.fuzz kernels
-	$(PY) -m tests.fuzz $(ARGS)
+	$(PY) -m tools.fuzz $(ARGS)
 
 # What is known against the packages that the server is made of. Asks PyPI; fails where it cannot be asked about one, too.
 AUDITED := requirements.lock requirements-files.lock requirements-ray.lock requirements-cuda.lock requirements-tpu.lock
@@ -111,16 +111,16 @@ $(PY):
 	@$(PIP) -r $<
 	@touch $@
 
-# lm-evaluation-harness, for its guide: see tests/clients/environments.py. One run imports little of it, so that compiling all of
+# lm-evaluation-harness, for its guide: see tools/clients/environments.py. One run imports little of it, so that compiling all of
 # it would take longer.
 .venv/.guides: requirements-clients/lm_eval.txt | $(PY)
 .venv/.audit: requirements-clients/pip_audit.txt | $(PY)
 .venv/.guides .venv/.audit:
 	@echo "installing what $< names, in an environment of its own"
-	@PIP_COMPILE=0 $(PY) -c "from tests.clients.environments import python_environment; python_environment('$(basename $(notdir $<))')"
+	@PIP_COMPILE=0 $(PY) -c "from tools.clients.environments import python_environment; python_environment('$(basename $(notdir $<))')"
 	@touch $@
 
-# The compilers lie apart, in a folder that compiled/chips.py looks into: among the other packages, every process of JAX
+# The compilers lie apart, in a folder that tools/portability/chips.py looks into: among the other packages, every process of JAX
 # would try to start them. They are there for Linux on x86-64; elsewhere the tests that need them are skipped.
 .venv/.targets: requirements-targets.lock | .venv/.serve
 	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then \
@@ -131,7 +131,7 @@ $(PY):
 	fi
 	@touch $@
 
-# Apart as well, in a folder that tests/fuzz/child.py looks into: it is not there for every Python and every machine.
+# Apart as well, in a folder that tools/fuzz/child.py looks into: it is not there for every Python and every machine.
 .venv/.fuzz: requirements-fuzz.lock | .venv/.serve
 	@echo "installing what $< names"
 	@rm -rf .venv/fuzz && $(PIP) --target .venv/fuzz -r $<

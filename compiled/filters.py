@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from compiled.adjust import adjust_logits
 from compiled.logprobs import blocked_top_k
+from compiled.penalties import adjust_logits
 from compiled.state import SamplingArrays, SlotState
 from model.sharding import WHOLE, VocabularyAxis
 

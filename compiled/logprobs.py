@@ -9,7 +9,7 @@ from jax import Array
 
 from compiled.state import NO_ID, TokenLogprobs
 from model.kernels import cpu
-from model.kernels.choice import by_platform
+from model.kernels.dispatch import by_platform
 from model.layers import soft_cap_in_xla
 from model.linear import matmul
 from model.reduce import log_sum_exp, parts_of

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from compiled.adjust import adjust_logits, changes_logits
 from compiled.filters import best_of, weigh
 from compiled.logprobs import BLOCK
+from compiled.penalties import adjust_logits, changes_logits
 from compiled.state import SamplingArrays, SlotState
 from model.sharding import WHOLE, VocabularyAxis
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from compiled.adjust import fill_slot, record_choice
 from compiled.filters import processed_logits
 from compiled.logprobs import all_logprobs, head_logprobs, token_logprobs
+from compiled.penalties import fill_slot, record_choice
 from compiled.sampling import choose_tokens
 from compiled.state import (
     Adjustment,

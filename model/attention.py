@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from model.kernels import cpu, gpu, tpu
-from model.kernels.choice import Form, by_platform
+from model.kernels.dispatch import Form, by_platform
 from model.kv_cache import PAGE_SIZE, JoinedPages, LayerPages, SplitPages
 
 # XLA:CPU multiplies small matrices by other code, with other last bits, than large ones: with this many query rows a

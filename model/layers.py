@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from model.attention import attend
 from model.config import LayerKind
 from model.kernels import cpu
-from model.kernels.choice import by_platform
+from model.kernels.dispatch import by_platform
 from model.kv_cache import Addresses, LayerPages
 from model.linear import Linear
 from model.reduce import row_sum

@@ -6,7 +6,7 @@ from flax import nnx
 from jax import Array
 
 from model.kernels import cpu
-from model.kernels.choice import by_platform
+from model.kernels.dispatch import by_platform
 from model.sharding import Cut
 
 # XLA:CPU has no fast path for a one-row bf16 product (1.4 GB/s against 13, docs/design.md), and one row would also

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from model.kernels import cpu
-from model.kernels.choice import by_platform
+from model.kernels.dispatch import by_platform
 from model.kv_cache import JoinedPages, LayerPages, SplitPages, addresses
 from model.rope import Rope
 

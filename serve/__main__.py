@@ -1,24 +1,8 @@
-"""`python -m serve`: a server; `python -m serve score FILE` and `python -m serve chat`: the same engine without one."""
+"""`python -m serve`."""
 
 import sys
-from collections.abc import Sequence
 
-
-def main(arguments: Sequence[str]) -> int:
-    """Runs what the first word names, or else a server; returns the exit code."""
-    # Imported when they are asked for: none needs what the others need.
-    if arguments[:1] == ["score"]:
-        from serve.score.command import main as score
-
-        return score(arguments[1:])
-    if arguments[:1] == ["chat"]:
-        from serve.terminal.command import main as chat
-
-        return chat(arguments[1:])
-    from serve.server import main as serve
-
-    return serve(arguments)
-
+from serve.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Imports go one way: serve -> compiled -> model, and inside serve openai -> engine."""
+"""Imports go one way: tools -> serve -> compiled -> model, and inside serve api -> engine."""
 
 import ast
 from collections.abc import Iterator
@@ -7,34 +7,47 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("model", "compiled", "serve")
+ROOMS = ("model", "compiled", "serve", "tools")
 # Nothing under the first name imports anything under the second.
 FORBIDDEN = (
     ("model", "compiled"),
     ("model", "serve"),
+    ("model", "tools"),
     ("compiled", "serve"),
-    ("serve.engine", "serve.openai"),
-    ("serve.text", "serve.openai"),
-    ("serve.text", "serve.engine"),
-    ("serve.openai", "jax"),
-    ("serve.text", "jax"),
-    # The chat in a terminal is the engine without HTTP.
-    ("serve.terminal", "serve.openai"),
-    ("serve.terminal", "starlette"),
-    ("serve.terminal", "jax"),
-    ("serve.score", "serve.openai"),
-    ("serve.score", "jax"),
-    # A client, which knows a server by what it answers.
-    ("serve.soak", "serve.engine"),
-    ("serve.soak", "jax"),
+    ("compiled", "tools"),
+    ("serve", "tools"),
+    ("serve.engine", "serve.api"),
+    ("serve.engine", "serve.text"),
     ("serve.engine", "rich"),
-    ("serve.openai", "rich"),
-    # Ray is an extra: what serves without it must not need it.
+    ("serve.text", "serve.api"),
+    ("serve.text", "serve.engine"),
+    ("serve.text", "jax"),
+    ("serve.config", "jax"),
+    ("serve.config", "serve.api"),
+    ("serve.config", "serve.server"),
+    ("serve.api", "serve.cli"),
+    ("serve.api", "serve.ray"),
+    ("serve.api", "serve.server"),
+    ("serve.api", "jax"),
+    ("serve.api", "rich"),
+    ("serve.cli", "serve.ray"),
+    # Scoring and the terminal chat use the engine without HTTP.
+    ("serve.cli.chat", "serve.api"),
+    ("serve.cli.chat", "starlette"),
+    ("serve.cli.chat", "jax"),
+    ("serve.cli.score", "serve.api"),
+    ("serve.cli.score", "jax"),
+    # The soak test is a client.
+    ("tools.soak", "serve.engine"),
+    ("tools.soak", "jax"),
+    # Ray is an extra: everything else works without it.
     ("model", "ray"),
     ("compiled", "ray"),
     ("serve.engine", "ray"),
-    ("serve.openai", "ray"),
+    ("serve.api", "ray"),
     ("serve.text", "ray"),
+    ("serve.server", "ray"),
+    ("serve.cli", "ray"),
 )
 
 
@@ -85,17 +98,17 @@ def test_every_name_in_the_rules_is_a_folder_here() -> None:
     ("module", "source", "found"),
     [
         ("model.layers", "import compiled.step", "compiled.step"),
-        ("model.weights.load", "import numpy, serve as s", "serve"),
-        ("model.__init__", "from serve import app", "serve.app"),
+        ("model.weights.weight_table", "import numpy, serve as s", "serve"),
+        ("model.__init__", "from serve import api", "serve.api"),
         ("compiled.step", "def late():\n    from serve.engine.request import Request", "serve.engine.request.Request"),
-        ("serve.engine.engine", "from serve import openai", "serve.openai"),
-        ("serve.engine.engine", "from ..openai.chat import x", "serve.openai.chat.x"),
-        ("serve.engine.__init__", "from .. import openai", "serve.openai"),
-        ("serve.text.tokenizer", "from serve.engine import detokenize", "serve.engine.detokenize"),
-        ("serve.text.tokenizer", "if True:\n    import serve.openai.chat", "serve.openai.chat"),
-        ("serve.openai.chat", "import jax.numpy as jnp", "jax.numpy"),
+        ("serve.engine.engine", "from serve import api", "serve.api"),
+        ("serve.engine.engine", "from ..api.chat import x", "serve.api.chat.x"),
+        ("serve.engine.__init__", "from .. import api", "serve.api"),
+        ("serve.text.tokenizer", "from serve.engine import core", "serve.engine.core"),
+        ("serve.text.tokenizer", "if True:\n    import serve.api.chat", "serve.api.chat"),
+        ("serve.api.chat", "import jax.numpy as jnp", "jax.numpy"),
         ("serve.text.tokenizer", "from jax import Array", "jax.Array"),
-        ("serve.terminal.session", "from serve.openai.chat import x", "serve.openai.chat.x"),
+        ("serve.cli.chat.session", "from serve.api.chat import x", "serve.api.chat.x"),
     ],
 )
 def test_a_forbidden_import_is_found(tmp_path: Path, module: str, source: str, found: str) -> None:
@@ -106,14 +119,14 @@ def test_a_forbidden_import_is_found(tmp_path: Path, module: str, source: str, f
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("serve.openai.chat", "from serve.engine.request import Request"),
-        ("serve.openai.chat", "from . import errors\nimport jaxtyping"),
+        ("serve.api.chat", "from serve.engine.request import Request"),
+        ("serve.api.chat", "from . import errors\nimport jaxtyping"),
         ("serve.engine.engine", "import openai\nimport jax"),
-        ("serve.text.tokenizer", "from model.weights import load"),
-        ("serve.app", "import serve.openai.chat, compiled.runner"),
+        ("serve.text.tokenizer", "from model.weights import loader"),
+        ("serve.ray.app", "import serve.api.chat, compiled.runner"),
         ("compiled.runner", "from model.transformer import Transformer"),
         ("model.layers", '"""import serve"""\n# import serve'),
-        ("examples.chat", "import jax, serve.openai"),
+        ("examples.chat", "import jax, serve.api"),
     ],
 )
 def test_other_imports_are_allowed(tmp_path: Path, module: str, source: str) -> None:

@@ -49,7 +49,7 @@ def main() -> int:
         print(build.build(library.UNITS, made, (*library.INSTRUCTION_SETS[name], *SANITIZERS)), flush=True)
         # Python itself leaves memory behind at its end.
         sanitized = {"LD_PRELOAD": " ".join(map(_path_of, _RUNTIMES)), "ASAN_OPTIONS": "detect_leaks=0"}
-        command = [sys.executable, "-m", "tests.sanitized_kernels", *sys.argv[1:]]
+        command = [sys.executable, "-m", "tools.sanitize", *sys.argv[1:]]
         return subprocess.run(command, env=os.environ | sanitized | {_LIBRARY: str(made)}, check=False).returncode
 
 

@@ -6,7 +6,7 @@ set -eu
 url=${OPENAI_BASE_URL:-http://127.0.0.1:8000/v1}
 results=${1:-lm_eval_results}
 model=${MODEL:-SmolLM2-135M-Instruct}
-tasks=tests/clients/lm_eval_tasks
+tasks=tools/clients/lm_eval_tasks
 
 # The server tokenizes for lm_eval ("auto" finds its /tokenize), so no tokenizer is downloaded.
 lm_eval run --model local-completions \

@@ -15,9 +15,9 @@ from model.sharding import Cut, spec_of_row, weight_rows
 from model.transformer import BoundModel, abstract_weights, bind
 from model.weights.checkpoint import Checkpoint
 from model.weights.int8 import GROUP
-from model.weights.load import load_weights
 from model.weights.rows import Int8Rows, Rows
 from model.weights.shards import cut_int8_rows, cut_rows
+from model.weights.weight_table import load_weights
 
 
 def load_model(

@@ -3,8 +3,8 @@
 import ipaddress
 import logging
 
-from serve.openai.readiness import PROBES
-from serve.openai.record import AnswerRecord
+from serve.api.readiness import PROBES
+from serve.api.record import AnswerRecord
 
 logger = logging.getLogger(__name__)
 

@@ -11,26 +11,26 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from serve import __version__
-from serve.metrics import CONTENT_TYPE, Metrics
-from serve.openai.access import Access
-from serve.openai.bodies import Bodies
-from serve.openai.body import dump
-from serve.openai.chat import ChatCompletions
-from serve.openai.completions import Completions
-from serve.openai.endpoint import AppConfig, Endpoint
-from serve.openai.errors import APIError
-from serve.openai.generation import Engine
-from serve.openai.models import Models
-from serve.openai.openapi import documentation
-from serve.openai.prompt_entries import EntryWriter
-from serve.openai.readiness import Readiness
-from serve.openai.record import AnswerRecord, OnAnswer, record_of
-from serve.openai.schema import json_object
-from serve.openai.tokenize import Tokenization
-from serve.openai.vocabulary import RowWriter
-from serve.text.jailed_template import TemplateJail
+from serve.api.chat import ChatCompletions
+from serve.api.completions import Completions
+from serve.api.context import AppConfig, Endpoint
+from serve.api.errors import APIError
+from serve.api.full_vocab_logprobs import RowWriter
+from serve.api.generation import Engine
+from serve.api.inspector.pages import inspector
+from serve.api.json_stream import dump
+from serve.api.metrics import CONTENT_TYPE, Metrics
+from serve.api.middleware import Access
+from serve.api.models import Models
+from serve.api.openapi import documentation
+from serve.api.prompt_logprobs import EntryWriter
+from serve.api.readiness import Readiness
+from serve.api.record import AnswerRecord, OnAnswer, record_of
+from serve.api.request_body import Bodies
+from serve.api.requests import json_object
+from serve.api.tokenize import Tokenization
+from serve.text.template_sandbox import TemplateJail
 from serve.text.tokenizer import Tokenizer
-from serve.web.pages import inspector
 
 __all__ = ["AppConfig", "create_app"]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from serve.openai.errors import APIError
+from serve.api.errors import APIError
 
 # The page asks for the key itself; the others say nothing but whether there is a server.
 _OPEN_PATHS = re.compile(r"/|/web/.*|/health|/ping")

@@ -5,19 +5,19 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from serve.openai.answering import Answering
-from serve.openai.body import Body, make_body
-from serve.openai.chat_prompt import chat_prompt
-from serve.openai.checks import check_common, check_logprob_token_ids, check_top_k
-from serve.openai.endpoint import Usage, usage_of
-from serve.openai.errors import invalid
-from serve.openai.generation import Choice, Delta, Finished
-from serve.openai.job import Job, make_job
-from serve.openai.logprobs import chat_content
-from serve.openai.merging import finish_all
-from serve.openai.prompt_numbers import check_told, prompt_numbers
-from serve.openai.record import AnswerRecord
-from serve.openai.schema import ChatCompletionRequest, parse
+from serve.api.chat_prompt import chat_prompt
+from serve.api.context import Usage, usage_of
+from serve.api.errors import invalid
+from serve.api.generation import Choice, Delta, Finished
+from serve.api.handler import Answering
+from serve.api.job import Job, make_job
+from serve.api.json_stream import Body, make_body
+from serve.api.logprobs import chat_content
+from serve.api.merging import finish_all
+from serve.api.prompt_numbers import check_told, prompt_numbers
+from serve.api.record import AnswerRecord
+from serve.api.requests import ChatCompletionRequest, parse
+from serve.api.validation import check_common, check_logprob_token_ids, check_top_k
 
 type _Job = Job[ChatCompletionRequest]
 

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+from serve.api.context import Endpoint
+from serve.api.errors import APIError, invalid, unsupported
+from serve.api.job import Prompt
+from serve.api.requests import MAX_ITEMS, ROLES, ChatCompletionRequest, ChatMessage, ChatPromptFields
+from serve.api.validation import check_ids, check_length, check_number_of_ids, check_room, truncated
 from serve.engine.request import EngineLimits
-from serve.openai.checks import check_ids, check_length, check_number_of_ids, check_room, truncated
-from serve.openai.endpoint import Endpoint
-from serve.openai.errors import APIError, invalid, unsupported
-from serve.openai.job import Prompt
-from serve.openai.schema import MAX_ITEMS, ROLES, ChatCompletionRequest, ChatMessage, ChatPromptFields
 from serve.text.chat_template import ChatTemplateError
-from serve.text.jailed_template import TemplateBusyError
+from serve.text.template_sandbox import TemplateBusyError
 from serve.text.tokenizer import TokenizerError
 
 

@@ -7,10 +7,18 @@ from typing import Any
 
 import orjson
 
-from serve.engine.request import TokenScores
-from serve.openai.answering import Answering
-from serve.openai.body import Body, Hole, dump, make_body
-from serve.openai.checks import (
+from serve.api.context import Usage, usage_of
+from serve.api.errors import engine_error, invalid
+from serve.api.generation import Choice, Delta, Finished
+from serve.api.handler import Answering
+from serve.api.job import Job, Prompt, make_job
+from serve.api.json_stream import Body, Hole, dump, make_body
+from serve.api.logprobs import CompletionLogprobs, joined
+from serve.api.merging import finish_all
+from serve.api.prompt_numbers import check_told, prompt_numbers
+from serve.api.record import AnswerRecord
+from serve.api.requests import CompletionRequest, parse
+from serve.api.validation import (
     check_answers,
     check_common,
     check_length,
@@ -20,15 +28,7 @@ from serve.openai.checks import (
     check_top_k,
     truncated,
 )
-from serve.openai.endpoint import Usage, usage_of
-from serve.openai.errors import engine_error, invalid
-from serve.openai.generation import Choice, Delta, Finished
-from serve.openai.job import Job, Prompt, make_job
-from serve.openai.logprobs import CompletionLogprobs, joined
-from serve.openai.merging import finish_all
-from serve.openai.prompt_numbers import check_told, prompt_numbers
-from serve.openai.record import AnswerRecord
-from serve.openai.schema import CompletionRequest, parse
+from serve.engine.request import TokenScores
 from serve.text.tokenizer import TokenizerError
 
 type _Job = Job[CompletionRequest]

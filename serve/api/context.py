@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.openai.bodies import Bodies
-from serve.openai.defaults import GenerationDefaults
-from serve.openai.errors import APIError
-from serve.openai.generation import Choice, Delta, Engine, Finished, TimeLimits
-from serve.openai.known_fields import FieldLog
-from serve.openai.prompt_entries import EntryWriter
-from serve.openai.record import AnswerRecord
-from serve.openai.schema import GenerationRequest, LogprobsMode
-from serve.openai.vocabulary import RowWriter
-from serve.text.jailed_template import TemplateJail
+from serve.api.errors import APIError
+from serve.api.full_vocab_logprobs import RowWriter
+from serve.api.generation import Choice, Delta, Engine, Finished, TimeLimits
+from serve.api.known_fields import FieldLog
+from serve.api.prompt_logprobs import EntryWriter
+from serve.api.record import AnswerRecord
+from serve.api.request_body import Bodies
+from serve.api.requests import GenerationRequest, LogprobsMode
+from serve.config.generation_config import GenerationDefaults
+from serve.text.template_sandbox import TemplateJail
 from serve.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from serve.api.errors import engine_error
+from serve.api.generation import Engine, events_of, too_late
+from serve.api.logprobs import checked, clamped
 from serve.engine.request import EngineStoppedError, NotHeldError, Place, Request, TokenScores
-from serve.openai.errors import engine_error
-from serve.openai.generation import Engine, events_of, too_late
-from serve.openai.logprobs import checked, clamped
 from serve.text.token_strings import decoded_tokens
 from serve.text.tokenizer import Tokenizer
 

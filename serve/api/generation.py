@@ -10,7 +10,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.engine.detokenize import Detokenizer, StopStrings
+from serve.api.errors import APIError, engine_error, invalid
+from serve.api.readiness import stopped
+from serve.api.record import Work
+from serve.api.requests import GenerationRequest
+from serve.api.sampling_params import stop_strings
 from serve.engine.request import (
     DeadlineError,
     EngineLimits,
@@ -25,11 +29,7 @@ from serve.engine.request import (
     TokenScores,
     empty_scores,
 )
-from serve.openai.errors import APIError, engine_error, invalid
-from serve.openai.readiness import stopped
-from serve.openai.record import Work
-from serve.openai.sampling_params import stop_strings
-from serve.openai.schema import GenerationRequest
+from serve.text.detokenizer import Detokenizer, StopStrings
 from serve.text.tokenizer import Tokenizer
 
 _NOT_SHOWN = empty_scores(0, 0)

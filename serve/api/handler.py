@@ -8,12 +8,12 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve.openai.body import Body
-from serve.openai.endpoint import Endpoint
-from serve.openai.job import Job
-from serve.openai.record import AnswerRecord, record_of
-from serve.openai.schema import GenerationRequest
-from serve.openai.stream import json_or_disconnect, stream_or_disconnect
+from serve.api.context import Endpoint
+from serve.api.job import Job
+from serve.api.json_stream import Body
+from serve.api.record import AnswerRecord, record_of
+from serve.api.requests import GenerationRequest
+from serve.api.sse import json_or_disconnect, stream_or_disconnect
 
 
 class Answering[B: GenerationRequest](ABC):

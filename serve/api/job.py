@@ -7,18 +7,18 @@ from typing import Any
 
 import orjson
 
+from serve.api.context import Endpoint, Header
+from serve.api.errors import engine_error
+from serve.api.full_vocab_logprobs import whole_rows
+from serve.api.generation import Choice, Delta, make_choices, make_request, work_of
+from serve.api.json_stream import Hole
+from serve.api.logprobs import TokenNames, prompt_columns
+from serve.api.merging import merge
+from serve.api.prompt_numbers import PromptNumbers, check_start
+from serve.api.record import AnswerRecord
+from serve.api.requests import GenerationRequest
+from serve.api.sampling_params import sampling_params
 from serve.engine.request import PromptScoring, Request, SamplingParams, TokenScores
-from serve.openai.body import Hole
-from serve.openai.endpoint import Endpoint, Header
-from serve.openai.errors import engine_error
-from serve.openai.generation import Choice, Delta, make_choices, make_request, work_of
-from serve.openai.logprobs import TokenNames, prompt_columns
-from serve.openai.merging import merge
-from serve.openai.prompt_numbers import PromptNumbers, check_start
-from serve.openai.record import AnswerRecord
-from serve.openai.sampling_params import sampling_params
-from serve.openai.schema import GenerationRequest
-from serve.openai.vocabulary import whole_rows
 
 
 @dataclass(frozen=True, slots=True)

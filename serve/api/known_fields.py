@@ -4,8 +4,8 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from serve.openai.errors import unsupported
-from serve.openai.nesting import check_levels
+from serve.api.errors import unsupported
+from serve.api.nesting import check_levels
 
 logger = logging.getLogger(__name__)
 

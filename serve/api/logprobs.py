@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.api.errors import engine_error
 from serve.engine.request import TokenScores
-from serve.openai.errors import engine_error
 from serve.text.tokenizer import Tokenizer
 
 type _Numbers = tuple[str, np.float32, dict[str, np.float32], list[int]]  # a token, its own, by name, the others' ids

@@ -5,9 +5,9 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from serve.api.errors import APIError
+from serve.api.generation import Choice, Delta, Engine, Finished
 from serve.engine.request import Place, Request
-from serve.openai.errors import APIError
-from serve.openai.generation import Choice, Delta, Engine, Finished
 from serve.text.tokenizer import Tokenizer
 
 _TOO_SLOW = "The answer was read too slowly: too many of its tokens were waiting to be sent."

@@ -16,9 +16,9 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.registry import Collector
 
+from serve.api.record import AnswerRecord
 from serve.engine.observer import EngineFault, EngineGauges
 from serve.engine.request import FinishReason, Request
-from serve.openai.record import AnswerRecord
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.openai.errors import APIError, engine_error
-from serve.openai.keys import ApiKeys, route_path
-from serve.openai.readiness import PROBES, Readiness
-from serve.openai.record import NO_ROUTE, AnswerRecord, OnAnswer, recorded
+from serve.api.auth import ApiKeys, route_path
+from serve.api.errors import APIError, engine_error
+from serve.api.readiness import PROBES, Readiness
+from serve.api.record import NO_ROUTE, AnswerRecord, OnAnswer, recorded
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve.openai.body import dump
-from serve.openai.endpoint import Endpoint
+from serve.api.context import Endpoint
+from serve.api.json_stream import dump
 
 
 class Models:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from serve.openai.errors import invalid
+from serve.api.errors import invalid
 
 MAX_LEVELS = 64  # of lists and objects in one another
 

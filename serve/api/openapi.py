@@ -15,10 +15,10 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
 from serve import __version__
-from serve.openai import answers
-from serve.openai.body import dump
-from serve.openai.schema import ChatCompletionRequest, CompletionRequest
-from serve.openai.tokenize import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
+from serve.api import responses
+from serve.api.json_stream import dump
+from serve.api.requests import ChatCompletionRequest, CompletionRequest
+from serve.api.tokenize import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
 
 _REFERENCE = "#/components/schemas/{model}"
 _FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")
@@ -54,8 +54,8 @@ _OPERATIONS = (
         "/v1/chat/completions",
         "Replies to a chat, with the log-prob and rank of every token",
         (ChatCompletionRequest,),
-        answers.ChatCompletionAnswer,
-        answers.ChatChunk,
+        responses.ChatCompletionAnswer,
+        responses.ChatChunk,
         _POST_ERRORS,
     ),
     _Operation(
@@ -63,8 +63,8 @@ _OPERATIONS = (
         "/v1/completions",
         "Continues or scores texts or token ids",
         (CompletionRequest,),
-        answers.CompletionAnswer,
-        answers.CompletionChunk,
+        responses.CompletionAnswer,
+        responses.CompletionChunk,
         _POST_ERRORS,
     ),
     _Operation(
@@ -74,31 +74,31 @@ _OPERATIONS = (
         (CompletionRequest, ChatCompletionRequest),
         errors=_POST_ERRORS,
     ),
-    _Operation("get", "/v1/models", "The served models", answer=answers.ModelList, errors=(401,)),
-    _Operation("get", "/v1/models/{id}", "One model", answer=answers.ModelCard, errors=(401, 404)),
+    _Operation("get", "/v1/models", "The served models", answer=responses.ModelList, errors=(401,)),
+    _Operation("get", "/v1/models/{id}", "One model", answer=responses.ModelCard, errors=(401, 404)),
     _Operation(
         "post",
         "/tokenize",
         "Token ids of a text or a chat",
         (TokenizeTextRequest, TokenizeChatRequest),
-        answers.Tokenized,
+        responses.Tokenized,
         errors=_POST_ERRORS,
     ),
     _Operation(
-        "post", "/detokenize", "Text of token ids", (DetokenizeRequest,), answers.Detokenized, errors=_POST_ERRORS
+        "post", "/detokenize", "Text of token ids", (DetokenizeRequest,), responses.Detokenized, errors=_POST_ERRORS
     ),
-    _Operation("get", "/tokenizer_info", "Special tokens and template", answer=answers.TokenizerInfo, errors=(401,)),
+    _Operation("get", "/tokenizer_info", "Special tokens and template", answer=responses.TokenizerInfo, errors=(401,)),
     _Operation("get", "/health", "200 when requests are served, 503 otherwise", errors=(503,)),
     _Operation("get", "/ping", "As /health", errors=(503,)),
-    _Operation("get", "/version", "The version of this server", answer=answers.Version, errors=(401,)),
+    _Operation("get", "/version", "The version of this server", answer=responses.Version, errors=(401,)),
     _Operation("get", "/metrics", "Prometheus text", errors=(401,)),
-    _Operation("get", "/load", "How much there is to do", answer=answers.Load, errors=(401,)),
+    _Operation("get", "/load", "How much there is to do", answer=responses.Load, errors=(401,)),
 )
 
 
 def openapi(*, secured: bool) -> dict[str, Any]:
     """The document, OpenAPI 3.1; `secured` says that a key is asked for."""
-    models = {model for operation in _OPERATIONS for model in _models(operation)} | {answers.ErrorAnswer}
+    models = {model for operation in _OPERATIONS for model in _models(operation)} | {responses.ErrorAnswer}
     ordered = sorted(models, key=lambda model: model.__name__)
     _, schemas = models_json_schema([(model, "validation") for model in ordered], ref_template=_REFERENCE)
     paths: dict[str, Any] = {}
@@ -161,7 +161,7 @@ def _described(operation: _Operation) -> dict[str, Any]:
     if operation.event is not None:
         answer["content"]["text/event-stream"] = {"schema": _event(operation.event)}
     described: dict[str, Any] = {"summary": operation.summary, "responses": {"200": answer}}
-    error = {"application/json": {"schema": _reference(answers.ErrorAnswer)}}
+    error = {"application/json": {"schema": _reference(responses.ErrorAnswer)}}
     for status in operation.errors:
         bare = operation.path in ("/health", "/ping")
         described["responses"][str(status)] = {"description": "Refused"} | ({} if bare else {"content": error})

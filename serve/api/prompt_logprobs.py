@@ -7,8 +7,8 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from serve.api.logprobs import checked, clamped
 from serve.engine.request import TokenScores
-from serve.openai.logprobs import checked, clamped
 from serve.text.token_strings import decoded_tokens, whole_text
 from serve.text.tokenizer import Tokenizer
 

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from serve.api.errors import invalid
+from serve.api.requests import GenerationRequest
+from serve.api.validation import check_scored_ids, check_top_k
 from serve.engine.request import EngineLimits, PromptScoring
-from serve.openai.checks import check_scored_ids, check_top_k
-from serve.openai.errors import invalid
-from serve.openai.schema import GenerationRequest
 
 _MAX_NUMBERS = 4 << 20  # of an answer; as JSON each takes 80 bytes
 _FULL_LENGTHS = 2  # prompts of the longest kind that are always answered: one that echoes has its numbers twice

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from serve.openai.errors import APIError
+from serve.api.errors import APIError
 
 # Asked for again and again, by machines: they are answered while the server drains, and not waited for.
 PROBES = ("/health", "/ping", "/metrics", "/load")

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 from starlette.requests import ClientDisconnect, Request
 
-from serve.openai.errors import APIError, client_gone
+from serve.api.errors import APIError, client_gone
 
 _AT_ONCE = 4  # bodies of the largest size that may be held together
 _SMALL = 64 << 10  # bytes of each that do not count: large ones that come slowly keep no small one out

@@ -5,9 +5,11 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from serve.openai.errors import APIError, invalid
-from serve.openai.known_fields import FieldLog, check_extra
-from serve.openai.nesting import check_levels
+from serve.api.errors import APIError, invalid
+from serve.api.known_fields import FieldLog, check_extra
+from serve.api.nesting import check_levels
+from serve.config.config import LogprobsMode
+from serve.config.generation_config import SamplingFields
 
 _INT64 = 2**63
 _DAY = 86400
@@ -19,9 +21,7 @@ TokenId = Count
 _TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 _Strings = Annotated[list[str], Field(fail_fast=True)]
 
-_Penalty = Annotated[float, Field(ge=-2, le=2)]
 _BIAS = {"type": "number", "minimum": -100, "maximum": 100}
-LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 
 
 class StreamOptions(BaseModel):
@@ -32,21 +32,6 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
-
-
-class SamplingFields(BaseModel):
-    """How tokens are drawn. A model may bring defaults of these (`defaults.py`)."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    presence_penalty: _Penalty | None = None
-    frequency_penalty: _Penalty | None = None
-    # In float32 it must be neither 0 nor so large that a logit times it is infinite.
-    repetition_penalty: Annotated[float, Field(ge=1e-30, le=1e30)] | None = None
 
 
 class GenerationRequest(SamplingFields):

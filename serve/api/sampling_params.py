@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+from serve.api.errors import invalid
+from serve.api.requests import GenerationRequest
+from serve.api.validation import check_ids
 from serve.engine.request import EngineLimits, SamplingParams
-from serve.openai.checks import check_ids
-from serve.openai.errors import invalid
-from serve.openai.schema import GenerationRequest
 from serve.text.tokenizer import TokenizerError
 
 GREEDY_BELOW = 1e-5  # temperatures under it are 0

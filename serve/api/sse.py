@@ -10,10 +10,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from serve.openai.body import Body, dump, make_body
-from serve.openai.compression import HEADERS, compressed, compressed_pieces, takes_gzip
-from serve.openai.errors import APIError, client_gone, engine_error
-from serve.openai.record import AnswerRecord, record_of
+from serve.api.compression import HEADERS, compressed, compressed_pieces, takes_gzip
+from serve.api.errors import APIError, client_gone, engine_error
+from serve.api.json_stream import Body, dump, make_body
+from serve.api.record import AnswerRecord, record_of
 
 logger = logging.getLogger(__name__)
 

@@ -7,12 +7,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve.openai.body import dump
-from serve.openai.chat_prompt import chat_ids, chat_text
-from serve.openai.checks import check_ids, check_size
-from serve.openai.endpoint import Endpoint
-from serve.openai.errors import invalid
-from serve.openai.schema import ChatPromptFields, TokenId, json_object, validated
+from serve.api.chat_prompt import chat_ids, chat_text
+from serve.api.context import Endpoint
+from serve.api.errors import invalid
+from serve.api.json_stream import dump
+from serve.api.requests import ChatPromptFields, TokenId, json_object, validated
+from serve.api.validation import check_ids, check_size
 from serve.text.tokenizer import TokenizerError
 
 _JSON = "application/json"

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Collection, Sequence
 
+from serve.api.errors import invalid, unsupported
+from serve.api.requests import GenerationRequest
 from serve.engine.request import EngineLimits
-from serve.openai.errors import invalid, unsupported
-from serve.openai.schema import GenerationRequest
 from serve.text.tokenizer import Tokenizer
 
 _MAX_ANSWERS = 4096

@@ -4,13 +4,15 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from serve.api_keys import api_key
-from serve.memory import MemoryAmount, parse_memory
-from serve.openai.schema import LogprobsMode
-from serve.options import between, option
+from serve.config.api_keys import api_key
+from serve.config.options import between, option
+from serve.config.sizes import MemoryAmount, parse_memory
 
 DEFAULT_MAX_LOGPROBS = 20
+
+LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 
 _MAX_LOGPROBS_LIMIT = 1024  # a program with a larger top-k would be slow for every request
 

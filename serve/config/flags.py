@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Protocol
 
 from serve import __version__
-from serve.api_keys import all_keys
-from serve.config import GROUPS, EngineConfig, ServeConfig
-from serve.options import CommandLine
+from serve.config.api_keys import all_keys
+from serve.config.config import GROUPS, EngineConfig, ServeConfig
+from serve.config.options import CommandLine
 
 _EPILOG = """\
 commands without a server, each with its own --help:

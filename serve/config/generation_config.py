@@ -4,11 +4,25 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import ConfigDict, Field, ValidationError
-
-from serve.openai.schema import GenerationRequest, SamplingFields
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 _FILE = "generation_config.json"
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class SamplingFields(BaseModel):
+    """Sampling parameters for which a model may bring defaults."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    # In float32 it must be neither 0 nor so large that a logit times it is infinite.
+    repetition_penalty: Annotated[float, Field(ge=1e-30, le=1e30)] | None = None
 
 
 class DefaultsError(ValueError):
@@ -41,7 +55,7 @@ class GenerationDefaults(SamplingFields):
         """These, but for what the other sets."""
         return self.model_copy(update=other.model_dump(exclude_none=True))
 
-    def fill[B: GenerationRequest](self, body: B) -> B:
+    def fill[B: BaseModel](self, body: B) -> B:
         """The request with its gaps filled."""
         missing = {name: value for name, value in self.said().items() if getattr(body, name, value) is None}
         return body.model_copy(update=missing) if missing else body

@@ -25,12 +25,12 @@ from compiled.state import (
 )
 from serve.engine import batch
 from serve.engine.batch import ScoreRow
-from serve.engine.masks import TokenMask
+from serve.engine.logprob_store import begin_prompt_scores, holds_nan, keep_prompt_scores, token_scores, write
 from serve.engine.observer import EngineFault, EngineGauges, NoObserver, Observer
-from serve.engine.pages import PagePool
+from serve.engine.page_pool import PagePool
 from serve.engine.request import FinishReason, Request, RequestStatus, TokenEvent, TokenScores, empty_scores
 from serve.engine.scheduler import Schedule, Scheduler
-from serve.engine.scores import begin_prompt_scores, holds_nan, keep_prompt_scores, token_scores, write
+from serve.engine.token_mask import TokenMask
 
 type Emitted = tuple[Request, TokenEvent]
 

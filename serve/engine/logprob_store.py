@@ -4,7 +4,7 @@ import numpy as np
 
 from compiled.state import TokenLogprobs
 from model.kv_cache import PAGE_SIZE
-from serve.engine.pages import PagePool
+from serve.engine.page_pool import PagePool
 from serve.engine.request import PromptScoring, Request, TokenScores, empty_scores
 
 

@@ -87,7 +87,7 @@ class PromptScoring:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen and what is told about them. Validated where it is made (serve.openai)."""
+    """How tokens are chosen and what is told about them. Validated where it is made (serve.api)."""
 
     max_tokens: int  # 0 chooses nothing: the prompt is scored
     temperature: float = 1.0  # 0 is greedy

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from compiled.shapes import Buckets, bucket
 from model.kv_cache import PAGE_SIZE
-from serve.engine.pages import PagePool, page_hash, root_hash
+from serve.engine.page_pool import PagePool, page_hash, root_hash
 from serve.engine.request import Request, RequestStatus
 
 

@@ -1,4 +1,4 @@
-"""`python -m serve.ray_app [MODEL] [flags]`: replicas of the server behind one address, on Ray Serve.
+"""`python -m serve.ray.app [MODEL] [flags]`: replicas of the server behind one address, on Ray Serve.
 
 `build` makes the same application from a config file of Ray Serve, which KubeRay's RayService holds, too.
 """
@@ -20,16 +20,16 @@ try:
 except ModuleNotFoundError:
     sys.exit("error: Ray is not installed: run `make ray`, or `pip install 'ray[serve]'`")
 
-from serve.config import ServeConfig
-from serve.ray_front import Front
-from serve.ray_options import RayOptions, options_of, parse_ray_args
-from serve.ray_replica import Replica
-from serve.ray_router import PrefixRouter
-from serve.report import start_reporting
-from serve.report_events import Failed, Interrupted, Serving
+from serve.config.config import ServeConfig
+from serve.ray.front import Front
+from serve.ray.options import RayOptions, options_of, parse_ray_args
+from serve.ray.replica import Replica
+from serve.ray.router import PrefixRouter
+from serve.server.report import start_reporting
+from serve.server.startup_events import Failed, Interrupted, Serving
 
 _NAME = "logprobd"  # of the application
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 _SPARE_REQUESTS = 64  # beyond those that an engine takes, so that the engine itself refuses, with its 429
 _REMEMBERED_BLOCKS = 1 << 18  # 64 MB of prompts
 # Seconds: between looks whether a replica lives, and whether one that shall end is idle.

@@ -15,11 +15,11 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.openai.body import dump
-from serve.openai.errors import APIError, engine_error
-from serve.openai.keys import ApiKeys, route_path
-from serve.prefix_index import prompt_blocks
-from serve.ray_metrics import merged
+from serve.api.auth import ApiKeys, route_path
+from serve.api.errors import APIError, engine_error
+from serve.api.json_stream import dump
+from serve.ray.metrics import merged
+from serve.ray.prefix_index import prompt_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Front:
     """An ASGI app in front of the replicas of a model."""
 
     def __init__(self, replicas: DeploymentHandle[Any], api_keys: Sequence[str], max_body_bytes: int) -> None:
-        """`replicas` are those of a `serve.ray_replica.Replica`. Where there are keys, no body is read without one."""
+        """`replicas` are those of a `serve.ray.replica.Replica`. Where there are keys, no body is read without one."""
         self._max_body_bytes = max_body_bytes
         self._keys = ApiKeys(api_keys)
         self._one = replicas.options(method_name="answer", stream=True)

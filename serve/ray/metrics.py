@@ -7,7 +7,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from serve.metrics import ERRORS_TEXT, OWN_PREFIX
+from serve.api.metrics import ERRORS_TEXT, OWN_PREFIX
 
 _FRONT = "front"  # in the label `replica`
 

@@ -1,4 +1,4 @@
-"""What is said of replicas: the flags of `python -m serve.ray_app` beside those of `python -m serve`."""
+"""What is said of replicas: the flags of `python -m serve.ray.app` beside those of `python -m serve`."""
 
 import argparse
 import contextlib
@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from serve.config import ServeConfig
-from serve.flags import command_line, parse_args
-from serve.options import between
+from serve.config.config import ServeConfig
+from serve.config.flags import command_line, parse_args
+from serve.config.options import between
 
 _MOST_REPLICAS = 1 << 16
 # What Ray Serve's proxy, through which everything comes, cannot do or does its own way.
@@ -84,7 +84,7 @@ def options_of(args: Mapping[str, Any], environ: Mapping[str, str] = os.environ)
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m serve.ray_app",
+        prog="python -m serve.ray.app",
         usage="%(prog)s [model] [flags]",
         description="Replicas of a server behind one address, on Ray Serve.",
         add_help=False,

@@ -8,9 +8,9 @@ from typing import Any
 from ray import serve
 from starlette.types import ASGIApp, Message
 
-from serve.assembly import assemble
-from serve.config import ServeConfig
-from serve.report import start_reporting
+from serve.config.config import ServeConfig
+from serve.server.assembly import assemble
+from serve.server.report import start_reporting
 
 
 class Replica:
@@ -20,7 +20,7 @@ class Replica:
         """Loads and compiles; Ray sends requests when this has returned.
 
         Raises:
-            serve.startup.STARTUP_ERRORS: what is wrong, in words for the user.
+            serve.server.startup.STARTUP_ERRORS: what is wrong, in words for the user.
         """
         self._watchdog_timeout = config.watchdog_timeout
         self._served = assemble(config, start_reporting(config))

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from serve.prefix_index import PrefixIndex
+from serve.ray.prefix_index import PrefixIndex
 
 
 class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray's types are not read

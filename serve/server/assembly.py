@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from starlette.applications import Starlette
 
-from serve.access_log import AccessLog
-from serve.app import AppConfig, create_app
-from serve.config import ServeConfig
+from serve.api.access_log import AccessLog
+from serve.api.app import AppConfig, create_app
+from serve.api.metrics import Metrics
+from serve.api.readiness import Readiness
+from serve.config.config import ServeConfig
 from serve.engine.engine import Engine
-from serve.metrics import Metrics
-from serve.openai.readiness import Readiness
-from serve.report import Reporter
-from serve.startup import Loaded, load
+from serve.server.report import Reporter
+from serve.server.startup import Loaded, load
 
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")  # as a Host header has them
 

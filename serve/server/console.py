@@ -21,8 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from serve import __version__
-from serve.report_curl import curl_command
-from serve.report_events import (
+from serve.server.report_curl import curl_command
+from serve.server.startup_events import (
     AllCompiled,
     DefaultsTaken,
     Event,

@@ -9,7 +9,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from serve.openai.errors import APIError
+from serve.api.errors import APIError
 
 
 class HttpConfig(uvicorn.Config):

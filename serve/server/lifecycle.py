@@ -14,10 +14,10 @@ from types import FrameType
 
 import uvicorn
 
+from serve.api.readiness import Readiness
 from serve.engine.engine import Engine
-from serve.heap import trim
-from serve.http_protocol import HttpConfig
-from serve.openai.readiness import Readiness
+from serve.server.heap import trim
+from serve.server.http_protocol import HttpConfig
 
 logger = logging.getLogger(__name__)
 

@@ -1,50 +1,17 @@
-"""How much memory the page cache may take: an amount, or a share of what is free once the weights are loaded."""
+"""Free memory of the devices, and how many cache pages an amount of it holds."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(%|[kmgt]i?|)b?)", re.IGNORECASE)
+from serve.config.sizes import MemoryAmount
 
 # What the cgroup of a process says: limit and use, version 2 and version 1.
 _CGROUPS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryAmount:
-    """Bytes, or a share of the free memory."""
-
-    size: int | float  # int: bytes; float: a share above 0, at most 1
-
-    def bytes_of(self, free: int | None) -> int | None:
-        """In bytes, where `free` are free; None for a share of an unknown amount."""
-        if isinstance(self.size, int):
-            return self.size
-        return None if free is None else int(self.size * free)
-
-
-def parse_memory(text: str) -> MemoryAmount:
-    """Reads "800M", "2GiB", "1073741824", "50%" or "0.5".
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    found = _AMOUNT.fullmatch(text.strip())
-    if found is None:
-        raise ValueError(f"{text!r} is neither bytes, such as 800M or 2GiB, nor a share, such as 0.5 or 50%")
-    number, unit = float(found[1]), found[2].lower()
-    if unit != "%" and not (unit == "" and "." in found[1]):
-        return MemoryAmount(int(number * _UNITS[unit]))
-    share = number / 100 if unit else number
-    if not 0 < share <= 1:
-        raise ValueError(f"{text!r} is no share above 0 and up to all")
-    return MemoryAmount(share)
 
 
 def pages_in(amount: MemoryAmount, *, free: int | None, page_bytes: int) -> int:

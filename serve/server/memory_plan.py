@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from compiled.load import weight_bytes
 from compiled.shapes import Buckets
 from model.config import ModelConfig
 from model.kv_cache import CacheLayout
 from model.sharding import Cut
-from serve.memory import MemoryAmount, pages_in
+from model.weights.loader import weight_bytes
+from serve.config.sizes import MemoryAmount
+from serve.server.memory import pages_in
 
 _CACHE_BYTES = 1 << 30  # of pages, unless one request of full length needs more
 # Float32 arrays of the largest decode step's logits, and of the largest chunk's activations, that XLA holds at once

@@ -8,11 +8,11 @@ from typing import Protocol, TextIO
 
 from rich.console import Console
 
-from serve.config import EngineConfig
-from serve.logs import set_up_logs
-from serve.report_events import Event, ProgramCompiled
-from serve.report_lines import LineReporter
-from serve.report_screen import ScreenReporter
+from serve.config.config import EngineConfig
+from serve.server.console import ScreenReporter
+from serve.server.logs import set_up_logs
+from serve.server.report_lines import LineReporter
+from serve.server.startup_events import Event, ProgramCompiled
 
 
 class Reporter(Protocol):

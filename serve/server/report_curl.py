@@ -3,7 +3,7 @@
 import json
 import shlex
 
-from serve.report_events import Serving
+from serve.server.startup_events import Serving
 
 _CHAT = {
     "messages": [{"role": "user", "content": "What is the capital of France?"}],

@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 from compiled.programs import Program
 from model.kv_cache import PAGE_SIZE
 from model.weights.checkpoint import Checkpoint
-from serve.config import EngineConfig
-from serve.plan import MemoryPlan
-from serve.report_events import MemoryPlanned, ModelFound, ProgramCompiled
+from serve.config.config import EngineConfig
+from serve.server.memory_plan import MemoryPlan
+from serve.server.startup_events import MemoryPlanned, ModelFound, ProgramCompiled
 
 
 def model_found(

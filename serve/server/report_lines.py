@@ -6,8 +6,8 @@ from dataclasses import asdict
 from logging import DEBUG
 from typing import TextIO
 
-from serve.logs import json_line
-from serve.report_events import CompileBegun, Event, ProgramCompiled
+from serve.server.logs import json_line
+from serve.server.startup_events import CompileBegun, Event, ProgramCompiled
 
 
 class LineReporter:

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from serve.assembly import Served, assemble, is_loopback
-from serve.config import ServeConfig
-from serve.flags import parse_args
-from serve.http_protocol import HttpConfig
-from serve.lifecycle import HttpServer, end_early, run
-from serve.report import Reporter, start_reporting
-from serve.report_events import Failed, Interrupted, Serving
-from serve.startup import STARTUP_ERRORS, StartupError
+from serve.config.config import ServeConfig
+from serve.config.flags import parse_args
+from serve.server.assembly import Served, assemble, is_loopback
+from serve.server.http_protocol import HttpConfig
+from serve.server.lifecycle import HttpServer, end_early, run
+from serve.server.report import Reporter, start_reporting
+from serve.server.startup import STARTUP_ERRORS, StartupError
+from serve.server.startup_events import Failed, Interrupted, Serving
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from compiled.load import kernels_used, load_model
 from compiled.program_cache import use_persistent_cache
 from compiled.programs import RefusedError, Shape
 from compiled.runner import ModelRunner
@@ -24,18 +23,19 @@ from model.transformer import BoundModel
 from model.weights.checkpoint import Checkpoint
 from model.weights.errors import ModelLoadError
 from model.weights.gguf import GgufCheckpoint
-from model.weights.load import open_checkpoint
+from model.weights.loader import kernels_used, load_model
 from model.weights.source import ModelSource, default_model_path, resolve_model
-from serve.config import EngineConfig
+from model.weights.weight_table import open_checkpoint
+from serve.config.config import EngineConfig
+from serve.config.generation_config import DefaultsError, GenerationDefaults, defaults_of
 from serve.engine.engine import Engine
 from serve.engine.observer import Observer
 from serve.engine.request import EngineLimits
-from serve.memory import free_memory
-from serve.openai.defaults import DefaultsError, GenerationDefaults, defaults_of
-from serve.plan import MemoryPlan, PlanError, plan_memory
-from serve.report import Reporter
-from serve.report_events import AllCompiled, DefaultsTaken, WeightsLoaded
-from serve.report_facts import cache_hits, memory_planned, model_found, program_compiled
+from serve.server.memory import free_memory
+from serve.server.memory_plan import MemoryPlan, PlanError, plan_memory
+from serve.server.report import Reporter
+from serve.server.report_facts import cache_hits, memory_planned, model_found, program_compiled
+from serve.server.startup_events import AllCompiled, DefaultsTaken, WeightsLoaded
 from serve.text.chat_template import ChatTemplateError
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer

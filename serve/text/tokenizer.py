@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 from serve.text.chat_template import ChatTemplateError, render_chat
-from serve.text.panics import PanicError, panics_as_errors
+from serve.text.rust_panic import PanicError, panics_as_errors
 from serve.text.token_bytes import UnknownDecoderError, token_bytes_table
 
 _LARGE, _LARGE_AT_ONCE = 1 << 18, 2  # characters: 75 MB while they are made tokens

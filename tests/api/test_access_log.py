@@ -10,11 +10,11 @@ from typing import Any
 import httpx2
 import pytest
 
-from serve.access_log import AccessLog, fields_of
-from serve.logs import JsonFormatter
-from serve.openai.record import AnswerRecord
-from serve.openai.vocabulary import RowWriter
-from tests.serve.http_client import Connection, ExactRunner, Gate, chat_body, completion_body, events_of, serving
+from serve.api.access_log import AccessLog, fields_of
+from serve.api.full_vocab_logprobs import RowWriter
+from serve.api.record import AnswerRecord
+from serve.server.logs import JsonFormatter
+from tests.support.http_client import Connection, ExactRunner, Gate, chat_body, completion_body, events_of, serving
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -122,7 +122,7 @@ def record(**fields: Any) -> AnswerRecord:
 
 
 def test_a_line_in_words_and_as_json(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "serve.access_log")
+    caplog.set_level(logging.INFO, "serve.api.access_log")
     AccessLog()(record(client="::1", sent=12))
     assert caplog.messages == ["GET /v1/models 200 request_id=a client=::1 bytes=12 seconds=0.0"]
     line = json.loads(JsonFormatter().format(caplog.records[0]))
@@ -131,10 +131,10 @@ def test_a_line_in_words_and_as_json(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("handler", ["/health", "/metrics"])
 def test_probes_are_told_to_who_wants_to_know_all(handler: str, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "serve.access_log")
+    caplog.set_level(logging.INFO, "serve.api.access_log")
     AccessLog()(record(handler=handler))
     assert caplog.messages == []
-    caplog.set_level(logging.DEBUG, "serve.access_log")
+    caplog.set_level(logging.DEBUG, "serve.api.access_log")
     AccessLog()(record(handler=handler))
     assert len(caplog.messages) == 1
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from serve.engine.request import SamplingParams
-from tests.serve.fake_runner import MAX_MODEL_LEN, K, expected_outcome
-from tests.serve.http_client import END, MODEL, Server, chat_body, serving
+from tests.support.fake_runner import MAX_MODEL_LEN, K, expected_outcome
+from tests.support.http_client import END, MODEL, Server, chat_body, serving
 
 PROMPT = "user:Hi;>"
 

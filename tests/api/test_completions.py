@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from serve.engine.request import SamplingParams
-from tests.serve.fake_runner import MAX_MODEL_LEN, expected_outcome
-from tests.serve.http_client import (
+from tests.support.fake_runner import MAX_MODEL_LEN, expected_outcome
+from tests.support.http_client import (
     END,
     MODEL,
     Server,

@@ -9,8 +9,8 @@ import pytest
 
 from compiled.state import ScoreInput
 from serve.engine.request import PromptScoring, SamplingParams
-from tests.serve.fake_runner import MAX_MODEL_LEN, K, Unread, expected_outcome
-from tests.serve.http_client import (
+from tests.support.fake_runner import MAX_MODEL_LEN, K, Unread, expected_outcome
+from tests.support.http_client import (
     BEGIN,
     IMPOSSIBLE,
     TWIN,

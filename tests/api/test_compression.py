@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve.http_client import ExactRunner, Server, chat_body, completion_body, serving
+from tests.support.http_client import ExactRunner, Server, chat_body, completion_body, serving
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LONG = "0123456789" * 25

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.serve.http_client import (
+from tests.support.http_client import (
     PATHS,
     Connection,
     Gate,

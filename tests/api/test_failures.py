@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve.http_client import (
+from tests.support.http_client import (
     Connection,
     Gate,
     Server,
@@ -144,7 +144,7 @@ async def test_a_failure_that_nobody_foresaw(server: Server, stream: bool, monke
 
 
 async def test_a_stream_fails_on_its_way_as_nobody_foresaw(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.openai.chat.chat_content", lambda *_: 1 / 0)
+    monkeypatch.setattr("serve.api.chat.chat_content", lambda *_: 1 / 0)
     *_, error, done = events_of(await server.post(CHAT, chat_body(stream=True, logprobs=True)))
     assert json.loads(error)["error"]["message"] == "The engine failed on this request."
     assert done == "[DONE]"

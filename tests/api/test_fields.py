@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from serve.openai.defaults import DefaultsError, GenerationDefaults, defaults_of
-from tests.serve.fake_runner import MAX_MODEL_LEN
-from tests.serve.http_client import (
+from serve.config.generation_config import DefaultsError, GenerationDefaults, defaults_of
+from tests.support.fake_runner import MAX_MODEL_LEN
+from tests.support.http_client import (
     VOCAB_SIZE,
     Server,
     answered,

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from serve.api.errors import APIError
+from serve.api.full_vocab_logprobs import RowWriter
+from serve.api.json_stream import Hole, make_body
 from serve.engine.request import QueueFullError, Request, TokenEvent, TokenScores
-from serve.openai.body import Hole, make_body
-from serve.openai.errors import APIError
-from serve.openai.vocabulary import RowWriter
-from tests.serve.fake_runner import K, hidden_after
-from tests.serve.http_client import (
+from tests.support.fake_runner import K, hidden_after
+from tests.support.http_client import (
     VOCAB_SIZE,
     Connection,
     ExactRunner,

@@ -1,12 +1,12 @@
-"""The files of the inspector as they are served. What they do is in tests/browser."""
+"""The files of the inspector as they are served. What they do is in tests/integration/browser."""
 
 import re
 from collections.abc import AsyncIterator
 
 import pytest
 
-from serve.web.pages import inspector
-from tests.serve.http_client import Server, serving
+from serve.api.inspector.pages import inspector
+from tests.support.http_client import Server, serving
 
 PATHS = [route.path for route in inspector()]
 _MOST = 30_000  # bytes of the whole page, zipped

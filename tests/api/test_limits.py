@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from serve.engine.detokenize import StopStrings
+from serve.api.errors import APIError
+from serve.api.merging import merge
+from serve.api.readiness import Readiness
 from serve.engine.request import FinishReason, Place, Request, SamplingParams
-from serve.openai.errors import APIError
-from serve.openai.merging import merge
-from serve.openai.readiness import Readiness
-from tests.serve.http_client import (
+from serve.text.detokenizer import StopStrings
+from tests.support.http_client import (
     CHAT,
     COMPLETIONS,
     PATHS,
@@ -380,7 +380,7 @@ async def test_all_answers_to_a_request_share_what_finds_their_stop_strings(monk
             made.append(len(stop))
             super().__init__(stop)
 
-    monkeypatch.setattr("serve.openai.generation.StopStrings", Counted)
+    monkeypatch.setattr("serve.api.generation.StopStrings", Counted)
     async with serving() as server:
         answer = await server.complete(prompt=["a", "b"], n=4, stop=["l", "xyz"])
     assert [choice["text"] for choice in answer["choices"]] == ["He"] * 8

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from serve.metrics import CONTENT_TYPE
-from tests.serve.fake_runner import MAX_MODEL_LEN
-from tests.serve.http_client import MODEL, Gate, Server, completion_body, serving
+from serve.api.metrics import CONTENT_TYPE
+from tests.support.fake_runner import MAX_MODEL_LEN
+from tests.support.http_client import MODEL, Gate, Server, completion_body, serving
 
 LABELS = f'engine="0",model_name="{MODEL}"'
 

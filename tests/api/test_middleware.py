@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from serve import __version__
-from tests.serve.fake_runner import MAX_MODEL_LEN, K
-from tests.serve.http_client import MODEL, Server, chat_body, completion_body, error_of, serving
+from tests.support.fake_runner import MAX_MODEL_LEN, K
+from tests.support.http_client import MODEL, Server, chat_body, completion_body, error_of, serving
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ import httpx2
 import pytest
 from pydantic import BaseModel
 
-from serve.openai import answers
-from serve.openai.openapi import openapi
-from serve.openai.schema import ChatCompletionRequest, CompletionRequest
-from tests.serve.http_client import MODEL, Gate, Server, answered, chat_body, completion_body, error_of, serving
+from serve.api import responses
+from serve.api.openapi import openapi
+from serve.api.requests import ChatCompletionRequest, CompletionRequest
+from tests.support.http_client import MODEL, Gate, Server, answered, chat_body, completion_body, error_of, serving
 
 NUMBERS: dict[str, Any] = {
     "prompt_logprobs": 2,
@@ -61,29 +61,31 @@ def test_every_field_of_a_request_is_described(kind: type[BaseModel]) -> None:
 @pytest.mark.parametrize("extra", [{}, NUMBERS, NUMBERS | {"prompt_logprobs_format": "columns"}])
 async def test_answers_have_the_shapes_that_are_described(server: Server, extra: dict[str, Any]) -> None:
     chat = {"logprobs": True, "top_logprobs": 2} | extra
-    has_shape(answers.ChatCompletionAnswer, await server.chat(**chat))
+    has_shape(responses.ChatCompletionAnswer, await server.chat(**chat))
     for chunk in await server.chat_stream(**chat, stream_options={"include_usage": True}, return_prompt_text=True):
-        has_shape(answers.ChatChunk, chunk)
+        has_shape(responses.ChatChunk, chunk)
     completion = {"logprobs": 2, "echo": True, "n": 2} | extra
-    has_shape(answers.CompletionAnswer, await server.complete(**completion))
+    has_shape(responses.CompletionAnswer, await server.complete(**completion))
     for chunk in await server.complete_stream(**completion, stream_options={"include_usage": True}):
-        has_shape(answers.CompletionChunk, chunk)
+        has_shape(responses.CompletionChunk, chunk)
 
 
 async def test_the_small_answers_have_their_shapes(server: Server) -> None:
     kinds: dict[str, type[BaseModel]] = {
-        "/v1/models": answers.ModelList,
-        f"/v1/models/{MODEL}": answers.ModelCard,
-        "/tokenizer_info": answers.TokenizerInfo,
-        "/version": answers.Version,
-        "/load": answers.Load,
+        "/v1/models": responses.ModelList,
+        f"/v1/models/{MODEL}": responses.ModelCard,
+        "/tokenizer_info": responses.TokenizerInfo,
+        "/version": responses.Version,
+        "/load": responses.Load,
     }
     for path, kind in kinds.items():
         has_shape(kind, answered(await server.client.get(path)))
-    has_shape(answers.Tokenized, answered(await server.post("/tokenize", {"prompt": "Hi", "return_token_strs": True})))
-    has_shape(answers.Detokenized, answered(await server.post("/detokenize", {"tokens": [72]})))
+    has_shape(
+        responses.Tokenized, answered(await server.post("/tokenize", {"prompt": "Hi", "return_token_strs": True}))
+    )
+    has_shape(responses.Detokenized, answered(await server.post("/detokenize", {"tokens": [72]})))
     for path, body in (("/v1/completions", completion_body(n=0)), ("/v1/chat/completions", chat_body(n=0))):
-        has_shape(answers.ErrorAnswer, (await server.post(path, body)).json())
+        has_shape(responses.ErrorAnswer, (await server.post(path, body)).json())
 
 
 async def test_the_page_and_its_files_are_of_this_server() -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from compiled.state import MAX_SCORED_IDS
 from serve.engine.request import FinishReason, PromptScoring, Request, SamplingParams, TokenEvent, TokenScores
-from tests.serve.fake_runner import MAX_MODEL_LEN, K, expected_outcome
-from tests.serve.http_client import (
+from tests.support.fake_runner import MAX_MODEL_LEN, K, expected_outcome
+from tests.support.http_client import (
     VOCAB_SIZE,
     Server,
     chat_body,

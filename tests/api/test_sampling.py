@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
+from serve.api.errors import APIError
+from serve.api.sampling_params import bad_word_ids
 from serve.engine.request import SamplingParams
-from serve.openai.errors import APIError
-from serve.openai.sampling_params import bad_word_ids
-from tests.serve.fake_runner import MAX_MODEL_LEN, expected_outcome
-from tests.serve.http_client import (
+from tests.support.fake_runner import MAX_MODEL_LEN, expected_outcome
+from tests.support.http_client import (
     BEGIN,
     END,
     VOCAB_SIZE,

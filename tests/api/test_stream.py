@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from serve.engine.request import Request, TokenEvent, empty_scores
-from tests.serve.fake_runner import K
-from tests.serve.http_client import (
+from tests.support.fake_runner import K
+from tests.support.http_client import (
     END,
     Connection,
     Gate,

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.serve.fake_runner import MAX_MODEL_LEN
-from tests.serve.http_client import (
+from tests.support.fake_runner import MAX_MODEL_LEN
+from tests.support.http_client import (
     BEGIN,
     END,
     TEMPLATE,

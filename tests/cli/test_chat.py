@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 import pytest
 from rich.console import Console
 
-from serve.terminal.config import parse_args, sampling_params
-from serve.terminal.lines import lines_of, read_message
-from serve.terminal.pieces import Piece, Pieces
-from serve.terminal.screen import ChatScreen, printable
-from serve.terminal.surprise import SCALE, legend, percent, step_of
-from tests.serve.http_client import byte_tokenizer
+from serve.cli.chat.config import parse_args, sampling_params
+from serve.cli.chat.lines import lines_of, read_message
+from serve.cli.chat.pieces import Piece, Pieces
+from serve.cli.chat.screen import ChatScreen, printable
+from serve.cli.chat.surprise import SCALE, legend, percent, step_of
+from tests.support.http_client import byte_tokenizer
 
 EOS = frozenset({1})
 

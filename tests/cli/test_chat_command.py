@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
+from serve.cli.chat import command
+from serve.config.generation_config import GenerationDefaults
 from serve.engine.engine import Engine
-from serve.openai.defaults import GenerationDefaults
-from serve.report_events import Failed, Interrupted
-from serve.startup import StartupError
-from serve.terminal import command
-from tests.serve.http_client import byte_tokenizer
-from tests.serve.test_terminal_session import scripted_engine
+from serve.server.startup import StartupError
+from serve.server.startup_events import Failed, Interrupted
+from tests.cli.test_chat_session import scripted_engine
+from tests.support.http_client import byte_tokenizer
 
 
 class Told:

@@ -16,14 +16,14 @@ from rich.console import Console
 
 from compiled.state import MAX_SCORED_IDS
 from model.kv_cache import PAGE_SIZE
+from serve.cli.chat.conversation import Conversation, Prompter
+from serve.cli.chat.pieces import Piece
+from serve.cli.chat.screen import ChatScreen
+from serve.cli.chat.session import Session
 from serve.engine.engine import Engine
 from serve.engine.request import EngineLimits, FinishReason, Request, SamplingParams
-from serve.terminal.conversation import Conversation, Prompter
-from serve.terminal.pieces import Piece
-from serve.terminal.screen import ChatScreen
-from serve.terminal.session import Session
-from tests.serve.fake_runner import MAX_MODEL_LEN, K
-from tests.serve.http_client import END, VOCAB_SIZE, ScriptedRunner, byte_tokenizer
+from tests.support.fake_runner import MAX_MODEL_LEN, K
+from tests.support.http_client import END, VOCAB_SIZE, ScriptedRunner, byte_tokenizer
 
 PAGES = 64
 CAT = "🐈"

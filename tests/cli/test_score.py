@@ -16,13 +16,13 @@ import orjson
 import pyarrow.parquet
 import pytest
 
-from serve.score import command, journal, parquet
-from serve.score.config import parse_args
-from serve.startup import StartupError
-from tests.serve.fake_runner import hidden_after
-from tests.serve.fake_runner import numbers as numbers_of
-from tests.serve.http_client import BEGIN, IMPOSSIBLE, VOCAB_SIZE, ScriptedRunner
-from tests.serve.scoring import (
+from serve.cli.score import command, journal, parquet
+from serve.cli.score.config import parse_args
+from serve.server.startup import StartupError
+from tests.support.fake_runner import hidden_after
+from tests.support.fake_runner import numbers as numbers_of
+from tests.support.http_client import BEGIN, IMPOSSIBLE, VOCAB_SIZE, ScriptedRunner
+from tests.support.scoring import (
     CONTEXT,
     Told,
     byte_runner,
@@ -517,9 +517,9 @@ def test_a_mistake_in_the_flags_is_code_2(
 
 
 def test_a_run_that_is_killed_goes_on_without_a_gap_or_a_double(tmp_path: Path) -> None:
-    """At each fsync, in forks of one process: tests.serve.scoring says how."""
+    """At each fsync, in forks of one process: tests.support.scoring says how."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.serve.scoring", str(tmp_path)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tests.support.scoring", str(tmp_path)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     told = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("jsonl ", "parquet ")))
@@ -528,8 +528,8 @@ def test_a_run_that_is_killed_goes_on_without_a_gap_or_a_double(tmp_path: Path) 
 
 
 def test_the_tokenizer_may_add_what_the_model_wants(score: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.serve import scoring
-    from tests.serve.http_client import byte_tokenizer
+    from tests.support import scoring
+    from tests.support.http_client import byte_tokenizer
 
     monkeypatch.setattr(scoring, "byte_tokenizer", lambda: byte_tokenizer(add_bos=True))
     file = score.rows(["ab", {"prompt": "a", "completion": "b"}, {"messages": [{"role": "user", "content": "x"}]}])

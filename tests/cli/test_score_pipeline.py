@@ -7,12 +7,12 @@ from contextlib import aclosing
 import numpy as np
 import pytest
 
+from serve.cli.score.errors import ScoreError
+from serve.cli.score.run import InFlight, Outcome, Pipeline, Work
+from serve.cli.score.source import Line
+from serve.cli.score.texts import Text
+from serve.cli.score.windows import Context
 from serve.engine.request import EngineLimits, EngineStoppedError, FinishReason, Request, TokenEvent, empty_scores
-from serve.score.errors import ScoreError
-from serve.score.run import InFlight, Outcome, Pipeline, Work
-from serve.score.source import Line
-from serve.score.texts import Text
-from serve.score.windows import Context
 
 K = 3
 

@@ -6,9 +6,9 @@ from logging import WARNING
 
 import pytest
 
-from serve.score import progress
-from serve.score.progress import open_meter
-from serve.score.totals import Sums, perplexity, summary
+from serve.cli.score import progress
+from serve.cli.score.progress import open_meter
+from serve.cli.score.totals import Sums, perplexity, summary
 
 SUMS = Sums(lines=3, skipped=1, scored=10, tokens=13, logprob=-10.0, text_logprob=-9.0, bytes=20, rank_1=4)
 

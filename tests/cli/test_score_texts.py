@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.score import source
-from serve.score.errors import LineError, ScoreError
-from serve.score.source import Line, open_source
-from serve.score.texts import Text, TextReader
-from serve.score.windows import Context, make_context
-from tests.serve.http_client import VOCAB_SIZE, byte_tokenizer
+from serve.cli.score import source
+from serve.cli.score.errors import LineError, ScoreError
+from serve.cli.score.source import Line, open_source
+from serve.cli.score.texts import Text, TextReader
+from serve.cli.score.windows import Context, make_context
+from tests.support.http_client import VOCAB_SIZE, byte_tokenizer
 
 COLUMNS = TextReader.fields(None)
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from compiled.adjust import adjust_logits, changes_logits, fill_slot, record_choice
+from compiled.penalties import adjust_logits, changes_logits, fill_slot, record_choice
 from compiled.sampling import choose_tokens
 from compiled.state import Adjustment, SamplingArrays, SlotState, greedy_sampling
-from tests.compiled.slots import empty_slots, packed
+from tests.support.slots import empty_slots, packed
 
 Z, R = 7, 5
 SIZES = (31, 300, 320)  # V: less than a word, words and a part, words alone

@@ -15,7 +15,7 @@ import pytest
 from compiled import programs
 from compiled.programs import Plan, Program, RefusedError, UnknownShapeError, compile_plans
 from compiled.shapes import HeadShape, SlotShape, StepShape
-from tests.model.tiny import random_weights, tiny_configs, write_checkpoint
+from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 VECTOR = jax.ShapeDtypeStruct((4,), jnp.float32)
@@ -211,11 +211,11 @@ from pathlib import Path
 
 import numpy as np
 
-from compiled.load import load_model
+from model.weights.loader import load_model
 from compiled.program_cache import use_persistent_cache
 from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
-from model.weights.load import open_checkpoint
+from model.weights.weight_table import open_checkpoint
 from model.weights.source import ModelSource
 
 warnings.simplefilter("ignore")

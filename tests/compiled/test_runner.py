@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from compiled.load import load_model
 from compiled.programs import Shape, UnknownShapeError
 from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
@@ -25,9 +24,10 @@ from compiled.state import (
     no_scored_ids,
 )
 from compiled.step import place_of
-from model.weights.load import open_checkpoint
+from model.weights.loader import load_model
 from model.weights.source import ModelSource
-from tests.model.tiny import random_weights, tiny_configs, write_checkpoint
+from model.weights.weight_table import open_checkpoint
+from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 
 CONFIG = tiny_configs()["llama"]
 V = CONFIG["vocab_size"]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from compiled.filters import kth_largest, processed_logits
 from compiled.sampling import choose_tokens
 from compiled.state import SamplingArrays, greedy_sampling
-from tests.compiled.slots import empty_slots, packed
+from tests.support.slots import empty_slots, packed
 
 V = 300
 DRAWS = 4096

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compiled import hlo
-from tests.sharded_numbers import CASES
+from tests.support.sharded_logprobs import CASES
+from tools.hlo import operations
 
 PAIRS = [(case, devices) for case, (*_, counts) in CASES.items() for devices in counts]
 
@@ -20,8 +20,8 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 @pytest.fixture(scope="session")
-def told(sharded_numbers: str) -> Any:
-    return json.loads(sharded_numbers)
+def told(sharded_logprobs: str) -> Any:
+    return json.loads(sharded_logprobs)
 
 
 @pytest.mark.parametrize(("case", "devices"), PAIRS)
@@ -45,11 +45,11 @@ def test_company_changes_no_bit(told: Any, case: str, devices: int) -> None:
 def test_no_logit_leaves_its_shard(told: Any, program: str) -> None:
     """What is gathered or summed over devices is hidden states, counts, sums and the best k: never columns of V."""
     text = told["hlo"][program]
-    moved = hlo.collectives(hlo.operations(text))
+    moved = operations.collectives(operations.operations(text))
     kinds = {operation.opcode for operation in moved}
     assert kinds <= {"all-gather", "all-reduce"}  # the hidden states' features and candidates; everything else
     assert "all-reduce" in kinds
     if program != "prefill_16":
         assert re.search(rf"f32\[\d+,{WIDTH}\]", text)  # columns of V in each of four shards, the last one filled up
     for operation in moved:
-        assert hlo.widest_axis(operation.shape) < 128, f"{operation.opcode} of {operation.shape}"
+        assert operations.widest_axis(operation.shape) < 128, f"{operation.opcode} of {operation.shape}"

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import pytest
 
-from serve import memory
-from serve.assembly import app_config
-from serve.config import GROUPS, ServeConfig
-from serve.flags import command_line, parse_args
-from serve.memory import MemoryAmount, parse_memory
-from serve.openai.defaults import GenerationDefaults
+from serve.config.config import GROUPS, ServeConfig
+from serve.config.flags import command_line, parse_args
+from serve.config.generation_config import GenerationDefaults
+from serve.config.sizes import MemoryAmount, parse_memory
+from serve.server import memory
+from serve.server.assembly import app_config
 
 LOADED: Any = SimpleNamespace(fingerprint="fp", chat_template=None, defaults=GenerationDefaults())
 

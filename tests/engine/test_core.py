@@ -3,7 +3,7 @@
 import pytest
 
 from serve.engine.request import FinishReason, PromptScoring, RequestStatus, SamplingParams
-from tests.serve.fake_runner import CoreBench, InjectedError, K, alone, greedy, hidden_after, next_token, prompt_of
+from tests.support.fake_runner import CoreBench, InjectedError, K, alone, greedy, hidden_after, next_token, prompt_of
 
 
 def test_a_prompt_in_chunks_then_one_token_a_step_read_one_step_late() -> None:

@@ -27,7 +27,7 @@ from serve.engine.request import (
     SamplingParams,
     TokenEvent,
 )
-from tests.serve.fake_runner import (
+from tests.support.fake_runner import (
     VOCAB_SIZE,
     FakeRunner,
     InjectedError,
@@ -38,7 +38,7 @@ from tests.serve.fake_runner import (
     outcome_of,
     prompt_of,
 )
-from tests.serve.http_client import Gate
+from tests.support.http_client import Gate
 
 LONG = 100_000  # tokens
 ENDLESS = greedy(LONG - 1000)

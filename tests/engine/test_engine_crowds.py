@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from serve.engine.request import FinishReason, PromptScoring, Request, SamplingParams
-from tests.serve.fake_runner import VOCAB_SIZE, CoreBench, InjectedError, alone, prompt_of
+from tests.support.fake_runner import VOCAB_SIZE, CoreBench, InjectedError, alone, prompt_of
 
 STEPS = 10_000
 MAX_MODEL_LEN = 256

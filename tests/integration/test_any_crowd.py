@@ -10,8 +10,8 @@ from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
 from serve.engine.core import EngineCore
 from serve.engine.request import FinishReason, PromptScoring, Request, SamplingParams, TokenEvent, TokenScores
-from tests.conftest import make_runner
-from tests.model.tiny import random_weights, write_checkpoint
+from tests.support.runners import make_runner
+from tests.support.tiny import random_weights, write_checkpoint
 
 # The head shape of SmolLM2-135M, for which XLA's attention is the same to the last bit (docs/design.md).
 CONFIG: dict[str, Any] = {

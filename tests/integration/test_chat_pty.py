@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.server_process import ROOT
-from tests.serve.test_bad_models import templated
+from tests.server.test_bad_models import templated
+from tests.support.server_process import ROOT
 
 _TIMEOUT = 120  # seconds after which something hangs; never reached otherwise
 # The terminal becomes the process's own, so that Ctrl-C reaches it; a shell may have SIGINT ignored in the background.
@@ -24,7 +24,7 @@ RUN = """
 import fcntl, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from serve.__main__ import main
+from serve.cli.main import main
 sys.exit(main(["chat", *sys.argv[1:]]))
 """
 SMALL = ("--max-num-batched-tokens", "17", "--max-model-len", "64", "--max-tokens", "8", "--temperature", "0")

@@ -12,8 +12,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.golden_cases import load_golden
-from tests.serve.server_process import ServerProcess
+from tests.support.golden_cases import load_golden
+from tests.support.server_process import ServerProcess
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "Say hello in Japanese, with an emoji 😊."}]

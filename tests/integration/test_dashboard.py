@@ -13,7 +13,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serve.server_process import ROOT, ServerProcess
+from tests.support.server_process import ROOT, ServerProcess
 
 DASHBOARD = json.loads((ROOT / "deploy" / "grafana.json").read_text("utf-8"))
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]

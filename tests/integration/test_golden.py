@@ -12,10 +12,10 @@ from safetensors.numpy import save_file
 
 from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
-from model.weights.load import load_weights, open_checkpoint
 from model.weights.source import ModelSource, default_model_path
-from tests.conftest import make_runner
-from tests.golden_cases import assert_float32, figures_of
+from model.weights.weight_table import load_weights, open_checkpoint
+from tests.support.golden_cases import assert_float32, figures_of
+from tests.support.runners import make_runner
 
 
 def test_float32_from_gguf(float32_runner: ModelRunner) -> None:
@@ -29,7 +29,7 @@ def test_bfloat16_from_gguf(bfloat16_runner: ModelRunner) -> None:
 
 
 def test_int8_from_gguf(int8_runner: ModelRunner) -> None:
-    """`python -m tests.accuracy_table` has the errors; the limit is twice the mean."""
+    """`python -m tools.accuracy.accuracy_table` has the errors; the limit is twice the mean."""
     figures = figures_of(int8_runner, "smollm2-q4_1-gguf-f32")
     print(figures)
     assert figures.mean_error < 0.09

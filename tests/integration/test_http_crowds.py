@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from serve.api.readiness import Readiness
 from serve.engine.observer import EngineGauges
 from serve.engine.request import Request
-from serve.openai.readiness import Readiness
-from tests.serve.http_client import Gate, Server, completion_body, serving, submitted
-from tests.serve.listening import listening
+from tests.support.http_client import Gate, Server, completion_body, serving, submitted
+from tests.support.listening import listening
 
 SECONDS = 60  # after which something hangs
 IDLE = EngineGauges(running=0, waiting=0, held=0, cache_usage=0)

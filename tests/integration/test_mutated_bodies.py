@@ -9,8 +9,8 @@ from random import Random
 
 import pytest
 
-from tests.fuzz import bodies
-from tests.fuzz.asking import answering, asked
+from tools.fuzz import bodies
+from tools.fuzz.asking import answering, asked
 
 _BODIES = 10_000
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from compiled.runner import ModelRunner
 from serve.engine.request import PromptScoring, SamplingParams
-from tests.in_process import Answer, run
+from tests.support.in_process import Answer, run
 
 _VOCABULARY = 49152
 

@@ -11,8 +11,8 @@ import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serve.ray_process import RayProcess
-from tests.serve.server_process import ServerProcess
+from tests.support.ray_process import RayProcess
+from tests.support.server_process import ServerProcess
 
 pytest.importorskip("ray", reason="Ray is not installed: `make ray` does it")
 

@@ -8,8 +8,8 @@ from typing import Any
 import httpx2
 import numpy as np
 
-from tests.serve.scoring import read_lines, write_lines
-from tests.serve.server_process import ROOT, ServerProcess
+from tests.support.scoring import read_lines, write_lines
+from tests.support.server_process import ROOT, ServerProcess
 
 TEXTS = [
     "The capital of France is Paris.",

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from compiled.program_cache import use_persistent_cache
-from serve.access_log import AccessLog
-from serve.assembly import allowed_hosts
-from serve.config import ServeConfig
-from serve.logs import JsonFormatter
-from serve.openai.keys import ApiKeys
+from serve.api.access_log import AccessLog
+from serve.api.auth import ApiKeys
+from serve.config.config import ServeConfig
+from serve.server.assembly import allowed_hosts
+from serve.server.logs import JsonFormatter
 from serve.text.chat_template import ChatTemplateError
-from serve.text.jailed_template import TemplateJail
-from tests.serve.http_client import chat_body, completion_body, error_of, serving
+from serve.text.template_sandbox import TemplateJail
+from tests.support.http_client import chat_body, completion_body, error_of, serving
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SECRET = "zyzzyva-7351"
@@ -159,7 +159,7 @@ async def test_prompts_and_keys_are_in_no_log(caplog: pytest.LogCaptureFixture) 
         await server.post(f"{CHAT}?q={SECRET}", chat_body(), **key)
         await server.post(CHAT, chat_body(), Authorization=f"Bearer x{SECRET}")
     ours = [record for record in caplog.records if record.name.split(".")[0] != "httpx2"]  # which is the client
-    assert [record for record in ours if record.name == "serve.access_log"]
+    assert [record for record in ours if record.name == "serve.api.access_log"]
     assert [record for record in ours if record.exc_info]  # of the steps that failed
     text = "\n".join(JsonFormatter().format(record) for record in ours)
     assert SECRET not in text

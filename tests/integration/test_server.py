@@ -15,8 +15,8 @@ import pytest
 from openai import OpenAI
 from openai.types.chat import ChatCompletionTokenLogprob
 
-from tests.golden_cases import Measured, compare, load_golden
-from tests.serve.server_process import ROOT, ServerProcess
+from tests.support.golden_cases import Measured, compare, load_golden
+from tests.support.server_process import ROOT, ServerProcess
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.serve.server_process import ROOT, ServerProcess
-from tests.serve.test_bad_models import directory
+from tests.server.test_bad_models import directory
+from tests.support.server_process import ROOT, ServerProcess
 
 BODY = {"prompt": [5, 17, 40, 3, 8, 9, 44], "max_tokens": 8, "temperature": 0, "logprobs": 3, "prompt_logprobs": 3}
 FLAGS = ("--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "2")

@@ -1,5 +1,5 @@
 // Runs the kernels' arithmetic on made-up input and prints one line for each case: its name and a hash of the result's
-// bits. tests/kernel_lines.py compiles it for several CPUs, and with sanitizers, and compares the lines.
+// bits. tests/support/kernel_lines.py compiles it for several CPUs, and with sanitizers, and compares the lines.
 
 #include <cstdio>
 #include <string>

@@ -1,5 +1,5 @@
 // Runs what shares a call among threads with a pool of its own, on random sizes, and checks the results.
-// tests/kernel_lines.py compiles it with ThreadSanitizer, and with AddressSanitizer and UBSan.
+// tests/support/kernel_lines.py compiles it with ThreadSanitizer, and with AddressSanitizer and UBSan.
 
 #include <cstdio>
 #include <cstdlib>

@@ -14,8 +14,8 @@ from model.attention import attend, attend_in_xla
 from model.kernels import cpu
 from model.kernels.cpu import library
 from model.kv_cache import PAGE_SIZE, SplitPages
-from tests.model.crowd import Crowd, Floats, compiled
-from tests.model.crowd import crowd as a_crowd
+from tests.support.crowd import Crowd, Floats, compiled
+from tests.support.crowd import crowd as a_crowd
 
 # H, K, E of SmolLM2, Qwen2.5-0.5B, Llama-3.2-1B (twice: the two shapes that differed in XLA), Gemma 3, and odd ones.
 HEADS = [(9, 3, 64), (14, 2, 64), (32, 8, 64), (32, 32, 64), (32, 8, 128), (4, 1, 256), (3, 3, 6), (5, 1, 98)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.kernel_lines import NATIVE
+from tests.support.kernel_lines import NATIVE
 
 type Told = Mapping[str, Mapping[str, Any]]
 

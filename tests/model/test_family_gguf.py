@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from model.config import ModelConfig
 from model.families import HEAD
 from model.weights.checkpoint import Checkpoint
-from model.weights.load import load_weights, open_checkpoint
 from model.weights.source import ModelSource
-from tests.model.tiny import random_weights, tiny_configs, write_checkpoint
+from model.weights.weight_table import load_weights, open_checkpoint
+from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 
 CASES = sorted(tiny_configs().keys() - {"mistral"})  # whose GGUF files are llama's
 

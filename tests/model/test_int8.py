@@ -17,9 +17,9 @@ from model.kernels import cpu
 from model.linear import matmul, take_rows
 from model.weights.errors import ModelLoadError
 from model.weights.int8 import GROUP, Int8Array, quantise
-from model.weights.load import load_weights, open_checkpoint
 from model.weights.source import resolve_model
-from tests.model.tiny_checkpoints import BF16, TinyModel, gguf_name
+from model.weights.weight_table import load_weights, open_checkpoint
+from tests.support.tiny_checkpoints import BF16, TinyModel, gguf_name
 
 UP = "model.layers.1.mlp.up_proj.weight"
 SHAPES = [

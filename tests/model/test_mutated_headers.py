@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from tests.fuzz.targets import TARGETS
+from tools.fuzz.targets import TARGETS
 
 _INPUTS = 1000
 

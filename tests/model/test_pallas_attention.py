@@ -1,8 +1,7 @@
 """The attention kernels of GPU and TPU against XLA's form, run operation by operation on this CPU.
 
-What is compared is the kernels' arithmetic and addressing; that they compile for their chips is for
-tests/compiled/test_targets.py. A chip's own products of bfloat16 are exact in float32, as here; in which order it adds
-them is its own.
+What is compared is the kernels' arithmetic and addressing; tools/portability/test_portability.py compiles them for
+their chips. A chip's own products of bfloat16 are exact in float32, as here; in which order it adds them is its own.
 """
 
 from collections.abc import Callable
@@ -20,8 +19,8 @@ from model.attention import attend_in_xla
 from model.kernels import gpu, tpu
 from model.kv_cache import PAGE_SIZE, Addresses, CacheLayout, JoinedPages, LayerPages, SplitPages
 from model.sharding import Cut
-from tests.compiled.test_targets import qwen
-from tests.model.crowd import Crowd, Floats, compiled, crowd
+from tests.support.crowd import Crowd, Floats, compiled, crowd
+from tools.portability.test_portability import qwen
 
 # H, K, E: SmolLM2's and Qwen2.5's, Llama-3's, one of Phi-3's odd size, and one with a single key/value head.
 HEADS = [(9, 3, 64), (14, 2, 64), (32, 8, 128), (6, 2, 96), (4, 1, 256)]

@@ -18,9 +18,9 @@ from model.kv_cache import PagedCache, SplitPages, addresses
 from model.layers import Attention
 from model.rotary import rotary_angles, rotate
 from model.transformer import BoundModel, bind
-from model.weights.load import load_weights, open_checkpoint
 from model.weights.source import resolve_model
-from tests.model.tiny import TOKENS, random_tokens, random_weights, seed_of, tiny_configs, write_checkpoint
+from model.weights.weight_table import load_weights, open_checkpoint
+from tests.support.tiny import TOKENS, random_tokens, random_weights, seed_of, tiny_configs, write_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(tiny_configs())

@@ -14,7 +14,7 @@ from model.weights.errors import ModelLoadError
 from model.weights.gguf import GgufCheckpoint
 from model.weights.gguf_header import read_header
 from model.weights.source import default_model_path, resolve_model
-from tests.model.tiny_checkpoints import BF16, TinyModel, gguf_name
+from tests.support.tiny_checkpoints import BF16, TinyModel, gguf_name
 
 U32, STRING, ARRAY = 4, 8, 9
 

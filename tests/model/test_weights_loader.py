@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from compiled.load import abstract_model, kernels_used
 from model.config_hf import config_from_hf
-from tests.model.tiny import tiny_configs
-from tests.serve.server_process import ROOT
+from model.weights.loader import abstract_model, kernels_used
+from tests.support.server_process import ROOT
+from tests.support.tiny import tiny_configs
 
 # Loads a model in a process of its own: what was there before, the most that was there, and the weights, in bytes.
 LOAD = """
 import re, sys
 from pathlib import Path
 import jax
-from compiled.load import load_model
+from model.weights.loader import load_model
 from model.kernels import cpu
-from model.weights.load import open_checkpoint
+from model.weights.weight_table import open_checkpoint
 from model.weights.source import resolve_model
 def of(name):
     return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

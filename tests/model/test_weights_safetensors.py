@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from model.weights.checkpoint import TensorInfo
 from model.weights.errors import ModelLoadError
 from model.weights.safetensors import SafetensorsCheckpoint
-from tests.model.tiny_checkpoints import BF16, TinyModel
+from tests.support.tiny_checkpoints import BF16, TinyModel
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00002-of-00003.safetensors"

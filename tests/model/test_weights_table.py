@@ -16,11 +16,11 @@ from model.transformer import abstract_weights
 from model.weights.errors import ModelLoadError
 from model.weights.gguf import GgufCheckpoint
 from model.weights.gguf_header import read_header
-from model.weights.load import load_weights, open_checkpoint
 from model.weights.rows import Rows
 from model.weights.safetensors import SafetensorsCheckpoint
 from model.weights.source import default_model_path, resolve_model
-from tests.model.tiny_checkpoints import BF16, F32, LAYERS, Tensors, TinyModel, gguf_name
+from model.weights.weight_table import load_weights, open_checkpoint
+from tests.support.tiny_checkpoints import BF16, F32, LAYERS, Tensors, TinyModel, gguf_name
 
 UP = "model.layers.1.mlp.up_proj.weight"
 KEY = "model.layers.0.self_attn.k_proj.weight"

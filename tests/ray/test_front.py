@@ -13,10 +13,10 @@ ray_exceptions = pytest.importorskip("ray.exceptions", reason="Ray is not instal
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own
-    from serve import ray_front
+    from serve.ray import front as ray_front
 
-from serve.prefix_index import prompt_blocks  # noqa: E402
-from serve.ray_front import Front  # noqa: E402
+from serve.ray.front import Front  # noqa: E402
+from serve.ray.prefix_index import prompt_blocks  # noqa: E402
 
 DIED = ray_exceptions.ActorDiedError()
 FOR_WANT_OF_MEMORY = ray_exceptions.OutOfMemoryError("Ray has ended it")

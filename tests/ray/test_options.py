@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from serve.ray_options import options_of, parse_ray_args
-from tests.serve.server_process import ROOT
+from serve.ray.options import options_of, parse_ray_args
+from tests.support.server_process import ROOT
 
 
 def test_without_flags_there_is_one_replica_on_one_cpu() -> None:
@@ -114,7 +114,7 @@ def test_the_help_has_both_kinds_of_flags(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_without_ray_one_line_says_what_to_install() -> None:
-    code = "import runpy, sys; sys.modules['ray'] = None; runpy.run_module('serve.ray_app', run_name='__main__')"
+    code = "import runpy, sys; sys.modules['ray'] = None; runpy.run_module('serve.ray.app', run_name='__main__')"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert ended.stderr == "error: Ray is not installed: run `make ray`, or `pip install 'ray[serve]'`\n"
@@ -128,12 +128,12 @@ def loaded(module: str) -> set[str]:
 
 
 def test_a_server_needs_no_ray() -> None:
-    assert "ray" not in loaded("serve.server")
+    assert "ray" not in loaded("serve.server.server")
 
 
 def test_a_front_needs_no_model() -> None:
     pytest.importorskip("ray", reason="Ray is not installed: `make ray`")
-    packages = loaded("serve.ray_front, serve.ray_router")
+    packages = loaded("serve.ray.front, serve.ray.router")
     assert "ray" in packages
     assert not packages & {"jax", "transformers", "tokenizers", "compiled", "model"}
 
@@ -150,7 +150,7 @@ def test_ray_is_told(words: str, replicas: Any) -> None:
     flags = "--device cuda --tensor-parallel-size 2 --shutdown-timeout 50 --max-num-queued-reqs 100 --max-num-seqs 8"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own
-        from serve.ray_app import application
+        from serve.ray.app import application
 
         front = application(*parse_ray_args([*words.split(), *flags.split()], {}))._bound_deployment
     replica = front.init_args[0]._bound_deployment
@@ -164,7 +164,7 @@ def test_ray_is_told(words: str, replicas: Any) -> None:
     assert replica.ray_actor_options["num_gpus"] == 2
     assert front.ray_actor_options["num_cpus"] == 0
     router = replica._deployment_config.request_router_config
-    assert router.request_router_class == "serve.ray_router.PrefixRouter"
+    assert router.request_router_class == "serve.ray.router.PrefixRouter"
     assert router.request_router_kwargs["margin"] == 4
     for each in (front, replica):
         assert each._deployment_config.graceful_shutdown_timeout_s == 50

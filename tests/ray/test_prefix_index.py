@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from serve.prefix_index import BLOCK_BYTES, PrefixIndex, prompt_blocks
+from serve.ray.prefix_index import BLOCK_BYTES, PrefixIndex, prompt_blocks
 
 IDLE = {"a": 0, "b": 0}
 

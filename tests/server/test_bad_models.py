@@ -10,13 +10,13 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tests.model.tiny_checkpoints import VOCAB, TinyModel
-from tests.serve.server_process import ROOT
+from tests.support.server_process import ROOT
+from tests.support.tiny_checkpoints import VOCAB, TinyModel
 
 # Runs `python -m serve` once for each argument list, in one process: most of such a run is importing.
 RUNS = """
 import contextlib, io, json, sys
-from serve.__main__ import main
+from serve.cli.main import main
 for arguments in json.loads(sys.argv[1]):
     with contextlib.redirect_stderr(io.StringIO()) as said:
         code = main(arguments)

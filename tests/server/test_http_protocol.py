@@ -11,9 +11,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from serve.http_protocol import GuardedProtocol
-from tests.serve.http_client import completion_body
-from tests.serve.listening import listening
+from serve.server.http_protocol import GuardedProtocol
+from tests.support.http_client import completion_body
+from tests.support.listening import listening
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
 

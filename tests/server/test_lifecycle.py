@@ -17,9 +17,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from serve import lifecycle
-from tests.serve.certificates import Certificates
-from tests.serve.faulty_server import FAIL, HANG, LOSE, SLOW, STUCK, FaultyServer
+from serve.server import lifecycle
+from tests.support.certificates import Certificates
+from tests.support.faulty_server import FAIL, HANG, LOSE, SLOW, STUCK, FaultyServer
 
 SECONDS = 30
 ENDLESS = {"prompt": [SLOW, 10], "max_tokens": 400, "stream": True, "ignore_eos": True}
@@ -165,7 +165,7 @@ HEAP = """
 import resource
 from pathlib import Path
 
-from serve.heap import trim
+from serve.server.heap import trim
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

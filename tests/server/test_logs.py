@@ -16,16 +16,16 @@ import httpx2
 import pytest
 from rich.console import Console
 
-from serve.assembly import Served
-from serve.logs import JsonFormatter, json_line, set_up_logs
-from serve.server import main
-from tests.serve.server_process import ROOT, ServerProcess
-from tests.serve.test_bad_models import directory
+from serve.server.assembly import Served
+from serve.server.logs import JsonFormatter, json_line, set_up_logs
+from serve.server.server import main
+from tests.server.test_bad_models import directory
+from tests.support.server_process import ROOT, ServerProcess
 
 # What a process logs, warns of and lets slip, in the form that its argument names.
 LOGS = """
 import gc, logging, sys, threading, warnings
-from serve.logs import set_up_logs
+from serve.server.logs import set_up_logs
 set_up_logs("info", stream=sys.stderr, form=sys.argv[1])
 logging.getLogger("serve.engine").info("two\\nlines", extra={"request": 7, "odd": {1: float("nan")}})
 logging.getLogger("serve.engine").debug("not said")
@@ -35,7 +35,7 @@ warnings.warn("old", DeprecationWarning)
 try:
     1 / 0
 except ZeroDivisionError:
-    logging.getLogger("serve.openai").exception("a request failed")
+    logging.getLogger("serve.api").exception("a request failed")
 thread = threading.Thread(target=lambda: [][0], name="worker")
 thread.start()
 thread.join()
@@ -73,7 +73,7 @@ def logged(form: str) -> str:
 def test_json_logs_are_an_object_a_line_whatever_happens() -> None:
     records = [json.loads(line) for line in logged("json").splitlines()]
     assert [record["logger"] for record in records] == [
-        *("serve.engine", "uvicorn.error", "py.warnings", "serve.openai", "serve", "serve", "serve")
+        *("serve.engine", "uvicorn.error", "py.warnings", "serve.api", "serve", "serve", "serve")
     ]
     assert [record["level"] for record in records] == [
         *("info", "warning", "warning", "error", "critical", "error", "critical")
@@ -205,7 +205,7 @@ def test_all_that_a_real_server_writes_is_json(tmp_path: Path) -> None:
     told = [json.loads(line) for line in server.log]
     events = [each["event"] for each in told if "event" in each]
     assert events == [*("model_found", "memory_planned", "weights_loaded", "compile_begun", "all_compiled", "serving")]
-    (logged,) = [each for each in told if each.get("logger") == "serve.openai.endpoint"]
+    (logged,) = [each for each in told if each.get("logger") == "serve.api.context"]
     assert "prompts ['abc']" in logged["message"]
     assert any(each.get("logger") == "uvicorn.error" for each in told)
     assert "k7" not in "".join(server.log)

@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compiled.load import load_model, weight_bytes
 from compiled.shapes import make_buckets
 from model.config_hf import config_from_hf
-from model.weights.load import open_checkpoint
+from model.weights.loader import load_model, weight_bytes
 from model.weights.source import ModelSource
-from serve.flags import parse_args
-from serve.memory import MemoryAmount
-from serve.plan import PlanError, plan_memory
-from serve.startup import chosen_dtype
-from tests.model.tiny import random_weights, tiny_configs, write_checkpoint
-from tests.model.tiny_checkpoints import BF16, TinyModel
+from model.weights.weight_table import open_checkpoint
+from serve.config.flags import parse_args
+from serve.config.sizes import MemoryAmount
+from serve.server.memory_plan import PlanError, plan_memory
+from serve.server.startup import chosen_dtype
+from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
+from tests.support.tiny_checkpoints import BF16, TinyModel
 
 CONFIG = config_from_hf(tiny_configs()["llama"])
 BUCKETS = make_buckets(max_num_seqs=4, max_model_len=256, max_num_batched_tokens=64)

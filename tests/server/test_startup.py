@@ -5,10 +5,11 @@ import copy
 import pytest
 
 from compiled.shapes import make_buckets
-from serve.flags import parse_args
-from serve.memory import MemoryAmount, pages_in
-from serve.startup import StartupError, check_tokenizer, system_fingerprint
-from tests.serve.http_client import END, byte_tokenizer
+from serve.config.flags import parse_args
+from serve.config.sizes import MemoryAmount
+from serve.server.memory import pages_in
+from serve.server.startup import StartupError, check_tokenizer, system_fingerprint
+from tests.support.http_client import END, byte_tokenizer
 
 
 def fingerprint(*flags: str, kernels: tuple[str, ...] = ()) -> str:

@@ -10,9 +10,11 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from serve.report import Reporter, is_terminal, reporter_for
-from serve.report_curl import curl_command
-from serve.report_events import (
+from serve.server.console import ScreenReporter
+from serve.server.report import Reporter, is_terminal, reporter_for
+from serve.server.report_curl import curl_command
+from serve.server.report_lines import LineReporter
+from serve.server.startup_events import (
     AllCompiled,
     DefaultsTaken,
     Failed,
@@ -23,9 +25,7 @@ from serve.report_events import (
     Serving,
     WeightsLoaded,
 )
-from serve.report_lines import LineReporter
-from serve.report_screen import ScreenReporter
-from tests.serve.http_client import serving
+from tests.support.http_client import serving
 
 ADDRESS = re.compile(r"serving .* at (http://127\.0\.0\.1:\d+)")  # how tests and the bench find a server
 MODEL = ModelFound("org/[a] model", "llama", 134_515_008, "bfloat16", "cpu", "cpu", 1, 8192, 16)

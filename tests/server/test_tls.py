@@ -6,9 +6,9 @@ import httpx2
 import pytest
 import trustme
 
-from serve.server import main
-from tests.serve.certificates import Certificates
-from tests.serve.faulty_server import FaultyServer
+from serve.server.server import main
+from tests.support.certificates import Certificates
+from tests.support.faulty_server import FaultyServer
 
 
 @pytest.fixture

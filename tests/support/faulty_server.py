@@ -1,4 +1,4 @@
-"""`python -m tests.serve.faulty_server`: what `python -m serve` runs, whose model is a script that can be made to fail.
+"""`python -m tests.support.faulty_server`: `python -m serve` with a scripted model that can be made to fail.
 
 What a prompt begins with says how: FAIL fails once, LOSE for good, HANG never ends, SLOW takes its time. A text that
 begins with STUCK is never tokenized. The last bytes of answers, and the last
@@ -11,21 +11,21 @@ from typing import Any
 
 from compiled.state import MAX_SCORED_IDS, DecodeInput, SamplingArrays, StepInput, StepOutput
 from model.kv_cache import PAGE_SIZE
-from serve import lifecycle
-from serve.app import create_app
-from serve.assembly import Served
-from serve.config import ServeConfig
+from serve.api.app import create_app
+from serve.api.context import AppConfig
+from serve.api.metrics import Metrics
+from serve.api.readiness import Readiness
+from serve.config.config import ServeConfig
 from serve.engine.engine import Engine
 from serve.engine.request import EngineLimits
-from serve.metrics import Metrics
-from serve.openai.endpoint import AppConfig
-from serve.openai.readiness import Readiness
-from serve.report import Reporter
-from serve.server import main
+from serve.server import lifecycle
+from serve.server.assembly import Served
+from serve.server.report import Reporter
+from serve.server.server import main
 from serve.text.tokenizer import Tokenizer
-from tests.serve.fake_runner import MAX_MODEL_LEN, K
-from tests.serve.http_client import MODEL, VOCAB_SIZE, ScriptedRunner, byte_tokenizer
-from tests.serve.server_process import ServerProcess
+from tests.support.fake_runner import MAX_MODEL_LEN, K
+from tests.support.http_client import MODEL, VOCAB_SIZE, ScriptedRunner, byte_tokenizer
+from tests.support.server_process import ServerProcess
 
 FAIL, LOSE, HANG, SLOW = 1, 2, 3, 4  # token ids
 STUCK = "stuck"
@@ -38,7 +38,7 @@ class FaultyServer(ServerProcess):
     """The process, up when the constructor returns."""
 
     def __init__(self, *arguments: str) -> None:
-        self._start(["-m", "tests.serve.faulty_server", *arguments, "--port", "0"])
+        self._start(["-m", "tests.support.faulty_server", *arguments, "--port", "0"])
 
 
 class FaultyRunner(ScriptedRunner):

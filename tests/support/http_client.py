@@ -31,17 +31,17 @@ from compiled.state import (
     mask_words,
 )
 from model.kv_cache import NULL_PAGE, PAGE_SIZE
-from serve.app import AppConfig, create_app
+from serve.api.app import AppConfig, create_app
+from serve.api.metrics import Metrics
+from serve.api.readiness import Readiness
+from serve.api.record import OnAnswer
 from serve.engine.engine import Engine
 from serve.engine.request import EngineLimits, Request, TokenEvent
-from serve.metrics import Metrics
-from serve.openai.readiness import Readiness
-from serve.openai.record import OnAnswer
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.token_bytes import byte_characters
 from serve.text.tokenizer import Tokenizer
-from tests.serve import fake_runner
-from tests.serve.fake_runner import MAX_MODEL_LEN, FakeRunner, K, Unread
+from tests.support import fake_runner
+from tests.support.fake_runner import MAX_MODEL_LEN, FakeRunner, K, Unread
 
 MODEL = "org/bytes"
 VOCAB_SIZE = 260

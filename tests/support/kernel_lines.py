@@ -1,4 +1,4 @@
-"""`python -m tests.kernel_lines`: what the kernels' C++ test programs print, compiled in many ways, as JSON.
+"""`python -m tests.support.kernel_lines`: what the kernels' C++ test programs print, compiled in many ways, as JSON.
 
 Case -> "lines", or "skipped": why it cannot be done here, or "failed": what was wrong.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from model.kernels.cpu import build, library
 from model.kernels.cpu.library import INSTRUCTION_SETS
-from tests.sanitized_kernels import SANITIZERS
+from tools.sanitize import SANITIZERS
 
 _FOLDER = Path(__file__).with_name("model")
 _CANNOT_RUN = 77  # the program's exit code on a CPU that it is not for

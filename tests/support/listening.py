@@ -9,8 +9,8 @@ from typing import Any
 
 import uvicorn
 
-from serve.http_protocol import HttpConfig
-from tests.serve.http_client import Server, serving
+from serve.server.http_protocol import HttpConfig
+from tests.support.http_client import Server, serving
 
 
 @contextmanager

@@ -4,14 +4,14 @@ import os
 import signal
 from pathlib import Path
 
-from tests.serve.server_process import ServerProcess
+from tests.support.server_process import ServerProcess
 
 
 class RayProcess(ServerProcess):
-    """`python -m serve.ray_app ... --port 0`, up when the constructor returns."""
+    """`python -m serve.ray.app ... --port 0`, up when the constructor returns."""
 
     def __init__(self, *arguments: str) -> None:
-        self._start(["-m", "serve.ray_app", *arguments, "--port", "0"])
+        self._start(["-m", "serve.ray.app", *arguments, "--port", "0"])
 
     def replicas(self) -> list[int]:
         """The process ids of the replicas."""

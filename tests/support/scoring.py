@@ -1,6 +1,6 @@
 """`python -m serve score` on a model whose arithmetic can be done by hand; as a program, it is killed at every fsync.
 
-The tokenizer is that of tests.serve.http_client: a token is a byte.
+The tokenizer is that of tests.support.http_client: a token is a byte.
 """
 
 import os
@@ -20,16 +20,16 @@ import orjson
 from compiled.runner import ModelRunner
 from compiled.state import MAX_SCORED_IDS
 from model.kv_cache import PAGE_SIZE
-from serve.config import EngineConfig
+from serve.cli.score import command, journal
+from serve.config.config import EngineConfig
+from serve.config.generation_config import GenerationDefaults
 from serve.engine.request import EngineLimits
-from serve.openai.defaults import GenerationDefaults
-from serve.report import Reporter
-from serve.report_events import Event
-from serve.report_lines import LineReporter
-from serve.score import command, journal
-from serve.startup import Loaded
-from tests.serve.fake_runner import FakeRunner, K, hidden_after, numbers
-from tests.serve.http_client import VOCAB_SIZE, ScriptedRunner, byte_tokenizer
+from serve.server.report import Reporter
+from serve.server.report_lines import LineReporter
+from serve.server.startup import Loaded
+from serve.server.startup_events import Event
+from tests.support.fake_runner import FakeRunner, K, hidden_after, numbers
+from tests.support.http_client import VOCAB_SIZE, ScriptedRunner, byte_tokenizer
 
 CONTEXT = 128  # tokens
 
@@ -42,7 +42,7 @@ def byte_runner() -> ScriptedRunner:
 def fake_load(
     runner: FakeRunner, fingerprint: str = "fp", context: int = CONTEXT
 ) -> Callable[[EngineConfig, Reporter], Loaded]:
-    """What stands for serve.startup.load."""
+    """What stands for serve.server.startup.load."""
 
     def load(config: EngineConfig, _: Reporter) -> Loaded:
         limits = EngineLimits(

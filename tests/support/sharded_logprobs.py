@@ -1,4 +1,4 @@
-"""`python -m tests.sharded_numbers`: the numbers of small models on 1, 2, 4 and 8 devices, as JSON.
+"""`python -m tests.support.sharded_logprobs`: the numbers of small models on 1, 2, 4 and 8 devices, as JSON.
 
 The devices are made of one CPU, which has to be said before a process uses it: hence a process of its own.
 """
@@ -12,8 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from compiled import hlo
-from compiled.load import load_model
 from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
 from compiled.state import (
@@ -29,9 +27,11 @@ from compiled.state import (
 from compiled.step import place_of
 from model.kv_cache import PAGE_SIZE
 from model.sharding import tensor_mesh
-from model.weights.load import open_checkpoint
+from model.weights.loader import load_model
 from model.weights.source import ModelSource
-from tests.model.tiny import random_weights, tiny_configs, write_checkpoint
+from model.weights.weight_table import open_checkpoint
+from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
+from tools.hlo import operations
 
 PROMPT = [5, 17, 99, 3, 8, 9, 44]
 BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, vocabulary_rows=8)
@@ -135,7 +135,7 @@ def main() -> int:
                 told[case][devices] = alone | choices(runner)
                 told[case][devices]["changed by company"] = numbers(runner, company=3) != alone
                 if devices == 4 and "hlo" not in told:
-                    told["hlo"] = {each.name: hlo.hlo_text(each) for each in runner.programs}
+                    told["hlo"] = {each.name: operations.hlo_text(each) for each in runner.programs}
     json.dump(told, sys.stdout)
     return 0
 

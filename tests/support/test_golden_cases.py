@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.golden_cases import GoldenName, GoldenPrompt, Measured, compare, load_golden
+from tests.support.golden_cases import GoldenName, GoldenPrompt, Measured, compare, load_golden
 
 NAMES: tuple[GoldenName, ...] = ("smollm2-q4_1-gguf-f32", "smollm2-prompt-logprobs")
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.weights.gguf_header import read_header
-from serve.engine.detokenize import Detokenizer, StopStrings
+from serve.text.detokenizer import Detokenizer, StopStrings
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer
 

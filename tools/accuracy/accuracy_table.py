@@ -1,4 +1,4 @@
-"""`python -m tests.accuracy_table [MODEL ...]`: what bfloat16 and int8 weights cost, on the golden prompts.
+"""`python -m tools.accuracy.accuracy_table [MODEL ...]`: what bfloat16 and int8 weights cost, on the golden prompts.
 
 For each model (none: the default one), against float32: the mean and the greatest |error| of the log-probs of the
 prompts' tokens, the mean Kullback-Leibler divergence of the whole distributions, and how often the best token is
@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from compiled.shapes import Buckets
-from model.weights.load import open_checkpoint
 from model.weights.source import default_model_path, resolve_model
+from model.weights.weight_table import open_checkpoint
 from serve.engine.core import EngineCore
 from serve.engine.request import PromptScoring, Request, SamplingParams
-from tests.conftest import make_runner
-from tests.golden_cases import GoldenName, load_golden
-from tests.in_process import MAX_MODEL_LEN, MAX_NUM_BATCHED_TOKENS
+from tests.support.golden_cases import GoldenName, load_golden
+from tests.support.in_process import MAX_MODEL_LEN, MAX_NUM_BATCHED_TOKENS
+from tests.support.runners import make_runner
 
 _BUCKETS = Buckets(
     decode_rows=(1,), prefill_chunks=(64, 256), score_rows=64, pages_per_row=MAX_MODEL_LEN // 64, vocabulary_rows=8

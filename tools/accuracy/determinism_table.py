@@ -1,4 +1,4 @@
-"""`python -m tests.determinism_table [MODEL ...]`: by how much a log-prob moves with how it is computed.
+"""`python -m tools.accuracy.determinism_table [MODEL ...]`: by how much a log-prob moves with how it is computed.
 
 For each model (none: the default one) and each way to multiply: one request alone against the same one in a crowd,
 in other chunks, from the prefix cache, and generated against scored again. 0 is equality to the last bit.
@@ -21,7 +21,7 @@ from model.kernels import cpu
 from model.weights.source import default_model_path
 from serve.engine.core import EngineCore
 from serve.engine.request import PromptScoring, Request, SamplingParams
-from tests.conftest import make_runner
+from tests.support.runners import make_runner
 
 _PROMPT, _OUTPUT = 300, 40  # tokens
 _CONTEXT = 1024

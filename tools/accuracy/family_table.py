@@ -1,4 +1,4 @@
-"""`python -m tests.family_table`: how far each family's tiny model is from torch, in float32. The README holds it.
+"""`python -m tools.accuracy.family_table`: float32 error of each family's tiny model against torch.
 
 The greatest |error| of any sub-layer's output, of the logits, and of the log-probs of a sequence's tokens.
 """

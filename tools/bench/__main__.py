@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from compiled.state import MAX_SCORED_IDS
-from serve.bench_host import host_ms_per_step
-from serve.bench_http import entries_ms, http_share
-from serve.bench_limit import bandwidth_probe, decode_bytes, is_here
-from serve.bench_reader import beside_a_reader
-from serve.own_server import own_server
+from tools.bench.bandwidth import bandwidth_probe, decode_bytes, is_here
+from tools.bench.host import host_ms_per_step
+from tools.bench.http_floor import entries_ms, http_share
+from tools.bench.stalled_reader import beside_a_reader
+from tools.own_server import own_server
 
 _PROMPT, _OUTPUT = 32, 64  # tokens of a decode stream
 _LONG = 512  # tokens of a prefill
@@ -256,7 +256,7 @@ async def _collect(url: str, vocabulary: int) -> dict[str, Figures]:
 
 def main() -> None:
     """Measures a server that runs (--url) or one started for it, and prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m serve.bench", description="Load client and table.")
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description="Load client and table.")
     parser.add_argument("--url", help="a server that runs, such as http://127.0.0.1:8000; else one is started")
     parser.add_argument("--model", help="the model's files: served if no --url is given, and the source of the floor")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from model.transformer import abstract_weights
 from model.weights.int8 import GROUP
-from model.weights.load import open_checkpoint
 from model.weights.source import ModelSource, default_model_path, resolve_model
+from model.weights.weight_table import open_checkpoint
 
 _BYTES = 512 << 20  # far more than any cache holds
 _ACCELERATOR_BYTES = 4 << 30  # and so many that starting the product does not count

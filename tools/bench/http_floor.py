@@ -18,13 +18,13 @@ import uvicorn
 from compiled.state import MAX_SCORED_IDS, DecodeInput, SamplingArrays, StepOutput
 from model.kv_cache import PAGE_SIZE
 from model.weights.source import default_model_path
-from serve.app import AppConfig, create_app
-from serve.bench_host import NullRunner
+from serve.api.app import AppConfig, create_app
+from serve.api.metrics import Metrics
+from serve.api.prompt_logprobs import EntryWriter
 from serve.engine.engine import Engine
 from serve.engine.request import EngineLimits, TokenScores
-from serve.metrics import Metrics
-from serve.openai.prompt_entries import EntryWriter
-from serve.startup import local_tokenizer
+from serve.server.startup import local_tokenizer
+from tools.bench.host import NullRunner
 
 _STREAMS = 16
 _TOKENS_PER_SECOND = 200
@@ -58,7 +58,7 @@ class PacedRunner(NullRunner):
 
 def http_share(**fields: object) -> float:
     """Share of one core that a server process needs for 16 streams of 200 tokens a second in all, device left out."""
-    command = [sys.executable, "-m", "serve.bench_http"]
+    command = [sys.executable, "-m", "tools.bench.http_floor"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:

@@ -5,9 +5,9 @@ import json
 import httpx2
 import pytest
 
-from serve.bench import FailedError, Figures, measure, show
-from serve.bench_host import host_ms_per_step
-from serve.bench_limit import decode_bytes, is_here
+from tools.bench.__main__ import FailedError, Figures, measure, show
+from tools.bench.bandwidth import decode_bytes, is_here
+from tools.bench.host import host_ms_per_step
 
 
 def peer(request: httpx2.Request) -> httpx2.Response:

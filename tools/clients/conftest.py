@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.clients.printed import Expected, ask
-from tests.serve.server_process import ServerProcess
+from tests.support.server_process import ServerProcess
+from tools.clients.printed import Expected, ask
 
 MODEL = "SmolLM2-135M-Instruct"
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.serve.server_process import ROOT
+from tests.support.server_process import ROOT
 
 REQUIREMENTS = ROOT / "requirements-clients"
 ENVIRONMENTS = ROOT / ".venv" / "clients"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.environments import python_environment, run
-from tests.serve.server_process import ServerProcess
+from tests.support.server_process import ServerProcess
+from tools.clients.environments import python_environment, run
 
 pytestmark = pytest.mark.clients
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.environments import python_environment, run
-from tests.clients.printed import Expected, sections
+from tools.clients.environments import python_environment, run
+from tools.clients.printed import Expected, sections
 
 pytestmark = pytest.mark.clients
 

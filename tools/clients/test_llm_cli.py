@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.conftest import MODEL
-from tests.clients.environments import python_environment, run
-from tests.clients.printed import PROMPT, Expected
+from tools.clients.conftest import MODEL
+from tools.clients.environments import python_environment, run
+from tools.clients.printed import PROMPT, Expected
 
 pytestmark = pytest.mark.clients
 

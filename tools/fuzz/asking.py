@@ -7,22 +7,22 @@ from contextlib import AbstractAsyncContextManager
 import httpx2
 from pydantic import BaseModel
 
-from serve.openai import answers
-from tests.fuzz.bodies import DETOKENIZE, TOKENIZE
-from tests.serve.http_client import ExactRunner, Server, chunks_of, error_of, serving, told
+from serve.api import responses
+from tests.support.http_client import ExactRunner, Server, chunks_of, error_of, serving, told
+from tools.fuzz.bodies import DETOKENIZE, TOKENIZE
 
 SECONDS = 20  # in which a request has to be answered
 _REFUSALS = (400, 404, 413)
 # By the `object` of an answer, which those of /tokenize and /detokenize lack.
 _WHOLE: dict[str, type[BaseModel]] = {
-    "chat.completion": answers.ChatCompletionAnswer,
-    "text_completion": answers.CompletionAnswer,
-    TOKENIZE: answers.Tokenized,
-    DETOKENIZE: answers.Detokenized,
+    "chat.completion": responses.ChatCompletionAnswer,
+    "text_completion": responses.CompletionAnswer,
+    TOKENIZE: responses.Tokenized,
+    DETOKENIZE: responses.Detokenized,
 }
 _CHUNKS: dict[str, type[BaseModel]] = {
-    "chat.completion.chunk": answers.ChatChunk,
-    "text_completion": answers.CompletionChunk,
+    "chat.completion.chunk": responses.ChatChunk,
+    "text_completion": responses.CompletionChunk,
 }
 
 

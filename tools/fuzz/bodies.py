@@ -5,10 +5,10 @@ from copy import deepcopy
 from random import Random
 from typing import Any
 
-from serve.openai.known_fields import UNSUPPORTED, WITHOUT_EFFECT
-from serve.openai.schema import ChatCompletionRequest, CompletionRequest
-from tests.fuzz.random_bytes import bytes_changed
-from tests.fuzz.random_json import anything, deep, json_changed, written
+from serve.api.known_fields import UNSUPPORTED, WITHOUT_EFFECT
+from serve.api.requests import ChatCompletionRequest, CompletionRequest
+from tools.fuzz.random_bytes import bytes_changed
+from tools.fuzz.random_json import anything, deep, json_changed, written
 
 CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"
 PATHS = (CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE, "/invocations")

@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz.child TARGET FOLDER SECONDS SEED`: fuzzes one target with atheris; `__main__` starts it.
+"""`python -m tools.fuzz.child TARGET FOLDER SECONDS SEED`: fuzzes one target with atheris; `__main__` starts it.
 
 What an input raises is written down and the next one is tried, so that one finding does not hide the others. An input
 that takes too long or too much memory, or crashes, ends the process: libFuzzer writes it down.
@@ -72,7 +72,7 @@ def main() -> None:
     import atheris  # an extra, which nothing else needs
 
     with atheris.instrument_imports(include=_INSTRUMENTED):
-        from tests.fuzz.targets import TARGETS
+        from tools.fuzz.targets import TARGETS
     logging.disable(logging.CRITICAL)
     target, corpus, findings = TARGETS[name], Path(folder) / "corpus", Path(folder) / "findings"
     for path in (corpus, findings):

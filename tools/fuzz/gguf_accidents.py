@@ -4,10 +4,10 @@ import struct
 from dataclasses import replace
 from random import Random
 
-from tests.fuzz.gguf_parts import ARRAY, PACKED, STRING, File, Row, Value, string, taken_apart
-from tests.fuzz.gguf_seeds import FACTORS
-from tests.fuzz.random_bytes import bytes_changed, edge
-from tests.fuzz.random_json import STRINGS
+from tools.fuzz.gguf_parts import ARRAY, PACKED, STRING, File, Row, Value, string, taken_apart
+from tools.fuzz.gguf_seeds import FACTORS
+from tools.fuzz.random_bytes import bytes_changed, edge
+from tools.fuzz.random_json import STRINGS
 
 _FLOATS = (0.0, -0.0, 1.0, 0.5, -1.0, 1e-30, 1e30, float("inf"), float("-inf"), float("nan"))
 _TEXTS = (

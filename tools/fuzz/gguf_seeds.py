@@ -7,7 +7,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from tests.fuzz.gguf_parts import ALIGNMENT, File, Row, Value
+from tools.fuzz.gguf_parts import ALIGNMENT, File, Row, Value
 
 type _Tensor = tuple[str, tuple[int, ...], str, bytes]  # name, axes (the fastest first), type, data
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from tests.fuzz.random_bytes import EDGES, bytes_changed
-from tests.fuzz.random_json import anything, json_changed, written
-from tests.model.tiny import random_weights, tiny_configs
+from tests.support.tiny import random_weights, tiny_configs
+from tools.fuzz.random_bytes import EDGES, bytes_changed
+from tools.fuzz.random_json import anything, json_changed, written
 
 _MARK = b"\n\0file\0\n"
 _SHARD = "a.safetensors"

@@ -9,15 +9,15 @@ import numpy as np
 from compiled.shapes import make_buckets
 from model.config import ModelConfig
 from model.weights.gguf import GgufCheckpoint
-from model.weights.load import load_weights, open_checkpoint
 from model.weights.source import ModelSource, resolve_model
-from serve.openai.defaults import defaults_of
-from serve.plan import PlanError, plan_memory
-from serve.startup import STARTUP_ERRORS, check_template, check_tokenizer
+from model.weights.weight_table import load_weights, open_checkpoint
+from serve.config.generation_config import defaults_of
+from serve.server.memory_plan import PlanError, plan_memory
+from serve.server.startup import STARTUP_ERRORS, check_template, check_tokenizer
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer
-from tests.fuzz.gguf_seeds import second_part
-from tests.fuzz.model_folders import ModelFolder
+from tools.fuzz.gguf_seeds import second_part
+from tools.fuzz.model_folders import ModelFolder
 
 _CLEAN = (*STARTUP_ERRORS, PlanError)  # which a start makes a StartupError
 _BYTES = 1 << 30  # that a device would have free

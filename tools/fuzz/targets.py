@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from tests.fuzz import bodies, gguf_accidents, gguf_seeds, model_folders
-from tests.fuzz.asking import answering, asked
-from tests.fuzz.opening import Opener
+from tools.fuzz import bodies, gguf_accidents, gguf_seeds, model_folders
+from tools.fuzz.asking import answering, asked
+from tools.fuzz.opening import Opener
 
 type Run = Callable[[bytes], object]  # raises where an input is a finding
 

@@ -1,6 +1,6 @@
 """Runs the guides of docs/guides and compares what their blocks print with what the guides say.
 
-`python -m tests.guides [NAME ...]` starts a server, runs the guides and says where they differ; with `--write` it
+`python -m tools.guides [NAME ...]` starts a server, runs the guides and says where they differ; with `--write` it
 rewrites the outputs that differ.
 
 A guide's blocks are run in their order: ```python blocks in one namespace, ```sh blocks by bash. The ```text block
@@ -20,8 +20,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.clients.environments import python_environment
-from tests.serve.server_process import ROOT, ServerProcess
+from tests.support.server_process import ROOT, ServerProcess
+from tools.clients.environments import python_environment
 
 FOLDER = ROOT / "docs" / "guides"
 GUIDES = {path.stem: path for path in sorted(FOLDER.glob("*.md")) if path.name != "README.md"}
@@ -221,7 +221,7 @@ def _is_number_alike(expected: str, output: str) -> bool:
 
 def main() -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tests.guides", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.guides", description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *GUIDES], metavar="NAME", help=", ".join(GUIDES))
     parser.add_argument("--write", action="store_true", help="rewrite the outputs that differ")
     arguments = parser.parse_args()

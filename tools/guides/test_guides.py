@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from model.kernels import cpu
-from serve.flags import parse_args
-from serve.score.config import parse_args as parse_score_args
-from tests.guides import FOLDER, GUIDES, GuideError, Ran, blocks_of, is_alike, programs_of, run_guide
-from tests.serve.server_process import ROOT, ServerProcess
+from serve.cli.score.config import parse_args as parse_score_args
+from serve.config.flags import parse_args
+from tests.support.server_process import ROOT, ServerProcess
+from tools.guides.__main__ import FOLDER, GUIDES, GuideError, Ran, blocks_of, is_alike, programs_of, run_guide
 
 # Begun in this order, the longest first.
 ORDER = ("lm-eval", "scoring", "hlo", "deploying", "uncertainty", "teacher")
@@ -72,8 +72,8 @@ def test_flags_are_the_servers(name: str) -> None:
         parse_args(words.split(), {})
     for words in re.findall(r"-m serve score (.*)$", text, re.MULTILINE):
         parse_score_args(words.split())
-    known = " ".join(path.read_text("utf-8") for path in (ROOT / "serve").glob("*/config.py"))
-    known += (ROOT / "serve" / "config.py").read_text("utf-8")
+    known = " ".join(path.read_text("utf-8") for path in (ROOT / "serve" / "cli").glob("*/config.py"))
+    known += (ROOT / "serve" / "config" / "config.py").read_text("utf-8")
     for flag in re.findall(r"`--([\w-]+)", text):
         name_of = flag.removeprefix("no-").replace("-", "_")
         # lm-eval's have underscores.

@@ -4,7 +4,6 @@ import math
 import re
 from dataclasses import dataclass
 
-from compiled.hlo_text import Computation, Instruction, array_sizes, bits, dims
 from model.kernels.cpu.library import (
     ATTENTION_TARGET,
     INT8_TARGET,
@@ -13,6 +12,7 @@ from model.kernels.cpu.library import (
     SCORE_TARGET,
     TARGET,
 )
+from tools.hlo.parse import Computation, Instruction, array_sizes, bits, dims
 
 _TAKES = frozenset({"gather", "dynamic-slice", "slice"})
 _ROTATED_PAGES = (3, 4)  # operands of the CPU's rotary kernel that are all pages of the cache, updated in place

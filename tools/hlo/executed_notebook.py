@@ -1,4 +1,4 @@
-"""`python -m tests.executed_notebook`: the notebook with fresh outputs, run where Jupyter would run it."""
+"""`python -m tools.hlo.executed_notebook`: the notebook with fresh outputs, run where Jupyter would run it."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
-FOLDER = Path(__file__).parents[1] / "compiled"
+FOLDER = Path(__file__).parents[2] / "compiled"
 NOTEBOOK = FOLDER / "inspect_hlo.ipynb"
 _TIMEOUT = 900  # seconds for a cell, after which something hangs; never reached otherwise
 

@@ -16,9 +16,9 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from compiled.hlo_cost import bytes_of, flops_of
-from compiled.hlo_text import Computation, Instruction, arrays_of, dims, parse, without_metadata, without_sources
 from compiled.programs import Program
+from tools.hlo.cost import bytes_of, flops_of
+from tools.hlo.parse import Computation, Instruction, arrays_of, dims, parse, without_metadata, without_sources
 
 SCOPES = ("attention", "mlp", "head", "sample", "logprobs", "rank")  # the names given by jax.named_scope
 OTHER = "other"  # embedding, rotary angles, final norm, hidden pages

@@ -6,9 +6,6 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import pytest
 
-from compiled import hlo
-from compiled.hlo import Operation, Totals
-from compiled.hlo_text import without_metadata
 from compiled.programs import compile_plans
 from compiled.runner import make_plans, state_shapes
 from compiled.shapes import Buckets
@@ -16,7 +13,10 @@ from compiled.state import MAX_SCORED_IDS
 from model.config_hf import config_from_hf
 from model.kernels import cpu
 from model.transformer import abstract_weights, bind
-from tests.model.tiny import tiny_configs
+from tests.support.tiny import tiny_configs
+from tools.hlo import operations
+from tools.hlo.operations import Operation, Totals
+from tools.hlo.parse import without_metadata
 
 TEXT = """HloModule jit_toy, is_scheduled=true, input_output_alias={ {1}: (2, {}, may-alias) }, entry_computation_layout={}
 
@@ -152,11 +152,11 @@ EXPECTED = [
 
 
 def test_operations_of_a_text_counted_by_hand() -> None:
-    assert hlo.operations(TEXT) == EXPECTED
+    assert operations.operations(TEXT) == EXPECTED
 
 
 def test_an_int8_product_computes_as_much_as_a_bfloat16_one() -> None:
-    assert hlo.operations(TEXT.replace('"logprobd_linear"', '"logprobd_linear_int8"')) == EXPECTED
+    assert operations.operations(TEXT.replace('"logprobd_linear"', '"logprobd_linear_int8"')) == EXPECTED
 
 
 # What a TPU's compiler writes: weights fetched ahead into memory on the chip, S(1), products as convolutions, a kernel;
@@ -215,33 +215,33 @@ EXPECTED_AHEAD = [
 
 
 def test_what_is_fetched_ahead_counts_once_and_for_who_waits_for_it() -> None:
-    counted = hlo.operations(AHEAD)
+    counted = operations.operations(AHEAD)
     assert counted == EXPECTED_AHEAD
-    assert [each.name for each in hlo.collectives(counted)] == ["reduce.1"]
-    assert list(hlo.by_layer(counted)) == [1, 2, None]
-    assert hlo.by_layer(counted)[1] == Totals(_SLICE + 4 * 24 * 4, 2 * 4 * 24 * 64)
-    assert hlo.by_layer(counted)[None] == Totals(0, 0)
+    assert [each.name for each in operations.collectives(counted)] == ["reduce.1"]
+    assert list(operations.by_layer(counted)) == [1, 2, None]
+    assert operations.by_layer(counted)[1] == Totals(_SLICE + 4 * 24 * 4, 2 * 4 * 24 * 64)
+    assert operations.by_layer(counted)[None] == Totals(0, 0)
 
 
 @pytest.mark.parametrize(("shape", "widest"), [("f32[]", 0), ("(f32[3,7], s32[5])", 7), ("bf16[16,128]", 128)])
 def test_the_widest_axis_of_a_shape(shape: str, widest: int) -> None:
-    assert hlo.widest_axis(shape) == widest
+    assert operations.widest_axis(shape) == widest
 
 
 def test_totals_by_scope() -> None:
-    totals = hlo.by_scope(hlo.operations(TEXT))
+    totals = operations.by_scope(operations.operations(TEXT))
     assert totals["head"] == Totals(1536 + 4864 + 4100, 8192)  # the packed weight is its user's
     assert sum(total.bytes for total in totals.values()) == sum(operation.bytes for operation in EXPECTED)
     assert list(totals) == sorted(totals, key=lambda scope: -totals[scope].bytes)
 
 
 def test_rank_comparison_is_found_by_its_scope_alone() -> None:
-    assert hlo.rank_comparison(TEXT) == ["%gt = pred[4,16] compare(%z, %own), direction=GT"]
+    assert operations.rank_comparison(TEXT) == ["%gt = pred[4,16] compare(%z, %own), direction=GT"]
 
 
 def test_results_and_donations() -> None:
-    assert hlo.result_shapes(TEXT) == ["f32[4,16]", "f32[50,64]"]
-    assert hlo.donations(TEXT) == {1: 2}
+    assert operations.result_shapes(TEXT) == ["f32[4,16]", "f32[50,64]"]
+    assert operations.donations(TEXT) == {1: 2}
 
 
 def test_metadata_is_cut_out() -> None:
@@ -263,11 +263,11 @@ def test_metadata_is_cut_out() -> None:
 )
 def test_bytes_of_a_shape(shape: str, size: int) -> None:
     text = f"ENTRY %main (x: {shape}) -> {shape} {{\n  %x = {shape} parameter(0)\n  ROOT %y = {shape} copy(%x)\n}}\n"
-    assert [operation.bytes for operation in hlo.operations(text)] == [2 * size]
+    assert [operation.bytes for operation in operations.operations(text)] == [2 * size]
 
 
 def test_a_text_without_entry_is_refused() -> None:
-    for read in (hlo.operations, hlo.result_shapes, hlo.rank_comparison):
+    for read in (operations.operations, operations.result_shapes, operations.rank_comparison):
         with pytest.raises(ValueError, match="no ENTRY"):
             read("HloModule nothing\n")
 
@@ -302,7 +302,7 @@ def compile_tiny() -> Mapping[str, str]:
     model = bind(CONFIG, dtype, abstract_weights(CONFIG, dtype))
     buckets = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=8, pages_per_row=4, vocabulary_rows=2)
     plans = make_plans(model, buckets, state_shapes(model, buckets, pages=PAGES), k=5)
-    return {program.name: hlo.hlo_text(program) for program in compile_plans(plans)}
+    return {program.name: operations.hlo_text(program) for program in compile_plans(plans)}
 
 
 def axes(shapes: list[str]) -> set[str]:
@@ -322,7 +322,7 @@ def test_the_rank_compares_with_the_whole_vocabulary(
 ) -> None:
     """`forms`: a decode step has a branch for raw numbers and one for processed ones."""
     parts, width = 2, 128  # those of the 16 that hold any of V; XLA has done the others' work while it compiled
-    lines = [line for line in hlo.rank_comparison(xla_texts[name]) if f"pred[{rows},{width}]" in line]
+    lines = [line for line in operations.rank_comparison(xla_texts[name]) if f"pred[{rows},{width}]" in line]
     directions = Counter(line.rpartition("direction=")[2] for line in lines)
     # For the row's own token, and in the loop over given ids. The parts may share their numbers of tokens.
     assert (directions["GT"], directions["EQ"]) == (2 * parts * forms, 2 * parts * forms)
@@ -330,44 +330,44 @@ def test_the_rank_compares_with_the_whole_vocabulary(
 
 
 def test_prefill_ranks_nothing(texts: Mapping[str, str]) -> None:
-    assert hlo.rank_comparison(texts["prefill_16"]) == []
+    assert operations.rank_comparison(texts["prefill_16"]) == []
     assert f"f32[16,{V}]" not in texts["prefill_16"]
 
 
 @pytest.mark.parametrize("name", ["decode_1", "decode_4", "prefill_16", "score_8"])
 def test_no_new_array_over_the_vocabulary_leaves(texts: Mapping[str, str], name: str) -> None:
-    kept = hlo.donations(texts[name])
-    leaves = [shape for i, shape in enumerate(hlo.result_shapes(texts[name])) if i not in kept]
+    kept = operations.donations(texts[name])
+    leaves = [shape for i, shape in enumerate(operations.result_shapes(texts[name])) if i not in kept]
     assert str(V) not in axes(leaves)
 
 
 def test_whole_rows_leave_by_the_one_program_made_for_it(texts: Mapping[str, str]) -> None:
-    assert hlo.result_shapes(texts["vocabulary_2"]) == [f"f32[2,{V}]"]
+    assert operations.result_shapes(texts["vocabulary_2"]) == [f"f32[2,{V}]"]
 
 
 @pytest.mark.parametrize(("name", "rows"), [("decode_4", 4), ("score_8", 8)])
 def test_logits_exist_inside_for_the_rows_of_the_step_only(texts: Mapping[str, str], name: str, rows: int) -> None:
-    shapes = {operation.shape for operation in hlo.operations(texts[name]) if operation.scope == "head"}
+    shapes = {operation.shape for operation in operations.operations(texts[name]) if operation.scope == "head"}
     inside = {shape for shape in shapes if str(V) in axes([shape])}
     assert inside == {f"f32[{rows},{V}]"}
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_the_state_is_donated_and_never_copied(texts: Mapping[str, str], name: str) -> None:
-    results = hlo.result_shapes(texts[name])
+    results = operations.result_shapes(texts[name])
     pages = f"f32[{PAGES},{CONFIG.num_kv_heads},64,{CONFIG.head_dim}]"
     hidden = f"f32[{PAGES},64,{CONFIG.hidden_size}]"
-    donated = hlo.donations(texts[name])
+    donated = operations.donations(texts[name])
     state = [*[pages] * (2 * CONFIG.num_layers), hidden, "s32[5]", *SLOTS]
     assert [results[i] for i in sorted(donated)] == state
     assert len(set(donated.values())) == len(donated)
-    copied = {operation.shape for operation in hlo.operations(texts[name]) if operation.opcode == "copy"}
+    copied = {operation.shape for operation in operations.operations(texts[name]) if operation.opcode == "copy"}
     assert not copied & {pages, hidden, *SLOTS}
 
 
 @pytest.mark.parametrize("name", ["decode_1", "decode_4"])
 def test_a_choice_is_counted_in_place_and_copies_no_logits(texts: Mapping[str, str], name: str) -> None:
-    counted = hlo.operations(texts[name])
+    counted = operations.operations(texts[name])
     writes = [operation for operation in counted if operation.shape in SLOTS]
     assert [operation.shape for operation in writes] == [f"s32[5,{V}]"]
     assert writes[0].bytes < V
@@ -379,24 +379,24 @@ def test_a_choice_is_counted_in_place_and_copies_no_logits(texts: Mapping[str, s
 def test_prefill_and_adjust_return_the_state_and_at_most_a_count(
     texts: Mapping[str, str], name: str, others: list[str]
 ) -> None:
-    results, donated = hlo.result_shapes(texts[name]), hlo.donations(texts[name])
+    results, donated = operations.result_shapes(texts[name]), operations.donations(texts[name])
     assert [shape for i, shape in enumerate(results) if i not in donated] == others
 
 
 @pytest.mark.parametrize(("name", "results"), [("score_8", 6), ("vocabulary_2", 1)])
 def test_the_head_programs_leave_the_state_where_it_is(texts: Mapping[str, str], name: str, results: int) -> None:
-    assert hlo.donations(texts[name]) == {}
-    assert len(hlo.result_shapes(texts[name])) == results
+    assert operations.donations(texts[name]) == {}
+    assert len(operations.result_shapes(texts[name])) == results
 
 
 @pytest.mark.parametrize(("name", "rows"), [("decode_4", 4), ("score_8", 8)])
 def test_numbers_of_given_ids_leave_beside_the_others(texts: Mapping[str, str], name: str, rows: int) -> None:
     ids = f"{rows},{MAX_SCORED_IDS}"
-    assert hlo.result_shapes(texts[name])[-2:] == [f"f32[{ids}]", f"s32[{ids}]"]
+    assert operations.result_shapes(texts[name])[-2:] == [f"f32[{ids}]", f"s32[{ids}]"]
 
 
 def test_matrix_products_of_a_decode_step(texts: Mapping[str, str]) -> None:
-    totals = hlo.by_scope(hlo.operations(texts["decode_4"]))
+    totals = operations.by_scope(operations.operations(texts["decode_4"]))
     D, F, rows = CONFIG.hidden_size, CONFIG.intermediate_size, 4
     assert totals["mlp"].flops == 2 * rows * 3 * D * F * CONFIG.num_layers
     assert totals["head"].flops == 2 * rows * D * V

@@ -5,8 +5,8 @@ from typing import Any
 import nbformat
 import pytest
 
-from tests.compiled.test_targets import needs_compilers
-from tests.executed_notebook import NOTEBOOK
+from tools.hlo.executed_notebook import NOTEBOOK
+from tools.portability.test_portability import needs_compilers
 
 PROGRAMS = ("decode_1", "decode_4", "prefill_64", "score_64", "adjust")
 

@@ -1,9 +1,9 @@
-"""`python -m compiled.targets MODEL --target h100`: compiles a model's steps for hardware that is not here.
+"""`python -m tools.portability MODEL --target h100`: compiles a model's steps for hardware that is not here.
 
 Nothing but shapes is needed: no weights, no chip. `make portability` installs the compilers (libtpu and NVIDIA's
 plug-in). What is printed is what they say of each device: memory by kind, flops and bytes, a loop's body counted once.
-NVIDIA's says nothing of these without a GPU, so `compiled/hlo.py` counts them. Beside that stand the work that is
-needed and the least time for it.
+NVIDIA's reports none of these without a GPU, so `tools/hlo/operations.py` counts them. The table also has the work that
+is needed and the least time for it.
 """
 
 import argparse
@@ -22,19 +22,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from compiled import hlo
-from compiled.chips import CHIPS, DEFAULT_TARGETS, Chip, TargetError, chip_of, mesh_of, use_compilers
-from compiled.load import abstract_model
 from compiled.programs import Plan, Program, compile_plans
 from compiled.runner import make_plans, state_plan, state_shapes
 from compiled.shapes import Buckets, make_buckets
-from compiled.work import Work, work_of
 from model.config import ConfigError, ModelConfig
 from model.config_hf import config_from_hf
 from model.transformer import BoundModel
 from model.weights.errors import ModelLoadError
-from model.weights.load import open_checkpoint
+from model.weights.loader import abstract_model
 from model.weights.source import ModelSource
+from model.weights.weight_table import open_checkpoint
+from tools.hlo import operations
+from tools.portability.chips import CHIPS, DEFAULT_TARGETS, Chip, TargetError, chip_of, mesh_of, use_compilers
+from tools.portability.roofline import Work, work_of
 
 CONTEXT = 1024  # tokens that each row has before a step, for the least time
 _ALTERNATIVES = 20  # k, as a server's
@@ -118,8 +118,8 @@ def _counted(program: Program) -> tuple[float, float]:
     said = _cost_analysis(program.compiled)
     if "flops" in said:
         return said["flops"], said.get("bytes accessed", 0.0)
-    operations = hlo.operations(hlo.hlo_text(program))
-    return float(sum(each.flops for each in operations)), float(sum(each.bytes for each in operations))
+    found = operations.operations(operations.hlo_text(program))
+    return float(sum(each.flops for each in found)), float(sum(each.bytes for each in found))
 
 
 def _cost_analysis(compiled: Compiled) -> dict[str, float]:
@@ -251,7 +251,7 @@ def _compile_for(target: str, config: ModelConfig, options: argparse.Namespace, 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m compiled.targets",
+        prog="python -m tools.portability",
         description="Compiles a model's steps for hardware that is not here.",
         allow_abbrev=False,
     )

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from compiled.chips import Chip
 from compiled.programs import Shape
 from compiled.shapes import HeadShape, StepShape
 from model.kv_cache import PAGE_SIZE
 from model.transformer import BoundModel, abstract_weights
+from tools.portability.chips import Chip
 
 _FLOAT = 4  # bytes of what is summed over devices
 

@@ -1,4 +1,4 @@
-"""`python -m tests.target_facts`: tiny models compiled for chips that are not here, as JSON: case -> program -> facts.
+"""`python -m tools.portability.target_facts`: tiny models compiled for absent chips, as JSON: case -> program -> facts.
 
 A process of its own: the compilers must be known before JAX is used.
 """
@@ -14,15 +14,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from compiled import hlo
-from compiled.chips import DEFAULT_TARGETS, mesh_of, use_compilers
-from compiled.load import abstract_model
 from compiled.shapes import Buckets
-from compiled.targets import Refusal, Report, reports
 from model.config_hf import config_from_hf
 from model.kernels import cpu
 from model.transformer import BoundModel, abstract_weights, bind
-from tests.model.tiny import tiny_configs
+from model.weights.loader import abstract_model
+from tests.support.tiny import tiny_configs
+from tools.hlo import operations
+from tools.portability.__main__ import Refusal, Report, reports
+from tools.portability.chips import DEFAULT_TARGETS, mesh_of, use_compilers
 
 BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, vocabulary_rows=8)
 V = 1100
@@ -83,9 +83,9 @@ def facts(found: Report | Refusal) -> dict[str, Any]:
     """What a test wants to know of a program."""
     if isinstance(found, Refusal):
         return {"refused": found.reason}
-    text = hlo.hlo_text(found.program)
-    operations = hlo.operations(text)
-    moved = hlo.collectives(operations)
+    text = operations.hlo_text(found.program)
+    listed = operations.operations(text)
+    moved = operations.collectives(listed)
     return {
         "bytes": [found.argument_bytes, found.result_bytes, found.temp_bytes],
         "flops": found.flops,
@@ -93,10 +93,10 @@ def facts(found: Report | Refusal) -> dict[str, Any]:
         "calls": sorted(set(_TARGET.findall(text))),
         "attention": "ragged_paged_attention" in text or "logprobd_attention" in text,
         "collectives": len(moved),
-        "axes moved": sorted({hlo.widest_axis(each.shape) for each in moved}),
-        "donated": len(hlo.donations(text)),
+        "axes moved": sorted({operations.widest_axis(each.shape) for each in moved}),
+        "donated": len(operations.donations(text)),
         "copies of pages": sum(
-            each.opcode in ("copy", "copy-start", "transpose") and f"[{PAGES}," in each.shape for each in operations
+            each.opcode in ("copy", "copy-start", "transpose") and f"[{PAGES}," in each.shape for each in listed
         ),
     }
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compiled import work
-from compiled.chips import CHIPS, DEFAULT_TARGETS, Chip, TargetError, mesh_of
-from compiled.load import abstract_model
 from compiled.shapes import HeadShape, SlotShape, StepShape
-from compiled.work import Work, work_of
 from model.config_hf import config_from_hf
-from tests.target_facts import CASES
+from model.weights.loader import abstract_model
+from tools.portability import roofline
+from tools.portability.chips import CHIPS, DEFAULT_TARGETS, Chip, TargetError, mesh_of
+from tools.portability.roofline import Work, work_of
+from tools.portability.target_facts import CASES
 
 ROOT = Path(__file__).parents[2]
 COMPILERS = Path(sys.prefix) / "targets"
@@ -122,7 +122,7 @@ def test_an_accelerator_never_has_a_whole_int8_weight_in_float32(facts: Any, cas
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "compiled.targets", *arguments]
+    command = [sys.executable, "-m", "tools.portability", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -196,8 +196,8 @@ def test_a_token_of_a_tpu_counts_without_what_fills_up_its_hidden_state() -> Non
 
 def test_a_ring_passes_a_sum_round_twice() -> None:
     """Each of 4 devices sends and gets 3 quarters, twice."""
-    assert work._linked(4, 100) == 2 * 2 * 75
-    assert work._linked(1, 100) == 0
+    assert roofline._linked(4, 100) == 2 * 2 * 75
+    assert roofline._linked(1, 100) == 0
 
 
 def test_the_least_time_is_of_what_takes_longest_and_then_the_links() -> None:

@@ -13,12 +13,12 @@ from pathlib import Path
 import httpx2
 from rich.console import Console
 
-from serve.options import between
-from serve.own_server import OwnServer, own_server
-from serve.soak.memory import LEAK_MB_PER_HOUR
-from serve.soak.report import judge, markdown, sections, show
-from serve.soak.soak import MAX_P99_MS, Settings, Soak, read_facts
-from serve.soak.tally import PROCESS
+from serve.config.options import between
+from tools.own_server import OwnServer, own_server
+from tools.soak.memory import LEAK_MB_PER_HOUR
+from tools.soak.report import judge, markdown, sections, show
+from tools.soak.soak import MAX_P99_MS, Settings, Soak, read_facts
+from tools.soak.tally import PROCESS
 
 # Small, so that requests wait for each other, and a burst is more than the queue takes.
 _OWN = ("--max-num-seqs", "8", "--max-model-len", "2048", "--max-num-queued-reqs", "96")
@@ -28,8 +28,8 @@ _WIDTH = 120
 
 _EPILOG = """\
 other flags are those of the server that is started:
-  python -m serve.soak --dtype float32 --max-num-seqs 4
-  python -m serve.soak --kv-cache-memory 52M    so little that requests lose their pages (of the default model)
+  python -m tools.soak --dtype float32 --max-num-seqs 4
+  python -m tools.soak --kv-cache-memory 52M    so little that requests lose their pages (of the default model)
 
 exit codes:
   0    all that was checked held
@@ -106,8 +106,8 @@ def _settings(options: argparse.Namespace, url: str) -> Settings:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m serve.soak",
-        usage="python -m serve.soak [flags] [flags of the server]",
+        prog="python -m tools.soak",
+        usage="python -m tools.soak [flags] [flags of the server]",
         description="Mixed traffic for a time, and whether all that must hold has held.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -8,8 +8,8 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from serve.soak.answers import Choice, Reply, Scored
-from serve.soak.ask import COMPLETIONS, Ask, Body, Wanted
+from tools.soak.answers import Choice, Reply, Scored
+from tools.soak.ask import COMPLETIONS, Ask, Body, Wanted
 
 _KEPT = 64  # of each kind; an answer that waits longer gives way to a later one
 _ROWS = 256  # that are kept of an answer, the last

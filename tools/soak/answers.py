@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from serve.openai.answers import (
+from serve.api.responses import (
     ChatChunk,
     ChatCompletionAnswer,
     ChatLogprobsAnswer,
@@ -16,8 +16,8 @@ from serve.openai.answers import (
     PromptEntry,
     UsageAnswer,
 )
-from serve.soak.ask import Wanted
-from serve.soak.client import Answer
+from tools.soak.ask import Wanted
+from tools.soak.client import Answer
 
 type Alternative = tuple[int, float, int | None]  # token id, log-prob, rank where it is told
 

@@ -4,8 +4,8 @@ import json
 import random
 from collections.abc import Callable
 
-from serve.soak.ask import CHAT, COMPLETIONS, Ask, Body, ServerFacts
-from serve.soak.prompts import Prompts
+from tools.soak.ask import CHAT, COMPLETIONS, Ask, Body, ServerFacts
+from tools.soak.prompts import Prompts
 
 _KIND = "wrong request"
 _JSON = {"content-type": "application/json"}

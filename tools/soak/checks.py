@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from pydantic import ValidationError
 
-from serve.openai.answers import ErrorAnswer
-from serve.soak.answers import Alternative, BrokenAnswerError, Choice, Reply, Scored, read_reply
-from serve.soak.ask import Ask, Body, Wanted
-from serve.soak.client import Answer
+from serve.api.responses import ErrorAnswer
+from tools.soak.answers import Alternative, BrokenAnswerError, Choice, Reply, Scored, read_reply
+from tools.soak.ask import Ask, Body, Wanted
+from tools.soak.client import Answer
 
 # With one of these, the most likely token need not be the one that is chosen.
 _PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")

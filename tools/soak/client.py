@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import httpx2
 
-from serve.soak.ask import Ask, Manner
+from tools.soak.ask import Ask, Manner
 
 # Below the five seconds after which the server closes a connection that nobody uses: a request that is sent just then
 # would fail, which is nobody's fault.

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from serve.soak.answers import Reply
-from serve.soak.ask import CHAT, COMPLETIONS, Ask, Body, ServerFacts
-from serve.soak.checks import checked_reply
-from serve.soak.client import Answer
-from serve.soak.soak import Settings
+from tools.soak.answers import Reply
+from tools.soak.ask import CHAT, COMPLETIONS, Ask, Body, ServerFacts
+from tools.soak.checks import checked_reply
+from tools.soak.client import Answer
+from tools.soak.soak import Settings
 
 ID = "soak-1-7"
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve.lifecycle import QUIET_SECONDS
-from serve.soak.memory import Resident
+from serve.server.lifecycle import QUIET_SECONDS
+from tools.soak.memory import Resident
 
 _SECONDS = 5.0  # after which a server that nobody asks must be idle
 _SETTLE_SECONDS = QUIET_SECONDS + 1  # until it has given back what it does not need

@@ -2,7 +2,7 @@
 
 import random
 
-from serve.soak.ask import ServerFacts
+from tools.soak.ask import ServerFacts
 
 _PLAIN = ("the", "a", "of", "and", "to", "in", "river", "stone", "light", "seven", "house", "letter", "almost", "while")
 # Scripts, digits, space, and characters of several tokens.

@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from serve.soak.idle import Idle
-from serve.soak.memory import LEAK_MB, growth
-from serve.soak.soak import Soak
-from serve.soak.tally import CHECKS, LATENCY, MEMORY, Tally, quantile
+from tools.soak.idle import Idle
+from tools.soak.memory import LEAK_MB, growth
+from tools.soak.soak import Soak
+from tools.soak.tally import CHECKS, LATENCY, MEMORY, Tally, quantile
 
 _SHOWN = 20  # violations that are told in full
 _ALL = "all"

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx2
 
-from serve.soak.again import (
+from tools.soak.again import (
     Comparison,
     Pool,
     ask_to_repeat,
@@ -20,14 +20,14 @@ from serve.soak.again import (
     compare_scores,
     told,
 )
-from serve.soak.answers import Reply
-from serve.soak.ask import COMPLETIONS, Ask, ServerFacts
-from serve.soak.checks import check_other, check_status, checked_reply
-from serve.soak.client import connect, send
-from serve.soak.idle import Idle
-from serve.soak.memory import LEAK_MB_PER_HOUR
-from serve.soak.tally import AGAIN, ANSWER, FAILURES, IDLE, STATUS, Tally
-from serve.soak.traffic import Traffic
+from tools.soak.answers import Reply
+from tools.soak.ask import COMPLETIONS, Ask, ServerFacts
+from tools.soak.checks import check_other, check_status, checked_reply
+from tools.soak.client import connect, send
+from tools.soak.idle import Idle
+from tools.soak.memory import LEAK_MB_PER_HOUR
+from tools.soak.tally import AGAIN, ANSWER, FAILURES, IDLE, STATUS, Tally
+from tools.soak.traffic import Traffic
 
 # Between two looks at the server. A short soak has shorter ones, to have enough looks for a line through its memory;
 # in too short ones, most of the time would be waiting for the last answers.

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from serve.soak.again import Comparison
-from serve.soak.answers import Reply
-from serve.soak.ask import Ask, Manner
-from serve.soak.client import Answer
+from tools.soak.again import Comparison
+from tools.soak.answers import Reply
+from tools.soak.ask import Ask, Manner
+from tools.soak.client import Answer
 
 _HOPELESS = 200  # violations after which there is nothing more to learn
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serve.soak.again import (
+from tools.soak.again import (
     Comparison,
     Original,
     Pool,
@@ -18,11 +18,11 @@ from serve.soak.again import (
     compare_replies,
     compare_scores,
 )
-from serve.soak.answers import Reply, Scored
-from serve.soak.ask import Ask, Manner
-from serve.soak.checks import check_scored, check_status, checked_reply
-from serve.soak.client import Answer
-from tests.serve.soak_answers import (
+from tools.soak.answers import Reply, Scored
+from tools.soak.ask import Ask, Manner
+from tools.soak.checks import check_scored, check_status, checked_reply
+from tools.soak.client import Answer
+from tools.soak.fake_answers import (
     CHAT_ASK,
     CHAT_BODY,
     CONTENT,

@@ -8,23 +8,16 @@ from typing import Any
 import httpx2
 import pytest
 
-from serve.soak.again import (
+from tests.support.fake_runner import MAX_MODEL_LEN, K
+from tests.support.http_client import MODEL, VOCAB_SIZE, serving
+from tools.soak.again import (
     Comparison,
 )
-from serve.soak.ask import Manner, ServerFacts
-from serve.soak.bad_bodies import BadBodies
-from serve.soak.checks import check_status
-from serve.soak.client import send
-from serve.soak.idle import Idle
-from serve.soak.memory import Resident, growth
-from serve.soak.prompts import Prompts
-from serve.soak.report import judge, markdown, sections
-from serve.soak.soak import MAX_P99_MS, Soak
-from serve.soak.tally import Tally, quantile
-from serve.soak.traffic import Traffic
-from tests.serve.fake_runner import MAX_MODEL_LEN, K
-from tests.serve.http_client import MODEL, VOCAB_SIZE, serving
-from tests.serve.soak_answers import (
+from tools.soak.ask import Manner, ServerFacts
+from tools.soak.bad_bodies import BadBodies
+from tools.soak.checks import check_status
+from tools.soak.client import send
+from tools.soak.fake_answers import (
     CHAT_ASK,
     ERROR,
     FACTS,
@@ -38,12 +31,19 @@ from tests.serve.soak_answers import (
     reply_of_stream,
     stream_of,
 )
+from tools.soak.idle import Idle
+from tools.soak.memory import Resident, growth
+from tools.soak.prompts import Prompts
+from tools.soak.report import judge, markdown, sections
+from tools.soak.soak import MAX_P99_MS, Soak
+from tools.soak.tally import Tally, quantile
+from tools.soak.traffic import Traffic
 
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """These servers have no memory to give back."""
-    monkeypatch.setattr("serve.soak.idle._SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("tools.soak.idle._SETTLE_SECONDS", 0.0)
 
 
 def line(*megabytes: float, minutes: float = 2.0, begin: float = 10.0) -> list[Resident]:
@@ -99,7 +99,7 @@ async def look(idle: Idle, *, load: float = 0, counted: str = "", **values: Any)
 
 
 async def test_what_is_not_idle_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.soak.idle._SECONDS", 0.0)
+    monkeypatch.setattr("tools.soak.idle._SECONDS", 0.0)
     idle = Idle()
     assert await look(idle) == ([], [])
     assert idle.samples == [Resident(1.0, 1e9, 16)]

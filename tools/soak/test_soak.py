@@ -10,20 +10,20 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from serve.own_server import OwnServer, own_server
-from serve.soak.__main__ import _complaints, main
-from serve.soak.ask import COMPLETIONS, Ask, Manner
-from serve.soak.client import connect, send
-from serve.soak.idle import Idle
-from serve.soak.soak import Soak
-from tests.serve.server_process import ServerProcess
-from tests.serve.soak_answers import ERROR, ID, metrics_of
+from tests.support.server_process import ServerProcess
+from tools.own_server import OwnServer, own_server
+from tools.soak.__main__ import _complaints, main
+from tools.soak.ask import COMPLETIONS, Ask, Manner
+from tools.soak.client import connect, send
+from tools.soak.fake_answers import ERROR, ID, metrics_of
+from tools.soak.idle import Idle
+from tools.soak.soak import Soak
 
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """These servers have no memory to give back."""
-    monkeypatch.setattr("serve.soak.idle._SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("tools.soak.idle._SETTLE_SECONDS", 0.0)
 
 
 def test_what_a_server_says_at_its_end() -> None:
@@ -68,7 +68,7 @@ def failing_server(monkeypatch: pytest.MonkeyPatch) -> None:
     def connect(url: str) -> httpx2.AsyncClient:
         return httpx2.AsyncClient(base_url=url, transport=httpx2.MockTransport(failing))
 
-    monkeypatch.setattr("serve.soak.soak.connect", connect)
+    monkeypatch.setattr("tools.soak.soak.connect", connect)
 
 
 def test_a_server_that_fails_ends_the_soak(
@@ -112,7 +112,7 @@ def test_a_server_of_its_own_gets_the_other_flags_and_has_to_end_well(
         pass
 
     failing_server(monkeypatch)
-    monkeypatch.setattr("serve.soak.__main__.own_server", own)
+    monkeypatch.setattr("tools.soak.__main__.own_server", own)
     monkeypatch.setattr(Soak, "run", nothing)
     assert main(["--model", "org/m", "--minutes", "1", "--max-num-seqs", "4", "--dtype", "float32"]) == result
     assert started[0] == "org/m"

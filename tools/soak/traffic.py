@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import orjson
 
-from serve.openai.answers import Detokenized, Tokenized
-from serve.soak.ask import CHAT, COMPLETIONS, Ask, Body, Manner, ServerFacts
-from serve.soak.bad_bodies import BadBodies
-from serve.soak.prompts import Prompts
+from serve.api.responses import Detokenized, Tokenized
+from tools.soak.ask import CHAT, COMPLETIONS, Ask, Body, Manner, ServerFacts
+from tools.soak.bad_bodies import BadBodies
+from tools.soak.prompts import Prompts
 
 _PAGES = ("/v1/models", "/metrics", "/load", "/health", "/ping", "/version", "/tokenizer_info", "/openapi.json", "/")
 

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from serve.openai.compression import HEADERS, takes_gzip
+from serve.api.compression import HEADERS, takes_gzip
 
 _FOLDER = Path(__file__).parent / "page"
 _INDEX = "index.html"

@@ -9,16 +9,16 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from serve.cli.chat.config import ChatConfig, parse_args, sampling_params
+from serve.cli.chat.conversation import Conversation, Prompter
+from serve.cli.chat.lines import Typist, lines_of
+from serve.cli.chat.screen import ChatScreen
+from serve.cli.chat.session import Session
 from serve.engine.engine import Engine
 from serve.engine.request import SamplingParams
-from serve.report import is_terminal, start_reporting
-from serve.report_events import Failed, Interrupted
-from serve.startup import STARTUP_ERRORS, Loaded, load
-from serve.terminal.config import ChatConfig, parse_args, sampling_params
-from serve.terminal.conversation import Conversation, Prompter
-from serve.terminal.lines import Typist, lines_of
-from serve.terminal.screen import ChatScreen
-from serve.terminal.session import Session
+from serve.server.report import is_terminal, start_reporting
+from serve.server.startup import STARTUP_ERRORS, Loaded, load
+from serve.server.startup_events import Failed, Interrupted
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve.config import GROUPS, SamplingConfig
+from serve.config.config import GROUPS, SamplingConfig
+from serve.config.flags import check_engine
+from serve.config.options import CommandLine, between, option
 from serve.engine.request import SamplingParams
-from serve.flags import check_engine
-from serve.options import CommandLine, between, option
 
 _CHAT = "chat"
 _ENGINE = "batches and memory"

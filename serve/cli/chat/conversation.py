@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from serve.cli.chat.reply import Reply
 from serve.engine.request import EngineLimits
-from serve.terminal.reply import Reply
 from serve.text.chat_template import ChatTemplateError
 from serve.text.tokenizer import Tokenizer, TokenizerError
 

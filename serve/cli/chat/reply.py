@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from serve.cli.chat.pieces import Piece, Pieces
 from serve.engine.request import FinishReason, TokenEvent, TokenScores
-from serve.terminal.pieces import Piece, Pieces
 from serve.text.tokenizer import Tokenizer
 
 

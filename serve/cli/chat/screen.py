@@ -9,10 +9,10 @@ from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
+from serve.cli.chat.pieces import Piece
+from serve.cli.chat.reply import Alternative, Reply, Said
+from serve.cli.chat.surprise import legend, percent, step_of
 from serve.engine.request import FinishReason
-from serve.terminal.pieces import Piece
-from serve.terminal.reply import Alternative, Reply, Said
-from serve.terminal.surprise import legend, percent, step_of
 from serve.text.tokenizer import Tokenizer
 
 HELP = (

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from serve.cli.chat.conversation import Conversation, Prompter, PromptError, Turn
+from serve.cli.chat.lines import read_message
+from serve.cli.chat.reply import Reply
+from serve.cli.chat.screen import ChatScreen
 from serve.engine.request import EngineStoppedError, FinishReason, Request, SamplingParams, TokenEvent
-from serve.terminal.conversation import Conversation, Prompter, PromptError, Turn
-from serve.terminal.lines import read_message
-from serve.terminal.reply import Reply
-from serve.terminal.screen import ChatScreen
 
 
 class Submits(Protocol):

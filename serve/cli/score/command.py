@@ -10,12 +10,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO, Self
 
-from serve.report import Reporter, start_reporting
-from serve.report_events import Failed, Interrupted
-from serve.score.config import ScoreConfig, parse_args
-from serve.score.errors import ScoreError
-from serve.score.identity import files_digest, model_digest
-from serve.score.journal import (
+from serve.cli.score.config import ScoreConfig, parse_args
+from serve.cli.score.errors import ScoreError
+from serve.cli.score.identity import files_digest, model_digest
+from serve.cli.score.journal import (
     Checkpoint,
     Finish,
     Journal,
@@ -26,15 +24,17 @@ from serve.score.journal import (
     open_rows,
     read_checkpoint,
 )
-from serve.score.progress import open_meter
-from serve.score.rows import RowWriter
-from serve.score.run import InFlight, Pipeline
-from serve.score.scoring import Scoring, check_no_more, first_lines
-from serve.score.source import Source, open_source
-from serve.score.texts import TextReader
-from serve.score.totals import summary
-from serve.score.windows import Context, make_context
-from serve.startup import STARTUP_ERRORS, Loaded, chosen_template, load
+from serve.cli.score.progress import open_meter
+from serve.cli.score.rows import RowWriter
+from serve.cli.score.run import InFlight, Pipeline
+from serve.cli.score.scoring import Scoring, check_no_more, first_lines
+from serve.cli.score.source import Source, open_source
+from serve.cli.score.texts import TextReader
+from serve.cli.score.totals import summary
+from serve.cli.score.windows import Context, make_context
+from serve.server.report import Reporter, start_reporting
+from serve.server.startup import STARTUP_ERRORS, Loaded, chosen_template, load
+from serve.server.startup_events import Failed, Interrupted
 
 _ROUNDS = 4  # requests in the engine for each that runs: it shall never wait for one
 _MAX_TOKENS = 2**17  # of texts in flight: some tens of MB, with 20 alternatives each
@@ -223,7 +223,7 @@ def _converter(config: ScoreConfig) -> Finish | None:
         return None
 
     def convert(rows: Path, output: Path, at: Checkpoint) -> None:
-        from serve.score.parquet import write_parquet  # pyarrow takes half a second, which JSONL need not wait
+        from serve.cli.score.parquet import write_parquet  # pyarrow takes half a second, which JSONL need not wait
 
         write_parquet(
             rows,

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from serve.config import GROUPS, EngineConfig
-from serve.flags import check_engine
-from serve.options import CommandLine, between, option
+from serve.config.config import GROUPS, EngineConfig
+from serve.config.flags import check_engine
+from serve.config.options import CommandLine, between, option
 
 _FILES = "input and output"
 _TEXTS = "texts and numbers"

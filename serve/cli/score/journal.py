@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from serve.score.errors import ScoreError
-from serve.score.totals import Sums
+from serve.cli.score.errors import ScoreError
+from serve.cli.score.totals import Sums
 
 _EVERY = 2.0  # seconds between checkpoints: what a killed run has to do again
 _ANEW = "--overwrite begins anew"

@@ -9,9 +9,9 @@ from typing import Protocol, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from serve.logs import json_line
-from serve.report import is_terminal
-from serve.score.totals import Sums, perplexity
+from serve.cli.score.totals import Sums, perplexity
+from serve.server.logs import json_line
+from serve.server.report import is_terminal
 
 _EVERY = 30.0  # seconds between lines
 

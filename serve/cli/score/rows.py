@@ -8,10 +8,10 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from serve.cli.score.run import Outcome
+from serve.cli.score.texts import Text
+from serve.cli.score.totals import Sums, perplexity
 from serve.engine.request import TokenScores
-from serve.score.run import Outcome
-from serve.score.texts import Text
-from serve.score.totals import Sums, perplexity
 from serve.text.tokenizer import Tokenizer
 
 _LOWEST = np.float32(-9999.0)  # what the server writes for a token of probability 0; JSON has no infinity

@@ -10,6 +10,10 @@ from typing import Protocol
 
 import numpy as np
 
+from serve.cli.score.errors import LineError, ScoreError
+from serve.cli.score.source import Line
+from serve.cli.score.texts import Text
+from serve.cli.score.windows import Window
 from serve.engine.request import (
     EngineLimits,
     EngineStoppedError,
@@ -21,10 +25,6 @@ from serve.engine.request import (
     TokenScores,
     empty_scores,
 )
-from serve.score.errors import LineError, ScoreError
-from serve.score.source import Line
-from serve.score.texts import Text
-from serve.score.windows import Window
 
 
 class Engine(Protocol):

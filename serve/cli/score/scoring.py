@@ -6,15 +6,15 @@ from itertools import takewhile
 from logging import WARNING
 from pathlib import Path
 
-from serve.score.errors import LineError, ScoreError
-from serve.score.journal import Checkpoint, Journal
-from serve.score.progress import Meter
-from serve.score.rows import RowWriter
-from serve.score.run import Outcome, Pipeline, Work
-from serve.score.source import Line, Source
-from serve.score.texts import TextReader
-from serve.score.totals import Sums
-from serve.score.windows import Context
+from serve.cli.score.errors import LineError, ScoreError
+from serve.cli.score.journal import Checkpoint, Journal
+from serve.cli.score.progress import Meter
+from serve.cli.score.rows import RowWriter
+from serve.cli.score.run import Outcome, Pipeline, Work
+from serve.cli.score.source import Line, Source
+from serve.cli.score.texts import TextReader
+from serve.cli.score.totals import Sums
+from serve.cli.score.windows import Context
 
 
 class Scoring:

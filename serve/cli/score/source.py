@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from serve.score.errors import ScoreError
+from serve.cli.score.errors import ScoreError
 
 _LONGEST = 64 * 2**20  # bytes of a line: what is longer is no text, and would have to be held in memory
 _PIECE = 2**20  # bytes in which such a line is skipped

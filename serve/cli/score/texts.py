@@ -6,8 +6,8 @@ from typing import Any
 
 import orjson
 
-from serve.score.errors import LineError
-from serve.score.source import Line
+from serve.cli.score.errors import LineError
+from serve.cli.score.source import Line
 from serve.text.chat_template import ChatTemplateError
 from serve.text.tokenizer import Tokenizer, TokenizerError
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from serve.score.errors import LineError, ScoreError
+from serve.cli.score.errors import LineError, ScoreError
 
 
 @dataclass(frozen=True, slots=True)

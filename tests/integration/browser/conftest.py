@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, BrowserContext, sync_playwright
 
-from tests.browser.inspector import Inspector
+from tests.integration.browser.inspector import Inspector
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (

@@ -9,7 +9,7 @@ from typing import Any
 
 from playwright.sync_api import Locator, Page, expect
 
-from tests.serve.server_process import ROOT
+from tests.support.server_process import ROOT
 
 # Kept after the tests; `make screenshots` has them written into the documentation instead.
 SCREENSHOTS = Path(os.environ.get("SCREENSHOTS") or ROOT / ".screenshots")

@@ -1,4 +1,4 @@
-"""`python -m tests.browser.page_figures`: what the page weighs, and how soon it shows something, as a table."""
+"""`python -m tests.integration.browser.page_figures`: size of the page and time to its first paint, as a table."""
 
 import gzip
 import statistics
@@ -6,11 +6,11 @@ from typing import Any
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.browser.conftest import FLAGS, program
-from tests.browser.inspector import Inspector
-from tests.serve.http_client import MODEL
-from tests.serve.listening import listening
-from tests.serve.server_process import ROOT, ServerProcess
+from tests.integration.browser.conftest import FLAGS, program
+from tests.integration.browser.inspector import Inspector
+from tests.support.http_client import MODEL
+from tests.support.listening import listening
+from tests.support.server_process import ROOT, ServerProcess
 
 _PROMPT = "The capital of France is Paris, and the capital of Italy is Rome."
 _LONG = 10_000
@@ -46,7 +46,7 @@ _SCROLL = """async () => {
 
 def weight() -> tuple[int, int, int]:
     """Files, bytes, and bytes as they are sent to a browser."""
-    files = [path.read_bytes() for path in (ROOT / "serve" / "web" / "page").iterdir()]
+    files = [path.read_bytes() for path in (ROOT / "serve" / "api" / "inspector" / "page").iterdir()]
     return len(files), sum(map(len, files)), sum(len(gzip.compress(data)) for data in files)
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.inspector import Inspector
-from tests.serve.fake_runner import MAX_MODEL_LEN
-from tests.serve.http_client import MODEL, Gate, Server
-from tests.serve.listening import listening
+from tests.integration.browser.inspector import Inspector
+from tests.support.fake_runner import MAX_MODEL_LEN
+from tests.support.http_client import MODEL, Gate, Server
+from tests.support.listening import listening
 
 SCRIPT = b"The model says this."
 

@@ -8,9 +8,9 @@ import axe_playwright_python
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.inspector import Inspector
-from tests.serve.http_client import MODEL
-from tests.serve.listening import listening
+from tests.integration.browser.inspector import Inspector
+from tests.support.http_client import MODEL
+from tests.support.listening import listening
 
 LONG = 10_000
 

@@ -14,15 +14,15 @@ import pytest
 from playwright.sync_api import BrowserContext, expect
 
 from model.weights.source import default_model_path
+from serve.cli.score.rows import RowWriter
+from serve.cli.score.run import Outcome, Work
+from serve.cli.score.source import Line
+from serve.cli.score.texts import Text
+from serve.cli.score.totals import perplexity
 from serve.engine.request import TokenScores
-from serve.score.rows import RowWriter
-from serve.score.run import Outcome, Work
-from serve.score.source import Line
-from serve.score.texts import Text
-from serve.score.totals import perplexity
-from serve.startup import local_tokenizer
-from tests.browser.inspector import Inspector, number
-from tests.serve.server_process import ServerProcess
+from serve.server.startup import local_tokenizer
+from tests.integration.browser.inspector import Inspector, number
+from tests.support.server_process import ServerProcess
 
 PROMPT = "The capital of France is"
 GREEDY = {"temperature": 0, "logprobs": True, "top_logprobs": 5, "prompt_logprobs": 5}

@@ -28,7 +28,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from tests.model.tiny import random_tokens, random_weights, seed_of, tiny_configs
+from tests.support.tiny import random_tokens, random_weights, seed_of, tiny_configs
 
 FOLDER = Path(__file__).parent
 # Both ends, some in between, and both sides of the border between two pages of 64 tokens.

@@ -1,24 +1,22 @@
 """What tests share: the real default model, compiled once for each dtype, and programs that run beside the tests."""
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import pytest
 
-from compiled.load import load_model
 from compiled.runner import ModelRunner
-from compiled.shapes import Buckets
-from model.weights.load import open_checkpoint
-from model.weights.source import ModelSource, default_model_path
-from tests.background import Background
-from tests.in_process import PAGES
-from tests.serve.server_process import ServerProcess
+from model.weights.source import default_model_path
+from tests.support.background import Background
+from tests.support.runners import make_runner
+from tests.support.server_process import ServerProcess
 
-# A server's, but for the length of a request.
-BUCKETS = Buckets(decode_rows=(1, 2, 4, 8, 16), prefill_chunks=(16, 64, 256), score_rows=64, pages_per_row=16)
-
-# Fixtures that have what `python -m tests.NAME` prints, in the order in which that is done.
-_PROGRAMS = ("sharded_numbers", "target_facts", "executed_notebook", "kernel_lines")
+# Fixture -> the module whose output it holds, in the order in which they run.
+_PROGRAMS = {
+    "sharded_logprobs": "tests.support.sharded_logprobs",
+    "target_facts": "tools.portability.target_facts",
+    "executed_notebook": "tools.hlo.executed_notebook",
+    "kernel_lines": "tests.support.kernel_lines",
+}
 _BACKGROUND = pytest.StashKey[Background]()
 
 
@@ -26,7 +24,7 @@ def _programs_of(item: pytest.Item) -> set[str]:
     """What a test waits for; nothing if it is skipped."""
     if not isinstance(item, pytest.Function) or any(mark.args[0] for mark in item.iter_markers("skipif")):
         return set()
-    return {*_PROGRAMS} & {*item.fixturenames}
+    return _PROGRAMS.keys() & {*item.fixturenames}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,7 +37,7 @@ def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
     """The programs that tests wait for run beside the others."""
     items: Sequence[pytest.Item] = () if session.config.option.collectonly else session.items
     needed = set().union(*map(_programs_of, items))
-    background = Background(f"tests.{name}" for name in _PROGRAMS if name in needed)
+    background = Background(module for name, module in _PROGRAMS.items() if name in needed)
     session.config.stash[_BACKGROUND] = background
     try:
         return (yield)
@@ -50,22 +48,12 @@ def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
 def _printed_by(program: str) -> Callable[[pytest.Config], str]:
     @pytest.fixture(scope="session", name=program)
     def printed(pytestconfig: pytest.Config) -> str:
-        return pytestconfig.stash[_BACKGROUND].output(f"tests.{program}")
+        return pytestconfig.stash[_BACKGROUND].output(_PROGRAMS[program])
 
     return printed
 
 
-sharded_numbers, target_facts, executed_notebook, kernel_lines = map(_printed_by, _PROGRAMS)
-
-
-def make_runner(path: Path, weights: str, buckets: Buckets = BUCKETS, pages: int = PAGES) -> ModelRunner:
-    """A compiled model; `weights` is a dtype, or "int8"."""
-    checkpoint = open_checkpoint(ModelSource(path.name, path))
-    try:
-        model = load_model(checkpoint, "bfloat16" if weights == "int8" else weights, int8=weights == "int8")
-    finally:
-        checkpoint.close()
-    return ModelRunner(model, buckets, pages=pages, max_logprobs=20)
+sharded_logprobs, target_facts, executed_notebook, kernel_lines = map(_printed_by, _PROGRAMS)
 
 
 @pytest.fixture(scope="session")

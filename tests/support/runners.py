@@ -1,0 +1,23 @@
+"""Compiled models for tests, as a server compiles them."""
+
+from pathlib import Path
+
+from compiled.runner import ModelRunner
+from compiled.shapes import Buckets
+from model.weights.loader import load_model
+from model.weights.source import ModelSource
+from model.weights.weight_table import open_checkpoint
+from tests.support.in_process import PAGES
+
+# A server's, but for the length of a request.
+BUCKETS = Buckets(decode_rows=(1, 2, 4, 8, 16), prefill_chunks=(16, 64, 256), score_rows=64, pages_per_row=16)
+
+
+def make_runner(path: Path, weights: str, buckets: Buckets = BUCKETS, pages: int = PAGES) -> ModelRunner:
+    """A compiled model; `weights` is a dtype, or "int8"."""
+    checkpoint = open_checkpoint(ModelSource(path.name, path))
+    try:
+        model = load_model(checkpoint, "bfloat16" if weights == "int8" else weights, int8=weights == "int8")
+    finally:
+        checkpoint.close()
+    return ModelRunner(model, buckets, pages=pages, max_logprobs=20)

@@ -1,0 +1,1 @@
+"""Development tools. The product never imports them."""

@@ -1,0 +1,1 @@
+"""`python -m tools.bench`: throughput and latency, as ratios against limits measured in the same run."""

@@ -1,0 +1,1 @@
+"""Tests of real clients, each in an environment of its own."""

@@ -1,0 +1,1 @@
+"""`python -m tools.guides`: runs the code of docs/guides."""

@@ -1,0 +1,1 @@
+"""`python -m tools.portability`: compiles a model's programs for chips that are not here."""

@@ -14,7 +14,8 @@ from serve.api.known_fields import FieldLog
 from serve.api.prompt_logprobs import EntryWriter
 from serve.api.record import AnswerRecord
 from serve.api.request_body import Bodies
-from serve.api.requests import GenerationRequest, LogprobsMode
+from serve.api.requests import GenerationRequest
+from serve.config.config import LogprobsMode
 from serve.config.generation_config import GenerationDefaults
 from serve.text.template_sandbox import TemplateJail
 from serve.text.tokenizer import Tokenizer

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serve.api.requests import LogprobsMode
+from serve.config.config import LogprobsMode
 
 _Logprob = Annotated[float, Field(le=0, ge=-9999, description="natural log; -9999 where the probability is 0")]
 _Rank = Annotated[int, Field(ge=1, description="place in the whole vocabulary, 1 = most likely; unique")]

@@ -18,8 +18,8 @@ RUN make .venv/.serve \
 COPY model/ model/
 COPY compiled/ compiled/
 COPY serve/ serve/
-# The kernels are built for every instruction set of this kind of processor; the server chooses when it starts.
-RUN make kernels && .venv/bin/python -m compileall -q model compiled serve
+# Kernels for every instruction set of this architecture; the server chooses one at start-up.
+RUN .venv/bin/python -m model.kernels.cpu.build --in-place && .venv/bin/python -m compileall -q model compiled serve
 
 FROM debian:trixie-slim
 ARG DEVICE=cpu

@@ -148,6 +148,6 @@ PROGRAMS := chromium fonts-noto-color-emoji g++-aarch64-linux-gnu qemu-user-stat
 	fi
 	@touch $@
 
-# Optional: without a compiler this says so in one line and XLA does the work. Builds only what is not up to date.
+# Optional: the first start does the same. Without a compiler this prints one line, and XLA is used instead.
 kernels: .venv/.serve
 	@$(PY) -m model.kernels.cpu.build

@@ -17,6 +17,7 @@ from compiled.runner import ModelRunner
 from compiled.shapes import Buckets, SlotShape, StateShape, make_buckets
 from compiled.state import MAX_SCORED_IDS
 from model.config import ConfigError, ModelConfig
+from model.kernels.cpu.build import ensure_built
 from model.kv_cache import PAGE_SIZE
 from model.sharding import tensor_mesh
 from model.transformer import BoundModel
@@ -35,7 +36,7 @@ from serve.server.memory import free_memory
 from serve.server.memory_plan import MemoryPlan, PlanError, plan_memory
 from serve.server.report import Reporter
 from serve.server.report_facts import cache_hits, memory_planned, model_found, program_compiled
-from serve.server.startup_events import AllCompiled, DefaultsTaken, WeightsLoaded
+from serve.server.startup_events import AllCompiled, DefaultsTaken, KernelsBuilt, WeightsLoaded
 from serve.text.chat_template import ChatTemplateError
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
@@ -104,6 +105,8 @@ def load(config: EngineConfig, reporter: Reporter) -> Loaded:
     if said := defaults.said():
         reporter.tell(DefaultsTaken(said))
     mesh = _mesh(config)
+    if jax.default_backend() == "cpu":
+        ensure_built(lambda line: reporter.tell(KernelsBuilt(line)))
     checkpoint = open_checkpoint(source)
     try:
         tokenizer = _tokenizer(config, source, checkpoint)

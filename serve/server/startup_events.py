@@ -36,6 +36,19 @@ class DefaultsTaken(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class KernelsBuilt(Event):
+    """Progress or result of building the CPU kernels, at the first start."""
+
+    name = "cpu_kernels"
+    message: str
+
+    @property
+    def line(self) -> str:
+        """See Event."""
+        return self.message
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFound(Event):
     """What is going to be loaded."""
 

@@ -260,7 +260,7 @@ def test_a_library_for_another_cpu_is_passed_over(tmp_path: Path, monkeypatch: p
 def test_a_machine_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     assert build.main() == 0
-    assert capsys.readouterr().err == "CPU kernels: none are written for riscv64; XLA does their work\n"
+    assert capsys.readouterr().err == "CPU kernels: none are written for riscv64; using XLA instead\n"
 
 
 def run_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str | None) -> int:
@@ -295,7 +295,7 @@ def test_a_build_that_fails_says_so_in_one_line(
     assert out == ""
     assert err.count("\n") == 1
     assert says in err
-    assert err.endswith("; XLA does their work\n")
+    assert err.endswith("; using XLA instead\n")
     assert not list((tmp_path / "_build").glob("*"))
 
 
@@ -330,7 +330,98 @@ def test_a_build_is_skipped_only_where_the_library_of_the_same_sources_is_there(
     assert len(calls) == 1
     build.build(units, folder / "b-1.so")
     build.build(units, folder / "a-2.so")
-    assert sorted(path.name for path in folder.iterdir()) == ["a-2.so", "b-1.so"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "a-1.so",
+        "a-2.so",
+        "b-1.so",
+    ]  # other checkouts may use the older one
+
+
+def test_build_leaves_no_unfinished_file_where_the_compiler_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_half(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
+        Path(command[-1]).write_text("half")
+        return subprocess.CompletedProcess(command, 1, "", "error: disk full")
+
+    monkeypatch.setattr(subprocess, "run", write_half)
+    monkeypatch.setattr(shutil, "which", lambda name: f"bin/{name}")
+    with pytest.raises(RuntimeError, match="disk full"):
+        build.build([], tmp_path / "cache" / "a-1.so")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_build_accepts_a_library_that_another_process_finished_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "a-1.so"
+
+    def finish_second(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert not library.exists()
+        library.write_text("the other's")
+        Path(command[-1]).write_text("ours")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", finish_second)
+    monkeypatch.setattr(shutil, "which", lambda name: f"bin/{name}")
+    build.build([], library)
+    assert library.read_text() == "ours"
+    assert list(tmp_path.iterdir()) == [library]
+
+
+def test_library_path_prefers_the_bundled_library_to_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(library, "BUNDLED", tmp_path / "_build")
+    path = library.library_path("avx2")
+    assert path.parent == tmp_path / "home" / ".cache" / "logprobd" / "kernels"
+    bundled = tmp_path / "_build" / path.name
+    bundled.parent.mkdir()
+    bundled.touch()
+    assert library.library_path("avx2") == bundled
+
+
+def test_ensure_built_builds_once_and_reports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(library, "BUNDLED", tmp_path / "_build")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    (tmp_path / "c++").write_text('#!/bin/sh\nfor o; do :; done; : > "$o"\n')
+    (tmp_path / "c++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    lines: list[str] = []
+    build.ensure_built(lines.append)
+    assert lines[0] == "CPU kernels: building for neon; this happens once"
+    assert lines[1].startswith(f"CPU kernels: built {library.library_name('neon')} with ")
+    lines.clear()
+    build.ensure_built(lines.append)
+    assert lines == []
+
+
+@pytest.mark.parametrize(("compiler", "says"), [("", "no C++ compiler on PATH"), ("exit 1", "failed: exit code 1")])
+def test_ensure_built_reports_why_xla_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, says: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(library, "BUNDLED", tmp_path / "_build")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    if compiler:
+        (tmp_path / "c++").write_text(f"#!/bin/sh\n{compiler}\n")
+        (tmp_path / "c++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    lines: list[str] = []
+    build.ensure_built(lines.append)
+    assert says in lines[-1]
+    assert lines[-1].endswith("; using XLA instead")
+
+
+def test_ensure_built_reports_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home").touch()  # a file: no folder can be made in it
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(library, "BUNDLED", tmp_path / "_build")
+    monkeypatch.setattr(shutil, "which", lambda name: f"bin/{name}")
+    lines: list[str] = []
+    build.ensure_built(lines.append)
+    assert "Not a directory" in lines[-1]
+    assert lines[-1].endswith("; using XLA instead")
 
 
 def test_changed_sources_are_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,58 +1,61 @@
-"""Compiles the kernels for the installed jaxlib: `python -m model.kernels.cpu.build`."""
+"""Compile the CPU kernels: at the first start, or ahead of it with `python -m model.kernels.cpu.build`."""
 
-import os
+import argparse
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 
-from model.kernels.cpu.library import FLAGS, INSTRUCTION_SETS, UNITS, library_path
+from model.kernels.cpu.library import BUNDLED, FLAGS, INSTRUCTION_SETS, UNITS, library_name, library_path
 
 COMPILERS = ("c++", "g++", "clang++")
 _X86, _ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
 
 
 def instruction_sets(machine: str) -> tuple[str, ...]:
-    """Those of a machine, as platform.machine() calls it, for which the kernels are written."""
+    """Instruction sets of `machine` (as in platform.machine()) that have kernels, the best first."""
     if machine.lower() in _X86:
         return ("avx512", "avx2")
     return ("neon",) if machine.lower() in _ARM else ()
 
 
 def build(units: Sequence[Path], library: Path, flags: Sequence[str] = ()) -> str:
-    """Makes `library`, named NAME-DIGEST.so, from .cc files unless it is there; the line to print.
+    """Compile `units` (.cc) into `library` unless it exists; return one line for the log.
 
-    The first compiler that can is taken. Older libraries of the same NAME are deleted.
-    Raises RuntimeError (no compiler, none that can) or OSError (a folder that cannot be written).
+    The compilers are tried in order until one succeeds. The file appears under its name only when it is complete,
+    so processes may build the same library at the same time.
+
+    Raises:
+        RuntimeError: there is no compiler, or all fail.
+        OSError: the folder cannot be written.
     """
     if library.exists():
         return f"CPU kernels: {library.name} is up to date"
     compilers = [path for path in map(shutil.which, COMPILERS) if path is not None]
     if not compilers:
         raise RuntimeError(f"no C++ compiler on PATH ({', '.join(COMPILERS)})")
-    library.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = library.with_suffix(f".{os.getpid()}")
-    arguments = (*FLAGS, *flags, "-isystem", jax.ffi.include_dir(), *map(str, units), "-o", str(unfinished))
+    library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     errors = []
-    for compiler in compilers:
-        error = _compile((compiler, *arguments))
-        if error is None:
-            unfinished.replace(library)
-            for old in set(library.parent.glob(f"{library.stem.rpartition('-')[0]}-*.so")) - {library}:
-                old.unlink(missing_ok=True)
-            return f"CPU kernels: built {library.name} with {compiler}"
-        unfinished.unlink(missing_ok=True)
-        errors.append(f"{compiler} failed: {error}")
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".") as folder:
+        unfinished = Path(folder) / library.name
+        arguments = (*FLAGS, *flags, "-isystem", jax.ffi.include_dir(), *map(str, units), "-o", str(unfinished))
+        for compiler in compilers:
+            error = _compile((compiler, *arguments))
+            if error is None:
+                unfinished.replace(library)
+                return f"CPU kernels: built {library.name} with {compiler}"
+            errors.append(f"{compiler} failed: {error}")
     raise RuntimeError(errors[0])
 
 
 def _compile(command: Sequence[str]) -> str | None:
-    """Runs a compiler; what it says is wrong."""
+    """Run a compiler; return its first error, None on success."""
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode == 0:
         return None
@@ -60,16 +63,23 @@ def _compile(command: Sequence[str]) -> str | None:
     return next((line for line in lines if "error" in line), lines[0] if lines else f"exit code {run.returncode}")
 
 
-def build_all() -> list[str]:
-    """Builds a library for each instruction set of this machine, side by side; the lines to print.
+def build_all(folder: Path | None = None) -> list[str]:
+    """Build the libraries of this machine's instruction sets in parallel; return lines for the log.
 
-    Raises RuntimeError where there are no kernels for the machine, or none could be built.
+    Args:
+        folder: where the libraries go; None: the user's cache, unless they are bundled with the package.
+
+    Raises:
+        RuntimeError: no kernels are written for this machine, or none can be built.
     """
     names = instruction_sets(platform.machine())
     if not names:
         raise RuntimeError(f"none are written for {platform.machine()}")
+    paths = [folder / library_name(name) if folder else library_path(name) for name in names]
     with ThreadPoolExecutor() as threads:
-        builds = [threads.submit(build, UNITS, library_path(name), INSTRUCTION_SETS[name]) for name in names]
+        builds = [
+            threads.submit(build, UNITS, path, INSTRUCTION_SETS[name]) for name, path in zip(names, paths, strict=True)
+        ]
     failures = {name: done.exception() for name, done in zip(names, builds, strict=True)}
     if all(failures.values()):
         raise RuntimeError(str(failures[names[0]]))
@@ -79,14 +89,40 @@ def build_all() -> list[str]:
     ]
 
 
-def main() -> int:
-    """Builds the kernels; they are optional, so a failure is one line on stderr and the exit code is 0."""
+def ensure_built(report: Callable[[str], None]) -> None:
+    """Build missing libraries at start-up; call `report` with lines for the log, with none if all are there.
+
+    The kernels are optional: a failure is one line.
+    """
+    names = instruction_sets(platform.machine())
+    if names and all(library_path(name).exists() for name in names):
+        return
     try:
-        print("\n".join(build_all()))
+        if names and any(map(shutil.which, COMPILERS)):
+            report(f"CPU kernels: building for {', '.join(names)}; this happens once")
+        for line in build_all():
+            report(line)
     except RuntimeError as error:
-        print(f"CPU kernels: {error}; XLA does their work", file=sys.stderr)
+        report(_fallback(error))
+
+
+def _fallback(error: RuntimeError) -> str:
+    return f"CPU kernels: {error}; using XLA instead"
+
+
+def main(arguments: Sequence[str] = ()) -> int:
+    """Build the kernels; a failure is one line on stderr and the exit code is 0, as they are optional."""
+    parser = argparse.ArgumentParser(prog="python -m model.kernels.cpu.build", description="Build the CPU kernels.")
+    parser.add_argument(
+        "--in-place", action="store_true", help="build into the package, e.g. for a container image, not ~/.cache"
+    )
+    folder = BUNDLED if parser.parse_args(arguments).in_place else None
+    try:
+        print("\n".join(build_all(folder)))
+    except RuntimeError as error:
+        print(_fallback(error), file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))

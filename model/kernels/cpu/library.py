@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,7 @@ INSTRUCTION_SETS = {
 # No contraction: a multiply-add is fused where the source says so, and nowhere else.
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off")
 FOLDER = Path(__file__).parent
+BUNDLED = FOLDER / "_build"
 UNITS, HEADERS = sorted(FOLDER.glob("*.cc")), sorted(FOLDER.glob("*.h"))
 # bfloat16's linear map has one result to the last bit on two paths: AVX512_BF16, and float32 multiply-adds.
 PATHS = ("pairs", "floats")
@@ -69,10 +71,21 @@ def digest() -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def library_name(instruction_set: str) -> str:
+    """File name of the library: it depends on jaxlib (its headers), the instruction set and the sources."""
+    return f"kernels-jaxlib-{jaxlib.version.__version__}-{instruction_set}-{digest()}.so"
+
+
+def cache_folder() -> Path:
+    """Folder of the libraries that this user's processes built, shared by all installations and checkouts."""
+    return Path(os.path.expanduser("~/.cache/logprobd/kernels"))  # unlike Path.expanduser it never raises
+
+
 def library_path(instruction_set: str) -> Path:
-    """Where the library of these sources and this jaxlib lies: its interface belongs to one version of the headers."""
-    name = f"kernels-jaxlib-{jaxlib.version.__version__}-{instruction_set}-{digest()}.so"
-    return FOLDER / "_build" / name
+    """Path of the library: inside the package where it was built in place, as in an image, else in the cache."""
+    name = library_name(instruction_set)
+    bundled = BUNDLED / name
+    return bundled if bundled.exists() else cache_folder() / name
 
 
 @functools.cache

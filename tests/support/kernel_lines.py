@@ -1,6 +1,6 @@
-"""`python -m tests.support.kernel_lines`: what the kernels' C++ test programs print, compiled in many ways, as JSON.
+"""`python -m tests.support.kernel_lines`: output of the kernels' C++ test programs for several builds, as JSON.
 
-Case -> "lines", or "skipped": why it cannot be done here, or "failed": what was wrong.
+Each case maps to "lines" (its stdout), "skipped" (why it cannot run on this machine) or "failed" (its stderr).
 """
 
 import json
@@ -18,9 +18,9 @@ from model.kernels.cpu import build, library
 from model.kernels.cpu.library import INSTRUCTION_SETS
 from tools.sanitize import SANITIZERS
 
-_FOLDER = Path(__file__).with_name("model")
-_CANNOT_RUN = 77  # the program's exit code on a CPU that it is not for
-_FLAGS = [flag for flag in library.FLAGS if flag != "-shared"]  # a later -O2 or -O1 takes the place of their -O3
+_FOLDER = Path(__file__).parents[1] / "model"
+_CANNOT_RUN = 77  # the program's exit code on a CPU without its instruction set
+_FLAGS = [flag for flag in library.FLAGS if flag != "-shared"]  # a later -O2 or -O1 overrides their -O3
 _FAST = "-O2"
 _THREAD_SANITIZER = ("-O1", "-fsanitize=thread", "-g")
 NATIVE = build.instruction_sets(platform.machine())
@@ -28,7 +28,7 @@ NATIVE = build.instruction_sets(platform.machine())
 
 @dataclass(frozen=True)
 class Case:
-    """A program, and how it is compiled and run."""
+    """A program and how to compile and run it."""
 
     flags: Sequence[str]
     source: Path = _FOLDER / "kernel_bits.cc"
@@ -47,23 +47,23 @@ def _cases() -> dict[str, Case]:
     return cases
 
 
-def told_of(case: Case) -> dict[str, list[str] | str]:
-    """Compiles and runs a program."""
+def result_of(case: Case) -> dict[str, list[str] | str]:
+    """Compile and run a program."""
     for needed in (case.compiler, *filter(None, [case.emulator])):
         if shutil.which(needed) is None:
-            return {"skipped": f"no {needed} here"}
+            return {"skipped": f"{needed} is not installed"}
     with tempfile.TemporaryDirectory() as folder:
         nothing, program = Path(folder) / "nothing.cc", Path(folder) / "program"
         nothing.write_text("int main() {}")
         if _run(case.compiler, *case.flags, nothing, "-o", program).returncode != 0:
-            return {"skipped": f"{case.compiler} lacks what {' '.join(case.flags)} need"}
+            return {"skipped": f"{case.compiler} does not support {' '.join(case.flags)}"}
         included = ("-pthread", "-I", library.FOLDER)
         made = _run(case.compiler, *_FLAGS, *case.flags, *included, case.source, "-o", program)
         if made.returncode != 0:
             return {"failed": made.stderr}
         run = _run(*filter(None, [case.emulator]), program)
     if run.returncode == _CANNOT_RUN:
-        return {"skipped": "this CPU cannot run it"}
+        return {"skipped": "this CPU lacks the instruction set"}
     return {"lines": run.stdout.splitlines()} if run.returncode == 0 else {"failed": run.stderr}
 
 
@@ -72,10 +72,10 @@ def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def main() -> int:
-    """Prints what each case told; two are compiled at a time."""
+    """Print the result of each case; two are compiled at a time."""
     cases = _cases()
     with ThreadPoolExecutor(2) as pool:
-        json.dump(dict(zip(cases, pool.map(told_of, cases.values()), strict=True)), sys.stdout)
+        json.dump(dict(zip(cases, pool.map(result_of, cases.values()), strict=True)), sys.stdout)
     return 0
 
 

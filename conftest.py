@@ -1,6 +1,7 @@
-"""What tests share: the real default model, compiled once for each dtype, and programs that run beside the tests."""
+"""Fixtures for all tests: the default model, a real server, and programs that run in the background."""
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from tests.support.background import Background
 from tests.support.runners import make_runner
 from tests.support.server_process import ServerProcess
 
-# Fixture -> the module whose output it holds, in the order in which they run.
+# Fixture -> the module whose output it returns, in the order in which they run.
 _PROGRAMS = {
     "sharded_logprobs": "tests.support.sharded_logprobs",
     "target_facts": "tools.portability.target_facts",
@@ -21,20 +22,24 @@ _BACKGROUND = pytest.StashKey[Background]()
 
 
 def _programs_of(item: pytest.Item) -> set[str]:
-    """What a test waits for; nothing if it is skipped."""
+    """Background programs that a test waits for; none if it is skipped."""
     if not isinstance(item, pytest.Function) or any(mark.args[0] for mark in item.iter_markers("skipif")):
         return set()
     return _PROGRAMS.keys() & {*item.fixturenames}
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that wait for a program come last."""
+    """Mark tests that wait for a background program as slow and run them last."""
     items.sort(key=lambda item: bool(_programs_of(item)))
+    for item in items:
+        if _programs_of(item):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
-    """The programs that tests wait for run beside the others."""
+    """Run the background programs while the other tests run."""
     items: Sequence[pytest.Item] = () if session.config.option.collectonly else session.items
     needed = set().union(*map(_programs_of, items))
     background = Background(module for name, module in _PROGRAMS.items() if name in needed)
@@ -42,29 +47,35 @@ def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
     try:
         return (yield)
     finally:
-        background.end()
+        background.close()
 
 
-def _printed_by(program: str) -> Callable[[pytest.Config], str]:
+def _output_of(program: str) -> Callable[[pytest.Config], str]:
     @pytest.fixture(scope="session", name=program)
-    def printed(pytestconfig: pytest.Config) -> str:
+    def output(pytestconfig: pytest.Config) -> str:
         return pytestconfig.stash[_BACKGROUND].output(_PROGRAMS[program])
 
-    return printed
+    return output
 
 
-sharded_logprobs, target_facts, executed_notebook, kernel_lines = map(_printed_by, _PROGRAMS)
+sharded_logprobs, target_facts, executed_notebook, kernel_lines = map(_output_of, _PROGRAMS)
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A real server with the default model, in float32: the numbers are true to 1e-4."""
-    cache = tmp_path_factory.mktemp("xla")
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of compiled programs shared by all server processes of this run."""
+    return tmp_path_factory.mktemp("xla")
+
+
+@pytest.fixture(scope="session")
+def server(compilation_cache: Path) -> Iterator[ServerProcess]:
+    """A real server with the default model in float32, whose log-probs are within 1e-4 of the reference."""
     process = ServerProcess(
-        "--dtype", "float32", "--max-num-seqs", "4", "--max-model-len", "8192", "--compilation-cache-dir", str(cache)
+        *("--dtype", "float32", "--max-num-seqs", "4", "--max-model-len", "8192"),
+        *("--compilation-cache-dir", str(compilation_cache)),
     )
     yield process
-    assert process.process.poll() is None, "".join(process.log)  # nothing that was sent to it may have ended it
+    assert process.process.poll() is None, "".join(process.log)  # no request may have ended it
     assert process.terminate() == 0
 
 
@@ -76,13 +87,13 @@ def float32_runner() -> ModelRunner:
 
 @pytest.fixture(scope="session")
 def bfloat16_runner() -> ModelRunner:
-    """The default model in bfloat16, through the packed kernels where this machine has them."""
+    """The default model in bfloat16, on the CPU kernels if this machine has them."""
     return make_runner(default_model_path(), "bfloat16")
 
 
 @pytest.fixture(scope="session")
 def int8_runner() -> ModelRunner:
-    """The default model with int8 matrices, through their kernels where this machine has them."""
+    """The default model with int8 matrices, on the CPU kernels if this machine has them."""
     return make_runner(default_model_path(), "int8")
 
 

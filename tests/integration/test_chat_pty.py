@@ -18,6 +18,8 @@ import pytest
 from tests.server.test_bad_models import templated
 from tests.support.server_process import ROOT
 
+pytestmark = pytest.mark.slow
+
 _TIMEOUT = 120  # seconds after which something hangs; never reached otherwise
 # The terminal becomes the process's own, so that Ctrl-C reaches it; a shell may have SIGINT ignored in the background.
 RUN = """

@@ -12,6 +12,8 @@ import pytest
 from tools.fuzz import bodies
 from tools.fuzz.asking import answering, asked
 
+pytestmark = pytest.mark.slow
+
 _BODIES = 10_000
 
 

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -14,6 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.ray_process import RayProcess
 from tests.support.server_process import ServerProcess
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("ray", reason="Ray is not installed: `make ray` does it")
 
 _DEADLINE = 60  # seconds after which something hangs; never reached otherwise
@@ -22,11 +25,11 @@ _LONG = {"prompt": _STORY, "max_tokens": 450, "ignore_eos": True, "temperature":
 
 
 @pytest.fixture(scope="module")
-def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayProcess]:
-    cache = tmp_path_factory.mktemp("xla")
+def replicas(compilation_cache: Path) -> Iterator[RayProcess]:
     process = RayProcess(
         *("--num-replicas", "2", "--num-cpus-per-replica", "0.5", "--dtype", "float32", "--max-num-seqs", "2"),
-        *("--max-model-len", "512", "--max-num-batched-tokens", "18", "--compilation-cache-dir", str(cache)),
+        *("--max-model-len", "512", "--max-num-batched-tokens", "18"),
+        *("--compilation-cache-dir", str(compilation_cache)),
     )
     yield process
     if process.process.poll() is None:

@@ -7,9 +7,12 @@ from typing import Any
 
 import httpx2
 import numpy as np
+import pytest
 
 from tests.support.scoring import read_lines, write_lines
 from tests.support.server_process import ROOT, ServerProcess
+
+pytestmark = pytest.mark.slow
 
 TEXTS = [
     "The capital of France is Paris.",

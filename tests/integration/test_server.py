@@ -218,10 +218,10 @@ def test_a_bad_word_of_two_tokens_is_never_finished(client: OpenAI) -> None:
     assert word not in other_text
 
 
-def test_a_small_cache_and_whole_rows(tmp_path: Path) -> None:
+def test_a_small_cache_and_whole_rows(compilation_cache: Path) -> None:
     process = ServerProcess(
         *("--max-num-seqs", "1", "--max-model-len", "512", "--max-logprobs", "-1", "--kv-cache-memory", "8MB"),
-        *("--max-num-batched-tokens", "17", "--compilation-cache-dir", str(tmp_path / "xla")),  # little to compile
+        *("--max-num-batched-tokens", "17", "--compilation-cache-dir", str(compilation_cache)),  # few programs
     )
     url = f"{process.url}/v1/completions"
     refused = httpx2.post(url, json={"prompt": [100] * 300, "max_tokens": 1}, timeout=60)
@@ -265,10 +265,10 @@ def test_sigterm_drains_and_exits_0_and_a_second_start_reads_the_cache(tmp_path:
     assert sorted(path.name for path in (tmp_path / "xla").glob("jit_decode_1-*-cache")) == entries
 
 
-def test_what_cannot_be_served_is_one_message_and_exit_code_1(tmp_path: Path) -> None:
+def test_what_cannot_be_served_is_one_message_and_exit_code_1(tmp_path: Path, compilation_cache: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF\x03\x00\x00\x00")
-    options = ("--port", "0", "--compilation-cache-dir", str(tmp_path / "xla"))
+    options = ("--port", "0", "--compilation-cache-dir", str(compilation_cache))
     wrong = [
         *((str(model),) for model in (broken, tmp_path / "nothing", tmp_path)),
         ("--generation-config", str(tmp_path / "nowhere.json")),

@@ -13,6 +13,8 @@ import pytest
 from tests.server.test_bad_models import directory
 from tests.support.server_process import ROOT, ServerProcess
 
+pytestmark = pytest.mark.slow
+
 BODY = {"prompt": [5, 17, 40, 3, 8, 9, 44], "max_tokens": 8, "temperature": 0, "logprobs": 3, "prompt_logprobs": 3}
 FLAGS = ("--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "2")
 
@@ -23,9 +25,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, ServerProcess]]:
+def servers(model: Path, compilation_cache: Path) -> Iterator[dict[int, ServerProcess]]:
     """The same model on one device and on two, made of one CPU."""
-    cache = ("--compilation-cache-dir", str(tmp_path_factory.mktemp("xla")))
+    cache = ("--compilation-cache-dir", str(compilation_cache))
     two = {"JAX_NUM_CPU_DEVICES": "2"}
     started = {
         1: ServerProcess(str(model), *FLAGS, *cache),

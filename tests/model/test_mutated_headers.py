@@ -10,6 +10,8 @@ import pytest
 
 from tools.fuzz.targets import TARGETS
 
+pytestmark = pytest.mark.slow
+
 _INPUTS = 1000
 
 

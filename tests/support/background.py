@@ -1,4 +1,4 @@
-"""Programs whose output tests wait for, run one after another beside the tests that wait for none."""
+"""Programs that run one after another in the background while tests that do not need them run."""
 
 import os
 import signal
@@ -10,29 +10,29 @@ from contextlib import suppress
 from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]
-_NICENESS = 10  # they take what the tests leave of the processor
+_NICENESS = 10  # foreground tests come first
 
 
 class Background:
-    """`python -m MODULE` for each of several modules, begun by the constructor."""
+    """Run `python -m MODULE` for each of several modules, from the constructor on."""
 
     def __init__(self, modules: Iterable[str]) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="background")
         self._running: subprocess.Popen[str] | None = None
-        self._ended = False
+        self._closed = False
         self._outputs: dict[str, Future[str]] = {module: self._pool.submit(self._run, module) for module in modules}
 
     def output(self, module: str) -> str:
-        """What a module has printed, when it has ended.
+        """Wait for a module to end and return its stdout.
 
         Raises:
-            RuntimeError: it failed; the message has what it wrote to stderr.
+            RuntimeError: it failed; the message contains its stderr.
         """
         return self._outputs[module].result()
 
-    def end(self) -> None:
-        """Kills what still runs, and begins no other."""
-        self._ended = True
+    def close(self) -> None:
+        """Kill the running program and start no other."""
+        self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._running is not None:
             _kill(self._running)
@@ -41,11 +41,11 @@ class Background:
     def _run(self, module: str) -> str:
         pipe = subprocess.PIPE
         command = [sys.executable, "-m", module]
-        # A group of its own: an interrupt from the keyboard is for the tests, which then end this, too.
+        # A process group of its own: Ctrl-C interrupts pytest only, which then calls close().
         with subprocess.Popen(command, cwd=_ROOT, stdout=pipe, stderr=pipe, text=True, process_group=0) as process:
             os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
             self._running = process
-            if self._ended:  # before it could be seen
+            if self._closed:  # close() ran before it could see the process
                 _kill(process)
             output, errors = process.communicate()
             self._running = None

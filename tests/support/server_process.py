@@ -1,4 +1,4 @@
-"""A real server in a process of its own."""
+"""A real server in its own process."""
 
 import os
 import re
@@ -19,7 +19,7 @@ class ServerProcess:
         self._start(["-W", "error::ResourceWarning", "-m", "serve", *arguments, "--port", "0"], environ)
 
     def _start(self, arguments: list[str], environ: Mapping[str, str] = {}) -> None:
-        """Python with these arguments, until it says where it serves."""
+        """Start Python with these arguments and wait for the log line that contains the URL."""
         self.process = subprocess.Popen(
             [sys.executable, *arguments],
             cwd=ROOT,
@@ -37,19 +37,19 @@ class ServerProcess:
                 break
         else:
             raise RuntimeError(f"the server ended with {self.process.wait()}:\n{''.join(self.log)}")
-        # Somebody must read on, or a full pipe would stop the server.
+        # The pipe must be drained, or the server would block on it when it is full.
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
 
     def peak_memory(self) -> int:
-        """The most memory that was ever resident, in bytes."""
+        """Peak resident memory, bytes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text("ascii")
         found = re.search(r"VmHWM:\s+(\d+) kB", status)
         assert found is not None
         return int(found[1]) * 1024
 
     def terminate(self) -> int:
-        """Sends SIGTERM; the exit code."""
+        """Send SIGTERM and return the exit code."""
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(timeout=60)
         self._reader.join()

@@ -13,6 +13,8 @@ from serve.config.flags import parse_args
 from tests.support.server_process import ROOT, ServerProcess
 from tools.guides.__main__ import FOLDER, GUIDES, GuideError, Ran, blocks_of, is_alike, programs_of, run_guide
 
+pytestmark = pytest.mark.slow
+
 # Begun in this order, the longest first.
 ORDER = ("lm-eval", "scoring", "hlo", "deploying", "uncertainty", "teacher")
 TEXTS = {path.stem: path.read_text("utf-8") for path in sorted(FOLDER.glob("*.md"))}

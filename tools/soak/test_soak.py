@@ -19,6 +19,8 @@ from tools.soak.fake_answers import ERROR, ID, metrics_of
 from tools.soak.idle import Idle
 from tools.soak.soak import Soak
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from tests.support.fake_runner import MAX_MODEL_LEN
 from tests.support.http_client import MODEL, Gate, Server
 from tests.support.listening import listening
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = b"The model says this."
 
 

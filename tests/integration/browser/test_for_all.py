@@ -12,6 +12,8 @@ from tests.integration.browser.inspector import Inspector
 from tests.support.http_client import MODEL
 from tests.support.listening import listening
 
+pytestmark = pytest.mark.slow
+
 LONG = 10_000
 
 

@@ -24,6 +24,8 @@ from serve.server.startup import local_tokenizer
 from tests.integration.browser.inspector import Inspector, number
 from tests.support.server_process import ServerProcess
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "The capital of France is"
 GREEDY = {"temperature": 0, "logprobs": True, "top_logprobs": 5, "prompt_logprobs": 5}
 

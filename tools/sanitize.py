@@ -1,7 +1,4 @@
-"""`make sanitize`: the kernels' unit tests on a library built with AddressSanitizer and UBSan.
-
-Not a part of every test run, since it takes minutes; `tests/model/test_cpu_instruction_sets.py` has what is.
-"""
+"""`make sanitize`: run the kernels' unit tests on a library built with AddressSanitizer and UBSan. Takes minutes."""
 
 import os
 import subprocess
@@ -16,41 +13,50 @@ from model.kernels.cpu import build, library
 
 SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 _RUNTIMES = ("libasan.so", "libubsan.so")
-_LIBRARY = "LOGPROBD_SANITIZED"  # set in the process that runs the tests
-_TESTS = ("kernels", "attention", "rows", "head", "random_shapes")
+_LIBRARY = "LOGPROBD_SANITIZED"  # set in the child process, which runs the tests
+_FOLDER = Path(__file__).parents[1] / "tests" / "model"
+_TESTS = (
+    "test_cpu_kernels",
+    "test_cpu_attention",
+    "test_cpu_rows",
+    "test_cpu_head",
+    "test_cpu_random_shapes",
+    "test_int8",
+)
 
 
-def _path_of(runtime: str) -> str:
-    """A sanitizer's own library, which has to be loaded before everything else."""
-    command = ["g++", f"-print-file-name={runtime}"]
+def _runtime_path(name: str) -> str:
+    """Path of a sanitizer's runtime library, which must be loaded before all others."""
+    command = ["g++", f"-print-file-name={name}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _run_tests(made: Path) -> int:
-    folder = Path(__file__).with_name("model")
-    tests = [str(folder / f"test_cpu_{name}.py") for name in _TESTS]
-    tests += [str(folder / "test_int8.py"), "-k", "not changed_sources"]  # what it changes is fixed here
+def _run_tests(sanitized: Path) -> int:
     with pytest.MonkeyPatch.context() as patch:
         for module in (library, build):
-            patch.setattr(module, "library_path", lambda name: made.with_name(f"{name}.so"))
+            patch.setattr(module, "library_path", lambda name: sanitized.with_name(f"{name}.so"))
         kernels = cpu.load()
-        if kernels is None or kernels.instruction_set != made.stem:
-            raise RuntimeError(f"{made} was not loaded")
+        if kernels is None or kernels.instruction_set != sanitized.stem:
+            raise RuntimeError(f"{sanitized} was not loaded")
+        tests = [str(_FOLDER / f"{name}.py") for name in _TESTS]
         return int(pytest.main(["-q", "-p", "no:cacheprovider", *tests, *sys.argv[1:]]))
 
 
 def main() -> int:
-    """Builds the library of the best instruction set of this CPU, and runs the tests on it; pytest's exit code."""
+    """Build the library of this CPU's best instruction set and run the tests on it; return pytest's exit code."""
     if _LIBRARY in os.environ:
         return _run_tests(Path(os.environ[_LIBRARY]))
     name = library.require().instruction_set
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / f"{name}.so"
-        print(build.build(library.UNITS, made, (*library.INSTRUCTION_SETS[name], *SANITIZERS)), flush=True)
-        # Python itself leaves memory behind at its end.
-        sanitized = {"LD_PRELOAD": " ".join(map(_path_of, _RUNTIMES)), "ASAN_OPTIONS": "detect_leaks=0"}
+        sanitized = Path(folder) / f"{name}.so"
+        print(build.build(library.UNITS, sanitized, (*library.INSTRUCTION_SETS[name], *SANITIZERS)), flush=True)
+        variables = {
+            _LIBRARY: str(sanitized),
+            "LD_PRELOAD": " ".join(map(_runtime_path, _RUNTIMES)),
+            "ASAN_OPTIONS": "detect_leaks=0",  # Python does not free everything at exit
+        }
         command = [sys.executable, "-m", "tools.sanitize", *sys.argv[1:]]
-        return subprocess.run(command, env=os.environ | sanitized | {_LIBRARY: str(made)}, check=False).returncode
+        return subprocess.run(command, env=os.environ | variables, check=False).returncode
 
 
 if __name__ == "__main__":

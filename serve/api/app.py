@@ -29,7 +29,7 @@ from serve.api.record import AnswerRecord, OnAnswer, record_of
 from serve.api.request_body import Bodies
 from serve.api.requests import json_object
 from serve.api.tokenize import Tokenization
-from serve.text.template_sandbox import TemplateJail
+from serve.text.template_sandbox import TemplateSandbox
 from serve.text.tokenizer import Tokenizer
 
 __all__ = ["AppConfig", "create_app"]
@@ -53,7 +53,7 @@ def create_app(
     limits, readiness = engine.limits, readiness or Readiness()
     bodies = Bodies(max_bytes=config.max_body_bytes, seconds=config.client_timeout)
     writer = RowWriter(tokenizer, limits.vocab_size) if limits.whole_vocabulary else None
-    jail = TemplateJail() if config.trust_request_chat_template else None
+    jail = TemplateSandbox() if config.trust_request_chat_template else None
     endpoint = Endpoint(engine, tokenizer, config, writer, EntryWriter(tokenizer), bodies, metrics.on_answers, jail)
     models, chat, completions = Models(endpoint), ChatCompletions(endpoint), Completions(endpoint)
     tokenization = Tokenization(endpoint)

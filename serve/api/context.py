@@ -17,7 +17,7 @@ from serve.api.request_body import Bodies
 from serve.api.requests import GenerationRequest
 from serve.config.config import LogprobsMode
 from serve.config.generation_config import GenerationDefaults
-from serve.text.template_sandbox import TemplateJail
+from serve.text.template_sandbox import TemplateSandbox
 from serve.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Endpoint:
     entry_writer: EntryWriter
     bodies: Bodies
     on_answers: Callable[[Sequence[int]], None]  # told of the tokens of each answer to a prompt
-    jail: TemplateJail | None  # where templates are taken from requests
+    jail: TemplateSandbox | None  # where templates are taken from requests
     fields: FieldLog = field(default_factory=FieldLog)
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970, of the models' cards
 

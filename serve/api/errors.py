@@ -1,11 +1,14 @@
 """APIError: the one exception that becomes an answer, in OpenAI's envelope. Its text never carries internals."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 from starlette.responses import Response
+
+from serve.text.chat import PromptError
 
 _MAX_MESSAGE = 1000  # characters: validation must not echo a large input back
 
@@ -41,6 +44,15 @@ def invalid(param: str | None, message: str, code: str = "invalid_value") -> API
 def unsupported(param: str, message: str | None = None) -> APIError:
     """400 for a field that we know and do not honour yet: ignoring it would change the answer silently."""
     return APIError(400, message or f"`{param}` is not supported yet.", param, "unsupported_parameter")
+
+
+@contextmanager
+def prompt_errors() -> Iterator[None]:
+    """Convert a PromptError to the APIError of a 400."""
+    try:
+        yield
+    except PromptError as error:
+        raise invalid(error.param, str(error), error.code) from None
 
 
 def client_gone() -> APIError:

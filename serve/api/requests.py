@@ -10,10 +10,10 @@ from serve.api.known_fields import FieldLog, check_extra
 from serve.api.nesting import check_levels
 from serve.config.config import LogprobsMode
 from serve.config.generation_config import SamplingFields
+from serve.text.chat import MAX_ITEMS, ROLES
 
 _INT64 = 2**63
 _DAY = 86400
-MAX_ITEMS = 10_000  # messages of a chat, parts of one, documents
 _MAX_VALUES = 1 << 20  # lists and objects of a body, told by their brackets: each takes a hundred bytes and more
 
 Count = Annotated[int, Field(ge=0, lt=_INT64)]
@@ -100,7 +100,6 @@ class CompletionRequest(GenerationRequest):
     logprobs: Annotated[int, Field(ge=0)] | None = None
 
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 _PART = {
     "type": "object",
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},

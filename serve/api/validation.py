@@ -3,9 +3,10 @@
 import re
 from collections.abc import Collection, Sequence
 
-from serve.api.errors import invalid, unsupported
+from serve.api.errors import invalid, prompt_errors, unsupported
 from serve.api.requests import GenerationRequest
 from serve.engine.request import EngineLimits
+from serve.text.chat import check_text_length, generation_room
 from serve.text.tokenizer import Tokenizer
 
 _MAX_ANSWERS = 4096
@@ -84,12 +85,9 @@ def truncated(ids: list[int], body: GenerationRequest, max_tokens: int | None, l
 
 def check_length(param: str, text: str, body: GenerationRequest, tokenizer: Tokenizer, limits: EngineLimits) -> None:
     """A text that could never fit is refused before it is tokenized; one that is to be cut, where it is enormous."""
-    if body.truncate_prompt_tokens is None and tokenizer.surely_above(text, limits.max_model_len):
-        message = (
-            f"This model's maximum context length is {limits.max_model_len} tokens, "
-            f"which {len(text)} characters are above whatever they say."
-        )
-        raise invalid(param, message, "context_length_exceeded")
+    if body.truncate_prompt_tokens is None:
+        with prompt_errors():
+            check_text_length(param, text, tokenizer, limits)
     check_size(param, text, limits)
 
 
@@ -110,14 +108,5 @@ def check_number_of_ids(param: str, ids: Sequence[int], body: GenerationRequest,
 
 def check_room(param: str, prompt: int, max_tokens: int | None, limits: EngineLimits) -> int:
     """Tokens that may be generated after a prompt of that many: `max_tokens`, or all that there is room for."""
-    room = min(limits.max_model_len, limits.cache_tokens) - prompt
-    wanted = 1 if max_tokens is None else max_tokens
-    if wanted <= room:
-        return room if max_tokens is None else wanted
-    least = "at least " if max_tokens is None else ""
-    asked = f"but {prompt} prompt tokens and {least}{wanted} to generate were asked for."
-    if prompt + wanted > limits.max_model_len:
-        message = f"This model's maximum context length is {limits.max_model_len} tokens, {asked}"
-    else:
-        message = f"The cache holds {limits.cache_tokens} tokens (--kv-cache-memory), {asked}"
-    raise invalid(param, message, "context_length_exceeded")
+    with prompt_errors():
+        return generation_room(param, prompt, max_tokens, limits)

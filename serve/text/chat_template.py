@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-# Names that the renderer itself gives to the template; `tools` and `documents` may be given by the request.
+# Variables that the renderer sets itself; `tools` and `documents` may come from the request.
 _RESERVED = frozenset(
     {
         "add_generation_prompt",
@@ -18,11 +18,11 @@ _RESERVED = frozenset(
         "self",
     }
 )
-_MAX_ERROR = 300  # characters: some errors quote the whole chat
+_MAX_ERROR = 300  # characters: some errors quote the entire chat
 
 
 class ChatTemplateError(ValueError):
-    """The messages cannot be rendered. For a template's `raise_exception`, its message and nothing else."""
+    """The messages cannot be rendered. The message is that of the template's `raise_exception`, if it called it."""
 
 
 def render_chat(
@@ -38,11 +38,11 @@ def render_chat(
 
     Args:
         template: Jinja source; compiled templates are cached by `transformers`.
-        messages: dicts with "role" and mostly "content"; keys whose value is None are dropped.
-        special_tokens: such as {"bos_token": "<s>"}; visible to the template.
-        add_generation_prompt: ends the text with the header of a new assistant message.
-        continue_final_message: ends the text inside the last message, without its end marker.
-        template_kwargs: more variables for the template; they overwrite special tokens.
+        messages: dicts with "role" and usually "content"; keys whose value is None are dropped.
+        special_tokens: variables of the template, such as {"bos_token": "<s>"}.
+        add_generation_prompt: end the text with the header of a new assistant message.
+        continue_final_message: end the text inside the last message, without its end marker.
+        template_kwargs: additional variables; they override special tokens.
 
     Raises:
         ChatTemplateError: the template refuses the messages or is broken, or the arguments contradict each other.
@@ -65,7 +65,7 @@ def render_chat(
     except TemplateError as error:
         raise ChatTemplateError(error.message or type(error).__name__) from error
     except Exception as error:
-        # A template is a small program, made into Python: it fails like any, if need be for want of memory.
+        # A template is a program compiled to Python: it may raise anything, MemoryError included.
         reason = str(error) or type(error).__name__
         raise ChatTemplateError(f"the chat template failed: {reason[:_MAX_ERROR]}") from error
     return str(rendered[0])

@@ -10,8 +10,7 @@ from tokenizers import Tokenizer as Backend
 
 from serve.text.gguf_sentencepiece import sentencepiece_backend
 from serve.text.gguf_vocabulary import Vocabulary, read_vocabulary, required_list
-from serve.text.rust_panic import panics_as_errors
-from serve.text.tokenizer import Tokenizer, TokenizerError
+from serve.text.tokenizer import Tokenizer, TokenizerError, panics_as_errors
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
-"""Tokenizer: text to token ids and back, the true bytes of a token, chat templates."""
+"""Tokenizer: text to token ids and back, the bytes of each token, chat templates."""
 
 import contextlib
 import json
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,44 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 from serve.text.chat_template import ChatTemplateError, render_chat
-from serve.text.rust_panic import PanicError, panics_as_errors
 from serve.text.token_bytes import UnknownDecoderError, token_bytes_table
 
-_LARGE, _LARGE_AT_ONCE = 1 << 18, 2  # characters: 75 MB while they are made tokens
+_LARGE = 1 << 18  # characters: such a text takes 75 MB while it is tokenized
+_MAX_LARGE = 2  # large texts tokenized at the same time
+_PANIC = "PanicException"  # pyo3's class of Rust panics, derived from BaseException and exported nowhere
 
 
 class TokenizerError(ValueError):
-    """The tokenizer cannot be loaded, or the text cannot be tokenized; the message says why in one line."""
+    """The tokenizer cannot be loaded, or a text cannot be tokenized. The message is one line."""
+
+
+class PanicError(Exception):
+    """The Rust code of `tokenizers` panicked.
+
+    Known case: a merge whose result is longer than every token (huggingface/tokenizers issue 2198), which a model's
+    file can cause.
+    """
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Convert a Rust panic, a BaseException, to an Exception.
+
+    Raises:
+        PanicError: a panic occurred.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != _PANIC:
+            raise
+        raise PanicError(str(error)) from error
 
 
 class Tokenizer:
-    """A fast tokenizer with what a server of log-probs asks of it. Immutable; safe to use from several threads.
+    """A fast tokenizer that knows the bytes of each token. Immutable; thread-safe.
 
-    Ids that no token has (models pad their vocabulary) have no bytes and no text.
+    Ids without a token (models pad their vocabulary) have no bytes and no text.
     """
 
     def __init__(
@@ -35,10 +60,10 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         chat_template: str | None,
     ) -> None:
-        """Takes over `backend`, turns its padding and truncation off, and tabulates all token bytes (about 0.2 s).
+        """Take ownership of `backend`, disable its padding and truncation, and tabulate all token bytes (about 0.2 s).
 
         Args:
-            eos_token_ids: ids that end a generation.
+            eos_token_ids: ids that end an output.
             special_tokens: names such as "bos_token" -> token text, for templates.
 
         Raises:
@@ -47,7 +72,7 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
-        self._large = threading.BoundedSemaphore(_LARGE_AT_ONCE)
+        self._large = threading.BoundedSemaphore(_MAX_LARGE)
         self._special_tokens = dict(special_tokens)
         try:
             self._bytes = token_bytes_table(backend)
@@ -62,74 +87,74 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the highest id that has a token; the model's vocabulary may be larger."""
+        """Highest token id plus 1; the model's vocabulary may be larger."""
         return len(self._bytes)
 
     @property
     def bos_token(self) -> str | None:
-        """Text of the token that begins a sequence, if there is one."""
+        """Text of the token that begins a sequence, if the model has one."""
         return self._special_tokens.get("bos_token")
 
     @property
     def eos_token(self) -> str | None:
-        """Text of the token that ends a sequence, if there is one."""
+        """Text of the token that ends a sequence, if the model has one."""
         return self._special_tokens.get("eos_token")
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """Names such as "eos_token" and the texts of these tokens."""
+        """Texts of special tokens by name, such as "eos_token"."""
         return dict(self._special_tokens)
 
     def token_piece(self, token_id: int) -> str:
-        """The token as the vocabulary spells it, such as "Ġthe"; "" for an id that no token has."""
+        """The token as spelled in the vocabulary, such as "Ġthe"; "" for an id without a token."""
         return self._backend.id_to_token(token_id) or ""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Ids of `text`, in which the text of a special token becomes that token.
+        """Token ids of `text`; the text of a special token becomes that token.
 
-        Exactly the original's: a byte that the vocabulary lacks is dropped, such as SmolLM2's 0x04.
+        As in the original library, bytes that the vocabulary lacks are dropped, such as 0x04 with SmolLM2.
 
         Args:
-            add_special_tokens: adds what the model wants around a text, such as BOS.
+            add_special_tokens: add the tokens that the model expects around a text, such as BOS.
 
         Raises:
-            TokenizerError: `text` holds a lone surrogate, or the library fails on it.
+            TokenizerError: `text` contains a lone surrogate, or the library fails on it.
         """
-        few = self._large if len(text) > _LARGE else contextlib.nullcontext()
+        limiter = self._large if len(text) > _LARGE else contextlib.nullcontext()
         try:
-            with few, panics_as_errors():
+            with limiter, panics_as_errors():
                 return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        except TypeError as error:  # how `tokenizers` says that a str is not valid Unicode
-            raise TokenizerError("text holds a lone surrogate, which is not valid Unicode") from error
+        except TypeError as error:  # raised by `tokenizers` for a str that is not valid Unicode
+            raise TokenizerError("text contains a lone surrogate, which is not valid Unicode") from error
         except PanicError as error:
             raise TokenizerError("the tokenizer fails on this text") from error
 
     def surely_above(self, text: str, tokens: int) -> bool:
-        """Whether `text` has more than so many tokens, told by its length alone: tokenizing megabytes takes seconds.
+        """True if `text` certainly has more than `tokens` tokens, judging by its length alone; False is no statement.
 
-        False says nothing. A normalizer may shorten what is tokenized, by no more than the factor of 4 taken here.
+        Avoids tokenizing megabytes, which takes seconds. A normalizer may shorten a text by a factor of 4 at most.
         """
         return len(text) > 4 * self._longest * tokens
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Text of `ids` (0 or more each), broken UTF-8 as U+FFFD; SentencePiece drops the first space."""
+        """Text of `ids` (each at least 0), invalid UTF-8 as U+FFFD; SentencePiece drops the first space."""
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What the token adds to the text, in bytes; joined over ids they are the UTF-8 of the text."""
+        """The bytes that the token adds to a text; joined over ids they are the UTF-8 of the text."""
         return self._bytes[token_id] if 0 <= token_id < len(self._bytes) else b""
 
     def token_text(self, token_id: int) -> str:
-        r"""The token's text where its bytes are valid UTF-8; bytes that are not are shown as `\xNN`, as OpenAI does."""
+        r"""The token's text; bytes that are not valid UTF-8 are written as `\xNN`, as OpenAI does."""
         return self.token_bytes(token_id).decode("utf-8", "backslashreplace")
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Tokens that are markup."""
+        """Ids of markup tokens."""
         return self._special_ids
 
     def is_special(self, token_id: int) -> bool:
-        """Whether the token is markup, which `skip_special_tokens` hides."""
+        """True for a markup token, which `skip_special_tokens` hides."""
         return token_id in self._special_ids
 
     def render_chat(
@@ -141,17 +166,17 @@ class Tokenizer:
         chat_template_kwargs: Mapping[str, Any],
         chat_template: str | None,
     ) -> str:
-        """Text of a chat, special tokens written out: encode it with `add_special_tokens=False`.
+        """Render a chat, special tokens written out: encode the text with `add_special_tokens=False`.
 
         Args:
-            chat_template: Jinja source, or None for the model's own; see `serve.text.chat_template.render_chat`.
+            chat_template: Jinja source; None for the model's own. See `serve.text.chat_template.render_chat`.
 
         Raises:
             ChatTemplateError: no template, or the template refuses the messages.
         """
         template = chat_template if chat_template is not None else self.chat_template
         if template is None:
-            raise ChatTemplateError("this model has no chat template: give one, or use the completions endpoint")
+            raise ChatTemplateError("this model has no chat template: pass one, or use the completions endpoint")
         return render_chat(
             template,
             messages,
@@ -163,19 +188,19 @@ class Tokenizer:
 
 
 def load_tokenizer(model_dir: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory: `tokenizer.json` and the files beside it. Runs no code from it.
+    """Load the tokenizer of a Hugging Face directory: `tokenizer.json` and related files. Runs no code from it.
 
     Raises:
-        TokenizerError: there is none, it is broken, or it is not a fast one.
+        TokenizerError: it is missing, broken, or not a fast tokenizer.
     """
-    if not model_dir.is_dir():  # else AutoTokenizer takes the path for a hub id
+    if not model_dir.is_dir():  # AutoTokenizer would take the path for a hub id
         raise TokenizerError(f"{model_dir} is not a directory")
     try:
         with panics_as_errors():
             loaded: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # broken files raise almost anything, a bare Exception from `tokenizers` included
+    except Exception as error:  # broken files raise almost anything, including a bare Exception from `tokenizers`
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TokenizerError(f"{model_dir}: the tokenizer does not load: {reason}") from error
+        raise TokenizerError(f"{model_dir}: the tokenizer cannot be loaded: {reason}") from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, Backend):
         raise TokenizerError(f"{model_dir}: {type(loaded).__name__} is not a fast tokenizer")
@@ -189,7 +214,7 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
 
 
 def _eos_token_ids(model_dir: Path, fallback: int | None) -> list[int]:
-    """The first that says it: generation_config.json, config.json, the tokenizer."""
+    """EOS ids from the first source that has them: generation_config.json, config.json, the tokenizer."""
     for name in ("generation_config.json", "config.json"):
         value = _read_json(model_dir / name).get("eos_token_id")
         if value is not None:

@@ -22,6 +22,7 @@ from serve.cli.chat.screen import ChatScreen
 from serve.cli.chat.session import Session
 from serve.engine.engine import Engine
 from serve.engine.request import EngineLimits, FinishReason, Request, SamplingParams
+from serve.text.chat import ChatFormat
 from tests.support.fake_runner import MAX_MODEL_LEN, K
 from tests.support.http_client import END, VOCAB_SIZE, ScriptedRunner, byte_tokenizer
 
@@ -69,7 +70,7 @@ def chatting(
     tokenizer = byte_tokenizer()
     session = Session(
         engine=engine,
-        prompter=Prompter(tokenizer, None, limits),
+        prompter=Prompter(ChatFormat(tokenizer), limits),
         screen=ChatScreen(console, tokenizer, plain=plain),
         params=SamplingParams(max_tokens, temperature=0, stop_token_ids=frozenset({END})),
         ask=typing(lines),
@@ -152,8 +153,8 @@ def test_a_reply_is_as_long_as_it_may_be() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("a" * 477, "the chat has 512 tokens with this message, and 511 fit"),
-        ("a" * 100_000, "characters are more than the 512 tokens that fit"),
+        ("a" * 477, "512 prompt tokens and at least 1 to generate"),
+        ("a" * 100_000, "a text of 100035 characters cannot fit"),
         ("refuse", "It is refused."),
         ("\ud800", "surrogate"),
     ],

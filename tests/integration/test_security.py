@@ -18,7 +18,7 @@ from serve.config.config import ServeConfig
 from serve.server.assembly import allowed_hosts
 from serve.server.logs import JsonFormatter
 from serve.text.chat_template import ChatTemplateError
-from serve.text.template_sandbox import TemplateJail
+from serve.text.template_sandbox import TemplateSandbox
 from tests.support.http_client import chat_body, completion_body, error_of, serving
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -27,12 +27,12 @@ _TOUCHING = ("open", "os", "subprocess", "exec", "compile", "import", "shutil", 
 
 
 @pytest.fixture(scope="module")
-def jail() -> TemplateJail:
-    return TemplateJail(seconds=1, max_bytes=64 << 20, max_characters=10_000)
+def sandbox() -> TemplateSandbox:
+    return TemplateSandbox(seconds=1, max_bytes=64 << 20, max_characters=10_000)
 
 
-def rendered(jail: TemplateJail, template: str) -> str:
-    return jail.render(
+def rendered(sandbox: TemplateSandbox, template: str) -> str:
+    return sandbox.render(
         template,
         [{"role": "user", "content": "Grüße, 🙂"}],
         special_tokens={"bos_token": "<s>"},
@@ -42,9 +42,9 @@ def rendered(jail: TemplateJail, template: str) -> str:
     )
 
 
-def test_a_jailed_template_renders_as_any_other(jail: TemplateJail) -> None:
+def test_sandbox_renders_a_template_as_any_other(sandbox: TemplateSandbox) -> None:
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ mark[0] }}{% endfor %}"
-    assert rendered(jail, template) == "<s>Grüße, 🙂1"
+    assert rendered(sandbox, template) == "<s>Grüße, 🙂1"
 
 
 @pytest.mark.parametrize(
@@ -62,13 +62,13 @@ def test_a_jailed_template_renders_as_any_other(jail: TemplateJail) -> None:
         ("{% if %}", "Expected an expression"),
     ],
 )
-def test_a_template_ends_at_its_limits(jail: TemplateJail, template: str, why: str) -> None:
+def test_a_template_ends_at_its_limits(sandbox: TemplateSandbox, template: str, why: str) -> None:
     with pytest.raises(ChatTemplateError, match=why):
-        rendered(jail, template)
-    assert rendered(jail, "{{ messages[0].role }}") == "user"
+        rendered(sandbox, template)
+    assert rendered(sandbox, "{{ messages[0].role }}") == "user"
 
 
-async def test_a_template_of_a_request_is_jailed_where_it_is_taken_and_else_refused() -> None:
+async def test_a_template_of_a_request_is_sandboxed_if_trusted_and_else_refused() -> None:
     endless = chat_body(chat_template="{{ 'a' * 10 ** 10 }}")
     async with serving(trust_request_chat_template=True) as server:
         error = error_of(await server.post(CHAT, endless), 400)

@@ -19,6 +19,7 @@ from serve.engine.request import SamplingParams
 from serve.server.report import is_terminal, start_reporting
 from serve.server.startup import STARTUP_ERRORS, Loaded, load
 from serve.server.startup_events import Failed, Interrupted
+from serve.text.chat import ChatFormat
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,7 +53,7 @@ def _chat(config: ChatConfig, loaded: Loaded, engine: Engine) -> int:
     params = sampling_params(config, loaded.defaults.said(), loaded.tokenizer.eos_token_ids)
     session = Session(
         engine=engine,
-        prompter=Prompter(loaded.tokenizer, loaded.chat_template, loaded.limits),
+        prompter=Prompter(ChatFormat(loaded.tokenizer, loaded.chat_template), loaded.limits),
         screen=screen,
         params=params,
         ask=typist or lines_of(sys.stdin),

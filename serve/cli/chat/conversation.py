@@ -5,12 +5,7 @@ from typing import Any
 
 from serve.cli.chat.reply import Reply
 from serve.engine.request import EngineLimits
-from serve.text.chat_template import ChatTemplateError
-from serve.text.tokenizer import Tokenizer, TokenizerError
-
-
-class PromptError(ValueError):
-    """A message cannot be sent; the message says why in one line."""
+from serve.text.chat import ChatFormat, check_text_length, generation_room
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,32 +46,16 @@ class Conversation:
 class Prompter:
     """Makes the prompt of a conversation."""
 
-    tokenizer: Tokenizer
-    chat_template: str | None  # instead of the tokenizer's
+    chats: ChatFormat
     limits: EngineLimits
 
     def prompt(self, messages: list[dict[str, Any]]) -> tuple[list[int], int]:
-        """Token ids, and how many tokens there is room for after them.
+        """Token ids, and the number of tokens that fit after them.
 
         Raises:
             PromptError: the template refuses the messages, or they are too long.
         """
-        try:
-            text = self.tokenizer.render_chat(
-                messages,
-                add_generation_prompt=True,
-                continue_final_message=False,
-                chat_template_kwargs={},
-                chat_template=self.chat_template,
-            )
-            most = min(self.limits.max_model_len, self.limits.cache_tokens)
-            if self.tokenizer.surely_above(text, most):
-                raise PromptError(f"{len(text):,} characters are more than the {most:,} tokens that fit")
-            ids = self.tokenizer.encode(text, add_special_tokens=False)
-        except (ChatTemplateError, TokenizerError) as error:
-            raise PromptError(str(error)) from None
-        if not ids:
-            raise PromptError("the template makes nothing of this")
-        if len(ids) >= most:
-            raise PromptError(f"the chat has {len(ids):,} tokens with this message, and {most - 1:,} fit")
-        return ids, most - len(ids)
+        text = self.chats.render(messages)
+        check_text_length("messages", text, self.chats.tokenizer, self.limits)
+        ids = self.chats.encode(text)
+        return ids, generation_room("messages", len(ids), None, self.limits)

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from serve.cli.chat.conversation import Conversation, Prompter, PromptError, Turn
+from serve.cli.chat.conversation import Conversation, Prompter, Turn
 from serve.cli.chat.lines import read_message
 from serve.cli.chat.reply import Reply
 from serve.cli.chat.screen import ChatScreen
 from serve.engine.request import EngineStoppedError, FinishReason, Request, SamplingParams, TokenEvent
+from serve.text.chat import PromptError
 
 
 class Submits(Protocol):
@@ -72,11 +73,11 @@ class Session:
         try:
             ids, room = self.prompter.prompt(self.chat.messages(text))
         except PromptError as error:
-            self._fail(f"{error}; after /reset or a shorter /system, /retry sends the message")
+            self._fail(f"{error} Use /reset or a shorter /system, then /retry.")
             self.put_back(text)
             return
         params = replace(self.params, max_tokens=min(self.params.max_tokens, room))
-        reply = Reply(self.prompter.tokenizer, self.now)
+        reply = Reply(self.prompter.chats.tokenizer, self.now)
         try:
             runner.run(self._stream(Request(uuid.uuid4().hex, ids, params), reply))
         except KeyboardInterrupt:

@@ -35,6 +35,7 @@ from serve.cli.score.windows import Context, make_context
 from serve.server.report import Reporter, start_reporting
 from serve.server.startup import STARTUP_ERRORS, Loaded, chosen_template, load
 from serve.server.startup_events import Failed, Interrupted
+from serve.text.chat import ChatFormat
 
 _ROUNDS = 4  # requests in the engine for each that runs: it shall never wait for one
 _MAX_TOKENS = 2**17  # of texts in flight: some tens of MB, with 20 alternatives each
@@ -142,9 +143,8 @@ def _scoring(config: ScoreConfig, source: Source, loaded: Loaded, context: Conte
         config.file,
         source,
         reader=TextReader(
-            loaded.tokenizer,
+            ChatFormat(loaded.tokenizer, loaded.chat_template),
             loaded.limits.vocab_size,
-            chat_template=loaded.chat_template,
             text_field=config.text_field,
             add_special_tokens=config.add_special_tokens,
         ),

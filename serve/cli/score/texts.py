@@ -1,6 +1,5 @@
 """From a line to token ids: texts, prompts with completions, chats, ids."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +7,7 @@ import orjson
 
 from serve.cli.score.errors import LineError
 from serve.cli.score.source import Line
-from serve.text.chat_template import ChatTemplateError
-from serve.text.tokenizer import Tokenizer, TokenizerError
+from serve.text.chat import ChatFormat, PromptError, check_messages, encode_text
 
 _PAIR = ("prompt", "completion")
 _ID, _TOOLS = "id", "tools"
@@ -28,9 +26,8 @@ class Text:
 class TextReader:
     """Reads lines."""
 
-    tokenizer: Tokenizer
+    chats: ChatFormat
     vocab_size: int  # V
-    chat_template: str | None = None  # instead of the tokenizer's
     text_field: str | None = None
     add_special_tokens: bool = True
 
@@ -52,7 +49,7 @@ class TextReader:
             raise LineError(line.error)
         try:
             text = self._plain(line.data) if is_text else self._value(line.data)
-        except (TokenizerError, ChatTemplateError) as error:
+        except PromptError as error:
             raise LineError(str(error)) from error
         if not text.token_ids:
             raise LineError("gives no tokens")
@@ -95,7 +92,7 @@ class TextReader:
         if isinstance(value, str):
             return self._encode(value), None
         if _is_chat(value):
-            messages = _messages(value, name)
+            messages = check_messages(value, param=name)
             answered = len(messages) > 1 and messages[-1]["role"] == "assistant"
             return self._chat(messages, messages[:-1] if answered else None, tools)
         return self._checked(value, name), None
@@ -104,8 +101,8 @@ class TextReader:
         if isinstance(prompt, str) and isinstance(completion, str):
             return _split(self._encode(prompt + completion), self._encode(prompt))
         if _is_chat(prompt) and _is_chat(completion):
-            before = _messages(prompt, "prompt")
-            return self._chat([*before, *_messages(completion, "completion")], before, tools)
+            before = check_messages(prompt, param="prompt")
+            return self._chat([*before, *check_messages(completion, param="completion")], before, tools)
         if isinstance(prompt, list) and isinstance(completion, list):
             ids = self._checked(prompt, "prompt")
             return [*ids, *self._checked(completion, "completion")], len(ids)
@@ -116,23 +113,19 @@ class TextReader:
     ) -> tuple[list[int], int | None]:
         """A chat; `before` are the messages to which the others are the answer."""
         variables = {} if tools is None else {"tools": tools}
-        whole = self._rendered(messages, variables, opens=False)
+        ids = self._chat_ids(messages, variables, add_generation_prompt=False)
         if before is None:
-            return whole, None
-        return _split(whole, self._rendered(before, variables, opens=True))
+            return ids, None
+        return _split(ids, self._chat_ids(before, variables, add_generation_prompt=True))
 
-    def _rendered(self, messages: list[dict[str, Any]], variables: Mapping[str, Any], *, opens: bool) -> list[int]:
-        text = self.tokenizer.render_chat(
-            messages,
-            add_generation_prompt=opens,
-            continue_final_message=False,
-            chat_template_kwargs=variables,
-            chat_template=self.chat_template,
-        )
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def _chat_ids(
+        self, messages: list[dict[str, Any]], variables: dict[str, Any], *, add_generation_prompt: bool
+    ) -> list[int]:
+        text = self.chats.render(messages, variables=variables, add_generation_prompt=add_generation_prompt)
+        return encode_text(self.chats.tokenizer, text, add_special_tokens=False, param="messages")
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=self.add_special_tokens)
+        return encode_text(self.chats.tokenizer, text, add_special_tokens=self.add_special_tokens, param="text")
 
     def _checked(self, value: Any, name: str) -> list[int]:
         if not isinstance(value, list):
@@ -164,24 +157,3 @@ def _split(whole: list[int], prompt: list[int]) -> tuple[list[int], int]:
 
 def _is_chat(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-
-
-def _messages(value: list[Any], name: str) -> list[dict[str, Any]]:
-    return [_message(message, f"{name}[{index}]") for index, message in enumerate(value)]
-
-
-def _message(message: Any, where: str) -> dict[str, Any]:
-    """A message for the template, its text parts joined."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise LineError(f"{where} is not a message with a role")
-    content = message.get("content")
-    if isinstance(content, list):
-        parts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
-        ]
-        if not all(isinstance(part, str) for part in parts):
-            raise LineError(f"{where}.content: only parts of type text can be scored")
-        content = "\n".join(part for part in parts if part is not None)
-    if not isinstance(content, str) and (content is not None or message["role"] != "assistant"):
-        raise LineError(f"{where}.content is not a text")
-    return message | {"content": content}

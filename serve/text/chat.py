@@ -1,0 +1,196 @@
+"""Chats: messages to prompt text to token ids. The HTTP API, `LLM`, scoring and the terminal chat share this code."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from serve.text.chat_template import ChatTemplateError
+from serve.text.template_sandbox import TemplateSandbox
+from serve.text.tokenizer import Tokenizer, TokenizerError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MAX_ITEMS = 10_000  # messages of a chat, parts of a message
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be used. The message is one sentence that names the field.
+
+    Attributes:
+        param: path of the field, such as "messages[0].role".
+        code: OpenAI's error code.
+    """
+
+    def __init__(self, param: str, message: str, code: str = "invalid_value") -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class ContextLimits(Protocol):
+    """Limits on the tokens of a prompt and its output together."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Of the model."""
+
+    @property
+    def cache_tokens(self) -> int:
+        """Of the page cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """Renders and encodes the chats of one model."""
+
+    tokenizer: Tokenizer
+    template: str | None = None  # Jinja source that replaces the tokenizer's
+    sandbox: TemplateSandbox | None = None  # renders templates that come from requests
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+        request_template: str | None = None,
+        param: str = "messages",
+    ) -> str:
+        """Render messages that `check_messages` returned; special tokens are written out.
+
+        Args:
+            add_generation_prompt: defaults to True unless `continue_final_message` is set.
+            variables: additional variables of the template.
+            request_template: Jinja source to render in the sandbox instead of the model's template.
+            param: path of the messages, for errors.
+
+        Raises:
+            PromptError: the arguments contradict each other, or the template refuses the messages.
+            TemplateBusyError: the sandbox is in use.
+        """
+        generates = not continue_final_message if add_generation_prompt is None else add_generation_prompt
+        if generates and continue_final_message:
+            message = "`continue_final_message` and `add_generation_prompt` cannot both be true."
+            raise PromptError("continue_final_message", message)
+        try:
+            if request_template is not None:
+                assert self.sandbox is not None
+                return self.sandbox.render(
+                    request_template,
+                    messages,
+                    special_tokens=self.tokenizer.special_tokens,
+                    template_kwargs=variables or {},
+                    add_generation_prompt=generates,
+                    continue_final_message=continue_final_message,
+                )
+            return self.tokenizer.render_chat(
+                messages,
+                add_generation_prompt=generates,
+                continue_final_message=continue_final_message,
+                chat_template_kwargs=variables or {},
+                chat_template=self.template,
+            )
+        except ChatTemplateError as error:
+            raise PromptError(param, f"The chat template refused the messages: {error}") from None
+
+    def encode(self, text: str, *, add_special_tokens: bool = False, param: str = "messages") -> list[int]:
+        """Token ids of a rendered chat; at least one.
+
+        Raises:
+            PromptError: the text cannot be tokenized, or gives no tokens.
+        """
+        ids = encode_text(self.tokenizer, text, add_special_tokens=add_special_tokens, param=param)
+        if not ids:
+            raise PromptError(param, "The messages give an empty prompt.")
+        return ids
+
+
+def check_messages(
+    messages: Sequence[Any], *, roles: Collection[str] | None = None, param: str = "messages"
+) -> list[dict[str, Any]]:
+    """Messages as a template takes them: the text parts of a message's content are joined by line breaks.
+
+    Args:
+        messages: mappings with `role` and `content`; other keys are passed to the template.
+        roles: allowed roles; None allows any.
+        param: path of the messages, for errors.
+
+    Raises:
+        PromptError: a message is not valid.
+    """
+    if not messages:
+        raise PromptError(param, f"`{param}` must hold at least one message.", "empty_array")
+    return [_message(message, f"{param}[{i}]", roles) for i, message in enumerate(messages)]
+
+
+def _message(message: Any, path: str, roles: Collection[str] | None) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise PromptError(path, f"`{path}` is not a message with a role.", "invalid_type")
+    if roles is not None and message["role"] not in roles:
+        raise PromptError(f"{path}.role", f"`{path}.role` must be one of {', '.join(roles)}.")
+    content = message.get("content")
+    param = f"{path}.content"
+    if isinstance(content, list):
+        if len(content) > MAX_ITEMS:
+            raise PromptError(param, f"`{param}` has more than {MAX_ITEMS} parts.", "array_above_max_length")
+        content = "\n".join(_text_of_part(part, f"{param}[{i}]") for i, part in enumerate(content))
+    elif content is None and message["role"] != "assistant":
+        raise PromptError(param, f"`{param}` is missing.", "missing_required_parameter")
+    elif content is not None and not isinstance(content, str):
+        raise PromptError(param, f"`{param}` is neither a string nor a list of parts.", "invalid_type")
+    return {**message, "content": content}
+
+
+def _text_of_part(part: Any, path: str) -> str:
+    if not isinstance(part, Mapping) or part.get("type") != "text":
+        message = f"`{path}.type`: only parts of type text are supported."
+        raise PromptError(f"{path}.type", message, "unsupported_parameter")
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise PromptError(f"{path}.text", f"`{path}.text` must be a string.", "invalid_type")
+    return text
+
+
+def encode_text(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+    """Token ids of `text`.
+
+    Raises:
+        PromptError: the text cannot be tokenized.
+    """
+    try:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    except TokenizerError as error:
+        raise PromptError(param, str(error)) from None
+
+
+def check_text_length(param: str, text: str, tokenizer: Tokenizer, limits: ContextLimits) -> None:
+    """Refuse a text that is certain to exceed the context, before it is tokenized.
+
+    Raises:
+        PromptError: the text is too long.
+    """
+    if tokenizer.surely_above(text, limits.max_model_len):
+        message = (
+            f"This model's maximum context length is {limits.max_model_len} tokens; "
+            f"a text of {len(text)} characters cannot fit."
+        )
+        raise PromptError(param, message, "context_length_exceeded")
+
+
+def generation_room(param: str, prompt_tokens: int, max_tokens: int | None, limits: ContextLimits) -> int:
+    """Number of tokens that may be generated: `max_tokens`, or all that fit after the prompt if it is None.
+
+    Raises:
+        PromptError: prompt and output do not fit into the context or the cache.
+    """
+    room = min(limits.max_model_len, limits.cache_tokens) - prompt_tokens
+    needed = 1 if max_tokens is None else max_tokens
+    if needed <= room:
+        return room if max_tokens is None else needed
+    at_least = "at least " if max_tokens is None else ""
+    request = f"but the request needs {prompt_tokens} prompt tokens and {at_least}{needed} to generate."
+    if prompt_tokens + needed > limits.max_model_len:
+        message = f"This model's maximum context length is {limits.max_model_len} tokens, {request}"
+    else:
+        message = f"The cache holds {limits.cache_tokens} tokens (--kv-cache-memory), {request}"
+    raise PromptError(param, message, "context_length_exceeded")

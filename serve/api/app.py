@@ -13,7 +13,7 @@ from starlette.routing import Route
 from serve import __version__
 from serve.api.chat import ChatCompletions
 from serve.api.completions import Completions
-from serve.api.context import AppConfig, Endpoint
+from serve.api.context import Endpoint, ServedModel
 from serve.api.errors import APIError
 from serve.api.full_vocab_logprobs import RowWriter
 from serve.api.generation import Engine
@@ -29,16 +29,16 @@ from serve.api.record import AnswerRecord, OnAnswer, record_of
 from serve.api.request_body import Bodies
 from serve.api.requests import json_object
 from serve.api.tokenize import Tokenization
+from serve.config.config import ServeConfig
 from serve.text.template_sandbox import TemplateSandbox
 from serve.text.tokenizer import Tokenizer
-
-__all__ = ["AppConfig", "create_app"]
 
 
 def create_app(
     engine: Engine,
     tokenizer: Tokenizer,
-    config: AppConfig,
+    model: ServedModel,
+    config: ServeConfig,
     metrics: Metrics,
     *,
     readiness: Readiness | None = None,
@@ -54,7 +54,9 @@ def create_app(
     bodies = Bodies(max_bytes=config.max_body_bytes, seconds=config.client_timeout)
     writer = RowWriter(tokenizer, limits.vocab_size) if limits.whole_vocabulary else None
     jail = TemplateSandbox() if config.trust_request_chat_template else None
-    endpoint = Endpoint(engine, tokenizer, config, writer, EntryWriter(tokenizer), bodies, metrics.on_answers, jail)
+    endpoint = Endpoint(
+        engine, tokenizer, model, config, writer, EntryWriter(tokenizer), bodies, metrics.on_answers, jail
+    )
     models, chat, completions = Models(endpoint), ChatCompletions(endpoint), Completions(endpoint)
     tokenization = Tokenization(endpoint)
 
@@ -98,12 +100,12 @@ def create_app(
         Route("/version", version),
         *inspector(),
     ]
-    if config.documented:
-        routes += documentation(secured=bool(config.api_keys))
+    if not config.disable_fastapi_docs:
+        routes += documentation(secured=bool(config.api_key))
     access = Middleware(
         Access,
-        api_keys=config.api_keys,
-        allowed_hosts=config.allowed_hosts,
+        api_keys=config.api_key,
+        allowed_hosts=config.accepted_hosts,
         readiness=readiness,
         on_answer=told,
     )
@@ -116,7 +118,7 @@ def create_app(
     return app
 
 
-def _cors(config: AppConfig) -> list[Middleware]:
+def _cors(config: ServeConfig) -> list[Middleware]:
     """Nothing, unless pages of other origins may ask."""
     if not config.allowed_origins:
         return []

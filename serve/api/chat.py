@@ -39,7 +39,7 @@ class ChatCompletions(Answering[ChatCompletionRequest]):
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         prompt, room = chat_prompt(body, asked, at)
         check_told(numbers, [prompt.ids], 1, limits)
-        usual = at.config.defaults.max_new_tokens
+        usual = at.model.defaults.max_new_tokens
         if asked is None and usual is not None:
             room = min(room, usual)
         shown = body.top_logprobs or 0 if body.logprobs else None

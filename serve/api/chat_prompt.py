@@ -72,7 +72,7 @@ def chat_ids(body: ChatPromptFields, text: str, at: Endpoint) -> list[int]:
 
 
 def _format(at: Endpoint) -> ChatFormat:
-    return ChatFormat(at.tokenizer, at.config.chat_template, at.jail)
+    return ChatFormat(at.tokenizer, at.model.chat_template, at.jail)
 
 
 def _messages(body: ChatPromptFields) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from serve.api.prompt_logprobs import EntryWriter
 from serve.api.record import AnswerRecord
 from serve.api.request_body import Bodies
 from serve.api.requests import GenerationRequest
-from serve.config.config import LogprobsMode
+from serve.config.config import LogprobsMode, ServeConfig
 from serve.config.generation_config import GenerationDefaults
 from serve.text.template_sandbox import TemplateSandbox
 from serve.text.tokenizer import Tokenizer
@@ -24,42 +24,23 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class AppConfig:
-    """How the API presents itself."""
+class ServedModel:
+    """Facts about the loaded model that its configuration flags do not determine."""
 
-    served_model_names: tuple[str, ...]
-    api_keys: tuple[str, ...] = ()  # empty: open to all
+    names: tuple[str, ...]  # model ids in the API; the first is the default
     system_fingerprint: str | None = None
-    chat_template: str | None = None  # instead of the tokenizer's
-    trust_request_chat_template: bool = False
-    response_role: str = "assistant"
+    chat_template: str | None = None  # overrides the tokenizer's
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
-    logprobs_mode: LogprobsMode = "raw_logprobs"  # where a request does not say
-    return_tokens_as_token_ids: bool = False
-    force_include_usage: bool = False  # every stream ends with its usage
-    allowed_hosts: tuple[str, ...] = ()  # that the Host header may name; empty: any
-    allowed_origins: tuple[str, ...] = ()  # for CORS, as are the next three; empty: pages of other origins get nothing
-    allowed_methods: tuple[str, ...] = ("*",)
-    allowed_headers: tuple[str, ...] = ("*",)
-    allow_credentials: bool = False
-    logs_requests: bool = False
-    max_log_len: int | None = None  # characters of a prompt in the log
-    documented: bool = True  # /openapi.json and /docs
-    max_body_bytes: int = 16 << 20
-    client_timeout: float = 60  # seconds that a body may take to come
-    queue_timeout: float = math.inf  # seconds that a request may wait in the engine
-    request_timeout: float = math.inf  # seconds from its first byte to the end of its answer
-    max_unread_tokens: int = 4096  # of a stream that wait for its reader
-    prefix_cache_per_key: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Engine, tokenizer and presentation."""
+    """Engine, tokenizer, model and configuration of the server."""
 
     engine: Engine
     tokenizer: Tokenizer
-    config: AppConfig
+    model: ServedModel
+    config: ServeConfig
     row_writer: RowWriter | None  # where the engine gives whole rows
     entry_writer: EntryWriter
     bodies: Bodies
@@ -75,14 +56,14 @@ class Endpoint:
             APIError: 404 for a model that is not served.
         """
         if asked is None:
-            return self.config.served_model_names[0]
-        if asked not in self.config.served_model_names:
+            return self.model.names[0]
+        if asked not in self.model.names:
             raise APIError(404, f"The model {asked[:200]!r} does not exist.", "model", "model_not_found")
         return asked
 
     def filled[B: GenerationRequest](self, body: B) -> B:
         """The request, with the server's defaults where it says nothing."""
-        return self.config.defaults.fill(body)
+        return self.model.defaults.fill(body)
 
     def time_limits(self, body: GenerationRequest, record: AnswerRecord) -> TimeLimits:
         """Until when a request may wait, and run: what the server allows, or less where the request says so."""
@@ -106,12 +87,12 @@ class Endpoint:
         """
         name, mode = self.model_name(body.model), self.logprobs_mode(body)
         told = mode if body.logprobs_mode is not None or mode != "raw_logprobs" else None
-        return Header(f"{prefix}-{body.request_id or request_id}", kind, name, self.config.system_fingerprint, told)
+        return Header(f"{prefix}-{body.request_id or request_id}", kind, name, self.model.system_fingerprint, told)
 
     def wants_usage(self, body: GenerationRequest) -> tuple[bool, bool]:
         """Whether a stream ends with its usage, and whether every chunk carries it."""
         options = body.stream_options
-        final = self.config.force_include_usage or bool(options and options.include_usage)
+        final = self.config.enable_force_include_usage or bool(options and options.include_usage)
         return final, final and bool(options and options.continuous_usage_stats)
 
     def log_request(self, header: "Header", body: GenerationRequest, prompts: Sequence[str]) -> None:

@@ -138,7 +138,7 @@ def make_job[B: GenerationRequest](
         times=times,
     )
     record.measure = lambda: work_of(choices)
-    if at.config.logs_requests:
+    if at.config.enable_log_requests:
         at.log_request(header, body, [at.tokenizer.decode(each, skip_special_tokens=False) for each in ids])
     body.forget_texts()
     whole = SamplingParams(0, prompt=PromptScoring(numbers.start, whole=True))

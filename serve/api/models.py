@@ -17,13 +17,13 @@ class Models:
 
     async def list(self, _: Request) -> Response:
         """All cards."""
-        cards = [self._card(name) for name in self._at.config.served_model_names]
+        cards = [self._card(name) for name in self._at.model.names]
         return Response(dump({"object": "list", "data": cards}), media_type="application/json")
 
     async def one(self, request: Request) -> Response:
         """One card; ids may hold slashes."""
         name = request.path_params["id"]
-        if f"/{name}" in self._at.config.served_model_names:  # a local path, whose double slash was collapsed
+        if f"/{name}" in self._at.model.names:  # a local path, whose double slash was collapsed
             name = f"/{name}"
         name = self._at.model_name(name)
         return Response(dump(self._card(name)), media_type="application/json")
@@ -35,7 +35,7 @@ class Models:
             "object": "model",
             "created": self._at.created,
             "owned_by": "logprobd",
-            "root": self._at.config.served_model_names[0],
+            "root": self._at.model.names[0],
             "parent": None,
             "max_model_len": limits.max_model_len,
             "max_logprobs": limits.max_logprobs,

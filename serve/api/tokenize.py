@@ -68,7 +68,7 @@ class Tokenization:
         tokenizer, limits = self._at.tokenizer, self._at.engine.limits
         fields = {
             **tokenizer.special_tokens,
-            "chat_template": self._at.config.chat_template or tokenizer.chat_template,
+            "chat_template": self._at.model.chat_template or tokenizer.chat_template,
             "eos_token_ids": sorted(tokenizer.eos_token_ids),
             "special_token_ids": sorted(tokenizer.special_ids),
             "model_max_length": limits.max_model_len,

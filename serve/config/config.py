@@ -1,7 +1,9 @@
 """What the command line says: EngineConfig of a model and its engine, ServeConfig of a server around it."""
 
 import argparse
+import ipaddress
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +26,8 @@ _PLACE = "address and access"
 _API = "what requests may say, and get"
 _PROCESS = "logs and process"
 GROUPS = (_MODEL, _NUMBERS, _ENGINE, _PLACE, _API, _PROCESS)
+
+_LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")  # as in a Host header
 
 
 def _max_logprobs(text: str) -> int:
@@ -175,16 +179,18 @@ class ServeConfig(SamplingConfig):
     max_num_queued_tokens: int | None = option(
         _ENGINE, "their prompt tokens before 429; default: no limit", between(1, 1 << 40)
     )
-    queue_timeout: float | None = option(
+    queue_timeout: float = option(
         _ENGINE,
         "seconds that a request may wait before 503; default: no limit",
         between(0.001, 86400.0),
+        default=math.inf,
         metavar="SECONDS",
     )
-    request_timeout: float | None = option(
+    request_timeout: float = option(
         _ENGINE,
         "seconds that a request may take before 504; its own `timeout` may say less; default: no limit",
         between(0.001, 86400.0),
+        default=math.inf,
         metavar="SECONDS",
     )
     prefix_cache_per_key: bool = option(
@@ -271,6 +277,9 @@ class ServeConfig(SamplingConfig):
         default=60,
         metavar="SECONDS",
     )
+    timeout_keep_alive: int = option(
+        _API, "seconds that an idle connection stays open", between(1, 86400), default=75, metavar="SECONDS"
+    )
     max_unread_tokens: int = option(
         _API, "tokens of a stream that may wait for its reader before it is cut", between(1, 1 << 24), default=4096
     )
@@ -292,3 +301,25 @@ class ServeConfig(SamplingConfig):
     shutdown_timeout: int = option(
         _PROCESS, "seconds that running requests get at the end", between(0, 3600), default=30, metavar="SECONDS"
     )
+
+    @property
+    def is_local(self) -> bool:
+        """True if only clients on this machine can connect."""
+        if self.uds is not None:
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host.lower() == "localhost"
+
+    @property
+    def accepted_hosts(self) -> tuple[str, ...]:
+        """Values of the Host header that are accepted; empty: any.
+
+        On a loopback address without API keys, only names of this machine are accepted by default: otherwise a web page
+        could reach the server through a DNS name that it resolves to 127.0.0.1.
+        """
+        if self.allowed_hosts is not None:
+            return () if "*" in self.allowed_hosts else self.allowed_hosts
+        restrict = self.is_local and self.uds is None and not self.api_key
+        return (*_LOOPBACK_HOSTS, self.host) if restrict else ()

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
@@ -194,7 +195,7 @@ def _flag(name: str) -> str:
 
 def _told(default: Any) -> str:
     """A default, where there is one to tell."""
-    if default is MISSING or default is False or default in (None, (), "", "{}"):
+    if default is MISSING or default is False or default in (None, (), "", "{}", math.inf):
         return ""
     text = "on" if default is True else json.dumps(default) if isinstance(default, tuple) else str(default)
     return f" (default: {text.replace('%', '%%')})"

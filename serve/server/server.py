@@ -10,7 +10,7 @@ from pathlib import Path
 
 from serve.config.config import ServeConfig
 from serve.config.flags import parse_args
-from serve.server.assembly import Served, assemble, is_loopback
+from serve.server.assembly import Served, assemble
 from serve.server.http_protocol import HttpConfig
 from serve.server.lifecycle import HttpServer, end_early, run
 from serve.server.report import Reporter, start_reporting
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str], make: Callable[[ServeConfig, Reporter], Serve
         server = _server(served, config)
         end_early(server)
         _raise_file_limit()
-        if not config.api_key and config.uds is None and not is_loopback(config.host):
+        if not config.api_key and not config.is_local:
             logger.warning("everybody who reaches %s can use this server: there is no --api-key", config.host)
         reporter.tell(_serving(config, served, listener))
         run(server, listener)

@@ -22,7 +22,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_answer_is_told_with_its_times(stream: bool) -> None:
     records: list[AnswerRecord] = []
-    async with serving(on_answer=records.append, api_keys=("sk-1", "sk-2")) as server:
+    async with serving(on_answer=records.append, api_key=("sk-1", "sk-2")) as server:
         gate = server.runner.before_call = Gate("decode", after=2)
         headers = {"X-Request-Id": "mine", "Authorization": "Bearer sk-2"}
         body = completion_body(n=2, max_tokens=4, stream=stream)

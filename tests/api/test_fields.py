@@ -166,7 +166,7 @@ async def test_the_servers_own_mode_and_names() -> None:
 
 
 async def test_every_stream_ends_with_its_usage_where_the_server_says_so() -> None:
-    async with serving(force_include_usage=True) as server:
+    async with serving(enable_force_include_usage=True) as server:
         assert (await server.chat_stream())[-1]["usage"]["completion_tokens"] == 6
         assert (await server.complete_stream(stream_options={"include_usage": False}))[-1]["usage"][
             "prompt_tokens"
@@ -307,7 +307,7 @@ async def test_ids_that_the_vocabulary_lacks_are_no_prompt(server: Server) -> No
 async def test_requests_are_logged_where_that_is_wanted(path: str, caplog: pytest.LogCaptureFixture) -> None:
     for wanted in (True, False):
         caplog.clear()
-        async with serving(logs_requests=wanted, max_log_len=3) as server:
+        async with serving(enable_log_requests=wanted, max_log_len=3) as server:
             await answer_of(server, path, request_id="id-1", top_k=7)
         lines = [record.getMessage() for record in caplog.records]
         assert len(lines) == wanted
@@ -318,7 +318,7 @@ async def test_requests_are_logged_where_that_is_wanted(path: str, caplog: pytes
 
 
 async def test_the_log_of_a_prompt_of_ids_is_cut_too(caplog: pytest.LogCaptureFixture) -> None:
-    async with serving(logs_requests=True, max_log_len=3) as server:
+    async with serving(enable_log_requests=True, max_log_len=3) as server:
         await server.chat(prompt_token_ids=TEXT, request_id="id-1")
     (line,) = [record.getMessage() for record in caplog.records]
     assert "id-1: prompts ['use'], fields" in line

@@ -14,7 +14,7 @@ _MOST = 30_000  # bytes of the whole page, zipped
 
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
-    async with serving(api_keys=("secret",)) as server:
+    async with serving(api_key=("secret",)) as server:
         yield server
 
 

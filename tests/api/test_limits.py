@@ -214,7 +214,7 @@ class Noticed(asyncio.Queue[dict[str, Any]]):
 
 async def test_while_it_drains_nothing_new_is_taken_and_what_runs_ends() -> None:
     readiness = Readiness()
-    async with serving(readiness=readiness, api_keys=("sk-1",)) as server:
+    async with serving(readiness=readiness, api_key=("sk-1",)) as server:
         key = {"Authorization": "Bearer sk-1"}
         gate = server.runner.before_call = Gate("decode", after=1)
         running = asyncio.create_task(server.post(COMPLETIONS, completion_body(stream=True), **key))

@@ -19,7 +19,7 @@ async def server() -> AsyncIterator[Server]:
 
 @pytest.fixture
 async def locked_server() -> AsyncIterator[Server]:
-    async with serving(api_keys=("sk-1", "sk-2")) as server:
+    async with serving(api_key=("sk-1", "sk-2")) as server:
         yield server
 
 
@@ -174,7 +174,7 @@ PREFLIGHT = {
 
 async def test_pages_of_allowed_origins_may_ask() -> None:
     every: dict[str, Any] = {"allowed_origins": ("*",), "allowed_methods": ("*",), "allowed_headers": ("*",)}
-    async with serving(api_keys=("sk-1",), **every) as server:
+    async with serving(api_key=("sk-1",), **every) as server:
         for key, status in (("sk-1", 200), ("wrong", 401)):
             headers = {"Origin": "https://page.test", "Authorization": f"Bearer {key}"}
             response = await server.client.get("/v1/models", headers=headers)

@@ -104,7 +104,7 @@ async def test_the_page_and_its_files_are_of_this_server() -> None:
 
 
 async def test_where_there_are_keys_the_document_needs_one_and_says_so() -> None:
-    async with serving(api_keys=("sk-1",)) as server:
+    async with serving(api_key=("sk-1",)) as server:
         for path in ("/docs", "/docs/swagger-ui.css", "/openapi.json"):
             error_of(await server.client.get(path), 401)
         response = await server.client.get("/openapi.json", headers={"Authorization": "Bearer sk-1"})
@@ -112,7 +112,7 @@ async def test_where_there_are_keys_the_document_needs_one_and_says_so() -> None
 
 
 async def test_both_can_be_switched_off() -> None:
-    async with serving(documented=False) as server:
+    async with serving(disable_fastapi_docs=True) as server:
         for path in ("/docs", "/openapi.json", "/docs/swagger-ui.css"):
             response: httpx2.Response = await server.client.get(path)
             assert response.status_code == 404

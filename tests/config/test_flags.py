@@ -11,12 +11,8 @@ import pytest
 
 from serve.config.config import GROUPS, ServeConfig
 from serve.config.flags import command_line, parse_args
-from serve.config.generation_config import GenerationDefaults
 from serve.config.sizes import MemoryAmount, parse_memory
 from serve.server import memory
-from serve.server.assembly import app_config
-
-LOADED: Any = SimpleNamespace(fingerprint="fp", chat_template=None, defaults=GenerationDefaults())
 
 
 @pytest.mark.parametrize(
@@ -150,38 +146,6 @@ def test_a_key_of_the_environment_that_is_none_opens_nothing(key: str, capsys: p
     with pytest.raises(SystemExit):
         parse_args([], {"LOGPROBD_API_KEY": key})
     assert "$LOGPROBD_API_KEY" in capsys.readouterr().err
-
-
-def test_every_field_of_the_app_follows_its_flag() -> None:
-    """But for those that the model says, all are changed by flags, and none twice by one."""
-    usual = app_config(parse_args([], {}), ("a",), LOADED)
-    flags = {
-        "api_keys": "--api-key k",
-        "trust_request_chat_template": "--trust-request-chat-template",
-        "response_role": "--response-role tutor",
-        "logprobs_mode": "--logprobs-mode processed_logprobs",
-        "return_tokens_as_token_ids": "--return-tokens-as-token-ids",
-        "force_include_usage": "--enable-force-include-usage",
-        "allowed_hosts": '--allowed-hosts ["a.test"]',
-        "allowed_origins": '--allowed-origins ["*"]',
-        "allowed_methods": '--allowed-methods ["GET"]',
-        "allowed_headers": '--allowed-headers ["a"]',
-        "allow_credentials": "--allow-credentials",
-        "logs_requests": "--enable-log-requests",
-        "max_log_len": "--max-log-len 5",
-        "documented": "--disable-fastapi-docs",
-        "max_body_bytes": "--max-body-bytes 5MB",
-        "client_timeout": "--client-timeout 5",
-        "queue_timeout": "--queue-timeout 5",
-        "request_timeout": "--request-timeout 5",
-        "max_unread_tokens": "--max-unread-tokens 5",
-        "prefix_cache_per_key": "--prefix-cache-per-key --api-key k",
-    }
-    of_the_model = {"served_model_names", "system_fingerprint", "chat_template", "defaults"}
-    assert {field.name for field in dataclasses.fields(usual)} == flags.keys() | of_the_model
-    for name, said in flags.items():
-        changed = app_config(parse_args(said.split(), {}), ("a",), LOADED)
-        assert getattr(changed, name) != getattr(usual, name), name
 
 
 def test_keys_come_from_a_file_too(tmp_path: Path) -> None:

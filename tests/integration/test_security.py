@@ -15,7 +15,6 @@ from compiled.program_cache import use_persistent_cache
 from serve.api.access_log import AccessLog
 from serve.api.auth import ApiKeys
 from serve.config.config import ServeConfig
-from serve.server.assembly import allowed_hosts
 from serve.server.logs import JsonFormatter
 from serve.text.chat_template import ChatTemplateError
 from serve.text.template_sandbox import TemplateSandbox
@@ -146,7 +145,7 @@ async def test_prompts_and_keys_are_in_no_log(caplog: pytest.LogCaptureFixture) 
     """Not of requests that succeed, nor of those that fail, in whatever way."""
     caplog.set_level(logging.DEBUG)
     ids = list(SECRET.encode())
-    async with serving(api_keys=(SECRET,), on_answer=AccessLog()) as server:
+    async with serving(api_key=(SECRET,), on_answer=AccessLog()) as server:
         key = {"Authorization": f"Bearer {SECRET}"}
         for fault in (None, "prefill", "decode", "read"):
             if fault:
@@ -199,7 +198,7 @@ def test_every_key_is_compared_whole_whichever_it_is(monkeypatch: pytest.MonkeyP
 async def test_requests_of_different_keys_share_no_cached_prompt_where_that_is_wanted() -> None:
     prompt = [1] * 200
     for apart in (False, True):
-        async with serving(None, api_keys=("sk-1", "sk-2"), prefix_cache_per_key=apart) as server:
+        async with serving(None, api_key=("sk-1", "sk-2"), prefix_cache_per_key=apart) as server:
 
             async def cached(key: str, salt: str | None = None) -> int:
                 response = await server.post(
@@ -231,7 +230,7 @@ async def test_requests_of_different_keys_share_no_cached_prompt_where_that_is_w
     ],
 )
 async def test_a_page_whose_name_is_made_to_mean_this_machine_gets_nothing(host: str, status: int) -> None:
-    async with serving(allowed_hosts=allowed_hosts(ServeConfig())) as server:
+    async with serving(allowed_hosts=None) as server:
         for path in ("/v1/models", "/", "/health"):
             response = await server.client.get(path, headers={"Host": host})
             assert response.status_code == status
@@ -241,12 +240,12 @@ async def test_a_page_whose_name_is_made_to_mean_this_machine_gets_nothing(host:
 
 def test_which_hosts_are_allowed() -> None:
     for host in ("127.0.0.1", "127.0.0.2", "::1", "0:0:0:0:0:0:0:1", "localhost", "LOCALHOST"):
-        assert "localhost" in allowed_hosts(ServeConfig(host=host))
-    assert allowed_hosts(ServeConfig(host="0.0.0.0")) == ()
-    assert allowed_hosts(ServeConfig(api_key=("sk-1",))) == ()
-    assert allowed_hosts(ServeConfig(uds=Path("socket"))) == ()
-    assert allowed_hosts(ServeConfig(allowed_hosts=("a.test",))) == ("a.test",)
-    assert allowed_hosts(ServeConfig(allowed_hosts=("*",))) == ()
+        assert "localhost" in ServeConfig(host=host).accepted_hosts
+    assert ServeConfig(host="0.0.0.0").accepted_hosts == ()
+    assert ServeConfig(api_key=("sk-1",)).accepted_hosts == ()
+    assert ServeConfig(uds=Path("socket")).accepted_hosts == ()
+    assert ServeConfig(allowed_hosts=("a.test",)).accepted_hosts == ("a.test",)
+    assert ServeConfig(allowed_hosts=("*",)).accepted_hosts == ()
 
 
 async def test_every_answer_says_that_its_type_is_its_type() -> None:

@@ -7,12 +7,13 @@ step, get less time than usual.
 
 import sys
 import threading
+from dataclasses import replace
 from typing import Any
 
 from compiled.state import MAX_SCORED_IDS, DecodeInput, SamplingArrays, StepInput, StepOutput
 from model.kv_cache import PAGE_SIZE
 from serve.api.app import create_app
-from serve.api.context import AppConfig
+from serve.api.context import ServedModel
 from serve.api.metrics import Metrics
 from serve.api.readiness import Readiness
 from serve.config.config import ServeConfig
@@ -89,7 +90,7 @@ def _tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _assemble(_config: ServeConfig, _reporter: Reporter) -> Served:
+def _assemble(config: ServeConfig, _reporter: Reporter) -> Served:
     limits = EngineLimits(
         max_model_len=MAX_MODEL_LEN,
         max_logprobs=K,
@@ -103,7 +104,8 @@ def _assemble(_config: ServeConfig, _reporter: Reporter) -> Served:
     metrics.watch(lambda: engine.gauges, {})
     engine.start()
     readiness = Readiness()
-    app = create_app(engine, _tokenizer(), AppConfig(served_model_names=(MODEL,)), metrics, readiness=readiness)
+    config = replace(config, allowed_hosts=("*",))  # clients of the tests send other names
+    app = create_app(engine, _tokenizer(), ServedModel((MODEL,)), config, metrics, readiness=readiness)
     return Served((MODEL,), True, engine, app, readiness, metrics)
 
 

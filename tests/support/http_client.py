@@ -31,10 +31,12 @@ from compiled.state import (
     mask_words,
 )
 from model.kv_cache import NULL_PAGE, PAGE_SIZE
-from serve.api.app import AppConfig, create_app
+from serve.api.app import create_app
+from serve.api.context import ServedModel
 from serve.api.metrics import Metrics
 from serve.api.readiness import Readiness
 from serve.api.record import OnAnswer
+from serve.config.config import ServeConfig
 from serve.engine.engine import Engine
 from serve.engine.request import EngineLimits, Request, TokenEvent
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
@@ -244,7 +246,7 @@ async def serving(
     on_answer: OnAnswer | None = None,
     **config: Any,
 ) -> AsyncIterator[Server]:
-    """A server whose model says `script` and then END; `config` are fields of AppConfig."""
+    """A server whose model says `script` and then END; `config` are fields of ServedModel and ServeConfig."""
     runs = runner(script, pages=pages, pages_per_row=-(-max_model_len // PAGE_SIZE))
     limits = EngineLimits(
         max_model_len=max_model_len,
@@ -265,9 +267,11 @@ async def serving(
     )
     metrics.watch(lambda: engine.gauges, {"block_size": str(PAGE_SIZE)})
     engine.start()
-    settings = AppConfig(**{"served_model_names": (MODEL, "alias")} | config)
+    facts = {name: config.pop(name) for name in ("system_fingerprint", "chat_template", "defaults") if name in config}
+    model = ServedModel((MODEL, "alias"), **facts)
+    settings = ServeConfig(**{"allowed_hosts": ("*",)} | config)
     tokenizer = byte_tokenizer(add_bos=add_bos)
-    app = create_app(engine, tokenizer, settings, metrics, readiness=readiness, on_answer=on_answer)
+    app = create_app(engine, tokenizer, model, settings, metrics, readiness=readiness, on_answer=on_answer)
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
     try:
         async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:

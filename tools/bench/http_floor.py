@@ -18,9 +18,11 @@ import uvicorn
 from compiled.state import MAX_SCORED_IDS, DecodeInput, SamplingArrays, StepOutput
 from model.kv_cache import PAGE_SIZE
 from model.weights.source import default_model_path
-from serve.api.app import AppConfig, create_app
+from serve.api.app import create_app
+from serve.api.context import ServedModel
 from serve.api.metrics import Metrics
 from serve.api.prompt_logprobs import EntryWriter
+from serve.config.config import ServeConfig
 from serve.engine.engine import Engine
 from serve.engine.request import EngineLimits, TokenScores
 from serve.server.startup import local_tokenizer
@@ -124,7 +126,7 @@ def _serve() -> None:
     engine = Engine(runner, limits, max_waiting=64, max_num_batched_tokens=272, observer=metrics)
     metrics.watch(lambda: engine.gauges, {})
     engine.start()
-    app = create_app(engine, tokenizer, AppConfig(served_model_names=("null",)), metrics)
+    app = create_app(engine, tokenizer, ServedModel(("null",)), ServeConfig(), metrics)
     config = uvicorn.Config(app, port=0, log_level="warning", access_log=False)
     listener = config.bind_socket()
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)

@@ -2,14 +2,13 @@
 
 import argparse
 import ipaddress
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from serve.config.api_keys import api_key
-from serve.config.options import between, option
+from serve.config.options import between, option, strings
 from serve.config.sizes import MemoryAmount, parse_memory
 
 DEFAULT_MAX_LOGPROBS = 20
@@ -46,16 +45,6 @@ def _bytes(text: str) -> int:
     if isinstance(amount, float):
         raise argparse.ArgumentTypeError(f"{text!r} is a share; give bytes, such as 64MiB")
     return amount
-
-
-def _strings(text: str) -> tuple[str, ...]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON list of strings, such as ["*"]')
-    return tuple(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,21 +217,21 @@ class ServeConfig(SamplingConfig):
         _PLACE,
         "names that the Host header may have, as a JSON list; default: any, but where the host is 127.0.0.1 and there "
         "is no key those of this machine",
-        _strings,
+        strings,
         metavar="JSON",
     )
     allowed_origins: tuple[str, ...] = option(
         _PLACE,
         "of pages that may ask (CORS), as a JSON list; default: none but our own",
-        _strings,
+        strings,
         default=(),
         metavar="JSON",
     )
     allowed_methods: tuple[str, ...] = option(
-        _PLACE, "for CORS, as a JSON list", _strings, default=("*",), metavar="JSON"
+        _PLACE, "for CORS, as a JSON list", strings, default=("*",), metavar="JSON"
     )
     allowed_headers: tuple[str, ...] = option(
-        _PLACE, "for CORS, as a JSON list", _strings, default=("*",), metavar="JSON"
+        _PLACE, "for CORS, as a JSON list", strings, default=("*",), metavar="JSON"
     )
     allow_credentials: bool = option(_PLACE, "for CORS", None, default=False)
 

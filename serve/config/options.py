@@ -223,3 +223,14 @@ class Between[N: (int, float)]:
         if not self.low <= value <= self.high:
             raise argparse.ArgumentTypeError(f"{value} is not between {self.low} and {self.high}")
         return value
+
+
+def strings(text: str) -> tuple[str, ...]:
+    """Reads a JSON list of strings; raises argparse.ArgumentTypeError for anything else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON list of strings, such as ["*"]')
+    return tuple(value)

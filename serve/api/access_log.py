@@ -1,10 +1,9 @@
-"""AccessLog: a line for each answer, with the times that the engine took. Never what was asked."""
+"""Access log: one line per answer, with token counts and the engine's times. Prompts and answers are never logged."""
 
 import ipaddress
 import logging
 
-from serve.api.readiness import PROBES
-from serve.api.record import AnswerRecord
+from serve.api.middleware import PROBES, AnswerRecord
 
 logger = logging.getLogger(__name__)
 
@@ -12,10 +11,10 @@ _MAX_PATH = 200  # characters
 
 
 class AccessLog:
-    """Writes to the log, at `info`; probes at `debug`."""
+    """Log answers at INFO, probes at DEBUG."""
 
     def __call__(self, record: AnswerRecord) -> None:
-        """Writes of an answer that has ended."""
+        """Log one answer."""
         level = logging.DEBUG if record.handler in PROBES else logging.INFO
         if logger.isEnabledFor(level):
             fields = fields_of(record)
@@ -23,11 +22,11 @@ class AccessLog:
 
 
 def fields_of(record: AnswerRecord) -> dict[str, object]:
-    """What is told of an answer; times in seconds, to the microsecond. What does not apply is left out."""
+    """The log fields of an answer; times in seconds, rounded to microseconds. Fields without a value are omitted."""
     fields: dict[str, object] = {
         "request_id": record.request_id,
         "method": record.method,
-        # As it came, but for what a terminal would act upon.
+        # Control characters are escaped: a terminal would act on them.
         "path": record.path[:_MAX_PATH].encode("unicode_escape").decode("ascii"),
         "status": record.status,
         "client": _address(record.client),
@@ -48,7 +47,7 @@ def fields_of(record: AnswerRecord) -> dict[str, object]:
 
 
 def _address(client: str | None) -> str | None:
-    """A proxy on this machine may say whose request it is, in a header that anybody could have written."""
+    """The client's IP address; None for anything else, since a forwarded header may contain arbitrary text."""
     try:
         return client and str(ipaddress.ip_address(client))
     except ValueError:

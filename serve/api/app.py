@@ -14,23 +14,22 @@ from serve import __version__
 from serve.api.chat import ChatCompletions
 from serve.api.completions import Completions
 from serve.api.context import Endpoint, ServedModel
-from serve.api.errors import APIError
+from serve.api.errors import APIError, invalid
 from serve.api.full_vocab_logprobs import RowWriter
 from serve.api.generation import Engine
-from serve.api.inspector.pages import inspector
+from serve.api.inspector import inspector
 from serve.api.json_stream import dump
 from serve.api.metrics import CONTENT_TYPE, Metrics
-from serve.api.middleware import Access
+from serve.api.middleware import Access, AnswerRecord, OnAnswer, Readiness, record_of
 from serve.api.models import Models
 from serve.api.openapi import documentation
+from serve.api.parsing import json_object
 from serve.api.prompt_logprobs import EntryWriter
-from serve.api.readiness import Readiness
-from serve.api.record import AnswerRecord, OnAnswer, record_of
 from serve.api.request_body import Bodies
-from serve.api.requests import json_object
 from serve.api.tokenize import Tokenization
 from serve.config.config import ServeConfig
-from serve.text.template_sandbox import TemplateSandbox
+from serve.text.chat import PromptError
+from serve.text.template_sandbox import TemplateBusyError, TemplateSandbox
 from serve.text.tokenizer import Tokenizer
 
 
@@ -112,7 +111,12 @@ def create_app(
     app = Starlette(
         routes=routes,
         middleware=[*_cors(config), access],
-        exception_handlers={APIError: _api_error, HTTPException: _http_error},
+        exception_handlers={
+            APIError: _api_error,
+            PromptError: _prompt_error,
+            TemplateBusyError: _template_busy,
+            HTTPException: _http_error,
+        },
     )
     app.router.redirect_slashes = False
     return app
@@ -138,6 +142,16 @@ async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, APIError)
     record_of(request).error = error.code
     return error.response()
+
+
+async def _prompt_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, PromptError)
+    return await _api_error(request, invalid(error.param, str(error), error.code))
+
+
+async def _template_busy(request: Request, _: Exception) -> Response:
+    message = "Too many chat templates are being rendered. Try again later."
+    return await _api_error(request, APIError(503, message, None, "too_many_templates", {"Retry-After": "1"}))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -14,10 +14,16 @@ from serve.api.job import Job, make_job
 from serve.api.json_stream import Body, make_body
 from serve.api.logprobs import chat_content
 from serve.api.merging import finish_all
-from serve.api.prompt_numbers import check_told, prompt_numbers
-from serve.api.record import AnswerRecord
-from serve.api.requests import ChatCompletionRequest, parse
-from serve.api.validation import check_common, check_logprob_token_ids, check_top_k
+from serve.api.middleware import AnswerRecord
+from serve.api.parsing import parse
+from serve.api.requests import ChatCompletionRequest
+from serve.api.validation import (
+    check_common,
+    check_logprob_token_ids,
+    check_prompt_logprobs,
+    check_top_k,
+    prompt_numbers,
+)
 
 type _Job = Job[ChatCompletionRequest]
 
@@ -38,7 +44,7 @@ class ChatCompletions(Answering[ChatCompletionRequest]):
         header = at.header("chatcmpl", kind, body, record.request_id)
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         prompt, room = chat_prompt(body, asked, at)
-        check_told(numbers, [prompt.ids], 1, limits)
+        check_prompt_logprobs(numbers, [prompt.ids], 1, limits)
         usual = at.model.defaults.max_new_tokens
         if asked is None and usual is not None:
             room = min(room, usual)

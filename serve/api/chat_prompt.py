@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from serve.api.context import Endpoint
-from serve.api.errors import APIError, invalid, prompt_errors, unsupported
+from serve.api.errors import invalid, unsupported
 from serve.api.job import Prompt
 from serve.api.requests import ChatCompletionRequest, ChatPromptFields
-from serve.api.validation import check_ids, check_length, check_number_of_ids, check_room, truncated
+from serve.api.validation import check_ids, check_length, check_number_of_ids, truncated
 from serve.engine.request import EngineLimits
-from serve.text.chat import ROLES, ChatFormat, check_messages
-from serve.text.template_sandbox import TemplateBusyError
+from serve.text.chat import ROLES, ChatFormat, check_messages, generation_room
 
 
 def chat_prompt(body: ChatCompletionRequest, max_tokens: int | None, at: Endpoint) -> tuple[Prompt, int]:
@@ -20,7 +19,7 @@ def chat_prompt(body: ChatCompletionRequest, max_tokens: int | None, at: Endpoin
         max_tokens: of the request; None for all that there is room for.
 
     Raises:
-        APIError: 400 that names a field.
+        APIError, PromptError: 400 that names a field.
     """
     limits = at.engine.limits
     if body.prompt_token_ids is not None:
@@ -32,7 +31,7 @@ def chat_prompt(body: ChatCompletionRequest, max_tokens: int | None, at: Endpoin
         check_length(param, text, body, at.tokenizer, limits)
         ids = chat_ids(body, text, at)
     ids = truncated(ids, body, max_tokens, limits)
-    room = check_room(param, len(ids), max_tokens, limits)
+    room = generation_room(param, len(ids), max_tokens, limits)
     return Prompt(ids, text, echo=_reply_so_far(body, at.config.response_role) if body.echo else ""), room
 
 
@@ -40,35 +39,29 @@ def chat_text(body: ChatPromptFields, at: Endpoint) -> str:
     """The chat as the template writes it, special tokens written out.
 
     Raises:
-        APIError: 400 that names a field.
+        APIError, PromptError: 400 that names a field.
     """
     if body.messages is None:
         raise invalid("messages", "`messages` is missing.", "missing_required_parameter")
     if body.chat_template is not None and at.jail is None:
         message = "`chat_template` is only accepted if the server was started with --trust-request-chat-template."
         raise unsupported("chat_template", message)
-    try:
-        with prompt_errors():
-            return _format(at).render(
-                _messages(body),
-                add_generation_prompt=body.add_generation_prompt,
-                continue_final_message=bool(body.continue_final_message),
-                variables=_variables(body),
-                request_template=body.chat_template,
-            )
-    except TemplateBusyError:
-        message = "Too many chat templates are being rendered. Try again later."
-        raise APIError(503, message, None, "too_many_templates", {"Retry-After": "1"}) from None
+    return _format(at).render(
+        _messages(body),
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        variables=_variables(body),
+        request_template=body.chat_template,
+    )
 
 
 def chat_ids(body: ChatPromptFields, text: str, at: Endpoint) -> list[int]:
     """The token ids of a rendered chat.
 
     Raises:
-        APIError: 400 that names `messages`.
+        PromptError: 400 that names `messages`.
     """
-    with prompt_errors():
-        return _format(at).encode(text, add_special_tokens=bool(body.add_special_tokens))
+    return _format(at).encode(text, add_special_tokens=bool(body.add_special_tokens))
 
 
 def _format(at: Endpoint) -> ChatFormat:

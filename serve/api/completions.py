@@ -15,21 +15,22 @@ from serve.api.job import Job, Prompt, make_job
 from serve.api.json_stream import Body, Hole, dump, make_body
 from serve.api.logprobs import CompletionLogprobs, joined
 from serve.api.merging import finish_all
-from serve.api.prompt_numbers import check_told, prompt_numbers
-from serve.api.record import AnswerRecord
-from serve.api.requests import CompletionRequest, parse
+from serve.api.middleware import AnswerRecord
+from serve.api.parsing import parse
+from serve.api.requests import CompletionRequest
 from serve.api.validation import (
     check_answers,
     check_common,
     check_length,
     check_logprob_token_ids,
     check_number_of_ids,
-    check_room,
+    check_prompt_logprobs,
     check_top_k,
+    prompt_numbers,
     truncated,
 )
 from serve.engine.request import TokenScores
-from serve.text.tokenizer import TokenizerError
+from serve.text.chat import encode_text, generation_room
 
 type _Job = Job[CompletionRequest]
 
@@ -50,9 +51,9 @@ class Completions(Answering[CompletionRequest]):
         header = at.header("cmpl", "text_completion", body, record.request_id)
         asked = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         prompts = [self._truncated(body, prompt, asked) for prompt in self._prompts(body)]
-        room = [check_room("prompt", len(prompt.ids), asked, limits) for prompt in prompts]
+        room = [generation_room("prompt", len(prompt.ids), asked, limits) for prompt in prompts]
         copies = 1 if body.stream else body.n or 1  # a choice of a stream is sent before the next one is written
-        check_told(numbers, [prompt.ids for prompt in prompts], copies, limits)
+        check_prompt_logprobs(numbers, [prompt.ids for prompt in prompts], copies, limits)
         return make_job(at, body, record, header, prompts, max_tokens=room, top_k=body.logprobs, numbers=numbers)
 
     def _prompts(self, body: CompletionRequest) -> list[Prompt]:
@@ -78,10 +79,7 @@ class Completions(Answering[CompletionRequest]):
     def _text_prompt(self, body: CompletionRequest, text: str, where: str) -> Prompt:
         tokenizer = self._at.tokenizer
         check_length(where, text, body, tokenizer, self._at.engine.limits)
-        try:
-            ids = tokenizer.encode(text, add_special_tokens=body.add_special_tokens is not False)
-        except TokenizerError as error:
-            raise invalid(where, str(error)) from None
+        ids = encode_text(tokenizer, text, add_special_tokens=body.add_special_tokens is not False, param=where)
         if not ids:
             raise invalid(where, f"`{where}` gives no tokens.")
         added = tokenizer.is_special(ids[0]) and not text.startswith(tokenizer.token_text(ids[0]))

@@ -10,9 +10,9 @@ from typing import Any
 from serve.api.errors import APIError
 from serve.api.full_vocab_logprobs import RowWriter
 from serve.api.generation import Choice, Delta, Engine, Finished, TimeLimits
-from serve.api.known_fields import FieldLog
+from serve.api.middleware import AnswerRecord
+from serve.api.parsing import FieldLog
 from serve.api.prompt_logprobs import EntryWriter
-from serve.api.record import AnswerRecord
 from serve.api.request_body import Bodies
 from serve.api.requests import GenerationRequest
 from serve.config.config import LogprobsMode, ServeConfig

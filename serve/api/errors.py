@@ -1,23 +1,20 @@
-"""APIError: the one exception that becomes an answer, in OpenAI's envelope. Its text never carries internals."""
+"""APIError: the one exception that becomes an answer, in OpenAI's envelope. Its text reveals no internals."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 from starlette.responses import Response
 
-from serve.text.chat import PromptError
-
-_MAX_MESSAGE = 1000  # characters: validation must not echo a large input back
+_MAX_MESSAGE = 1000  # characters: validation must not echo a large input
 
 _TYPES = {408: "timeout", 429: "rate_limit_exceeded", 503: "service_unavailable", 504: "timeout"}
 
 
 @dataclass
 class APIError(Exception):
-    """What is wrong with a request, for the client that sent it."""
+    """An error for the client."""
 
     status: int
     message: str
@@ -32,34 +29,30 @@ class APIError(Exception):
         return {"error": {"message": self.message[:_MAX_MESSAGE], "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        """The answer that carries it."""
+        """The error as an HTTP response."""
         return Response(orjson.dumps(self.body), self.status, dict(self.headers), "application/json")
 
 
 def invalid(param: str | None, message: str, code: str = "invalid_value") -> APIError:
-    """400 for a field whose value is wrong."""
+    """400 for an invalid value."""
     return APIError(400, message, param, code)
 
 
 def unsupported(param: str, message: str | None = None) -> APIError:
-    """400 for a field that we know and do not honour yet: ignoring it would change the answer silently."""
+    """400 for a known field that is not implemented: ignoring it would silently change the answer."""
     return APIError(400, message or f"`{param}` is not supported yet.", param, "unsupported_parameter")
 
 
-@contextmanager
-def prompt_errors() -> Iterator[None]:
-    """Convert a PromptError to the APIError of a 400."""
-    try:
-        yield
-    except PromptError as error:
-        raise invalid(error.param, str(error), error.code) from None
-
-
 def client_gone() -> APIError:
-    """499, the usual status in logs of a request whose client went away. Nobody reads it."""
+    """499, as nginx logs a client that disconnected. It is only recorded, never sent."""
     return APIError(499, "The client closed the connection.", None, "client_gone")
 
 
 def engine_error(message: str = "The engine failed on this request.") -> APIError:
     """500 without internals."""
     return APIError(500, message, None, "engine_error")
+
+
+def shutting_down() -> APIError:
+    """503 while the engine stops; another server, or this one's successor, may accept a retry."""
+    return APIError(503, "The server is shutting down.", None, "engine_stopped", {"Retry-After": "2"})

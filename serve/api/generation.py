@@ -10,9 +10,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.api.errors import APIError, engine_error, invalid
-from serve.api.readiness import stopped
-from serve.api.record import Work
+from serve.api.errors import APIError, engine_error, invalid, shutting_down
+from serve.api.middleware import Work
 from serve.api.requests import GenerationRequest
 from serve.api.sampling_params import stop_strings
 from serve.engine.request import (
@@ -194,7 +193,7 @@ def engine_errors() -> Iterator[None]:
     except DeadlineError:
         raise too_late() from None
     except EngineStoppedError:
-        raise stopped() from None
+        raise shutting_down() from None
 
 
 def too_late() -> APIError:

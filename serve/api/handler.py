@@ -11,7 +11,7 @@ from starlette.responses import Response
 from serve.api.context import Endpoint
 from serve.api.job import Job
 from serve.api.json_stream import Body
-from serve.api.record import AnswerRecord, record_of
+from serve.api.middleware import AnswerRecord, record_of
 from serve.api.requests import GenerationRequest
 from serve.api.sse import json_or_disconnect, stream_or_disconnect
 

@@ -14,10 +14,10 @@ from serve.api.generation import Choice, Delta, make_choices, make_request, work
 from serve.api.json_stream import Hole
 from serve.api.logprobs import TokenNames, prompt_columns
 from serve.api.merging import merge
-from serve.api.prompt_numbers import PromptNumbers, check_start
-from serve.api.record import AnswerRecord
+from serve.api.middleware import AnswerRecord
 from serve.api.requests import GenerationRequest
 from serve.api.sampling_params import sampling_params
+from serve.api.validation import PromptNumbers, check_start
 from serve.engine.request import PromptScoring, Request, SamplingParams, TokenScores
 
 

@@ -1,21 +1,34 @@
-"""JSON as bytes, where a value may be too large to be held: it is written piece by piece into a hole in the rest."""
+"""JSON as bytes: large values are streamed into placeholders of the document, and gzip runs in threads."""
 
+import asyncio
+import gzip
+import re
 import uuid
+import zlib
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
+from starlette.requests import Request
+
+_MIN_GZIP = 16 << 10  # bytes; compressing less takes longer than sending it
+_GZIP_LEVEL = 1  # higher levels shrink numbers hardly further and take many times as long
+_NO_GZIP = re.compile(r"\bgzip\s*;\s*q=0(\.0*)?\s*(,|$)")
+GZIP_HEADERS = {"Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
 
 
 def dump(value: Any) -> bytes:
-    """JSON. numpy's float32 is printed as the shortest text that gives the same float32."""
+    """Serialize to JSON. A numpy float32 becomes the shortest text that parses to the same float32."""
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 class Hole:
-    """Stands in a value for JSON that comes in pieces. No dataclass: orjson would write its fields."""
+    """A placeholder in a value for JSON text that is generated in pieces.
+
+    Not a dataclass, because orjson would serialize its fields.
+    """
 
     def __init__(self, pieces: AsyncGenerator[bytes]) -> None:
         self.pieces = pieces
@@ -23,13 +36,13 @@ class Hole:
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """A JSON text and its holes in order."""
+    """A JSON document, split at its holes."""
 
     texts: list[bytes]  # one more than holes: before, between and after them
     holes: list[Hole]
 
     async def pieces(self) -> AsyncGenerator[bytes]:
-        """The whole text. The first piece ends in a hole, if there is one: what fails in opening it fails first."""
+        """The document in pieces. The first piece includes the start of the first hole, so its errors come first."""
         text = self.texts[0]
         for hole, after in zip(self.holes, self.texts[1:], strict=True):
             async with aclosing(hole.pieces) as pieces:
@@ -41,8 +54,8 @@ class Body:
 
 
 def make_body(value: Any) -> Body:
-    """The JSON of a value that may hold `Hole`s."""
-    mark = uuid.uuid4().hex  # no text in the value can hold it but by guessing 122 bits
+    """Serialize a value that may contain `Hole`s."""
+    mark = uuid.uuid4().hex  # 122 random bits: no client can place it in the value
     holes: list[Hole] = []
 
     def marked(part: Any) -> str:
@@ -53,3 +66,25 @@ def make_body(value: Any) -> Body:
 
     data = orjson.dumps(value, default=marked, option=orjson.OPT_SERIALIZE_NUMPY)
     return Body(data.split(f'"{mark}"'.encode()), holes)
+
+
+def accepts_gzip(request: Request) -> bool:
+    """Whether the client accepts gzip."""
+    accepted = request.headers.get("accept-encoding", "").lower()
+    return "gzip" in accepted and not _NO_GZIP.search(accepted)
+
+
+async def compress(data: bytes) -> bytes | None:
+    """`data` compressed; None if it is too small to gain from it."""
+    return await asyncio.to_thread(gzip.compress, data, _GZIP_LEVEL, mtime=0) if len(data) >= _MIN_GZIP else None
+
+
+async def compress_pieces(pieces: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """A stream compressed piece by piece."""
+    stream = zlib.compressobj(_GZIP_LEVEL, wbits=zlib.MAX_WBITS | 16)
+    async with aclosing(pieces):
+        async for piece in pieces:
+            part = await asyncio.to_thread(stream.compress, piece)
+            if part:
+                yield part
+    yield stream.flush()

@@ -16,7 +16,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.registry import Collector
 
-from serve.api.record import AnswerRecord
+from serve.api.middleware import AnswerRecord
 from serve.engine.observer import EngineFault, EngineGauges
 from serve.engine.request import FinishReason, Request
 

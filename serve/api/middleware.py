@@ -1,29 +1,131 @@
-"""Pure ASGI middleware: API keys, hosts, request ids, double slashes, and an answer where nothing else has one."""
+"""Pure ASGI middleware around the app: request ids, API keys, allowed hosts, draining, and a record of each answer.
 
+The Ray front uses parts of it, so it imports nothing heavy.
+"""
+
+import hashlib
+import hmac
 import logging
 import re
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.api.auth import ApiKeys, route_path
-from serve.api.errors import APIError, engine_error
-from serve.api.readiness import PROBES, Readiness
-from serve.api.record import NO_ROUTE, AnswerRecord, OnAnswer, recorded
+from serve.api.errors import APIError, engine_error, shutting_down
 
 logger = logging.getLogger(__name__)
 
+# Polled by machines. Answered while the server drains, and not counted as running requests.
+PROBES = ("/health", "/ping", "/metrics", "/load")
+NO_ROUTE = "none"
+
+# Paths that need no API key: the inspector, which asks its user for the key, and the liveness probes.
+_PUBLIC_PATHS = re.compile(r"/|/web/.*|/health|/ping")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,200}")
 _PORT = re.compile(r":\d*$")
+_RESPONSE_HEADERS = {"x-content-type-options": "nosniff"}
+_RECORD = "logprobd.record"  # key in the ASGI scope
 
-# Whatever a browser is sent, it takes it for what it is said to be.
-_ALWAYS = {"x-content-type-options": "nosniff"}
+
+@dataclass(slots=True)
+class Readiness:
+    """Whether an app accepts requests. The process sets `draining` before it exits; the middleware counts."""
+
+    draining: bool = False  # running requests finish, new ones are rejected
+    running: int = 0  # accepted requests that have not ended
+    ended: int = 0  # accepted requests that have ended
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The engine's work for one HTTP request. Times are in seconds, the maximum over its choices."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    queue: float | None  # from arrival in the engine until the request ran; None if it never ran
+    prefill: float | None  # from there to the first token, or to the last log-prob of the prompt
+    decode: float | None  # from the first token to the last
+
+
+@dataclass(slots=True)
+class AnswerRecord:
+    """Facts about one HTTP request for the access log and the metrics; complete when its answer has ended."""
+
+    request_id: str
+    method: str
+    path: str
+    client: str | None = None  # IP address
+    key: str | None = None  # name of the API key, such as "key1"
+    began: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0  # until the end of the answer
+    handler: str = NO_ROUTE  # path of the route, such as "/v1/models/{id:path}"
+    status: int = 0  # 0 if no answer was sent
+    sent: int = 0  # bytes of the answer's body
+    error: str | None = None  # code of the error in the answer or in the stream
+    measure: Callable[[], Work] | None = None  # set by handlers that use the engine
+    work: Work | None = None
+
+    def end(self, handler: str) -> None:
+        """Complete the record after the last byte."""
+        self.handler = handler
+        self.seconds = time.monotonic() - self.began
+        if self.measure is not None:
+            self.work, self.measure = self.measure(), None
+
+
+type OnAnswer = Callable[[AnswerRecord], None]
+
+
+def record_of(connection: HTTPConnection) -> AnswerRecord:
+    """The record that `Access` keeps for a request."""
+    record = connection.scope[_RECORD]
+    assert isinstance(record, AnswerRecord)
+    return record
+
+
+class ApiKeys:
+    """The accepted API keys. SHA-256 digests are compared, so timing reveals neither a key nor its length."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        """Accept `keys`; without keys, every request is accepted."""
+        self._digests = [(f"key{number}", _digest(key)) for number, key in enumerate(keys, 1)]
+
+    def name_of(self, scope: Scope) -> str | None:
+        """Name of the request's API key, "key1" for the first; None without a valid key."""
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            return None
+        digest = _digest(key.strip())
+        # Compare with every key: stopping at the match would reveal its index.
+        matches = [name for name, known in self._digests if hmac.compare_digest(digest, known)]
+        return matches[0] if matches else None
+
+    def refusal(self, scope: Scope, name: str | None) -> APIError | None:
+        """The 401 error for a request that needs a key and has none, else None.
+
+        Args:
+            name: result of `name_of`.
+        """
+        if not self._digests or name is not None or _PUBLIC_PATHS.fullmatch(route_path(scope)):
+            return None
+        if scope["method"] == "OPTIONS":  # a CORS preflight carries no key, and no route answers it
+            return None
+        return APIError(401, "The API key is missing or invalid.", None, "invalid_api_key")
+
+
+def route_path(scope: Scope) -> str:
+    """The request's path without double slashes and without the proxy's prefix (`root_path`)."""
+    return _single_slashes(scope["path"]).removeprefix(scope.get("root_path", "").rstrip("/"))
 
 
 class Access:
-    """Names the request, tidies its path and lets it through, or says why not."""
+    """Assign a request id, normalize the path, check host and key, and record the answer."""
 
     def __init__(
         self,
@@ -34,11 +136,11 @@ class Access:
         readiness: Readiness,
         on_answer: OnAnswer,
     ) -> None:
-        """Wraps an app.
+        """Wrap an app.
 
         Args:
-            allowed_hosts: that the Host header may name, whatever the port; none: any.
-            on_answer: is told of every answer when it has ended.
+            allowed_hosts: accepted names in the Host header, without port; empty accepts any.
+            on_answer: called with the record of every answer when it has ended.
         """
         self._app = app
         self._keys = ApiKeys(api_keys)
@@ -50,22 +152,22 @@ class Access:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        asked = headers.get("x-request-id", "")
-        request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        requested = Headers(scope=scope).get("x-request-id", "")
+        request_id = requested if _REQUEST_ID.fullmatch(requested) else uuid.uuid4().hex
         client = scope.get("client")
         record = AnswerRecord(request_id, scope["method"], scope["path"], client[0] if client else None)
         record.key = self._keys.name_of(scope)
-        path = re.sub("/{2,}", "/", scope["path"])  # clients with a base URL that ends in a slash
-        scope = {**scope, "path": path, "headers": _with_request_id(scope["headers"], request_id), **recorded(record)}
+        headers = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
+        headers.append((b"x-request-id", request_id.encode()))
+        scope = {**scope, "path": _single_slashes(scope["path"]), "headers": headers, _RECORD: record}
         try:
-            await self._answer(scope, receive, _noted(send, record), record)
+            await self._answer(scope, receive, _recording(send, record), record)
         finally:
             record.end(getattr(scope.get("route"), "path", NO_ROUTE))
             self._on_answer(record)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, record: AnswerRecord) -> None:
-        """Here and not in an exception handler of the app, whose answer would bear neither the id nor CORS headers."""
+        """Answer, with a 500 for unexpected exceptions: Starlette's own would lack the request id and CORS headers."""
         error = self._refusal(scope, record.key)
         if error is None:
             counted = route_path(scope) not in PROBES
@@ -85,36 +187,39 @@ class Access:
             await error.response()(scope, receive, send)
 
     def _refusal(self, scope: Scope, key: str | None) -> APIError | None:
-        if error := self._wrong_host(scope) or self._keys.refusal(scope, key):
+        if error := self._check_host(scope) or self._keys.refusal(scope, key):
             return error
-        return None if route_path(scope) in PROBES else self._readiness.refusal()
+        return shutting_down() if self._readiness.draining and route_path(scope) not in PROBES else None
 
-    def _wrong_host(self, scope: Scope) -> APIError | None:
-        """The error for a name that is none of ours: a page of that name would take our answers for its own."""
+    def _check_host(self, scope: Scope) -> APIError | None:
+        """The 403 error for a host name that is not ours (DNS rebinding), else None."""
         host = _PORT.sub("", Headers(scope=scope).get("host", "")).lower()
         if not self._hosts or not host or host in self._hosts:
             return None
-        message = f"The host {host[:100]!r} is none of --allowed-hosts."
-        return APIError(403, message, None, "host_not_allowed")
+        return APIError(403, f"Host {host[:100]!r} is not in --allowed-hosts.", None, "host_not_allowed")
 
 
-def _noted(send: Send, record: AnswerRecord) -> Send:
-    """Sends, and writes into the record what is sent; every answer bears the request's id."""
+def _recording(send: Send, record: AnswerRecord) -> Send:
+    """`send` that adds the common headers and records status and size."""
 
-    async def noted(message: Message) -> None:
+    async def record_and_send(message: Message) -> None:
         if message["type"] == "http.response.start":
             record.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = record.request_id
-            for name, value in _ALWAYS.items():
+            for name, value in _RESPONSE_HEADERS.items():
                 headers.setdefault(name, value)
         elif message["type"] == "http.response.body":
             record.sent += len(message.get("body", b""))
         await send(message)
 
-    return noted
+    return record_and_send
 
 
-def _with_request_id(headers: list[tuple[bytes, bytes]], request_id: str) -> list[tuple[bytes, bytes]]:
-    rest = [(name, value) for name, value in headers if name != b"x-request-id"]
-    return [*rest, (b"x-request-id", request_id.encode())]
+def _single_slashes(path: str) -> str:
+    """Collapse double slashes, which clients send whose base URL ends in a slash."""
+    return re.sub("/{2,}", "/", path)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

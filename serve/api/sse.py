@@ -10,10 +10,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from serve.api.compression import HEADERS, compressed, compressed_pieces, takes_gzip
 from serve.api.errors import APIError, client_gone, engine_error
-from serve.api.json_stream import Body, dump, make_body
-from serve.api.record import AnswerRecord, record_of
+from serve.api.json_stream import GZIP_HEADERS, Body, accepts_gzip, compress, compress_pieces, dump, make_body
+from serve.api.middleware import AnswerRecord, record_of
 
 logger = logging.getLogger(__name__)
 
@@ -103,14 +102,14 @@ async def json_or_disconnect(
     if begun is None:
         raise client_gone()
     first, pieces = begun
-    zipped = takes_gzip(request)
+    zipped = accepts_gzip(request)
     if pieces is None:
-        smaller = await compressed(first) if zipped else None
-        return _InPieces(smaller or first, headers=HEADERS if smaller else None, media_type="application/json")
+        smaller = await compress(first) if zipped else None
+        return _InPieces(smaller or first, headers=GZIP_HEADERS if smaller else None, media_type="application/json")
     whole = _continued(first, pieces)
     record = record_of(request)
-    answer = ClosingStream(compressed_pieces(whole) if zipped else whole, "application/json", on_close, record)
-    answer.headers.update(HEADERS if zipped else {})
+    answer = ClosingStream(compress_pieces(whole) if zipped else whole, "application/json", on_close, record)
+    answer.headers.update(GZIP_HEADERS if zipped else {})
     return answer
 
 

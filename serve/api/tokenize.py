@@ -11,9 +11,10 @@ from serve.api.chat_prompt import chat_ids, chat_text
 from serve.api.context import Endpoint
 from serve.api.errors import invalid
 from serve.api.json_stream import dump
-from serve.api.requests import ChatPromptFields, TokenId, json_object, validated
+from serve.api.parsing import json_object, validated
+from serve.api.requests import ChatPromptFields, TokenId
 from serve.api.validation import check_ids, check_size
-from serve.text.tokenizer import TokenizerError
+from serve.text.chat import encode_text
 
 _JSON = "application/json"
 _MAX_IDS = 1 << 20
@@ -91,10 +92,8 @@ class Tokenization:
         body = validated(TokenizeTextRequest, values, at.fields)
         at.model_name(body.model)
         check_size("prompt", body.prompt, at.engine.limits)
-        try:
-            ids = at.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
-        except TokenizerError as error:
-            raise invalid("prompt", f"`prompt`: {error}.") from None
+        specials = body.add_special_tokens is not False
+        ids = encode_text(at.tokenizer, body.prompt, add_special_tokens=specials, param="prompt")
         return self._tokens(ids, shown=bool(body.return_token_strs))
 
     def _tokens(self, ids: list[int], *, shown: bool) -> bytes:

@@ -1,112 +1,204 @@
-"""What both endpoints check of a request against what the engine can do. Each check names the field in its APIError."""
+"""Checks of a request against the engine's limits, shared by the endpoints. Each raises an APIError for its field."""
 
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
-from serve.api.errors import invalid, prompt_errors, unsupported
+from serve.api.errors import invalid, unsupported
 from serve.api.requests import GenerationRequest
-from serve.engine.request import EngineLimits
-from serve.text.chat import check_text_length, generation_room
+from serve.engine.request import EngineLimits, PromptScoring
+from serve.text.chat import check_text_length
 from serve.text.tokenizer import Tokenizer
 
 _MAX_ANSWERS = 4096
-# Of a text: its tokens take 300 bytes for each while they are made. More where a model's context is longer.
-_MAX_CHARACTERS, _CHARACTERS = 4 << 20, 16
+# Tokenizing takes about 300 bytes per token. The limit of a text is larger for models with a longer context.
+_MAX_CHARACTERS, _CHARACTERS_PER_TOKEN = 4 << 20, 16
+_MAX_PROMPT_LOGPROBS = 4 << 20  # per answer; each takes about 80 bytes of JSON
+_FULL_LENGTHS = 2  # full-length prompts that are always accepted: with echo, log-probs are sent twice
 _CACHE_SALT = re.compile(r"[^@/\\\0]{1,128}")
 
 
+@dataclass(frozen=True, slots=True)
+class PromptNumbers:
+    """The log-probs of prompt tokens that an answer contains."""
+
+    shown: int | None  # alternatives per token in `prompt_logprobs`; None: no such field
+    echoed: int | None  # alternatives per token of an echoed prompt; None: no echo
+    scoring: PromptScoring | None  # for the engine; None: no log-probs of the prompt
+    columns: bool = False  # in columns instead of one object per token
+    whole: bool = False  # `shown` exceeds the engine's maximum: full rows are read from the engine
+
+    @property
+    def start(self) -> int:
+        """The first prompt token with log-probs; 1 unless the request sets it, as the first token has none."""
+        return 1 if self.scoring is None else self.scoring.start
+
+
 def check_common(body: GenerationRequest) -> None:
-    """Fields that can be judged without the model."""
+    """Check fields that need no model."""
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options", "`stream_options` is only allowed when `stream` is true.")
     if body.best_of not in (None, body.n or 1):
         raise unsupported("best_of", "`best_of` must equal `n`.")
     if body.cache_salt is not None and not _CACHE_SALT.fullmatch(body.cache_salt):
-        raise invalid("cache_salt", "`cache_salt` must be 1 to 128 characters without @, /, \\ and NUL.")
+        raise invalid("cache_salt", "`cache_salt` must be 1 to 128 characters other than @, /, \\ and NUL.")
 
 
 def check_answers(prompts: int, n: int) -> None:
-    """A request's answers are not so many that it alone fills the server's memory."""
+    """Limit the answers of one request, which are held in memory together."""
     if prompts * n > _MAX_ANSWERS:
-        message = f"`n` of {n} for each of {prompts} prompts is more than the maximum of {_MAX_ANSWERS} answers."
+        message = f"`n` of {n} for {prompts} prompts exceeds the maximum of {_MAX_ANSWERS} answers per request."
         raise invalid("n", message, "integer_above_max_value")
 
 
 def check_top_k(param: str, k: int, limits: EngineLimits) -> None:
-    """k is what this server computes for every token."""
+    """Limit k to the alternatives that this server computes."""
     if k > limits.max_logprobs:
         message = f"`{param}` is {k}, greater than the maximum of {limits.max_logprobs} (--max-logprobs)."
         raise invalid(param, message, "integer_above_max_value")
 
 
 def check_ids(param: str, ids: Collection[int], limits: EngineLimits) -> None:
-    """All ids are in the vocabulary."""
+    """Check that all ids are in the vocabulary."""
     if any(token_id >= limits.vocab_size for token_id in ids):
-        raise invalid(param, f"`{param}` holds an id outside the vocabulary of {limits.vocab_size}.")
+        raise invalid(param, f"`{param}` contains an id outside the vocabulary of {limits.vocab_size} tokens.")
 
 
-def check_scored_ids(param: str, ids: Collection[int], limits: EngineLimits) -> None:
-    """Ids whose numbers are asked for: some, not too many, each once."""
+def check_requested_ids(param: str, ids: Collection[int], limits: EngineLimits) -> None:
+    """Check ids whose log-probs are requested: at least one, no duplicates, within the limit."""
     if not ids:
-        raise invalid(param, f"`{param}` must hold at least one id.", "empty_array")
+        raise invalid(param, f"`{param}` must contain at least one id.", "empty_array")
     if len(ids) > limits.max_scored_ids:
-        message = f"`{param}` holds more than {limits.max_scored_ids} ids."
+        message = f"`{param}` contains more than {limits.max_scored_ids} ids."
         raise invalid(param, message, "array_above_max_length")
     if len(set(ids)) != len(ids):
-        raise invalid(param, f"`{param}` holds an id twice.")
+        raise invalid(param, f"`{param}` contains a duplicate id.")
     check_ids(param, ids, limits)
 
 
 def check_logprob_token_ids(body: GenerationRequest, *, shown: bool, limits: EngineLimits) -> None:
-    """`logprob_token_ids` names the alternatives of log-probs that are `shown`."""
+    """Check `logprob_token_ids`; `shown` tells whether the answer contains log-probs of generated tokens."""
     if body.logprob_token_ids is None:
         return
     if not shown:
         raise invalid("logprob_token_ids", "`logprob_token_ids` needs `logprobs`.")
-    check_scored_ids("logprob_token_ids", body.logprob_token_ids, limits)
+    check_requested_ids("logprob_token_ids", body.logprob_token_ids, limits)
 
 
 def truncated(ids: list[int], body: GenerationRequest, max_tokens: int | None, limits: EngineLimits) -> list[int]:
-    """A prompt cut to `truncate_prompt_tokens`, at its beginning unless the request says otherwise.
+    """The prompt truncated to `truncate_prompt_tokens`, on the left unless `truncation_side` is "right".
 
     Args:
-        max_tokens: asked for, which -1 leaves room for; one where nothing is asked.
+        max_tokens: of the request; -1 leaves room for them, for one token if it is None.
     """
-    most = body.truncate_prompt_tokens
-    if most is None:
+    length = body.truncate_prompt_tokens
+    if length is None:
         return ids
-    if most == -1:
-        most = max(1, min(limits.max_model_len, limits.cache_tokens) - (1 if max_tokens is None else max_tokens))
-    if not 1 <= most <= limits.max_model_len:
-        message = f"`truncate_prompt_tokens` must be -1, or from 1 to {limits.max_model_len}."
+    if length == -1:
+        length = max(1, min(limits.max_model_len, limits.cache_tokens) - (1 if max_tokens is None else max_tokens))
+    if not 1 <= length <= limits.max_model_len:
+        message = f"`truncate_prompt_tokens` must be -1 or from 1 to {limits.max_model_len}."
         raise invalid("truncate_prompt_tokens", message)
-    return ids[:most] if body.truncation_side == "right" else ids[-most:]
+    return ids[:length] if body.truncation_side == "right" else ids[-length:]
 
 
 def check_length(param: str, text: str, body: GenerationRequest, tokenizer: Tokenizer, limits: EngineLimits) -> None:
-    """A text that could never fit is refused before it is tokenized; one that is to be cut, where it is enormous."""
+    """Refuse a text that cannot fit before it is tokenized, unless it will be truncated."""
     if body.truncate_prompt_tokens is None:
-        with prompt_errors():
-            check_text_length(param, text, tokenizer, limits)
+        check_text_length(param, text, tokenizer, limits)
     check_size(param, text, limits)
 
 
 def check_size(param: str, text: str, limits: EngineLimits) -> None:
-    """A text is one that can be tokenized."""
-    most = max(_MAX_CHARACTERS, _CHARACTERS * limits.max_model_len)
-    if len(text) > most:
-        message = f"`{param}` has {len(text)} characters, of at most {most}."
+    """Limit the characters that are tokenized at once."""
+    maximum = max(_MAX_CHARACTERS, _CHARACTERS_PER_TOKEN * limits.max_model_len)
+    if len(text) > maximum:
+        message = f"`{param}` has {len(text)} characters, more than the maximum of {maximum}."
         raise invalid(param, message, "string_above_max_length")
 
 
 def check_number_of_ids(param: str, ids: Sequence[int], body: GenerationRequest, limits: EngineLimits) -> None:
-    """Ids that could never fit are refused before each is looked at, unless they are to be cut."""
+    """Refuse a list of ids that cannot fit before each is checked, unless it will be truncated."""
     if body.truncate_prompt_tokens is None and len(ids) > limits.max_model_len:
         message = f"This model's maximum context length is {limits.max_model_len} tokens, but `{param}` has {len(ids)}."
         raise invalid(param, message, "context_length_exceeded")
 
 
-def check_room(param: str, prompt: int, max_tokens: int | None, limits: EngineLimits) -> int:
-    """Tokens that may be generated after a prompt of that many: `max_tokens`, or all that there is room for."""
-    with prompt_errors():
-        return generation_room(param, prompt, max_tokens, limits)
+def prompt_numbers(body: GenerationRequest, echoed: int | None, limits: EngineLimits) -> PromptNumbers:
+    """Read `prompt_logprobs` and the fields that refine it.
+
+    Args:
+        echoed: `logprobs` of a request that echoes its prompt, else None. As in vLLM it is also the default of
+            `prompt_logprobs`.
+
+    Raises:
+        APIError: 400 that names a field.
+    """
+    shown = echoed if body.prompt_logprobs is None else body.prompt_logprobs
+    ids = body.prompt_logprob_token_ids
+    if ids is not None:
+        check_requested_ids("prompt_logprob_token_ids", ids, limits)
+        if body.prompt_logprobs:
+            message = "`prompt_logprob_token_ids` selects the alternatives, so `prompt_logprobs` must be 0 or unset."
+            raise invalid("prompt_logprob_token_ids", message)
+        shown = len(ids)
+        echoed = None if echoed is None else len(ids)
+    start = body.prompt_logprobs_start or 0
+    if start and shown is None:
+        raise invalid("prompt_logprobs_start", "`prompt_logprobs_start` needs `prompt_logprobs`.")
+    whole = ids is None and shown is not None and not 0 <= shown <= limits.max_logprobs
+    if whole:
+        _check_full_vocabulary(shown or 0, limits)
+        shown = limits.vocab_size if shown == -1 else min(shown or 0, limits.vocab_size)
+    columns = body.prompt_logprobs_format == "columns"
+    if columns and shown is None:
+        raise invalid("prompt_logprobs_format", "`prompt_logprobs_format` needs `prompt_logprobs`.")
+    if columns and whole:
+        message = f"`prompt_logprobs_format`: columns hold at most {limits.max_logprobs} alternatives per token."
+        raise invalid("prompt_logprobs_format", message)
+    scoring = None if shown is None else PromptScoring(max(1, start), tuple(ids or ()))
+    return PromptNumbers(shown, echoed, scoring, columns, whole)
+
+
+def _check_full_vocabulary(k: int, limits: EngineLimits) -> None:
+    if limits.whole_vocabulary:
+        return
+    if k >= 0:
+        check_top_k("prompt_logprobs", k, limits)
+    message = (
+        "`prompt_logprobs` of -1 (the full vocabulary) needs a server started with --max-logprobs -1; "
+        f"the maximum of this server is {limits.max_logprobs}."
+    )
+    raise invalid("prompt_logprobs", message)
+
+
+def check_start(body: GenerationRequest, prompts: Sequence[Sequence[int]]) -> None:
+    """Check that `prompt_logprobs_start` is within every prompt."""
+    start = body.prompt_logprobs_start or 0
+    if start and any(start >= len(prompt) for prompt in prompts):
+        shortest = min(map(len, prompts))
+        message = f"`prompt_logprobs_start` is {start}, but the shortest prompt has {shortest} tokens."
+        raise invalid("prompt_logprobs_start", message)
+
+
+def check_prompt_logprobs(
+    numbers: PromptNumbers, prompts: Sequence[Sequence[int]], copies: int, limits: EngineLimits
+) -> None:
+    """Limit the log-probs of prompts in one answer, which are held in memory together.
+
+    Args:
+        copies: how many times the answer holds those of each prompt at the same time.
+    """
+    shown, echoed = (0 if k is None else k + 1 for k in (numbers.shown, numbers.echoed))
+    ids = () if numbers.scoring is None else numbers.scoring.token_ids
+    largest_row = max(limits.max_logprobs, len(ids)) + 1
+    # Full rows are written while they are sent, and once; only their best alternatives are held.
+    row = (largest_row if numbers.whole else shown * copies) + echoed * copies
+    count = row * sum(max(0, len(prompt) - numbers.start) for prompt in prompts)
+    maximum = max(_MAX_PROMPT_LOGPROBS, _FULL_LENGTHS * limits.max_model_len * largest_row)
+    if count > maximum:
+        message = (
+            f"The answer would contain {count} log-probs of prompts, more than the maximum of {maximum}: send fewer "
+            "prompts per request, or request fewer log-probs (`prompt_logprobs`, `logprobs` with `echo`, `n`)."
+        )
+        raise invalid("prompt_logprobs" if numbers.echoed is None else "logprobs", message, "too_many_logprobs")

@@ -15,9 +15,9 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.api.auth import ApiKeys, route_path
 from serve.api.errors import APIError, engine_error
 from serve.api.json_stream import dump
+from serve.api.middleware import ApiKeys, route_path
 from serve.ray.metrics import merged
 from serve.ray.prefix_index import prompt_blocks
 

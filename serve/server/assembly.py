@@ -8,7 +8,7 @@ from serve.api.access_log import AccessLog
 from serve.api.app import create_app
 from serve.api.context import ServedModel
 from serve.api.metrics import Metrics
-from serve.api.readiness import Readiness
+from serve.api.middleware import Readiness
 from serve.config.config import ServeConfig
 from serve.engine.engine import Engine
 from serve.server.report import Reporter

@@ -14,7 +14,7 @@ from types import FrameType
 
 import uvicorn
 
-from serve.api.readiness import Readiness
+from serve.api.middleware import Readiness
 from serve.engine.engine import Engine
 from serve.server.heap import trim
 from serve.server.http_protocol import HttpConfig

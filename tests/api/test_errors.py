@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from serve.api.known_fields import UNSUPPORTED
+from serve.api.parsing import UNSUPPORTED
 from serve.api.requests import ChatCompletionRequest, CompletionRequest, StreamOptions
 from serve.api.validation import check_answers
 from tests.support.fake_runner import MAX_MODEL_LEN, K
@@ -299,9 +299,9 @@ async def test_an_answer_holds_so_many_numbers_of_prompts_at_most(
     path: str, fields: dict[str, Any], param: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which a list of prompts, or many answers to one, would repeat. One prompt of full length is always answered."""
-    monkeypatch.setattr("serve.api.prompt_numbers._MAX_NUMBERS", 2000)
+    monkeypatch.setattr("serve.api.validation._MAX_PROMPT_LOGPROBS", 2000)
     async with serving(max_model_len=410, whole_vocabulary=True, runner=ExactRunner) as server:
-        monkeypatch.setattr("serve.api.prompt_numbers._FULL_LENGTHS", 0)
+        monkeypatch.setattr("serve.api.validation._FULL_LENGTHS", 0)
         body = {"prompt": [1] * 400, **fields} if path == COMPLETIONS else fields
         body = body_of(path, max_tokens=1, **body)
         if param is None:
@@ -311,7 +311,7 @@ async def test_an_answer_holds_so_many_numbers_of_prompts_at_most(
 
 
 async def test_one_prompt_of_full_length_is_always_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.api.prompt_numbers._MAX_NUMBERS", 1)
+    monkeypatch.setattr("serve.api.validation._MAX_PROMPT_LOGPROBS", 1)
     async with serving(max_model_len=410) as server:
         for fields in ({"logprobs": 3}, {"logprobs": 0, "prompt_logprob_token_ids": list(range(20))}):
             body = completion_body(prompt=[1] * 409, max_tokens=1, echo=True, **fields)

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from serve.api.inspector.pages import inspector
+from serve.api.inspector import inspector
 from tests.support.http_client import Server, serving
 
 PATHS = [route.path for route in inspector()]

@@ -11,7 +11,7 @@ import pytest
 
 from serve.api.errors import APIError
 from serve.api.merging import merge
-from serve.api.readiness import Readiness
+from serve.api.middleware import Readiness
 from serve.engine.request import FinishReason, Place, Request, SamplingParams
 from serve.text.detokenizer import StopStrings
 from tests.support.http_client import (

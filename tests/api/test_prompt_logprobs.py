@@ -234,7 +234,7 @@ async def test_the_start_lies_in_every_prompt(server: Server) -> None:
     error = error_of(await server.post(COMPLETIONS, body), 400)
     assert (error["param"], error["message"]) == (
         "prompt_logprobs_start",
-        "`prompt_logprobs_start` is 2, but a prompt has only 2 tokens.",
+        "`prompt_logprobs_start` is 2, but the shortest prompt has 2 tokens.",
     )
 
 

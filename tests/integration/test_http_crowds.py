@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from serve.api.readiness import Readiness
+from serve.api.middleware import Readiness
 from serve.engine.observer import EngineGauges
 from serve.engine.request import Request
 from tests.support.http_client import Gate, Server, completion_body, serving, submitted

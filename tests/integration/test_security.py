@@ -13,7 +13,7 @@ import pytest
 
 from compiled.program_cache import use_persistent_cache
 from serve.api.access_log import AccessLog
-from serve.api.auth import ApiKeys
+from serve.api.middleware import ApiKeys
 from serve.config.config import ServeConfig
 from serve.server.logs import JsonFormatter
 from serve.text.chat_template import ChatTemplateError

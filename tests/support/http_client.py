@@ -34,8 +34,7 @@ from model.kv_cache import NULL_PAGE, PAGE_SIZE
 from serve.api.app import create_app
 from serve.api.context import ServedModel
 from serve.api.metrics import Metrics
-from serve.api.readiness import Readiness
-from serve.api.record import OnAnswer
+from serve.api.middleware import OnAnswer, Readiness
 from serve.config.config import ServeConfig
 from serve.engine.engine import Engine
 from serve.engine.request import EngineLimits, Request, TokenEvent

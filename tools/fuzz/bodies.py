@@ -5,7 +5,7 @@ from copy import deepcopy
 from random import Random
 from typing import Any
 
-from serve.api.known_fields import UNSUPPORTED, WITHOUT_EFFECT
+from serve.api.parsing import UNSUPPORTED, WITHOUT_EFFECT
 from serve.api.requests import ChatCompletionRequest, CompletionRequest
 from tools.fuzz.random_bytes import bytes_changed
 from tools.fuzz.random_json import anything, deep, json_changed, written

@@ -1,7 +1,6 @@
-"""/openapi.json, made from the models that read requests, and /docs: Swagger UI from files of this machine."""
+"""/openapi.json, made from the models that read requests, and /docs: Swagger UI 5.32.6 from serve/api/swagger."""
 
 import functools
-import importlib.util
 from base64 import b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,11 +20,12 @@ from serve.api.requests import ChatCompletionRequest, CompletionRequest
 from serve.api.tokenize import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
 
 _REFERENCE = "#/components/schemas/{model}"
-_FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")
+_SWAGGER = Path(__file__).parent / "swagger"
+_FILES = ("swagger-ui-bundle.js", "swagger-ui.css")
 _SCRIPT = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#ui"})'
 _PAGE = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>logprobd</title>
-<link rel="icon" href="docs/favicon.png"><link rel="stylesheet" href="docs/swagger-ui.css"></head>
+<link rel="icon" href="web/icon.svg"><link rel="stylesheet" href="docs/swagger-ui.css"></head>
 <body><div id="ui"></div><script src="docs/swagger-ui-bundle.js"></script>
 <script>{_SCRIPT}</script></body></html>
 """
@@ -130,24 +130,14 @@ def documentation(*, secured: bool) -> list[Route]:
     async def serve_page(_: Any) -> Response:
         return HTMLResponse(_PAGE, headers={"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"})
 
-    routes = [Route("/openapi.json", serve_document)]
-    folder = _swagger_ui()
-    if folder is None:  # installed without it: the document is still there
-        return routes
-    return [*routes, Route("/docs", serve_page), *(_file(folder, name) for name in _FILES)]
+    return [Route("/openapi.json", serve_document), Route("/docs", serve_page), *map(_file, _FILES)]
 
 
-def _file(folder: Path, name: str) -> Route:
+def _file(name: str) -> Route:
     async def serve_file(_: Any) -> Response:
-        return FileResponse(folder / name)
+        return FileResponse(_SWAGGER / name)
 
     return Route(f"/docs/{name}", serve_file)
-
-
-def _swagger_ui() -> Path | None:
-    """The folder of its files. They come in a package that is never imported: it would want FastAPI."""
-    found = importlib.util.find_spec("fastapi_offline")
-    return None if found is None or found.origin is None else Path(found.origin).parent / "static"
 
 
 def _models(operation: _Operation) -> Iterable[type[BaseModel]]:

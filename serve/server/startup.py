@@ -36,7 +36,7 @@ from serve.server.memory import free_memory
 from serve.server.memory_plan import MemoryPlan, PlanError, plan_memory
 from serve.server.report import Reporter
 from serve.server.report_facts import cache_hits, memory_planned, model_found, program_compiled
-from serve.server.startup_events import AllCompiled, DefaultsTaken, KernelsBuilt, WeightsLoaded
+from serve.server.startup_events import AllCompiled, DefaultsTaken, Preparing, WeightsLoaded
 from serve.text.chat_template import ChatTemplateError
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
@@ -100,13 +100,13 @@ def load(config: EngineConfig, reporter: Reporter) -> Loaded:
     except (OSError, RuntimeError) as error:
         raise StartupError(f"--compilation-cache-dir {config.compilation_cache_dir}: {error}") from error
     template = chosen_template(config)
-    source = _find(config)
+    source = _find(config, reporter)
     defaults = defaults_of(config.generation_config, config.override_generation_config, source.path)
     if said := defaults.said():
         reporter.tell(DefaultsTaken(said))
     mesh = _mesh(config)
     if jax.default_backend() == "cpu":
-        ensure_built(lambda line: reporter.tell(KernelsBuilt(line)))
+        ensure_built(lambda line: reporter.tell(Preparing(line)))
     checkpoint = open_checkpoint(source)
     try:
         tokenizer = _tokenizer(config, source, checkpoint)
@@ -145,10 +145,10 @@ def load(config: EngineConfig, reporter: Reporter) -> Loaded:
     return Loaded(source.name, runner, tokenizer, limits, template, fingerprint, defaults, config)
 
 
-def _find(config: EngineConfig) -> ModelSource:
+def _find(config: EngineConfig, reporter: Reporter) -> ModelSource:
     if config.model:
         return resolve_model(config.model, config.revision)
-    path = default_model_path()
+    path = default_model_path(lambda line: reporter.tell(Preparing(line)))
     return ModelSource("SmolLM2-135M-Instruct", path)
 
 

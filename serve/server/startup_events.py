@@ -36,10 +36,10 @@ class DefaultsTaken(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class KernelsBuilt(Event):
-    """Progress or result of building the CPU kernels, at the first start."""
+class Preparing(Event):
+    """Work of a first start: downloading the default model, building the CPU kernels."""
 
-    name = "cpu_kernels"
+    name = "preparing"
     message: str
 
     @property

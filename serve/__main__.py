@@ -1,8 +1,6 @@
 """`python -m serve`."""
 
-import sys
-
-from serve.cli.main import main
+from serve.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run()

@@ -4,12 +4,11 @@ import logging
 import resource
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from serve.config.config import ServeConfig
-from serve.config.flags import parse_args
 from serve.server.assembly import Served, assemble
 from serve.server.http_protocol import HttpConfig
 from serve.server.lifecycle import HttpServer, end_early, run
@@ -20,12 +19,11 @@ from serve.server.startup_events import Failed, Interrupted, Serving
 logger = logging.getLogger(__name__)
 
 
-def main(arguments: Sequence[str], make: Callable[[ServeConfig, Reporter], Served] = assemble) -> int:
+def main(config: ServeConfig, make: Callable[[ServeConfig, Reporter], Served] = assemble) -> int:
     """Starts what `make` makes and serves it; returns the exit code.
 
     0 after SIGTERM or Ctrl-C, 1 where it cannot serve or the engine is lost, 130 for Ctrl-C before it serves.
     """
-    config = parse_args(arguments)
     reporter = start_reporting(config)
     with ExitStack() as stack:
         try:

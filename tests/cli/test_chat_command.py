@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from serve.cli.chat import command
+from serve.cli.chat.config import parse_args
 from serve.config.generation_config import GenerationDefaults
 from serve.engine.engine import Engine
 from serve.server.startup import StartupError
@@ -48,7 +49,7 @@ def run(monkeypatch: pytest.MonkeyPatch, typed: str, *arguments: str) -> tuple[i
     monkeypatch.setattr(command, "load", lambda *_: loaded)
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     try:
-        return command.main(arguments), engine
+        return command.main(parse_args(arguments)), engine
     finally:
         if engine.ready:
             engine.stop()
@@ -86,4 +87,4 @@ def test_how_a_start_ends(
     monkeypatch: pytest.MonkeyPatch, told: Told, error: BaseException, code: int, event: object
 ) -> None:
     monkeypatch.setattr(command, "load", fails_with(error))
-    assert (command.main([]), told.events) == (code, [event])
+    assert (command.main(parse_args([])), told.events) == (code, [event])

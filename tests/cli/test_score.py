@@ -52,7 +52,7 @@ class Command:
         told = Told()
         self.patch.setattr(command, "start_reporting", lambda _: told)
         self.patch.setattr(command, "load", self.load or fake_load(self.runner, self.fingerprint))
-        code = command.main([str(file), *flags])
+        code = command.main(parse_args([str(file), *flags]))
         said = self.capture.readouterr()
         self.out, self.err = said.out, said.err + "\n".join(told.lines)
         return code
@@ -511,7 +511,7 @@ def test_a_mistake_in_the_flags_is_code_2(
     flags: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        command.main(flags)
+        command.main(parse_args(flags))
     assert ended.value.code == 2
     assert told.lower() in capsys.readouterr().err.lower()
 

@@ -16,6 +16,7 @@ import httpx2
 import pytest
 from rich.console import Console
 
+from serve.config.flags import parse_args
 from serve.server.assembly import Served
 from serve.server.logs import JsonFormatter, json_line, set_up_logs
 from serve.server.server import main
@@ -159,7 +160,7 @@ def test_a_second_set_up_replaces_the_first() -> None:
 def test_a_start_up_error_is_said_in_the_form_that_was_chosen(
     log_format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--uds", "/nowhere/socket", "--log-format", log_format]) == 1
+    assert main(parse_args(["--uds", "/nowhere/socket", "--log-format", log_format])) == 1
     said = capsys.readouterr().err
     message = "--uds /nowhere/socket: No such file or directory"
     if log_format != "json":
@@ -175,9 +176,9 @@ def test_a_certificate_that_is_none_is_said_before_anything_is_loaded(
 ) -> None:
     file = tmp_path / "cert.pem"
     files = ["--ssl-certfile", str(file), "--ssl-keyfile", str(file)]
-    assert main([*files, "--port", "0"]) == 1
+    assert main(parse_args([*files, "--port", "0"])) == 1
     file.write_text("no certificate")
-    assert main([*files, "--port", "0"]) == 1
+    assert main(parse_args([*files, "--port", "0"])) == 1
     first, second = capsys.readouterr().err.splitlines()
     assert first == f"error: --ssl-certfile {file}: No such file or directory"
     assert second.startswith(f"error: --ssl-certfile {file}: [SSL")
@@ -188,7 +189,7 @@ def test_ctrl_c_while_it_starts_ends_with_130(capsys: pytest.CaptureFixture[str]
     def interrupted(*_: object) -> Served:
         raise KeyboardInterrupt
 
-    assert main(["--port", "0"], interrupted) == 130
+    assert main(parse_args(["--port", "0"]), interrupted) == 130
     assert capsys.readouterr().err == "interrupted before it was ready\n"
 
 

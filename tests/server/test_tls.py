@@ -6,6 +6,7 @@ import httpx2
 import pytest
 import trustme
 
+from serve.config.flags import parse_args
 from serve.server.server import main
 from tests.support.certificates import Certificates
 from tests.support.faulty_server import FaultyServer
@@ -52,5 +53,5 @@ def test_a_file_that_is_none_is_said_before_anything_is_loaded(
     broken = certificates.folder / "broken.pem"
     broken.write_text("nothing")
     flags = [*certificates.flags(), "--ssl-ca-certs", str(certificates.folder / "ca.pem"), flag, str(broken)]
-    assert main([*flags, "/no/such/model"]) == 1
+    assert main(parse_args([*flags, "/no/such/model"])) == 1
     assert flag.replace("keyfile", "certfile") in capsys.readouterr().err

@@ -17,6 +17,7 @@ from serve.api.context import ServedModel
 from serve.api.metrics import Metrics
 from serve.api.middleware import Readiness
 from serve.config.config import ServeConfig
+from serve.config.flags import parse_args
 from serve.engine.engine import Engine
 from serve.engine.request import EngineLimits
 from serve.server import lifecycle
@@ -112,4 +113,4 @@ def _assemble(config: ServeConfig, _reporter: Reporter) -> Served:
 if __name__ == "__main__":
     lifecycle._FLUSH_SECONDS = 1
     lifecycle._STEP_SECONDS = 5
-    sys.exit(main(sys.argv[1:], _assemble))
+    sys.exit(main(parse_args(sys.argv[1:]), _assemble))

@@ -21,6 +21,7 @@ from compiled.runner import ModelRunner
 from compiled.state import MAX_SCORED_IDS
 from model.kv_cache import PAGE_SIZE
 from serve.cli.score import command, journal
+from serve.cli.score.config import parse_args
 from serve.config.config import EngineConfig
 from serve.config.generation_config import GenerationDefaults
 from serve.engine.request import EngineLimits
@@ -125,7 +126,7 @@ def _survived(rows: Path, output: Path, first: int) -> int:
     whole = output.with_stem("whole")
 
     def run(to: Path = output) -> int:
-        return command.main([str(rows), "--output", str(to)])
+        return command.main(parse_args([str(rows), "--output", str(to)]))
 
     assert _in_a_fork(lambda: run(whole)) == 0
     for number in count(first):

@@ -2,14 +2,14 @@
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from serve.cli.chat.config import ChatConfig, parse_args, sampling_params
+from serve.cli.chat.config import ChatConfig, sampling_params
 from serve.cli.chat.conversation import Conversation, Prompter
 from serve.cli.chat.lines import Typist, lines_of
 from serve.cli.chat.screen import ChatScreen
@@ -22,11 +22,10 @@ from serve.server.startup_events import Failed, Interrupted
 from serve.text.chat import ChatFormat
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(config: ChatConfig) -> int:
     """Returns the exit code: 0 at the end of what is typed, 1 where the model cannot be run or, without a terminal, a
     message could not be answered, 130 for Ctrl-C at start-up.
     """
-    config = parse_args(arguments)
     reporter = start_reporting(config)
     try:
         loaded = load(config, reporter)

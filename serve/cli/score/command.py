@@ -5,12 +5,12 @@ import hashlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO, Self
 
-from serve.cli.score.config import ScoreConfig, parse_args
+from serve.cli.score.config import ScoreConfig
 from serve.cli.score.errors import ScoreError
 from serve.cli.score.identity import files_digest, model_digest
 from serve.cli.score.journal import (
@@ -53,9 +53,8 @@ class _StoppedError(Exception):
         self.line = line  # the last that is written
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(config: ScoreConfig) -> int:
     """Returns the exit code, as --help says."""
-    config = parse_args(arguments)
     reporter = start_reporting(config)
     paths = Paths(config.writes_to)
     try:

@@ -1,19 +1,19 @@
 """Log-prob, unique rank and exact top-k of rows of logits."""
 
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from compiled.state import NO_ID, TokenLogprobs
 from model.kernels import cpu
 from model.kernels.dispatch import by_platform
 from model.layers import soft_cap_in_xla
 from model.linear import matmul
 from model.reduce import log_sum_exp, parts_of
 from model.sharding import WHOLE, VocabularyAxis
+from model.token_logprobs import NO_ID, TokenLogprobs
 from model.transformer import Transformer
 
 BLOCK = 128
@@ -23,7 +23,7 @@ def token_logprobs(
     logits: Array,
     ids: Array,
     k: int,
-    scored_ids: Array,
+    requested_ids: Array,
     live: Array | None = None,
     axis: VocabularyAxis = WHOLE,
 ) -> TokenLogprobs:
@@ -33,31 +33,31 @@ def token_logprobs(
         logits: [R, V] float32.
         ids: [R] int32, the token of each row.
         k: number of alternatives.
-        scored_ids: [R, B] int32, ids of each row, then NO_ID. What an id outside the vocabulary gives means nothing.
+        requested_ids: [R, B] int32, ids of each row, then NO_ID. What an id outside the vocabulary gives means nothing.
         live: [] int32, None = R: rows after them are padding, and what they give means nothing.
         axis: of the logits; where each shard has a part of them, no logit leaves its shard.
     """
     live = _all_of(ids) if live is None else live
     with jax.named_scope("logprobs"):
         if axis.shards > 1:
-            return token_logprobs_in_xla(logits, ids, scored_ids, live, k=k, axis=axis)
-        numbers: TokenLogprobs = by_platform(logits, ids, scored_ids, live, on_cpu=_on_cpu(k), xla=_in_xla(k))
-        return numbers
+            return token_logprobs_in_xla(logits, ids, requested_ids, live, k=k, axis=axis)
+        on_cpu, xla = partial(cpu.token_logprobs, k=k), partial(token_logprobs_in_xla, k=k)
+        logprobs: TokenLogprobs = by_platform(logits, ids, requested_ids, live, on_cpu=on_cpu, xla=xla)
+        return logprobs
 
 
 def head_logprobs(
-    module: Transformer, hidden: Array, ids: Array, k: int, scored_ids: Array, live: Array
+    module: Transformer, hidden: Array, ids: Array, k: int, requested_ids: Array, live: Array
 ) -> TokenLogprobs:
     """`token_logprobs` of hidden states [M, D], with no logits at all where the head's weight is packed."""
     weight, axis = module.head_weight(), module.cut.vocabulary
     if isinstance(weight, Array) or axis.shards > 1:
-        return token_logprobs(module.logits(hidden, live), ids, k, scored_ids, live, axis)
+        return token_logprobs(module.logits(hidden, live), ids, k, requested_ids, live, axis)
     cap = module.config.logit_cap
     with jax.named_scope("head"):
-        numbers: TokenLogprobs = by_platform(
-            hidden, weight, ids, scored_ids, live, on_cpu=_score_on_cpu(k, cap), xla=_score_in_xla(k, cap)
-        )
-        return numbers
+        on_cpu, xla = partial(_score_on_cpu, k=k, cap=cap), partial(_score_in_xla, k=k, cap=cap)
+        logprobs: TokenLogprobs = by_platform(hidden, weight, ids, requested_ids, live, on_cpu=on_cpu, xla=xla)
+        return logprobs
 
 
 def all_logprobs(logits: Array, live: Array | None = None, axis: VocabularyAxis = WHOLE) -> Array:
@@ -66,59 +66,43 @@ def all_logprobs(logits: Array, live: Array | None = None, axis: VocabularyAxis 
         if axis.shards > 1:
             return logits - log_sum_exp(logits, axis)[:, None]
         live = _all_of(logits) if live is None else live
-        normalizer: Array = by_platform(logits, live, on_cpu=_normalizer_on_cpu, xla=_normalizer_in_xla)
+        normalizer: Array = by_platform(logits, live, on_cpu=cpu.normalizer, xla=_normalizer_in_xla)
         return logits - normalizer[:, None]
 
 
 def token_logprobs_in_xla(
-    logits: Array, ids: Array, scored_ids: Array, live: Array, *, k: int, axis: VocabularyAxis = WHOLE
+    logits: Array, ids: Array, requested_ids: Array, live: Array, *, k: int, axis: VocabularyAxis = WHOLE
 ) -> TokenLogprobs:
     """`token_logprobs` for any platform, as XLA compiles it."""
     normalizer = _normalizer_in_xla(logits, live, axis)
-    own, rank = _value_and_rank(logits, ids, axis)
-    values, top_ids = blocked_top_k(logits, k, axis)
-    scored, scored_ranks = _scored(logits, scored_ids, axis)
+    logit, rank = _logit_and_rank(logits, ids, axis)
+    top_logits, top_ids = blocked_top_k(logits, k, axis)
+    requested_logits, requested_ranks = _requested_logits_and_ranks(logits, requested_ids, axis)
     return TokenLogprobs(
-        own - normalizer, rank, top_ids, values - normalizer[:, None], scored - normalizer[:, None], scored_ranks
+        logprob=logit - normalizer,
+        rank=rank,
+        top_ids=top_ids,
+        top_logprobs=top_logits - normalizer[:, None],
+        requested_logprobs=requested_logits - normalizer[:, None],
+        requested_ranks=requested_ranks,
     )
 
 
-def _in_xla(k: int) -> Callable[..., TokenLogprobs]:
-    return partial(token_logprobs_in_xla, k=k)
+def _score_on_cpu(hidden: Array, *arguments: Any, k: int, cap: float) -> TokenLogprobs:
+    return cpu.score(hidden.astype(jnp.bfloat16), *arguments, k=k, cap=cap)
 
 
-def _on_cpu(k: int) -> Callable[..., TokenLogprobs]:
-    return lambda *arguments: _of_kernel(cpu.token_numbers(*arguments, k=k))
-
-
-def _score_on_cpu(k: int, cap: float) -> Callable[..., TokenLogprobs]:
-    return lambda hidden, *arguments: _of_kernel(cpu.score(hidden.astype(jnp.bfloat16), *arguments, k=k, cap=cap))
-
-
-def _score_in_xla(k: int, cap: float) -> Callable[..., TokenLogprobs]:
-    def score(hidden: Array, weight: cpu.Packed, *arguments: Array) -> TokenLogprobs:
-        logits = matmul(hidden, weight, arguments[-1])
-        logits = soft_cap_in_xla(logits, arguments[-1], cap=cap) if cap else logits
-        return token_logprobs_in_xla(logits, *arguments, k=k)
-
-    return score
-
-
-def _of_kernel(numbers: cpu.Numbers) -> TokenLogprobs:
-    return TokenLogprobs(*numbers[:-1])
-
-
-def _normalizer_on_cpu(logits: Array, live: Array) -> Array:
-    rows = logits.shape[0]
-    nothing = jnp.zeros((rows,), jnp.int32), jnp.zeros((rows, 0), jnp.int32)
-    return cpu.token_numbers(logits, *nothing, live, k=0).normalizer
+def _score_in_xla(hidden: Array, weight: cpu.Packed, *arguments: Array, k: int, cap: float) -> TokenLogprobs:
+    live = arguments[-1]
+    logits = matmul(hidden, weight, live)
+    return token_logprobs_in_xla(soft_cap_in_xla(logits, live, cap=cap) if cap else logits, *arguments, k=k)
 
 
 def _all_of(x: Array) -> Array:
     return jnp.asarray(x.shape[0], jnp.int32)
 
 
-def one_zero(logits: Array) -> Array:
+def canonicalize_zero(logits: Array) -> Array:
     """The logits with +0 for -0: the two are one value for the rank and two for a sort."""
     return jnp.where(logits == 0, 0.0, logits)
 
@@ -133,7 +117,7 @@ def _normalizer_in_xla(logits: Array, live: Array, axis: VocabularyAxis = WHOLE)
     return normalizer
 
 
-def _value_and_rank(logits: Array, ids: Array, axis: VocabularyAxis) -> tuple[Array, Array]:
+def _logit_and_rank(logits: Array, ids: Array, axis: VocabularyAxis) -> tuple[Array, Array]:
     """Logit [R] and rank [R] int32 of one id per row.
 
     The rank is 1 + #(logit > own) + #(logit == own with a lower id), by comparison over the whole vocabulary: it is
@@ -149,18 +133,17 @@ def _value_and_rank(logits: Array, ids: Array, axis: VocabularyAxis) -> tuple[Ar
         return own[:, 0], 1 + axis.total(jnp.sum(ahead, axis=-1))
 
 
-def _scored(logits: Array, ids: Array, axis: VocabularyAxis) -> tuple[Array, Array]:
+def _requested_logits_and_ranks(logits: Array, ids: Array, axis: VocabularyAxis) -> tuple[Array, Array]:
     """Logits and ranks [R, B] of ids [R, B]: one pass over the vocabulary for each id of the row that names most."""
     rounds = jnp.max(jnp.sum(ids != NO_ID, axis=1))
 
-    def one(column: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
-        of_column = _value_and_rank(logits, ids[:, column], axis)
-        values, ranks = (all_.at[:, column].set(new) for all_, new in zip(found, of_column, strict=True))
-        return values, ranks
+    def fill_column(column: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
+        logit, rank = _logit_and_rank(logits, ids[:, column], axis)
+        return results[0].at[:, column].set(logit), results[1].at[:, column].set(rank)
 
-    start = jnp.zeros(ids.shape, jnp.float32), jnp.zeros(ids.shape, jnp.int32)
-    found: tuple[Array, Array] = jax.lax.fori_loop(0, rounds, one, start)
-    return found
+    zeros = jnp.zeros(ids.shape, jnp.float32), jnp.zeros(ids.shape, jnp.int32)
+    results: tuple[Array, Array] = jax.lax.fori_loop(0, rounds, fill_column, zeros)
+    return results
 
 
 def blocks_of(x: Array) -> Array:
@@ -185,10 +168,10 @@ def blocked_top_k(x: Array, k: int, axis: VocabularyAxis = WHOLE) -> tuple[Array
         return best, jnp.take_along_axis(best_ids, at, axis=1)
     blocks = blocks_of(x)
     count = min(k, blocks.shape[1])
-    _, chosen = jax.lax.top_k(one_zero(blocks.max(axis=-1)), count)
+    _, chosen = jax.lax.top_k(canonicalize_zero(blocks.max(axis=-1)), count)
     chosen = jnp.sort(chosen, axis=-1)  # ascending, so that candidates stay in the order of their ids
     candidates = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(x.shape[0], count * BLOCK)
-    values, at = jax.lax.top_k(one_zero(candidates), k)
+    values, at = jax.lax.top_k(canonicalize_zero(candidates), k)
     ids = jnp.take_along_axis(chosen, at // BLOCK, axis=1) * BLOCK + at % BLOCK
     return values, ids.astype(jnp.int32)
 

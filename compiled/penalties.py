@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from compiled.logprobs import one_zero
+from compiled.logprobs import canonicalize_zero
 from compiled.state import Adjustment, SamplingArrays, SlotState
 from model.sharding import WHOLE, VocabularyAxis
 
@@ -57,10 +57,10 @@ def adjust_logits(
         return jnp.where(_unpack(words, logits.shape[1]), x, -jnp.inf)
 
     cases = (
-        lambda: one_zero(logits),
-        lambda: one_zero(penalized()),
-        lambda: one_zero(masked(logits)),
-        lambda: one_zero(masked(penalized())),
+        lambda: canonicalize_zero(logits),
+        lambda: canonicalize_zero(penalized()),
+        lambda: canonicalize_zero(masked(logits)),
+        lambda: canonicalize_zero(masked(penalized())),
     )
     case = jnp.any(sampling.adjusted) + 2 * jnp.any(sampling.mask != jnp.uint32(_ALL_ALLOWED))
     adjusted: Array = jax.lax.switch(case, cases)

@@ -17,7 +17,7 @@ from compiled import step
 from compiled.programs import Plan, Program, Programs, Shape, compile_plans, specs_of
 from compiled.shapes import Buckets, HeadShape, SlotShape, StateShape, StepShape
 from compiled.state import (
-    MAX_SCORED_IDS,
+    MAX_REQUESTED_IDS,
     Adjustment,
     DecodeInput,
     DeviceState,
@@ -26,10 +26,10 @@ from compiled.state import (
     SlotState,
     StepInput,
     StepOutput,
-    TokenLogprobs,
     greedy_sampling,
 )
 from model.sharding import TENSOR
+from model.token_logprobs import TokenLogprobs
 from model.transformer import BoundModel
 
 
@@ -99,7 +99,7 @@ def _step_plan(model: BoundModel, leaves: Any, state: DeviceState, shape: StepSh
     if T > 1:
         chunk = StepInput(_int32(R, T), _int32(R, T), tables)
         return Plan(shape, partial(step.prefill, model), (leaves, state, chunk), (1,), results=results)
-    rows = DecodeInput(_int32(R), _int32(R), tables, _int32(R), _int32(R, MAX_SCORED_IDS))
+    rows = DecodeInput(_int32(R), _int32(R), tables, _int32(R), _int32(R, MAX_REQUESTED_IDS))
     sampling = _abstract(greedy_sampling(R, model.config.vocab_size))
     return Plan(shape, partial(step.decode, model, k), (leaves, state, rows, sampling), (1,), results=results)
 
@@ -109,7 +109,7 @@ def _head_plan(model: BoundModel, leaves: Any, state: DeviceState, shape: HeadSh
     if shape.whole:
         columns = PartitionSpec(None, TENSOR)
         return Plan(shape, partial(step.vocabulary, model), (leaves, state, places), results=columns)
-    tokens = ScoreInput(places, places, _int32(shape.rows, MAX_SCORED_IDS))
+    tokens = ScoreInput(places, places, _int32(shape.rows, MAX_REQUESTED_IDS))
     return Plan(shape, partial(step.score, model, k), (leaves, state, tokens))
 
 

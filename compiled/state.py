@@ -7,11 +7,9 @@ import jax
 import numpy as np
 
 from model.kv_cache import PagedCache
+from model.token_logprobs import NO_ID, Array, TokenLogprobs
 
-type Array = Any  # jax.Array inside a program, numpy.ndarray outside
-
-MAX_SCORED_IDS = 128  # B: ids whose numbers a row may ask for beside its top-k
-NO_ID = np.iinfo(np.int32).max  # fills what is left of such a list
+MAX_REQUESTED_IDS = 128  # B: ids whose numbers a row may ask for beside its top-k
 FROM_SLOT = -1  # as a decode row's token: the one that its slot chose last, which the host may not have read yet
 
 
@@ -54,7 +52,7 @@ class DecodeInput:
     positions: Array  # [R] int32
     tables: Array  # [R, P] int32
     slots: Array  # [R] int32 the row's place in SlotState
-    scored_ids: Array  # [R, B] int32 ids to be scored beside the top-k, then NO_ID
+    requested_ids: Array  # [R, B] int32 ids to be scored beside the top-k, then NO_ID
 
 
 @jax.tree_util.register_dataclass
@@ -64,7 +62,7 @@ class ScoreInput:
 
     places: Array  # [M] int32 where the hidden state before the token lies (page * S + offset), 0 for padding
     targets: Array  # [M] int32 the token
-    scored_ids: Array  # [M, B] int32 as in DecodeInput
+    requested_ids: Array  # [M, B] int32 as in DecodeInput
 
 
 @jax.tree_util.register_dataclass
@@ -94,22 +92,6 @@ class Adjustment:
     bias: Array  # [V] float32
     counts: Array  # [V] int32
     seen: Array  # [V] bool
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """The product: numbers of one token per row, from the raw model distribution (temperature 1, nothing masked).
-
-    A decode row may ask for those of the distribution that its token was drawn from (`SamplingArrays.processed`).
-    """
-
-    logprob: Array  # [R] float32, natural log
-    rank: Array  # [R] int32, 1 = most likely, unique: ties go to the lower id
-    top_ids: Array  # [R, K] int32, best first
-    top_logprobs: Array  # [R, K] float32
-    scored_logprobs: Array  # [R, B] float32 of scored_ids; what NO_ID gives means nothing
-    scored_ranks: Array  # [R, B] int32
 
 
 @jax.tree_util.register_dataclass
@@ -144,6 +126,6 @@ def greedy_sampling(rows: int, vocab_size: int) -> SamplingArrays:
     )
 
 
-def no_scored_ids(rows: int) -> Any:
-    """scored_ids [rows, B] (numpy) that ask for nothing, to be filled in."""
-    return np.full((rows, MAX_SCORED_IDS), NO_ID, np.int32)
+def no_requested_ids(rows: int) -> Any:
+    """requested_ids [rows, B] (numpy) that ask for nothing, to be filled in."""
+    return np.full((rows, MAX_REQUESTED_IDS), NO_ID, np.int32)

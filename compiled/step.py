@@ -19,10 +19,10 @@ from compiled.state import (
     ScoreInput,
     StepInput,
     StepOutput,
-    TokenLogprobs,
 )
 from model.kv_cache import NULL_PAGE, PAGE_SIZE, live_rows
 from model.sharding import VocabularyAxis
+from model.token_logprobs import TokenLogprobs
 from model.transformer import BoundModel
 
 type Leaves = tuple[Array, ...]
@@ -51,7 +51,7 @@ def decode(
     chosen = choose_tokens(logits, sampling, slots, step.slots, axis)
 
     def numbers(of: Array) -> TokenLogprobs:
-        return token_logprobs(of, chosen, k, step.scored_ids, live, axis)
+        return token_logprobs(of, chosen, k, step.requested_ids, live, axis)
 
     def processed() -> TokenLogprobs:
         return numbers(processed_logits(logits, chosen, sampling, slots, step.slots, axis))
@@ -68,7 +68,7 @@ def score(model: BoundModel, k: int, leaves: Leaves, state: DeviceState, step: S
     The head runs over this block alone, so no [prompt, V] array exists, however long the prompt.
     """
     hidden = _cached_hidden(model, state, step.places)
-    return head_logprobs(model.merge(leaves), hidden, step.targets, k, step.scored_ids, _live(step.places))
+    return head_logprobs(model.merge(leaves), hidden, step.targets, k, step.requested_ids, _live(step.places))
 
 
 def vocabulary(model: BoundModel, leaves: Leaves, state: DeviceState, places: Array) -> Array:

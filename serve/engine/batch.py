@@ -14,7 +14,7 @@ from compiled.state import (
     ScoreInput,
     StepInput,
     greedy_sampling,
-    no_scored_ids,
+    no_requested_ids,
 )
 from compiled.step import place_of
 from model.kv_cache import PAGE_SIZE
@@ -42,15 +42,15 @@ def decode_input(requests: Sequence[Request], shape: StepShape, padding_slot: in
     positions = np.full(shape.rows, -1, np.int32)
     tables = np.zeros((shape.rows, shape.pages), np.int32)
     slots = np.full(shape.rows, padding_slot, np.int32)
-    scored_ids = no_scored_ids(shape.rows)
+    requested_ids = no_requested_ids(shape.rows)
     for row, request in enumerate(requests):
         tokens[row] = _last_token(request)
         positions[row] = request.num_tokens - 2
         tables[row, : len(request.pages)] = request.pages
         slots[row] = request.slot
         if ids := request.params.logprob_token_ids:
-            scored_ids[row, : len(ids)] = ids
-    return DecodeInput(tokens, positions, tables, slots, scored_ids)
+            requested_ids[row, : len(ids)] = ids
+    return DecodeInput(tokens, positions, tables, slots, requested_ids)
 
 
 def sampling_arrays(requests: Sequence[Request], rows: int, vocab_size: int) -> SamplingArrays:
@@ -89,13 +89,13 @@ def adjustment(request: Request, vocab_size: int) -> Adjustment:
 
 def score_input(rows: Sequence[ScoreRow], size: int) -> ScoreInput:
     """A block of prompt rows [M], padded with the null page's first place."""
-    places, targets, scored_ids = np.zeros(size, np.int32), np.zeros(size, np.int32), no_scored_ids(size)
+    places, targets, requested_ids = np.zeros(size, np.int32), np.zeros(size, np.int32), no_requested_ids(size)
     for i, (request, index) in enumerate(rows):
         places[i] = place_of(request.pages[index // PAGE_SIZE], index)
         targets[i] = request.prompt_token_ids[index + 1]
         if request.params.prompt and (ids := request.params.prompt.token_ids):
-            scored_ids[i, : len(ids)] = ids
-    return ScoreInput(places, targets, scored_ids)
+            requested_ids[i, : len(ids)] = ids
+    return ScoreInput(places, targets, requested_ids)
 
 
 def places(request: Request, start: int, size: int, count: int) -> NDArray[np.int32]:

@@ -21,8 +21,8 @@ from compiled.state import (
     ScoreInput,
     StepInput,
     StepOutput,
-    TokenLogprobs,
 )
+from model.token_logprobs import TokenLogprobs
 from serve.engine import batch
 from serve.engine.batch import ScoreRow
 from serve.engine.logprob_store import begin_prompt_scores, holds_nan, keep_prompt_scores, token_scores, write

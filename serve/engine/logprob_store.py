@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from compiled.state import TokenLogprobs
 from model.kv_cache import PAGE_SIZE
+from model.token_logprobs import TokenLogprobs
 from serve.engine.page_pool import PagePool
 from serve.engine.request import PromptScoring, Request, TokenScores, empty_scores
 
@@ -17,7 +17,7 @@ def token_scores(logprobs: TokenLogprobs, rows: slice, ids: tuple[int, ...]) -> 
         return TokenScores(*own, top_ids, ranks, logprobs.top_logprobs[rows])
     named = np.broadcast_to(np.asarray(ids, np.int32), (len(own[0]), len(ids)))
     count = len(ids)
-    return TokenScores(*own, named, logprobs.scored_ranks[rows, :count], logprobs.scored_logprobs[rows, :count])
+    return TokenScores(*own, named, logprobs.requested_ranks[rows, :count], logprobs.requested_logprobs[rows, :count])
 
 
 def begin_prompt_scores(request: Request, pool: PagePool, k: int) -> None:

@@ -15,7 +15,7 @@ from compiled.program_cache import use_persistent_cache
 from compiled.programs import RefusedError, Shape
 from compiled.runner import ModelRunner
 from compiled.shapes import Buckets, SlotShape, StateShape, make_buckets
-from compiled.state import MAX_SCORED_IDS
+from compiled.state import MAX_REQUESTED_IDS
 from model.config import ConfigError, ModelConfig
 from model.kernels.cpu.build import ensure_built
 from model.kv_cache import PAGE_SIZE
@@ -138,7 +138,7 @@ def load(config: EngineConfig, reporter: Reporter) -> Loaded:
         max_logprobs=runner.max_logprobs,
         vocab_size=model_config.vocab_size,
         cache_tokens=(runner.pages - 1) * PAGE_SIZE,
-        max_scored_ids=MAX_SCORED_IDS,
+        max_scored_ids=MAX_REQUESTED_IDS,
         whole_vocabulary=config.max_logprobs == -1,
     )
     fingerprint = system_fingerprint(config, runner.buckets, kernels_used(model))

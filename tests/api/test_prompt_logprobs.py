@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compiled.state import MAX_SCORED_IDS
+from compiled.state import MAX_REQUESTED_IDS
 from serve.engine.request import FinishReason, PromptScoring, Request, SamplingParams, TokenEvent, TokenScores
 from tests.support.fake_runner import MAX_MODEL_LEN, K, expected_outcome
 from tests.support.http_client import (
@@ -165,12 +165,12 @@ async def test_named_ids_of_the_prompt_are_also_those_of_its_echo(plain_server: 
 @PATHS
 @STREAMS
 async def test_as_many_ids_as_the_engine_scores(plain_server: Server, path: str, stream: bool) -> None:
-    ids = list(range(MAX_SCORED_IDS))
+    ids = list(range(MAX_REQUESTED_IDS))
     fields = {"logprobs": True if path == CHAT else 1, "logprob_token_ids": ids, "prompt_logprob_token_ids": ids[::-1]}
     entries, numbers = await answer_of(plain_server, path, stream=stream, **fields, max_tokens=2)
     rows = [entry["top_logprobs"] for entry in numbers] if path == CHAT else numbers["top_token_ids"]
-    assert [len(row) for row in rows] == [MAX_SCORED_IDS] * 2
-    assert all(len(entry) == MAX_SCORED_IDS for entry in entries[1:])
+    assert [len(row) for row in rows] == [MAX_REQUESTED_IDS] * 2
+    assert all(len(entry) == MAX_REQUESTED_IDS for entry in entries[1:])
 
 
 @PATHS

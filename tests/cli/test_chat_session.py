@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from compiled.state import MAX_SCORED_IDS
+from compiled.state import MAX_REQUESTED_IDS
 from model.kv_cache import PAGE_SIZE
 from serve.cli.chat.conversation import Conversation, Prompter
 from serve.cli.chat.pieces import Piece
@@ -50,7 +50,9 @@ class Chat:
 def scripted_engine(script: Sequence[int]) -> tuple[Engine, ScriptedRunner]:
     """An engine that is not started; it says a script."""
     runner = ScriptedRunner(script, pages=PAGES, pages_per_row=MAX_MODEL_LEN // PAGE_SIZE)
-    limits = EngineLimits(MAX_MODEL_LEN, K, VOCAB_SIZE, (PAGES - 1) * PAGE_SIZE, MAX_SCORED_IDS, whole_vocabulary=False)
+    limits = EngineLimits(
+        MAX_MODEL_LEN, K, VOCAB_SIZE, (PAGES - 1) * PAGE_SIZE, MAX_REQUESTED_IDS, whole_vocabulary=False
+    )
     return Engine(runner, limits, max_waiting=2, max_num_batched_tokens=68), runner
 
 

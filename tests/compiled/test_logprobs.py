@@ -12,8 +12,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from compiled.logprobs import all_logprobs, blocked_top_k, token_logprobs
-from compiled.state import MAX_SCORED_IDS, TokenLogprobs, no_scored_ids
+from compiled.state import (
+    MAX_REQUESTED_IDS,
+    no_requested_ids,
+)
 from model.kernels import cpu
+from model.token_logprobs import TokenLogprobs
 
 SIZES = (5, 128, 129, 300, 1000)  # each with 4 rows and few k, because every shape is a program
 
@@ -45,10 +49,12 @@ _WHOLE = _compiled(all_logprobs)
 
 def numbers(logits: NDArray[np.float32], ids: Any, k: int, scored: Sequence[Sequence[int]] = ()) -> TokenLogprobs:
     """The numbers as numpy arrays; `scored` are the ids that the first rows name."""
-    scored_ids = no_scored_ids(len(logits))
+    requested_ids = no_requested_ids(len(logits))
     for row, named in enumerate(scored):
-        scored_ids[row, : len(named)] = named
-    result: TokenLogprobs = jax.tree.map(np.asarray, FORM["numbers"](logits, np.asarray(ids, np.int32), k, scored_ids))
+        requested_ids[row, : len(named)] = named
+    result: TokenLogprobs = jax.tree.map(
+        np.asarray, FORM["numbers"](logits, np.asarray(ids, np.int32), k, requested_ids)
+    )
     return result
 
 
@@ -200,12 +206,12 @@ def test_given_ids_have_the_rank_of_a_stable_sort_and_the_log_prob_of_a_token() 
     np.put_along_axis(rank, order, np.arange(1, V + 1)[None], axis=1)
     rng = np.random.default_rng(6)
     # Duplicates, the whole width, none, and the ids at both ends.
-    scored = [[7, 7, 299, 7], rng.integers(0, V, MAX_SCORED_IDS).tolist(), [], [0], [299, 0], [150]]
+    scored = [[7, 7, 299, 7], rng.integers(0, V, MAX_REQUESTED_IDS).tolist(), [], [0], [299, 0], [150]]
     result = numbers(logits, np.zeros(R), 20, scored)
     for row, named in enumerate(scored):
-        assert result.scored_ranks[row, : len(named)].tolist() == rank[row, named].tolist()
+        assert result.requested_ranks[row, : len(named)].tolist() == rank[row, named].tolist()
         own = numbers(np.repeat(logits[row : row + 1], max(len(named), 1), axis=0), named or [0], 0)
-        assert result.scored_logprobs[row, : len(named)].tobytes() == own.logprob[: len(named)].tobytes()
+        assert result.requested_logprobs[row, : len(named)].tobytes() == own.logprob[: len(named)].tobytes()
 
 
 def test_a_token_that_is_given_too_has_the_same_bits_twice() -> None:
@@ -214,8 +220,8 @@ def test_a_token_that_is_given_too_has_the_same_bits_twice() -> None:
     logits = (rng.standard_normal((R, V)) * 4).astype(np.float32)
     tokens = rng.integers(0, V, R)
     result = numbers(logits, tokens, 1, [[3, int(token)] for token in tokens])
-    assert result.scored_logprobs[:, 1].tobytes() == result.logprob.tobytes()
-    assert result.scored_ranks[:, 1].tolist() == result.rank.tolist()
+    assert result.requested_logprobs[:, 1].tobytes() == result.logprob.tobytes()
+    assert result.requested_ranks[:, 1].tolist() == result.rank.tolist()
 
 
 def test_given_ids_change_no_other_number() -> None:

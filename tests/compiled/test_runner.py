@@ -19,11 +19,11 @@ from compiled.state import (
     ScoreInput,
     StepInput,
     StepOutput,
-    TokenLogprobs,
     greedy_sampling,
-    no_scored_ids,
+    no_requested_ids,
 )
 from compiled.step import place_of
+from model.token_logprobs import TokenLogprobs
 from model.weights.loader import load_model
 from model.weights.source import ModelSource
 from model.weights.weight_table import open_checkpoint
@@ -71,7 +71,7 @@ def decode_input(rows: list[tuple[int, int, int, int]], size: int = 4) -> Decode
         positions=np.full(size, -1, np.int32),
         tables=np.zeros((size, 2), np.int32),
         slots=np.full(size, BUCKETS.slots - 1, np.int32),
-        scored_ids=no_scored_ids(size),
+        requested_ids=no_requested_ids(size),
     )
     for row, (token, position, page, slot) in enumerate(rows):
         step.tokens[row], step.positions[row], step.tables[row, 0], step.slots[row] = token, position, page, slot
@@ -123,9 +123,9 @@ def bits(logprobs: TokenLogprobs, row: int) -> list[bytes]:
 
 
 def score(runner: ModelRunner, places: list[int], targets: list[int], ids: list[int] | None = None) -> TokenLogprobs:
-    step = ScoreInput(np.zeros(16, np.int32), np.zeros(16, np.int32), no_scored_ids(16))
+    step = ScoreInput(np.zeros(16, np.int32), np.zeros(16, np.int32), no_requested_ids(16))
     step.places[: len(places)], step.targets[: len(targets)] = places, targets
-    step.scored_ids[:, : len(ids or [])] = ids or []
+    step.requested_ids[:, : len(ids or [])] = ids or []
     return runner.read(runner.score(step))
 
 
@@ -228,13 +228,17 @@ def test_given_ids_are_scored_in_both_programs_alike(runner: ModelRunner) -> Non
     prefill(runner, PROMPT, page=3)
     step = decode_input([(PROMPT[-1], len(PROMPT) - 1, 3, 0)])
     ids = [V - 1, 0, 64]
-    step.scored_ids[0, :3] = ids
+    step.requested_ids[0, :3] = ids
     output = runner.read(runner.decode(step, sampling_of()))
     place = place_of(3, len(PROMPT) - 1)
     again = score(runner, [place] * 3, ids, ids)
     for column in range(3):
-        assert output.logprobs.scored_logprobs[0, column] == again.logprob[column] == again.scored_logprobs[0, column]
-        assert output.logprobs.scored_ranks[0, column] == again.rank[column] == again.scored_ranks[0, column]
+        assert (
+            output.logprobs.requested_logprobs[0, column]
+            == again.logprob[column]
+            == again.requested_logprobs[0, column]
+        )
+        assert output.logprobs.requested_ranks[0, column] == again.rank[column] == again.requested_ranks[0, column]
 
 
 def test_whole_rows_have_the_bits_of_scores(runner: ModelRunner) -> None:

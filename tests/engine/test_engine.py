@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compiled.state import MAX_SCORED_IDS
+from compiled.state import MAX_REQUESTED_IDS
 from model.kv_cache import PAGE_SIZE
 from serve.engine.engine import Engine
 from serve.engine.request import (
@@ -60,7 +60,7 @@ async def running(
         max_logprobs=K,
         vocab_size=VOCAB_SIZE,
         cache_tokens=(runner.pages - 1) * PAGE_SIZE,
-        max_scored_ids=MAX_SCORED_IDS,
+        max_scored_ids=MAX_REQUESTED_IDS,
         whole_vocabulary=True,
     )
     engine = Engine(

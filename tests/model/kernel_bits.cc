@@ -151,25 +151,25 @@ void Head(const std::string& kind, int64_t vocab, int64_t k) {
   if (kind == "all nan") std::fill(logits.begin(), logits.end(), std::numeric_limits<float>::quiet_NaN());
   if (kind == "nan") logits[static_cast<size_t>(vocab / 2)] = std::numeric_limits<float>::quiet_NaN();
   const std::vector<int32_t> ids = {0, static_cast<int32_t>(vocab - 1)};
-  const std::vector<int32_t> named = {static_cast<int32_t>(vocab / 2), kNoId, kNoId, kNoId};
+  const std::vector<int32_t> requested = {static_cast<int32_t>(vocab / 2), kNoId, kNoId, kNoId};
   std::vector<float> floats(static_cast<size_t>(2 * (1 + k + 2 + 1)));
   std::vector<int32_t> counts(static_cast<size_t>(2 * (1 + k + 2)));
   float* f = floats.data();
   int32_t* c = counts.data();
-  const Numbers numbers = {2, vocab, k, 2, ids.data(), named.data(), f, c, c + 2, f + 2, f + 2 + 2 * k, c + 2 + 2 * k,
+  const TokenLogprobs call = {2, vocab, k, 2, ids.data(), requested.data(), f, c, c + 2, f + 2, f + 2 + 2 * k, c + 2 + 2 * k,
                            f + 6 + 2 * k};
-  Tally tally(numbers);
+  Accumulator accumulator(call);
   for (int64_t r = 0; r < 2; ++r) {
-    Row& row = tally.rows[static_cast<size_t>(r)];
-    for (Token& token : row.tokens) token.own = logits[static_cast<size_t>(r * vocab + token.id)];
-    Best best(k);
-    for (int64_t panel = 0; panel < tally.panels; ++panel) {
+    Row& row = accumulator.rows[static_cast<size_t>(r)];
+    for (Token& token : row.tokens) token.logit = logits[static_cast<size_t>(r * vocab + token.id)];
+    TopK top(k);
+    for (int64_t panel = 0; panel < accumulator.panels; ++panel) {
       const std::vector<float> own(logits.begin() + r * vocab + panel * kPanel,
                                    logits.begin() + r * vocab + std::min(vocab, (panel + 1) * kPanel));
-      Take(row, panel, own.data(), static_cast<int64_t>(own.size()), best);
+      AccumulatePanel(row, panel, own.data(), static_cast<int64_t>(own.size()), top);
     }
-    row.candidates = best.kept();
-    Answer(tally, r);
+    row.candidates = top.candidates();
+    WriteRow(accumulator, r);
   }
   for (float& x : floats) {
     if (x != x) x = std::numeric_limits<float>::quiet_NaN();  // a NaN's sign is the CPU's own

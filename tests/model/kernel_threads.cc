@@ -75,32 +75,32 @@ void Products(Pool& pool, std::mt19937& random, int64_t m, int64_t n, int64_t k)
   Check(alone == shared, "a product differs by how it is shared");
 }
 
-void Rows(Pool& pool, std::mt19937& random, int64_t rows, int64_t vocab, int64_t k, int64_t named) {
+void Rows(Pool& pool, std::mt19937& random, int64_t rows, int64_t vocab, int64_t k, int64_t requested) {
   std::vector<float> logits(static_cast<size_t>(rows * vocab));
   for (float& x : logits) x = static_cast<float>(static_cast<int>(random() % 64)) / 8;  // many are equal
-  std::vector<int32_t> ids(static_cast<size_t>(rows)), named_ids(static_cast<size_t>(rows * named));
+  std::vector<int32_t> ids(static_cast<size_t>(rows)), requested_ids(static_cast<size_t>(rows * requested));
   for (int32_t& id : ids) id = static_cast<int32_t>(random() % vocab);
-  for (int32_t& id : named_ids) id = static_cast<int32_t>(random() % vocab);
-  const auto floats = static_cast<size_t>(rows * (2 + k + named)), counts = static_cast<size_t>(rows * (1 + k + named));
+  for (int32_t& id : requested_ids) id = static_cast<int32_t>(random() % vocab);
+  const auto floats = static_cast<size_t>(rows * (2 + k + requested)), counts = static_cast<size_t>(rows * (1 + k + requested));
   std::vector<float> found[2] = {std::vector<float>(floats), std::vector<float>(floats)};
   std::vector<int32_t> ranks[2] = {std::vector<int32_t>(counts), std::vector<int32_t>(counts)};
   Pool one(1);
   for (int way = 0; way < 2; ++way) {
     float* f = found[way].data();
     int32_t* c = ranks[way].data();
-    auto tally = std::make_shared<Tally>(Numbers{rows, vocab, k, named, ids.data(), named_ids.data(), f, c, c + rows,
+    auto accumulator = std::make_shared<Accumulator>(TokenLogprobs{rows, vocab, k, requested, ids.data(), requested_ids.data(), f, c, c + rows,
                                                  f + 2 * rows, f + rows * (2 + k), c + rows * (1 + k), f + rows});
     for (int64_t r = 0; r < rows; ++r) {
-      for (Token& token : tally->rows[static_cast<size_t>(r)].tokens) {
-        token.own = logits[static_cast<size_t>(r * vocab + token.id)];
+      for (Token& token : accumulator->rows[static_cast<size_t>(r)].tokens) {
+        token.logit = logits[static_cast<size_t>(r * vocab + token.id)];
       }
     }
     const float* from = logits.data();
-    Check(Gather(way == 0 ? one : pool, tally, [from, vocab, rows](int64_t panel, int64_t, auto take) {
-      for (int64_t r = 0; r < rows; ++r) take(r, from + r * vocab + panel * kPanel);
-    }), "numbers failed");
+    Check(ComputeTokenLogprobs(way == 0 ? one : pool, accumulator, [from, vocab, rows](int64_t panel, int64_t, auto accumulate) {
+      for (int64_t r = 0; r < rows; ++r) accumulate(r, from + r * vocab + panel * kPanel);
+    }), "log-probs failed");
   }
-  Check(found[0] == found[1] && ranks[0] == ranks[1], "numbers differ by how they are shared");
+  Check(found[0] == found[1] && ranks[0] == ranks[1], "log-probs differ by how they are shared");
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 """The head's kernel gives the bits that logits give, without them. `tests/compiled/test_logprobs.py` has the rest."""
 
+import operator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 
 from model.kernels import cpu
+from model.token_logprobs import NO_ID, TokenLogprobs
 
-NO_ID = np.iinfo(np.int32).max
 # K and V: less than a block, parts of blocks and panels, several panels.
 SIZES = [(2, 5), (64, 32), (65, 1000), (96, 1024), (96, 1025), (128, 5000)]
 
@@ -22,14 +23,14 @@ def normal(seed: int, *shape: int) -> jax.Array:
 
 def ids_of(rows: int, vocab: int, named: int = 3) -> tuple[jax.Array, jax.Array]:
     random = np.random.default_rng(rows)
-    named_ids = random.integers(0, vocab, (rows, named)).astype(np.int32)
-    named_ids[::2, 1:] = NO_ID
-    return jnp.asarray(random.integers(0, vocab, rows), jnp.int32), jnp.asarray(named_ids)
+    requested_ids = random.integers(0, vocab, (rows, named)).astype(np.int32)
+    requested_ids[::2, 1:] = NO_ID
+    return jnp.asarray(random.integers(0, vocab, rows), jnp.int32), jnp.asarray(requested_ids)
 
 
-def check_equal(ours: cpu.Numbers, expected: cpu.Numbers) -> None:
-    for name, mine, other in zip(cpu.Numbers._fields, ours, expected, strict=True):
-        assert np.asarray(mine).tobytes() == np.asarray(other).tobytes(), name
+def check_equal(ours: TokenLogprobs, expected: TokenLogprobs) -> None:
+    for name in TokenLogprobs.__slots__:
+        assert np.asarray(getattr(ours, name)).tobytes() == np.asarray(getattr(expected, name)).tobytes(), name
 
 
 @pytest.mark.parametrize(("width", "vocab"), SIZES)
@@ -38,7 +39,7 @@ def test_score_has_the_bits_of_the_numbers_of_logits(rows: int, width: int, voca
     hidden, weight = normal(0, rows, width), cpu.pack(normal(1, vocab, width))
     ids, named = ids_of(rows, vocab)
     live, k = jnp.int32(rows), min(20, vocab)
-    expected = cpu.token_numbers(cpu.linear(hidden, weight), ids, named, live, k=k)
+    expected = cpu.token_logprobs(cpu.linear(hidden, weight), ids, named, live, k=k)
     check_equal(cpu.score(hidden, weight, ids, named, live, k=k), expected)
 
 
@@ -48,7 +49,7 @@ def test_score_caps_logits_as_soft_cap_does(rows: int) -> None:
     ids, named = ids_of(rows, 2100)
     live = jnp.int32(rows)
     logits = cpu.soft_cap(cpu.linear(hidden, weight, live=live), live, cap=2.0)
-    expected = cpu.token_numbers(logits, ids, named, live, k=20)
+    expected = cpu.token_logprobs(logits, ids, named, live, k=20)
     found = cpu.score(hidden, weight, ids, named, live, k=20, cap=2.0)
     check_equal(found, expected)
     uncapped = cpu.score(hidden, weight, ids, named, live, k=20)
@@ -60,9 +61,9 @@ def test_a_row_has_the_same_bits_in_every_batch() -> None:
     ids, named = ids_of(64, 5000)
     whole = cpu.score(hidden, weight, ids, named, jnp.int32(64), k=20)
     for m in (1, 5, 12, 13, 40):
-        for at in (slice(0, m), slice(64 - m, 64)):
-            some = cpu.score(hidden[at], weight, ids[at], named[at], jnp.int32(m), k=20)
-            check_equal(some, cpu.Numbers(*(part[at] for part in whole)))
+        for rows in (slice(0, m), slice(64 - m, 64)):
+            some = cpu.score(hidden[rows], weight, ids[rows], named[rows], jnp.int32(m), k=20)
+            check_equal(some, jax.tree.map(operator.itemgetter(rows), whole))
 
 
 def test_equal_logits_come_by_ascending_id_whoever_finds_them() -> None:
@@ -86,7 +87,7 @@ def test_rows_that_are_not_live_are_zeros_and_change_no_other(live: int) -> None
     count = min(max(live, 0), 12)
     torn = hidden.at[count:].set(jnp.nan)
     some = cpu.score(torn, weight, ids, named, jnp.int32(live), k=5)
-    for mine, all_ in zip(some, whole, strict=True):
+    for mine, all_ in zip(jax.tree.leaves(some), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(mine[:count], all_[:count])
         assert not np.asarray(mine[count:]).any()
 
@@ -97,14 +98,14 @@ def test_a_nan_is_never_swallowed(place: int) -> None:
     logits[0, [5, 2000]] = 1.0
     logits[0, place] = np.nan
     ids, named = jnp.asarray([5], jnp.int32), jnp.full((1, 1), NO_ID, jnp.int32)
-    found = cpu.token_numbers(jnp.asarray(logits), ids, named, jnp.int32(1), k=4)
+    found = cpu.token_logprobs(jnp.asarray(logits), ids, named, jnp.int32(1), k=4)
     assert np.isnan(found.logprob).all()
     assert np.isnan(found.top_logprobs).all()
 
 
 def test_a_row_of_nan_alone() -> None:
     ids, named = jnp.asarray([5], jnp.int32), jnp.full((1, 1), NO_ID, jnp.int32)
-    found = cpu.token_numbers(jnp.full((1, 3000), jnp.nan), ids, named, jnp.int32(1), k=4)
+    found = cpu.token_logprobs(jnp.full((1, 3000), jnp.nan), ids, named, jnp.int32(1), k=4)
     assert np.isnan(found.logprob).all()
     assert np.isnan(found.top_logprobs).all()
     assert not np.asarray(found.top_ids).any()
@@ -115,7 +116,7 @@ def test_many_calls_at_once() -> None:
     ids, named = ids_of(12, 6000)
 
     @jax.jit
-    def calls(hidden: jax.Array) -> list[cpu.Numbers]:
+    def calls(hidden: jax.Array) -> list[TokenLogprobs]:
         return [cpu.score(hidden + i, weight, ids, named, jnp.int32(12), k=20) for i in range(8)]
 
     first = calls(hidden)

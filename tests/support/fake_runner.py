@@ -17,18 +17,17 @@ from numpy.typing import NDArray
 
 from compiled.shapes import Buckets
 from compiled.state import (
-    MAX_SCORED_IDS,
-    NO_ID,
+    MAX_REQUESTED_IDS,
     Adjustment,
     DecodeInput,
     SamplingArrays,
     ScoreInput,
     StepInput,
     StepOutput,
-    TokenLogprobs,
     mask_words,
 )
 from model.kv_cache import NULL_PAGE, PAGE_SIZE
+from model.token_logprobs import NO_ID, TokenLogprobs
 from serve.engine.core import EngineCore
 from serve.engine.request import FinishReason, PromptScoring, Request, SamplingParams, TokenEvent, TokenScores
 
@@ -70,12 +69,12 @@ def adjusted_shift(bias: float, seen: int, chosen: int, presence: float, frequen
 def numbers(
     hidden: Sequence[int],
     targets: Sequence[int],
-    scored_ids: NDArray[np.int32] | None = None,
+    requested_ids: NDArray[np.int32] | None = None,
     nan_token: int | None = None,
 ) -> TokenLogprobs:
-    """The numbers of targets [R] after hidden states [R], and of scored_ids [R, B]."""
+    """The numbers of targets [R] after hidden states [R], and of requested_ids [R, B]."""
     h, t, k = np.asarray(hidden, np.int64), np.asarray(targets, np.int64), np.arange(K)
-    scored = np.zeros((len(h), 0), np.int64) if scored_ids is None else scored_ids.astype(np.int64)
+    scored = np.zeros((len(h), 0), np.int64) if requested_ids is None else requested_ids.astype(np.int64)
     logprob = np.where(t == (-1 if nan_token is None else nan_token), np.nan, -((t + h) % 7) / 8)
     top_ids = (h[:, None] + k) % VOCAB_SIZE
     top_logprobs = -(h[:, None] % 3) - k / 8
@@ -170,7 +169,7 @@ class FakeRunner:
         live = int((inputs.places // PAGE_SIZE != NULL_PAGE).sum())
         self._call("score", live)
         hidden = self._hidden_at(inputs.places[:live]) + [0] * (len(inputs.places) - live)
-        return Unread(numbers(hidden, inputs.targets.tolist(), inputs.scored_ids, self.nan_token))
+        return Unread(numbers(hidden, inputs.targets.tolist(), inputs.requested_ids, self.nan_token))
 
     def read(self, tree: Any) -> Any:
         """What a step gave."""
@@ -222,7 +221,7 @@ class FakeRunner:
         return [int(h) for h in hidden]
 
     def _choose(self, hidden: list[int], inputs: DecodeInput, sampling: SamplingArrays) -> StepOutput:
-        assert inputs.scored_ids.shape == (len(hidden), MAX_SCORED_IDS)
+        assert inputs.requested_ids.shape == (len(hidden), MAX_REQUESTED_IDS)
         assert sampling.mask.shape == (len(hidden), mask_words(VOCAB_SIZE))
         tokens = []
         for row, h in enumerate(hidden):
@@ -235,7 +234,7 @@ class FakeRunner:
                     self._bias[slot], self._seen[slot], self._chosen[slot], *penalties, float(sampling.repetition[row])
                 )
             tokens.append(next_token(h, shift=shift, forbidden=_cleared_in(sampling.mask[row])))
-        scored = np.where(inputs.scored_ids == NO_ID, 0, inputs.scored_ids)
+        scored = np.where(inputs.requested_ids == NO_ID, 0, inputs.requested_ids)
         return StepOutput(np.asarray(tokens, np.int32), numbers(hidden, tokens, scored, self.nan_token))
 
 
@@ -312,7 +311,7 @@ def _expected_rows(hidden: list[int], targets: list[int], ids: tuple[int, ...]) 
     all_numbers = numbers(hidden, targets, named)
     own = all_numbers.logprob, all_numbers.rank
     if ids:
-        return _rows(TokenScores(*own, named, all_numbers.scored_ranks, all_numbers.scored_logprobs))
+        return _rows(TokenScores(*own, named, all_numbers.requested_ranks, all_numbers.requested_logprobs))
     ranks = np.broadcast_to(np.arange(1, K + 1, dtype=np.int32), all_numbers.top_ids.shape)
     return _rows(TokenScores(*own, all_numbers.top_ids, ranks, all_numbers.top_logprobs))
 

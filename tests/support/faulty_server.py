@@ -10,7 +10,7 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-from compiled.state import MAX_SCORED_IDS, DecodeInput, SamplingArrays, StepInput, StepOutput
+from compiled.state import MAX_REQUESTED_IDS, DecodeInput, SamplingArrays, StepInput, StepOutput
 from model.kv_cache import PAGE_SIZE
 from serve.api.app import create_app
 from serve.api.context import ServedModel
@@ -97,7 +97,7 @@ def _assemble(config: ServeConfig, _reporter: Reporter) -> Served:
         max_logprobs=K,
         vocab_size=VOCAB_SIZE,
         cache_tokens=(_PAGES - 1) * PAGE_SIZE,
-        max_scored_ids=MAX_SCORED_IDS,
+        max_scored_ids=MAX_REQUESTED_IDS,
         whole_vocabulary=False,
     )
     metrics = Metrics(MODEL, max_model_len=MAX_MODEL_LEN, vllm_names=False)

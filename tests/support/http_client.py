@@ -20,17 +20,16 @@ from numpy.typing import NDArray
 from starlette.applications import Starlette
 
 from compiled.state import (
-    MAX_SCORED_IDS,
-    NO_ID,
+    MAX_REQUESTED_IDS,
     Adjustment,
     DecodeInput,
     SamplingArrays,
     ScoreInput,
     StepOutput,
-    TokenLogprobs,
     mask_words,
 )
 from model.kv_cache import NULL_PAGE, PAGE_SIZE
+from model.token_logprobs import NO_ID, TokenLogprobs
 from serve.api.app import create_app
 from serve.api.context import ServedModel
 from serve.api.metrics import Metrics
@@ -113,7 +112,7 @@ class ScriptedRunner(FakeRunner):
         )
         own = (-(steps + 1) / 10).astype(np.float32)
         own[tokens == IMPOSSIBLE] = -np.inf
-        scored = np.where(inputs.scored_ids == NO_ID, 0, inputs.scored_ids)
+        scored = np.where(inputs.requested_ids == NO_ID, 0, inputs.requested_ids)
         numbers = replace(
             fake_runner.numbers(hidden, tokens.tolist(), scored),
             logprob=own,
@@ -252,7 +251,7 @@ async def serving(
         max_logprobs=K,
         vocab_size=VOCAB_SIZE,
         cache_tokens=(pages - 1) * PAGE_SIZE,
-        max_scored_ids=MAX_SCORED_IDS,
+        max_scored_ids=MAX_REQUESTED_IDS,
         whole_vocabulary=whole_vocabulary,
     )
     metrics = Metrics(MODEL, max_model_len=max_model_len, vllm_names=vllm_names)
@@ -282,7 +281,7 @@ async def serving(
 
 def alternatives(ids: NDArray[np.int32], tops: NDArray[np.float32], own: NDArray[np.float32], rank: int) -> Unread:
     """What a runner's score() gives: own [R], ids and tops [R, K]."""
-    none = np.zeros((len(own), MAX_SCORED_IDS))
+    none = np.zeros((len(own), MAX_REQUESTED_IDS))
     ranks = np.full(len(own), rank, np.int32)
     return Unread(TokenLogprobs(own, ranks, ids, tops, none.astype(np.float32), none.astype(np.int32)))
 

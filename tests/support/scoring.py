@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 
 from compiled.runner import ModelRunner
-from compiled.state import MAX_SCORED_IDS
+from compiled.state import MAX_REQUESTED_IDS
 from model.kv_cache import PAGE_SIZE
 from serve.cli.score import command, journal
 from serve.cli.score.config import parse_args
@@ -51,7 +51,7 @@ def fake_load(
             max_logprobs=K,
             vocab_size=VOCAB_SIZE,
             cache_tokens=(runner.pages - 1) * PAGE_SIZE,
-            max_scored_ids=MAX_SCORED_IDS,
+            max_scored_ids=MAX_REQUESTED_IDS,
             whole_vocabulary=False,
         )
         defaults = GenerationDefaults()

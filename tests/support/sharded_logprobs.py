@@ -22,7 +22,7 @@ from compiled.state import (
     ScoreInput,
     StepInput,
     greedy_sampling,
-    no_scored_ids,
+    no_requested_ids,
 )
 from compiled.step import place_of
 from model.kv_cache import PAGE_SIZE
@@ -64,18 +64,18 @@ def numbers(runner: ModelRunner, *, company: int = 0) -> dict[str, Any]:
     tokens[0, :count], positions[0, :count] = PROMPT[:-1], np.arange(count)
     for page in range(1, 2 + company):
         runner.prefill(StepInput(tokens, positions, np.array([[page, 0]], np.int32)))
-    places, targets, named = np.zeros(16, np.int32), np.zeros(16, np.int32), no_scored_ids(16)
+    places, targets, named = np.zeros(16, np.int32), np.zeros(16, np.int32), no_requested_ids(16)
     places[:count], targets[:count] = [place_of(1, i) for i in range(count)], PROMPT[1:]
     named[:, :2] = [7, V - 1]
     scored = runner.read(runner.score(ScoreInput(places, targets, named)))
     said = {
         "prompt": scored.logprob[:count].tolist(),
         "top": scored.top_logprobs[:count].tolist(),
-        "named": scored.scored_logprobs[:count, :2].tolist(),
+        "named": scored.requested_logprobs[:count, :2].tolist(),
         "ranks": [
             scored.rank[:count].tolist(),
             scored.top_ids[:count].tolist(),
-            scored.scored_ranks[:count, :2].tolist(),
+            scored.requested_ranks[:count, :2].tolist(),
         ],
         "whole": runner.vocabulary(places[:8])[:count].tolist(),
     }
@@ -91,7 +91,7 @@ def decode(runner: ModelRunner, sampling: SamplingArrays, step: int, company: in
     positions = np.where(rows, len(PROMPT) - 1 + step, -1).astype(np.int32)
     tables = np.where(rows[:, None], np.stack([np.arange(1, 5), np.zeros(4)], axis=1), 0).astype(np.int32)
     slots = np.where(rows, np.arange(4), BUCKETS.slots - 1).astype(np.int32)
-    return runner.decode(DecodeInput(last, positions, tables, slots, no_scored_ids(4)), sampling)
+    return runner.decode(DecodeInput(last, positions, tables, slots, no_requested_ids(4)), sampling)
 
 
 def choices(runner: ModelRunner) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import httpx2
 from rich.console import Console
 from rich.table import Table
 
-from compiled.state import MAX_SCORED_IDS
+from compiled.state import MAX_REQUESTED_IDS
 from tools.bench.bandwidth import bandwidth_probe, decode_bytes, is_here
 from tools.bench.host import host_ms_per_step
 from tools.bench.http_floor import entries_ms, http_share
@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=30000, help="ids of the random prompts are below it")
     options = parser.parse_args()
     os.environ.setdefault("NO_COLOR", "1")
-    plain, named = host_ms_per_step(), host_ms_per_step(named_ids=MAX_SCORED_IDS)
+    plain, named = host_ms_per_step(), host_ms_per_step(requested_ids=MAX_REQUESTED_IDS)
     share, serialising = http_share(logprobs=5), entries_ms(tokens=_LONG, k=5)
     known = options.url is None or (options.model is not None and is_here(options.url))
     weights = decode_bytes(options.model, options.quantization or options.dtype) if known else None
@@ -279,7 +279,7 @@ def main() -> None:
     show(rows, weights)
     Console().print(
         "host time of our engine (schedule, batch, read-out, events): "
-        f"{plain:.2f} ms a step of 16 rows, {named:.2f} ms with {MAX_SCORED_IDS} logprob_token_ids each",
+        f"{plain:.2f} ms a step of 16 rows, {named:.2f} ms with {MAX_REQUESTED_IDS} logprob_token_ids each",
         soft_wrap=True,
     )
     Console().print(

@@ -9,15 +9,15 @@ from numpy.typing import NDArray
 
 from compiled.shapes import make_buckets
 from compiled.state import (
-    MAX_SCORED_IDS,
+    MAX_REQUESTED_IDS,
     Adjustment,
     DecodeInput,
     SamplingArrays,
     ScoreInput,
     StepInput,
     StepOutput,
-    TokenLogprobs,
 )
+from model.token_logprobs import TokenLogprobs
 from serve.engine.core import EngineCore
 from serve.engine.request import Request, SamplingParams
 
@@ -63,14 +63,18 @@ class NullRunner:
         """Nothing."""
 
 
-def host_ms_per_step(*, rows: int = 16, vocab_size: int = 151_936, max_logprobs: int = 20, named_ids: int = 0) -> float:
+def host_ms_per_step(
+    *, rows: int = 16, vocab_size: int = 151_936, max_logprobs: int = 20, requested_ids: int = 0
+) -> float:
     """Milliseconds of schedule, batch, read-out and events for a decode step of `rows` sampled requests: the median.
 
     Each request names so many ids whose numbers it wants; with none it has the K best, as every step gives them.
     """
     runner = NullRunner(rows=rows, vocab_size=vocab_size, max_logprobs=max_logprobs)
     core = EngineCore(runner, max_model_len=_CONTEXT, max_num_batched_tokens=256 + rows)
-    params = SamplingParams(_CONTEXT - _PROMPT, temperature=1.0, top_p=0.9, logprob_token_ids=tuple(range(named_ids)))
+    params = SamplingParams(
+        _CONTEXT - _PROMPT, temperature=1.0, top_p=0.9, logprob_token_ids=tuple(range(requested_ids))
+    )
     for i in range(rows):
         core.add(Request(f"{i}", [i] * _PROMPT, params))
     while len(core.step()) < rows:  # until all prompts are done
@@ -90,6 +94,6 @@ def _numbers(rows: int, k: int) -> TokenLogprobs:
         rank=np.ones(rows, np.int32),
         top_ids=np.zeros((rows, k), np.int32),
         top_logprobs=np.zeros((rows, k), np.float32),
-        scored_logprobs=np.zeros((rows, MAX_SCORED_IDS), np.float32),
-        scored_ranks=np.zeros((rows, MAX_SCORED_IDS), np.int32),
+        requested_logprobs=np.zeros((rows, MAX_REQUESTED_IDS), np.float32),
+        requested_ranks=np.zeros((rows, MAX_REQUESTED_IDS), np.int32),
     )

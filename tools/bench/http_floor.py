@@ -15,7 +15,7 @@ import httpx2
 import numpy as np
 import uvicorn
 
-from compiled.state import MAX_SCORED_IDS, DecodeInput, SamplingArrays, StepOutput
+from compiled.state import MAX_REQUESTED_IDS, DecodeInput, SamplingArrays, StepOutput
 from model.kv_cache import PAGE_SIZE
 from model.weights.source import default_model_path
 from serve.api.app import create_app
@@ -119,7 +119,7 @@ def _serve() -> None:
         max_logprobs=20,
         vocab_size=tokenizer.vocab_size,
         cache_tokens=(runner.pages - 1) * PAGE_SIZE,
-        max_scored_ids=MAX_SCORED_IDS,
+        max_scored_ids=MAX_REQUESTED_IDS,
         whole_vocabulary=False,
     )
     metrics = Metrics("null", max_model_len=_CONTEXT, vllm_names=False)

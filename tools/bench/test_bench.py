@@ -84,4 +84,4 @@ async def test_a_server_that_fails_ends_the_bench() -> None:
 
 
 def test_the_host_time_of_a_step_is_measured_without_a_device() -> None:
-    assert host_ms_per_step(rows=2, vocab_size=100, max_logprobs=5, named_ids=3) > 0
+    assert host_ms_per_step(rows=2, vocab_size=100, max_logprobs=5, requested_ids=3) > 0

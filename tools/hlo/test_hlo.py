@@ -9,7 +9,7 @@ import pytest
 from compiled.programs import compile_plans
 from compiled.runner import make_plans, state_shapes
 from compiled.shapes import Buckets
-from compiled.state import MAX_SCORED_IDS
+from compiled.state import MAX_REQUESTED_IDS
 from model.config_hf import config_from_hf
 from model.kernels import cpu
 from model.transformer import abstract_weights, bind
@@ -391,7 +391,7 @@ def test_the_head_programs_leave_the_state_where_it_is(texts: Mapping[str, str],
 
 @pytest.mark.parametrize(("name", "rows"), [("decode_4", 4), ("score_8", 8)])
 def test_numbers_of_given_ids_leave_beside_the_others(texts: Mapping[str, str], name: str, rows: int) -> None:
-    ids = f"{rows},{MAX_SCORED_IDS}"
+    ids = f"{rows},{MAX_REQUESTED_IDS}"
     assert operations.result_shapes(texts[name])[-2:] == [f"f32[{ids}]", f"s32[{ids}]"]
 
 

@@ -4,7 +4,7 @@ What lives here knows arrays and nothing of models. Where `load()` gives None, X
 """
 
 from model.kernels.cpu.attention import attend
-from model.kernels.cpu.head import Numbers, score, token_numbers
+from model.kernels.cpu.head import normalizer, score, token_logprobs
 from model.kernels.cpu.library import CpuKernels, load
 from model.kernels.cpu.linear import (
     COLUMNS,
@@ -26,7 +26,6 @@ from model.kernels.cpu.rows import geglu, rms_norm, rotate_and_store, soft_cap, 
 __all__ = [
     "COLUMNS",
     "CpuKernels",
-    "Numbers",
     "Packed",
     "PackedInt8",
     "PackedWeight",
@@ -36,6 +35,7 @@ __all__ = [
     "like",
     "linear",
     "load",
+    "normalizer",
     "pack",
     "pack_int8",
     "pack_int8_rows",
@@ -45,7 +45,7 @@ __all__ = [
     "score",
     "soft_cap",
     "swiglu",
-    "token_numbers",
+    "token_logprobs",
     "unpack",
     "unpack_rows",
 ]

@@ -17,7 +17,7 @@ SWIGLU_TARGET = "logprobd_swiglu"
 GEGLU_TARGET = "logprobd_geglu"
 SOFT_CAP_TARGET = "logprobd_soft_cap"
 ROTATE_TARGET = "logprobd_rotate"
-NUMBERS_TARGET = "logprobd_numbers"
+LOGPROBS_TARGET = "logprobd_logprobs"
 SCORE_TARGET = "logprobd_score"
 INT8_TARGET = "logprobd_linear_int8"
 SCORE_INT8_TARGET = "logprobd_score_int8"
@@ -29,7 +29,7 @@ TARGETS = (
     GEGLU_TARGET,
     SOFT_CAP_TARGET,
     ROTATE_TARGET,
-    NUMBERS_TARGET,
+    LOGPROBS_TARGET,
     SCORE_TARGET,
     INT8_TARGET,
     SCORE_INT8_TARGET,

@@ -29,7 +29,7 @@ def test_bfloat16_from_gguf(bfloat16_runner: ModelRunner) -> None:
 
 
 def test_int8_from_gguf(int8_runner: ModelRunner) -> None:
-    """`python -m tools.accuracy.accuracy_table` has the errors; the limit is twice the mean."""
+    """`python -m tools.accuracy.dtypes` has the errors; the limit is twice the mean."""
     figures = figures_of(int8_runner, "smollm2-q4_1-gguf-f32")
     print(figures)
     assert figures.mean_error < 0.09

@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from tools.fuzz import bodies
-from tools.fuzz.asking import answering, asked
+from tools.fuzz.server import answering, asked
 
 pytestmark = pytest.mark.slow
 

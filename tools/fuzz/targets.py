@@ -9,8 +9,8 @@ from pathlib import Path
 from random import Random
 
 from tools.fuzz import bodies, gguf_accidents, gguf_seeds, model_folders
-from tools.fuzz.asking import answering, asked
-from tools.fuzz.opening import Opener
+from tools.fuzz.open_files import Opener
+from tools.fuzz.server import answering, asked
 
 type Run = Callable[[bytes], object]  # raises where an input is a finding
 

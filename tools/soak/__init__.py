@@ -1,6 +1,6 @@
-"""`python -m tools.soak`: mixed traffic against a server for a given time, and what must hold of all that it answers.
+"""`python -m tools.soak`: send mixed traffic to a server for a given time and check every answer.
 
-A client and nothing else: it may import the shapes of answers from serve.api, and never the engine or jax.
-traffic (what is asked, over prompts and bad_bodies) -> client (how) -> answers (what came) -> checks and again (what
-must hold of it); idle and memory judge the server in between, soak joins them, tally counts, report tells.
+A pure client: it imports response schemas from serve.api, but never the engine or jax.
+Data flow: traffic (with prompts and bad_bodies) -> client -> replies -> checks and replay. idle and memory check the
+server between phases, soak runs everything, results counts, report prints.
 """

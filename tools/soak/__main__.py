@@ -1,4 +1,4 @@
-"""The command line."""
+"""Command line of the soak test."""
 
 import argparse
 import asyncio
@@ -16,35 +16,35 @@ from rich.console import Console
 from serve.config.options import between
 from tools.own_server import OwnServer, own_server
 from tools.soak.memory import LEAK_MB_PER_HOUR
-from tools.soak.report import judge, markdown, sections, show
+from tools.soak.report import add_final_checks, markdown, sections, show
+from tools.soak.results import PROCESS
 from tools.soak.soak import MAX_P99_MS, Settings, Soak, read_facts
-from tools.soak.tally import PROCESS
 
-# Small, so that requests wait for each other, and a burst is more than the queue takes.
+# Small, so that requests queue and a burst overflows the queue.
 _OWN = ("--max-num-seqs", "8", "--max-model-len", "2048", "--max-num-queued-reqs", "96")
 _COMPLAINT = re.compile(r"Traceback|\b(ERROR|CRITICAL)\b")
-_MOST_LINES = 5  # of the server's log that are told
+_MAX_LINES = 5  # lines of the server's log in the report
 _WIDTH = 120
 
 _EPILOG = """\
-other flags are those of the server that is started:
+other flags are passed to the server that is started:
   python -m tools.soak --dtype float32 --max-num-seqs 4
-  python -m tools.soak --kv-cache-memory 52M    so little that requests lose their pages (of the default model)
+  python -m tools.soak --kv-cache-memory 52M    small enough to preempt requests of the default model
 
 exit codes:
-  0    all that was checked held
-  1    something did not, or there is no server
-  2    a mistake in the flags
-  130  Ctrl-C, and until then all held
+  0    all checks passed
+  1    a check failed, or the server is unreachable
+  2    wrong flags
+  130  Ctrl-C, and all checks had passed
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Soaks a server that runs (--url) or one started for it, and prints the report; the exit code, as --help says."""
+    """Soak a running server (--url) or one started for it, print the report and return the exit code."""
     parser = _parser()
     options, others = parser.parse_known_args(arguments)
     if options.url is not None and (others or options.model is not None):
-        parser.error(f"with --url no server is started, so {' '.join(others) or '--model'} has no part in it")
+        parser.error(f"{' '.join(others) or '--model'} cannot be combined with --url: no server is started")
     os.environ.setdefault("NO_COLOR", "1")
     with contextlib.ExitStack() as stack:
         own = None
@@ -57,20 +57,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {options.url or 'the server'} does not answer: {error}", file=sys.stderr)
             return 1
     if own is not None:
-        soak.tally.check(PROCESS, "at the end", _complaints(own))
-    judge(soak)
+        soak.results.check(PROCESS, "at the end", _log_errors(own))
+    add_final_checks(soak)
     tables = list(sections(soak))
     show(tables, Console(width=max(_WIDTH, Console().width)))
     if options.report is not None:
         options.report.write_text(markdown(tables), encoding="utf-8")
-    return 1 if soak.tally.violations else 130 if soak.interrupted else 0
+    return 1 if soak.results.violations else 130 if soak.interrupted else 0
 
 
 def _soaked(settings: Settings) -> Soak:
-    """A soak that has come to its end, or to Ctrl-C.
+    """Run a soak until its end or Ctrl-C.
 
     Raises:
-        httpx2.HTTPError: there is no server.
+        httpx2.HTTPError: the server is unreachable.
     """
     soak = Soak(settings, asyncio.run(read_facts(settings.url)))
     try:
@@ -80,12 +80,12 @@ def _soaked(settings: Settings) -> Soak:
     return soak
 
 
-def _complaints(server: OwnServer) -> Iterator[str]:
-    """What a server that has ended should not have said or done."""
+def _log_errors(server: OwnServer) -> Iterator[str]:
+    """Yield a line for a bad exit code and for each error in the log of a server that has ended."""
     if server.exit_code != 0:
-        yield f"it ended with {server.exit_code} at SIGTERM"
+        yield f"the exit code after SIGTERM is {server.exit_code}"
     lines = [line.strip()[:300] for line in server.log if _COMPLAINT.search(line)]
-    yield from (f"its log says: {line}" for line in lines[:_MOST_LINES])
+    yield from (f"its log contains: {line}" for line in lines[:_MAX_LINES])
 
 
 def _settings(options: argparse.Namespace, url: str) -> Settings:
@@ -108,52 +108,60 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.soak",
         usage="python -m tools.soak [flags] [flags of the server]",
-        description="Mixed traffic for a time, and whether all that must hold has held.",
+        description="Send mixed traffic to a server and check every answer.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     place = parser.add_argument_group("server")
-    place.add_argument("--url", help="one that runs, such as http://127.0.0.1:8000; else one is started")
-    place.add_argument("--model", help="hub id, local directory or .gguf file of the one that is started")
+    place.add_argument("--url", help="a running server, such as http://127.0.0.1:8000; default: start one")
+    place.add_argument("--model", help="hub id, local directory or .gguf file for the server that is started")
     load = parser.add_argument_group("traffic")
     load.add_argument("--minutes", type=between(0.1, 1e5), default=30.0, metavar="X", help="default: 30")
-    load.add_argument("--requests", type=between(1, 1 << 40), metavar="N", help="end after so many, if sooner")
-    load.add_argument("--clients", type=between(1, 1000), default=24, metavar="N", help="at once; default: 24")
     load.add_argument(
-        "--burst", type=between(1, 10_000), default=128, metavar="N", help="requests of a burst; default: 128"
+        "--requests", type=between(1, 1 << 40), metavar="N", help="stop after N requests if that is sooner"
     )
     load.add_argument(
-        "--longest", type=between(64, 1 << 24), metavar="N", help="tokens of a long prompt; default: the model's limit"
+        "--clients", type=between(1, 1000), default=24, metavar="N", help="concurrent clients; default: 24"
     )
     load.add_argument(
-        "--seed", type=between(0, 1 << 63), default=secrets.randbits(31), metavar="N", help="default: another each time"
+        "--burst", type=between(1, 10_000), default=128, metavar="N", help="requests per burst; default: 128"
     )
-    rules = parser.add_argument_group("what must hold")
+    load.add_argument(
+        "--longest", type=between(64, 1 << 24), metavar="N", help="tokens per long prompt; default: the model's limit"
+    )
+    load.add_argument(
+        "--seed", type=between(0, 1 << 63), default=secrets.randbits(31), metavar="N", help="default: random"
+    )
+    rules = parser.add_argument_group("checks")
     rules.add_argument(
-        "--timeout", type=between(1.0, 1e5), default=300.0, metavar="X", help="seconds of a request; default: 300"
+        "--timeout",
+        type=between(1.0, 1e5),
+        default=300.0,
+        metavar="X",
+        help="maximum seconds per request; default: 300",
     )
     rules.add_argument(
         "--tolerance",
         type=between(0.0, 1.0),
         metavar="X",
-        help="between two log-probs of the same token; default: 0 on a CPU, else 0.001",
+        help="maximum difference between log-probs of the same token; default: 0 on a CPU, else 0.001",
     )
     rules.add_argument(
         "--max-growth",
         type=between(0.0, 1e6),
         default=LEAK_MB_PER_HOUR,
         metavar="X",
-        help=f"of resident memory, MB per hour; default: {LEAK_MB_PER_HOUR:g}",
+        help=f"maximum growth of resident memory, MB/h; default: {LEAK_MB_PER_HOUR:g}",
     )
     rules.add_argument(
         "--max-p99-ms",
         type=between(0.0, 1e9),
         default=MAX_P99_MS,
         metavar="X",
-        help=f"between two tokens of a stream; default: {MAX_P99_MS:g}",
+        help=f"maximum p99 between tokens of a stream, ms; default: {MAX_P99_MS:g}",
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="the report as Markdown, too")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="also write the report as Markdown")
     return parser
 
 

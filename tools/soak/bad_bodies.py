@@ -1,48 +1,48 @@
-"""Requests that are wrong, each with the 4xx that it must get."""
+"""Invalid requests, each with the 4xx that it must get."""
 
 import json
 import random
 from collections.abc import Callable
 
-from tools.soak.ask import CHAT, COMPLETIONS, Ask, Body, ServerFacts
 from tools.soak.prompts import Prompts
+from tools.soak.request import CHAT, COMPLETIONS, Body, Request, ServerFacts
 
-_KIND = "wrong request"
+_KIND = "invalid request"
 _JSON = {"content-type": "application/json"}
 
 
 class BadBodies:
-    """Draws wrong requests for one server."""
+    """Random invalid requests for one server."""
 
     def __init__(self, facts: ServerFacts, prompts: Prompts) -> None:
         self._facts, self._prompts = facts, prompts
 
-    def draw(self, rng: random.Random) -> Ask:
-        """One of them."""
-        makers: tuple[Callable[[random.Random], Ask], ...] = (
-            self._torn,
-            self._no_object,
-            self._of_another_field,
-            self._of_another_field,
-            self._of_another_field,
+    def draw(self, rng: random.Random) -> Request:
+        """Return a random invalid request."""
+        makers: tuple[Callable[[random.Random], Request], ...] = (
+            self._truncated_json,
+            self._not_an_object,
+            self._wrong_field,
+            self._wrong_field,
+            self._wrong_field,
             self._too_long,
             self._unknown_model,
-            self._no_such_id,
-            self._another_content_type,
-            self._no_such_route,
+            self._unknown_token_id,
+            self._wrong_content_type,
+            self._unknown_route,
         )
         return rng.choice(makers)(rng)
 
-    def _torn(self, rng: random.Random) -> Ask:
-        whole = json.dumps({"messages": self._prompts.messages(rng), "max_tokens": 5}).encode()
-        return Ask(_KIND, CHAT, whole[: rng.randrange(len(whole))], 400, headers=_JSON)
+    def _truncated_json(self, rng: random.Random) -> Request:
+        body = json.dumps({"messages": self._prompts.messages(rng), "max_tokens": 5}).encode()
+        return Request(_KIND, CHAT, body[: rng.randrange(len(body))], 400, headers=_JSON)
 
-    def _no_object(self, rng: random.Random) -> Ask:
+    def _not_an_object(self, rng: random.Random) -> Request:
         bodies = (b"[]", b"null", b"17", b'"prompt"', b'{"prompt": NaN}', b'{"prompt": "\\ud800"}', b"[" * 50_000)
-        return Ask(_KIND, COMPLETIONS, rng.choice(bodies), 400, headers=_JSON)
+        return Request(_KIND, COMPLETIONS, rng.choice(bodies), 400, headers=_JSON)
 
-    def _of_another_field(self, rng: random.Random) -> Ask:
-        """A good body but for one field."""
+    def _wrong_field(self, rng: random.Random) -> Request:
+        """A valid body with one invalid field."""
         wrong_chat: tuple[Body, ...] = (
             {"messages": []},
             {"messages": "hello"},
@@ -89,11 +89,11 @@ class BadBodies:
         )
         if rng.random() < 0.5:
             body = {"messages": self._prompts.messages(rng), "max_tokens": 5} | rng.choice(wrong_chat + wrong)
-            return Ask(_KIND, CHAT, body, 400)
+            return Request(_KIND, CHAT, body, 400)
         body = {"prompt": self._prompts.text(rng, 5), "max_tokens": 5} | rng.choice(wrong_text + wrong)
-        return Ask(_KIND, COMPLETIONS, body, 400)
+        return Request(_KIND, COMPLETIONS, body, 400)
 
-    def _too_long(self, rng: random.Random) -> Ask:
+    def _too_long(self, rng: random.Random) -> Request:
         limit = self._facts.max_model_len
         bodies: tuple[tuple[str, Body], ...] = (
             (COMPLETIONS, {"prompt": self._prompts.too_long(rng)}),
@@ -103,23 +103,23 @@ class BadBodies:
             (CHAT, {"messages": [{"role": "user", "content": "and so on " * limit}]}),
         )
         path, body = rng.choice(bodies)
-        return Ask(_KIND, path, body, 400)
+        return Request(_KIND, path, body, 400)
 
-    def _unknown_model(self, rng: random.Random) -> Ask:
+    def _unknown_model(self, rng: random.Random) -> Request:
         if rng.random() < 0.3:
-            return Ask(_KIND, "/v1/models/no-such-model", None, 404)
-        return Ask(_KIND, CHAT, {"model": "no-such-model", "messages": self._prompts.messages(rng)}, 404)
+            return Request(_KIND, "/v1/models/no-such-model", None, 404)
+        return Request(_KIND, CHAT, {"model": "no-such-model", "messages": self._prompts.messages(rng)}, 404)
 
-    def _no_such_id(self, rng: random.Random) -> Ask:
+    def _unknown_token_id(self, rng: random.Random) -> Request:
         ids = self._prompts.ids(rng, rng.randint(1, 2000))
         ids[rng.randrange(len(ids))] = rng.choice((self._facts.vocab_size, -1, 2**70))
         if rng.random() < 0.5:
-            return Ask(_KIND, "/detokenize", {"tokens": ids}, 400)
-        return Ask(_KIND, COMPLETIONS, {"prompt": ids}, 400)
+            return Request(_KIND, "/detokenize", {"tokens": ids}, 400)
+        return Request(_KIND, COMPLETIONS, {"prompt": ids}, 400)
 
-    def _another_content_type(self, rng: random.Random) -> Ask:
+    def _wrong_content_type(self, rng: random.Random) -> Request:
         body = json.dumps({"prompt": self._prompts.text(rng, 3)}).encode()
-        return Ask(_KIND, COMPLETIONS, body, 400, headers={"content-type": "text/plain"})
+        return Request(_KIND, COMPLETIONS, body, 400, headers={"content-type": "text/plain"})
 
-    def _no_such_route(self, rng: random.Random) -> Ask:
-        return rng.choice((Ask(_KIND, "/v1/nothing", None, 404), Ask(_KIND, CHAT, None, 405)))
+    def _unknown_route(self, rng: random.Random) -> Request:
+        return rng.choice((Request(_KIND, "/v1/nothing", None, 404), Request(_KIND, CHAT, None, 405)))

@@ -1,4 +1,4 @@
-"""Client: sends one request as it is meant to behave, and keeps what came and when. It never tries again."""
+"""Client: send one request with its behavior and record what arrived and when. It never retries."""
 
 import asyncio
 import json
@@ -9,98 +9,97 @@ from dataclasses import dataclass, field
 
 import httpx2
 
-from tools.soak.ask import Ask, Manner
+from tools.soak.request import ClientBehavior, Request
 
-# Below the five seconds after which the server closes a connection that nobody uses: a request that is sent just then
-# would fail, which is nobody's fault.
+# Far below the server's keep-alive timeout, so that no request is sent on a connection that the server is closing.
 _KEPT_OPEN = 2.0
-# Small, so that a server feels it when a client does not read.
+# A small receive buffer, so that the server notices a client that does not read.
 _RECEIVED = (socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
 
 
 @dataclass(slots=True)
 class Answer:
-    """What came of a request."""
+    """Everything received for one request."""
 
     request_id: str
-    begun: float
-    status: int | None = None  # None: nothing came
+    started: float
+    status: int | None = None  # None: nothing received
     headers: Mapping[str, str] = field(default_factory=dict)
-    pieces: list[tuple[float, bytes]] = field(default_factory=list)  # when each came
-    left: bool = False  # the client has gone away, as it meant to
-    failure: str | None = None  # how it broke, as the client saw it
+    pieces: list[tuple[float, bytes]] = field(default_factory=list)  # (arrival time, bytes)
+    left: bool = False  # the client disconnected as planned
+    failure: str | None = None  # error seen by the client
 
     @property
     def body(self) -> bytes:
-        """All that came."""
+        """The received body."""
         return b"".join(piece for _, piece in self.pieces)
 
 
 class _LeftError(Exception):
-    """The client goes away."""
+    """Raised to disconnect."""
 
 
 def connect(url: str) -> httpx2.AsyncClient:
-    """Connections to a server, as many as there are requests at once; time limits are for those who send."""
+    """Return a client without limits on connections or time; `send` limits the time."""
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEPT_OPEN)
     transport = httpx2.AsyncHTTPTransport(limits=limits, socket_options=[_RECEIVED])
     return httpx2.AsyncClient(base_url=url, timeout=None, transport=transport)
 
 
-async def send(http: httpx2.AsyncClient, ask: Ask, request_id: str, timeout: float) -> Answer:
-    """Sends a request; after `timeout` seconds it hangs, which is a failure."""
+async def send(http: httpx2.AsyncClient, request: Request, request_id: str, timeout: float) -> Answer:
+    """Send a request and return what arrived; no end after `timeout` seconds is a failure."""
     answer = Answer(request_id, time.perf_counter())
     try:
         async with asyncio.timeout(timeout):
-            await _exchange(http, ask, answer)
+            await _exchange(http, request, answer)
     except _LeftError:
         answer.left = True
     except TimeoutError:
-        answer.failure = f"it hangs: no end after {timeout:.0f} s"
+        answer.failure = f"no end after {timeout:.0f} s"
     except httpx2.HTTPError as error:
         answer.failure = f"{type(error).__name__}: {error}"
     return answer
 
 
-async def _exchange(http: httpx2.AsyncClient, ask: Ask, answer: Answer) -> None:
-    if ask.manner is not Manner.LEAVES_WAITING:
-        await _read(http, ask, answer)
+async def _exchange(http: httpx2.AsyncClient, request: Request, answer: Answer) -> None:
+    if request.behavior is not ClientBehavior.LEAVES_WAITING:
+        await _read(http, request, answer)
         return
     try:
-        async with asyncio.timeout(ask.patience):
-            await _read(http, ask, answer)
+        async with asyncio.timeout(request.patience):
+            await _read(http, request, answer)
     except TimeoutError:
         raise _LeftError from None
 
 
-async def _read(http: httpx2.AsyncClient, ask: Ask, answer: Answer) -> None:
-    headers = {"content-type": "application/json", **ask.headers, "x-request-id": answer.request_id}
-    content = _content(ask)
-    if ask.manner is Manner.LEAVES_SENDING:
+async def _read(http: httpx2.AsyncClient, request: Request, answer: Answer) -> None:
+    headers = {"content-type": "application/json", **request.headers, "x-request-id": answer.request_id}
+    content = _content(request)
+    if request.behavior is ClientBehavior.LEAVES_SENDING:
         headers["content-length"] = str(len(content))
-    method, sent = ("GET", None) if ask.is_get else ("POST", _sent(ask, content))
-    async with http.stream(method, ask.path, content=sent, headers=headers) as response:
+    method, sent = ("GET", None) if request.is_get else ("POST", _sent(request, content))
+    async with http.stream(method, request.path, content=sent, headers=headers) as response:
         answer.status, answer.headers = response.status_code, response.headers
         async for piece in response.aiter_bytes():
             answer.pieces.append((time.perf_counter(), piece))
-            if ask.manner is Manner.LEAVES_READING and len(answer.pieces) >= ask.patience:
+            if request.behavior is ClientBehavior.LEAVES_READING and len(answer.pieces) >= request.patience:
                 raise _LeftError
-            if ask.manner is Manner.READS_SLOWLY:
-                await asyncio.sleep(ask.patience)
+            if request.behavior is ClientBehavior.READS_SLOWLY:
+                await asyncio.sleep(request.patience)
 
 
-def _content(ask: Ask) -> bytes:
-    if isinstance(ask.body, bytes):
-        return ask.body
-    return b"" if ask.body is None else json.dumps(ask.body).encode()
+def _content(request: Request) -> bytes:
+    if isinstance(request.body, bytes):
+        return request.body
+    return b"" if request.body is None else json.dumps(request.body).encode()
 
 
-def _sent(ask: Ask, content: bytes) -> bytes | AsyncIterator[bytes]:
-    return _torn(content, ask.patience) if ask.manner is Manner.LEAVES_SENDING else content
+def _sent(request: Request, content: bytes) -> bytes | AsyncIterator[bytes]:
+    return _truncated(content, request.patience) if request.behavior is ClientBehavior.LEAVES_SENDING else content
 
 
-async def _torn(content: bytes, share: float) -> AsyncIterator[bytes]:
-    """The beginning of a body, after which the client goes away once the server has had the time to read it."""
+async def _truncated(content: bytes, share: float) -> AsyncIterator[bytes]:
+    """Yield the beginning of a body, give the server time to read it, then disconnect."""
     yield content[: int(share * len(content))]
     await asyncio.sleep(share / 10)
     raise _LeftError

@@ -1,4 +1,4 @@
-"""Answers as a server gives them, made by hand, for the tests of the soak to change."""
+"""Valid answers written by hand, which the soak's tests corrupt."""
 
 import copy
 import json
@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from tools.soak.answers import Reply
-from tools.soak.ask import CHAT, COMPLETIONS, Ask, Body, ServerFacts
 from tools.soak.checks import checked_reply
 from tools.soak.client import Answer
+from tools.soak.replies import Reply
+from tools.soak.request import CHAT, COMPLETIONS, Body, Request, ServerFacts
 from tools.soak.soak import Settings
 
 ID = "soak-1-7"
@@ -30,14 +30,14 @@ CHAT_BODY: Body = {
     "prompt_logprobs": 1,
     "stop": ["stop"],
 }
-CHAT_ASK = Ask(
+CHAT_REQUEST = Request(
     "chat",
     CHAT,
     CHAT_BODY,
 )
 
 
-TEXT_ASK = Ask(
+TEXT_REQUEST = Request(
     "completion", COMPLETIONS, {"prompt": [[5, 6], [7]], "seed": 1, "max_tokens": 1, "logprobs": 2, "echo": True}
 )
 
@@ -51,18 +51,18 @@ def chat_entry(token_id: int) -> dict[str, Any]:
 
 
 def usage(prompt: int, output: int) -> dict[str, Any]:
-    told = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
-    return told | {"prompt_tokens_details": {"cached_tokens": 0}}
+    counts = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+    return counts | {"prompt_tokens_details": {"cached_tokens": 0}}
 
 
 def prompt_entries(ids: list[int]) -> list[dict[str, Any] | None]:
-    """The best is token 3; the rank of others is above what is shown."""
+    """Prompt log-probs where token 3 is the most likely and all others have rank 9."""
     best = {"3": {"logprob": -0.1, "rank": 1, "decoded_token": "x"}}
     return [None, *({str(token): {"logprob": -4.0, "rank": 9, "decoded_token": "x"}} | best for token in ids[1:])]
 
 
 def chat_answer() -> dict[str, Any]:
-    """What CHAT_ASK may be told."""
+    """A valid answer to CHAT_REQUEST."""
     return {
         "id": f"chatcmpl-{ID}",
         "object": "chat.completion",
@@ -111,30 +111,30 @@ def text_choice(index: int, prompt: list[int]) -> dict[str, Any]:
 
 
 def text_answer() -> dict[str, Any]:
-    """What TEXT_ASK may be told."""
+    """A valid answer to TEXT_REQUEST."""
     header = {"id": f"cmpl-{ID}", "object": "text_completion", "created": 1, "model": "m", "system_fingerprint": "f"}
     return header | {"choices": [text_choice(0, [5, 6]), text_choice(1, [7])], "usage": usage(3, 2)}
 
 
 def answer_of(payload: object, status: int = 200, headers: Mapping[str, str] = {}) -> Answer:
-    """An answer as a client keeps it."""
+    """The answer as a client records it."""
     body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-    told = {"x-request-id": ID, "content-type": "application/json", **headers}
-    return Answer(ID, 0.0, status, told, [(1.0, body)])
+    sent = {"x-request-id": ID, "content-type": "application/json", **headers}
+    return Answer(ID, 0.0, status, sent, [(1.0, body)])
 
 
-def wrong_with(ask: Ask, payload: object) -> list[str]:
-    return checked_reply(ask, answer_of(payload))[1]
+def wrong_with(request: Request, payload: object) -> list[str]:
+    return checked_reply(request, answer_of(payload))[1]
 
 
 def changed(payload: dict[str, Any], path: str, value: object) -> dict[str, Any]:
-    """The payload with another value at a path such as "choices.0.text"."""
+    """Return the payload with `value` at a path such as "choices.0.text"."""
     copied = copy.deepcopy(payload)
-    at: Any = copied
+    target: Any = copied
     *steps, last = path.split(".")
     for step in steps:
-        at = at[int(step)] if isinstance(at, list) else at[step]
-    at[int(last) if isinstance(at, list) else last] = value
+        target = target[int(step)] if isinstance(target, list) else target[step]
+    target[int(last) if isinstance(target, list) else last] = value
     return copied
 
 
@@ -142,11 +142,11 @@ CONTENT = "choices.0.logprobs.content"
 
 
 def chunks() -> list[dict[str, Any]]:
-    """Events of a stream that tells what `chat_answer` does."""
+    """Events of a stream with the content of `chat_answer`."""
     whole = chat_answer()
     header = {name: whole[name] for name in ("id", "created", "model", "system_fingerprint")}
     header["object"] = "chat.completion.chunk"
-    told = {name: whole[name] for name in ("prompt_token_ids", "prompt_logprobs")}
+    prompt = {name: whole[name] for name in ("prompt_token_ids", "prompt_logprobs")}
 
     def choice(content: str, number: int | None, **more: object) -> dict[str, Any]:
         logprobs = None if number is None else {"content": [chat_entry(number)], "refusal": None}
@@ -154,44 +154,44 @@ def chunks() -> list[dict[str, Any]]:
         return fields | ({} if number is None else {"token_ids": [number]}) | more
 
     return [
-        header | told | {"choices": [choice("", None, delta={"role": "assistant", "content": ""})]},
+        header | prompt | {"choices": [choice("", None, delta={"role": "assistant", "content": ""})]},
         header | {"choices": [choice("x", 11)]},
         header | {"choices": [choice("x", 12, finish_reason="length", stop_reason=None)]},
         header | {"choices": [], "usage": whole["usage"]},
     ]
 
 
-STREAM_ASK = replace(
-    CHAT_ASK,
+STREAM_REQUEST = replace(
+    CHAT_REQUEST,
     body=CHAT_BODY | {"stream": True, "stream_options": {"include_usage": True}},
 )
 
 
 def stream_of(events: Iterable[object], end: bytes = b"data: [DONE]\n\n", kind: str = "text/event-stream") -> Answer:
-    """An answer that came in pieces of seven bytes."""
+    """A streamed answer received in pieces of seven bytes."""
     body = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events) + end
-    pieces = [(float(at), body[at : at + 7]) for at in range(0, len(body), 7)]
+    pieces = [(float(i), body[i : i + 7]) for i in range(0, len(body), 7)]
     return Answer(ID, 0.0, 200, {"x-request-id": ID, "content-type": kind}, pieces)
 
 
 ERROR = {"error": {"message": "Too long.", "type": "invalid_request_error", "param": "prompt", "code": "x"}}
 
 
-def reply_to(ask: Ask, payload: dict[str, Any]) -> Reply:
-    reply = checked_reply(ask, answer_of(payload))[0]
+def reply_to(request: Request, payload: dict[str, Any]) -> Reply:
+    reply = checked_reply(request, answer_of(payload))[0]
     assert reply is not None
     return reply
 
 
 def reply_of_stream() -> Reply:
-    reply = checked_reply(STREAM_ASK, stream_of(chunks()))[0]
+    reply = checked_reply(STREAM_REQUEST, stream_of(chunks()))[0]
     assert reply is not None
     return reply
 
 
 def metrics_of(**values: float) -> str:
     names = ("num_requests_running", "num_requests_waiting", "num_requests_held", "kv_cache_usage_perc")
-    told = dict.fromkeys((f"logprobd:{name}" for name in names), 0.0)
-    told |= {"process_resident_memory_bytes": 1e9, "process_open_fds": 16, "process_start_time_seconds": 5}
-    told |= {name if name.startswith("process") else f"logprobd:{name}": value for name, value in values.items()}
-    return "".join(f"# TYPE {name} gauge\n{name} {value}\n" for name, value in told.items())
+    metrics = dict.fromkeys((f"logprobd:{name}" for name in names), 0.0)
+    metrics |= {"process_resident_memory_bytes": 1e9, "process_open_fds": 16, "process_start_time_seconds": 5}
+    metrics |= {name if name.startswith("process") else f"logprobd:{name}": value for name, value in values.items()}
+    return "".join(f"# TYPE {name} gauge\n{name} {value}\n" for name, value in metrics.items())

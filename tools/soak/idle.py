@@ -1,4 +1,4 @@
-"""Looks at a server that has nothing to do: whether it knows, and what it still holds."""
+"""Checks of an idle server: gauges at zero, files closed, no new failures."""
 
 import asyncio
 import time
@@ -9,13 +9,13 @@ import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve.server.lifecycle import QUIET_SECONDS
-from tools.soak.memory import Resident
+from tools.soak.memory import MemorySample
 
-_SECONDS = 5.0  # after which a server that nobody asks must be idle
-_SETTLE_SECONDS = QUIET_SECONDS + 1  # until it has given back what it does not need
-_FILES = 8  # more open files than before the traffic, of pools that fill once
+_SECONDS = 5.0  # within which a server without requests must become idle
+_SETTLE_SECONDS = QUIET_SECONDS + 1  # until it has returned freed memory
+_FILES = 8  # additional open files allowed, for pools that fill once
 
-_ZERO = (
+_IDLE_GAUGES = (
     "logprobd:num_requests_running",
     "logprobd:num_requests_waiting",
     "logprobd:num_requests_held",
@@ -23,24 +23,24 @@ _ZERO = (
 )
 _LOAD = "/load"
 _ENGINE_FAILURES = "logprobd:engine_failures_total"
-_SERVER_ERRORS, _ENGINE_ERRORS = "answers with a status of 5xx", "errors of the engine that clients were told"
+_SERVER_ERRORS, _ENGINE_ERRORS = "responses with status 5xx", "engine errors sent to clients"
 _RESIDENT, _FILES_OPEN, _STARTED = "process_resident_memory_bytes", "process_open_fds", "process_start_time_seconds"
 
 
-class Idle:
-    """Looks at one server, now and then."""
+class IdleChecks:
+    """Repeated checks of one server."""
 
     def __init__(self) -> None:
-        self.samples: list[Resident] = []
-        self.first: Mapping[str, float] = {}  # every number, at the first look and at the last
+        self.samples: list[MemorySample] = []
+        self.first: Mapping[str, float] = {}  # all metrics at the first and the last check
         self.last: Mapping[str, float] = {}
         self._failures: Mapping[str, float] | None = None
 
-    async def look(self, http: httpx2.AsyncClient, seconds: float) -> tuple[list[str], list[str]]:
-        """Waits for a server to be idle; what is wrong with it, and which failures its engine has counted since.
+    async def check(self, http: httpx2.AsyncClient, seconds: float) -> tuple[list[str], list[str]]:
+        """Wait for the server to become idle; return violations, and failures counted since the last check.
 
         Args:
-            seconds: since the soak began.
+            seconds: since the start of the soak.
         """
         until = time.monotonic() + _SECONDS
         while (wrong := list(self._not_idle(now := await _scrape(http)))) and time.monotonic() < until:
@@ -48,33 +48,33 @@ class Idle:
         await asyncio.sleep(_SETTLE_SECONDS)
         now = await _scrape(http)
         self.first, self.last = self.first or now, now
-        self.samples.append(Resident(seconds, now.get(_RESIDENT, 0.0), now.get(_FILES_OPEN, 0.0)))
+        self.samples.append(MemorySample(seconds, now.get(_RESIDENT, 0.0), now.get(_FILES_OPEN, 0.0)))
         if now.get(_STARTED) != self.first.get(_STARTED):
-            wrong.append("the server's process is another than at the beginning")
+            wrong.append("the server's process has been restarted")
         return wrong, list(self._new_failures(now))
 
     def _not_idle(self, now: Mapping[str, float]) -> Iterator[str]:
-        for name in (*_ZERO, _LOAD):
+        for name in (*_IDLE_GAUGES, _LOAD):
             if name not in now:
-                yield f"{name} is not told"
+                yield f"{name} is missing"
             elif now[name] != 0:
                 yield f"{name} is {now[name]:g} after {_SECONDS:g} s"
         files = now.get(_FILES_OPEN, 0)
         before = (self.first or now).get(_FILES_OPEN, 0)
         if files > before + _FILES:
-            yield f"{files:.0f} files are open, {before:.0f} were before the traffic"
+            yield f"{files:.0f} files are open, {before:.0f} before the traffic"
 
     def _new_failures(self, now: Mapping[str, float]) -> Iterator[str]:
-        """What the server counts of what went wrong, whether a client has seen it or not; each failure is told once."""
+        """Yield failures counted by the server since the last check, whether a client saw them or not."""
         failures = {name: now.get(name, 0) for name in (_ENGINE_FAILURES, _SERVER_ERRORS, _ENGINE_ERRORS)}
         for name, count in failures.items():
-            if self._failures is not None and count > self._failures[name]:  # of what was before we know nothing
-                yield f"the server has counted {count - self._failures[name]:.0f} more of {name}"
+            if self._failures is not None and count > self._failures[name]:
+                yield f"the server counted {count - self._failures[name]:.0f} more {name}"
         self._failures = failures
 
 
 async def _scrape(http: httpx2.AsyncClient) -> Mapping[str, float]:
-    """Every number of /metrics, summed over its labels, and of /load."""
+    """Return every metric, summed over its labels, and the value of /load."""
     values: dict[str, float] = defaultdict(float)
     for family in text_string_to_metric_families((await http.get("/metrics", timeout=60)).raise_for_status().text):
         for sample in family.samples:

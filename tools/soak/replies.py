@@ -1,4 +1,4 @@
-"""Reply: a model's answer, whole or put together from its events, with the numbers of all endpoints in one form."""
+"""Reply: a generated answer, complete or assembled from a stream, in one form for all endpoints."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -16,36 +16,36 @@ from serve.api.responses import (
     PromptEntry,
     UsageAnswer,
 )
-from tools.soak.ask import Wanted
 from tools.soak.client import Answer
+from tools.soak.request import Expectation
 
-type Alternative = tuple[int, float, int | None]  # token id, log-prob, rank where it is told
+type Alternative = tuple[int, float, int | None]  # token id, log-prob, rank or None
 
 
 class BrokenAnswerError(Exception):
-    """It is no answer of the API."""
+    """The answer violates the API's format."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """The numbers of one token."""
+    """Log-prob, rank and alternatives of one token."""
 
     token_id: int
     logprob: float
-    rank: int | None  # None: not told
-    top: tuple[Alternative, ...] | None  # None: not told apart
+    rank: int | None  # None: not in the answer
+    top: tuple[Alternative, ...] | None  # None: not in the answer, or ambiguous
 
 
 @dataclass(slots=True)
 class Choice:
-    """One answer to a prompt."""
+    """One choice of an answer."""
 
     index: int
     prompt: list[int] = field(default_factory=list)
-    prompt_numbers: list[Scored | None] | None = None  # of each token of the prompt; None: not told
+    prompt_logprobs: list[Scored | None] | None = None  # per prompt token; None: not in the answer
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    numbers: list[Scored | None] = field(default_factory=list)  # of an echoed prompt, and of what is generated
+    logprobs: list[Scored | None] = field(default_factory=list)  # of the echoed prompt and the generated tokens
     offsets: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
@@ -53,113 +53,115 @@ class Choice:
 
 @dataclass(slots=True)
 class Reply:
-    """A model's answer."""
+    """A generated answer."""
 
     id: str
     choices: dict[int, Choice] = field(default_factory=dict)
     usage: UsageAnswer | None = None
-    arrivals: list[float] = field(default_factory=list)  # when events with tokens came
+    arrivals: list[float] = field(default_factory=list)  # arrival times of events with tokens
 
     def choice(self, index: int) -> Choice:
-        """That of an index, empty at first."""
+        """Return the choice of an index, created empty at first."""
         return self.choices.setdefault(index, Choice(index))
 
 
-def read_reply(answer: Answer, wanted: Wanted) -> Reply:
-    """Reads an answer of status 200.
+def read_reply(answer: Answer, expected: Expectation) -> Reply:
+    """Parse an answer of status 200.
 
     Raises:
-        BrokenAnswerError: the stream is torn, or has not the form of one.
-        pydantic.ValidationError: a part has another shape than the API says.
+        BrokenAnswerError: the stream is incomplete or malformed.
+        pydantic.ValidationError: the answer does not match the API's schema.
     """
-    if not wanted.stream:
-        return (_whole_chat if wanted.chat else _whole_text)(answer.body, wanted)
-    return (_streamed_chat if wanted.chat else _streamed_text)(list(_events(answer)), wanted)
+    if not expected.stream:
+        return (_chat_reply if expected.chat else _completion_reply)(answer.body, expected)
+    return (_streamed_chat_reply if expected.chat else _streamed_completion_reply)(list(_events(answer)), expected)
 
 
 def _events(answer: Answer) -> Iterator[tuple[float, bytes]]:
-    """When each event came, and what it holds, up to the [DONE] that must end them."""
+    """Yield arrival time and data of each event before the final [DONE]."""
     if not answer.headers.get("content-type", "").startswith("text/event-stream"):
-        raise BrokenAnswerError("a stream has another content type")
+        raise BrokenAnswerError("the content type of a stream is not text/event-stream")
     rest, done = b"", False
-    for at, piece in answer.pieces:
+    for arrival, piece in answer.pieces:
         *events, rest = (rest + piece).split(b"\n\n")
         for event in events:
             if done:
-                raise BrokenAnswerError("a stream goes on after [DONE]")
+                raise BrokenAnswerError("a stream continues after [DONE]")
             if not event.startswith(b"data: "):
-                raise BrokenAnswerError("a stream has a line that is no event")
+                raise BrokenAnswerError("a stream contains a line that is not an event")
             if event == b"data: [DONE]":
                 done = True
             elif event.startswith(b'data: {"error"'):
-                raise BrokenAnswerError(f"a stream has failed: {event[6:300].decode(errors='replace')}")
+                raise BrokenAnswerError(f"a stream failed: {event[6:300].decode(errors='replace')}")
             else:
-                yield at, event[6:]
+                yield arrival, event[6:]
     if rest or not done:
         raise BrokenAnswerError("a stream ends without [DONE]")
 
 
-def _whole_chat(body: bytes, wanted: Wanted) -> Reply:
+def _chat_reply(body: bytes, expected: Expectation) -> Reply:
     told = ChatCompletionAnswer.model_validate_json(body)
     reply = Reply(told.id, usage=told.usage)
     prompt = told.prompt_token_ids or []
-    numbers = _of_prompt(told.prompt_logprobs, told.prompt_logprobs_columns, wanted)
+    logprobs = _prompt_logprobs(told.prompt_logprobs, told.prompt_logprobs_columns, expected)
     for each in told.choices:
         choice = reply.choice(each.index)
-        choice.prompt, choice.prompt_numbers = prompt, numbers
+        choice.prompt, choice.prompt_logprobs = prompt, logprobs
         choice.text, choice.token_ids = each.message.content, each.token_ids or []
-        choice.numbers = _of_chat(each.logprobs)
+        choice.logprobs = _chat_logprobs(each.logprobs)
         choice.finish_reason, choice.stop_reason = each.finish_reason, each.stop_reason
     return reply
 
 
-def _streamed_chat(events: Sequence[tuple[float, bytes]], wanted: Wanted) -> Reply:
-    chunks = [(at, ChatChunk.model_validate_json(event)) for at, event in events]
+def _streamed_chat_reply(events: Sequence[tuple[float, bytes]], expected: Expectation) -> Reply:
+    chunks = [(arrival, ChatChunk.model_validate_json(event)) for arrival, event in events]
     reply = Reply(_one_id([chunk.id for _, chunk in chunks]))
     prompt: list[int] = []
-    numbers: list[Scored | None] | None = None
-    for at, chunk in chunks:
+    logprobs: list[Scored | None] | None = None
+    for arrival, chunk in chunks:
         prompt = chunk.prompt_token_ids or prompt
-        numbers = _of_prompt(chunk.prompt_logprobs, chunk.prompt_logprobs_columns, wanted) or numbers
+        logprobs = _prompt_logprobs(chunk.prompt_logprobs, chunk.prompt_logprobs_columns, expected) or logprobs
         reply.usage = chunk.usage or reply.usage
         for each in chunk.choices:
             choice = _unfinished(reply, each.index)
             choice.text += each.delta.content
             choice.token_ids += each.token_ids or []
-            choice.numbers += _of_chat(each.logprobs)
+            choice.logprobs += _chat_logprobs(each.logprobs)
             choice.finish_reason, choice.stop_reason = each.finish_reason, each.stop_reason
-            reply.arrivals += [at] if each.token_ids else []
+            reply.arrivals += [arrival] if each.token_ids else []
     for choice in reply.choices.values():
-        choice.prompt, choice.prompt_numbers = prompt, numbers
+        choice.prompt, choice.prompt_logprobs = prompt, logprobs
     return reply
 
 
-def _whole_text(body: bytes, wanted: Wanted) -> Reply:
+def _completion_reply(body: bytes, expected: Expectation) -> Reply:
     told = CompletionAnswer.model_validate_json(body)
     reply = Reply(told.id, usage=told.usage)
     for each in told.choices:
-        _add_text(reply.choice(each.index), each, wanted)
+        _add_completion(reply.choice(each.index), each, expected)
     return reply
 
 
-def _streamed_text(events: Sequence[tuple[float, bytes]], wanted: Wanted) -> Reply:
-    chunks = [(at, CompletionChunk.model_validate_json(event)) for at, event in events]
+def _streamed_completion_reply(events: Sequence[tuple[float, bytes]], expected: Expectation) -> Reply:
+    chunks = [(arrival, CompletionChunk.model_validate_json(event)) for arrival, event in events]
     reply = Reply(_one_id([chunk.id for _, chunk in chunks]))
-    for at, chunk in chunks:
+    for arrival, chunk in chunks:
         reply.usage = chunk.usage or reply.usage
         for each in chunk.choices:
-            _add_text(_unfinished(reply, each.index), each, wanted)
-            reply.arrivals += [at] if each.token_ids else []
+            _add_completion(_unfinished(reply, each.index), each, expected)
+            reply.arrivals += [arrival] if each.token_ids else []
     return reply
 
 
-def _add_text(choice: Choice, told: CompletionChunkChoice, wanted: Wanted) -> None:
+def _add_completion(choice: Choice, told: CompletionChunkChoice, expected: Expectation) -> None:
     choice.prompt = told.prompt_token_ids or choice.prompt
-    numbers = _of_prompt(told.prompt_logprobs, told.prompt_logprobs_columns, wanted)
-    choice.prompt_numbers = numbers or choice.prompt_numbers
+    logprobs = _prompt_logprobs(told.prompt_logprobs, told.prompt_logprobs_columns, expected)
+    choice.prompt_logprobs = logprobs or choice.prompt_logprobs
     if told.logprobs is not None:
-        # The ids of an echo are the prompt's, which stand in the same event.
-        choice.numbers += _of_text([*(told.prompt_token_ids or []), *(told.token_ids or [])], told.logprobs, wanted)
+        # An echo repeats the prompt, whose ids are in the same event.
+        choice.logprobs += _completion_logprobs(
+            [*(told.prompt_token_ids or []), *(told.token_ids or [])], told.logprobs, expected
+        )
         choice.offsets += told.logprobs.text_offset
     choice.text += told.text
     choice.token_ids += told.token_ids or []
@@ -169,17 +171,17 @@ def _add_text(choice: Choice, told: CompletionChunkChoice, wanted: Wanted) -> No
 def _unfinished(reply: Reply, index: int) -> Choice:
     choice = reply.choice(index)
     if choice.finish_reason is not None:
-        raise BrokenAnswerError(f"choice {index} goes on after its finish_reason")
+        raise BrokenAnswerError(f"choice {index} continues after its finish_reason")
     return choice
 
 
 def _one_id(ids: Sequence[str]) -> str:
     if len(set(ids)) != 1:
-        raise BrokenAnswerError(f"the events of a stream have {len(set(ids))} ids")
+        raise BrokenAnswerError(f"the events of a stream have {len(set(ids))} different ids")
     return ids[0]
 
 
-def _of_chat(told: ChatLogprobsAnswer | None) -> list[Scored | None]:
+def _chat_logprobs(told: ChatLogprobsAnswer | None) -> list[Scored | None]:
     return [
         Scored(
             each.token_id, each.logprob, each.rank, tuple((o.token_id, o.logprob, o.rank) for o in each.top_logprobs)
@@ -188,23 +190,25 @@ def _of_chat(told: ChatLogprobsAnswer | None) -> list[Scored | None]:
     ]
 
 
-def _of_text(ids: Sequence[int], told: CompletionLogprobsAnswer, wanted: Wanted) -> list[Scored | None]:
-    """Ranks are not told, but the best come in their order."""
+def _completion_logprobs(
+    ids: Sequence[int], told: CompletionLogprobsAnswer, expected: Expectation
+) -> list[Scored | None]:
+    """Convert `logprobs` of a completion, which has no ranks: alternatives are ordered by rank."""
     count = len(told.tokens)
     columns = (told.token_logprobs, told.top_logprobs, told.top_token_ids, told.text_offset)
     if any(len(column) != count for column in columns):
-        raise BrokenAnswerError("the columns of logprobs have several lengths")
+        raise BrokenAnswerError("the columns of logprobs differ in length")
     if count > len(ids):
-        raise BrokenAnswerError(f"logprobs hold {count} tokens, of {len(ids)}")
+        raise BrokenAnswerError(f"logprobs contain {count} tokens, not {len(ids)}")
     rows: list[Scored | None] = []
     for token_id, logprob, by_name, top_ids, _ in zip(ids[len(ids) - count :], *columns, strict=True):
         if logprob is None or by_name is None or top_ids is None:
             rows.append(None)
             continue
-        # By name the token itself comes first, then the others; where tokens read alike, they share a name.
+        # Keyed by text: the token itself first, then the others. Tokens with equal text share an entry.
         order = list(dict.fromkeys((token_id, *top_ids)))
         values = dict(zip(order, by_name.values(), strict=False))
-        ranks = itertools.repeat(None) if wanted.named else itertools.count(1)
+        ranks = itertools.repeat(None) if expected.named else itertools.count(1)
         top = (
             tuple((each, values[each], rank) for each, rank in zip(top_ids, ranks, strict=False))
             if len(values) == len(by_name) == len(order)
@@ -214,32 +218,32 @@ def _of_text(ids: Sequence[int], told: CompletionLogprobsAnswer, wanted: Wanted)
     return rows
 
 
-def _of_prompt(
-    entries: Sequence[dict[str, PromptEntry] | None] | None, columns: PromptColumns | None, wanted: Wanted
+def _prompt_logprobs(
+    entries: Sequence[dict[str, PromptEntry] | None] | None, columns: PromptColumns | None, expected: Expectation
 ) -> list[Scored | None] | None:
     if columns is not None:
-        return _of_columns(columns)
-    return None if entries is None else [_of_entry(entry, wanted) if entry else None for entry in entries]
+        return _from_columns(columns)
+    return None if entries is None else [_from_entry(entry, expected) if entry else None for entry in entries]
 
 
-def _of_entry(entry: dict[str, PromptEntry], wanted: Wanted) -> Scored:
-    """Its own numbers come first; they are among the alternatives only if it is one of the best, or named."""
+def _from_entry(entry: dict[str, PromptEntry], expected: Expectation) -> Scored:
+    """Convert one entry of `prompt_logprobs`: the token itself first, then the alternatives."""
     told = {int(token): (each.logprob, each.rank) for token, each in entry.items()}
-    alternatives = wanted.prompt_alternatives or 0
+    alternatives = expected.prompt_alternatives or 0
     best = sorted(told, key=lambda token: told[token][1])[:alternatives]
     if len(told) > alternatives + 1 or len({rank for _, rank in told.values()}) != len(told):
-        raise BrokenAnswerError("an entry of prompt_logprobs holds too many tokens, or a rank twice")
-    if not set(wanted.prompt_named) <= set(told):
-        raise BrokenAnswerError("an entry of prompt_logprobs lacks an id that was named")
+        raise BrokenAnswerError("an entry of prompt_logprobs contains too many tokens or a duplicate rank")
+    if not set(expected.prompt_named) <= set(told):
+        raise BrokenAnswerError("an entry of prompt_logprobs lacks a requested id")
     token_id = next(iter(told))
-    return Scored(token_id, *told[token_id], tuple((each, *told[each]) for each in wanted.prompt_named or best))
+    return Scored(token_id, *told[token_id], tuple((each, *told[each]) for each in expected.prompt_named or best))
 
 
-def _of_columns(columns: PromptColumns) -> list[Scored | None]:
+def _from_columns(columns: PromptColumns) -> list[Scored | None]:
     names = ("token_ids", "logprobs", "ranks", "top_token_ids", "top_logprobs", "top_ranks")
     told = [getattr(columns, name) for name in names]
     if len({len(column) for column in told}) != 1:
-        raise BrokenAnswerError("the columns of prompt_logprobs have several lengths")
+        raise BrokenAnswerError("the columns of prompt_logprobs differ in length")
     rows = [
         Scored(token_id, logprob, rank, tuple(zip(*top, strict=True)))
         for token_id, logprob, rank, *top in zip(*told, strict=True)

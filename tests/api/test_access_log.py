@@ -20,7 +20,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_answer_is_told_with_its_times(stream: bool) -> None:
+async def test_access_log_answer_has_times(stream: bool) -> None:
     records: list[AnswerRecord] = []
     async with serving(on_answer=records.append, api_key=("sk-1", "sk-2")) as server:
         gate = server.runner.before_call = Gate("decode", after=2)
@@ -52,7 +52,7 @@ async def test_an_answer_is_told_with_its_times(stream: bool) -> None:
     assert record.handler == COMPLETIONS
 
 
-async def test_scores_have_no_decode_time() -> None:
+async def test_access_log_scoring_has_no_decode_time() -> None:
     records: list[AnswerRecord] = []
     async with serving(None, on_answer=records.append) as server:
         await server.complete(prompt=[1] * 20, max_tokens=0, prompt_logprobs=1)
@@ -62,7 +62,7 @@ async def test_scores_have_no_decode_time() -> None:
     assert "decode_seconds" not in fields
 
 
-async def test_errors_are_told_by_their_code_wherever_they_come() -> None:
+async def test_access_log_error_codes() -> None:
     records: list[AnswerRecord] = []
     async with serving(on_answer=records.append) as server:
         await server.post(CHAT, chat_body(top_k="x"))
@@ -94,9 +94,7 @@ async def test_errors_are_told_by_their_code_wherever_they_come() -> None:
 
 
 @pytest.mark.parametrize("foreseen", [True, False])
-async def test_an_answer_whose_rows_fail_on_their_way_is_no_client_that_left(
-    foreseen: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_access_log_failing_rows_are_not_client_gone(foreseen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     records: list[AnswerRecord] = []
     row, written = RowWriter.row, itertools.count()
 
@@ -121,7 +119,7 @@ def record(**fields: Any) -> AnswerRecord:
     return AnswerRecord(**usual | fields)
 
 
-def test_a_line_in_words_and_as_json(caplog: pytest.LogCaptureFixture) -> None:
+def test_access_log_line_and_fields(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "serve.api.access_log")
     AccessLog()(record(client="::1", sent=12))
     assert caplog.messages == ["GET /v1/models 200 request_id=a client=::1 bytes=12 seconds=0.0"]
@@ -130,7 +128,7 @@ def test_a_line_in_words_and_as_json(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("handler", ["/health", "/metrics"])
-def test_probes_are_told_to_who_wants_to_know_all(handler: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_access_log_probes_at_debug_level(handler: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "serve.api.access_log")
     AccessLog()(record(handler=handler))
     assert caplog.messages == []
@@ -139,7 +137,7 @@ def test_probes_are_told_to_who_wants_to_know_all(handler: str, caplog: pytest.L
     assert len(caplog.messages) == 1
 
 
-def test_a_path_can_neither_begin_a_line_nor_colour_one() -> None:
+def test_access_log_escapes_control_characters_in_path() -> None:
     path = fields_of(record(path="/a\nERROR all is lost\x1b[31m\u202e" + "x" * 1000))["path"]
     assert isinstance(path, str)
     assert path.startswith(r"/a\nERROR all is lost\x1b[31m\u202e")
@@ -151,6 +149,6 @@ def test_a_path_can_neither_begin_a_line_nor_colour_one() -> None:
     ("client", "told"),
     [("10.0.0.9", "10.0.0.9"), ("::1", "::1"), ("10.0.0.9 key=key1 bytes=0", None), ("\x9b31m", None), (None, None)],
 )
-def test_an_address_is_one_or_is_left_out(client: str | None, told: str | None) -> None:
+def test_access_log_client_only_if_ip_address(client: str | None, told: str | None) -> None:
     """uvicorn takes it from a header, where a proxy of this machine has set it."""
     assert fields_of(record(client=client)).get("client") == told

@@ -1,7 +1,6 @@
 """/v1/chat/completions: shapes, numbers, templates, and how a text ends."""
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -13,18 +12,12 @@ from tests.support.http_client import END, MODEL, Server, chat_body, serving
 PROMPT = "user:Hi;>"
 
 
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving() as server:
-        yield server
-
-
 async def prompt_of(server: Server, **fields: Any) -> str:
     """The text of the prompt that a request makes."""
     return bytes((await server.chat(**fields, return_token_ids=True))["prompt_token_ids"]).decode()
 
 
-async def test_the_shape_of_an_answer(server: Server) -> None:
+async def test_chat_answer_shape(server: Server) -> None:
     answer = await server.chat()
     assert answer.pop("id").startswith("chatcmpl-")
     assert answer.pop("created") > 1_700_000_000
@@ -53,7 +46,7 @@ async def test_the_shape_of_an_answer(server: Server) -> None:
     }
 
 
-async def test_every_number_of_the_contract(server: Server) -> None:
+async def test_chat_logprobs_values(server: Server) -> None:
     answer = await server.chat(
         logprobs=True, top_logprobs=2, prompt_logprobs=1, return_token_ids=True, max_completion_tokens=2
     )
@@ -80,7 +73,7 @@ async def test_every_number_of_the_contract(server: Server) -> None:
 
 
 @pytest.mark.parametrize("k", [None, 0, 1, K])
-async def test_alternatives_are_exactly_k_and_sorted(server: Server, k: int | None) -> None:
+async def test_chat_top_logprobs_exactly_k_and_sorted(server: Server, k: int | None) -> None:
     for entry in (await server.chat(logprobs=True, top_logprobs=k))["choices"][0]["logprobs"]["content"]:
         tops = entry["top_logprobs"]
         assert len(tops) == (k or 0)
@@ -90,7 +83,7 @@ async def test_alternatives_are_exactly_k_and_sorted(server: Server, k: int | No
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 6, None])
-async def test_as_many_entries_as_tokens(server: Server, max_tokens: int | None) -> None:
+async def test_chat_logprobs_one_entry_per_token(server: Server, max_tokens: int | None) -> None:
     answer = await server.chat(logprobs=True, return_token_ids=True, max_tokens=max_tokens)
     (choice,) = answer["choices"]
     tokens = [*b"Hello", END][:max_tokens]
@@ -100,12 +93,12 @@ async def test_as_many_entries_as_tokens(server: Server, max_tokens: int | None)
     assert choice["message"]["content"] == "Hello"[:max_tokens]
 
 
-async def test_the_end_has_an_entry_although_it_has_no_text(server: Server) -> None:
+async def test_chat_logprobs_include_stop_token(server: Server) -> None:
     end = (await server.chat(logprobs=True))["choices"][0]["logprobs"]["content"][-1]
     assert (end["token"], end["bytes"], end["logprob"]) == ("<end>", list(b"<end>"), -0.6)
 
 
-async def test_numbers_are_printed_as_the_same_text_everywhere(server: Server) -> None:
+async def test_chat_logprobs_equal_text_everywhere(server: Server) -> None:
     response = await server.post("/v1/chat/completions", chat_body(logprobs=True, top_logprobs=K))
     content = json.loads(response.text, parse_float=str)["choices"][0]["logprobs"]["content"]
     assert [entry["logprob"] for entry in content] == ["-0.1", "-0.2", "-0.3", "-0.4", "-0.5", "-0.6"]
@@ -113,7 +106,7 @@ async def test_numbers_are_printed_as_the_same_text_everywhere(server: Server) -
     assert {entry["top_logprobs"][2]["logprob"] for entry in content} == {"-9999.0"}
 
 
-async def test_joined_bytes_are_the_text() -> None:
+async def test_chat_joined_bytes_are_text() -> None:
     text = "né 😊 日本"
     async with serving(text.encode()) as server:
         (choice,) = (await server.chat(logprobs=True))["choices"]
@@ -123,20 +116,20 @@ async def test_joined_bytes_are_the_text() -> None:
     assert entries[1]["token"] == "\\xc3"
 
 
-async def test_a_character_in_parts_is_shown_by_its_last_token(server: Server) -> None:
+async def test_chat_split_character_appears_with_last_token(server: Server) -> None:
     answer = await server.chat(messages=[{"role": "user", "content": "é😊"}], prompt_logprobs=0, max_tokens=0)
     names = [next(iter(entry.values()))["decoded_token"] for entry in answer["prompt_logprobs"][1:]]
     assert names == ["s", "e", "r", ":", "", "é", "", "", "", "😊", ";", ">"]
 
 
-async def test_tokens_as_ids(server: Server) -> None:
+async def test_chat_return_tokens_as_token_ids(server: Server) -> None:
     answer = await server.chat(logprobs=True, top_logprobs=1, return_tokens_as_token_ids=True, prompt_logprobs=0)
     entry = answer["choices"][0]["logprobs"]["content"][0]
     assert (entry["token"], entry["bytes"], entry["top_logprobs"][0]["token"]) == ("token_id:72", [72], "token_id:73")
     assert answer["prompt_logprobs"][1]["115"]["decoded_token"] == "s"
 
 
-async def test_n_answers_share_the_prompt() -> None:
+async def test_chat_n_choices_share_prompt() -> None:
     async with serving(None) as server:
         answer = await server.chat(
             n=3, seed=4, temperature=1, max_tokens=5, return_token_ids=True, prompt_logprobs=0, logprobs=True
@@ -154,19 +147,19 @@ async def test_n_answers_share_the_prompt() -> None:
     assert len(answer["prompt_logprobs"]) == 9
 
 
-async def test_without_a_limit_the_context_is_filled() -> None:
+async def test_chat_without_max_tokens_fills_context() -> None:
     async with serving(None) as server:
         answer = await server.chat()
     assert answer["usage"]["total_tokens"] == MAX_MODEL_LEN
     assert answer["choices"][0]["finish_reason"] == "length"
 
 
-async def test_max_completion_tokens_wins(server: Server) -> None:
+async def test_chat_max_completion_tokens_overrides_max_tokens(server: Server) -> None:
     assert (await server.chat(max_tokens=4, max_completion_tokens=2))["usage"]["completion_tokens"] == 2
     assert (await server.chat(max_tokens=4, max_completion_tokens=0))["usage"]["completion_tokens"] == 0
 
 
-async def test_seed_minus_one_is_no_seed() -> None:
+async def test_chat_seed_minus_one_is_random() -> None:
     async with serving(None) as server:
         texts = {
             tuple(
@@ -191,7 +184,7 @@ async def test_seed_minus_one_is_no_seed() -> None:
         ({"ignore_eos": True, "max_tokens": 7, "skip_special_tokens": False}, "Hello<end><end>", "length", None, 7),
     ],
 )
-async def test_how_a_text_ends(
+async def test_chat_finish_reason(
     server: Server, fields: dict[str, Any], text: str, reason: str, stop: str | int | None, tokens: int
 ) -> None:
     answer = await server.chat(**fields, logprobs=True, return_token_ids=True)
@@ -203,17 +196,17 @@ async def test_how_a_text_ends(
 
 
 @pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool"])
-async def test_roles(server: Server, role: str) -> None:
+async def test_chat_accepts_role(server: Server, role: str) -> None:
     assert await prompt_of(server, messages=[{"role": role, "content": "x"}]) == f"{role}:x;>"
 
 
-async def test_parts_are_joined_and_names_pass_through(server: Server) -> None:
+async def test_chat_message_parts_joined_and_extra_fields_passed(server: Server) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert await prompt_of(server, messages=[{"role": "user", "content": parts, "name": "me"}]) == "user:a\nb;>"
     assert await prompt_of(server, messages=[{"role": "user", "content": ""}]) == "user:;>"
 
 
-async def test_what_the_template_is_told(server: Server) -> None:
+async def test_chat_template_variables(server: Server) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert await prompt_of(server, messages=messages) == "user:a;assistant:b;>"
     assert await prompt_of(server, messages=messages, add_generation_prompt=False) == "user:a;assistant:b;"
@@ -221,24 +214,24 @@ async def test_what_the_template_is_told(server: Server) -> None:
     assert await prompt_of(server, messages=messages, chat_template_kwargs={"mark": "|"}) == "user:a|assistant:b|>"
 
 
-async def test_the_template_of_the_server_wins() -> None:
+async def test_chat_template_of_server_overrides_model() -> None:
     async with serving(chat_template="{{ messages[0].content }}!") as server:
         assert await prompt_of(server) == "Hi!"
 
 
-async def test_special_tokens_are_added_on_demand() -> None:
+async def test_chat_add_special_tokens() -> None:
     async with serving(add_bos=True) as server:
         assert (await server.chat())["usage"]["prompt_tokens"] == 9
         assert (await server.chat(add_special_tokens=True))["usage"]["prompt_tokens"] == 10
 
 
-async def test_a_refusal_of_the_template_is_told(server: Server) -> None:
+async def test_chat_template_error_in_message(server: Server) -> None:
     body = chat_body(messages=[{"role": "user", "content": "refuse"}])
     response = await server.post("/v1/chat/completions", body)
     assert response.json()["error"]["message"] == "The chat template refused the messages: It is refused."
 
 
-async def test_an_empty_prompt_is_refused() -> None:
+async def test_chat_empty_prompt_is_error() -> None:
     async with serving(chat_template="") as server:
         response = await server.post("/v1/chat/completions", chat_body())
         assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")

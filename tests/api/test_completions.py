@@ -1,6 +1,5 @@
 """/v1/completions: shapes, many prompts, and how a text ends."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -15,26 +14,13 @@ from tests.support.http_client import (
 )
 
 
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving() as server:
-        yield server
-
-
-@pytest.fixture
-async def plain_server() -> AsyncIterator[Server]:
-    """One whose model computes its tokens from the prompt."""
-    async with serving(None) as server:
-        yield server
-
-
 async def one(server: Server, **fields: Any) -> Any:
     """The only choice of an answer."""
     (choice,) = (await server.complete(**fields))["choices"]
     return choice
 
 
-async def test_the_shape_of_an_answer(server: Server) -> None:
+async def test_completions_answer_shape(server: Server) -> None:
     answer = await server.complete()
     assert answer.pop("id").startswith("cmpl-")
     assert answer.pop("created") > 1_700_000_000
@@ -63,18 +49,18 @@ async def test_the_shape_of_an_answer(server: Server) -> None:
     }
 
 
-async def test_an_alias_and_a_fingerprint() -> None:
+async def test_completions_alias_and_fingerprint() -> None:
     async with serving(system_fingerprint="fp_1") as server:
         answer = await server.complete(model="alias")
         assert (answer["model"], answer["system_fingerprint"]) == ("alias", "fp_1")
 
 
-async def test_sixteen_tokens_are_the_default(plain_server: Server) -> None:
+async def test_completions_default_max_tokens_is_16(plain_server: Server) -> None:
     assert (await plain_server.complete())["usage"]["completion_tokens"] == 16
 
 
 @pytest.mark.parametrize("prompt", ["Hi", [72, 105], ["Hi"], [[72, 105]]])
-async def test_the_four_forms_of_a_prompt(plain_server: Server, prompt: Any) -> None:
+async def test_completions_prompt_forms(plain_server: Server, prompt: Any) -> None:
     choice = await one(plain_server, prompt=prompt, echo=True, return_token_ids=True, max_tokens=3)
     expected = expected_outcome([72, 105], SamplingParams(3, temperature=0), max_model_len=MAX_MODEL_LEN)
     assert choice["prompt_token_ids"] == [72, 105]
@@ -83,7 +69,7 @@ async def test_the_four_forms_of_a_prompt(plain_server: Server, prompt: Any) -> 
 
 
 @pytest.mark.parametrize("seed", [0, 5, -7, 2**63 - 2])
-async def test_prompts_times_n(plain_server: Server, seed: int) -> None:
+async def test_completions_several_prompts_and_n(plain_server: Server, seed: int) -> None:
     """Choice i of a prompt uses seed + i; the index is the prompt's place times n plus i."""
     prompts = [[1, 2, 3], [4], [5, 6]]
     answer = await plain_server.complete(
@@ -107,19 +93,19 @@ async def test_prompts_times_n(plain_server: Server, seed: int) -> None:
     }
 
 
-async def test_more_prompts_than_the_queue_holds(server: Server) -> None:
+async def test_completions_more_prompts_than_queue(server: Server) -> None:
     """They run in turns."""
     choices = (await server.complete(prompt=["a"] * 100, max_tokens=1))["choices"]
     assert [choice["index"] for choice in choices] == list(range(100))
     assert {choice["text"] for choice in choices} == {"H"}
 
 
-async def test_greedy_answers_may_be_several(server: Server) -> None:
+async def test_completions_n_with_greedy(server: Server) -> None:
     assert [choice["text"] for choice in (await server.complete(n=3))["choices"]] == ["Hello"] * 3
 
 
 @pytest.mark.parametrize("temperature", [0, 1e-6])
-async def test_tiny_temperatures_are_greedy(plain_server: Server, temperature: float) -> None:
+async def test_completions_tiny_temperature_is_greedy(plain_server: Server, temperature: float) -> None:
     tokens = (await one(plain_server, temperature=temperature, seed=9, return_token_ids=True))["token_ids"]
     assert tokens == expected_outcome([72, 105], SamplingParams(16, 0), max_model_len=MAX_MODEL_LEN).tokens
 
@@ -142,7 +128,7 @@ async def test_tiny_temperatures_are_greedy(plain_server: Server, temperature: f
         ({"ignore_eos": True, "stop_token_ids": [END]}, "Hello", "stop", END, 6),
     ],
 )
-async def test_how_a_text_ends(
+async def test_completions_finish_reason(
     server: Server, fields: dict[str, Any], text: str, reason: str, stop: str | int | None, tokens: int
 ) -> None:
     answer = await server.complete(**fields, logprobs=1, return_token_ids=True)
@@ -153,12 +139,12 @@ async def test_how_a_text_ends(
     assert choice["token_ids"] == [*b"Hello", END, END, END][:tokens]
 
 
-async def test_ten_thousand_stop_strings(server: Server) -> None:
+async def test_completions_10000_stop_strings(server: Server) -> None:
     choice = await one(server, stop=[chr(0x4E00 + i) for i in range(9_999)] + ["ll"])
     assert (choice["text"], choice["stop_reason"]) == ("He", "ll")
 
 
-async def test_min_tokens_hold_the_stop_ids_back(plain_server: Server) -> None:
+async def test_completions_min_tokens_forbids_stop_ids(plain_server: Server) -> None:
     prompt = [3, 5]  # the hidden state is 10, which is the first token
     assert (await one(plain_server, prompt=prompt, stop_token_ids=[10], return_token_ids=True))["token_ids"] == [10]
     choice = await one(plain_server, prompt=prompt, stop_token_ids=[10], min_tokens=3, return_token_ids=True)
@@ -168,7 +154,7 @@ async def test_min_tokens_hold_the_stop_ids_back(plain_server: Server) -> None:
     assert len(expected.tokens) > 3
 
 
-async def test_a_character_that_is_never_completed() -> None:
+async def test_completions_incomplete_character() -> None:
     async with serving("aé".encode()) as server:
         choice = await one(server, max_tokens=2, logprobs=0)
     assert choice["text"] == "a\ufffd"

@@ -1,7 +1,6 @@
 """The log-probs of /v1/completions: every variant of echo, logprobs and max_tokens; offsets and names."""
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -21,26 +20,13 @@ from tests.support.http_client import (
 )
 
 
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving() as server:
-        yield server
-
-
-@pytest.fixture
-async def plain_server() -> AsyncIterator[Server]:
-    """One whose model computes its tokens from the prompt."""
-    async with serving(None) as server:
-        yield server
-
-
 async def one(server: Server, **fields: Any) -> Any:
     """The only choice of an answer."""
     (choice,) = (await server.complete(**fields))["choices"]
     return choice
 
 
-async def test_the_example_of_the_contract(server: Server) -> None:
+async def test_completion_logprobs_example(server: Server) -> None:
     """echo and logprobs: 1, one token: the numbers of prompt and output in one line."""
     choice = await one(server, prompt=[72, 105], echo=True, logprobs=1, max_tokens=1)
     assert choice["text"] == "HiH"
@@ -64,7 +50,9 @@ async def test_the_example_of_the_contract(server: Server) -> None:
 @pytest.mark.parametrize("max_tokens", [0, 1, 4])
 @pytest.mark.parametrize("logprobs", [None, 0, 1, K])
 @pytest.mark.parametrize("echo", [False, True])
-async def test_every_variant(server: Server, echo: bool, logprobs: int | None, max_tokens: int) -> None:
+async def test_completion_logprobs_all_variants(
+    server: Server, echo: bool, logprobs: int | None, max_tokens: int
+) -> None:
     answer = await server.complete(
         prompt="abc", echo=echo, logprobs=logprobs, max_tokens=max_tokens, return_token_ids=True
     )
@@ -90,7 +78,7 @@ async def test_every_variant(server: Server, echo: bool, logprobs: int | None, m
         assert len(columns["top_token_ids"][i]) == logprobs
 
 
-async def test_the_first_entry_of_an_echo_has_no_number(server: Server) -> None:
+async def test_completion_logprobs_echo_first_entry_is_null(server: Server) -> None:
     columns = (await one(server, echo=True, logprobs=2, max_tokens=0))["logprobs"]
     assert {name: column[0] for name, column in columns.items()} == {
         "tokens": "H",
@@ -101,7 +89,7 @@ async def test_the_first_entry_of_an_echo_has_no_number(server: Server) -> None:
     }
 
 
-async def test_prompt_logprobs_alone(server: Server) -> None:
+async def test_prompt_logprobs_without_logprobs(server: Server) -> None:
     choice = await one(server, prompt="abc", prompt_logprobs=2, max_tokens=0)
     assert (choice["text"], choice["logprobs"]) == ("", None)
     assert len(choice["prompt_logprobs"]) == 3
@@ -109,7 +97,7 @@ async def test_prompt_logprobs_alone(server: Server) -> None:
 
 
 @pytest.mark.parametrize("k", range(K + 1))
-async def test_prompt_logprobs_name_the_actual_token_first_and_never_twice(plain_server: Server, k: int) -> None:
+async def test_prompt_logprobs_actual_token_first_and_once(plain_server: Server, k: int) -> None:
     prompt = [4, 5, 6, 7, 9, 20, 41, 5, 3, 2, 90, 11]  # 4 -> 5 and 5 -> 6 are among the best three
     entries = (await one(plain_server, prompt=prompt, prompt_logprobs=k, max_tokens=0))["prompt_logprobs"]
     scores = expected_outcome(
@@ -130,14 +118,14 @@ async def test_prompt_logprobs_name_the_actual_token_first_and_never_twice(plain
         assert all(entry[i]["decoded_token"] == chr(int(i)) for i in entry)
 
 
-async def test_every_choice_of_a_prompt_shows_its_prompt_logprobs(plain_server: Server) -> None:
+async def test_prompt_logprobs_in_every_choice(plain_server: Server) -> None:
     body = {"prompt": ["abc", [3, 4]], "n": 2, "prompt_logprobs": 1, "max_tokens": 1}
     choices = (await plain_server.complete(**body))["choices"]
     assert [len(choice["prompt_logprobs"]) for choice in choices] == [3, 3, 2, 2]
     assert choices[0]["prompt_logprobs"] == choices[1]["prompt_logprobs"]
 
 
-async def test_numbers_are_printed_as_the_same_text_everywhere(server: Server) -> None:
+async def test_completion_logprobs_equal_text_everywhere(server: Server) -> None:
     """lm-eval compares them for equality. The text is the shortest that gives the float32."""
     response = await server.post("/v1/completions", completion_body(echo=True, logprobs=K))
     columns = json.loads(response.text, parse_float=str)["choices"][0]["logprobs"]
@@ -150,7 +138,7 @@ async def test_numbers_are_printed_as_the_same_text_everywhere(server: Server) -
     assert columns["top_logprobs"][2] == {"H": "-0.1", "I": "-0.05", "J": "-9999.0"}
 
 
-async def test_greedy_is_recognised_by_equality(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_completion_logprobs_greedy_equality(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A token that is the most likely has exactly the number of the best alternative."""
 
     def best_first(inputs: ScoreInput) -> Unread:
@@ -168,7 +156,7 @@ async def test_greedy_is_recognised_by_equality(server: Server, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("text", ["Hé 😊!", "日本語", "a\ud7ffb"])
-async def test_offsets_count_characters_of_the_text(text: str) -> None:
+async def test_text_offset_counts_characters(text: str) -> None:
     async with serving(text.encode()) as server:
         choice = await one(server, prompt=text, echo=True, logprobs=0, max_tokens=len(text.encode()))
     assert choice["text"] == text * 2
@@ -180,7 +168,7 @@ async def test_offsets_count_characters_of_the_text(text: str) -> None:
     assert columns["tokens"][0] == (chr(first) if first < 128 else f"\\x{first:02x}")
 
 
-async def test_an_added_bos_takes_no_room_in_the_text() -> None:
+async def test_text_offset_ignores_added_bos() -> None:
     async with serving(add_bos=True) as server:
         choice = await one(server, echo=True, logprobs=0, max_tokens=1, return_token_ids=True)
         assert choice["text"] == "HiH"
@@ -199,7 +187,7 @@ async def test_an_added_bos_takes_no_room_in_the_text() -> None:
     ("skip", "text", "offsets"),
     [(True, "HiA", [0, 0, 1, 2, 3, 3]), (False, "<begin>HiA<end><end>", [0, 7, 8, 9, 10, 15])],
 )
-async def test_special_tokens_in_the_text(skip: bool, text: str, offsets: list[int]) -> None:
+async def test_text_offset_with_special_tokens(skip: bool, text: str, offsets: list[int]) -> None:
     fields = {"echo": True, "logprobs": 0, "ignore_eos": True, "max_tokens": 3}
     async with serving(b"A") as server:
         choice = await one(server, prompt=[BEGIN, *b"Hi"], skip_special_tokens=skip, **fields)
@@ -208,7 +196,7 @@ async def test_special_tokens_in_the_text(skip: bool, text: str, offsets: list[i
     assert choice["logprobs"]["text_offset"] == offsets
 
 
-async def test_tokens_that_read_alike_share_a_key_and_keep_the_higher_value() -> None:
+async def test_top_logprobs_equal_texts_keep_higher_value() -> None:
     async with serving([253]) as server:  # its alternatives are 254, itself and 255
         columns = (await one(server, logprobs=3, max_tokens=1))["logprobs"]
         assert columns["tokens"] == ["\\xfd"]
@@ -219,7 +207,7 @@ async def test_tokens_that_read_alike_share_a_key_and_keep_the_higher_value() ->
         assert columns["top_token_ids"] == [[TWIN]]
 
 
-async def test_of_twins_the_more_likely_one_is_shown(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_top_logprobs_equal_texts_show_more_likely(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def score(inputs: ScoreInput) -> Unread:
         own = np.full(len(inputs.targets), -2, np.float32)
         ids, tops = np.array([TWIN, 255, 9], np.int32), np.array([-1, -2, -3], np.float32)
@@ -233,7 +221,7 @@ async def test_of_twins_the_more_likely_one_is_shown(server: Server, monkeypatch
     assert columns["top_token_ids"] == [None, [TWIN, 255]]
 
 
-async def test_tokens_as_ids(server: Server) -> None:
+async def test_completion_logprobs_return_tokens_as_token_ids(server: Server) -> None:
     choice = await one(server, echo=True, logprobs=1, max_tokens=1, return_tokens_as_token_ids=True)
     assert choice["text"] == "HiH"
     assert choice["logprobs"]["tokens"] == ["token_id:72", "token_id:105", "token_id:72"]
@@ -241,19 +229,19 @@ async def test_tokens_as_ids(server: Server) -> None:
     assert choice["logprobs"]["text_offset"] == [0, 1, 2]
 
 
-async def test_the_longest_prompt(server: Server) -> None:
+async def test_completion_logprobs_longest_prompt(server: Server) -> None:
     answer = await server.complete(prompt=[1] * MAX_MODEL_LEN, max_tokens=0, prompt_logprobs=0)
     assert answer["usage"]["total_tokens"] == MAX_MODEL_LEN
     assert len(answer["choices"][0]["prompt_logprobs"]) == MAX_MODEL_LEN
 
 
-async def test_one_token_has_no_prompt_numbers(server: Server) -> None:
+async def test_prompt_logprobs_of_one_token(server: Server) -> None:
     choice = await one(server, prompt=[5], echo=True, logprobs=1, max_tokens=0)
     assert choice["prompt_logprobs"] == [None]
     assert choice["logprobs"]["token_logprobs"] == [None]
 
 
-async def test_an_impossible_token_has_a_number_that_json_knows() -> None:
+async def test_completion_logprobs_minus_infinity_is_minus_9999() -> None:
     async with serving(bytes([IMPOSSIBLE])) as server:
         answer = await server.complete(prompt=[1, IMPOSSIBLE], logprobs=1, echo=True)
         choice = answer["choices"][0]

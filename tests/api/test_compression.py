@@ -2,21 +2,17 @@
 
 import gzip
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from tests.support.http_client import ExactRunner, Server, chat_body, completion_body, serving
+from tests.support.http_client import ExactRunner, Server, chat_body, completion_body
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LONG = "0123456789" * 25
 
 
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving(runner=ExactRunner, whole_vocabulary=True) as server:
-        yield server
+SERVER_OPTIONS: dict[str, Any] = {"runner": ExactRunner, "whole_vocabulary": True}
 
 
 async def raw(server: Server, path: str, body: dict[str, Any], accept: str | None) -> tuple[bytes, Any]:
@@ -38,7 +34,7 @@ def told(data: bytes) -> Any:
 @pytest.mark.parametrize("accept", ["gzip", "br, gzip;q=0.5", "deflate, GZIP"])
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-async def test_a_long_answer_is_zipped(server: Server, path: str, whole: bool, accept: str) -> None:
+async def test_gzip_long_answer(server: Server, path: str, whole: bool, accept: str) -> None:
     fields: dict[str, Any] = {"max_tokens": 1, "prompt_logprobs": -1 if whole else 3}
     body = chat_body(messages=[{"role": "user", "content": LONG}]) if path == CHAT else completion_body(prompt=LONG)
     zipped, headers = await raw(server, path, body | fields, accept)
@@ -53,14 +49,14 @@ async def test_a_long_answer_is_zipped(server: Server, path: str, whole: bool, a
 
 @pytest.mark.parametrize("accept", [None, "identity", "br", "gzip;q=0", "gzip; q=0.000, br"])
 @pytest.mark.parametrize("k", [3, -1])
-async def test_nobody_gets_what_he_does_not_take(server: Server, accept: str | None, k: int) -> None:
+async def test_gzip_not_accepted(server: Server, accept: str | None, k: int) -> None:
     data, headers = await raw(server, COMPLETIONS, completion_body(prompt=LONG, prompt_logprobs=k), accept)
     assert "content-encoding" not in headers
     assert data.startswith(b"{")
 
 
 @pytest.mark.parametrize("fields", [{}, {"stream": True, "prompt": LONG, "prompt_logprobs": 3}])
-async def test_short_answers_and_events_are_sent_as_they_are(server: Server, fields: dict[str, Any]) -> None:
+async def test_gzip_not_for_short_answers_and_events(server: Server, fields: dict[str, Any]) -> None:
     data, headers = await raw(server, COMPLETIONS, completion_body(**fields), "gzip")
     assert "content-encoding" not in headers
     assert data.startswith((b"{", b"data: "))

@@ -24,12 +24,6 @@ from tests.support.http_client import (
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving() as server:
-        yield server
-
-
 async def refused(server: Server, path: str, body: Any, status: int = 400) -> tuple[str | None, str | None]:
     """The param and code of an error, after which the server answers as before."""
     error = error_of(await server.post(path, body), status)
@@ -89,7 +83,7 @@ async def refused(server: Server, path: str, body: Any, status: int = 400) -> tu
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-async def test_a_wrong_field_is_named(server: Server, path: str, fields: dict[str, Any], param: str, code: str) -> None:
+async def test_error_names_field(server: Server, path: str, fields: dict[str, Any], param: str, code: str) -> None:
     body = chat_body(**fields) if path == CHAT else completion_body(**fields)
     assert await refused(server, path, body) == (param, code)
 
@@ -145,7 +139,7 @@ async def test_a_wrong_field_is_named(server: Server, path: str, fields: dict[st
         ({"messages": [{"role": "user", "content": "x" * MAX_MODEL_LEN}]}, "messages", "context_length_exceeded"),
     ],
 )
-async def test_a_wrong_field_of_chat_is_named(server: Server, fields: dict[str, Any], param: str, code: str) -> None:
+async def test_error_names_chat_field(server: Server, fields: dict[str, Any], param: str, code: str) -> None:
     assert await refused(server, CHAT, chat_body(**fields)) == (param, code)
 
 
@@ -175,19 +169,17 @@ async def test_a_wrong_field_of_chat_is_named(server: Server, fields: dict[str, 
         ({"prompt": [1] * (MAX_MODEL_LEN + 1), "max_tokens": 0}, "prompt", "context_length_exceeded"),
     ],
 )
-async def test_a_wrong_field_of_completions_is_named(
-    server: Server, fields: dict[str, Any], param: str, code: str
-) -> None:
+async def test_error_names_completions_field(server: Server, fields: dict[str, Any], param: str, code: str) -> None:
     assert await refused(server, COMPLETIONS, completion_body(**fields)) == (param, code)
 
 
 @pytest.mark.parametrize(("path", "param"), [(CHAT, "messages"), (COMPLETIONS, "prompt")])
-async def test_the_one_required_field_is_missing(server: Server, path: str, param: str) -> None:
+async def test_error_required_field_missing(server: Server, path: str, param: str) -> None:
     assert await refused(server, path, {}) == (param, "missing_required_parameter")
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-async def test_unknown_model(server: Server, path: str) -> None:
+async def test_error_unknown_model(server: Server, path: str) -> None:
     body = (chat_body if path == CHAT else completion_body)(model="gpt-9")
     assert await refused(server, path, body, 404) == ("model", "model_not_found")
 
@@ -212,25 +204,25 @@ async def test_unknown_model(server: Server, path: str) -> None:
     ids=range(13),
 )
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-async def test_a_body_that_is_not_a_json_object(server: Server, path: str, body: bytes) -> None:
+async def test_error_body_not_json_object(server: Server, path: str, body: bytes) -> None:
     assert await refused(server, path, body) == (None, "invalid_json")
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
-async def test_another_content_type(server: Server, kind: str) -> None:
+async def test_error_content_type(server: Server, kind: str) -> None:
     body = json.dumps(completion_body())
     response = await server.client.post(COMPLETIONS, content=body, headers={"content-type": kind})
     assert error_of(response, 400)["code"] == "invalid_content_type"
 
 
 @pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "Application/JSON", "application/vnd.api+json"])
-async def test_other_names_of_json(server: Server, kind: str) -> None:
+async def test_json_content_types_accepted(server: Server, kind: str) -> None:
     body = json.dumps(completion_body())
     response = await server.client.post(COMPLETIONS, content=body, headers={"content-type": kind})
     assert response.status_code == 200
 
 
-async def test_a_body_that_is_too_large() -> None:
+async def test_error_body_too_large() -> None:
     async def pieces() -> AsyncIterator[bytes]:  # sent without a Content-Length
         for _ in range(4):
             yield b" " * 100
@@ -243,7 +235,7 @@ async def test_a_body_that_is_too_large() -> None:
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-async def test_bodies_of_50_megabytes(path: str) -> None:
+async def test_body_of_50_megabytes(path: str) -> None:
     param = "messages" if path == CHAT else "prompt"
     text = "x" * 50_000_000
     body = chat_body(messages=[{"role": "user", "content": text}]) if path == CHAT else completion_body(prompt=text)
@@ -256,7 +248,7 @@ async def test_bodies_of_50_megabytes(path: str) -> None:
 
 
 @pytest.mark.parametrize("truncates", [{}, {"truncate_prompt_tokens": 1}])
-async def test_ids_that_could_never_fit_are_not_looked_at(server: Server, truncates: dict[str, int]) -> None:
+async def test_error_too_many_ids_before_ids_are_checked(server: Server, truncates: dict[str, int]) -> None:
     for path, param in ((COMPLETIONS, "prompt"), (CHAT, "prompt_token_ids")):
         fields = {param: [1] * 10_000 + [10**6]} | truncates
         body = completion_body(**fields) if path == COMPLETIONS else chat_body(messages=None, **fields)
@@ -264,7 +256,7 @@ async def test_ids_that_could_never_fit_are_not_looked_at(server: Server, trunca
         assert await refused(server, path, body) == (told or (param, "context_length_exceeded"))
 
 
-async def test_a_chat_has_ten_thousand_messages_at_most(server: Server) -> None:
+async def test_error_more_than_10000_messages(server: Server) -> None:
     message, part = {"role": "user", "content": "a"}, {"type": "text", "text": "a"}
     for fields, param in (
         ({"messages": [message] * 10_001}, "messages"),
@@ -274,7 +266,7 @@ async def test_a_chat_has_ten_thousand_messages_at_most(server: Server) -> None:
         assert await refused(server, CHAT, chat_body(**fields)) == (param, "array_above_max_length")
 
 
-async def test_a_body_has_a_million_brackets_at_most(server: Server) -> None:
+async def test_error_more_than_a_million_containers(server: Server) -> None:
     """What they open takes much more memory than they do."""
     for many in (b"[]", b"{}"):
         body = b'{"prompt": "a", "user": [' + b",".join([many] * (1 << 20)) + b"]}"
@@ -295,7 +287,7 @@ async def test_a_body_has_a_million_brackets_at_most(server: Server) -> None:
         (COMPLETIONS, {"prompt_logprob_token_ids": list(range(8))}, "prompt_logprobs"),
     ],
 )
-async def test_an_answer_holds_so_many_numbers_of_prompts_at_most(
+async def test_error_too_many_prompt_logprobs(
     path: str, fields: dict[str, Any], param: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which a list of prompts, or many answers to one, would repeat. One prompt of full length is always answered."""
@@ -310,7 +302,7 @@ async def test_an_answer_holds_so_many_numbers_of_prompts_at_most(
             assert await refused(server, path, body) == (param, "too_many_logprobs")
 
 
-async def test_one_prompt_of_full_length_is_always_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_prompt_logprobs_one_full_length_prompt_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.api.validation._MAX_PROMPT_LOGPROBS", 1)
     async with serving(max_model_len=410) as server:
         for fields in ({"logprobs": 3}, {"logprobs": 0, "prompt_logprob_token_ids": list(range(20))}):
@@ -318,7 +310,7 @@ async def test_one_prompt_of_full_length_is_always_answered(monkeypatch: pytest.
             assert (await server.post(COMPLETIONS, body)).status_code == 200
 
 
-async def test_many_wrong_ids_give_one_short_error(server: Server) -> None:
+async def test_error_many_invalid_ids_is_short(server: Server) -> None:
     for bad in (-1, 10**6, 1.5, "x", None, [1]):
         body = completion_body(prompt=[1] + [bad] * 200_000, truncate_prompt_tokens=1)
         response = await server.post(COMPLETIONS, body)
@@ -327,14 +319,14 @@ async def test_many_wrong_ids_give_one_short_error(server: Server) -> None:
         assert error_of(response, 400)["param"].startswith("stop_token_ids")
 
 
-async def test_long_input_is_not_echoed_back(server: Server) -> None:
+async def test_error_does_not_echo_long_input(server: Server) -> None:
     for fields in ({"model": "x" * 100_000}, {"messages": [{"role": "x" * 100_000, "content": "Hi"}]}):
         response = await server.post(CHAT, chat_body(**fields))
         assert response.status_code in (400, 404)
         assert len(response.content) < 2000
 
 
-async def test_deep_nesting_within_what_json_allows(server: Server) -> None:
+async def test_error_deep_nesting_within_json_limits(server: Server) -> None:
     deep: Any = "x"
     for _ in range(500):
         deep = [deep]
@@ -366,19 +358,19 @@ def with_levels(param: str, levels: int) -> dict[str, Any]:
     "param",
     ["chat_template_kwargs", "documents", "messages[1].content", "messages[1].name", "metadata", "x" * 100],
 )
-async def test_a_field_of_any_shape_has_64_levels_at_most(server: Server, param: str) -> None:
+async def test_error_more_than_64_levels(server: Server, param: str) -> None:
     await server.chat(**with_levels(param, 64))
     assert await refused(server, CHAT, with_levels(param, 65)) == (param, "invalid_value")
     assert await refused(server, CHAT, with_levels(param, 900)) == (param, "invalid_value")
 
 
-async def test_tokenize_takes_no_more_levels(server: Server) -> None:
+async def test_error_more_than_64_levels_in_tokenize(server: Server) -> None:
     for body in ({"prompt": "Hi"}, {"messages": [{"role": "user", "content": "Hi"}]}):
         assert await refused(server, "/tokenize", body | {"more": objects(65)}) == ("more", "invalid_value")
     assert await refused(server, "/detokenize", {"tokens": [1], "more": objects(65)}) == ("more", "invalid_value")
 
 
-async def test_a_request_has_4096_answers_at_most(server: Server) -> None:
+async def test_error_more_than_4096_answers(server: Server) -> None:
     for prompts, n in ((2048, 3), (33, 128)):
         body = completion_body(prompt=["a"] * prompts, n=n)
         assert await refused(server, COMPLETIONS, body) == ("n", "integer_above_max_value")
@@ -393,13 +385,13 @@ OTHERS: dict[str, Any] = {"length_penalty": 2, "suffix": "x"}
 
 
 @pytest.mark.parametrize("name", sorted(UNSUPPORTED))
-async def test_a_field_that_is_not_honoured_is_refused(server: Server, name: str) -> None:
+async def test_error_unsupported_field(server: Server, name: str) -> None:
     body = completion_body(**{name: OTHERS.get(name, {"some": "value"})})
     assert await refused(server, COMPLETIONS, body) == (name, "unsupported_parameter")
     assert await refused(server, CHAT, chat_body(**{name: 0.5})) == (name, "unsupported_parameter")
 
 
-async def test_values_that_change_nothing_are_accepted(server: Server) -> None:
+async def test_unsupported_field_without_effect_accepted(server: Server) -> None:
     plain = await server.complete()
     neutral = {name: values[0] for name, values in UNSUPPORTED.items() if values}
     assert len(neutral) >= 10
@@ -408,12 +400,12 @@ async def test_values_that_change_nothing_are_accepted(server: Server) -> None:
         await server.chat(**fields)
 
 
-def test_the_table_holds_what_the_contract_names() -> None:
+def test_unsupported_table_is_complete() -> None:
     named = {"response_format", "tools", "suffix", "use_beam_search", "prompt_embeds", "guided_json"}
     assert named <= set(UNSUPPORTED)
 
 
-async def test_null_is_the_default_of_every_field(server: Server) -> None:
+async def test_null_is_default_of_every_field(server: Server) -> None:
     nulls = dict.fromkeys(CompletionRequest.model_fields.keys() - {"prompt", "temperature"})
     assert (await server.complete(**nulls))["choices"] == (await server.complete())["choices"]
     nulls = dict.fromkeys(ChatCompletionRequest.model_fields.keys() - {"messages", "temperature"})
@@ -422,9 +414,9 @@ async def test_null_is_the_default_of_every_field(server: Server) -> None:
     assert await server.chat_stream(stream_options=dict.fromkeys(StreamOptions.model_fields))
 
 
-async def test_unknown_fields_are_accepted_and_logged_once(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+async def test_unknown_fields_accepted_and_logged_once(fresh_server: Server, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
-        await server.complete(flavour="mint", user="me", metadata={"a": "b"}, verbosity="low")
+        await fresh_server.complete(flavour="mint", user="me", metadata={"a": "b"}, verbosity="low")
     assert [record.getMessage() for record in caplog.records if "ignored" in record.getMessage()] == [
         "unknown request field 'flavour' is ignored"
     ]

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -22,13 +21,7 @@ from tests.support.http_client import (
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving() as server:
-        yield server
-
-
-async def test_the_queue_is_full() -> None:
+async def test_queue_full_is_429() -> None:
     async with serving(max_waiting=1) as server:
         gate = server.runner.before_call = Gate("prefill")
         first = asyncio.create_task(server.complete())
@@ -44,7 +37,7 @@ async def test_the_queue_is_full() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_one_request_does_not_fill_the_queue_with_what_it_has_ended(stream: bool) -> None:
+async def test_queue_not_filled_by_finished_choices(stream: bool) -> None:
     """Choices that a stop string ends leave their places at once, though the engine hears of it after its step."""
     async with serving(b"Hello" * 20, max_waiting=64) as server:
         response = await server.post(COMPLETIONS, completion_body(n=128, stop="l", max_tokens=60, stream=stream))
@@ -55,7 +48,7 @@ async def test_one_request_does_not_fill_the_queue_with_what_it_has_ended(stream
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("limits", [{"max_waiting": 6}, {"max_waiting_tokens": 6 * len("Hi")}])
-async def test_only_the_first_choice_of_a_request_can_be_refused(stream: bool, limits: dict[str, Any]) -> None:
+async def test_queue_full_refuses_first_choice_only(stream: bool, limits: dict[str, Any]) -> None:
     """The others wait for one of theirs, however few places there are."""
     async with serving(**limits) as server:
         response = await server.post(COMPLETIONS, completion_body(prompt="Hi", n=100, max_tokens=2, stream=stream))
@@ -77,50 +70,50 @@ async def test_only_the_first_choice_of_a_request_can_be_refused(stream: bool, l
         await server.assert_idle()
 
 
-async def test_the_engine_has_stopped(server: Server) -> None:
-    await asyncio.to_thread(server.engine.stop)
+async def test_engine_stopped_is_503(fresh_server: Server) -> None:
+    await asyncio.to_thread(fresh_server.engine.stop)
     for stream in (False, True):
-        error = error_of(await server.post(CHAT, chat_body(stream=stream)), 503)
+        error = error_of(await fresh_server.post(CHAT, chat_body(stream=stream)), 503)
         assert (error["type"], error["code"]) == ("service_unavailable", "engine_stopped")
 
 
-async def test_the_engine_stops_under_a_request(server: Server) -> None:
-    server.runner.before_call = lambda name: server.engine._stop() if name == "decode" else None
-    response = await server.post(COMPLETIONS, completion_body())
+async def test_engine_stops_during_request(fresh_server: Server) -> None:
+    fresh_server.runner.before_call = lambda name: fresh_server.engine._stop() if name == "decode" else None
+    response = await fresh_server.post(COMPLETIONS, completion_body())
     assert error_of(response, 503)["code"] == "engine_stopped"
     assert response.headers["retry-after"] == "2"
 
 
 @pytest.mark.parametrize("name", ["prefill", "decode", "read"])
 @pytest.mark.parametrize(("path", "body"), [(CHAT, chat_body()), (COMPLETIONS, completion_body(n=2))])
-async def test_a_step_fails(server: Server, name: str, path: str, body: Any) -> None:
-    server.runner.fail_once(name)
-    error = error_of(await server.post(path, body), 500)
+async def test_engine_step_failure_is_500(fresh_server: Server, name: str, path: str, body: Any) -> None:
+    fresh_server.runner.fail_once(name)
+    error = error_of(await fresh_server.post(path, body), 500)
     assert (error["type"], error["code"], error["param"]) == ("server_error", "engine_error", None)
     assert "Injected" not in error["message"]
-    assert (await server.complete())["choices"][0]["text"] == "Hello"
+    assert (await fresh_server.complete())["choices"][0]["text"] == "Hello"
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-async def test_a_stream_fails_before_its_first_byte(server: Server, path: str) -> None:
-    server.runner.fail_once("decode")
+async def test_stream_failure_before_first_byte_is_status(fresh_server: Server, path: str) -> None:
+    fresh_server.runner.fail_once("decode")
     body = chat_body(stream=True) if path == CHAT else completion_body(stream=True)
-    assert error_of(await server.post(path, body), 500)["code"] == "engine_error"
-    assert await server.chat_stream()
+    assert error_of(await fresh_server.post(path, body), 500)["code"] == "engine_error"
+    assert await fresh_server.chat_stream()
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-async def test_a_stream_fails_on_its_way(server: Server, path: str) -> None:
+async def test_stream_failure_later_is_event(fresh_server: Server, path: str) -> None:
     body = chat_body(stream=True) if path == CHAT else completion_body(stream=True)
-    server.runner.fail_once("decode", after=3)  # two tokens have been read when the fourth is begun
-    *chunks, error, done = events_of(await server.post(path, body))
+    fresh_server.runner.fail_once("decode", after=3)  # two tokens have been read when the fourth is begun
+    *chunks, error, done = events_of(await fresh_server.post(path, body))
     assert len(chunks) == (3 if path == CHAT else 2)
     assert json.loads(error)["error"]["code"] == "engine_error"
     assert done == "[DONE]"
-    assert (await server.complete())["choices"][0]["text"] == "Hello"
+    assert (await fresh_server.complete())["choices"][0]["text"] == "Hello"
 
 
-async def test_nan_is_an_error() -> None:
+async def test_nan_logprob_is_500() -> None:
     async with serving(None) as server:
         server.runner.nan_token = 5
         response = await server.post(COMPLETIONS, completion_body(prompt=[4, 5], prompt_logprobs=1, max_tokens=0))
@@ -129,7 +122,7 @@ async def test_nan_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_failure_that_nobody_foresaw(server: Server, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unexpected_exception_is_500(server: Server, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def submit(_: object) -> None:
         raise RuntimeError("the secret")
 
@@ -143,20 +136,20 @@ async def test_a_failure_that_nobody_foresaw(server: Server, stream: bool, monke
     await server.chat()
 
 
-async def test_a_stream_fails_on_its_way_as_nobody_foresaw(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stream_unexpected_exception_is_event(fresh_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.api.chat.chat_content", lambda *_: 1 / 0)
-    *_, error, done = events_of(await server.post(CHAT, chat_body(stream=True, logprobs=True)))
+    *_, error, done = events_of(await fresh_server.post(CHAT, chat_body(stream=True, logprobs=True)))
     assert json.loads(error)["error"]["message"] == "The engine failed on this request."
     assert done == "[DONE]"
-    await server.assert_idle()
+    await fresh_server.assert_idle()
 
 
-async def test_the_client_leaves_while_it_sends(server: Server) -> None:
+async def test_disconnect_while_sending_body(fresh_server: Server) -> None:
     connection = Connection(CHAT, None)
     torn = json.dumps(chat_body()).encode()  # it looks whole
     connection._incoming.put_nowait({"type": "http.request", "body": torn, "more_body": True})
     connection.leave()
-    await connection.run(server.app)
+    await connection.run(fresh_server.app)
     assert connection.sent.get_nowait()["status"] == 499  # nobody reads it, but the request has ended
-    assert (await server.complete())["choices"][0]["text"] == "Hello"
-    await server.assert_idle()
+    assert (await fresh_server.complete())["choices"][0]["text"] == "Hello"
+    await fresh_server.assert_idle()

@@ -1,7 +1,6 @@
 """Fields beyond OpenAI's that shape a prompt or an answer, and the server's own defaults; on both endpoints."""
 
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,6 @@ TEXT = list(b"user:Hi;>")
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving() as server:
-        yield server
-
-
 async def answer_of(server: Server, path: str, **fields: Any) -> Any:
     return await (server.chat if path == CHAT else server.complete)(**fields)
 
@@ -49,9 +42,7 @@ async def answer_of(server: Server, path: str, **fields: Any) -> Any:
     ],
 )
 @pytest.mark.parametrize("ids", [False, True])
-async def test_a_prompt_is_cut_to_what_is_asked(
-    server: Server, fields: dict[str, Any], expected: list[int], ids: bool
-) -> None:
+async def test_truncate_prompt_tokens(server: Server, fields: dict[str, Any], expected: list[int], ids: bool) -> None:
     fields = {"max_tokens": 1, "return_token_ids": True, "prompt_logprobs": 0} | fields
     chat = await server.chat(**fields)
     assert chat["prompt_token_ids"] == expected
@@ -66,7 +57,7 @@ async def test_a_prompt_is_cut_to_what_is_asked(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_echo_of_chat_begins_with_the_last_message_if_it_is_the_replys(server: Server, stream: bool) -> None:
+async def test_chat_echo_repeats_last_assistant_message(server: Server, stream: bool) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Oh, "}]
     for given, expected in ((messages, "Oh, Hello"), (messages[:1], "Hello")):
         fields = {"messages": given, "echo": True, "continue_final_message": given is messages}
@@ -80,7 +71,7 @@ async def test_an_echo_of_chat_begins_with_the_last_message_if_it_is_the_replys(
         assert text == expected
 
 
-async def test_the_prompts_text_is_told_on_demand(server: Server) -> None:
+async def test_return_prompt_text(server: Server) -> None:
     assert (await server.chat(return_prompt_text=True))["prompt_text"] == "user:Hi;>"
     first, *others = await server.chat_stream(return_prompt_text=True)
     assert first["prompt_text"] == "user:Hi;>"
@@ -90,9 +81,7 @@ async def test_the_prompts_text_is_told_on_demand(server: Server) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("messages", [{}, {"messages": None}, {"messages": []}, {"messages": MESSAGES}])
-async def test_ids_are_the_prompt_of_a_chat_whatever_the_messages(
-    server: Server, messages: dict[str, Any], stream: bool
-) -> None:
+async def test_prompt_token_ids_override_messages(server: Server, messages: dict[str, Any], stream: bool) -> None:
     fields = {"prompt_token_ids": [*b"Oh, ", 257], "return_token_ids": True, "return_prompt_text": True}
     body = {"temperature": 0, "prompt_logprobs": 0, "stream": stream} | fields | messages
     response = await server.post(CHAT, body)
@@ -102,7 +91,7 @@ async def test_ids_are_the_prompt_of_a_chat_whatever_the_messages(
     assert [list(entry) for entry in answer["prompt_logprobs"][1:]] == [["104"], ["44"], ["32"], ["257"]]
 
 
-async def test_ids_of_a_chat_are_cut_and_echo_like_messages(server: Server) -> None:
+async def test_prompt_token_ids_truncated_and_echoed(server: Server) -> None:
     ids = {"prompt_token_ids": TEXT, "return_token_ids": True}
     assert (await server.chat(**ids, truncate_prompt_tokens=3))["prompt_token_ids"] == TEXT[-3:]
     spoken = [{"role": "assistant", "content": "Oh, "}]
@@ -112,7 +101,7 @@ async def test_ids_of_a_chat_are_cut_and_echo_like_messages(server: Server) -> N
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_invocations_are_chats_or_completions(server: Server, stream: bool) -> None:
+async def test_invocations_chat_or_completion(server: Server, stream: bool) -> None:
     for body, kind in (
         (chat_body(), "chat.completion"),
         ({"prompt_token_ids": TEXT}, "chat.completion"),
@@ -124,7 +113,7 @@ async def test_invocations_are_chats_or_completions(server: Server, stream: bool
     assert error_of(await server.post("/invocations", {}), 400)["param"] == "messages"
 
 
-async def test_a_template_of_the_request_where_it_is_trusted() -> None:
+async def test_chat_template_of_request_if_trusted() -> None:
     template = "{% for m in messages %}<{{ m.content }}>{% endfor %}{{ documents[0].title }}{{ reasoning_effort }}"
     async with serving(trust_request_chat_template=True) as server:
         fields: dict[str, Any] = {"chat_template": template, "documents": [{"title": "T"}], "reasoning_effort": "low"}
@@ -136,23 +125,25 @@ async def test_a_template_of_the_request_where_it_is_trusted() -> None:
 
 
 @PATHS
-async def test_the_request_id_of_the_body_names_the_answer(server: Server, path: str) -> None:
+async def test_request_id_in_body_is_answer_id(server: Server, path: str) -> None:
     answer = await answer_of(server, path, request_id="mine-7")
     assert answer["id"].endswith("-mine-7")
 
 
 @PATHS
-async def test_the_mode_of_the_numbers_is_asked_of_the_engine_and_told(server: Server, path: str) -> None:
-    requests = submitted(server)
+async def test_logprobs_mode_of_request(fresh_server: Server, path: str) -> None:
+    requests = submitted(fresh_server)
     for mode in ("raw_logprobs", "processed_logprobs"):
-        assert (await answer_of(server, path, logprobs_mode=mode))["logprobs_mode"] == mode
-    assert "logprobs_mode" not in await answer_of(server, path)
+        assert (await answer_of(fresh_server, path, logprobs_mode=mode))["logprobs_mode"] == mode
+    assert "logprobs_mode" not in await answer_of(fresh_server, path)
     assert [request.params.processed for request in requests] == [False, True, False]
-    chunks = await (server.chat_stream if path == CHAT else server.complete_stream)(logprobs_mode="processed_logprobs")
+    chunks = await (fresh_server.chat_stream if path == CHAT else fresh_server.complete_stream)(
+        logprobs_mode="processed_logprobs"
+    )
     assert {chunk["logprobs_mode"] for chunk in chunks} == {"processed_logprobs"}
 
 
-async def test_the_servers_own_mode_and_names() -> None:
+async def test_logprobs_mode_and_token_names_of_server() -> None:
     async with serving(logprobs_mode="processed_logprobs", return_tokens_as_token_ids=True) as server:
         requests = submitted(server)
         answer = await server.complete(logprobs=0, max_tokens=1)
@@ -165,7 +156,7 @@ async def test_the_servers_own_mode_and_names() -> None:
         assert [request.params.processed for request in requests] == [True, False]
 
 
-async def test_every_stream_ends_with_its_usage_where_the_server_says_so() -> None:
+async def test_stream_usage_forced_by_server() -> None:
     async with serving(enable_force_include_usage=True) as server:
         assert (await server.chat_stream())[-1]["usage"]["completion_tokens"] == 6
         assert (await server.complete_stream(stream_options={"include_usage": False}))[-1]["usage"][
@@ -173,7 +164,7 @@ async def test_every_stream_ends_with_its_usage_where_the_server_says_so() -> No
         ] == 2
 
 
-async def test_the_role_of_the_reply() -> None:
+async def test_response_role() -> None:
     async with serving(response_role="bard") as server:
         assert (await server.chat())["choices"][0]["message"]["role"] == "bard"
         assert (await server.chat_stream())[0]["choices"][0]["delta"]["role"] == "bard"
@@ -196,7 +187,7 @@ def columns_of(entries: list[dict[str, Any] | None], ids: list[int], start: int,
 @PATHS
 @pytest.mark.parametrize("start", [0, 3])
 @pytest.mark.parametrize("k", [0, 2])
-async def test_columns_hold_the_numbers_of_the_entries(path: str, start: int, k: int) -> None:
+async def test_prompt_logprobs_columns_equal_entries(path: str, start: int, k: int) -> None:
     async with serving(None) as server:
         fields: dict[str, Any] = {
             "prompt_logprobs": k,
@@ -227,7 +218,7 @@ async def test_columns_hold_the_numbers_of_the_entries(path: str, start: int, k:
         assert opening["prompt_logprobs_columns"] == told
 
 
-async def test_columns_of_every_prompt_and_choice_and_of_named_ids() -> None:
+async def test_prompt_logprobs_columns_per_prompt_and_choice() -> None:
     async with serving(None) as server:
         answer = await server.complete(
             prompt=["abc", "de"], n=2, prompt_logprob_token_ids=[5, 9], prompt_logprobs_format="columns", max_tokens=1
@@ -239,7 +230,7 @@ async def test_columns_of_every_prompt_and_choice_and_of_named_ids() -> None:
         assert columns[0]["top_token_ids"] == [[5, 9], [5, 9]]
 
 
-async def test_columns_do_not_hold_whole_rows() -> None:
+async def test_prompt_logprobs_columns_refuse_full_vocabulary() -> None:
     async with serving(None, whole_vocabulary=True) as server:
         body = completion_body(prompt_logprobs=-1, prompt_logprobs_format="columns")
         assert error_of(await server.post(COMPLETIONS, body), 400)["param"] == "prompt_logprobs_format"
@@ -251,7 +242,7 @@ DEFAULTS = GenerationDefaults(
 
 
 @PATHS
-async def test_the_models_defaults_hold_where_a_request_says_nothing(path: str) -> None:
+async def test_generation_defaults_fill_unset_fields(path: str) -> None:
     async with serving(defaults=DEFAULTS) as server:
         requests = submitted(server)
         body = chat_body() if path == CHAT else completion_body()
@@ -268,7 +259,7 @@ async def test_the_models_defaults_hold_where_a_request_says_nothing(path: str) 
         assert requests[-1].params.max_tokens == 9
 
 
-def test_defaults_come_from_the_models_folder_unless_switched_off(tmp_path: Path) -> None:
+def test_generation_defaults_sources(tmp_path: Path) -> None:
     file = tmp_path / "generation_config.json"
     assert defaults_of("auto", "{}", tmp_path) == GenerationDefaults()
     file.write_text(json.dumps({"temperature": 0.6, "top_k": 50, "do_sample": True, "eos_token_id": [1, 2]}))
@@ -292,19 +283,19 @@ def test_defaults_come_from_the_models_folder_unless_switched_off(tmp_path: Path
         ("nowhere", "{}", "{}", "--generation-config: .*nowhere: No such file"),
     ],
 )
-def test_broken_defaults_are_named(tmp_path: Path, source: str, override: str, text: str, message: str) -> None:
+def test_generation_defaults_errors(tmp_path: Path, source: str, override: str, text: str, message: str) -> None:
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(DefaultsError, match=message):
         defaults_of(source, override, tmp_path)
 
 
-async def test_ids_that_the_vocabulary_lacks_are_no_prompt(server: Server) -> None:
+async def test_prompt_token_ids_outside_vocabulary(server: Server) -> None:
     body = completion_body(prompt=[VOCAB_SIZE], truncate_prompt_tokens=1)
     assert error_of(await server.post(COMPLETIONS, body), 400)["param"] == "prompt[0]"
 
 
 @PATHS
-async def test_requests_are_logged_where_that_is_wanted(path: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_request_log_if_enabled(path: str, caplog: pytest.LogCaptureFixture) -> None:
     for wanted in (True, False):
         caplog.clear()
         async with serving(enable_log_requests=wanted, max_log_len=3) as server:
@@ -317,7 +308,7 @@ async def test_requests_are_logged_where_that_is_wanted(path: str, caplog: pytes
             assert "'top_k': 7" in lines[0]
 
 
-async def test_the_log_of_a_prompt_of_ids_is_cut_too(caplog: pytest.LogCaptureFixture) -> None:
+async def test_request_log_truncates_prompt_of_ids(caplog: pytest.LogCaptureFixture) -> None:
     async with serving(enable_log_requests=True, max_log_len=3) as server:
         await server.chat(prompt_token_ids=TEXT, request_id="id-1")
     (line,) = [record.getMessage() for record in caplog.records]
@@ -325,7 +316,7 @@ async def test_the_log_of_a_prompt_of_ids_is_cut_too(caplog: pytest.LogCaptureFi
     assert "prompt_token_ids" not in line
 
 
-async def test_cors_as_the_server_is_told() -> None:
+async def test_cors_settings() -> None:
     async with serving(allowed_origins=("https://a",), allow_credentials=True) as server:
         for origin, allowed in (("https://a", "https://a"), ("https://b", None)):
             response = await server.client.get("/health", headers={"origin": origin})

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import numpy as np
@@ -36,10 +36,7 @@ STREAMS = pytest.mark.parametrize("stream", [False, True])
 PROMPTS = {CHAT: b"user:Hi;>", COMPLETIONS: b"Hi there, all of you"}
 
 
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving(runner=ExactRunner, whole_vocabulary=True) as server:
-        yield server
+SERVER_OPTIONS: dict[str, Any] = {"runner": ExactRunner, "whole_vocabulary": True}
 
 
 def body_of(path: str, **fields: Any) -> dict[str, Any]:
@@ -80,23 +77,25 @@ def told(entry: dict[str, Any]) -> list[tuple[int, float, int]]:
 @pytest.mark.parametrize("max_tokens", [0, 2])
 @PATHS
 @STREAMS
-async def test_every_row_is_whole(server: Server, path: str, stream: bool, k: int, max_tokens: int) -> None:
+async def test_full_rows_contain_vocabulary(
+    fresh_server: Server, path: str, stream: bool, k: int, max_tokens: int
+) -> None:
     prompt = PROMPTS[path]
-    answer = await answer_of(server, path, stream=stream, prompt_logprobs=k, max_tokens=max_tokens)
+    answer = await answer_of(fresh_server, path, stream=stream, prompt_logprobs=k, max_tokens=max_tokens)
     entries = answer["prompt_logprobs"]
     assert entries[0] is None
     assert len(entries) == len(prompt)
     for index, entry in enumerate(entries[1:]):
         shown = VOCAB_SIZE if k == -1 else k
-        assert told(entry) == expected_entry(row_of(server, prompt, index), prompt[index + 1], shown)
+        assert told(entry) == expected_entry(row_of(fresh_server, prompt, index), prompt[index + 1], shown)
     names = {key: value["decoded_token"] for key, value in entries[1].items()}
     if k == -1:
         assert (names["65"], names["34"], names["256"], names["200"], names["259"]) == ("A", '"', "<begin>", "", "\0\1")
-    await server.assert_idle()
+    await fresh_server.assert_idle()
 
 
 @PATHS
-async def test_a_number_is_the_same_for_every_k(server: Server, path: str) -> None:
+async def test_full_rows_equal_for_every_k(server: Server, path: str) -> None:
     few = (await answer_of(server, path, prompt_logprobs=K))["prompt_logprobs"]
     whole = (await answer_of(server, path, prompt_logprobs=-1))["prompt_logprobs"]
     for small, large in zip(few[1:], whole[1:], strict=True):
@@ -108,37 +107,37 @@ async def test_a_number_is_the_same_for_every_k(server: Server, path: str) -> No
 @pytest.mark.parametrize("start", [1, 2, 8])
 @PATHS
 @STREAMS
-async def test_a_suffix(server: Server, path: str, stream: bool, start: int) -> None:
-    plain = (await answer_of(server, path, prompt_logprobs=-1))["prompt_logprobs"]
-    server.runner.calls.clear()
-    answer = await answer_of(server, path, stream=stream, prompt_logprobs=-1, prompt_logprobs_start=start)
+async def test_full_rows_start(fresh_server: Server, path: str, stream: bool, start: int) -> None:
+    plain = (await answer_of(fresh_server, path, prompt_logprobs=-1))["prompt_logprobs"]
+    fresh_server.runner.calls.clear()
+    answer = await answer_of(fresh_server, path, stream=stream, prompt_logprobs=-1, prompt_logprobs_start=start)
     assert answer["prompt_logprobs"] == [None] * start + plain[start:]
-    assert sum(live for name, live in server.runner.calls if name == "vocabulary") == len(plain) - start
+    assert sum(live for name, live in fresh_server.runner.calls if name == "vocabulary") == len(plain) - start
 
 
-async def test_a_prompt_of_one_token(server: Server) -> None:
+async def test_full_rows_of_one_token(server: Server) -> None:
     answer = await server.complete(prompt=[5], prompt_logprobs=-1)
     assert answer["choices"][0]["prompt_logprobs"] == [None]
 
 
 @STREAMS
-async def test_rows_are_told_once_for_each_prompt(server: Server, stream: bool) -> None:
+async def test_full_rows_in_first_choice_only(fresh_server: Server, stream: bool) -> None:
     fields: dict[str, Any] = {"prompt": ["abc", "de"], "n": 2, "prompt_logprobs": -1, "max_tokens": 1}
     if stream:
-        choices = [choice for chunk in await server.complete_stream(**fields) for choice in chunk["choices"]]
+        choices = [choice for chunk in await fresh_server.complete_stream(**fields) for choice in chunk["choices"]]
         shown = {choice["index"]: choice["prompt_logprobs"] for choice in choices if "prompt_logprobs" in choice}
     else:
-        choices = (await server.complete(**fields))["choices"]
+        choices = (await fresh_server.complete(**fields))["choices"]
         shown = {choice["index"]: choice["prompt_logprobs"] for choice in choices if choice["prompt_logprobs"]}
     assert {index: [entry and len(entry) for entry in entries] for index, entries in shown.items()} == {
         0: [None, VOCAB_SIZE, VOCAB_SIZE],
         2: [None, VOCAB_SIZE],
     }
-    await server.assert_idle()
+    await fresh_server.assert_idle()
 
 
 @STREAMS
-async def test_an_echo_keeps_its_own_k(server: Server, stream: bool) -> None:
+async def test_full_rows_echo_keeps_its_k(server: Server, stream: bool) -> None:
     choice = await answer_of(
         server, COMPLETIONS, stream=stream, echo=True, logprobs=2, prompt_logprobs=-1, max_tokens=0
     )
@@ -151,20 +150,20 @@ async def test_an_echo_keeps_its_own_k(server: Server, stream: bool) -> None:
     ]
 
 
-async def test_rows_share_the_salt_and_priority_of_the_answer(server: Server) -> None:
-    requests = submitted(server)
-    await server.complete(prompt="abc", prompt_logprobs=-1, cache_salt="a", priority=3, max_tokens=1)
+async def test_full_rows_share_salt_and_priority(fresh_server: Server) -> None:
+    requests = submitted(fresh_server)
+    await fresh_server.complete(prompt="abc", prompt_logprobs=-1, cache_salt="a", priority=3, max_tokens=1)
     assert [(request.cache_salt, request.priority) for request in requests] == [("a", 3)] * 2
     assert [request.params.max_tokens for request in requests] == [1, 0]
 
 
 @PATHS
 @STREAMS
-async def test_rows_are_sent_before_the_next_are_made(server: Server, path: str, stream: bool) -> None:
+async def test_full_rows_are_sent_one_by_one(fresh_server: Server, path: str, stream: bool) -> None:
     """Nobody holds more than the rows of one block: the first go out while the engine stands before the next."""
-    gate = server.runner.before_call = Gate("vocabulary", after=2)  # two calls are one block of eight rows
+    gate = fresh_server.runner.before_call = Gate("vocabulary", after=2)  # two calls are one block of eight rows
     connection = Connection(path, body_of(path, prompt_logprobs=-1, max_tokens=1, stream=stream))
-    run = asyncio.create_task(connection.run(server.app))
+    run = asyncio.create_task(connection.run(fresh_server.app))
     if path == CHAT:  # its prompt has eight rows: one block
         gate.open()
     else:
@@ -179,59 +178,59 @@ async def test_rows_are_sent_before_the_next_are_made(server: Server, path: str,
 @PATHS
 @STREAMS
 @pytest.mark.parametrize("after", [0, 2])
-async def test_a_client_leaves_while_rows_are_made(server: Server, path: str, stream: bool, after: int) -> None:
+async def test_full_rows_disconnect(fresh_server: Server, path: str, stream: bool, after: int) -> None:
     long = {"messages": [{"role": "user", "content": "x" * 40}]} if path == CHAT else {"prompt": "x" * 40}
-    gate = server.runner.before_call = Gate("vocabulary", after=after)
+    gate = fresh_server.runner.before_call = Gate("vocabulary", after=after)
     body = (chat_body if path == CHAT else completion_body)(**long, prompt_logprobs=-1, n=2, stream=stream)
     connection = Connection(path, body)
-    run = asyncio.create_task(connection.run(server.app))
+    run = asyncio.create_task(connection.run(fresh_server.app))
     await gate.reached()
     connection.leave()
     await run
     gate.open()
-    await server.assert_idle()
+    await fresh_server.assert_idle()
 
 
 @PATHS
 @STREAMS
-async def test_the_engine_fails_before_the_first_row(server: Server, path: str, stream: bool) -> None:
-    server.runner.fail_once("vocabulary")
-    response = await server.post(path, body_of(path, prompt_logprobs=-1, max_tokens=1, stream=stream))
+async def test_full_rows_engine_fails_before_first(fresh_server: Server, path: str, stream: bool) -> None:
+    fresh_server.runner.fail_once("vocabulary")
+    response = await fresh_server.post(path, body_of(path, prompt_logprobs=-1, max_tokens=1, stream=stream))
     assert error_of(response, 500)["code"] == "engine_error"
-    await server.complete()
-    await server.assert_idle()
+    await fresh_server.complete()
+    await fresh_server.assert_idle()
 
 
-async def test_the_engine_fails_between_rows(server: Server) -> None:
+async def test_full_rows_engine_fails_later(fresh_server: Server) -> None:
     """The body does not end: nobody takes it for whole."""
-    server.runner.fail_once("vocabulary", after=2)
+    fresh_server.runner.fail_once("vocabulary", after=2)
     connection = Connection(COMPLETIONS, body_of(COMPLETIONS, prompt_logprobs=-1, max_tokens=1))
     with pytest.raises(Exception, match="already started"):
-        await connection.run(server.app)
+        await connection.run(fresh_server.app)
     messages = [connection.sent.get_nowait() for _ in range(connection.sent.qsize())]
     assert messages[0]["status"] == 200
     assert len(messages) == 1 + 8
     assert all(message["more_body"] for message in messages[1:])
-    await server.complete()
-    await server.assert_idle()
+    await fresh_server.complete()
+    await fresh_server.assert_idle()
 
 
-async def test_a_stream_fails_between_rows(server: Server) -> None:
+async def test_full_rows_stream_fails(fresh_server: Server) -> None:
     """The event that it tears is no JSON; the error is an event of its own."""
-    server.runner.fail_once("vocabulary", after=2)
+    fresh_server.runner.fail_once("vocabulary", after=2)
     torn, error, done = events_of(
-        await server.post(COMPLETIONS, body_of(COMPLETIONS, prompt_logprobs=-1, max_tokens=1, stream=True))
+        await fresh_server.post(COMPLETIONS, body_of(COMPLETIONS, prompt_logprobs=-1, max_tokens=1, stream=True))
     )
     with pytest.raises(json.JSONDecodeError):
         json.loads(torn)
     assert json.loads(error)["error"]["code"] == "engine_error"
     assert done == "[DONE]"
-    await server.assert_idle()
+    await fresh_server.assert_idle()
 
 
 @PATHS
 @STREAMS
-async def test_the_queue_is_full_when_rows_are_asked_for(
+async def test_full_rows_with_full_queue(
     server: Server, path: str, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit = server.engine.submit
@@ -248,7 +247,7 @@ async def test_the_queue_is_full_when_rows_are_asked_for(
 
 
 @STREAMS
-async def test_answers_with_whole_rows_never_wait_for_each_others_pages(stream: bool) -> None:
+async def test_full_rows_do_not_deadlock_on_pages(stream: bool) -> None:
     """Each of four needs two of three pages; held ones wait for nobody."""
     async with serving(runner=ExactRunner, whole_vocabulary=True, pages=4) as server:
         bodies = [
@@ -269,7 +268,7 @@ def scores_of(rank: int, top_ids: list[int], tops: list[float], logprob: float) 
     return TokenScores(floats[0], np.asarray([rank], np.int32), np.asarray([top_ids], np.int32), ranks[None], floats[1])
 
 
-def test_ranks_of_equal_log_probs_are_those_that_are_told_elsewhere() -> None:
+def test_row_writer_ranks_of_equal_logprobs() -> None:
     """Logits that differ may give one log-prob: the order of the best, and the token's rank, are not the row's."""
     row = np.asarray([-4, -1, -1, -3, -3, -3, -9], np.float32)
     writer = RowWriter(byte_tokenizer(), len(row))
@@ -277,7 +276,7 @@ def test_ranks_of_equal_log_probs_are_those_that_are_told_elsewhere() -> None:
     assert told(entry) == [(5, -3, 3), (2, -1, 1), (1, -1, 2), (3, -3, 4), (4, -3, 5), (0, -4, 6), (6, -9, 7)]
 
 
-def test_of_a_token_among_the_best_only_k_are_shown() -> None:
+def test_row_writer_token_among_best_shows_k() -> None:
     row = np.asarray([-4, -1, -2, -3, -5, -6, -7], np.float32)
     writer = RowWriter(byte_tokenizer(), len(row))
     entry = json.loads(writer.row(row, 2, scores_of(2, [1, 2], [-1, -2], -2), 3))
@@ -293,14 +292,14 @@ def test_of_a_token_among_the_best_only_k_are_shown() -> None:
         ([-4, -1, -2, -3, -5, -6, -7], 1),  # the best is another
     ],
 )
-def test_a_row_that_cannot_be_is_an_error(row: list[float], rank: int) -> None:
+def test_row_writer_inconsistent_row_is_error(row: list[float], rank: int) -> None:
     writer = RowWriter(byte_tokenizer(), 7)
     with pytest.raises(APIError) as raised:
         writer.row(np.asarray(row, np.float32), 2, scores_of(rank, [1, 2], [-1, -2], -2), 7)
     assert raised.value.status == 500
 
 
-async def test_a_body_is_written_around_its_holes() -> None:
+async def test_make_body_with_placeholders() -> None:
     async def pieces(*parts: bytes) -> AsyncGenerator[bytes]:
         for part in parts:
             yield part
@@ -310,13 +309,13 @@ async def test_a_body_is_written_around_its_holes() -> None:
     assert parts == [b'{"a":[1', b"]", b',"b":["x",2', b'],"c":"d"}']
 
 
-def test_what_has_no_json_is_an_error() -> None:
+def test_make_body_unserializable_value_is_error() -> None:
     with pytest.raises(TypeError, match="not JSON serializable"):
         make_body({"a": object()})
 
 
 @pytest.mark.parametrize("whole", [False, True])
-async def test_the_model_card_tells_whether_rows_may_be_whole(whole: bool) -> None:
+async def test_model_card_whole_vocabulary(whole: bool) -> None:
     async with serving(whole_vocabulary=whole) as server:
         (card, _) = (await server.client.get("/v1/models")).json()["data"]
         assert (card["whole_vocabulary"], card["max_logprobs"]) == (whole, K)

@@ -1,24 +1,18 @@
 """The files of the inspector as they are served. What they do is in tests/integration/browser."""
 
 import re
-from collections.abc import AsyncIterator
-
-import pytest
 
 from serve.api.inspector import inspector
-from tests.support.http_client import Server, serving
+from tests.support.http_client import Server
 
 PATHS = [route.path for route in inspector()]
 _MOST = 30_000  # bytes of the whole page, zipped
 
 
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving(api_key=("secret",)) as server:
-        yield server
+SERVER_OPTIONS = {"api_key": ("secret",)}
 
 
-async def test_the_page_is_open_and_says_what_it_may_do(server: Server) -> None:
+async def test_inspector_is_public_with_policy(server: Server) -> None:
     assert "/" in PATHS
     for path in PATHS:
         response = await server.client.get(path)
@@ -30,7 +24,7 @@ async def test_the_page_is_open_and_says_what_it_may_do(server: Server) -> None:
     assert (await server.client.get("/v1/models")).status_code == 401
 
 
-async def test_nothing_comes_from_elsewhere(server: Server) -> None:
+async def test_inspector_loads_nothing_from_other_origins(server: Server) -> None:
     """All that a file refers to is served beside it, under relative addresses: a proxy may serve it under any path."""
     texts = {path: (await server.client.get(path)).text for path in PATHS}
     for path, text in texts.items():
@@ -43,7 +37,7 @@ async def test_nothing_comes_from_elsewhere(server: Server) -> None:
     assert len(re.findall("import ", texts["/web/main.js"])) > 3
 
 
-async def test_a_browser_gets_it_zipped_and_once(server: Server) -> None:
+async def test_inspector_gzip_and_etag(server: Server) -> None:
     sizes = []
     for path in PATHS:
         response = await server.client.get(path, headers={"Accept-Encoding": "gzip"})

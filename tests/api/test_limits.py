@@ -30,15 +30,9 @@ from tests.support.http_client import (
 )
 
 
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving() as server:
-        yield server
-
-
 @PATHS
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_request_that_waits_too_long_is_sent_away(path: str, stream: bool) -> None:
+async def test_queue_timeout_is_503(path: str, stream: bool) -> None:
     async with serving(None, max_model_len=5000, pages=400, queue_timeout=0.05) as server:
         others = [asyncio.create_task(ended(server, str(i))) for i in range(4)]  # as many as run at once
         async with asyncio.timeout(20):
@@ -64,7 +58,7 @@ async def ended(server: Server, name: str) -> FinishReason | None:
     return [event.finish_reason async for event in server.engine.submit(Request(name, [1, 2], params))][-1]
 
 
-async def test_who_waits_behind_his_own_requests_waits_for_nobody_else() -> None:
+async def test_queue_timeout_ignores_own_choices() -> None:
     async with serving(queue_timeout=0.05) as server:
         gate = server.runner.before_call = Gate("decode", after=1)
         asked = asyncio.create_task(server.complete(prompt=["a", "b", "c", "d", "e", "f"], max_tokens=4))
@@ -76,7 +70,7 @@ async def test_who_waits_behind_his_own_requests_waits_for_nobody_else() -> None
 
 @PATHS
 @pytest.mark.parametrize("said", ["by the server", "by the request", "by both"])
-async def test_a_request_that_takes_too_long_ends(path: str, said: str) -> None:
+async def test_request_timeout_is_504(path: str, said: str) -> None:
     config = {"by the server": 0.05, "by the request": math.inf, "by both": 1000.0}[said]
     fields = {} if said == "by the server" else {"timeout": 0.05}
     async with serving(request_timeout=config) as server:
@@ -88,27 +82,27 @@ async def test_a_request_that_takes_too_long_ends(path: str, said: str) -> None:
         assert [name for name, _ in server.runner.calls].count("decode") == 1
 
 
-async def test_a_stream_that_takes_too_long_ends_with_an_error_event(server: Server) -> None:
-    gate = server.runner.before_call = Gate("decode", after=3)
-    *chunks, error, done = events_of(await server.post(COMPLETIONS, completion_body(stream=True, timeout=2)))
+async def test_request_timeout_in_stream_is_event(fresh_server: Server) -> None:
+    gate = fresh_server.runner.before_call = Gate("decode", after=3)
+    *chunks, error, done = events_of(await fresh_server.post(COMPLETIONS, completion_body(stream=True, timeout=2)))
     assert [json.loads(chunk)["choices"][0]["text"] for chunk in chunks] == ["H", "e"]
     assert (json.loads(error)["error"]["code"], done) == ("deadline_exceeded", "[DONE]")
     gate.open()
-    await server.assert_idle()
+    await fresh_server.assert_idle()
 
 
-async def test_a_request_within_its_time_is_as_any_other(server: Server) -> None:
+async def test_request_timeout_not_reached(server: Server) -> None:
     assert (await server.complete(timeout=1000))["choices"][0]["text"] == "Hello"
     assert (await server.chat(timeout=1000))["choices"][0]["message"]["content"] == "Hello"
 
 
 @pytest.mark.parametrize("timeout", [0, -1, 1e9, "5", True])
-async def test_a_time_that_is_none(server: Server, timeout: Any) -> None:
+async def test_timeout_invalid_value(server: Server, timeout: Any) -> None:
     assert error_of(await server.post(COMPLETIONS, completion_body(timeout=timeout)), 400)["param"] == "timeout"
 
 
 @PATHS
-async def test_a_stream_that_nobody_reads_is_cut_and_the_engine_freed(path: str) -> None:
+async def test_slow_reader_is_cut_off(path: str) -> None:
     """What was waiting comes first, when somebody reads at last; then the error."""
     async with serving(b"x" * 400, max_unread_tokens=8) as server:
         reading = asyncio.Event()
@@ -128,7 +122,7 @@ async def test_a_stream_that_nobody_reads_is_cut_and_the_engine_freed(path: str)
         await server.assert_idle()
 
 
-async def test_all_choices_of_a_stream_that_nobody_reads_are_ended() -> None:
+async def test_slow_reader_ends_all_choices() -> None:
     async with serving(b"x" * 400, max_unread_tokens=8) as server:
         reading = asyncio.Event()
         connection = SlowReader(COMPLETIONS, completion_body(stream=True, max_tokens=400, n=3), reading)
@@ -145,7 +139,7 @@ async def test_all_choices_of_a_stream_that_nobody_reads_are_ended() -> None:
         await server.assert_idle()
 
 
-async def test_an_answer_that_is_no_stream_may_be_as_long_as_it_is() -> None:
+async def test_unread_tokens_unlimited_without_stream() -> None:
     async with serving(b"x" * 400, max_unread_tokens=8) as server:
         assert (await server.complete(max_tokens=400, n=2))["usage"]["completion_tokens"] == 800
 
@@ -170,7 +164,7 @@ class SlowReader(Connection):
             await self._reading.wait()
 
 
-async def test_bodies_that_are_held_together_are_bounded() -> None:
+async def test_bodies_total_size_is_limited() -> None:
     """Four of the largest; who comes then is sent away, and taken when there is room again. A small one is always."""
     large = json.dumps(completion_body()).encode() + b" " * 400_000
     async with serving(max_body_bytes=1 << 20) as server:
@@ -212,7 +206,7 @@ class Noticed(asyncio.Queue[dict[str, Any]]):
         return await super().get()
 
 
-async def test_while_it_drains_nothing_new_is_taken_and_what_runs_ends() -> None:
+async def test_draining_refuses_new_and_finishes_running() -> None:
     readiness = Readiness()
     async with serving(readiness=readiness, api_key=("sk-1",)) as server:
         key = {"Authorization": "Bearer sk-1"}
@@ -230,7 +224,7 @@ async def test_while_it_drains_nothing_new_is_taken_and_what_runs_ends() -> None
         assert events_of(await running)[-1] == "[DONE]"
 
 
-async def test_what_waits_comes_before_the_failure_though_another_choice_has_ended() -> None:
+async def test_merge_yields_deltas_before_failure() -> None:
     ended, failed = FakeChoice(0, 1), FakeChoice(1, 9)
     choices: list[Any] = [ended, failed]
     nobody: Any = None
@@ -248,7 +242,7 @@ async def test_what_waits_comes_before_the_failure_though_another_choice_has_end
     assert len(read) == 7  # all but the two that found no room
 
 
-async def test_choices_that_had_to_wait_run_side_by_side_when_there_is_room_again() -> None:
+async def test_merge_waiting_choices_run_concurrently_later() -> None:
     """A queue that was full once does not make them run one after the other for good."""
     room = Room(2)
     choices: list[Any] = [QueuedChoice(index, room) for index in range(12)]
@@ -268,7 +262,7 @@ async def test_choices_that_had_to_wait_run_side_by_side_when_there_is_room_agai
     assert room.ended == list(range(12))
 
 
-async def test_choices_that_have_to_wait_keep_their_order() -> None:
+async def test_merge_waiting_choices_keep_order() -> None:
     """Though there is room again before the next one asks."""
     room = Room(1, grows=True)
     choices: list[Any] = [QueuedChoice(index, room) for index in range(6)]
@@ -340,7 +334,7 @@ class QueuedChoice:
         yield self._index
 
 
-async def test_the_failure_of_one_choice_ends_the_others() -> None:
+async def test_merge_failure_ends_other_choices() -> None:
     endless, failed = FakeChoice(0, None), FakeChoice(1, 3, RuntimeError("no"))
     choices: list[Any] = [endless, failed]
     nobody: Any = None
@@ -372,7 +366,7 @@ class FakeChoice:
             self.cut.set()
 
 
-async def test_all_answers_to_a_request_share_what_finds_their_stop_strings(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stop_strings_prepared_once_per_request(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 
     class Counted(StopStrings):
@@ -387,7 +381,7 @@ async def test_all_answers_to_a_request_share_what_finds_their_stop_strings(monk
     assert made == [2]
 
 
-async def test_texts_are_not_held_while_they_are_answered() -> None:
+async def test_prompt_texts_freed_while_generating() -> None:
     """Neither the body, nor the fields that mean nothing, nor what the prompt was made from."""
     async with serving(b"x" * 400) as server:
         await server.complete(user="x" * (1 << 20))  # what is made once is there

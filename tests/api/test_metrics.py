@@ -33,7 +33,7 @@ def of(samples: dict[str, float], name: str, more: str = "", prefix: str = "logp
 
 
 @pytest.mark.parametrize("vllm_names", [False, True])
-async def test_what_requests_leave_behind(vllm_names: bool) -> None:
+async def test_metrics_of_finished_requests(vllm_names: bool) -> None:
     async with serving(vllm_names=vllm_names) as server:
         prompt = "x" * 130
         await server.complete(prompt=prompt, prompt_logprobs=0, max_tokens=3)
@@ -72,7 +72,7 @@ async def test_what_requests_leave_behind(vllm_names: bool) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_text_that_a_stop_string_ends_counts_as_an_answer(stream: bool) -> None:
+async def test_metrics_stop_string_counts_as_success(stream: bool) -> None:
     async with serving() as server:
         gate = Gate("decode", after=6)  # the engine would go on: it knows nothing of the text
         server.runner.before_call = gate
@@ -87,14 +87,14 @@ async def test_a_text_that_a_stop_string_ends_counts_as_an_answer(stream: bool) 
         assert of(samples, "request_max_num_generation_tokens_sum") == 3
 
 
-async def test_requests_that_lose_their_pages_are_counted() -> None:
+async def test_metrics_preemptions() -> None:
     async with serving(pages=5) as server:
         answer = await server.complete(prompt="x" * 100, n=2, ignore_eos=True, max_tokens=90)  # 5 pages, of 4
         assert answer["usage"]["completion_tokens"] == 180
         assert of(await scraped(server), "num_preemptions_total") >= 1
 
 
-async def test_how_things_stand_while_requests_run_and_wait() -> None:
+async def test_metrics_gauges() -> None:
     async with serving(max_waiting=5) as server:
         gate = Gate("decode")
         server.runner.before_call = gate
@@ -111,7 +111,7 @@ async def test_how_things_stand_while_requests_run_and_wait() -> None:
         await asyncio.gather(*tasks)
 
 
-async def test_answers_are_counted_by_route_and_status() -> None:
+async def test_metrics_http_by_route_and_status() -> None:
     async with serving() as server:
         await server.complete()
         await server.complete_stream()
@@ -130,7 +130,7 @@ async def test_answers_are_counted_by_route_and_status() -> None:
         assert not re.search("nowhere", " ".join(samples))
 
 
-async def test_buckets_of_tokens_end_at_the_models_length() -> None:
+async def test_metrics_token_buckets_end_at_max_model_len() -> None:
     async with serving() as server:
         text = (await server.client.get("/metrics")).text
         bounds = re.findall(r'logprobd:request_prompt_tokens_bucket\{.*le="([0-9.]+)"', text)

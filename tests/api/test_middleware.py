@@ -12,12 +12,6 @@ from tests.support.http_client import MODEL, Server, chat_body, completion_body,
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving() as server:
-        yield server
-
-
-@pytest.fixture
 async def locked_server() -> AsyncIterator[Server]:
     async with serving(api_key=("sk-1", "sk-2")) as server:
         yield server
@@ -27,7 +21,7 @@ async def locked_server() -> AsyncIterator[Server]:
     "header", [None, "", "sk-1", "Basic sk-1", "Bearer", "Bearer ", "Bearer sk-", "Bearer sk-11", "Bearer sk-1 sk-2"]
 )
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/version", "/nowhere", "//v1//models"])
-async def test_a_wrong_key(locked_server: Server, path: str, header: str | None) -> None:
+async def test_api_key_invalid(locked_server: Server, path: str, header: str | None) -> None:
     headers = {} if header is None else {"authorization": header}
     response = await locked_server.client.get(f"http://test{path}", headers=headers)
     error = error_of(response, 401)
@@ -35,34 +29,34 @@ async def test_a_wrong_key(locked_server: Server, path: str, header: str | None)
     assert response.headers["x-request-id"]
 
 
-async def test_a_wrong_key_that_is_not_ascii(locked_server: Server) -> None:
+async def test_api_key_not_ascii(locked_server: Server) -> None:
     headers = [(b"authorization", "Bearer sk-é".encode())]
     error_of(await locked_server.client.get("/v1/models", headers=headers), 401)
 
 
-async def test_a_wrong_key_costs_the_engine_nothing(locked_server: Server) -> None:
+async def test_api_key_invalid_does_not_reach_engine(locked_server: Server) -> None:
     error_of(await locked_server.post("/v1/completions", completion_body()), 401)
     assert locked_server.runner.calls == []
 
 
 @pytest.mark.parametrize("header", ["Bearer sk-1", "Bearer sk-2", "bearer sk-1", "Bearer  sk-2 "])
-async def test_each_key_opens(locked_server: Server, header: str) -> None:
+async def test_api_key_valid(locked_server: Server, header: str) -> None:
     response = await locked_server.post("/v1/chat/completions", chat_body(), Authorization=header)
     assert response.status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/health", "/ping"])
-async def test_health_needs_no_key(locked_server: Server, path: str) -> None:
+async def test_health_is_public(locked_server: Server, path: str) -> None:
     response = await locked_server.client.get(path)
     assert (response.status_code, response.content) == (200, b"")
 
 
-async def test_health_follows_the_engine(server: Server) -> None:
-    assert (await server.client.get("/health")).status_code == 200
-    assert (await server.client.post("/ping")).status_code == 200
-    await asyncio.to_thread(server.engine.stop)
-    assert (await server.client.get("/health")).status_code == 503
-    assert (await server.client.get("/ping")).status_code == 503
+async def test_health_follows_engine(fresh_server: Server) -> None:
+    assert (await fresh_server.client.get("/health")).status_code == 200
+    assert (await fresh_server.client.post("/ping")).status_code == 200
+    await asyncio.to_thread(fresh_server.engine.stop)
+    assert (await fresh_server.client.get("/health")).status_code == 503
+    assert (await fresh_server.client.get("/ping")).status_code == 503
 
 
 async def test_version(server: Server) -> None:
@@ -71,7 +65,7 @@ async def test_version(server: Server) -> None:
 
 @pytest.mark.parametrize(("path", "prefix"), [("/v1/chat/completions", "chatcmpl"), ("/v1/completions", "cmpl")])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_the_request_id_comes_back(server: Server, path: str, prefix: str, stream: bool) -> None:
+async def test_request_id_is_returned(server: Server, path: str, prefix: str, stream: bool) -> None:
     body = (chat_body if prefix == "chatcmpl" else completion_body)(stream=stream)
     response = await server.post(path, body, **{"X-Request-Id": "mine-1"})
     assert response.headers["x-request-id"] == "mine-1"
@@ -79,14 +73,14 @@ async def test_the_request_id_comes_back(server: Server, path: str, prefix: str,
 
 
 @pytest.mark.parametrize("asked", ["", "two words", "x" * 201, "\x7f"])
-async def test_a_request_id_that_is_no_name_is_replaced(server: Server, asked: str) -> None:
+async def test_request_id_invalid_is_replaced(server: Server, asked: str) -> None:
     response = await server.post("/v1/completions", completion_body(), **{"X-Request-Id": asked})
     made = response.headers["x-request-id"]
     assert len(made) == 32
     assert response.json()["id"] == f"cmpl-{made}"
 
 
-async def test_request_ids_differ_and_errors_have_one(server: Server) -> None:
+async def test_request_id_unique_and_in_errors(server: Server) -> None:
     responses = [await server.post("/v1/completions", body) for body in (completion_body(), completion_body(), {})]
     assert len({response.headers["x-request-id"] for response in responses}) == 3
     response = await server.client.get("/nowhere", headers={"X-Request-Id": "a"})
@@ -94,11 +88,11 @@ async def test_request_ids_differ_and_errors_have_one(server: Server) -> None:
 
 
 @pytest.mark.parametrize("path", ["//v1/models", "/v1//models", "/v1///models"])
-async def test_double_slashes(server: Server, path: str) -> None:
+async def test_path_double_slashes(server: Server, path: str) -> None:
     assert (await server.client.get(f"http://test{path}")).json()["object"] == "list"
 
 
-async def test_models(server: Server) -> None:
+async def test_models_list(server: Server) -> None:
     answer = (await server.client.get("/v1/models")).json()
     assert [card["id"] for card in answer["data"]] == [MODEL, "alias"]
     card = answer["data"][0]
@@ -115,7 +109,7 @@ async def test_models(server: Server) -> None:
     }
 
 
-async def test_one_model(server: Server) -> None:
+async def test_models_one(server: Server) -> None:
     cards = (await server.client.get("/v1/models")).json()["data"]
     assert (await server.client.get("/v1/models/alias")).json() == cards[1]
     assert (await server.client.get("/v1/models/org/bytes")).json() == cards[0]
@@ -123,7 +117,7 @@ async def test_one_model(server: Server) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt-9", "org", "org/bytes/", "x" * 5000])
-async def test_a_model_that_is_not_served(server: Server, name: str) -> None:
+async def test_models_unknown_is_404(server: Server, name: str) -> None:
     error = error_of(await server.client.get(f"/v1/models/{name}"), 404)
     assert (error["param"], error["code"]) == ("model", "model_not_found")
     assert len(error["message"]) < 300
@@ -139,7 +133,7 @@ async def test_a_model_that_is_not_served(server: Server, name: str) -> None:
         ("POST", "/health"),
     ],
 )
-async def test_a_wrong_method(server: Server, method: str, path: str) -> None:
+async def test_method_not_allowed(server: Server, method: str, path: str) -> None:
     response = await server.client.request(method, path)
     error = error_of(response, 405)
     assert (error["type"], error["code"]) == ("invalid_request_error", "method_not_allowed")
@@ -159,7 +153,7 @@ async def test_a_wrong_method(server: Server, method: str, path: str) -> None:
         "/" + "x" * 5000,
     ],
 )
-async def test_a_wrong_path(server: Server, path: str) -> None:
+async def test_path_not_found(server: Server, path: str) -> None:
     error = error_of(await server.client.post(path), 404)
     assert (error["type"], error["code"]) == ("invalid_request_error", "not_found")
     assert len(error["message"]) < 300
@@ -172,7 +166,7 @@ PREFLIGHT = {
 }
 
 
-async def test_pages_of_allowed_origins_may_ask() -> None:
+async def test_cors_allowed_origin() -> None:
     every: dict[str, Any] = {"allowed_origins": ("*",), "allowed_methods": ("*",), "allowed_headers": ("*",)}
     async with serving(api_key=("sk-1",), **every) as server:
         for key, status in (("sk-1", 200), ("wrong", 401)):
@@ -186,7 +180,7 @@ async def test_pages_of_allowed_origins_may_ask() -> None:
         assert "authorization" in response.headers["access-control-allow-headers"].lower()
 
 
-async def test_pages_of_other_origins_may_not(server: Server) -> None:
+async def test_cors_other_origin(server: Server) -> None:
     response = await server.client.options("/v1/chat/completions", headers=PREFLIGHT)
     error_of(response, 405)
     answer = await server.post("/v1/completions", completion_body(), Origin="https://page.test")

@@ -5,7 +5,6 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx2
@@ -25,10 +24,7 @@ NUMBERS: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving(None) as server:
-        yield server
+SERVER_OPTIONS: dict[str, Any] = {"script": None}
 
 
 def has_shape(kind: type[BaseModel], value: Any) -> None:
@@ -36,7 +32,7 @@ def has_shape(kind: type[BaseModel], value: Any) -> None:
     kind.model_validate_json(json.dumps(value))
 
 
-async def test_the_document_is_served_and_names_every_route(server: Server) -> None:
+async def test_openapi_document_has_every_route(server: Server) -> None:
     document = answered(await server.client.get("/openapi.json"))
     assert document == openapi(secured=False)
     served = {getattr(route, "path", "").replace(":path", "") for route in server.app.routes}
@@ -49,7 +45,7 @@ async def test_the_document_is_served_and_names_every_route(server: Server) -> N
 
 
 @pytest.mark.parametrize("kind", [ChatCompletionRequest, CompletionRequest])
-def test_every_field_of_a_request_is_described(kind: type[BaseModel]) -> None:
+def test_openapi_describes_every_field(kind: type[BaseModel]) -> None:
     schema = openapi(secured=False)["components"]["schemas"][kind.__name__]
     assert schema["properties"].keys() == kind.model_fields.keys()
     if kind is ChatCompletionRequest:
@@ -59,7 +55,7 @@ def test_every_field_of_a_request_is_described(kind: type[BaseModel]) -> None:
 
 
 @pytest.mark.parametrize("extra", [{}, NUMBERS, NUMBERS | {"prompt_logprobs_format": "columns"}])
-async def test_answers_have_the_shapes_that_are_described(server: Server, extra: dict[str, Any]) -> None:
+async def test_openapi_answer_shapes(server: Server, extra: dict[str, Any]) -> None:
     chat = {"logprobs": True, "top_logprobs": 2} | extra
     has_shape(responses.ChatCompletionAnswer, await server.chat(**chat))
     for chunk in await server.chat_stream(**chat, stream_options={"include_usage": True}, return_prompt_text=True):
@@ -70,7 +66,7 @@ async def test_answers_have_the_shapes_that_are_described(server: Server, extra:
         has_shape(responses.CompletionChunk, chunk)
 
 
-async def test_the_small_answers_have_their_shapes(server: Server) -> None:
+async def test_openapi_shapes_of_small_answers(server: Server) -> None:
     kinds: dict[str, type[BaseModel]] = {
         "/v1/models": responses.ModelList,
         f"/v1/models/{MODEL}": responses.ModelCard,
@@ -88,7 +84,7 @@ async def test_the_small_answers_have_their_shapes(server: Server) -> None:
         has_shape(responses.ErrorAnswer, (await server.post(path, body)).json())
 
 
-async def test_the_page_and_its_files_are_of_this_server() -> None:
+async def test_docs_page_and_files_are_local() -> None:
     async with serving() as server:
         page = await server.client.get("/docs")
         assert page.headers["content-type"].startswith("text/html")
@@ -103,7 +99,7 @@ async def test_the_page_and_its_files_are_of_this_server() -> None:
         assert f"script-src 'self' 'sha256-{allowed}'" in page.headers["content-security-policy"]
 
 
-async def test_where_there_are_keys_the_document_needs_one_and_says_so() -> None:
+async def test_openapi_with_api_keys() -> None:
     async with serving(api_key=("sk-1",)) as server:
         for path in ("/docs", "/docs/swagger-ui.css", "/openapi.json"):
             error_of(await server.client.get(path), 401)
@@ -111,19 +107,19 @@ async def test_where_there_are_keys_the_document_needs_one_and_says_so() -> None
         assert answered(response)["security"] == [{"key": []}]
 
 
-async def test_both_can_be_switched_off() -> None:
+async def test_openapi_disabled() -> None:
     async with serving(disable_fastapi_docs=True) as server:
         for path in ("/docs", "/openapi.json", "/docs/swagger-ui.css"):
             response: httpx2.Response = await server.client.get(path)
             assert response.status_code == 404
 
 
-async def test_load_counts_unfinished_requests(server: Server) -> None:
+async def test_load_counts_unfinished_requests(fresh_server: Server) -> None:
     gate = Gate("decode")
-    server.runner.before_call = gate
-    task = asyncio.create_task(server.complete(n=3))
+    fresh_server.runner.before_call = gate
+    task = asyncio.create_task(fresh_server.complete(n=3))
     await gate.reached()
-    assert answered(await server.client.get("/load")) == {"server_load": 3}
+    assert answered(await fresh_server.client.get("/load")) == {"server_load": 3}
     gate.open()
     await task
-    assert answered(await server.client.get("/load")) == {"server_load": 0}
+    assert answered(await fresh_server.client.get("/load")) == {"server_load": 0}

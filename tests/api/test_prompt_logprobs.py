@@ -1,6 +1,6 @@
 """Which numbers are told: a suffix of the prompt, ids that the request names, and as many as there are tokens."""
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +13,10 @@ from tests.support.fake_runner import MAX_MODEL_LEN, K, expected_outcome
 from tests.support.http_client import (
     VOCAB_SIZE,
     Server,
-    chat_body,
+    body_of,
     chunks_of,
     completion_body,
     error_of,
-    serving,
     submitted,
 )
 
@@ -25,23 +24,6 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PATHS = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 STREAMS = pytest.mark.parametrize("stream", [False, True])
 PROMPT = [4, 5, 6, 7, 9, 20, 41, 5, 3, 2, 90, 11]
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving() as server:
-        yield server
-
-
-@pytest.fixture
-async def plain_server() -> AsyncIterator[Server]:
-    """One whose model computes its tokens from the prompt."""
-    async with serving(None) as server:
-        yield server
-
-
-def body_of(path: str, **fields: Any) -> dict[str, Any]:
-    return (chat_body if path == CHAT else completion_body)(**fields)
 
 
 async def answer_of(server: Server, path: str, *, stream: bool = False, **fields: Any) -> Any:
@@ -65,14 +47,12 @@ async def answer_of(server: Server, path: str, *, stream: bool = False, **fields
 @pytest.mark.parametrize("start", [0, 1, 2, 5, 8])
 @PATHS
 @STREAMS
-async def test_tokens_before_the_start_have_no_numbers(
-    plain_server: Server, path: str, stream: bool, start: int
-) -> None:
-    requests = submitted(plain_server)
+async def test_prompt_logprobs_start(fresh_plain_server: Server, path: str, stream: bool, start: int) -> None:
+    requests = submitted(fresh_plain_server)
     fields = {"max_tokens": 1} if path == CHAT else {"max_tokens": 1, "prompt": PROMPT}
-    plain, _ = await answer_of(plain_server, path, prompt_logprobs=2, **fields)
+    plain, _ = await answer_of(fresh_plain_server, path, prompt_logprobs=2, **fields)
     suffix, _ = await answer_of(
-        plain_server, path, stream=stream, prompt_logprobs=2, prompt_logprobs_start=start, **fields
+        fresh_plain_server, path, stream=stream, prompt_logprobs=2, prompt_logprobs_start=start, **fields
     )
     first = max(1, start)
     assert suffix == [None] * first + plain[first:]
@@ -80,7 +60,7 @@ async def test_tokens_before_the_start_have_no_numbers(
 
 
 @STREAMS
-async def test_an_echo_has_no_numbers_before_the_start(plain_server: Server, stream: bool) -> None:
+async def test_prompt_logprobs_start_with_echo(plain_server: Server, stream: bool) -> None:
     fields: dict[str, Any] = {"prompt": PROMPT, "echo": True, "logprobs": 2, "max_tokens": 2}
     _, plain = await answer_of(plain_server, COMPLETIONS, **fields)
     entries, columns = await answer_of(plain_server, COMPLETIONS, stream=stream, **fields, prompt_logprobs_start=4)
@@ -92,7 +72,7 @@ async def test_an_echo_has_no_numbers_before_the_start(plain_server: Server, str
 
 
 @STREAMS
-async def test_named_ids_take_the_place_of_the_best_in_completions(plain_server: Server, stream: bool) -> None:
+async def test_logprob_token_ids_in_completions(plain_server: Server, stream: bool) -> None:
     ids = (90, 3, 41, 8, 12)
     expected = expected_outcome(
         PROMPT, SamplingParams(4, temperature=0, logprob_token_ids=ids), max_model_len=MAX_MODEL_LEN
@@ -108,9 +88,7 @@ async def test_named_ids_take_the_place_of_the_best_in_completions(plain_server:
 
 @pytest.mark.parametrize("top_logprobs", [None, 0, 2])
 @STREAMS
-async def test_named_ids_take_the_place_of_the_best_in_chat(
-    plain_server: Server, stream: bool, top_logprobs: int | None
-) -> None:
+async def test_logprob_token_ids_in_chat(plain_server: Server, stream: bool, top_logprobs: int | None) -> None:
     ids = (90, 3, 41, 8, 12)
     prompt = list(b"user:Hi;>")
     expected = expected_outcome(
@@ -129,7 +107,7 @@ async def test_named_ids_take_the_place_of_the_best_in_chat(
 @pytest.mark.parametrize("fields", [{}, {"prompt_logprobs": 0}, {"prompt_logprobs_start": 3}])
 @PATHS
 @STREAMS
-async def test_named_ids_of_the_prompt(plain_server: Server, path: str, stream: bool, fields: dict[str, Any]) -> None:
+async def test_prompt_logprob_token_ids(plain_server: Server, path: str, stream: bool, fields: dict[str, Any]) -> None:
     """The token itself comes first, then the ids in their order; a token that is named is not told twice."""
     ids, start = [90, 5, 41, 115], fields.get("prompt_logprobs_start", 1)
     prompt = list(b"user:Hi;>") if path == CHAT else PROMPT
@@ -150,7 +128,7 @@ async def test_named_ids_of_the_prompt(plain_server: Server, path: str, stream: 
 
 
 @STREAMS
-async def test_named_ids_of_the_prompt_are_also_those_of_its_echo(plain_server: Server, stream: bool) -> None:
+async def test_prompt_logprob_token_ids_with_echo(plain_server: Server, stream: bool) -> None:
     fields: dict[str, Any] = {"prompt": PROMPT, "echo": True, "logprobs": 1, "max_tokens": 1}
     entries, columns = await answer_of(
         plain_server, COMPLETIONS, stream=stream, **fields, prompt_logprob_token_ids=[9, 8, 7]
@@ -164,7 +142,7 @@ async def test_named_ids_of_the_prompt_are_also_those_of_its_echo(plain_server: 
 
 @PATHS
 @STREAMS
-async def test_as_many_ids_as_the_engine_scores(plain_server: Server, path: str, stream: bool) -> None:
+async def test_logprob_token_ids_maximum(plain_server: Server, path: str, stream: bool) -> None:
     ids = list(range(MAX_REQUESTED_IDS))
     fields = {"logprobs": True if path == CHAT else 1, "logprob_token_ids": ids, "prompt_logprob_token_ids": ids[::-1]}
     entries, numbers = await answer_of(plain_server, path, stream=stream, **fields, max_tokens=2)
@@ -175,10 +153,12 @@ async def test_as_many_ids_as_the_engine_scores(plain_server: Server, path: str,
 
 @PATHS
 @STREAMS
-async def test_scoring_alone(server: Server, path: str, stream: bool) -> None:
+async def test_prompt_logprobs_without_generation(fresh_server: Server, path: str, stream: bool) -> None:
     """max_tokens 0 chooses nothing; every field of the prompt's numbers works with it."""
     for fields in ({"prompt_logprobs": 2}, {"prompt_logprob_token_ids": [1]}, {}):
-        response = await server.post(path, body_of(path, max_tokens=0, **fields, stream=stream, return_token_ids=True))
+        response = await fresh_server.post(
+            path, body_of(path, max_tokens=0, **fields, stream=stream, return_token_ids=True)
+        )
         if stream:
             choice = chunks_of(response)[-1]["choices"][0]
             text = choice["delta"]["content"] if path == CHAT else choice["text"]
@@ -187,7 +167,7 @@ async def test_scoring_alone(server: Server, path: str, stream: bool) -> None:
             text = choice["message"]["content"] if path == CHAT else choice["text"]
             assert response.json()["usage"]["completion_tokens"] == 0
         assert (text, choice["finish_reason"], choice["token_ids"]) == ("", "length", [])
-    assert "decode" not in [name for name, _ in server.runner.calls]
+    assert "decode" not in [name for name, _ in fresh_server.runner.calls]
 
 
 WITH_LOGPROBS: dict[str, dict[str, Any]] = {CHAT: {"logprobs": True}, COMPLETIONS: {"logprobs": 1}}
@@ -219,17 +199,17 @@ WITH_LOGPROBS: dict[str, dict[str, Any]] = {CHAT: {"logprobs": True}, COMPLETION
 )
 @PATHS
 @STREAMS
-async def test_a_wrong_value_is_refused(
-    server: Server, path: str, stream: bool, fields: dict[str, Any], param: str, code: str
+async def test_prompt_logprobs_invalid_value(
+    fresh_server: Server, path: str, stream: bool, fields: dict[str, Any], param: str, code: str
 ) -> None:
     if "logprobs" in fields:
         fields = fields | WITH_LOGPROBS[path]
-    error = error_of(await server.post(path, body_of(path, **fields, stream=stream)), 400)
+    error = error_of(await fresh_server.post(path, body_of(path, **fields, stream=stream)), 400)
     assert (error["param"], error["code"]) == (param, code)
-    assert server.runner.calls == []
+    assert fresh_server.runner.calls == []
 
 
-async def test_the_start_lies_in_every_prompt(server: Server) -> None:
+async def test_prompt_logprobs_start_beyond_prompt(server: Server) -> None:
     body = completion_body(prompt=["abcd", "ab"], prompt_logprobs=1, prompt_logprobs_start=2)
     error = error_of(await server.post(COMPLETIONS, body), 400)
     assert (error["param"], error["message"]) == (
@@ -240,7 +220,7 @@ async def test_the_start_lies_in_every_prompt(server: Server) -> None:
 
 @PATHS
 @pytest.mark.parametrize(("k", "what"), [(K + 1, str(K)), (-1, str(K))])
-async def test_a_limit_is_told_with_its_flag(server: Server, path: str, k: int, what: str) -> None:
+async def test_prompt_logprobs_limit_names_flag(server: Server, path: str, k: int, what: str) -> None:
     error = error_of(await server.post(path, body_of(path, prompt_logprobs=k)), 400)
     assert error["param"] == "prompt_logprobs"
     assert "--max-logprobs" in error["message"]
@@ -266,7 +246,7 @@ def with_nan(scores: TokenScores | None) -> TokenScores | None:
 @pytest.mark.parametrize("broken", [shorter, fewer, with_nan, lambda _: None])
 @PATHS
 @STREAMS
-async def test_numbers_that_are_missing_are_an_error(
+async def test_prompt_logprobs_missing_is_500(
     server: Server, path: str, stream: bool, broken: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the engine loses, no list is silently too short."""
@@ -287,7 +267,7 @@ async def test_numbers_that_are_missing_are_an_error(
 @pytest.mark.parametrize("broken", [shorter, fewer, with_nan])
 @PATHS
 @STREAMS
-async def test_generated_tokens_without_numbers_are_an_error(
+async def test_logprobs_missing_is_500(
     server: Server, path: str, stream: bool, broken: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit = server.engine.submit
@@ -305,7 +285,7 @@ async def test_generated_tokens_without_numbers_are_an_error(
         assert error_of(response, 500)["code"] == "engine_error"
 
 
-async def test_a_request_that_ends_early_leaves_nothing_behind(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_prompt_logprobs_early_end_frees_pages(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's events are closed, whatever is made of them."""
     closed = []
 

@@ -1,6 +1,5 @@
 """Fields that change how tokens are chosen, the order of service and who shares pages: both endpoints honour them."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -14,10 +13,10 @@ from tests.support.http_client import (
     END,
     VOCAB_SIZE,
     Server,
+    body_of,
     byte_tokenizer,
     chat_body,
     chunks_of,
-    completion_body,
     error_of,
     serving,
     submitted,
@@ -27,23 +26,6 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PATHS = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 STREAMS = pytest.mark.parametrize("stream", [False, True])
 ALL_IDS = list(range(VOCAB_SIZE))
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving() as server:
-        yield server
-
-
-@pytest.fixture
-async def plain_server() -> AsyncIterator[Server]:
-    """One whose model computes its tokens from the prompt."""
-    async with serving(None) as server:
-        yield server
-
-
-def body_of(path: str, **fields: Any) -> dict[str, Any]:
-    return (chat_body if path == CHAT else completion_body)(**fields)
 
 
 async def tokens_of(server: Server, path: str, *, stream: bool, **fields: Any) -> list[int]:
@@ -75,20 +57,20 @@ async def tokens_of(server: Server, path: str, *, stream: bool, **fields: Any) -
 )
 @PATHS
 @STREAMS
-async def test_a_field_reaches_the_engine(
-    server: Server, path: str, stream: bool, fields: dict[str, Any], attribute: str, value: Any
+async def test_sampling_field_reaches_engine(
+    fresh_server: Server, path: str, stream: bool, fields: dict[str, Any], attribute: str, value: Any
 ) -> None:
-    requests = submitted(server)
-    await server.post(path, body_of(path, **fields, stream=stream, n=2))
+    requests = submitted(fresh_server)
+    await fresh_server.post(path, body_of(path, **fields, stream=stream, n=2))
     assert [getattr(request.params, attribute) for request in requests] == [value, value]
 
 
 @PATHS
 @STREAMS
-async def test_all_choices_share_priority_and_salt(server: Server, path: str, stream: bool) -> None:
-    requests = submitted(server)
-    await server.post(path, body_of(path, priority=-(2**31), cache_salt="ä" * 128, n=3, stream=stream))
-    await server.post(path, body_of(path, stream=stream))
+async def test_priority_and_salt_shared_by_choices(fresh_server: Server, path: str, stream: bool) -> None:
+    requests = submitted(fresh_server)
+    await fresh_server.post(path, body_of(path, priority=-(2**31), cache_salt="ä" * 128, n=3, stream=stream))
+    await fresh_server.post(path, body_of(path, stream=stream))
     assert [(request.priority, request.cache_salt) for request in requests] == [(-(2**31), "ä" * 128)] * 3 + [(0, "")]
 
 
@@ -103,7 +85,7 @@ async def test_all_choices_share_priority_and_salt(server: Server, path: str, st
     ],
 )
 @STREAMS
-async def test_adjusted_logits_change_the_choice(plain_server: Server, fields: dict[str, Any], stream: bool) -> None:
+async def test_penalties_and_bias_change_choice(plain_server: Server, fields: dict[str, Any], stream: bool) -> None:
     bias = {"logit_bias": tuple((int(key), float(value)) for key, value in fields.get("logit_bias", {}).items())}
     prompt = [3, 5, 3]
     params = SamplingParams(8, temperature=0, **fields | bias)
@@ -128,7 +110,7 @@ async def test_adjusted_logits_change_the_choice(plain_server: Server, fields: d
 )
 @PATHS
 @STREAMS
-async def test_forbidden_tokens_are_not_chosen(
+async def test_forbidden_tokens_not_chosen(
     server: Server, path: str, stream: bool, fields: dict[str, Any], tokens: list[int]
 ) -> None:
     assert await tokens_of(server, path, stream=stream, **fields) == tokens
@@ -203,12 +185,12 @@ async def test_forbidden_tokens_are_not_chosen(
 )
 @PATHS
 @STREAMS
-async def test_a_wrong_value_is_refused(
-    server: Server, path: str, stream: bool, fields: dict[str, Any], param: str, code: str
+async def test_sampling_invalid_value(
+    fresh_server: Server, path: str, stream: bool, fields: dict[str, Any], param: str, code: str
 ) -> None:
-    error = error_of(await server.post(path, body_of(path, **fields, stream=stream)), 400)
+    error = error_of(await fresh_server.post(path, body_of(path, **fields, stream=stream)), 400)
     assert (error["param"], error["code"]) == (param, code)
-    assert server.runner.calls == []
+    assert fresh_server.runner.calls == []
 
 
 @pytest.mark.parametrize(
@@ -222,11 +204,11 @@ async def test_a_wrong_value_is_refused(
         {"cache_salt": "salt\n", "best_of": 1},
     ],
 )
-async def test_values_that_change_nothing(server: Server, fields: dict[str, Any]) -> None:
+async def test_sampling_values_without_effect(server: Server, fields: dict[str, Any]) -> None:
     assert await tokens_of(server, COMPLETIONS, stream=False, **fields) == [*b"Hello", END]
 
 
-async def test_a_request_that_could_never_have_its_pages_is_refused() -> None:
+async def test_prompt_larger_than_cache_is_error() -> None:
     """Two pages of 64 tokens are less than the context."""
     async with serving(pages=3) as server:
         for path, param in ((CHAT, "messages"), (COMPLETIONS, "prompt")):
@@ -240,7 +222,7 @@ async def test_a_request_that_could_never_have_its_pages_is_refused() -> None:
         assert answer["usage"]["total_tokens"] == 128
 
 
-async def test_chat_without_a_limit_fills_the_cache_where_that_is_smaller_than_the_context() -> None:
+async def test_chat_without_max_tokens_fills_smaller_cache() -> None:
     async with serving(None, pages=3) as server:
         assert (await server.chat())["usage"]["total_tokens"] == 128
         long = {"messages": [{"role": "user", "content": "x" * 122}]}  # with its frame, 129 tokens
@@ -249,7 +231,7 @@ async def test_chat_without_a_limit_fills_the_cache_where_that_is_smaller_than_t
 
 
 @PATHS
-async def test_usage_tells_what_the_cache_had(server: Server, path: str) -> None:
+async def test_usage_cached_tokens(server: Server, path: str) -> None:
     """Full pages of 64 tokens; a prompt's last token is computed in any case. A salt keeps to itself."""
     text = "x" * 100
     prompt = {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text}
@@ -263,7 +245,7 @@ async def test_usage_tells_what_the_cache_had(server: Server, path: str) -> None
     assert [await cached(cache_salt="a"), await cached(cache_salt="b"), await cached(cache_salt="a")] == [0, 0, 64]
 
 
-async def test_a_prompt_counts_once_in_the_cached_tokens(server: Server) -> None:
+async def test_usage_cached_tokens_counts_prompt_once(server: Server) -> None:
     fields: dict[str, Any] = {"prompt": ["x" * 100, "y" * 130, "z"], "n": 2, "max_tokens": 1}
     await server.complete(**fields)
     assert (await server.complete(**fields))["usage"]["prompt_tokens_details"] == {"cached_tokens": 64 + 128}
@@ -273,7 +255,7 @@ async def test_a_prompt_counts_once_in_the_cached_tokens(server: Server) -> None
 
 
 @PATHS
-async def test_a_stream_knows_the_cached_tokens_from_its_first_chunk(server: Server, path: str) -> None:
+async def test_usage_cached_tokens_in_first_chunk(server: Server, path: str) -> None:
     text = "x" * 100
     prompt = {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text}
     options = {"include_usage": True, "continuous_usage_stats": True}
@@ -305,17 +287,17 @@ class Words:
         ([1, 2], [3], ((1, 2),)),
     ],
 )
-def test_a_bad_word_is_found_after_a_space_where_that_is_another_word_of_as_many_tokens(
+def test_bad_words_after_space(
     word: str, bare: list[int], spaced: list[int], runs: tuple[tuple[int, ...], ...]
 ) -> None:
     """vLLM's rule; what space the word itself begins with does not count."""
     assert bad_word_ids([word, "cat"], Words(cat=bare, _cat=spaced)) == runs
 
 
-def test_a_bad_word_may_be_a_special_token() -> None:
+def test_bad_words_special_token() -> None:
     assert bad_word_ids(["<begin>"], byte_tokenizer()) == ((BEGIN,),)
 
 
-def test_a_bad_word_that_the_tokenizer_drops_is_refused() -> None:
+def test_bad_words_without_tokens_is_error() -> None:
     with pytest.raises(APIError, match="gives no tokens"):
         bad_word_ids(["cat"], Words(cat=[], _cat=[]))

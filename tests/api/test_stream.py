@@ -13,9 +13,8 @@ from tests.support.http_client import (
     Connection,
     Gate,
     Server,
-    chat_body,
+    body_of,
     chunks_of,
-    completion_body,
     events_of,
     serving,
 )
@@ -23,16 +22,6 @@ from tests.support.http_client import (
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PATHS = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "top_token_ids")
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving() as server:
-        yield server
-
-
-def body_of(path: str, **fields: Any) -> dict[str, Any]:
-    return (chat_body if path == CHAT else completion_body)(**fields)
 
 
 def choices_of(chunks: list[Any], index: int = 0) -> list[Any]:
@@ -61,7 +50,7 @@ def whole(choice: Any, path: str) -> Any:
     return text, numbers, choice["token_ids"], choice["finish_reason"], choice["stop_reason"]
 
 
-async def test_the_chunks_of_chat(server: Server) -> None:
+async def test_stream_chunks_of_chat(server: Server) -> None:
     chunks = await server.chat_stream(max_tokens=2)
     assert len({chunk["id"] for chunk in chunks}) == 1
     for chunk in chunks:
@@ -78,7 +67,7 @@ async def test_the_chunks_of_chat(server: Server) -> None:
     ]
 
 
-async def test_the_chunks_of_completions(server: Server) -> None:
+async def test_stream_chunks_of_completions(server: Server) -> None:
     chunks = await server.complete_stream(max_tokens=2, logprobs=0, return_token_ids=True)
     assert {chunk["object"] for chunk in chunks} == {"text_completion"}
     first, last = choices_of(chunks)
@@ -101,7 +90,7 @@ async def test_the_chunks_of_completions(server: Server) -> None:
 
 
 @PATHS
-async def test_headers(server: Server, path: str) -> None:
+async def test_stream_headers(server: Server, path: str) -> None:
     response = await server.post(path, body_of(path, stream=True))
     assert response.headers["cache-control"] == "no-cache"
     assert events_of(response)[-1] == "[DONE]"
@@ -122,7 +111,7 @@ async def test_headers(server: Server, path: str) -> None:
     ],
 )
 @PATHS
-async def test_joined_chunks_are_the_whole_answer(server: Server, path: str, fields: dict[str, Any]) -> None:
+async def test_stream_joined_chunks_equal_answer(server: Server, path: str, fields: dict[str, Any]) -> None:
     fields = {"return_token_ids": True, "logprobs": True if path == CHAT else 2} | fields
     fields |= {"top_logprobs": 2} if path == CHAT else {}
     answer = (await server.post(path, body_of(path, **fields))).json()
@@ -133,7 +122,7 @@ async def test_joined_chunks_are_the_whole_answer(server: Server, path: str, fie
 
 
 @PATHS
-async def test_one_chunk_per_token(server: Server, path: str) -> None:
+async def test_stream_one_chunk_per_token(server: Server, path: str) -> None:
     chunks = chunks_of(await server.post(path, body_of(path, stream=True, return_token_ids=True)))
     ids = [choice["token_ids"] for choice in choices_of(chunks) if "token_ids" in choice]
     assert ids == [[token] for token in (*b"Hello", END)]
@@ -141,7 +130,7 @@ async def test_one_chunk_per_token(server: Server, path: str) -> None:
 
 @pytest.mark.parametrize("text", ["😊é", "日本"])
 @PATHS
-async def test_parts_of_a_character_keep_their_numbers(path: str, text: str) -> None:
+async def test_stream_split_character_keeps_logprobs(path: str, text: str) -> None:
     fields: dict[str, Any] = {"logprobs": True if path == CHAT else 0, "max_tokens": len(text.encode())}
     async with serving(text.encode()) as server:
         chunks = chunks_of(await server.post(path, body_of(path, stream=True, return_token_ids=True, **fields)))
@@ -156,13 +145,13 @@ async def test_parts_of_a_character_keep_their_numbers(path: str, text: str) -> 
         assert bytes(b for c in choices for e in c["logprobs"]["content"] for b in e["bytes"]).decode() == text
 
 
-async def test_text_that_may_begin_a_stop_string_is_held_back_and_its_numbers_are_not(server: Server) -> None:
+async def test_stream_stop_string_prefix_held_back(server: Server) -> None:
     choices = choices_of(await server.chat_stream(stop="elx", logprobs=True))[1:]
     assert [text_of([choice]) for choice in choices] == ["H", "", "", "ell", "o", ""]
     assert [len(choice["logprobs"]["content"]) for choice in choices] == [1] * 6
 
 
-async def test_an_event_may_hold_several_tokens(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stream_event_of_several_tokens(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     async def submit(_: Request) -> AsyncIterator[TokenEvent]:
         scores = empty_scores(5, K)
         scores.logprob[:] = scores.top_logprobs[:] = -1
@@ -179,7 +168,7 @@ async def test_an_event_may_hold_several_tokens(server: Server, monkeypatch: pyt
 
 
 @PATHS
-async def test_usage_comes_last_and_alone(server: Server, path: str) -> None:
+async def test_stream_usage_in_last_chunk(server: Server, path: str) -> None:
     fields = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 3}
     *chunks, last = chunks_of(await server.post(path, body_of(path, **fields)))
     prompt = 9 if path == CHAT else 2
@@ -193,13 +182,13 @@ async def test_usage_comes_last_and_alone(server: Server, path: str) -> None:
 
 @PATHS
 @pytest.mark.parametrize("options", [{}, {"include_usage": False}, {"continuous_usage_stats": True}])
-async def test_usage_only_on_demand(server: Server, path: str, options: dict[str, Any]) -> None:
+async def test_stream_usage_only_if_requested(server: Server, path: str, options: dict[str, Any]) -> None:
     chunks = chunks_of(await server.post(path, body_of(path, stream=True, stream_options=options)))
     assert all("usage" not in chunk and chunk["choices"] for chunk in chunks)
 
 
 @PATHS
-async def test_usage_in_every_chunk(server: Server, path: str) -> None:
+async def test_stream_usage_in_every_chunk(server: Server, path: str) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = chunks_of(await server.post(path, body_of(path, stream=True, stream_options=options, max_tokens=3)))
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
@@ -207,7 +196,7 @@ async def test_usage_in_every_chunk(server: Server, path: str) -> None:
 
 
 @PATHS
-async def test_prompt_logprobs_come_with_the_first_chunk_and_no_other(server: Server, path: str) -> None:
+async def test_stream_prompt_logprobs_in_first_chunk(server: Server, path: str) -> None:
     fields = {"prompt_logprobs": 2, "max_tokens": 2}
     answer = (await server.post(path, body_of(path, **fields))).json()
     chunks = chunks_of(await server.post(path, body_of(path, **fields, stream=True)))
@@ -218,7 +207,7 @@ async def test_prompt_logprobs_come_with_the_first_chunk_and_no_other(server: Se
 
 
 @PATHS
-async def test_scoring_without_a_token(server: Server, path: str) -> None:
+async def test_stream_scoring_without_generation(server: Server, path: str) -> None:
     fields = {"prompt_logprobs": 0, "max_tokens": 0, "stream": True, "return_token_ids": True}
     chunks = chunks_of(await server.post(path, body_of(path, **fields)))
     choices = choices_of(chunks)
@@ -228,7 +217,7 @@ async def test_scoring_without_a_token(server: Server, path: str) -> None:
 
 
 @pytest.mark.parametrize("logprobs", [None, 0, 2])
-async def test_echo(server: Server, logprobs: int | None) -> None:
+async def test_stream_echo(server: Server, logprobs: int | None) -> None:
     fields: dict[str, Any] = {"echo": True, "logprobs": logprobs, "max_tokens": 3, "return_token_ids": True}
     (choice,) = (await server.complete(**fields))["choices"]
     choices = choices_of(await server.complete_stream(**fields))
@@ -239,14 +228,14 @@ async def test_echo(server: Server, logprobs: int | None) -> None:
         assert choices[0]["prompt_logprobs"] == choice["prompt_logprobs"]
 
 
-async def test_echo_without_a_token(server: Server) -> None:
+async def test_stream_echo_without_generation(server: Server) -> None:
     (choice,) = choices_of(await server.complete_stream(echo=True, logprobs=1, max_tokens=0))
     assert (choice["text"], choice["finish_reason"]) == ("Hi", "length")
     assert choice["logprobs"]["token_logprobs"][0] is None
     assert len(choice["logprobs"]["tokens"]) == 2
 
 
-async def test_two_chats_at_once() -> None:
+async def test_stream_two_chats() -> None:
     fields = {"n": 2, "seed": 3, "temperature": 1, "max_tokens": 6, "logprobs": True, "return_token_ids": True}
     async with serving(None) as server:
         answer = await server.chat(**fields)
@@ -261,7 +250,7 @@ async def test_two_chats_at_once() -> None:
     assert len([chunk for chunk in chunks if "prompt_logprobs" in chunk]) == 1
 
 
-async def test_prompts_times_n() -> None:
+async def test_stream_several_prompts_and_n() -> None:
     fields: dict[str, Any] = {"prompt": ["ab", [3]], "n": 2, "seed": 3, "temperature": 1, "max_tokens": 4, "echo": True}
     fields |= {"logprobs": 1, "return_token_ids": True}
     async with serving(None) as server:
@@ -278,14 +267,14 @@ async def test_prompts_times_n() -> None:
 
 
 @PATHS
-async def test_nothing_is_sent_before_the_first_token_and_each_at_once(server: Server, path: str) -> None:
+async def test_stream_sends_each_token_at_once(fresh_server: Server, path: str) -> None:
     """Benchmarks take the first chunk for the first token."""
-    gate = server.runner.before_call = Gate("read")
+    gate = fresh_server.runner.before_call = Gate("read")
     connection = Connection(path, body_of(path, stream=True))
-    run = asyncio.create_task(connection.run(server.app))
+    run = asyncio.create_task(connection.run(fresh_server.app))
     await gate.reached()
     assert connection.sent.empty()
-    next_gate = server.runner.before_call = Gate("read")
+    next_gate = fresh_server.runner.before_call = Gate("read")
     gate.open()
     await next_gate.reached()
     if path == CHAT:

@@ -1,6 +1,5 @@
 """/tokenize, /detokenize and /tokenizer_info."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -16,21 +15,16 @@ from tests.support.http_client import (
     answered,
     chat_body,
     error_of,
-    serving,
 )
 
-
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving(add_bos=True) as server:
-        yield server
+SERVER_OPTIONS: dict[str, Any] = {"add_bos": True}
 
 
 async def tokenized(server: Server, **fields: Any) -> Any:
     return answered(await server.post("/tokenize", fields))
 
 
-async def test_a_text_is_tokenized_as_completions_do_it(server: Server) -> None:
+async def test_tokenize_text_as_completions(server: Server) -> None:
     answer = await tokenized(server, prompt="Hié")
     assert answer == {
         "count": 5,
@@ -46,7 +40,7 @@ async def test_a_text_is_tokenized_as_completions_do_it(server: Server) -> None:
     assert (await tokenized(server, prompt="<end> ", return_token_strs=True))["token_strs"] == ["<begin>", "<end>", "Ġ"]
 
 
-async def test_a_chat_is_tokenized_as_chat_completions_do_it(server: Server) -> None:
+async def test_tokenize_chat_as_chat_completions(server: Server) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     for fields in ({}, {"add_generation_prompt": False}, {"chat_template_kwargs": {"mark": "!"}}):
         answer = await tokenized(server, messages=messages, **fields)
@@ -57,20 +51,20 @@ async def test_a_chat_is_tokenized_as_chat_completions_do_it(server: Server) -> 
         assert answer["count"] == len(answer["tokens"])
 
 
-async def test_there_and_back(server: Server) -> None:
+async def test_tokenize_round_trip(server: Server) -> None:
     ids = [BEGIN, *"né 😊".encode(), END]
     assert answered(await server.post("/detokenize", {"tokens": ids})) == {"prompt": "<begin>né 😊<end>"}
     assert answered(await server.post("/detokenize", {"tokens": []})) == {"prompt": ""}
     assert answered(await server.post("/detokenize", {"tokens": [0xF0]})) == {"prompt": "\ufffd"}
 
 
-async def test_the_bytes_of_each_token_on_demand(server: Server) -> None:
+async def test_detokenize_token_bytes(server: Server) -> None:
     ids = [BEGIN, *"é".encode(), TWIN]
     answer = answered(await server.post("/detokenize", {"tokens": ids, "return_token_bytes": True}))
     assert answer == {"prompt": "<begin>é\\xff", "token_bytes": [[*b"<begin>"], [0xC3], [0xA9], [*b"\\xff"]]}
 
 
-async def test_what_is_told_of_the_tokenizer(server: Server) -> None:
+async def test_tokenizer_info(server: Server) -> None:
     info = answered(await server.client.get("/tokenizer_info"))
     assert info == {
         "bos_token": "<begin>",
@@ -102,18 +96,18 @@ async def test_what_is_told_of_the_tokenizer(server: Server) -> None:
         ("/detokenize", {"tokens": [VOCAB_SIZE]}, "tokens", "invalid_value"),
     ],
 )
-async def test_what_is_wrong_is_named(server: Server, path: str, body: Any, param: str | None, code: str) -> None:
+async def test_tokenize_error_names_field(server: Server, path: str, body: Any, param: str | None, code: str) -> None:
     error = error_of(await server.post(path, body), 400)
     assert (error["param"], error["code"]) == (param, code)
 
 
 @pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
-async def test_another_model_is_not_served(server: Server, path: str) -> None:
+async def test_tokenize_unknown_model(server: Server, path: str) -> None:
     body = {"prompt": "a", "tokens": [1], "model": "gpt-9"}
     assert error_of(await server.post(path, body), 404)["param"] == "model"
 
 
-async def test_a_text_of_megabytes_is_refused_before_it_is_tokenized(server: Server) -> None:
+async def test_tokenize_text_too_long(server: Server) -> None:
     text = "x" * ((4 << 20) + 1)
     for body, param in (
         ({"prompt": text}, "prompt"),
@@ -123,6 +117,6 @@ async def test_a_text_of_megabytes_is_refused_before_it_is_tokenized(server: Ser
         assert (error["param"], error["code"]) == (param, "string_above_max_length")
 
 
-async def test_more_ids_than_any_text_has_are_refused(server: Server) -> None:
+async def test_detokenize_too_many_ids(server: Server) -> None:
     error = error_of(await server.post("/detokenize", {"tokens": [1] * ((1 << 20) + 1)}), 400)
     assert (error["param"], error["code"]) == ("tokens", "array_above_max_length")

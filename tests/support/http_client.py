@@ -8,8 +8,8 @@ import asyncio
 import functools
 import json
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -219,6 +219,11 @@ class Server:
         """The chunks of a streamed `complete`."""
         return chunks_of(await self.post("/v1/completions", completion_body(**fields, stream=True)))
 
+    def stop(self) -> None:
+        """Stop the engine, even if a test holds its runner."""
+        self.runner.before_call = lambda _: None
+        self.engine.stop()
+
     async def assert_idle(self) -> None:
         """Stops the engine and fails unless it had no request left and all its pages were free."""
         await asyncio.to_thread(self.engine.stop)
@@ -228,8 +233,7 @@ class Server:
         scheduler.check()
 
 
-@asynccontextmanager
-async def serving(
+def start_server(
     script: Sequence[int] | None = b"Hello",
     *,
     runner: type[ScriptedRunner] = ScriptedRunner,
@@ -243,8 +247,12 @@ async def serving(
     readiness: Readiness | None = None,
     on_answer: OnAnswer | None = None,
     **config: Any,
-) -> AsyncIterator[Server]:
-    """A server whose model says `script` and then END; `config` are fields of ServedModel and ServeConfig."""
+) -> Server:
+    """A running server whose model generates `script` and then END. `Server.stop` ends it.
+
+    Args:
+        config: fields of ServedModel and ServeConfig.
+    """
     runs = runner(script, pages=pages, pages_per_row=-(-max_model_len // PAGE_SIZE))
     limits = EngineLimits(
         max_model_len=max_model_len,
@@ -271,12 +279,29 @@ async def serving(
     tokenizer = byte_tokenizer(add_bos=add_bos)
     app = create_app(engine, tokenizer, model, settings, metrics, readiness=readiness, on_answer=on_answer)
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+    client = httpx2.AsyncClient(transport=transport, base_url="http://test")
+    return Server(runs, engine, app, client)
+
+
+@contextmanager
+def shared_server(script: Sequence[int] | None = b"Hello", **options: Any) -> Iterator[Server]:
+    """A server for several tests, each with an event loop of its own; arguments as in `start_server`."""
+    server = start_server(script, **options)
     try:
-        async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
-            yield Server(runs, engine, app, client)
+        yield server
     finally:
-        runs.before_call = lambda _: None
-        await asyncio.to_thread(engine.stop)
+        server.stop()
+
+
+@asynccontextmanager
+async def serving(script: Sequence[int] | None = b"Hello", **options: Any) -> AsyncIterator[Server]:
+    """A server for one test; arguments as in `start_server`."""
+    server = start_server(script, **options)
+    try:
+        async with server.client:
+            yield server
+    finally:
+        await asyncio.to_thread(server.stop)
 
 
 def alternatives(ids: NDArray[np.int32], tops: NDArray[np.float32], own: NDArray[np.float32], rank: int) -> Unread:

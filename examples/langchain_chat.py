@@ -1,20 +1,24 @@
-"""Asks a running server for log-probs with LangChain's ChatOpenAI, and prints a line for each token.
+"""Print the log-prob of each token with LangChain's ChatOpenAI, from a running server.
 
-Needs `pip install langchain-openai`. Another address: OPENAI_BASE_URL=http://host:port/v1; a key: OPENAI_API_KEY=...
+Needs `pip install langchain-openai`. Set OPENAI_BASE_URL=http://host:port/v1 for another address and OPENAI_API_KEY for
+an API key.
 """
 
 import json
 import os
+import sys
 from typing import Any
 
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_openai import ChatOpenAI
+from openai import APIConnectionError
 
+URL = os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1")
 QUESTION = "What is the capital of France?"
 
 
 def print_answer(title: str, message: AIMessage) -> None:
-    """The text, the tokens with their log-probs, and how many there were."""
+    """Print the text, each token with its log-prob, and the usage."""
     print(f"\n== {title}: {json.dumps(message.content, ensure_ascii=False)}")
     entries: list[dict[str, Any]] = message.response_metadata["logprobs"]["content"]
     for entry in entries:
@@ -25,9 +29,9 @@ def print_answer(title: str, message: AIMessage) -> None:
 
 
 def main() -> None:
-    """An answer at once, and the same one as a stream."""
+    """Print an answer, then the same one streamed."""
     model = ChatOpenAI(
-        base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"),
+        base_url=URL,
         api_key=lambda: os.environ.get("OPENAI_API_KEY", "none"),
         model=os.environ.get("MODEL", "SmolLM2-135M-Instruct"),
         max_tokens=32,
@@ -36,8 +40,11 @@ def main() -> None:
         top_logprobs=2,
         stream_usage=True,
     )
-    print_answer("chat", model.invoke(QUESTION))
-    # Chunks add up to a message, their log-probs too.
+    try:
+        print_answer("chat", model.invoke(QUESTION))
+    except APIConnectionError:
+        sys.exit(f"no server at {URL}: start one with `make serve` or set OPENAI_BASE_URL")
+    # The sum of all chunks is the message, including its log-probs.
     collected: AIMessageChunk | None = None
     for chunk in model.stream(QUESTION):
         assert isinstance(chunk, AIMessageChunk)

@@ -1,10 +1,12 @@
-"""Asks a running server for log-probs with LiteLLM, and prints a line for each token.
+"""Print the log-prob of each token with LiteLLM, from a running server.
 
-Needs `pip install litellm`. Another address: OPENAI_BASE_URL=http://host:port/v1; a key: OPENAI_API_KEY=...
+Needs `pip install litellm`. Set OPENAI_BASE_URL=http://host:port/v1 for another address and OPENAI_API_KEY for an API
+key.
 """
 
 import json
 import os
+import sys
 from typing import Any
 
 import litellm
@@ -25,15 +27,18 @@ CHAT: dict[str, Any] = SERVER | {
 
 
 def print_tokens(title: str, text: str, tokens: list[tuple[str, float | None]]) -> None:
-    """A section of what is printed; the first token of a text has no log-prob."""
+    """Print the tokens of one answer; the first token of an echoed text has no log-prob."""
     print(f"\n== {title}: {json.dumps(text, ensure_ascii=False)}")
     for token, logprob in tokens:
         print(json.dumps(token, ensure_ascii=False), json.dumps(logprob))
 
 
 def main() -> None:
-    """Chat at once and as a stream, and a text completion that echoes its prompt."""
-    choice = litellm.completion(**CHAT).choices[0]
+    """Print a chat completion, the same one streamed, and a text completion with its prompt echoed."""
+    try:
+        choice = litellm.completion(**CHAT).choices[0]
+    except (litellm.APIConnectionError, litellm.InternalServerError):  # LiteLLM reports a refused connection as either
+        sys.exit(f"no answer from {SERVER['api_base']}: start a server with `make serve` or set OPENAI_BASE_URL")
     print_tokens("chat", choice.message.content, [(entry.token, entry.logprob) for entry in choice.logprobs.content])
 
     text = ""
@@ -48,8 +53,8 @@ def main() -> None:
     model = f"text-completion-openai/{MODEL}"
     answer = litellm.text_completion(**SERVER, model=model, **completion, echo=True, logprobs=1)
     choice = answer.choices[0]
-    numbers = choice.logprobs
-    print_tokens("completions", choice.text, list(zip(numbers.tokens, numbers.token_logprobs, strict=True)))
+    logprobs = choice.logprobs
+    print_tokens("completions", choice.text, list(zip(logprobs.tokens, logprobs.token_logprobs, strict=True)))
 
 
 if __name__ == "__main__":

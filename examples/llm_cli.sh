@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Asks a running server with the command `llm` (pip install llm): chat, and a completion whose log-probs llm keeps.
-# Another address: OPENAI_BASE_URL=http://host:port/v1. Your own settings of llm are left alone.
+# Chat with a running server through the command `llm` (pip install llm), and a completion whose log-probs llm logs.
+# Set OPENAI_BASE_URL=http://host:port/v1 for another address. Your own llm settings are not touched.
 set -eu
 LLM_USER_PATH=$(mktemp -d)
 export LLM_USER_PATH
 trap 'rm -r "$LLM_USER_PATH"' EXIT
 
-# What you would add to extra-openai-models.yaml in the folder that `dirname "$(llm logs path)"` names.
+# Add these entries to extra-openai-models.yaml in the folder printed by `dirname "$(llm logs path)"`.
 cat > "$LLM_USER_PATH/extra-openai-models.yaml" << YAML
 - model_id: logprobd
   model_name: ${MODEL:-SmolLM2-135M-Instruct}

@@ -1,21 +1,22 @@
-"""Asks a running server for the log-probs of the tokens it generates and of the prompt's tokens, and prints both.
+"""Print the log-probs of generated tokens and of prompt tokens, from a running server.
 
-Start one with `make serve`, then: .venv/bin/python examples/online_chat_completion_logprobs.py
-Another address: OPENAI_BASE_URL=http://host:port/v1; a key: OPENAI_API_KEY=...
+Start the server with `make serve`, then run: .venv/bin/python examples/online_chat_completion_logprobs.py
+Set OPENAI_BASE_URL=http://host:port/v1 for another address and OPENAI_API_KEY for an API key.
 """
 
 import os
+import sys
 from typing import Any
 
-from openai import OpenAI
+from openai import APIConnectionError, OpenAI
 from openai.types.chat import ChatCompletion
 
 QUESTION = "What is the capital of France?"
 RULE = "=" * 80
 
 
-def ask(client: OpenAI, model: str) -> ChatCompletion:
-    """One greedy chat completion with three alternatives for every token, prompt and generated."""
+def complete(client: OpenAI, model: str) -> ChatCompletion:
+    """Request a greedy chat completion with three alternatives for every prompt and generated token."""
     return client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": QUESTION}],
@@ -28,7 +29,7 @@ def ask(client: OpenAI, model: str) -> ChatCompletion:
 
 
 def print_generated(response: ChatCompletion) -> None:
-    """Each generated token with its alternatives."""
+    """Print each generated token with its alternatives."""
     print("=== Generated Token Logprobs (Standard OpenAI) ===")
     print("These show the model's confidence for each token it generated.\n")
     logprobs = response.choices[0].logprobs
@@ -42,7 +43,7 @@ def print_generated(response: ChatCompletion) -> None:
 
 
 def print_prompt(token_ids: list[int], prompt_logprobs: list[dict[str, Any] | None]) -> None:
-    """Each prompt token with its alternatives, best first after the actual one."""
+    """Print each prompt token, followed by its alternatives, most likely first."""
     print("=== Prompt Token Logprobs (vLLM Extension) ===")
     print("These show how likely each prompt token was, given the preceding context.\n")
     for position, (token_id, entries) in enumerate(zip(token_ids, prompt_logprobs, strict=True)):
@@ -59,19 +60,22 @@ def print_prompt(token_ids: list[int], prompt_logprobs: list[dict[str, Any] | No
 
 
 def main() -> None:
-    """Runs the example against OPENAI_BASE_URL, or a server on this machine."""
+    """Run the example against OPENAI_BASE_URL, by default a server on this machine."""
     client = OpenAI(
         base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"),
         api_key=os.environ.get("OPENAI_API_KEY", "none"),
     )
-    model = client.models.list().data[0].id
+    try:
+        model = client.models.list().data[0].id
+    except APIConnectionError:
+        sys.exit(f"no server at {client.base_url}: start one with `make serve` or set OPENAI_BASE_URL")
     print(f"Using model: {model}\n")
-    response = ask(client, model)
+    response = complete(client, model)
     print(RULE)
     print(f"Generated text: {response.choices[0].message.content}\n")
     print(f"{RULE}\n")
     print_generated(response)
-    extra = response.model_extra or {}  # fields that the OpenAI schema does not have
+    extra = response.model_extra or {}  # fields outside the OpenAI schema
     print_prompt(extra["prompt_token_ids"], extra["prompt_logprobs"])
 
 

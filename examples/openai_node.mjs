@@ -1,7 +1,7 @@
-// Asks a running server for log-probs with the openai package for node, and prints a line for each token.
+// Print the log-prob of each token with the openai package for Node, from a running server.
 //
-// Start one with `make serve`, then: npm install --no-save openai@6 && node examples/openai_node.mjs
-// Another address: OPENAI_BASE_URL=http://host:port/v1; a key: OPENAI_API_KEY=...
+// Start the server with `make serve`, then run: npm install --no-save openai@6 && node examples/openai_node.mjs
+// Set OPENAI_BASE_URL=http://host:port/v1 for another address and OPENAI_API_KEY for an API key.
 import OpenAI from "openai";
 
 const client = new OpenAI({
@@ -10,7 +10,12 @@ const client = new OpenAI({
 });
 const line = (token, logprob) => console.log(`${JSON.stringify(token)} ${logprob}`);
 
-const model = (await client.models.list()).data[0].id;
+const models = await client.models.list().catch((error) => {
+  if (!(error instanceof OpenAI.APIConnectionError)) throw error;
+  console.error(`no server at ${client.baseURL}: start one with \`make serve\` or set OPENAI_BASE_URL`);
+  process.exit(1);
+});
+const model = models.data[0].id;
 console.log(`Using model: ${model}`);
 const request = {
   model,
@@ -21,14 +26,14 @@ const request = {
   top_logprobs: 2,
 };
 
-// prompt_logprobs is no field of OpenAI's; the package sends and returns it as it is.
+// prompt_logprobs is not an OpenAI field; the package passes it through in both directions.
 const answer = await client.chat.completions.create({ ...request, prompt_logprobs: 0, return_token_ids: true });
 console.log(`\n== chat: ${JSON.stringify(answer.choices[0].message.content)}`);
 for (const { token, logprob } of answer.choices[0].logprobs.content) line(token, logprob);
 
 console.log("\n== prompt");
 answer.prompt_token_ids.forEach((id, i) => {
-  // An object's keys that are numbers come in their own order in JavaScript, so a token is found by its id.
+  // JavaScript reorders numeric keys of an object, so look the token up by its id.
   const entry = answer.prompt_logprobs[i]?.[id];
   line(entry?.decoded_token ?? null, entry?.logprob ?? null);
 });

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Scores three small tasks with lm-evaluation-harness: log-likelihoods and texts from completions, texts from chat.
-# Needs `pip install 'lm-eval[api]'`. From the root of the repository: examples/lm_eval/run.sh [FOLDER FOR THE RESULTS]
-# Another address: OPENAI_BASE_URL=http://host:port/v1
+# Evaluate three small tasks with lm-evaluation-harness: log-likelihoods and texts from completions, texts from chat.
+# Needs `pip install 'lm-eval[api]'`. Run from the repository's root: examples/lm_eval/run.sh [RESULTS_FOLDER]
+# Set OPENAI_BASE_URL=http://host:port/v1 for another address.
 set -eu
 url=${OPENAI_BASE_URL:-http://127.0.0.1:8000/v1}
 results=${1:-lm_eval_results}
 model=${MODEL:-SmolLM2-135M-Instruct}
 tasks=tools/clients/lm_eval_tasks
+curl -s -o /dev/null "$url/models" || { echo "no server at $url: start one with \`make serve\`" >&2; exit 1; }
 
-# The server tokenizes for lm_eval ("auto" finds its /tokenize), so no tokenizer is downloaded.
+# lm_eval uses the server's /tokenize (tokenizer_backend=auto), so no tokenizer is downloaded.
 lm_eval run --model local-completions \
   --model_args "model=$model,base_url=$url/completions,tokenizer_backend=auto" --batch_size 4 \
   --include_path "$tasks" --tasks logprobd_choice,logprobd_rolling,logprobd_generate \

@@ -127,7 +127,7 @@ def run(runner: ModelRunner, cases: list[Case], *, prefix_caching: bool) -> tupl
     return [_told(each, start) for each, start in zip(events, starts, strict=True)], cached
 
 
-def test_everyone_is_told_what_they_are_told_alone(small_runner: ModelRunner) -> None:
+def test_crowd_answers_equal_those_alone(small_runner: ModelRunner) -> None:
     cases = random_cases(Random(11))
     crowd, cached = run(small_runner, cases, prefix_caching=True)
     assert cached > 10

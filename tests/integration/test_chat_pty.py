@@ -94,7 +94,7 @@ def screen(tmp_path: Path) -> Iterator[Screen]:
     screen.close()
 
 
-def test_a_chat_on_a_terminal(screen: Screen) -> None:
+def test_chat_on_a_terminal(screen: Screen) -> None:
     start = screen.until("> ")
     for part in ("╭─ logprobd", "memory    █", "loading", "compiling", "✓ 5 programs compiled in", " 0.1 % "):
         assert part in start, part

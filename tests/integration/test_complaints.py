@@ -46,7 +46,7 @@ def chunks(server: ServerProcess, path: str, **body: Any) -> list[Any]:
     return [json.loads(line) for line in lines]
 
 
-def test_1_many_long_prompts_with_numbers_do_not_bring_the_server_down(server: ServerProcess) -> None:
+def test_1_many_long_prompts_with_logprobs_are_served(server: ServerProcess) -> None:
     async def all_at_once() -> list[httpx2.Response]:
         async with httpx2.AsyncClient(base_url=server.url, timeout=300) as client:
             bodies = [
@@ -62,7 +62,7 @@ def test_1_many_long_prompts_with_numbers_do_not_bring_the_server_down(server: S
     assert server.peak_memory() - before < 400e6  # of one [600, V] array alone there would be 118 MB, eight times
 
 
-def test_2_and_3_cached_prompts_are_scored_from_the_cache_with_the_same_numbers_in_any_order(ask: Ask) -> None:
+def test_2_and_3_cached_prompts_score_equal_to_uncached(ask: Ask) -> None:
     ids = numbers_from(2, 200)
     cold = ask(prompt=ids, max_tokens=0, prompt_logprobs=3)
     ask(prompt=[*ids[:128], *numbers_from(3, 60)], max_tokens=0, prompt_logprobs=3)  # another that begins alike
@@ -74,7 +74,7 @@ def test_2_and_3_cached_prompts_are_scored_from_the_cache_with_the_same_numbers_
     )
 
 
-def test_4_what_is_generated_has_the_numbers_of_the_same_text_scored(ask: Ask) -> None:
+def test_4_generated_logprobs_equal_scored_logprobs(ask: Ask) -> None:
     prompt = numbers_from(4, 30)
     made = ask(prompt=prompt, max_tokens=20, temperature=1, seed=1, logprobs=2, return_token_ids=True, ignore_eos=True)
     (choice,) = made["choices"]
@@ -85,7 +85,7 @@ def test_4_what_is_generated_has_the_numbers_of_the_same_text_scored(ask: Ask) -
 
 
 @pytest.mark.parametrize("length", [1, 2, 16, 17, 64, 65, 255, 256, 257, 513])
-def test_5_there_is_an_entry_for_every_prompt_token_whatever_the_chunks(ask: Ask, length: int) -> None:
+def test_5_prompt_logprobs_cover_every_token_of_all_chunks(ask: Ask, length: int) -> None:
     answer = ask(prompt=numbers_from(5 + length, length), max_tokens=1, prompt_logprobs=0, return_token_ids=True)
     (choice,) = answer["choices"]
     entries = choice["prompt_logprobs"]
@@ -96,7 +96,7 @@ def test_5_there_is_an_entry_for_every_prompt_token_whatever_the_chunks(ask: Ask
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-def test_6_a_stream_and_a_chat_can_score_their_prompts(server: ServerProcess, ask: Ask, path: str) -> None:
+def test_6_prompt_logprobs_in_streams_and_chats(server: ServerProcess, ask: Ask, path: str) -> None:
     body: dict[str, Any] = {"messages": MESSAGES} if path == CHAT else {"prompt": "The capital of France"}
     body |= {"max_tokens": 2, "temperature": 0, "prompt_logprobs": 2}
     whole, streamed = ask(path, **body), chunks(server, path, **body)
@@ -105,7 +105,7 @@ def test_6_a_stream_and_a_chat_can_score_their_prompts(server: ServerProcess, as
     assert not any("prompt_logprobs" in place for place in places[2:])
 
 
-def test_7_asking_for_more_changes_no_number_and_no_token_gets_lost(ask: Ask) -> None:
+def test_7_more_alternatives_change_no_logprob(ask: Ask) -> None:
     body = {"prompt": "I said 😊 and", "max_tokens": 8, "temperature": 0}
     few, many = (ask(**body, logprobs=k)["choices"][0]["logprobs"] for k in (2, 20))
     assert few["token_logprobs"] == many["token_logprobs"]
@@ -118,7 +118,7 @@ def test_7_asking_for_more_changes_no_number_and_no_token_gets_lost(ask: Ask) ->
         assert [other["rank"] for other in entry["top_logprobs"]] == list(range(1, 21))
 
 
-def test_8_bytes_are_true_and_the_end_can_be_told(ask: Ask) -> None:
+def test_8_bytes_are_exact_and_the_end_token_is_marked(ask: Ask) -> None:
     answer = ask(CHAT, messages=MESSAGES, max_tokens=60, temperature=0, logprobs=True, return_token_ids=True)
     (choice,) = answer["choices"]
     content = choice["logprobs"]["content"]
@@ -137,7 +137,7 @@ def test_8_bytes_are_true_and_the_end_can_be_told(ask: Ask) -> None:
     assert finished["logprobs"]["content"][-1]["token"] == "<|im_end|>"
 
 
-def test_9_companions_change_no_number_and_the_fingerprint_names_the_configuration(server: ServerProcess) -> None:
+def test_9_batching_changes_no_logprob(server: ServerProcess) -> None:
     async def crowd(size: int) -> list[Any]:
         async with httpx2.AsyncClient(base_url=server.url, timeout=300) as client:
             body = {"max_tokens": 12, "logprobs": 5, "prompt_logprobs": 5, "seed": 9, "temperature": 1}
@@ -152,7 +152,7 @@ def test_9_companions_change_no_number_and_the_fingerprint_names_the_configurati
     assert "float32" in alone["system_fingerprint"]
 
 
-def test_10_raw_or_processed_is_the_requests_choice_and_is_said(ask: Ask) -> None:
+def test_10_logprobs_mode_of_a_request_is_reported(ask: Ask) -> None:
     body = {"prompt": numbers_from(10, 20), "max_tokens": 6, "temperature": 0.5, "seed": 3, "logprobs": 20}
     answers = {mode: ask(**body, logprobs_mode=mode) for mode in ("raw_logprobs", "processed_logprobs")}
     assert {mode: answer["logprobs_mode"] for mode, answer in answers.items()} == {mode: mode for mode in answers}
@@ -170,7 +170,7 @@ def test_10_raw_or_processed_is_the_requests_choice_and_is_said(ask: Ask) -> Non
         assert math.fsum(map(math.exp, kept)) == pytest.approx(1, abs=1e-5)
 
 
-def test_12_a_token_of_probability_0_has_a_number_that_json_knows(server: ServerProcess) -> None:
+def test_12_probability_0_is_valid_json(server: ServerProcess) -> None:
     body = {"prompt": "One, two,", "max_tokens": 2, "logprobs": 5, "allowed_token_ids": [504, 505, 506]}
     body |= {"logprobs_mode": "processed_logprobs"}
     text = httpx2.post(server.url + COMPLETIONS, json=body, timeout=60).text
@@ -182,7 +182,7 @@ def test_12_a_token_of_probability_0_has_a_number_that_json_knows(server: Server
         assert math.fsum(math.exp(value) for value in values) == pytest.approx(1, abs=1e-5)
 
 
-def test_13_ids_come_back_with_every_answer_and_can_be_sent(ask: Ask) -> None:
+def test_13_token_ids_round_trip(ask: Ask) -> None:
     told = ask(CHAT, messages=MESSAGES, max_tokens=5, temperature=0, return_token_ids=True, logprobs=True)
     (choice,) = told["choices"]
     assert len(choice["token_ids"]) == len(choice["logprobs"]["content"]) == told["usage"]["completion_tokens"]
@@ -195,7 +195,7 @@ def test_13_ids_come_back_with_every_answer_and_can_be_sent(ask: Ask) -> None:
     assert [entry["logprob"] for entry in chat["choices"][0]["logprobs"]["content"]] == numbers
 
 
-def test_14_echo_with_logprobs_is_whole_or_refused(server: ServerProcess, ask: Ask) -> None:
+def test_14_echo_with_logprobs_is_complete_or_refused(server: ServerProcess, ask: Ask) -> None:
     ids = numbers_from(14, 12)
     for max_tokens in (0, 1):
         logprobs = ask(prompt=ids, max_tokens=max_tokens, echo=True, logprobs=1, temperature=0)["choices"][0][
@@ -207,7 +207,7 @@ def test_14_echo_with_logprobs_is_whole_or_refused(server: ServerProcess, ask: A
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "suffix")
 
 
-def test_15_a_suffix_or_a_few_labels_can_be_asked_for_and_columns_are_small(ask: Ask) -> None:
+def test_15_prompt_logprobs_of_a_suffix_labels_and_columns(ask: Ask) -> None:
     ids, labels = numbers_from(15, 100), [100, 200, 300]
     body = {"prompt": ids, "max_tokens": 0, "prompt_logprobs_start": 90, "prompt_logprob_token_ids": labels}
     entries = ask(**body)["choices"][0]["prompt_logprobs"]
@@ -222,7 +222,7 @@ def test_15_a_suffix_or_a_few_labels_can_be_asked_for_and_columns_are_small(ask:
         assert [entry[str(label)]["logprob"] for label in labels] == others
 
 
-def test_16_zero_and_nothing_mean_what_openai_says(ask: Ask) -> None:
+def test_16_logprobs_zero_and_absent_as_in_openai(ask: Ask) -> None:
     body = {"prompt": "Hello", "max_tokens": 2, "temperature": 0}
     assert ask(**body)["choices"][0]["logprobs"] is None
     zero = ask(**body, logprobs=0)["choices"][0]["logprobs"]
@@ -236,7 +236,7 @@ def test_16_zero_and_nothing_mean_what_openai_says(ask: Ask) -> None:
     assert [len(entry["top_logprobs"]) for entry in five] == [5, 5]
 
 
-def test_17_the_limit_is_told_before_it_is_hit(server: ServerProcess) -> None:
+def test_17_max_logprobs_is_in_the_model_card(server: ServerProcess) -> None:
     (card,) = httpx2.get(f"{server.url}/v1/models", timeout=60).json()["data"]
     body = {"prompt": "Hi", "max_tokens": 1, "logprobs": card["max_logprobs"]}
     assert httpx2.post(server.url + COMPLETIONS, json=body, timeout=60).status_code == 200
@@ -245,7 +245,7 @@ def test_17_the_limit_is_told_before_it_is_hit(server: ServerProcess) -> None:
     assert "--max-logprobs" in refused.json()["error"]["message"]
 
 
-def test_18_ranks_and_numbers_are_those_of_hugging_face(ask: Ask) -> None:
+def test_18_logprobs_and_ranks_equal_hugging_face(ask: Ask) -> None:
     for prompt in load_golden("smollm2-q4_1-gguf-f32")[:2]:
         answer = ask(prompt=list(prompt.token_ids), max_tokens=0, prompt_logprobs=20)
         entries = answer["choices"][0]["prompt_logprobs"][1:]

@@ -95,7 +95,7 @@ def check(expression: str, series: dict[str, Series]) -> None:
         assert each.in_range == (series[each.name].kind != "gauge"), each.name
 
 
-def test_every_expression_finds_something(series: dict[str, Series]) -> None:
+def test_dashboard_expressions_match_metrics(series: dict[str, Series]) -> None:
     for panel, target in TARGETS:
         check(target["expr"], series)
         (first, *others) = [each.labels for each in asked_by(target["expr"])]
@@ -114,14 +114,14 @@ def test_every_expression_finds_something(series: dict[str, Series]) -> None:
         "sum(logprobd:prompt_tokens_total)",
     ],
 )
-def test_what_finds_nothing_is_seen(series: dict[str, Series], wrong: str) -> None:
+def test_dashboard_check_rejects_unknown_metrics(series: dict[str, Series], wrong: str) -> None:
     with pytest.raises(AssertionError):
         check(wrong, series)
     with pytest.raises(ValueError, match="unclosed"):
         list(asked_by(wrong + " + ("))
 
 
-def test_every_number_of_the_engine_is_shown_but_for_details(series: dict[str, Series]) -> None:
+def test_dashboard_shows_every_engine_metric(series: dict[str, Series]) -> None:
     shown = {each.name for _, target in TARGETS for each in asked_by(target["expr"])}
     suffixes = r"_(total|sum|count|bucket|created)$"
     left_out = {re.sub(suffixes, "", name) for name in series if name.startswith("logprobd:")} - {
@@ -136,7 +136,7 @@ def test_every_number_of_the_engine_is_shown_but_for_details(series: dict[str, S
     }
 
 
-def test_the_variables_are_defined_used_and_of_something_that_is_there(series: dict[str, Series]) -> None:
+def test_dashboard_variables_are_defined_and_used(series: dict[str, Series]) -> None:
     assert list(VARIABLES) == ["datasource", "model_name", "instance"]
     expressions = "\n".join(target["expr"] for _, target in TARGETS)
     assert set(re.findall(r"\$(?!__)(\w+)", expressions)) == {"model_name", "instance"}
@@ -150,26 +150,26 @@ def test_the_variables_are_defined_used_and_of_something_that_is_there(series: d
     assert VARIABLES["datasource"] | {"type": "datasource", "query": "prometheus"} == VARIABLES["datasource"]
 
 
-def test_everything_is_read_from_the_source_that_was_chosen() -> None:
+def test_dashboard_uses_the_chosen_data_source() -> None:
     sources = [each["datasource"] for panel, target in TARGETS for each in (panel, target)]
     sources += [VARIABLES[name]["datasource"] for name in ("model_name", "instance")]
     assert all(source == {"type": "prometheus", "uid": "${datasource}"} for source in sources)
 
 
-def test_it_can_be_imported() -> None:
+def test_dashboard_can_be_imported() -> None:
     assert (DASHBOARD["uid"], DASHBOARD["title"]) == ("logprobd", "logprobd")
     assert DASHBOARD["schemaVersion"] >= 36  # sources are objects since then
     assert "id" not in DASHBOARD  # Grafana gives its own; another's would be overwritten
 
 
-def test_no_errors_are_a_zero_and_not_a_gap() -> None:
+def test_dashboard_error_panels_show_zero_without_errors() -> None:
     (errors,) = [panel for panel in PANELS if panel["title"] == "Errors"]
     for target in errors["targets"]:
         above, _, _ = target["expr"].partition(" / ")
         assert above.endswith(" or vector(0))")
 
 
-def test_panels_lie_side_by_side() -> None:
+def test_dashboard_panels_do_not_overlap() -> None:
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(set(ids)) == len(ids)
     places = [(panel["title"], panel["gridPos"]) for panel in DASHBOARD["panels"]]
@@ -183,7 +183,7 @@ def test_panels_lie_side_by_side() -> None:
     assert rows == ["Traffic", "Latency", "Tokens", "Engine", "Process"]
 
 
-def test_panels_say_what_they_show() -> None:
+def test_dashboard_panels_have_descriptions() -> None:
     titles = [panel["title"] for panel in PANELS]
     assert len(set(titles)) == len(titles)
     for panel in PANELS:
@@ -197,7 +197,7 @@ def test_panels_say_what_they_show() -> None:
         assert unit
 
 
-def test_the_guides_alerts_find_something(series: dict[str, Series]) -> None:
+def test_alerts_of_the_guide_match_metrics(series: dict[str, Series]) -> None:
     blocks = re.findall(r"^```yaml\n(.*?)^```$", GUIDE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     (rules,) = [yaml.safe_load(block)["groups"] for block in blocks if block.startswith("groups:")]
     alerts = [rule for group in rules for rule in group["rules"]]

@@ -45,7 +45,7 @@ def tokenizer(path: Path) -> Tokenizer:
         return tokenizer_from_gguf(checkpoint.metadata)
 
 
-def test_ids_are_those_of_the_original_tokenizer(tokenizer: Tokenizer) -> None:
+def test_gemma3_token_ids_equal_the_original(tokenizer: Tokenizer) -> None:
     golden = json.loads((FOLDER / f"{NAME}.json").read_text("utf-8"))["texts"]
     assert len(golden) > 300
     for text, ids in zip(texts(), golden, strict=True):
@@ -54,7 +54,7 @@ def test_ids_are_those_of_the_original_tokenizer(tokenizer: Tokenizer) -> None:
             assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-def test_prompts_and_greedy_texts(tokenizer: Tokenizer) -> None:
+def test_gemma3_prompts_and_greedy_texts(tokenizer: Tokenizer) -> None:
     for prompt in load_golden(NAME):
         assert tokenizer.encode(prompt.text, add_special_tokens=True) == list(prompt.token_ids)
         made = [step.token_id for step in prompt.greedy]

@@ -89,7 +89,7 @@ def open_files() -> int:
     return len(list(Path(f"/proc/{os.getpid()}/fd").iterdir()))
 
 
-def test_a_thousand_clients_leave_at_any_moment() -> None:
+def test_thousand_clients_disconnect_at_any_time() -> None:
     choose, readiness = random.Random(9), Readiness()
     with listening(script=b"x" * TOKENS, max_waiting=1000, readiness=readiness) as (url, server):
         before_all = open_files()
@@ -113,7 +113,7 @@ def test_a_thousand_clients_leave_at_any_moment() -> None:
         asyncio.run(crowd(4, 4, lambda _: staying(url, choose)))
 
 
-def test_of_two_hundred_clients_a_third_leaves() -> None:
+def test_third_of_two_hundred_clients_disconnects() -> None:
     choose, readiness = random.Random(10), Readiness()
     leaves = [choose.random() < 1 / 3 for _ in range(200)]
     with listening(script=b"x" * TOKENS, max_waiting=1000, readiness=readiness) as (url, server):
@@ -122,7 +122,7 @@ def test_of_two_hundred_clients_a_third_leaves() -> None:
         asyncio.run(server.assert_idle())
 
 
-async def test_sixty_four_requests_on_four_rows_are_served_in_their_order() -> None:
+async def test_requests_beyond_the_rows_are_served_in_order() -> None:
     """First come, first served within a priority: the lower first."""
     async with serving(b"x" * 8, max_waiting=64) as server:
         requests = submitted(server)
@@ -150,7 +150,7 @@ def _place(request: Request) -> tuple[int, int]:
     return request.priority, request.prompt_token_ids[0]
 
 
-async def test_more_requests_than_the_queue_holds_are_refused_cleanly() -> None:
+async def test_requests_beyond_the_queue_are_refused() -> None:
     async with serving(b"x" * 8, max_waiting=10) as server:
         gate = server.runner.before_call = Gate("decode")
         first = asyncio.create_task(server.complete(max_tokens=8))

@@ -32,6 +32,6 @@ async def test_ten_thousand_mutated_bodies(caplog: pytest.LogCaptureFixture) -> 
     assert min(statuses[200], statuses[400]) > _BODIES // 5
 
 
-async def test_bodies_without_an_accident_are_answered() -> None:
+async def test_seed_bodies_are_answered() -> None:
     async with answering() as server:
         assert {await asked(server, *bodies.unpacked(data)) for data in bodies.seeds()} == {200}

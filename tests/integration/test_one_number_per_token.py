@@ -26,7 +26,7 @@ def _same(a: Answer, b: Answer) -> bool:
 
 
 @pytest.mark.parametrize("length", [1, 65, 150])
-def test_alone_or_in_a_full_batch(runner: ModelRunner, length: int) -> None:
+def test_logprobs_in_a_full_batch_equal_alone(runner: ModelRunner, length: int) -> None:
     mine = (_prompt(length, length), _greedy(12, score=True))
     alone = run(runner, {"mine": mine})["mine"]
     for companions in (1, 3, 15):
@@ -41,7 +41,7 @@ def test_alone_or_in_a_full_batch(runner: ModelRunner, length: int) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 64, 100])
-def test_generated_or_scored_again_as_a_prompt(runner: ModelRunner, length: int) -> None:
+def test_logprobs_generated_equal_scored(runner: ModelRunner, length: int) -> None:
     prompt = _prompt(1000 + length, length)
     generated = run(runner, {"generate": (prompt, _greedy(40))})["generate"]
     whole = prompt + generated.token_ids
@@ -54,7 +54,7 @@ def test_generated_or_scored_again_as_a_prompt(runner: ModelRunner, length: int)
 
 
 @pytest.mark.parametrize("budget", [32, 80, 272])
-def test_whatever_the_chunks(runner: ModelRunner, budget: int) -> None:
+def test_logprobs_in_any_chunks_are_equal(runner: ModelRunner, budget: int) -> None:
     """A budget of tokens for a step cuts a long prompt, and shorter ones before it cut it elsewhere."""
     mine = (_prompt(7, 300), _greedy(4, score=True))
     alone = run(runner, {"mine": mine})["mine"]
@@ -69,7 +69,7 @@ def test_whatever_the_chunks(runner: ModelRunner, budget: int) -> None:
 
 @settings(max_examples=5, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_however_it_is_computed(runner: ModelRunner, data: st.DataObject) -> None:
+def test_logprobs_are_equal_however_computed(runner: ModelRunner, data: st.DataObject) -> None:
     """A property: of any request, beside any others, in any chunks, from any cache, and scored again afterwards."""
     seed, length, tokens = (data.draw(st.integers(1, most)) for most in (10_000, 200, 20))
     mine = (_prompt(seed, length), _greedy(tokens, score=True))
@@ -93,7 +93,7 @@ def test_however_it_is_computed(runner: ModelRunner, data: st.DataObject) -> Non
     assert again.logprob.tobytes() == every.tobytes()
 
 
-def test_a_seed_draws_the_same_alone_and_in_a_crowd(runner: ModelRunner) -> None:
+def test_seed_draws_the_same_tokens_in_a_batch(runner: ModelRunner) -> None:
     mine = (_prompt(5, 20), SamplingParams(max_tokens=24, temperature=0.9, top_p=0.95, top_k=50, seed=42))
     alone = run(runner, {"mine": mine})["mine"]
     others = {f"other {i}": (_prompt(i, 10), SamplingParams(max_tokens=20, temperature=1.0, seed=i)) for i in range(5)}
@@ -102,7 +102,7 @@ def test_a_seed_draws_the_same_alone_and_in_a_crowd(runner: ModelRunner) -> None
     assert run(runner, {"mine": reseeded})["mine"].token_ids != alone.token_ids
 
 
-def test_penalties_and_bias_choose_the_same_alone_and_in_a_crowd(runner: ModelRunner) -> None:
+def test_penalties_choose_the_same_tokens_in_a_batch(runner: ModelRunner) -> None:
     params = SamplingParams(
         max_tokens=24,
         temperature=0.8,

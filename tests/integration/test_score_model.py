@@ -39,7 +39,7 @@ def served(server: ServerProcess, prompt: Any) -> dict[str, Any]:
     return choice | {"fingerprint": told["system_fingerprint"]}
 
 
-def test_a_process_has_the_numbers_of_a_server_to_the_last_bit(server: ServerProcess, tmp_path: Path) -> None:
+def test_score_equals_the_server_bit_by_bit(server: ServerProcess, tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "What is the capital of France?"}, {"role": "assistant", "content": "Paris."}]
     file = write_lines(tmp_path / "rows.jsonl", [*({"text": text} for text in TEXTS), {"messages": chat}])
     words = [sys.executable, "-m", "serve", "score", str(file), "--top-logprobs", "2", *engine_flags(server)]

@@ -41,7 +41,7 @@ def rendered(sandbox: TemplateSandbox, template: str) -> str:
     )
 
 
-def test_sandbox_renders_a_template_as_any_other(sandbox: TemplateSandbox) -> None:
+def test_sandbox_renders_a_template(sandbox: TemplateSandbox) -> None:
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ mark[0] }}{% endfor %}"
     assert rendered(sandbox, template) == "<s>Grüße, 🙂1"
 
@@ -61,13 +61,13 @@ def test_sandbox_renders_a_template_as_any_other(sandbox: TemplateSandbox) -> No
         ("{% if %}", "Expected an expression"),
     ],
 )
-def test_a_template_ends_at_its_limits(sandbox: TemplateSandbox, template: str, why: str) -> None:
+def test_template_ends_at_its_limits(sandbox: TemplateSandbox, template: str, why: str) -> None:
     with pytest.raises(ChatTemplateError, match=why):
         rendered(sandbox, template)
     assert rendered(sandbox, "{{ messages[0].role }}") == "user"
 
 
-async def test_a_template_of_a_request_is_sandboxed_if_trusted_and_else_refused() -> None:
+async def test_request_template_is_sandboxed_or_refused() -> None:
     endless = chat_body(chat_template="{{ 'a' * 10 ** 10 }}")
     async with serving(trust_request_chat_template=True) as server:
         error = error_of(await server.post(CHAT, endless), 400)
@@ -80,7 +80,7 @@ async def test_a_template_of_a_request_is_sandboxed_if_trusted_and_else_refused(
             assert error_of(await server.post(path, endless), 400)["code"] == "unsupported_parameter"
 
 
-async def test_templates_of_requests_keep_no_thread_from_others() -> None:
+async def test_request_templates_do_not_block_other_requests() -> None:
     """Two are rendered; who comes then is sent away at once, and requests without a template are served meanwhile."""
     endless = chat_body(chat_template="{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
     async with serving(trust_request_chat_template=True) as server:
@@ -111,7 +111,7 @@ def audited(needle: str) -> Iterator[list[str]]:
         heard = False
 
 
-async def test_nothing_that_a_request_says_is_looked_up_on_disk() -> None:
+async def test_request_texts_are_never_looked_up_on_disk() -> None:
     path = f"/tmp/{SECRET}"
     texts = {"model": path, "user": path, "cache_salt": SECRET, "request_id": path, "stop": path, "bad_words": [path]}
     bodies: list[tuple[str, dict[str, Any]]] = [
@@ -169,7 +169,7 @@ def keyed(authorization: str) -> dict[str, Any]:
     return {"type": "http", "headers": [(b"authorization", authorization.encode())]}
 
 
-def test_keys_are_told_apart_by_names() -> None:
+def test_api_keys_have_names() -> None:
     keys = ApiKeys(["sk-1", "sk-2"])
     assert [keys.name_of(keyed(f"Bearer {key}")) for key in ("sk-1", "sk-2", "sk-3", "", "sk-1 ")] == [
         "key1",
@@ -180,7 +180,7 @@ def test_keys_are_told_apart_by_names() -> None:
     ]
 
 
-def test_every_key_is_compared_whole_whichever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_api_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[tuple[int, int]] = []
 
     def compare(a: bytes, b: bytes) -> bool:
@@ -195,7 +195,7 @@ def test_every_key_is_compared_whole_whichever_it_is(monkeypatch: pytest.MonkeyP
         assert compared == [(32, 32)] * 3
 
 
-async def test_requests_of_different_keys_share_no_cached_prompt_where_that_is_wanted() -> None:
+async def test_prefix_cache_per_key_isolates_keys() -> None:
     prompt = [1] * 200
     for apart in (False, True):
         async with serving(None, api_key=("sk-1", "sk-2"), prefix_cache_per_key=apart) as server:
@@ -229,7 +229,7 @@ async def test_requests_of_different_keys_share_no_cached_prompt_where_that_is_w
         ("", 200),  # none: no browser
     ],
 )
-async def test_a_page_whose_name_is_made_to_mean_this_machine_gets_nothing(host: str, status: int) -> None:
+async def test_dns_rebinding_is_refused(host: str, status: int) -> None:
     async with serving(allowed_hosts=None) as server:
         for path in ("/v1/models", "/", "/health"):
             response = await server.client.get(path, headers={"Host": host})
@@ -238,7 +238,7 @@ async def test_a_page_whose_name_is_made_to_mean_this_machine_gets_nothing(host:
                 assert error_of(response, 403)["code"] == "host_not_allowed"
 
 
-def test_which_hosts_are_allowed() -> None:
+def test_allowed_hosts_by_configuration() -> None:
     for host in ("127.0.0.1", "127.0.0.2", "::1", "0:0:0:0:0:0:0:1", "localhost", "LOCALHOST"):
         assert "localhost" in ServeConfig(host=host).accepted_hosts
     assert ServeConfig(host="0.0.0.0").accepted_hosts == ()
@@ -248,13 +248,13 @@ def test_which_hosts_are_allowed() -> None:
     assert ServeConfig(allowed_hosts=("*",)).accepted_hosts == ()
 
 
-async def test_every_answer_says_that_its_type_is_its_type() -> None:
+async def test_responses_have_nosniff() -> None:
     async with serving() as server:
         for path in ("/", "/web/page.css", "/docs", "/v1/models", "/nowhere", "/metrics"):
             assert (await server.client.get(path)).headers["x-content-type-options"] == "nosniff"
 
 
-async def test_methods_that_clients_make_up_are_one_in_the_metrics() -> None:
+async def test_unknown_methods_share_a_metric_label() -> None:
     async with serving() as server:
         for number in range(20):
             await server.client.request(f"MADEUP{number}", "/v1/models")
@@ -271,7 +271,7 @@ def sealed_entry(directory: Path, name: str) -> Path:
     return entry
 
 
-def test_what_is_kept_is_what_was_sealed_or_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_cache_entries_are_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Whatever it is compressed with: not every compression has a sum of its own."""
     whole, flipped, torn = (sealed_entry(tmp_path, name) for name in ("whole", "flipped", "torn"))
     data = bytearray(flipped.read_bytes())
@@ -287,14 +287,14 @@ def test_what_is_kept_is_what_was_sealed_or_is_made_anew(tmp_path: Path, caplog:
     assert sorted(record.getMessage().split(":")[0] for record in caplog.records) == ["flipped-cache", "torn-cache"]
 
 
-def test_a_cache_of_programs_is_private(tmp_path: Path) -> None:
+def test_compilation_cache_is_private(tmp_path: Path) -> None:
     own = tmp_path / "own"
     use_persistent_cache(own)
     assert own.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o2770])
-def test_a_cache_of_programs_that_others_could_write_to_is_begun_anew(
+def test_compilation_cache_writable_by_others_is_cleared(
     mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What is in it may have come from them. Another user's is refused."""

@@ -25,7 +25,7 @@ def client(server: ServerProcess) -> Iterator[OpenAI]:
         yield client
 
 
-def test_the_example_prints_the_sections_of_the_document(server: ServerProcess) -> None:
+def test_example_prints_all_sections(server: ServerProcess) -> None:
     result = subprocess.run(
         [sys.executable, "examples/online_chat_completion_logprobs.py"],
         cwd=ROOT,
@@ -48,7 +48,7 @@ def test_the_example_prints_the_sections_of_the_document(server: ServerProcess) 
     assert prompt.count("<-- actual") == positions - 1
 
 
-def test_golden_numbers_over_http(client: OpenAI) -> None:
+def test_golden_logprobs_over_http(client: OpenAI) -> None:
     prompts = load_golden("smollm2-q4_1-gguf-f32")
     measured = []
     for prompt in prompts:
@@ -80,7 +80,7 @@ def test_golden_numbers_over_http(client: OpenAI) -> None:
     assert figures.wrong_greedy == ()
 
 
-def test_a_stream_says_what_the_whole_answer_says(client: OpenAI) -> None:
+def test_stream_equals_the_complete_answer(client: OpenAI) -> None:
     messages = [{"role": "user", "content": "Say hello in Japanese, with an emoji."}]
     options = {"model": "SmolLM2-135M-Instruct", "messages": messages, "max_tokens": 40, "seed": 3, "logprobs": True}
     extra = {"return_token_ids": True, "prompt_logprobs": 2}
@@ -106,7 +106,7 @@ def test_a_stream_says_what_the_whole_answer_says(client: OpenAI) -> None:
     assert data.decode("utf-8", "replace") == text
 
 
-def test_lm_eval_shape(server: ServerProcess) -> None:
+def test_lm_eval_request_has_all_logprobs(server: ServerProcess) -> None:
     """The request that lm-evaluation-harness sends for log-likelihoods."""
     prompts = [[504, 3575, 282, 4649, 314], [504, 6376]]
     body = {
@@ -128,7 +128,7 @@ def test_lm_eval_shape(server: ServerProcess) -> None:
             assert own <= max(top.values())
 
 
-def test_scoring_a_long_prompt_takes_little_memory(server: ServerProcess) -> None:
+def test_scoring_a_long_prompt_has_bounded_memory(server: ServerProcess) -> None:
     """Promise 3: no [prompt, vocabulary] array, which would be 690 MB here."""
 
     def score(tokens: int) -> int:
@@ -144,7 +144,7 @@ def test_scoring_a_long_prompt_takes_little_memory(server: ServerProcess) -> Non
     assert score(3500) - short < 400e6
 
 
-def test_what_is_cached_is_said_and_changes_no_bit(server: ServerProcess) -> None:
+def test_cached_tokens_are_reported_and_change_no_bit(server: ServerProcess) -> None:
     ids = [20 + (104729 * i) % 40000 for i in range(300)]
     body = {"prompt": ids, "max_tokens": 5, "temperature": 0, "logprobs": 5, "prompt_logprobs": 5}
 
@@ -162,7 +162,7 @@ def test_what_is_cached_is_said_and_changes_no_bit(server: ServerProcess) -> Non
     assert ask(prompt=[7, *ids], cache_salt="unscored") == (fresh, 256)  # the head alone, over what was left behind
 
 
-def test_answers_to_one_prompt_come_from_one_prefill(server: ServerProcess) -> None:
+def test_choices_of_one_prompt_share_a_prefill(server: ServerProcess) -> None:
     ids = [20 + (15485863 * i) % 40000 for i in range(200)]
     body = {"prompt": ids, "max_tokens": 8, "seed": 5, "logprobs": 2}
     answer = httpx2.post(f"{server.url}/v1/completions", json=body | {"n": 3}, timeout=60).json()
@@ -174,7 +174,7 @@ def test_answers_to_one_prompt_come_from_one_prefill(server: ServerProcess) -> N
         assert alone["usage"]["prompt_tokens_details"]["cached_tokens"] == 192
 
 
-def test_penalties_and_constraints_reach_the_choice(server: ServerProcess) -> None:
+def test_penalties_and_constraints_change_the_tokens(server: ServerProcess) -> None:
     body = {
         "prompt": "one two three one two three one two",
         "max_tokens": 12,
@@ -196,7 +196,7 @@ def test_penalties_and_constraints_reach_the_choice(server: ServerProcess) -> No
     assert set(ask(allowed_token_ids=[504, 505])) <= {504, 505}
 
 
-def test_a_bad_word_of_two_tokens_is_never_finished(client: OpenAI) -> None:
+def test_bad_word_of_two_tokens_is_never_completed(client: OpenAI) -> None:
     def ask(**more: object) -> tuple[list[str], str]:
         answer = client.completions.create(
             model="SmolLM2-135M-Instruct",
@@ -218,7 +218,7 @@ def test_a_bad_word_of_two_tokens_is_never_finished(client: OpenAI) -> None:
     assert word not in other_text
 
 
-def test_a_small_cache_and_whole_rows(compilation_cache: Path) -> None:
+def test_small_cache_and_full_vocabulary(compilation_cache: Path) -> None:
     process = ServerProcess(
         *("--max-num-seqs", "1", "--max-model-len", "512", "--max-logprobs", "-1", "--kv-cache-memory", "8MB"),
         *("--max-num-batched-tokens", "17", "--compilation-cache-dir", str(compilation_cache)),  # few programs
@@ -240,7 +240,7 @@ def test_a_small_cache_and_whole_rows(compilation_cache: Path) -> None:
     assert process.terminate() == 0
 
 
-def test_sigterm_drains_and_exits_0_and_a_second_start_reads_the_cache(tmp_path: Path) -> None:
+def test_sigterm_drains_and_a_second_start_reads_the_cache(tmp_path: Path) -> None:
     few = ("--max-num-seqs", "1", "--max-model-len", "256", "--max-num-batched-tokens", "17")  # programs
     arguments = (*few, "--compilation-cache-dir", str(tmp_path / "xla"))
     first = ServerProcess(*arguments)
@@ -265,7 +265,7 @@ def test_sigterm_drains_and_exits_0_and_a_second_start_reads_the_cache(tmp_path:
     assert sorted(path.name for path in (tmp_path / "xla").glob("jit_decode_1-*-cache")) == entries
 
 
-def test_what_cannot_be_served_is_one_message_and_exit_code_1(tmp_path: Path, compilation_cache: Path) -> None:
+def test_unusable_model_is_one_message_and_exit_code_1(tmp_path: Path, compilation_cache: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF\x03\x00\x00\x00")
     options = ("--port", "0", "--compilation-cache-dir", str(compilation_cache))

@@ -49,7 +49,7 @@ def numbers(prompt: list[dict[str, dict[str, Any]] | None]) -> list[dict[str, tu
     return [{key: (entry["rank"], entry["logprob"]) for key, entry in each.items()} for each in prompt if each]
 
 
-def test_two_devices_say_what_one_says(servers: dict[int, ServerProcess]) -> None:
+def test_two_devices_equal_one(servers: dict[int, ServerProcess]) -> None:
     one, two = (ask(server, BODY)["choices"][0] for server in servers.values())
     assert two["text"] == one["text"]
     assert two["logprobs"]["tokens"] == one["logprobs"]["tokens"]
@@ -60,7 +60,7 @@ def test_two_devices_say_what_one_says(servers: dict[int, ServerProcess]) -> Non
             assert logprob == pytest.approx(theirs[key][1], abs=1e-5)
 
 
-def test_what_was_generated_is_scored_again_with_the_same_bits(servers: dict[int, ServerProcess]) -> None:
+def test_two_devices_generated_logprobs_equal_scored(servers: dict[int, ServerProcess]) -> None:
     body = {**BODY, "return_token_ids": True}
     answer = ask(servers[2], body)["choices"][0]
     ids = answer["token_ids"]
@@ -71,7 +71,7 @@ def test_what_was_generated_is_scored_again_with_the_same_bits(servers: dict[int
     ]
 
 
-def test_the_start_says_over_how_many_devices_the_model_is_cut(servers: dict[int, ServerProcess]) -> None:
+def test_startup_reports_the_number_of_devices(servers: dict[int, ServerProcess]) -> None:
     assert any("cut over 2 devices" in line for line in servers[2].log)
     assert not any("cut over" in line for line in servers[1].log)
     assert len({ask(server, BODY)["system_fingerprint"] for server in servers.values()}) == 2
@@ -88,7 +88,7 @@ def test_the_start_says_over_how_many_devices_the_model_is_cut(servers: dict[int
         ((), {"JAX_PLATFORMS": "rocm"}, "JAX finds no device of JAX_PLATFORMS=rocm"),
     ],
 )
-def test_devices_that_are_not_here_are_said_in_one_line(
+def test_missing_devices_are_one_error_line(
     model: Path, tmp_path: Path, flags: tuple[str, ...], environ: dict[str, str], said: str
 ) -> None:
     command = [sys.executable, "-m", "serve", str(model), "--port", "0", "--compilation-cache-dir", str(tmp_path)]

@@ -25,7 +25,7 @@ def peer(request: httpx2.Request) -> httpx2.Response:
     return httpx2.Response(200, text="\n\n".join(events))
 
 
-async def test_what_a_server_refuses_is_a_row_that_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_measure_reports_refused_scenarios(capsys: pytest.CaptureFixture[str]) -> None:
     # At this address nobody listens, for what does not go through the client.
     async with httpx2.AsyncClient(base_url="http://127.0.0.1:1", transport=httpx2.MockTransport(peer)) as client:
         rows = {name: figures async for name, figures in measure(client, 200, lambda: 1e10)}
@@ -45,7 +45,7 @@ async def test_what_a_server_refuses_is_a_row_that_says_so(capsys: pytest.Captur
     assert "%" not in table
 
 
-def test_the_share_of_the_limit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_share_is_of_the_bandwidth_limit(capsys: pytest.CaptureFixture[str]) -> None:
     step = Figures(itl_ms=50.0, bandwidth=20e9)  # 800 MB take 40 ms
     assert step.share(800e6) == pytest.approx(0.8)
     assert Figures(itl_ms=50.0).share(800e6) is None
@@ -53,7 +53,7 @@ def test_the_share_of_the_limit(capsys: pytest.CaptureFixture[str]) -> None:
     assert "80%" in capsys.readouterr().out
 
 
-def test_what_a_step_reads_of_the_default_model() -> None:
+def test_decode_bytes_of_the_default_model() -> None:
     elements = decode_bytes(None, "float32") / 4
     assert 134e6 < elements < 135e6
     assert decode_bytes(None, "bfloat16") / elements == pytest.approx(2, rel=1e-3)  # norms stay float32
@@ -70,11 +70,11 @@ def test_what_a_step_reads_of_the_default_model() -> None:
         ("http://gpu:8000", False),
     ],
 )
-def test_the_limit_is_that_of_this_machine(url: str, here: bool) -> None:
+def test_is_here_of_a_url(url: str, here: bool) -> None:
     assert is_here(url) is here
 
 
-async def test_a_server_that_fails_ends_the_bench() -> None:
+async def test_measure_stops_at_a_failing_server() -> None:
     def failing(request: httpx2.Request) -> httpx2.Response:
         return httpx2.Response(500) if request.method == "POST" else peer(request)
 
@@ -83,5 +83,5 @@ async def test_a_server_that_fails_ends_the_bench() -> None:
             await anext(measure(client, 200, lambda: 1e10))
 
 
-def test_the_host_time_of_a_step_is_measured_without_a_device() -> None:
+def test_host_ms_per_step_without_a_device() -> None:
     assert host_ms_per_step(rows=2, vocab_size=100, max_logprobs=5, requested_ids=3) > 0

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.clients
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 
-def test_two_thousand_requests(tmp_path: Path) -> None:
+def test_schemathesis_two_thousand_requests(tmp_path: Path) -> None:
     # A short context: many requests say nothing of their length, and would fill it.
     process = ServerProcess("--max-model-len", "128")
     try:

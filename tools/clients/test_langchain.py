@@ -10,9 +10,7 @@ from tools.clients.printed import Expected, Section, sections
 pytestmark = pytest.mark.clients
 
 
-def test_log_probs_are_in_the_metadata_of_a_message_and_of_a_stream(
-    base_url: str, expected: Expected, tmp_path: Path
-) -> None:
+def test_langchain_logprobs_in_message_and_stream(base_url: str, expected: Expected, tmp_path: Path) -> None:
     programs = python_environment("langchain")
     printed = run("python", "examples/langchain_chat.py", base_url=base_url, home=tmp_path, programs=programs)
     usage = f"tokens: {len(expected.prompt.tokens)} of the prompt, {len(expected.chat.tokens)} generated"

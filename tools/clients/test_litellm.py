@@ -10,7 +10,7 @@ from tools.clients.printed import Expected, sections
 pytestmark = pytest.mark.clients
 
 
-def test_log_probs_of_chat_stream_and_text_completion(base_url: str, expected: Expected, tmp_path: Path) -> None:
+def test_litellm_logprobs_of_all_endpoints(base_url: str, expected: Expected, tmp_path: Path) -> None:
     printed = run(
         "python",
         "examples/litellm_completion.py",

@@ -13,7 +13,7 @@ from tools.clients.printed import PROMPT, Expected
 pytestmark = pytest.mark.clients
 
 
-def test_texts_and_the_log_probs_that_it_keeps(base_url: str, expected: Expected, tmp_path: Path) -> None:
+def test_llm_texts_and_logged_logprobs(base_url: str, expected: Expected, tmp_path: Path) -> None:
     programs = python_environment("llm")
     printed = run("examples/llm_cli.sh", base_url=base_url, home=tmp_path, programs=programs)
     parts = dict(re.findall(r"^== (\w+)\n(.*?)(?=^== |\Z)", printed, re.MULTILINE | re.DOTALL))

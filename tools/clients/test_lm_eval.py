@@ -76,7 +76,7 @@ def direct(base_url: str) -> Iterator[Direct]:
         yield Direct(client)
 
 
-def test_multiple_choice(scored: Scored, direct: Direct) -> None:
+def test_lm_eval_multiple_choice(scored: Scored, direct: Direct) -> None:
     greedy = []
     for sample in scored.samples("completions", "logprobd_choice"):
         arguments = [sample["arguments"][f"gen_args_{i}"] for i in range(len(sample["doc"]["choices"]))]
@@ -91,7 +91,7 @@ def test_multiple_choice(scored: Scored, direct: Direct) -> None:
     assert re.search(r"logprobd_choice .*\|acc +\|↑ +\|1\.0000\|", scored.printed)
 
 
-def test_rolling(scored: Scored, direct: Direct) -> None:
+def test_lm_eval_rolling(scored: Scored, direct: Direct) -> None:
     # lm_eval puts the token before a text that it believes to begin one, for which it takes bos_token.
     (begin,) = direct.ids(direct.client.get("../tokenizer_info").json()["bos_token"])
     total, size = 0.0, 0
@@ -106,7 +106,7 @@ def test_rolling(scored: Scored, direct: Direct) -> None:
     assert float(found[1]) == pytest.approx(-total / size / math.log(2), abs=1e-3)
 
 
-def test_the_end_of_a_turn_is_counted(direct: Direct) -> None:
+def test_lm_eval_counts_the_end_of_a_turn(direct: Direct) -> None:
     """Of a batch in lm_eval's own form each prompt has one entry more than tokens, even where the model then ends."""
     documents = [json.loads(line) for line in (TASKS / "choice.jsonl").read_text("utf-8").splitlines()]
     prompts = [direct.ids(document["context"] + document["choices"][0]) for document in documents]
@@ -124,7 +124,7 @@ def test_the_end_of_a_turn_is_counted(direct: Direct) -> None:
 
 
 @pytest.mark.parametrize("kind", ["completions", "chat"])
-def test_texts_end_before_the_first_stop_string(scored: Scored, direct: Direct, kind: str) -> None:
+def test_lm_eval_texts_end_before_the_stop_string(scored: Scored, direct: Direct, kind: str) -> None:
     cut = []
     for sample in scored.samples(kind, "logprobd_generate"):
         ((measured,),) = sample["resps"]

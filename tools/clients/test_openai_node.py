@@ -13,7 +13,7 @@ from tools.clients.printed import Expected, sections
 pytestmark = pytest.mark.clients
 
 
-def test_the_example_prints_the_servers_numbers(base_url: str, expected: Expected, tmp_path: Path) -> None:
+def test_node_example_prints_the_servers_logprobs(base_url: str, expected: Expected, tmp_path: Path) -> None:
     # node looks for packages from where the script lies.
     script = shutil.copy(ROOT / "examples" / "openai_node.mjs", node_environment())
     printed = run("node", str(script), base_url=base_url, home=tmp_path)

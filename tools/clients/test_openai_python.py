@@ -44,7 +44,7 @@ def test_models(client: OpenAI) -> None:
     assert (card.model_extra or {})["max_model_len"] == 8192
 
 
-def test_a_chat_has_the_numbers_of_its_output_and_of_its_prompt(client: OpenAI) -> None:
+def test_chat_has_logprobs_of_output_and_prompt(client: OpenAI) -> None:
     answer = client.chat.completions.create(
         model=MODEL,
         messages=MESSAGES,
@@ -73,7 +73,7 @@ def test_a_chat_has_the_numbers_of_its_output_and_of_its_prompt(client: OpenAI) 
     assert all(next(iter(score)) == str(token) for token, score in zip(ids[1:], scores[1:], strict=True))
 
 
-def test_the_streaming_helper_collects_what_the_whole_answer_has(client: OpenAI) -> None:
+def test_streaming_helper_equals_the_complete_answer(client: OpenAI) -> None:
     options: dict[str, Any] = {
         "model": MODEL,
         "messages": EMOJI,
@@ -108,7 +108,7 @@ def test_the_streaming_helper_collects_what_the_whole_answer_has(client: OpenAI)
     assert final.usage == whole.usage
 
 
-def test_the_text_of_a_stream_is_its_tokens_bytes(client: OpenAI) -> None:
+def test_stream_text_is_the_tokens_bytes(client: OpenAI) -> None:
     text, data = "", b""
     for chunk in client.chat.completions.create(
         model=MODEL, messages=EMOJI, max_tokens=40, temperature=0, logprobs=True, stream=True
@@ -121,7 +121,7 @@ def test_the_text_of_a_stream_is_its_tokens_bytes(client: OpenAI) -> None:
     assert data.decode("utf-8", "replace") == text
 
 
-async def test_requests_at_once_are_answered_as_each_alone(client: OpenAI, async_client: AsyncOpenAI) -> None:
+async def test_concurrent_requests_equal_single_ones(client: OpenAI, async_client: AsyncOpenAI) -> None:
     contents = ["What is the capital of France?", "Name a colour.", "Count to five.", "Say hello."]
     chats: list[list[ChatCompletionMessageParam]] = [[{"role": "user", "content": content}] for content in contents]
     options: dict[str, Any] = {"model": MODEL, "max_tokens": 12, "temperature": 0, "logprobs": True, "top_logprobs": 2}
@@ -134,7 +134,7 @@ async def test_requests_at_once_are_answered_as_each_alone(client: OpenAI, async
         assert after.choices[0].logprobs == before.choices[0].logprobs
 
 
-async def test_the_async_streaming_helper(client: OpenAI, async_client: AsyncOpenAI) -> None:
+async def test_async_streaming_helper(client: OpenAI, async_client: AsyncOpenAI) -> None:
     options: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "max_tokens": 16, "temperature": 0}
     whole = client.chat.completions.create(**options, logprobs=True, top_logprobs=1)
     async with async_client.chat.completions.stream(**options, logprobs=True, top_logprobs=1) as stream:
@@ -145,7 +145,7 @@ async def test_the_async_streaming_helper(client: OpenAI, async_client: AsyncOpe
     assert final.choices[0].logprobs.model_dump() == whole.choices[0].logprobs.model_dump()
 
 
-def test_completions_echo_the_prompt_with_its_numbers(client: OpenAI) -> None:
+def test_completions_echo_the_prompt_with_logprobs(client: OpenAI) -> None:
     answer = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=3, temperature=0, echo=True, logprobs=2)
     choice = answer.choices[0]
     assert choice.logprobs is not None
@@ -166,7 +166,7 @@ def test_completions_echo_the_prompt_with_its_numbers(client: OpenAI) -> None:
     assert all(number == max(top.values()) for number, top in zip(numbers[-generated:], best[-generated:], strict=True))
 
 
-def test_a_completions_stream_says_what_the_whole_answer_says(client: OpenAI) -> None:
+def test_completions_stream_equals_the_complete_answer(client: OpenAI) -> None:
     options: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 8, "seed": 5, "echo": True}
     whole: Completion = client.completions.create(**options, logprobs=2)
     text = ""
@@ -181,7 +181,7 @@ def test_a_completions_stream_says_what_the_whole_answer_says(client: OpenAI) ->
     assert columns == {name: getattr(expected.logprobs, name) for name in columns}
 
 
-def test_errors_are_of_the_clients_classes(client: OpenAI) -> None:
+def test_errors_map_to_the_clients_classes(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-9", messages=MESSAGES)
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")

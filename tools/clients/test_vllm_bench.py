@@ -79,7 +79,7 @@ async def whole(client: httpx2.AsyncClient, path: str, body: Body) -> tuple[str,
 
 
 @ENDPOINTS
-async def test_an_answer_is_counted_token_by_token(client: httpx2.AsyncClient, path: str) -> None:
+async def test_vllm_bench_counts_tokens(client: httpx2.AsyncClient, path: str) -> None:
     body = body_of(path) | {"ignore_eos": True}
     output = await ask(client, path, body, "bench-1")
     text, usage = await whole(client, path, body)
@@ -94,20 +94,20 @@ async def test_an_answer_is_counted_token_by_token(client: httpx2.AsyncClient, p
 
 
 @pytest.mark.parametrize("logprobs", [0, 1, 5])
-async def test_log_probs_that_a_benchmark_asks_for(client: httpx2.AsyncClient, logprobs: int) -> None:
+async def test_vllm_bench_with_logprobs(client: httpx2.AsyncClient, logprobs: int) -> None:
     output = await ask(client, "completions", body_of("completions", logprobs), f"bench-logprobs-{logprobs}")
     assert output.logprobs == output.output_tokens
     assert output.text == (await ask(client, "completions", body_of("completions"), "bench-none")).text
 
 
 @ENDPOINTS
-async def test_more_requests_than_rows(client: httpx2.AsyncClient, path: str) -> None:
+async def test_vllm_bench_with_more_requests_than_rows(client: httpx2.AsyncClient, path: str) -> None:
     body = body_of(path) | {"ignore_eos": True}
     outputs = await asyncio.gather(*[ask(client, path, body, f"bench-{i}") for i in range(10)])
     assert {output.output_tokens for output in outputs} == {OUTPUT}
     assert {output.text for output in outputs} == {outputs[0].text}
 
 
-async def test_the_model_is_found(client: httpx2.AsyncClient) -> None:
+async def test_vllm_bench_finds_the_model(client: httpx2.AsyncClient) -> None:
     answer = (await client.get("models")).json()
     assert answer["data"][0]["id"] == MODEL

@@ -151,11 +151,11 @@ EXPECTED = [
 ]
 
 
-def test_operations_of_a_text_counted_by_hand() -> None:
+def test_operations_equal_a_count_by_hand() -> None:
     assert operations.operations(TEXT) == EXPECTED
 
 
-def test_an_int8_product_computes_as_much_as_a_bfloat16_one() -> None:
+def test_operations_of_int8_equal_bfloat16() -> None:
     assert operations.operations(TEXT.replace('"logprobd_linear"', '"logprobd_linear_int8"')) == EXPECTED
 
 
@@ -214,7 +214,7 @@ EXPECTED_AHEAD = [
 ]
 
 
-def test_what_is_fetched_ahead_counts_once_and_for_who_waits_for_it() -> None:
+def test_prefetched_bytes_count_once() -> None:
     counted = operations.operations(AHEAD)
     assert counted == EXPECTED_AHEAD
     assert [each.name for each in operations.collectives(counted)] == ["reduce.1"]
@@ -224,27 +224,27 @@ def test_what_is_fetched_ahead_counts_once_and_for_who_waits_for_it() -> None:
 
 
 @pytest.mark.parametrize(("shape", "widest"), [("f32[]", 0), ("(f32[3,7], s32[5])", 7), ("bf16[16,128]", 128)])
-def test_the_widest_axis_of_a_shape(shape: str, widest: int) -> None:
+def test_widest_axis(shape: str, widest: int) -> None:
     assert operations.widest_axis(shape) == widest
 
 
-def test_totals_by_scope() -> None:
+def test_by_scope_totals() -> None:
     totals = operations.by_scope(operations.operations(TEXT))
     assert totals["head"] == Totals(1536 + 4864 + 4100, 8192)  # the packed weight is its user's
     assert sum(total.bytes for total in totals.values()) == sum(operation.bytes for operation in EXPECTED)
     assert list(totals) == sorted(totals, key=lambda scope: -totals[scope].bytes)
 
 
-def test_rank_comparison_is_found_by_its_scope_alone() -> None:
+def test_rank_comparison_is_found_by_scope() -> None:
     assert operations.rank_comparison(TEXT) == ["%gt = pred[4,16] compare(%z, %own), direction=GT"]
 
 
-def test_results_and_donations() -> None:
+def test_result_shapes_and_donations() -> None:
     assert operations.result_shapes(TEXT) == ["f32[4,16]", "f32[50,64]"]
     assert operations.donations(TEXT) == {1: 2}
 
 
-def test_metadata_is_cut_out() -> None:
+def test_without_metadata() -> None:
     line = '%a = f32[] add(%b, %c), metadata={op_name="vmap({x})" stack_frame_id=1}, backend_config={"a":"b"}'
     assert without_metadata(line) == '%a = f32[] add(%b, %c), backend_config={"a":"b"}'
 
@@ -261,12 +261,12 @@ def test_metadata_is_cut_out() -> None:
         ("(f32[2], (s32[2], u8[1]))", 17),
     ],
 )
-def test_bytes_of_a_shape(shape: str, size: int) -> None:
+def test_array_sizes_of_a_shape(shape: str, size: int) -> None:
     text = f"ENTRY %main (x: {shape}) -> {shape} {{\n  %x = {shape} parameter(0)\n  ROOT %y = {shape} copy(%x)\n}}\n"
     assert [operation.bytes for operation in operations.operations(text)] == [2 * size]
 
 
-def test_a_text_without_entry_is_refused() -> None:
+def test_text_without_entry_is_refused() -> None:
     for read in (operations.operations, operations.result_shapes, operations.rank_comparison):
         with pytest.raises(ValueError, match="no ENTRY"):
             read("HloModule nothing\n")
@@ -309,7 +309,7 @@ def axes(shapes: list[str]) -> set[str]:
     return {axis for shape in shapes for axis in shape.partition("[")[2].rstrip("]").split(",")}
 
 
-def test_the_text_names_no_file(texts: Mapping[str, str]) -> None:
+def test_hlo_text_names_no_file(texts: Mapping[str, str]) -> None:
     assert set(texts) == {*WRITERS, *READERS}
     for text in texts.values():
         assert text.startswith("HloModule jit_")
@@ -317,9 +317,7 @@ def test_the_text_names_no_file(texts: Mapping[str, str]) -> None:
 
 
 @pytest.mark.parametrize(("name", "rows", "forms"), [("decode_1", 1, 2), ("decode_4", 4, 2), ("score_8", 8, 1)])
-def test_the_rank_compares_with_the_whole_vocabulary(
-    xla_texts: Mapping[str, str], name: str, rows: int, forms: int
-) -> None:
+def test_rank_compares_with_the_full_vocabulary(xla_texts: Mapping[str, str], name: str, rows: int, forms: int) -> None:
     """`forms`: a decode step has a branch for raw numbers and one for processed ones."""
     parts, width = 2, 128  # those of the 16 that hold any of V; XLA has done the others' work while it compiled
     lines = [line for line in operations.rank_comparison(xla_texts[name]) if f"pred[{rows},{width}]" in line]
@@ -329,31 +327,31 @@ def test_the_rank_compares_with_the_whole_vocabulary(
     assert directions["LT"] >= 2
 
 
-def test_prefill_ranks_nothing(texts: Mapping[str, str]) -> None:
+def test_prefill_computes_no_rank(texts: Mapping[str, str]) -> None:
     assert operations.rank_comparison(texts["prefill_16"]) == []
     assert f"f32[16,{V}]" not in texts["prefill_16"]
 
 
 @pytest.mark.parametrize("name", ["decode_1", "decode_4", "prefill_16", "score_8"])
-def test_no_new_array_over_the_vocabulary_leaves(texts: Mapping[str, str], name: str) -> None:
+def test_programs_return_no_array_of_the_vocabulary(texts: Mapping[str, str], name: str) -> None:
     kept = operations.donations(texts[name])
     leaves = [shape for i, shape in enumerate(operations.result_shapes(texts[name])) if i not in kept]
     assert str(V) not in axes(leaves)
 
 
-def test_whole_rows_leave_by_the_one_program_made_for_it(texts: Mapping[str, str]) -> None:
+def test_only_the_vocabulary_program_returns_rows(texts: Mapping[str, str]) -> None:
     assert operations.result_shapes(texts["vocabulary_2"]) == [f"f32[2,{V}]"]
 
 
 @pytest.mark.parametrize(("name", "rows"), [("decode_4", 4), ("score_8", 8)])
-def test_logits_exist_inside_for_the_rows_of_the_step_only(texts: Mapping[str, str], name: str, rows: int) -> None:
+def test_logits_exist_for_the_rows_of_a_step_only(texts: Mapping[str, str], name: str, rows: int) -> None:
     shapes = {operation.shape for operation in operations.operations(texts[name]) if operation.scope == "head"}
     inside = {shape for shape in shapes if str(V) in axes([shape])}
     assert inside == {f"f32[{rows},{V}]"}
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_the_state_is_donated_and_never_copied(texts: Mapping[str, str], name: str) -> None:
+def test_state_is_donated_and_never_copied(texts: Mapping[str, str], name: str) -> None:
     results = operations.result_shapes(texts[name])
     pages = f"f32[{PAGES},{CONFIG.num_kv_heads},64,{CONFIG.head_dim}]"
     hidden = f"f32[{PAGES},64,{CONFIG.hidden_size}]"
@@ -366,7 +364,7 @@ def test_the_state_is_donated_and_never_copied(texts: Mapping[str, str], name: s
 
 
 @pytest.mark.parametrize("name", ["decode_1", "decode_4"])
-def test_a_choice_is_counted_in_place_and_copies_no_logits(texts: Mapping[str, str], name: str) -> None:
+def test_penalty_counts_are_updated_in_place(texts: Mapping[str, str], name: str) -> None:
     counted = operations.operations(texts[name])
     writes = [operation for operation in counted if operation.shape in SLOTS]
     assert [operation.shape for operation in writes] == [f"s32[5,{V}]"]
@@ -376,26 +374,24 @@ def test_a_choice_is_counted_in_place_and_copies_no_logits(texts: Mapping[str, s
 
 
 @pytest.mark.parametrize(("name", "others"), [("prefill_16", ["s32[]"]), ("adjust", [])])
-def test_prefill_and_adjust_return_the_state_and_at_most_a_count(
-    texts: Mapping[str, str], name: str, others: list[str]
-) -> None:
+def test_prefill_returns_the_state_and_at_most_a_count(texts: Mapping[str, str], name: str, others: list[str]) -> None:
     results, donated = operations.result_shapes(texts[name]), operations.donations(texts[name])
     assert [shape for i, shape in enumerate(results) if i not in donated] == others
 
 
 @pytest.mark.parametrize(("name", "results"), [("score_8", 6), ("vocabulary_2", 1)])
-def test_the_head_programs_leave_the_state_where_it_is(texts: Mapping[str, str], name: str, results: int) -> None:
+def test_head_programs_do_not_touch_the_state(texts: Mapping[str, str], name: str, results: int) -> None:
     assert operations.donations(texts[name]) == {}
     assert len(operations.result_shapes(texts[name])) == results
 
 
 @pytest.mark.parametrize(("name", "rows"), [("decode_4", 4), ("score_8", 8)])
-def test_numbers_of_given_ids_leave_beside_the_others(texts: Mapping[str, str], name: str, rows: int) -> None:
+def test_requested_ids_are_results(texts: Mapping[str, str], name: str, rows: int) -> None:
     ids = f"{rows},{MAX_REQUESTED_IDS}"
     assert operations.result_shapes(texts[name])[-2:] == [f"f32[{ids}]", f"s32[{ids}]"]
 
 
-def test_matrix_products_of_a_decode_step(texts: Mapping[str, str]) -> None:
+def test_decode_flops_equal_a_count_by_hand(texts: Mapping[str, str]) -> None:
     totals = operations.by_scope(operations.operations(texts["decode_4"]))
     D, F, rows = CONFIG.hidden_size, CONFIG.intermediate_size, 4
     assert totals["mlp"].flops == 2 * rows * 3 * D * F * CONFIG.num_layers

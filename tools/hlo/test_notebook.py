@@ -63,17 +63,17 @@ def check_other_chips(text: str) -> None:
 
 
 @needs_compilers
-def test_it_runs_and_tells_its_story(executed: Any) -> None:
+def test_notebook_runs(executed: Any) -> None:
     assert [output for output in outputs(executed) if output.output_type == "error"] == []
     assert [output.text for output in outputs(executed) if output.get("name") == "stderr"] == []
     check_story(executed)
 
 
-def test_the_stored_outputs_tell_the_same_story() -> None:
+def test_stored_outputs_are_complete() -> None:
     check_story(nbformat.read(NOTEBOOK, as_version=4))
 
 
-def test_the_stored_file_is_small_and_names_no_file_of_a_machine() -> None:
+def test_stored_file_is_small_and_names_no_local_file() -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert sum(len(image) for image in images(notebook)) < 300_000
     text = printed(notebook)

@@ -40,7 +40,7 @@ def facts(target_facts: str) -> Mapping[str, Mapping[str, Any]]:
     return told
 
 
-def test_the_compilers_are_here_where_they_can_be() -> None:
+def test_compilers_are_installed_on_linux_x86_64() -> None:
     """Or what follows would be skipped, and nobody would see."""
     assert COMPILERS.is_dir() or (platform.system(), platform.machine()) != ("Linux", "x86_64")
 
@@ -58,7 +58,7 @@ def test_every_program_compiles(facts: Any, case: str) -> None:
 
 @needs_compilers
 @pytest.mark.parametrize("case", CASES)
-def test_attention_is_the_kernel_of_that_platform(facts: Any, case: str) -> None:
+def test_attention_uses_the_platforms_kernel(facts: Any, case: str) -> None:
     target, in_xla = CASES[case].target, case in ("float32", "large heads")
     calls = {
         "c": "logprobd_attention",
@@ -78,7 +78,7 @@ def test_attention_is_the_kernel_of_that_platform(facts: Any, case: str) -> None
 
 @needs_compilers
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if not case.int8])
-def test_the_cache_is_updated_in_place(facts: Any, case: str) -> None:
+def test_cache_is_updated_in_place(facts: Any, case: str) -> None:
     """And no pages are copied, or turned round, on the way. Small ones a TPU may fetch whole to be scored."""
     joined = CASES[case].target in TPUS and case not in ("float32", "large heads")
     arrays = 6 if joined else 7  # keys and values of the one layer in one array, or apart; hidden; four of slots
@@ -91,7 +91,7 @@ def test_the_cache_is_updated_in_place(facts: Any, case: str) -> None:
 
 @needs_compilers
 @pytest.mark.parametrize(("case", "shards"), [("v5e:2x2", 4), ("odd sizes, four chips", 4), ("two gpus", 2)])
-def test_several_chips_pass_on_no_logits(facts: Any, case: str, shards: int) -> None:
+def test_collectives_move_no_logits(facts: Any, case: str, shards: int) -> None:
     """What is moved is hidden states, or a shard's part of them, candidates and sums: never columns of V."""
     hidden = CASES[case].changes.get("hidden_size", 64)
     known = {hidden, hidden // shards}
@@ -103,7 +103,7 @@ def test_several_chips_pass_on_no_logits(facts: Any, case: str, shards: int) -> 
 
 
 @needs_compilers
-def test_one_chip_moves_nothing(facts: Any) -> None:
+def test_one_chip_has_no_collectives(facts: Any) -> None:
     for case in set(DEFAULT_TARGETS) - {"v5e:2x2"}:
         assert facts[case]["decode_4"]["collectives"] == 0
 
@@ -116,7 +116,7 @@ def test_four_chips_share_weights_and_cache(facts: Any) -> None:
 
 @needs_compilers
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.int8])
-def test_an_accelerator_never_has_a_whole_int8_weight_in_float32(facts: Any, case: str) -> None:
+def test_int8_weights_are_never_dequantized_as_a_whole(facts: Any, case: str) -> None:
     fact = facts[case]["score_16"]
     assert fact["bytes"][2] < 65_536 * 1024  # a quarter of the head in float32
 
@@ -126,7 +126,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_the_table_tells_memory_work_and_the_verdict() -> None:
+def test_table_has_memory_work_and_verdict() -> None:
     done = run(str(QWEN), "--target", "cpu", "--program", "adjust", "--max-num-seqs", "2", "--max-model-len", "256")
     assert done.returncode == 0, done.stderr
     (row,) = [line for line in done.stdout.splitlines() if line.startswith("| adjust")]
@@ -146,14 +146,14 @@ def test_the_table_tells_memory_work_and_the_verdict() -> None:
         ((str(QWEN), "--target", "cpu", "--program", "decode_17"), "--program decode_17: there are decode_1, decode_2"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(arguments: tuple[str, ...], said: str) -> None:
+def test_wrong_arguments_are_one_error_line(arguments: tuple[str, ...], said: str) -> None:
     done = run(*arguments)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {said}")
     assert done.stderr.count("\n") == 1
 
 
-def test_a_slice_that_does_not_exist_names_the_target() -> None:
+def test_unknown_slice_names_the_target() -> None:
     with pytest.raises(TargetError, match=r"^v5e:banana: "):
         mesh_of("v5e:banana")
 
@@ -162,7 +162,7 @@ def qwen() -> Any:
     return abstract_model(config_from_hf(json.loads(QWEN.read_text("utf-8"))), "bfloat16")
 
 
-def test_the_work_of_a_decode_step_is_its_weights_and_its_rows() -> None:
+def test_work_of_a_decode_step() -> None:
     step = work_of(qwen(), StepShape(16, 1, 64), context=1000)
     assert step is not None
     matrices = 24 * (896 * (896 + 2 * 128) + 896 * 896 + 3 * 896 * 4864) + 151_936 * 896
@@ -171,7 +171,7 @@ def test_the_work_of_a_decode_step_is_its_weights_and_its_rows() -> None:
     assert step.linked == 0
 
 
-def test_a_prefill_runs_no_head_and_a_block_of_prompt_rows_only_that() -> None:
+def test_work_of_prefill_and_score() -> None:
     decode, prefill = (work_of(qwen(), StepShape(*shape, 64), context=0) for shape in ((1, 1), (1, 256)))
     block = work_of(qwen(), HeadShape(64, whole=False), context=0)
     assert decode is not None
@@ -182,7 +182,7 @@ def test_a_prefill_runs_no_head_and_a_block_of_prompt_rows_only_that() -> None:
     assert work_of(qwen(), SlotShape(17), context=0) is None
 
 
-def test_a_token_of_a_tpu_counts_without_what_fills_up_its_hidden_state() -> None:
+def test_work_on_a_tpu_counts_no_padding() -> None:
     """Of 576 features, 640 are stored; two heads of 64 are two of 128, keys and values, in 24 layers."""
     config = dataclasses.replace(qwen().config, hidden_size=576)
     device: Any = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
@@ -194,13 +194,13 @@ def test_a_token_of_a_tpu_counts_without_what_fills_up_its_hidden_state() -> Non
     assert many.read - few.read == 10 * 24 * 2 * 2 * 128 * 2
 
 
-def test_a_ring_passes_a_sum_round_twice() -> None:
+def test_ring_all_reduce_moves_twice() -> None:
     """Each of 4 devices sends and gets 3 quarters, twice."""
     assert roofline._linked(4, 100) == 2 * 2 * 75
     assert roofline._linked(1, 100) == 0
 
 
-def test_the_least_time_is_of_what_takes_longest_and_then_the_links() -> None:
+def test_minimum_time_is_the_slowest_resource_plus_links() -> None:
     chip = Chip(memory=10, bandwidth=100.0, peak=1000.0, links=50.0)
     assert Work(read=200, flops=1000, linked=0).seconds(chip) == 2
     assert Work(read=200, flops=1000, linked=0).bound(chip) == "memory"
@@ -208,7 +208,7 @@ def test_the_least_time_is_of_what_takes_longest_and_then_the_links() -> None:
     assert Work(read=200, flops=3000, linked=500).bound(chip) == "links"
 
 
-def test_what_chips_can_do_is_in_proportion() -> None:
+def test_chip_figures_are_plausible() -> None:
     """A slip of a unit (Gbit for GB, TB for GB) would be a factor of 8 or 1000."""
     for chip in CHIPS.values():
         assert 10e9 < chip.memory < 200e9

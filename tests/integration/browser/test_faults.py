@@ -22,7 +22,7 @@ def fake() -> Iterator[tuple[str, Server]]:
         yield served
 
 
-def test_tokens_appear_as_they_come(inspector: Inspector, fake: tuple[str, Server]) -> None:
+def test_stream_appears_token_by_token(inspector: Inspector, fake: tuple[str, Server]) -> None:
     url, server = fake
     gate = server.runner.before_call = Gate("decode", after=4)
     inspector.open(url, MODEL)
@@ -43,7 +43,7 @@ def test_tokens_appear_as_they_come(inspector: Inspector, fake: tuple[str, Serve
     assert "".join(pane.texts()) == "HiThe" + SCRIPT.decode() + "<end>"
 
 
-def test_markup_is_text(inspector: Inspector, tmp_path: Path) -> None:
+def test_markup_is_shown_as_text(inspector: Inspector, tmp_path: Path) -> None:
     markup = "<img src=x onerror=alert(1)><script>alert(2)</script>"
     with listening(script=markup.encode()) as (url, _):
         inspector.open(url, MODEL)
@@ -64,7 +64,7 @@ def test_markup_is_text(inspector: Inspector, tmp_path: Path) -> None:
         expect(inspector.page.locator("img, body script")).to_have_count(0)
 
 
-def test_the_key_is_asked_for(inspector: Inspector) -> None:
+def test_page_asks_for_the_api_key(inspector: Inspector) -> None:
     with listening(script=SCRIPT, api_keys=("secret",)) as (url, _):
         page = inspector.page
         page.goto(url)
@@ -93,7 +93,7 @@ def test_the_key_is_asked_for(inspector: Inspector) -> None:
         assert "secret" not in page.evaluate("JSON.stringify(localStorage) + sessionStorage.getItem('state')")
 
 
-def test_a_prompt_that_is_too_long(inspector: Inspector, fake: tuple[str, Server]) -> None:
+def test_too_long_prompt_is_an_error(inspector: Inspector, fake: tuple[str, Server]) -> None:
     inspector.open(fake[0], MODEL)
     pane = inspector.pane()
     pane.run("seen before")
@@ -110,7 +110,7 @@ def test_a_prompt_that_is_too_long(inspector: Inspector, fake: tuple[str, Server
     assert inspector.page.get_by_label("temperature").evaluate("input => !input.validity.valid")
 
 
-def test_the_server_goes_and_comes_back(inspector: Inspector) -> None:
+def test_server_restart_reconnects(inspector: Inspector) -> None:
     with listening(script=SCRIPT) as (url, _):
         inspector.open(url, MODEL)
     pane = inspector.pane()
@@ -123,7 +123,7 @@ def test_the_server_goes_and_comes_back(inspector: Inspector) -> None:
         assert "".join(pane.texts()) == "typed" + SCRIPT.decode() + "<end>"
 
 
-def test_a_server_that_comes_back_with_another_model(inspector: Inspector) -> None:
+def test_server_restart_with_another_model(inspector: Inspector) -> None:
     with listening(script=SCRIPT) as (url, _):
         inspector.open(url, MODEL)
         pane = inspector.pane()
@@ -150,7 +150,7 @@ def test_a_server_that_comes_back_with_another_model(inspector: Inspector) -> No
         assert pane.exported()["model"] == MODEL
 
 
-def test_a_run_of_a_model_that_has_gone_is_not_continued(inspector: Inspector) -> None:
+def test_run_of_a_removed_model_is_not_continued(inspector: Inspector) -> None:
     with listening(script=SCRIPT) as (url, _):
         inspector.open(url, MODEL)
         pane = inspector.pane()
@@ -165,7 +165,7 @@ def test_a_run_of_a_model_that_has_gone_is_not_continued(inspector: Inspector) -
         assert pane.texts() == before
 
 
-def test_what_is_said_of_a_run_is_of_its_last_request(inspector: Inspector) -> None:
+def test_run_summary_is_of_its_last_request(inspector: Inspector) -> None:
     with listening(script=SCRIPT, max_model_len=1024) as (url, server):
         inspector.open(url, MODEL)
         pane = inspector.pane()
@@ -185,7 +185,7 @@ def test_what_is_said_of_a_run_is_of_its_last_request(inspector: Inspector) -> N
         expect(pane.status).to_contain_text("scored only")
 
 
-def test_focus_and_details_stay_while_tokens_come(inspector: Inspector, fake: tuple[str, Server]) -> None:
+def test_focus_and_details_stay_while_streaming(inspector: Inspector, fake: tuple[str, Server]) -> None:
     url, server = fake
     scoring, choosing = Gate("score"), Gate("decode", after=4)
     inspector.open(url, MODEL)
@@ -217,7 +217,7 @@ def test_focus_and_details_stay_while_tokens_come(inspector: Inspector, fake: tu
     ]
 
 
-def test_a_branch_takes_the_focus_from_nobody(inspector: Inspector, fake: tuple[str, Server]) -> None:
+def test_branch_keeps_the_focus(inspector: Inspector, fake: tuple[str, Server]) -> None:
     url, server = fake
     inspector.open(url, MODEL)
     pane = inspector.pane()
@@ -242,7 +242,7 @@ def test_a_branch_takes_the_focus_from_nobody(inspector: Inspector, fake: tuple[
     expect(inspector.details).to_be_hidden()
 
 
-def test_a_page_that_opens_before_its_server_connects_later(inspector: Inspector, fake: tuple[str, Server]) -> None:
+def test_page_opened_before_the_server_connects_later(inspector: Inspector, fake: tuple[str, Server]) -> None:
     url, _ = fake
     inspector.page.route("**/v1/models", lambda route: route.abort())
     inspector.page.goto(url)
@@ -253,7 +253,7 @@ def test_a_page_that_opens_before_its_server_connects_later(inspector: Inspector
     assert "".join(inspector.pane().texts()).startswith("typedThe")
 
 
-def test_a_stream_that_fails_on_its_way(inspector: Inspector, fake: tuple[str, Server]) -> None:
+def test_stream_that_fails_shows_the_error(inspector: Inspector, fake: tuple[str, Server]) -> None:
     url, server = fake
     gate = server.runner.before_call = Gate("decode", after=6)
     inspector.open(url, MODEL)

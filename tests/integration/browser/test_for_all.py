@@ -38,7 +38,7 @@ def audit(page: Page) -> list[Any]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_an_audit_finds_nothing(page: Inspector, scheme: Any) -> None:
+def test_accessibility_audit_passes(page: Inspector, scheme: Any) -> None:
     page.page.emulate_media(color_scheme=scheme)
     assert audit(page.page) == []
     page.page.get_by_role("button", name="Compare two").click()
@@ -50,7 +50,7 @@ def test_an_audit_finds_nothing(page: Inspector, scheme: Any) -> None:
     page.screenshot(scheme)
 
 
-def test_the_theme_can_be_chosen(page: Inspector) -> None:
+def test_theme_can_be_chosen(page: Inspector) -> None:
     def back() -> str:
         return str(page.page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor"))
 
@@ -62,7 +62,7 @@ def test_the_theme_can_be_chosen(page: Inspector) -> None:
     assert back() == dark
 
 
-def test_all_of_it_with_the_keyboard(page: Inspector) -> None:
+def test_page_works_by_keyboard(page: Inspector) -> None:
     pane, keys = page.pane(), page.page.keyboard
     pane.prompt.focus()
     keys.insert_text("Hello you")
@@ -97,7 +97,7 @@ def test_all_of_it_with_the_keyboard(page: Inspector) -> None:
     assert pane.cells.evaluate_all("cells => cells.filter(cell => cell.tabIndex === 0).length") == 1
 
 
-def test_lines_up_and_down(page: Inspector) -> None:
+def test_arrow_keys_move_by_lines(page: Inspector) -> None:
     pane = page.pane()
     pane.run("ab\ncd\nef", "Score only")
     pane.cells.nth(1).focus()
@@ -108,7 +108,7 @@ def test_lines_up_and_down(page: Inspector) -> None:
     expect(pane.cells.nth(4)).to_be_focused()
 
 
-def test_a_narrow_screen(page: Inspector) -> None:
+def test_narrow_screen_layout(page: Inspector) -> None:
     page.page.set_viewport_size({"width": 360, "height": 740})
     pane = page.pane()
     pane.run("word " * 60 + "x" * 80)
@@ -143,7 +143,7 @@ def scrolls_in_a_layer(page: Page) -> bool:
     return any(layer.get("backendNodeId") == node and layer["height"] > height for layer in drawn)
 
 
-def test_ten_thousand_tokens(page: Inspector) -> None:
+def test_ten_thousand_tokens_stay_responsive(page: Inspector) -> None:
     pane = page.pane()
     page.set(max_tokens=5)
     pane.run("".join(f"{i:9} " for i in range(LONG // 10)))

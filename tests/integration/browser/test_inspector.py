@@ -45,7 +45,7 @@ def page(inspector: Inspector, server: ServerProcess) -> Inspector:
     return inspector
 
 
-def test_every_token_is_a_cell_with_the_servers_numbers(page: Inspector, server: ServerProcess) -> None:
+def test_cells_show_the_servers_logprobs(page: Inspector, server: ServerProcess) -> None:
     pane = page.pane()
     pane.run(PROMPT)
     tokens = pane.exported()["tokens"]
@@ -69,7 +69,7 @@ def test_every_token_is_a_cell_with_the_servers_numbers(page: Inspector, server:
         assert [other["logprob"] for other in token["top"]] == [other["logprob"] for other in entry["top_logprobs"]]
 
 
-def test_colours_follow_the_surprise(page: Inspector) -> None:
+def test_cell_colors_follow_the_logprobs(page: Inspector) -> None:
     pane = page.pane()
     pane.run(PROMPT)
     bounds = [0.05, 0.3, 0.7, 1.4, 2.3, 3.5, 5, 7, 10]
@@ -83,7 +83,7 @@ def test_colours_follow_the_surprise(page: Inspector) -> None:
     assert len(set(colours)) == 10
 
 
-def test_hovering_shows_what_is_known_of_a_token(page: Inspector) -> None:
+def test_hovering_shows_token_details(page: Inspector) -> None:
     pane = page.pane()
     pane.run(PROMPT)
     pane.cells.nth(3).hover()
@@ -108,7 +108,7 @@ def test_hovering_shows_what_is_known_of_a_token(page: Inspector) -> None:
     assert page.facts()["log-prob"] == "none: nothing comes before it"
 
 
-def test_an_alternative_is_a_branch(page: Inspector, server: ServerProcess) -> None:
+def test_alternative_starts_a_branch(page: Inspector, server: ServerProcess) -> None:
     pane = page.pane()
     pane.run(PROMPT)
     before = pane.exported()["tokens"]
@@ -129,7 +129,7 @@ def test_an_alternative_is_a_branch(page: Inspector, server: ServerProcess) -> N
     assert pane.exported()["tokens"] == before
 
 
-def test_a_text_can_be_continued(page: Inspector, server: ServerProcess) -> None:
+def test_text_can_be_continued(page: Inspector, server: ServerProcess) -> None:
     pane = page.pane()
     pane.run(PROMPT, "Score only")
     expect(pane.cells).to_have_count(5)
@@ -141,7 +141,7 @@ def test_a_text_can_be_continued(page: Inspector, server: ServerProcess) -> None
     assert [(t["token_id"], t["logprob"]) for t in tokens[5:]] == [(e["token_id"], e["logprob"]) for e in expected]
 
 
-def test_a_chat_and_its_reply(page: Inspector, server: ServerProcess) -> None:
+def test_chat_shows_the_reply(page: Inspector, server: ServerProcess) -> None:
     pane = page.pane()
     pane.root.get_by_label("chat").check()
     pane.root.get_by_label("Message", exact=True).fill("What is the capital of France?")
@@ -159,7 +159,7 @@ def test_a_chat_and_its_reply(page: Inspector, server: ServerProcess) -> None:
     assert texts == [messages[0]["content"], expected["choices"][0]["message"]["content"], ""]
 
 
-def test_sums_are_those_of_the_tokens(page: Inspector) -> None:
+def test_summary_equals_the_sum_of_tokens(page: Inspector) -> None:
     pane = page.pane()
     pane.run("Once upon a time, a zebra wrote Python.")
     tokens, totals = pane.exported()["tokens"], pane.totals()
@@ -185,7 +185,7 @@ def test_sums_are_those_of_the_tokens(page: Inspector) -> None:
     expect(pane.cells.nth(1)).to_be_focused()
 
 
-def test_two_prompts_side_by_side(page: Inspector) -> None:
+def test_side_by_side_compares_two_prompts(page: Inspector) -> None:
     page.page.get_by_role("button", name="Compare two").click()
     left, right = page.pane(0), page.pane(1)
     left.prompt.fill("Water boils at one hundred degrees.")
@@ -210,7 +210,7 @@ def test_two_prompts_side_by_side(page: Inspector) -> None:
     expect(page.page.locator(".pane")).to_have_count(1)
 
 
-def test_tables_for_other_programs(page: Inspector) -> None:
+def test_export_as_tables(page: Inspector) -> None:
     pane = page.pane()
     pane.run('A "quoted", text\nof 😊 two lines \ufeff')
     exported, text = pane.exported(), pane.download("Export CSV")
@@ -227,7 +227,7 @@ def test_tables_for_other_programs(page: Inspector) -> None:
     assert exported["model"] == "SmolLM2-135M-Instruct"
 
 
-def test_what_is_exported_is_what_was_run(page: Inspector) -> None:
+def test_export_contains_the_run(page: Inspector) -> None:
     pane = page.pane()
     pane.run(PROMPT)
     page.set(max_tokens=3, temperature=0.5)
@@ -249,7 +249,7 @@ def test_what_is_exported_is_what_was_run(page: Inspector) -> None:
     assert branch["request"] == exported["request"]
 
 
-def test_sums_are_those_of_the_scoring_command(page: Inspector) -> None:
+def test_summary_equals_the_score_command(page: Inspector) -> None:
     """Without a template's special tokens, which are no part of the text, in both."""
     pane = page.pane()
     pane.run("<|im_start|>user\nOnce upon a time, a zebra 😊<|im_end|>\n", "Score only")
@@ -274,7 +274,7 @@ def test_sums_are_those_of_the_scoring_command(page: Inspector) -> None:
     assert sums.bytes < sum(len(token["bytes"]) for token in tokens[1:])
 
 
-def test_a_link_holds_what_was_typed_and_runs_nothing(page: Inspector, context: BrowserContext) -> None:
+def test_link_restores_the_form_and_runs_nothing(page: Inspector, context: BrowserContext) -> None:
     pane = page.pane()
     pane.prompt.fill("Shared: ünï 😊")
     page.set(max_tokens=3, top_p=0.5)
@@ -290,14 +290,14 @@ def test_a_link_holds_what_was_typed_and_runs_nothing(page: Inspector, context: 
     assert other.complaints == []
 
 
-def test_a_reload_keeps_what_was_typed(page: Inspector) -> None:
+def test_reload_keeps_the_form(page: Inspector) -> None:
     page.pane().prompt.fill("not lost")
     page.page.reload()
     assert page.pane().prompt.input_value() == "not lost"
     assert page.page.get_by_label("max tokens").input_value() == "8"
 
 
-def test_what_is_typed_after_a_link_was_made_or_opened_is_not_lost(page: Inspector) -> None:
+def test_edits_after_a_link_are_kept(page: Inspector) -> None:
     pane = page.pane()
     pane.prompt.fill("before")
     page.page.get_by_role("button", name="Share link").click()
@@ -315,7 +315,7 @@ def test_what_is_typed_after_a_link_was_made_or_opened_is_not_lost(page: Inspect
     expect(pane.prompt).to_have_value("before")  # what a link brought is kept, too
 
 
-def test_files(page: Inspector, tmp_path: Path) -> None:
+def test_files_can_be_opened(page: Inspector, tmp_path: Path) -> None:
     good, bad = tmp_path / "good.txt", tmp_path / "bad.bin"
     good.write_text("From a file: é\n", "utf-8")
     bad.write_bytes(b"\xff\xfe\x00")
@@ -331,7 +331,7 @@ def test_files(page: Inspector, tmp_path: Path) -> None:
     expect(pane.prompt).to_have_value("From a file: é\n")
 
 
-def test_what_cannot_be_seen_is_shown(page: Inspector) -> None:
+def test_invisible_characters_are_shown(page: Inspector) -> None:
     pane = page.pane()
     text = "a \t b\n\n<|im_start|>\u200b\u202ex\u0301 👩\u200d💻"
     pane.run(text, "Score only")
@@ -358,7 +358,7 @@ def test_what_cannot_be_seen_is_shown(page: Inspector) -> None:
     page.screenshot("bytes")
 
 
-def test_a_prompt_of_5000_tokens(page: Inspector) -> None:
+def test_prompt_of_5000_tokens(page: Inspector) -> None:
     pane = page.pane()
     text = "".join(f"{n} is a number. " for n in range(1, 645))
     pane.prompt.fill(text)

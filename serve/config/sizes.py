@@ -36,3 +36,8 @@ def parse_memory(text: str) -> MemoryAmount:
     if not 0 < share <= 1:
         raise ValueError(f"{text!r} is no share above 0 and up to all")
     return MemoryAmount(share)
+
+
+def mb(size: int) -> str:
+    """Bytes as "1,234 MB"."""
+    return f"{size / 1e6:,.0f} MB"

@@ -25,8 +25,8 @@ from serve.ray.front import Front
 from serve.ray.options import RayOptions, options_of, parse_ray_args
 from serve.ray.replica import Replica
 from serve.ray.router import PrefixRouter
-from serve.server.report import start_reporting
-from serve.server.startup_events import Failed, Interrupted, Serving
+from serve.server.console import start_reporting
+from serve.server.startup_events import Serving, failed, interrupted
 
 _NAME = "logprobd"  # of the application
 _ROOT = Path(__file__).resolve().parents[2]
@@ -83,33 +83,33 @@ def main() -> int:
     try:
         port = _free_port(config)
     except OSError as error:
-        reporter.tell(Failed(f"cannot listen on {config.host} port {config.port}: {error.strerror}"))
+        reporter.report(failed(f"cannot listen on {config.host} port {config.port}: {error.strerror}"))
         return 1
     logging.getLogger("ray").setLevel(logging.WARNING)
     try:
         _start_ray(options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reporter.tell(Failed(f"--address {options.address}: {said}"))
+        reporter.report(failed(f"--address {options.address}: {said}"))
         return 1
     try:
         if serve.status().proxies:
-            reporter.tell(
-                Failed("Ray Serve runs there already; give it deploy/rayservice.yaml's serveConfigV2 instead")
+            reporter.report(
+                failed("Ray Serve runs there already; give it deploy/rayservice.yaml's serveConfigV2 instead")
             )
             return 1
         _start_serve(config, port)
         try:
             serve.run(application(options, config), name=_NAME, route_prefix="/")
         except RuntimeError as error:
-            reporter.tell(Failed(_why(error)))
+            reporter.report(failed(_why(error)))
             return 1
         except KeyboardInterrupt:
-            reporter.tell(Interrupted())
+            reporter.report(interrupted())
             return 130
         end = _signalled()
         scheme = "http" if config.ssl_certfile is None else "https"
-        reporter.tell(
+        reporter.report(
             Serving(
                 models=config.served_model_name or (config.model or "the default model",),
                 url=f"{scheme}://{config.host}:{port}",

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message
 
 from serve.config.config import ServeConfig
 from serve.server.assembly import assemble
-from serve.server.report import start_reporting
+from serve.server.console import start_reporting
 
 
 class Replica:
@@ -20,7 +20,7 @@ class Replica:
         """Loads and compiles; Ray sends requests when this has returned.
 
         Raises:
-            serve.server.startup.STARTUP_ERRORS: what is wrong, in words for the user.
+            serve.server.model_files.STARTUP_ERRORS: what is wrong, in words for the user.
         """
         self._watchdog_timeout = config.watchdog_timeout
         self._served = assemble(config, start_reporting(config))

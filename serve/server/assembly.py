@@ -11,7 +11,7 @@ from serve.api.metrics import Metrics
 from serve.api.middleware import Readiness
 from serve.config.config import ServeConfig
 from serve.engine.engine import Engine
-from serve.server.report import Reporter
+from serve.server.console import Reporter
 from serve.server.startup import load
 
 

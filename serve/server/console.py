@@ -1,8 +1,12 @@
-"""Start-up on a terminal: a panel, the memory plan as a bar, bars for loading and compiling, and then the addresses."""
+"""Reporters of start-up: text lines, JSON lines, or progress bars and panels on a terminal."""
 
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from logging import DEBUG, ERROR
+from typing import TextIO
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -21,109 +25,145 @@ from rich.table import Table
 from rich.text import Text
 
 from serve import __version__
-from serve.server.report_curl import curl_command
+from serve.config.config import EngineConfig
+from serve.config.sizes import mb
+from serve.server.logs import json_line, set_up_logs
 from serve.server.startup_events import (
-    AllCompiled,
-    DefaultsTaken,
     Event,
-    Failed,
-    Interrupted,
     MemoryPlanned,
+    Message,
     ModelFound,
-    ProgramCompiled,
     Serving,
-    WeightsLoaded,
+    compile_started,
     count,
-    mb,
 )
+
+type OnProgress = Callable[[int, int], None]  # bytes read so far, bytes in all
+type OnCompiled = Callable[[Message], str]
 
 _WIDTH = 100  # columns at most
 _LABEL = "bold cyan"
-# Of the memory, each with its shade, which is told apart without colours, too.
+# Parts of the memory bar. The shades differ so that the bar can be read without colours.
 _PARTS = (
     ("weights", "█", "cyan"),
     ("cache", "▓", "magenta"),
     ("workspace", "▒", "yellow"),
-    ("left free", "░", "bright_black"),
+    ("free", "░", "bright_black"),
 )
 
 
-class ScreenReporter:
-    """Paints on a console of a terminal."""
+class Reporter:
+    """Reports start-up line by line, as text or JSON."""
 
-    def __init__(self, console: Console, *, verbose: bool = False) -> None:
-        """`verbose` also shows a line for each program."""
-        self._console = console
+    def __init__(self, stream: TextIO | None, *, as_json: bool = False, verbose: bool = False) -> None:
+        """Create a reporter that writes to `stream`, or nowhere; with `verbose`, also a line for each program."""
+        self.phase = "starting"  # current phase in a few words
+        self._stream = stream
+        self._as_json = as_json
         self._verbose = verbose
 
-    def tell(self, event: Event) -> None:
-        """See Reporter."""
+    def report(self, event: Event) -> None:
+        """Show an event, from any thread."""
+        if self._stream is None or (event.level <= DEBUG and not self._verbose):
+            return
+        # One write, because other threads may write too.
+        self._stream.write((_json(event) if self._as_json else event.line) + "\n")
+        self._stream.flush()
+
+    @contextmanager
+    def loading(self) -> Iterator[OnProgress]:
+        """Context in which weights are read. Yields a callback for progress."""
+
+        def update(done: int, total: int) -> None:
+            self.phase = f"loading weights: {done / max(total, 1):.0%}"
+
+        yield update
+
+    @contextmanager
+    def compiling(self, names: Sequence[str]) -> Iterator[OnCompiled]:
+        """Context in which `names` are compiled, in this order. Yields a thread-safe callback for each ready program.
+
+        The callback returns the name of the first program that is not ready, or "".
+        """
+        self.report(compile_started(len(names)))
+        self.phase = f"compiling: 0 of {len(names)} programs"
+        pending, lock = dict.fromkeys(names), threading.Lock()
+
+        def ready(event: Message) -> str:
+            with lock:
+                pending.pop(event.fields["program"], None)
+                self.phase = f"compiling: {len(names) - len(pending)} of {len(names)} programs"
+                current = next(iter(pending), "")
+            self.report(event)
+            return current
+
+        yield ready
+
+
+class ScreenReporter(Reporter):
+    """Reports start-up on a terminal."""
+
+    def __init__(self, console: Console, *, verbose: bool = False) -> None:
+        super().__init__(None, verbose=verbose)
+        self._console = console
+
+    def report(self, event: Event) -> None:
+        """Show an event."""
         match event:
-            case ProgramCompiled():
-                if self._verbose:
-                    self._print(Text(event.line, "dim"))
             case ModelFound():
                 self._print(_panel(event))
-            case DefaultsTaken():
-                self._print(_labelled("defaults", ", ".join(f"{name} {each}" for name, each in event.values.items())))
             case MemoryPlanned():
                 self._memory(event)
-            case WeightsLoaded():
-                self._print(_done(f"{mb(event.bytes)} of weights in {event.seconds:.1f} s; kernels: {event.used}"))
-            case AllCompiled():
-                cached = f" ({event.cached} from the cache)" if event.cached else ""
-                self._print(_done(f"{event.programs} programs compiled in {event.seconds:.1f} s{cached}"))
             case Serving():
                 self._serving(event)
-            case Failed():
-                self._print(Text.assemble(("error: ", "bold red"), event.message))
-            case Interrupted():
-                self._print(Text(event.line, "yellow"))
-            case _:
-                self._print(Text(event.line))
+            case Message(name="compile_begun"):
+                pass  # the bar shows it
+            case Message(level=level, line=line):
+                if level > DEBUG or self._verbose:
+                    self._print(Text(line, "red" if level >= ERROR else "dim" if level <= DEBUG else ""))
 
     @contextmanager
-    def loading(self) -> Iterator[Callable[[int, int], None]]:
-        """See Reporter."""
-        with self._bar("loading", DownloadColumn(), TransferSpeedColumn()) as bar:
+    def loading(self) -> Iterator[OnProgress]:
+        """Show a bar while weights are read."""
+        with super().loading() as update, self._bar("loading", DownloadColumn(), TransferSpeedColumn()) as bar:
             task = bar.add_task("", total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+            def advance(done: int, total: int) -> None:
+                update(done, total)
+                bar.update(task, completed=done, total=total)
+
+            yield advance
 
     @contextmanager
-    def compiling(self, names: Sequence[str]) -> Iterator[Callable[[ProgramCompiled], None]]:
-        """See Reporter."""
-        # Programs are begun in this order, so the first that is not ready is in work.
-        left, lock = list(names), threading.Lock()
+    def compiling(self, names: Sequence[str]) -> Iterator[OnCompiled]:
+        """Show a bar with the current program while programs are compiled."""
         columns = (MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("[dim]{task.description}", markup=True))
-        with self._bar("compiling", *columns) as bar:
-            task = bar.add_task(left[0] if left else "", total=len(left))
+        with super().compiling(names) as ready, self._bar("compiling", *columns) as bar:
+            task = bar.add_task(next(iter(names), ""), total=len(names))
 
-            def ready(program: ProgramCompiled) -> None:
-                with lock:
-                    if program.program in left:
-                        left.remove(program.program)
-                    bar.update(task, advance=1, description=left[0] if left else "")
-                self.tell(program)
+            def advance(event: Message) -> str:
+                current = ready(event)
+                bar.update(task, advance=1, description=current)
+                return current
 
-            yield ready
+            yield advance
 
     def _bar(self, label: str, *columns: ProgressColumn) -> Progress:
         return Progress(TextColumn(f"[{_LABEL}]{label:<9}"), BarColumn(), *columns, console=self._console)
 
-    def _memory(self, plan: MemoryPlanned) -> None:
-        rest = None if plan.free is None else max(0, plan.free - plan.needed)
-        sizes = (plan.weights, plan.cache, plan.workspace, rest)
+    def _memory(self, event: MemoryPlanned) -> None:
+        plan = event.plan
+        unused = None if plan.free is None else max(0, plan.free - plan.needed)
+        sizes = (plan.weights, plan.cache, plan.workspace, unused)
         self._print(_memory_bar(sizes, min(_WIDTH, self._console.width)))
-        table = Table.grid(padding=(0, 2))
-        table.add_column()
-        table.add_column(justify="right")
-        notes = ("", f"{plan.cache_tokens:,} tokens", "estimated", "")
-        for (name, shade, colour), size, note in zip(_PARTS, sizes, notes, strict=True):
-            label = Text.assemble((f"          {shade} ", colour), name)
-            table.add_row(label, "not told" if size is None else mb(size), Text(note, "dim"))
-        self._print(table)
-        if plan.warning:
-            self._print(Text(f"          the cache: {plan.warning}", "yellow"))
+        legend = _labelled("", "")
+        for (name, shade, colour), size in zip(_PARTS, sizes, strict=True):
+            if size is not None:
+                legend.append(f"{shade} ", colour).append(f"{name} {mb(size)}  ")
+        self._print(legend)
+        self._print(_labelled("", f"the cache holds {plan.cache_tokens:,} tokens"))
+        if event.warning:
+            self._print(Text.assemble(_labelled("", ""), (event.warning, "yellow")))
 
     def _serving(self, event: Serving) -> None:
         self._print(Text())
@@ -134,39 +174,57 @@ class ScreenReporter:
             if event.documented:
                 self._print(_labelled("docs", f"{event.reachable}/docs"))
         self._print(Text())
-        self._print(Text(curl_command(event), "green"))
+        self._print(Text(event.curl, "green"))
         self._print(Text())
 
-    def _print(self, what: RenderableType) -> None:
-        """Without breaks in texts: what is copied from the screen must be whole."""
-        if isinstance(what, Text):
-            self._console.print(what, soft_wrap=True)
+    def _print(self, content: RenderableType) -> None:
+        """Print; text is not wrapped, so that it can be copied from the terminal."""
+        if isinstance(content, Text):
+            self._console.print(content, soft_wrap=True)
         else:
-            self._console.print(what, width=min(_WIDTH, self._console.width))
+            self._console.print(content, width=min(_WIDTH, self._console.width))
+
+
+def start_reporting(config: EngineConfig) -> Reporter:
+    """Set up logging and return the matching reporter; both write to stderr as --log-format says."""
+    verbose, stream = config.log_level == "debug", sys.stderr
+    if config.log_format == "auto" and is_terminal(stream):
+        console = Console(file=stream, highlight=False)
+        set_up_logs(config.log_level, stream=stream, console=console)
+        return ScreenReporter(console, verbose=verbose)
+    as_json = config.log_format == "json"
+    set_up_logs(config.log_level, stream=stream, as_json=as_json)
+    return Reporter(stream, as_json=as_json, verbose=verbose)
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """True if the stream is a terminal that can move its cursor."""
+    return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+
+
+def _json(event: Event) -> str:
+    fields = {"message": event.line, **event.fields}
+    return json_line(event.level, fields.pop("message"), event=event.name, **fields)
 
 
 def _memory_bar(sizes: Sequence[int | None], width: int) -> Text:
-    """The parts of the memory side by side."""
+    """The parts of the memory as one bar; every part that is not empty has at least one cell."""
     known = [size or 0 for size in sizes]
-    room, total = width - len(_labelled("", "")), max(1, sum(known))
-    widths = [max(1, round(room * size / total)) if size else 0 for size in known]  # what is there is seen
-    widths[-1] = max(0, room - sum(widths[:-1])) if known[-1] else 0
+    available, total = width - len(_labelled("", "")), max(1, sum(known))
+    widths = [max(1, round(available * size / total)) if size else 0 for size in known]
+    widths[-1] = max(0, available - sum(widths[:-1])) if known[-1] else 0
     blocks = ((shade * cells, colour) for (_, shade, colour), cells in zip(_PARTS, widths, strict=True))
     return Text.assemble(_labelled("memory", ""), *blocks)
 
 
-def _panel(model: ModelFound) -> Panel:
+def _panel(event: ModelFound) -> Panel:
     table = Table.grid(padding=(0, 2))
-    table.add_row(Text("model", _LABEL), Text(model.model, "bold"))
-    table.add_row(Text("weights", _LABEL), f"{model.family}, {count(model.parameters)} parameters, {model.weights_as}")
-    table.add_row(Text("device", _LABEL), model.place)
-    table.add_row(Text("requests", _LABEL), f"{model.max_num_seqs} at once, of at most {model.max_model_len:,} tokens")
+    table.add_row(Text("model", _LABEL), Text(event.model, "bold"))
+    table.add_row(Text("weights", _LABEL), f"{event.family}, {count(event.parameters)} parameters, {event.weights_as}")
+    table.add_row(Text("device", _LABEL), event.placement)
+    table.add_row(Text("requests", _LABEL), f"up to {event.max_num_seqs} of {event.max_model_len:,} tokens each")
     return Panel(table, title=f"logprobd {__version__}", title_align="left", box=box.ROUNDED, border_style="dim")
 
 
 def _labelled(label: str, text: str) -> Text:
     return Text.assemble((f"{label:<9} ", _LABEL), text)
-
-
-def _done(text: str) -> Text:
-    return Text.assemble(("        ✓ ", "green"), text)

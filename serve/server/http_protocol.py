@@ -1,6 +1,7 @@
-"""GuardedProtocol: uvicorn's HTTP/1.1, which gives a connection up that its client holds without using it."""
+"""HTTP/1.1 by uvicorn, with limits on how long a client may occupy a connection without using it."""
 
 import asyncio
+import ssl
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,64 +11,86 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serve.api.errors import APIError
+from serve.config.config import ServeConfig
 
 
 class HttpConfig(uvicorn.Config):
-    """uvicorn's configuration, and what the protocol needs beside it."""
+    """uvicorn's configuration with the limits of GuardedProtocol."""
 
-    def __init__(self, app: Any, *, client_timeout: float, on_refused: Callable[[str], None], **others: Any) -> None:
-        """Configures a server.
+    def __init__(self, app: Any, *, client_timeout: float, on_refused: Callable[[str], None], **options: Any) -> None:
+        """Configure a server.
 
         Args:
-            client_timeout: seconds for a request's line and headers to come, and for some of what waits to be read.
-            on_refused: is told, by a code, of what no app is asked about.
+            client_timeout: seconds to receive a request's line and headers, and for the client to read any of the
+                buffered output.
+            on_refused: called with the error code of each connection or request that is rejected before the app.
+            options: of uvicorn.
         """
-        super().__init__(app, http=GuardedProtocol, ws="none", **others)
+        super().__init__(app, http=GuardedProtocol, ws="none", **options)
         self.client_timeout = client_timeout
         self.on_refused = on_refused
+
+
+def http_config(app: Any, config: ServeConfig, *, on_refused: Callable[[str], None], **options: Any) -> HttpConfig:
+    """The HTTP configuration of the command line."""
+    return HttpConfig(
+        app,
+        client_timeout=config.client_timeout,
+        on_refused=on_refused,
+        log_config=None,  # uvicorn's logs go to the common handler
+        log_level=config.uvicorn_log_level,
+        access_log=False,
+        h11_max_incomplete_event_size=config.h11_max_incomplete_event_size,
+        root_path=config.root_path,
+        ssl_keyfile=config.ssl_keyfile,
+        ssl_certfile=config.ssl_certfile,
+        ssl_ca_certs=config.ssl_ca_certs and str(config.ssl_ca_certs),
+        ssl_cert_reqs=ssl.CERT_REQUIRED if config.ssl_ca_certs else ssl.CERT_NONE,
+        **options,
+    )
 
 
 class GuardedProtocol(H11Protocol):
     """One connection."""
 
     config: HttpConfig
-    _until_head: asyncio.TimerHandle | None = None  # a request's line and headers are awaited
-    _until_read: asyncio.TimerHandle | None = None  # the client is to read what fills the buffer
+    _head_timer: asyncio.TimerHandle | None = None  # runs while a request's line and headers are incomplete
+    _read_timer: asyncio.TimerHandle | None = None  # runs while output is buffered
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
-        """See asyncio.Protocol."""
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        """Start to wait for a request."""
         super().connection_made(transport)
-        self._await_head()
+        self._start_head_timer()
 
     def data_received(self, data: bytes) -> None:
-        """See asyncio.Protocol."""
+        """Stop the timer when the headers are complete; start it at the first byte of a next request."""
         super().data_received(data)
         if self._is_answering():
-            self._stop_waiting_for_head()
-        elif self._until_head is None and not self.transport.is_closing():
-            self._await_head()
+            self._stop_head_timer()
+        elif self._head_timer is None and not self.transport.is_closing():
+            self._start_head_timer()
 
     def on_response_complete(self) -> None:
-        """Pipelined bytes of a next request may be here already."""
+        """Start the timers for a pipelined request that is incomplete, and for output that is not read yet."""
         super().on_response_complete()
         if not self._is_answering() and self.conn.trailing_data[0] and not self.transport.is_closing():
-            self._await_head()
-        if self._until_read is None and self.transport.get_write_buffer_size():
-            self._await_reader()
+            self._start_head_timer()
+        if self._read_timer is None and self.transport.get_write_buffer_size():
+            self._start_read_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """See asyncio.Protocol."""
-        self._stop_waiting_for_head()
-        self._stop_waiting_for_reader()
+        """Stop the timers."""
+        self._stop_head_timer()
+        self._stop_read_timer()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """See asyncio.Protocol: the buffer is full."""
+        """Start to wait for the client to read, since the buffer is full."""
         super().pause_writing()
-        self._await_reader()
+        self._start_read_timer()
 
     def send_400_response(self, msg: str) -> None:
-        """Called by uvicorn among the handlers of what is wrong with the request."""
+        """Answer an invalid request in OpenAI's error envelope. Called by uvicorn from an `except` block."""
         cause = sys.exception()
         too_large = isinstance(cause, h11.RemoteProtocolError) and cause.error_status_hint == 431
         error = (
@@ -76,53 +99,53 @@ class GuardedProtocol(H11Protocol):
             else APIError(400, msg, None, "invalid_http")
         )
         self.config.on_refused(error.code or "")
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # in the middle of an answer
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # a response is under way
             self.transport.close()
             return
-        answer = error.response()
-        headers = [*answer.raw_headers, (b"connection", b"close")]
-        events = (h11.Response(status_code=error.status, headers=headers), h11.Data(data=bytes(answer.body)))
+        response = error.response()
+        headers = [*response.raw_headers, (b"connection", b"close")]
+        events = (h11.Response(status_code=error.status, headers=headers), h11.Data(data=bytes(response.body)))
         for event in (*events, h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Each request could fill the log with it."""
+        """Log nothing: clients could fill the log."""
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _await_head(self) -> None:
-        self._stop_waiting_for_head()
-        self._until_head = self.loop.call_later(self.config.client_timeout, self._abandon, "header_timeout")
+    def _start_head_timer(self) -> None:
+        self._stop_head_timer()
+        self._head_timer = self.loop.call_later(self.config.client_timeout, self._abort, "header_timeout")
 
-    def _await_reader(self) -> None:
-        self._stop_waiting_for_reader()
-        unread = self.transport.get_write_buffer_size()
+    def _start_read_timer(self) -> None:
+        self._stop_read_timer()
+        before = self.transport.get_write_buffer_size()
 
-        def look() -> None:
-            self._until_read = None
-            left = self.transport.get_write_buffer_size()
-            # While it is written to, the client may read and as much wait all the same.
-            adds = self._is_answering() and not self.flow.write_paused
-            if left and left >= unread and not adds:
-                self._abandon("stalled_reader")
-            elif left:
-                self._await_reader()
+        def check() -> None:
+            self._read_timer = None
+            unread = self.transport.get_write_buffer_size()
+            # While the app writes, the buffer may stay as full although the client reads.
+            may_grow = self._is_answering() and not self.flow.write_paused
+            if unread and unread >= before and not may_grow:
+                self._abort("stalled_reader")
+            elif unread:
+                self._start_read_timer()
 
-        self._until_read = self.loop.call_later(self.config.client_timeout, look)
+        self._read_timer = self.loop.call_later(self.config.client_timeout, check)
 
-    def _stop_waiting_for_head(self) -> None:
-        if self._until_head is not None:
-            self._until_head.cancel()
-            self._until_head = None
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
-    def _stop_waiting_for_reader(self) -> None:
-        if self._until_read is not None:
-            self._until_read.cancel()
-            self._until_read = None
+    def _stop_read_timer(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
 
-    def _abandon(self, code: str) -> None:
-        """Drops what the buffer holds: closing would wait for it to be read."""
+    def _abort(self, code: str) -> None:
+        """Close the connection and drop buffered output, for which `close` would wait."""
         self.config.on_refused(code)
         self.transport.abort()

@@ -1,6 +1,7 @@
-"""HttpServer: uvicorn's server, which drains at a signal and ends when the engine is lost."""
+"""Life of the server process: serving, draining after a signal, and exiting if the engine is lost."""
 
 import asyncio
+import ctypes
 import logging
 import math
 import os
@@ -16,32 +17,31 @@ import uvicorn
 
 from serve.api.middleware import Readiness
 from serve.engine.engine import Engine
-from serve.server.heap import trim
 from serve.server.http_protocol import HttpConfig
 
 logger = logging.getLogger(__name__)
 
-_WORKER = "worker"  # begins the names of the pool's threads
-QUIET_SECONDS = 2  # without a request, after which memory is given back
-_FLUSH_SECONDS = 5  # for the last bytes of answers, once all is said
-_STEP_SECONDS = 20  # that a step may still take when all else has ended
+_WORKER = "worker"  # prefix of the names of the pool's threads
+QUIET_SECONDS = 2  # without a request, after which freed memory is returned to the system
+_FLUSH_SECONDS = 5  # for the last bytes of responses at the end
+_STEP_SECONDS = 20  # for a running step at the end
 
 
 class HttpServer(uvicorn.Server):
     """Serves until SIGTERM or SIGINT, or until the engine fails.
 
-    Draining: new requests get 503, /health too, and running ones may end; what is not done in time is told so. A
-    second signal ends the process at once.
+    While draining, new requests and /health get 503, and running requests may finish within a time limit; the rest
+    end with an error. A second signal ends the process at once.
     """
 
     def __init__(
         self, config: HttpConfig, engine: Engine, readiness: Readiness, *, drain_seconds: float, watchdog_seconds: float
     ) -> None:
-        """Prepares a server.
+        """Prepare a server.
 
         Args:
-            readiness: the app's, which is told of draining.
-            watchdog_seconds: after which a step that does not end counts as a failure; 0: never.
+            readiness: of the app; set to draining after a signal.
+            watchdog_seconds: limit for a step of the engine, after which it counts as lost; 0: no limit.
         """
         config.timeout_graceful_shutdown = _FLUSH_SECONDS
         super().__init__(config)
@@ -50,71 +50,71 @@ class HttpServer(uvicorn.Server):
         self._readiness = readiness
         self._drain_seconds = drain_seconds
         self._watchdog_seconds = watchdog_seconds
-        self._drains_until: float | None = None
-        self._quiet = _Quiet()
+        self._drain_deadline: float | None = None
+        self._idle_timer = _IdleTimer()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called at a signal; uvicorn would raise it again in the end, and so end with another code than 0."""
+        """Handle a signal. uvicorn's own handler would raise it again at the end, and change the exit code."""
         del frame
-        if self._drains_until is not None:
-            os.write(2, b"draining already: ending at once\n")
+        if self._drain_deadline is not None:
+            os.write(2, b"second signal: exiting at once\n")
             os._exit(self.exit_code or 128 + sig)
         self._drain(self._drain_seconds)
 
     async def on_tick(self, counter: int) -> bool:
-        """Called by uvicorn ten times a second; True ends the server."""
+        """Called by uvicorn ten times per second; returns True to end the server."""
         ends = await super().on_tick(counter)
-        self._look_at_engine()
-        if self._quiet.begins(self._readiness.running or self.engine.load, self._readiness.ended):
-            asyncio.get_running_loop().run_in_executor(None, trim)
-        if self._drains_until is None or ends:
+        self._check_engine()
+        if self._idle_timer.expires(self._readiness.running or self.engine.load, self._readiness.ended):
+            asyncio.get_running_loop().run_in_executor(None, trim_heap)
+        if self._drain_deadline is None or ends:
             return ends
-        running = self._unfinished()
-        if running and time.monotonic() < self._drains_until:
+        unfinished = self._unfinished()
+        if unfinished and time.monotonic() < self._drain_deadline:
             return False
-        if running:
-            logger.warning("%d requests have not ended in time: they are told so", running)
-        # Ends every stream. On a thread of its own: the pool may be busy with what somebody has asked.
-        with ThreadPoolExecutor(1) as alone:
-            await asyncio.get_running_loop().run_in_executor(alone, self.engine.stop, _STEP_SECONDS)
+        if unfinished:
+            logger.warning("%d requests did not finish in time and end with an error", unfinished)
+        # Stopping the engine ends every stream. It needs a thread of its own, as requests may occupy the whole pool.
+        with ThreadPoolExecutor(1) as executor:
+            await asyncio.get_running_loop().run_in_executor(executor, self.engine.stop, _STEP_SECONDS)
         if self.engine.failed:
             self.exit_code = 1
         return True
 
     def _unfinished(self) -> int:
-        """Answers in the making, or that clients have not read: the app is done with one long before its reader is."""
+        """Number of responses that are being made, or that clients have not read yet."""
         unread = sum(each.transport.get_write_buffer_size() > 0 for each in self.server_state.connections)
         return max(self._readiness.running, unread)
 
-    def _look_at_engine(self) -> None:
+    def _check_engine(self) -> None:
         if self._watchdog_seconds and self.engine.silent_for > self._watchdog_seconds and not self.engine.failed:
             self.engine.give_up()
         if not self.engine.ready and not self.exit_code:
-            logger.critical("the engine is lost: the server ends, so that another can be started")
+            logger.critical("the engine is lost: exiting, so that the server can be restarted")
             self.exit_code = 1
             self._drain(_FLUSH_SECONDS)
 
     def _drain(self, seconds: float) -> None:
         self._readiness.draining = True
-        self._drains_until = time.monotonic() + seconds
-        if running := self._unfinished():
+        self._drain_deadline = time.monotonic() + seconds
+        if unfinished := self._unfinished():
             logger.warning(
-                "draining: %d requests have up to %g s to end; a second signal ends at once", running, seconds
+                "draining: %d requests have up to %g s to finish; a second signal exits at once", unfinished, seconds
             )
 
 
-class _Quiet:
-    """Finds out when nobody has asked for a while."""
+class _IdleTimer:
+    """Detects that there was no request for QUIET_SECONDS."""
 
     def __init__(self) -> None:
         self._ended, self._since = -1, 0.0
 
-    def begins(self, running: int, ended: int) -> bool:
-        """True once in each quiet time, when it has lasted long enough. To be called often.
+    def expires(self, running: int, ended: int) -> bool:
+        """Returns True once per idle period, when it has lasted long enough. To be called often.
 
         Args:
-            running: requests that have not ended.
-            ended: those that have, since the start.
+            running: number of unfinished requests.
+            ended: number of finished requests since the start.
         """
         if running or ended != self._ended:
             self._ended, self._since = ended, time.monotonic()
@@ -124,37 +124,44 @@ class _Quiet:
         return False
 
 
+def trim_heap() -> None:
+    """Return freed heap memory to the system (glibc malloc_trim, about 5 ms); does nothing with another C library."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(ctypes.c_size_t(0))
+
+
 def run(server: HttpServer, listener: socket.socket) -> None:
-    """Serves to the end. If a thread hangs then, in the device or with what a client asked, the process ends here."""
+    """Serve until the end. Ends the process if a thread hangs then, in the device or in work for a request."""
     pool = ThreadPoolExecutor(thread_name_prefix=_WORKER)
 
     async def serve() -> None:
         asyncio.get_running_loop().set_default_executor(pool)
         await server.serve(sockets=[listener])
         pool.shutdown(wait=False, cancel_futures=True)
-        if server.engine.hangs or not _workers_end():
+        if server.engine.hangs or not _join_workers():
             end_hard(server.exit_code)
 
     asyncio.run(serve(), loop_factory=server.config.get_loop_factory())
 
 
-def _workers_end() -> bool:
-    """Waits for the threads of the pool, which a usual end would do without any limit."""
-    until = time.monotonic() + _FLUSH_SECONDS
+def _join_workers() -> bool:
+    """Wait for the pool's threads, with a time limit; returns False if one is still running."""
+    deadline = time.monotonic() + _FLUSH_SECONDS
     workers = [thread for thread in threading.enumerate() if thread.name.startswith(_WORKER)]
     for thread in workers:
-        thread.join(max(0.0, until - time.monotonic()))
+        thread.join(max(0.0, deadline - time.monotonic()))
     return not any(thread.is_alive() for thread in workers)
 
 
 def end_early(server: HttpServer) -> None:
-    """Takes SIGTERM and SIGINT now, before uvicorn does, and after it has given them back."""
+    """Handle SIGTERM and SIGINT from now on: before uvicorn does, and after it has restored these handlers."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)
 
 
 def end_hard(code: int) -> None:
-    """Ends the process though a thread hangs in the device, which a usual end would wait for."""
+    """Exit without waiting for threads, one of which hangs."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

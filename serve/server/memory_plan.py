@@ -1,46 +1,63 @@
-"""MemoryPlan: what a server will need, worked out from a model's configuration before anything is loaded."""
+"""Memory of a server, planned from the model's configuration before anything is loaded."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
 from compiled.shapes import Buckets
 from model.config import ModelConfig
-from model.kv_cache import CacheLayout
+from model.kv_cache import PAGE_SIZE, CacheLayout
 from model.sharding import Cut
 from model.weights.loader import weight_bytes
-from serve.config.sizes import MemoryAmount
-from serve.server.memory import pages_in
+from serve.config.sizes import MemoryAmount, mb
 
-_CACHE_BYTES = 1 << 30  # of pages, unless one request of full length needs more
-# Float32 arrays of the largest decode step's logits, and of the largest chunk's activations, that XLA holds at once
-# (from the scratch memory of compiled programs; docs/design.md), and bytes of a slot for each token of the vocabulary.
-_LOGITS, _ACTIVATIONS, _SLOT_BYTES = 8, 3, 9
+_CACHE_BYTES = 1 << 30  # default size of the cache, unless one request of maximum length needs more
+# Number of float32 arrays that XLA keeps at once: of the largest decode step's logits, and of the largest chunk's
+# activations. Measured from the scratch memory of compiled programs (docs/design.md).
+_LOGITS, _ACTIVATIONS = 8, 3
+_SLOT_BYTES = 9  # bytes per slot and vocabulary token
+# Files with the memory limit and usage of the process's cgroup, versions 2 and 1.
+_CGROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
 
 
 class PlanError(ValueError):
-    """A model and its cache do not fit into the memory that is free; the message has the numbers."""
+    """The model and its cache do not fit into the free memory; the message has the sizes."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes of a server's parts."""
+    """Bytes on each device."""
 
     weights: int
-    pages: int  # of the cache, the null page included
+    pages: int  # cache pages, including the null page
     page_bytes: int
-    workspace: int  # an estimate of what the largest step holds beside them
-    free: int | None  # None: the device does not tell
+    workspace: int  # estimate of the largest step's scratch memory
+    free: int | None  # None: the device does not report it
 
     @property
     def cache(self) -> int:
         """Bytes of all pages."""
         return self.pages * self.page_bytes
 
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the pages hold."""
+        return (self.pages - 1) * PAGE_SIZE
+
+    @property
+    def needed(self) -> int:
+        """Bytes in all."""
+        return self.weights + self.cache + self.workspace
+
     def __str__(self) -> str:
-        parts = f"weights {_mb(self.weights)}, cache {_mb(self.cache)}, workspace about {_mb(self.workspace)}"
-        whole = _mb(self.weights + self.cache + self.workspace)
-        return f"{parts}: {whole}" + ("" if self.free is None else f" of {_mb(self.free)} that are free")
+        parts = f"weights {mb(self.weights)}, cache {mb(self.cache)}, workspace about {mb(self.workspace)}"
+        return f"{parts}: {mb(self.needed)}" + ("" if self.free is None else f" of {mb(self.free)} free memory")
 
 
 def plan_memory(
@@ -49,54 +66,106 @@ def plan_memory(
     *,
     dtype: str,
     int8: bool,
-    asked: MemoryAmount | None,
+    cache: MemoryAmount | None,
     free: int | None,
     shards: int = 1,
     platform: str = "cpu",
 ) -> MemoryPlan:
-    """Plans weights, cache and workspace of each device.
+    """Plan weights, cache and workspace of each device.
 
     Args:
-        asked: of the cache: bytes, or a share of what weights and workspace leave free. None: 1 GiB, or what one
-            request of full length needs, or what there is room for.
-        free: bytes of a device, None if nobody knows.
-        shards: devices over which the model is cut.
+        cache: size of the cache: bytes, or a fraction of what weights and workspace leave free. None: 1 GiB, or what
+            one request of maximum length needs, if there is room.
+        free: free bytes on a device; None if unknown.
+        shards: number of devices that the model is sharded across.
         platform: of the devices, as JAX names it.
 
     Raises:
-        PlanError: it does not fit, or the cache holds no page.
+        PlanError: the model does not fit, or the cache is smaller than one page.
     """
     weights = weight_bytes(config, dtype, int8=int8, shards=shards)
     workspace = _workspace(Cut(config, shards).local, buckets)
     page_bytes = CacheLayout(Cut(config, shards), jnp.dtype(dtype), platform).bytes_per_page
-    left = None if free is None else free - weights - workspace
-    if asked is not None:
+    available = None if free is None else free - weights - workspace
+    if cache is not None:
         try:
-            pages = pages_in(asked, free=None if left is None else max(0, left), page_bytes=page_bytes)
+            pages = pages_in(cache, free=None if available is None else max(0, available), page_bytes=page_bytes)
         except ValueError as error:
             raise PlanError(f"--kv-cache-memory: {error}") from None
     else:
         all_rows = buckets.decode_rows[-1] * buckets.pages_per_row
         pages = min(all_rows, max(buckets.pages_per_row, _CACHE_BYTES // page_bytes)) + 1
-        if left is not None:
-            pages = max(2, min(pages, left // page_bytes))
+        if available is not None:
+            pages = max(2, min(pages, available // page_bytes))
     plan = MemoryPlan(weights, pages, page_bytes, workspace, free)
-    if left is not None and plan.cache > left:
-        raise PlanError(f"it does not fit: {plan}. Less needs {_advice(int8=int8, asked=asked)}")
+    if available is not None and plan.cache > available:
+        options = [] if int8 else ["--quantization int8"]
+        options.append("a smaller --max-num-seqs" if cache is None else "a smaller --kv-cache-memory")
+        raise PlanError(f"out of memory: {plan}. To reduce it, use {' or '.join(options)}")
     return plan
+
+
+def pages_in(amount: MemoryAmount, *, free: int | None, page_bytes: int) -> int:
+    """Number of pages that fit into an amount of memory, including the null page.
+
+    Args:
+        amount: bytes, or a fraction of `free`.
+        free: free bytes; None if unknown.
+        page_bytes: size of a page.
+
+    Raises:
+        ValueError: fewer than two pages fit, or the amount is a fraction and `free` is unknown.
+    """
+    size = amount.bytes_of(free)
+    if size is None:
+        raise ValueError("this device does not report its free memory; give the size in bytes")
+    if size < 2 * page_bytes:
+        raise ValueError(f"{size:,} bytes are too few: a page takes {page_bytes:,} bytes, and two are needed")
+    return size // page_bytes
+
+
+def free_memory(devices: int = 1) -> int | None:
+    """Free bytes on each of the first `devices` devices; on CPU, an equal share of the host's free memory.
+
+    None if a device does not report it.
+    """
+    first = jax.local_devices()[:devices]
+    if first[0].platform == "cpu":
+        free = _free_host_memory()
+        return free and free // devices
+    known = [free for device in first if (free := _free_on(device)) is not None]
+    return min(known) if len(known) == len(first) else None
+
+
+def _free_on(device: jax.Device) -> int | None:
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+
+
+def _free_host_memory() -> int | None:
+    """The least of what the machine and the process's cgroups have left."""
+    known = [_available_memory(), *(_cgroup_free(limit, usage) for limit, usage in _CGROUPS)]
+    return min((free for free in known if free is not None), default=None)
+
+
+def _available_memory() -> int | None:
+    try:
+        match = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.MULTILINE)
+    except OSError:
+        return None
+    return int(match[1]) * 1024 if match else None
+
+
+def _cgroup_free(limit: Path, usage: Path) -> int | None:
+    try:
+        return max(0, int(limit.read_text(encoding="ascii")) - int(usage.read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no such cgroup, or "max"
+        return None
 
 
 def _workspace(config: ModelConfig, buckets: Buckets) -> int:
     logits = _LOGITS * buckets.decode_rows[-1] * config.vocab_size
     activations = _ACTIVATIONS * buckets.prefill_chunks[-1] * (2 * config.intermediate_size + config.hidden_size)
     return 4 * max(logits, activations) + _SLOT_BYTES * buckets.slots * config.vocab_size
-
-
-def _advice(*, int8: bool, asked: MemoryAmount | None) -> str:
-    ways = [] if int8 else ["--quantization int8"]
-    ways += ["--max-num-seqs"] if asked is None else ["a smaller --kv-cache-memory"]
-    return ", ".join(ways)
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB"

@@ -1,246 +1,205 @@
-"""What start-up has to tell, as data: each event says itself in one plain line, and its fields are what JSON has."""
+"""Events of start-up. Each has a plain text line, and a name and fields for JSON."""
 
+import json
 import logging
+import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
-_ANY_ADDRESS = {"://0.0.0.0:": "://127.0.0.1:", "://[::]:": "://[::1]:"}  # where a server on all of them is reached
+from serve.config.sizes import mb
+
+if TYPE_CHECKING:
+    from serve.server.memory_plan import MemoryPlan
+
+# Wildcard addresses, and the loopback addresses under which this machine reaches them.
+_WILDCARDS = {"://0.0.0.0:": "://127.0.0.1:", "://[::]:": "://[::1]:"}
+_CHAT = {
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "max_tokens": 32,
+    "temperature": 0,
+    "logprobs": True,
+    "top_logprobs": 3,
+}
+_COMPLETION = {"prompt": "The capital of France is", "max_tokens": 32, "temperature": 0, "logprobs": 3}
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
-    """One thing that start-up tells."""
+class Message:
+    """An event that is shown as text everywhere."""
 
-    name: ClassVar[str]
+    name: str
+    line: str
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of the JSON object; "message" replaces the line there
+    level: int = logging.INFO
+
+
+class _Facts:
+    """An event that terminals draw in their own way. It is a dataclass."""
+
     level: ClassVar[int] = logging.INFO
 
     @property
-    def line(self) -> str:
-        """The event in plain words, which mean something without the lines around them."""
-        raise NotImplementedError
+    def fields(self) -> dict[str, Any]:
+        """Fields of the JSON object."""
+        fields: dict[str, Any] = asdict(self)  # type: ignore[call-overload]  # subclasses are dataclasses
+        return fields
 
 
 @dataclass(frozen=True, slots=True)
-class DefaultsTaken(Event):
-    """What requests get where they say nothing, from the model's files or the options."""
+class ModelFound(_Facts):
+    """The model to be loaded, and its device."""
 
-    name = "defaults_taken"
-    values: Mapping[str, Any]
-
-    @property
-    def line(self) -> str:
-        """See Event."""
-        told = ", ".join(f"{name} {value}" for name, value in self.values.items())
-        return f"defaults {told} (--generation-config vllm: none of the model's)"
-
-
-@dataclass(frozen=True, slots=True)
-class Preparing(Event):
-    """Work of a first start: downloading the default model, building the CPU kernels."""
-
-    name = "preparing"
-    message: str
-
-    @property
-    def line(self) -> str:
-        """See Event."""
-        return self.message
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFound(Event):
-    """What is going to be loaded."""
-
-    name = "model_found"
+    name: ClassVar[str] = "model_found"
     model: str
     family: str
     parameters: int
-    weights_as: str  # dtype, or quantization
+    weights_as: str  # dtype or quantization
     platform: str
-    device: str  # kind
-    devices: int  # over which it is cut
+    device: str  # kind of device, as JAX names it
+    devices: int  # number of shards
     max_model_len: int
     max_num_seqs: int
 
     @property
     def line(self) -> str:
-        """See Event."""
+        """Plain text."""
         return (
             f"model    {self.model}: {self.family}, {count(self.parameters)} parameters, {self.weights_as} on "
-            f"{self.place}; {self.max_num_seqs} requests at once, of at most {self.max_model_len:,} tokens"
+            f"{self.placement}; up to {self.max_num_seqs} concurrent requests of {self.max_model_len:,} tokens"
         )
 
     @property
-    def place(self) -> str:
-        """The devices."""
+    def placement(self) -> str:
+        """Platform, kind and number of devices, such as "gpu (NVIDIA L4), sharded across 2 devices"."""
         device = self.platform if self.device.lower() == self.platform else f"{self.platform} ({self.device})"
-        return device + (f", cut over {self.devices} devices" if self.devices > 1 else "")
+        return device + (f", sharded across {self.devices} devices" if self.devices > 1 else "")
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryPlanned(Event):
-    """Bytes of each device, before anything is loaded."""
+class MemoryPlanned(_Facts):
+    """Planned memory of each device, before anything is loaded."""
 
-    name = "memory_planned"
-    weights: int
-    cache: int
-    cache_tokens: int  # that all devices' pages hold together
-    workspace: int  # an estimate
-    free: int | None  # now; None: the device does not tell
-    max_model_len: int  # tokens
+    name: ClassVar[str] = "memory_planned"
+    plan: "MemoryPlan"
+    max_model_len: int
 
     @property
     def line(self) -> str:
-        """See Event."""
-        parts = f"weights {mb(self.weights)}, cache {mb(self.cache)}, workspace about {mb(self.workspace)}"
-        of_free = "" if self.free is None else f" of {mb(self.free)} that are free"
-        text = f"memory   {parts}: {mb(self.needed)}{of_free}; the cache holds {self.cache_tokens:,} tokens"
+        """Plain text."""
+        text = f"memory   {self.plan}; the cache holds {self.plan.cache_tokens:,} tokens"
         return f"{text}; {self.warning}" if self.warning else text
 
     @property
-    def needed(self) -> int:
-        """Bytes of all parts."""
-        return self.weights + self.cache + self.workspace
+    def fields(self) -> dict[str, Any]:
+        """Fields of the JSON object: bytes and tokens."""
+        names = ("weights", "cache", "cache_tokens", "workspace", "free")
+        return {name: getattr(self.plan, name) for name in names} | {"max_model_len": self.max_model_len}
 
     @property
     def warning(self) -> str:
-        """Said of a cache that is smaller than one request may be."""
-        if self.cache_tokens >= self.max_model_len:
+        """Warning if the cache is smaller than one request may be, else empty."""
+        if self.plan.cache_tokens >= self.max_model_len:
             return ""
-        return "that is less than one request of full length: what needs more is refused"
+        return "that is less than one request of maximum length, and longer requests are refused"
 
 
 @dataclass(frozen=True, slots=True)
-class WeightsLoaded(Event):
-    """The model is on the device."""
+class Serving(_Facts):
+    """The server accepts requests."""
 
-    name = "weights_loaded"
-    bytes: int
-    seconds: float
-    kernels: tuple[str, ...]  # of our own
-
-    @property
-    def line(self) -> str:
-        """See Event."""
-        return f"weights  {mb(self.bytes)} in {self.seconds:.1f} s; kernels: {self.used}"
-
-    @property
-    def used(self) -> str:
-        """The kernels in words."""
-        return ", ".join(self.kernels) or "none, XLA does it all"
-
-
-@dataclass(frozen=True, slots=True)
-class CompileBegun(Event):
-    """Said where no bar shows it: a first start takes a while here."""
-
-    name = "compile_begun"
-    programs: int
-
-    @property
-    def line(self) -> str:
-        """See Event."""
-        return f"compiling {self.programs} programs"
-
-
-@dataclass(frozen=True, slots=True)
-class ProgramCompiled(Event):
-    """One of the programs is ready."""
-
-    name = "program_compiled"
-    level = logging.DEBUG
-    program: str
-    lower_seconds: float
-    compile_seconds: float  # or what reading it from the cache took
-    scratch_bytes: int
-
-    @property
-    def line(self) -> str:
-        """See Event."""
-        return (
-            f"  {self.program:<12} lower {self.lower_seconds:5.2f} s  compile {self.compile_seconds:5.2f} s"
-            f"  scratch {self.scratch_bytes / 2**20:6.1f} MiB"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class AllCompiled(Event):
-    """Every program is ready."""
-
-    name = "all_compiled"
-    programs: int
-    cached: int  # that the persistent cache had
-    seconds: float
-
-    @property
-    def line(self) -> str:
-        """See Event."""
-        cached = f", {self.cached} of them from the cache" if self.cached else ""
-        return f"compiled {self.programs} programs in {self.seconds:.1f} s{cached}"
-
-
-@dataclass(frozen=True, slots=True)
-class Serving(Event):
-    """The server takes requests."""
-
-    name = "serving"
+    name: ClassVar[str] = "serving"
     models: tuple[str, ...]  # names in the API
-    url: str  # "unix:" and a path for a socket
-    keyed: bool  # whether clients must send a key
-    chats: bool  # whether the model has a chat template
-    documented: bool  # whether /docs is there
+    url: str  # of a Unix socket: "unix:" and its path
+    keyed: bool  # clients must send an API key
+    chats: bool  # the model has a chat template
+    documented: bool  # /docs is served
 
     @property
     def line(self) -> str:
-        """See Event. Whoever starts a server reads the address from this line: it keeps its form."""
+        """Plain text. Tools that start a server parse the address, so the format is stable."""
         return f"serving  {', '.join(self.models)} at {self.url} (API under /v1)"
 
     @property
     def reachable(self) -> str:
-        """An URL that a client on this machine can use; of a socket, the one beside `curl --unix-socket`."""
+        """URL for clients on this machine; of a Unix socket, the URL to use with `curl --unix-socket`."""
         if self.url.startswith("unix:"):
             return "http://localhost"
-        for bound, reached in _ANY_ADDRESS.items():
-            if bound in self.url:
-                return self.url.replace(bound, reached)
+        for wildcard, loopback in _WILDCARDS.items():
+            if wildcard in self.url:
+                return self.url.replace(wildcard, loopback)
         return self.url
 
-
-@dataclass(frozen=True, slots=True)
-class Failed(Event):
-    """Start-up has ended; the message is meant for whoever started us."""
-
-    name = "failed"
-    level = logging.ERROR
-    message: str
-
     @property
-    def line(self) -> str:
-        """See Event."""
-        return f"error: {self.message}"
+    def curl(self) -> str:
+        """Shell command that requests a reply with log-probs. It refers to the API key's variable, not to the key."""
+        command = "curl"
+        if self.url.startswith("unix:"):
+            command += f" --unix-socket {shlex.quote(self.url.removeprefix('unix:'))}"
+        elif self.url.startswith("https:"):
+            command += " --insecure"  # few certificates are issued for 127.0.0.1
+        lines = [f"{command} {self.reachable}/v1/{'chat/completions' if self.chats else 'completions'}"]
+        lines.append("-H 'Content-Type: application/json'")
+        if self.keyed:
+            lines.append('-H "Authorization: Bearer $LOGPROBD_API_KEY"')
+        lines.append(f"-d {shlex.quote(json.dumps(_CHAT if self.chats else _COMPLETION))}")
+        return " \\\n  ".join(lines)
 
 
-@dataclass(frozen=True, slots=True)
-class Interrupted(Event):
-    """Ctrl-C came before all was ready."""
-
-    name = "interrupted"
-    level = logging.ERROR
-
-    @property
-    def line(self) -> str:
-        """See Event."""
-        return "interrupted before it was ready"
+type Event = Message | ModelFound | MemoryPlanned | Serving
 
 
-def mb(size: int) -> str:
-    """Bytes as "1,234 MB"."""
-    return f"{size / 1e6:,.0f} MB"
+def defaults_applied(values: Mapping[str, Any]) -> Message:
+    """Sampling defaults that replace OpenAI's, from the model's generation_config.json or from options."""
+    text = ", ".join(f"{name} {value}" for name, value in values.items())
+    line = f"defaults {text} (to ignore the model's: --generation-config vllm)"
+    return Message("defaults_taken", line, {"values": values})
+
+
+def preparing(line: str) -> Message:
+    """Work of a first start: downloading the default model, building the CPU kernels."""
+    return Message("preparing", line)
+
+
+def weights_loaded(size: int, seconds: float, kernels: tuple[str, ...]) -> Message:
+    """The model is on the device: its bytes, and which of our kernels it uses."""
+    line = f"weights  {mb(size)} in {seconds:.1f} s; kernels: {', '.join(kernels) or 'none, XLA only'}"
+    return Message("weights_loaded", line, {"bytes": size, "seconds": seconds, "kernels": kernels})
+
+
+def compile_started(programs: int) -> Message:
+    """Compilation starts, which takes a while if the cache is empty."""
+    return Message("compile_begun", f"compiling {programs} programs", {"programs": programs})
+
+
+def program_compiled(program: str, lower_seconds: float, compile_seconds: float, scratch_bytes: int) -> Message:
+    """One program is ready; `compile_seconds` includes reading it from the persistent cache."""
+    line = (
+        f"  {program:<12} lower {lower_seconds:5.2f} s  compile {compile_seconds:5.2f} s"
+        f"  scratch {scratch_bytes / 2**20:6.1f} MiB"
+    )
+    fields = {"program": program, "lower_seconds": lower_seconds, "compile_seconds": compile_seconds}
+    return Message("program_compiled", line, fields | {"scratch_bytes": scratch_bytes}, logging.DEBUG)
+
+
+def all_compiled(programs: int, cached: int, seconds: float) -> Message:
+    """All programs are ready; `cached` of them came from the persistent cache."""
+    line = f"compiled {programs} programs in {seconds:.1f} s" + (f", {cached} from the cache" if cached else "")
+    return Message("all_compiled", line, {"programs": programs, "cached": cached, "seconds": seconds})
+
+
+def failed(message: str) -> Message:
+    """Start-up failed; `message` is for the user."""
+    return Message("failed", f"error: {message}", {"message": message}, logging.ERROR)
+
+
+def interrupted() -> Message:
+    """Ctrl-C during start-up."""
+    return Message("interrupted", "interrupted during start-up", level=logging.ERROR)
 
 
 def count(number: int) -> str:
-    """Such as "134.5 M"."""
+    """Number with a unit, such as "134.5 M"."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= size:
             return f"{number / size:.1f} {unit}"

@@ -10,8 +10,8 @@ from serve.cli.chat import command
 from serve.cli.chat.config import parse_args
 from serve.config.generation_config import GenerationDefaults
 from serve.engine.engine import Engine
-from serve.server.startup import StartupError
-from serve.server.startup_events import Failed, Interrupted
+from serve.server.model_files import StartupError
+from serve.server.startup_events import failed, interrupted
 from tests.cli.test_chat_session import scripted_engine
 from tests.support.http_client import byte_tokenizer
 
@@ -22,7 +22,7 @@ class Told:
     def __init__(self) -> None:
         self.events: list[Any] = []
 
-    def tell(self, event: Any) -> None:
+    def report(self, event: Any) -> None:
         self.events.append(event)
 
 
@@ -81,7 +81,7 @@ def fails_with(error: BaseException) -> Any:
 
 @pytest.mark.parametrize(
     ("error", "code", "event"),
-    [(StartupError("why"), 1, Failed("why")), (KeyboardInterrupt(), 130, Interrupted())],
+    [(StartupError("why"), 1, failed("why")), (KeyboardInterrupt(), 130, interrupted())],
 )
 def test_how_a_start_ends(
     monkeypatch: pytest.MonkeyPatch, told: Told, error: BaseException, code: int, event: object

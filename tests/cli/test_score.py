@@ -18,7 +18,7 @@ import pytest
 
 from serve.cli.score import command, journal, parquet
 from serve.cli.score.config import parse_args
-from serve.server.startup import StartupError
+from serve.server.model_files import StartupError
 from tests.support.fake_runner import hidden_after
 from tests.support.fake_runner import numbers as numbers_of
 from tests.support.http_client import BEGIN, IMPOSSIBLE, VOCAB_SIZE, ScriptedRunner

@@ -3,16 +3,12 @@
 import dataclasses
 import re
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import jax
 import pytest
 
 from serve.config.config import GROUPS, ServeConfig
 from serve.config.flags import command_line, parse_args
 from serve.config.sizes import MemoryAmount, parse_memory
-from serve.server import memory
 
 
 @pytest.mark.parametrize(
@@ -51,40 +47,6 @@ def test_shares_are_of_what_is_free() -> None:
     assert MemoryAmount(0.5).bytes_of(1000) == 500
     assert MemoryAmount(0.5).bytes_of(None) is None
     assert MemoryAmount(7).bytes_of(None) == 7
-
-
-def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    machine = memory.free_memory()
-    assert machine is not None
-    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
-    monkeypatch.setattr(memory, "_CGROUPS", ((limit, used),))
-    assert memory.free_memory() is not None  # no such files
-    limit.write_text("5000\n")
-    used.write_text("2000\n")
-    assert memory.free_memory() == 3000
-    used.write_text("9000\n")
-    assert memory.free_memory() == 0
-    limit.write_text("max\n")
-    free = memory.free_memory()
-    assert free is not None
-    assert free > 3000
-
-
-def test_the_fullest_of_several_accelerators_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def device(**stats: int) -> Any:
-        return SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
-
-    devices = [device(bytes_limit=9000, bytes_in_use=1000), device(bytes_limit=9000, bytes_in_use=5000), device()]
-    monkeypatch.setattr(jax, "local_devices", lambda: devices)
-    assert [memory.free_memory(count) for count in (1, 2, 3)] == [8000, 4000, None]
-
-
-def test_devices_made_of_one_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
-    limit.write_text("5000\n")
-    used.write_text("2000\n")
-    monkeypatch.setattr(memory, "_CGROUPS", ((limit, used),))
-    assert memory.free_memory(4) == 750
 
 
 def test_defaults_follow_other_flags() -> None:

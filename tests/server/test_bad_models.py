@@ -1,4 +1,4 @@
-"""What is wrong with a model's files is said in words, with exit code 1, before anything is loaded or compiled."""
+"""Damaged and unsupported model files: one line of error and exit code 1, before anything is loaded or compiled."""
 
 import json
 import struct
@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tests.support.server_process import ROOT
 from tests.support.tiny_checkpoints import VOCAB, TinyModel
 
-# Runs `python -m serve` once for each argument list, in one process: most of such a run is importing.
+# Runs `python -m serve` once for each argument list, in one process: importing takes most of the time.
 RUNS = """
 import contextlib, io, json, sys
 from serve.cli.main import main
@@ -25,11 +25,11 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def directory(folder: Path, **config: Any) -> Path:
-    """A tiny model with a tokenizer, and what `config` puts in the place of its config.json's values."""
+    """A tiny model with a tokenizer, with values of its config.json replaced by `config`."""
     TinyModel().write_hf(folder)
     changed = TinyModel().hf_config() | config
-    wanted = {name: value for name, value in changed.items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(wanted))
+    values = {name: value for name, value in changed.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(values))
     write_tokenizer(folder, VOCAB)
     return folder
 
@@ -52,7 +52,7 @@ def truncated(folder: Path) -> Path:
     return folder
 
 
-def cut_header(folder: Path) -> Path:
+def truncated_header(folder: Path) -> Path:
     file = directory(folder) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     return folder
@@ -91,7 +91,7 @@ def pickled(folder: Path) -> Path:
 
 
 def with_code(folder: Path) -> Path:
-    """A directory that names code of its own, as remote code does."""
+    """A directory that refers to its own code, as with trust_remote_code."""
     directory(folder, auto_map={"AutoModelForCausalLM": "evil.Model"}, architectures=["EvilForCausalLM"])
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()")
     return folder
@@ -99,7 +99,7 @@ def with_code(folder: Path) -> Path:
 
 CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "truncated safetensors": (truncated, "model.safetensors: not a whole safetensors file"),
-    "cut header": (cut_header, "model.safetensors: not a whole safetensors file"),
+    "truncated header": (truncated_header, "model.safetensors: not a whole safetensors file"),
     "wrong magic": (gguf(b"GGML" + bytes(60)), "a.gguf: not a GGUF file"),
     "impossible tensor count": (gguf(b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0)), "a.gguf: truncated"),
     "impossible value count": (gguf(b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60)), "a.gguf: truncated"),
@@ -121,13 +121,13 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
         templated("{{ raise_exception('Only systems may speak.') }}"),
         "the chat template fails: Only systems may speak.",
     ),
-    "template that is none": (templated("{% for m in messages %}"), "the chat template fails: "),
+    "invalid template": (templated("{% for m in messages %}"), "the chat template fails: "),
     "pickled weights": (pickled, "holds no *.safetensors and no .gguf file (pickled weights are not read)"),
-    "code of its own": (with_code, "architecture ['EvilForCausalLM'] is not known"),
+    "own code": (with_code, "architecture ['EvilForCausalLM'] is not known"),
 }
 
 
-def test_each_is_said_with_exit_code_1(tmp_path: Path) -> None:
+def test_damaged_models_end_with_a_message(tmp_path: Path) -> None:
     models_ = {name: make(tmp_path / f"{i}") for i, (name, (make, _)) in enumerate(CASES.items())}
     options = ["--port", "0", "--compilation-cache-dir", str(tmp_path / "xla")]
     arguments = json.dumps([[str(path), *options] for path in models_.values()])
@@ -143,16 +143,16 @@ def test_each_is_said_with_exit_code_1(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("**/ran"))  # nothing of a model directory was executed
 
 
-def test_a_good_one_passes_all_checks(tmp_path: Path) -> None:
-    """Else the cases above could fail for a reason that they share: this one ends at a flag that no file mends."""
+def test_valid_model_passes_all_checks(tmp_path: Path) -> None:
+    """The cases above do not fail for a common reason: a valid model gets as far as an impossible flag."""
     path = templated("{% for m in messages %}{{ m.content }}{% endfor %}")(tmp_path / "good")
     bare, flags = directory(tmp_path / "bare"), ["--kv-cache-memory", "1"]
     arguments = json.dumps([[str(path), "--port", "0", *flags], ["chat", "--model", str(bare), *flags]])
     run = subprocess.run([sys.executable, "-c", RUNS, arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     (code, said), (chat_code, of_chat) = map(json.loads, run.stdout.splitlines())
     last = said.splitlines()[-1]
-    assert (code, last.startswith(f"error: {path}: --kv-cache-memory: 1 bytes hold no page")) == (1, True), said
-    # A chat cannot do without a template, which is told before that flag.
+    assert (code, last.startswith(f"error: {path}: --kv-cache-memory: 1 bytes are too few")) == (1, True), said
+    # A chat needs a template, which is checked before that flag.
     assert (chat_code, of_chat.splitlines()[-1]) == (
         1,
         f"error: {bare} has no chat template: give one with --chat-template",

@@ -1,4 +1,4 @@
-"""Connections that send no request, or read no answer: they end, and cost the others nothing."""
+"""Connections whose client sends no request or reads no response: they are closed, and do not affect others."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def connected(url: str) -> socket.socket:
 
 
 def read_all(connection: socket.socket) -> bytes:
-    """What comes until the server closes."""
+    """All bytes until the server closes the connection."""
     data = b""
     try:
         while piece := connection.recv(1 << 16):
@@ -37,7 +37,7 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 def error_in(answer: bytes) -> tuple[int, str]:
-    """Status and code of an answer in OpenAI's envelope."""
+    """Status and code of a response in OpenAI's error envelope."""
     head, _, body = answer.partition(b"\r\n\r\n")
     found = re.match(rb"HTTP/1\.1 (\d+) ", head)
     assert found is not None, answer
@@ -55,7 +55,7 @@ def error_in(answer: bytes) -> tuple[int, str]:
         (b"GET /" + b"x" * 5000, 431, "headers_too_large"),
     ],
 )
-def test_what_is_no_request_is_answered_in_the_envelope(sent: bytes, status: int, code: str) -> None:
+def test_invalid_request_gets_the_error_envelope(sent: bytes, status: int, code: str) -> None:
     refused: list[str] = []
     with listening(refused=refused) as (url, _), connected(url) as connection:
         connection.sendall(sent)
@@ -64,7 +64,7 @@ def test_what_is_no_request_is_answered_in_the_envelope(sent: bytes, status: int
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/comp", HEAD])
-def test_a_request_whose_head_does_not_come_ends(sent: bytes) -> None:
+def test_incomplete_head_closes_the_connection(sent: bytes) -> None:
     refused: list[str] = []
     with listening(connection_timeout=0.1, refused=refused) as (url, _), connected(url) as connection:
         connection.sendall(sent)
@@ -72,7 +72,7 @@ def test_a_request_whose_head_does_not_come_ends(sent: bytes) -> None:
     assert refused == ["header_timeout"]
 
 
-def test_so_does_the_second_one_of_a_connection() -> None:
+def test_incomplete_head_of_a_second_request_closes_the_connection() -> None:
     refused: list[str] = []
     with listening(connection_timeout=0.1, refused=refused) as (url, _), connected(url) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /hea")
@@ -80,14 +80,14 @@ def test_so_does_the_second_one_of_a_connection() -> None:
     assert refused == ["header_timeout"]
 
 
-def test_a_body_that_does_not_come_is_a_408() -> None:
+def test_incomplete_body_gets_408() -> None:
     with listening(client_timeout=0.1) as (url, server), connected(url) as connection:
         connection.sendall(HEAD + b'Content-Length: 100\r\n\r\n{"prompt": ')
         assert error_in(read_all(connection)) == (408, "request_timeout")
         assert server.engine.load == 0
 
 
-def test_a_slow_request_of_many_small_pieces_is_taken() -> None:
+def test_request_in_single_bytes_is_answered() -> None:
     body = json.dumps(completion_body()).encode()
     with listening() as (url, _), connected(url) as connection:
         for byte in HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body:
@@ -96,7 +96,7 @@ def test_a_slow_request_of_many_small_pieces_is_taken() -> None:
 
 
 def stalled(url: str, body: dict[str, Any], until: Callable[[], bool]) -> socket.socket:
-    """A client that asks and reads nothing, until the server has noticed."""
+    """Send a request and read nothing until `until` is true; other clients are served meanwhile."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     host, port = url.removeprefix("http://").split(":")
@@ -105,13 +105,13 @@ def stalled(url: str, body: dict[str, Any], until: Callable[[], bool]) -> socket
     connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(data) + data)
     end = time.monotonic() + 30
     with httpx2.Client(base_url=url) as client:
-        while not until():  # others are served meanwhile
-            assert time.monotonic() < end, "the server has not noticed"
+        while not until():
+            assert time.monotonic() < end, "the server has not closed the connection"
             assert client.post("/v1/completions", json=completion_body()).status_code == 200
     return connection
 
 
-def test_a_client_that_reads_no_long_answer_is_dropped() -> None:
+def test_stalled_reader_of_a_long_response_is_closed() -> None:
     refused: list[str] = []
     prompt = [10] * 20_000
     with listening(script=None, connection_timeout=0.2, refused=refused, max_model_len=30_000, pages=1000) as (
@@ -124,21 +124,21 @@ def test_a_client_that_reads_no_long_answer_is_dropped() -> None:
         assert server.engine.load == 0
 
 
-def test_so_is_one_that_reads_nothing_of_an_answer_that_fills_no_buffer() -> None:
+def test_stalled_reader_of_a_response_below_the_high_water_mark_is_closed() -> None:
     refused: list[str] = []
     body = completion_body(prompt=[10] * 300, max_tokens=1, prompt_logprobs=3)
     with listening(script=None, connection_timeout=0.2, refused=refused, send_buffer=4096) as (url, server):
         answer = httpx2.post(f"{url}/v1/completions", json=body).content
-        assert 32_000 < len(answer) < 1 << 16  # at which asyncio says that a buffer is full
+        assert 32_000 < len(answer) < 1 << 16  # asyncio's high-water mark
         with stalled(url, body, lambda: refused == ["stalled_reader"]):
             pass
         assert server.engine.load == 0
 
 
-def test_a_client_that_reads_a_little_at_a_time_is_waited_for() -> None:
+def test_slow_reader_is_not_closed() -> None:
     refused: list[str] = []
     timers: list[Callable[[], None]] = []
-    protocol: Any = GuardedProtocol.__new__(GuardedProtocol)  # with stand-ins for all that it looks at
+    protocol: Any = GuardedProtocol.__new__(GuardedProtocol)  # with stand-ins for its attributes
     protocol.config = SimpleNamespace(client_timeout=60, on_refused=refused.append)
     timer = SimpleNamespace(cancel=lambda: None)
 
@@ -152,17 +152,17 @@ def test_a_client_that_reads_a_little_at_a_time_is_waited_for() -> None:
     unread = [100_000]
     aborted: list[bool] = []
     protocol.transport = SimpleNamespace(get_write_buffer_size=lambda: unread[0], abort=lambda: aborted.append(True))
-    protocol._await_reader()
+    protocol._start_read_timer()
     for unread[0] in (99_999, 50_000, 20_000):
         timers.pop()()
         assert not aborted
-    protocol.flow.write_paused = False  # it is written to, so that as much may wait though it reads
+    protocol.flow.write_paused = False  # the app writes, so the buffer may stay as full although the client reads
     timers.pop()()
     assert not aborted
     protocol.cycle.response_complete = True
-    timers.pop()()  # nothing was read since, nor added
+    timers.pop()()  # nothing was read or written since
     assert (aborted, refused, timers) == ([True], ["stalled_reader"], [])
     unread[0] = 0
-    protocol._await_reader()
-    timers.pop()()  # all is read
+    protocol._start_read_timer()
+    timers.pop()()  # everything is read
     assert (aborted, timers) == ([True], [])

@@ -1,4 +1,4 @@
-"""How a server ends: at a signal, at a second one, when its engine is lost or hangs. Real processes and signals."""
+"""The end of a server process: after a signal, a second one, and if its engine fails or hangs. Real processes."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def post(server: FaultyServer, *prompt: int) -> httpx2.Response:
 
 @contextmanager
 def streaming(server: FaultyServer, **fields: object) -> Iterator[Iterator[str]]:
-    """The lines of a stream that has begun."""
+    """The lines of a stream after its first event."""
     with (
         httpx2.Client(base_url=server.url, timeout=SECONDS) as client,
         client.stream("POST", "/v1/completions", json=ENDLESS | fields) as response,
@@ -51,14 +51,14 @@ def streaming(server: FaultyServer, **fields: object) -> Iterator[Iterator[str]]
 
 
 def wait_until_draining(server: FaultyServer, tls: ssl.SSLContext | None = None) -> None:
-    """Returns when /health says that the server is not ready."""
+    """Return when /health answers 503."""
     with httpx2.Client(base_url=server.url, timeout=SECONDS, verify=tls or True) as client:
         while client.get("/health").status_code != 503:
             pass
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_at_a_signal_running_streams_end_and_new_requests_are_refused(server: FaultyServer, number: int) -> None:
+def test_signal_drains_running_streams_and_rejects_new_requests(server: FaultyServer, number: int) -> None:
     with streaming(server, max_tokens=100) as lines:
         server.process.send_signal(number)
         wait_until_draining(server)
@@ -72,7 +72,7 @@ def test_at_a_signal_running_streams_end_and_new_requests_are_refused(server: Fa
     assert server.process.wait(SECONDS) == 0
 
 
-def test_what_does_not_end_in_time_is_told_so() -> None:
+def test_drain_timeout_ends_streams_with_an_error() -> None:
     server = FaultyServer("--shutdown-timeout", "0")
     with streaming(server) as lines:
         server.process.send_signal(signal.SIGTERM)
@@ -84,7 +84,7 @@ def test_what_does_not_end_in_time_is_told_so() -> None:
 
 
 @pytest.mark.parametrize("encrypted", [False, True])
-def test_an_answer_that_is_still_being_read_is_waited_for(encrypted: bool, tmp_path: Path) -> None:
+def test_drain_waits_for_a_response_that_is_being_read(encrypted: bool, tmp_path: Path) -> None:
     certificates = Certificates.made_in(tmp_path) if encrypted else None
     server = FaultyServer("--shutdown-timeout", "20", *(certificates.flags() if certificates else ()))
     tls = certificates.trusting() if certificates else None
@@ -92,11 +92,11 @@ def test_an_answer_that_is_still_being_read_is_waited_for(encrypted: bool, tmp_p
     with killed(server), sending(server, body, receive_buffer=4096, tls=tls) as connection:
         head = connection.recv(1000)
         size = int(re.findall(rb"content-length: (\d+)", head)[0])
-        assert size > 8 << 20  # more than a system's buffers
+        assert size > 8 << 20  # more than the buffers of the operating system
         server.process.send_signal(signal.SIGTERM)
         wait_until_draining(server, tls)
         with pytest.raises(subprocess.TimeoutExpired):
-            server.process.wait(3)  # which is longer than the last bytes of an answer get
+            server.process.wait(3)  # longer than the time for the last bytes
         rest = head.partition(b"\r\n\r\n")[2]
         while len(rest) < size and (piece := connection.recv(1 << 20)):
             rest += piece
@@ -105,7 +105,7 @@ def test_an_answer_that_is_still_being_read_is_waited_for(encrypted: bool, tmp_p
         assert server.process.wait(SECONDS) == 0
 
 
-def test_what_never_ends_in_a_thread_of_the_pool_does_not_keep_the_process() -> None:
+def test_hanging_pool_threads_do_not_block_the_exit() -> None:
     server = FaultyServer("--shutdown-timeout", "0")
     threads = min(32, (getattr(os, "process_cpu_count", os.cpu_count)() or 1) + 4)
     end = time.monotonic() + SECONDS
@@ -120,7 +120,7 @@ def test_what_never_ends_in_a_thread_of_the_pool_does_not_keep_the_process() -> 
 
 @contextmanager
 def killed(server: FaultyServer) -> Iterator[None]:
-    """Whatever becomes of the block, the process ends."""
+    """Kill the process at the end of the block."""
     try:
         yield
     finally:
@@ -132,7 +132,7 @@ def killed(server: FaultyServer) -> Iterator[None]:
 def sending(
     server: FaultyServer, body: object, *, receive_buffer: int | None = None, tls: ssl.SSLContext | None = None
 ) -> Iterator[socket.socket]:
-    """A connection over which a request was sent."""
+    """A connection with a request sent."""
     data = json.dumps(body).encode()
     host, port = server.url.partition("://")[2].split(":")
     with socket.socket() as connection:
@@ -146,49 +146,49 @@ def sending(
             yield client
 
 
-def test_memory_is_given_back_once_in_each_quiet_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_timer_expires_once_per_idle_period(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    quiet = lifecycle._Quiet()
+    timer = lifecycle._IdleTimer()
 
     def after(seconds: float, running: int, ended: int) -> bool:
         now[0] += seconds
-        return quiet.begins(running, ended)
+        return timer.expires(running, ended)
 
     assert [after(1.5, 0, 0) for _ in range(4)] == [False, False, True, False]
     assert not after(50, 1, 0)
     assert [after(1.5, 0, 1) for _ in range(4)] == [False, False, True, False]
-    assert [after(1.5, 0, 2 + i) for i in range(4)] == [False] * 4  # short ones, never seen to run
+    assert [after(1.5, 0, 2 + i) for i in range(4)] == [False] * 4  # short requests that are never seen running
 
 
 HEAP = """
 import resource
 from pathlib import Path
 
-from serve.server.heap import trim
+from serve.server.lifecycle import trim_heap
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
-kept = [bytes(64 << 10) for _ in range(4000)]
-kept = kept[-1:]  # it lies behind all the others, so that the heap does not shrink by itself
+blocks = [bytes(64 << 10) for _ in range(4000)]
+blocks = blocks[-1:]  # the last block keeps the heap from shrinking by itself
 before = resident()
-trim()
+trim_heap()
 print(before - resident())
 """
 
 
-def test_freed_memory_is_given_back() -> None:
+def test_trim_heap_returns_freed_memory() -> None:
     done = subprocess.run([sys.executable, "-c", HEAP], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 100 << 20
 
 
-def test_an_idle_server_ends_at_once(server: FaultyServer) -> None:
+def test_idle_server_exits_at_once(server: FaultyServer) -> None:
     assert post(server).status_code == 200
     assert server.terminate() == 0
 
 
-def test_a_second_signal_ends_at_once(server: FaultyServer) -> None:
+def test_second_signal_exits_at_once(server: FaultyServer) -> None:
     with streaming(server) as lines:
         server.process.send_signal(signal.SIGTERM)
         wait_until_draining(server)
@@ -198,7 +198,7 @@ def test_a_second_signal_ends_at_once(server: FaultyServer) -> None:
             list(lines)
 
 
-def test_a_failed_step_costs_its_requests_and_no_more(server: FaultyServer) -> None:
+def test_failed_step_fails_only_its_requests(server: FaultyServer) -> None:
     failed = post(server, FAIL)
     assert (failed.status_code, failed.json()["error"]["code"]) == (500, "engine_error")
     assert post(server).json()["choices"][0]["text"] == "xxxx"
@@ -206,7 +206,7 @@ def test_a_failed_step_costs_its_requests_and_no_more(server: FaultyServer) -> N
     assert 'kind="step",model_name="org/bytes"} 1.0' in httpx2.get(f"{server.url}/metrics").text
 
 
-def test_an_engine_that_is_lost_ends_the_process(server: FaultyServer) -> None:
+def test_lost_engine_ends_the_process(server: FaultyServer) -> None:
     with streaming(server) as lines:
         lost = post(server, LOSE)
         assert (lost.status_code, lost.json()["error"]["code"]) == (500, "engine_error")
@@ -218,7 +218,7 @@ def test_an_engine_that_is_lost_ends_the_process(server: FaultyServer) -> None:
     assert "the engine is lost" in "".join(server.log)
 
 
-def test_a_signal_while_a_step_hangs_ends_the_process_too() -> None:
+def test_signal_during_a_hanging_step_ends_the_process() -> None:
     server = FaultyServer("--shutdown-timeout", "1", "--watchdog-timeout", "3")
     answers: list[httpx2.Response] = []
     asking = threading.Thread(target=lambda: answers.append(post(server, HANG)))
@@ -233,7 +233,7 @@ def test_a_signal_while_a_step_hangs_ends_the_process_too() -> None:
     server.terminate()
 
 
-def test_probes_are_answered_while_it_drains_and_not_waited_for(server: FaultyServer) -> None:
+def test_probes_are_answered_while_draining(server: FaultyServer) -> None:
     stop = threading.Event()
 
     def probe() -> None:
@@ -255,7 +255,7 @@ def test_probes_are_answered_while_it_drains_and_not_waited_for(server: FaultySe
         each.join()
 
 
-def test_an_engine_that_hangs_ends_the_process() -> None:
+def test_hanging_engine_ends_the_process() -> None:
     server = FaultyServer("--watchdog-timeout", "1")
     hung = post(server, HANG)
     assert (hung.status_code, hung.json()["error"]["code"]) == (500, "engine_error")

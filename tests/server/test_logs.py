@@ -1,4 +1,4 @@
-"""Logs of every module go one way, and start-up errors are said in the form that was chosen."""
+"""One handler for the logs of all modules, and start-up errors in the same format."""
 
 import io
 import json
@@ -6,9 +6,7 @@ import logging
 import re
 import subprocess
 import sys
-import threading
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,11 @@ from serve.server.server import main
 from tests.server.test_bad_models import directory
 from tests.support.server_process import ROOT, ServerProcess
 
-# What a process logs, warns of and lets slip, in the form that its argument names.
+# Logs, warnings and uncaught exceptions of a process, in the format of its argument.
 LOGS = """
 import gc, logging, sys, threading, warnings
 from serve.server.logs import set_up_logs
-set_up_logs("info", stream=sys.stderr, form=sys.argv[1])
+set_up_logs("info", stream=sys.stderr, as_json=sys.argv[1] == "json")
 logging.getLogger("serve.engine").info("two\\nlines", extra={"request": 7, "odd": {1: float("nan")}})
 logging.getLogger("serve.engine").debug("not said")
 logging.getLogger("jax").info("not said")
@@ -49,19 +47,6 @@ raise KeyError("at the end")
 """
 
 
-@pytest.fixture
-def own_logging() -> Iterator[None]:
-    """Puts back what set_up_logs changes in this process."""
-    root, ours = logging.getLogger(), logging.getLogger("serve")
-    before = (root.handlers[:], root.level, ours.level)
-    hooks = (sys.excepthook, threading.excepthook, sys.unraisablehook)
-    root.handlers[:] = []  # or they would be closed
-    yield
-    logging.captureWarnings(False)
-    (root.handlers[:], root.level, ours.level) = before
-    sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
-
-
 def logged(form: str) -> str:
     run = subprocess.run(
         [sys.executable, "-W", "always", "-c", LOGS, form], cwd=ROOT, capture_output=True, text=True, check=False
@@ -71,7 +56,7 @@ def logged(form: str) -> str:
     return run.stderr
 
 
-def test_json_logs_are_an_object_a_line_whatever_happens() -> None:
+def test_json_logs_have_one_object_per_line() -> None:
     records = [json.loads(line) for line in logged("json").splitlines()]
     assert [record["logger"] for record in records] == [
         *("serve.engine", "uvicorn.error", "py.warnings", "serve.api", "serve", "serve", "serve")
@@ -90,7 +75,7 @@ def test_json_logs_are_an_object_a_line_whatever_happens() -> None:
     assert all(error in record["exception"] for error, record in zip(errors, uncaught, strict=True))
 
 
-def test_plain_logs_are_lines_with_time_level_and_name() -> None:
+def test_plain_logs_have_time_level_and_name() -> None:
     lines = logged("plain").splitlines()
     head = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} "
     assert re.fullmatch(head + "INFO serve.engine: two", lines[0])
@@ -98,7 +83,7 @@ def test_plain_logs_are_lines_with_time_level_and_name() -> None:
     assert not any("not said" in line for line in lines)
 
 
-def test_a_record_keeps_its_fields_and_no_other() -> None:
+def test_json_formatter_keeps_extra_fields() -> None:
     record = logging.LogRecord("serve.a", logging.WARNING, "file.py", 1, "%d %s", (1, "é\u2028"), None)
     record.tokens, record.time, record.where = 3, "mine", Path("/x")
     told = json.loads(JsonFormatter().format(record))
@@ -113,7 +98,7 @@ def test_a_record_keeps_its_fields_and_no_other() -> None:
     }
 
 
-def test_a_line_is_json_even_of_what_json_has_not() -> None:
+def test_json_line_of_values_that_json_lacks() -> None:
     circle: list[Any] = []
     circle.append(circle)
     for odd in (float("inf"), circle, {(1, 2): 3}, "\ud800"):
@@ -124,7 +109,7 @@ def test_a_line_is_json_even_of_what_json_has_not() -> None:
 
 
 @pytest.mark.usefixtures("own_logging")
-def test_on_a_terminal_logs_go_above_the_bars() -> None:
+def test_console_logs_appear_above_the_bars() -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, color_system="truecolor", width=40)
     set_up_logs("info", stream=io.StringIO(), console=console)
@@ -140,10 +125,10 @@ def test_on_a_terminal_logs_go_above_the_bars() -> None:
 
 
 @pytest.mark.usefixtures("own_logging")
-def test_a_second_set_up_replaces_the_first() -> None:
+def test_set_up_logs_replaces_the_first_handler() -> None:
     first, second = io.StringIO(), io.StringIO()
     set_up_logs("info", stream=first)
-    set_up_logs("error", stream=second, form="json")
+    set_up_logs("error", stream=second, as_json=True)
     logging.getLogger("serve").warning("too low")
     logging.getLogger("serve").error("said")
     with warnings.catch_warnings():
@@ -157,9 +142,7 @@ def test_a_second_set_up_replaces_the_first() -> None:
 
 @pytest.mark.usefixtures("own_logging")
 @pytest.mark.parametrize("log_format", ["auto", "plain", "json"])
-def test_a_start_up_error_is_said_in_the_form_that_was_chosen(
-    log_format: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_main_error_has_the_log_format(log_format: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(parse_args(["--uds", "/nowhere/socket", "--log-format", log_format])) == 1
     said = capsys.readouterr().err
     message = "--uds /nowhere/socket: No such file or directory"
@@ -171,9 +154,7 @@ def test_a_start_up_error_is_said_in_the_form_that_was_chosen(
 
 
 @pytest.mark.usefixtures("own_logging")
-def test_a_certificate_that_is_none_is_said_before_anything_is_loaded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_main_rejects_an_invalid_certificate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "cert.pem"
     files = ["--ssl-certfile", str(file), "--ssl-keyfile", str(file)]
     assert main(parse_args([*files, "--port", "0"])) == 1
@@ -185,15 +166,15 @@ def test_a_certificate_that_is_none_is_said_before_anything_is_loaded(
 
 
 @pytest.mark.usefixtures("own_logging")
-def test_ctrl_c_while_it_starts_ends_with_130(capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_interrupted_returns_130(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(*_: object) -> Served:
         raise KeyboardInterrupt
 
     assert main(parse_args(["--port", "0"]), interrupted) == 130
-    assert capsys.readouterr().err == "interrupted before it was ready\n"
+    assert capsys.readouterr().err == "interrupted during start-up\n"
 
 
-def test_all_that_a_real_server_writes_is_json(tmp_path: Path) -> None:
+def test_server_process_writes_only_json(tmp_path: Path) -> None:
     model = directory(tmp_path / "model")
     flags = ["--max-num-seqs", "1", "--max-num-batched-tokens", "17", "--max-model-len", "64", "--log-format", "json"]
     flags += ["--uvicorn-log-level", "info"]

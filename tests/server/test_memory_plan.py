@@ -1,8 +1,11 @@
-"""The plan of memory: what it adds up to, what it leaves for the cache, and when it refuses."""
+"""The memory plan: its sizes, the room for the cache, and when it fails."""
 
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,8 +16,9 @@ from model.weights.source import ModelSource
 from model.weights.weight_table import open_checkpoint
 from serve.config.flags import parse_args
 from serve.config.sizes import MemoryAmount
-from serve.server.memory_plan import PlanError, plan_memory
-from serve.server.startup import chosen_dtype
+from serve.server import memory_plan
+from serve.server.memory_plan import PlanError, free_memory, pages_in, plan_memory
+from serve.server.model_files import chosen_dtype
 from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 from tests.support.tiny_checkpoints import BF16, TinyModel
 
@@ -23,12 +27,12 @@ BUCKETS = make_buckets(max_num_seqs=4, max_model_len=256, max_num_batched_tokens
 PLENTY = 1 << 34
 
 
-def pages(asked: MemoryAmount | None, free: int | None) -> int:
-    return plan_memory(CONFIG, BUCKETS, dtype="float32", int8=False, asked=asked, free=free).pages
+def pages(cache: MemoryAmount | None, free: int | None) -> int:
+    return plan_memory(CONFIG, BUCKETS, dtype="float32", int8=False, cache=cache, free=free).pages
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma3", "olmo2", "phi3"])
-def test_weights_take_what_was_planned(tmp_path: Path, case: str) -> None:
+def test_weight_bytes_are_those_of_the_loaded_model(tmp_path: Path, case: str) -> None:
     config = tiny_configs()[case]
     write_checkpoint(tmp_path, config, random_weights(config, 1))
     with closing(open_checkpoint(ModelSource("m", tmp_path))) as checkpoint:
@@ -38,35 +42,33 @@ def test_weights_take_what_was_planned(tmp_path: Path, case: str) -> None:
     assert int8 < 0.6 * half < 0.4 * weight_bytes(checkpoint.config, "float32")
 
 
-def test_the_cache_holds_all_rows_or_what_there_is_room_for() -> None:
+def test_plan_memory_cache_size_by_default() -> None:
     whole = pages(None, PLENTY)
     assert whole == pages(None, None) == 4 * 4 + 1
-    plan = plan_memory(CONFIG, BUCKETS, dtype="float32", int8=False, asked=None, free=PLENTY)
+    plan = plan_memory(CONFIG, BUCKETS, dtype="float32", int8=False, cache=None, free=PLENTY)
     tight = plan.weights + plan.workspace + 7 * plan.page_bytes + 5
     assert pages(None, tight) == 7
 
 
-def test_a_share_is_of_what_weights_and_workspace_leave() -> None:
-    plan = plan_memory(CONFIG, BUCKETS, dtype="float32", int8=False, asked=None, free=PLENTY)
+def test_plan_memory_fraction_of_free_memory() -> None:
+    plan = plan_memory(CONFIG, BUCKETS, dtype="float32", int8=False, cache=None, free=PLENTY)
     free = plan.weights + plan.workspace + 100 * plan.page_bytes
     assert pages(MemoryAmount(0.5), free) == 50
     assert pages(MemoryAmount(30 * plan.page_bytes), free) == 30
 
 
 @pytest.mark.parametrize(
-    ("asked", "free", "message"),
+    ("cache", "free", "message"),
     [
-        (None, 10_000, r"it does not fit: weights \d+ MB, cache \d+ MB, workspace about \d+ MB: \d+ MB of 0 MB"),
+        (None, 10_000, r"out of memory: weights \d+ MB, cache \d+ MB, workspace about \d+ MB: \d+ MB of 0 MB"),
         (MemoryAmount(1 << 40), PLENTY, r"cache 1,09\d,\d+ MB.* of 17,180 MB.*a smaller --kv-cache-memory"),
-        (MemoryAmount(10), PLENTY, r"--kv-cache-memory: 10 bytes hold no page"),
-        (MemoryAmount(0.5), None, r"--kv-cache-memory: this device does not tell"),
+        (MemoryAmount(10), PLENTY, r"--kv-cache-memory: 10 bytes are too few"),
+        (MemoryAmount(0.5), None, r"--kv-cache-memory: this device does not report"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_numbers(
-    asked: MemoryAmount | None, free: int | None, message: str
-) -> None:
+def test_plan_memory_error_has_the_sizes(cache: MemoryAmount | None, free: int | None, message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        pages(asked, free)
+        pages(cache, free)
 
 
 @pytest.mark.parametrize(
@@ -80,13 +82,13 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
         (BF16, ("--dtype", "float32"), "float32"),
     ],
 )
-def test_auto_is_how_the_model_is_stored(tmp_path: Path, stored: type, flags: tuple[str, ...], expected: str) -> None:
+def test_chosen_dtype_of_safetensors(tmp_path: Path, stored: type, flags: tuple[str, ...], expected: str) -> None:
     folder = TinyModel().write_hf(tmp_path / "m", stored)
     with closing(open_checkpoint(ModelSource("m", folder))) as checkpoint:
         assert chosen_dtype(parse_args(flags), checkpoint) == expected
 
 
-def test_auto_is_float32_only_where_all_matrices_are(tmp_path: Path) -> None:
+def test_chosen_dtype_of_mixed_matrices(tmp_path: Path) -> None:
     extra = {"blk.9.attn_q.weight": (np.zeros((2, 128), np.uint8), "BF16")}
     path = TinyModel().write_gguf(tmp_path / "m.gguf", "F32", extra)
     with closing(open_checkpoint(ModelSource("m", path))) as checkpoint:
@@ -94,7 +96,57 @@ def test_auto_is_float32_only_where_all_matrices_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("F32", "float32"), ("Q8_0", "bfloat16"), ("F16", "bfloat16")])
-def test_auto_for_gguf(tmp_path: Path, kind: str, expected: str) -> None:
+def test_chosen_dtype_of_gguf(tmp_path: Path, kind: str, expected: str) -> None:
     path = TinyModel().write_gguf(tmp_path / "m.gguf", kind)
     with closing(open_checkpoint(ModelSource("m", path))) as checkpoint:
         assert chosen_dtype(parse_args([]), checkpoint) == expected
+
+
+def test_pages_in_counts_full_pages() -> None:
+    assert pages_in(MemoryAmount(1000), free=None, page_bytes=300) == 3
+    assert pages_in(MemoryAmount(0.5), free=1000, page_bytes=250) == 2
+
+
+def test_pages_in_rejects_less_than_two_pages() -> None:
+    assert pages_in(MemoryAmount(2000), free=None, page_bytes=1000) == 2
+    with pytest.raises(ValueError, match=r"1,999 bytes are too few: a page takes 1,000 bytes"):
+        pages_in(MemoryAmount(1999), free=None, page_bytes=1000)
+
+
+def test_pages_in_rejects_a_fraction_of_unknown_memory() -> None:
+    with pytest.raises(ValueError, match="give the size in bytes"):
+        pages_in(MemoryAmount(0.5), free=None, page_bytes=1)
+
+
+def test_free_memory_respects_the_cgroup_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine = free_memory()
+    assert machine is not None
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr(memory_plan, "_CGROUPS", ((limit, used),))
+    assert free_memory() is not None  # no such files
+    limit.write_text("5000\n")
+    used.write_text("2000\n")
+    assert free_memory() == 3000
+    used.write_text("9000\n")
+    assert free_memory() == 0
+    limit.write_text("max\n")
+    free = free_memory()
+    assert free is not None
+    assert free > 3000
+
+
+def test_free_memory_of_several_devices_is_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    def device(**stats: int) -> Any:
+        return SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
+
+    devices = [device(bytes_limit=9000, bytes_in_use=1000), device(bytes_limit=9000, bytes_in_use=5000), device()]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert [free_memory(count) for count in (1, 2, 3)] == [8000, 4000, None]
+
+
+def test_free_memory_is_shared_by_devices_of_one_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    limit.write_text("5000\n")
+    used.write_text("2000\n")
+    monkeypatch.setattr(memory_plan, "_CGROUPS", ((limit, used),))
+    assert free_memory(4) == 750

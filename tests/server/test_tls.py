@@ -1,4 +1,4 @@
-"""HTTPS: a certificate of the server's, and clients that must have one of their own."""
+"""HTTPS, with and without client certificates."""
 
 from pathlib import Path
 
@@ -17,20 +17,20 @@ def certificates(tmp_path: Path) -> Certificates:
     return Certificates.made_in(tmp_path)
 
 
-def test_answers_come_over_https(certificates: Certificates) -> None:
+def test_https_server_answers(certificates: Certificates) -> None:
     server = FaultyServer(*certificates.flags())
     try:
         assert server.url.startswith("https://")
         assert httpx2.get(f"{server.url}/health", verify=certificates.trusting()).status_code == 200
         with pytest.raises(httpx2.ConnectError):
-            httpx2.get(f"{server.url}/health")  # who does not know the authority
+            httpx2.get(f"{server.url}/health")  # does not trust the authority
         with pytest.raises(httpx2.TransportError):
             httpx2.get(server.url.replace("https", "http"))
     finally:
         assert server.terminate() == 0
 
 
-def test_clients_need_a_certificate_where_that_is_wanted(certificates: Certificates) -> None:
+def test_ssl_ca_certs_requires_a_client_certificate(certificates: Certificates) -> None:
     server = FaultyServer(*certificates.flags(), "--ssl-ca-certs", str(certificates.folder / "ca.pem"))
     try:
         with pytest.raises(httpx2.TransportError):
@@ -47,7 +47,7 @@ def test_clients_need_a_certificate_where_that_is_wanted(certificates: Certifica
 
 
 @pytest.mark.parametrize("flag", ["--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certs"])
-def test_a_file_that_is_none_is_said_before_anything_is_loaded(
+def test_invalid_certificate_file_is_reported_before_loading(
     certificates: Certificates, flag: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = certificates.folder / "broken.pem"

@@ -22,7 +22,7 @@ from serve.engine.engine import Engine
 from serve.engine.request import EngineLimits
 from serve.server import lifecycle
 from serve.server.assembly import Served
-from serve.server.report import Reporter
+from serve.server.console import Reporter
 from serve.server.server import main
 from serve.text.tokenizer import Tokenizer
 from tests.support.fake_runner import MAX_MODEL_LEN, K

@@ -25,8 +25,7 @@ from serve.cli.score.config import parse_args
 from serve.config.config import EngineConfig
 from serve.config.generation_config import GenerationDefaults
 from serve.engine.request import EngineLimits
-from serve.server.report import Reporter
-from serve.server.report_lines import LineReporter
+from serve.server.console import Reporter
 from serve.server.startup import Loaded
 from serve.server.startup_events import Event
 from tests.support.fake_runner import FakeRunner, K, hidden_after, numbers
@@ -67,7 +66,7 @@ class Told:
 
     lines: list[str] = field(default_factory=list)
 
-    def tell(self, event: Event) -> None:
+    def report(self, event: Event) -> None:
         """See Reporter."""
         self.lines.append(event.line)
 
@@ -149,7 +148,7 @@ def main(folder: Path) -> None:
     """Prints how many kills were survived for each format, or raises."""
     with (
         patch.object(command, "load", fake_load(byte_runner())),
-        patch.object(command, "start_reporting", lambda _: LineReporter(sys.stderr)),
+        patch.object(command, "start_reporting", lambda _: Reporter(sys.stderr)),
         patch.object(journal, "_EVERY", 0.0),  # a checkpoint after each line
     ):
         rows = write_lines(folder / "rows.jsonl", some_rows(3))

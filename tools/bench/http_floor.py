@@ -25,7 +25,7 @@ from serve.api.prompt_logprobs import EntryWriter
 from serve.config.config import ServeConfig
 from serve.engine.engine import Engine
 from serve.engine.request import EngineLimits, TokenScores
-from serve.server.startup import local_tokenizer
+from serve.server.model_files import local_tokenizer
 from tools.bench.host import NullRunner
 
 _STREAMS = 16

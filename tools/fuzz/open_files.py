@@ -13,7 +13,7 @@ from model.weights.source import ModelSource, resolve_model
 from model.weights.weight_table import load_weights, open_checkpoint
 from serve.config.generation_config import defaults_of
 from serve.server.memory_plan import PlanError, plan_memory
-from serve.server.startup import STARTUP_ERRORS, check_template, check_tokenizer
+from serve.server.model_files import STARTUP_ERRORS, check_template, check_tokenizer
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer
 from tools.fuzz.gguf_seeds import second_part
@@ -74,4 +74,4 @@ def _plan(config: ModelConfig) -> None:
     most = config.max_position_embeddings
     buckets = make_buckets(max_num_seqs=4, max_model_len=most, max_num_batched_tokens=64)
     config = replace(config.for_length(most), layers=config.layers[:2])  # a hundred layers take a second
-    plan_memory(config, buckets, dtype="float32", int8=False, asked=None, free=_BYTES)
+    plan_memory(config, buckets, dtype="float32", int8=False, cache=None, free=_BYTES)

@@ -16,9 +16,10 @@ from serve.cli.chat.screen import ChatScreen
 from serve.cli.chat.session import Session
 from serve.engine.engine import Engine
 from serve.engine.request import SamplingParams
-from serve.server.report import is_terminal, start_reporting
-from serve.server.startup import STARTUP_ERRORS, Loaded, load
-from serve.server.startup_events import Failed, Interrupted
+from serve.server.console import is_terminal, start_reporting
+from serve.server.model_files import STARTUP_ERRORS
+from serve.server.startup import Loaded, load
+from serve.server.startup_events import failed, interrupted
 from serve.text.chat import ChatFormat
 
 
@@ -30,10 +31,10 @@ def main(config: ChatConfig) -> int:
     try:
         loaded = load(config, reporter)
     except STARTUP_ERRORS as error:
-        reporter.tell(Failed(str(error)))
+        reporter.report(failed(str(error)))
         return 1
     except KeyboardInterrupt:
-        reporter.tell(Interrupted())
+        reporter.report(interrupted())
         return 130
     engine = loaded.start_engine()
     try:

@@ -32,9 +32,10 @@ from serve.cli.score.source import Source, open_source
 from serve.cli.score.texts import TextReader
 from serve.cli.score.totals import summary
 from serve.cli.score.windows import Context, make_context
-from serve.server.report import Reporter, start_reporting
-from serve.server.startup import STARTUP_ERRORS, Loaded, chosen_template, load
-from serve.server.startup_events import Failed, Interrupted
+from serve.server.console import Reporter, start_reporting
+from serve.server.model_files import STARTUP_ERRORS, chosen_template
+from serve.server.startup import Loaded, load
+from serve.server.startup_events import failed, interrupted
 from serve.text.chat import ChatFormat
 
 _ROUNDS = 4  # requests in the engine for each that runs: it shall never wait for one
@@ -60,16 +61,16 @@ def main(config: ScoreConfig) -> int:
     try:
         at, rate = _score(config, paths, reporter)
     except (*STARTUP_ERRORS, ScoreError) as error:
-        reporter.tell(Failed(str(error)))
+        reporter.report(failed(str(error)))
         return 1
     except OSError as error:
-        reporter.tell(Failed(f"{error.filename or paths.output}: {error.strerror or error}"))
+        reporter.report(failed(f"{error.filename or paths.output}: {error.strerror or error}"))
         return 1
     except KeyboardInterrupt:  # before the first line, or after the last
-        reporter.tell(Failed(_GOES_ON) if paths.meta.exists() else Interrupted())
+        reporter.report(failed(_GOES_ON) if paths.meta.exists() else interrupted())
         return 130
     except _StoppedError as stopped:
-        reporter.tell(Failed(f"after line {stopped.line:,}: {_GOES_ON}"))
+        reporter.report(failed(f"after line {stopped.line:,}: {_GOES_ON}"))
         return stopped.code
     for name, value in (*summary(at.sums), *rate, ("output", str(paths.output))):
         print(f"{name:<11} {value}")

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from serve.cli.score.totals import Sums, perplexity
+from serve.server.console import is_terminal
 from serve.server.logs import json_line
-from serve.server.report import is_terminal
 
 _EVERY = 30.0  # seconds between lines
 

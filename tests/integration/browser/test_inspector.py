@@ -20,7 +20,7 @@ from serve.cli.score.source import Line
 from serve.cli.score.texts import Text
 from serve.cli.score.totals import perplexity
 from serve.engine.request import TokenScores
-from serve.server.startup import local_tokenizer
+from serve.server.model_files import local_tokenizer
 from tests.integration.browser.inspector import Inspector, number
 from tests.support.server_process import ServerProcess
 

@@ -1,0 +1,157 @@
+"""The files of a model, opened and checked against the options before anything is loaded."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from model.config import ConfigError
+from model.weights.checkpoint import Checkpoint
+from model.weights.errors import ModelLoadError
+from model.weights.gguf import GgufCheckpoint
+from model.weights.source import ModelSource, default_model_path, resolve_model
+from model.weights.weight_table import open_checkpoint
+from serve.config.config import EngineConfig
+from serve.config.generation_config import DefaultsError, GenerationDefaults, defaults_of
+from serve.text.chat_template import ChatTemplateError
+from serve.text.gguf_tokenizer import tokenizer_from_gguf
+from serve.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+
+_DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+
+
+class StartupError(Exception):
+    """The options do not fit the model or the machine; the message is for the user."""
+
+
+# All errors of models and options whose messages are for the user.
+STARTUP_ERRORS = (ModelLoadError, ConfigError, TokenizerError, DefaultsError, StartupError)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """An open model, checked."""
+
+    source: ModelSource
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    chat_template: str | None  # replaces the tokenizer's
+    defaults: GenerationDefaults
+    max_model_len: int
+    config: EngineConfig  # dtype resolved
+
+    @property
+    def name(self) -> str:
+        """The model's name in the API: its hub id, or the name of its folder or file."""
+        return api_name(self.source.name)
+
+
+@contextmanager
+def open_model(config: EngineConfig, on_prepare: Callable[[str], None]) -> Iterator[ModelFiles]:
+    """Open a model, downloading it if necessary; the checkpoint is closed at the end of the context.
+
+    Args:
+        on_prepare: called with each line about the download of the default model.
+
+    Raises:
+        STARTUP_ERRORS: the files are damaged, not supported, or do not fit the options.
+    """
+    chat_template = chosen_template(config)
+    if config.model:
+        source = resolve_model(config.model, config.revision)
+    else:
+        source = ModelSource(_DEFAULT_MODEL, default_model_path(on_prepare))
+    defaults = defaults_of(config.generation_config, config.override_generation_config, source.path)
+    checkpoint = open_checkpoint(source)
+    try:
+        tokenizer = _tokenizer(config, source, checkpoint)
+        max_model_len = _max_model_len(config, checkpoint.config.max_position_embeddings)
+        check_tokenizer(source.name, tokenizer, checkpoint.config.vocab_size)
+        if config.needs_chat_template and chat_template is None and tokenizer.chat_template is None:
+            raise StartupError(f"{source.name} has no chat template: give one with --chat-template")
+        check_template(source.name, tokenizer, chat_template)
+        config = replace(config, dtype=chosen_dtype(config, checkpoint))
+        yield ModelFiles(source, checkpoint, tokenizer, chat_template, defaults, max_model_len, config)
+    finally:
+        checkpoint.close()
+
+
+def api_name(model: str) -> str:
+    """The name in the API of a model as the user wrote it: the folder's or file's name for a path, else a hub id."""
+    path = os.path.expanduser(model)
+    return os.path.basename(os.path.abspath(path)) if os.path.exists(path) else model
+
+
+def local_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory or a .gguf file."""
+    if path.suffix != ".gguf":
+        return load_tokenizer(path)
+    checkpoint = open_checkpoint(ModelSource(path.stem, path))
+    try:
+        assert isinstance(checkpoint, GgufCheckpoint)
+        return tokenizer_from_gguf(checkpoint.metadata)
+    finally:
+        checkpoint.close()
+
+
+def check_tokenizer(name: str, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises StartupError if the tokenizer does not belong to a model with `vocab_size` tokens."""
+    if tokenizer.vocab_size > vocab_size:
+        raise StartupError(f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}")
+    for token_id in tokenizer.eos_token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise StartupError(f"{name}: eos_token_id {token_id} is outside the model's {vocab_size} tokens")
+
+
+def check_template(name: str, tokenizer: Tokenizer, chat_template: str | None) -> None:
+    """Raises StartupError if the chat template, or else the tokenizer's own, cannot render a user's "Hi"."""
+    if chat_template is None and tokenizer.chat_template is None:
+        return
+    try:
+        tokenizer.render_chat(
+            [{"role": "user", "content": "Hi"}],
+            add_generation_prompt=True,
+            continue_final_message=False,
+            chat_template_kwargs={},
+            chat_template=chat_template,
+        )
+    except ChatTemplateError as error:
+        raise StartupError(f"{name}: the chat template fails: {error}") from None
+
+
+def chosen_template(config: EngineConfig) -> str | None:
+    """The text of --chat-template, which is a template or the name of a file.
+
+    Raises:
+        StartupError: the file cannot be read.
+    """
+    option = config.chat_template
+    if option is None or "{" in option:
+        return option
+    try:
+        return Path(option).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"--chat-template {option}: cannot be read as a text file") from error
+
+
+def chosen_dtype(config: EngineConfig, checkpoint: Checkpoint) -> str:
+    """The dtype of weights and cache: --dtype, or float32 for "auto" if all matrices are stored as float32."""
+    if config.dtype != "auto":
+        return config.dtype
+    stored = {info.stored_as for info in checkpoint.names().values() if len(info.shape) > 1}
+    return "float32" if stored == {"F32"} and config.quantization is None else "bfloat16"
+
+
+def _tokenizer(config: EngineConfig, source: ModelSource, checkpoint: Checkpoint) -> Tokenizer:
+    if config.tokenizer is not None:
+        return local_tokenizer(config.tokenizer.expanduser())
+    if isinstance(checkpoint, GgufCheckpoint):
+        return tokenizer_from_gguf(checkpoint.metadata)
+    return load_tokenizer(source.path)
+
+
+def _max_model_len(config: EngineConfig, limit: int) -> int:
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise StartupError(f"--max-model-len {config.max_model_len} exceeds the model's limit of {limit}")
+    return config.max_model_len or limit

@@ -1,0 +1,21 @@
+"""Fixtures of the server's tests."""
+
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """Restore what set_up_logs changes in this process."""
+    root, ours = logging.getLogger(), logging.getLogger("serve")
+    before = (root.handlers[:], root.level, ours.level)
+    hooks = (sys.excepthook, threading.excepthook, sys.unraisablehook)
+    root.handlers[:] = []  # basicConfig would close them
+    yield
+    logging.captureWarnings(False)
+    (root.handlers[:], root.level, ours.level) = before
+    sys.excepthook, threading.excepthook, sys.unraisablehook = hooks

@@ -16,7 +16,6 @@ from serve.api.completions import Completions
 from serve.api.context import Endpoint, ServedModel
 from serve.api.errors import APIError, invalid
 from serve.api.full_vocab_logprobs import RowWriter
-from serve.api.generation import Engine
 from serve.api.inspector import inspector
 from serve.api.json_stream import dump
 from serve.api.metrics import CONTENT_TYPE, Metrics
@@ -28,13 +27,14 @@ from serve.api.prompt_logprobs import EntryWriter
 from serve.api.request_body import Bodies
 from serve.api.tokenize import Tokenization
 from serve.config.config import ServeConfig
+from serve.engine.client import EngineClient
 from serve.text.chat import PromptError
 from serve.text.template_sandbox import TemplateBusyError, TemplateSandbox
 from serve.text.tokenizer import Tokenizer
 
 
 def create_app(
-    engine: Engine,
+    engine: EngineClient,
     tokenizer: Tokenizer,
     model: ServedModel,
     config: ServeConfig,
@@ -54,7 +54,16 @@ def create_app(
     writer = RowWriter(tokenizer, limits.vocab_size) if limits.whole_vocabulary else None
     jail = TemplateSandbox() if config.trust_request_chat_template else None
     endpoint = Endpoint(
-        engine, tokenizer, model, config, writer, EntryWriter(tokenizer), bodies, metrics.on_answers, jail
+        engine,
+        tokenizer,
+        model,
+        config,
+        writer,
+        EntryWriter(tokenizer),
+        bodies,
+        metrics.on_answers,
+        metrics.on_rejected,
+        jail,
     )
     models, chat, completions = Models(endpoint), ChatCompletions(endpoint), Completions(endpoint)
     tokenization = Tokenization(endpoint)

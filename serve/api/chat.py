@@ -8,12 +8,11 @@ from typing import Any
 from serve.api.chat_prompt import chat_prompt
 from serve.api.context import Usage, usage_of
 from serve.api.errors import invalid
-from serve.api.generation import Choice, Delta, Finished
+from serve.api.generation import Choice, Delta, Finished, finish_all
 from serve.api.handler import Answering
 from serve.api.job import Job, make_job
 from serve.api.json_stream import Body, make_body
 from serve.api.logprobs import chat_content
-from serve.api.merging import finish_all
 from serve.api.middleware import AnswerRecord
 from serve.api.parsing import parse
 from serve.api.requests import ChatCompletionRequest

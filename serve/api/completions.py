@@ -9,12 +9,11 @@ import orjson
 
 from serve.api.context import Usage, usage_of
 from serve.api.errors import engine_error, invalid
-from serve.api.generation import Choice, Delta, Finished
+from serve.api.generation import Choice, Delta, Finished, finish_all
 from serve.api.handler import Answering
 from serve.api.job import Job, Prompt, make_job
 from serve.api.json_stream import Body, Hole, dump, make_body
 from serve.api.logprobs import CompletionLogprobs, joined
-from serve.api.merging import finish_all
 from serve.api.middleware import AnswerRecord
 from serve.api.parsing import parse
 from serve.api.requests import CompletionRequest

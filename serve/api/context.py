@@ -9,7 +9,7 @@ from typing import Any
 
 from serve.api.errors import APIError
 from serve.api.full_vocab_logprobs import RowWriter
-from serve.api.generation import Choice, Delta, Engine, Finished, TimeLimits
+from serve.api.generation import Choice, Delta, Finished, TimeLimits
 from serve.api.middleware import AnswerRecord
 from serve.api.parsing import FieldLog
 from serve.api.prompt_logprobs import EntryWriter
@@ -17,6 +17,7 @@ from serve.api.request_body import Bodies
 from serve.api.requests import GenerationRequest
 from serve.config.config import LogprobsMode, ServeConfig
 from serve.config.generation_config import GenerationDefaults
+from serve.engine.client import EngineClient
 from serve.text.template_sandbox import TemplateSandbox
 from serve.text.tokenizer import Tokenizer
 
@@ -37,7 +38,7 @@ class ServedModel:
 class Endpoint:
     """Engine, tokenizer, model and configuration of the server."""
 
-    engine: Engine
+    engine: EngineClient
     tokenizer: Tokenizer
     model: ServedModel
     config: ServeConfig
@@ -45,6 +46,7 @@ class Endpoint:
     entry_writer: EntryWriter
     bodies: Bodies
     on_answers: Callable[[Sequence[int]], None]  # told of the tokens of each answer to a prompt
+    on_rejected: Callable[[str], None]  # called with the limit when the queue is full
     jail: TemplateSandbox | None  # where templates are taken from requests
     fields: FieldLog = field(default_factory=FieldLog)
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970, of the models' cards

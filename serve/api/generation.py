@@ -1,29 +1,23 @@
-"""What both endpoints do: requests to the engine, events to text with their numbers."""
+"""Runs the choices of a request in the engine and turns their events into text with log-probs."""
 
+import asyncio
 import math
-import uuid
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from serve.api.errors import APIError, engine_error, invalid, shutting_down
-from serve.api.middleware import Work
-from serve.api.requests import GenerationRequest
-from serve.api.sampling_params import stop_strings
+from serve.api.errors import APIError, engine_error, shutting_down
+from serve.engine.client import EngineClient, RequestHandle
 from serve.engine.request import (
     DeadlineError,
-    EngineLimits,
     EngineStoppedError,
     FinishReason,
-    PromptScoring,
     QueueFullError,
     QueueTimeoutError,
     Request,
-    SamplingParams,
     TokenEvent,
     TokenScores,
     empty_scores,
@@ -32,28 +26,16 @@ from serve.text.detokenizer import Detokenizer, StopStrings
 from serve.text.tokenizer import Tokenizer
 
 _NOT_SHOWN = empty_scores(0, 0)
-
-
-class Engine(Protocol):
-    """The engine as HTTP sees it; `serve.engine.engine.Engine` says what its methods do."""
-
-    limits: EngineLimits
-
-    @property
-    def ready(self) -> bool: ...
-    @property
-    def load(self) -> int: ...
-    def submit(self, request: Request) -> AsyncGenerator[TokenEvent]: ...
-    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None: ...
-    async def vocabulary(self, request_id: str, start: int, count: int) -> NDArray[np.float32]: ...
+_SLOW_READER = "The answer was read too slowly: too many of its tokens were waiting to be sent."
+_MAX_ADMITTED = 64  # choices of one HTTP request in the engine; a long list of prompts must not fill the queue
 
 
 @dataclass(frozen=True, slots=True)
 class TimeLimits:
-    """Of one HTTP request."""
+    """Time limits of one HTTP request."""
 
-    queue_seconds: float = math.inf  # that the first of its choices may wait in the engine
-    end_by: float = math.inf  # in seconds of time.monotonic(): by then all must have ended
+    queue_timeout: float = math.inf  # maximum time in the engine's queue, seconds
+    deadline: float = math.inf  # time.monotonic() by which the answer must be complete
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +44,8 @@ class Delta:
 
     text: str
     token_ids: list[int]
-    scores: TokenScores  # one row per token id; none where the choice shows none
-    cached_tokens: int = 0  # of the prompt; the same in all deltas
+    scores: TokenScores  # one row per token id, or no rows if the choice shows no log-probs
+    cached_tokens: int = 0  # of the prompt; equal in all deltas
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     prompt_scores: TokenScores | None = None
@@ -71,7 +53,7 @@ class Delta:
 
 @dataclass(slots=True)
 class Choice:
-    """One answer in the making: the engine's request, and how its tokens become text."""
+    """One choice: its engine request, and how the tokens become text."""
 
     index: int
     request: Request
@@ -79,35 +61,44 @@ class Choice:
     include_stop: bool
     skip_special_tokens: bool
     prompt_index: int
-    eos_token_ids: frozenset[int]  # ending with one of these has no stop_reason
-    first: bool  # of its prompt: it carries the prompt's scores
-    shows: bool  # the numbers of its tokens
+    eos_token_ids: frozenset[int]  # these give no stop_reason
+    first: bool  # of its prompt: the one with the prompt's scores
+    shows_logprobs: bool
+    handle: RequestHandle | None = None  # once it is admitted
     num_tokens: int = 0  # generated so far
 
-    async def deltas(self, engine: Engine, tokenizer: Tokenizer) -> AsyncGenerator[Delta]:
-        """The engine's events with their text; ends after the delta that has a finish reason.
+    def admit(self, engine: EngineClient, *, bypass_limits: bool) -> None:
+        """Queue the request, see `Engine.admit`."""
+        self.handle = engine.admit(self.request, bypass_limits=bypass_limits)
+
+    def abort(self) -> None:
+        """Abort the request if it is admitted; harmless if it has finished."""
+        if self.handle is not None:
+            self.handle.abort()
+
+    async def deltas(self, tokenizer: Tokenizer) -> AsyncGenerator[Delta]:
+        """The admitted request's events as text; the last delta has a finish reason.
 
         Raises:
-            APIError: 429 when the queue is full, 500 when the engine fails, 503 when it has stopped.
+            APIError: 500, the engine failed on the request.
+            QueueTimeoutError, DeadlineError, EngineStoppedError: see `RequestHandle`.
         """
+        assert self.handle is not None
         detokenizer = Detokenizer(
             tokenizer,
             skip_special_tokens=self.skip_special_tokens,
             stop=self.stop,
             include_stop_str_in_output=self.include_stop,
         )
-        try:
-            async with aclosing(events_of(engine, self.request)) as events:
-                async for event in events:
-                    delta = self._delta(event, detokenizer)
-                    self.num_tokens += len(delta.token_ids)
-                    if detokenizer.stopped_by is not None:
-                        engine.abort(self.request.id, FinishReason.STOP)
-                    yield delta
-                    if delta.finish_reason is not None:
-                        return
-        finally:
-            engine.abort(self.request.id)
+        async for event in self.handle:
+            check_event(event)
+            delta = self._delta(event, detokenizer)
+            self.num_tokens += len(delta.token_ids)
+            if detokenizer.stopped_by is not None:
+                self.handle.abort(FinishReason.STOP)
+            yield delta
+            if delta.finish_reason is not None:
+                return
 
     def _delta(self, event: TokenEvent, detokenizer: Detokenizer) -> Delta:
         text, count = "", 0
@@ -127,7 +118,7 @@ class Choice:
         return Delta(
             text=text,
             token_ids=event.token_ids[:count],
-            scores=event.scores[:count] if self.shows else _NOT_SHOWN,
+            scores=event.scores[:count] if self.shows_logprobs else _NOT_SHOWN,
             cached_tokens=event.cached_tokens,
             finish_reason=reason,
             stop_reason=stop_reason,
@@ -137,7 +128,7 @@ class Choice:
 
 @dataclass(slots=True)
 class Finished:
-    """A whole choice."""
+    """A finished choice."""
 
     choice: Choice
     text: str = ""
@@ -149,7 +140,7 @@ class Finished:
     prompt_scores: TokenScores | None = None
 
     def add(self, delta: Delta) -> None:
-        """Appends a delta."""
+        """Append a delta."""
         self.text += delta.text
         self.token_ids += delta.token_ids
         if delta.token_ids or not self.scores:
@@ -159,119 +150,135 @@ class Finished:
         self.prompt_scores = delta.prompt_scores or self.prompt_scores
 
     def all_scores(self) -> TokenScores:
-        """The numbers of all tokens in one piece."""
+        """The scores of all tokens, concatenated."""
         names = TokenScores.__slots__
         return TokenScores(*(np.concatenate([getattr(part, name) for part in self.scores]) for name in names))
 
 
-async def events_of(engine: Engine, request: Request) -> AsyncGenerator[TokenEvent]:
-    """Submits a request; its events, none of which tells a failure.
+async def finish_all(choices: Sequence[Choice], deltas: AsyncGenerator[tuple[Choice, Delta]]) -> list[Finished]:
+    """Collect the deltas of all choices."""
+    results = [Finished(choice) for choice in choices]
+    async with aclosing(deltas):
+        async for choice, delta in deltas:
+            results[choice.index].add(delta)
+    return results
+
+
+async def merge(
+    choices: Sequence[Choice], engine: EngineClient, tokenizer: Tokenizer, max_unread: int | None = None
+) -> AsyncGenerator[tuple[Choice, Delta]]:
+    """Run all choices and yield their deltas as they come; of a prompt's choices, the first one's delta comes first.
+
+    If one choice fails, all end. If `max_unread` deltas are waiting for the reader, all choices are aborted at once,
+    and the reader gets the error after these deltas.
 
     Raises:
-        APIError: as in `Choice.deltas`.
+        QueueFullError: the first choice finds the queue full.
+        APIError, QueueTimeoutError, DeadlineError, EngineStoppedError: see `Choice.deltas`; 503 for a slow reader.
     """
-    with engine_errors():
-        async with aclosing(engine.submit(request)) as events:
-            async for event in events:
-                if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                    message = f"The engine failed: {event.error}." if event.error else "The request was aborted."
-                    raise engine_error(message)
-                yield event
+    queue: asyncio.Queue[tuple[Choice, Delta] | Exception | None] = asyncio.Queue()  # None: all choices have finished
+    opened = {choice.prompt_index: asyncio.Event() for choice in choices}
+
+    async def forward(choice: Choice) -> None:
+        async with aclosing(choice.deltas(tokenizer)) as deltas:
+            async for delta in deltas:
+                if not choice.first:
+                    await opened[choice.prompt_index].wait()
+                if max_unread is not None and queue.qsize() >= max_unread:
+                    raise APIError(503, _SLOW_READER, None, "slow_reader")
+                queue.put_nowait((choice, delta))
+                opened[choice.prompt_index].set()
+
+    async def run() -> None:
+        try:
+            await _run_all(choices, engine, forward)
+        except ExceptionGroup as group:
+            queue.put_nowait(group.exceptions[0])  # for the reader, after the deltas before it
+        queue.put_nowait(None)
+
+    task = asyncio.create_task(run())
+    try:
+        while (item := await queue.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _run_all(
+    choices: Sequence[Choice], engine: EngineClient, run: Callable[[Choice], Coroutine[Any, Any, None]]
+) -> None:
+    """Admit the choices in order, `_MAX_ADMITTED` at once, and run each one.
+
+    If the queue is full, only the first choice is refused, when no work is lost. Each other one waits for another
+    choice of the same request to finish; if none is running, it is admitted beyond the limits of the queue. The order
+    must be kept: a choice waits for the first one of its prompt, which must not wait behind it.
+    """
+    running, finished = 0, asyncio.Event()
+
+    async def run_one(choice: Choice) -> None:
+        nonlocal running
+        try:
+            await run(choice)
+        finally:
+            running -= 1
+            finished.set()
+
+    def is_admitted(choice: Choice) -> bool:
+        if running == _MAX_ADMITTED:
+            return False
+        first = choice is choices[0]
+        try:
+            choice.admit(engine, bypass_limits=not running and not first)
+        except QueueFullError:
+            if first:
+                raise
+            return False
+        return True
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for choice in choices:
+                while not is_admitted(choice):
+                    finished.clear()
+                    await finished.wait()
+                running += 1
+                tasks.create_task(run_one(choice))
+    finally:
+        for choice in choices:
+            choice.abort()
+
+
+def check_event(event: TokenEvent) -> None:
+    """Raise APIError 500 for an event that reports a failure."""
+    if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+        raise engine_error(f"The engine failed: {event.error}." if event.error else "The request was aborted.")
 
 
 @contextmanager
-def engine_errors() -> Iterator[None]:
-    """Turns what the engine raises into what the client is told."""
+def engine_errors(on_rejected: Callable[[str], None] = lambda _: None) -> Iterator[None]:
+    """Turn the engine's exceptions into APIErrors.
+
+    Args:
+        on_rejected: called with the name of the limit when the queue is full.
+    """
     try:
         yield
-    except QueueFullError:
+    except QueueFullError as error:
+        on_rejected(error.limit)
         message = "Too many requests are waiting. Try again later."
         raise APIError(429, message, None, "rate_limit_exceeded", {"Retry-After": "1"}) from None
     except QueueTimeoutError:
-        message = "The request waited in the queue for as long as it may. Try again later."
+        message = "The request timed out in the queue. Try again later."
         raise APIError(503, message, None, "queue_timeout", {"Retry-After": "1"}) from None
     except DeadlineError:
-        raise too_late() from None
+        raise deadline_exceeded() from None
     except EngineStoppedError:
         raise shutting_down() from None
 
 
-def too_late() -> APIError:
-    """504 for a request whose time is up."""
-    return APIError(504, "The request did not end within its time.", "timeout", "deadline_exceeded")
-
-
-def make_choices(
-    body: GenerationRequest,
-    prompts: Sequence[list[int]],
-    max_tokens: Sequence[int],
-    *,
-    params: SamplingParams,
-    scoring: PromptScoring | None,
-    eos_token_ids: frozenset[int],
-    shows: bool,
-    cache_salt: str,
-    times: TimeLimits,
-) -> list[Choice]:
-    """A choice for each of n answers to each prompt, in the order of their indices.
-
-    Args:
-        max_tokens: of each prompt's answers.
-        params: what all answers share.
-        scoring: what the first answer to each prompt tells about it.
-        shows: the numbers of generated tokens. Where nobody asks for them they are not kept: there may be many.
-
-    Raises:
-        APIError: 400 that names a field.
-    """
-    n = body.n or 1
-    stop = StopStrings(stop_strings(body))
-    choices = []
-    for index in range(len(prompts) * n):
-        which, number = divmod(index, n)
-        if params.min_tokens > max_tokens[which]:
-            raise invalid("min_tokens", f"`min_tokens` is above the {max_tokens[which]} tokens that may be generated.")
-        if index == 1:  # who waits behind the first waits for its own request, too
-            times = replace(times, queue_seconds=math.inf)
-        own = replace(
-            params,
-            max_tokens=max_tokens[which],
-            seed=None if body.seed in (None, -1) else body.seed + number,
-            prompt=scoring if number == 0 else None,
-        )
-        choices.append(
-            Choice(
-                index=index,
-                request=make_request(body, prompts[which], own, cache_salt, times),
-                stop=stop,
-                include_stop=bool(body.include_stop_str_in_output),
-                skip_special_tokens=body.skip_special_tokens is not False,
-                prompt_index=which,
-                eos_token_ids=eos_token_ids,
-                first=number == 0,
-                shows=shows,
-            )
-        )
-    return choices
-
-
-def make_request(
-    body: GenerationRequest, prompt: list[int], params: SamplingParams, cache_salt: str, times: TimeLimits
-) -> Request:
-    """One request to the engine, with a name of its own."""
-    return Request(uuid.uuid4().hex, prompt, params, body.priority or 0, cache_salt, times.queue_seconds, times.end_by)
-
-
-def work_of(choices: Sequence[Choice]) -> Work:
-    """What the engine did for choices that have ended, or were given up."""
-    first = [choice.request for choice in choices if choice.first]
-    ran = [choice.request.times for choice in choices if choice.request.times.admitted]
-    told = [times for times in ran if times.last]
-    return Work(
-        prompt_tokens=sum(len(request.prompt_token_ids) for request in first),
-        cached_tokens=sum(request.num_cached or 0 for request in first),
-        completion_tokens=sum(choice.num_tokens for choice in choices),
-        queue=max((times.admitted - times.arrived for times in ran), default=None),
-        prefill=max(((times.first or times.last) - times.admitted for times in told), default=None),
-        decode=max((times.last - times.first for times in told if times.first), default=None),
-    )
+def deadline_exceeded() -> APIError:
+    """504 for a request that has run out of time."""
+    return APIError(504, "The request did not finish within its timeout.", "timeout", "deadline_exceeded")

@@ -1,24 +1,26 @@
-"""Job: a request to either endpoint, checked, with all that its answer is made of."""
+"""Job: a validated request to chat or completions, ready to run."""
 
+import math
+import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
 
 from serve.api.context import Endpoint, Header
-from serve.api.errors import engine_error
+from serve.api.errors import engine_error, invalid
 from serve.api.full_vocab_logprobs import whole_rows
-from serve.api.generation import Choice, Delta, make_choices, make_request, work_of
+from serve.api.generation import Choice, Delta, TimeLimits, engine_errors, merge
 from serve.api.json_stream import Hole
 from serve.api.logprobs import TokenNames, prompt_columns
-from serve.api.merging import merge
-from serve.api.middleware import AnswerRecord
+from serve.api.middleware import AnswerRecord, Work
 from serve.api.requests import GenerationRequest
-from serve.api.sampling_params import sampling_params
+from serve.api.sampling_params import sampling_params, stop_strings
 from serve.api.validation import PromptNumbers, check_start
 from serve.engine.request import PromptScoring, Request, SamplingParams, TokenScores
+from serve.text.detokenizer import StopStrings
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +57,12 @@ class Job[B: GenerationRequest]:
         return self.prompts[choice.prompt_index]
 
     async def deltas(self) -> AsyncGenerator[tuple[Choice, Delta]]:
-        """Runs the choices: what each step adds to them. The metrics are told when all have ended."""
-        most = self.at.config.max_unread_tokens if self.body.stream else None
-        async with aclosing(merge(self.choices, self.at.engine, self.at.tokenizer, most)) as deltas:
-            async for each in deltas:
-                yield each
+        """Run the choices and yield what each step adds to them. Metrics are updated when all have finished."""
+        max_unread = self.at.config.max_unread_tokens if self.body.stream else None
+        with engine_errors(self.at.on_rejected):
+            async with aclosing(merge(self.choices, self.at.engine, self.at.tokenizer, max_unread)) as deltas:
+                async for choice, delta in deltas:
+                    yield choice, delta
         n = self.body.n or 1
         for start in range(0, len(self.choices), n):
             self.at.on_answers([choice.num_tokens for choice in self.choices[start : start + n]])
@@ -132,7 +135,7 @@ def make_job[B: GenerationRequest](
             processed=at.logprobs_mode(body) == "processed_logprobs",
         ),
         scoring=numbers.scoring,
-        shows=top_k is not None,
+        shows_logprobs=top_k is not None,
         eos_token_ids=frozenset() if body.ignore_eos else at.tokenizer.eos_token_ids,
         cache_salt=salt,
         times=times,
@@ -159,3 +162,88 @@ def make_job[B: GenerationRequest](
 
 def _or_default(said: bool | None, default: bool) -> bool:
     return default if said is None else said
+
+
+def make_choices(
+    body: GenerationRequest,
+    prompts: Sequence[list[int]],
+    max_tokens: Sequence[int],
+    *,
+    params: SamplingParams,
+    scoring: PromptScoring | None,
+    eos_token_ids: frozenset[int],
+    shows_logprobs: bool,
+    cache_salt: str,
+    times: TimeLimits,
+) -> list[Choice]:
+    """A choice for each of n answers to each prompt, ordered by index.
+
+    Args:
+        body: the HTTP request.
+        prompts: token ids of each prompt.
+        max_tokens: of each prompt's answers.
+        params: sampling parameters shared by all answers.
+        scoring: prompt scoring of the first answer to each prompt.
+        eos_token_ids: see `Choice`.
+        shows_logprobs: whether log-probs of generated tokens are shown; otherwise they are not kept.
+        cache_salt: see `Request`.
+        times: the time limits; the queue timeout is that of the first choice, as the others wait behind it.
+
+    Raises:
+        APIError: 400 that names a field.
+    """
+    n = body.n or 1
+    stop = StopStrings(stop_strings(body))
+    choices = []
+    for index in range(len(prompts) * n):
+        prompt_index, number = divmod(index, n)
+        limit = max_tokens[prompt_index]
+        if params.min_tokens > limit:
+            raise invalid("min_tokens", f"`min_tokens` is above the {limit} tokens that may be generated.")
+        if index == 1:
+            times = replace(times, queue_timeout=math.inf)
+        choice_params = replace(
+            params,
+            max_tokens=limit,
+            seed=None if body.seed in (None, -1) else body.seed + number,
+            prompt=scoring if number == 0 else None,
+        )
+        choices.append(
+            Choice(
+                index=index,
+                request=make_request(body, prompts[prompt_index], choice_params, cache_salt, times),
+                stop=stop,
+                include_stop=bool(body.include_stop_str_in_output),
+                skip_special_tokens=body.skip_special_tokens is not False,
+                prompt_index=prompt_index,
+                eos_token_ids=eos_token_ids,
+                first=number == 0,
+                shows_logprobs=shows_logprobs,
+            )
+        )
+    return choices
+
+
+def make_request(
+    body: GenerationRequest, prompt: list[int], params: SamplingParams, cache_salt: str, times: TimeLimits
+) -> Request:
+    """An engine request with a new id."""
+    return Request(
+        uuid.uuid4().hex, prompt, params, body.priority or 0, cache_salt, times.queue_timeout, times.deadline
+    )
+
+
+def work_of(choices: Sequence[Choice]) -> Work:
+    """The engine's work for choices that have finished or were aborted."""
+    first = [choice for choice in choices if choice.first]
+    handles = [choice.handle for choice in choices if choice.handle is not None]
+    started = [handle.times for handle in handles if handle.times.admitted]
+    ended = [times for times in started if times.last]
+    return Work(
+        prompt_tokens=sum(len(choice.request.prompt_token_ids) for choice in first),
+        cached_tokens=sum(choice.handle.cached_tokens for choice in first if choice.handle is not None),
+        completion_tokens=sum(choice.num_tokens for choice in choices),
+        queue=max((times.admitted - times.arrived for times in started), default=None),
+        prefill=max(((times.first or times.last) - times.admitted for times in ended), default=None),
+        decode=max((times.last - times.first for times in ended if times.first), default=None),
+    )

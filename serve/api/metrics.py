@@ -18,7 +18,8 @@ from prometheus_client.registry import Collector
 
 from serve.api.middleware import AnswerRecord
 from serve.engine.observer import EngineFault, EngineGauges
-from serve.engine.request import FinishReason, Request
+from serve.engine.request import FinishReason
+from serve.engine.request_state import RequestState
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -102,7 +103,7 @@ class Metrics:
         """See `Observer`."""
         self._step.observe(tokens)
 
-    def on_admitted(self, request: Request) -> None:
+    def on_admitted(self, request: RequestState) -> None:
         """See `Observer`."""
         self._prefix_queries.inc(len(request.prompt_token_ids))
         self._prefix_hits.inc(request.num_cached or 0)
@@ -112,7 +113,7 @@ class Metrics:
         """See `Observer`."""
         self._preemptions.inc(count)
 
-    def on_token(self, request: Request, gap: float | None) -> None:
+    def on_token(self, request: RequestState, gap: float | None) -> None:
         """See `Observer`."""
         self._generated_tokens.inc()
         if gap is None:
@@ -121,7 +122,7 @@ class Metrics:
         else:
             self._gap.observe(gap)
 
-    def on_finished(self, request: Request, reason: FinishReason) -> None:
+    def on_finished(self, request: RequestState, reason: FinishReason) -> None:
         """See `Observer`."""
         self._success[reason].inc()
         if reason not in (FinishReason.STOP, FinishReason.LENGTH):
@@ -141,7 +142,7 @@ class Metrics:
         self._max_tokens.observe(request.params.max_tokens)
 
     def on_rejected(self, reason: str) -> None:
-        """See `Observer`."""
+        """A request was rejected because the queue is full; `reason` is the limit."""
         self._rejections[reason].inc()
 
     def on_fault(self, kind: EngineFault) -> None:
@@ -216,7 +217,7 @@ class _Gauges(Collector):
             yield self._gauge(prefix + "num_requests_waiting", "Requests that wait", now.waiting)
             yield self._gauge(prefix + "kv_cache_usage_perc", "Share of the pages in use, 0 to 1", now.cache_usage)
             yield self._gauge(prefix + "cache_config_info", "The cache, as labels", 1, self._cache)
-        yield self._gauge(OWN_PREFIX + "num_requests_held", "Ended requests whose rows are still read", now.held)
+        yield self._gauge(OWN_PREFIX + "num_requests_held", "Ended requests whose rows are still read", now.pinned)
 
     def _gauge(self, name: str, text: str, value: float, more: dict[str, str] | None = None) -> GaugeMetricFamily:
         labels = self._labels | (more or {})

@@ -1,4 +1,4 @@
-"""Requests to arrays: the numpy inputs of a step, padded to a compiled shape. Arrays are made anew for every step."""
+"""Requests to arrays: the numpy inputs of a step, padded to a compiled shape. Every step gets new arrays."""
 
 from collections.abc import Sequence
 
@@ -18,10 +18,10 @@ from compiled.state import (
 )
 from compiled.step import place_of
 from model.kv_cache import PAGE_SIZE
-from serve.engine.request import Request
+from serve.engine.request_state import RequestState
 from serve.engine.scheduler import PrefillWork
 
-type ScoreRow = tuple[Request, int]  # row i of a request's prompt_scores: it scores prompt token i + 1
+type ScoreRow = tuple[RequestState, int]  # request and row i of its prompt_scores, which scores prompt token i + 1
 
 
 def prefill_input(work: PrefillWork, shape: StepShape) -> StepInput:
@@ -36,8 +36,8 @@ def prefill_input(work: PrefillWork, shape: StepShape) -> StepInput:
     return StepInput(tokens, positions, tables)
 
 
-def decode_input(requests: Sequence[Request], shape: StepShape, padding_slot: int) -> DecodeInput:
-    """The last token of each request as [R]; the scheduler has counted the token that will be chosen."""
+def decode_input(requests: Sequence[RequestState], shape: StepShape, padding_slot: int) -> DecodeInput:
+    """The last token of each request as [R]; the scheduler has already counted the next one."""
     tokens = np.zeros(shape.rows, np.int32)
     positions = np.full(shape.rows, -1, np.int32)
     tables = np.zeros((shape.rows, shape.pages), np.int32)
@@ -53,8 +53,8 @@ def decode_input(requests: Sequence[Request], shape: StepShape, padding_slot: in
     return DecodeInput(tokens, positions, tables, slots, requested_ids)
 
 
-def sampling_arrays(requests: Sequence[Request], rows: int, vocab_size: int) -> SamplingArrays:
-    """How each request chooses the token that the scheduler has counted; padding rows are greedy."""
+def sampling_arrays(requests: Sequence[RequestState], rows: int, vocab_size: int) -> SamplingArrays:
+    """Sampling parameters of each request [R]; padding rows are greedy."""
     arrays = greedy_sampling(rows, vocab_size)
     for row, request in enumerate(requests):
         params, step = request.params, request.num_chosen - 1
@@ -76,8 +76,8 @@ def sampling_arrays(requests: Sequence[Request], rows: int, vocab_size: int) -> 
     return arrays
 
 
-def adjustment(request: Request, vocab_size: int) -> Adjustment:
-    """What a request brings into its slot. All its tokens must have been read."""
+def adjustment(request: RequestState, vocab_size: int) -> Adjustment:
+    """State of penalties and bias to load into a request's slot. All its tokens must have been read."""
     bias = np.zeros(vocab_size, np.float32)
     for token, value in request.params.logit_bias:
         bias[token] = value
@@ -88,25 +88,25 @@ def adjustment(request: Request, vocab_size: int) -> Adjustment:
 
 
 def score_input(rows: Sequence[ScoreRow], size: int) -> ScoreInput:
-    """A block of prompt rows [M], padded with the null page's first place."""
-    places, targets, requested_ids = np.zeros(size, np.int32), np.zeros(size, np.int32), no_requested_ids(size)
+    """A block of prompt rows [M], padded with the first slot of the null page."""
+    slots, targets, requested_ids = np.zeros(size, np.int32), np.zeros(size, np.int32), no_requested_ids(size)
     for i, (request, index) in enumerate(rows):
-        places[i] = place_of(request.pages[index // PAGE_SIZE], index)
+        slots[i] = place_of(request.pages[index // PAGE_SIZE], index)
         targets[i] = request.prompt_token_ids[index + 1]
         if request.params.prompt and (ids := request.params.prompt.token_ids):
             requested_ids[i, : len(ids)] = ids
-    return ScoreInput(places, targets, requested_ids)
+    return ScoreInput(slots, targets, requested_ids)
 
 
-def places(request: Request, start: int, size: int, count: int) -> NDArray[np.int32]:
-    """Where the hidden states of a request's tokens start..start+count-1 lie, padded to [size]."""
-    found = np.zeros(size, np.int32)
-    found[:count] = [place_of(request.pages[at // PAGE_SIZE], at) for at in range(start, start + count)]
-    return found
+def cache_slots(request: RequestState, start: int, size: int, count: int) -> NDArray[np.int32]:
+    """Slots in the cache of a request's tokens start..start+count-1, padded to [size]."""
+    slots = np.zeros(size, np.int32)
+    slots[:count] = [place_of(request.pages[index // PAGE_SIZE], index) for index in range(start, start + count)]
+    return slots
 
 
-def _last_token(request: Request) -> int:
-    """The last token before the one to be chosen, or FROM_SLOT if it has not been read yet."""
+def _last_token(request: RequestState) -> int:
+    """The token before the next one, or FROM_SLOT if it has not been read yet."""
     before = request.num_chosen - 1
     if len(request.output_token_ids) < before:
         return FROM_SLOT

@@ -1,8 +1,8 @@
-"""EngineCore: schedule -> begin -> read the step before, on whichever thread calls it.
+"""EngineCore: schedule a step, dispatch it, then read the previous one.
 
-A step is begun before the one before it is read: the tokens that it continues from are still on the device, which takes
-them from its slots. So what a request has chosen is known one step late: a step may hold a row of a request that had
-ended, whose result is thrown away.
+A step is dispatched before the previous one is read: the device takes the tokens that it continues from out of its own
+slots. So the host knows each token one step late, and a step may contain a row of a request that has finished, whose
+result is discarded.
 """
 
 import time
@@ -25,22 +25,23 @@ from compiled.state import (
 from model.token_logprobs import TokenLogprobs
 from serve.engine import batch
 from serve.engine.batch import ScoreRow
-from serve.engine.logprob_store import begin_prompt_scores, holds_nan, keep_prompt_scores, token_scores, write
-from serve.engine.observer import EngineFault, EngineGauges, NoObserver, Observer
+from serve.engine.logprob_store import begin_prompt_scores, has_nan, store_prompt_scores, token_scores, write
+from serve.engine.observer import EngineFault, EngineGauges, NullObserver, Observer
 from serve.engine.page_pool import PagePool
-from serve.engine.request import FinishReason, Request, RequestStatus, TokenEvent, TokenScores, empty_scores
+from serve.engine.request import FinishReason, TokenEvent, TokenScores, empty_scores
+from serve.engine.request_state import RequestState, RequestStatus
 from serve.engine.scheduler import Schedule, Scheduler
 from serve.engine.token_mask import TokenMask
 
-type Emitted = tuple[Request, TokenEvent]
+type Emitted = tuple[RequestState, TokenEvent]
 
-_NOT_A_NUMBER = "the model computed a log-probability that is not a number"
+_NAN_ERROR = "the model computed a log-probability that is not a number"
 
 
 class Runner(Protocol):
-    """What runs the steps: `compiled.runner.ModelRunner`, or a fake whose arithmetic can be done by hand.
+    """Runs steps on a device: `compiled.runner.ModelRunner`, or a fake with simple arithmetic.
 
-    prefill, decode and score begin a step and return what read() waits for. Inputs are not changed afterwards.
+    prefill, decode and score dispatch work and return arrays for read(). The caller does not modify inputs afterwards.
     """
 
     buckets: Buckets
@@ -58,18 +59,18 @@ class Runner(Protocol):
 
 
 @dataclass(slots=True)
-class _Begun:
-    """A step whose results have not been read."""
+class _InFlight:
+    """A dispatched step that has not been read."""
 
-    prefilled: Any = None  # tells when the last chunk is done
+    prefilled: Any = None  # ready when the last chunk is computed
     blocks: list[tuple[Sequence[ScoreRow], TokenLogprobs]] = field(default_factory=list)
-    scored: list[Request] = field(default_factory=list)
-    rows: list[Request] = field(default_factory=list)
+    scored: list[RequestState] = field(default_factory=list)
+    rows: list[RequestState] = field(default_factory=list)
     output: StepOutput | None = None
 
 
 class EngineCore:
-    """The scheduler and the runner joined. Not thread-safe: one thread owns it."""
+    """Runs the scheduler's steps on the runner. Not thread-safe: one thread owns it."""
 
     def __init__(
         self,
@@ -81,186 +82,193 @@ class EngineCore:
         observer: Observer | None = None,
     ) -> None:
         self._runner = runner
-        self._observer: Observer = observer or NoObserver()
+        self._observer: Observer = observer or NullObserver()
         self._pool = PagePool(runner.pages, caching=prefix_caching)
-        self._begun: _Begun | None = None
-        self.at_work = False  # the last step began or read something; else only a call can change anything
-        self._emitted: list[Emitted] = []  # by the step at work; what ended in a step that fails must be told too
+        self._unread: _InFlight | None = None
+        self.in_flight = False  # the last step dispatched or read something; otherwise step() has nothing to do
+        self._emitted: list[Emitted] = []  # by the current step; kept if it fails, as requests may have finished in it
         self.scheduler = Scheduler(
             self._pool,
             runner.buckets,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
-            on_admit=self._admitted,
+            on_admit=self._on_admit,
         )
 
     @property
     def gauges(self) -> EngineGauges:
-        """How things stand; may be read by any thread."""
+        """Current numbers of requests and use of the cache. Any thread may read it."""
         scheduler = self.scheduler
-        return EngineGauges(len(scheduler.running), len(scheduler.waiting), len(scheduler.held), self._pool.usage)
+        return EngineGauges(len(scheduler.running), len(scheduler.waiting), len(scheduler.pinned), self._pool.usage)
 
-    def add(self, request: Request) -> None:
-        """Queues a request."""
+    def add(self, request: RequestState) -> None:
+        """Queue a request."""
         request.mask = TokenMask(request.params, self._runner.vocab_size)
         self.scheduler.add(request)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> Emitted | None:
-        """Ends a request wherever it stands, and frees what it holds; None if it had ended."""
+        """Finish a request in any state, or unpin a finished one. Returns None if it had finished."""
         request = self.scheduler.find(request_id)
         if request is None:
             return None
-        if request.status is RequestStatus.FINISHED:  # held until now
+        if request.status is RequestStatus.FINISHED:
             self.scheduler.finish(request)
             return None
-        return self._finish(request, _ending(request, reason), reason)
+        return self._finish(request, _final_event(request, reason), reason)
 
     def fail_all(self, message: str) -> list[Emitted]:
-        """Ends every running request with an error and starts from an empty cache: a step failed after donation.
+        """Finish all running requests with an error and clear the cache, whose buffers a failed step has donated.
 
-        Waiting requests lose nothing and stay. The events of the failed step come before the errors.
+        Waiting requests stay. The events of the failed step come before the errors.
         """
-        self._begun, self.at_work = None, True
-        for request in self.scheduler.end_all():
+        self._unread, self.in_flight = None, True
+        for request in self.scheduler.reset():
             self._observer.on_finished(request, FinishReason.ERROR)
-            self._emitted.append((request, _ending(request, FinishReason.ERROR, message)))
+            self._emitted.append((request, _final_event(request, FinishReason.ERROR, message)))
         self._runner.reset()
         return self._take_emitted()
 
     def step(self) -> list[Emitted]:
-        """Begins a step and reads the one before. Events come in the order in which the tokens were computed."""
-        reads = self._begun is not None
+        """Dispatch a step and read the previous one. Events are in the order in which tokens were computed."""
+        reads = self._unread is not None
         if self._must_read_first():
             self._read()
         preempted = self.scheduler.num_preempted
         schedule = self.scheduler.schedule()
         if self.scheduler.num_preempted > preempted:
             self._observer.on_preempted(self.scheduler.num_preempted - preempted)
-        begun = self._begin(schedule)
+        dispatched = self._dispatch(schedule)
         self._read()
-        self._begun = begun
-        self.at_work = reads or begun is not None
+        self._unread = dispatched
+        self.in_flight = reads or dispatched is not None
         if not self.scheduler.num_requests:
             self.scheduler.check()
         return self._take_emitted()
 
-    def vocabulary(self, request_id: str, start: int, count: int) -> NDArray[np.float32]:
-        """Log-probs [count, V] of every token after the prompt tokens start..start+count-1 of a held request.
+    def full_logprobs(self, request_id: str, start: int, count: int) -> NDArray[np.float32]:
+        """Log-probs [count, V] of all tokens after the prompt tokens start..start+count-1 of a pinned request.
 
         Raises:
-            LookupError: no such request is held.
+            LookupError: the request is not pinned.
         """
-        request = self.scheduler.held[request_id]
+        request = self.scheduler.pinned[request_id]
         size = self._runner.buckets.vocabulary_rows
         blocks = [
-            self._runner.vocabulary(batch.places(request, at, size, min(size, start + count - at)))
-            for at in range(start, start + count, size)
+            self._runner.vocabulary(batch.cache_slots(request, first, size, min(size, start + count - first)))
+            for first in range(start, start + count, size)
         ]
         return np.concatenate(blocks)[:count]
 
-    def _admitted(self, request: Request) -> None:
+    def assert_idle(self) -> None:
+        """Raise AssertionError if a request is waiting, running or pinned, or a page or slot is in use."""
+        scheduler = self.scheduler
+        if scheduler.num_requests or scheduler.pinned:
+            raise AssertionError(f"{scheduler.num_requests} unfinished and {len(scheduler.pinned)} pinned requests")
+        scheduler.check()
+
+    def _on_admit(self, request: RequestState) -> None:
         begin_prompt_scores(request, self._pool, self._runner.max_logprobs)
-        if not request.times.admitted:  # else it has been preempted
+        if not request.times.admitted:  # otherwise it was preempted
             request.times.admitted = time.monotonic()
             self._observer.on_admitted(request)
 
     def _must_read_first(self) -> bool:
-        """Whether what the next step is to be depends on tokens that are still on the device."""
-        if self._begun is None:
+        """True if the next step depends on tokens that have not been read."""
+        if self._unread is None:
             return False
-        waits = any(request.mask is not None and request.mask.waits for request in self._begun.rows)
+        waits = any(request.mask is not None and request.mask.waits for request in self._unread.rows)
         return waits or self.scheduler.must_preempt()
 
-    def _begin(self, schedule: Schedule) -> _Begun | None:
+    def _dispatch(self, schedule: Schedule) -> _InFlight | None:
         if not schedule:
             return None
         self._observer.on_step(sum(work.length for work in schedule.prefills) + len(schedule.decodes))
-        begun = _Begun(scored=schedule.scored, rows=schedule.decodes)
+        step = _InFlight(scored=schedule.scored, rows=schedule.decodes)
         for work in schedule.prefills:
             chunk = batch.prefill_input(work, self._runner.buckets.prefill(work.length))
-            begun.prefilled = self._runner.prefill(chunk)
+            step.prefilled = self._runner.prefill(chunk)
         rows = [(work.request, index) for work in schedule.scores for index in range(work.start, work.end)]
         size = self._runner.buckets.score_rows
         for start in range(0, len(rows), size):
             block = rows[start : start + size]
-            begun.blocks.append((block, self._runner.score(batch.score_input(block, size))))
-        for request in schedule.begun:
+            step.blocks.append((block, self._runner.score(batch.score_input(block, size))))
+        for request in schedule.started:
             if request.params.adjusts:
                 self._runner.adjust(request.slot, batch.adjustment(request, self._runner.vocab_size))
         if schedule.decodes:
-            begun.output = self._decode(schedule.decodes)
-        return begun
+            step.output = self._decode(schedule.decodes)
+        return step
 
-    def _decode(self, requests: list[Request]) -> StepOutput:
+    def _decode(self, requests: list[RequestState]) -> StepOutput:
         buckets = self._runner.buckets
         shape = buckets.decode(len(requests))
         inputs = batch.decode_input(requests, shape, buckets.slots - 1)
         return self._runner.decode(inputs, batch.sampling_arrays(requests, shape.rows, self._runner.vocab_size))
 
     def _read(self) -> None:
-        begun, self._begun = self._begun, None
-        if begun is None:
+        step, self._unread = self._unread, None
+        if step is None:
             return
-        if begun.prefilled is not None and begun.output is None and not begun.blocks:
-            self._runner.read(begun.prefilled)  # nothing is to be known, but the device must not fall behind
-        for block, logprobs in begun.blocks:
-            _fill(block, self._runner.read(logprobs))
-        for request in begun.scored:
+        if step.prefilled is not None and step.output is None and not step.blocks:
+            self._runner.read(step.prefilled)  # no result is needed, but the host must not run ahead of the device
+        for block, logprobs in step.blocks:
+            _write_scores(block, self._runner.read(logprobs))
+        for request in step.scored:
             if request.status is not RequestStatus.FINISHED:
                 event = self._event(request, [], empty_scores(0, 0))
-                self._emitted.append(self._told(request, event, FinishReason.LENGTH))
-        if begun.output is not None:
-            output = self._runner.read(begun.output)
-            for row, request in enumerate(begun.rows):
+                self._emitted.append(self._finalize(request, event, FinishReason.LENGTH))
+        if step.output is not None:
+            output = self._runner.read(step.output)
+            for row, request in enumerate(step.rows):
                 if request.status is not RequestStatus.FINISHED:
                     self._emitted.append(self._append(request, output, row))
 
-    def _append(self, request: Request, output: StepOutput, row: int) -> Emitted:
+    def _append(self, request: RequestState, output: StepOutput, row: int) -> Emitted:
         token = int(output.tokens[row])
         scores = token_scores(output.logprobs, slice(row, row + 1), request.params.logprob_token_ids)
         event = self._event(request, [token], scores)
         request.output_token_ids.append(token)
-        self._timed(request)
+        self._record_time(request)
         self.scheduler.register_pages(request)
         if token in request.params.stop_token_ids:
             event.stop_token_id = token
-            return self._told(request, event, FinishReason.STOP)
+            return self._finalize(request, event, FinishReason.STOP)
         done = len(request.output_token_ids) >= request.max_chosen
-        return self._told(request, event, FinishReason.LENGTH if done else None)
+        return self._finalize(request, event, FinishReason.LENGTH if done else None)
 
-    def _timed(self, request: Request) -> None:
+    def _record_time(self, request: RequestState) -> None:
         now, times = time.monotonic(), request.times
         gap = now - times.last if times.first else None
         times.first, times.last = times.first or now, now
         self._observer.on_token(request, gap)
 
-    def _event(self, request: Request, token_ids: list[int], scores: TokenScores) -> TokenEvent:
-        """An event, with the prompt's scores if it is the request's first."""
+    def _event(self, request: RequestState, token_ids: list[int], scores: TokenScores) -> TokenEvent:
+        """An event; the first of a request contains the prompt's scores."""
         event = TokenEvent(token_ids, scores, cached_tokens=request.num_cached or 0)
         if not request.output_token_ids:
             event.prompt_scores = request.prompt_scores
         return event
 
-    def _told(self, request: Request, event: TokenEvent, reason: FinishReason | None) -> Emitted:
-        """An event that carries numbers; it ends the request where there is a reason, or a number is not one."""
+    def _finalize(self, request: RequestState, event: TokenEvent, reason: FinishReason | None) -> Emitted:
+        """Check an event's log-probs. Finishes the request if there is a reason, or with an error if one is NaN."""
         scoring, scores = request.params.prompt, event.prompt_scores
-        wrong = holds_nan(event.scores)
+        failed = has_nan(event.scores)
         if scores is not None and scoring is not None:
-            wrong |= holds_nan(scores, scoring.start - 1)
-            if not wrong:
-                keep_prompt_scores(request, self._pool)
-        if wrong:
-            self._pool.forget(request.pages)  # which of them is to blame is not known: nobody shall find any
+            failed |= has_nan(scores, scoring.start - 1)
+            if not failed:
+                store_prompt_scores(request, self._pool)
+        if failed:
+            self._pool.unregister(request.pages)  # any of them may contain the NaN: none must be found again
             self._observer.on_fault(EngineFault.NAN)
-            event.error, reason = _NOT_A_NUMBER, FinishReason.ERROR
+            event.error, reason = _NAN_ERROR, FinishReason.ERROR
         return (request, event) if reason is None else self._finish(request, event, reason)
 
-    def _finish(self, request: Request, event: TokenEvent, reason: FinishReason) -> Emitted:
+    def _finish(self, request: RequestState, event: TokenEvent, reason: FinishReason) -> Emitted:
         event.finish_reason = reason
         request.times.last = request.times.last or time.monotonic()
         self._observer.on_finished(request, reason)
         whole = request.params.prompt is not None and request.params.prompt.whole
-        self.scheduler.finish(request, hold=whole and reason in (FinishReason.STOP, FinishReason.LENGTH))
+        self.scheduler.finish(request, pin=whole and reason in (FinishReason.STOP, FinishReason.LENGTH))
         return request, event
 
     def _take_emitted(self) -> list[Emitted]:
@@ -268,13 +276,13 @@ class EngineCore:
         return emitted
 
 
-def _ending(request: Request, reason: FinishReason, error: str | None = None) -> TokenEvent:
-    """An event that carries no numbers."""
+def _final_event(request: RequestState, reason: FinishReason, error: str | None = None) -> TokenEvent:
+    """An event without tokens."""
     return TokenEvent([], empty_scores(0, 0), reason, cached_tokens=request.num_cached or 0, error=error)
 
 
-def _fill(block: Sequence[ScoreRow], logprobs: TokenLogprobs) -> None:
-    """Writes a block's numbers into its requests' columns, a run of one request's rows at a time."""
+def _write_scores(block: Sequence[ScoreRow], logprobs: TokenLogprobs) -> None:
+    """Copy a block's log-probs to its requests, all consecutive rows of a request together."""
     start = 0
     while start < len(block):
         request, index = block[start]

@@ -1,27 +1,30 @@
-"""Numbers on their way: from a step's arrays to a request's columns, and between a prompt's columns and its pages."""
+"""Copies log-probs from a step's arrays to a request's columns, and between a prompt's columns and the page pool."""
 
 import numpy as np
 
 from model.kv_cache import PAGE_SIZE
 from model.token_logprobs import TokenLogprobs
 from serve.engine.page_pool import PagePool
-from serve.engine.request import PromptScoring, Request, TokenScores, empty_scores
+from serve.engine.request import PromptScoring, TokenScores, empty_scores
+from serve.engine.request_state import RequestState
 
 
 def token_scores(logprobs: TokenLogprobs, rows: slice, ids: tuple[int, ...]) -> TokenScores:
-    """Rows of a step's numbers; the alternatives are the named `ids`, or the K best where none are named."""
-    own = logprobs.logprob[rows], logprobs.rank[rows]
+    """Rows of a step's log-probs; the alternatives are the requested `ids`, or the K best without any."""
+    chosen = logprobs.logprob[rows], logprobs.rank[rows]
     if not ids:
         top_ids = logprobs.top_ids[rows]
         ranks = np.broadcast_to(np.arange(1, top_ids.shape[1] + 1, dtype=np.int32), top_ids.shape)
-        return TokenScores(*own, top_ids, ranks, logprobs.top_logprobs[rows])
-    named = np.broadcast_to(np.asarray(ids, np.int32), (len(own[0]), len(ids)))
+        return TokenScores(*chosen, top_ids, ranks, logprobs.top_logprobs[rows])
     count = len(ids)
-    return TokenScores(*own, named, logprobs.requested_ranks[rows, :count], logprobs.requested_logprobs[rows, :count])
+    requested = np.broadcast_to(np.asarray(ids, np.int32), (len(chosen[0]), count))
+    return TokenScores(
+        *chosen, requested, logprobs.requested_ranks[rows, :count], logprobs.requested_logprobs[rows, :count]
+    )
 
 
-def begin_prompt_scores(request: Request, pool: PagePool, k: int) -> None:
-    """Room for the numbers of a prompt that is about to run, and those that its cached pages have kept."""
+def begin_prompt_scores(request: RequestState, pool: PagePool, k: int) -> None:
+    """Allocate the scores of a prompt that is about to run, and fill in those stored with its cached pages."""
     scoring = request.params.prompt
     if scoring is None or scoring.whole:
         return
@@ -30,52 +33,54 @@ def begin_prompt_scores(request: Request, pool: PagePool, k: int) -> None:
         request.prompt_scores = empty_scores(len(request.prompt_token_ids) - 1, alternatives)
     if scoring.token_ids:
         return
-    full = min(len(request.prompt_token_ids) // PAGE_SIZE, request.num_registered)  # after a preemption more are cached
+    full = min(
+        len(request.prompt_token_ids) // PAGE_SIZE, request.num_registered
+    )  # after a preemption it includes output
     for index in range((request.num_scored + 1) // PAGE_SIZE, full):
-        kept = pool.scores(request.hashes[index])
-        if kept is None:
+        stored = pool.scores(request.hashes[index])
+        if stored is None:
             return
         rows, _ = _rows_of(index)
         count = rows.stop - request.num_scored
-        write(request.prompt_scores, slice(request.num_scored, rows.stop), kept[PAGE_SIZE - count :])
+        write(request.prompt_scores, slice(request.num_scored, rows.stop), stored[PAGE_SIZE - count :])
         request.num_scored = rows.stop
 
 
-def keep_prompt_scores(request: Request, pool: PagePool) -> None:
-    """Keeps the numbers of the prompt's full pages beside the pages, for the next prompt that begins alike."""
+def store_prompt_scores(request: RequestState, pool: PagePool) -> None:
+    """Store the scores of the prompt's full pages in the pool, for later prompts with the same prefix."""
     scores, scoring = request.prompt_scores, request.params.prompt
     if scores is None or scoring is None or scoring.token_ids:
         return
     full = min(len(request.prompt_token_ids) // PAGE_SIZE, request.num_registered)
-    for index in range(_first_whole_page(scoring), full):
+    for index in range(_first_full_page(scoring), full):
         if pool.scores(request.hashes[index]) is None:
             rows, first = _rows_of(index)
             page = empty_scores(PAGE_SIZE, scores.top_ids.shape[1])
             write(page, slice(first, PAGE_SIZE), scores[rows])
-            pool.keep_scores(request.hashes[index], page)
+            pool.store_scores(request.hashes[index], page)
 
 
 def write(into: TokenScores, rows: slice, scores: TokenScores) -> None:
-    """Copies all of `scores` into some rows of a larger one."""
+    """Copy `scores` into a range of rows of `into`."""
     for name in TokenScores.__slots__:
         getattr(into, name)[rows] = getattr(scores, name)
 
 
-def holds_nan(scores: TokenScores, start: int = 0) -> bool:
-    """Whether any number from row `start` on is not one."""
+def has_nan(scores: TokenScores, start: int = 0) -> bool:
+    """True if any log-prob from row `start` on is NaN."""
     return bool(np.isnan(scores.logprob[start:]).any() or np.isnan(scores.top_logprobs[start:]).any())
 
 
 def _rows_of(page: int) -> tuple[slice, int]:
-    """The rows of a prompt's scores that score the tokens of its page, and the first such token's offset.
+    """The rows of a prompt's scores for the tokens of one page, and the offset of the first of these in the page.
 
-    Row i scores token i + 1, so that the numbers of a page's tokens depend on nothing behind the page.
+    Row i scores token i + 1, so the scores of a page's tokens depend on no later page.
     """
     first = 1 if page == 0 else 0
     start = page * PAGE_SIZE + first - 1
     return slice(start, (page + 1) * PAGE_SIZE - 1), first
 
 
-def _first_whole_page(scoring: PromptScoring) -> int:
-    """The first page all of whose tokens are scored."""
+def _first_full_page(scoring: PromptScoring) -> int:
+    """Index of the first page with all tokens scored."""
     return 0 if scoring.start <= 1 else -(-scoring.start // PAGE_SIZE)

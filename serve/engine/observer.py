@@ -1,66 +1,63 @@
-"""What the engine tells of its work while it works: for metrics. Called on the engine's thread, so it must be quick."""
+"""Observer: callbacks for metrics, made on the engine's thread unless stated otherwise; they must be quick."""
 
 import enum
 from dataclasses import dataclass
 from typing import Protocol
 
-from serve.engine.request import FinishReason, Request
+from serve.engine.request import FinishReason
+from serve.engine.request_state import RequestState
 
 
 class EngineFault(enum.StrEnum):
-    """What can fail in the engine."""
+    """Kinds of failure in the engine."""
 
-    STEP = "step"  # its running requests ended with an error, and the cache began anew
-    CALL = "call"  # one from outside the thread; the same happened
-    REQUEST = "request"  # one could not be queued
-    ROWS = "rows"  # of a whole vocabulary
-    NAN = "nan"  # a log-prob that is not a number, which nobody was told
-    LOST = "lost"  # the state could not be made anew: the engine has stopped
+    STEP = "step"  # a step failed: its requests finished with an error and the cache was cleared
+    CALL = "call"  # a call from another thread failed, with the same consequences
+    REQUEST = "request"  # a request could not be queued
+    ROWS = "rows"  # full log-probs of a prompt could not be computed
+    NAN = "nan"  # a log-prob was NaN: the request finished with an error
+    LOST = "lost"  # the cache could not be cleared: the engine stopped
     STALLED = "stalled"  # a step did not end: the engine was given up
 
 
 @dataclass(frozen=True, slots=True)
 class EngineGauges:
-    """How things stand at a moment."""
+    """Current numbers of requests and use of the cache."""
 
     running: int
     waiting: int
-    held: int
-    cache_usage: float  # 0 to 1, of the pages that somebody holds
+    pinned: int  # finished requests that keep their pages
+    cache_usage: float  # share of pages in use, 0 to 1
 
 
 class Observer(Protocol):
-    """Who is told. Times are in `Request.times`, in seconds of time.monotonic()."""
+    """Callbacks of the engine."""
 
     def on_step(self, tokens: int) -> None:
-        """A step was begun, of so many prompt and decode tokens."""
+        """A step with `tokens` prompt and decode tokens was dispatched."""
 
-    def on_admitted(self, request: Request) -> None:
-        """A request runs for the first time; `num_cached` of its prompt's tokens were in the cache."""
+    def on_admitted(self, request: RequestState) -> None:
+        """A request runs for the first time; `num_cached` is known."""
 
     def on_preempted(self, count: int) -> None:
-        """So many requests lost their pages and wait again."""
+        """`count` requests were preempted."""
 
-    def on_token(self, request: Request, gap: float | None) -> None:
-        """A token was chosen, `gap` seconds after the one before it; None if it is the first."""
+    def on_token(self, request: RequestState, gap: float | None) -> None:
+        """A token was generated, `gap` seconds after the previous one; None for the first."""
 
-    def on_finished(self, request: Request, reason: FinishReason) -> None:
-        """A request has ended."""
-
-    def on_rejected(self, reason: str) -> None:
-        """A request found the queue full; `reason` is the limit. Called on an event loop's thread."""
+    def on_finished(self, request: RequestState, reason: FinishReason) -> None:
+        """A request finished."""
 
     def on_fault(self, kind: EngineFault) -> None:
         """Something failed in the engine. Called on any thread."""
 
 
-class NoObserver:
-    """Nobody is told."""
+class NullObserver:
+    """An observer that does nothing."""
 
     def on_step(self, tokens: int) -> None: ...
-    def on_admitted(self, request: Request) -> None: ...
+    def on_admitted(self, request: RequestState) -> None: ...
     def on_preempted(self, count: int) -> None: ...
-    def on_token(self, request: Request, gap: float | None) -> None: ...
-    def on_finished(self, request: Request, reason: FinishReason) -> None: ...
-    def on_rejected(self, reason: str) -> None: ...
+    def on_token(self, request: RequestState, gap: float | None) -> None: ...
+    def on_finished(self, request: RequestState, reason: FinishReason) -> None: ...
     def on_fault(self, kind: EngineFault) -> None: ...

@@ -1,9 +1,9 @@
-"""Scheduler: which requests run in the next step. Policy without tensors: it sees tokens, pages and counts.
+"""Scheduler: decides which requests run in the next step. Policy without tensors: it sees tokens, pages and counts.
 
-A step is prompt chunks within a budget of tokens, then blocks of prompt rows to be scored, then one token of every
-request whose prompt is done. First come, first served within a priority. A request is admitted when the pool holds all
-pages of what it has so far. When a running request needs a page and none is left, the last in line is preempted: its
-pages go back, and it waits to be computed again from what the cache still has of it.
+A step is prompt chunks within a token budget, then blocks of prompt rows to score, then one token of every request
+whose prompt is done. Requests are served in order of arrival within a priority. A request is admitted when the pool has
+all pages for its tokens so far. When a running request needs a page and none is free, the last request in that order is
+preempted: its pages are deallocated, and it waits to be recomputed from what is still cached.
 """
 
 from bisect import insort
@@ -13,43 +13,43 @@ from dataclasses import dataclass, field
 from compiled.shapes import Buckets, bucket
 from model.kv_cache import PAGE_SIZE
 from serve.engine.page_pool import PagePool, page_hash, root_hash
-from serve.engine.request import Request, RequestStatus
+from serve.engine.request_state import RequestState, RequestStatus
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillWork:
     """A chunk of one request's tokens."""
 
-    request: Request
+    request: RequestState
     start: int
     length: int
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreWork:
-    """Rows start..end-1 of one request's prompt_scores: row i scores prompt token i + 1."""
+    """Rows start..end-1 of one request's prompt_scores; row i scores prompt token i + 1."""
 
-    request: Request
+    request: RequestState
     start: int
     end: int
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """One step's work, in the order in which it has to be begun."""
+    """The work of one step, in order of dispatch."""
 
     prefills: list[PrefillWork] = field(default_factory=list)
     scores: list[ScoreWork] = field(default_factory=list)
-    scored: list[Request] = field(default_factory=list)  # with this step's scores they are done: nothing to choose
-    begun: list[Request] = field(default_factory=list)  # those of `decodes` for which it is the first since admission
-    decodes: list[Request] = field(default_factory=list)
+    scored: list[RequestState] = field(default_factory=list)  # finished with this step's scores: nothing to generate
+    started: list[RequestState] = field(default_factory=list)  # part of `decodes`: first decode since admission
+    decodes: list[RequestState] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.prefills or self.scores or self.scored or self.decodes)
 
 
 class Scheduler:
-    """Waiting, running and held requests, their pages and their slots."""
+    """Waiting, running and pinned requests, their pages and their slots."""
 
     def __init__(
         self,
@@ -58,9 +58,9 @@ class Scheduler:
         *,
         max_num_batched_tokens: int,
         max_model_len: int,
-        on_admit: Callable[[Request], None] = lambda _: None,
+        on_admit: Callable[[RequestState], None] = lambda _: None,
     ) -> None:
-        """`on_admit` is told of a request that has got its pages, before its work is planned."""
+        """`on_admit` is called with each admitted request, which has its pages, before its work is planned."""
         self._pool = pool
         self._chunks = buckets.prefill_chunks
         self._max_num_seqs = buckets.decode_rows[-1]
@@ -69,39 +69,39 @@ class Scheduler:
         self._on_admit = on_admit
         self._slots = self._all_slots()
         self._arrivals = 0
-        self.num_preempted = 0  # ever
-        self.waiting: list[Request] = []  # in line
-        self.running: list[Request] = []  # in line
-        self.held: dict[str, Request] = {}  # ended, but their pages are still asked about
+        self.num_preempted = 0  # in total
+        self.waiting: list[RequestState] = []  # in queue order
+        self.running: list[RequestState] = []  # in queue order
+        self.pinned: dict[str, RequestState] = {}  # finished requests that keep their pages, by id
 
     @property
     def num_requests(self) -> int:
-        """Waiting and running together."""
+        """Number of waiting and running requests."""
         return len(self.waiting) + len(self.running)
 
-    def add(self, request: Request) -> None:
-        """Puts a request in line."""
+    def add(self, request: RequestState) -> None:
+        """Queue a request."""
         request.arrival = self._arrivals
         self._arrivals += 1
         request.max_chosen = min(request.params.max_tokens, self._max_model_len - len(request.prompt_token_ids))
         if request.params.prompt is not None:
             request.num_scored = request.params.prompt.start - 1
-        insort(self.waiting, request, key=_place_in_line)
+        insort(self.waiting, request, key=_queue_order)
 
-    def find(self, request_id: str) -> Request | None:
-        """The request of that id that waits, runs or is held."""
+    def find(self, request_id: str) -> RequestState | None:
+        """The waiting, running or pinned request with this id."""
         unfinished = (r for r in (*self.running, *self.waiting) if r.id == request_id)
-        return next(unfinished, self.held.get(request_id))
+        return next(unfinished, self.pinned.get(request_id))
 
     def must_preempt(self) -> bool:
-        """Whether the next schedule() would preempt. Tokens on their way must be read before it may."""
-        wanted = sum(_missing_pages(request, request.num_tokens) for request in self._decoding())
-        return wanted > self._pool.num_free
+        """True if the next schedule() would preempt; tokens in flight must be read before."""
+        missing = sum(_missing_pages(request, request.num_tokens) for request in self._decoding())
+        return missing > self._pool.num_free
 
     def schedule(self) -> Schedule:
-        """Picks the next step's work and gives it its pages."""
+        """Plan the next step and allocate its pages."""
         for request in self._decoding():
-            if request.status is RequestStatus.DECODE:  # else one before it in line has taken its pages by now
+            if request.status is RequestStatus.DECODE:  # not preempted by an earlier one
                 self._reserve_or_preempt(request)
         schedule = Schedule()
         self._plan_prompts(schedule, self._max_num_batched_tokens - len(self._decoding()))
@@ -114,115 +114,115 @@ class Scheduler:
             schedule.decodes.append(request)
         return schedule
 
-    def register_pages(self, request: Request) -> None:
-        """Makes those of its pages known that are full of tokens that the host knows."""
+    def register_pages(self, request: RequestState) -> None:
+        """Register the pages that are full of tokens known to the host."""
         full = min(request.num_computed, _known_tokens(request)) // PAGE_SIZE
         _extend_hashes(request, full)
         for index in range(request.num_registered, full):
             self._pool.register(request.pages[index], request.hashes[index])
         request.num_registered = max(request.num_registered, full)
 
-    def finish(self, request: Request, *, hold: bool = False) -> None:
-        """Takes a request out, wherever it stands, and frees its pages; `hold` keeps them until the next finish()."""
+    def finish(self, request: RequestState, *, pin: bool = False) -> None:
+        """Remove a request in any state and deallocate its pages; `pin` keeps them until the next finish()."""
         if request in self.running:
             self.running.remove(request)
             self._slots.append(request.slot)
         elif request.status is RequestStatus.WAITING:
             self.waiting.remove(request)
-        self.held.pop(request.id, None)
+        self.pinned.pop(request.id, None)
         request.status = RequestStatus.FINISHED
-        if hold:
-            self.held[request.id] = request
+        if pin:
+            self.pinned[request.id] = request
         else:
             self._release(request)
 
-    def end_all(self) -> list[Request]:
-        """Takes out whatever holds a page, and opens new books; the requests that ran. Those that wait stay.
+    def reset(self) -> list[RequestState]:
+        """Free all pages and slots, and return the requests that were running. Waiting requests stay.
 
-        It does not go by the old books: they may be what is wrong.
+        Does not rely on the current bookkeeping, which may be the cause of the failure.
         """
-        running, held = self.running, list(self.held.values())
-        self.running, self.held = [], {}
-        for request in (*running, *held):
+        running, pinned = self.running, list(self.pinned.values())
+        self.running, self.pinned = [], {}
+        for request in (*running, *pinned):
             request.status, request.pages, request.num_registered = RequestStatus.FINISHED, [], 0
         self._slots = self._all_slots()
         self._pool.clear()
         return running
 
     def check(self) -> None:
-        """Raises AssertionError unless pages and slots add up."""
-        holders = (*self.running, *self.waiting, *self.held.values())
-        self._pool.check(page for request in holders for page in request.pages)
+        """Raise AssertionError if page references or slots are inconsistent."""
+        requests = (*self.running, *self.waiting, *self.pinned.values())
+        self._pool.check(page for request in requests for page in request.pages)
         if sorted([*self._slots, *(request.slot for request in self.running)]) != list(range(self._max_num_seqs)):
-            raise AssertionError("free and used slots are not all slots")
+            raise AssertionError("free and used slots do not add up to all slots")
 
     def _all_slots(self) -> list[int]:
         return list(reversed(range(self._max_num_seqs)))
 
-    def _decoding(self) -> list[Request]:
-        """Running requests that will choose one more token, in line."""
+    def _decoding(self) -> list[RequestState]:
+        """Running requests that will generate another token, in queue order."""
         return [r for r in self.running if r.status is RequestStatus.DECODE and r.num_chosen < r.max_chosen]
 
     def _plan_prompts(self, schedule: Schedule, budget: int) -> None:
-        """Chunks of prompts within a budget of tokens, padding included, and rows to be scored within one chunk's."""
+        """Plan prompt chunks within a budget of tokens, including padding, and at most one chunk of rows to score."""
         rows = self._chunks[-1]
         planned: set[str] = set()
         while (request := self._next_prompt(planned, budget)) is not None:
             planned.add(request.id)
-            left = request.prefill_end - request.num_computed
-            fitting = [chunk for chunk in self._chunks if chunk <= budget]
-            if left > 0 and fitting:
-                length = min(left, fitting[-1])
+            remaining = request.prefill_end - request.num_computed
+            chunks = [chunk for chunk in self._chunks if chunk <= budget]
+            if remaining > 0 and chunks:
+                length = min(remaining, chunks[-1])
                 schedule.prefills.append(PrefillWork(request, request.num_computed, length))
                 budget -= bucket(self._chunks, length)
                 request.num_computed += length
                 self.register_pages(request)
             rows -= self._plan_scores(schedule, request, rows)
 
-    def _plan_scores(self, schedule: Schedule, request: Request, most: int) -> int:
+    def _plan_scores(self, schedule: Schedule, request: RequestState, max_rows: int) -> int:
         start = request.num_scored
-        end = min(_rows_to_score(request), request.num_computed, start + most)
+        end = min(_num_rows(request), request.num_computed, start + max_rows)
         if end <= start:
             return 0
         schedule.scores.append(ScoreWork(request, start, end))
         request.num_scored = end
         return end - start
 
-    def _next_prompt(self, planned: set[str], budget: int) -> Request | None:
-        """The next in line with a prompt to work on: one that runs, or else one that can be admitted.
+    def _next_prompt(self, planned: set[str], budget: int) -> RequestState | None:
+        """The next request with an unfinished prompt: a running one, otherwise one that can be admitted.
 
-        Nobody is admitted beside a prompt that is not computed to its end: a newcomer that begins alike shall find all
-        of its pages.
+        No request is admitted while a prompt is partly computed: a request with the same prefix must find all of its
+        pages.
         """
-        prompts = [request for request in self.running if request.status is RequestStatus.PREFILL]
-        for request in prompts:
+        prefilling = [request for request in self.running if request.status is RequestStatus.PREFILL]
+        for request in prefilling:
             if request.id not in planned:
                 return request
-        if budget < self._chunks[0] or any(request.num_computed < request.prefill_end for request in prompts):
+        if budget < self._chunks[0] or any(request.num_computed < request.prefill_end for request in prefilling):
             return None
         return self._admit()
 
-    def _admit(self) -> Request | None:
-        """Lets the first in line run if there is a slot and pages for all its tokens so far, else nobody.
+    def _admit(self) -> RequestState | None:
+        """Admit the first waiting request if there are a slot and pages for all its tokens so far.
 
-        While others run, a page for each of them is left over, or they would soon preempt the newcomer.
+        One page for each running request stays free: otherwise these would soon preempt it.
         """
         if not self.waiting or not self._slots:
             return None
         request = self.waiting[0]
         _extend_hashes(request, request.prefill_end // PAGE_SIZE)
         cached = self._pool.find(request.hashes[: request.prefill_end // PAGE_SIZE])
-        wanted = -(-(request.num_tokens if request.max_chosen else request.prefill_end) // PAGE_SIZE)
-        if wanted - len(cached) + self._pool.num_idle(cached) + len(self.running) > self._pool.num_free:
+        needed = -(-(request.num_tokens if request.max_chosen else request.prefill_end) // PAGE_SIZE)
+        if needed - len(cached) + self._pool.num_unreferenced(cached) + len(self.running) > self._pool.num_free:
             return None
-        self._pool.hold(cached)
-        taken = self._pool.take(wanted - len(cached))
-        assert taken is not None
+        self._pool.share(cached)
+        allocated = self._pool.allocate(needed - len(cached))
+        assert allocated is not None
         self.waiting.pop(0)
-        insort(self.running, request, key=_place_in_line)
+        insort(self.running, request, key=_queue_order)
         request.status = RequestStatus.PREFILL
         request.slot = self._slots.pop()
-        request.pages = cached + taken
+        request.pages = cached + allocated
         request.num_registered = len(cached)
         request.num_computed = len(cached) * PAGE_SIZE
         if request.num_cached is None:
@@ -230,63 +230,63 @@ class Scheduler:
         self._on_admit(request)
         return request
 
-    def _end_prompt(self, request: Request, schedule: Schedule) -> None:
+    def _end_prompt(self, request: RequestState, schedule: Schedule) -> None:
         if request.max_chosen:
             request.status = RequestStatus.DECODE
-            schedule.begun.append(request)
+            schedule.started.append(request)
         else:
             request.status = RequestStatus.SCORED
             schedule.scored.append(request)
 
-    def _reserve_or_preempt(self, request: Request) -> None:
-        """Makes room for the request's next token, from the last in line if need be, which may be itself."""
+    def _reserve_or_preempt(self, request: RequestState) -> None:
+        """Allocate a page for the request's next token, preempting the last in queue order, or itself, if necessary."""
         while request.status is RequestStatus.DECODE:
-            pages = self._pool.take(_missing_pages(request, request.num_tokens))
+            pages = self._pool.allocate(_missing_pages(request, request.num_tokens))
             if pages is not None:
                 request.pages += pages
                 return
             self._preempt(next(r for r in reversed(self.running) if r.status is not RequestStatus.SCORED))
 
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, request: RequestState) -> None:
         self._release(request)
         self.running.remove(request)
         self._slots.append(request.slot)
         request.num_computed = 0
         request.status = RequestStatus.WAITING
         self.num_preempted += 1
-        insort(self.waiting, request, key=_place_in_line)
+        insort(self.waiting, request, key=_queue_order)
 
-    def _release(self, request: Request) -> None:
-        self._pool.give_back(request.pages)
+    def _release(self, request: RequestState) -> None:
+        self._pool.deallocate(request.pages)
         request.pages, request.num_registered = [], 0
 
 
-def _place_in_line(request: Request) -> tuple[int, int]:
-    return request.priority, request.arrival
+def _queue_order(state: RequestState) -> tuple[int, int]:
+    return state.request.priority, state.arrival
 
 
-def _known_tokens(request: Request) -> int:
+def _known_tokens(request: RequestState) -> int:
     return len(request.prompt_token_ids) + len(request.output_token_ids)
 
 
-def _missing_pages(request: Request, tokens: int) -> int:
-    """Pages that the request lacks to hold so many tokens."""
+def _missing_pages(request: RequestState, tokens: int) -> int:
+    """Number of pages to allocate for the request to have `tokens` tokens."""
     return max(0, -(-tokens // PAGE_SIZE) - len(request.pages))
 
 
-def _rows_to_score(request: Request) -> int:
-    """Where the rows that are asked for end; num_scored begins with the first of them."""
+def _num_rows(request: RequestState) -> int:
+    """Number of rows of prompt_scores that must be filled."""
     scoring = request.params.prompt
     return 0 if scoring is None or scoring.whole else len(request.prompt_token_ids) - 1
 
 
-def _prompt_is_done(request: Request) -> bool:
-    return request.num_computed >= request.prefill_end and request.num_scored >= _rows_to_score(request)
+def _prompt_is_done(request: RequestState) -> bool:
+    return request.num_computed >= request.prefill_end and request.num_scored >= _num_rows(request)
 
 
-def _extend_hashes(request: Request, pages: int) -> None:
-    """The chained hashes of the request's first `pages` pages."""
+def _extend_hashes(request: RequestState, pages: int) -> None:
+    """Compute the chained hashes of the request's first `pages` pages."""
     while (index := len(request.hashes)) < pages:
-        before = request.hashes[-1] if index else root_hash(request.cache_salt)
+        parent = request.hashes[-1] if index else root_hash(request.request.cache_salt)
         tokens = request.tokens(index * PAGE_SIZE, (index + 1) * PAGE_SIZE)
-        request.hashes.append(page_hash(before, tokens))
+        request.hashes.append(page_hash(parent, tokens))

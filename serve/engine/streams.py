@@ -1,4 +1,4 @@
-"""Streams: what the engine's thread and the event loops share, behind one lock: who waits for whose events."""
+"""Streams: state shared by the engine's thread and the event loops, behind one lock."""
 
 import asyncio
 import contextlib
@@ -11,182 +11,177 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.engine.client import RequestHandle
 from serve.engine.core import Emitted
-from serve.engine.request import EngineStoppedError, FinishReason, Place, QueueFullError, TokenEvent, empty_scores
+from serve.engine.request import (
+    EngineOptions,
+    EngineStoppedError,
+    FinishReason,
+    QueueFullError,
+    TokenEvent,
+    empty_scores,
+)
 
-type _Delivery = list[tuple[asyncio.Queue[TokenEvent], TokenEvent]]
-
-
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """The way back to the loop that a request came from."""
-
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[TokenEvent]
-    tokens: int  # of the prompt
+type _Delivery = list[tuple[RequestHandle, TokenEvent]]
 
 
 @dataclass(eq=False, frozen=True, slots=True)
-class RowsWanted:
-    """A call of Engine.vocabulary() that waits for its answer."""
+class FullLogprobsCall:
+    """A pending call of Engine.full_logprobs()."""
 
     loop: asyncio.AbstractEventLoop
-    answer: asyncio.Future[NDArray[np.float32]]
+    result: asyncio.Future[NDArray[np.float32]]
     request_id: str
     start: int
     count: int
 
-    def tell(self, rows: NDArray[np.float32] | Exception) -> None:
-        """The answer; the first one counts. Any thread may call this."""
+    def resolve(self, result: NDArray[np.float32] | Exception) -> None:
+        """Set the result, unless there is one. Thread-safe."""
 
-        def tell() -> None:
-            if self.answer.done():
+        def resolve() -> None:
+            if self.result.done():
                 return
-            if isinstance(rows, Exception):
-                self.answer.set_exception(rows)
+            if isinstance(result, Exception):
+                self.result.set_exception(result)
             else:
-                self.answer.set_result(rows)
+                self.result.set_result(result)
 
-        with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens any more
-            self.loop.call_soon_threadsafe(tell)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.loop.call_soon_threadsafe(resolve)
 
 
 class Streams:
-    """Open streams, and requests that have ended and are held. Any thread may call any method."""
+    """Handles of unfinished requests, and leases on the pages of finished ones. All methods are thread-safe."""
 
-    def __init__(self, *, max_waiting: int, max_waiting_tokens: int | None, hold_seconds: float) -> None:
-        """See `Engine` for the limits."""
-        self._max_waiting = max_waiting
-        self._max_waiting_tokens = max_waiting_tokens
-        self._hold_seconds = hold_seconds
+    def __init__(self, options: EngineOptions) -> None:
+        self._options = options
         self._lock = threading.Lock()
-        self._open: dict[str, Stream] = {}
-        self._held: dict[str, float] = {}  # kept for Engine.vocabulary() until abort() or this monotonic time
-        self._leaving: set[str] = set()  # of the open ones, those that the engine is to end
-        self._asked: set[RowsWanted] = set()
+        self._open: dict[str, RequestHandle] = {}
+        self._aborting: set[str] = set()  # ids in _open that the engine is about to abort
+        self._leases: dict[str, float] = {}  # id of a pinned request -> expiry, time.monotonic()
+        self._calls: set[FullLogprobsCall] = set()
         self._closed = False
 
     def __len__(self) -> int:
-        return len(self._open) + len(self._held)
+        """Number of unfinished and pinned requests."""
+        return len(self._open) + len(self._leases)
 
-    def open(self, request_id: str, tokens: int, place: Place) -> Stream:
-        """A stream to the loop that runs now, for a prompt of so many tokens.
+    def open(self, handle: RequestHandle, *, bypass_limits: bool) -> None:
+        """Register a handle.
 
         Raises:
-            EngineStoppedError: all are closed.
-            QueueFullError: there are too many requests.
+            EngineStoppedError: the streams are closed.
+            QueueFullError: a limit of the queue is reached.
         """
-        stream = Stream(asyncio.get_running_loop(), asyncio.Queue(), tokens)
         with self._lock:
             if self._closed:
                 raise EngineStoppedError
-            if place is not Place.GIVEN:
-                self._check_room(tokens)
-            self._open[request_id] = stream
-        return stream
+            if not bypass_limits:
+                self._check_limits(len(handle.request.prompt_token_ids))
+            self._open[handle.request.id] = handle
 
-    def leave(self, request_id: str) -> bool:
-        """A request is to end: from now on its place in the queue is another's. False: there is no such request."""
+    def start_abort(self, request_id: str) -> bool:
+        """Free the request's place in the queue at once. Returns False for an unknown request."""
         with self._lock:
             if request_id in self._open:
-                self._leaving.add(request_id)
-            return request_id in self._open or request_id in self._held
+                self._aborting.add(request_id)
+            return request_id in self._open or request_id in self._leases
 
-    def deliver(self, emitted: Sequence[Emitted], held: Container[str]) -> None:
-        """Hands a step's events to the loops that wait for them: one call for each loop.
+    def deliver(self, emitted: Sequence[Emitted], pinned: Container[str]) -> None:
+        """Hand events to their handles, with one call per event loop.
 
         Args:
-            held: ids of requests that keep their pages when they have ended.
+            emitted: the events of a step.
+            pinned: ids of finished requests that keep their pages.
         """
         by_loop: dict[asyncio.AbstractEventLoop, _Delivery] = defaultdict(list)
         with self._lock:
-            for request, event in emitted:
+            for state, event in emitted:
                 if event.finish_reason is None:
-                    stream = self._open.get(request.id)
+                    handle = self._open.get(state.id)
                 else:
-                    stream = self._open.pop(request.id, None)
-                    self._leaving.discard(request.id)
-                    if stream is not None and request.id in held:
-                        self._held[request.id] = time.monotonic() + self._hold_seconds
-                if stream is not None:
-                    by_loop[stream.loop].append((stream.events, event))
+                    handle = self._open.pop(state.id, None)
+                    self._aborting.discard(state.id)
+                    if handle is not None and state.id in pinned:
+                        self._leases[state.id] = time.monotonic() + self._options.pin_seconds
+                if handle is not None:
+                    by_loop[handle.loop].append((handle, event))
         for loop, delivery in by_loop.items():
-            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(_put, delivery)
 
-    def release(self, request_id: str) -> None:
-        """Ends a hold."""
+    def end_lease(self, request_id: str) -> None:
+        """End a lease; harmless if there is none."""
         with self._lock:
-            self._held.pop(request_id, None)
+            self._leases.pop(request_id, None)
 
-    def hold_on(self, request_id: str) -> None:
-        """Somebody asked: a hold begins anew."""
+    def renew_lease(self, request_id: str) -> None:
+        """Restart the time of a lease, if there is one."""
         with self._lock:
-            if request_id in self._held:
-                self._held[request_id] = time.monotonic() + self._hold_seconds
+            if request_id in self._leases:
+                self._leases[request_id] = time.monotonic() + self._options.pin_seconds
 
-    def until_a_hold_ends(self) -> float | None:
-        """Seconds; None if nothing is held."""
+    def seconds_to_expiry(self) -> float | None:
+        """Time until the next lease expires; None without leases."""
         with self._lock:
-            ends = min(self._held.values(), default=None)
-        return None if ends is None else max(0.0, ends - time.monotonic())
+            expiry = min(self._leases.values(), default=None)
+        return None if expiry is None else max(0.0, expiry - time.monotonic())
 
-    def old_holds(self) -> list[str]:
-        """Those that nobody has asked for long enough."""
+    def expired_leases(self) -> list[str]:
+        """Ids of the requests whose lease has expired."""
         now = time.monotonic()
         with self._lock:
-            return [each for each, ends in self._held.items() if ends <= now]
+            return [request_id for request_id, expiry in self._leases.items() if expiry <= now]
 
     @contextlib.contextmanager
-    def asking(self, wanted: RowsWanted) -> Iterator[None]:
-        """For as long as a call waits for rows.
+    def pending(self, call: FullLogprobsCall) -> Iterator[None]:
+        """Register a call for the duration of the context: close() fails it.
 
         Raises:
-            EngineStoppedError: all are closed.
+            EngineStoppedError: the streams are closed.
         """
         with self._lock:
             if self._closed:
                 raise EngineStoppedError
-            self._asked.add(wanted)
+            self._calls.add(call)
         try:
             yield
         finally:
             with self._lock:
-                self._asked.discard(wanted)
+                self._calls.discard(call)
 
     def close(self, *, failed: bool) -> None:
-        """Nobody is left waiting: every open stream and call for rows ends, and no other is taken.
+        """Finish every open stream and pending call, and accept no more.
 
         Args:
-            failed: they end with an error; else they are told that the engine was stopped.
+            failed: finish the streams with an error; otherwise their iteration raises EngineStoppedError.
         """
         with self._lock:
             self._closed = True
-            streams, asked = list(self._open.values()), list(self._asked)
+            handles, calls = list(self._open.values()), list(self._calls)
             self._open.clear()
-            self._leaving.clear()
-            self._held.clear()
-        for stream in streams:
+            self._aborting.clear()
+            self._leases.clear()
+        for handle in handles:
             event = TokenEvent([], empty_scores(0, 0), FinishReason.ABORT, stopped=True)
             if failed:
                 event = TokenEvent([], empty_scores(0, 0), FinishReason.ERROR, error="the engine has stopped")
-            with contextlib.suppress(RuntimeError):
-                stream.loop.call_soon_threadsafe(stream.events.put_nowait, event)
-        for wanted in asked:
-            wanted.tell(EngineStoppedError())
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                handle.loop.call_soon_threadsafe(handle.events.put_nowait, event)
+        for call in calls:
+            call.resolve(EngineStoppedError())
 
-    def _check_room(self, tokens: int) -> None:
-        if len(self) - len(self._leaving) >= self._max_waiting:
+    def _check_limits(self, tokens: int) -> None:
+        if len(self) - len(self._aborting) >= self._options.max_num_queued_reqs:
             raise QueueFullError("max_num_queued_reqs")
-        if self._max_waiting_tokens is not None and self._too_many_tokens(tokens, self._max_waiting_tokens):
+        limit = self._options.max_num_queued_tokens
+        if limit is None:
+            return
+        queued = [len(h.request.prompt_token_ids) for name, h in self._open.items() if name not in self._aborting]
+        if queued and sum(queued) + tokens > limit:  # with an empty queue, a prompt above the limit is admitted
             raise QueueFullError("max_num_queued_tokens")
-
-    def _too_many_tokens(self, more: int, most: int) -> bool:
-        """Whether a prompt has to wait; one that is too long for the limit alone may come when nothing else is here."""
-        waiting = [stream.tokens for name, stream in self._open.items() if name not in self._leaving]
-        return bool(waiting) and sum(waiting) + more > most
 
 
 def _put(delivery: _Delivery) -> None:
-    for events, event in delivery:
-        events.put_nowait(event)
+    for handle, event in delivery:
+        handle.events.put_nowait(event)

@@ -27,7 +27,7 @@ from serve.config.config import EngineConfig
 from serve.config.generation_config import GenerationDefaults
 from serve.engine.engine import Engine
 from serve.engine.observer import Observer
-from serve.engine.request import EngineLimits
+from serve.engine.request import EngineLimits, EngineOptions
 from serve.server.console import Reporter
 from serve.server.memory_plan import MemoryPlan, PlanError, free_memory, plan_memory
 from serve.server.model_files import ModelFiles, StartupError, open_model
@@ -68,16 +68,14 @@ class Loaded:
     def start_engine(self, observer: Observer | None = None) -> Engine:
         """Start an engine on the model."""
         config = self.config
-        engine = Engine(
-            self.runner,
-            self.limits,
-            max_waiting=config.max_num_queued_reqs,
+        options = EngineOptions(
             max_num_batched_tokens=config.batched_tokens,
-            prefix_caching=config.enable_prefix_caching,
-            max_waiting_tokens=config.max_num_queued_tokens,
+            max_num_queued_reqs=config.max_num_queued_reqs,
+            max_num_queued_tokens=config.max_num_queued_tokens,
+            enable_prefix_caching=config.enable_prefix_caching,
             seed=config.seed,
-            observer=observer,
         )
+        engine = Engine(self.runner, self.limits, options, observer)
         engine.start()
         return engine
 

@@ -123,11 +123,11 @@ async def test_nan_logprob_is_500() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_unexpected_exception_is_500(server: Server, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def submit(_: object) -> None:
+    def admit(*_: object, **__: object) -> None:
         raise RuntimeError("the secret")
 
     with monkeypatch.context() as patch:
-        patch.setattr(server.engine, "submit", submit)
+        patch.setattr(server.engine, "admit", admit)
         response = await server.post(CHAT, chat_body(stream=stream))
     error = error_of(response, 500)
     assert (error["type"], error["param"]) == ("server_error", None)

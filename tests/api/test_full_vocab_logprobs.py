@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from serve.api.errors import APIError
 from serve.api.full_vocab_logprobs import RowWriter
 from serve.api.json_stream import Hole, make_body
-from serve.engine.request import QueueFullError, Request, TokenEvent, TokenScores
+from serve.engine.client import RequestHandle
+from serve.engine.request import QueueFullError, Request, TokenScores
 from tests.support.fake_runner import K, hidden_after
 from tests.support.http_client import (
     VOCAB_SIZE,
@@ -233,14 +234,14 @@ async def test_full_rows_stream_fails(fresh_server: Server) -> None:
 async def test_full_rows_with_full_queue(
     server: Server, path: str, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    submit = server.engine.submit
+    admit = server.engine.admit
 
-    def full(request: Request) -> AsyncGenerator[TokenEvent]:
+    def full(request: Request, *, bypass_limits: bool = False) -> RequestHandle:
         if request.params.prompt is not None and request.params.prompt.whole:
             raise QueueFullError("max_num_queued_reqs")
-        return submit(request)
+        return admit(request, bypass_limits=bypass_limits)
 
-    monkeypatch.setattr(server.engine, "submit", full)
+    monkeypatch.setattr(server.engine, "admit", full)
     response = await server.post(path, body_of(path, prompt_logprobs=-1, max_tokens=1, stream=stream))
     assert error_of(response, 429)["code"] == "rate_limit_exceeded"
     assert response.headers["retry-after"] == "1"

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from serve.api.errors import APIError
-from serve.api.merging import merge
+from serve.api.generation import merge
 from serve.api.middleware import Readiness
-from serve.engine.request import FinishReason, Place, Request, SamplingParams
+from serve.engine.request import FinishReason, QueueFullError, Request, SamplingParams
 from serve.text.detokenizer import StopStrings
 from tests.support.http_client import (
     CHAT,
@@ -55,7 +55,7 @@ async def test_queue_timeout_is_503(path: str, stream: bool) -> None:
 async def ended(server: Server, name: str) -> FinishReason | None:
     """Runs a long request that no limit is set for; why it ended."""
     params = SamplingParams(4000, temperature=0)
-    return [event.finish_reason async for event in server.engine.submit(Request(name, [1, 2], params))][-1]
+    return [event.finish_reason async for event in server.engine.admit(Request(name, [1, 2], params))][-1]
 
 
 async def test_queue_timeout_ignores_own_choices() -> None:
@@ -227,8 +227,8 @@ async def test_draining_refuses_new_and_finishes_running() -> None:
 async def test_merge_yields_deltas_before_failure() -> None:
     ended, failed = FakeChoice(0, 1), FakeChoice(1, 9)
     choices: list[Any] = [ended, failed]
-    nobody: Any = None
-    deltas = merge(choices, nobody, nobody, max_unread=8)
+    unused: Any = None
+    deltas = merge(choices, unused, unused, max_unread=8)
     read = [await anext(deltas)]
     async with asyncio.timeout(20):
         await failed.cut.wait()
@@ -239,15 +239,15 @@ async def test_merge_yields_deltas_before_failure() -> None:
 
     with pytest.raises(APIError, match="slowly"):
         await rest()
-    assert len(read) == 7  # all but the two that found no room
+    assert len(read) == 8  # as many as may wait
 
 
 async def test_merge_waiting_choices_run_concurrently_later() -> None:
     """A queue that was full once does not make them run one after the other for good."""
     room = Room(2)
     choices: list[Any] = [QueuedChoice(index, room) for index in range(12)]
-    nobody: Any = None
-    read = asyncio.create_task(collected(merge(choices, nobody, nobody)))
+    unused: Any = None
+    read = asyncio.create_task(collected(merge(choices, unused, unused)))
     async with asyncio.timeout(20):
         await room.is_full()
         room.places = 5
@@ -266,8 +266,8 @@ async def test_merge_waiting_choices_keep_order() -> None:
     """Though there is room again before the next one asks."""
     room = Room(1, grows=True)
     choices: list[Any] = [QueuedChoice(index, room) for index in range(6)]
-    nobody: Any = None
-    read = asyncio.create_task(collected(merge(choices, nobody, nobody)))
+    unused: Any = None
+    read = asyncio.create_task(collected(merge(choices, unused, unused)))
     async with asyncio.timeout(20):
         while not room.entered:
             await asyncio.sleep(0)
@@ -281,10 +281,10 @@ async def collected(deltas: AsyncGenerator[Any]) -> list[Any]:
 
 
 class Room:
-    """A queue of so many places."""
+    """A queue with a number of places."""
 
     def __init__(self, places: int, *, grows: bool = False) -> None:
-        """`grows`: there is one place more after each refusal, as when somebody else has left."""
+        """`grows`: there is one more place after each refusal, as if another client had left."""
         self.places, self.running, self.most = places, 0, 0
         self.entered: list[int] = []
         self.ended: list[int] = []
@@ -301,17 +301,17 @@ class Room:
         """So many may have ended."""
         self._may_end = count
 
-    def refuses(self) -> bool:
-        """Whether all places are taken."""
-        full = self.running >= self.places
-        self.places += full and self._grows
-        return full
-
-    async def stay(self, index: int) -> None:
-        """Until it may end."""
+    def enter(self, index: int, *, bypass_limits: bool) -> None:
+        """Take a place, or raise QueueFullError."""
+        if self.running >= self.places and not bypass_limits:
+            self.places += self._grows
+            raise QueueFullError("max_num_queued_reqs")
         self.entered.append(index)
         self.running += 1
         self.most = max(self.most, self.running)
+
+    async def stay(self, index: int) -> None:
+        """Until it may end."""
         while self._may_end <= index:
             await asyncio.sleep(0)
         self.running -= 1
@@ -323,13 +323,17 @@ class QueuedChoice:
 
     def __init__(self, index: int, room: Room) -> None:
         self.prompt_index, self.first = index, True
-        self.request = Request(str(index), [1], SamplingParams(1))
         self._index, self._room = index, room
 
-    async def deltas(self, *_: object) -> AsyncGenerator[int]:
-        """As `Choice.deltas`."""
-        if self.request.place is not Place.GIVEN and self._room.refuses():
-            raise APIError(429, "full", None, "rate_limit_exceeded")
+    def admit(self, _: object, *, bypass_limits: bool) -> None:
+        """See `Choice`."""
+        self._room.enter(self._index, bypass_limits=bypass_limits)
+
+    def abort(self) -> None:
+        """See `Choice`."""
+
+    async def deltas(self, _: object) -> AsyncGenerator[int]:
+        """See `Choice`."""
         await self._room.stay(self._index)
         yield self._index
 
@@ -337,11 +341,12 @@ class QueuedChoice:
 async def test_merge_failure_ends_other_choices() -> None:
     endless, failed = FakeChoice(0, None), FakeChoice(1, 3, RuntimeError("no"))
     choices: list[Any] = [endless, failed]
-    nobody: Any = None
+    unused: Any = None
     with pytest.raises(RuntimeError, match="no"):
-        async for _ in merge(choices, nobody, nobody):
+        async for _ in merge(choices, unused, unused):
             pass
     assert endless.cut.is_set()
+    assert endless.aborted
 
 
 class FakeChoice:
@@ -349,11 +354,18 @@ class FakeChoice:
 
     def __init__(self, prompt_index: int, count: int | None, error: Exception | None = None) -> None:
         self.prompt_index, self.first = prompt_index, True
-        self.request = Request(str(prompt_index), [1], SamplingParams(1))
         self._count, self._error = count, error
         self.cut = asyncio.Event()
+        self.aborted = False
 
-    async def deltas(self, *_: object) -> AsyncGenerator[int]:
+    def admit(self, _: object, *, bypass_limits: bool) -> None:
+        """See `Choice`."""
+
+    def abort(self) -> None:
+        """See `Choice`."""
+        self.aborted = True
+
+    async def deltas(self, _: object) -> AsyncGenerator[int]:
         """Numbers stand for them."""
         try:
             for number in range(self._count or 0):
@@ -374,7 +386,7 @@ async def test_stop_strings_prepared_once_per_request(monkeypatch: pytest.Monkey
             made.append(len(stop))
             super().__init__(stop)
 
-    monkeypatch.setattr("serve.api.generation.StopStrings", Counted)
+    monkeypatch.setattr("serve.api.job.StopStrings", Counted)
     async with serving() as server:
         answer = await server.complete(prompt=["a", "b"], n=4, stop=["l", "xyz"])
     assert [choice["text"] for choice in answer["choices"]] == ["He"] * 8

@@ -1,6 +1,5 @@
 """Which numbers are told: a suffix of the prompt, ids that the request names, and as many as there are tokens."""
 
-from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
@@ -8,16 +7,19 @@ import numpy as np
 import pytest
 
 from compiled.state import MAX_REQUESTED_IDS
-from serve.engine.request import FinishReason, PromptScoring, Request, SamplingParams, TokenEvent, TokenScores
+from serve.engine.client import RequestHandle
+from serve.engine.request import FinishReason, PromptScoring, SamplingParams, TokenEvent, TokenScores
 from tests.support.fake_runner import MAX_MODEL_LEN, K, expected_outcome
 from tests.support.http_client import (
     VOCAB_SIZE,
     Server,
+    alter_events,
     body_of,
     chunks_of,
     completion_body,
     error_of,
     submitted,
+    wrap_admit,
 )
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -246,58 +248,57 @@ def with_nan(scores: TokenScores | None) -> TokenScores | None:
 @pytest.mark.parametrize("broken", [shorter, fewer, with_nan, lambda _: None])
 @PATHS
 @STREAMS
-async def test_prompt_logprobs_missing_is_500(
-    server: Server, path: str, stream: bool, broken: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_prompt_logprobs_missing_is_500(fresh_server: Server, path: str, stream: bool, broken: Any) -> None:
     """Whatever the engine loses, no list is silently too short."""
-    submit = server.engine.submit
-
-    async def lossy(request: Request) -> AsyncGenerator[TokenEvent]:
-        async for event in submit(request):
-            yield replace(event, prompt_scores=broken(event.prompt_scores))
-
-    monkeypatch.setattr(server.engine, "submit", lossy)
-    response = await server.post(path, body_of(path, prompt_logprobs=2, stream=stream))
+    alter_events(fresh_server, lambda event: replace(event, prompt_scores=broken(event.prompt_scores)))
+    response = await fresh_server.post(path, body_of(path, prompt_logprobs=2, stream=stream))
     assert error_of(response, 500)["code"] == "engine_error"
     if path == COMPLETIONS:
-        response = await server.post(path, completion_body(echo=True, logprobs=2, stream=stream))
+        response = await fresh_server.post(path, completion_body(echo=True, logprobs=2, stream=stream))
         assert error_of(response, 500)["code"] == "engine_error"
 
 
 @pytest.mark.parametrize("broken", [shorter, fewer, with_nan])
 @PATHS
 @STREAMS
-async def test_logprobs_missing_is_500(
-    server: Server, path: str, stream: bool, broken: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    submit = server.engine.submit
-
-    async def lossy(request: Request) -> AsyncGenerator[TokenEvent]:
-        async for event in submit(request):
-            yield replace(event, scores=broken(event.scores)) if event.finish_reason is None else event
-
-    monkeypatch.setattr(server.engine, "submit", lossy)
+async def test_logprobs_missing_is_500(fresh_server: Server, path: str, stream: bool, broken: Any) -> None:
+    alter_events(
+        fresh_server,
+        lambda event: replace(event, scores=broken(event.scores)) if event.finish_reason is None else event,
+    )
     fields = {"logprobs": True, "top_logprobs": 2} if path == CHAT else {"logprobs": 2}
-    response = await server.post(path, body_of(path, **fields, stream=stream))
+    response = await fresh_server.post(path, body_of(path, **fields, stream=stream))
     if path == CHAT and stream:  # the chunk that tells the role has been sent
         assert '"engine_error"' in response.text
     else:
         assert error_of(response, 500)["code"] == "engine_error"
 
 
-async def test_prompt_logprobs_early_end_frees_pages(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's events are closed, whatever is made of them."""
-    closed = []
+class EndlessHandle(RequestHandle):
+    """Gives the same token for ever and records how it is aborted."""
 
-    async def endless(_: Request) -> AsyncGenerator[TokenEvent]:
+    aborted: list[FinishReason]
+
+    def abort(self, reason: FinishReason = FinishReason.ABORT) -> None:
+        self.aborted.append(reason)
+        super().abort(reason)
+
+    async def __anext__(self) -> TokenEvent:
         scores = TokenScores(*(np.zeros((1, *shape), np.int32) for shape in ((), (), (K,), (K,), (K,))))
-        try:
-            while True:
-                yield TokenEvent([72], scores)
-        finally:
-            closed.append(FinishReason.ABORT)
+        return TokenEvent([72], scores)
 
-    monkeypatch.setattr(server.engine, "submit", endless)
-    answer = await server.complete(stop="HHH")
+
+async def test_prompt_logprobs_early_end_frees_pages(fresh_server: Server) -> None:
+    """The request is aborted in the engine, for the reason that the text ended."""
+    aborted: list[FinishReason] = []
+
+    def endless(handle: RequestHandle) -> RequestHandle:
+        result = EndlessHandle(handle._engine, handle._state)
+        result.aborted = aborted
+        return result
+
+    wrap_admit(fresh_server, endless)
+    answer = await fresh_server.complete(stop="HHH")
     assert answer["choices"][0]["finish_reason"] == "stop"
-    assert closed == [FinishReason.ABORT]
+    assert aborted[0] is FinishReason.STOP
+    await fresh_server.assert_idle()

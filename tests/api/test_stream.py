@@ -1,18 +1,18 @@
 """Streams say what whole answers say, token by token."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from serve.engine.request import Request, TokenEvent, empty_scores
+from serve.engine.request import TokenEvent, empty_scores
 from tests.support.fake_runner import K
 from tests.support.http_client import (
     END,
     Connection,
     Gate,
     Server,
+    alter_events,
     body_of,
     chunks_of,
     events_of,
@@ -151,18 +151,15 @@ async def test_stream_stop_string_prefix_held_back(server: Server) -> None:
     assert [len(choice["logprobs"]["content"]) for choice in choices] == [1] * 6
 
 
-async def test_stream_event_of_several_tokens(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def submit(_: Request) -> AsyncIterator[TokenEvent]:
-        scores = empty_scores(5, K)
-        scores.logprob[:] = scores.top_logprobs[:] = -1
-        yield TokenEvent(list(b"Hello"), scores)
-
-    monkeypatch.setattr(server.engine, "submit", submit)
-    choices = choices_of(await server.chat_stream(stop="el", logprobs=True, return_token_ids=True))[1:]
+async def test_stream_event_of_several_tokens(fresh_server: Server) -> None:
+    scores = empty_scores(5, K)
+    scores.logprob[:] = scores.top_logprobs[:] = -1
+    alter_events(fresh_server, lambda _: TokenEvent(list(b"Hello"), scores))
+    choices = choices_of(await fresh_server.chat_stream(stop="el", logprobs=True, return_token_ids=True))[1:]
     assert [text_of([choice]) for choice in choices] == ["H"]
     assert choices[0]["token_ids"] == list(b"Hel")
     assert [entry["token"] for entry in choices[0]["logprobs"]["content"]] == ["H", "e", "l"]
-    answer = await server.complete(stop="el", logprobs=0)
+    answer = await fresh_server.complete(stop="el", logprobs=0)
     assert answer["choices"][0]["logprobs"]["tokens"] == ["H", "e", "l"]
     assert answer["usage"]["completion_tokens"] == 3
 

@@ -20,8 +20,9 @@ from serve.cli.chat.conversation import Conversation, Prompter
 from serve.cli.chat.pieces import Piece
 from serve.cli.chat.screen import ChatScreen
 from serve.cli.chat.session import Session
+from serve.engine.client import RequestHandle
 from serve.engine.engine import Engine
-from serve.engine.request import EngineLimits, FinishReason, Request, SamplingParams
+from serve.engine.request import EngineLimits, EngineOptions, FinishReason, Request, SamplingParams
 from serve.text.chat import ChatFormat
 from tests.support.fake_runner import MAX_MODEL_LEN, K
 from tests.support.http_client import END, VOCAB_SIZE, ScriptedRunner, byte_tokenizer
@@ -53,7 +54,7 @@ def scripted_engine(script: Sequence[int]) -> tuple[Engine, ScriptedRunner]:
     limits = EngineLimits(
         MAX_MODEL_LEN, K, VOCAB_SIZE, (PAGES - 1) * PAGE_SIZE, MAX_REQUESTED_IDS, whole_vocabulary=False
     )
-    return Engine(runner, limits, max_waiting=2, max_num_batched_tokens=68), runner
+    return Engine(runner, limits, EngineOptions(max_num_batched_tokens=68, max_num_queued_reqs=2)), runner
 
 
 @contextmanager
@@ -83,13 +84,13 @@ def chatting(
     )
     chat = Chat(session, engine, runner, stream, complaints)
     session.put_back = chat.put_back.append
-    submit = engine.submit
+    admit = engine.admit
 
-    def noted(request: Request) -> object:
+    def record(request: Request, *, bypass_limits: bool = False) -> RequestHandle:
         chat.requests.append(request)
-        return submit(request)
+        return admit(request, bypass_limits=bypass_limits)
 
-    engine.submit = noted  # type: ignore[assignment, method-assign]
+    engine.admit = record  # type: ignore[method-assign]
     engine.start()
     try:
         yield chat

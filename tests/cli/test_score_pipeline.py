@@ -1,8 +1,9 @@
 """Many texts in the engine at once: in order, within bounds, each with its own failure."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import aclosing
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ from serve.cli.score.run import InFlight, Outcome, Pipeline, Work
 from serve.cli.score.source import Line
 from serve.cli.score.texts import Text
 from serve.cli.score.windows import Context
+from serve.engine.client import EngineClient, RequestHandle
 from serve.engine.request import EngineLimits, EngineStoppedError, FinishReason, Request, TokenEvent, empty_scores
+from serve.engine.request_state import RequestState
 
 K = 3
 
 
-class Engine:
+class FakeEngine:
     """Answers the request that came last first. A prompt's log-probs are minus its tokens.
 
     One that begins with 0 fails, with 1 finds the engine stopped, with 2 gets NaN.
@@ -29,30 +32,39 @@ class Engine:
         self.open: dict[str, Request] = {}
         self.most, self.most_tokens, self.all = 0, 0, 0
 
-    async def submit(self, request: Request) -> AsyncGenerator[TokenEvent]:
-        prompt = request.prompt_token_ids
-        if prompt[0] == 1:
+    def admit(self, request: Request) -> RequestHandle:
+        if request.prompt_token_ids[0] == 1:
             raise EngineStoppedError
         self.open[request.id] = request
         self.all += 1
         self.most = max(self.most, len(self.open))
         self.most_tokens = max(self.most_tokens, sum(len(each.prompt_token_ids) for each in self.open.values()))
-        try:
-            while next(reversed(self.open)) != request.id:
-                await asyncio.sleep(0)
-            for _ in range(20):
-                await asyncio.sleep(0)
-            if prompt[0] == 0:
-                yield TokenEvent([], empty_scores(0, 0), FinishReason.ERROR, error="it broke")
-                return
-            scores = empty_scores(len(prompt) - 1, K)
-            scores.logprob[:] = -np.asarray(prompt[1:], np.float32)
-            scores.top_logprobs[:] = 0
-            if prompt[0] == 2:
-                scores.logprob[-1] = np.nan
-            yield TokenEvent([], empty_scores(0, 0), FinishReason.LENGTH, prompt_scores=scores)
-        finally:
-            del self.open[request.id]
+        return FakeHandle(cast("EngineClient", self), RequestState(request))
+
+    def abort(self, request_id: str, _: FinishReason) -> None:
+        del self.open[request_id]
+
+    async def answer(self, request: Request) -> TokenEvent:
+        prompt = request.prompt_token_ids
+        while next(reversed(self.open)) != request.id:
+            await asyncio.sleep(0)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        if prompt[0] == 0:
+            return TokenEvent([], empty_scores(0, 0), FinishReason.ERROR, error="it broke")
+        scores = empty_scores(len(prompt) - 1, K)
+        scores.logprob[:] = -np.asarray(prompt[1:], np.float32)
+        scores.top_logprobs[:] = 0
+        if prompt[0] == 2:
+            scores.logprob[-1] = np.nan
+        return TokenEvent([], empty_scores(0, 0), FinishReason.LENGTH, prompt_scores=scores)
+
+
+class FakeHandle(RequestHandle):
+    async def __anext__(self) -> TokenEvent:
+        engine: Any = self._engine
+        event: TokenEvent = await engine.answer(self.request)
+        return event
 
 
 def works(texts: Sequence[list[int]], taken: list[int], size: int = 1000) -> Iterator[Work]:
@@ -66,11 +78,11 @@ def works(texts: Sequence[list[int]], taken: list[int], size: int = 1000) -> Ite
             yield Work(line, error="it is empty")
 
 
-async def outcomes(engine: Engine, texts: Sequence[list[int]], bounds: InFlight, size: int = 1000) -> list[Outcome]:
+async def outcomes(engine: FakeEngine, texts: Sequence[list[int]], bounds: InFlight, size: int = 1000) -> list[Outcome]:
     """All outcomes; fails if more is read ahead than the bounds allow."""
     taken: list[int] = []
     found: list[Outcome] = []
-    async with aclosing(Pipeline(engine, bounds, 2).outcomes(works(texts, taken, size))) as each:
+    async with aclosing(Pipeline(cast("EngineClient", engine), bounds, 2).outcomes(works(texts, taken, size))) as each:
         async for outcome in each:
             found.append(outcome)
             assert len(taken) - len(found) <= bounds.requests
@@ -82,7 +94,7 @@ def texts_of(count: int) -> list[list[int]]:
 
 
 async def test_results_come_in_order_from_many_at_once() -> None:
-    engine, texts = Engine(), texts_of(50)
+    engine, texts = FakeEngine(), texts_of(50)
     found = await outcomes(engine, texts, InFlight(requests=8, tokens=1000))
     assert [outcome.work.line.number for outcome in found] == list(range(1, 51))
     for text, outcome in zip(texts, found, strict=True):
@@ -94,18 +106,18 @@ async def test_results_come_in_order_from_many_at_once() -> None:
 
 
 async def test_tokens_bound_what_is_in_flight_and_a_longer_text_is_alone() -> None:
-    engine = Engine()
+    engine = FakeEngine()
     texts = [*texts_of(20), [3] * 70, *texts_of(20)]
     found = await outcomes(engine, texts, InFlight(requests=8, tokens=20))
     assert len(found) == 41
     assert engine.most_tokens == 70
-    small = Engine()
+    small = FakeEngine()
     await outcomes(small, texts_of(40), InFlight(requests=8, tokens=20))
     assert 10 < small.most_tokens <= 20
 
 
 async def test_windows_of_a_long_text_share_the_bound() -> None:
-    engine, text = Engine(), [3, *range(4, 500)]
+    engine, text = FakeEngine(), [3, *range(4, 500)]
     [long, short] = await outcomes(engine, [text, [3, 4]], InFlight(requests=4, tokens=1000), size=20)
     assert long.scores is not None
     assert (-long.scores.logprob).tolist() == text[1:]
@@ -115,7 +127,7 @@ async def test_windows_of_a_long_text_share_the_bound() -> None:
 
 
 async def test_one_tokens_text_asks_nothing() -> None:
-    engine = Engine()
+    engine = FakeEngine()
     [outcome] = await outcomes(engine, [[5]], InFlight(4, 100))
     assert outcome.error is None
     assert outcome.scores is not None
@@ -123,7 +135,7 @@ async def test_one_tokens_text_asks_nothing() -> None:
 
 
 async def test_a_failure_is_its_own_lines() -> None:
-    found = await outcomes(Engine(), [[3, 4], [0, 4], [], [2, 4], [3, 5]], InFlight(8, 100))
+    found = await outcomes(FakeEngine(), [[3, 4], [0, 4], [], [2, 4], [3, 5]], InFlight(8, 100))
     assert [outcome.error for outcome in found] == [
         None,
         "the engine failed: it broke",
@@ -134,15 +146,17 @@ async def test_a_failure_is_its_own_lines() -> None:
 
 
 async def test_a_stopped_engine_ends_all_and_leaves_nothing_running() -> None:
-    engine = Engine()
+    engine = FakeEngine()
     with pytest.raises(ScoreError, match="the engine has stopped"):
         await outcomes(engine, [[3, 4], [3, 4], [1, 4], [3, 5], [3, 6]], InFlight(8, 100))
     assert not engine.open
 
 
 async def test_who_stops_reading_leaves_nothing_running() -> None:
-    engine = Engine()
-    async with aclosing(Pipeline(engine, InFlight(8, 100), 0).outcomes(works(texts_of(50), []))) as each:
+    engine = FakeEngine()
+    async with aclosing(
+        Pipeline(cast("EngineClient", engine), InFlight(8, 100), 0).outcomes(works(texts_of(50), []))
+    ) as each:
         await anext(each)
         assert engine.open
     assert not engine.open

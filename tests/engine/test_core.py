@@ -2,7 +2,8 @@
 
 import pytest
 
-from serve.engine.request import FinishReason, PromptScoring, RequestStatus, SamplingParams
+from serve.engine.request import FinishReason, PromptScoring, SamplingParams
+from serve.engine.request_state import RequestStatus
 from tests.support.fake_runner import CoreBench, InjectedError, K, alone, greedy, hidden_after, next_token, prompt_of
 
 
@@ -259,7 +260,7 @@ def test_a_failure_is_survived_when_the_books_are_wrong() -> None:
     bench.step()
 
     def break_books(_: str) -> None:
-        bench.core._pool._holders.clear()
+        bench.core._pool._ref_counts.clear()
         bench.core.scheduler._slots.append(0)
         bench.runner.before_call = lambda _: None
         raise InjectedError
@@ -338,8 +339,8 @@ def test_a_failure_is_survived_by_one_that_waits_after_preemption() -> None:
 def test_an_idle_core_says_so() -> None:
     bench = CoreBench()
     bench.add("a", [5], greedy(1))
-    at_work = []
+    in_flight = []
     for _ in range(3):  # begins a step, reads it, has nothing to do
         bench.step()
-        at_work.append(bench.core.at_work)
-    assert at_work == [True, True, False]
+        in_flight.append(bench.core.in_flight)
+    assert in_flight == [True, True, False]

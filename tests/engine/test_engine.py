@@ -6,7 +6,7 @@ ENDLESS requests would run for minutes: whatever a test does while one runs happ
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -15,12 +15,14 @@ import pytest
 
 from compiled.state import MAX_REQUESTED_IDS
 from model.kv_cache import PAGE_SIZE
+from serve.engine.client import RequestHandle
 from serve.engine.engine import Engine
 from serve.engine.request import (
     EngineLimits,
+    EngineOptions,
     EngineStoppedError,
     FinishReason,
-    NotHeldError,
+    NotPinnedError,
     PromptScoring,
     QueueFullError,
     Request,
@@ -51,8 +53,9 @@ async def running(
     *,
     max_waiting: int = 8,
     max_model_len: int | None = None,
-    hold_seconds: float = 1000,
-    **options: int | None,
+    pin_seconds: float = 1000,
+    max_waiting_tokens: int | None = None,
+    seed: int | None = None,
 ) -> AsyncIterator[Engine]:
     length = runner.buckets.pages_per_row * 64 if max_model_len is None else max_model_len
     limits = EngineLimits(
@@ -63,15 +66,14 @@ async def running(
         max_scored_ids=MAX_REQUESTED_IDS,
         whole_vocabulary=True,
     )
-    engine = Engine(
-        runner,
-        limits,
-        max_waiting=max_waiting,
+    options = EngineOptions(
         max_num_batched_tokens=68,
-        hold_seconds=hold_seconds,
-        max_waiting_tokens=options.get("max_waiting_tokens"),
-        seed=options.get("seed"),
+        max_num_queued_reqs=max_waiting,
+        max_num_queued_tokens=max_waiting_tokens,
+        seed=seed,
+        pin_seconds=pin_seconds,
     )
+    engine = Engine(runner, limits, options)
     engine.start()
     try:
         yield engine
@@ -84,34 +86,33 @@ def endless_runner(*, pages: int = 4000) -> FakeRunner:
     return FakeRunner(pages=pages, decode_rows=(1, 2), pages_per_row=LONG // 64 + 1)
 
 
+async def events_of(handle: RequestHandle) -> list[TokenEvent]:
+    """All events that are left of a request."""
+    async with asyncio.timeout(TIMEOUT):
+        return [event async for event in handle]
+
+
 async def collect(engine: Engine, request: Request) -> list[TokenEvent]:
-    async with asyncio.timeout(TIMEOUT), aclosing(engine.submit(request)) as events:
-        return [event async for event in events]
+    """All events of a request that is admitted now."""
+    return await events_of(engine.admit(request))
 
 
-async def first(events: AsyncIterator[TokenEvent]) -> TokenEvent:
+def run(engine: Engine, request: Request) -> asyncio.Task[list[TokenEvent]]:
+    """Admits a request and collects its events in a task."""
+    return asyncio.create_task(events_of(engine.admit(request)))
+
+
+async def first(handle: RequestHandle) -> TokenEvent:
     async with asyncio.timeout(TIMEOUT):
-        return await anext(events)
-
-
-async def rest(events: AsyncIterator[TokenEvent]) -> list[TokenEvent]:
-    async with asyncio.timeout(TIMEOUT):
-        return [event async for event in events]
-
-
-def submit(engine: Engine, request: Request) -> asyncio.Task[list[TokenEvent]]:
-    """collect() in a task that has handed the request to the engine when this returns."""
-    return asyncio.Task(collect(engine, request), loop=asyncio.get_running_loop(), eager_start=True)
+        return await anext(handle)
 
 
 async def check_empty(engine: Engine) -> None:
-    """A request comes and goes, and nothing of any other is left."""
+    """Runs a request, and fails unless nothing is left of it and of any other."""
     request = Request("probe", prompt_of(70), greedy(3, prompt_logprobs=True))
     assert outcome_of(await collect(engine, request)) == alone(request)
     await asyncio.to_thread(engine.stop)
-    assert engine._core.scheduler.num_requests == 0
-    engine._core.scheduler.check()
-    assert not len(engine._streams)
+    engine.assert_idle()
 
 
 async def test_streams_are_those_of_the_core() -> None:
@@ -139,38 +140,45 @@ async def test_requests_from_another_event_loop() -> None:
         assert [outcome_of(events) for events in answers] == [alone(here), alone(there)]
 
 
+def seed_of(handle: RequestHandle) -> int:
+    """The seed in use."""
+    return handle._state.seed
+
+
 async def test_seeds_are_taken_as_64_bits_or_drawn() -> None:
     async with running(FakeRunner()) as engine:
         for asked, used in ((0, 0), (7, 7), (-1, 2**64 - 1), (-(2**63), 2**63), (2**63 - 1, 2**63 - 1)):
-            request = Request("a", [1, 2, 3], SamplingParams(4, seed=asked))
-            assert outcome_of(await collect(engine, request)) == alone(request)
-            assert request.seed == used
-        drawn = [Request("a", [1], SamplingParams(1)) for _ in range(2)]
-        for request in drawn:
-            await collect(engine, request)
-        assert drawn[0].seed != drawn[1].seed
+            handle = engine.admit(Request("a", [1, 2, 3], SamplingParams(4, seed=asked)))
+            assert outcome_of(await events_of(handle)) == alone(handle.request)
+            assert seed_of(handle) == used
+        drawn = []
+        for _ in range(2):
+            handle = engine.admit(Request("a", [1], SamplingParams(1)))
+            await events_of(handle)
+            drawn.append(seed_of(handle))
+        assert drawn[0] != drawn[1]
 
 
 async def test_one_seed_of_the_engine_gives_one_run_of_seeds() -> None:
     runs = []
     for seed in (1, 1, 2):
         async with running(FakeRunner(), seed=seed) as engine:
-            requests = [Request(f"{i}", [1], SamplingParams(1)) for i in range(3)]
-            for request in requests:
-                await collect(engine, request)
-            runs.append([request.seed for request in requests])
+            handles = [engine.admit(Request(f"{i}", [1], SamplingParams(1))) for i in range(3)]
+            for handle in handles:
+                await events_of(handle)
+            runs.append([seed_of(handle) for handle in handles])
     assert runs[0] == runs[1] != runs[2]
     assert len(set(runs[0])) == 3
 
 
 async def test_too_many_prompt_tokens() -> None:
     async with running(endless_runner(), max_waiting_tokens=100) as engine:
-        a = submit(engine, Request("a", prompt_of(120), ENDLESS))  # alone, even one that is too long may come
+        a = run(engine, Request("a", prompt_of(120), ENDLESS))  # alone, even one that is too long may come
         with pytest.raises(QueueFullError):
             await collect(engine, Request("b", [1], greedy(1)))
         engine.abort("a")
         await a
-        b, c = submit(engine, Request("b", prompt_of(60), ENDLESS)), Request("c", prompt_of(41), greedy(1))
+        b, c = run(engine, Request("b", prompt_of(60), ENDLESS)), Request("c", prompt_of(41), greedy(1))
         with pytest.raises(QueueFullError):
             await collect(engine, c)
         c = Request("c", prompt_of(40), greedy(1))
@@ -182,7 +190,7 @@ async def test_too_many_prompt_tokens() -> None:
 
 async def test_too_many_requests() -> None:
     async with running(endless_runner(), max_waiting=2) as engine:
-        endless = [submit(engine, Request(f"{i}", [i], ENDLESS)) for i in range(2)]
+        endless = [run(engine, Request(f"{i}", [i], ENDLESS)) for i in range(2)]
         with pytest.raises(QueueFullError):
             await collect(engine, Request("c", [3], greedy(1)))
         engine.abort("0")
@@ -196,13 +204,13 @@ async def test_too_many_requests() -> None:
 
 async def test_abort_ends_a_stream_and_no_other() -> None:
     async with running(endless_runner()) as engine:
-        async with aclosing(engine.submit(Request("a", [1], ENDLESS))) as a:
-            b = submit(engine, Request("b", [2], greedy(300)))
+        with engine.admit(Request("a", [1], ENDLESS)) as a:
+            b = run(engine, Request("b", [2], greedy(300)))
             before = [await first(a) for _ in range(3)]
             engine.abort("a")
             engine.abort("a")
             engine.abort("nobody")
-            events = before + await rest(a)
+            events = before + await events_of(a)
             assert events[-1].finish_reason is FinishReason.ABORT
             assert events[-1].token_ids == []
             assert all(event.finish_reason is None for event in events[:-1])
@@ -212,8 +220,8 @@ async def test_abort_ends_a_stream_and_no_other() -> None:
 
 async def test_a_waiting_request_can_be_aborted() -> None:
     async with running(endless_runner()) as engine:
-        running_ones = [submit(engine, Request(f"{i}", [i], ENDLESS)) for i in range(2)]
-        waiting = submit(engine, Request("waiting", [3], greedy(1)))
+        running_ones = [run(engine, Request(f"{i}", [i], ENDLESS)) for i in range(2)]
+        waiting = run(engine, Request("waiting", [3], greedy(1)))
         engine.abort("waiting")
         (event,) = await waiting
         assert (event.finish_reason, event.token_ids) == (FinishReason.ABORT, [])
@@ -226,9 +234,8 @@ async def test_a_waiting_request_can_be_aborted() -> None:
 
 async def test_closing_a_stream_early_aborts() -> None:
     async with running(endless_runner(), max_waiting=1000) as engine:
-        stream = engine.submit(Request("a", [1], ENDLESS))
-        await first(stream)
-        await stream.aclose()
+        with engine.admit(Request("a", [1], ENDLESS)) as handle:
+            await first(handle)
         await check_empty(engine)
 
 
@@ -237,7 +244,7 @@ async def test_cancelling_the_reader_aborts() -> None:
         started = asyncio.Event()
 
         async def read() -> None:
-            async with aclosing(engine.submit(Request("a", [1], ENDLESS))) as events:
+            with engine.admit(Request("a", [1], ENDLESS)) as events:
                 async for _ in events:
                     started.set()
 
@@ -253,12 +260,12 @@ async def test_cancelling_the_reader_aborts() -> None:
 async def test_stop_ends_open_streams_and_takes_no_more() -> None:
     async with running(endless_runner()) as engine:
         assert engine.ready
-        async with aclosing(engine.submit(Request("a", [1], ENDLESS))) as a:
+        with engine.admit(Request("a", [1], ENDLESS)) as a:
             await first(a)
-            others = [submit(engine, Request(f"{i}", [i], ENDLESS)) for i in range(3)]
+            others = [run(engine, Request(f"{i}", [i], ENDLESS)) for i in range(3)]
             await asyncio.to_thread(engine.stop)
             with pytest.raises(EngineStoppedError):
-                await rest(a)
+                await events_of(a)
             ends = await asyncio.gather(*others, return_exceptions=True)
             assert [type(end) for end in ends] == [EngineStoppedError] * 3
         assert not any((engine.ready, engine.failed))
@@ -270,7 +277,7 @@ async def test_stop_ends_open_streams_and_takes_no_more() -> None:
 @pytest.mark.parametrize(("prompt", "max_tokens"), [(0, 1), (257, 0), (300, 10), (150, 50), (192, 1)])
 async def test_what_could_never_fit_is_refused(prompt: int, max_tokens: int) -> None:
     async with running(FakeRunner(pages=4), max_waiting=1, max_model_len=256) as engine:
-        with pytest.raises(ValueError, match=r"prompt has \d+ of 1 to 256|a cache of \d+ tokens, there is one of 192"):
+        with pytest.raises(ValueError, match=r"1 to 256 tokens, not \d+|needs \d+ tokens of cache; there are 192"):
             await collect(engine, Request("a", [1] * prompt, greedy(max_tokens, prompt_logprobs=True)))
         for fitting in (192, 100):
             request = Request("a", prompt_of(fitting), greedy(192 - fitting, prompt_logprobs=True))
@@ -317,15 +324,15 @@ async def test_nobody_is_left_waiting_when_the_thread_dies(monkeypatch: pytest.M
 
     async with running(endless_runner()) as engine:
         await collect(engine, Request("held", prompt_of(20), whole(0)))
-        async with aclosing(engine.submit(Request("a", [1], ENDLESS))) as a:
+        with engine.admit(Request("a", [1], ENDLESS)) as a:
             await first(a)
             monkeypatch.setattr(engine._core, "step", broken)
-            events = await rest(a)
+            events = await events_of(a)
         assert events[-1].finish_reason is FinishReason.ERROR
         with pytest.raises(EngineStoppedError):
             await collect(engine, Request("late", [1], greedy(1)))
         with pytest.raises(EngineStoppedError):
-            await engine.vocabulary("held", 0, 1)
+            await engine.full_logprobs("held", 0, 1)
 
 
 async def test_a_call_that_fails_ends_what_runs_and_no_more(
@@ -335,12 +342,12 @@ async def test_a_call_that_fails_ends_what_runs_and_no_more(
         raise InjectedError
 
     async with running(endless_runner()) as engine:
-        async with aclosing(engine.submit(Request("a", [1], ENDLESS))) as a:
+        with engine.admit(Request("a", [1], ENDLESS)) as a:
             await first(a)
             with monkeypatch.context() as patch:
                 patch.setattr(engine._core, "abort", broken)
                 engine.abort("a")
-                events = await rest(a)
+                events = await events_of(a)
         assert events[-1].finish_reason is FinishReason.ERROR
         assert len(caplog.records) == 1
         await check_empty(engine)
@@ -348,7 +355,7 @@ async def test_a_call_that_fails_ends_what_runs_and_no_more(
 
 async def test_a_request_that_cannot_be_queued_is_the_only_one_to_fail(caplog: pytest.LogCaptureFixture) -> None:
     async with running(endless_runner()) as engine:
-        async with aclosing(engine.submit(Request("a", [1], ENDLESS))) as a:
+        with engine.admit(Request("a", [1], ENDLESS)) as a:
             await first(a)
             odd = SamplingParams(5, min_tokens=2, stop_token_ids=frozenset({VOCAB_SIZE + 64}))
             events = await collect(engine, Request("b", [1], odd))
@@ -368,14 +375,14 @@ async def test_rows_of_the_whole_vocabulary_until_they_are_given_up() -> None:
     async with running(FakeRunner(), max_waiting=1) as engine:
         prompt = prompt_of(20)
         assert len(await collect(engine, Request("a", prompt, whole(2)))) == 2
-        rows = await engine.vocabulary("a", 3, 2)
+        rows = await engine.full_logprobs("a", 3, 2)
         expected = [[-((token + hidden_after(prompt[:n])) % 7) / 8 for token in range(VOCAB_SIZE)] for n in (4, 5)]
         np.testing.assert_array_equal(rows, np.asarray(expected, np.float32))
         with pytest.raises(QueueFullError):  # what is held counts
             await collect(engine, Request("b", [1], greedy(1)))
         engine.abort("a")
-        with pytest.raises(NotHeldError):
-            await engine.vocabulary("a", 3, 2)
+        with pytest.raises(NotPinnedError):
+            await engine.full_logprobs("a", 3, 2)
         await check_empty(engine)
 
 
@@ -387,20 +394,20 @@ async def test_rows_are_asked_for_in_vain_where_the_device_fails_or_the_engine_s
         await collect(engine, Request("a", prompt_of(20), whole(0)))
         runner.fail_once("vocabulary")
         with pytest.raises(EngineStoppedError):
-            await engine.vocabulary("a", 0, 1)
+            await engine.full_logprobs("a", 0, 1)
         assert len(caplog.records) == 1
-        assert (await engine.vocabulary("a", 0, 1)).shape == (1, VOCAB_SIZE)
+        assert (await engine.full_logprobs("a", 0, 1)).shape == (1, VOCAB_SIZE)
         await asyncio.to_thread(engine.stop)
         with pytest.raises(EngineStoppedError):
-            await engine.vocabulary("a", 0, 1)
+            await engine.full_logprobs("a", 0, 1)
 
 
 async def test_a_request_waits_while_a_held_one_has_the_pages() -> None:
     async with running(FakeRunner(pages=4)) as engine:
         await collect(engine, Request("a", prompt_of(150), whole(0)))
         b = Request("b", prompt_of(100, 1), greedy(5))
-        waiting = submit(engine, b)
-        await engine.vocabulary("a", 0, 1)  # the engine has seen b by now
+        waiting = run(engine, b)
+        await engine.full_logprobs("a", 0, 1)  # the engine has seen b by now
         assert not waiting.done()
         engine.abort("a")
         assert outcome_of(await waiting) == alone(b)
@@ -408,12 +415,12 @@ async def test_a_request_waits_while_a_held_one_has_the_pages() -> None:
 
 
 async def test_a_hold_that_nobody_uses_gives_way() -> None:
-    async with running(FakeRunner(pages=4), hold_seconds=0) as engine:
+    async with running(FakeRunner(pages=4), pin_seconds=0) as engine:
         await collect(engine, Request("a", prompt_of(150), whole(0)))
         b = Request("b", prompt_of(100, 1), greedy(5))
         assert outcome_of(await collect(engine, b)) == alone(b)
-        with pytest.raises(NotHeldError):
-            await engine.vocabulary("a", 0, 1)
+        with pytest.raises(NotPinnedError):
+            await engine.full_logprobs("a", 0, 1)
         await check_empty(engine)
 
 
@@ -423,10 +430,10 @@ async def test_rows_for_many_readers_leave_room_for_steps() -> None:
         names = [f"{i}" for i in range(5)]
         for name in names:
             await collect(engine, Request(name, prompt_of(20), whole(0)))
-        async with aclosing(engine.submit(Request("a", [1], greedy(400)))) as a:
+        with engine.admit(Request("a", [1], greedy(400))) as a:
             await first(a)
             runner.calls.clear()
-            await asyncio.gather(*(engine.vocabulary(name, 0, 1) for name in names))
+            await asyncio.gather(*(engine.full_logprobs(name, 0, 1) for name in names))
             order = [name for name, _ in list(runner.calls) if name in ("vocabulary", "decode")]
         assert order.count("vocabulary") == len(names)
         assert all(pair != ("vocabulary", "vocabulary") for pair in pairwise(order))
@@ -450,16 +457,16 @@ async def test_an_engine_that_is_given_up_leaves_nobody_waiting() -> None:
         held = Request("held", prompt_of(10), SamplingParams(1, prompt=PromptScoring(whole=True)))
         await collect(engine, held)
         gate = runner.before_call = Gate("decode")
-        running_one = submit(engine, Request("a", prompt_of(5), greedy(LONG)))
+        running_one = run(engine, Request("a", prompt_of(5), greedy(LONG)))
         await gate.reached()
-        rows = asyncio.create_task(engine.vocabulary("held", 0, 1))
+        rows = asyncio.create_task(engine.full_logprobs("held", 0, 1))
         await asyncio.sleep(0)
         assert engine.silent_for > 0
         engine.give_up()
         assert (await running_one)[-1].finish_reason is FinishReason.ERROR
         with pytest.raises(EngineStoppedError):
             await rows
-        for question in (collect(engine, Request("b", prompt_of(5), greedy(1))), engine.vocabulary("held", 0, 1)):
+        for question in (collect(engine, Request("b", prompt_of(5), greedy(1))), engine.full_logprobs("held", 0, 1)):
             with pytest.raises(EngineStoppedError):
                 await question
         assert (engine.ready, engine.hangs) == (False, True)

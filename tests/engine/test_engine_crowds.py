@@ -5,7 +5,8 @@ from random import Random
 
 import pytest
 
-from serve.engine.request import FinishReason, PromptScoring, Request, SamplingParams
+from serve.engine.request import FinishReason, PromptScoring, SamplingParams
+from serve.engine.request_state import RequestState
 from tests.support.fake_runner import VOCAB_SIZE, CoreBench, InjectedError, alone, prompt_of
 
 STEPS = 10_000
@@ -18,7 +19,7 @@ class Crowd:
 
     random: Random
     bench: CoreBench
-    requests: list[Request]
+    requests: list[RequestState]
     ended: int = 0
     shared: int = 0
     failures: int = 0

@@ -120,7 +120,7 @@ def test_the_whole_vocabulary_of_a_held_request_is_read_block_by_block() -> None
     bench.run()
     assert bench.outcome("a").prompt_scores is None
     assert calls(bench, "score") == 0
-    rows = bench.core.vocabulary("a", 60, 9)
+    rows = bench.core.full_logprobs("a", 60, 9)
     assert rows.shape == (9, VOCAB_SIZE)
     for i, row in enumerate(rows):
         hidden = hidden_after(a.prompt_token_ids[: 61 + i])
@@ -131,7 +131,7 @@ def test_the_whole_vocabulary_of_a_held_request_is_read_block_by_block() -> None
     assert not a.pages
     bench.core.scheduler.check()
     with pytest.raises(LookupError):
-        bench.core.vocabulary("a", 0, 1)
+        bench.core.full_logprobs("a", 0, 1)
 
 
 def test_a_held_request_does_not_survive_a_failure() -> None:
@@ -142,4 +142,4 @@ def test_a_held_request_does_not_survive_a_failure() -> None:
     bench.runner.fail_once("decode")
     bench.fail()
     with pytest.raises(LookupError):
-        bench.core.vocabulary("a", 0, 1)
+        bench.core.full_logprobs("a", 0, 1)

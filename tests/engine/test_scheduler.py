@@ -5,18 +5,21 @@ import pytest
 from compiled.shapes import Buckets
 from model.kv_cache import PAGE_SIZE
 from serve.engine.page_pool import PagePool
-from serve.engine.request import PromptScoring, Request, RequestStatus, SamplingParams
+from serve.engine.request import PromptScoring, Request, SamplingParams
+from serve.engine.request_state import RequestState, RequestStatus
 from serve.engine.scheduler import Schedule, Scheduler
 
 CHUNK = 64
 
 
-def request(name: str, length: int, *, token: int = 1, max_tokens: int = 1000, priority: int = 0) -> Request:
-    return Request(name, [token] * length, SamplingParams(max_tokens), priority)
+def request(
+    name: str, length: int, *, token: int = 1, max_tokens: int = 1000, priority: int = 0, salt: str = ""
+) -> RequestState:
+    return RequestState(Request(name, [token] * length, SamplingParams(max_tokens), priority, salt))
 
 
-def scored(name: str, length: int, *, start: int = 1, max_tokens: int = 0) -> Request:
-    return Request(name, [1] * length, SamplingParams(max_tokens, prompt=PromptScoring(start)))
+def scored(name: str, length: int, *, start: int = 1, max_tokens: int = 0) -> RequestState:
+    return RequestState(Request(name, [1] * length, SamplingParams(max_tokens, prompt=PromptScoring(start))))
 
 
 class Bench:
@@ -32,9 +35,9 @@ class Bench:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=1024,
         )
-        self.unread: list[Request] = []
+        self.unread: list[RequestState] = []
 
-    def add(self, *requests: Request) -> None:
+    def add(self, *requests: RequestState) -> None:
         for item in requests:
             self.scheduler.add(item)
 
@@ -239,7 +242,7 @@ def test_a_prompt_is_scored_as_it_is_computed_and_chooses_after_its_last_row() -
     assert bench.scores() == [("a", 64, 128)]
     schedule = bench.step()
     assert [(work.start, work.end) for work in schedule.scores] == [(128, 149)]
-    assert schedule.begun == schedule.decodes == [a]
+    assert schedule.started == schedule.decodes == [a]
     assert bench.scores() == []
 
 
@@ -313,8 +316,7 @@ def test_the_last_token_is_computed_however_much_is_cached() -> None:
 
 def test_other_salts_share_nothing() -> None:
     bench = Bench(pages=16, caching=True)
-    a, b = request("a", 150), request("b", 150)
-    b.cache_salt = "other"
+    a, b = request("a", 150), request("b", 150, salt="other")
     bench.add(a)
     for _ in range(3):
         bench.step()
@@ -328,7 +330,7 @@ def test_generated_tokens_are_cached_too() -> None:
     for _ in range(8):
         bench.step()
     bench.scheduler.finish(a)
-    b = Request("b", [*a.prompt_token_ids, *a.output_token_ids[:6]], SamplingParams(5))
+    b = RequestState(Request("b", [*a.prompt_token_ids, *a.output_token_ids[:6]], SamplingParams(5)))
     bench.add(b)
     bench.step()
     assert b.num_cached == 64
@@ -368,7 +370,7 @@ def test_a_held_request_keeps_its_pages_until_it_is_finished_again() -> None:
     a = request("a", 100)
     bench.add(a)
     bench.step()
-    bench.scheduler.finish(a, hold=True)
+    bench.scheduler.finish(a, pin=True)
     bench.scheduler.check()
     assert bench.scheduler.num_requests == 0
     assert bench.scheduler.find("a") is a

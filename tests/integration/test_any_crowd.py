@@ -10,6 +10,7 @@ from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
 from serve.engine.core import EngineCore
 from serve.engine.request import FinishReason, PromptScoring, Request, SamplingParams, TokenEvent, TokenScores
+from serve.engine.request_state import RequestState
 from tests.support.runners import make_runner
 from tests.support.tiny import random_weights, write_checkpoint
 
@@ -113,9 +114,7 @@ def run(runner: ModelRunner, cases: list[Case], *, prefix_caching: bool) -> tupl
     while step <= cases[-1].arrival or core.scheduler.num_requests:
         for i, case in enumerate(cases):
             if case.arrival == step:
-                request = Request(f"{i}", case.prompt, case.params)
-                request.seed = case.params.seed or 0
-                core.add(request)
+                core.add(RequestState(Request(f"{i}", case.prompt, case.params), seed=case.params.seed or 0))
             if case.leaves == step and (gone := core.abort(f"{i}")) is not None:
                 events[i].append(gone[1])
         for request, event in core.step():

@@ -15,13 +15,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from serve.api.middleware import Readiness
+from serve.engine.client import RequestHandle
 from serve.engine.observer import EngineGauges
-from serve.engine.request import Request
-from tests.support.http_client import Gate, Server, completion_body, serving, submitted
+from tests.support.http_client import Gate, Server, completion_body, record_handles, serving
 from tests.support.listening import listening
 
 SECONDS = 60  # after which something hangs
-IDLE = EngineGauges(running=0, waiting=0, held=0, cache_usage=0)
+IDLE = EngineGauges(running=0, waiting=0, pinned=0, cache_usage=0)
 TOKENS = 24
 LONG = {"max_tokens": TOKENS, "ignore_eos": True}
 
@@ -125,7 +125,7 @@ def test_third_of_two_hundred_clients_disconnects() -> None:
 async def test_requests_beyond_the_rows_are_served_in_order() -> None:
     """First come, first served within a priority: the lower first."""
     async with serving(b"x" * 8, max_waiting=64) as server:
-        requests = submitted(server)
+        handles = record_handles(server)
         gate = server.runner.before_call = Gate("prefill")
         choose = random.Random(11)
         priorities = [choose.randrange(3) for _ in range(64)]
@@ -135,19 +135,19 @@ async def test_requests_beyond_the_rows_are_served_in_order() -> None:
                 asked.append(
                     asyncio.create_task(server.complete(prompt=[number + 1, 5], max_tokens=8, priority=priority))
                 )
-                while len(requests) <= number:
+                while len(handles) <= number:
                     await asyncio.sleep(0)
                 await gate.reached()  # with the first, before the others come
             gate.open()
             answers = await asyncio.gather(*asked)
         assert [answer["usage"]["completion_tokens"] for answer in answers] == [8] * 64
-        ran = sorted(requests[1:], key=lambda request: request.times.admitted)
-        assert ran == sorted(requests[1:], key=_place)
+        ran = sorted(handles[1:], key=lambda handle: handle.times.admitted)
+        assert ran == sorted(handles[1:], key=_place)
         await server.assert_idle()
 
 
-def _place(request: Request) -> tuple[int, int]:
-    return request.priority, request.prompt_token_ids[0]
+def _place(handle: RequestHandle) -> tuple[int, int]:
+    return handle.request.priority, handle.request.prompt_token_ids[0]
 
 
 async def test_requests_beyond_the_queue_are_refused() -> None:

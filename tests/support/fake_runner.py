@@ -30,6 +30,7 @@ from model.kv_cache import NULL_PAGE, PAGE_SIZE
 from model.token_logprobs import NO_ID, TokenLogprobs
 from serve.engine.core import EngineCore
 from serve.engine.request import FinishReason, PromptScoring, Request, SamplingParams, TokenEvent, TokenScores
+from serve.engine.request_state import RequestState
 
 VOCAB_SIZE = 97  # V
 K = 3
@@ -353,9 +354,8 @@ class CoreBench:
 
     def add(
         self, name: str, prompt: list[int], params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
-    ) -> Request:
-        request = Request(name, prompt, params, priority, cache_salt)
-        request.seed = (params.seed or 0) & (2**64 - 1)
+    ) -> RequestState:
+        request = RequestState(Request(name, prompt, params, priority, cache_salt), seed=uint64(params.seed or 0))
         self.core.add(request)
         self.events[name] = []
         return request
@@ -364,7 +364,7 @@ class CoreBench:
         self.take(self.core.step())
         self.core.scheduler.check()
 
-    def take(self, emitted: Sequence[tuple[Request, TokenEvent]]) -> None:
+    def take(self, emitted: Sequence[tuple[RequestState, TokenEvent]]) -> None:
         for request, event in emitted:
             self.events[request.id].append(event)
 
@@ -390,5 +390,10 @@ class CoreBench:
         return outcome_of(self.events[name], start)
 
 
-def alone(request: Request, max_model_len: int = MAX_MODEL_LEN) -> Outcome:
-    return expected_outcome(request.prompt_token_ids, request.params, seed=request.seed, max_model_len=max_model_len)
+def alone(request: Request | RequestState, max_model_len: int = MAX_MODEL_LEN) -> Outcome:
+    prompt, params = request.prompt_token_ids, request.params
+    return expected_outcome(prompt, params, seed=uint64(params.seed or 0), max_model_len=max_model_len)
+
+
+def uint64(seed: int) -> int:
+    return seed & (2**64 - 1)

@@ -19,7 +19,7 @@ from serve.api.middleware import Readiness
 from serve.config.config import ServeConfig
 from serve.config.flags import parse_args
 from serve.engine.engine import Engine
-from serve.engine.request import EngineLimits
+from serve.engine.request import EngineLimits, EngineOptions
 from serve.server import lifecycle
 from serve.server.assembly import Served
 from serve.server.console import Reporter
@@ -101,7 +101,7 @@ def _assemble(config: ServeConfig, _reporter: Reporter) -> Served:
         whole_vocabulary=False,
     )
     metrics = Metrics(MODEL, max_model_len=MAX_MODEL_LEN, vllm_names=False)
-    engine = Engine(FaultyRunner(), limits, max_waiting=64, max_num_batched_tokens=68, observer=metrics)
+    engine = Engine(FaultyRunner(), limits, EngineOptions(max_num_batched_tokens=68, max_num_queued_reqs=64), metrics)
     metrics.watch(lambda: engine.gauges, {})
     engine.start()
     readiness = Readiness()

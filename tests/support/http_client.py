@@ -8,7 +8,7 @@ import asyncio
 import functools
 import json
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,8 +35,9 @@ from serve.api.context import ServedModel
 from serve.api.metrics import Metrics
 from serve.api.middleware import OnAnswer, Readiness
 from serve.config.config import ServeConfig
+from serve.engine.client import RequestHandle
 from serve.engine.engine import Engine
-from serve.engine.request import EngineLimits, Request, TokenEvent
+from serve.engine.request import EngineLimits, EngineOptions, Request, TokenEvent
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.token_bytes import byte_characters
 from serve.text.tokenizer import Tokenizer
@@ -227,10 +228,7 @@ class Server:
     async def assert_idle(self) -> None:
         """Stops the engine and fails unless it had no request left and all its pages were free."""
         await asyncio.to_thread(self.engine.stop)
-        scheduler = self.engine._core.scheduler
-        assert scheduler.num_requests == 0
-        assert not scheduler.held
-        scheduler.check()
+        self.engine.assert_idle()
 
 
 def start_server(
@@ -263,14 +261,10 @@ def start_server(
         whole_vocabulary=whole_vocabulary,
     )
     metrics = Metrics(MODEL, max_model_len=max_model_len, vllm_names=vllm_names)
-    engine = Engine(
-        runs,
-        limits,
-        max_waiting=max_waiting,
-        max_waiting_tokens=max_waiting_tokens,
-        max_num_batched_tokens=68,
-        observer=metrics,
+    options = EngineOptions(
+        max_num_batched_tokens=68, max_num_queued_reqs=max_waiting, max_num_queued_tokens=max_waiting_tokens
     )
+    engine = Engine(runs, limits, options, metrics)
     metrics.watch(lambda: engine.gauges, {"block_size": str(PAGE_SIZE)})
     engine.start()
     facts = {name: config.pop(name) for name in ("system_fingerprint", "chat_template", "defaults") if name in config}
@@ -311,17 +305,56 @@ def alternatives(ids: NDArray[np.int32], tops: NDArray[np.float32], own: NDArray
     return Unread(TokenLogprobs(own, ranks, ids, tops, none.astype(np.float32), none.astype(np.int32)))
 
 
+def wrap_admit(server: Server, wrap: Callable[[RequestHandle], RequestHandle]) -> None:
+    """Passes the handles of all requests that the engine admits from now on through `wrap`."""
+    admit = server.engine.admit
+
+    def wrapped(request: Request, *, bypass_limits: bool = False) -> RequestHandle:
+        return wrap(admit(request, bypass_limits=bypass_limits))
+
+    server.engine.admit = wrapped  # type: ignore[method-assign]
+
+
+def record_handles(server: Server) -> list[RequestHandle]:
+    """A list that receives the handles of all requests that the engine admits from now on."""
+    handles: list[RequestHandle] = []
+
+    def record(handle: RequestHandle) -> RequestHandle:
+        handles.append(handle)
+        return handle
+
+    wrap_admit(server, record)
+    return handles
+
+
 def submitted(server: Server) -> list[Request]:
-    """A list into which all requests go that the app submits from now on."""
+    """A list that receives all requests that the engine admits from now on."""
     requests: list[Request] = []
-    submit = server.engine.submit
 
-    def noted(request: Request) -> AsyncGenerator[TokenEvent]:
-        requests.append(request)
-        return submit(request)
+    def record(handle: RequestHandle) -> RequestHandle:
+        requests.append(handle.request)
+        return handle
 
-    server.engine.submit = noted  # type: ignore[method-assign]
+    wrap_admit(server, record)
     return requests
+
+
+class AlteredHandle(RequestHandle):
+    """A handle whose events are changed on the way."""
+
+    def __init__(self, handle: RequestHandle, change: Callable[[TokenEvent], TokenEvent]) -> None:
+        super().__init__(handle._engine, handle._state)
+        self._handle = handle
+        self._change = change
+
+    async def __anext__(self) -> TokenEvent:
+        """The next event, changed."""
+        return self._change(await anext(self._handle))
+
+
+def alter_events(server: Server, change: Callable[[TokenEvent], TokenEvent]) -> None:
+    """Changes all events of requests that the engine admits from now on."""
+    wrap_admit(server, lambda handle: AlteredHandle(handle, change))
 
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

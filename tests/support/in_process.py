@@ -6,6 +6,7 @@ import numpy as np
 
 from serve.engine.core import EngineCore, Runner
 from serve.engine.request import FinishReason, Request, SamplingParams, TokenScores
+from serve.engine.request_state import RequestState
 
 PAGES = 100
 MAX_MODEL_LEN = 1024
@@ -45,9 +46,7 @@ def run(
 def _answers(core: EngineCore, requests: dict[str, tuple[list[int], SamplingParams]]) -> dict[str, Answer]:
     answers = {name: Answer() for name in requests}
     for name, (prompt, params) in requests.items():
-        request = Request(name, prompt, params)
-        request.seed = params.seed or 0
-        core.add(request)
+        core.add(RequestState(Request(name, prompt, params), seed=params.seed or 0))
     while core.scheduler.num_requests:
         for request, event in core.step():
             answer = answers[request.id]

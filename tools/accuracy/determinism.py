@@ -20,6 +20,7 @@ from model.kernels import cpu
 from model.weights.source import default_model_path
 from serve.engine.core import EngineCore
 from serve.engine.request import PromptScoring, Request, SamplingParams
+from serve.engine.request_state import RequestState
 from tests.support.runners import make_runner
 
 _PROMPT, _OUTPUT = 300, 40  # tokens
@@ -55,12 +56,12 @@ class Measurement:
         core = self._core(batched)
         for i in range(companions):
             other = Request(f"{i}", self._ids(20), SamplingParams(_CONTEXT - 100, temperature=0.0))
-            core.add(other)
+            core.add(RequestState(other))
         return self._answer(core, self._prompt, _OUTPUT)
 
     def _answer(self, core: EngineCore, prompt: list[int], tokens: int) -> tuple[Logprobs, list[int]]:
         """Return log-probs of prompt and output of a scored request, and its output ids."""
-        request = Request("mine", prompt, SamplingParams(tokens, temperature=0.0, prompt=PromptScoring()))
+        request = RequestState(Request("mine", prompt, SamplingParams(tokens, temperature=0.0, prompt=PromptScoring())))
         core.add(request)
         parts: list[Logprobs] = []
         while True:

@@ -18,6 +18,7 @@ from model.weights.source import default_model_path, resolve_model
 from model.weights.weight_table import open_checkpoint
 from serve.engine.core import EngineCore
 from serve.engine.request import PromptScoring, Request, SamplingParams
+from serve.engine.request_state import RequestState
 from tests.support.golden_cases import GoldenName, load_golden
 from tests.support.in_process import MAX_MODEL_LEN, MAX_NUM_BATCHED_TOKENS
 from tests.support.runners import make_runner
@@ -39,10 +40,10 @@ def distributions(path: Path, weights: str) -> list[tuple[NDArray[np.int64], NDA
     for prompt in load_golden(_golden_of(path)):
         ids = list(prompt.token_ids)
         request = Request("mine", ids, SamplingParams(0, temperature=0.0, prompt=PromptScoring(whole=True)))
-        core.add(request)
+        core.add(RequestState(request))
         while core.scheduler.num_requests:
             core.step()
-        results.append((np.array(ids[1:]), core.vocabulary("mine", 0, len(ids) - 1)))
+        results.append((np.array(ids[1:]), core.full_logprobs("mine", 0, len(ids) - 1)))
         core.abort("mine")
     return results
 

@@ -20,6 +20,7 @@ from compiled.state import (
 from model.token_logprobs import TokenLogprobs
 from serve.engine.core import EngineCore
 from serve.engine.request import Request, SamplingParams
+from serve.engine.request_state import RequestState
 
 _CONTEXT = 4096  # tokens
 _PROMPT = 512
@@ -76,7 +77,7 @@ def host_ms_per_step(
         _CONTEXT - _PROMPT, temperature=1.0, top_p=0.9, logprob_token_ids=tuple(range(requested_ids))
     )
     for i in range(rows):
-        core.add(Request(f"{i}", [i] * _PROMPT, params))
+        core.add(RequestState(Request(f"{i}", [i] * _PROMPT, params)))
     while len(core.step()) < rows:  # until all prompts are done
         pass
     seconds = []

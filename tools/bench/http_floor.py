@@ -24,7 +24,7 @@ from serve.api.metrics import Metrics
 from serve.api.prompt_logprobs import EntryWriter
 from serve.config.config import ServeConfig
 from serve.engine.engine import Engine
-from serve.engine.request import EngineLimits, TokenScores
+from serve.engine.request import EngineLimits, EngineOptions, TokenScores
 from serve.server.model_files import local_tokenizer
 from tools.bench.host import NullRunner
 
@@ -123,7 +123,7 @@ def _serve() -> None:
         whole_vocabulary=False,
     )
     metrics = Metrics("null", max_model_len=_CONTEXT, vllm_names=False)
-    engine = Engine(runner, limits, max_waiting=64, max_num_batched_tokens=272, observer=metrics)
+    engine = Engine(runner, limits, EngineOptions(max_num_batched_tokens=272, max_num_queued_reqs=64), metrics)
     metrics.watch(lambda: engine.gauges, {})
     engine.start()
     app = create_app(engine, tokenizer, ServedModel(("null",)), ServeConfig(), metrics)

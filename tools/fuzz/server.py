@@ -79,21 +79,4 @@ def _check_shape(path: str, response: httpx2.Response, *, hurried: bool) -> None
 
 async def _nothing_is_left(server: Server) -> None:
     """The engine, when it has heard of all that has ended, has no request and all pages free."""
-    loop = asyncio.get_running_loop()
-    looked: asyncio.Future[None] = loop.create_future()
-    server.engine._inbox.put(lambda: _look(server, loop, looked))
-    await looked
-
-
-def _look(server: Server, loop: asyncio.AbstractEventLoop, looked: asyncio.Future[None]) -> None:
-    """On the engine's own thread."""
-    try:
-        scheduler = server.engine._core.scheduler
-        assert server.engine.load == 0, "a request is left in the engine"
-        assert scheduler.num_requests == len(scheduler.held) == 0, "a request is left in the scheduler"
-        scheduler.check()
-        assert server.engine.gauges.cache_usage == 0, "a page is not free"
-    except AssertionError as error:
-        loop.call_soon_threadsafe(looked.set_exception, error)
-    else:
-        loop.call_soon_threadsafe(looked.set_result, None)
+    await asyncio.to_thread(server.engine.assert_idle)

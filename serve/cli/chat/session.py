@@ -3,24 +3,18 @@
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from serve.cli.chat.conversation import Conversation, Prompter, Turn
 from serve.cli.chat.lines import read_message
 from serve.cli.chat.reply import Reply
 from serve.cli.chat.screen import ChatScreen
-from serve.engine.request import EngineStoppedError, FinishReason, Request, SamplingParams, TokenEvent
+from serve.engine.client import EngineClient
+from serve.engine.request import EngineStoppedError, FinishReason, Request, SamplingParams
 from serve.text.chat import PromptError
-
-
-class Submits(Protocol):
-    """What a session needs of an engine; see `serve.engine.engine.Engine`."""
-
-    def submit(self, request: Request) -> AsyncGenerator[TokenEvent]: ...
 
 
 class ReplyError(Exception):
@@ -35,7 +29,7 @@ class Session:
         failures: messages and commands that could not be carried out.
     """
 
-    engine: Submits
+    engine: EngineClient
     prompter: Prompter
     screen: ChatScreen
     params: SamplingParams  # max_tokens: at most
@@ -95,8 +89,8 @@ class Session:
         self.chat.unsent = None
 
     async def _stream(self, request: Request, reply: Reply) -> None:
-        async with aclosing(self.engine.submit(request)) as events:
-            async for event in events:
+        with self.engine.admit(request) as handle:
+            async for event in handle:
                 if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                     raise ReplyError(event.error or "the reply was ended")
                 for piece in reply.add(event):

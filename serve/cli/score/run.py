@@ -4,9 +4,7 @@ import asyncio
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -14,8 +12,8 @@ from serve.cli.score.errors import LineError, ScoreError
 from serve.cli.score.source import Line
 from serve.cli.score.texts import Text
 from serve.cli.score.windows import Window
+from serve.engine.client import EngineClient
 from serve.engine.request import (
-    EngineLimits,
     EngineStoppedError,
     FinishReason,
     PromptScoring,
@@ -25,14 +23,6 @@ from serve.engine.request import (
     TokenScores,
     empty_scores,
 )
-
-
-class Engine(Protocol):
-    """The engine; `serve.engine.engine.Engine` says what its methods do."""
-
-    limits: EngineLimits
-
-    def submit(self, request: Request) -> AsyncGenerator[TokenEvent]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +60,7 @@ class InFlight:
 class Pipeline:
     """Scores lines. Its memory is bounded by `InFlight`, or by one text that is longer."""
 
-    def __init__(self, engine: Engine, bounds: InFlight, alternatives: int) -> None:
+    def __init__(self, engine: EngineClient, bounds: InFlight, alternatives: int) -> None:
         """`alternatives` are kept of each token."""
         self._engine = engine
         self._bounds = bounds
@@ -131,8 +121,8 @@ class Pipeline:
     async def _last_event(self, request: Request) -> TokenEvent:
         """The one event of a request that chooses nothing."""
         try:
-            async with aclosing(self._engine.submit(request)) as events:
-                async for event in events:
+            with self._engine.admit(request) as handle:
+                async for event in handle:
                     return event
         except EngineStoppedError:
             raise ScoreError("the engine has stopped") from None

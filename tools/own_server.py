@@ -1,4 +1,4 @@
-"""A server of ours in a process of its own, for those who measure or test one."""
+"""A server process for tools that measure or test one."""
 
 import re
 import signal
@@ -9,24 +9,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-_END_SECONDS = 90  # above what running requests get at the end, --shutdown-timeout
+_SHUTDOWN_SECONDS = 90  # above --shutdown-timeout, which running requests get
 
 
 @dataclass(slots=True)
 class OwnServer:
-    """Where it serves, what it has said on stderr, and once it has ended, how."""
+    """A server's address, its stderr so far and, once it has ended, its exit code."""
 
     url: str
     log: list[str] = field(default_factory=list)
-    exit_code: int | None = None  # -9 if it did not end by itself
+    exit_code: int | None = None  # -9 if it had to be killed
 
 
 @contextmanager
 def own_server(arguments: Sequence[str]) -> Iterator[OwnServer]:
-    """`python -m serve` on a free port; what it says while it starts is shown. It gets SIGTERM at the end.
+    """Run `python -m serve` on a free port, its start-up messages copied to stderr; on exit send it SIGTERM.
 
     Raises:
-        SystemExit: it did not come up; with its exit code.
+        SystemExit: the server did not start; with its exit code.
     """
     command = [sys.executable, "-m", "serve", *arguments, "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -41,15 +41,15 @@ def own_server(arguments: Sequence[str]) -> Iterator[OwnServer]:
                 break
         else:
             raise SystemExit(process.wait())
-        # Somebody must read on, or a full pipe would stop the server.
+        # The pipe must be drained, or the server would block once it is full.
         reader = threading.Thread(target=server.log.extend, args=(process.stderr,), daemon=True)
         reader.start()
         yield server
     finally:
         process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(_END_SECONDS)
-        process.kill()  # harmless if it has ended
+            process.wait(_SHUTDOWN_SECONDS)
+        process.kill()  # no effect on a process that has ended
         server.exit_code = process.wait()
         if reader is not None:
             reader.join()

@@ -1,4 +1,4 @@
-"""Environments of the clients that the server's own environment does not have, made when a test first needs them."""
+"""Environments of the real clients, one per project tools/clients/NAME, installed when they are first needed."""
 
 import os
 import subprocess
@@ -8,31 +8,31 @@ from pathlib import Path
 
 from tests.support.server_process import ROOT
 
-REQUIREMENTS = ROOT / "requirements-clients"
+PROJECTS = Path(__file__).parent
 ENVIRONMENTS = ROOT / ".venv" / "clients"
 
 
 def python_environment(name: str) -> Path:
-    """The folder of the programs of requirements-clients/NAME.txt, which lists all there is to install."""
-    folder, wanted = ENVIRONMENTS / name, REQUIREMENTS / f"{name}.txt"
+    """Install tools/clients/NAME/lock.txt; return the environment's folder of executables."""
+    folder, lock = ENVIRONMENTS / name, PROJECTS / name / "lock.txt"
     stamp = folder / "installed.txt"
-    if not _is_current(stamp, wanted):
-        _install(sys.executable, "-m", "venv", "--clear", str(folder))
-        pip = ("-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "-r")
-        _install(str(folder / "bin" / "python"), *pip, str(wanted))
-        stamp.write_bytes(wanted.read_bytes())
+    if not _is_current(stamp, lock):
+        _run((sys.executable, "-m", "venv", "--clear", str(folder)))
+        pip = ("-m", "pip", "install", "-q", "--disable-pip-version-check", "--require-hashes", "--no-deps", "-r")
+        _run((str(folder / "bin" / "python"), *pip, str(lock)))
+        stamp.write_bytes(lock.read_bytes())
     return folder / "bin"
 
 
-def node_environment(name: str = "node") -> Path:
-    """The folder in which node finds the packages of requirements-clients/NAME/."""
-    folder, wanted = ENVIRONMENTS / name, REQUIREMENTS / name
-    lock, stamp = wanted / "package-lock.json", folder / "installed.json"
+def node_environment(name: str) -> Path:
+    """Install tools/clients/NAME/package-lock.json; return the folder of node_modules."""
+    folder, lock = ENVIRONMENTS / name, PROJECTS / name / "package-lock.json"
+    stamp = folder / "installed.json"
     if not _is_current(stamp, lock):
         folder.mkdir(parents=True, exist_ok=True)
-        for file in (wanted / "package.json", lock):
+        for file in (lock.with_name("package.json"), lock):
             (folder / file.name).write_bytes(file.read_bytes())
-        _install("npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(folder))
+        _run(("npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(folder)))
         stamp.write_bytes(lock.read_bytes())
     return folder
 
@@ -45,7 +45,14 @@ def run(
     folder: Path = ROOT,
     variables: Mapping[str, str] | None = None,
 ) -> str:
-    """What a client's command prints in `folder`. `home` is its home directory, so that nobody's settings reach it."""
+    """Run a client's command and return its stdout.
+
+    Args:
+        home: its home directory, so that no settings of the user reach it.
+        programs: folder that is first on PATH.
+        folder: its working directory.
+        variables: further environment variables.
+    """
     environment = {
         **os.environ,
         "HOME": str(home),
@@ -54,21 +61,22 @@ def run(
         "OPENAI_API_KEY": "none",
         "NO_PROXY": "127.0.0.1",
     }
-    return _completed(command, environment | dict(variables or {}), folder)
+    return _run(command, environment | dict(variables or {}), folder)
 
 
-def _is_current(stamp: Path, wanted: Path) -> bool:
-    return stamp.is_file() and stamp.read_bytes() == wanted.read_bytes()
+def _is_current(stamp: Path, lock: Path) -> bool:
+    return stamp.is_file() and stamp.read_bytes() == lock.read_bytes()
 
 
-def _install(*command: str) -> None:
-    _completed(command, {**os.environ}, ROOT)
-
-
-def _completed(command: tuple[str, ...], environment: dict[str, str], folder: Path) -> str:
+def _run(command: tuple[str, ...], environment: Mapping[str, str] = os.environ, folder: Path = ROOT) -> str:
     result = subprocess.run(
         command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
-    # An exception of subprocess would not say what the program said.
+    # subprocess.CalledProcessError would not show the output.
     assert result.returncode == 0, f"{command} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}"
     return result.stdout
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        python_environment(argument)

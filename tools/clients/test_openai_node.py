@@ -15,7 +15,7 @@ pytestmark = pytest.mark.clients
 
 def test_node_example_prints_the_servers_logprobs(base_url: str, expected: Expected, tmp_path: Path) -> None:
     # node looks for packages from where the script lies.
-    script = shutil.copy(ROOT / "examples" / "openai_node.mjs", node_environment())
+    script = shutil.copy(ROOT / "examples" / "openai_node.mjs", node_environment("openai_node"))
     printed = run("node", str(script), base_url=base_url, home=tmp_path)
     assert printed.startswith(f"Using model: {MODEL}\n")
     assert sections(printed) == {

@@ -27,7 +27,7 @@ FOLDER = ROOT / "docs" / "guides"
 GUIDES = {path.stem: path for path in sorted(FOLDER.glob("*.md")) if path.name != "README.md"}
 FLAGS = ("--dtype", "float32", "--max-num-seqs", "4")  # of the server that the guides start
 
-_ENVIRONMENTS = {"lm-eval": "lm_eval"}  # whose programs a guide calls: see requirements-clients
+_ENVIRONMENTS = {"lm-eval": "lm_eval"}  # whose programs a guide calls: see tools/clients
 _ADDRESS = "http://127.0.0.1:8000"  # what guides call the server
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _RUN = ("python", "sh")

@@ -1,0 +1,1 @@
+"""Exact log-probs from Python."""

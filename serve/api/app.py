@@ -1,4 +1,4 @@
-"""create_app: the routes, and what is common to all answers."""
+"""create_app: routes, middleware and exception handlers."""
 
 import asyncio
 
@@ -10,21 +10,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from serve import __version__
 from serve.api.chat import ChatCompletions
 from serve.api.completions import Completions
 from serve.api.context import Endpoint, ServedModel
 from serve.api.errors import APIError, invalid
 from serve.api.full_vocab_logprobs import RowWriter
 from serve.api.inspector import inspector
-from serve.api.json_stream import dump
-from serve.api.metrics import CONTENT_TYPE, Metrics
+from serve.api.metrics import Metrics
 from serve.api.middleware import Access, AnswerRecord, OnAnswer, Readiness, record_of
-from serve.api.models import Models
 from serve.api.openapi import documentation
 from serve.api.parsing import json_object
 from serve.api.prompt_logprobs import EntryWriter
 from serve.api.request_body import Bodies
+from serve.api.status import Status
 from serve.api.tokenize import Tokenization
 from serve.config.config import ServeConfig
 from serve.engine.client import EngineClient
@@ -43,82 +41,40 @@ def create_app(
     readiness: Readiness | None = None,
     on_answer: OnAnswer | None = None,
 ) -> Starlette:
-    """The ASGI app around a running engine, whose life is the caller's business; so is who tells `metrics` of it.
+    """The ASGI app of a running engine. The caller starts and stops the engine and registers `metrics` with it.
 
     Args:
-        readiness: the caller's word on whether requests are taken; always, if None.
-        on_answer: is told of each answer, after `metrics`.
+        readiness: whether requests are accepted; always, if None.
+        on_answer: called with the record of each answer, after `metrics`.
     """
-    limits, readiness = engine.limits, readiness or Readiness()
-    bodies = Bodies(max_bytes=config.max_body_bytes, seconds=config.client_timeout)
-    writer = RowWriter(tokenizer, limits.vocab_size) if limits.whole_vocabulary else None
-    jail = TemplateSandbox() if config.trust_request_chat_template else None
-    endpoint = Endpoint(
+    readiness = readiness or Readiness()
+    context = Endpoint(
         engine,
         tokenizer,
         model,
         config,
-        writer,
+        RowWriter(tokenizer, engine.limits.vocab_size) if engine.limits.whole_vocabulary else None,
         EntryWriter(tokenizer),
-        bodies,
+        Bodies(max_bytes=config.max_body_bytes, seconds=config.client_timeout),
         metrics.on_answers,
         metrics.on_rejected,
-        jail,
+        TemplateSandbox() if config.trust_request_chat_template else None,
     )
-    models, chat, completions = Models(endpoint), ChatCompletions(endpoint), Completions(endpoint)
-    tokenization = Tokenization(endpoint)
 
-    async def health(_: Request) -> Response:
-        return Response(status_code=200 if engine.ready and not readiness.draining else 503)
-
-    def told(record: AnswerRecord) -> None:
+    def on_end(record: AnswerRecord) -> None:
         metrics.on_http(record)
         if on_answer is not None:
             on_answer(record)
 
-    async def invocations(request: Request) -> Response:  # SageMaker has one path for all that a model does
-        async with bodies.read(request) as data:
-            kind = completions if "prompt" in await asyncio.to_thread(json_object, data) else chat
-            answer = await kind.checked(request, data)
-        del data  # as in `Answering`
-        return await answer()
-
-    async def prometheus(_: Request) -> Response:
-        return Response(metrics.text(), media_type=CONTENT_TYPE)
-
-    async def load(_: Request) -> Response:
-        return Response(dump({"server_load": engine.load}), media_type="application/json")
-
-    async def version(_: Request) -> Response:
-        return Response(dump({"version": __version__}), media_type="application/json")
-
-    routes = [
-        Route("/v1/models", models.list),
-        Route("/v1/models/{id:path}", models.one),
-        Route("/v1/chat/completions", chat.__call__, methods=["POST"]),
-        Route("/v1/completions", completions.__call__, methods=["POST"]),
-        Route("/invocations", invocations, methods=["POST"]),
-        Route("/tokenize", tokenization.tokenize, methods=["POST"]),
-        Route("/detokenize", tokenization.detokenize, methods=["POST"]),
-        Route("/tokenizer_info", tokenization.info),
-        Route("/metrics", prometheus),
-        Route("/load", load),
-        Route("/health", health),
-        Route("/ping", health, methods=["GET", "POST"]),
-        Route("/version", version),
-        *inspector(),
-    ]
-    if not config.disable_fastapi_docs:
-        routes += documentation(secured=bool(config.api_key))
     access = Middleware(
         Access,
         api_keys=config.api_key,
         allowed_hosts=config.accepted_hosts,
         readiness=readiness,
-        on_answer=told,
+        on_answer=on_end,
     )
     app = Starlette(
-        routes=routes,
+        routes=_routes(context, Status(context, metrics, readiness)),
         middleware=[*_cors(config), access],
         exception_handlers={
             APIError: _api_error,
@@ -131,8 +87,40 @@ def create_app(
     return app
 
 
+def _routes(context: Endpoint, status: Status) -> list[Route]:
+    chat, completions, tokenization = ChatCompletions(context), Completions(context), Tokenization(context)
+
+    async def invocations(request: Request) -> Response:
+        """SageMaker's single path for all requests to a model."""
+        async with context.bodies.read(request) as data:
+            handler = completions if "prompt" in await asyncio.to_thread(json_object, data) else chat
+            answer = await handler.checked(request, data)
+        del data  # as in `Answering`
+        return await answer()
+
+    routes = [
+        Route("/v1/models", status.models),
+        Route("/v1/models/{id:path}", status.model),
+        Route("/v1/chat/completions", chat.__call__, methods=["POST"]),
+        Route("/v1/completions", completions.__call__, methods=["POST"]),
+        Route("/invocations", invocations, methods=["POST"]),
+        Route("/tokenize", tokenization.tokenize, methods=["POST"]),
+        Route("/detokenize", tokenization.detokenize, methods=["POST"]),
+        Route("/tokenizer_info", tokenization.info),
+        Route("/metrics", status.metrics),
+        Route("/load", status.load),
+        Route("/health", status.health),
+        Route("/ping", status.health, methods=["GET", "POST"]),
+        Route("/version", status.version),
+        *inspector(),
+    ]
+    if not context.config.disable_fastapi_docs:
+        routes += documentation(secured=bool(context.config.api_key))
+    return routes
+
+
 def _cors(config: ServeConfig) -> list[Middleware]:
-    """Nothing, unless pages of other origins may ask."""
+    """CORS middleware if other origins are allowed."""
     if not config.allowed_origins:
         return []
     return [
@@ -164,7 +152,7 @@ async def _template_busy(request: Request, _: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """404 and 405 of the router."""
+    """The router's 404 and 405."""
     assert isinstance(error, HTTPException)
     message = f"{error.detail}: {request.method} {request.url.path[:200]}"
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")

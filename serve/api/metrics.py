@@ -1,4 +1,4 @@
-"""/metrics: Prometheus counters and histograms of the engine and of HTTP, under our names and, if wanted, vLLM's."""
+"""/metrics: Prometheus metrics of the engine and of HTTP, under our own names and optionally under vLLM's."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ from serve.engine.request_state import RequestState
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 OWN_PREFIX, VLLM_PREFIX = "logprobd:", "vllm:"
-ERRORS_TEXT = "Errors that clients were told, in answers and within streams, and clients that went away"
+ERRORS_TEXT = "Errors sent in responses and streams, and client disconnects"
 
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _GAP = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -36,10 +36,10 @@ _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 
 
 class Metrics:
-    """An `Observer` of the engine, and of the app."""
+    """Collects the metrics of the engine, as its `Observer`, and of the app."""
 
     def __init__(self, model_name: str, *, max_model_len: int, vllm_names: bool) -> None:
-        """`max_model_len` bounds the histograms of tokens. With `vllm_names`, every number has both names."""
+        """`max_model_len` bounds the buckets of token counts. `vllm_names` adds vLLM's name for each metric."""
         self._registry = CollectorRegistry()
         self._families: dict[str, Any] = {}
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
@@ -48,55 +48,59 @@ class Metrics:
         self._prefixes = (OWN_PREFIX, VLLM_PREFIX) if vllm_names else (OWN_PREFIX,)
         tokens = _one_two_five(max_model_len)
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
-        self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found there")
-        self._preemptions = self._counter("num_preemptions", "Requests that lost their pages")
+        self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
+        self._preemptions = self._counter("num_preemptions", "Preempted requests")
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens")
-        self._scored_tokens = self._counter("prompt_logprobs_tokens", "Prompt tokens whose log-probs were told")
+        self._scored_tokens = self._counter("prompt_logprobs_tokens", "Prompt tokens whose log-probs were returned")
         self._generated_tokens = self._counter("generation_tokens", "Generated tokens")
         self._success = {
-            reason: self._counter("request_success", "Ended requests", finished_reason=str(reason))
+            reason: self._counter("request_success", "Finished requests", finished_reason=str(reason))
             for reason in FinishReason
         }
         self._rejections = {
-            reason: self._counter("admission_rejections", "Refused requests", reason=reason)
+            reason: self._counter("admission_rejections", "Requests rejected because the queue was full", reason=reason)
             for reason in ("max_num_queued_reqs", "max_num_queued_tokens")
         }
-        self._faults = {
-            kind: self._counter("engine_failures", "What failed in the engine", kind=kind) for kind in EngineFault
-        }
-        self._step = self._histogram("iteration_tokens_total", "Tokens of a step", _STEP)
+        self._faults = {kind: self._counter("engine_failures", "Engine failures", kind=kind) for kind in EngineFault}
+        self._step = self._histogram("iteration_tokens_total", "Tokens per step", _STEP)
         self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token", _FIRST_TOKEN)
-        self._gap = self._histogram("inter_token_latency_seconds", "Between tokens", _GAP)
-        self._per_token = self._histogram("request_time_per_output_token_seconds", "Mean of a request's gaps", _GAP)
-        self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the end", _REQUEST)
-        self._queue = self._histogram("request_queue_time_seconds", "From arrival to running", _REQUEST)
-        self._prefill = self._histogram("request_prefill_time_seconds", "From running to the first token", _REQUEST)
+        self._gap = self._histogram("inter_token_latency_seconds", "Time between tokens", _GAP)
+        self._per_token = self._histogram(
+            "request_time_per_output_token_seconds", "Mean time between the tokens of a request", _GAP
+        )
+        self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the end of the request", _REQUEST)
+        self._queue = self._histogram("request_queue_time_seconds", "From arrival to the first step", _REQUEST)
+        self._prefill = self._histogram(
+            "request_prefill_time_seconds", "From the first step to the first token", _REQUEST
+        )
         self._decode = self._histogram("request_decode_time_seconds", "From the first token to the last", _REQUEST)
-        self._inference = self._histogram("request_inference_time_seconds", "From running to the last token", _REQUEST)
-        self._prompt_size = self._histogram("request_prompt_tokens", "Prompt tokens of a request", tokens)
-        self._output_size = self._histogram("request_generation_tokens", "Generated tokens of a request", tokens)
-        self._max_tokens = self._histogram("request_params_max_tokens", "max_tokens of a request", tokens)
-        self._n = self._histogram("request_params_n", "Answers to a prompt", _CHOICES)
+        self._inference = self._histogram(
+            "request_inference_time_seconds", "From the first step to the last token", _REQUEST
+        )
+        self._prompt_size = self._histogram("request_prompt_tokens", "Prompt tokens per request", tokens)
+        self._output_size = self._histogram("request_generation_tokens", "Generated tokens per request", tokens)
+        self._max_tokens = self._histogram("request_params_max_tokens", "max_tokens per request", tokens)
+        self._n = self._histogram("request_params_n", "Choices per prompt", _CHOICES)
         self._longest = self._histogram(
-            "request_max_num_generation_tokens", "Generated tokens of the longest answer to a prompt", tokens
+            "request_max_num_generation_tokens", "Generated tokens of the longest choice of a prompt", tokens
         )
         self._http_count = Counter(
-            "http_requests", "Answers by handler and status", ("handler", "method", "status"), registry=self._registry
+            "http_requests", "HTTP responses", ("handler", "method", "status"), registry=self._registry
         )
         self._http_time = Histogram(
             "http_request_duration_seconds",
-            "From the request to the end of its answer",
+            "From the request to the end of the response",
             ("handler", "method"),
             buckets=_HTTP,
             registry=self._registry,
         )
 
     def watch(self, gauges: Callable[[], EngineGauges], cache: dict[str, str]) -> None:
-        """Reads `gauges` at every scrape; `cache` is told as labels."""
+        """Read `gauges` at every scrape; `cache` becomes labels of cache_config_info."""
         self._registry.register(_Gauges(gauges, cache, self._labels, self._prefixes))
 
     def text(self) -> bytes:
-        """What a scrape gets."""
+        """The metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def on_step(self, tokens: int) -> None:
@@ -150,17 +154,17 @@ class Metrics:
         self._faults[kind].inc()
 
     def on_refused_connection(self, code: str) -> None:
-        """A connection was closed before there was a request, or because nobody took what was sent."""
+        """Count a connection that was closed before a request, or because its client did not read."""
         self._error(code).inc()
 
     def on_answers(self, tokens: Sequence[int]) -> None:
-        """All answers to a prompt have ended; `tokens` of each."""
+        """Record a prompt whose choices have all finished; `tokens` per choice."""
         self._n.observe(len(tokens))
         self._longest.observe(max(tokens))
 
     def on_http(self, record: AnswerRecord) -> None:
-        """An HTTP request was answered."""
-        method = record.method if record.method in _METHODS else "other"  # clients may name any
+        """Record an answered HTTP request."""
+        method = record.method if record.method in _METHODS else "other"  # clients can send any method
         self._http_count.labels(record.handler, method, str(record.status)).inc()
         self._http_time.labels(record.handler, method).observe(record.seconds)
         if record.error is not None:
@@ -188,7 +192,7 @@ class Metrics:
 
 
 class _Both:
-    """One number under all its names."""
+    """A metric under all its names."""
 
     def __init__(self, children: Iterable[Any]) -> None:
         self._children = tuple(children)
@@ -203,7 +207,7 @@ class _Both:
 
 
 class _Gauges(Collector):
-    """The engine's gauges, read when they are asked for."""
+    """The engine's gauges, read at each scrape."""
 
     def __init__(
         self, gauges: Callable[[], EngineGauges], cache: dict[str, str], labels: dict[str, str], prefixes: Iterable[str]
@@ -213,11 +217,15 @@ class _Gauges(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         now = self._gauges()
         for prefix in self._prefixes:
-            yield self._gauge(prefix + "num_requests_running", "Requests that run", now.running)
-            yield self._gauge(prefix + "num_requests_waiting", "Requests that wait", now.waiting)
-            yield self._gauge(prefix + "kv_cache_usage_perc", "Share of the pages in use, 0 to 1", now.cache_usage)
-            yield self._gauge(prefix + "cache_config_info", "The cache, as labels", 1, self._cache)
-        yield self._gauge(OWN_PREFIX + "num_requests_held", "Ended requests whose rows are still read", now.pinned)
+            yield self._gauge(prefix + "num_requests_running", "Running requests", now.running)
+            yield self._gauge(prefix + "num_requests_waiting", "Waiting requests", now.waiting)
+            yield self._gauge(
+                prefix + "kv_cache_usage_perc", "Fraction of KV cache pages in use, 0 to 1", now.cache_usage
+            )
+            yield self._gauge(prefix + "cache_config_info", "Configuration of the KV cache, as labels", 1, self._cache)
+        yield self._gauge(
+            OWN_PREFIX + "num_requests_held", "Finished requests kept for reading their full rows", now.pinned
+        )
 
     def _gauge(self, name: str, text: str, value: float, more: dict[str, str] | None = None) -> GaugeMetricFamily:
         labels = self._labels | (more or {})
@@ -226,7 +234,7 @@ class _Gauges(Collector):
         return family
 
 
-def _one_two_five(most: int) -> tuple[float, ...]:
-    """1, 2, 5, 10 ... up to `most`."""
-    steps = (float(digit * 10**power) for power in range(len(str(most))) for digit in (1, 2, 5))
-    return tuple(step for step in steps if step <= most)
+def _one_two_five(maximum: int) -> tuple[float, ...]:
+    """1, 2, 5, 10 ... up to `maximum`."""
+    steps = (float(digit * 10**power) for power in range(len(str(maximum))) for digit in (1, 2, 5))
+    return tuple(step for step in steps if step <= maximum)

@@ -1,4 +1,4 @@
-"""/openapi.json, made from the models that read requests, and /docs: Swagger UI 5.32.6 from serve/api/swagger."""
+"""/openapi.json, generated from the request models, and /docs: Swagger UI 5.32.6 from serve/api/swagger."""
 
 import functools
 from base64 import b64encode
@@ -41,9 +41,9 @@ class _Operation:
     method: str
     path: str
     summary: str
-    body: tuple[type[BaseModel], ...] = ()  # one of them
+    body: tuple[type[BaseModel], ...] = ()  # alternatives
     answer: type[BaseModel] | None = None
-    event: type[BaseModel] | None = None  # of a stream
+    event: type[BaseModel] | None = None  # of a streamed answer
     errors: tuple[int, ...] = ()
 
 
@@ -52,7 +52,7 @@ _OPERATIONS = (
     _Operation(
         "post",
         "/v1/chat/completions",
-        "Replies to a chat, with the log-prob and rank of every token",
+        "Generate a chat reply with the log-prob and rank of every token",
         (ChatCompletionRequest,),
         responses.ChatCompletionAnswer,
         responses.ChatChunk,
@@ -61,7 +61,7 @@ _OPERATIONS = (
     _Operation(
         "post",
         "/v1/completions",
-        "Continues or scores texts or token ids",
+        "Continue or score texts or token ids",
         (CompletionRequest,),
         responses.CompletionAnswer,
         responses.CompletionChunk,
@@ -70,34 +70,40 @@ _OPERATIONS = (
     _Operation(
         "post",
         "/invocations",
-        "A completion where the body has a prompt, else a chat",
+        "Completion if the body has `prompt`, else chat completion (SageMaker)",
         (CompletionRequest, ChatCompletionRequest),
         errors=_POST_ERRORS,
     ),
-    _Operation("get", "/v1/models", "The served models", answer=responses.ModelList, errors=(401,)),
-    _Operation("get", "/v1/models/{id}", "One model", answer=responses.ModelCard, errors=(401, 404)),
+    _Operation("get", "/v1/models", "List the served models", answer=responses.ModelList, errors=(401,)),
+    _Operation("get", "/v1/models/{id}", "Describe a model", answer=responses.ModelCard, errors=(401, 404)),
     _Operation(
         "post",
         "/tokenize",
-        "Token ids of a text or a chat",
+        "Tokenize a text or a chat",
         (TokenizeTextRequest, TokenizeChatRequest),
         responses.Tokenized,
         errors=_POST_ERRORS,
     ),
     _Operation(
-        "post", "/detokenize", "Text of token ids", (DetokenizeRequest,), responses.Detokenized, errors=_POST_ERRORS
+        "post", "/detokenize", "Decode token ids", (DetokenizeRequest,), responses.Detokenized, errors=_POST_ERRORS
     ),
-    _Operation("get", "/tokenizer_info", "Special tokens and template", answer=responses.TokenizerInfo, errors=(401,)),
-    _Operation("get", "/health", "200 when requests are served, 503 otherwise", errors=(503,)),
-    _Operation("get", "/ping", "As /health", errors=(503,)),
-    _Operation("get", "/version", "The version of this server", answer=responses.Version, errors=(401,)),
+    _Operation(
+        "get",
+        "/tokenizer_info",
+        "Describe the tokenizer: special tokens, chat template",
+        answer=responses.TokenizerInfo,
+        errors=(401,),
+    ),
+    _Operation("get", "/health", "Readiness: 200 if requests are accepted, else 503", errors=(503,)),
+    _Operation("get", "/ping", "Same as /health", errors=(503,)),
+    _Operation("get", "/version", "Version of the server", answer=responses.Version, errors=(401,)),
     _Operation("get", "/metrics", "Prometheus text", errors=(401,)),
-    _Operation("get", "/load", "How much there is to do", answer=responses.Load, errors=(401,)),
+    _Operation("get", "/load", "Number of unfinished requests", answer=responses.Load, errors=(401,)),
 )
 
 
 def openapi(*, secured: bool) -> dict[str, Any]:
-    """The document, OpenAPI 3.1; `secured` says that a key is asked for."""
+    """The OpenAPI 3.1 document; `secured` declares the API key."""
     models = {model for operation in _OPERATIONS for model in _models(operation)} | {responses.ErrorAnswer}
     ordered = sorted(models, key=lambda model: model.__name__)
     _, schemas = models_json_schema([(model, "validation") for model in ordered], ref_template=_REFERENCE)
@@ -107,7 +113,11 @@ def openapi(*, secured: bool) -> dict[str, Any]:
     components: dict[str, Any] = {"schemas": schemas["$defs"]}
     document: dict[str, Any] = {
         "openapi": "3.1.0",
-        "info": {"title": "logprobd", "version": __version__, "description": "The exact log-prob of every token."},
+        "info": {
+            "title": "logprobd",
+            "version": __version__,
+            "description": "OpenAI-compatible LLM server for exact log-probs.",
+        },
         "paths": paths,
         "components": components,
     }
@@ -118,9 +128,9 @@ def openapi(*, secured: bool) -> dict[str, Any]:
 
 
 def documentation(*, secured: bool) -> list[Route]:
-    """Routes of the document and of the page that shows it."""
+    """Routes of the document and of Swagger UI."""
 
-    @functools.cache  # made when it is first asked for: it takes longer than the rest of the app
+    @functools.cache  # generated on the first request: it takes longer than starting the rest of the app
     def document() -> bytes:
         return dump(openapi(secured=secured))
 
@@ -145,7 +155,7 @@ def _models(operation: _Operation) -> Iterable[type[BaseModel]]:
 
 
 def _described(operation: _Operation) -> dict[str, Any]:
-    answer: dict[str, Any] = {"description": "As asked"}
+    answer: dict[str, Any] = {"description": "Success"}
     if operation.answer is not None:
         answer["content"] = {"application/json": {"schema": _reference(operation.answer)}}
     if operation.event is not None:
@@ -154,7 +164,7 @@ def _described(operation: _Operation) -> dict[str, Any]:
     error = {"application/json": {"schema": _reference(responses.ErrorAnswer)}}
     for status in operation.errors:
         bare = operation.path in ("/health", "/ping")
-        described["responses"][str(status)] = {"description": "Refused"} | ({} if bare else {"content": error})
+        described["responses"][str(status)] = {"description": "Error"} | ({} if bare else {"content": error})
     if operation.body:
         kinds = [_reference(model) for model in operation.body]
         schema = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
@@ -165,7 +175,7 @@ def _described(operation: _Operation) -> dict[str, Any]:
 
 
 def _event(model: type[BaseModel]) -> dict[str, Any]:
-    """One server-sent event; the data of the last is [DONE]."""
+    """Schema of a server-sent event; the data of the last one is [DONE]."""
     chunk = {"type": "string", "contentMediaType": "application/json", "contentSchema": _reference(model)}
     data = {"anyOf": [{"const": "[DONE]"}, chunk]}
     return {"type": "object", "properties": {"data": data}, "required": ["data"]}

@@ -1,4 +1,4 @@
-"""Bodies: requests' bodies, read within a size, a time, and a size of all that are being read."""
+"""Request bodies, read within limits of size, time and total memory."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,26 +8,26 @@ from starlette.requests import ClientDisconnect, Request
 
 from serve.api.errors import APIError, client_gone
 
-_AT_ONCE = 4  # bodies of the largest size that may be held together
-_SMALL = 64 << 10  # bytes of each that do not count: large ones that come slowly keep no small one out
+_MAX_LARGE = 4  # bodies of the maximum size that may be in memory together
+_SMALL = 64 << 10  # bytes of each body that are not counted, so that slow large bodies never keep out small ones
 
 
 class Bodies:
     """Reads the bodies of one app."""
 
     def __init__(self, *, max_bytes: int, seconds: float) -> None:
-        """A body may have `max_bytes`, and its sender may take so many seconds."""
+        """Limit each body to `max_bytes`, to be received within `seconds`."""
         self._max_bytes = max_bytes
         self._seconds = seconds
-        self._held = 0  # bytes of bodies that somebody has not done with
+        self._total = 0  # counted bytes of all bodies in memory
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """The body of a JSON request; it counts as held while the block runs.
+        """The body of a JSON request. Its memory counts until the block ends.
 
         Raises:
-            APIError: 400 for another content type, 408 where it does not come, 413 for one that is too large, 499 where
-                the client goes away before its end, 503 where too much is held.
+            APIError: 400 for another content type, 408 for a timeout, 413 for too large a body, 499 if the client
+                disconnects before its end, 503 if all bodies together are too large.
         """
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json" and not kind.endswith("+json"):
@@ -40,29 +40,31 @@ class Bodies:
             try:
                 async with asyncio.timeout(self._seconds):
                     async for chunk in request.stream():
-                        self._hold(_counted(len(data) + len(chunk)) - _counted(len(data)))
+                        self._count(_counted(len(data) + len(chunk)) - _counted(len(data)))
                         data += chunk
                         if len(data) > self._max_bytes:
                             raise self._too_large()
             except ClientDisconnect:
                 raise client_gone() from None
             except TimeoutError:
-                message = f"The body did not come within {self._seconds:g} s."
+                message = f"The request body was not received within {self._seconds:g} s."
                 raise APIError(408, message, None, "request_timeout", {"Connection": "close"}) from None
             yield bytes(data)
         finally:
-            self._held -= _counted(len(data))
+            self._total -= _counted(len(data))
 
-    def _hold(self, more: int) -> None:
-        if more and self._held + more > _AT_ONCE * self._max_bytes:
+    def _count(self, size: int) -> None:
+        if size and self._total + size > _MAX_LARGE * self._max_bytes:
             message = "The server is reading too many large requests. Try again later."
             raise APIError(503, message, None, "too_many_bodies", {"Retry-After": "1"})
-        self._held += more
+        self._total += size
 
     def _too_large(self) -> APIError:
-        return APIError(413, f"The body is larger than {self._max_bytes} bytes.", None, "request_too_large")
+        return APIError(
+            413, f"The request body is larger than the maximum of {self._max_bytes} bytes.", None, "request_too_large"
+        )
 
 
 def _counted(size: int) -> int:
-    """Of a body's bytes, those that count as held."""
+    """Bytes of a body that count towards the total."""
     return max(0, size - _SMALL)

@@ -1,4 +1,4 @@
-"""The shapes of answers, for /openapi.json and the tests. Answers are written as dictionaries, which is faster."""
+"""Schemas of responses, for /openapi.json and the tests. The handlers build plain dictionaries, which is faster."""
 
 from typing import Annotated, Literal
 
@@ -6,9 +6,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serve.config.config import LogprobsMode
 
-_Logprob = Annotated[float, Field(le=0, ge=-9999, description="natural log; -9999 where the probability is 0")]
-_Rank = Annotated[int, Field(ge=1, description="place in the whole vocabulary, 1 = most likely; unique")]
-_Bytes = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(description="true bytes of the token")]
+_Logprob = Annotated[float, Field(le=0, ge=-9999, description="natural logarithm; -9999 for probability 0")]
+_Rank = Annotated[
+    int, Field(ge=1, description="rank in the full vocabulary; 1 is the most likely token; ties go to the lower id")
+]
+_Bytes = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(description="bytes of the token")]
 _FinishReason = Literal["stop", "length"]
 
 
@@ -17,7 +19,7 @@ class _Answer(BaseModel):
 
 
 class ErrorDetail(_Answer):
-    """What is wrong."""
+    """An error."""
 
     message: str
     type: str
@@ -38,7 +40,7 @@ class CachedTokens(_Answer):
 
 
 class UsageAnswer(_Answer):
-    """Counted tokens; a prompt counts once."""
+    """Token counts; a prompt is counted once for all its choices."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -47,7 +49,7 @@ class UsageAnswer(_Answer):
 
 
 class TokenAlternative(_Answer):
-    """One token of a distribution."""
+    """A token with its log-prob and rank."""
 
     token: str
     logprob: _Logprob
@@ -57,20 +59,20 @@ class TokenAlternative(_Answer):
 
 
 class TokenEntry(TokenAlternative):
-    """A generated token and the most likely ones in its place."""
+    """A generated token and the most likely alternatives."""
 
     top_logprobs: list[TokenAlternative]
 
 
 class ChatLogprobsAnswer(_Answer):
-    """`choices[].logprobs` of chat: an entry for every generated token, the stop token included."""
+    """`choices[].logprobs` of chat: one entry per generated token, including the stop token."""
 
     content: list[TokenEntry]
     refusal: None
 
 
 class PromptEntry(_Answer):
-    """One token in `prompt_logprobs`."""
+    """A token in `prompt_logprobs`."""
 
     logprob: _Logprob
     rank: _Rank
@@ -79,12 +81,12 @@ class PromptEntry(_Answer):
 
 PromptEntries = Annotated[
     list[dict[str, PromptEntry] | None],
-    Field(description="for each prompt token null (the first has none) or entries by token id, its own first"),
+    Field(description="per prompt token, entries by token id, the actual token first; null for the first token"),
 ]
 
 
 class PromptColumns(_Answer):
-    """`prompt_logprobs_columns`: row i is of prompt token start + i."""
+    """`prompt_logprobs_columns`: row i belongs to prompt token start + i."""
 
     start: int
     token_ids: list[int]
@@ -112,7 +114,7 @@ class ReplyMessage(_Answer):
 
 
 class ChatChoiceAnswer(_Answer):
-    """One reply."""
+    """A choice of a chat completion."""
 
     index: int
     message: ReplyMessage
@@ -123,7 +125,7 @@ class ChatChoiceAnswer(_Answer):
 
 
 class ChatCompletionAnswer(_Header):
-    """The answer of /v1/chat/completions."""
+    """Response of /v1/chat/completions."""
 
     object: Literal["chat.completion"]
     choices: list[ChatChoiceAnswer]
@@ -142,7 +144,7 @@ class ReplyDelta(_Answer):
 
 
 class ChatChunkChoice(_Answer):
-    """What an event adds to a reply."""
+    """A choice in a chunk of a chat completion."""
 
     index: int
     delta: ReplyDelta
@@ -153,7 +155,7 @@ class ChatChunkChoice(_Answer):
 
 
 class ChatChunk(_Header):
-    """An event of a streamed /v1/chat/completions. A choice's first has its role and what is told of the prompt."""
+    """Chunk of a streamed chat completion. A choice's first chunk has its role and the fields of the prompt."""
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
@@ -165,17 +167,17 @@ class ChatChunk(_Header):
 
 
 class CompletionLogprobsAnswer(_Answer):
-    """`choices[].logprobs` of completions: columns over the tokens, those of an echoed prompt first."""
+    """`choices[].logprobs` of completions: arrays over the tokens, starting with an echoed prompt."""
 
     tokens: list[str]
     token_logprobs: list[_Logprob | None]
     top_logprobs: list[dict[str, _Logprob] | None]
     top_token_ids: list[list[int] | None]
-    text_offset: Annotated[list[int], Field(description="code points of the text before the token")]
+    text_offset: Annotated[list[int], Field(description="code points of the text that precede the token")]
 
 
 class CompletionChunkChoice(_Answer):
-    """What an event adds to a text."""
+    """A choice in a chunk of a completion."""
 
     index: int
     text: str
@@ -189,13 +191,13 @@ class CompletionChunkChoice(_Answer):
 
 
 class CompletionChoiceAnswer(CompletionChunkChoice):
-    """One text."""
+    """A choice of a completion."""
 
     finish_reason: _FinishReason
 
 
 class CompletionAnswer(_Header):
-    """The answer of /v1/completions."""
+    """Response of /v1/completions."""
 
     object: Literal["text_completion"]
     choices: list[CompletionChoiceAnswer]
@@ -203,7 +205,7 @@ class CompletionAnswer(_Header):
 
 
 class CompletionChunk(_Header):
-    """An event of a streamed /v1/completions."""
+    """Chunk of a streamed completion."""
 
     object: Literal["text_completion"]
     choices: list[CompletionChunkChoice]
@@ -211,7 +213,7 @@ class CompletionChunk(_Header):
 
 
 class ModelCard(_Answer):
-    """A served model, and what it can be asked."""
+    """A served model and its limits."""
 
     id: str
     object: Literal["model"]
@@ -225,14 +227,14 @@ class ModelCard(_Answer):
 
 
 class ModelList(_Answer):
-    """The answer of /v1/models."""
+    """Response of /v1/models."""
 
     object: Literal["list"]
     data: list[ModelCard]
 
 
 class Tokenized(_Answer):
-    """The answer of /tokenize."""
+    """Response of /tokenize."""
 
     count: int
     max_model_len: int
@@ -241,14 +243,14 @@ class Tokenized(_Answer):
 
 
 class Detokenized(_Answer):
-    """The answer of /detokenize."""
+    """Response of /detokenize."""
 
     prompt: str
     token_bytes: list[_Bytes] | None = None
 
 
 class TokenizerInfo(BaseModel):
-    """The answer of /tokenizer_info."""
+    """Response of /tokenizer_info."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -263,12 +265,12 @@ class TokenizerInfo(BaseModel):
 
 
 class Version(_Answer):
-    """The answer of /version."""
+    """Response of /version."""
 
     version: str
 
 
 class Load(_Answer):
-    """The answer of /load."""
+    """Response of /load."""
 
-    server_load: Annotated[int, Field(description="unfinished requests to the engine")]
+    server_load: Annotated[int, Field(description="unfinished requests in the engine")]

@@ -1,4 +1,4 @@
-"""Answers over HTTP: server-sent events, and JSON that is dropped when its client goes away."""
+"""Responses that watch the connection: server-sent events, and JSON that is cancelled if the client disconnects."""
 
 import asyncio
 import logging
@@ -20,9 +20,9 @@ _PIECE = 256 << 10  # bytes
 
 
 class ClosingStream(StreamingResponse):
-    """A body in pieces whose end, however it comes, is told to `on_close`.
+    """A streamed body that calls `on_close` when it ends in any way, and records why it ended early.
 
-    A generator's own `finally` does not run before the answer ends when the client is cut off while it is written to.
+    The generator's own `finally` would run too late if the client is cut off during a write.
     """
 
     def __init__(
@@ -33,16 +33,16 @@ class ClosingStream(StreamingResponse):
         self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        ended = False
+        complete = False
 
-        async def noted(message: Message) -> None:
-            nonlocal ended
+        async def send_and_yield(message: Message) -> None:
+            nonlocal complete
             await send(message)
-            ended |= message["type"] == "http.response.body" and not message.get("more_body", False)
-            await asyncio.sleep(0)  # others have their turn, and a connection that was just lost is noticed
+            complete |= message["type"] == "http.response.body" and not message.get("more_body", False)
+            await asyncio.sleep(0)  # let other tasks run, and let a lost connection be noticed
 
         try:
-            await super().__call__(scope, receive, noted)
+            await super().__call__(scope, receive, send_and_yield)
         except APIError as error:
             self._record.error = error.code
             raise
@@ -52,15 +52,15 @@ class ClosingStream(StreamingResponse):
             self._record.error = engine_error().code
             raise
         finally:
-            if not ended and self._record.error is None:
+            if not complete and self._record.error is None:
                 self._record.error = "client_gone"
             self._on_close()
 
 
-class _InPieces(Response):
-    """A whole body, written as its reader takes it.
+class _PiecewiseResponse(Response):
+    """A body in memory that is sent in pieces, at the pace of its reader.
 
-    A transport would take all of it at once, and of an encrypted one nobody can tell how much it still holds.
+    A transport would accept the body at once, and how much an encrypted one still holds cannot be measured.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,47 +74,44 @@ class _InPieces(Response):
 async def stream_or_disconnect(
     request: Request, chunks: AsyncGenerator[dict[str, Any]], on_close: Callable[[], None]
 ) -> Response:
-    """Events of `chunks`, one at least, once the first is known: until then an error can still be a status.
+    """Server-sent events of `chunks`, at least one. Awaits the first: until then an error can be a status.
 
     Raises:
-        APIError: the first chunk could not be made, or the client has gone.
+        APIError: the first chunk failed, or the client has disconnected.
     """
     record = record_of(request)
     events = _events(chunks, record)
-    first = await _unless_gone(request, _next(events))
-    if first is None:
-        raise client_gone()
-    return ClosingStream(_continued(first, events), "text/event-stream", on_close, record)
+    first = await _unless_disconnected(request, _next(events))
+    return ClosingStream(_prepend(first, events), "text/event-stream", on_close, record)
 
 
 async def json_or_disconnect(
     request: Request, work: Coroutine[Any, Any, Body], on_close: Callable[[], None]
 ) -> Response:
-    """The JSON that `work` makes; cancels it when the client closes the connection.
+    """The JSON document that `work` returns; `work` is cancelled if the client disconnects.
 
-    A body with holes is sent in pieces, once the first is known. What fails later closes the connection before the
-    body's end, so that nobody takes it for whole.
+    A body with holes is streamed once its first piece is there. A later failure closes the connection before the end
+    of the body, so that no client mistakes it for a complete one.
 
     Raises:
-        APIError: `work` failed, or the first piece could not be made, or the client has gone.
+        APIError: `work` or the first piece failed, or the client has disconnected.
     """
-    begun = await _unless_gone(request, _begin(work))
-    if begun is None:
-        raise client_gone()
-    first, pieces = begun
-    zipped = accepts_gzip(request)
-    if pieces is None:
-        smaller = await compress(first) if zipped else None
-        return _InPieces(smaller or first, headers=GZIP_HEADERS if smaller else None, media_type="application/json")
-    whole = _continued(first, pieces)
-    record = record_of(request)
-    answer = ClosingStream(compress_pieces(whole) if zipped else whole, "application/json", on_close, record)
-    answer.headers.update(GZIP_HEADERS if zipped else {})
-    return answer
+    first, rest = await _unless_disconnected(request, _first_piece(work))
+    gzip = accepts_gzip(request)
+    if rest is None:
+        compressed = await compress(first) if gzip else None
+        headers = GZIP_HEADERS if compressed else None
+        return _PiecewiseResponse(compressed or first, headers=headers, media_type="application/json")
+    pieces = _prepend(first, rest)
+    response = ClosingStream(
+        compress_pieces(pieces) if gzip else pieces, "application/json", on_close, record_of(request)
+    )
+    response.headers.update(GZIP_HEADERS if gzip else {})
+    return response
 
 
-async def _begin(work: Coroutine[Any, Any, Body]) -> tuple[bytes, AsyncGenerator[bytes] | None]:
-    """The first piece of a body, and the rest if it has holes."""
+async def _first_piece(work: Coroutine[Any, Any, Body]) -> tuple[bytes, AsyncGenerator[bytes] | None]:
+    """The first piece of a body, and an iterator of the others if it has holes."""
     body = await work
     if not body.holes:
         return body.texts[0], None
@@ -126,7 +123,7 @@ async def _next(pieces: AsyncGenerator[bytes]) -> bytes:
     return await anext(pieces)
 
 
-async def _continued(first: bytes, pieces: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+async def _prepend(first: bytes, pieces: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
     async with aclosing(pieces):
         yield first
         async for piece in pieces:
@@ -134,17 +131,17 @@ async def _continued(first: bytes, pieces: AsyncGenerator[bytes]) -> AsyncGenera
 
 
 async def _events(chunks: AsyncGenerator[dict[str, Any]], record: AnswerRecord) -> AsyncGenerator[bytes]:
-    """Chunks as events; a failure after the first piece is an event, too.
+    """Server-sent events of chunks, then [DONE]. A failure after the first piece becomes an event.
 
-    If it tears an event, what the client has got of that one is no JSON, and cannot be taken for an answer.
+    If it interrupts an event, that event's data is not valid JSON, so the client cannot mistake it for a chunk.
     """
-    sent, whole = False, True
+    sent, complete = False, True  # complete: the last piece ended an event
     async with aclosing(chunks):
         try:
             async for chunk in chunks:
                 async with aclosing(_event(chunk)) as pieces:
                     async for piece in pieces:
-                        sent, whole = True, piece.endswith(b"\n\n")
+                        sent, complete = True, piece.endswith(b"\n\n")
                         yield piece
         except Exception as error:
             if not sent:
@@ -153,7 +150,7 @@ async def _events(chunks: AsyncGenerator[dict[str, Any]], record: AnswerRecord) 
                 logger.exception("a stream failed")
                 error = engine_error()
             record.error = error.code
-            yield (b"" if whole else b"\n\n") + b"data: " + dump(error.body) + b"\n\n"
+            yield (b"" if complete else b"\n\n") + b"data: " + dump(error.body) + b"\n\n"
         yield b"data: [DONE]\n\n"
 
 
@@ -167,19 +164,26 @@ async def _event(chunk: dict[str, Any]) -> AsyncGenerator[bytes]:
             yield piece
 
 
-async def _unless_gone[T](request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """What `work` returns; None, and `work` cancelled, when the client closes the connection first."""
+async def _unless_disconnected[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`; cancel it if the client disconnects first.
+
+    Raises:
+        APIError: 499, the client has disconnected.
+    """
     task = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnected(request))
+    disconnected = asyncio.create_task(wait_for_disconnect(request.receive))
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
+        await asyncio.wait((task, disconnected), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise client_gone()
+        return task.result()
     finally:
-        for each in (task, gone):
-            each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        task.cancel()
+        disconnected.cancel()
+        await asyncio.gather(task, disconnected, return_exceptions=True)
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Return when the client has disconnected."""
+    while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,6 +1,6 @@
-"""Model files that are right but for some accidents: each is opened, or refused in words.
+"""A thousand mutated model files: each is opened, or rejected with a message.
 
-`make fuzz` goes on from here, guided by coverage.
+`make fuzz` continues from here, guided by coverage.
 """
 
 from collections import Counter
@@ -18,18 +18,18 @@ _INPUTS = 1000
 @pytest.mark.parametrize("name", ["gguf", "safetensors"])
 def test_thousand_mutated_headers(name: str) -> None:
     target, random = TARGETS[name], Random(1)
-    seeds, right = target.seeds(), Counter[object]()
-    with target.opened() as run:
+    seeds, accepted = target.seeds(), Counter[object]()
+    with target.open() as run:
         for _ in range(_INPUTS):
             data = random.choice(seeds)
             for _ in range(random.choice((1, 1, 2, 3))):
-                data = target.mutated(data, random)
-            right[run(data)] += 1
-    # Else the accidents were too bad, or too few, to try anything.
-    assert min(right[True], right[False]) > _INPUTS // 20
+                data = target.mutate(data, random)
+            accepted[run(data)] += 1
+    # Otherwise there were too many or too few mutations to test anything.
+    assert min(accepted[True], accepted[False]) > _INPUTS // 20
 
 
 @pytest.mark.parametrize("name", ["gguf", "safetensors"])
 def test_seed_files_are_opened(name: str) -> None:
-    with TARGETS[name].opened() as run:
+    with TARGETS[name].open() as run:
         assert all(run(data) for data in TARGETS[name].seeds())

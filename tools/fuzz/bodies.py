@@ -1,4 +1,4 @@
-"""Bodies of requests: some that are right, and what becomes of them by accident."""
+"""Request bodies: valid seeds and their mutations."""
 
 import json
 from copy import deepcopy
@@ -7,8 +7,8 @@ from typing import Any
 
 from serve.api.parsing import UNSUPPORTED, WITHOUT_EFFECT
 from serve.api.requests import ChatCompletionRequest, CompletionRequest
-from tools.fuzz.random_bytes import bytes_changed
-from tools.fuzz.random_json import anything, deep, json_changed, written
+from tools.fuzz.byte_mutations import mutate_bytes
+from tools.fuzz.json_mutations import mutate_json, nested, random_value, serialize
 
 CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"
 PATHS = (CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE, "/invocations")
@@ -19,7 +19,7 @@ _MESSAGES: tuple[Any, ...] = (
     [{"role": "user", "content": "refuse"}],
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}],
 )
-# Values with which a field comes far.
+# Values that get past validation, or nearly.
 _VALUES: dict[str, tuple[Any, ...]] = {
     "model": ("org/bytes", "alias", "gpt-9"),
     "messages": _MESSAGES,
@@ -78,7 +78,7 @@ _FLAGS = (
     *("return_prompt_text", "return_token_strs", "return_token_bytes", "include_usage"),
 )
 _MODELS = (*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields)
-# Some that nobody knows are among them; the fields of our own that take most effect are there twice.
+# Includes unknown fields. Fields with most effect occur twice.
 FIELDS = (*_VALUES, *_FLAGS, *dict.fromkeys((*_MODELS, *UNSUPPORTED, *WITHOUT_EFFECT)), "flavour", "x" * 200, "\0", "é")
 
 
@@ -86,9 +86,17 @@ def _seeds() -> list[tuple[str, dict[str, Any]]]:
     greedy: dict[str, Any] = {"temperature": 0, "max_tokens": 3}
     numbers = {"prompt_logprobs": 2, "return_token_ids": True}
     chat, text = {"messages": _MESSAGES[1]} | greedy, {"prompt": "Hi"} | greedy
-    some = {name: values[0] for name, values in _VALUES.items() if name in CompletionRequest.model_fields}
-    some |= {"stop": "l", "n": 2, "best_of": 2, "min_tokens": 0, "logprobs": 1, "temperature": 1, "prompt_logprobs": 0}
-    del some["prompt_logprob_token_ids"], some["stream_options"]
+    all_fields = {name: values[0] for name, values in _VALUES.items() if name in CompletionRequest.model_fields}
+    all_fields |= {
+        "stop": "l",
+        "n": 2,
+        "best_of": 2,
+        "min_tokens": 0,
+        "logprobs": 1,
+        "temperature": 1,
+        "prompt_logprobs": 0,
+    }
+    del all_fields["prompt_logprob_token_ids"], all_fields["stream_options"]
     return [
         (CHAT, chat),
         (CHAT, chat | numbers | {"logprobs": True, "top_logprobs": 2, "n": 2, "echo": True}),
@@ -100,7 +108,7 @@ def _seeds() -> list[tuple[str, dict[str, Any]]]:
         (COMPLETIONS, text | {"prompt": [[72], [105, 256]], "stream": True, "prompt_logprobs": 1, "echo": True}),
         (COMPLETIONS, text | {"prompt_logprobs": -1, "max_tokens": 0}),
         (COMPLETIONS, text | {"prompt_logprobs": 1, "prompt_logprobs_format": "columns", "prompt_logprobs_start": 1}),
-        (COMPLETIONS, some | {"prompt": "Hi"}),
+        (COMPLETIONS, all_fields | {"prompt": "Hi"}),
         (TOKENIZE, {"prompt": "Hé", "return_token_strs": True}),
         (TOKENIZE, {"messages": _MESSAGES[0], "add_special_tokens": True}),
         (DETOKENIZE, {"tokens": [72, 105, 257], "return_token_bytes": True}),
@@ -109,50 +117,50 @@ def _seeds() -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def packed(path: str, body: bytes) -> bytes:
-    """A path and a body as one input."""
+def pack(path: str, body: bytes) -> bytes:
+    """Encode a path and a body as one input."""
     return bytes([PATHS.index(path)]) + body
 
 
-def unpacked(data: bytes) -> tuple[str, bytes]:
-    """The path and body of an input, whatever it is."""
+def unpack(data: bytes) -> tuple[str, bytes]:
+    """Decode path and body of any input."""
     return PATHS[(data[0] if data else 0) % len(PATHS)], data[1:]
 
 
 def seeds() -> list[bytes]:
-    """Inputs that are answered, of many fields."""
-    return [packed(path, json.dumps(body).encode()) for path, body in _seeds()]
+    """Valid inputs that cover many fields."""
+    return [pack(path, json.dumps(body).encode()) for path, body in _seeds()]
 
 
-def mutated(data: bytes, random: Random) -> bytes:
-    """An input after some accidents, most of them to the JSON's values."""
-    path, body = unpacked(data)
+def mutate(data: bytes, random: Random) -> bytes:
+    """Return an input after a few mutations, mostly of JSON values."""
+    path, body = unpack(data)
     if random.random() < 0.05:
         path = random.choice(PATHS)
     try:
         value = json.loads(body)
         if not isinstance(value, dict) or random.random() < 0.1:
-            return packed(path, bytes_changed(body, random))
+            return pack(path, mutate_bytes(body, random))
         for _ in range(random.choice((1, 1, 1, 2, 3))):
-            _change(value, random)
-        return packed(path, written(value, random))
-    except (ValueError, RecursionError, OverflowError):  # no JSON any more, or too deep to be written
-        return packed(path, bytes_changed(body, random))
+            _mutate(value, random)
+        return pack(path, serialize(value, random))
+    except (ValueError, RecursionError, OverflowError):  # no longer JSON, or too deep to serialize
+        return pack(path, mutate_bytes(body, random))
 
 
-def _change(value: dict[str, Any], random: Random) -> None:
+def _mutate(value: dict[str, Any], random: Random) -> None:
     if random.random() < 0.5:
         name = random.choice(FIELDS)
-        value[name] = deepcopy(_valued(name, random))
+        value[name] = deepcopy(_plausible_value(name, random))
     else:
-        json_changed(value, random, _valued)
+        mutate_json(value, random, _plausible_value)
 
 
-def _valued(name: str, random: Random) -> Any:
-    """Mostly what the field could be."""
+def _plausible_value(name: str, random: Random) -> Any:
+    """Return a value that is mostly plausible for the field."""
     chance = random.random()
     if chance < 0.05:
-        return deep(random)
+        return nested(random)
     if chance < 0.25:
-        return anything(random)
+        return random_value(random)
     return random.choice(_VALUES.get(name, (True, False, None, 0.5, {"some": "value"})))

@@ -1,38 +1,38 @@
-"""Small accidents of bytes. All come from one random.Random: the same seed gives the same accidents."""
+"""Random mutations of bytes, reproducible from the seed of a random.Random."""
 
 import struct
 from random import Random
 
-# Lengths and numbers at which something ends or overflows.
+# Boundary values of lengths and numbers.
 EDGES = (0, 1, 2, 8, 32, 255, 256, 2**15, 2**16, 2**31, 2**32 - 1, 2**32, 2**40, 2**62, 2**63, 2**64 - 1)
 
 
-def bytes_changed(data: bytes, random: Random) -> bytes:
-    """`data` after one accident."""
+def mutate_bytes(data: bytes, random: Random) -> bytes:
+    """Return `data` after one mutation."""
     if not data:
         return random.randbytes(random.randrange(1, 9))
-    at = random.randrange(len(data))
+    index = random.randrange(len(data))
     match random.randrange(8):
-        case 0:  # a bit
-            return data[:at] + bytes([data[at] ^ 1 << random.randrange(8)]) + data[at + 1 :]
+        case 0:  # flip a bit
+            return data[:index] + bytes([data[index] ^ 1 << random.randrange(8)]) + data[index + 1 :]
         case 1:
-            return data[:at] + random.randbytes(1) + data[at + 1 :]
+            return data[:index] + random.randbytes(1) + data[index + 1 :]
         case 2:
-            return data[:at] + random.randbytes(random.randrange(1, 9)) + data[at:]
-        case 3:  # a piece is lost
-            return data[:at] + data[at + random.randrange(1, 17) :]
-        case 4:  # the end is lost
-            return data[:at]
-        case 5:  # a piece is there again, elsewhere
-            start = random.randrange(len(data))
-            return data[:at] + data[start : start + random.randrange(1, 65)] + data[at:]
+            return data[:index] + random.randbytes(random.randrange(1, 9)) + data[index:]
+        case 3:  # delete a range
+            return data[:index] + data[index + random.randrange(1, 17) :]
+        case 4:  # truncate
+            return data[:index]
+        case 5:  # duplicate a range
+            attempt = random.randrange(len(data))
+            return data[:index] + data[attempt : attempt + random.randrange(1, 65)] + data[index:]
         case 6:
-            return data[:at] + edge(random, "<I") + data[at + 4 :]
+            return data[:index] + edge_value(random, "<I") + data[index + 4 :]
         case _:
-            return data[:at] + edge(random, "<Q") + data[at + 8 :]
+            return data[:index] + edge_value(random, "<Q") + data[index + 8 :]
 
 
-def edge(random: Random, kind: str) -> bytes:
-    """One of EDGES, or one beside it, as struct packs an unsigned number of that kind."""
+def edge_value(random: Random, kind: str) -> bytes:
+    """Return a value of EDGES, or one off it, packed as the unsigned struct format `kind`."""
     size = struct.calcsize(kind)
     return struct.pack(kind, (random.choice(EDGES) + random.choice((-1, 0, 0, 1))) % 2 ** (8 * size))

@@ -1,7 +1,7 @@
-"""`python -m tools.fuzz.child TARGET FOLDER SECONDS SEED`: fuzzes one target with atheris; `__main__` starts it.
+"""`python -m tools.fuzz.child TARGET FOLDER SECONDS SEED`: fuzz one target with atheris; started by `__main__`.
 
-What an input raises is written down and the next one is tried, so that one finding does not hide the others. An input
-that takes too long or too much memory, or crashes, ends the process: libFuzzer writes it down.
+An input that raises is saved and fuzzing continues, so that one finding does not hide others. An input that exceeds the
+limits of time or memory, or crashes, ends the process and is saved by libFuzzer.
 """
 
 import hashlib
@@ -14,40 +14,37 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-SECONDS = 20  # that an input may take
-_MEMORY = 1 << 30  # bytes that the process may have beside what it has when it begins
-_MOST_BYTES = 1 << 16  # of an input
+SECONDS = 20  # per input
+_MEMORY = 1 << 30  # bytes that the process may allocate
+_MAX_BYTES = 1 << 16  # per input
 _INSTRUMENTED = ["model", "serve"]
 _ROOT = str(Path(__file__).parents[2])
 
 
 class Trial:
-    """Runs one input after the other; what one raises is no end.
-
-    Inputs that raise go into a folder: one for each place where something is raised.
-    """
+    """Run one input after another and save those that raise, one per location."""
 
     def __init__(self, target: Any, folder: Path) -> None:
         """`target` is one of the TARGETS."""
         self._target, self._folder = target, folder
         self._known: set[str] = set()
-        self._opened = ExitStack()
+        self._stack = ExitStack()
         self._open()
 
     def __call__(self, data: bytes) -> None:
-        """Runs an input. After one that raises, all is opened anew that it may have left in disorder."""
+        """Run an input. If it raises, recreate the target's state."""
         try:
             self._run(data)
-        except Exception as error:  # noqa: BLE001 - whatever an input raises: it is what this program is asked for
-            self._note(data, error)
-            self._opened.close()
+        except Exception as error:  # noqa: BLE001 - any exception is a finding
+            self._save(data, error)
+            self._stack.close()
             self._open()
 
     def _open(self) -> None:
-        self._run = self._opened.enter_context(self._target.opened())
+        self._run = self._stack.enter_context(self._target.open())
 
-    def _note(self, data: bytes, error: Exception) -> None:
-        """Writes down an input and what it raised."""
+    def _save(self, data: bytes, error: Exception) -> None:
+        """Save an input and its traceback."""
         ours = [each for each in traceback.extract_tb(error.__traceback__) if each.filename.startswith(_ROOT)]
         place = f"{type(error).__name__} {ours[-1].filename}:{ours[-1].lineno}"
         if place in self._known:
@@ -59,17 +56,17 @@ class Trial:
 
 
 def _limit_memory() -> None:
-    """An allocation for a length that a damaged file tells fails, instead of being granted and never used."""
+    """Limit address space, so that allocating a length from a damaged file fails."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    most = pages * resource.getpagesize() + _MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    length = pages * resource.getpagesize() + _MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (length, length))
 
 
 def main() -> None:
-    """Ends with the process."""
+    """Fuzz until the time is over; libFuzzer then exits the process."""
     name, folder, seconds, seed = sys.argv[1:]
-    sys.path.append(str(Path(sys.prefix) / "fuzz"))  # where `make fuzz` puts it
-    import atheris  # an extra, which nothing else needs
+    sys.path.append(str(Path(sys.prefix) / "fuzz"))  # installed there by `make fuzz`
+    import atheris  # optional dependency
 
     with atheris.instrument_imports(include=_INSTRUMENTED):
         from tools.fuzz.targets import TARGETS
@@ -84,21 +81,21 @@ def main() -> None:
         trial(data)
     _limit_memory()
 
-    def mutated(data: bytes, max_size: int, seed: int) -> bytes:
+    def mutate(data: bytes, max_size: int, seed: int) -> bytes:
         random = Random(seed)
-        made: Any = atheris.Mutate(data, max_size) if random.random() < 0.1 else target.mutated(data, random)
+        made: Any = atheris.Mutate(data, max_size) if random.random() < 0.1 else target.mutate(data, random)
         return bytes(made[:max_size])
 
     options = [f"-max_total_time={seconds}", f"-seed={seed}", f"-timeout={SECONDS}"]
     options += [
         f"-report_slow_units={SECONDS}",
-        f"-max_len={_MOST_BYTES}",
+        f"-max_len={_MAX_BYTES}",
         "-print_final_stats=1",
         "-rss_limit_mb=4096",
         f"-artifact_prefix={findings}/",
         str(corpus),
     ]
-    atheris.Setup([sys.argv[0], *options], trial, custom_mutator=mutated)
+    atheris.Setup([sys.argv[0], *options], trial, custom_mutator=mutate)
     atheris.Fuzz()
 
 

@@ -1,13 +1,13 @@
-"""What becomes of GGUF files by accident: keys, values and rows that are others, or bytes."""
+"""Random mutations of GGUF files: keys, values, tensor rows and bytes."""
 
 import struct
 from dataclasses import replace
 from random import Random
 
-from tools.fuzz.gguf_parts import ARRAY, PACKED, STRING, File, Row, Value, string, taken_apart
+from tools.fuzz.byte_mutations import edge_value, mutate_bytes
+from tools.fuzz.gguf_parts import ARRAY, PACKED, STRING, File, Row, Value, parse, string
 from tools.fuzz.gguf_seeds import FACTORS
-from tools.fuzz.random_bytes import bytes_changed, edge
-from tools.fuzz.random_json import STRINGS
+from tools.fuzz.json_mutations import STRINGS
 
 _FLOATS = (0.0, -0.0, 1.0, 0.5, -1.0, 1e-30, 1e30, float("inf"), float("-inf"), float("nan"))
 _TEXTS = (
@@ -39,45 +39,45 @@ _KEYS = (
 _NAMES = (*FACTORS, "output.weight", "")
 
 
-def mutated(data: bytes, random: Random) -> bytes:
-    """A file after some accidents."""
+def mutate(data: bytes, random: Random) -> bytes:
+    """Return a file after a few mutations."""
     chance = random.random()
-    file = None if chance < 0.15 else taken_apart(data)
+    file = None if chance < 0.15 else parse(data)
     if file is None:
-        return bytes_changed(data, random)
+        return mutate_bytes(data, random)
     for _ in range(random.choice((1, 1, 2, 4))):
-        _change(file, random)
-    made = file.packed()
-    return bytes_changed(made, random) if chance < 0.3 else made
+        _mutate(file, random)
+    made = file.pack()
+    return mutate_bytes(made, random) if chance < 0.3 else made
 
 
-def _change(file: File, random: Random) -> None:
+def _mutate(file: File, random: Random) -> None:
     what = random.randrange(10)
     if what < 6 and file.values:
-        _change_value(file.values, random)
+        _mutate_value(file.values, random)
     elif what < 8:
-        file.values.insert(random.randrange(len(file.values) + 1), _other(random.choice(_KEYS).encode(), random))
+        file.values.insert(random.randrange(len(file.values) + 1), _random_entry(random.choice(_KEYS).encode(), random))
     elif file.rows and random.random() < 0.9:
-        _change_row(file.rows, random)
+        _mutate_row(file.rows, random)
     else:
         file.version = random.choice((0, 1, 2, 3, 4, 3 << 24, 2**32 - 1))
 
 
-def _change_value(values: list[Value], random: Random) -> None:
-    at = random.randrange(len(values))
-    old = values[at]
+def _mutate_value(values: list[Value], random: Random) -> None:
+    index = random.randrange(len(values))
+    old = values[index]
     match random.randrange(6):
-        case 0:  # of another kind, which nobody may expect
-            values[at] = _other(old.key, random)
+        case 0:  # change its type
+            values[index] = _random_entry(old.key, random)
         case 1:
-            del values[at]
+            del values[index]
         case _ if old.kind == ARRAY:
-            values[at] = replace(old, items=_other_items(old, random))
+            values[index] = replace(old, items=_mutate_items(old, random))
         case _:
-            values[at] = replace(old, items=(_item(old.kind, random),))
+            values[index] = replace(old, items=(_item(old.kind, random),))
 
 
-def _other(key: bytes, random: Random) -> Value:
+def _random_entry(key: bytes, random: Random) -> Value:
     kind = random.choice((*PACKED, STRING, STRING, ARRAY))
     if kind != ARRAY:
         return Value(key, kind, (_item(kind, random),))
@@ -85,52 +85,52 @@ def _other(key: bytes, random: Random) -> Value:
     return Value(key, kind, tuple(_item(item, random) for _ in range(random.choice((0, 1, 2, 14, 300)))), item)
 
 
-def _other_items(old: Value, random: Random) -> tuple[bytes, ...]:
+def _mutate_items(old: Value, random: Random) -> tuple[bytes, ...]:
     items = old.items
-    at = random.randrange(len(items) + 1)
+    index = random.randrange(len(items) + 1)
     match random.randrange(5):
         case 0:
-            return items[:at]
+            return items[:index]
         case 1:
-            return (*items[:at], _item(old.item_kind, random), *items[at:])
+            return (*items[:index], _item(old.item_kind, random), *items[index:])
         case 2:
             return tuple(random.sample(items, len(items)))
         case 3:
-            return items[:at] * 2
+            return items[:index] * 2
         case _:
-            return (*items[:at], _item(old.item_kind, random), *items[at + 1 :])
+            return (*items[:index], _item(old.item_kind, random), *items[index + 1 :])
 
 
 def _item(kind: int, random: Random) -> bytes:
     if kind == STRING:
         text = random.choice(_TEXTS).encode()
-        return string(bytes_changed(text, random) if random.random() < 0.1 else text)
-    if kind not in PACKED:  # an accident of its own
+        return string(mutate_bytes(text, random) if random.random() < 0.1 else text)
+    if kind not in PACKED:  # an unknown type from an earlier mutation
         return random.randbytes(4)
-    packed = "<" + PACKED[kind]
-    if packed in ("<f", "<d"):
-        return struct.pack(packed, random.choice((*_FLOATS, random.uniform(-10, 10))))
-    if packed == "<?" or random.random() < 0.5:
-        return struct.pack(packed, random.randrange(2 if packed == "<?" else 65))
-    return edge(random, packed.upper())
+    pack = "<" + PACKED[kind]
+    if pack in ("<f", "<d"):
+        return struct.pack(pack, random.choice((*_FLOATS, random.uniform(-10, 10))))
+    if pack == "<?" or random.random() < 0.5:
+        return struct.pack(pack, random.randrange(2 if pack == "<?" else 65))
+    return edge_value(random, pack.upper())
 
 
-def _change_row(rows: list[Row], random: Random) -> None:
-    at = random.randrange(len(rows))
-    old = rows[at]
+def _mutate_row(rows: list[Row], random: Random) -> None:
+    index = random.randrange(len(rows))
+    old = rows[index]
     dims = list(old.dims)
     match random.randrange(7):
         case 0:
-            rows[at] = replace(old, name=random.choice(_NAMES).encode())
+            rows[index] = replace(old, name=random.choice(_NAMES).encode())
         case 1 | 2:
             axis = random.randrange(4)
-            dims[axis : axis + 1] = struct.unpack("<Q", edge(random, "<Q"))
-            rows[at] = replace(old, dims=tuple(dims))
+            dims[axis : axis + 1] = struct.unpack("<Q", edge_value(random, "<Q"))
+            rows[index] = replace(old, dims=tuple(dims))
         case 3:
-            rows[at] = replace(old, kind=random.randrange(45))
+            rows[index] = replace(old, kind=random.randrange(45))
         case 4:
-            rows[at] = replace(old, offset=old.offset + random.choice((1, 4, 32, -32, 2**62)))
+            rows[index] = replace(old, offset=old.offset + random.choice((1, 4, 32, -32, 2**62)))
         case 5:
             rows.append(replace(old, name=random.choice((*_NAMES, "x")).encode()))
         case _:
-            del rows[at]
+            del rows[index]

@@ -1,6 +1,6 @@
-"""A GGUF file taken apart, so that it can be put together with another key, value or row of its table.
+"""Parse a GGUF file into keys, values and tensor rows and serialize it again.
 
-Not made with the project's reader, which is what is tried, nor with gguf.GGUFWriter, which writes only what is right.
+It uses neither the project's reader, which is under test, nor gguf.GGUFWriter, which writes only valid files.
 """
 
 import struct
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 STRING, ARRAY = 8, 9
-# Type number of a value -> how struct packs it.
+# Value type -> struct format.
 PACKED = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 ALIGNMENT = 32  # bytes
 _KINDS: dict[type, int] = {bool: 7, int: 4, float: 6, str: STRING}
-_MOST = 10_000  # keys, rows or items: a file of more is not taken apart
+_MAX_COUNT = 10_000  # keys, rows or items; a larger file is not parsed
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A key and its value as bytes: of an array, those of each item."""
+    """A key and its value as bytes, one element per array item."""
 
     key: bytes
     kind: int
@@ -26,15 +26,15 @@ class Value:
 
     @classmethod
     def of(cls, key: str, value: Any) -> "Value":
-        """From a Python value, or a list of some of one type."""
+        """Encode a Python value or a homogeneous list."""
         if isinstance(value, list):
             kind = _KINDS[type(value[0])]
-            return cls(key.encode(), ARRAY, tuple(packed(kind, each) for each in value), kind)
+            return cls(key.encode(), ARRAY, tuple(pack(kind, each) for each in value), kind)
         kind = _KINDS[type(value)]
-        return cls(key.encode(), kind, (packed(kind, value),))
+        return cls(key.encode(), kind, (pack(kind, value),))
 
-    def packed(self) -> bytes:
-        """As the file has it."""
+    def pack(self) -> bytes:
+        """Serialize."""
         body = b"".join(self.items)
         if self.kind == ARRAY:
             body = struct.pack("<IQ", self.item_kind, len(self.items)) + body
@@ -43,48 +43,48 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of the table of tensors."""
+    """An entry of the tensor table."""
 
     name: bytes
     dims: tuple[int, ...]
     kind: int
     offset: int
 
-    def packed(self) -> bytes:
-        """As the file has it."""
+    def pack(self) -> bytes:
+        """Serialize."""
         numbers = (len(self.dims), *self.dims, self.kind, self.offset % 2**64)
         return string(self.name) + struct.pack(f"<I{len(self.dims)}QIQ", *numbers)
 
 
 @dataclass(slots=True)
 class File:
-    """All of it."""
+    """A complete file."""
 
     version: int
     values: list[Value]
     rows: list[Row]
-    data: bytes  # of the tensors
+    data: bytes  # tensor data
 
-    def packed(self) -> bytes:
-        """As it is stored."""
+    def pack(self) -> bytes:
+        """Serialize."""
         counts = struct.pack("<IQQ", self.version, len(self.rows), len(self.values))
-        parts = [*(value.packed() for value in self.values), *(row.packed() for row in self.rows)]
+        parts = [*(value.pack() for value in self.values), *(row.pack() for row in self.rows)]
         head = b"GGUF" + counts + b"".join(parts)
         return head + bytes(-len(head) % ALIGNMENT) + self.data
 
 
 def string(text: bytes) -> bytes:
-    """A text after its length."""
+    """Serialize a string with its length."""
     return struct.pack("<Q", len(text)) + text
 
 
-def packed(kind: int, value: Any) -> bytes:
-    """A value that is no array."""
+def pack(kind: int, value: Any) -> bytes:
+    """Serialize a scalar."""
     return string(value.encode()) if kind == STRING else struct.pack("<" + PACKED[kind], value)
 
 
-def taken_apart(data: bytes) -> File | None:
-    """The parts of a file, None where it is no longer whole enough."""
+def parse(data: bytes) -> File | None:
+    """Parse a file; None if it is too damaged."""
     try:
         return _Reader(data).file()
     except (ValueError, struct.error):
@@ -93,25 +93,25 @@ def taken_apart(data: bytes) -> File | None:
 
 class _Reader:
     def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
+        self._data, self._offset = data, 0
 
     def file(self) -> File:
         self._take(4)
         version, rows, values = self._numbers("<IQQ")
         made = [self._value() for _ in self._range(values)]
         table = [self._row() for _ in self._range(rows)]
-        return File(version, made, table, self._data[-(-self._at // ALIGNMENT) * ALIGNMENT :])
+        return File(version, made, table, self._data[-(-self._offset // ALIGNMENT) * ALIGNMENT :])
 
     def _range(self, count: int) -> range:
-        if count > _MOST:
+        if count > _MAX_COUNT:
             raise ValueError(count)
         return range(count)
 
     def _take(self, count: int) -> bytes:
-        if count > len(self._data) - self._at:
+        if count > len(self._data) - self._offset:
             raise ValueError(count)
-        self._at += count
-        return self._data[self._at - count : self._at]
+        self._offset += count
+        return self._data[self._offset - count : self._offset]
 
     def _numbers(self, kinds: str) -> tuple[Any, ...]:
         return struct.unpack(kinds, self._take(struct.calcsize(kinds)))

@@ -1,4 +1,4 @@
-"""Tiny GGUF models that are read from end to end, tokenizer included. Their weights are zeros."""
+"""Tiny valid GGUF models with tokenizers; all weights are zero."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,14 +9,14 @@ import numpy as np
 
 from tools.fuzz.gguf_parts import ALIGNMENT, File, Row, Value
 
-type _Tensor = tuple[str, tuple[int, ...], str, bytes]  # name, axes (the fastest first), type, data
+type _Tensor = tuple[str, tuple[int, ...], str, bytes]  # name, axes (fastest first), type, data
 
 _TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 def seeds() -> list[bytes]:
-    """Both kinds of tokenizers, several types of matrices, rotary scaling, windows, a first part of two."""
+    """Models with both kinds of tokenizers, several quantizations, RoPE scaling, windows, and a split file."""
     byte_level, pieces = _byte_level(), _sentencepiece()
     yarn = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
     long = {"llama.rope.scaling.original_context_length": 64}
@@ -33,8 +33,8 @@ def seeds() -> list[bytes]:
 
 
 def second_part() -> bytes:
-    """What a file needs beside it that says that it is the first of two."""
-    return _written({"split.count": 2, "split.no": 1}, [])
+    """The second part of the split seed."""
+    return _serialize({"split.count": 2, "split.no": 1}, [])
 
 
 def _byte_level() -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _model(more: Mapping[str, Any], kind: str = "F32", extra: Sequence[_Tensor] 
     values = {"general.architecture": "llama"} | {f"llama.{name}": size for name, size in sizes.items()} | dict(more)
     tokens = len(more["tokenizer.ggml.tokens"])
     square = [f"attn_{name}" for name in ("q", "k", "v", "output")] + [f"ffn_{name}" for name in ("gate", "up", "down")]
-    return _written(
+    return _serialize(
         values,
         [
             _zeros("token_embd", (hidden, tokens), kind),
@@ -86,9 +86,9 @@ def _zeros(name: str, dims: tuple[int, ...], kind: str) -> _Tensor:
     return f"{name}.weight", dims, kind, bytes(math.prod(dims) // block * block_bytes)
 
 
-def _written(values: Mapping[str, Any], tensors: Sequence[_Tensor]) -> bytes:
+def _serialize(values: Mapping[str, Any], tensors: Sequence[_Tensor]) -> bytes:
     file = File(3, [Value.of(key, value) for key, value in values.items()], [], b"")
     for name, dims, kind, data in tensors:
         file.rows.append(Row(name.encode(), dims, int(gguf.GGMLQuantizationType[kind]), len(file.data)))
         file.data += data + bytes(-len(data) % ALIGNMENT)
-    return file.packed()
+    return file.pack()

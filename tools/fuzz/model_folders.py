@@ -1,7 +1,6 @@
-"""Folders of config.json and safetensors: some tiny ones that are right, and what becomes of them by accident.
+"""Model folders with config.json and safetensors: tiny valid seeds and their mutations.
 
-One input is four files with a mark between them: config.json, the weights, an index (empty: there is none) and
-generation_config.json.
+One input contains four files with a separator: config.json, weights, index (empty: none) and generation_config.json.
 """
 
 import json
@@ -16,8 +15,8 @@ import numpy as np
 from safetensors.numpy import save
 
 from tests.support.tiny import random_weights, tiny_configs
-from tools.fuzz.random_bytes import EDGES, bytes_changed
-from tools.fuzz.random_json import anything, json_changed, written
+from tools.fuzz.byte_mutations import EDGES, mutate_bytes
+from tools.fuzz.json_mutations import mutate_json, random_value, serialize
 
 _MARK = b"\n\0file\0\n"
 _SHARD = "a.safetensors"
@@ -64,15 +63,15 @@ class ModelFolder:
 
     @classmethod
     def of(cls, data: bytes) -> "ModelFolder":
-        """Those of an input, whatever it is."""
+        """Split any input into files."""
         return cls(*(data.split(_MARK) + [b""] * 3)[:4])
 
-    def packed(self) -> bytes:
-        """The input."""
+    def pack(self) -> bytes:
+        """Join the files to one input."""
         return _MARK.join((self.config, self.weights, self.index, self.generation))
 
     def write(self, folder: Path) -> None:
-        """Puts the files where a model lies, in the place of those that lie there."""
+        """Replace the contents of a folder by these files."""
         for file in folder.iterdir():
             file.unlink()
         (folder / "config.json").write_bytes(self.config)
@@ -83,8 +82,8 @@ class ModelFolder:
 
 
 def seeds() -> list[bytes]:
-    """Models of several families, one with an index, one in float16."""
-    return [_seed(family, indexed=i == 0, half=i == 1).packed() for i, family in enumerate(_FAMILIES)]
+    """Models of several families; one has an index, one is float16."""
+    return [_seed(family, indexed=i == 0, half=i == 1).pack() for i, family in enumerate(_FAMILIES)]
 
 
 def _seed(family: str, *, indexed: bool, half: bool) -> ModelFolder:
@@ -96,52 +95,52 @@ def _seed(family: str, *, indexed: bool, half: bool) -> ModelFolder:
     return ModelFolder(json.dumps(config).encode(), save(weights), index, b'{"temperature": 0.6, "eos_token_id": [2]}')
 
 
-def mutated(data: bytes, random: Random) -> bytes:
-    """An input after some accidents to one of its files, or to some."""
+def mutate(data: bytes, random: Random) -> bytes:
+    """Return an input after mutations of one or several files."""
     if random.random() < 0.05:
-        return bytes_changed(data, random)
+        return mutate_bytes(data, random)
     made = ModelFolder.of(data)
     for _ in range(random.choice((1, 1, 2, 4))):
         match random.randrange(8):
             case 0 | 1 | 2:
-                made = replace(made, config=_other_json(made.config, random))
+                made = replace(made, config=_mutate_json(made.config, random))
             case 3 | 4 | 5:
-                made = replace(made, weights=_other_weights(made.weights, random))
+                made = replace(made, weights=_mutate_weights(made.weights, random))
             case 6:
-                made = replace(made, index=_other_json(made.index or _INDEX, random))
+                made = replace(made, index=_mutate_json(made.index or _INDEX, random))
             case _:
-                made = replace(made, generation=_other_json(made.generation, random))
-    return made.packed()
+                made = replace(made, generation=_mutate_json(made.generation, random))
+    return made.pack()
 
 
-def _other_weights(data: bytes, random: Random) -> bytes:
-    """Another header, which is mostly as long as it says, or other bytes."""
+def _mutate_weights(data: bytes, random: Random) -> bytes:
+    """Mutate the header, mostly with a consistent length, or the bytes."""
     if len(data) < 8 or random.random() < 0.1:
-        return bytes_changed(data, random)
+        return mutate_bytes(data, random)
     size = struct.unpack("<Q", data[:8])[0]
-    header, values = _other_json(data[8 : 8 + size], random), data[8 + size :]
-    told = random.choice(EDGES) if random.random() < 0.1 else len(header)
-    made = struct.pack("<Q", told) + header + values
+    header, values = _mutate_json(data[8 : 8 + size], random), data[8 + size :]
+    length = random.choice(EDGES) if random.random() < 0.1 else len(header)
+    made = struct.pack("<Q", length) + header + values
     return made[: random.randrange(len(made) + 1)] if random.random() < 0.05 else made
 
 
-def _other_json(text: bytes, random: Random) -> bytes:
+def _mutate_json(text: bytes, random: Random) -> bytes:
     try:
         value = json.loads(text)
         if not isinstance(value, dict) or random.random() < 0.1:
-            return bytes_changed(text, random)
+            return mutate_bytes(text, random)
         if random.random() < 0.3:
             name = random.choice(_KEYS)
-            value[name] = deepcopy(_valued(name, random))
+            value[name] = deepcopy(_plausible_value(name, random))
         else:
-            json_changed(value, random, _valued)
-        return written(value, random)
-    except (ValueError, RecursionError, OverflowError):  # no JSON any more, or too deep to be written
-        return bytes_changed(text, random)
+            mutate_json(value, random, _plausible_value)
+        return serialize(value, random)
+    except (ValueError, RecursionError, OverflowError):  # no longer JSON, or too deep to serialize
+        return mutate_bytes(text, random)
 
 
-def _valued(name: str, random: Random) -> Any:
-    """Mostly what the key could have."""
+def _plausible_value(name: str, random: Random) -> Any:
+    """Return a value that is mostly plausible for the key."""
     if name in _VALUES and random.random() < 0.7:
         return random.choice(_VALUES[name])
-    return anything(random) if random.random() < 0.4 else random.choice(_NUMBERS)
+    return random_value(random) if random.random() < 0.4 else random.choice(_NUMBERS)

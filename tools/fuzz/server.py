@@ -1,4 +1,4 @@
-"""Asks a server of the tests, and looks at all that must be so whatever was asked."""
+"""An in-process server for fuzzing, and the invariants that hold after every request."""
 
 import asyncio
 import json
@@ -11,10 +11,10 @@ from serve.api import responses
 from tests.support.http_client import ExactRunner, Server, chunks_of, error_of, serving, told
 from tools.fuzz.bodies import DETOKENIZE, TOKENIZE
 
-SECONDS = 20  # in which a request has to be answered
-_REFUSALS = (400, 404, 413)
-# By the `object` of an answer, which those of /tokenize and /detokenize lack.
-_WHOLE: dict[str, type[BaseModel]] = {
+SECONDS = 20  # per request
+_REJECTIONS = (400, 404, 413)
+# Keyed by the answer's `object`, or by the path of /tokenize and /detokenize.
+_ANSWERS: dict[str, type[BaseModel]] = {
     "chat.completion": responses.ChatCompletionAnswer,
     "text_completion": responses.CompletionAnswer,
     TOKENIZE: responses.Tokenized,
@@ -26,38 +26,38 @@ _CHUNKS: dict[str, type[BaseModel]] = {
 }
 
 
-def answering() -> AbstractAsyncContextManager[Server]:
-    """A server on which as much as possible can be asked, and no answer takes long."""
+def fuzz_server() -> AbstractAsyncContextManager[Server]:
+    """A server with all features enabled, whose answers are short."""
     return serving(
         runner=ExactRunner,
         whole_vocabulary=True,
         max_model_len=64,
         pages=32,
-        max_waiting=256,  # as on every server, more than one request may have at once
-        logs_requests=True,
+        max_waiting=256,  # more than one request can have at a time, as on every server
+        enable_log_requests=True,
         trust_request_chat_template=True,
     )
 
 
-async def asked(server: Server, path: str, body: bytes) -> int:
-    """The status of an answer.
+async def send(server: Server, path: str, body: bytes) -> int:
+    """Send a request, check the answer and return its status.
 
     Raises:
-        AssertionError, ValueError: it is a failure, is not what the API describes, or leaves something in the engine.
-        TimeoutError: there is none.
+        AssertionError, ValueError: the answer is a 5xx, violates the schema, or leaves a request in the engine.
+        TimeoutError: there is no answer.
     """
     try:
         async with asyncio.timeout(SECONDS):
             response = await server.post(path, body)
-            await _nothing_is_left(server)
+            await asyncio.to_thread(server.engine.assert_idle)
         server.runner.calls.clear()
-        hurried = b'"timeout"' in body  # by the client itself
+        with_timeout = b'"timeout"' in body
         if response.status_code == 200:
-            _check_shape(path, response, hurried=hurried)
-        elif hurried and response.status_code == 504:
+            _check_shape(path, response, with_timeout=with_timeout)
+        elif with_timeout and response.status_code == 504:
             assert error_of(response, 504)["code"] == "deadline_exceeded"
         else:
-            assert response.status_code in _REFUSALS, (response.status_code, response.text)
+            assert response.status_code in _REJECTIONS, (response.status_code, response.text)
             assert error_of(response, response.status_code)["type"] == "invalid_request_error"
     except Exception as error:
         error.add_note(f"POST {path} {body[:2000]!r}")
@@ -65,18 +65,13 @@ async def asked(server: Server, path: str, body: bytes) -> int:
     return response.status_code
 
 
-def _check_shape(path: str, response: httpx2.Response, *, hurried: bool) -> None:
+def _check_shape(path: str, response: httpx2.Response, *, with_timeout: bool) -> None:
     if response.headers["content-type"].startswith("text/event-stream"):
         for chunk in chunks_of(response):
-            if hurried and chunk.get("error", {}).get("code") == "deadline_exceeded":
+            if with_timeout and chunk.get("error", {}).get("code") == "deadline_exceeded":
                 continue
             _CHUNKS[chunk["object"]].model_validate_json(json.dumps(chunk))
     else:
         assert response.headers["content-type"] == "application/json"
         value = told(response.text)
-        _WHOLE[value.get("object", path)].model_validate_json(json.dumps(value))
-
-
-async def _nothing_is_left(server: Server) -> None:
-    """The engine, when it has heard of all that has ended, has no request and all pages free."""
-    await asyncio.to_thread(server.engine.assert_idle)
+        _ANSWERS[value.get("object", path)].model_validate_json(json.dumps(value))

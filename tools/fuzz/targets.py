@@ -1,4 +1,4 @@
-"""What is fuzzed: where inputs come from, and what is done with one."""
+"""Fuzz targets: seeds, mutation and execution of inputs."""
 
 import asyncio
 import tempfile
@@ -8,29 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from tools.fuzz import bodies, gguf_accidents, gguf_seeds, model_folders
-from tools.fuzz.open_files import Opener
-from tools.fuzz.server import answering, asked
+from tools.fuzz import bodies, gguf_mutations, gguf_seeds, model_folders
+from tools.fuzz.model_opener import ModelOpener
+from tools.fuzz.server import fuzz_server, send
 
-type Run = Callable[[bytes], object]  # raises where an input is a finding
+type Run = Callable[[bytes], object]  # raises if the input is a finding
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One of them."""
+    """A fuzz target."""
 
     seeds: Callable[[], list[bytes]]
-    mutated: Callable[[bytes, Random], bytes]
-    opened: Callable[[], AbstractContextManager[Run]]  # whatever an input needs that is made once for many
+    mutate: Callable[[bytes, Random], bytes]
+    open: Callable[[], AbstractContextManager[Run]]  # shared state for many runs
 
 
 @contextmanager
 def _requests() -> Iterator[Run]:
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
-        server = runner.run(stack.enter_async_context(answering()))
+        server = runner.run(stack.enter_async_context(fuzz_server()))
         try:
-            yield lambda data: runner.run(asked(server, *bodies.unpacked(data)))
+            yield lambda data: runner.run(send(server, *bodies.unpack(data)))
         finally:
             runner.run(stack.aclose())
 
@@ -38,17 +38,17 @@ def _requests() -> Iterator[Run]:
 @contextmanager
 def _gguf() -> Iterator[Run]:
     with tempfile.TemporaryDirectory() as folder:
-        yield Opener(Path(folder)).gguf
+        yield ModelOpener(Path(folder)).gguf
 
 
 @contextmanager
 def _safetensors() -> Iterator[Run]:
     with tempfile.TemporaryDirectory() as folder:
-        yield Opener(Path(folder)).safetensors
+        yield ModelOpener(Path(folder)).safetensors
 
 
 TARGETS = {
-    "requests": Target(bodies.seeds, bodies.mutated, _requests),
-    "gguf": Target(gguf_seeds.seeds, gguf_accidents.mutated, _gguf),
-    "safetensors": Target(model_folders.seeds, model_folders.mutated, _safetensors),
+    "requests": Target(bodies.seeds, bodies.mutate, _requests),
+    "gguf": Target(gguf_seeds.seeds, gguf_mutations.mutate, _gguf),
+    "safetensors": Target(model_folders.seeds, model_folders.mutate, _safetensors),
 }

@@ -1,4 +1,4 @@
-"""Opens a model's files as a start does, as far as that is possible without a device, and reads all weights."""
+"""Open model files as a server does at start-up, as far as possible without a device, and read all weights."""
 
 from contextlib import closing
 from dataclasses import replace
@@ -19,31 +19,31 @@ from serve.text.tokenizer import Tokenizer
 from tools.fuzz.gguf_seeds import second_part
 from tools.fuzz.model_folders import ModelFolder
 
-_CLEAN = (*STARTUP_ERRORS, PlanError)  # which a start makes a StartupError
-_BYTES = 1 << 30  # that a device would have free
+_CLEAN = (*STARTUP_ERRORS, PlanError)  # reported as StartupError by a server
+_BYTES = 1 << 30  # free memory of the pretended device
 _TEXT = "Hi 12  a\n<t>é▁"
 
 
-class Opener:
-    """Opens one input after the other in a folder of its own."""
+class ModelOpener:
+    """Open one input after another in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._planned: set[ModelConfig] = set()  # planning takes longer than all else, and most inputs are alike here
+        self._planned: set[ModelConfig] = set()  # planning is slow, and most inputs share a configuration
 
     def gguf(self, data: bytes) -> bool:
-        """Opens a file; a second part lies beside it. Whether it was all right, and not refused in words."""
+        """Open a GGUF file next to its second part; False if it is rejected with a message."""
         path = self._folder / "m-00001-of-00002.gguf"
         path.write_bytes(data)
         path.with_name("m-00002-of-00002.gguf").write_bytes(second_part())
-        return self._is_right(path)
+        return self._opens(path)
 
     def safetensors(self, data: bytes) -> bool:
-        """Opens a folder, in the same way."""
+        """Open a safetensors folder; False if it is rejected with a message."""
         ModelFolder.of(data).write(self._folder)
-        return self._is_right(self._folder)
+        return self._opens(self._folder)
 
-    def _is_right(self, path: Path) -> bool:
+    def _opens(self, path: Path) -> bool:
         try:
             self._open(resolve_model(str(path), None))
         except _CLEAN:
@@ -55,14 +55,14 @@ class Opener:
         with closing(open_checkpoint(source)) as checkpoint:
             config = checkpoint.config
             if isinstance(checkpoint, GgufCheckpoint):
-                _try_tokenizer(tokenizer_from_gguf(checkpoint.metadata), config)
+                _check_tokenizer(tokenizer_from_gguf(checkpoint.metadata), config)
             if config not in self._planned:
                 _plan(config)
                 self._planned.add(config)
             load_weights(checkpoint, np.dtype(np.float32), lambda _, rows: rows.whole().nbytes)
 
 
-def _try_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
+def _check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
     check_tokenizer("m", tokenizer, config.vocab_size)
     check_template("m", tokenizer, None)
     ids = tokenizer.encode(_TEXT, add_special_tokens=True)
@@ -71,7 +71,7 @@ def _try_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
 
 
 def _plan(config: ModelConfig) -> None:
-    most = config.max_position_embeddings
-    buckets = make_buckets(max_num_seqs=4, max_model_len=most, max_num_batched_tokens=64)
-    config = replace(config.for_length(most), layers=config.layers[:2])  # a hundred layers take a second
+    length = config.max_position_embeddings
+    buckets = make_buckets(max_num_seqs=4, max_model_len=length, max_num_batched_tokens=64)
+    config = replace(config.for_length(length), layers=config.layers[:2])  # planning a hundred layers takes a second
     plan_memory(config, buckets, dtype="float32", int8=False, cache=None, free=_BYTES)

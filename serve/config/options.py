@@ -2,10 +2,11 @@
 
 import argparse
 import dataclasses
+import difflib
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
@@ -234,3 +235,41 @@ def strings(text: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise argparse.ArgumentTypeError(f'{text!r} is not a JSON list of strings, such as ["*"]')
     return tuple(value)
+
+
+def from_keywords[C](kind: type[C], values: Mapping[str, Any]) -> C:
+    """A dataclass of options from Python values, which are checked as the flags are.
+
+    Raises:
+        TypeError: a name is not an option; the message suggests the nearest.
+        ValueError: a value is not valid; the message names the option.
+    """
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # there is no public type for "a dataclass"
+    options = {field.name: field.metadata[_KEY] for field in fields if _KEY in field.metadata}
+    for name in values:
+        if name not in options:
+            raise TypeError(f"{name!r} is not an option{suggestion(name, options)}")
+    return kind(**{name: _value(name, options[name], value) for name, value in values.items()})
+
+
+def _value(name: str, option: Option, value: Any) -> Any:
+    if value is None and option.default is None:
+        return None
+    if option.read is None:
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}: {value!r} is not True or False")
+        return value
+    try:
+        result = option.read(str(value))
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    if option.choices and result not in option.choices:
+        hint = suggestion(str(value), option.choices) or f"; choose from {', '.join(option.choices)}"
+        raise ValueError(f"{name}: {value!r} is not valid{hint}")
+    return result
+
+
+def suggestion(word: str, words: Iterable[str]) -> str:
+    """The nearest of `words` as the end of an error message; "" if none is near."""
+    nearest = difflib.get_close_matches(word, [*words], 1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""

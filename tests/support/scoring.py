@@ -39,6 +39,11 @@ def byte_runner() -> ScriptedRunner:
     return ScriptedRunner(None, pages=64, pages_per_row=CONTEXT // PAGE_SIZE)
 
 
+def scripted_runner(script: bytes) -> ScriptedRunner:
+    """A runner for the byte tokenizer that generates a text."""
+    return ScriptedRunner(script, pages=64, pages_per_row=CONTEXT // PAGE_SIZE)
+
+
 def fake_load(
     runner: FakeRunner, fingerprint: str = "fp", context: int = CONTEXT
 ) -> Callable[[EngineConfig, Reporter], Loaded]:

@@ -1,0 +1,1 @@
+"""Jobs on top of the engine: generate and score. No HTTP, no files."""

@@ -1,0 +1,237 @@
+"""Generation: sampling options, and token ids to text with the log-probs of every token."""
+
+import uuid
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, TypedDict
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from serve.config.generation_config import SamplingFields
+from serve.config.options import suggestion
+from serve.engine.request import PromptScoring, Request, SamplingParams, TokenEvent, TokenScores
+from serve.jobs.request_queue import RequestQueue
+from serve.jobs.score import checked_scores, joined
+from serve.text.detokenizer import Detokenizer, StopStrings
+from serve.text.tokenizer import Tokenizer
+
+_GREEDY_BELOW = 1e-5  # lower temperatures are greedy
+_MIN_TEMPERATURE = 0.01
+_INT64 = 2**63
+
+
+class GenerationOptions(SamplingFields):
+    """Options of `LLM.generate` and `LLM.chat`. None leaves the model's default, or else OpenAI's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    n: Annotated[int, Field(ge=1)] = 1  # outputs per prompt
+    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None  # output i uses seed + i; -1 draws one
+    stop: str | list[Annotated[str, Field(min_length=1)]] | None = None
+    ignore_eos: bool = False
+    logprobs: Annotated[int, Field(ge=0)] = 0  # alternatives of each generated token
+    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None  # alternatives of each prompt token
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """All stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """Keyword arguments of `LLM.generate` and `LLM.chat`; the fields of GenerationOptions."""
+
+    max_tokens: int | None
+    n: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    stop: str | list[str] | None
+    ignore_eos: bool
+    logprobs: int
+    prompt_logprobs: int | None
+
+
+def make_options(values: Mapping[str, Any], max_logprobs: int) -> GenerationOptions:
+    """Validate options.
+
+    Args:
+        values: by name.
+        max_logprobs: alternatives per token that the model computes.
+
+    Raises:
+        TypeError: a name is not an option; the message suggests the nearest.
+        ValueError: a value is not valid; the message names the option.
+    """
+    for name in values:
+        if name not in GenerationOptions.model_fields:
+            raise TypeError(f"{name!r} is not an option{suggestion(name, GenerationOptions.model_fields)}")
+    try:
+        options = GenerationOptions.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise ValueError(f"{first['loc'][0]}: {first['msg']}") from None
+    check_alternatives("logprobs", options.logprobs, max_logprobs)
+    check_alternatives("prompt_logprobs", options.prompt_logprobs, max_logprobs)
+    return options
+
+
+def sampling_values(fields: SamplingFields) -> dict[str, Any]:
+    """Values of the SamplingParams fields that SamplingFields has, under the same names."""
+    values = {name: value for name in SamplingFields.model_fields if (value := getattr(fields, name)) is not None}
+    if "temperature" in values:
+        values["temperature"] = (
+            0.0 if values["temperature"] < _GREEDY_BELOW else max(values["temperature"], _MIN_TEMPERATURE)
+        )
+    if "top_k" in values:
+        values["top_k"] = max(values["top_k"], 0)  # -1 is off, too
+    return values
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one event adds to an output."""
+
+    text: str
+    token_ids: list[int]
+    scores: TokenScores  # one row per token id
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None  # stop string or stop token id that ended the text, unless it is EOS
+    prompt_scores: TokenScores | None = None
+
+
+class OutputDecoder:
+    """Turns the events of one request into text; the text ends at a stop string."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: StopStrings,
+        *,
+        eos_token_ids: frozenset[int],
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._detokenizer = Detokenizer(
+            tokenizer, skip_special_tokens=skip_special_tokens, stop=stop, include_stop_str_in_output=include_stop
+        )
+        self._eos_token_ids = eos_token_ids
+        self._include_stop = include_stop
+
+    def delta(self, event: TokenEvent) -> Delta:
+        """Decode the next event. Tokens after a stop string are dropped."""
+        text, count = "", 0
+        for token_id in event.token_ids:
+            count += 1
+            if token_id != event.stop_token_id or self._include_stop:
+                text += self._detokenizer.push(token_id)
+            if self._detokenizer.stopped_by is not None:
+                break
+        reason: str | None = event.finish_reason
+        stop_reason: str | int | None = None
+        if self._detokenizer.stopped_by is not None:
+            reason, stop_reason = "stop", self._detokenizer.stopped_by
+        elif reason is not None:
+            text += self._detokenizer.finish()
+            stop_reason = None if event.stop_token_id in self._eos_token_ids else event.stop_token_id
+        return Delta(text, event.token_ids[:count], event.scores[:count], reason, stop_reason, event.prompt_scores)
+
+
+@dataclass(slots=True)
+class Output:
+    """One finished output."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    parts: list[TokenScores] = field(default_factory=list)  # scores of the tokens
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    prompt_scores: TokenScores | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Append a delta."""
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        if delta.token_ids or not self.parts:
+            self.parts.append(delta.scores)
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+        self.prompt_scores = delta.prompt_scores or self.prompt_scores
+
+    @property
+    def scores(self) -> TokenScores:
+        """Scores of all tokens."""
+        return joined(self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRequest:
+    """One output to generate."""
+
+    index: int  # of the prompt
+    token_ids: list[int]  # of the prompt
+    max_tokens: int
+    choice: int = 0  # number of the output for this prompt
+
+
+class Generator:
+    """Generates with the same options for all prompts."""
+
+    def __init__(self, queue: RequestQueue, tokenizer: Tokenizer, options: GenerationOptions) -> None:
+        self._queue = queue
+        self._tokenizer = tokenizer
+        self._options = options
+        self._stop = StopStrings(options.stop_strings)
+        self._eos_token_ids = frozenset() if options.ignore_eos else tokenizer.eos_token_ids
+
+    async def generate(self, request: OutputRequest) -> Output:
+        """Generate an output; only choice 0 has the prompt's scores.
+
+        Raises:
+            RequestError: the engine failed on the request.
+            EngineStoppedError: the engine has stopped.
+        """
+        output = Output()
+        async with aclosing(self._deltas(request)) as deltas:
+            async for delta in deltas:
+                scores = checked_scores(delta.scores, self._options.logprobs)
+                output.add(replace(delta, scores=scores, prompt_scores=self._prompt_scores(delta)))
+        return output
+
+    async def _deltas(self, request: OutputRequest) -> AsyncGenerator[Delta]:
+        params = self._params(request.choice, request.max_tokens)
+        decoder = OutputDecoder(self._tokenizer, self._stop, eos_token_ids=self._eos_token_ids)
+        async with aclosing(self._queue.events(Request(uuid.uuid4().hex, request.token_ids, params))) as events:
+            async for event in events:
+                delta = decoder.delta(event)
+                yield delta
+                if delta.finish_reason is not None:
+                    return  # closing the events aborts a request that a stop string ended
+
+    def _params(self, choice: int, max_tokens: int) -> SamplingParams:
+        options = self._options
+        return SamplingParams(
+            max_tokens=max_tokens,
+            seed=None if options.seed in (None, -1) else options.seed + choice,
+            stop_token_ids=self._eos_token_ids,
+            prompt=None if options.prompt_logprobs is None or choice else PromptScoring(),
+            **sampling_values(options),
+        )
+
+    def _prompt_scores(self, delta: Delta) -> TokenScores | None:
+        count = self._options.prompt_logprobs
+        if count is None or delta.prompt_scores is None:
+            return None
+        return checked_scores(delta.prompt_scores, count)
+
+
+def check_alternatives(param: str, count: int | None, max_logprobs: int) -> None:
+    """Raise ValueError if the model was not loaded for `count` alternatives per token."""
+    if count is not None and count > max_logprobs:
+        raise ValueError(f"{param}: {count} is above the maximum of {max_logprobs}, which max_logprobs sets")

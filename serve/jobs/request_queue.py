@@ -1,0 +1,84 @@
+"""RequestQueue: feeds an engine from one event loop and bounds the work in flight."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from serve.engine.client import EngineClient
+from serve.engine.request import FinishReason, Request, TokenEvent
+
+
+class RequestError(Exception):
+    """One request failed; the engine continues with others."""
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """Bounds of the work in flight."""
+
+    requests: int  # in the engine; also the number of items that have been read and have no result yet
+    tokens: int  # of the prompts of these items; a longer item runs alone
+
+
+class RequestQueue:
+    """Runs requests of one event loop on an engine. Memory is bounded by `InFlight`, or by one longer item."""
+
+    def __init__(self, engine: EngineClient, bounds: InFlight) -> None:
+        self._engine = engine
+        self._bounds = bounds
+        self._slots = asyncio.Semaphore(bounds.requests)
+
+    async def events(self, request: Request) -> AsyncGenerator[TokenEvent]:
+        """Admit a request when a slot is free, and yield its events.
+
+        Raises:
+            RequestError: the engine failed on the request, or can never hold it.
+            EngineStoppedError: the engine has stopped.
+        """
+        async with self._slots:
+            try:
+                handle = self._engine.admit(request)
+            except ValueError as error:
+                raise RequestError(str(error)) from None
+            with handle:
+                async for event in handle:
+                    if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+                        raise RequestError(f"the engine failed: {event.error or 'the request was aborted'}")
+                    yield event
+
+    async def run_in_order[T, R](
+        self, items: Iterable[T], run: Callable[[T], Coroutine[Any, Any, R]], num_tokens: Callable[[T], int]
+    ) -> AsyncGenerator[R]:
+        """Run many items at the same time and yield their results in the order of the items.
+
+        Args:
+            items: read no further ahead than the bounds allow.
+            run: runs one item.
+            num_tokens: prompt tokens of an item.
+        """
+        pending: deque[tuple[int, asyncio.Task[R]]] = deque()
+        tokens = 0  # of the pending items
+        try:
+            for item in items:
+                size = num_tokens(item)
+                while pending and (len(pending) >= self._bounds.requests or tokens + size > self._bounds.tokens):
+                    done_size, task = pending[0]
+                    result = await task
+                    pending.popleft()
+                    tokens -= done_size
+                    yield result
+                pending.append((size, asyncio.create_task(run(item))))
+                tokens += size
+                await asyncio.sleep(0)  # let the task start before the next item is read
+                while pending and pending[0][1].done():
+                    done_size, task = pending.popleft()
+                    tokens -= done_size
+                    yield await task
+            while pending:
+                yield await pending.popleft()[1]
+        finally:
+            for _, task in pending:
+                task.cancel()
+            await asyncio.gather(*(task for _, task in pending), return_exceptions=True)

@@ -1,0 +1,186 @@
+"""Results of `LLM`: the tokens of a text with their log-probs, and batches of them."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.engine.request import TokenScores
+from serve.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Tokens:
+    """n tokens in columns. The first token of a sequence has no log-prob: NaN, and rank 0.
+
+    Log-probs are natural logarithms of the raw distribution, -inf for a token of probability 0. Rank 1 is the most
+    likely token; ties go to the lower id. Each token has the A most likely alternatives.
+    """
+
+    token_ids: list[int]
+    tokens: list[str]  # bytes that are not UTF-8 as \\xNN
+    logprobs: NDArray[np.float32] = field(repr=False)  # [n]
+    ranks: NDArray[np.int32] = field(repr=False)  # [n]
+    top_ids: NDArray[np.int32] = field(repr=False)  # [n, A], best first
+    top_logprobs: NDArray[np.float32] = field(repr=False)  # [n, A]
+    top_ranks: NDArray[np.int32] = field(repr=False)  # [n, A]
+
+    @property
+    def logprob(self) -> float:
+        """Sum of the log-probs."""
+        return logprob_sum(self.logprobs)
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp of the mean negative log-prob; None without log-probs."""
+        return perplexity(self.logprob, int((self.ranks > 0).sum()))
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Generation(Tokens):
+    """One output for one prompt. The columns are of the generated tokens, including one that ended the text."""
+
+    index: int  # of the prompt
+    choice: int  # number of the output for this prompt, from 0
+    text: str
+    finish_reason: str  # "stop" or "length"
+    stop_reason: str | int | None  # stop string that ended the text
+    prompt_token_ids: list[int] = field(repr=False)
+    prompt: Tokens | None = field(repr=False)  # with prompt_logprobs
+
+    def parts(self) -> Iterator[tuple[str, Tokens]]:
+        """Names and columns of the prompt, for choice 0, and of the output."""
+        if self.prompt is not None and self.choice == 0:
+            yield "prompt", self.prompt
+        yield "completion", self
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Score(Tokens):
+    """The tokens of a text."""
+
+    index: int  # of the text
+    completion_start: int | None = None  # index of the completion's first token, if the text has a completion
+
+    @property
+    def completion_logprob(self) -> float | None:
+        """Sum of the completion's log-probs."""
+        return None if self.completion_start is None else logprob_sum(self.logprobs[self.completion_start :])
+
+    @property
+    def is_greedy(self) -> bool | None:
+        """True if every token of the completion has rank 1."""
+        return None if self.completion_start is None else bool((self.ranks[self.completion_start :] == 1).all())
+
+    def parts(self) -> Iterator[tuple[str, Tokens]]:
+        """Names and columns of the prompt and the completion, or of the text."""
+        start = self.completion_start
+        if start is None:
+            yield "text", self
+            return
+        yield "prompt", _rows(self, slice(start))
+        yield "completion", _rows(self, slice(start, None))
+
+
+class Batch[T: (Generation, Score)](Sequence[T]):
+    """Results in the order of the inputs."""
+
+    def __init__(self, items: Sequence[T]) -> None:
+        self._items: tuple[T, ...] = tuple(items)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Batch[T]": ...
+    def __getitem__(self, index: int | slice) -> "T | Batch[T]":
+        return Batch(self._items[index]) if isinstance(index, slice) else self._items[index]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return f"Batch({list(self._items)!r})"
+
+    def to_pandas(self) -> Any:
+        """A pandas.DataFrame with one row per token.
+
+        Columns: index, choice (generations only), part ("prompt", "completion" or "text"), position within the part,
+        token_id, token, logprob, rank, and the lists top_ids, top_logprobs and top_ranks.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas as pd  # type: ignore[import-untyped, unused-ignore]  # not a dependency
+        except ImportError:
+            raise ImportError("to_pandas() needs pandas: pip install pandas") from None
+        parts = [part for item in self._items for part in _parts(item)]
+        names = parts[0] if parts else ()
+        return pd.DataFrame({name: [value for part in parts for value in part[name]] for name in names})
+
+
+def token_columns(
+    tokenizer: Tokenizer, token_ids: list[int], scores: TokenScores, *, starts_sequence: bool
+) -> dict[str, Any]:
+    """Fields of a Tokens.
+
+    Args:
+        tokenizer: names the tokens.
+        token_ids: [n]
+        scores: n rows, or n - 1 if the first token starts a sequence and has no log-prob.
+        starts_sequence: the first token has no log-prob.
+    """
+    columns = {
+        "logprobs": scores.logprob,
+        "ranks": scores.rank,
+        "top_ids": scores.top_ids,
+        "top_logprobs": scores.top_logprobs,
+        "top_ranks": scores.top_ranks,
+    }
+    if starts_sequence:
+        columns = {name: _after_empty_row(column) for name, column in columns.items()}
+    return {"token_ids": token_ids, "tokens": [tokenizer.token_text(index) for index in token_ids], **columns}
+
+
+def logprob_sum(logprobs: NDArray[np.float32]) -> float:
+    """Sum of the log-probs that are not NaN, rounded once: it does not depend on their order."""
+    return math.fsum(logprobs[~np.isnan(logprobs)].tolist())
+
+
+def perplexity(logprob: float, tokens: int) -> float | None:
+    """exp of the mean negative log-prob; None without tokens or if it overflows."""
+    try:
+        return math.exp(-logprob / tokens) if tokens else None
+    except OverflowError:
+        return None
+
+
+def _after_empty_row(column: NDArray[Any]) -> NDArray[Any]:
+    first = np.full((1, *column.shape[1:]), np.nan if column.dtype.kind == "f" else 0, column.dtype)
+    return np.concatenate([first, column])
+
+
+def _rows(item: Tokens, rows: slice) -> Tokens:
+    return Tokens(**{name: getattr(item, name)[rows] for name in Tokens.__slots__})
+
+
+def _parts(item: Generation | Score) -> Iterator[dict[str, Sequence[Any]]]:
+    """Columns of each part of a result for `Batch.to_pandas`."""
+    for part, tokens in item.parts():
+        count = len(tokens.token_ids)
+        yield {
+            "index": [item.index] * count,
+            **({"choice": [item.choice] * count} if isinstance(item, Generation) else {}),
+            "part": [part] * count,
+            "position": range(count),
+            "token_id": tokens.token_ids,
+            "token": tokens.tokens,
+            "logprob": tokens.logprobs.tolist(),
+            "rank": tokens.ranks.tolist(),
+            "top_ids": tokens.top_ids.tolist(),
+            "top_logprobs": tokens.top_logprobs.tolist(),
+            "top_ranks": tokens.top_ranks.tolist(),
+        }

@@ -1,0 +1,197 @@
+"""Scoring: texts to token ids, and token ids to the log-probs of every token."""
+
+import asyncio
+import uuid
+from collections.abc import Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from serve.engine.request import FinishReason, PromptScoring, Request, SamplingParams, TokenScores, empty_scores
+from serve.jobs.request_queue import RequestError, RequestQueue
+from serve.text.chat import ChatFormat, PromptError, check_messages, encode_text
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedText:
+    """A text to score."""
+
+    token_ids: list[int]  # at least one
+    completion_start: int | None = None  # index of the completion's first token, if the text has a completion
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoder:
+    """Encodes strings, token ids, chats, and pairs of a prompt and a completion. Raises PromptError."""
+
+    chats: ChatFormat
+    vocab_size: int  # V
+    add_special_tokens: bool = True  # around strings; a chat has the template's
+
+    def text(self, value: Any, param: str, tools: Any = None) -> EncodedText:
+        """Encode a string, a list of token ids, or the messages of a chat.
+
+        The last message of a chat is its completion if it is the assistant's and not the only one.
+
+        Args:
+            param: path of `value`, for errors.
+            tools: variable of the chat template.
+        """
+        if isinstance(value, str):
+            return _checked(self._encode(value, param), None, param)
+        if not is_chat(value):
+            return _checked(self._token_ids(value, param), None, param)
+        messages = check_messages(value, param=param)
+        has_answer = len(messages) > 1 and messages[-1]["role"] == "assistant"
+        return self._chat(messages, len(messages) - 1 if has_answer else None, tools, param)
+
+    def pair(self, prompt: Any, completion: Any, params: tuple[str, str], tools: Any = None) -> EncodedText:
+        """Encode a prompt and its completion: two strings, two lists of token ids, or two lists of messages.
+
+        A token that spans the end of the prompt and the start of the completion belongs to the completion.
+
+        Args:
+            params: paths of both, for errors.
+            tools: variable of the chat template.
+        """
+        param, completion_param = params
+        if isinstance(prompt, str) and isinstance(completion, str):
+            ids = self._encode(prompt + completion, completion_param)
+            return _checked(ids, _common_prefix(ids, self._encode(prompt, param)), param)
+        if is_chat(prompt) and is_chat(completion):
+            messages = check_messages(prompt, param=param)
+            return self._chat(
+                [*messages, *check_messages(completion, param=completion_param)], len(messages), tools, param
+            )
+        if isinstance(prompt, list) and isinstance(completion, list):
+            ids = self._token_ids(prompt, param)
+            return _checked([*ids, *self._token_ids(completion, completion_param)], len(ids), param)
+        raise PromptError(param, f"`{param}` and `{completion_param}` must both be strings, token ids or messages.")
+
+    def _chat(
+        self, messages: list[dict[str, Any]], completion_start: int | None, tools: Any, param: str
+    ) -> EncodedText:
+        """Encode messages, those from `completion_start` on as the completion."""
+        variables = {} if tools is None else {"tools": tools}
+        text = self.chats.render(messages, variables=variables, add_generation_prompt=False, param=param)
+        ids = self.chats.encode(text, param=param)
+        if completion_start is None:
+            return EncodedText(ids)
+        opening = self.chats.render(messages[:completion_start], variables=variables, param=param)
+        return _checked(ids, _common_prefix(ids, self.chats.encode(opening, param=param)), param)
+
+    def _encode(self, text: str, param: str) -> list[int]:
+        return encode_text(self.chats.tokenizer, text, add_special_tokens=self.add_special_tokens, param=param)
+
+    def _token_ids(self, value: Any, param: str) -> list[int]:
+        if not isinstance(value, list):
+            message = f"`{param}` must be a string, a list of token ids or a list of messages."
+            raise PromptError(param, message, "invalid_type")
+        check_token_ids(value, self.vocab_size, param)
+        return value
+
+
+def check_token_ids(ids: Iterable[Any], vocab_size: int, param: str) -> None:
+    """Raise PromptError for an item that is not a token id of the vocabulary."""
+    for index, token_id in enumerate(ids):
+        if type(token_id) is not int:
+            raise PromptError(f"{param}[{index}]", f"`{param}[{index}]` is not a token id.", "invalid_type")
+        if not 0 <= token_id < vocab_size:
+            message = f"`{param}[{index}]`: {token_id} is not in the vocabulary of {vocab_size} tokens."
+            raise PromptError(f"{param}[{index}]", message)
+
+
+def is_chat(value: Any) -> bool:
+    """True for a list whose first item may be a message."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _checked(token_ids: list[int], completion_start: int | None, param: str) -> EncodedText:
+    if not token_ids:
+        raise PromptError(param, f"`{param}` gives no tokens.")
+    if completion_start == len(token_ids):
+        raise PromptError(param, "The completion gives no tokens.")
+    if completion_start == 0:
+        raise PromptError(param, "The prompt gives no tokens, so the completion's first token has no log-prob.")
+    return EncodedText(token_ids, completion_start)
+
+
+def _common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
+    count = 0
+    for token_id, other in zip(ids, others, strict=False):
+        if token_id != other:
+            break
+        count += 1
+    return count
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Tokens begin..end-1 of a text, run as one request; those from `first` on are scored."""
+
+    begin: int
+    end: int
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """Scores texts."""
+
+    queue: RequestQueue
+    alternatives: int  # kept for each token
+
+    async def score(self, token_ids: list[int], windows: Sequence[Window]) -> TokenScores:
+        """Scores of the tokens after the first, up to the end of the last window: row i is token i + 1.
+
+        Raises:
+            RequestError: the engine failed on a window.
+            EngineStoppedError: the engine has stopped.
+        """
+        if not windows:
+            return empty_scores(0, self.alternatives)
+        results = await asyncio.gather(*(self._window(token_ids, window) for window in windows), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return joined([result for result in results if isinstance(result, TokenScores)])
+
+    async def _window(self, token_ids: list[int], window: Window) -> TokenScores:
+        prompt = token_ids[window.begin : window.end]
+        start = window.first - window.begin
+        request = Request(uuid.uuid4().hex, prompt, SamplingParams(max_tokens=0, prompt=PromptScoring(start)))
+        async with aclosing(self.queue.events(request)) as events:
+            event = await anext(events)
+        if event.finish_reason is not FinishReason.LENGTH:
+            raise RequestError("the engine failed: it did not finish the request")
+        scores = event.prompt_scores
+        if scores is None or len(scores.logprob) != len(prompt) - 1:
+            raise RequestError("the engine failed: the number of log-probs does not match the number of tokens")
+        return checked_scores(scores[start - 1 :], self.alternatives)
+
+
+def checked_scores(scores: TokenScores, alternatives: int) -> TokenScores:
+    """Copies of the scores with the first `alternatives` columns.
+
+    Raises:
+        RequestError: a log-prob is NaN.
+    """
+    copy = TokenScores(
+        scores.logprob.copy(),
+        scores.rank.copy(),
+        scores.top_ids[:, :alternatives].copy(),
+        scores.top_ranks[:, :alternatives].copy(),
+        scores.top_logprobs[:, :alternatives].copy(),
+    )
+    if not ((copy.logprob < np.inf).all() and (copy.top_logprobs < np.inf).all()):
+        raise RequestError("the engine failed: a log-prob is NaN")
+    return copy
+
+
+def joined(parts: Sequence[TokenScores]) -> TokenScores:
+    """Scores of consecutive runs of tokens, at least one run, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return TokenScores(*(np.concatenate([getattr(part, name) for part in parts]) for name in TokenScores.__slots__))

@@ -1,0 +1,246 @@
+"""LLM over a real engine with a scripted runner: inputs, options, results, threads, event loops, interruption."""
+
+import asyncio
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serve import llm as llm_module
+from serve.engine.request import EngineStoppedError
+from serve.jobs.generate import GenerationOptions, SamplingKeywords
+from serve.jobs.request_queue import RequestError
+from serve.jobs.results import Tokens
+from serve.llm import LLM
+from serve.text.chat import PromptError
+from tests.support.http_client import END, ScriptedRunner
+from tests.support.scoring import CONTEXT, expected_numbers, fake_load, scripted_runner
+
+USER: dict[str, Any] = {"role": "user", "content": "Hi"}
+
+
+@pytest.fixture
+def runner() -> ScriptedRunner:
+    return scripted_runner(b"Hello")
+
+
+@pytest.fixture
+def llm(runner: ScriptedRunner, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
+    monkeypatch.setattr(llm_module, "load", fake_load(runner))
+    with LLM() as llm:
+        yield llm
+
+
+def scored(tokens: Tokens) -> tuple[list[Any], list[Any]]:
+    """Log-probs and ranks as `expected_numbers` returns them."""
+    return (
+        [None if math.isnan(value) else value for value in tokens.logprobs.tolist()],
+        [rank or None for rank in tokens.ranks.tolist()],
+    )
+
+
+def test_generate_returns_tokens_with_logprobs(llm: LLM) -> None:
+    [output] = llm.generate("a", logprobs=2)
+    assert (output.text, output.finish_reason, output.stop_reason) == ("Hello", "stop", None)
+    assert output.token_ids == [*b"Hello", END]
+    assert output.tokens == [*"Hello", "<end>"]
+    assert output.logprobs.tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.4, -0.5, -0.6])
+    assert output.ranks.tolist() == [2] * 6
+    assert output.top_ids.tolist()[0] == [ord("H") + 1, ord("H")]
+    assert output.top_logprobs.shape == output.top_ranks.shape == (6, 2)
+    assert output.prompt_token_ids == [ord("a")]
+    assert output.prompt is None
+    assert output.logprob == pytest.approx(-2.1)
+
+
+def test_generate_defaults_to_16_tokens(runner: ScriptedRunner, llm: LLM) -> None:
+    runner.script = b"x" * 100
+    [output] = llm.generate("a")
+    assert (output.text, output.finish_reason) == ("x" * 16, "length")
+
+
+def test_generate_returns_outputs_in_the_order_of_prompts_and_choices(llm: LLM) -> None:
+    prompts: list[Any] = ["a", [98, 99], np.array([100])]
+    outputs = llm.generate(prompts, n=2, prompt_logprobs=1, max_tokens=1)
+    assert [(output.index, output.choice) for output in outputs] == [(i, choice) for i in range(3) for choice in (0, 1)]
+    assert [output.prompt_token_ids for output in outputs[::2]] == [[97], [98, 99], [100]]
+    assert outputs[2].prompt is not None
+    assert scored(outputs[2].prompt) == expected_numbers([98, 99])
+    assert outputs[3].prompt is outputs[2].prompt
+    assert llm.generate([97, 98], max_tokens=0)[0].prompt_token_ids == [97, 98]
+    assert len(llm.generate([])) == 0
+
+
+def test_generate_ends_at_a_stop_string_and_drops_later_tokens(llm: LLM) -> None:
+    [output] = llm.generate("a", stop="ll")
+    assert (output.text, output.finish_reason, output.stop_reason) == ("He", "stop", "ll")
+    assert output.token_ids == [*b"Hell"]
+    assert len(output.logprobs) == 4
+
+
+def test_chat_renders_one_or_more_conversations(llm: LLM) -> None:
+    parts: Any = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    outputs = llm.chat([[USER], [{"role": "user", "content": parts}]])
+    assert [bytes(output.prompt_token_ids) for output in outputs] == [b"user:Hi;>", b"user:a\nb;>"]
+    [output] = llm.chat([USER], chat_template_kwargs={"mark": "|"})
+    assert bytes(output.prompt_token_ids) == b"user:Hi|>"
+    assert output.text == "Hello"
+
+
+def test_chat_defaults_to_the_tokens_that_fit(runner: ScriptedRunner, llm: LLM) -> None:
+    runner.script = b"x" * CONTEXT
+    [output] = llm.chat([USER])
+    assert len(output.token_ids) == CONTEXT - len("user:Hi;>")
+
+
+def test_score_takes_texts_token_ids_and_pairs(llm: LLM) -> None:
+    scores = llm.score(["abc", [97, 98], ("ab", "c"), ([97], [98, 99]), "x"], logprobs=1)
+    assert [score.token_ids for score in scores] == [[*b"abc"], [*b"ab"], [*b"abc"], [*b"abc"], [*b"x"]]
+    assert [score.completion_start for score in scores] == [None, None, 2, 1, None]
+    for score in scores:
+        assert scored(score) == expected_numbers(score.token_ids)
+        assert score.top_ids.shape == (len(score.token_ids), 1)
+    assert scores[2].completion_logprob == scores[2].logprobs[2]
+    assert scores[2].is_greedy == (scores[2].ranks[2] == 1)
+    assert scores[4].perplexity is None
+    assert llm.score(("ab", "c"))[0].completion_start == 2
+
+
+def test_to_pandas_has_one_row_per_token(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=dict))
+    frame = llm.score([("ab", "c"), "de"]).to_pandas()
+    assert frame["index"] == [0, 0, 0, 1, 1]
+    assert frame["part"] == ["prompt", "prompt", "completion", "text", "text"]
+    assert frame["position"] == [0, 1, 0, 0, 1]
+    assert frame["token"] == [*"abcde"]
+    assert frame["rank"][1] == expected_numbers([*b"abc"])[1][1]
+    frame = llm.generate(["a", "b"], n=2, max_tokens=1, prompt_logprobs=0).to_pandas()
+    assert frame["choice"] == [0, 0, 1, 0, 0, 1]
+    assert frame["part"] == ["prompt", "completion", "completion"] * 2
+    assert llm.generate([]).to_pandas() == {}
+
+
+def test_to_pandas_without_pandas_says_how_to_install_it(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        llm.score("ab").to_pandas()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"temperture": 1}, TypeError, "'temperture' is not an option; did you mean 'temperature'"),
+        ({"temperature": 3.0}, ValueError, "temperature: .* less than or equal to 2"),
+        ({"top_p": "x"}, ValueError, "top_p: "),
+        ({"n": 0}, ValueError, "n: "),
+        ({"stop": [""]}, ValueError, "stop: "),
+        ({"logprobs": 4}, ValueError, "logprobs: 4 is above the maximum of 3"),
+        ({"prompt_logprobs": 4}, ValueError, "prompt_logprobs: 4 is above"),
+        ({"max_tokens": CONTEXT}, PromptError, r"prompts\[0\]: .* maximum context length"),
+    ],
+)
+def test_generate_refuses_wrong_options(
+    llm: LLM, options: SamplingKeywords, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        llm.generate("a", **options)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("", r"`texts\[0\]` gives no tokens"),
+        (["a", 3], r"`texts\[1\]` must be a string, a list of token ids"),
+        ([[97, True]], r"`texts\[0\]\[1\]` is not a token id"),
+        ([[97, 260]], "260 is not in the vocabulary"),
+        ([("a", "")], "The completion gives no tokens"),
+        ([("", "a")], "The prompt gives no tokens"),
+        ("a" * (CONTEXT + 1), r"texts\[0\]: .* maximum context length"),
+    ],
+    ids=str,
+)
+def test_score_refuses_wrong_texts(llm: LLM, texts: Any, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        llm.score(texts)
+
+
+def test_chat_refuses_wrong_messages_by_their_path(llm: LLM) -> None:
+    with pytest.raises(PromptError, match=r"messages\[1\]\[0\]\.content") as error:
+        llm.chat([[USER], [{"role": "user"}]])
+    assert error.value.param == "messages[1][0].content"
+    with pytest.raises(PromptError, match="It is refused"):
+        llm.chat([{"role": "user", "content": "refuse"}])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dtypo": "float32"}, TypeError, "'dtypo' is not an option; did you mean 'dtype'"),
+        ({"dtype": "float3"}, ValueError, "dtype: 'float3' is not valid; did you mean 'float32'"),
+        ({"max_num_seqs": 0}, ValueError, "max_num_seqs: 0 is not between"),
+        ({"enable_prefix_caching": 1}, ValueError, "enable_prefix_caching: 1 is not True or False"),
+        ({"quantization": "int8", "dtype": "float32"}, ValueError, "quantization"),
+        ({"port": 1}, TypeError, "'port' is not an option"),
+    ],
+)
+def test_llm_refuses_wrong_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LLM(**options)
+
+
+def test_sampling_keywords_are_the_fields_of_generation_options() -> None:
+    assert SamplingKeywords.__annotations__.keys() == GenerationOptions.model_fields.keys()
+
+
+def test_generate_works_in_a_running_event_loop(llm: LLM) -> None:
+    async def call() -> str:
+        return llm.generate("a")[0].text
+
+    assert asyncio.run(call()) == asyncio.run(call()) == "Hello"
+
+
+def test_calls_from_several_threads_get_their_own_results(llm: LLM) -> None:
+    texts = [f"text {i}" for i in range(24)]
+    with ThreadPoolExecutor(8) as threads:
+        results = [*threads.map(lambda text: llm.score([text] * 3), texts)]
+    for text, scores in zip(texts, results, strict=True):
+        assert [scored(score) for score in scores] == [expected_numbers([*text.encode()])] * 3
+
+
+def test_a_failed_step_raises_and_leaves_the_llm_usable(runner: ScriptedRunner, llm: LLM) -> None:
+    runner.fail_once("prefill")
+    with pytest.raises(RequestError, match="the engine failed"):
+        llm.score("abc")
+    assert scored(llm.score("abc")[0]) == expected_numbers([*b"abc"])
+
+
+def test_ctrl_c_aborts_the_call_and_leaves_the_llm_usable(runner: ScriptedRunner, llm: LLM) -> None:
+    runner.script = b"x" * CONTEXT
+    interrupted = threading.Event()
+
+    def interrupt(called: str) -> None:
+        if called == "decode" and not interrupted.is_set():
+            interrupted.set()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    runner.before_call = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a"] * 50, max_tokens=100)
+    llm.engine.assert_idle()
+    runner.script = b"Hello"
+    assert llm.generate("a")[0].text == "Hello"
+
+
+def test_close_ends_calls_and_refuses_later_ones(llm: LLM) -> None:
+    llm.close()
+    llm.close()
+    with pytest.raises(EngineStoppedError, match="closed"):
+        llm.score("a")

@@ -32,20 +32,13 @@ class Bodies:
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json" and not kind.endswith("+json"):
             raise APIError(400, "The content type must be application/json.", None, "invalid_content_type")
-        declared = request.headers.get("content-length", "")
-        if declared.isdecimal() and (len(declared) > 18 or int(declared) > self._max_bytes):
-            raise self._too_large()
         data = bytearray()
         try:
             try:
                 async with asyncio.timeout(self._seconds):
-                    async for chunk in request.stream():
+                    async for chunk in read_chunks(request, self._max_bytes):
                         self._count(_counted(len(data) + len(chunk)) - _counted(len(data)))
                         data += chunk
-                        if len(data) > self._max_bytes:
-                            raise self._too_large()
-            except ClientDisconnect:
-                raise client_gone() from None
             except TimeoutError:
                 message = f"The request body was not received within {self._seconds:g} s."
                 raise APIError(408, message, None, "request_timeout", {"Connection": "close"}) from None
@@ -59,10 +52,27 @@ class Bodies:
             raise APIError(503, message, None, "too_many_bodies", {"Retry-After": "1"})
         self._total += size
 
-    def _too_large(self) -> APIError:
-        return APIError(
-            413, f"The request body is larger than the maximum of {self._max_bytes} bytes.", None, "request_too_large"
-        )
+
+async def read_chunks(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
+    """Yield the chunks of a request's body.
+
+    Raises:
+        APIError: 413 if it is larger than `max_bytes`, 499 if the client disconnects before its end.
+    """
+    message = f"The request body is larger than the maximum of {max_bytes} bytes."
+    too_large = APIError(413, message, None, "request_too_large")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and (len(declared) > 18 or int(declared) > max_bytes):
+        raise too_large
+    size = 0
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > max_bytes:
+                raise too_large
+            yield chunk
+    except ClientDisconnect:
+        raise client_gone() from None
 
 
 def _counted(size: int) -> int:

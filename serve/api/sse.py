@@ -81,7 +81,7 @@ async def stream_or_disconnect(
     """
     record = record_of(request)
     events = _events(chunks, record)
-    first = await _unless_disconnected(request, _next(events))
+    first = await unless_disconnected(request, _next(events))
     return ClosingStream(_prepend(first, events), "text/event-stream", on_close, record)
 
 
@@ -96,7 +96,7 @@ async def json_or_disconnect(
     Raises:
         APIError: `work` or the first piece failed, or the client has disconnected.
     """
-    first, rest = await _unless_disconnected(request, _first_piece(work))
+    first, rest = await unless_disconnected(request, _first_piece(work))
     gzip = accepts_gzip(request)
     if rest is None:
         compressed = await compress(first) if gzip else None
@@ -164,7 +164,7 @@ async def _event(chunk: dict[str, Any]) -> AsyncGenerator[bytes]:
             yield piece
 
 
-async def _unless_disconnected[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_disconnected[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Await `work`; cancel it if the client disconnects first.
 
     Raises:

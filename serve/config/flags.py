@@ -54,7 +54,11 @@ def parse_args(arguments: Sequence[str] | None = None, environ: Mapping[str, str
         arguments: those of the process, if None.
         environ: may hold API keys.
     """
-    line = command_line()
+    return read_server(command_line(), arguments, environ)
+
+
+def read_server[C: ServeConfig](line: CommandLine[C], arguments: Sequence[str] | None, environ: Mapping[str, str]) -> C:
+    """Read the flags of a server and check them; see `parse_args`."""
     config = line.read(arguments)
     check_engine(config, line.parser.error)
     if (config.ssl_keyfile is None) != (config.ssl_certfile is None):
@@ -72,13 +76,19 @@ def parse_args(arguments: Sequence[str] | None = None, environ: Mapping[str, str
 
 def command_line() -> CommandLine[ServeConfig]:
     """The flags of a server."""
-    line = CommandLine(
+    return server_flags(
         ServeConfig,
         prog="python -m serve",
         description="OpenAI-compatible server of exact log-probabilities and ranks.",
         epilog=_EPILOG,
-        order=GROUPS,
     )
+
+
+def server_flags[C: ServeConfig](
+    kind: type[C], *, prog: str, description: str, epilog: str | None = None
+) -> CommandLine[C]:
+    """The flags of a kind of server, including the flags of vLLM that are accepted without effect."""
+    line = CommandLine(kind, prog=prog, description=description, epilog=epilog, order=GROUPS)
     line.parser.add_argument("--version", action="version", version=f"logprobd {__version__}")
     for name in _ALWAYS_SO:
         line.parser.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)

@@ -1,6 +1,6 @@
 """`python -m serve.ray.app [MODEL] [flags]`: replicas of the server behind one address, on Ray Serve.
 
-`build` makes the same application from a config file of Ray Serve, which KubeRay's RayService holds, too.
+`build` makes the same application from a config file of Ray Serve, such as that of KubeRay's RayService.
 """
 
 import logging
@@ -20,9 +20,8 @@ try:
 except ModuleNotFoundError:
     sys.exit("error: Ray is not installed: run `make ray`, or `pip install 'ray[serve]'`")
 
-from serve.config.config import ServeConfig
 from serve.ray.front import Front
-from serve.ray.options import RayOptions, options_of, parse_ray_args
+from serve.ray.options import RayConfig, config_of, parse_ray_args
 from serve.ray.replica import Replica
 from serve.ray.router import PrefixRouter
 from serve.server.console import start_reporting
@@ -30,23 +29,23 @@ from serve.server.startup_events import Serving, failed, interrupted
 
 _NAME = "logprobd"  # of the application
 _ROOT = Path(__file__).resolve().parents[2]
-_SPARE_REQUESTS = 64  # beyond those that an engine takes, so that the engine itself refuses, with its 429
-_REMEMBERED_BLOCKS = 1 << 18  # 64 MB of prompts
-# Seconds: between looks whether a replica lives, and whether one that shall end is idle.
-_HEALTH_PERIOD, _IDLE_PERIOD = 2.0, 0.1
+_SPARE_REQUESTS = 64  # more than the engine takes, so that the engine rejects them itself with its 429
+_MAX_BLOCKS = 1 << 18  # capacity of the prefix index: 64 MB of prompts
+_HEALTH_PERIOD = 2.0  # seconds between health checks of a replica
+_IDLE_PERIOD = 0.1  # seconds between checks whether a replica to be stopped is idle
 _LOGS = {"log_level": "WARNING", "enable_access_log": False}
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
-    """The application, from a mapping of flags to values: those of the command line, without the hyphens.
+    """Build the application from a mapping of flags, without their hyphens, to values.
 
     Raises:
         ValueError: a mistake in `args`; the message names the flag.
     """
-    return application(*options_of(args))
+    return application(config_of(args))
 
 
-def application(options: RayOptions, config: ServeConfig) -> serve.Application:
+def application(config: RayConfig) -> serve.Application:
     """Fronts that relay to replicas."""
     common: dict[str, Any] = {
         "health_check_period_s": _HEALTH_PERIOD,
@@ -54,129 +53,139 @@ def application(options: RayOptions, config: ServeConfig) -> serve.Application:
         "graceful_shutdown_wait_loop_s": _IDLE_PERIOD,
         "logging_config": _LOGS,
     }
-    most = config.max_num_queued_reqs + _SPARE_REQUESTS
-    router = {"max_blocks": _REMEMBERED_BLOCKS, "margin": max(1, config.max_num_seqs // 2)}
-    scaling = options.autoscaling
+    max_requests = config.max_num_queued_reqs + _SPARE_REQUESTS
+    router = {"max_blocks": _MAX_BLOCKS, "margin": max(1, config.max_num_seqs // 2)}
+    scaling = config.autoscaling
     replica = serve.deployment(
         Replica,
         name="Replica",
-        ray_actor_options=options.resources(config.tensor_parallel_size),
-        max_ongoing_requests=most,
+        ray_actor_options=config.resources,
+        max_ongoing_requests=max_requests,
         request_router_config={"request_router_class": PrefixRouter, "request_router_kwargs": router},
-        **({"num_replicas": options.num_replicas} if scaling is None else {"autoscaling_config": scaling}),
+        **({"num_replicas": config.num_replicas or 1} if scaling is None else {"autoscaling_config": scaling}),
         **common,
     )
     front = serve.deployment(
         serve.ingress()(Front),
         name="Front",
-        ray_actor_options={"num_cpus": 0},  # it only passes bytes on
-        max_ongoing_requests=most * (options.max_replicas or options.num_replicas),
+        ray_actor_options={"num_cpus": 0},  # it only relays bytes
+        max_ongoing_requests=max_requests * (config.max_replicas or config.num_replicas or 1),
         **common,
     )
-    return front.bind(replica.bind(config), config.api_key, config.max_body_bytes)
+    return front.bind(replica.bind(config), config)
 
 
 def main() -> int:
-    """Returns the exit code: 0 after SIGTERM or Ctrl-C, 1 where the model cannot be served."""
-    options, config = parse_ray_args()
+    """Serve, and return the exit code.
+
+    0 after SIGTERM or Ctrl-C, 1 if start-up fails, 130 for Ctrl-C during start-up.
+    """
+    config = parse_ray_args()
     reporter = start_reporting(config)
-    try:
-        port = _free_port(config)
-    except OSError as error:
-        reporter.report(failed(f"cannot listen on {config.host} port {config.port}: {error.strerror}"))
-        return 1
     logging.getLogger("ray").setLevel(logging.WARNING)
     try:
-        _start_ray(options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reporter.report(failed(f"--address {options.address}: {said}"))
-        return 1
-    try:
-        if serve.status().proxies:
-            reporter.report(
-                failed("Ray Serve runs there already; give it deploy/rayservice.yaml's serveConfigV2 instead")
-            )
-            return 1
-        _start_serve(config, port)
+        port = _free_port(config)
+        _start_ray(config)
         try:
-            serve.run(application(options, config), name=_NAME, route_prefix="/")
-        except RuntimeError as error:
-            reporter.report(failed(_why(error)))
-            return 1
-        except KeyboardInterrupt:
-            reporter.report(interrupted())
-            return 130
-        end = _signalled()
-        scheme = "http" if config.ssl_certfile is None else "https"
-        reporter.report(
-            Serving(
-                models=config.served_model_name or (config.model or "the default model",),
-                url=f"{scheme}://{config.host}:{port}",
-                keyed=bool(config.api_key),
-                chats=True,  # that the replicas know, and not we
-                documented=not config.disable_fastapi_docs,
-            )
-        )
-        end.wait()
-        serve.delete(_NAME)  # returns when running requests have ended
-        return 0
-    finally:
-        if options.address is None:
-            serve.shutdown()
-        ray.shutdown()
+            _deploy(config, port)
+            stop = _stop_event()
+            reporter.report(_serving(config, port))
+            stop.wait()
+            serve.delete(_NAME)  # returns when running requests have ended
+            return 0
+        finally:
+            if config.address is None:
+                serve.shutdown()
+            ray.shutdown()
+    except _RayStartError as error:
+        reporter.report(failed(str(error)))
+        return 1
+    except KeyboardInterrupt:
+        reporter.report(interrupted())
+        return 130
 
 
-def _start_ray(options: RayOptions) -> None:
+class _RayStartError(Exception):
+    """Start-up failed; the message is for the user."""
+
+
+def _start_ray(config: RayConfig) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if options.address is not None:
-        ray.init(address=options.address, logging_level=logging.WARNING)
-        return
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = f"{_ROOT}:{path}" if path else str(_ROOT)  # Ray's workers import us
-    # "local": whatever other Ray there is on this machine stays as it is.
-    ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+    try:
+        if config.address is not None:
+            ray.init(address=config.address, logging_level=logging.WARNING)
+            return
+        path = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = f"{_ROOT}:{path}" if path else str(_ROOT)  # for imports in Ray's workers
+        # "local": do not join another Ray cluster of this machine.
+        ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _RayStartError(f"--address {config.address}: {reason}") from error
 
 
-def _start_serve(config: ServeConfig, port: int) -> None:
+def _deploy(config: RayConfig, port: int) -> None:
+    """Start Ray Serve and return when the replicas are ready."""
+    if serve.status().proxies:
+        raise _RayStartError("Ray Serve is running there; deploy the serveConfigV2 of deploy/rayservice.yaml instead")
     serve.start(
         http_options={
             "host": config.host,
             "port": port,
             "root_path": config.root_path,
+            "keep_alive_timeout_s": config.timeout_keep_alive,
             "ssl_keyfile": config.ssl_keyfile and str(config.ssl_keyfile),
             "ssl_certfile": config.ssl_certfile and str(config.ssl_certfile),
         },
         logging_config=_LOGS,
     )
+    try:
+        serve.run(application(config), name=_NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise _RayStartError(_reason(error)) from error
 
 
-def _signalled() -> threading.Event:
-    """Set at SIGTERM or SIGINT."""
+def _serving(config: RayConfig, port: int) -> Serving:
+    scheme = "http" if config.ssl_certfile is None else "https"
+    return Serving(
+        models=config.served_model_name or (config.model or "the default model",),
+        url=f"{scheme}://{config.host}:{port}",
+        keyed=bool(config.api_key),
+        chats=True,  # only the replicas know
+        documented=not config.disable_fastapi_docs,
+    )
+
+
+def _stop_event() -> threading.Event:
+    """An event that is set at SIGTERM or SIGINT."""
     event = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: event.set())
     return event
 
 
-def _why(error: RuntimeError) -> str:
-    """What a replica said when it could not start: the last line of its traceback; Ray's words where there is none."""
+def _reason(error: RuntimeError) -> str:
+    """Why a replica failed to start: the last line of its traceback, or else Ray's message."""
     application = serve.status().applications.get(_NAME)
     replica = application and application.deployments.get("Replica")
     lines = re.findall(r"^[\w.]+Error: (.+)$", replica.message, re.MULTILINE) if replica else []
     return lines[-1] if lines else str(error)
 
 
-def _free_port(config: ServeConfig) -> int:
-    """The port to listen on.
+def _free_port(config: RayConfig) -> int:
+    """The port to listen on. Checked first, since Ray's proxy starts late and does not report a port in use.
 
     Raises:
-        OSError: it is taken. Said now: Ray's proxy would be long in coming, and not say it to us.
+        _RayStartError: it is in use.
     """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((config.host, config.port))
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            message = f"cannot listen on {config.host} port {config.port}: {error.strerror}"
+            raise _RayStartError(message) from error
         port: int = probe.getsockname()[1]
         return port
 

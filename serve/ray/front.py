@@ -1,74 +1,76 @@
-"""Front: takes HTTP requests from Ray Serve's proxy and relays the answers of replicas. Knows nothing of the model."""
+"""Front: relays HTTP requests from Ray Serve's proxy to replicas. Loads no model."""
 
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import orjson
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.errors import APIError, engine_error
 from serve.api.json_stream import dump
+from serve.api.metrics import ERRORS_TEXT, OWN_PREFIX
 from serve.api.middleware import ApiKeys, route_path
-from serve.ray.metrics import merged
+from serve.api.request_body import read_chunks
+from serve.api.sse import unless_disconnected
+from serve.config.config import ServeConfig
 from serve.ray.prefix_index import prompt_blocks
 
 logger = logging.getLogger(__name__)
 
-_TRIES = 3  # replicas that a request is sent to, one after the other has died of it or beside it
-_WAIT = 5.0  # seconds for a replica to take a request, and then for a client to come again
+_TRIES = 3  # replicas that a request is sent to, if they die one after the other
+_WAIT = 5.0  # seconds for a replica to accept a request, and after which a client may retry
 _PLAIN = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path")
 
 
 class Front:
     """An ASGI app in front of the replicas of a model."""
 
-    def __init__(self, replicas: DeploymentHandle[Any], api_keys: Sequence[str], max_body_bytes: int) -> None:
-        """`replicas` are those of a `serve.ray.replica.Replica`. Where there are keys, no body is read without one."""
-        self._max_body_bytes = max_body_bytes
-        self._keys = ApiKeys(api_keys)
-        self._one = replicas.options(method_name="answer", stream=True)
-        self._all = replicas
-        self._errors: Counter[str] = Counter()  # by code: those of which no replica knows
+    def __init__(self, replicas: DeploymentHandle[Any], config: ServeConfig) -> None:
+        """`replicas` is the handle of `serve.ray.replica.Replica`."""
+        self._max_body_bytes = config.max_body_bytes
+        self._keys = ApiKeys(config.api_key)
+        self._any_replica = replicas.options(method_name="answer", stream=True)
+        self._replicas = replicas
+        self._errors: Counter[str] = Counter()  # code -> errors that no replica has counted
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray."""
         return Starlette(routes=[Mount("/", self._serve)])
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Relays one request; a client that goes away cancels it."""
+        """Relay one request; a disconnect cancels it. Without a valid API key, no body is read."""
         if scope["type"] != "http":
             await send({"type": "websocket.close"})
             return
         try:
             if error := self._keys.refusal(scope, self._keys.name_of(scope)):
                 raise error
-            body = await _read(scope, receive, self._max_body_bytes)
-            answer = asyncio.create_task(self._answer(_plain(scope), body, _Relay(send)))
-            gone = asyncio.create_task(_gone(receive))
-            try:
-                await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-                if answer.done():
-                    answer.result()
-            finally:
-                for each in (answer, gone):
-                    each.cancel()
-                await asyncio.gather(answer, gone, return_exceptions=True)
+            request = Request(scope, receive)
+            body = b"".join([chunk async for chunk in read_chunks(request, self._max_body_bytes)])
+            await unless_disconnected(request, self._answer(_plain(scope), body, _Relay(send)))
         except APIError as error:
+            if error.status == 499:  # the client has disconnected
+                return
             self._errors[error.code or ""] += 1
             await error.response()(scope, receive, send)
 
     async def _answer(self, scope: dict[str, Any], body: bytes, relay: "_Relay") -> None:
         if scope["method"] == "GET" and route_path(scope) in ("/metrics", "/load"):
-            await relay.send_all(await self._sums(scope))
+            await relay.send_all(await self._aggregate(scope))
             return
         blocks = await asyncio.to_thread(prompt_blocks, body)
         for _ in range(_TRIES):
@@ -80,102 +82,139 @@ class Front:
                 logger.exception("a request failed")
                 if not relay.started:
                     raise engine_error("The server failed on this request.") from None
-                await self._break_off(relay, "The server failed on this request.")
+                await self._abort(relay, "The server failed on this request.")
                 return
-            except RayError as error:  # its process, its machine, or Ray ended it for want of memory
-                logger.warning("a replica died on a request: %s", type(error).__name__)
+            except RayError as error:  # its process or machine has died, or Ray has killed it for lack of memory
+                logger.warning("a replica died during a request: %s", type(error).__name__)
                 if relay.started:
-                    await self._break_off(relay, "The replica that answered has died.")
+                    await self._abort(relay, "The replica that answered has died.")
                     return
             else:
                 return
         raise _unavailable()
 
-    async def _break_off(self, relay: "_Relay", why: str) -> None:
-        error = engine_error(why)
+    async def _abort(self, relay: "_Relay", message: str) -> None:
+        error = engine_error(message)
         self._errors[error.code or ""] += 1
-        await relay.break_off(error)
+        await relay.abort(error)
 
     async def _messages(
         self, blocks: Sequence[bytes], scope: dict[str, Any], body: bytes
     ) -> AsyncGenerator[list[Message]]:
-        """What one replica answers.
+        """Yield the messages of one replica's response in batches.
 
         Raises:
-            APIError: 503, no replica takes the request.
-            RayTaskError: it failed.
-            RayError: the replica has died.
+            APIError: 503, no replica accepts the request.
+            RayTaskError: the replica failed.
+            RayError: the replica died.
         """
-        call = self._one.remote(blocks, scope, body)
+        call = self._any_replica.remote(blocks, scope, body)
         try:
-            await _taken(call)
+            await _accepted(call)
             async for batch in call:
                 yield batch
         finally:
-            call.cancel()  # harmless where it has ended
+            call.cancel()  # no effect after the end
 
-    async def _sums(self, scope: dict[str, Any]) -> list[Message]:
-        """The answer for all replicas together; where one refuses, its refusal."""
-        asked = self._all.broadcast("whole", (), scope, b"")
+    async def _aggregate(self, scope: dict[str, Any]) -> list[Message]:
+        """The response for all replicas together: their metrics, or their load. An error of one is the response."""
+        call = self._replicas.broadcast("answer_all", (), scope, b"")
         try:
-            answers = await asked.results_async(timeout_s=_WAIT, return_exceptions=True)
+            results = await call.results_async(timeout_s=_WAIT, return_exceptions=True)
         except (TimeoutError, DeploymentUnavailableError):
             raise _unavailable() from None
-        told: dict[str, list[Message]] = dict(each for each in answers if not isinstance(each, BaseException))
-        if not told:
+        responses: dict[str, list[Message]] = dict(each for each in results if not isinstance(each, BaseException))
+        if not responses:
             raise _unavailable()
-        for messages in told.values():
+        for messages in responses.values():
             if messages[0]["status"] != 200:
                 return messages
-        bodies = {replica: _body(messages) for replica, messages in told.items()}
-        start = next(iter(told.values()))[0]
+        bodies = {
+            replica: b"".join(message.get("body", b"") for message in messages)
+            for replica, messages in responses.items()
+        }
+        start = next(iter(responses.values()))[0]
         if route_path(scope) == "/metrics":
-            whole = await asyncio.to_thread(merged, bodies, self._errors.copy())
+            body = await asyncio.to_thread(merge_metrics, bodies, self._errors.copy())
         else:
-            whole = _total(bodies)
+            body = dump({"server_load": sum(orjson.loads(each)["server_load"] for each in bodies.values())})
         headers = [(name, value) for name, value in start["headers"] if name != b"content-length"]
         return [
-            {**start, "headers": [*headers, (b"content-length", b"%d" % len(whole))]},
-            {"type": "http.response.body", "body": whole},
+            {**start, "headers": [*headers, (b"content-length", b"%d" % len(body))]},
+            {"type": "http.response.body", "body": body},
         ]
 
 
 class _Relay:
-    """Sends a replica's messages, and knows how an answer is ended that has begun."""
+    """Sends a replica's messages to the client."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.started = False
         self._is_events = False
-        self._whole = True  # no event is torn
+        self._event_complete = True  # the last body ended an event
 
     async def send_all(self, messages: Sequence[Message]) -> None:
         for message in messages:
             if message["type"] == "http.response.start":
-                # The proxy writes the request's id itself, the same one.
+                # The proxy adds the request id itself.
                 headers = [(name, value) for name, value in message["headers"] if name != b"x-request-id"]
                 self._is_events = any(
                     name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers
                 )
                 self.started, message = True, {**message, "headers": headers}
             elif body := message.get("body", b""):
-                self._whole = body.endswith(b"\n\n")
+                self._event_complete = body.endswith(b"\n\n")
             await self._send(message)
 
-    async def break_off(self, error: APIError) -> None:
-        """Ends a stream with an error event; anything else in a way that nobody takes for whole.
+    async def abort(self, error: APIError) -> None:
+        """End a stream with an error event, and any other response such that the client notices that it is incomplete.
 
         Raises:
             ConnectionError: to have the connection closed.
         """
         if not self._is_events:
-            raise ConnectionError("an answer broke off")
-        event = (b"" if self._whole else b"\n\n") + b"data: " + dump(error.body) + b"\n\ndata: [DONE]\n\n"
+            raise ConnectionError("the response is incomplete")
+        event = (b"" if self._event_complete else b"\n\n") + b"data: " + dump(error.body) + b"\n\ndata: [DONE]\n\n"
         await self._send({"type": "http.response.body", "body": event, "more_body": False})
 
 
-async def _taken(call: AsyncIterator[Any]) -> None:
-    """Waits until a replica takes a request, which it says with a first item that is empty.
+def merge_metrics(texts: Mapping[str, bytes], errors: Mapping[str, int]) -> bytes:
+    """Merge the metrics of replicas into one Prometheus text, with a label `replica` for each sample.
+
+    Args:
+        texts: replica -> its metrics.
+        errors: code -> number of errors that the front has sent; their replica is "front".
+    """
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Merged(texts, errors))
+    return generate_latest(registry)
+
+
+class _Merged(Collector):
+    def __init__(self, texts: Mapping[str, bytes], errors: Mapping[str, int]) -> None:
+        self._texts = texts
+        self._errors = errors
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        model = ""
+        for replica, text in sorted(self._texts.items()):
+            for family in text_string_to_metric_families(text.decode()):
+                merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                for sample in family.samples:
+                    model = sample.labels.get("model_name", model)
+                    merged.samples.append(sample._replace(labels=sample.labels | {"replica": replica}))
+        if self._errors:
+            name = f"{OWN_PREFIX}request_errors"
+            counter = families.setdefault(name, CounterMetricFamily(name, ERRORS_TEXT))
+            for code, count in sorted(self._errors.items()):
+                counter.add_sample(f"{name}_total", {"model_name": model, "code": code, "replica": "front"}, count)
+        yield from families.values()
+
+
+async def _accepted(call: AsyncIterator[Any]) -> None:
+    """Wait until a replica accepts a request, which it acknowledges with an empty first batch.
 
     Raises:
         APIError: 503, none does.
@@ -193,43 +232,7 @@ def _unavailable() -> APIError:
 
 
 def _plain(scope: Scope) -> dict[str, Any]:
-    """What a replica is told of a request."""
+    """The part of the scope that can be sent to another process."""
     plain = {name: scope[name] for name in _PLAIN if name in scope}
     addresses = {name: tuple(scope[name]) if scope.get(name) else None for name in ("client", "server")}
     return plain | addresses | {"headers": [(bytes(name), bytes(value)) for name, value in scope["headers"]]}
-
-
-async def _read(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
-    """The whole body.
-
-    Raises:
-        APIError: 413 for more than the server takes; 400 where the client went away before its end.
-    """
-    too_large = APIError(413, f"The body is larger than {max_bytes} bytes.", None, "request_too_large")
-    declared = dict(scope["headers"]).get(b"content-length", b"")
-    if declared.isdigit() and (len(declared) > 18 or int(declared) > max_bytes):
-        raise too_large
-    pieces, size, more = [], 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise APIError(400, "The body is incomplete.", None, "invalid_json")
-        pieces.append(message.get("body", b""))
-        size += len(pieces[-1])
-        if size > max_bytes:
-            raise too_large
-        more = message.get("more_body", False)
-    return b"".join(pieces)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def _body(messages: Sequence[Message]) -> bytes:
-    return b"".join(message.get("body", b"") for message in messages)
-
-
-def _total(bodies: Mapping[str, bytes]) -> bytes:
-    return dump({"server_load": sum(orjson.loads(body)["server_load"] for body in bodies.values())})

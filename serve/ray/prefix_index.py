@@ -1,7 +1,7 @@
-"""PrefixIndex: which replica has seen how much of a prompt, and so where the next one is best sent.
+"""PrefixIndex: which replica has which prompt prefixes in its cache, to rank the replicas for the next request.
 
-A prompt is known by its bytes, not by its tokens: whoever chooses a replica has no tokenizer. Blocks of bytes are
-chained by their hashes, as pages are in the engine's cache: two prompts have block i in common when they begin alike.
+The router has no tokenizer, so prompts are compared as bytes. Blocks of bytes are identified by chained hashes, like
+the pages of the engine's prefix cache: two prompts share block i if they are equal up to its end.
 """
 
 import hashlib
@@ -12,16 +12,16 @@ from collections.abc import Collection, Mapping, Sequence
 import orjson
 
 BLOCK_BYTES = 256  # about a page of 64 tokens
-_MAX_BLOCKS = 1024  # of one prompt: what comes after them tells no more
+_MAX_BLOCKS = 1024  # per prompt; the rest is ignored
 _DIGEST_BYTES = 8
-_PROMPTS = ("prompt_token_ids", "messages", "prompt")  # the first that a request has is what the model reads
+_PROMPT_FIELDS = ("prompt_token_ids", "messages", "prompt")  # the first one present is the prompt
 
 
 def prompt_blocks(body: bytes) -> tuple[bytes, ...]:
-    """The chained hashes of the full blocks of a request's prompt; none where it has no prompt that can be read.
+    """Chained hashes of the full blocks of a request's prompt; empty if there is no readable prompt.
 
-    The prompt is hashed as JSON: a longer list of messages or ids, or a longer text, begins like the shorter one.
-    Requests with other values of `cache_salt`, which share no pages, have no block in common.
+    The prompt is hashed as JSON, so that a longer list of messages or token ids, or a longer text, extends the blocks
+    of a shorter one. Requests that differ in `cache_salt` share no pages, and no blocks.
     """
     try:
         request = orjson.loads(body)
@@ -29,13 +29,13 @@ def prompt_blocks(body: bytes) -> tuple[bytes, ...]:
         return ()
     if not isinstance(request, dict):
         return ()
-    name = next((name for name in _PROMPTS if request.get(name) is not None), None)
+    name = next((name for name in _PROMPT_FIELDS if request.get(name) is not None), None)
     if name is None:
         return ()
     try:
-        key = orjson.dumps(request[name])[:-1]  # without the bracket or quote that closes it
+        key = orjson.dumps(request[name])[:-1]  # without the closing bracket or quote
         link, blocks = _digest(orjson.dumps([request.get("cache_salt"), name])), []
-    except orjson.JSONEncodeError:  # too deep; the replica refuses it
+    except orjson.JSONEncodeError:  # nested too deep; the replica rejects it
         return ()
     for start in range(0, min(len(key) // BLOCK_BYTES, _MAX_BLOCKS) * BLOCK_BYTES, BLOCK_BYTES):
         link = _digest(link + key[start : start + BLOCK_BYTES])
@@ -44,85 +44,86 @@ def prompt_blocks(body: bytes) -> tuple[bytes, ...]:
 
 
 class PrefixIndex:
-    """Remembers what was sent where, and how much of that is unfinished."""
+    """Tracks the blocks and the running requests of each replica."""
 
     def __init__(self, *, max_blocks: int, margin: int) -> None:
-        """An empty index.
+        """Create an empty index.
 
         Args:
-            max_blocks: that are remembered; the least recently used are forgotten.
-            margin: requests that a replica may have more than the least loaded one and still be chosen for what it
-                has seen.
+            max_blocks: capacity; the least recently used blocks are evicted.
+            margin: how many more requests than the least loaded replica a replica may have and still be preferred
+                for its cache.
         """
         self._max_blocks = max_blocks
         self._margin = margin
-        self._seen: OrderedDict[bytes, set[str]] = OrderedDict()
-        self._running: Counter[str] = Counter()  # requests of each replica
-        self._last: dict[str, int] = {}  # replica -> when it was last given a request
-        self._known: set[str] = set()  # all of which anything is remembered
+        self._blocks: OrderedDict[bytes, set[str]] = OrderedDict()  # block -> replicas, least recently used first
+        self._running: Counter[str] = Counter()  # replica -> running requests
+        self._last_used: dict[str, int] = {}  # replica -> time of its last request
+        self._replicas: set[str] = set()  # all replicas in the index
         self._clock = itertools.count(1)
 
     def ranked(self, blocks: Sequence[bytes], replicas: Mapping[str, int]) -> list[str]:
-        """The replicas, best first.
+        """Rank replicas, best first.
 
         Args:
             blocks: of the prompt.
-            replicas: those that may be chosen, with the requests that each is known to have from elsewhere, too.
+            replicas: the candidates, each with its number of requests as reported by itself, which includes those of
+                other routers.
         """
-        load = {each: max(told, self._running[each]) for each, told in replicas.items()}
-        most = min(load.values(), default=0) + self._margin
-        match = self._matches(blocks, load)
+        load = {replica: max(length, self._running[replica]) for replica, length in replicas.items()}
+        max_load = min(load.values(), default=0) + self._margin
+        matches = self._matches(blocks, load)
 
-        def badness(replica: str) -> tuple[int, int, int]:
-            useful = match[replica] if load[replica] <= most else 0
-            return -useful, load[replica], self._last.get(replica, 0)  # in turn, if all else is equal
+        def cost(replica: str) -> tuple[int, int, int]:
+            cached = matches[replica] if load[replica] <= max_load else 0
+            return -cached, load[replica], self._last_used.get(replica, 0)  # round-robin if all else is equal
 
-        return sorted(load, key=badness)
+        return sorted(load, key=cost)
 
-    def sent(self, replica: str) -> None:
-        """A request is on its way."""
-        self._known.add(replica)
+    def start(self, replica: str) -> None:
+        """Count a request that is sent to a replica."""
+        self._replicas.add(replica)
         self._running[replica] += 1
-        self._last[replica] = next(self._clock)
+        self._last_used[replica] = next(self._clock)
 
-    def ended(self, replica: str) -> None:
-        """A request has ended, in whatever way."""
-        if self._running[replica]:  # else the replica is forgotten
+    def finish(self, replica: str) -> None:
+        """Count the end of a request."""
+        if self._running[replica]:  # else the replica was removed
             self._running[replica] -= 1
 
-    def saw(self, replica: str, blocks: Sequence[bytes]) -> None:
-        """A replica has taken a prompt, and will have it in its cache."""
-        self._known.add(replica)
-        for block in reversed(blocks):  # the first last: without it those after it are of no use
-            self._seen.setdefault(block, set()).add(replica)
-            self._seen.move_to_end(block)
-        while len(self._seen) > self._max_blocks:
-            self._seen.popitem(last=False)
+    def add(self, replica: str, blocks: Sequence[bytes]) -> None:
+        """Add the blocks of a prompt that a replica has accepted."""
+        self._replicas.add(replica)
+        for block in reversed(blocks):  # the first block is evicted last, since the others are useless without it
+            self._blocks.setdefault(block, set()).add(replica)
+            self._blocks.move_to_end(block)
+        while len(self._blocks) > self._max_blocks:
+            self._blocks.popitem(last=False)
 
-    def keep(self, replicas: Collection[str]) -> None:
-        """Forgets all other replicas."""
-        gone = self._known.difference(replicas)
-        if not gone:
+    def retain(self, replicas: Collection[str]) -> None:
+        """Remove all other replicas."""
+        removed = self._replicas.difference(replicas)
+        if not removed:
             return
-        self._known -= gone
-        for replica in gone:
-            self._last.pop(replica, None)
+        self._replicas -= removed
+        for replica in removed:
+            self._last_used.pop(replica, None)
             self._running.pop(replica, None)
-        for block, seen in list(self._seen.items()):
-            seen -= gone
-            if not seen:
-                del self._seen[block]
+        for block, holders in list(self._blocks.items()):
+            holders -= removed
+            if not holders:
+                del self._blocks[block]
 
     def _matches(self, blocks: Sequence[bytes], replicas: Collection[str]) -> dict[str, int]:
-        """How many of the first blocks each replica has seen."""
-        match, left = dict.fromkeys(replicas, 0), set(replicas)
+        """Length of each replica's longest cached prefix, in blocks."""
+        matches, matching = dict.fromkeys(replicas, 0), set(replicas)
         for block in blocks:
-            left &= self._seen.get(block, set())
-            if not left:
+            matching &= self._blocks.get(block, set())
+            if not matching:
                 break
-            for replica in left:
-                match[replica] += 1
-        return match
+            for replica in matching:
+                matches[replica] += 1
+        return matches
 
 
 def _digest(data: bytes) -> bytes:

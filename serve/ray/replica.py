@@ -14,13 +14,13 @@ from serve.server.console import start_reporting
 
 
 class Replica:
-    """Answers requests with the very app that `python -m serve` runs."""
+    """Answers requests with the app of `logprobd serve`."""
 
     def __init__(self, config: ServeConfig) -> None:
-        """Loads and compiles; Ray sends requests when this has returned.
+        """Load and compile. Ray sends requests after this returns.
 
         Raises:
-            serve.server.model_files.STARTUP_ERRORS: what is wrong, in words for the user.
+            serve.server.model_files.STARTUP_ERRORS: the model cannot be served; the message is for the user.
         """
         self._watchdog_timeout = config.watchdog_timeout
         self._served = assemble(config, start_reporting(config))
@@ -32,40 +32,42 @@ class Replica:
         if not engine.ready:
             raise RuntimeError("the engine has stopped")
         if self._watchdog_timeout and engine.silent_for > self._watchdog_timeout:
-            raise RuntimeError("a step of the engine does not end")
+            raise RuntimeError("a step of the engine hangs")
 
     def __del__(self) -> None:
-        """Called by Ray when the replica has nothing left to do."""
+        """Called by Ray when the replica is idle and to be stopped."""
         if hasattr(self, "_served"):
             self._served.engine.stop()
 
     async def answer(
         self, blocks: tuple[bytes, ...], scope: dict[str, Any], body: bytes
     ) -> AsyncGenerator[list[Message]]:
-        """The ASGI messages of an answer, as many at a time as there are; first none, which says that it is begun.
+        """Yield the ASGI messages of a response in batches. The first batch is empty and acknowledges the request.
 
-        A caller that goes away cancels this, and this the app, which frees what the request has in the engine.
+        If the caller disconnects, this is cancelled, and the app with it, which frees the request in the engine.
 
         Args:
-            blocks: of the prompt; they were for the router.
-            scope: ASGI's, as far as it is plain data.
-            body: the request's, whole.
+            blocks: hashes of the prompt, for the router.
+            scope: plain data of the ASGI scope.
+            body: complete body of the request.
         """
         del blocks
         yield []
         messages: asyncio.Queue[Message] = asyncio.Queue()
         app = asyncio.create_task(_run(self._served.app, scope, body, messages))
         try:
-            async for some in _batches(messages, app):
-                yield some
+            async for batch in _batches(messages, app):
+                yield batch
         finally:
             app.cancel()
             with suppress(asyncio.CancelledError):
                 await app
 
-    async def whole(self, blocks: tuple[bytes, ...], scope: dict[str, Any], body: bytes) -> tuple[str, list[Message]]:
-        """This replica's id, and its whole answer: for what is asked of all replicas."""
-        return self._id, [message async for some in self.answer(blocks, scope, body) for message in some]
+    async def answer_all(
+        self, blocks: tuple[bytes, ...], scope: dict[str, Any], body: bytes
+    ) -> tuple[str, list[Message]]:
+        """Return this replica's id and all messages of its response, for requests that go to every replica."""
+        return self._id, [message async for batch in self.answer(blocks, scope, body) for message in batch]
 
 
 async def _run(app: ASGIApp, scope: dict[str, Any], body: bytes, messages: asyncio.Queue[Message]) -> None:
@@ -74,28 +76,28 @@ async def _run(app: ASGIApp, scope: dict[str, Any], body: bytes, messages: async
     async def receive() -> Message:
         if unread:
             return unread.pop()
-        await asyncio.Event().wait()  # who goes away cancels
+        await asyncio.Event().wait()  # a disconnect cancels
         raise AssertionError
 
     await app(scope, receive, messages.put)
 
 
 async def _batches(messages: asyncio.Queue[Message], app: asyncio.Task[None]) -> AsyncGenerator[list[Message]]:
-    """What comes into the queue until the app has ended and all is out.
+    """Yield queued messages until the app has ended and the queue is empty.
 
     Raises:
-        Exception: what the app raised, after all it had sent.
+        Exception: the app's, after all its messages.
     """
     while True:
-        some = [messages.get_nowait() for _ in range(messages.qsize())]
-        if not some:
+        batch = [messages.get_nowait() for _ in range(messages.qsize())]
+        if not batch:
             if app.done():
                 break
-            next_one = asyncio.create_task(messages.get())
-            await asyncio.wait((next_one, app), return_when=asyncio.FIRST_COMPLETED)
-            if next_one.done():
-                some.append(next_one.result())
-            next_one.cancel()
-        if some:
-            yield some
+            next_message = asyncio.create_task(messages.get())
+            await asyncio.wait((next_message, app), return_when=asyncio.FIRST_COMPLETED)
+            if next_message.done():
+                batch.append(next_message.result())
+            next_message.cancel()
+        if batch:
+            yield batch
     app.result()

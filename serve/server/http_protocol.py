@@ -40,6 +40,7 @@ def http_config(app: Any, config: ServeConfig, *, on_refused: Callable[[str], No
         log_config=None,  # uvicorn's logs go to the common handler
         log_level=config.uvicorn_log_level,
         access_log=False,
+        timeout_keep_alive=config.timeout_keep_alive,
         h11_max_incomplete_event_size=config.h11_max_incomplete_event_size,
         root_path=config.root_path,
         ssl_keyfile=config.ssl_keyfile,

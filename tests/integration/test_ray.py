@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 pytest.importorskip("ray", reason="Ray is not installed: `make ray` does it")
 
-_DEADLINE = 60  # seconds after which something hangs; never reached otherwise
+_DEADLINE = 60  # seconds; only reached if something hangs
 _STORY = "Once upon a time"
 _LONG = {"prompt": _STORY, "max_tokens": 450, "ignore_eos": True, "temperature": 0}
 
@@ -41,7 +41,7 @@ def post(server: ServerProcess, body: dict[str, Any], **headers: str) -> httpx2.
 
 
 def numbers(server: RayProcess, name: str, **labels: str) -> dict[str, float]:
-    """The samples of one name in /metrics, by replica, summed over all other labels; none while there is no replica."""
+    """The samples of one name in /metrics, by replica, summed over all other labels; empty without replicas."""
     answer = httpx2.get(f"{server.url}/metrics", timeout=_DEADLINE)
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(answer.text if answer.status_code == 200 else ""):
@@ -53,7 +53,7 @@ def numbers(server: RayProcess, name: str, **labels: str) -> dict[str, float]:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Asks, over HTTP, until it is so."""
+    """Poll over HTTP until the condition holds."""
     end = time.monotonic() + _DEADLINE
     while not condition():
         assert time.monotonic() < end
@@ -63,7 +63,7 @@ def idle(server: RayProcess) -> bool:
     return not any(numbers(server, "logprobd:num_requests_running").values())
 
 
-def test_every_replica_gives_the_numbers_of_a_server_alone(replicas: RayProcess, server: ServerProcess) -> None:
+def test_every_replica_equals_a_single_server(replicas: RayProcess, server: ServerProcess) -> None:
     body = {
         "prompt": "The capital of France is",
         "max_tokens": 6,
@@ -73,14 +73,14 @@ def test_every_replica_gives_the_numbers_of_a_server_alone(replicas: RayProcess,
     }
     alone = post(server, body).json()["choices"]
     before = numbers(replicas, "logprobd:prompt_tokens_total")
-    for _ in range(2):  # they take turns
+    for _ in range(2):  # the replicas alternate
         assert post(replicas, body).json()["choices"] == alone
     after = numbers(replicas, "logprobd:prompt_tokens_total")
     assert len(before) == 2
     assert {replica: after[replica] - before[replica] for replica in before} == dict.fromkeys(before, 5)
 
 
-def test_the_official_client_streams(replicas: RayProcess) -> None:
+def test_openai_client_streams(replicas: RayProcess) -> None:
     options: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct",
         "messages": [{"role": "user", "content": "Say hello."}],
@@ -97,7 +97,7 @@ def test_the_official_client_streams(replicas: RayProcess) -> None:
     assert [entry.logprob for entry in entries] == [entry.logprob for entry in whole.choices[0].logprobs.content]
 
 
-def test_errors_and_request_ids_are_the_servers(replicas: RayProcess) -> None:
+def test_errors_and_request_ids_are_relayed(replicas: RayProcess) -> None:
     refused = post(replicas, {"prompt": "Hi", "max_tokens": -1}, **{"x-request-id": "mine"})
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "max_tokens"
@@ -106,7 +106,7 @@ def test_errors_and_request_ids_are_the_servers(replicas: RayProcess) -> None:
     assert httpx2.get(f"{replicas.url}/nowhere").json()["error"]["type"] == "invalid_request_error"
 
 
-def test_a_prompt_goes_where_its_beginning_is_cached(replicas: RayProcess) -> None:
+def test_prompt_is_routed_to_its_cached_prefix(replicas: RayProcess) -> None:
     def cached(prompt: str, **more: str) -> int:
         answer = post(replicas, {"prompt": prompt, "max_tokens": 1} | more).json()
         found: int = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
@@ -115,11 +115,11 @@ def test_a_prompt_goes_where_its_beginning_is_cached(replicas: RayProcess) -> No
     texts = [f"{name} went to the market to buy apples and pears. " * 10 for name in ("Anna", "Bertha", "Clara")]
     assert [cached(text) for text in texts] == [0, 0, 0]
     assert all(cached(text + "Then") >= 64 for text in texts * 2)
-    assert [cached(texts[0], cache_salt="another") for _ in range(2)] != [0, 0]  # it too has its own place
+    assert [cached(texts[0], cache_salt="another") for _ in range(2)] != [0, 0]  # another salt has its own cache entries
     assert cached(texts[0], cache_salt="a third") == 0
 
 
-def test_a_client_that_goes_away_frees_what_it_had(replicas: RayProcess) -> None:
+def test_disconnect_frees_the_request(replicas: RayProcess) -> None:
     def aborted() -> float:
         return sum(numbers(replicas, "logprobd:request_success_total", finished_reason="abort").values())
 
@@ -134,8 +134,8 @@ def test_a_client_that_goes_away_frees_what_it_had(replicas: RayProcess) -> None
     assert httpx2.get(f"{replicas.url}/load").json() == {"server_load": 0}
 
 
-def test_a_replica_that_is_killed_takes_only_its_streams_with_it(replicas: RayProcess) -> None:
-    # Long enough to run still when all four are seen to, whatever the machine.
+def test_killed_replica_fails_only_its_streams(replicas: RayProcess) -> None:
+    # Long enough that all four still run when the metrics are read, on any machine.
     body = {"prompt": _STORY, "max_tokens": 80, "ignore_eos": True, "temperature": 0, "logprobs": 1}
     right = post(replicas, body).json()["choices"][0]
     url = f"{replicas.url}/v1/completions"
@@ -155,7 +155,7 @@ def test_a_replica_that_is_killed_takes_only_its_streams_with_it(replicas: RayPr
             [line.removeprefix("data: ") for line in (line_one, *lines) if line]
             for line_one, lines in zip(begun, streams, strict=True)
         ]
-        # Nothing was seen of the answers that come whole: the survivor has given both.
+        # The other two had no output yet, so the surviving replica has answered them.
         for whole in wholes:
             assert whole.result().json()["choices"][0] == right
     assert [each[-1] for each in events] == ["[DONE]", "[DONE]"]
@@ -180,7 +180,7 @@ def test_a_replica_that_is_killed_takes_only_its_streams_with_it(replicas: RayPr
     assert post(replicas, body).json()["choices"][0] == right
 
 
-def test_without_a_replica_clients_are_told_to_come_again_until_there_is_one(replicas: RayProcess) -> None:
+def test_without_replicas_requests_get_503_until_one_is_ready(replicas: RayProcess) -> None:
     body = {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0}
     for each in replicas.replicas():
         replicas.kill(each)
@@ -197,7 +197,7 @@ def test_sigterm_drains_and_exits_0(replicas: RayProcess) -> None:
     body = {"prompt": _STORY, "max_tokens": 60, "ignore_eos": True, "stream": True}
     with httpx2.stream("POST", f"{replicas.url}/v1/completions", json=body, timeout=_DEADLINE) as response:
         lines = response.iter_lines()
-        next(lines)  # the stream has begun: now ask the server to end
+        next(lines)  # the stream has started: stop the server
         replicas.process.terminate()
         events = [line for line in lines if line.startswith("data: ")]
     assert events[-1] == "data: [DONE]"

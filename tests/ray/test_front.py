@@ -1,4 +1,4 @@
-"""The relay between clients and replicas, whose replicas here are scripts: what they answer, and where they die."""
+"""The relay between clients and replicas. The replicas are scripts of responses and failures."""
 
 import asyncio
 import json
@@ -15,19 +15,20 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own
     from serve.ray import front as ray_front
 
+from serve.config.config import ServeConfig  # noqa: E402
 from serve.ray.front import Front  # noqa: E402
 from serve.ray.prefix_index import prompt_blocks  # noqa: E402
 
 DIED = ray_exceptions.ActorDiedError()
-FOR_WANT_OF_MEMORY = ray_exceptions.OutOfMemoryError("Ray has ended it")
-LATE = ray_exceptions.GetTimeoutError("its machine is silent")  # which is a TimeoutError, too
+OUT_OF_MEMORY = ray_exceptions.OutOfMemoryError("killed by Ray")
+LATE = ray_exceptions.GetTimeoutError("its machine is silent")  # also a TimeoutError
 HANGS = "hangs"
 EVENT: dict[str, Any] = {"type": "http.response.body", "body": b'data: {"n":1}\n\n', "more_body": True}
 END: dict[str, Any] = {"type": "http.response.body", "body": b"", "more_body": False}
 
 
 def start(kind: str = "text/event-stream", status: int = 200) -> dict[str, Any]:
-    headers = [(b"content-type", kind.encode()), (b"x-request-id", b"the proxy says it")]
+    headers = [(b"content-type", kind.encode()), (b"x-request-id", b"of the replica")]
     return {"type": "http.response.start", "status": status, "headers": headers}
 
 
@@ -36,7 +37,7 @@ type Step = list[dict[str, Any]] | Exception | str
 
 @dataclass
 class Call:
-    """One request to a replica, which does what its script says."""
+    """One request to a scripted replica."""
 
     steps: list[Step]
     cancelled: bool = False
@@ -61,10 +62,10 @@ class Call:
 
 @dataclass
 class Replicas:
-    """Stands for Ray's handle: every call gets the next script."""
+    """Stand-in for Ray's handle: every call gets the next script."""
 
     scripts: Sequence[list[Step]] = ()
-    all: Sequence[Any] = ()  # what each replica answers to what is asked of all
+    all: Sequence[Any] = ()  # results of requests to all replicas
     calls: list[Call] = field(default_factory=list)
 
     def options(self, **_: Any) -> "Replicas":
@@ -75,7 +76,7 @@ class Replicas:
         return self.calls[-1]
 
     def broadcast(self, method: str, *_: Any) -> "Replicas":
-        assert method == "whole"
+        assert method == "answer_all"
         return self
 
     async def results_async(self, **_: Any) -> Sequence[Any]:
@@ -83,37 +84,40 @@ class Replicas:
 
 
 @dataclass
-class Got:
-    """What a client got."""
+class Received:
+    """A response as the client received it."""
 
     status: int
     headers: dict[bytes, bytes]
     body: bytes
-    whole: bool
+    complete: bool
 
     @property
     def error(self) -> Any:
         return json.loads(self.body)["error"]
 
 
-async def ask(replicas: Replicas, body: bytes = b"{}", *, path: str = "/v1/completions", pieces: int = 1) -> Got:
-    """Sends a request, its body in pieces, and reads the answer."""
+async def ask(replicas: Replicas, body: bytes = b"{}", *, path: str = "/v1/completions", pieces: int = 1) -> Received:
+    """Send a request with its body in pieces, and return the response."""
     sent: list[Any] = []
     step = -(-len(body) // pieces) or 1
-    cuts = range(0, max(1, len(body)), step)
-    parts = [{"type": "http.request", "body": body[at : at + step], "more_body": at != cuts[-1]} for at in cuts]
+    starts = range(0, max(1, len(body)), step)
+    parts = [
+        {"type": "http.request", "body": body[start : start + step], "more_body": start != starts[-1]}
+        for start in starts
+    ]
 
     async def send(message: Any) -> None:
         sent.append(message)
 
     await app(replicas)(scope(path), receiver(parts), send)
     head, *rest = sent
-    whole = not rest[-1].get("more_body", False)
-    return Got(head["status"], dict(head["headers"]), b"".join(each["body"] for each in rest), whole)
+    complete = not rest[-1].get("more_body", False)
+    return Received(head["status"], dict(head["headers"]), b"".join(each["body"] for each in rest), complete)
 
 
 def receiver(unread: list[dict[str, Any]]) -> Any:
-    """A client that sends these, then waits."""
+    """A client that sends these messages, then waits."""
 
     async def receive() -> dict[str, Any]:
         if not unread:
@@ -127,7 +131,7 @@ MAX_BODY = 100_000  # bytes
 
 
 def app(replicas: Any, *api_keys: str) -> Any:
-    return Front(replicas, api_keys, MAX_BODY).__serve_build_asgi_app__()
+    return Front(replicas, ServeConfig(api_key=api_keys, max_body_bytes=MAX_BODY)).__serve_build_asgi_app__()
 
 
 def scope(path: str = "/v1/completions", **headers: str) -> dict[str, Any]:
@@ -137,32 +141,32 @@ def scope(path: str = "/v1/completions", **headers: str) -> dict[str, Any]:
         "path": path,
         "root_path": "",
         "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
-        "state": object(),  # is not for another process
+        "state": object(),  # cannot be sent to another process
     }
 
 
-async def test_an_answer_comes_as_it_is_with_the_proxys_request_id() -> None:
+async def test_relay_leaves_the_response_as_it_is() -> None:
     replicas = Replicas([[[], [start(), EVENT], [EVENT, END]]])
     body = json.dumps({"prompt": "x" * 600}).encode()
     got = await ask(replicas, body, pieces=3)
-    assert got == Got(200, {b"content-type": b"text/event-stream"}, EVENT["body"] * 2, True)
-    blocks, told, sent = replicas.calls[0].arguments
+    assert got == Received(200, {b"content-type": b"text/event-stream"}, EVENT["body"] * 2, True)
+    blocks, plain, sent = replicas.calls[0].arguments
     assert blocks == prompt_blocks(body)
     assert len(blocks) == 2
     assert sent == body
-    assert told["path"] == "/v1/completions"
-    assert "state" not in told
+    assert plain["path"] == "/v1/completions"
+    assert "state" not in plain
 
 
-@pytest.mark.parametrize("dies", [[DIED], [[], DIED], [[], FOR_WANT_OF_MEMORY], [[], LATE]])
-async def test_what_nothing_was_seen_of_is_sent_again(dies: list[Step]) -> None:
+@pytest.mark.parametrize("dies", [[DIED], [[], DIED], [[], OUT_OF_MEMORY], [[], LATE]])
+async def test_request_is_retried_if_its_replica_dies_before_output(dies: list[Step]) -> None:
     replicas = Replicas([dies, dies, [[], [start(), EVENT, END]]])
     got = await ask(replicas)
     assert (got.status, got.body) == (200, EVENT["body"])
     assert len(replicas.calls) == 3
 
 
-async def test_it_is_sent_three_times_at_most() -> None:
+async def test_request_is_tried_three_times() -> None:
     replicas = Replicas([[[], DIED]] * 4)
     got = await ask(replicas)
     assert got.status == 503
@@ -170,7 +174,7 @@ async def test_it_is_sent_three_times_at_most() -> None:
     assert len(replicas.calls) == 3
 
 
-async def test_where_no_replica_takes_it_a_client_is_told_to_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_request_without_a_replica_gets_503(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_front, "_WAIT", 0.01)
     replicas = Replicas([[HANGS]])
     got = await ask(replicas)
@@ -180,15 +184,15 @@ async def test_where_no_replica_takes_it_a_client_is_told_to_come_again(monkeypa
     assert replicas.calls[0].cancelled
 
 
-@pytest.mark.parametrize("death", [DIED, FOR_WANT_OF_MEMORY, LATE])
+@pytest.mark.parametrize("death", [DIED, OUT_OF_MEMORY, LATE])
 @pytest.mark.parametrize(("sent", "before"), [(EVENT, b""), (EVENT | {"body": b'data: {"n":'}, b"\n\n")])
-async def test_a_stream_that_dies_ends_with_an_error_event(
+async def test_stream_ends_with_an_error_event_if_its_replica_dies(
     sent: dict[str, Any], before: bytes, death: Exception
 ) -> None:
     replicas = Replicas([[[], [start(), sent], death]])
     got = await ask(replicas)
     assert got.status == 200
-    assert got.whole
+    assert got.complete
     rest = got.body.removeprefix(sent["body"] + before)
     event, done, nothing = rest.split(b"\n\n")
     assert (done, nothing) == (b"data: [DONE]", b"")
@@ -197,13 +201,13 @@ async def test_a_stream_that_dies_ends_with_an_error_event(
     assert error["type"] == "server_error"
 
 
-async def test_a_json_answer_that_dies_is_not_taken_for_whole() -> None:
+async def test_json_response_is_cut_off_if_its_replica_dies() -> None:
     replicas = Replicas([[[], [start("application/json"), EVENT], DIED]])
     with pytest.raises(ConnectionError):
         await ask(replicas)
 
 
-async def test_a_failure_is_told_without_internals() -> None:
+async def test_failure_does_not_expose_internals() -> None:
     failed = ray_exceptions.RayTaskError("answer", "Traceback: secret", ValueError("secret"))
     got = await ask(Replicas([[[], failed]]))
     assert got.status == 500
@@ -213,7 +217,7 @@ async def test_a_failure_is_told_without_internals() -> None:
     assert got.body.endswith(b"data: [DONE]\n\n")
 
 
-async def test_a_client_that_goes_away_cancels_the_call() -> None:
+async def test_disconnect_cancels_the_call() -> None:
     replicas = Replicas([[[], [start(), EVENT], HANGS]])
     incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     incoming.put_nowait({"type": "http.request", "body": b"{}"})
@@ -228,7 +232,7 @@ async def test_a_client_that_goes_away_cancels_the_call() -> None:
 
 
 @pytest.mark.parametrize("declared", [True, False])
-async def test_a_body_that_is_too_large_is_refused(declared: bool) -> None:
+async def test_body_too_large_gets_413(declared: bool) -> None:
     sent: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
@@ -249,10 +253,10 @@ async def test_a_body_that_is_too_large_is_refused(declared: bool) -> None:
         ("Bearer right", "POST", 200),
         ("Bearer wrong", "POST", 401),
         ("", "POST", 401),
-        ("", "OPTIONS", 200),  # a browser asks before it may send the key
+        ("", "OPTIONS", 200),  # a browser's preflight request has no key
     ],
 )
-async def test_without_a_key_no_body_is_read_and_no_replica_asked(key: str, method: str, status: int) -> None:
+async def test_request_without_a_key_is_rejected_before_its_body(key: str, method: str, status: int) -> None:
     replicas = Replicas([[[], [start(), EVENT, END]]])
     sent: list[dict[str, Any]] = []
     unread = [{"type": "http.request", "body": b"{}"}]
@@ -265,23 +269,25 @@ async def test_without_a_key_no_body_is_read_and_no_replica_asked(key: str, meth
     assert (not unread, len(replicas.calls)) == ((True, 1) if status == 200 else (False, 0))
 
 
-async def test_a_prompt_that_is_nested_too_deep_is_for_the_replica_to_refuse() -> None:
+async def test_prompt_nested_too_deep_is_sent_to_a_replica() -> None:
     body = b'{"prompt": ' + b"[" * 300 + b"]" * 300 + b"}"
     replicas = Replicas([[[], [start(), EVENT, END]]])
     assert (await ask(replicas, body)).status == 200
     assert replicas.calls[0].arguments[0] == ()
 
 
-def told(text: str, status: int = 200) -> list[dict[str, Any]]:
+def text_response(text: str, status: int = 200) -> list[dict[str, Any]]:
     return [start("text/plain", status), {"type": "http.response.body", "body": text.encode()}]
 
 
-async def test_metrics_are_those_of_all_replicas() -> None:
+async def test_metrics_of_all_replicas_are_merged() -> None:
     text = (
         '# HELP x_total Things\n# TYPE x_total counter\nx_total{{kind="a\\"b"}} {}\n'
         "# HELP y Now\n# TYPE y gauge\ny {}\n"
     )
-    replicas = Replicas(all=[("r2", told(text.format(3, 0.5))), DIED, ("r1", told(text.format(4, 7)))])
+    replicas = Replicas(
+        all=[("r2", text_response(text.format(3, 0.5))), DIED, ("r1", text_response(text.format(4, 7)))]
+    )
     got = await ask(replicas, path="/metrics")
     assert got.body.decode().splitlines() == [
         "# HELP x_total Things",
@@ -294,18 +300,18 @@ async def test_metrics_are_those_of_all_replicas() -> None:
         'y{replica="r2"} 0.5',
     ]
     assert got.headers[b"content-length"] == str(len(got.body)).encode()
-    refused = await ask(Replicas(all=[("r1", told("no key", 401))]), path="/metrics")
+    refused = await ask(Replicas(all=[("r1", text_response("no key", 401))]), path="/metrics")
     assert (refused.status, refused.body) == (401, b"no key")
     assert (await ask(Replicas(all=[DIED]), path="/metrics")).status == 503
 
 
-async def test_what_the_front_refuses_is_counted_too() -> None:
+async def test_metrics_count_errors_of_the_front() -> None:
     counted = (
         "# TYPE logprobd:request_errors_total counter\n"
         'logprobd:request_errors_total{code="queue_full",engine="0",model_name="m"} 2\n'
     )
     scripts: list[list[Step]] = [[[], [start(), EVENT], DIED]]
-    front = app(Replicas(scripts, all=[("r1", told(counted))]), "right")
+    front = app(Replicas(scripts, all=[("r1", text_response(counted))]), "right")
     sent: list[dict[str, Any]] = []
 
     async def send(message: dict[str, Any]) -> None:
@@ -327,19 +333,19 @@ async def test_what_the_front_refuses_is_counted_too() -> None:
     ]
 
 
-async def test_the_load_is_that_of_all_replicas() -> None:
-    replicas = Replicas(all=[("r1", told('{"server_load":2}')), ("r2", told('{"server_load":3}'))])
+async def test_load_is_the_sum_of_all_replicas() -> None:
+    replicas = Replicas(all=[("r1", text_response('{"server_load":2}')), ("r2", text_response('{"server_load":3}'))])
     assert json.loads((await ask(replicas, path="/load")).body) == {"server_load": 5}
 
 
 @pytest.mark.parametrize(("path", "root"), [("/api/load", "/api"), ("//load", ""), ("/api//load", "/api/")])
-async def test_it_is_found_under_a_proxys_path_too(path: str, root: str) -> None:
+async def test_load_under_a_root_path(path: str, root: str) -> None:
     sent: list[dict[str, Any]] = []
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    await app(Replicas(all=[("r1", told('{"server_load":2}'))]))(
+    await app(Replicas(all=[("r1", text_response('{"server_load":2}'))]))(
         {**scope("/load"), "path": path, "root_path": root},
         receiver([{"type": "http.request", "body": b""}]),
         send,

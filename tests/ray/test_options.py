@@ -1,4 +1,4 @@
-"""Flags of replicas, and what Ray is asked for on their account."""
+"""Flags of replicas, and the resources and deployments that they ask of Ray."""
 
 import subprocess
 import sys
@@ -7,21 +7,21 @@ from typing import Any
 
 import pytest
 
-from serve.ray.options import options_of, parse_ray_args
+from serve.ray.options import config_of, parse_ray_args
 from tests.support.server_process import ROOT
 
 
-def test_without_flags_there_is_one_replica_on_one_cpu() -> None:
-    options, config = parse_ray_args([], {})
-    assert (options.num_replicas, options.autoscaling, options.address) == (1, None, None)
-    assert options.resources(1) == {"num_cpus": 1.0}
+def test_ray_config_by_default() -> None:
+    config = parse_ray_args([], {})
+    assert (config.num_replicas, config.autoscaling, config.address) == (None, None, None)
+    assert config.resources == {"num_cpus": 1.0}
     assert config.model is None
 
 
-def test_flags_of_replicas_and_of_the_server_go_together() -> None:
+def test_ray_config_has_flags_of_replicas_and_of_the_server() -> None:
     words = ["org/model", "--num-replicas", "3", "--dtype", "float32", "--num-cpus-per-replica", "0.5"]
-    options, config = parse_ray_args([*words, "--api-key", "k", "--address", "auto"], {})
-    assert (options.num_replicas, options.num_cpus_per_replica, options.address) == (3, 0.5, "auto")
+    config = parse_ray_args([*words, "--api-key", "k", "--address", "auto"], {})
+    assert (config.num_replicas, config.num_cpus_per_replica, config.address) == (3, 0.5, "auto")
     assert (config.model, config.dtype, config.api_key) == ("org/model", "float32", ("k",))
 
 
@@ -33,9 +33,8 @@ def test_flags_of_replicas_and_of_the_server_go_together() -> None:
         ("tpu", {"num_cpus": 1.0, "resources": {"TPU": 4}}),
     ],
 )
-def test_a_replica_reserves_the_devices_it_is_cut_over(device: str, resources: dict[str, Any]) -> None:
-    options, config = parse_ray_args(["--device", device, "--tensor-parallel-size", "4"], {})
-    assert options.resources(config.tensor_parallel_size) == resources
+def test_resources_of_a_sharded_replica(device: str, resources: dict[str, Any]) -> None:
+    assert parse_ray_args(["--device", device, "--tensor-parallel-size", "4"], {}).resources == resources
 
 
 @pytest.mark.parametrize(
@@ -48,9 +47,8 @@ def test_a_replica_reserves_the_devices_it_is_cut_over(device: str, resources: d
         ),
     ],
 )
-def test_a_greatest_number_is_as_many_as_the_load_wants(words: str, autoscaling: dict[str, Any]) -> None:
-    options, _ = parse_ray_args(words.split(), {})
-    assert options.autoscaling == autoscaling
+def test_autoscaling_with_max_replicas(words: str, autoscaling: dict[str, Any]) -> None:
+    assert parse_ray_args(words.split(), {}).autoscaling == autoscaling
 
 
 @pytest.mark.parametrize(
@@ -75,14 +73,14 @@ def test_a_greatest_number_is_as_many_as_the_load_wants(words: str, autoscaling:
         ("--nonsense", "--nonsense"),
     ],
 )
-def test_a_mistake_names_its_flag(words: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parse_ray_args_error_names_the_flag(words: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse_ray_args(words.split(), {})
     assert ended.value.code == 2
     assert flag in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_mapping_says_what_the_command_line_says() -> None:
+def test_config_of_equals_the_command_line() -> None:
     args = {
         "model": "org/model",
         "max_replicas": 3,
@@ -91,20 +89,18 @@ def test_a_mapping_says_what_the_command_line_says() -> None:
         "device": None,
     }
     words = "org/model --max-replicas 3 --served-model-name a --served-model-name b --no-enable-prefix-caching"
-    assert options_of(args, {"LOGPROBD_API_KEY": "k"}) == parse_ray_args(words.split(), {"LOGPROBD_API_KEY": "k"})
+    assert config_of(args, {"LOGPROBD_API_KEY": "k"}) == parse_ray_args(words.split(), {"LOGPROBD_API_KEY": "k"})
 
 
 @pytest.mark.parametrize(("args", "flag"), [({"nonsense": 1}, "--nonsense"), ({"num_replicas": 0}, "--num-replicas")])
-def test_a_mistake_in_a_mapping_is_a_value_error(
-    args: dict[str, Any], flag: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_config_of_error_names_the_flag(args: dict[str, Any], flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match=flag) as error:
-        options_of(args, {})
+        config_of(args, {})
     assert "\n" not in str(error.value)
     assert capsys.readouterr().err == ""
 
 
-def test_the_help_has_both_kinds_of_flags(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_both_kinds_of_flags(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse_ray_args(["--help"], {})
     assert ended.value.code == 0
@@ -113,7 +109,7 @@ def test_the_help_has_both_kinds_of_flags(capsys: pytest.CaptureFixture[str]) ->
     assert "--max-num-seqs" in text
 
 
-def test_without_ray_one_line_says_what_to_install() -> None:
+def test_app_without_ray_prints_one_line() -> None:
     code = "import runpy, sys; sys.modules['ray'] = None; runpy.run_module('serve.ray.app', run_name='__main__')"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
@@ -121,17 +117,17 @@ def test_without_ray_one_line_says_what_to_install() -> None:
 
 
 def loaded(module: str) -> set[str]:
-    """The packages that are loaded with a module."""
+    """Top-level packages that a module imports."""
     code = f"import sys, {module}; print(*{{name.split('.')[0] for name in sys.modules}})"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     return set(ended.stdout.split())
 
 
-def test_a_server_needs_no_ray() -> None:
+def test_server_does_not_import_ray() -> None:
     assert "ray" not in loaded("serve.server.server")
 
 
-def test_a_front_needs_no_model() -> None:
+def test_front_does_not_import_the_model() -> None:
     pytest.importorskip("ray", reason="Ray is not installed: `make ray`")
     packages = loaded("serve.ray.front, serve.ray.router")
     assert "ray" in packages
@@ -145,22 +141,22 @@ def test_a_front_needs_no_model() -> None:
         ("--min-replicas 2 --max-replicas 5 --target-ongoing-requests 7", (None, (2, 5, 7.0))),
     ],
 )
-def test_ray_is_told(words: str, replicas: Any) -> None:
+def test_application_passes_flags_to_ray(words: str, replicas: Any) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: `make ray`")
     flags = "--device cuda --tensor-parallel-size 2 --shutdown-timeout 50 --max-num-queued-reqs 100 --max-num-seqs 8"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own
         from serve.ray.app import application
 
-        front = application(*parse_ray_args([*words.split(), *flags.split()], {}))._bound_deployment
+        front = application(parse_ray_args([*words.split(), *flags.split()], {}))._bound_deployment
     replica = front.init_args[0]._bound_deployment
     assert (front.name, replica.name) == ("Front", "Replica")
     fixed, scaled = replicas
-    told = replica._deployment_config.autoscaling_config
+    autoscaling = replica._deployment_config.autoscaling_config
     if scaled is None:
-        assert (replica.num_replicas, told) == (fixed, None)
+        assert (replica.num_replicas, autoscaling) == (fixed, None)
     else:
-        assert (told.min_replicas, told.max_replicas, told.target_ongoing_requests) == scaled
+        assert (autoscaling.min_replicas, autoscaling.max_replicas, autoscaling.target_ongoing_requests) == scaled
     assert replica.ray_actor_options["num_gpus"] == 2
     assert front.ray_actor_options["num_cpus"] == 0
     router = replica._deployment_config.request_router_config
@@ -168,4 +164,4 @@ def test_ray_is_told(words: str, replicas: Any) -> None:
     assert router.request_router_kwargs["margin"] == 4
     for each in (front, replica):
         assert each._deployment_config.graceful_shutdown_timeout_s == 50
-        assert each.max_ongoing_requests > 100  # the engine itself refuses what is too many
+        assert each.max_ongoing_requests > 100  # the engine itself rejects excess requests

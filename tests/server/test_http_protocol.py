@@ -10,8 +10,10 @@ from typing import Any
 
 import httpx2
 import pytest
+from uvicorn.server import ServerState
 
-from serve.server.http_protocol import GuardedProtocol
+from serve.config.flags import parse_args
+from serve.server.http_protocol import GuardedProtocol, http_config
 from tests.support.http_client import completion_body
 from tests.support.listening import listening
 
@@ -166,3 +168,10 @@ def test_slow_reader_is_not_closed() -> None:
     protocol._start_read_timer()
     timers.pop()()  # everything is read
     assert (aborted, timers) == ([True], [])
+
+
+@pytest.mark.parametrize(("flags", "seconds"), [((), 75), (("--timeout-keep-alive", "7"), 7)])
+async def test_idle_connection_stays_open_for_timeout_keep_alive(flags: tuple[str, ...], seconds: int) -> None:
+    config = http_config(None, parse_args(flags, {}), on_refused=lambda _: None, lifespan="off")
+    config.load()
+    assert GuardedProtocol(config, ServerState(), {}).timeout_keep_alive == seconds

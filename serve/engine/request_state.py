@@ -2,9 +2,12 @@
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from serve.engine.request import Request, SamplingParams, TokenScores
-from serve.engine.token_mask import TokenMask
+
+if TYPE_CHECKING:  # Ray's front uses the metrics without jax
+    from serve.engine.token_mask import TokenMask
 
 
 class RequestStatus(enum.Enum):
@@ -37,7 +40,7 @@ class RequestState:
     status: RequestStatus = RequestStatus.WAITING
     arrival: int = 0  # order of arrival
     slot: int = -1  # row of the device's SlotState while the request runs
-    mask: TokenMask | None = None
+    mask: "TokenMask | None" = None
     output_token_ids: list[int] = field(default_factory=list)
     max_chosen: int = 0  # max_tokens, or the rest of the context if that is less
     num_chosen: int = 0  # output tokens, including those not yet read from the device

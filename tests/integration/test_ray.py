@@ -115,7 +115,8 @@ def test_prompt_is_routed_to_its_cached_prefix(replicas: RayProcess) -> None:
     texts = [f"{name} went to the market to buy apples and pears. " * 10 for name in ("Anna", "Bertha", "Clara")]
     assert [cached(text) for text in texts] == [0, 0, 0]
     assert all(cached(text + "Then") >= 64 for text in texts * 2)
-    assert [cached(texts[0], cache_salt="another") for _ in range(2)] != [0, 0]  # another salt has its own cache entries
+    # Another salt has its own cache entries.
+    assert [cached(texts[0], cache_salt="another") for _ in range(2)] != [0, 0]
     assert cached(texts[0], cache_salt="a third") == 0
 
 

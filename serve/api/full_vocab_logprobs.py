@@ -93,8 +93,8 @@ async def whole_rows(
     Args:
         engine: runs the request.
         writer: formats the rows.
-        request: has PromptScoring.whole. Its pages are pinned while rows are read, and it needs no others then, so two
-            answers never wait for each other's pages.
+        request: has PromptScoring.full_vocab. Its pages are pinned while rows are read, and it needs no others then,
+            so two answers never wait for each other's pages.
         scores: [prompt - 1] of the same prompt, from another request.
         k: number of alternatives.
 

@@ -144,7 +144,7 @@ def make_job[B: GenerationRequest](
     if at.config.enable_log_requests:
         at.log_request(header, body, [at.tokenizer.decode(each, skip_special_tokens=False) for each in ids])
     body.forget_texts()
-    whole = SamplingParams(0, prompt=PromptScoring(numbers.start, whole=True))
+    full_vocab = SamplingParams(0, prompt=PromptScoring(numbers.start, full_vocab=True))
     return Job(
         at=at,
         body=body,
@@ -156,7 +156,9 @@ def make_job[B: GenerationRequest](
         ),
         alternatives=len(body.logprob_token_ids or ()) or top_k or 0,
         numbers=numbers,
-        row_requests=[make_request(body, each, whole, salt, times) for each in ids] if numbers.whole else [],
+        row_requests=[make_request(body, prompt_ids, full_vocab, salt, times) for prompt_ids in ids]
+        if numbers.whole
+        else [],
     )
 
 

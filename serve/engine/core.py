@@ -267,8 +267,8 @@ class EngineCore:
         event.finish_reason = reason
         request.times.last = request.times.last or time.monotonic()
         self._observer.on_finished(request, reason)
-        whole = request.params.prompt is not None and request.params.prompt.whole
-        self.scheduler.finish(request, pin=whole and reason in (FinishReason.STOP, FinishReason.LENGTH))
+        pins = request.params.prompt is not None and request.params.prompt.full_vocab
+        self.scheduler.finish(request, pin=pins and reason in (FinishReason.STOP, FinishReason.LENGTH))
         return request, event
 
     def _take_emitted(self) -> list[Emitted]:

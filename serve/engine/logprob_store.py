@@ -26,7 +26,7 @@ def token_scores(logprobs: TokenLogprobs, rows: slice, ids: tuple[int, ...]) -> 
 def begin_prompt_scores(request: RequestState, pool: PagePool, k: int) -> None:
     """Allocate the scores of a prompt that is about to run, and fill in those stored with its cached pages."""
     scoring = request.params.prompt
-    if scoring is None or scoring.whole:
+    if scoring is None or scoring.full_vocab:
         return
     if request.prompt_scores is None:
         alternatives = len(scoring.token_ids) or k

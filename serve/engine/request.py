@@ -54,7 +54,7 @@ class EngineLimits:
     vocab_size: int  # V, exclusive upper bound of token ids
     cache_tokens: int  # capacity of the page cache in tokens; a request that needs more can never run
     max_scored_ids: int  # B, maximum length of logprob_token_ids and prompt_logprob_token_ids
-    whole_vocabulary: bool  # PromptScoring.whole is available
+    whole_vocabulary: bool  # PromptScoring.full_vocab is available
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class PromptScoring:
     token_ids: tuple[int, ...] = ()  # alternatives to report instead of the K best
     # Score nothing now: when the request has finished, its pages stay pinned until abort(), and Engine.full_logprobs()
     # returns the distribution over the full vocabulary before each prompt token.
-    whole: bool = False
+    full_vocab: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -277,7 +277,7 @@ def _missing_pages(request: RequestState, tokens: int) -> int:
 def _num_rows(request: RequestState) -> int:
     """Number of rows of prompt_scores that must be filled."""
     scoring = request.params.prompt
-    return 0 if scoring is None or scoring.whole else len(request.prompt_token_ids) - 1
+    return 0 if scoring is None or scoring.full_vocab else len(request.prompt_token_ids) - 1
 
 
 def _prompt_is_done(request: RequestState) -> bool:

@@ -237,7 +237,7 @@ async def test_full_rows_with_full_queue(
     admit = server.engine.admit
 
     def full(request: Request, *, bypass_limits: bool = False) -> RequestHandle:
-        if request.params.prompt is not None and request.params.prompt.whole:
+        if request.params.prompt is not None and request.params.prompt.full_vocab:
             raise QueueFullError("max_num_queued_reqs")
         return admit(request, bypass_limits=bypass_limits)
 

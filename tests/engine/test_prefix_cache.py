@@ -115,7 +115,7 @@ def test_the_cache_gives_way_to_requests_that_need_its_pages() -> None:
 
 def test_the_whole_vocabulary_of_a_held_request_is_read_block_by_block() -> None:
     bench = CoreBench()
-    params = SamplingParams(2, temperature=0.0, prompt=PromptScoring(whole=True))
+    params = SamplingParams(2, temperature=0.0, prompt=PromptScoring(full_vocab=True))
     a = bench.add("a", prompt_of(70), params)
     bench.run()
     assert bench.outcome("a").prompt_scores is None
@@ -136,7 +136,7 @@ def test_the_whole_vocabulary_of_a_held_request_is_read_block_by_block() -> None
 
 def test_a_held_request_does_not_survive_a_failure() -> None:
     bench = CoreBench()
-    bench.add("a", prompt_of(70), SamplingParams(0, prompt=PromptScoring(whole=True)))
+    bench.add("a", prompt_of(70), SamplingParams(0, prompt=PromptScoring(full_vocab=True)))
     bench.run()
     bench.add("b", prompt_of(7), greedy(3))
     bench.runner.fail_once("decode")

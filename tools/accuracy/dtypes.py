@@ -39,7 +39,7 @@ def distributions(path: Path, weights: str) -> list[tuple[NDArray[np.int64], NDA
     results = []
     for prompt in load_golden(_golden_of(path)):
         ids = list(prompt.token_ids)
-        request = Request("mine", ids, SamplingParams(0, temperature=0.0, prompt=PromptScoring(whole=True)))
+        request = Request("mine", ids, SamplingParams(0, temperature=0.0, prompt=PromptScoring(full_vocab=True)))
         core.add(RequestState(request))
         while core.scheduler.num_requests:
             core.step()

@@ -1,4 +1,4 @@
-"""The limit that a decode step is held against: weight bytes over read bandwidth."""
+"""The bandwidth limit of a decode step: weight bytes / read bandwidth."""
 
 import statistics
 import time
@@ -13,14 +13,14 @@ from model.weights.int8 import GROUP
 from model.weights.source import ModelSource, default_model_path, resolve_model
 from model.weights.weight_table import open_checkpoint
 
-_BYTES = 512 << 20  # far more than any cache holds
-_ACCELERATOR_BYTES = 4 << 30  # and so many that starting the product does not count
+_BYTES = 512 << 20  # far more than any cache
+_ACCELERATOR_BYTES = 4 << 30  # large enough to hide the launch overhead
 
 
 def bandwidth_probe() -> Callable[[], float]:
-    """A measurement of the bytes a second that this device reads now.
+    """Return a function that measures the device's read bandwidth, bytes/s.
 
-    It is a float32 matrix-vector product, which XLA runs at the memory's speed.
+    It times a float32 matrix-vector product, which XLA runs at memory speed.
     """
     columns, size = 1024, _BYTES if jax.default_backend() == "cpu" else _ACCELERATOR_BYTES
     matrix = jnp.ones((size // 4 // columns, columns), jnp.float32)
@@ -40,14 +40,14 @@ def bandwidth_probe() -> Callable[[], float]:
 
 
 def is_here(url: str) -> bool:
-    """Whether a server runs on this machine, so that its limit is this machine's bandwidth."""
+    """True if a server runs on this machine, so that this machine's bandwidth is its limit."""
     return urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
 
 
 def decode_bytes(model: str | None, weights_as: str) -> float:
-    """Bytes of weights that a decode step reads: all, but of an untied embedding only the rows asked for.
+    """Return the bytes of weights that a decode step reads: all but an untied embedding.
 
-    `weights_as` is a dtype, or "int8": matrices of a byte an element and two for the scale of a group.
+    `weights_as`: a dtype, or "int8", with one byte per element and two per group for its scale.
     """
     source = resolve_model(model, None) if model else ModelSource("default", default_model_path())
     checkpoint = open_checkpoint(source)

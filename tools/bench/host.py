@@ -1,4 +1,4 @@
-"""What a step costs on the host alone: the engine's own code, driven by a runner that computes nothing."""
+"""Host time of a step: the engine with a runner that computes nothing."""
 
 import statistics
 import time
@@ -28,7 +28,7 @@ _STEPS = 500
 
 
 class NullRunner:
-    """Implements `serve.engine.core.Runner`: every step is done at once, and always gives the same token."""
+    """A `serve.engine.core.Runner` that returns the same token immediately."""
 
     def __init__(self, *, rows: int, vocab_size: int, max_logprobs: int) -> None:
         self.buckets = make_buckets(max_num_seqs=rows, max_model_len=_CONTEXT, max_num_batched_tokens=256 + rows)
@@ -38,38 +38,38 @@ class NullRunner:
         self._numbers = {size: _numbers(size, max_logprobs) for size in (*self.buckets.decode_rows, 64)}
 
     def prefill(self, inputs: StepInput) -> Any:
-        """Nothing."""
+        """Do nothing."""
 
     def adjust(self, slot: int, adjustment: Adjustment) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def decode(self, _: DecodeInput, sampling: SamplingArrays) -> StepOutput:
-        """Token 5 for each row."""
+        """Return token 5 for each row."""
         rows = len(sampling.step)
         return StepOutput(np.full(rows, 5, np.int32), self._numbers[rows])
 
     def score(self, inputs: ScoreInput) -> TokenLogprobs:
-        """Zeros."""
+        """Return zeros."""
         return self._numbers[len(inputs.places)]
 
     def read(self, tree: Any) -> Any:
-        """What it is given."""
+        """Return `tree`."""
         return tree
 
     def vocabulary(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Zeros [M, V]."""
+        """Return zeros [M, V]."""
         return np.zeros((len(places), self.vocab_size), np.float32)
 
     def reset(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def host_ms_per_step(
     *, rows: int = 16, vocab_size: int = 151_936, max_logprobs: int = 20, requested_ids: int = 0
 ) -> float:
-    """Milliseconds of schedule, batch, read-out and events for a decode step of `rows` sampled requests: the median.
+    """Return the median milliseconds of schedule, batch, read and events for a decode step of `rows` sampled requests.
 
-    Each request names so many ids whose numbers it wants; with none it has the K best, as every step gives them.
+    `requested_ids`: logprob_token_ids per request; 0 uses the top k, which every step returns.
     """
     runner = NullRunner(rows=rows, vocab_size=vocab_size, max_logprobs=max_logprobs)
     core = EngineCore(runner, max_model_len=_CONTEXT, max_num_batched_tokens=256 + rows)
@@ -78,7 +78,7 @@ def host_ms_per_step(
     )
     for i in range(rows):
         core.add(RequestState(Request(f"{i}", [i] * _PROMPT, params)))
-    while len(core.step()) < rows:  # until all prompts are done
+    while len(core.step()) < rows:  # prefill all prompts
         pass
     seconds = []
     for _ in range(_STEPS):

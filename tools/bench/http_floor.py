@@ -1,6 +1,6 @@
-"""What serving costs beside the device: a real server process whose steps compute nothing, but take their time.
+"""Cost of serving without the device: a server process whose steps compute nothing, but take their time.
 
-Run as a module it is that server.
+Running this module starts that server.
 """
 
 import asyncio
@@ -30,28 +30,28 @@ from tools.bench.host import NullRunner
 
 _STREAMS = 16
 _TOKENS_PER_SECOND = 200
-_TOKENS = 125  # of a stream: ten seconds
+_TOKENS = 125  # per stream: ten seconds
 _CONTEXT = 4096
 _CPU_SECONDS = re.compile(r"^process_cpu_seconds_total (\S+)$", re.MULTILINE)
 
 
 class PacedRunner(NullRunner):
-    """Gives a step's tokens no sooner than a device would that makes 200 tokens a second in 16 rows."""
+    """A runner with the pace of a device that generates 200 tokens/s in 16 rows."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__(rows=_STREAMS, vocab_size=vocab_size, max_logprobs=20)
-        self._due: dict[int, float] = {}  # by the output's identity
+        self._due: dict[int, float] = {}  # keyed by id() of the output
         self._busy_until = 0.0
 
     def decode(self, inputs: DecodeInput, sampling: SamplingArrays) -> StepOutput:
-        """As NullRunner does."""
+        """Return NullRunner's output."""
         output = super().decode(inputs, sampling)
         self._busy_until = max(time.monotonic(), self._busy_until) + _STREAMS / _TOKENS_PER_SECOND
         self._due[id(output)] = self._busy_until
         return output
 
     def read(self, tree: Any) -> Any:
-        """Waits until the device would be done."""
+        """Wait until the device would be done."""
         wait = self._due.pop(id(tree), 0.0) - time.monotonic()
         if wait > 0:
             time.sleep(wait)
@@ -59,7 +59,7 @@ class PacedRunner(NullRunner):
 
 
 def http_share(**fields: object) -> float:
-    """Share of one core that a server process needs for 16 streams of 200 tokens a second in all, device left out."""
+    """Return the share of one core that a server process needs for 16 streams with 200 tokens/s in total."""
     command = [sys.executable, "-m", "tools.bench.http_floor"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -71,7 +71,7 @@ def http_share(**fields: object) -> float:
 
 
 def entries_ms(*, tokens: int, k: int) -> float:
-    """Milliseconds that it takes to write `prompt_logprobs` of a prompt of random tokens: the median of 15."""
+    """Return the median milliseconds to serialize `prompt_logprobs` of a prompt of random tokens."""
     tokenizer = local_tokenizer(default_model_path())
     rng, rows, vocabulary = np.random.default_rng(), tokens - 1, tokenizer.vocab_size
     scores = TokenScores(
@@ -91,7 +91,7 @@ def entries_ms(*, tokens: int, k: int) -> float:
 
 async def _measure(url: str, fields: dict[str, object]) -> float:
     async with httpx2.AsyncClient(base_url=url, timeout=120) as client:
-        await _stream(client, 3, fields)  # what is done once is done
+        await _stream(client, 3, fields)  # warm-up
         before, start = await _cpu_seconds(client), time.monotonic()
         await asyncio.gather(*(_stream(client, _TOKENS, fields) for _ in range(_STREAMS)))
         seconds = time.monotonic() - start

@@ -1,4 +1,4 @@
-"""What a client that reads nothing costs the others: their rate beside it, against that beside one that reads."""
+"""Effect of a client that does not read on other streams, relative to one that reads."""
 
 import asyncio
 import json
@@ -11,46 +11,45 @@ from dataclasses import dataclass
 import httpx2
 
 _PAIRS = 5
-_WINDOW = 4096  # bytes that the system takes for a client that does not read
+_WINDOW = 4096  # receive buffer of the client that does not read, bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
-    """Tokens a second of all other streams together, each the median of five rounds in turn."""
+class Rates:
+    """Total tokens/s of the other streams; medians of five alternating rounds."""
 
     read: float
     unread: float
 
     @property
     def ratio(self) -> float:
-        """1: it costs them nothing."""
+        """1 means no effect."""
         return self.unread / self.read
 
 
-async def beside_a_reader(
+async def rates_next_to_reader(
     client: httpx2.AsyncClient, body: dict[str, object], measure: Callable[[], Awaitable[float]]
-) -> Beside:
-    """Measures the others while one stream runs that is read, and while one does that is not.
+) -> Rates:
+    """Measure other streams next to a stream that is read, and next to one that is not.
 
     Args:
-        body: of that stream. Its first event has to be larger than what both sides' systems take in, and it has to
-            run for as long as `measure` takes.
-        measure: runs the others, and gives their rate.
+        body: of that stream. Its first event must overflow the socket buffers, and it must run longer than `measure`.
+        measure: runs the other streams and returns their rate.
 
     Raises:
-        OSError: there is no such stream.
+        OSError: the server does not stream `body`.
     """
     rates: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(_PAIRS):
         for reads in (True, False):
             async with _stream(client.base_url, body, reads=reads):
                 rates[reads].append(await measure())
-    return Beside(statistics.median(rates[True]), statistics.median(rates[False]))
+    return Rates(statistics.median(rates[True]), statistics.median(rates[False]))
 
 
 @asynccontextmanager
 async def _stream(address: httpx2.URL, body: dict[str, object], *, reads: bool) -> AsyncIterator[None]:
-    """A stream that has begun to answer; it is broken off in the end."""
+    """A stream whose response has started; the connection is closed at the end."""
     connection = socket.socket()
     connection.setblocking(False)
     if not reads:

@@ -1,4 +1,4 @@
-"""The bench on a server that refuses some of what it asks, and the host time of a step."""
+"""The bench with a fake server, its bandwidth limit, and the host time of a step."""
 
 import json
 
@@ -11,7 +11,7 @@ from tools.bench.host import host_ms_per_step
 
 
 def peer(request: httpx2.Request) -> httpx2.Response:
-    """A server that streams, completes, and does not know prompt_logprobs."""
+    """A server that streams and completes, but does not support prompt_logprobs."""
     if request.url.path == "/v1/models":
         return httpx2.Response(200, json={"data": [{"id": "m", "max_model_len": 1000}]})
     body = json.loads(request.content)
@@ -26,19 +26,19 @@ def peer(request: httpx2.Request) -> httpx2.Response:
 
 
 async def test_measure_reports_refused_scenarios(capsys: pytest.CaptureFixture[str]) -> None:
-    # At this address nobody listens, for what does not go through the client.
+    # Nothing listens at this address; one scenario opens its own connection.
     async with httpx2.AsyncClient(base_url="http://127.0.0.1:1", transport=httpx2.MockTransport(peer)) as client:
         rows = {name: figures async for name, figures in measure(client, 200, lambda: 1e10)}
     refused = [name for name, figures in rows.items() if figures.note.startswith("refused: ")]
     assert refused == [
         "prefill of 512, prompt_logprobs=5",
-        "score 900, cold",
+        "score 900, uncached",
         "score 900, 800 cached, not scored",
         "score 900, 800 scored before",
-        "15 streams beside one that nobody reads",
+        "15 streams next to an unread one",
     ]
     assert all((figures.tokens_per_second is None) == (name in refused) for name, figures in rows.items())
-    assert "1 stream beside a prompt of 999" in rows  # no more than the model takes
+    assert "1 stream next to a prompt of 999" in rows  # limited by max_model_len
     show(rows, None)
     table = capsys.readouterr().out
     assert all(name in table for name in rows)

@@ -1,1 +1,1 @@
-"""`python -m tools.portability`: compiles a model's programs for chips that are not here."""
+"""`python -m tools.portability`: compile a model's programs for absent hardware."""

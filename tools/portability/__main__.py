@@ -1,9 +1,9 @@
-"""`python -m tools.portability MODEL --target h100`: compiles a model's steps for hardware that is not here.
+"""`python -m tools.portability MODEL --target h100`: compile a model's steps for absent hardware.
 
-Nothing but shapes is needed: no weights, no chip. `make portability` installs the compilers (libtpu and NVIDIA's
-plug-in). What is printed is what they say of each device: memory by kind, flops and bytes, a loop's body counted once.
-NVIDIA's reports none of these without a GPU, so `tools/hlo/operations.py` counts them. The table also has the work that
-is needed and the least time for it.
+Only shapes are needed, neither weights nor the chip. `make portability` installs the compilers (libtpu and NVIDIA's
+plug-in). The table has their figures per device: memory by kind, flops and bytes, with each loop body counted once.
+Without a GPU, NVIDIA's compiler reports neither flops nor bytes, so `tools/hlo/operations.py` counts them. The table
+also has the required work and its minimum time.
 """
 
 import argparse
@@ -36,64 +36,66 @@ from tools.hlo import operations
 from tools.portability.chips import CHIPS, DEFAULT_TARGETS, Chip, TargetError, chip_of, mesh_of, use_compilers
 from tools.portability.roofline import Work, work_of
 
-CONTEXT = 1024  # tokens that each row has before a step, for the least time
-_ALTERNATIVES = 20  # k, as a server's
+CONTEXT = 1024  # cached tokens per row, for the minimum time
+_ALTERNATIVES = 20  # k, as in a server
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a compiler says of one program on each device."""
+    """A compiler's figures for one program, per device."""
 
     program: Program
     argument_bytes: int  # weights, cache, slots and inputs
-    result_bytes: int  # beside the cache and slots that are updated in place
+    result_bytes: int  # without the cache and slots, which are updated in place
     temp_bytes: int
     flops: float
     moved_bytes: float
-    work: Work | None  # what is needed; None for programs that only fill memory
+    work: Work | None  # required work; None for programs that only fill memory
 
     @property
     def bytes(self) -> int:
-        """Memory while it runs."""
+        """Peak memory."""
         return self.argument_bytes + self.result_bytes + self.temp_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """A program that its compiler would not make."""
+class Rejection:
+    """A program that a compiler rejected."""
 
     name: str
     reason: str
-    argument_bytes: int  # weights, cache, slots and inputs, worked out from their shapes
+    argument_bytes: int  # weights, cache, slots and inputs, computed from their shapes
 
 
-def reports(model: BoundModel, buckets: Buckets, *, pages: int, only: Sequence[str] = ()) -> Iterator[Report | Refusal]:
-    """Compiles the programs of a server, one after another.
+def reports(
+    model: BoundModel, buckets: Buckets, *, pages: int, only: Sequence[str] = ()
+) -> Iterator[Report | Rejection]:
+    """Compile the programs of a server, one after another.
 
     Args:
-        model: abstract, on the mesh of a target.
+        model: an abstract model on the mesh of a target.
         pages: N, pages of the cache.
         only: names of programs; all, if empty.
 
     Raises:
-        TargetError: there is no program of such a name.
+        TargetError: a name in `only` is unknown.
     """
     state = state_shapes(model, buckets, pages=pages)
     plans = {plan.shape.name: plan for plan in (*make_plans(model, buckets, state, _ALTERNATIVES), state_plan(state))}
     for name in only:
         if name not in plans:
-            raise TargetError(f"--program {name}: there are {', '.join(plans)}")
+            raise TargetError(f"--program {name}: unknown; known: {', '.join(plans)}")
     for name, plan in plans.items():
         if not only or name in only:
             yield _report(model, plan)
 
 
-def _report(model: BoundModel, plan: Plan) -> Report | Refusal:
+def _report(model: BoundModel, plan: Plan) -> Report | Rejection:
     try:
         (program,) = compile_plans([plan])
-    except Exception as error:  # noqa: BLE001 - whatever a compiler raises: it is what this program is asked for
+    except Exception as error:  # noqa: BLE001 - any exception of a compiler is a result
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        return Refusal(plan.shape.name, reason, sum(map(_bytes_on_each, jax.tree.leaves(plan.arguments))))
+        return Rejection(plan.shape.name, reason, sum(map(_bytes_on_each, jax.tree.leaves(plan.arguments))))
     memory: Any = program.compiled.memory_analysis()
     flops, moved = _counted(program)
     return Report(
@@ -108,28 +110,28 @@ def _report(model: BoundModel, plan: Plan) -> Report | Refusal:
 
 
 def _bytes_on_each(leaf: jax.ShapeDtypeStruct) -> int:
-    """Bytes of an argument on each device."""
+    """Bytes of an argument per device."""
     shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
     return int(math.prod(shape)) * int(leaf.dtype.itemsize)
 
 
 def _counted(program: Program) -> tuple[float, float]:
-    """Flops and bytes of one call, by the compiler; where it does not tell, by the program's text."""
-    said = _cost_analysis(program.compiled)
-    if "flops" in said:
-        return said["flops"], said.get("bytes accessed", 0.0)
+    """Flops and bytes of one call, from the compiler or else counted in the program's HLO."""
+    costs = _cost_analysis(program.compiled)
+    if "flops" in costs:
+        return costs["flops"], costs.get("bytes accessed", 0.0)
     found = operations.operations(operations.hlo_text(program))
     return float(sum(each.flops for each in found)), float(sum(each.bytes for each in found))
 
 
 def _cost_analysis(compiled: Compiled) -> dict[str, float]:
-    said: Any = compiled.cost_analysis() or {}
-    costs: dict[str, float] = said[0] if isinstance(said, list) else said
+    analysis: Any = compiled.cost_analysis() or {}
+    costs: dict[str, float] = analysis[0] if isinstance(analysis, list) else analysis
     return costs
 
 
-def table_of(title: str, chip: Chip | None, found: Sequence[Report | Refusal]) -> Table:
-    """The programs of one model on one target, as Markdown."""
+def table_of(title: str, chip: Chip | None, found: Sequence[Report | Rejection]) -> Table:
+    """Return a Markdown table of the programs of one model on one target."""
     table = Table(title=title, box=box.MARKDOWN, title_justify="left")
     table.add_column("program")
     for column in (
@@ -139,14 +141,14 @@ def table_of(title: str, chip: Chip | None, found: Sequence[Report | Refusal]) -
         "scratch MB",
         "Gflop",
         "MB moved",
-        "MB needed",
-        "least ms",
+        "MB required",
+        "minimum ms",
     ):
         table.add_column(column, justify="right")
     table.add_column("bound by")
     for each in found:
-        if isinstance(each, Refusal):
-            table.add_row(each.name, "refused", *("",) * 8)
+        if isinstance(each, Rejection):
+            table.add_row(each.name, "rejected", *("",) * 8)
             continue
         work = each.work
         table.add_row(
@@ -164,30 +166,30 @@ def table_of(title: str, chip: Chip | None, found: Sequence[Report | Refusal]) -
     return table
 
 
-def fits(target: str, found: Iterable[Report | Refusal]) -> bool:
-    """Whether each chip has the memory that the greatest program takes."""
+def fits(target: str, found: Iterable[Report | Rejection]) -> bool:
+    """True if the largest program fits into each chip's memory."""
     chip = chip_of(target)
-    return chip is None or _greatest(found) <= chip.memory
+    return chip is None or _peak_memory(found) <= chip.memory
 
 
-def verdict(target: str, found: Sequence[Report | Refusal]) -> str:
-    """The same in words, and what a compiler refused though it would fit."""
+def verdict(target: str, found: Sequence[Report | Rejection]) -> str:
+    """Return whether the model fits, as text, with programs that the compiler rejected."""
     chip = chip_of(target)
-    size = f"{_greatest(found) / 1e9:.1f} GB"
+    size = f"{_peak_memory(found) / 1e9:.1f} GB"
     if chip is None:
         return f"{target}: {size}"
-    said = f"{target}: {size} of {chip.memory / 1e9:.1f} GB on each chip: "
+    prefix = f"{target}: {size} of {chip.memory / 1e9:.1f} GB per chip: "
     if not fits(target, found):
-        return said + "does NOT fit"
-    return said + "; ".join([f"{each.name} was refused: {each.reason}" for each in _refused(found)] or ["fits"])
+        return prefix + "does NOT fit"
+    return prefix + "; ".join([f"{each.name} was rejected: {each.reason}" for each in _rejected(found)] or ["fits"])
 
 
-def _greatest(found: Iterable[Report | Refusal]) -> int:
-    return max((each.argument_bytes if isinstance(each, Refusal) else each.bytes for each in found), default=0)
+def _peak_memory(found: Iterable[Report | Rejection]) -> int:
+    return max((each.argument_bytes if isinstance(each, Rejection) else each.bytes for each in found), default=0)
 
 
-def _refused(found: Iterable[Report | Refusal]) -> list[Refusal]:
-    return [each for each in found if isinstance(each, Refusal)]
+def _rejected(found: Iterable[Report | Rejection]) -> list[Rejection]:
+    return [each for each in found if isinstance(each, Rejection)]
 
 
 def _mb(size: float) -> str:
@@ -195,11 +197,11 @@ def _mb(size: float) -> str:
 
 
 def read_config(model: str) -> ModelConfig:
-    """The configuration of a directory, a config.json, a .gguf file or a hub id, whose config.json alone is fetched.
+    """Read the configuration of a directory, config.json, .gguf file or hub id (only config.json is fetched).
 
     Raises:
         ConfigError: it cannot be read or is not supported.
-        ModelLoadError: a GGUF file has faults.
+        ModelLoadError: a GGUF file is damaged.
     """
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
@@ -214,60 +216,59 @@ def read_config(model: str) -> ModelConfig:
         elif not path.exists():
             path = Path(hf_hub_download(model, "config.json"))
         return config_from_hf(json.loads(path.read_text(encoding="utf-8")))
-    except Exception as error:  # the hub's client has many
+    except Exception as error:  # the hub client raises many types
         raise ConfigError(f"{model}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0; 1 where a model or target is not known, or a program cannot be compiled."""
+    """Return the exit code: 1 if a model or target is unknown, or a program cannot be compiled."""
     options = _parser().parse_args(arguments)
     use_compilers()
     try:
         config = read_config(options.model)
-        whole = [
+        compiled = [
             _compile_for(target, config, options, Console(width=140)) for target in options.target or DEFAULT_TARGETS
         ]
     except (ConfigError, ModelLoadError, TargetError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0 if all(whole) else 1
+    return 0 if all(compiled) else 1
 
 
 def _compile_for(target: str, config: ModelConfig, options: argparse.Namespace, console: Console) -> bool:
-    """Prints what a target's compiler says; False where it refused a program that would fit."""
+    """Compile for one target and print the table; False if a program that would fit was rejected."""
     length, rows = min(options.max_model_len, config.max_position_embeddings), options.max_num_seqs
     buckets = make_buckets(max_num_seqs=rows, max_model_len=length, max_num_batched_tokens=256 + rows)
     pages = rows * buckets.pages_per_row + 1
     model = abstract_model(config.for_length(length), options.dtype, mesh_of(target))
     found = list(reports(model, buckets, pages=pages, only=options.program))
     cache = pages * model.cache_layout.bytes_per_page / 1e6
-    console.print(table_of(f"{options.model} for {target}, {options.dtype}, on each chip", chip_of(target), found))
-    told = (
-        f"cache {cache:,.0f} MB for {rows} rows of {length:,} tokens; needed and least with {CONTEXT:,} before each row"
-    )
-    console.print(f"{verdict(target, found)}; {told}\n", soft_wrap=True)
-    return not _refused(found) or not fits(target, found)
+    console.print(table_of(f"{options.model} for {target}, {options.dtype}, per chip", chip_of(target), found))
+    note = f"cache {cache:,.0f} MB for {rows} rows of {length:,} tokens; required and minimum with {CONTEXT:,} cached"
+    console.print(f"{verdict(target, found)}; {note}\n", soft_wrap=True)
+    return not _rejected(found) or not fits(target, found)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.portability",
-        description="Compiles a model's steps for hardware that is not here.",
+        description="Compile a model's steps for absent hardware.",
         allow_abbrev=False,
     )
-    parser.add_argument("model", help="a directory with a config.json, such a file, a .gguf file or a hub id")
+    parser.add_argument("model", help="directory with a config.json, config.json, .gguf file or hub id")
     names = ", ".join(("cpu", *CHIPS))
     parser.add_argument(
         "--target",
         action="append",
         default=[],
-        help=f"{names}; with a colon the slice: h100:8, v5e:2x2; may be given again; default: all of one chip, and "
-        "four of v5e",
+        help=f"{names}; with a slice: h100:8, v5e:2x2; repeatable; default: one chip of each and v5e:2x2",
     )
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of weights and cache")
-    parser.add_argument("--max-num-seqs", type=_positive, default=16, help="requests that run at once")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="dtype of weights and cache"
+    )
+    parser.add_argument("--max-num-seqs", type=_positive, default=16, help="concurrent requests")
     parser.add_argument("--max-model-len", type=_positive, default=4096, help="tokens of prompt and output")
-    parser.add_argument("--program", action="append", default=[], help="such as decode_16; default: all")
+    parser.add_argument("--program", action="append", default=[], help="such as decode_16; repeatable; default: all")
     return parser
 
 

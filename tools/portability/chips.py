@@ -1,4 +1,4 @@
-"""Accelerators that need not be here: what bounds a step on one, and how XLA is told to compile for it."""
+"""Absent accelerators: their limits, and how XLA compiles for them."""
 
 import os
 import sys
@@ -14,17 +14,17 @@ from model.sharding import tensor_mesh
 
 
 class TargetError(ValueError):
-    """A target is not known, or its compiler is not installed."""
+    """A target is unknown, or its compiler is not installed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """What bounds a step on one chip."""
+    """Limits of one chip."""
 
     memory: int  # bytes
-    bandwidth: float  # bytes a second, of that memory
-    peak: float  # bfloat16 flops a second, dense
-    links: float  # bytes a second to other chips, in and out together
+    bandwidth: float  # bytes/s of that memory
+    peak: float  # dense bfloat16 flops/s
+    links: float  # bytes/s to other chips, both directions together
 
 
 # Sources: NVIDIA, data sheets "A100 Tensor Core GPU" and "H100 Tensor Core GPU", columns of SXM with 80 GB; Google
@@ -39,7 +39,7 @@ CHIPS = {
 DEFAULT_TARGETS = ("cpu", "h100", "v5e:1x1", "v5e:2x2", "v5p:1x1x1", "v6e:1x1")
 
 _HINT = " (`make portability` installs the compilers)"
-# Without these libtpu asks a metadata server which chips there are, and one process alone may load it.
+# Otherwise libtpu queries a metadata server for its chips, and only one process can load it.
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -47,8 +47,8 @@ _TPU_ENVIRONMENT = {
     "TPU_WORKER_ID": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# What XLA has to know of a GPU: limits of its compute capability (CUDA C++ Programming Guide, "Compute Capabilities")
-# and the sizes of its data sheet.
+# XLA's description of a GPU: limits of its compute capability (CUDA C++ Programming Guide, "Compute Capabilities") and
+# sizes from its data sheet.
 _GPU = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 threads_per_core_limit: 2048
@@ -75,10 +75,10 @@ _GPUS = {
 
 
 def use_compilers() -> None:
-    """Makes the compilers known to this process, which stays on the CPU. Before JAX is used for anything.
+    """Make the compilers importable; the process itself stays on the CPU. Must run before JAX is used.
 
-    They lie where `make portability` puts libtpu and jax-cuda13-plugin, in `targets` beside this Python, not among the
-    other packages, where each process of JAX would try to start them.
+    `make portability` installs libtpu and jax-cuda13-plugin into `targets` next to this Python. In site-packages, every
+    JAX process would try to start them.
     """
     os.environ.update(_TPU_ENVIRONMENT)
     sys.path.append(str(Path(sys.prefix) / "targets"))
@@ -86,22 +86,22 @@ def use_compilers() -> None:
 
 
 def mesh_of(target: str) -> Mesh | None:
-    """The devices of a target: "cpu" (this machine; None), "h100", "h100:8", or a TPU slice such as "v5e:2x2".
+    """Return the devices of a target: "cpu" (None), "h100", "h100:8", or a TPU slice such as "v5e:2x2".
 
     Raises:
-        TargetError: nobody knows it, or its compiler is not installed.
+        TargetError: the target is unknown, or its compiler is not installed.
     """
     if target == "cpu":
         return None
     name, _, shape = target.partition(":")
     if name not in CHIPS:
-        raise TargetError(f"{target}: not a target; there are cpu, {', '.join(CHIPS)}, and slices such as v5e:2x2")
+        raise TargetError(f"{target}: unknown target; known: cpu, {', '.join(CHIPS)}, and slices such as v5e:2x2")
     try:
         return tensor_mesh(_devices(name, shape))
-    except Exception as error:  # the plug-ins raise what they like
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # plug-ins raise any type
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = "" if any((Path(path) / "libtpu").is_dir() for path in sys.path) else _HINT
-        raise TargetError(f"{target}: {said}{hint}") from error
+        raise TargetError(f"{target}: {reason}{hint}") from error
 
 
 def _devices(name: str, shape: str) -> Sequence[jax.Device]:
@@ -117,5 +117,5 @@ def _devices(name: str, shape: str) -> Sequence[jax.Device]:
 
 
 def chip_of(target: str) -> Chip | None:
-    """The limits of a target's chip. None for a CPU: those of this machine are measured (`make bench`), not listed."""
+    """Return the limits of a target's chip; None for a CPU, whose limits `make bench` measures."""
     return CHIPS.get(target.partition(":")[0])

@@ -1,7 +1,7 @@
-"""The least that a program must do on each device: bytes from memory, flops, bytes between devices.
+"""Minimum work of a program per device: bytes from memory, flops, bytes between devices.
 
-The roofline (Williams et al. 2009) of a step: each weight that it uses is read once, so are the keys and values of what
-its rows have seen, and nothing in between goes to memory.
+The roofline (Williams et al. 2009) of a step: each weight it uses is read once, and so are the cached keys and values
+of its rows; intermediate results never go to memory.
 """
 
 import math
@@ -15,23 +15,23 @@ from model.kv_cache import PAGE_SIZE
 from model.transformer import BoundModel, abstract_weights
 from tools.portability.chips import Chip
 
-_FLOAT = 4  # bytes of what is summed over devices
+_FLOAT = 4  # bytes per value summed over devices
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one device has to do."""
+    """Work of one device."""
 
-    read: int  # bytes of its memory
+    read: int  # bytes from its memory
     flops: int
-    linked: int  # bytes that go out to other devices and come in from them
+    linked: int  # bytes to and from other devices
 
     def seconds(self, chip: Chip) -> float:
-        """The least time: memory and arithmetic at once, and links, which a layer waits for."""
+        """Minimum time: memory and arithmetic overlap; a layer waits for the links."""
         return max(self.read / chip.bandwidth, self.flops / chip.peak) + self.linked / chip.links
 
     def bound(self, chip: Chip) -> str:
-        """What takes most of that time."""
+        """The resource that takes the most time."""
         times = {
             "memory": self.read / chip.bandwidth,
             "arithmetic": self.flops / chip.peak,
@@ -41,15 +41,15 @@ class Work:
 
 
 def work_of(model: BoundModel, shape: Shape, context: int) -> Work | None:
-    """The work of a step or a block of prompt rows; None for the programs that only fill memory.
+    """Return the work of a step or a block of scored rows; None for programs that only fill memory.
 
     Args:
-        model: its leaves may be abstract.
-        context: tokens that each row has in the cache.
+        model: may be abstract.
+        context: cached tokens per row.
     """
     config, cut, size = model.cut.local, model.cut, jnp.dtype(model.dtype).itemsize
     V, D, L = config.vocab_size, config.hidden_size, config.num_layers
-    shapes = abstract_weights(model.config, model.dtype, cut.shards).values()  # of one device
+    shapes = abstract_weights(model.config, model.dtype, cut.shards).values()  # per device
     matrices = sum(math.prod(each.shape) for each in shapes if len(each.shape) > 1)
     layers = matrices - V * D * (1 if config.tie_word_embeddings else 2)
     match shape:
@@ -66,14 +66,14 @@ def work_of(model: BoundModel, shape: Shape, context: int) -> Work | None:
 
 
 def _bytes_per_token(model: BoundModel) -> int:
-    """Bytes of a token's keys and values on one device."""
+    """Bytes per token of keys and values on one device."""
     layout = model.cache_layout
     return layout.bytes_per_page // PAGE_SIZE - layout.hidden_size * jnp.dtype(model.dtype).itemsize
 
 
 def _linked(shards: int, size: int) -> int:
-    """Bytes out and in of each device for a sum over all of so many bytes: a ring passes them round twice.
+    """Bytes to and from each device for a ring all-reduce of `size` bytes, which takes two rounds.
 
-    To gather them instead takes one round.
+    An all-gather takes one.
     """
     return 4 * (shards - 1) * size // shards

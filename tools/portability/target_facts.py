@@ -1,6 +1,6 @@
-"""`python -m tools.portability.target_facts`: tiny models compiled for absent chips, as JSON: case -> program -> facts.
+"""`python -m tools.portability.target_facts`: compile tiny models for absent chips; JSON of case -> program -> facts.
 
-A process of its own: the compilers must be known before JAX is used.
+It is a program of its own because the compilers must be known before JAX is used.
 """
 
 import json
@@ -21,13 +21,13 @@ from model.transformer import BoundModel, abstract_weights, bind
 from model.weights.loader import abstract_model
 from tests.support.tiny import tiny_configs
 from tools.hlo import operations
-from tools.portability.__main__ import Refusal, Report, reports
+from tools.portability.__main__ import Rejection, Report, reports
 from tools.portability.chips import DEFAULT_TARGETS, mesh_of, use_compilers
 
 BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, vocabulary_rows=8)
 V = 1100
-PAGES = 4097  # with few, XLA lays out pages otherwise
-# Two layers would be alike: one shows as much.
+PAGES = 4097  # with fewer, XLA chooses another layout of pages
+# One layer is enough: all are compiled alike.
 SIZES = {"vocab_size": V, "head_dim": 64, "num_hidden_layers": 1}
 _FORWARD = ("decode_4", "prefill_16")
 _LIKE_V5E = ("v5p:1x1x1", "v6e:1x1")
@@ -45,8 +45,8 @@ class Case:
     only: tuple[str, ...] = ()  # programs; empty: all
 
 
-# Every target, most with every program, then what differs: sizes that fill no whole lanes, large heads, float32, int8,
-# an older GPU, several of them.
+# Every target, most with every program, then special cases: sizes that are no multiple of lanes, large heads, float32,
+# int8, an older GPU, several GPUs.
 CASES: dict[str, Case] = {
     **{target: Case(target, only=_FORWARD if target in _LIKE_V5E else ()) for target in DEFAULT_TARGETS},
     "odd sizes": Case("v5e:1x1", {"hidden_size": 576}, only=("prefill_16", "score_16")),
@@ -61,7 +61,7 @@ CASES: dict[str, Case] = {
 
 
 def model_of(case: Case) -> BoundModel:
-    """A model without weights."""
+    """Return an abstract model."""
     config = config_from_hf(tiny_configs()["llama"] | SIZES | case.changes)
     mesh = mesh_of(case.target)
     if not case.int8:
@@ -79,10 +79,10 @@ def _int8(leaf: Any) -> Any:
     return cpu.like(like, (data, scales), n)
 
 
-def facts(found: Report | Refusal) -> dict[str, Any]:
-    """What a test wants to know of a program."""
-    if isinstance(found, Refusal):
-        return {"refused": found.reason}
+def facts(found: Report | Rejection) -> dict[str, Any]:
+    """Return the facts about a program that tests check."""
+    if isinstance(found, Rejection):
+        return {"rejected": found.reason}
     text = operations.hlo_text(found.program)
     listed = operations.operations(text)
     moved = operations.collectives(listed)
@@ -102,7 +102,7 @@ def facts(found: Report | Refusal) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Prints the facts."""
+    """Print the facts."""
     use_compilers()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         json.dump(dict(zip(CASES, pool.map(facts_of, CASES.values()), strict=True)), sys.stdout)
@@ -110,9 +110,9 @@ def main() -> int:
 
 
 def facts_of(case: Case) -> dict[str, Any]:
-    """Program -> facts."""
+    """Return program -> facts."""
     found = reports(model_of(case), BUCKETS, pages=PAGES, only=case.only)
-    return {each.name if isinstance(each, Refusal) else each.program.name: facts(each) for each in found}
+    return {each.name if isinstance(each, Rejection) else each.program.name: facts(each) for each in found}
 
 
 if __name__ == "__main__":

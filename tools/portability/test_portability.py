@@ -1,4 +1,4 @@
-"""A model's steps are compiled for chips that are not here: by the real compilers, with the kernels meant for them."""
+"""A model's steps compile for absent chips, with the real compilers and the kernels meant for them."""
 
 import dataclasses
 import json
@@ -29,19 +29,19 @@ FORWARD = ("decode_4", "prefill_16")
 TPUS = ("v5e:1x1", "v5e:2x2", "v5p:1x1x1", "v6e:1x1")
 
 needs_compilers = pytest.mark.skipif(
-    not COMPILERS.is_dir(), reason="no compilers beside this Python: `make portability` installs them"
+    not COMPILERS.is_dir(), reason="no compilers next to this Python: `make portability` installs them"
 )
 
 
 @pytest.fixture(scope="module")
 def facts(target_facts: str) -> Mapping[str, Mapping[str, Any]]:
-    """Target -> program -> what its compiler made of a tiny model."""
-    told: Mapping[str, Mapping[str, Any]] = json.loads(target_facts)
-    return told
+    """Case -> program -> facts of a tiny model."""
+    parsed: Mapping[str, Mapping[str, Any]] = json.loads(target_facts)
+    return parsed
 
 
 def test_compilers_are_installed_on_linux_x86_64() -> None:
-    """Or what follows would be skipped, and nobody would see."""
+    """Otherwise the following tests would be skipped silently."""
     assert COMPILERS.is_dir() or (platform.system(), platform.machine()) != ("Linux", "x86_64")
 
 
@@ -50,7 +50,7 @@ def test_compilers_are_installed_on_linux_x86_64() -> None:
 def test_every_program_compiles(facts: Any, case: str) -> None:
     assert set(facts[case]) == set(CASES[case].only or PROGRAMS)
     for name, fact in facts[case].items():
-        assert "refused" not in fact, f"{name}: {fact}"
+        assert "rejected" not in fact, f"{name}: {fact}"
         assert sum(fact["bytes"]) > 0
         assert fact["moved"] > 0
         assert fact["flops"] > 1e5 or name in ("adjust", "zero_state")
@@ -79,9 +79,9 @@ def test_attention_uses_the_platforms_kernel(facts: Any, case: str) -> None:
 @needs_compilers
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if not case.int8])
 def test_cache_is_updated_in_place(facts: Any, case: str) -> None:
-    """And no pages are copied, or turned round, on the way. Small ones a TPU may fetch whole to be scored."""
+    """No page is copied or transposed."""
     joined = CASES[case].target in TPUS and case not in ("float32", "large heads")
-    arrays = 6 if joined else 7  # keys and values of the one layer in one array, or apart; hidden; four of slots
+    arrays = 6 if joined else 7  # keys and values of the layer joined or separate; hidden; four arrays of slots
     for name in {*FORWARD, "adjust"} & set(facts[case]):
         assert facts[case][name]["donated"] == arrays
         assert facts[case][name]["copies of pages"] == 0
@@ -92,14 +92,14 @@ def test_cache_is_updated_in_place(facts: Any, case: str) -> None:
 @needs_compilers
 @pytest.mark.parametrize(("case", "shards"), [("v5e:2x2", 4), ("odd sizes, four chips", 4), ("two gpus", 2)])
 def test_collectives_move_no_logits(facts: Any, case: str, shards: int) -> None:
-    """What is moved is hidden states, or a shard's part of them, candidates and sums: never columns of V."""
+    """Collectives move hidden states, candidates and sums, never columns of V."""
     hidden = CASES[case].changes.get("hidden_size", 64)
     known = {hidden, hidden // shards}
     for name, fact in facts[case].items():
         if name in ("adjust", "zero_state"):
             continue
         assert fact["collectives"] > 0
-        assert set(fact["axes moved"]) - known <= set(range(4 * 20 + 1)), name  # rows, and the best 20 of each shard
+        assert set(fact["axes moved"]) - known <= set(range(4 * 20 + 1)), name  # rows, and the top 20 of each shard
 
 
 @needs_compilers
@@ -111,7 +111,7 @@ def test_one_chip_has_no_collectives(facts: Any) -> None:
 @needs_compilers
 def test_four_chips_share_weights_and_cache(facts: Any) -> None:
     one, four = (facts[target]["decode_4"]["bytes"][0] for target in ("v5e:1x1", "v5e:2x2"))
-    assert four < 0.7 * one  # what a tiny model fills up with zeros keeps it from being a quarter
+    assert four < 0.7 * one  # more than a quarter because of padding
 
 
 @needs_compilers
@@ -138,18 +138,21 @@ def test_table_has_memory_work_and_verdict() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        ((str(QWEN), "--target", "b200"), "b200: not a target; there are cpu, a100, h100, v5e, v5p, v6e"),
+        ((str(QWEN), "--target", "b200"), "b200: unknown target; known: cpu, a100, h100, v5e, v5p, v6e"),
         (("examples/configs", "--target", "cpu"), "examples/configs: "),
         (("README.md", "--target", "cpu"), "README.md: "),
-        ((str(QWEN), "--target", "cpu", "--program", "decode_17"), "--program decode_17: there are decode_1, decode_2"),
+        (
+            (str(QWEN), "--target", "cpu", "--program", "decode_17"),
+            "--program decode_17: unknown; known: decode_1, decode_2",
+        ),
     ],
 )
-def test_wrong_arguments_are_one_error_line(arguments: tuple[str, ...], said: str) -> None:
+def test_wrong_arguments_are_one_error_line(arguments: tuple[str, ...], message: str) -> None:
     done = run(*arguments)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {said}")
+    assert done.stderr.startswith(f"error: {message}")
     assert done.stderr.count("\n") == 1
 
 
@@ -183,7 +186,7 @@ def test_work_of_prefill_and_score() -> None:
 
 
 def test_work_on_a_tpu_counts_no_padding() -> None:
-    """Of 576 features, 640 are stored; two heads of 64 are two of 128, keys and values, in 24 layers."""
+    """576 features are stored as 640; two heads of 64 as two of 128, for keys and values, in 24 layers."""
     config = dataclasses.replace(qwen().config, hidden_size=576)
     device: Any = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
     mesh: Any = SimpleNamespace(size=1, devices=np.array([device]))
@@ -195,7 +198,7 @@ def test_work_on_a_tpu_counts_no_padding() -> None:
 
 
 def test_ring_all_reduce_moves_twice() -> None:
-    """Each of 4 devices sends and gets 3 quarters, twice."""
+    """Each of 4 devices sends and receives three quarters, twice."""
     assert roofline._linked(4, 100) == 2 * 2 * 75
     assert roofline._linked(1, 100) == 0
 
@@ -209,7 +212,7 @@ def test_minimum_time_is_the_slowest_resource_plus_links() -> None:
 
 
 def test_chip_figures_are_plausible() -> None:
-    """A slip of a unit (Gbit for GB, TB for GB) would be a factor of 8 or 1000."""
+    """A wrong unit (Gbit for GB, TB for GB) would be a factor of 8 or 1000."""
     for chip in CHIPS.values():
         assert 10e9 < chip.memory < 200e9
         assert 0.5e12 < chip.bandwidth < 5e12

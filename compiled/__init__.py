@@ -1,1 +1,1 @@
-"""What runs: fixed shapes and the executables compiled for them. Imports model, never serve; sees no request."""
+"""The steps of a model, compiled for fixed shapes. Imports model, never serve; knows no requests."""

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from model.kernels import cpu
-from model.kernels.dispatch import by_platform
+from model.kernels.dispatch import Kernels
 from model.layers import soft_cap_in_xla
-from model.linear import matmul
+from model.linear import all_live, matmul
 from model.reduce import log_sum_exp, parts_of
-from model.sharding import WHOLE, VocabularyAxis
+from model.sharding import UNSHARDED, VocabAxis
 from model.token_logprobs import NO_ID, TokenLogprobs
 from model.transformer import Transformer
 
@@ -24,56 +24,59 @@ def token_logprobs(
     ids: Array,
     k: int,
     requested_ids: Array,
+    kernels: Kernels,
     live: Array | None = None,
-    axis: VocabularyAxis = WHOLE,
+    axis: VocabAxis = UNSHARDED,
 ) -> TokenLogprobs:
-    """The numbers of one token per row, of its k best alternatives and of the ids that it names.
+    """Log-probs and ranks of one token per row, of the k best tokens and of requested ids.
 
     Args:
         logits: [R, V] float32.
         ids: [R] int32, the token of each row.
-        k: number of alternatives.
-        requested_ids: [R, B] int32, ids of each row, then NO_ID. What an id outside the vocabulary gives means nothing.
-        live: [] int32, None = R: rows after them are padding, and what they give means nothing.
-        axis: of the logits; where each shard has a part of them, no logit leaves its shard.
+        k: number of best tokens.
+        requested_ids: [R, B] int32, padded with NO_ID; results of an id outside the vocabulary are undefined.
+        kernels: the model's.
+        live: [] int32, None = R: later rows are padding, and their results are undefined.
+        axis: V of the logits; sharded logits stay in their shards.
     """
-    live = _all_of(ids) if live is None else live
+    live = all_live(ids) if live is None else live
     with jax.named_scope("logprobs"):
         if axis.shards > 1:
             return token_logprobs_in_xla(logits, ids, requested_ids, live, k=k, axis=axis)
         on_cpu, xla = partial(cpu.token_logprobs, k=k), partial(token_logprobs_in_xla, k=k)
-        logprobs: TokenLogprobs = by_platform(logits, ids, requested_ids, live, on_cpu=on_cpu, xla=xla)
+        logprobs: TokenLogprobs = kernels.dispatch(logits, ids, requested_ids, live, on_cpu=on_cpu, xla=xla)
         return logprobs
 
 
 def head_logprobs(
     module: Transformer, hidden: Array, ids: Array, k: int, requested_ids: Array, live: Array
 ) -> TokenLogprobs:
-    """`token_logprobs` of hidden states [M, D], with no logits at all where the head's weight is packed."""
-    weight, axis = module.head_weight(), module.cut.vocabulary
+    """`token_logprobs` of hidden states [M, D], without computing full logits if the head's weight is packed."""
+    weight, axis, kernels = module.head_weight(), module.spec.parallel.vocab_axis, module.spec.kernels
     if isinstance(weight, Array) or axis.shards > 1:
-        return token_logprobs(module.logits(hidden, live), ids, k, requested_ids, live, axis)
-    cap = module.config.logit_cap
+        return token_logprobs(module.logits(hidden, live), ids, k, requested_ids, kernels, live, axis)
+    options: dict[str, Any] = {"k": k, "cap": module.config.logit_cap}
+    xla = partial(_score_in_xla, kernels=kernels, **options)
     with jax.named_scope("head"):
-        on_cpu, xla = partial(_score_on_cpu, k=k, cap=cap), partial(_score_in_xla, k=k, cap=cap)
-        logprobs: TokenLogprobs = by_platform(hidden, weight, ids, requested_ids, live, on_cpu=on_cpu, xla=xla)
+        on_cpu = partial(_score_on_cpu, **options)
+        logprobs: TokenLogprobs = kernels.dispatch(hidden, weight, ids, requested_ids, live, on_cpu=on_cpu, xla=xla)
         return logprobs
 
 
-def all_logprobs(logits: Array, live: Array | None = None, axis: VocabularyAxis = WHOLE) -> Array:
-    """Log-probs [R, V] float32 of logits [R, V] float32: for each token the bits that token_logprobs gives it."""
+def all_logprobs(logits: Array, kernels: Kernels, live: Array | None = None, axis: VocabAxis = UNSHARDED) -> Array:
+    """Log-probs [R, V] float32 of logits [R, V] float32, equal to those of `token_logprobs` to the last bit."""
     with jax.named_scope("logprobs"):
         if axis.shards > 1:
             return logits - log_sum_exp(logits, axis)[:, None]
-        live = _all_of(logits) if live is None else live
-        normalizer: Array = by_platform(logits, live, on_cpu=cpu.normalizer, xla=_normalizer_in_xla)
+        live = all_live(logits) if live is None else live
+        normalizer: Array = kernels.dispatch(logits, live, on_cpu=cpu.normalizer, xla=_normalizer_in_xla)
         return logits - normalizer[:, None]
 
 
 def token_logprobs_in_xla(
-    logits: Array, ids: Array, requested_ids: Array, live: Array, *, k: int, axis: VocabularyAxis = WHOLE
+    logits: Array, ids: Array, requested_ids: Array, live: Array, *, k: int, axis: VocabAxis = UNSHARDED
 ) -> TokenLogprobs:
-    """`token_logprobs` for any platform, as XLA compiles it."""
+    """`token_logprobs` on any platform, as XLA compiles it."""
     normalizer = _normalizer_in_xla(logits, live, axis)
     logit, rank = _logit_and_rank(logits, ids, axis)
     top_logits, top_ids = blocked_top_k(logits, k, axis)
@@ -92,49 +95,47 @@ def _score_on_cpu(hidden: Array, *arguments: Any, k: int, cap: float) -> TokenLo
     return cpu.score(hidden.astype(jnp.bfloat16), *arguments, k=k, cap=cap)
 
 
-def _score_in_xla(hidden: Array, weight: cpu.Packed, *arguments: Array, k: int, cap: float) -> TokenLogprobs:
+def _score_in_xla(
+    hidden: Array, weight: cpu.Packed, *arguments: Array, kernels: Kernels, k: int, cap: float
+) -> TokenLogprobs:
     live = arguments[-1]
-    logits = matmul(hidden, weight, live)
+    logits = matmul(hidden, weight, kernels, live)
     return token_logprobs_in_xla(soft_cap_in_xla(logits, live, cap=cap) if cap else logits, *arguments, k=k)
 
 
-def _all_of(x: Array) -> Array:
-    return jnp.asarray(x.shape[0], jnp.int32)
-
-
 def canonicalize_zero(logits: Array) -> Array:
-    """The logits with +0 for -0: the two are one value for the rank and two for a sort."""
+    """The logits with -0 replaced by +0: they are equal in a comparison, but not in a sort."""
     return jnp.where(logits == 0, 0.0, logits)
 
 
-def _normalizer_in_xla(logits: Array, live: Array, axis: VocabularyAxis = WHOLE) -> Array:
-    """What turns logits [R, V] to log-probs [R].
+def _normalizer_in_xla(logits: Array, live: Array, axis: VocabAxis = UNSHARDED) -> Array:
+    """log(sum(exp(logits))) [R] of logits [R, V].
 
-    The barrier keeps it from being computed once more, and by other code, inside each of its users.
+    The barrier prevents XLA from computing it again, by other code, inside each of its users.
     """
     del live
     normalizer: Array = jax.lax.optimization_barrier(log_sum_exp(logits, axis))
     return normalizer
 
 
-def _logit_and_rank(logits: Array, ids: Array, axis: VocabularyAxis) -> tuple[Array, Array]:
+def _logit_and_rank(logits: Array, ids: Array, axis: VocabAxis) -> tuple[Array, Array]:
     """Logit [R] and rank [R] int32 of one id per row.
 
-    The rank is 1 + #(logit > own) + #(logit == own with a lower id), by comparison over the whole vocabulary: it is
-    the token's position in a stable descending sort, for every k.
+    The rank is 1 + #(logit > x) + #(logit == x and lower id), counted over the full vocabulary: the position in a
+    stable descending sort.
     """
-    own = axis.take(logits, ids[:, None])
-    first = axis.first(logits.shape[1])
+    logit = axis.take(logits, ids[:, None])
+    first = axis.offset(logits.shape[1])
     with jax.named_scope("rank"):
         ahead = jnp.zeros((logits.shape[0], 1), jnp.int32)
         for i, part in enumerate(parts_of(logits)):
             lower = first + i * part.shape[1] + jnp.arange(part.shape[1], dtype=jnp.int32) < ids[:, None]
-            ahead = ahead + ((part > own) | ((part == own) & lower)).astype(jnp.int32)
-        return own[:, 0], 1 + axis.total(jnp.sum(ahead, axis=-1))
+            ahead = ahead + ((part > logit) | ((part == logit) & lower)).astype(jnp.int32)
+        return logit[:, 0], 1 + axis.psum(jnp.sum(ahead, axis=-1))
 
 
-def _requested_logits_and_ranks(logits: Array, ids: Array, axis: VocabularyAxis) -> tuple[Array, Array]:
-    """Logits and ranks [R, B] of ids [R, B]: one pass over the vocabulary for each id of the row that names most."""
+def _requested_logits_and_ranks(logits: Array, ids: Array, axis: VocabAxis) -> tuple[Array, Array]:
+    """Logits and ranks [R, B] of ids [R, B]: one pass over the vocabulary per id of the row that has most."""
     rounds = jnp.max(jnp.sum(ids != NO_ID, axis=1))
 
     def fill_column(column: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -153,29 +154,29 @@ def blocks_of(x: Array) -> Array:
     return padded.reshape(R, -1, BLOCK)
 
 
-def blocked_top_k(x: Array, k: int, axis: VocabularyAxis = WHOLE) -> tuple[Array, Array]:
+def blocked_top_k(x: Array, k: int, axis: VocabAxis = UNSHARDED) -> tuple[Array, Array]:
     """Exact stable top-k of x [R, V]: values and ids [R, k], best first, equal values by ascending id.
 
-    The k best values lie in the k blocks with the best maxima (equal maxima: the blocks first in order), and among
-    equal values those blocks hold the lowest ids. A plain `lax.top_k` beside other uses of the same logits becomes a
-    full sort on CPU. x must hold no NaN. -0 and +0 are one value, but two for a sort: they are made one where it looks.
-    Where V is cut, the best of all are among the best of each shard, which stay in the order of their ids.
+    The k best values are in the k blocks with the best maxima (equal maxima: the blocks first in order), and among
+    equal values those blocks hold the lowest ids. A plain `lax.top_k` next to other uses of the same logits becomes a
+    full sort on CPU. x must hold no NaN. Zeros are canonicalized before each sort.
+    If V is sharded, the best are among the best of each shard, which stay in the order of their ids.
     """
     if axis.shards > 1:
         best, best_ids = blocked_top_k(x, min(k, x.shape[1]))
-        best, best_ids = (_side_by_side(axis.each(of_each)) for of_each in (best, best_ids + axis.first(x.shape[1])))
-        best, at = jax.lax.top_k(best, k)
-        return best, jnp.take_along_axis(best_ids, at, axis=1)
+        best, best_ids = (_join_shards(axis.all_gather(part)) for part in (best, best_ids + axis.offset(x.shape[1])))
+        best, index = jax.lax.top_k(best, k)
+        return best, jnp.take_along_axis(best_ids, index, axis=1)
     blocks = blocks_of(x)
     count = min(k, blocks.shape[1])
     _, chosen = jax.lax.top_k(canonicalize_zero(blocks.max(axis=-1)), count)
-    chosen = jnp.sort(chosen, axis=-1)  # ascending, so that candidates stay in the order of their ids
+    chosen = jnp.sort(chosen, axis=-1)  # ascending, so that candidates are in the order of their ids
     candidates = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(x.shape[0], count * BLOCK)
-    values, at = jax.lax.top_k(canonicalize_zero(candidates), k)
-    ids = jnp.take_along_axis(chosen, at // BLOCK, axis=1) * BLOCK + at % BLOCK
+    values, index = jax.lax.top_k(canonicalize_zero(candidates), k)
+    ids = jnp.take_along_axis(chosen, index // BLOCK, axis=1) * BLOCK + index % BLOCK
     return values, ids.astype(jnp.int32)
 
 
-def _side_by_side(x: Array) -> Array:
+def _join_shards(x: Array) -> Array:
     """x [shards, R, k] as [R, shards * k]."""
     return x.transpose(1, 0, 2).reshape(x.shape[1], -1)

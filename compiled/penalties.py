@@ -1,6 +1,6 @@
-"""What changes logits before a choice: bias, penalties, mask. The numbers that are told never see it.
+"""Changes of logits before sampling: bias, penalties, mask. Raw log-probs are not affected.
 
-Order as in vLLM: logit_bias, repetition, frequency and presence penalty, then what may not be chosen at all.
+Order as in vLLM: logit_bias, repetition, frequency and presence penalty, mask.
 """
 
 import jax
@@ -8,52 +8,54 @@ import jax.numpy as jnp
 from jax import Array
 
 from compiled.logprobs import canonicalize_zero
-from compiled.state import Adjustment, SamplingArrays, SlotState
-from model.sharding import WHOLE, VocabularyAxis
+from compiled.state import SamplingArrays, SlotPenalties, SlotState
+from model.sharding import UNSHARDED, VocabAxis
 
 _ALL_ALLOWED = 0xFFFFFFFF
 
 
-def fill_slot(slots: SlotState, slot: Array, adjustment: Adjustment, axis: VocabularyAxis = WHOLE) -> SlotState:
-    """The slots, with bias, counts and seen of `slot` ([] int32) replaced; its last token stays."""
+def set_slot_penalties(
+    slots: SlotState, slot: Array, penalties: SlotPenalties, axis: VocabAxis = UNSHARDED
+) -> SlotState:
+    """The slots with bias, counts and seen tokens of `slot` ([] int32) replaced; its last token stays."""
     width = slots.bias.shape[1]
     return SlotState(
         tokens=slots.tokens,
-        bias=slots.bias.at[slot].set(axis.part_of(adjustment.bias, width)),
-        counts=slots.counts.at[slot].set(axis.part_of(adjustment.counts, width)),
-        seen=slots.seen.at[slot].set(axis.part_of(adjustment.seen, width)),
+        bias=slots.bias.at[slot].set(axis.shard(penalties.bias, width)),
+        counts=slots.counts.at[slot].set(axis.shard(penalties.counts, width)),
+        seen=slots.seen.at[slot].set(axis.shard(penalties.seen, width)),
     )
 
 
-def record_choice(slots: SlotState, rows: Array, tokens: Array, axis: VocabularyAxis = WHOLE) -> SlotState:
-    """The slots, after the rows in slots `rows` [R] int32 have chosen `tokens` [R] int32."""
+def record_choice(slots: SlotState, rows: Array, tokens: Array, axis: VocabAxis = UNSHARDED) -> SlotState:
+    """The slots after the rows in slots `rows` [R] int32 have chosen `tokens` [R] int32."""
     return SlotState(
         tokens=slots.tokens.at[rows].set(tokens),
         bias=slots.bias,
-        counts=slots.counts.at[rows, axis.place(tokens, slots.counts.shape[1])].add(1),
+        counts=slots.counts.at[rows, axis.local_index(tokens, slots.counts.shape[1])].add(1),
         seen=slots.seen,
     )
 
 
 def changes_logits(sampling: SamplingArrays) -> Array:
     """Whether ([] bool) adjust_logits would change any row."""
-    return jnp.any(sampling.adjusted) | jnp.any(sampling.mask != jnp.uint32(_ALL_ALLOWED))
+    return jnp.any(sampling.penalized) | jnp.any(sampling.mask != jnp.uint32(_ALL_ALLOWED))
 
 
 def adjust_logits(
-    logits: Array, sampling: SamplingArrays, slots: SlotState, rows: Array, axis: VocabularyAxis = WHOLE
+    logits: Array, sampling: SamplingArrays, slots: SlotState, rows: Array, axis: VocabAxis = UNSHARDED
 ) -> Array:
-    """Logits [R, V] float32 of rows in slots `rows` [R] int32, as they are chosen from: masked ones are -inf.
+    """Logits [R, V] float32 to sample from, of rows in slots `rows` [R] int32: masked ones are -inf.
 
-    Rows that ask for nothing keep their bits. Each case is one pass over the logits: a branch that handed them on as
-    they are would copy them.
+    Rows without penalties keep their bits. Each case is one pass over the logits: a branch that returned them unchanged
+    would copy them.
     """
 
     def penalized() -> Array:
         return _penalize(logits, sampling, slots, rows)
 
     def masked(x: Array) -> Array:
-        words = axis.part_of(sampling.mask, -(-logits.shape[1] // 32))
+        words = axis.shard(sampling.mask, -(-logits.shape[1] // 32))
         return jnp.where(_unpack(words, logits.shape[1]), x, -jnp.inf)
 
     cases = (
@@ -62,7 +64,7 @@ def adjust_logits(
         lambda: canonicalize_zero(masked(logits)),
         lambda: canonicalize_zero(masked(penalized())),
     )
-    case = jnp.any(sampling.adjusted) + 2 * jnp.any(sampling.mask != jnp.uint32(_ALL_ALLOWED))
+    case = jnp.any(sampling.penalized) + 2 * jnp.any(sampling.mask != jnp.uint32(_ALL_ALLOWED))
     adjusted: Array = jax.lax.switch(case, cases)
     return adjusted
 
@@ -75,10 +77,10 @@ def _penalize(logits: Array, sampling: SamplingArrays, slots: SlotState, rows: A
     x = jnp.where(x > 0, x / repetition, x * repetition)
     x = x - sampling.frequency[:, None] * counts
     x = x - sampling.presence[:, None] * chosen
-    return jnp.where(sampling.adjusted[:, None], x, logits)
+    return jnp.where(sampling.penalized[:, None], x, logits)
 
 
 def _unpack(words: Array, V: int) -> Array:
-    """Packed words [R, W] uint32 as [R, V] bool; bits past V are dropped."""
+    """Packed words [R, W] uint32 as [R, V] bool, without the bits past V."""
     bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     return bits.reshape(words.shape[0], -1)[:, :V] == 1

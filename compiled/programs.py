@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: every program is lowered and compiled once, kept, and called directly.
+"""Ahead-of-time compilation: every program is lowered and compiled once, at start-up, and then called directly.
 
 A `Compiled` raises TypeError on any other shape or dtype, so "no compile while serving" is a guarantee.
 """
@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,42 +14,42 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled, Lowered
 
-from compiled.program_cache import delete_entries, seal_entries
+from compiled.program_cache import delete_damaged_entries, seal_entries
 from compiled.shapes import HeadShape, SlotShape, StateShape, StepShape
 
 type Shape = StepShape | HeadShape | SlotShape | StateShape
 
 
 class UnknownShapeError(LookupError):
-    """A step was asked for in a shape that no program was compiled for."""
+    """No program was compiled for the shape of a step."""
 
 
 class RefusedError(RuntimeError):
-    """The compiler of a platform does not take a program; the message names it, with the reason."""
+    """The platform's compiler rejects a program; the message has its name and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One program to be made: a function named after its shape, and the shapes of its arguments."""
+    """A program to compile: its shape, which names it, a function, and the shapes of the arguments."""
 
     shape: Shape
     function: Callable[..., Any]
-    arguments: tuple[Any, ...]  # pytrees of jax.ShapeDtypeStruct, which say how they lie in a mesh
+    arguments: tuple[Any, ...]  # pytrees of jax.ShapeDtypeStruct with their shardings
     donate: tuple[int, ...] = ()
-    mesh: Mesh | None = None  # one program for each of its devices
-    results: Any = None  # how the results lie in the mesh: PartitionSpecs, a prefix of their tree; None: whole in each
+    mesh: Mesh | None = None  # the function runs once per device
+    result_specs: Any = None  # PartitionSpecs of the results, a prefix of their tree; None: replicated
 
     def lower(self) -> Lowered:
-        """Traces the function."""
+        """Trace and lower the function."""
         function = self.function
         if self.mesh is not None:
-            taken, given = specs_of(self.arguments), PartitionSpec() if self.results is None else self.results
-            # Not checked: the kernels' calls do not say what of their results differs between shards.
+            out_specs = PartitionSpec() if self.result_specs is None else self.result_specs
+            # check_vma: the kernels' calls do not declare which of their results differ between shards.
             function = jax.shard_map(
                 function,
                 mesh=self.mesh,
-                in_specs=taken,
-                out_specs=given,
+                in_specs=specs_of(self.arguments),
+                out_specs=out_specs,
                 check_vma=False,
             )
 
@@ -63,12 +62,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One executable and what it took to make."""
+    """An executable and the time it took to make."""
 
     shape: Shape
     compiled: Compiled
     lower_seconds: float
-    compile_seconds: float  # reading it from the persistent cache counts here
+    compile_seconds: float  # or the time to read it from the persistent cache
 
     @property
     def name(self) -> str:
@@ -77,7 +76,7 @@ class Program:
 
     @property
     def temp_bytes(self) -> int:
-        """Scratch memory of one call, arguments and results apart."""
+        """Scratch memory of one call, without arguments and results."""
         analysis = self.compiled.memory_analysis()
         return int(analysis.temp_size_in_bytes) if analysis is not None else 0
 
@@ -95,7 +94,7 @@ class Programs:
         """The program of a shape.
 
         Raises:
-            UnknownShapeError: nothing was compiled for it.
+            UnknownShapeError: none was compiled for it.
         """
         try:
             return self._programs[shape]
@@ -104,41 +103,26 @@ class Programs:
 
 
 def compile_plans(plans: Iterable[Plan], on_done: Callable[[Program], None] | None = None) -> Programs:
-    """Compiles all plans on a few threads; every failure is raised.
+    """Compile all plans on a few threads; call `on_done` from them for each program.
 
     Raises:
-        RefusedError: the platform's compiler does not take a program, for want of memory, say.
-
-    Nothing else may be compiled at the same time: it would fail on a damaged entry of the persistent cache.
+        RefusedError: the platform's compiler rejects a program, for example for lack of memory.
     """
     todo = list(plans)
     threads = min(4, os.cpu_count() or 1)
-    with _cache_errors(), ThreadPoolExecutor(max_workers=threads, thread_name_prefix="compile") as pool:
+    with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="compile") as pool:
         futures = [pool.submit(_compile, plan, on_done) for plan in todo]
         try:
             programs = Programs(future.result() for future in futures)
-            seal_entries()  # what jax has compiled on its own, too
+            seal_entries()  # also those of programs that jax compiles itself
             return programs
-        except BaseException:  # an interrupt, too, does not wait for those that have not begun
+        except BaseException:  # do not wait for plans that have not started, not even after an interrupt
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-@contextmanager
-def _cache_errors() -> Iterator[None]:
-    """A torn cache entry only warns by default and is never rewritten; as an error it can be deleted and made anew.
-
-    For programs only: where jax compiles on its own, say to pack a weight, nobody would catch the error.
-    """
-    jax.config.update("jax_raise_persistent_cache_errors", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_raise_persistent_cache_errors", False)
-
-
 def specs_of(tree: Any) -> Any:
-    """How the abstract arrays of a tree lie in their mesh; what says nothing is in every device whole."""
+    """PartitionSpecs of a tree of abstract arrays; an array without a sharding is replicated."""
 
     def spec(leaf: jax.ShapeDtypeStruct) -> PartitionSpec:
         return leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else PartitionSpec()
@@ -150,24 +134,14 @@ def _compile(plan: Plan, on_done: Callable[[Program], None] | None) -> Program:
     start = time.perf_counter()
     lowered = plan.lower()
     middle = time.perf_counter()
+    name = plan.shape.name
+    delete_damaged_entries(name)
     try:
         compiled = lowered.compile()
-    except Exception:  # noqa: BLE001 - a torn cache entry or a full disk; what is wrong with the program comes again
-        compiled = _compile_past_cache(lowered, plan.shape.name)
+    except jax.errors.JaxRuntimeError as error:
+        raise RefusedError(f"{name}: {str(error).splitlines()[0]}") from error
     program = Program(plan.shape, compiled, middle - start, time.perf_counter() - middle)
-    seal_entries(plan.shape.name)
+    seal_entries(name)
     if on_done is not None:
         on_done(program)
     return program
-
-
-def _compile_past_cache(lowered: Lowered, name: str) -> Compiled:
-    delete_entries(name)
-    try:
-        return lowered.compile()
-    except Exception:  # noqa: BLE001 - not this entry: from here on the cache may fail, which jax then warns about
-        jax.config.update("jax_raise_persistent_cache_errors", False)
-    try:
-        return lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        raise RefusedError(f"{name}: {str(error).splitlines()[0]}") from error

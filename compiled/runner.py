@@ -18,11 +18,11 @@ from compiled.programs import Plan, Program, Programs, Shape, compile_plans, spe
 from compiled.shapes import Buckets, HeadShape, SlotShape, StateShape, StepShape
 from compiled.state import (
     MAX_REQUESTED_IDS,
-    Adjustment,
     DecodeInput,
     DeviceState,
     SamplingArrays,
     ScoreInput,
+    SlotPenalties,
     SlotState,
     StepInput,
     StepOutput,
@@ -34,9 +34,9 @@ from model.transformer import BoundModel
 
 
 def state_shapes(model: BoundModel, buckets: Buckets, *, pages: int) -> DeviceState:
-    """Abstract DeviceState of a server with N `pages`, the null page included."""
-    layout, cut = model.cache_layout, model.cut
-    Z, V = buckets.slots, cut.shards * cut.local.vocab_size
+    """Abstract DeviceState of a server with N `pages`, including the null page."""
+    layout, parallel = model.cache_layout, model.parallel
+    Z, V = buckets.slots, parallel.shards * parallel.local.vocab_size
     slots = SlotState(
         tokens=_int32(Z),
         bias=jax.ShapeDtypeStruct((Z, V), jnp.float32),
@@ -48,68 +48,69 @@ def state_shapes(model: BoundModel, buckets: Buckets, *, pages: int) -> DeviceSt
         return state
     columns = PartitionSpec(None, TENSOR)
     specs = DeviceState(layout.specs(), SlotState(PartitionSpec(), columns, columns, columns))
-    return _placed(state, specs, model.mesh)
+    return _with_shardings(state, specs, model.mesh)
 
 
-def _placed[T](shapes: T, specs: T, mesh: Mesh) -> T:
-    placed: T = jax.tree.map(
+def _with_shardings[T](shapes: T, specs: T, mesh: Mesh) -> T:
+    sharded: T = jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
         shapes,
         specs,
     )
-    return placed
+    return sharded
 
 
 def make_plans(model: BoundModel, buckets: Buckets, state: DeviceState, k: int) -> list[Plan]:
-    """What has to be compiled for a model. All arguments may be abstract."""
+    """Every program of a model but the one of `state_plan`. All arguments may be abstract."""
     leaves, state = _abstract((model.leaves, state))
     V = model.config.vocab_size
     plans = [_step_plan(model, leaves, state, shape, k) for shape in buckets.steps()]
     plans += [_head_plan(model, leaves, state, shape, k) for shape in buckets.heads()]
-    adjustment = Adjustment(
+    penalties = SlotPenalties(
         bias=jax.ShapeDtypeStruct((V,), jnp.float32), counts=_int32(V), seen=jax.ShapeDtypeStruct((V,), jnp.bool_)
     )
-    adjust = partial(step.adjust, model.cut.vocabulary)
-    plans.append(Plan(SlotShape(buckets.slots), adjust, (state, _int32(), adjustment), (0,), results=specs_of(state)))
+    set_penalties = partial(step.set_penalties, model.parallel.vocab_axis)
+    arguments = (state, _int32(), penalties)
+    plans.append(Plan(SlotShape(buckets.slots), set_penalties, arguments, (0,), result_specs=specs_of(state)))
     return [replace(plan, mesh=model.mesh) for plan in plans]
 
 
 def state_plan(state: DeviceState) -> Plan:
-    """What makes a fresh state like the abstract `state`."""
+    """The program that creates an empty state like the abstract `state`."""
     shape = StateShape(state.cache.hidden.shape[0], state.slots.tokens.shape[0])
-    parts = jax.tree.map(_part, state)
-    return Plan(shape, partial(step.zero_state, parts), (), mesh=_mesh_of(state), results=specs_of(state))
+    local = jax.tree.map(_local_shape, state)
+    return Plan(shape, partial(step.zero_state, local), (), mesh=_mesh_of(state), result_specs=specs_of(state))
 
 
 def _mesh_of(state: DeviceState) -> Mesh | None:
-    placed = state.cache.hidden.sharding
-    mesh = placed.mesh if isinstance(placed, NamedSharding) else None
+    sharding = state.cache.hidden.sharding
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     return mesh if isinstance(mesh, Mesh) else None
 
 
-def _part(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """What one device holds of an array."""
-    placed = leaf.sharding
-    return jax.ShapeDtypeStruct(placed.shard_shape(leaf.shape) if placed is not None else leaf.shape, leaf.dtype)
+def _local_shape(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Shape of one device's part of an array."""
+    sharding = leaf.sharding
+    return jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape) if sharding is not None else leaf.shape, leaf.dtype)
 
 
 def _step_plan(model: BoundModel, leaves: Any, state: DeviceState, shape: StepShape, k: int) -> Plan:
     R, T, tables = shape.rows, shape.chunk, _int32(shape.rows, shape.pages)
-    results = (specs_of(state), PartitionSpec())
+    result_specs = (specs_of(state), PartitionSpec())
     if T > 1:
         chunk = StepInput(_int32(R, T), _int32(R, T), tables)
-        return Plan(shape, partial(step.prefill, model), (leaves, state, chunk), (1,), results=results)
+        return Plan(shape, partial(step.prefill, model), (leaves, state, chunk), (1,), result_specs=result_specs)
     rows = DecodeInput(_int32(R), _int32(R), tables, _int32(R), _int32(R, MAX_REQUESTED_IDS))
     sampling = _abstract(greedy_sampling(R, model.config.vocab_size))
-    return Plan(shape, partial(step.decode, model, k), (leaves, state, rows, sampling), (1,), results=results)
+    return Plan(shape, partial(step.decode, model, k), (leaves, state, rows, sampling), (1,), result_specs=result_specs)
 
 
 def _head_plan(model: BoundModel, leaves: Any, state: DeviceState, shape: HeadShape, k: int) -> Plan:
-    places = _int32(shape.rows)
-    if shape.whole:
+    rows = _int32(shape.rows)
+    if shape.full:
         columns = PartitionSpec(None, TENSOR)
-        return Plan(shape, partial(step.vocabulary, model), (leaves, state, places), results=columns)
-    tokens = ScoreInput(places, places, _int32(shape.rows, MAX_REQUESTED_IDS))
+        return Plan(shape, partial(step.full_logprobs, model), (leaves, state, rows), result_specs=columns)
+    tokens = ScoreInput(rows, rows, _int32(shape.rows, MAX_REQUESTED_IDS))
     return Plan(shape, partial(step.score, model, k), (leaves, state, tokens))
 
 
@@ -118,21 +119,21 @@ def _int32(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _abstract(tree: Any) -> Any:
-    """Shapes, dtypes and, of what lies in a mesh, where it lies."""
+    """Shapes and dtypes of a tree, and the shardings of arrays in a mesh."""
 
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:
-        placed = getattr(leaf, "sharding", None)
-        placed = placed if isinstance(placed, NamedSharding) else None
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
+        sharding = getattr(leaf, "sharding", None)
+        sharding = sharding if isinstance(sharding, NamedSharding) else None
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(shape, tree)
 
 
 class ModelRunner:
-    """Runs steps. Inputs are numpy arrays padded to a compiled shape; nothing here knows a request.
+    """Runs steps on numpy arrays padded to a compiled shape; knows no requests.
 
-    A call begins a step and returns; `read` waits. Steps run in the order of the calls. The device may read an input
-    where it lies, at any time until the step has run: an array must not be changed once it has been handed over.
+    A call dispatches a step and returns; `read` waits. Steps run in the order of the calls. The device may read an
+    input without a copy until the step has run: the caller must not modify an array after passing it.
     """
 
     def __init__(
@@ -144,14 +145,14 @@ class ModelRunner:
         max_logprobs: int,
         on_compiled: Callable[[Program], None] | None = None,
     ) -> None:
-        """Compiles every program.
+        """Compile every program.
 
         Args:
             model: weights on the device.
             buckets: the shapes.
-            pages: N, pages of the cache, the null page included.
+            pages: N, pages of the cache, including the null page.
             max_logprobs: K, alternatives per token.
-            on_compiled: told of each program when it is ready, from a compile thread.
+            on_compiled: called with each program when it is ready, from a compile thread.
         """
         self.buckets = buckets
         self.pages = pages
@@ -161,58 +162,58 @@ class ModelRunner:
         shapes = state_shapes(model, buckets, pages=pages)
         first = compile_plans([state_plan(shapes)], on_compiled)
         (zero_state,) = first
-        with ThreadPoolExecutor(1, thread_name_prefix="state") as pool:  # fresh memory takes seconds to come
+        with ThreadPoolExecutor(1, thread_name_prefix="state") as pool:  # allocating it takes seconds
             state = pool.submit(lambda: jax.block_until_ready(zero_state.compiled()))
             rest = compile_plans(make_plans(model, buckets, shapes, max_logprobs), on_compiled)
             self._state: DeviceState = state.result()
         self.programs = Programs([*first, *rest])
 
     def prefill(self, inputs: StepInput) -> Array:
-        """Begins one chunk of a row; inputs [1, T]. How many tokens it has, [] on the device: there when it is done.
+        """Dispatch one chunk of a row, inputs [1, T]; return its number of tokens, [] on the device, to wait for.
 
         Raises:
-            UnknownShapeError: no program was compiled for this size; so do all methods that take arrays.
+            UnknownShapeError: no program was compiled for this size; also raised by the other methods.
         """
         rows, chunk = inputs.tokens.shape
         compiled = self._compiled(StepShape(rows, chunk, inputs.tables.shape[1]))
         count: Array
         self._state, count = compiled(self._leaves, self._state, inputs)
-        return _on_its_way(count)
+        return _start_copy(count)
 
     def decode(self, inputs: DecodeInput, sampling: SamplingArrays) -> StepOutput:
-        """Begins one token of every row [R]; the result is on the device."""
+        """Dispatch one token of every row [R]; the result is on the device."""
         rows, pages = inputs.tables.shape
         compiled = self._compiled(StepShape(rows, 1, pages))
         output: StepOutput
         self._state, output = compiled(self._leaves, self._state, inputs, sampling)
-        return _on_its_way(output)
+        return _start_copy(output)
 
     def score(self, inputs: ScoreInput) -> TokenLogprobs:
-        """Begins a block of prompt tokens [M]; the result is on the device."""
-        compiled = self._compiled(HeadShape(len(inputs.places), whole=False))
+        """Dispatch a block of prompt tokens [M]; the result is on the device."""
+        compiled = self._compiled(HeadShape(len(inputs.cache_indices), full=False))
         logprobs: TokenLogprobs = compiled(self._leaves, self._state, inputs)
-        return _on_its_way(logprobs)
+        return _start_copy(logprobs)
 
-    def vocabulary(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Log-probs [M, V] of every token after the cached tokens in places [M]. Waits for the result."""
-        compiled = self._compiled(HeadShape(len(places), whole=True))
-        return np.asarray(compiled(self._leaves, self._state, places))[:, : self.vocab_size]
+    def full_logprobs(self, cache_indices: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Log-probs [M, V] of every token after the cached tokens at cache_indices [M]. Waits for the result."""
+        compiled = self._compiled(HeadShape(len(cache_indices), full=True))
+        return np.asarray(compiled(self._leaves, self._state, cache_indices))[:, : self.vocab_size]
 
-    def adjust(self, slot: int, adjustment: Adjustment) -> None:
-        """Begins to replace what a slot adds to its request's choices."""
+    def set_penalties(self, slot: int, penalties: SlotPenalties) -> None:
+        """Dispatch the replacement of a slot's bias, counts and seen tokens."""
         compiled = self._compiled(SlotShape(self.buckets.slots))
-        self._state = compiled(self._state, np.asarray(slot, np.int32), adjustment)
+        self._state = compiled(self._state, np.asarray(slot, np.int32), penalties)
 
     @staticmethod
     def read[T](tree: T) -> T:
-        """The same tree with numpy arrays. Waits for them."""
+        """The tree with numpy arrays. Waits for them."""
         arrays: T = jax.tree.map(np.asarray, tree)
         return arrays
 
     def reset(self) -> None:
-        """A fresh, empty state: a step that failed after donation has lost the old one, or part of it.
+        """Replace the state by an empty one: a step that fails after donation loses the old one, or part of it.
 
-        What is left of it goes first: a large cache may not fit twice.
+        The remaining arrays are deleted first: a large cache may not fit twice.
         """
         for leaf in jax.tree.leaves(self._state):
             if not leaf.is_deleted():
@@ -223,8 +224,8 @@ class ModelRunner:
         return self.programs[shape].compiled
 
 
-def _on_its_way[T](tree: T) -> T:
-    """Starts the copy to the host, so that it does not begin only when somebody reads."""
+def _start_copy[T](tree: T) -> T:
+    """Start the copy to the host now instead of at the first read."""
     for leaf in jax.tree.leaves(tree):
         leaf.copy_to_host_async()
     return tree

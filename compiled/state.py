@@ -1,4 +1,4 @@
-"""What goes into a step, what stays on the device, what comes out. Leaves are device arrays or numpy arrays alike."""
+"""Inputs and outputs of the steps, and the state that stays on the device. Leaves are jax or numpy arrays."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,25 +9,25 @@ import numpy as np
 from model.kv_cache import PagedCache
 from model.token_logprobs import NO_ID, Array, TokenLogprobs
 
-MAX_REQUESTED_IDS = 128  # B: ids whose numbers a row may ask for beside its top-k
-FROM_SLOT = -1  # as a decode row's token: the one that its slot chose last, which the host may not have read yet
+MAX_REQUESTED_IDS = 128  # B: ids per row whose log-probs a request may ask for, besides its top k
+FROM_SLOT = -1  # token of a decode row: the last one chosen in its slot, which the host may not have read yet
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class SlotState:
-    """What the device keeps of every running request. Z slots; the last one is nobody's: padding writes there."""
+    """State of every running request. Z slots; the last one belongs to no request: padding writes there."""
 
-    tokens: Array  # [Z] int32 chosen last
-    bias: Array  # [Z, V] float32 added to the logits before a choice
-    counts: Array  # [Z, V] int32 how often the request has chosen each token
-    seen: Array  # [Z, V] bool whether the token is in its prompt
+    tokens: Array  # [Z] int32 last chosen token
+    bias: Array  # [Z, V] float32 added to the logits before sampling
+    counts: Array  # [Z, V] int32 how often each token was chosen
+    seen: Array  # [Z, V] bool whether the token is in the prompt
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class DeviceState:
-    """What one step hands to the next; donated to every step that writes, so exactly one owner may hold it."""
+    """State passed from step to step; donated to every step that writes, so it has exactly one owner."""
 
     cache: PagedCache
     slots: SlotState
@@ -36,7 +36,7 @@ class DeviceState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """A chunk of one row's tokens, to be prefilled. Padding has position -1."""
+    """A chunk of one row's tokens to prefill. Padding has position -1."""
 
     tokens: Array  # [1, T] int32
     positions: Array  # [1, T] int32
@@ -51,16 +51,16 @@ class DecodeInput:
     tokens: Array  # [R] int32, or FROM_SLOT
     positions: Array  # [R] int32
     tables: Array  # [R, P] int32
-    slots: Array  # [R] int32 the row's place in SlotState
-    requested_ids: Array  # [R, B] int32 ids to be scored beside the top-k, then NO_ID
+    slots: Array  # [R] int32 the row's slot in SlotState
+    requested_ids: Array  # [R, B] int32, padded with NO_ID
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class ScoreInput:
-    """Tokens of prompts whose numbers are asked for."""
+    """Prompt tokens to score."""
 
-    places: Array  # [M] int32 where the hidden state before the token lies (page * S + offset), 0 for padding
+    cache_indices: Array  # [M] int32 `cache_index` of the hidden state before the token, 0 for padding
     targets: Array  # [M] int32 the token
     requested_ids: Array  # [M, B] int32 as in DecodeInput
 
@@ -68,26 +68,26 @@ class ScoreInput:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class SamplingArrays:
-    """How each row chooses its token."""
+    """Sampling parameters of each row."""
 
     temperature: Array  # [R] float32, 0 = greedy
     top_k: Array  # [R] int32, 0 = off
     top_p: Array  # [R] float32, 1 = off
     min_p: Array  # [R] float32, 0 = off
     seed: Array  # [R, 2] uint32
-    step: Array  # [R] uint32 tokens the row has chosen before this one
-    adjusted: Array  # [R] bool whether the slot's bias and counts, and the penalties below, apply
-    presence: Array  # [R] float32 taken from the logits of tokens chosen before, 0 = off
-    frequency: Array  # [R] float32 the same times how often, 0 = off
+    step: Array  # [R] uint32 tokens chosen before this one
+    penalized: Array  # [R] bool whether the slot's bias and counts, and the penalties below, apply
+    presence: Array  # [R] float32 subtracted from logits of tokens chosen before, 0 = off
+    frequency: Array  # [R] float32 subtracted for each time a token was chosen, 0 = off
     repetition: Array  # [R] float32 divides positive and multiplies negative logits of tokens seen or chosen, 1 = off
-    processed: Array  # [R] bool whether the numbers told are those of what is drawn from, not the raw ones
-    mask: Array  # [R, W] uint32, W = ceil(V / 32): bit i of word w is set if token 32 w + i may be chosen
+    processed: Array  # [R] bool whether log-probs are of the distribution sampled from, not of the raw one
+    mask: Array  # [R, W] uint32, W = ceil(V / 32): bit i of word w is set if token 32 w + i is allowed
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
-class Adjustment:
-    """What a request brings into its slot, where its choice is adjusted."""
+class SlotPenalties:
+    """Initial bias, counts and seen tokens of a request's slot."""
 
     bias: Array  # [V] float32
     counts: Array  # [V] int32
@@ -97,19 +97,19 @@ class Adjustment:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """Chosen tokens and their numbers; the only arrays that leave the device."""
+    """Chosen tokens and their log-probs; the only arrays that leave the device."""
 
     tokens: Array  # [R] int32
     logprobs: TokenLogprobs
 
 
 def mask_words(vocab_size: int) -> int:
-    """W: 32-bit words that hold a bit for every token."""
+    """W: number of 32-bit words with one bit per token."""
     return -(-vocab_size // 32)
 
 
 def greedy_sampling(rows: int, vocab_size: int) -> SamplingArrays:
-    """Sampling arrays (numpy) of `rows` greedy rows that may choose any token, to be filled in."""
+    """Sampling arrays (numpy) of `rows` greedy rows that may choose any token, to be modified."""
     return SamplingArrays(
         temperature=np.zeros(rows, np.float32),
         top_k=np.zeros(rows, np.int32),
@@ -117,7 +117,7 @@ def greedy_sampling(rows: int, vocab_size: int) -> SamplingArrays:
         min_p=np.zeros(rows, np.float32),
         seed=np.zeros((rows, 2), np.uint32),
         step=np.zeros(rows, np.uint32),
-        adjusted=np.zeros(rows, np.bool_),
+        penalized=np.zeros(rows, np.bool_),
         presence=np.zeros(rows, np.float32),
         frequency=np.zeros(rows, np.float32),
         repetition=np.ones(rows, np.float32),
@@ -127,5 +127,5 @@ def greedy_sampling(rows: int, vocab_size: int) -> SamplingArrays:
 
 
 def no_requested_ids(rows: int) -> Any:
-    """requested_ids [rows, B] (numpy) that ask for nothing, to be filled in."""
+    """requested_ids [rows, B] (numpy) of rows without requested ids, to be modified."""
     return np.full((rows, MAX_REQUESTED_IDS), NO_ID, np.int32)

@@ -1,6 +1,6 @@
-"""The steps that are compiled. Pure functions of arrays; `programs.py` compiles them.
+"""The steps that are compiled: pure functions of arrays.
 
-Logits never leave, but for `vocabulary`: a step returns chosen tokens and their numbers.
+Logits never leave the device, except from `full_logprobs`: a step returns chosen tokens and their log-probs.
 """
 
 import jax
@@ -9,19 +9,19 @@ from jax import Array
 
 from compiled.filters import processed_logits
 from compiled.logprobs import all_logprobs, head_logprobs, token_logprobs
-from compiled.penalties import fill_slot, record_choice
+from compiled.penalties import record_choice, set_slot_penalties
 from compiled.sampling import choose_tokens
 from compiled.state import (
-    Adjustment,
     DecodeInput,
     DeviceState,
     SamplingArrays,
     ScoreInput,
+    SlotPenalties,
     StepInput,
     StepOutput,
 )
 from model.kv_cache import NULL_PAGE, PAGE_SIZE, live_rows
-from model.sharding import VocabularyAxis
+from model.sharding import VocabAxis
 from model.token_logprobs import TokenLogprobs
 from model.transformer import BoundModel
 
@@ -29,9 +29,9 @@ type Leaves = tuple[Array, ...]
 
 
 def prefill(model: BoundModel, leaves: Leaves, state: DeviceState, step: StepInput) -> tuple[DeviceState, Array]:
-    """Stores keys, values and final hidden states of a chunk of one row's tokens ([1, T]); how many there were, [].
+    """Store keys, values and final hidden states of a chunk of one row's tokens ([1, T]); return their number, [].
 
-    The count is there to be waited for: the state goes on into the next step.
+    The caller can wait for the number; the state is donated to the next step.
     """
     _, cache = model.merge(leaves)(step.tokens, step.positions, step.tables, state.cache)
     return DeviceState(cache, state.slots), jnp.sum(step.positions >= 0, dtype=jnp.int32)
@@ -40,65 +40,65 @@ def prefill(model: BoundModel, leaves: Leaves, state: DeviceState, step: StepInp
 def decode(
     model: BoundModel, k: int, leaves: Leaves, state: DeviceState, step: DecodeInput, sampling: SamplingArrays
 ) -> tuple[DeviceState, StepOutput]:
-    """Runs one token of each row ([R]), chooses the next and leaves it in the row's slot."""
-    module, axis = model.merge(leaves), model.cut.vocabulary
+    """Run one token of each row ([R]), choose the next one and record it in the row's slot."""
+    module, axis = model.merge(leaves), model.parallel.vocab_axis
     slots = state.slots
     tokens = jnp.where(step.tokens >= 0, step.tokens, slots.tokens[step.slots])
     hidden, cache = module(tokens[:, None], step.positions[:, None], step.tables, state.cache)
-    # The barrier keeps the head apart from the layers, so that it is compiled alike in decode and score.
+    # The barrier separates the head from the layers, so that it is compiled alike in decode and score.
     live = live_rows(step.positions >= 0)
     logits = module.logits(jax.lax.optimization_barrier(hidden[:, 0]), live)
     chosen = choose_tokens(logits, sampling, slots, step.slots, axis)
 
-    def numbers(of: Array) -> TokenLogprobs:
-        return token_logprobs(of, chosen, k, step.requested_ids, live, axis)
+    def logprobs_of(logits: Array) -> TokenLogprobs:
+        return token_logprobs(logits, chosen, k, step.requested_ids, model.kernels, live, axis)
 
     def processed() -> TokenLogprobs:
-        return numbers(processed_logits(logits, chosen, sampling, slots, step.slots, axis))
+        return logprobs_of(processed_logits(logits, chosen, sampling, slots, step.slots, axis))
 
-    told = jax.lax.cond(jnp.any(sampling.processed), processed, lambda: numbers(logits))
-    # The barrier has the choice counted after the counts were read for the last time: in place, without a copy.
-    output: StepOutput = jax.lax.optimization_barrier(StepOutput(chosen, told))
+    logprobs = jax.lax.cond(jnp.any(sampling.processed), processed, lambda: logprobs_of(logits))
+    # The barrier orders the update of the counts after their last read: it is done in place, without a copy.
+    output: StepOutput = jax.lax.optimization_barrier(StepOutput(chosen, logprobs))
     return DeviceState(cache, record_choice(slots, step.slots, output.tokens, axis)), output
 
 
 def score(model: BoundModel, k: int, leaves: Leaves, state: DeviceState, step: ScoreInput) -> TokenLogprobs:
-    """The numbers of a block of prompt tokens ([M]), each after the cached token before it.
+    """Log-probs of a block of prompt tokens ([M]), each after the cached token before it.
 
     The head runs over this block alone, so no [prompt, V] array exists, however long the prompt.
     """
-    hidden = _cached_hidden(model, state, step.places)
-    return head_logprobs(model.merge(leaves), hidden, step.targets, k, step.requested_ids, _live(step.places))
+    hidden = _cached_hidden(model, state, step.cache_indices)
+    return head_logprobs(model.merge(leaves), hidden, step.targets, k, step.requested_ids, _live(step.cache_indices))
 
 
-def vocabulary(model: BoundModel, leaves: Leaves, state: DeviceState, places: Array) -> Array:
-    """Log-probs [M, V] float32 of every token after the cached tokens in `places` [M] int32."""
-    live = _live(places)
-    logits = model.merge(leaves).logits(_cached_hidden(model, state, places), live)
-    return all_logprobs(logits, live, model.cut.vocabulary)
+def full_logprobs(model: BoundModel, leaves: Leaves, state: DeviceState, cache_indices: Array) -> Array:
+    """Log-probs [M, V] float32 of every token after the cached tokens at `cache_indices` [M] int32."""
+    live = _live(cache_indices)
+    logits = model.merge(leaves).logits(_cached_hidden(model, state, cache_indices), live)
+    return all_logprobs(logits, model.kernels, live, model.parallel.vocab_axis)
 
 
-def adjust(axis: VocabularyAxis, state: DeviceState, slot: Array, adjustment: Adjustment) -> DeviceState:
-    """Replaces bias, counts and seen tokens of a slot ([] int32)."""
-    return DeviceState(state.cache, fill_slot(state.slots, slot, adjustment, axis))
+def set_penalties(axis: VocabAxis, state: DeviceState, slot: Array, penalties: SlotPenalties) -> DeviceState:
+    """Replace bias, counts and seen tokens of a slot ([] int32)."""
+    return DeviceState(state.cache, set_slot_penalties(state.slots, slot, penalties, axis))
 
 
-def _cached_hidden(model: BoundModel, state: DeviceState, places: Array) -> Array:
+def _cached_hidden(model: BoundModel, state: DeviceState, cache_indices: Array) -> Array:
     pages = state.cache.hidden
-    return model.cut.whole_hidden(pages.reshape(-1, pages.shape[-1])[places])
+    return model.parallel.gather_hidden(pages.reshape(-1, pages.shape[-1])[cache_indices])
 
 
-def _live(places: Array) -> Array:
-    """Rows [] int32 up to the last whose place is not in the null page, where padding's is."""
-    return live_rows(places >= place_of(NULL_PAGE + 1, 0))
+def _live(cache_indices: Array) -> Array:
+    """Number of rows [] int32 up to the last that is not padding, whose index is in the null page."""
+    return live_rows(cache_indices >= cache_index(NULL_PAGE + 1, 0))
 
 
-def place_of(page: int, position: int) -> int:
+def cache_index(page: int, position: int) -> int:
     """Index of a token in the flattened hidden pages."""
     return page * PAGE_SIZE + position % PAGE_SIZE
 
 
 def zero_state(shapes: DeviceState) -> DeviceState:
-    """A fresh, empty state of the given shapes."""
+    """An empty state of the given shapes."""
     state: DeviceState = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return state

@@ -1,4 +1,4 @@
-"""The one seam for attention over pages."""
+"""The seams for rotary position embedding, the write to the cache, and attention over its pages."""
 
 from functools import partial
 from typing import Any
@@ -8,14 +8,77 @@ import jax.numpy as jnp
 from jax import Array
 
 from model.kernels import cpu, gpu, tpu
-from model.kernels.dispatch import Form, by_platform
-from model.kv_cache import PAGE_SIZE, JoinedPages, LayerPages, SplitPages
+from model.kernels.dispatch import Implementation, Kernels
+from model.kv_cache import PAGE_SIZE, JoinedPages, LayerPages, SplitPages, addresses_of
+from model.rope import Rope
 
 # XLA:CPU multiplies small matrices by other code, with other last bits, than large ones: with this many query rows a
 # decode step takes the same route as a prefill chunk (measured: 18 rows differ, 24 do not; docs/design.md).
 _MIN_QUERIES = 32
-_EXACT = jax.lax.Precision.HIGHEST  # a GPU or TPU would round the operands
+_EXACT = jax.lax.Precision.HIGHEST  # otherwise a GPU or TPU rounds the operands
 _MASKED = -1e30  # finite, so that a row of padding gives no NaN
+
+
+def rotary_angles(positions: Array, head_dim: int, rope: Rope | None) -> tuple[Array, Array]:
+    """cos and sin [R, T, 1, E/2] float32 of each position, computed in float32; without a rope, of angle 0."""
+    if rope is None:
+        shape = (*positions.shape, 1, head_dim // 2)
+        return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+    frequencies = 1.0 / (rope.theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
+    if rope.divisors:
+        frequencies = frequencies / jnp.asarray(rope.divisors, jnp.float32)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if rope.scale == 1 else (cos * jnp.float32(rope.scale), sin * jnp.float32(rope.scale))
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotate the pairs (e, e + E/2) of x [R, T, heads, E] float32 by the angles of its positions."""
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def rotate_and_store(
+    heads: Array, angles: tuple[Array, Array], pages: LayerPages, tables: Array, positions: Array, kernels: Kernels
+) -> tuple[Array, LayerPages]:
+    """Rotate the queries and keys of new tokens and store their keys and values.
+
+    Args:
+        heads: [R, T, H + 2 K, E] float32: queries, keys, values.
+        angles: cos and sin of `rotary_angles`.
+        pages: the layer's.
+        tables: [R, P] int32 pages of each row in order.
+        positions: [R, T] int32, -1 for padding.
+        kernels: the model's.
+
+    Returns:
+        Queries [R, T, H, E] float32, rotated, and the updated pages.
+    """
+    if isinstance(pages, JoinedPages):
+        return rotate_and_store_in_xla(heads, *angles, pages, tables, positions)
+    arguments = (heads, *angles, pages, tables, positions)
+    stored: tuple[Array, LayerPages] = kernels.dispatch(
+        *arguments, on_cpu=_rotate_and_store_on_cpu, xla=rotate_and_store_in_xla
+    )
+    return stored
+
+
+def _rotate_and_store_on_cpu(
+    heads: Array, cos: Array, sin: Array, pages: SplitPages, tables: Array, positions: Array
+) -> tuple[Array, SplitPages]:
+    queries, keys, values = cpu.rotate_and_store(heads, cos, sin, pages.keys, pages.values, tables, positions)
+    return queries, SplitPages(keys, values)
+
+
+def rotate_and_store_in_xla(
+    heads: Array, cos: Array, sin: Array, pages: LayerPages, tables: Array, positions: Array
+) -> tuple[Array, LayerPages]:
+    """`rotate_and_store` on any platform, as XLA compiles it."""
+    K = pages.kv_heads
+    H = heads.shape[2] - 2 * K
+    keys = rotate(heads[:, :, H : H + K], cos, sin)
+    stored = pages.store(keys, heads[:, :, H + K :], addresses_of(tables, positions))
+    return rotate(heads[:, :, :H], cos, sin), stored
 
 
 def attend(
@@ -23,6 +86,7 @@ def attend(
     pages: LayerPages,
     tables: Array,
     positions: Array,
+    kernels: Kernels,
     *,
     scale: float,
     window: int = 0,
@@ -30,48 +94,48 @@ def attend(
 ) -> Array:
     """Causal attention of each query over its row's cached tokens, itself included.
 
-    In all forms the cost follows the true length, and a page adds to a query's result in the same order whether the
-    query comes from a prefill chunk or from a decode step. What the program is compiled for decides between them, not
-    the machine that compiles it.
+    In every implementation the cost follows the true length, and pages add to a query's result in the same order in a
+    prefill chunk as in a decode step.
 
     Args:
         queries: [R, T, H, E] float32, rotated.
-        pages: of the layer.
+        pages: the layer's.
         tables: [R, P] int32 pages of each row in order.
         positions: [R, T] int32, -1 for padding.
-        scale: of the scores.
-        window: how many tokens a query sees, itself included; 0 = all before it.
-        cap: cap * tanh(score / cap) stands for a score; 0 = as it is.
+        kernels: the model's.
+        scale: factor of the scores.
+        window: tokens that a query attends to, itself included; 0 = all before it.
+        cap: replaces a score by cap * tanh(score / cap); 0 = off.
 
     Returns:
-        [R, T, H * E] float32; what padding gives means nothing.
+        [R, T, H * E] float32, undefined for padding.
     """
     options: dict[str, Any] = {"scale": scale, "window": window, "cap": cap}
-    kernels = _kernels_of(pages, queries.shape, tables.shape)
-    forms = {platform: partial(form, **options) for platform, form in kernels.items()}
-    result: Array = by_platform(queries, pages, tables, positions, xla=partial(attend_in_xla, **options), **forms)
+    implementations = _kernels_for(pages, queries.shape, tables.shape) | {"xla": attend_in_xla}
+    bound = {platform: partial(implementation, **options) for platform, implementation in implementations.items()}
+    result: Array = kernels.dispatch(queries, pages, tables, positions, **bound)
     return result
 
 
-def _kernels_of(pages: LayerPages, queries: tuple[int, ...], tables: tuple[int, ...]) -> dict[str, Form]:
-    """The kernels that read such pages, as `by_platform` names their platforms."""
+def _kernels_for(pages: LayerPages, queries: tuple[int, ...], tables: tuple[int, ...]) -> dict[str, Implementation]:
+    """The kernels that read such pages, by their parameter of `Kernels.dispatch`."""
     if isinstance(pages, SplitPages):
-        on_gpu = {"on_gpu": _on_gpu} if gpu.takes(queries[3], pages.keys.dtype) else {}
-        return {"on_cpu": _on_cpu, **on_gpu}
-    return {"on_tpu": _on_tpu} if tpu.takes(queries, tables) else {}
+        on_gpu = {"on_gpu": _attend_on_gpu} if gpu.takes(queries[3], pages.keys.dtype) else {}
+        return {"on_cpu": _attend_on_cpu, **on_gpu}
+    return {"on_tpu": _attend_on_tpu} if tpu.takes(queries, tables) else {}
 
 
-def _on_cpu(queries: Array, pages: SplitPages, *arguments: Array, **options: Any) -> Array:
+def _attend_on_cpu(queries: Array, pages: SplitPages, *arguments: Array, **options: Any) -> Array:
     return cpu.attend(queries, pages.keys, pages.values, *arguments, **options)
 
 
-def _on_gpu(queries: Array, pages: SplitPages, *arguments: Array, **options: Any) -> Array:
+def _attend_on_gpu(queries: Array, pages: SplitPages, *arguments: Array, **options: Any) -> Array:
     if gpu.runs_here():
         return gpu.attend(queries, pages.keys, pages.values, *arguments, **options)
     return attend_in_xla(queries, pages, *arguments, **options)
 
 
-def _on_tpu(queries: Array, pages: JoinedPages, *arguments: Array, **options: Any) -> Array:
+def _attend_on_tpu(queries: Array, pages: JoinedPages, *arguments: Array, **options: Any) -> Array:
     return tpu.attend(queries, pages.heads, *arguments, kv_heads=pages.kv_heads, **options)
 
 
@@ -85,10 +149,10 @@ def attend_in_xla(
     window: int = 0,
     cap: float = 0.0,
 ) -> Array:
-    """`attend` for any platform, as XLA compiles it.
+    """`attend` on any platform, as XLA compiles it.
 
     Online softmax over pages in order (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"): a
-    loop over pages from the first to the last that any query sees.
+    loop over pages from the first to the last that any query attends to.
     """
     R, T, H, E = queries.shape
     K, lanes = pages.kv_heads, pages.lanes
@@ -98,8 +162,8 @@ def attend_in_xla(
     # [R, K, Q, E]: one matrix product per row and key/value head.
     q = queries.reshape(R, T, K, G, E).transpose(0, 2, 3, 1, 4).reshape(R, K, G * T, E)
     q = jnp.pad(q * jnp.float32(scale), ((0, 0), (0, 0), (0, padding), (0, lanes - E)))
-    query_at = jnp.pad(jnp.tile(positions, (1, G)), ((0, 0), (0, padding)), constant_values=-1)[:, None, :, None]
-    last_at = jnp.max(positions, axis=1, keepdims=True)  # [R, 1]
+    query_positions = jnp.pad(jnp.tile(positions, (1, G)), ((0, 0), (0, padding)), constant_values=-1)[:, None, :, None]
+    last_positions = jnp.max(positions, axis=1, keepdims=True)  # [R, 1]
 
     def page(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         best, total, out = carry
@@ -107,13 +171,13 @@ def attend_in_xla(
         scores = jnp.einsum("rkqe,rkse->rkqs", q, k, precision=_EXACT)
         if cap:
             scores = jnp.float32(cap) * jnp.tanh(scores / jnp.float32(cap))
-        key_at = i * PAGE_SIZE + jnp.arange(PAGE_SIZE, dtype=jnp.int32)
-        seen = key_at <= query_at
+        key_positions = i * PAGE_SIZE + jnp.arange(PAGE_SIZE, dtype=jnp.int32)
+        seen = key_positions <= query_positions
         if window:
-            seen &= key_at > query_at - window
+            seen &= key_positions > query_positions - window
         scores = jnp.where(seen, scores, _MASKED)
-        # A page may hold what an earlier owner left behind its end: 0 x NaN would be NaN.
-        v = jnp.where((key_at <= last_at)[:, None, :, None], v, 0.0)
+        # Past its end a page may hold values of an earlier owner: 0 x NaN would be NaN.
+        v = jnp.where((key_positions <= last_positions)[:, None, :, None], v, 0.0)
         new_best = jnp.maximum(best, scores.max(-1))
         scale = jnp.exp(best - new_best)
         p = jnp.where(seen, jnp.exp(scores - new_best[..., None]), 0.0)
@@ -130,6 +194,6 @@ def attend_in_xla(
     lowest = jnp.min(jnp.where(positions < 0, jnp.max(positions), positions))
     first = jnp.maximum(lowest - window + 1, 0) // PAGE_SIZE if window else 0
     _, total, out = jax.lax.fori_loop(first, end, page, start)
-    total = jnp.where(total > 0, total, 1.0)  # padding saw nothing
+    total = jnp.where(total > 0, total, 1.0)  # 0 for padding
     result: Array = (out / total[..., None])[:, :, : G * T, :E].reshape(R, K, G, T, E)
     return result.transpose(0, 3, 1, 2, 4).reshape(R, T, H * E)

@@ -1,7 +1,7 @@
 """The paged cache: keys, values and final hidden states of every cached token.
 
-A page holds S tokens. Page 0 is nobody's: padding writes there. A row's block table lists its pages in order, so
-token t of a row lies in page `table[t // S]` at offset `t % S`.
+A page holds S tokens. Page 0 belongs to no row: padding writes there. A row's block table lists its pages in order, so
+token t of a row is in page `table[t // S]` at offset `t % S`.
 """
 
 from dataclasses import dataclass, replace
@@ -14,18 +14,18 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from model.kernels import tpu
-from model.sharding import TENSOR, Cut
+from model.layout import PAGE_SIZE as PAGE_SIZE
+from model.sharding import TENSOR, TensorParallel
 
-PAGE_SIZE = 64  # S, tokens
 NULL_PAGE = 0
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class SplitPages:
-    """A layer's keys and values apart, head by head: what the kernels of CPU and GPU read, and XLA.
+    """A layer's keys and values in separate arrays, head by head, as XLA and the CPU and GPU kernels read them.
 
-    E' is E, or on a TPU whole lanes with zeros behind E.
+    E' is E, on a TPU padded with zeros to full lanes.
     """
 
     keys: Any  # [N, K, S, E']
@@ -41,11 +41,11 @@ class SplitPages:
         """E'."""
         return int(self.keys.shape[3])
 
-    def store(self, keys: Array, values: Array, at: "Addresses") -> "SplitPages":
-        """With keys and values [R, T, K, E] of new tokens in their places."""
+    def store(self, keys: Array, values: Array, addresses: "Addresses") -> "SplitPages":
+        """The pages with keys and values [R, T, K, E] of new tokens stored."""
         fill = ((0, 0),) * 3 + ((0, self.lanes - keys.shape[3]),)
         keys, values = jnp.pad(keys, fill), jnp.pad(values, fill)
-        return SplitPages(write_heads(self.keys, keys, at), write_heads(self.values, values, at))
+        return SplitPages(write_heads(self.keys, keys, addresses), write_heads(self.values, values, addresses))
 
     def take(self, ids: Array) -> tuple[Array, Array]:
         """Keys and values [R, K, S, E'] float32 of pages ids [R]."""
@@ -55,9 +55,9 @@ class SplitPages:
 @partial(jax.tree_util.register_dataclass, data_fields=("heads",), meta_fields=("kv_heads",))
 @dataclass(frozen=True, slots=True)
 class JoinedPages:
-    """A layer's keys and values token by token, in whole tiles of a TPU: what its ragged paged attention reads."""
+    """A layer's keys and values token by token, padded to full TPU tiles, as its ragged paged attention reads them."""
 
-    heads: Any  # [N, S, 2 K', E'], each head's keys before its values, zeros behind K heads and E elements
+    heads: Any  # [N, S, 2 K', E'], each head's keys before its values, padded with zeros
     kv_heads: int  # K
 
     @property
@@ -65,19 +65,19 @@ class JoinedPages:
         """E'."""
         return int(self.heads.shape[3])
 
-    def store(self, keys: Array, values: Array, at: "Addresses") -> "JoinedPages":
-        """With keys and values [R, T, K, E] of new tokens in their places."""
+    def store(self, keys: Array, values: Array, addresses: "Addresses") -> "JoinedPages":
+        """The pages with keys and values [R, T, K, E] of new tokens stored."""
         R, T, K, E = keys.shape
         joined = jnp.stack([keys, values], axis=3).reshape(R, T, 2 * K, E)
         joined = jnp.pad(joined, ((0, 0), (0, 0), (0, self.heads.shape[2] - 2 * K), (0, self.lanes - E))).astype(
             self.heads.dtype
         )
-        return replace(self, heads=self.heads.at[at.pages, at.offsets].set(joined, mode="drop"))
+        return replace(self, heads=self.heads.at[addresses.pages, addresses.offsets].set(joined, mode="drop"))
 
     def take(self, ids: Array) -> tuple[Array, Array]:
         """Keys and values [R, K, S, E'] float32 of pages ids [R]."""
-        own = self.heads[ids][:, :, : 2 * self.kv_heads].astype(jnp.float32).transpose(0, 2, 1, 3)
-        return own[:, 0::2], own[:, 1::2]
+        heads = self.heads[ids][:, :, : 2 * self.kv_heads].astype(jnp.float32).transpose(0, 2, 1, 3)
+        return heads[:, 0::2], heads[:, 1::2]
 
 
 type LayerPages = SplitPages | JoinedPages
@@ -86,33 +86,33 @@ type LayerPages = SplitPages | JoinedPages
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class PagedCache:
-    """Pages of all layers. Arrays of each layer apart: slicing a stacked cache would copy it."""
+    """Pages of all layers, in separate arrays per layer: slicing a stacked cache would copy it."""
 
     layers: tuple[Any, ...]  # L LayerPages
-    hidden: Any  # [N, S, D'] after the final norm, so that the head alone can score them; D' is at least D
+    hidden: Any  # [N, S, D'] after the final norm, for the head to score them later; D' is at least D
 
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """How a model's cache lies on the devices of a platform."""
+    """Shapes and sharding of a model's cache on one platform."""
 
-    cut: Cut
+    parallel: TensorParallel
     dtype: jnp.dtype
     platform: str = "cpu"  # as JAX names it: "cpu", "gpu" or "tpu"
 
     @property
     def joined(self) -> bool:
         """Whether layers have JoinedPages."""
-        return self.platform == "tpu" and tpu.reads(self.cut.local.head_dim, self.dtype)
+        return self.platform == "tpu" and tpu.reads(self.parallel.local.head_dim, self.dtype)
 
     @property
     def hidden_size(self) -> int:
         """Features of a hidden state as one shard stores it."""
-        return self._lanes(self.cut.hidden_size)
+        return self._lanes(self.parallel.hidden_size)
 
     def shape(self, pages: int) -> PagedCache:
         """The shapes of N pages over all shards, as `jax.ShapeDtypeStruct` leaves."""
-        config, shards = self.cut.local, self.cut.shards
+        config, shards = self.parallel.local, self.parallel.shards
         heads, lanes = self._stored()
         split = jax.ShapeDtypeStruct((pages, shards * heads, PAGE_SIZE, lanes), self.dtype)
         joined = jax.ShapeDtypeStruct((pages, PAGE_SIZE, shards * 2 * heads, lanes), self.dtype)
@@ -121,60 +121,60 @@ class CacheLayout:
         return PagedCache((layer,) * config.num_layers, hidden)
 
     def specs(self) -> PagedCache:
-        """How it lies in a mesh: heads and the features of hidden states are cut."""
+        """Its sharding: key/value heads and the features of hidden states are sharded."""
         split, joined = PartitionSpec(None, TENSOR), PartitionSpec(None, None, TENSOR)
         layer = self._layer(joined) if self.joined else SplitPages(split, split)
-        return PagedCache((layer,) * self.cut.local.num_layers, PartitionSpec(None, None, TENSOR))
+        return PagedCache((layer,) * self.parallel.local.num_layers, PartitionSpec(None, None, TENSOR))
 
     @property
     def bytes_per_page(self) -> int:
-        """Bytes that one page takes on each device over all layers, hidden states included."""
+        """Bytes of one page on each device: all layers and the hidden states."""
         heads, lanes = self._stored()
-        per_token = 2 * self.cut.local.num_layers * heads * lanes + self.hidden_size
+        per_token = 2 * self.parallel.local.num_layers * heads * lanes + self.hidden_size
         return PAGE_SIZE * per_token * jnp.dtype(self.dtype).itemsize
 
     def _layer(self, heads: Any) -> JoinedPages:
-        return JoinedPages(heads, self.cut.local.num_kv_heads)
+        return JoinedPages(heads, self.parallel.local.num_kv_heads)
 
     def _stored(self) -> tuple[int, int]:
-        """Key/value heads of one shard and their elements, as they are stored."""
-        K = self.cut.local.num_kv_heads
-        return tpu.kv_heads_of_tiles(K) if self.joined else K, self._lanes(self.cut.local.head_dim)
+        """Stored key/value heads of one shard, and stored elements per head."""
+        K = self.parallel.local.num_kv_heads
+        return tpu.kv_heads_of_tiles(K) if self.joined else K, self._lanes(self.parallel.local.head_dim)
 
     def _lanes(self, size: int) -> int:
-        """Whole lanes on a TPU: it would lay others out the other way round, and turn all pages round in each step."""
+        """Round up to full lanes on a TPU: it stores other sizes transposed and would transpose all pages per step."""
         return tpu.lanes_of_tiles(size) if self.platform == "tpu" else size
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where the tokens of a step live in the cache."""
+    """Cache addresses of a step's tokens."""
 
     pages: Array  # [R, T] int32 page of each token; NULL_PAGE for padding
     offsets: Array  # [R, T] int32 offset in that page
-    live: Array  # [] int32 tokens up to the last that is not padding, of all R * T in order
+    live: Array  # [] int32, of all R * T tokens in order: number up to the last that is not padding
 
 
-def addresses(tables: Array, positions: Array) -> Addresses:
-    """tables [R, P] and positions [R, T] (-1 = padding) to pages and offsets [R, T]."""
+def addresses_of(tables: Array, positions: Array) -> Addresses:
+    """Addresses of tokens, from tables [R, P] and positions [R, T], -1 = padding."""
     valid = positions >= 0
-    at = jnp.where(valid, positions, 0)
-    pages = jnp.take_along_axis(tables, at // PAGE_SIZE, axis=1)
-    return Addresses(jnp.where(valid, pages, NULL_PAGE), at % PAGE_SIZE, live_rows(valid.reshape(-1)))
+    index = jnp.where(valid, positions, 0)
+    pages = jnp.take_along_axis(tables, index // PAGE_SIZE, axis=1)
+    return Addresses(jnp.where(valid, pages, NULL_PAGE), index % PAGE_SIZE, live_rows(valid.reshape(-1)))
 
 
 def live_rows(valid: Array) -> Array:
-    """How many of the rows valid [M] bool lead up to the last valid one: [] int32."""
+    """Number of rows of valid [M] bool up to the last valid one: [] int32."""
     return jnp.max(jnp.where(valid, jnp.arange(1, valid.shape[0] + 1, dtype=jnp.int32), 0))
 
 
-def write_heads(pages: Array, heads: Array, at: Addresses) -> Array:
-    """pages [N, K, S, E] with heads [R, T, K, E] stored at their tokens' places."""
-    return pages.at[at.pages, :, at.offsets].set(heads.astype(pages.dtype), mode="drop")
+def write_heads(pages: Array, heads: Array, addresses: Addresses) -> Array:
+    """pages [N, K, S, E] with heads [R, T, K, E] stored at their tokens' addresses."""
+    return pages.at[addresses.pages, :, addresses.offsets].set(heads.astype(pages.dtype), mode="drop")
 
 
-def write_hidden(pages: Array, hidden: Array, at: Addresses) -> Array:
-    """pages [N, S, D'] with hidden [R, T, D] stored at their tokens' places, zeros behind them."""
+def write_hidden(pages: Array, hidden: Array, addresses: Addresses) -> Array:
+    """pages [N, S, D'] with hidden [R, T, D] stored at their tokens' addresses, padded with zeros."""
     hidden = jnp.pad(hidden, ((0, 0), (0, 0), (0, pages.shape[2] - hidden.shape[2])))
-    return pages.at[at.pages, at.offsets].set(hidden.astype(pages.dtype), mode="drop")
+    return pages.at[addresses.pages, addresses.offsets].set(hidden.astype(pages.dtype), mode="drop")

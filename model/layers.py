@@ -1,7 +1,7 @@
 """The blocks of a decoder layer: RMSNorm, attention, gated MLP. A family's row says which of them it has.
 
-The residual stream is float32 throughout; what enters a linear map or the cache is rounded to the model's dtype. On the
-default model in bfloat16 this takes the mean log-prob error from 0.043 to the figure in docs/design.md.
+The residual stream is float32 throughout; inputs of linear maps and of the cache are rounded to the model's dtype. On
+the default model in bfloat16 this takes the mean log-prob error from 0.043 to the figure in docs/design.md.
 """
 
 import math
@@ -13,41 +13,41 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from model.attention import attend
+from model.attention import attend, rotate_and_store
 from model.config import LayerKind
 from model.kernels import cpu
-from model.kernels.dispatch import by_platform
+from model.kernels.dispatch import Kernels
 from model.kv_cache import Addresses, LayerPages
-from model.linear import Linear
+from model.linear import Linear, ModelSpec, all_live
 from model.reduce import row_sum
-from model.rotary import rotate_and_store
-from model.sharding import Cut
+
+_FLOAT32 = jnp.dtype(jnp.float32)
 
 
 class RMSNorm(nnx.Module):
     """x / rms(x) * weight in float32 (Zhang and Sennrich 2019), rounded to dtype. Weight [D] float32.
 
-    Where D is cut over shards (`over`, its letter in a cut), the mean is of all of them.
+    `sharded_axis` is the letter of D if D is sharded: the mean is then over all shards.
     """
 
-    def __init__(self, size: int, epsilon: float, dtype: jnp.dtype, *, over: tuple[Cut, str] | None = None) -> None:
+    def __init__(self, size: int, spec: ModelSpec, dtype: jnp.dtype, *, sharded_axis: str | None = None) -> None:
         self.weight = nnx.Param(jnp.zeros((size,), jnp.float32))
-        self.epsilon = epsilon
+        self.epsilon = spec.parallel.config.rms_norm_eps
         self.dtype = dtype
-        self.over = over
+        self.kernels = spec.kernels
+        self.sharded = None if sharded_axis is None else (spec.parallel, sharded_axis)
 
     def __call__(self, x: Array, live: Array | None = None) -> Array:
         """x [..., D] float32 -> [..., D]; `live` as in Linear."""
-        rows = x.reshape(-1, x.shape[-1])
-        if self.over is not None:
-            cut, letter = self.over
-            mean = cut.total(row_sum(rows * rows))[:, None] / cut.count(letter)
-            return _scaled(rows, mean, self.weight.get_value(), self.epsilon).astype(self.dtype).reshape(x.shape)
-        live = _all_of(rows) if live is None else live
-        y: Array = by_platform(
+        rows, weight = x.reshape(-1, x.shape[-1]), self.weight.get_value()
+        if self.sharded is not None:
+            parallel, axis = self.sharded
+            mean_square = parallel.psum(row_sum(rows * rows))[:, None] / parallel.count(axis)
+            return _normalize(rows, mean_square, weight, self.epsilon).astype(self.dtype).reshape(x.shape)
+        y: Array = self.kernels.dispatch(
             rows,
-            self.weight.get_value(),
-            live,
+            weight,
+            all_live(rows) if live is None else live,
             on_cpu=partial(cpu.rms_norm, epsilon=self.epsilon, dtype=self.dtype),
             xla=partial(rms_norm_in_xla, epsilon=self.epsilon, dtype=self.dtype),
         )
@@ -55,34 +55,34 @@ class RMSNorm(nnx.Module):
 
 
 def rms_norm_in_xla(x: Array, weight: Array, live: Array, *, epsilon: float, dtype: DTypeLike) -> Array:
-    """RMSNorm of x [M, D] for any platform; what rows from `live` on give means nothing."""
+    """RMSNorm of x [M, D] on any platform; results of rows from `live` on are undefined."""
     del live
-    return _scaled(x, row_sum(x * x)[:, None] / x.shape[1], weight, epsilon).astype(dtype)
+    return _normalize(x, row_sum(x * x)[:, None] / x.shape[1], weight, epsilon).astype(dtype)
 
 
-def _scaled(x: Array, mean: Array, weight: Array, epsilon: float) -> Array:
-    return x * jax.lax.rsqrt(mean + jnp.float32(epsilon)) * weight
+def _normalize(x: Array, mean_square: Array, weight: Array, epsilon: float) -> Array:
+    return x * jax.lax.rsqrt(mean_square + jnp.float32(epsilon)) * weight
 
 
-def gated(gate_up: Array, live: Array | None, activation: str, dtype: jnp.dtype) -> Array:
+def gated(gate_up: Array, live: Array | None, activation: str, dtype: jnp.dtype, kernels: Kernels) -> Array:
     """activation(gate) * up of gate_up [M, 2 F] float32, gate first: [M, F], rounded to dtype; `live` as in Linear."""
-    live = _all_of(gate_up) if live is None else live
+    live = all_live(gate_up) if live is None else live
     on_cpu, xla = (cpu.swiglu, swiglu_in_xla) if activation == "silu" else (cpu.geglu, geglu_in_xla)
-    y: Array = by_platform(gate_up, live, on_cpu=partial(on_cpu, dtype=dtype), xla=partial(xla, dtype=dtype))
+    y: Array = kernels.dispatch(gate_up, live, on_cpu=partial(on_cpu, dtype=dtype), xla=partial(xla, dtype=dtype))
     return y
 
 
 def swiglu_in_xla(gate_up: Array, live: Array, *, dtype: DTypeLike) -> Array:
-    """silu(gate) * up for any platform; what rows from `live` on give means nothing."""
+    """silu(gate) * up on any platform; results of rows from `live` on are undefined."""
     del live
     gate, up = jnp.split(gate_up, 2, axis=-1)
     return (jax.nn.silu(gate) * up).astype(dtype)
 
 
 def geglu_in_xla(gate_up: Array, live: Array, *, dtype: DTypeLike) -> Array:
-    """gelu(gate) * up for any platform, gelu by its approximation with tanh; as `swiglu_in_xla`.
+    """gelu(gate) * up on any platform, gelu by its tanh approximation; as `swiglu_in_xla`.
 
-    (1 + tanh(u)) / 2 is written as sigmoid(2 u), which keeps its digits where it is small.
+    (1 + tanh(u)) / 2 is written as sigmoid(2 u), which is accurate where it is small.
     """
     del live
     gate, up = jnp.split(gate_up, 2, axis=-1)
@@ -90,43 +90,47 @@ def geglu_in_xla(gate_up: Array, live: Array, *, dtype: DTypeLike) -> Array:
     return (gate * share * up).astype(dtype)
 
 
-def soft_cap(x: Array, live: Array | None, cap: float) -> Array:
-    """cap * tanh(x / cap) of x [M, N] float32, or x where cap is 0; `live` as in Linear."""
+def soft_cap(x: Array, live: Array | None, cap: float, kernels: Kernels) -> Array:
+    """cap * tanh(x / cap) of x [M, N] float32, or x if cap is 0; `live` as in Linear."""
     if not cap:
         return x
-    live = _all_of(x) if live is None else live
-    y: Array = by_platform(x, live, on_cpu=partial(cpu.soft_cap, cap=cap), xla=partial(soft_cap_in_xla, cap=cap))
+    live = all_live(x) if live is None else live
+    y: Array = kernels.dispatch(x, live, on_cpu=partial(cpu.soft_cap, cap=cap), xla=partial(soft_cap_in_xla, cap=cap))
     return y
 
 
 def soft_cap_in_xla(x: Array, live: Array, *, cap: float) -> Array:
-    """`soft_cap` for any platform."""
+    """`soft_cap` on any platform."""
     del live
     return jnp.float32(cap) * jnp.tanh(x / jnp.float32(cap))
 
 
-def _all_of(x: Array) -> Array:
-    return jnp.asarray(x.shape[0], jnp.int32)
-
-
-# Letters of the sizes over which queries and keys are normed.
-_NORMED: dict[str, tuple[str | None, str | None]] = {"none": (None, None), "head": ("E", "E"), "whole": ("Q", "KV")}
+# Letters of the sizes over which queries and keys are normalized.
+_QK_NORM_AXES: dict[str, tuple[str | None, str | None]] = {
+    "none": (None, None),
+    "head": ("E", "E"),
+    "whole": ("Q", "KV"),
+}
 
 
 class Attention(nnx.Module):
     """Grouped-query attention with q, k and v in one product."""
 
-    def __init__(self, cut: Cut, kind: LayerKind, dtype: jnp.dtype) -> None:
-        config = cut.local
+    def __init__(self, spec: ModelSpec, kind: LayerKind) -> None:
+        parallel = spec.parallel
+        config = parallel.local
         dims, traits = config.dims(), config.traits
         self.config = config
         self.kind = kind
-        self.qkv = Linear(dims["QKV"], dims["D"], dtype, bias=traits.qkv_bias)
-        self.q_norm, self.k_norm = (
-            None if of is None else RMSNorm(dims[of], config.rms_norm_eps, jnp.dtype(jnp.float32), over=_over(cut, of))
-            for of in _NORMED[traits.qk_norm]
-        )
-        self.out = Linear(dims["D"], dims["Q"], dtype, summed=_summed(cut))
+        self.kernels = spec.kernels
+        self.qkv = Linear(dims["QKV"], dims["D"], spec, bias=traits.qkv_bias)
+
+        def qk_norm(axis: str | None) -> RMSNorm | None:
+            is_sharded = parallel.shards > 1 and axis != "E"
+            return RMSNorm(dims[axis], spec, _FLOAT32, sharded_axis=axis if is_sharded else None) if axis else None
+
+        self.q_norm, self.k_norm = map(qk_norm, _QK_NORM_AXES[traits.qk_norm])
+        self.out = Linear(dims["D"], dims["Q"], spec, psum=True)
 
     def __call__(
         self,
@@ -135,21 +139,22 @@ class Attention(nnx.Module):
         angles: tuple[Array, Array],
         pages: LayerPages,
         tables: Array,
-        at: Addresses,
+        addresses: Addresses,
     ) -> tuple[Array, LayerPages]:
         """x [R, T, D] -> [R, T, D] and this layer's pages with the new tokens stored."""
-        queries, pages = rotate_and_store(self.heads(x, at.live), angles, pages, tables, positions)
-        config = self.config
-        seen = attend(
+        config, kernels, live = self.config, self.kernels, addresses.live
+        queries, pages = rotate_and_store(self.heads(x, live), angles, pages, tables, positions, kernels)
+        context = attend(
             queries,
             pages,
             tables,
             positions,
+            kernels,
             scale=config.attention_scale,
             window=self.kind.window,
             cap=config.attention_cap,
         )
-        return self.out(seen, at.live), pages
+        return self.out(context, live), pages
 
     def heads(self, x: Array, live: Array | None = None) -> Array:
         """x [R, T, D] -> queries, keys and values [R, T, H + 2 K, E] float32, not rotated; `live` as in Linear."""
@@ -159,19 +164,11 @@ class Attention(nnx.Module):
         if self.q_norm is None or self.k_norm is None:
             return heads
         q, k, v = jnp.split(heads, (H, H + K), axis=2)
-        return jnp.concatenate([_normed(q, self.q_norm, live), _normed(k, self.k_norm, live), v], axis=2)
+        return jnp.concatenate([_norm_heads(q, self.q_norm, live), _norm_heads(k, self.k_norm, live), v], axis=2)
 
 
-def _over(cut: Cut, letter: str) -> tuple[Cut, str] | None:
-    return (cut, letter) if cut.shards > 1 and letter != "E" else None
-
-
-def _summed(cut: Cut) -> Cut | None:
-    return cut if cut.shards > 1 else None
-
-
-def _normed(heads: Array, norm: RMSNorm, live: Array | None) -> Array:
-    """heads [R, T, h, E], normed one by one or all of a token as one: as many elements as the norm has weights."""
+def _norm_heads(heads: Array, norm: RMSNorm, live: Array | None) -> Array:
+    """Normalize heads [R, T, h, E] one by one, or all heads of a token together: as many elements as `norm` has."""
     R, T, h, E = heads.shape
     rows = heads.reshape(-1, norm.weight.get_value().shape[0])
     per_token = rows.shape[0] // (R * T)
@@ -181,36 +178,38 @@ def _normed(heads: Array, norm: RMSNorm, live: Array | None) -> Array:
 class MLP(nnx.Module):
     """A gated MLP (Shazeer 2020) with gate and up in one product."""
 
-    def __init__(self, cut: Cut, dtype: jnp.dtype) -> None:
-        config = cut.local
-        self.gate_up = Linear(2 * config.intermediate_size, config.hidden_size, dtype)
+    def __init__(self, spec: ModelSpec) -> None:
+        config = spec.parallel.local
+        self.gate_up = Linear(2 * config.intermediate_size, config.hidden_size, spec)
         self.activation = config.traits.activation
-        self.dtype = dtype
-        self.down = Linear(config.hidden_size, config.intermediate_size, dtype, summed=_summed(cut))
+        self.dtype = spec.dtype
+        self.kernels = spec.kernels
+        self.down = Linear(config.hidden_size, config.intermediate_size, spec, psum=True)
 
     def __call__(self, x: Array, live: Array | None = None) -> Array:
         """x [R, T, D] -> [R, T, D]; `live` as in Linear."""
         gate_up = self.gate_up(x, live)
-        hidden = gated(gate_up.reshape(-1, gate_up.shape[-1]), live, self.activation, self.dtype)
+        hidden = gated(gate_up.reshape(-1, gate_up.shape[-1]), live, self.activation, self.dtype, self.kernels)
         return self.down(hidden.reshape(*x.shape[:-1], -1), live)
 
 
 class Layer(nnx.Module):
-    """One decoder layer: x + attention(x), then x + mlp(x), with norms before or after either, or both."""
+    """One decoder layer: x + attention(x), then x + mlp(x), each with a norm before it, after it, or both."""
 
-    def __init__(self, cut: Cut, kind: LayerKind, dtype: jnp.dtype) -> None:
-        config = cut.whole
+    def __init__(self, spec: ModelSpec, kind: LayerKind) -> None:
+        config = spec.parallel.config
+        traits = config.traits
 
-        def norm(wanted: bool, of: jnp.dtype) -> RMSNorm | None:
-            return RMSNorm(config.hidden_size, config.rms_norm_eps, of) if wanted else None
+        def norm(exists: bool, dtype: jnp.dtype) -> RMSNorm | None:
+            return RMSNorm(config.hidden_size, spec, dtype) if exists else None
 
-        traits, whole = config.traits, jnp.dtype(jnp.float32)  # of what is added to the residual stream
-        self.attention_norm = norm(traits.pre_norm, dtype)
-        self.attention = Attention(cut, kind, dtype)
-        self.attention_post_norm = norm(traits.post_norm, whole)
-        self.mlp_norm = norm(traits.pre_norm, dtype)
-        self.mlp = MLP(cut, dtype)
-        self.mlp_post_norm = norm(traits.post_norm, whole)
+        # The output of a post-norm is added to the residual stream, which is float32.
+        self.attention_norm = norm(traits.pre_norm, spec.dtype)
+        self.attention = Attention(spec, kind)
+        self.attention_post_norm = norm(traits.post_norm, _FLOAT32)
+        self.mlp_norm = norm(traits.pre_norm, spec.dtype)
+        self.mlp = MLP(spec)
+        self.mlp_post_norm = norm(traits.post_norm, _FLOAT32)
 
     def __call__(
         self,
@@ -219,16 +218,18 @@ class Layer(nnx.Module):
         angles: tuple[Array, Array],
         pages: LayerPages,
         tables: Array,
-        at: Addresses,
+        addresses: Addresses,
     ) -> tuple[Array, LayerPages]:
         """x [R, T, D] -> [R, T, D] and this layer's pages with the new tokens stored."""
+        live = addresses.live
         with jax.named_scope("attention"):
-            y, pages = self.attention(_maybe(self.attention_norm, x, at), positions, angles, pages, tables, at)
-            x = x + _maybe(self.attention_post_norm, y, at)
+            normed = _apply(self.attention_norm, x, live)
+            y, pages = self.attention(normed, positions, angles, pages, tables, addresses)
+            x = x + _apply(self.attention_post_norm, y, live)
         with jax.named_scope("mlp"):
-            y = self.mlp(_maybe(self.mlp_norm, x, at), at.live)
-            return x + _maybe(self.mlp_post_norm, y, at), pages
+            y = self.mlp(_apply(self.mlp_norm, x, live), live)
+            return x + _apply(self.mlp_post_norm, y, live), pages
 
 
-def _maybe(norm: RMSNorm | None, x: Array, at: Addresses) -> Array:
-    return x if norm is None else norm(x, at.live)
+def _apply(norm: RMSNorm | None, x: Array, live: Array) -> Array:
+    return x if norm is None else norm(x, live)

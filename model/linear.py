@@ -1,41 +1,49 @@
 """The one seam for weights: a linear map whose weight is plain or packed for a kernel."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from model.kernels import cpu
-from model.kernels.dispatch import by_platform
-from model.sharding import Cut
+from model.kernels.dispatch import Kernels
+from model.layout import COLUMN_BLOCK
+from model.sharding import TensorParallel
 
-# XLA:CPU has no fast path for a one-row bf16 product (1.4 GB/s against 13, docs/design.md), and one row would also
-# take another route, with other last bits, than many rows do.
+# XLA:CPU has no fast path for a one-row bf16 product (1.4 GB/s against 13, docs/design.md), and computes one row by
+# other code, with other last bits, than many rows.
 MIN_ROWS = 2
-_BLOCKS = 64  # of 32 rows of a packed weight that an accelerator unpacks at once
+_BLOCKS = 64  # column blocks of a packed weight that an accelerator unpacks at once
 
 type Weight = Array | cpu.Packed
 
 
-def matmul(x: Array, weight: Weight, live: Array | None = None) -> Array:
-    """x [M, K] times weight [N, K] transposed: [M, N] float32; x is rounded to the weight's dtype first.
+def matmul(x: Array, weight: Weight, kernels: Kernels, live: Array | None = None) -> Array:
+    """x [M, K] times weight [N, K] transposed: [M, N] float32.
 
-    To bfloat16 for an int8 weight. Rows from `live` ([] int32, None = M) on are padding: what they give means nothing,
-    and the kernel leaves them out.
+    x is first rounded to the weight's dtype, to bfloat16 for an int8 weight. Rows from `live` ([] int32, None = M) on
+    are padding: their results are undefined, and the kernel skips them.
     """
     if isinstance(weight, Array):
         return _dot(x.astype(weight.dtype), weight)
-    live = jnp.asarray(x.shape[0], jnp.int32) if live is None else live
-    y: Array = by_platform(
+    live = all_live(x) if live is None else live
+    y: Array = kernels.dispatch(
         x.astype(jnp.bfloat16),
         weight,
         live,
         on_cpu=_in_kernel,
         on_gpu=_by_blocks,
         on_tpu=_by_blocks,
-        xla=_unpacked_in_xla,
+        xla=_unpacked,
     )
     return y
+
+
+def all_live(x: Array) -> Array:
+    """The number of rows of x as `live`: none of them is padding."""
+    return jnp.asarray(x.shape[0], jnp.int32)
 
 
 def take_rows(weight: Weight, ids: Array) -> Array:
@@ -48,7 +56,7 @@ def _dot(x: Array, weight: Array) -> Array:
     rows = x.shape[0]
     if rows < MIN_ROWS:
         x = jnp.pad(x, ((0, MIN_ROWS - rows), (0, 0)))
-    # Products of bfloat16 are exact in float32; those of float32 would be of rounded operands on a GPU or TPU.
+    # Products of bfloat16 are exact in float32; a GPU or TPU would round the operands of float32 products.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     y = jax.lax.dot_general(
         x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
@@ -60,10 +68,10 @@ def _in_kernel(x: Array, weight: cpu.Packed, live: Array) -> Array:
     return cpu.linear(x, weight, live=live)
 
 
-def _unpacked_in_xla(x: Array, weight: cpu.Packed, live: Array) -> Array:
-    """The same for any platform: the weight is unpacked in each call, which is slow, but no number is rounded.
+def _unpacked(x: Array, weight: cpu.Packed, live: Array) -> Array:
+    """The product on any platform: unpacks the weight in each call, which is slow but rounds nothing.
 
-    To [N, K], not by its blocks: a product of another layout would have other last bits for one row than for many.
+    To [N, K], not block by block: a product of another layout would have other last bits for one row than for many.
     """
     del live
     unpacked = cpu.unpack(weight)
@@ -71,41 +79,48 @@ def _unpacked_in_xla(x: Array, weight: cpu.Packed, live: Array) -> Array:
 
 
 def _by_blocks(x: Array, weight: cpu.Packed, live: Array) -> Array:
-    """The same for an accelerator, some rows of the weight at a time: all in float32 would take too much memory."""
+    """The product on an accelerator, some column blocks at a time: all in float32 would take too much memory."""
     del live
     arrays = cpu.arrays_of(weight)
     blocks = arrays[0].shape[0]
     width = min(_BLOCKS, blocks)
 
-    def one(i: Array, y: Array) -> Array:
-        start = jnp.minimum(i * width, blocks - width)  # the last ones may be computed twice
+    def add_blocks(i: Array, y: Array) -> Array:
+        start = jnp.minimum(i * width, blocks - width)  # the last blocks may be computed twice
         parts = tuple(jax.lax.dynamic_slice_in_dim(array, start, width) for array in arrays)
-        part = cpu.unpack(cpu.like(weight, parts, width * cpu.COLUMNS))
-        return jax.lax.dynamic_update_slice_in_dim(y, _dot(x.astype(part.dtype), part), start * cpu.COLUMNS, axis=1)
+        part = cpu.unpack(cpu.like(weight, parts, width * COLUMN_BLOCK))
+        return jax.lax.dynamic_update_slice_in_dim(y, _dot(x.astype(part.dtype), part), start * COLUMN_BLOCK, axis=1)
 
-    empty = jnp.zeros((x.shape[0], blocks * cpu.COLUMNS), jnp.float32)
-    y: Array = jax.lax.fori_loop(0, -(-blocks // width), one, empty)
+    empty = jnp.zeros((x.shape[0], blocks * COLUMN_BLOCK), jnp.float32)
+    y: Array = jax.lax.fori_loop(0, -(-blocks // width), add_blocks, empty)
     return y[:, : weight.n]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What all modules of a model share."""
+
+    parallel: TensorParallel
+    dtype: jnp.dtype  # of matrices and cache
+    kernels: Kernels
 
 
 class Linear(nnx.Module):
     """y = x W^T (+ b): weight [N, K] in the model's dtype, bias [N] float32.
 
-    Where K is cut over shards (`summed`), each has a part of every sum, and gets the whole of them.
+    With `psum`, K is sharded: each shard computes a part of every sum, and the parts are added over the shards.
     """
 
-    def __init__(self, n: int, k: int, dtype: jnp.dtype, *, bias: bool = False, summed: Cut | None = None) -> None:
-        self.weight = nnx.Param(jnp.zeros((n, k), dtype))
+    def __init__(self, n: int, k: int, spec: ModelSpec, *, bias: bool = False, psum: bool = False) -> None:
+        self.weight = nnx.Param(jnp.zeros((n, k), spec.dtype))
         self.bias = nnx.Param(jnp.zeros((n,), jnp.float32)) if bias else None
-        self.summed = summed
+        self.kernels = spec.kernels
+        self.summed_over = spec.parallel if psum and spec.parallel.shards > 1 else None
 
     def __call__(self, x: Array, live: Array | None = None) -> Array:
-        """x [..., K] -> [..., N] float32: the sums are not rounded, so the residual stream keeps them whole.
-
-        `live` as in matmul, of the leading axes taken as one.
-        """
-        y = matmul(x.reshape(-1, x.shape[-1]), self.weight.get_value(), live)
-        y = y if self.summed is None else self.summed.total(y)
+        """x [..., K] -> [..., N] float32, not rounded to the model's dtype; `live` as in matmul, of the flat rows."""
+        y = matmul(x.reshape(-1, x.shape[-1]), self.weight.get_value(), self.kernels, live)
+        y = y if self.summed_over is None else self.summed_over.psum(y)
         if self.bias is not None:
             y = y + self.bias.get_value()
         return y.reshape(*x.shape[:-1], y.shape[-1])

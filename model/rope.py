@@ -1,6 +1,6 @@
-"""Rope: the angles of rotary position embedding (Su et al. 2021), and the ways to stretch them to longer contexts.
+"""Rope: the angles of rotary position embedding (Su et al. 2021), and how they are stretched to longer contexts.
 
-Each way is told as what the frequencies 1 / theta^(2e/E) are divided by. Sources: the code published with Llama 3.1
+Each method gives divisors of the frequencies 1 / theta^(2e/E). Sources: the code published with Llama 3.1
 ("llama3"), Chen et al. 2023 ("linear"), Peng et al. 2023 ("yarn"), Ding et al. 2024 ("longrope"). Parameters have the
 names of Hugging Face's `rope_parameters`.
 """
@@ -12,16 +12,16 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Angles of one kind of layer. Hashable, so it can be static to a traced function."""
+    """Angles of one kind of layer. Hashable, so it can be a static argument."""
 
     theta: float
     divisors: tuple[float, ...] = ()  # of the E/2 frequencies; empty: all 1
     scale: float = 1.0  # of cosines and sines
-    long_divisors: tuple[float, ...] = ()  # instead, where a server takes more than `short_length` tokens
+    long_divisors: tuple[float, ...] = ()  # used instead if requests may be longer than `short_length` tokens
     short_length: int = 0
 
     def for_length(self, tokens: int) -> Self:
-        """The angles of a server whose requests have up to so many tokens."""
+        """The angles of a server whose requests have up to `tokens` tokens."""
         if not self.long_divisors:
             return self
         divisors = self.long_divisors if tokens > self.short_length else self.divisors
@@ -29,14 +29,14 @@ class Rope:
 
 
 def frequencies(theta: float, head_dim: int) -> list[float]:
-    """Radians a token of each pair of a head's elements: [E/2]."""
+    """Radians per token of each pair of a head's elements: [E/2]."""
     return [theta ** (-2 * e / head_dim) for e in range(head_dim // 2)]
 
 
 def llama3_divisors(
     theta: float, head_dim: int, *, factor: float, low: float, high: float, original: int
 ) -> tuple[float, ...]:
-    """Long waves are stretched by `factor`, short ones are left, those between by a mixture.
+    """Stretch long waves by `factor`, keep short ones, interpolate between them.
 
     Args:
         low, high: a wave is long if it fits fewer than `low` times into `original` tokens, short from `high` times on.
@@ -44,20 +44,20 @@ def llama3_divisors(
     divisors = []
     for frequency in frequencies(theta, head_dim):
         turns = original * frequency / (2 * math.pi)
-        kept = min(1.0, max(0.0, (turns - low) / (high - low)))
-        divisors.append(1 / ((1 - kept) / factor + kept))
+        share = min(1.0, max(0.0, (turns - low) / (high - low)))
+        divisors.append(1 / ((1 - share) / factor + share))
     return tuple(divisors)
 
 
 def yarn_divisors(
     theta: float, head_dim: int, *, factor: float, fast: float, slow: float, original: int, truncate: bool
 ) -> tuple[float, ...]:
-    """Pairs that turn more than `fast` times in `original` tokens are left, fewer than `slow` times stretched."""
+    """Keep pairs that turn more than `fast` times in `original` tokens, stretch those below `slow` times."""
 
-    def pair_that_turns(times: float) -> float:
+    def pair_index(times: float) -> float:
         return head_dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-    first, last = pair_that_turns(fast), pair_that_turns(slow)
+    first, last = pair_index(fast), pair_index(slow)
     if truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
@@ -67,10 +67,10 @@ def yarn_divisors(
 
 
 def yarn_scale(factor: float, share: float = 1.0) -> float:
-    """What YaRN multiplies cosines and sines by."""
+    """YaRN's factor of cosines and sines."""
     return 0.1 * share * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def longrope_scale(factor: float, original: int) -> float:
-    """What LongRoPE multiplies cosines and sines by, for a context of factor x original tokens."""
+    """LongRoPE's factor of cosines and sines, for a context of factor x original tokens."""
     return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0

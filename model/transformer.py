@@ -1,7 +1,7 @@
 """Transformer: embed -> layers -> final hidden states; the head is separate, so that hidden states can be scored later.
 
 Flax NNX only defines the modules. At load the abstract module is split once into a graph definition and flat leaves;
-a step merges them again while it is traced.
+tracing a step merges them again.
 """
 
 import math
@@ -15,22 +15,23 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
+from model.attention import rotary_angles
 from model.config import ModelConfig
-from model.kv_cache import CacheLayout, PagedCache, addresses, write_hidden
+from model.kernels.dispatch import Kernels
+from model.kv_cache import CacheLayout, PagedCache, addresses_of, write_hidden
 from model.layers import Layer, RMSNorm, soft_cap
-from model.linear import Linear, Weight, matmul, take_rows
-from model.rotary import rotary_angles
-from model.sharding import Cut
+from model.linear import Linear, ModelSpec, Weight, matmul, take_rows
+from model.sharding import TensorParallel
 
 
 class Embedding(nnx.Module):
-    """Token embeddings [V, D], which are also the head's weight where the two are tied."""
+    """Token embeddings [V, D]; also the head's weight if the two are tied."""
 
-    def __init__(self, cut: Cut, dtype: jnp.dtype) -> None:
-        config = cut.local
-        self.weight = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), dtype))
+    def __init__(self, spec: ModelSpec) -> None:
+        config = spec.parallel.local
+        self.weight = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), spec.dtype))
         self.scale = math.sqrt(config.hidden_size) if config.traits.scaled_embedding else 1.0
-        self.cut = cut
+        self.parallel = spec.parallel
 
     def __call__(self, tokens: Array) -> Array:
         """tokens [R, T] int32 -> [R, T, D] float32."""
@@ -40,19 +41,19 @@ class Embedding(nnx.Module):
 
     def _rows(self, tokens: Array) -> Array:
         """tokens [M] -> [M, D] float32. Each token's row is in one shard."""
-        width = self.cut.local.vocab_size
-        at = self.cut.vocabulary.place(tokens, width)
-        if self.cut.shards == 1:
-            return take_rows(self.weight.get_value(), at).astype(jnp.float32)
-        rows = take_rows(self.weight.get_value(), jnp.minimum(at, width - 1)).astype(jnp.float32)
-        return self.cut.total(jnp.where((at < width)[:, None], rows, 0.0))
+        weight = self.weight.get_value()
+        if self.parallel.shards == 1:
+            return take_rows(weight, tokens).astype(jnp.float32)
+        width = self.parallel.local.vocab_size
+        index = self.parallel.vocab_axis.local_index(tokens, width)
+        rows = take_rows(weight, jnp.minimum(index, width - 1)).astype(jnp.float32)
+        return self.parallel.psum(jnp.where((index < width)[:, None], rows, 0.0))
 
 
 def traced_once[T](method: Callable[..., T]) -> Callable[..., T]:
-    """`method` of modules (positional arguments only), traced for the first of those that are alike.
+    """`method` of modules (positional arguments only), traced once for all modules of equal structure.
 
-    The others take what was traced: most of what a start with warm caches takes is tracing, and layers are alike. XLA
-    sees calls of one function, and inlines them.
+    Tracing dominates a start with warm caches, and layers are alike. XLA sees calls of one function and inlines them.
     """
 
     def call(graph: Any, state: Any, *arguments: Any) -> T:
@@ -70,27 +71,27 @@ def traced_once[T](method: Callable[..., T]) -> Callable[..., T]:
 class Transformer(nnx.Module):
     """A decoder-only language model over a paged cache."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, shards: int = 1) -> None:
-        self.cut = Cut(config, shards)
-        self.config = config = self.cut.local
-        self.embed = Embedding(self.cut, dtype)
-        self.layers = nnx.List([Layer(self.cut, kind, dtype) for kind in config.layers])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.head = None if config.tie_word_embeddings else Linear(config.vocab_size, config.hidden_size, dtype)
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self.config = config = spec.parallel.local
+        self.embed = Embedding(spec)
+        self.layers = nnx.List([Layer(spec, kind) for kind in config.layers])
+        self.norm = RMSNorm(config.hidden_size, spec, spec.dtype)
+        self.head = None if config.tie_word_embeddings else Linear(config.vocab_size, config.hidden_size, spec)
 
     def __call__(self, tokens: Array, positions: Array, tables: Array, cache: PagedCache) -> tuple[Array, PagedCache]:
-        """Runs new tokens of R rows and stores their keys, values and final hidden states.
+        """Run new tokens of R rows and store their keys, values and final hidden states.
 
         Args:
             tokens: [R, T] int32.
             positions: [R, T] int32 position of each token in its row, -1 for padding.
             tables: [R, P] int32 block tables.
-            cache: the pages; every earlier token of the rows is in them.
+            cache: pages that hold every earlier token of the rows.
 
         Returns:
             Final hidden states [R, T, D] and the cache.
         """
-        at = addresses(tables, positions)
+        addresses = addresses_of(tables, positions)
         ropes = dict.fromkeys(kind.rope for kind in self.config.layers)
         angles = {rope: rotary_angles(positions, self.config.head_dim, rope) for rope in ropes}
         x = self.embed(tokens)
@@ -98,21 +99,23 @@ class Transformer(nnx.Module):
         run = traced_once(Layer.__call__)
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                x, layers[i] = run(layer, x, positions, angles[layer.attention.kind.rope], layers[i], tables, at)
-        hidden = self.norm(x, at.live)
-        pages = write_hidden(cache.hidden, self.cut.own_hidden(hidden), at)
+                x, layers[i] = run(layer, x, positions, angles[layer.attention.kind.rope], layers[i], tables, addresses)
+        hidden = self.norm(x, addresses.live)
+        pages = write_hidden(cache.hidden, self.spec.parallel.shard_hidden(hidden), addresses)
         return hidden, PagedCache(tuple(layers), pages)
 
     def logits(self, hidden: Array, live: Array | None = None) -> Array:
-        """hidden [M, D] -> [M, V] float32, or a shard's columns of it; `live` as in Linear."""
+        """hidden [M, D] -> logits [M, V] float32, or a shard's columns of them; `live` as in Linear."""
+        parallel, kernels = self.spec.parallel, self.spec.kernels
         with jax.named_scope("head"):
-            logits = soft_cap(matmul(hidden, self.head_weight(), live), live, self.config.logit_cap)
-            if self.cut.shards == 1:
+            logits = matmul(hidden, self.head_weight(), kernels, live)
+            logits = soft_cap(logits, live, self.config.logit_cap, kernels)
+            if parallel.shards == 1:
                 return logits
-            return jnp.where(self.cut.vocabulary.ids(logits.shape[1]) < self.cut.whole.vocab_size, logits, -jnp.inf)
+            return jnp.where(parallel.vocab_axis.ids(logits.shape[1]) < parallel.config.vocab_size, logits, -jnp.inf)
 
     def head_weight(self) -> Weight:
-        """The head's weight [V, D]: the embeddings where the two are tied."""
+        """The head's weight [V, D]: the embeddings if the two are tied."""
         head = self.embed if self.head is None else self.head
         weight: Weight = head.weight.get_value()
         return weight
@@ -120,27 +123,28 @@ class Transformer(nnx.Module):
 
 @dataclass(frozen=True, slots=True)
 class BoundModel:
-    """A Transformer taken apart: what is traced (definition) and what is passed to every step (leaves)."""
+    """A Transformer split into its definition, which is traced, and its leaves, which are passed to every step."""
 
     config: ModelConfig
     dtype: jnp.dtype
-    definition: Any  # nnx.GraphDef and the leaves' tree, closed over by the steps
+    kernels: Kernels
+    definition: Any  # nnx.GraphDef of one shard and the leaves' tree, closed over by the steps
     leaves: tuple[Array, ...]
-    mesh: Mesh | None = None  # over which the leaves are cut; the definition is that of one shard
+    mesh: Mesh | None = None  # None: one device
 
     @property
-    def cut(self) -> Cut:
-        """How it is cut."""
-        return Cut(self.config, self.mesh.size if self.mesh else 1)
+    def parallel(self) -> TensorParallel:
+        """How it is sharded."""
+        return TensorParallel(self.config, self.mesh.size if self.mesh else 1)
 
     @property
     def platform(self) -> str:
-        """What it runs on, as JAX names it: "cpu", "gpu" or "tpu"."""
+        """The platform, as JAX names it: "cpu", "gpu" or "tpu"."""
         return str(self._device.platform)
 
     @property
     def device_kind(self) -> str:
-        """The name of the chips that it runs on."""
+        """The name of its chips."""
         return str(self._device.device_kind)
 
     @property
@@ -150,34 +154,38 @@ class BoundModel:
 
     @property
     def cache_layout(self) -> CacheLayout:
-        """How its cache lies there."""
-        return CacheLayout(self.cut, self.dtype, self.platform)
+        """Layout of its cache."""
+        return CacheLayout(self.parallel, self.dtype, self.platform)
 
     def merge(self, leaves: tuple[Array, ...]) -> Transformer:
-        """The module around (traced) leaves."""
+        """The module with (traced) leaves."""
         graph, tree = self.definition
         model: Transformer = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
         return model
 
 
 def abstract_weights(config: ModelConfig, dtype: jnp.dtype, shards: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-    """Target path -> shape and dtype, in each shard, of every weight, as `model.weights` names them."""
-    _, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, dtype, shards)))
+    """Target path, as in `model.weights`, -> shape and dtype of every weight in each shard."""
+    spec = ModelSpec(TensorParallel(config, shards), dtype, Kernels())
+    _, state = nnx.split(nnx.eval_shape(lambda: Transformer(spec)))
     return {_path(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
-def bind(config: ModelConfig, dtype: jnp.dtype, weights: Mapping[str, Any], mesh: Mesh | None = None) -> BoundModel:
-    """Fills an abstract Transformer with `weights` (target path -> array, packed weight or ShapeDtypeStruct).
+def bind(
+    config: ModelConfig, dtype: jnp.dtype, weights: Mapping[str, Any], kernels: Kernels, mesh: Mesh | None = None
+) -> BoundModel:
+    """Fill an abstract Transformer with `weights` (target path -> array, packed weight or ShapeDtypeStruct).
 
-    With a mesh the arrays lie in it as `model.sharding` says, and the Transformer is that of one shard.
+    With a mesh the weights are sharded over it as in `model.sharding`, and the Transformer is that of one shard.
 
     Raises:
-        KeyError: a weight is absent; `model.weights` has reported such a thing before.
+        KeyError: a weight is missing, which `model.weights` reports earlier.
     """
-    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, dtype, mesh.size if mesh else 1)))
+    spec = ModelSpec(TensorParallel(config, mesh.size if mesh else 1), dtype, kernels)
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(spec)))
     flat = [(path, leaf.replace(weights[_path(path)])) for path, leaf in nnx.to_flat_state(state)]
     leaves, tree = jax.tree.flatten(nnx.from_flat_state(flat))
-    return BoundModel(config, dtype, (graph, tree), tuple(leaves), mesh)
+    return BoundModel(config, dtype, kernels, (graph, tree), tuple(leaves), mesh)
 
 
 def _path(path: tuple[Any, ...]) -> str:

@@ -46,7 +46,10 @@ def main() -> int:
     """Build the library of this CPU's best instruction set and run the tests on it; return pytest's exit code."""
     if _LIBRARY in os.environ:
         return _run_tests(Path(os.environ[_LIBRARY]))
-    name = library.require().instruction_set
+    kernels = cpu.load()
+    if kernels is None:
+        raise RuntimeError("there are no kernels for this CPU")
+    name = kernels.instruction_set
     with tempfile.TemporaryDirectory() as folder:
         sanitized = Path(folder) / f"{name}.so"
         print(build.build(library.UNITS, sanitized, (*library.INSTRUCTION_SETS[name], *SANITIZERS)), flush=True)

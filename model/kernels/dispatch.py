@@ -1,9 +1,11 @@
 """Chooses between a kernel and XLA by the platform that a program is compiled for, not by the machine that compiles.
 
-`jax.lax.platform_dependent` does this too, but traces all forms each time: a third of a start with warm caches.
+`jax.lax.platform_dependent` does this too, but traces all implementations each time: a third of a start with warm
+caches.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,58 +14,75 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from model.kernels import cpu
+from model.kernels.cpu import CpuKernels, load
 
-type Form = Callable[..., Any]
-type _Forms = tuple[tuple[str, Callable[..., Sequence[Array]]], ...]  # platform -> form of flat arguments
+type Implementation = Callable[..., Any]
+type _Flat = Callable[..., Sequence[Array]]  # takes and returns the leaves of its arguments and results
 
-_PLATFORMS = ("cpu", "cuda", "tpu")  # for which there are kernels, as JAX calls them when it lowers
+_PLATFORMS = ("cpu", "cuda", "tpu")  # platforms that have kernels, as JAX names them when it lowers
 _XLA = "xla"
 
 
-def by_platform(
-    *arguments: Any, xla: Form, on_cpu: Form | None = None, on_gpu: Form | None = None, on_tpu: Form | None = None
-) -> Any:
-    """Of the forms of one function, that of the platform which the program is compiled for; `xla` where it has none.
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The kernels that a model's programs may call. Those for GPU and TPU need nothing that is built or loaded."""
 
-    `on_cpu` counts where its kernels have been built, `on_gpu` for NVIDIA. Arguments and results are pytrees of arrays,
-    of the same shapes and dtypes in all.
-    """
-    forms = dict(zip(_PLATFORMS, (on_cpu if cpu.load() is not None else None, on_gpu, on_tpu), strict=True))
-    kernels = {platform: form for platform, form in forms.items() if form is not None}
-    if not kernels:
-        return xla(*arguments)
-    leaves, tree = jax.tree.flatten(arguments)
-    shapes, results = jax.tree.flatten(jax.eval_shape(kernels.get("cpu", xla), *arguments))
+    cpu: CpuKernels | None = None  # None: XLA's own code on a CPU
 
-    def flat(form: Form) -> Callable[..., Sequence[Array]]:
-        return lambda *leaves: jax.tree.leaves(form(*jax.tree.unflatten(tree, leaves)))
+    def dispatch(
+        self,
+        *arguments: Any,
+        xla: Implementation,
+        on_cpu: Implementation | None = None,
+        on_gpu: Implementation | None = None,
+        on_tpu: Implementation | None = None,
+    ) -> Any:
+        """Call the implementation for the platform that the program is compiled for; `xla` if it has none.
 
-    kinds = tuple(ShapedArray(shape.shape, shape.dtype) for shape in shapes)
-    flattened = tuple((platform, flat(form)) for platform, form in {**kernels, _XLA: xla}.items())
-    chosen = _BY_PLATFORM.bind(*leaves, forms=flattened, kinds=kinds)
-    return jax.tree.unflatten(results, chosen)
+        Arguments and results are pytrees of arrays, of the same shapes and dtypes in all. `on_gpu` is for NVIDIA.
+        """
+        kernels = zip(_PLATFORMS, (on_cpu if self.cpu is not None else None, on_gpu, on_tpu), strict=True)
+        implementations = {platform: kernel for platform, kernel in kernels if kernel is not None}
+        if not implementations:
+            return xla(*arguments)
+        leaves, tree = jax.tree.flatten(arguments)
+        shapes, result_tree = jax.tree.flatten(jax.eval_shape(implementations.get("cpu", xla), *arguments))
+
+        def flatten(implementation: Implementation) -> _Flat:
+            return lambda *leaves: jax.tree.leaves(implementation(*jax.tree.unflatten(tree, leaves)))
+
+        results = _DISPATCH.bind(
+            *leaves,
+            implementations=tuple((name, flatten(each)) for name, each in {**implementations, _XLA: xla}.items()),
+            shapes=tuple(ShapedArray(shape.shape, shape.dtype) for shape in shapes),
+        )
+        return jax.tree.unflatten(result_tree, results)
 
 
-def _form_for(platform: str) -> Callable[..., Sequence[Array]]:
-    def run(*leaves: Array, forms: _Forms, **_: Any) -> Sequence[Array]:
-        own = dict(forms)
-        return own.get(platform, own[_XLA])(*leaves)
+def load_kernels() -> Kernels:
+    """The kernels of this machine; registers those of the CPU with XLA."""
+    return Kernels(load())
+
+
+def _implementation_for(platform: str) -> _Flat:
+    def run(*leaves: Array, implementations: tuple[tuple[str, _Flat], ...], **_: Any) -> Sequence[Array]:
+        by_platform = dict(implementations)
+        return by_platform.get(platform, by_platform[_XLA])(*leaves)
 
     return run
 
 
-def _outside_jit(*leaves: Array, **forms: Any) -> Sequence[Array]:
-    chosen: Sequence[Array] = jax.jit(lambda *leaves: _BY_PLATFORM.bind(*leaves, **forms))(*leaves)
-    return chosen
+def _outside_jit(*leaves: Array, **parameters: Any) -> Sequence[Array]:
+    results: Sequence[Array] = jax.jit(lambda *leaves: _DISPATCH.bind(*leaves, **parameters))(*leaves)
+    return results
 
 
-_BY_PLATFORM = Primitive("by_platform")
-_BY_PLATFORM.multiple_results = True
-_BY_PLATFORM.def_abstract_eval(lambda *_, kinds, **__: kinds)
-_BY_PLATFORM.def_impl(_outside_jit)
-mlir.register_lowering(_BY_PLATFORM, mlir.lower_fun(_form_for(_XLA), multiple_results=True))
+_DISPATCH = Primitive("dispatch")
+_DISPATCH.multiple_results = True
+_DISPATCH.def_abstract_eval(lambda *_, shapes, **__: shapes)
+_DISPATCH.def_impl(_outside_jit)
+mlir.register_lowering(_DISPATCH, mlir.lower_fun(_implementation_for(_XLA), multiple_results=True))
 for _platform in _PLATFORMS:
     mlir.register_lowering(
-        _BY_PLATFORM, mlir.lower_fun(_form_for(_platform), multiple_results=True), platform=_platform
+        _DISPATCH, mlir.lower_fun(_implementation_for(_platform), multiple_results=True), platform=_platform
     )

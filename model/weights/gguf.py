@@ -1,4 +1,4 @@
-"""Reads a GGUF file: configuration, tokenizer metadata and tensors, quantised ones as float32."""
+"""Reads a GGUF file: configuration, tokenizer metadata and tensors, quantized ones as float32."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from model.config import ConfigError, ModelConfig
 from model.config_gguf import config_from_gguf
+from model.layout import GROUP_SIZE
 from model.weights.checkpoint import TensorInfo
 from model.weights.errors import ModelLoadError
 from model.weights.gguf_header import GgufHeader, GgufTensor, read_parts
-from model.weights.int8 import GROUP, Int8Array
+from model.weights.int8 import Int8Array
 
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_QUANTISED = frozenset(
+_QUANTIZED = frozenset(
     (
         *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
         *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
@@ -27,8 +28,8 @@ _QUANTISED = frozenset(
         *("TQ1_0", "TQ2_0", "MXFP4"),
     )
 )
-_Q8_0_BLOCK = np.dtype([("scale", "<f2"), ("values", "i1", GROUP)])
-_RUN_VALUES = 1 << 18  # values dequantised together; a multiple of every block size
+_Q8_0_BLOCK = np.dtype([("scale", "<f2"), ("values", "i1", GROUP_SIZE)])
+_RUN_VALUES = 1 << 18  # values dequantized at once; a multiple of every block size
 
 
 class GgufCheckpoint:
@@ -62,7 +63,7 @@ class GgufCheckpoint:
             name: TensorInfo(
                 tensor.shape,
                 tensor.type_name,
-                tensor.type_name in _PLAIN or tensor.type_name in _QUANTISED,
+                tensor.type_name in _PLAIN or tensor.type_name in _QUANTIZED,
                 tensor.nbytes,
             )
             for name, tensor in self._tensors.items()
@@ -72,8 +73,8 @@ class GgufCheckpoint:
         """See `Checkpoint.read`."""
         tensor = self._tensors[name]
         values = self._read_rows(name, start, stop)
-        if tensor.type_name in _QUANTISED:
-            values = _dequantise(values, GGMLQuantizationType(tensor.type_number))
+        if tensor.type_name in _QUANTIZED:
+            values = _dequantize(values, GGMLQuantizationType(tensor.type_number))
         elif tensor.type_name == "F16":
             values = values.astype(np.float32)
         return values.reshape(_rows_of(tensor, start, stop), *tensor.shape[1:])
@@ -84,7 +85,7 @@ class GgufCheckpoint:
         if tensor.type_name != "Q8_0" or len(tensor.shape) != 2:
             return None
         columns = tensor.shape[1]
-        blocks = self._read_rows(name, start, stop).view(_Q8_0_BLOCK).reshape(-1, columns // GROUP)
+        blocks = self._read_rows(name, start, stop).view(_Q8_0_BLOCK).reshape(-1, columns // GROUP_SIZE)
         return Int8Array(blocks["values"].reshape(-1, columns), blocks["scale"].copy())
 
     def _read_rows(self, name: str, start: int, stop: int | None) -> NDArray[Any]:
@@ -135,7 +136,7 @@ def _rows_of(tensor: GgufTensor, start: int, stop: int | None) -> int:
     return (count if stop is None else min(stop, count)) - start
 
 
-def _dequantise(raw: NDArray[np.uint8], kind: GGMLQuantizationType) -> NDArray[np.float32]:
+def _dequantize(raw: NDArray[np.uint8], kind: GGMLQuantizationType) -> NDArray[np.float32]:
     """Bytes [N] -> float32 values, flat. In small runs of blocks: the library's temporaries are 3 times the result."""
     block, block_bytes = GGML_QUANT_SIZES[kind]
     values = np.empty(raw.size // block_bytes * block, np.float32)

@@ -1,14 +1,16 @@
 """A weight as runs of its rows, so that a large one is never held twice."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from model.host_memory import aligned_empty
-from model.weights.int8 import GROUP, Int8Array
+from model.weights.int8 import Int8Array, empty_int8
+
+_ALIGNMENT = 64  # bytes; XLA:CPU takes over arrays that start at a multiple of it without a copy (`jax.device_put`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +19,14 @@ class Rows:
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    runs: Callable[[], Iterator[NDArray[Any]]]  # each of some rows, not used again by whoever makes it
+    runs: Callable[[], Iterator[NDArray[Any]]]  # consecutive rows per run; the producer does not reuse the array
 
-    def whole(self) -> NDArray[Any]:
-        """All rows in one array, which a device takes over as it is."""
-        array, at = aligned_empty(self.shape, self.dtype), 0
+    def read(self) -> NDArray[Any]:
+        """All rows in one array, which a device takes over without a copy."""
+        array, start = aligned_empty(self.shape, self.dtype), 0
         for run in self.runs():
-            array[at : at + len(run)] = run
-            at += len(run)
+            array[start : start + len(run)] = run
+            start += len(run)
         return array
 
 
@@ -35,12 +37,20 @@ class Int8Rows:
     shape: tuple[int, ...]
     runs: Callable[[], Iterator[Int8Array]]
 
-    def whole(self) -> Int8Array:
+    def read(self) -> Int8Array:
         """All rows."""
-        n, k = self.shape
-        made, at = Int8Array(np.empty((n, k), np.int8), np.empty((n, -(-k // GROUP)), np.float16)), 0
+        array, start = empty_int8(*self.shape), 0
         for run in self.runs():
-            end = at + len(run.values)
-            made.values[at:end], made.scales[at:end] = run.values, run.scales
-            at = end
-        return made
+            stop = start + len(run.values)
+            array.values[start:stop], array.scales[start:stop] = run.values, run.scales
+            start = stop
+        return array
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """An uninitialized array that a device takes over without a copy."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)

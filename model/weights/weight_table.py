@@ -17,7 +17,7 @@ from model.families import HEAD, Piece, WeightRow
 from model.weights.checkpoint import Checkpoint, TensorInfo
 from model.weights.errors import ModelLoadError
 from model.weights.gguf import GgufCheckpoint
-from model.weights.int8 import Int8Array, quantise
+from model.weights.int8 import Int8Array, quantize
 from model.weights.rows import Int8Rows, Rows
 from model.weights.safetensors import SafetensorsCheckpoint
 from model.weights.source import ModelSource
@@ -26,8 +26,7 @@ _RUN_VALUES = 1 << 20  # read together
 _CHECK_VALUES = 1 << 20  # values looked at together, so that a check needs little memory
 _BF16_EXPONENT = np.uint16(0x7F80)  # all ones: infinite or NaN
 
-type Put[T] = Callable[[str, Rows], T]
-type PutInt8[T] = Callable[[str, Int8Rows], T]
+type Put[T] = Callable[[str, Any], T]  # takes Rows or Int8Rows
 type Progress = Callable[[int, int], None]
 
 
@@ -68,24 +67,23 @@ def load_weights[T](
     put: Put[T],
     progress: Progress | None = None,
     *,
-    put_int8: PutInt8[T] | None = None,
+    int8: bool = False,
 ) -> dict[str, T]:
-    """Reads every weight of the model's family, one of ours at a time, each in runs of rows.
+    """Read every weight of the model's family, one at a time, each in runs of rows.
 
     Args:
         checkpoint: an open model.
         dtype: of the matrices, float32 or bfloat16; norms and biases (one axis) are float32 always.
-        put: given a target path and its rows, returns what to keep.
-        progress: called after each run with the bytes of the file(s) read so far, and those to read in all.
-        put_int8: where it is given, matrices are made int8 with scales (as they are stored where they are stored so,
-            else rounded) and go to it instead of `put`.
+        put: called with a target path and the weight's rows; Int8Rows for a matrix if `int8`.
+        progress: called after each run with the bytes of the file(s) read so far and the total.
+        int8: make matrices int8 with scales: the stored ones if they are stored as int8, else rounded.
 
     Returns:
         Target path, such as "layers.0.attention.qkv.weight", -> what `put` returned.
 
     Raises:
-        ModelLoadError: lists every problem, one a line, under the checkpoint's own names. What the headers show is
-            found before any weight is read.
+        ModelLoadError: lists every problem, one per line, under the checkpoint's own names. Problems that the headers
+            show are reported before any weight is read.
     """
     targets = _plan(checkpoint)
     stored = checkpoint.names()
@@ -98,14 +96,14 @@ def load_weights[T](
     weights: dict[str, T] = {}
     for target in targets:
         try:
-            if put_int8 is not None and len(target.shape) == 2:
-                int8_rows = Int8Rows(target.shape, partial(reader.int8_runs, target))
-                weights[target.path] = put_int8(target.path, int8_rows)
+            rows: Rows | Int8Rows
+            if int8 and len(target.shape) == 2:
+                rows = Int8Rows(target.shape, partial(reader.int8_runs, target))
             else:
                 rows = Rows(target.shape, reader.dtype_of(target), partial(reader.runs, target))
-                weights[target.path] = put(target.path, rows)
+            weights[target.path] = put(target.path, rows)
         except _UnreadableError:
-            continue  # the others are looked at all the same: the list of problems shall be whole
+            continue  # read the others too, so that the list of problems is complete
     if reader.problems:
         found = [f"{name}: {what}" for name, what in reader.problems.items()]
         raise ModelLoadError.of_problems(checkpoint.path, found)
@@ -154,7 +152,7 @@ class _Reader:
             for start, stop in _runs_of(part):
                 run = self._read(part, self._checkpoint.read_int8, start, stop)
                 if run is None:
-                    run = quantise(self._read(part, self._checkpoint.read, start, stop))
+                    run = quantize(self._read(part, self._checkpoint.read, start, stop))
                 self._check(part, run.scales, ", or too large for int8 with float16 scales")
                 heads = part.interleaved_heads
                 yield Int8Array(_half_split(run.values, heads), _half_split(run.scales, heads))

@@ -8,15 +8,15 @@ from numpy.typing import NDArray
 from compiled.shapes import StepShape
 from compiled.state import (
     FROM_SLOT,
-    Adjustment,
     DecodeInput,
     SamplingArrays,
     ScoreInput,
+    SlotPenalties,
     StepInput,
     greedy_sampling,
     no_requested_ids,
 )
-from compiled.step import place_of
+from compiled.step import cache_index
 from model.kv_cache import PAGE_SIZE
 from serve.engine.request_state import RequestState
 from serve.engine.scheduler import PrefillWork
@@ -66,7 +66,7 @@ def sampling_arrays(requests: Sequence[RequestState], rows: int, vocab_size: int
         arrays.step[row] = step
         arrays.processed[row] = params.processed
         if params.adjusts:
-            arrays.adjusted[row] = True
+            arrays.penalized[row] = True
             arrays.presence[row] = params.presence_penalty
             arrays.frequency[row] = params.frequency_penalty
             arrays.repetition[row] = params.repetition_penalty
@@ -76,7 +76,7 @@ def sampling_arrays(requests: Sequence[RequestState], rows: int, vocab_size: int
     return arrays
 
 
-def adjustment(request: RequestState, vocab_size: int) -> Adjustment:
+def adjustment(request: RequestState, vocab_size: int) -> SlotPenalties:
     """State of penalties and bias to load into a request's slot. All its tokens must have been read."""
     bias = np.zeros(vocab_size, np.float32)
     for token, value in request.params.logit_bias:
@@ -84,25 +84,25 @@ def adjustment(request: RequestState, vocab_size: int) -> Adjustment:
     counts = np.bincount(np.asarray(request.output_token_ids, np.int64), minlength=vocab_size).astype(np.int32)
     seen = np.zeros(vocab_size, np.bool_)
     seen[request.prompt_token_ids] = True
-    return Adjustment(bias, counts, seen)
+    return SlotPenalties(bias, counts, seen)
 
 
 def score_input(rows: Sequence[ScoreRow], size: int) -> ScoreInput:
     """A block of prompt rows [M], padded with the first slot of the null page."""
-    slots, targets, requested_ids = np.zeros(size, np.int32), np.zeros(size, np.int32), no_requested_ids(size)
+    indices, targets, requested_ids = np.zeros(size, np.int32), np.zeros(size, np.int32), no_requested_ids(size)
     for i, (request, index) in enumerate(rows):
-        slots[i] = place_of(request.pages[index // PAGE_SIZE], index)
+        indices[i] = cache_index(request.pages[index // PAGE_SIZE], index)
         targets[i] = request.prompt_token_ids[index + 1]
         if request.params.prompt and (ids := request.params.prompt.token_ids):
             requested_ids[i, : len(ids)] = ids
-    return ScoreInput(slots, targets, requested_ids)
+    return ScoreInput(indices, targets, requested_ids)
 
 
-def cache_slots(request: RequestState, start: int, size: int, count: int) -> NDArray[np.int32]:
-    """Slots in the cache of a request's tokens start..start+count-1, padded to [size]."""
-    slots = np.zeros(size, np.int32)
-    slots[:count] = [place_of(request.pages[index // PAGE_SIZE], index) for index in range(start, start + count)]
-    return slots
+def cache_indices(request: RequestState, start: int, size: int, count: int) -> NDArray[np.int32]:
+    """Cache indices of a request's tokens start..start+count-1, padded to [size]."""
+    indices = np.zeros(size, np.int32)
+    indices[:count] = [cache_index(request.pages[index // PAGE_SIZE], index) for index in range(start, start + count)]
+    return indices
 
 
 def _last_token(request: RequestState) -> int:

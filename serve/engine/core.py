@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from compiled.shapes import Buckets
 from compiled.state import (
-    Adjustment,
     DecodeInput,
     SamplingArrays,
     ScoreInput,
+    SlotPenalties,
     StepInput,
     StepOutput,
 )
@@ -50,11 +50,11 @@ class Runner(Protocol):
     vocab_size: int
 
     def prefill(self, inputs: StepInput) -> Any: ...
-    def adjust(self, slot: int, adjustment: Adjustment) -> None: ...
+    def set_penalties(self, slot: int, adjustment: SlotPenalties) -> None: ...
     def decode(self, inputs: DecodeInput, sampling: SamplingArrays) -> StepOutput: ...
     def score(self, inputs: ScoreInput) -> TokenLogprobs: ...
     def read(self, tree: Any) -> Any: ...
-    def vocabulary(self, places: NDArray[np.int32]) -> NDArray[np.float32]: ...
+    def full_logprobs(self, places: NDArray[np.int32]) -> NDArray[np.float32]: ...
     def reset(self) -> None: ...
 
 
@@ -152,9 +152,9 @@ class EngineCore:
             LookupError: the request is not pinned.
         """
         request = self.scheduler.pinned[request_id]
-        size = self._runner.buckets.vocabulary_rows
+        size = self._runner.buckets.full_logprobs_rows
         blocks = [
-            self._runner.vocabulary(batch.cache_slots(request, first, size, min(size, start + count - first)))
+            self._runner.full_logprobs(batch.cache_indices(request, first, size, min(size, start + count - first)))
             for first in range(start, start + count, size)
         ]
         return np.concatenate(blocks)[:count]
@@ -194,7 +194,7 @@ class EngineCore:
             step.blocks.append((block, self._runner.score(batch.score_input(block, size))))
         for request in schedule.started:
             if request.params.adjusts:
-                self._runner.adjust(request.slot, batch.adjustment(request, self._runner.vocab_size))
+                self._runner.set_penalties(request.slot, batch.adjustment(request, self._runner.vocab_size))
         if schedule.decodes:
             step.output = self._decode(schedule.decodes)
         return step

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from compiled.shapes import Buckets
 from model.config import ModelConfig
 from model.kv_cache import PAGE_SIZE, CacheLayout
-from model.sharding import Cut
+from model.sharding import TensorParallel
 from model.weights.loader import weight_bytes
 from serve.config.sizes import MemoryAmount, mb
 
@@ -84,8 +84,8 @@ def plan_memory(
         PlanError: the model does not fit, or the cache is smaller than one page.
     """
     weights = weight_bytes(config, dtype, int8=int8, shards=shards)
-    workspace = _workspace(Cut(config, shards).local, buckets)
-    page_bytes = CacheLayout(Cut(config, shards), jnp.dtype(dtype), platform).bytes_per_page
+    workspace = _workspace(TensorParallel(config, shards).local, buckets)
+    page_bytes = CacheLayout(TensorParallel(config, shards), jnp.dtype(dtype), platform).bytes_per_page
     available = None if free is None else free - weights - workspace
     if cache is not None:
         try:

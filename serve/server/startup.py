@@ -156,7 +156,7 @@ def _buckets(files: ModelFiles) -> Buckets:
         max_num_seqs=files.config.max_num_seqs,
         max_model_len=files.max_model_len,
         max_num_batched_tokens=files.config.batched_tokens,
-        whole_vocabulary=files.config.max_logprobs == -1,
+        full_logprobs=files.config.max_logprobs == -1,
     )
 
 

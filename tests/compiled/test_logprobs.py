@@ -1,7 +1,6 @@
 """Top-k, rank and log-probability against numpy: ties, signed zeros, infinities, odd sizes, and rows in a crowd."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from compiled.state import (
     MAX_REQUESTED_IDS,
     no_requested_ids,
 )
-from model.kernels import cpu
+from model.kernels.dispatch import Kernels, load_kernels
 from model.token_logprobs import TokenLogprobs
 
 SIZES = (5, 128, 129, 300, 1000)  # each with 4 rows and few k, because every shape is a program
@@ -25,26 +24,17 @@ top_k = jax.jit(blocked_top_k, static_argnums=1)
 
 
 @pytest.fixture(params=["kernels", "XLA"], autouse=True)
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test here holds for both forms."""
-    if request.param == "XLA":
-        monkeypatch.setattr(cpu, "load", lambda: None)
-    elif cpu.load() is None:
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test with and without the CPU kernels."""
+    kernels = load_kernels() if request.param == "kernels" else Kernels()
+    if request.param == "kernels" and kernels.cpu is None:
         pytest.skip("no kernels here")
-    # A trace is kept for a function: each form is one of its own.
-    monkeypatch.setitem(FORM, "numbers", _NUMBERS[request.param])
-    monkeypatch.setitem(FORM, "whole", _WHOLE[request.param])
+    monkeypatch.setitem(IN_USE, "kernels", kernels)
 
 
-FORM: dict[str, Callable[..., Any]] = {}  # the functions under test, as `form` has chosen them
-
-
-def _compiled(function: Callable[..., Any], **options: Any) -> dict[str, Callable[..., Any]]:
-    return {name: jax.jit(partial(function), **options) for name in ("kernels", "XLA")}
-
-
-_NUMBERS = _compiled(token_logprobs, static_argnums=2)
-_WHOLE = _compiled(all_logprobs)
+IN_USE: dict[str, Kernels] = {}  # set by the fixture `kernels`
+_token_logprobs = jax.jit(token_logprobs, static_argnums=(2, 4))
+_all_logprobs = jax.jit(all_logprobs, static_argnums=1)
 
 
 def numbers(logits: NDArray[np.float32], ids: Any, k: int, scored: Sequence[Sequence[int]] = ()) -> TokenLogprobs:
@@ -52,9 +42,9 @@ def numbers(logits: NDArray[np.float32], ids: Any, k: int, scored: Sequence[Sequ
     requested_ids = no_requested_ids(len(logits))
     for row, named in enumerate(scored):
         requested_ids[row, : len(named)] = named
-    result: TokenLogprobs = jax.tree.map(
-        np.asarray, FORM["numbers"](logits, np.asarray(ids, np.int32), k, requested_ids)
-    )
+    own_ids = np.asarray(ids, np.int32)
+    logprobs = _token_logprobs(logits, own_ids, k, requested_ids, IN_USE["kernels"])
+    result: TokenLogprobs = jax.tree.map(np.asarray, logprobs)
     return result
 
 
@@ -236,7 +226,7 @@ def test_whole_rows_have_the_bits_of_single_tokens(size: int) -> None:
     rng = np.random.default_rng(9)
     logits = (rng.standard_normal((8, size)) * 4).astype(np.float32)
     logits[:, 5] = -0.0
-    rows = np.asarray(FORM["whole"](logits))
+    rows = np.asarray(_all_logprobs(logits, IN_USE["kernels"]))
     for token in (0, 5, 17, size - 1):
         crowd = np.concatenate([logits, (rng.standard_normal((56, size)) * 4).astype(np.float32)])
         result = numbers(crowd, np.full(64, token), 20)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from compiled.penalties import adjust_logits, changes_logits, fill_slot, record_choice
+from compiled.penalties import adjust_logits, changes_logits, record_choice, set_slot_penalties
 from compiled.sampling import choose_tokens
-from compiled.state import Adjustment, SamplingArrays, SlotState, greedy_sampling
+from compiled.state import SamplingArrays, SlotPenalties, SlotState, greedy_sampling
 from tests.support.slots import empty_slots, packed
 
 Z, R = 7, 5
@@ -19,7 +19,7 @@ SIZES = (31, 300, 320)  # V: less than a word, words and a part, words alone
 _adjust = jax.jit(adjust_logits)
 _choose = jax.jit(choose_tokens)
 _record = jax.jit(record_choice)
-_fill = jax.jit(fill_slot)
+_fill = jax.jit(set_slot_penalties)
 
 PENALTIES: dict[str, dict[str, Any]] = {
     "none": {},
@@ -51,7 +51,7 @@ def busy_slots(V: int) -> SlotState:
 def sampling_of(V: int, **values: Any) -> SamplingArrays:
     """Greedy rows, all of them adjusted, with these values in every row."""
     sampling = greedy_sampling(R, V)
-    sampling.adjusted[:] = True
+    sampling.penalized[:] = True
     for name, value in values.items():
         getattr(sampling, name)[:] = value
     return sampling
@@ -96,7 +96,7 @@ def test_rows_that_are_not_adjusted_keep_their_bits(masked: bool) -> None:
     V, rows = 300, [0, 1, 2, 3, 4]
     logits, slots = logits_of(V), busy_slots(V)
     sampling = sampling_of(V, **PENALTIES["all"])
-    sampling.adjusted[[0, 3]] = False
+    sampling.penalized[[0, 3]] = False
     if masked:
         sampling.mask[1, 0] = 5
     result = adjust(logits, sampling, slots, rows)
@@ -167,7 +167,7 @@ def test_what_counts_as_a_change() -> None:
     masked = replace(sampling, mask=sampling.mask.copy())
     masked.mask[3, 2] ^= 1 << 31
     assert changes_logits(masked)
-    assert changes_logits(replace(sampling, adjusted=np.arange(R) == R - 1))
+    assert changes_logits(replace(sampling, penalized=np.arange(R) == R - 1))
 
 
 def test_sampled_rows_draw_from_adjusted_logits() -> None:
@@ -196,7 +196,10 @@ def test_choices_are_counted_in_their_slots() -> None:
 
 def test_a_slot_is_filled_and_no_other() -> None:
     V = 50
-    slots, new = busy_slots(V), Adjustment(np.full(V, 2.0, np.float32), np.full(V, 9, np.int32), np.ones(V, np.bool_))
+    slots, new = (
+        busy_slots(V),
+        SlotPenalties(np.full(V, 2.0, np.float32), np.full(V, 9, np.int32), np.ones(V, np.bool_)),
+    )
     filled = _fill(slots, np.int32(4), new)
     np.testing.assert_array_equal(filled.tokens, slots.tokens)
     for name in ("bias", "counts", "seen"):

@@ -41,7 +41,7 @@ def test_each_plan_is_compiled_once_and_told() -> None:
 
 def test_an_unknown_shape_raises() -> None:
     made = compile_plans([plan(2)])
-    for shape in (StepShape(3, 1, 1), StepShape(2, 1, 2), HeadShape(2, whole=True), SlotShape(2)):
+    for shape in (StepShape(3, 1, 1), StepShape(2, 1, 2), HeadShape(2, full=True), SlotShape(2)):
         with pytest.raises(UnknownShapeError, match="no program was compiled"):
             made[shape]
 
@@ -63,7 +63,7 @@ def test_the_executable_bears_the_name_of_its_shape() -> None:
 
 
 def test_donated_arguments_are_given_up() -> None:
-    shape = HeadShape(4, whole=False)
+    shape = HeadShape(4, full=False)
     program = compile_plans([Plan(shape, double, (VECTOR,), donate=(0,))])[shape]
     x = jnp.ones(4)
     np.testing.assert_array_equal(program.compiled(x), np.full(4, 2.0))
@@ -74,7 +74,7 @@ def test_a_failure_is_raised() -> None:
     def wrong(x: Any) -> Any:
         raise ValueError(f"cannot trace {x.shape}")
 
-    bad = Plan(HeadShape(4, whole=True), wrong, (VECTOR,))
+    bad = Plan(HeadShape(4, full=True), wrong, (VECTOR,))
     with pytest.raises(ValueError, match="cannot trace"):
         compile_plans([plan(2), bad, plan(3)])
 
@@ -107,7 +107,7 @@ def test_a_failure_after_lowering_is_raised() -> None:
         return jax.ffi.ffi_call("no_such_target", VECTOR)(x)
 
     with pytest.raises(RefusedError, match=r"^vocabulary_4: .*no_such_target"):
-        compile_plans([Plan(HeadShape(4, whole=True), unknown, (VECTOR,)), plan(2)])
+        compile_plans([Plan(HeadShape(4, full=True), unknown, (VECTOR,)), plan(2)])
 
 
 # Warnings are only shown here, as they are in a server; made into errors they would cause the very recovery.
@@ -222,9 +222,9 @@ warnings.simplefilter("ignore")
 use_persistent_cache(Path(sys.argv[1]))
 checkpoint = open_checkpoint(ModelSource("tiny", Path(sys.argv[2])))
 model = load_model(checkpoint, "bfloat16", int8=sys.argv[3] == "int8")
-buckets = Buckets(decode_rows=(1,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, vocabulary_rows=8)
+buckets = Buckets(decode_rows=(1,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, full_logprobs_rows=8)
 runner = ModelRunner(model, buckets, pages=3, max_logprobs=5)
-print(float(runner.vocabulary(np.zeros(8, np.int32))[0, 0]))
+print(float(runner.full_logprobs(np.zeros(8, np.int32))[0, 0]))
 """
 
 

@@ -13,16 +13,16 @@ from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
 from compiled.state import (
     FROM_SLOT,
-    Adjustment,
     DecodeInput,
     SamplingArrays,
     ScoreInput,
+    SlotPenalties,
     StepInput,
     StepOutput,
     greedy_sampling,
     no_requested_ids,
 )
-from compiled.step import place_of
+from compiled.step import cache_index
 from model.token_logprobs import TokenLogprobs
 from model.weights.loader import load_model
 from model.weights.source import ModelSource
@@ -31,7 +31,7 @@ from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 
 CONFIG = tiny_configs()["llama"]
 V = CONFIG["vocab_size"]
-BUCKETS = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=16, pages_per_row=2, vocabulary_rows=8)
+BUCKETS = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=16, pages_per_row=2, full_logprobs_rows=8)
 PROMPT = [5, 17, 99, 3]
 
 
@@ -81,7 +81,7 @@ def decode_input(rows: list[tuple[int, int, int, int]], size: int = 4) -> Decode
 def sampling_of(size: int = 4, **values: float) -> SamplingArrays:
     """Greedy rows; with values, adjusted ones."""
     sampling = greedy_sampling(size, V)
-    sampling.adjusted[:] = bool(values)
+    sampling.penalized[:] = bool(values)
     for name, value in values.items():
         getattr(sampling, name)[:] = value
     return sampling
@@ -89,8 +89,8 @@ def sampling_of(size: int = 4, **values: float) -> SamplingArrays:
 
 def adjustment_of(
     bias: dict[int, float] | None = None, counts: tuple[int, ...] = (), seen: tuple[int, ...] = ()
-) -> Adjustment:
-    new = Adjustment(np.zeros(V, np.float32), np.zeros(V, np.int32), np.zeros(V, np.bool_))
+) -> SlotPenalties:
+    new = SlotPenalties(np.zeros(V, np.float32), np.zeros(V, np.int32), np.zeros(V, np.bool_))
     for token, value in (bias or {}).items():
         new.bias[token] = value
     for token in counts:
@@ -124,7 +124,7 @@ def bits(logprobs: TokenLogprobs, row: int) -> list[bytes]:
 
 def score(runner: ModelRunner, places: list[int], targets: list[int], ids: list[int] | None = None) -> TokenLogprobs:
     step = ScoreInput(np.zeros(16, np.int32), np.zeros(16, np.int32), no_requested_ids(16))
-    step.places[: len(places)], step.targets[: len(targets)] = places, targets
+    step.cache_indices[: len(places)], step.targets[: len(targets)] = places, targets
     step.requested_ids[:, : len(ids or [])] = ids or []
     return runner.read(runner.score(step))
 
@@ -175,33 +175,33 @@ def test_rows_keep_their_slots_when_they_change_places(runner: ModelRunner) -> N
 
 def test_counts_add_up_over_steps(runner: ModelRunner) -> None:
     """A bias of 100 makes one token win until the frequency penalty of 30 a time has outweighed it."""
-    runner.adjust(2, adjustment_of({40: 100.0, 41: 95.0}))
+    runner.set_penalties(2, adjustment_of({40: 100.0, 41: 95.0}))
     tokens = tokens_of(generate(runner, 6, frequency=30.0))
     assert tokens == [40, 41, 40, 41, 40, 41]
 
 
 def test_an_adjustment_replaces_what_its_slot_held_and_no_other(runner: ModelRunner) -> None:
-    runner.adjust(1, adjustment_of({7: 100.0}))
-    runner.adjust(2, adjustment_of({40: 100.0}))
+    runner.set_penalties(1, adjustment_of({7: 100.0}))
+    runner.set_penalties(2, adjustment_of({40: 100.0}))
     assert tokens_of(generate(runner, 3, frequency=1.0)) == [40] * 3
-    runner.adjust(2, adjustment_of({50: 100.0, 60: 99.0}, counts=(50,)))
+    runner.set_penalties(2, adjustment_of({50: 100.0, 60: 99.0}, counts=(50,)))
     assert tokens_of(generate(runner, 1, presence=3.0)) == [60]
     assert tokens_of(generate(runner, 1, slot=1, presence=3.0)) == [7]
 
 
 def test_repetition_concerns_the_prompts_tokens_and_those_chosen(runner: ModelRunner) -> None:
-    runner.adjust(2, adjustment_of({40: 100.0, 41: 90.0, 42: 80.0}, seen=(40,)))
+    runner.set_penalties(2, adjustment_of({40: 100.0, 41: 90.0, 42: 80.0}, seen=(40,)))
     assert tokens_of(generate(runner, 3, repetition=2.0)) == [41, 42, 40]
 
 
 def test_what_changes_the_choice_changes_no_number(runner: ModelRunner) -> None:
     plain = generate(runner, 1)[0]
     best = int(plain.tokens[0])
-    runner.adjust(2, adjustment_of({77: 50.0}, counts=(best,), seen=(3,)))
+    runner.set_penalties(2, adjustment_of({77: 50.0}, counts=(best,), seen=(3,)))
     changed = generate(runner, 1, presence=1.0, repetition=1.5, frequency=0.5)[0]
     assert int(changed.tokens[0]) == 77
     assert bits(changed.logprobs, 0)[2:] == bits(plain.logprobs, 0)[2:]
-    place = place_of(3, len(PROMPT) - 1)
+    place = cache_index(3, len(PROMPT) - 1)
     assert bits(score(runner, [place], [77]), 0) == bits(changed.logprobs, 0)
 
 
@@ -209,7 +209,7 @@ def test_processed_numbers_are_those_of_what_is_drawn_from_and_a_neighbour_keeps
     prefill(runner, PROMPT, page=1)
     prefill(runner, PROMPT, page=2)
     step = decode_input([(PROMPT[-1], len(PROMPT) - 1, 1, 0), (PROMPT[-1], len(PROMPT) - 1, 2, 1)])
-    raw = runner.vocabulary(np.full(8, place_of(1, 0), np.int32))  # any row: only to see that the cache is there
+    raw = runner.full_logprobs(np.full(8, cache_index(1, 0), np.int32))  # any row: only to see that the cache is there
     assert np.isfinite(raw).all()
     plain = runner.read(runner.decode(step, sampling_of()))
     sampling = sampling_of()
@@ -230,7 +230,7 @@ def test_given_ids_are_scored_in_both_programs_alike(runner: ModelRunner) -> Non
     ids = [V - 1, 0, 64]
     step.requested_ids[0, :3] = ids
     output = runner.read(runner.decode(step, sampling_of()))
-    place = place_of(3, len(PROMPT) - 1)
+    place = cache_index(3, len(PROMPT) - 1)
     again = score(runner, [place] * 3, ids, ids)
     for column in range(3):
         assert (
@@ -243,8 +243,8 @@ def test_given_ids_are_scored_in_both_programs_alike(runner: ModelRunner) -> Non
 
 def test_whole_rows_have_the_bits_of_scores(runner: ModelRunner) -> None:
     prefill(runner, [*PROMPT, 1, 2, 3, 4, 5], page=3)
-    places: NDArray[np.int32] = np.array([place_of(3, i) for i in range(8)], np.int32)
-    rows = runner.vocabulary(places)
+    places: NDArray[np.int32] = np.array([cache_index(3, i) for i in range(8)], np.int32)
+    rows = runner.full_logprobs(places)
     assert rows.shape == (8, V)
     assert rows.dtype == np.float32
     np.testing.assert_allclose(np.exp(rows.astype(np.float64)).sum(axis=1), 1.0, atol=1e-5)
@@ -272,7 +272,7 @@ def test_shapes_that_were_not_compiled_raise(runner: ModelRunner) -> None:
     with pytest.raises(UnknownShapeError):
         runner.decode(decode_input([], size=3), sampling_of(3))
     with pytest.raises(UnknownShapeError):
-        runner.vocabulary(np.zeros(7, np.int32))
+        runner.full_logprobs(np.zeros(7, np.int32))
     with pytest.raises(UnknownShapeError):
         runner.prefill(StepInput(*(np.zeros((1, n), np.int32) for n in (15, 15, 2))))
     with pytest.raises(TypeError, match="compiled"):

@@ -54,7 +54,7 @@ def test_whatever_is_asked_for_is_in_the_list_of_shapes() -> None:
 def test_shapes_and_names() -> None:
     buckets = Buckets(decode_rows=(1, 2), prefill_chunks=(16,), score_rows=8, pages_per_row=3)
     assert buckets.steps() == (StepShape(1, 1, 3), StepShape(2, 1, 3), StepShape(1, 16, 3))
-    assert buckets.heads() == (HeadShape(8, whole=False),)
+    assert buckets.heads() == (HeadShape(8, full=False),)
     names = [step.name for step in buckets.steps()] + [head.name for head in buckets.heads()]
     assert names == ["decode_1", "decode_2", "prefill_16", "score_8"]
     assert SlotShape(buckets.slots).name == "adjust"
@@ -62,5 +62,5 @@ def test_shapes_and_names() -> None:
 
 def test_whole_rows_are_compiled_for_only_where_they_may_be_asked_for() -> None:
     for whole in (False, True):
-        buckets = make_buckets(max_num_seqs=1, max_model_len=64, max_num_batched_tokens=64, whole_vocabulary=whole)
+        buckets = make_buckets(max_num_seqs=1, max_model_len=64, max_num_batched_tokens=64, full_logprobs=whole)
         assert [head.name for head in buckets.heads()] == ["score_64", "vocabulary_8"][: 1 + whole]

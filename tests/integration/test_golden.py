@@ -40,7 +40,7 @@ def hf_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Hugging Face directory that the second golden file was made of: the same weights rounded to bfloat16."""
     checkpoint = open_checkpoint(ModelSource("default", default_model_path()))
     try:
-        weights = load_weights(checkpoint, np.dtype(ml_dtypes.bfloat16), lambda _, rows: rows.whole())
+        weights = load_weights(checkpoint, np.dtype(ml_dtypes.bfloat16), lambda _, rows: rows.read())
         config = checkpoint.config
     finally:
         checkpoint.close()

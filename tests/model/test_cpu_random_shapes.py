@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from model.kernels import cpu
 from model.token_logprobs import NO_ID
-from model.weights.int8 import quantise
+from model.weights.int8 import quantize
 from tests.model.test_cpu_attention import crowd
 
 SIZES = st.tuples(st.integers(1, 80), st.integers(1, 400), st.integers(1, 300))  # M, N, K
@@ -26,7 +26,7 @@ def packed(weights: str, matrix: NDArray[np.float32]) -> cpu.Packed:
     if weights == "bfloat16":
         made = cpu.pack(jnp.asarray(matrix))
     else:
-        rounded = quantise(matrix)
+        rounded = quantize(matrix)
         made = cpu.pack_int8(jnp.asarray(rounded.values), jnp.asarray(rounded.scales))
     return made
 

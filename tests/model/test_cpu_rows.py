@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from model.attention import rotary_angles, rotate_and_store, rotate_and_store_in_xla
 from model.kernels import cpu
 from model.kernels.cpu import library
+from model.kernels.dispatch import load_kernels
 from model.kv_cache import PAGE_SIZE, SplitPages
 from model.layers import geglu_in_xla, rms_norm_in_xla, soft_cap_in_xla, swiglu_in_xla
 from model.rope import Rope
-from model.rotary import rotary_angles, rotate_and_store, rotate_and_store_in_xla
 
 DTYPES = ["float32", "bfloat16"]
 WIDTHS = [1, 15, 16, 96, 577, 896]  # whole vectors and parts of one
@@ -220,7 +221,7 @@ def test_values_of_another_size_than_the_keys_are_an_error() -> None:
 @pytest.mark.parametrize(("platform", "holds"), [("cpu", True), ("tpu", False), ("cuda", False)])
 def test_the_platform_that_is_compiled_for_decides(platform: str, holds: bool) -> None:
     pages, at = jnp.zeros((2, 1, PAGE_SIZE, 8)), jnp.zeros((1, 1), jnp.int32)
-    traced = jax.jit(rotate_and_store).trace(
-        jnp.zeros((1, 1, 3, 8)), rotary_angles(at, 8, ROPE), SplitPages(pages, pages), at, at
+    traced = jax.jit(rotate_and_store, static_argnums=5).trace(
+        jnp.zeros((1, 1, 3, 8)), rotary_angles(at, 8, ROPE), SplitPages(pages, pages), at, at, load_kernels()
     )
     assert (library.ROTATE_TARGET in traced.lower(lowering_platforms=(platform,)).as_text()) is holds

@@ -80,7 +80,7 @@ def _add_rope(writer: gguf.GGUFWriter, hf: dict[str, Any], rope: Any) -> None:
 
 
 def of_checkpoint(checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
-    return load_weights(checkpoint, np.dtype(np.float32), lambda _, rows: rows.whole())
+    return load_weights(checkpoint, np.dtype(np.float32), lambda _, rows: rows.read())
 
 
 @pytest.mark.parametrize("case", CASES)

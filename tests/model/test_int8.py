@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from model import linear
 from model.kernels import cpu
+from model.kernels.dispatch import Kernels, load_kernels
+from model.layout import GROUP_SIZE
 from model.linear import matmul, take_rows
 from model.weights.errors import ModelLoadError
-from model.weights.int8 import GROUP, Int8Array, quantise
+from model.weights.int8 import Int8Array, quantize
 from model.weights.source import resolve_model
 from model.weights.weight_table import load_weights, open_checkpoint
 from tests.support.tiny_checkpoints import BF16, TinyModel, gguf_name
@@ -33,12 +35,12 @@ SHAPES = [
     (257, 40, 90),
 ]
 
-in_xla = jax.jit(matmul)
+product = jax.jit(matmul, static_argnums=2)
 
 
 def values_of(array: Int8Array) -> NDArray[np.float32]:
     """What an Int8Array says, [N, K]."""
-    scales = np.repeat(array.scales.astype(np.float32), GROUP, axis=1)[:, : array.values.shape[1]]
+    scales = np.repeat(array.scales.astype(np.float32), GROUP_SIZE, axis=1)[:, : array.values.shape[1]]
     with np.errstate(invalid="ignore"):
         return array.values.astype(np.float32) * scales
 
@@ -49,23 +51,25 @@ def normal(seed: int, *shape: int) -> NDArray[np.float32]:
 
 def packed(seed: int, n: int, k: int) -> tuple[cpu.PackedInt8, NDArray[np.float32]]:
     """A packed weight and its values [n, k]."""
-    array = quantise(normal(seed, n, k))
+    array = quantize(normal(seed, n, k))
     return cpu.pack_int8(jnp.asarray(array.values), jnp.asarray(array.scales)), values_of(array)
 
 
 def load(path: Path) -> dict[str, NDArray[Any]]:
     """All weights: matrices as the float32 values of their int8 form."""
     with closing(open_checkpoint(resolve_model(str(path), None))) as checkpoint:
-        return load_weights(
-            checkpoint, BF16, lambda _, rows: rows.whole(), put_int8=lambda _, rows: values_of(rows.whole())
-        )
+        return load_weights(checkpoint, BF16, lambda _, rows: _values(rows.read()), int8=True)
+
+
+def _values(weight: NDArray[Any] | Int8Array) -> NDArray[Any]:
+    return values_of(weight) if isinstance(weight, Int8Array) else weight
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (7, 32), (3, 33), (64, 576)])
 def test_a_group_is_rounded_to_the_nearest_of_its_steps(shape: tuple[int, int]) -> None:
     matrix = normal(1, *shape) * np.exp(normal(2, shape[0], 1) * 3)
-    array = quantise(matrix)
-    steps = np.repeat(array.scales.astype(np.float32), GROUP, axis=1)[:, : shape[1]]
+    array = quantize(matrix)
+    steps = np.repeat(array.scales.astype(np.float32), GROUP_SIZE, axis=1)[:, : shape[1]]
     # Half a step, but for the greatest of a group: its scale was rounded to float16's eleven bits.
     limit = 0.5 * steps + np.abs(matrix) * 2.0**-11
     assert (np.abs(values_of(array) - matrix) <= limit).all()
@@ -77,25 +81,25 @@ def test_groups_of_zeros_and_numbers_too_small_for_a_scale_are_zeros() -> None:
     matrix[0, 5], matrix[1, 40] = 1e-30, 2.0
     expected = np.zeros_like(matrix)
     expected[1, 40] = 127 * np.float32(np.float16(2 / 127))
-    np.testing.assert_array_equal(values_of(quantise(matrix)), expected)
+    np.testing.assert_array_equal(values_of(quantize(matrix)), expected)
 
 
 @pytest.mark.parametrize("greatest", [7.7e-3, 1e-4, 3e-5, 1e-5, 8e-6])
 def test_groups_whose_scale_is_subnormal_in_float16(greatest: float) -> None:
     matrix = normal(17, 64, 320)
     matrix *= greatest / np.abs(matrix).max()
-    array = quantise(matrix)
-    steps = np.repeat(array.scales.astype(np.float32), GROUP, axis=1)
+    array = quantize(matrix)
+    steps = np.repeat(array.scales.astype(np.float32), GROUP_SIZE, axis=1)
     assert (np.abs(values_of(array) - matrix) <= 0.501 * np.maximum(steps, 2.0**-24)).all()
 
 
 def test_a_large_matrix_is_rounded_row_by_row() -> None:
     matrix = normal(18, 3000, 600)  # more than is rounded at once
-    array, last = quantise(matrix), quantise(matrix[-1:])
+    array, last = quantize(matrix), quantize(matrix[-1:])
     np.testing.assert_array_equal(array.values[-1:], last.values)
     np.testing.assert_array_equal(array.scales[-1:], last.scales)
     narrow = matrix.astype(ml_dtypes.bfloat16)
-    np.testing.assert_array_equal(values_of(quantise(narrow)), values_of(quantise(narrow.astype(np.float32))))
+    np.testing.assert_array_equal(values_of(quantize(narrow)), values_of(quantize(narrow.astype(np.float32))))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -114,7 +118,7 @@ def test_anything_else_is_rounded_once(tmp_path: Path, kind: str) -> None:
     tiny = TinyModel()
     got = load(tiny.write_gguf(tmp_path / "a.gguf", kind))
     for path, values in tiny.rounded(kind).expected().items():
-        np.testing.assert_array_equal(got[path], values_of(quantise(values)) if values.ndim == 2 else values, path)
+        np.testing.assert_array_equal(got[path], values_of(quantize(values)) if values.ndim == 2 else values, path)
 
 
 def test_a_directory_gives_what_a_gguf_file_gives(tmp_path: Path) -> None:
@@ -154,16 +158,13 @@ def test_pack_keeps_every_value_and_pads_with_zeros(m: int, n: int, k: int) -> N
 
 @pytest.mark.parametrize("form", ["kernels", "XLA"])
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_the_product_is_within_float32_rounding(
-    m: int, n: int, k: int, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if form == "XLA":
-        monkeypatch.setattr(cpu, "load", lambda: None)
-    elif cpu.load() is None:
+def test_the_product_is_within_float32_rounding(m: int, n: int, k: int, form: str) -> None:
+    kernels = load_kernels() if form == "kernels" else Kernels()
+    if form == "kernels" and kernels.cpu is None:
         pytest.skip("no kernels here")
     x = jnp.asarray(normal(3, m, k), jnp.bfloat16)
     weight, values = packed(4, n, k)
-    y = np.asarray(matmul(x, weight))
+    y = np.asarray(matmul(x, weight, kernels))
     x64, w64 = np.asarray(x, np.float64), values.astype(np.float64)
     bound = k * 2.0**-24 * (np.abs(x64) @ np.abs(w64).T)
     assert (np.abs(y - x64 @ w64.T) <= bound).all()
@@ -183,16 +184,12 @@ def test_an_accelerator_unpacks_some_rows_at_a_time(m: int, n: int, k: int, kind
 
 
 @pytest.mark.parametrize(("n", "k"), [(576, 576), (1536, 576), (960, 576), (576, 1536), (1152, 896), (896, 4864)])
-def test_without_kernels_a_row_has_the_same_bits_in_every_batch(
-    n: int, k: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_kernels_a_row_has_the_same_bits_in_every_batch(n: int, k: int) -> None:
     """In the shapes of real models: XLA's products of other shapes (96 columns) can differ, whatever the weights."""
-    monkeypatch.setattr(cpu, "load", lambda: None)
     x, (weight, _) = jnp.asarray(normal(15, 64, k)), packed(16, n, k)
-    product = jax.jit(matmul)  # not in_xla, which may have compiled the kernels' form
-    whole = np.asarray(product(x, weight))
+    whole = np.asarray(product(x, weight, Kernels()))
     for m in (1, 2, 3, 8, 16):
-        np.testing.assert_array_equal(product(x[:m], weight), whole[:m], err_msg=f"{m} rows")
+        np.testing.assert_array_equal(product(x[:m], weight, Kernels()), whole[:m], err_msg=f"{m} rows")
 
 
 @pytest.mark.usefixtures("kernels")
@@ -254,8 +251,11 @@ def test_it_lowers_for_every_platform() -> None:
     """Programs for other platforms hold no call of ours."""
     x, (weight, _) = jnp.zeros((4, 64), jnp.bfloat16), packed(14, 64, 64)
     for platform in ("tpu", "cuda"):
-        text = in_xla.trace(x, weight).lower(lowering_platforms=(platform,)).as_text()
+        text = product.trace(x, weight, load_kernels()).lower(lowering_platforms=(platform,)).as_text()
         assert "logprobd" not in text
         assert "HIGHEST" in text  # of float32 operands, which they would round
-    if cpu.load() is not None:
-        assert "logprobd_linear_int8" in in_xla.trace(x, weight).lower(lowering_platforms=("cpu",)).as_text()
+    if load_kernels().cpu is not None:
+        assert (
+            "logprobd_linear_int8"
+            in product.trace(x, weight, load_kernels()).lower(lowering_platforms=("cpu",)).as_text()
+        )

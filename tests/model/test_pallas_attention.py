@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from model.attention import attend_in_xla
 from model.kernels import gpu, tpu
 from model.kv_cache import PAGE_SIZE, Addresses, CacheLayout, JoinedPages, LayerPages, SplitPages
-from model.sharding import Cut
+from model.sharding import TensorParallel
 from tests.support.crowd import Crowd, Floats, compiled, crowd
 from tools.portability.test_portability import qwen
 
@@ -171,7 +171,9 @@ def test_xla_reads_pages_of_either_kind(layout: str) -> None:
 
 @pytest.fixture
 def layouts() -> Callable[..., CacheLayout]:
-    return lambda platform, dtype, shards=1: CacheLayout(Cut(qwen().config, shards), jnp.dtype(dtype), platform)
+    return lambda platform, dtype, shards=1: CacheLayout(
+        TensorParallel(qwen().config, shards), jnp.dtype(dtype), platform
+    )
 
 
 def test_a_tpu_has_whole_lanes_and_joins_keys_and_values_for_its_kernel(layouts: Callable[..., CacheLayout]) -> None:

@@ -13,10 +13,10 @@ import pytest
 from jax import Array
 from numpy.typing import NDArray
 
-from model.attention import attend
-from model.kv_cache import PagedCache, SplitPages, addresses
+from model.attention import attend, rotary_angles, rotate
+from model.kernels.dispatch import load_kernels
+from model.kv_cache import PagedCache, SplitPages, addresses_of
 from model.layers import Attention
-from model.rotary import rotary_angles, rotate
 from model.transformer import BoundModel, bind
 from model.weights.source import resolve_model
 from model.weights.weight_table import load_weights, open_checkpoint
@@ -67,9 +67,9 @@ def make_case(name: str, folder: Path) -> Case:
     config = tiny_configs()[name]
     write_checkpoint(folder, config, random_weights(config, seed_of(name)))
     with closing(open_checkpoint(resolve_model(str(folder), None))) as checkpoint:
-        weights = load_weights(checkpoint, np.dtype(np.float32), lambda _, rows: jnp.asarray(rows.whole()))
+        weights = load_weights(checkpoint, np.dtype(np.float32), lambda _, rows: jnp.asarray(rows.read()))
         config_here = checkpoint.config.for_length(checkpoint.config.max_position_embeddings)
-        model = bind(config_here, jnp.dtype(jnp.float32), weights)
+        model = bind(config_here, jnp.dtype(jnp.float32), weights, load_kernels())
     with np.load(GOLDEN / f"{name}.npz") as file:
         golden = dict(file)
     traced = jax.jit(partial(trace, model))(model.leaves, jnp.asarray(golden["tokens"]))
@@ -85,7 +85,7 @@ def trace(bound: BoundModel, leaves: tuple[Array, ...], tokens: Array) -> dict[s
     """Runs the sub-layers one by one: name -> output [T, n]."""
     model = bound.merge(leaves)
     positions, tables = jnp.arange(TOKENS)[None], jnp.array([[1, 2]])
-    cache, at = empty_cache(bound), addresses(tables, positions)
+    cache, at = empty_cache(bound), addresses_of(tables, positions)
     x = model.embed(tokens[None])
     values = {"embed": x}
     for i, layer in enumerate(model.layers):
@@ -120,7 +120,7 @@ def trace_attention(
 ) -> dict[str, Array]:
     """The parts of attention up to its output map."""
     config = attention.config
-    at = addresses(tables, positions)
+    at = addresses_of(tables, positions)
     q, k, v = jnp.split(attention.heads(x), (config.num_heads, config.num_heads + config.num_kv_heads), axis=2)
     q_rotated, k_rotated = rotate(q, *angles), rotate(k, *angles)
     stored = pages.store(k_rotated, v, at)
@@ -135,6 +135,7 @@ def trace_attention(
             stored,
             tables,
             positions,
+            attention.kernels,
             scale=config.attention_scale,
             window=attention.kind.window,
             cap=config.attention_cap,

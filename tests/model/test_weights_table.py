@@ -28,7 +28,7 @@ NORM = "model.norm.weight"
 
 
 def keep(_: str, rows: Rows) -> NDArray[Any]:
-    return rows.whole()
+    return rows.read()
 
 
 def load(path: Path, dtype: np.dtype[Any] = F32) -> Tensors:
@@ -122,7 +122,7 @@ def test_put_gets_each_weight_at_once_and_its_answer_is_kept(tmp_path: Path) -> 
 
     def put(path: str, rows: Rows) -> tuple[int, ...]:
         given.append(path)
-        assert rows.whole().shape == rows.shape
+        assert rows.read().shape == rows.shape
         return rows.shape
 
     with closing(SafetensorsCheckpoint(tiny.write_hf(tmp_path))) as checkpoint:
@@ -229,7 +229,7 @@ def test_tensors_that_cannot_be_read_are_all_listed(tmp_path: Path) -> None:
     put: list[str] = []
 
     def note(path: str, rows: Rows) -> None:
-        rows.whole()
+        rows.read()
         put.append(path)
 
     with closing(GgufCheckpoint(path)) as checkpoint:

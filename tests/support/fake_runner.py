@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from compiled.shapes import Buckets
 from compiled.state import (
     MAX_REQUESTED_IDS,
-    Adjustment,
     DecodeInput,
     SamplingArrays,
     ScoreInput,
+    SlotPenalties,
     StepInput,
     StepOutput,
     mask_words,
@@ -101,7 +101,7 @@ class FakeRunner:
 
     def __init__(self, *, pages: int = 64, decode_rows: tuple[int, ...] = (1, 2, 4), pages_per_row: int = 8) -> None:
         self.buckets = Buckets(
-            decode_rows, prefill_chunks=(16, 64), score_rows=8, pages_per_row=pages_per_row, vocabulary_rows=4
+            decode_rows, prefill_chunks=(16, 64), score_rows=8, pages_per_row=pages_per_row, full_logprobs_rows=4
         )
         self.pages = pages
         self.max_logprobs = K
@@ -137,7 +137,7 @@ class FakeRunner:
         self._store(inputs.tables[0], inputs.tokens[0, :live], start)
         return Unread(np.int32(live))
 
-    def adjust(self, slot: int, adjustment: Adjustment) -> None:
+    def set_penalties(self, slot: int, adjustment: SlotPenalties) -> None:
         """Fills a slot."""
         self._call("adjust", 1)
         assert 0 <= slot < self.buckets.slots - 1
@@ -166,10 +166,10 @@ class FakeRunner:
 
     def score(self, inputs: ScoreInput) -> Any:
         """The numbers of given tokens; padding points at the null page."""
-        assert len(inputs.places) == len(inputs.targets) == self.buckets.score_rows
-        live = int((inputs.places // PAGE_SIZE != NULL_PAGE).sum())
+        assert len(inputs.cache_indices) == len(inputs.targets) == self.buckets.score_rows
+        live = int((inputs.cache_indices // PAGE_SIZE != NULL_PAGE).sum())
         self._call("score", live)
-        hidden = self._hidden_at(inputs.places[:live]) + [0] * (len(inputs.places) - live)
+        hidden = self._hidden_at(inputs.cache_indices[:live]) + [0] * (len(inputs.cache_indices) - live)
         return Unread(numbers(hidden, inputs.targets.tolist(), inputs.requested_ids, self.nan_token))
 
     def read(self, tree: Any) -> Any:
@@ -178,9 +178,9 @@ class FakeRunner:
         assert isinstance(tree, Unread)
         return tree.tree
 
-    def vocabulary(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
+    def full_logprobs(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
         """The log-prob of every token after each cached one."""
-        assert len(places) == self.buckets.vocabulary_rows
+        assert len(places) == self.buckets.full_logprobs_rows
         live = int((places // PAGE_SIZE != NULL_PAGE).sum())
         self._call("vocabulary", live)
         hidden = np.asarray(self._hidden_at(places[:live]) + [0] * (len(places) - live))
@@ -228,7 +228,7 @@ class FakeRunner:
         for row, h in enumerate(hidden):
             high, low = (int(word) for word in sampling.seed[row])
             shift = shift_of(high << 32 | low, int(sampling.step[row])) if sampling.temperature[row] > 0 else 0
-            if sampling.adjusted[row]:
+            if sampling.penalized[row]:
                 slot = inputs.slots[row]
                 penalties = (float(sampling.presence[row]), float(sampling.frequency[row]))
                 shift += adjusted_shift(

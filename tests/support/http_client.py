@@ -21,10 +21,10 @@ from starlette.applications import Starlette
 
 from compiled.state import (
     MAX_REQUESTED_IDS,
-    Adjustment,
     DecodeInput,
     SamplingArrays,
     ScoreInput,
+    SlotPenalties,
     StepOutput,
     mask_words,
 )
@@ -88,12 +88,12 @@ class ScriptedRunner(FakeRunner):
         self.script = script
         self.vocab_size = VOCAB_SIZE
 
-    def adjust(self, slot: int, adjustment: Adjustment) -> None:
+    def set_penalties(self, slot: int, adjustment: SlotPenalties) -> None:
         """Fills a slot of the FakeRunner's vocabulary."""
         size = fake_runner.VOCAB_SIZE
         assert len(adjustment.bias) == VOCAB_SIZE
         columns = (adjustment.bias, adjustment.counts, adjustment.seen)
-        super().adjust(slot, Adjustment(*(column[:size] for column in columns)))
+        super().set_penalties(slot, SlotPenalties(*(column[:size] for column in columns)))
 
     def score(self, inputs: ScoreInput) -> Any:
         """The FakeRunner's numbers, but for IMPOSSIBLE."""
@@ -142,16 +142,16 @@ class ExactRunner(ScriptedRunner):
     def score(self, inputs: ScoreInput) -> Any:
         """As the rows say."""
         numbers = super().score(inputs).tree
-        for i, hidden in enumerate(self._hidden_at(inputs.places[_live(inputs.places)])):
+        for i, hidden in enumerate(self._hidden_at(inputs.cache_indices[_live(inputs.cache_indices)])):
             row, token = self.row(hidden), inputs.targets[i]
             order = np.argsort(-row, kind="stable")
             numbers.logprob[i], numbers.rank[i] = row[token], 1 + int(np.flatnonzero(order == token)[0])
             numbers.top_ids[i], numbers.top_logprobs[i] = order[:K], row[order[:K]]
         return Unread(numbers)
 
-    def vocabulary(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
+    def full_logprobs(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
         """As the rows say."""
-        rows = np.zeros((len(super().vocabulary(places)), VOCAB_SIZE), np.float32)
+        rows = np.zeros((len(super().full_logprobs(places)), VOCAB_SIZE), np.float32)
         for i, hidden in enumerate(self._hidden_at(places[_live(places)])):
             rows[i] = self.row(hidden)
         return rows

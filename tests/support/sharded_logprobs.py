@@ -16,15 +16,15 @@ from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
 from compiled.state import (
     FROM_SLOT,
-    Adjustment,
     DecodeInput,
     SamplingArrays,
     ScoreInput,
+    SlotPenalties,
     StepInput,
     greedy_sampling,
     no_requested_ids,
 )
-from compiled.step import place_of
+from compiled.step import cache_index
 from model.kv_cache import PAGE_SIZE
 from model.sharding import tensor_mesh
 from model.weights.loader import load_model
@@ -34,7 +34,7 @@ from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 from tools.hlo import operations
 
 PROMPT = [5, 17, 99, 3, 8, 9, 44]
-BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, vocabulary_rows=8)
+BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, full_logprobs_rows=8)
 V = 1100  # columns in each of 8 shards, and an uneven rest
 _ONE_LAYER = {"num_hidden_layers": 1}  # a second is cut as the first is
 # Name -> family, what its config.json says otherwise, dtype, whether matrices are int8, and how many devices. What is
@@ -65,7 +65,7 @@ def numbers(runner: ModelRunner, *, company: int = 0) -> dict[str, Any]:
     for page in range(1, 2 + company):
         runner.prefill(StepInput(tokens, positions, np.array([[page, 0]], np.int32)))
     places, targets, named = np.zeros(16, np.int32), np.zeros(16, np.int32), no_requested_ids(16)
-    places[:count], targets[:count] = [place_of(1, i) for i in range(count)], PROMPT[1:]
+    places[:count], targets[:count] = [cache_index(1, i) for i in range(count)], PROMPT[1:]
     named[:, :2] = [7, V - 1]
     scored = runner.read(runner.score(ScoreInput(places, targets, named)))
     said = {
@@ -77,7 +77,7 @@ def numbers(runner: ModelRunner, *, company: int = 0) -> dict[str, Any]:
             scored.top_ids[:count].tolist(),
             scored.requested_ranks[:count, :2].tolist(),
         ],
-        "whole": runner.vocabulary(places[:8])[:count].tolist(),
+        "whole": runner.full_logprobs(places[:8])[:count].tolist(),
     }
     greedy = runner.read(decode(runner, greedy_sampling(4, V), 0, company))
     said |= {"greedy": greedy.logprobs.logprob[:1].tolist(), "greedy token": int(greedy.tokens[0])}
@@ -100,11 +100,11 @@ def choices(runner: ModelRunner) -> dict[str, Any]:
     numbers(runner)
     sampling = greedy_sampling(4, V)
     sampling.temperature[0], sampling.top_p[0], sampling.top_k[0], sampling.min_p[0] = 1.2, 0.8, 700, 1e-4
-    sampling.seed[0], sampling.processed[0], sampling.adjusted[0] = (1, 2), True, True
+    sampling.seed[0], sampling.processed[0], sampling.penalized[0] = (1, 2), True, True
     sampling.repetition[0], sampling.frequency[0], sampling.presence[0] = 1.3, 0.2, 0.1
     sampling.mask[0, ::3] = 0x5555AAAA
     bias = np.linspace(-1, 1, V, dtype=np.float32)
-    runner.adjust(0, Adjustment(bias, np.zeros(V, np.int32), np.arange(V) % 5 == 0))
+    runner.set_penalties(0, SlotPenalties(bias, np.zeros(V, np.int32), np.arange(V) % 5 == 0))
     tokens, logprobs = [], []
     for step in range(12):
         sampling.step[0] = step

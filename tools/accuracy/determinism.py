@@ -5,8 +5,6 @@ batch, in other chunks, from the prefix cache, and generated against scored as a
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ from rich.table import Table
 
 from compiled.runner import ModelRunner
 from compiled.shapes import make_buckets
-from model.kernels import cpu
+from model.kernels.dispatch import Kernels, load_kernels
 from model.weights.source import default_model_path
 from serve.engine.core import EngineCore
 from serve.engine.request import PromptScoring, Request, SamplingParams
@@ -85,34 +83,20 @@ def _distance(a: Logprobs, b: Logprobs) -> float:
     return float(np.abs(a[:n] - b[:n]).max())
 
 
-@contextmanager
-def _without_kernels() -> Iterator[None]:
-    load = cpu.load
-    cpu.load = lambda: None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        cpu.load = load
-
-
-def _runner(path: Path, weights: str) -> ModelRunner:
+def _runner(path: Path, weights: str, kernels: Kernels) -> ModelRunner:
     buckets = make_buckets(max_num_seqs=_ROWS, max_model_len=_CONTEXT, max_num_batched_tokens=_BATCHED)
-    return make_runner(path, weights, buckets, pages=_ROWS * buckets.pages_per_row + 1)
+    return make_runner(path, weights, buckets, pages=_ROWS * buckets.pages_per_row + 1, kernels=kernels)
 
 
 def main() -> None:
     """Print a table for each model."""
+    kernels = load_kernels()
     for path in [Path(name) for name in sys.argv[1:]] or [default_model_path()]:
         columns = {}
-        for dtype in ("float32", "bfloat16"):
-            with _without_kernels():
-                columns[f"{dtype}, XLA"] = Measurement(_runner(path, dtype)).differences()
-            if cpu.load() is not None:
-                columns[f"{dtype}, kernels"] = Measurement(_runner(path, dtype)).differences()
-        with _without_kernels():
-            columns["int8, XLA"] = Measurement(_runner(path, "int8")).differences()
-        if cpu.load() is not None:
-            columns["int8, kernels"] = Measurement(_runner(path, "int8")).differences()
+        for weights in ("float32", "bfloat16", "int8"):
+            columns[f"{weights}, XLA"] = Measurement(_runner(path, weights, Kernels())).differences()
+            if kernels.cpu is not None:
+                columns[f"{weights}, kernels"] = Measurement(_runner(path, weights, kernels)).differences()
         table = Table("against alone, uncached, chunks of 256", *columns, title=path.stem)
         for way in columns["float32, XLA"]:
             table.add_row(

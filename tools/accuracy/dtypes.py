@@ -24,7 +24,7 @@ from tests.support.in_process import MAX_MODEL_LEN, MAX_NUM_BATCHED_TOKENS
 from tests.support.runners import make_runner
 
 _BUCKETS = Buckets(
-    decode_rows=(1,), prefill_chunks=(64, 256), score_rows=64, pages_per_row=MAX_MODEL_LEN // 64, vocabulary_rows=8
+    decode_rows=(1,), prefill_chunks=(64, 256), score_rows=64, pages_per_row=MAX_MODEL_LEN // 64, full_logprobs_rows=8
 )
 _REFERENCE, _OTHERS = "float32", ("bfloat16", "int8")
 

@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 import jax
 import jax.numpy as jnp
 
+from model.layout import GROUP_SIZE
 from model.transformer import abstract_weights
-from model.weights.int8 import GROUP
 from model.weights.source import ModelSource, default_model_path, resolve_model
 from model.weights.weight_table import open_checkpoint
 
@@ -58,4 +58,6 @@ def decode_bytes(model: str | None, weights_as: str) -> float:
     int8 = weights_as == "int8"
     weights = abstract_weights(config, jnp.dtype("bfloat16" if int8 else weights_as))
     read = [leaf for path, leaf in weights.items() if config.tie_word_embeddings or path != "embed.weight"]
-    return float(sum(leaf.size * (1 + 2 / GROUP if int8 and leaf.ndim == 2 else leaf.dtype.itemsize) for leaf in read))
+    return float(
+        sum(leaf.size * (1 + 2 / GROUP_SIZE if int8 and leaf.ndim == 2 else leaf.dtype.itemsize) for leaf in read)
+    )

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from compiled.shapes import make_buckets
 from compiled.state import (
     MAX_REQUESTED_IDS,
-    Adjustment,
     DecodeInput,
     SamplingArrays,
     ScoreInput,
+    SlotPenalties,
     StepInput,
     StepOutput,
 )
@@ -40,7 +40,7 @@ class NullRunner:
     def prefill(self, inputs: StepInput) -> Any:
         """Do nothing."""
 
-    def adjust(self, slot: int, adjustment: Adjustment) -> None:
+    def set_penalties(self, slot: int, adjustment: SlotPenalties) -> None:
         """Do nothing."""
 
     def decode(self, _: DecodeInput, sampling: SamplingArrays) -> StepOutput:
@@ -50,13 +50,13 @@ class NullRunner:
 
     def score(self, inputs: ScoreInput) -> TokenLogprobs:
         """Return zeros."""
-        return self._numbers[len(inputs.places)]
+        return self._numbers[len(inputs.cache_indices)]
 
     def read(self, tree: Any) -> Any:
         """Return `tree`."""
         return tree
 
-    def vocabulary(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
+    def full_logprobs(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
         """Return zeros [M, V]."""
         return np.zeros((len(places), self.vocab_size), np.float32)
 

@@ -59,7 +59,7 @@ class ModelOpener:
             if config not in self._planned:
                 _plan(config)
                 self._planned.add(config)
-            load_weights(checkpoint, np.dtype(np.float32), lambda _, rows: rows.whole().nbytes)
+            load_weights(checkpoint, np.dtype(np.float32), lambda _, rows: rows.read().nbytes)
 
 
 def _check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:

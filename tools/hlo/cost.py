@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from model.kernels.cpu.library import (
     ATTENTION_TARGET,
-    INT8_TARGET,
+    LINEAR_INT8_TARGET,
+    LINEAR_TARGET,
     ROTATE_TARGET,
     SCORE_INT8_TARGET,
     SCORE_TARGET,
-    TARGET,
 )
 from tools.hlo.parse import Computation, Instruction, array_sizes, bits, dims
 
@@ -79,7 +79,7 @@ def flops_of(computations: dict[str, Computation], computation: Computation, ins
         case "custom-call" if _is_call_of(instruction, SCORE_TARGET, SCORE_INT8_TARGET):
             vocab = re.search(r"vocab = (\d+)", instruction.attributes)
             return 2 * math.prod(dims(computation[instruction.operands[0]].shape)) * int(vocab[1] if vocab else 0)
-        case "custom-call" if _is_call_of(instruction, TARGET, INT8_TARGET):
+        case "custom-call" if _is_call_of(instruction, LINEAR_TARGET, LINEAR_INT8_TARGET):
             # x [M, K] and a packed weight give [M, N]: see model/kernels/cpu/linear.py.
             return 2 * math.prod(dims(instruction.shape)) * dims(computation[instruction.operands[0]].shape)[1]
     return 0

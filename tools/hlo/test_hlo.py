@@ -12,6 +12,7 @@ from compiled.shapes import Buckets
 from compiled.state import MAX_REQUESTED_IDS
 from model.config_hf import config_from_hf
 from model.kernels import cpu
+from model.kernels.dispatch import load_kernels
 from model.transformer import abstract_weights, bind
 from tests.support.tiny import tiny_configs
 from tools.hlo import operations
@@ -299,8 +300,8 @@ def texts(request: pytest.FixtureRequest) -> Mapping[str, str]:
 def compile_tiny() -> Mapping[str, str]:
     """Nothing but shapes is needed to compile a model."""
     dtype = jnp.dtype(jnp.float32)
-    model = bind(CONFIG, dtype, abstract_weights(CONFIG, dtype))
-    buckets = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=8, pages_per_row=4, vocabulary_rows=2)
+    model = bind(CONFIG, dtype, abstract_weights(CONFIG, dtype), load_kernels())
+    buckets = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=8, pages_per_row=4, full_logprobs_rows=2)
     plans = make_plans(model, buckets, state_shapes(model, buckets, pages=PAGES), k=5)
     return {program.name: operations.hlo_text(program) for program in compile_plans(plans)}
 

@@ -47,7 +47,7 @@ def work_of(model: BoundModel, shape: Shape, context: int) -> Work | None:
         model: may be abstract.
         context: cached tokens per row.
     """
-    config, cut, size = model.cut.local, model.cut, jnp.dtype(model.dtype).itemsize
+    config, cut, size = model.parallel.local, model.parallel, jnp.dtype(model.dtype).itemsize
     V, D, L = config.vocab_size, config.hidden_size, config.num_layers
     shapes = abstract_weights(model.config, model.dtype, cut.shards).values()  # per device
     matrices = sum(math.prod(each.shape) for each in shapes if len(each.shape) > 1)

@@ -17,6 +17,7 @@ import numpy as np
 from compiled.shapes import Buckets
 from model.config_hf import config_from_hf
 from model.kernels import cpu
+from model.kernels.dispatch import load_kernels
 from model.transformer import BoundModel, abstract_weights, bind
 from model.weights.loader import abstract_model
 from tests.support.tiny import tiny_configs
@@ -24,7 +25,7 @@ from tools.hlo import operations
 from tools.portability.__main__ import Rejection, Report, reports
 from tools.portability.chips import DEFAULT_TARGETS, mesh_of, use_compilers
 
-BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, vocabulary_rows=8)
+BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, full_logprobs_rows=8)
 V = 1100
 PAGES = 4097  # with fewer, XLA chooses another layout of pages
 # One layer is enough: all are compiled alike.
@@ -68,7 +69,8 @@ def model_of(case: Case) -> BoundModel:
         return abstract_model(config, case.dtype, mesh)
     dtype = jnp.dtype(case.dtype)
     weights = abstract_weights(config, dtype).items()
-    return bind(config, dtype, {path: _int8(leaf) if leaf.ndim == 2 else leaf for path, leaf in weights}, mesh)
+    int8 = {path: _int8(leaf) if leaf.ndim == 2 else leaf for path, leaf in weights}
+    return bind(config, dtype, int8, load_kernels(), mesh)
 
 
 def _int8(leaf: Any) -> Any:

@@ -176,7 +176,7 @@ def test_work_of_a_decode_step() -> None:
 
 def test_work_of_prefill_and_score() -> None:
     decode, prefill = (work_of(qwen(), StepShape(*shape, 64), context=0) for shape in ((1, 1), (1, 256)))
-    block = work_of(qwen(), HeadShape(64, whole=False), context=0)
+    block = work_of(qwen(), HeadShape(64, full=False), context=0)
     assert decode is not None
     assert prefill is not None
     assert block is not None

@@ -1,13 +1,12 @@
-"""Kernels for XLA:CPU in C++, compiled by `python -m model.kernels.cpu.build`, called through XLA's FFI.
+"""Kernels for XLA:CPU in C++, called through XLA's foreign function interface.
 
-What lives here knows arrays and nothing of models. Where `load()` gives None, XLA does the work.
+They know arrays, not models. Their functions may be called once `load()` has registered them.
 """
 
 from model.kernels.cpu.attention import attend
 from model.kernels.cpu.head import normalizer, score, token_logprobs
 from model.kernels.cpu.library import CpuKernels, load
 from model.kernels.cpu.linear import (
-    COLUMNS,
     Packed,
     PackedInt8,
     PackedWeight,
@@ -24,7 +23,6 @@ from model.kernels.cpu.linear import (
 from model.kernels.cpu.rows import geglu, rms_norm, rotate_and_store, soft_cap, swiglu
 
 __all__ = [
-    "COLUMNS",
     "CpuKernels",
     "Packed",
     "PackedInt8",

@@ -13,14 +13,16 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "layout.h"
 #include "vectors.h"
 
 namespace {
 
-constexpr int64_t kPage = 64;         // S, tokens of a page
+static_assert(kPage == 4 * kLanes, "SoftmaxWeights holds a page's scores in four vectors");
 constexpr int64_t kQueryTokens = 32;  // tokens of a block: each page is converted once for all of them
 
 struct Pages {
@@ -51,8 +53,8 @@ class Scratch {
       : padded((size + kLanes - 1) / kLanes * kLanes),
         lines_(static_cast<size_t>((kPage * size + kPage * padded + queries * (padded * 2 + kPage + 3 * kLanes)) /
                                    kLanes)) {
-    float* at = lines_.data()->lane;
-    const auto take = [&at](int64_t count) { return std::exchange(at, at + count); };
+    float* next = lines_.data()->lane;
+    const auto take = [&next](int64_t count) { return std::exchange(next, next + count); };
     keys = take(size * kPage);
     values = take(kPage * padded);
     query = take(queries * padded);
@@ -96,42 +98,42 @@ void Convert(const Element* keys, const Element* values, int64_t size, int64_t v
 
 // Scores of kRows queries against kVectors times 16 places of a page, from the place `first` on.
 template <int kRows, int kVectors>
-INLINE void ScoresOf(int64_t query, int64_t first, int64_t size, const Scratch& at) {
+INLINE void ScoresOf(int64_t query, int64_t first, int64_t size, const Scratch& scratch) {
   Floats acc[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) acc[r][v] = Zeros();
   }
-  const float* q = at.query + query * at.padded;
+  const float* q = scratch.query + query * scratch.padded;
   for (int64_t e = 0; e < size; ++e) {
     Floats k[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) k[v] = Load(at.keys + e * kPage + first + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) k[v] = Load(scratch.keys + e * kPage + first + v * kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
-      const Floats x = Fill(q[r * at.padded + e]);
+      const Floats x = Fill(q[r * scratch.padded + e]);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) acc[r][v] = Fma(x, k[v], acc[r][v]);
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) Store(at.weight + (query + r) * kPage + first + v * kLanes, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v) Store(scratch.weight + (query + r) * kPage + first + v * kLanes, acc[r][v]);
   }
 }
 
 template <int kRows>
-void Scores(int64_t query, int64_t size, const Scratch& at) {
-  for (int64_t s = 0; s < kPage; s += kTileVectors * kLanes) ScoresOf<kRows, kTileVectors>(query, s, size, at);
+void Scores(int64_t query, int64_t size, const Scratch& scratch) {
+  for (int64_t s = 0; s < kPage; s += kTileVectors * kLanes) ScoresOf<kRows, kTileVectors>(query, s, size, scratch);
 }
 
-// Scores to weights, with best, total and scale moved on. The query sees places [first, last) of the page.
-INLINE void Weigh(int64_t query, int64_t first, int64_t last, float cap, const Scratch& at) {
-  float* weights = at.weight + query * kPage;
+// Replaces scores by weights and updates best, total and scale. The query attends to slots [first, last) of the page.
+INLINE void SoftmaxWeights(int64_t query, int64_t first, int64_t last, float cap, const Scratch& scratch) {
+  float* weights = scratch.weight + query * kPage;
   if (std::max<int64_t>(first, 0) >= last) {
     std::fill_n(weights, kPage, 0.0f);
-    at.scale[query] = 1.0f;
+    scratch.scale[query] = 1.0f;
     return;
   }
-  Floats score[4], top = Fill(at.best[query]);
+  Floats score[4], top = Fill(scratch.best[query]);
   for (int v = 0; v < 4; ++v) {
     const Floats raw = Load(weights + v * kLanes), none = Fill(-std::numeric_limits<float>::infinity());
     const Floats all = cap > 0 ? SoftCap(raw, Fill(cap)) : raw;
@@ -140,35 +142,35 @@ INLINE void Weigh(int64_t query, int64_t first, int64_t last, float cap, const S
     top = Max(top, score[v]);
   }
   const float best = MaxOf(top);
-  const Floats scale = ExpOfNegative(Fill(at.best[query] - best));
+  const Floats scale = ExpOfNegative(Fill(scratch.best[query] - best));
   for (int v = 0; v < 4; ++v) {
     score[v] = ExpOfNegative(Sub(score[v], Fill(best)));
     Store(weights + v * kLanes, score[v]);
   }
   const Floats sum = Add(Add(score[0], score[1]), Add(score[2], score[3]));
-  float* total = at.total + query * kLanes;
+  float* total = scratch.total + query * kLanes;
   Store(total, Fma(Load(total), scale, sum));
-  at.best[query] = best;
+  scratch.best[query] = best;
   float scales[kLanes];
   Store(scales, scale);
-  at.scale[query] = scales[0];
+  scratch.scale[query] = scales[0];
 }
 
 // sum = sum * scale + weights x values, for kRows queries and kVectors vectors of the head from element e on.
 template <int kRows, int kVectors>
-INLINE void Accumulate(int64_t query, int64_t e, int64_t valid, const Scratch& at) {
+INLINE void Accumulate(int64_t query, int64_t e, int64_t valid, const Scratch& scratch) {
   Floats acc[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
-    const Floats scale = Fill(at.scale[query + r]);
+    const Floats scale = Fill(scratch.scale[query + r]);
     for (int v = 0; v < kVectors; ++v) {
-      acc[r][v] = Mul(Load(at.sum + (query + r) * at.padded + e + v * kLanes), scale);
+      acc[r][v] = Mul(Load(scratch.sum + (query + r) * scratch.padded + e + v * kLanes), scale);
     }
   }
-  const float* weights = at.weight + query * kPage;
+  const float* weights = scratch.weight + query * kPage;
   for (int64_t s = 0; s < valid; ++s) {
     Floats value[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) value[v] = Load(at.values + s * at.padded + e + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) value[v] = Load(scratch.values + s * scratch.padded + e + v * kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       const Floats weight = Fill(weights[r * kPage + s]);
@@ -177,33 +179,29 @@ INLINE void Accumulate(int64_t query, int64_t e, int64_t valid, const Scratch& a
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) Store(at.sum + (query + r) * at.padded + e + v * kLanes, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v) Store(scratch.sum + (query + r) * scratch.padded + e + v * kLanes, acc[r][v]);
   }
 }
 
 template <int kRows>
-void AccumulateAll(int64_t query, int64_t valid, const Scratch& at) {
+void AccumulateAll(int64_t query, int64_t valid, const Scratch& scratch) {
   constexpr int64_t kWide = kTileVectors * kLanes;
   int64_t e = 0;
-  for (; e + kWide <= at.padded; e += kWide) Accumulate<kRows, kTileVectors>(query, e, valid, at);
-  for (; e < at.padded; e += kLanes) Accumulate<kRows, 1>(query, e, valid, at);
+  for (; e + kWide <= scratch.padded; e += kWide) Accumulate<kRows, kTileVectors>(query, e, valid, scratch);
+  for (; e < scratch.padded; e += kLanes) Accumulate<kRows, 1>(query, e, valid, scratch);
 }
 
-// Runs tile<rows>(query) over all queries, six at a time.
-#define FOR_TILES(queries, CALL)                 \
-  for (int64_t q = 0; q < (queries);) {          \
-    const int64_t left = (queries) - q;          \
-    if (left >= 6) {                             \
-      CALL(6);                                   \
-      q += 6;                                    \
-    } else if (left >= 3) {                      \
-      CALL(3);                                   \
-      q += 3;                                    \
-    } else {                                     \
-      CALL(1);                                   \
-      q += 1;                                    \
-    }                                            \
+// Calls tile(query, number of queries as a constant) until all queries are covered, six at a time.
+template <typename Tile>
+INLINE void ForTiles(int64_t queries, Tile tile) {
+  int64_t q = 0;
+  for (; q + 6 <= queries; q += 6) tile(q, std::integral_constant<int, 6>());
+  if (q + 3 <= queries) {
+    tile(q, std::integral_constant<int, 3>());
+    q += 3;
   }
+  for (; q < queries; ++q) tile(q, std::integral_constant<int, 1>());
+}
 
 // The queries of a unit and their positions, by [token, head of the group].
 struct Queries {
@@ -212,7 +210,7 @@ struct Queries {
   int64_t position(int64_t query) const { return positions[query / group]; }
 };
 
-Queries Begin(const Pages& p, const Unit& unit, const Scratch& at) {
+Queries Begin(const Pages& p, const Unit& unit, const Scratch& scratch) {
   const int64_t group = p.heads / p.kv_heads;
   Queries queries = {group, (unit.to - unit.from) * group, -1, -1, p.positions + unit.row * p.tokens + unit.from};
   for (int64_t t = 0; t < unit.to - unit.from; ++t) {
@@ -225,51 +223,49 @@ Queries Begin(const Pages& p, const Unit& unit, const Scratch& at) {
   for (int64_t q = 0; q < queries.count; ++q) {
     const int64_t token = unit.row * p.tokens + unit.from + q / group;
     const float* from = p.queries + (token * p.heads + unit.head * group + q % group) * p.size;
-    for (int64_t e = 0; e < at.padded; e += kLanes) {
-      Store(at.query + q * at.padded + e, Mul(LoadSome(from + e, p.size - e), factor));
-      Store(at.sum + q * at.padded + e, Zeros());
+    for (int64_t e = 0; e < scratch.padded; e += kLanes) {
+      Store(scratch.query + q * scratch.padded + e, Mul(LoadSome(from + e, p.size - e), factor));
+      Store(scratch.sum + q * scratch.padded + e, Zeros());
     }
-    Store(at.total + q * kLanes, Zeros());
-    at.best[q] = -std::numeric_limits<float>::infinity();
+    Store(scratch.total + q * kLanes, Zeros());
+    scratch.best[q] = -std::numeric_limits<float>::infinity();
   }
   return queries;
 }
 
-void Finish(const Pages& p, const Unit& unit, const Queries& queries, const Scratch& at) {
+void Finish(const Pages& p, const Unit& unit, const Queries& queries, const Scratch& scratch) {
   for (int64_t q = 0; q < queries.count; ++q) {
     const int64_t token = unit.row * p.tokens + unit.from + q / queries.group;
     float* to = p.out + (token * p.heads + unit.head * queries.group + q % queries.group) * p.size;
     const bool padding = queries.position(q) < 0;
-    const Floats total = Fill(padding ? 1.0f : SumOf(Load(at.total + q * kLanes)));
+    const Floats total = Fill(padding ? 1.0f : SumOf(Load(scratch.total + q * kLanes)));
     for (int64_t e = 0; e < p.size; e += kLanes) {
       // + 0, since a weight of +0 may have turned a sum's -0 to +0.
-      const Floats mean = Div(Load(at.sum + q * at.padded + e), total);
+      const Floats mean = Div(Load(scratch.sum + q * scratch.padded + e), total);
       StoreSome(to + e, p.size - e, Add(mean, Zeros()));
     }
   }
 }
 
 template <typename Element>
-void Attend(const Pages& p, const Unit& unit, const Scratch& at) {
-  const Queries queries = Begin(p, unit, at);
+void Attend(const Pages& p, const Unit& unit, const Scratch& scratch) {
+  const Queries queries = Begin(p, unit, scratch);
   const int64_t seen_from = p.window > 0 ? std::max<int64_t>(0, queries.first - p.window + 1) : 0;
   for (int64_t page = seen_from / kPage; page * kPage <= queries.last; ++page) {
     const int64_t start = page * kPage, valid = std::min(kPage, queries.last + 1 - start);
     const int64_t id = p.tables[unit.row * p.table + page];
     const int64_t place = (id * p.kv_heads + unit.head) * kPage * p.size;
     Convert(static_cast<const Element*>(p.keys) + place, static_cast<const Element*>(p.values) + place, p.size, valid,
-            at);
-#define SCORES(rows) Scores<rows>(q, p.size, at)
-    FOR_TILES(queries.count, SCORES)
+            scratch);
+    ForTiles(queries.count, [&](int64_t q, auto rows) { Scores<rows()>(q, p.size, scratch); });
     for (int64_t q = 0; q < queries.count; ++q) {
       const int64_t position = queries.position(q);
-      Weigh(q, p.window > 0 ? position - p.window + 1 - start : 0, std::min(valid, position + 1 - start), p.cap,
-            at);
+      SoftmaxWeights(q, p.window > 0 ? position - p.window + 1 - start : 0, std::min(valid, position + 1 - start), p.cap,
+            scratch);
     }
-#define ACCUMULATE(rows) AccumulateAll<rows>(q, valid, at)
-    FOR_TILES(queries.count, ACCUMULATE)
+    ForTiles(queries.count, [&](int64_t q, auto rows) { AccumulateAll<rows()>(q, valid, scratch); });
   }
-  Finish(p, unit, queries, at);
+  Finish(p, unit, queries, scratch);
 }
 
 }  // namespace

@@ -1,11 +1,11 @@
-"""Attention over pages: true lengths, no gathered copy of the pages."""
+"""Attention over cache pages, without gathering a copy of them or computing padding."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from model.kernels.cpu.library import ATTENTION_TARGET, require
+from model.kernels.cpu.library import ATTENTION_TARGET
 
 
 def attend(
@@ -21,24 +21,20 @@ def attend(
 ) -> Array:
     """Causal attention of each query over its row's cached tokens, itself included, in the order of attention.h.
 
-    A query has the same bits in every batch and chunk; padding costs nothing and gives zeros.
+    A query has the same bits in every batch and chunk. Padding costs nothing and gives zeros.
 
     Args:
         queries: [R, T, H, E] float32.
         keys, values: [N, K, 64, E] bfloat16 or float32 pages.
         tables: [R, P] int32 pages of each row in order.
         positions: [R, T] int32, -1 for padding.
-        scale: of the scores.
-        window: how many tokens a query sees, itself included; 0 = all before it.
-        cap: cap * tanh(score / cap) stands for a score; 0 = as it is.
+        scale: factor of the scores.
+        window: tokens that a query attends to, itself included; 0 = all before it.
+        cap: replaces a score by cap * tanh(score / cap); 0 = off.
 
     Returns:
         [R, T, H * E] float32.
-
-    Raises:
-        RuntimeError: `load()` gives None.
     """
-    require()
     R, T, H, E = queries.shape
     call = jax.ffi.ffi_call(ATTENTION_TARGET, jax.ShapeDtypeStruct((R, T, H * E), jnp.float32))
     return call(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from model.kernels.cpu.library import LOGPROBS_TARGET, SCORE_INT8_TARGET, SCORE_TARGET, require
+from model.kernels.cpu.library import LOGPROBS_TARGET, SCORE_INT8_TARGET, SCORE_TARGET
 from model.kernels.cpu.linear import Packed, PackedWeight, arrays_of, check_input
 from model.token_logprobs import TokenLogprobs
 
@@ -23,21 +23,12 @@ def token_logprobs(logits: Array, ids: Array, requested_ids: Array, live: Array,
         requested_ids: [R, B] int32, padded with NO_ID.
         live: [] int32, number of rows before the padding.
         k: at most V.
-
-    Raises:
-        RuntimeError: `load()` returns None.
     """
-    require()
     return TokenLogprobs(*_call(LOGPROBS_TARGET, requested_ids, k)(logits, ids, requested_ids, live)[:-1])
 
 
 def normalizer(logits: Array, live: Array) -> Array:
-    """log(sum(exp(logits))) [R] float32 of each row of logits [R, V]: the one that `token_logprobs` subtracts.
-
-    Raises:
-        RuntimeError: `load()` returns None.
-    """
-    require()
+    """log(sum(exp(logits))) [R] float32 of each row of logits [R, V]: the one that `token_logprobs` subtracts."""
     R = logits.shape[0]
     ids, requested_ids = jnp.zeros((R,), jnp.int32), jnp.zeros((R, 0), jnp.int32)
     return _call(LOGPROBS_TARGET, requested_ids, 0)(logits, ids, requested_ids, live)[-1]
@@ -50,12 +41,8 @@ def score(
 
     No full row of logits is stored: a thread holds 1,024 columns at a time. A positive `cap` bounds the logits as
     `soft_cap` does.
-
-    Raises:
-        RuntimeError: `load()` returns None.
         TypeError, ValueError: hidden has another dtype or width.
     """
-    require()
     check_input(hidden, weight)
     call = _call(SCORE_TARGET if isinstance(weight, PackedWeight) else SCORE_INT8_TARGET, requested_ids, k)
     attributes = {"vocab": np.int64(weight.n), "cap": np.float32(cap)}

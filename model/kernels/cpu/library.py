@@ -1,4 +1,4 @@
-"""Finds the compiled kernels and makes them known to XLA."""
+"""Finds the compiled kernels and registers them with XLA."""
 
 import ctypes
 import functools
@@ -10,7 +10,10 @@ from pathlib import Path
 import jax
 import jaxlib.version
 
-TARGET = "logprobd_linear"
+from model.layout import COLUMN_BLOCK, GROUP_SIZE, PAGE_SIZE
+
+LINEAR_TARGET = "logprobd_linear"
+LINEAR_INT8_TARGET = "logprobd_linear_int8"
 ATTENTION_TARGET = "logprobd_attention"
 NORM_TARGET = "logprobd_norm"
 SWIGLU_TARGET = "logprobd_swiglu"
@@ -19,10 +22,10 @@ SOFT_CAP_TARGET = "logprobd_soft_cap"
 ROTATE_TARGET = "logprobd_rotate"
 LOGPROBS_TARGET = "logprobd_logprobs"
 SCORE_TARGET = "logprobd_score"
-INT8_TARGET = "logprobd_linear_int8"
 SCORE_INT8_TARGET = "logprobd_score_int8"
 TARGETS = (
-    TARGET,
+    LINEAR_TARGET,
+    LINEAR_INT8_TARGET,
     ATTENTION_TARGET,
     NORM_TARGET,
     SWIGLU_TARGET,
@@ -31,40 +34,41 @@ TARGETS = (
     ROTATE_TARGET,
     LOGPROBS_TARGET,
     SCORE_TARGET,
-    INT8_TARGET,
     SCORE_INT8_TARGET,
 )
-# Instruction sets, the best first, each with the compiler's flags for it: a library is built for each.
+# Instruction sets, the best first, and their compiler flags: a library is built for each.
 INSTRUCTION_SETS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c", "-mpopcnt", "-mbmi"),
     "avx2": ("-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi"),
     "neon": (),
 }
-# No -march=native: the right library is picked when it is loaded, so it can be built on another machine.
-# No contraction: a multiply-add is fused where the source says so, and nowhere else.
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off")
+# No -march=native: libraries may be built on another machine, and load() picks one by the CPU.
+# No contraction: only explicit multiply-adds are fused.
+FLAGS = (
+    *("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off"),
+    f"-DLOGPROBD_PAGE_SIZE={PAGE_SIZE}",
+    f"-DLOGPROBD_GROUP_SIZE={GROUP_SIZE}",
+    f"-DLOGPROBD_COLUMN_BLOCK={COLUMN_BLOCK}",
+)
 FOLDER = Path(__file__).parent
 BUNDLED = FOLDER / "_build"
 UNITS, HEADERS = sorted(FOLDER.glob("*.cc")), sorted(FOLDER.glob("*.h"))
-# bfloat16's linear map has one result to the last bit on two paths: AVX512_BF16, and float32 multiply-adds.
+# Paths of bfloat16's linear map, equal to the last bit: AVX512_BF16, and float32 multiply-adds.
 PATHS = ("pairs", "floats")
 
 
 @dataclass(frozen=True)
 class CpuKernels:
-    """The loaded library: what it was made from, its instruction set, and the paths of the linear kernel.
+    """The loaded and registered library."""
 
-    Each path is also a target `TARGET_path`.
-    """
-
-    digest: str
+    digest: str  # of its sources and flags
     instruction_set: str
-    paths: tuple[str, ...]
+    paths: tuple[str, ...]  # of the linear kernel; each is also a target, LINEAR_TARGET_path
 
 
 @functools.cache
 def digest() -> str:
-    """Of the sources and flags: a library is only ever loaded beside what it was made from."""
+    """Digest of sources and flags, part of the library's name: only a library of these sources is loaded."""
     text = repr(
         (FLAGS, sorted(INSTRUCTION_SETS.items()), [(path.name, path.read_bytes()) for path in (*UNITS, *HEADERS)])
     )
@@ -88,12 +92,11 @@ def library_path(instruction_set: str) -> Path:
     return bundled if bundled.exists() else cache_folder() / name
 
 
-@functools.cache
 def load() -> CpuKernels | None:
-    """Registers the kernels of the best instruction set with XLA on the first call; None where there are none.
+    """Load the library of the best instruction set and register its kernels with XLA; None if there is no library.
 
-    That is where no library is built, loads, or is for this CPU. To be called before a program that holds the kernels
-    is compiled or comes out of the persistent compilation cache.
+    Call it before compiling a program that calls the kernels or reading one from the persistent compilation cache.
+    Calls after the first change nothing.
     """
     for instruction_set in INSTRUCTION_SETS:
         try:
@@ -107,14 +110,6 @@ def load() -> CpuKernels | None:
 
 def _register(library: ctypes.CDLL, instruction_set: str) -> CpuKernels:
     paths = PATHS if library.logprobd_has_pairs() else ("floats",)
-    for name in (*TARGETS, *(f"{TARGET}_{path}" for path in paths)):
+    for name in (*TARGETS, *(f"{LINEAR_TARGET}_{path}" for path in paths)):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return CpuKernels(digest(), instruction_set, paths)
-
-
-def require() -> CpuKernels:
-    """The kernels. Raises RuntimeError where `load()` gives None."""
-    kernels = load()
-    if kernels is None:
-        raise RuntimeError("the CPU kernels are not built for this CPU: leave the work to XLA")
-    return kernels

@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "layout.h"
 #include "outcome.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
@@ -14,7 +15,6 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr int64_t kMinElementsToShare = 1 << 15;  // waking a thread takes longer than fewer
-constexpr int64_t kPage = 64;                     // S, tokens of a page
 
 // Calls row(i) for the rows that are live and fills the others of y with zeros. bytes: of a row of y. As Share does,
 // it tells whether all was done.

@@ -17,15 +17,15 @@
 #include <cstring>
 #include <utility>
 
+#include "layout.h"
 #include "vectors.h"
 
 namespace {
 
-constexpr int64_t kColumns = 32;         // output columns in a block of W
 constexpr int64_t kPair = 2 * kColumns;  // elements of W that a pair of K takes in a block: two cache lines of bfloat16
-constexpr int64_t kGroup = 32;           // elements of K that share a scale
 constexpr int64_t kAhead = 4096;         // 16-bit elements of W, 8 KiB, that a lone tile fetches ahead
 constexpr int64_t kChunk = 256;          // elements of K whose x and W stay in the first-level cache together
+static_assert(kColumns == 2 * kLanes && kChunk % kGroup == 0);
 
 struct Problem {
   const uint16_t* x;

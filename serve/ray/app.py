@@ -25,6 +25,7 @@ from serve.ray.options import RayConfig, config_of, parse_ray_args
 from serve.ray.replica import Replica
 from serve.ray.router import PrefixRouter
 from serve.server.console import start_reporting
+from serve.server.model_files import DEFAULT_MODEL, api_name
 from serve.server.startup_events import Serving, failed, interrupted
 
 _NAME = "logprobd"  # of the application
@@ -148,7 +149,7 @@ def _deploy(config: RayConfig, port: int) -> None:
 def _serving(config: RayConfig, port: int) -> Serving:
     scheme = "http" if config.ssl_certfile is None else "https"
     return Serving(
-        models=config.served_model_name or (config.model or "the default model",),
+        models=config.served_model_name or (api_name(config.model or DEFAULT_MODEL),),
         url=f"{scheme}://{config.host}:{port}",
         keyed=bool(config.api_key),
         chats=True,  # only the replicas know

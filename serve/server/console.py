@@ -39,7 +39,7 @@ from serve.server.startup_events import (
 )
 
 type OnProgress = Callable[[int, int], None]  # bytes read so far, bytes in all
-type OnCompiled = Callable[[Message], str]
+type OnCompiled = Callable[[Message], None]
 
 _WIDTH = 100  # columns at most
 _LABEL = "bold cyan"
@@ -54,6 +54,8 @@ _PARTS = (
 
 class Reporter:
     """Reports start-up line by line, as text or JSON."""
+
+    _terminal: Console | None = None  # for progress bars
 
     def __init__(self, stream: TextIO | None, *, as_json: bool = False, verbose: bool = False) -> None:
         """Create a reporter that writes to `stream`, or nowhere; with `verbose`, also a line for each program."""
@@ -73,31 +75,42 @@ class Reporter:
     @contextmanager
     def loading(self) -> Iterator[OnProgress]:
         """Context in which weights are read. Yields a callback for progress."""
+        with self._bar("loading", DownloadColumn(), TransferSpeedColumn()) as bar:
+            task = bar.add_task("", total=None)
 
-        def update(done: int, total: int) -> None:
-            self.phase = f"loading weights: {done / max(total, 1):.0%}"
+            def update(done: int, total: int) -> None:
+                self.phase = f"loading weights: {done / max(total, 1):.0%}"
+                bar.update(task, completed=done, total=total)
 
-        yield update
+            yield update
 
     @contextmanager
     def compiling(self, names: Sequence[str]) -> Iterator[OnCompiled]:
-        """Context in which `names` are compiled, in this order. Yields a thread-safe callback for each ready program.
-
-        The callback returns the name of the first program that is not ready, or "".
-        """
+        """Context in which `names` are compiled, in this order. Yields a thread-safe callback for ready programs."""
         self.report(compile_started(len(names)))
-        self.phase = f"compiling: 0 of {len(names)} programs"
         pending, lock = dict.fromkeys(names), threading.Lock()
+        columns = (MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("[dim]{task.description}", markup=True))
+        with self._bar("compiling", *columns) as bar:
+            task = bar.add_task("", total=len(names))
 
-        def ready(event: Message) -> str:
-            with lock:
-                pending.pop(event.fields["program"], None)
-                self.phase = f"compiling: {len(names) - len(pending)} of {len(names)} programs"
-                current = next(iter(pending), "")
-            self.report(event)
-            return current
+            def update() -> None:
+                """Show the first program that is not ready."""
+                done = len(names) - len(pending)
+                self.phase = f"compiling: {done} of {len(names)} programs"
+                bar.update(task, completed=done, description=next(iter(pending), ""))
 
-        yield ready
+            def ready(event: Message) -> None:
+                with lock:
+                    pending.pop(event.fields["program"], None)
+                    update()
+                self.report(event)
+
+            update()
+            yield ready
+
+    def _bar(self, label: str, *columns: ProgressColumn) -> Progress:
+        label_column = TextColumn(f"[{_LABEL}]{label:<9}")
+        return Progress(label_column, BarColumn(), *columns, console=self._terminal, disable=self._terminal is None)
 
 
 class ScreenReporter(Reporter):
@@ -105,7 +118,7 @@ class ScreenReporter(Reporter):
 
     def __init__(self, console: Console, *, verbose: bool = False) -> None:
         super().__init__(None, verbose=verbose)
-        self._console = console
+        self._terminal = self._console = console
 
     def report(self, event: Event) -> None:
         """Show an event."""
@@ -121,35 +134,6 @@ class ScreenReporter(Reporter):
             case Message(level=level, line=line):
                 if level > DEBUG or self._verbose:
                     self._print(Text(line, "red" if level >= ERROR else "dim" if level <= DEBUG else ""))
-
-    @contextmanager
-    def loading(self) -> Iterator[OnProgress]:
-        """Show a bar while weights are read."""
-        with super().loading() as update, self._bar("loading", DownloadColumn(), TransferSpeedColumn()) as bar:
-            task = bar.add_task("", total=None)
-
-            def advance(done: int, total: int) -> None:
-                update(done, total)
-                bar.update(task, completed=done, total=total)
-
-            yield advance
-
-    @contextmanager
-    def compiling(self, names: Sequence[str]) -> Iterator[OnCompiled]:
-        """Show a bar with the current program while programs are compiled."""
-        columns = (MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("[dim]{task.description}", markup=True))
-        with super().compiling(names) as ready, self._bar("compiling", *columns) as bar:
-            task = bar.add_task(next(iter(names), ""), total=len(names))
-
-            def advance(event: Message) -> str:
-                current = ready(event)
-                bar.update(task, advance=1, description=current)
-                return current
-
-            yield advance
-
-    def _bar(self, label: str, *columns: ProgressColumn) -> Progress:
-        return Progress(TextColumn(f"[{_LABEL}]{label:<9}"), BarColumn(), *columns, console=self._console)
 
     def _memory(self, event: MemoryPlanned) -> None:
         plan = event.plan

@@ -80,7 +80,6 @@ class GuardedProtocol(H11Protocol):
             self._start_read_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timers."""
         self._stop_head_timer()
         self._stop_read_timer()
         super().connection_lost(exc)

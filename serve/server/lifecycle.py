@@ -15,9 +15,9 @@ from types import FrameType
 
 import uvicorn
 
-from serve.api.middleware import Readiness
-from serve.engine.engine import Engine
-from serve.server.http_protocol import HttpConfig
+from serve.config.config import ServeConfig
+from serve.server.assembly import Served
+from serve.server.http_protocol import http_config
 
 logger = logging.getLogger(__name__)
 
@@ -34,22 +34,15 @@ class HttpServer(uvicorn.Server):
     end with an error. A second signal ends the process at once.
     """
 
-    def __init__(
-        self, config: HttpConfig, engine: Engine, readiness: Readiness, *, drain_seconds: float, watchdog_seconds: float
-    ) -> None:
-        """Prepare a server.
-
-        Args:
-            readiness: of the app; set to draining after a signal.
-            watchdog_seconds: limit for a step of the engine, after which it counts as lost; 0: no limit.
-        """
-        config.timeout_graceful_shutdown = _FLUSH_SECONDS
-        super().__init__(config)
+    def __init__(self, served: Served, config: ServeConfig) -> None:
+        http = http_config(served.app, config, on_refused=served.metrics.on_refused_connection)
+        http.timeout_graceful_shutdown = _FLUSH_SECONDS
+        super().__init__(http)
         self.exit_code = 0
-        self.engine = engine
-        self._readiness = readiness
-        self._drain_seconds = drain_seconds
-        self._watchdog_seconds = watchdog_seconds
+        self.engine = served.engine
+        self._readiness = served.readiness
+        self._drain_seconds = config.shutdown_timeout
+        self._watchdog_seconds = config.watchdog_timeout  # limit for a step of the engine; 0: none
         self._drain_deadline: float | None = None
         self._idle_timer = _IdleTimer()
 

@@ -42,17 +42,14 @@ class MemoryPlan:
 
     @property
     def cache(self) -> int:
-        """Bytes of all pages."""
         return self.pages * self.page_bytes
 
     @property
     def cache_tokens(self) -> int:
-        """Tokens that the pages hold."""
         return (self.pages - 1) * PAGE_SIZE
 
     @property
     def needed(self) -> int:
-        """Bytes in all."""
         return self.weights + self.cache + self.workspace
 
     def __str__(self) -> str:

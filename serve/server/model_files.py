@@ -18,7 +18,7 @@ from serve.text.chat_template import ChatTemplateError
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
-_DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"  # its name in the API
 
 
 class StartupError(Exception):
@@ -61,7 +61,7 @@ def open_model(config: EngineConfig, on_prepare: Callable[[str], None]) -> Itera
     if config.model:
         source = resolve_model(config.model, config.revision)
     else:
-        source = ModelSource(_DEFAULT_MODEL, default_model_path(on_prepare))
+        source = ModelSource(DEFAULT_MODEL, default_model_path(on_prepare))
     defaults = defaults_of(config.generation_config, config.override_generation_config, source.path)
     checkpoint = open_checkpoint(source)
     try:

@@ -11,7 +11,6 @@ from pathlib import Path
 from serve.config.config import ServeConfig
 from serve.server.assembly import Served, assemble
 from serve.server.console import Reporter, start_reporting
-from serve.server.http_protocol import http_config
 from serve.server.lifecycle import HttpServer, end_early, run
 from serve.server.loading import LoadingServer
 from serve.server.model_files import STARTUP_ERRORS, StartupError
@@ -41,14 +40,7 @@ def main(config: ServeConfig, make: Callable[[ServeConfig, Reporter], Served] = 
             reporter.report(interrupted())
             return 130
         stack.callback(served.engine.stop)
-        http = http_config(served.app, config, on_refused=served.metrics.on_refused_connection)
-        server = HttpServer(
-            http,
-            served.engine,
-            served.readiness,
-            drain_seconds=config.shutdown_timeout,
-            watchdog_seconds=config.watchdog_timeout,
-        )
+        server = HttpServer(served, config)
         end_early(server)
         _raise_file_limit()
         if not config.api_key and not config.is_local:

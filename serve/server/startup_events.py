@@ -41,7 +41,6 @@ class _Facts:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Fields of the JSON object."""
         fields: dict[str, Any] = asdict(self)  # type: ignore[call-overload]  # subclasses are dataclasses
         return fields
 
@@ -63,7 +62,6 @@ class ModelFound(_Facts):
 
     @property
     def line(self) -> str:
-        """Plain text."""
         return (
             f"model    {self.model}: {self.family}, {count(self.parameters)} parameters, {self.weights_as} on "
             f"{self.placement}; up to {self.max_num_seqs} concurrent requests of {self.max_model_len:,} tokens"
@@ -86,13 +84,11 @@ class MemoryPlanned(_Facts):
 
     @property
     def line(self) -> str:
-        """Plain text."""
         text = f"memory   {self.plan}; the cache holds {self.plan.cache_tokens:,} tokens"
         return f"{text}; {self.warning}" if self.warning else text
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Fields of the JSON object: bytes and tokens."""
         names = ("weights", "cache", "cache_tokens", "workspace", "free")
         return {name: getattr(self.plan, name) for name in names} | {"max_model_len": self.max_model_len}
 
@@ -117,7 +113,7 @@ class Serving(_Facts):
 
     @property
     def line(self) -> str:
-        """Plain text. Tools that start a server parse the address, so the format is stable."""
+        # Tools that start a server parse the address: keep the format.
         return f"serving  {', '.join(self.models)} at {self.url} (API under /v1)"
 
     @property

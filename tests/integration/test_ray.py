@@ -89,12 +89,12 @@ def test_openai_client_streams(replicas: RayProcess) -> None:
         "logprobs": True,
     }
     with OpenAI(base_url=f"{replicas.url}/v1", api_key="none", max_retries=0) as client:
-        whole = client.chat.completions.create(**options)
+        completion = client.chat.completions.create(**options)
         chunks = list(client.chat.completions.create(**options, stream=True))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == completion.choices[0].message.content
     entries = [entry for chunk in chunks if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
     assert len(entries) > 5
-    assert [entry.logprob for entry in entries] == [entry.logprob for entry in whole.choices[0].logprobs.content]
+    assert [entry.logprob for entry in entries] == [entry.logprob for entry in completion.choices[0].logprobs.content]
 
 
 def test_errors_and_request_ids_are_relayed(replicas: RayProcess) -> None:
@@ -148,17 +148,17 @@ def test_killed_replica_fails_only_its_streams(replicas: RayProcess) -> None:
         client.stream("POST", url, json=body | {"stream": True}) as second,
     ):
         streams = [each.iter_lines() for each in (first, second)]
-        begun = [next(lines) for lines in streams]
-        wholes = [pool.submit(post, replicas, body) for _ in range(2)]
+        first_lines = [next(lines) for lines in streams]
+        responses = [pool.submit(post, replicas, body) for _ in range(2)]
         until(lambda: list(numbers(replicas, "logprobd:num_requests_running").values()) == [2, 2])
         replicas.kill(killed)
         events = [
             [line.removeprefix("data: ") for line in (line_one, *lines) if line]
-            for line_one, lines in zip(begun, streams, strict=True)
+            for line_one, lines in zip(first_lines, streams, strict=True)
         ]
         # The other two had no output yet, so the surviving replica has answered them.
-        for whole in wholes:
-            assert whole.result().json()["choices"][0] == right
+        for response in responses:
+            assert response.result().json()["choices"][0] == right
     assert [each[-1] for each in events] == ["[DONE]", "[DONE]"]
     chunks = [[json.loads(event) for event in each[:-1]] for each in events]
     broken, complete = sorted(chunks, key=lambda each: "error" not in each[-1])

@@ -18,9 +18,9 @@ RUNS = """
 import contextlib, io, json, sys
 from serve.cli.main import main
 for arguments in json.loads(sys.argv[1]):
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    with contextlib.redirect_stderr(io.StringIO()) as error:
         code = main(arguments)
-    print(json.dumps([code, said.getvalue()]))
+    print(json.dumps([code, error.getvalue()]))
 """
 
 
@@ -135,11 +135,11 @@ def test_damaged_models_end_with_a_message(tmp_path: Path) -> None:
         [sys.executable, "-c", RUNS, arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=300
     )
     ended = dict(zip(CASES, map(json.loads, run.stdout.splitlines()), strict=True))
-    for name, (code, said) in ended.items():
-        assert code == 1, (name, said)
-        assert CASES[name][1] in said, (name, said)
-        assert any(line.startswith("error: ") for line in said.splitlines()), (name, said)
-        assert "Traceback" not in said
+    for name, (code, error) in ended.items():
+        assert code == 1, (name, error)
+        assert CASES[name][1] in error, (name, error)
+        assert any(line.startswith("error: ") for line in error.splitlines()), (name, error)
+        assert "Traceback" not in error
     assert not list(tmp_path.glob("**/ran"))  # nothing of a model directory was executed
 
 
@@ -149,11 +149,11 @@ def test_valid_model_passes_all_checks(tmp_path: Path) -> None:
     bare, flags = directory(tmp_path / "bare"), ["--kv-cache-memory", "1"]
     arguments = json.dumps([[str(path), "--port", "0", *flags], ["chat", "--model", str(bare), *flags]])
     run = subprocess.run([sys.executable, "-c", RUNS, arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    (code, said), (chat_code, of_chat) = map(json.loads, run.stdout.splitlines())
-    last = said.splitlines()[-1]
-    assert (code, last.startswith(f"error: {path}: --kv-cache-memory: 1 bytes are too few")) == (1, True), said
+    (code, error), (chat_code, chat_error) = map(json.loads, run.stdout.splitlines())
+    last = error.splitlines()[-1]
+    assert (code, last.startswith(f"error: {path}: --kv-cache-memory: 1 bytes are too few")) == (1, True), error
     # A chat needs a template, which is checked before that flag.
-    assert (chat_code, of_chat.splitlines()[-1]) == (
+    assert (chat_code, chat_error.splitlines()[-1]) == (
         1,
         f"error: {bare} has no chat template: give one with --chat-template",
     )

@@ -27,8 +27,8 @@ import gc, logging, sys, threading, warnings
 from serve.server.logs import set_up_logs
 set_up_logs("info", stream=sys.stderr, as_json=sys.argv[1] == "json")
 logging.getLogger("serve.engine").info("two\\nlines", extra={"request": 7, "odd": {1: float("nan")}})
-logging.getLogger("serve.engine").debug("not said")
-logging.getLogger("jax").info("not said")
+logging.getLogger("serve.engine").debug("hidden")
+logging.getLogger("jax").info("hidden")
 logging.getLogger("uvicorn.error").warning("of %s", "another library", extra={"color_message": "in colours"})
 warnings.warn("old", DeprecationWarning)
 try:
@@ -66,7 +66,7 @@ def test_json_logs_have_one_object_per_line() -> None:
     ]
     first, second, third, fourth, *uncaught = records
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", record["time"]) for record in records)
-    assert (first["message"], first["request"]) == ("two\nlines", "7")  # as text, for the sake of what is no JSON
+    assert (first["message"], first["request"]) == ("two\nlines", "7")  # as text, since the record is not JSON
     assert second == {key: second[key] for key in ("time", "level", "logger")} | {"message": "of another library"}
     assert "DeprecationWarning: old" in third["message"]
     assert fourth["exception"].startswith("Traceback (most recent call last):")
@@ -80,15 +80,15 @@ def test_plain_logs_have_time_level_and_name() -> None:
     head = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} "
     assert re.fullmatch(head + "INFO serve.engine: two", lines[0])
     assert re.fullmatch(head + "WARNING uvicorn.error: of another library", lines[2])
-    assert not any("not said" in line for line in lines)
+    assert not any("hidden" in line for line in lines)
 
 
 def test_json_formatter_keeps_extra_fields() -> None:
     record = logging.LogRecord("serve.a", logging.WARNING, "file.py", 1, "%d %s", (1, "é\u2028"), None)
     record.tokens, record.time, record.where = 3, "mine", Path("/x")
-    told = json.loads(JsonFormatter().format(record))
-    assert told.pop("time") != "mine"
-    assert told == {
+    line = json.loads(JsonFormatter().format(record))
+    assert line.pop("time") != "mine"
+    assert line == {
         "level": "warning",
         "logger": "serve.a",
         "message": "1 é\u2028",
@@ -104,8 +104,8 @@ def test_json_line_of_values_that_json_lacks() -> None:
     for odd in (float("inf"), circle, {(1, 2): 3}, "\ud800"):
         line = json_line(logging.INFO, "m", odd=odd)
         assert "\n" not in line
-        told = json.loads(line, parse_constant=lambda name: pytest.fail(name))
-        assert (told["message"], "odd" in told) == ("m", True)
+        fields = json.loads(line, parse_constant=lambda name: pytest.fail(name))
+        assert (fields["message"], "odd" in fields) == ("m", True)
 
 
 @pytest.mark.usefixtures("own_logging")
@@ -130,13 +130,13 @@ def test_set_up_logs_replaces_the_first_handler() -> None:
     set_up_logs("info", stream=first)
     set_up_logs("error", stream=second, as_json=True)
     logging.getLogger("serve").warning("too low")
-    logging.getLogger("serve").error("said")
+    logging.getLogger("serve").error("shown")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.warn("low, too", stacklevel=1)
     assert first.getvalue() == ""
     assert [json.loads(line)["message"].split(": ")[-1].split("\n")[0] for line in second.getvalue().splitlines()] == [
-        *("said", "low, too")
+        *("shown", "low, too")
     ]
 
 
@@ -144,13 +144,13 @@ def test_set_up_logs_replaces_the_first_handler() -> None:
 @pytest.mark.parametrize("log_format", ["auto", "plain", "json"])
 def test_main_error_has_the_log_format(log_format: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(parse_args(["--uds", "/nowhere/socket", "--log-format", log_format])) == 1
-    said = capsys.readouterr().err
+    error = capsys.readouterr().err
     message = "--uds /nowhere/socket: No such file or directory"
     if log_format != "json":
-        assert said == f"error: {message}\n"
+        assert error == f"error: {message}\n"
         return
-    told = json.loads(said)
-    assert (told["level"], told["event"], told["message"]) == ("error", "failed", message)
+    event = json.loads(error)
+    assert (event["level"], event["event"], event["message"]) == ("error", "failed", message)
 
 
 @pytest.mark.usefixtures("own_logging")
@@ -184,12 +184,12 @@ def test_server_process_writes_only_json(tmp_path: Path) -> None:
     body = {"prompt": "abc", "max_tokens": 2}
     assert httpx2.post(f"{server.url}/v1/completions", json=body, headers={"Authorization": "Bearer k7"}).is_success
     assert server.terminate() == 0
-    told = [json.loads(line) for line in server.log]
-    events = [each["event"] for each in told if "event" in each]
+    lines = [json.loads(line) for line in server.log]
+    events = [line["event"] for line in lines if "event" in line]
     assert events == [*("model_found", "memory_planned", "weights_loaded", "compile_begun", "all_compiled", "serving")]
-    (logged,) = [each for each in told if each.get("logger") == "serve.api.context"]
+    (logged,) = [line for line in lines if line.get("logger") == "serve.api.context"]
     assert "prompts ['abc']" in logged["message"]
-    assert any(each.get("logger") == "uvicorn.error" for each in told)
+    assert any(line.get("logger") == "uvicorn.error" for line in lines)
     assert "k7" not in "".join(server.log)
-    compiled = next(each for each in told if each.get("event") == "all_compiled")
+    compiled = next(line for line in lines if line.get("event") == "all_compiled")
     assert (compiled["programs"], compiled["cached"]) == (5, 0)

@@ -43,8 +43,8 @@ def test_weight_bytes_are_those_of_the_loaded_model(tmp_path: Path, case: str) -
 
 
 def test_plan_memory_cache_size_by_default() -> None:
-    whole = pages(None, PLENTY)
-    assert whole == pages(None, None) == 4 * 4 + 1
+    all_rows = pages(None, PLENTY)
+    assert all_rows == pages(None, None) == 4 * 4 + 1
     plan = plan_memory(CONFIG, BUCKETS, dtype="float32", int8=False, cache=None, free=PLENTY)
     tight = plan.weights + plan.workspace + 7 * plan.page_bytes + 5
     assert pages(None, tight) == 7

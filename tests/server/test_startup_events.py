@@ -135,7 +135,7 @@ def test_reporter_phase_follows_progress() -> None:
         progress(1, 4)
         assert reporter.phase == "loading weights: 25%"
     with reporter.compiling(NAMES) as ready:
-        assert ready(program("decode_1")) == "zero_state"
+        ready(program("decode_1"))
         assert reporter.phase == "compiling: 1 of 3 programs"
 
 
@@ -162,6 +162,16 @@ def test_screen_shows_every_fact() -> None:
     ):
         assert part in text, part
     assert ADDRESS.search(text)
+
+
+def test_screen_bar_shows_the_first_unfinished_program() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    stream = console.file
+    assert isinstance(stream, io.StringIO)
+    with ScreenReporter(console).compiling(NAMES) as ready:
+        ready(program("decode_1"))
+        ready(program("zero_state"))
+    assert "prefill_16" in stream.getvalue()
 
 
 def test_memory_planned_warns_if_the_cache_is_below_one_request() -> None:

@@ -6,14 +6,13 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Never, Self, Unpack
+from typing import Any, Self, Unpack
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from serve.config.config import EngineConfig, SamplingConfig
-from serve.config.flags import check_engine
 from serve.config.options import from_keywords
 from serve.engine.engine import Engine
 from serve.engine.request import EngineStoppedError
@@ -68,7 +67,6 @@ class LLM:
             STARTUP_ERRORS: the model cannot be loaded.
         """
         config = from_keywords(SamplingConfig, options | {"model": model})
-        check_engine(config, _refuse)
         shows_progress = sys.stderr.isatty() if progress is None else progress
         reporter = ScreenReporter(Console(stderr=True, highlight=False)) if shows_progress else Reporter(None)
         self._start(config, reporter, shows_progress=shows_progress)
@@ -312,7 +310,3 @@ def _as_list(value: Any) -> list[Any]:
 def _close(engine: Engine, worker: LoopThread) -> None:
     engine.stop()
     worker.stop()
-
-
-def _refuse(message: str) -> Never:
-    raise ValueError(message)

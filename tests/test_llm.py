@@ -184,7 +184,11 @@ def test_chat_refuses_wrong_messages_by_their_path(llm: LLM) -> None:
     ("options", "error", "message"),
     [
         ({"dtypo": "float32"}, TypeError, "'dtypo' is not an option; did you mean 'dtype'"),
-        ({"dtype": "float3"}, ValueError, "dtype: 'float3' is not valid; did you mean 'float32'"),
+        (
+            {"dtype": "float3"},
+            ValueError,
+            "dtype: 'float3' is not one of auto, bfloat16, float32; did you mean 'float32'",
+        ),
         ({"max_num_seqs": 0}, ValueError, "max_num_seqs: 0 is not between"),
         ({"enable_prefix_caching": 1}, ValueError, "enable_prefix_caching: 1 is not True or False"),
         ({"quantization": "int8", "dtype": "float32"}, ValueError, "quantization"),

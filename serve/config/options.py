@@ -1,240 +1,185 @@
-"""A dataclass whose fields are a command line: each field says its flag, and a parser is made from them."""
+"""Command lines declared as dataclasses: each field made by `option` is a flag."""
 
 import argparse
 import dataclasses
-import difflib
+import functools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import yaml
+from serve import __version__
+from serve.config.values import Between, OneOf, suggestion
 
 _KEY = "option"
-_WIDTH = 100  # columns of --help at most
+_MAX_COLUMNS = 100  # width of --help
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
     """How a field is read from the command line."""
 
-    group: str  # heading of --help under which it stands
+    group: str  # heading in --help
     help: str
-    read: Callable[[str], Any] | None  # from a word to the value; None: a switch that also has a --no- form
-    choices: tuple[str, ...] | None
-    many: bool  # may be given again; the field is a tuple
-    positional: bool
-    default: Any  # MISSING: it must be given
-    metavar: str | None  # what stands for the value in --help
-
-    @property
-    def placeholder(self) -> str | None:
-        """What stands for the value in --help."""
-        if self.metavar is not None or self.read is None:
-            return self.metavar
-        return "|".join(self.choices) if self.choices else _placeholder(self.read)
-
-    def word(self, name: str) -> str:
-        """What a mistake is told of: the flag, or what stands for a word without one."""
-        return self.placeholder or name if self.positional else _flag(name)
-
-    def declaration(self, name: str) -> tuple[str, dict[str, Any]]:
-        """What argparse's add_argument wants for a field of this name."""
-        about: dict[str, Any] = {"help": self.help + _told(self.default), "default": self.default}
-        if self.read is None:
-            return _flag(name), about | {"action": argparse.BooleanOptionalAction}
-        about |= {"type": self.read, "choices": self.choices, "metavar": self.placeholder}
-        if self.default is MISSING:  # a file of flags may say it: what nobody says is missed when all is read
-            about["default"] = None
-        if self.positional:
-            return name, about | {"nargs": "?"}
-        if self.many:
-            return _flag(name), about | {"action": "append", "default": []}
-        return _flag(name), about
+    parse: Callable[[str], Any] | None  # raises ValueError; None: a switch with a --no- form
+    many: bool  # repeatable flag; the field is a tuple
+    positional: bool  # the flag may be omitted
+    metavar: str | None  # placeholder of the value in --help
 
 
 def option(
     group: str,
     text: str,
-    read: Callable[[str], Any] | None = str,
+    parse: Callable[[str], Any] | None = str,
     *,
     default: Any = None,
-    choices: tuple[str, ...] | None = None,
+    choices: tuple[str, ...] = (),
     many: bool = False,
     positional: bool = False,
     metavar: str | None = None,
 ) -> Any:
-    """A field that is an option, described by `text`; its name with hyphens is the flag.
+    """A dataclass field that is a flag, with `text` as its help; --max-len sets the field `max_len`.
 
     Args:
-        read: from a word to the value, raising argparse.ArgumentTypeError; None makes a switch.
-        default: dataclasses.MISSING for what must be given.
-        many: it may be given again, and the field is a tuple.
-        metavar: what stands for the value in --help; None: the choices, or what `read` reads.
+        parse: converts the flag's value, raising ValueError; None makes a switch.
+        default: dataclasses.MISSING for a required option.
+        many: the flag is repeatable, and the field is a tuple.
+        positional: the flag may be omitted.
+        metavar: placeholder of the value in --help; by default the choices, or what `parse` implies.
     """
-    described = Option(group, text, read, choices, many, positional, default, metavar)
-    if default is MISSING:
-        return dataclasses.field(metadata={_KEY: described})
-    return dataclasses.field(default=default, metadata={_KEY: described})
+    if choices:
+        parse, metavar = OneOf(choices), metavar or "|".join(choices)
+    metadata = {_KEY: Option(group, text, parse, many, positional, metavar or _placeholder(parse))}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class CommandLine[C]:
-    """Reads the words of a command line, and a YAML file of them, into a dataclass of options."""
+    """Reads flags, or a YAML file or mapping of flags, into a dataclass of options."""
 
     def __init__(
         self, kind: type[C], *, prog: str, description: str, epilog: str | None = None, order: Sequence[str] = ()
     ) -> None:
-        """Makes the parser.
+        """Build the parser.
 
         Args:
-            kind: a dataclass; its fields that are made by `option` can be said, others keep their defaults.
-            order: of the groups in --help; others come before these, as their first fields do.
+            kind: the dataclass; fields that are not made by `option` keep their defaults.
+            order: the last groups of --help. Other groups precede them in the order of their fields.
         """
         self._kind = kind
-        fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # there is no public type for "a dataclass"
-        self._options: dict[str, Option] = {each.name: each.metadata[_KEY] for each in fields if _KEY in each.metadata}
-        self._lists = tuple(name for name, each in self._options.items() if each.many)
-        self.parser = argparse.ArgumentParser(
+        fields = [field for field in dataclasses.fields(kind) if _KEY in field.metadata]  # type: ignore[arg-type]
+        self._options: dict[str, Option] = {field.name: field.metadata[_KEY] for field in fields}
+        self._required = [field.name for field in fields if field.default is MISSING]
+        self._positional = [name for name, option in self._options.items() if option.positional]
+        switched_on = frozenset(field.name for field in fields if field.default is True)
+        shown = [name.upper() if name in self._required else f"[{name.upper()}]" for name in self._positional]
+        self.parser = _Parser(
             prog=prog,
-            usage=" ".join([prog, *self._positionals(), "[flags]"]),
+            usage=" ".join([prog, *shown, "[flags]"]),
             description=description,
             epilog=epilog,
-            formatter_class=_Help,
+            formatter_class=functools.partial(_Help, switched_on=switched_on),
+            argument_default=argparse.SUPPRESS,
             allow_abbrev=False,
         )
+        self.parser.add_argument("--version", action="version", version=f"logprobd {__version__}")
         self.parser.add_argument(
-            "--config", type=Path, metavar="FILE", help="YAML file of flags; the command line stands over it"
+            "--config", type=Path, metavar="FILE", help="YAML file of flags; command-line flags take precedence"
         )
-        named = dict.fromkeys(each.group for each in self._options.values())
-        sequence = [name for name in named if name not in order] + [name for name in order if name in named]
-        groups = {name: self.parser.add_argument_group(name) for name in sequence}
-        for name, each in self._options.items():
-            word, about = each.declaration(name)
-            groups[each.group].add_argument(word, **about)
+        for name in self._positional:
+            parse = argument_type(self._options[name].parse or str)
+            self.parser.add_argument(name.upper(), nargs="?", type=parse, default=None, help=argparse.SUPPRESS)
+        names = dict.fromkeys(option.group for option in self._options.values())
+        ordered = [*(name for name in names if name not in order), *(name for name in order if name in names)]
+        groups = {name: self.parser.add_argument_group(name) for name in ordered}
+        for field in fields:
+            self._add(groups[self._options[field.name].group], field.name, field.default)
 
-    def read(self, arguments: Sequence[str] | None = None) -> C:
-        """The options that are said; a mistake ends the process with code 2 and a line that names the flag.
+    def read(
+        self, arguments: Sequence[str] | None = None, complete: Callable[[dict[str, Any]], None] | None = None
+    ) -> C:
+        """The configuration that a command line describes; a mistake exits with code 2 and names the flag.
 
         Args:
-            arguments: those of the process, if None.
+            arguments: by default those of the process.
+            complete: changes the values by field name, before the configuration is made of them; raises ValueError.
         """
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        first.add_argument("--config", type=Path)
-        files, _ = first.parse_known_args(arguments)
-        said = {} if files.config is None else self._from_file(files.config)
-        self.parser.set_defaults(**{name: value for name, value in said.items() if name not in self._lists})
-        values = vars(self.parser.parse_args(arguments))
-        for name in self._lists:  # argparse would add to a default
-            values[name] = tuple(values[name] or said.get(name, ()))
-        missed = [
-            each.word(name) for name, each in self._options.items() if each.default is MISSING and not values[name]
-        ]
-        if missed:
-            self.parser.error(f"the following arguments are required: {', '.join(missed)}")
-        return self._kind(**{name: values[name] for name in self._options})
-
-    def _from_file(self, path: Path) -> dict[str, Any]:
-        """Values of a YAML file, read as the flags read them."""
         try:
-            said = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            self.parser.error(f"argument --config: {path}: {str(error).splitlines()[0]}")
-        if not isinstance(said, dict):
-            self.parser.error(f"argument --config: {path}: must be a mapping of flags to values")
-        return vars(self.parser.parse_args(self.words_of(said)))
+            values = self._parse(sys.argv[1:] if arguments is None else arguments)
+            if file := values.pop("config", None):
+                values = self._parse(self._words(_load_yaml(file))) | values
+            return self._make(values, complete)
+        except ValueError as error:
+            self.parser.print_usage(sys.stderr)
+            self.parser.exit(2, f"{self.parser.prog}: error: {error}\n")
 
-    def words_of(self, said: Mapping[str, Any]) -> list[str]:
-        """The command line that says what a mapping of flags to values says; an underscore may stand for a hyphen."""
+    def from_mapping(self, flags: Mapping[str, Any], complete: Callable[[dict[str, Any]], None] | None = None) -> C:
+        """The configuration that a mapping of flags to values describes; see `read`.
+
+        Raises:
+            ValueError: a mistake; the message names the flag.
+        """
+        return self._make(self._parse(self._words(flags)), complete)
+
+    def _add(self, group: argparse._ArgumentGroup, name: str, default: Any) -> None:
+        option = self._options[name]
+        about: dict[str, Any] = {"help": option.help + _default_text(default)}
+        if option.parse is None:
+            about["action"] = argparse.BooleanOptionalAction
+        else:
+            metavar = name.upper() if option.positional else option.metavar
+            about |= {"type": argument_type(option.parse), "metavar": metavar}
+            about |= {"action": "append"} if option.many else {}
+        group.add_argument(_flag(name), **about)
+
+    def _make(self, values: dict[str, Any], complete: Callable[[dict[str, Any]], None] | None) -> C:
+        values = {name: value for name, value in values.items() if name in self._options}
+        if missing := [name.upper() for name in self._required if name not in values]:
+            raise ValueError(f"the following arguments are required: {', '.join(missing)}")
+        if complete is not None:
+            complete(values)
+        return self._kind(**values)
+
+    def _parse(self, words: Sequence[str]) -> dict[str, Any]:
+        """The values of the flags that are given, by field name."""
+        namespace, unknown = self.parser.parse_known_args(words)
+        if unknown:
+            word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
+            raise ValueError(f"unrecognized argument {word}{suggestion(word, self._flags())}")
+        values = vars(namespace)
+        for name in self._positional:
+            if (value := values.pop(name.upper())) is not None:
+                if name in values:
+                    raise ValueError(f"argument {_flag(name)}: {name.upper()} is given twice")
+                values[name] = value
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+    def _words(self, flags: Mapping[str, Any]) -> list[str]:
+        """The command line equivalent to a mapping; underscores may replace hyphens, and None leaves the default."""
         words: list[str] = []
-        for key, value in said.items():
+        for key, value in flags.items():
             name = str(key).replace("-", "_")
-            if value is not None:
-                words += self._said(name, value)
+            if name in ("config", "help", "version"):
+                raise ValueError(f"argument {_flag(name)}: only allowed on the command line")
+            many = isinstance(value, list) and name in self._options and self._options[name].many
+            for item in value if many else [value]:
+                words += self._word(_flag(name), item)
         return words
 
-    def _said(self, name: str, value: Any) -> list[str]:
-        flag = _flag(name)
-        if name in self._options and self._options[name].positional:
-            return [str(value)]
+    @staticmethod
+    def _word(flag: str, value: Any) -> list[str]:
+        if value is None:
+            return []
         if isinstance(value, bool):
             return [flag if value else flag.replace("--", "--no-", 1)]
-        if isinstance(value, list) and name in self._lists:
-            return [word for each in value for word in (flag, str(each))]
         return [f"{flag}={json.dumps(value) if isinstance(value, list | dict) else value}"]
 
-    def _positionals(self) -> list[str]:
-        named = [(name.upper(), each.default) for name, each in self._options.items() if each.positional]
-        return [name if default is MISSING else f"[{name}]" for name, default in named]
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Flags in one column, what they do in another; a switch that is on by default shows how it is turned off."""
-
-    def __init__(self, prog: str) -> None:
-        columns = min(_WIDTH, shutil.get_terminal_size().columns - 2)
-        super().__init__(prog, max_help_position=34, width=columns)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not isinstance(action, argparse.BooleanOptionalAction):
-            return super()._format_action_invocation(action)
-        flag = action.option_strings[0]
-        return flag.replace("--", "--[no-]", 1) if action.default else flag
-
-
-def _placeholder(read: Callable[[str], Any]) -> str:
-    if isinstance(read, Between):
-        return "N" if isinstance(read.low, int) else "X"
-    return "PATH" if read is Path else "TEXT"
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _told(default: Any) -> str:
-    """A default, where there is one to tell."""
-    if default is MISSING or default is False or default in (None, (), "", "{}", math.inf):
-        return ""
-    text = "on" if default is True else json.dumps(default) if isinstance(default, tuple) else str(default)
-    return f" (default: {text.replace('%', '%%')})"
-
-
-def between[N: (int, float)](low: N, high: N) -> "Between[N]":
-    """Reads a number within bounds, of their type."""
-    return Between(low, high)
-
-
-@dataclass(frozen=True, slots=True)
-class Between[N: (int, float)]:
-    """Reads a number."""
-
-    low: N
-    high: N
-
-    def __call__(self, text: str) -> N:
-        """Raises argparse.ArgumentTypeError for what is no such number."""
-        kind = type(self.low)
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
-        if not self.low <= value <= self.high:
-            raise argparse.ArgumentTypeError(f"{value} is not between {self.low} and {self.high}")
-        return value
-
-
-def strings(text: str) -> tuple[str, ...]:
-    """Reads a JSON list of strings; raises argparse.ArgumentTypeError for anything else."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON list of strings, such as ["*"]')
-    return tuple(value)
+    def _flags(self) -> list[str]:
+        switches = [_flag(f"no_{name}") for name, option in self._options.items() if option.parse is None]
+        return [*map(_flag, self._options), *switches, "--config", "--help", "--version"]
 
 
 def from_keywords[C](kind: type[C], values: Mapping[str, Any]) -> C:
@@ -244,32 +189,87 @@ def from_keywords[C](kind: type[C], values: Mapping[str, Any]) -> C:
         TypeError: a name is not an option; the message suggests the nearest.
         ValueError: a value is not valid; the message names the option.
     """
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # there is no public type for "a dataclass"
-    options = {field.name: field.metadata[_KEY] for field in fields if _KEY in field.metadata}
+    fields = {field.name: field for field in dataclasses.fields(kind) if _KEY in field.metadata}  # type: ignore[arg-type]
     for name in values:
-        if name not in options:
-            raise TypeError(f"{name!r} is not an option{suggestion(name, options)}")
-    return kind(**{name: _value(name, options[name], value) for name, value in values.items()})
+        if name not in fields:
+            raise TypeError(f"{name!r} is not an option{suggestion(name, fields)}")
+    return kind(**{name: _checked(fields[name], value) for name, value in values.items()})
 
 
-def _value(name: str, option: Option, value: Any) -> Any:
-    if value is None and option.default is None:
+def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
+    option: Option = field.metadata[_KEY]
+    if value is None and field.default is None:
         return None
-    if option.read is None:
+    if option.parse is None:
         if not isinstance(value, bool):
-            raise ValueError(f"{name}: {value!r} is not True or False")
+            raise ValueError(f"{field.name}: {value!r} is not True or False")
         return value
     try:
-        result = option.read(str(value))
-    except (argparse.ArgumentTypeError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from None
-    if option.choices and result not in option.choices:
-        hint = suggestion(str(value), option.choices) or f"; choose from {', '.join(option.choices)}"
-        raise ValueError(f"{name}: {value!r} is not valid{hint}")
-    return result
+        return option.parse(str(value))
+    except ValueError as error:
+        raise ValueError(f"{field.name}: {error}") from None
 
 
-def suggestion(word: str, words: Iterable[str]) -> str:
-    """The nearest of `words` as the end of an error message; "" if none is near."""
-    nearest = difflib.get_close_matches(word, [*words], 1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+class _Parser(argparse.ArgumentParser):
+    """Raises ValueError for a mistake, instead of exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Two columns; a switch that is on by default is shown with its --no- form."""
+
+    def __init__(self, prog: str, *, switched_on: frozenset[str]) -> None:
+        columns = min(_MAX_COLUMNS, shutil.get_terminal_size().columns - 2)
+        super().__init__(prog, max_help_position=34, width=columns)
+        self._switched_on = switched_on
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not isinstance(action, argparse.BooleanOptionalAction):
+            return super()._format_action_invocation(action)
+        flag = action.option_strings[0]
+        return flag.replace("--", "--[no-]", 1) if action.dest in self._switched_on else flag
+
+
+def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse` as a `type` of argparse, which shows the messages of ArgumentTypeError only."""
+
+    def parse_argument(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse_argument
+
+
+def _load_yaml(path: Path) -> Mapping[str, Any]:
+    import yaml  # not needed to print --help
+
+    try:
+        flags = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"argument --config: {path}: {str(error).splitlines()[0]}") from None
+    if not isinstance(flags, dict):
+        raise ValueError(f"argument --config: {path}: must be a mapping of flags to values")
+    return flags
+
+
+def _placeholder(parse: Callable[[str], Any] | None) -> str | None:
+    if parse is None:
+        return None
+    if isinstance(parse, Between):
+        return "N" if isinstance(parse.low, int) else "X"
+    return "PATH" if parse is Path else "TEXT"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _default_text(default: Any) -> str:
+    if default is False or default in (MISSING, None, (), "", "{}", math.inf):
+        return ""
+    text = "on" if default is True else json.dumps(default) if isinstance(default, tuple) else str(default)
+    return f" (default: {text.replace('%', '%%')})"

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypedDict
 from pydantic import ConfigDict, Field, ValidationError
 
 from serve.config.generation_config import SamplingFields
-from serve.config.options import suggestion
+from serve.config.values import suggestion
 from serve.engine.request import PromptScoring, Request, SamplingParams, TokenEvent, TokenScores
 from serve.jobs.request_queue import RequestQueue
 from serve.jobs.score import checked_scores, joined

@@ -26,7 +26,7 @@ from rich.text import Text
 
 from serve import __version__
 from serve.config.config import EngineConfig
-from serve.config.sizes import mb
+from serve.config.values import mb
 from serve.server.logs import json_line, set_up_logs
 from serve.server.startup_events import (
     Event,

@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from model.kv_cache import PAGE_SIZE, CacheLayout
 from model.sharding import TensorParallel
 from model.weights.loader import weight_bytes
-from serve.config.sizes import MemoryAmount, mb
+from serve.config.values import MemoryAmount, mb
 
 _CACHE_BYTES = 1 << 30  # default size of the cache, unless one request of maximum length needs more
 # Number of float32 arrays that XLA keeps at once: of the largest decode step's logits, and of the largest chunk's

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from serve.config.sizes import mb
+from serve.config.values import mb
 
 if TYPE_CHECKING:
     from serve.server.memory_plan import MemoryPlan

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from serve.config.config import GROUPS, ServeConfig
-from serve.config.flags import command_line, parse_args
-from serve.config.sizes import MemoryAmount, parse_memory
+from serve.config.flags import parse_args, server_flags
+from serve.config.values import MemoryAmount, parse_memory
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_broken_file_ends_with_code_2(tmp_path: Path, text: str, capsys: pytes
 
 def printed_help(monkeypatch: pytest.MonkeyPatch, columns: int) -> str:
     monkeypatch.setenv("COLUMNS", str(columns))
-    return command_line().parser.format_help()
+    return server_flags(ServeConfig, prog="logprobd serve", description="").parser.format_help()
 
 
 def test_help_has_every_option_in_its_group_with_words_about_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ def test_help_has_every_option_in_its_group_with_words_about_it(monkeypatch: pyt
         option = field.metadata["option"]
         assert option.help, field.name
         assert option.group in GROUPS, field.name
-        word = "MODEL" if option.positional else "--" + field.name.replace("_", "-")
+        word = "--" + field.name.replace("_", "-")
         shown = re.compile(rf"^  (\[?{word}|{word.replace('--', r'--\[no-\]')})(?![\w-])", re.MULTILINE)
         section = text[text.index(f"\n{option.group}:\n") :].split("\n\n")[0]
         assert len(shown.findall(section)) == 1, field.name
@@ -194,7 +194,7 @@ def test_help_has_every_option_in_its_group_with_words_about_it(monkeypatch: pyt
 
 @pytest.mark.parametrize(("columns", "widest"), [(200, 100), (100, 98), (80, 78)])
 def test_help_fits(columns: int, widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags, _, epilog = printed_help(monkeypatch, columns).partition("\ncommands without a server")
+    flags, _, epilog = printed_help(monkeypatch, columns).partition("\nexamples:")
     assert max(map(len, flags.splitlines())) <= widest
     assert max(map(len, epilog.splitlines())) <= 100
     assert not re.search(r"(?<![$A-Z_])[A-Z]{2,}_[A-Z_]+", flags)  # long names in capitals, but for $VARIABLES
@@ -211,6 +211,41 @@ def test_examples_in_the_help_are_command_lines_that_are_taken(monkeypatch: pyte
     examples = printed_help(monkeypatch, 100).partition("examples:\n")[2]
     (tmp_path / "serve.yaml").write_text("port: 9000")
     monkeypatch.chdir(tmp_path)
-    found = re.findall(r"python -m serve(.*?)(?:   |  \w|$)", examples, re.MULTILINE)
+    found = re.findall(r"logprobd serve(.*?)(?:   |  \w|$)", examples, re.MULTILINE)
     assert len(found) == 6
     assert [parse_args(arguments.split()).port for arguments in found] == [8000, 9000, 8000, 8000, 8000, 9000]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [
+        (["--max-num-seq", "4"], "--max-num-seqs"),
+        (["--no-enable-prefix-cache"], "--no-enable-prefix-caching"),
+        (["--confg=a.yaml"], "--config"),
+        (["--dtype", "float23"], "float32"),
+        (["--logprobs-mode", "raw_logprob"], "raw_logprobs"),
+    ],
+)
+def test_parse_args_suggests_the_nearest_flag_or_value(
+    arguments: list[str], suggestion: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(arguments)
+    assert capsys.readouterr().err.endswith(f"; did you mean {suggestion!r}?\n")
+
+
+def test_parse_args_takes_the_model_with_or_without_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_args(["org/model"]) == parse_args(["--model", "org/model"])
+    with pytest.raises(SystemExit):
+        parse_args(["org/model", "--model", "org/model"])
+    assert "--model: MODEL is given twice" in capsys.readouterr().err
+
+
+def test_from_mapping_raises_for_a_mistake() -> None:
+    line = server_flags(ServeConfig, prog="logprobd serve", description="")
+    assert line.from_mapping({"max_num_seqs": 4, "vllm-metrics": True}) == ServeConfig(
+        max_num_seqs=4, vllm_metrics=True
+    )
+    for mapping in ({"max_num_seq": 4}, {"max_num_seqs": 0}, {"config": "a.yaml"}, {"help": True}):
+        with pytest.raises(ValueError, match="--"):
+            line.from_mapping(mapping)

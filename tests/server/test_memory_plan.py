@@ -15,7 +15,7 @@ from model.weights.loader import load_model, weight_bytes
 from model.weights.source import ModelSource
 from model.weights.weight_table import open_checkpoint
 from serve.config.flags import parse_args
-from serve.config.sizes import MemoryAmount
+from serve.config.values import MemoryAmount
 from serve.server import memory_plan
 from serve.server.memory_plan import PlanError, free_memory, pages_in, plan_memory
 from serve.server.model_files import chosen_dtype

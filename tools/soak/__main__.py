@@ -7,13 +7,15 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx2
 from rich.console import Console
 
-from serve.config.options import between
+from serve.config.options import argument_type
+from serve.config.values import Between
 from tools.own_server import OwnServer, own_server
 from tools.soak.memory import LEAK_MB_PER_HOUR
 from tools.soak.report import add_final_checks, markdown, sections, show
@@ -37,6 +39,10 @@ exit codes:
   2    wrong flags
   130  Ctrl-C, and all checks had passed
 """
+
+
+def _between(low: float, high: float) -> Callable[[str], Any]:
+    return argument_type(Between(low, high))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,46 +123,46 @@ def _parser() -> argparse.ArgumentParser:
     place.add_argument("--url", help="a running server, such as http://127.0.0.1:8000; default: start one")
     place.add_argument("--model", help="hub id, local directory or .gguf file for the server that is started")
     load = parser.add_argument_group("traffic")
-    load.add_argument("--minutes", type=between(0.1, 1e5), default=30.0, metavar="X", help="default: 30")
+    load.add_argument("--minutes", type=_between(0.1, 1e5), default=30.0, metavar="X", help="default: 30")
     load.add_argument(
-        "--requests", type=between(1, 1 << 40), metavar="N", help="stop after N requests if that is sooner"
+        "--requests", type=_between(1, 1 << 40), metavar="N", help="stop after N requests if that is sooner"
     )
     load.add_argument(
-        "--clients", type=between(1, 1000), default=24, metavar="N", help="concurrent clients; default: 24"
+        "--clients", type=_between(1, 1000), default=24, metavar="N", help="concurrent clients; default: 24"
     )
     load.add_argument(
-        "--burst", type=between(1, 10_000), default=128, metavar="N", help="requests per burst; default: 128"
+        "--burst", type=_between(1, 10_000), default=128, metavar="N", help="requests per burst; default: 128"
     )
     load.add_argument(
-        "--longest", type=between(64, 1 << 24), metavar="N", help="tokens per long prompt; default: the model's limit"
+        "--longest", type=_between(64, 1 << 24), metavar="N", help="tokens per long prompt; default: the model's limit"
     )
     load.add_argument(
-        "--seed", type=between(0, 1 << 63), default=secrets.randbits(31), metavar="N", help="default: random"
+        "--seed", type=_between(0, 1 << 63), default=secrets.randbits(31), metavar="N", help="default: random"
     )
     rules = parser.add_argument_group("checks")
     rules.add_argument(
         "--timeout",
-        type=between(1.0, 1e5),
+        type=_between(1.0, 1e5),
         default=300.0,
         metavar="X",
         help="maximum seconds per request; default: 300",
     )
     rules.add_argument(
         "--tolerance",
-        type=between(0.0, 1.0),
+        type=_between(0.0, 1.0),
         metavar="X",
         help="maximum difference between log-probs of the same token; default: 0 on a CPU, else 0.001",
     )
     rules.add_argument(
         "--max-growth",
-        type=between(0.0, 1e6),
+        type=_between(0.0, 1e6),
         default=LEAK_MB_PER_HOUR,
         metavar="X",
         help=f"maximum growth of resident memory, MB/h; default: {LEAK_MB_PER_HOUR:g}",
     )
     rules.add_argument(
         "--max-p99-ms",
-        type=between(0.0, 1e9),
+        type=_between(0.0, 1e9),
         default=MAX_P99_MS,
         metavar="X",
         help=f"maximum p99 between tokens of a stream, ms; default: {MAX_P99_MS:g}",

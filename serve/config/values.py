@@ -1,0 +1,99 @@
+"""Parsers of option values: each raises ValueError, whose message shows the value."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(%|[kmgt]i?|)b?)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryAmount:
+    """Bytes, or a share of the free memory."""
+
+    size: int | float  # int: bytes; float: a share in (0, 1]
+
+    def bytes_of(self, free: int | None) -> int | None:
+        """In bytes; None for a share of an unknown amount."""
+        if isinstance(self.size, int):
+            return self.size
+        return None if free is None else int(self.size * free)
+
+
+def parse_memory(text: str) -> MemoryAmount:
+    """Parses "800M", "2GiB", "1073741824", "50%" or "0.5"; raises ValueError for anything else."""
+    match = _AMOUNT.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is neither bytes, such as 800M or 2GiB, nor a share, such as 0.5 or 50%")
+    number, unit = float(match[1]), match[2].lower()
+    if unit != "%" and not (unit == "" and "." in match[1]):
+        return MemoryAmount(int(number * _UNITS[unit]))
+    share = number / 100 if unit else number
+    if not 0 < share <= 1:
+        raise ValueError(f"{text!r} is not a share above 0 and at most 1")
+    return MemoryAmount(share)
+
+
+def mb(size: int) -> str:
+    """Bytes as "1,234 MB"."""
+    return f"{size / 1e6:,.0f} MB"
+
+
+def parse_bytes(text: str) -> int:
+    """Parses a number of bytes such as "64MiB"; raises ValueError for anything else."""
+    size = parse_memory(text).size
+    if isinstance(size, float):
+        raise ValueError(f"{text!r} is a share; give bytes, such as 64MiB")
+    return size
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """Parses one of several words."""
+
+    choices: tuple[str, ...]
+
+    def __call__(self, text: str) -> str:
+        """Raises ValueError for any other word."""
+        if text not in self.choices:
+            raise ValueError(f"{text!r} is not one of {', '.join(self.choices)}{suggestion(text, self.choices)}")
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class Between[N: (int, float)]:
+    """Parses a number between two bounds, inclusive, of their type."""
+
+    low: N
+    high: N
+
+    def __call__(self, text: str) -> N:
+        """Raises ValueError for anything else."""
+        kind = type(self.low)
+        try:
+            value = kind(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
+        if not self.low <= value <= self.high:
+            raise ValueError(f"{value} is not between {self.low} and {self.high}")
+        return value
+
+
+def strings(text: str) -> tuple[str, ...]:
+    """Parses a JSON list of strings; raises ValueError for anything else."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f'{text!r} is not a JSON list of strings, such as ["*"]')
+    return tuple(value)
+
+
+def suggestion(word: str, words: Iterable[str]) -> str:
+    """The nearest of `words` as the end of an error message; empty if none is near."""
+    nearest = difflib.get_close_matches(word, [*words], 1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,4 +1,4 @@
-"""EngineCore through a fake runner: whatever happens around a request, it is told what it is told alone."""
+"""EngineCore with a fake runner: a request has the outcome that it has alone, whatever runs beside it."""
 
 import pytest
 
@@ -7,8 +7,7 @@ from serve.engine.request_state import RequestStatus
 from tests.support.fake_runner import CoreBench, InjectedError, K, alone, greedy, hidden_after, next_token, prompt_of
 
 
-def test_a_prompt_in_chunks_then_one_token_a_step_read_one_step_late() -> None:
-    bench = CoreBench()
+def test_step_prefill_chunks_then_decode(bench: CoreBench) -> None:
     bench.add("a", prompt_of(150), greedy(3))
     bench.run()
     assert bench.runner.calls == [
@@ -22,8 +21,7 @@ def test_a_prompt_in_chunks_then_one_token_a_step_read_one_step_late() -> None:
     assert [event.token_ids for event in bench.events["a"]] == [[token] for token in bench.outcome("a").tokens]
 
 
-def test_prefill_and_decode_take_turns() -> None:
-    bench = CoreBench()
+def test_step_prefill_beside_decode(bench: CoreBench) -> None:
     a = bench.add("a", [5], greedy(4))
     bench.step()
     b = bench.add("b", prompt_of(100), greedy(2))
@@ -38,7 +36,7 @@ def test_prefill_and_decode_take_turns() -> None:
     assert bench.outcome("b") == alone(b)
 
 
-def test_a_row_begun_before_its_request_was_known_to_have_ended_is_thrown_away() -> None:
+def test_step_row_of_finished_request_is_discarded() -> None:
     prompt = prompt_of(10)
     first = next_token(hidden_after(prompt))
     bench = CoreBench()
@@ -50,8 +48,7 @@ def test_a_row_begun_before_its_request_was_known_to_have_ended_is_thrown_away()
     assert len(bench.events["a"]) == 1
 
 
-def test_the_prompt_is_scored_in_blocks_across_chunks() -> None:
-    bench = CoreBench()
+def test_prompt_scores_across_chunks(bench: CoreBench) -> None:
     a = bench.add("a", prompt_of(70), greedy(2, prompt_logprobs=True))
     bench.run()
     # 64 rows of the first chunk and 5 of the second: the last token has no successor.
@@ -60,8 +57,7 @@ def test_the_prompt_is_scored_in_blocks_across_chunks() -> None:
     assert bench.events["a"][0].prompt_scores is not None
 
 
-def test_rows_of_several_prompts_share_a_block() -> None:
-    bench = CoreBench()
+def test_prompt_scores_of_several_prompts_share_block(bench: CoreBench) -> None:
     requests = [bench.add(f"{i}", prompt_of(4, i), greedy(1, prompt_logprobs=True)) for i in range(4)]
     bench.run()
     assert [live for name, live in bench.runner.calls if name == "score"] == [8, 4]
@@ -70,8 +66,7 @@ def test_rows_of_several_prompts_share_a_block() -> None:
 
 
 @pytest.mark.parametrize("start", [1, 2, 63, 64, 65, 70])
-def test_the_prompt_is_scored_from_a_given_token_on(start: int) -> None:
-    bench = CoreBench()
+def test_prompt_scores_from_start(bench: CoreBench, start: int) -> None:
     params = SamplingParams(2, temperature=0.0, prompt=PromptScoring(start))
     a = bench.add("a", prompt_of(71), params)
     bench.run()
@@ -80,8 +75,7 @@ def test_the_prompt_is_scored_from_a_given_token_on(start: int) -> None:
 
 
 @pytest.mark.parametrize("scored", [False, True])
-def test_given_ids_take_the_place_of_the_best(scored: bool) -> None:
-    bench = CoreBench()
+def test_scores_of_requested_ids(bench: CoreBench, scored: bool) -> None:
     ids = tuple(range(10, 15))
     scoring = PromptScoring(token_ids=ids[:2]) if scored else None
     a = bench.add("a", prompt_of(20), SamplingParams(3, temperature=0.0, logprob_token_ids=ids, prompt=scoring))
@@ -95,8 +89,7 @@ def test_given_ids_take_the_place_of_the_best(scored: bool) -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 64, 65, 200])
 @pytest.mark.parametrize("scored", [False, True])
-def test_no_tokens_wanted(length: int, scored: bool) -> None:
-    bench = CoreBench()
+def test_max_tokens_zero(bench: CoreBench, length: int, scored: bool) -> None:
     a = bench.add("a", prompt_of(length), greedy(0, prompt_logprobs=scored))
     bench.run()
     assert bench.outcome("a") == alone(a)
@@ -108,7 +101,7 @@ def test_no_tokens_wanted(length: int, scored: bool) -> None:
         assert len(event.prompt_scores.rank) == length - 1
 
 
-def test_a_stop_id_ends_the_request_and_min_tokens_puts_it_off() -> None:
+def test_stop_token_ids_and_min_tokens() -> None:
     prompt = prompt_of(10)
     first = next_token(hidden_after(prompt))
     second = next_token(hidden_after([*prompt, first + 1]))
@@ -124,7 +117,7 @@ def test_a_stop_id_ends_the_request_and_min_tokens_puts_it_off() -> None:
         assert bench.outcome("a") == alone(a)
 
 
-def test_bad_words_are_watched_for_as_they_come_while_others_do_not_wait() -> None:
+def test_bad_words_beside_other_requests() -> None:
     prompt = prompt_of(10)
     free = alone(CoreBench().add("a", prompt, greedy(6))).tokens
     bench = CoreBench()
@@ -136,7 +129,7 @@ def test_bad_words_are_watched_for_as_they_come_while_others_do_not_wait() -> No
     assert bench.outcome("b") == alone(b)
 
 
-def test_slots_are_filled_anew_for_each_request_that_adjusts_its_choice() -> None:
+def test_slots_are_reloaded_for_penalties() -> None:
     bench = CoreBench(max_num_seqs=2)
     requests = []
     for i in range(5):
@@ -151,7 +144,7 @@ def test_slots_are_filled_anew_for_each_request_that_adjusts_its_choice() -> Non
         assert bench.outcome(request.id) == alone(request)
 
 
-def test_a_preempted_request_brings_its_counts_back_into_another_slot() -> None:
+def test_preempted_request_restores_penalty_counts() -> None:
     bench = CoreBench(pages=4, max_model_len=192)
     params = SamplingParams(70, temperature=0.0, frequency_penalty=1.0)
     requests = [bench.add(f"{i}", prompt_of(30 + i, i), params) for i in range(3)]
@@ -162,7 +155,7 @@ def test_a_preempted_request_brings_its_counts_back_into_another_slot() -> None:
 
 
 @pytest.mark.parametrize("length", [250, 255, 256])
-def test_the_models_length_ends_a_request(length: int) -> None:
+def test_max_model_len_finishes_request(length: int) -> None:
     bench = CoreBench(max_model_len=256)
     a = bench.add("a", prompt_of(length), greedy(1000))
     bench.run()
@@ -171,7 +164,7 @@ def test_the_models_length_ends_a_request(length: int) -> None:
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
-def test_a_tiny_pool_changes_no_number(prefix_caching: bool) -> None:
+def test_small_pool_keeps_outcomes(prefix_caching: bool) -> None:
     outcomes = []
     for pages in (40, 4):
         bench = CoreBench(pages=pages, max_model_len=192, prefix_caching=prefix_caching)
@@ -185,7 +178,7 @@ def test_a_tiny_pool_changes_no_number(prefix_caching: bool) -> None:
 
 
 @pytest.mark.parametrize("steps", range(5))
-def test_abort_in_every_state_frees_at_once(steps: int) -> None:
+def test_abort_in_every_state(steps: int) -> None:
     bench = CoreBench(max_num_seqs=1)
     a = bench.add("a", prompt_of(100), greedy(50, prompt_logprobs=True))
     b = bench.add("b", prompt_of(20), greedy(2))
@@ -200,14 +193,13 @@ def test_abort_in_every_state_frees_at_once(steps: int) -> None:
     assert a.pages == []
     bench.core.scheduler.check()
     assert bench.core.abort("a") is None
-    told = len(bench.events["a"])
+    num_events = len(bench.events["a"])
     bench.run()
     assert bench.outcome("b") == alone(b)
-    assert len(bench.events["a"]) == told == max(0, steps - 2)
+    assert len(bench.events["a"]) == num_events == max(0, steps - 2)
 
 
-def test_a_generated_nan_is_an_error_of_that_request_alone() -> None:
-    bench = CoreBench()
+def test_nan_of_output_fails_only_its_request(bench: CoreBench) -> None:
     a, b = bench.add("a", prompt_of(9, 1), greedy(6)), bench.add("b", prompt_of(9, 2), greedy(6))
     bench.runner.nan_token = alone(a).tokens[2]
     assert bench.runner.nan_token not in alone(b).tokens + alone(a).tokens[:2]
@@ -222,8 +214,7 @@ def test_a_generated_nan_is_an_error_of_that_request_alone() -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 5])
-def test_a_nan_in_the_prompts_scores_is_an_error_in_the_first_event(max_tokens: int) -> None:
-    bench = CoreBench()
+def test_nan_of_prompt_fails_first_event(bench: CoreBench, max_tokens: int) -> None:
     a = bench.add("a", prompt_of(9), greedy(max_tokens, prompt_logprobs=True))
     bench.runner.nan_token = a.prompt_token_ids[4]
     assert bench.runner.nan_token not in alone(a).tokens
@@ -235,7 +226,7 @@ def test_a_nan_in_the_prompts_scores_is_an_error_in_the_first_event(max_tokens: 
 
 
 @pytest.mark.parametrize("name", ["prefill", "score", "decode", "read"])
-def test_a_failed_step_ends_the_running_and_spares_the_waiting(name: str) -> None:
+def test_fail_all_keeps_waiting_requests(name: str) -> None:
     bench = CoreBench(max_num_seqs=2)
     bench.add("a", prompt_of(9, 1), greedy(6, prompt_logprobs=True))
     bench.step()
@@ -254,26 +245,24 @@ def test_a_failed_step_ends_the_running_and_spares_the_waiting(name: str) -> Non
     assert bench.outcome("d") == alone(d)
 
 
-def test_a_failure_is_survived_when_the_books_are_wrong() -> None:
-    bench = CoreBench()
+def test_fail_all_with_inconsistent_pool(bench: CoreBench) -> None:
     bench.add("a", prompt_of(150, 1), greedy(6))
     bench.step()
 
-    def break_books(_: str) -> None:
+    def corrupt(_: str) -> None:
         bench.core._pool._ref_counts.clear()
         bench.core.scheduler._slots.append(0)
         bench.runner.before_call = lambda _: None
         raise InjectedError
 
-    bench.runner.before_call = break_books
+    bench.runner.before_call = corrupt
     bench.fail()
     b = bench.add("b", prompt_of(150, 2), greedy(6))
     bench.run()
     assert bench.outcome("b") == alone(b)
 
 
-def test_chunks_are_waited_for_one_step_late() -> None:
-    bench = CoreBench()
+def test_step_waits_for_previous_chunk(bench: CoreBench) -> None:
     bench.add("a", prompt_of(400), greedy(1))
     for _ in range(6):
         bench.step()
@@ -281,8 +270,7 @@ def test_chunks_are_waited_for_one_step_late() -> None:
     assert names == ["prefill", *["prefill", "read"] * 5]
 
 
-def test_nothing_of_a_request_that_ends_in_nan_is_found_again() -> None:
-    bench = CoreBench()
+def test_nan_unregisters_pages(bench: CoreBench) -> None:
     a = bench.add("a", prompt_of(150), greedy(1, prompt_logprobs=True))
     bench.runner.nan_token = a.prompt_token_ids[140]
     bench.run()
@@ -294,8 +282,7 @@ def test_nothing_of_a_request_that_ends_in_nan_is_found_again() -> None:
     assert bench.outcome("b") == alone(b)
 
 
-def test_nothing_cached_survives_a_failure() -> None:
-    bench = CoreBench()
+def test_fail_all_clears_cache(bench: CoreBench) -> None:
     bench.add("a", prompt_of(150), greedy(1, prompt_logprobs=True))
     bench.run()
     bench.add("b", prompt_of(9), greedy(4))
@@ -308,8 +295,7 @@ def test_nothing_cached_survives_a_failure() -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
-def test_a_request_that_ended_in_the_step_that_failed_is_told_so(max_tokens: int) -> None:
-    bench = CoreBench()
+def test_fail_all_delivers_requests_finished_in_failed_step(bench: CoreBench, max_tokens: int) -> None:
     bench.add("a", prompt_of(9, 1), greedy(6))
     bench.step()
     b = bench.add("b", prompt_of(9, 2), greedy(max_tokens, prompt_logprobs=True))
@@ -323,7 +309,7 @@ def test_a_request_that_ended_in_the_step_that_failed_is_told_so(max_tokens: int
     assert len(bench.events["b"]) == 1
 
 
-def test_a_failure_is_survived_by_one_that_waits_after_preemption() -> None:
+def test_fail_all_keeps_preempted_request() -> None:
     bench = CoreBench(pages=4, max_model_len=192)
     a = bench.add("a", prompt_of(60, 1), greedy(100))
     b = bench.add("b", prompt_of(50, 2), greedy(60, prompt_logprobs=True))
@@ -336,11 +322,10 @@ def test_a_failure_is_survived_by_one_that_waits_after_preemption() -> None:
     assert bench.outcome("b") == alone(b, 192)
 
 
-def test_an_idle_core_says_so() -> None:
-    bench = CoreBench()
+def test_in_flight_is_false_when_idle(bench: CoreBench) -> None:
     bench.add("a", [5], greedy(1))
     in_flight = []
-    for _ in range(3):  # begins a step, reads it, has nothing to do
+    for _ in range(3):  # dispatches a step, reads it, has nothing to do
         bench.step()
         in_flight.append(bench.core.in_flight)
     assert in_flight == [True, True, False]

@@ -1,4 +1,4 @@
-"""Random crowds through EngineCore and a fake runner: pages add up at every step, and nobody is told another number."""
+"""Random requests through EngineCore and a fake runner: the pool stays consistent, and outcomes do not change."""
 
 from dataclasses import dataclass, replace
 from random import Random
@@ -15,7 +15,7 @@ MAX_MODEL_LEN = 256
 
 @dataclass(slots=True)
 class Crowd:
-    """Requests that come, share beginnings, fail and leave, drawn from a seed."""
+    """Random requests that share prefixes, fail and are aborted."""
 
     random: Random
     bench: CoreBench
@@ -25,7 +25,7 @@ class Crowd:
     failures: int = 0
 
     def prompt(self) -> list[int]:
-        """A beginning that others have too, and an end of its own; or what another request was and said."""
+        """A shared prefix and a suffix of its own; or prompt and output of an earlier request."""
         if self.ended and self.random.random() < 0.2:
             other = self.requests[self.random.randrange(max(0, self.ended - 8), self.ended)]
             return [*other.prompt_token_ids, *other.output_token_ids][: MAX_MODEL_LEN - 1]
@@ -69,7 +69,7 @@ class Crowd:
         self.requests.append(self.bench.add(name, prompt, self.params(prompt), priority=priority, cache_salt=salt))
 
     def step(self) -> None:
-        """A step; now and then clients come and go, and the device fails."""
+        """A step; sometimes a request arrives or is aborted, or the device fails."""
         unfinished = self.bench.core.scheduler
         if self.random.random() < 0.15 and unfinished.num_requests < 12:
             self.arrive()
@@ -86,8 +86,8 @@ class Crowd:
             self.bench.take(self.bench.core.fail_all("it failed"))
         unfinished.check()
 
-    def look(self) -> None:
-        """Every request that has ended was told what it is told alone, up to where it left."""
+    def check_finished(self) -> None:
+        """Each finished request has the outcome that it has alone, up to its abort."""
         for request in self.requests[self.ended :]:
             events = self.bench.events[request.id]
             if not events or events[-1].finish_reason is None:
@@ -104,15 +104,15 @@ class Crowd:
 
 
 @pytest.mark.parametrize(("seed", "pages", "rows"), [(1, 40, 4), (2, 6, 4), (3, 9, 2), (4, 5, 1)])
-def test_ten_thousand_steps_of_any_crowd(seed: int, pages: int, rows: int) -> None:
+def test_random_requests_keep_outcomes(seed: int, pages: int, rows: int) -> None:
     bench = CoreBench(pages=pages, max_num_seqs=rows, max_model_len=MAX_MODEL_LEN)
     crowd = Crowd(Random(seed), bench, [])
     for _ in range(STEPS):
         crowd.step()
-        crowd.look()
+        crowd.check_finished()
     bench.runner.before_call = lambda _: None
     bench.run()
-    crowd.look()
+    crowd.check_finished()
     assert crowd.ended == len(crowd.requests) > 50
     assert crowd.shared
     assert crowd.failures

@@ -1,4 +1,4 @@
-"""PagePool: pages are handed out once each, found again by their content, and nothing is lost or held unseen."""
+"""PagePool: allocation, reference counts, registration by content, eviction."""
 
 import pytest
 
@@ -7,16 +7,16 @@ from serve.engine.page_pool import PagePool, page_hash, root_hash
 from serve.engine.request import empty_scores
 
 
-def test_every_page_but_the_null_page_is_handed_out_once() -> None:
+def test_allocate_excludes_null_page() -> None:
     pool = PagePool(5)
     assert pool.capacity == pool.num_free == 4
-    taken = [*(pool.allocate(1) or []), *(pool.allocate(3) or [])]
-    assert sorted(taken) == [1, 2, 3, 4]
-    assert NULL_PAGE not in taken
+    pages = [*(pool.allocate(1) or []), *(pool.allocate(3) or [])]
+    assert sorted(pages) == [1, 2, 3, 4]
+    assert NULL_PAGE not in pages
     assert pool.num_free == 0
 
 
-def test_too_many_pages_are_none_at_all() -> None:
+def test_allocate_too_many() -> None:
     pool = PagePool(4)
     assert pool.allocate(4) is None
     assert pool.num_free == 3
@@ -26,31 +26,29 @@ def test_too_many_pages_are_none_at_all() -> None:
     assert pool.allocate(1) is None
 
 
-def test_pages_come_back_in_order_of_release() -> None:
+def test_allocate_order_after_deallocate() -> None:
     pool = PagePool(5)
     pool.allocate(4)
     pool.deallocate([3])
     pool.deallocate([1, 4])
-    assert pool.allocate(3) == [3, 4, 1]  # of one block table the last page first
+    assert pool.allocate(3) == [3, 4, 1]  # the last page of a block table first
 
 
-def test_check_accepts_what_is_whole() -> None:
+def test_check_consistent_pool() -> None:
     pool = PagePool(5)
     pool.check([])
-    held = pool.allocate(3)
-    assert held is not None
-    pool.check(held)
-    pool.check(held[::-1])
+    pages = pool.allocate(3)
+    assert pages is not None
+    pool.check(pages)
+    pool.check(pages[::-1])
 
 
-@pytest.mark.parametrize(
-    "held", [[], [1], [1, 2, 2], [1, 2, 3], [1, 3], [1, NULL_PAGE], [1, 9]], ids=lambda held: str(held)
-)
-def test_check_finds_lost_shared_and_foreign_pages(held: list[int]) -> None:
+@pytest.mark.parametrize("references", [[], [1], [1, 2, 2], [1, 2, 3], [1, 3], [1, NULL_PAGE], [1, 9]], ids=str)
+def test_check_wrong_references(references: list[int]) -> None:
     pool = PagePool(5)
     assert pool.allocate(2) == [1, 2]
     with pytest.raises(AssertionError, match="reference counts"):
-        pool.check(held)
+        pool.check(references)
 
 
 def content(number: int) -> bytes:
@@ -58,7 +56,7 @@ def content(number: int) -> bytes:
 
 
 def filled(pool: PagePool, *numbers: int) -> list[int]:
-    """Pages that were held, registered under contents of these numbers, and given back."""
+    """Unreferenced pages that are registered under contents with these numbers."""
     pages = pool.allocate(len(numbers))
     assert pages is not None
     for page, number in zip(pages, numbers, strict=True):
@@ -68,7 +66,7 @@ def filled(pool: PagePool, *numbers: int) -> list[int]:
     return pages
 
 
-def test_a_registered_page_is_found_by_its_content_after_its_holder_has_gone() -> None:
+def test_find_registered_page_after_deallocate() -> None:
     pool = PagePool(5)
     first, second = filled(pool, 1, 2)
     assert pool.num_free == 4
@@ -84,20 +82,20 @@ def test_a_registered_page_is_found_by_its_content_after_its_holder_has_gone() -
     assert pool.num_free == 4
 
 
-def test_pages_without_content_are_taken_before_cached_ones_are_evicted() -> None:
+def test_allocate_prefers_free_to_cached() -> None:
     pool = PagePool(5)
     filled(pool, 1, 2)
-    taken = pool.allocate(2)
-    assert taken is not None
+    pages = pool.allocate(2)
+    assert pages is not None
     assert len(pool.find([content(1), content(2)])) == 2
-    pool.check(taken)
+    pool.check(pages)
 
 
-def test_the_least_recently_used_page_is_evicted_and_of_a_run_the_last() -> None:
+def test_evict_least_recently_used_and_last_of_prefix() -> None:
     pool = PagePool(4)
     one, two = filled(pool, 1, 2)
     (three,) = filled(pool, 3)
-    pool.share([one])  # used again: now 2 is the oldest, then 3, then 1
+    pool.share([one])  # used again: the order is now 2, 3, 1
     pool.deallocate([one])
     assert pool.allocate(1) == [two]
     assert pool.find([content(2)]) == []
@@ -106,7 +104,7 @@ def test_the_least_recently_used_page_is_evicted_and_of_a_run_the_last() -> None
     pool.check([two, three])
 
 
-def test_a_held_page_is_never_evicted() -> None:
+def test_evict_never_referenced_page() -> None:
     pool = PagePool(3)
     one, two = filled(pool, 1, 2)
     pool.share([one])
@@ -116,26 +114,26 @@ def test_a_held_page_is_never_evicted() -> None:
     assert pool.find([content(1)]) == [one]
 
 
-def test_of_two_pages_with_one_content_the_first_stays_known() -> None:
+def test_register_same_content_keeps_first() -> None:
     pool = PagePool(4)
     (one,) = filled(pool, 1)
-    taken = pool.allocate(3)
-    assert taken is not None
-    assert one in taken  # evicted: 1 is not known any more
-    pool.register(taken[0], content(1))
-    pool.register(taken[1], content(1))
-    assert pool.find([content(1)]) == [taken[0]]
-    pool.deallocate(taken)
+    pages = pool.allocate(3)
+    assert pages is not None
+    assert one in pages  # evicted: content 1 is no longer registered
+    pool.register(pages[0], content(1))
+    pool.register(pages[1], content(1))
+    assert pool.find([content(1)]) == [pages[0]]
+    pool.deallocate(pages)
     pool.check([])
     assert pool.num_free == 3
 
 
-def test_scores_live_as_long_as_their_page_is_known() -> None:
+def test_scores_until_eviction() -> None:
     pool = PagePool(2)
     filled(pool, 1)
     scores = empty_scores(PAGE_SIZE, 2)
     pool.store_scores(content(1), scores)
-    pool.store_scores(content(2), scores)  # of no page
+    pool.store_scores(content(2), scores)  # not registered
     assert pool.scores(content(1)) is scores
     assert pool.scores(content(2)) is None
     pool.check([])
@@ -143,7 +141,7 @@ def test_scores_live_as_long_as_their_page_is_known() -> None:
     assert pool.scores(content(1)) is None
 
 
-def test_clearing_leaves_free_pages_and_nothing_known() -> None:
+def test_clear_frees_and_unregisters() -> None:
     pool = PagePool(4)
     filled(pool, 1, 2)
     pool.store_scores(content(1), empty_scores(PAGE_SIZE, 2))
@@ -155,30 +153,30 @@ def test_clearing_leaves_free_pages_and_nothing_known() -> None:
     assert pool.scores(content(1)) is None
 
 
-def test_pages_that_are_forgotten_stay_with_their_holders() -> None:
+def test_unregister_keeps_references() -> None:
     pool = PagePool(5)
     filled(pool, 1, 2, 3)
     pool.store_scores(content(1), empty_scores(PAGE_SIZE, 2))
-    held, idle, other = pool.find([content(1), content(2), content(3)])
-    pool.share([held])
-    pool.unregister([held, idle, NULL_PAGE])
-    pool.check([held])
+    shared, unreferenced, other = pool.find([content(1), content(2), content(3)])
+    pool.share([shared])
+    pool.unregister([shared, unreferenced, NULL_PAGE])
+    pool.check([shared])
     assert pool.find([content(1)]) == pool.find([content(2)]) == []
     assert pool.scores(content(1)) is None
     assert pool.find([content(3)]) == [other]
-    pool.deallocate([held])
+    pool.deallocate([shared])
     pool.check([])
     assert pool.num_free == 4
 
 
-def test_without_caching_nothing_is_known() -> None:
+def test_register_without_caching() -> None:
     pool = PagePool(4, caching=False)
     filled(pool, 1, 2)
     assert pool.find([content(1)]) == []
     assert pool.num_free == 3
 
 
-def test_the_hash_is_of_the_tokens_of_all_before_them_and_of_the_salt() -> None:
+def test_page_hash_of_tokens_parent_and_salt() -> None:
     tokens = list(range(PAGE_SIZE))
     others = [
         page_hash(root_hash(""), tokens),

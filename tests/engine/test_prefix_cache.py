@@ -1,4 +1,4 @@
-"""The prefix cache through a fake runner: what it has is neither computed nor scored again, and no number changes."""
+"""Prefix caching with a fake runner: cached pages and scores are reused, and outcomes do not change."""
 
 import pytest
 
@@ -7,14 +7,13 @@ from tests.support.fake_runner import VOCAB_SIZE, CoreBench, alone, greedy, hidd
 
 
 def calls(bench: CoreBench, name: str) -> int:
-    """Live rows or tokens of all calls of that name since the last look."""
+    """Live rows or tokens of all calls with this name since the last call of this function."""
     live = sum(live for called, live in bench.runner.calls if called == name)
     bench.runner.calls = [call for call in bench.runner.calls if call[0] != name]
     return live
 
 
-def test_a_prompt_that_was_only_generated_from_is_scored_by_the_head_alone() -> None:
-    bench = CoreBench()
+def test_cached_prompt_is_scored_without_prefill(bench: CoreBench) -> None:
     bench.add("a", prompt_of(200), greedy(3))
     bench.run()
     assert (calls(bench, "prefill"), calls(bench, "score")) == (199, 0)
@@ -25,8 +24,7 @@ def test_a_prompt_that_was_only_generated_from_is_scored_by_the_head_alone() -> 
     assert bench.outcome("b") == alone(b)
 
 
-def test_a_prompt_that_was_scored_is_not_scored_again() -> None:
-    bench = CoreBench()
+def test_cached_scores_are_reused(bench: CoreBench) -> None:
     bench.add("a", prompt_of(200), greedy(0, prompt_logprobs=True))
     bench.run()
     assert (calls(bench, "prefill"), calls(bench, "score")) == (199, 199)
@@ -38,14 +36,13 @@ def test_a_prompt_that_was_scored_is_not_scored_again() -> None:
     calls(bench, "score")
     d = bench.add("d", prompt_of(200), greedy(2, prompt_logprobs=True))
     bench.run()
-    assert calls(bench, "score") == 8  # the tokens behind the last full page
+    assert calls(bench, "score") == 8  # the tokens after the last full page
     assert bench.outcome("d") == alone(d)
 
 
 @pytest.mark.parametrize("first", [1, 2, 64, 65, 128, 150])
 @pytest.mark.parametrize("second", [1, 3, 64, 100, 129, 199])
-def test_any_part_of_a_prompt_may_have_been_scored_before(first: int, second: int) -> None:
-    bench = CoreBench()
+def test_cached_scores_of_partial_prompt(bench: CoreBench, first: int, second: int) -> None:
     for name, start in (("a", first), ("b", second), ("c", 1)):
         params = SamplingParams(1, temperature=0.0, prompt=PromptScoring(start))
         request = bench.add(name, prompt_of(200), params)
@@ -53,8 +50,7 @@ def test_any_part_of_a_prompt_may_have_been_scored_before(first: int, second: in
         assert bench.outcome(name, start) == alone(request)
 
 
-def test_scores_of_given_ids_are_neither_kept_nor_mixed_up_with_kept_ones() -> None:
-    bench = CoreBench()
+def test_scores_of_requested_ids_are_not_cached(bench: CoreBench) -> None:
     for name, ids in (("a", ()), ("b", (5, 6)), ("c", ())):
         params = SamplingParams(1, temperature=0.0, prompt=PromptScoring(token_ids=ids))
         request = bench.add(name, prompt_of(200), params)
@@ -63,7 +59,7 @@ def test_scores_of_given_ids_are_neither_kept_nor_mixed_up_with_kept_ones() -> N
         assert calls(bench, "score") == {"a": 199, "b": 199, "c": 8}[name]
 
 
-def test_without_caching_everything_is_computed_again() -> None:
+def test_prefix_caching_off() -> None:
     bench = CoreBench(prefix_caching=False)
     for name in "ab":
         request = bench.add(name, prompt_of(200), greedy(1, prompt_logprobs=True))
@@ -73,8 +69,7 @@ def test_without_caching_everything_is_computed_again() -> None:
         assert bench.events[name][0].cached_tokens == 0
 
 
-def test_requests_of_other_salts_share_nothing() -> None:
-    bench = CoreBench()
+def test_cache_salt_separates_requests(bench: CoreBench) -> None:
     for name, salt in (("a", ""), ("b", "x"), ("c", "x")):
         request = bench.add(name, prompt_of(200), greedy(1, prompt_logprobs=True), cache_salt=salt)
         bench.run()
@@ -82,7 +77,7 @@ def test_requests_of_other_salts_share_nothing() -> None:
         assert bench.events[name][0].cached_tokens == (192 if name == "c" else 0)
 
 
-def test_several_answers_to_one_prompt_share_its_pages() -> None:
+def test_requests_with_equal_prompt_share_pages() -> None:
     bench = CoreBench(max_num_batched_tokens=68)
     requests = [bench.add(f"{i}", prompt_of(200), SamplingParams(30, seed=i)) for i in range(4)]
     while not all(request.output_token_ids for request in requests):
@@ -94,8 +89,7 @@ def test_several_answers_to_one_prompt_share_its_pages() -> None:
         assert bench.outcome(request.id) == alone(request)
 
 
-def test_an_answer_that_is_continued_is_cached_as_well() -> None:
-    bench = CoreBench()
+def test_output_is_cached(bench: CoreBench) -> None:
     a = bench.add("a", prompt_of(100), greedy(100))
     bench.run()
     calls(bench, "prefill")
@@ -105,7 +99,7 @@ def test_an_answer_that_is_continued_is_cached_as_well() -> None:
     assert bench.outcome("b") == alone(b)
 
 
-def test_the_cache_gives_way_to_requests_that_need_its_pages() -> None:
+def test_cached_pages_are_evicted() -> None:
     bench = CoreBench(pages=9)
     for i in range(6):
         request = bench.add(f"{i}", prompt_of(300, i % 3), greedy(20, prompt_logprobs=True))
@@ -113,8 +107,7 @@ def test_the_cache_gives_way_to_requests_that_need_its_pages() -> None:
         assert bench.outcome(f"{i}") == alone(request)
 
 
-def test_the_whole_vocabulary_of_a_held_request_is_read_block_by_block() -> None:
-    bench = CoreBench()
+def test_full_logprobs_in_blocks(bench: CoreBench) -> None:
     params = SamplingParams(2, temperature=0.0, prompt=PromptScoring(full_vocab=True))
     a = bench.add("a", prompt_of(70), params)
     bench.run()
@@ -134,8 +127,7 @@ def test_the_whole_vocabulary_of_a_held_request_is_read_block_by_block() -> None
         bench.core.full_logprobs("a", 0, 1)
 
 
-def test_a_held_request_does_not_survive_a_failure() -> None:
-    bench = CoreBench()
+def test_full_logprobs_after_failure(bench: CoreBench) -> None:
     bench.add("a", prompt_of(70), SamplingParams(0, prompt=PromptScoring(full_vocab=True)))
     bench.run()
     bench.add("b", prompt_of(7), greedy(3))

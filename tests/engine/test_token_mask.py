@@ -1,4 +1,4 @@
-"""TokenMask against sets: whatever is allowed, forbidden and chosen before."""
+"""TokenMask against Python sets."""
 
 import numpy as np
 from hypothesis import example, given
@@ -13,7 +13,7 @@ ids = st.integers(0, V - 1)
 words = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3).map(tuple), max_size=4).map(tuple)
 
 
-def spelled_out(mask: TokenMask, output: list[int]) -> set[int]:
+def allowed_tokens(mask: TokenMask, output: list[int]) -> set[int]:
     """The tokens that the mask allows."""
     row = mask.row(output, len(output))
     if row is None:
@@ -32,7 +32,7 @@ def spelled_out(mask: TokenMask, output: list[int]) -> set[int]:
 )
 @example(allowed=None, stops=frozenset({31, 32, 69}), bad_words=((0,), (63,)), min_tokens=1, output=[])
 @example(allowed=None, stops=frozenset(), bad_words=((1, 2, 3), (2, 3)), min_tokens=0, output=[1, 2])
-def test_the_mask_is_what_sets_say(
+def test_row_equals_sets(
     allowed: frozenset[int] | None,
     stops: frozenset[int],
     bad_words: tuple[tuple[int, ...], ...],
@@ -48,16 +48,16 @@ def test_the_mask_is_what_sets_say(
         before = output[:n]
         left = expected - (stops if n < min_tokens else set())
         left -= {word[-1] for word in bad_words if [*word[:-1]] == before[n - len(word) + 1 :] and n >= len(word) - 1}
-        assert spelled_out(mask, before) == left
+        assert allowed_tokens(mask, before) == left
     assert mask.waits == any(len(word) > 1 for word in bad_words)
 
 
-def test_a_request_without_constraints_has_no_words() -> None:
+def test_row_without_constraints() -> None:
     assert TokenMask(SamplingParams(9, stop_token_ids=frozenset({1})), V).row([], 0) is None
     assert TokenMask(SamplingParams(9, min_tokens=3), V).row([], 0) is None
     assert TokenMask(SamplingParams(9, bad_words=((1, 2),)), V).row([3], 1) is None
 
 
-def test_words_that_never_change_are_packed_once() -> None:
+def test_row_is_packed_once() -> None:
     mask = TokenMask(SamplingParams(9, allowed_token_ids=frozenset({1, 40})), V)
     assert mask.row([], 0) is mask.row([1, 40], 2)

@@ -1,4 +1,4 @@
-"""What one HLO instruction moves and computes; how it is counted is said in `hlo.py`."""
+"""Bytes and flops of one HLO instruction; `operations.py` explains the counts."""
 
 import math
 import re
@@ -15,35 +15,35 @@ from model.kernels.cpu.library import (
 from tools.hlo.parse import Computation, Instruction, array_sizes, bits, dims
 
 _TAKES = frozenset({"gather", "dynamic-slice", "slice"})
-_ROTATED_PAGES = (3, 4)  # operands of the CPU's rotary kernel that are all pages of the cache, updated in place
+_ROTATED_PAGES = (3, 4)  # operands of the CPU's rotary kernel with the pages, updated in place
 
 
 @dataclass(frozen=True, slots=True)
 class _AttentionCall:
-    """Which operands of an attention kernel are what, by number."""
+    """Operand numbers of an attention kernel."""
 
     queries: int
     tables: int  # [R, P]
-    pages: tuple[int, ...]  # whole, of which a call reads some
-    page_axis: int  # of the tokens of a page
+    pages: tuple[int, ...]  # the full page arrays, of which a call reads a part
+    page_axis: int  # axis of tokens within a page
 
     def moved(self, computation: Computation, call: Instruction) -> int:
-        """Bytes of a page of every row."""
+        """Bytes of one page per row."""
         rows = dims(computation[call.operands[self.tables]].shape)[0]
         arrays = [computation[call.operands[i]].shape for i in self.pages]
         return sum(sum(array_sizes(shape)) // dims(shape)[0] * rows for shape in arrays)
 
     def flops(self, computation: Computation, call: Instruction) -> int:
-        """Of queries against the keys of a page, then its values."""
+        """Flops of queries times keys, then values, of one page."""
         queries, pages = (dims(computation[call.operands[i]].shape) for i in (self.queries, self.pages[0]))
         return 2 * 2 * math.prod(queries) * pages[self.page_axis]
 
 
 def bytes_of(computations: dict[str, Computation], computation: Computation, instruction: Instruction) -> int:
-    """Bytes that an instruction reads and writes."""
+    """Return the bytes that an instruction reads and writes."""
     opcode = instruction.opcode
     if opcode.endswith("-done"):
-        return 0  # counted where it was started
+        return 0  # counted at its start
     if opcode == "copy-start":
         return sum(_sizes_off_chip(instruction)[:2])  # to, from
     if opcode == "slice-start":
@@ -59,7 +59,7 @@ def bytes_of(computations: dict[str, Computation], computation: Computation, ins
 
 
 def flops_of(computations: dict[str, Computation], computation: Computation, instruction: Instruction) -> int:
-    """Flops of an instruction's matrix products."""
+    """Return the flops of an instruction's matrix products."""
     if attention := _attention(instruction):
         return attention.flops(computation, instruction)
     match instruction.opcode:
@@ -71,7 +71,7 @@ def flops_of(computations: dict[str, Computation], computation: Computation, ins
             axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
             contracted = math.prod(left[int(axis)] for axis in axes[1].split(",") if axis) if axes else 1
             return 2 * math.prod(dims(instruction.shape)) * contracted
-        case "convolution":  # what a TPU makes of a product
+        case "convolution":  # a matrix product on a TPU
             kernel = dims(computation[instruction.operands[1]].shape)
             labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)
             outputs = kernel[labels[1].index("o")] if labels else 1
@@ -86,7 +86,7 @@ def flops_of(computations: dict[str, Computation], computation: Computation, ins
 
 
 def _attention(instruction: Instruction) -> _AttentionCall | None:
-    """The attention kernel that an instruction calls: the CPU's, Triton's for NVIDIA, or the TPU's."""
+    """Return the attention kernel that an instruction calls: CPU, Triton (NVIDIA) or TPU."""
     if instruction.opcode != "custom-call":
         return None
     if _is_call_of(instruction, ATTENTION_TARGET):
@@ -99,7 +99,7 @@ def _attention(instruction: Instruction) -> _AttentionCall | None:
 
 
 def _read_inside(fused: Computation, parameter: Instruction) -> int:
-    """Bytes that a fused computation reads of one of its parameters: the whole, or the pieces that are taken."""
+    """Return the bytes that a fusion reads of a parameter: all of it, or the gathered or sliced part."""
     same = {parameter.name}
     taken = 0
     for inner in fused.values():
@@ -112,7 +112,7 @@ def _read_inside(fused: Computation, parameter: Instruction) -> int:
 
 
 def _read(computation: Computation, user: Instruction, i: int) -> int:
-    """Bytes that an operation reads of its operand i."""
+    """Return the bytes that an operation reads of its operand i."""
     source = computation[user.operands[i]]
     if user.opcode in _TAKES and i == 0:
         return min(sum(array_sizes(user.shape)), source.traffic)
@@ -126,7 +126,7 @@ def _read(computation: Computation, user: Instruction, i: int) -> int:
 
 
 def _written(computation: Computation, writer: Instruction) -> int:
-    """Bytes that an operation, or the root of a fusion, writes."""
+    """Return the bytes that an operation or the root of a fusion writes."""
     sources = [computation[operand] for operand in writer.operands if operand in computation]
     match writer.opcode:
         case "tuple":
@@ -144,7 +144,7 @@ def _written(computation: Computation, writer: Instruction) -> int:
 
 
 def _rotated(operands: list[Instruction]) -> int:
-    """Bytes written of heads [R, T, H + 2 K, E]: the queries, and in their pages [N, K, S, E] the keys and values."""
+    """Return the bytes written for heads [R, T, H + 2 K, E]: queries, and keys and values in pages [N, K, S, E]."""
     heads, pages = dims(operands[0].shape), [operands[i].shape for i in _ROTATED_PAGES]
     K, E = dims(pages[0])[1], heads[3]
     stored = sum(bits(page.partition("[")[0]) // 8 * K * E for page in pages)
@@ -152,7 +152,7 @@ def _rotated(operands: list[Instruction]) -> int:
 
 
 def _sizes_off_chip(instruction: Instruction) -> list[int]:
-    """Bytes of each array of the result, 0 for those on the chip."""
+    """Return the bytes of each result array, 0 for on-chip memory."""
     sizes = array_sizes(instruction.shape)
     return [0 if near else size for size, near in zip(sizes, instruction.on_chip, strict=True)]
 

@@ -1,4 +1,4 @@
-"""`python -m tools.hlo.executed_notebook`: the notebook with fresh outputs, run where Jupyter would run it."""
+"""`python -m tools.hlo.executed_notebook`: execute the notebook as Jupyter would and print it with its outputs."""
 
 import os
 import sys
@@ -16,12 +16,12 @@ _TIMEOUT = 900  # seconds for a cell, after which something hangs; never reached
 
 
 def main() -> int:
-    """Prints the notebook."""
+    """Print the executed notebook."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "MPLCONFIGDIR"):
             os.environ[name] = folder
-        # Without folders to look in, the only kernel known is ipykernel in sys.executable.
+        # Without kernel folders, the only kernel is ipykernel in sys.executable.
         manager = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
         resources = {"metadata": {"path": str(FOLDER)}}
         NotebookClient(notebook, km=manager, timeout=_TIMEOUT, resources=resources).execute(cleanup_kc=True)

@@ -1,15 +1,13 @@
-"""Reads a compiled program's text: which operations run, what they move and compute, and for which part of the model.
+"""Operations of a compiled program: bytes, flops, and the part of the model they belong to.
 
-The text is XLA's optimised HLO, as `Compiled.as_text()` prints it. What is counted is what the text says, not what was
-measured:
+The input is XLA's optimized HLO as printed by `Compiled.as_text()`. Counts are derived from the text, not measured:
 
-- A loop's body is counted once, and so is every branch of a conditional, because the text does not say how often each
-  runs. In decode, sampling is therefore the cost of one draw, and attention that of one page of every row, both in
-  XLA's loop and in a kernel, which reads as many pages as a row has.
-- Bytes are those of operands and results, whether they come from memory or from a cache; what a TPU keeps in its
-  memories beside the large one is left out. An array from which rows are gathered or sliced counts for what is taken,
-  one that is updated in place for what is written.
-- Flops are those of matrix products alone: `dot`, `convolution` and our kernels.
+- Loop bodies and all branches of conditionals count once, because the text does not contain their frequency. In decode,
+  sampling is therefore the cost of one draw and attention that of one page per row, both for XLA's loop and for a
+  kernel.
+- Bytes are those of operands and results, from memory or a cache; a TPU's on-chip memories are left out. A gathered or
+  sliced array counts only the bytes taken, an array updated in place only the bytes written.
+- Flops are those of matrix products: `dot`, `convolution` and our kernels.
 """
 
 import re
@@ -20,7 +18,7 @@ from compiled.programs import Program
 from tools.hlo.cost import bytes_of, flops_of
 from tools.hlo.parse import Computation, Instruction, arrays_of, dims, parse, without_metadata, without_sources
 
-SCOPES = ("attention", "mlp", "head", "sample", "logprobs", "rank")  # the names given by jax.named_scope
+SCOPES = ("attention", "mlp", "head", "sample", "logprobs", "rank")  # names set by jax.named_scope
 OTHER = "other"  # embedding, rotary angles, final norm, hidden pages
 COLLECTIVES = frozenset({"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"})
 
@@ -33,7 +31,7 @@ _ALIAS = re.compile(r"\{(\d*)\}: \((\d+), \{\}, (?:may|must)-alias\)")
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation that runs. A fusion is one operation: what is inside it costs no memory traffic of its own."""
+    """An executed operation. A fusion is one operation, because its inner values cause no memory traffic."""
 
     name: str
     opcode: str
@@ -41,7 +39,7 @@ class Operation:
     bytes: int  # read and written; 0 for while, conditional and call, whose bodies follow
     flops: int
     scope: str  # one of SCOPES, or OTHER
-    layer: int | None = None  # of the decoder; None: outside of its layers
+    layer: int | None = None  # decoder layer; None outside of layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ class _Part:
 
 
 def hlo_text(program: Program) -> str:
-    """The optimised HLO of a program, without its tables of source locations (they name this machine's files).
+    """Return the optimized HLO of a program without source locations, which name local files.
 
     Raises:
         ValueError: the platform keeps no text of its executables.
@@ -73,7 +71,7 @@ def hlo_text(program: Program) -> str:
 
 
 def operations(text: str) -> list[Operation]:
-    """Every operation that runs, in order; see the top of this file for how it is counted.
+    """Return all executed operations in order; the module docstring explains the counts.
 
     Raises:
         ValueError: the text has no ENTRY computation.
@@ -83,17 +81,17 @@ def operations(text: str) -> list[Operation]:
 
 
 def collectives(counted: Iterable[Operation]) -> list[Operation]:
-    """Those that move arrays between devices; of one that runs in two parts, the first."""
+    """Return the operations that move arrays between devices; of asynchronous ones, the start."""
     return [operation for operation in counted if operation.opcode.removesuffix("-start") in COLLECTIVES]
 
 
 def widest_axis(shape: str) -> int:
-    """The longest axis of an array's shape, or of all arrays in a tuple; 0 for scalars."""
+    """Return the longest axis of an array or tuple shape; 0 for scalars."""
     return max((max(dims(array), default=0) for array in arrays_of(shape)), default=0)
 
 
 def by_scope(counted: list[Operation]) -> dict[str, Totals]:
-    """Totals of each scope that occurs, most bytes first."""
+    """Return totals per scope, most bytes first."""
     totals = {
         scope: totals_of(operation for operation in counted if operation.scope == scope)
         for scope in {operation.scope for operation in counted}
@@ -102,19 +100,19 @@ def by_scope(counted: list[Operation]) -> dict[str, Totals]:
 
 
 def by_layer(counted: list[Operation]) -> dict[int | None, Totals]:
-    """Totals of each decoder layer in order, then (None) of all that is outside of them."""
+    """Return totals per decoder layer in order, then (None) outside of layers."""
     layers: list[int | None] = [*sorted({each.layer for each in counted if each.layer is not None}), None]
     return {layer: totals_of(each for each in counted if each.layer == layer) for layer in layers}
 
 
 def totals_of(counted: Iterable[Operation]) -> Totals:
-    """Sums over all."""
+    """Sum over operations."""
     each = list(counted)
     return Totals(sum(operation.bytes for operation in each), sum(operation.flops for operation in each))
 
 
 def rank_comparison(text: str) -> list[str]:
-    """The lines, inside whichever fusion, that compare a token's logit and id with the whole vocabulary's."""
+    """Return the lines that compare a token's logit and id with those of the full vocabulary."""
     computations, _ = parse(text)
     return [
         without_metadata(f"%{found.name} = {found.shape} {found.opcode}({found.inside}){found.attributes}")
@@ -125,7 +123,7 @@ def rank_comparison(text: str) -> list[str]:
 
 
 def result_shapes(text: str) -> list[str]:
-    """Shapes of all arrays that the program returns, such as "s32[4,20]", in order."""
+    """Return the shapes of all results, such as "s32[4,20]", in order."""
     for line in text.splitlines():
         if line.startswith("ENTRY "):
             return arrays_of(line.rpartition(" -> ")[2])
@@ -133,13 +131,13 @@ def result_shapes(text: str) -> list[str]:
 
 
 def donations(text: str) -> dict[int, int]:
-    """Index of a result (as in `result_shapes`) -> number of the parameter in whose memory it is written."""
+    """Return index of a result (as in `result_shapes`) -> number of the parameter whose memory it reuses."""
     header = text.partition("\n")[0]
     return {int(result or 0): int(parameter) for result, parameter in _ALIAS.findall(header)}
 
 
 def _run(computations: dict[str, Computation], name: str, caller: _Part) -> Iterator[Operation]:
-    """Operations of one computation and of those that it calls; `caller` is the part that calls it."""
+    """Yield the operations of a computation and its callees; `caller` is the part that calls it."""
     computation = computations[name]
     parts = _parts(computation, caller)
     for instruction in computation.values():
@@ -156,7 +154,7 @@ def _run(computations: dict[str, Computation], name: str, caller: _Part) -> Iter
 
 
 def _named_scope(op_name: str) -> str | None:
-    """The innermost of our scopes in a path such as "jit(decode_1)/layer_3/attention/mul"."""
+    """Return the innermost scope in a path such as "jit(decode_1)/layer_3/attention/mul"."""
     return next((part for part in reversed(op_name.split("/")) if part in SCOPES), None)
 
 
@@ -184,6 +182,6 @@ def _parts(computation: Computation, caller: _Part) -> dict[str, _Part]:
 
 
 def _named(instruction: Instruction, caller: _Part) -> _Part:
-    """The part that an instruction's own name tells, or the caller's."""
+    """Return the part in an instruction's name, or the caller's."""
     scope, layer = _named_scope(instruction.op_name), _LAYER.search(instruction.op_name)
     return _Part(scope, int(layer[1]) if layer else None) if scope else caller

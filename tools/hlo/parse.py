@@ -1,4 +1,4 @@
-"""Takes XLA's optimised HLO apart: computations and their instructions.
+"""Parse XLA's optimized HLO into computations and instructions.
 
 The text is that of `Compiled.as_text()`; its operations are described at https://openxla.org/xla/operation_semantics.
 """
@@ -11,7 +11,7 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _NAME = re.compile(r"%([\w.-]+)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{")
 _LAYOUT = re.compile(r"\{[^}]*\}|/\*.*?\*/")
-# An array and where it lies: S(1) and above are memories of a TPU beside its HBM.
+# An array and its memory space: S(1) and above are on-chip memories of a TPU.
 _PLACED = re.compile(r"\b[a-z]\w*\[[\d,]*\](\{[^}]*\})?")
 _ON_CHIP = re.compile(r"S\([1-9]")
 _METADATA = re.compile(r', metadata=\{(?:[^}"]|"[^"]*")*\}')
@@ -22,14 +22,14 @@ _SOURCE_TABLES = re.compile(r"^(?:FileNames|FunctionNames|FileLocations|StackFra
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One line of a computation."""
+    """An instruction of a computation."""
 
     name: str
     shape: str  # of the result, without layouts
-    on_chip: tuple[bool, ...]  # of each array in it: whether it lies in a memory that is not the device's large one
+    on_chip: tuple[bool, ...]  # per array: True if it is in on-chip memory
     opcode: str
     inside: str  # the parentheses after the opcode
-    attributes: str  # what follows, without metadata
+    attributes: str  # the rest, without metadata
     op_name: str
     root: bool
 
@@ -40,12 +40,12 @@ class Instruction:
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations that it runs."""
+        """Names of called computations."""
         return _NAME.findall(" ".join(_CALLED.findall(self.attributes)))
 
     @property
     def traffic(self) -> int:
-        """Bytes of the result's arrays in the device's large memory."""
+        """Bytes of the result's arrays in main memory."""
         sizes = array_sizes(self.shape)
         return sum(size for size, near in zip(sizes, self.on_chip, strict=True) if not near)
 
@@ -54,7 +54,7 @@ type Computation = dict[str, Instruction]  # by name, in order of execution
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """All computations by name, and the name of the one that runs.
+    """Return all computations by name, and the name of the entry.
 
     Raises:
         ValueError: the text has no ENTRY computation.
@@ -75,17 +75,17 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def without_sources(text: str) -> str:
-    """A text without its tables of source locations: they name files of the machine that compiled."""
+    """Remove the tables of source locations, which name local files."""
     return _SOURCE_TABLES.sub("", text)
 
 
 def without_metadata(line: str) -> str:
-    """An HLO line, or many, without metadata: shorter to read."""
+    """Remove metadata from HLO lines."""
     return _METADATA.sub("", line)
 
 
 def arrays_of(shape: str) -> list[str]:
-    """The arrays of a shape, such as "f32[4,576]", in order."""
+    """Return the arrays of a shape, such as "f32[4,576]", in order."""
     return [found.group() for found in _ARRAY.finditer(shape)]
 
 
@@ -100,13 +100,13 @@ def array_sizes(shape: str) -> list[int]:
 
 
 def bits(dtype: str) -> int:
-    """Bits of an element: "bf16" has 16, "f8e4m3fn" 8, "pred" a whole byte, "token" none."""
+    """Bits of an element: 16 for "bf16", 8 for "f8e4m3fn" and "pred", 0 for "token"."""
     digits = re.search(r"\d+", dtype)
     return 8 if dtype == "pred" else int(digits[0]) if digits else 0
 
 
 def _instruction(line: str) -> Instruction:
-    """Takes "ROOT %name = shape opcode(operands), attributes" apart."""
+    """Parse "ROOT %name = shape opcode(operands), attributes"."""
     left, _, right = line.partition(" = ")
     end = _closing(right, 0) + 1 if right.startswith("(") else right.index(" ")
     opcode, _, _ = right[end:].lstrip().partition("(")
@@ -127,7 +127,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Index of the parenthesis that closes the one at `start`."""
+    """Return the index of the parenthesis that closes the one at `start`."""
     depth = 0
     for at in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[at], 0)

@@ -1,4 +1,4 @@
-"""Reading HLO text: numbers that can be checked by hand, then what the compiled steps of a tiny model promise."""
+"""Counts of hand-written HLO, and the structure of the compiled programs of a tiny model."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -107,7 +107,7 @@ ENTRY %main (table.1: bf16[100,64], id.1: s32[1], cache.1: f32[50,64]) -> (f32[4
 }
 """  # noqa: E501
 
-# By hand. float32 and int32 have 4 bytes, bfloat16 has 2.
+# Counted by hand; float32 and int32 have 4 bytes, bfloat16 2.
 EXPECTED = [
     Operation("fusion.1", "fusion", "f32[1,64]", 64 * 2 + 4 + 64 * 4, 0, "other"),  # one row of the table, not 100
     Operation("fusion.2", "fusion", "f32[50,64]", 2 * 64 * 4 + 4, 0, "attention", 0),  # a row read, a row written
@@ -148,7 +148,9 @@ EXPECTED = [
     Operation("negate.1", "negate", "f32[4,16]", 2 * 4 * 16 * 4, 0, "sample"),
     Operation("negate.1", "negate", "f32[4,16]", 2 * 4 * 16 * 4, 0, "sample"),
     Operation("fusion.4", "fusion", "s32[4,16]", 3 * 4 * 16 * 4, 0, "rank"),
-    Operation("reduce.1", "reduce", "s32[4]", 4 * 16 * 4 + 4 + 4 * 4, 0, "rank"),  # named nothing: as its operand
+    Operation(
+        "reduce.1", "reduce", "s32[4]", 4 * 16 * 4 + 4 + 4 * 4, 0, "rank"
+    ),  # without a name: scope of its operand
 ]
 
 
@@ -160,8 +162,8 @@ def test_operations_of_int8_equal_bfloat16() -> None:
     assert operations.operations(TEXT.replace('"logprobd_linear"', '"logprobd_linear_int8"')) == EXPECTED
 
 
-# What a TPU's compiler writes: weights fetched ahead into memory on the chip, S(1), products as convolutions, a kernel;
-# and Triton's kernel as NVIDIA's writes it.
+# Output of a TPU's compiler: weights prefetched into on-chip memory S(1), products as convolutions, a kernel; and a
+# Triton kernel of NVIDIA's compiler.
 AHEAD = """HloModule jit_ahead
 
 ENTRY %main (w: bf16[96,64], x: f32[4,64], q: f32[4,6,128], kv: bf16[50,64,4,128], t: s32[4,5]) -> f32[4,96] {
@@ -231,7 +233,7 @@ def test_widest_axis(shape: str, widest: int) -> None:
 
 def test_by_scope_totals() -> None:
     totals = operations.by_scope(operations.operations(TEXT))
-    assert totals["head"] == Totals(1536 + 4864 + 4100, 8192)  # the packed weight is its user's
+    assert totals["head"] == Totals(1536 + 4864 + 4100, 8192)  # the packed weight counts for its user
     assert sum(total.bytes for total in totals.values()) == sum(operation.bytes for operation in EXPECTED)
     assert list(totals) == sorted(totals, key=lambda scope: -totals[scope].bytes)
 
@@ -273,7 +275,7 @@ def test_text_without_entry_is_refused() -> None:
             read("HloModule nothing\n")
 
 
-# A real program: 2 layers, and sizes that no other axis has, V above all.
+# A real program: 2 layers, and sizes that occur on one axis only, V above all.
 CONFIG = config_from_hf(tiny_configs()["llama"])
 PAGES = 9
 V = CONFIG.vocab_size
@@ -284,7 +286,7 @@ SLOTS = (f"f32[5,{V}]", f"s32[5,{V}]", f"pred[5,{V}]")  # bias, counts, seen of 
 
 @pytest.fixture(scope="module")
 def xla_texts() -> Mapping[str, str]:
-    """HLO of every program of the tiny model without our kernels."""
+    """HLO of every program of the tiny model, without our kernels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "load", lambda: None)
         return compile_tiny()
@@ -292,13 +294,13 @@ def xla_texts() -> Mapping[str, str]:
 
 @pytest.fixture(scope="module", params=["kernels", "XLA"])
 def texts(request: pytest.FixtureRequest) -> Mapping[str, str]:
-    """HLO of every program of the tiny model, with our kernels where this machine has them, and without."""
+    """HLO of every program of the tiny model, with our kernels (if available) and without."""
     made: Mapping[str, str] = request.getfixturevalue("xla_texts") if request.param == "XLA" else compile_tiny()
     return made
 
 
 def compile_tiny() -> Mapping[str, str]:
-    """Nothing but shapes is needed to compile a model."""
+    """Compile the tiny model from shapes alone."""
     dtype = jnp.dtype(jnp.float32)
     model = bind(CONFIG, dtype, abstract_weights(CONFIG, dtype), load_kernels())
     buckets = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=8, pages_per_row=4, full_logprobs_rows=2)
@@ -319,11 +321,11 @@ def test_hlo_text_names_no_file(texts: Mapping[str, str]) -> None:
 
 @pytest.mark.parametrize(("name", "rows", "forms"), [("decode_1", 1, 2), ("decode_4", 4, 2), ("score_8", 8, 1)])
 def test_rank_compares_with_the_full_vocabulary(xla_texts: Mapping[str, str], name: str, rows: int, forms: int) -> None:
-    """`forms`: a decode step has a branch for raw numbers and one for processed ones."""
-    parts, width = 2, 128  # those of the 16 that hold any of V; XLA has done the others' work while it compiled
+    """`forms`: a decode step has a branch for raw log-probs and one for processed ones."""
+    parts, width = 2, 128  # parts of the 16 that contain any of V; XLA folded the others
     lines = [line for line in operations.rank_comparison(xla_texts[name]) if f"pred[{rows},{width}]" in line]
     directions = Counter(line.rpartition("direction=")[2] for line in lines)
-    # For the row's own token, and in the loop over given ids. The parts may share their numbers of tokens.
+    # For the row's own token, and in the loop over requested ids.
     assert (directions["GT"], directions["EQ"]) == (2 * parts * forms, 2 * parts * forms)
     assert directions["LT"] >= 2
 

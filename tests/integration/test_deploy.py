@@ -1,4 +1,4 @@
-"""The image and the manifests name what there is: files, targets, flags, ports."""
+"""The image and the manifests agree with the files, targets, flags and ports of the project."""
 
 import json
 import re
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from serve import __version__
 from serve.config.flags import parse_args
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ def container(objects: list[Any]) -> Any:
     return objects[0]["spec"]["template"]["spec"]["containers"][0]
 
 
-def test_what_the_dockerfile_copies_is_here_and_not_ignored() -> None:
+def test_dockerfile_copies_files_that_exist_and_are_not_ignored() -> None:
     ignore = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
     copied = [word for line in instructions("COPY") if "--from" not in line for word in line.split()[:-1]]
     assert {"Makefile", "serve/"} <= set(copied)
@@ -44,11 +45,13 @@ def test_what_the_dockerfile_copies_is_here_and_not_ignored() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "tpu"])
-def test_the_targets_that_the_dockerfile_makes_are_in_the_makefile(device: str) -> None:
+def test_dockerfile_makes_targets_of_the_makefile(device: str) -> None:
     commands = " && ".join(instructions("RUN"))
     named = re.findall(r"(?:^|&&|[;)]) *make ([\w./$]+)", commands)
     assert {".venv/.serve", ".venv/.ray"} <= set(named)
-    assert "-m model.kernels.cpu.build --in-place" in commands  # the cache is a volume, and g++ stays behind
+    assert (
+        "-m model.kernels.cpu.build --in-place" in commands
+    )  # the final image has no g++ and mounts a volume over the cache
     for target in named:
         if "$DEVICE" in target and device == "cpu":
             continue
@@ -56,15 +59,15 @@ def test_the_targets_that_the_dockerfile_makes_are_in_the_makefile(device: str) 
         assert re.search(rf"^(\S+ )*{re.escape(target)}( \S+)*:", MAKEFILE, re.MULTILINE), target
 
 
-def test_the_image_listens_where_its_health_is_asked_and_its_port_is_open() -> None:
+def test_image_listens_on_the_port_of_its_health_check() -> None:
     config = parse_args(entrypoint(), {})
     assert config.host == "0.0.0.0"
     assert str(config.port) in instructions("EXPOSE")
     assert f"http://127.0.0.1:{config.port}/health" in DOCKERFILE
-    assert parse_args([*entrypoint(), "org/model", "--port", "9000"], {}).port == 9000  # what `docker run` adds
+    assert parse_args([*entrypoint(), "org/model", "--port", "9000"], {}).port == 9000  # arguments of `docker run`
 
 
-def test_the_image_runs_as_a_user_who_owns_the_cache() -> None:
+def test_image_runs_as_the_owner_of_its_cache() -> None:
     (user,) = instructions("USER")
     assert f"useradd --uid {user} --create-home logprobd" in DOCKERFILE
     assert instructions("VOLUME") == ["/home/logprobd/.cache"]
@@ -72,27 +75,28 @@ def test_the_image_runs_as_a_user_who_owns_the_cache() -> None:
     assert str(folder).startswith("~/.cache/")
 
 
-def test_the_manifest_fits_the_image() -> None:
+def test_manifest_agrees_with_the_image() -> None:
     deployment, service = objects("kubernetes.yaml")
     server = container([deployment])
+    assert server["image"] == f"logprobd:{__version__}"
     config = parse_args([*entrypoint(), *server["args"]], {"LOGPROBD_API_KEY": "key"})
     assert config.api_key == ("key",)
-    assert [each["name"] for each in server["env"]] == ["LOGPROBD_API_KEY"]
+    assert [variable["name"] for variable in server["env"]] == ["LOGPROBD_API_KEY"]
     assert server["ports"] == [{"name": "http", "containerPort": config.port}]
     assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
     assert service["spec"]["ports"][0]["targetPort"] == "http"
     pod = deployment["spec"]["template"]["spec"]
-    patience = pod["terminationGracePeriodSeconds"] - server["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert patience > config.shutdown_timeout
+    grace = pod["terminationGracePeriodSeconds"] - server["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert grace > config.shutdown_timeout
     assert str(pod["securityContext"]["runAsUser"]) in instructions("USER")
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert server[probe]["httpGet"] == {"path": "/health", "port": "http"}
-    written = {mount["mountPath"] for mount in server["volumeMounts"]}
-    assert written == {"/home/logprobd/.cache", "/tmp"}
+    writable = {mount["mountPath"] for mount in server["volumeMounts"]}
+    assert writable == {"/home/logprobd/.cache", "/tmp"}
     assert server["securityContext"]["readOnlyRootFilesystem"]
 
 
-def test_the_manifest_is_kubernetes() -> None:
+def test_manifest_is_valid_kubernetes() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
@@ -104,7 +108,7 @@ def test_the_manifest_is_kubernetes() -> None:
             )
 
 
-def test_the_ray_service_is_what_ray_serve_and_build_take() -> None:
+def test_ray_service_is_valid_for_ray_serve_and_build() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own
         ray = pytest.importorskip("ray", reason="Ray is not installed: `make ray`")
@@ -123,6 +127,8 @@ def test_the_ray_service_is_what_ray_serve_and_build_take() -> None:
     assert service["spec"]["rayClusterConfig"]["rayVersion"] == ray.__version__
     cluster = service["spec"]["rayClusterConfig"]
     (worker,) = cluster["workerGroupSpecs"]
+    for group in (cluster["headGroupSpec"], worker):
+        assert group["template"]["spec"]["containers"][0]["image"] == f"logprobd-ray:{__version__}"
     assert worker["maxReplicas"] >= application.args["max_replicas"]
     cpus = int(worker["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
     assert cpus >= application.args["num_cpus_per_replica"]

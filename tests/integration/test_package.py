@@ -19,7 +19,7 @@ from serve import __version__
 
 ROOT = Path(__file__).parents[2]
 TOP_LEVEL = {"model", "compiled", "serve", "logprobd"}
-PIP = ("-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps")
+PIP = ("-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-compile", "--no-deps")
 
 
 def run(*command: str | Path, folder: Path, variables: Mapping[str, str] | None = None) -> str:
@@ -67,6 +67,30 @@ def test_locks_on_top_of_another_repeat_none_of_its_pins() -> None:
         assert pins(name), name
         assert not pins(name) & serve, name
     assert not pins("notebook") & dev
+
+
+def test_find_python_prints_an_interpreter_of_3_12_or_newer(tmp_path: Path) -> None:
+    (tmp_path / "python3.13").symlink_to(sys.executable)
+    variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)}
+    found = run(ROOT / "scripts" / "find-python", folder=tmp_path, variables=variables).strip()
+    version = run(found, "-c", "import sys; print(sys.version_info >= (3, 12))", folder=tmp_path)
+    assert version == "True\n"
+
+
+def test_find_python_without_an_interpreter_is_one_line_and_downloads_nothing(tmp_path: Path) -> None:
+    (tmp_path / "uv").write_text('#!/bin/sh\necho "$*" >> "$HOME/calls"\nexit 2\n')
+    for name in ("python3", "python3.12", "python3.13", "python3.14"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")  # such as an older Python, which may be in /usr/bin, too
+    for path in tmp_path.iterdir():
+        path.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path), "PYENV_ROOT": str(tmp_path)}
+    result = subprocess.run(
+        [ROOT / "scripts" / "find-python"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.count("\n") == 1
+    assert "Python 3.12 or newer" in result.stderr
+    assert (tmp_path / "calls").read_text() == "python find --no-python-downloads >=3.12\n"
 
 
 @pytest.mark.slow

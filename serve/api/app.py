@@ -12,21 +12,20 @@ from starlette.routing import Route
 
 from serve.api.chat import ChatCompletions
 from serve.api.completions import Completions
-from serve.api.context import Endpoint, ServedModel
+from serve.api.context import Context, ServedModel
 from serve.api.errors import APIError, invalid
-from serve.api.full_vocab_logprobs import RowWriter
 from serve.api.inspector import inspector
 from serve.api.metrics import Metrics
 from serve.api.middleware import Access, AnswerRecord, OnAnswer, Readiness, record_of
 from serve.api.openapi import documentation
 from serve.api.parsing import json_object
-from serve.api.prompt_logprobs import EntryWriter
+from serve.api.prompt_logprobs import PromptLogprobsWriter
 from serve.api.request_body import Bodies
 from serve.api.status import Status
 from serve.api.tokenize import Tokenization
 from serve.config.config import ServeConfig
 from serve.engine.client import EngineClient
-from serve.text.chat import PromptError
+from serve.text.chat import ChatFormat, PromptError
 from serve.text.template_sandbox import TemplateBusyError, TemplateSandbox
 from serve.text.tokenizer import Tokenizer
 
@@ -48,17 +47,17 @@ def create_app(
         on_answer: called with the record of each answer, after `metrics`.
     """
     readiness = readiness or Readiness()
-    context = Endpoint(
+    sandbox = TemplateSandbox() if config.trust_request_chat_template else None
+    context = Context(
         engine,
         tokenizer,
         model,
         config,
-        RowWriter(tokenizer, engine.limits.vocab_size) if engine.limits.whole_vocabulary else None,
-        EntryWriter(tokenizer),
+        ChatFormat(tokenizer, model.chat_template, sandbox),
         Bodies(max_bytes=config.max_body_bytes, seconds=config.client_timeout),
+        PromptLogprobsWriter(engine, tokenizer),
         metrics.on_answers,
         metrics.on_rejected,
-        TemplateSandbox() if config.trust_request_chat_template else None,
     )
 
     def on_end(record: AnswerRecord) -> None:
@@ -87,16 +86,16 @@ def create_app(
     return app
 
 
-def _routes(context: Endpoint, status: Status) -> list[Route]:
+def _routes(context: Context, status: Status) -> list[Route]:
     chat, completions, tokenization = ChatCompletions(context), Completions(context), Tokenization(context)
 
     async def invocations(request: Request) -> Response:
         """SageMaker's single path for all requests to a model."""
         async with context.bodies.read(request) as data:
             handler = completions if "prompt" in await asyncio.to_thread(json_object, data) else chat
-            answer = await handler.checked(request, data)
-        del data  # as in `Answering`
-        return await answer()
+            respond = await handler.prepare(request, data)
+        del data  # as in `Handler`
+        return await respond()
 
     routes = [
         Route("/v1/models", status.models),

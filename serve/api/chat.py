@@ -1,92 +1,96 @@
 """POST /v1/chat/completions."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from serve.api.chat_prompt import chat_prompt
-from serve.api.context import Usage, usage_of
-from serve.api.errors import invalid
-from serve.api.generation import Choice, Delta, Finished, finish_all
-from serve.api.handler import Answering
-from serve.api.job import Job, make_job
+from serve.api.context import Context
+from serve.api.errors import invalid, unsupported
+from serve.api.generation import Choice, Output, collect
+from serve.api.handler import Handler, Job, Prompt
 from serve.api.json_stream import Body, make_body
 from serve.api.logprobs import chat_content
-from serve.api.middleware import AnswerRecord
-from serve.api.parsing import parse
-from serve.api.requests import ChatCompletionRequest
-from serve.api.validation import (
-    check_common,
-    check_logprob_token_ids,
-    check_prompt_logprobs,
-    check_top_k,
-    prompt_numbers,
-)
+from serve.api.requests import ChatCompletionRequest, ChatPromptFields
+from serve.api.validation import check_ids, check_length, check_number_of_ids, check_top_k, truncated
+from serve.text.chat import ROLES, check_messages, generation_room
 
 type _Job = Job[ChatCompletionRequest]
 
 
-class ChatCompletions(Answering[ChatCompletionRequest]):
+class ChatCompletions(Handler[ChatCompletionRequest]):
     """The endpoint."""
 
-    def _prepare(self, data: bytes, record: AnswerRecord) -> _Job:
-        at, limits = self._at, self._at.engine.limits
-        body = at.filled(parse(ChatCompletionRequest, data, at.fields))
-        check_common(body)
+    model = ChatCompletionRequest
+    id_prefix = "chatcmpl"
+    objects = ("chat.completion", "chat.completion.chunk")
+
+    def _alternatives(self, body: ChatCompletionRequest) -> tuple[int | None, int | None]:
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs", "`top_logprobs` needs `logprobs` to be true.")
-        check_top_k("top_logprobs", body.top_logprobs or 0, limits)
-        check_logprob_token_ids(body, shown=bool(body.logprobs), limits=limits)
-        numbers = prompt_numbers(body, None, limits)
-        kind = "chat.completion.chunk" if body.stream else "chat.completion"
-        header = at.header("chatcmpl", kind, body, record.request_id)
-        asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        prompt, room = chat_prompt(body, asked, at)
-        check_prompt_logprobs(numbers, [prompt.ids], 1, limits)
-        usual = at.model.defaults.max_new_tokens
-        if asked is None and usual is not None:
-            room = min(room, usual)
-        shown = body.top_logprobs or 0 if body.logprobs else None
-        return make_job(at, body, record, header, [prompt], max_tokens=[room], top_k=shown, numbers=numbers)
+        check_top_k("top_logprobs", body.top_logprobs or 0, self._context.engine.limits)
+        return body.top_logprobs or 0 if body.logprobs else None, None
 
-    async def _answer(self, job: _Job) -> Body:
-        results = await finish_all(job.choices, job.deltas())
-        return await asyncio.to_thread(self._body, job, results)
+    def _prompts(self, body: ChatCompletionRequest) -> list[Prompt]:
+        context, limits = self._context, self._context.engine.limits
+        max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        if body.prompt_token_ids is not None:
+            param, text, ids = "prompt_token_ids", "", body.prompt_token_ids
+            if not ids:
+                raise invalid(param, "`prompt_token_ids` must contain at least one id.", "empty_array")
+            check_number_of_ids(param, ids, body, limits)
+            check_ids(param, ids, limits)
+            if body.return_prompt_text:
+                text = context.tokenizer.decode(ids, skip_special_tokens=False)
+        else:
+            param, text = "messages", chat_text(body, context)
+            check_length(param, text, body, context.tokenizer, limits)
+            ids = context.chat_format.encode(text, add_special_tokens=bool(body.add_special_tokens))
+        ids = truncated(ids, body, max_tokens, limits)
+        room = generation_room(param, len(ids), max_tokens, limits)
+        default = context.model.defaults.max_new_tokens
+        if max_tokens is None and default is not None:
+            room = min(room, default)
+        return [Prompt(ids, room, text, echo=self._reply_so_far(body) if body.echo else "")]
 
-    def _body(self, job: _Job, results: Sequence[Finished]) -> Body:
-        answer = job.header.fields() | {
-            "choices": [self._choice(job, result) for result in results],
-            "usage": usage_of(results).fields(),
+    def _reply_so_far(self, body: ChatCompletionRequest) -> str:
+        """Content of the last message if its role is that of the reply: an echo repeats it before the output."""
+        if not body.messages or body.messages[-1].role != self._context.config.response_role:
+            return ""
+        return _messages(body)[-1]["content"] or ""
+
+    async def _body(self, job: _Job) -> Body:
+        outputs = await collect(job.choices, self._deltas(job))
+        return await asyncio.to_thread(self._render, job, outputs)
+
+    def _render(self, job: _Job, outputs: Sequence[Output]) -> Body:
+        answer = job.header | {
+            "choices": [self._choice(job, *pair) for pair in zip(job.choices, outputs, strict=True)],
+            "usage": self._total_usage(job, outputs),
             "prompt_token_ids": job.prompts[0].ids if job.body.return_token_ids else None,
         }
         if job.body.return_prompt_text:
             answer["prompt_text"] = job.prompts[0].text
-        return make_body(answer | job.prompt_fields(0, results[0].prompt_scores))
+        return make_body(answer | self._prompt_fields(job, outputs[0]))
 
-    def _choice(self, job: _Job, result: Finished) -> dict[str, Any]:
-        logprobs = None
-        if job.body.logprobs:
-            content = chat_content(job.names, result.token_ids, result.all_scores(), job.alternatives)
-            logprobs = {"content": content, "refusal": None}
+    def _choice(self, job: _Job, choice: Choice, output: Output) -> dict[str, Any]:
         return {
-            "index": result.choice.index,
+            "index": choice.index,
             "message": {
-                "role": self._at.config.response_role,
-                "content": job.prompts[0].echo + result.text,
+                "role": self._context.config.response_role,
+                "content": job.prompts[0].echo + output.text,
                 "refusal": None,
             },
-            "logprobs": logprobs,
-            "finish_reason": result.finish_reason,
-            "stop_reason": result.stop_reason,
-            "token_ids": result.token_ids if job.body.return_token_ids else None,
+            "logprobs": _logprobs(job, choice, output),
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
+            "token_ids": output.token_ids if job.body.return_token_ids else None,
         }
 
     async def _chunks(self, job: _Job) -> AsyncGenerator[dict[str, Any]]:
-        usage = Usage.of_prompts(job.choices)
-        final, continuous = self._at.wants_usage(job.body)
+        usage, final, continuous = self._usage(job)
         opened: set[int] = set()
-        async with aclosing(job.deltas()) as deltas:
+        async with aclosing(self._deltas(job)) as deltas:
             async for choice, delta in deltas:
                 if choice.index not in opened:
                     opened.add(choice.index)
@@ -94,33 +98,83 @@ class ChatCompletions(Answering[ChatCompletionRequest]):
                     opening = await self._opening(job, choice, delta)
                     yield opening | ({"usage": usage.fields()} if continuous else {})
                 usage.completion_tokens += len(delta.token_ids)
-                chunk = job.header.fields() | {"choices": [self._delta(job, choice, delta)]}
+                chunk = job.header | {"choices": [_chunk_choice(job, choice, delta)]}
                 yield chunk | ({"usage": usage.fields()} if continuous else {})
         if final:
-            yield job.header.fields() | {"choices": [], "usage": usage.fields()}
+            yield job.header | {"choices": [], "usage": usage.fields()}
 
-    async def _opening(self, job: _Job, choice: Choice, delta: Delta) -> dict[str, Any]:
-        """The chunk that opens a choice: its role; the prompt's ids and, with the first, its numbers."""
-        opening = {"role": self._at.config.response_role, "content": job.prompts[0].echo}
-        chunk = job.header.fields() | {
+    async def _opening(self, job: _Job, choice: Choice, delta: Output) -> dict[str, Any]:
+        """The first chunk of a choice: its role and the prompt's ids; the very first has the prompt's log-probs."""
+        opening = {"role": self._context.config.response_role, "content": job.prompts[0].echo}
+        chunk = job.header | {
             "choices": [{"index": choice.index, "delta": opening, "logprobs": None, "finish_reason": None}]
         }
         if job.body.return_token_ids:
             chunk["prompt_token_ids"] = job.prompts[0].ids
         if job.body.return_prompt_text:
             chunk["prompt_text"] = job.prompts[0].text
-        if choice.first and job.numbers.shown is not None:
-            chunk |= await asyncio.to_thread(job.prompt_fields, 0, delta.prompt_scores)
+        if choice.first and job.prompt_logprobs.shown is not None:
+            chunk |= await asyncio.to_thread(self._prompt_fields, job, delta)
         return chunk
 
-    def _delta(self, job: _Job, choice: Choice, delta: Delta) -> dict[str, Any]:
-        fields: dict[str, Any] = {"index": choice.index, "delta": {"content": delta.text}, "logprobs": None}
-        if job.body.logprobs:
-            content = chat_content(job.names, delta.token_ids, delta.scores, job.alternatives)
-            fields["logprobs"] = {"content": content, "refusal": None}
-        fields["finish_reason"] = delta.finish_reason
-        if delta.finish_reason is not None:
-            fields["stop_reason"] = delta.stop_reason
-        if job.body.return_token_ids:
-            fields["token_ids"] = delta.token_ids
-        return fields
+    def _prompt_fields(self, job: _Job, output: Output) -> dict[str, Any]:
+        prompt = job.scored_prompt(0, output.prompt_scores)
+        return self._context.prompt_logprobs.fields(job.prompt_logprobs, prompt)
+
+
+def chat_text(body: ChatPromptFields, context: Context) -> str:
+    """The rendered chat, special tokens written out.
+
+    Raises:
+        APIError, PromptError: 400 that names a field.
+        TemplateBusyError: too many templates of requests are being rendered.
+    """
+    if body.messages is None:
+        raise invalid("messages", "`messages` is missing.", "missing_required_parameter")
+    if body.chat_template is not None and context.chat_format.sandbox is None:
+        message = "`chat_template` is only accepted if the server was started with --trust-request-chat-template."
+        raise unsupported("chat_template", message)
+    return context.chat_format.render(
+        _messages(body),
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        variables=_variables(body),
+        request_template=body.chat_template,
+    )
+
+
+def _messages(body: ChatPromptFields) -> list[dict[str, Any]]:
+    messages = [
+        {"role": message.role, "content": message.content, **(message.model_extra or {})}
+        for message in body.messages or ()
+    ]
+    return check_messages(messages, roles=ROLES)
+
+
+def _variables(body: ChatPromptFields) -> Mapping[str, Any]:
+    """Variables of the template; `chat_template_kwargs` takes precedence."""
+    named = {"documents": body.documents, "reasoning_effort": body.reasoning_effort}
+    return {name: value for name, value in named.items() if value is not None} | (body.chat_template_kwargs or {})
+
+
+def _logprobs(job: _Job, choice: Choice, output: Output) -> dict[str, Any] | None:
+    if choice.alternatives is None:
+        return None
+    return {
+        "content": chat_content(job.names, output.token_ids, output.logprobs(choice.alternatives)),
+        "refusal": None,
+    }
+
+
+def _chunk_choice(job: _Job, choice: Choice, delta: Output) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "index": choice.index,
+        "delta": {"content": delta.text},
+        "logprobs": _logprobs(job, choice, delta),
+        "finish_reason": delta.finish_reason,
+    }
+    if delta.finish_reason is not None:
+        fields["stop_reason"] = delta.stop_reason
+    if job.body.return_token_ids:
+        fields["token_ids"] = delta.token_ids
+    return fields

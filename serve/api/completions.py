@@ -1,4 +1,4 @@
-"""POST /v1/completions: the place for echo, for prompts of token ids and for lists of prompts."""
+"""POST /v1/completions: texts or token ids, one or many, with echo."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -7,27 +7,13 @@ from typing import Any
 
 import orjson
 
-from serve.api.context import Usage, usage_of
-from serve.api.errors import engine_error, invalid
-from serve.api.generation import Choice, Delta, Finished, finish_all
-from serve.api.handler import Answering
-from serve.api.job import Job, Prompt, make_job
+from serve.api.errors import invalid
+from serve.api.generation import Choice, Output, collect
+from serve.api.handler import Handler, Job, Prompt
 from serve.api.json_stream import Body, Hole, dump, make_body
-from serve.api.logprobs import CompletionLogprobs, joined
-from serve.api.middleware import AnswerRecord
-from serve.api.parsing import parse
+from serve.api.logprobs import CompletionLogprobs, concatenate
 from serve.api.requests import CompletionRequest
-from serve.api.validation import (
-    check_answers,
-    check_common,
-    check_length,
-    check_logprob_token_ids,
-    check_number_of_ids,
-    check_prompt_logprobs,
-    check_top_k,
-    prompt_numbers,
-    truncated,
-)
+from serve.api.validation import check_answers, check_length, check_number_of_ids, check_top_k, truncated
 from serve.engine.request import TokenScores
 from serve.text.chat import encode_text, generation_room
 
@@ -37,176 +23,183 @@ _MAX_PROMPTS = 2048
 _DEFAULT_MAX_TOKENS = 16
 
 
-class Completions(Answering[CompletionRequest]):
+class Completions(Handler[CompletionRequest]):
     """The endpoint."""
 
-    def _prepare(self, data: bytes, record: AnswerRecord) -> _Job:
-        at, limits = self._at, self._at.engine.limits
-        body = at.filled(parse(CompletionRequest, data, at.fields))
-        check_common(body)
-        check_top_k("logprobs", body.logprobs or 0, limits)
-        check_logprob_token_ids(body, shown=body.logprobs is not None, limits=limits)
-        numbers = prompt_numbers(body, body.logprobs if body.echo else None, limits)
-        header = at.header("cmpl", "text_completion", body, record.request_id)
-        asked = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        prompts = [self._truncated(body, prompt, asked) for prompt in self._prompts(body)]
-        room = [generation_room("prompt", len(prompt.ids), asked, limits) for prompt in prompts]
-        copies = 1 if body.stream else body.n or 1  # a choice of a stream is sent before the next one is written
-        check_prompt_logprobs(numbers, [prompt.ids for prompt in prompts], copies, limits)
-        return make_job(at, body, record, header, prompts, max_tokens=room, top_k=body.logprobs, numbers=numbers)
+    model = CompletionRequest
+    id_prefix = "cmpl"
+    objects = ("text_completion", "text_completion")
+    repeats_prompt_logprobs = True
+
+    def _alternatives(self, body: CompletionRequest) -> tuple[int | None, int | None]:
+        check_top_k("logprobs", body.logprobs or 0, self._context.engine.limits)
+        return body.logprobs, body.logprobs if body.echo else None
 
     def _prompts(self, body: CompletionRequest) -> list[Prompt]:
-        given = body.prompt
-        if given is None or given in ("", []):
+        prompts = [self._truncated(body, prompt) for prompt in self._tokenize(body)]
+        for prompt in prompts:
+            generation_room("prompt", len(prompt.ids), prompt.max_tokens, self._context.engine.limits)
+        return prompts
+
+    def _tokenize(self, body: CompletionRequest) -> list[Prompt]:
+        prompt = body.prompt
+        if prompt is None or prompt in ("", []):
             raise invalid("prompt", "`prompt` must not be empty.", "missing_required_parameter")
-        if isinstance(given, str):
-            return [self._text_prompt(body, given, "prompt")]
-        if not isinstance(given, list):
+        if isinstance(prompt, str):
+            return [self._text_prompt(body, prompt, "prompt")]
+        if not isinstance(prompt, list):
             raise invalid("prompt", "`prompt` must be a string, token ids, or a list of either.", "invalid_type")
-        if isinstance(given[0], int):
-            return [self._id_prompt(body, given, "prompt")]
-        if len(given) > _MAX_PROMPTS:
-            raise invalid("prompt", f"`prompt` holds more than {_MAX_PROMPTS} prompts.", "array_above_max_length")
-        check_answers(len(given), body.n or 1)
+        if isinstance(prompt[0], int):
+            return [self._id_prompt(body, prompt, "prompt")]
+        if len(prompt) > _MAX_PROMPTS:
+            raise invalid("prompt", f"`prompt` contains more than {_MAX_PROMPTS} prompts.", "array_above_max_length")
+        check_answers(len(prompt), body.n or 1)
         return [
-            self._text_prompt(body, one, f"prompt[{i}]")
-            if isinstance(one, str)
-            else self._id_prompt(body, one, f"prompt[{i}]")
-            for i, one in enumerate(given)
+            self._text_prompt(body, item, f"prompt[{i}]")
+            if isinstance(item, str)
+            else self._id_prompt(body, item, f"prompt[{i}]")
+            for i, item in enumerate(prompt)
         ]
 
-    def _text_prompt(self, body: CompletionRequest, text: str, where: str) -> Prompt:
-        tokenizer = self._at.tokenizer
-        check_length(where, text, body, tokenizer, self._at.engine.limits)
-        ids = encode_text(tokenizer, text, add_special_tokens=body.add_special_tokens is not False, param=where)
+    def _text_prompt(self, body: CompletionRequest, text: str, param: str) -> Prompt:
+        tokenizer = self._context.tokenizer
+        check_length(param, text, body, tokenizer, self._context.engine.limits)
+        ids = encode_text(tokenizer, text, add_special_tokens=body.add_special_tokens is not False, param=param)
         if not ids:
-            raise invalid(where, f"`{where}` gives no tokens.")
-        added = tokenizer.is_special(ids[0]) and not text.startswith(tokenizer.token_text(ids[0]))
-        return Prompt(ids, text, [added] + [False] * (len(ids) - 1))
+            raise invalid(param, f"`{param}` contains no tokens.")
+        bos_added = tokenizer.is_special(ids[0]) and not text.startswith(tokenizer.token_text(ids[0]))
+        return Prompt(ids, _max_tokens(body), text, [bos_added] + [False] * (len(ids) - 1))
 
-    def _id_prompt(self, body: CompletionRequest, ids: Any, where: str) -> Prompt:
-        vocabulary = self._at.engine.limits.vocab_size
+    def _id_prompt(self, body: CompletionRequest, ids: Any, param: str) -> Prompt:
+        vocab_size = self._context.engine.limits.vocab_size
         if not isinstance(ids, list) or not ids:
-            raise invalid(where, f"`{where}` must be a string or a non-empty list of token ids.", "invalid_type")
-        check_number_of_ids(where, ids, body, self._at.engine.limits)
+            raise invalid(param, f"`{param}` must be a string or a non-empty list of token ids.", "invalid_type")
+        check_number_of_ids(param, ids, body, self._context.engine.limits)
         for i, token_id in enumerate(ids):
             if type(token_id) is not int:
-                raise invalid(f"{where}[{i}]", f"`{where}[{i}]` must be a token id.", "invalid_type")
-            if not 0 <= token_id < vocabulary:
-                raise invalid(f"{where}[{i}]", f"`{where}[{i}]` is not in the vocabulary of {vocabulary} tokens.")
-        return self._read_back(body, ids)
+                raise invalid(f"{param}[{i}]", f"`{param}[{i}]` must be a token id.", "invalid_type")
+            if not 0 <= token_id < vocab_size:
+                raise invalid(f"{param}[{i}]", f"`{param}[{i}]` is not in the vocabulary of {vocab_size} tokens.")
+        return self._decoded(body, ids)
 
-    def _truncated(self, body: CompletionRequest, prompt: Prompt, asked: int) -> Prompt:
-        ids = truncated(prompt.ids, body, asked, self._at.engine.limits)
-        return prompt if len(ids) == len(prompt.ids) else self._read_back(body, ids)
+    def _truncated(self, body: CompletionRequest, prompt: Prompt) -> Prompt:
+        ids = truncated(prompt.ids, body, prompt.max_tokens, self._context.engine.limits)
+        return prompt if len(ids) == len(prompt.ids) else self._decoded(body, ids)
 
-    def _read_back(self, body: CompletionRequest, ids: list[int]) -> Prompt:
-        """A prompt whose text is what its ids read."""
-        skips = body.skip_special_tokens is not False
-        hidden = [skips and self._at.tokenizer.is_special(token_id) for token_id in ids]
-        text = self._at.tokenizer.decode(ids, skip_special_tokens=skips) if body.echo else ""
-        return Prompt(ids, text, hidden)
+    def _decoded(self, body: CompletionRequest, ids: list[int]) -> Prompt:
+        """A prompt of token ids, with their text if it is echoed."""
+        skip = body.skip_special_tokens is not False
+        hidden = [skip and self._context.tokenizer.is_special(token_id) for token_id in ids]
+        text = self._context.tokenizer.decode(ids, skip_special_tokens=skip) if body.echo else ""
+        return Prompt(ids, _max_tokens(body), text, hidden)
 
-    async def _answer(self, job: _Job) -> Body:
-        results = await finish_all(job.choices, job.deltas())
-        return await asyncio.to_thread(self._body, job, results)
+    async def _body(self, job: _Job) -> Body:
+        outputs = await collect(job.choices, self._deltas(job))
+        return await asyncio.to_thread(self._render, job, outputs)
 
-    def _body(self, job: _Job, results: Sequence[Finished]) -> Body:
+    def _render(self, job: _Job, outputs: Sequence[Output]) -> Body:
         choices: list[dict[str, Any]] = []
-        shown: dict[str, orjson.Fragment | Hole | None] = {}
+        prompt_fields: dict[str, orjson.Fragment | Hole | None] = {}
         scores: TokenScores | None = None
-        for result in results:
-            if result.choice.first:  # it has the prompt's scores, which are written once for all its choices
-                scores = result.prompt_scores
-                fields = job.prompt_fields(result.choice.prompt_index, scores)
-                shown = {name: _written(numbers) for name, numbers in fields.items()}
-            choices.append(self._choice(job, result, scores) | shown)
-            if job.numbers.whole:  # too large to be repeated
-                shown = dict.fromkeys(shown)
-        return make_body(job.header.fields() | {"choices": choices, "usage": usage_of(results).fields()})
+        for choice, output in zip(job.choices, outputs, strict=True):
+            if choice.first:  # it has the prompt's scores, which are written once for all choices
+                scores = output.prompt_scores
+                fields = self._prompt_fields(job, choice, scores)
+                prompt_fields = {name: _as_json(value) for name, value in fields.items()}
+            choices.append(self._choice(job, choice, output, scores) | prompt_fields)
+            if job.full_rows:  # too large to be repeated
+                prompt_fields = dict.fromkeys(prompt_fields)
+        return make_body(job.header | {"choices": choices, "usage": self._total_usage(job, outputs)})
 
-    def _choice(self, job: _Job, result: Finished, scores: TokenScores | None) -> dict[str, Any]:
-        prompt, logprobs = job.prompt(result.choice), None
-        if job.body.logprobs is not None:
-            columns = self._columns(job)
-            echo = self._echo(job, columns, prompt, scores)
-            output = columns.output(result.token_ids, result.all_scores())
-            logprobs = output if echo is None else joined([echo, output])
+    def _choice(self, job: _Job, choice: Choice, output: Output, scores: TokenScores | None) -> dict[str, Any]:
+        prompt, columns = job.prompt(choice), _columns(job)
+        echo = _echo(job, choice, columns, scores)
+        logprobs = _logprobs(choice, output, columns)
         return {
-            "index": result.choice.index,
-            "text": (prompt.text if job.body.echo else "") + result.text,
-            "logprobs": logprobs,
-            "finish_reason": result.finish_reason,
-            "stop_reason": result.stop_reason,
+            "index": choice.index,
+            "text": (prompt.text if job.body.echo else "") + output.text,
+            "logprobs": concatenate([echo, logprobs]) if echo and logprobs else logprobs,
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
             "prompt_token_ids": prompt.ids if job.body.return_token_ids else None,
-            "token_ids": result.token_ids if job.body.return_token_ids else None,
+            "token_ids": output.token_ids if job.body.return_token_ids else None,
         }
 
-    def _columns(self, job: _Job) -> CompletionLogprobs:
-        skips = job.body.skip_special_tokens is not False
-        return CompletionLogprobs(job.names, job.alternatives, skip_special_tokens=skips)
-
-    def _echo(
-        self, job: _Job, columns: CompletionLogprobs, prompt: Prompt, scores: TokenScores | None
-    ) -> dict[str, Any] | None:
-        """The columns of an echoed prompt, None where there are none. They come before the output's."""
-        k, start = job.numbers.echoed, job.numbers.start
-        if k is None:
-            return None
-        if scores is None:
-            raise engine_error("The engine returned no log-probabilities of the prompt.")
-        return columns.echo(prompt.ids, scores, prompt.text, prompt.hidden, k=k, start=start)
-
     async def _chunks(self, job: _Job) -> AsyncGenerator[dict[str, Any]]:
-        usage = Usage.of_prompts(job.choices)
-        final, continuous = self._at.wants_usage(job.body)
+        usage, final, continuous = self._usage(job)
         columns: dict[int, CompletionLogprobs] = {}
-        scores: dict[int, TokenScores | None] = {}  # by prompt; its first choice opens first and brings them
-        async with aclosing(job.deltas()) as deltas:
+        scores: dict[int, TokenScores | None] = {}  # by prompt, from its first choice, whose first chunk comes first
+        async with aclosing(self._deltas(job)) as deltas:
             async for choice, delta in deltas:
                 usage.completion_tokens += len(delta.token_ids)
                 if choice.index in columns:
-                    fields = self._delta(job, delta, columns[choice.index])
+                    fields = _chunk_choice(job, choice, delta, columns[choice.index])
                 else:
                     usage.open(choice, delta)
-                    columns[choice.index] = self._columns(job)
+                    columns[choice.index] = _columns(job)
                     shared = scores.setdefault(choice.prompt_index, delta.prompt_scores)
                     fields = await asyncio.to_thread(self._opening, job, choice, delta, columns[choice.index], shared)
-                chunk = job.header.fields() | {"choices": [{"index": choice.index} | fields]}
+                chunk = job.header | {"choices": [{"index": choice.index} | fields]}
                 yield chunk | ({"usage": usage.fields()} if continuous else {})
         if final:
-            yield job.header.fields() | {"choices": [], "usage": usage.fields()}
+            yield job.header | {"choices": [], "usage": usage.fields()}
 
     def _opening(
-        self, job: _Job, choice: Choice, delta: Delta, columns: CompletionLogprobs, scores: TokenScores | None
+        self, job: _Job, choice: Choice, delta: Output, columns: CompletionLogprobs, scores: TokenScores | None
     ) -> dict[str, Any]:
-        """What opens a choice: also the prompt's text, ids and numbers."""
+        """The first chunk of a choice, which includes the prompt's text, ids and log-probs."""
         prompt = job.prompt(choice)
-        echo = self._echo(job, columns, prompt, scores)
-        fields = self._delta(job, delta, columns)
+        echo = _echo(job, choice, columns, scores)
+        fields = _chunk_choice(job, choice, delta, columns)
         if echo is not None:
-            fields["logprobs"] = joined([echo, fields["logprobs"]])
+            fields["logprobs"] = concatenate([echo, fields["logprobs"]])
         if job.body.echo:
             fields["text"] = prompt.text + delta.text
-        if job.numbers.shown is not None and (choice.first or not job.numbers.whole):
-            fields |= job.prompt_fields(choice.prompt_index, scores)
+        if job.prompt_logprobs.shown is not None and (choice.first or not job.full_rows):
+            fields |= self._prompt_fields(job, choice, scores)
         return fields | ({"prompt_token_ids": prompt.ids} if job.body.return_token_ids else {})
 
-    def _delta(self, job: _Job, delta: Delta, columns: CompletionLogprobs) -> dict[str, Any]:
-        """What an event adds to a choice."""
-        wanted = job.body.logprobs is not None
-        fields: dict[str, Any] = {
-            "text": delta.text,
-            "logprobs": columns.output(delta.token_ids, delta.scores) if wanted else None,
-            "finish_reason": delta.finish_reason,
-        }
-        if delta.finish_reason is not None:
-            fields["stop_reason"] = delta.stop_reason
-        if job.body.return_token_ids:
-            fields["token_ids"] = delta.token_ids
-        return fields
+    def _prompt_fields(self, job: _Job, choice: Choice, scores: TokenScores | None) -> dict[str, Any]:
+        prompt = job.scored_prompt(choice.prompt_index, scores)
+        return self._context.prompt_logprobs.fields(job.prompt_logprobs, prompt)
 
 
-def _written(numbers: Any) -> orjson.Fragment | Hole | None:
-    """Numbers of a prompt as the JSON that all its choices show."""
-    return numbers if numbers is None or isinstance(numbers, Hole | orjson.Fragment) else orjson.Fragment(dump(numbers))
+def _max_tokens(body: CompletionRequest) -> int:
+    return _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+
+
+def _columns(job: _Job) -> CompletionLogprobs:
+    return CompletionLogprobs(job.names, skip_special_tokens=job.body.skip_special_tokens is not False)
+
+
+def _echo(job: _Job, choice: Choice, columns: CompletionLogprobs, scores: TokenScores | None) -> dict[str, Any] | None:
+    """The columns of an echoed prompt, if requested. To be called before those of the output are added."""
+    requested, prompt = job.prompt_logprobs, job.prompt(choice)
+    if requested.echoed is None:
+        return None
+    checked = job.scored_prompt(choice.prompt_index, scores).logprobs(requested.echoed, requested.start)
+    return columns.echo(prompt.ids, checked, prompt.text, prompt.hidden)
+
+
+def _logprobs(choice: Choice, output: Output, columns: CompletionLogprobs) -> dict[str, Any] | None:
+    if choice.alternatives is None:
+        return None
+    return columns.output(output.token_ids, output.logprobs(choice.alternatives))
+
+
+def _chunk_choice(job: _Job, choice: Choice, delta: Output, columns: CompletionLogprobs) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "text": delta.text,
+        "logprobs": _logprobs(choice, delta, columns),
+        "finish_reason": delta.finish_reason,
+    }
+    if delta.finish_reason is not None:
+        fields["stop_reason"] = delta.stop_reason
+    if job.body.return_token_ids:
+        fields["token_ids"] = delta.token_ids
+    return fields
+
+
+def _as_json(value: Any) -> orjson.Fragment | Hole | None:
+    """A value serialized once for all choices that contain it."""
+    return value if value is None or isinstance(value, Hole | orjson.Fragment) else orjson.Fragment(dump(value))

@@ -1,7 +1,6 @@
 """Runs the choices of a request in the engine and turns their events into text with log-probs."""
 
 import asyncio
-import math
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from serve.api.errors import APIError, engine_error, shutting_down
+from serve.api.logprobs import wire_logprobs
+from serve.api.middleware import Work
 from serve.engine.client import EngineClient, RequestHandle
 from serve.engine.request import (
     DeadlineError,
@@ -25,30 +26,42 @@ from serve.engine.request import (
 from serve.text.detokenizer import Detokenizer, StopStrings
 from serve.text.tokenizer import Tokenizer
 
-_NOT_SHOWN = empty_scores(0, 0)
 _SLOW_READER = "The answer was read too slowly: too many of its tokens were waiting to be sent."
 _MAX_ADMITTED = 64  # choices of one HTTP request in the engine; a long list of prompts must not fill the queue
 
 
-@dataclass(frozen=True, slots=True)
-class TimeLimits:
-    """Time limits of one HTTP request."""
+@dataclass(slots=True)
+class Output:
+    """Text and tokens of a choice: of one event, or of several after `add`."""
 
-    queue_timeout: float = math.inf  # maximum time in the engine's queue, seconds
-    deadline: float = math.inf  # time.monotonic() by which the answer must be complete
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What one event adds to one choice."""
-
-    text: str
-    token_ids: list[int]
-    scores: TokenScores  # one row per token id, or no rows if the choice shows no log-probs
-    cached_tokens: int = 0  # of the prompt; equal in all deltas
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    scores: list[TokenScores] = field(default_factory=list)  # together one row per token id; none if not requested
+    cached_tokens: int = 0  # of the prompt
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     prompt_scores: TokenScores | None = None
+
+    def add(self, other: "Output") -> None:
+        """Append the output of a later event."""
+        self.text += other.text
+        self.token_ids += other.token_ids
+        self.scores += other.scores
+        self.cached_tokens = other.cached_tokens
+        self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
+        self.prompt_scores = other.prompt_scores or self.prompt_scores
+
+    def logprobs(self, alternatives: int) -> TokenScores:
+        """Checked log-probs of the tokens.
+
+        Raises:
+            APIError: 500, see `wire_logprobs`.
+        """
+        parts = self.scores or [empty_scores(0, alternatives)]
+        if len(parts) > 1:
+            columns = (np.concatenate([getattr(part, name) for part in parts]) for name in TokenScores.__slots__)
+            parts = [TokenScores(*columns)]
+        return wire_logprobs(parts[0], len(self.token_ids), alternatives)
 
 
 @dataclass(slots=True)
@@ -63,20 +76,21 @@ class Choice:
     prompt_index: int
     eos_token_ids: frozenset[int]  # these give no stop_reason
     first: bool  # of its prompt: the one with the prompt's scores
-    shows_logprobs: bool
+    alternatives: int | None  # per generated token; None: no log-probs
     handle: RequestHandle | None = None  # once it is admitted
     num_tokens: int = 0  # generated so far
 
     def admit(self, engine: EngineClient, *, bypass_limits: bool) -> None:
-        """Queue the request, see `Engine.admit`."""
-        self.handle = engine.admit(self.request, bypass_limits=bypass_limits)
+        """Queue the request, see `Engine.admit`. No effect if it is admitted already."""
+        if self.handle is None:
+            self.handle = engine.admit(self.request, bypass_limits=bypass_limits)
 
     def abort(self) -> None:
         """Abort the request if it is admitted; harmless if it has finished."""
         if self.handle is not None:
             self.handle.abort()
 
-    async def deltas(self, tokenizer: Tokenizer) -> AsyncGenerator[Delta]:
+    async def deltas(self, tokenizer: Tokenizer) -> AsyncGenerator[Output]:
         """The admitted request's events as text; the last delta has a finish reason.
 
         Raises:
@@ -100,7 +114,7 @@ class Choice:
             if delta.finish_reason is not None:
                 return
 
-    def _delta(self, event: TokenEvent, detokenizer: Detokenizer) -> Delta:
+    def _delta(self, event: TokenEvent, detokenizer: Detokenizer) -> Output:
         text, count = "", 0
         for token_id in event.token_ids:
             count += 1
@@ -115,10 +129,10 @@ class Choice:
         elif reason is not None:
             text += detokenizer.finish()
             stop_reason = None if event.stop_token_id in self.eos_token_ids else event.stop_token_id
-        return Delta(
+        return Output(
             text=text,
             token_ids=event.token_ids[:count],
-            scores=event.scores[:count] if self.shows_logprobs else _NOT_SHOWN,
+            scores=[] if self.alternatives is None or not count else [event.scores[:count]],
             cached_tokens=event.cached_tokens,
             finish_reason=reason,
             stop_reason=stop_reason,
@@ -126,47 +140,18 @@ class Choice:
         )
 
 
-@dataclass(slots=True)
-class Finished:
-    """A finished choice."""
-
-    choice: Choice
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    scores: list[TokenScores] = field(default_factory=list)
-    cached_tokens: int = 0
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-    prompt_scores: TokenScores | None = None
-
-    def add(self, delta: Delta) -> None:
-        """Append a delta."""
-        self.text += delta.text
-        self.token_ids += delta.token_ids
-        if delta.token_ids or not self.scores:
-            self.scores.append(delta.scores)
-        self.cached_tokens = delta.cached_tokens
-        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
-        self.prompt_scores = delta.prompt_scores or self.prompt_scores
-
-    def all_scores(self) -> TokenScores:
-        """The scores of all tokens, concatenated."""
-        names = TokenScores.__slots__
-        return TokenScores(*(np.concatenate([getattr(part, name) for part in self.scores]) for name in names))
-
-
-async def finish_all(choices: Sequence[Choice], deltas: AsyncGenerator[tuple[Choice, Delta]]) -> list[Finished]:
-    """Collect the deltas of all choices."""
-    results = [Finished(choice) for choice in choices]
+async def collect(choices: Sequence[Choice], deltas: AsyncGenerator[tuple[Choice, Output]]) -> list[Output]:
+    """The complete output of each choice."""
+    outputs = [Output() for _ in choices]
     async with aclosing(deltas):
         async for choice, delta in deltas:
-            results[choice.index].add(delta)
-    return results
+            outputs[choice.index].add(delta)
+    return outputs
 
 
 async def merge(
     choices: Sequence[Choice], engine: EngineClient, tokenizer: Tokenizer, max_unread: int | None = None
-) -> AsyncGenerator[tuple[Choice, Delta]]:
+) -> AsyncGenerator[tuple[Choice, Output]]:
     """Run all choices and yield their deltas as they come; of a prompt's choices, the first one's delta comes first.
 
     If one choice fails, all end. If `max_unread` deltas are waiting for the reader, all choices are aborted at once,
@@ -176,7 +161,7 @@ async def merge(
         QueueFullError: the first choice finds the queue full.
         APIError, QueueTimeoutError, DeadlineError, EngineStoppedError: see `Choice.deltas`; 503 for a slow reader.
     """
-    queue: asyncio.Queue[tuple[Choice, Delta] | Exception | None] = asyncio.Queue()  # None: all choices have finished
+    queue: asyncio.Queue[tuple[Choice, Output] | Exception | None] = asyncio.Queue()  # None: all choices have finished
     opened = {choice.prompt_index: asyncio.Event() for choice in choices}
 
     async def forward(choice: Choice) -> None:
@@ -249,6 +234,22 @@ async def _run_all(
     finally:
         for choice in choices:
             choice.abort()
+
+
+def work_of(choices: Sequence[Choice]) -> Work:
+    """The engine's work for choices that have finished or were aborted."""
+    first = [choice for choice in choices if choice.first]
+    handles = [choice.handle for choice in choices if choice.handle is not None]
+    started = [handle.times for handle in handles if handle.times.admitted]
+    ended = [times for times in started if times.last]
+    return Work(
+        prompt_tokens=sum(len(choice.request.prompt_token_ids) for choice in first),
+        cached_tokens=sum(choice.handle.cached_tokens for choice in first if choice.handle is not None),
+        completion_tokens=sum(choice.num_tokens for choice in choices),
+        queue=max((times.admitted - times.arrived for times in started), default=None),
+        prefill=max(((times.first or times.last) - times.admitted for times in ended), default=None),
+        decode=max((times.last - times.first for times in ended if times.first), default=None),
+    )
 
 
 def check_event(event: TokenEvent) -> None:

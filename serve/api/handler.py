@@ -1,57 +1,309 @@
-"""Answering: what chat and completions do alike with a request, from its body to its answer."""
+"""Handler: what chat and completions share, from the bytes of a request to its response."""
 
 import asyncio
+import logging
+import math
+import time
+import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from serve.api.context import Endpoint
-from serve.api.job import Job
+from serve.api.context import Context
+from serve.api.errors import invalid
+from serve.api.generation import Choice, Output, engine_errors, merge, work_of
 from serve.api.json_stream import Body
+from serve.api.logprobs import TokenNames
 from serve.api.middleware import AnswerRecord, record_of
+from serve.api.parsing import parse
+from serve.api.prompt_logprobs import ScoredPrompt
 from serve.api.requests import GenerationRequest
+from serve.api.sampling_params import sampling_params, stop_strings
 from serve.api.sse import json_or_disconnect, stream_or_disconnect
+from serve.api.validation import (
+    PromptLogprobs,
+    check_common,
+    check_logprob_token_ids,
+    check_prompt_logprobs,
+    check_start,
+    read_prompt_logprobs,
+    served_name,
+)
+from serve.engine.request import PromptScoring, Request, SamplingParams, TokenScores
+from serve.text.detokenizer import StopStrings
+
+logger = logging.getLogger(__name__)
+
+# Large fields of a request that are not needed once it is tokenized.
+_PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids", "documents", "chat_template", "chat_template_kwargs")
 
 
-class Answering[B: GenerationRequest](ABC):
-    """An endpoint that answers jobs of one kind of body."""
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A tokenized prompt."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._at = endpoint
+    ids: list[int]
+    max_tokens: int  # to generate
+    text: str = ""  # for an echo or `prompt_text`
+    hidden: Sequence[bool] = ()  # per id, whether it is absent from `text`
+    echo: str = ""  # of a chat: text that precedes the output
 
-    async def __call__(self, request: Request) -> Response:
-        """Answers with JSON, or with server-sent events where `stream` is true."""
-        async with self._at.bodies.read(request) as data:
-            answer = await self.checked(request, data)
-        del data  # while it is answered, nobody needs what it was read from
-        return await answer()
 
-    async def checked(self, request: Request, data: bytes) -> Callable[[], Awaitable[Response]]:
-        """What answers a body that has been read.
+@dataclass(frozen=True, slots=True)
+class Job[B: GenerationRequest]:
+    """A validated request, ready to run."""
+
+    body: B
+    header: dict[str, Any]  # first fields of the response and of every chunk
+    prompts: list[Prompt]
+    choices: list[Choice]
+    prompt_logprobs: PromptLogprobs
+    full_rows: list[Request]  # per prompt, the request that scores full rows; empty if none are requested
+    names: TokenNames
+
+    def prompt(self, choice: Choice) -> Prompt:
+        """The prompt of a choice."""
+        return self.prompts[choice.prompt_index]
+
+    def scored_prompt(self, index: int, scores: TokenScores | None) -> ScoredPrompt:
+        """A prompt with its log-probs."""
+        return ScoredPrompt(self.prompts[index].ids, scores, self.full_rows[index] if self.full_rows else None)
+
+
+@dataclass(slots=True)
+class Usage:
+    """Token counts of a response; a prompt counts once for all its choices."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
+
+    def open(self, choice: Choice, output: Output) -> None:
+        """Count the cached tokens of a choice's prompt; to be called once per choice."""
+        if choice.first:
+            self.cached_tokens += output.cached_tokens
+
+    def fields(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+class Handler[B: GenerationRequest](ABC):
+    """A generating endpoint: read, validate, tokenize, submit, render."""
+
+    model: type[B]  # of the request body
+    id_prefix: str
+    objects: tuple[str, str]  # `object` of a response and of a chunk
+    repeats_prompt_logprobs = False  # whether every choice of a response contains those of its prompt
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def __call__(self, request: HTTPRequest) -> Response:
+        """Answer with JSON, or with server-sent events if `stream` is true."""
+        async with self._context.bodies.read(request) as data:
+            respond = await self.prepare(request, data)
+        del data  # not needed while the answer is generated
+        return await respond()
+
+    async def prepare(self, request: HTTPRequest, data: bytes) -> Callable[[], Awaitable[Response]]:
+        """Validate a body; the result answers it.
 
         Raises:
-            APIError: what is wrong with it.
+            APIError, PromptError: the request is invalid.
         """
-        job = await asyncio.to_thread(self._prepare, data, record_of(request))
+        job = await asyncio.to_thread(self._job, data, record_of(request))
         return lambda: self._respond(request, job)
 
-    async def _respond(self, request: Request, job: Job[B]) -> Response:
-        abort = self._at.abort_all(job.request_ids)
-        if job.body.stream:
-            return await stream_or_disconnect(request, self._chunks(job), abort)
-        return await json_or_disconnect(request, self._answer(job), abort)
+    async def _respond(self, request: HTTPRequest, job: Job[B]) -> Response:
+        engine = self._context.engine
+        request_ids = [r.id for r in (*(choice.request for choice in job.choices), *job.full_rows)]
+
+        def abort() -> None:
+            for request_id in request_ids:
+                engine.abort(request_id)
+
+        with engine_errors(self._context.on_rejected):
+            job.choices[0].admit(engine, bypass_limits=False)
+        try:
+            if job.body.stream:
+                return await stream_or_disconnect(request, self._chunks(job), abort)
+            return await json_or_disconnect(request, self._body(job), abort)
+        except BaseException:
+            abort()
+            raise
+
+    def _job(self, data: bytes, record: AnswerRecord) -> Job[B]:
+        """Validate and tokenize a request. Slow: not for the event loop."""
+        context, config, limits = self._context, self._context.config, self._context.engine.limits
+        body = context.model.defaults.fill(parse(self.model, data, context.fields))
+        check_common(body)
+        alternatives, echoed = self._alternatives(body)
+        check_logprob_token_ids(body, shown=alternatives is not None, limits=limits)
+        prompt_logprobs = read_prompt_logprobs(body, echoed, limits)
+        header = self._header(body, record)
+        prompts = self._prompts(body)
+        ids = [prompt.ids for prompt in prompts]
+        # A choice of a stream is sent before the next one is rendered.
+        copies = (body.n or 1) if self.repeats_prompt_logprobs and not body.stream else 1
+        check_prompt_logprobs(prompt_logprobs, ids, copies, limits)
+        check_start(body, ids)
+        prototype = self._prototype(body, record, alternatives)
+        choices = make_choices(body, prompts, prototype, prompt_logprobs.scoring)
+        record.measure = lambda: work_of(choices)
+        if config.enable_log_requests:
+            self._log(header, body, ids)
+        _release_texts(body)
+        full_rows = SamplingParams(0, prompt=PromptScoring(prompt_logprobs.start, full_vocab=True))
+        as_ids = body.return_tokens_as_token_ids
+        return Job(
+            body=body,
+            header=header,
+            prompts=prompts,
+            choices=choices,
+            prompt_logprobs=prompt_logprobs,
+            full_rows=[_engine_request(prototype.request, prompt, full_rows) for prompt in ids]
+            if prompt_logprobs.full_rows
+            else [],
+            names=TokenNames(context.tokenizer, config.return_tokens_as_token_ids if as_ids is None else as_ids),
+        )
+
+    def _header(self, body: B, record: AnswerRecord) -> dict[str, Any]:
+        model = self._context.model
+        header = {
+            "id": f"{self.id_prefix}-{body.request_id or record.request_id}",
+            "object": self.objects[bool(body.stream)],
+            "created": int(time.time()),
+            "model": served_name(body.model, model.names),
+            "system_fingerprint": model.system_fingerprint,
+        }
+        mode = body.logprobs_mode or self._context.config.logprobs_mode
+        if body.logprobs_mode is not None or mode != "raw_logprobs":
+            header["logprobs_mode"] = mode
+        return header
+
+    def _prototype(self, body: B, record: AnswerRecord, alternatives: int | None) -> Choice:
+        """A choice with everything that the choices of a request share."""
+        config, tokenizer = self._context.config, self._context.tokenizer
+        mode = body.logprobs_mode or config.logprobs_mode
+        params = sampling_params(body, tokenizer, self._context.engine.limits, processed=mode == "processed_logprobs")
+        salt = body.cache_salt or ""
+        if config.prefix_cache_per_key and record.key:
+            salt = f"{record.key}/{salt}"  # unambiguous: a salt contains no slash
+        timeout = min(config.request_timeout, math.inf if body.timeout is None else body.timeout)
+        request = Request("", [], params, body.priority or 0, salt, config.queue_timeout, record.began + timeout)
+        return Choice(
+            index=0,
+            request=request,
+            stop=StopStrings(stop_strings(body)),
+            include_stop=bool(body.include_stop_str_in_output),
+            skip_special_tokens=body.skip_special_tokens is not False,
+            prompt_index=0,
+            eos_token_ids=frozenset() if body.ignore_eos else tokenizer.eos_token_ids,
+            first=True,
+            alternatives=None if alternatives is None else len(body.logprob_token_ids or ()) or alternatives,
+        )
+
+    def _log(self, header: dict[str, Any], body: B, prompts: Sequence[list[int]]) -> None:
+        texts = [self._context.tokenizer.decode(ids, skip_special_tokens=False) for ids in prompts]
+        shown = [text[: self._context.config.max_log_len] for text in texts]
+        fields = body.model_dump(exclude_none=True, exclude={"prompt", "messages", "prompt_token_ids"})
+        logger.warning("request %s: prompts %r, fields %r", header["id"], shown, fields)
+
+    async def _deltas(self, job: Job[B]) -> AsyncGenerator[tuple[Choice, Output]]:
+        """Run the choices and yield what each step adds to them. Metrics are updated when all have finished."""
+        context, choices = self._context, job.choices
+        max_unread = context.config.max_unread_tokens if job.body.stream else None
+        with engine_errors(context.on_rejected):
+            async with aclosing(merge(choices, context.engine, context.tokenizer, max_unread)) as deltas:
+                async for choice, delta in deltas:
+                    yield choice, delta
+        n = job.body.n or 1
+        for start in range(0, len(choices), n):
+            context.on_answers([choice.num_tokens for choice in choices[start : start + n]])
+
+    def _usage(self, job: Job[B]) -> tuple[Usage, bool, bool]:
+        """Usage before generation; whether a stream ends with it, and whether every chunk contains it."""
+        usage = Usage(sum(len(prompt.ids) for prompt in job.prompts))
+        options = job.body.stream_options
+        final = self._context.config.enable_force_include_usage or bool(options and options.include_usage)
+        return usage, final, final and bool(options and options.continuous_usage_stats)
+
+    def _total_usage(self, job: Job[B], outputs: Sequence[Output]) -> dict[str, Any]:
+        usage, _, _ = self._usage(job)
+        for choice, output in zip(job.choices, outputs, strict=True):
+            usage.open(choice, output)
+            usage.completion_tokens += len(output.token_ids)
+        return usage.fields()
 
     @abstractmethod
-    def _prepare(self, data: bytes, record: AnswerRecord) -> Job[B]:
-        """The job that a body asks for. Slow: not for the event loop."""
+    def _alternatives(self, body: B) -> tuple[int | None, int | None]:
+        """Alternatives per generated token and per token of an echoed prompt; None without log-probs."""
 
     @abstractmethod
-    async def _answer(self, job: Job[B]) -> Body:
-        """The whole answer."""
+    def _prompts(self, body: B) -> list[Prompt]:
+        """Tokenize the prompts."""
+
+    @abstractmethod
+    async def _body(self, job: Job[B]) -> Body:
+        """Generate the complete response."""
 
     @abstractmethod
     def _chunks(self, job: Job[B]) -> AsyncGenerator[dict[str, Any]]:
-        """The chunks of a stream."""
+        """Generate the chunks of a stream."""
+
+
+def make_choices(
+    body: GenerationRequest, prompts: Sequence[Prompt], prototype: Choice, scoring: PromptScoring | None
+) -> list[Choice]:
+    """n choices per prompt, in the order of their indices.
+
+    Args:
+        prototype: what all choices share. Its queue timeout is that of the first choice: the others wait behind it.
+        scoring: of each prompt, requested by its first choice.
+
+    Raises:
+        APIError: 400 that names a field.
+    """
+    n, base = body.n or 1, prototype.request
+    choices = []
+    for index in range(len(prompts) * n):
+        prompt_index, number = divmod(index, n)
+        prompt = prompts[prompt_index]
+        if base.params.min_tokens > prompt.max_tokens:
+            message = f"`min_tokens` exceeds the {prompt.max_tokens} tokens that may be generated."
+            raise invalid("min_tokens", message)
+        params = replace(
+            base.params,
+            max_tokens=prompt.max_tokens,
+            seed=None if body.seed in (None, -1) else body.seed + number,
+            prompt=scoring if number == 0 else None,
+        )
+        request = _engine_request(base, prompt.ids, params)
+        if index:
+            request = replace(request, queue_timeout=math.inf)
+        choice = replace(prototype, index=index, request=request, prompt_index=prompt_index, first=number == 0)
+        choices.append(choice)
+    return choices
+
+
+def _engine_request(base: Request, prompt: list[int], params: SamplingParams) -> Request:
+    return replace(base, id=uuid.uuid4().hex, prompt_token_ids=prompt, params=params)
+
+
+def _release_texts(body: GenerationRequest) -> None:
+    """Free the prompts' sources and unknown fields: they may be large, and generation takes long."""
+    (body.model_extra or {}).clear()
+    for name in _PROMPT_FIELDS:
+        if name in type(body).model_fields:
+            setattr(body, name, None)

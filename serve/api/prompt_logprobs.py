@@ -1,50 +1,146 @@
-"""vLLM's `prompt_logprobs` as JSON text: an object for each of many tokens, so no dictionaries are made for them."""
+"""The prompt's log-probs in an answer: vLLM's `prompt_logprobs`, as entries, columns, or full rows.
 
-from collections.abc import Sequence
+Entries and rows are written as JSON text, as building dictionaries for them would be slow.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from serve.api.logprobs import checked, clamped
-from serve.engine.request import TokenScores
+from serve.api.errors import engine_error
+from serve.api.generation import check_event, deadline_exceeded, engine_errors
+from serve.api.json_stream import Hole
+from serve.api.logprobs import clamped, wire_logprobs
+from serve.api.validation import PromptLogprobs
+from serve.engine.client import EngineClient
+from serve.engine.request import EngineStoppedError, NotPinnedError, Request, TokenScores
 from serve.text.token_strings import decoded_tokens, whole_text
 from serve.text.tokenizer import Tokenizer
 
-_CONTEXT = 4  # tokens before a token that may hold the beginning of its character
+_CONTEXT = 4  # preceding tokens that may contain the beginning of a token's character
+_BLOCK_ROWS = 8  # 5 MB for a vocabulary of 152k; one row of JSON is 10 MB
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPrompt:
+    """A prompt and its log-probs from the engine."""
+
+    token_ids: list[int]
+    scores: TokenScores | None  # [prompt - 1], of every token but the first
+    full_rows: Request | None = None  # the request that scores full rows
+
+    def logprobs(self, k: int, start: int) -> TokenScores:
+        """Checked log-probs of the tokens from `start` on, with k alternatives each.
+
+        Raises:
+            APIError: 500, see `wire_logprobs`, or the engine returned none.
+        """
+        if self.scores is None:
+            raise engine_error("The engine returned no log-probabilities of the prompt.")
+        return wire_logprobs(self.scores, len(self.token_ids) - 1, k, first=start - 1)
+
+
+class PromptLogprobsWriter:
+    """Writes the fields of an answer that contain a prompt's log-probs."""
+
+    def __init__(self, engine: EngineClient, tokenizer: Tokenizer) -> None:
+        limits = engine.limits
+        self._engine = engine
+        self._entries = EntryWriter(tokenizer)
+        self._rows = RowWriter(tokenizer, limits.vocab_size) if limits.whole_vocabulary else None
+
+    def fields(self, requested: PromptLogprobs, prompt: ScoredPrompt) -> dict[str, Any]:
+        """`prompt_logprobs`, null unless requested, or `prompt_logprobs_columns`. Slow: not for the event loop.
+
+        Raises:
+            APIError: 500, see `ScoredPrompt.logprobs`.
+        """
+        k, start, ids = requested.shown, requested.start, prompt.token_ids
+        if k is None:
+            return {"prompt_logprobs": None}
+        if prompt.full_rows is not None:
+            scores = prompt.logprobs(self._engine.limits.max_logprobs, start)
+            return {"prompt_logprobs": Hole(self._full_rows(prompt.full_rows, scores, k))}
+        scores = prompt.logprobs(k, start)
+        if requested.columns:
+            columns = {
+                "start": start,
+                "token_ids": ids[start:],  # [n], n = prompt - start
+                "logprobs": scores.logprob,  # [n]
+                "ranks": scores.rank,  # [n]
+                "top_token_ids": np.ascontiguousarray(scores.top_ids),  # [n, k]
+                "top_logprobs": np.ascontiguousarray(scores.top_logprobs),  # [n, k]
+                "top_ranks": np.ascontiguousarray(scores.top_ranks),  # [n, k]
+            }
+            return {"prompt_logprobs": None, "prompt_logprobs_columns": columns}
+        return {"prompt_logprobs": orjson.Fragment(self._entries.entries(ids, scores, start))}
+
+    async def _full_rows(self, request: Request, scores: TokenScores, k: int) -> AsyncGenerator[bytes]:
+        """`prompt_logprobs` over the full vocabulary, one row at a time, so that memory is bounded.
+
+        Args:
+            request: has PromptScoring.full_vocab. Its pages are pinned while rows are read, and it needs no others
+                then, so two answers never wait for each other's pages.
+            scores: of the prompt tokens from PromptScoring.start on, with the K best.
+            k: number of alternatives.
+
+        Raises:
+            APIError: the engine failed, see `engine_errors`.
+        """
+        engine, writer, prompt, scoring = self._engine, self._rows, request.prompt_token_ids, request.params.prompt
+        assert writer is not None
+        assert scoring is not None
+        start = min(scoring.start, len(prompt))
+        piece = b"[" + b",".join([b"null"] * start)
+        if start == len(prompt):
+            yield piece + b"]"
+            return
+        # Takes the place in the queue of the prompt's choices, which have finished.
+        with engine_errors(), engine.admit(request, bypass_limits=True) as handle:
+            async for event in handle:
+                check_event(event)
+            for first in range(start - 1, len(prompt) - 1, _BLOCK_ROWS):
+                rows = await _rows(engine, request, first, min(_BLOCK_ROWS, len(prompt) - 1 - first))
+                for i, row in enumerate(rows, first):
+                    own = scores[i + 1 - start : i + 2 - start]
+                    entry = await asyncio.to_thread(writer.row, row, prompt[i + 1], own, k)
+                    yield piece + b"," + entry
+                    piece = b""
+            yield b"]"
 
 
 class EntryWriter:
-    """Writes entries; keeps the JSON of every token's name once it has been needed."""
+    """Writes one entry per token. Caches the JSON of token texts."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._names: dict[int, str | None] = {}  # None: its name depends on the tokens before it
+        self._names: dict[int, str | None] = {}  # None: the text depends on the tokens before it
 
-    def entries(self, token_ids: Sequence[int], scores: TokenScores, k: int, start: int) -> bytes:
-        """For each token its own entry, then its first k alternatives.
+    def entries(self, token_ids: Sequence[int], scores: TokenScores, start: int) -> bytes:
+        """JSON of a list: for each token an object with its own entry, then those of its alternatives.
 
         Args:
             token_ids: the prompt.
-            scores: [prompt - 1], of every token but the first.
-            k: alternatives.
-            start: tokens before it are null; the first token always is.
-
-        Raises:
-            APIError: 500 for another number of scores, or one that is not a number.
+            scores: result of `wire_logprobs` for the tokens from `start` on.
+            start: tokens before it are null; at least 1.
         """
-        checked(scores, len(token_ids) - 1, k)
-        rows, width = scores[start - 1 :], k + 1
-        logprobs = _texts(np.column_stack((clamped(rows.logprob), clamped(rows.top_logprobs[:, :k]))))
-        ranks = _texts(np.column_stack((rows.rank, rows.top_ranks[:, :k])))
-        top_ids = rows.top_ids[:, :k].tolist()
+        width = scores.top_ids.shape[1] + 1
+        logprobs = _json_numbers(np.column_stack((scores.logprob, scores.top_logprobs)))
+        ranks = _json_numbers(np.column_stack((scores.rank, scores.top_ranks)))
+        top_ids = scores.top_ids.tolist()
         parts = ["null"] * min(start, len(token_ids))
         for row, position in enumerate(range(start, len(token_ids))):
             ids = [token_ids[position], *top_ids[row]]
             names = self._names_of(ids, token_ids, position)
-            numbers = slice(row * width, (row + 1) * width)
-            parts.append(_entry(ids, logprobs[numbers], ranks[numbers], names))
+            columns = slice(row * width, (row + 1) * width)
+            parts.append(_entry(ids, logprobs[columns], ranks[columns], names))
         return f"[{','.join(parts)}]".encode()
 
     def _names_of(self, ids: Sequence[int], prompt: Sequence[int], position: int) -> list[str]:
@@ -63,18 +159,95 @@ class EntryWriter:
 
 
 def _entry(ids: Sequence[int], logprobs: Sequence[str], ranks: Sequence[str], names: Sequence[str]) -> str:
-    told = dict.fromkeys(ids)
-    # The token itself may be among the best: it is told once, in its own place.
-    places = range(len(ids)) if len(told) == len(ids) else [ids.index(token_id) for token_id in told]
+    unique = dict.fromkeys(ids)
+    # The token itself may be among the best: it is written once, as the first.
+    indices = range(len(ids)) if len(unique) == len(ids) else [ids.index(token_id) for token_id in unique]
     return (
         "{"
         + ",".join(
-            f'"{ids[j]}":{{"logprob":{logprobs[j]},"rank":{ranks[j]},"decoded_token":{names[j]}}}' for j in places
+            f'"{ids[j]}":{{"logprob":{logprobs[j]},"rank":{ranks[j]},"decoded_token":{names[j]}}}' for j in indices
         )
         + "}"
     )
 
 
-def _texts(values: NDArray[Any]) -> list[str]:
-    """Every number as orjson prints it, in one line."""
+def _json_numbers(values: NDArray[Any]) -> list[str]:
+    """The JSON of each number."""
     return orjson.dumps(values.ravel(), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].decode().split(",")
+
+
+class RowWriter:
+    """Writes rows as JSON. The parts that do not depend on the row are prepared once, at start-up.
+
+    `decoded_token` is the text of the token alone; it is empty for a part of a character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        names = decoded_tokens(tokenizer, (), range(vocab_size))
+        self._vocab_size = vocab_size  # V
+        self._heads = [f',"{token_id}":{{"logprob":' for token_id in range(vocab_size)]
+        self._ranks = [f',"rank":{rank},"decoded_token":' for rank in range(1, vocab_size + 1)]
+        self._tails = [orjson.dumps(name).decode() + "}" for name in names]
+
+    def row(self, row: NDArray[np.float32], actual: int, scores: TokenScores, k: int) -> bytes:
+        """The entry of one prompt token: the token itself, then the alternatives, best first.
+
+        Ranks follow a stable sort of the row. The token and the K best keep the numbers that all other answers have:
+        their ranks come from logits, and different logits may give the same log-prob.
+
+        Args:
+            row: [V] log-probs.
+            actual: id of the prompt token.
+            scores: one row of the result of `wire_logprobs`, with the token and the K best.
+            k: number of alternatives.
+
+        Raises:
+            APIError: 500 for a wrong length or NaN.
+        """
+        if row.shape != (self._vocab_size,):
+            raise engine_error("The engine returned a row with the wrong length.")
+        index = int(scores.rank[0]) - 1
+        order = _order(row, scores.top_ids[0], actual, index)
+        values = clamped(row)
+        values[scores.top_ids[0]], values[actual] = scores.top_logprobs[0], scores.logprob[0]
+        indices = np.concatenate(([index], np.delete(np.arange(k), index) if index < k else np.arange(k)))
+        ids = order[indices]
+        logprobs = orjson.dumps(values[ids], option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].decode().split(",")
+        parts = [""] * (4 * len(ids))
+        parts[0::4], parts[1::4] = _pick(self._heads, ids), logprobs
+        parts[2::4], parts[3::4] = _pick(self._ranks, indices), _pick(self._tails, ids)
+        return b"{" + "".join(parts).encode()[1:] + b"}"
+
+
+def _order(row: NDArray[np.float32], top_ids: NDArray[np.int32], actual: int, index: int) -> NDArray[np.intp]:
+    """All ids [V], best first: the K best as given, then the others, with `actual` at `index`."""
+    others = np.ones(len(row), np.bool_)
+    others[top_ids] = others[actual] = False
+    rest = np.argsort(-row, kind="stable")
+    rest = rest[others[rest]]
+    if index >= len(top_ids):
+        rest = np.insert(rest, index - len(top_ids), actual)
+    order = np.concatenate((top_ids.astype(np.intp), rest))
+    if order[index] != actual:
+        raise engine_error("The engine returned the rank of another token.")
+    return order
+
+
+def _pick(strings: list[str], indices: NDArray[np.intp]) -> list[str]:
+    return [strings[index] for index in indices.tolist()]
+
+
+async def _rows(engine: EngineClient, request: Request, start: int, count: int) -> NDArray[np.float32]:
+    try:
+        timeout = None if request.deadline == math.inf else max(0.0, request.deadline - time.monotonic())
+        async with asyncio.timeout(timeout):
+            rows = await engine.full_logprobs(request.id, start, count)
+    except TimeoutError:
+        raise deadline_exceeded() from None
+    except EngineStoppedError:
+        raise engine_error("The engine failed: it has no rows for this prompt.") from None
+    except NotPinnedError:
+        raise engine_error("The rows were read too slowly: the prompt has been evicted from the cache.") from None
+    if len(rows) != count:
+        raise engine_error("The engine returned the wrong number of rows.")
+    return rows

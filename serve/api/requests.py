@@ -66,13 +66,6 @@ class GenerationRequest(SamplingFields):
     return_tokens_as_token_ids: bool | None = None
     echo: bool | None = None
 
-    def forget_texts(self) -> None:
-        """Free the prompts' sources and unknown fields: they may be large, and generation takes long."""
-        (self.model_extra or {}).clear()
-        for name in ("prompt", "messages", "prompt_token_ids", "documents", "chat_template", "chat_template_kwargs"):
-            if name in type(self).model_fields:
-                setattr(self, name, None)
-
 
 _PROMPT = {
     "anyOf": [

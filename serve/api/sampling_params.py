@@ -1,4 +1,4 @@
-"""Fields of a request to SamplingParams. Whatever is wrong is an APIError that names the field."""
+"""Sampling fields of a request to SamplingParams. Each error names its field."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -7,34 +7,28 @@ from serve.api.errors import invalid
 from serve.api.requests import GenerationRequest
 from serve.api.validation import check_ids
 from serve.engine.request import EngineLimits, SamplingParams
-from serve.text.tokenizer import TokenizerError
+from serve.text.tokenizer import Tokenizer, TokenizerError
 
-GREEDY_BELOW = 1e-5  # temperatures under it are 0
+GREEDY_BELOW = 1e-5  # lower temperatures are treated as 0
 _MAX_STOP_STRINGS = 10_000
 _MAX_BAD_WORDS = 1000
-_MAX_BAD_WORD_TOKENS = 10_000  # of all words
-_MAX_CHARACTERS = 100_000  # of all strings of a field; preparing them takes time
+_MAX_BAD_WORD_TOKENS = 10_000  # of all words together
+_MAX_CHARACTERS = 100_000  # of all strings of a field together; preparing them takes time
 
 
 class Encoder(Protocol):
-    """What makes tokens of text."""
+    """Tokenizes text."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
 
 def sampling_params(
-    body: GenerationRequest,
-    eos_token_ids: frozenset[int],
-    limits: EngineLimits,
-    encoder: Encoder,
-    *,
-    processed: bool = False,
+    body: GenerationRequest, tokenizer: Tokenizer, limits: EngineLimits, *, processed: bool
 ) -> SamplingParams:
-    """How all answers to a request are chosen; `max_tokens`, `seed` and `prompt` are left for each to fill in.
+    """Sampling parameters shared by all choices; `max_tokens`, `seed` and `prompt` differ and are not set.
 
     Args:
-        processed: whether the numbers are to be of the distribution that tokens are drawn from.
-        eos_token_ids: the model's, which end an answer as the request's stop ids do unless it ignores them.
+        processed: whether log-probs are of the sampling distribution instead of the raw one.
 
     Raises:
         APIError: 400 that names a field.
@@ -48,17 +42,18 @@ def sampling_params(
         top_p=1.0 if body.top_p is None else body.top_p,
         min_p=body.min_p or 0.0,
         min_tokens=body.min_tokens or 0,
-        stop_token_ids=(frozenset() if body.ignore_eos else eos_token_ids) | frozenset(body.stop_token_ids or ()),
+        stop_token_ids=(frozenset() if body.ignore_eos else tokenizer.eos_token_ids)
+        | frozenset(body.stop_token_ids or ()),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         logit_bias=_logit_bias(body.logit_bias or {}, limits),
         allowed_token_ids=_allowed_token_ids(body, limits),
-        bad_words=bad_word_ids(body.bad_words or (), encoder),
+        bad_words=bad_word_ids(body.bad_words or (), tokenizer),
         logprob_token_ids=tuple(body.logprob_token_ids or ()),
         processed=processed,
     )
-    _check_something_is_left(params, limits)
+    _check_tokens_remain(params, limits)
     return params
 
 
@@ -74,10 +69,10 @@ def stop_strings(body: GenerationRequest) -> tuple[str, ...]:
 
 
 def bad_word_ids(words: Iterable[str], encoder: Encoder) -> tuple[tuple[int, ...], ...]:
-    """The runs of tokens that spell the words, as vLLM finds them.
+    """Token sequences that spell the words, determined as in vLLM.
 
-    Each word is taken bare, and with a space before it where that gives as many tokens and another first one: so it is
-    found at the start of a text and within it.
+    Each word is tokenized alone and with a leading space. The latter counts if it has the same number of tokens and
+    another first token, so that the word is found at the start of a text and within it.
 
     Raises:
         APIError: 400 that names `bad_words`.
@@ -103,15 +98,15 @@ def _tokens(text: str, encoder: Encoder) -> tuple[int, ...]:
     except TokenizerError as error:
         raise invalid("bad_words", f"`bad_words`: {error}.") from None
     if not ids:
-        raise invalid("bad_words", "`bad_words` holds a word that gives no tokens.")
+        raise invalid("bad_words", "`bad_words` contains a word without tokens.")
     return ids
 
 
-def _check_strings(param: str, strings: tuple[str, ...], most: int) -> None:
+def _check_strings(param: str, strings: tuple[str, ...], maximum: int) -> None:
     if "" in strings:
         raise invalid(param, f"`{param}` cannot contain an empty string.")
-    if len(strings) > most:
-        raise invalid(param, f"`{param}` has more than {most} strings.", "array_above_max_length")
+    if len(strings) > maximum:
+        raise invalid(param, f"`{param}` has more than {maximum} strings.", "array_above_max_length")
     if sum(map(len, strings)) > _MAX_CHARACTERS:
         raise invalid(param, f"`{param}` has more than {_MAX_CHARACTERS} characters.", "string_above_max_length")
 
@@ -124,7 +119,7 @@ def _logit_bias(biases: Mapping[str, Any], limits: EngineLimits) -> tuple[tuple[
 
 def _bias_id(key: str, limits: EngineLimits) -> int:
     if not (key.isascii() and key.isdecimal() and len(key) <= 10 and key == str(int(key))):
-        raise invalid("logit_bias", f"`logit_bias` has a key that is no token id: {key[:50]!r}.")
+        raise invalid("logit_bias", f"`logit_bias` has a key that is not a token id: {key[:50]!r}.")
     check_ids("logit_bias", (int(key),), limits)
     return int(key)
 
@@ -141,19 +136,21 @@ def _allowed_token_ids(body: GenerationRequest, limits: EngineLimits) -> frozens
     if body.allowed_token_ids is None:
         return None
     if not body.allowed_token_ids:
-        raise invalid("allowed_token_ids", "`allowed_token_ids` must hold at least one id.", "empty_array")
+        raise invalid("allowed_token_ids", "`allowed_token_ids` must contain at least one id.", "empty_array")
     check_ids("allowed_token_ids", body.allowed_token_ids, limits)
     return frozenset(body.allowed_token_ids)
 
 
-def _check_something_is_left(params: SamplingParams, limits: EngineLimits) -> None:
-    """Whatever has been chosen, some token is neither forbidden by min_tokens nor the last of a bad word."""
+def _check_tokens_remain(params: SamplingParams, limits: EngineLimits) -> None:
+    """Check that whatever was generated, a token remains that neither min_tokens nor a bad word forbids."""
     bad = frozenset(word[-1] for word in params.bad_words)
     forbidden = bad | params.stop_token_ids if params.min_tokens else bad
     if params.allowed_token_ids is not None:
         if params.allowed_token_ids <= forbidden:
-            message = "`allowed_token_ids` may leave nothing to choose beside `bad_words`, `min_tokens` and stop ids."
+            message = (
+                "`allowed_token_ids` could leave no token to sample, given `bad_words`, `min_tokens` and stop ids."
+            )
             raise invalid("allowed_token_ids", message)
     elif len(forbidden) >= limits.vocab_size:
         param = "bad_words" if len(bad) >= limits.vocab_size else "stop_token_ids"
-        raise invalid(param, f"`{param}` may leave no token to choose.")
+        raise invalid(param, f"`{param}` could leave no token to sample.")

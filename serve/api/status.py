@@ -6,16 +6,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve import __version__
-from serve.api.context import Endpoint
+from serve.api.context import Context
 from serve.api.json_stream import dump
 from serve.api.metrics import CONTENT_TYPE, Metrics
 from serve.api.middleware import Readiness
+from serve.api.validation import served_name
 
 
 class Status:
     """The endpoints."""
 
-    def __init__(self, context: Endpoint, metrics: Metrics, readiness: Readiness) -> None:
+    def __init__(self, context: Context, metrics: Metrics, readiness: Readiness) -> None:
         self._context = context
         self._metrics = metrics
         self._readiness = readiness
@@ -30,7 +31,7 @@ class Status:
         name = request.path_params["id"]
         if f"/{name}" in self._context.model.names:  # double slashes have been collapsed
             name = f"/{name}"
-        return _json(self._card(self._context.model_name(name)))
+        return _json(self._card(served_name(name, self._context.model.names)))
 
     async def health(self, _: Request) -> Response:
         """200 if requests are accepted, else 503."""

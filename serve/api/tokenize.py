@@ -1,19 +1,20 @@
-"""POST /tokenize and /detokenize, GET /tokenizer_info: vLLM's shapes, which lm-eval and others look for."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info, compatible with vLLM; lm-eval and others use them."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve.api.chat_prompt import chat_ids, chat_text
-from serve.api.context import Endpoint
+from serve.api.chat import chat_text
+from serve.api.context import Context
 from serve.api.errors import invalid
 from serve.api.json_stream import dump
 from serve.api.parsing import json_object, validated
 from serve.api.requests import ChatPromptFields, TokenId
-from serve.api.validation import check_ids, check_size
+from serve.api.validation import check_ids, check_size, served_name
 from serve.text.chat import encode_text
 
 _JSON = "application/json"
@@ -21,18 +22,18 @@ _MAX_IDS = 1 << 20
 
 
 class TokenizeTextRequest(BaseModel):
-    """POST /tokenize of a text."""
+    """POST /tokenize with a text."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
     prompt: str
     model: str | None = None
-    add_special_tokens: bool | None = None  # true: as completions do
+    add_special_tokens: bool | None = None  # default true, as for completions
     return_token_strs: bool | None = None
 
 
 class TokenizeChatRequest(ChatPromptFields):
-    """POST /tokenize of a chat."""
+    """POST /tokenize with a chat."""
 
     model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"required": ["messages"]})
 
@@ -53,23 +54,23 @@ class DetokenizeRequest(BaseModel):
 class Tokenization:
     """The endpoints."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._at = endpoint
+    def __init__(self, context: Context) -> None:
+        self._context = context
 
     async def tokenize(self, request: Request) -> Response:
-        """Token ids of a text or a chat, as a request to generate would have them."""
+        """Token ids of a text or a chat, equal to those that a generating endpoint uses."""
         return await self._answer(request, self._tokenize)
 
     async def detokenize(self, request: Request) -> Response:
-        """The text of token ids, special tokens written out; on demand the bytes of each."""
+        """The text of token ids with special tokens, and optionally the bytes of each token."""
         return await self._answer(request, self._detokenize)
 
     async def info(self, _: Request) -> Response:
-        """What clients want to know of a tokenizer that they do not have."""
-        tokenizer, limits = self._at.tokenizer, self._at.engine.limits
+        """Special tokens, chat template and vocabulary size."""
+        tokenizer, limits = self._context.tokenizer, self._context.engine.limits
         fields = {
             **tokenizer.special_tokens,
-            "chat_template": self._at.model.chat_template or tokenizer.chat_template,
+            "chat_template": self._context.model.chat_template or tokenizer.chat_template,
             "eos_token_ids": sorted(tokenizer.eos_token_ids),
             "special_token_ids": sorted(tokenizer.special_ids),
             "model_max_length": limits.max_model_len,
@@ -77,38 +78,39 @@ class Tokenization:
         }
         return Response(dump({"bos_token": None, "eos_token": None, "pad_token": None} | fields), media_type=_JSON)
 
-    async def _answer(self, request: Request, work: Any) -> Response:
-        async with self._at.bodies.read(request) as data:
+    async def _answer(self, request: Request, work: Callable[[bytes], bytes]) -> Response:
+        async with self._context.bodies.read(request) as data:
             return Response(await asyncio.to_thread(work, data), media_type=_JSON)
 
     def _tokenize(self, data: bytes) -> bytes:
-        at, values = self._at, json_object(data)
+        context, values = self._context, json_object(data)
         if "messages" in values:
-            chat = validated(TokenizeChatRequest, values, at.fields)
-            at.model_name(chat.model)
-            text = chat_text(chat, at)
-            check_size("messages", text, at.engine.limits)
-            return self._tokens(chat_ids(chat, text, at), shown=bool(chat.return_token_strs))
-        body = validated(TokenizeTextRequest, values, at.fields)
-        at.model_name(body.model)
-        check_size("prompt", body.prompt, at.engine.limits)
-        specials = body.add_special_tokens is not False
-        ids = encode_text(at.tokenizer, body.prompt, add_special_tokens=specials, param="prompt")
+            chat = validated(TokenizeChatRequest, values, context.fields)
+            served_name(chat.model, context.model.names)
+            text = chat_text(chat, context)
+            check_size("messages", text, context.engine.limits)
+            ids = context.chat_format.encode(text, add_special_tokens=bool(chat.add_special_tokens))
+            return self._tokens(ids, shown=bool(chat.return_token_strs))
+        body = validated(TokenizeTextRequest, values, context.fields)
+        served_name(body.model, context.model.names)
+        check_size("prompt", body.prompt, context.engine.limits)
+        special = body.add_special_tokens is not False
+        ids = encode_text(context.tokenizer, body.prompt, add_special_tokens=special, param="prompt")
         return self._tokens(ids, shown=bool(body.return_token_strs))
 
     def _tokens(self, ids: list[int], *, shown: bool) -> bytes:
-        names = [self._at.tokenizer.token_piece(token_id) for token_id in ids] if shown else None
-        limit = self._at.engine.limits.max_model_len
+        names = [self._context.tokenizer.token_piece(token_id) for token_id in ids] if shown else None
+        limit = self._context.engine.limits.max_model_len
         return dump({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": names})
 
     def _detokenize(self, data: bytes) -> bytes:
-        body = validated(DetokenizeRequest, json_object(data), self._at.fields)
-        self._at.model_name(body.model)
+        body = validated(DetokenizeRequest, json_object(data), self._context.fields)
+        served_name(body.model, self._context.model.names)
         if len(body.tokens) > _MAX_IDS:
-            message = f"`tokens` has {len(body.tokens)} ids, of at most {_MAX_IDS}."
+            message = f"`tokens` has {len(body.tokens)} ids, more than the maximum of {_MAX_IDS}."
             raise invalid("tokens", message, "array_above_max_length")
-        check_ids("tokens", body.tokens, self._at.engine.limits)
-        tokenizer = self._at.tokenizer
+        check_ids("tokens", body.tokens, self._context.engine.limits)
+        tokenizer = self._context.tokenizer
         answer: dict[str, Any] = {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}
         if body.return_token_bytes:
             answer["token_bytes"] = [list(tokenizer.token_bytes(token_id)) for token_id in body.tokens]

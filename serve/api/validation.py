@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from serve.api.errors import invalid, unsupported
+from serve.api.errors import APIError, invalid, unsupported
 from serve.api.requests import GenerationRequest
 from serve.engine.request import EngineLimits, PromptScoring
 from serve.text.chat import check_text_length
@@ -19,19 +19,34 @@ _CACHE_SALT = re.compile(r"[^@/\\\0]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
-class PromptNumbers:
+class PromptLogprobs:
     """The log-probs of prompt tokens that an answer contains."""
 
     shown: int | None  # alternatives per token in `prompt_logprobs`; None: no such field
-    echoed: int | None  # alternatives per token of an echoed prompt; None: no echo
+    echoed: int | None  # alternatives per token of an echoed prompt; None: no log-probs in the echo
     scoring: PromptScoring | None  # for the engine; None: no log-probs of the prompt
-    columns: bool = False  # in columns instead of one object per token
-    whole: bool = False  # `shown` exceeds the engine's maximum: full rows are read from the engine
+    columns: bool = False  # arrays instead of one object per token
+    full_rows: bool = False  # `shown` exceeds the engine's maximum: full rows are read from the engine
 
     @property
     def start(self) -> int:
-        """The first prompt token with log-probs; 1 unless the request sets it, as the first token has none."""
+        """Index of the first prompt token with log-probs; 1 by default, as the token at index 0 has none."""
         return 1 if self.scoring is None else self.scoring.start
+
+
+def served_name(name: str | None, names: Sequence[str]) -> str:
+    """The model's name in the response; the first of `names` if the request has none.
+
+    Raises:
+        APIError: 404 for a model that is not served.
+    """
+    if name is None:
+        return names[0]
+    if name not in names:
+        served = ", ".join(map(repr, names))
+        message = f"The model {name[:200]!r} does not exist. This server serves {served}."
+        raise APIError(404, message, "model", "model_not_found")
+    return name
 
 
 def check_common(body: GenerationRequest) -> None:
@@ -124,7 +139,7 @@ def check_number_of_ids(param: str, ids: Sequence[int], body: GenerationRequest,
         raise invalid(param, message, "context_length_exceeded")
 
 
-def prompt_numbers(body: GenerationRequest, echoed: int | None, limits: EngineLimits) -> PromptNumbers:
+def read_prompt_logprobs(body: GenerationRequest, echoed: int | None, limits: EngineLimits) -> PromptLogprobs:
     """Read `prompt_logprobs` and the fields that refine it.
 
     Args:
@@ -146,18 +161,18 @@ def prompt_numbers(body: GenerationRequest, echoed: int | None, limits: EngineLi
     start = body.prompt_logprobs_start or 0
     if start and shown is None:
         raise invalid("prompt_logprobs_start", "`prompt_logprobs_start` needs `prompt_logprobs`.")
-    whole = ids is None and shown is not None and not 0 <= shown <= limits.max_logprobs
-    if whole:
+    full_rows = ids is None and shown is not None and not 0 <= shown <= limits.max_logprobs
+    if full_rows:
         _check_full_vocabulary(shown or 0, limits)
         shown = limits.vocab_size if shown == -1 else min(shown or 0, limits.vocab_size)
     columns = body.prompt_logprobs_format == "columns"
     if columns and shown is None:
         raise invalid("prompt_logprobs_format", "`prompt_logprobs_format` needs `prompt_logprobs`.")
-    if columns and whole:
+    if columns and full_rows:
         message = f"`prompt_logprobs_format`: columns hold at most {limits.max_logprobs} alternatives per token."
         raise invalid("prompt_logprobs_format", message)
     scoring = None if shown is None else PromptScoring(max(1, start), tuple(ids or ()))
-    return PromptNumbers(shown, echoed, scoring, columns, whole)
+    return PromptLogprobs(shown, echoed, scoring, columns, full_rows)
 
 
 def _check_full_vocabulary(k: int, limits: EngineLimits) -> None:
@@ -182,23 +197,23 @@ def check_start(body: GenerationRequest, prompts: Sequence[Sequence[int]]) -> No
 
 
 def check_prompt_logprobs(
-    numbers: PromptNumbers, prompts: Sequence[Sequence[int]], copies: int, limits: EngineLimits
+    requested: PromptLogprobs, prompts: Sequence[Sequence[int]], copies: int, limits: EngineLimits
 ) -> None:
     """Limit the log-probs of prompts in one answer, which are held in memory together.
 
     Args:
         copies: how many times the answer holds those of each prompt at the same time.
     """
-    shown, echoed = (0 if k is None else k + 1 for k in (numbers.shown, numbers.echoed))
-    ids = () if numbers.scoring is None else numbers.scoring.token_ids
+    shown, echoed = (0 if k is None else k + 1 for k in (requested.shown, requested.echoed))
+    ids = () if requested.scoring is None else requested.scoring.token_ids
     largest_row = max(limits.max_logprobs, len(ids)) + 1
     # Full rows are written while they are sent, and once; only their best alternatives are held.
-    row = (largest_row if numbers.whole else shown * copies) + echoed * copies
-    count = row * sum(max(0, len(prompt) - numbers.start) for prompt in prompts)
+    row = (largest_row if requested.full_rows else shown * copies) + echoed * copies
+    count = row * sum(max(0, len(prompt) - requested.start) for prompt in prompts)
     maximum = max(_MAX_PROMPT_LOGPROBS, _FULL_LENGTHS * limits.max_model_len * largest_row)
     if count > maximum:
         message = (
             f"The answer would contain {count} log-probs of prompts, more than the maximum of {maximum}: send fewer "
             "prompts per request, or request fewer log-probs (`prompt_logprobs`, `logprobs` with `echo`, `n`)."
         )
-        raise invalid("prompt_logprobs" if numbers.echoed is None else "logprobs", message, "too_many_logprobs")
+        raise invalid("prompt_logprobs" if requested.echoed is None else "logprobs", message, "too_many_logprobs")

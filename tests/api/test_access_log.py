@@ -11,8 +11,8 @@ import httpx2
 import pytest
 
 from serve.api.access_log import AccessLog, fields_of
-from serve.api.full_vocab_logprobs import RowWriter
 from serve.api.middleware import AnswerRecord
+from serve.api.prompt_logprobs import RowWriter
 from serve.server.logs import JsonFormatter
 from tests.support.http_client import Connection, ExactRunner, Gate, chat_body, completion_body, events_of, serving
 

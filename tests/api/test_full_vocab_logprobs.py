@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from serve.api.errors import APIError
-from serve.api.full_vocab_logprobs import RowWriter
 from serve.api.json_stream import Hole, make_body
+from serve.api.prompt_logprobs import RowWriter
 from serve.engine.client import RequestHandle
 from serve.engine.request import QueueFullError, Request, TokenScores
 from tests.support.fake_runner import K, hidden_after

@@ -386,7 +386,7 @@ async def test_stop_strings_prepared_once_per_request(monkeypatch: pytest.Monkey
             made.append(len(stop))
             super().__init__(stop)
 
-    monkeypatch.setattr("serve.api.job.StopStrings", Counted)
+    monkeypatch.setattr("serve.api.handler.StopStrings", Counted)
     async with serving() as server:
         answer = await server.complete(prompt=["a", "b"], n=4, stop=["l", "xyz"])
     assert [choice["text"] for choice in answer["choices"]] == ["He"] * 8

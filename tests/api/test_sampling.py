@@ -299,5 +299,5 @@ def test_bad_words_special_token() -> None:
 
 
 def test_bad_words_without_tokens_is_error() -> None:
-    with pytest.raises(APIError, match="gives no tokens"):
+    with pytest.raises(APIError, match="without tokens"):
         bad_word_ids(["cat"], Words(cat=[], _cat=[]))

@@ -20,6 +20,7 @@ from model.kv_cache import PAGE_SIZE
 from model.weights.source import default_model_path
 from serve.api.app import create_app
 from serve.api.context import ServedModel
+from serve.api.logprobs import wire_logprobs
 from serve.api.metrics import Metrics
 from serve.api.prompt_logprobs import EntryWriter
 from serve.config.config import ServeConfig
@@ -84,7 +85,7 @@ def entries_ms(*, tokens: int, k: int) -> float:
     prompt, writer, seconds = rng.integers(0, vocabulary, tokens).tolist(), EntryWriter(tokenizer), []
     for _ in range(15):
         start = time.perf_counter()
-        writer.entries(prompt, scores, k, 1)
+        writer.entries(prompt, wire_logprobs(scores, rows, k), 1)
         seconds.append(time.perf_counter() - start)
     return 1e3 * statistics.median(seconds)
 

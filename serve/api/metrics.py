@@ -17,7 +17,7 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.registry import Collector
 
 from serve.api.middleware import AnswerRecord
-from serve.engine.observer import EngineFault, EngineGauges
+from serve.engine.observer import EngineFault, EngineGauges, Observer
 from serve.engine.request import FinishReason
 from serve.engine.request_state import RequestState
 
@@ -35,7 +35,7 @@ _HTTP = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 600)
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 
-class Metrics:
+class Metrics(Observer):
     """Collects the metrics of the engine, as its `Observer`, and of the app."""
 
     def __init__(self, model_name: str, *, max_model_len: int, vllm_names: bool) -> None:
@@ -104,21 +104,17 @@ class Metrics:
         return generate_latest(self._registry)
 
     def on_step(self, tokens: int) -> None:
-        """See `Observer`."""
         self._step.observe(tokens)
 
     def on_admitted(self, request: RequestState) -> None:
-        """See `Observer`."""
         self._prefix_queries.inc(len(request.prompt_token_ids))
         self._prefix_hits.inc(request.num_cached or 0)
         self._queue.observe(request.times.admitted - request.times.arrived)
 
     def on_preempted(self, count: int) -> None:
-        """See `Observer`."""
         self._preemptions.inc(count)
 
     def on_token(self, request: RequestState, gap: float | None) -> None:
-        """See `Observer`."""
         self._generated_tokens.inc()
         if gap is None:
             self._first.observe(request.times.first - request.times.arrived)
@@ -127,7 +123,6 @@ class Metrics:
             self._gap.observe(gap)
 
     def on_finished(self, request: RequestState, reason: FinishReason) -> None:
-        """See `Observer`."""
         self._success[reason].inc()
         if reason not in (FinishReason.STOP, FinishReason.LENGTH):
             return
@@ -150,7 +145,6 @@ class Metrics:
         self._rejections[reason].inc()
 
     def on_fault(self, kind: EngineFault) -> None:
-        """See `Observer`."""
         self._faults[kind].inc()
 
     def on_refused_connection(self, code: str) -> None:

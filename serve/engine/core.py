@@ -26,7 +26,7 @@ from model.token_logprobs import TokenLogprobs
 from serve.engine import batch
 from serve.engine.batch import ScoreRow
 from serve.engine.logprob_store import begin_prompt_scores, has_nan, store_prompt_scores, token_scores, write
-from serve.engine.observer import EngineFault, EngineGauges, NullObserver, Observer
+from serve.engine.observer import EngineFault, EngineGauges, Observer
 from serve.engine.page_pool import PagePool
 from serve.engine.request import FinishReason, TokenEvent, TokenScores, empty_scores
 from serve.engine.request_state import RequestState, RequestStatus
@@ -82,7 +82,7 @@ class EngineCore:
         observer: Observer | None = None,
     ) -> None:
         self._runner = runner
-        self._observer: Observer = observer or NullObserver()
+        self._observer = observer or Observer()
         self._pool = PagePool(runner.pages, caching=prefix_caching)
         self._unread: _InFlight | None = None
         self.in_flight = False  # the last step dispatched or read something; otherwise step() has nothing to do

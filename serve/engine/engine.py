@@ -4,7 +4,6 @@ The inbox is a queue of calls. Events leave through one asyncio queue per reques
 """
 
 import asyncio
-import concurrent.futures
 import contextlib
 import logging
 import queue
@@ -16,13 +15,14 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serve.engine.client import RequestHandle
 from serve.engine.core import Emitted, EngineCore, Runner
-from serve.engine.observer import EngineFault, EngineGauges, NullObserver, Observer
+from serve.engine.observer import EngineFault, EngineGauges, Observer
 from serve.engine.request import (
     EngineLimits,
     EngineOptions,
@@ -58,7 +58,7 @@ class Engine:
             prefix_caching=options.enable_prefix_caching,
             observer=observer,
         )
-        self._observer: Observer = observer or NullObserver()
+        self._observer = observer or Observer()
         self._random = secrets.SystemRandom() if options.seed is None else random.Random(options.seed)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams = Streams(options)
@@ -156,31 +156,29 @@ class Engine:
             EngineStoppedError: the engine has stopped, or failed on these rows.
             NotPinnedError: the request is not pinned, or its lease has expired.
         """
-        loop = asyncio.get_running_loop()
-        call = FullLogprobsCall(loop, loop.create_future(), request_id, start, count)
+        call = FullLogprobsCall(request_id, start, count)
         with self._streams.pending(call):
             self._inbox.put(lambda: self._calls.append(call))
-            return await call.result
+            return await asyncio.wrap_future(call.future)
 
     def assert_idle(self) -> None:
         """Raise AssertionError if a request is left or a page in use after all calls so far. For tests."""
-        result: concurrent.futures.Future[None] = concurrent.futures.Future()
+        checked: Future[AssertionError | None] = Future()
 
         def check() -> None:
             try:
                 self._core.assert_idle()
-                if self.load:
-                    raise AssertionError(f"{self.load} streams are open")
             except AssertionError as error:
-                result.set_exception(error)
+                checked.set_result(error)
             else:
-                result.set_result(None)
+                checked.set_result(AssertionError(f"{self.load} open streams") if self.load else None)
 
         if self._thread.is_alive():
             self._inbox.put(check)
         else:
             check()
-        result.result(_CHECK_SECONDS)
+        if error := checked.result(_CHECK_SECONDS):
+            raise error
 
     def _check_size(self, request: Request) -> None:
         length, max_model_len = len(request.prompt_token_ids), self.limits.max_model_len

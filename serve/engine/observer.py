@@ -2,7 +2,6 @@
 
 import enum
 from dataclasses import dataclass
-from typing import Protocol
 
 from serve.engine.request import FinishReason
 from serve.engine.request_state import RequestState
@@ -30,8 +29,8 @@ class EngineGauges:
     cache_usage: float  # share of pages in use, 0 to 1
 
 
-class Observer(Protocol):
-    """Callbacks of the engine."""
+class Observer:
+    """Callbacks of the engine, which do nothing here."""
 
     def on_step(self, tokens: int) -> None:
         """A step with `tokens` prompt and decode tokens was dispatched."""
@@ -50,14 +49,3 @@ class Observer(Protocol):
 
     def on_fault(self, kind: EngineFault) -> None:
         """Something failed in the engine. Called on any thread."""
-
-
-class NullObserver:
-    """An observer that does nothing."""
-
-    def on_step(self, tokens: int) -> None: ...
-    def on_admitted(self, request: RequestState) -> None: ...
-    def on_preempted(self, count: int) -> None: ...
-    def on_token(self, request: RequestState, gap: float | None) -> None: ...
-    def on_finished(self, request: RequestState, reason: FinishReason) -> None: ...
-    def on_fault(self, kind: EngineFault) -> None: ...

@@ -6,7 +6,8 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,25 +30,18 @@ type _Delivery = list[tuple[RequestHandle, TokenEvent]]
 class FullLogprobsCall:
     """A pending call of Engine.full_logprobs()."""
 
-    loop: asyncio.AbstractEventLoop
-    result: asyncio.Future[NDArray[np.float32]]
     request_id: str
     start: int
     count: int
+    future: Future[NDArray[np.float32]] = field(default_factory=Future)
 
     def resolve(self, result: NDArray[np.float32] | Exception) -> None:
-        """Set the result, unless there is one. Thread-safe."""
-
-        def resolve() -> None:
-            if self.result.done():
-                return
+        """Set the result, unless there is one or the caller has gone. Thread-safe."""
+        with contextlib.suppress(InvalidStateError):
             if isinstance(result, Exception):
-                self.result.set_exception(result)
+                self.future.set_exception(result)
             else:
-                self.result.set_result(result)
-
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self.loop.call_soon_threadsafe(resolve)
+                self.future.set_result(result)
 
 
 class Streams:

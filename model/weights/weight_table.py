@@ -1,7 +1,7 @@
 """Fills the weight table of a family from a checkpoint, or lists everything that is wrong with it."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -85,11 +85,8 @@ def load_weights[T](
         ModelLoadError: lists every problem, one per line, under the checkpoint's own names. Problems that the headers
             show are reported before any weight is read.
     """
-    targets = _plan(checkpoint)
+    targets = check_headers(checkpoint)
     stored = checkpoint.names()
-    problems = _problems(checkpoint, targets, stored)
-    if problems:
-        raise ModelLoadError.of_problems(checkpoint.path, problems)
     reader = _Reader(
         checkpoint, dtype, sum(stored[part.name].nbytes for each in targets for part in each.parts), progress
     )
@@ -108,6 +105,18 @@ def load_weights[T](
         found = [f"{name}: {what}" for name, what in reader.problems.items()]
         raise ModelLoadError.of_problems(checkpoint.path, found)
     return weights
+
+
+def check_headers(checkpoint: Checkpoint) -> Sequence[_Target]:
+    """The targets of a model's weights, which its headers are checked against.
+
+    Raises:
+        ModelLoadError: lists every missing, superfluous or unsupported tensor.
+    """
+    targets = _plan(checkpoint)
+    if problems := _problems(checkpoint, targets, checkpoint.names()):
+        raise ModelLoadError.of_problems(checkpoint.path, problems)
+    return targets
 
 
 class _UnreadableError(Exception):

@@ -75,10 +75,9 @@ class CommandLine[C]:
         self._required = [field.name for field in fields if field.default is MISSING]
         self._positional = [name for name, option in self._options.items() if option.positional]
         switched_on = frozenset(field.name for field in fields if field.default is True)
-        shown = [name.upper() if name in self._required else f"[{name.upper()}]" for name in self._positional]
         self.parser = _Parser(
             prog=prog,
-            usage=" ".join([prog, *shown, "[flags]"]),
+            usage=" ".join([prog, *map(self._usage, self._positional), "[flags]"]),
             description=description,
             epilog=epilog,
             formatter_class=functools.partial(_Help, switched_on=switched_on),
@@ -91,7 +90,8 @@ class CommandLine[C]:
         )
         for name in self._positional:
             parse = argument_type(self._options[name].parse or str)
-            self.parser.add_argument(name.upper(), nargs="?", type=parse, default=None, help=argparse.SUPPRESS)
+            count = "*" if self._options[name].many else "?"
+            self.parser.add_argument(name.upper(), nargs=count, type=parse, default=None, help=argparse.SUPPRESS)
         names = dict.fromkeys(option.group for option in self._options.values())
         ordered = [*(name for name in names if name not in order), *(name for name in order if name in names)]
         groups = {name: self.parser.add_argument_group(name) for name in ordered}
@@ -124,6 +124,10 @@ class CommandLine[C]:
         """
         return self._make(self._parse(self._words(flags)), complete)
 
+    def _usage(self, name: str) -> str:
+        word = name.upper() + " ..." * self._options[name].many
+        return word if name in self._required else f"[{word}]"
+
     def _add(self, group: argparse._ArgumentGroup, name: str, default: Any) -> None:
         option = self._options[name]
         about: dict[str, Any] = {"help": option.help + _default_text(default)}
@@ -151,7 +155,7 @@ class CommandLine[C]:
             raise ValueError(f"unrecognized argument {word}{suggestion(word, self._flags())}")
         values = vars(namespace)
         for name in self._positional:
-            if (value := values.pop(name.upper())) is not None:
+            if (value := values.pop(name.upper())) not in (None, []):
                 if name in values:
                     raise ValueError(f"argument {_flag(name)}: {name.upper()} is given twice")
                 values[name] = value

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from serve.engine.request import TokenScores
 from serve.text.tokenizer import Tokenizer
 
+LOWEST_LOGPROB = np.float32(-9999.0)  # written for a token of probability 0: JSON has no infinity
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Tokens:

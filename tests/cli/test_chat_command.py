@@ -69,7 +69,7 @@ def test_what_fails_goes_to_stderr_and_into_the_exit_code(
     code, _ = run(monkeypatch, "refuse\nHi\n", "--max-tokens", "2")
     out, error = capsys.readouterr()
     assert (code, out) == (1, "He\n")
-    assert error.startswith("error: It is refused.; after /reset")
+    assert error.startswith("error: The chat template refused the messages: It is refused. Use /reset")
 
 
 def fails_with(error: BaseException) -> Any:

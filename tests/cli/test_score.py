@@ -1,5 +1,6 @@
 """`python -m serve score` from its flags to its files, on a model whose arithmetic can be done by hand."""
 
+import csv
 import errno
 import fcntl
 import math
@@ -16,7 +17,8 @@ import orjson
 import pyarrow.parquet
 import pytest
 
-from serve.cli.score import command, journal, parquet
+from serve import llm
+from serve.cli.score import command, formats, journal
 from serve.cli.score.config import parse_args
 from serve.server.model_files import StartupError
 from tests.support.fake_runner import hidden_after
@@ -51,7 +53,7 @@ class Command:
         """The exit code; what is said is in `out` and `err`."""
         told = Told()
         self.patch.setattr(command, "start_reporting", lambda _: told)
-        self.patch.setattr(command, "load", self.load or fake_load(self.runner, self.fingerprint))
+        self.patch.setattr(llm, "load", self.load or fake_load(self.runner, self.fingerprint))
         code = command.main(parse_args([str(file), *flags]))
         said = self.capture.readouterr()
         self.out, self.err = said.out, said.err + "\n".join(told.lines)
@@ -184,7 +186,7 @@ def test_a_broken_line_stops_with_its_number_and_the_corrected_file_goes_on(scor
     assert "rows.logprobs.jsonl" not in score.names
     score.rows([*rows[:3], "repaired", *rows[3:]])
     assert score(file) == 0
-    assert "goes on after line 3" in score.err
+    assert "resuming after line 3" in score.err
     assert [row["line"] for row in score.output] == [1, 2, 3, 4, 5, 6]
     assert bytes(score.output[3]["token_ids"]) == b"repaired"
 
@@ -201,7 +203,7 @@ def test_broken_lines_are_skipped_by_flag(score: Command) -> None:
 
 def test_a_text_above_the_context_is_an_error_that_names_the_way_out(score: Command) -> None:
     assert score(score.rows(["x" * (CONTEXT + 1)])) == 1
-    assert "rows.jsonl:1: has 129 tokens, above the 128 of the context: --long window" in score.err
+    assert "rows.jsonl:1: has 129 tokens, above the context of 128: use --long window" in score.err
 
 
 def test_a_number_that_is_none_is_the_lines_error(score: Command) -> None:
@@ -225,6 +227,22 @@ def test_parquet_has_the_rows_of_jsonl(score: Command) -> None:
     assert not [name for name in score.names if name.endswith((".partial", ".tmp"))]
 
 
+def test_csv_has_the_sums_of_each_line(score: Command) -> None:
+    file = score.rows([{"id": "x, y", "text": "Hello"}, {"prompt": "a", "completion": "bc"}, {"text": "é"}])
+    assert score(file) == 0
+    assert score(file, "--output", str(score.folder / "out.csv")) == 0
+    with (score.folder / "out.csv").open(encoding="utf-8", newline="") as stream:
+        rows = [*csv.DictReader(stream)]
+    assert [row["id"] for row in rows] == ["x, y", "", ""]
+    for row, expected in zip(rows, score.output, strict=True):
+        assert (int(row["line"]), int(row["num_tokens"])) == (expected["line"], expected["num_tokens"])
+        assert float(row["logprob"]) == expected["logprob"]
+        assert float(row["perplexity"]) == expected["perplexity"]
+    assert float(rows[1]["completion_logprob"]) == score.output[1]["completion_logprob"]
+    assert rows[0]["completion_logprob"] == ""
+    assert "token_ids" not in rows[0]
+
+
 def test_a_complete_output_is_left_alone_without_a_model(score: Command) -> None:
     file = score.rows(some_rows(3))
     assert score(file) == 0
@@ -233,14 +251,14 @@ def test_a_complete_output_is_left_alone_without_a_model(score: Command) -> None
     assert score(file) == 0
     assert score.output == before
     assert score.out.splitlines()[:3] == summary
-    assert "it was complete" in score.out
+    assert "the output was complete" in score.out
     before_text = file.read_bytes()
     file.write_bytes(before_text + b'\n"one more"')
     assert score(file) == 1
     assert "rows.jsonl has got line 5 since it was scored" in score.err
     file.write_bytes(before_text.replace(b"row 1", b"row 7"))  # as long as before
     assert score(file) == 1
-    assert "rows.jsonl is no longer what it was" in score.err
+    assert "rows.jsonl has changed up to line" in score.err
     assert score.output == before
 
 
@@ -260,7 +278,7 @@ def test_a_signal_keeps_what_is_scored_and_the_same_command_goes_on(score: Comma
         assert score(file, *flags) == 128 + number
     finally:
         signal.signal(number, previous)
-    assert "the same command goes on from there" in score.err
+    assert "run the same command again to resume" in score.err
     kept = score.folder / "rows.logprobs.jsonl.partial"
     assert 0 < len(read_lines(kept)) < 40
     score.runner.before_call = lambda _: None
@@ -280,12 +298,12 @@ def begun(score: Command) -> Path:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (("--dtype", "float32"), "--dtype was auto, is float32"),
-        (("--top-logprobs", "1"), "--top-logprobs was 0, is 1"),
-        (("--long", "window"), "--long was error, is window"),
-        (("--no-per-token",), "--per-token was True, is False"),
-        (("--format", "parquet", "--output", "{}/rows.logprobs.jsonl"), "format was jsonl, is parquet"),
-        (("--limit", "1"), "--limit was not said, is 1"),
+        (("--dtype", "float32"), "started with --dtype auto, not float32"),
+        (("--top-logprobs", "1"), "--top-logprobs 0, not 1"),
+        (("--long", "window"), "--long error, not window"),
+        (("--no-per-token",), "--per-token True, not False"),
+        (("--format", "parquet", "--output", "{}/rows.logprobs.jsonl"), "format jsonl, not parquet"),
+        (("--limit", "1"), "--limit unset, not 1"),
     ],
     ids=" ".join,
 )
@@ -300,14 +318,14 @@ def test_other_weights_or_programs_or_lines_are_refused(score: Command, monkeypa
     file = begun(score)
     score.fingerprint = "other"
     assert score(file) == 1
-    assert "fingerprint was fp, is other" in score.err
+    assert "fingerprint fp, not other" in score.err
     score.fingerprint = "fp"
     score.rows(["one", "too", "three"])
     assert score(file) == 1
-    assert "is no longer what it was up to line 2" in score.err
+    assert "has changed up to line 2" in score.err
     monkeypatch.setattr(command, "model_digest", lambda *_: "other")
     assert score(file) == 1
-    assert "weights was" in score.err
+    assert "started with weights " in score.err
 
 
 def test_overwrite_begins_anew(score: Command) -> None:
@@ -331,7 +349,7 @@ def test_overwrite_touches_nothing_before_there_is_something_else(score: Command
         assert score.output == before
     score.load = fail_if_loaded
     assert score(file) == 0
-    assert "it was complete" in score.out
+    assert "the output was complete" in score.out
     score.load = None
     score.rows([1])
     assert score(file, "--overwrite") == 1
@@ -342,9 +360,9 @@ def test_overwrite_touches_nothing_before_there_is_something_else(score: Command
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (("--long", "window"), "context was 128, is 64; context stride was 64, is 32"),
-        (("--long", "window", "--stride", "20"), "context was 128, is 64"),
-        (("--long", "truncate"), "context was 128, is 64"),
+        (("--long", "window"), "context 128, not 64, context stride 64, not 32"),
+        (("--long", "window", "--stride", "20"), "context 128, not 64"),
+        (("--long", "truncate"), "context 128, not 64"),
         ((), None),  # a text that fits has the same numbers in any context
     ],
     ids=str,
@@ -410,13 +428,13 @@ def test_two_processes_do_not_write_to_one_output(score: Command) -> None:
 def test_an_output_is_nobody_elses_until_it_is_made(score: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     file, flags = score.rows(["one"]), ("--output", str(score.folder / "out.parquet"))
     other = Command(score.folder, score.patch, score.capture)
-    write, others = parquet.write_parquet, []
+    write, others = formats.write_parquet, []
 
     def write_beside_another(*arguments: Any, **options: Any) -> None:
         others.append(other(file, *flags))
         write(*arguments, **options)
 
-    monkeypatch.setattr(parquet, "write_parquet", write_beside_another)
+    monkeypatch.setattr(command, "write_parquet", write_beside_another)
     assert score(file, *flags) == 0
     assert others == [1]
     assert "another process writes" in other.err
@@ -442,7 +460,7 @@ def test_who_waits_for_the_rows_does_not_take_the_output_for_them(
     monkeypatch.setattr(fcntl, "flock", finished_before)
     assert score(file, *flags) == (1 if flags else 0)
     assert [row["line"] for row in score.output] == [1, 2, 3]
-    assert "it was complete" in score.out or flags
+    assert "the output was complete" in score.out or flags
     assert "rows.logprobs.jsonl.partial" not in score.names
 
 
@@ -451,10 +469,10 @@ def test_rows_that_are_missing_are_not_papered_over(score: Command) -> None:
     partial = score.folder / "rows.logprobs.jsonl.partial"
     partial.write_bytes(partial.read_bytes()[:-1])
     assert score(file) == 1
-    assert "lacks rows that rows.logprobs.jsonl.meta.json tells of" in score.err
+    assert "lacks rows that rows.logprobs.jsonl.meta.json lists" in score.err
     partial.unlink()
     assert score(file) == 1
-    assert "lacks rows that rows.logprobs.jsonl.meta.json tells of" in score.err
+    assert "lacks rows that rows.logprobs.jsonl.meta.json lists" in score.err
     assert not partial.exists()
 
 
@@ -477,7 +495,7 @@ def test_what_cannot_be_opened_is_said_in_one_line(score: Command) -> None:
     assert score(file, "--output", str(score.folder / "no" / "out.jsonl")) == 1
     assert "there is no folder" in score.err
     assert score(file, "--long", "window", "--stride", str(CONTEXT)) == 1
-    assert "--stride 128: it must be below the context of 128 tokens" in score.err
+    assert "--stride 128: must be below the context of 128 tokens" in score.err
 
 
 def test_an_empty_file_has_an_empty_output(score: Command) -> None:
@@ -499,6 +517,7 @@ def test_only_the_first_lines(score: Command) -> None:
         ((), "FILE"),
         (("rows", "--stride", "5"), "--stride"),
         (("rows", "--top-logprobs", "1", "--no-per-token"), "--top-logprobs"),
+        (("rows", "--top-logprobs", "1", "--output", "x.csv"), "write .jsonl or .parquet"),
         (("rows", "--output", "rows"), "--output"),
         (("rows", "--long", "never"), "--long"),
         (("rows", "--seed", "1"), "--seed"),

@@ -1,29 +1,29 @@
-"""Many texts in the engine at once: in order, within bounds, each with its own failure."""
+"""Many lines in flight: results in order, within bounds, and each line with its own failure."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from serve.cli.score.errors import ScoreError
-from serve.cli.score.run import InFlight, Outcome, Pipeline, Work
+from serve.cli.score.scoring import Outcome, Work, score_line
 from serve.cli.score.source import Line
-from serve.cli.score.texts import Text
-from serve.cli.score.windows import Context
+from serve.cli.score.texts import Context, Text
 from serve.engine.client import EngineClient, RequestHandle
 from serve.engine.request import EngineLimits, EngineStoppedError, FinishReason, Request, TokenEvent, empty_scores
 from serve.engine.request_state import RequestState
+from serve.jobs.request_queue import InFlight, RequestQueue
+from serve.jobs.score import EncodedText, Scorer
 
 K = 3
 
 
 class FakeEngine:
-    """Answers the request that came last first. A prompt's log-probs are minus its tokens.
+    """Answers the last request first. A prompt's log-probs are its negated tokens.
 
-    One that begins with 0 fails, with 1 finds the engine stopped, with 2 gets NaN.
+    A prompt that starts with 0 fails, with 1 finds the engine stopped, with 2 gets a NaN.
     """
 
     limits = EngineLimits(1000, K, 1000, 1000, 128, whole_vocabulary=False)
@@ -73,17 +73,23 @@ def works(texts: Sequence[list[int]], taken: list[int], size: int = 1000) -> Ite
         taken.append(number)
         line = Line(number, b"", 0, 0)
         if ids:
-            yield Work(line, Text(ids, None), tuple(context.windows(len(ids))))
+            yield Work(line, Text(EncodedText(ids)), context.windows(len(ids)))
         else:
             yield Work(line, error="it is empty")
 
 
+def stream(engine: FakeEngine, items: Iterator[Work], bounds: InFlight) -> AsyncGenerator[Outcome]:
+    queue = RequestQueue(cast("EngineClient", engine), bounds)
+    scorer = Scorer(queue, 2)
+    return queue.run_in_order(items, lambda work: score_line(work, scorer), lambda work: work.num_tokens)
+
+
 async def outcomes(engine: FakeEngine, texts: Sequence[list[int]], bounds: InFlight, size: int = 1000) -> list[Outcome]:
-    """All outcomes; fails if more is read ahead than the bounds allow."""
+    """All outcomes; asserts that no more items are read ahead than the bounds allow."""
     taken: list[int] = []
     found: list[Outcome] = []
-    async with aclosing(Pipeline(cast("EngineClient", engine), bounds, 2).outcomes(works(texts, taken, size))) as each:
-        async for outcome in each:
+    async with aclosing(stream(engine, works(texts, taken, size), bounds)) as results:
+        async for outcome in results:
             found.append(outcome)
             assert len(taken) - len(found) <= bounds.requests
     return found
@@ -93,7 +99,7 @@ def texts_of(count: int) -> list[list[int]]:
     return [[3, *range(4, 5 + i % 7)] for i in range(count)]
 
 
-async def test_results_come_in_order_from_many_at_once() -> None:
+async def test_run_in_order_keeps_the_order_of_concurrent_items() -> None:
     engine, texts = FakeEngine(), texts_of(50)
     found = await outcomes(engine, texts, InFlight(requests=8, tokens=1000))
     assert [outcome.work.line.number for outcome in found] == list(range(1, 51))
@@ -101,11 +107,11 @@ async def test_results_come_in_order_from_many_at_once() -> None:
         assert outcome.scores is not None
         assert (-outcome.scores.logprob).tolist() == text[1:]
         assert outcome.scores.top_logprobs.shape == (len(text) - 1, 2)
-        assert outcome.scores.top_logprobs.base is None  # the rest is not kept
+        assert outcome.scores.top_logprobs.base is None  # a copy, not a view of all alternatives
     assert engine.most == 8
 
 
-async def test_tokens_bound_what_is_in_flight_and_a_longer_text_is_alone() -> None:
+async def test_run_in_order_bounds_tokens_and_runs_a_longer_text_alone() -> None:
     engine = FakeEngine()
     texts = [*texts_of(20), [3] * 70, *texts_of(20)]
     found = await outcomes(engine, texts, InFlight(requests=8, tokens=20))
@@ -116,7 +122,7 @@ async def test_tokens_bound_what_is_in_flight_and_a_longer_text_is_alone() -> No
     assert 10 < small.most_tokens <= 20
 
 
-async def test_windows_of_a_long_text_share_the_bound() -> None:
+async def test_windows_of_a_long_text_share_the_bound_of_requests() -> None:
     engine, text = FakeEngine(), [3, *range(4, 500)]
     [long, short] = await outcomes(engine, [text, [3, 4]], InFlight(requests=4, tokens=1000), size=20)
     assert long.scores is not None
@@ -126,7 +132,7 @@ async def test_windows_of_a_long_text_share_the_bound() -> None:
     assert engine.all > 40
 
 
-async def test_one_tokens_text_asks_nothing() -> None:
+async def test_score_of_one_token_sends_no_request() -> None:
     engine = FakeEngine()
     [outcome] = await outcomes(engine, [[5]], InFlight(4, 100))
     assert outcome.error is None
@@ -134,29 +140,27 @@ async def test_one_tokens_text_asks_nothing() -> None:
     assert len(outcome.scores.logprob) == engine.all == 0
 
 
-async def test_a_failure_is_its_own_lines() -> None:
+async def test_a_failed_request_affects_its_line_only() -> None:
     found = await outcomes(FakeEngine(), [[3, 4], [0, 4], [], [2, 4], [3, 5]], InFlight(8, 100))
     assert [outcome.error for outcome in found] == [
         None,
         "the engine failed: it broke",
         "it is empty",
-        "the engine failed: a log-prob is not a number",
+        "the engine failed: a log-prob is NaN",
         None,
     ]
 
 
-async def test_a_stopped_engine_ends_all_and_leaves_nothing_running() -> None:
+async def test_run_in_order_ends_with_a_stopped_engine_and_aborts_the_rest() -> None:
     engine = FakeEngine()
-    with pytest.raises(ScoreError, match="the engine has stopped"):
+    with pytest.raises(EngineStoppedError):
         await outcomes(engine, [[3, 4], [3, 4], [1, 4], [3, 5], [3, 6]], InFlight(8, 100))
     assert not engine.open
 
 
-async def test_who_stops_reading_leaves_nothing_running() -> None:
+async def test_run_in_order_aborts_the_rest_when_closed() -> None:
     engine = FakeEngine()
-    async with aclosing(
-        Pipeline(cast("EngineClient", engine), InFlight(8, 100), 0).outcomes(works(texts_of(50), []))
-    ) as each:
-        await anext(each)
+    async with aclosing(stream(engine, works(texts_of(50), []), InFlight(8, 100))) as results:
+        await anext(results)
         assert engine.open
     assert not engine.open

@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.cli.score import source
-from serve.cli.score.errors import LineError, ScoreError
-from serve.cli.score.source import Line, open_source
-from serve.cli.score.texts import Text, TextReader
-from serve.cli.score.windows import Context, make_context
+from serve.cli.score.source import Line, LineError, ScoreError, open_source
+from serve.cli.score.texts import Context, Text, TextReader, make_context
+from serve.jobs.score import EncodedText, TextEncoder
 from serve.text.chat import ChatFormat
 from tests.support.http_client import VOCAB_SIZE, byte_tokenizer
 
@@ -77,8 +76,8 @@ def test_a_checksum_is_of_all_lines_so_far(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b""])
 def test_a_line_that_is_too_long_is_skipped_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: bytes) -> None:
-    monkeypatch.setattr(source, "_LONGEST", 10)
-    monkeypatch.setattr(source, "_PIECE", 4)
+    monkeypatch.setattr(source, "_MAX_LINE", 10)
+    monkeypatch.setattr(source, "_CHUNK", 4)
     path = tmp_path / "a.txt"
     path.write_bytes(b"x" * 10 + b"\n" + b"y" * 25 + end + (b"after" if end else b""))
     first, second, *rest = lines_of(path)
@@ -122,11 +121,11 @@ def test_a_parquet_column_that_is_no_text_is_the_lines_error(tmp_path: Path) -> 
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": [b"bytes"]}), path)
     [line] = lines_of(path)
-    assert "no text" in (line.error or "")
+    assert "not text" in (line.error or "")
 
 
 def read(value: Any, template: str | None = None, **options: Any) -> Text:
-    reader = TextReader(ChatFormat(byte_tokenizer(), template), VOCAB_SIZE, **options)
+    reader = TextReader(TextEncoder(ChatFormat(byte_tokenizer(), template), VOCAB_SIZE), **options)
     return reader.read(Line(1, orjson.dumps(value), 0, 0), is_text=False)
 
 
@@ -154,14 +153,14 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
     ids=str,
 )
 def test_a_row_says_what_is_scored(row: Any, text: bytes, start: int | None) -> None:
-    found = read(row)
-    assert bytes(found.token_ids) == text
-    assert found.completion_start == start
+    encoded = read(row).encoded
+    assert bytes(encoded.token_ids) == text
+    assert encoded.completion_start == start
 
 
 def test_a_named_field_stands_alone() -> None:
     row = {"body": "here", "text": "not here", "id": "x"}
-    assert read(row, text_field="body") == Text(list(b"here"), None, "x")
+    assert read(row, text_field="body") == Text(EncodedText(list(b"here")), "x")
     with pytest.raises(LineError, match="has no body"):
         read({"text": "x", "prompt": "a", "completion": "b"}, text_field="body")
 
@@ -169,7 +168,7 @@ def test_a_named_field_stands_alone() -> None:
 def test_another_template_is_taken_and_sees_the_tools() -> None:
     row = {"messages": [USER], "tools": [{"name": "hammer"}]}
     template = "{% for tool in tools %}{{ tool.name }}{% endfor %}{{ messages[0].content }}"
-    assert bytes(read(row, template).token_ids) == b"hammera"
+    assert bytes(read(row, template).encoded.token_ids) == b"hammera"
 
 
 @pytest.mark.parametrize(
@@ -178,14 +177,14 @@ def test_another_template_is_taken_and_sees_the_tools() -> None:
         (3, "neither a JSON object nor a string"),
         ({}, "has no text, prompt and completion, messages or token_ids"),
         ({"prompt": "a"}, "has no text"),
-        ({"text": ""}, "gives no tokens"),
-        ({"text": 3}, "text is neither a string"),
-        ({"token_ids": []}, "gives no tokens"),
-        ({"token_ids": [1, True]}, r"token_ids\[1\] is not a token id"),
-        ({"token_ids": [VOCAB_SIZE]}, r"token_ids\[0\]: 260 is not in the vocabulary of 260 tokens"),
-        ({"prompt": "a", "completion": ""}, "the completion gives no tokens"),
-        ({"prompt": [97], "completion": []}, "the completion gives no tokens"),
-        ({"prompt": "", "completion": "b"}, "the prompt gives no tokens"),
+        ({"text": ""}, "`text` gives no tokens"),
+        ({"text": 3}, "`text` must be a string, a list of token ids or a list of messages"),
+        ({"token_ids": []}, "`token_ids` gives no tokens"),
+        ({"token_ids": [1, True]}, r"`token_ids\[1\]` is not a token id"),
+        ({"token_ids": [VOCAB_SIZE]}, r"`token_ids\[0\]`: 260 is not in the vocabulary of 260 tokens"),
+        ({"prompt": "a", "completion": ""}, "The completion gives no tokens"),
+        ({"prompt": [97], "completion": []}, "The completion gives no tokens"),
+        ({"prompt": "", "completion": "b"}, "The prompt gives no tokens"),
         ({"prompt": "a", "completion": [98]}, "must both be"),
         ({"messages": [{"content": "a"}]}, r"messages\[0\]` is not a message with a role"),
         ({"messages": [USER, "a"]}, r"messages\[1\]` is not a message"),
@@ -201,7 +200,7 @@ def test_a_broken_row_says_what_is_wrong(row: Any, told: str) -> None:
 
 
 def test_a_lone_surrogate_is_the_lines_error() -> None:
-    reader = TextReader(ChatFormat(byte_tokenizer()), VOCAB_SIZE)
+    reader = TextReader(TextEncoder(ChatFormat(byte_tokenizer()), VOCAB_SIZE))
     with pytest.raises(LineError, match="is not JSON"):
         reader.read(Line(1, b'"\\ud800"', 0, 0), is_text=False)
 
@@ -215,10 +214,10 @@ class Merging:
 
 
 def test_a_token_across_the_seam_is_the_completions() -> None:
-    reader = TextReader(ChatFormat(Merging()), VOCAB_SIZE)  # type: ignore[arg-type]  # encode() is all that is used
+    chats = ChatFormat(Merging())  # type: ignore[arg-type]  # encode() is all that is used
+    reader = TextReader(TextEncoder(chats, VOCAB_SIZE))
     found = reader.read(Line(1, b'{"prompt": "xa", "completion": "bc"}', 0, 0), is_text=False)
-    assert found.token_ids == [ord("x"), 1, ord("c")]
-    assert found.completion_start == 1
+    assert found.encoded == EncodedText([ord("x"), 1, ord("c")], 1)
 
 
 @given(tokens=st.integers(1, 60), size=st.integers(2, 20), data=st.data())
@@ -241,7 +240,7 @@ def ends(windows: Sequence[Any]) -> list[int]:
 
 def test_what_is_too_long_is_an_error_or_cut() -> None:
     assert ends(make_context(10, "error", None).windows(10)) == [10]
-    with pytest.raises(LineError, match="has 11 tokens, above the 10"):
+    with pytest.raises(LineError, match="has 11 tokens, above the context of 10: use --long window"):
         make_context(10, "error", None).windows(11)
     assert ends(make_context(10, "truncate", None).windows(11)) == [10]
     assert ends(make_context(10, "window", None).windows(16)) == [10, 15, 16]

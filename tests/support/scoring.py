@@ -20,6 +20,7 @@ import orjson
 from compiled.runner import ModelRunner
 from compiled.state import MAX_REQUESTED_IDS
 from model.kv_cache import PAGE_SIZE
+from serve import llm
 from serve.cli.score import command, journal
 from serve.cli.score.config import parse_args
 from serve.config.config import EngineConfig
@@ -152,9 +153,9 @@ def _survived(rows: Path, output: Path, first: int) -> int:
 def main(folder: Path) -> None:
     """Prints how many kills were survived for each format, or raises."""
     with (
-        patch.object(command, "load", fake_load(byte_runner())),
+        patch.object(llm, "load", fake_load(byte_runner())),
         patch.object(command, "start_reporting", lambda _: Reporter(sys.stderr)),
-        patch.object(journal, "_EVERY", 0.0),  # a checkpoint after each line
+        patch.object(journal, "_INTERVAL", 0.0),  # a checkpoint after each line
     ):
         rows = write_lines(folder / "rows.jsonl", some_rows(3))
         kills = _survived(rows, folder / "out.jsonl", 0)

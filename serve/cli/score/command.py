@@ -1,4 +1,4 @@
-"""The command line."""
+"""`logprobd score`: joins files, model and engine."""
 
 import asyncio
 import hashlib
@@ -11,227 +11,202 @@ from types import FrameType
 from typing import Any, BinaryIO, Self
 
 from serve.cli.score.config import ScoreConfig
-from serve.cli.score.errors import ScoreError
-from serve.cli.score.identity import files_digest, model_digest
+from serve.cli.score.formats import write_csv, write_parquet
 from serve.cli.score.journal import (
     Checkpoint,
-    Finish,
     Journal,
     Paths,
     check_same,
+    files_digest,
     finish,
+    model_digest,
     open_journal,
     open_rows,
     read_checkpoint,
 )
-from serve.cli.score.progress import open_meter
+from serve.cli.score.progress import open_meter, summary
 from serve.cli.score.rows import RowWriter
-from serve.cli.score.run import InFlight, Pipeline
 from serve.cli.score.scoring import Scoring, check_no_more, first_lines
-from serve.cli.score.source import Source, open_source
-from serve.cli.score.texts import TextReader
-from serve.cli.score.totals import summary
-from serve.cli.score.windows import Context, make_context
+from serve.cli.score.source import ScoreError, Source, open_source
+from serve.cli.score.texts import Context, TextReader, make_context
+from serve.jobs.request_queue import RequestQueue
+from serve.jobs.score import TextEncoder
+from serve.llm import LLM
 from serve.server.console import Reporter, start_reporting
 from serve.server.model_files import STARTUP_ERRORS, chosen_template
-from serve.server.startup import Loaded, load
 from serve.server.startup_events import failed, interrupted
-from serve.text.chat import ChatFormat
 
-_ROUNDS = 4  # requests in the engine for each that runs: it shall never wait for one
-_MAX_TOKENS = 2**17  # of texts in flight: some tens of MB, with 20 alternatives each
-
-_OF_LOADED = ("fingerprint", "context", "context_stride")  # what rows were made with and only a loaded model tells
-_GOES_ON = "stopped; the same command goes on from there"
+_OF_LOADED = ("fingerprint", "context", "context_stride")  # parts of `Checkpoint.made_with` that need a loaded model
+_STOPPED = "stopped; run the same command again to resume"
 
 
 class _StoppedError(Exception):
-    """A signal came."""
+    """A signal ended the run."""
 
     def __init__(self, code: int, line: int) -> None:
         super().__init__()
-        self.code = code  # the exit code
-        self.line = line  # the last that is written
+        self.code = code  # exit code
+        self.line = line  # last line that is written
 
 
 def main(config: ScoreConfig) -> int:
-    """Returns the exit code, as --help says."""
+    """Score a file and return the exit code that --help lists."""
     reporter = start_reporting(config)
     paths = Paths(config.writes_to)
     try:
-        at, rate = _score(config, paths, reporter)
+        checkpoint, speed = _score(config, paths, reporter)
     except (*STARTUP_ERRORS, ScoreError) as error:
         reporter.report(failed(str(error)))
         return 1
     except OSError as error:
         reporter.report(failed(f"{error.filename or paths.output}: {error.strerror or error}"))
         return 1
-    except KeyboardInterrupt:  # before the first line, or after the last
-        reporter.report(failed(_GOES_ON) if paths.meta.exists() else interrupted())
+    except KeyboardInterrupt:  # before the first line or after the last
+        reporter.report(failed(_STOPPED) if paths.meta.exists() else interrupted())
         return 130
     except _StoppedError as stopped:
-        reporter.report(failed(f"after line {stopped.line:,}: {_GOES_ON}"))
+        reporter.report(failed(f"after line {stopped.line:,}: {_STOPPED}"))
         return stopped.code
-    for name, value in (*summary(at.sums), *rate, ("output", str(paths.output))):
+    for name, value in (*summary(checkpoint.sums), *speed, ("output", str(paths.output))):
         print(f"{name:<11} {value}")
     return 0
 
 
 def _score(config: ScoreConfig, paths: Paths, reporter: Reporter) -> tuple[Checkpoint, list[tuple[str, str]]]:
-    """Scores what is left; where the rows stand, and how fast it was."""
+    """Score the remaining lines. Returns the final checkpoint and the speed as an entry of the summary."""
     if not paths.output.parent.is_dir():
         raise ScoreError(f"--output {paths.output}: there is no folder {paths.output.parent}")
     with open_source(config.file, TextReader.fields(config.text_field)) as source, open_rows(paths) as rows:
-        at = _begin(config, paths)
-        rate = "nothing to do: it was complete"
-        if at.complete:
-            check_no_more(config.file, first_lines(source, config.limit), at)
+        checkpoint = _previous(config, paths)
+        speed = "nothing to do: the output was complete"
+        if checkpoint.complete:
+            check_no_more(config.file, first_lines(source, config.limit), checkpoint)
         else:
-            rate = _go_on(config, paths, source, rows, at, reporter)
-        finish(paths, rows, at, _converter(config))
-    return at, [("speed", rate)] if rate else []
+            speed = _resume(config, paths, source, rows, checkpoint, reporter)
+        finish(paths, rows, checkpoint, _converter(config))
+    return checkpoint, [("speed", speed)] if speed else []
 
 
-def _begin(config: ScoreConfig, paths: Paths) -> Checkpoint:
-    """Where to begin: behind what an earlier run has written, if anything."""
-    wanted = _identity(config)
-    found = None if config.overwrite else read_checkpoint(paths)
-    if found is None or not (found.line or found.complete):
-        return Checkpoint(wanted)
-    check_same(paths, found.made_with, wanted | {name: found.made_with.get(name) for name in _OF_LOADED})
-    return found
+def _previous(config: ScoreConfig, paths: Paths) -> Checkpoint:
+    """The checkpoint of an earlier run with the same configuration, or a new one."""
+    made_with = _identity(config)
+    checkpoint = None if config.overwrite else read_checkpoint(paths)
+    if checkpoint is None or not (checkpoint.line or checkpoint.complete):
+        return Checkpoint(made_with)
+    check_same(paths, checkpoint.made_with, made_with | {name: checkpoint.made_with.get(name) for name in _OF_LOADED})
+    return checkpoint
 
 
-def _go_on(
-    config: ScoreConfig, paths: Paths, source: Source, rows: BinaryIO, at: Checkpoint, reporter: Reporter
+def _resume(
+    config: ScoreConfig, paths: Paths, source: Source, rows: BinaryIO, checkpoint: Checkpoint, reporter: Reporter
 ) -> str:
-    """Scores what is left; how fast it was. Until the model is loaded, nothing of an earlier run is touched."""
-    loaded = load(config.engine, reporter)
-    limits = loaded.limits
-    context = make_context(min(limits.max_model_len, limits.cache_tokens), config.long, config.stride)
-    made_with = at.made_with | dict(zip(_OF_LOADED, (loaded.fingerprint, *_told_of(context)), strict=True))
-    if at.line:
-        check_same(paths, at.made_with, made_with)
-    at.made_with = made_with
-    with open_journal(paths, rows, at) as journal:
-        before, begun = at.sums.scored, time.monotonic()
-        _drive(config, _scoring(config, source, loaded, context), loaded, journal)
-        at.complete = True
-    new, seconds = at.sums.scored - before, time.monotonic() - begun
-    return f"{new / seconds:,.0f} tokens/s" if new else ""
-
-
-def _told_of(context: Context) -> tuple[int | None, int | None]:
-    """Size and stride, where numbers depend on them."""
-    return (
-        None if context.long == "error" else context.size,
-        context.stride if context.long == "window" else None,
-    )
+    """Score from a checkpoint on and return the speed. Changes no file until the model is loaded."""
+    with LLM.open(config.engine, reporter) as llm:
+        limits = llm.loaded.limits
+        context = make_context(min(limits.max_model_len, limits.cache_tokens), config.long, config.stride)
+        made_with = checkpoint.made_with | {"fingerprint": llm.loaded.fingerprint} | context.identity()
+        if checkpoint.line:
+            check_same(paths, checkpoint.made_with, made_with)
+        checkpoint.made_with = made_with
+        with open_journal(paths, rows, checkpoint) as journal:
+            before, start = checkpoint.sums.scored, time.monotonic()
+            _run(config, _scoring(config, source, llm, context), llm, journal)
+            checkpoint.complete = True
+    scored, seconds = checkpoint.sums.scored - before, time.monotonic() - start
+    return f"{scored / seconds:,.0f} tokens/s" if scored else ""
 
 
 def _identity(config: ScoreConfig) -> dict[str, Any]:
-    said = config.identity() | {"weights": model_digest(config.model, config.revision)}
+    """Everything that determines the rows and is known before the model is loaded."""
+    values = config.identity() | {"weights": model_digest(config.model, config.revision)}
     if config.tokenizer is not None:
-        said["tokenizer"] += f" ({files_digest(config.tokenizer.expanduser())})"
+        values["tokenizer"] += f" ({files_digest(config.tokenizer.expanduser())})"
     if (template := chosen_template(config)) is not None:
-        said["chat_template"] = f"sha256 {hashlib.sha256(template.encode()).hexdigest()[:16]}"
-    return said
+        values["chat_template"] = f"sha256 {hashlib.sha256(template.encode()).hexdigest()[:16]}"
+    return values
 
 
-def _scoring(config: ScoreConfig, source: Source, loaded: Loaded, context: Context) -> Scoring:
+def _scoring(config: ScoreConfig, source: Source, llm: LLM, context: Context) -> Scoring:
+    encoder = TextEncoder(llm.chats, llm.loaded.limits.vocab_size, config.add_special_tokens)
     return Scoring(
-        config.file,
-        source,
-        reader=TextReader(
-            ChatFormat(loaded.tokenizer, loaded.chat_template),
-            loaded.limits.vocab_size,
-            text_field=config.text_field,
-            add_special_tokens=config.add_special_tokens,
-        ),
+        path=config.file,
+        source=source,
+        reader=TextReader(encoder, config.text_field),
         context=context,
         writer=RowWriter(
-            loaded.tokenizer,
+            llm.loaded.tokenizer,
             alternatives=config.top_logprobs,
-            per_token=config.per_token,
+            per_token=config.writes_tokens,
             windowed=config.long == "window",
-            id_as_text=config.writes_parquet,
+            id_as_text=config.output_format != "jsonl",
         ),
+        alternatives=config.top_logprobs,
         limit=config.limit,
         skips=config.on_error == "skip",
     )
 
 
-def _drive(config: ScoreConfig, scoring: Scoring, loaded: Loaded, journal: Journal) -> None:
-    """Runs an engine and a scoring on it.
+def _run(config: ScoreConfig, scoring: Scoring, llm: LLM, journal: Journal) -> None:
+    """Run a scoring on an engine.
 
     Raises:
-        _StoppedError: a signal came.
+        _StoppedError: a signal arrived.
     """
-    bounds = InFlight(
-        requests=min(config.max_num_queued_reqs, _ROUNDS * config.max_num_seqs),
-        tokens=_MAX_TOKENS,
-    )
-    engine = loaded.start_engine()
-    pipeline = Pipeline(engine, bounds, config.top_logprobs)
     with _Signals() as signals:
         try:
-            with open_meter(sys.stderr, config.log_format, journal.at.sums.scored) as meter:
-                if journal.at.line:
-                    meter.say(f"goes on after line {journal.at.line:,} of {config.file}")
-                asyncio.run(signals.run(scoring.run(pipeline, journal, meter)))
+            with open_meter(sys.stderr, config.log_format, journal.checkpoint.sums.scored) as meter:
+                if journal.checkpoint.line:
+                    meter.message(f"resuming after line {journal.checkpoint.line:,} of {config.file}")
+                asyncio.run(signals.run(scoring.run(RequestQueue(llm.engine, llm.in_flight), journal, meter)))
         except asyncio.CancelledError:
-            if signals.came is None:
+            if signals.received is None:
                 raise
-            raise _StoppedError(128 + signals.came, journal.at.line) from None
-        finally:
-            engine.stop()
+            raise _StoppedError(128 + signals.received, journal.checkpoint.line) from None
 
 
 class _Signals:
-    """While it is open, SIGINT and SIGTERM cancel what it runs, and do nothing while that ends."""
+    """Context in which the first SIGINT or SIGTERM cancels the work, and later ones are ignored."""
 
     def __init__(self) -> None:
-        self.came: int | None = None  # the first
+        self.received: int | None = None  # the first
         self._cancel: Callable[[], object] = lambda: None
-        self._before: dict[int, Any] = {}
+        self._handlers: dict[int, Any] = {}  # to restore
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._end)
+            self._handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     async def run(self, work: Coroutine[Any, Any, None]) -> None:
-        """Runs it to its end, or raises CancelledError."""
+        """Run the work to its end, or raise CancelledError."""
         loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
         self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)  # which also wakes the loop
-        if self.came is not None:
+        if self.received is not None:
             task.cancel()
         await task
 
-    def _end(self, number: int, _: FrameType | None) -> None:
-        if self.came is None:
-            self.came = number
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.received is None:
+            self.received = number
             self._cancel()
 
 
-def _converter(config: ScoreConfig) -> Finish | None:
-    if not config.writes_parquet:
-        return None
-
-    def convert(rows: Path, output: Path, at: Checkpoint) -> None:
-        from serve.cli.score.parquet import write_parquet  # pyarrow takes half a second, which JSONL need not wait
-
-        write_parquet(
-            rows,
-            output,
-            longest_row=at.longest_row,
-            alternatives=config.top_logprobs,
-            per_token=config.per_token,
-            about=at.made_with,
-        )
-
-    return convert
+def _converter(config: ScoreConfig) -> Callable[[Path, Path, Checkpoint], None] | None:
+    """Function that writes the output from the rows; None if the rows are the output."""
+    match config.output_format:
+        case "csv":
+            return lambda rows, output, _: write_csv(rows, output)
+        case "parquet":
+            return lambda rows, output, checkpoint: write_parquet(
+                rows,
+                output,
+                longest_row=checkpoint.longest_row,
+                alternatives=config.top_logprobs,
+                per_token=config.per_token,
+                about=checkpoint.made_with,
+            )
+    return None

@@ -29,6 +29,7 @@ output: one row per input line, in order: line, id, token_ids, tokens, byte_leng
 token, which has no context), top_token_ids and top_logprobs, num_tokens, num_scored, logprob (the sum), perplexity and
 bits_per_byte; for a completion also completion_start, completion_logprob, completion_perplexity and is_greedy. Bytes
 that are not complete characters are shown as \\xNN; byte_lengths count the original bytes. -9999 means probability 0.
+CSV has the columns of one value per line.
 
 OUTPUT.meta.json records the model and the options and, at the end, the totals. Until then, rows are in OUTPUT.partial.
 Run the same command again to resume. A run with another model, other options or changed lines is refused.
@@ -44,6 +45,7 @@ examples:
   logprobd score pairs.jsonl --top-logprobs 20 --on-error skip
   logprobd score docs.parquet --text-field body --no-per-token --output docs.scores.jsonl
 """
+_FORMATS = ("jsonl", "csv", "parquet")
 _SUFFIXES = (".gz", ".zst", ".jsonl", ".ndjson", ".json", ".txt", ".parquet")
 # Options that may differ between an unfinished run and the one that resumes it. What else changes the results is in
 # `identity` or in the model's fingerprint.
@@ -61,7 +63,7 @@ class ScoreConfig(EngineConfig):
 
     file: Path = option(_FILES, "file to score, see below", Path, default=dataclasses.MISSING, positional=True)
     output: Path | None = option(_FILES, "default: FILE's name with .logprobs.jsonl", Path)
-    format: str | None = option(_FILES, "output format; default: by OUTPUT's extension", choices=("jsonl", "parquet"))
+    format: str | None = option(_FILES, "output format; default: by OUTPUT's extension", choices=_FORMATS)
     on_error: str = option(
         _FILES,
         "stop at a malformed line, or skip it; each is reported by number",
@@ -97,6 +99,8 @@ class ScoreConfig(EngineConfig):
             raise ValueError("argument --stride: requires --long window")
         if self.top_logprobs and not self.per_token:
             raise ValueError("argument --top-logprobs: requires --per-token")
+        if self.top_logprobs and not self.writes_tokens:
+            raise ValueError("argument --top-logprobs: CSV has only the sums of each line; write .jsonl or .parquet")
         if self.file.resolve() == self.writes_to.resolve():
             raise ValueError(f"argument --output: {self.writes_to} is the input file")
 
@@ -108,13 +112,18 @@ class ScoreConfig(EngineConfig):
         stem = self.file
         while stem.suffix in _SUFFIXES:
             stem = stem.with_suffix("")
-        suffix = "parquet" if self.format == "parquet" else "jsonl"
-        return stem.with_name(f"{stem.name}.logprobs.{suffix}")
+        return stem.with_name(f"{stem.name}.logprobs.{self.format or 'jsonl'}")
 
     @property
-    def writes_parquet(self) -> bool:
-        """True for Parquet output, False for JSONL."""
-        return (self.format or self.writes_to.suffix.removeprefix(".")) == "parquet"
+    def output_format(self) -> str:
+        """Format of the output: --format, or else the one that its extension names, or else jsonl."""
+        suffix = self.writes_to.suffix.removeprefix(".")
+        return self.format or (suffix if suffix in _FORMATS else "jsonl")
+
+    @property
+    def writes_tokens(self) -> bool:
+        """True if a row has the values of each token; CSV has only the sums."""
+        return self.per_token and self.output_format != "csv"
 
     @property
     def engine(self) -> EngineConfig:
@@ -127,7 +136,7 @@ class ScoreConfig(EngineConfig):
             field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in _RESUMABLE
         }
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-        return plain | {"format": "parquet" if self.writes_parquet else "jsonl"}
+        return plain | {"format": self.output_format}
 
 
 def parse_args(arguments: Sequence[str]) -> ScoreConfig:
@@ -135,7 +144,7 @@ def parse_args(arguments: Sequence[str]) -> ScoreConfig:
     line = CommandLine(
         ScoreConfig,
         prog="logprobd score",
-        description="Log-prob and rank of every token of a file, as JSONL or Parquet, and its perplexity.",
+        description="Log-prob and rank of every token of a file, as JSONL, CSV or Parquet, and its perplexity.",
         epilog=_EPILOG,
         order=GROUPS,
     )

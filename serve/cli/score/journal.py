@@ -1,11 +1,12 @@
-"""What is written, and how far: a run that ends at any moment can be gone on with, without a gap or a double.
+"""Journal: the output and its checkpoints. A run that ends at any moment can be resumed without gaps or duplicates.
 
-Rows are appended to OUTPUT.partial. Every few seconds they are forced to the disk, and then OUTPUT.meta.json, replaced
-as a whole, says how many bytes of them count, up to which line, and their sums. Who goes on cuts off what stands behind
-these bytes and scores those lines again. When all is written, the rows become OUTPUT.
+Rows are appended to OUTPUT.partial. Every few seconds they are synced to disk; then OUTPUT.meta.json is replaced
+atomically. It holds the number of valid bytes, the last line and the sums. Resuming truncates the rows to the valid
+bytes and scores the remaining lines. When all rows are written, they become OUTPUT.
 """
 
 import fcntl
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -16,96 +17,99 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from serve.cli.score.errors import ScoreError
-from serve.cli.score.totals import Sums
+from model.weights.source import default_model_path, resolve_model
+from serve.cli.score.progress import Sums
+from serve.cli.score.source import Line, ScoreError
 
-_EVERY = 2.0  # seconds between checkpoints: what a killed run has to do again
-_ANEW = "--overwrite begins anew"
+_INTERVAL = 2.0  # seconds between checkpoints: the work that a killed run has to repeat
+_OVERWRITE = "use --overwrite to start again"
+_NOT_FLAGS = ("weights", "format", "fingerprint", "context", "context_stride")  # of `Checkpoint.made_with`
+_SAMPLE = 2**16  # bytes at each end of a file: names and shapes, and some of the values
+_MODEL_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
 
-_NO_FLAGS = ("weights", "format", "fingerprint", "context", "context_stride")
-
-type Finish = Callable[[Path, Path, "Checkpoint"], None]  # makes the second file of the rows in the first
+type Convert = Callable[[Path, Path, "Checkpoint"], None]  # writes the second file from the rows in the first
 
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """An output and what belongs to it."""
+    """An output and its accompanying files."""
 
     output: Path
 
     @property
     def partial(self) -> Path:
-        """The rows, until all are there."""
+        """The rows until the run is complete."""
         return self.output.with_name(f"{self.output.name}.partial")
 
     @property
     def meta(self) -> Path:
-        """What they were made with, and how far they go."""
+        """The checkpoint."""
         return self.output.with_name(f"{self.output.name}.meta.json")
 
 
 @dataclass(slots=True)
 class Checkpoint:
-    """How far the rows go."""
+    """Progress of a run."""
 
-    made_with: dict[str, Any]  # what must be the same for a run that goes on
-    complete: bool = False  # no more rows will come
-    line: int = 0  # the last that is dealt with
-    checksum: int = 0  # of the input up to there
+    made_with: dict[str, Any]  # must be equal in a run that resumes
+    complete: bool = False  # all lines are done
+    line: int = 0  # last line that is done
+    checksum: int = 0  # of the input up to this line
     output_bytes: int = 0  # of rows
     longest_row: int = 0  # bytes
     sums: Sums = field(default_factory=Sums)
 
 
 def read_checkpoint(paths: Paths) -> Checkpoint | None:
-    """What an earlier run has left; None if nothing.
+    """The checkpoint of an earlier run, if there is one.
 
     Raises:
-        ScoreError: it cannot be gone on with.
+        ScoreError: the run cannot be resumed.
     """
     try:
-        said = orjson.loads(paths.meta.read_bytes())
-        found = Checkpoint(**said | {"sums": Sums(**said["sums"])})
+        values = orjson.loads(paths.meta.read_bytes())
+        checkpoint = Checkpoint(**values | {"sums": Sums(**values["sums"])})
     except FileNotFoundError:
         for path in (paths.output, paths.partial):
             if path.exists() and path.stat().st_size:
-                raise ScoreError(f"{path} is there, and no {paths.meta.name} says of what: {_ANEW}") from None
+                raise ScoreError(f"{path} exists without {paths.meta.name}; {_OVERWRITE}") from None
         return None
     except (OSError, ValueError, TypeError, LookupError) as error:
-        raise ScoreError(f"{paths.meta}: is not what a scoring leaves: {_ANEW}") from error
-    if not _has_rows(paths, found) and not (found.complete and paths.output.exists()):
-        raise ScoreError(f"{paths.partial} lacks rows that {paths.meta.name} tells of: {_ANEW}")
-    return found
+        raise ScoreError(f"{paths.meta} is not a checkpoint of a scoring; {_OVERWRITE}") from error
+    if not _has_rows(paths, checkpoint) and not (checkpoint.complete and paths.output.exists()):
+        raise ScoreError(f"{paths.partial} lacks rows that {paths.meta.name} lists; {_OVERWRITE}")
+    return checkpoint
 
 
-def _has_rows(paths: Paths, at: Checkpoint) -> bool:
-    return paths.partial.exists() and paths.partial.stat().st_size >= at.output_bytes
+def _has_rows(paths: Paths, checkpoint: Checkpoint) -> bool:
+    return paths.partial.exists() and paths.partial.stat().st_size >= checkpoint.output_bytes
 
 
-def check_same(paths: Paths, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises ScoreError, with the differences, where rows were made with something else than is wanted now."""
-    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+def check_same(paths: Paths, previous: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raise ScoreError with the differences between what the rows were made with and what this run would use."""
+    names = [name for name in {**previous, **current} if previous.get(name) != current.get(name)]
     if names:
-        told = "; ".join(f"{_flag(name)} was {_told(found.get(name))}, is {_told(wanted.get(name))}" for name in names)
-        raise ScoreError(f"{paths.output} was begun with something else: {told}: {_ANEW}")
+        differences = ", ".join(f"{_setting(name, previous)}, not {_value(current.get(name))}" for name in names)
+        raise ScoreError(f"{paths.output} was started with {differences}; {_OVERWRITE}")
 
 
-def _flag(name: str) -> str:
-    return name.replace("_", " ") if name in _NO_FLAGS else "--" + name.replace("_", "-")
+def _setting(name: str, values: dict[str, Any]) -> str:
+    label = name.replace("_", " ") if name in _NOT_FLAGS else "--" + name.replace("_", "-")
+    return f"{label} {_value(values.get(name))}"
 
 
-def _told(value: Any) -> str:
-    return "not said" if value is None else str(value)
+def _value(value: Any) -> str:
+    return "unset" if value is None else str(value)
 
 
 @contextmanager
 def open_rows(paths: Paths) -> Iterator[BinaryIO]:
-    """The file of rows, which no other process has open so at the same time; what is still empty at the end is removed.
+    """Open and lock the file of rows; remove it at the end if it is empty.
 
-    What the files of an output say holds only in here.
+    The files of an output may only be read and changed in this context.
 
     Raises:
-        ScoreError: another process has it.
+        ScoreError: another process holds the lock.
     """
     while True:
         with paths.partial.open("ab") as file:
@@ -113,100 +117,105 @@ def open_rows(paths: Paths) -> Iterator[BinaryIO]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ScoreError(f"another process writes to {paths.partial}") from None
-            if not _is(file, paths.partial):  # another has made it the output, between open and flock
+            if not _is_at(file, paths.partial):  # another process renamed it between open and flock
                 continue
             try:
                 yield file
             finally:
-                if _is(file, paths.partial) and not paths.partial.stat().st_size:
+                if _is_at(file, paths.partial) and not paths.partial.stat().st_size:
                     paths.partial.unlink()
             return
 
 
-def _is(file: BinaryIO, path: Path) -> bool:
-    """Whether an open file is what a path names."""
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """True if a path names an open file."""
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 class Journal:
     """Appends rows. Not thread-safe."""
 
-    def __init__(self, paths: Paths, file: BinaryIO, at: Checkpoint) -> None:
-        """`file` is positioned behind the last row that counts."""
+    def __init__(self, paths: Paths, file: BinaryIO, checkpoint: Checkpoint) -> None:
+        """Continue a file that ends with the last valid row."""
         self._paths = paths
         self._file = file
         self._saved = time.monotonic()
-        self.at = at
+        self.checkpoint = checkpoint
 
-    def add(self, row: bytes, line: int, checksum: int, sums: Sums) -> None:
-        """Says that a line is dealt with; from time to time this is put on the disk.
+    def add(self, row: bytes, line: Line, sums: Sums) -> None:
+        """Append the row of a line, and save from time to time.
 
         Args:
-            row: with its line's end; empty for a line that has none.
-            checksum: of the input up to this line.
+            row: with line end; empty if the line was skipped.
+            line: the line.
+            sums: of the row.
         """
         self._file.write(row)
-        at = self.at
-        at.line, at.checksum = line, checksum
-        at.output_bytes += len(row)
-        at.longest_row = max(at.longest_row, len(row))
-        at.sums.add(sums)
-        if time.monotonic() - self._saved >= _EVERY:
+        checkpoint = self.checkpoint
+        checkpoint.line, checkpoint.checksum = line.number, line.checksum
+        checkpoint.output_bytes += len(row)
+        checkpoint.longest_row = max(checkpoint.longest_row, len(row))
+        checkpoint.sums.add(sums)
+        if time.monotonic() - self._saved >= _INTERVAL:
             self.save()
 
     def save(self) -> None:
-        """Puts rows and checkpoint on the disk, in this order."""
+        """Sync the rows, then the checkpoint, to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        write_meta(self._paths, self.at)
+        write_meta(self._paths, self.checkpoint)
         self._saved = time.monotonic()
 
 
 @contextmanager
-def open_journal(paths: Paths, rows: BinaryIO, at: Checkpoint) -> Iterator[Journal]:
-    """Goes on behind a checkpoint; saves where it ends, however it ends. What has no row yet leaves no checkpoint.
+def open_journal(paths: Paths, rows: BinaryIO, checkpoint: Checkpoint) -> Iterator[Journal]:
+    """Continue from a checkpoint; save at the end, also after an exception. Without a row, no checkpoint is left.
 
     Args:
-        rows: what `open_rows` has opened.
+        paths: of the output.
+        rows: file that `open_rows` opened.
+        checkpoint: updated in place.
     """
-    if not at.output_bytes:
-        write_meta(paths, at)  # before any row: it tells whose they are
-    rows.truncate(at.output_bytes)  # what stands behind does not count
-    journal = Journal(paths, rows, at)
+    if not checkpoint.output_bytes:
+        write_meta(paths, checkpoint)  # before any row, so that rows never exist without it
+    rows.truncate(checkpoint.output_bytes)  # later bytes are not valid
+    journal = Journal(paths, rows, checkpoint)
     try:
         yield journal
     finally:
-        if at.line or at.complete:
+        if checkpoint.line or checkpoint.complete:
             journal.save()
         else:
             paths.meta.unlink()
 
 
-def finish(paths: Paths, rows: BinaryIO, at: Checkpoint, convert: Finish | None) -> None:
-    """Makes the output of the rows of a complete run, over what was there before; harmless where that is done.
+def finish(paths: Paths, rows: BinaryIO, checkpoint: Checkpoint, convert: Convert | None) -> None:
+    """Replace the output by the rows of a complete run. Harmless if this is done.
 
     Args:
-        rows: what `open_rows` has opened.
-        convert: None: the rows are the output.
+        paths: of the output.
+        rows: file that `open_rows` opened.
+        checkpoint: of the complete run.
+        convert: writes the output; None makes the rows the output.
     """
-    if not _has_rows(paths, at):
+    if not _has_rows(paths, checkpoint):
         return
-    rows.truncate(at.output_bytes)
+    rows.truncate(checkpoint.output_bytes)
     if convert is None:
         paths.partial.replace(paths.output)
     else:
         unfinished = paths.output.with_name(f"{paths.output.name}.tmp")
-        convert(paths.partial, unfinished, at)
+        convert(paths.partial, unfinished, checkpoint)
         unfinished.replace(paths.output)
     _sync_folder(paths.output.parent)
     paths.partial.unlink(missing_ok=True)
 
 
-def write_meta(paths: Paths, at: Checkpoint) -> None:
-    """Replaces the meta file as a whole."""
+def write_meta(paths: Paths, checkpoint: Checkpoint) -> None:
+    """Replace the checkpoint file atomically."""
     unfinished = paths.meta.with_name(f"{paths.meta.name}.tmp")
     with unfinished.open("wb") as file:
-        file.write(orjson.dumps(asdict(at), option=orjson.OPT_INDENT_2) + b"\n")
+        file.write(orjson.dumps(asdict(checkpoint), option=orjson.OPT_INDENT_2) + b"\n")
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(paths.meta)
@@ -214,9 +223,39 @@ def write_meta(paths: Paths, at: Checkpoint) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Puts the names in a folder on the disk."""
+    """Sync the names in a folder to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def model_digest(model: str | None, revision: str | None) -> str:
+    """`files_digest` of a model.
+
+    Raises:
+        ModelLoadError: there is no such model.
+    """
+    return files_digest(default_model_path() if model is None else resolve_model(model, revision).path)
+
+
+def files_digest(path: Path) -> str:
+    """Digest of the names, the sizes and both ends of a file, or of a folder's model files; equal for a copy.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    files = sorted(file for file in path.iterdir() if file.suffix in _MODEL_FILES) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        digest.update(_ends(file))
+    return digest.hexdigest()[:16]
+
+
+def _ends(path: Path) -> bytes:
+    with path.open("rb") as file:
+        head = file.read(_SAMPLE)
+        file.seek(max(len(head), path.stat().st_size - _SAMPLE))
+        return head + file.read(_SAMPLE)

@@ -1,80 +1,139 @@
-"""How a scoring goes, on stderr: a bar on a terminal, else a line now and then."""
+"""Progress of a scoring: sums over rows, and their display on stderr, as a bar on a terminal or a line now and then."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from logging import INFO
 from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from serve.cli.score.totals import Sums, perplexity
+from serve.jobs.results import perplexity
 from serve.server.console import is_terminal
 from serve.server.logs import json_line
 
-_EVERY = 30.0  # seconds between lines
+_INTERVAL = 30.0  # seconds between lines
+
+
+@dataclass(slots=True)
+class Sums:
+    """Sums over rows."""
+
+    lines: int = 0
+    skipped: int = 0  # broken lines
+    tokens: int = 0
+    scored: int = 0  # tokens with a log-prob
+    logprob: float = 0.0  # nats
+    bytes: int = 0  # of the scored tokens without special ones, which are not part of the text
+    text_logprob: float = 0.0  # of these tokens, nats
+    rank_1: int = 0  # tokens of rank 1
+    completions: int = 0
+    completion_tokens: int = 0
+    completion_logprob: float = 0.0
+    greedy: int = 0  # completions all of whose tokens have rank 1
+
+    def add(self, other: "Sums") -> None:
+        """Add another's sums."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits per byte of text, special tokens excluded; None if no text is scored."""
+        return -self.text_logprob / math.log(2) / self.bytes if self.bytes else None
+
+
+def summary(sums: Sums) -> list[tuple[str, str]]:
+    """Names and values to print at the end."""
+    skipped = f", {sums.skipped:,} skipped" if sums.skipped else ""
+    entries = [
+        ("lines", f"{sums.lines:,} scored{skipped}"),
+        ("tokens", f"{sums.scored:,} scored of {sums.tokens:,}"),
+    ]
+    if sums.scored:
+        entries += [
+            ("log-prob", f"{sums.logprob / sums.scored:.6f} per token"),
+            ("perplexity", _number(perplexity(sums.logprob, sums.scored))),
+            ("bits/byte", _number(sums.bits_per_byte)),
+            ("rank 1", f"{sums.rank_1 / sums.scored:.2%} of the tokens"),
+        ]
+    if sums.completions:
+        number = _number(perplexity(sums.completion_logprob, sums.completion_tokens))
+        entries += [
+            ("completions", f"{sums.completions:,}, perplexity {number}"),
+            ("greedy", f"{sums.greedy / sums.completions:.2%} of them"),
+        ]
+    return entries
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.6g}"
 
 
 class Meter(Protocol):
-    """Is told how a scoring goes."""
+    """Display of progress."""
 
-    def at(self, done: float, sums: Sums) -> None:
-        """Shows a share (0 to 1) of the work, and what is scored so far."""
+    def update(self, done: float, sums: Sums) -> None:
+        """Show the share of the work done, 0 to 1, and the sums so far."""
 
-    def say(self, message: str, level: int = INFO) -> None:
-        """Tells something else, such as that a line is broken."""
+    def message(self, text: str, level: int = INFO) -> None:
+        """Show a message, such as an error of a line."""
 
 
 @contextmanager
-def open_meter(stream: TextIO, log_format: str, before: int) -> Iterator[Meter]:
-    """A meter that goes with --log-format; `before` are the tokens that earlier runs have scored."""
-    begun = time.monotonic()
+def open_meter(stream: TextIO, log_format: str, scored_before: int) -> Iterator[Meter]:
+    """A meter as --log-format requires.
 
-    def told(sums: Sums) -> str:
-        rate = (sums.scored - before) / max(1e-9, time.monotonic() - begun)
-        return _told(sums, rate)
+    Args:
+        stream: to write to.
+        log_format: "auto", "plain" or "json".
+        scored_before: tokens that earlier runs have scored, which do not count for the speed.
+    """
+    start = time.monotonic()
+
+    def describe(sums: Sums) -> str:
+        rate = (sums.scored - scored_before) / max(1e-9, time.monotonic() - start)
+        value = perplexity(sums.logprob, sums.scored)
+        shown = "" if value is None else f", perplexity {value:.4g}"
+        return f"{sums.lines + sums.skipped:,} lines, {sums.scored:,} tokens, {rate:,.0f} tokens/s{shown}"
 
     if log_format != "auto" or not is_terminal(stream):
-        yield _LineMeter(stream, told, as_json=log_format == "json")
+        yield _LineMeter(stream, describe, as_json=log_format == "json")
         return
     console = Console(file=stream, highlight=False)
-    columns = (TextColumn("scoring"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[told]}"))
+    columns = (TextColumn("scoring"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[sums]}"))
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        yield _BarMeter(bar, told)
+        yield _BarMeter(bar, describe)
 
 
 class _BarMeter:
-    def __init__(self, bar: Progress, told: Callable[[Sums], str]) -> None:
+    def __init__(self, bar: Progress, describe: Callable[[Sums], str]) -> None:
         self._bar = bar
-        self._told = told
-        self._task = bar.add_task("scoring", total=1.0, told="")
+        self._describe = describe
+        self._task = bar.add_task("scoring", total=1.0, sums="")
 
-    def at(self, done: float, sums: Sums) -> None:
-        self._bar.update(self._task, completed=done, told=self._told(sums))
+    def update(self, done: float, sums: Sums) -> None:
+        self._bar.update(self._task, completed=done, sums=self._describe(sums))
 
-    def say(self, message: str, level: int = INFO) -> None:
-        self._bar.console.print(message, style="yellow" if level > INFO else None, markup=False, soft_wrap=True)
+    def message(self, text: str, level: int = INFO) -> None:
+        self._bar.console.print(text, style="yellow" if level > INFO else None, markup=False, soft_wrap=True)
 
 
 class _LineMeter:
-    def __init__(self, stream: TextIO, told: Callable[[Sums], str], *, as_json: bool) -> None:
+    def __init__(self, stream: TextIO, describe: Callable[[Sums], str], *, as_json: bool) -> None:
         self._stream = stream
-        self._told = told
+        self._describe = describe
         self._as_json = as_json
         self._last = time.monotonic()
 
-    def at(self, done: float, sums: Sums) -> None:
-        if time.monotonic() - self._last >= _EVERY:
+    def update(self, done: float, sums: Sums) -> None:
+        if time.monotonic() - self._last >= _INTERVAL:
             self._last = time.monotonic()
-            self.say(f"scoring  {done:.1%}, {self._told(sums)}")
+            self.message(f"scoring  {done:.1%}, {self._describe(sums)}")
 
-    def say(self, message: str, level: int = INFO) -> None:
-        self._stream.write((json_line(level, message) if self._as_json else message) + "\n")
+    def message(self, text: str, level: int = INFO) -> None:
+        self._stream.write((json_line(level, text) if self._as_json else text) + "\n")
         self._stream.flush()
-
-
-def _told(sums: Sums, rate: float) -> str:
-    number = perplexity(sums.logprob, sums.scored)
-    known = "" if number is None else f", perplexity {number:.4g}"
-    return f"{sums.lines + sums.skipped:,} lines, {sums.scored:,} tokens, {rate:,.0f} tokens/s{known}"

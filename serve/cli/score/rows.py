@@ -1,6 +1,5 @@
-"""The output's rows, and their sums."""
+"""Rows of the output, and their sums."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,37 +7,42 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from serve.cli.score.run import Outcome
+from serve.cli.score.progress import Sums
 from serve.cli.score.texts import Text
-from serve.cli.score.totals import Sums, perplexity
 from serve.engine.request import TokenScores
+from serve.jobs.results import LOWEST_LOGPROB, logprob_sum, perplexity
+from serve.jobs.score import Window
 from serve.text.tokenizer import Tokenizer
-
-_LOWEST = np.float32(-9999.0)  # what the server writes for a token of probability 0; JSON has no infinity
 
 
 @dataclass(frozen=True, slots=True)
 class RowWriter:
-    """Makes rows of JSON."""
+    """Writes rows as JSON."""
 
     tokenizer: Tokenizer
-    alternatives: int  # shown of each token
-    per_token: bool  # else sums only
-    windowed: bool  # tell of each row how many windows it took
-    id_as_text: bool  # for Parquet, whose columns have one type
+    alternatives: int  # of each token
+    per_token: bool  # write each token's values, not only sums
+    windowed: bool  # write the number of windows of each text
+    id_as_text: bool  # for formats whose columns have one type
 
-    def row(self, outcome: Outcome) -> tuple[bytes, Sums]:
-        """A row of an outcome that has scores, with its line's end, and what it adds to the totals."""
-        text, scores = outcome.work.text, outcome.scores
-        assert text is not None
-        assert scores is not None
-        ids = text.token_ids[: len(scores.logprob) + 1]
+    def row(self, line: int, text: Text, windows: tuple[Window, ...], scores: TokenScores) -> tuple[bytes, Sums]:
+        """The row of a text, with line end, and its sums.
+
+        Args:
+            line: number of the line.
+            text: of the line.
+            windows: in which it was scored.
+            scores: row i is token i + 1, up to the end of the last window.
+        """
+        encoded = text.encoded
+        ids = encoded.token_ids[: len(scores.logprob) + 1]
         lengths = [len(self.tokenizer.token_bytes(token_id)) for token_id in ids]
-        logprobs = np.maximum(scores.logprob, _LOWEST)
-        sums = _sums(logprobs, scores.rank, text, len(ids))
-        of_text = np.array([not self.tokenizer.is_special(token_id) for token_id in ids[1:]], bool)
-        sums.bytes, sums.text_logprob = int(np.array(lengths[1:], int)[of_text].sum()), _sum(logprobs[of_text])
-        row: dict[str, Any] = {"line": outcome.work.line.number}
+        logprobs = np.maximum(scores.logprob, LOWEST_LOGPROB)
+        is_complete = len(ids) == len(encoded.token_ids)
+        sums = _sums(logprobs, scores.rank, encoded.completion_start if is_complete else None)
+        in_text = np.array([not self.tokenizer.is_special(token_id) for token_id in ids[1:]], bool)
+        sums.bytes, sums.text_logprob = int(np.array(lengths[1:], int)[in_text].sum()), logprob_sum(logprobs[in_text])
+        row: dict[str, Any] = {"line": line}
         if text.id is not None:
             row["id"] = self._id(text.id)
         if self.per_token:
@@ -51,11 +55,11 @@ class RowWriter:
             "bits_per_byte": sums.bits_per_byte,
         }
         if self.windowed:
-            row["windows"] = len(outcome.work.windows)
-        if len(ids) < len(text.token_ids):
-            row["truncated"] = len(text.token_ids) - len(ids)
-        if text.completion_start is not None:
-            row |= _completion(text.completion_start, sums)
+            row["windows"] = len(windows)
+        if not is_complete:
+            row["truncated"] = len(encoded.token_ids) - len(ids)
+        if encoded.completion_start is not None:
+            row |= _completion(encoded.completion_start, sums)
         return orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n", sums
 
     def _id(self, value: Any) -> Any:
@@ -73,7 +77,7 @@ class RowWriter:
         }
         if self.alternatives:
             columns["top_token_ids"] = _after_null(scores.top_ids)
-            columns["top_logprobs"] = _after_null(np.maximum(scores.top_logprobs, _LOWEST))
+            columns["top_logprobs"] = _after_null(np.maximum(scores.top_logprobs, LOWEST_LOGPROB))
         return columns
 
 
@@ -83,35 +87,28 @@ def _after_null(rows: NDArray[Any]) -> orjson.Fragment:
     return orjson.Fragment(b"[null]" if len(rows) == 0 else b"[null," + written[1:])
 
 
-def _sums(logprobs: NDArray[np.float32], ranks: NDArray[np.int32], text: Text, num_tokens: int) -> Sums:
+def _sums(logprobs: NDArray[np.float32], ranks: NDArray[np.int32], completion_start: int | None) -> Sums:
+    """Sums of one row; those of a completion only if it is scored to its end."""
     sums = Sums(
         lines=1,
-        tokens=num_tokens,
+        tokens=len(logprobs) + 1,
         scored=len(logprobs),
-        logprob=_sum(logprobs),
+        logprob=logprob_sum(logprobs),
         rank_1=int((ranks == 1).sum()),
     )
-    start = text.completion_start
-    if start is None or num_tokens < len(text.token_ids):  # the sums of a part would be taken for those of the whole
-        return sums
-    sums.completions = 1
-    sums.completion_tokens = num_tokens - start
-    sums.completion_logprob = _sum(logprobs[start - 1 :])
-    sums.greedy = int((ranks[start - 1 :] == 1).all())
+    if completion_start is not None:
+        sums.completions = 1
+        sums.completion_tokens = len(logprobs) + 1 - completion_start
+        sums.completion_logprob = logprob_sum(logprobs[completion_start - 1 :])
+        sums.greedy = int((ranks[completion_start - 1 :] == 1).all())
     return sums
 
 
 def _completion(start: int, sums: Sums) -> dict[str, Any]:
-    known = sums.completions == 1
-    number = perplexity(sums.completion_logprob, sums.completion_tokens)
+    is_complete = sums.completions == 1
     return {
         "completion_start": start,
-        "completion_logprob": sums.completion_logprob if known else None,
-        "completion_perplexity": number if known else None,
-        "is_greedy": bool(sums.greedy) if known else None,
+        "completion_logprob": sums.completion_logprob if is_complete else None,
+        "completion_perplexity": perplexity(sums.completion_logprob, sums.completion_tokens) if is_complete else None,
+        "is_greedy": bool(sums.greedy) if is_complete else None,
     }
-
-
-def _sum(logprobs: NDArray[np.float32]) -> float:
-    """Rounded once, so that it does not depend on an order."""
-    return math.fsum(logprobs.tolist())

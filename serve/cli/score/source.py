@@ -1,4 +1,4 @@
-"""The lines of a file, read as a stream: JSONL, text, gzip, zstd, Parquet."""
+"""The lines of a file, read as a stream: JSONL, text, Parquet, gzip and zstd; and the errors of scoring."""
 
 import gzip
 import io
@@ -13,64 +13,71 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from serve.cli.score.errors import ScoreError
-
-_LONGEST = 64 * 2**20  # bytes of a line: what is longer is no text, and would have to be held in memory
-_PIECE = 2**20  # bytes in which such a line is skipped
-_ROWS = 64  # of a Parquet file, read at once
+_MAX_LINE = 64 * 2**20  # bytes; a line must fit in memory
+_CHUNK = 2**20  # bytes in which a longer line is skipped
+_BATCH = 64  # rows of a Parquet file, read at once
 _BOM = b"\xef\xbb\xbf"
+
+
+class ScoreError(Exception):
+    """Scoring cannot start or continue. The message is for the user."""
+
+
+class LineError(Exception):
+    """One line cannot be scored. The message says why, without the line's number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
     """A line that is not blank."""
 
-    number: int  # from 1, blank ones counted
-    data: bytes  # without its end
+    number: int  # from 1, blank lines included
+    data: bytes  # without line end
     checksum: int  # CRC-32 of all lines up to this one
-    position: int  # how much of the file has been read, of `Source.total`
-    error: str | None = None  # why there is no data
+    position: int  # progress through the file, in units of `Source.total`
+    error: str | None = None  # reason for missing data
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file that is being read."""
+    """An open file."""
 
     total: int  # bytes, or rows of a Parquet file
-    is_text: bool  # else each line is a JSON value
+    is_text: bool  # lines are plain text, not JSON values
     lines: Iterator[Line]
 
 
 @contextmanager
 def open_source(path: Path, columns: tuple[str, ...]) -> Iterator[Source]:
-    """The lines of a file; its extension says how they are read.
+    """Open a file; the extension determines the format.
 
     Args:
-        columns: of a Parquet file, where they are there; others are not read.
+        path: file to read.
+        columns: columns of a Parquet file to read, if present.
 
     Raises:
-        ScoreError: the file cannot be read; also while lines are read.
+        ScoreError: the file cannot be read; iterating the lines may raise it, too.
     """
-    with _opened(path) as raw:
+    with _open(path) as raw:
         if path.suffix == ".parquet":
             yield _parquet(path, raw, columns)
             return
-        with _unpacked(raw, path.suffix) as stream:
+        with _decompress(raw, path.suffix) as stream:
             plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
             size = os.fstat(raw.fileno()).st_size
             yield Source(size, plain.suffix == ".txt", _lines(path, stream, raw.tell))
 
 
-def _opened(path: Path) -> BinaryIO:
+def _open(path: Path) -> BinaryIO:
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise ScoreError(f"{path}: is not a file; what cannot be read again could not be gone on with")
+            raise ScoreError(f"{path}: is not a file; resuming needs a file that can be read again")
         return path.open("rb")
     except OSError as error:
         raise ScoreError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _unpacked(raw: BinaryIO, suffix: str) -> io.BufferedIOBase | BinaryIO:
+def _decompress(raw: BinaryIO, suffix: str) -> io.BufferedIOBase | BinaryIO:
     if suffix == ".gz":
         return gzip.open(raw, "rb")
     if suffix == ".zst":
@@ -84,27 +91,27 @@ def _unpacked(raw: BinaryIO, suffix: str) -> io.BufferedIOBase | BinaryIO:
 def _lines(path: Path, stream: io.BufferedIOBase | BinaryIO, tell: Callable[[], int]) -> Iterator[Line]:
     number = checksum = 0
     try:
-        while head := stream.readline(_LONGEST + 1):
+        while head := stream.readline(_MAX_LINE + 1):
             number += 1
-            whole = head.endswith(b"\n") or len(head) <= _LONGEST
-            data = head.rstrip(b"\r\n") if whole else head
+            complete = head.endswith(b"\n") or len(head) <= _MAX_LINE
+            data = head.rstrip(b"\r\n") if complete else head
             checksum = zlib.crc32(data, checksum)
-            if not whole:
+            if not complete:
                 checksum = _skip(stream, checksum)
-                yield Line(number, b"", checksum, tell(), f"is longer than {_LONGEST:,} bytes")
+                yield Line(number, b"", checksum, tell(), f"is longer than {_MAX_LINE:,} bytes")
                 continue
-            checksum = zlib.crc32(b"\n", checksum)  # whether or not the last line has an end
+            checksum = zlib.crc32(b"\n", checksum)  # also after a last line without line end
             if number == 1:
                 data = data.removeprefix(_BOM)
             if data.strip():
                 yield Line(number, data, checksum, tell())
     except (OSError, EOFError, zlib.error) as error:
-        raise ScoreError(f"{path}:{number + 1}: cannot be read on: {error}") from error
+        raise ScoreError(f"{path}:{number + 1}: cannot be read: {error}") from error
 
 
 def _skip(stream: io.BufferedIOBase | BinaryIO, checksum: int) -> int:
-    """Reads to the end of a line."""
-    while rest := stream.readline(_PIECE):
+    """Read to the end of a line and return the updated checksum."""
+    while rest := stream.readline(_CHUNK):
         checksum = zlib.crc32(rest, checksum)
         if rest.endswith(b"\n"):
             break
@@ -119,8 +126,8 @@ def _parquet(path: Path, raw: BinaryIO, columns: tuple[str, ...]) -> Source:
         table = pyarrow.parquet.ParquetFile(raw)
     except pyarrow.ArrowException as error:
         raise ScoreError(f"{path}: is not a Parquet file: {error}") from error
-    there = [name for name in columns if name in table.schema_arrow.names]
-    return Source(table.metadata.num_rows, False, _rows(path, table, there))
+    present = [name for name in columns if name in table.schema_arrow.names]
+    return Source(table.metadata.num_rows, False, _rows(path, table, present))
 
 
 def _rows(path: Path, table: Any, columns: list[str]) -> Iterator[Line]:
@@ -128,18 +135,18 @@ def _rows(path: Path, table: Any, columns: list[str]) -> Iterator[Line]:
 
     number = checksum = 0
     try:
-        for batch in table.iter_batches(batch_size=_ROWS, columns=columns):
+        for batch in table.iter_batches(batch_size=_BATCH, columns=columns):
             for row in batch.to_pylist():
                 number += 1
                 data, error = _as_json(row)
                 checksum = zlib.crc32(data + b"\n", checksum)
                 yield Line(number, data, checksum, number, error)
     except (OSError, pyarrow.ArrowException) as error:
-        raise ScoreError(f"{path}:{number + 1}: cannot be read on: {error}") from error
+        raise ScoreError(f"{path}:{number + 1}: cannot be read: {error}") from error
 
 
 def _as_json(row: dict[str, Any]) -> tuple[bytes, str | None]:
     try:
         return orjson.dumps(row), None
     except TypeError as error:
-        return b"", f"a column is no text: {error}"
+        return b"", f"a column is not text: {error}"

@@ -15,11 +15,10 @@ from playwright.sync_api import BrowserContext, expect
 
 from model.weights.source import default_model_path
 from serve.cli.score.rows import RowWriter
-from serve.cli.score.run import Outcome, Work
-from serve.cli.score.source import Line
 from serve.cli.score.texts import Text
-from serve.cli.score.totals import perplexity
 from serve.engine.request import TokenScores
+from serve.jobs.results import perplexity
+from serve.jobs.score import EncodedText
 from serve.server.model_files import local_tokenizer
 from tests.integration.browser.inspector import Inspector, number
 from tests.support.server_process import ServerProcess
@@ -266,8 +265,8 @@ def test_summary_equals_the_score_command(page: Inspector) -> None:
     writer = RowWriter(
         local_tokenizer(default_model_path()), alternatives=0, per_token=True, windowed=False, id_as_text=False
     )
-    text = Text([token["token_id"] for token in tokens], None)
-    _, sums = writer.row(Outcome(Work(Line(1, b"", 0, 0), text), scores))
+    text = Text(EncodedText([token["token_id"] for token in tokens]))
+    _, sums = writer.row(1, text, (), scores)
     totals = exported["totals"]
     assert totals["bitsPerByte"] == pytest.approx(sums.bits_per_byte)
     assert totals["perplexity"] == pytest.approx(perplexity(sums.logprob, sums.scored))

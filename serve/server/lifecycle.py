@@ -133,7 +133,7 @@ def run(server: HttpServer, listener: socket.socket) -> None:
         await server.serve(sockets=[listener])
         pool.shutdown(wait=False, cancel_futures=True)
         if server.engine.hangs or not _join_workers():
-            end_hard(server.exit_code)
+            _exit_now(server.exit_code)
 
     asyncio.run(serve(), loop_factory=server.config.get_loop_factory())
 
@@ -147,13 +147,13 @@ def _join_workers() -> bool:
     return not any(thread.is_alive() for thread in workers)
 
 
-def end_early(server: HttpServer) -> None:
+def install_signal_handlers(server: HttpServer) -> None:
     """Handle SIGTERM and SIGINT from now on: before uvicorn does, and after it has restored these handlers."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)
 
 
-def end_hard(code: int) -> None:
+def _exit_now(code: int) -> None:
     """Exit without waiting for threads, one of which hangs."""
     logging.shutdown()
     sys.stdout.flush()

@@ -11,7 +11,7 @@ from pathlib import Path
 from serve.config.config import ServeConfig
 from serve.server.assembly import Served, assemble
 from serve.server.console import Reporter, start_reporting
-from serve.server.lifecycle import HttpServer, end_early, run
+from serve.server.lifecycle import HttpServer, install_signal_handlers, run
 from serve.server.loading import LoadingServer
 from serve.server.model_files import STARTUP_ERRORS, StartupError
 from serve.server.startup_events import Serving, failed, interrupted
@@ -41,7 +41,7 @@ def main(config: ServeConfig, make: Callable[[ServeConfig, Reporter], Served] = 
             return 130
         stack.callback(served.engine.stop)
         server = HttpServer(served, config)
-        end_early(server)
+        install_signal_handlers(server)
         _raise_file_limit()
         if not config.api_key and not config.is_local:
             logger.warning("%s is reachable from other machines and no --api-key is set", config.host)

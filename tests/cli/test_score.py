@@ -26,7 +26,7 @@ from tests.support.fake_runner import numbers as numbers_of
 from tests.support.http_client import BEGIN, IMPOSSIBLE, VOCAB_SIZE, ScriptedRunner
 from tests.support.scoring import (
     CONTEXT,
-    Told,
+    RecordingReporter,
     byte_runner,
     expected_numbers,
     fake_load,
@@ -51,7 +51,7 @@ class Command:
 
     def __call__(self, file: Path, *flags: str) -> int:
         """The exit code; what is said is in `out` and `err`."""
-        told = Told()
+        told = RecordingReporter()
         self.patch.setattr(command, "start_reporting", lambda _: told)
         self.patch.setattr(llm, "load", self.load or fake_load(self.runner, self.fingerprint))
         code = command.main(parse_args([str(file), *flags]))

@@ -1,4 +1,4 @@
-"""Certificates for servers and clients of tests."""
+"""TLS certificates for tests."""
 
 import ssl
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ import trustme
 
 @dataclass(frozen=True, slots=True)
 class Certificates:
-    """An authority, and files of what it has issued."""
+    """A certificate authority and the files of one certificate."""
 
     authority: trustme.CA
     folder: Path
 
     @classmethod
     def made_in(cls, folder: Path) -> "Certificates":
-        """New ones."""
+        """Create an authority and a certificate for 127.0.0.1."""
         authority = trustme.CA()
         issued = authority.issue_cert("127.0.0.1")
         issued.cert_chain_pems[0].write_to_path(folder / "cert.pem")
@@ -25,11 +25,11 @@ class Certificates:
         return cls(authority, folder)
 
     def flags(self) -> list[str]:
-        """Those of a server."""
+        """Return the server's TLS flags."""
         return ["--ssl-certfile", str(self.folder / "cert.pem"), "--ssl-keyfile", str(self.folder / "key.pem")]
 
     def trusting(self) -> ssl.SSLContext:
-        """A client that knows the authority."""
+        """Return a client context that trusts the authority."""
         context = ssl.create_default_context()
         self.authority.configure_trust(context)
         return context

@@ -1,4 +1,4 @@
-"""Rows of different lengths in shuffled pages, for the tests of every form of attention."""
+"""Rows of different lengths in shuffled pages, for tests of all attention implementations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,46 +17,46 @@ type Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Crowd:
-    """Rows of different lengths in shuffled pages; what lies behind a row's end is NaN."""
+    """Rows of different lengths in shuffled pages; slots past the end of a row are NaN."""
 
-    queries: Floats  # [R, T, H, E] of each row's every token
+    queries: Floats  # [R, T, H, E]
     keys: jax.Array  # [N, K, S, E]
     values: jax.Array
     tables: NDArray[np.int32]
     lengths: tuple[int, ...]
 
     def positions(self, row: int, start: int, end: int) -> NDArray[np.int32]:
-        at = np.arange(start, end, dtype=np.int32)
-        return np.where(at < self.lengths[row], at, -1)[None]
+        positions = np.arange(start, end, dtype=np.int32)
+        return np.where(positions < self.lengths[row], positions, -1)[None]
 
     def in_float64(self, row: int, *, window: int = 0, cap: float = 0.0) -> NDArray[np.float64]:
-        """[T, H * E] in plain words."""
+        """Return the reference output [T, H * E], computed in float64."""
         T = self.lengths[row]
         _, _, H, E = self.queries.shape
         group = H // self.keys.shape[1]
 
-        def of(pages: jax.Array) -> NDArray[np.float64]:
+        def heads_of(pages: jax.Array) -> NDArray[np.float64]:
             row_pages = np.asarray(pages, np.float64)[self.tables[row]]  # [P, K, S, E]
             heads = row_pages.transpose(1, 0, 2, 3).reshape(row_pages.shape[1], -1, E)
             shared: NDArray[np.float64] = heads[:, :T].repeat(group, axis=0)
             return shared
 
-        scores = np.einsum("the,hse->hts", self.queries[row, :T].astype(np.float64), of(self.keys)) / np.sqrt(E)
+        scores = np.einsum("the,hse->hts", self.queries[row, :T].astype(np.float64), heads_of(self.keys)) / np.sqrt(E)
         scores = cap * np.tanh(scores / cap) if cap else scores
-        at = np.arange(T)
-        seen = at <= at[:, None]
+        positions = np.arange(T)
+        visible = positions <= positions[:, None]
         if window:
-            seen &= at > at[:, None] - window
-        scores = np.where(seen, scores, -np.inf)
+            visible &= positions > positions[:, None] - window
+        scores = np.where(visible, scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
-        out: NDArray[np.float64] = np.einsum("hts,hse->the", weights, of(self.values))
+        out: NDArray[np.float64] = np.einsum("hts,hse->the", weights, heads_of(self.values))
         return out.reshape(T, H * E)
 
 
 @cache
 def compiled(form: Callable[..., jax.Array], **options: Any) -> Callable[..., jax.Array]:
-    """A form of attention with these options; each shape of its arguments is compiled once for all tests."""
+    """Return a jitted attention function, shared by all tests."""
     made: Callable[..., jax.Array] = jax.jit(partial(form, **options))
     return made
 
@@ -69,7 +69,7 @@ def crowd(heads: tuple[int, int, int], lengths: tuple[int, ...], dtype: str = "b
     keys, values = (random.normal(size=(tables.size + 1, K, PAGE_SIZE, E)).astype(np.float32) for _ in range(2))
     for row, length in enumerate(lengths):
         for i, page in enumerate(tables[row]):
-            behind = max(0, length - i * PAGE_SIZE)
-            keys[page, :, behind:] = values[page, :, behind:] = np.nan
+            end = max(0, length - i * PAGE_SIZE)
+            keys[page, :, end:] = values[page, :, end:] = np.nan
     queries = random.normal(size=(len(lengths), max(lengths), H, E)).astype(np.float32)
     return Crowd(queries, jnp.asarray(keys, dtype), jnp.asarray(values, dtype), tables, lengths)

@@ -1,8 +1,7 @@
-"""`python -m tests.support.faulty_server`: `python -m serve` with a scripted model that can be made to fail.
+"""`python -m tests.support.faulty_server`: `python -m serve` with a scripted model that fails on request.
 
-What a prompt begins with says how: FAIL fails once, LOSE for good, HANG never ends, SLOW takes its time. A text that
-begins with STUCK is never tokenized. The last bytes of answers, and the last
-step, get less time than usual.
+The first token of a prompt chooses the fault: FAIL fails once, LOSE permanently, HANG never returns, SLOW delays steps.
+A text that starts with STUCK is never tokenized. Timeouts at shutdown are shorter than usual.
 """
 
 import sys
@@ -33,7 +32,7 @@ FAIL, LOSE, HANG, SLOW = 1, 2, 3, 4  # token ids
 STUCK = "stuck"
 
 _PAGES = 64
-_STEP = 0.01  # seconds, where it is slow
+_STEP = 0.01  # seconds per slow step
 
 
 class FaultyServer(ServerProcess):
@@ -44,33 +43,33 @@ class FaultyServer(ServerProcess):
 
 
 class FaultyRunner(ScriptedRunner):
-    """Does what prompts say."""
+    """A runner whose prompts choose faults."""
 
     def __init__(self) -> None:
         super().__init__(b"x" * MAX_MODEL_LEN, pages=_PAGES, pages_per_row=MAX_MODEL_LEN // PAGE_SIZE)
         self._slow = self._lost = False
 
     def prefill(self, inputs: StepInput) -> Any:
-        """The first token of a prompt says what becomes of it."""
-        said = int(inputs.tokens[0, 0])
-        if said == FAIL:
-            raise RuntimeError("it was to fail")
-        if said == LOSE:
+        """Fail, hang or slow down as the first token requests."""
+        token = int(inputs.tokens[0, 0])
+        if token == FAIL:
+            raise RuntimeError("requested failure")
+        if token == LOSE:
             self._lost = True
-            raise RuntimeError("it was to be lost")
-        if said == HANG:
+            raise RuntimeError("requested loss")
+        if token == HANG:
             threading.Event().wait()
-        self._slow |= said == SLOW
+        self._slow |= token == SLOW
         return super().prefill(inputs)
 
     def reset(self) -> None:
-        """Fails for good once it was lost."""
+        """Fail permanently after LOSE."""
         if self._lost:
             raise RuntimeError("the device is gone")
         super().reset()
 
     def decode(self, inputs: DecodeInput, sampling: SamplingArrays) -> StepOutput:
-        """As a device that takes its time."""
+        """Delay the step after SLOW."""
         if self._slow:
             threading.Event().wait(_STEP)
         output: StepOutput = super().decode(inputs, sampling)
@@ -87,7 +86,7 @@ def _tokenizer() -> Tokenizer:
             threading.Event().wait()
         return encode(text, add_special_tokens=add_special_tokens)
 
-    setattr(tokenizer, "encode", encode_or_not)  # noqa: B010 - mypy takes no assignment to a method
+    setattr(tokenizer, "encode", encode_or_not)  # noqa: B010 - mypy rejects assignment to a method
     return tokenizer
 
 
@@ -105,7 +104,7 @@ def _assemble(config: ServeConfig, _reporter: Reporter) -> Served:
     metrics.watch(lambda: engine.gauges, {})
     engine.start()
     readiness = Readiness()
-    config = replace(config, allowed_hosts=("*",))  # clients of the tests send other names
+    config = replace(config, allowed_hosts=("*",))  # tests send other host names
     app = create_app(engine, _tokenizer(), ServedModel((MODEL,)), config, metrics, readiness=readiness)
     return Served((MODEL,), True, engine, app, readiness, metrics)
 

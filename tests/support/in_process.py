@@ -1,4 +1,4 @@
-"""Runs requests through an EngineCore in this process, without threads or HTTP."""
+"""Run requests through an EngineCore without threads or HTTP."""
 
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ MAX_NUM_BATCHED_TOKENS = 272
 
 @dataclass(slots=True)
 class Answer:
-    """What a request got."""
+    """Tokens and log-probs of one request."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[np.float32] = field(default_factory=list)
@@ -32,10 +32,9 @@ def run(
     before: dict[str, tuple[list[int], SamplingParams]] | None = None,
     max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
 ) -> dict[str, Answer]:
-    """Submits all requests (id -> prompt, params) at once and steps until every one has ended.
+    """Submit all requests (id -> prompt, params) at once and step until all have ended.
 
-    The prefix cache is empty at the start, so what a call gives depends on no call before; those in `before` have run
-    when the others come.
+    The prefix cache is empty at the start, except for the requests in `before`, which run first.
     """
     core = EngineCore(runner, max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=max_num_batched_tokens)
     if before:

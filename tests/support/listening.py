@@ -1,4 +1,4 @@
-"""A server in this process, on a port that others can reach: the app of `serving`, whose model is a script."""
+"""An in-process server on a real port: the app of `serving` with its scripted model."""
 
 import asyncio
 import socket
@@ -22,12 +22,12 @@ def listening(
     send_buffer: int | None = None,
     **options: Any,
 ) -> Iterator[tuple[str, Server]]:
-    """The address and the parts of a server, for as long as the block runs; `options` are those of `serving`.
+    """Yield address and `Server` of a running server; `options` are those of `serving`.
 
     Args:
-        connection_timeout: seconds for a head to come, and for what waits to be read.
-        refused: gets the codes of connections that were closed.
-        send_buffer: bytes that the system takes of an answer before it is read; None: as many as it likes.
+        connection_timeout: client_timeout, seconds.
+        refused: receives the error codes of closed connections.
+        send_buffer: SO_SNDBUF, bytes; None: the system's default.
     """
     refused = [] if refused is None else refused
     listener = socket.socket()

@@ -1,4 +1,4 @@
-"""A real Ray with replicas of the server, in processes of their own."""
+"""A real Ray cluster with replicas of the server, each in its own process."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ class RayProcess(ServerProcess):
         self._start(["-m", "serve.ray.app", *arguments, "--port", "0"])
 
     def replicas(self) -> list[int]:
-        """The process ids of the replicas."""
+        """Return the process ids of the replicas."""
         return sorted(
             pid
             for pid in _descendants(self.process.pid)
@@ -22,7 +22,7 @@ class RayProcess(ServerProcess):
         )
 
     def kill(self, replica: int) -> None:
-        """Kills a replica's process, as the system does that runs out of memory."""
+        """Kill a replica's process, as the OOM killer does."""
         assert replica in self.replicas()
         os.kill(replica, signal.SIGKILL)
 
@@ -39,7 +39,7 @@ def _descendants(pid: int) -> set[int]:
 def _parent(process: Path) -> int:
     try:
         return int((process / "stat").read_text("utf-8", "replace").rpartition(")")[2].split()[1])
-    except OSError:  # it has ended meanwhile
+    except OSError:  # it has ended
         return 0
 
 

@@ -1,6 +1,6 @@
-"""`python -m serve score` on a model whose arithmetic can be done by hand; as a program, it is killed at every fsync.
+"""`score` with a fake model whose log-probs can be computed by hand. As a program, it kills `score` at every fsync.
 
-The tokenizer is that of tests.support.http_client: a token is a byte.
+The tokenizer is that of tests.support.http_client: one token per byte.
 """
 
 import os
@@ -36,19 +36,19 @@ CONTEXT = 128  # tokens
 
 
 def byte_runner() -> ScriptedRunner:
-    """A runner for the byte tokenizer."""
+    """Return a runner for the byte tokenizer."""
     return ScriptedRunner(None, pages=64, pages_per_row=CONTEXT // PAGE_SIZE)
 
 
 def scripted_runner(script: bytes) -> ScriptedRunner:
-    """A runner for the byte tokenizer that generates a text."""
+    """Return a runner for the byte tokenizer that generates `script`."""
     return ScriptedRunner(script, pages=64, pages_per_row=CONTEXT // PAGE_SIZE)
 
 
 def fake_load(
     runner: FakeRunner, fingerprint: str = "fp", context: int = CONTEXT
 ) -> Callable[[EngineConfig, Reporter], Loaded]:
-    """What stands for serve.server.startup.load."""
+    """Return a replacement of serve.server.startup.load."""
 
     def load(config: EngineConfig, _: Reporter) -> Loaded:
         limits = EngineLimits(
@@ -67,50 +67,50 @@ def fake_load(
 
 
 @dataclass(slots=True)
-class Told:
-    """A reporter that keeps what it is told."""
+class RecordingReporter:
+    """A reporter that records lines."""
 
     lines: list[str] = field(default_factory=list)
 
     def report(self, event: Event) -> None:
-        """See Reporter."""
+        """Record the line of an event."""
         self.lines.append(event.line)
 
 
 def expected_numbers(token_ids: Sequence[int]) -> tuple[list[Any], list[Any]]:
-    """Log-probs and ranks of a text that fits, None for the first token."""
+    """Return log-probs and ranks of a text without truncation; None for the first token."""
     hidden = [hidden_after(token_ids[:n]) for n in range(1, len(token_ids))]
     scores = numbers(hidden, token_ids[1:])
     return [None, *scores.logprob.tolist()], [None, *scores.rank.tolist()]
 
 
 def write_lines(path: Path, rows: Sequence[Any]) -> Path:
-    """Writes JSONL."""
+    """Write JSONL."""
     path.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     return path
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads JSONL."""
+    """Read JSONL."""
     return [orjson.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def some_rows(number: int) -> list[dict[str, str]]:
-    """Rows with texts of random bytes below 128."""
+    """Return rows with random printable ASCII texts."""
     random = np.random.default_rng(number)
     texts = [bytes(random.integers(32, 127, n).tolist()) for n in random.integers(2, 100, number)]
     return [{"id": f"row {i}", "text": text.decode()} for i, text in enumerate(texts)]
 
 
 def _killed_at(number: int, run: Callable[[], int]) -> int:
-    """Runs; the process is killed where fsync would be called for the (number + 1)th time."""
-    left, real = number, os.fsync
+    """Run, and kill the process at the (number + 1)th fsync."""
+    remaining, real = number, os.fsync
 
     def fsync(handle: int) -> None:
-        nonlocal left
-        if left == 0:
+        nonlocal remaining
+        if remaining == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        left -= 1
+        remaining -= 1
         real(handle)
 
     with patch.object(os, "fsync", fsync):
@@ -118,7 +118,7 @@ def _killed_at(number: int, run: Callable[[], int]) -> int:
 
 
 def _in_a_fork(run: Callable[[], int]) -> int:
-    """What waitpid says of a process that runs it."""
+    """Run in a forked process and return its wait status."""
     process = os.fork()
     if process == 0:
         os._exit(run())
@@ -126,7 +126,7 @@ def _in_a_fork(run: Callable[[], int]) -> int:
 
 
 def _survived(rows: Path, output: Path, first: int) -> int:
-    """Kills a run at each of its fsyncs from `first` on, and one that goes on; how many kills a third has survived."""
+    """Kill a run and its continuation at each fsync from `first` on, finish it, and return the number of kills."""
     paths = journal.Paths(output)
     whole = output.with_stem("whole")
 
@@ -143,15 +143,15 @@ def _survived(rows: Path, output: Path, first: int) -> int:
         assert status == signal.SIGKILL, status
         if paths.meta.exists() and paths.partial.exists():
             with paths.partial.open("ab") as file:
-                file.write(b'{"line":9')  # a row that was not written to its end
+                file.write(b'{"line":9')  # a partially written row
         assert _in_a_fork(partial(_killed_at, 4, run)) in (0, signal.SIGKILL)
         assert _in_a_fork(run) == 0
         assert output.read_bytes() == whole.read_bytes(), f"killed at fsync {number}"
-    raise AssertionError("never")
+    raise AssertionError("the run never completed")
 
 
 def main(folder: Path) -> None:
-    """Prints how many kills were survived for each format, or raises."""
+    """Print the number of survived kills per format, or raise."""
     with (
         patch.object(llm, "load", fake_load(byte_runner())),
         patch.object(command, "start_reporting", lambda _: Reporter(sys.stderr)),
@@ -160,7 +160,7 @@ def main(folder: Path) -> None:
         rows = write_lines(folder / "rows.jsonl", some_rows(3))
         kills = _survived(rows, folder / "out.jsonl", 0)
         print("jsonl", kills)
-        print("parquet", _survived(rows, folder / "out.parquet", kills - 4))  # the ends are what differs
+        print("parquet", _survived(rows, folder / "out.parquet", kills - 4))  # only the ends differ
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""`python -m tests.support.sharded_logprobs`: the numbers of small models on 1, 2, 4 and 8 devices, as JSON.
+"""`python -m tests.support.sharded_logprobs`: log-probs of small models on 1, 2, 4 and 8 devices, as JSON.
 
-The devices are made of one CPU, which has to be said before a process uses it: hence a process of its own.
+It is a program of its own because the number of CPU devices must be set before JAX is used.
 """
 
 import json
@@ -35,10 +35,9 @@ from tools.hlo import operations
 
 PROMPT = [5, 17, 99, 3, 8, 9, 44]
 BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, full_logprobs_rows=8)
-V = 1100  # columns in each of 8 shards, and an uneven rest
-_ONE_LAYER = {"num_hidden_layers": 1}  # a second is cut as the first is
-# Name -> family, what its config.json says otherwise, dtype, whether matrices are int8, and how many devices. What is
-# compiled takes time: all counts for one case, and for the others that which shows most.
+V = 1100  # not a multiple of the number of devices
+_ONE_LAYER = {"num_hidden_layers": 1}  # all layers are sharded alike
+# Name -> family, changes of config.json, dtype, int8, numbers of devices. To save time, only one case uses all numbers.
 CASES: dict[str, tuple[str, dict[str, Any], str, bool, tuple[int, ...]]] = {
     "9 heads, 3 of keys": ("llama", {"num_attention_heads": 9, "num_key_value_heads": 3}, "float32", False, (2, 4, 8)),
     "14 heads, 2 of keys, biases": (
@@ -56,19 +55,19 @@ CASES: dict[str, tuple[str, dict[str, Any], str, bool, tuple[int, ...]]] = {
 }
 
 
-def numbers(runner: ModelRunner, *, company: int = 0) -> dict[str, Any]:
-    """What the model says of PROMPT and of what it chooses after it, with up to 3 other rows beside it."""
+def numbers(runner: ModelRunner, *, companions: int = 0) -> dict[str, Any]:
+    """Return log-probs of PROMPT and of the next greedy token, with up to 3 other rows in the batch."""
     runner.reset()
     count = len(PROMPT) - 1
     tokens, positions = np.zeros((1, 16), np.int32), np.full((1, 16), -1, np.int32)
     tokens[0, :count], positions[0, :count] = PROMPT[:-1], np.arange(count)
-    for page in range(1, 2 + company):
+    for page in range(1, 2 + companions):
         runner.prefill(StepInput(tokens, positions, np.array([[page, 0]], np.int32)))
-    places, targets, named = np.zeros(16, np.int32), np.zeros(16, np.int32), no_requested_ids(16)
-    places[:count], targets[:count] = [cache_index(1, i) for i in range(count)], PROMPT[1:]
-    named[:, :2] = [7, V - 1]
-    scored = runner.read(runner.score(ScoreInput(places, targets, named)))
-    said = {
+    indices, targets, requested = np.zeros(16, np.int32), np.zeros(16, np.int32), no_requested_ids(16)
+    indices[:count], targets[:count] = [cache_index(1, i) for i in range(count)], PROMPT[1:]
+    requested[:, :2] = [7, V - 1]
+    scored = runner.read(runner.score(ScoreInput(indices, targets, requested)))
+    results = {
         "prompt": scored.logprob[:count].tolist(),
         "top": scored.top_logprobs[:count].tolist(),
         "named": scored.requested_logprobs[:count, :2].tolist(),
@@ -77,16 +76,16 @@ def numbers(runner: ModelRunner, *, company: int = 0) -> dict[str, Any]:
             scored.top_ids[:count].tolist(),
             scored.requested_ranks[:count, :2].tolist(),
         ],
-        "whole": runner.full_logprobs(places[:8])[:count].tolist(),
+        "whole": runner.full_logprobs(indices[:8])[:count].tolist(),
     }
-    greedy = runner.read(decode(runner, greedy_sampling(4, V), 0, company))
-    said |= {"greedy": greedy.logprobs.logprob[:1].tolist(), "greedy token": int(greedy.tokens[0])}
-    return said
+    greedy = runner.read(decode(runner, greedy_sampling(4, V), 0, companions))
+    results |= {"greedy": greedy.logprobs.logprob[:1].tolist(), "greedy token": int(greedy.tokens[0])}
+    return results
 
 
-def decode(runner: ModelRunner, sampling: SamplingArrays, step: int, company: int = 0) -> Any:
-    """One token of the first row, after `step` others."""
-    rows = np.arange(4) <= company
+def decode(runner: ModelRunner, sampling: SamplingArrays, step: int, companions: int = 0) -> Any:
+    """Decode token number `step` of the first row."""
+    rows = np.arange(4) <= companions
     last = np.where(rows, PROMPT[-1] if step == 0 else FROM_SLOT, 0).astype(np.int32)
     positions = np.where(rows, len(PROMPT) - 1 + step, -1).astype(np.int32)
     tables = np.where(rows[:, None], np.stack([np.arange(1, 5), np.zeros(4)], axis=1), 0).astype(np.int32)
@@ -95,7 +94,7 @@ def decode(runner: ModelRunner, sampling: SamplingArrays, step: int, company: in
 
 
 def choices(runner: ModelRunner) -> dict[str, Any]:
-    """Tokens that are drawn under every filter, with bias, penalties and a mask, and the numbers of what was drawn."""
+    """Sample tokens with all filters, bias, penalties and a mask; return them with their log-probs."""
     runner.reset()
     numbers(runner)
     sampling = greedy_sampling(4, V)
@@ -115,12 +114,12 @@ def choices(runner: ModelRunner) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Prints case -> devices -> numbers, and the HLO of a model's programs cut in four."""
+    """Print case -> devices -> log-probs, and the HLO of a model's programs on four devices."""
     jax.config.update("jax_num_cpu_devices", 8)
-    told: dict[str, Any] = {"V": V, "page": PAGE_SIZE}
+    results: dict[str, Any] = {"V": V, "page": PAGE_SIZE}
     for case, (family, changes, dtype, int8, counts) in CASES.items():
         config = tiny_configs()[family] | {"vocab_size": V} | changes
-        told[case] = {}
+        results[case] = {}
         with tempfile.TemporaryDirectory() as folder:
             write_checkpoint(Path(folder), config, random_weights(config, seed=3))
             for devices in (1, *counts):
@@ -132,11 +131,11 @@ def main() -> int:
                     checkpoint.close()
                 runner = ModelRunner(model, BUCKETS, pages=9, max_logprobs=5)
                 alone = numbers(runner)
-                told[case][devices] = alone | choices(runner)
-                told[case][devices]["changed by company"] = numbers(runner, company=3) != alone
-                if devices == 4 and "hlo" not in told:
-                    told["hlo"] = {each.name: operations.hlo_text(each) for each in runner.programs}
-    json.dump(told, sys.stdout)
+                results[case][devices] = alone | choices(runner)
+                results[case][devices]["changed by company"] = numbers(runner, companions=3) != alone
+                if devices == 4 and "hlo" not in results:
+                    results["hlo"] = {each.name: operations.hlo_text(each) for each in runner.programs}
+    json.dump(results, sys.stdout)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Slots and masks for the tests of what is chosen."""
+"""Slots and token masks for tests of sampling."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from compiled.state import SlotState
 
 
 def empty_slots(Z: int, V: int) -> SlotState:
-    """Z slots (numpy) in which nothing was chosen, seen or biased."""
+    """Return Z empty slots as numpy arrays."""
     return SlotState(
         tokens=np.zeros(Z, np.int32),
         bias=np.zeros((Z, V), np.float32),
@@ -19,7 +19,7 @@ def empty_slots(Z: int, V: int) -> SlotState:
 
 
 def packed(allowed: Any, *, spare: bool = False) -> NDArray[np.uint32]:
-    """Words [..., W] of allowed [..., V] bool; `spare` is what the bits past V in the last word are."""
+    """Pack allowed [..., V] bool into words [..., W]; `spare` is the value of the bits past V."""
     allowed = np.asarray(allowed, np.bool_)
     missing = -allowed.shape[-1] % 32
     padded = np.concatenate([allowed, np.full((*allowed.shape[:-1], missing), spare)], axis=-1)

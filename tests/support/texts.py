@@ -1,4 +1,4 @@
-"""Some hundred texts on which a tokenizer must have the ids of the original one: languages, code, emoji, spaces."""
+"""Several hundred texts for comparing tokenizers: languages, code, emoji, white space."""
 
 import random
 
@@ -44,7 +44,7 @@ _TEXTS = (
 
 
 def texts() -> list[str]:
-    """The same on every call: the texts, then mixtures of their characters and of their words."""
+    """Return the texts, followed by reproducible mixtures of their characters and words."""
     pick = random.Random(_SEED)
     characters = [character for text in _TEXTS for character in text]
     words = [word for text in _TEXTS for word in text.split()]

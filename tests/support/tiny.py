@@ -1,7 +1,7 @@
-"""Tiny random models of each family, for which tests/model/golden holds what torch makes of them.
+"""Tiny random models of each family; tests/model/golden has torch's outputs for them.
 
-No weights are stored: they follow from a seed, on every platform and numpy. Runs on Python 3.11 too, without torch
-and without this project's packages, because make_golden.py needs it where torch lives.
+Weights are generated from a seed, equal on every platform and numpy version. make_golden.py imports this module in an
+environment with torch, so it must run on Python 3.11 without this project's packages.
 """
 
 import json
@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 SEED = 1
-# Cases where, with SEED, two logits come so close that a rank could differ by rounding.
+# Cases in which SEED gives near ties, whose ranks could differ by rounding.
 OTHER_SEEDS = {"mistral": 2, "olmo2": 2, "gemma3": 4}
-TOKENS = 70  # one more page than the first, whose size is 64
+TOKENS = 70  # more than one page of 64
 
 
 def tiny_configs() -> dict[str, dict[str, Any]]:
-    """Case name -> config.json of a Hugging Face model.
+    """Return case name -> config.json of a Hugging Face model.
 
-    Sizes are chosen so that mixing two of them up cannot go unseen: an odd vocabulary, H * E unlike D, 2 to 7 query
-    heads per key/value head.
+    No two sizes are equal, so that mixing them up fails: an odd vocabulary, H * E unlike D, 2 to 7 query heads per
+    key/value head.
     """
     return {
         "llama": _config("Llama", 64, 96, 131, (4, 2), 1e-5, head_dim=20, rope_theta=10000.0),
@@ -69,7 +69,7 @@ def tiny_configs() -> dict[str, dict[str, Any]]:
             head_dim=16,
             sliding_window=24,
             query_pre_attn_scalar=20,
-            attn_logit_softcapping=2.0,  # so small that they show
+            attn_logit_softcapping=2.0,  # small enough to have an effect
             final_logit_softcapping=8.0,
             **_GELU,
         ),
@@ -107,11 +107,11 @@ _GELU: dict[str, Any] = {
     "hidden_activation": "gelu_pytorch_tanh",
     "tie_word_embeddings": True,
 }
-_ONE_ADDED = ("gemma2", "gemma3_text")  # to the weights of their norms
+_ONE_ADDED = ("gemma2", "gemma3_text")  # families that add 1 to norm weights
 
 
 def seed_of(case: str) -> int:
-    """What the weights and tokens of a case follow from."""
+    """Return the seed of a case."""
     return OTHER_SEEDS.get(case, SEED)
 
 
@@ -135,7 +135,7 @@ def _config(
 
 
 def random_weights(config: dict[str, Any], seed: int) -> dict[str, NDArray[np.float32]]:
-    """Hugging Face tensor name -> float32 values, the same for the same seed.
+    """Return Hugging Face tensor name -> float32 values, reproducible from the seed.
 
     Matrices keep the scale of what they multiply. Embeddings are as small as trained ones, so that the epsilon of the
     first norms shows in the results; norm weights lie around 1 (0 where 1 is added to them), biases
@@ -156,26 +156,26 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, NDArray[np.fl
 
 
 def random_tokens(config: dict[str, Any], seed: int) -> NDArray[np.int32]:
-    """TOKENS ids below the vocabulary size, int32 [T], the same for the same seed."""
+    """Return TOKENS ids below the vocabulary size, int32 [T], reproducible from the seed."""
     raw = np.random.PCG64([seed, 1]).random_raw(TOKENS)
     return (raw % np.uint64(config["vocab_size"])).astype(np.int32)
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], weights: dict[str, NDArray[np.float32]]) -> None:
-    """Writes config.json and model.safetensors into an existing folder, as the Hugging Face hub lays them out."""
+    """Write config.json and model.safetensors into an existing folder."""
     (folder / "config.json").write_text(json.dumps(config))
     save_file(weights, folder / "model.safetensors")
 
 
 def _uniform(bits: np.random.PCG64, shape: tuple[int, ...], center: float, radius: float) -> NDArray[np.float32]:
-    # numpy promises the raw bits of a generator for ever, but not what its distributions make of them.
+    # numpy guarantees a generator's raw bits across versions, but not its distributions.
     raw = bits.random_raw(math.prod(shape)) >> np.uint64(11)
     unit = raw.astype(np.float64) * 2.0**-52 - 1.0  # [-1, 1)
     return (center + radius * unit).astype(np.float32).reshape(shape)
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Hugging Face tensor name -> shape, in the order in which the random bits are used."""
+    """Return Hugging Face tensor name -> shape, in the order in which random bits are used."""
     D, V = config["hidden_size"], config["vocab_size"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
     for i in range(config["num_hidden_layers"]):

@@ -1,4 +1,4 @@
-"""Tiny random models, written as Hugging Face directories and as GGUF files that hold the same values."""
+"""Tiny random models, written as Hugging Face directories and as GGUF files with the same values."""
 
 import json
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ GGUF_OUTER_NAMES = {
 
 @dataclass
 class TinyModel:
-    """A configuration and its float32 values under Hugging Face names."""
+    """A configuration and float32 weights under Hugging Face names."""
 
     family: str = "llama"
     tied: bool = True
@@ -70,7 +70,7 @@ class TinyModel:
         return shapes if self.tied else shapes | {"lm_head.weight": (VOCAB, HIDDEN)}
 
     def hf_config(self) -> dict[str, Any]:
-        """What config.json holds."""
+        """Return the contents of config.json."""
         return {
             "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[self.family]],
             "vocab_size": VOCAB,
@@ -80,13 +80,13 @@ class TinyModel:
             "num_attention_heads": HEADS,
             "num_key_value_heads": KV_HEADS,
             "rope_theta": 10000.0,
-            "rms_norm_eps": 0.0009765625,  # a power of two: the same in GGUF's float32
+            "rms_norm_eps": 0.0009765625,  # a power of two, exact in GGUF's float32
             "max_position_embeddings": 128,
             "tie_word_embeddings": self.tied,
         }
 
     def write_hf(self, folder: Path, dtype: Any = np.float32, shards: int = 1) -> Path:
-        """Writes config.json and one safetensors file, or `shards` of them with an index."""
+        """Write config.json and one safetensors file, or `shards` files with an index."""
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.hf_config()))
         tensors = {name: values.astype(dtype) for name, values in self.tensors.items()}
@@ -105,7 +105,7 @@ class TinyModel:
     def write_gguf(
         self, path: Path, kind: str = "F32", raw: Mapping[str, tuple[NDArray[np.uint8], str]] | None = None
     ) -> Path:
-        """Writes a GGUF file: matrices as `kind`, the rest as F32, and tensors of `raw` (bytes, type) as they are."""
+        """Write a GGUF file: matrices as `kind`, the rest as F32, and `raw` tensors (bytes, type) unchanged."""
         writer = gguf.GGUFWriter(path, self.family)
         writer.add_context_length(128)
         writer.add_embedding_length(HIDDEN)
@@ -132,7 +132,7 @@ class TinyModel:
         return path
 
     def gguf_order(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
-        """Llama's q and k rows as GGUF files have them: dimension j beside dimension j + E/2 of the same head."""
+        """Permute Llama's q and k rows to GGUF order: dimension j next to dimension j + E/2 of the same head."""
         heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2])
         if self.family != "llama" or heads is None:
             return values
@@ -141,7 +141,7 @@ class TinyModel:
         return np.ascontiguousarray(values[order])
 
     def rounded(self, kind: str) -> "TinyModel":
-        """The same model after a trip through a GGUF type."""
+        """Return the model with weights quantized to a GGUF type and back."""
         copy = TinyModel(self.family, self.tied)
         qtype = gguf.GGMLQuantizationType[kind]
         for name, values in self.tensors.items():
@@ -150,7 +150,7 @@ class TinyModel:
         return copy
 
     def expected(self, dtype: Any = np.float32) -> Tensors:
-        """Target path -> array, as the loader must give it."""
+        """Return target path -> array, as the loader must return it."""
         arrays = {
             "embed.weight": self.tensors["model.embed_tokens.weight"],
             "norm.weight": self.tensors["model.norm.weight"],
@@ -179,7 +179,7 @@ class TinyModel:
 
 
 def gguf_name(name: str) -> str:
-    """The GGUF name of a Hugging Face tensor."""
+    """Return the GGUF name of a Hugging Face tensor."""
     if name in GGUF_OUTER_NAMES:
         return GGUF_OUTER_NAMES[name]
     _, _, layer, rest = name.split(".", 3)

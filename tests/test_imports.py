@@ -19,9 +19,20 @@ FORBIDDEN = (
     ("compiled", "serve"),
     ("compiled", "tools"),
     ("serve", "tools"),
-    ("serve.engine", "serve.api"),
-    ("serve.engine", "serve.text"),
-    ("serve.engine", "rich"),
+    # The engine knows arrays and tokens, neither HTTP nor text nor flags.
+    *(
+        ("serve.engine", name)
+        for name in (
+            "serve.api",
+            "serve.cli",
+            "serve.config",
+            "serve.jobs",
+            "serve.server",
+            "serve.text",
+            "jax",
+            "rich",
+        )
+    ),
     ("serve.text", "serve.api"),
     ("serve.text", "serve.engine"),
     ("serve.text", "jax"),

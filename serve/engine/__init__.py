@@ -1,4 +1,4 @@
-"""Requests in, token events out: one thread that alone touches the device, and the scheduler that feeds it.
+"""The engine: a scheduler, and the one thread that runs its steps on the device.
 
-Knows nothing of HTTP or of the OpenAI schema; `serve.api` imports this folder, never the other way round.
+Its clients use `engine.Engine` through `client.EngineClient` and the types in `request`.
 """

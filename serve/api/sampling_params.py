@@ -7,9 +7,9 @@ from serve.api.errors import invalid
 from serve.api.requests import GenerationRequest
 from serve.api.validation import check_ids
 from serve.engine.request import EngineLimits, SamplingParams
+from serve.jobs.generate import sampling_values
 from serve.text.tokenizer import Tokenizer, TokenizerError
 
-GREEDY_BELOW = 1e-5  # lower temperatures are treated as 0
 _MAX_STOP_STRINGS = 10_000
 _MAX_BAD_WORDS = 1000
 _MAX_BAD_WORD_TOKENS = 10_000  # of all words together
@@ -34,24 +34,17 @@ def sampling_params(
         APIError: 400 that names a field.
     """
     check_ids("stop_token_ids", body.stop_token_ids or (), limits)
-    temperature = 1.0 if body.temperature is None else body.temperature
     params = SamplingParams(
         max_tokens=0,
-        temperature=0.0 if temperature < GREEDY_BELOW else max(temperature, 0.01),
-        top_k=max(body.top_k or 0, 0),
-        top_p=1.0 if body.top_p is None else body.top_p,
-        min_p=body.min_p or 0.0,
         min_tokens=body.min_tokens or 0,
         stop_token_ids=(frozenset() if body.ignore_eos else tokenizer.eos_token_ids)
         | frozenset(body.stop_token_ids or ()),
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         logit_bias=_logit_bias(body.logit_bias or {}, limits),
         allowed_token_ids=_allowed_token_ids(body, limits),
         bad_words=bad_word_ids(body.bad_words or (), tokenizer),
         logprob_token_ids=tuple(body.logprob_token_ids or ()),
         processed=processed,
+        **sampling_values(body),
     )
     _check_tokens_remain(params, limits)
     return params

@@ -1,8 +1,8 @@
-"""What a request is given where it says nothing: the model's own generation_config.json, as vLLM takes it."""
+"""Sampling fields, and their defaults from the model's generation_config.json, as in vLLM."""
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -11,7 +11,7 @@ _Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class SamplingFields(BaseModel):
-    """Sampling parameters for which a model may bring defaults."""
+    """Sampling fields of requests and of generation_config.json. SamplingParams has fields of the same names."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -21,27 +21,43 @@ class SamplingFields(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
-    # In float32 it must be neither 0 nor so large that a logit times it is infinite.
+    # In float32 it must not be 0, nor make a logit infinite.
     repetition_penalty: Annotated[float, Field(ge=1e-30, le=1e30)] | None = None
 
 
+class SamplingFieldKeywords(TypedDict, total=False):
+    """SamplingFields as keyword arguments."""
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+
+
 class DefaultsError(ValueError):
-    """A file or option of generation defaults is wrong; the message names it and the field."""
+    """A file or flag of generation defaults is invalid; the message names it and the field."""
 
 
 class GenerationDefaults(SamplingFields):
-    """Values for fields that a request leaves out; None leaves OpenAI's default."""
+    """Values of fields that a request does not set; None means OpenAI's default."""
 
     model_config = ConfigDict(frozen=True)
 
-    max_new_tokens: Annotated[int, Field(ge=1)] | None = None  # of a chat; a completion has 16
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None  # of chats; for completions it is 16
 
     @classmethod
     def read(cls, values: Any, where: str) -> Self:
-        """Takes the fields that it knows from a JSON object; transformers writes many others.
+        """Read the fields above from a JSON object and ignore the others that transformers writes.
+
+        Args:
+            values: the parsed JSON.
+            where: source of the values, for error messages.
 
         Raises:
-            DefaultsError: no object, or a known field whose value is wrong. `where` names the source.
+            DefaultsError: not an object, or a field has an invalid value.
         """
         if not isinstance(values, dict):
             raise DefaultsError(f"{where}: must be a JSON object")
@@ -52,16 +68,16 @@ class GenerationDefaults(SamplingFields):
             raise DefaultsError(f"{where}: {first['loc'][0]}: {first['msg']}") from None
 
     def under(self, other: "GenerationDefaults") -> "GenerationDefaults":
-        """These, but for what the other sets."""
+        """These values, overridden by those that `other` sets."""
         return self.model_copy(update=other.model_dump(exclude_none=True))
 
     def fill[B: BaseModel](self, body: B) -> B:
-        """The request with its gaps filled."""
+        """A copy of the request with its unset fields filled."""
         missing = {name: value for name, value in self.said().items() if getattr(body, name, value) is None}
         return body.model_copy(update=missing) if missing else body
 
     def said(self) -> dict[str, Any]:
-        """What is set."""
+        """The values that are set, by field name."""
         return self.model_dump(exclude_none=True)
 
 
@@ -69,19 +85,19 @@ def defaults_of(source: str, override: str, model: Path) -> GenerationDefaults:
     """The defaults of a server.
 
     Args:
-        source: `auto` takes the model's generation_config.json if it has one, `vllm` takes nothing, anything else is
-            that file or a folder that holds one.
-        override: a JSON object whose values stand over the file's.
+        source: `auto` for the model's generation_config.json, if any; `vllm` for none; else the path of such a file or
+            of its folder.
+        override: JSON object whose values take precedence over the file's.
         model: the model's folder or file.
 
     Raises:
-        DefaultsError: a file or the object cannot be read.
+        DefaultsError: the file or the object is invalid.
     """
     try:
-        over = GenerationDefaults.read(json.loads(override), "--override-generation-config")
+        overriding = GenerationDefaults.read(json.loads(override), "--override-generation-config")
     except json.JSONDecodeError as error:
         raise DefaultsError(f"--override-generation-config: not JSON: {error}") from None
-    return _from_file(source, model).under(over)
+    return _from_file(source, model).under(overriding)
 
 
 def _from_file(source: str, model: Path) -> GenerationDefaults:

@@ -1,6 +1,7 @@
 """Requests to arrays: the numpy inputs of a step, padded to a compiled shape. Every step gets new arrays."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +19,13 @@ from compiled.state import (
 )
 from compiled.step import cache_index
 from model.kv_cache import PAGE_SIZE
+from serve.engine.request import SamplingParams
 from serve.engine.request_state import RequestState
 from serve.engine.scheduler import PrefillWork
+
+_ARRAYS = {field.name for field in fields(SamplingArrays)}
+# Fields of SamplingParams that are copied to the arrays of the same names; not the seed, which may have to be drawn.
+_COPIED = tuple(field.name for field in fields(SamplingParams) if field.name in _ARRAYS - {"seed"})
 
 type ScoreRow = tuple[RequestState, int]  # request and row i of its prompt_scores, which scores prompt token i + 1
 
@@ -58,13 +64,10 @@ def sampling_arrays(requests: Sequence[RequestState], rows: int, vocab_size: int
     arrays = greedy_sampling(rows, vocab_size)
     for row, request in enumerate(requests):
         params, step = request.params, request.num_chosen - 1
-        arrays.temperature[row] = params.temperature
-        arrays.top_k[row] = params.top_k
-        arrays.top_p[row] = params.top_p
-        arrays.min_p[row] = params.min_p
+        for name in _COPIED:
+            getattr(arrays, name)[row] = getattr(params, name)
         arrays.seed[row] = (request.seed >> 32) & 0xFFFFFFFF, request.seed & 0xFFFFFFFF
         arrays.step[row] = step
-        arrays.processed[row] = params.processed
         if params.adjusts:
             arrays.penalized[row] = True
             arrays.presence[row] = params.presence_penalty

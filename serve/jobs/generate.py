@@ -4,11 +4,11 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from serve.config.generation_config import SamplingFields
+from serve.config.generation_config import SamplingFieldKeywords, SamplingFields
 from serve.config.values import suggestion
 from serve.engine.request import PromptScoring, Request, SamplingParams, TokenEvent, TokenScores
 from serve.jobs.request_queue import RequestQueue
@@ -40,18 +40,11 @@ class GenerationOptions(SamplingFields):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-class SamplingKeywords(TypedDict, total=False):
+class SamplingKeywords(SamplingFieldKeywords, total=False):
     """Keyword arguments of `LLM.generate` and `LLM.chat`; the fields of GenerationOptions."""
 
     max_tokens: int | None
     n: int
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    min_p: float | None
-    presence_penalty: float | None
-    frequency_penalty: float | None
-    repetition_penalty: float | None
     seed: int | None
     stop: str | list[str] | None
     ignore_eos: bool

@@ -1,4 +1,4 @@
-"""The command line: amounts of memory, defaults that follow from other flags, and flags that contradict each other."""
+"""The command line of a server: values, derived defaults, contradictions, configuration files and --help."""
 
 import dataclasses
 import re
@@ -30,7 +30,7 @@ from serve.config.values import MemoryAmount, parse_memory
         ("1.0", 1.0),
     ],
 )
-def test_amounts_of_memory(text: str, size: float) -> None:
+def test_parse_memory_of_bytes_and_shares(text: str, size: float) -> None:
     amount = parse_memory(text)
     assert (amount.size, type(amount.size)) == (size, type(size))
 
@@ -38,18 +38,18 @@ def test_amounts_of_memory(text: str, size: float) -> None:
 @pytest.mark.parametrize(
     "text", ["", "much", "-1", "-5G", "0.0", "1.5", "101%", "0%", "1 2", "1GG", "50%G", "nan", "1e9"]
 )
-def test_what_is_no_amount_of_memory(text: str) -> None:
+def test_parse_memory_refuses_other_text(text: str) -> None:
     with pytest.raises(ValueError, match="share"):
         parse_memory(text)
 
 
-def test_shares_are_of_what_is_free() -> None:
+def test_memory_amount_share_of_free_memory() -> None:
     assert MemoryAmount(0.5).bytes_of(1000) == 500
     assert MemoryAmount(0.5).bytes_of(None) is None
     assert MemoryAmount(7).bytes_of(None) == 7
 
 
-def test_defaults_follow_other_flags() -> None:
+def test_parse_args_derived_defaults() -> None:
     config = parse_args([])
     assert (config.batched_tokens, config.computed_logprobs) == (272, 20)
     assert config.enable_prefix_caching
@@ -86,7 +86,7 @@ def test_defaults_follow_other_flags() -> None:
         (["--quantization", "int8", "--dtype", "float32"], ("--quantization", "bfloat16")),
     ],
 )
-def test_mistakes_end_with_code_2_and_name_the_flag(
+def test_parse_args_mistake_exits_with_code_2(
     arguments: list[str], named: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -96,7 +96,7 @@ def test_mistakes_end_with_code_2_and_name_the_flag(
     assert all(name in error for name in named)
 
 
-def test_keys_come_from_the_environment_unless_given() -> None:
+def test_api_keys_from_flags_or_environment() -> None:
     environ = {"LOGPROBD_API_KEY": "ours", "VLLM_API_KEY": "theirs"}
     assert parse_args([], environ).api_key == ("ours", "theirs")
     assert parse_args([], {}).api_key == ()
@@ -104,13 +104,13 @@ def test_keys_come_from_the_environment_unless_given() -> None:
 
 
 @pytest.mark.parametrize("key", ["", "two words", "tab\t"])
-def test_a_key_of_the_environment_that_is_none_opens_nothing(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_api_keys_invalid_in_environment(key: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_args([], {"LOGPROBD_API_KEY": key})
     assert "$LOGPROBD_API_KEY" in capsys.readouterr().err
 
 
-def test_keys_come_from_a_file_too(tmp_path: Path) -> None:
+def test_api_keys_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("# ours\nsk-1\n\n  sk-2  \n")
     assert parse_args(["--api-key", "a", "--api-key-file", str(path)], {"VLLM_API_KEY": "b"}).api_key == (
@@ -121,7 +121,7 @@ def test_keys_come_from_a_file_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "# none\n", "two words\n", "schl\u00fcssel\n"])
-def test_a_file_without_a_key_opens_nothing(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_api_keys_file_without_a_valid_key(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "keys"
     path.write_text(content, encoding="utf-8")
     for file in (path, tmp_path / "nowhere"):
@@ -130,19 +130,19 @@ def test_a_file_without_a_key_opens_nothing(content: str, tmp_path: Path, capsys
         assert "--api-key-file" in capsys.readouterr().err
 
 
-def test_what_vllm_switches_and_is_always_so_here_is_taken() -> None:
+def test_parse_args_accepts_flags_of_vllm() -> None:
     flags = ["--enable-chunked-prefill", "--enable-server-load-tracking"]
     assert parse_args(flags) == parse_args([])
     assert parse_args(["--block-size", "64", "--scheduling-policy", "priority"]) == parse_args([])
 
 
-def test_lists_are_json() -> None:
+def test_parse_args_json_lists() -> None:
     config = parse_args(["--allowed-origins", '["https://a", "https://b"]', "--allow-credentials"])
     assert config.allowed_origins == ("https://a", "https://b")
     assert config.allow_credentials
 
 
-def test_a_file_stands_for_flags_and_the_command_line_over_it(tmp_path: Path) -> None:
+def test_config_file_below_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(
         "model: folder/model\nmax-num-seqs: 4\nmax_model_len: 512\nenable-prefix-caching: false\n"
@@ -161,7 +161,7 @@ def test_a_file_stands_for_flags_and_the_command_line_over_it(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("text", ["[1]", "max-num-seqs: many", "no-such-flag: 1", "a: b: c"])
-def test_a_broken_file_ends_with_code_2(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_file_invalid_exits_with_code_2(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(text)
     with pytest.raises(SystemExit) as ended:
@@ -175,7 +175,7 @@ def printed_help(monkeypatch: pytest.MonkeyPatch, columns: int) -> str:
     return server_flags(ServeConfig, prog="logprobd serve", description="").parser.format_help()
 
 
-def test_help_has_every_option_in_its_group_with_words_about_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_shows_every_option_in_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
     text = printed_help(monkeypatch, 100)
     assert re.findall(r"^(\S.*):$", text, re.MULTILINE)[:7] == ["options", *GROUPS]
     fields = dataclasses.fields(ServeConfig)
@@ -193,21 +193,21 @@ def test_help_has_every_option_in_its_group_with_words_about_it(monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("columns", "widest"), [(200, 100), (100, 98), (80, 78)])
-def test_help_fits(columns: int, widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_width(columns: int, widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     flags, _, epilog = printed_help(monkeypatch, columns).partition("\nexamples:")
     assert max(map(len, flags.splitlines())) <= widest
     assert max(map(len, epilog.splitlines())) <= 100
     assert not re.search(r"(?<![$A-Z_])[A-Z]{2,}_[A-Z_]+", flags)  # long names in capitals, but for $VARIABLES
 
 
-def test_help_shows_how_a_switch_is_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_of_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     text = printed_help(monkeypatch, 100)
     assert "--[no-]enable-prefix-caching" in text
     assert "--vllm-metrics " in text
     assert not parse_args(["--vllm-metrics", "--no-vllm-metrics"]).vllm_metrics  # not shown, but there
 
 
-def test_examples_in_the_help_are_command_lines_that_are_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_help_examples_are_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     examples = printed_help(monkeypatch, 100).partition("examples:\n")[2]
     (tmp_path / "serve.yaml").write_text("port: 9000")
     monkeypatch.chdir(tmp_path)

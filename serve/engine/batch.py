@@ -79,8 +79,8 @@ def sampling_arrays(requests: Sequence[RequestState], rows: int, vocab_size: int
     return arrays
 
 
-def adjustment(request: RequestState, vocab_size: int) -> SlotPenalties:
-    """State of penalties and bias to load into a request's slot. All its tokens must have been read."""
+def slot_penalties(request: RequestState, vocab_size: int) -> SlotPenalties:
+    """The penalty state to load into a request's slot. All its tokens must have been read."""
     bias = np.zeros(vocab_size, np.float32)
     for token, value in request.params.logit_bias:
         bias[token] = value
@@ -91,7 +91,7 @@ def adjustment(request: RequestState, vocab_size: int) -> SlotPenalties:
 
 
 def score_input(rows: Sequence[ScoreRow], size: int) -> ScoreInput:
-    """A block of prompt rows [M], padded with the first slot of the null page."""
+    """A block of prompt rows [M], padded with index 0, which is in the null page."""
     indices, targets, requested_ids = np.zeros(size, np.int32), np.zeros(size, np.int32), no_requested_ids(size)
     for i, (request, index) in enumerate(rows):
         indices[i] = cache_index(request.pages[index // PAGE_SIZE], index)

@@ -3,7 +3,6 @@
 import asyncio
 import math
 import time
-from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
@@ -69,9 +68,7 @@ class RequestHandle:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.abort()
 
     def __aiter__(self) -> Self:

@@ -33,9 +33,8 @@ def begin_prompt_scores(request: RequestState, pool: PagePool, k: int) -> None:
         request.prompt_scores = empty_scores(len(request.prompt_token_ids) - 1, alternatives)
     if scoring.token_ids:
         return
-    full = min(
-        len(request.prompt_token_ids) // PAGE_SIZE, request.num_registered
-    )  # after a preemption it includes output
+    # After a preemption the registered pages include some of the output.
+    full = min(len(request.prompt_token_ids) // PAGE_SIZE, request.num_registered)
     for index in range((request.num_scored + 1) // PAGE_SIZE, full):
         stored = pool.scores(request.hashes[index])
         if stored is None:

@@ -95,7 +95,7 @@ class Scheduler:
 
     def must_preempt(self) -> bool:
         """True if the next schedule() would preempt; tokens in flight must be read before."""
-        missing = sum(_missing_pages(request, request.num_tokens) for request in self._decoding())
+        missing = sum(_missing_pages(request) for request in self._decoding())
         return missing > self._pool.num_free
 
     def schedule(self) -> Schedule:
@@ -116,7 +116,8 @@ class Scheduler:
 
     def register_pages(self, request: RequestState) -> None:
         """Register the pages that are full of tokens known to the host."""
-        full = min(request.num_computed, _known_tokens(request)) // PAGE_SIZE
+        known = len(request.prompt_token_ids) + len(request.output_token_ids)
+        full = min(request.num_computed, known) // PAGE_SIZE
         _extend_hashes(request, full)
         for index in range(request.num_registered, full):
             self._pool.register(request.pages[index], request.hashes[index])
@@ -181,7 +182,7 @@ class Scheduler:
 
     def _plan_scores(self, schedule: Schedule, request: RequestState, max_rows: int) -> int:
         start = request.num_scored
-        end = min(_num_rows(request), request.num_computed, start + max_rows)
+        end = min(_num_score_rows(request), request.num_computed, start + max_rows)
         if end <= start:
             return 0
         schedule.scores.append(ScoreWork(request, start, end))
@@ -241,7 +242,7 @@ class Scheduler:
     def _reserve_or_preempt(self, request: RequestState) -> None:
         """Allocate a page for the request's next token, preempting the last in queue order, or itself, if necessary."""
         while request.status is RequestStatus.DECODE:
-            pages = self._pool.allocate(_missing_pages(request, request.num_tokens))
+            pages = self._pool.allocate(_missing_pages(request))
             if pages is not None:
                 request.pages += pages
                 return
@@ -265,23 +266,19 @@ def _queue_order(state: RequestState) -> tuple[int, int]:
     return state.request.priority, state.arrival
 
 
-def _known_tokens(request: RequestState) -> int:
-    return len(request.prompt_token_ids) + len(request.output_token_ids)
+def _missing_pages(request: RequestState) -> int:
+    """Number of pages that the request's tokens need in addition to its own."""
+    return max(0, -(-request.num_tokens // PAGE_SIZE) - len(request.pages))
 
 
-def _missing_pages(request: RequestState, tokens: int) -> int:
-    """Number of pages to allocate for the request to have `tokens` tokens."""
-    return max(0, -(-tokens // PAGE_SIZE) - len(request.pages))
-
-
-def _num_rows(request: RequestState) -> int:
+def _num_score_rows(request: RequestState) -> int:
     """Number of rows of prompt_scores that must be filled."""
     scoring = request.params.prompt
     return 0 if scoring is None or scoring.full_vocab else len(request.prompt_token_ids) - 1
 
 
 def _prompt_is_done(request: RequestState) -> bool:
-    return request.num_computed >= request.prefill_end and request.num_scored >= _num_rows(request)
+    return request.num_computed >= request.prefill_end and request.num_scored >= _num_score_rows(request)
 
 
 def _extend_hashes(request: RequestState, pages: int) -> None:

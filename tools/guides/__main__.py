@@ -151,10 +151,13 @@ def is_alike(expected: str, output: str) -> bool:
 
 
 def _keep_programs(server: ServerProcess, home: Path) -> None:
-    """Lets what a guide starts find the programs that the server has compiled."""
+    """Give servers that a guide starts the compiled programs of `server` and the user's CPU kernels."""
     arguments = list(map(str, server.process.args)) if isinstance(server.process.args, list) else []
     folder = home / ".cache" / "logprobd"
     folder.mkdir(parents=True)
+    kernels = Path("~/.cache/logprobd/kernels").expanduser()
+    kernels.mkdir(parents=True, exist_ok=True)
+    (folder / "kernels").symlink_to(kernels)
     if "--compilation-cache-dir" in arguments:
         (folder / "xla").symlink_to(arguments[arguments.index("--compilation-cache-dir") + 1])
 

@@ -125,7 +125,7 @@ def run_guide(path: Path, server: ServerProcess, folder: Path, programs: Sequenc
     }
     jobs = [(each.language, each.source.replace(_ADDRESS, server.url), each.line) for each in blocks]
     process = subprocess.run(
-        [sys.executable, "-W", "error", str(Path(__file__).with_name("guide_session.py")), path.name],
+        [sys.executable, "-W", "error", str(Path(__file__).with_name("session.py")), path.name],
         cwd=folder,
         env=environment,
         input=json.dumps(jobs),

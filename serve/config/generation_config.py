@@ -73,10 +73,10 @@ class GenerationDefaults(SamplingFields):
 
     def fill[B: BaseModel](self, body: B) -> B:
         """A copy of the request with its unset fields filled."""
-        missing = {name: value for name, value in self.said().items() if getattr(body, name, value) is None}
+        missing = {name: value for name, value in self.set_fields().items() if getattr(body, name, value) is None}
         return body.model_copy(update=missing) if missing else body
 
-    def said(self) -> dict[str, Any]:
+    def set_fields(self) -> dict[str, Any]:
         """The values that are set, by field name."""
         return self.model_dump(exclude_none=True)
 

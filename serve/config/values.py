@@ -24,7 +24,7 @@ class MemoryAmount:
 
 
 def parse_memory(text: str) -> MemoryAmount:
-    """Parses "800M", "2GiB", "1073741824", "50%" or "0.5"; raises ValueError for anything else."""
+    """Parse "800M", "2GiB", "1073741824", "50%" or "0.5"; raises ValueError for anything else."""
     match = _AMOUNT.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text!r} is neither bytes, such as 800M or 2GiB, nor a share, such as 0.5 or 50%")
@@ -43,7 +43,7 @@ def mb(size: int) -> str:
 
 
 def parse_bytes(text: str) -> int:
-    """Parses a number of bytes such as "64MiB"; raises ValueError for anything else."""
+    """Parse a number of bytes such as "64MiB"; raises ValueError for anything else."""
     size = parse_memory(text).size
     if isinstance(size, float):
         raise ValueError(f"{text!r} is a share; give bytes, such as 64MiB")
@@ -52,7 +52,7 @@ def parse_bytes(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class OneOf:
-    """Parses one of several words."""
+    """Parse one of several words."""
 
     choices: tuple[str, ...]
 
@@ -65,7 +65,7 @@ class OneOf:
 
 @dataclass(frozen=True, slots=True)
 class Between[N: (int, float)]:
-    """Parses a number between two bounds, inclusive, of their type."""
+    """Parse a number between two bounds, inclusive, of their type."""
 
     low: N
     high: N
@@ -83,7 +83,7 @@ class Between[N: (int, float)]:
 
 
 def strings(text: str) -> tuple[str, ...]:
-    """Parses a JSON list of strings; raises ValueError for anything else."""
+    """Parse a JSON list of strings; raises ValueError for anything else."""
     try:
         value = json.loads(text)
     except ValueError:

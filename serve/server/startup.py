@@ -98,7 +98,7 @@ def load(config: EngineConfig, reporter: Reporter) -> Loaded:
     if jax.default_backend() == "cpu":
         ensure_built(on_prepare)
     with open_model(config, on_prepare) as files:
-        if values := files.defaults.said():
+        if values := files.defaults.set_fields():
             reporter.report(defaults_applied(values))
         reporter.report(_model_found(files))
         buckets = _buckets(files)

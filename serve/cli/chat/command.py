@@ -50,7 +50,7 @@ def _chat(config: ChatConfig, loaded: Loaded, engine: Engine) -> int:
     typist = Typist() if typed else None
     console = Console(file=sys.stdout, highlight=False)
     screen = ChatScreen(console, loaded.tokenizer, plain=not typed)
-    params = sampling_params(config, loaded.defaults.said(), loaded.tokenizer.eos_token_ids)
+    params = sampling_params(config, loaded.defaults.set_fields(), loaded.tokenizer.eos_token_ids)
     session = Session(
         engine=engine,
         prompter=Prompter(ChatFormat(loaded.tokenizer, loaded.chat_template), loaded.limits),

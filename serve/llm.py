@@ -147,9 +147,10 @@ class LLM:
         encoded = []
         for index, conversation in enumerate([messages] if single else messages):
             param = "messages" if single else f"messages[{index}]"
-            ids, room = self.chat_prompt(
-                check_messages(list(conversation), param=param), sampling.max_tokens, chat_template_kwargs, param
-            )
+            ids = self.chat_ids(check_messages(list(conversation), param=param), chat_template_kwargs, param)
+            room = self._room(param, len(ids), sampling.max_tokens)
+            if sampling.max_tokens is None:
+                room = min(room, self.loaded.defaults.max_new_tokens or room)
             encoded.append(OutputRequest(index, ids, room))
         return self._generate(encoded, sampling)
 
@@ -176,18 +177,13 @@ class LLM:
 
         return Batch(self._run("scoring", [*enumerate(encoded)], run, lambda item: len(item[1].token_ids)))
 
-    def chat_prompt(
-        self,
-        messages: list[dict[str, Any]],
-        max_tokens: int | None = None,
-        variables: dict[str, Any] | None = None,
-        param: str = "messages",
-    ) -> tuple[list[int], int]:
-        """Token ids of checked messages, and the number of tokens to generate.
+    def chat_ids(
+        self, messages: list[dict[str, Any]], variables: dict[str, Any] | None = None, param: str = "messages"
+    ) -> list[int]:
+        """Token ids of checked messages.
 
         Args:
             messages: as returned by `check_messages`.
-            max_tokens: None for all that fit, or the model's max_new_tokens if that is less.
             variables: of the chat template.
             param: path of the messages, for errors.
 
@@ -196,10 +192,7 @@ class LLM:
         """
         text = self.chats.render(messages, variables=variables, param=param)
         check_text_length(param, text, self.loaded.tokenizer, self.loaded.limits)
-        ids = self.chats.encode(text, param=param)
-        room = self._room(param, len(ids), max_tokens)
-        default = self.loaded.defaults.max_new_tokens
-        return ids, room if max_tokens is not None or default is None else min(room, default)
+        return self.chats.encode(text, param=param)
 
     def close(self) -> None:
         """Abort running calls and stop the engine. Later calls raise EngineStoppedError."""

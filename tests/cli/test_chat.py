@@ -1,4 +1,4 @@
-"""The parts of the chat in a terminal: pieces of text, the scale, what is typed, options, what is painted."""
+"""Parts of the terminal chat: text stream, colour scale, input, sampling parameters, screen."""
 
 import io
 import math
@@ -7,41 +7,42 @@ from collections.abc import Callable, Iterator
 import pytest
 from rich.console import Console
 
-from serve.cli.chat.config import parse_args, sampling_params
-from serve.cli.chat.lines import lines_of, read_message
-from serve.cli.chat.pieces import Piece, Pieces
-from serve.cli.chat.screen import ChatScreen, printable
-from serve.cli.chat.surprise import SCALE, legend, percent, step_of
+from serve.cli.chat.command import sampling_params
+from serve.cli.chat.config import parse_args
+from serve.cli.chat.conversation import Piece, TextStream
+from serve.cli.chat.input import lines_of, read_message
+from serve.cli.chat.screen import SCALE, ChatScreen, legend, percent, printable, step_of
+from serve.config.generation_config import GenerationDefaults
 from tests.support.http_client import byte_tokenizer
 
 EOS = frozenset({1})
 
 
 def pieces_of(*tokens: tuple[bytes, float]) -> list[Piece]:
-    pieces = Pieces()
-    found = [*(pieces.push(*token) for token in tokens), pieces.finish()]
-    return [piece for piece in found if piece is not None]
+    stream = TextStream()
+    pieces = [*(stream.push(*token) for token in tokens), stream.finish()]
+    return [piece for piece in pieces if piece is not None]
 
 
-def test_a_character_of_several_tokens_is_one_piece_with_its_least_likely_token() -> None:
+def test_text_stream_joins_the_tokens_of_a_character() -> None:
     cat = "🐈".encode()
     tokens = [(b"a", -0.1), (cat[:1], -0.2), (cat[1:3], -3.0), (cat[3:], -0.3), (b" b", -0.4)]
     assert pieces_of(*tokens) == [Piece("a", -0.1), Piece("🐈", -3.0), Piece(" b", -0.4)]
 
 
-def test_a_token_may_end_one_character_and_begin_another() -> None:
+def test_text_stream_joins_a_token_that_spans_characters() -> None:
     first, second = "é".encode(), "ü".encode()
     tokens = [(b"x" + first[:1], -1.0), (first[1:] + second[:1], -2.0), (second[1:], -0.5), (b"z", -0.25)]
     assert pieces_of(*tokens) == [Piece("xéü", -2.0), Piece("z", -0.25)]
 
 
-def test_broken_bytes_are_shown_as_such() -> None:
+def test_text_stream_replaces_invalid_bytes() -> None:
     assert pieces_of((b"\xff", -1.0), (b"a", -2.0)) == [Piece("\ufffd", -1.0), Piece("a", -2.0)]
     assert pieces_of((b"a", -2.0), (b"\xf0\x9f", -1.0)) == [Piece("a", -2.0), Piece("\ufffd", -1.0)]
     assert pieces_of((b"", -1.0)) == []
 
 
-def test_the_scale_goes_down_and_ends_at_nothing() -> None:
+def test_scale_descends_to_zero() -> None:
     limits = [step.probability for step in SCALE]
     assert limits == sorted(limits, reverse=True)
     assert (len(SCALE), limits[-1]) == (8, 0)
@@ -54,7 +55,7 @@ def test_the_scale_goes_down_and_ends_at_nothing() -> None:
 @pytest.mark.parametrize(
     ("probability", "text"), [(1.0, "100.0 %"), (0.5, "50.0 %"), (0.00123, "0.12 %"), (0.00001, "below 0.01 %")]
 )
-def test_probabilities_are_short(probability: float, text: str) -> None:
+def test_percent_is_short(probability: float, text: str) -> None:
     assert percent(math.log(probability)) == text
 
 
@@ -75,7 +76,7 @@ def asker(*lines: str) -> Callable[[str], str]:
     [
         (("one", "two"), "one"),
         (("one\\", "two\\", "three", "four"), "one\ntwo\nthree"),
-        (("one\\",), "one"),  # what was typed is not lost at the end
+        (("one\\",), "one"),  # an unfinished message is returned at the end
         (('"""one', "", "  two\\", '"""', "three"), "one\n\n  two\\"),
         (('"""one line"""', "two"), "one line"),
         (('"""', "one", 'two"""'), "one\ntwo"),
@@ -83,26 +84,27 @@ def asker(*lines: str) -> Callable[[str], str]:
         (("",), ""),
     ],
 )
-def test_messages_of_several_lines(lines: tuple[str, ...], message: str) -> None:
+def test_read_message_joins_lines(lines: tuple[str, ...], message: str) -> None:
     assert read_message(asker(*lines)) == message
 
 
-def test_lines_of_a_pipe() -> None:
+def test_lines_of_reads_to_the_end() -> None:
     ask = lines_of(io.StringIO("one\n\nlast"))
     assert [ask("> ") for _ in range(3)] == ["one", "", "last"]
     with pytest.raises(EOFError):
         ask("> ")
 
 
-def test_sampling_is_the_options_over_the_models_over_openais() -> None:
-    plain = sampling_params(parse_args([]), {}, EOS)
+def test_sampling_params_prefer_options_to_model_defaults() -> None:
+    plain = sampling_params(parse_args([]), GenerationDefaults(), EOS)
     assert (plain.temperature, plain.top_p, plain.top_k, plain.stop_token_ids) == (1.0, 1.0, 0, EOS)
-    defaults = {"temperature": 0.6, "top_k": -1, "presence_penalty": 0.5, "max_new_tokens": 50}
+    defaults = GenerationDefaults(temperature=0.6, top_k=-1, presence_penalty=0.5, max_new_tokens=50)
     models = sampling_params(parse_args([]), defaults, EOS)
     assert (models.temperature, models.top_k, models.presence_penalty, models.max_tokens) == (0.6, 0, 0.5, 50)
-    said = sampling_params(parse_args(["--temperature", "0", "--top-k", "5", "--max-tokens", "9"]), defaults, EOS)
-    assert (said.temperature, said.top_k, said.max_tokens) == (0.0, 5, 9)
-    assert sampling_params(parse_args(["--temperature", "0.001"]), {}, EOS).temperature == 0.01  # as the server does
+    options = sampling_params(parse_args(["--temperature", "0", "--top-k", "5", "--max-tokens", "9"]), defaults, EOS)
+    assert (options.temperature, options.top_k, options.max_tokens) == (0.0, 5, 9)
+    low = sampling_params(parse_args(["--temperature", "0.001"]), GenerationDefaults(), EOS)
+    assert low.temperature == 0.01  # as the server does
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_sampling_is_the_options_over_the_models_over_openais() -> None:
         (["--quantization", "int8", "--dtype", "float32"], "--quantization"),
     ],
 )
-def test_mistakes_in_the_flags(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parse_args_names_the_wrong_flag(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse_args(arguments)
     assert ended.value.code == 2
@@ -133,7 +135,7 @@ def painted(piece: Piece, *, plain: bool = False, terminal: bool = True, colours
     return stream.getvalue()
 
 
-def test_pieces_are_coloured_by_surprise() -> None:
+def test_piece_is_coloured_by_surprise() -> None:
     assert painted(Piece(" a", math.log(0.95))) == " a"
     assert painted(Piece(" a", math.log(0.04))) == "\x1b[30;48;2;253;174;97m a\x1b[0m"
     assert painted(Piece(" a", math.log(0.04)), colours=False) == " a"
@@ -141,7 +143,7 @@ def test_pieces_are_coloured_by_surprise() -> None:
     assert painted(Piece("[red]a\tb", math.log(0.95))) == "[red]a\tb"
 
 
-def test_no_background_reaches_over_the_end_of_a_line() -> None:
+def test_piece_has_no_background_across_line_breaks() -> None:
     shown = painted(Piece("a\n\nb", math.log(0.04)))
     for line in shown.split("\n"):
         assert line.count("\x1b[") in (0, 2), line
@@ -150,12 +152,12 @@ def test_no_background_reaches_over_the_end_of_a_line() -> None:
     assert "↵" not in painted(Piece("a\n", math.log(0.04)), colours=False)
 
 
-def test_a_reply_cannot_give_the_terminal_orders() -> None:
+def test_printable_replaces_control_characters() -> None:
     assert printable("a\x1b[2J\x07\x7f\x9b\n\té") == "a␛[2J␇␡\ufffd\n\té"
     assert painted(Piece("\x1b[2J", math.log(0.95))) == "␛[2J"
     assert painted(Piece("\x1b[2J", math.log(0.95)), plain=True) == "␛[2J"
     assert painted(Piece("\x1b[2J", math.log(0.95)), plain=True, terminal=False) == "\x1b[2J"  # a file gets all bytes
 
 
-def test_the_legend_has_every_step() -> None:
+def test_legend_has_every_step() -> None:
     assert all(f" {step.label} " in legend().plain for step in SCALE)

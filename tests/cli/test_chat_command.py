@@ -1,23 +1,25 @@
-"""`python -m serve chat` without a terminal: what goes where, and how it ends. The model is a script."""
+"""`logprobd chat` without a terminal: output streams and exit codes, with a scripted model."""
 
 import io
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from serve import llm
 from serve.cli.chat import command
 from serve.cli.chat.config import parse_args
 from serve.config.generation_config import GenerationDefaults
 from serve.engine.engine import Engine
+from serve.server.console import Reporter
 from serve.server.model_files import StartupError
+from serve.server.startup import Loaded
 from serve.server.startup_events import failed, interrupted
-from tests.cli.test_chat_session import scripted_engine
-from tests.support.http_client import byte_tokenizer
+from tests.support.scoring import fake_load, scripted_runner
 
 
-class Told:
-    """A reporter that keeps what it is told."""
+class RecordingReporter:
+    """A reporter that records events."""
 
     def __init__(self) -> None:
         self.events: list[Any] = []
@@ -27,43 +29,33 @@ class Told:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Told:
-    told = Told()
-    monkeypatch.setattr(command, "start_reporting", lambda _: told)
-    return told
+def reporter(monkeypatch: pytest.MonkeyPatch) -> RecordingReporter:
+    reporter = RecordingReporter()
+    monkeypatch.setattr(command, "start_reporting", lambda _: reporter)
+    return reporter
 
 
 def run(monkeypatch: pytest.MonkeyPatch, typed: str, *arguments: str) -> tuple[int, Engine]:
-    """The exit code of a chat into which `typed` is piped."""
-    engine, _ = scripted_engine(b"Hello, you")
-    engine.start()
-    loaded = SimpleNamespace(
-        name="m",
-        tokenizer=byte_tokenizer(),
-        chat_template=None,
-        limits=engine.limits,
-        defaults=GenerationDefaults(max_new_tokens=5),
-        fingerprint="fp",
-        start_engine=lambda: engine,
-    )
-    monkeypatch.setattr(command, "load", lambda *_: loaded)
+    """The exit code of a chat with this input, and its engine."""
+    config = parse_args(arguments)
+    loaded = fake_load(scripted_runner(b"Hello, you"))(config, Reporter(None))
+    loaded = replace(loaded, defaults=GenerationDefaults(max_new_tokens=5))
+    engine = loaded.start_engine()
+    monkeypatch.setattr(Loaded, "start_engine", lambda _: engine)
+    monkeypatch.setattr(llm, "load", lambda *_: loaded)
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-    try:
-        return command.main(parse_args(arguments)), engine
-    finally:
-        if engine.ready:
-            engine.stop()
+    return command.main(config), engine
 
 
-@pytest.mark.usefixtures("told")
-def test_replies_go_to_stdout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("reporter")
+def test_main_writes_replies_to_stdout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     code, engine = run(monkeypatch, "Hi\nand\\\nmore", "--system", "S")
     assert (code, engine.ready) == (0, False)
-    assert capsys.readouterr() == ("Hello\nHello\n", "")  # five tokens each: the model's own default
+    assert capsys.readouterr() == ("Hello\nHello\n", "")  # five tokens each, the model's default
 
 
-@pytest.mark.usefixtures("told")
-def test_what_fails_goes_to_stderr_and_into_the_exit_code(
+@pytest.mark.usefixtures("reporter")
+def test_main_writes_errors_to_stderr_and_returns_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _ = run(monkeypatch, "refuse\nHi\n", "--max-tokens", "2")
@@ -83,8 +75,8 @@ def fails_with(error: BaseException) -> Any:
     ("error", "code", "event"),
     [(StartupError("why"), 1, failed("why")), (KeyboardInterrupt(), 130, interrupted())],
 )
-def test_how_a_start_ends(
-    monkeypatch: pytest.MonkeyPatch, told: Told, error: BaseException, code: int, event: object
+def test_main_reports_a_failed_start(
+    monkeypatch: pytest.MonkeyPatch, reporter: RecordingReporter, error: BaseException, code: int, event: object
 ) -> None:
-    monkeypatch.setattr(command, "load", fails_with(error))
-    assert (command.main(parse_args([])), told.events) == (code, [event])
+    monkeypatch.setattr(llm, "load", fails_with(error))
+    assert (command.main(parse_args([])), reporter.events) == (code, [event])

@@ -1,4 +1,4 @@
-"""A chat from what is typed to what is shown, over a real engine with a scripted runner."""
+"""Chat sessions from input to output, on a real engine with a scripted runner."""
 
 import io
 import itertools
@@ -14,18 +14,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from compiled.state import MAX_REQUESTED_IDS
 from model.kv_cache import PAGE_SIZE
-from serve.cli.chat.conversation import Conversation, Prompter
-from serve.cli.chat.pieces import Piece
+from serve.cli.chat.conversation import Conversation, Piece
 from serve.cli.chat.screen import ChatScreen
 from serve.cli.chat.session import Session
+from serve.config.config import EngineConfig
 from serve.engine.client import RequestHandle
 from serve.engine.engine import Engine
-from serve.engine.request import EngineLimits, EngineOptions, FinishReason, Request, SamplingParams
-from serve.text.chat import ChatFormat
-from tests.support.fake_runner import MAX_MODEL_LEN, K
-from tests.support.http_client import END, VOCAB_SIZE, ScriptedRunner, byte_tokenizer
+from serve.engine.request import FinishReason, Request, SamplingParams
+from tests.support.fake_runner import MAX_MODEL_LEN
+from tests.support.http_client import END, ScriptedRunner, byte_tokenizer
+from tests.support.scoring import open_llm
 
 PAGES = 64
 CAT = "🐈"
@@ -33,7 +32,7 @@ CAT = "🐈"
 
 @dataclass(slots=True)
 class Chat:
-    """A session and what came of it."""
+    """A session and a record of its effects."""
 
     session: Session
     engine: Engine
@@ -44,17 +43,8 @@ class Chat:
     requests: list[Request] = field(default_factory=list)
 
     def prompts(self) -> list[str]:
-        """What the model was given."""
+        """Texts of the prompts."""
         return [bytes(request.prompt_token_ids).decode() for request in self.requests]
-
-
-def scripted_engine(script: Sequence[int]) -> tuple[Engine, ScriptedRunner]:
-    """An engine that is not started; it says a script."""
-    runner = ScriptedRunner(script, pages=PAGES, pages_per_row=MAX_MODEL_LEN // PAGE_SIZE)
-    limits = EngineLimits(
-        MAX_MODEL_LEN, K, VOCAB_SIZE, (PAGES - 1) * PAGE_SIZE, MAX_REQUESTED_IDS, whole_vocabulary=False
-    )
-    return Engine(runner, limits, EngineOptions(max_num_batched_tokens=68, max_num_queued_reqs=2)), runner
 
 
 @contextmanager
@@ -65,19 +55,21 @@ def chatting(
     max_tokens: int = 400,
     system: str | None = None,
 ) -> Iterator[Chat]:
-    """A chat into which the lines will be typed, and Ctrl-D."""
-    engine, runner = scripted_engine(script)
-    limits = engine.limits
+    """A chat whose input is the lines, then Ctrl-D."""
+    runner = ScriptedRunner(script, pages=PAGES, pages_per_row=MAX_MODEL_LEN // PAGE_SIZE)
+    llm = open_llm(
+        runner, EngineConfig(max_num_batched_tokens=68, max_num_queued_reqs=2, max_num_seqs=4), MAX_MODEL_LEN
+    )
+    engine = llm.engine
     stream, complaints, ticks = io.StringIO(), list[str](), itertools.count()
     console = Console(file=stream, width=100)
     tokenizer = byte_tokenizer()
     session = Session(
-        engine=engine,
-        prompter=Prompter(ChatFormat(tokenizer), limits),
+        llm=llm,
         screen=ChatScreen(console, tokenizer, plain=plain),
         params=SamplingParams(max_tokens, temperature=0, stop_token_ids=frozenset({END})),
         ask=typing(lines),
-        complain=complaints.append,
+        show_error=complaints.append,
         now=lambda: next(ticks) / 10,  # ten tokens a second
         about={"model": "m"},
         chat=Conversation(system),
@@ -91,12 +83,11 @@ def chatting(
         return admit(request, bypass_limits=bypass_limits)
 
     engine.admit = record  # type: ignore[method-assign]
-    engine.start()
     try:
         yield chat
     finally:
         runner.before_call = lambda _: None
-        engine.stop()
+        llm.close()
 
 
 def typing(lines: Sequence[str | BaseException]) -> Callable[[str], str]:
@@ -111,7 +102,7 @@ def typing(lines: Sequence[str | BaseException]) -> Callable[[str], str]:
     return ask
 
 
-def test_a_reply_with_its_numbers() -> None:
+def test_reply_is_followed_by_its_statistics() -> None:
     with chatting("Hi", script=f"Hi {CAT}!".encode()) as chat:
         chat.session.run()
     shown = chat.stream.getvalue().splitlines()
@@ -125,7 +116,7 @@ def test_a_reply_with_its_numbers() -> None:
     assert chat.session.failures == 0
 
 
-def test_what_was_said_is_in_the_next_prompt() -> None:
+def test_next_prompt_contains_earlier_turns_until_reset() -> None:
     with chatting("one", " /two", "/reset", "three", system="S") as chat:
         chat.session.run()
     assert chat.prompts() == [
@@ -135,7 +126,7 @@ def test_what_was_said_is_in_the_next_prompt() -> None:
     ]
 
 
-def test_the_system_message_and_retry() -> None:
+def test_retry_uses_the_current_system_message() -> None:
     with chatting("/system Be brief.", "one", "/system -", "/retry", "/system") as chat:
         chat.session.run()
     assert chat.prompts() == ["system:Be brief.;user:one;>", "user:one;>"]
@@ -143,11 +134,11 @@ def test_the_system_message_and_retry() -> None:
     assert chat.stream.getvalue().splitlines()[-1] == "no system message"
 
 
-def test_a_reply_is_as_long_as_it_may_be() -> None:
+def test_reply_is_truncated_at_max_tokens_or_the_context() -> None:
     with chatting("a", "b", script=b"x" * 1000, max_tokens=3) as chat:
         chat.session.run()
     assert [turn.reply.text for turn in chat.session.chat.turns] == ["xxx", "xxx"]
-    assert chat.stream.getvalue().count("cut at the most tokens there may be") == 2
+    assert chat.stream.getvalue().count("truncated at the maximum length") == 2
     with chatting("a" * 500, script=b"x" * 1000) as chat:  # and the model's length is kept
         chat.session.run()
     assert len(chat.session.chat.turns[0].reply.tokens) == MAX_MODEL_LEN - len("user:;>") - 500
@@ -163,7 +154,7 @@ def test_a_reply_is_as_long_as_it_may_be() -> None:
     ],
     ids=["long", "far too long", "refused", "no text"],
 )
-def test_what_cannot_be_sent_is_not_lost(text: str, reason: str) -> None:
+def test_message_that_cannot_be_sent_is_offered_for_editing(text: str, reason: str) -> None:
     with chatting("before", text, "after") as chat:
         chat.session.run()
     (complaint,) = chat.complaints
@@ -173,7 +164,7 @@ def test_what_cannot_be_sent_is_not_lost(text: str, reason: str) -> None:
     assert chat.session.failures == 1
 
 
-def test_a_message_that_did_not_fit_goes_after_a_reset() -> None:
+def test_message_that_did_not_fit_is_sent_after_reset() -> None:
     with chatting("a" * 480, "b" * 40, "/reset", "/retry") as chat:
         chat.session.run()
     assert len(chat.complaints) == 1
@@ -182,42 +173,44 @@ def test_a_message_that_did_not_fit_goes_after_a_reset() -> None:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """SIGINT as Python has it at first: a shell may have tests that run in the background ignore it."""
+    """Python's default SIGINT handler: a shell may make background processes ignore the signal."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 def interrupt_at(chat: Chat, call: int, *, shown: bool) -> None:
-    """Ctrl-C comes before a call of decode, which goes on once the request has been given up.
+    """Send SIGINT before a call of decode, which continues when the request is aborted.
 
     Args:
-        shown: it comes after something of the reply was shown, however slow the thread is that shows it.
+        chat: to interrupt.
+        call: number of the call.
+        shown: wait until a part of the reply is shown.
     """
-    given_up, seen, left = threading.Event(), threading.Event(), itertools.count(1)
+    aborted, seen, calls = threading.Event(), threading.Event(), itertools.count(1)
     abort, show = chat.engine.abort, chat.session.screen.piece
 
-    def noted(piece: Piece) -> None:
+    def record_piece(piece: Piece) -> None:
         show(piece)
         seen.set()
 
-    def aborted(request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
+    def record_abort(request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         abort(request_id, reason)
-        given_up.set()
+        aborted.set()
 
     def before_call(name: str) -> None:
-        if name == "decode" and next(left) == call:
+        if name == "decode" and next(calls) == call:
             assert not shown or seen.wait(20)
             os.kill(os.getpid(), signal.SIGINT)
-            assert given_up.wait(20)
+            assert aborted.wait(20)
 
-    chat.session.screen.piece = noted  # type: ignore[method-assign]
-    chat.engine.abort = aborted  # type: ignore[method-assign]
+    chat.session.screen.piece = record_piece  # type: ignore[method-assign]
+    chat.engine.abort = record_abort  # type: ignore[method-assign]
     chat.runner.before_call = before_call
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_keeps_what_came() -> None:
+def test_ctrl_c_in_a_reply_keeps_its_tokens() -> None:
     with chatting("Hi", "and?", script=b"x" * 300, max_tokens=20) as chat:
         interrupt_at(chat, 6, shown=True)
         chat.session.run()
@@ -240,14 +233,14 @@ def test_ctrl_c_before_the_first_token_leaves_the_message_unsent() -> None:
     assert len(chat.session.chat.turns) == 1
 
 
-def test_ctrl_c_at_the_prompt_ends_nothing() -> None:
+def test_ctrl_c_at_the_prompt_does_not_end_the_chat() -> None:
     with chatting(KeyboardInterrupt(), "Hi") as chat:
         chat.session.run()
-    assert "Ctrl-D or /quit ends" in chat.stream.getvalue()
+    assert "press Ctrl-D or type /quit to end" in chat.stream.getvalue()
     assert len(chat.session.chat.turns) == 1
 
 
-def test_a_failure_of_the_engine_is_said_and_the_message_can_be_sent_again() -> None:
+def test_engine_failure_is_shown_and_retry_sends_again() -> None:
     with chatting("Hi", "/retry") as chat:
         chat.runner.fail_once("decode", after=2)
         chat.session.run()
@@ -256,7 +249,7 @@ def test_a_failure_of_the_engine_is_said_and_the_message_can_be_sent_again() -> 
     assert [turn.reply.text for turn in chat.session.chat.turns] == ["Hello"]
 
 
-def test_alternatives_of_a_token() -> None:
+def test_why_and_tokens_show_alternatives_and_ranks() -> None:
     with chatting("Hi", "/why 2", "/why", "/tokens", script=b"Hello") as chat:
         chat.session.run()
     shown = chat.stream.getvalue()
@@ -281,10 +274,10 @@ def test_alternatives_of_a_token() -> None:
         ("/why x", "a number from 1 to 6"),
         ("/save", "name of a file"),
         ("/save /nowhere/x", "/nowhere/x: No such file"),
-        ("/nothing at all", "there is no /nothing"),
+        ("/nothing at all", "unknown command /nothing"),
     ],
 )
-def test_commands_that_cannot_be_carried_out(line: str, complaint: str) -> None:
+def test_command_with_a_wrong_argument_shows_an_error(line: str, complaint: str) -> None:
     with chatting("Hi", line) as chat:
         chat.session.run()
     assert [complaint in each for each in chat.complaints] == [True]
@@ -292,22 +285,22 @@ def test_commands_that_cannot_be_carried_out(line: str, complaint: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["/why", "/tokens", "/retry"])
-def test_commands_before_anything_was_said(command: str) -> None:
+def test_command_without_a_reply_shows_an_error(command: str) -> None:
     with chatting(command) as chat:
         chat.session.run()
     assert len(chat.complaints) == 1
 
 
-def test_quit_ends() -> None:
+def test_quit_ends_the_chat() -> None:
     with chatting("/help", "/quit", "Hi") as chat:
         chat.session.run()
     assert chat.requests == []
     assert all(name in chat.stream.getvalue() for name in ("/why", "/save FILE", "/retry", "/quit"))
 
 
-def test_saved_is_all_there_is(tmp_path: Path) -> None:
+def test_save_writes_messages_and_tokens(tmp_path: Path) -> None:
     file = tmp_path / "chat.json"
-    with chatting("Hi", f"/save {file}", script=f"{CAT}\x07".encode(), system="S") as chat:  # 7 is impossible: -inf
+    with chatting("Hi", f"/save {file}", script=f"{CAT}\x07".encode(), system="S") as chat:  # token 7 has probability 0
         chat.session.run()
     saved = json.loads(file.read_text("utf-8"), parse_constant=lambda name: pytest.fail(name))
     assert saved["model"] == "m"
@@ -322,7 +315,7 @@ def test_saved_is_all_there_is(tmp_path: Path) -> None:
     assert reply["tokens"][4]["logprob"] is None
 
 
-def test_without_a_terminal_there_are_only_replies() -> None:
+def test_plain_output_has_only_replies() -> None:
     with chatting("one", "", "two", "refuse", script=f"a\n{CAT}".encode(), plain=True) as chat:
         chat.session.run()
     assert chat.stream.getvalue() == f"a\n{CAT}\n" * 2

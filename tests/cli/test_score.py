@@ -51,12 +51,12 @@ class Command:
 
     def __call__(self, file: Path, *flags: str) -> int:
         """The exit code; what is said is in `out` and `err`."""
-        told = RecordingReporter()
-        self.patch.setattr(command, "start_reporting", lambda _: told)
+        reporter = RecordingReporter()
+        self.patch.setattr(command, "start_reporting", lambda _: reporter)
         self.patch.setattr(llm, "load", self.load or fake_load(self.runner, self.fingerprint))
         code = command.main(parse_args([str(file), *flags]))
         said = self.capture.readouterr()
-        self.out, self.err = said.out, said.err + "\n".join(told.lines)
+        self.out, self.err = said.out, said.err + "\n".join(reporter.lines)
         return code
 
     def rows(self, rows: list[Any], name: str = "rows.jsonl") -> Path:

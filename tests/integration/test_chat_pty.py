@@ -96,21 +96,21 @@ def screen(tmp_path: Path) -> Iterator[Screen]:
 
 def test_chat_on_a_terminal(screen: Screen) -> None:
     start = screen.until("> ")
-    for part in ("╭─ logprobd", "memory    █", "loading", "compiling", "✓ 5 programs compiled in", " 0.1 % "):
+    for part in ("╭─ logprobd", "memory    █", "loading", "compiling", "compiled 5 programs in", " 0.1 % "):
         assert part in start, part
     screen.type("\x03")  # Ctrl-C
-    screen.until("Ctrl-D or /quit ends")
+    screen.until("press Ctrl-D or type /quit to end")
     screen.until("> ")
     screen.type("abc\n")
     reply = screen.until("> ")
     assert re.search(r"\n8 tokens; [\d.]+ tokens/s; perplexity [\d.]+", reply), reply
-    assert "cut at the most tokens" in reply
+    assert "truncated at the maximum length" in reply
     screen.type("/why 1\n")
     assert "token 1 of 8" in screen.until("> ")
     screen.type("a" * 70 + "\n")
-    assert "error: the chat has 81 tokens" in screen.until("/retry sends the message")
+    assert "81 prompt tokens" in screen.until("then /retry.")
     if importlib.util.find_spec("readline"):
-        screen.until("> " + "a" * 70)  # put back, to be shortened
+        screen.until("> " + "a" * 70)  # offered for editing
         screen.type("\x15")  # Ctrl-U
     screen.type("\x04")  # Ctrl-D
     assert screen.ended() == 0

@@ -26,6 +26,7 @@ from serve.cli.score.config import parse_args
 from serve.config.config import EngineConfig
 from serve.config.generation_config import GenerationDefaults
 from serve.engine.request import EngineLimits
+from serve.llm import LLM
 from serve.server.console import Reporter
 from serve.server.startup import Loaded
 from serve.server.startup_events import Event
@@ -64,6 +65,12 @@ def fake_load(
         return Loaded("fake", model, byte_tokenizer(), limits, None, fingerprint, defaults, config)
 
     return load
+
+
+def open_llm(runner: FakeRunner, config: EngineConfig, context: int = CONTEXT) -> LLM:
+    """An LLM on a fake runner."""
+    with patch.object(llm, "load", fake_load(runner, context=context)):
+        return LLM.open(config, Reporter(None))
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""`python -m serve chat`: a chat in the terminal whose tokens are coloured by surprise.
+"""`logprobd chat`: a chat in the terminal whose tokens are coloured by surprise.
 
-Drives the engine and paints; nothing here decides about numbers.
+input (what is typed) -> session (commands, requests) -> conversation (replies with log-probs) -> screen.
 """

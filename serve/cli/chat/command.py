@@ -1,81 +1,91 @@
-"""The command line."""
+"""`logprobd chat`: joins model, terminal and session."""
 
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from serve.cli.chat.config import ChatConfig, sampling_params
-from serve.cli.chat.conversation import Conversation, Prompter
-from serve.cli.chat.lines import Typist, lines_of
+from serve.cli.chat.config import ChatConfig
+from serve.cli.chat.conversation import Conversation
+from serve.cli.chat.input import Terminal, lines_of
 from serve.cli.chat.screen import ChatScreen
 from serve.cli.chat.session import Session
-from serve.engine.engine import Engine
+from serve.config.generation_config import GenerationDefaults, SamplingFields
 from serve.engine.request import SamplingParams
+from serve.jobs.generate import sampling_values
+from serve.llm import LLM
 from serve.server.console import is_terminal, start_reporting
 from serve.server.model_files import STARTUP_ERRORS
-from serve.server.startup import Loaded, load
 from serve.server.startup_events import failed, interrupted
-from serve.text.chat import ChatFormat
+
+_MAX_LENGTH = 1 << 24  # tokens; above every context
 
 
 def main(config: ChatConfig) -> int:
-    """Returns the exit code: 0 at the end of what is typed, 1 where the model cannot be run or, without a terminal, a
-    message could not be answered, 130 for Ctrl-C at start-up.
+    """Run a chat and return the exit code.
+
+    0 at the end of the input; 1 if the model cannot be loaded or, without a terminal, a message failed; 130 for Ctrl-C.
     """
     reporter = start_reporting(config)
     try:
-        loaded = load(config, reporter)
+        llm = LLM.open(config, reporter)
     except STARTUP_ERRORS as error:
         reporter.report(failed(str(error)))
         return 1
     except KeyboardInterrupt:
         reporter.report(interrupted())
         return 130
-    engine = loaded.start_engine()
-    try:
-        return _chat(config, loaded, engine)
-    except KeyboardInterrupt:  # elsewhere than in a reply or at the prompt
-        return 130
-    finally:
-        engine.stop()
+    with llm:
+        try:
+            return _chat(config, llm)
+        except KeyboardInterrupt:  # neither in a reply nor at the prompt
+            return 130
 
 
-def _chat(config: ChatConfig, loaded: Loaded, engine: Engine) -> int:
-    typed = sys.stdin.isatty() and is_terminal(sys.stdout)
-    typist = Typist() if typed else None
+def _chat(config: ChatConfig, llm: LLM) -> int:
+    loaded = llm.loaded
+    interactive = sys.stdin.isatty() and is_terminal(sys.stdout)
+    terminal = Terminal() if interactive else None
     console = Console(file=sys.stdout, highlight=False)
-    screen = ChatScreen(console, loaded.tokenizer, plain=not typed)
-    params = sampling_params(config, loaded.defaults.set_fields(), loaded.tokenizer.eos_token_ids)
+    error_console = console if interactive else Console(file=sys.stderr, highlight=False)
+    screen = ChatScreen(console, loaded.tokenizer, plain=not interactive)
+    params = sampling_params(config, loaded.defaults, loaded.tokenizer.eos_token_ids)
     session = Session(
-        engine=engine,
-        prompter=Prompter(ChatFormat(loaded.tokenizer, loaded.chat_template), loaded.limits),
+        llm=llm,
         screen=screen,
         params=params,
-        ask=typist or lines_of(sys.stdin),
-        complain=_complainer(console if typed else Console(file=sys.stderr, highlight=False)),
+        ask=terminal or lines_of(sys.stdin),
+        show_error=lambda text: error_console.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True),
         now=time.monotonic,
-        about={"model": loaded.name, "system_fingerprint": loaded.fingerprint, "sampling": _sampling(params)},
+        about={"model": loaded.name, "system_fingerprint": loaded.fingerprint, "sampling": _changed(params)},
         chat=Conversation(config.system),
     )
-    if typist is not None:
-        session.put_back = typist.put_back
+    if terminal is not None:
+        session.put_back = terminal.put_back
     screen.welcome(loaded.name)
     session.run()
-    return 1 if session.failures and not typed else 0
+    return 1 if session.failures and not interactive else 0
 
 
-def _complainer(console: Console) -> Callable[[str], None]:
-    return lambda text: console.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+def sampling_params(config: ChatConfig, defaults: GenerationDefaults, eos_token_ids: frozenset[int]) -> SamplingParams:
+    """Sampling parameters of replies: the options, or else the model's defaults."""
+    options = SamplingFields(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+    )
+    max_tokens = config.max_tokens or defaults.max_new_tokens or _MAX_LENGTH
+    return SamplingParams(max_tokens, stop_token_ids=eos_token_ids, **sampling_values(defaults.fill(options)))
 
 
-def _sampling(params: SamplingParams) -> dict[str, Any]:
-    """What is not at its default."""
-    usual = asdict(SamplingParams(max_tokens=0))
-    changed = {name: value for name, value in asdict(params).items() if value != usual[name]}
-    changed.pop("stop_token_ids", None)  # the model's own
+def _changed(params: SamplingParams) -> dict[str, Any]:
+    """Values that differ from the defaults, without the stop tokens."""
+    defaults = asdict(SamplingParams(max_tokens=0))
+    changed = {name: value for name, value in asdict(params).items() if value != defaults[name]}
+    changed.pop("stop_token_ids", None)
     return changed

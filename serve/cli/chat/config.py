@@ -1,15 +1,11 @@
 """Options of `logprobd chat`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from serve.config.config import GROUPS, SCHEDULING, SamplingConfig
 from serve.config.options import CommandLine, option
 from serve.config.values import Between
-
-if TYPE_CHECKING:
-    from serve.engine.request import SamplingParams
 
 _CHAT = "Chat"
 _MAX_LENGTH = 1 << 24  # tokens
@@ -49,12 +45,6 @@ class ChatConfig(SamplingConfig):
     max_tokens: int | None = option(_CHAT, "maximum length of a reply; default: the context", Between(1, _MAX_LENGTH))
 
 
-# Field names shared by the options, a model's generation_config.json and SamplingParams.
-_FROM_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-_FROM_MODEL = (*_FROM_OPTIONS, "presence_penalty", "frequency_penalty")
-_MIN_TEMPERATURE = 0.01  # if not 0
-
-
 def parse_args(arguments: Sequence[str]) -> ChatConfig:
     """Parse the command line; a mistake exits with code 2 and names the flag."""
     line = CommandLine(
@@ -65,20 +55,3 @@ def parse_args(arguments: Sequence[str]) -> ChatConfig:
         order=GROUPS,
     )
     return line.read(arguments)
-
-
-def sampling_params(config: ChatConfig, defaults: Mapping[str, Any], eos_token_ids: frozenset[int]) -> "SamplingParams":
-    """The sampling parameters of replies.
-
-    Args:
-        defaults: the model's, by the names of request fields.
-    """
-    from serve.engine.request import SamplingParams  # imports numpy, which --help does not need
-
-    fields = {name: defaults[name] for name in _FROM_MODEL if name in defaults}
-    fields |= {name: value for name in _FROM_OPTIONS if (value := getattr(config, name)) is not None}
-    fields["top_k"] = max(0, fields.get("top_k", 0))  # -1 also means no limit
-    if fields.get("temperature"):
-        fields["temperature"] = max(_MIN_TEMPERATURE, fields["temperature"])
-    max_tokens = config.max_tokens or defaults.get("max_new_tokens") or _MAX_LENGTH
-    return SamplingParams(max_tokens=max_tokens, stop_token_ids=eos_token_ids, **fields)

@@ -1,11 +1,130 @@
-"""Conversation: what was said so far, as messages for the template and as a file."""
+"""Conversation: the messages so far, and the replies with the log-probs of each token."""
 
+import codecs
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.cli.chat.reply import Reply
-from serve.engine.request import EngineLimits
-from serve.text.chat import ChatFormat, check_text_length, generation_room
+from serve.engine.request import FinishReason, TokenEvent, TokenScores
+from serve.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Complete characters, with the lowest log-prob of their tokens."""
+
+    text: str
+    logprob: float
+
+
+class TextStream:
+    """Joins tokens until their bytes end with a character: a character may take several tokens.
+
+    The concatenated pieces are the text, with U+FFFD for invalid UTF-8.
+    """
+
+    def __init__(self) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._text = ""
+        self._logprob = 0.0
+
+    def push(self, data: bytes, logprob: float) -> Piece | None:
+        """Add the bytes of a token. Returns the piece that ends with it, if one does."""
+        self._text += self._utf8.decode(data)
+        self._logprob = min(self._logprob, logprob)
+        incomplete, _ = self._utf8.getstate()
+        return None if incomplete else self._release()
+
+    def finish(self) -> Piece | None:
+        """The rest, with U+FFFD for an incomplete character."""
+        self._text += self._utf8.decode(b"", final=True)
+        return self._release()
+
+    def _release(self) -> Piece | None:
+        piece = Piece(self._text, self._logprob) if self._text else None
+        self._text, self._logprob = "", 0.0
+        return piece
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A candidate for a position of a reply."""
+
+    id: int
+    logprob: float  # raw: before temperature and filters
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Token(Alternative):
+    """A token of a reply."""
+
+    alternatives: tuple[Alternative, ...]  # the most likely tokens at its position
+
+
+@dataclass(slots=True)
+class Reply:
+    """A reply; grows with the engine's events."""
+
+    tokenizer: Tokenizer
+    now: Callable[[], float]  # clock, seconds
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)  # including one that ended the reply
+    finish_reason: FinishReason | None = None  # None while it grows and after it was stopped
+    _times: list[float] = field(default_factory=list)
+    _stream: TextStream = field(default_factory=TextStream)
+
+    def add(self, event: TokenEvent) -> list[Piece]:
+        """Append the tokens of an event. Returns the new pieces of text."""
+        pieces: list[Piece | None] = []
+        for row, token_id in enumerate(event.token_ids):
+            token = _token(token_id, event.scores, row)
+            self.tokens.append(token)
+            self._times.append(self.now())
+            if token_id != event.stop_token_id and not self.tokenizer.is_special(token_id):
+                pieces.append(self._stream.push(self.tokenizer.token_bytes(token_id), token.logprob))
+        self.finish_reason = event.finish_reason
+        return self._append(pieces)
+
+    def end(self) -> list[Piece]:
+        """The rest of the text after the last event."""
+        return self._append([self._stream.finish()])
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed after the first token, which includes the prefill."""
+        seconds = self._times[-1] - self._times[0] if self._times else 0.0
+        return (len(self._times) - 1) / seconds if seconds > 0 else None
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-prob; 1 without tokens."""
+        return math.exp(-sum(token.logprob for token in self.tokens) / max(1, len(self.tokens)))
+
+    def most_surprising(self, count: int) -> list[int]:
+        """Indices of tokens with a rank above 1, the least likely first."""
+        indices = [i for i, token in enumerate(self.tokens) if token.rank > 1]
+        return sorted(indices, key=lambda i: self.tokens[i].logprob)[:count]
+
+    def as_json(self) -> dict[str, Any]:
+        """The text, and the tokens with their alternatives."""
+        tokens = [self._as_json(token) | {"best": [*map(self._as_json, token.alternatives)]} for token in self.tokens]
+        return {"text": self.text, "finish_reason": str(self.finish_reason or "stopped"), "tokens": tokens}
+
+    def _as_json(self, token: Alternative) -> dict[str, Any]:
+        return {
+            "id": token.id,
+            "text": self.tokenizer.token_text(token.id),
+            "bytes": [*self.tokenizer.token_bytes(token.id)],
+            "logprob": token.logprob if math.isfinite(token.logprob) else None,
+            "rank": token.rank,
+        }
+
+    def _append(self, pieces: list[Piece | None]) -> list[Piece]:
+        complete = [piece for piece in pieces if piece is not None]
+        self.text += "".join(piece.text for piece in complete)
+        return complete
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,44 +137,31 @@ class Turn:
 
 @dataclass(slots=True)
 class Conversation:
-    """The turns, under a system message where there is one."""
+    """Turns after an optional system message."""
 
     system: str | None = None
     turns: list[Turn] = field(default_factory=list)
     unsent: str | None = None  # the last message, if it has no reply
 
     def messages(self, text: str | None = None) -> list[dict[str, Any]]:
-        """All messages, `text` from the user last."""
-        said = [] if self.system is None else [{"role": "system", "content": self.system}]
+        """All messages for the template, with `text` as the user's last one."""
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for turn in self.turns:
-            said += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.reply.text}]
-        return said if text is None else [*said, {"role": "user", "content": text}]
+            messages += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.reply.text}]
+        return messages if text is None else [*messages, {"role": "user", "content": text}]
 
-    def take_back(self) -> str | None:
-        """The message to send again, if any: one without a reply, or the last, whose reply is taken away."""
+    def undo(self) -> str | None:
+        """The message to send again: the one without a reply, or the last one, whose reply is removed."""
         if self.unsent is None and self.turns:
             self.unsent = self.turns.pop().user
         return self.unsent
 
     def as_json(self) -> dict[str, Any]:
-        """Messages, and each reply's tokens with their numbers."""
+        """The messages, and each reply's tokens."""
         return {"messages": self.messages(), "replies": [turn.reply.as_json() for turn in self.turns]}
 
 
-@dataclass(frozen=True, slots=True)
-class Prompter:
-    """Makes the prompt of a conversation."""
-
-    chats: ChatFormat
-    limits: EngineLimits
-
-    def prompt(self, messages: list[dict[str, Any]]) -> tuple[list[int], int]:
-        """Token ids, and the number of tokens that fit after them.
-
-        Raises:
-            PromptError: the template refuses the messages, or they are too long.
-        """
-        text = self.chats.render(messages)
-        check_text_length("messages", text, self.chats.tokenizer, self.limits)
-        ids = self.chats.encode(text)
-        return ids, generation_room("messages", len(ids), None, self.limits)
+def _token(token_id: int, scores: TokenScores, row: int) -> Token:
+    ids, ranks, logprobs = (column[row].tolist() for column in (scores.top_ids, scores.top_ranks, scores.top_logprobs))
+    alternatives = tuple(Alternative(*values) for values in zip(ids, logprobs, ranks, strict=True))
+    return Token(token_id, float(scores.logprob[row]), int(scores.rank[row]), alternatives)

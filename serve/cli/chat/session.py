@@ -4,21 +4,18 @@ import asyncio
 import json
 import uuid
 from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from serve.cli.chat.conversation import Conversation, Prompter, Turn
-from serve.cli.chat.lines import read_message
-from serve.cli.chat.reply import Reply
+from serve.cli.chat.conversation import Conversation, Reply, Turn
+from serve.cli.chat.input import read_message
 from serve.cli.chat.screen import ChatScreen
-from serve.engine.client import EngineClient
-from serve.engine.request import EngineStoppedError, FinishReason, Request, SamplingParams
-from serve.text.chat import PromptError
-
-
-class ReplyError(Exception):
-    """The engine failed on a reply; the message says why."""
+from serve.engine.request import EngineStoppedError, Request, SamplingParams
+from serve.jobs.request_queue import RequestError, RequestQueue
+from serve.llm import LLM
+from serve.text.chat import PromptError, generation_room
 
 
 @dataclass(slots=True)
@@ -26,23 +23,22 @@ class Session:
     """One chat.
 
     Attributes:
-        failures: messages and commands that could not be carried out.
+        failures: number of messages and commands that failed.
     """
 
-    engine: EngineClient
-    prompter: Prompter
+    llm: LLM
     screen: ChatScreen
-    params: SamplingParams  # max_tokens: at most
-    ask: Callable[[str], str]  # raises EOFError at the end
-    complain: Callable[[str], None]
-    now: Callable[[], float]  # seconds
-    about: dict[str, Any]  # for /save
-    put_back: Callable[[str], None] = lambda _: None  # a message that was not sent, to be changed
+    params: SamplingParams  # of replies; max_tokens is an upper bound
+    ask: Callable[[str], str]  # shows a prompt and reads a line; raises EOFError at the end
+    show_error: Callable[[str], None]
+    now: Callable[[], float]  # clock, seconds
+    about: dict[str, Any]  # facts for /save
+    put_back: Callable[[str], None] = lambda _: None  # offers a message that was not sent for editing
     chat: Conversation = field(default_factory=Conversation)
     failures: int = 0
 
     def run(self) -> None:
-        """Until the end of what is typed."""
+        """Run until the end of the input."""
         # One loop for all replies, in which Ctrl-C ends the reply and nothing else.
         with asyncio.Runner() as runner:
             while True:
@@ -52,47 +48,49 @@ class Session:
                     return
                 except KeyboardInterrupt:
                     self.screen.console.print()
-                    self.screen.say("Ctrl-D or /quit ends")
+                    self.screen.note("press Ctrl-D or type /quit to end")
                     continue
                 if text.startswith("/"):
                     if text.split()[0] in ("/quit", "/exit"):
                         return
                     self._command(text, runner)
                 elif text.strip():
-                    self._say(text, runner)
+                    self._send(text, runner)
 
-    def _say(self, text: str, runner: asyncio.Runner) -> None:
-        """Sends a message; it stays unsent where no reply comes."""
+    def _send(self, text: str, runner: asyncio.Runner) -> None:
+        """Send a message and show the reply; the message stays unsent if there is no reply."""
         self.chat.unsent = text
         try:
-            ids, room = self.prompter.prompt(self.chat.messages(text))
+            request = self._request(self.chat.messages(text))
         except PromptError as error:
             self._fail(f"{error} Use /reset or a shorter /system, then /retry.")
             self.put_back(text)
             return
-        params = replace(self.params, max_tokens=min(self.params.max_tokens, room))
-        reply = Reply(self.prompter.chats.tokenizer, self.now)
+        reply = Reply(self.llm.loaded.tokenizer, self.now)
         try:
-            runner.run(self._stream(Request(uuid.uuid4().hex, ids, params), reply))
+            runner.run(self._stream(request, reply))
         except KeyboardInterrupt:
             if not reply.tokens:
-                self.screen.say("stopped before the first token; /retry sends the message again")
+                self.screen.note("stopped before the first token; /retry sends the message again")
                 return
-        except (EngineStoppedError, ReplyError) as error:
+        except (EngineStoppedError, RequestError) as error:
             self.screen.console.print()
             self._fail(f"{error or 'the engine has stopped'}; /retry sends the message again")
             return
         for piece in reply.end():
             self.screen.piece(piece)
-        self.screen.ended(reply)
+        self.screen.summary(reply)
         self.chat.turns.append(Turn(text, reply))
         self.chat.unsent = None
 
+    def _request(self, messages: list[dict[str, Any]]) -> Request:
+        ids = self.llm.chat_ids(messages)
+        room = generation_room("messages", len(ids), None, self.llm.loaded.limits)
+        return Request(uuid.uuid4().hex, ids, replace(self.params, max_tokens=min(self.params.max_tokens, room)))
+
     async def _stream(self, request: Request, reply: Reply) -> None:
-        with self.engine.admit(request) as handle:
-            async for event in handle:
-                if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                    raise ReplyError(event.error or "the reply was ended")
+        async with aclosing(RequestQueue(self.llm.engine, self.llm.in_flight).events(request)) as events:
+            async for event in events:
                 for piece in reply.add(event):
                     self.screen.piece(piece)
 
@@ -108,33 +106,32 @@ class Session:
                 if (reply := self._last()) is not None:
                     self.screen.tokens(reply)
             case "/retry":
-                again = self.chat.take_back()
-                if again is None:
-                    self._fail("nothing was said yet")
+                message = self.chat.undo()
+                if message is None:
+                    self._fail("there is no message yet")
                 else:
-                    self._say(again, runner)
+                    self._send(message, runner)
             case "/system":
                 self._system(rest)
             case "/reset":
                 self.chat.turns.clear()
-                self.screen.say("a new chat")
+                self.screen.note("new chat")
             case "/save":
                 self._save(rest)
             case _:
-                self._fail(f"there is no {name}; /help tells the commands. A space before the / sends the line")
+                self._fail(f"unknown command {name}; see /help. To send the line as a message, start it with a space")
 
     def _system(self, text: str) -> None:
         if text:
             self.chat.system = None if text == "-" else text
-        self.screen.say("no system message" if self.chat.system is None else f"system: {self.chat.system}")
+        self.screen.note("no system message" if self.chat.system is None else f"system: {self.chat.system}")
 
     def _why(self, text: str) -> None:
         reply = self._last()
         if reply is None:
             return
         if not text:
-            places = reply.most_surprising(1)
-            self.screen.why(reply, places[0] if places else 0)
+            self.screen.why(reply, next(iter(reply.most_surprising(1)), 0))
         elif text.isdecimal() and 1 <= int(text) <= len(reply.tokens):
             self.screen.why(reply, int(text) - 1)
         else:
@@ -151,9 +148,10 @@ class Session:
         except (OSError, UnicodeEncodeError) as error:
             self._fail(f"{path}: {getattr(error, 'strerror', None) or error}")
             return
-        self.screen.say(f"written to {path}")
+        self.screen.note(f"saved to {path}")
 
     def _last(self) -> Reply | None:
+        """The last reply, if there is one; else an error is shown."""
         if self.chat.turns:
             return self.chat.turns[-1].reply
         self._fail("there is no reply yet")
@@ -161,4 +159,4 @@ class Session:
 
     def _fail(self, text: str) -> None:
         self.failures += 1
-        self.complain(text)
+        self.show_error(text)

@@ -1,4 +1,4 @@
-"""Reads what is typed: a message may have several lines."""
+"""Reads messages, which may have several lines, from a terminal or a pipe."""
 
 import contextlib
 from collections.abc import Callable
@@ -8,13 +8,13 @@ _FENCE = '"""'
 
 
 def read_message(ask: Callable[[str], str]) -> str:
-    r"""One message: a line, lines that end in a backslash and the next, or lines between two \"\"\".
+    r"""Read a message: a line, lines joined by backslashes at their ends, or lines between two \"\"\".
 
     Args:
-        ask: shows a prompt and returns a line without its end.
+        ask: shows a prompt and returns a line without line end.
 
     Raises:
-        EOFError: there is no more; an unfinished message is returned first.
+        EOFError: the input has ended; an unfinished message is returned first.
     """
     line = ask("> ")
     if line.lstrip().startswith(_FENCE):
@@ -38,7 +38,7 @@ def _fenced(line: str, ask: Callable[[str], str]) -> str:
 
 
 def lines_of(stream: TextIO) -> Callable[[str], str]:
-    """An `ask` for what is no terminal: without prompts."""
+    """An `ask` function without prompts, for a pipe or a file."""
 
     def ask(prompt: str) -> str:
         del prompt
@@ -50,8 +50,8 @@ def lines_of(stream: TextIO) -> Callable[[str], str]:
     return ask
 
 
-class Typist:
-    """An `ask` for a terminal, with the editing and history of readline where Python has it. Nothing goes to disk."""
+class Terminal:
+    """An `ask` function for a terminal, with readline's editing and history if available. Nothing is saved to disk."""
 
     def __init__(self) -> None:
         self._draft = ""
@@ -63,11 +63,11 @@ class Typist:
         readline.set_startup_hook(lambda: self._insert(readline.insert_text))
 
     def __call__(self, prompt: str) -> str:
-        """Asks for a line."""
+        """Read a line."""
         return input(prompt)
 
     def put_back(self, text: str) -> None:
-        """Lets the next line begin with a text, to be changed, where readline can do so."""
+        """Offer a text of one line for editing at the next prompt, if readline is available."""
         self._draft = "" if "\n" in text else text
 
     def _insert(self, insert: Callable[[str], None]) -> None:

@@ -268,7 +268,7 @@ def start_server(
     metrics.watch(lambda: engine.gauges, {"block_size": str(PAGE_SIZE)})
     engine.start()
     facts = {name: config.pop(name) for name in ("system_fingerprint", "chat_template", "defaults") if name in config}
-    model = ServedModel((MODEL, "alias"), **facts)
+    model = ServedModel(config.get("served_model_name", (MODEL, "alias")), **facts)
     settings = ServeConfig(**{"allowed_hosts": ("*",)} | config)
     tokenizer = byte_tokenizer(add_bos=add_bos)
     app = create_app(engine, tokenizer, model, settings, metrics, readiness=readiness, on_answer=on_answer)

@@ -58,37 +58,37 @@ def test_markup_is_shown_as_text(inspector: Inspector, tmp_path: Path) -> None:
         pane.wait()
         file = tmp_path / "<img src=x onerror=alert(1)>.bin"
         file.write_bytes(b"\xff")
-        pane.root.get_by_label("load a text file").set_input_files(file)
-        expect(pane.error).to_have_text(f"{file.name} is not text in UTF-8.")
+        pane.root.get_by_label("load text file").set_input_files(file)
+        expect(pane.error).to_have_text(f"{file.name} is not UTF-8 text.")
         assert pane.exported()["request"] == {"prompt": markup}
         expect(inspector.page.locator("img, body script")).to_have_count(0)
 
 
 def test_page_asks_for_the_api_key(inspector: Inspector) -> None:
-    with listening(script=SCRIPT, api_keys=("secret",)) as (url, _):
+    with listening(script=SCRIPT, api_key=("secret",)) as (url, _):
         page = inspector.page
         page.goto(url)
         key = page.get_by_label("API key")
         expect(key).to_be_visible()
-        expect(page.locator("#key p")).to_contain_text("The server asks for an API key.")
+        expect(page.locator("#key p")).to_contain_text("This server requires an API key.")
         inspector.screenshot("key")
         pane = inspector.pane()
         pane.run("not lost")
         expect(pane.error).to_contain_text("API key")
         key.fill("wrong")
-        page.get_by_role("button", name="Use it").click()
+        page.get_by_role("button", name="Use key").click()
         expect(key).to_have_value("")
-        expect(page.locator("#key p")).to_contain_text("The server does not know this API key.")
+        expect(page.locator("#key p")).to_contain_text("The API key is invalid.")
         expect(page.locator("#model")).to_have_text("not connected")
         key.fill("secret")
-        page.get_by_role("button", name="Use it").click()
+        page.get_by_role("button", name="Use key").click()
         expect(page.locator("#model")).to_contain_text(MODEL)
         expect(key).to_be_hidden()
         expect(pane.prompt).to_have_value("not lost")
         pane.run()
         assert "".join(pane.texts()).startswith("not lostThe model")
         page.get_by_role("button", name="Share link").click()
-        expect(page.locator("#notice")).to_contain_text("no key")
+        expect(page.locator("#notice")).to_contain_text("no API key")
         assert "secret" not in page.url
         assert "secret" not in page.evaluate("JSON.stringify(localStorage) + sessionStorage.getItem('state')")
 
@@ -115,7 +115,7 @@ def test_server_restart_reconnects(inspector: Inspector) -> None:
         inspector.open(url, MODEL)
     pane = inspector.pane()
     pane.run("typed")
-    expect(pane.error).to_contain_text("does not answer")
+    expect(pane.error).to_contain_text("is not responding")
     expect(pane.prompt).to_have_value("typed")
     with listening(int(url.rpartition(":")[2]), script=SCRIPT):
         pane.run()
@@ -129,9 +129,9 @@ def test_server_restart_with_another_model(inspector: Inspector) -> None:
         pane = inspector.pane()
         pane.run("typed")
     port = int(url.rpartition(":")[2])
-    with listening(port, script=b"Other.", served_model_names=("other",), system_fingerprint="fp_2"):
+    with listening(port, script=b"Other.", served_model_name=("other",), system_fingerprint="fp_2"):
         pane.run(button="Run")  # nobody has seen it go
-        expect(pane.error).to_contain_text("started again with another model")
+        expect(pane.error).to_contain_text("restarted with another model")
         expect(inspector.page.locator("#model")).to_have_text("not connected")
         pane.run()
         expect(pane.error).to_be_hidden()
@@ -158,10 +158,10 @@ def test_run_of_a_removed_model_is_not_continued(inspector: Inspector) -> None:
         pane.run("typed")
         before = pane.texts()
     pane.run(button="Continue")
-    expect(pane.error).to_contain_text("does not answer")
+    expect(pane.error).to_contain_text("is not responding")
     with listening(int(url.rpartition(":")[2]), script=b"Other.", system_fingerprint="fp_2"):
         pane.run(button="Continue")
-        expect(pane.error).to_contain_text("started again with another model")
+        expect(pane.error).to_contain_text("restarted with another model")
         assert pane.texts() == before
 
 
@@ -179,7 +179,7 @@ def test_run_summary_is_of_its_last_request(inspector: Inspector) -> None:
         gate.open()
         expect(pane.status).to_have_text("700 prompt tokens, 3 generated")
         pane.run(button="Continue")
-        expect(pane.status).to_contain_text("ended by itself")
+        expect(pane.status).to_contain_text("finished")
         expect(pane.button("Continue")).to_be_hidden()
         pane.run(button="Score only")
         expect(pane.status).to_contain_text("scored only")
@@ -200,7 +200,7 @@ def test_focus_and_details_stay_while_streaming(inspector: Inspector, fake: tupl
     pane.button("Run").click()
     scoring.wait()
     pane.cells.nth(2).hover()
-    assert inspector.facts()["log-prob"] == "not known yet"
+    assert inspector.facts()["log-prob"] == "pending"
     server.runner.before_call = choosing
     scoring.open()
     choosing.wait()
@@ -212,7 +212,7 @@ def test_focus_and_details_stay_while_streaming(inspector: Inspector, fake: tupl
     pane.wait()
     expect(first).to_be_focused()
     assert inspector.page.evaluate("window.said") == [
-        "5 tokens: waiting for their numbers …",
+        "5 tokens: waiting for log-probs …",
         pane.status.inner_text(),
     ]
 
@@ -246,7 +246,7 @@ def test_page_opened_before_the_server_connects_later(inspector: Inspector, fake
     url, _ = fake
     inspector.page.route("**/v1/models", lambda route: route.abort())
     inspector.page.goto(url)
-    expect(inspector.page.locator("#notice")).to_contain_text("does not answer")
+    expect(inspector.page.locator("#notice")).to_contain_text("is not responding")
     inspector.page.unroute("**/v1/models")
     inspector.pane().run("typed")
     expect(inspector.page.locator("#model")).to_contain_text(MODEL)

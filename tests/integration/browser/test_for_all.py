@@ -41,7 +41,7 @@ def audit(page: Page) -> list[Any]:
 def test_accessibility_audit_passes(page: Inspector, scheme: Any) -> None:
     page.page.emulate_media(color_scheme=scheme)
     assert audit(page.page) == []
-    page.page.get_by_role("button", name="Compare two").click()
+    page.page.get_by_role("button", name="Compare").click()
     for i in range(2):
         page.pane(i).run("A few words, <begin> 😊")
     page.pane().cells.nth(8).hover()
@@ -55,7 +55,7 @@ def test_theme_can_be_chosen(page: Inspector) -> None:
         return str(page.page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor"))
 
     light = back()
-    page.page.get_by_role("button", name="Dark or light").click()
+    page.page.get_by_role("button", name="Toggle theme").click()
     assert back() != light
     dark = back()
     page.page.reload()

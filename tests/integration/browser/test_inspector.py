@@ -104,7 +104,7 @@ def test_hovering_shows_token_details(page: Inspector) -> None:
     page.page.mouse.move(5, 5)
     expect(page.details).to_be_hidden()
     pane.cells.nth(0).hover()
-    assert page.facts()["log-prob"] == "none: nothing comes before it"
+    assert page.facts()["log-prob"] == "none (first token)"
 
 
 def test_alternative_starts_a_branch(page: Inspector, server: ServerProcess) -> None:
@@ -151,9 +151,9 @@ def test_chat_shows_the_reply(page: Inspector, server: ServerProcess) -> None:
     tokens = pane.exported()["tokens"]
     assert [token["token_id"] for token in tokens] == expected["prompt_token_ids"] + expected["choices"][0]["token_ids"]
     assert [token["text"] for token in tokens if token["special"]].count("<|im_end|>") == 3
-    expect(pane.status).to_contain_text("ended by itself")
+    expect(pane.status).to_contain_text("finished")
     page.screenshot("chat")
-    pane.button("Add the reply and answer it").click()
+    pane.button("Add reply to the chat").click()
     texts = [box.input_value() for box in pane.root.get_by_label("Message", exact=True).all()]
     assert texts == [messages[0]["content"], expected["choices"][0]["message"]["content"], ""]
 
@@ -185,7 +185,7 @@ def test_summary_equals_the_sum_of_tokens(page: Inspector) -> None:
 
 
 def test_side_by_side_compares_two_prompts(page: Inspector) -> None:
-    page.page.get_by_role("button", name="Compare two").click()
+    page.page.get_by_role("button", name="Compare").click()
     left, right = page.pane(0), page.pane(1)
     left.prompt.fill("Water boils at one hundred degrees.")
     right.prompt.fill("Water boils at ninety thousand degrees.")
@@ -205,7 +205,7 @@ def test_side_by_side_compares_two_prompts(page: Inspector) -> None:
     assert boxes[1]
     assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
     page.screenshot("compare")
-    page.page.get_by_role("button", name="Compare two").click()
+    page.page.get_by_role("button", name="Compare").click()
     expect(page.page.locator(".pane")).to_have_count(1)
 
 
@@ -319,11 +319,11 @@ def test_files_can_be_opened(page: Inspector, tmp_path: Path) -> None:
     good.write_text("From a file: é\n", "utf-8")
     bad.write_bytes(b"\xff\xfe\x00")
     pane = page.pane()
-    chooser = pane.root.get_by_label("load a text file")
+    chooser = pane.root.get_by_label("load text file")
     chooser.set_input_files(good)
     expect(pane.prompt).to_have_value("From a file: é\n")
     chooser.set_input_files(bad)
-    expect(pane.error).to_have_text("bad.bin is not text in UTF-8.")
+    expect(pane.error).to_have_text("bad.bin is not UTF-8 text.")
     bad.write_bytes(b"a" * ((4 << 20) + 1))
     chooser.set_input_files(bad)
     expect(pane.error).to_have_text("bad.bin is larger than 4 MiB.")

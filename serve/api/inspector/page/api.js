@@ -11,7 +11,7 @@ export class ServerError extends Error {
 /** Who answers, as an event says: {model, fingerprint}. Throws where it is another than `known`, if any. */
 export function sourceOf({ model, system_fingerprint: fingerprint }, known) {
   if (known && (known.model !== model || known.fingerprint !== fingerprint)) {
-    throw new ServerError("changed", "The server has been started again with another model or other options: run the text again.");
+    throw new ServerError("changed", "The server was restarted with another model or other options. Run the prompt again.");
   }
   return { model, fingerprint };
 }
@@ -64,7 +64,7 @@ export class Server {
       this.source = sourceOf(event, this.source);
       yield event;
     }
-    if (!ended) throw new ServerError("down", "The server broke off in the middle of its answer.");
+    if (!ended) throw new ServerError("down", "The server closed the connection before the end of its response.");
   }
 
   async #json(path, body, signal) {
@@ -88,7 +88,7 @@ export class Server {
     }
     if (response.ok) return response;
     if (response.status === 401) {
-      throw new ServerError("key", this.key() ? "The server does not know this API key." : "The server asks for an API key.");
+      throw new ServerError("key", this.key() ? "The API key is invalid." : "This server requires an API key.");
     }
     throw new ServerError("refused", await messageOf(response));
   }
@@ -96,12 +96,12 @@ export class Server {
 
 async function messageOf(response) {
   const said = await response.json().catch(() => null);
-  return said?.error?.message ?? `The server answered with status ${response.status}.`;
+  return said?.error?.message ?? `The server responded with status ${response.status}.`;
 }
 
 function asServerError(error) {
   if (error.name === "AbortError") return error;
-  return new ServerError("down", `The server at ${location.host} does not answer. Is it running?`);
+  return new ServerError("down", `The server at ${location.host} is not responding. Is it running?`);
 }
 
 /** The data of server-sent events. */

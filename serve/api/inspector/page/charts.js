@@ -14,7 +14,7 @@ export function drawCurve(svg, tokens, onPick) {
   const x = (i) => (points.length > 1 ? (i * WIDTH) / (points.length - 1) : WIDTH / 2);
   const y = (value) => (HEIGHT * Math.max(value, DEEPEST)) / DEEPEST;
   const line = (name) => points.map((point, i) => `${i ? "L" : "M"}${x(i).toFixed(1)} ${y(point[name]).toFixed(1)}`).join("");
-  const title = shape("title", {}, `Log-prob along the text, from 0 at the top to ${DEEPEST} or less at the bottom`);
+  const title = shape("title", {}, `Log-prob per token, from 0 (top) to ${DEEPEST} or less (bottom)`);
   const grid = [-2, -4, -6, -8, -10].map((value) => shape("path", { class: "grid", d: `M0 ${y(value)}H${WIDTH}` }));
   const lines = ["low", "mean"].map((name) => shape("path", { class: name, d: line(name) }));
   svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);

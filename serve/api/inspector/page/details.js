@@ -92,7 +92,7 @@ export class Details {
       facts.push(["probability", percent(Math.exp(token.logprob))]);
       facts.push(["rank", count(token.rank)]);
     } else {
-      facts.push(["log-prob", token.logprob === null ? "none: nothing comes before it" : "not known yet"]);
+      facts.push(["log-prob", token.logprob === null ? "none (first token)" : "pending"]);
     }
     const list = make("dl", "facts");
     for (const [name, value] of facts) list.append(make("dt", "", name), make("dd", "", value));
@@ -121,7 +121,7 @@ export class Details {
     draw(name, other.bytes);
     const numbers = [make("span", "rank", count(other.rank)), name, bar, make("span", "p", percent(probability))];
     button.append(...numbers, make("span", "lp", logprob(other.logprob)));
-    const what = isOwn ? "this token; continue from it again" : "continue from here with it";
+    const what = isOwn ? "this token; generate again from here" : "continue with this token";
     button.ariaLabel = `${plain(other.bytes)}, rank ${count(other.rank)}, ${percent(probability)}: ${what}`;
     button.title = what;
     button.addEventListener("click", () => this.onBranch(run, index, other));

@@ -89,7 +89,7 @@ export class Editor {
       this.set({ ...this.state, mode: "text", text });
       onEdit();
     } catch {
-      onEdit(`${file.name} is not text in UTF-8.`);
+      onEdit(`${file.name} is not UTF-8 text.`);
     }
   }
 }

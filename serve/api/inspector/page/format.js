@@ -31,8 +31,8 @@ export function percent(probability) {
 export function describe(token) {
   const kind = { prompt: "prompt", branch: "chosen by you", generated: "generated" }[token.origin];
   const special = token.special ? ", special token" : "";
-  if (token.logprob === undefined) return `${kind}${special}, no numbers yet`;
-  if (token.logprob === null) return `${kind}${special}, the first token has no numbers`;
+  if (token.logprob === undefined) return `${kind}${special}, log-prob pending`;
+  if (token.logprob === null) return `${kind}${special}, no log-prob (first token)`;
   const numbers = `log-prob ${logprob(token.logprob)}, ${percent(Math.exp(token.logprob))}, rank ${count(token.rank)}`;
   return `${kind}${special}, ${numbers}`;
 }

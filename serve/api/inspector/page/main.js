@@ -94,7 +94,7 @@ class Page {
     if (["down", "key", "changed"].includes(error.kind)) this.#forget();
     get("key").hidden = error.kind !== "key";
     if (error.kind !== "key") return;
-    get("key").querySelector("p").textContent = `${error.message} It is kept in this tab only.`;
+    get("key").querySelector("p").textContent = `${error.message} The key is kept in this tab only.`;
     get("key").elements.key.focus();
   }
 
@@ -149,7 +149,7 @@ class Page {
       const state = await stateOf(location.hash);
       if (state) this.#restore(state);
     } catch {
-      this.say("The link is damaged: what it holds cannot be read.");
+      this.say("The link is damaged and cannot be read.");
     }
   }
 
@@ -203,9 +203,9 @@ class Page {
     history.replaceState(null, "", link);
     try {
       await navigator.clipboard.writeText(link);
-      this.say("The link is in the clipboard and in the address bar. It holds the prompts and parameters, no key.");
+      this.say("The link is in the clipboard and the address bar. It contains the prompts and parameters, but no API key.");
     } catch {
-      this.say("The link is in the address bar. It holds the prompts and parameters, no key.");
+      this.say("The link is in the address bar. It contains the prompts and parameters, but no API key.");
     }
   }
 

@@ -81,7 +81,7 @@ export class Pane {
 
   /** Runs what is typed; `instead` stands over the parameters. */
   async #start(instead = {}) {
-    if (this.editor.empty) return this.#say("There is nothing to run yet: type a prompt.");
+    if (this.editor.empty) return this.#say("Enter a prompt first.");
     const { request } = this.editor; // now: it may be changed while the server works
     const run = new Run(this.page.server, "1: the prompt", request);
     await this.#work(async (signal) => {
@@ -91,7 +91,7 @@ export class Pane {
       const ids = await this.page.server.tokenize(request, signal);
       if (ids.length === 0) return this.#say("This text has no tokens.");
       if (ids.length > limit) {
-        return this.#say(`The prompt is too long: ${count(ids.length)} tokens, and the model takes ${count(limit)}.`);
+        return this.#say(`The prompt is too long: ${count(ids.length)} tokens; the maximum is ${count(limit)}.`);
       }
       await run.add(ids, "prompt", signal);
       this.runs = [];
@@ -130,7 +130,7 @@ export class Pane {
 
   async #fill(run, settings, signal) {
     const { top_logprobs: alternatives, ...fields } = settings;
-    this.#status(`${count(run.tokens.length)} tokens: waiting for their numbers …`);
+    this.#status(`${count(run.tokens.length)} tokens: waiting for log-probs …`);
     await run.fill(fields, alternatives, (from) => this.#changed(run, from), signal);
   }
 

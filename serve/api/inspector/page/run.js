@@ -40,9 +40,9 @@ export class Run {
     const parts = [`${count(this.tokens.length - generated)} prompt tokens`, `${count(generated)} generated`];
     if (this.seconds !== null) parts.push(`${this.seconds.toFixed(2)} s`);
     const cached = this.usage?.prompt_tokens_details.cached_tokens;
-    if (cached) parts.push(`${count(cached)} from the cache`);
-    if (this.finish === "stop") parts.push("ended by itself");
-    else if (this.finish) parts.push(this.fills.at(-1).max_tokens === 0 ? "scored only" : "stopped at max tokens");
+    if (cached) parts.push(`${count(cached)} cached`);
+    if (this.finish === "stop") parts.push("finished");
+    else if (this.finish) parts.push(this.fills.at(-1).max_tokens === 0 ? "scored only" : "reached max tokens");
     return parts.join(", ");
   }
 

@@ -1,4 +1,4 @@
-"""ModelConfig: the sizes of one network. `config_hf.py` and `config_gguf.py` read it from a model's files."""
+"""ModelConfig: the sizes of one network, read from a model's files by `config_hf.py` and `config_gguf.py`."""
 
 import math
 from dataclasses import dataclass, replace
@@ -8,20 +8,20 @@ from model.rope import Rope
 
 
 class ConfigError(ValueError):
-    """A model's configuration is missing a value, contradicts itself or asks for what is not supported."""
+    """A model's configuration lacks a value, contradicts itself or needs an unsupported feature."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """What one layer's attention does unlike another's."""
+    """Properties of attention that differ between layers."""
 
-    rope: Rope | None  # None: positions are not told
-    window: int = 0  # tokens that a query sees, itself included; 0 = all before it
+    rope: Rope | None  # None: no rotary embedding
+    window: int = 0  # tokens that a query attends to, itself included; 0 = all before it
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Sizes and constants of one network. Frozen and hashable, so it can be static to a traced function."""
+    """Sizes and constants of one network. Hashable, so it can be a static argument."""
 
     family: str
     vocab_size: int  # V
@@ -34,13 +34,13 @@ class ModelConfig:
     rms_norm_eps: float
     max_position_embeddings: int  # tokens
     tie_word_embeddings: bool
-    attention_scale: float  # of the scores
-    attention_cap: float = 0.0  # cap * tanh(score / cap) stands for a score; 0 = as it is
-    logit_cap: float = 0.0  # and for a logit
+    attention_scale: float  # factor of the scores
+    attention_cap: float = 0.0  # replaces a score by cap * tanh(score / cap); 0 = off
+    logit_cap: float = 0.0  # the same for logits
 
     @property
     def traits(self) -> Family:
-        """The family's row: what the sizes alone do not say."""
+        """The family's properties."""
         return FAMILIES[self.family]
 
     @property
@@ -49,8 +49,8 @@ class ModelConfig:
         return len(self.layers)
 
     def for_length(self, tokens: int) -> "ModelConfig":
-        """The network of a server whose requests have up to so many tokens."""
-        layers = [replace(each, rope=each.rope and each.rope.for_length(tokens)) for each in self.layers]
+        """The network of a server whose requests have up to `tokens` tokens."""
+        layers = [replace(kind, rope=kind.rope and kind.rope.for_length(tokens)) for kind in self.layers]
         return replace(self, layers=tuple(layers))
 
     def dims(self) -> dict[str, int]:
@@ -103,7 +103,7 @@ class ModelConfig:
         _check_positive("rotary scale", kind.rope.scale)
         for divisors in (kind.rope.divisors, kind.rope.long_divisors):
             if divisors and len(divisors) != self.head_dim // 2:
-                raise ConfigError(f"rotary factors: {len(divisors)} of them, but head_dim is {self.head_dim}")
+                raise ConfigError(f"{len(divisors)} rotary factors do not fit head_dim {self.head_dim}")
             for divisor in divisors:
                 _check_positive("a rotary factor", divisor)
 

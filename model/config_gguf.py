@@ -11,20 +11,20 @@ from model.rope import Rope
 
 type Tensor = Callable[[str], tuple[float, ...]]
 
-# Tensors that hold what rotary frequencies are divided by.
+# Tensors with the divisors of rotary frequencies.
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _DIVISORS, _LONG, _SHORT = ROPE_TENSORS
-# Largest of their families: scores are scaled by hidden size over heads, not by head size. Files do not say so.
+# The largest models of their families scale scores by hidden size over heads, not by head size. Files do not say so.
 _SCALED_BY_HIDDEN = {("gemma2", 46), ("gemma3", 62)}
 
 
 def config_from_gguf(metadata: Mapping[str, Any], tensor: Tensor, *, has_output: bool) -> ModelConfig:
-    """Reads the metadata of a file.
+    """Read the metadata of a file.
 
     Args:
-        metadata: key -> Python value; `tokenizer.ggml.tokens` gives the vocabulary size where no key does.
-        tensor: the values of one of ROPE_TENSORS, empty where the file has no such tensor.
-        has_output: whether the file holds `output.weight`; without it the head is the embedding.
+        metadata: key -> Python value; `tokenizer.ggml.tokens` gives the vocabulary size if no key does.
+        tensor: returns the values of one of ROPE_TENSORS, empty if the file lacks it.
+        has_output: whether the file has `output.weight`; without it the head is the embedding.
 
     Raises:
         ConfigError: names the key that is missing or not supported.
@@ -54,7 +54,7 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor: Tensor, *, has_output:
         num_kv_heads=int_of(metadata, key("attention.head_count_kv"), heads),
         head_dim=head_dim,
         layers=layers,
-        # GGUF keeps it as float32: 9.99999974738e-06 is read back as the 1e-5 that was meant.
+        # Stored as float32: 9.99999974738e-06 is read as 1e-5.
         rms_norm_eps=float(f"{float_of(metadata, key('attention.layer_norm_rms_epsilon')):.6g}"),
         max_position_embeddings=int_of(metadata, key("context_length")),
         tie_word_embeddings=not has_output,
@@ -73,13 +73,13 @@ def _layers(
     period = family.no_rope_period
     kinds = []
     for i, window in enumerate(_windows(metadata, family, key, count)):
-        told = not period or (i + 1) % period != 0
-        kinds.append(LayerKind((local if window else rope) if told else None, window))
+        uses_rope = not period or (i + 1) % period != 0
+        kinds.append(LayerKind((local if window else rope) if uses_rope else None, window))
     return tuple(kinds)
 
 
 def _windows(metadata: Mapping[str, Any], family: Family, key: Callable[[str], str], count: int) -> list[int]:
-    """The window of each layer, 0 where it sees all."""
+    """The window of each layer; 0 for full attention."""
     window = int_of(metadata, key("attention.sliding_window"), 0)
     pattern = metadata.get(key("attention.sliding_window_pattern"))
     if isinstance(pattern, list):
@@ -94,14 +94,14 @@ def _rope(metadata: Mapping[str, Any], key: Callable[[str], str], tensor: Tensor
     theta = float_of(metadata, key("rope.freq_base"), 10000.0)
     if not theta > 1:
         raise ConfigError(f"GGUF: {key('rope.freq_base')} must be above 1, got {theta}")
-    most = int_of(metadata, key("context_length"))
-    original = int_of(metadata, key("rope.scaling.original_context_length"), most)
+    length = int_of(metadata, key("context_length"))
+    original = int_of(metadata, key("rope.scaling.original_context_length"), length)
     long = tensor(_LONG)
-    if original < (least := 2 if long else 1):
+    if original < (minimum := 2 if long else 1):
         name = key("rope.scaling.original_context_length")
-        raise ConfigError(f"GGUF: {name} must be at least {least}, got {original}")
+        raise ConfigError(f"GGUF: {name} must be at least {minimum}, got {original}")
     if long:
-        scale = float_of(metadata, key("rope.scaling.attn_factor"), ropes.longrope_scale(most / original, original))
+        scale = float_of(metadata, key("rope.scaling.attn_factor"), ropes.longrope_scale(length / original, original))
         return Rope(theta, tensor(_SHORT), scale, long, original)
     type_ = metadata.get(key("rope.scaling.type"), "none")
     factor = float_of(metadata, key("rope.scaling.factor"), 1.0)
@@ -118,5 +118,5 @@ def _rope(metadata: Mapping[str, Any], key: Callable[[str], str], tensor: Tensor
         raise ConfigError(f"GGUF: {name} {shown(type_)} is not supported; known: none, linear, yarn")
     divisors = tensor(_DIVISORS)
     if type_ == "linear" and factor != 1:
-        divisors = tuple(factor * each for each in divisors or (1.0,) * (head_dim // 2))
+        divisors = tuple(factor * divisor for divisor in divisors or (1.0,) * (head_dim // 2))
     return Rope(theta, divisors)

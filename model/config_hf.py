@@ -23,7 +23,7 @@ _GLOBAL, _LOCAL = "full_attention", "sliding_attention"  # entries of `layer_typ
 
 
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """Reads a `config.json`.
+    """Read a `config.json`.
 
     Raises:
         ConfigError: names the key that is missing or not supported.
@@ -31,8 +31,8 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     family = family_of(hf_architectures=strings_of(config, "architectures"), hf_model_type=config.get("model_type"))
     if family is None:
         known = ", ".join(sorted(name for row in FAMILIES.values() for name in row.hf_architectures))
-        said = shown(config.get("architectures"))
-        raise ConfigError(f"config.json: architecture {said} is not known; known: {known}")
+        names = shown(config.get("architectures"))
+        raise ConfigError(f"config.json: architecture {names} is not known; known: {known}")
     config = {**family.hf_defaults, **config}
     _refuse_unsupported(config, family)
     heads, hidden = int_of(config, "num_attention_heads"), int_of(config, "hidden_size")
@@ -80,18 +80,18 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
 
 def _layers(config: Mapping[str, Any], family: Family, head_dim: int) -> tuple[LayerKind, ...]:
     windows = _windows(config, family)
-    told = _told(config, family)
+    uses_rope = _uses_rope(config, family)
     kinds = []
-    if family.no_rope_period and not strings_of(config, "layer_types"):  # SmolLM3: only where positions are not told
-        windows = [0 if is_told else window for window, is_told in zip(windows, told, strict=True)]
+    if family.no_rope_period and not strings_of(config, "layer_types"):  # SmolLM3: only layers without RoPE
+        windows = [0 if rope else window for window, rope in zip(windows, uses_rope, strict=True)]
     for i, window in enumerate(windows):
         kind = _LOCAL if window and family.local_theta else _GLOBAL
-        kinds.append(LayerKind(_rope(config, kind, family, head_dim) if told[i] else None, window))
+        kinds.append(LayerKind(_rope(config, kind, family, head_dim) if uses_rope[i] else None, window))
     return tuple(kinds)
 
 
 def _windows(config: Mapping[str, Any], family: Family) -> list[int]:
-    """The window of each layer, 0 where it sees all."""
+    """The window of each layer; 0 for full attention."""
     count = layer_count(config, "num_hidden_layers")
     types = strings_of(config, "layer_types")
     flagged = family.window_flag and not config.get("use_sliding_window")
@@ -101,31 +101,31 @@ def _windows(config: Mapping[str, Any], family: Family) -> list[int]:
             raise ConfigError(f"config.json: layer_types must be {count} of {_GLOBAL}, {_LOCAL}")
         if _LOCAL in types and not window:
             raise ConfigError(f"config.json: layer_types has {_LOCAL}, but sliding_window is missing")
-        return [window if each == _LOCAL else 0 for each in types]
+        return [window if kind == _LOCAL else 0 for kind in types]
     period = int_of(config, "sliding_window_pattern", family.local_period)
     first = int_of(config, "max_window_layers", 0) if family.window_flag else 0
     return [0 if i < first or (period and (i + 1) % period == 0) else window for i in range(count)]
 
 
-def _told(config: Mapping[str, Any], family: Family) -> list[bool]:
-    """Whether each layer is told the positions."""
+def _uses_rope(config: Mapping[str, Any], family: Family) -> list[bool]:
+    """Whether each layer applies RoPE."""
     count = layer_count(config, "num_hidden_layers")
     if not family.no_rope_period:
         return [True] * count
-    said = config.get("no_rope_layers")
-    if said is None:
+    flags = config.get("no_rope_layers")
+    if flags is None:
         period = int_of(config, "no_rope_layer_interval", family.no_rope_period)
         return [(i + 1) % max(1, period) != 0 for i in range(count)]
-    if not isinstance(said, list) or len(said) != count or not all(each in (0, 1) for each in said):
+    if not isinstance(flags, list) or len(flags) != count or not all(flag in (0, 1) for flag in flags):
         raise ConfigError(f"config.json: no_rope_layers must be {count} of 0 and 1")
-    return [bool(each) for each in said]
+    return [bool(flag) for flag in flags]
 
 
 def _rope(config: Mapping[str, Any], kind: str, family: Family, head_dim: int) -> Rope:
     """The angles of one kind of layer.
 
-    transformers 5 keeps all in `rope_parameters`, for each kind of layer where they differ; before it there were
-    `rope_theta` and `rope_scaling`.
+    transformers 5 has `rope_parameters`, per kind of layer if they differ; older files have `rope_theta` and
+    `rope_scaling`.
     """
     parameters = mapping_of(config, "rope_parameters")
     if kind in parameters:
@@ -145,16 +145,16 @@ def _rope(config: Mapping[str, Any], kind: str, family: Family, head_dim: int) -
 
 
 def _lengths(config: Mapping[str, Any]) -> dict[str, int]:
-    most = int_of(config, "max_position_embeddings")
-    original = int_of(config, "original_max_position_embeddings", most)
-    return {"max_position_embeddings": most, "original_max_position_embeddings": original}
+    maximum = int_of(config, "max_position_embeddings")
+    original = int_of(config, "original_max_position_embeddings", maximum)
+    return {"max_position_embeddings": maximum, "original_max_position_embeddings": original}
 
 
-def _original(scaling: Mapping[str, Any], least: int = 1) -> int:
-    """The length that a model was trained for, of at least so many tokens."""
+def _original(scaling: Mapping[str, Any], minimum: int = 1) -> int:
+    """Context length in training, in tokens; at least `minimum`."""
     original = int_of(scaling, "original_max_position_embeddings")
-    if original < least:
-        raise ConfigError(f"config.json: original_max_position_embeddings must be at least {least}, got {original}")
+    if original < minimum:
+        raise ConfigError(f"config.json: original_max_position_embeddings must be at least {minimum}, got {original}")
     return original
 
 
@@ -196,7 +196,7 @@ def _yarn(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> Rope:
 
 
 def _longrope(theta: float, _: int, scaling: Mapping[str, Any]) -> Rope:
-    original = _original(scaling, least=2)
+    original = _original(scaling, minimum=2)
     factor = float_of(scaling, "factor", int_of(scaling, "max_position_embeddings") / original)
     return Rope(
         theta,

@@ -1,4 +1,4 @@
-"""Values of a configuration, checked: what is missing or of another type is named."""
+"""Reads values of a configuration; errors name the key that is missing or has a wrong type."""
 
 import math
 from collections.abc import Mapping
@@ -7,17 +7,17 @@ from typing import Any
 
 from model.config import ConfigError
 
-# Damaged numbers are refused before anything is made of so many.
+# Damaged numbers are rejected before memory is allocated for them.
 _MAX_LAYERS = 1000
 _MAX_HEAD_DIM = 1 << 16
-MAX_FACTOR = 1e6  # by which a context is stretched; by 1e16, arithmetic fails
-_INTEGERS = 1 << 31  # all lie below it, and above its negative
+MAX_FACTOR = 1e6  # of a context's length; at 1e16 arithmetic fails
+_INTEGERS = 1 << 31  # bound of the magnitude of integers
 
 _SHORT = Repr(maxstring=200)
 
 
 def shown(value: object) -> str:
-    """A value of a file for a message, however long or deep it is."""
+    """A file's value for a message, truncated if it is long or deep."""
     return _SHORT.repr(value)
 
 
@@ -25,7 +25,7 @@ def layer_count(source: Mapping[str, Any], key: str) -> int:
     """L.
 
     Raises:
-        ConfigError: as do all here; it is missing, no integer, or absurd.
+        ConfigError: the value is missing, no integer, or out of range; also raised by the other functions.
     """
     count = int_of(source, key)
     if not 1 <= count <= _MAX_LAYERS:
@@ -34,19 +34,19 @@ def layer_count(source: Mapping[str, Any], key: str) -> int:
 
 
 def head_dim_of(source: Mapping[str, Any], key: str, hidden: int, heads: int) -> int:
-    """E: as the file says, else what the hidden size leaves for each head. Both are at least 1 after it."""
-    given = source.get(key) is not None
-    if hidden < 1 or heads < 1 or (not given and hidden % heads):
-        hint = "" if given else ", and no head size is given"
+    """E: the file's value, else hidden size over heads. Also checks that both are at least 1."""
+    exists = source.get(key) is not None
+    if hidden < 1 or heads < 1 or (not exists and hidden % heads):
+        hint = "" if exists else ", and no head size is given"
         raise ConfigError(f"hidden size {hidden} is not a multiple of {heads} heads{hint}")
     size = int_of(source, key, hidden // heads)
     if not 1 <= size <= _MAX_HEAD_DIM:
-        raise ConfigError(f"a head's size must be from 1 to {_MAX_HEAD_DIM}, got {size}")
+        raise ConfigError(f"the head size must be from 1 to {_MAX_HEAD_DIM}, got {size}")
     return size
 
 
 def strings_of(config: Mapping[str, Any], key: str) -> list[str]:
-    """A list of strings of config.json; empty where there is none."""
+    """A list of strings of config.json; empty if it is missing."""
     value = config.get(key) or []
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise ConfigError(f"config.json: {key} must be a list of strings")
@@ -54,7 +54,7 @@ def strings_of(config: Mapping[str, Any], key: str) -> list[str]:
 
 
 def mapping_of(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """An object of config.json; empty where there is none."""
+    """An object of config.json; empty if it is missing."""
     value = config.get(key) or {}
     if not isinstance(value, Mapping):
         raise ConfigError(f"config.json: {key} must be an object")
@@ -62,7 +62,7 @@ def mapping_of(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def int_of(source: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """An integer; `default` where there is none."""
+    """An integer; `default` if it is missing."""
     value = source.get(key)
     if value is None:
         value = default
@@ -76,7 +76,7 @@ def int_of(source: Mapping[str, Any], key: str, default: int | None = None) -> i
 
 
 def float_of(source: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """A number; `default` where there is none."""
+    """A number; `default` if it is missing."""
     value = source.get(key)
     if value is None:
         value = default
@@ -90,9 +90,9 @@ def float_of(source: Mapping[str, Any], key: str, default: float | None = None) 
 def floats_of(source: Mapping[str, Any], key: str) -> tuple[float, ...]:
     """A list of numbers."""
     value = source.get(key)
-    if not isinstance(value, list) or not all(isinstance(each, int | float) for each in value):
+    if not isinstance(value, list) or not all(isinstance(item, int | float) for item in value):
         raise ConfigError(f"{key} must be a list of numbers")
-    return tuple(_finite(key, each) for each in value)
+    return tuple(_finite(key, item) for item in value)
 
 
 def _finite(key: str, value: float) -> float:

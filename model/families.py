@@ -1,6 +1,6 @@
-"""One row per architecture: its traits, and where each of our weights is found in a checkpoint.
+"""One row per architecture: its traits, and the checkpoint tensors of each of our weights.
 
-A new family is a row here; a new file only where a new kind of layer is needed. Names of Hugging Face tensors follow
+A new family is a new row here; only a new kind of layer needs new code. Names of Hugging Face tensors follow
 `transformers` (its modeling files), those of GGUF its specification ("standardized tensor names").
 """
 
@@ -16,11 +16,11 @@ class Piece:
     hf: str
     gguf: str
     shape: tuple[str, ...]
-    heads: str | None = None  # "H" or "K" where the rows are rotary heads, which some GGUF files store interleaved
+    heads: str | None = None  # "H" or "K" if the rows are rotary heads, which some GGUF files store interleaved
 
     @property
     def is_norm(self) -> bool:
-        """Whether it is the weight of a norm."""
+        """Whether it is a norm's weight."""
         return self.hf.endswith("norm.weight")
 
 
@@ -43,22 +43,24 @@ class Family:
     weights: tuple[WeightRow, ...]
     gguf_interleaved_rotary: bool = False  # q and k rows of GGUF files pair dimensions (0, 1), ours pair (0, E/2)
     qkv_bias: bool = False
-    qk_norm: Literal["none", "head", "whole"] = "none"  # RMSNorm of q and k: of each head, or of all heads as one
-    pre_norm: bool = True  # of what enters attention and MLP
-    post_norm: bool = False  # of what leaves them
-    activation: Literal["silu", "gelu"] = "silu"  # of the gate; gelu by its approximation with tanh
-    scaled_embedding: bool = False  # times sqrt(D)
-    hf_norm_offset: float = 0.0  # what Hugging Face's module adds to the weight of a norm; GGUF files have it added
-    local_period: int = 0  # where there is a window: every so many layers one sees all; 0 = none does
-    local_theta: float | None = None  # of layers with a window; None: as the others
-    window_flag: bool = False  # config.json's window counts only with `use_sliding_window`
-    no_rope_period: int = 0  # every so many layers one is not told the positions; 0 = all are
-    hf_defaults: Mapping[str, Any] = field(default_factory=dict)  # of transformers, where config.json says nothing
-    ignored: tuple[str, ...] = ()  # checkpoint names that hold nothing we need
+    qk_norm: Literal["none", "head", "whole"] = "none"  # RMSNorm of q and k: per head, or over all heads
+    pre_norm: bool = True  # norms of the inputs of attention and MLP
+    post_norm: bool = False  # norms of their outputs
+    activation: Literal["silu", "gelu"] = "silu"  # of the gate; gelu by its tanh approximation
+    scaled_embedding: bool = False  # multiplied by sqrt(D)
+    hf_norm_offset: float = 0.0  # added to a norm's weight by Hugging Face's modules, already included in GGUF files
+    local_period: int = 0  # with a window, every n-th layer has full attention; 0 = none
+    local_theta: float | None = None  # rope theta of layers with a window; None: as in other layers
+    window_flag: bool = False  # config.json's window needs `use_sliding_window`
+    no_rope_period: int = 0  # every n-th layer has no rope; 0 = none
+    hf_defaults: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # defaults of transformers for keys that config.json lacks
+    ignored: tuple[str, ...] = ()  # checkpoint tensors that are not needed
 
     @property
     def activation_names(self) -> tuple[str, ...]:
-        """What config.json calls the activation."""
+        """Names of the activation in config.json."""
         return ("silu",) if self.activation == "silu" else ("gelu_pytorch_tanh", "gelu_new")
 
 
@@ -104,7 +106,7 @@ _FOUR_NORMS = (
 
 
 def _qk_norms(q: str, k: str) -> tuple[WeightRow, ...]:
-    """Norms of queries and keys, of so many elements each."""
+    """Norms of queries and keys; `q` and `k` are the letters of their sizes."""
     return (
         _row("attention.q_norm.weight", _piece("self_attn.q_norm", "attn_q_norm", q)),
         _row("attention.k_norm.weight", _piece("self_attn.k_norm", "attn_k_norm", k)),
@@ -147,7 +149,7 @@ FAMILIES: dict[str, Family] = {
             weights=_model(*_NORMS, *_MATRICES),
             ignored=_IGNORED,
         ),
-        Family(  # its GGUF files say "llama", and nothing of a window
+        Family(  # its GGUF files are of architecture "llama" and have no window
             name="mistral",
             hf_architectures=("MistralForCausalLM",),
             hf_model_types=("mistral",),
@@ -250,7 +252,7 @@ def family_of(
     hf_model_type: str | None = None,
     gguf_architecture: str | None = None,
 ) -> Family | None:
-    """The row whose names match, or None."""
+    """The family with a matching name, or None."""
     named = set(hf_architectures)
     for row in FAMILIES.values():
         if named & set(row.hf_architectures) or gguf_architecture in row.gguf_architectures:

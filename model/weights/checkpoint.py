@@ -1,4 +1,4 @@
-"""What the loader asks of a file format."""
+"""The interface of a file format."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from model.weights.int8 import Int8Array
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One stored tensor, known without reading it."""
+    """A stored tensor's description from the header."""
 
     shape: tuple[int, ...]  # numpy's order, slowest axis first
-    stored_as: str  # the format's own name of the type, such as "BF16" or "Q4_1"
-    supported: bool  # whether `Checkpoint.read` knows this type
-    nbytes: int  # in the file; 0 where the type is not supported
+    stored_as: str  # the format's name of the type, such as "BF16" or "Q4_1"
+    supported: bool  # whether `Checkpoint.read` can decode this type
+    nbytes: int  # in the file; 0 if the type is not supported
 
 
 class Checkpoint(Protocol):
@@ -29,7 +29,7 @@ class Checkpoint(Protocol):
 
     @property
     def naming(self) -> Literal["hf", "gguf"]:
-        """Which of the two names in the weight table its tensors carry."""
+        """Which names of the weight table its tensors have."""
 
     @property
     def config(self) -> ModelConfig:
@@ -39,7 +39,7 @@ class Checkpoint(Protocol):
         """Every tensor in the file(s)."""
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """A fresh array of rows start..stop-1 (along axis 0) of a tensor: bfloat16 where it is stored so, else float32.
+        """A fresh array of rows start..stop-1 (along axis 0) of a tensor: bfloat16 if stored as bfloat16, else float32.
 
         Raises:
             ModelLoadError: the bytes cannot be read or decoded; the message does not repeat the name.
@@ -47,11 +47,11 @@ class Checkpoint(Protocol):
         """
 
     def read_int8(self, name: str, start: int = 0, stop: int | None = None) -> Int8Array | None:
-        """The rows' own int8 values and scales, where the tensor is a matrix that is stored so; else None.
+        """The stored int8 values and scales of the rows; None unless the tensor is a matrix stored as int8.
 
         Raises:
             ModelLoadError, KeyError: as `read`.
         """
 
     def close(self) -> None:
-        """Lets go of the files. Arrays already read stay valid."""
+        """Close the files. Arrays already read stay valid."""

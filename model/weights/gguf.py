@@ -33,15 +33,15 @@ _RUN_VALUES = 1 << 18  # values dequantized at once; a multiple of every block s
 
 
 class GgufCheckpoint:
-    """A GGUF model in one file or several. Headers are read at once, each tensor when it is asked for."""
+    """A GGUF model in one or more files. Headers are read immediately, tensors on demand."""
 
     naming: Literal["gguf"] = "gguf"
 
     def __init__(self, path: Path) -> None:
-        """Reads the header; of a model in several files, `path` is any of them.
+        """Read the headers; `path` is any file of a model in several files.
 
         Raises:
-            ModelLoadError: a file is not there, truncated or not GGUF, or the model is not supported.
+            ModelLoadError: a file is missing, truncated or not GGUF, or the model is not supported.
         """
         parts = read_parts(path)
         self.path = str(path)
@@ -58,7 +58,7 @@ class GgufCheckpoint:
             raise
 
     def names(self) -> Mapping[str, TensorInfo]:
-        """Every tensor of the file."""
+        """See `Checkpoint.names`."""
         return {
             name: TensorInfo(
                 tensor.shape,
@@ -89,30 +89,30 @@ class GgufCheckpoint:
         return Int8Array(blocks["values"].reshape(-1, columns), blocks["scale"].copy())
 
     def _read_rows(self, name: str, start: int, stop: int | None) -> NDArray[Any]:
-        """Rows of a tensor as they are stored, flat. A row is whole blocks, but for a tensor of one axis."""
+        """Stored values of a tensor's rows, flat. A row consists of full blocks, except in a tensor of one axis."""
         tensor, file = self._tensors[name], self._file_of[name]
         dtype = _PLAIN.get(tensor.type_name, np.dtype(np.uint8))
         count, rows = _rows_of(tensor, 0, None), _rows_of(tensor, start, stop)
         row = tensor.nbytes // count if count else 0
-        wanted = tensor.nbytes if rows == count else rows * row
+        size = tensor.nbytes if rows == count else rows * row
         try:
             file.seek(tensor.offset + start * row)
-            values = np.fromfile(file, dtype, wanted // dtype.itemsize)
+            values = np.fromfile(file, dtype, size // dtype.itemsize)
         except OSError as error:
             raise ModelLoadError(f"cannot be read: {error.strerror}") from error
-        if values.nbytes != wanted:
-            raise ModelLoadError(f"cannot be read: {values.nbytes} of {wanted} bytes are there")
+        if values.nbytes != size:
+            raise ModelLoadError(f"cannot be read: the file has {values.nbytes} of {size} bytes")
         return values
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         self._open_files.close()
 
     def _add(self, path: Path, header: GgufHeader) -> None:
         file = self._open_files.enter_context(path.open("rb"))
         for name, tensor in header.tensors.items():
             if name in self._tensors:
-                raise ModelLoadError(f"{path}: holds {name}, which another part holds too")
+                raise ModelLoadError(f"{path}: has {name}, which another part has too")
             self._tensors[name], self._file_of[name] = tensor, file
 
     def _read_config(self) -> ModelConfig:
@@ -122,7 +122,7 @@ class GgufCheckpoint:
             raise ModelLoadError(f"{self.path}: {str(error).removeprefix('GGUF: ')}") from error
 
     def _numbers(self, name: str) -> tuple[float, ...]:
-        """A tensor's values, flat; none where there is no such tensor."""
+        """A tensor's values, flat; empty if the tensor is missing."""
         if name not in self._tensors:
             return ()
         if self._tensors[name].type_name not in _PLAIN:
@@ -131,17 +131,17 @@ class GgufCheckpoint:
 
 
 def _rows_of(tensor: GgufTensor, start: int, stop: int | None) -> int:
-    """How many rows there are from `start` on, before `stop`; a tensor without axes has one."""
+    """Number of rows from `start` up to `stop`; a tensor without axes has one."""
     count = tensor.shape[0] if tensor.shape else 1
     return (count if stop is None else min(stop, count)) - start
 
 
 def _dequantize(raw: NDArray[np.uint8], kind: GGMLQuantizationType) -> NDArray[np.float32]:
-    """Bytes [N] -> float32 values, flat. In small runs of blocks: the library's temporaries are 3 times the result."""
+    """Bytes [N] -> float32 values, flat. In small runs: the library's temporaries take 3 times the result's memory."""
     block, block_bytes = GGML_QUANT_SIZES[kind]
     values = np.empty(raw.size // block_bytes * block, np.float32)
     run = _RUN_VALUES // block
-    # A damaged scale is infinite or NaN; the loader reports it, numpy's warnings would not say where.
+    # A damaged scale is infinite or NaN; the loader reports it, with the tensor's name.
     with np.errstate(all="ignore"):
         for start in range(0, raw.size // block_bytes, run):
             blocks = raw[start * block_bytes : (start + run) * block_bytes]

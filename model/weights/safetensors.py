@@ -27,7 +27,7 @@ _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 
 
 class _Shard:
-    """One file, mapped anew from time to time: what has been read of a mapping counts as this process's memory."""
+    """One file, remapped from time to time: pages of a mapping that were read count as the process's memory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -38,7 +38,7 @@ class _Shard:
         if self._read_bytes > _MAPPED_BYTES:
             self.close()
             self._read_bytes, self.file = 0, self._open()
-        # A view of what safetensors has copied out of the mapping.
+        # A view of a copy that safetensors made of the mapping.
         values: NDArray[Any] = self.file.get_slice(name)[start:stop]
         self._read_bytes += values.nbytes
         return values
@@ -57,10 +57,10 @@ class SafetensorsCheckpoint:
     naming: Literal["hf"] = "hf"
 
     def __init__(self, folder: Path) -> None:
-        """Opens every shard and reads the headers.
+        """Open every shard and read the headers.
 
         Raises:
-            ModelLoadError: a file is missing, truncated or not what its name says, or the model is not supported.
+            ModelLoadError: a file is missing, truncated or of another format, or the model is not supported.
         """
         self.path = str(folder)
         self.config = _config(folder / "config.json")
@@ -75,7 +75,7 @@ class SafetensorsCheckpoint:
             raise
 
     def names(self) -> Mapping[str, TensorInfo]:
-        """Every tensor of every shard."""
+        """See `Checkpoint.names`."""
         return self._tensors
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
@@ -87,23 +87,23 @@ class SafetensorsCheckpoint:
         return values.astype(np.float32) if values.dtype == np.float16 else values
 
     def read_int8(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """See `Checkpoint.read_int8`: there is no such type here."""
+        """See `Checkpoint.read_int8`: safetensors files have no such type."""
 
     def close(self) -> None:
-        """Closes the shards."""
+        """Close the shards."""
         self._open_files.close()
 
     def _add(self, path: Path) -> None:
         try:
             shard = _Shard(path)
         except FileNotFoundError as error:
-            raise ModelLoadError(f"{path}: named by {_INDEX} but not there") from error
+            raise ModelLoadError(f"{path}: listed in {_INDEX} but missing") from error
         except (SafetensorError, OSError) as error:
-            raise ModelLoadError(f"{path}: not a whole safetensors file: {error}") from error
+            raise ModelLoadError(f"{path}: not a complete safetensors file: {error}") from error
         self._open_files.callback(shard.close)
         for name in shard.file.offset_keys():
             if name in self._tensors:
-                raise ModelLoadError(f"{path}: holds {name}, which another shard holds too")
+                raise ModelLoadError(f"{path}: has {name}, which another shard has too")
             header = shard.file.get_slice(name)
             shape, stored_as = tuple(header.get_shape()), str(header.get_dtype())
             size = _ITEM_BYTES.get(stored_as)
@@ -125,10 +125,10 @@ def _files(folder: Path) -> list[Path]:
         return [folder / _SINGLE]
     if (folder / _INDEX).is_file():
         return _indexed(folder)
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) != 1:
-        raise ModelLoadError(f"{folder}: holds {len(found)} *.safetensors files, no {_SINGLE} and no {_INDEX}")
-    return found
+    paths = sorted(folder.glob("*.safetensors"))
+    if len(paths) != 1:
+        raise ModelLoadError(f"{folder}: has {len(paths)} *.safetensors files, but no {_SINGLE} and no {_INDEX}")
+    return paths
 
 
 def _indexed(folder: Path) -> list[Path]:
@@ -138,7 +138,7 @@ def _indexed(folder: Path) -> list[Path]:
         raise ModelLoadError(f"{index}: weight_map is missing or not an object")
     names = set()
     for name in weight_map.values():
-        # A shard lies beside its index: a path that leads elsewhere is refused, and what no file can be called.
+        # A shard is in the folder of its index: reject paths to other folders, and impossible file names.
         is_plain = isinstance(name, str) and name.isprintable() and Path(name).name == name
         if not is_plain or not name.endswith(".safetensors"):
             raise ModelLoadError(f"{index}: {shown(name)} is not the name of a .safetensors file")

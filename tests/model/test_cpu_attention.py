@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from model.attention import attend, attend_in_xla
 from model.kernels import cpu
 from model.kernels.cpu import library
+from model.kernels.dispatch import load_kernels
 from model.kv_cache import PAGE_SIZE, SplitPages
 from tests.support.crowd import Crowd, Floats, compiled
 from tests.support.crowd import crowd as a_crowd
@@ -168,7 +169,7 @@ def test_pages_of_another_size_are_an_error() -> None:
 @pytest.mark.parametrize(("platform", "holds"), [("cpu", True), ("tpu", False), ("cuda", False)])
 def test_the_platform_that_is_compiled_for_decides(platform: str, holds: bool) -> None:
     rows = crowd((14, 2, 64), (20,), "float32")
-    traced = jax.jit(partial(attend, scale=0.125)).trace(
+    traced = jax.jit(partial(attend, kernels=load_kernels(), scale=0.125)).trace(
         rows.queries, SplitPages(rows.keys, rows.values), rows.tables, rows.positions(0, 0, 20)
     )
     text = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -183,7 +184,7 @@ def test_a_gpu_has_a_kernel_of_its_own_for_bfloat16(dtype: str, head_dim: int, *
     rows = crowd((2, 1, head_dim), (20,), dtype)
     h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("tensor",), abstract_device=h100)):
-        traced = jax.jit(partial(attend, scale=0.125)).trace(
+        traced = jax.jit(partial(attend, kernels=load_kernels(), scale=0.125)).trace(
             rows.queries, SplitPages(rows.keys, rows.values), rows.tables, rows.positions(0, 0, 20)
         )
         text = traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -94,7 +94,7 @@ def test_model_safetensors_goes_before_other_files(tiny: TinyModel, tmp_path: Pa
 
 def test_several_files_without_an_index(tiny: TinyModel, tmp_path: Path) -> None:
     (tiny.write_hf(tmp_path, shards=3) / INDEX).unlink()
-    assert "holds 3 *.safetensors files" in refused(tmp_path)
+    assert "has 3 *.safetensors files" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_several_files_without_an_index(tiny: TinyModel, tmp_path: Path) -> None
         (rb'{"weight_map": {"a": "\u0000.safetensors"}}', r"'\x00.safetensors' is not the name"),
         (rb'{"weight_map": {"a": "\ud800.safetensors"}}', r"'\ud800.safetensors' is not the name"),
         (b'{"weight_map": {"a": ' + b"[" * 900 + b"]" * 900 + b"}}", "is not the name of a .safetensors file"),
-        (b'{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors: named by"),
+        (b'{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors: listed in"),
     ],
 )
 def test_a_bad_index(tiny: TinyModel, tmp_path: Path, content: bytes, message: str) -> None:
@@ -123,7 +123,7 @@ def test_a_bad_index(tiny: TinyModel, tmp_path: Path, content: bytes, message: s
 def test_a_tensor_in_two_shards(tiny: TinyModel, tmp_path: Path) -> None:
     tiny.write_hf(tmp_path, shards=3)
     save_file({"model.embed_tokens.weight": np.zeros(1)}, tmp_path / SHARD)
-    assert "model.embed_tokens.weight, which another shard holds too" in refused(tmp_path)
+    assert "model.embed_tokens.weight, which another shard has too" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_a_tensor_in_two_shards(tiny: TinyModel, tmp_path: Path) -> None:
 def test_a_damaged_shard(tiny: TinyModel, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     shard = tiny.write_hf(tmp_path, shards=3) / SHARD
     shard.write_bytes(damage(shard.read_bytes()))
-    assert f"{SHARD}: not a whole safetensors file" in refused(tmp_path)
+    assert f"{SHARD}: not a complete safetensors file" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def test_tensors_that_cannot_be_read_are_all_listed(tmp_path: Path) -> None:
             load_weights(checkpoint, F32, note)
     lines = str(caught.value).split("\n")
     assert len(lines) > 2
-    assert f"  {gguf_name(UP)}: cannot be read: 0 of 24576 bytes are there" in lines
+    assert f"  {gguf_name(UP)}: cannot be read: the file has 0 of 24576 bytes" in lines
     assert "layers.1.mlp.gate_up.weight" not in put
 
 

@@ -98,8 +98,8 @@ def with_code(folder: Path) -> Path:
 
 
 CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "truncated safetensors": (truncated, "model.safetensors: not a whole safetensors file"),
-    "truncated header": (truncated_header, "model.safetensors: not a whole safetensors file"),
+    "truncated safetensors": (truncated, "model.safetensors: not a complete safetensors file"),
+    "truncated header": (truncated_header, "model.safetensors: not a complete safetensors file"),
     "wrong magic": (gguf(b"GGML" + bytes(60)), "a.gguf: not a GGUF file"),
     "impossible tensor count": (gguf(b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0)), "a.gguf: truncated"),
     "impossible value count": (gguf(b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60)), "a.gguf: truncated"),

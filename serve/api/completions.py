@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from model.token_logprobs import TokenLogprobs
 from serve.api.errors import invalid
 from serve.api.generation import Choice, Output, collect
 from serve.api.handler import Handler, Job, Prompt
@@ -14,7 +15,6 @@ from serve.api.json_stream import Body, Hole, dump, make_body
 from serve.api.logprobs import CompletionLogprobs, concatenate
 from serve.api.requests import CompletionRequest
 from serve.api.validation import check_answers, check_length, check_number_of_ids, check_top_k, truncated
-from serve.engine.request import TokenScores
 from serve.text.chat import encode_text, generation_room
 
 type _Job = Job[CompletionRequest]
@@ -100,7 +100,7 @@ class Completions(Handler[CompletionRequest]):
     def _render(self, job: _Job, outputs: Sequence[Output]) -> Body:
         choices: list[dict[str, Any]] = []
         prompt_fields: dict[str, orjson.Fragment | Hole | None] = {}
-        scores: TokenScores | None = None
+        scores: TokenLogprobs | None = None
         for choice, output in zip(job.choices, outputs, strict=True):
             if choice.first:  # it has the prompt's scores, which are written once for all choices
                 scores = output.prompt_scores
@@ -111,7 +111,7 @@ class Completions(Handler[CompletionRequest]):
                 prompt_fields = dict.fromkeys(prompt_fields)
         return make_body(job.header | {"choices": choices, "usage": self._total_usage(job, outputs)})
 
-    def _choice(self, job: _Job, choice: Choice, output: Output, scores: TokenScores | None) -> dict[str, Any]:
+    def _choice(self, job: _Job, choice: Choice, output: Output, scores: TokenLogprobs | None) -> dict[str, Any]:
         prompt, columns = job.prompt(choice), _columns(job)
         echo = _echo(job, choice, columns, scores)
         logprobs = _logprobs(choice, output, columns)
@@ -128,7 +128,7 @@ class Completions(Handler[CompletionRequest]):
     async def _chunks(self, job: _Job) -> AsyncGenerator[dict[str, Any]]:
         usage, final, continuous = self._usage(job)
         columns: dict[int, CompletionLogprobs] = {}
-        scores: dict[int, TokenScores | None] = {}  # by prompt, from its first choice, whose first chunk comes first
+        scores: dict[int, TokenLogprobs | None] = {}  # by prompt, from its first choice, whose first chunk comes first
         async with aclosing(self._deltas(job)) as deltas:
             async for choice, delta in deltas:
                 usage.completion_tokens += len(delta.token_ids)
@@ -145,7 +145,7 @@ class Completions(Handler[CompletionRequest]):
             yield job.header | {"choices": [], "usage": usage.fields()}
 
     def _opening(
-        self, job: _Job, choice: Choice, delta: Output, columns: CompletionLogprobs, scores: TokenScores | None
+        self, job: _Job, choice: Choice, delta: Output, columns: CompletionLogprobs, scores: TokenLogprobs | None
     ) -> dict[str, Any]:
         """The first chunk of a choice, which includes the prompt's text, ids and log-probs."""
         prompt = job.prompt(choice)
@@ -159,7 +159,7 @@ class Completions(Handler[CompletionRequest]):
             fields |= self._prompt_fields(job, choice, scores)
         return fields | ({"prompt_token_ids": prompt.ids} if job.body.return_token_ids else {})
 
-    def _prompt_fields(self, job: _Job, choice: Choice, scores: TokenScores | None) -> dict[str, Any]:
+    def _prompt_fields(self, job: _Job, choice: Choice, scores: TokenLogprobs | None) -> dict[str, Any]:
         prompt = job.scored_prompt(choice.prompt_index, scores)
         return self._context.prompt_logprobs.fields(job.prompt_logprobs, prompt)
 
@@ -172,7 +172,9 @@ def _columns(job: _Job) -> CompletionLogprobs:
     return CompletionLogprobs(job.names, skip_special_tokens=job.body.skip_special_tokens is not False)
 
 
-def _echo(job: _Job, choice: Choice, columns: CompletionLogprobs, scores: TokenScores | None) -> dict[str, Any] | None:
+def _echo(
+    job: _Job, choice: Choice, columns: CompletionLogprobs, scores: TokenLogprobs | None
+) -> dict[str, Any] | None:
     """The columns of an echoed prompt, if requested. To be called before those of the output are added."""
     requested, prompt = job.prompt_logprobs, job.prompt(choice)
     if requested.echoed is None:

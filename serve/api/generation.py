@@ -6,8 +6,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
+from model.token_logprobs import TokenLogprobs, empty_logprobs
 from serve.api.errors import APIError, engine_error, shutting_down
 from serve.api.logprobs import wire_logprobs
 from serve.api.middleware import Work
@@ -20,8 +19,6 @@ from serve.engine.request import (
     QueueTimeoutError,
     Request,
     TokenEvent,
-    TokenScores,
-    empty_scores,
 )
 from serve.text.detokenizer import Detokenizer, StopStrings
 from serve.text.tokenizer import Tokenizer
@@ -36,11 +33,11 @@ class Output:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    scores: list[TokenScores] = field(default_factory=list)  # together one row per token id; none if not requested
+    scores: list[TokenLogprobs] = field(default_factory=list)  # together one row per token id; none if not requested
     cached_tokens: int = 0  # of the prompt
     finish_reason: str | None = None
     stop_reason: str | int | None = None
-    prompt_scores: TokenScores | None = None
+    prompt_scores: TokenLogprobs | None = None
 
     def add(self, other: "Output") -> None:
         """Append the output of a later event."""
@@ -51,17 +48,14 @@ class Output:
         self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
         self.prompt_scores = other.prompt_scores or self.prompt_scores
 
-    def logprobs(self, alternatives: int) -> TokenScores:
+    def logprobs(self, alternatives: int) -> TokenLogprobs:
         """Checked log-probs of the tokens.
 
         Raises:
             APIError: 500, see `wire_logprobs`.
         """
-        parts = self.scores or [empty_scores(0, alternatives)]
-        if len(parts) > 1:
-            columns = (np.concatenate([getattr(part, name) for part in parts]) for name in TokenScores.__slots__)
-            parts = [TokenScores(*columns)]
-        return wire_logprobs(parts[0], len(self.token_ids), alternatives)
+        parts = self.scores or [empty_logprobs(0, alternatives)]
+        return wire_logprobs(TokenLogprobs.concatenate(parts), len(self.token_ids), alternatives)
 
 
 @dataclass(slots=True)

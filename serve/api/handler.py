@@ -14,6 +14,7 @@ from typing import Any
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
+from model.token_logprobs import TokenLogprobs
 from serve.api.context import Context
 from serve.api.errors import invalid
 from serve.api.generation import Choice, Output, engine_errors, merge, work_of
@@ -34,7 +35,11 @@ from serve.api.validation import (
     read_prompt_logprobs,
     served_name,
 )
-from serve.engine.request import PromptScoring, Request, SamplingParams, TokenScores
+from serve.engine.request import (
+    PromptScoring,
+    Request,
+    SamplingParams,
+)
 from serve.text.detokenizer import StopStrings
 
 logger = logging.getLogger(__name__)
@@ -70,7 +75,7 @@ class Job[B: GenerationRequest]:
         """The prompt of a choice."""
         return self.prompts[choice.prompt_index]
 
-    def scored_prompt(self, index: int, scores: TokenScores | None) -> ScoredPrompt:
+    def scored_prompt(self, index: int, scores: TokenLogprobs | None) -> ScoredPrompt:
         """A prompt with its log-probs."""
         return ScoredPrompt(self.prompts[index].ids, scores, self.full_rows[index] if self.full_rows else None)
 

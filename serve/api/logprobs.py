@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from model.token_logprobs import TokenLogprobs, clamp_logprobs
 from serve.api.errors import engine_error
-from serve.engine.request import TokenScores
 from serve.text.tokenizer import Tokenizer
 
 type _Row = tuple[
     str, np.float32, dict[str, np.float32], list[int]
 ]  # name, log-prob, alternatives by name and their ids
-
-_LOWEST = np.float32(-9999.0)  # as OpenAI writes probability 0; JSON has no infinity
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +39,10 @@ def clamped(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """
     if not (values < np.inf).all():
         raise engine_error("The engine failed: a log-probability is not a number.")
-    return np.maximum(values, _LOWEST)
+    return clamp_logprobs(values)
 
 
-def wire_logprobs(scores: TokenScores, rows: int, k: int, *, first: int = 0) -> TokenScores:
+def wire_logprobs(scores: TokenLogprobs, rows: int, k: int, *, first: int = 0) -> TokenLogprobs:
     """Log-probs as all answers contain them: checked, with k alternatives and without infinities.
 
     Args:
@@ -62,10 +60,10 @@ def wire_logprobs(scores: TokenScores, rows: int, k: int, *, first: int = 0) -> 
         raise engine_error("The engine returned the wrong number of log-probabilities.")
     part = scores[first:]
     tops = clamped(part.top_logprobs[:, :k])
-    return TokenScores(clamped(part.logprob), part.rank, part.top_ids[:, :k], part.top_ranks[:, :k], tops)
+    return TokenLogprobs(clamped(part.logprob), part.rank, part.top_ids[:, :k], tops, top_ranks=part.top_ranks[:, :k])
 
 
-def chat_content(names: TokenNames, token_ids: Sequence[int], scores: TokenScores) -> list[dict[str, Any]]:
+def chat_content(names: TokenNames, token_ids: Sequence[int], scores: TokenLogprobs) -> list[dict[str, Any]]:
     """`logprobs.content` of chat: one entry per token, with its alternatives.
 
     `token_id` and `rank` extend OpenAI's schema, as different tokens can have equal texts.
@@ -107,7 +105,9 @@ class CompletionLogprobs:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0  # code points of the output's text before the next token
 
-    def echo(self, token_ids: Sequence[int], scores: TokenScores, text: str, hidden: Sequence[bool]) -> dict[str, Any]:
+    def echo(
+        self, token_ids: Sequence[int], scores: TokenLogprobs, text: str, hidden: Sequence[bool]
+    ) -> dict[str, Any]:
         """The entries of an echoed prompt.
 
         Args:
@@ -120,7 +120,7 @@ class CompletionLogprobs:
         bare = [(self._names(token), None, None, None) for token in token_ids[:start]]
         return _columns([*bare, *self._rows(token_ids[start:], scores)], self._prompt_offsets(token_ids, text, hidden))
 
-    def output(self, token_ids: Sequence[int], scores: TokenScores) -> dict[str, Any]:
+    def output(self, token_ids: Sequence[int], scores: TokenLogprobs) -> dict[str, Any]:
         """The entries of generated tokens; `scores` is the result of `wire_logprobs`."""
         return _columns(self._rows(token_ids, scores), [self._output_offset(token) for token in token_ids])
 
@@ -144,7 +144,7 @@ class CompletionLogprobs:
             self._offset += len(self._decoder.decode(tokenizer.token_bytes(token_id)))
         return offset
 
-    def _rows(self, token_ids: Sequence[int], scores: TokenScores) -> list[_Row]:
+    def _rows(self, token_ids: Sequence[int], scores: TokenLogprobs) -> list[_Row]:
         rows = []
         all_ids = scores.top_ids.tolist()
         for i, token_id in enumerate(token_ids):
@@ -154,7 +154,8 @@ class CompletionLogprobs:
             for j, other_id in enumerate(ids):
                 # Tokens with equal texts share a key, which keeps the higher value; top_token_ids distinguishes them.
                 other = self._names(other_id)
-                top[other] = max(top.get(other, _LOWEST), scores.top_logprobs[i, j])
+                logprob = scores.top_logprobs[i, j]
+                top[other] = max(top.get(other, logprob), logprob)
             rows.append((name, scores.logprob[i], top, ids))
         return rows
 

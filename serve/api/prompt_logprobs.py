@@ -14,13 +14,18 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from model.token_logprobs import TokenLogprobs
 from serve.api.errors import engine_error
 from serve.api.generation import check_event, deadline_exceeded, engine_errors
 from serve.api.json_stream import Hole
 from serve.api.logprobs import clamped, wire_logprobs
 from serve.api.validation import PromptLogprobs
 from serve.engine.client import EngineClient
-from serve.engine.request import EngineStoppedError, NotPinnedError, Request, TokenScores
+from serve.engine.request import (
+    EngineStoppedError,
+    NotPinnedError,
+    Request,
+)
 from serve.text.token_strings import decoded_tokens, whole_text
 from serve.text.tokenizer import Tokenizer
 
@@ -33,10 +38,10 @@ class ScoredPrompt:
     """A prompt and its log-probs from the engine."""
 
     token_ids: list[int]
-    scores: TokenScores | None  # [prompt - 1], of every token but the first
+    scores: TokenLogprobs | None  # [prompt - 1], of every token but the first
     full_rows: Request | None = None  # the request that scores full rows
 
-    def logprobs(self, k: int, start: int) -> TokenScores:
+    def logprobs(self, k: int, start: int) -> TokenLogprobs:
         """Checked log-probs of the tokens from `start` on, with k alternatives each.
 
         Raises:
@@ -82,7 +87,7 @@ class PromptLogprobsWriter:
             return {"prompt_logprobs": None, "prompt_logprobs_columns": columns}
         return {"prompt_logprobs": orjson.Fragment(self._entries.entries(ids, scores, start))}
 
-    async def _full_rows(self, request: Request, scores: TokenScores, k: int) -> AsyncGenerator[bytes]:
+    async def _full_rows(self, request: Request, scores: TokenLogprobs, k: int) -> AsyncGenerator[bytes]:
         """`prompt_logprobs` over the full vocabulary, one row at a time, so that memory is bounded.
 
         Args:
@@ -123,7 +128,7 @@ class EntryWriter:
         self._tokenizer = tokenizer
         self._names: dict[int, str | None] = {}  # None: the text depends on the tokens before it
 
-    def entries(self, token_ids: Sequence[int], scores: TokenScores, start: int) -> bytes:
+    def entries(self, token_ids: Sequence[int], scores: TokenLogprobs, start: int) -> bytes:
         """JSON of a list: for each token an object with its own entry, then those of its alternatives.
 
         Args:
@@ -189,7 +194,7 @@ class RowWriter:
         self._ranks = [f',"rank":{rank},"decoded_token":' for rank in range(1, vocab_size + 1)]
         self._tails = [orjson.dumps(name).decode() + "}" for name in names]
 
-    def row(self, row: NDArray[np.float32], actual: int, scores: TokenScores, k: int) -> bytes:
+    def row(self, row: NDArray[np.float32], actual: int, scores: TokenLogprobs, k: int) -> bytes:
         """The entry of one prompt token: the token itself, then the alternatives, best first.
 
         Ranks follow a stable sort of the row. The token and the K best keep the numbers that all other answers have:

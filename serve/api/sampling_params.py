@@ -42,7 +42,7 @@ def sampling_params(
         logit_bias=_logit_bias(body.logit_bias or {}, limits),
         allowed_token_ids=_allowed_token_ids(body, limits),
         bad_words=bad_word_ids(body.bad_words or (), tokenizer),
-        logprob_token_ids=tuple(body.logprob_token_ids or ()),
+        requested_ids=tuple(body.logprob_token_ids or ()),
         processed=processed,
         **sampling_values(body),
     )

@@ -83,8 +83,8 @@ def check_requested_ids(param: str, ids: Collection[int], limits: EngineLimits) 
     """Check ids whose log-probs are requested: at least one, no duplicates, within the limit."""
     if not ids:
         raise invalid(param, f"`{param}` must contain at least one id.", "empty_array")
-    if len(ids) > limits.max_scored_ids:
-        message = f"`{param}` contains more than {limits.max_scored_ids} ids."
+    if len(ids) > limits.max_requested_ids:
+        message = f"`{param}` contains more than {limits.max_requested_ids} ids."
         raise invalid(param, message, "array_above_max_length")
     if len(set(ids)) != len(ids):
         raise invalid(param, f"`{param}` contains a duplicate id.")
@@ -205,7 +205,7 @@ def check_prompt_logprobs(
         copies: how many times the answer holds those of each prompt at the same time.
     """
     shown, echoed = (0 if k is None else k + 1 for k in (requested.shown, requested.echoed))
-    ids = () if requested.scoring is None else requested.scoring.token_ids
+    ids = () if requested.scoring is None else requested.scoring.requested_ids
     largest_row = max(limits.max_logprobs, len(ids)) + 1
     # Full rows are written while they are sent, and once; only their best alternatives are held.
     row = (largest_row if requested.full_rows else shown * copies) + echoed * copies

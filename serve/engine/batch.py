@@ -54,7 +54,7 @@ def decode_input(requests: Sequence[RequestState], shape: StepShape, padding_slo
         positions[row] = request.num_tokens - 2
         tables[row, : len(request.pages)] = request.pages
         slots[row] = request.slot
-        if ids := request.params.logprob_token_ids:
+        if ids := request.params.requested_ids:
             requested_ids[row, : len(ids)] = ids
     return DecodeInput(tokens, positions, tables, slots, requested_ids)
 
@@ -96,7 +96,7 @@ def score_input(rows: Sequence[ScoreRow], size: int) -> ScoreInput:
     for i, (request, index) in enumerate(rows):
         indices[i] = cache_index(request.pages[index // PAGE_SIZE], index)
         targets[i] = request.prompt_token_ids[index + 1]
-        if request.params.prompt and (ids := request.params.prompt.token_ids):
+        if request.params.prompt and (ids := request.params.prompt.requested_ids):
             requested_ids[i, : len(ids)] = ids
     return ScoreInput(indices, targets, requested_ids)
 

@@ -22,13 +22,16 @@ from compiled.state import (
     StepInput,
     StepOutput,
 )
-from model.token_logprobs import TokenLogprobs
+from model.token_logprobs import TokenLogprobs, empty_logprobs
 from serve.engine import batch
 from serve.engine.batch import ScoreRow
-from serve.engine.logprob_store import begin_prompt_scores, has_nan, store_prompt_scores, token_scores, write
+from serve.engine.logprob_store import begin_prompt_scores, has_nan, select_logprobs, store_prompt_scores, write
 from serve.engine.observer import EngineFault, EngineGauges, Observer
 from serve.engine.page_pool import PagePool
-from serve.engine.request import FinishReason, TokenEvent, TokenScores, empty_scores
+from serve.engine.request import (
+    FinishReason,
+    TokenEvent,
+)
 from serve.engine.request_state import RequestState, RequestStatus
 from serve.engine.scheduler import Schedule, Scheduler
 from serve.engine.token_mask import TokenMask
@@ -215,7 +218,7 @@ class EngineCore:
             _write_scores(block, self._runner.read(logprobs))
         for request in step.scored:
             if request.status is not RequestStatus.FINISHED:
-                event = self._event(request, [], empty_scores(0, 0))
+                event = self._event(request, [], empty_logprobs(0, 0))
                 self._emitted.append(self._finalize(request, event, FinishReason.LENGTH))
         if step.output is not None:
             output = self._runner.read(step.output)
@@ -225,7 +228,7 @@ class EngineCore:
 
     def _append(self, request: RequestState, output: StepOutput, row: int) -> Emitted:
         token = int(output.tokens[row])
-        scores = token_scores(output.logprobs, slice(row, row + 1), request.params.logprob_token_ids)
+        scores = select_logprobs(output.logprobs, slice(row, row + 1), request.params.requested_ids)
         event = self._event(request, [token], scores)
         request.output_token_ids.append(token)
         self._record_time(request)
@@ -242,7 +245,7 @@ class EngineCore:
         times.first, times.last = times.first or now, now
         self._observer.on_token(request, gap)
 
-    def _event(self, request: RequestState, token_ids: list[int], scores: TokenScores) -> TokenEvent:
+    def _event(self, request: RequestState, token_ids: list[int], scores: TokenLogprobs) -> TokenEvent:
         """An event; the first of a request contains the prompt's scores."""
         event = TokenEvent(token_ids, scores, cached_tokens=request.num_cached or 0)
         if not request.output_token_ids:
@@ -278,7 +281,7 @@ class EngineCore:
 
 def _final_event(request: RequestState, reason: FinishReason, error: str | None = None) -> TokenEvent:
     """An event without tokens."""
-    return TokenEvent([], empty_scores(0, 0), reason, cached_tokens=request.num_cached or 0, error=error)
+    return TokenEvent([], empty_logprobs(0, 0), reason, cached_tokens=request.num_cached or 0, error=error)
 
 
 def _write_scores(block: Sequence[ScoreRow], logprobs: TokenLogprobs) -> None:
@@ -292,6 +295,6 @@ def _write_scores(block: Sequence[ScoreRow], logprobs: TokenLogprobs) -> None:
         scoring = request.params.prompt
         assert request.prompt_scores is not None
         assert scoring is not None
-        scores = token_scores(logprobs, slice(start, end), scoring.token_ids)
+        scores = select_logprobs(logprobs, slice(start, end), scoring.requested_ids)
         write(request.prompt_scores, slice(index, index + end - start), scores)
         start = end

@@ -20,6 +20,7 @@ from concurrent.futures import Future
 import numpy as np
 from numpy.typing import NDArray
 
+from model.token_logprobs import empty_logprobs
 from serve.engine.client import RequestHandle
 from serve.engine.core import Emitted, EngineCore, Runner
 from serve.engine.observer import EngineFault, EngineGauges, Observer
@@ -31,7 +32,6 @@ from serve.engine.request import (
     NotPinnedError,
     Request,
     TokenEvent,
-    empty_scores,
 )
 from serve.engine.request_state import RequestState, RequestTimes
 from serve.engine.streams import FullLogprobsCall, Streams
@@ -235,7 +235,7 @@ class Engine:
         except Exception:
             logger.exception("a request could not be queued")
             self._observer.on_fault(EngineFault.REQUEST)
-            event = TokenEvent([], empty_scores(0, 0), FinishReason.ERROR, error="it could not be queued")
+            event = TokenEvent([], empty_logprobs(0, 0), FinishReason.ERROR, error="it could not be queued")
             self._deliver([(state, event)])
 
     def _abort_expired(self) -> None:

@@ -3,23 +3,26 @@
 import numpy as np
 
 from model.kv_cache import PAGE_SIZE
-from model.token_logprobs import TokenLogprobs
+from model.token_logprobs import TokenLogprobs, empty_logprobs
 from serve.engine.page_pool import PagePool
-from serve.engine.request import PromptScoring, TokenScores, empty_scores
+from serve.engine.request import PromptScoring
 from serve.engine.request_state import RequestState
 
 
-def token_scores(logprobs: TokenLogprobs, rows: slice, ids: tuple[int, ...]) -> TokenScores:
+def select_logprobs(logprobs: TokenLogprobs, rows: slice, ids: tuple[int, ...]) -> TokenLogprobs:
     """Rows of a step's log-probs; the alternatives are the requested `ids`, or the K best without any."""
     chosen = logprobs.logprob[rows], logprobs.rank[rows]
     if not ids:
         top_ids = logprobs.top_ids[rows]
         ranks = np.broadcast_to(np.arange(1, top_ids.shape[1] + 1, dtype=np.int32), top_ids.shape)
-        return TokenScores(*chosen, top_ids, ranks, logprobs.top_logprobs[rows])
+        return TokenLogprobs(*chosen, top_ids, logprobs.top_logprobs[rows], top_ranks=ranks)
     count = len(ids)
     requested = np.broadcast_to(np.asarray(ids, np.int32), (len(chosen[0]), count))
-    return TokenScores(
-        *chosen, requested, logprobs.requested_ranks[rows, :count], logprobs.requested_logprobs[rows, :count]
+    return TokenLogprobs(
+        *chosen,
+        top_ids=requested,
+        top_logprobs=logprobs.requested_logprobs[rows, :count],
+        top_ranks=logprobs.requested_ranks[rows, :count],
     )
 
 
@@ -29,9 +32,9 @@ def begin_prompt_scores(request: RequestState, pool: PagePool, k: int) -> None:
     if scoring is None or scoring.full_vocab:
         return
     if request.prompt_scores is None:
-        alternatives = len(scoring.token_ids) or k
-        request.prompt_scores = empty_scores(len(request.prompt_token_ids) - 1, alternatives)
-    if scoring.token_ids:
+        alternatives = len(scoring.requested_ids) or k
+        request.prompt_scores = empty_logprobs(len(request.prompt_token_ids) - 1, alternatives)
+    if scoring.requested_ids:
         return
     # After a preemption the registered pages include some of the output.
     full = min(len(request.prompt_token_ids) // PAGE_SIZE, request.num_registered)
@@ -48,24 +51,25 @@ def begin_prompt_scores(request: RequestState, pool: PagePool, k: int) -> None:
 def store_prompt_scores(request: RequestState, pool: PagePool) -> None:
     """Store the scores of the prompt's full pages in the pool, for later prompts with the same prefix."""
     scores, scoring = request.prompt_scores, request.params.prompt
-    if scores is None or scoring is None or scoring.token_ids:
+    if scores is None or scoring is None or scoring.requested_ids:
         return
     full = min(len(request.prompt_token_ids) // PAGE_SIZE, request.num_registered)
     for index in range(_first_full_page(scoring), full):
         if pool.scores(request.hashes[index]) is None:
             rows, first = _rows_of(index)
-            page = empty_scores(PAGE_SIZE, scores.top_ids.shape[1])
+            page = empty_logprobs(PAGE_SIZE, scores.top_ids.shape[1])
             write(page, slice(first, PAGE_SIZE), scores[rows])
             pool.store_scores(request.hashes[index], page)
 
 
-def write(into: TokenScores, rows: slice, scores: TokenScores) -> None:
+def write(into: TokenLogprobs, rows: slice, scores: TokenLogprobs) -> None:
     """Copy `scores` into a range of rows of `into`."""
-    for name in TokenScores.__slots__:
-        getattr(into, name)[rows] = getattr(scores, name)
+    for name in TokenLogprobs.__slots__:
+        if (column := getattr(into, name)) is not None:
+            column[rows] = getattr(scores, name)
 
 
-def has_nan(scores: TokenScores, start: int = 0) -> bool:
+def has_nan(scores: TokenLogprobs, start: int = 0) -> bool:
     """True if any log-prob from row `start` on is NaN."""
     return bool(np.isnan(scores.logprob[start:]).any() or np.isnan(scores.top_logprobs[start:]).any())
 

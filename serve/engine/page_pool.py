@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from model.kv_cache import NULL_PAGE
-from serve.engine.request import TokenScores
+from model.token_logprobs import TokenLogprobs
 
 
 class PagePool:
@@ -27,7 +27,7 @@ class PagePool:
         self._ref_counts: Counter[int] = Counter()
         self._page_to_hash: dict[int, bytes] = {}
         self._hash_to_page: dict[bytes, int] = {}
-        self._scores: dict[bytes, TokenScores] = {}
+        self._scores: dict[bytes, TokenLogprobs] = {}
         self.capacity = len(self._pages)
         self.clear()
 
@@ -87,12 +87,12 @@ class PagePool:
             self._hash_to_page[content] = page
             self._page_to_hash[page] = content
 
-    def store_scores(self, content: bytes, scores: TokenScores) -> None:
+    def store_scores(self, content: bytes, scores: TokenLogprobs) -> None:
         """Store the scores [S] of a registered page's tokens until the page is evicted or unregistered."""
         if content in self._hash_to_page:
             self._scores[content] = scores
 
-    def scores(self, content: bytes) -> TokenScores | None:
+    def scores(self, content: bytes) -> TokenLogprobs | None:
         """The stored scores [S] of a registered page's tokens."""
         return self._scores.get(content)
 

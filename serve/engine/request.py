@@ -1,11 +1,10 @@
-"""The engine's input and output types: Request and SamplingParams, TokenEvent and TokenScores, and its errors."""
+"""The engine's input and output types: Request and SamplingParams, TokenEvent, and its errors."""
 
 import enum
 import math
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
+from model.token_logprobs import TokenLogprobs
 
 
 class FinishReason(enum.StrEnum):
@@ -53,7 +52,7 @@ class EngineLimits:
     max_logprobs: int  # K, alternatives per token
     vocab_size: int  # V, exclusive upper bound of token ids
     cache_tokens: int  # capacity of the page cache in tokens; a request that needs more can never run
-    max_scored_ids: int  # B, maximum length of logprob_token_ids and prompt_logprob_token_ids
+    max_requested_ids: int  # B, maximum length of logprob_token_ids and prompt_logprob_token_ids
     whole_vocabulary: bool  # PromptScoring.full_vocab is available
 
 
@@ -76,7 +75,7 @@ class PromptScoring:
     """Which prompt tokens are scored. Their log-probs are of the raw distribution, whatever the sampling parameters."""
 
     start: int = 1  # index of the first prompt token to score; the token at index 0 has no log-prob
-    token_ids: tuple[int, ...] = ()  # alternatives to report instead of the K best
+    requested_ids: tuple[int, ...] = ()  # alternatives to report instead of the K best
     # Score nothing now: when the request has finished, its pages stay pinned until abort(), and Engine.full_logprobs()
     # returns the distribution over the full vocabulary before each prompt token.
     full_vocab: bool = False
@@ -100,7 +99,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # pairs of token id and the value added to its logit
     allowed_token_ids: frozenset[int] | None = None  # None allows all
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the output must not contain
-    logprob_token_ids: tuple[int, ...] = ()  # alternatives to report instead of the K best
+    requested_ids: tuple[int, ...] = ()  # alternatives to report instead of the K best
     processed: bool = False  # log-probs of generated tokens are of the sampling distribution, not the raw one
     prompt: PromptScoring | None = None
 
@@ -111,35 +110,17 @@ class SamplingParams:
         return bool(self.logit_bias) or penalties != (0.0, 0.0, 1.0)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenScores:
-    """Log-probs and ranks of n consecutive tokens and of their A alternatives, as columns.
-
-    The alternatives are the A = K best tokens, or the ids that the request names.
-    """
-
-    logprob: NDArray[np.float32]  # [n] natural log
-    rank: NDArray[np.int32]  # [n] 1 = most likely; unique, as ties go to the lower id
-    top_ids: NDArray[np.int32]  # [n, A] best first, or in the request's order
-    top_ranks: NDArray[np.int32]  # [n, A]
-    top_logprobs: NDArray[np.float32]  # [n, A]
-
-    def __getitem__(self, rows: slice) -> "TokenScores":
-        """Views of a range of rows."""
-        return TokenScores(*(getattr(self, name)[rows] for name in self.__slots__))
-
-
 @dataclass(slots=True)
 class TokenEvent:
     """One output of the engine for one request: the tokens generated since the last event, none for pure scoring."""
 
     token_ids: list[int]
-    scores: TokenScores  # one row per token id
+    scores: TokenLogprobs  # one row per token id
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the stop id that finished the request, EOS included
     # In the first event only: row i scores prompt token i + 1, so n = prompt - 1. Rows before PromptScoring.start are
     # NaN.
-    prompt_scores: TokenScores | None = None
+    prompt_scores: TokenLogprobs | None = None
     cached_tokens: int = 0  # prompt tokens found in the prefix cache; equal in all events of a request
     error: str | None = None  # with FinishReason.ERROR, a message that clients may see
     stopped: bool = False  # with FinishReason.ABORT, because the engine stops; iterating over the handle raises it
@@ -156,14 +137,3 @@ class Request:
     cache_salt: str = ""  # only requests with the same salt share pages
     queue_timeout: float = math.inf  # maximum time in the queue, seconds
     deadline: float = math.inf  # time.monotonic() by which the request must have finished
-
-
-def empty_scores(rows: int, alternatives: int) -> TokenScores:
-    """Columns to fill. Log-probs start as NaN, so that a row left unfilled is detected."""
-    return TokenScores(
-        logprob=np.full(rows, np.nan, np.float32),
-        rank=np.zeros(rows, np.int32),
-        top_ids=np.zeros((rows, alternatives), np.int32),
-        top_ranks=np.zeros((rows, alternatives), np.int32),
-        top_logprobs=np.full((rows, alternatives), np.nan, np.float32),
-    )

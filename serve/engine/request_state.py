@@ -4,7 +4,11 @@ import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from serve.engine.request import Request, SamplingParams, TokenScores
+from model.token_logprobs import TokenLogprobs
+from serve.engine.request import (
+    Request,
+    SamplingParams,
+)
 
 if TYPE_CHECKING:  # Ray's front uses the metrics without jax
     from serve.engine.token_mask import TokenMask
@@ -50,7 +54,7 @@ class RequestState:
     num_registered: int = 0  # leading pages registered by their content
     num_cached: int | None = None  # prompt tokens found in the prefix cache when the request first ran
     num_scored: int = 0  # leading rows of prompt_scores that are filled, or will be by steps in flight
-    prompt_scores: TokenScores | None = None
+    prompt_scores: TokenLogprobs | None = None
 
     @property
     def id(self) -> str:

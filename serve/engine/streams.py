@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from model.token_logprobs import empty_logprobs
 from serve.engine.client import RequestHandle
 from serve.engine.core import Emitted
 from serve.engine.request import (
@@ -20,7 +21,6 @@ from serve.engine.request import (
     FinishReason,
     QueueFullError,
     TokenEvent,
-    empty_scores,
 )
 
 type _Delivery = list[tuple[RequestHandle, TokenEvent]]
@@ -157,9 +157,9 @@ class Streams:
             self._aborting.clear()
             self._leases.clear()
         for handle in handles:
-            event = TokenEvent([], empty_scores(0, 0), FinishReason.ABORT, stopped=True)
+            event = TokenEvent([], empty_logprobs(0, 0), FinishReason.ABORT, stopped=True)
             if failed:
-                event = TokenEvent([], empty_scores(0, 0), FinishReason.ERROR, error="the engine has stopped")
+                event = TokenEvent([], empty_logprobs(0, 0), FinishReason.ERROR, error="the engine has stopped")
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 handle.loop.call_soon_threadsafe(handle.events.put_nowait, event)
         for call in calls:

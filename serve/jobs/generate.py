@@ -8,11 +8,17 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from model.token_logprobs import TokenLogprobs
 from serve.config.generation_config import SamplingFieldKeywords, SamplingFields
 from serve.config.values import suggestion
-from serve.engine.request import PromptScoring, Request, SamplingParams, TokenEvent, TokenScores
+from serve.engine.request import (
+    PromptScoring,
+    Request,
+    SamplingParams,
+    TokenEvent,
+)
 from serve.jobs.request_queue import RequestQueue
-from serve.jobs.score import checked_scores, joined
+from serve.jobs.score import checked_scores
 from serve.text.detokenizer import Detokenizer, StopStrings
 from serve.text.tokenizer import Tokenizer
 
@@ -94,10 +100,10 @@ class Delta:
 
     text: str
     token_ids: list[int]
-    scores: TokenScores  # one row per token id
+    scores: TokenLogprobs  # one row per token id
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # stop string or stop token id that ended the text, unless it is EOS
-    prompt_scores: TokenScores | None = None
+    prompt_scores: TokenLogprobs | None = None
 
 
 class OutputDecoder:
@@ -143,10 +149,10 @@ class Output:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    parts: list[TokenScores] = field(default_factory=list)  # scores of the tokens
+    parts: list[TokenLogprobs] = field(default_factory=list)  # scores of the tokens
     finish_reason: str | None = None
     stop_reason: str | int | None = None
-    prompt_scores: TokenScores | None = None
+    prompt_scores: TokenLogprobs | None = None
 
     def add(self, delta: Delta) -> None:
         """Append a delta."""
@@ -158,9 +164,9 @@ class Output:
         self.prompt_scores = delta.prompt_scores or self.prompt_scores
 
     @property
-    def scores(self) -> TokenScores:
+    def scores(self) -> TokenLogprobs:
         """Scores of all tokens."""
-        return joined(self.parts)
+        return TokenLogprobs.concatenate(self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +223,7 @@ class Generator:
             **sampling_values(options),
         )
 
-    def _prompt_scores(self, delta: Delta) -> TokenScores | None:
+    def _prompt_scores(self, delta: Delta) -> TokenLogprobs | None:
         count = self._options.prompt_logprobs
         if count is None or delta.prompt_scores is None:
             return None

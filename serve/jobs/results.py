@@ -8,10 +8,8 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.engine.request import TokenScores
+from model.token_logprobs import TokenLogprobs
 from serve.text.tokenizer import Tokenizer
-
-LOWEST_LOGPROB = np.float32(-9999.0)  # written for a token of probability 0: JSON has no infinity
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -125,7 +123,7 @@ class Batch[T: (Generation, Score)](Sequence[T]):
 
 
 def token_columns(
-    tokenizer: Tokenizer, token_ids: list[int], scores: TokenScores, *, starts_sequence: bool
+    tokenizer: Tokenizer, token_ids: list[int], scores: TokenLogprobs, *, starts_sequence: bool
 ) -> dict[str, Any]:
     """Fields of a Tokens.
 

@@ -9,7 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from serve.engine.request import FinishReason, PromptScoring, Request, SamplingParams, TokenScores, empty_scores
+from model.token_logprobs import TokenLogprobs, empty_logprobs
+from serve.engine.request import (
+    FinishReason,
+    PromptScoring,
+    Request,
+    SamplingParams,
+)
 from serve.jobs.request_queue import RequestError, RequestQueue
 from serve.text.chat import ChatFormat, PromptError, check_messages, encode_text
 
@@ -143,7 +149,7 @@ class Scorer:
     queue: RequestQueue
     alternatives: int  # kept for each token
 
-    async def score(self, token_ids: list[int], windows: Sequence[Window]) -> TokenScores:
+    async def score(self, token_ids: list[int], windows: Sequence[Window]) -> TokenLogprobs:
         """Scores of the tokens after the first, up to the end of the last window: row i is token i + 1.
 
         Raises:
@@ -151,14 +157,14 @@ class Scorer:
             EngineStoppedError: the engine has stopped.
         """
         if not windows:
-            return empty_scores(0, self.alternatives)
+            return empty_logprobs(0, self.alternatives)
         results = await asyncio.gather(*(self._window(token_ids, window) for window in windows), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
-        return joined([result for result in results if isinstance(result, TokenScores)])
+        return TokenLogprobs.concatenate([result for result in results if isinstance(result, TokenLogprobs)])
 
-    async def _window(self, token_ids: list[int], window: Window) -> TokenScores:
+    async def _window(self, token_ids: list[int], window: Window) -> TokenLogprobs:
         prompt = token_ids[window.begin : window.end]
         start = window.first - window.begin
         request = Request(uuid.uuid4().hex, prompt, SamplingParams(max_tokens=0, prompt=PromptScoring(start)))
@@ -172,26 +178,13 @@ class Scorer:
         return checked_scores(scores[start - 1 :], self.alternatives)
 
 
-def checked_scores(scores: TokenScores, alternatives: int) -> TokenScores:
+def checked_scores(scores: TokenLogprobs, alternatives: int) -> TokenLogprobs:
     """Copies of the scores with the first `alternatives` columns.
 
     Raises:
         RequestError: a log-prob is NaN.
     """
-    copy = TokenScores(
-        scores.logprob.copy(),
-        scores.rank.copy(),
-        scores.top_ids[:, :alternatives].copy(),
-        scores.top_ranks[:, :alternatives].copy(),
-        scores.top_logprobs[:, :alternatives].copy(),
-    )
+    copy = scores.map(lambda column: column[:, :alternatives].copy() if column.ndim > 1 else column.copy())
     if not ((copy.logprob < np.inf).all() and (copy.top_logprobs < np.inf).all()):
         raise RequestError("the engine failed: a log-prob is NaN")
     return copy
-
-
-def joined(parts: Sequence[TokenScores]) -> TokenScores:
-    """Scores of consecutive runs of tokens, at least one run, as one."""
-    if len(parts) == 1:
-        return parts[0]
-    return TokenScores(*(np.concatenate([getattr(part, name) for part in parts]) for name in TokenScores.__slots__))

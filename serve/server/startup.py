@@ -241,7 +241,7 @@ def _limits(files: ModelFiles, runner: ModelRunner) -> EngineLimits:
         max_logprobs=runner.max_logprobs,
         vocab_size=files.checkpoint.config.vocab_size,
         cache_tokens=(runner.pages - 1) * PAGE_SIZE,
-        max_scored_ids=MAX_REQUESTED_IDS,
+        max_requested_ids=MAX_REQUESTED_IDS,
         whole_vocabulary=files.config.max_logprobs == -1,
     )
 

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from model.token_logprobs import TokenLogprobs
 from serve.api.errors import APIError
 from serve.api.json_stream import Hole, make_body
 from serve.api.prompt_logprobs import RowWriter
 from serve.engine.client import RequestHandle
-from serve.engine.request import QueueFullError, Request, TokenScores
+from serve.engine.request import (
+    QueueFullError,
+    Request,
+)
 from tests.support.fake_runner import K, hidden_after
 from tests.support.http_client import (
     VOCAB_SIZE,
@@ -262,11 +266,12 @@ async def test_full_rows_do_not_deadlock_on_pages(stream: bool) -> None:
         await server.assert_idle()
 
 
-def scores_of(rank: int, top_ids: list[int], tops: list[float], logprob: float) -> TokenScores:
+def scores_of(rank: int, top_ids: list[int], tops: list[float], logprob: float) -> TokenLogprobs:
     """One row of scores."""
     ranks = np.arange(1, len(top_ids) + 1, dtype=np.int32)
     floats = (np.asarray([logprob], np.float32), np.asarray([tops], np.float32))
-    return TokenScores(floats[0], np.asarray([rank], np.int32), np.asarray([top_ids], np.int32), ranks[None], floats[1])
+    ids, own_rank = np.asarray([top_ids], np.int32), np.asarray([rank], np.int32)
+    return TokenLogprobs(floats[0], own_rank, ids, floats[1], top_ranks=ranks[None])
 
 
 def test_row_writer_ranks_of_equal_logprobs() -> None:

@@ -7,8 +7,14 @@ import numpy as np
 import pytest
 
 from compiled.state import MAX_REQUESTED_IDS
+from model.token_logprobs import TokenLogprobs
 from serve.engine.client import RequestHandle
-from serve.engine.request import FinishReason, PromptScoring, SamplingParams, TokenEvent, TokenScores
+from serve.engine.request import (
+    FinishReason,
+    PromptScoring,
+    SamplingParams,
+    TokenEvent,
+)
 from tests.support.fake_runner import MAX_MODEL_LEN, K, expected_outcome
 from tests.support.http_client import (
     VOCAB_SIZE,
@@ -77,7 +83,7 @@ async def test_prompt_logprobs_start_with_echo(plain_server: Server, stream: boo
 async def test_logprob_token_ids_in_completions(plain_server: Server, stream: bool) -> None:
     ids = (90, 3, 41, 8, 12)
     expected = expected_outcome(
-        PROMPT, SamplingParams(4, temperature=0, logprob_token_ids=ids), max_model_len=MAX_MODEL_LEN
+        PROMPT, SamplingParams(4, temperature=0, requested_ids=ids), max_model_len=MAX_MODEL_LEN
     )
     fields: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 4, "logprobs": 0, "logprob_token_ids": ids}
     _, columns = await answer_of(plain_server, COMPLETIONS, stream=stream, **fields)
@@ -94,7 +100,7 @@ async def test_logprob_token_ids_in_chat(plain_server: Server, stream: bool, top
     ids = (90, 3, 41, 8, 12)
     prompt = list(b"user:Hi;>")
     expected = expected_outcome(
-        prompt, SamplingParams(3, temperature=0, logprob_token_ids=ids), max_model_len=MAX_MODEL_LEN
+        prompt, SamplingParams(3, temperature=0, requested_ids=ids), max_model_len=MAX_MODEL_LEN
     )
     fields: dict[str, Any] = {"max_tokens": 3, "logprobs": True, "top_logprobs": top_logprobs}
     _, content = await answer_of(plain_server, CHAT, stream=stream, **fields, logprob_token_ids=ids)
@@ -229,17 +235,17 @@ async def test_prompt_logprobs_limit_names_flag(server: Server, path: str, k: in
     assert what in error["message"]
 
 
-def shorter(scores: TokenScores | None) -> TokenScores | None:
+def shorter(scores: TokenLogprobs | None) -> TokenLogprobs | None:
     return None if scores is None else scores[:-1]
 
 
-def fewer(scores: TokenScores | None) -> TokenScores | None:
+def fewer(scores: TokenLogprobs | None) -> TokenLogprobs | None:
     if scores is None:
         return None
     return replace(scores, top_ids=scores.top_ids[:, :1], top_ranks=scores.top_ranks[:, :1])
 
 
-def with_nan(scores: TokenScores | None) -> TokenScores | None:
+def with_nan(scores: TokenLogprobs | None) -> TokenLogprobs | None:
     if scores is None:
         return None
     return replace(scores, logprob=np.full_like(scores.logprob, np.nan))
@@ -284,7 +290,8 @@ class EndlessHandle(RequestHandle):
         super().abort(reason)
 
     async def __anext__(self) -> TokenEvent:
-        scores = TokenScores(*(np.zeros((1, *shape), np.int32) for shape in ((), (), (K,), (K,), (K,))))
+        column, table = np.zeros(1, np.int32), np.zeros((1, K), np.int32)
+        scores = TokenLogprobs(column, column, table, table, top_ranks=table)
         return TokenEvent([72], scores)
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from serve.engine.request import TokenEvent, empty_scores
+from model.token_logprobs import empty_logprobs
+from serve.engine.request import TokenEvent
 from tests.support.fake_runner import K
 from tests.support.http_client import (
     END,
@@ -152,7 +153,7 @@ async def test_stream_stop_string_prefix_held_back(server: Server) -> None:
 
 
 async def test_stream_event_of_several_tokens(fresh_server: Server) -> None:
-    scores = empty_scores(5, K)
+    scores = empty_logprobs(5, K)
     scores.logprob[:] = scores.top_logprobs[:] = -1
     alter_events(fresh_server, lambda _: TokenEvent(list(b"Hello"), scores))
     choices = choices_of(await fresh_server.chat_stream(stop="el", logprobs=True, return_token_ids=True))[1:]

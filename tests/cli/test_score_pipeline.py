@@ -8,11 +8,18 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from model.token_logprobs import empty_logprobs
 from serve.cli.score.scoring import Outcome, Work, score_line
 from serve.cli.score.source import Line
 from serve.cli.score.texts import Context, Text
 from serve.engine.client import EngineClient, RequestHandle
-from serve.engine.request import EngineLimits, EngineStoppedError, FinishReason, Request, TokenEvent, empty_scores
+from serve.engine.request import (
+    EngineLimits,
+    EngineStoppedError,
+    FinishReason,
+    Request,
+    TokenEvent,
+)
 from serve.engine.request_state import RequestState
 from serve.jobs.request_queue import InFlight, RequestQueue
 from serve.jobs.score import EncodedText, Scorer
@@ -51,13 +58,13 @@ class FakeEngine:
         for _ in range(20):
             await asyncio.sleep(0)
         if prompt[0] == 0:
-            return TokenEvent([], empty_scores(0, 0), FinishReason.ERROR, error="it broke")
-        scores = empty_scores(len(prompt) - 1, K)
+            return TokenEvent([], empty_logprobs(0, 0), FinishReason.ERROR, error="it broke")
+        scores = empty_logprobs(len(prompt) - 1, K)
         scores.logprob[:] = -np.asarray(prompt[1:], np.float32)
         scores.top_logprobs[:] = 0
         if prompt[0] == 2:
             scores.logprob[-1] = np.nan
-        return TokenEvent([], empty_scores(0, 0), FinishReason.LENGTH, prompt_scores=scores)
+        return TokenEvent([], empty_logprobs(0, 0), FinishReason.LENGTH, prompt_scores=scores)
 
 
 class FakeHandle(RequestHandle):

@@ -77,8 +77,8 @@ def test_prompt_scores_from_start(bench: CoreBench, start: int) -> None:
 @pytest.mark.parametrize("scored", [False, True])
 def test_scores_of_requested_ids(bench: CoreBench, scored: bool) -> None:
     ids = tuple(range(10, 15))
-    scoring = PromptScoring(token_ids=ids[:2]) if scored else None
-    a = bench.add("a", prompt_of(20), SamplingParams(3, temperature=0.0, logprob_token_ids=ids, prompt=scoring))
+    scoring = PromptScoring(requested_ids=ids[:2]) if scored else None
+    a = bench.add("a", prompt_of(20), SamplingParams(3, temperature=0.0, requested_ids=ids, prompt=scoring))
     b = bench.add("b", prompt_of(20), greedy(3, prompt_logprobs=True))
     bench.run()
     assert bench.outcome("a") == alone(a)

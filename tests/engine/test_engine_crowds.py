@@ -42,7 +42,7 @@ class Crowd:
         if random.random() < 0.5 and len(prompt) > 1:
             scoring = PromptScoring(random.choice((1, random.randint(1, len(prompt) - 1))))
             if random.random() < 0.2:
-                scoring = replace(scoring, token_ids=tuple(random.sample(range(VOCAB_SIZE), random.randint(1, 5))))
+                scoring = replace(scoring, requested_ids=tuple(random.sample(range(VOCAB_SIZE), random.randint(1, 5))))
         params = SamplingParams(
             max_tokens=random.choice((0, 1, random.randint(0, 80))),
             temperature=random.choice((0.0, 1.0)),
@@ -58,7 +58,7 @@ class Crowd:
         if random.random() < 0.2:
             params = replace(params, allowed_token_ids=frozenset(range(20, VOCAB_SIZE, 2)))
         if random.random() < 0.2:
-            params = replace(params, logprob_token_ids=(1, 50))
+            params = replace(params, requested_ids=(1, 50))
         return params
 
     def arrive(self) -> None:

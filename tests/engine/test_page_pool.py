@@ -3,8 +3,8 @@
 import pytest
 
 from model.kv_cache import NULL_PAGE, PAGE_SIZE
+from model.token_logprobs import empty_logprobs
 from serve.engine.page_pool import PagePool, page_hash, root_hash
-from serve.engine.request import empty_scores
 
 
 def test_allocate_excludes_null_page() -> None:
@@ -131,7 +131,7 @@ def test_register_same_content_keeps_first() -> None:
 def test_scores_until_eviction() -> None:
     pool = PagePool(2)
     filled(pool, 1)
-    scores = empty_scores(PAGE_SIZE, 2)
+    scores = empty_logprobs(PAGE_SIZE, 2)
     pool.store_scores(content(1), scores)
     pool.store_scores(content(2), scores)  # not registered
     assert pool.scores(content(1)) is scores
@@ -144,7 +144,7 @@ def test_scores_until_eviction() -> None:
 def test_clear_frees_and_unregisters() -> None:
     pool = PagePool(4)
     filled(pool, 1, 2)
-    pool.store_scores(content(1), empty_scores(PAGE_SIZE, 2))
+    pool.store_scores(content(1), empty_logprobs(PAGE_SIZE, 2))
     pool.allocate(1)
     pool.clear()
     pool.check([])
@@ -156,7 +156,7 @@ def test_clear_frees_and_unregisters() -> None:
 def test_unregister_keeps_references() -> None:
     pool = PagePool(5)
     filled(pool, 1, 2, 3)
-    pool.store_scores(content(1), empty_scores(PAGE_SIZE, 2))
+    pool.store_scores(content(1), empty_logprobs(PAGE_SIZE, 2))
     shared, unreferenced, other = pool.find([content(1), content(2), content(3)])
     pool.share([shared])
     pool.unregister([shared, unreferenced, NULL_PAGE])

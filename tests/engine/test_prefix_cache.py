@@ -52,7 +52,7 @@ def test_cached_scores_of_partial_prompt(bench: CoreBench, first: int, second: i
 
 def test_scores_of_requested_ids_are_not_cached(bench: CoreBench) -> None:
     for name, ids in (("a", ()), ("b", (5, 6)), ("c", ())):
-        params = SamplingParams(1, temperature=0.0, prompt=PromptScoring(token_ids=ids))
+        params = SamplingParams(1, temperature=0.0, prompt=PromptScoring(requested_ids=ids))
         request = bench.add(name, prompt_of(200), params)
         bench.run()
         assert bench.outcome(name) == alone(request)

@@ -4,12 +4,20 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
+import jax
 import pytest
 
 from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
+from model.token_logprobs import TokenLogprobs
 from serve.engine.core import EngineCore
-from serve.engine.request import FinishReason, PromptScoring, Request, SamplingParams, TokenEvent, TokenScores
+from serve.engine.request import (
+    FinishReason,
+    PromptScoring,
+    Request,
+    SamplingParams,
+    TokenEvent,
+)
 from serve.engine.request_state import RequestState
 from tests.support.runners import make_runner
 from tests.support.tiny import random_weights, write_checkpoint
@@ -102,7 +110,7 @@ def random_cases(random: Random) -> list[Case]:
         if random.random() < 0.3:
             params = replace(params, allowed_token_ids=frozenset(random.sample(range(300), 40)))
         if random.random() < 0.2:
-            params = replace(params, logprob_token_ids=(7, 3, 299))
+            params = replace(params, requested_ids=(7, 3, 299))
         leaves = i * 3 + random.randint(1, 30) if random.random() < 0.1 else None
         cases.append(Case(prompt, params, i * 3, leaves))
     return cases
@@ -151,5 +159,5 @@ def _told(events: list[TokenEvent], start: int) -> Told:
     )
 
 
-def _bits(scores: TokenScores) -> tuple[bytes, ...]:
-    return tuple(getattr(scores, name).tobytes() for name in TokenScores.__slots__)
+def _bits(scores: TokenLogprobs) -> tuple[bytes, ...]:
+    return tuple(column.tobytes() for column in jax.tree.leaves(scores))

@@ -34,7 +34,7 @@ async def running_engine(
         max_logprobs=K,
         vocab_size=VOCAB_SIZE,
         cache_tokens=(runner.pages - 1) * PAGE_SIZE,
-        max_scored_ids=MAX_REQUESTED_IDS,
+        max_requested_ids=MAX_REQUESTED_IDS,
         whole_vocabulary=True,
     )
     defaults = {"max_num_batched_tokens": 68, "max_num_queued_reqs": max_waiting, "pin_seconds": 1000}

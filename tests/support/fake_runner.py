@@ -29,7 +29,13 @@ from compiled.state import (
 from model.kv_cache import NULL_PAGE, PAGE_SIZE
 from model.token_logprobs import NO_ID, TokenLogprobs
 from serve.engine.core import EngineCore
-from serve.engine.request import FinishReason, PromptScoring, Request, SamplingParams, TokenEvent, TokenScores
+from serve.engine.request import (
+    FinishReason,
+    PromptScoring,
+    Request,
+    SamplingParams,
+    TokenEvent,
+)
 from serve.engine.request_state import RequestState
 
 VOCAB_SIZE = 97  # V
@@ -259,7 +265,7 @@ def expected_outcome(prompt: list[int], params: SamplingParams, *, seed: int = 0
     prompt_scores = None
     if params.prompt is not None:
         hidden = [hidden_after(prompt[:n]) for n in range(params.prompt.start, len(prompt))]
-        prompt_scores = _expected_rows(hidden, prompt[params.prompt.start :], params.prompt.token_ids)
+        prompt_scores = _expected_rows(hidden, prompt[params.prompt.start :], params.prompt.requested_ids)
     tokens: list[int] = []
     states: list[int] = []
     reason, stop = FinishReason.LENGTH, None
@@ -274,7 +280,7 @@ def expected_outcome(prompt: list[int], params: SamplingParams, *, seed: int = 0
         tokens.append(next_token(states[-1], shift=shift, forbidden=lambda t: _forbidden(t, tokens, params)))
         if tokens[-1] in params.stop_token_ids:
             reason, stop = FinishReason.STOP, tokens[-1]
-    return Outcome(tokens, _expected_rows(states, tokens, params.logprob_token_ids), reason, stop, prompt_scores)
+    return Outcome(tokens, _expected_rows(states, tokens, params.requested_ids), reason, stop, prompt_scores)
 
 
 def outcome_of(events: Sequence[TokenEvent], start: int = 1) -> Outcome:
@@ -312,12 +318,12 @@ def _expected_rows(hidden: list[int], targets: list[int], ids: tuple[int, ...]) 
     all_numbers = numbers(hidden, targets, named)
     own = all_numbers.logprob, all_numbers.rank
     if ids:
-        return _rows(TokenScores(*own, named, all_numbers.requested_ranks, all_numbers.requested_logprobs))
+        return _rows(TokenLogprobs(*own, named, all_numbers.requested_logprobs, top_ranks=all_numbers.requested_ranks))
     ranks = np.broadcast_to(np.arange(1, K + 1, dtype=np.int32), all_numbers.top_ids.shape)
-    return _rows(TokenScores(*own, all_numbers.top_ids, ranks, all_numbers.top_logprobs))
+    return _rows(TokenLogprobs(*own, all_numbers.top_ids, all_numbers.top_logprobs, top_ranks=ranks))
 
 
-def _rows(scores: TokenScores) -> list[tuple[float | list[int], ...]]:
+def _rows(scores: TokenLogprobs) -> list[tuple[float | list[int], ...]]:
     columns = (scores.logprob, scores.rank, scores.top_ids, scores.top_ranks, scores.top_logprobs)
     return list(zip(*(column.tolist() for column in columns), strict=True))
 

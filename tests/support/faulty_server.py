@@ -96,7 +96,7 @@ def _assemble(config: ServeConfig, _reporter: Reporter) -> Served:
         max_logprobs=K,
         vocab_size=VOCAB_SIZE,
         cache_tokens=(_PAGES - 1) * PAGE_SIZE,
-        max_scored_ids=MAX_REQUESTED_IDS,
+        max_requested_ids=MAX_REQUESTED_IDS,
         whole_vocabulary=False,
     )
     metrics = Metrics(MODEL, max_model_len=MAX_MODEL_LEN, vllm_names=False)

@@ -257,7 +257,7 @@ def start_server(
         max_logprobs=K,
         vocab_size=VOCAB_SIZE,
         cache_tokens=(pages - 1) * PAGE_SIZE,
-        max_scored_ids=MAX_REQUESTED_IDS,
+        max_requested_ids=MAX_REQUESTED_IDS,
         whole_vocabulary=whole_vocabulary,
     )
     metrics = Metrics(MODEL, max_model_len=max_model_len, vllm_names=vllm_names)

@@ -4,8 +4,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from model.token_logprobs import TokenLogprobs
 from serve.engine.core import EngineCore, Runner
-from serve.engine.request import FinishReason, Request, SamplingParams, TokenScores
+from serve.engine.request import (
+    FinishReason,
+    Request,
+    SamplingParams,
+)
 from serve.engine.request_state import RequestState
 
 PAGES = 100
@@ -21,7 +26,7 @@ class Answer:
     logprobs: list[np.float32] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
     top_logprobs: list[bytes] = field(default_factory=list)
-    prompt: TokenScores | None = None
+    prompt: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
 
 

@@ -57,7 +57,7 @@ def fake_load(
             max_logprobs=K,
             vocab_size=VOCAB_SIZE,
             cache_tokens=(runner.pages - 1) * PAGE_SIZE,
-            max_scored_ids=MAX_REQUESTED_IDS,
+            max_requested_ids=MAX_REQUESTED_IDS,
             whole_vocabulary=False,
         )
         defaults = GenerationDefaults()

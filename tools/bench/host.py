@@ -73,9 +73,7 @@ def host_ms_per_step(
     """
     runner = NullRunner(rows=rows, vocab_size=vocab_size, max_logprobs=max_logprobs)
     core = EngineCore(runner, max_model_len=_CONTEXT, max_num_batched_tokens=256 + rows)
-    params = SamplingParams(
-        _CONTEXT - _PROMPT, temperature=1.0, top_p=0.9, logprob_token_ids=tuple(range(requested_ids))
-    )
+    params = SamplingParams(_CONTEXT - _PROMPT, temperature=1.0, top_p=0.9, requested_ids=tuple(range(requested_ids)))
     for i in range(rows):
         core.add(RequestState(Request(f"{i}", [i] * _PROMPT, params)))
     while len(core.step()) < rows:  # prefill all prompts

@@ -17,6 +17,7 @@ import uvicorn
 
 from compiled.state import MAX_REQUESTED_IDS, DecodeInput, SamplingArrays, StepOutput
 from model.kv_cache import PAGE_SIZE
+from model.token_logprobs import TokenLogprobs
 from model.weights.source import default_model_path
 from serve.api.app import create_app
 from serve.api.context import ServedModel
@@ -25,7 +26,10 @@ from serve.api.metrics import Metrics
 from serve.api.prompt_logprobs import EntryWriter
 from serve.config.config import ServeConfig
 from serve.engine.engine import Engine
-from serve.engine.request import EngineLimits, EngineOptions, TokenScores
+from serve.engine.request import (
+    EngineLimits,
+    EngineOptions,
+)
 from serve.server.model_files import local_tokenizer
 from tools.bench.host import NullRunner
 
@@ -75,7 +79,7 @@ def entries_ms(*, tokens: int, k: int) -> float:
     """Return the median milliseconds to serialize `prompt_logprobs` of a prompt of random tokens."""
     tokenizer = local_tokenizer(default_model_path())
     rng, rows, vocabulary = np.random.default_rng(), tokens - 1, tokenizer.vocab_size
-    scores = TokenScores(
+    scores = TokenLogprobs(
         logprob=-rng.exponential(size=rows).astype(np.float32),
         rank=rng.integers(1, vocabulary, rows, np.int32),
         top_ids=rng.integers(0, vocabulary, (rows, k), np.int32),
@@ -120,7 +124,7 @@ def _serve() -> None:
         max_logprobs=20,
         vocab_size=tokenizer.vocab_size,
         cache_tokens=(runner.pages - 1) * PAGE_SIZE,
-        max_scored_ids=MAX_REQUESTED_IDS,
+        max_requested_ids=MAX_REQUESTED_IDS,
         whole_vocabulary=False,
     )
     metrics = Metrics("null", max_model_len=_CONTEXT, vllm_names=False)

@@ -279,8 +279,8 @@ def test_text_without_entry_is_refused() -> None:
 CONFIG = config_from_hf(tiny_configs()["llama"])
 PAGES = 9
 V = CONFIG.vocab_size
-WRITERS = ("decode_1", "decode_4", "prefill_16", "adjust")
-READERS = ("score_8", "vocabulary_2")
+WRITERS = ("decode_1", "decode_4", "prefill_16", "penalties")
+READERS = ("score_8", "full_logprobs_2")
 SLOTS = (f"f32[5,{V}]", f"s32[5,{V}]", f"pred[5,{V}]")  # bias, counts, seen of 4 rows and of padding
 
 
@@ -343,7 +343,7 @@ def test_programs_return_no_array_of_the_vocabulary(texts: Mapping[str, str], na
 
 
 def test_only_the_vocabulary_program_returns_rows(texts: Mapping[str, str]) -> None:
-    assert operations.result_shapes(texts["vocabulary_2"]) == [f"f32[2,{V}]"]
+    assert operations.result_shapes(texts["full_logprobs_2"]) == [f"f32[2,{V}]"]
 
 
 @pytest.mark.parametrize(("name", "rows"), [("decode_4", 4), ("score_8", 8)])
@@ -376,13 +376,13 @@ def test_penalty_counts_are_updated_in_place(texts: Mapping[str, str], name: str
     assert [operation for operation in counted if operation.opcode == "copy" and operation.shape == logits] == []
 
 
-@pytest.mark.parametrize(("name", "others"), [("prefill_16", ["s32[]"]), ("adjust", [])])
+@pytest.mark.parametrize(("name", "others"), [("prefill_16", ["s32[]"]), ("penalties", [])])
 def test_prefill_returns_the_state_and_at_most_a_count(texts: Mapping[str, str], name: str, others: list[str]) -> None:
     results, donated = operations.result_shapes(texts[name]), operations.donations(texts[name])
     assert [shape for i, shape in enumerate(results) if i not in donated] == others
 
 
-@pytest.mark.parametrize(("name", "results"), [("score_8", 6), ("vocabulary_2", 1)])
+@pytest.mark.parametrize(("name", "results"), [("score_8", 6), ("full_logprobs_2", 1)])
 def test_head_programs_do_not_touch_the_state(texts: Mapping[str, str], name: str, results: int) -> None:
     assert operations.donations(texts[name]) == {}
     assert len(operations.result_shapes(texts[name])) == results

@@ -24,7 +24,7 @@ from tools.portability.target_facts import CASES
 ROOT = Path(__file__).parents[2]
 COMPILERS = Path(sys.prefix) / "targets"
 QWEN = ROOT / "examples" / "configs" / "Qwen2.5-0.5B" / "config.json"
-PROGRAMS = {"decode_4", "prefill_16", "score_16", "vocabulary_8", "adjust", "zero_state"}
+PROGRAMS = {"decode_4", "prefill_16", "score_16", "full_logprobs_8", "penalties", "zero_state"}
 FORWARD = ("decode_4", "prefill_16")
 TPUS = ("v5e:1x1", "v5e:2x2", "v5p:1x1x1", "v6e:1x1")
 
@@ -53,7 +53,7 @@ def test_every_program_compiles(facts: Any, case: str) -> None:
         assert "rejected" not in fact, f"{name}: {fact}"
         assert sum(fact["bytes"]) > 0
         assert fact["moved"] > 0
-        assert fact["flops"] > 1e5 or name in ("adjust", "zero_state")
+        assert fact["flops"] > 1e5 or name in ("penalties", "zero_state")
 
 
 @needs_compilers
@@ -82,7 +82,7 @@ def test_cache_is_updated_in_place(facts: Any, case: str) -> None:
     """No page is copied or transposed."""
     joined = CASES[case].target in TPUS and case not in ("float32", "large heads")
     arrays = 6 if joined else 7  # keys and values of the layer joined or separate; hidden; four arrays of slots
-    for name in {*FORWARD, "adjust"} & set(facts[case]):
+    for name in {*FORWARD, "penalties"} & set(facts[case]):
         assert facts[case][name]["donated"] == arrays
         assert facts[case][name]["copies of pages"] == 0
     if "odd sizes" in case:
@@ -96,7 +96,7 @@ def test_collectives_move_no_logits(facts: Any, case: str, shards: int) -> None:
     hidden = CASES[case].changes.get("hidden_size", 64)
     known = {hidden, hidden // shards}
     for name, fact in facts[case].items():
-        if name in ("adjust", "zero_state"):
+        if name in ("penalties", "zero_state"):
             continue
         assert fact["collectives"] > 0
         assert set(fact["axes moved"]) - known <= set(range(4 * 20 + 1)), name  # rows, and the top 20 of each shard
@@ -128,9 +128,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_table_has_memory_work_and_verdict() -> None:
-    done = run(str(QWEN), "--target", "cpu", "--program", "adjust", "--max-num-seqs", "2", "--max-model-len", "256")
+    done = run(str(QWEN), "--target", "cpu", "--program", "penalties", "--max-num-seqs", "2", "--max-model-len", "256")
     assert done.returncode == 0, done.stderr
-    (row,) = [line for line in done.stdout.splitlines() if line.startswith("| adjust")]
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith("| penalties")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     # 9 pages of 24 layers of 2 heads of 64, twice, with 896 hidden features; 3 slots of 9 bytes a token.
     cache, slots = 9 * 64 * (24 * 2 * 2 * 64 + 896) * 2, 3 * 9 * 151_936

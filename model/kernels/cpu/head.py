@@ -11,6 +11,8 @@ from model.kernels.cpu.library import LOGPROBS_TARGET, SCORE_INT8_TARGET, SCORE_
 from model.kernels.cpu.linear import Packed, PackedWeight, arrays_of, check_input
 from model.token_logprobs import TokenLogprobs
 
+jax.tree_util.register_dataclass(TokenLogprobs)
+
 
 def token_logprobs(logits: Array, ids: Array, requested_ids: Array, live: Array, *, k: int) -> TokenLogprobs:
     """Log-probs and ranks of one id per row, of the k best and of the row's requested ids, in the order of head.h.

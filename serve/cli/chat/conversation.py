@@ -6,7 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.engine.request import FinishReason, TokenEvent, TokenScores
+from model.token_logprobs import TokenLogprobs
+from serve.engine.request import (
+    FinishReason,
+    TokenEvent,
+)
 from serve.text.tokenizer import Tokenizer
 
 
@@ -161,7 +165,7 @@ class Conversation:
         return {"messages": self.messages(), "replies": [turn.reply.as_json() for turn in self.turns]}
 
 
-def _token(token_id: int, scores: TokenScores, row: int) -> Token:
+def _token(token_id: int, scores: TokenLogprobs, row: int) -> Token:
     ids, ranks, logprobs = (column[row].tolist() for column in (scores.top_ids, scores.top_ranks, scores.top_logprobs))
     alternatives = tuple(Alternative(*values) for values in zip(ids, logprobs, ranks, strict=True))
     return Token(token_id, float(scores.logprob[row]), int(scores.rank[row]), alternatives)

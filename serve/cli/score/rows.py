@@ -7,10 +7,10 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from model.token_logprobs import TokenLogprobs, clamp_logprobs
 from serve.cli.score.progress import Sums
 from serve.cli.score.texts import Text
-from serve.engine.request import TokenScores
-from serve.jobs.results import LOWEST_LOGPROB, logprob_sum, perplexity
+from serve.jobs.results import logprob_sum, perplexity
 from serve.jobs.score import Window
 from serve.text.tokenizer import Tokenizer
 
@@ -25,7 +25,7 @@ class RowWriter:
     windowed: bool  # write the number of windows of each text
     id_as_text: bool  # for formats whose columns have one type
 
-    def row(self, line: int, text: Text, windows: tuple[Window, ...], scores: TokenScores) -> tuple[bytes, Sums]:
+    def row(self, line: int, text: Text, windows: tuple[Window, ...], scores: TokenLogprobs) -> tuple[bytes, Sums]:
         """The row of a text, with line end, and its sums.
 
         Args:
@@ -37,7 +37,7 @@ class RowWriter:
         encoded = text.encoded
         ids = encoded.token_ids[: len(scores.logprob) + 1]
         lengths = [len(self.tokenizer.token_bytes(token_id)) for token_id in ids]
-        logprobs = np.maximum(scores.logprob, LOWEST_LOGPROB)
+        logprobs = clamp_logprobs(scores.logprob)
         is_complete = len(ids) == len(encoded.token_ids)
         sums = _sums(logprobs, scores.rank, encoded.completion_start if is_complete else None)
         in_text = np.array([not self.tokenizer.is_special(token_id) for token_id in ids[1:]], bool)
@@ -66,7 +66,7 @@ class RowWriter:
         return value if isinstance(value, str) or not self.id_as_text else orjson.dumps(value).decode()
 
     def _columns(
-        self, ids: list[int], lengths: list[int], logprobs: NDArray[np.float32], scores: TokenScores
+        self, ids: list[int], lengths: list[int], logprobs: NDArray[np.float32], scores: TokenLogprobs
     ) -> dict[str, Any]:
         columns: dict[str, Any] = {
             "token_ids": ids,
@@ -77,7 +77,7 @@ class RowWriter:
         }
         if self.alternatives:
             columns["top_token_ids"] = _after_null(scores.top_ids)
-            columns["top_logprobs"] = _after_null(np.maximum(scores.top_logprobs, LOWEST_LOGPROB))
+            columns["top_logprobs"] = _after_null(clamp_logprobs(scores.top_logprobs))
         return columns
 
 

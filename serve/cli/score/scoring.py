@@ -7,12 +7,13 @@ from itertools import takewhile
 from logging import WARNING
 from pathlib import Path
 
+from model.token_logprobs import TokenLogprobs
 from serve.cli.score.journal import Checkpoint, Journal
 from serve.cli.score.progress import Meter, Sums
 from serve.cli.score.rows import RowWriter
 from serve.cli.score.source import Line, LineError, ScoreError, Source
 from serve.cli.score.texts import Context, Text, TextReader
-from serve.engine.request import EngineStoppedError, TokenScores
+from serve.engine.request import EngineStoppedError
 from serve.jobs.request_queue import RequestError, RequestQueue
 from serve.jobs.score import Scorer, Window
 
@@ -37,7 +38,7 @@ class Outcome:
     """Scores of a line, or its error."""
 
     work: Work
-    scores: TokenScores | None = None  # row i: token i + 1, up to the end of the last window
+    scores: TokenLogprobs | None = None  # row i: token i + 1, up to the end of the last window
     error: str | None = None
 
 

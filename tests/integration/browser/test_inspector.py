@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from playwright.sync_api import BrowserContext, expect
 
+from model.token_logprobs import TokenLogprobs
 from model.weights.source import default_model_path
 from serve.cli.score.rows import RowWriter
 from serve.cli.score.texts import Text
-from serve.engine.request import TokenScores
 from serve.jobs.results import perplexity
 from serve.jobs.score import EncodedText
 from serve.server.model_files import local_tokenizer
@@ -255,12 +255,12 @@ def test_summary_equals_the_score_command(page: Inspector) -> None:
     exported = pane.exported()
     tokens = exported["tokens"]
     empty = np.empty((len(tokens) - 1, 0), np.int32)
-    scores = TokenScores(
+    scores = TokenLogprobs(
         np.array([token["logprob"] for token in tokens[1:]], np.float32),
         np.array([token["rank"] for token in tokens[1:]], np.int32),
         empty,
-        empty,
         empty.astype(np.float32),
+        top_ranks=empty,
     )
     writer = RowWriter(
         local_tokenizer(default_model_path()), alternatives=0, per_token=True, windowed=False, id_as_text=False

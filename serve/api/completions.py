@@ -11,7 +11,7 @@ from model.token_logprobs import TokenLogprobs
 from serve.api.errors import invalid
 from serve.api.generation import Choice, Output, collect
 from serve.api.handler import Handler, Job, Prompt
-from serve.api.json_stream import Body, Hole, dump, make_body
+from serve.api.json_stream import Body, Placeholder, dump, make_body
 from serve.api.logprobs import CompletionLogprobs, concatenate
 from serve.api.requests import CompletionRequest
 from serve.api.validation import check_answers, check_length, check_number_of_ids, check_top_k, truncated
@@ -99,7 +99,7 @@ class Completions(Handler[CompletionRequest]):
 
     def _render(self, job: _Job, outputs: Sequence[Output]) -> Body:
         choices: list[dict[str, Any]] = []
-        prompt_fields: dict[str, orjson.Fragment | Hole | None] = {}
+        prompt_fields: dict[str, orjson.Fragment | Placeholder | None] = {}
         scores: TokenLogprobs | None = None
         for choice, output in zip(job.choices, outputs, strict=True):
             if choice.first:  # it has the prompt's scores, which are written once for all choices
@@ -202,6 +202,6 @@ def _chunk_choice(job: _Job, choice: Choice, delta: Output, columns: CompletionL
     return fields
 
 
-def _as_json(value: Any) -> orjson.Fragment | Hole | None:
+def _as_json(value: Any) -> orjson.Fragment | Placeholder | None:
     """A value serialized once for all choices that contain it."""
-    return value if value is None or isinstance(value, Hole | orjson.Fragment) else orjson.Fragment(dump(value))
+    return value if value is None or isinstance(value, Placeholder | orjson.Fragment) else orjson.Fragment(dump(value))

@@ -24,7 +24,7 @@ def dump(value: Any) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-class Hole:
+class Placeholder:
     """A placeholder in a value for JSON text that is generated in pieces.
 
     Not a dataclass, because orjson would serialize its fields.
@@ -36,16 +36,16 @@ class Hole:
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """A JSON document, split at its holes."""
+    """A JSON document, split at its placeholders."""
 
-    texts: list[bytes]  # one more than holes: before, between and after them
-    holes: list[Hole]
+    parts: list[bytes]  # one more than placeholders: before, between and after them
+    placeholders: list[Placeholder]
 
     async def pieces(self) -> AsyncGenerator[bytes]:
-        """The document in pieces. The first piece includes the start of the first hole, so its errors come first."""
-        text = self.texts[0]
-        for hole, after in zip(self.holes, self.texts[1:], strict=True):
-            async with aclosing(hole.pieces) as pieces:
+        """The document in pieces. The first one includes the start of the first placeholder, to fail early."""
+        text = self.parts[0]
+        for placeholder, after in zip(self.placeholders, self.parts[1:], strict=True):
+            async with aclosing(placeholder.pieces) as pieces:
                 async for piece in pieces:
                     yield text + piece
                     text = b""
@@ -54,18 +54,18 @@ class Body:
 
 
 def make_body(value: Any) -> Body:
-    """Serialize a value that may contain `Hole`s."""
+    """Serialize a value that may contain `Placeholder`s."""
     mark = uuid.uuid4().hex  # 122 random bits: no client can place it in the value
-    holes: list[Hole] = []
+    placeholders: list[Placeholder] = []
 
     def marked(part: Any) -> str:
-        if not isinstance(part, Hole):
+        if not isinstance(part, Placeholder):
             raise TypeError(f"{type(part).__name__} has no JSON")
-        holes.append(part)
+        placeholders.append(part)
         return mark
 
     data = orjson.dumps(value, default=marked, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Body(data.split(f'"{mark}"'.encode()), holes)
+    return Body(data.split(f'"{mark}"'.encode()), placeholders)
 
 
 def accepts_gzip(request: Request) -> bool:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from model.token_logprobs import TokenLogprobs
 from serve.api.errors import engine_error
 from serve.api.generation import check_event, deadline_exceeded, engine_errors
-from serve.api.json_stream import Hole
+from serve.api.json_stream import Placeholder
 from serve.api.logprobs import clamped, wire_logprobs
 from serve.api.validation import PromptLogprobs
 from serve.engine.client import EngineClient
@@ -72,7 +72,7 @@ class PromptLogprobsWriter:
             return {"prompt_logprobs": None}
         if prompt.full_rows is not None:
             scores = prompt.logprobs(self._engine.limits.max_logprobs, start)
-            return {"prompt_logprobs": Hole(self._full_rows(prompt.full_rows, scores, k))}
+            return {"prompt_logprobs": Placeholder(self._full_rows(prompt.full_rows, scores, k))}
         scores = prompt.logprobs(k, start)
         if requested.columns:
             columns = {

@@ -90,8 +90,8 @@ async def json_or_disconnect(
 ) -> Response:
     """The JSON document that `work` returns; `work` is cancelled if the client disconnects.
 
-    A body with holes is streamed once its first piece is there. A later failure closes the connection before the end
-    of the body, so that no client mistakes it for a complete one.
+    A body with placeholders is streamed once its first piece is there. A later failure closes the connection early
+    so that no client takes the body for complete.
 
     Raises:
         APIError: `work` or the first piece failed, or the client has disconnected.
@@ -111,10 +111,10 @@ async def json_or_disconnect(
 
 
 async def _first_piece(work: Coroutine[Any, Any, Body]) -> tuple[bytes, AsyncGenerator[bytes] | None]:
-    """The first piece of a body, and an iterator of the others if it has holes."""
+    """The first piece of a body, and an iterator of the others if it has placeholders."""
     body = await work
-    if not body.holes:
-        return body.texts[0], None
+    if not body.placeholders:
+        return body.parts[0], None
     pieces = body.pieces()
     return await anext(pieces), pieces
 
@@ -157,8 +157,8 @@ async def _events(chunks: AsyncGenerator[dict[str, Any]], record: AnswerRecord) 
 async def _event(chunk: dict[str, Any]) -> AsyncGenerator[bytes]:
     large = "prompt_logprobs" in chunk or any("prompt_logprobs" in choice for choice in chunk["choices"])
     body = await asyncio.to_thread(make_body, chunk) if large else make_body(chunk)
-    body.texts[0] = b"data: " + body.texts[0]
-    body.texts[-1] += b"\n\n"
+    body.parts[0] = b"data: " + body.parts[0]
+    body.parts[-1] += b"\n\n"
     async with aclosing(body.pieces()) as pieces:
         async for piece in pieces:
             yield piece

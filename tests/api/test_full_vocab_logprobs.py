@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from model.token_logprobs import TokenLogprobs
 from serve.api.errors import APIError
-from serve.api.json_stream import Hole, make_body
+from serve.api.json_stream import Placeholder, make_body
 from serve.api.prompt_logprobs import RowWriter
 from serve.engine.client import RequestHandle
 from serve.engine.request import (
@@ -310,7 +310,7 @@ async def test_make_body_with_placeholders() -> None:
         for part in parts:
             yield part
 
-    body = make_body({"a": Hole(pieces(b"[1", b"]")), "b": ["x", Hole(pieces(b"2"))], "c": "d"})
+    body = make_body({"a": Placeholder(pieces(b"[1", b"]")), "b": ["x", Placeholder(pieces(b"2"))], "c": "d"})
     parts = [part async for part in body.pieces()]
     assert parts == [b'{"a":[1', b"]", b',"b":["x",2', b'],"c":"d"}']
 

@@ -244,6 +244,7 @@ class LLM:
             if output.prompt_scores is not None:
                 columns = token_columns(tokenizer, prompt.token_ids, output.prompt_scores, starts_sequence=True)
                 shared[prompt.index] = Tokens(**columns)
+            scores = output.all_scores(options.logprobs)
             return Generation(
                 index=prompt.index,
                 choice=prompt.choice,
@@ -252,7 +253,7 @@ class LLM:
                 stop_reason=output.stop_reason,
                 prompt_token_ids=prompt.token_ids,
                 prompt=None,
-                **token_columns(tokenizer, output.token_ids, output.scores, starts_sequence=False),
+                **token_columns(tokenizer, output.token_ids, scores, starts_sequence=False),
             )
 
         items = [replace(prompt, choice=choice) for prompt in prompts for choice in range(options.n)]

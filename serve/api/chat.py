@@ -7,12 +7,13 @@ from typing import Any
 
 from serve.api.context import Context
 from serve.api.errors import invalid, unsupported
-from serve.api.generation import Choice, Output, collect
+from serve.api.generation import Choice, collect, output_logprobs
 from serve.api.handler import Handler, Job, Prompt
 from serve.api.json_stream import Body, make_body
 from serve.api.logprobs import chat_content
 from serve.api.requests import ChatCompletionRequest, ChatPromptFields
 from serve.api.validation import check_ids, check_length, check_number_of_ids, check_top_k, truncated
+from serve.jobs.generate import Output
 from serve.text.chat import ROLES, check_messages, generation_room
 
 type _Job = Job[ChatCompletionRequest]
@@ -161,7 +162,7 @@ def _logprobs(job: _Job, choice: Choice, output: Output) -> dict[str, Any] | Non
     if choice.alternatives is None:
         return None
     return {
-        "content": chat_content(job.names, output.token_ids, output.logprobs(choice.alternatives)),
+        "content": chat_content(job.names, output.token_ids, output_logprobs(output, choice.alternatives)),
         "refusal": None,
     }
 

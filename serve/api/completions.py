@@ -9,12 +9,13 @@ import orjson
 
 from model.token_logprobs import TokenLogprobs
 from serve.api.errors import invalid
-from serve.api.generation import Choice, Output, collect
+from serve.api.generation import Choice, collect, output_logprobs
 from serve.api.handler import Handler, Job, Prompt
 from serve.api.json_stream import Body, Placeholder, dump, make_body
 from serve.api.logprobs import CompletionLogprobs, concatenate
 from serve.api.requests import CompletionRequest
 from serve.api.validation import check_answers, check_length, check_number_of_ids, check_top_k, truncated
+from serve.jobs.generate import Output
 from serve.text.chat import encode_text, generation_room
 
 type _Job = Job[CompletionRequest]
@@ -186,7 +187,7 @@ def _echo(
 def _logprobs(choice: Choice, output: Output, columns: CompletionLogprobs) -> dict[str, Any] | None:
     if choice.alternatives is None:
         return None
-    return columns.output(output.token_ids, output.logprobs(choice.alternatives))
+    return columns.output(output.token_ids, output_logprobs(output, choice.alternatives))
 
 
 def _chunk_choice(job: _Job, choice: Choice, delta: Output, columns: CompletionLogprobs) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from model.token_logprobs import TokenLogprobs, empty_logprobs
+from model.token_logprobs import TokenLogprobs
 from serve.api.errors import APIError, engine_error, shutting_down
 from serve.api.logprobs import wire_logprobs
 from serve.api.middleware import Work
@@ -20,42 +20,12 @@ from serve.engine.request import (
     Request,
     TokenEvent,
 )
-from serve.text.detokenizer import Detokenizer, StopStrings
+from serve.jobs.generate import Output, OutputDecoder
+from serve.text.detokenizer import StopStrings
 from serve.text.tokenizer import Tokenizer
 
 _SLOW_READER = "The answer was read too slowly: too many of its tokens were waiting to be sent."
 _MAX_ADMITTED = 64  # choices of one HTTP request in the engine; a long list of prompts must not fill the queue
-
-
-@dataclass(slots=True)
-class Output:
-    """Text and tokens of a choice: of one event, or of several after `add`."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    scores: list[TokenLogprobs] = field(default_factory=list)  # together one row per token id; none if not requested
-    cached_tokens: int = 0  # of the prompt
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-    prompt_scores: TokenLogprobs | None = None
-
-    def add(self, other: "Output") -> None:
-        """Append the output of a later event."""
-        self.text += other.text
-        self.token_ids += other.token_ids
-        self.scores += other.scores
-        self.cached_tokens = other.cached_tokens
-        self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
-        self.prompt_scores = other.prompt_scores or self.prompt_scores
-
-    def logprobs(self, alternatives: int) -> TokenLogprobs:
-        """Checked log-probs of the tokens.
-
-        Raises:
-            APIError: 500, see `wire_logprobs`.
-        """
-        parts = self.scores or [empty_logprobs(0, alternatives)]
-        return wire_logprobs(TokenLogprobs.concatenate(parts), len(self.token_ids), alternatives)
 
 
 @dataclass(slots=True)
@@ -92,46 +62,33 @@ class Choice:
             QueueTimeoutError, DeadlineError, EngineStoppedError: see `RequestHandle`.
         """
         assert self.handle is not None
-        detokenizer = Detokenizer(
+        decoder = OutputDecoder(
             tokenizer,
+            self.stop,
+            eos_token_ids=self.eos_token_ids,
+            include_stop=self.include_stop,
             skip_special_tokens=self.skip_special_tokens,
-            stop=self.stop,
-            include_stop_str_in_output=self.include_stop,
         )
         async for event in self.handle:
             check_event(event)
-            delta = self._delta(event, detokenizer)
+            delta = decoder.output(event)
+            if self.alternatives is None:
+                delta.scores = []
             self.num_tokens += len(delta.token_ids)
-            if detokenizer.stopped_by is not None:
+            if decoder.found_stop:
                 self.handle.abort(FinishReason.STOP)
             yield delta
             if delta.finish_reason is not None:
                 return
 
-    def _delta(self, event: TokenEvent, detokenizer: Detokenizer) -> Output:
-        text, count = "", 0
-        for token_id in event.token_ids:
-            count += 1
-            if token_id != event.stop_token_id or self.include_stop:
-                text += detokenizer.push(token_id)
-            if detokenizer.stopped_by is not None:
-                break
-        reason: str | None = event.finish_reason
-        stop_reason: str | int | None = None
-        if detokenizer.stopped_by is not None:
-            reason, stop_reason = "stop", detokenizer.stopped_by
-        elif reason is not None:
-            text += detokenizer.finish()
-            stop_reason = None if event.stop_token_id in self.eos_token_ids else event.stop_token_id
-        return Output(
-            text=text,
-            token_ids=event.token_ids[:count],
-            scores=[] if self.alternatives is None or not count else [event.scores[:count]],
-            cached_tokens=event.cached_tokens,
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            prompt_scores=event.prompt_scores,
-        )
+
+def output_logprobs(output: Output, alternatives: int) -> TokenLogprobs:
+    """Checked log-probs of the tokens of an output.
+
+    Raises:
+        APIError: 500, see `wire_logprobs`.
+    """
+    return wire_logprobs(output.all_scores(alternatives), len(output.token_ids), alternatives)
 
 
 async def collect(choices: Sequence[Choice], deltas: AsyncGenerator[tuple[Choice, Output]]) -> list[Output]:

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from model.token_logprobs import TokenLogprobs
 from serve.api.context import Context
 from serve.api.errors import invalid
-from serve.api.generation import Choice, Output, engine_errors, merge, work_of
+from serve.api.generation import Choice, engine_errors, merge, work_of
 from serve.api.json_stream import Body
 from serve.api.logprobs import TokenNames
 from serve.api.middleware import AnswerRecord, record_of
@@ -35,11 +35,8 @@ from serve.api.validation import (
     read_prompt_logprobs,
     served_name,
 )
-from serve.engine.request import (
-    PromptScoring,
-    Request,
-    SamplingParams,
-)
+from serve.engine.request import PromptScoring, Request, SamplingParams
+from serve.jobs.generate import Output
 from serve.text.detokenizer import StopStrings
 
 logger = logging.getLogger(__name__)

@@ -1,22 +1,17 @@
 """Generation: sampling options, and token ids to text with the log-probs of every token."""
 
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from model.token_logprobs import TokenLogprobs
+from model.token_logprobs import TokenLogprobs, empty_logprobs
 from serve.config.generation_config import SamplingFieldKeywords, SamplingFields
 from serve.config.values import suggestion
-from serve.engine.request import (
-    PromptScoring,
-    Request,
-    SamplingParams,
-    TokenEvent,
-)
+from serve.engine.request import PromptScoring, Request, SamplingParams, TokenEvent
 from serve.jobs.request_queue import RequestQueue
 from serve.jobs.score import checked_scores
 from serve.text.detokenizer import Detokenizer, StopStrings
@@ -94,20 +89,34 @@ def sampling_values(fields: SamplingFields) -> dict[str, Any]:
     return values
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What one event adds to an output."""
+@dataclass(slots=True)
+class Output:
+    """Text and tokens that the engine generated: of one event, or of several after `add`."""
 
-    text: str
-    token_ids: list[int]
-    scores: TokenLogprobs  # one row per token id
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    scores: list[TokenLogprobs] = field(default_factory=list)  # together one row per token id, or none
+    cached_tokens: int = 0  # of the prompt
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # stop string or stop token id that ended the text, unless it is EOS
     prompt_scores: TokenLogprobs | None = None
 
+    def add(self, other: "Output") -> None:
+        """Append the output of a later event."""
+        self.text += other.text
+        self.token_ids += other.token_ids
+        self.scores += other.scores
+        self.cached_tokens = other.cached_tokens
+        self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
+        self.prompt_scores = other.prompt_scores or self.prompt_scores
+
+    def all_scores(self, alternatives: int) -> TokenLogprobs:
+        """Scores of all tokens; `alternatives` is the number of columns if there are no tokens."""
+        return TokenLogprobs.concatenate(self.scores or [empty_logprobs(0, alternatives)])
+
 
 class OutputDecoder:
-    """Turns the events of one request into text; the text ends at a stop string."""
+    """Turns the events of one request into text, which ends at a stop string."""
 
     def __init__(
         self,
@@ -124,49 +133,36 @@ class OutputDecoder:
         self._eos_token_ids = eos_token_ids
         self._include_stop = include_stop
 
-    def delta(self, event: TokenEvent) -> Delta:
+    @property
+    def found_stop(self) -> bool:
+        """True if a stop string has ended the text."""
+        return self._detokenizer.stopped_by is not None
+
+    def output(self, event: TokenEvent) -> Output:
         """Decode the next event. Tokens after a stop string are dropped."""
         text, count = "", 0
         for token_id in event.token_ids:
             count += 1
             if token_id != event.stop_token_id or self._include_stop:
                 text += self._detokenizer.push(token_id)
-            if self._detokenizer.stopped_by is not None:
+            if self.found_stop:
                 break
         reason: str | None = event.finish_reason
         stop_reason: str | int | None = None
-        if self._detokenizer.stopped_by is not None:
+        if self.found_stop:
             reason, stop_reason = "stop", self._detokenizer.stopped_by
         elif reason is not None:
             text += self._detokenizer.finish()
             stop_reason = None if event.stop_token_id in self._eos_token_ids else event.stop_token_id
-        return Delta(text, event.token_ids[:count], event.scores[:count], reason, stop_reason, event.prompt_scores)
-
-
-@dataclass(slots=True)
-class Output:
-    """One finished output."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    parts: list[TokenLogprobs] = field(default_factory=list)  # scores of the tokens
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-    prompt_scores: TokenLogprobs | None = None
-
-    def add(self, delta: Delta) -> None:
-        """Append a delta."""
-        self.text += delta.text
-        self.token_ids += delta.token_ids
-        if delta.token_ids or not self.parts:
-            self.parts.append(delta.scores)
-        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
-        self.prompt_scores = delta.prompt_scores or self.prompt_scores
-
-    @property
-    def scores(self) -> TokenLogprobs:
-        """Scores of all tokens."""
-        return TokenLogprobs.concatenate(self.parts)
+        return Output(
+            text=text,
+            token_ids=event.token_ids[:count],
+            scores=[event.scores[:count]] if count else [],
+            cached_tokens=event.cached_tokens,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            prompt_scores=event.prompt_scores,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,22 +192,18 @@ class Generator:
             RequestError: the engine failed on the request.
             EngineStoppedError: the engine has stopped.
         """
-        output = Output()
-        async with aclosing(self._deltas(request)) as deltas:
-            async for delta in deltas:
-                scores = checked_scores(delta.scores, self._options.logprobs)
-                output.add(replace(delta, scores=scores, prompt_scores=self._prompt_scores(delta)))
-        return output
-
-    async def _deltas(self, request: OutputRequest) -> AsyncGenerator[Delta]:
-        params = self._params(request.choice, request.max_tokens)
         decoder = OutputDecoder(self._tokenizer, self._stop, eos_token_ids=self._eos_token_ids)
+        params = self._params(request.choice, request.max_tokens)
+        output = Output()
         async with aclosing(self._queue.events(Request(uuid.uuid4().hex, request.token_ids, params))) as events:
             async for event in events:
-                delta = decoder.delta(event)
-                yield delta
+                delta = decoder.output(event)
+                delta.scores = [checked_scores(part, self._options.logprobs) for part in delta.scores]
+                delta.prompt_scores = self._prompt_scores(delta)
+                output.add(delta)
                 if delta.finish_reason is not None:
-                    return  # closing the events aborts a request that a stop string ended
+                    break  # closing the events aborts a request that a stop string ended
+        return output
 
     def _params(self, choice: int, max_tokens: int) -> SamplingParams:
         options = self._options
@@ -223,7 +215,7 @@ class Generator:
             **sampling_values(options),
         )
 
-    def _prompt_scores(self, delta: Delta) -> TokenLogprobs | None:
+    def _prompt_scores(self, delta: Output) -> TokenLogprobs | None:
         count = self._options.prompt_logprobs
         if count is None or delta.prompt_scores is None:
             return None

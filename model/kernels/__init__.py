@@ -1,1 +1,1 @@
-"""Optional kernels, a folder per platform. Absent or unbuilt, XLA does their work."""
+"""Optional kernels, one package per platform. Without them XLA's own code runs."""

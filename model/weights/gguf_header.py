@@ -1,7 +1,7 @@
 """Reads the header of a GGUF file: metadata and the table of tensors.
 
 Format: `docs/gguf.md` of the ggml project, versions 2 and 3, little-endian. Read here, not with `gguf.GGUFReader`,
-which makes a numpy array for each string: 3.7 s for a vocabulary of 49,152 tokens, against 0.1 s.
+which makes a numpy array per string: 3.7 s for a vocabulary of 49,152 tokens instead of 0.1 s.
 """
 
 import math
@@ -36,11 +36,11 @@ class GgufTensor:
     shape: tuple[int, ...]  # numpy's order; the file has it reversed
     type_number: int
     offset: int  # bytes from the start of the file
-    nbytes: int  # 0 where the type is unknown
+    nbytes: int  # 0 if the type is unknown
 
     @property
     def type_name(self) -> str:
-        """ggml's name of the type, such as "Q4_1", or its number if there is none."""
+        """ggml's name of the type, such as "Q4_1", or its number if it has none."""
         try:
             return str(GGMLQuantizationType(self.type_number).name)
         except ValueError:
@@ -49,17 +49,17 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """Metadata as plain Python values (str, int, float, bool, and lists of one of these), and the tensors."""
+    """Metadata as Python values (str, int, float, bool, or a list of one of these), and the tensors."""
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Reads and checks the header; every tensor of a known type lies within the file.
+    """Read and check the header; every tensor of a known type is within the file.
 
     Raises:
-        ModelLoadError: one line: not GGUF, truncated, contradicts itself, or of a version that is not known.
+        ModelLoadError: the file is not GGUF, truncated, inconsistent, or of an unknown version.
     """
     try:
         with path.open("rb") as file:
@@ -72,12 +72,12 @@ def read_header(path: Path) -> GgufHeader:
 
 
 def read_parts(path: Path) -> list[tuple[Path, GgufHeader]]:
-    """The headers of all files of a model of which `path` is one, the first file's first: it has the metadata.
+    """The headers of all files of the model that `path` belongs to, in order: the first has the metadata.
 
-    Names are those that llama.cpp's gguf-split gives, keys those that it writes.
+    File names and keys are those of llama.cpp's gguf-split.
 
     Raises:
-        ModelLoadError: as `read_header`; a part is missing, or is not the one that its name says.
+        ModelLoadError: as `read_header`; a part is missing, or does not match its name.
     """
     header = read_header(path)
     count = header.metadata.get("split.count", 1)
@@ -91,15 +91,15 @@ def read_parts(path: Path) -> list[tuple[Path, GgufHeader]]:
     parts = []
     for number in range(1, count + 1):
         part = path.with_name(f"{named['stem']}-{number:05}-of-{count:05}.gguf")
-        found = read_header(part)
-        if found.metadata.get("split.count") != count or found.metadata.get("split.no") != number - 1:
+        part_header = read_header(part)
+        if part_header.metadata.get("split.count") != count or part_header.metadata.get("split.no") != number - 1:
             raise ModelLoadError(f"{part}: is not part {number} of {count}, as its name says")
-        parts.append((part, found))
+        parts.append((part, part_header))
     return parts
 
 
 class _Cursor:
-    """Takes values off a buffer, never past its end."""
+    """Reads values from a buffer, never past its end."""
 
     def __init__(self, buffer: mmap.mmap, path: Path) -> None:
         self.buffer = buffer
@@ -111,7 +111,7 @@ class _Cursor:
         return ModelLoadError(f"{self.path}: {why}")
 
     def advance(self, count: int) -> int:
-        """Steps over `count` bytes and returns where they start."""
+        """Skip `count` bytes; return their start."""
         start = self.offset
         if count > self.size - start:
             raise self.fail(f"truncated: the header goes on after the file's {self.size} bytes")
@@ -167,7 +167,7 @@ def _parse(cursor: _Cursor) -> GgufHeader:
     if not isinstance(alignment, int) or alignment < 1:
         raise cursor.fail(f"general.alignment is {shown(alignment)}")
     start = -(-cursor.offset // alignment) * alignment
-    return GgufHeader(metadata, {name: _place(cursor, name, row, start) for name, row in rows.items()})
+    return GgufHeader(metadata, {name: _locate(cursor, name, row, start) for name, row in rows.items()})
 
 
 def _metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def _metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
 
 
 def _rows(cursor: _Cursor, count: int) -> dict[str, GgufTensor]:
-    """The table of tensors, offsets still counted from the start of the data."""
+    """The table of tensors, with offsets from the start of the data."""
     rows: dict[str, GgufTensor] = {}
     for _ in range(count):
         name = cursor.string()
@@ -191,14 +191,14 @@ def _rows(cursor: _Cursor, count: int) -> dict[str, GgufTensor]:
         if axes > _MAX_DIMS:
             raise cursor.fail(f"tensor {name} has {axes} axes")
         shape = tuple(cursor.u64() for _ in range(axes))[::-1]
-        if 0 in shape and max(shape) > _MAX_EMPTY:  # no file is too short for it
+        if 0 in shape and max(shape) > _MAX_EMPTY:  # a file of any length could hold it
             raise cursor.fail(f"tensor {name} has no values, and an axis of length {max(shape)}")
         rows[name] = GgufTensor(shape, type_number=cursor.u32(), offset=cursor.u64(), nbytes=0)
     return rows
 
 
-def _place(cursor: _Cursor, name: str, row: GgufTensor, start: int) -> GgufTensor:
-    """The row with its offset counted from the start of the file and its size in bytes."""
+def _locate(cursor: _Cursor, name: str, row: GgufTensor, start: int) -> GgufTensor:
+    """The row with its offset from the start of the file and its size in bytes."""
     offset = start + row.offset
     try:
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(row.type_number)]

@@ -1,4 +1,4 @@
-"""Fills the weight table of a family from a checkpoint, or lists everything that is wrong with it."""
+"""Reads the weights of a family's table from a checkpoint, or lists every problem."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,8 +22,8 @@ from model.weights.rows import Int8Rows, Rows
 from model.weights.safetensors import SafetensorsCheckpoint
 from model.weights.source import ModelSource
 
-_RUN_VALUES = 1 << 20  # read together
-_CHECK_VALUES = 1 << 20  # values looked at together, so that a check needs little memory
+_RUN_VALUES = 1 << 20  # values read at once
+_CHECK_VALUES = 1 << 20  # values checked at once, so that a check needs little memory
 _BF16_EXPONENT = np.uint16(0x7F80)  # all ones: infinite or NaN
 
 type Put[T] = Callable[[str, Any], T]  # takes Rows or Int8Rows
@@ -32,17 +32,17 @@ type Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One tensor of the checkpoint and what it must look like."""
+    """A tensor of the checkpoint and its expected properties."""
 
     name: str
     shape: tuple[int, ...]
-    interleaved_heads: int  # heads whose rows are stored as [E/2, 2]; 0 where they lie as ours do
-    offset: float  # to be added to the values
+    interleaved_heads: int  # heads whose rows are stored as [E/2, 2]; 0 if stored as ours
+    offset: float  # added to the values
 
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """One of our weights and the parts that are stacked along axis 0 to make it."""
+    """One of our weights and the tensors that are stacked along axis 0."""
 
     path: str
     parts: tuple[_Part, ...]
@@ -53,10 +53,10 @@ class _Target:
 
 
 def open_checkpoint(source: ModelSource) -> Checkpoint:
-    """Opens the files of a model and reads their headers; close it when the weights are loaded.
+    """Open the files of a model and read their headers; the caller closes them.
 
     Raises:
-        ModelLoadError: a file is missing, damaged or of a model that is not supported.
+        ModelLoadError: a file is missing or damaged, or the model is not supported.
     """
     return GgufCheckpoint(source.path) if source.is_gguf else SafetensorsCheckpoint(source.path)
 
@@ -88,7 +88,7 @@ def load_weights[T](
     targets = check_headers(checkpoint)
     stored = checkpoint.names()
     reader = _Reader(
-        checkpoint, dtype, sum(stored[part.name].nbytes for each in targets for part in each.parts), progress
+        checkpoint, dtype, sum(stored[part.name].nbytes for target in targets for part in target.parts), progress
     )
     weights: dict[str, T] = {}
     for target in targets:
@@ -102,8 +102,8 @@ def load_weights[T](
         except _UnreadableError:
             continue  # read the others too, so that the list of problems is complete
     if reader.problems:
-        found = [f"{name}: {what}" for name, what in reader.problems.items()]
-        raise ModelLoadError.of_problems(checkpoint.path, found)
+        problems = [f"{name}: {problem}" for name, problem in reader.problems.items()]
+        raise ModelLoadError.of_problems(checkpoint.path, problems)
     return weights
 
 
@@ -120,11 +120,11 @@ def check_headers(checkpoint: Checkpoint) -> Sequence[_Target]:
 
 
 class _UnreadableError(Exception):
-    """A part cannot be read, which is among the problems."""
+    """A part cannot be read; the problem is already recorded."""
 
 
 class _Reader:
-    """Reads targets in runs of rows, counts bytes and gathers problems."""
+    """Reads targets in runs of rows, counts bytes and collects problems."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: np.dtype[Any], total: int, progress: Progress | None) -> None:
         self._checkpoint = checkpoint
@@ -135,16 +135,16 @@ class _Reader:
         self.problems: dict[str, str] = {}  # by the part's name
 
     def dtype_of(self, target: _Target) -> np.dtype[Any]:
-        """That of the model for a matrix."""
+        """The model's dtype for a matrix, else float32."""
         return self._dtype if len(target.shape) > 1 else np.dtype(np.float32)
 
     def runs(self, target: _Target) -> Iterator[NDArray[Any]]:
-        """The rows of a target, cast."""
-        return _ahead(self._runs(target))
+        """The rows of a target, converted to its dtype."""
+        return _prefetch(self._runs(target))
 
     def int8_runs(self, target: _Target) -> Iterator[Int8Array]:
         """The rows of a matrix as int8."""
-        return _ahead(self._int8_runs(target))
+        return _prefetch(self._int8_runs(target))
 
     def _runs(self, target: _Target) -> Iterator[NDArray[Any]]:
         dtype = self.dtype_of(target)
@@ -183,17 +183,17 @@ class _Reader:
             self.problems[part.name] = f"holds values that are not finite{more}"
 
 
-def _ahead[T](items: Iterator[T]) -> Iterator[T]:
-    """The same, each made by another thread while the one before it is in use."""
+def _prefetch[T](items: Iterator[T]) -> Iterator[T]:
+    """The items, each computed in another thread while the previous one is in use."""
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
+        future = thread.submit(next, items, None)
+        while (item := future.result()) is not None:
+            future = thread.submit(next, items, None)
             yield item
 
 
 def _runs_of(part: _Part) -> Iterator[tuple[int, int]]:
-    """First row and end of each run. Rows that change places are one."""
+    """Start and stop of each run of rows. Rows that are reordered are one run."""
     count = part.shape[0]
     together = max(1, _RUN_VALUES // max(1, math.prod(part.shape[1:])))
     together = count if part.interleaved_heads or len(part.shape) == 1 else together
@@ -202,7 +202,7 @@ def _runs_of(part: _Part) -> Iterator[tuple[int, int]]:
 
 
 def _plan(checkpoint: Checkpoint) -> list[_Target]:
-    """The family's rows, once for each layer where they name one."""
+    """The targets of a model: each row of the family's table, once per layer if it is per layer."""
     config = checkpoint.config
     rows = [row for row in config.traits.weights if not (config.tie_word_embeddings and row == HEAD)]
     return [
@@ -229,25 +229,24 @@ def _part(checkpoint: Checkpoint, piece: Piece, layer: int) -> _Part:
 
 
 def _problems(checkpoint: Checkpoint, targets: list[_Target], stored: Mapping[str, TensorInfo]) -> list[str]:
-    """Everything that the headers show to be wrong."""
-    wanted = {part.name: part for target in targets for part in target.parts}
-    found = []
-    for part in wanted.values():
+    """Every problem that the headers show."""
+    expected = {part.name: part for target in targets for part in target.parts}
+    problems = []
+    for part in expected.values():
         info = stored.get(part.name)
         if info is None:
-            found.append(f"{part.name}: missing")
+            problems.append(f"{part.name}: missing")
             continue
         if info.shape != part.shape:
-            found.append(f"{part.name}: has shape {list(info.shape)}, must be {list(part.shape)}")
+            problems.append(f"{part.name}: has shape {list(info.shape)}, must be {list(part.shape)}")
         if not info.supported:
-            found.append(f"{part.name}: stored as {info.stored_as}, which is not supported")
-    known = wanted.keys() | set(_ignored(checkpoint.config))
-    found += [f"{name}: unexpected" for name in stored if name not in known]
-    return found
+            problems.append(f"{part.name}: stored as {info.stored_as}, which is not supported")
+    known = expected.keys() | set(_ignored(checkpoint.config))
+    return problems + [f"{name}: unexpected" for name in stored if name not in known]
 
 
 def _ignored(config: ModelConfig) -> Iterator[str]:
-    yield from ROPE_TENSORS  # the configuration has read them
+    yield from ROPE_TENSORS  # part of the configuration
     for name in config.traits.ignored:
         for layer in range(config.num_layers):
             yield name.format(i=layer)
@@ -257,7 +256,7 @@ def _ignored(config: ModelConfig) -> Iterator[str]:
 
 
 def _half_split(values: NDArray[Any], heads: int) -> NDArray[Any]:
-    """Reorders rows [heads, E/2, 2], as GGUF files of the Llama family pair them, to [heads, 2, E/2]."""
+    """Reorder rows from [heads, E/2, 2], the order in GGUF files of the Llama family, to [heads, 2, E/2]."""
     if not heads:
         return values
     pairs = values.reshape(heads, -1, 2, *values.shape[1:])
@@ -268,9 +267,9 @@ def _all_finite(values: NDArray[Any]) -> bool:
     flat = values.reshape(-1)
     is_bf16 = values.dtype == ml_dtypes.bfloat16
     for start in range(0, flat.size, _CHECK_VALUES):
-        some = flat[start : start + _CHECK_VALUES]
-        # ml_dtypes' own isfinite is many times slower than looking at the bits.
-        finite = (some.view(np.uint16) & _BF16_EXPONENT) != _BF16_EXPONENT if is_bf16 else np.isfinite(some)
+        run = flat[start : start + _CHECK_VALUES]
+        # ml_dtypes' isfinite is many times slower than a test of the bits.
+        finite = (run.view(np.uint16) & _BF16_EXPONENT) != _BF16_EXPONENT if is_bf16 else np.isfinite(run)
         if not finite.all():
             return False
     return True

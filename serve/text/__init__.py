@@ -1,6 +1,6 @@
-"""Text to token ids and back: tokenizers, chat templates, true bytes of a token. No device, no HTTP."""
+"""Text to token ids and back: tokenizers, chat templates, exact bytes of tokens. No device, no HTTP."""
 
-import os
+import logging
 
-# transformers says on import that PyTorch is missing; only its text utilities are used here.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+# Only transformers' text utilities are used, so its advice to install PyTorch, logged on import, does not apply.
+logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())

@@ -106,7 +106,7 @@ def test_a_failure_after_lowering_is_raised() -> None:
     def unknown(x: Any) -> Any:
         return jax.ffi.ffi_call("no_such_target", VECTOR)(x)
 
-    with pytest.raises(RefusedError, match=r"^vocabulary_4: .*no_such_target"):
+    with pytest.raises(RefusedError, match=r"^full_logprobs_4: .*no_such_target"):
         compile_plans([Plan(HeadShape(4, full=True), unknown, (VECTOR,)), plan(2)])
 
 

@@ -282,4 +282,4 @@ def test_shapes_that_were_not_compiled_raise(runner: ModelRunner) -> None:
 def test_what_a_runner_tells_of_itself(runner: ModelRunner) -> None:
     assert (runner.buckets, runner.pages, runner.max_logprobs, runner.vocab_size) == (BUCKETS, 9, 5, V)
     names = [program.name for program in runner.programs]
-    assert names == ["zero_state", "decode_1", "decode_4", "prefill_16", "score_16", "vocabulary_8", "adjust"]
+    assert names == ["zero_state", "decode_1", "decode_4", "prefill_16", "score_16", "full_logprobs_8", "penalties"]

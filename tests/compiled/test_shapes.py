@@ -57,10 +57,10 @@ def test_shapes_and_names() -> None:
     assert buckets.heads() == (HeadShape(8, full=False),)
     names = [step.name for step in buckets.steps()] + [head.name for head in buckets.heads()]
     assert names == ["decode_1", "decode_2", "prefill_16", "score_8"]
-    assert SlotShape(buckets.slots).name == "adjust"
+    assert SlotShape(buckets.slots).name == "penalties"
 
 
 def test_whole_rows_are_compiled_for_only_where_they_may_be_asked_for() -> None:
     for whole in (False, True):
         buckets = make_buckets(max_num_seqs=1, max_model_len=64, max_num_batched_tokens=64, full_logprobs=whole)
-        assert [head.name for head in buckets.heads()] == ["score_64", "vocabulary_8"][: 1 + whole]
+        assert [head.name for head in buckets.heads()] == ["score_64", "full_logprobs_8"][: 1 + whole]

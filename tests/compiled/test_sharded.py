@@ -41,7 +41,7 @@ def test_company_changes_no_bit(told: Any, case: str, devices: int) -> None:
     assert not told[case][str(devices)]["changed by company"]
 
 
-@pytest.mark.parametrize("program", ["decode_4", "prefill_16", "score_16", "vocabulary_8"])
+@pytest.mark.parametrize("program", ["decode_4", "prefill_16", "score_16", "full_logprobs_8"])
 def test_no_logit_leaves_its_shard(told: Any, program: str) -> None:
     """What is gathered or summed over devices is hidden states, counts, sums and the best k: never columns of V."""
     text = told["hlo"][program]

@@ -1,4 +1,4 @@
-"""Kernels for NVIDIA GPUs in Pallas, which Triton compiles. What lives here knows arrays and nothing of models."""
+"""Kernels for NVIDIA GPUs in Pallas, compiled by Triton. They know arrays, not models."""
 
 from model.kernels.gpu.attention import attend, runs_here, takes
 

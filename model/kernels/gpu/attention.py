@@ -1,9 +1,9 @@
-"""Attention over pages on an NVIDIA GPU: no gathered copy of the pages, and a long row is shared among programs.
+"""Attention over cache pages on an NVIDIA GPU, without gathering a copy of them; long rows are split among programs.
 
-One program of the grid has a tile of queries of one row and key/value head and walks over one part of the row's pages,
-which is cut the same way wherever a query comes from (Dao et al. 2023, "Flash-Decoding"). Each part is an online
-softmax (Milakov and Gimelshein 2018); parts are then added in order. Decode and prefill run the same tile, so a query's
-sums have one order in both.
+One program of the grid has a tile of queries of one row and key/value head and loops over one part of the row's pages.
+The parts are the same for every query (Dao et al. 2023, "Flash-Decoding"). Each part is an online softmax (Milakov and
+Gimelshein 2018); parts are then added in order. Decode and prefill run the same tile, so a query's sums have one order
+in both.
 """
 
 from functools import partial
@@ -15,26 +15,26 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-_QUERIES = 64  # of a program: a whole tile of the tensor cores, also where a decode step fills a few rows of it
-_LARGE = 128  # elements of a head above which a program has half as many queries, to fit into shared memory
-_OLDEST = 80  # compute capability, times ten, that Triton compiles for
-_PART_PAGES = 8  # at least, of a part of a row
-_MAX_PARTS = 16  # of a row: their results are kept until they are added
-_LEAST = 16  # elements of the smallest piece of a head that tensor cores multiply
+_QUERIES = 64  # queries per program: a full tile of the tensor cores, even if a decode step fills only a few rows
+_LARGE = 128  # head size above which a program has half as many queries, to fit into shared memory
+_MIN_COMPUTE_CAPABILITY = 80  # times ten, for Triton
+_PART_PAGES = 8  # minimum pages of a part
+_MAX_PARTS = 16  # maximum parts of a row: their results are stored until they are added
+_MIN_PIECE = 16  # elements of the smallest piece of a head that tensor cores multiply
 _MASKED = -1e30  # finite, so that a row of padding gives no NaN
 
 
 def takes(head_dim: int, dtype: Any) -> bool:
-    """Whether `attend` can: pages of bfloat16, and heads of a multiple of 16 elements.
+    """Whether `attend` can read such pages: bfloat16, and a head size that is a multiple of 16.
 
-    float32 would be multiplied without tensor cores, or rounded for them; XLA does it at full precision.
+    float32 would be multiplied without tensor cores, or rounded; XLA computes at full precision.
     """
-    return jnp.dtype(dtype) == jnp.bfloat16 and head_dim % _LEAST == 0
+    return jnp.dtype(dtype) == jnp.bfloat16 and head_dim % _MIN_PIECE == 0
 
 
 def runs_here() -> bool:
-    """Whether Triton compiles for the GPU that is being compiled for. For use while a program is lowered."""
-    return bool(triton.get_gpu_info().compute_capability >= _OLDEST)
+    """Whether Triton supports the GPU that is being compiled for. For use while a program is lowered."""
+    return bool(triton.get_gpu_info().compute_capability >= _MIN_COMPUTE_CAPABILITY)
 
 
 def attend(
@@ -58,13 +58,13 @@ def attend(
         keys, values: [N, K, S, E] bfloat16 pages, S a power of two.
         tables: [R, P] int32 pages of each row in order.
         positions: [R, T] int32, -1 for padding.
-        scale: of the scores.
-        window: how many tokens a query sees, itself included; 0 = all before it.
-        cap: cap * tanh(score / cap) stands for a score; 0 = as it is.
+        scale: factor of the scores.
+        window: tokens that a query attends to, itself included; 0 = all before it.
+        cap: replaces a score by cap * tanh(score / cap); 0 = off.
         interpret: run the kernel's operations one by one on any platform, for tests.
 
     Returns:
-        [R, T, H * E] float32; what padding gives means nothing.
+        [R, T, H * E] float32, undefined for padding.
     """
     R, T, H, E = queries.shape
     N, K, S, _ = keys.shape
@@ -73,21 +73,21 @@ def attend(
     tile = _QUERIES if E <= _LARGE else _QUERIES // 2
     blocks = -(-T * G // tile)
     Q = blocks * tile
-    kept = min(tile, 1 << (T * G - 1).bit_length())  # of a tile's queries, where one holds them all
+    stored = min(tile, 1 << (T * G - 1).bit_length())  # queries of a tile to store, fewer if one tile has them all
     rest = ((0, 0), (0, 0), (0, Q - T * G), (0, 0))
     # [R, K, Q, E]: a token's queries of one key/value head side by side.
     q = queries.reshape(R, T, K, G, E).transpose(0, 2, 1, 3, 4).reshape(R, K, T * G, E)
     q = jnp.pad(q * jnp.float32(scale), rest)
-    at = jnp.pad(jnp.repeat(positions, G, axis=1), ((0, 0), (0, Q - T * G)), constant_values=-1)
+    query_positions = jnp.pad(jnp.repeat(positions, G, axis=1), ((0, 0), (0, Q - T * G)), constant_values=-1)
     kernel = partial(_part, page_size=S, part_pages=-(-P // parts), window=window, cap=cap, pieces=_pieces(E))
     pages = pl.BlockSpec((N, None, S, E), lambda _, k, __: (0, k, 0, 0))
 
     def of_part(*shape: int) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
         spec = pl.BlockSpec(
-            (None, None, None, kept, *shape),
+            (None, None, None, stored, *shape),
             lambda r, k, i: (i // blocks, r, k, i % blocks, *(0,) * len(shape)),
         )
-        return spec, jax.ShapeDtypeStruct((parts, R, K, blocks * kept, *shape), jnp.float32)
+        return spec, jax.ShapeDtypeStruct((parts, R, K, blocks * stored, *shape), jnp.float32)
 
     specs, shapes = zip(of_part(E), of_part(), of_part(), strict=True)
     out, best, total = pl.pallas_call(
@@ -105,7 +105,7 @@ def attend(
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2 if E <= _LARGE else 1),
         interpret=interpret,
         name="logprobd_attention",
-    )(q, at, tables, keys, values)
+    )(q, query_positions, tables, keys, values)
     result = _added(out, best, total)[:, :, : T * G].reshape(R, K, T, G, E)
     return result.transpose(0, 2, 1, 3, 4).reshape(R, T, H * E)
 
@@ -113,7 +113,7 @@ def attend(
 def _part(
     part: Array,
     q_ref: Any,  # [B, E] float32, scaled: B queries of a tile
-    at_ref: Any,  # [B] positions
+    positions_ref: Any,  # [B] positions
     table_ref: Any,  # [P]
     keys_ref: Any,  # [N, S, E] of the head
     values_ref: Any,
@@ -127,10 +127,10 @@ def _part(
     cap: float,
     pieces: list[tuple[int, int]],
 ) -> None:
-    """What a tile of queries sees of one part of a row."""
-    at, count, kept = at_ref[...], at_ref.shape[0], best_ref.shape[0]
-    last = jnp.max(at)
-    lowest = jnp.min(jnp.where(at < 0, last, at))
+    """Attention of a tile of queries over one part of a row."""
+    query_positions, count, stored = positions_ref[...], positions_ref.shape[0], best_ref.shape[0]
+    last = jnp.max(query_positions)
+    lowest = jnp.min(jnp.where(query_positions < 0, last, query_positions))
     first = jnp.maximum(lowest - window + 1, 0) // page_size if window else 0
     start = jnp.maximum(part * part_pages, first)
     stop = jnp.minimum((part + 1) * part_pages, last // page_size + 1)
@@ -139,23 +139,23 @@ def _part(
     def page(i: Array, carry: Any) -> Any:
         best, total, outs = carry
         number = table_ref[i]
-        key_at = i * page_size + jnp.arange(page_size, dtype=jnp.int32)
+        key_positions = i * page_size + jnp.arange(page_size, dtype=jnp.int32)
         scores = jnp.zeros((count, page_size), jnp.float32)
         for (low, size), halves in zip(pieces, q, strict=True):
             keys = keys_ref[number, :, pl.ds(low, size)]
             scores = _product(halves, keys, scores, by=1)
         if cap:
             scores = jnp.float32(cap) * jnp.tanh(scores / jnp.float32(cap))
-        seen = key_at[None, :] <= at[:, None]
+        seen = key_positions[None, :] <= query_positions[:, None]
         if window:
-            seen &= key_at[None, :] > at[:, None] - window
+            seen &= key_positions[None, :] > query_positions[:, None] - window
         scores = jnp.where(seen, scores, _MASKED)
         new_best = jnp.maximum(best, jnp.max(scores, axis=1))
         rescale = jnp.exp(best - new_best)
         weights = jnp.where(seen, jnp.exp(scores - new_best[:, None]), 0.0)
         halves = _halves(weights)
-        # A page may hold what an earlier owner left behind its end: 0 x NaN would be NaN.
-        there = (key_at <= last)[:, None]
+        # Past its end a page may hold values of an earlier owner: 0 x NaN would be NaN.
+        there = (key_positions <= last)[:, None]
         outs = tuple(
             _product(
                 halves,
@@ -171,9 +171,9 @@ def _part(
     begin = (jnp.full((count,), _MASKED, jnp.float32), jnp.zeros((count,), jnp.float32), nothing)
     best, total, outs = jax.lax.fori_loop(start, stop, page, begin)
     for (low, size), out in zip(pieces, outs, strict=True):
-        out_ref[:, pl.ds(low, size)] = _first(out, kept)
-    best_ref[...] = _first(best, kept)
-    total_ref[...] = _first(total, kept)
+        out_ref[:, pl.ds(low, size)] = _first(out, stored)
+    best_ref[...] = _first(best, stored)
+    total_ref[...] = _first(total, stored)
 
 
 def _first(x: Array, count: int) -> Array:
@@ -186,7 +186,7 @@ def _first(x: Array, count: int) -> Array:
 
 
 def _pieces(size: int) -> list[tuple[int, int]]:
-    """Where a head is cut, and how long the pieces are: powers of two, which is what Triton takes."""
+    """Start and size of the pieces of a head: powers of two, as Triton requires."""
     pieces, start = [], 0
     while start < size:
         piece = 1 << ((size - start).bit_length() - 1)
@@ -216,4 +216,4 @@ def _added(out: Array, best: Array, total: Array) -> Array:
     for i in range(out.shape[0]):
         share = jnp.exp(best[i] - greatest)
         sums, weights = sums + share[..., None] * out[i], weights + share * total[i]
-    return sums / jnp.where(weights > 0, weights, 1.0)[..., None]  # padding saw nothing
+    return sums / jnp.where(weights > 0, weights, 1.0)[..., None]  # 0 for padding

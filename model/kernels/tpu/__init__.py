@@ -1,4 +1,4 @@
-"""Kernels for TPUs: those that JAX ships in Pallas, behind our shapes. What lives here knows arrays, not models."""
+"""Kernels for TPUs: JAX's Pallas kernels, adapted to our layouts. They know arrays, not models."""
 
 from model.kernels.tpu.attention import attend, kv_heads_of_tiles, lanes_of_tiles, reads, takes
 

@@ -1,8 +1,8 @@
 """Ragged paged attention on a TPU: the Pallas kernel that JAX ships (`jax.experimental.pallas.ops.tpu`).
 
-It reads keys and values of a token side by side, in whole tiles: 128 elements of a head, and as many heads as fill
-registers of bfloat16 pairs. Heads that do not come out even are filled up with zeros, in the cache too; a TPU would
-store the elements so in any case. Heads of more than 128 elements it does not compile.
+It reads keys and values of a token interleaved, in full tiles: 128 elements of a head, and as many heads as fill
+registers of bfloat16 pairs. Other sizes are padded with zeros, in the cache too; a TPU would pad the elements in any
+case. It does not compile for heads of more than 128 elements.
 """
 
 import math
@@ -14,21 +14,21 @@ from jax import Array
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
 _LANES = 128
-_BLOCK_PAGES = 8  # of keys in one step of the kernel
-_MOST_TABLE_ENTRIES = 200 << 10  # of tables, which the kernel keeps in 1 MiB of scalar memory beside other things
-_BLOCK_QUERIES = 32  # tokens, the same for decode and prefill: a query's sums have one order in both
+_BLOCK_PAGES = 8  # pages of keys per step of the kernel
+_MOST_TABLE_ENTRIES = 200 << 10  # of tables, which share 1 MiB of scalar memory with other data
+_BLOCK_QUERIES = 32  # tokens per block, equal in decode and prefill: a query's sums have one order in both
 
 
 def reads(head_dim: int, dtype: Any) -> bool:
-    """Whether `attend` can read pages of such heads: bfloat16, of up to 128 elements.
+    """Whether `attend` can read such pages: bfloat16, heads of up to 128 elements.
 
-    float32 would be rounded on its way; XLA does it at full precision.
+    It would round float32; XLA computes at full precision.
     """
     return bool(jnp.dtype(dtype) == jnp.bfloat16 and head_dim <= _LANES)
 
 
 def takes(queries: tuple[int, ...], tables: tuple[int, ...]) -> bool:
-    """Whether `attend` can, by the shapes of queries [R, T, H, E] and tables [R, P]."""
+    """Whether `attend` takes queries [R, T, H, E] and tables [R, P] of these shapes."""
     return 1 in queries[:2] and math.prod(tables) <= _MOST_TABLE_ENTRIES
 
 
@@ -56,15 +56,15 @@ def attend(
     """Causal attention of each query over its row's cached tokens, itself included.
 
     Args:
-        queries: [R, T, H, E] float32; R or T is 1. Rows of a decode step, or tokens of a chunk, that are padding come
-            after all others.
+        queries: [R, T, H, E] float32; R or T is 1. Padding rows of a decode step, and padding tokens of a chunk, are
+            last.
         pages: [N, S, 2 K', E'] bfloat16, each head's keys before its values.
         tables: [R, P] int32 pages of each row in order.
-        positions: [R, T] int32, -1 for padding; those of a chunk follow one another.
-        kv_heads: K, of which H / K queries each share one.
-        scale: of the scores.
-        window: how many tokens a query sees, itself included; 0 = all before it.
-        cap: cap * tanh(score / cap) stands for a score; 0 = as it is.
+        positions: [R, T] int32, -1 for padding; consecutive in a chunk.
+        kv_heads: K, each shared by H / K query heads.
+        scale: factor of the scores.
+        window: tokens that a query attends to, itself included; 0 = all before it.
+        cap: replaces a score by cap * tanh(score / cap); 0 = off.
 
     Returns:
         [R, T, H * E] float32; zeros for padding.
@@ -80,14 +80,14 @@ def attend(
     q = jnp.pad(
         queries.reshape(R * T, kv_heads, G, E), ((0, 0), (0, stored_heads - kv_heads), (0, 0), (0, lanes - E))
     ).reshape(R * T, stored_heads * G, lanes)
-    there = positions >= 0
+    is_token = positions >= 0
     if T == 1:
-        rows = jnp.sum(there, dtype=jnp.int32)
+        rows = jnp.sum(is_token, dtype=jnp.int32)
         ends = jnp.minimum(jnp.arange(R + 1, dtype=jnp.int32), rows)
         lengths = jnp.maximum(positions[:, 0] + 1, 1)
     else:
         rows = jnp.ones((), jnp.int32)
-        ends = jnp.stack([jnp.zeros((), jnp.int32), jnp.sum(there, dtype=jnp.int32)])
+        ends = jnp.stack([jnp.zeros((), jnp.int32), jnp.sum(is_token, dtype=jnp.int32)])
         lengths = jnp.maximum(jnp.max(positions, axis=1) + 1, 1)
     out = ragged_paged_attention(
         q,
@@ -103,5 +103,5 @@ def attend(
         num_queries_per_block=_BLOCK_QUERIES,
     )
     out = out.reshape(R, T, stored_heads, G, lanes)[:, :, :kv_heads, :, :E].reshape(R, T, H * E)
-    result: Array = jnp.where(there[:, :, None], out, 0.0)  # the kernel writes nothing there
+    result: Array = jnp.where(is_token[:, :, None], out, 0.0)  # the kernel does not write padding
     return jax.lax.convert_element_type(result, jnp.float32)

@@ -2,7 +2,7 @@
 
 A page is free; allocated to one request, which fills it; registered under the hash of its content when it is full;
 shared by requests with the same prefix; unreferenced, but still registered; and evicted, least recently used first,
-when a page is needed and none is free. docs/pages.md explains this in detail.
+when a page is needed and none is free. docs/kv-cache.md explains this in detail.
 """
 
 import hashlib

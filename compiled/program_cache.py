@@ -59,7 +59,7 @@ def seal_entries(name: str | None = None) -> None:
 def delete_damaged_entries(name: str) -> None:
     """Delete entries of the program `name` that do not match their checksum: jax would keep them and only warn."""
     for entry in _entries_of(name):
-        if _checksum(entry).exists() and _is_damaged(entry):
+        if _checksum(entry).exists() and _is_damaged(entry, logging.DEBUG):
             _delete(entry)
 
 
@@ -81,13 +81,13 @@ def _delete(entry: Path) -> None:
     _checksum(entry).unlink(missing_ok=True)
 
 
-def _is_damaged(entry: Path) -> bool:
+def _is_damaged(entry: Path, level: int = logging.WARNING) -> bool:
     try:
         expected, digest = _checksum(entry).read_text("ascii"), _digest(entry)
     except (OSError, ValueError):
         return True
     if expected and expected != digest:
-        logger.warning("%s: a cached program is damaged; it is compiled again", entry.name)
+        logger.log(level, "%s: a cached program is damaged; it is compiled again", entry.name)
     return expected != digest
 
 

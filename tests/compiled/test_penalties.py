@@ -49,7 +49,7 @@ def busy_slots(V: int) -> SlotState:
 
 
 def sampling_of(V: int, **values: Any) -> SamplingArrays:
-    """Greedy rows, all of them adjusted, with these values in every row."""
+    """Greedy rows, all of them penalized, with these values in every row."""
     sampling = greedy_sampling(R, V)
     sampling.penalized[:] = True
     for name, value in values.items():
@@ -92,7 +92,7 @@ def test_bias_and_penalties_of_each_rows_own_slot(name: str) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_rows_that_are_not_adjusted_keep_their_bits(masked: bool) -> None:
+def test_rows_that_are_not_penalized_keep_their_bits(masked: bool) -> None:
     V, rows = 300, [0, 1, 2, 3, 4]
     logits, slots = logits_of(V), busy_slots(V)
     sampling = sampling_of(V, **PENALTIES["all"])
@@ -105,7 +105,7 @@ def test_rows_that_are_not_adjusted_keep_their_bits(masked: bool) -> None:
 
 
 @pytest.mark.parametrize("name", PENALTIES)
-def test_an_adjusted_row_alone_and_in_a_crowd_has_the_same_bits(name: str) -> None:
+def test_a_penalized_row_alone_and_in_a_crowd_has_the_same_bits(name: str) -> None:
     V = 300
     logits, slots = logits_of(V), busy_slots(V)
     sampling = sampling_of(V, **PENALTIES[name])
@@ -116,11 +116,11 @@ def test_an_adjusted_row_alone_and_in_a_crowd_has_the_same_bits(name: str) -> No
         assert alone[0].tobytes() == crowd[row].tobytes()
 
 
-@pytest.mark.parametrize("adjusted", [False, True])
+@pytest.mark.parametrize("penalized", [False, True])
 @pytest.mark.parametrize("V", SIZES)
-def test_cleared_bits_forbid_their_tokens_and_no_others(V: int, adjusted: bool) -> None:
+def test_cleared_bits_forbid_their_tokens_and_no_others(V: int, penalized: bool) -> None:
     logits, slots = logits_of(V), busy_slots(V)
-    sampling = sampling_of(V, adjusted=adjusted)
+    sampling = sampling_of(V, penalized=penalized)
     free = adjust(logits, sampling, slots, range(R))
     allowed = np.random.default_rng(V).random((R, V)) < 0.5
     allowed[:, [0, V - 1]] = [[True, False], [False, True], [True, True], [False, False], [True, False]]
@@ -132,7 +132,7 @@ def test_cleared_bits_forbid_their_tokens_and_no_others(V: int, adjusted: bool) 
 @pytest.mark.parametrize("V", SIZES)
 def test_bits_past_the_vocabulary_mean_nothing(V: int, spare: bool) -> None:
     logits, slots = logits_of(V), empty_slots(Z, V)
-    sampling = sampling_of(V, adjusted=False)
+    sampling = sampling_of(V, penalized=False)
     sampling.mask[:] = packed(np.ones((R, V), np.bool_), spare=spare)
     np.testing.assert_array_equal(adjust(logits, sampling, slots, range(R)), logits)
 
@@ -170,7 +170,7 @@ def test_what_counts_as_a_change() -> None:
     assert changes_logits(replace(sampling, penalized=np.arange(R) == R - 1))
 
 
-def test_sampled_rows_draw_from_adjusted_logits() -> None:
+def test_sampled_rows_draw_from_penalized_logits() -> None:
     """A bias of 100 leaves one token, whatever the draw."""
     V = 300
     slots, sampling = empty_slots(Z, V), sampling_of(V, temperature=1.5)

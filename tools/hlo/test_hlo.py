@@ -11,8 +11,7 @@ from compiled.runner import make_plans, state_shapes
 from compiled.shapes import Buckets
 from compiled.state import MAX_REQUESTED_IDS
 from model.config_hf import config_from_hf
-from model.kernels import cpu
-from model.kernels.dispatch import load_kernels
+from model.kernels.dispatch import Kernels, load_kernels
 from model.transformer import abstract_weights, bind
 from tests.support.tiny import tiny_configs
 from tools.hlo import operations
@@ -287,22 +286,22 @@ SLOTS = (f"f32[5,{V}]", f"s32[5,{V}]", f"pred[5,{V}]")  # bias, counts, seen of 
 @pytest.fixture(scope="module")
 def xla_texts() -> Mapping[str, str]:
     """HLO of every program of the tiny model, without our kernels."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "load", lambda: None)
-        return compile_tiny()
+    return compile_tiny(Kernels())
 
 
 @pytest.fixture(scope="module", params=["kernels", "XLA"])
 def texts(request: pytest.FixtureRequest) -> Mapping[str, str]:
     """HLO of every program of the tiny model, with our kernels (if available) and without."""
-    made: Mapping[str, str] = request.getfixturevalue("xla_texts") if request.param == "XLA" else compile_tiny()
+    made: Mapping[str, str] = (
+        request.getfixturevalue("xla_texts") if request.param == "XLA" else compile_tiny(load_kernels())
+    )
     return made
 
 
-def compile_tiny() -> Mapping[str, str]:
+def compile_tiny(kernels: Kernels) -> Mapping[str, str]:
     """Compile the tiny model from shapes alone."""
     dtype = jnp.dtype(jnp.float32)
-    model = bind(CONFIG, dtype, abstract_weights(CONFIG, dtype), load_kernels())
+    model = bind(CONFIG, dtype, abstract_weights(CONFIG, dtype), kernels)
     buckets = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=8, pages_per_row=4, full_logprobs_rows=2)
     plans = make_plans(model, buckets, state_shapes(model, buckets, pages=PAGES), k=5)
     return {program.name: operations.hlo_text(program) for program in compile_plans(plans)}
@@ -342,7 +341,7 @@ def test_programs_return_no_array_of_the_vocabulary(texts: Mapping[str, str], na
     assert str(V) not in axes(leaves)
 
 
-def test_only_the_vocabulary_program_returns_rows(texts: Mapping[str, str]) -> None:
+def test_only_full_logprobs_returns_rows(texts: Mapping[str, str]) -> None:
     assert operations.result_shapes(texts["full_logprobs_2"]) == [f"f32[2,{V}]"]
 
 

@@ -15,9 +15,8 @@ from model.token_logprobs import TokenLogprobs, clamp_logprobs
 from serve.api.errors import engine_error
 from serve.text.tokenizer import Tokenizer
 
-type _Row = tuple[
-    str, np.float32, dict[str, np.float32], list[int]
-]  # name, log-prob, alternatives by name and their ids
+# A token's name and log-prob, its alternatives' log-probs by name, and their ids.
+type _Row = tuple[str, np.float32, dict[str, np.float32], list[int]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The line of each answer: who asked, what became of it, and where the time went."""
+"""Access log: request, outcome and times of each answer."""
 
 import asyncio
 import itertools
@@ -80,8 +80,8 @@ async def test_access_log_error_codes() -> None:
             await run
             gate.open()
         text = (await server.client.get("/metrics")).text
-    told = [(record.status, record.error) for record in records[:-1]]
-    assert told == [
+    statuses = [(record.status, record.error) for record in records[:-1]]
+    assert statuses == [
         (400, "invalid_type"),
         (404, "not_found"),
         (200, "engine_error"),
@@ -146,9 +146,9 @@ def test_access_log_escapes_control_characters_in_path() -> None:
 
 
 @pytest.mark.parametrize(
-    ("client", "told"),
+    ("client", "expected"),
     [("10.0.0.9", "10.0.0.9"), ("::1", "::1"), ("10.0.0.9 key=key1 bytes=0", None), ("\x9b31m", None), (None, None)],
 )
-def test_access_log_client_only_if_ip_address(client: str | None, told: str | None) -> None:
-    """uvicorn takes it from a header, where a proxy of this machine has set it."""
-    assert fields_of(record(client=client)).get("client") == told
+def test_access_log_client_only_if_ip_address(client: str | None, expected: str | None) -> None:
+    """uvicorn takes the address from a header that a local proxy sets."""
+    assert fields_of(record(client=client)).get("client") == expected

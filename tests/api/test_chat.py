@@ -1,4 +1,4 @@
-"""/v1/chat/completions: shapes, numbers, templates, and how a text ends."""
+"""/v1/chat/completions: response shape, log-probs, templates, finish reasons."""
 
 import json
 from typing import Any
@@ -13,7 +13,7 @@ PROMPT = "user:Hi;>"
 
 
 async def prompt_of(server: Server, **fields: Any) -> str:
-    """The text of the prompt that a request makes."""
+    """The text of a request's prompt."""
     return bytes((await server.chat(**fields, return_token_ids=True))["prompt_token_ids"]).decode()
 
 

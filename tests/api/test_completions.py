@@ -1,4 +1,4 @@
-"""/v1/completions: shapes, many prompts, and how a text ends."""
+"""/v1/completions: response shape, several prompts, finish reasons."""
 
 from typing import Any
 
@@ -70,7 +70,7 @@ async def test_completions_prompt_forms(plain_server: Server, prompt: Any) -> No
 
 @pytest.mark.parametrize("seed", [0, 5, -7, 2**63 - 2])
 async def test_completions_several_prompts_and_n(plain_server: Server, seed: int) -> None:
-    """Choice i of a prompt uses seed + i; the index is the prompt's place times n plus i."""
+    """Choice i of a prompt uses seed + i; its index is n times the prompt's index plus i."""
     prompts = [[1, 2, 3], [4], [5, 6]]
     answer = await plain_server.complete(
         prompt=prompts, n=2, temperature=1, seed=seed, max_tokens=5, return_token_ids=True, logprobs=1
@@ -94,7 +94,7 @@ async def test_completions_several_prompts_and_n(plain_server: Server, seed: int
 
 
 async def test_completions_more_prompts_than_queue(server: Server) -> None:
-    """They run in turns."""
+    """Choices beyond the queue wait for others of the request."""
     choices = (await server.complete(prompt=["a"] * 100, max_tokens=1))["choices"]
     assert [choice["index"] for choice in choices] == list(range(100))
     assert {choice["text"] for choice in choices} == {"H"}
@@ -118,7 +118,7 @@ async def test_completions_tiny_temperature_is_greedy(plain_server: Server, temp
         ({"stop": "el"}, "H", "stop", "el", 3),
         ({"stop": ["xx", "lo", "llo"]}, "He", "stop", "llo", 5),
         ({"stop": "el", "include_stop_str_in_output": True}, "Hel", "stop", "el", 3),
-        ({"stop": "lx"}, "Hello", "stop", None, 6),  # held back, then told
+        ({"stop": "lx"}, "Hello", "stop", None, 6),  # held back, then sent
         ({"stop": "ox", "max_tokens": 5}, "Hello", "length", None, 5),
         ({"stop_token_ids": [101]}, "H", "stop", 101, 2),
         ({"stop_token_ids": [101], "include_stop_str_in_output": True}, "He", "stop", 101, 2),

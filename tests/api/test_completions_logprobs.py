@@ -1,4 +1,4 @@
-"""The log-probs of /v1/completions: every variant of echo, logprobs and max_tokens; offsets and names."""
+"""Log-probs of /v1/completions: all combinations of echo, logprobs and max_tokens; offsets and token names."""
 
 import json
 from typing import Any
@@ -27,7 +27,7 @@ async def one(server: Server, **fields: Any) -> Any:
 
 
 async def test_completion_logprobs_example(server: Server) -> None:
-    """echo and logprobs: 1, one token: the numbers of prompt and output in one line."""
+    """echo with logprobs 1 and one token: the log-probs of prompt and output in one list."""
     choice = await one(server, prompt=[72, 105], echo=True, logprobs=1, max_tokens=1)
     assert choice["text"] == "HiH"
     # After H the hidden state is 73; i is 105: -(178 mod 7) / 8, rank 1 + 178 mod 5; best is token 73.
@@ -126,7 +126,7 @@ async def test_prompt_logprobs_in_every_choice(plain_server: Server) -> None:
 
 
 async def test_completion_logprobs_equal_text_everywhere(server: Server) -> None:
-    """lm-eval compares them for equality. The text is the shortest that gives the float32."""
+    """lm-eval compares them for equality. The JSON is the shortest text that parses to the float32."""
     response = await server.post("/v1/completions", completion_body(echo=True, logprobs=K))
     columns = json.loads(response.text, parse_float=str)["choices"][0]["logprobs"]
     assert columns["token_logprobs"][2:] == ["-0.1", "-0.2", "-0.3", "-0.4", "-0.5", "-0.6"]
@@ -139,7 +139,7 @@ async def test_completion_logprobs_equal_text_everywhere(server: Server) -> None
 
 
 async def test_completion_logprobs_greedy_equality(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token that is the most likely has exactly the number of the best alternative."""
+    """The log-prob of the most likely token equals that of the best alternative exactly."""
 
     def best_first(inputs: ScoreInput) -> Unread:
         own = (-inputs.targets / 3).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Long JSON answers are zipped for clients that take it; short ones and streams of events never are."""
+"""gzip: for long JSON answers if the client accepts it, never for short answers and event streams."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ SERVER_OPTIONS: dict[str, Any] = {"runner": ExactRunner, "whole_vocabulary": Tru
 
 
 async def raw(server: Server, path: str, body: dict[str, Any], accept: str | None) -> tuple[bytes, Any]:
-    """An answer's bytes as they are sent, and its headers."""
+    """An answer's bytes as sent, and its headers."""
     headers = {} if accept is None else {"accept-encoding": accept}
     request = server.client.build_request("POST", path, json=body, headers=headers)
     if accept is None:
@@ -27,7 +27,7 @@ async def raw(server: Server, path: str, body: dict[str, Any], accept: str | Non
 
 
 def told(data: bytes) -> Any:
-    """An answer's JSON but for what differs between two alike requests."""
+    """An answer's JSON without the fields that differ between equal requests."""
     return {name: value for name, value in json.loads(data).items() if name not in ("id", "created", "usage")}
 
 

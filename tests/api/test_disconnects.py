@@ -1,4 +1,4 @@
-"""A client that leaves frees what it held in the engine."""
+"""A disconnect frees the request's resources in the engine."""
 
 import asyncio
 
@@ -47,7 +47,7 @@ async def test_disconnect_while_generating(fresh_server: Server, path: str, stre
 @PATHS
 @pytest.mark.parametrize("stream", [False, True])
 async def test_disconnect_while_queued(fresh_server: Server, path: str, stream: bool) -> None:
-    """It waits behind four others, as many as run at once; they are not disturbed."""
+    """The request waits behind four running ones, the maximum, which are not affected."""
     gate = fresh_server.runner.before_call = Gate("decode")
     others = [asyncio.create_task(fresh_server.complete(max_tokens=4)) for _ in range(4)]
     await gate.reached()

@@ -1,4 +1,4 @@
-"""Everything that is wrong with a request is said in OpenAI's envelope, and the next request is answered."""
+"""Errors of requests: OpenAI's envelope, and the next request is answered."""
 
 import json
 from collections.abc import AsyncIterator
@@ -25,7 +25,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
 async def refused(server: Server, path: str, body: Any, status: int = 400) -> tuple[str | None, str | None]:
-    """The param and code of an error, after which the server answers as before."""
+    """The param and code of an error; also checks that the server still answers."""
     error = error_of(await server.post(path, body), status)
     assert error["type"] == "invalid_request_error"
     assert (await server.complete())["choices"][0]["text"] == "Hello"
@@ -252,8 +252,8 @@ async def test_error_too_many_ids_before_ids_are_checked(server: Server, truncat
     for path, param in ((COMPLETIONS, "prompt"), (CHAT, "prompt_token_ids")):
         fields = {param: [1] * 10_000 + [10**6]} | truncates
         body = completion_body(**fields) if path == COMPLETIONS else chat_body(messages=None, **fields)
-        told = (f"{param}[10000]" if path == COMPLETIONS else param, "invalid_value") if truncates else None
-        assert await refused(server, path, body) == (told or (param, "context_length_exceeded"))
+        error_fields = (f"{param}[10000]" if path == COMPLETIONS else param, "invalid_value") if truncates else None
+        assert await refused(server, path, body) == (error_fields or (param, "context_length_exceeded"))
 
 
 async def test_error_more_than_10000_messages(server: Server) -> None:
@@ -267,7 +267,7 @@ async def test_error_more_than_10000_messages(server: Server) -> None:
 
 
 async def test_error_more_than_a_million_containers(server: Server) -> None:
-    """What they open takes much more memory than they do."""
+    """Arrays and objects take much more memory than their brackets."""
     for many in (b"[]", b"{}"):
         body = b'{"prompt": "a", "user": [' + b",".join([many] * (1 << 20)) + b"]}"
         assert await refused(server, COMPLETIONS, body) == (None, "invalid_json")
@@ -290,7 +290,7 @@ async def test_error_more_than_a_million_containers(server: Server) -> None:
 async def test_error_too_many_prompt_logprobs(
     path: str, fields: dict[str, Any], param: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which a list of prompts, or many answers to one, would repeat. One prompt of full length is always answered."""
+    """Several prompts or choices multiply the log-probs. One full-length prompt is always accepted."""
     monkeypatch.setattr("serve.api.validation._MAX_PROMPT_LOGPROBS", 2000)
     async with serving(max_model_len=410, whole_vocabulary=True, runner=ExactRunner) as server:
         monkeypatch.setattr("serve.api.validation._FULL_LENGTHS", 0)
@@ -336,12 +336,12 @@ async def test_error_deep_nesting_within_json_limits(server: Server) -> None:
 
 
 def objects(levels: int) -> Any:
-    """So many in one another."""
+    """Nested lists."""
     return {"x": objects(levels - 1)} if levels else "leaf"
 
 
 def with_levels(param: str, levels: int) -> dict[str, Any]:
-    """A chat with a field of so many levels."""
+    """A chat with a field that is nested `levels` deep."""
     first = {"role": "user", "content": "Hi"}
     match param:
         case "documents":

@@ -1,4 +1,4 @@
-"""The engine is full, has stopped or fails: the client is told so in OpenAI's envelope, and learns no internals."""
+"""The engine is full, has stopped or fails: an error in OpenAI's envelope, without internals."""
 
 import asyncio
 import json
@@ -38,7 +38,7 @@ async def test_queue_full_is_429() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_queue_not_filled_by_finished_choices(stream: bool) -> None:
-    """Choices that a stop string ends leave their places at once, though the engine hears of it after its step."""
+    """Choices that a stop string ends leave the queue at once, although the engine learns of it after its step."""
     async with serving(b"Hello" * 20, max_waiting=64) as server:
         response = await server.post(COMPLETIONS, completion_body(n=128, stop="l", max_tokens=60, stream=stream))
         assert response.status_code == 200
@@ -49,7 +49,7 @@ async def test_queue_not_filled_by_finished_choices(stream: bool) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("limits", [{"max_waiting": 6}, {"max_waiting_tokens": 6 * len("Hi")}])
 async def test_queue_full_refuses_first_choice_only(stream: bool, limits: dict[str, Any]) -> None:
-    """The others wait for one of theirs, however few places there are."""
+    """The other choices wait for one of the same request, however short the queue is."""
     async with serving(**limits) as server:
         response = await server.post(COMPLETIONS, completion_body(prompt="Hi", n=100, max_tokens=2, stream=stream))
         assert response.status_code == 200
@@ -105,7 +105,7 @@ async def test_stream_failure_before_first_byte_is_status(fresh_server: Server, 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 async def test_stream_failure_later_is_event(fresh_server: Server, path: str) -> None:
     body = chat_body(stream=True) if path == CHAT else completion_body(stream=True)
-    fresh_server.runner.fail_once("decode", after=3)  # two tokens have been read when the fourth is begun
+    fresh_server.runner.fail_once("decode", after=3)  # two tokens have been read when the fourth starts
     *chunks, error, done = events_of(await fresh_server.post(path, body))
     assert len(chunks) == (3 if path == CHAT else 2)
     assert json.loads(error)["error"]["code"] == "engine_error"
@@ -146,10 +146,10 @@ async def test_stream_unexpected_exception_is_event(fresh_server: Server, monkey
 
 async def test_disconnect_while_sending_body(fresh_server: Server) -> None:
     connection = Connection(CHAT, None)
-    torn = json.dumps(chat_body()).encode()  # it looks whole
+    torn = json.dumps(chat_body()).encode()  # looks complete
     connection._incoming.put_nowait({"type": "http.request", "body": torn, "more_body": True})
     connection.leave()
     await connection.run(fresh_server.app)
-    assert connection.sent.get_nowait()["status"] == 499  # nobody reads it, but the request has ended
+    assert connection.sent.get_nowait()["status"] == 499  # never sent, but the request has ended
     assert (await fresh_server.complete())["choices"][0]["text"] == "Hello"
     await fresh_server.assert_idle()

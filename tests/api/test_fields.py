@@ -1,4 +1,4 @@
-"""Fields beyond OpenAI's that shape a prompt or an answer, and the server's own defaults; on both endpoints."""
+"""Fields beyond OpenAI's that change the prompt or the answer, and the server's defaults, for both endpoints."""
 
 import json
 from pathlib import Path
@@ -171,10 +171,10 @@ async def test_response_role() -> None:
 
 
 def columns_of(entries: list[dict[str, Any] | None], ids: list[int], start: int, k: int) -> dict[str, Any]:
-    """What the columns of these entries must be; each entry has its own token first."""
-    told = [list(entry.items()) for entry in entries[start:] if entry is not None]
-    own = [row[0][1] for row in told]
-    tops = [sorted(row, key=lambda item: item[1]["rank"]) for row in told]
+    """The columns expected for these entries; the first of each entry is the token itself."""
+    rows = [list(entry.items()) for entry in entries[start:] if entry is not None]
+    own = [row[0][1] for row in rows]
+    tops = [sorted(row, key=lambda item: item[1]["rank"]) for row in rows]
     assert all(len(row) >= k for row in tops)
     return {
         "start": start,
@@ -201,21 +201,21 @@ async def test_prompt_logprobs_columns_equal_entries(path: str, start: int, k: i
         if path == COMPLETIONS:
             (entries,), (columns,) = entries["choices"], columns["choices"]
         assert columns["prompt_logprobs"] is None
-        told = columns["prompt_logprobs_columns"]
+        actual = columns["prompt_logprobs_columns"]
         ids = entries["prompt_token_ids"]
         rest = columns_of(entries["prompt_logprobs"], ids, max(1, start), k)
-        assert {name: told[name] for name in rest} == rest
-        assert [len(row) for row in told["top_token_ids"]] == [k] * len(told["token_ids"])
+        assert {name: actual[name] for name in rest} == rest
+        assert [len(row) for row in actual["top_token_ids"]] == [k] * len(actual["token_ids"])
         for i, entry in enumerate(entries["prompt_logprobs"][max(1, start) :]):
-            for j, token in enumerate(told["top_token_ids"][i]):
-                if token != told["token_ids"][i]:
-                    assert entry[str(token)]["logprob"] == told["top_logprobs"][i][j]
-                    assert entry[str(token)]["rank"] == told["top_ranks"][i][j]
+            for j, token in enumerate(actual["top_token_ids"][i]):
+                if token != actual["token_ids"][i]:
+                    assert entry[str(token)]["logprob"] == actual["top_logprobs"][i][j]
+                    assert entry[str(token)]["rank"] == actual["top_ranks"][i][j]
         stream = await (server.chat_stream if path == CHAT else server.complete_stream)(
             **fields, prompt_logprobs_format="columns"
         )
         opening = stream[0] if path == CHAT else stream[0]["choices"][0]
-        assert opening["prompt_logprobs_columns"] == told
+        assert opening["prompt_logprobs_columns"] == actual
 
 
 async def test_prompt_logprobs_columns_per_prompt_and_choice() -> None:

@@ -1,4 +1,4 @@
-"""prompt_logprobs of -1, or of more than --max-logprobs: whole rows, written one at a time."""
+"""prompt_logprobs of -1 or above --max-logprobs: full rows, written one at a time."""
 
 import asyncio
 import json
@@ -49,7 +49,7 @@ def body_of(path: str, **fields: Any) -> dict[str, Any]:
 
 
 async def answer_of(server: Server, path: str, *, stream: bool = False, **fields: Any) -> Any:
-    """What holds prompt_logprobs in an answer: chat's answer or first chunk, completions' choice or its first chunk."""
+    """The object that has prompt_logprobs: chat response, choice of a completion, or first chunk."""
     response = await server.post(path, body_of(path, **fields, stream=stream))
     if stream:
         first, *others = chunks_of(response)
@@ -61,7 +61,7 @@ async def answer_of(server: Server, path: str, *, stream: bool = False, **fields
 
 
 def row_of(server: Server, prompt: bytes, index: int) -> NDArray[np.float32]:
-    """Log-probs [V] of what may follow the token at an index."""
+    """Log-probs [V] of the tokens that may follow the one at `index`."""
     assert isinstance(server.runner, ExactRunner)
     return server.runner.row(hidden_after(prompt[: index + 1]))
 
@@ -165,7 +165,7 @@ async def test_full_rows_share_salt_and_priority(fresh_server: Server) -> None:
 @PATHS
 @STREAMS
 async def test_full_rows_are_sent_one_by_one(fresh_server: Server, path: str, stream: bool) -> None:
-    """Nobody holds more than the rows of one block: the first go out while the engine stands before the next."""
+    """Only one block of rows is in memory: the first block is sent before the engine computes the next."""
     gate = fresh_server.runner.before_call = Gate("vocabulary", after=2)  # two calls are one block of eight rows
     connection = Connection(path, body_of(path, prompt_logprobs=-1, max_tokens=1, stream=stream))
     run = asyncio.create_task(connection.run(fresh_server.app))
@@ -207,7 +207,7 @@ async def test_full_rows_engine_fails_before_first(fresh_server: Server, path: s
 
 
 async def test_full_rows_engine_fails_later(fresh_server: Server) -> None:
-    """The body does not end: nobody takes it for whole."""
+    """The body does not end, so no client takes it for complete."""
     fresh_server.runner.fail_once("vocabulary", after=2)
     connection = Connection(COMPLETIONS, body_of(COMPLETIONS, prompt_logprobs=-1, max_tokens=1))
     with pytest.raises(Exception, match="already started"):
@@ -221,7 +221,7 @@ async def test_full_rows_engine_fails_later(fresh_server: Server) -> None:
 
 
 async def test_full_rows_stream_fails(fresh_server: Server) -> None:
-    """The event that it tears is no JSON; the error is an event of its own."""
+    """The interrupted event is not valid JSON; the error is an event of its own."""
     fresh_server.runner.fail_once("vocabulary", after=2)
     torn, error, done = events_of(
         await fresh_server.post(COMPLETIONS, body_of(COMPLETIONS, prompt_logprobs=-1, max_tokens=1, stream=True))
@@ -253,7 +253,7 @@ async def test_full_rows_with_full_queue(
 
 @STREAMS
 async def test_full_rows_do_not_deadlock_on_pages(stream: bool) -> None:
-    """Each of four needs two of three pages; held ones wait for nobody."""
+    """Each of four requests needs two of three pages; those that hold pinned pages never wait."""
     async with serving(runner=ExactRunner, whole_vocabulary=True, pages=4) as server:
         bodies = [
             completion_body(prompt=[letter * 90, letter * 80], prompt_logprobs=K + 1, n=2, max_tokens=3, stream=stream)
@@ -275,7 +275,7 @@ def scores_of(rank: int, top_ids: list[int], tops: list[float], logprob: float) 
 
 
 def test_row_writer_ranks_of_equal_logprobs() -> None:
-    """Logits that differ may give one log-prob: the order of the best, and the token's rank, are not the row's."""
+    """Different logits may have equal log-probs, so ranks follow the logits and not the row."""
     row = np.asarray([-4, -1, -1, -3, -3, -3, -9], np.float32)
     writer = RowWriter(byte_tokenizer(), len(row))
     entry = json.loads(writer.row(row, 5, scores_of(3, [2, 1], [-1, -1], -3), len(row)))

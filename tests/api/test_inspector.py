@@ -1,4 +1,4 @@
-"""The files of the inspector as they are served. What they do is in tests/integration/browser."""
+"""The inspector's files as served. tests/integration/browser tests what they do."""
 
 import re
 
@@ -6,7 +6,7 @@ from serve.api.inspector import inspector
 from tests.support.http_client import Server
 
 PATHS = [route.path for route in inspector()]
-_MOST = 30_000  # bytes of the whole page, zipped
+_MOST = 30_000  # bytes of the page, compressed
 
 
 SERVER_OPTIONS = {"api_key": ("secret",)}
@@ -25,7 +25,7 @@ async def test_inspector_is_public_with_policy(server: Server) -> None:
 
 
 async def test_inspector_loads_nothing_from_other_origins(server: Server) -> None:
-    """All that a file refers to is served beside it, under relative addresses: a proxy may serve it under any path."""
+    """Files refer to each other by relative URLs, so that a proxy can serve them under any path."""
     texts = {path: (await server.client.get(path)).text for path in PATHS}
     for path, text in texts.items():
         assert not re.search(r"https?://(?!www\.w3\.org/)", text), path

@@ -1,4 +1,4 @@
-"""What one request may take: time in the queue, time in all, memory for its body, tokens that wait for its reader."""
+"""Limits of one request: time in the queue and in total, memory of its body, tokens waiting for a slow reader."""
 
 import asyncio
 import json
@@ -53,7 +53,7 @@ async def test_queue_timeout_is_503(path: str, stream: bool) -> None:
 
 
 async def ended(server: Server, name: str) -> FinishReason | None:
-    """Runs a long request that no limit is set for; why it ended."""
+    """Run a long request without limits; returns its finish reason."""
     params = SamplingParams(4000, temperature=0)
     return [event.finish_reason async for event in server.engine.admit(Request(name, [1, 2], params))][-1]
 
@@ -103,7 +103,7 @@ async def test_timeout_invalid_value(server: Server, timeout: Any) -> None:
 
 @PATHS
 async def test_slow_reader_is_cut_off(path: str) -> None:
-    """What was waiting comes first, when somebody reads at last; then the error."""
+    """A slow reader first gets the waiting tokens, then the error."""
     async with serving(b"x" * 400, max_unread_tokens=8) as server:
         reading = asyncio.Event()
         connection = SlowReader(path, body_of(path, stream=True, max_tokens=400), reading)
@@ -145,7 +145,7 @@ async def test_unread_tokens_unlimited_without_stream() -> None:
 
 
 class SlowReader(Connection):
-    """A client that takes nothing after the first chunk until it is told to read."""
+    """A client that stops reading after the first chunk until `read` is called."""
 
     def __init__(self, path: str, body: Any, reading: asyncio.Event) -> None:
         super().__init__(path, body)
@@ -165,7 +165,7 @@ class SlowReader(Connection):
 
 
 async def test_bodies_total_size_is_limited() -> None:
-    """Four of the largest; who comes then is sent away, and taken when there is room again. A small one is always."""
+    """Four bodies of the maximum size; further ones are refused until there is room. A small one is always accepted."""
     large = json.dumps(completion_body()).encode() + b" " * 400_000
     async with serving(max_body_bytes=1 << 20) as server:
         waiting = [Sending(COMPLETIONS, b" " * (1 << 20)) for _ in range(4)]
@@ -184,7 +184,7 @@ async def test_bodies_total_size_is_limited() -> None:
 
 
 class Sending(Connection):
-    """A client that has sent a part of its body."""
+    """A client that has sent part of its body."""
 
     def __init__(self, path: str, part: bytes) -> None:
         super().__init__(path, None)
@@ -194,7 +194,7 @@ class Sending(Connection):
 
 
 class Noticed(asyncio.Queue[dict[str, Any]]):
-    """Tells when somebody asks for more than there is."""
+    """Signals when more is requested than available."""
 
     def __init__(self, asked: asyncio.Event) -> None:
         super().__init__()
@@ -243,7 +243,7 @@ async def test_merge_yields_deltas_before_failure() -> None:
 
 
 async def test_merge_waiting_choices_run_concurrently_later() -> None:
-    """A queue that was full once does not make them run one after the other for good."""
+    """A queue that was full once does not serialize the choices for good."""
     room = Room(2)
     choices: list[Any] = [QueuedChoice(index, room) for index in range(12)]
     unused: Any = None
@@ -263,7 +263,7 @@ async def test_merge_waiting_choices_run_concurrently_later() -> None:
 
 
 async def test_merge_waiting_choices_keep_order() -> None:
-    """Though there is room again before the next one asks."""
+    """Even if there is room again before the next choice tries."""
     room = Room(1, grows=True)
     choices: list[Any] = [QueuedChoice(index, room) for index in range(6)]
     unused: Any = None
@@ -281,7 +281,7 @@ async def collected(deltas: AsyncGenerator[Any]) -> list[Any]:
 
 
 class Room:
-    """A queue with a number of places."""
+    """A queue with a limited length."""
 
     def __init__(self, places: int, *, grows: bool = False) -> None:
         """`grows`: there is one more place after each refusal, as if another client had left."""
@@ -319,7 +319,7 @@ class Room:
 
 
 class QueuedChoice:
-    """Takes a place until it may end."""
+    """A choice that stays in the queue until it may finish."""
 
     def __init__(self, index: int, room: Room) -> None:
         self.prompt_index, self.first = index, True
@@ -350,7 +350,7 @@ async def test_merge_failure_ends_other_choices() -> None:
 
 
 class FakeChoice:
-    """Yields so many deltas at once, then fails or ends; None: it waits for ever."""
+    """Yields `count` deltas at once, then fails or finishes; with None it waits forever."""
 
     def __init__(self, prompt_index: int, count: int | None, error: Exception | None = None) -> None:
         self.prompt_index, self.first = prompt_index, True
@@ -394,7 +394,7 @@ async def test_stop_strings_prepared_once_per_request(monkeypatch: pytest.Monkey
 
 
 async def test_prompt_texts_freed_while_generating() -> None:
-    """Neither the body, nor the fields that mean nothing, nor what the prompt was made from."""
+    """Neither the body, nor unknown fields, nor the sources of the prompt stay in memory."""
     async with serving(b"x" * 400) as server:
         await server.complete(user="x" * (1 << 20))  # what is made once is there
         gate = server.runner.before_call = Gate("decode")
@@ -421,7 +421,7 @@ JSON = {"content-type": "application/json"}
 
 
 class Once:
-    """A body that its client forgets when it is sent."""
+    """A body that its client frees after sending."""
 
     def __init__(self, body: Any) -> None:
         self._body = body

@@ -1,4 +1,4 @@
-"""/metrics: what the engine and HTTP did, under our names and vLLM's."""
+"""/metrics: counters of the engine and of HTTP, under our names and vLLM's."""
 
 import asyncio
 import re
@@ -13,7 +13,7 @@ LABELS = f'engine="0",model_name="{MODEL}"'
 
 
 async def scraped(server: Server) -> dict[str, float]:
-    """Samples by name and labels, but for buckets."""
+    """Samples by name and labels, without buckets."""
     response = await server.client.get("/metrics")
     assert (response.status_code, response.headers["content-type"]) == (200, CONTENT_TYPE)
     lines = [line.rpartition(" ") for line in response.text.splitlines() if not line.startswith("#")]

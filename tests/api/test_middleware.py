@@ -1,4 +1,4 @@
-"""What all answers have in common: keys, request ids, paths, CORS, models and health."""
+"""Common to all answers: API keys, request ids, paths, CORS, models and health."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""/openapi.json describes what is really asked and answered; /docs shows it without a network."""
+"""/openapi.json describes actual requests and responses; /docs shows it without network access."""
 
 import asyncio
 import base64
@@ -28,7 +28,7 @@ SERVER_OPTIONS: dict[str, Any] = {"script": None}
 
 
 def has_shape(kind: type[BaseModel], value: Any) -> None:
-    """Fails where a field is missing, unknown or of another type."""
+    """Fails if a field is missing, unknown or of the wrong type."""
     kind.model_validate_json(json.dumps(value))
 
 

@@ -1,4 +1,4 @@
-"""Which numbers are told: a suffix of the prompt, ids that the request names, and as many as there are tokens."""
+"""Selection of prompt log-probs: a suffix, requested ids, and exactly one entry per token."""
 
 from dataclasses import replace
 from typing import Any
@@ -104,11 +104,11 @@ async def test_logprob_token_ids_in_chat(plain_server: Server, stream: bool, top
     )
     fields: dict[str, Any] = {"max_tokens": 3, "logprobs": True, "top_logprobs": top_logprobs}
     _, content = await answer_of(plain_server, CHAT, stream=stream, **fields, logprob_token_ids=ids)
-    told = [
+    actual = [
         tuple([top[name] for top in entry["top_logprobs"]] for name in ("token_id", "rank", "logprob"))
         for entry in content
     ]
-    assert told == [row[2:] for row in expected.scores]
+    assert actual == [row[2:] for row in expected.scores]
     assert [(entry["logprob"], entry["rank"]) for entry in content] == [row[:2] for row in expected.scores]
 
 
@@ -116,7 +116,7 @@ async def test_logprob_token_ids_in_chat(plain_server: Server, stream: bool, top
 @PATHS
 @STREAMS
 async def test_prompt_logprob_token_ids(plain_server: Server, path: str, stream: bool, fields: dict[str, Any]) -> None:
-    """The token itself comes first, then the ids in their order; a token that is named is not told twice."""
+    """The token itself comes first, then the requested ids in their order, without duplicates."""
     ids, start = [90, 5, 41, 115], fields.get("prompt_logprobs_start", 1)
     prompt = list(b"user:Hi;>") if path == CHAT else PROMPT
     scoring = PromptScoring(start, tuple(ids))
@@ -127,12 +127,12 @@ async def test_prompt_logprob_token_ids(plain_server: Server, path: str, stream:
     assert entries[:start] == [None] * start
     for token, entry, row in zip(prompt[start:], entries[start:], expected, strict=True):
         assert list(entry) == [str(token), *(str(each) for each in ids if each != token)]
-        told = {int(key): (value["logprob"], value["rank"]) for key, value in entry.items()}
+        actual = {int(key): (value["logprob"], value["rank"]) for key, value in entry.items()}
         _, _, _, ranks, logprobs = row
         assert isinstance(ranks, list)
         assert isinstance(logprobs, list)
         named = dict(zip(ids, zip(logprobs, ranks, strict=True), strict=True))
-        assert told == named | {token: row[:2]}
+        assert actual == named | {token: row[:2]}
 
 
 @STREAMS
@@ -162,7 +162,7 @@ async def test_logprob_token_ids_maximum(plain_server: Server, path: str, stream
 @PATHS
 @STREAMS
 async def test_prompt_logprobs_without_generation(fresh_server: Server, path: str, stream: bool) -> None:
-    """max_tokens 0 chooses nothing; every field of the prompt's numbers works with it."""
+    """max_tokens 0 generates nothing; all fields of prompt log-probs work with it."""
     for fields in ({"prompt_logprobs": 2}, {"prompt_logprob_token_ids": [1]}, {}):
         response = await fresh_server.post(
             path, body_of(path, max_tokens=0, **fields, stream=stream, return_token_ids=True)
@@ -281,7 +281,7 @@ async def test_logprobs_missing_is_500(fresh_server: Server, path: str, stream: 
 
 
 class EndlessHandle(RequestHandle):
-    """Gives the same token for ever and records how it is aborted."""
+    """Generates the same token forever and records how it is aborted."""
 
     aborted: list[FinishReason]
 

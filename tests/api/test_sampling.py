@@ -1,4 +1,4 @@
-"""Fields that change how tokens are chosen, the order of service and who shares pages: both endpoints honour them."""
+"""Sampling fields, priority and cache salt, for both endpoints."""
 
 from typing import Any
 
@@ -232,7 +232,7 @@ async def test_chat_without_max_tokens_fills_smaller_cache() -> None:
 
 @PATHS
 async def test_usage_cached_tokens(server: Server, path: str) -> None:
-    """Full pages of 64 tokens; a prompt's last token is computed in any case. A salt keeps to itself."""
+    """Full pages of 64 tokens are shared; a prompt's last token is always computed. Salts do not share."""
     text = "x" * 100
     prompt = {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text}
 
@@ -266,7 +266,7 @@ async def test_usage_cached_tokens_in_first_chunk(server: Server, path: str) -> 
 
 
 class Words:
-    """An encoder of a few known texts."""
+    """An encoder that knows a few texts."""
 
     def __init__(self, **texts: list[int]) -> None:
         self.texts = {text.replace("_", " "): ids for text, ids in texts.items()}
@@ -290,7 +290,7 @@ class Words:
 def test_bad_words_after_space(
     word: str, bare: list[int], spaced: list[int], runs: tuple[tuple[int, ...], ...]
 ) -> None:
-    """vLLM's rule; what space the word itself begins with does not count."""
+    """vLLM's rule; leading spaces of the word itself are ignored."""
     assert bad_word_ids([word, "cat"], Words(cat=bare, _cat=spaced)) == runs
 
 

@@ -1,4 +1,4 @@
-"""Streams say what whole answers say, token by token."""
+"""Streams contain the same as complete answers, token by token."""
 
 import asyncio
 from typing import Any
@@ -26,7 +26,7 @@ COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "top_token
 
 
 def choices_of(chunks: list[Any], index: int = 0) -> list[Any]:
-    """What the chunks say of one choice."""
+    """The parts of the chunks that belong to one choice."""
     return [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
 
 
@@ -35,7 +35,7 @@ def text_of(choices: list[Any]) -> str:
 
 
 def joined(choices: list[Any], path: str) -> Any:
-    """The chunks of a choice as a whole answer's: text, log-probs, ids and how it ended."""
+    """The chunks of a choice merged: text, log-probs, ids and finish reason."""
     logprobs = [choice["logprobs"] for choice in choices if choice["logprobs"]]
     numbers: Any = [entry for part in logprobs for entry in part["content"]] if path == CHAT else None
     if path == COMPLETIONS:
@@ -45,7 +45,7 @@ def joined(choices: list[Any], path: str) -> Any:
 
 
 def whole(choice: Any, path: str) -> Any:
-    """A choice of a whole answer in the same form."""
+    """A choice of a complete answer in the same form."""
     text = choice["message"]["content"] if path == CHAT else choice["text"]
     numbers = choice["logprobs"]["content"] if path == CHAT else choice["logprobs"]
     return text, numbers, choice["token_ids"], choice["finish_reason"], choice["stop_reason"]

@@ -121,7 +121,7 @@ def test_wheel_serves_a_request_outside_the_checkout(wheel: Path, tmp_path: Path
     (home := tmp_path / "home").mkdir()
     clean = {"HOME": str(home), "PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
     assert run(programs / "logprobd", "--version", folder=home, variables=clean) == f"logprobd {__version__}\n"
-    run(programs / "python", "-c", "import logprobd", folder=home, variables=clean)
+    run(programs / "python", "-c", "from logprobd import LLM", folder=home, variables=clean)
 
     arguments = ("serve", "--port", "0", "--max-model-len", "128", "--max-num-seqs", "1")
     process = subprocess.Popen(

@@ -36,12 +36,19 @@ class LoopThread:
             tasks.append(self._loop.create_task(work))
             tasks[0].add_done_callback(finish)
 
-        self._loop.call_soon_threadsafe(start)
+        def cancel() -> None:
+            if tasks:
+                tasks[0].cancel()
+            else:  # interrupted before `start` was scheduled
+                work.close()
+                result.cancel()
+
         try:
+            self._loop.call_soon_threadsafe(start)
             return result.result()
         except BaseException:
             if not result.done():
-                self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+                self._loop.call_soon_threadsafe(cancel)
                 with contextlib.suppress(CancelledError):
                     result.exception()  # waits for the end of the task
             raise

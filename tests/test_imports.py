@@ -11,6 +11,8 @@ ROOT = Path(__file__).parent.parent
 PRODUCT = ("model", "compiled", "serve", "logprobd.py")
 SOURCES = (*PRODUCT, "tools")
 MAX_FILE_LINES = 320
+MAX_FUNCTION_LINES = 60
+KERNELS = "model.kernels"  # one function per kernel: no limit
 # (importer, imported): no module in the first package may import the second, directly.
 FORBIDDEN = (
     ("model", "compiled"),
@@ -155,3 +157,15 @@ def test_files_are_within_the_limit() -> None:
     files = source_files(SOURCES).values()
     lengths = {path: path.read_text("utf-8").count("\n") for path in files if not path.name.startswith("test_")}
     assert {path: lines for path, lines in lengths.items() if lines > MAX_FILE_LINES} == {}
+
+
+def test_functions_are_within_the_limit() -> None:
+    too_long = [
+        f"{module}.{node.name}: {lines} lines"
+        for module, path in source_files(SOURCES).items()
+        if not within(module, KERNELS)
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if (lines := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION_LINES
+    ]
+    assert too_long == []

@@ -97,7 +97,9 @@ def int8_runner() -> ModelRunner:
     return make_runner(default_model_path(), "int8")
 
 
-@pytest.fixture(params=["float32", "bfloat16", "int8"])
+@pytest.fixture(
+    params=[pytest.param("float32", marks=pytest.mark.slow), "bfloat16", pytest.param("int8", marks=pytest.mark.slow)]
+)
 def runner(request: pytest.FixtureRequest) -> ModelRunner:
     """The default model with weights of each kind."""
     chosen: ModelRunner = request.getfixturevalue(f"{request.param}_runner")

@@ -28,6 +28,7 @@ def test_bfloat16_from_gguf(bfloat16_runner: ModelRunner) -> None:
     assert figures.mean_error < 0.035
 
 
+@pytest.mark.slow
 def test_int8_from_gguf(int8_runner: ModelRunner) -> None:
     """`python -m tools.accuracy.dtypes` has the errors; the limit is twice the mean."""
     figures = figures_of(int8_runner, "smollm2-q4_1-gguf-f32")
@@ -75,6 +76,7 @@ def hf_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_float32_from_a_hugging_face_directory(hf_directory: Path) -> None:
     buckets = Buckets(decode_rows=(8,), prefill_chunks=(64,), score_rows=64, pages_per_row=16)
     assert_float32(figures_of(make_runner(hf_directory, "float32", buckets), "smollm2-prompt-logprobs"))

@@ -218,6 +218,7 @@ def test_bad_word_of_two_tokens_is_never_completed(client: OpenAI) -> None:
     assert word not in other_text
 
 
+@pytest.mark.slow
 def test_small_cache_and_full_vocabulary(compilation_cache: Path) -> None:
     process = ServerProcess(
         *("--max-num-seqs", "1", "--max-model-len", "512", "--max-logprobs", "-1", "--kv-cache-memory", "8MB"),
@@ -240,6 +241,7 @@ def test_small_cache_and_full_vocabulary(compilation_cache: Path) -> None:
     assert process.terminate() == 0
 
 
+@pytest.mark.slow
 def test_sigterm_drains_and_a_second_start_reads_the_cache(tmp_path: Path) -> None:
     few = ("--max-num-seqs", "1", "--max-model-len", "256", "--max-num-batched-tokens", "17")  # programs
     arguments = (*few, "--compilation-cache-dir", str(tmp_path / "xla"))
@@ -265,6 +267,7 @@ def test_sigterm_drains_and_a_second_start_reads_the_cache(tmp_path: Path) -> No
     assert sorted(path.name for path in (tmp_path / "xla").glob("jit_decode_1-*-cache")) == entries
 
 
+@pytest.mark.slow
 def test_unusable_model_is_one_message_and_exit_code_1(tmp_path: Path, compilation_cache: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF\x03\x00\x00\x00")

@@ -21,6 +21,8 @@ from serve.server import lifecycle
 from tests.support.certificates import Certificates
 from tests.support.faulty_server import FAIL, HANG, LOSE, SLOW, STUCK, FaultyServer
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 30
 ENDLESS = {"prompt": [SLOW, 10], "max_tokens": 400, "stream": True, "ignore_eos": True}
 

@@ -16,6 +16,8 @@ from serve.server import loading
 from tests.support.certificates import Certificates
 from tests.support.server_process import ROOT
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 60
 # A server whose loading is driven by the lines of stdin: progress, "done" or "fail".
 SERVER = """

@@ -174,6 +174,7 @@ def test_main_interrupted_returns_130(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().err == "interrupted during start-up\n"
 
 
+@pytest.mark.slow
 def test_server_process_writes_only_json(tmp_path: Path) -> None:
     model = directory(tmp_path / "model")
     flags = ["--max-num-seqs", "1", "--max-num-batched-tokens", "17", "--max-model-len", "64", "--log-format", "json"]

@@ -11,6 +11,8 @@ from serve.server.server import main
 from tests.support.certificates import Certificates
 from tests.support.faulty_server import FaultyServer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def certificates(tmp_path: Path) -> Certificates:

@@ -1,4 +1,4 @@
-"""Promise 2 under load: a small model with a tiny cache gives everyone what it gives them alone, to the last bit."""
+"""Promise 2 under load: a small model with a tiny cache answers every request with the same bits as alone."""
 
 from dataclasses import dataclass, replace
 from random import Random
@@ -82,7 +82,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """All that a request was told, as bits."""
+    """Everything returned for a request, as bits."""
 
     token_ids: list[int]
     scores: list[tuple[bytes, ...]]
@@ -117,7 +117,7 @@ def random_cases(random: Random) -> list[Case]:
 
 
 def run(runner: ModelRunner, cases: list[Case], *, prefix_caching: bool) -> tuple[list[Told], int]:
-    """What each was told, and how many found something in the prefix cache."""
+    """Return the answer to each request and the number of prefix cache hits."""
     core = EngineCore(runner, max_model_len=256, max_num_batched_tokens=68, prefix_caching=prefix_caching)
     events: list[list[TokenEvent]] = [[] for _ in cases]
     step = 0

@@ -1,4 +1,4 @@
-"""`python -m serve chat` in a process with a terminal of its own."""
+"""`python -m serve chat` in a process with a pseudo-terminal."""
 
 import fcntl
 import importlib.util
@@ -20,7 +20,7 @@ from tests.support.server_process import ROOT
 
 pytestmark = pytest.mark.slow
 
-_TIMEOUT = 120  # seconds after which something hangs; never reached otherwise
+_TIMEOUT = 120  # seconds; only reached if something hangs
 # The terminal becomes the process's own, so that Ctrl-C reaches it; a shell may have SIGINT ignored in the background.
 RUN = """
 import fcntl, signal, sys, termios
@@ -49,12 +49,12 @@ class Screen:
             env=environ | {"TERM": "xterm-256color", "COLORTERM": "truecolor"},
         )
         os.close(theirs)
-        self.seen = ""  # all of it, without escape sequences
+        self.seen = ""  # all output, without escape sequences
         self._raw = b""
-        self._taken = 0  # characters of what was seen
+        self._taken = 0  # characters of `seen` returned so far
 
     def until(self, text: str) -> str:
-        """What comes up to a text, and with it; what comes after it is for the next call."""
+        """Read until a text appears and return everything up to its end."""
         deadline = time.monotonic() + _TIMEOUT
         while (at := self.seen.find(text, self._taken)) < 0:
             assert select.select([self._ours], [], [], max(0, deadline - time.monotonic()))[0], self.seen
@@ -64,15 +64,15 @@ class Screen:
         return self.seen[begin : self._taken]
 
     def type(self, text: str) -> None:
-        """As a person would."""
+        """Type a text."""
         os.write(self._ours, text.encode())
 
     def ended(self) -> int:
-        """The exit code."""
+        """Wait for the exit code."""
         return self.process.wait(_TIMEOUT)
 
     def close(self) -> None:
-        """Ends it, however it is."""
+        """Kill the process."""
         self.process.kill()
         self.process.wait()
         os.close(self._ours)
@@ -80,7 +80,7 @@ class Screen:
     def _read(self) -> bytes:
         try:
             data = os.read(self._ours, 1 << 16)
-        except OSError:  # how Linux says that nobody has the other end any more
+        except OSError:  # Linux: the other end is closed
             data = b""
         assert data, f"it ended with {self.process.wait()}:\n{self.seen}"
         return data

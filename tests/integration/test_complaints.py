@@ -1,7 +1,4 @@
-"""What people complain about elsewhere, on a real server: a test for each row of the contract's section 8 on the wire.
-
-The numbers in the names are the rows'.
-"""
+"""Known complaints about other servers, tested on a real server. The numbers are those of the list of complaints."""
 
 import asyncio
 import json
@@ -22,13 +19,13 @@ type Ask = Callable[..., Any]
 
 
 def numbers_from(seed: int, count: int) -> list[int]:
-    """Token ids that no other test sends."""
+    """Return token ids that no other test sends."""
     return [20 + (seed + 7919 * i * i) % 40000 for i in range(count)]
 
 
 @pytest.fixture
 def ask(server: ServerProcess) -> Ask:
-    """POSTs to a path; the JSON of the answer."""
+    """POST to a path and return the JSON of the answer."""
 
     def post(path: str = COMPLETIONS, **body: Any) -> Any:
         answer = httpx2.post(server.url + path, json=body, timeout=300)
@@ -39,7 +36,7 @@ def ask(server: ServerProcess) -> Ask:
 
 
 def chunks(server: ServerProcess, path: str, **body: Any) -> list[Any]:
-    """The chunks of a stream."""
+    """Return the chunks of a stream."""
     with httpx2.stream("POST", server.url + path, json=body | {"stream": True}, timeout=300) as answer:
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
     assert lines.pop() == "[DONE]"
@@ -59,13 +56,13 @@ def test_1_many_long_prompts_with_logprobs_are_served(server: ServerProcess) -> 
     for answer in asyncio.run(all_at_once()):
         assert answer.status_code == 200
         assert len(answer.json()["choices"][0]["prompt_logprobs"]) == 600
-    assert server.peak_memory() - before < 400e6  # of one [600, V] array alone there would be 118 MB, eight times
+    assert server.peak_memory() - before < 400e6  # one [600, V] array takes 118 MB, eight of them 944 MB
 
 
 def test_2_and_3_cached_prompts_score_equal_to_uncached(ask: Ask) -> None:
     ids = numbers_from(2, 200)
     cold = ask(prompt=ids, max_tokens=0, prompt_logprobs=3)
-    ask(prompt=[*ids[:128], *numbers_from(3, 60)], max_tokens=0, prompt_logprobs=3)  # another that begins alike
+    ask(prompt=[*ids[:128], *numbers_from(3, 60)], max_tokens=0, prompt_logprobs=3)  # shares a prefix
     again = ask(prompt=ids, max_tokens=0, prompt_logprobs=3)
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 192
     assert again["choices"][0]["prompt_logprobs"] == cold["choices"][0]["prompt_logprobs"]

@@ -1,4 +1,4 @@
-"""deploy/grafana.json asks for what /metrics gives, and is a dashboard that Grafana can show."""
+"""deploy/grafana.json queries existing metrics and is a valid Grafana dashboard."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ WIDTH = 24  # columns of a dashboard
 
 @dataclass(slots=True)
 class Series:
-    """What a server's /metrics has under one name."""
+    """A metric of the server."""
 
     kind: str  # counter, gauge or histogram
     labels: set[str] = field(default_factory=set)
@@ -35,7 +35,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A name in an expression, and the labels that the expression wants of it."""
+    """A metric in an expression and the labels used with it."""
 
     name: str
     labels: set[str]
@@ -43,15 +43,15 @@ class Asked:
 
 
 def asked_by(expression: str) -> Iterator[Asked]:
-    """The names that an expression reads.
+    """Yield the metrics that an expression reads.
 
     Raises:
-        ValueError: it is not PromQL.
+        ValueError: the expression is not PromQL.
     """
     tree = promql_parser.parse(re.sub(r"\$__\w+", "5m", expression))
     selectors: list[tuple[Any, bool]] = []
     grouped: set[str] = set()
-    ranges = 0  # whose selector has not been visited yet
+    ranges = 0  # range selectors not visited yet
 
     def visit(node: promql_parser.Expr) -> bool:
         nonlocal ranges
@@ -71,7 +71,7 @@ def asked_by(expression: str) -> Iterator[Asked]:
 
 @pytest.fixture(scope="module")
 def series(server: ServerProcess) -> dict[str, Series]:
-    """What a real server tells after it has answered, and refused."""
+    """Metrics of a real server after an answer and an error."""
     with httpx2.Client(base_url=server.url, timeout=60) as client:
         assert client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 2}).status_code == 200
         assert client.post("/v1/completions", json={"prompt": []}).status_code == 400
@@ -84,14 +84,14 @@ def series(server: ServerProcess) -> dict[str, Series]:
 
 
 def check(expression: str, series: dict[str, Series]) -> None:
-    """Whether an expression can find anything."""
+    """Check that an expression matches existing metrics."""
     asked = list(asked_by(expression))
     assert asked
     for each in asked:
         assert each.name in series, each.name
         missing = each.labels - series[each.name].labels - SCRAPED
         assert not missing, f"{each.name} has no {missing}"
-        # rate() of a gauge, or a counter as it stands, is a curve that means nothing.
+        # rate() of a gauge and a counter without rate() are meaningless.
         assert each.in_range == (series[each.name].kind != "gauge"), each.name
 
 
@@ -108,7 +108,7 @@ def test_dashboard_expressions_match_metrics(series: dict[str, Series]) -> None:
     "wrong",
     [
         'sum(rate(logprobd:prompt_tokens{model_name="m"}[5m]))',  # without _total
-        'sum(rate(http_requests_total{model_name="m"}[5m]))',  # a label of others
+        'sum(rate(http_requests_total{model_name="m"}[5m]))',  # a label of other metrics
         "sum by (reason) (logprobd:num_requests_running)",
         "rate(logprobd:num_requests_running[5m])",
         "sum(logprobd:prompt_tokens_total)",
@@ -158,8 +158,8 @@ def test_dashboard_uses_the_chosen_data_source() -> None:
 
 def test_dashboard_can_be_imported() -> None:
     assert (DASHBOARD["uid"], DASHBOARD["title"]) == ("logprobd", "logprobd")
-    assert DASHBOARD["schemaVersion"] >= 36  # sources are objects since then
-    assert "id" not in DASHBOARD  # Grafana gives its own; another's would be overwritten
+    assert DASHBOARD["schemaVersion"] >= 36  # data sources are objects since 36
+    assert "id" not in DASHBOARD  # Grafana assigns ids; a fixed one could overwrite another dashboard
 
 
 def test_dashboard_error_panels_show_zero_without_errors() -> None:

@@ -24,7 +24,7 @@ BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(64,), score_rows=64, pages_p
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file, put together from the packages that have it in parts."""
+    """The file, joined from the packages that contain its parts."""
     whole = tmp_path_factory.mktemp("gemma3") / "gemma3-270m.gguf"
     with whole.open("wb") as file:
         for number in range(4):
@@ -52,7 +52,7 @@ def test_gemma3_token_ids_equal_the_original(tokenizer: Tokenizer) -> None:
     assert len(golden) > 300
     for text, ids in zip(texts(), golden, strict=True):
         assert tokenizer.encode(text, add_special_tokens=False) == ids, text
-        if "▁" not in text:  # which is how the vocabulary writes a space
+        if "▁" not in text:  # the vocabulary's encoding of a space
             assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 

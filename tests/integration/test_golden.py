@@ -1,4 +1,4 @@
-"""Promise 1: the default model's numbers against torch's in float32."""
+"""Promise 1: log-probs of the default model against torch in float32."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_int8_from_gguf(int8_runner: ModelRunner) -> None:
 
 @pytest.fixture(scope="module")
 def hf_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Hugging Face directory that the second golden file was made of: the same weights rounded to bfloat16."""
+    """The Hugging Face directory of the second golden file: the same weights rounded to bfloat16."""
     checkpoint = open_checkpoint(ModelSource("default", default_model_path()))
     try:
         weights = load_weights(checkpoint, np.dtype(ml_dtypes.bfloat16), lambda _, rows: rows.read())

@@ -1,6 +1,6 @@
-"""Crowds over real connections: clients that leave at any moment, more requests than rows, a slow reader among others.
+"""Many clients over real connections: disconnects at any time, more requests than rows, slow readers.
 
-Rows, pages, file descriptors and memory must return to where they were.
+Rows, pages, file descriptors and memory must return to their initial values.
 """
 
 import asyncio
@@ -20,21 +20,21 @@ from serve.engine.observer import EngineGauges
 from tests.support.http_client import Gate, Server, completion_body, record_handles, serving
 from tests.support.listening import listening
 
-SECONDS = 60  # after which something hangs
+SECONDS = 60  # only reached if something hangs
 IDLE = EngineGauges(running=0, waiting=0, pinned=0, cache_usage=0)
 TOKENS = 24
 LONG = {"max_tokens": TOKENS, "ignore_eos": True}
 
 
 def raw(body: dict[str, Any], path: str = "/v1/completions") -> bytes:
-    """A request as it goes over the wire."""
+    """Return the bytes of an HTTP request."""
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     return head.encode() + data
 
 
 async def leaving(url: str, choose: random.Random) -> None:
-    """Asks for something long, and goes away: while it sends, before an answer, between chunks or within one."""
+    """Send a long request and disconnect: while sending, before the answer, or within it."""
     address = urlsplit(url)
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
     request = raw(completion_body(**LONG, n=choose.randint(1, 3), stream=choose.random() < 0.7, prompt_logprobs=2))
@@ -46,12 +46,12 @@ async def leaving(url: str, choose: random.Random) -> None:
             await reader.read(choose.randrange(1, 4000))
     finally:
         if choose.random() < 0.5:
-            writer.transport.abort()  # a reset, else an ordinary end
+            writer.transport.abort()  # a reset instead of an orderly close
         writer.close()
 
 
 async def staying(url: str, choose: random.Random) -> None:
-    """Reads its answer to the end, which must be whole."""
+    """Read the answer to its end and check that it is complete."""
     address = urlsplit(url)
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
     stream = choose.random() < 0.5
@@ -75,7 +75,7 @@ async def crowd(count: int, at_once: int, client: Callable[[int], Awaitable[None
 
 
 def wait_until_idle(server: Server, readiness: Readiness) -> None:
-    """Everything has ended, well within the time in which nothing may be left."""
+    """Wait until the server is idle."""
 
     async def idle() -> None:
         async with asyncio.timeout(5):
@@ -95,7 +95,7 @@ def test_thousand_clients_disconnect_at_any_time() -> None:
         before_all = open_files()
 
         def round_of(count: int) -> tuple[int, int]:
-            """Files that are open and bytes that are held, after so many have left."""
+            """Return open files and allocated bytes after `count` disconnects."""
             asyncio.run(crowd(count, 20, lambda _: leaving(url, choose)))
             wait_until_idle(server, readiness)
             server.runner.calls.clear()
@@ -104,12 +104,12 @@ def test_thousand_clients_disconnect_at_any_time() -> None:
 
         tracemalloc.start()
         try:
-            _, before = round_of(200)  # what is made once is there
+            _, before = round_of(200)  # warm-up
             files, after = round_of(1000)
         finally:
             tracemalloc.stop()
-        assert after - before < 400_000  # nothing of each client, which would be thousands of bytes: tables that grow
-        assert files <= before_all + 5  # threads of the pool have none, uvicorn's loop a few
+        assert after - before < 400_000  # only growing tables; a leak per client would be thousands of bytes
+        assert files <= before_all + 5  # uvicorn's loop has a few
         asyncio.run(crowd(4, 4, lambda _: staying(url, choose)))
 
 
@@ -123,7 +123,7 @@ def test_third_of_two_hundred_clients_disconnects() -> None:
 
 
 async def test_requests_beyond_the_rows_are_served_in_order() -> None:
-    """First come, first served within a priority: the lower first."""
+    """Lower priorities come first; within a priority, first come, first served."""
     async with serving(b"x" * 8, max_waiting=64) as server:
         handles = record_handles(server)
         gate = server.runner.before_call = Gate("prefill")
@@ -137,7 +137,7 @@ async def test_requests_beyond_the_rows_are_served_in_order() -> None:
                 )
                 while len(handles) <= number:
                     await asyncio.sleep(0)
-                await gate.reached()  # with the first, before the others come
+                await gate.reached()  # the first request runs before the others arrive
             gate.open()
             answers = await asyncio.gather(*asked)
         assert [answer["usage"]["completion_tokens"] for answer in answers] == [8] * 64
@@ -157,7 +157,7 @@ async def test_requests_beyond_the_queue_are_refused() -> None:
         await gate.reached()
         asked = [asyncio.create_task(server.post("/v1/completions", completion_body(max_tokens=8))) for _ in range(63)]
         done, _ = await asyncio.wait(asked, timeout=SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        assert done  # refused while the others wait
+        assert done  # refused at once
         gate.open()
         responses = [await each for each in asked]
         await first

@@ -1,4 +1,4 @@
-"""Promise 2: the same token after the same prefix has one log-prob, to the last bit, however it was computed."""
+"""Promise 2: the same token after the same prefix has one log-prob, bit by bit, however it is computed."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_logprobs_generated_equal_scored(runner: ModelRunner, length: int) -> No
 
 @pytest.mark.parametrize("budget", [32, 80, 272])
 def test_logprobs_in_any_chunks_are_equal(runner: ModelRunner, budget: int) -> None:
-    """A budget of tokens for a step cuts a long prompt, and shorter ones before it cut it elsewhere."""
+    """The token budget of a step splits a long prompt; other prompts before it move the splits."""
     mine = (_prompt(7, 300), _greedy(4, score=True))
     alone = run(runner, {"mine": mine})["mine"]
     for before in (3, 50):
@@ -70,14 +70,14 @@ def test_logprobs_in_any_chunks_are_equal(runner: ModelRunner, budget: int) -> N
 @settings(max_examples=5, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_logprobs_are_equal_however_computed(runner: ModelRunner, data: st.DataObject) -> None:
-    """A property: of any request, beside any others, in any chunks, from any cache, and scored again afterwards."""
+    """Property: any request, in any batch, any chunks and with any cached prefix, and scored again afterwards."""
     seed, length, tokens = (data.draw(st.integers(1, most)) for most in (10_000, 200, 20))
     mine = (_prompt(seed, length), _greedy(tokens, score=True))
     alone = run(runner, {"mine": mine})["mine"]
     others = data.draw(st.lists(st.tuples(st.integers(1, 100), st.integers(1, 8)), max_size=7))
     crowd = {f"other {i}": (_prompt(seed + 1 + i, size), _greedy(count)) for i, (size, count) in enumerate(others)}
-    begun = data.draw(st.integers(0, length))  # tokens of the prompt that someone else has asked for before
-    before = {"before": (mine[0][:begun], _greedy(1))} if begun else {}
+    cached = data.draw(st.integers(0, length))  # tokens of the prompt that are in the prefix cache
+    before = {"before": (mine[0][:cached], _greedy(1))} if cached else {}
     budget = data.draw(st.sampled_from((32, 80, 272)))
     found = run(runner, {**crowd, "mine": mine}, before=before, max_num_batched_tokens=budget)["mine"]
     assert _same(found, alone)

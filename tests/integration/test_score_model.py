@@ -1,4 +1,4 @@
-"""`python -m serve score` as a process, with the default model, beside a server of the same options."""
+"""`python -m serve score` as a process, with the default model, compared with a server with the same options."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ TEXTS = [
 
 
 def engine_flags(server: ServerProcess) -> list[str]:
-    """The server's own, its cache of compiled programs included."""
+    """Return the server's flags, including its compilation cache."""
     words = server.process.args
     assert isinstance(words, list)
     said = [str(word) for word in words]

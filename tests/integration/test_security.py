@@ -1,4 +1,4 @@
-"""What a request cannot do: pass for another, reach a file, run code, be read in a log, be seen through the cache."""
+"""Security: API keys, template sandbox, file access, logs, cache isolation, host checks, the compilation cache."""
 
 import asyncio
 import hashlib
@@ -22,7 +22,16 @@ from tests.support.http_client import chat_body, completion_body, error_of, serv
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SECRET = "zyzzyva-7351"
-_TOUCHING = ("open", "os", "subprocess", "exec", "compile", "import", "shutil", "pathlib")  # of audit events
+_TOUCHING = (
+    "open",
+    "os",
+    "subprocess",
+    "exec",
+    "compile",
+    "import",
+    "shutil",
+    "pathlib",
+)  # audit events that are recorded
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +90,7 @@ async def test_request_template_is_sandboxed_or_refused() -> None:
 
 
 async def test_request_templates_do_not_block_other_requests() -> None:
-    """Two are rendered; who comes then is sent away at once, and requests without a template are served meanwhile."""
+    """Two are rendered at a time; others are refused at once, and requests without a template are served."""
     endless = chat_body(chat_template="{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
     async with serving(trust_request_chat_template=True) as server:
         asked = [asyncio.create_task(server.post(CHAT, endless)) for _ in range(12)]
@@ -95,7 +104,7 @@ async def test_request_templates_do_not_block_other_requests() -> None:
 
 @contextmanager
 def audited(needle: str) -> Iterator[list[str]]:
-    """Audit events, such as `open`, whose arguments hold a text. A hook is for life: it is silenced."""
+    """Record audit events, such as `open`, whose arguments contain a text. Hooks cannot be removed, only disabled."""
     events: list[str] = []
     heard = True
 
@@ -134,7 +143,7 @@ async def test_request_texts_are_never_looked_up_on_disk() -> None:
             statuses += [(await server.client.get(place + SECRET)).status_code for place in places]
     assert set(statuses) <= {200, 400, 404}
     assert events == []
-    with audited(SECRET) as events:  # that the hook hears at all
+    with audited(SECRET) as events:  # the hook works
         Path(path).exists()
         with pytest.raises(FileNotFoundError):
             open(path)  # noqa: SIM115  # it raises
@@ -142,7 +151,7 @@ async def test_request_texts_are_never_looked_up_on_disk() -> None:
 
 
 async def test_prompts_and_keys_are_in_no_log(caplog: pytest.LogCaptureFixture) -> None:
-    """Not of requests that succeed, nor of those that fail, in whatever way."""
+    """Neither of successful nor of failing requests."""
     caplog.set_level(logging.DEBUG)
     ids = list(SECRET.encode())
     async with serving(api_key=(SECRET,), on_answer=AccessLog()) as server:
@@ -157,9 +166,9 @@ async def test_prompts_and_keys_are_in_no_log(caplog: pytest.LogCaptureFixture) 
         await server.post(CHAT, b'{"messages": "' + SECRET.encode(), **key)
         await server.post(f"{CHAT}?q={SECRET}", chat_body(), **key)
         await server.post(CHAT, chat_body(), Authorization=f"Bearer x{SECRET}")
-    ours = [record for record in caplog.records if record.name.split(".")[0] != "httpx2"]  # which is the client
+    ours = [record for record in caplog.records if record.name.split(".")[0] != "httpx2"]  # the client's logs
     assert [record for record in ours if record.name == "serve.api.access_log"]
-    assert [record for record in ours if record.exc_info]  # of the steps that failed
+    assert [record for record in ours if record.exc_info]  # of failed steps
     text = "\n".join(JsonFormatter().format(record) for record in ours)
     assert SECRET not in text
     assert str(ids)[1:-1] not in text
@@ -210,7 +219,7 @@ async def test_prefix_cache_per_key_isolates_keys() -> None:
             assert await cached("sk-1") > 0
             assert (await cached("sk-2") == 0) is apart
             assert await cached("sk-2") > 0
-            assert await cached("sk-1", "key2") == 0  # a salt that looks like another's
+            assert await cached("sk-1", "key2") == 0  # a salt equal to another key's name
             assert await cached("sk-1", "own") == 0
             assert (await cached("sk-2", "own") == 0) is apart
 
@@ -226,7 +235,7 @@ async def test_prefix_cache_per_key_isolates_keys() -> None:
         ("evil.test:8000", 403),
         ("127.0.0.1.evil.test", 403),
         ("localhost.", 403),
-        ("", 200),  # none: no browser
+        ("", 200),  # no Host: not a browser
     ],
 )
 async def test_dns_rebinding_is_refused(host: str, status: int) -> None:
@@ -264,7 +273,7 @@ async def test_unknown_methods_share_a_metric_label() -> None:
 
 
 def sealed_entry(directory: Path, name: str) -> Path:
-    """An entry as it is kept, and its sum."""
+    """Write a cache entry and its checksum."""
     entry = directory / f"{name}-cache"
     entry.write_bytes(name.encode() * 100)
     (directory / f"{name}-cache.sha256").write_text(hashlib.sha256(entry.read_bytes()).hexdigest())
@@ -272,13 +281,13 @@ def sealed_entry(directory: Path, name: str) -> Path:
 
 
 def test_damaged_cache_entries_are_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever it is compressed with: not every compression has a sum of its own."""
+    """Independent of compression, which may have no checksum."""
     whole, flipped, torn = (sealed_entry(tmp_path, name) for name in ("whole", "flipped", "torn"))
     data = bytearray(flipped.read_bytes())
     data[300] ^= 4
     flipped.write_bytes(data)
     torn.write_bytes(torn.read_bytes()[:50])
-    unsealed = tmp_path / "unsealed-cache"  # whose writer was killed
+    unsealed = tmp_path / "unsealed-cache"  # its writer was killed
     unsealed.write_bytes(b"x")
     (tmp_path / "begun-cache").write_bytes(b"x")
     (tmp_path / "begun-cache.sha256").touch()
@@ -297,7 +306,7 @@ def test_compilation_cache_is_private(tmp_path: Path) -> None:
 def test_compilation_cache_writable_by_others_is_cleared(
     mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is in it may have come from them. Another user's is refused."""
+    """Other users may have written its entries. Another user's directory is refused."""
     shared = tmp_path / "shared"
     shared.mkdir()
     kept = sealed_entry(shared, "jit_step-1")

@@ -1,4 +1,4 @@
-"""The main job, for real: a server process, the official client, the example."""
+"""A server process with the official client and the example."""
 
 import json
 import math
@@ -107,7 +107,7 @@ def test_stream_equals_the_complete_answer(client: OpenAI) -> None:
 
 
 def test_lm_eval_request_has_all_logprobs(server: ServerProcess) -> None:
-    """The request that lm-evaluation-harness sends for log-likelihoods."""
+    """The shape of lm-evaluation-harness's log-likelihood requests."""
     prompts = [[504, 3575, 282, 4649, 314], [504, 6376]]
     body = {
         "model": "SmolLM2-135M-Instruct",
@@ -155,11 +155,11 @@ def test_cached_tokens_are_reported_and_change_no_bit(server: ServerProcess) -> 
     cold, found = ask(cache_salt="cold")
     assert found == 0
     assert ask() == (cold, 0)
-    assert ask() == (cold, 256)  # its four full pages, and the numbers of their tokens
+    assert ask() == (cold, 256)  # four full pages, with their log-probs
     ask(prompt=[7, *ids], prompt_logprobs=None, cache_salt="unscored")
     fresh, found = ask(prompt=[7, *ids], cache_salt="fresh")
     assert found == 0
-    assert ask(prompt=[7, *ids], cache_salt="unscored") == (fresh, 256)  # the head alone, over what was left behind
+    assert ask(prompt=[7, *ids], cache_salt="unscored") == (fresh, 256)  # runs the head alone on cached hidden states
 
 
 def test_choices_of_one_prompt_share_a_prefill(server: ServerProcess) -> None:
@@ -243,7 +243,7 @@ def test_small_cache_and_full_vocabulary(compilation_cache: Path) -> None:
 
 @pytest.mark.slow
 def test_sigterm_drains_and_a_second_start_reads_the_cache(tmp_path: Path) -> None:
-    few = ("--max-num-seqs", "1", "--max-model-len", "256", "--max-num-batched-tokens", "17")  # programs
+    few = ("--max-num-seqs", "1", "--max-model-len", "256", "--max-num-batched-tokens", "17")  # few programs
     arguments = (*few, "--compilation-cache-dir", str(tmp_path / "xla"))
     first = ServerProcess(*arguments)
     entries = sorted(path.name for path in (tmp_path / "xla").glob("jit_decode_1-*-cache"))
@@ -255,7 +255,7 @@ def test_sigterm_drains_and_a_second_start_reads_the_cache(tmp_path: Path) -> No
         timeout=60,
     ) as response:
         lines = response.iter_lines()
-        next(lines)  # the stream has begun: now ask the server to end
+        next(lines)  # the stream has started: stop the server
         first.process.terminate()
         events = [line for line in lines if line.startswith("data: ")]
     assert events[-1] == "data: [DONE]"

@@ -1,4 +1,4 @@
-"""`--tensor-parallel-size` on real servers: what two devices say over HTTP is what one says."""
+"""`--tensor-parallel-size` on real servers: two devices answer like one."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def servers(model: Path, compilation_cache: Path) -> Iterator[dict[int, ServerProcess]]:
-    """The same model on one device and on two, made of one CPU."""
+    """The same model on one CPU device and on two."""
     cache = ("--compilation-cache-dir", str(compilation_cache))
     two = {"JAX_NUM_CPU_DEVICES": "2"}
     started = {

@@ -1,4 +1,4 @@
-"""A headless Chromium: Debian's, or another that is installed. Playwright brings none."""
+"""A headless Chromium installed on this system; Playwright's own is not used."""
 
 import os
 import shutil
@@ -23,15 +23,15 @@ FLAGS = (
 
 
 def program() -> str | None:
-    """The browser's file."""
+    """Return the path of the browser."""
     return next(filter(None, map(shutil.which, _NAMES)), None)
 
 
-@pytest.fixture(scope="module")  # no longer: its event loop would stand in the way of asynchronous tests
+@pytest.fixture(scope="module")  # a longer scope would keep an event loop that blocks asynchronous tests
 def browser() -> Iterator[Browser]:
-    """One process, with a profile that nobody else has."""
+    """One process with a fresh profile."""
     if (path := program()) is None:
-        # Where `make test` could install one, it is missed.
+        # `make test-all` installs one as root on Debian.
         assert not (shutil.which("apt-get") and os.geteuid() == 0), "Chromium could not be installed"
         pytest.skip("no Chromium is installed")
     with sync_playwright() as playwright:
@@ -42,7 +42,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def context(browser: Browser) -> Iterator[BrowserContext]:
-    """Storage of its own, as in a new window."""
+    """Separate storage, as in a private window."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
     yield context
     context.close()
@@ -50,7 +50,7 @@ def context(browser: Browser) -> Iterator[BrowserContext]:
 
 @pytest.fixture
 def inspector(context: BrowserContext) -> Iterator[Inspector]:
-    """An empty page."""
+    """A new page without console errors."""
     inspector = Inspector(context.new_page())
     yield inspector
     assert inspector.complaints == []

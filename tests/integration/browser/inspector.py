@@ -1,4 +1,4 @@
-"""The page as a person uses it: what is typed, clicked, seen and heard."""
+"""Page objects of the inspector."""
 
 import json
 import math
@@ -17,7 +17,7 @@ _LONG = 180_000  # ms: a prompt of thousands of tokens on a busy machine
 
 
 class Inspector:
-    """One open page. Whatever a script of it complains of fails the test."""
+    """An open page; console errors are recorded."""
 
     def __init__(self, page: Page) -> None:
         self.page = page
@@ -26,27 +26,27 @@ class Inspector:
         page.on("console", lambda message: self._heard(message.type, message.text))
 
     def open(self, url: str, model: str = "SmolLM2-135M-Instruct") -> None:
-        """Loads the page, until it knows the model."""
+        """Load the page and wait until it shows the model."""
         self.page.goto(url)
         expect(self.page.locator("#model")).to_contain_text(model)
 
     def set(self, **parameters: object) -> None:
-        """Fills parameters by their labels; an underscore stands for a space."""
+        """Fill parameters by label; underscores are spaces."""
         for name, value in parameters.items():
             self.page.locator("#settings").get_by_label(name.replace("_", " "), exact=True).fill(str(value))
 
     def pane(self, index: int = 0) -> "PaneView":
-        """A pane, from the left."""
+        """Return a pane, counted from the left."""
         return PaneView(self.page.locator(".pane").nth(index), self.page)
 
     def screenshot(self, name: str) -> None:
-        """Keeps what is seen now as NAME.png."""
+        """Save a screenshot as NAME.png."""
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=SCREENSHOTS / f"{name}.png")
 
     @property
     def details(self) -> Locator:
-        """The box of one token's details."""
+        """The box with one token's details."""
         return self.page.locator("#details")
 
     @property
@@ -60,7 +60,7 @@ class Inspector:
         return dict(zip(names, self.details.locator("dd").all_inner_texts(), strict=True))
 
     def _heard(self, kind: str, text: str) -> None:
-        # What a server refuses is in the console, too; the tests look for it in the page.
+        # HTTP errors are in the console, too; tests check them in the page.
         if kind == "error" and not text.startswith("Failed to load resource"):
             self.complaints.append(text)
 
@@ -71,7 +71,7 @@ class PaneView:
     def __init__(self, root: Locator, page: Page) -> None:
         self.root = root
         self._page = page
-        # Roles are looked for in the form only: Playwright would work out those of ten thousand cells.
+        # Look up roles in the form only; computing them for ten thousand cells is slow.
         self.form = root.locator(".editor")
         self.prompt = self.form.get_by_role("textbox", name="Prompt")
         self.cells = root.locator(".cells > .cell")
@@ -83,39 +83,39 @@ class PaneView:
         return self.form.get_by_role("button", name=name, exact=True)
 
     def run(self, prompt: str | None = None, button: str = "Run") -> None:
-        """Types a prompt, if one is given, presses a button and waits for the end."""
+        """Type a prompt, if given, press a button and wait for the end."""
         if prompt is not None:
             self.prompt.fill(prompt)
         self.button(button).click()
         self.wait()
 
     def wait(self) -> None:
-        """Until nothing is on its way."""
-        # Not by expect(), which describes all cells each time that it has looked in vain.
+        """Wait until no request is running."""
+        # Not with expect(), which describes all cells after each failed attempt.
         self.root.and_(self._page.locator("[aria-busy=false]")).wait_for(state="attached", timeout=_LONG)
 
     def texts(self) -> list[str]:
-        """The text of every token, as it would be copied."""
+        """Return the text of every token, as copied to the clipboard."""
         return self.cells.all_text_contents()
 
     def totals(self) -> dict[str, list[str]]:
-        """The table of sums: a row's name, then prompt, generated, all."""
+        """Return the summary table: row name -> prompt, generated, all."""
         rows = [row.locator("th, td").all_inner_texts() for row in self.root.locator(".totals tbody tr").all()]
         return {name: values for name, *values in rows}
 
     def download(self, button: str) -> str:
-        """The text of the file that a button saves."""
+        """Return the contents of the file saved by a button."""
         with self._page.expect_download() as saved:
             self.button(button).click()
         return Path(saved.value.path()).read_text("utf-8")
 
     def exported(self) -> Any:
-        """Everything that the pane knows of its run."""
+        """Return the exported state of the run."""
         return json.loads(self.download("Export JSON"))
 
 
 def number(text: str) -> float:
-    """A number as the page writes it."""
+    """Parse a number as the page formats it."""
     if "∞" in text:
         return -math.inf
     return float(re.sub("[,% ]", "", text.replace("−", "-")))

@@ -45,18 +45,18 @@ _SCROLL = """async () => {
 
 
 def weight() -> tuple[int, int, int]:
-    """Files, bytes, and bytes as they are sent to a browser."""
+    """Return number of files, bytes, and compressed bytes."""
     files = [path.read_bytes() for path in (ROOT / "serve" / "api" / "inspector" / "page").iterdir()]
     return len(files), sum(map(len, files)), sum(len(gzip.compress(data)) for data in files)
 
 
 def ready(page: Page) -> float:
-    """Milliseconds until the page was interactive."""
+    """Return milliseconds until the page was interactive."""
     return float(page.evaluate("performance.getEntriesByType('navigation')[0].domInteractive"))
 
 
 def first_seen(browser: Browser, url: str) -> dict[str, float]:
-    """Medians of milliseconds from Run to the first cell, number and generated token, of a prompt that is new."""
+    """Return median milliseconds from Run to the first cell, log-prob and generated token of a new prompt."""
     rounds: list[dict[str, Any]] = []
     for i in range(_ROUNDS):
         inspector = Inspector(browser.new_page())
@@ -72,7 +72,7 @@ def first_seen(browser: Browser, url: str) -> dict[str, float]:
 
 
 def frames(browser: Browser) -> list[float]:
-    """Milliseconds between frames while 10,000 cells are scrolled through."""
+    """Return milliseconds between frames while scrolling through 10,000 cells."""
     with listening(script=b"", max_model_len=_LONG + 100, pages=2 + (_LONG + 100) // 64) as (url, _):
         inspector = Inspector(browser.new_page(viewport={"width": 1280, "height": 900}))
         inspector.open(url, MODEL)
@@ -83,7 +83,7 @@ def frames(browser: Browser) -> list[float]:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     count, size, zipped = weight()
     print(f"page: {count} files, {size / 1e3:.1f} kB, {zipped / 1e3:.1f} kB zipped")
     server = ServerProcess("--max-num-seqs", "4", "--max-model-len", "2048")

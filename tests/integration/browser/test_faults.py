@@ -1,4 +1,4 @@
-"""What the page says, and keeps, when something goes wrong; and what it does while an answer comes."""
+"""The page during streaming and when requests or the server fail."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""For keyboards, screen readers, dark and narrow screens, and texts of ten thousand tokens."""
+"""Accessibility, themes, narrow screens and texts of ten thousand tokens."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +30,7 @@ def page(inspector: Inspector, url: str) -> Inspector:
 
 
 def audit(page: Page) -> list[Any]:
-    """What axe-core finds wrong."""
+    """Return axe-core's violations."""
     program = Path(axe_playwright_python.__file__).parent / "axe.min.js"
     page.evaluate(program.read_text("utf-8") + "\n0")
     found: list[Any] = page.evaluate("axe.run().then(results => results.violations)")
@@ -127,7 +127,7 @@ def scroll(page: Page, pixels: int) -> None:
 
 
 def scrolls_in_a_layer(page: Page) -> bool:
-    """Whether the cells are painted into a layer of their own: scrolling then moves it, and paints nothing again."""
+    """True if the cells have a compositing layer of their own, so that scrolling repaints nothing."""
     session = page.context.new_cdp_session(page)
     trees: list[Any] = []
     session.on("LayerTree.layerTreeDidChange", lambda change: trees.append(change))

@@ -30,7 +30,7 @@ GREEDY = {"temperature": 0, "logprobs": True, "top_logprobs": 5, "prompt_logprob
 
 
 def ask(server: ServerProcess, **fields: Any) -> Any:
-    """The same numbers without the page."""
+    """Return the log-probs without the page."""
     response = httpx2.post(f"{server.url}/v1/chat/completions", json=GREEDY | fields, timeout=60)
     assert response.status_code == 200, response.text
     return response.json()
@@ -38,7 +38,7 @@ def ask(server: ServerProcess, **fields: Any) -> Any:
 
 @pytest.fixture
 def page(inspector: Inspector, server: ServerProcess) -> Inspector:
-    """The page, greedy and short."""
+    """The page with greedy decoding and few tokens."""
     inspector.open(server.url)
     inspector.set(temperature=0, max_tokens=8)
     return inspector
@@ -249,7 +249,7 @@ def test_export_contains_the_run(page: Inspector) -> None:
 
 
 def test_summary_equals_the_score_command(page: Inspector) -> None:
-    """Without a template's special tokens, which are no part of the text, in both."""
+    """Without special tokens, in both."""
     pane = page.pane()
     pane.run("<|im_start|>user\nOnce upon a time, a zebra 😊<|im_end|>\n", "Score only")
     exported = pane.exported()

@@ -12,6 +12,9 @@
 
 namespace {
 
+using namespace logprobd;
+using namespace LOGPROBD_NAMESPACE;
+
 class Random {  // PCG-XSH-RR, https://www.pcg-random.org
  public:
   explicit Random(uint64_t seed) : state_(seed * 2654435761u + 12345) {}
@@ -102,8 +105,21 @@ void Attention(int64_t tokens, int64_t before, int64_t heads, int64_t kv_heads, 
     positions.push_back(padding ? -1 : static_cast<int32_t>(before + i % tokens));
   }
   std::vector<float> out(queries.size());
-  const Pages p = {tables.data(), positions.data(), queries.data(), keys.data(), values.data(), out.data(), rows,
-                   tokens, heads, kv_heads, size, table, pages, window, 1 / __builtin_sqrtf(static_cast<float>(size)),
+  const Pages p = {tables.data(),
+                   positions.data(),
+                   queries.data(),
+                   keys.data(),
+                   values.data(),
+                   out.data(),
+                   rows,
+                   tokens,
+                   heads,
+                   kv_heads,
+                   size,
+                   table,
+                   pages,
+                   window,
+                   1 / __builtin_sqrtf(static_cast<float>(size)),
                    cap};
   const Scratch scratch(std::min(kQueryTokens, tokens) * (heads / kv_heads), size);
   for (int64_t row = 0; row < rows; ++row) {
@@ -114,8 +130,8 @@ void Attention(int64_t tokens, int64_t before, int64_t heads, int64_t kv_heads, 
     }
   }
   Print("attention " + std::to_string(tokens) + " after " + std::to_string(before) + " of " + std::to_string(heads) +
-            "x" + std::to_string(size) + " window " + std::to_string(window) +
-            (cap > 0 ? " capped" : "") + NameOf<Element>(),
+            "x" + std::to_string(size) + " window " + std::to_string(window) + (cap > 0 ? " capped" : "") +
+            NameOf<Element>(),
         out);
 }
 
@@ -156,8 +172,8 @@ void Head(const std::string& kind, int64_t vocab, int64_t k) {
   std::vector<int32_t> counts(static_cast<size_t>(2 * (1 + k + 2)));
   float* f = floats.data();
   int32_t* c = counts.data();
-  const TokenLogprobs call = {2, vocab, k, 2, ids.data(), requested.data(), f, c, c + 2, f + 2, f + 2 + 2 * k, c + 2 + 2 * k,
-                           f + 6 + 2 * k};
+  const TokenLogprobs call = {
+      2, vocab, k, 2, ids.data(), requested.data(), f, c, c + 2, f + 2, f + 2 + 2 * k, c + 2 + 2 * k, f + 6 + 2 * k};
   Accumulator accumulator(call);
   for (int64_t r = 0; r < 2; ++r) {
     Row& row = accumulator.rows[static_cast<size_t>(r)];

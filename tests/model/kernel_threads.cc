@@ -16,6 +16,9 @@
 
 namespace {
 
+using namespace logprobd;
+using namespace LOGPROBD_NAMESPACE;
+
 // As XLA's: tasks start when they like, some only after the call that made them has returned.
 class Pool {
  public:
@@ -43,9 +46,11 @@ void Check(bool holds, const char* what) {
 void EveryItemOnce(Pool& pool, int64_t threads, int64_t count) {
   std::vector<int> seen(static_cast<size_t>(count));
   int* to = seen.data();
-  Check(Share(pool, threads, count, [to](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) ++to[i];
-  }), "a share failed");
+  Check(Share(pool, threads, count,
+              [to](int64_t first, int64_t last) {
+                for (int64_t i = first; i < last; ++i) ++to[i];
+              }),
+        "a share failed");
   for (const int times : seen) Check(times == 1, "an item was not done once");
 }
 
@@ -81,24 +86,28 @@ void Rows(Pool& pool, std::mt19937& random, int64_t rows, int64_t vocab, int64_t
   std::vector<int32_t> ids(static_cast<size_t>(rows)), requested_ids(static_cast<size_t>(rows * requested));
   for (int32_t& id : ids) id = static_cast<int32_t>(random() % vocab);
   for (int32_t& id : requested_ids) id = static_cast<int32_t>(random() % vocab);
-  const auto floats = static_cast<size_t>(rows * (2 + k + requested)), counts = static_cast<size_t>(rows * (1 + k + requested));
+  const auto floats = static_cast<size_t>(rows * (2 + k + requested)),
+             counts = static_cast<size_t>(rows * (1 + k + requested));
   std::vector<float> found[2] = {std::vector<float>(floats), std::vector<float>(floats)};
   std::vector<int32_t> ranks[2] = {std::vector<int32_t>(counts), std::vector<int32_t>(counts)};
   Pool one(1);
   for (int way = 0; way < 2; ++way) {
     float* f = found[way].data();
     int32_t* c = ranks[way].data();
-    auto accumulator = std::make_shared<Accumulator>(TokenLogprobs{rows, vocab, k, requested, ids.data(), requested_ids.data(), f, c, c + rows,
-                                                 f + 2 * rows, f + rows * (2 + k), c + rows * (1 + k), f + rows});
+    auto accumulator = std::make_shared<Accumulator>(TokenLogprobs{rows, vocab, k, requested, ids.data(),
+                                                                   requested_ids.data(), f, c, c + rows, f + 2 * rows,
+                                                                   f + rows * (2 + k), c + rows * (1 + k), f + rows});
     for (int64_t r = 0; r < rows; ++r) {
       for (Token& token : accumulator->rows[static_cast<size_t>(r)].tokens) {
         token.logit = logits[static_cast<size_t>(r * vocab + token.id)];
       }
     }
     const float* from = logits.data();
-    Check(ComputeTokenLogprobs(way == 0 ? one : pool, accumulator, [from, vocab, rows](int64_t panel, int64_t, auto accumulate) {
-      for (int64_t r = 0; r < rows; ++r) accumulate(r, from + r * vocab + panel * kPanel);
-    }), "log-probs failed");
+    Check(ComputeTokenLogprobs(way == 0 ? one : pool, accumulator,
+                               [from, vocab, rows](int64_t panel, int64_t, auto accumulate) {
+                                 for (int64_t r = 0; r < rows; ++r) accumulate(r, from + r * vocab + panel * kPanel);
+                               }),
+          "log-probs failed");
   }
   Check(found[0] == found[1] && ranks[0] == ranks[1], "log-probs differ by how they are shared");
 }

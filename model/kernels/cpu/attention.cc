@@ -1,4 +1,5 @@
-// Attention over pages as a handler of XLA's foreign function interface. attention.h has the arithmetic and its promise.
+// Attention over pages as a handler of XLA's foreign function interface. attention.h has the arithmetic and its
+// promise.
 
 #include "attention.h"
 
@@ -7,6 +8,9 @@
 #include "xla/ffi/api/ffi.h"
 
 namespace {
+
+using namespace logprobd;
+using namespace LOGPROBD_NAMESPACE;
 
 namespace ffi = xla::ffi;
 
@@ -63,8 +67,22 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::A
     return ffi::Error::InvalidArgument(
         "attention takes q [R, T, H, E], keys and values [N, K, 64, E], tables [R, P], positions [R, T]");
   }
-  const Pages pages = {tables.typed_data(), positions.typed_data(), queries.typed_data(), keys.untyped_data(),
-                       values.untyped_data(), out->typed_data(), q[0], q[1], q[2], k[1], q[3], t[1], k[0], window, scale, cap};
+  const Pages pages = {tables.typed_data(),
+                       positions.typed_data(),
+                       queries.typed_data(),
+                       keys.untyped_data(),
+                       values.untyped_data(),
+                       out->typed_data(),
+                       q[0],
+                       q[1],
+                       q[2],
+                       k[1],
+                       q[3],
+                       t[1],
+                       k[0],
+                       window,
+                       scale,
+                       cap};
   if (!InBounds(pages)) return ffi::Error::InvalidArgument("attention: a page or a position is out of bounds");
   if (keys.element_type() == ffi::BF16) return Outcome(AttendAll<uint16_t>(pool, pages));
   if (keys.element_type() == ffi::F32) return Outcome(AttendAll<float>(pool, pages));

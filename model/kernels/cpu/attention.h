@@ -20,7 +20,7 @@
 #include "layout.h"
 #include "vectors.h"
 
-namespace {
+namespace LOGPROBD_NAMESPACE {
 
 static_assert(kPage == 4 * kLanes, "SoftmaxWeights holds a page's scores in four vectors");
 constexpr int64_t kQueryTokens = 32;  // tokens of a block: each page is converted once for all of them
@@ -98,7 +98,7 @@ void Convert(const Element* keys, const Element* values, int64_t size, int64_t v
 
 // Scores of kRows queries against kVectors times 16 places of a page, from the place `first` on.
 template <int kRows, int kVectors>
-INLINE void ScoresOf(int64_t query, int64_t first, int64_t size, const Scratch& scratch) {
+LOGPROBD_INLINE void ScoresOf(int64_t query, int64_t first, int64_t size, const Scratch& scratch) {
   Floats acc[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) acc[r][v] = Zeros();
@@ -126,7 +126,7 @@ void Scores(int64_t query, int64_t size, const Scratch& scratch) {
 }
 
 // Replaces scores by weights and updates best, total and scale. The query attends to slots [first, last) of the page.
-INLINE void SoftmaxWeights(int64_t query, int64_t first, int64_t last, float cap, const Scratch& scratch) {
+LOGPROBD_INLINE void SoftmaxWeights(int64_t query, int64_t first, int64_t last, float cap, const Scratch& scratch) {
   float* weights = scratch.weight + query * kPage;
   if (std::max<int64_t>(first, 0) >= last) {
     std::fill_n(weights, kPage, 0.0f);
@@ -158,7 +158,7 @@ INLINE void SoftmaxWeights(int64_t query, int64_t first, int64_t last, float cap
 
 // sum = sum * scale + weights x values, for kRows queries and kVectors vectors of the head from element e on.
 template <int kRows, int kVectors>
-INLINE void Accumulate(int64_t query, int64_t e, int64_t valid, const Scratch& scratch) {
+LOGPROBD_INLINE void Accumulate(int64_t query, int64_t e, int64_t valid, const Scratch& scratch) {
   Floats acc[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
     const Floats scale = Fill(scratch.scale[query + r]);
@@ -193,7 +193,7 @@ void AccumulateAll(int64_t query, int64_t valid, const Scratch& scratch) {
 
 // Calls tile(query, number of queries as a constant) until all queries are covered, six at a time.
 template <typename Tile>
-INLINE void ForTiles(int64_t queries, Tile tile) {
+LOGPROBD_INLINE void ForTiles(int64_t queries, Tile tile) {
   int64_t q = 0;
   for (; q + 6 <= queries; q += 6) tile(q, std::integral_constant<int, 6>());
   if (q + 3 <= queries) {
@@ -210,7 +210,7 @@ struct Queries {
   int64_t position(int64_t query) const { return positions[query / group]; }
 };
 
-Queries Begin(const Pages& p, const Unit& unit, const Scratch& scratch) {
+inline Queries Begin(const Pages& p, const Unit& unit, const Scratch& scratch) {
   const int64_t group = p.heads / p.kv_heads;
   Queries queries = {group, (unit.to - unit.from) * group, -1, -1, p.positions + unit.row * p.tokens + unit.from};
   for (int64_t t = 0; t < unit.to - unit.from; ++t) {
@@ -233,7 +233,7 @@ Queries Begin(const Pages& p, const Unit& unit, const Scratch& scratch) {
   return queries;
 }
 
-void Finish(const Pages& p, const Unit& unit, const Queries& queries, const Scratch& scratch) {
+inline void Finish(const Pages& p, const Unit& unit, const Queries& queries, const Scratch& scratch) {
   for (int64_t q = 0; q < queries.count; ++q) {
     const int64_t token = unit.row * p.tokens + unit.from + q / queries.group;
     float* to = p.out + (token * p.heads + unit.head * queries.group + q % queries.group) * p.size;
@@ -260,12 +260,12 @@ void Attend(const Pages& p, const Unit& unit, const Scratch& scratch) {
     ForTiles(queries.count, [&](int64_t q, auto rows) { Scores<rows()>(q, p.size, scratch); });
     for (int64_t q = 0; q < queries.count; ++q) {
       const int64_t position = queries.position(q);
-      SoftmaxWeights(q, p.window > 0 ? position - p.window + 1 - start : 0, std::min(valid, position + 1 - start), p.cap,
-            scratch);
+      SoftmaxWeights(q, p.window > 0 ? position - p.window + 1 - start : 0, std::min(valid, position + 1 - start),
+                     p.cap, scratch);
     }
     ForTiles(queries.count, [&](int64_t q, auto rows) { AccumulateAll<rows()>(q, valid, scratch); });
   }
   Finish(p, unit, queries, scratch);
 }
 
-}  // namespace
+}  // namespace LOGPROBD_NAMESPACE

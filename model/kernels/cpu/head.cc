@@ -16,6 +16,9 @@
 
 namespace {
 
+using namespace logprobd;
+using namespace LOGPROBD_NAMESPACE;
+
 namespace ffi = xla::ffi;
 
 using Ids = ffi::Buffer<ffi::S32>;
@@ -44,10 +47,19 @@ std::optional<TokenLogprobs> MakeOutputs(int64_t rows, int64_t vocab, const Ids&
                     (*requested_logprobs)->element_count() == requested_ids.element_count() &&
                     (*requested_ranks)->element_count() == requested_ids.element_count();
   if (!fits) return std::nullopt;
-  return TokenLogprobs{std::clamp<int64_t>(*live.typed_data(), 0, rows), vocab, top[1], requested[1], ids.typed_data(),
-                       requested_ids.typed_data(), (*logprob)->typed_data(), (*rank)->typed_data(),
-                       (*top_ids)->typed_data(), (*top_logprobs)->typed_data(), (*requested_logprobs)->typed_data(),
-                       (*requested_ranks)->typed_data(), (*normalizer)->typed_data()};
+  return TokenLogprobs{std::clamp<int64_t>(*live.typed_data(), 0, rows),
+                       vocab,
+                       top[1],
+                       requested[1],
+                       ids.typed_data(),
+                       requested_ids.typed_data(),
+                       (*logprob)->typed_data(),
+                       (*rank)->typed_data(),
+                       (*top_ids)->typed_data(),
+                       (*top_logprobs)->typed_data(),
+                       (*requested_logprobs)->typed_data(),
+                       (*requested_ranks)->typed_data(),
+                       (*normalizer)->typed_data()};
 }
 
 ffi::Error FromLogits(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, Ids ids, Ids requested_ids,
@@ -64,10 +76,9 @@ ffi::Error FromLogits(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, Ids id
   for (int64_t r = 0; r < rows; ++r) {
     for (Token& token : accumulator->rows[static_cast<size_t>(r)].tokens) token.logit = from[r * vocab + token.id];
   }
-  return Outcome(ComputeTokenLogprobs(
-      pool, accumulator, [from, vocab, rows](int64_t panel, int64_t, auto accumulate) {
-        for (int64_t r = 0; r < rows; ++r) accumulate(r, from + r * vocab + panel * kPanel);
-      }));
+  return Outcome(ComputeTokenLogprobs(pool, accumulator, [from, vocab, rows](int64_t panel, int64_t, auto accumulate) {
+    for (int64_t r = 0; r < rows; ++r) accumulate(r, from + r * vocab + panel * kPanel);
+  }));
 }
 
 // The head's product.
@@ -133,16 +144,16 @@ ffi::Error Score(TileTable tiles, ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> h
   auto accumulator = std::make_shared<Accumulator>(*outputs);
   const Head head = {weight.MakeProblem(hidden.typed_data(), nullptr, false, rows, vocab, xs[1]), tiles, cap};
   if (!ComputeTokenLogits(pool, accumulator, head)) return Outcome(false);
-  return Outcome(ComputeTokenLogprobs(
-      pool, accumulator, [head, rows](int64_t panel, int64_t count, auto accumulate) {
-        std::vector<float> logits(static_cast<size_t>(rows * count));
-        Logits(head, panel * kPanel, count, logits.data());
-        for (int64_t r = 0; r < rows; ++r) accumulate(r, logits.data() + r * count);
-      }));
+  return Outcome(ComputeTokenLogprobs(pool, accumulator, [head, rows](int64_t panel, int64_t count, auto accumulate) {
+    std::vector<float> logits(static_cast<size_t>(rows * count));
+    Logits(head, panel * kPanel, count, logits.data());
+    for (int64_t r = 0; r < rows; ++r) accumulate(r, logits.data() + r * count);
+  }));
 }
 
 ffi::Error FromHidden(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> hidden, ffi::Buffer<ffi::BF16> w, Ids ids,
-                      Ids requested_ids, ffi::BufferR0<ffi::S32> live, ffi::RemainingRets results, int64_t vocab, float cap) {
+                      Ids requested_ids, ffi::BufferR0<ffi::S32> live, ffi::RemainingRets results, int64_t vocab,
+                      float cap) {
   return Score(FastestTiles(), pool, hidden, PairsOf(w), ids, requested_ids, live, results, vocab, cap);
 }
 

@@ -19,7 +19,7 @@
 #include "parallel.h"
 #include "vectors.h"
 
-namespace {
+namespace LOGPROBD_NAMESPACE {
 
 constexpr int64_t kPanel = 1024;
 constexpr int32_t kNoId = std::numeric_limits<int32_t>::max();
@@ -108,18 +108,18 @@ class TopK {
 };
 
 // 16 logits of a panel, -inf after its end.
-INLINE Floats LoadPanel(const float* logits, int64_t start, int64_t count) {
+LOGPROBD_INLINE Floats LoadPanel(const float* logits, int64_t start, int64_t count) {
   return KeepFirst(LoadSome(logits + start, count - start), count - start, -std::numeric_limits<float>::infinity());
 }
 
 // Lanes that may be among the top k: at least `floor`, and above this claim's k-th candidate.
-INLINE uint32_t CandidateLanes(Floats x, uint32_t valid, Floats floor, const TopK& top) {
+LOGPROBD_INLINE uint32_t CandidateLanes(Floats x, uint32_t valid, Floats floor, const TopK& top) {
   const uint32_t lanes = valid & Bits(NotLess(x, floor));
   return top.full() ? lanes & Bits(Greater(x, Fill(top.least()))) : lanes;
 }
 
 // Inserts the panel's candidates into `top` and returns the panel's largest logit.
-float SelectTopK(const float* logits, int64_t count, int64_t first_id, float floor, TopK& top) {
+inline float SelectTopK(const float* logits, int64_t count, int64_t first_id, float floor, TopK& top) {
   const Floats floors = Fill(floor);
   Floats largest = Fill(-std::numeric_limits<float>::infinity());
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -133,7 +133,7 @@ float SelectTopK(const float* logits, int64_t count, int64_t first_id, float flo
   return MaxOf(largest);
 }
 
-float SumOfExponentials(const float* logits, int64_t count, float best) {
+inline float SumOfExponentials(const float* logits, int64_t count, float best) {
   // Of -inf alone the sum is 0, and a NaN among them stays one.
   const Floats shift = Fill(best == -std::numeric_limits<float>::infinity() ? 0.0f : best);
   Floats sum = Zeros();
@@ -144,7 +144,7 @@ float SumOfExponentials(const float* logits, int64_t count, float best) {
 }
 
 // Ids of a panel that rank before a token: a larger logit, or an equal one with a lower id.
-int32_t CountAhead(const float* logits, int64_t count, int64_t first_id, const Token& token) {
+inline int32_t CountAhead(const float* logits, int64_t count, int64_t first_id, const Token& token) {
   const Floats logit = Fill(token.logit);
   const int64_t lower = token.id - first_id;  // columns before it have lower ids
   int32_t ahead = 0;
@@ -244,4 +244,4 @@ template <typename Pool, typename Produce>
   return true;
 }
 
-}  // namespace
+}  // namespace LOGPROBD_NAMESPACE

@@ -8,10 +8,10 @@
 #error "compile with FLAGS of library.py"
 #endif
 
-namespace {
+namespace logprobd {
 
-constexpr int64_t kPage = LOGPROBD_PAGE_SIZE;         // S, tokens of a page
-constexpr int64_t kGroup = LOGPROBD_GROUP_SIZE;       // elements of K that share a scale
+constexpr int64_t kPage = LOGPROBD_PAGE_SIZE;        // S, tokens of a page
+constexpr int64_t kGroup = LOGPROBD_GROUP_SIZE;      // elements of K that share a scale
 constexpr int64_t kColumns = LOGPROBD_COLUMN_BLOCK;  // output columns in a block of W
 
-}  // namespace
+}  // namespace logprobd

@@ -1,5 +1,6 @@
 // y[M, N] = x[M, K] W[N, K]^T for bfloat16 x and a packed W, bfloat16 or int8, as handlers of XLA's foreign function
-// interface. tiles.h has the layout of W, the arithmetic and its promise; parallel.h shares a call among XLA's own threads.
+// interface. tiles.h has the layout of W, the arithmetic and its promise; parallel.h shares a call among XLA's own
+// threads.
 
 #include <algorithm>
 #include <cstdint>
@@ -11,6 +12,9 @@
 #include "xla/ffi/api/ffi.h"
 
 namespace {
+
+using namespace logprobd;
+using namespace LOGPROBD_NAMESPACE;
 
 namespace ffi = xla::ffi;
 

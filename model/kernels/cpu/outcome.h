@@ -4,11 +4,11 @@
 
 #include "xla/ffi/api/ffi.h"
 
-namespace {
+namespace logprobd {
 
 inline xla::ffi::Error Outcome(bool all_done) {
   if (all_done) return xla::ffi::Error::Success();
   return xla::ffi::Error(xla::ffi::ErrorCode::kResourceExhausted, "a kernel ran out of memory");
 }
 
-}  // namespace
+}  // namespace logprobd

@@ -10,7 +10,7 @@
 #include <thread>
 #include <utility>
 
-namespace {
+namespace logprobd {
 
 constexpr int64_t kClaims = 4;  // a claim is a thread's share of what is left, over this
 
@@ -26,7 +26,8 @@ struct Job {
   Job(Range run, int64_t items, int64_t workers) : range(std::move(run)), count(items), threads(workers) {}
 };
 
-// Takes ranges until nothing is left: large ones first, so that reads run on, then small ones, so that all end together.
+// Takes ranges until nothing is left: large ones first, so that reads run on, then small ones, so that all end
+// together.
 template <typename Range>
 void Work(Job<Range>& job) {
   int64_t first = job.claimed.load();
@@ -55,4 +56,4 @@ template <typename Pool, typename Range>
   return !job->failed;
 }
 
-}  // namespace
+}  // namespace logprobd

@@ -1,5 +1,5 @@
-// RMSNorm, gated activations, soft caps, and rotary embedding with the write to the cache, as handlers of XLA's foreign function interface.
-// rows.h has the arithmetic and its promise.
+// RMSNorm, gated activations, soft caps, and rotary embedding with the write to the cache, as handlers of XLA's foreign
+// function interface. rows.h has the arithmetic and its promise.
 
 #include "rows.h"
 
@@ -11,6 +11,9 @@
 #include "xla/ffi/api/ffi.h"
 
 namespace {
+
+using namespace logprobd;
+using namespace LOGPROBD_NAMESPACE;
 
 namespace ffi = xla::ffi;
 
@@ -41,7 +44,8 @@ ffi::Error Typed(ffi::Result<ffi::AnyBuffer>& y, Run run) {
 ffi::Error Norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> weight,
                 ffi::BufferR0<ffi::S32> live, ffi::Result<ffi::AnyBuffer> y, float epsilon) {
   const auto xs = x.dimensions();
-  if (xs.size() != 2 || weight.element_count() != static_cast<size_t>(xs[1]) || y->element_count() != x.element_count()) {
+  if (xs.size() != 2 || weight.element_count() != static_cast<size_t>(xs[1]) ||
+      y->element_count() != x.element_count()) {
     return ffi::Error::InvalidArgument("norm takes x [M, D] and weight [D] and gives y [M, D]");
   }
   const float *from = x.typed_data(), *by = weight.typed_data();
@@ -150,8 +154,17 @@ ffi::Error RotateAndStore(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> heads, ffi
   if (keys->untyped_data() != keys_in.untyped_data() || values->untyped_data() != values_in.untyped_data()) {
     return ffi::Error::Internal("rotate writes to the pages that it is given: they are not the same buffers");
   }
-  const Heads h = {heads.typed_data(), cos.typed_data(), sin.typed_data(), tables.typed_data(), positions.typed_data(),
-                   queries->typed_data(), in[1], q[2], k[1], in[3], t[1]};
+  const Heads h = {heads.typed_data(),
+                   cos.typed_data(),
+                   sin.typed_data(),
+                   tables.typed_data(),
+                   positions.typed_data(),
+                   queries->typed_data(),
+                   in[1],
+                   q[2],
+                   k[1],
+                   in[3],
+                   t[1]};
   const int64_t all = in[0] * in[1];
   if (!InBounds(h, all, k[0])) return ffi::Error::InvalidArgument("rotate: a page or a position is out of bounds");
   void* value_pages = values->untyped_data();

@@ -10,7 +10,7 @@
 
 #include "vectors.h"
 
-namespace {
+namespace LOGPROBD_NAMESPACE {
 
 // y = x / sqrt(mean(x^2) + epsilon) * weight. Sixteen sums, each over every sixteenth element, then their sum.
 template <typename Element>
@@ -70,4 +70,4 @@ void CopyHead(const float* x, int64_t size, Element* y) {
   for (int64_t i = 0; i < size; i += kLanes) StoreSome(y + i, size - i, LoadSome(x + i, size - i));
 }
 
-}  // namespace
+}  // namespace LOGPROBD_NAMESPACE

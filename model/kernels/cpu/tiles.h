@@ -1,7 +1,7 @@
 // The arithmetic of linear.cc: one tile of y = x W^T, some rows by 32 columns.
 //
-// A bfloat16 W is packed as [ceil(N/32)][ceil(K/2)][32][2]: blocks of 32 output columns, and in a block the pairs of K in
-// order, so that one 64-byte load holds one pair for 16 columns. int8 lies as [ceil(N/32)][ceil(K/32) * 32][32] with
+// A bfloat16 W is packed as [ceil(N/32)][ceil(K/2)][32][2]: blocks of 32 output columns, and in a block the pairs of K
+// in order, so that one 64-byte load holds one pair for 16 columns. int8 lies as [ceil(N/32)][ceil(K/32) * 32][32] with
 // float16 scales [ceil(N/32)][ceil(K/32)][32]. Columns and K are padded with zeros; x is as XLA has it.
 //
 // The promise: an output is one float32 accumulator that takes K in one fixed order, so a row has the same bits for
@@ -20,7 +20,7 @@
 #include "layout.h"
 #include "vectors.h"
 
-namespace {
+namespace LOGPROBD_NAMESPACE {
 
 constexpr int64_t kPair = 2 * kColumns;  // elements of W that a pair of K takes in a block: two cache lines of bfloat16
 constexpr int64_t kAhead = 4096;         // 16-bit elements of W, 8 KiB, that a lone tile fetches ahead
@@ -37,10 +37,10 @@ struct Problem {
   int64_t stride;  // of a block of w, in elements of 16 bits
 };
 
-int64_t Groups(const Problem& p) { return (p.k + kGroup - 1) / kGroup; }
+inline int64_t Groups(const Problem& p) { return (p.k + kGroup - 1) / kGroup; }
 
 // The part of a problem with columns [first, first + count), `first` at the beginning of a block, and y [M, count].
-Problem Columns(const Problem& whole, int64_t first, int64_t count, float* y) {
+inline Problem Columns(const Problem& whole, int64_t first, int64_t count, float* y) {
   const int64_t block = first / kColumns;
   Problem part = whole;
   part.w += block * whole.stride;
@@ -74,15 +74,15 @@ class FusedBf16 {
 
   FusedBf16(const Problem& p, int64_t block, int64_t half) : w_(p.w + block * p.stride + half * kColumns) {}
 
-  static INLINE void Stage(X* to, const uint16_t* x, int64_t count) {
+  static LOGPROBD_INLINE void Stage(X* to, const uint16_t* x, int64_t count) {
     for (int64_t i = 0; i < count; i += kLanes) Store(to + i, LoadSome(x + i, count - i));
   }
-  INLINE void NextRun() {}
-  INLINE void NextPair() {
+  LOGPROBD_INLINE void NextRun() {}
+  LOGPROBD_INLINE void NextPair() {
     for (int h = 0; h < kHalves; ++h) pair_[h] = LoadPairs(w_ + h * kColumns);
     w_ += kPair;
   }
-  INLINE void AddTo(Floats (&acc)[kHalves], const X* x) const {
+  LOGPROBD_INLINE void AddTo(Floats (&acc)[kHalves], const X* x) const {
     const Floats second = Fill(x[1]);
     for (int h = 0; h < kHalves; ++h) acc[h] = Fma(second, pair_[h].second, acc[h]);
     const Floats first = Fill(x[0]);
@@ -104,18 +104,20 @@ class FusedInt8 {
       : w_(reinterpret_cast<const int8_t*>(p.w + block * p.stride) + half * kLanes),
         scales_(p.scales + block * Groups(p) * kColumns + half * kLanes) {}
 
-  static INLINE void Stage(X* to, const uint16_t* x, int64_t count) { FusedBf16<kHalves>::Stage(to, x, count); }
-  INLINE void NextRun() {
+  static LOGPROBD_INLINE void Stage(X* to, const uint16_t* x, int64_t count) {
+    FusedBf16<kHalves>::Stage(to, x, count);
+  }
+  LOGPROBD_INLINE void NextRun() {
     for (int h = 0; h < kHalves; ++h) scale_[h] = LoadFloat16(scales_ + h * kLanes);
     scales_ += kColumns;
   }
-  INLINE void NextPair() {
+  LOGPROBD_INLINE void NextPair() {
     for (int h = 0; h < kHalves; ++h) {
       pair_[h] = {Mul(LoadInt8(w_ + h * kLanes), scale_[h]), Mul(LoadInt8(w_ + kColumns + h * kLanes), scale_[h])};
     }
     w_ += 2 * kColumns;
   }
-  INLINE void AddTo(Floats (&acc)[kHalves], const X* x) const {
+  LOGPROBD_INLINE void AddTo(Floats (&acc)[kHalves], const X* x) const {
     const Floats first = Fill(x[0]);
     for (int h = 0; h < kHalves; ++h) acc[h] = Fma(first, pair_[h].first, acc[h]);
     const Floats second = Fill(x[1]);
@@ -141,16 +143,16 @@ class DotBf16 {
 
   DotBf16(const Problem& p, int64_t block, int64_t half) : w_(p.w + block * p.stride + half * kColumns) {}
 
-  static INLINE void Stage(X* to, const uint16_t* x, int64_t count) {
+  static LOGPROBD_INLINE void Stage(X* to, const uint16_t* x, int64_t count) {
     std::memcpy(to, x, static_cast<size_t>(count) * sizeof(X));
     if (count % 2 != 0) to[count] = 0;
   }
-  INLINE void NextRun() {}
-  INLINE void NextPair() {
+  LOGPROBD_INLINE void NextRun() {}
+  LOGPROBD_INLINE void NextPair() {
     for (int h = 0; h < kHalves; ++h) pair_[h] = _mm512_loadu_ps(w_ + h * kColumns);
     w_ += kPair;
   }
-  INLINE void AddTo(Floats (&acc)[kHalves], const X* x) const {
+  LOGPROBD_INLINE void AddTo(Floats (&acc)[kHalves], const X* x) const {
     int32_t bits;
     std::memcpy(&bits, x, sizeof bits);
     const __m512i both = _mm512_set1_epi32(bits);
@@ -165,7 +167,7 @@ class DotBf16 {
 
 #endif
 
-INLINE void StoreTile(const Problem& p, int64_t row, int64_t column, Floats acc) {
+LOGPROBD_INLINE void StoreTile(const Problem& p, int64_t row, int64_t column, Floats acc) {
   const int64_t count = p.n - column, at = row * p.n + column;
   if (p.bf16) {
     StoreSome(static_cast<uint16_t*>(p.y) + at, count, acc);
@@ -176,7 +178,7 @@ INLINE void StoreTile(const Problem& p, int64_t row, int64_t column, Floats acc)
 
 // kRows rows and kHalves times 16 columns from the half `half` of a block on.
 template <template <int> class Weights, int kRows, int kHalves>
-INLINE void PartOfTile(const Problem& p, const Place& place, int64_t half) {
+LOGPROBD_INLINE void PartOfTile(const Problem& p, const Place& place, int64_t half) {
   alignas(64) typename Weights<kHalves>::X x[kRows][kChunk];
   Floats acc[kRows][kHalves];
   for (int r = 0; r < kRows; ++r) {
@@ -230,39 +232,39 @@ TileTable TableOf(std::integer_sequence<int, kIndex...>) {
 }
 using MoreRows = std::make_integer_sequence<int, kTileRows - 1>;
 
-TileTable FloatTiles() { return TableOf<FusedBf16, FusedBf16>(MoreRows()); }
-TileTable Int8Tiles() { return TableOf<FusedInt8, FusedInt8>(MoreRows()); }
+inline TileTable FloatTiles() { return TableOf<FusedBf16, FusedBf16>(MoreRows()); }
+inline TileTable Int8Tiles() { return TableOf<FusedInt8, FusedInt8>(MoreRows()); }
 
 #if defined(__AVX512F__)
 
-bool HasPairs() { return __builtin_cpu_supports("avx512bf16"); }
-TileTable PairTiles() { return TableOf<DotBf16, DotBf16>(MoreRows()); }
-TileTable FastestTiles() {
+inline bool HasPairs() { return __builtin_cpu_supports("avx512bf16"); }
+inline TileTable PairTiles() { return TableOf<DotBf16, DotBf16>(MoreRows()); }
+inline TileTable FastestTiles() {
   if (!HasPairs()) return FloatTiles();
   return __builtin_cpu_is("intel") ? TableOf<DotBf16, FusedBf16>(MoreRows()) : PairTiles();
 }
 
 #else
 
-bool HasPairs() { return false; }
-TileTable PairTiles() { return FloatTiles(); }
-TileTable FastestTiles() { return FloatTiles(); }
+inline bool HasPairs() { return false; }
+inline TileTable PairTiles() { return FloatTiles(); }
+inline TileTable FastestTiles() { return FloatTiles(); }
 
 #endif
 
 // All rows of y for one block of columns; `more`: the next block is to be computed here, too.
-void Compute(const Problem& p, TileTable table, int64_t block, bool more) {
+inline void Compute(const Problem& p, TileTable table, int64_t block, bool more) {
   const int64_t tiles = (p.m + kTileRows - 1) / kTileRows;
   const uint16_t* here = p.w + block * p.stride;
   const uint16_t* next = more ? here + p.stride : here;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t row = p.m * t / tiles, rows = p.m * (t + 1) / tiles - row;
-    // A single tile reads W as fast as it comes: it fetches what it needs soon, past the block's end too, since the next
-    // block lies behind it. Of several, the first two fetch the next block: its even lines, then its odd lines.
+    // A single tile reads W as fast as it comes: it fetches what it needs soon, past the block's end too, since the
+    // next block lies behind it. Of several, the first two fetch the next block: its even lines, then its odd lines.
     const uint16_t* line0 = tiles == 1 ? here + kAhead : t == 0 ? next : here;
     const uint16_t* line1 = (tiles == 1 ? here + kAhead : t == 1 ? next : here) + kColumns;
     table[rows - 1](p, {row, block, {line0, line1}});
   }
 }
 
-}  // namespace
+}  // namespace LOGPROBD_NAMESPACE

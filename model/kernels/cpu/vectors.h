@@ -9,18 +9,28 @@
 #include <cstdint>
 #include <cstring>
 
-namespace {
+// A namespace per instruction set: libraries for several of them are loaded into one process, and must share no symbol.
+#if defined(__AVX512F__)
+#define LOGPROBD_NAMESPACE logprobd::avx512
+#elif defined(__AVX2__)
+#define LOGPROBD_NAMESPACE logprobd::avx2
+#else
+#define LOGPROBD_NAMESPACE logprobd::neon
+#endif
+#define LOGPROBD_INLINE __attribute__((always_inline)) inline
+
+namespace LOGPROBD_NAMESPACE {
 
 constexpr int64_t kLanes = 16;  // floats of a vector
 
-float ToFloat(uint16_t bits) {
+inline float ToFloat(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float value;
   std::memcpy(&value, &wide, sizeof value);
   return value;
 }
 
-}  // namespace
+}  // namespace LOGPROBD_NAMESPACE
 
 #if defined(__AVX512F__)
 #include "vectors_avx512.h"
@@ -32,15 +42,17 @@ float ToFloat(uint16_t bits) {
 #error "the kernels are for AVX-512, AVX2 and NEON"
 #endif
 
-namespace {
+namespace LOGPROBD_NAMESPACE {
 
-INLINE void Store(float* to, Floats value) { StoreSome(to, kLanes, value); }
+LOGPROBD_INLINE void Store(float* to, Floats value) { StoreSome(to, kLanes, value); }
 
 // x with the lanes from `count` on replaced.
-INLINE Floats KeepFirst(Floats x, int64_t count, float others) { return Choose(FirstLanes(count), x, Fill(others)); }
+LOGPROBD_INLINE Floats KeepFirst(Floats x, int64_t count, float others) {
+  return Choose(FirstLanes(count), x, Fill(others));
+}
 
 // exp(x) for x <= 0: 2^n e^r, |r| <= ln(2) / 2, e^r by its Taylor series to r^7, which leaves out less than 6e-9.
-INLINE Floats ExpOfNegative(Floats x) {
+LOGPROBD_INLINE Floats ExpOfNegative(Floats x) {
   const Floats n = Round(Mul(x, Fill(1.44269504f)));
   Floats r = NegatedFma(n, Fill(0.693359375f), x);  // ln(2) in two parts, the first exact in 10 bits
   r = NegatedFma(n, Fill(-2.12194440e-4f), r);
@@ -50,13 +62,13 @@ INLINE Floats ExpOfNegative(Floats x) {
 }
 
 // 1 / (1 + exp(-x)), by exp(-|x|), which never overflows.
-INLINE Floats Sigmoid(Floats x) {
+LOGPROBD_INLINE Floats Sigmoid(Floats x) {
   const Floats one = Fill(1.0f), e = ExpOfNegative(Sub(Zeros(), Abs(x)));
   return Div(Choose(Less(x, Zeros()), e, one), Add(one, e));
 }
 
 // tanh(x): its Taylor series to x^11 below 1/4, where 1 - exp(-2|x|) would lose digits, and that form above.
-INLINE Floats Tanh(Floats x) {
+LOGPROBD_INLINE Floats Tanh(Floats x) {
   const Floats size = Abs(x), one = Fill(1.0f), square = Mul(x, x);
   Floats series = Fill(-1382.0f / 155925);
   for (const float term : {62.0f / 2835, -17.0f / 315, 2.0f / 15, -1.0f / 3}) series = Fma(series, square, Fill(term));
@@ -66,6 +78,6 @@ INLINE Floats Tanh(Floats x) {
 }
 
 // cap * tanh(x / cap): what keeps a model's scores and logits below cap (Gemma 2).
-INLINE Floats SoftCap(Floats x, Floats cap) { return Mul(cap, Tanh(Div(x, cap))); }
+LOGPROBD_INLINE Floats SoftCap(Floats x, Floats cap) { return Mul(cap, Tanh(Div(x, cap))); }
 
-}  // namespace
+}  // namespace LOGPROBD_NAMESPACE

@@ -10,12 +10,10 @@
 
 #include "x86.h"
 
-#define INLINE __attribute__((always_inline)) inline
+namespace LOGPROBD_NAMESPACE {
 
-namespace {
-
-constexpr int kTileRows = 5;    // of the linear map: 10 accumulators of 16 registers
-constexpr int kWideRows = 2;    // the most beside 32 columns: more go with 16 at a time
+constexpr int kTileRows = 5;     // of the linear map: 10 accumulators of 16 registers
+constexpr int kWideRows = 2;     // the most beside 32 columns: more go with 16 at a time
 constexpr int kTileVectors = 1;  // of attention, beside 6 rows
 
 struct Floats {
@@ -27,60 +25,60 @@ struct Mask {
 
 inline bool RunsHere() { return HasAvx2(); }
 
-INLINE Floats Zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-INLINE Floats Fill(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
-INLINE Floats Add(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
-INLINE Floats Sub(Floats a, Floats b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
-INLINE Floats Mul(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
-INLINE Floats Div(Floats a, Floats b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
-INLINE Floats Fma(Floats a, Floats b, Floats c) {
+LOGPROBD_INLINE Floats Zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+LOGPROBD_INLINE Floats Fill(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+LOGPROBD_INLINE Floats Add(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+LOGPROBD_INLINE Floats Sub(Floats a, Floats b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+LOGPROBD_INLINE Floats Mul(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+LOGPROBD_INLINE Floats Div(Floats a, Floats b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+LOGPROBD_INLINE Floats Fma(Floats a, Floats b, Floats c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
-INLINE Floats NegatedFma(Floats a, Floats b, Floats c) {
+LOGPROBD_INLINE Floats NegatedFma(Floats a, Floats b, Floats c) {
   return {_mm256_fnmadd_ps(a.low, b.low, c.low), _mm256_fnmadd_ps(a.high, b.high, c.high)};
 }
-INLINE Floats Max(Floats a, Floats b) {  // a > b ? a : b
+LOGPROBD_INLINE Floats Max(Floats a, Floats b) {  // a > b ? a : b
   return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
 }
-INLINE Floats Abs(Floats a) {
+LOGPROBD_INLINE Floats Abs(Floats a) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
 }
-INLINE Floats Round(Floats a) {
+LOGPROBD_INLINE Floats Round(Floats a) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(a.low, kNearest), _mm256_round_ps(a.high, kNearest)};
 }
 // a * 2^n for whole n from -126 to 127.
-INLINE __m256 PowerOfTwo(__m256 n) {
+LOGPROBD_INLINE __m256 PowerOfTwo(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
-INLINE Floats TimesPowerOfTwo(Floats a, Floats n) { return Mul(a, {PowerOfTwo(n.low), PowerOfTwo(n.high)}); }
+LOGPROBD_INLINE Floats TimesPowerOfTwo(Floats a, Floats n) { return Mul(a, {PowerOfTwo(n.low), PowerOfTwo(n.high)}); }
 
-INLINE Mask FirstLanes(int64_t count) {
+LOGPROBD_INLINE Mask FirstLanes(int64_t count) {
   const __m256i limit = _mm256_set1_epi32(static_cast<int>(std::clamp<int64_t>(count, 0, 16)));
   const __m256i low = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), high = _mm256_set_epi32(15, 14, 13, 12, 11, 10, 9, 8);
   return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, low)), _mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, high))};
 }
 template <int kComparison>
-INLINE Mask Compare(Floats a, Floats b) {
+LOGPROBD_INLINE Mask Compare(Floats a, Floats b) {
   return {_mm256_cmp_ps(a.low, b.low, kComparison), _mm256_cmp_ps(a.high, b.high, kComparison)};
 }
-INLINE Mask Less(Floats a, Floats b) { return Compare<_CMP_LT_OQ>(a, b); }
-INLINE Mask Greater(Floats a, Floats b) { return Compare<_CMP_GT_OQ>(a, b); }
-INLINE Mask NotLess(Floats a, Floats b) { return Compare<_CMP_GE_OQ>(a, b); }
-INLINE Mask Equal(Floats a, Floats b) { return Compare<_CMP_EQ_OQ>(a, b); }
-INLINE uint32_t Bits(Mask mask) {
-  return static_cast<uint32_t>(_mm256_movemask_ps(mask.low)) |
-         static_cast<uint32_t>(_mm256_movemask_ps(mask.high)) << 8;
+LOGPROBD_INLINE Mask Less(Floats a, Floats b) { return Compare<_CMP_LT_OQ>(a, b); }
+LOGPROBD_INLINE Mask Greater(Floats a, Floats b) { return Compare<_CMP_GT_OQ>(a, b); }
+LOGPROBD_INLINE Mask NotLess(Floats a, Floats b) { return Compare<_CMP_GE_OQ>(a, b); }
+LOGPROBD_INLINE Mask Equal(Floats a, Floats b) { return Compare<_CMP_EQ_OQ>(a, b); }
+LOGPROBD_INLINE uint32_t Bits(Mask mask) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(mask.low)) | static_cast<uint32_t>(_mm256_movemask_ps(mask.high))
+                                                                   << 8;
 }
-INLINE Floats Choose(Mask mask, Floats yes, Floats no) {
+LOGPROBD_INLINE Floats Choose(Mask mask, Floats yes, Floats no) {
   return {_mm256_blendv_ps(no.low, yes.low, mask.low), _mm256_blendv_ps(no.high, yes.high, mask.high)};
 }
 
-INLINE __m256 FromBf16(__m128i bits) {
+LOGPROBD_INLINE __m256 FromBf16(__m128i bits) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
-INLINE __m256i ToBf16(__m256 value) {
+LOGPROBD_INLINE __m256i ToBf16(__m256 value) {
   const __m256i bits = _mm256_castps_si256(value), top = _mm256_srli_epi32(bits, 16);
   const __m256i odd = _mm256_and_si256(top, _mm256_set1_epi32(1));
   const __m256i even = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
@@ -89,26 +87,26 @@ INLINE __m256i ToBf16(__m256 value) {
   return _mm256_blendv_epi8(_mm256_srli_epi32(even, 16), quiet, nan);
 }
 
-INLINE Floats Load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
-INLINE Floats Load(const uint16_t* from) {
+LOGPROBD_INLINE Floats Load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+LOGPROBD_INLINE Floats Load(const uint16_t* from) {
   const auto* halves = reinterpret_cast<const __m128i*>(from);
   return {FromBf16(_mm_loadu_si128(halves)), FromBf16(_mm_loadu_si128(halves + 1))};
 }
-INLINE void StoreAll(float* to, Floats value) {
+LOGPROBD_INLINE void StoreAll(float* to, Floats value) {
   _mm256_storeu_ps(to, value.low);
   _mm256_storeu_ps(to + 8, value.high);
 }
-INLINE void StoreAll(uint16_t* to, Floats value) {
+LOGPROBD_INLINE void StoreAll(uint16_t* to, Floats value) {
   const __m256i mixed = _mm256_packus_epi32(ToBf16(value.low), ToBf16(value.high));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(mixed, 0xd8));
 }
 
-INLINE Floats LoadInt8(const int8_t* from) {
+LOGPROBD_INLINE Floats LoadInt8(const int8_t* from) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
           _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
 }
-INLINE Floats LoadFloat16(const uint16_t* from) {
+LOGPROBD_INLINE Floats LoadFloat16(const uint16_t* from) {
   const auto* halves = reinterpret_cast<const __m128i*>(from);
   return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
 }
@@ -117,7 +115,7 @@ INLINE Floats LoadFloat16(const uint16_t* from) {
 struct Pairs {
   Floats first, second;
 };
-INLINE Pairs LoadPairs(const uint16_t* from) {
+LOGPROBD_INLINE Pairs LoadPairs(const uint16_t* from) {
   const auto* halves = reinterpret_cast<const __m256i*>(from);
   const __m256i low = _mm256_loadu_si256(halves), high = _mm256_loadu_si256(halves + 1);
   const __m256i top = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
@@ -126,19 +124,19 @@ INLINE Pairs LoadPairs(const uint16_t* from) {
 }
 
 // Lanes i and i + 8, then i + 4, i + 2 and i + 1.
-INLINE float SumOf(Floats x) {
+LOGPROBD_INLINE float SumOf(Floats x) {
   const __m256 eight = _mm256_add_ps(x.high, x.low);
   const __m128 four = _mm_add_ps(_mm256_extractf128_ps(eight, 1), _mm256_castps256_ps128(eight));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(two) + _mm_cvtss_f32(_mm_movehdup_ps(two));
 }
-INLINE float MaxOf(Floats x) {
+LOGPROBD_INLINE float MaxOf(Floats x) {
   const __m256 eight = _mm256_max_ps(x.high, x.low);
   const __m128 four = _mm_max_ps(_mm256_extractf128_ps(eight, 1), _mm256_castps256_ps128(eight));
   const __m128 two = _mm_max_ps(_mm_movehl_ps(four, four), four);
   return _mm_cvtss_f32(_mm_max_ss(_mm_movehdup_ps(two), two));
 }
 
-}  // namespace
+}  // namespace LOGPROBD_NAMESPACE
 
 #include "vectors_parts.h"

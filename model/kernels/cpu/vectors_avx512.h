@@ -9,9 +9,7 @@
 
 #include "x86.h"
 
-#define INLINE __attribute__((always_inline)) inline
-
-namespace {
+namespace LOGPROBD_NAMESPACE {
 
 constexpr int kTileRows = 12;    // of the linear map: 24 accumulators, 4 registers for W and 2 for x
 constexpr int kWideRows = 12;    // the most beside 32 columns: more go with 16 at a time
@@ -25,31 +23,35 @@ inline bool RunsHere() {
          __builtin_cpu_supports("avx512vl");
 }
 
-INLINE Floats Zeros() { return _mm512_setzero_ps(); }
-INLINE Floats Fill(float value) { return _mm512_set1_ps(value); }
-INLINE Floats Add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
-INLINE Floats Sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
-INLINE Floats Mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
-INLINE Floats Div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
-INLINE Floats Fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE Floats NegatedFma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
-INLINE Floats Max(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // a > b ? a : b
-INLINE Floats Abs(Floats a) { return _mm512_abs_ps(a); }
-INLINE Floats Round(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-INLINE Floats TimesPowerOfTwo(Floats a, Floats n) { return _mm512_scalef_ps(a, n); }
+LOGPROBD_INLINE Floats Zeros() { return _mm512_setzero_ps(); }
+LOGPROBD_INLINE Floats Fill(float value) { return _mm512_set1_ps(value); }
+LOGPROBD_INLINE Floats Add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+LOGPROBD_INLINE Floats Sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+LOGPROBD_INLINE Floats Mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+LOGPROBD_INLINE Floats Div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+LOGPROBD_INLINE Floats Fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+LOGPROBD_INLINE Floats NegatedFma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
+LOGPROBD_INLINE Floats Max(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // a > b ? a : b
+LOGPROBD_INLINE Floats Abs(Floats a) { return _mm512_abs_ps(a); }
+LOGPROBD_INLINE Floats Round(Floats a) {
+  return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+LOGPROBD_INLINE Floats TimesPowerOfTwo(Floats a, Floats n) { return _mm512_scalef_ps(a, n); }
 
-INLINE Mask FirstLanes(int64_t count) { return static_cast<Mask>((1u << std::clamp<int64_t>(count, 0, 16)) - 1); }
-INLINE Mask Less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
-INLINE Mask Greater(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
-INLINE Mask NotLess(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
-INLINE Mask Equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
-INLINE uint32_t Bits(Mask mask) { return mask; }
-INLINE Floats Choose(Mask mask, Floats yes, Floats no) { return _mm512_mask_mov_ps(no, mask, yes); }
+LOGPROBD_INLINE Mask FirstLanes(int64_t count) {
+  return static_cast<Mask>((1u << std::clamp<int64_t>(count, 0, 16)) - 1);
+}
+LOGPROBD_INLINE Mask Less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+LOGPROBD_INLINE Mask Greater(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+LOGPROBD_INLINE Mask NotLess(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+LOGPROBD_INLINE Mask Equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+LOGPROBD_INLINE uint32_t Bits(Mask mask) { return mask; }
+LOGPROBD_INLINE Floats Choose(Mask mask, Floats yes, Floats no) { return _mm512_mask_mov_ps(no, mask, yes); }
 
-INLINE Floats FromBf16(__m256i bits) {
+LOGPROBD_INLINE Floats FromBf16(__m256i bits) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
-INLINE __m256i ToBf16(Floats value) {
+LOGPROBD_INLINE __m256i ToBf16(Floats value) {
   const __m512i bits = _mm512_castps_si512(value), top = _mm512_srli_epi32(bits, 16);
   const __m512i odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
   const __m512i even = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
@@ -58,24 +60,28 @@ INLINE __m256i ToBf16(Floats value) {
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(even, 16), nan, quiet));
 }
 
-INLINE Floats Load(const float* from) { return _mm512_loadu_ps(from); }
-INLINE Floats Load(const uint16_t* from) {
+LOGPROBD_INLINE Floats Load(const float* from) { return _mm512_loadu_ps(from); }
+LOGPROBD_INLINE Floats Load(const uint16_t* from) {
   return FromBf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 // The first `count` lanes; the others are zeros, and are not read.
-INLINE Floats LoadSome(const float* from, int64_t count) { return _mm512_maskz_loadu_ps(FirstLanes(count), from); }
-INLINE Floats LoadSome(const uint16_t* from, int64_t count) {
+LOGPROBD_INLINE Floats LoadSome(const float* from, int64_t count) {
+  return _mm512_maskz_loadu_ps(FirstLanes(count), from);
+}
+LOGPROBD_INLINE Floats LoadSome(const uint16_t* from, int64_t count) {
   return FromBf16(_mm256_maskz_loadu_epi16(FirstLanes(count), from));
 }
-INLINE void StoreSome(float* to, int64_t count, Floats value) { _mm512_mask_storeu_ps(to, FirstLanes(count), value); }
-INLINE void StoreSome(uint16_t* to, int64_t count, Floats value) {
+LOGPROBD_INLINE void StoreSome(float* to, int64_t count, Floats value) {
+  _mm512_mask_storeu_ps(to, FirstLanes(count), value);
+}
+LOGPROBD_INLINE void StoreSome(uint16_t* to, int64_t count, Floats value) {
   _mm256_mask_storeu_epi16(to, FirstLanes(count), ToBf16(value));
 }
 
-INLINE Floats LoadInt8(const int8_t* from) {
+LOGPROBD_INLINE Floats LoadInt8(const int8_t* from) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
-INLINE Floats LoadFloat16(const uint16_t* from) {
+LOGPROBD_INLINE Floats LoadFloat16(const uint16_t* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
@@ -83,39 +89,40 @@ INLINE Floats LoadFloat16(const uint16_t* from) {
 struct Pairs {
   Floats first, second;
 };
-INLINE Pairs Split(__m512i bits) {
+LOGPROBD_INLINE Pairs Split(__m512i bits) {
   const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), _mm512_castsi512_ps(_mm512_and_si512(bits, high))};
 }
-INLINE Pairs LoadPairs(const uint16_t* from) { return Split(_mm512_loadu_si512(from)); }
+LOGPROBD_INLINE Pairs LoadPairs(const uint16_t* from) { return Split(_mm512_loadu_si512(from)); }
 
-// Elements e and e + 1 of `count` rows, `stride` elements apart, from `from` = element e of the first; zeros after them.
-INLINE __m512i Offsets(int64_t stride) {
+// Elements e and e + 1 of `count` rows, `stride` elements apart, from `from` = element e of the first; zeros after
+// them.
+LOGPROBD_INLINE __m512i Offsets(int64_t stride) {
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   return _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(stride)));
 }
-INLINE Pairs GatherPairs(const uint16_t* from, int64_t stride, int64_t count) {
+LOGPROBD_INLINE Pairs GatherPairs(const uint16_t* from, int64_t stride, int64_t count) {
   return Split(_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), FirstLanes(count), Offsets(stride), from, 2));
 }
-INLINE Pairs GatherPairs(const float* from, int64_t stride, int64_t count) {
+LOGPROBD_INLINE Pairs GatherPairs(const float* from, int64_t stride, int64_t count) {
   const __m512i offsets = Offsets(stride);
   return {_mm512_mask_i32gather_ps(Zeros(), FirstLanes(count), offsets, from, 4),
           _mm512_mask_i32gather_ps(Zeros(), FirstLanes(count), offsets, from + 1, 4)};
 }
 
 // Lanes i and i + 8, then i + 4, i + 2 and i + 1.
-INLINE __m256 High(Floats x) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)); }
-INLINE float SumOf(Floats x) {
+LOGPROBD_INLINE __m256 High(Floats x) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)); }
+LOGPROBD_INLINE float SumOf(Floats x) {
   const __m256 eight = _mm256_add_ps(High(x), _mm512_castps512_ps256(x));
   const __m128 four = _mm_add_ps(_mm256_extractf128_ps(eight, 1), _mm256_castps256_ps128(eight));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(two) + _mm_cvtss_f32(_mm_movehdup_ps(two));
 }
-INLINE float MaxOf(Floats x) {
+LOGPROBD_INLINE float MaxOf(Floats x) {
   const __m256 eight = _mm256_max_ps(High(x), _mm512_castps512_ps256(x));
   const __m128 four = _mm_max_ps(_mm256_extractf128_ps(eight, 1), _mm256_castps256_ps128(eight));
   const __m128 two = _mm_max_ps(_mm_movehl_ps(four, four), four);
   return _mm_cvtss_f32(_mm_max_ss(_mm_movehdup_ps(two), two));
 }
 
-}  // namespace
+}  // namespace LOGPROBD_NAMESPACE

@@ -8,12 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
-#define INLINE __attribute__((always_inline)) inline
+namespace LOGPROBD_NAMESPACE {
 
-namespace {
-
-constexpr int kTileRows = 5;    // of the linear map: 20 accumulators of 32 registers
-constexpr int kWideRows = 2;    // the most beside 32 columns: more go with 16 at a time
+constexpr int kTileRows = 5;     // of the linear map: 20 accumulators of 32 registers
+constexpr int kWideRows = 2;     // the most beside 32 columns: more go with 16 at a time
 constexpr int kTileVectors = 1;  // of attention, beside 6 rows
 
 struct Floats {
@@ -23,9 +21,7 @@ struct Mask {
   uint32x4_t part[4];  // all bits of a lane, or none
 };
 
-inline bool RunsHere() {
-  return true;
-}
+inline bool RunsHere() { return true; }
 
 // Flushes denormals and rounds to nearest on this thread while it lives, whatever the thread was set to.
 class FloatMode {
@@ -42,90 +38,90 @@ class FloatMode {
 };
 
 template <typename Operation>
-INLINE Floats Each(Operation operation) {
+LOGPROBD_INLINE Floats Each(Operation operation) {
   return {{operation(0), operation(1), operation(2), operation(3)}};
 }
 template <typename Operation>
-INLINE Mask EachMask(Operation operation) {
+LOGPROBD_INLINE Mask EachMask(Operation operation) {
   return {{operation(0), operation(1), operation(2), operation(3)}};
 }
 
-INLINE Floats Fill(float value) {
+LOGPROBD_INLINE Floats Fill(float value) {
   return Each([&](int) { return vdupq_n_f32(value); });
 }
-INLINE Floats Zeros() { return Fill(0.0f); }
-INLINE Floats Add(Floats a, Floats b) {
+LOGPROBD_INLINE Floats Zeros() { return Fill(0.0f); }
+LOGPROBD_INLINE Floats Add(Floats a, Floats b) {
   return Each([&](int i) { return vaddq_f32(a.part[i], b.part[i]); });
 }
-INLINE Floats Sub(Floats a, Floats b) {
+LOGPROBD_INLINE Floats Sub(Floats a, Floats b) {
   return Each([&](int i) { return vsubq_f32(a.part[i], b.part[i]); });
 }
-INLINE Floats Mul(Floats a, Floats b) {
+LOGPROBD_INLINE Floats Mul(Floats a, Floats b) {
   return Each([&](int i) { return vmulq_f32(a.part[i], b.part[i]); });
 }
-INLINE Floats Div(Floats a, Floats b) {
+LOGPROBD_INLINE Floats Div(Floats a, Floats b) {
   return Each([&](int i) { return vdivq_f32(a.part[i], b.part[i]); });
 }
-INLINE Floats Fma(Floats a, Floats b, Floats c) {
+LOGPROBD_INLINE Floats Fma(Floats a, Floats b, Floats c) {
   return Each([&](int i) { return vfmaq_f32(c.part[i], a.part[i], b.part[i]); });
 }
-INLINE Floats NegatedFma(Floats a, Floats b, Floats c) {
+LOGPROBD_INLINE Floats NegatedFma(Floats a, Floats b, Floats c) {
   return Each([&](int i) { return vfmsq_f32(c.part[i], a.part[i], b.part[i]); });
 }
-INLINE float32x4_t Greatest(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
-INLINE Floats Max(Floats a, Floats b) {  // a > b ? a : b
+LOGPROBD_INLINE float32x4_t Greatest(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+LOGPROBD_INLINE Floats Max(Floats a, Floats b) {  // a > b ? a : b
   return Each([&](int i) { return Greatest(a.part[i], b.part[i]); });
 }
-INLINE Floats Abs(Floats a) {
+LOGPROBD_INLINE Floats Abs(Floats a) {
   return Each([&](int i) { return vabsq_f32(a.part[i]); });
 }
-INLINE Floats Round(Floats a) {
+LOGPROBD_INLINE Floats Round(Floats a) {
   return Each([&](int i) { return vrndnq_f32(a.part[i]); });
 }
 // a * 2^n for whole n from -126 to 127.
-INLINE Floats TimesPowerOfTwo(Floats a, Floats n) {
+LOGPROBD_INLINE Floats TimesPowerOfTwo(Floats a, Floats n) {
   return Each([&](int i) {
     const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n.part[i]), vdupq_n_s32(127));
     return vmulq_f32(a.part[i], vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
   });
 }
 
-INLINE Mask FirstLanes(int64_t count) {
+LOGPROBD_INLINE Mask FirstLanes(int64_t count) {
   static const uint32_t kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const uint32x4_t limit = vdupq_n_u32(static_cast<uint32_t>(std::clamp<int64_t>(count, 0, 16)));
   return EachMask([&](int i) { return vcltq_u32(vld1q_u32(kLane + 4 * i), limit); });
 }
-INLINE Mask Less(Floats a, Floats b) {
+LOGPROBD_INLINE Mask Less(Floats a, Floats b) {
   return EachMask([&](int i) { return vcltq_f32(a.part[i], b.part[i]); });
 }
-INLINE Mask Greater(Floats a, Floats b) { return Less(b, a); }
-INLINE Mask NotLess(Floats a, Floats b) {
+LOGPROBD_INLINE Mask Greater(Floats a, Floats b) { return Less(b, a); }
+LOGPROBD_INLINE Mask NotLess(Floats a, Floats b) {
   return EachMask([&](int i) { return vcgeq_f32(a.part[i], b.part[i]); });
 }
-INLINE Mask Equal(Floats a, Floats b) {
+LOGPROBD_INLINE Mask Equal(Floats a, Floats b) {
   return EachMask([&](int i) { return vceqq_f32(a.part[i], b.part[i]); });
 }
-INLINE uint32_t Bits(Mask mask) {
+LOGPROBD_INLINE uint32_t Bits(Mask mask) {
   static const uint32_t kBit[4] = {1, 2, 4, 8};
   const uint32x4_t bit = vld1q_u32(kBit);
   uint32_t bits = 0;
   for (int i = 0; i < 4; ++i) bits |= vaddvq_u32(vandq_u32(mask.part[i], bit)) << (4 * i);
   return bits;
 }
-INLINE Floats Choose(Mask mask, Floats yes, Floats no) {
+LOGPROBD_INLINE Floats Choose(Mask mask, Floats yes, Floats no) {
   return Each([&](int i) { return vbslq_f32(mask.part[i], yes.part[i], no.part[i]); });
 }
 
-INLINE Floats Load(const float* from) {
+LOGPROBD_INLINE Floats Load(const float* from) {
   return Each([&](int i) { return vld1q_f32(from + 4 * i); });
 }
-INLINE Floats Load(const uint16_t* from) {
+LOGPROBD_INLINE Floats Load(const uint16_t* from) {
   return Each([&](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from + 4 * i), 16)); });
 }
-INLINE void StoreAll(float* to, Floats value) {
+LOGPROBD_INLINE void StoreAll(float* to, Floats value) {
   for (int i = 0; i < 4; ++i) vst1q_f32(to + 4 * i, value.part[i]);
 }
-INLINE void StoreAll(uint16_t* to, Floats value) {
+LOGPROBD_INLINE void StoreAll(uint16_t* to, Floats value) {
   for (int i = 0; i < 4; ++i) {
     const uint32x4_t bits = vreinterpretq_u32_f32(value.part[i]), top = vshrq_n_u32(bits, 16);
     const uint32x4_t odd = vandq_u32(top, vdupq_n_u32(1));
@@ -135,13 +131,13 @@ INLINE void StoreAll(uint16_t* to, Floats value) {
   }
 }
 
-INLINE Floats LoadInt8(const int8_t* from) {
+LOGPROBD_INLINE Floats LoadInt8(const int8_t* from) {
   const int8x16_t bytes = vld1q_s8(from);
   const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_s8(vget_high_s8(bytes));
   return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
            vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
 }
-INLINE Floats LoadFloat16(const uint16_t* from) {
+LOGPROBD_INLINE Floats LoadFloat16(const uint16_t* from) {
   return Each([&](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + 4 * i))); });
 }
 
@@ -149,25 +145,25 @@ INLINE Floats LoadFloat16(const uint16_t* from) {
 struct Pairs {
   Floats first, second;
 };
-INLINE Pairs LoadPairs(const uint16_t* from) {
+LOGPROBD_INLINE Pairs LoadPairs(const uint16_t* from) {
   const auto at = [&](int i) { return vreinterpretq_u32_u16(vld1q_u16(from + 8 * i)); };
   return {Each([&](int i) { return vreinterpretq_f32_u32(vshlq_n_u32(at(i), 16)); }),
           Each([&](int i) { return vreinterpretq_f32_u32(vandq_u32(at(i), vdupq_n_u32(0xffff0000u))); })};
 }
 
 // Lanes i and i + 8, then i + 4, i + 2 and i + 1.
-INLINE float SumOf(Floats x) {
+LOGPROBD_INLINE float SumOf(Floats x) {
   const float32x4_t low = vaddq_f32(x.part[2], x.part[0]), high = vaddq_f32(x.part[3], x.part[1]);
   const float32x4_t four = vaddq_f32(high, low), two = vaddq_f32(four, vextq_f32(four, four, 2));
   return vgetq_lane_f32(two, 0) + vgetq_lane_f32(two, 1);
 }
-INLINE float MaxOf(Floats x) {
+LOGPROBD_INLINE float MaxOf(Floats x) {
   const float32x4_t low = Greatest(x.part[2], x.part[0]), high = Greatest(x.part[3], x.part[1]);
   const float32x4_t four = Greatest(high, low), two = Greatest(vextq_f32(four, four, 2), four);
   const float even = vgetq_lane_f32(two, 0), odd = vgetq_lane_f32(two, 1);
   return odd > even ? odd : even;
 }
 
-}  // namespace
+}  // namespace LOGPROBD_NAMESPACE
 
 #include "vectors_parts.h"

@@ -1,4 +1,5 @@
-// A packed weight [N, K] as the handlers are given it: bfloat16 in pairs, or int8 with scales. tiles.h has both layouts.
+// A packed weight [N, K] as the handlers are given it: bfloat16 in pairs, or int8 with scales. tiles.h has both
+// layouts.
 
 #pragma once
 
@@ -7,7 +8,7 @@
 #include "tiles.h"
 #include "xla/ffi/api/ffi.h"
 
-namespace {
+namespace LOGPROBD_NAMESPACE {
 
 struct Weight {
   const void* data;
@@ -21,20 +22,28 @@ struct Weight {
   }
 
   Problem MakeProblem(const void* x, void* y, bool bf16, int64_t m, int64_t n, int64_t k) const {
-    return {static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(data), static_cast<const uint16_t*>(scales),
-            y, bf16, m, n, k, blocks, stride};
+    return {static_cast<const uint16_t*>(x),
+            static_cast<const uint16_t*>(data),
+            static_cast<const uint16_t*>(scales),
+            y,
+            bf16,
+            m,
+            n,
+            k,
+            blocks,
+            stride};
   }
 };
 
 // [ceil(N/32), ceil(K/2), 32, 2]
-Weight PairsOf(xla::ffi::Buffer<xla::ffi::BF16> w) {
+inline Weight PairsOf(xla::ffi::Buffer<xla::ffi::BF16> w) {
   const auto size = w.dimensions();
   if (size.size() != 4 || size[2] != kColumns || size[3] != 2) return {};
   return {w.typed_data(), nullptr, size[0], size[1], 0, size[1] * kPair};
 }
 
 // [ceil(N/32), ceil(K/32) * 32, 32] and [ceil(N/32), ceil(K/32), 32]
-Weight Int8Of(xla::ffi::Buffer<xla::ffi::S8> w, xla::ffi::Buffer<xla::ffi::F16> scales) {
+inline Weight Int8Of(xla::ffi::Buffer<xla::ffi::S8> w, xla::ffi::Buffer<xla::ffi::F16> scales) {
   const auto size = w.dimensions(), groups = scales.dimensions();
   if (size.size() != 3 || groups.size() != 3 || size[2] != kColumns || groups[2] != kColumns || groups[0] != size[0] ||
       size[1] != groups[1] * kGroup) {
@@ -43,4 +52,4 @@ Weight Int8Of(xla::ffi::Buffer<xla::ffi::S8> w, xla::ffi::Buffer<xla::ffi::F16> 
   return {w.typed_data(), scales.typed_data(), size[0], size[1], groups[1], size[1] * kColumns / 2};
 }
 
-}  // namespace
+}  // namespace LOGPROBD_NAMESPACE

@@ -5,7 +5,7 @@
 #include <cpuid.h>
 #include <immintrin.h>
 
-namespace {
+namespace logprobd {
 
 // Whether this CPU has what came with AVX2 or before it, and all of which the compiler may use.
 inline bool HasAvx2() {
@@ -25,4 +25,4 @@ class FloatMode {
   unsigned saved_;
 };
 
-}  // namespace
+}  // namespace logprobd

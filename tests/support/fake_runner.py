@@ -1,4 +1,4 @@
-"""A runner whose arithmetic can be done by hand: the serving loop is tested without a model.
+"""A runner with arithmetic that can be done by hand, to test the engine without a model.
 
 After tokens t0..tn-1 the hidden state h is their sum plus n. The greedy token is h mod V; sampling shifts it by the
 seed and the step, an adjusted row by what its slot holds; a masked token gives way to the next id. Token t after h has
@@ -41,22 +41,22 @@ from serve.engine.request_state import RequestState
 VOCAB_SIZE = 97  # V
 K = 3
 
-MAX_MODEL_LEN = 512  # tokens, unless a test says otherwise
+MAX_MODEL_LEN = 512  # tokens, by default
 
 _FIRST_SHIFT, _SECOND_SHIFT = 5, 3
 
 
 class InjectedError(RuntimeError):
-    """What a call that shall fail raises."""
+    """Raised by a call that is made to fail."""
 
 
 def hidden_after(tokens: Sequence[int]) -> int:
-    """The hidden state after a run of tokens."""
+    """Return the hidden state after a sequence of tokens."""
     return sum(tokens) + len(tokens)
 
 
 def next_token(hidden: int, *, shift: int = 0, forbidden: Callable[[int], bool] = lambda _: False) -> int:
-    """The token chosen after a hidden state."""
+    """Return the token chosen after a hidden state."""
     token = (hidden + shift) % VOCAB_SIZE
     while forbidden(token):
         token = (token + 1) % VOCAB_SIZE
@@ -64,7 +64,7 @@ def next_token(hidden: int, *, shift: int = 0, forbidden: Callable[[int], bool] 
 
 
 def shift_of(seed: int, step: int) -> int:
-    """What a 64-bit seed and the number of tokens chosen before add where temperature is above 0."""
+    """Return the offset from a 64-bit seed and the step, for temperatures above 0."""
     return _FIRST_SHIFT * (seed >> 32) + _SECOND_SHIFT * (seed & 0xFFFFFFFF) + step
 
 
@@ -97,13 +97,13 @@ def numbers(
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """What a step gives before it is read."""
+    """The result of a step before it is read."""
 
     tree: Any
 
 
 class FakeRunner:
-    """Implements `serve.engine.core.Runner`."""
+    """A `serve.engine.core.Runner`."""
 
     def __init__(self, *, pages: int = 64, decode_rows: tuple[int, ...] = (1, 2, 4), pages_per_row: int = 8) -> None:
         self.buckets = Buckets(
@@ -119,7 +119,7 @@ class FakeRunner:
         self._clear()
 
     def fail_once(self, name: str, after: int = 0) -> None:
-        """Lets one call of that name raise InjectedError, after so many that succeed."""
+        """Make one later call of that name raise InjectedError."""
         left = after
 
         def before_call(called: str) -> None:
@@ -132,7 +132,7 @@ class FakeRunner:
         self.before_call = before_call
 
     def prefill(self, inputs: StepInput) -> Any:
-        """Stores a chunk of one row."""
+        """Store a chunk of one row."""
         rows, chunk = inputs.tokens.shape
         assert rows == 1
         assert chunk in self.buckets.prefill_chunks
@@ -144,7 +144,7 @@ class FakeRunner:
         return Unread(np.int32(live))
 
     def set_penalties(self, slot: int, adjustment: SlotPenalties) -> None:
-        """Fills a slot."""
+        """Fill a slot."""
         self._call("adjust", 1)
         assert 0 <= slot < self.buckets.slots - 1
         assert adjustment.bias.shape == adjustment.counts.shape == adjustment.seen.shape == (VOCAB_SIZE,)
@@ -153,7 +153,7 @@ class FakeRunner:
         self._chosen[slot] = adjustment.counts.sum()
 
     def decode(self, inputs: DecodeInput, sampling: SamplingArrays) -> Any:
-        """Stores one token of every row and chooses the next."""
+        """Store one token per row and choose the next."""
         rows = len(inputs.tokens)
         assert rows in self.buckets.decode_rows
         live = int((inputs.positions >= 0).sum())
@@ -171,7 +171,7 @@ class FakeRunner:
         return Unread(output)
 
     def score(self, inputs: ScoreInput) -> Any:
-        """The numbers of given tokens; padding points at the null page."""
+        """Return log-probs of given tokens; padding refers to the null page."""
         assert len(inputs.cache_indices) == len(inputs.targets) == self.buckets.score_rows
         live = int((inputs.cache_indices // PAGE_SIZE != NULL_PAGE).sum())
         self._call("score", live)
@@ -179,13 +179,13 @@ class FakeRunner:
         return Unread(numbers(hidden, inputs.targets.tolist(), inputs.requested_ids, self.nan_token))
 
     def read(self, tree: Any) -> Any:
-        """What a step gave."""
+        """Return the result of a step."""
         self._call("read", 0)
         assert isinstance(tree, Unread)
         return tree.tree
 
     def full_logprobs(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
-        """The log-prob of every token after each cached one."""
+        """Return the log-prob of every token after each cached one."""
         assert len(places) == self.buckets.full_logprobs_rows
         live = int((places // PAGE_SIZE != NULL_PAGE).sum())
         self._call("vocabulary", live)
@@ -193,7 +193,7 @@ class FakeRunner:
         return (-((np.arange(VOCAB_SIZE) + hidden[:, None]) % 7) / 8).astype(np.float32)
 
     def reset(self) -> None:
-        """Forgets every page."""
+        """Clear all pages."""
         self._call("reset", 0)
         self.resets += 1
         self._clear()
@@ -210,7 +210,7 @@ class FakeRunner:
         self._bias = np.zeros(self.buckets.slots)
 
     def _store(self, table: NDArray[np.int32], tokens: NDArray[np.int32], start: int) -> int:
-        """Writes tokens from position `start` on; the hidden state after the last one."""
+        """Write tokens from position `start` on and return the hidden state after the last one."""
         assert len(table) == self.buckets.pages_per_row
         positions = np.arange(start + len(tokens))
         pages, offsets = table[positions // PAGE_SIZE], positions % PAGE_SIZE
@@ -251,7 +251,7 @@ def _cleared_in(words: NDArray[np.uint32]) -> Callable[[int], bool]:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """All that a request has been told."""
+    """Everything returned for a request."""
 
     tokens: list[int]
     scores: list[tuple[float | list[int], ...]]
@@ -261,7 +261,7 @@ class Outcome:
 
 
 def expected_outcome(prompt: list[int], params: SamplingParams, *, seed: int = 0, max_model_len: int) -> Outcome:
-    """What a request computed alone is told, by the formulas above and no engine."""
+    """Compute the expected result of a request without an engine."""
     prompt_scores = None
     if params.prompt is not None:
         hidden = [hidden_after(prompt[:n]) for n in range(params.prompt.start, len(prompt))]
@@ -284,7 +284,7 @@ def expected_outcome(prompt: list[int], params: SamplingParams, *, seed: int = 0
 
 
 def outcome_of(events: Sequence[TokenEvent], start: int = 1) -> Outcome:
-    """All events of one finished request taken together; of its prompt's scores those from token `start` on."""
+    """Merge the events of a finished request; prompt log-probs from token `start` on."""
     last = events[-1]
     assert last.finish_reason is not None
     assert all(event.finish_reason is None for event in events[:-1])
@@ -337,7 +337,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 
 
 class CoreBench:
-    """A core, its fake runner and what every request has been told."""
+    """A core, its fake runner and the results of all requests."""
 
     def __init__(
         self,
@@ -382,7 +382,7 @@ class CoreBench:
         raise AssertionError("the requests do not end")
 
     def fail(self) -> None:
-        """A step that raises, and what the engine does then."""
+        """Run a step that raises, and recover as the engine does."""
         with pytest.raises(InjectedError):
             self._step_until_it_fails()
         self.take(self.core.fail_all("it failed"))

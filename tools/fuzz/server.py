@@ -8,7 +8,7 @@ import httpx2
 from pydantic import BaseModel
 
 from serve.api import responses
-from tests.support.http_client import ExactRunner, Server, chunks_of, error_of, serving, told
+from tests.support.http_client import ExactRunner, Server, chunks_of, error_of, parse_unique, serving
 from tools.fuzz.bodies import DETOKENIZE, TOKENIZE
 
 SECONDS = 20  # per request
@@ -73,5 +73,5 @@ def _check_shape(path: str, response: httpx2.Response, *, with_timeout: bool) ->
             _CHUNKS[chunk["object"]].model_validate_json(json.dumps(chunk))
     else:
         assert response.headers["content-type"] == "application/json"
-        value = told(response.text)
+        value = parse_unique(response.text)
         _ANSWERS[value.get("object", path)].model_validate_json(json.dumps(value))

@@ -10,14 +10,14 @@ from serve.text.gguf_vocabulary import USER_DEFINED, Vocabulary, required_list
 from serve.text.token_bytes import SPACE
 from serve.text.tokenizer import TokenizerError
 
-_MAX_PIECE = 512  # characters: all ways to cut a piece in two are tried
+_MAX_PIECE = 512  # characters; all ways to split a piece in two are tried
 
 
 def sentencepiece_backend(vocabulary: Vocabulary) -> Backend:
-    """BPE whose next merge is the one that makes the piece of the highest score, with a fallback to `<0xNN>` bytes.
+    """BPE that merges to the piece with the highest score first, with a fallback to `<0xNN>` bytes.
 
     Raises:
-        TokenizerError: scores or the unknown token are missing, or wrong.
+        TokenizerError: scores or the unknown token are missing or invalid.
     """
     vocabulary, runs = _with_marked_spaces(vocabulary)
     unknown = vocabulary.id_of("unknown")
@@ -38,13 +38,13 @@ def sentencepiece_backend(vocabulary: Vocabulary) -> Backend:
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     vocabulary.add_special_tokens(backend, add_bos=True)
-    # A text that itself holds runs of the mark: they are found before spaces are marked.
+    # For texts that contain runs of the mark: they are matched before spaces are marked.
     backend.add_tokens([AddedToken(token, normalized=False) for token in runs])
     return backend
 
 
 def _with_marked_spaces(vocabulary: Vocabulary) -> tuple[Vocabulary, list[str]]:
-    """Runs of spaces, which GGUF files have as user-defined tokens, as ordinary pieces again; and these runs."""
+    """The vocabulary with runs of spaces, user-defined tokens in GGUF files, as ordinary pieces; and these runs."""
     tokens, types, runs = list(vocabulary.tokens), list(vocabulary.types), []
     for index, token in enumerate(tokens):
         if types[index] == USER_DEFINED and not token.strip(" " + SPACE):
@@ -54,28 +54,28 @@ def _with_marked_spaces(vocabulary: Vocabulary) -> tuple[Vocabulary, list[str]]:
 
 
 def _merges(vocabulary: Vocabulary, runs: Collection[str]) -> list[tuple[str, str]]:
-    """All pairs of pieces that make a piece: best score first, then lower id, then lower ids of the two halves.
+    """All pairs of pieces that form a piece, ordered by score, id and the ids of both halves.
 
-    Before them, whatever their score, runs of spaces that are user-defined (Gemma), the longest first: SentencePiece
-    looks for such pieces beforehand, and takes the longest. Those of Llama 2 are ordinary pieces of the worst score.
+    User-defined runs of spaces (Gemma) come first, the longest first, because SentencePiece matches such pieces before
+    all others. The runs of Llama 2 are ordinary pieces with the lowest scores.
     """
     scores = required_list(vocabulary.metadata, "scores", float)
     if len(scores) != len(vocabulary.tokens):
         raise TokenizerError(f"GGUF: {len(vocabulary.tokens)} tokens, but {len(scores)} scores")
     if any(map(math.isnan, scores)):
-        raise TokenizerError("GGUF: tokenizer.ggml.scores holds what is not a number")
+        raise TokenizerError("GGUF: tokenizer.ggml.scores contains NaN")
     ids = vocabulary.ids()
     ranked = []
     for token, index in ids.items():
         if vocabulary.types[index] != 1:
             continue
         if len(token) > _MAX_PIECE:
-            raise TokenizerError(f"GGUF: token {index} has {len(token)} characters, of at most {_MAX_PIECE}")
+            raise TokenizerError(f"GGUF: token {index} has {len(token)} characters; the maximum is {_MAX_PIECE}")
         is_run = token in runs
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in ids and right in ids:
-                place = (-math.inf, -len(left), -len(right)) if is_run else (-scores[index], index, ids[left])
-                ranked.append((*place, ids[right], left, right))
+                order = (-math.inf, -len(left), -len(right)) if is_run else (-scores[index], index, ids[left])
+                ranked.append((*order, ids[right], left, right))
     ranked.sort()
     return [(row[4], row[5]) for row in ranked]

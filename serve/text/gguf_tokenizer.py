@@ -15,17 +15,17 @@ from serve.text.tokenizer import Tokenizer, TokenizerError, panics_as_errors
 
 @dataclass(frozen=True, slots=True)
 class _Pre:
-    """What `tokenizer.ggml.pre` names: how a text is split into words before the merges."""
+    """Pre-tokenizer named by `tokenizer.ggml.pre`: how a text is split into words before merging."""
 
-    split: str | None = None  # the model's published pattern; None is GPT-2's, which `tokenizers` has built in
+    split: str | None = None  # the model's published pattern; None for GPT-2's, which `tokenizers` implements
     single_digits: bool = False
     nfc: bool = False
-    ignore_merges: bool = False  # a word that is a token is taken whole
-    add_bos: bool = False  # where the file does not say
+    ignore_merges: bool = False  # a word that is a token is not split
+    add_bos: bool = False  # default if the file does not specify it
 
 
 _GPT2 = _Pre()
-# tokenizer.json of Llama 3, and of all that cut words as cl100k does: numbers are cut into threes.
+# tokenizer.json of Llama 3 and others that split words like cl100k: groups of three digits.
 _THREES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -42,25 +42,25 @@ _PRE = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
-    "dbrx": _Pre(split=_THREES),  # OLMo-2's files say so
+    "dbrx": _Pre(split=_THREES),  # used by files of OLMo-2
     "smaug-bpe": _Pre(split=_THREES),
 }
 _TEMPLATE_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    """Builds the tokenizer; keys are those of the GGUF specification (`docs/gguf.md` of the ggml project).
+    """Build the tokenizer from the keys of the GGUF specification (`docs/gguf.md` of the ggml project).
 
     Args:
         metadata: key -> plain Python value. `tokenizer.ggml.model` may be "gpt2" (byte-level BPE) or "llama"
             (SentencePiece BPE with scores).
 
     Raises:
-        TokenizerError: a key is missing, contradicts another, or names a kind that is not known.
+        TokenizerError: a key is missing, contradicts another, or has an unknown value.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
-        raise TokenizerError(f"GGUF: tokenizer.ggml.model {shown(kind)} is not known; known: gpt2, llama")
+        raise TokenizerError(f"GGUF: tokenizer.ggml.model {shown(kind)} is not supported; supported: gpt2, llama")
     vocabulary = read_vocabulary(metadata)
     backend = _byte_level_backend(vocabulary) if kind == "gpt2" else sentencepiece_backend(vocabulary)
     named = {name: vocabulary.id_of(key) for name, key in _TEMPLATE_NAMES.items()}
@@ -77,12 +77,12 @@ def _byte_level_backend(vocabulary: Vocabulary) -> Backend:
     pre = _pre_of(vocabulary.metadata)
     pairs = [merge.split(" ") for merge in required_list(vocabulary.metadata, "merges", str)]
     if not all(len(pair) == 2 for pair in pairs):
-        raise TokenizerError("GGUF: tokenizer.ggml.merges must hold pairs with one space between them")
+        raise TokenizerError("GGUF: tokenizer.ggml.merges must be pairs separated by one space")
     merges = [(left, right) for left, right in pairs]
     try:
         with panics_as_errors():
             model = models.BPE(vocab=vocabulary.ids(), merges=merges, ignore_merges=pre.ignore_merges)
-    except Exception as error:  # `tokenizers` raises no narrower class for a merge it cannot make
+    except Exception as error:  # the library raises a bare Exception for an invalid merge
         raise TokenizerError(f"GGUF: tokenizer.ggml.merges do not fit the tokens: {error}") from error
     backend = Backend(model)
     if pre.nfc:
@@ -104,8 +104,10 @@ def _splitters(pre: _Pre) -> list[pre_tokenizers.PreTokenizer]:
 
 
 def _pre_of(metadata: Mapping[str, Any]) -> _Pre:
-    # No default where the key is absent: the wrong split gives ids that look right and are not.
+    # No default for a missing key: a wrong split gives ids that look right but are not.
     name = metadata.get("tokenizer.ggml.pre")
     if not isinstance(name, str) or name not in _PRE:
-        raise TokenizerError(f"GGUF: tokenizer.ggml.pre {shown(name)} is not known; known: {', '.join(sorted(_PRE))}")
+        raise TokenizerError(
+            f"GGUF: tokenizer.ggml.pre {shown(name)} is not supported; supported: {', '.join(sorted(_PRE))}"
+        )
     return _PRE[name]

@@ -1,4 +1,4 @@
-"""The vocabulary that GGUF metadata describes, checked. Keys: `docs/gguf.md` of the ggml project, "Tokenizer"."""
+"""Vocabulary from GGUF metadata, validated. For the keys see "Tokenizer" in `docs/gguf.md` of the ggml project."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,20 +9,20 @@ from tokenizers import AddedToken, Tokenizer, processors
 from serve.text.tokenizer import TokenizerError
 
 _PREFIX = "tokenizer.ggml."
-# Numbers of `tokenizer.ggml.token_type`.
+# Values of `tokenizer.ggml.token_type`.
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Tokens by id with their types, and the metadata for what else one kind of tokenizer needs."""
+    """Tokens and their types by id, and the metadata."""
 
     tokens: list[str]
     types: list[int]
     metadata: Mapping[str, Any]
 
     def id_of(self, name: str) -> int | None:
-        """The id in `tokenizer.ggml.<name>_token_id`, None where the key is absent.
+        """The id in `tokenizer.ggml.<name>_token_id`; None if the key is absent.
 
         Raises:
             TokenizerError: it is not the id of a token.
@@ -39,14 +39,15 @@ class Vocabulary:
         return bool(self.metadata.get(_PREFIX + name, default))
 
     def ids(self) -> dict[str, int]:
-        """Token -> id, without the unused ones that only pad the model's vocabulary."""
+        """Token -> id, without the unused tokens that pad the model's vocabulary."""
         return {token: index for index, token in enumerate(self.tokens) if self.types[index] != UNUSED}
 
     def add_special_tokens(self, backend: Tokenizer, *, add_bos: bool) -> None:
-        """Puts into `backend` the tokens that match text before anything else, and what surrounds a text.
+        """Add to `backend` the tokens that match text first, and the BOS and EOS that surround a text.
 
         Args:
-            add_bos: whether a text begins with BOS where the file does not say.
+            backend: changed in place.
+            add_bos: add BOS if the file does not specify it.
         """
         backend.add_tokens(
             [
@@ -61,7 +62,7 @@ class Vocabulary:
         }
         present = {name: index for name, index in around.items() if index is not None}
         if present:
-            # The names stand for the ids; the tokens' own text could hold the template's colon.
+            # Names instead of the tokens' texts, which could contain the colon of the template syntax.
             backend.post_processor = processors.TemplateProcessing(
                 single=[name for name in ("bos", "$A", "eos") if name == "$A" or name in present],
                 special_tokens=[
@@ -71,10 +72,10 @@ class Vocabulary:
 
 
 def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
-    """Reads tokens and token types.
+    """Read tokens and token types.
 
     Raises:
-        TokenizerError: a key is missing or of another type, or the two differ in length.
+        TokenizerError: a key is missing or has the wrong type, or the two differ in length.
     """
     tokens, types = required_list(metadata, "tokens", str), required_list(metadata, "token_type", int)
     if len(tokens) != len(types):
@@ -86,11 +87,11 @@ def required_list[T](metadata: Mapping[str, Any], name: str, kind: type[T]) -> l
     """The list `tokenizer.ggml.<name>`.
 
     Raises:
-        TokenizerError: it is missing or empty, or holds something that is no `kind`.
+        TokenizerError: it is missing or empty, or has an item of another type than `kind`.
     """
     value = metadata.get(_PREFIX + name)
     if not value or not isinstance(value, list):
         raise TokenizerError(f"GGUF: {_PREFIX}{name} is missing")
     if not all(isinstance(item, kind) for item in value):
-        raise TokenizerError(f"GGUF: {_PREFIX}{name} must hold {kind.__name__} alone")
+        raise TokenizerError(f"GGUF: {_PREFIX}{name} must contain only {kind.__name__}")
     return value

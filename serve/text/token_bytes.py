@@ -1,4 +1,4 @@
-"""The true bytes of every token of a vocabulary, in one table made once."""
+"""Table of the bytes of every token of a vocabulary."""
 
 import json
 import re
@@ -13,13 +13,13 @@ _NOT_A_BYTE = "\uffff"  # does not fit into Latin-1, so encoding it fails
 
 
 class UnknownDecoderError(ValueError):
-    """A tokenizer whose tokens are neither byte-level nor SentencePiece pieces."""
+    """The tokens are neither byte-level nor SentencePiece pieces."""
 
 
 def byte_characters() -> list[str]:
     """GPT-2's `bytes_to_unicode`: item b is the character that byte-level BPE writes for byte b.
 
-    Printable bytes stand for themselves, the other 68 for U+0100 and up, in order.
+    Printable bytes map to themselves, the other 68 to U+0100 and up, in order.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
@@ -27,9 +27,9 @@ def byte_characters() -> list[str]:
 
 
 def token_bytes_table(backend: Backend) -> list[bytes]:
-    """Bytes by token id; b"" for ids that no token has.
+    """Bytes by token id; b"" for ids without a token.
 
-    Byte-level tokens are mapped back to bytes; SentencePiece pieces have `<0xNN>` and its space mark replaced; added
+    Byte-level tokens are mapped back to bytes; `<0xNN>` and the space mark of SentencePiece pieces are replaced; added
     tokens are their content in UTF-8.
 
     Raises:
@@ -47,7 +47,7 @@ def token_bytes_table(backend: Backend) -> list[bytes]:
         for token, index in vocabulary.items():
             table[index] = _byte_level_bytes(token, characters)
     for index, extra in added.items():
-        # The SentencePiece decoder replaces the mark in added tokens too, and some name runs of spaces by it.
+        # The SentencePiece decoder also replaces the mark in added tokens; some are runs of spaces.
         text = extra.content.replace(SPACE, " ") if sentencepiece and not extra.special else extra.content
         table[index] = text.encode()
     return table
@@ -56,7 +56,7 @@ def token_bytes_table(backend: Backend) -> list[bytes]:
 def _byte_level_bytes(token: str, characters: dict[int, str]) -> bytes:
     try:
         return token.translate(characters).encode("latin-1")
-    except UnicodeEncodeError:  # holds a character that stands for no byte: the token is plain text
+    except UnicodeEncodeError:  # a character that maps to no byte: the token is plain text
         return token.encode()
 
 
@@ -78,7 +78,9 @@ def _is_sentencepiece(backend: Backend) -> bool:
         return False
     if kinds & {"ByteFallback", "Metaspace"}:
         return True
-    raise UnknownDecoderError(f"tokenizer decoder {state['type']} is not known; known: ByteLevel, SentencePiece's")
+    raise UnknownDecoderError(
+        f"tokenizer decoder {state['type']} is not supported; supported: ByteLevel and SentencePiece's"
+    )
 
 
 def _parts(state: dict[str, Any]) -> Iterator[dict[str, Any]]:

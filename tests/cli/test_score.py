@@ -83,7 +83,7 @@ def fail_if_loaded(*_: object) -> Any:
     raise AssertionError("the model is loaded")
 
 
-def test_every_token_has_its_numbers_and_every_row_its_sums(score: Command) -> None:
+def test_rows_have_logprobs_of_tokens_and_sums(score: Command) -> None:
     texts = ["Hello, world!", "é", "x" * CONTEXT]
     assert score(score.rows([{"id": i, "text": text} for i, text in enumerate(texts)])) == 0
     assert len(score.output) == len(texts)
@@ -108,7 +108,7 @@ def test_every_token_has_its_numbers_and_every_row_its_sums(score: Command) -> N
     assert "lines       3 scored\n" in score.out
 
 
-def test_alternatives_are_asked_for_by_number(score: Command) -> None:
+def test_top_logprobs_adds_alternatives(score: Command) -> None:
     assert score(score.rows(["Hello"]), "--top-logprobs", "2") == 0
     [row] = score.output
     ids = list(b"Hello")
@@ -117,7 +117,7 @@ def test_alternatives_are_asked_for_by_number(score: Command) -> None:
     assert row["top_logprobs"] == [None, *best.top_logprobs[:, :2].tolist()]
 
 
-def test_a_probability_of_0_is_the_servers_number(score: Command) -> None:
+def test_probability_of_0_is_written_as_the_server_does(score: Command) -> None:
     score.runner.script = []
     assert score(score.rows([{"token_ids": [72, IMPOSSIBLE]}])) == 0
     [row] = score.output
@@ -125,7 +125,7 @@ def test_a_probability_of_0_is_the_servers_number(score: Command) -> None:
     assert row["perplexity"] is None
 
 
-def test_a_completion_is_told_apart(score: Command) -> None:
+def test_completion_has_its_own_sums(score: Command) -> None:
     rows = [
         {"prompt": "ab", "completion": "cd"},
         {"prompt": [97, 98], "completion": [99, 100]},
@@ -144,7 +144,7 @@ def test_a_completion_is_told_apart(score: Command) -> None:
     assert "completions 3" in score.out
 
 
-def test_only_sums(score: Command) -> None:
+def test_no_per_token_writes_only_sums(score: Command) -> None:
     assert score(score.rows(["Hello"]), "--no-per-token") == 0
     assert set(score.output[0]) == {"line", "num_tokens", "num_scored", "logprob", "perplexity", "bits_per_byte"}
 
@@ -166,7 +166,7 @@ def test_windows_score_a_long_text_once(score: Command, flags: tuple[str, ...]) 
     assert short["windows"] == 1
 
 
-def test_truncated_rows_say_so_and_have_no_sums_of_half_a_completion(score: Command) -> None:
+def test_truncated_row_has_no_sums_of_its_completion(score: Command) -> None:
     rows = [{"token_ids": [1] * (CONTEXT + 3)}, {"prompt": "a", "completion": "b" * CONTEXT}]
     assert score(score.rows(rows), "--long", "truncate") == 0
     plain, pair = score.output
@@ -178,7 +178,7 @@ def test_truncated_rows_say_so_and_have_no_sums_of_half_a_completion(score: Comm
     assert "completions" not in score.out
 
 
-def test_a_broken_line_stops_with_its_number_and_the_corrected_file_goes_on(score: Command) -> None:
+def test_broken_line_stops_the_run_and_the_corrected_file_resumes(score: Command) -> None:
     rows = some_rows(5)
     file = score.rows([*rows[:3], {"tex": 1}, *rows[3:]])
     assert score(file) == 1
@@ -191,7 +191,7 @@ def test_a_broken_line_stops_with_its_number_and_the_corrected_file_goes_on(scor
     assert bytes(score.output[3]["token_ids"]) == b"repaired"
 
 
-def test_broken_lines_are_skipped_by_flag(score: Command) -> None:
+def test_on_error_skip_leaves_broken_lines_out(score: Command) -> None:
     file = score.folder / "rows.jsonl"
     file.write_bytes(b'"one"\n\n{"text": \n[]\n"two"\n' + b"x" * 3 + b'\n{"text": "\xff"}\n"three"')
     assert score(file, "--on-error", "skip") == 0
@@ -201,12 +201,12 @@ def test_broken_lines_are_skipped_by_flag(score: Command) -> None:
     assert "3 scored, 4 skipped" in score.out
 
 
-def test_a_text_above_the_context_is_an_error_that_names_the_way_out(score: Command) -> None:
+def test_text_above_the_context_is_an_error_that_names_long(score: Command) -> None:
     assert score(score.rows(["x" * (CONTEXT + 1)])) == 1
     assert "rows.jsonl:1: has 129 tokens, above the context of 128: use --long window" in score.err
 
 
-def test_a_number_that_is_none_is_the_lines_error(score: Command) -> None:
+def test_nan_is_the_error_of_its_line(score: Command) -> None:
     score.runner.nan_token = ord("b")
     assert score(score.rows(["aaa", "abc", "ccc"]), "--on-error", "skip") == 0
     assert [row["line"] for row in score.output] == [1, 3]
@@ -243,7 +243,7 @@ def test_csv_has_the_sums_of_each_line(score: Command) -> None:
     assert "token_ids" not in rows[0]
 
 
-def test_a_complete_output_is_left_alone_without_a_model(score: Command) -> None:
+def test_complete_output_is_kept_without_loading_a_model(score: Command) -> None:
     file = score.rows(some_rows(3))
     assert score(file) == 0
     before, summary = score.output, score.out.splitlines()[:3]
@@ -263,7 +263,7 @@ def test_a_complete_output_is_left_alone_without_a_model(score: Command) -> None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_keeps_what_is_scored_and_the_same_command_goes_on(score: Command, number: int) -> None:
+def test_signal_keeps_finished_rows_and_the_same_command_resumes(score: Command, number: int) -> None:
     file = score.rows(some_rows(40))
     flags = ("--max-num-seqs", "1")
 
@@ -307,14 +307,14 @@ def begun(score: Command) -> Path:
     ],
     ids=" ".join,
 )
-def test_other_options_are_refused(score: Command, flags: tuple[str, ...], told: str) -> None:
+def test_resume_refuses_other_options(score: Command, flags: tuple[str, ...], told: str) -> None:
     file = begun(score)
     assert score(file, *(flag.format(score.folder) for flag in flags)) == 1
     assert told in score.err
     assert len(read_lines(score.folder / "rows.logprobs.jsonl.partial")) == 2
 
 
-def test_other_weights_or_programs_or_lines_are_refused(score: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_refuses_other_weights_programs_or_lines(score: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     file = begun(score)
     score.fingerprint = "other"
     assert score(file) == 1
@@ -328,14 +328,14 @@ def test_other_weights_or_programs_or_lines_are_refused(score: Command, monkeypa
     assert "started with weights " in score.err
 
 
-def test_overwrite_begins_anew(score: Command) -> None:
+def test_overwrite_starts_again(score: Command) -> None:
     file = begun(score)
     score.rows(["four"])
     assert score(file, "--overwrite", "--top-logprobs", "1") == 0
     assert [bytes(row["token_ids"]) for row in score.output] == [b"four"]
 
 
-def test_overwrite_touches_nothing_before_there_is_something_else(score: Command) -> None:
+def test_overwrite_changes_no_file_before_the_model_is_loaded(score: Command) -> None:
     file = score.rows(["one"])
     assert score(file) == 0
     before = score.output
@@ -367,9 +367,7 @@ def test_overwrite_touches_nothing_before_there_is_something_else(score: Command
     ],
     ids=str,
 )
-def test_rows_of_one_context_are_not_mixed_with_those_of_another(
-    score: Command, flags: tuple[str, ...], told: str | None
-) -> None:
+def test_resume_refuses_another_context(score: Command, flags: tuple[str, ...], told: str | None) -> None:
     file = score.rows(["one", 2])
     assert score(file, *flags) == 1
     score.rows(["one", "two"])
@@ -378,7 +376,7 @@ def test_rows_of_one_context_are_not_mixed_with_those_of_another(
     assert told is None or told in score.err
 
 
-def test_special_tokens_are_no_part_of_the_text(score: Command) -> None:
+def test_special_tokens_do_not_count_as_text(score: Command) -> None:
     ids = [*b"ab", BEGIN, *b"c"]
     assert score(score.rows([{"token_ids": ids}])) == 0
     [row] = score.output
@@ -388,7 +386,7 @@ def test_special_tokens_are_no_part_of_the_text(score: Command) -> None:
     assert row["bits_per_byte"] == pytest.approx(-(logprobs[1] + logprobs[3]) / math.log(2) / 2)
 
 
-def test_what_fails_in_the_writing_is_not_laid_to_the_input(score: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_error_names_the_output(score: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -397,7 +395,7 @@ def test_what_fails_in_the_writing_is_not_laid_to_the_input(score: Command, monk
     assert score.err == f"error: {score.folder}/rows.logprobs.jsonl: No space left on device"
 
 
-def test_a_file_of_flags_may_name_the_input_or_not(score: Command) -> None:
+def test_config_file_may_name_the_input(score: Command) -> None:
     file, flags = score.rows(["Hello"]), score.folder / "flags.yaml"
     flags.write_text("top-logprobs: 1\n")
     assert parse_args([str(file), "--config", str(flags)]).top_logprobs == 1
@@ -406,7 +404,7 @@ def test_a_file_of_flags_may_name_the_input_or_not(score: Command) -> None:
     assert parse_args(["other.jsonl", "--config", str(flags)]).file == Path("other.jsonl")
 
 
-def test_files_of_others_are_not_touched(score: Command) -> None:
+def test_output_without_a_checkpoint_is_not_touched(score: Command) -> None:
     file = score.rows(["one"])
     mine = score.folder / "rows.logprobs.jsonl"
     mine.write_text("mine")
@@ -415,7 +413,7 @@ def test_files_of_others_are_not_touched(score: Command) -> None:
     assert mine.read_text() == "mine"
 
 
-def test_two_processes_do_not_write_to_one_output(score: Command) -> None:
+def test_two_processes_cannot_write_one_output(score: Command) -> None:
     file = begun(score)
     paths = journal.Paths(score.folder / "rows.logprobs.jsonl")
     with journal.open_rows(paths):
@@ -425,7 +423,7 @@ def test_two_processes_do_not_write_to_one_output(score: Command) -> None:
     assert len(read_lines(paths.partial)) == 2
 
 
-def test_an_output_is_nobody_elses_until_it_is_made(score: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_is_locked_until_it_is_converted(score: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     file, flags = score.rows(["one"]), ("--output", str(score.folder / "out.parquet"))
     other = Command(score.folder, score.patch, score.capture)
     write, others = formats.write_parquet, []
@@ -441,7 +439,7 @@ def test_an_output_is_nobody_elses_until_it_is_made(score: Command, monkeypatch:
 
 
 @pytest.mark.parametrize("flags", [(), ("--overwrite",)], ids=str)
-def test_who_waits_for_the_rows_does_not_take_the_output_for_them(
+def test_process_that_waits_for_the_lock_does_not_reuse_the_output(
     score: Command, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
 ) -> None:
     file = begun(score)
@@ -464,7 +462,7 @@ def test_who_waits_for_the_rows_does_not_take_the_output_for_them(
     assert "rows.logprobs.jsonl.partial" not in score.names
 
 
-def test_rows_that_are_missing_are_not_papered_over(score: Command) -> None:
+def test_resume_refuses_missing_rows(score: Command) -> None:
     file = begun(score)
     partial = score.folder / "rows.logprobs.jsonl.partial"
     partial.write_bytes(partial.read_bytes()[:-1])
@@ -476,7 +474,7 @@ def test_rows_that_are_missing_are_not_papered_over(score: Command) -> None:
     assert not partial.exists()
 
 
-def test_what_never_began_leaves_nothing(score: Command) -> None:
+def test_failed_start_leaves_no_files(score: Command) -> None:
     file = score.rows(["one"])
 
     def refuse(*_: object) -> Any:
@@ -488,7 +486,7 @@ def test_what_never_began_leaves_nothing(score: Command) -> None:
     assert score.names == {"rows.jsonl"}
 
 
-def test_what_cannot_be_opened_is_said_in_one_line(score: Command) -> None:
+def test_unusable_file_is_reported_in_one_line(score: Command) -> None:
     assert score(score.folder / "none.jsonl") == 1
     assert score.err == f"error: {score.folder}/none.jsonl: cannot be read: No such file or directory"
     file = score.rows(["one"])
@@ -498,7 +496,7 @@ def test_what_cannot_be_opened_is_said_in_one_line(score: Command) -> None:
     assert "--stride 128: must be below the context of 128 tokens" in score.err
 
 
-def test_an_empty_file_has_an_empty_output(score: Command) -> None:
+def test_empty_file_has_an_empty_output(score: Command) -> None:
     file = score.rows([])
     for name in ("out.jsonl", "out.parquet"):
         assert score(file, "--output", str(score.folder / name)) == 0
@@ -506,7 +504,7 @@ def test_an_empty_file_has_an_empty_output(score: Command) -> None:
     assert pyarrow.parquet.read_table(score.folder / "out.parquet").num_rows == 0
 
 
-def test_only_the_first_lines(score: Command) -> None:
+def test_limit_scores_the_first_lines(score: Command) -> None:
     assert score(score.rows(["one", "two", "three"]), "--limit", "2") == 0
     assert [row["line"] for row in score.output] == [1, 2]
 
@@ -526,7 +524,7 @@ def test_only_the_first_lines(score: Command) -> None:
     ],
     ids=str,
 )
-def test_a_mistake_in_the_flags_is_code_2(
+def test_parse_args_exits_with_code_2_and_names_the_flag(
     flags: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -535,7 +533,7 @@ def test_a_mistake_in_the_flags_is_code_2(
     assert told.lower() in capsys.readouterr().err.lower()
 
 
-def test_a_run_that_is_killed_goes_on_without_a_gap_or_a_double(tmp_path: Path) -> None:
+def test_killed_run_resumes_without_gaps_or_duplicates(tmp_path: Path) -> None:
     """At each fsync, in forks of one process: tests.support.scoring says how."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.scoring", str(tmp_path)], capture_output=True, text=True, check=False
@@ -546,7 +544,7 @@ def test_a_run_that_is_killed_goes_on_without_a_gap_or_a_double(tmp_path: Path) 
     assert int(told["parquet"]) > 10
 
 
-def test_the_tokenizer_may_add_what_the_model_wants(score: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_add_special_tokens_applies_to_texts_only(score: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.support import scoring
     from tests.support.http_client import byte_tokenizer
 

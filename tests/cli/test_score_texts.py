@@ -37,7 +37,7 @@ def packed(data: bytes, suffix: str) -> bytes:
     return pyarrow.compress(data, codec="zstd", asbytes=True) if suffix == ".zst" else data
 
 
-def test_blank_lines_are_counted_and_ends_and_a_mark_are_cut_off(tmp_path: Path) -> None:
+def test_lines_count_blanks_and_strip_ends_and_bom(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\n\n  \n two \nthree")
     assert numbered(path) == [(1, b"one"), (4, b" two "), (5, b"three")]
@@ -45,7 +45,7 @@ def test_blank_lines_are_counted_and_ends_and_a_mark_are_cut_off(tmp_path: Path)
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("kind", [".txt", ".jsonl"])
-def test_packed_files_read_as_what_is_in_them(tmp_path: Path, kind: str, suffix: str) -> None:
+def test_compressed_file_has_the_same_lines(tmp_path: Path, kind: str, suffix: str) -> None:
     data = b"".join(b'"line %d"\n' % i for i in range(5000))
     path = tmp_path / f"a{kind}{suffix}"
     path.write_bytes(packed(data, suffix))
@@ -58,7 +58,7 @@ def test_packed_files_read_as_what_is_in_them(tmp_path: Path, kind: str, suffix:
     assert 0 < found[0].position <= opened.total
 
 
-def test_a_checksum_is_of_all_lines_so_far(tmp_path: Path) -> None:
+def test_checksum_covers_all_lines_so_far(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     sums = {}
     for name, data in {
@@ -75,7 +75,7 @@ def test_a_checksum_is_of_all_lines_so_far(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b""])
-def test_a_line_that_is_too_long_is_skipped_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: bytes) -> None:
+def test_line_that_is_too_long_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: bytes) -> None:
     monkeypatch.setattr(source, "_MAX_LINE", 10)
     monkeypatch.setattr(source, "_CHUNK", 4)
     path = tmp_path / "a.txt"
@@ -95,19 +95,19 @@ def test_a_line_that_is_too_long_is_skipped_unread(tmp_path: Path, monkeypatch: 
         ("a.parquet", b"no parquet"),
     ],
 )
-def test_a_file_that_is_torn_is_one_error(tmp_path: Path, name: str, data: bytes) -> None:
+def test_damaged_file_raises_one_error(tmp_path: Path, name: str, data: bytes) -> None:
     path = tmp_path / name
     path.write_bytes(data)
     with pytest.raises(ScoreError, match=name):
         lines_of(path)
 
 
-def test_what_cannot_be_read_again_is_refused(tmp_path: Path) -> None:
+def test_open_source_refuses_what_is_not_a_file(tmp_path: Path) -> None:
     with pytest.raises(ScoreError, match="is not a file"):
         lines_of(tmp_path)
 
 
-def test_rows_of_parquet_are_lines_and_only_known_columns_are_read(tmp_path: Path) -> None:
+def test_parquet_rows_are_lines_of_known_columns(tmp_path: Path) -> None:
     rows = [{"id": i, "text": f"text {i}", "huge": "x", "messages": None} for i in range(200)]
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=150)
@@ -117,7 +117,7 @@ def test_rows_of_parquet_are_lines_and_only_known_columns_are_read(tmp_path: Pat
     assert found[-1].position == 200
 
 
-def test_a_parquet_column_that_is_no_text_is_the_lines_error(tmp_path: Path) -> None:
+def test_parquet_column_of_bytes_is_the_error_of_its_line(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": [b"bytes"]}), path)
     [line] = lines_of(path)
@@ -152,20 +152,20 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
     ],
     ids=str,
 )
-def test_a_row_says_what_is_scored(row: Any, text: bytes, start: int | None) -> None:
+def test_read_encodes_the_first_field_present(row: Any, text: bytes, start: int | None) -> None:
     encoded = read(row).encoded
     assert bytes(encoded.token_ids) == text
     assert encoded.completion_start == start
 
 
-def test_a_named_field_stands_alone() -> None:
+def test_read_with_text_field_ignores_other_fields() -> None:
     row = {"body": "here", "text": "not here", "id": "x"}
     assert read(row, text_field="body") == Text(EncodedText(list(b"here")), "x")
     with pytest.raises(LineError, match="has no body"):
         read({"text": "x", "prompt": "a", "completion": "b"}, text_field="body")
 
 
-def test_another_template_is_taken_and_sees_the_tools() -> None:
+def test_read_renders_another_template_with_tools() -> None:
     row = {"messages": [USER], "tools": [{"name": "hammer"}]}
     template = "{% for tool in tools %}{{ tool.name }}{% endfor %}{{ messages[0].content }}"
     assert bytes(read(row, template).encoded.token_ids) == b"hammera"
@@ -194,12 +194,12 @@ def test_another_template_is_taken_and_sees_the_tools() -> None:
     ],
     ids=str,
 )
-def test_a_broken_row_says_what_is_wrong(row: Any, told: str) -> None:
+def test_read_names_the_error_of_a_broken_row(row: Any, told: str) -> None:
     with pytest.raises(LineError, match=told):
         read(row)
 
 
-def test_a_lone_surrogate_is_the_lines_error() -> None:
+def test_read_refuses_a_lone_surrogate() -> None:
     reader = TextReader(TextEncoder(ChatFormat(byte_tokenizer()), VOCAB_SIZE))
     with pytest.raises(LineError, match="is not JSON"):
         reader.read(Line(1, b'"\\ud800"', 0, 0), is_text=False)
@@ -213,7 +213,7 @@ class Merging:
         return list(text.encode().replace(b"ab", b"\x01"))
 
 
-def test_a_token_across_the_seam_is_the_completions() -> None:
+def test_token_across_prompt_and_completion_belongs_to_the_completion() -> None:
     chats = ChatFormat(Merging())  # type: ignore[arg-type]  # encode() is all that is used
     reader = TextReader(TextEncoder(chats, VOCAB_SIZE))
     found = reader.read(Line(1, b'{"prompt": "xa", "completion": "bc"}', 0, 0), is_text=False)
@@ -221,7 +221,7 @@ def test_a_token_across_the_seam_is_the_completions() -> None:
 
 
 @given(tokens=st.integers(1, 60), size=st.integers(2, 20), data=st.data())
-def test_each_token_is_scored_once_with_its_context(tokens: int, size: int, data: st.DataObject) -> None:
+def test_windows_score_each_token_once_with_context(tokens: int, size: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, size - 1))
     windows = Context(size, "window", stride).windows(tokens)
     scored = [position for window in windows for position in range(window.first, window.end)]
@@ -238,7 +238,7 @@ def ends(windows: Sequence[Any]) -> list[int]:
     return [window.end for window in windows]
 
 
-def test_what_is_too_long_is_an_error_or_cut() -> None:
+def test_windows_of_a_longer_text_depend_on_long() -> None:
     assert ends(make_context(10, "error", None).windows(10)) == [10]
     with pytest.raises(LineError, match="has 11 tokens, above the context of 10: use --long window"):
         make_context(10, "error", None).windows(11)

@@ -49,22 +49,22 @@ def run(tokens: Sequence[bytes], *stop: str, include: bool = False) -> tuple[lis
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 49152 + 100), max_size=60), st.booleans())
-def test_text_is_that_of_decode(smollm2: Tokenizer, ids: list[int], skip: bool) -> None:
+def test_detokenizer_gives_the_text_of_decode(smollm2: Tokenizer, ids: list[int], skip: bool) -> None:
     detokenizer = Detokenizer(smollm2, skip_special_tokens=skip, stop=StopStrings(), include_stop_str_in_output=False)
     text = "".join(map(detokenizer.push, ids)) + detokenizer.finish()
     assert text == smollm2.decode(ids, skip_special_tokens=skip)
 
 
-def test_characters_come_whole() -> None:
+def test_detokenizer_returns_complete_characters() -> None:
     smile = "🙂".encode()
     assert run([b"a" + smile[:1], smile[1:3], smile[3:] + b"b"]) == (["a", "", "🙂b", ""], None)
 
 
-def test_broken_bytes_become_replacements_as_soon_as_they_are_known() -> None:
+def test_detokenizer_replaces_invalid_bytes_at_once() -> None:
     assert run([b"\xf0\x9f", b"x", b"\xff", b"\xe6\x9d"]) == (["", "\ufffdx", "\ufffd", "", "\ufffd"], None)
 
 
-def test_skipped_special_tokens_do_not_break_a_character() -> None:
+def test_skipped_special_token_does_not_split_a_character() -> None:
     tokenizer = FakeTokens([b"\xc3", b"<end>", b"\xa9"], special=frozenset({1}))
     skipping = Detokenizer(
         tokenizer, skip_special_tokens=True, stop=StopStrings(("<end>",)), include_stop_str_in_output=False
@@ -74,26 +74,26 @@ def test_skipped_special_tokens_do_not_break_a_character() -> None:
     assert [showing.push(index) for index in range(3)] == ["", "\ufffd<end>", "\ufffd"]
 
 
-def test_only_what_may_begin_a_stop_string_is_held() -> None:
+def test_text_is_pending_only_if_it_may_start_a_stop_string() -> None:
     assert run([b"x\n", b"\n", b"y", b"z\n"], "\n\nEnd") == (["x", "", "\n\ny", "z", "\n"], None)
     assert run([b"aab"], "ab!", "aabb!") == (["", "aab"], None)
     assert run([b"aab", b"c"], "ab!", "aabb!") == (["", "aabc", ""], None)
 
 
 @pytest.mark.parametrize(("include", "ending"), [(False, "xy"), (True, "xyEnd")])
-def test_a_stop_string_ends_the_text(include: bool, ending: str) -> None:
+def test_stop_string_ends_the_text(include: bool, ending: str) -> None:
     pieces, stopped_by = run([b"xyE", b"n", b"d and", b" more"], "End", include=include)
     assert pieces == ["xy", "", ending[2:], "", ""]
     assert stopped_by == "End"
 
 
-def test_the_first_to_end_wins_then_the_longest() -> None:
+def test_stop_string_that_ends_first_wins_then_the_longest() -> None:
     assert run([b"a long stop"], "stop", "long") == (["a ", ""], "long")
     assert run([b"xabc"], "c", "abc", "bc") == (["x", ""], "abc")
     assert run([b"xabcd"], "abcde", "bc") == (["xa", ""], "bc")
 
 
-def test_a_stop_string_may_end_in_the_flushed_replacement() -> None:
+def test_stop_string_may_end_in_the_final_replacement() -> None:
     assert run([b"ab\xf0"], "b\ufffd") == (["a", ""], "b\ufffd")
 
 
@@ -115,7 +115,9 @@ LETTERS = st.text("abé", min_size=1)
 
 @settings(deadline=None)
 @given(st.lists(LETTERS), st.lists(LETTERS, max_size=4), st.booleans(), st.data())
-def test_stops_do_not_depend_on_the_cuts(words: list[str], stop: list[str], include: bool, data: st.DataObject) -> None:
+def test_stop_strings_do_not_depend_on_token_boundaries(
+    words: list[str], stop: list[str], include: bool, data: st.DataObject
+) -> None:
     raw = "".join(words).encode()
     cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)))))
     tokens = [raw[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
@@ -125,7 +127,7 @@ def test_stops_do_not_depend_on_the_cuts(words: list[str], stop: list[str], incl
 
 @settings(deadline=None)
 @given(st.lists(LETTERS, max_size=4), LETTERS)
-def test_as_much_as_can_be_told_is_told(stop: list[str], text: str) -> None:
+def test_push_returns_all_certain_text(stop: list[str], text: str) -> None:
     pieces, stopped_by = run([text.encode()], *stop)
     if stopped_by is None:
         held = {text[begin:] for begin in range(len(text) + 1)} & {s[:size] for s in stop for size in range(len(s))}

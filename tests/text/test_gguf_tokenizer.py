@@ -55,25 +55,25 @@ def test_byte_characters_are_a_bijection_that_keeps_ascii() -> None:
         ("llama-bpe", "'St", ["'S", "t"]),
     ],
 )
-def test_words_are_split_as_the_file_says(pre: str, text: str, expected: list[str]) -> None:
+def test_pre_tokenizer_splits_words_as_the_file_specifies(pre: str, text: str, expected: list[str]) -> None:
     tokenizer = tokenizer_from_gguf(byte_level(pre, ["1 2", "Ġ a", "S t", "' S", "Ġ 1"], add_bos_token=False))
     assert pieces(tokenizer, text) == expected
 
 
 @pytest.mark.parametrize(("pre", "expected"), [("qwen2", "é"), ("llama-bpe", "e\u0301")])
-def test_only_qwen2_composes_characters(pre: str, expected: str) -> None:
+def test_pre_tokenizer_normalizes_for_qwen2_only(pre: str, expected: str) -> None:
     tokenizer = tokenizer_from_gguf(byte_level(pre, ["a b"], add_bos_token=False))
     ids = tokenizer.encode("e\u0301", add_special_tokens=False)
     assert tokenizer.decode(ids, skip_special_tokens=False) == expected
 
 
 @pytest.mark.parametrize(("pre", "expected"), [("llama-bpe", ["abc"]), ("gpt-2", ["ab", "c"])])
-def test_only_llama_takes_whole_words_past_the_merges(pre: str, expected: list[str]) -> None:
+def test_pre_tokenizer_ignores_merges_for_llama_only(pre: str, expected: list[str]) -> None:
     tokenizer = tokenizer_from_gguf(byte_level(pre, ["a b"], {"abc": NORMAL}, add_bos_token=False))
     assert pieces(tokenizer, "abc") == expected
 
 
-def test_token_types() -> None:
+def test_token_types_control_matching_and_skipping() -> None:
     extra = {"<end>": CONTROL, "<tool>": USER_DEFINED, "[PAD259]": UNUSED}
     tokenizer = tokenizer_from_gguf(byte_level("gpt-2", ["a b"], extra, eos_token_id=257, eot_token_id=258))
     ids = tokenizer.encode("ab<end><tool>[", add_special_tokens=True)
@@ -95,7 +95,9 @@ def test_token_types() -> None:
         ("llama-bpe", {"add_bos_token": False}, ([], [])),
     ],
 )
-def test_tokens_around_a_text(pre: str, keys: dict[str, bool], around: tuple[list[str], list[str]]) -> None:
+def test_encode_adds_bos_and_eos_as_the_file_specifies(
+    pre: str, keys: dict[str, bool], around: tuple[list[str], list[str]]
+) -> None:
     extra = {"<s:0>": CONTROL, "<end>": CONTROL}
     tokenizer = tokenizer_from_gguf(byte_level(pre, ["a b"], extra, bos_token_id=257, eos_token_id=258, **keys))
     assert pieces(tokenizer, "ab") == [*around[0], "ab", *around[1]]
@@ -129,7 +131,7 @@ def test_sentencepiece_merges_by_score(text: str, expected: list[str]) -> None:
     assert b"".join(map(tokenizer.token_bytes, ids)).decode().replace("<t> ", "<t>") == " " + text
 
 
-def test_runs_of_spaces_that_are_ordinary_pieces_merge_by_their_score() -> None:
+def test_sentencepiece_merges_ordinary_runs_of_spaces_by_score() -> None:
     metadata = sentencepiece()
     at = metadata["tokenizer.ggml.tokens"].index("  ")
     metadata["tokenizer.ggml.tokens"][at], metadata["tokenizer.ggml.token_type"][at] = "▁▁", NORMAL
@@ -152,29 +154,32 @@ SIZE = len(sentencepiece()["tokenizer.ggml.tokens"])
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({}, "tokenizer.ggml.model None is not known; known: gpt2, llama"),
+        ({}, "tokenizer.ggml.model None is not supported; supported: gpt2, llama"),
         ({"tokenizer.ggml.model": "bert"}, "'bert'"),
         ({"tokenizer.ggml.model": "gpt2"}, "tokenizer.ggml.tokens is missing"),
-        (byte_level(None, ["a b"]), "pre None is not known; known: dbrx, deepseek-r1-qwen, default"),
+        (byte_level(None, ["a b"]), "pre None is not supported; supported: dbrx, deepseek-r1-qwen, default"),
         (byte_level("viking", ["a b"]), "pre 'viking'"),
         (byte_level("gpt-2", []), "merges is missing"),
-        (byte_level("gpt-2", ["a"]), "must hold pairs"),
+        (byte_level("gpt-2", ["a"]), "must be pairs"),
         (GOOD | {"tokenizer.ggml.merges": ["a b", "x yz"]}, "do not fit the tokens"),
         (GOOD | {"tokenizer.ggml.merges": ["a b", "ab ab"]}, "do not fit the tokens"),  # of which the library panics
         (GOOD | {"tokenizer.ggml.token_type": [NORMAL]}, "257 tokens, but 1 token types"),
         (GOOD | {"tokenizer.ggml.eos_token_id": 257}, "eos_token_id 257 is not below 257"),
         (sentencepiece(scores=[0.0]), "but 1 scores"),
         (sentencepiece(unknown_token_id=None), "unknown_token_id is missing"),
-        (GOOD | {"tokenizer.ggml.pre": ["gpt-2"]}, "pre .'gpt-2'. is not known"),
-        (GOOD | {"tokenizer.ggml.model": ["gpt2"]}, "model .'gpt2'. is not known"),
-        (GOOD | {"tokenizer.ggml.merges": [1.0]}, "merges must hold str alone"),
-        (GOOD | {"tokenizer.ggml.tokens": [7] * 257}, "tokens must hold str alone"),
-        (GOOD | {"tokenizer.ggml.token_type": ["x"] * 257}, "token_type must hold int alone"),
-        (sentencepiece(scores=["x"] * SIZE), "scores must hold float alone"),
-        (sentencepiece(scores=[math.nan] * SIZE), "scores holds what is not a number"),
-        (sentencepiece(tokens=["a" * 513] * SIZE, token_type=[NORMAL] * SIZE), "has 513 characters, of at most 512"),
+        (GOOD | {"tokenizer.ggml.pre": ["gpt-2"]}, "pre .'gpt-2'. is not supported"),
+        (GOOD | {"tokenizer.ggml.model": ["gpt2"]}, "model .'gpt2'. is not supported"),
+        (GOOD | {"tokenizer.ggml.merges": [1.0]}, "merges must contain only str"),
+        (GOOD | {"tokenizer.ggml.tokens": [7] * 257}, "tokens must contain only str"),
+        (GOOD | {"tokenizer.ggml.token_type": ["x"] * 257}, "token_type must contain only int"),
+        (sentencepiece(scores=["x"] * SIZE), "scores must contain only float"),
+        (sentencepiece(scores=[math.nan] * SIZE), "scores contains NaN"),
+        (
+            sentencepiece(tokens=["a" * 513] * SIZE, token_type=[NORMAL] * SIZE),
+            "has 513 characters; the maximum is 512",
+        ),
     ],
 )
-def test_bad_metadata_is_named(metadata: dict[str, Any], message: str) -> None:
+def test_invalid_metadata_is_named_in_the_error(metadata: dict[str, Any], message: str) -> None:
     with pytest.raises(TokenizerError, match=message):
         tokenizer_from_gguf(metadata)

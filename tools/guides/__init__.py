@@ -1,1 +1,1 @@
-"""`python -m tools.guides`: runs the code of docs/guides."""
+"""`python -m tools.guides`: run the code of docs/guides."""

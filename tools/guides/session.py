@@ -1,6 +1,6 @@
-"""The process in which a guide runs: blocks as JSON from stdin, what each printed as JSON to stdout; see guides.py.
+"""The process in which a guide runs: reads its blocks as JSON from stdin, writes their outputs as JSON to stdout.
 
-Imports nothing of this repository, so that a guide finds it as its reader does.
+Imports nothing of this repository, so that the guide imports it from its working directory, as a reader does.
 """
 
 import contextlib
@@ -13,16 +13,15 @@ from typing import Any
 
 
 def main() -> int:
-    """Returns the exit code, after a traceback where a block fails."""
+    """Run the blocks; return the exit code. A block that fails ends the process with a traceback."""
     guide = sys.argv[1]
-    # Guides import what their readers import: from the folder they are in, not from this file's.
-    sys.path[0] = ""
+    sys.path[0] = ""  # the working directory, instead of this file's
     namespace: dict[str, Any] = {"__name__": "__main__"}
     outputs = []
     for language, source, line in json.load(sys.stdin):
         name = f"{guide}, block of line {line}"
         if language == "sh":
-            outputs.append(_shell(name, source))
+            outputs.append(_run_shell(name, source))
             continue
         linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
         printed = io.StringIO()
@@ -33,10 +32,9 @@ def main() -> int:
     return 0
 
 
-def _shell(name: str, source: str) -> str:
+def _run_shell(name: str, source: str) -> str:
     command = ["bash", "-eu", "-o", "pipefail", "-c", source]
-    pipe = subprocess.PIPE
-    process = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, check=False)
+    process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if process.returncode != 0:
         raise SystemExit(f"{name} ended with {process.returncode}:\n{process.stdout}\n{process.stderr}")
     return process.stdout

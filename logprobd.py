@@ -1,8 +1,20 @@
 """Exact log-probs from Python: `from logprobd import LLM`."""
 
+from serve.engine.request import EngineStoppedError
 from serve.jobs.generate import GenerationOptions
 from serve.jobs.request_queue import RequestError
 from serve.jobs.results import Batch, Generation, Score, Tokens
 from serve.llm import LLM
+from serve.text.chat import PromptError
 
-__all__ = ["LLM", "Batch", "Generation", "GenerationOptions", "RequestError", "Score", "Tokens"]
+__all__ = [
+    "LLM",
+    "Batch",
+    "EngineStoppedError",
+    "Generation",
+    "GenerationOptions",
+    "PromptError",
+    "RequestError",
+    "Score",
+    "Tokens",
+]

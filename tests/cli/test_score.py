@@ -1,4 +1,4 @@
-"""`python -m serve score` from its flags to its files, on a model whose arithmetic can be done by hand."""
+"""`logprobd score` from its flags to its files, on a model whose arithmetic can be done by hand."""
 
 import csv
 import errno
@@ -45,18 +45,18 @@ class Command:
     capture: pytest.CaptureFixture[str]
     runner: ScriptedRunner = field(default_factory=byte_runner)
     fingerprint: str = "fp"
-    load: Callable[..., Any] | None = None  # instead of the fake's
+    load: Callable[..., Any] | None = None  # replaces the fake's
     err: str = ""
     out: str = ""
 
     def __call__(self, file: Path, *flags: str) -> int:
-        """The exit code; what is said is in `out` and `err`."""
+        """Run the command and return its exit code; the output is in `out` and `err`."""
         reporter = RecordingReporter()
         self.patch.setattr(command, "start_reporting", lambda _: reporter)
         self.patch.setattr(llm, "load", self.load or fake_load(self.runner, self.fingerprint))
         code = command.main(parse_args([str(file), *flags]))
-        said = self.capture.readouterr()
-        self.out, self.err = said.out, said.err + "\n".join(reporter.lines)
+        printed = self.capture.readouterr()
+        self.out, self.err = printed.out, printed.err + "\n".join(reporter.lines)
         return code
 
     def rows(self, rows: list[Any], name: str = "rows.jsonl") -> Path:
@@ -65,12 +65,12 @@ class Command:
 
     @property
     def output(self) -> list[dict[str, Any]]:
-        """What was made of rows.jsonl."""
+        """The rows of rows.logprobs.jsonl."""
         return read_lines(self.folder / "rows.logprobs.jsonl")
 
     @property
     def names(self) -> set[str]:
-        """Of all files."""
+        """Names of all files."""
         return {path.name for path in self.folder.iterdir()}
 
 
@@ -271,7 +271,7 @@ def test_signal_keeps_finished_rows_and_the_same_command_resumes(score: Command,
         if name == "score" and len(score.runner.calls) > 60:
             os.kill(os.getpid(), number)
 
-    # It comes at every step from then on. If the command did not take it, it would end the tests.
+    # Sent at every later step. If the command did not handle it, it would end the tests.
     previous = signal.signal(number, lambda *_: None)
     score.runner.before_call = stop
     try:
@@ -279,8 +279,8 @@ def test_signal_keeps_finished_rows_and_the_same_command_resumes(score: Command,
     finally:
         signal.signal(number, previous)
     assert "run the same command again to resume" in score.err
-    kept = score.folder / "rows.logprobs.jsonl.partial"
-    assert 0 < len(read_lines(kept)) < 40
+    partial = score.folder / "rows.logprobs.jsonl.partial"
+    assert 0 < len(read_lines(partial)) < 40
     score.runner.before_call = lambda _: None
     assert score(file, *flags) == 0
     assert [row["line"] for row in score.output] == list(range(1, 41))
@@ -288,15 +288,15 @@ def test_signal_keeps_finished_rows_and_the_same_command_resumes(score: Command,
     assert read_lines(score.folder / "whole.jsonl") == score.output
 
 
-def begun(score: Command) -> Path:
-    """A file whose scoring has stopped behind its second line."""
+def stopped_run(score: Command) -> Path:
+    """A file whose scoring stopped after its second line."""
     file = score.rows(["one", "two", 3])
     assert score(file) == 1
     return file
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (("--dtype", "float32"), "started with --dtype auto, not float32"),
         (("--top-logprobs", "1"), "--top-logprobs 0, not 1"),
@@ -307,15 +307,15 @@ def begun(score: Command) -> Path:
     ],
     ids=" ".join,
 )
-def test_resume_refuses_other_options(score: Command, flags: tuple[str, ...], told: str) -> None:
-    file = begun(score)
+def test_resume_refuses_other_options(score: Command, flags: tuple[str, ...], message: str) -> None:
+    file = stopped_run(score)
     assert score(file, *(flag.format(score.folder) for flag in flags)) == 1
-    assert told in score.err
+    assert message in score.err
     assert len(read_lines(score.folder / "rows.logprobs.jsonl.partial")) == 2
 
 
 def test_resume_refuses_other_weights_programs_or_lines(score: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = begun(score)
+    file = stopped_run(score)
     score.fingerprint = "other"
     assert score(file) == 1
     assert "fingerprint fp, not other" in score.err
@@ -329,7 +329,7 @@ def test_resume_refuses_other_weights_programs_or_lines(score: Command, monkeypa
 
 
 def test_overwrite_starts_again(score: Command) -> None:
-    file = begun(score)
+    file = stopped_run(score)
     score.rows(["four"])
     assert score(file, "--overwrite", "--top-logprobs", "1") == 0
     assert [bytes(row["token_ids"]) for row in score.output] == [b"four"]
@@ -358,7 +358,7 @@ def test_overwrite_changes_no_file_before_the_model_is_loaded(score: Command) ->
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (("--long", "window"), "context 128, not 64, context stride 64, not 32"),
         (("--long", "window", "--stride", "20"), "context 128, not 64"),
@@ -367,13 +367,13 @@ def test_overwrite_changes_no_file_before_the_model_is_loaded(score: Command) ->
     ],
     ids=str,
 )
-def test_resume_refuses_another_context(score: Command, flags: tuple[str, ...], told: str | None) -> None:
+def test_resume_refuses_another_context(score: Command, flags: tuple[str, ...], message: str | None) -> None:
     file = score.rows(["one", 2])
     assert score(file, *flags) == 1
     score.rows(["one", "two"])
     score.load = fake_load(score.runner, context=64)
-    assert score(file, *flags) == (0 if told is None else 1)
-    assert told is None or told in score.err
+    assert score(file, *flags) == (0 if message is None else 1)
+    assert message is None or message in score.err
 
 
 def test_special_tokens_do_not_count_as_text(score: Command) -> None:
@@ -414,7 +414,7 @@ def test_output_without_a_checkpoint_is_not_touched(score: Command) -> None:
 
 
 def test_two_processes_cannot_write_one_output(score: Command) -> None:
-    file = begun(score)
+    file = stopped_run(score)
     paths = journal.Paths(score.folder / "rows.logprobs.jsonl")
     with journal.open_rows(paths):
         for flags in ((), ("--overwrite",)):
@@ -442,7 +442,7 @@ def test_output_is_locked_until_it_is_converted(score: Command, monkeypatch: pyt
 def test_process_that_waits_for_the_lock_does_not_reuse_the_output(
     score: Command, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
 ) -> None:
-    file = begun(score)
+    file = stopped_run(score)
     score.rows(["one", "two", "three"])
     other = Command(score.folder, score.patch, score.capture)
     flock, calls = fcntl.flock, []
@@ -451,7 +451,7 @@ def test_process_that_waits_for_the_lock_does_not_reuse_the_output(
         calls.append(arguments)
         if len(calls) == 1:
             assert other(file) == 0
-            if flags:  # what begins anew then fails, and has nothing to show for it
+            if flags:  # the new run fails and leaves no output
                 score.rows([1])
         flock(*arguments)
 
@@ -463,7 +463,7 @@ def test_process_that_waits_for_the_lock_does_not_reuse_the_output(
 
 
 def test_resume_refuses_missing_rows(score: Command) -> None:
-    file = begun(score)
+    file = stopped_run(score)
     partial = score.folder / "rows.logprobs.jsonl.partial"
     partial.write_bytes(partial.read_bytes()[:-1])
     assert score(file) == 1
@@ -510,7 +510,7 @@ def test_limit_scores_the_first_lines(score: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ((), "FILE"),
         (("rows", "--stride", "5"), "--stride"),
@@ -525,12 +525,12 @@ def test_limit_scores_the_first_lines(score: Command) -> None:
     ids=str,
 )
 def test_parse_args_exits_with_code_2_and_names_the_flag(
-    flags: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+    flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         command.main(parse_args(flags))
     assert ended.value.code == 2
-    assert told.lower() in capsys.readouterr().err.lower()
+    assert message.lower() in capsys.readouterr().err.lower()
 
 
 def test_killed_run_resumes_without_gaps_or_duplicates(tmp_path: Path) -> None:
@@ -539,9 +539,9 @@ def test_killed_run_resumes_without_gaps_or_duplicates(tmp_path: Path) -> None:
         [sys.executable, "-m", "tests.support.scoring", str(tmp_path)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    told = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("jsonl ", "parquet ")))
-    assert int(told["jsonl"]) > 10
-    assert int(told["parquet"]) > 10
+    kills = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("jsonl ", "parquet ")))
+    assert int(kills["jsonl"]) > 10
+    assert int(kills["parquet"]) > 10
 
 
 def test_add_special_tokens_applies_to_texts_only(score: Command, monkeypatch: pytest.MonkeyPatch) -> None:

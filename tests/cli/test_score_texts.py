@@ -172,7 +172,7 @@ def test_read_renders_another_template_with_tools() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         (3, "neither a JSON object nor a string"),
         ({}, "has no text, prompt and completion, messages or token_ids"),
@@ -194,8 +194,8 @@ def test_read_renders_another_template_with_tools() -> None:
     ],
     ids=str,
 )
-def test_read_names_the_error_of_a_broken_row(row: Any, told: str) -> None:
-    with pytest.raises(LineError, match=told):
+def test_read_names_the_error_of_a_broken_row(row: Any, message: str) -> None:
+    with pytest.raises(LineError, match=message):
         read(row)
 
 

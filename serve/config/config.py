@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from serve.config.api_keys import api_key
 from serve.config.options import option
-from serve.config.values import Between, MemoryAmount, parse_bytes, parse_memory, strings
+from serve.config.values import Between, MemoryAmount, api_key, parse_bytes, parse_memory, strings
 
 DEFAULT_MAX_LOGPROBS = 20
 
@@ -29,7 +28,6 @@ PROCESS = "Logs and process"
 GROUPS = (MODEL, LOGPROBS, SCHEDULING, NETWORK, API, PROCESS)
 
 _LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")  # as in a Host header
-_SECONDS = Between(0.001, 86400.0)
 _MODEL_HELP = "hub id, local folder or .gguf file; default: SmolLM2-135M-Instruct"
 
 
@@ -42,7 +40,7 @@ class EngineConfig:
     """The model and how it runs. Raises ValueError for contradicting options."""
 
     model: str | None = option(MODEL, _MODEL_HELP, metavar="MODEL")
-    tokenizer: Path | None = option(MODEL, "local folder or .gguf file; default: the model's own", Path)
+    tokenizer: Path | None = option(MODEL, "local folder or .gguf file; default: the model's own", Path, metavar="PATH")
     revision: str | None = option(MODEL, "branch, tag or commit of a hub id", metavar="NAME")
     dtype: str = option(
         MODEL,
@@ -84,7 +82,6 @@ class EngineConfig:
         "KV cache size in bytes, such as 800M or 2GiB, or as a share of the memory that the weights leave free, such "
         "as 0.5; default: 1GiB, or more if one request of maximum length needs it",
         parse_memory,
-        metavar="BYTES",
     )
     enable_prefix_caching: bool = option(
         SCHEDULING, "reuse the KV cache of prompts that start with the same tokens", None, default=True
@@ -161,29 +158,27 @@ class ServeConfig(SamplingConfig):
     queue_timeout: float = option(
         SCHEDULING,
         "maximum time in the queue, else 503; default: no limit",
-        _SECONDS,
+        Between(0.001, 86400.0, "SECONDS"),
         default=math.inf,
-        metavar="SECONDS",
     )
     request_timeout: float = option(
         SCHEDULING,
         "maximum duration of a request, else 504; its `timeout` field can lower it; default: no limit",
-        _SECONDS,
+        Between(0.001, 86400.0, "SECONDS"),
         default=math.inf,
-        metavar="SECONDS",
     )
     prefix_cache_per_key: bool = option(SCHEDULING, "share no cached prompts between API keys", None, default=False)
     watchdog_timeout: int = option(
-        SCHEDULING, "exit if a step takes longer than this; 0: never", Between(0, 86400), default=300, metavar="SECONDS"
+        SCHEDULING, "exit if a step takes longer than this; 0: never", Between(0, 86400, "SECONDS"), default=300
     )
 
     host: str = option(NETWORK, "address to listen on", default="127.0.0.1", metavar="ADDRESS")
-    port: int = option(NETWORK, "port to listen on; 0: any free port", Between(0, 65535), default=8000, metavar="N")
+    port: int = option(NETWORK, "port to listen on; 0: any free port", Between(0, 65535), default=8000)
     uds: Path | None = option(NETWORK, "Unix socket to listen on, instead of host and port", Path, metavar="PATH")
-    ssl_keyfile: Path | None = option(NETWORK, "private key; serves HTTPS", Path, metavar="FILE")
-    ssl_certfile: Path | None = option(NETWORK, "certificate of that key", Path, metavar="FILE")
+    ssl_keyfile: Path | None = option(NETWORK, "private key; serves HTTPS", Path)
+    ssl_certfile: Path | None = option(NETWORK, "certificate of that key", Path)
     ssl_ca_certs: Path | None = option(
-        NETWORK, "CA certificates; clients must present a certificate signed by one of them", Path, metavar="FILE"
+        NETWORK, "CA certificates; clients must present a certificate signed by one of them", Path
     )
     root_path: str = option(NETWORK, "URL path under which a proxy exposes this server", default="", metavar="PATH")
     api_key: tuple[str, ...] = option(
@@ -195,37 +190,28 @@ class ServeConfig(SamplingConfig):
         metavar="KEY",
     )
     api_key_file: Path | None = option(
-        NETWORK,
-        "file with more keys, one per line; unlike --api-key, other users of the machine cannot see them",
-        Path,
-        metavar="FILE",
+        NETWORK, "file with more keys, one per line; unlike --api-key, other users of the machine cannot see them", Path
     )
     allowed_hosts: tuple[str, ...] | None = option(
         NETWORK,
         "accepted Host headers, as a JSON list; default: any, but on 127.0.0.1 without API keys only names of this "
         "machine",
         strings,
-        metavar="JSON",
     )
     allowed_origins: tuple[str, ...] = option(
-        NETWORK, "CORS: origins of pages that may call the API, as a JSON list", strings, default=(), metavar="JSON"
+        NETWORK, "CORS: origins of pages that may call the API, as a JSON list", strings, default=()
     )
-    allowed_methods: tuple[str, ...] = option(
-        NETWORK, "CORS: allowed methods, as a JSON list", strings, default=("*",), metavar="JSON"
-    )
-    allowed_headers: tuple[str, ...] = option(
-        NETWORK, "CORS: allowed headers, as a JSON list", strings, default=("*",), metavar="JSON"
-    )
+    allowed_methods: tuple[str, ...] = option(NETWORK, "CORS: allowed methods, as a JSON list", strings, default=("*",))
+    allowed_headers: tuple[str, ...] = option(NETWORK, "CORS: allowed headers, as a JSON list", strings, default=("*",))
     allow_credentials: bool = option(NETWORK, "CORS: allow credentials", None, default=False)
     client_timeout: int = option(
         NETWORK,
         "maximum time for a client to send a request, and to read data that is ready",
-        Between(1, 86400),
+        Between(1, 86400, "SECONDS"),
         default=60,
-        metavar="SECONDS",
     )
     timeout_keep_alive: int = option(
-        NETWORK, "time until an idle connection is closed", Between(1, 86400), default=75, metavar="SECONDS"
+        NETWORK, "time until an idle connection is closed", Between(1, 86400, "SECONDS"), default=75
     )
 
     served_model_name: tuple[str, ...] = option(
@@ -244,14 +230,13 @@ class ServeConfig(SamplingConfig):
         API, "accept chat templates in requests; each is rendered in a separate process", None, default=False
     )
     max_body_bytes: int = option(
-        API, "maximum size of a request, such as 64MiB, else 413", parse_bytes, default=16 << 20, metavar="BYTES"
+        API, "maximum size of a request, such as 64MiB, else 413", parse_bytes, default=16 << 20
     )
     h11_max_incomplete_event_size: int = option(
         API,
         "maximum size of a request's line and headers, else 431",
-        Between(1 << 10, 1 << 24),
+        Between(1 << 10, 1 << 24, "BYTES"),
         default=64 << 10,
-        metavar="BYTES",
     )
     max_unread_tokens: int = option(
         API,
@@ -277,11 +262,7 @@ class ServeConfig(SamplingConfig):
         metavar="LEVEL",
     )
     shutdown_timeout: int = option(
-        PROCESS,
-        "maximum time for running requests to finish at shutdown",
-        Between(0, 3600),
-        default=30,
-        metavar="SECONDS",
+        PROCESS, "maximum time for running requests to finish at shutdown", Between(0, 3600, "SECONDS"), default=30
     )
 
     def __post_init__(self) -> None:

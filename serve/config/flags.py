@@ -3,13 +3,14 @@
 import argparse
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from serve.config.api_keys import all_keys
 from serve.config.config import GROUPS, ServeConfig
 from serve.config.options import CommandLine, argument_type
-from serve.config.values import OneOf
+from serve.config.values import OneOf, api_key
 
+_KEY_VARIABLES = ("LOGPROBD_API_KEY", "VLLM_API_KEY")
 _EPILOG = """\
 examples:
   logprobd serve                                         the default model on 127.0.0.1:8000
@@ -43,21 +44,20 @@ _ONE_VALUE = {
 
 
 def parse_args(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> ServeConfig:
-    """Parse the command line; a mistake exits with code 2 and names the flag.
-
-    Args:
-        arguments: by default those of the process.
-        environ: may hold API keys.
-    """
-    line = server_flags(
-        ServeConfig, prog="logprobd serve", description="OpenAI-compatible server of exact log-probabilities and ranks."
-    )
-    return line.read(arguments, lambda values: add_api_keys(values, environ))
+    """Parse the command line; a mistake exits with code 2 and names the flag."""
+    description = "OpenAI-compatible server of exact log-probabilities and ranks."
+    return server_flags(ServeConfig, environ, prog="logprobd serve", description=description).read(arguments)
 
 
-def server_flags[C: ServeConfig](kind: type[C], *, prog: str, description: str) -> CommandLine[C]:
-    """The flags of a server, those of vLLM that have no effect included."""
-    line = CommandLine(kind, prog=prog, description=description, epilog=_EPILOG, order=GROUPS)
+def server_flags[C: ServeConfig](
+    kind: type[C], environ: Mapping[str, str], *, prog: str, description: str
+) -> CommandLine[C]:
+    """The flags of a server, including those of vLLM that have no effect; `environ` may have API keys."""
+
+    def complete(values: dict[str, Any]) -> None:
+        values["api_key"] = _all_keys(values.get("api_key", ()), values.get("api_key_file"), environ)
+
+    line = CommandLine(kind, prog=prog, description=description, epilog=_EPILOG, order=GROUPS, complete=complete)
     for name in _ALWAYS_ON:
         line.parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
     for name, value in _ONE_VALUE.items():
@@ -65,10 +65,34 @@ def server_flags[C: ServeConfig](kind: type[C], *, prog: str, description: str) 
     return line
 
 
-def add_api_keys(values: dict[str, Any], environ: Mapping[str, str]) -> None:
-    """Complete the flags of a server by the keys of --api-key-file or the environment.
+def _all_keys(flags: Sequence[str], file: Path | None, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The keys of the command line and the file or, if there are none, those of the environment.
 
     Raises:
-        ValueError: a key is invalid; the message names its source.
+        ValueError: the file has no key, or a key is invalid: an empty key must not open the server. The message names
+            the flag or the variable.
     """
-    values["api_key"] = all_keys(values.get("api_key", ()), values.get("api_key_file"), environ)
+    keys = [*flags, *([] if file is None else _keys_in(file.expanduser()))]
+    return tuple(keys or [_checked(environ[name], f"${name}") for name in _KEY_VARIABLES if name in environ])
+
+
+def _keys_in(path: Path) -> list[str]:
+    """One key per line; lines starting with # are comments."""
+    source = f"argument --api-key-file: {path}"
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="ascii").splitlines()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{source}: not ASCII text") from None
+    except OSError as error:
+        raise ValueError(f"{source}: {error.strerror}") from None
+    keys = [_checked(line, source) for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise ValueError(f"{source}: contains no key")
+    return keys
+
+
+def _checked(key: str, source: str) -> str:
+    try:
+        return api_key(key)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None

@@ -67,12 +67,8 @@ class GenerationDefaults(SamplingFields):
             first = error.errors(include_url=False, include_input=False)[0]
             raise DefaultsError(f"{where}: {first['loc'][0]}: {first['msg']}") from None
 
-    def under(self, other: "GenerationDefaults") -> "GenerationDefaults":
-        """These values, overridden by those that `other` sets."""
-        return self.model_copy(update=other.model_dump(exclude_none=True))
-
     def fill[B: BaseModel](self, body: B) -> B:
-        """A copy of the request with its unset fields filled."""
+        """A request with its unset fields filled."""
         missing = {name: value for name, value in self.set_fields().items() if getattr(body, name, value) is None}
         return body.model_copy(update=missing) if missing else body
 
@@ -97,7 +93,7 @@ def defaults_of(source: str, override: str, model: Path) -> GenerationDefaults:
         overriding = GenerationDefaults.read(json.loads(override), "--override-generation-config")
     except json.JSONDecodeError as error:
         raise DefaultsError(f"--override-generation-config: not JSON: {error}") from None
-    return _from_file(source, model).under(overriding)
+    return _from_file(source, model).model_copy(update=overriding.set_fields())
 
 
 def _from_file(source: str, model: Path) -> GenerationDefaults:

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 import shutil
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from serve import __version__
-from serve.config.values import Between, OneOf, suggestion
+from serve.config.values import Between, OneOf, parse_bytes, parse_memory, strings, suggestion
 
 _KEY = "option"
 _MAX_COLUMNS = 100  # width of --help
+_PLACEHOLDERS = {Path: "FILE", parse_bytes: "BYTES", parse_memory: "BYTES", strings: "JSON"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Option:
     parse: Callable[[str], Any] | None  # raises ValueError; None: a switch with a --no- form
     many: bool  # repeatable flag; the field is a tuple
     positional: bool  # the flag may be omitted
-    metavar: str | None  # placeholder of the value in --help
+    metavar: str  # placeholder of the value in --help
 
 
 def option(
@@ -40,16 +40,14 @@ def option(
     choices: tuple[str, ...] = (),
     many: bool = False,
     positional: bool = False,
-    metavar: str | None = None,
+    metavar: str = "",
 ) -> Any:
     """A dataclass field that is a flag, with `text` as its help; --max-len sets the field `max_len`.
 
     Args:
         parse: converts the flag's value, raising ValueError; None makes a switch.
         default: dataclasses.MISSING for a required option.
-        many: the flag is repeatable, and the field is a tuple.
-        positional: the flag may be omitted.
-        metavar: placeholder of the value in --help; by default the choices, or what `parse` implies.
+        metavar: by default the choices, or what `parse` implies.
     """
     if choices:
         parse, metavar = OneOf(choices), metavar or "|".join(choices)
@@ -61,26 +59,34 @@ class CommandLine[C]:
     """Reads flags, or a YAML file or mapping of flags, into a dataclass of options."""
 
     def __init__(
-        self, kind: type[C], *, prog: str, description: str, epilog: str | None = None, order: Sequence[str] = ()
+        self,
+        kind: type[C],
+        *,
+        prog: str,
+        description: str,
+        epilog: str | None = None,
+        order: Sequence[str] = (),
+        complete: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         """Build the parser.
 
         Args:
             kind: the dataclass; fields that are not made by `option` keep their defaults.
             order: the last groups of --help. Other groups precede them in the order of their fields.
+            complete: changes the values by field name before `kind` is made of them; raises ValueError.
         """
         self._kind = kind
-        fields = [field for field in dataclasses.fields(kind) if _KEY in field.metadata]  # type: ignore[arg-type]
-        self._options: dict[str, Option] = {field.name: field.metadata[_KEY] for field in fields}
-        self._required = [field.name for field in fields if field.default is MISSING]
+        self._complete = complete
+        fields = _fields(kind)
+        self._options: dict[str, Option] = {name: field.metadata[_KEY] for name, field in fields.items()}
+        self._required = [name for name, field in fields.items() if field.default is MISSING]
         self._positional = [name for name, option in self._options.items() if option.positional]
-        switched_on = frozenset(field.name for field in fields if field.default is True)
         self.parser = _Parser(
             prog=prog,
             usage=" ".join([prog, *map(self._usage, self._positional), "[flags]"]),
             description=description,
             epilog=epilog,
-            formatter_class=functools.partial(_Help, switched_on=switched_on),
+            formatter_class=_Help,
             argument_default=argparse.SUPPRESS,
             allow_abbrev=False,
         )
@@ -95,64 +101,48 @@ class CommandLine[C]:
         names = dict.fromkeys(option.group for option in self._options.values())
         ordered = [*(name for name in names if name not in order), *(name for name in order if name in names)]
         groups = {name: self.parser.add_argument_group(name) for name in ordered}
-        for field in fields:
-            self._add(groups[self._options[field.name].group], field.name, field.default)
+        for name, option in self._options.items():
+            _add(groups[option.group], name, option, fields[name].default)
 
-    def read(
-        self, arguments: Sequence[str] | None = None, complete: Callable[[dict[str, Any]], None] | None = None
-    ) -> C:
-        """The configuration that a command line describes; a mistake exits with code 2 and names the flag.
-
-        Args:
-            arguments: by default those of the process.
-            complete: changes the values by field name, before the configuration is made of them; raises ValueError.
-        """
+    def read(self, arguments: Sequence[str] | None = None) -> C:
+        """The configuration of a command line, by default the process's; a mistake exits with code 2."""
         try:
             values = self._parse(sys.argv[1:] if arguments is None else arguments)
             if file := values.pop("config", None):
                 values = self._parse(self._words(_load_yaml(file))) | values
-            return self._make(values, complete)
+            return self._make(values)
         except ValueError as error:
             self.parser.print_usage(sys.stderr)
             self.parser.exit(2, f"{self.parser.prog}: error: {error}\n")
 
-    def from_mapping(self, flags: Mapping[str, Any], complete: Callable[[dict[str, Any]], None] | None = None) -> C:
-        """The configuration that a mapping of flags to values describes; see `read`.
+    def from_mapping(self, flags: Mapping[str, Any]) -> C:
+        """The configuration that a mapping of flags to values describes.
 
         Raises:
             ValueError: a mistake; the message names the flag.
         """
-        return self._make(self._parse(self._words(flags)), complete)
+        return self._make(self._parse(self._words(flags)))
 
     def _usage(self, name: str) -> str:
         word = name.upper() + " ..." * self._options[name].many
         return word if name in self._required else f"[{word}]"
 
-    def _add(self, group: argparse._ArgumentGroup, name: str, default: Any) -> None:
-        option = self._options[name]
-        about: dict[str, Any] = {"help": option.help + _default_text(default)}
-        if option.parse is None:
-            about["action"] = argparse.BooleanOptionalAction
-        else:
-            metavar = name.upper() if option.positional else option.metavar
-            about |= {"type": argument_type(option.parse), "metavar": metavar}
-            about |= {"action": "append"} if option.many else {}
-        group.add_argument(_flag(name), **about)
-
-    def _make(self, values: dict[str, Any], complete: Callable[[dict[str, Any]], None] | None) -> C:
+    def _make(self, values: dict[str, Any]) -> C:
         values = {name: value for name, value in values.items() if name in self._options}
         if missing := [name.upper() for name in self._required if name not in values]:
             raise ValueError(f"the following arguments are required: {', '.join(missing)}")
-        if complete is not None:
-            complete(values)
+        if self._complete is not None:
+            self._complete(values)
         return self._kind(**values)
 
     def _parse(self, words: Sequence[str]) -> dict[str, Any]:
-        """The values of the flags that are given, by field name."""
+        """The values of the given flags, by field name."""
         namespace, unknown = self.parser.parse_known_args(words)
         if unknown:
             word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
-            raise ValueError(f"unrecognized argument {word}{suggestion(word, self._flags())}")
+            switches = [_flag(f"no_{name}") for name, option in self._options.items() if option.parse is None]
+            flags = [*map(_flag, self._options), *switches, "--config", "--help", "--version"]
+            raise ValueError(f"unrecognized argument {word}{suggestion(word, flags)}")
         values = vars(namespace)
         for name in self._positional:
             if (value := values.pop(name.upper())) not in (None, []):
@@ -163,27 +153,19 @@ class CommandLine[C]:
 
     def _words(self, flags: Mapping[str, Any]) -> list[str]:
         """The command line equivalent to a mapping; underscores may replace hyphens, and None leaves the default."""
-        words: list[str] = []
+        words = []
         for key, value in flags.items():
             name = str(key).replace("-", "_")
+            flag = _flag(name)
             if name in ("config", "help", "version"):
-                raise ValueError(f"argument {_flag(name)}: only allowed on the command line")
+                raise ValueError(f"argument {flag}: only allowed on the command line")
             many = isinstance(value, list) and name in self._options and self._options[name].many
             for item in value if many else [value]:
-                words += self._word(_flag(name), item)
+                if isinstance(item, bool):
+                    words.append(flag if item else flag.replace("--", "--no-", 1))
+                elif item is not None:
+                    words.append(f"{flag}={json.dumps(item) if isinstance(item, list | dict) else item}")
         return words
-
-    @staticmethod
-    def _word(flag: str, value: Any) -> list[str]:
-        if value is None:
-            return []
-        if isinstance(value, bool):
-            return [flag if value else flag.replace("--", "--no-", 1)]
-        return [f"{flag}={json.dumps(value) if isinstance(value, list | dict) else value}"]
-
-    def _flags(self) -> list[str]:
-        switches = [_flag(f"no_{name}") for name, option in self._options.items() if option.parse is None]
-        return [*map(_flag, self._options), *switches, "--config", "--help", "--version"]
 
 
 def from_keywords[C](kind: type[C], values: Mapping[str, Any]) -> C:
@@ -193,7 +175,7 @@ def from_keywords[C](kind: type[C], values: Mapping[str, Any]) -> C:
         TypeError: a name is not an option; the message suggests the nearest.
         ValueError: a value is not valid; the message names the option.
     """
-    fields = {field.name: field for field in dataclasses.fields(kind) if _KEY in field.metadata}  # type: ignore[arg-type]
+    fields = _fields(kind)
     for name in values:
         if name not in fields:
             raise TypeError(f"{name!r} is not an option{suggestion(name, fields)}")
@@ -201,17 +183,33 @@ def from_keywords[C](kind: type[C], values: Mapping[str, Any]) -> C:
 
 
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
-    option: Option = field.metadata[_KEY]
+    parse = field.metadata[_KEY].parse
     if value is None and field.default is None:
         return None
-    if option.parse is None:
-        if not isinstance(value, bool):
-            raise ValueError(f"{field.name}: {value!r} is not True or False")
-        return value
     try:
-        return option.parse(str(value))
+        if parse is not None:
+            return parse(str(value))
+        if isinstance(value, bool):
+            return value
+        raise ValueError(f"{value!r} is not True or False")
     except ValueError as error:
         raise ValueError(f"{field.name}: {error}") from None
+
+
+def _fields(kind: type) -> dict[str, dataclasses.Field[Any]]:
+    """The fields made by `option`, by name."""
+    return {field.name: field for field in dataclasses.fields(kind) if _KEY in field.metadata}
+
+
+def _add(group: argparse._ArgumentGroup, name: str, option: Option, default: Any) -> None:
+    flag, text = _flag(name), option.help + _default_text(default)
+    if option.parse is None:
+        switch = group.add_argument(flag, help=text, action=argparse.BooleanOptionalAction)
+        switch.metavar = flag.replace("--", "--[no-]", 1) if default is True else flag
+        return
+    metavar = name.upper() if option.positional else option.metavar
+    action = "append" if option.many else "store"
+    group.add_argument(flag, help=text, type=argument_type(option.parse), metavar=metavar, action=action)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -222,18 +220,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Two columns; a switch that is on by default is shown with its --no- form."""
+    """Two columns; a switch is shown as its metavar, with the --no- form only if it is on by default."""
 
-    def __init__(self, prog: str, *, switched_on: frozenset[str]) -> None:
+    def __init__(self, prog: str) -> None:
         columns = min(_MAX_COLUMNS, shutil.get_terminal_size().columns - 2)
         super().__init__(prog, max_help_position=34, width=columns)
-        self._switched_on = switched_on
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not isinstance(action, argparse.BooleanOptionalAction):
-            return super()._format_action_invocation(action)
-        flag = action.option_strings[0]
-        return flag.replace("--", "--[no-]", 1) if action.dest in self._switched_on else flag
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return str(action.metavar)
+        return super()._format_action_invocation(action)
 
 
 def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -260,12 +256,10 @@ def _load_yaml(path: Path) -> Mapping[str, Any]:
     return flags
 
 
-def _placeholder(parse: Callable[[str], Any] | None) -> str | None:
-    if parse is None:
-        return None
+def _placeholder(parse: Callable[[str], Any] | None) -> str:
     if isinstance(parse, Between):
-        return "N" if isinstance(parse.low, int) else "X"
-    return "PATH" if parse is Path else "TEXT"
+        return parse.unit or ("N" if isinstance(parse.low, int) else "X")
+    return _PLACEHOLDERS.get(parse, "TEXT")
 
 
 def _flag(name: str) -> str:

@@ -52,12 +52,11 @@ def parse_bytes(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class OneOf:
-    """Parse one of several words."""
+    """Parse one of several words; raises ValueError for any other."""
 
     choices: tuple[str, ...]
 
     def __call__(self, text: str) -> str:
-        """Raises ValueError for any other word."""
         if text not in self.choices:
             raise ValueError(f"{text!r} is not one of {', '.join(self.choices)}{suggestion(text, self.choices)}")
         return text
@@ -65,13 +64,13 @@ class OneOf:
 
 @dataclass(frozen=True, slots=True)
 class Between[N: (int, float)]:
-    """Parse a number between two bounds, inclusive, of their type."""
+    """Parse a number between two bounds, inclusive, of their type; raises ValueError for anything else."""
 
     low: N
     high: N
+    unit: str = ""  # for --help
 
     def __call__(self, text: str) -> N:
-        """Raises ValueError for anything else."""
         kind = type(self.low)
         try:
             value = kind(text)
@@ -80,6 +79,13 @@ class Between[N: (int, float)]:
         if not self.low <= value <= self.high:
             raise ValueError(f"{value} is not between {self.low} and {self.high}")
         return value
+
+
+def api_key(text: str) -> str:
+    """Check a key; raises ValueError if it is invalid."""
+    if not re.fullmatch(r"[\x21-\x7e]+", text):
+        raise ValueError("a key must be non-empty ASCII text without spaces")
+    return text
 
 
 def strings(text: str) -> tuple[str, ...]:

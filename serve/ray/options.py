@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve.config.config import ServeConfig
-from serve.config.flags import add_api_keys, server_flags
+from serve.config.flags import server_flags
 from serve.config.options import CommandLine, option
 from serve.config.values import Between
 
 _GROUP = "Replicas"  # heading of --help
-_MAX_REPLICAS = 1 << 16
+_REPLICAS = Between(1, 1 << 16)
 # Flags about connections, which Ray Serve's proxy accepts.
 _UNSUPPORTED = ("uds", "ssl_ca_certs", "client_timeout", "h11_max_incomplete_event_size", "max_unread_tokens")
 
@@ -25,15 +25,13 @@ class RayConfig(ServeConfig):
         _GROUP, "address of a Ray cluster, or auto; default: start Ray on this machine", metavar="ADDRESS"
     )
     num_replicas: int | None = option(
-        _GROUP, "number of engines, each with its own weights and cache; default: 1", Between(1, _MAX_REPLICAS)
+        _GROUP, "number of engines, each with its own weights and cache; default: 1", _REPLICAS
     )
     min_replicas: int | None = option(
-        _GROUP, "lower bound for autoscaling; requires --max-replicas; default: 1", Between(1, _MAX_REPLICAS)
+        _GROUP, "lower bound for autoscaling; requires --max-replicas; default: 1", _REPLICAS
     )
     max_replicas: int | None = option(
-        _GROUP,
-        "scale with the load up to this number of replicas, instead of --num-replicas",
-        Between(1, _MAX_REPLICAS),
+        _GROUP, "scale with the load up to this number of replicas, instead of --num-replicas", _REPLICAS
     )
     target_ongoing_requests: float | None = option(
         _GROUP, "requests per replica that autoscaling aims for", Between(0.001, 1e6)
@@ -87,7 +85,7 @@ class RayConfig(ServeConfig):
 
 def parse_ray_args(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> RayConfig:
     """Parse the command line; a mistake exits with code 2 and names the flag."""
-    return _command_line().read(arguments, lambda values: add_api_keys(values, environ))
+    return _command_line(environ).read(arguments)
 
 
 def config_of(args: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> RayConfig:
@@ -96,10 +94,9 @@ def config_of(args: Mapping[str, Any], environ: Mapping[str, str] = os.environ) 
     Raises:
         ValueError: a mistake; the message names the flag.
     """
-    return _command_line().from_mapping(args, lambda values: add_api_keys(values, environ))
+    return _command_line(environ).from_mapping(args)
 
 
-def _command_line() -> CommandLine[RayConfig]:
-    return server_flags(
-        RayConfig, prog="python -m serve.ray.app", description="Replicas of a server behind one address, on Ray Serve."
-    )
+def _command_line(environ: Mapping[str, str]) -> CommandLine[RayConfig]:
+    description = "Replicas of a server behind one address, on Ray Serve."
+    return server_flags(RayConfig, environ, prog="python -m serve.ray.app", description=description)

@@ -28,15 +28,7 @@ from serve import __version__
 from serve.config.config import EngineConfig
 from serve.config.values import mb
 from serve.server.logs import json_line, set_up_logs
-from serve.server.startup_events import (
-    Event,
-    MemoryPlanned,
-    Message,
-    ModelFound,
-    Serving,
-    compile_started,
-    count,
-)
+from serve.server.startup_events import Event, MemoryPlanned, Message, ModelFound, Serving, compile_started, count
 
 type OnProgress = Callable[[int, int], None]  # bytes read so far, bytes in all
 type OnCompiled = Callable[[Message], None]

@@ -209,11 +209,7 @@ def _compile(model: BoundModel, buckets: Buckets, pages: int, config: EngineConf
             ready(program_compiled(program.name, *times, program.temp_bytes))
 
         runner = ModelRunner(
-            model,
-            buckets,
-            pages=pages,
-            max_logprobs=config.computed_logprobs,
-            on_compiled=on_compiled,
+            model, buckets, pages=pages, max_logprobs=config.computed_logprobs, on_compiled=on_compiled
         )
     reporter.report(all_compiled(len(shapes), min(len(hits), len(shapes)), time.perf_counter() - start))
     return runner

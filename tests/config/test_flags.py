@@ -172,7 +172,7 @@ def test_config_file_invalid_exits_with_code_2(tmp_path: Path, text: str, capsys
 
 def printed_help(monkeypatch: pytest.MonkeyPatch, columns: int) -> str:
     monkeypatch.setenv("COLUMNS", str(columns))
-    return server_flags(ServeConfig, prog="logprobd serve", description="").parser.format_help()
+    return server_flags(ServeConfig, {}, prog="logprobd serve", description="").parser.format_help()
 
 
 def test_help_shows_every_option_in_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +242,7 @@ def test_parse_args_takes_the_model_with_or_without_its_flag(capsys: pytest.Capt
 
 
 def test_from_mapping_raises_for_a_mistake() -> None:
-    line = server_flags(ServeConfig, prog="logprobd serve", description="")
+    line = server_flags(ServeConfig, {}, prog="logprobd serve", description="")
     assert line.from_mapping({"max_num_seqs": 4, "vllm-metrics": True}) == ServeConfig(
         max_num_seqs=4, vllm_metrics=True
     )

@@ -28,7 +28,7 @@ from serve.jobs.loop_thread import LoopThread
 from serve.jobs.request_queue import InFlight, RequestQueue
 from serve.jobs.results import Batch, Generation, Score, Tokens, token_columns
 from serve.jobs.score import EncodedText, Scorer, TextEncoder, Window, check_token_ids
-from serve.server.console import Reporter, ScreenReporter
+from serve.server.console import Reporter
 from serve.server.startup import load
 from serve.text.chat import ChatFormat, PromptError, check_messages, check_text_length, encode_text, generation_room
 
@@ -68,7 +68,7 @@ class LLM:
         """
         config = from_keywords(SamplingConfig, options | {"model": model})
         shows_progress = sys.stderr.isatty() if progress is None else progress
-        reporter = ScreenReporter(Console(stderr=True, highlight=False)) if shows_progress else Reporter(None)
+        reporter = Reporter(console=Console(stderr=True, highlight=False) if shows_progress else None)
         self._start(config, reporter, shows_progress=shows_progress)
 
     @classmethod

@@ -204,7 +204,7 @@ class ServeConfig(SamplingConfig):
     allowed_methods: tuple[str, ...] = option(NETWORK, "CORS: allowed methods, as a JSON list", strings, default=("*",))
     allowed_headers: tuple[str, ...] = option(NETWORK, "CORS: allowed headers, as a JSON list", strings, default=("*",))
     allow_credentials: bool = option(NETWORK, "CORS: allow credentials", None, default=False)
-    client_timeout: int = option(
+    client_timeout: float = option(
         NETWORK,
         "maximum time for a client to send a request, and to read data that is ready",
         Between(1, 86400, "SECONDS"),

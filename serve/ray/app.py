@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Mapping
@@ -25,8 +24,9 @@ from serve.ray.options import RayConfig, config_of, parse_ray_args
 from serve.ray.replica import Replica
 from serve.ray.router import PrefixRouter
 from serve.server.console import start_reporting
-from serve.server.model_files import DEFAULT_MODEL, api_name
-from serve.server.startup_events import Serving, failed, interrupted
+from serve.server.model_files import DEFAULT_MODEL, StartupError, api_name
+from serve.server.server import listen, url_of
+from serve.server.startup_events import failed, interrupted, server_started
 
 _NAME = "logprobd"  # of the application
 _ROOT = Path(__file__).resolve().parents[2]
@@ -85,12 +85,17 @@ def main() -> int:
     reporter = start_reporting(config)
     logging.getLogger("ray").setLevel(logging.WARNING)
     try:
-        port = _free_port(config)
+        # Checked first, since Ray's proxy starts late and does not report a port in use.
+        with listen(config) as listener:
+            url, port = url_of(config, listener), listener.getsockname()[1]
         _start_ray(config)
         try:
             _deploy(config, port)
-            stop = _stop_event()
-            reporter.report(_serving(config, port))
+            stop = threading.Event()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: stop.set())
+            names = config.served_model_name or (api_name(config.model or DEFAULT_MODEL),)
+            reporter.report(server_started(config, names, url, chats=True))  # only the replicas know if it chats
             stop.wait()
             serve.delete(_NAME)  # returns when running requests have ended
             return 0
@@ -98,16 +103,12 @@ def main() -> int:
             if config.address is None:
                 serve.shutdown()
             ray.shutdown()
-    except _RayStartError as error:
+    except StartupError as error:
         reporter.report(failed(str(error)))
         return 1
     except KeyboardInterrupt:
         reporter.report(interrupted())
         return 130
-
-
-class _RayStartError(Exception):
-    """Start-up failed; the message is for the user."""
 
 
 def _start_ray(config: RayConfig) -> None:
@@ -122,13 +123,13 @@ def _start_ray(config: RayConfig) -> None:
         ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise _RayStartError(f"--address {config.address}: {reason}") from error
+        raise StartupError(f"--address {config.address}: {reason}") from error
 
 
 def _deploy(config: RayConfig, port: int) -> None:
     """Start Ray Serve and return when the replicas are ready."""
     if serve.status().proxies:
-        raise _RayStartError("Ray Serve is running there; deploy the serveConfigV2 of deploy/rayservice.yaml instead")
+        raise StartupError("Ray Serve is running there; deploy the serveConfigV2 of deploy/rayservice.yaml instead")
     serve.start(
         http_options={
             "host": config.host,
@@ -143,26 +144,7 @@ def _deploy(config: RayConfig, port: int) -> None:
     try:
         serve.run(application(config), name=_NAME, route_prefix="/")
     except RuntimeError as error:
-        raise _RayStartError(_reason(error)) from error
-
-
-def _serving(config: RayConfig, port: int) -> Serving:
-    scheme = "http" if config.ssl_certfile is None else "https"
-    return Serving(
-        models=config.served_model_name or (api_name(config.model or DEFAULT_MODEL),),
-        url=f"{scheme}://{config.host}:{port}",
-        keyed=bool(config.api_key),
-        chats=True,  # only the replicas know
-        documented=not config.disable_fastapi_docs,
-    )
-
-
-def _stop_event() -> threading.Event:
-    """An event that is set at SIGTERM or SIGINT."""
-    event = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: event.set())
-    return event
+        raise StartupError(_reason(error)) from error
 
 
 def _reason(error: RuntimeError) -> str:
@@ -171,24 +153,6 @@ def _reason(error: RuntimeError) -> str:
     replica = application and application.deployments.get("Replica")
     lines = re.findall(r"^[\w.]+Error: (.+)$", replica.message, re.MULTILINE) if replica else []
     return lines[-1] if lines else str(error)
-
-
-def _free_port(config: RayConfig) -> int:
-    """The port to listen on. Checked first, since Ray's proxy starts late and does not report a port in use.
-
-    Raises:
-        _RayStartError: it is in use.
-    """
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.host, config.port))
-        except OSError as error:
-            message = f"cannot listen on {config.host} port {config.port}: {error.strerror}"
-            raise _RayStartError(message) from error
-        port: int = probe.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from starlette.applications import Starlette
 
+from model.kv_cache import PAGE_SIZE
 from serve.api.access_log import AccessLog
 from serve.api.app import create_app
 from serve.api.context import ServedModel
@@ -37,7 +38,13 @@ def assemble(config: ServeConfig, reporter: Reporter) -> Served:
     names = config.served_model_name or (loaded.name,)
     metrics = Metrics(names[0], max_model_len=loaded.limits.max_model_len, vllm_names=config.vllm_metrics)
     engine = loaded.start_engine(metrics)
-    metrics.watch(lambda: engine.gauges, loaded.cache_labels())
+    cache = {
+        "block_size": str(PAGE_SIZE),
+        "num_gpu_blocks": str(loaded.runner.pages - 1),
+        "cache_dtype": loaded.config.dtype,
+        "enable_prefix_caching": str(config.enable_prefix_caching),
+    }
+    metrics.watch(lambda: engine.gauges, cache)
     readiness = Readiness()
     app = create_app(
         engine,

@@ -17,38 +17,31 @@ from serve.config.config import ServeConfig
 class HttpConfig(uvicorn.Config):
     """uvicorn's configuration with the limits of GuardedProtocol."""
 
-    def __init__(self, app: Any, *, client_timeout: float, on_refused: Callable[[str], None], **options: Any) -> None:
+    def __init__(self, app: Any, config: ServeConfig, *, on_refused: Callable[[str], None], **options: Any) -> None:
         """Configure a server.
 
         Args:
-            client_timeout: seconds to receive a request's line and headers, and for the client to read any of the
-                buffered output.
             on_refused: called with the error code of each connection or request that is rejected before the app.
             options: of uvicorn.
         """
-        super().__init__(app, http=GuardedProtocol, ws="none", **options)
-        self.client_timeout = client_timeout
+        super().__init__(
+            app,
+            http=GuardedProtocol,
+            ws="none",
+            log_config=None,  # uvicorn's logs go to the common handler
+            log_level=config.uvicorn_log_level,
+            access_log=False,
+            timeout_keep_alive=config.timeout_keep_alive,
+            h11_max_incomplete_event_size=config.h11_max_incomplete_event_size,
+            root_path=config.root_path,
+            ssl_keyfile=config.ssl_keyfile,
+            ssl_certfile=config.ssl_certfile,
+            ssl_ca_certs=config.ssl_ca_certs and str(config.ssl_ca_certs),
+            ssl_cert_reqs=ssl.CERT_REQUIRED if config.ssl_ca_certs else ssl.CERT_NONE,
+            **options,
+        )
+        self.client_timeout = config.client_timeout
         self.on_refused = on_refused
-
-
-def http_config(app: Any, config: ServeConfig, *, on_refused: Callable[[str], None], **options: Any) -> HttpConfig:
-    """The HTTP configuration of the command line."""
-    return HttpConfig(
-        app,
-        client_timeout=config.client_timeout,
-        on_refused=on_refused,
-        log_config=None,  # uvicorn's logs go to the common handler
-        log_level=config.uvicorn_log_level,
-        access_log=False,
-        timeout_keep_alive=config.timeout_keep_alive,
-        h11_max_incomplete_event_size=config.h11_max_incomplete_event_size,
-        root_path=config.root_path,
-        ssl_keyfile=config.ssl_keyfile,
-        ssl_certfile=config.ssl_certfile,
-        ssl_ca_certs=config.ssl_ca_certs and str(config.ssl_ca_certs),
-        ssl_cert_reqs=ssl.CERT_REQUIRED if config.ssl_ca_certs else ssl.CERT_NONE,
-        **options,
-    )
 
 
 class GuardedProtocol(H11Protocol):
@@ -67,7 +60,8 @@ class GuardedProtocol(H11Protocol):
         """Stop the timer when the headers are complete; start it at the first byte of a next request."""
         super().data_received(data)
         if self._is_answering():
-            self._stop_head_timer()
+            _cancel(self._head_timer)
+            self._head_timer = None
         elif self._head_timer is None and not self.transport.is_closing():
             self._start_head_timer()
 
@@ -80,8 +74,8 @@ class GuardedProtocol(H11Protocol):
             self._start_read_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_head_timer()
-        self._stop_read_timer()
+        _cancel(self._head_timer)
+        _cancel(self._read_timer)
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -116,11 +110,11 @@ class GuardedProtocol(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _start_head_timer(self) -> None:
-        self._stop_head_timer()
+        _cancel(self._head_timer)
         self._head_timer = self.loop.call_later(self.config.client_timeout, self._abort, "header_timeout")
 
     def _start_read_timer(self) -> None:
-        self._stop_read_timer()
+        _cancel(self._read_timer)
         before = self.transport.get_write_buffer_size()
 
         def check() -> None:
@@ -135,17 +129,12 @@ class GuardedProtocol(H11Protocol):
 
         self._read_timer = self.loop.call_later(self.config.client_timeout, check)
 
-    def _stop_head_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-    def _stop_read_timer(self) -> None:
-        if self._read_timer is not None:
-            self._read_timer.cancel()
-            self._read_timer = None
-
     def _abort(self, code: str) -> None:
         """Close the connection and drop buffered output, for which `close` would wait."""
         self.config.on_refused(code)
         self.transport.abort()
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

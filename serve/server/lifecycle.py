@@ -5,7 +5,6 @@ import ctypes
 import logging
 import math
 import os
-import signal
 import socket
 import sys
 import threading
@@ -17,7 +16,7 @@ import uvicorn
 
 from serve.config.config import ServeConfig
 from serve.server.assembly import Served
-from serve.server.http_protocol import http_config
+from serve.server.http_protocol import HttpConfig
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +34,8 @@ class HttpServer(uvicorn.Server):
     """
 
     def __init__(self, served: Served, config: ServeConfig) -> None:
-        http = http_config(served.app, config, on_refused=served.metrics.on_refused_connection)
-        http.timeout_graceful_shutdown = _FLUSH_SECONDS
-        super().__init__(http)
+        on_refused, limit = served.metrics.on_refused_connection, _FLUSH_SECONDS
+        super().__init__(HttpConfig(served.app, config, on_refused=on_refused, timeout_graceful_shutdown=limit))
         self.exit_code = 0
         self.engine = served.engine
         self._readiness = served.readiness
@@ -125,7 +123,7 @@ def trim_heap() -> None:
 
 
 def run(server: HttpServer, listener: socket.socket) -> None:
-    """Serve until the end. Ends the process if a thread hangs then, in the device or in work for a request."""
+    """Serve until the end. Exits without waiting if a thread hangs then, in the device or in work for a request."""
     pool = ThreadPoolExecutor(thread_name_prefix=_WORKER)
 
     async def serve() -> None:
@@ -133,7 +131,10 @@ def run(server: HttpServer, listener: socket.socket) -> None:
         await server.serve(sockets=[listener])
         pool.shutdown(wait=False, cancel_futures=True)
         if server.engine.hangs or not _join_workers():
-            _exit_now(server.exit_code)
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(server.exit_code)
 
     asyncio.run(serve(), loop_factory=server.config.get_loop_factory())
 
@@ -145,17 +146,3 @@ def _join_workers() -> bool:
     for thread in workers:
         thread.join(max(0.0, deadline - time.monotonic()))
     return not any(thread.is_alive() for thread in workers)
-
-
-def install_signal_handlers(server: HttpServer) -> None:
-    """Handle SIGTERM and SIGINT from now on: before uvicorn does, and after it has restored these handlers."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, server.handle_exit)
-
-
-def _exit_now(code: int) -> None:
-    """Exit without waiting for threads, one of which hangs."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

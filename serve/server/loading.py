@@ -15,7 +15,7 @@ from serve.api.errors import APIError
 from serve.api.middleware import route_path
 from serve.config.config import ServeConfig
 from serve.server.console import Reporter
-from serve.server.http_protocol import http_config
+from serve.server.http_protocol import HttpConfig
 
 # Clients connect again, to the server that follows.
 _HEADERS = {"Retry-After": "5", "Connection": "close", "Cache-Control": "no-store"}
@@ -41,17 +41,19 @@ ones take seconds. This page reloads itself.</p>
 """
 
 
-class LoadingServer:
+class LoadingServer(uvicorn.Server):
     """Context in which a thread answers on a listening socket: 503 for every path, and a page at "/"."""
 
     def __init__(self, listener: socket.socket, config: ServeConfig, reporter: Reporter) -> None:
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             await _response(scope, reporter.phase)(scope, receive, send)
 
-        http = http_config(app, config, on_refused=lambda _: None, lifespan="off")
-        http.timeout_graceful_shutdown = _CLOSE_SECONDS
-        self._server = _Server(http)
+        super().__init__(
+            HttpConfig(app, config, on_refused=lambda _: None, lifespan="off", timeout_graceful_shutdown=_CLOSE_SECONDS)
+        )
         self._listener = listener.dup()  # closed at the end, unlike the listener itself
+        self._stop = threading.Event()
+        self._closed = threading.Event()  # no connection is accepted any more
 
     def __enter__(self) -> Self:
         # Not a daemon: the process waits for the last answers if loading fails.
@@ -60,33 +62,23 @@ class LoadingServer:
 
     def __exit__(self, *_: object) -> None:
         """Return when no connection is accepted any more. The thread ends by itself after its last answers."""
-        self._server.stop.set()
-        self._server.closed.wait()
+        self._stop.set()
+        self._closed.wait()
 
     def _run(self) -> None:
         try:
-            factory = self._server.config.get_loop_factory()
-            asyncio.run(self._server.serve(sockets=[self._listener]), loop_factory=factory)
+            self.run([self._listener])
         finally:
-            self._server.closed.set()
-
-
-class _Server(uvicorn.Server):
-    """Runs in a thread until `stop` is set."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.stop = threading.Event()
-        self.closed = threading.Event()  # no connection is accepted any more
+            self._closed.set()
 
     async def main_loop(self) -> None:
         await self.on_tick(0)  # sets the Date header
-        await asyncio.to_thread(self.stop.wait)
+        await asyncio.to_thread(self._stop.wait)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
             server.close()
-        self.closed.set()
+        self._closed.set()
         # Connections that were accepted before may still send their request. Every response closes its connection.
         deadline = time.monotonic() + _CLOSE_SECONDS
         await asyncio.sleep(_POLL_SECONDS)

@@ -15,6 +15,7 @@ _PLAIN = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _OWN = "serve"  # parent of our loggers, whose level is configurable; other libraries log warnings and errors only
 # Attributes of every record, which are not fields. uvicorn repeats its message with colours.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+_RESERVED = ("time", "level", "timestamp")  # parameters and fields of json_line
 _STYLES = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "bold red"}
 
 
@@ -43,8 +44,8 @@ def json_line(level: int, message: str, timestamp: float | None = None, **fields
         timestamp: seconds since the epoch; default: now.
     """
     time = datetime.now(UTC) if timestamp is None else datetime.fromtimestamp(timestamp, UTC)
-    head = {"time": time.isoformat(timespec="milliseconds").replace("+00:00", "Z"), "level": _level_name(level)}
-    record = head | {"message": message} | fields
+    text = time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    record = {"time": text, "level": logging.getLevelName(level).lower(), "message": message} | fields
     try:
         return json.dumps(record, default=str, allow_nan=False)
     except (TypeError, ValueError):  # NaN, a reference cycle, or a key that is not a string
@@ -55,15 +56,14 @@ class JsonFormatter(logging.Formatter):
     """Formats a record as one line of JSON, with its logger, its exception and its `extra` fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
         fields: dict[str, Any] = {"logger": record.name}
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
         if record.stack_info:
             fields["stack"] = record.stack_info
-        fields |= {name: value for name, value in vars(record).items() if name not in _STANDARD and name not in fields}
-        reserved = {name: fields.pop(name) for name in ("time", "level", "timestamp") if name in fields}
-        fields |= {f"extra_{name}": value for name, value in reserved.items()}
+        for name, value in vars(record).items():
+            if name not in _STANDARD and name not in fields:
+                fields[f"extra_{name}" if name in _RESERVED else name] = value
         return json_line(record.levelno, record.getMessage(), record.created, **fields)
 
 
@@ -73,7 +73,7 @@ class _ConsoleHandler(logging.Handler):
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
-        self.setFormatter(logging.Formatter("%(message)s"))
+        self.setFormatter(logging.Formatter())  # else basicConfig sets one that repeats level and name
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -93,22 +93,16 @@ def _log_uncaught_exceptions() -> None:
     """
     logger = logging.getLogger(_OWN)
 
-    def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        logger.critical("uncaught exception", exc_info=(kind, error, trace))
+    def uncaught(_: type[BaseException], error: BaseException, __: TracebackType | None) -> None:
+        logger.critical("uncaught exception", exc_info=error)
 
     def in_thread(args: threading.ExceptHookArgs) -> None:
         if args.exc_value is not None and args.exc_type is not SystemExit:
             name = args.thread.name if args.thread else "?"
-            exc_info = (args.exc_type, args.exc_value, args.exc_traceback)
-            logger.critical("an exception ended the thread %s", name, exc_info=exc_info)
+            logger.critical("an exception ended the thread %s", name, exc_info=args.exc_value)
 
     def unraisable(args: "sys.UnraisableHookArgs") -> None:
         if args.exc_value is not None:
-            exc_info = (args.exc_type, args.exc_value, args.exc_traceback)
-            logger.error("%s: %r", args.err_msg or "exception ignored in", args.object, exc_info=exc_info)
+            logger.error("%s: %r", args.err_msg or "exception ignored in", args.object, exc_info=args.exc_value)
 
     sys.excepthook, threading.excepthook, sys.unraisablehook = uncaught, in_thread, unraisable
-
-
-def _level_name(level: int) -> str:
-    return logging.getLevelName(level).lower()

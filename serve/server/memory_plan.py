@@ -80,9 +80,10 @@ def plan_memory(
     Raises:
         PlanError: the model does not fit, or the cache is smaller than one page.
     """
+    parallel = TensorParallel(config, shards)
     weights = weight_bytes(config, dtype, int8=int8, shards=shards)
-    workspace = _workspace(TensorParallel(config, shards).local, buckets)
-    page_bytes = CacheLayout(TensorParallel(config, shards), jnp.dtype(dtype), platform).bytes_per_page
+    workspace = _workspace(parallel.local, buckets)
+    page_bytes = CacheLayout(parallel, jnp.dtype(dtype), platform).bytes_per_page
     available = None if free is None else free - weights - workspace
     if cache is not None:
         try:
@@ -105,11 +106,6 @@ def plan_memory(
 def pages_in(amount: MemoryAmount, *, free: int | None, page_bytes: int) -> int:
     """Number of pages that fit into an amount of memory, including the null page.
 
-    Args:
-        amount: bytes, or a fraction of `free`.
-        free: free bytes; None if unknown.
-        page_bytes: size of a page.
-
     Raises:
         ValueError: fewer than two pages fit, or the amount is a fraction and `free` is unknown.
     """
@@ -128,23 +124,12 @@ def free_memory(devices: int = 1) -> int | None:
     """
     first = jax.local_devices()[:devices]
     if first[0].platform == "cpu":
-        free = _free_host_memory()
-        return free and free // devices
-    known = [free for device in first if (free := _free_on(device)) is not None]
-    return min(known) if len(known) == len(first) else None
-
-
-def _free_on(device: jax.Device) -> int | None:
-    stats = device.memory_stats() or {}
-    if "bytes_limit" not in stats:
+        known = [free for free in (_available_memory(), *map(_cgroup_free, _CGROUPS)) if free is not None]
+        return min(known) // devices if known else None
+    stats = [device.memory_stats() or {} for device in first]
+    if not all("bytes_limit" in each for each in stats):
         return None
-    return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
-
-
-def _free_host_memory() -> int | None:
-    """The least of what the machine and the process's cgroups have left."""
-    known = [_available_memory(), *(_cgroup_free(limit, usage) for limit, usage in _CGROUPS)]
-    return min((free for free in known if free is not None), default=None)
+    return min(int(each["bytes_limit"] - each.get("bytes_in_use", 0)) for each in stats)
 
 
 def _available_memory() -> int | None:
@@ -155,11 +140,12 @@ def _available_memory() -> int | None:
     return int(match[1]) * 1024 if match else None
 
 
-def _cgroup_free(limit: Path, usage: Path) -> int | None:
+def _cgroup_free(files: tuple[Path, Path]) -> int | None:
     try:
-        return max(0, int(limit.read_text(encoding="ascii")) - int(usage.read_text(encoding="ascii")))
+        limit, usage = (int(file.read_text(encoding="ascii")) for file in files)
     except (OSError, ValueError):  # no such cgroup, or "max"
         return None
+    return max(0, limit - usage)
 
 
 def _workspace(config: ModelConfig, buckets: Buckets) -> int:

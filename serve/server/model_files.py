@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,11 +41,6 @@ class ModelFiles:
     max_model_len: int
     config: EngineConfig  # dtype resolved
 
-    @property
-    def name(self) -> str:
-        """The model's name in the API: its hub id, or the name of its folder or file."""
-        return api_name(self.source.name)
-
 
 @contextmanager
 def open_model(config: EngineConfig, on_prepare: Callable[[str], None]) -> Iterator[ModelFiles]:
@@ -63,18 +58,18 @@ def open_model(config: EngineConfig, on_prepare: Callable[[str], None]) -> Itera
     else:
         source = ModelSource(DEFAULT_MODEL, default_model_path(on_prepare))
     defaults = defaults_of(config.generation_config, config.override_generation_config, source.path)
-    checkpoint = open_checkpoint(source)
-    try:
+    with closing(open_checkpoint(source)) as checkpoint:
         tokenizer = _tokenizer(config, source, checkpoint)
-        max_model_len = _max_model_len(config, checkpoint.config.max_position_embeddings)
+        limit = checkpoint.config.max_position_embeddings
+        max_model_len = config.max_model_len or limit
+        if max_model_len > limit:
+            raise StartupError(f"--max-model-len {max_model_len} exceeds the model's limit of {limit}")
         check_tokenizer(source.name, tokenizer, checkpoint.config.vocab_size)
         if config.needs_chat_template and chat_template is None and tokenizer.chat_template is None:
             raise StartupError(f"{source.name} has no chat template: give one with --chat-template")
         check_template(source.name, tokenizer, chat_template)
         config = replace(config, dtype=chosen_dtype(config, checkpoint))
         yield ModelFiles(source, checkpoint, tokenizer, chat_template, defaults, max_model_len, config)
-    finally:
-        checkpoint.close()
 
 
 def api_name(model: str) -> str:
@@ -87,12 +82,9 @@ def local_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face directory or a .gguf file."""
     if path.suffix != ".gguf":
         return load_tokenizer(path)
-    checkpoint = open_checkpoint(ModelSource(path.stem, path))
-    try:
+    with closing(open_checkpoint(ModelSource(path.stem, path))) as checkpoint:
         assert isinstance(checkpoint, GgufCheckpoint)
         return tokenizer_from_gguf(checkpoint.metadata)
-    finally:
-        checkpoint.close()
 
 
 def check_tokenizer(name: str, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -149,9 +141,3 @@ def _tokenizer(config: EngineConfig, source: ModelSource, checkpoint: Checkpoint
     if isinstance(checkpoint, GgufCheckpoint):
         return tokenizer_from_gguf(checkpoint.metadata)
     return load_tokenizer(source.path)
-
-
-def _max_model_len(config: EngineConfig, limit: int) -> int:
-    if config.max_model_len is not None and config.max_model_len > limit:
-        raise StartupError(f"--max-model-len {config.max_model_len} exceeds the model's limit of {limit}")
-    return config.max_model_len or limit

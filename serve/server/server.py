@@ -1,7 +1,9 @@
 """`logprobd serve`: starts the engine and serves HTTP in the foreground."""
 
+import errno
 import logging
 import resource
+import signal
 import socket
 import ssl
 from collections.abc import Callable
@@ -11,10 +13,10 @@ from pathlib import Path
 from serve.config.config import ServeConfig
 from serve.server.assembly import Served, assemble
 from serve.server.console import Reporter, start_reporting
-from serve.server.lifecycle import HttpServer, install_signal_handlers, run
+from serve.server.lifecycle import HttpServer, run
 from serve.server.loading import LoadingServer
 from serve.server.model_files import STARTUP_ERRORS, StartupError
-from serve.server.startup_events import Serving, failed, interrupted
+from serve.server.startup_events import failed, interrupted, server_started
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ def main(config: ServeConfig, make: Callable[[ServeConfig, Reporter], Served] = 
     with ExitStack() as stack:
         try:
             _check_certificate(config)
-            listener = stack.enter_context(_bind(config))
+            listener = stack.enter_context(listen(config))
             with LoadingServer(listener, config, reporter):
                 served = make(config, reporter)
         except STARTUP_ERRORS as error:
@@ -41,23 +43,54 @@ def main(config: ServeConfig, make: Callable[[ServeConfig, Reporter], Served] = 
             return 130
         stack.callback(served.engine.stop)
         server = HttpServer(served, config)
-        install_signal_handlers(server)
+        for number in (signal.SIGTERM, signal.SIGINT):  # before uvicorn does, and after it has restored these handlers
+            signal.signal(number, server.handle_exit)
         _raise_file_limit()
         if not config.api_key and not config.is_local:
             logger.warning("%s is reachable from other machines and no --api-key is set", config.host)
-        reporter.report(_serving(config, served, listener))
+        reporter.report(server_started(config, served.names, url_of(config, listener), chats=served.chats))
         run(server, listener)
     return server.exit_code
 
 
-def _serving(config: ServeConfig, served: Served, listener: socket.socket) -> Serving:
-    return Serving(
-        models=served.names,
-        url=_url(config, listener),
-        keyed=bool(config.api_key),
-        chats=served.chats,
-        documented=not config.disable_fastapi_docs,
-    )
+def url_of(config: ServeConfig, listener: socket.socket) -> str:
+    """The URL of a listening socket, or "unix:" and its path."""
+    if config.uds is not None:
+        return f"unix:{config.uds}"
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    return f"{'http' if config.ssl_certfile is None else 'https'}://{host}:{port}"
+
+
+def listen(config: ServeConfig) -> socket.socket:
+    """A listening socket. A Unix socket replaces the stale file of a server that has ended.
+
+    Raises:
+        StartupError: the address is invalid or in use, which is reported before the model is loaded.
+    """
+    ip_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(ip_family if config.uds is None else socket.AF_UNIX)
+    try:
+        if config.uds is None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((config.host, config.port))
+        else:
+            _remove_stale(config.uds)
+            listener.bind(str(config.uds))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        address = f"cannot listen on {config.host} port {config.port}" if config.uds is None else f"--uds {config.uds}"
+        raise StartupError(f"{address}: {error.strerror or error}") from error
+    return listener
+
+
+def _remove_stale(path: Path) -> None:
+    if path.is_socket():
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(str(path)) == 0:
+                raise OSError(errno.EADDRINUSE, "another server listens on it")
+        path.unlink()
 
 
 def _raise_file_limit() -> None:
@@ -67,59 +100,17 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))
 
 
-def _url(config: ServeConfig, listener: socket.socket) -> str:
-    if config.uds is not None:
-        return f"unix:{config.uds}"
-    host, port = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    return f"{'http' if config.ssl_certfile is None else 'https'}://{host}:{port}"
-
-
 def _check_certificate(config: ServeConfig) -> None:
     """Raises StartupError for files that cannot be used for TLS."""
     if config.ssl_certfile is None:
         return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    flag, file = "--ssl-certfile", config.ssl_certfile
     try:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         # An empty password fails for an encrypted key; without one, OpenSSL would prompt on the terminal.
         context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password=lambda: "")
-    except OSError as error:  # includes ssl.SSLError
-        raise StartupError(f"--ssl-certfile {config.ssl_certfile}: {error.strerror or error}") from error
-    try:
         if config.ssl_ca_certs is not None:
-            context.load_verify_locations(config.ssl_ca_certs)
-    except OSError as error:
-        raise StartupError(f"--ssl-ca-certs {config.ssl_ca_certs}: {error.strerror or error}") from error
-
-
-def _bind(config: ServeConfig) -> socket.socket:
-    """The listening socket. An address in use is reported before the model is loaded."""
-    if config.uds is not None:
-        return _bind_file(config.uds)
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((config.host, config.port))
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise StartupError(f"cannot listen on {config.host} port {config.port}: {error.strerror}") from error
-    return listener
-
-
-def _bind_file(path: Path) -> socket.socket:
-    """A listening Unix socket, which replaces the stale file of a server that has ended."""
-    listener = socket.socket(socket.AF_UNIX)
-    try:
-        if path.is_socket():
-            with socket.socket(socket.AF_UNIX) as probe:
-                if probe.connect_ex(str(path)) == 0:
-                    raise StartupError(f"--uds {path}: another server listens on it")
-            path.unlink()
-        listener.bind(str(path))
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise StartupError(f"--uds {path}: {error.strerror or error}") from error
-    return listener
+            flag, file = "--ssl-ca-certs", config.ssl_ca_certs
+            context.load_verify_locations(file)
+    except OSError as error:  # includes ssl.SSLError
+        raise StartupError(f"{flag} {file}: {error.strerror or error}") from error

@@ -19,7 +19,6 @@ from compiled.runner import ModelRunner
 from compiled.shapes import Buckets, SlotShape, StateShape, make_buckets
 from compiled.state import MAX_REQUESTED_IDS
 from model.kernels.cpu.build import ensure_built
-from model.kv_cache import PAGE_SIZE
 from model.sharding import tensor_mesh
 from model.transformer import BoundModel
 from model.weights.loader import kernels_used, load_model
@@ -30,13 +29,13 @@ from serve.engine.observer import Observer
 from serve.engine.request import EngineLimits, EngineOptions
 from serve.server.console import Reporter
 from serve.server.memory_plan import MemoryPlan, PlanError, free_memory, plan_memory
-from serve.server.model_files import ModelFiles, StartupError, open_model
+from serve.server.model_files import ModelFiles, StartupError, api_name, open_model
 from serve.server.startup_events import (
-    MemoryPlanned,
-    ModelFound,
+    Event,
     all_compiled,
     defaults_applied,
-    preparing,
+    memory_planned,
+    model_found,
     program_compiled,
     weights_loaded,
 )
@@ -56,17 +55,7 @@ class Loaded:
     defaults: GenerationDefaults
     config: EngineConfig  # dtype resolved
 
-    def cache_labels(self) -> dict[str, str]:
-        """Facts about the KV cache, as labels of a metric."""
-        return {
-            "block_size": str(PAGE_SIZE),
-            "num_gpu_blocks": str(self.runner.pages - 1),
-            "cache_dtype": self.config.dtype,
-            "enable_prefix_caching": str(self.config.enable_prefix_caching),
-        }
-
     def start_engine(self, observer: Observer | None = None) -> Engine:
-        """Start an engine on the model."""
         config = self.config
         options = EngineOptions(
             max_num_batched_tokens=config.batched_tokens,
@@ -93,7 +82,7 @@ def load(config: EngineConfig, reporter: Reporter) -> Loaded:
     mesh = _mesh(config)
 
     def on_prepare(line: str) -> None:
-        reporter.report(preparing(line))
+        reporter.report(Event("preparing", line))
 
     if jax.default_backend() == "cpu":
         ensure_built(on_prepare)
@@ -101,25 +90,31 @@ def load(config: EngineConfig, reporter: Reporter) -> Loaded:
         if values := files.defaults.set_fields():
             reporter.report(defaults_applied(values))
         reporter.report(_model_found(files))
-        buckets = _buckets(files)
+        config, max_model_len = files.config, files.max_model_len  # the dtype is resolved
+        buckets = make_buckets(
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=config.batched_tokens,
+            full_logprobs=config.max_logprobs == -1,
+        )
         plan = _plan(files, buckets)
-        reporter.report(MemoryPlanned(plan, files.max_model_len))
+        reporter.report(memory_planned(plan, max_model_len))
         model = _load_weights(files, mesh, reporter)
     try:
-        runner = _compile(model, buckets, plan.pages, files.config, reporter)
+        runner = _compile(model, buckets, plan.pages, config, reporter)
     except RefusedError as error:
         raise StartupError(f"{files.source.name} cannot be compiled for this device: {error}") from error
-    fingerprint = system_fingerprint(files.config, buckets, kernels_used(model))
-    return Loaded(
-        name=files.name,
-        runner=runner,
-        tokenizer=files.tokenizer,
-        limits=_limits(files, runner),
-        chat_template=files.chat_template,
-        fingerprint=fingerprint,
-        defaults=files.defaults,
-        config=files.config,
+    limits = EngineLimits(
+        max_model_len=max_model_len,
+        max_logprobs=runner.max_logprobs,
+        vocab_size=files.checkpoint.config.vocab_size,
+        cache_tokens=plan.cache_tokens,
+        max_requested_ids=MAX_REQUESTED_IDS,
+        whole_vocabulary=config.max_logprobs == -1,
     )
+    fingerprint = system_fingerprint(config, buckets, kernels_used(model))
+    name = api_name(files.source.name)
+    return Loaded(name, runner, files.tokenizer, limits, files.chat_template, fingerprint, files.defaults, config)
 
 
 def _mesh(config: EngineConfig) -> Mesh | None:
@@ -136,27 +131,16 @@ def _mesh(config: EngineConfig) -> Mesh | None:
     return tensor_mesh(devices[:count]) if count > 1 else None
 
 
-def _model_found(files: ModelFiles) -> ModelFound:
+def _model_found(files: ModelFiles) -> Event:
     device = jax.devices()[0]
-    return ModelFound(
+    return model_found(
+        files.config,
         model=files.source.name,
         family=files.checkpoint.config.family,
         parameters=sum(math.prod(info.shape) for info in files.checkpoint.names().values()),
-        weights_as=files.config.weights_as,
         platform=device.platform,
         device=device.device_kind,
-        devices=files.config.tensor_parallel_size,
         max_model_len=files.max_model_len,
-        max_num_seqs=files.config.max_num_seqs,
-    )
-
-
-def _buckets(files: ModelFiles) -> Buckets:
-    return make_buckets(
-        max_num_seqs=files.config.max_num_seqs,
-        max_model_len=files.max_model_len,
-        max_num_batched_tokens=files.config.batched_tokens,
-        full_logprobs=files.config.max_logprobs == -1,
     )
 
 
@@ -229,17 +213,6 @@ def _cache_hits() -> Iterator[list[str]]:
         yield hits
     finally:
         jax.monitoring.unregister_event_listener(listen)
-
-
-def _limits(files: ModelFiles, runner: ModelRunner) -> EngineLimits:
-    return EngineLimits(
-        max_model_len=files.max_model_len,
-        max_logprobs=runner.max_logprobs,
-        vocab_size=files.checkpoint.config.vocab_size,
-        cache_tokens=(runner.pages - 1) * PAGE_SIZE,
-        max_requested_ids=MAX_REQUESTED_IDS,
-        whole_vocabulary=files.config.max_logprobs == -1,
-    )
 
 
 def system_fingerprint(config: EngineConfig, buckets: Buckets, kernels: Sequence[str]) -> str:

@@ -1,17 +1,33 @@
-"""Events of start-up. Each has a plain text line, and a name and fields for JSON."""
+"""Events of start-up. Each has a plain text line, a name and fields for JSON, and perhaps a drawing for terminals."""
 
 import json
 import logging
 import shlex
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+from rich import box
+from rich.console import RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from serve import __version__
+from serve.config.config import EngineConfig, ServeConfig
 from serve.config.values import mb
 
 if TYPE_CHECKING:
     from serve.server.memory_plan import MemoryPlan
 
+LABEL_STYLE = "bold cyan"
+# Parts of the memory bar. The shades differ so that the bar can be read without colours.
+_PARTS = (
+    ("weights", "█", "cyan"),
+    ("cache", "▓", "magenta"),
+    ("workspace", "▒", "yellow"),
+    ("free", "░", "bright_black"),
+)
 # Wildcard addresses, and the loopback addresses under which this machine reaches them.
 _WILDCARDS = {"://0.0.0.0:": "://127.0.0.1:", "://[::]:": "://[::1]:"}
 _CHAT = {
@@ -25,176 +41,170 @@ _COMPLETION = {"prompt": "The capital of France is", "max_tokens": 32, "temperat
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
-    """An event that is shown as text everywhere."""
+class Event:
+    """An event."""
 
     name: str
     line: str
     fields: Mapping[str, Any] = field(default_factory=dict)  # of the JSON object; "message" replaces the line there
     level: int = logging.INFO
+    draw: Callable[[int], Iterable[RenderableType]] | None = None  # what a terminal of a width shows, if not the line
 
 
-class _Facts:
-    """An event that terminals draw in their own way. It is a dataclass."""
-
-    level: ClassVar[int] = logging.INFO
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        fields: dict[str, Any] = asdict(self)  # type: ignore[call-overload]  # subclasses are dataclasses
-        return fields
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFound(_Facts):
-    """The model to be loaded, and its device."""
-
-    name: ClassVar[str] = "model_found"
-    model: str
-    family: str
-    parameters: int
-    weights_as: str  # dtype or quantization
-    platform: str
-    device: str  # kind of device, as JAX names it
-    devices: int  # number of shards
-    max_model_len: int
-    max_num_seqs: int
-
-    @property
-    def line(self) -> str:
-        return (
-            f"model    {self.model}: {self.family}, {count(self.parameters)} parameters, {self.weights_as} on "
-            f"{self.placement}; up to {self.max_num_seqs} concurrent requests of {self.max_model_len:,} tokens"
-        )
-
-    @property
-    def placement(self) -> str:
-        """Platform, kind and number of devices, such as "gpu (NVIDIA L4), sharded across 2 devices"."""
-        device = self.platform if self.device.lower() == self.platform else f"{self.platform} ({self.device})"
-        return device + (f", sharded across {self.devices} devices" if self.devices > 1 else "")
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryPlanned(_Facts):
-    """Planned memory of each device, before anything is loaded."""
-
-    name: ClassVar[str] = "memory_planned"
-    plan: "MemoryPlan"
-    max_model_len: int
-
-    @property
-    def line(self) -> str:
-        text = f"memory   {self.plan}; the cache holds {self.plan.cache_tokens:,} tokens"
-        return f"{text}; {self.warning}" if self.warning else text
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        names = ("weights", "cache", "cache_tokens", "workspace", "free")
-        return {name: getattr(self.plan, name) for name in names} | {"max_model_len": self.max_model_len}
-
-    @property
-    def warning(self) -> str:
-        """Warning if the cache is smaller than one request may be, else empty."""
-        if self.plan.cache_tokens >= self.max_model_len:
-            return ""
-        return "that is less than one request of maximum length, and longer requests are refused"
-
-
-@dataclass(frozen=True, slots=True)
-class Serving(_Facts):
-    """The server accepts requests."""
-
-    name: ClassVar[str] = "serving"
-    models: tuple[str, ...]  # names in the API
-    url: str  # of a Unix socket: "unix:" and its path
-    keyed: bool  # clients must send an API key
-    chats: bool  # the model has a chat template
-    documented: bool  # /docs is served
-
-    @property
-    def line(self) -> str:
-        # Tools that start a server parse the address: keep the format.
-        return f"serving  {', '.join(self.models)} at {self.url} (API under /v1)"
-
-    @property
-    def reachable(self) -> str:
-        """URL for clients on this machine; of a Unix socket, the URL to use with `curl --unix-socket`."""
-        if self.url.startswith("unix:"):
-            return "http://localhost"
-        for wildcard, loopback in _WILDCARDS.items():
-            if wildcard in self.url:
-                return self.url.replace(wildcard, loopback)
-        return self.url
-
-    @property
-    def curl(self) -> str:
-        """Shell command that requests a reply with log-probs. It refers to the API key's variable, not to the key."""
-        command = "curl"
-        if self.url.startswith("unix:"):
-            command += f" --unix-socket {shlex.quote(self.url.removeprefix('unix:'))}"
-        elif self.url.startswith("https:"):
-            command += " --insecure"  # few certificates are issued for 127.0.0.1
-        lines = [f"{command} {self.reachable}/v1/{'chat/completions' if self.chats else 'completions'}"]
-        lines.append("-H 'Content-Type: application/json'")
-        if self.keyed:
-            lines.append('-H "Authorization: Bearer $LOGPROBD_API_KEY"')
-        lines.append(f"-d {shlex.quote(json.dumps(_CHAT if self.chats else _COMPLETION))}")
-        return " \\\n  ".join(lines)
-
-
-type Event = Message | ModelFound | MemoryPlanned | Serving
-
-
-def defaults_applied(values: Mapping[str, Any]) -> Message:
+def defaults_applied(values: Mapping[str, Any]) -> Event:
     """Sampling defaults that replace OpenAI's, from the model's generation_config.json or from options."""
     text = ", ".join(f"{name} {value}" for name, value in values.items())
     line = f"defaults {text} (to ignore the model's: --generation-config vllm)"
-    return Message("defaults_taken", line, {"values": values})
+    return Event("defaults_taken", line, {"values": values})
 
 
-def preparing(line: str) -> Message:
-    """Work of a first start: downloading the default model, building the CPU kernels."""
-    return Message("preparing", line)
+def model_found(
+    config: EngineConfig, *, model: str, family: str, parameters: int, platform: str, device: str, max_model_len: int
+) -> Event:
+    """The model to be loaded, and its device, whose kind JAX names `device`."""
+    devices, max_num_seqs, weights_as = config.tensor_parallel_size, config.max_num_seqs, config.weights_as
+    fields = {"model": model, "family": family, "parameters": parameters, "weights_as": weights_as}
+    fields |= {"platform": platform, "device": device, "devices": devices}
+    fields |= {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
+    weights = f"{family}, {_count(parameters)} parameters, {weights_as}"
+    placement = platform if device.lower() == platform else f"{platform} ({device})"
+    placement += f", sharded across {devices} devices" if devices > 1 else ""
+    requests = f"up to {max_num_seqs} concurrent requests of {max_model_len:,} tokens"
+    table = Table.grid(padding=(0, 2))
+    table.add_row(Text("model", LABEL_STYLE), Text(model, "bold"))
+    table.add_row(Text("weights", LABEL_STYLE), weights)
+    table.add_row(Text("device", LABEL_STYLE), placement)
+    table.add_row(Text("requests", LABEL_STYLE), f"up to {max_num_seqs} of {max_model_len:,} tokens each")
+    panel = Panel(table, title=f"logprobd {__version__}", title_align="left", box=box.ROUNDED, border_style="dim")
+    return Event(
+        "model_found", f"model    {model}: {weights} on {placement}; {requests}", fields, draw=lambda _: [panel]
+    )
 
 
-def weights_loaded(size: int, seconds: float, kernels: tuple[str, ...]) -> Message:
+def memory_planned(plan: "MemoryPlan", max_model_len: int) -> Event:
+    """Planned memory of each device, before anything is loaded."""
+    capacity, warning = f"the cache holds {plan.cache_tokens:,} tokens", ""
+    if plan.cache_tokens < max_model_len:
+        warning = "that is less than one request of maximum length, and longer requests are refused"
+    unused = None if plan.free is None else max(0, plan.free - plan.needed)
+    sizes = (plan.weights, plan.cache, plan.workspace, unused)
+
+    def draw(width: int) -> Iterable[Text]:
+        yield _memory_bar(sizes, width)
+        legend = _labelled("", "")
+        for (name, shade, colour), size in zip(_PARTS, sizes, strict=True):
+            if size is not None:
+                legend.append(f"{shade} ", colour).append(f"{name} {mb(size)}  ")
+        yield legend
+        yield _labelled("", capacity)
+        if warning:
+            yield _labelled("", warning, "yellow")
+
+    names = ("weights", "cache", "cache_tokens", "workspace", "free")
+    fields = {name: getattr(plan, name) for name in names} | {"max_model_len": max_model_len}
+    line = f"memory   {plan}; {capacity}" + (f"; {warning}" if warning else "")
+    return Event("memory_planned", line, fields, draw=draw)
+
+
+def weights_loaded(size: int, seconds: float, kernels: tuple[str, ...]) -> Event:
     """The model is on the device: its bytes, and which of our kernels it uses."""
     line = f"weights  {mb(size)} in {seconds:.1f} s; kernels: {', '.join(kernels) or 'none, XLA only'}"
-    return Message("weights_loaded", line, {"bytes": size, "seconds": seconds, "kernels": kernels})
+    return Event("weights_loaded", line, {"bytes": size, "seconds": seconds, "kernels": kernels})
 
 
-def compile_started(programs: int) -> Message:
-    """Compilation starts, which takes a while if the cache is empty."""
-    return Message("compile_begun", f"compiling {programs} programs", {"programs": programs})
-
-
-def program_compiled(program: str, lower_seconds: float, compile_seconds: float, scratch_bytes: int) -> Message:
+def program_compiled(program: str, lower_seconds: float, compile_seconds: float, scratch_bytes: int) -> Event:
     """One program is ready; `compile_seconds` includes reading it from the persistent cache."""
-    line = (
-        f"  {program:<12} lower {lower_seconds:5.2f} s  compile {compile_seconds:5.2f} s"
-        f"  scratch {scratch_bytes / 2**20:6.1f} MiB"
-    )
+    times = f"lower {lower_seconds:5.2f} s  compile {compile_seconds:5.2f} s"
+    line = f"  {program:<12} {times}  scratch {scratch_bytes / 2**20:6.1f} MiB"
     fields = {"program": program, "lower_seconds": lower_seconds, "compile_seconds": compile_seconds}
-    return Message("program_compiled", line, fields | {"scratch_bytes": scratch_bytes}, logging.DEBUG)
+    return Event("program_compiled", line, fields | {"scratch_bytes": scratch_bytes}, logging.DEBUG)
 
 
-def all_compiled(programs: int, cached: int, seconds: float) -> Message:
+def all_compiled(programs: int, cached: int, seconds: float) -> Event:
     """All programs are ready; `cached` of them came from the persistent cache."""
     line = f"compiled {programs} programs in {seconds:.1f} s" + (f", {cached} from the cache" if cached else "")
-    return Message("all_compiled", line, {"programs": programs, "cached": cached, "seconds": seconds})
+    return Event("all_compiled", line, {"programs": programs, "cached": cached, "seconds": seconds})
 
 
-def failed(message: str) -> Message:
+def server_started(config: ServeConfig, models: Sequence[str], url: str, *, chats: bool) -> Event:
+    """The server accepts requests.
+
+    Args:
+        models: names in the API.
+        url: of a Unix socket: "unix:" and its path.
+        chats: the model has a chat template.
+    """
+    names, base = ", ".join(models), _reachable(url)
+    keyed, documented = bool(config.api_key), not config.disable_fastapi_docs
+
+    def draw(_: int) -> Iterable[Text]:
+        yield Text()
+        yield Text.assemble(("serving  ", "bold green"), f"{names} at ", (url, "bold"))
+        if not url.startswith("unix:"):
+            yield _labelled("API", f"{base}/v1")
+            yield _labelled("inspector", f"{base}/")
+            if documented:
+                yield _labelled("docs", f"{base}/docs")
+        yield Text()
+        yield Text(curl_command(url, keyed=keyed, chats=chats), "green")
+        yield Text()
+
+    line = f"serving  {names} at {url} (API under /v1)"  # tools that start a server parse the address
+    fields = {"models": models, "url": url, "keyed": keyed, "chats": chats, "documented": documented}
+    return Event("serving", line, fields, draw=draw)
+
+
+def curl_command(url: str, *, keyed: bool, chats: bool) -> str:
+    """Shell command that requests a reply with log-probs. It refers to the API key's variable, not to the key."""
+    command = "curl"
+    if url.startswith("unix:"):
+        command += f" --unix-socket {shlex.quote(url.removeprefix('unix:'))}"
+    elif url.startswith("https:"):
+        command += " --insecure"  # few certificates are issued for 127.0.0.1
+    lines = [f"{command} {_reachable(url)}/v1/{'chat/completions' if chats else 'completions'}"]
+    lines.append("-H 'Content-Type: application/json'")
+    if keyed:
+        lines.append('-H "Authorization: Bearer $LOGPROBD_API_KEY"')
+    lines.append(f"-d {shlex.quote(json.dumps(_CHAT if chats else _COMPLETION))}")
+    return " \\\n  ".join(lines)
+
+
+def failed(message: str) -> Event:
     """Start-up failed; `message` is for the user."""
-    return Message("failed", f"error: {message}", {"message": message}, logging.ERROR)
+    return Event("failed", f"error: {message}", {"message": message}, logging.ERROR)
 
 
-def interrupted() -> Message:
+def interrupted() -> Event:
     """Ctrl-C during start-up."""
-    return Message("interrupted", "interrupted during start-up", level=logging.ERROR)
+    return Event("interrupted", "interrupted during start-up", level=logging.ERROR)
 
 
-def count(number: int) -> str:
+def _reachable(url: str) -> str:
+    """URL for clients on this machine; of a Unix socket, the URL to use with `curl --unix-socket`."""
+    if url.startswith("unix:"):
+        return "http://localhost"
+    for wildcard, loopback in _WILDCARDS.items():
+        url = url.replace(wildcard, loopback)
+    return url
+
+
+def _memory_bar(sizes: Sequence[int | None], width: int) -> Text:
+    """The parts of the memory as one bar; every part that is not empty has at least one cell."""
+    known = [size or 0 for size in sizes]
+    available, total = width - len(_labelled("", "")), max(1, sum(known))
+    widths = [max(1, round(available * size / total)) if size else 0 for size in known]
+    widths[-1] = max(0, available - sum(widths[:-1])) if known[-1] else 0
+    bar = _labelled("memory", "")
+    for (_, shade, colour), cells in zip(_PARTS, widths, strict=True):
+        bar.append(shade * cells, colour)
+    return bar
+
+
+def _labelled(label: str, text: str, style: str = "") -> Text:
+    return Text.assemble((f"{label:<9} ", LABEL_STYLE), (text, style))
+
+
+def _count(number: int) -> str:
     """Number with a unit, such as "134.5 M"."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= size:

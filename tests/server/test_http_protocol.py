@@ -13,7 +13,7 @@ import pytest
 from uvicorn.server import ServerState
 
 from serve.config.flags import parse_args
-from serve.server.http_protocol import GuardedProtocol, http_config
+from serve.server.http_protocol import GuardedProtocol, HttpConfig
 from tests.support.http_client import completion_body
 from tests.support.listening import listening
 
@@ -172,6 +172,6 @@ def test_slow_reader_is_not_closed() -> None:
 
 @pytest.mark.parametrize(("flags", "seconds"), [((), 75), (("--timeout-keep-alive", "7"), 7)])
 async def test_idle_connection_stays_open_for_timeout_keep_alive(flags: tuple[str, ...], seconds: int) -> None:
-    config = http_config(None, parse_args(flags, {}), on_refused=lambda _: None, lifespan="off")
+    config = HttpConfig(None, parse_args(flags, {}), on_refused=lambda _: None, lifespan="off")
     config.load()
     assert GuardedProtocol(config, ServerState(), {}).timeout_keep_alive == seconds

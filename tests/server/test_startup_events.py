@@ -8,32 +8,45 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from serve.config.config import ServeConfig
 from serve.config.flags import parse_args
-from serve.server.console import Reporter, ScreenReporter, is_terminal, start_reporting
+from serve.server.console import Reporter, is_terminal, start_reporting
 from serve.server.memory_plan import MemoryPlan
 from serve.server.startup_events import (
-    MemoryPlanned,
-    Message,
-    ModelFound,
-    Serving,
+    Event,
     all_compiled,
+    curl_command,
     defaults_applied,
     failed,
     interrupted,
+    memory_planned,
+    model_found,
     program_compiled,
+    server_started,
     weights_loaded,
 )
 from tests.support.http_client import serving
 from tests.support.server_process import ROOT
 
 ADDRESS = re.compile(r"serving .* at (http://127\.0\.0\.1:\d+)")  # parsed by tools that start a server
-MODEL = ModelFound("org/[a] model", "llama", 134_515_008, "bfloat16", "cpu", "cpu", 1, 8192, 16)
-PLAN = MemoryPlanned(MemoryPlan(269_000_000, 694, 1_549_000, 33_000_000, 16_108_000_000), 8192)
-SERVING = Serving(("m", "alias"), "http://127.0.0.1:8000", keyed=False, chats=True, documented=True)
+CONFIG = ServeConfig(dtype="bfloat16")
+FACTS: dict[str, Any] = {
+    "model": "org/[a] model",
+    "family": "llama",
+    "parameters": 134_515_008,
+    "platform": "cpu",
+    "device": "cpu",
+    "max_model_len": 8192,
+}
+MODEL = model_found(CONFIG, **FACTS)
+PLAN = MemoryPlan(269_000_000, 694, 1_549_000, 33_000_000, 16_108_000_000)
+URL = "http://127.0.0.1:8000"
+SERVING = server_started(CONFIG, ("m", "alias"), URL, chats=True)
 NAMES = ("zero_state", "decode_1", "prefill_16")
 
 
@@ -42,7 +55,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def program(name: str) -> Message:
+def program(name: str) -> Event:
     return program_compiled(name, 0.25, 0.5, 2**20)
 
 
@@ -50,7 +63,7 @@ def start(reporter: Reporter) -> None:
     """Report all events of a successful start."""
     reporter.report(defaults_applied({"temperature": 0.2, "top_p": 0.9}))
     reporter.report(MODEL)
-    reporter.report(PLAN)
+    reporter.report(memory_planned(PLAN, 8192))
     with reporter.loading() as progress:
         progress(1_000_000, 96_600_000)
         progress(96_600_000, 96_600_000)
@@ -62,10 +75,10 @@ def start(reporter: Reporter) -> None:
     reporter.report(SERVING)
 
 
-def screen(*, verbose: bool = False) -> tuple[ScreenReporter, Callable[[], str]]:
+def screen(*, verbose: bool = False) -> tuple[Reporter, Callable[[], str]]:
     """A reporter on a terminal, and its text without colours."""
     console = Console(file=io.StringIO(), force_terminal=True, record=True, width=100, highlight=False)
-    return ScreenReporter(console, verbose=verbose), console.export_text
+    return Reporter(console=console, verbose=verbose), console.export_text
 
 
 def lines(*, as_json: bool = False, verbose: bool = False) -> tuple[Reporter, io.StringIO]:
@@ -96,11 +109,13 @@ def test_reporter_json_has_all_fields() -> None:
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", event["time"]) for event in events)
     by_name = {event["event"]: event for event in events}
     assert len(by_name) == 7
-    assert dataclasses.asdict(MODEL).items() <= by_name["model_found"].items()
+    assert FACTS.items() <= by_name["model_found"].items()
+    assert {"weights_as": "bfloat16", "devices": 1, "max_num_seqs": 16}.items() <= by_name["model_found"].items()
     plan = {"weights": 269_000_000, "cache_tokens": 44_352, "free": 16_108_000_000, "max_model_len": 8192}
     assert plan.items() <= by_name["memory_planned"].items()
     assert by_name["weights_loaded"]["bytes"] == 269_000_000
-    assert by_name["serving"]["models"] == ["m", "alias"]
+    served = {"models": ["m", "alias"], "url": URL, "keyed": False, "chats": True, "documented": True}
+    assert served.items() <= by_name["serving"].items()
     assert ADDRESS.search(stream.getvalue())
 
 
@@ -158,7 +173,7 @@ def test_screen_shows_every_fact() -> None:
         "compiled 3 programs in 4.2 s, 2 from the cache",
         "API       http://127.0.0.1:8000/v1",
         "docs      http://127.0.0.1:8000/docs",
-        SERVING.curl,
+        curl_command(URL, keyed=False, chats=True),
     ):
         assert part in text, part
     assert ADDRESS.search(text)
@@ -168,16 +183,16 @@ def test_screen_bar_shows_the_first_unfinished_program() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     stream = console.file
     assert isinstance(stream, io.StringIO)
-    with ScreenReporter(console).compiling(NAMES) as ready:
+    with Reporter(console=console).compiling(NAMES) as ready:
         ready(program("decode_1"))
         ready(program("zero_state"))
     assert "prefill_16" in stream.getvalue()
 
 
 def test_memory_planned_warns_if_the_cache_is_below_one_request() -> None:
-    small = dataclasses.replace(PLAN, plan=dataclasses.replace(PLAN.plan, pages=2))
+    small = memory_planned(dataclasses.replace(PLAN, pages=2), 8192)
     assert "less than one request" in small.line
-    assert "less than one request" not in PLAN.line
+    assert "less than one request" not in memory_planned(PLAN, 8192).line
     reporter, text = screen()
     reporter.report(small)
     assert "less than one request" in text()
@@ -187,28 +202,29 @@ def test_screen_cursor_is_restored_after_a_failure() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     stream = console.file
     assert isinstance(stream, io.StringIO)
-    with pytest.raises(KeyboardInterrupt), ScreenReporter(console).loading():
+    with pytest.raises(KeyboardInterrupt), Reporter(console=console).loading():
         raise KeyboardInterrupt
     assert stream.getvalue().rindex("\x1b[?25h") > stream.getvalue().rindex("\x1b[?25l")
 
 
 @pytest.mark.usefixtures("own_logging")
 @pytest.mark.parametrize(
-    ("log_format", "stream", "term", "kind"),
+    ("log_format", "stream", "term", "draws"),
     [
-        ("auto", Terminal(), "xterm", ScreenReporter),
-        ("auto", Terminal(), "dumb", Reporter),
-        ("auto", io.StringIO(), "xterm", Reporter),
-        ("plain", Terminal(), "xterm", Reporter),
-        ("json", Terminal(), "xterm", Reporter),
+        ("auto", Terminal(), "xterm", True),
+        ("auto", Terminal(), "dumb", False),
+        ("auto", io.StringIO(), "xterm", False),
+        ("plain", Terminal(), "xterm", False),
+        ("json", Terminal(), "xterm", False),
     ],
 )
 def test_start_reporting_depends_on_format_and_stream(
-    log_format: str, stream: io.StringIO, term: str, kind: type, monkeypatch: pytest.MonkeyPatch
+    log_format: str, stream: io.StringIO, term: str, draws: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERM", term)
     monkeypatch.setattr(sys, "stderr", stream)
-    assert type(start_reporting(parse_args(["--log-format", log_format], {}))) is kind
+    reporter = start_reporting(parse_args(["--log-format", log_format], {}))
+    assert (reporter._console is not None) is draws
 
 
 def test_is_terminal_ignores_forced_colours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,8 +235,8 @@ def test_is_terminal_ignores_forced_colours(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("chats", [True, False])
 async def test_curl_request_is_answered_with_logprobs(chats: bool) -> None:
-    words = shlex.split(dataclasses.replace(SERVING, chats=chats).curl.replace("\\\n", ""))
-    path = words[1].removeprefix(SERVING.url)
+    words = shlex.split(curl_command(URL, keyed=False, chats=chats).replace("\\\n", ""))
+    path = words[1].removeprefix(URL)
     async with serving() as server:
         answer = await server.post(path, words[words.index("-d") + 1].encode())
     assert answer.status_code == 200, answer.text
@@ -240,7 +256,7 @@ async def test_curl_request_is_answered_with_logprobs(chats: bool) -> None:
     ],
 )
 def test_curl_reaches_the_server(url: str, keyed: bool, words: list[str]) -> None:
-    command = dataclasses.replace(SERVING, url=url, keyed=keyed).curl
+    command = curl_command(url, keyed=keyed, chats=True)
     assert shlex.split(command.replace("\\\n", ""))[: len(words)] == words
     assert ('"Authorization: Bearer $LOGPROBD_API_KEY"' in command) is keyed  # the shell expands it in double quotes
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import uvicorn
 
+from serve.config.config import ServeConfig
 from serve.server.http_protocol import HttpConfig
 from tests.support.http_client import Server, serving
 
@@ -41,14 +42,11 @@ def listening(
 
     async def serve() -> None:
         async with serving(**options) as server:
+            limits = ServeConfig(
+                client_timeout=connection_timeout, h11_max_incomplete_event_size=4096, uvicorn_log_level="critical"
+            )
             config = HttpConfig(
-                server.app,
-                client_timeout=connection_timeout,
-                on_refused=refused.append,
-                h11_max_incomplete_event_size=4096,
-                log_level="critical",
-                lifespan="off",
-                timeout_graceful_shutdown=0,
+                server.app, limits, on_refused=refused.append, lifespan="off", timeout_graceful_shutdown=0
             )
             uvicorns.append(uvicorn.Server(config))
             parts.append(server)

@@ -3,12 +3,12 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import orjson
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
@@ -80,23 +80,20 @@ class Front:
                         await relay.send_all(batch)
             except RayTaskError:
                 logger.exception("a request failed")
+                error = engine_error("The server failed on this request.")
                 if not relay.started:
-                    raise engine_error("The server failed on this request.") from None
-                await self._abort(relay, "The server failed on this request.")
-                return
-            except RayError as error:  # its process or machine has died, or Ray has killed it for lack of memory
-                logger.warning("a replica died during a request: %s", type(error).__name__)
-                if relay.started:
-                    await self._abort(relay, "The replica that answered has died.")
-                    return
+                    raise error from None
+            except RayError as cause:  # its process or machine has died, or Ray has killed it for lack of memory
+                logger.warning("a replica died during a request: %s", type(cause).__name__)
+                error = engine_error("The replica that answered has died.")
+                if not relay.started:
+                    continue
             else:
                 return
+            self._errors[error.code or ""] += 1
+            await relay.abort(error)
+            return
         raise _unavailable()
-
-    async def _abort(self, relay: "_Relay", message: str) -> None:
-        error = engine_error(message)
-        self._errors[error.code or ""] += 1
-        await relay.abort(error)
 
     async def _messages(
         self, blocks: Sequence[bytes], scope: dict[str, Any], body: bytes
@@ -110,7 +107,11 @@ class Front:
         """
         call = self._any_replica.remote(blocks, scope, body)
         try:
-            await _accepted(call)
+            try:
+                async with asyncio.timeout(_WAIT):
+                    await anext(call)  # a replica accepts the request with an empty first batch
+            except (TimeoutError, DeploymentUnavailableError):
+                raise _unavailable() from None
             async for batch in call:
                 yield batch
         finally:
@@ -123,21 +124,18 @@ class Front:
             results = await call.results_async(timeout_s=_WAIT, return_exceptions=True)
         except (TimeoutError, DeploymentUnavailableError):
             raise _unavailable() from None
-        responses: dict[str, list[Message]] = dict(each for each in results if not isinstance(each, BaseException))
+        responses: dict[str, list[Message]] = dict(item for item in results if not isinstance(item, BaseException))
         if not responses:
             raise _unavailable()
         for messages in responses.values():
             if messages[0]["status"] != 200:
                 return messages
-        bodies = {
-            replica: b"".join(message.get("body", b"") for message in messages)
-            for replica, messages in responses.items()
-        }
-        start = next(iter(responses.values()))[0]
+        start = messages[0]
+        bodies = {name: b"".join(part.get("body", b"") for part in parts) for name, parts in responses.items()}
         if route_path(scope) == "/metrics":
             body = await asyncio.to_thread(merge_metrics, bodies, self._errors.copy())
         else:
-            body = dump({"server_load": sum(orjson.loads(each)["server_load"] for each in bodies.values())})
+            body = dump({"server_load": sum(orjson.loads(load)["server_load"] for load in bodies.values())})
         headers = [(name, value) for name, value in start["headers"] if name != b"content-length"]
         return [
             {**start, "headers": [*headers, (b"content-length", b"%d" % len(body))]},
@@ -186,44 +184,27 @@ def merge_metrics(texts: Mapping[str, bytes], errors: Mapping[str, int]) -> byte
         texts: replica -> its metrics.
         errors: code -> number of errors that the front has sent; their replica is "front".
     """
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Merged(texts, errors))
-    return generate_latest(registry)
+    families: dict[str, Metric] = {}
+    model = ""
+    for replica, text in sorted(texts.items()):
+        for family in text_string_to_metric_families(text.decode()):
+            merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                model = sample.labels.get("model_name", model)
+                merged.samples.append(sample._replace(labels=sample.labels | {"replica": replica}))
+    name = f"{OWN_PREFIX}request_errors"
+    for code, count in sorted(errors.items()):
+        counter = families.setdefault(name, CounterMetricFamily(name, ERRORS_TEXT))
+        counter.add_sample(f"{name}_total", {"model_name": model, "code": code, "replica": "front"}, count)
+    return generate_latest(_Collected(families.values()))
 
 
-class _Merged(Collector):
-    def __init__(self, texts: Mapping[str, bytes], errors: Mapping[str, int]) -> None:
-        self._texts = texts
-        self._errors = errors
+class _Collected(Collector):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
 
-    def collect(self) -> Iterator[Metric]:
-        families: dict[str, Metric] = {}
-        model = ""
-        for replica, text in sorted(self._texts.items()):
-            for family in text_string_to_metric_families(text.decode()):
-                merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-                for sample in family.samples:
-                    model = sample.labels.get("model_name", model)
-                    merged.samples.append(sample._replace(labels=sample.labels | {"replica": replica}))
-        if self._errors:
-            name = f"{OWN_PREFIX}request_errors"
-            counter = families.setdefault(name, CounterMetricFamily(name, ERRORS_TEXT))
-            for code, count in sorted(self._errors.items()):
-                counter.add_sample(f"{name}_total", {"model_name": model, "code": code, "replica": "front"}, count)
-        yield from families.values()
-
-
-async def _accepted(call: AsyncIterator[Any]) -> None:
-    """Wait until a replica accepts a request, which it acknowledges with an empty first batch.
-
-    Raises:
-        APIError: 503, none does.
-    """
-    try:
-        async with asyncio.timeout(_WAIT):
-            await anext(call)
-    except (TimeoutError, DeploymentUnavailableError):
-        raise _unavailable() from None
+    def collect(self) -> Iterable[Metric]:
+        return self._families
 
 
 def _unavailable() -> APIError:

@@ -57,10 +57,9 @@ class RayConfig(ServeConfig):
         elif (self.min_replicas or 1) > self.max_replicas:
             message = f"{self.min_replicas} is above --max-replicas {self.max_replicas}"
             raise ValueError(f"argument --min-replicas: {message}")
-        defaults = {field.name: field.default for field in dataclasses.fields(RayConfig)}
-        for name in _UNSUPPORTED:
-            if getattr(self, name) != defaults[name]:
-                flag = f"--{name.replace('_', '-')}"
+        for field in dataclasses.fields(self):
+            if field.name in _UNSUPPORTED and getattr(self, field.name) != field.default:
+                flag = f"--{field.name.replace('_', '-')}"
                 raise ValueError(f"argument {flag}: not supported with Ray Serve, whose proxy accepts connections")
 
     @property

@@ -25,17 +25,13 @@ def prompt_blocks(body: bytes) -> tuple[bytes, ...]:
     """
     try:
         request = orjson.loads(body)
-    except ValueError:
-        return ()
-    if not isinstance(request, dict):
-        return ()
-    name = next((name for name in _PROMPT_FIELDS if request.get(name) is not None), None)
-    if name is None:
-        return ()
-    try:
-        key = orjson.dumps(request[name])[:-1]  # without the closing bracket or quote
-        link, blocks = _digest(orjson.dumps([request.get("cache_salt"), name])), []
-    except orjson.JSONEncodeError:  # nested too deep; the replica rejects it
+        fields = request if isinstance(request, dict) else {}
+        name = next((name for name in _PROMPT_FIELDS if fields.get(name) is not None), None)
+        if name is None:
+            return ()
+        key = orjson.dumps(fields[name])[:-1]  # without the closing bracket or quote
+        link, blocks = _digest(orjson.dumps([fields.get("cache_salt"), name])), []
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError):  # the latter: nested too deep; the replica rejects it
         return ()
     for start in range(0, min(len(key) // BLOCK_BYTES, _MAX_BLOCKS) * BLOCK_BYTES, BLOCK_BYTES):
         link = _digest(link + key[start : start + BLOCK_BYTES])
@@ -51,8 +47,7 @@ class PrefixIndex:
 
         Args:
             max_blocks: capacity; the least recently used blocks are evicted.
-            margin: how many more requests than the least loaded replica a replica may have and still be preferred
-                for its cache.
+            margin: a replica with more requests than this above the least loaded one is not preferred for its cache.
         """
         self._max_blocks = max_blocks
         self._margin = margin

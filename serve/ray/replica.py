@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from ray import serve
-from starlette.types import ASGIApp, Message
+from starlette.types import Message
 
 from serve.config.config import ServeConfig
 from serve.server.assembly import assemble
@@ -53,11 +53,21 @@ class Replica:
         """
         del blocks
         yield []
-        messages: asyncio.Queue[Message] = asyncio.Queue()
-        app = asyncio.create_task(_run(self._served.app, scope, body, messages))
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Message:
+            if not unread:
+                await asyncio.Event().wait()  # a disconnect cancels
+            return unread.pop()
+
+        messages: asyncio.Queue[Message | None] = asyncio.Queue()
+        app = asyncio.ensure_future(self._served.app(scope, receive, messages.put))
+        app.add_done_callback(lambda _: messages.put_nowait(None))
         try:
-            async for batch in _batches(messages, app):
-                yield batch
+            while not app.done() or not messages.empty():
+                queued = [await messages.get(), *(messages.get_nowait() for _ in range(messages.qsize()))]
+                if batch := [message for message in queued if message is not None]:
+                    yield batch
         finally:
             app.cancel()
             with suppress(asyncio.CancelledError):
@@ -68,36 +78,3 @@ class Replica:
     ) -> tuple[str, list[Message]]:
         """Return this replica's id and all messages of its response, for requests that go to every replica."""
         return self._id, [message async for batch in self.answer(blocks, scope, body) for message in batch]
-
-
-async def _run(app: ASGIApp, scope: dict[str, Any], body: bytes, messages: asyncio.Queue[Message]) -> None:
-    unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> Message:
-        if unread:
-            return unread.pop()
-        await asyncio.Event().wait()  # a disconnect cancels
-        raise AssertionError
-
-    await app(scope, receive, messages.put)
-
-
-async def _batches(messages: asyncio.Queue[Message], app: asyncio.Task[None]) -> AsyncGenerator[list[Message]]:
-    """Yield queued messages until the app has ended and the queue is empty.
-
-    Raises:
-        Exception: the app's, after all its messages.
-    """
-    while True:
-        batch = [messages.get_nowait() for _ in range(messages.qsize())]
-        if not batch:
-            if app.done():
-                break
-            next_message = asyncio.create_task(messages.get())
-            await asyncio.wait((next_message, app), return_when=asyncio.FIRST_COMPLETED)
-            if next_message.done():
-                batch.append(next_message.result())
-            next_message.cancel()
-        if batch:
-            yield batch
-    app.result()

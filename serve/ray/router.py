@@ -1,7 +1,5 @@
 """PrefixRouter: chooses the replica for a request. Ray Serve runs it in each Front."""
 
-from collections.abc import Iterable
-
 from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
@@ -48,17 +46,12 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray's types are not 
         self._index.finish(_name(replica_id))
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
-        """Called when a replica has died."""
         super().on_replica_actor_died(replica_id)
-        self._retain(self.curr_replicas)
+        self._index.retain(set(map(_name, self.curr_replicas)))
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Called when the set of replicas changes."""
         super().update_replicas(replicas)
-        self._retain(self.curr_replicas)
-
-    def _retain(self, replicas: Iterable[ReplicaID]) -> None:
-        self._index.retain([_name(replica) for replica in replicas])
+        self._index.retain(set(map(_name, self.curr_replicas)))
 
 
 def _name(replica: ReplicaID) -> str:

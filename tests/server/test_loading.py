@@ -128,6 +128,7 @@ def test_requests_while_loading_get_503_and_then_answers(server: Loading) -> Non
     assert error.splitlines()[0].startswith("serving  ")
 
 
+@pytest.mark.slow
 def test_page_while_loading_shows_the_phase_and_reloads(server: Loading) -> None:
     server.until(503)
     server.progress(37)
@@ -143,6 +144,7 @@ def test_page_while_loading_shows_the_phase_and_reloads(server: Loading) -> None
     assert "Loading weights" not in server.client.get("/").text
 
 
+@pytest.mark.slow
 def test_connection_from_loading_does_not_block_the_start(server: Loading, tmp_path: Path) -> None:
     server.until(503)
     with socket.socket(socket.AF_UNIX) as idle:
@@ -151,12 +153,14 @@ def test_connection_from_loading_does_not_block_the_start(server: Loading, tmp_p
         server.until(200)
 
 
+@pytest.mark.slow
 def test_failure_while_loading_ends_with_one_line(server: Loading) -> None:
     server.until(503)
     server.send("fail")
     assert server.wait() == (1, "error: m: it is damaged\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "error"),
     [(signal.SIGINT, 130, "interrupted during start-up\n"), (signal.SIGTERM, -signal.SIGTERM, "")],
@@ -167,6 +171,7 @@ def test_signal_while_loading_ends_the_process(server: Loading, number: int, cod
     assert server.wait() == (code, error)
 
 
+@pytest.mark.slow
 def test_https_while_loading(tmp_path: Path) -> None:
     certificates = Certificates.made_in(tmp_path)
     with socket.socket() as probe:

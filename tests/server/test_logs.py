@@ -111,7 +111,7 @@ def test_json_line_of_values_that_json_lacks() -> None:
 @pytest.mark.usefixtures("own_logging")
 def test_console_logs_appear_above_the_bars() -> None:
     stream = io.StringIO()
-    console = Console(file=stream, force_terminal=True, color_system="truecolor", width=40)
+    console = Console(file=stream, force_terminal=True, color_system="truecolor", no_color=False, width=40)
     set_up_logs("info", stream=io.StringIO(), console=console)
     long = "a message that is much longer than [bold] a line of this terminal"
     try:

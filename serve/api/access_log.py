@@ -14,7 +14,6 @@ class AccessLog:
     """Log answers at INFO, probes at DEBUG."""
 
     def __call__(self, record: AnswerRecord) -> None:
-        """Log one answer."""
         level = logging.DEBUG if record.handler in PROBES else logging.INFO
         if logger.isEnabledFor(level):
             fields = fields_of(record)

@@ -66,11 +66,7 @@ def create_app(
             on_answer(record)
 
     access = Middleware(
-        Access,
-        api_keys=config.api_key,
-        allowed_hosts=config.accepted_hosts,
-        readiness=readiness,
-        on_answer=on_end,
+        Access, api_keys=config.api_key, allowed_hosts=config.accepted_hosts, readiness=readiness, on_answer=on_end
     )
     app = Starlette(
         routes=_routes(context, Status(context, metrics, readiness)),
@@ -119,7 +115,6 @@ def _routes(context: Context, status: Status) -> list[Route]:
 
 
 def _cors(config: ServeConfig) -> list[Middleware]:
-    """CORS middleware if other origins are allowed."""
     if not config.allowed_origins:
         return []
     return [

@@ -20,8 +20,6 @@ type _Job = Job[ChatCompletionRequest]
 
 
 class ChatCompletions(Handler[ChatCompletionRequest]):
-    """The endpoint."""
-
     model = ChatCompletionRequest
     id_prefix = "chatcmpl"
     objects = ("chat.completion", "chat.completion.chunk")

@@ -25,8 +25,6 @@ _DEFAULT_MAX_TOKENS = 16
 
 
 class Completions(Handler[CompletionRequest]):
-    """The endpoint."""
-
     model = CompletionRequest
     id_prefix = "cmpl"
     objects = ("text_completion", "text_completion")

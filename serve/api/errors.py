@@ -14,8 +14,6 @@ _TYPES = {408: "timeout", 429: "rate_limit_exceeded", 503: "service_unavailable"
 
 @dataclass
 class APIError(Exception):
-    """An error for the client."""
-
     status: int
     message: str
     param: str | None = None  # the field, such as "messages[0].role"
@@ -24,17 +22,14 @@ class APIError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message[:_MAX_MESSAGE], "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        """The error as an HTTP response."""
         return Response(orjson.dumps(self.body), self.status, dict(self.headers), "application/json")
 
 
 def invalid(param: str | None, message: str, code: str = "invalid_value") -> APIError:
-    """400 for an invalid value."""
     return APIError(400, message, param, code)
 
 
@@ -49,7 +44,6 @@ def client_gone() -> APIError:
 
 
 def engine_error(message: str = "The engine failed on this request.") -> APIError:
-    """500 without internals."""
     return APIError(500, message, None, "engine_error")
 
 

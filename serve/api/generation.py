@@ -92,7 +92,6 @@ def output_logprobs(output: Output, alternatives: int) -> TokenLogprobs:
 
 
 async def collect(choices: Sequence[Choice], deltas: AsyncGenerator[tuple[Choice, Output]]) -> list[Output]:
-    """The complete output of each choice."""
     outputs = [Output() for _ in choices]
     async with aclosing(deltas):
         async for choice, delta in deltas:
@@ -232,5 +231,4 @@ def engine_errors(on_rejected: Callable[[str], None] = lambda _: None) -> Iterat
 
 
 def deadline_exceeded() -> APIError:
-    """504 for a request that has run out of time."""
     return APIError(504, "The request did not finish within its timeout.", "timeout", "deadline_exceeded")

@@ -69,11 +69,9 @@ class Job[B: GenerationRequest]:
     names: TokenNames
 
     def prompt(self, choice: Choice) -> Prompt:
-        """The prompt of a choice."""
         return self.prompts[choice.prompt_index]
 
     def scored_prompt(self, index: int, scores: TokenLogprobs | None) -> ScoredPrompt:
-        """A prompt with its log-probs."""
         return ScoredPrompt(self.prompts[index].ids, scores, self.full_rows[index] if self.full_rows else None)
 
 
@@ -91,7 +89,6 @@ class Usage:
             self.cached_tokens += output.cached_tokens
 
     def fields(self) -> dict[str, Any]:
-        """The JSON object."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,

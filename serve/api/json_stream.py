@@ -69,7 +69,6 @@ def make_body(value: Any) -> Body:
 
 
 def accepts_gzip(request: Request) -> bool:
-    """Whether the client accepts gzip."""
     accepted = request.headers.get("accept-encoding", "").lower()
     return "gzip" in accepted and not _NO_GZIP.search(accepted)
 
@@ -80,7 +79,6 @@ async def compress(data: bytes) -> bytes | None:
 
 
 async def compress_pieces(pieces: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    """A stream compressed piece by piece."""
     stream = zlib.compressobj(_GZIP_LEVEL, wbits=zlib.MAX_WBITS | 16)
     async with aclosing(pieces):
         async for piece in pieces:

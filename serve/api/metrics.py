@@ -100,7 +100,6 @@ class Metrics(Observer):
         self._registry.register(_Gauges(gauges, cache, self._labels, self._prefixes))
 
     def text(self) -> bytes:
-        """The metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def on_step(self, tokens: int) -> None:
@@ -157,7 +156,6 @@ class Metrics(Observer):
         self._longest.observe(max(tokens))
 
     def on_http(self, record: AnswerRecord) -> None:
-        """Record an answered HTTP request."""
         method = record.method if record.method in _METHODS else "other"  # clients can send any method
         self._http_count.labels(record.handler, method, str(record.status)).inc()
         self._http_time.labels(record.handler, method).observe(record.seconds)
@@ -201,8 +199,6 @@ class _Both:
 
 
 class _Gauges(Collector):
-    """The engine's gauges, read at each scrape."""
-
     def __init__(
         self, gauges: Callable[[], EngineGauges], cache: dict[str, str], labels: dict[str, str], prefixes: Iterable[str]
     ) -> None:

@@ -173,7 +173,6 @@ def _entry(ids: Sequence[int], logprobs: Sequence[str], ranks: Sequence[str], na
 
 
 def _json_numbers(values: NDArray[Any]) -> list[str]:
-    """The JSON of each number."""
     return orjson.dumps(values.ravel(), option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].decode().split(",")
 
 

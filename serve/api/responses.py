@@ -19,8 +19,6 @@ class _Answer(BaseModel):
 
 
 class ErrorDetail(_Answer):
-    """An error."""
-
     message: str
     type: str
     param: str | None
@@ -34,8 +32,6 @@ class ErrorAnswer(_Answer):
 
 
 class CachedTokens(_Answer):
-    """`usage.prompt_tokens_details`."""
-
     cached_tokens: int
 
 
@@ -49,8 +45,6 @@ class UsageAnswer(_Answer):
 
 
 class TokenAlternative(_Answer):
-    """A token with its log-prob and rank."""
-
     token: str
     logprob: _Logprob
     bytes: _Bytes
@@ -72,8 +66,6 @@ class ChatLogprobsAnswer(_Answer):
 
 
 class PromptEntry(_Answer):
-    """A token in `prompt_logprobs`."""
-
     logprob: _Logprob
     rank: _Rank
     decoded_token: str
@@ -106,16 +98,12 @@ class _Header(_Answer):
 
 
 class ReplyMessage(_Answer):
-    """`choices[].message`."""
-
     role: str
     content: str
     refusal: None
 
 
 class ChatChoiceAnswer(_Answer):
-    """A choice of a chat completion."""
-
     index: int
     message: ReplyMessage
     logprobs: ChatLogprobsAnswer | None
@@ -125,8 +113,6 @@ class ChatChoiceAnswer(_Answer):
 
 
 class ChatCompletionAnswer(_Header):
-    """Response of /v1/chat/completions."""
-
     object: Literal["chat.completion"]
     choices: list[ChatChoiceAnswer]
     usage: UsageAnswer
@@ -137,15 +123,11 @@ class ChatCompletionAnswer(_Header):
 
 
 class ReplyDelta(_Answer):
-    """`choices[].delta`."""
-
     role: str | None = None
     content: str
 
 
 class ChatChunkChoice(_Answer):
-    """A choice in a chunk of a chat completion."""
-
     index: int
     delta: ReplyDelta
     logprobs: ChatLogprobsAnswer | None
@@ -177,8 +159,6 @@ class CompletionLogprobsAnswer(_Answer):
 
 
 class CompletionChunkChoice(_Answer):
-    """A choice in a chunk of a completion."""
-
     index: int
     text: str
     logprobs: CompletionLogprobsAnswer | None
@@ -191,30 +171,22 @@ class CompletionChunkChoice(_Answer):
 
 
 class CompletionChoiceAnswer(CompletionChunkChoice):
-    """A choice of a completion."""
-
     finish_reason: _FinishReason
 
 
 class CompletionAnswer(_Header):
-    """Response of /v1/completions."""
-
     object: Literal["text_completion"]
     choices: list[CompletionChoiceAnswer]
     usage: UsageAnswer
 
 
 class CompletionChunk(_Header):
-    """Chunk of a streamed completion."""
-
     object: Literal["text_completion"]
     choices: list[CompletionChunkChoice]
     usage: UsageAnswer | None = None
 
 
 class ModelCard(_Answer):
-    """A served model and its limits."""
-
     id: str
     object: Literal["model"]
     created: int
@@ -227,15 +199,11 @@ class ModelCard(_Answer):
 
 
 class ModelList(_Answer):
-    """Response of /v1/models."""
-
     object: Literal["list"]
     data: list[ModelCard]
 
 
 class Tokenized(_Answer):
-    """Response of /tokenize."""
-
     count: int
     max_model_len: int
     tokens: list[int]
@@ -243,8 +211,6 @@ class Tokenized(_Answer):
 
 
 class Detokenized(_Answer):
-    """Response of /detokenize."""
-
     prompt: str
     token_bytes: list[_Bytes] | None = None
 
@@ -265,12 +231,8 @@ class TokenizerInfo(BaseModel):
 
 
 class Version(_Answer):
-    """Response of /version."""
-
     version: str
 
 
 class Load(_Answer):
-    """Response of /load."""
-
     server_load: Annotated[int, Field(description="unfinished requests in the engine")]

@@ -184,6 +184,5 @@ async def unless_disconnected[T](request: Request, work: Coroutine[Any, Any, T])
 
 
 async def wait_for_disconnect(receive: Receive) -> None:
-    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass

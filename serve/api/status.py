@@ -14,20 +14,16 @@ from serve.api.validation import served_name
 
 
 class Status:
-    """The endpoints."""
-
     def __init__(self, context: Context, metrics: Metrics, readiness: Readiness) -> None:
         self._context = context
         self._metrics = metrics
         self._readiness = readiness
 
     async def models(self, _: Request) -> Response:
-        """Model cards of all served names."""
         cards = [self._card(name) for name in self._context.model.names]
         return _json({"object": "list", "data": cards})
 
     async def model(self, request: Request) -> Response:
-        """The card of one model."""
         name = request.path_params["id"]
         if f"/{name}" in self._context.model.names:  # double slashes have been collapsed
             name = f"/{name}"
@@ -38,15 +34,12 @@ class Status:
         return Response(status_code=200 if self._context.engine.ready and not self._readiness.draining else 503)
 
     async def load(self, _: Request) -> Response:
-        """Number of unfinished requests in the engine."""
         return _json({"server_load": self._context.engine.load})
 
     async def version(self, _: Request) -> Response:
-        """Version of the server."""
         return _json({"version": __version__})
 
     async def metrics(self, _: Request) -> Response:
-        """Metrics in Prometheus' text format."""
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     def _card(self, name: str) -> dict[str, Any]:

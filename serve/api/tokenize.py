@@ -52,8 +52,6 @@ class DetokenizeRequest(BaseModel):
 
 
 class Tokenization:
-    """The endpoints."""
-
     def __init__(self, context: Context) -> None:
         self._context = context
 
@@ -66,7 +64,6 @@ class Tokenization:
         return await self._answer(request, self._detokenize)
 
     async def info(self, _: Request) -> Response:
-        """Special tokens, chat template and vocabulary size."""
         tokenizer, limits = self._context.tokenizer, self._context.engine.limits
         fields = {
             **tokenizer.special_tokens,

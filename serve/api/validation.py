@@ -74,7 +74,6 @@ def check_top_k(param: str, k: int, limits: EngineLimits) -> None:
 
 
 def check_ids(param: str, ids: Collection[int], limits: EngineLimits) -> None:
-    """Check that all ids are in the vocabulary."""
     if any(token_id >= limits.vocab_size for token_id in ids):
         raise invalid(param, f"`{param}` contains an id outside the vocabulary of {limits.vocab_size} tokens.")
 

@@ -53,7 +53,6 @@ class RequestHandle:
 
     @property
     def times(self) -> RequestTimes:
-        """Times of the request so far."""
         return self._state.times
 
     @property
@@ -62,7 +61,6 @@ class RequestHandle:
         return self._state.num_cached or 0
 
     def abort(self, reason: FinishReason = FinishReason.ABORT) -> None:
-        """Abort the request, see `Engine.abort`."""
         self._engine.abort(self.request.id, reason)
 
     def __enter__(self) -> Self:

@@ -14,24 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compiled.shapes import Buckets
-from compiled.state import (
-    DecodeInput,
-    SamplingArrays,
-    ScoreInput,
-    SlotPenalties,
-    StepInput,
-    StepOutput,
-)
+from compiled.state import DecodeInput, SamplingArrays, ScoreInput, SlotPenalties, StepInput, StepOutput
 from model.token_logprobs import TokenLogprobs, empty_logprobs
 from serve.engine import batch
 from serve.engine.batch import ScoreRow
 from serve.engine.logprob_store import begin_prompt_scores, has_nan, select_logprobs, store_prompt_scores, write
 from serve.engine.observer import EngineFault, EngineGauges, Observer
 from serve.engine.page_pool import PagePool
-from serve.engine.request import (
-    FinishReason,
-    TokenEvent,
-)
+from serve.engine.request import FinishReason, TokenEvent
 from serve.engine.request_state import RequestState, RequestStatus
 from serve.engine.scheduler import Schedule, Scheduler
 from serve.engine.token_mask import TokenMask
@@ -105,7 +95,6 @@ class EngineCore:
         return EngineGauges(len(scheduler.running), len(scheduler.waiting), len(scheduler.pinned), self._pool.usage)
 
     def add(self, request: RequestState) -> None:
-        """Queue a request."""
         request.mask = TokenMask(request.params, self._runner.vocab_size)
         self.scheduler.add(request)
 
@@ -280,7 +269,6 @@ class EngineCore:
 
 
 def _final_event(request: RequestState, reason: FinishReason, error: str | None = None) -> TokenEvent:
-    """An event without tokens."""
     return TokenEvent([], empty_logprobs(0, 0), reason, cached_tokens=request.num_cached or 0, error=error)
 
 

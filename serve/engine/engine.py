@@ -69,7 +69,6 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """True while requests are served."""
         return self._thread.is_alive() and not self.failed
 
     @property
@@ -84,7 +83,6 @@ class Engine:
 
     @property
     def gauges(self) -> EngineGauges:
-        """Current numbers of requests and use of the cache."""
         return self._core.gauges
 
     @property
@@ -94,7 +92,6 @@ class Engine:
         return 0.0 if since is None else time.monotonic() - since
 
     def start(self) -> None:
-        """Start the thread."""
         self._thread.start()
 
     def stop(self, seconds: float | None = None) -> None:

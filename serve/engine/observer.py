@@ -8,8 +8,6 @@ from serve.engine.request_state import RequestState
 
 
 class EngineFault(enum.StrEnum):
-    """Kinds of failure in the engine."""
-
     STEP = "step"  # a step failed: its requests finished with an error and the cache was cleared
     CALL = "call"  # a call from another thread failed, with the same consequences
     REQUEST = "request"  # a request could not be queued

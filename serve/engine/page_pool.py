@@ -60,7 +60,6 @@ class PagePool:
         return pages
 
     def num_unreferenced(self, pages: Iterable[int]) -> int:
-        """Number of unreferenced pages in `pages`."""
         return sum(page in self._unreferenced for page in pages)
 
     def share(self, pages: Sequence[int]) -> None:

@@ -46,8 +46,6 @@ class EngineStoppedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """Limits on one request."""
-
     max_model_len: int  # tokens of prompt and output together
     max_logprobs: int  # K, alternatives per token
     vocab_size: int  # V, exclusive upper bound of token ids

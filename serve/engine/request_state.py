@@ -5,18 +5,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from model.token_logprobs import TokenLogprobs
-from serve.engine.request import (
-    Request,
-    SamplingParams,
-)
+from serve.engine.request import Request, SamplingParams
 
 if TYPE_CHECKING:  # Ray's front uses the metrics without jax
     from serve.engine.token_mask import TokenMask
 
 
 class RequestStatus(enum.Enum):
-    """Stage of a request in the scheduler."""
-
     WAITING = enum.auto()
     PREFILL = enum.auto()
     DECODE = enum.auto()
@@ -36,8 +31,6 @@ class RequestTimes:
 
 @dataclass(eq=False, slots=True)
 class RequestState:
-    """A request and its progress."""
-
     request: Request
     seed: int = 0  # uint64, the request's own or a drawn one
     times: RequestTimes = field(default_factory=RequestTimes)

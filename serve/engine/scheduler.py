@@ -76,11 +76,9 @@ class Scheduler:
 
     @property
     def num_requests(self) -> int:
-        """Number of waiting and running requests."""
         return len(self.waiting) + len(self.running)
 
     def add(self, request: RequestState) -> None:
-        """Queue a request."""
         request.arrival = self._arrivals
         self._arrivals += 1
         request.max_chosen = min(request.params.max_tokens, self._max_model_len - len(request.prompt_token_ids))

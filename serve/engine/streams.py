@@ -15,13 +15,7 @@ from numpy.typing import NDArray
 from model.token_logprobs import empty_logprobs
 from serve.engine.client import RequestHandle
 from serve.engine.core import Emitted
-from serve.engine.request import (
-    EngineOptions,
-    EngineStoppedError,
-    FinishReason,
-    QueueFullError,
-    TokenEvent,
-)
+from serve.engine.request import EngineOptions, EngineStoppedError, FinishReason, QueueFullError, TokenEvent
 
 type _Delivery = list[tuple[RequestHandle, TokenEvent]]
 
@@ -122,7 +116,6 @@ class Streams:
         return None if expiry is None else max(0.0, expiry - time.monotonic())
 
     def expired_leases(self) -> list[str]:
-        """Ids of the requests whose lease has expired."""
         now = time.monotonic()
         with self._lock:
             return [request_id for request_id, expiry in self._leases.items() if expiry <= now]

@@ -34,8 +34,6 @@ _HEADERS = {
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """A static file."""
-
     data: bytes
     zipped: bytes
     media_type: str

@@ -14,6 +14,8 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from model.private_files import is_private
+
 logger = logging.getLogger(__name__)
 
 _ENTRY, _CHECKSUM = "-cache", ".sha256"
@@ -28,12 +30,11 @@ def use_persistent_cache(directory: Path) -> None:
         PermissionError: the directory belongs to another user.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = directory.stat()
-    if status.st_uid != os.geteuid():
+    if directory.stat().st_uid != os.geteuid():
         raise PermissionError(errno.EPERM, "it belongs to another user, who could put programs there", str(directory))
+    is_foreign = not is_private(directory.resolve())
     directory.chmod(0o700)
     entries = list(_entries(directory))
-    is_foreign = bool(status.st_mode & 0o022)
     if is_foreign and entries:
         logger.warning("%s: other users could write there: its programs are compiled again", directory)
     for entry in entries:

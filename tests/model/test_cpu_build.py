@@ -1,7 +1,9 @@
 """The kernels' library: where it is built, when, and what happens where it cannot be."""
 
+import os
 import platform
 import shutil
+import stat
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +30,78 @@ def test_a_library_for_another_cpu_is_passed_over(tmp_path: Path, monkeypatch: p
     subprocess.run([compiler, "-shared", "-fPIC", source, "-o", tmp_path / "avx512"], check=True)
     monkeypatch.setattr(library, "library_path", lambda name: tmp_path / name)
     assert library.load() is None
+
+
+def owned_by_another_user(status: os.stat_result) -> os.stat_result:
+    fields = list(status)
+    fields[stat.ST_UID] = os.geteuid() + 1
+    return os.stat_result(fields)
+
+
+@pytest.mark.parametrize(
+    ("folder_mode", "mode", "foreign", "trusted"),
+    [
+        (0o700, 0o755, False, True),
+        (0o755, 0o600, False, True),
+        (0o700, 0o775, False, False),
+        (0o700, 0o757, False, False),
+        (0o770, 0o755, False, False),
+        (0o1777, 0o755, False, False),
+        (0o700, 0o755, True, False),
+    ],
+)
+def test_load_opens_only_a_library_that_no_other_user_could_have_written(
+    folder_mode: int, mode: int, foreign: bool, trusted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    for name in library.INSTRUCTION_SETS:
+        (folder / name).touch()
+        (folder / name).chmod(mode)
+    folder.chmod(folder_mode)
+    opened: list[str] = []
+
+    def refuse(path: str) -> None:
+        opened.append(path)
+        raise OSError("not a library")
+
+    if foreign:
+        monkeypatch.setattr(Path, "lstat", lambda path: owned_by_another_user(path.stat()))
+    monkeypatch.setattr("ctypes.CDLL", refuse)
+    monkeypatch.setattr(library, "library_path", lambda name: folder / name)
+    assert library.load() is None
+    assert opened == ([str(folder / name) for name in library.INSTRUCTION_SETS] if trusted else [])
+
+
+def test_load_does_not_follow_a_link_to_a_library(tmp_path: Path) -> None:
+    (tmp_path / "own.so").touch(mode=0o644)
+    (tmp_path / "link.so").symlink_to(tmp_path / "own.so")
+    assert library.is_trusted(tmp_path / "own.so")
+    assert not library.is_trusted(tmp_path / "link.so")
+
+
+@pytest.mark.parametrize("writable", ["library", "folder"])
+def test_build_replaces_a_library_but_not_a_folder_that_others_can_write(
+    writable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
+        Path(command[-1]).write_text("ours")
+        Path(command[-1]).chmod(0o777)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", write)
+    monkeypatch.setattr(shutil, "which", lambda name: f"bin/{name}")
+    path = tmp_path / "kernels" / "a-1.so"
+    path.parent.mkdir(0o700)
+    path.write_text("another user's")
+    (path if writable == "library" else path.parent).chmod(0o777)
+    if writable == "folder":
+        with pytest.raises(RuntimeError, match="other users can write to "):
+            build.build([], path)
+        return
+    build.build([], path)
+    assert path.read_text() == "ours"
+    assert library.is_trusted(path)
 
 
 def test_a_machine_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +173,7 @@ def test_a_build_is_skipped_only_where_the_library_of_the_same_sources_is_there(
     monkeypatch.setattr(shutil, "which", lambda name: f"bin/{name}")
     units, folder = [tmp_path / "a.cc"], tmp_path / "_build"
     assert build.build(units, folder / "a-1.so") == "CPU kernels: built a-1.so with bin/c++"
+    assert (folder / "a-1.so").stat().st_mode & folder.stat().st_mode & 0o777 == 0o755  # an image has another user
     assert build.build(units, folder / "a-1.so") == "CPU kernels: a-1.so is up to date"
     assert len(calls) == 1
     build.build(units, folder / "b-1.so")
@@ -148,8 +223,8 @@ def test_library_path_prefers_the_bundled_library_to_the_cache(tmp_path: Path, m
     path = library.library_path("avx2")
     assert path.parent == tmp_path / "home" / ".cache" / "logprobd" / "kernels"
     bundled = tmp_path / "_build" / path.name
-    bundled.parent.mkdir()
-    bundled.touch()
+    bundled.parent.mkdir(0o755)
+    bundled.touch(0o644)
     assert library.library_path("avx2") == bundled
 
 

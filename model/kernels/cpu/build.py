@@ -12,7 +12,8 @@ from pathlib import Path
 
 import jax
 
-from model.kernels.cpu.library import BUNDLED, FLAGS, INSTRUCTION_SETS, UNITS, library_name, library_path
+from model.kernels.cpu.library import BUNDLED, FLAGS, INSTRUCTION_SETS, UNITS, is_trusted, library_name, library_path
+from model.private_files import is_private
 
 COMPILERS = ("c++", "g++", "clang++")
 _X86, _ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
@@ -26,21 +27,23 @@ def instruction_sets(machine: str) -> tuple[str, ...]:
 
 
 def build(units: Sequence[Path], library: Path, flags: Sequence[str] = ()) -> str:
-    """Compile `units` (.cc) into `library` unless it exists; return one line for the log.
+    """Compile `units` (.cc) into `library` unless a trusted one exists; return one line for the log.
 
     The compilers are tried in order until one succeeds. The file appears under its name only when it is complete,
     so processes may build the same library at the same time.
 
     Raises:
-        RuntimeError: there is no compiler, or all fail.
+        RuntimeError: other users can write to the folder, there is no compiler, or all fail.
         OSError: the folder cannot be written.
     """
-    if library.exists():
+    if is_trusted(library):
         return f"CPU kernels: {library.name} is up to date"
     compilers = [path for path in map(shutil.which, COMPILERS) if path is not None]
     if not compilers:
         raise RuntimeError(f"no C++ compiler on PATH ({', '.join(COMPILERS)})")
-    library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    library.parent.mkdir(mode=0o755, parents=True, exist_ok=True)  # an image is built as root, served as another user
+    if not is_private(library.parent.resolve()):
+        raise RuntimeError(f"other users can write to {library.parent}")
     errors = []
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".") as folder:
         unfinished = Path(folder) / library.name
@@ -48,6 +51,7 @@ def build(units: Sequence[Path], library: Path, flags: Sequence[str] = ()) -> st
         for compiler in compilers:
             error = _compile((compiler, *arguments))
             if error is None:
+                unfinished.chmod(0o755)  # whatever the umask: `load` refuses a library that others can write
                 unfinished.replace(library)
                 return f"CPU kernels: built {library.name} with {compiler}"
             errors.append(f"{compiler} failed: {error}")
@@ -95,7 +99,7 @@ def ensure_built(report: Callable[[str], None]) -> None:
     The kernels are optional: a failure is one line.
     """
     names = instruction_sets(platform.machine())
-    if names and all(library_path(name).exists() for name in names):
+    if names and all(is_trusted(library_path(name)) for name in names):
         return
     try:
         if names and any(map(shutil.which, COMPILERS)):

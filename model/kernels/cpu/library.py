@@ -11,6 +11,7 @@ import jax
 import jaxlib.version
 
 from model.layout import COLUMN_BLOCK, GROUP_SIZE, PAGE_SIZE
+from model.private_files import is_private
 
 LINEAR_TARGET = "logprobd_linear"
 LINEAR_INT8_TARGET = "logprobd_linear_int8"
@@ -86,21 +87,30 @@ def cache_folder() -> Path:
 
 
 def library_path(instruction_set: str) -> Path:
-    """Path of the library: inside the package where it was built in place, as in an image, else in the cache."""
+    """Path of the library: inside the package if it was built in place, as in an image, else in the cache."""
     name = library_name(instruction_set)
     bundled = BUNDLED / name
-    return bundled if bundled.exists() else cache_folder() / name
+    return bundled if is_trusted(bundled) else cache_folder() / name
+
+
+def is_trusted(library: Path) -> bool:
+    """Whether a library exists that no other user but root could have written."""
+    return is_private(library) and is_private(library.parent.resolve())
 
 
 def load() -> CpuKernels | None:
     """Load the library of the best instruction set and register its kernels with XLA; None if there is no library.
 
-    Call it before compiling a program that calls the kernels or reading one from the persistent compilation cache.
+    A library that other users could have written is not loaded: it would run in this process. Call `load` before
+    compiling a program that calls the kernels or reading one from the persistent compilation cache.
     Calls after the first change nothing.
     """
     for instruction_set in INSTRUCTION_SETS:
+        path = library_path(instruction_set)
+        if not is_trusted(path):
+            continue
         try:
-            library = ctypes.CDLL(str(library_path(instruction_set)))
+            library = ctypes.CDLL(str(path))
         except OSError:
             continue
         if library.logprobd_runs_here():

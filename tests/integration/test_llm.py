@@ -1,5 +1,6 @@
 """LLM with the default model in float32 gives the numbers of a server with the same options, to the bit."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 
 from serve.jobs.results import Generation, Tokens
 from serve.llm import LLM
-from tests.support.server_process import ServerProcess
+from tests.support.server_process import ROOT, ServerProcess
+from tools.guides.__main__ import is_alike
 
 TEXTS = ["The capital of France is Paris.", "naïve 東京 👩‍🚀", "def f(x):\n\treturn x\n" * 20, "x"]
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -102,3 +104,12 @@ def test_the_docstring_shows_the_real_output(llm: LLM) -> None:
         f"{score.completion_logprob} {score.is_greedy}\n",
     ):
         assert printed in (LLM.__doc__ or "")
+
+
+def test_readme_shows_the_real_output(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    example = re.search(r"^```python\n(.*?)^```\n```text\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert example is not None
+    assert 'LLM(dtype="float32")' in example[1]
+    exec(example[1].replace('LLM(dtype="float32")', "llm"), {"llm": llm})
+    assert is_alike(example[2], capsys.readouterr().out)

@@ -26,7 +26,7 @@ from serve.api.tokenize import Tokenization
 from serve.config.config import ServeConfig
 from serve.engine.client import EngineClient
 from serve.text.chat import ChatFormat, PromptError
-from serve.text.template_sandbox import TemplateBusyError, TemplateSandbox
+from serve.text.chat_template import TemplateBusyError, TemplateSandbox
 from serve.text.tokenizer import Tokenizer
 
 

@@ -22,7 +22,7 @@ from serve.api.logprobs import clamped, wire_logprobs
 from serve.api.validation import PromptLogprobs
 from serve.engine.client import EngineClient
 from serve.engine.request import EngineStoppedError, NotPinnedError, Request
-from serve.text.token_strings import decoded_tokens, whole_text
+from serve.text.detokenizer import decoded_tokens, whole_text
 from serve.text.tokenizer import Tokenizer
 
 _CONTEXT = 4  # preceding tokens that may contain the beginning of a token's character

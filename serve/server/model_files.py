@@ -14,7 +14,7 @@ from model.weights.source import ModelSource, default_model_path, resolve_model
 from model.weights.weight_table import open_checkpoint
 from serve.config.config import EngineConfig
 from serve.config.generation_config import DefaultsError, GenerationDefaults, defaults_of
-from serve.text.chat_template import ChatTemplateError
+from serve.text.chat_template import ChatTemplateError, render_chat
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
@@ -98,16 +98,12 @@ def check_tokenizer(name: str, tokenizer: Tokenizer, vocab_size: int) -> None:
 
 def check_template(name: str, tokenizer: Tokenizer, chat_template: str | None) -> None:
     """Raises StartupError if the chat template, or else the tokenizer's own, cannot render a user's "Hi"."""
-    if chat_template is None and tokenizer.chat_template is None:
+    template = tokenizer.chat_template if chat_template is None else chat_template
+    if template is None:
         return
+    messages = [{"role": "user", "content": "Hi"}]
     try:
-        tokenizer.render_chat(
-            [{"role": "user", "content": "Hi"}],
-            add_generation_prompt=True,
-            continue_final_message=False,
-            chat_template_kwargs={},
-            chat_template=chat_template,
-        )
+        render_chat(template, messages, special_tokens=tokenizer.special_tokens, add_generation_prompt=True)
     except ChatTemplateError as error:
         raise StartupError(f"{name}: the chat template fails: {error}") from None
 

@@ -4,8 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from serve.text.chat_template import ChatTemplateError
-from serve.text.template_sandbox import TemplateSandbox
+from serve.text.chat_template import ChatTemplateError, TemplateSandbox, render_chat
 from serve.text.tokenizer import Tokenizer, TokenizerError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -30,12 +29,10 @@ class ContextLimits(Protocol):
     """Limits on the tokens of a prompt and its output together."""
 
     @property
-    def max_model_len(self) -> int:
-        """Of the model."""
+    def max_model_len(self) -> int: ...
 
     @property
-    def cache_tokens(self) -> int:
-        """Of the page cache."""
+    def cache_tokens(self) -> int: ...  # of the page cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,23 +69,22 @@ class ChatFormat:
         if generates and continue_final_message:
             message = "`continue_final_message` and `add_generation_prompt` cannot both be true."
             raise PromptError("continue_final_message", message)
+        template, render = self.template, render_chat
+        if template is None:
+            template = self.tokenizer.chat_template
+        if request_template is not None:
+            assert self.sandbox is not None
+            template, render = request_template, self.sandbox.render
         try:
-            if request_template is not None:
-                assert self.sandbox is not None
-                return self.sandbox.render(
-                    request_template,
-                    messages,
-                    special_tokens=self.tokenizer.special_tokens,
-                    template_kwargs=variables or {},
-                    add_generation_prompt=generates,
-                    continue_final_message=continue_final_message,
-                )
-            return self.tokenizer.render_chat(
+            if template is None:
+                raise ChatTemplateError("this model has no chat template: pass one, or use the completions endpoint")
+            return render(
+                template,
                 messages,
+                special_tokens=self.tokenizer.special_tokens,
                 add_generation_prompt=generates,
                 continue_final_message=continue_final_message,
-                chat_template_kwargs=variables or {},
-                chat_template=self.template,
+                template_kwargs=variables or {},
             )
         except ChatTemplateError as error:
             raise PromptError(param, f"The chat template refused the messages: {error}") from None

@@ -1,16 +1,23 @@
-"""Tokenizer from the metadata of a GGUF file, with the ids of the original tokenizer."""
+"""Tokenizer from the metadata of a GGUF file, with the ids of the original tokenizer.
 
-from collections.abc import Mapping
+For the keys see "Tokenizer" in `docs/gguf.md` of the ggml project.
+"""
+
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from reprlib import repr as shown
 from typing import Any
 
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from serve.text.gguf_sentencepiece import sentencepiece_backend
-from serve.text.gguf_vocabulary import Vocabulary, read_vocabulary, required_list
-from serve.text.tokenizer import Tokenizer, TokenizerError, panics_as_errors
+from serve.text.tokenizer import SPACE, Tokenizer, TokenizerError, panics_as_errors
+
+_PREFIX = "tokenizer.ggml."
+# Values of `tokenizer.ggml.token_type`.
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+_MAX_PIECE = 512  # characters; all ways to split a piece in two are tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +55,59 @@ _PRE = {
 _TEMPLATE_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
+@dataclass(frozen=True, slots=True)
+class _Vocabulary:
+    """Tokens and their types by id, and the metadata."""
+
+    tokens: list[str]
+    types: list[int]
+    metadata: Mapping[str, Any]
+
+    def id_of(self, name: str) -> int | None:
+        """The id in `tokenizer.ggml.<name>_token_id`; None if the key is absent."""
+        value = self.metadata.get(f"{_PREFIX}{name}_token_id")
+        if value is None:
+            return None
+        if type(value) is not int or not 0 <= value < len(self.tokens):
+            raise TokenizerError(f"GGUF: {_PREFIX}{name}_token_id {value!r} is not below {len(self.tokens)}")
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        return bool(self.metadata.get(_PREFIX + name, default))
+
+    def ids(self) -> dict[str, int]:
+        """Token -> id, without the unused tokens that pad the model's vocabulary."""
+        return {token: index for index, token in enumerate(self.tokens) if self.types[index] != UNUSED}
+
+    def add_special_tokens(self, backend: Backend, *, add_bos: bool) -> None:
+        """Add to `backend` the tokens that match text first, and the BOS and EOS that surround a text.
+
+        `add_bos` is the default for a file that does not specify it.
+        """
+        backend.add_tokens(
+            [
+                AddedToken(token, special=kind == CONTROL, normalized=False)
+                for token, kind in zip(self.tokens, self.types, strict=True)
+                if kind in (CONTROL, USER_DEFINED)
+            ]
+        )
+        around = {
+            "bos": self.id_of("bos") if self.flag("add_bos_token", add_bos) else None,
+            "eos": self.id_of("eos") if self.flag("add_eos_token", False) else None,
+        }
+        present = {name: index for name, index in around.items() if index is not None}
+        if present:
+            # Names instead of the tokens' texts, which could contain the colon of the template syntax.
+            backend.post_processor = processors.TemplateProcessing(
+                single=[name for name in ("bos", "$A", "eos") if name == "$A" or name in present],
+                special_tokens=[
+                    {"id": name, "ids": [index], "tokens": [self.tokens[index]]} for name, index in present.items()
+                ],
+            )
+
+
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    """Build the tokenizer from the keys of the GGUF specification (`docs/gguf.md` of the ggml project).
+    """Build the tokenizer.
 
     Args:
         metadata: key -> plain Python value. `tokenizer.ggml.model` may be "gpt2" (byte-level BPE) or "llama"
@@ -61,8 +119,11 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise TokenizerError(f"GGUF: tokenizer.ggml.model {shown(kind)} is not supported; supported: gpt2, llama")
-    vocabulary = read_vocabulary(metadata)
-    backend = _byte_level_backend(vocabulary) if kind == "gpt2" else sentencepiece_backend(vocabulary)
+    tokens, types = _required_list(metadata, "tokens", str), _required_list(metadata, "token_type", int)
+    if len(tokens) != len(types):
+        raise TokenizerError(f"GGUF: {len(tokens)} tokens, but {len(types)} token types")
+    vocabulary = _Vocabulary(tokens, types, metadata)
+    backend = _byte_level_backend(vocabulary) if kind == "gpt2" else _sentencepiece_backend(vocabulary)
     named = {name: vocabulary.id_of(key) for name, key in _TEMPLATE_NAMES.items()}
     ends = (vocabulary.id_of("eos"), vocabulary.id_of("eot"))
     return Tokenizer(
@@ -73,9 +134,15 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     )
 
 
-def _byte_level_backend(vocabulary: Vocabulary) -> Backend:
-    pre = _pre_of(vocabulary.metadata)
-    pairs = [merge.split(" ") for merge in required_list(vocabulary.metadata, "merges", str)]
+def _byte_level_backend(vocabulary: _Vocabulary) -> Backend:
+    name = vocabulary.metadata.get("tokenizer.ggml.pre")
+    # No default for a missing key: a wrong split gives ids that look right but are not.
+    if not isinstance(name, str) or name not in _PRE:
+        raise TokenizerError(
+            f"GGUF: tokenizer.ggml.pre {shown(name)} is not supported; supported: {', '.join(sorted(_PRE))}"
+        )
+    pre = _PRE[name]
+    pairs = [merge.split(" ") for merge in _required_list(vocabulary.metadata, "merges", str)]
     if not all(len(pair) == 2 for pair in pairs):
         raise TokenizerError("GGUF: tokenizer.ggml.merges must be pairs separated by one space")
     merges = [(left, right) for left, right in pairs]
@@ -87,27 +154,87 @@ def _byte_level_backend(vocabulary: Vocabulary) -> Backend:
     backend = Backend(model)
     if pre.nfc:
         backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(_splitters(pre))
+    splitters: list[pre_tokenizers.PreTokenizer] = []
+    if pre.single_digits:
+        splitters.append(pre_tokenizers.Digits(individual_digits=True))
+    if pre.split is not None:
+        splitters.append(pre_tokenizers.Split(Regex(pre.split), behavior="isolated"))
+    splitters.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.split is None))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(splitters)
     backend.decoder = decoders.ByteLevel()
     vocabulary.add_special_tokens(backend, add_bos=pre.add_bos)
     return backend
 
 
-def _splitters(pre: _Pre) -> list[pre_tokenizers.PreTokenizer]:
-    steps: list[pre_tokenizers.PreTokenizer] = []
-    if pre.single_digits:
-        steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if pre.split is not None:
-        steps.append(pre_tokenizers.Split(Regex(pre.split), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.split is None))
-    return steps
-
-
-def _pre_of(metadata: Mapping[str, Any]) -> _Pre:
-    # No default for a missing key: a wrong split gives ids that look right but are not.
-    name = metadata.get("tokenizer.ggml.pre")
-    if not isinstance(name, str) or name not in _PRE:
-        raise TokenizerError(
-            f"GGUF: tokenizer.ggml.pre {shown(name)} is not supported; supported: {', '.join(sorted(_PRE))}"
+def _sentencepiece_backend(vocabulary: _Vocabulary) -> Backend:
+    """BPE that merges to the piece with the highest score first, with a fallback to `<0xNN>` bytes."""
+    vocabulary, runs = _with_marked_spaces(vocabulary)
+    unknown = vocabulary.id_of("unknown")
+    if unknown is None:
+        raise TokenizerError("GGUF: tokenizer.ggml.unknown_token_id is missing")
+    backend = Backend(
+        models.BPE(
+            vocab=vocabulary.ids(),
+            merges=_merges(vocabulary, set(runs)),
+            unk_token=vocabulary.tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
         )
-    return _PRE[name]
+    )
+    prefix = vocabulary.flag("add_space_prefix", True)
+    replace = normalizers.Replace(" ", SPACE)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if prefix else replace
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    vocabulary.add_special_tokens(backend, add_bos=True)
+    # For texts that contain runs of the mark: they are matched before spaces are marked.
+    backend.add_tokens([AddedToken(token, normalized=False) for token in runs])
+    return backend
+
+
+def _with_marked_spaces(vocabulary: _Vocabulary) -> tuple[_Vocabulary, list[str]]:
+    """The vocabulary with runs of spaces, user-defined tokens in GGUF files, as ordinary pieces; and these runs."""
+    tokens, types, runs = list(vocabulary.tokens), list(vocabulary.types), []
+    for index, token in enumerate(tokens):
+        if types[index] == USER_DEFINED and not token.strip(" " + SPACE):
+            tokens[index], types[index] = token.replace(" ", SPACE), NORMAL
+            runs.append(tokens[index])
+    return _Vocabulary(tokens, types, vocabulary.metadata), runs
+
+
+def _merges(vocabulary: _Vocabulary, runs: Collection[str]) -> list[tuple[str, str]]:
+    """All pairs of pieces that form a piece, ordered by score, id and the ids of both halves.
+
+    User-defined runs of spaces (Gemma) come first, the longest first, because SentencePiece matches such pieces before
+    all others. The runs of Llama 2 are ordinary pieces with the lowest scores.
+    """
+    scores = _required_list(vocabulary.metadata, "scores", float)
+    if len(scores) != len(vocabulary.tokens):
+        raise TokenizerError(f"GGUF: {len(vocabulary.tokens)} tokens, but {len(scores)} scores")
+    if any(map(math.isnan, scores)):
+        raise TokenizerError("GGUF: tokenizer.ggml.scores contains NaN")
+    ids = vocabulary.ids()
+    ranked = []
+    for token, index in ids.items():
+        if vocabulary.types[index] != NORMAL:
+            continue
+        if len(token) > _MAX_PIECE:
+            raise TokenizerError(f"GGUF: token {index} has {len(token)} characters; the maximum is {_MAX_PIECE}")
+        is_run = token in runs
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in ids and right in ids:
+                order = (-math.inf, -len(left), -len(right)) if is_run else (-scores[index], index, ids[left])
+                ranked.append((*order, ids[right], left, right))
+    ranked.sort()
+    return [(row[4], row[5]) for row in ranked]
+
+
+def _required_list[T](metadata: Mapping[str, Any], name: str, kind: type[T]) -> list[T]:
+    """The list `tokenizer.ggml.<name>`, whose items have type `kind`."""
+    value = metadata.get(_PREFIX + name)
+    if not value or not isinstance(value, list):
+        raise TokenizerError(f"GGUF: {_PREFIX}{name} is missing")
+    if not all(isinstance(item, kind) for item in value):
+        raise TokenizerError(f"GGUF: {_PREFIX}{name} must contain only {kind.__name__}")
+    return value

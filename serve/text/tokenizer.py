@@ -1,7 +1,8 @@
-"""Tokenizer: text to token ids and back, the bytes of each token, chat templates."""
+"""Tokenizer: text to token ids and back, and the bytes of each token."""
 
 import contextlib
 import json
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,9 +12,9 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
-from serve.text.chat_template import ChatTemplateError, render_chat
-from serve.text.token_bytes import UnknownDecoderError, token_bytes_table
-
+SPACE = "\u2581"  # how SentencePiece writes a space
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_NOT_A_BYTE = "\uffff"  # does not fit into Latin-1, so encoding it fails
 _LARGE = 1 << 18  # characters: such a text takes 75 MB while it is tokenized
 _MAX_LARGE = 2  # large texts tokenized at the same time
 _PANIC = "PanicException"  # pyo3's class of Rust panics, derived from BaseException and exported nowhere
@@ -50,6 +51,12 @@ class Tokenizer:
     """A fast tokenizer that knows the bytes of each token. Immutable; thread-safe.
 
     Ids without a token (models pad their vocabulary) have no bytes and no text.
+
+    Attributes:
+        eos_token_ids: ids that end an output.
+        special_tokens: names such as "bos_token" -> token text, for templates.
+        special_ids: ids of markup tokens, which `skip_special_tokens` hides.
+        chat_template: Jinja source, if the model has one.
     """
 
     def __init__(
@@ -62,10 +69,6 @@ class Tokenizer:
     ) -> None:
         """Take ownership of `backend`, disable its padding and truncation, and tabulate all token bytes (about 0.2 s).
 
-        Args:
-            eos_token_ids: ids that end an output.
-            special_tokens: names such as "bos_token" -> token text, for templates.
-
         Raises:
             TokenizerError: the tokens are neither byte-level nor SentencePiece pieces.
         """
@@ -73,37 +76,19 @@ class Tokenizer:
         backend.no_truncation()
         self._backend = backend
         self._large = threading.BoundedSemaphore(_MAX_LARGE)
-        self._special_tokens = dict(special_tokens)
-        try:
-            self._bytes = token_bytes_table(backend)
-        except UnknownDecoderError as error:
-            raise TokenizerError(str(error)) from error
-        self._special_ids = frozenset(
-            index for index, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        self._bytes = _token_bytes_table(backend)
         self._longest = max(1, *map(len, self._bytes))
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.special_tokens = dict(special_tokens)
+        self.special_ids = frozenset(
+            index for index, token in backend.get_added_tokens_decoder().items() if token.special
+        )
         self.chat_template = chat_template
 
     @property
     def vocab_size(self) -> int:
         """Highest token id plus 1; the model's vocabulary may be larger."""
         return len(self._bytes)
-
-    @property
-    def bos_token(self) -> str | None:
-        """Text of the token that begins a sequence, if the model has one."""
-        return self._special_tokens.get("bos_token")
-
-    @property
-    def eos_token(self) -> str | None:
-        """Text of the token that ends a sequence, if the model has one."""
-        return self._special_tokens.get("eos_token")
-
-    @property
-    def special_tokens(self) -> dict[str, str]:
-        """Texts of special tokens by name, such as "eos_token"."""
-        return dict(self._special_tokens)
 
     def token_piece(self, token_id: int) -> str:
         """The token as spelled in the vocabulary, such as "Ġthe"; "" for an id without a token."""
@@ -130,7 +115,7 @@ class Tokenizer:
             raise TokenizerError("the tokenizer fails on this text") from error
 
     def surely_above(self, text: str, tokens: int) -> bool:
-        """True if `text` certainly has more than `tokens` tokens, judging by its length alone; False is no statement.
+        """True if `text` certainly has more than `tokens` tokens, judging by its length alone.
 
         Avoids tokenizing megabytes, which takes seconds. A normalizer may shorten a text by a factor of 4 at most.
         """
@@ -148,43 +133,8 @@ class Tokenizer:
         r"""The token's text; bytes that are not valid UTF-8 are written as `\xNN`, as OpenAI does."""
         return self.token_bytes(token_id).decode("utf-8", "backslashreplace")
 
-    @property
-    def special_ids(self) -> frozenset[int]:
-        """Ids of markup tokens."""
-        return self._special_ids
-
     def is_special(self, token_id: int) -> bool:
-        """True for a markup token, which `skip_special_tokens` hides."""
-        return token_id in self._special_ids
-
-    def render_chat(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-        chat_template_kwargs: Mapping[str, Any],
-        chat_template: str | None,
-    ) -> str:
-        """Render a chat, special tokens written out: encode the text with `add_special_tokens=False`.
-
-        Args:
-            chat_template: Jinja source; None for the model's own. See `serve.text.chat_template.render_chat`.
-
-        Raises:
-            ChatTemplateError: no template, or the template refuses the messages.
-        """
-        template = chat_template if chat_template is not None else self.chat_template
-        if template is None:
-            raise ChatTemplateError("this model has no chat template: pass one, or use the completions endpoint")
-        return render_chat(
-            template,
-            messages,
-            special_tokens=self._special_tokens,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            template_kwargs=chat_template_kwargs,
-        )
+        return token_id in self.special_ids
 
 
 def load_tokenizer(model_dir: Path) -> Tokenizer:
@@ -208,7 +158,9 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
     return Tokenizer(
         backend,
         eos_token_ids=_eos_token_ids(model_dir, loaded.eos_token_id),
-        special_tokens={name: str(token) for name, token in loaded.special_tokens_map.items() if not _is_list(token)},
+        special_tokens={
+            name: str(token) for name, token in loaded.special_tokens_map.items() if not isinstance(token, list | tuple)
+        },
         chat_template=template.get("default") if isinstance(template, dict) else template,
     )
 
@@ -237,5 +189,66 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _is_list(value: object) -> bool:
-    return isinstance(value, list | tuple)
+def byte_characters() -> list[str]:
+    """GPT-2's `bytes_to_unicode`: item b is the character that byte-level BPE writes for byte b.
+
+    Printable bytes map to themselves, the other 68 to U+0100 and up, in order.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(0x100)]
+
+
+def _token_bytes_table(backend: Backend) -> list[bytes]:
+    """Bytes by token id; b"" for ids without a token.
+
+    Byte-level tokens are mapped back to bytes; `<0xNN>` and the space mark of SentencePiece pieces are replaced; added
+    tokens are their content in UTF-8.
+    """
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    added = backend.get_added_tokens_decoder()
+    sentencepiece = _is_sentencepiece(backend)
+    table = [b""] * (1 + max((*vocabulary.values(), *added), default=-1))
+    if sentencepiece:
+        for token, index in vocabulary.items():
+            table[index] = _piece_bytes(token)
+    else:
+        characters = dict.fromkeys(range(0x100), _NOT_A_BYTE)
+        characters |= {ord(character): chr(byte) for byte, character in enumerate(byte_characters())}
+        for token, index in vocabulary.items():
+            table[index] = _byte_level_bytes(token, characters)
+    for index, extra in added.items():
+        # The SentencePiece decoder also replaces the mark in added tokens; some are runs of spaces.
+        text = extra.content.replace(SPACE, " ") if sentencepiece and not extra.special else extra.content
+        table[index] = text.encode()
+    return table
+
+
+def _byte_level_bytes(token: str, characters: dict[int, str]) -> bytes:
+    try:
+        return token.translate(characters).encode("latin-1")
+    except UnicodeEncodeError:  # a character that maps to no byte: the token is plain text
+        return token.encode()
+
+
+def _piece_bytes(piece: str) -> bytes:
+    byte = _BYTE_PIECE.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
+
+
+def _is_sentencepiece(backend: Backend) -> bool:
+    state = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": None}
+    kinds = {part["type"] for part in _parts(state)}
+    if "ByteLevel" in kinds:
+        return False
+    if kinds & {"ByteFallback", "Metaspace"}:
+        return True
+    raise TokenizerError(
+        f"tokenizer decoder {state['type']} is not supported; supported: ByteLevel and SentencePiece's"
+    )
+
+
+def _parts(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield state
+    for inner in state.get("decoders", ()):
+        yield from _parts(inner)

@@ -16,8 +16,7 @@ from serve.api.access_log import AccessLog
 from serve.api.middleware import ApiKeys
 from serve.config.config import ServeConfig
 from serve.server.logs import JsonFormatter
-from serve.text.chat_template import ChatTemplateError
-from serve.text.template_sandbox import TemplateSandbox
+from serve.text.chat_template import ChatTemplateError, TemplateSandbox
 from tests.support.http_client import chat_body, completion_body, error_of, serving
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -39,8 +39,7 @@ from serve.engine.client import RequestHandle
 from serve.engine.engine import Engine
 from serve.engine.request import EngineLimits, EngineOptions, Request, TokenEvent
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
-from serve.text.token_bytes import byte_characters
-from serve.text.tokenizer import Tokenizer
+from serve.text.tokenizer import Tokenizer, byte_characters
 from tests.support import fake_runner
 from tests.support.fake_runner import MAX_MODEL_LEN, FakeRunner, K, Unread
 

@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
@@ -20,13 +21,17 @@ class FakeTokens:
     """A tokenizer whose ids index a list of byte strings."""
 
     tokens: Sequence[bytes]
-    special: frozenset[int] = frozenset()
+    special: frozenset[int]
 
     def token_bytes(self, token_id: int) -> bytes:
         return self.tokens[token_id]
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self.special
+
+
+def fake_tokenizer(tokens: Sequence[bytes], special: frozenset[int] = frozenset()) -> Tokenizer:
+    return cast("Tokenizer", FakeTokens(tokens, special))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,10 @@ def smollm2() -> Tokenizer:
 def run(tokens: Sequence[bytes], *stop: str, include: bool = False) -> tuple[list[str], str | None]:
     """The pieces of text, one per token and the last from finish(), and what stopped it."""
     detokenizer = Detokenizer(
-        FakeTokens(tokens), skip_special_tokens=False, stop=StopStrings(stop), include_stop_str_in_output=include
+        fake_tokenizer(tokens),
+        skip_special_tokens=False,
+        stop=StopStrings(stop),
+        include_stop_str_in_output=include,
     )
     found = [detokenizer.push(index) for index in range(len(tokens))]
     return [*found, detokenizer.finish()], detokenizer.stopped_by
@@ -65,7 +73,7 @@ def test_detokenizer_replaces_invalid_bytes_at_once() -> None:
 
 
 def test_skipped_special_token_does_not_split_a_character() -> None:
-    tokenizer = FakeTokens([b"\xc3", b"<end>", b"\xa9"], special=frozenset({1}))
+    tokenizer = fake_tokenizer([b"\xc3", b"<end>", b"\xa9"], special=frozenset({1}))
     skipping = Detokenizer(
         tokenizer, skip_special_tokens=True, stop=StopStrings(("<end>",)), include_stop_str_in_output=False
     )

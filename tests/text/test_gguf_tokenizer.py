@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
-from serve.text.token_bytes import byte_characters
-from serve.text.tokenizer import Tokenizer, TokenizerError
+from serve.text.tokenizer import Tokenizer, TokenizerError, byte_characters
 
 BYTES = byte_characters()
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -82,7 +81,7 @@ def test_token_types_control_matching_and_skipping() -> None:
     assert tokenizer.decode(ids, skip_special_tokens=True) == "ab<tool>["
     assert tokenizer.token_bytes(259) == b""
     assert tokenizer.eos_token_ids == {257, 258}
-    assert tokenizer.eos_token == "<end>"
+    assert tokenizer.special_tokens["eos_token"] == "<end>"
 
 
 @pytest.mark.parametrize(

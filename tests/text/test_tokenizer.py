@@ -14,11 +14,11 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from model.weights.gguf_header import read_header
-from serve.text.chat_template import ChatTemplateError
+from serve.text.chat import ChatFormat, PromptError
+from serve.text.chat_template import ChatTemplateError, render_chat
+from serve.text.detokenizer import decoded_tokens
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
-from serve.text.token_bytes import byte_characters
-from serve.text.token_strings import decoded_tokens
-from serve.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from serve.text.tokenizer import Tokenizer, TokenizerError, byte_characters, load_tokenizer
 
 GOLDEN: list[dict[str, Any]] = json.loads((Path(__file__).parent / "golden_tokenizer.json").read_text("utf-8"))
 CHATS = [case for case in GOLDEN if "messages" in case]
@@ -50,7 +50,8 @@ def test_render_chat_gives_the_golden_prompt(smollm2: Tokenizer, case: dict[str,
 def test_load_tokenizer_of_the_default_model(smollm2: Tokenizer) -> None:
     assert smollm2.vocab_size == 49152
     assert smollm2.eos_token_ids == {IM_END}
-    assert (smollm2.bos_token, smollm2.eos_token) == ("<|im_start|>", "<|im_end|>")
+    special = smollm2.special_tokens
+    assert (special["bos_token"], special["eos_token"]) == ("<|im_start|>", "<|im_end|>")
     assert [index for index in range(smollm2.vocab_size) if smollm2.is_special(index)] == list(range(17))
 
 
@@ -148,9 +149,9 @@ def test_load_tokenizer_of_a_hugging_face_directory(tmp_path: Path) -> None:
     assert [tokenizer.token_bytes(index) for index in ids] == [b"h", b"\xc3", b"\xa9", b"<end>", b"<tool>"]
     assert [tokenizer.is_special(index) for index in ids] == [False, False, False, True, False]
     assert tokenizer.eos_token_ids == {257, 5}
-    assert (tokenizer.bos_token, tokenizer.eos_token) == (None, "<end>")
-    with pytest.raises(ChatTemplateError, match="no chat template"):
-        chat(tokenizer, [{"role": "user", "content": "hi"}])
+    assert tokenizer.special_tokens == {"eos_token": "<end>"}
+    with pytest.raises(PromptError, match="no chat template"):
+        ChatFormat(tokenizer).render([{"role": "user", "content": "hi"}])
 
 
 def test_encode_neither_truncates_nor_pads(tmp_path: Path) -> None:
@@ -236,12 +237,15 @@ def chat(
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
 ) -> str:
-    return tokenizer.render_chat(
+    source = tokenizer.chat_template if template is None else template
+    assert source is not None
+    return render_chat(
+        source,
         messages,
+        special_tokens=tokenizer.special_tokens,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
-        chat_template_kwargs=kwargs or {},
-        chat_template=template,
+        template_kwargs=kwargs,
     )
 
 

@@ -7,15 +7,12 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as Original
 
-from serve.text.gguf_tokenizer import tokenizer_from_gguf
-from serve.text.gguf_vocabulary import CONTROL, UNUSED, USER_DEFINED
+from serve.text.gguf_tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, tokenizer_from_gguf
 from tests.support.golden_cases import FOLDER
 from tests.support.texts import texts
 from tools.clients.environments import node_environment
 
 pytestmark = pytest.mark.clients
-
-NORMAL = 1
 
 
 def original(name: str) -> Path:

@@ -52,7 +52,7 @@ FORBIDDEN = (
     *(("serve.llm", name) for name in ("serve.api", "serve.cli", "serve.ray", "jax", "starlette")),
     *(
         (f"serve.server.{name}", package)
-        for name in ("startup", "model_files", "memory_plan", "console", "startup_events", "logs")
+        for name in ("startup", "model_files", "memory_plan", "console", "startup_events")
         for package in ("serve.api", "starlette", "uvicorn")
     ),
     ("serve.cli", "serve.ray"),

@@ -147,8 +147,6 @@ class SamplingConfig(EngineConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig(SamplingConfig):
-    """A server."""
-
     max_num_queued_reqs: int = option(
         SCHEDULING, "maximum number of unfinished requests; more get 429", Between(1, 1 << 20), default=1024
     )

@@ -73,7 +73,7 @@ def _all_keys(flags: Sequence[str], file: Path | None, environ: Mapping[str, str
             the flag or the variable.
     """
     keys = [*flags, *([] if file is None else _keys_in(file.expanduser()))]
-    return tuple(keys or [_checked(environ[name], f"${name}") for name in _KEY_VARIABLES if name in environ])
+    return tuple(keys or [api_key(environ[name], f"${name}: ") for name in _KEY_VARIABLES if name in environ])
 
 
 def _keys_in(path: Path) -> list[str]:
@@ -85,14 +85,7 @@ def _keys_in(path: Path) -> list[str]:
         raise ValueError(f"{source}: not ASCII text") from None
     except OSError as error:
         raise ValueError(f"{source}: {error.strerror}") from None
-    keys = [_checked(line, source) for line in lines if line and not line.startswith("#")]
+    keys = [api_key(line, f"{source}: ") for line in lines if line and not line.startswith("#")]
     if not keys:
         raise ValueError(f"{source}: contains no key")
     return keys
-
-
-def _checked(key: str, source: str) -> str:
-    try:
-        return api_key(key)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None

@@ -50,14 +50,10 @@ class GenerationDefaults(SamplingFields):
 
     @classmethod
     def read(cls, values: Any, where: str) -> Self:
-        """Read the fields above from a JSON object and ignore the others that transformers writes.
-
-        Args:
-            values: the parsed JSON.
-            where: source of the values, for error messages.
+        """Read the fields above from a JSON object, and ignore the others that transformers writes.
 
         Raises:
-            DefaultsError: not an object, or a field has an invalid value.
+            DefaultsError: not an object, or a field has an invalid value; the message starts with `where`.
         """
         if not isinstance(values, dict):
             raise DefaultsError(f"{where}: must be a JSON object")
@@ -73,7 +69,6 @@ class GenerationDefaults(SamplingFields):
         return body.model_copy(update=missing) if missing else body
 
     def set_fields(self) -> dict[str, Any]:
-        """The values that are set, by field name."""
         return self.model_dump(exclude_none=True)
 
 

@@ -10,17 +10,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(%|[kmgt]i?|)b?)", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryAmount:
-    """Bytes, or a share of the free memory."""
-
-    size: int | float  # int: bytes; float: a share in (0, 1]
-
-    def bytes_of(self, free: int | None) -> int | None:
-        """In bytes; None for a share of an unknown amount."""
-        if isinstance(self.size, int):
-            return self.size
-        return None if free is None else int(self.size * free)
+type MemoryAmount = int | float  # bytes, or a share of the free memory in (0, 1]
 
 
 def parse_memory(text: str) -> MemoryAmount:
@@ -30,11 +20,11 @@ def parse_memory(text: str) -> MemoryAmount:
         raise ValueError(f"{text!r} is neither bytes, such as 800M or 2GiB, nor a share, such as 0.5 or 50%")
     number, unit = float(match[1]), match[2].lower()
     if unit != "%" and not (unit == "" and "." in match[1]):
-        return MemoryAmount(int(number * _UNITS[unit]))
+        return int(number * _UNITS[unit])
     share = number / 100 if unit else number
     if not 0 < share <= 1:
         raise ValueError(f"{text!r} is not a share above 0 and at most 1")
-    return MemoryAmount(share)
+    return share
 
 
 def mb(size: int) -> str:
@@ -44,7 +34,7 @@ def mb(size: int) -> str:
 
 def parse_bytes(text: str) -> int:
     """Parse a number of bytes such as "64MiB"; raises ValueError for anything else."""
-    size = parse_memory(text).size
+    size = parse_memory(text)
     if isinstance(size, float):
         raise ValueError(f"{text!r} is a share; give bytes, such as 64MiB")
     return size
@@ -81,10 +71,10 @@ class Between[N: (int, float)]:
         return value
 
 
-def api_key(text: str) -> str:
-    """Check a key; raises ValueError if it is invalid."""
+def api_key(text: str, source: str = "") -> str:
+    """Check a key; raises ValueError, whose message starts with `source` and does not show the key."""
     if not re.fullmatch(r"[\x21-\x7e]+", text):
-        raise ValueError("a key must be non-empty ASCII text without spaces")
+        raise ValueError(f"{source}a key must be non-empty ASCII text without spaces")
     return text
 
 

@@ -19,10 +19,9 @@ try:
 except ModuleNotFoundError:
     sys.exit("error: Ray is not installed: run `make ray`, or `pip install 'ray[serve]'`")
 
-from serve.ray.front import Front
+from serve.ray.front import Front, PrefixRouter
 from serve.ray.options import RayConfig, config_of, parse_ray_args
 from serve.ray.replica import Replica
-from serve.ray.router import PrefixRouter
 from serve.server.console import start_reporting
 from serve.server.model_files import DEFAULT_MODEL, StartupError, api_name
 from serve.server.server import listen, url_of

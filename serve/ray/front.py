@@ -1,4 +1,4 @@
-"""Front: relays HTTP requests from Ray Serve's proxy to replicas. Loads no model."""
+"""Front: relays HTTP requests from Ray Serve's proxy to the replicas that PrefixRouter chooses. Loads no model."""
 
 import asyncio
 import logging
@@ -13,8 +13,10 @@ from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from ray.exceptions import RayError, RayTaskError
+from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Mount
@@ -27,7 +29,7 @@ from serve.api.middleware import ApiKeys, route_path
 from serve.api.request_body import read_chunks
 from serve.api.sse import unless_disconnected
 from serve.config.config import ServeConfig
-from serve.ray.prefix_index import prompt_blocks
+from serve.ray.prefix_index import PrefixIndex, prompt_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -157,9 +159,7 @@ class _Relay:
             if message["type"] == "http.response.start":
                 # The proxy adds the request id itself.
                 headers = [(name, value) for name, value in message["headers"] if name != b"x-request-id"]
-                self._is_events = any(
-                    name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers
-                )
+                self._is_events = dict(headers).get(b"content-type", b"").startswith(b"text/event-stream")
                 self.started, message = True, {**message, "headers": headers}
             elif body := message.get("body", b""):
                 self._event_complete = body.endswith(b"\n\n")
@@ -177,12 +177,59 @@ class _Relay:
         await self._send({"type": "http.response.body", "body": event, "more_body": False})
 
 
+class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray's types are not read
+    """Chooses the replica for a request. Ray Serve runs it in each Front.
+
+    It prefers the replica that has the prompt's prefix in its cache, unless that replica has too many requests. The
+    first argument of a call must be the blocks of its prompt.
+    """
+
+    queue_len_response_deadline_s = 1.0  # a replica that computes on all cores may be slow to report its queue
+
+    def initialize_state(self, max_blocks: int, margin: int) -> None:
+        """Called by Ray with the deployment's request_router_kwargs; see PrefixIndex."""
+        self._index: PrefixIndex[ReplicaID] = PrefixIndex(max_blocks=max_blocks, margin=margin)
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Rank the candidates, one per rank. Ray takes the first that is not full."""
+        by_id = {replica.replica_id: replica for replica in candidate_replicas}
+        lengths = {replica_id: self.replica_queue_len_cache.get(replica_id) or 0 for replica_id in by_id}
+        blocks = ()
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True  # else Ray retries without delay while all are full
+            blocks = pending_request.args[0]
+        return [[by_id[replica_id]] for replica_id in self._index.ranked(blocks, lengths)]
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        """Called before a request is sent to a replica, which may still reject it."""
+        super().on_send_request(replica_id)
+        self._index.start(replica_id)
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
+        """Called when a replica has accepted a request, which may have ended already."""
+        del result
+        self._index.add(replica_id, pending_request.args[0])
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Called when a request has ended for any reason."""
+        del internal_request_id
+        self._index.finish(replica_id)
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        super().on_replica_actor_died(replica_id)
+        self._index.retain(self.curr_replicas)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        self._index.retain(self.curr_replicas)
+
+
 def merge_metrics(texts: Mapping[str, bytes], errors: Mapping[str, int]) -> bytes:
     """Merge the metrics of replicas into one Prometheus text, with a label `replica` for each sample.
 
-    Args:
-        texts: replica -> its metrics.
-        errors: code -> number of errors that the front has sent; their replica is "front".
+    `errors` maps codes to numbers of errors that the front has sent; their replica is "front".
     """
     families: dict[str, Metric] = {}
     model = ""

@@ -7,7 +7,7 @@ the pages of the engine's prefix cache: two prompts share block i if they are eq
 import hashlib
 import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 
 import orjson
 
@@ -39,78 +39,68 @@ def prompt_blocks(body: bytes) -> tuple[bytes, ...]:
     return tuple(blocks)
 
 
-class PrefixIndex:
+class PrefixIndex[R: Hashable]:
     """Tracks the blocks and the running requests of each replica."""
 
     def __init__(self, *, max_blocks: int, margin: int) -> None:
-        """Create an empty index.
+        """Create an empty index of at most `max_blocks`. The least recently used blocks are evicted.
 
-        Args:
-            max_blocks: capacity; the least recently used blocks are evicted.
-            margin: a replica with more requests than this above the least loaded one is not preferred for its cache.
+        A replica with over `margin` more requests than the least loaded one is not preferred for its cache.
         """
         self._max_blocks = max_blocks
         self._margin = margin
-        self._blocks: OrderedDict[bytes, set[str]] = OrderedDict()  # block -> replicas, least recently used first
-        self._running: Counter[str] = Counter()  # replica -> running requests
-        self._last_used: dict[str, int] = {}  # replica -> time of its last request
-        self._replicas: set[str] = set()  # all replicas in the index
+        self._blocks: OrderedDict[bytes, set[R]] = OrderedDict()  # block -> replicas, least recently used first
+        self._running: Counter[R] = Counter()  # replica -> running requests
+        self._last_used: dict[R, int] = {}  # each replica in the index -> time of its last request; 0: none
         self._clock = itertools.count(1)
 
-    def ranked(self, blocks: Sequence[bytes], replicas: Mapping[str, int]) -> list[str]:
-        """Rank replicas, best first.
+    def ranked(self, blocks: Sequence[bytes], replicas: Mapping[R, int]) -> list[R]:
+        """Rank replicas for the blocks of a prompt, best first.
 
-        Args:
-            blocks: of the prompt.
-            replicas: the candidates, each with its number of requests as reported by itself, which includes those of
-                other routers.
+        `replicas` maps the candidates to their reported numbers of requests, which include those of other routers.
         """
         load = {replica: max(length, self._running[replica]) for replica, length in replicas.items()}
         max_load = min(load.values(), default=0) + self._margin
         matches = self._matches(blocks, load)
 
-        def cost(replica: str) -> tuple[int, int, int]:
+        def cost(replica: R) -> tuple[int, int, int]:
             cached = matches[replica] if load[replica] <= max_load else 0
             return -cached, load[replica], self._last_used.get(replica, 0)  # round-robin if all else is equal
 
         return sorted(load, key=cost)
 
-    def start(self, replica: str) -> None:
-        """Count a request that is sent to a replica."""
-        self._replicas.add(replica)
+    def start(self, replica: R) -> None:
         self._running[replica] += 1
         self._last_used[replica] = next(self._clock)
 
-    def finish(self, replica: str) -> None:
-        """Count the end of a request."""
+    def finish(self, replica: R) -> None:
         if self._running[replica]:  # else the replica was removed
             self._running[replica] -= 1
 
-    def add(self, replica: str, blocks: Sequence[bytes]) -> None:
+    def add(self, replica: R, blocks: Sequence[bytes]) -> None:
         """Add the blocks of a prompt that a replica has accepted."""
-        self._replicas.add(replica)
+        self._last_used.setdefault(replica, 0)
         for block in reversed(blocks):  # the first block is evicted last, since the others are useless without it
             self._blocks.setdefault(block, set()).add(replica)
             self._blocks.move_to_end(block)
         while len(self._blocks) > self._max_blocks:
             self._blocks.popitem(last=False)
 
-    def retain(self, replicas: Collection[str]) -> None:
+    def retain(self, replicas: Collection[R]) -> None:
         """Remove all other replicas."""
-        removed = self._replicas.difference(replicas)
+        removed = self._last_used.keys() - set(replicas)
         if not removed:
             return
-        self._replicas -= removed
         for replica in removed:
-            self._last_used.pop(replica, None)
+            del self._last_used[replica]
             self._running.pop(replica, None)
         for block, holders in list(self._blocks.items()):
             holders -= removed
             if not holders:
                 del self._blocks[block]
 
-    def _matches(self, blocks: Sequence[bytes], replicas: Collection[str]) -> dict[str, int]:
-        """Length of each replica's longest cached prefix, in blocks."""
+    def _matches(self, blocks: Sequence[bytes], replicas: Collection[R]) -> dict[R, int]:
+        """Length of each replica's longest cached prefix, blocks."""
         matches, matching = dict.fromkeys(replicas, 0), set(replicas)
         for block in blocks:
             matching &= self._blocks.get(block, set())

@@ -9,8 +9,8 @@ from ray import serve
 from starlette.types import Message
 
 from serve.config.config import ServeConfig
-from serve.server.assembly import assemble
 from serve.server.console import start_reporting
+from serve.server.server import assemble
 
 
 class Replica:
@@ -45,13 +45,8 @@ class Replica:
         """Yield the ASGI messages of a response in batches. The first batch is empty and acknowledges the request.
 
         If the caller disconnects, this is cancelled, and the app with it, which frees the request in the engine.
-
-        Args:
-            blocks: hashes of the prompt, for the router.
-            scope: plain data of the ASGI scope.
-            body: complete body of the request.
         """
-        del blocks
+        del blocks  # for the router
         yield []
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 

@@ -18,12 +18,7 @@ class HttpConfig(uvicorn.Config):
     """uvicorn's configuration with the limits of GuardedProtocol."""
 
     def __init__(self, app: Any, config: ServeConfig, *, on_refused: Callable[[str], None], **options: Any) -> None:
-        """Configure a server.
-
-        Args:
-            on_refused: called with the error code of each connection or request that is rejected before the app.
-            options: of uvicorn.
-        """
+        """`on_refused` gets the error code of each request that is rejected before the app; `options` are uvicorn's."""
         super().__init__(
             app,
             http=GuardedProtocol,
@@ -45,14 +40,11 @@ class HttpConfig(uvicorn.Config):
 
 
 class GuardedProtocol(H11Protocol):
-    """One connection."""
-
     config: HttpConfig
     _head_timer: asyncio.TimerHandle | None = None  # runs while a request's line and headers are incomplete
     _read_timer: asyncio.TimerHandle | None = None  # runs while output is buffered
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
-        """Start to wait for a request."""
         super().connection_made(transport)
         self._start_head_timer()
 
@@ -79,19 +71,14 @@ class GuardedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """Start to wait for the client to read, since the buffer is full."""
         super().pause_writing()
         self._start_read_timer()
 
     def send_400_response(self, msg: str) -> None:
         """Answer an invalid request in OpenAI's error envelope. Called by uvicorn from an `except` block."""
-        cause = sys.exception()
-        too_large = isinstance(cause, h11.RemoteProtocolError) and cause.error_status_hint == 431
-        error = (
-            APIError(431, "The request's line and headers are too large.", None, "headers_too_large")
-            if too_large
-            else APIError(400, msg, None, "invalid_http")
-        )
+        cause, error = sys.exception(), APIError(400, msg, None, "invalid_http")
+        if isinstance(cause, h11.RemoteProtocolError) and cause.error_status_hint == 431:
+            error = APIError(431, "The request's line and headers are too large.", None, "headers_too_large")
         self.config.on_refused(error.code or "")
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # a response is under way
             self.transport.close()

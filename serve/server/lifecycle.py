@@ -10,12 +10,16 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
+from starlette.applications import Starlette
 
+from serve.api.metrics import Metrics
+from serve.api.middleware import Readiness
 from serve.config.config import ServeConfig
-from serve.server.assembly import Served
+from serve.engine.engine import Engine
 from serve.server.http_protocol import HttpConfig
 
 logger = logging.getLogger(__name__)
@@ -24,6 +28,18 @@ _WORKER = "worker"  # prefix of the names of the pool's threads
 QUIET_SECONDS = 2  # without a request, after which freed memory is returned to the system
 _FLUSH_SECONDS = 5  # for the last bytes of responses at the end
 _STEP_SECONDS = 20  # for a running step at the end
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A running engine and its app."""
+
+    names: tuple[str, ...]  # model ids in the API
+    chats: bool  # True if the model has a chat template
+    engine: Engine
+    app: Starlette
+    readiness: Readiness
+    metrics: Metrics
 
 
 class HttpServer(uvicorn.Server):
@@ -39,8 +55,7 @@ class HttpServer(uvicorn.Server):
         self.exit_code = 0
         self.engine = served.engine
         self._readiness = served.readiness
-        self._drain_seconds = config.shutdown_timeout
-        self._watchdog_seconds = config.watchdog_timeout  # limit for a step of the engine; 0: none
+        self._options = config
         self._drain_deadline: float | None = None
         self._idle_timer = _IdleTimer()
 
@@ -50,7 +65,7 @@ class HttpServer(uvicorn.Server):
         if self._drain_deadline is not None:
             os.write(2, b"second signal: exiting at once\n")
             os._exit(self.exit_code or 128 + sig)
-        self._drain(self._drain_seconds)
+        self._drain(self._options.shutdown_timeout)
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times per second; returns True to end the server."""
@@ -78,7 +93,8 @@ class HttpServer(uvicorn.Server):
         return max(self._readiness.running, unread)
 
     def _check_engine(self) -> None:
-        if self._watchdog_seconds and self.engine.silent_for > self._watchdog_seconds and not self.engine.failed:
+        limit = self._options.watchdog_timeout
+        if limit and self.engine.silent_for > limit and not self.engine.failed:
             self.engine.give_up()
         if not self.engine.ready and not self.exit_code:
             logger.critical("the engine is lost: exiting, so that the server can be restarted")
@@ -101,12 +117,7 @@ class _IdleTimer:
         self._ended, self._since = -1, 0.0
 
     def expires(self, running: int, ended: int) -> bool:
-        """Returns True once per idle period, when it has lasted long enough. To be called often.
-
-        Args:
-            running: number of unfinished requests.
-            ended: number of finished requests since the start.
-        """
+        """Returns True once per idle period, when it has lasted long enough; `ended`: requests since the start."""
         if running or ended != self._ended:
             self._ended, self._since = ended, time.monotonic()
         elif time.monotonic() - self._since >= QUIET_SECONDS:

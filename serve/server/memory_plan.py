@@ -86,10 +86,7 @@ def plan_memory(
     page_bytes = CacheLayout(parallel, jnp.dtype(dtype), platform).bytes_per_page
     available = None if free is None else free - weights - workspace
     if cache is not None:
-        try:
-            pages = pages_in(cache, free=None if available is None else max(0, available), page_bytes=page_bytes)
-        except ValueError as error:
-            raise PlanError(f"--kv-cache-memory: {error}") from None
+        pages = pages_in(cache, free=None if available is None else max(0, available), page_bytes=page_bytes)
     else:
         all_rows = buckets.decode_rows[-1] * buckets.pages_per_row
         pages = min(all_rows, max(buckets.pages_per_row, _CACHE_BYTES // page_bytes)) + 1
@@ -107,14 +104,16 @@ def pages_in(amount: MemoryAmount, *, free: int | None, page_bytes: int) -> int:
     """Number of pages that fit into an amount of memory, including the null page.
 
     Raises:
-        ValueError: fewer than two pages fit, or the amount is a fraction and `free` is unknown.
+        PlanError: fewer than two pages fit, or the amount is a fraction and `free` is unknown.
     """
-    size = amount.bytes_of(free)
-    if size is None:
-        raise ValueError("this device does not report its free memory; give the size in bytes")
-    if size < 2 * page_bytes:
-        raise ValueError(f"{size:,} bytes are too few: a page takes {page_bytes:,} bytes, and two are needed")
-    return size // page_bytes
+    if isinstance(amount, float):
+        if free is None:
+            raise PlanError("--kv-cache-memory: this device does not report its free memory; give the size in bytes")
+        amount = int(amount * free)
+    if amount < 2 * page_bytes:
+        message = f"{amount:,} bytes are too few: a page takes {page_bytes:,} bytes, and two are needed"
+        raise PlanError(f"--kv-cache-memory: {message}")
+    return amount // page_bytes
 
 
 def free_memory(devices: int = 1) -> int | None:

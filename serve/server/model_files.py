@@ -59,7 +59,12 @@ def open_model(config: EngineConfig, on_prepare: Callable[[str], None]) -> Itera
         source = ModelSource(DEFAULT_MODEL, default_model_path(on_prepare))
     defaults = defaults_of(config.generation_config, config.override_generation_config, source.path)
     with closing(open_checkpoint(source)) as checkpoint:
-        tokenizer = _tokenizer(config, source, checkpoint)
+        if config.tokenizer is not None:
+            tokenizer = local_tokenizer(config.tokenizer.expanduser())
+        elif isinstance(checkpoint, GgufCheckpoint):
+            tokenizer = tokenizer_from_gguf(checkpoint.metadata)
+        else:
+            tokenizer = load_tokenizer(source.path)
         limit = checkpoint.config.max_position_embeddings
         max_model_len = config.max_model_len or limit
         if max_model_len > limit:
@@ -79,7 +84,6 @@ def api_name(model: str) -> str:
 
 
 def local_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory or a .gguf file."""
     if path.suffix != ".gguf":
         return load_tokenizer(path)
     with closing(open_checkpoint(ModelSource(path.stem, path))) as checkpoint:
@@ -129,11 +133,3 @@ def chosen_dtype(config: EngineConfig, checkpoint: Checkpoint) -> str:
         return config.dtype
     stored = {info.stored_as for info in checkpoint.names().values() if len(info.shape) > 1}
     return "float32" if stored == {"F32"} and config.quantization is None else "bfloat16"
-
-
-def _tokenizer(config: EngineConfig, source: ModelSource, checkpoint: Checkpoint) -> Tokenizer:
-    if config.tokenizer is not None:
-        return local_tokenizer(config.tokenizer.expanduser())
-    if isinstance(checkpoint, GgufCheckpoint):
-        return tokenizer_from_gguf(checkpoint.metadata)
-    return load_tokenizer(source.path)

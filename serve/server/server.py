@@ -1,4 +1,4 @@
-"""`logprobd serve`: starts the engine and serves HTTP in the foreground."""
+"""`logprobd serve`: builds the engine and its app, and serves HTTP in the foreground."""
 
 import errno
 import logging
@@ -10,17 +10,48 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from model.kv_cache import PAGE_SIZE
+from serve.api.access_log import AccessLog
+from serve.api.app import create_app
+from serve.api.context import ServedModel
+from serve.api.metrics import Metrics
+from serve.api.middleware import Readiness
 from serve.config.config import ServeConfig
-from serve.server.assembly import Served, assemble
 from serve.server.console import Reporter, start_reporting
-from serve.server.lifecycle import HttpServer, run
+from serve.server.lifecycle import HttpServer, Served, run
 from serve.server.loading import LoadingServer
 from serve.server.model_files import STARTUP_ERRORS, StartupError
+from serve.server.startup import load
 from serve.server.startup_events import failed, interrupted, server_started
 
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048  # connections that wait to be accepted
+
+
+def assemble(config: ServeConfig, reporter: Reporter) -> Served:
+    """Load the model, start its engine and build the app.
+
+    Raises:
+        STARTUP_ERRORS: the model cannot be served.
+    """
+    loaded = load(config, reporter)
+    names = config.served_model_name or (loaded.name,)
+    metrics = Metrics(names[0], max_model_len=loaded.limits.max_model_len, vllm_names=config.vllm_metrics)
+    engine = loaded.start_engine(metrics)
+    cache = {
+        "block_size": str(PAGE_SIZE),
+        "num_gpu_blocks": str(loaded.runner.pages - 1),
+        "cache_dtype": loaded.config.dtype,
+        "enable_prefix_caching": str(config.enable_prefix_caching),
+    }
+    metrics.watch(lambda: engine.gauges, cache)
+    readiness = Readiness()
+    model = ServedModel(names, loaded.fingerprint, loaded.chat_template, loaded.defaults)
+    on_answer = None if config.disable_uvicorn_access_log else AccessLog()
+    app = create_app(engine, loaded.tokenizer, model, config, metrics, readiness=readiness, on_answer=on_answer)
+    chats = loaded.chat_template is not None or loaded.tokenizer.chat_template is not None
+    return Served(names, chats, engine, app, readiness, metrics)
 
 
 def main(config: ServeConfig, make: Callable[[ServeConfig, Reporter], Served] = assemble) -> int:

@@ -5,8 +5,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -186,23 +185,7 @@ def _compile(model: BoundModel, buckets: Buckets, pages: int, config: EngineConf
         SlotShape(buckets.slots),
     )
     start = time.perf_counter()
-    with _cache_hits() as hits, reporter.compiling([shape.name for shape in shapes]) as ready:
-
-        def on_compiled(program: Program) -> None:
-            times = (program.lower_seconds, program.compile_seconds)
-            ready(program_compiled(program.name, *times, program.temp_bytes))
-
-        runner = ModelRunner(
-            model, buckets, pages=pages, max_logprobs=config.computed_logprobs, on_compiled=on_compiled
-        )
-    reporter.report(all_compiled(len(shapes), min(len(hits), len(shapes)), time.perf_counter() - start))
-    return runner
-
-
-@contextmanager
-def _cache_hits() -> Iterator[list[str]]:
-    """A list that grows by one item for each executable read from the persistent cache."""
-    hits: list[str] = []
+    hits: list[str] = []  # executables read from the persistent cache
 
     def listen(event: str, **_: str | int) -> None:
         if event == "/jax/compilation_cache/cache_hits":
@@ -210,9 +193,18 @@ def _cache_hits() -> Iterator[list[str]]:
 
     jax.monitoring.register_event_listener(listen)
     try:
-        yield hits
+        with reporter.compiling([shape.name for shape in shapes]) as ready:
+
+            def on_compiled(program: Program) -> None:
+                times = (program.lower_seconds, program.compile_seconds)
+                ready(program_compiled(program.name, *times, program.temp_bytes))
+
+            k = config.computed_logprobs
+            runner = ModelRunner(model, buckets, pages=pages, max_logprobs=k, on_compiled=on_compiled)
     finally:
         jax.monitoring.unregister_event_listener(listen)
+    reporter.report(all_compiled(len(shapes), min(len(hits), len(shapes)), time.perf_counter() - start))
+    return runner
 
 
 def system_fingerprint(config: EngineConfig, buckets: Buckets, kernels: Sequence[str]) -> str:

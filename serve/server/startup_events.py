@@ -28,8 +28,6 @@ _PARTS = (
     ("workspace", "▒", "yellow"),
     ("free", "░", "bright_black"),
 )
-# Wildcard addresses, and the loopback addresses under which this machine reaches them.
-_WILDCARDS = {"://0.0.0.0:": "://127.0.0.1:", "://[::]:": "://[::1]:"}
 _CHAT = {
     "messages": [{"role": "user", "content": "What is the capital of France?"}],
     "max_tokens": 32,
@@ -42,8 +40,6 @@ _COMPLETION = {"prompt": "The capital of France is", "max_tokens": 32, "temperat
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An event."""
-
     name: str
     line: str
     fields: Mapping[str, Any] = field(default_factory=dict)  # of the JSON object; "message" replaces the line there
@@ -170,12 +166,10 @@ def curl_command(url: str, *, keyed: bool, chats: bool) -> str:
 
 
 def failed(message: str) -> Event:
-    """Start-up failed; `message` is for the user."""
     return Event("failed", f"error: {message}", {"message": message}, logging.ERROR)
 
 
 def interrupted() -> Event:
-    """Ctrl-C during start-up."""
     return Event("interrupted", "interrupted during start-up", level=logging.ERROR)
 
 
@@ -183,9 +177,7 @@ def _reachable(url: str) -> str:
     """URL for clients on this machine; of a Unix socket, the URL to use with `curl --unix-socket`."""
     if url.startswith("unix:"):
         return "http://localhost"
-    for wildcard, loopback in _WILDCARDS.items():
-        url = url.replace(wildcard, loopback)
-    return url
+    return url.replace("://0.0.0.0:", "://127.0.0.1:").replace("://[::]:", "://[::1]:")
 
 
 def _memory_bar(sizes: Sequence[int | None], width: int) -> Text:

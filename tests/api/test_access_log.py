@@ -13,7 +13,7 @@ import pytest
 from serve.api.access_log import AccessLog, fields_of
 from serve.api.middleware import AnswerRecord
 from serve.api.prompt_logprobs import RowWriter
-from serve.server.logs import JsonFormatter
+from serve.server.console import JsonFormatter
 from tests.support.http_client import Connection, ExactRunner, Gate, chat_body, completion_body, events_of, serving
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -8,7 +8,7 @@ import pytest
 
 from serve.config.config import GROUPS, ServeConfig
 from serve.config.flags import parse_args, server_flags
-from serve.config.values import MemoryAmount, parse_memory
+from serve.config.values import parse_memory
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ from serve.config.values import MemoryAmount, parse_memory
 )
 def test_parse_memory_of_bytes_and_shares(text: str, size: float) -> None:
     amount = parse_memory(text)
-    assert (amount.size, type(amount.size)) == (size, type(size))
+    assert (amount, type(amount)) == (size, type(size))
 
 
 @pytest.mark.parametrize(
@@ -41,12 +41,6 @@ def test_parse_memory_of_bytes_and_shares(text: str, size: float) -> None:
 def test_parse_memory_refuses_other_text(text: str) -> None:
     with pytest.raises(ValueError, match="share"):
         parse_memory(text)
-
-
-def test_memory_amount_share_of_free_memory() -> None:
-    assert MemoryAmount(0.5).bytes_of(1000) == 500
-    assert MemoryAmount(0.5).bytes_of(None) is None
-    assert MemoryAmount(7).bytes_of(None) == 7
 
 
 def test_parse_args_derived_defaults() -> None:
@@ -59,7 +53,7 @@ def test_parse_args_derived_defaults() -> None:
     assert not config.enable_prefix_caching
     config = parse_args(["--max-num-batched-tokens", "64", "--max-logprobs", "50", "--kv-cache-memory", "25%"])
     assert (config.batched_tokens, config.computed_logprobs) == (64, 50)
-    assert config.kv_cache_memory == MemoryAmount(0.25)
+    assert config.kv_cache_memory == 0.25
 
 
 @pytest.mark.parametrize(

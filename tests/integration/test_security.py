@@ -15,7 +15,7 @@ from compiled.program_cache import use_persistent_cache
 from serve.api.access_log import AccessLog
 from serve.api.middleware import ApiKeys
 from serve.config.config import ServeConfig
-from serve.server.logs import JsonFormatter
+from serve.server.console import JsonFormatter
 from serve.text.chat_template import ChatTemplateError, TemplateSandbox
 from tests.support.http_client import chat_body, completion_body, error_of, serving
 

@@ -129,7 +129,7 @@ def test_server_does_not_import_ray() -> None:
 
 def test_front_does_not_import_the_model() -> None:
     pytest.importorskip("ray", reason="Ray is not installed: `make ray`")
-    modules = loaded("serve.ray.front, serve.ray.router")
+    modules = loaded("serve.ray.front")
     assert "ray" in modules
     assert not modules & {"jax", "flax", "transformers", "tokenizers", "compiled"}
     assert {name for name in modules if name.startswith("model.")} == {"model.token_logprobs"}  # without jax
@@ -161,7 +161,7 @@ def test_application_passes_flags_to_ray(words: str, replicas: Any) -> None:
     assert replica.ray_actor_options["num_gpus"] == 2
     assert front.ray_actor_options["num_cpus"] == 0
     router = replica._deployment_config.request_router_config
-    assert router.request_router_class == "serve.ray.router.PrefixRouter"
+    assert router.request_router_class == "serve.ray.front.PrefixRouter"
     assert router.request_router_kwargs["margin"] == 4
     for each in (front, replica):
         assert each._deployment_config.graceful_shutdown_timeout_s == 50

@@ -18,7 +18,7 @@ def text(blocks: int, letter: str = "x") -> str:
     return letter * (blocks * BLOCK_BYTES)
 
 
-def index(*, max_blocks: int = 100, margin: int = 2) -> PrefixIndex:
+def index(*, max_blocks: int = 100, margin: int = 2) -> PrefixIndex[str]:
     return PrefixIndex(max_blocks=max_blocks, margin=margin)
 
 

@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 
 from serve.config.flags import parse_args
-from serve.server.assembly import Served
-from serve.server.logs import JsonFormatter, json_line, set_up_logs
+from serve.server.console import JsonFormatter, json_line, set_up_logs
+from serve.server.lifecycle import Served
 from serve.server.server import main
 from tests.server.test_bad_models import directory
 from tests.support.server_process import ROOT, ServerProcess
@@ -24,7 +24,7 @@ from tests.support.server_process import ROOT, ServerProcess
 # Logs, warnings and uncaught exceptions of a process, in the format of its argument.
 LOGS = """
 import gc, logging, sys, threading, warnings
-from serve.server.logs import set_up_logs
+from serve.server.console import set_up_logs
 set_up_logs("info", stream=sys.stderr, as_json=sys.argv[1] == "json")
 logging.getLogger("serve.engine").info("two\\nlines", extra={"request": 7, "odd": {1: float("nan")}})
 logging.getLogger("serve.engine").debug("hidden")

@@ -53,17 +53,17 @@ def test_plan_memory_cache_size_by_default() -> None:
 def test_plan_memory_fraction_of_free_memory() -> None:
     plan = plan_memory(CONFIG, BUCKETS, dtype="float32", int8=False, cache=None, free=PLENTY)
     free = plan.weights + plan.workspace + 100 * plan.page_bytes
-    assert pages(MemoryAmount(0.5), free) == 50
-    assert pages(MemoryAmount(30 * plan.page_bytes), free) == 30
+    assert pages(0.5, free) == 50
+    assert pages(30 * plan.page_bytes, free) == 30
 
 
 @pytest.mark.parametrize(
     ("cache", "free", "message"),
     [
         (None, 10_000, r"out of memory: weights \d+ MB, cache \d+ MB, workspace about \d+ MB: \d+ MB of 0 MB"),
-        (MemoryAmount(1 << 40), PLENTY, r"cache 1,09\d,\d+ MB.* of 17,180 MB.*a smaller --kv-cache-memory"),
-        (MemoryAmount(10), PLENTY, r"--kv-cache-memory: 10 bytes are too few"),
-        (MemoryAmount(0.5), None, r"--kv-cache-memory: this device does not report"),
+        (1 << 40, PLENTY, r"cache 1,09\d,\d+ MB.* of 17,180 MB.*a smaller --kv-cache-memory"),
+        (10, PLENTY, r"--kv-cache-memory: 10 bytes are too few"),
+        (0.5, None, r"--kv-cache-memory: this device does not report"),
     ],
 )
 def test_plan_memory_error_has_the_sizes(cache: MemoryAmount | None, free: int | None, message: str) -> None:
@@ -103,19 +103,20 @@ def test_chosen_dtype_of_gguf(tmp_path: Path, kind: str, expected: str) -> None:
 
 
 def test_pages_in_counts_full_pages() -> None:
-    assert pages_in(MemoryAmount(1000), free=None, page_bytes=300) == 3
-    assert pages_in(MemoryAmount(0.5), free=1000, page_bytes=250) == 2
+    assert pages_in(1000, free=None, page_bytes=300) == 3
+    assert pages_in(0.5, free=1000, page_bytes=250) == 2
+    assert pages_in(1.0, free=1000, page_bytes=250) == 4
 
 
 def test_pages_in_rejects_less_than_two_pages() -> None:
-    assert pages_in(MemoryAmount(2000), free=None, page_bytes=1000) == 2
+    assert pages_in(2000, free=None, page_bytes=1000) == 2
     with pytest.raises(ValueError, match=r"1,999 bytes are too few: a page takes 1,000 bytes"):
-        pages_in(MemoryAmount(1999), free=None, page_bytes=1000)
+        pages_in(1999, free=None, page_bytes=1000)
 
 
 def test_pages_in_rejects_a_fraction_of_unknown_memory() -> None:
     with pytest.raises(ValueError, match="give the size in bytes"):
-        pages_in(MemoryAmount(0.5), free=None, page_bytes=1)
+        pages_in(0.5, free=None, page_bytes=1)
 
 
 def test_free_memory_respects_the_cgroup_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from serve.config.flags import parse_args
 from serve.engine.engine import Engine
 from serve.engine.request import EngineLimits, EngineOptions
 from serve.server import lifecycle
-from serve.server.assembly import Served
 from serve.server.console import Reporter
+from serve.server.lifecycle import Served
 from serve.server.server import main
 from serve.text.tokenizer import Tokenizer
 from tests.support.fake_runner import MAX_MODEL_LEN, K

@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from serve.jobs.results import perplexity
-from serve.server.console import is_terminal
-from serve.server.logs import json_line
+from serve.server.console import is_terminal, json_line
 
 _INTERVAL = 30.0  # seconds between lines
 

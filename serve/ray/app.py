@@ -25,7 +25,7 @@ from serve.ray.replica import Replica
 from serve.server.console import start_reporting
 from serve.server.model_files import DEFAULT_MODEL, StartupError, api_name
 from serve.server.server import listen, url_of
-from serve.server.startup_events import failed, interrupted, server_started
+from serve.server.startup_events import server_started
 
 _NAME = "logprobd"  # of the application
 _ROOT = Path(__file__).resolve().parents[2]
@@ -102,12 +102,8 @@ def main() -> int:
             if config.address is None:
                 serve.shutdown()
             ray.shutdown()
-    except StartupError as error:
-        reporter.report(failed(str(error)))
-        return 1
-    except KeyboardInterrupt:
-        reporter.report(interrupted())
-        return 130
+    except (StartupError, KeyboardInterrupt) as error:
+        return reporter.fail(error)
 
 
 def _start_ray(config: RayConfig) -> None:

@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.text import Text
 
 from serve.config.config import EngineConfig
-from serve.server.startup_events import LABEL_STYLE, Event
+from serve.server.startup_events import LABEL_STYLE, Event, failed, interrupted
 
 type OnProgress = Callable[[int, int], None]  # bytes read so far, bytes in all
 type OnCompiled = Callable[[Event], None]
@@ -73,6 +73,12 @@ class Reporter:
             line = json_line(event.level, event=event.name, **fields) if self._as_json else event.line
             self._stream.write(f"{line}\n")  # one write, because other threads may write too
             self._stream.flush()
+
+    def fail(self, error: BaseException) -> int:
+        """Report an error of start-up or Ctrl-C, and return the exit code."""
+        stopped = isinstance(error, KeyboardInterrupt)
+        self.report(interrupted() if stopped else failed(str(error)))
+        return 130 if stopped else 1
 
     @contextmanager
     def loading(self) -> Iterator[OnProgress]:

@@ -46,8 +46,7 @@ class ModelFiles:
 def open_model(config: EngineConfig, on_prepare: Callable[[str], None]) -> Iterator[ModelFiles]:
     """Open a model, downloading it if necessary; the checkpoint is closed at the end of the context.
 
-    Args:
-        on_prepare: called with each line about the download of the default model.
+    `on_prepare` gets each line about the download of the default model.
 
     Raises:
         STARTUP_ERRORS: the files are damaged, not supported, or do not fit the options.

@@ -22,7 +22,7 @@ from serve.server.lifecycle import HttpServer, Served, run
 from serve.server.loading import LoadingServer
 from serve.server.model_files import STARTUP_ERRORS, StartupError
 from serve.server.startup import load
-from serve.server.startup_events import failed, interrupted, server_started
+from serve.server.startup_events import server_started
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +66,8 @@ def main(config: ServeConfig, make: Callable[[ServeConfig, Reporter], Served] = 
             listener = stack.enter_context(listen(config))
             with LoadingServer(listener, config, reporter):
                 served = make(config, reporter)
-        except STARTUP_ERRORS as error:
-            reporter.report(failed(str(error)))
-            return 1
-        except KeyboardInterrupt:
-            reporter.report(interrupted())
-            return 130
+        except (*STARTUP_ERRORS, KeyboardInterrupt) as error:
+            return reporter.fail(error)
         stack.callback(served.engine.stop)
         server = HttpServer(served, config)
         for number in (signal.SIGTERM, signal.SIGINT):  # before uvicorn does, and after it has restored these handlers

@@ -18,10 +18,11 @@ from serve.server.startup_events import failed, interrupted
 from tests.support.scoring import fake_load, scripted_runner
 
 
-class RecordingReporter:
+class RecordingReporter(Reporter):
     """A reporter that records events."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.events: list[Any] = []
 
     def report(self, event: Any) -> None:

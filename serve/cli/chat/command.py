@@ -19,7 +19,6 @@ from serve.jobs.generate import sampling_values
 from serve.llm import LLM
 from serve.server.console import is_terminal, start_reporting
 from serve.server.model_files import STARTUP_ERRORS
-from serve.server.startup_events import failed, interrupted
 
 _MAX_LENGTH = 1 << 24  # tokens; above every context
 
@@ -32,12 +31,8 @@ def main(config: ChatConfig) -> int:
     reporter = start_reporting(config)
     try:
         llm = LLM.open(config, reporter)
-    except STARTUP_ERRORS as error:
-        reporter.report(failed(str(error)))
-        return 1
-    except KeyboardInterrupt:
-        reporter.report(interrupted())
-        return 130
+    except (*STARTUP_ERRORS, KeyboardInterrupt) as error:
+        return reporter.fail(error)
     with llm:
         try:
             return _chat(config, llm)

@@ -18,7 +18,7 @@ import pyarrow.parquet
 import pytest
 
 from serve import llm
-from serve.cli.score import command, formats, journal
+from serve.cli.score import command, journal, rows
 from serve.cli.score.config import parse_args
 from serve.server.model_files import StartupError
 from tests.support.fake_runner import hidden_after
@@ -323,7 +323,7 @@ def test_resume_refuses_other_weights_programs_or_lines(score: Command, monkeypa
     score.rows(["one", "too", "three"])
     assert score(file) == 1
     assert "has changed up to line 2" in score.err
-    monkeypatch.setattr(command, "model_digest", lambda *_: "other")
+    monkeypatch.setattr(command, "files_digest", lambda *_: "other")
     assert score(file) == 1
     assert "started with weights " in score.err
 
@@ -426,7 +426,7 @@ def test_two_processes_cannot_write_one_output(score: Command) -> None:
 def test_output_is_locked_until_it_is_converted(score: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     file, flags = score.rows(["one"]), ("--output", str(score.folder / "out.parquet"))
     other = Command(score.folder, score.patch, score.capture)
-    write, others = formats.write_parquet, []
+    write, others = rows.write_parquet, []
 
     def write_beside_another(*arguments: Any, **options: Any) -> None:
         others.append(other(file, *flags))

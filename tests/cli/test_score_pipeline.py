@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from model.token_logprobs import empty_logprobs
-from serve.cli.score.scoring import Outcome, Work, score_line
-from serve.cli.score.source import Line
-from serve.cli.score.texts import Context, Text
+from serve.cli.score.scoring import ScoreItem, score_line
+from serve.cli.score.texts import Context, Line, Text
 from serve.engine.client import EngineClient, RequestHandle
 from serve.engine.request import (
     EngineLimits,
@@ -74,28 +73,30 @@ class FakeHandle(RequestHandle):
         return event
 
 
-def works(texts: Sequence[list[int]], taken: list[int], size: int = 1000) -> Iterator[Work]:
+def items(texts: Sequence[list[int]], taken: list[int], size: int = 1000) -> Iterator[ScoreItem]:
     context = Context(size, "window", size // 2)
     for number, ids in enumerate(texts, 1):
         taken.append(number)
         line = Line(number, b"", 0, 0)
         if ids:
-            yield Work(line, Text(EncodedText(ids)), context.windows(len(ids)))
+            yield ScoreItem(line, Text(EncodedText(ids)), context.windows(len(ids)))
         else:
-            yield Work(line, error="it is empty")
+            yield ScoreItem(line, error="it is empty")
 
 
-def stream(engine: FakeEngine, items: Iterator[Work], bounds: InFlight) -> AsyncGenerator[Outcome]:
+def stream(engine: FakeEngine, queued: Iterator[ScoreItem], bounds: InFlight) -> AsyncGenerator[ScoreItem]:
     queue = RequestQueue(cast("EngineClient", engine), bounds)
     scorer = Scorer(queue, 2)
-    return queue.run_in_order(items, lambda work: score_line(work, scorer), lambda work: work.num_tokens)
+    return queue.run_in_order(queued, lambda item: score_line(item, scorer), lambda item: item.num_tokens)
 
 
-async def outcomes(engine: FakeEngine, texts: Sequence[list[int]], bounds: InFlight, size: int = 1000) -> list[Outcome]:
+async def outcomes(
+    engine: FakeEngine, texts: Sequence[list[int]], bounds: InFlight, size: int = 1000
+) -> list[ScoreItem]:
     """All outcomes; asserts that no more items are read ahead than the bounds allow."""
     taken: list[int] = []
-    found: list[Outcome] = []
-    async with aclosing(stream(engine, works(texts, taken, size), bounds)) as results:
+    found: list[ScoreItem] = []
+    async with aclosing(stream(engine, items(texts, taken, size), bounds)) as results:
         async for outcome in results:
             found.append(outcome)
             assert len(taken) - len(found) <= bounds.requests
@@ -109,7 +110,7 @@ def texts_of(count: int) -> list[list[int]]:
 async def test_run_in_order_keeps_the_order_of_concurrent_items() -> None:
     engine, texts = FakeEngine(), texts_of(50)
     found = await outcomes(engine, texts, InFlight(requests=8, tokens=1000))
-    assert [outcome.work.line.number for outcome in found] == list(range(1, 51))
+    assert [outcome.line.number for outcome in found] == list(range(1, 51))
     for text, outcome in zip(texts, found, strict=True):
         assert outcome.scores is not None
         assert (-outcome.scores.logprob).tolist() == text[1:]
@@ -167,7 +168,7 @@ async def test_run_in_order_ends_with_a_stopped_engine_and_aborts_the_rest() -> 
 
 async def test_run_in_order_aborts_the_rest_when_closed() -> None:
     engine = FakeEngine()
-    async with aclosing(stream(engine, works(texts_of(50), []), InFlight(8, 100))) as results:
+    async with aclosing(stream(engine, items(texts_of(50), []), InFlight(8, 100))) as results:
         await anext(results)
         assert engine.open
     assert not engine.open

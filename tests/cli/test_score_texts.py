@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.cli.score import source
-from serve.cli.score.source import Line, LineError, ScoreError, open_source
-from serve.cli.score.texts import Context, Text, TextReader, make_context
+from serve.cli.score import texts
+from serve.cli.score.texts import Context, Line, LineError, ScoreError, Text, TextReader, make_context, open_source
 from serve.jobs.score import EncodedText, TextEncoder
 from serve.text.chat import ChatFormat
 from tests.support.http_client import VOCAB_SIZE, byte_tokenizer
@@ -76,8 +75,8 @@ def test_checksum_covers_all_lines_so_far(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b""])
 def test_line_that_is_too_long_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: bytes) -> None:
-    monkeypatch.setattr(source, "_MAX_LINE", 10)
-    monkeypatch.setattr(source, "_CHUNK", 4)
+    monkeypatch.setattr(texts, "_MAX_LINE", 10)
+    monkeypatch.setattr(texts, "_CHUNK", 4)
     path = tmp_path / "a.txt"
     path.write_bytes(b"x" * 10 + b"\n" + b"y" * 25 + end + (b"after" if end else b""))
     first, second, *rest = lines_of(path)

@@ -6,12 +6,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
+from model.weights.source import default_model_path, resolve_model
 from serve.cli.score.config import ScoreConfig
-from serve.cli.score.formats import write_csv, write_parquet
 from serve.cli.score.journal import (
     Checkpoint,
     Journal,
@@ -19,16 +20,14 @@ from serve.cli.score.journal import (
     check_same,
     files_digest,
     finish,
-    model_digest,
     open_journal,
     open_rows,
     read_checkpoint,
 )
 from serve.cli.score.progress import open_meter, summary
-from serve.cli.score.rows import RowWriter
+from serve.cli.score.rows import RowWriter, write_csv, write_parquet
 from serve.cli.score.scoring import Scoring, check_no_more, first_lines
-from serve.cli.score.source import ScoreError, Source, open_source
-from serve.cli.score.texts import Context, TextReader, make_context
+from serve.cli.score.texts import Context, ScoreError, Source, TextReader, make_context, open_source
 from serve.jobs.request_queue import RequestQueue
 from serve.jobs.score import TextEncoder
 from serve.llm import LLM
@@ -83,7 +82,7 @@ def _score(config: ScoreConfig, paths: Paths, reporter: Reporter) -> tuple[Check
             check_no_more(config.file, first_lines(source, config.limit), checkpoint)
         else:
             speed = _resume(config, paths, source, rows, checkpoint, reporter)
-        finish(paths, rows, checkpoint, _converter(config))
+        finish(paths, rows, checkpoint, _converter(config, checkpoint))
     return checkpoint, [("speed", speed)] if speed else []
 
 
@@ -118,7 +117,8 @@ def _resume(
 
 def _identity(config: ScoreConfig) -> dict[str, Any]:
     """Everything that determines the rows and is known before the model is loaded."""
-    values = config.identity() | {"weights": model_digest(config.model, config.revision)}
+    path = default_model_path() if config.model is None else resolve_model(config.model, config.revision).path
+    values = config.identity() | {"weights": files_digest(path)}
     if config.tokenizer is not None:
         values["tokenizer"] += f" ({files_digest(config.tokenizer.expanduser())})"
     if (template := chosen_template(config)) is not None:
@@ -128,22 +128,14 @@ def _identity(config: ScoreConfig) -> dict[str, Any]:
 
 def _scoring(config: ScoreConfig, source: Source, llm: LLM, context: Context) -> Scoring:
     encoder = TextEncoder(llm.chats, llm.loaded.limits.vocab_size, config.add_special_tokens)
-    return Scoring(
-        path=config.file,
-        source=source,
-        reader=TextReader(encoder, config.text_field),
-        context=context,
-        writer=RowWriter(
-            llm.loaded.tokenizer,
-            alternatives=config.top_logprobs,
-            per_token=config.writes_tokens,
-            windowed=config.long == "window",
-            id_as_text=config.output_format != "jsonl",
-        ),
+    writer = RowWriter(
+        llm.loaded.tokenizer,
         alternatives=config.top_logprobs,
-        limit=config.limit,
-        skips=config.on_error == "skip",
+        per_token=config.writes_tokens,
+        windowed=config.long == "window",
+        id_as_text=config.output_format != "jsonl",
     )
+    return Scoring(config, source, TextReader(encoder, config.text_field), context, writer)
 
 
 def _run(config: ScoreConfig, scoring: Scoring, llm: LLM, journal: Journal) -> None:
@@ -152,61 +144,45 @@ def _run(config: ScoreConfig, scoring: Scoring, llm: LLM, journal: Journal) -> N
     Raises:
         _StoppedError: a signal arrived.
     """
-    with _Signals() as signals:
-        try:
-            with open_meter(sys.stderr, config.log_format, journal.checkpoint.sums.scored) as meter:
-                if journal.checkpoint.line:
-                    meter.message(f"resuming after line {journal.checkpoint.line:,} of {config.file}")
-                asyncio.run(signals.run(scoring.run(RequestQueue(llm.engine, llm.in_flight), journal, meter)))
-        except asyncio.CancelledError:
-            if signals.received is None:
-                raise
-            raise _StoppedError(128 + signals.received, journal.checkpoint.line) from None
+    with open_meter(sys.stderr, config.log_format, journal.checkpoint.sums.scored) as meter:
+        if journal.checkpoint.line:
+            meter.message(f"resuming after line {journal.checkpoint.line:,} of {config.file}")
+        number = asyncio.run(_until_signal(scoring.run(RequestQueue(llm.engine, llm.in_flight), journal, meter)))
+    if number is not None:
+        raise _StoppedError(128 + number, journal.checkpoint.line)
 
 
-class _Signals:
-    """Context in which the first SIGINT or SIGTERM cancels the work, and later ones are ignored."""
+async def _until_signal(work: Coroutine[Any, Any, None]) -> int | None:
+    """Run the work to its end. The first SIGINT or SIGTERM cancels it and is returned; later ones are ignored."""
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+    received: list[int] = []
 
-    def __init__(self) -> None:
-        self.received: int | None = None  # the first
-        self._cancel: Callable[[], object] = lambda: None
-        self._handlers: dict[int, Any] = {}  # to restore
+    def handle(number: int, _: FrameType | None) -> None:
+        if not received:
+            loop.call_soon_threadsafe(task.cancel)  # which also wakes the loop
+        received.append(number)
 
-    def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    async def run(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run the work to its end, or raise CancelledError."""
-        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
-        self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)  # which also wakes the loop
-        if self.received is not None:
-            task.cancel()
+    handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
         await task
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.received is None:
-            self.received = number
-            self._cancel()
-
-
-def _converter(config: ScoreConfig) -> Callable[[Path, Path, Checkpoint], None] | None:
-    """Function that writes the output from the rows; None if the rows are the output."""
-    match config.output_format:
-        case "csv":
-            return lambda rows, output, _: write_csv(rows, output)
-        case "parquet":
-            return lambda rows, output, checkpoint: write_parquet(
-                rows,
-                output,
-                longest_row=checkpoint.longest_row,
-                alternatives=config.top_logprobs,
-                per_token=config.per_token,
-                about=checkpoint.made_with,
-            )
+    except asyncio.CancelledError:
+        if not received:
+            raise
+        return received[0]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return None
+
+
+def _converter(config: ScoreConfig, checkpoint: Checkpoint) -> Callable[[Path, Path], None] | None:
+    """Function that writes the output from the rows; None if the rows are the output."""
+    if config.output_format == "parquet":
+        return partial(
+            write_parquet,
+            longest_row=checkpoint.longest_row,
+            alternatives=config.top_logprobs,
+            per_token=config.per_token,
+            about=checkpoint.made_with,
+        )
+    return write_csv if config.output_format == "csv" else None

@@ -17,17 +17,14 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from model.weights.source import default_model_path, resolve_model
 from serve.cli.score.progress import Sums
-from serve.cli.score.source import Line, ScoreError
+from serve.cli.score.texts import Line, ScoreError
 
 _INTERVAL = 2.0  # seconds between checkpoints: the work that a killed run has to repeat
 _OVERWRITE = "use --overwrite to start again"
 _NOT_FLAGS = ("weights", "format", "fingerprint", "context", "context_stride")  # of `Checkpoint.made_with`
 _SAMPLE = 2**16  # bytes at each end of a file: names and shapes, and some of the values
 _MODEL_FILES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt")
-
-type Convert = Callable[[Path, Path, "Checkpoint"], None]  # writes the second file from the rows in the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +84,14 @@ def _has_rows(paths: Paths, checkpoint: Checkpoint) -> bool:
 
 def check_same(paths: Paths, previous: dict[str, Any], current: dict[str, Any]) -> None:
     """Raise ScoreError with the differences between what the rows were made with and what this run would use."""
-    names = [name for name in {**previous, **current} if previous.get(name) != current.get(name)]
-    if names:
-        differences = ", ".join(f"{_setting(name, previous)}, not {_value(current.get(name))}" for name in names)
-        raise ScoreError(f"{paths.output} was started with {differences}; {_OVERWRITE}")
-
-
-def _setting(name: str, values: dict[str, Any]) -> str:
-    label = name.replace("_", " ") if name in _NOT_FLAGS else "--" + name.replace("_", "-")
-    return f"{label} {_value(values.get(name))}"
-
-
-def _value(value: Any) -> str:
-    return "unset" if value is None else str(value)
+    differences = []
+    for name in {**previous, **current}:
+        if previous.get(name) != current.get(name):
+            label = name.replace("_", " ") if name in _NOT_FLAGS else "--" + name.replace("_", "-")
+            before, now = ("unset" if (value := values.get(name)) is None else value for values in (previous, current))
+            differences.append(f"{label} {before}, not {now}")
+    if differences:
+        raise ScoreError(f"{paths.output} was started with {', '.join(differences)}; {_OVERWRITE}")
 
 
 @contextmanager
@@ -128,7 +120,6 @@ def open_rows(paths: Paths) -> Iterator[BinaryIO]:
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:
-    """True if a path names an open file."""
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
@@ -136,20 +127,13 @@ class Journal:
     """Appends rows. Not thread-safe."""
 
     def __init__(self, paths: Paths, file: BinaryIO, checkpoint: Checkpoint) -> None:
-        """Continue a file that ends with the last valid row."""
         self._paths = paths
         self._file = file
         self._saved = time.monotonic()
         self.checkpoint = checkpoint
 
     def add(self, row: bytes, line: Line, sums: Sums) -> None:
-        """Append the row of a line, and save from time to time.
-
-        Args:
-            row: with line end; empty if the line was skipped.
-            line: the line.
-            sums: of the row.
-        """
+        """Append the row of a line, empty if the line was skipped, and save from time to time."""
         self._file.write(row)
         checkpoint = self.checkpoint
         checkpoint.line, checkpoint.checksum = line.number, line.checksum
@@ -169,12 +153,9 @@ class Journal:
 
 @contextmanager
 def open_journal(paths: Paths, rows: BinaryIO, checkpoint: Checkpoint) -> Iterator[Journal]:
-    """Continue from a checkpoint; save at the end, also after an exception. Without a row, no checkpoint is left.
+    """Continue from a checkpoint, which is updated in place; save it at the end, also after an exception.
 
-    Args:
-        paths: of the output.
-        rows: file that `open_rows` opened.
-        checkpoint: updated in place.
+    Without a row, no checkpoint is left.
     """
     if not checkpoint.output_bytes:
         write_meta(paths, checkpoint)  # before any row, so that rows never exist without it
@@ -189,14 +170,10 @@ def open_journal(paths: Paths, rows: BinaryIO, checkpoint: Checkpoint) -> Iterat
             paths.meta.unlink()
 
 
-def finish(paths: Paths, rows: BinaryIO, checkpoint: Checkpoint, convert: Convert | None) -> None:
-    """Replace the output by the rows of a complete run. Harmless if this is done.
+def finish(paths: Paths, rows: BinaryIO, checkpoint: Checkpoint, convert: Callable[[Path, Path], None] | None) -> None:
+    """Replace the output by the rows of a complete run, if that is not done yet.
 
-    Args:
-        paths: of the output.
-        rows: file that `open_rows` opened.
-        checkpoint: of the complete run.
-        convert: writes the output; None makes the rows the output.
+    `convert` writes its second file from the rows in its first; None makes the rows the output.
     """
     if not _has_rows(paths, checkpoint):
         return
@@ -205,14 +182,13 @@ def finish(paths: Paths, rows: BinaryIO, checkpoint: Checkpoint, convert: Conver
         paths.partial.replace(paths.output)
     else:
         unfinished = paths.output.with_name(f"{paths.output.name}.tmp")
-        convert(paths.partial, unfinished, checkpoint)
+        convert(paths.partial, unfinished)
         unfinished.replace(paths.output)
     _sync_folder(paths.output.parent)
     paths.partial.unlink(missing_ok=True)
 
 
 def write_meta(paths: Paths, checkpoint: Checkpoint) -> None:
-    """Replace the checkpoint file atomically."""
     unfinished = paths.meta.with_name(f"{paths.meta.name}.tmp")
     with unfinished.open("wb") as file:
         file.write(orjson.dumps(asdict(checkpoint), option=orjson.OPT_INDENT_2) + b"\n")
@@ -223,21 +199,11 @@ def write_meta(paths: Paths, checkpoint: Checkpoint) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Sync the names in a folder to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def model_digest(model: str | None, revision: str | None) -> str:
-    """`files_digest` of a model.
-
-    Raises:
-        ModelLoadError: there is no such model.
-    """
-    return files_digest(default_model_path() if model is None else resolve_model(model, revision).path)
 
 
 def files_digest(path: Path) -> str:
@@ -249,13 +215,10 @@ def files_digest(path: Path) -> str:
     files = sorted(file for file in path.iterdir() if file.suffix in _MODEL_FILES) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        digest.update(_ends(file))
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\0".encode())
+        with file.open("rb") as opened:
+            head = opened.read(_SAMPLE)
+            opened.seek(max(len(head), size - _SAMPLE))
+            digest.update(head + opened.read(_SAMPLE))
     return digest.hexdigest()[:16]
-
-
-def _ends(path: Path) -> bytes:
-    with path.open("rb") as file:
-        head = file.read(_SAMPLE)
-        file.seek(max(len(head), path.stat().st_size - _SAMPLE))
-        return head + file.read(_SAMPLE)

@@ -2,11 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from logging import INFO
-from typing import Protocol, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -19,8 +19,6 @@ _INTERVAL = 30.0  # seconds between lines
 
 @dataclass(slots=True)
 class Sums:
-    """Sums over rows."""
-
     lines: int = 0
     skipped: int = 0  # broken lines
     tokens: int = 0
@@ -35,7 +33,6 @@ class Sums:
     greedy: int = 0  # completions all of whose tokens have rank 1
 
     def add(self, other: "Sums") -> None:
-        """Add another's sums."""
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
@@ -72,14 +69,37 @@ def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.6g}"
 
 
-class Meter(Protocol):
-    """Display of progress."""
+class Meter:
+    """Shows progress as a bar, or as a line now and then."""
+
+    def __init__(self, stream: TextIO, log_format: str, scored_before: int, bar: Progress | None) -> None:
+        self._stream = stream
+        self._as_json = log_format == "json"
+        self._scored_before = scored_before
+        self._bar = bar
+        self._start = self._last = time.monotonic()
 
     def update(self, done: float, sums: Sums) -> None:
         """Show the share of the work done, 0 to 1, and the sums so far."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, sums=self._describe(sums))
+        elif time.monotonic() - self._last >= _INTERVAL:
+            self._last = time.monotonic()
+            self.message(f"scoring  {done:.1%}, {self._describe(sums)}")
 
     def message(self, text: str, level: int = INFO) -> None:
         """Show a message, such as an error of a line."""
+        if self._bar is not None:
+            self._bar.console.print(text, style="yellow" if level > INFO else None, markup=False, soft_wrap=True)
+        else:
+            self._stream.write((json_line(level, text) if self._as_json else text) + "\n")
+            self._stream.flush()
+
+    def _describe(self, sums: Sums) -> str:
+        rate = (sums.scored - self._scored_before) / max(1e-9, time.monotonic() - self._start)
+        value = perplexity(sums.logprob, sums.scored)
+        shown = "" if value is None else f", perplexity {value:.4g}"
+        return f"{sums.lines + sums.skipped:,} lines, {sums.scored:,} tokens, {rate:,.0f} tokens/s{shown}"
 
 
 @contextmanager
@@ -87,52 +107,13 @@ def open_meter(stream: TextIO, log_format: str, scored_before: int) -> Iterator[
     """A meter as --log-format requires.
 
     Args:
-        stream: to write to.
         log_format: "auto", "plain" or "json".
         scored_before: tokens that earlier runs have scored, which do not count for the speed.
     """
-    start = time.monotonic()
-
-    def describe(sums: Sums) -> str:
-        rate = (sums.scored - scored_before) / max(1e-9, time.monotonic() - start)
-        value = perplexity(sums.logprob, sums.scored)
-        shown = "" if value is None else f", perplexity {value:.4g}"
-        return f"{sums.lines + sums.skipped:,} lines, {sums.scored:,} tokens, {rate:,.0f} tokens/s{shown}"
-
     if log_format != "auto" or not is_terminal(stream):
-        yield _LineMeter(stream, describe, as_json=log_format == "json")
+        yield Meter(stream, log_format, scored_before, None)
         return
-    console = Console(file=stream, highlight=False)
     columns = (TextColumn("scoring"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[sums]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        yield _BarMeter(bar, describe)
-
-
-class _BarMeter:
-    def __init__(self, bar: Progress, describe: Callable[[Sums], str]) -> None:
-        self._bar = bar
-        self._describe = describe
-        self._task = bar.add_task("scoring", total=1.0, sums="")
-
-    def update(self, done: float, sums: Sums) -> None:
-        self._bar.update(self._task, completed=done, sums=self._describe(sums))
-
-    def message(self, text: str, level: int = INFO) -> None:
-        self._bar.console.print(text, style="yellow" if level > INFO else None, markup=False, soft_wrap=True)
-
-
-class _LineMeter:
-    def __init__(self, stream: TextIO, describe: Callable[[Sums], str], *, as_json: bool) -> None:
-        self._stream = stream
-        self._describe = describe
-        self._as_json = as_json
-        self._last = time.monotonic()
-
-    def update(self, done: float, sums: Sums) -> None:
-        if time.monotonic() - self._last >= _INTERVAL:
-            self._last = time.monotonic()
-            self.message(f"scoring  {done:.1%}, {self._describe(sums)}")
-
-    def message(self, text: str, level: int = INFO) -> None:
-        self._stream.write((json_line(level, text) if self._as_json else text) + "\n")
-        self._stream.flush()
+    with Progress(*columns, TimeRemainingColumn(), console=Console(file=stream, highlight=False)) as bar:
+        bar.add_task("scoring", total=1.0, sums="")
+        yield Meter(stream, log_format, scored_before, bar)

@@ -2,30 +2,32 @@
 
 from collections.abc import Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 from logging import WARNING
 from pathlib import Path
 
 from model.token_logprobs import TokenLogprobs
+from serve.cli.score.config import ScoreConfig
 from serve.cli.score.journal import Checkpoint, Journal
 from serve.cli.score.progress import Meter, Sums
 from serve.cli.score.rows import RowWriter
-from serve.cli.score.source import Line, LineError, ScoreError, Source
-from serve.cli.score.texts import Context, Text, TextReader
+from serve.cli.score.texts import Context, Line, LineError, ScoreError, Source, Text, TextReader
 from serve.engine.request import EngineStoppedError
 from serve.jobs.request_queue import RequestError, RequestQueue
 from serve.jobs.score import Scorer, Window
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """A line to score."""
+class ScoreItem:
+    """A line to score; with its scores or its error once it is done."""
 
     line: Line
     text: Text | None = None
     windows: tuple[Window, ...] = ()
-    error: str | None = None  # reason for a missing text
+    scores: TokenLogprobs | None = None  # row i: token i + 1, up to the end of the last window
+    error: str | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -34,26 +36,14 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """Scores of a line, or its error."""
-
-    work: Work
-    scores: TokenLogprobs | None = None  # row i: token i + 1, up to the end of the last window
-    error: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Scoring:
     """Reads, scores and writes the lines of a file."""
 
-    path: Path  # of the source, for messages
+    config: ScoreConfig
     source: Source
     reader: TextReader
     context: Context
     writer: RowWriter
-    alternatives: int  # of each token
-    limit: int | None  # number of the last line to read
-    skips: bool  # report broken lines and leave them out; else they end the run
 
     async def run(self, queue: RequestQueue, journal: Journal, meter: Meter) -> None:
         """Score the remaining lines.
@@ -62,37 +52,31 @@ class Scoring:
             ScoreError: a line is broken and broken lines are not skipped; the file has changed since the checkpoint;
                 the engine has stopped.
         """
-        lines = first_lines(self.source, self.limit)
-        skip_to(self.path, lines, journal.checkpoint)
-        scorer = Scorer(queue, self.alternatives)
-
-        async def score(work: Work) -> Outcome:
-            return await score_line(work, scorer)
-
+        lines = first_lines(self.source, self.config.limit)
+        skip_to(self.config.file, lines, journal.checkpoint)
+        score = partial(score_line, scorer=Scorer(queue, self.config.top_logprobs))
+        items = map(self._item, lines)
         try:
-            async with aclosing(
-                queue.run_in_order(map(self._work, lines), score, lambda work: work.num_tokens)
-            ) as outcomes:
-                async for outcome in outcomes:
-                    self._write(outcome, journal, meter)
+            async with aclosing(queue.run_in_order(items, score, lambda item: item.num_tokens)) as results:
+                async for item in results:
+                    self._write(item, journal, meter)
         except EngineStoppedError:
             raise ScoreError("the engine has stopped") from None
 
-    def _work(self, line: Line) -> Work:
+    def _item(self, line: Line) -> ScoreItem:
         try:
             text = self.reader.read(line, is_text=self.source.is_text)
-            return Work(line, text, self.context.windows(len(text.encoded.token_ids)))
+            return ScoreItem(line, text, self.context.windows(len(text.encoded.token_ids)))
         except LineError as error:
-            return Work(line, error=str(error))
+            return ScoreItem(line, error=str(error))
 
-    def _write(self, outcome: Outcome, journal: Journal, meter: Meter) -> None:
-        line = outcome.work.line
-        text, scores = outcome.work.text, outcome.scores
-        if text is not None and scores is not None:
-            row, sums = self.writer.row(line.number, text, outcome.work.windows, scores)
+    def _write(self, item: ScoreItem, journal: Journal, meter: Meter) -> None:
+        line = item.line
+        if item.text is not None and item.scores is not None:
+            row, sums = self.writer.row(line.number, item.text, item.windows, item.scores)
         else:
-            message = f"{self.path}:{line.number}: {outcome.error}"
-            if not self.skips:
+            message = f"{self.config.file}:{line.number}: {item.error}"
+            if self.config.on_error != "skip":
                 raise ScoreError(f"{message} (--on-error skip leaves such lines out; the rows so far are kept)")
             meter.message(message, WARNING)
             row, sums = b"", Sums(skipped=1)
@@ -101,18 +85,18 @@ class Scoring:
 
     def _progress(self, line: Line) -> float:
         """Share of the work done after a line."""
-        read = line.position / max(1, self.source.total)
-        return min(1.0, read if self.limit is None else max(read, line.number / self.limit))
+        read, limit = line.position / max(1, self.source.total), self.config.limit
+        return min(1.0, read if limit is None else max(read, line.number / limit))
 
 
-async def score_line(work: Work, scorer: Scorer) -> Outcome:
-    """The outcome of a line."""
-    if work.text is None:
-        return Outcome(work, error=work.error)
+async def score_line(item: ScoreItem, scorer: Scorer) -> ScoreItem:
+    """The item with its scores, or the error of its request."""
+    if item.text is None:
+        return item
     try:
-        return Outcome(work, await scorer.score(work.text.encoded.token_ids, work.windows))
+        return replace(item, scores=await scorer.score(item.text.encoded.token_ids, item.windows))
     except RequestError as error:
-        return Outcome(work, error=str(error))
+        return replace(item, error=str(error))
 
 
 def first_lines(source: Source, limit: int | None) -> Iterator[Line]:

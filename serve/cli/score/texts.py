@@ -1,16 +1,156 @@
-"""Lines to token ids, and the windows in which a long text is scored."""
+"""Input of a scoring: the lines of a file, read as a stream, their token ids, and the windows of long texts."""
 
+import gzip
+import io
+import os
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import orjson
 
-from serve.cli.score.source import Line, LineError, ScoreError
 from serve.jobs.score import EncodedText, TextEncoder, Window
 from serve.text.chat import PromptError
 
+_MAX_LINE = 64 * 2**20  # bytes; a line must fit in memory
+_CHUNK = 2**20  # bytes in which a longer line is skipped
+_BATCH = 64  # rows of a Parquet file, read at once
+_BOM = b"\xef\xbb\xbf"
 _PAIR = ("prompt", "completion")
 _ID, _TOOLS = "id", "tools"
+
+
+class ScoreError(Exception):
+    """Scoring cannot start or continue. The message is for the user."""
+
+
+class LineError(Exception):
+    """One line cannot be scored. The message says why, without the line's number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line that is not blank."""
+
+    number: int  # from 1, blank lines included
+    data: bytes  # without line end
+    checksum: int  # CRC-32 of all lines up to this one
+    position: int  # progress through the file, in units of `Source.total`
+    error: str | None = None  # reason for missing data
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    total: int  # bytes, or rows of a Parquet file
+    is_text: bool  # lines are plain text, not JSON values
+    lines: Iterator[Line]
+
+
+@contextmanager
+def open_source(path: Path, columns: tuple[str, ...]) -> Iterator[Source]:
+    """Open a file; the extension determines the format.
+
+    Args:
+        columns: columns of a Parquet file to read, if present.
+
+    Raises:
+        ScoreError: the file cannot be read; iterating the lines may raise it, too.
+    """
+    with _open(path) as raw:
+        if path.suffix == ".parquet":
+            yield _parquet(path, raw, columns)
+            return
+        with _decompress(raw, path.suffix) as stream:
+            plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+            size = os.fstat(raw.fileno()).st_size
+            yield Source(size, plain.suffix == ".txt", _lines(path, stream, raw.tell))
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ScoreError(f"{path}: is not a file; resuming needs a file that can be read again")
+        return path.open("rb")
+    except OSError as error:
+        raise ScoreError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _decompress(raw: BinaryIO, suffix: str) -> io.BufferedIOBase | BinaryIO:
+    if suffix == ".gz":
+        return gzip.open(raw, "rb")
+    if suffix == ".zst":
+        import pyarrow  # takes half a second, which most runs need not wait
+
+        unpacked: Any = pyarrow.CompressedInputStream(raw, "zstd")
+        return io.BufferedReader(unpacked)
+    return raw
+
+
+def _lines(path: Path, stream: io.BufferedIOBase | BinaryIO, tell: Callable[[], int]) -> Iterator[Line]:
+    number = checksum = 0
+    try:
+        while head := stream.readline(_MAX_LINE + 1):
+            number += 1
+            complete = head.endswith(b"\n") or len(head) <= _MAX_LINE
+            data = head.rstrip(b"\r\n") if complete else head
+            checksum = zlib.crc32(data, checksum)
+            if not complete:
+                checksum = _skip(stream, checksum)
+                yield Line(number, b"", checksum, tell(), f"is longer than {_MAX_LINE:,} bytes")
+                continue
+            checksum = zlib.crc32(b"\n", checksum)  # also after a last line without line end
+            if number == 1:
+                data = data.removeprefix(_BOM)
+            if data.strip():
+                yield Line(number, data, checksum, tell())
+    except (OSError, EOFError, zlib.error) as error:
+        raise ScoreError(f"{path}:{number + 1}: cannot be read: {error}") from error
+
+
+def _skip(stream: io.BufferedIOBase | BinaryIO, checksum: int) -> int:
+    while rest := stream.readline(_CHUNK):
+        checksum = zlib.crc32(rest, checksum)
+        if rest.endswith(b"\n"):
+            break
+    return checksum
+
+
+def _parquet(path: Path, raw: BinaryIO, columns: tuple[str, ...]) -> Source:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(raw)
+    except pyarrow.ArrowException as error:
+        raise ScoreError(f"{path}: is not a Parquet file: {error}") from error
+    present = [name for name in columns if name in table.schema_arrow.names]
+    return Source(table.metadata.num_rows, False, _rows(path, table, present))
+
+
+def _rows(path: Path, table: Any, columns: list[str]) -> Iterator[Line]:
+    import pyarrow
+
+    number = checksum = 0
+    try:
+        for batch in table.iter_batches(batch_size=_BATCH, columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                data, error = _as_json(row)
+                checksum = zlib.crc32(data + b"\n", checksum)
+                yield Line(number, data, checksum, number, error)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ScoreError(f"{path}:{number + 1}: cannot be read: {error}") from error
+
+
+def _as_json(row: dict[str, Any]) -> tuple[bytes, str | None]:
+    try:
+        return orjson.dumps(row), None
+    except TypeError as error:
+        return b"", f"a column is not text: {error}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,30 +200,21 @@ def make_context(size: int, long: str, stride: int | None) -> Context:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """The text of a line."""
-
     encoded: EncodedText
     id: Any = None  # JSON value
 
 
 @dataclass(frozen=True, slots=True)
 class TextReader:
-    """Reads and encodes the text of a line."""
-
     encoder: TextEncoder
     text_field: str | None = None
 
     @staticmethod
     def fields(text_field: str | None) -> tuple[str, ...]:
-        """Names of all fields that are read."""
         return (*_text_fields(text_field), *_PAIR, _ID, _TOOLS)
 
     def read(self, line: Line, *, is_text: bool) -> Text:
-        """The text of a line.
-
-        Args:
-            line: the line.
-            is_text: the line is the text, not a JSON value.
+        """Encode a line, which is the text itself or a JSON value.
 
         Raises:
             LineError: the line cannot be scored.

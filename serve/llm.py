@@ -24,8 +24,7 @@ from serve.jobs.generate import (
     check_alternatives,
     make_options,
 )
-from serve.jobs.loop_thread import LoopThread
-from serve.jobs.request_queue import InFlight, RequestQueue
+from serve.jobs.request_queue import InFlight, LoopThread, RequestQueue
 from serve.jobs.results import Batch, Generation, Score, Tokens, token_columns
 from serve.jobs.score import EncodedText, Scorer, TextEncoder, Window, check_token_ids
 from serve.server.console import Reporter

@@ -37,7 +37,6 @@ class GenerationOptions(SamplingFields):
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """All stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
@@ -54,11 +53,7 @@ class SamplingKeywords(SamplingFieldKeywords, total=False):
 
 
 def make_options(values: Mapping[str, Any], max_logprobs: int) -> GenerationOptions:
-    """Validate options.
-
-    Args:
-        values: by name.
-        max_logprobs: alternatives per token that the model computes.
+    """Validate options; `max_logprobs` is the number of alternatives per token that the model computes.
 
     Raises:
         TypeError: a name is not an option; the message suggests the nearest.

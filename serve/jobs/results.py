@@ -30,7 +30,6 @@ class Tokens:
 
     @property
     def logprob(self) -> float:
-        """Sum of the log-probs."""
         return logprob_sum(self.logprobs)
 
     @property
@@ -67,7 +66,6 @@ class Score(Tokens):
 
     @property
     def completion_logprob(self) -> float | None:
-        """Sum of the completion's log-probs."""
         return None if self.completion_start is None else logprob_sum(self.logprobs[self.completion_start :])
 
     @property

@@ -10,20 +10,13 @@ from typing import Any
 import numpy as np
 
 from model.token_logprobs import TokenLogprobs, empty_logprobs
-from serve.engine.request import (
-    FinishReason,
-    PromptScoring,
-    Request,
-    SamplingParams,
-)
+from serve.engine.request import FinishReason, PromptScoring, Request, SamplingParams
 from serve.jobs.request_queue import RequestError, RequestQueue
 from serve.text.chat import ChatFormat, PromptError, check_messages, encode_text
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedText:
-    """A text to score."""
-
     token_ids: list[int]  # at least one
     completion_start: int | None = None  # index of the completion's first token, if the text has a completion
 
@@ -79,7 +72,6 @@ class TextEncoder:
     def _chat(
         self, messages: list[dict[str, Any]], completion_start: int | None, tools: Any, param: str
     ) -> EncodedText:
-        """Encode messages, those from `completion_start` on as the completion."""
         variables = {} if tools is None else {"tools": tools}
         text = self.chats.render(messages, variables=variables, add_generation_prompt=False, param=param)
         ids = self.chats.encode(text, param=param)
@@ -144,8 +136,6 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """Scores texts."""
-
     queue: RequestQueue
     alternatives: int  # kept for each token
 

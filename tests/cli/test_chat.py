@@ -10,8 +10,8 @@ from rich.console import Console
 from serve.cli.chat.command import sampling_params
 from serve.cli.chat.config import parse_args
 from serve.cli.chat.conversation import Piece, TextStream
-from serve.cli.chat.input import lines_of, read_message
 from serve.cli.chat.screen import SCALE, ChatScreen, legend, percent, printable, step_of
+from serve.cli.chat.session import lines_of, read_message
 from serve.config.generation_config import GenerationDefaults
 from tests.support.http_client import byte_tokenizer
 

@@ -10,9 +10,8 @@ from rich.text import Text
 
 from serve.cli.chat.config import ChatConfig
 from serve.cli.chat.conversation import Conversation
-from serve.cli.chat.input import Terminal, lines_of
 from serve.cli.chat.screen import ChatScreen
-from serve.cli.chat.session import Session
+from serve.cli.chat.session import Session, Terminal, lines_of
 from serve.config.generation_config import GenerationDefaults, SamplingFields
 from serve.engine.request import SamplingParams
 from serve.jobs.generate import sampling_values

@@ -7,10 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from model.token_logprobs import TokenLogprobs
-from serve.engine.request import (
-    FinishReason,
-    TokenEvent,
-)
+from serve.engine.request import FinishReason, TokenEvent
 from serve.text.tokenizer import Tokenizer
 
 
@@ -112,7 +109,6 @@ class Reply:
         return sorted(indices, key=lambda i: self.tokens[i].logprob)[:count]
 
     def as_json(self) -> dict[str, Any]:
-        """The text, and the tokens with their alternatives."""
         tokens = [self._as_json(token) | {"best": [*map(self._as_json, token.alternatives)]} for token in self.tokens]
         return {"text": self.text, "finish_reason": str(self.finish_reason or "stopped"), "tokens": tokens}
 
@@ -133,8 +129,6 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A message and its reply."""
-
     user: str
     reply: Reply
 
@@ -161,7 +155,6 @@ class Conversation:
         return self.unsent
 
     def as_json(self) -> dict[str, Any]:
-        """The messages, and each reply's tokens."""
         return {"messages": self.messages(), "replies": [turn.reply.as_json() for turn in self.turns]}
 
 

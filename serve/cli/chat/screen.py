@@ -89,7 +89,6 @@ class ChatScreen:
         self._plain = plain
 
     def welcome(self, model: str) -> None:
-        """Print the first lines."""
         if self._plain:
             return
         self.note(f'{model}. /help lists the commands. End a line with \\ or enclose lines in """ for a long message.')
@@ -97,7 +96,6 @@ class ChatScreen:
             self.console.print(legend())
 
     def piece(self, piece: Piece) -> None:
-        """Print the next piece of a reply."""
         self.console.print(Segments([*self._segments(piece)]), end="", soft_wrap=True)
 
     def summary(self, reply: Reply) -> None:
@@ -118,25 +116,21 @@ class ChatScreen:
         self.note("; ".join(parts))
 
     def note(self, text: str) -> None:
-        """Print a line about the chat."""
         self.console.print(Text(text, "dim"), soft_wrap=True)
 
     def help(self) -> None:
-        """Print the commands."""
         table = Table.grid(padding=(0, 2))
         for command, text in HELP:
             table.add_row(Text(command, "bold"), text)
         self.console.print(table)
 
     def tokens(self, reply: Reply) -> None:
-        """Print all tokens of a reply."""
         table = _table("#", "token", "probability", "log-prob", "rank")
         for i, token in enumerate(reply.tokens, start=1):
             table.add_row(Text(str(i)), *self._cells(token))
         self.console.print(table)
 
     def why(self, reply: Reply, index: int) -> None:
-        """Print the alternatives of a token."""
         token = reply.tokens[index]
         context = reply.tokens[max(0, index - _CONTEXT) : index]
         before = b"".join(self._tokenizer.token_bytes(previous.id) for previous in context)

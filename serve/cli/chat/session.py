@@ -1,31 +1,26 @@
-"""Session: reads messages and commands, runs requests, shows replies."""
+"""Session: reads messages and commands, runs requests, shows replies. A message may have several lines."""
 
 import asyncio
+import contextlib
 import json
 import uuid
 from collections.abc import Callable
-from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from serve.cli.chat.conversation import Conversation, Reply, Turn
-from serve.cli.chat.input import read_message
 from serve.cli.chat.screen import ChatScreen
 from serve.engine.request import EngineStoppedError, Request, SamplingParams
 from serve.jobs.request_queue import RequestError, RequestQueue
 from serve.llm import LLM
 from serve.text.chat import PromptError, generation_room
 
+_FENCE = '"""'
+
 
 @dataclass(slots=True)
 class Session:
-    """One chat.
-
-    Attributes:
-        failures: number of messages and commands that failed.
-    """
-
     llm: LLM
     screen: ChatScreen
     params: SamplingParams  # of replies; max_tokens is an upper bound
@@ -35,10 +30,9 @@ class Session:
     about: dict[str, Any]  # facts for /save
     put_back: Callable[[str], None] = lambda _: None  # offers a message that was not sent for editing
     chat: Conversation = field(default_factory=Conversation)
-    failures: int = 0
+    failures: int = 0  # messages and commands that failed
 
     def run(self) -> None:
-        """Run until the end of the input."""
         # One loop for all replies, in which Ctrl-C ends the reply and nothing else.
         with asyncio.Runner() as runner:
             while True:
@@ -89,7 +83,7 @@ class Session:
         return Request(uuid.uuid4().hex, ids, replace(self.params, max_tokens=min(self.params.max_tokens, room)))
 
     async def _stream(self, request: Request, reply: Reply) -> None:
-        async with aclosing(RequestQueue(self.llm.engine, self.llm.in_flight).events(request)) as events:
+        async with contextlib.aclosing(RequestQueue(self.llm.engine, self.llm.in_flight).events(request)) as events:
             async for event in events:
                 for piece in reply.add(event):
                     self.screen.piece(piece)
@@ -160,3 +154,70 @@ class Session:
     def _fail(self, text: str) -> None:
         self.failures += 1
         self.show_error(text)
+
+
+def read_message(ask: Callable[[str], str]) -> str:
+    r"""Read a message: a line, lines joined by backslashes at their ends, or lines between two \"\"\".
+
+    Args:
+        ask: shows a prompt and returns a line without line end.
+
+    Raises:
+        EOFError: the input has ended; an unfinished message is returned first.
+    """
+    line = ask("> ")
+    if line.lstrip().startswith(_FENCE):
+        return _fenced(line.lstrip().removeprefix(_FENCE), ask)
+    lines = [line]
+    with contextlib.suppress(EOFError):
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1][:-1]
+            lines.append(ask(". "))
+    return "\n".join(lines)
+
+
+def _fenced(line: str, ask: Callable[[str], str]) -> str:
+    lines = [line] if line else []
+    with contextlib.suppress(EOFError):
+        while not line.rstrip().endswith(_FENCE):
+            line = ask(". ")
+            lines.append(line)
+        lines[-1] = lines[-1].rstrip().removesuffix(_FENCE)
+    return "\n".join(lines).rstrip("\n")
+
+
+def lines_of(stream: TextIO) -> Callable[[str], str]:
+    """An `ask` function without prompts, for a pipe or a file."""
+
+    def ask(prompt: str) -> str:
+        del prompt
+        line = stream.readline()
+        if not line:
+            raise EOFError
+        return line.removesuffix("\n")
+
+    return ask
+
+
+class Terminal:
+    """An `ask` function for a terminal, with readline's editing and history if available. Nothing is saved to disk."""
+
+    def __init__(self) -> None:
+        self._draft = ""
+        try:
+            import readline
+        except ImportError:  # not on every system
+            return
+        readline.set_auto_history(True)
+        readline.set_startup_hook(lambda: self._insert(readline.insert_text))
+
+    def __call__(self, prompt: str) -> str:
+        return input(prompt)
+
+    def put_back(self, text: str) -> None:
+        """Offer a text of one line for editing at the next prompt, if readline is available."""
+        self._draft = "" if "\n" in text else text
+
+    def _insert(self, insert: Callable[[str], None]) -> None:
+        draft, self._draft = self._draft, ""
+        insert(draft)

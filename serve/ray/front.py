@@ -42,7 +42,6 @@ class Front:
     """An ASGI app in front of the replicas of a model."""
 
     def __init__(self, replicas: DeploymentHandle[Any], config: ServeConfig) -> None:
-        """`replicas` is the handle of `serve.ray.replica.Replica`."""
         self._max_body_bytes = config.max_body_bytes
         self._keys = ApiKeys(config.api_key)
         self._any_replica = replicas.options(method_name="answer", stream=True)

@@ -33,7 +33,7 @@ type OnCompiled = Callable[[Event], None]
 
 _WIDTH = 100  # columns at most
 _PLAIN = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-_OWN = "serve"  # parent of our loggers, whose level is configurable; other libraries log warnings and errors only
+_OWN = "serve"  # parent of our loggers, whose level is configurable; other libraries log warnings and errors
 # Attributes of every record, which are not fields. uvicorn repeats its message with colours.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 _RESERVED = ("time", "level", "timestamp")  # parameters and fields of json_line
@@ -123,7 +123,7 @@ class Reporter:
 
 
 def start_reporting(config: EngineConfig) -> Reporter:
-    """Set up logging and return the matching reporter; both write to stderr as --log-format says."""
+    """Set up logging and return the matching reporter; both write to stderr in the format of --log-format."""
     terminal = config.log_format == "auto" and is_terminal(sys.stderr)
     console = Console(file=sys.stderr, highlight=False) if terminal else None
     as_json = config.log_format == "json"

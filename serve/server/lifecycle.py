@@ -88,8 +88,8 @@ class HttpServer(uvicorn.Server):
         return True
 
     def _unfinished(self) -> int:
-        """Number of responses that are being made, or that clients have not read yet."""
-        unread = sum(each.transport.get_write_buffer_size() > 0 for each in self.server_state.connections)
+        """Number of responses that are being generated, or that clients have not read yet."""
+        unread = sum(client.transport.get_write_buffer_size() > 0 for client in self.server_state.connections)
         return max(self._readiness.running, unread)
 
     def _check_engine(self) -> None:

@@ -117,18 +117,15 @@ def pages_in(amount: MemoryAmount, *, free: int | None, page_bytes: int) -> int:
 
 
 def free_memory(devices: int = 1) -> int | None:
-    """Free bytes on each of the first `devices` devices; on CPU, an equal share of the host's free memory.
-
-    None if a device does not report it.
-    """
+    """Free bytes on each of the first `devices` devices, on CPU an equal share of the host's; None if unknown."""
     first = jax.local_devices()[:devices]
     if first[0].platform == "cpu":
         known = [free for free in (_available_memory(), *map(_cgroup_free, _CGROUPS)) if free is not None]
         return min(known) // devices if known else None
     stats = [device.memory_stats() or {} for device in first]
-    if not all("bytes_limit" in each for each in stats):
+    if not all("bytes_limit" in device for device in stats):
         return None
-    return min(int(each["bytes_limit"] - each.get("bytes_in_use", 0)) for each in stats)
+    return min(int(device["bytes_limit"] - device.get("bytes_in_use", 0)) for device in stats)
 
 
 def _available_memory() -> int | None:

@@ -112,11 +112,7 @@ def check_template(name: str, tokenizer: Tokenizer, chat_template: str | None) -
 
 
 def chosen_template(config: EngineConfig) -> str | None:
-    """The text of --chat-template, which is a template or the name of a file.
-
-    Raises:
-        StartupError: the file cannot be read.
-    """
+    """The text of --chat-template, a template or the name of a file; raises StartupError if that cannot be read."""
     option = config.chat_template
     if option is None or "{" in option:
         return option

@@ -1,4 +1,4 @@
-"""Loading of a model: from an EngineConfig to compiled programs and an engine. Knows nothing of HTTP."""
+"""Loading of a model: from an EngineConfig to compiled programs and an engine, without HTTP."""
 
 import hashlib
 import math

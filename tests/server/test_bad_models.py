@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tests.support.server_process import ROOT
 from tests.support.tiny_checkpoints import VOCAB, TinyModel
 
-# Runs `python -m serve` once for each argument list, in one process: importing takes most of the time.
+# Runs `logprobd serve` once for each argument list, in one process: importing takes most of the time.
 RUNS = """
 import contextlib, io, json, sys
 from serve.cli.main import main

@@ -1,6 +1,6 @@
-// The server, asked over the same API that every client has.
+// The server's public API.
 
-/** What went wrong, in words for whoever uses the page. `kind`: down, key, refused, failed, changed. */
+/** An error with a message for the user. `kind` is down, key, refused, failed or changed. */
 export class ServerError extends Error {
   constructor(kind, message) {
     super(message);
@@ -8,7 +8,7 @@ export class ServerError extends Error {
   }
 }
 
-/** Who answers, as an event says: {model, fingerprint}. Throws where it is another than `known`, if any. */
+/** {model, fingerprint} of an event. Throws if they differ from `known`. */
 export function sourceOf({ model, system_fingerprint: fingerprint }, known) {
   if (known && (known.model !== model || known.fingerprint !== fingerprint)) {
     throw new ServerError("changed", "The server was restarted with another model or other options. Run the prompt again.");
@@ -23,9 +23,9 @@ export class Server {
     this.forget();
   }
 
-  /** Another model may answer from now on. */
+  /** Clears what depends on the model. */
   forget() {
-    this.source = null; // who has answered, of whom the following is known
+    this.source = null; // {model, fingerprint} to which the following belong
     this.bytes = new Map(); // token id -> Uint8Array
     this.special = new Set();
   }
@@ -37,34 +37,28 @@ export class Server {
     return { ...models.data[0], hasTemplate: info.chat_template !== null };
   }
 
-  /** Token ids of {prompt} or {messages}. */
   async tokenize(request, signal) {
     return (await this.#json("tokenize", request, signal)).tokens;
   }
 
-  /** Makes the bytes of these ids known. */
-  async learn(ids, signal) {
+  /** Requests the bytes of ids that are not known. */
+  async loadBytes(ids, signal) {
     const unknown = [...new Set(ids)].filter((id) => !this.bytes.has(id));
     if (unknown.length === 0) return;
     const answer = await this.#json("detokenize", { tokens: unknown, return_token_bytes: true }, signal);
     unknown.forEach((id, i) => this.bytes.set(id, Uint8Array.from(answer.token_bytes[i])));
   }
 
-  /** The events of a streamed chat completion. */
   async *stream(request, signal) {
     const response = await this.#ask("v1/chat/completions", { ...request, stream: true }, signal);
-    let ended = false;
     for await (const data of events(response.body)) {
-      if (data === "[DONE]") {
-        ended = true;
-        break;
-      }
+      if (data === "[DONE]") return;
       const event = JSON.parse(data);
       if (event.error) throw new ServerError("failed", event.error.message);
       this.source = sourceOf(event, this.source);
       yield event;
     }
-    if (!ended) throw new ServerError("down", "The server closed the connection before the end of its response.");
+    throw new ServerError("down", "The server closed the connection before the end of its response.");
   }
 
   async #json(path, body, signal) {
@@ -95,8 +89,8 @@ export class Server {
 }
 
 async function messageOf(response) {
-  const said = await response.json().catch(() => null);
-  return said?.error?.message ?? `The server responded with status ${response.status}.`;
+  const body = await response.json().catch(() => null);
+  return body?.error?.message ?? `The server responded with status ${response.status}.`;
 }
 
 function asServerError(error) {

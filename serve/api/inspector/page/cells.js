@@ -1,14 +1,11 @@
-// The tokens of a run as cells in a line of text. One of them can have the focus; arrow keys move it.
+// The tokens of a run as cells in a text. One of them can have the focus; arrow keys move it.
 
 import { draw, escaped, partOf, plain } from "./text.js";
 import { step } from "./totals.js";
 import { describe } from "./format.js";
 
 export class Cells {
-  /**
-   * `on` has what is told: point(index, element) for a cell under the pointer or in focus, leave() when the pointer
-   * goes, enter() for the Enter key on a cell.
-   */
+  /** `on` has callbacks: point(index, cell) when a cell is hovered or focused, leave() and enter() (the Enter key). */
   constructor(element, on) {
     this.element = element;
     this.on = on;
@@ -21,7 +18,6 @@ export class Cells {
     element.addEventListener("keydown", (event) => this.#key(event));
   }
 
-  /** Shows another run. */
   show(run) {
     this.run = run;
     this.current = 0;
@@ -29,19 +25,18 @@ export class Cells {
     this.update(0);
   }
 
-  /** Tokens from `start` on are new or have got numbers. */
+  /** Draws tokens from `start` on, which are new or have received numbers. */
   update(start) {
     const { tokens } = this.run;
-    const fresh = document.createDocumentFragment();
-    // Bytes that come may complete a character that earlier tokens began.
+    const added = document.createDocumentFragment();
+    // New bytes may complete a character that earlier tokens begin.
     for (let i = Math.max(0, start - 3); i < tokens.length; i++) {
-      const cell = this.element.children[i] ?? fresh.appendChild(this.#make(i));
+      const cell = this.element.children[i] ?? added.appendChild(this.#make(i));
       this.#paint(cell, i);
     }
-    this.element.append(fresh);
+    this.element.append(added);
   }
 
-  /** The cell of a token. */
   cell(index) {
     return this.element.children[index];
   }
@@ -81,7 +76,7 @@ export class Cells {
   }
 
   #over(event) {
-    if (event.pointerType !== "mouse") return; // a finger focuses what it touches
+    if (event.pointerType !== "mouse") return; // touching a cell focuses it
     const index = this.#indexOf(event.target);
     if (index >= 0) this.on.point(index, this.cell(index));
   }
@@ -89,12 +84,11 @@ export class Cells {
   #focused(event) {
     const index = this.#indexOf(event.target);
     if (index < 0) return;
-    this.cell(this.current)?.setAttribute("tabindex", "-1");
-    this.cell(this.current)?.setAttribute("aria-selected", "false");
+    const cell = this.cell(index);
+    Object.assign(this.cell(this.current) ?? {}, { tabIndex: -1, ariaSelected: "false" });
+    Object.assign(cell, { tabIndex: 0, ariaSelected: "true" });
     this.current = index;
-    this.cell(index).tabIndex = 0;
-    this.cell(index).setAttribute("aria-selected", "true");
-    this.on.point(index, this.cell(index));
+    this.on.point(index, cell);
   }
 
   #key(event) {
@@ -117,11 +111,11 @@ export class Cells {
 
   /** The token nearest below (1) or above (-1) the current one. */
   #line(direction) {
-    const box = (index) => this.cell(index).getClientRects()[0]; // where it begins: a line break ends in the next line
+    const box = (index) => this.cell(index).getClientRects()[0]; // the first one: a line break ends in the next line
     const middle = ({ left, width }) => left + width / 2;
     const here = box(this.current);
     let best = this.current;
-    let line = null; // the top of the line that is looked at
+    let line = null; // top of the line that is searched
     for (let i = this.current + direction; this.cell(i); i += direction) {
       const there = box(i);
       if (Math.abs(there.top - here.top) < here.height / 2) continue;

@@ -1,87 +1,80 @@
-// What is known of one token, beside its cell: id, bytes, numbers, and the alternatives as bars to click.
+// The details of one token in a box next to its cell: id, bytes, numbers, and the alternatives as buttons.
 
-import { count, logprob, percent } from "./format.js";
+import { bar, make } from "./dom.js";
+import { ORIGINS, count, logprob, percent } from "./format.js";
 import { draw, escaped, hex, partOf, plain } from "./text.js";
 
-const HIDE_AFTER = 250; // ms: the pointer's way from a cell to the details
+const HIDE_AFTER = 250; // ms, for moving the pointer from the cell to the box
 
 export class Details {
-  /** `onBranch(run, index, alternative)` is told of the alternative that somebody takes; `onClose()` of Escape. */
-  constructor(element, onBranch, onClose) {
+  constructor(element) {
     this.element = element;
-    this.onBranch = onBranch;
     this.timer = null;
-    this.run = null; // what is shown of which run, and the cell beside which it stands
+    this.pane = null; // of the token shown
+    this.run = null;
     this.index = null;
     this.cell = null;
-    element.addEventListener("pointerenter", () => this.stay());
-    element.addEventListener("pointerleave", () => this.leave());
-    element.addEventListener("keydown", (event) => this.#key(event, onClose));
+    element.addEventListener("pointerenter", () => clearTimeout(this.timer));
+    element.addEventListener("pointerleave", () => this.hideSoon());
+    element.addEventListener("keydown", (event) => this.#key(event));
   }
 
-  /** Shows token `index` of a run below its cell. */
-  show(run, index, cell) {
-    this.stay();
-    Object.assign(this, { run, index, cell });
+  /** Shows a token of the pane's current run next to its cell. */
+  show(pane, index, cell) {
+    clearTimeout(this.timer);
+    Object.assign(this, { pane, run: pane.run, index, cell });
     this.element.hidden = false;
     this.#draw();
   }
 
-  /** Tokens of a run from `from` on have got numbers. */
-  changed(run, from) {
+  /** Redraws after tokens of a run from `from` on have received numbers. */
+  update(run, from) {
     if (!this.element.hidden && this.run === run && this.index >= from) this.#draw();
   }
 
-  #draw() {
-    const { run, index, cell } = this;
-    const token = run.tokens[index];
-    this.element.replaceChildren(this.#head(token, index), this.#facts(run, index), this.#list(run, index));
-    this.#place(cell);
-  }
-
-  /** The pointer is on its way elsewhere. */
-  leave() {
-    this.stay();
+  hideSoon() {
+    clearTimeout(this.timer);
     this.timer = setTimeout(() => this.hide(), HIDE_AFTER);
   }
 
-  /** The pointer has come. */
-  stay() {
-    clearTimeout(this.timer);
-  }
-
   hide() {
-    this.stay();
+    clearTimeout(this.timer);
     this.element.hidden = true;
   }
 
-  /** Gives the first alternative the focus. */
+  /** Hides the box if it shows a token of this pane. */
+  hideFor(pane) {
+    if (pane === this.pane) this.hide();
+  }
+
+  /** Focuses the first alternative. */
   enter() {
     this.element.hidden = false;
     this.element.querySelector("button")?.focus();
   }
 
-  /** The page has scrolled: the details go with their cell, or with it out of sight. */
+  /** Moves the box with its cell when the page scrolls, and hides it when the cell is out of view. */
   follow() {
     if (this.element.hidden) return;
     const box = this.cell.getBoundingClientRect();
     const frame = this.cell.parentNode?.getBoundingClientRect();
     if (!frame || box.bottom < frame.top || box.top > frame.bottom) this.hide();
-    else this.#place(this.cell);
+    else this.#place();
   }
 
-  #head(token, index) {
-    const head = make("div", "head");
-    const shown = make("span", `cell ${token.special ? "special" : ""}`);
-    draw(shown, token.bytes);
-    const kind = { prompt: "prompt", branch: "chosen by you", generated: "generated" }[token.origin];
-    head.append(shown, make("span", "kind", `token ${count(index)}, ${kind}${token.special ? ", special" : ""}`));
-    return head;
+  #draw() {
+    const token = this.run.tokens[this.index];
+    this.element.replaceChildren(this.#head(token), this.#facts(token), this.#list(token));
+    this.#place();
   }
 
-  #facts(run, index) {
-    const token = run.tokens[index];
-    const part = partOf(run.tokens, index);
+  #head(token) {
+    const kind = `token ${count(this.index)}, ${ORIGINS[token.origin]}${token.special ? ", special" : ""}`;
+    return make("div", { className: "head" }, name(token), make("span", { className: "kind" }, kind));
+  }
+
+  #facts(token) {
+    const part = partOf(this.run.tokens, this.index);
     const facts = [
       ["id", String(token.id)],
       ["bytes", Array.from(token.bytes, hex).join(" ") || "none"],
@@ -94,55 +87,51 @@ export class Details {
     } else {
       facts.push(["log-prob", token.logprob === null ? "none (first token)" : "pending"]);
     }
-    const list = make("dl", "facts");
-    for (const [name, value] of facts) list.append(make("dt", "", name), make("dd", "", value));
-    return list;
+    return make("dl", { className: "facts" }, ...facts.flatMap(([term, text]) => [make("dt", {}, term), make("dd", {}, text)]));
   }
 
-  #list(run, index) {
-    const token = run.tokens[index];
-    const list = make("ol", "alternatives");
-    list.ariaLabel = "Alternatives: choose one to continue from there";
+  #list(token) {
     const own = token.top.some((other) => other.id === token.id) ? [] : [token];
-    for (const other of typeof token.logprob === "number" ? [...token.top, ...own] : []) {
-      list.append(this.#alternative(run, index, other, other.id === token.id));
-    }
-    return list;
+    const others = typeof token.logprob === "number" ? [...token.top, ...own] : [];
+    const items = others.map((other) => this.#alternative(other, other.id === token.id));
+    return make("ol", { className: "alternatives", ariaLabel: "Alternatives: choose one to continue from there" }, ...items);
   }
 
-  #alternative(run, index, other, isOwn) {
-    const item = make("li", isOwn ? "own" : "");
-    const button = make("button", "");
-    button.type = "button";
+  #alternative(other, isOwn) {
+    const { run, index } = this;
+    const rank = count(other.rank);
     const probability = Math.exp(other.logprob);
-    const bar = make("span", "bar");
-    bar.style.setProperty("--share", probability);
-    const name = make("span", `cell ${other.special ? "special" : ""}`);
-    draw(name, other.bytes);
-    const numbers = [make("span", "rank", count(other.rank)), name, bar, make("span", "p", percent(probability))];
-    button.append(...numbers, make("span", "lp", logprob(other.logprob)));
-    const what = isOwn ? "this token; generate again from here" : "continue with this token";
-    button.ariaLabel = `${plain(other.bytes)}, rank ${count(other.rank)}, ${percent(probability)}: ${what}`;
-    button.title = what;
-    button.addEventListener("click", () => this.onBranch(run, index, other));
-    item.append(button);
-    return item;
+    const title = isOwn ? "this token; generate again from here" : "continue with this token";
+    const ariaLabel = `${plain(other.bytes)}, rank ${rank}, ${percent(probability)}: ${title}`;
+    const button = make(
+      "button",
+      { type: "button", title, ariaLabel },
+      make("span", { className: "rank" }, rank),
+      name(other),
+      bar(probability),
+      make("span", { className: "p" }, percent(probability)),
+      make("span", { className: "lp" }, logprob(other.logprob)),
+    );
+    button.addEventListener("click", () => this.pane.branch(run, index, other));
+    return make("li", { className: isOwn ? "own" : "" }, button);
   }
 
-  #key(event, onClose) {
+  #key(event) {
     const buttons = [...this.element.querySelectorAll("button")];
-    const at = buttons.indexOf(document.activeElement);
-    if (event.key === "Escape") onClose();
-    else if (event.key === "ArrowDown") buttons[Math.min(at + 1, buttons.length - 1)]?.focus();
-    else if (event.key === "ArrowUp") buttons[Math.max(at - 1, 0)]?.focus();
+    const current = buttons.indexOf(document.activeElement);
+    if (event.key === "Escape") {
+      this.pane.cells.focus(this.index);
+      this.hide();
+    } else if (event.key === "ArrowDown") buttons[Math.min(current + 1, buttons.length - 1)]?.focus();
+    else if (event.key === "ArrowUp") buttons[Math.max(current - 1, 0)]?.focus();
     else return;
     event.preventDefault();
     event.stopPropagation();
   }
 
-  /** Below the cell, or above it where there is no room; narrow screens have a place of their own for it (CSS). */
-  #place(cell) {
-    const [box] = cell.getClientRects();
+  /** Places the box below the cell, or above it if there is no room. On narrow screens, CSS overrides this. */
+  #place() {
+    const [box] = this.cell.getClientRects();
     const { offsetWidth: width, offsetHeight: height } = this.element;
     const view = document.documentElement;
     const below = box.bottom + height <= view.clientHeight || box.top < height;
@@ -152,9 +141,8 @@ export class Details {
   }
 }
 
-function make(tag, className, text) {
-  const element = document.createElement(tag);
-  if (className) element.className = className.trim();
-  if (text !== undefined) element.textContent = text;
+function name(token) {
+  const element = make("span", { className: token.special ? "cell special" : "cell" });
+  draw(element, token.bytes);
   return element;
 }

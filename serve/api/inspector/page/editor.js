@@ -1,9 +1,9 @@
-// What is typed into a pane: a text or a chat. Nothing here is ever emptied but by whoever types.
+// The editor of a prompt: a text or a chat. Runs and errors never clear it.
 
-const LARGEST_FILE = 4 << 20; // bytes: more than any model takes, and than a browser shows without pain
+const MAX_FILE = 4 << 20; // bytes: more than any model accepts, and more than a browser edits smoothly
 
 export class Editor {
-  /** `root` is the pane's form; `onEdit()` is told of every change. */
+  /** `root` is the pane's form; `onEdit(error)` is called after every change, and for a file that cannot be read. */
   constructor(root, onEdit) {
     this.root = root;
     this.prompt = root.querySelector(".prompt");
@@ -21,7 +21,6 @@ export class Editor {
     this.set({ mode: "text", text: "", messages: [{ role: "user", content: "" }] });
   }
 
-  /** {mode, text, messages}. */
   get state() {
     return { mode: this.mode, text: this.prompt.value, messages: this.#chat };
   }
@@ -38,17 +37,16 @@ export class Editor {
     this.#showMode();
   }
 
-  /** The request to tokenize. */
+  /** The body of a /tokenize request. */
   get request() {
     return this.mode === "chat" ? { messages: this.#chat } : { prompt: this.prompt.value };
   }
 
-  /** Whether there is nothing to run. */
   get empty() {
     return this.mode === "chat" ? this.#chat.length === 0 : this.prompt.value === "";
   }
 
-  /** Adds a reply, and a message of the user to be filled. */
+  /** Adds a reply and an empty user message. */
   reply(text) {
     this.#add("assistant", text);
     this.#add("user", "").focus();
@@ -83,7 +81,7 @@ export class Editor {
     const [file] = input.files;
     if (!file) return;
     input.value = ""; // so that the same file can be chosen again
-    if (file.size > LARGEST_FILE) return onEdit(`${file.name} is larger than ${LARGEST_FILE >> 20} MiB.`);
+    if (file.size > MAX_FILE) return onEdit(`${file.name} is larger than ${MAX_FILE >> 20} MiB.`);
     try {
       const text = new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer());
       this.set({ ...this.state, mode: "text", text });

@@ -1,11 +1,10 @@
-// A run as JSON and as CSV, for other programs.
+// Export of a run as JSON or CSV.
 
 import { decoded, hex } from "./text.js";
 import { totals } from "./totals.js";
 
 const probability = (logprob) => (typeof logprob === "number" ? Math.exp(logprob) : null);
 
-/** Everything that is known of a run, as JSON text. */
 export function asJson(run) {
   const tokens = run.tokens.map((token, position) => ({
     position,
@@ -22,7 +21,7 @@ export function asJson(run) {
 function entry(token) {
   return {
     token_id: token.id,
-    text: decoded(token.bytes), // bytes tell what a broken character was
+    text: decoded(token.bytes), // lossy for a part of a character
     bytes: [...token.bytes],
     special: token.special,
     logprob: token.logprob ?? null,
@@ -32,8 +31,8 @@ function entry(token) {
 }
 
 /**
- * A line for each token (RFC 4180). Texts are written as JSON strings: a line break stays in its line, and no
- * spreadsheet takes a text for a formula.
+ * One line per token (RFC 4180). Texts are JSON strings, so that they contain no line breaks and no spreadsheet reads
+ * one as a formula.
  */
 export function asCsv(run) {
   const width = Math.max(0, ...run.tokens.map((token) => token.top.length));
@@ -60,7 +59,7 @@ const alternative = (other) => (other ? [other.id, JSON.stringify(decoded(other.
 
 const quoted = (value) => (/[",\r\n]/.test(String(value)) ? `"${String(value).replaceAll('"', '""')}"` : String(value));
 
-/** Has the browser save a text as a file. */
+/** Downloads a text as a file. */
 export function save(text, name, type) {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([text], { type }));

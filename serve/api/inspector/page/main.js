@@ -1,61 +1,45 @@
-// The page: parameters, one pane or two, the key, links, and what is kept for a reload of this tab.
+// The page: parameters, one or two panes, the API key, links, and the state that survives a reload of the tab.
 
 import { Server, ServerError } from "./api.js";
 import { Details } from "./details.js";
-import { count, number } from "./format.js";
+import { make, row } from "./dom.js";
 import { Pane } from "./pane.js";
 import { isLink, linkTo, stateOf } from "./share.js";
+import { ROWS } from "./sums.js";
 
 const get = (id) => document.getElementById(id);
-const COMPARED = [
-  ["tokens", "tokens", count],
-  ["log-prob, sum", "sum", number],
-  ["perplexity", "perplexity", number],
-  ["bits per byte", "bitsPerByte", number],
-];
+const COMPARED = ROWS.filter(([, key]) => key !== "mean" && key !== "first");
 
 class Page {
   constructor() {
     this.server = new Server(() => sessionStorage.getItem("key"));
     this.model = null;
-    this.details = new PageDetails(this);
+    this.details = new Details(get("details"));
     this.panes = [new Pane(this)];
     get("panes").append(this.panes[0].root);
     this.#listen();
   }
 
   async open() {
-    this.#recall();
-    await this.#follow();
-    await this.connect();
+    this.#restoreTab();
+    await this.#readLink();
+    await this.#connect();
   }
 
-  /** Asks who is there; shows the form for the key where one is needed. */
-  async connect() {
-    try {
-      await this.card();
-      this.say("");
-    } catch (error) {
-      if (!(error instanceof ServerError)) throw error;
-      this.failed(error);
-      if (error.kind !== "key") this.say(error.message);
-    }
-  }
-
-  /** What is known of the model; asked for until the server answers. */
+  /** The model's card, requested until the server answers. */
   async card() {
     if (this.model !== null) return this.model;
     this.model = await this.server.card();
-    const { id, max_model_len: length, max_logprobs: most } = this.model;
+    const { id, max_model_len: length, max_logprobs: maximum } = this.model;
     get("model").textContent = `${id}, ${length.toLocaleString("en")} tokens`;
     const { alternatives } = get("settings").elements;
-    alternatives.max = most;
-    alternatives.value = Math.min(alternatives.value, most);
+    alternatives.max = maximum;
+    alternatives.value = Math.min(alternatives.value, maximum);
     get("key").hidden = true;
     return this.model;
   }
 
-  /** The fields of a request; null, and the browser says why, where one is out of range. */
+  /** The parameters as fields of a request; null after the browser has reported an invalid one. */
   settings() {
     const form = get("settings");
     form.querySelector("details").open ||= !form.checkValidity();
@@ -69,43 +53,49 @@ class Page {
     return { ...rest, top_logprobs: alternatives };
   }
 
-  /** Something was typed: the link in the address bar, if any, no longer holds it. */
-  typed() {
+  /** Saves the state after an edit, and removes the link, which no longer matches, from the address bar. */
+  edited() {
     if (isLink(location.hash)) history.replaceState(null, "", location.pathname + location.search);
-    this.#keep();
+    this.#save();
   }
 
-  /** For a reload of this tab. */
-  #keep() {
-    try {
-      sessionStorage.setItem("state", JSON.stringify(this.#state));
-    } catch {
-      sessionStorage.removeItem("state"); // it is larger than a browser keeps; better nothing than an older text
+  /** Shows the totals of both panes and their difference. */
+  compare() {
+    const [left, right] = this.panes.map((pane) => pane.totals);
+    get("comparison").hidden = !left || !right;
+    if (!left || !right) return;
+    const rows = COMPARED.map(([label, key, format]) => {
+      const difference = left[key] === null || right[key] === null ? null : right[key] - left[key];
+      return row("td", [label, ...[left[key], right[key], difference].map(format)]);
+    });
+    get("comparison").replaceChildren(make("table", {}, row("th", ["", "left", "right", "right − left"]), ...rows));
+  }
+
+  /** Reacts to the error of a request, whose message the pane shows. */
+  failed({ kind, message }) {
+    if (["down", "key", "changed"].includes(kind)) {
+      this.model = null; // another model may answer next
+      this.server.forget();
+      get("model").textContent = "not connected";
     }
-  }
-
-  /** Numbers have come. */
-  counted() {
-    this.#compare();
-  }
-
-  /** A request has failed; the pane says so in its place. */
-  failed(error) {
-    if (["down", "key", "changed"].includes(error.kind)) this.#forget();
-    get("key").hidden = error.kind !== "key";
-    if (error.kind !== "key") return;
-    get("key").querySelector("p").textContent = `${error.message} The key is kept in this tab only.`;
+    get("key").hidden = kind !== "key";
+    if (kind !== "key") return;
+    get("key").querySelector("p").textContent = `${message} The key is kept in this tab only.`;
     get("key").elements.key.focus();
   }
 
-  /** Whoever answers next may be another. */
-  #forget() {
-    this.model = null;
-    this.server.forget();
-    get("model").textContent = "not connected";
+  async #connect() {
+    try {
+      await this.card();
+      this.#notify("");
+    } catch (error) {
+      if (!(error instanceof ServerError)) throw error;
+      this.failed(error);
+      if (error.kind !== "key") this.#notify(error.message);
+    }
   }
 
-  say(text) {
+  #notify(text) {
     get("notice").textContent = text;
   }
 
@@ -114,17 +104,17 @@ class Page {
       event.preventDefault();
       sessionStorage.setItem("key", get("key").elements.key.value);
       get("key").reset();
-      await this.connect();
+      await this.#connect();
     });
     get("compare").addEventListener("click", () => {
       this.#showPanes(this.panes.length === 1 ? 2 : 1);
-      this.typed();
+      this.edited();
     });
     get("share").addEventListener("click", () => this.#share());
-    get("theme").addEventListener("click", () => this.#theme());
-    get("settings").addEventListener("input", () => this.typed());
+    get("theme").addEventListener("click", () => this.#toggleTheme());
+    get("settings").addEventListener("input", () => this.edited());
     get("settings").addEventListener("submit", (event) => event.preventDefault());
-    addEventListener("hashchange", () => this.#follow());
+    addEventListener("hashchange", () => this.#readLink());
     addEventListener("scroll", () => this.details.follow(), { passive: true, capture: true });
     document.addEventListener("pointerdown", (event) => {
       if (!event.target.closest("#details, .cells")) this.details.hide();
@@ -133,30 +123,37 @@ class Page {
     if (theme) document.documentElement.dataset.theme = theme;
   }
 
-  /** What was typed before a reload. */
-  #recall() {
-    try {
-      const kept = sessionStorage.getItem("state");
-      if (kept) this.#restore(JSON.parse(kept));
-    } catch {
-      sessionStorage.removeItem("state"); // of another version of this page
-    }
-  }
-
-  /** A link may hold what somebody else typed. It is shown, and run by whoever opened it. */
-  async #follow() {
-    try {
-      const state = await stateOf(location.hash);
-      if (state) this.#restore(state);
-    } catch {
-      this.say("The link is damaged and cannot be read.");
-    }
-  }
-
   get #state() {
     const settings = {};
     for (const { name, value } of get("settings").elements) if (name) settings[name] = value;
     return { settings, panes: this.panes.map((pane) => pane.editor.state) };
+  }
+
+  #save() {
+    try {
+      sessionStorage.setItem("state", JSON.stringify(this.#state));
+    } catch {
+      sessionStorage.removeItem("state"); // above the browser's limit; an older state would be misleading
+    }
+  }
+
+  #restoreTab() {
+    try {
+      const saved = sessionStorage.getItem("state");
+      if (saved) this.#restore(JSON.parse(saved));
+    } catch {
+      sessionStorage.removeItem("state"); // written by another version of this page
+    }
+  }
+
+  /** Restores the state in the address, if any. It is not run: it may come from somebody else. */
+  async #readLink() {
+    try {
+      const state = await stateOf(location.hash);
+      if (state) this.#restore(state);
+    } catch {
+      this.#notify("The link is damaged and cannot be read.");
+    }
   }
 
   #restore({ settings, panes }) {
@@ -165,90 +162,44 @@ class Page {
     }
     this.#showPanes(panes.length);
     panes.slice(0, 2).forEach((state, i) => this.panes[i].editor.set(state));
-    this.#keep();
+    this.#save();
   }
 
-  #showPanes(wanted) {
-    while (this.panes.length > Math.max(1, wanted)) {
+  #showPanes(number) {
+    while (this.panes.length > Math.max(1, number)) {
       const pane = this.panes.pop();
       pane.stop();
       pane.root.remove();
     }
-    if (this.panes.length < Math.min(2, wanted)) {
+    if (this.panes.length < Math.min(2, number)) {
       const pane = new Pane(this);
       pane.editor.set(this.panes[0].editor.state);
       this.panes.push(pane);
       get("panes").append(pane.root);
     }
     get("compare").ariaPressed = String(this.panes.length > 1);
-    this.counted();
-  }
-
-  /** The sums of both panes, and their difference. */
-  #compare() {
-    const [left, right] = this.panes.map((pane) => pane.totals);
-    get("comparison").hidden = !left || !right;
-    if (!left || !right) return;
-    const table = document.createElement("table");
-    table.append(line("th", ["", "left", "right", "right − left"]));
-    for (const [name, key, shown] of COMPARED) {
-      const known = left[key] !== null && right[key] !== null;
-      table.append(line("td", [name, ...[left[key], right[key], known ? right[key] - left[key] : null].map(shown)]));
-    }
-    get("comparison").replaceChildren(table);
+    this.compare();
   }
 
   async #share() {
     const link = await linkTo(this.#state);
     history.replaceState(null, "", link);
+    let place = "the address bar";
     try {
       await navigator.clipboard.writeText(link);
-      this.say("The link is in the clipboard and the address bar. It contains the prompts and parameters, but no API key.");
+      place = "the clipboard and the address bar";
     } catch {
-      this.say("The link is in the address bar. It contains the prompts and parameters, but no API key.");
+      // Not permitted, or not available over plain HTTP.
     }
+    this.#notify(`The link is in ${place}. It contains the prompts and parameters, but no API key.`);
   }
 
-  #theme() {
+  #toggleTheme() {
     const root = document.documentElement;
     const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
     root.dataset.theme = dark ? "light" : "dark";
     localStorage.setItem("theme", root.dataset.theme);
   }
-}
-
-/** The one box of details, whichever pane its token is in. */
-class PageDetails extends Details {
-  constructor(page) {
-    super(
-      get("details"),
-      (run, index, alternative) => this.pane.branch(run, index, alternative),
-      () => {
-        const { pane, index } = this;
-        pane.cells.focus(index);
-        this.hide();
-      },
-    );
-    this.page = page;
-  }
-
-  /** Shows a token of the run that a pane shows. */
-  point(pane, index, cell) {
-    this.pane = pane;
-    this.show(pane.run, index, cell);
-  }
-
-  /** Hides it, if it is about a token of this pane. */
-  hideOf(pane) {
-    if (pane === this.pane) this.hide();
-  }
-}
-
-function line(tag, [name, ...values]) {
-  const row = document.createElement("tr");
-  const cell = (kind, text) => Object.assign(document.createElement(kind), { textContent: text });
-  row.append(cell(name ? "th" : "td", name), ...values.map((value) => cell(tag, value)));
-  return row;
 }
 
 await new Page().open();

@@ -1,6 +1,7 @@
-// A pane: an editor, and below it what the last run of it gave.
+// A pane: an editor, and the result of its last run.
 
 import { Cells } from "./cells.js";
+import { make } from "./dom.js";
 import { Editor } from "./editor.js";
 import { asCsv, asJson, save } from "./export.js";
 import { count } from "./format.js";
@@ -9,51 +10,49 @@ import { Sums } from "./sums.js";
 import { decoded } from "./text.js";
 import { totals } from "./totals.js";
 
-const SUMS_EVERY = 250; // ms, while tokens come
+const SUMS_INTERVAL = 250; // ms, while tokens arrive
 
 export class Pane {
-  /** `page` has server, details, settings() and card(), and is told: typed(), counted(), failed(error). */
   constructor(page) {
     this.page = page;
     this.root = document.getElementById("pane").content.firstElementChild.cloneNode(true);
     this.runs = []; // the run of the prompt, and its branches
     this.run = null; // the one that is shown
-    this.abort = null; // of the request on its way
+    this.abort = null; // AbortController of the current request
     this.timer = null; // until the sums are shown again
     this.editor = new Editor(this.#part(".editor"), (error) => {
-      if (error) this.#say(error);
-      page.typed();
+      if (error) this.#showError(error);
+      page.edited();
     });
     this.cells = new Cells(this.#part(".cells"), {
-      point: (index, cell) => page.details.point(this, index, cell),
-      leave: () => page.details.leave(),
+      point: (index, cell) => page.details.show(this, index, cell),
+      leave: () => page.details.hideSoon(),
       enter: () => page.details.enter(),
     });
     this.sums = new Sums(this.root, this.cells);
     this.#listen();
   }
 
-  /** Continues from token `index` of a run with `alternative` in its place. */
+  /** Continues a run from token `index`, with `alternative` in its place. */
   async branch(from, index, alternative) {
     const settings = this.page.settings();
     if (settings === null) return;
     const run = from.branch(`${this.runs.length + 1}: from token ${count(index)}`, index);
     await this.#work(async (signal) => {
       await run.add([alternative.id], "branch", signal);
-      this.#keep(run);
-      // Whoever is elsewhere by now stays there.
-      const { activeElement: at, body } = document;
-      if (at === body || this.page.details.element.contains(at)) this.cells.focus(index);
+      this.#addRun(run);
+      // Take the focus only from the details: the user may have moved on.
+      const { activeElement, body } = document;
+      if (activeElement === body || this.page.details.element.contains(activeElement)) this.cells.focus(index);
       await this.#fill(run, settings, signal);
     });
   }
 
-  /** Sums over the run that is shown, null without one. */
+  /** Totals of the run that is shown; null without one. */
   get totals() {
     return this.run && totals(this.run.tokens);
   }
 
-  /** Ends what is on its way. */
   stop() {
     this.abort?.abort();
   }
@@ -79,24 +78,24 @@ export class Pane {
     click(".csv", () => save(asCsv(this.run), "tokens.csv", "text/csv"));
   }
 
-  /** Runs what is typed; `instead` stands over the parameters. */
-  async #start(instead = {}) {
-    if (this.editor.empty) return this.#say("Enter a prompt first.");
-    const { request } = this.editor; // now: it may be changed while the server works
+  /** Runs the prompt; `overrides` take precedence over the page's parameters. */
+  async #start(overrides = {}) {
+    if (this.editor.empty) return this.#showError("Enter a prompt first.");
+    const { request } = this.editor; // read now: it may be edited while the server works
     const run = new Run(this.page.server, "1: the prompt", request);
     await this.#work(async (signal) => {
       const { max_model_len: limit } = await this.page.card();
-      const settings = this.page.settings(); // now: what may be asked for is known
+      const settings = this.page.settings(); // after card(), which sets the maximum of alternatives
       if (settings === null) return;
       const ids = await this.page.server.tokenize(request, signal);
-      if (ids.length === 0) return this.#say("This text has no tokens.");
+      if (ids.length === 0) return this.#showError("This text has no tokens.");
       if (ids.length > limit) {
-        return this.#say(`The prompt is too long: ${count(ids.length)} tokens; the maximum is ${count(limit)}.`);
+        return this.#showError(`The prompt is too long: ${count(ids.length)} tokens; the maximum is ${count(limit)}.`);
       }
       await run.add(ids, "prompt", signal);
       this.runs = [];
-      this.#keep(run);
-      await this.#fill(run, { ...settings, ...instead }, signal);
+      this.#addRun(run);
+      await this.#fill(run, { ...settings, ...overrides }, signal);
     });
   }
 
@@ -106,65 +105,67 @@ export class Pane {
     if (settings !== null) await this.#work((signal) => this.#fill(run, settings, signal));
   }
 
-  /** One piece of work at a time; whatever comes of it is said in this pane. */
+  /** Aborts the current work, does `work` and shows its error in this pane. */
   async #work(work) {
     this.stop();
     const abort = new AbortController();
     this.abort = abort;
-    this.#say("");
-    this.page.details.hideOf(this);
-    this.#busy(true);
+    this.#showError("");
+    this.page.details.hideFor(this);
+    this.#showBusy(true);
     try {
       await this.page.card();
       await work(abort.signal);
     } catch (error) {
-      if (error.name !== "AbortError") this.#fail(error);
+      if (error.name !== "AbortError") {
+        this.#showError(error.message);
+        this.page.failed(error);
+      }
     } finally {
       if (this.abort === abort) {
         this.abort = null;
-        this.#busy(false);
-        if (this.run) this.#showAll(this.run);
+        this.#showBusy(false);
+        if (this.run) this.#showSums();
       }
     }
   }
 
   async #fill(run, settings, signal) {
     const { top_logprobs: alternatives, ...fields } = settings;
-    this.#status(`${count(run.tokens.length)} tokens: waiting for log-probs …`);
-    await run.fill(fields, alternatives, (from) => this.#changed(run, from), signal);
+    this.#part(".status").textContent = `${count(run.tokens.length)} tokens: waiting for log-probs …`;
+    await run.fill(fields, alternatives, (from) => this.#update(run, from), signal);
   }
 
-  /** Adds a run to those that can be shown, and shows it. */
-  #keep(run) {
+  #addRun(run) {
     this.runs.push(run);
     this.#show(run);
   }
 
   #show(run) {
-    this.page.details.hideOf(this);
+    this.page.details.hideFor(this);
     this.run = run;
     this.#part(".result").hidden = false;
     this.cells.show(run);
-    const buttons = this.runs.map((each) => {
-      const button = document.createElement("button");
-      Object.assign(button, { type: "button", textContent: each.title, ariaPressed: String(each === run) });
-      button.addEventListener("click", () => this.#show(each));
+    const buttons = this.runs.map((other) => {
+      const button = make("button", { type: "button", ariaPressed: String(other === run) }, other.title);
+      button.addEventListener("click", () => this.#show(other));
       return button;
     });
     this.#part(".branches").replaceChildren(...buttons);
     this.#part(".branches").hidden = this.runs.length < 2;
-    this.#showAll(run);
+    this.#showSums();
   }
 
-  /** Cells at once; sums now and then. */
-  #changed(run, from) {
+  /** Updates the cells at once and the sums at intervals. */
+  #update(run, from) {
     if (run !== this.run) return;
     this.cells.update(from);
-    this.page.details.changed(run, from);
-    this.timer ??= setTimeout(() => this.#showAll(this.run), SUMS_EVERY);
+    this.page.details.update(run, from);
+    this.timer ??= setTimeout(() => this.#showSums(), SUMS_INTERVAL);
   }
 
-  #showAll(run) {
+  #showSums() {
+    const { run } = this;
     clearTimeout(this.timer);
     this.timer = null;
     this.sums.show(run);
@@ -172,34 +173,26 @@ export class Pane {
     const generates = run.tokens.some((token) => token.origin === "generated");
     this.#part(".continue").hidden = run.finish === "stop" || this.abort !== null;
     this.#part(".reply").hidden = this.editor.mode !== "chat" || !generates || this.abort !== null;
-    if (this.abort === null) this.#status(run.summary); // what is said aloud is said once, at the end
-    this.page.counted();
+    // Screen readers announce the status, so it changes once, at the end.
+    if (this.abort === null) this.#part(".status").textContent = run.summary;
+    this.page.compare();
   }
 
   #reply() {
     const bytes = this.run.tokens.filter((t) => t.origin !== "prompt" && !t.special).flatMap((t) => [...t.bytes]);
     this.editor.reply(decoded(Uint8Array.from(bytes)));
     this.#part(".reply").hidden = true;
-    this.page.typed();
+    this.page.edited();
   }
 
-  #busy(busy) {
+  #showBusy(busy) {
     this.root.ariaBusy = String(busy);
     this.#part(".stop").hidden = !busy;
     if (busy) this.#part(".continue").hidden = true;
   }
 
-  #fail(error) {
-    this.#say(error.message);
-    this.page.failed(error);
-  }
-
-  #say(text) {
+  #showError(text) {
     this.#part(".error").textContent = text;
     this.#part(".error").hidden = text === "";
-  }
-
-  #status(text) {
-    this.#part(".status").textContent = text;
   }
 }

@@ -1,11 +1,10 @@
-// What was typed, as the part of an address after the #, which browsers do not send to any server.
+// The state of the page as the fragment of a URL, which browsers do not send to servers.
 
 const PREFIX = "#inspect=";
 
-/** Whether this part of an address holds what was typed. */
 export const isLink = (hash) => hash.startsWith(PREFIX);
 
-/** An address of this page that holds `state`, any JSON. */
+/** The page's URL with `state`, any JSON value, in its fragment. */
 export async function linkTo(state) {
   const zipped = await through(new Blob([JSON.stringify(state)]), new CompressionStream("deflate-raw"));
   const text = btoa(Array.from(zipped, (byte) => String.fromCharCode(byte)).join(""));
@@ -14,7 +13,7 @@ export async function linkTo(state) {
   return link.href;
 }
 
-/** The state that this address holds, null if none. Throws where it is damaged. */
+/** The state in a fragment; null if there is none. Throws if it is damaged. */
 export async function stateOf(hash) {
   if (!isLink(hash)) return null;
   const text = atob(hash.slice(PREFIX.length).replaceAll("-", "+").replaceAll("_", "/"));

@@ -1,6 +1,8 @@
-// From a token's bytes to what is drawn for it. A token need not hold whole characters.
+// Drawing of tokens from their bytes. A token may contain parts of characters.
 
-/** How many bytes a UTF-8 character has that begins with this byte; 0 for a byte that begins none. */
+import { make } from "./dom.js";
+
+/** Bytes of the UTF-8 character that begins with this byte; 0 if none does. */
 function lengthFrom(byte) {
   if (byte < 0x80) return 1;
   if (byte >= 0xc2 && byte < 0xe0) return 2;
@@ -12,10 +14,10 @@ function lengthFrom(byte) {
 const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 const lenient = new TextDecoder("utf-8", { ignoreBOM: true });
 
-/** The text of bytes, with U+FFFD for what is none. */
+/** The text of bytes, with U+FFFD for invalid ones. */
 export const decoded = (bytes) => lenient.decode(bytes);
 
-/** The character that begins at `start`, or null where these bytes hold none that is whole. */
+/** The complete character that begins at `start`; null if there is none. */
 function characterAt(bytes, start) {
   const length = lengthFrom(bytes[start]);
   if (length === 0 || start + length > bytes.length) return null;
@@ -26,7 +28,7 @@ function characterAt(bytes, start) {
   }
 }
 
-/** Runs of whole characters, {text}, and bytes that are only a part of one, {byte}, in order. */
+/** Complete characters, {text}, and bytes that are only part of one, {byte}, in order. */
 export function split(bytes) {
   const runs = [];
   let text = "";
@@ -45,29 +47,27 @@ export function split(bytes) {
   return runs;
 }
 
-/** Two hexadecimal digits. */
 export const hex = (byte) => byte.toString(16).toUpperCase().padStart(2, "0");
 
-/** U+200B and the like. */
 const codePoint = (character) => `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
 
 const INVISIBLE = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Zs}\p{Co}\p{Cn}]/u;
 const MARK = /^\p{M}/u;
 
-/** A token in one line of plain text, such as for a screen reader or a table: escapes instead of glyphs. */
+/** A token in one line of plain text, for screen readers: escapes instead of glyphs. */
 export function plain(bytes) {
   return split(bytes)
     .map((run) => ("byte" in run ? `\\x${hex(run.byte).toLowerCase()}` : escaped(run.text)))
     .join("");
 }
 
-/** A text whose characters that cannot be seen are named. */
+/** A text with names in place of invisible characters. */
 export function escaped(text) {
   const names = { "\n": "\\n", "\t": "\\t", "\r": "\\r" };
   return Array.from(text, (c) => names[c] ?? (c !== " " && INVISIBLE.test(c) ? `<${codePoint(c)}>` : c)).join("");
 }
 
-/** Draws a token into an element. The element's text stays the token's own: what is drawn beside it comes from CSS. */
+/** Draws a token into an element, whose text remains the token's own: CSS adds the signs. */
 export function draw(element, bytes) {
   const parts = [];
   for (const run of split(bytes)) {
@@ -100,44 +100,23 @@ function glyphs(text, first) {
 }
 
 function sign(kind, text, drawn) {
-  const element = document.createElement("i");
-  element.className = kind;
-  element.textContent = text;
+  const element = make("i", { className: kind }, text);
   if (drawn) element.dataset.drawn = drawn;
   return element;
 }
 
-/**
- * The character that token `index` is a part of, if its bytes hold only a part: {character, last}, where `last` says
- * that this token completes it. Null for all others.
- */
+/** The character of which token `index` contains a part, and whether this token completes it: {character, last}, or null. */
 export function partOf(tokens, index) {
-  const own = tokens[index].bytes;
-  if (tokens[index].special || !split(own).some((run) => "byte" in run)) return null;
-  for (let start = index; start > index - 4 && start >= 0; start--) {
-    const joined = [];
-    const owner = [];
-    for (let i = start; i < tokens.length && i < start + 5; i++) {
-      for (const byte of tokens[i].bytes) {
-        joined.push(byte);
-        owner.push(i);
-      }
-    }
-    const found = spanning(Uint8Array.from(joined), owner, index);
-    if (found) return found;
-  }
-  return null;
-}
-
-function spanning(bytes, owner, index) {
-  for (let i = 0; i < bytes.length; ) {
+  const { bytes: own, special } = tokens[index];
+  if (special || !split(own).some((run) => "byte" in run)) return null;
+  const start = Math.max(0, index - 3); // a character has at most 4 bytes
+  const near = tokens.slice(start, index + 5);
+  const bytes = Uint8Array.from(near.flatMap((token) => [...token.bytes]));
+  const owners = near.flatMap((token, i) => Array(token.bytes.length).fill(start + i));
+  for (let i = owners.lastIndexOf(index); i >= 0; i--) {
     const character = characterAt(bytes, i);
-    const length = character === null ? 1 : lengthFrom(bytes[i]);
-    const owners = owner.slice(i, i + length);
-    if (character !== null && owners.includes(index) && owners[0] !== owners.at(-1)) {
-      return { character, last: owners.at(-1) === index };
-    }
-    i += length;
+    const last = owners[i + lengthFrom(bytes[i]) - 1];
+    if (character !== null && owners[i] < last && index <= last) return { character, last: index === last };
   }
   return null;
 }

@@ -1,10 +1,10 @@
-// Sums over tokens. Pure functions; log-probs are natural logarithms.
+// Statistics of tokens, as pure functions. Log-probs are natural logarithms.
 
 const scored = (tokens) => tokens.filter((token) => typeof token.logprob === "number");
 
 /**
- * {tokens, scored, sum, mean, perplexity, bitsPerByte, first}. Bits per byte are over the bytes of scored tokens of the
- * text: special tokens are no part of it and have neither bits nor bytes. `first` is the share of rank 1.
+ * Totals of the scored tokens. `bitsPerByte` leaves out special tokens, which are not part of the text; `first` is the
+ * share of tokens with rank 1.
  */
 export function totals(tokens) {
   const known = scored(tokens);
@@ -24,7 +24,7 @@ export function totals(tokens) {
   };
 }
 
-/** Indexes of the tokens with the lowest log-probs, lowest first. */
+/** Indexes of the `count` tokens with the lowest log-probs, lowest first. */
 export function mostSurprising(tokens, count) {
   const places = tokens.map((token, index) => ({ index, logprob: token.logprob }));
   return scored(places)
@@ -33,7 +33,6 @@ export function mostSurprising(tokens, count) {
     .map((place) => place.index);
 }
 
-/** Classes of ranks: {name, from, to}. */
 export const RANKS = [
   { name: "1", from: 1, to: 1 },
   { name: "2–3", from: 2, to: 3 },
@@ -43,16 +42,16 @@ export const RANKS = [
   { name: "above 1,000", from: 1001, to: Infinity },
 ];
 
-/** How many tokens are in each class of RANKS. */
+/** Number of tokens in each class of RANKS. */
 export function rankHistogram(tokens) {
   const ranks = scored(tokens).map((token) => token.rank);
   return RANKS.map(({ from, to }) => ranks.filter((rank) => rank >= from && rank <= to).length);
 }
 
-/** Upper bounds, in nats of surprise (-log-prob), of the colours. */
+/** Upper bounds of the colors, in nats of surprisal (-log-prob). */
 export const STEPS = [0.05, 0.3, 0.7, 1.4, 2.3, 3.5, 5, 7, 10];
 
-/** The colour of a token: 0 (certain) to STEPS.length. */
+/** The color of a token: 0 (certain) to STEPS.length. */
 export function step(logprob) {
   const index = STEPS.findIndex((bound) => -logprob < bound);
   return index < 0 ? STEPS.length : index;

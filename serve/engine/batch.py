@@ -21,7 +21,7 @@ from compiled.step import cache_index
 from model.kv_cache import PAGE_SIZE
 from serve.engine.request import SamplingParams
 from serve.engine.request_state import RequestState
-from serve.engine.scheduler import PrefillWork
+from serve.engine.scheduler import Chunk
 
 _ARRAYS = {field.name for field in fields(SamplingArrays)}
 # Fields of SamplingParams that are copied to the arrays of the same names; not the seed, which may have to be drawn.
@@ -30,15 +30,15 @@ _COPIED = tuple(field.name for field in fields(SamplingParams) if field.name in 
 type ScoreRow = tuple[RequestState, int]  # request and row i of its prompt_scores, which scores prompt token i + 1
 
 
-def prefill_input(work: PrefillWork, shape: StepShape) -> StepInput:
-    """A chunk of one request as [1, T]."""
+def prefill_input(chunk: Chunk, shape: StepShape) -> StepInput:
+    """The chunk as [1, T]."""
+    request, length = chunk.request, chunk.end - chunk.start
     tokens = np.zeros((1, shape.chunk), np.int32)
     positions = np.full((1, shape.chunk), -1, np.int32)
     tables = np.zeros((1, shape.pages), np.int32)
-    end = work.start + work.length
-    tokens[0, : work.length] = work.request.tokens(work.start, end)
-    positions[0, : work.length] = np.arange(work.start, end)
-    tables[0, : len(work.request.pages)] = work.request.pages
+    tokens[0, :length] = request.tokens(chunk.start, chunk.end)
+    positions[0, :length] = np.arange(chunk.start, chunk.end)
+    tables[0, : len(request.pages)] = request.pages
     return StepInput(tokens, positions, tables)
 
 

@@ -1,23 +1,34 @@
-"""The engine as its clients see it: EngineClient, and RequestHandle for one admitted request."""
+"""The engine as its clients see it: EngineClient, RequestHandle, and Streams, which fills the handles."""
 
 import asyncio
+import contextlib
 import math
+import threading
 import time
+from collections import defaultdict
+from collections.abc import Container, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from model.token_logprobs import empty_logprobs
 from serve.engine.request import (
     DeadlineError,
     EngineLimits,
+    EngineOptions,
     EngineStoppedError,
     FinishReason,
+    QueueFullError,
     QueueTimeoutError,
     Request,
     TokenEvent,
 )
-from serve.engine.request_state import RequestState, RequestTimes
+from serve.engine.request_state import Emitted, RequestState, RequestTimes
+
+type _Delivery = list[tuple["RequestHandle", TokenEvent]]
 
 
 class EngineClient(Protocol):
@@ -97,3 +108,157 @@ class RequestHandle:
                     raise DeadlineError from None
                 if now >= start_by and not times.admitted:
                     raise QueueTimeoutError from None
+
+
+@dataclass(eq=False, frozen=True, slots=True)
+class FullLogprobsCall:
+    """A pending call of Engine.full_logprobs()."""
+
+    request_id: str
+    start: int
+    count: int
+    future: Future[NDArray[np.float32]] = field(default_factory=Future)
+
+    def resolve(self, result: NDArray[np.float32] | Exception) -> None:
+        """Set the result, unless there is one or the caller has gone. Thread-safe."""
+        with contextlib.suppress(InvalidStateError):
+            if isinstance(result, Exception):
+                self.future.set_exception(result)
+            else:
+                self.future.set_result(result)
+
+
+class Streams:
+    """Handles of unfinished requests, and leases on the pages of finished ones. All methods are thread-safe."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self._options = options
+        self._lock = threading.Lock()
+        self._open: dict[str, RequestHandle] = {}
+        self._aborting: set[str] = set()  # ids in _open that the engine is about to abort
+        self._leases: dict[str, float] = {}  # id of a pinned request -> expiry, time.monotonic()
+        self._calls: set[FullLogprobsCall] = set()
+        self._closed = False
+
+    def __len__(self) -> int:
+        """Number of unfinished and pinned requests."""
+        return len(self._open) + len(self._leases)
+
+    def open(self, handle: RequestHandle, *, bypass_limits: bool) -> None:
+        """Register a handle.
+
+        Raises:
+            EngineStoppedError: the streams are closed.
+            QueueFullError: a limit of the queue is reached.
+        """
+        with self._lock:
+            if self._closed:
+                raise EngineStoppedError
+            if not bypass_limits:
+                self._check_limits(len(handle.request.prompt_token_ids))
+            self._open[handle.request.id] = handle
+
+    def start_abort(self, request_id: str) -> bool:
+        """Free the request's place in the queue at once. Returns False for an unknown request."""
+        with self._lock:
+            if request_id in self._open:
+                self._aborting.add(request_id)
+            return request_id in self._open or request_id in self._leases
+
+    def deliver(self, emitted: Sequence[Emitted], pinned: Container[str]) -> None:
+        """Hand events to their handles, with one call per event loop.
+
+        Args:
+            emitted: the events of a step.
+            pinned: ids of finished requests that keep their pages.
+        """
+        by_loop: dict[asyncio.AbstractEventLoop, _Delivery] = defaultdict(list)
+        with self._lock:
+            for state, event in emitted:
+                if event.finish_reason is None:
+                    handle = self._open.get(state.id)
+                else:
+                    handle = self._open.pop(state.id, None)
+                    self._aborting.discard(state.id)
+                    if handle is not None and state.id in pinned:
+                        self._leases[state.id] = time.monotonic() + self._options.pin_seconds
+                if handle is not None:
+                    by_loop[handle.loop].append((handle, event))
+        for loop, delivery in by_loop.items():
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(_put, delivery)
+
+    def end_lease(self, request_id: str) -> None:
+        """End a lease; harmless if there is none."""
+        with self._lock:
+            self._leases.pop(request_id, None)
+
+    def renew_lease(self, request_id: str) -> None:
+        """Restart the time of a lease, if there is one."""
+        with self._lock:
+            if request_id in self._leases:
+                self._leases[request_id] = time.monotonic() + self._options.pin_seconds
+
+    def seconds_to_expiry(self) -> float | None:
+        """Time until the next lease expires; None without leases."""
+        with self._lock:
+            expiry = min(self._leases.values(), default=None)
+        return None if expiry is None else max(0.0, expiry - time.monotonic())
+
+    def expired_leases(self) -> list[str]:
+        now = time.monotonic()
+        with self._lock:
+            return [request_id for request_id, expiry in self._leases.items() if expiry <= now]
+
+    @contextlib.contextmanager
+    def pending(self, call: FullLogprobsCall) -> Iterator[None]:
+        """Register a call for the duration of the context: close() fails it.
+
+        Raises:
+            EngineStoppedError: the streams are closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise EngineStoppedError
+            self._calls.add(call)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls.discard(call)
+
+    def close(self, *, failed: bool) -> None:
+        """Finish every open stream and pending call, and accept no more.
+
+        Args:
+            failed: finish the streams with an error; otherwise their iteration raises EngineStoppedError.
+        """
+        with self._lock:
+            self._closed = True
+            handles, calls = list(self._open.values()), list(self._calls)
+            self._open.clear()
+            self._aborting.clear()
+            self._leases.clear()
+        for handle in handles:
+            event = TokenEvent([], empty_logprobs(0, 0), FinishReason.ABORT, stopped=True)
+            if failed:
+                event = TokenEvent([], empty_logprobs(0, 0), FinishReason.ERROR, error="the engine has stopped")
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                handle.loop.call_soon_threadsafe(handle.events.put_nowait, event)
+        for call in calls:
+            call.resolve(EngineStoppedError())
+
+    def _check_limits(self, tokens: int) -> None:
+        if len(self) - len(self._aborting) >= self._options.max_num_queued_reqs:
+            raise QueueFullError("max_num_queued_reqs")
+        limit = self._options.max_num_queued_tokens
+        if limit is None:
+            return
+        queued = [len(h.request.prompt_token_ids) for name, h in self._open.items() if name not in self._aborting]
+        if queued and sum(queued) + tokens > limit:  # with an empty queue, a prompt above the limit is admitted
+            raise QueueFullError("max_num_queued_tokens")
+
+
+def _put(delivery: _Delivery) -> None:
+    for handle, event in delivery:
+        handle.events.put_nowait(event)

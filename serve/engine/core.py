@@ -8,6 +8,7 @@ result is discarded.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,11 +23,9 @@ from serve.engine.logprob_store import begin_prompt_scores, has_nan, select_logp
 from serve.engine.observer import EngineFault, EngineGauges, Observer
 from serve.engine.page_pool import PagePool
 from serve.engine.request import FinishReason, TokenEvent
-from serve.engine.request_state import RequestState, RequestStatus
+from serve.engine.request_state import Emitted, RequestState, RequestStatus
 from serve.engine.scheduler import Schedule, Scheduler
 from serve.engine.token_mask import TokenMask
-
-type Emitted = tuple[RequestState, TokenEvent]
 
 _NAN_ERROR = "the model computed a log-probability that is not a number"
 
@@ -174,12 +173,12 @@ class EngineCore:
     def _dispatch(self, schedule: Schedule) -> _InFlight | None:
         if not schedule:
             return None
-        self._observer.on_step(sum(work.length for work in schedule.prefills) + len(schedule.decodes))
+        self._observer.on_step(sum(chunk.end - chunk.start for chunk in schedule.prefills) + len(schedule.decodes))
         step = _InFlight(scored=schedule.scored, rows=schedule.decodes)
-        for work in schedule.prefills:
-            chunk = batch.prefill_input(work, self._runner.buckets.prefill(work.length))
-            step.prefilled = self._runner.prefill(chunk)
-        rows = [(work.request, index) for work in schedule.scores for index in range(work.start, work.end)]
+        for chunk in schedule.prefills:
+            shape = self._runner.buckets.prefill(chunk.end - chunk.start)
+            step.prefilled = self._runner.prefill(batch.prefill_input(chunk, shape))
+        rows = [(chunk.request, index) for chunk in schedule.scores for index in range(chunk.start, chunk.end)]
         size = self._runner.buckets.score_rows
         for start in range(0, len(rows), size):
             block = rows[start : start + size]
@@ -275,14 +274,12 @@ def _final_event(request: RequestState, reason: FinishReason, error: str | None 
 def _write_scores(block: Sequence[ScoreRow], logprobs: TokenLogprobs) -> None:
     """Copy a block's log-probs to its requests, all consecutive rows of a request together."""
     start = 0
-    while start < len(block):
-        request, index = block[start]
-        end = start + 1
-        while end < len(block) and block[end][0] is request:
-            end += 1
+    for request, rows in groupby(block, key=lambda row: row[0]):
+        indices = [index for _, index in rows]
+        end = start + len(indices)
         scoring = request.params.prompt
         assert request.prompt_scores is not None
         assert scoring is not None
         scores = select_logprobs(logprobs, slice(start, end), scoring.requested_ids)
-        write(request.prompt_scores, slice(index, index + end - start), scores)
+        write(request.prompt_scores, slice(indices[0], indices[-1] + 1), scores)
         start = end

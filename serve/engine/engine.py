@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.token_logprobs import empty_logprobs
-from serve.engine.client import RequestHandle
-from serve.engine.core import Emitted, EngineCore, Runner
+from serve.engine.client import FullLogprobsCall, RequestHandle, Streams
+from serve.engine.core import EngineCore, Runner
 from serve.engine.observer import EngineFault, EngineGauges, Observer
 from serve.engine.request import (
     EngineLimits,
@@ -33,8 +33,7 @@ from serve.engine.request import (
     Request,
     TokenEvent,
 )
-from serve.engine.request_state import RequestState, RequestTimes
-from serve.engine.streams import FullLogprobsCall, Streams
+from serve.engine.request_state import Emitted, RequestState, RequestTimes
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ import numpy as np
 from model.kv_cache import PAGE_SIZE
 from model.token_logprobs import TokenLogprobs, empty_logprobs
 from serve.engine.page_pool import PagePool
-from serve.engine.request import PromptScoring
 from serve.engine.request_state import RequestState
 
 
@@ -54,7 +53,8 @@ def store_prompt_scores(request: RequestState, pool: PagePool) -> None:
     if scores is None or scoring is None or scoring.requested_ids:
         return
     full = min(len(request.prompt_token_ids) // PAGE_SIZE, request.num_registered)
-    for index in range(_first_full_page(scoring), full):
+    first_scored = 0 if scoring.start <= 1 else -(-scoring.start // PAGE_SIZE)  # page with all tokens scored
+    for index in range(first_scored, full):
         if pool.scores(request.hashes[index]) is None:
             rows, first = _rows_of(index)
             page = empty_logprobs(PAGE_SIZE, scores.top_ids.shape[1])
@@ -82,8 +82,3 @@ def _rows_of(page: int) -> tuple[slice, int]:
     first = 1 if page == 0 else 0
     start = page * PAGE_SIZE + first - 1
     return slice(start, (page + 1) * PAGE_SIZE - 1), first
-
-
-def _first_full_page(scoring: PromptScoring) -> int:
-    """Index of the first page with all tokens scored."""
-    return 0 if scoring.start <= 1 else -(-scoring.start // PAGE_SIZE)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from model.token_logprobs import TokenLogprobs
-from serve.engine.request import Request, SamplingParams
+from serve.engine.request import Request, SamplingParams, TokenEvent
 
 if TYPE_CHECKING:  # Ray's front uses the metrics without jax
     from serve.engine.token_mask import TokenMask
@@ -75,3 +75,6 @@ class RequestState:
         """Token ids at positions start..end-1 of prompt and output."""
         split = len(self.prompt_token_ids)
         return self.prompt_token_ids[start:end] + self.output_token_ids[max(0, start - split) : max(0, end - split)]
+
+
+type Emitted = tuple[RequestState, TokenEvent]

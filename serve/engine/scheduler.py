@@ -17,17 +17,8 @@ from serve.engine.request_state import RequestState, RequestStatus
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillWork:
-    """A chunk of one request's tokens."""
-
-    request: RequestState
-    start: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreWork:
-    """Rows start..end-1 of one request's prompt_scores; row i scores prompt token i + 1."""
+class Chunk:
+    """Tokens start..end-1 of one request to prefill, or rows of its prompt_scores; row i scores prompt token i + 1."""
 
     request: RequestState
     start: int
@@ -38,8 +29,8 @@ class ScoreWork:
 class Schedule:
     """The work of one step, in order of dispatch."""
 
-    prefills: list[PrefillWork] = field(default_factory=list)
-    scores: list[ScoreWork] = field(default_factory=list)
+    prefills: list[Chunk] = field(default_factory=list)
+    scores: list[Chunk] = field(default_factory=list)
     scored: list[RequestState] = field(default_factory=list)  # finished with this step's scores: nothing to generate
     started: list[RequestState] = field(default_factory=list)  # part of `decodes`: first decode since admission
     decodes: list[RequestState] = field(default_factory=list)
@@ -93,8 +84,7 @@ class Scheduler:
 
     def must_preempt(self) -> bool:
         """True if the next schedule() would preempt; tokens in flight must be read before."""
-        missing = sum(_missing_pages(request) for request in self._decoding())
-        return missing > self._pool.num_free
+        return sum(map(_missing_pages, self._decoding())) > self._pool.num_free
 
     def schedule(self) -> Schedule:
         """Plan the next step and allocate its pages."""
@@ -104,8 +94,11 @@ class Scheduler:
         schedule = Schedule()
         self._plan_prompts(schedule, self._max_num_batched_tokens - len(self._decoding()))
         for request in self.running:
-            if request.status is RequestStatus.PREFILL and _prompt_is_done(request):
-                self._end_prompt(request, schedule)
+            prefilled = request.status is RequestStatus.PREFILL and request.num_computed >= request.prefill_end
+            if prefilled and request.num_scored >= _num_score_rows(request):
+                decodes = request.max_chosen > 0
+                request.status = RequestStatus.DECODE if decodes else RequestStatus.SCORED
+                (schedule.started if decodes else schedule.scored).append(request)
         for request in self._decoding():
             request.num_computed += 1
             request.num_chosen += 1
@@ -172,9 +165,10 @@ class Scheduler:
             chunks = [chunk for chunk in self._chunks if chunk <= budget]
             if remaining > 0 and chunks:
                 length = min(remaining, chunks[-1])
-                schedule.prefills.append(PrefillWork(request, request.num_computed, length))
-                budget -= bucket(self._chunks, length)
+                start = request.num_computed
                 request.num_computed += length
+                schedule.prefills.append(Chunk(request, start, request.num_computed))
+                budget -= bucket(self._chunks, length)
                 self.register_pages(request)
             rows -= self._plan_scores(schedule, request, rows)
 
@@ -183,7 +177,7 @@ class Scheduler:
         end = min(_num_score_rows(request), request.num_computed, start + max_rows)
         if end <= start:
             return 0
-        schedule.scores.append(ScoreWork(request, start, end))
+        schedule.scores.append(Chunk(request, start, end))
         request.num_scored = end
         return end - start
 
@@ -229,14 +223,6 @@ class Scheduler:
         self._on_admit(request)
         return request
 
-    def _end_prompt(self, request: RequestState, schedule: Schedule) -> None:
-        if request.max_chosen:
-            request.status = RequestStatus.DECODE
-            schedule.started.append(request)
-        else:
-            request.status = RequestStatus.SCORED
-            schedule.scored.append(request)
-
     def _reserve_or_preempt(self, request: RequestState) -> None:
         """Allocate a page for the request's next token, preempting the last in queue order, or itself, if necessary."""
         while request.status is RequestStatus.DECODE:
@@ -273,10 +259,6 @@ def _num_score_rows(request: RequestState) -> int:
     """Number of rows of prompt_scores that must be filled."""
     scoring = request.params.prompt
     return 0 if scoring is None or scoring.full_vocab else len(request.prompt_token_ids) - 1
-
-
-def _prompt_is_done(request: RequestState) -> bool:
-    return request.num_computed >= request.prefill_end and request.num_scored >= _num_score_rows(request)
 
 
 def _extend_hashes(request: RequestState, pages: int) -> None:

@@ -47,7 +47,7 @@ class Bench:
         schedule = self.scheduler.schedule()
         self.scheduler.check()
         for work in schedule.prefills:
-            assert len(work.request.pages) * PAGE_SIZE >= work.start + work.length
+            assert len(work.request.pages) * PAGE_SIZE >= work.end
         for item in schedule.decodes:
             assert item.num_computed == item.num_tokens - 1
             assert len(item.pages) * PAGE_SIZE >= item.num_computed
@@ -65,7 +65,7 @@ class Bench:
     def plan(self) -> tuple[list[tuple[str, int, int]], list[str]]:
         """step(), as ids and lengths."""
         schedule = self.step()
-        prefills = [(work.request.id, work.start, work.length) for work in schedule.prefills]
+        prefills = [(work.request.id, work.start, work.end - work.start) for work in schedule.prefills]
         return prefills, [item.id for item in schedule.decodes]
 
     def scores(self) -> list[tuple[str, int, int]]:
@@ -254,7 +254,7 @@ def test_scores_of_cached_prompt_one_chunk_per_step() -> None:
     bench.scheduler.finish(first)
     bench.add(b := scored("b", 200, max_tokens=1))
     schedule = bench.step()
-    assert [(work.start, work.length) for work in schedule.prefills] == [(192, 7)]
+    assert [(work.start, work.end - work.start) for work in schedule.prefills] == [(192, 7)]
     assert [(work.start, work.end) for work in schedule.scores] == [(0, 64)]
     assert schedule.decodes == []  # its first token comes after its prompt's scores
     assert bench.scores() == [("b", 64, 128)]

@@ -1,6 +1,7 @@
-"""create_app: routes, middleware and exception handlers."""
+"""create_app: routes, middleware, exception handlers, and endpoints about the server."""
 
 import asyncio
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -10,19 +11,21 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from serve import __version__
 from serve.api.chat import ChatCompletions
 from serve.api.completions import Completions
 from serve.api.context import Context, ServedModel
 from serve.api.errors import APIError, invalid
 from serve.api.inspector import inspector
-from serve.api.metrics import Metrics
+from serve.api.json_stream import dump
+from serve.api.metrics import CONTENT_TYPE, Metrics
 from serve.api.middleware import Access, AnswerRecord, OnAnswer, Readiness, record_of
 from serve.api.openapi import documentation
 from serve.api.parsing import json_object
 from serve.api.prompt_logprobs import PromptLogprobsWriter
 from serve.api.request_body import Bodies
-from serve.api.status import Status
 from serve.api.tokenize import Tokenization
+from serve.api.validation import served_name
 from serve.config.config import ServeConfig
 from serve.engine.client import EngineClient
 from serve.text.chat import ChatFormat, PromptError
@@ -69,7 +72,7 @@ def create_app(
         Access, api_keys=config.api_key, allowed_hosts=config.accepted_hosts, readiness=readiness, on_answer=on_end
     )
     app = Starlette(
-        routes=_routes(context, Status(context, metrics, readiness)),
+        routes=_routes(context, _Status(context, metrics, readiness)),
         middleware=[*_cors(config), access],
         exception_handlers={
             APIError: _api_error,
@@ -82,7 +85,53 @@ def create_app(
     return app
 
 
-def _routes(context: Context, status: Status) -> list[Route]:
+class _Status:
+    """GET endpoints about the server."""
+
+    def __init__(self, context: Context, metrics: Metrics, readiness: Readiness) -> None:
+        self._context = context
+        self._metrics = metrics
+        self._readiness = readiness
+
+    async def models(self, _: Request) -> Response:
+        cards = [self._card(name) for name in self._context.model.names]
+        return _json({"object": "list", "data": cards})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["id"]
+        if f"/{name}" in self._context.model.names:  # double slashes have been collapsed
+            name = f"/{name}"
+        return _json(self._card(served_name(name, self._context.model.names)))
+
+    async def health(self, _: Request) -> Response:
+        """200 if requests are accepted, else 503."""
+        return Response(status_code=200 if self._context.engine.ready and not self._readiness.draining else 503)
+
+    async def load(self, _: Request) -> Response:
+        return _json({"server_load": self._context.engine.load})
+
+    async def version(self, _: Request) -> Response:
+        return _json({"version": __version__})
+
+    async def metrics(self, _: Request) -> Response:
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
+
+    def _card(self, name: str) -> dict[str, Any]:
+        limits = self._context.engine.limits
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._context.created,
+            "owned_by": "logprobd",
+            "root": self._context.model.names[0],
+            "parent": None,
+            "max_model_len": limits.max_model_len,
+            "max_logprobs": limits.max_logprobs,
+            "whole_vocabulary": limits.whole_vocabulary,
+        }
+
+
+def _routes(context: Context, status: _Status) -> list[Route]:
     chat, completions, tokenization = ChatCompletions(context), Completions(context), Tokenization(context)
 
     async def invocations(request: Request) -> Response:
@@ -127,6 +176,10 @@ def _cors(config: ServeConfig) -> list[Middleware]:
             expose_headers=["x-request-id", "retry-after"],
         )
     ]
+
+
+def _json(value: Any) -> Response:
+    return Response(dump(value), media_type="application/json")
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

@@ -38,67 +38,55 @@ _POLICY = (
 
 @dataclass(frozen=True, slots=True)
 class _Operation:
-    method: str
+    """A POST if it has a body, else a GET."""
+
     path: str
     summary: str
     body: tuple[type[BaseModel], ...] = ()  # alternatives
     answer: type[BaseModel] | None = None
     event: type[BaseModel] | None = None  # of a streamed answer
-    errors: tuple[int, ...] = ()
+    errors: tuple[int, ...] = ()  # by default those that every operation of its method has
+
+    @property
+    def statuses(self) -> tuple[int, ...]:
+        """HTTP statuses of its errors."""
+        return self.errors or ((400, 401, 403, 404, 408, 413, 429, 500, 503, 504) if self.body else (401,))
 
 
-_POST_ERRORS = (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
 _OPERATIONS = (
     _Operation(
-        "post",
         "/v1/chat/completions",
         "Generate a chat reply with the log-prob and rank of every token",
         (ChatCompletionRequest,),
         responses.ChatCompletionAnswer,
         responses.ChatChunk,
-        _POST_ERRORS,
     ),
     _Operation(
-        "post",
         "/v1/completions",
         "Continue or score texts or token ids",
         (CompletionRequest,),
         responses.CompletionAnswer,
         responses.CompletionChunk,
-        _POST_ERRORS,
     ),
     _Operation(
-        "post",
         "/invocations",
         "Completion if the body has `prompt`, else chat completion (SageMaker)",
         (CompletionRequest, ChatCompletionRequest),
-        errors=_POST_ERRORS,
     ),
-    _Operation("get", "/v1/models", "List the served models", answer=responses.ModelList, errors=(401,)),
-    _Operation("get", "/v1/models/{id}", "Describe a model", answer=responses.ModelCard, errors=(401, 404)),
+    _Operation("/v1/models", "List the served models", answer=responses.ModelList),
+    _Operation("/v1/models/{id}", "Describe a model", answer=responses.ModelCard, errors=(401, 404)),
     _Operation(
-        "post",
-        "/tokenize",
-        "Tokenize a text or a chat",
-        (TokenizeTextRequest, TokenizeChatRequest),
-        responses.Tokenized,
-        errors=_POST_ERRORS,
+        "/tokenize", "Tokenize a text or a chat", (TokenizeTextRequest, TokenizeChatRequest), responses.Tokenized
     ),
+    _Operation("/detokenize", "Decode token ids", (DetokenizeRequest,), responses.Detokenized),
     _Operation(
-        "post", "/detokenize", "Decode token ids", (DetokenizeRequest,), responses.Detokenized, errors=_POST_ERRORS
+        "/tokenizer_info", "Describe the tokenizer: special tokens, chat template", answer=responses.TokenizerInfo
     ),
-    _Operation(
-        "get",
-        "/tokenizer_info",
-        "Describe the tokenizer: special tokens, chat template",
-        answer=responses.TokenizerInfo,
-        errors=(401,),
-    ),
-    _Operation("get", "/health", "Readiness: 200 if requests are accepted, else 503", errors=(503,)),
-    _Operation("get", "/ping", "Same as /health", errors=(503,)),
-    _Operation("get", "/version", "Version of the server", answer=responses.Version, errors=(401,)),
-    _Operation("get", "/metrics", "Prometheus text", errors=(401,)),
-    _Operation("get", "/load", "Number of unfinished requests", answer=responses.Load, errors=(401,)),
+    _Operation("/health", "Readiness: 200 if requests are accepted, else 503", errors=(503,)),
+    _Operation("/ping", "Same as /health", errors=(503,)),
+    _Operation("/version", "Version of the server", answer=responses.Version),
+    _Operation("/metrics", "Prometheus text"),
+    _Operation("/load", "Number of unfinished requests", answer=responses.Load),
 )
 
 
@@ -107,10 +95,6 @@ def openapi(*, secured: bool) -> dict[str, Any]:
     models = {model for operation in _OPERATIONS for model in _models(operation)} | {responses.ErrorAnswer}
     ordered = sorted(models, key=lambda model: model.__name__)
     _, schemas = models_json_schema([(model, "validation") for model in ordered], ref_template=_REFERENCE)
-    paths: dict[str, Any] = {}
-    for operation in _OPERATIONS:
-        paths.setdefault(operation.path, {})[operation.method] = _described(operation)
-    components: dict[str, Any] = {"schemas": schemas["$defs"]}
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -118,11 +102,11 @@ def openapi(*, secured: bool) -> dict[str, Any]:
             "version": __version__,
             "description": "OpenAI-compatible LLM server for exact log-probs.",
         },
-        "paths": paths,
-        "components": components,
+        "paths": {o.path: {"post" if o.body else "get": _described(o)} for o in _OPERATIONS},
+        "components": {"schemas": schemas["$defs"]},
     }
     if secured:
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
     return document
 
@@ -162,8 +146,8 @@ def _described(operation: _Operation) -> dict[str, Any]:
         answer["content"]["text/event-stream"] = {"schema": _event(operation.event)}
     described: dict[str, Any] = {"summary": operation.summary, "responses": {"200": answer}}
     error = {"application/json": {"schema": _reference(responses.ErrorAnswer)}}
-    for status in operation.errors:
-        bare = operation.path in ("/health", "/ping")
+    bare = operation.path in ("/health", "/ping")
+    for status in operation.statuses:
         described["responses"][str(status)] = {"description": "Error"} | ({} if bare else {"content": error})
     if operation.body:
         kinds = [_reference(model) for model in operation.body]

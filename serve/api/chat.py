@@ -1,14 +1,13 @@
 """POST /v1/chat/completions."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serve.api.context import Context
 from serve.api.errors import invalid, unsupported
-from serve.api.generation import Choice, collect, output_logprobs
-from serve.api.handler import Handler, Job, Prompt
+from serve.api.generation import Choice, Prompt, output_logprobs
+from serve.api.handler import Handler, Job, chunk_choice
 from serve.api.json_stream import Body, make_body
 from serve.api.logprobs import chat_content
 from serve.api.requests import ChatCompletionRequest, ChatPromptFields
@@ -58,10 +57,6 @@ class ChatCompletions(Handler[ChatCompletionRequest]):
             return ""
         return _messages(body)[-1]["content"] or ""
 
-    async def _body(self, job: _Job) -> Body:
-        outputs = await collect(job.choices, self._deltas(job))
-        return await asyncio.to_thread(self._render, job, outputs)
-
     def _render(self, job: _Job, outputs: Sequence[Output]) -> Body:
         answer = job.header | {
             "choices": [self._choice(job, *pair) for pair in zip(job.choices, outputs, strict=True)],
@@ -70,7 +65,7 @@ class ChatCompletions(Handler[ChatCompletionRequest]):
         }
         if job.body.return_prompt_text:
             answer["prompt_text"] = job.prompts[0].text
-        return make_body(answer | self._prompt_fields(job, outputs[0]))
+        return make_body(answer | self._prompt_fields(job, job.prompts[0]))
 
     def _choice(self, job: _Job, choice: Choice, output: Output) -> dict[str, Any]:
         return {
@@ -86,39 +81,23 @@ class ChatCompletions(Handler[ChatCompletionRequest]):
             "token_ids": output.token_ids if job.body.return_token_ids else None,
         }
 
-    async def _chunks(self, job: _Job) -> AsyncGenerator[dict[str, Any]]:
-        usage, final, continuous = self._usage(job)
-        opened: set[int] = set()
-        async with aclosing(self._deltas(job)) as deltas:
-            async for choice, delta in deltas:
-                if choice.index not in opened:
-                    opened.add(choice.index)
-                    usage.open(choice, delta)
-                    opening = await self._opening(job, choice, delta)
-                    yield opening | ({"usage": usage.fields()} if continuous else {})
-                usage.completion_tokens += len(delta.token_ids)
-                chunk = job.header | {"choices": [_chunk_choice(job, choice, delta)]}
-                yield chunk | ({"usage": usage.fields()} if continuous else {})
-        if final:
-            yield job.header | {"choices": [], "usage": usage.fields()}
-
-    async def _opening(self, job: _Job, choice: Choice, delta: Output) -> dict[str, Any]:
-        """The first chunk of a choice: its role and the prompt's ids; the very first has the prompt's log-probs."""
-        opening = {"role": self._context.config.response_role, "content": job.prompts[0].echo}
-        chunk = job.header | {
-            "choices": [{"index": choice.index, "delta": opening, "logprobs": None, "finish_reason": None}]
+    async def _opening(self, job: _Job, choice: Choice) -> dict[str, Any]:
+        """The role and the prompt's ids; in the first choice also the prompt's log-probs."""
+        prompt = choice.prompt
+        delta = {"role": self._context.config.response_role, "content": prompt.echo}
+        fields: dict[str, Any] = {
+            "choices": [{"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}]
         }
         if job.body.return_token_ids:
-            chunk["prompt_token_ids"] = job.prompts[0].ids
+            fields["prompt_token_ids"] = prompt.ids
         if job.body.return_prompt_text:
-            chunk["prompt_text"] = job.prompts[0].text
+            fields["prompt_text"] = prompt.text
         if choice.first and job.prompt_logprobs.shown is not None:
-            chunk |= await asyncio.to_thread(self._prompt_fields, job, delta)
-        return chunk
+            fields |= await asyncio.to_thread(self._prompt_fields, job, prompt)
+        return fields
 
-    def _prompt_fields(self, job: _Job, output: Output) -> dict[str, Any]:
-        prompt = job.scored_prompt(0, output.prompt_scores)
-        return self._context.prompt_logprobs.fields(job.prompt_logprobs, prompt)
+    async def _chunk_choice(self, job: _Job, choice: Choice, delta: Output) -> dict[str, Any]:
+        return chunk_choice(job, choice, delta, {"delta": {"content": delta.text}}, _logprobs(job, choice, delta))
 
 
 def chat_text(body: ChatPromptFields, context: Context) -> str:
@@ -163,17 +142,3 @@ def _logprobs(job: _Job, choice: Choice, output: Output) -> dict[str, Any] | Non
         "content": chat_content(job.names, output.token_ids, output_logprobs(output, choice.alternatives)),
         "refusal": None,
     }
-
-
-def _chunk_choice(job: _Job, choice: Choice, delta: Output) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "index": choice.index,
-        "delta": {"content": delta.text},
-        "logprobs": _logprobs(job, choice, delta),
-        "finish_reason": delta.finish_reason,
-    }
-    if delta.finish_reason is not None:
-        fields["stop_reason"] = delta.stop_reason
-    if job.body.return_token_ids:
-        fields["token_ids"] = delta.token_ids
-    return fields

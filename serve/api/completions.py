@@ -1,16 +1,14 @@
 """POST /v1/completions: texts or token ids, one or many, with echo."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
 
-from model.token_logprobs import TokenLogprobs
 from serve.api.errors import invalid
-from serve.api.generation import Choice, collect, output_logprobs
-from serve.api.handler import Handler, Job, Prompt
+from serve.api.generation import Choice, Prompt, output_logprobs
+from serve.api.handler import Handler, Job, chunk_choice
 from serve.api.json_stream import Body, Placeholder, dump, make_body
 from serve.api.logprobs import CompletionLogprobs, concatenate
 from serve.api.requests import CompletionRequest
@@ -92,113 +90,65 @@ class Completions(Handler[CompletionRequest]):
         text = self._context.tokenizer.decode(ids, skip_special_tokens=skip) if body.echo else ""
         return Prompt(ids, _max_tokens(body), text, hidden)
 
-    async def _body(self, job: _Job) -> Body:
-        outputs = await collect(job.choices, self._deltas(job))
-        return await asyncio.to_thread(self._render, job, outputs)
-
     def _render(self, job: _Job, outputs: Sequence[Output]) -> Body:
         choices: list[dict[str, Any]] = []
         prompt_fields: dict[str, orjson.Fragment | Placeholder | None] = {}
-        scores: TokenLogprobs | None = None
         for choice, output in zip(job.choices, outputs, strict=True):
-            if choice.first:  # it has the prompt's scores, which are written once for all choices
-                scores = output.prompt_scores
-                fields = self._prompt_fields(job, choice, scores)
+            if choice.first:  # written once for all choices of a prompt
+                fields = self._prompt_fields(job, choice.prompt)
                 prompt_fields = {name: _as_json(value) for name, value in fields.items()}
-            choices.append(self._choice(job, choice, output, scores) | prompt_fields)
-            if job.full_rows:  # too large to be repeated
+            choices.append(_choice(job, choice, output) | prompt_fields)
+            if job.prompt_logprobs.full_rows:  # too large to be repeated
                 prompt_fields = dict.fromkeys(prompt_fields)
         return make_body(job.header | {"choices": choices, "usage": self._total_usage(job, outputs)})
 
-    def _choice(self, job: _Job, choice: Choice, output: Output, scores: TokenLogprobs | None) -> dict[str, Any]:
-        prompt, columns = job.prompt(choice), _columns(job)
-        echo = _echo(job, choice, columns, scores)
-        logprobs = _logprobs(choice, output, columns)
-        return {
-            "index": choice.index,
-            "text": (prompt.text if job.body.echo else "") + output.text,
-            "logprobs": concatenate([echo, logprobs]) if echo and logprobs else logprobs,
-            "finish_reason": output.finish_reason,
-            "stop_reason": output.stop_reason,
-            "prompt_token_ids": prompt.ids if job.body.return_token_ids else None,
-            "token_ids": output.token_ids if job.body.return_token_ids else None,
-        }
+    async def _chunk_choice(self, job: _Job, choice: Choice, delta: Output) -> dict[str, Any]:
+        if choice.columns is not None:
+            return chunk_choice(job, choice, delta, {"text": delta.text}, _logprobs(job, choice, delta))
+        return await asyncio.to_thread(self._first_chunk_choice, job, choice, delta)
 
-    async def _chunks(self, job: _Job) -> AsyncGenerator[dict[str, Any]]:
-        usage, final, continuous = self._usage(job)
-        columns: dict[int, CompletionLogprobs] = {}
-        scores: dict[int, TokenLogprobs | None] = {}  # by prompt, from its first choice, whose first chunk comes first
-        async with aclosing(self._deltas(job)) as deltas:
-            async for choice, delta in deltas:
-                usage.completion_tokens += len(delta.token_ids)
-                if choice.index in columns:
-                    fields = _chunk_choice(job, choice, delta, columns[choice.index])
-                else:
-                    usage.open(choice, delta)
-                    columns[choice.index] = _columns(job)
-                    shared = scores.setdefault(choice.prompt_index, delta.prompt_scores)
-                    fields = await asyncio.to_thread(self._opening, job, choice, delta, columns[choice.index], shared)
-                chunk = job.header | {"choices": [{"index": choice.index} | fields]}
-                yield chunk | ({"usage": usage.fields()} if continuous else {})
-        if final:
-            yield job.header | {"choices": [], "usage": usage.fields()}
-
-    def _opening(
-        self, job: _Job, choice: Choice, delta: Output, columns: CompletionLogprobs, scores: TokenLogprobs | None
-    ) -> dict[str, Any]:
-        """The first chunk of a choice, which includes the prompt's text, ids and log-probs."""
-        prompt = job.prompt(choice)
-        echo = _echo(job, choice, columns, scores)
-        fields = _chunk_choice(job, choice, delta, columns)
-        if echo is not None:
-            fields["logprobs"] = concatenate([echo, fields["logprobs"]])
-        if job.body.echo:
-            fields["text"] = prompt.text + delta.text
-        if job.prompt_logprobs.shown is not None and (choice.first or not job.full_rows):
-            fields |= self._prompt_fields(job, choice, scores)
+    def _first_chunk_choice(self, job: _Job, choice: Choice, delta: Output) -> dict[str, Any]:
+        """The first delta of a choice, which includes the prompt's text, ids and log-probs."""
+        prompt = choice.prompt
+        logprobs = _logprobs(job, choice, delta)
+        fields = chunk_choice(job, choice, delta, {"text": _echoed(job, choice) + delta.text}, logprobs)
+        if job.prompt_logprobs.shown is not None and (choice.first or not job.prompt_logprobs.full_rows):
+            fields |= self._prompt_fields(job, prompt)
         return fields | ({"prompt_token_ids": prompt.ids} if job.body.return_token_ids else {})
 
-    def _prompt_fields(self, job: _Job, choice: Choice, scores: TokenLogprobs | None) -> dict[str, Any]:
-        prompt = job.scored_prompt(choice.prompt_index, scores)
-        return self._context.prompt_logprobs.fields(job.prompt_logprobs, prompt)
+
+def _choice(job: _Job, choice: Choice, output: Output) -> dict[str, Any]:
+    return {
+        "index": choice.index,
+        "text": _echoed(job, choice) + output.text,
+        "logprobs": _logprobs(job, choice, output),
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+        "prompt_token_ids": choice.prompt.ids if job.body.return_token_ids else None,
+        "token_ids": output.token_ids if job.body.return_token_ids else None,
+    }
+
+
+def _echoed(job: _Job, choice: Choice) -> str:
+    return choice.prompt.text if job.body.echo else ""
+
+
+def _logprobs(job: _Job, choice: Choice, output: Output) -> dict[str, Any] | None:
+    """Columns of the output's tokens; those of the first output start with the echoed prompt, if requested."""
+    requested, prompt, echo = job.prompt_logprobs, choice.prompt, None
+    if choice.columns is None:
+        choice.columns = CompletionLogprobs(job.names, skip_special_tokens=job.body.skip_special_tokens is not False)
+        if requested.echoed is not None:
+            scores = prompt.logprobs(requested.echoed, requested.start)
+            echo = choice.columns.echo(prompt.ids, scores, prompt.text, prompt.hidden)
+    if choice.alternatives is None:
+        return None
+    columns = choice.columns.output(output.token_ids, output_logprobs(output, choice.alternatives))
+    return columns if echo is None else concatenate([echo, columns])
 
 
 def _max_tokens(body: CompletionRequest) -> int:
     return _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-
-
-def _columns(job: _Job) -> CompletionLogprobs:
-    return CompletionLogprobs(job.names, skip_special_tokens=job.body.skip_special_tokens is not False)
-
-
-def _echo(
-    job: _Job, choice: Choice, columns: CompletionLogprobs, scores: TokenLogprobs | None
-) -> dict[str, Any] | None:
-    """The columns of an echoed prompt, if requested. To be called before those of the output are added."""
-    requested, prompt = job.prompt_logprobs, job.prompt(choice)
-    if requested.echoed is None:
-        return None
-    checked = job.scored_prompt(choice.prompt_index, scores).logprobs(requested.echoed, requested.start)
-    return columns.echo(prompt.ids, checked, prompt.text, prompt.hidden)
-
-
-def _logprobs(choice: Choice, output: Output, columns: CompletionLogprobs) -> dict[str, Any] | None:
-    if choice.alternatives is None:
-        return None
-    return columns.output(output.token_ids, output_logprobs(output, choice.alternatives))
-
-
-def _chunk_choice(job: _Job, choice: Choice, delta: Output, columns: CompletionLogprobs) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "text": delta.text,
-        "logprobs": _logprobs(choice, delta, columns),
-        "finish_reason": delta.finish_reason,
-    }
-    if delta.finish_reason is not None:
-        fields["stop_reason"] = delta.stop_reason
-    if job.body.return_token_ids:
-        fields["token_ids"] = delta.token_ids
-    return fields
 
 
 def _as_json(value: Any) -> orjson.Fragment | Placeholder | None:

@@ -1,23 +1,28 @@
 """Runs the choices of a request in the engine and turns their events into text with log-probs."""
 
 import asyncio
+import math
+import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from model.token_logprobs import TokenLogprobs
-from serve.api.errors import APIError, engine_error, shutting_down
-from serve.api.logprobs import wire_logprobs
+from serve.api.errors import APIError, engine_error, invalid, shutting_down
+from serve.api.logprobs import CompletionLogprobs, wire_logprobs
 from serve.api.middleware import Work
+from serve.api.requests import GenerationRequest
 from serve.engine.client import EngineClient, RequestHandle
 from serve.engine.request import (
     DeadlineError,
     EngineStoppedError,
     FinishReason,
+    PromptScoring,
     QueueFullError,
     QueueTimeoutError,
     Request,
+    SamplingParams,
     TokenEvent,
 )
 from serve.jobs.generate import Output, OutputDecoder
@@ -28,21 +33,45 @@ _SLOW_READER = "The answer was read too slowly: too many of its tokens were wait
 _MAX_ADMITTED = 64  # choices of one HTTP request in the engine; a long list of prompts must not fill the queue
 
 
+@dataclass(eq=False, slots=True)
+class Prompt:
+    """A tokenized prompt, and its log-probs once its first choice has them."""
+
+    ids: list[int]
+    max_tokens: int  # to generate
+    text: str = ""  # for an echo or `prompt_text`
+    hidden: Sequence[bool] = ()  # per id, whether it is absent from `text`
+    echo: str = ""  # of a chat: text that precedes the output
+    full_rows: Request | None = None  # scores full rows, if they are requested
+    scores: TokenLogprobs | None = None  # [len(ids) - 1], of every token but the first
+
+    def logprobs(self, k: int, start: int) -> TokenLogprobs:
+        """Checked log-probs of the tokens from `start` on, with k alternatives each.
+
+        Raises:
+            APIError: 500, see `wire_logprobs`, or the engine returned none.
+        """
+        if self.scores is None:
+            raise engine_error("The engine returned no log-probabilities of the prompt.")
+        return wire_logprobs(self.scores, len(self.ids) - 1, k, first=start - 1)
+
+
 @dataclass(slots=True)
 class Choice:
     """One choice: its engine request, and how the tokens become text."""
 
     index: int
+    prompt: Prompt
     request: Request
     stop: StopStrings
     include_stop: bool
     skip_special_tokens: bool
-    prompt_index: int
     eos_token_ids: frozenset[int]  # these give no stop_reason
     first: bool  # of its prompt: the one with the prompt's scores
     alternatives: int | None  # per generated token; None: no log-probs
     handle: RequestHandle | None = None  # once it is admitted
     num_tokens: int = 0  # generated so far
+    columns: CompletionLogprobs | None = None  # of a completion whose first delta has been rendered
 
     def admit(self, engine: EngineClient, *, bypass_limits: bool) -> None:
         """Queue the request, see `Engine.admit`. No effect if it is admitted already."""
@@ -72,6 +101,8 @@ class Choice:
         async for event in self.handle:
             check_event(event)
             delta = decoder.output(event)
+            if delta.prompt_scores is not None:
+                self.prompt.scores = delta.prompt_scores
             if self.alternatives is None:
                 delta.scores = []
             self.num_tokens += len(delta.token_ids)
@@ -80,6 +111,44 @@ class Choice:
             yield delta
             if delta.finish_reason is not None:
                 return
+
+
+def make_choices(
+    body: GenerationRequest, prompts: Sequence[Prompt], prototype: Choice, scoring: PromptScoring | None
+) -> list[Choice]:
+    """n choices per prompt, in the order of their indices.
+
+    Args:
+        prototype: what all choices share. Its queue timeout is that of the first choice: the others wait behind it.
+        scoring: of each prompt, requested by its first choice.
+
+    Raises:
+        APIError: 400 that names a field.
+    """
+    n, base = body.n or 1, prototype.request
+    choices = []
+    for index in range(len(prompts) * n):
+        prompt_index, number = divmod(index, n)
+        prompt = prompts[prompt_index]
+        if base.params.min_tokens > prompt.max_tokens:
+            message = f"`min_tokens` exceeds the {prompt.max_tokens} tokens that may be generated."
+            raise invalid("min_tokens", message)
+        params = replace(
+            base.params,
+            max_tokens=prompt.max_tokens,
+            seed=None if body.seed in (None, -1) else body.seed + number,
+            prompt=scoring if number == 0 else None,
+        )
+        request = request_for(prompt, base, params)
+        if index:
+            request = replace(request, queue_timeout=math.inf)
+        choices.append(replace(prototype, index=index, prompt=prompt, request=request, first=number == 0))
+    return choices
+
+
+def request_for(prompt: Prompt, base: Request, params: SamplingParams) -> Request:
+    """A copy of `base` with a new id."""
+    return replace(base, id=uuid.uuid4().hex, prompt_token_ids=prompt.ids, params=params)
 
 
 def output_logprobs(output: Output, alternatives: int) -> TokenLogprobs:
@@ -112,17 +181,17 @@ async def merge(
         APIError, QueueTimeoutError, DeadlineError, EngineStoppedError: see `Choice.deltas`; 503 for a slow reader.
     """
     queue: asyncio.Queue[tuple[Choice, Output] | Exception | None] = asyncio.Queue()  # None: all choices have finished
-    opened = {choice.prompt_index: asyncio.Event() for choice in choices}
+    opened = {choice.prompt: asyncio.Event() for choice in choices}
 
     async def forward(choice: Choice) -> None:
         async with aclosing(choice.deltas(tokenizer)) as deltas:
             async for delta in deltas:
                 if not choice.first:
-                    await opened[choice.prompt_index].wait()
+                    await opened[choice.prompt].wait()
                 if max_unread is not None and queue.qsize() >= max_unread:
                     raise APIError(503, _SLOW_READER, None, "slow_reader")
                 queue.put_nowait((choice, delta))
-                opened[choice.prompt_index].set()
+                opened[choice.prompt].set()
 
     async def run() -> None:
         try:

@@ -4,25 +4,21 @@ import asyncio
 import logging
 import math
 import time
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from model.token_logprobs import TokenLogprobs
 from serve.api.context import Context
-from serve.api.errors import invalid
-from serve.api.generation import Choice, engine_errors, merge, work_of
+from serve.api.generation import Choice, Prompt, collect, engine_errors, make_choices, merge, request_for, work_of
 from serve.api.json_stream import Body
 from serve.api.logprobs import TokenNames
 from serve.api.middleware import AnswerRecord, record_of
 from serve.api.parsing import parse
-from serve.api.prompt_logprobs import ScoredPrompt
 from serve.api.requests import GenerationRequest
 from serve.api.sampling_params import sampling_params, stop_strings
 from serve.api.sse import json_or_disconnect, stream_or_disconnect
@@ -46,17 +42,6 @@ _PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids", "documents", "chat_t
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """A tokenized prompt."""
-
-    ids: list[int]
-    max_tokens: int  # to generate
-    text: str = ""  # for an echo or `prompt_text`
-    hidden: Sequence[bool] = ()  # per id, whether it is absent from `text`
-    echo: str = ""  # of a chat: text that precedes the output
-
-
-@dataclass(frozen=True, slots=True)
 class Job[B: GenerationRequest]:
     """A validated request, ready to run."""
 
@@ -65,14 +50,7 @@ class Job[B: GenerationRequest]:
     prompts: list[Prompt]
     choices: list[Choice]
     prompt_logprobs: PromptLogprobs
-    full_rows: list[Request]  # per prompt, the request that scores full rows; empty if none are requested
     names: TokenNames
-
-    def prompt(self, choice: Choice) -> Prompt:
-        return self.prompts[choice.prompt_index]
-
-    def scored_prompt(self, index: int, scores: TokenLogprobs | None) -> ScoredPrompt:
-        return ScoredPrompt(self.prompts[index].ids, scores, self.full_rows[index] if self.full_rows else None)
 
 
 @dataclass(slots=True)
@@ -126,7 +104,8 @@ class Handler[B: GenerationRequest](ABC):
 
     async def _respond(self, request: HTTPRequest, job: Job[B]) -> Response:
         engine = self._context.engine
-        request_ids = [r.id for r in (*(choice.request for choice in job.choices), *job.full_rows)]
+        requests = [*(choice.request for choice in job.choices), *(prompt.full_rows for prompt in job.prompts)]
+        request_ids = [request.id for request in requests if request is not None]
 
         def abort() -> None:
             for request_id in request_ids:
@@ -163,7 +142,10 @@ class Handler[B: GenerationRequest](ABC):
         if config.enable_log_requests:
             self._log(header, body, ids)
         _release_texts(body)
-        full_rows = SamplingParams(0, prompt=PromptScoring(prompt_logprobs.start, full_vocab=True))
+        if prompt_logprobs.full_rows:
+            params = SamplingParams(0, prompt=PromptScoring(prompt_logprobs.start, full_vocab=True))
+            for prompt in prompts:
+                prompt.full_rows = request_for(prompt, prototype.request, params)
         as_ids = body.return_tokens_as_token_ids
         return Job(
             body=body,
@@ -171,9 +153,6 @@ class Handler[B: GenerationRequest](ABC):
             prompts=prompts,
             choices=choices,
             prompt_logprobs=prompt_logprobs,
-            full_rows=[_engine_request(prototype.request, prompt, full_rows) for prompt in ids]
-            if prompt_logprobs.full_rows
-            else [],
             names=TokenNames(context.tokenizer, config.return_tokens_as_token_ids if as_ids is None else as_ids),
         )
 
@@ -203,11 +182,11 @@ class Handler[B: GenerationRequest](ABC):
         request = Request("", [], params, body.priority or 0, salt, config.queue_timeout, record.began + timeout)
         return Choice(
             index=0,
+            prompt=Prompt([], 0),
             request=request,
             stop=StopStrings(stop_strings(body)),
             include_stop=bool(body.include_stop_str_in_output),
             skip_special_tokens=body.skip_special_tokens is not False,
-            prompt_index=0,
             eos_token_ids=frozenset() if body.ignore_eos else tokenizer.eos_token_ids,
             first=True,
             alternatives=None if alternatives is None else len(body.logprob_token_ids or ()) or alternatives,
@@ -230,6 +209,32 @@ class Handler[B: GenerationRequest](ABC):
         n = job.body.n or 1
         for start in range(0, len(choices), n):
             context.on_answers([choice.num_tokens for choice in choices[start : start + n]])
+
+    async def _body(self, job: Job[B]) -> Body:
+        outputs = await collect(job.choices, self._deltas(job))
+        return await asyncio.to_thread(self._render, job, outputs)
+
+    async def _chunks(self, job: Job[B]) -> AsyncGenerator[dict[str, Any]]:
+        usage, final, continuous = self._usage(job)
+        opened: set[int] = set()
+
+        def chunk(fields: dict[str, Any]) -> dict[str, Any]:
+            return job.header | fields | ({"usage": usage.fields()} if continuous else {})
+
+        async with aclosing(self._deltas(job)) as deltas:
+            async for choice, delta in deltas:
+                if choice.index not in opened:
+                    opened.add(choice.index)
+                    usage.open(choice, delta)
+                    if (opening := await self._opening(job, choice)) is not None:
+                        yield chunk(opening)
+                usage.completion_tokens += len(delta.token_ids)
+                yield chunk({"choices": [await self._chunk_choice(job, choice, delta)]})
+        if final:
+            yield job.header | {"choices": [], "usage": usage.fields()}
+
+    def _prompt_fields(self, job: Job[B], prompt: Prompt) -> dict[str, Any]:
+        return self._context.prompt_logprobs.fields(job.prompt_logprobs, prompt)
 
     def _usage(self, job: Job[B]) -> tuple[Usage, bool, bool]:
         """Usage before generation; whether a stream ends with it, and whether every chunk contains it."""
@@ -254,50 +259,34 @@ class Handler[B: GenerationRequest](ABC):
         """Tokenize the prompts."""
 
     @abstractmethod
-    async def _body(self, job: Job[B]) -> Body:
-        """Generate the complete response."""
+    def _render(self, job: Job[B], outputs: Sequence[Output]) -> Body:
+        """The complete response. Slow: not for the event loop."""
+
+    async def _opening(self, job: Job[B], choice: Choice) -> dict[str, Any] | None:
+        """Fields of a chunk that precedes the first delta of a choice; None: no such chunk."""
+        del job, choice
+        return None
 
     @abstractmethod
-    def _chunks(self, job: Job[B]) -> AsyncGenerator[dict[str, Any]]:
-        """Generate the chunks of a stream."""
+    async def _chunk_choice(self, job: Job[B], choice: Choice, delta: Output) -> dict[str, Any]:
+        """A choice in a chunk."""
 
 
-def make_choices(
-    body: GenerationRequest, prompts: Sequence[Prompt], prototype: Choice, scoring: PromptScoring | None
-) -> list[Choice]:
-    """n choices per prompt, in the order of their indices.
+def chunk_choice(
+    job: Job[Any], choice: Choice, delta: Output, text: dict[str, Any], logprobs: dict[str, Any] | None
+) -> dict[str, Any]:
+    """A choice in a chunk of a stream.
 
     Args:
-        prototype: what all choices share. Its queue timeout is that of the first choice: the others wait behind it.
-        scoring: of each prompt, requested by its first choice.
-
-    Raises:
-        APIError: 400 that names a field.
+        text: the field that contains the text.
+        logprobs: the `logprobs` field.
     """
-    n, base = body.n or 1, prototype.request
-    choices = []
-    for index in range(len(prompts) * n):
-        prompt_index, number = divmod(index, n)
-        prompt = prompts[prompt_index]
-        if base.params.min_tokens > prompt.max_tokens:
-            message = f"`min_tokens` exceeds the {prompt.max_tokens} tokens that may be generated."
-            raise invalid("min_tokens", message)
-        params = replace(
-            base.params,
-            max_tokens=prompt.max_tokens,
-            seed=None if body.seed in (None, -1) else body.seed + number,
-            prompt=scoring if number == 0 else None,
-        )
-        request = _engine_request(base, prompt.ids, params)
-        if index:
-            request = replace(request, queue_timeout=math.inf)
-        choice = replace(prototype, index=index, request=request, prompt_index=prompt_index, first=number == 0)
-        choices.append(choice)
-    return choices
-
-
-def _engine_request(base: Request, prompt: list[int], params: SamplingParams) -> Request:
-    return replace(base, id=uuid.uuid4().hex, prompt_token_ids=prompt, params=params)
+    fields = {"index": choice.index, **text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+    if delta.finish_reason is not None:
+        fields["stop_reason"] = delta.stop_reason
+    if job.body.return_token_ids:
+        fields["token_ids"] = delta.token_ids
+    return fields
 
 
 def _release_texts(body: GenerationRequest) -> None:

@@ -7,7 +7,6 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ from numpy.typing import NDArray
 
 from model.token_logprobs import TokenLogprobs
 from serve.api.errors import engine_error
-from serve.api.generation import check_event, deadline_exceeded, engine_errors
+from serve.api.generation import Prompt, check_event, deadline_exceeded, engine_errors
 from serve.api.json_stream import Placeholder
-from serve.api.logprobs import clamped, wire_logprobs
+from serve.api.logprobs import clamped
 from serve.api.validation import PromptLogprobs
 from serve.engine.client import EngineClient
 from serve.engine.request import EngineStoppedError, NotPinnedError, Request
@@ -27,25 +26,6 @@ from serve.text.tokenizer import Tokenizer
 
 _CONTEXT = 4  # preceding tokens that may contain the beginning of a token's character
 _BLOCK_ROWS = 8  # 5 MB for a vocabulary of 152k; one row of JSON is 10 MB
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredPrompt:
-    """A prompt and its log-probs from the engine."""
-
-    token_ids: list[int]
-    scores: TokenLogprobs | None  # [prompt - 1], of every token but the first
-    full_rows: Request | None = None  # the request that scores full rows
-
-    def logprobs(self, k: int, start: int) -> TokenLogprobs:
-        """Checked log-probs of the tokens from `start` on, with k alternatives each.
-
-        Raises:
-            APIError: 500, see `wire_logprobs`, or the engine returned none.
-        """
-        if self.scores is None:
-            raise engine_error("The engine returned no log-probabilities of the prompt.")
-        return wire_logprobs(self.scores, len(self.token_ids) - 1, k, first=start - 1)
 
 
 class PromptLogprobsWriter:
@@ -57,13 +37,13 @@ class PromptLogprobsWriter:
         self._entries = EntryWriter(tokenizer)
         self._rows = RowWriter(tokenizer, limits.vocab_size) if limits.whole_vocabulary else None
 
-    def fields(self, requested: PromptLogprobs, prompt: ScoredPrompt) -> dict[str, Any]:
+    def fields(self, requested: PromptLogprobs, prompt: Prompt) -> dict[str, Any]:
         """`prompt_logprobs`, null unless requested, or `prompt_logprobs_columns`. Slow: not for the event loop.
 
         Raises:
-            APIError: 500, see `ScoredPrompt.logprobs`.
+            APIError: 500, see `Prompt.logprobs`.
         """
-        k, start, ids = requested.shown, requested.start, prompt.token_ids
+        k, start, ids = requested.shown, requested.start, prompt.ids
         if k is None:
             return {"prompt_logprobs": None}
         if prompt.full_rows is not None:
@@ -212,9 +192,8 @@ class RowWriter:
         values[scores.top_ids[0]], values[actual] = scores.top_logprobs[0], scores.logprob[0]
         indices = np.concatenate(([index], np.delete(np.arange(k), index) if index < k else np.arange(k)))
         ids = order[indices]
-        logprobs = orjson.dumps(values[ids], option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].decode().split(",")
         parts = [""] * (4 * len(ids))
-        parts[0::4], parts[1::4] = _pick(self._heads, ids), logprobs
+        parts[0::4], parts[1::4] = _pick(self._heads, ids), _json_numbers(values[ids])
         parts[2::4], parts[3::4] = _pick(self._ranks, indices), _pick(self._tails, ids)
         return b"{" + "".join(parts).encode()[1:] + b"}"
 

@@ -322,7 +322,7 @@ class QueuedChoice:
     """A choice that stays in the queue until it may finish."""
 
     def __init__(self, index: int, room: Room) -> None:
-        self.prompt_index, self.first = index, True
+        self.prompt, self.first = index, True
         self._index, self._room = index, room
 
     def admit(self, _: object, *, bypass_limits: bool) -> None:
@@ -352,8 +352,8 @@ async def test_merge_failure_ends_other_choices() -> None:
 class FakeChoice:
     """Yields `count` deltas at once, then fails or finishes; with None it waits forever."""
 
-    def __init__(self, prompt_index: int, count: int | None, error: Exception | None = None) -> None:
-        self.prompt_index, self.first = prompt_index, True
+    def __init__(self, prompt: int, count: int | None, error: Exception | None = None) -> None:
+        self.prompt, self.first = prompt, True
         self._count, self._error = count, error
         self.cut = asyncio.Event()
         self.aborted = False

@@ -17,7 +17,7 @@ try:
     import ray
     from ray import serve
 except ModuleNotFoundError:
-    sys.exit("error: Ray is not installed: run `make ray`, or `pip install 'ray[serve]'`")
+    sys.exit("error: Ray is not installed: run `make ray`, or `pip install 'logprobd[ray]'`")
 
 from serve.ray.front import Front, PrefixRouter
 from serve.ray.options import RayConfig, config_of, parse_ray_args

@@ -73,3 +73,17 @@ def test_compare_allows_the_second_token_of_a_near_tie(margin: float, chosen: in
     prompt = replace(prompt, greedy=(*prompt.greedy[:-1], step))
     ours = replace(perfect(prompt), greedy_token_ids=[*perfect(prompt).greedy_token_ids[:-1], step.top[chosen][0]])
     assert len(compare([prompt], [ours]).wrong_greedy) == wrong
+
+
+def test_golden_files_have_all_their_values() -> None:
+    counts = [(len(load_golden(name)), sum(len(p.scored) for p in load_golden(name))) for name in NAMES]
+    assert counts == [(4, 86), (5, 149)]
+
+
+@pytest.mark.parametrize("field", ["logprobs", "ranks", "greedy_token_ids", "greedy_logprobs"])
+def test_compare_refuses_missing_values(field: str) -> None:
+    prompt = load_golden("smollm2-q4_1-gguf-f32")[0]
+    values = perfect(prompt)
+    shorter = {field: list(getattr(values, field))[:-1]}
+    with pytest.raises(ValueError, match="zip"):
+        compare([prompt], [replace(values, **shorter)])

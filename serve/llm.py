@@ -5,7 +5,6 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from types import TracebackType
 from typing import Any, Self, Unpack
 
 import numpy as np
@@ -200,9 +199,7 @@ class LLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _sampling(self, options: SamplingKeywords) -> GenerationOptions:

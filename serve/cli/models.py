@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,16 +30,12 @@ examples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelsConfig:
-    """Options of the list."""
-
     folder: tuple[Path, ...] = option("Models", "folder to search", Path, default=(), many=True, positional=True)
     json: bool = option("Models", "print a JSON list", None, default=False)
 
 
 @dataclass(frozen=True, slots=True)
 class LocalModel:
-    """A model on this machine."""
-
     model: str  # argument of `logprobd serve`
     path: str
     family: str | None  # None: unknown
@@ -115,16 +112,13 @@ def _inspect(path: Path, name: str) -> LocalModel:
 
     family, dtype, problem = _declared_family(path), None, None
     try:
-        checkpoint = open_checkpoint(resolve_model(str(path), None))
-        try:
+        with closing(open_checkpoint(resolve_model(str(path), None))) as checkpoint:
             family = checkpoint.config.family
             sizes: Counter[str] = Counter()
             for info in checkpoint.names().values():
                 sizes[info.stored_as] += info.nbytes
             dtype = sizes.most_common(1)[0][0] if sizes else None
             check_headers(checkpoint)
-        finally:
-            checkpoint.close()
     except (ConfigError, ModelLoadError) as error:
         problem = str(error)
     return LocalModel(name, str(path), family, _size(path), dtype, problem)

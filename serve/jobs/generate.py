@@ -76,9 +76,8 @@ def sampling_values(fields: SamplingFields) -> dict[str, Any]:
     """Values of the SamplingParams fields that SamplingFields has, under the same names."""
     values = {name: value for name in SamplingFields.model_fields if (value := getattr(fields, name)) is not None}
     if "temperature" in values:
-        values["temperature"] = (
-            0.0 if values["temperature"] < _GREEDY_BELOW else max(values["temperature"], _MIN_TEMPERATURE)
-        )
+        value = values["temperature"]
+        values["temperature"] = 0.0 if value < _GREEDY_BELOW else max(value, _MIN_TEMPERATURE)
     if "top_k" in values:
         values["top_k"] = max(values["top_k"], 0)  # -1 is off, too
     return values
@@ -162,8 +161,6 @@ class OutputDecoder:
 
 @dataclass(frozen=True, slots=True)
 class OutputRequest:
-    """One output to generate."""
-
     index: int  # of the prompt
     token_ids: list[int]  # of the prompt
     max_tokens: int
@@ -194,7 +191,8 @@ class Generator:
             async for event in events:
                 delta = decoder.output(event)
                 delta.scores = [checked_scores(part, self._options.logprobs) for part in delta.scores]
-                delta.prompt_scores = self._prompt_scores(delta)
+                if delta.prompt_scores is not None:
+                    delta.prompt_scores = checked_scores(delta.prompt_scores, self._options.prompt_logprobs or 0)
                 output.add(delta)
                 if delta.finish_reason is not None:
                     break  # closing the events aborts a request that a stop string ended
@@ -209,12 +207,6 @@ class Generator:
             prompt=None if options.prompt_logprobs is None or choice else PromptScoring(),
             **sampling_values(options),
         )
-
-    def _prompt_scores(self, delta: Output) -> TokenLogprobs | None:
-        count = self._options.prompt_logprobs
-        if count is None or delta.prompt_scores is None:
-            return None
-        return checked_scores(delta.prompt_scores, count)
 
 
 def check_alternatives(param: str, count: int | None, max_logprobs: int) -> None:

@@ -66,19 +66,15 @@ class RequestQueue:
         try:
             for item in items:
                 size = num_tokens(item)
-                while pending and (len(pending) >= self._bounds.requests or tokens + size > self._bounds.tokens):
-                    done_size, task = pending[0]
-                    result = await task
-                    pending.popleft()
-                    tokens -= done_size
+                while pending and (
+                    pending[0][1].done() or len(pending) >= self._bounds.requests or tokens + size > self._bounds.tokens
+                ):
+                    result = await pending[0][1]
+                    tokens -= pending.popleft()[0]
                     yield result
                 pending.append((size, asyncio.create_task(run(item))))
                 tokens += size
                 await asyncio.sleep(0)  # let the task start before the next item is read
-                while pending and pending[0][1].done():
-                    done_size, task = pending.popleft()
-                    tokens -= done_size
-                    yield await task
             while pending:
                 yield await pending.popleft()[1]
         finally:

@@ -50,17 +50,9 @@ class Generation(Tokens):
     prompt_token_ids: list[int] = field(repr=False)
     prompt: Tokens | None = field(repr=False)  # with prompt_logprobs
 
-    def parts(self) -> Iterator[tuple[str, Tokens]]:
-        """Names and columns of the prompt, for choice 0, and of the output."""
-        if self.prompt is not None and self.choice == 0:
-            yield "prompt", self.prompt
-        yield "completion", self
-
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Score(Tokens):
-    """The tokens of a text."""
-
     index: int  # of the text
     completion_start: int | None = None  # index of the completion's first token, if the text has a completion
 
@@ -72,15 +64,6 @@ class Score(Tokens):
     def is_greedy(self) -> bool | None:
         """True if every token of the completion has rank 1."""
         return None if self.completion_start is None else bool((self.ranks[self.completion_start :] == 1).all())
-
-    def parts(self) -> Iterator[tuple[str, Tokens]]:
-        """Names and columns of the prompt and the completion, or of the text."""
-        start = self.completion_start
-        if start is None:
-            yield "text", self
-            return
-        yield "prompt", _rows(self, slice(start))
-        yield "completion", _rows(self, slice(start, None))
 
 
 class Batch[T: (Generation, Score)](Sequence[T]):
@@ -167,7 +150,16 @@ def _rows(item: Tokens, rows: slice) -> Tokens:
 
 def _parts(item: Generation | Score) -> Iterator[dict[str, Sequence[Any]]]:
     """Columns of each part of a result for `Batch.to_pandas`."""
-    for part, tokens in item.parts():
+    parts: dict[str, Tokens | None]
+    if isinstance(item, Generation):
+        parts = {"prompt": item.prompt if item.choice == 0 else None, "completion": item}
+    elif (start := item.completion_start) is None:
+        parts = {"text": item}
+    else:
+        parts = {"prompt": _rows(item, slice(start)), "completion": _rows(item, slice(start, None))}
+    for part, tokens in parts.items():
+        if tokens is None:
+            continue
         count = len(tokens.token_ids)
         yield {
             "index": [item.index] * count,

@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -117,12 +118,8 @@ def _checked(token_ids: list[int], completion_start: int | None, param: str) -> 
 
 
 def _common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
-    count = 0
-    for token_id, other in zip(ids, others, strict=False):
-        if token_id != other:
-            break
-        count += 1
-    return count
+    pairs = zip(ids, others, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,14 @@ class StopStrings:
         for string in stop:
             self._insert(string)
         self._fallback = [0] * len(self._next)  # longest other prefix at its end
-        self._link()
+        queue = deque(self._next[0].values())
+        while queue:  # shorter prefixes first: a fallback is complete before it is used
+            node = queue.popleft()
+            for character, child in self._next[node].items():
+                self._fallback[child] = self._after(self._fallback[node], character)
+                queue.append(child)
+            if self._stop[node] is None:
+                self._stop[node] = self._stop[self._fallback[node]]
 
     def __bool__(self) -> bool:
         return len(self._next) > 1
@@ -110,16 +117,6 @@ class StopStrings:
                 self._stop.append(None)
             node = self._next[node][character]
         self._stop[node] = string
-
-    def _link(self) -> None:
-        queue = deque(self._next[0].values())
-        while queue:  # shorter prefixes first: a fallback is complete before it is used
-            node = queue.popleft()
-            for character, child in self._next[node].items():
-                self._fallback[child] = self._after(self._fallback[node], character)
-                queue.append(child)
-            if self._stop[node] is None:
-                self._stop[node] = self._stop[self._fallback[node]]
 
     def _after(self, node: int, character: str) -> int:
         while node and character not in self._next[node]:

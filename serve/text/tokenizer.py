@@ -211,29 +211,21 @@ def _token_bytes_table(backend: Backend) -> list[bytes]:
     table = [b""] * (1 + max((*vocabulary.values(), *added), default=-1))
     if sentencepiece:
         for token, index in vocabulary.items():
-            table[index] = _piece_bytes(token)
+            byte = _BYTE_PIECE.fullmatch(token)
+            table[index] = bytes([int(byte[1], 16)]) if byte else token.replace(SPACE, " ").encode()
     else:
         characters = dict.fromkeys(range(0x100), _NOT_A_BYTE)
         characters |= {ord(character): chr(byte) for byte, character in enumerate(byte_characters())}
         for token, index in vocabulary.items():
-            table[index] = _byte_level_bytes(token, characters)
+            try:
+                table[index] = token.translate(characters).encode("latin-1")
+            except UnicodeEncodeError:  # a character that maps to no byte: the token is plain text
+                table[index] = token.encode()
     for index, extra in added.items():
         # The SentencePiece decoder also replaces the mark in added tokens; some are runs of spaces.
         text = extra.content.replace(SPACE, " ") if sentencepiece and not extra.special else extra.content
         table[index] = text.encode()
     return table
-
-
-def _byte_level_bytes(token: str, characters: dict[int, str]) -> bytes:
-    try:
-        return token.translate(characters).encode("latin-1")
-    except UnicodeEncodeError:  # a character that maps to no byte: the token is plain text
-        return token.encode()
-
-
-def _piece_bytes(piece: str) -> bytes:
-    byte = _BYTE_PIECE.fullmatch(piece)
-    return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
 
 
 def _is_sentencepiece(backend: Backend) -> bool:

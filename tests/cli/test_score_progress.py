@@ -6,8 +6,9 @@ from logging import WARNING
 
 import pytest
 
-from serve.cli.score import progress
-from serve.cli.score.progress import Sums, open_meter, summary
+from serve.cli.score import scoring
+from serve.cli.score.rows import Sums
+from serve.cli.score.scoring import open_meter, summary
 from serve.jobs.results import perplexity
 
 SUMS = Sums(lines=3, skipped=1, scored=10, tokens=13, logprob=-10.0, text_logprob=-9.0, bytes=20, rank_1=4)
@@ -37,7 +38,7 @@ def test_open_meter_writes_a_line_per_interval_elsewhere(monkeypatch: pytest.Mon
     stream = io.StringIO()
     with open_meter(stream, "auto", 0) as meter:
         meter.update(0.25, SUMS)
-        monkeypatch.setattr(progress, "_INTERVAL", 0.0)
+        monkeypatch.setattr(scoring, "_INTERVAL", 0.0)
         meter.update(0.5, SUMS)
         meter.message("a message")
     first, second = stream.getvalue().splitlines()

@@ -66,13 +66,7 @@ def _chat(config: ChatConfig, llm: LLM) -> int:
 
 def sampling_params(config: ChatConfig, defaults: GenerationDefaults, eos_token_ids: frozenset[int]) -> SamplingParams:
     """Sampling parameters of replies: the options, or else the model's defaults."""
-    options = SamplingFields(
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        min_p=config.min_p,
-        repetition_penalty=config.repetition_penalty,
-    )
+    options = SamplingFields.model_validate(config, from_attributes=True)
     max_tokens = config.max_tokens or defaults.max_new_tokens or _MAX_LENGTH
     return SamplingParams(max_tokens, stop_token_ids=eos_token_ids, **sampling_values(defaults.fill(options)))
 

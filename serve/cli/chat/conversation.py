@@ -59,8 +59,6 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Token(Alternative):
-    """A token of a reply."""
-
     alternatives: tuple[Alternative, ...]  # the most likely tokens at its position
 
 

@@ -34,8 +34,6 @@ _VISIBLE_BREAK = 0.25  # line breaks with a lower probability are made visible
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step of the colour scale."""
-
     probability: float  # lower bound
     style: Style
     label: str
@@ -80,8 +78,6 @@ def legend() -> Text:
 
 
 class ChatScreen:
-    """Writes to the console of a chat."""
-
     def __init__(self, console: Console, tokenizer: Tokenizer, *, plain: bool) -> None:
         """Create a screen; `plain` writes only replies and the output of commands, without colours."""
         self.console = console

@@ -24,9 +24,8 @@ from serve.cli.score.journal import (
     open_rows,
     read_checkpoint,
 )
-from serve.cli.score.progress import open_meter, summary
 from serve.cli.score.rows import RowWriter, write_csv, write_parquet
-from serve.cli.score.scoring import Scoring, check_no_more, first_lines
+from serve.cli.score.scoring import Scoring, check_no_more, first_lines, open_meter, summary
 from serve.cli.score.texts import Context, ScoreError, Source, TextReader, make_context, open_source
 from serve.jobs.request_queue import RequestQueue
 from serve.jobs.score import TextEncoder

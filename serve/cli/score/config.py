@@ -59,8 +59,6 @@ _RESUMABLE = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreConfig(EngineConfig):
-    """Options of a scoring run."""
-
     file: Path = option(_FILES, "file to score, see below", Path, default=dataclasses.MISSING, positional=True)
     output: Path | None = option(_FILES, "default: FILE's name with .logprobs.jsonl", Path)
     format: str | None = option(_FILES, "output format; default: by OUTPUT's extension", choices=_FORMATS)
@@ -106,7 +104,6 @@ class ScoreConfig(EngineConfig):
 
     @property
     def writes_to(self) -> Path:
-        """Path of the output."""
         if self.output is not None:
             return self.output
         stem = self.file

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from serve.cli.score.progress import Sums
+from serve.cli.score.rows import Sums
 from serve.cli.score.texts import Line, ScoreError
 
 _INTERVAL = 2.0  # seconds between checkpoints: the work that a killed run has to repeat
@@ -46,8 +46,6 @@ class Paths:
 
 @dataclass(slots=True)
 class Checkpoint:
-    """Progress of a run."""
-
     made_with: dict[str, Any]  # must be equal in a run that resumes
     complete: bool = False  # all lines are done
     line: int = 0  # last line that is done

@@ -1,8 +1,9 @@
 """Rows of the output as JSON, their sums, and their conversion to CSV and Parquet."""
 
 import csv
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import orjson
 from numpy.typing import NDArray
 
 from model.token_logprobs import TokenLogprobs, clamp_logprobs
-from serve.cli.score.progress import Sums
 from serve.cli.score.texts import Text
 from serve.jobs.results import logprob_sum, perplexity
 from serve.jobs.score import Window
@@ -23,6 +23,31 @@ _SUMS = (
     *("num_tokens", "num_scored", "logprob", "perplexity", "bits_per_byte", "windows", "truncated"),
     *("completion_start", "completion_logprob", "completion_perplexity", "is_greedy"),
 )
+
+
+@dataclass(slots=True)
+class Sums:
+    lines: int = 0
+    skipped: int = 0  # broken lines
+    tokens: int = 0
+    scored: int = 0  # tokens with a log-prob
+    logprob: float = 0.0  # nats
+    bytes: int = 0  # of the scored tokens without special ones, which are not part of the text
+    text_logprob: float = 0.0  # of these tokens, nats
+    rank_1: int = 0  # tokens of rank 1
+    completions: int = 0
+    completion_tokens: int = 0
+    completion_logprob: float = 0.0
+    greedy: int = 0  # completions all of whose tokens have rank 1
+
+    def add(self, other: "Sums") -> None:
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits per byte of text, special tokens excluded; None if no text is scored."""
+        return -self.text_logprob / math.log(2) / self.bytes if self.bytes else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,80 @@
-"""Scoring of a file, from the checkpoint of an earlier run to the end of the file."""
+"""Scoring of a file, from the checkpoint of an earlier run to the end of the file, with its progress on stderr."""
 
+import time
 from collections.abc import Iterator
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
-from logging import WARNING
+from logging import INFO, WARNING
 from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from model.token_logprobs import TokenLogprobs
 from serve.cli.score.config import ScoreConfig
 from serve.cli.score.journal import Checkpoint, Journal
-from serve.cli.score.progress import Meter, Sums
-from serve.cli.score.rows import RowWriter
+from serve.cli.score.rows import RowWriter, Sums
 from serve.cli.score.texts import Context, Line, LineError, ScoreError, Source, Text, TextReader
 from serve.engine.request import EngineStoppedError
 from serve.jobs.request_queue import RequestError, RequestQueue
+from serve.jobs.results import perplexity
 from serve.jobs.score import Scorer, Window
+from serve.server.console import is_terminal, json_line
+
+_INTERVAL = 30.0  # seconds between lines of progress
+
+
+class Meter:
+    """Shows progress as a bar, or as a line now and then."""
+
+    def __init__(self, stream: TextIO, log_format: str, scored_before: int, bar: Progress | None) -> None:
+        self._stream = stream
+        self._as_json = log_format == "json"
+        self._scored_before = scored_before
+        self._bar = bar
+        self._start = self._last = time.monotonic()
+
+    def update(self, done: float, sums: Sums) -> None:
+        """Show the share of the work done, 0 to 1, and the sums so far."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, sums=self._describe(sums))
+        elif time.monotonic() - self._last >= _INTERVAL:
+            self._last = time.monotonic()
+            self.message(f"scoring  {done:.1%}, {self._describe(sums)}")
+
+    def message(self, text: str, level: int = INFO) -> None:
+        """Show a message, such as an error of a line."""
+        if self._bar is not None:
+            self._bar.console.print(text, style="yellow" if level > INFO else None, markup=False, soft_wrap=True)
+        else:
+            self._stream.write((json_line(level, text) if self._as_json else text) + "\n")
+            self._stream.flush()
+
+    def _describe(self, sums: Sums) -> str:
+        rate = (sums.scored - self._scored_before) / max(1e-9, time.monotonic() - self._start)
+        value = perplexity(sums.logprob, sums.scored)
+        shown = "" if value is None else f", perplexity {value:.4g}"
+        return f"{sums.lines + sums.skipped:,} lines, {sums.scored:,} tokens, {rate:,.0f} tokens/s{shown}"
+
+
+@contextmanager
+def open_meter(stream: TextIO, log_format: str, scored_before: int) -> Iterator[Meter]:
+    """A meter as --log-format requires.
+
+    Args:
+        log_format: "auto", "plain" or "json".
+        scored_before: tokens that earlier runs have scored, which do not count for the speed.
+    """
+    if log_format != "auto" or not is_terminal(stream):
+        yield Meter(stream, log_format, scored_before, None)
+        return
+    columns = (TextColumn("scoring"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[sums]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(file=stream, highlight=False)) as bar:
+        bar.add_task("scoring", total=1.0, sums="")
+        yield Meter(stream, log_format, scored_before, bar)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,3 +183,30 @@ def check_no_more(path: Path, lines: Iterator[Line], checkpoint: Checkpoint) -> 
     skip_to(path, lines, checkpoint)
     if (line := next(lines, None)) is not None:
         raise ScoreError(f"{path} has got line {line.number:,} since it was scored; use --overwrite to start again")
+
+
+def summary(sums: Sums) -> list[tuple[str, str]]:
+    """Names and values to print at the end."""
+    skipped = f", {sums.skipped:,} skipped" if sums.skipped else ""
+    entries = [
+        ("lines", f"{sums.lines:,} scored{skipped}"),
+        ("tokens", f"{sums.scored:,} scored of {sums.tokens:,}"),
+    ]
+    if sums.scored:
+        entries += [
+            ("log-prob", f"{sums.logprob / sums.scored:.6f} per token"),
+            ("perplexity", _number(perplexity(sums.logprob, sums.scored))),
+            ("bits/byte", _number(sums.bits_per_byte)),
+            ("rank 1", f"{sums.rank_1 / sums.scored:.2%} of the tokens"),
+        ]
+    if sums.completions:
+        number = _number(perplexity(sums.completion_logprob, sums.completion_tokens))
+        entries += [
+            ("completions", f"{sums.completions:,}, perplexity {number}"),
+            ("greedy", f"{sums.greedy / sums.completions:.2%} of them"),
+        ]
+    return entries
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.6g}"

@@ -99,7 +99,10 @@ def _lines(path: Path, stream: io.BufferedIOBase | BinaryIO, tell: Callable[[], 
             data = head.rstrip(b"\r\n") if complete else head
             checksum = zlib.crc32(data, checksum)
             if not complete:
-                checksum = _skip(stream, checksum)
+                while rest := stream.readline(_CHUNK):
+                    checksum = zlib.crc32(rest, checksum)
+                    if rest.endswith(b"\n"):
+                        break
                 yield Line(number, b"", checksum, tell(), f"is longer than {_MAX_LINE:,} bytes")
                 continue
             checksum = zlib.crc32(b"\n", checksum)  # also after a last line without line end
@@ -109,14 +112,6 @@ def _lines(path: Path, stream: io.BufferedIOBase | BinaryIO, tell: Callable[[], 
                 yield Line(number, data, checksum, tell())
     except (OSError, EOFError, zlib.error) as error:
         raise ScoreError(f"{path}:{number + 1}: cannot be read: {error}") from error
-
-
-def _skip(stream: io.BufferedIOBase | BinaryIO, checksum: int) -> int:
-    while rest := stream.readline(_CHUNK):
-        checksum = zlib.crc32(rest, checksum)
-        if rest.endswith(b"\n"):
-            break
-    return checksum
 
 
 def _parquet(path: Path, raw: BinaryIO, columns: tuple[str, ...]) -> Source:
@@ -222,21 +217,16 @@ class TextReader:
         if line.error is not None:
             raise LineError(line.error)
         try:
-            return self._plain(line.data) if is_text else self._value(line.data)
+            value = line.data.decode() if is_text else orjson.loads(line.data)
+            return self._value(value)
+        except UnicodeDecodeError as error:
+            raise LineError(f"is not UTF-8: byte {error.start + 1} of the line") from error
+        except orjson.JSONDecodeError as error:
+            raise LineError(f"is not JSON: {error}") from error
         except PromptError as error:
             raise LineError(str(error)) from None
 
-    def _plain(self, data: bytes) -> Text:
-        try:
-            return Text(self.encoder.text(data.decode(), "text"))
-        except UnicodeDecodeError as error:
-            raise LineError(f"is not UTF-8: byte {error.start + 1} of the line") from error
-
-    def _value(self, data: bytes) -> Text:
-        try:
-            value = orjson.loads(data)
-        except orjson.JSONDecodeError as error:
-            raise LineError(f"is not JSON: {error}") from error
+    def _value(self, value: Any) -> Text:
         if isinstance(value, str):
             return Text(self.encoder.text(value, "text"))
         if not isinstance(value, dict):

@@ -10,14 +10,12 @@ logger = logging.getLogger(__name__)
 _MAX_PATH = 200  # characters
 
 
-class AccessLog:
-    """Log answers at INFO, probes at DEBUG."""
-
-    def __call__(self, record: AnswerRecord) -> None:
-        level = logging.DEBUG if record.handler in PROBES else logging.INFO
-        if logger.isEnabledFor(level):
-            fields = fields_of(record)
-            logger.log(level, "%s", _line(fields), extra=fields)
+def log_answer(record: AnswerRecord) -> None:
+    """Log an answer at INFO, or at DEBUG if it is a probe's."""
+    level = logging.DEBUG if record.handler in PROBES else logging.INFO
+    if logger.isEnabledFor(level):
+        fields = fields_of(record)
+        logger.log(level, "%s", _line(fields), extra=fields)
 
 
 def fields_of(record: AnswerRecord) -> dict[str, object]:

@@ -26,8 +26,6 @@ from serve.engine.request import (
     TokenEvent,
 )
 from serve.jobs.generate import Output, OutputDecoder
-from serve.text.detokenizer import StopStrings
-from serve.text.tokenizer import Tokenizer
 
 _SLOW_READER = "The answer was read too slowly: too many of its tokens were waiting to be sent."
 _MAX_ADMITTED = 64  # choices of one HTTP request in the engine; a long list of prompts must not fill the queue
@@ -63,10 +61,7 @@ class Choice:
     index: int
     prompt: Prompt
     request: Request
-    stop: StopStrings
-    include_stop: bool
-    skip_special_tokens: bool
-    eos_token_ids: frozenset[int]  # these give no stop_reason
+    make_decoder: Callable[[], OutputDecoder]
     first: bool  # of its prompt: the one with the prompt's scores
     alternatives: int | None  # per generated token; None: no log-probs
     handle: RequestHandle | None = None  # once it is admitted
@@ -83,7 +78,7 @@ class Choice:
         if self.handle is not None:
             self.handle.abort()
 
-    async def deltas(self, tokenizer: Tokenizer) -> AsyncGenerator[Output]:
+    async def deltas(self) -> AsyncGenerator[Output]:
         """The admitted request's events as text; the last delta has a finish reason.
 
         Raises:
@@ -91,13 +86,7 @@ class Choice:
             QueueTimeoutError, DeadlineError, EngineStoppedError: see `RequestHandle`.
         """
         assert self.handle is not None
-        decoder = OutputDecoder(
-            tokenizer,
-            self.stop,
-            eos_token_ids=self.eos_token_ids,
-            include_stop=self.include_stop,
-            skip_special_tokens=self.skip_special_tokens,
-        )
+        decoder = self.make_decoder()
         async for event in self.handle:
             check_event(event)
             delta = decoder.output(event)
@@ -152,11 +141,7 @@ def request_for(prompt: Prompt, base: Request, params: SamplingParams) -> Reques
 
 
 def output_logprobs(output: Output, alternatives: int) -> TokenLogprobs:
-    """Checked log-probs of the tokens of an output.
-
-    Raises:
-        APIError: 500, see `wire_logprobs`.
-    """
+    """Checked log-probs of the tokens of an output; raises as `wire_logprobs` does."""
     return wire_logprobs(output.all_scores(alternatives), len(output.token_ids), alternatives)
 
 
@@ -169,7 +154,7 @@ async def collect(choices: Sequence[Choice], deltas: AsyncGenerator[tuple[Choice
 
 
 async def merge(
-    choices: Sequence[Choice], engine: EngineClient, tokenizer: Tokenizer, max_unread: int | None = None
+    choices: Sequence[Choice], engine: EngineClient, max_unread: int | None = None
 ) -> AsyncGenerator[tuple[Choice, Output]]:
     """Run all choices and yield their deltas as they come; of a prompt's choices, the first one's delta comes first.
 
@@ -184,7 +169,7 @@ async def merge(
     opened = {choice.prompt: asyncio.Event() for choice in choices}
 
     async def forward(choice: Choice) -> None:
-        async with aclosing(choice.deltas(tokenizer)) as deltas:
+        async with aclosing(choice.deltas()) as deltas:
             async for delta in deltas:
                 if not choice.first:
                     await opened[choice.prompt].wait()
@@ -279,11 +264,7 @@ def check_event(event: TokenEvent) -> None:
 
 @contextmanager
 def engine_errors(on_rejected: Callable[[str], None] = lambda _: None) -> Iterator[None]:
-    """Turn the engine's exceptions into APIErrors.
-
-    Args:
-        on_rejected: called with the name of the limit when the queue is full.
-    """
+    """Turn the engine's exceptions into APIErrors; `on_rejected` gets the name of the limit when the queue is full."""
     try:
         yield
     except QueueFullError as error:
@@ -294,10 +275,7 @@ def engine_errors(on_rejected: Callable[[str], None] = lambda _: None) -> Iterat
         message = "The request timed out in the queue. Try again later."
         raise APIError(503, message, None, "queue_timeout", {"Retry-After": "1"}) from None
     except DeadlineError:
-        raise deadline_exceeded() from None
+        message = "The request did not finish within its timeout."
+        raise APIError(504, message, "timeout", "deadline_exceeded") from None
     except EngineStoppedError:
         raise shutting_down() from None
-
-
-def deadline_exceeded() -> APIError:
-    return APIError(504, "The request did not finish within its timeout.", "timeout", "deadline_exceeded")

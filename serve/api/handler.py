@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request as HTTPRequest
@@ -18,7 +19,7 @@ from serve.api.generation import Choice, Prompt, collect, engine_errors, make_ch
 from serve.api.json_stream import Body
 from serve.api.logprobs import TokenNames
 from serve.api.middleware import AnswerRecord, record_of
-from serve.api.parsing import parse
+from serve.api.parsing import json_object, validated
 from serve.api.requests import GenerationRequest
 from serve.api.sampling_params import sampling_params, stop_strings
 from serve.api.sse import json_or_disconnect, stream_or_disconnect
@@ -32,7 +33,7 @@ from serve.api.validation import (
     served_name,
 )
 from serve.engine.request import PromptScoring, Request, SamplingParams
-from serve.jobs.generate import Output
+from serve.jobs.generate import Output, OutputDecoder
 from serve.text.detokenizer import StopStrings
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class Handler[B: GenerationRequest](ABC):
     def _job(self, data: bytes, record: AnswerRecord) -> Job[B]:
         """Validate and tokenize a request. Slow: not for the event loop."""
         context, config, limits = self._context, self._context.config, self._context.engine.limits
-        body = context.model.defaults.fill(parse(self.model, data, context.fields))
+        body = context.model.defaults.fill(validated(self.model, json_object(data), context.fields))
         check_common(body)
         alternatives, echoed = self._alternatives(body)
         check_logprob_token_ids(body, shown=alternatives is not None, limits=limits)
@@ -184,10 +185,14 @@ class Handler[B: GenerationRequest](ABC):
             index=0,
             prompt=Prompt([], 0),
             request=request,
-            stop=StopStrings(stop_strings(body)),
-            include_stop=bool(body.include_stop_str_in_output),
-            skip_special_tokens=body.skip_special_tokens is not False,
-            eos_token_ids=frozenset() if body.ignore_eos else tokenizer.eos_token_ids,
+            make_decoder=partial(
+                OutputDecoder,
+                tokenizer,
+                StopStrings(stop_strings(body)),
+                eos_token_ids=frozenset() if body.ignore_eos else tokenizer.eos_token_ids,
+                include_stop=bool(body.include_stop_str_in_output),
+                skip_special_tokens=body.skip_special_tokens is not False,
+            ),
             first=True,
             alternatives=None if alternatives is None else len(body.logprob_token_ids or ()) or alternatives,
         )
@@ -203,7 +208,7 @@ class Handler[B: GenerationRequest](ABC):
         context, choices = self._context, job.choices
         max_unread = context.config.max_unread_tokens if job.body.stream else None
         with engine_errors(context.on_rejected):
-            async with aclosing(merge(choices, context.engine, context.tokenizer, max_unread)) as deltas:
+            async with aclosing(merge(choices, context.engine, max_unread)) as deltas:
                 async for choice, delta in deltas:
                     yield choice, delta
         n = job.body.n or 1
@@ -275,12 +280,7 @@ class Handler[B: GenerationRequest](ABC):
 def chunk_choice(
     job: Job[Any], choice: Choice, delta: Output, text: dict[str, Any], logprobs: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """A choice in a chunk of a stream.
-
-    Args:
-        text: the field that contains the text.
-        logprobs: the `logprobs` field.
-    """
+    """A choice in a chunk of a stream; `text` is the field that contains the text."""
     fields = {"index": choice.index, **text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
     if delta.finish_reason is not None:
         fields["stop_reason"] = delta.stop_reason

@@ -31,11 +31,7 @@ class TokenNames:
 
 
 def clamped(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Log-probs with -inf replaced by -9999.
-
-    Raises:
-        APIError: 500 for NaN and +inf, which orjson would write as null.
-    """
+    """Log-probs with -inf replaced by -9999; APIError 500 for NaN and +inf, which orjson would write as null."""
     if not (values < np.inf).all():
         raise engine_error("The engine failed: a log-probability is not a number.")
     return clamp_logprobs(values)
@@ -65,10 +61,8 @@ def wire_logprobs(scores: TokenLogprobs, rows: int, k: int, *, first: int = 0) -
 def chat_content(names: TokenNames, token_ids: Sequence[int], scores: TokenLogprobs) -> list[dict[str, Any]]:
     """`logprobs.content` of chat: one entry per token, with its alternatives.
 
-    `token_id` and `rank` extend OpenAI's schema, as different tokens can have equal texts.
-
-    Args:
-        scores: result of `wire_logprobs`.
+    `token_id` and `rank` extend OpenAI's schema, as different tokens can have equal texts. `scores` is the result of
+    `wire_logprobs`.
     """
     tops, k = scores.top_logprobs, scores.top_ids.shape[1]
     return [

@@ -28,7 +28,6 @@ NO_ROUTE = "none"
 _PUBLIC_PATHS = re.compile(r"/|/web/.*|/health|/ping")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,200}")
 _PORT = re.compile(r":\d*$")
-_RESPONSE_HEADERS = {"x-content-type-options": "nosniff"}
 _RECORD = "logprobd.record"  # key in the ASGI scope
 
 
@@ -107,11 +106,7 @@ class ApiKeys:
         return matches[0] if matches else None
 
     def refusal(self, scope: Scope, name: str | None) -> APIError | None:
-        """The 401 error for a request that needs a key and has none, else None.
-
-        Args:
-            name: result of `name_of`.
-        """
+        """The 401 error if the request needs a key and has none, else None. `name` is the result of `name_of`."""
         if not self._digests or name is not None or _PUBLIC_PATHS.fullmatch(route_path(scope)):
             return None
         if scope["method"] == "OPTIONS":  # a CORS preflight carries no key, and no route answers it
@@ -207,8 +202,7 @@ def _recording(send: Send, record: AnswerRecord) -> Send:
             record.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = record.request_id
-            for name, value in _RESPONSE_HEADERS.items():
-                headers.setdefault(name, value)
+            headers.setdefault("x-content-type-options", "nosniff")
         elif message["type"] == "http.response.body":
             record.sent += len(message.get("body", b""))
         await send(message)

@@ -49,7 +49,6 @@ class _Operation:
 
     @property
     def statuses(self) -> tuple[int, ...]:
-        """HTTP statuses of its errors."""
         return self.errors or ((400, 401, 403, 404, 408, 413, 429, 500, 503, 504) if self.body else (401,))
 
 

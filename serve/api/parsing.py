@@ -76,15 +76,6 @@ class FieldLog:
                 logger.warning("unknown request field %.100r is ignored", name)
 
 
-def parse[M: BaseModel](kind: type[M], body: bytes, log: FieldLog) -> M:
-    """Read a body into a request model.
-
-    Raises:
-        APIError: 400 that names the first invalid or unsupported field.
-    """
-    return validated(kind, json_object(body), log)
-
-
 def json_object(body: bytes) -> dict[str, Any]:
     """The JSON object in a body.
 
@@ -105,7 +96,11 @@ def json_object(body: bytes) -> dict[str, Any]:
 
 
 def validated[M: BaseModel](kind: type[M], data: dict[str, Any], log: FieldLog) -> M:
-    """Read a JSON object into a request model; raises as `parse` does."""
+    """Read a JSON object into a request model.
+
+    Raises:
+        APIError: 400 that names the first invalid or unsupported field.
+    """
     try:
         parsed = kind.model_validate(data)
     except ValidationError as error:

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from model.token_logprobs import TokenLogprobs
 from serve.api.errors import engine_error
-from serve.api.generation import Prompt, check_event, deadline_exceeded, engine_errors
+from serve.api.generation import Prompt, check_event, engine_errors
 from serve.api.json_stream import Placeholder
 from serve.api.logprobs import clamped
 from serve.api.validation import PromptLogprobs
 from serve.engine.client import EngineClient
-from serve.engine.request import EngineStoppedError, NotPinnedError, Request
+from serve.engine.request import DeadlineError, EngineStoppedError, NotPinnedError, Request
 from serve.text.detokenizer import decoded_tokens, whole_text
 from serve.text.tokenizer import Tokenizer
 
@@ -66,14 +66,8 @@ class PromptLogprobsWriter:
     async def _full_rows(self, request: Request, scores: TokenLogprobs, k: int) -> AsyncGenerator[bytes]:
         """`prompt_logprobs` over the full vocabulary, one row at a time, so that memory is bounded.
 
-        Args:
-            request: has PromptScoring.full_vocab. Its pages are pinned while rows are read, and it needs no others
-                then, so two answers never wait for each other's pages.
-            scores: of the prompt tokens from PromptScoring.start on, with the K best.
-            k: number of alternatives.
-
-        Raises:
-            APIError: the engine failed, see `engine_errors`.
+        The pages of `request` (PromptScoring.full_vocab) are pinned while rows are read, and it needs no others then,
+        so two answers never wait for each other's pages. `scores` starts at the same token and has the K best.
         """
         engine, writer, prompt, scoring = self._engine, self._rows, request.prompt_token_ids, request.params.prompt
         assert writer is not None
@@ -222,7 +216,7 @@ async def _rows(engine: EngineClient, request: Request, start: int, count: int) 
         async with asyncio.timeout(timeout):
             rows = await engine.full_logprobs(request.id, start, count)
     except TimeoutError:
-        raise deadline_exceeded() from None
+        raise DeadlineError from None
     except EngineStoppedError:
         raise engine_error("The engine failed: it has no rows for this prompt.") from None
     except NotPinnedError:

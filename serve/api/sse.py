@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -81,7 +81,7 @@ async def stream_or_disconnect(
     """
     record = record_of(request)
     events = _events(chunks, record)
-    first = await unless_disconnected(request, _next(events))
+    first = await unless_disconnected(request, anext(events))
     return ClosingStream(_prepend(first, events), "text/event-stream", on_close, record)
 
 
@@ -117,10 +117,6 @@ async def _first_piece(work: Coroutine[Any, Any, Body]) -> tuple[bytes, AsyncGen
         return body.parts[0], None
     pieces = body.pieces()
     return await anext(pieces), pieces
-
-
-async def _next(pieces: AsyncGenerator[bytes]) -> bytes:
-    return await anext(pieces)
 
 
 async def _prepend(first: bytes, pieces: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
@@ -164,13 +160,13 @@ async def _event(chunk: dict[str, Any]) -> AsyncGenerator[bytes]:
             yield piece
 
 
-async def unless_disconnected[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_disconnected[T](request: Request, work: Awaitable[T]) -> T:
     """Await `work`; cancel it if the client disconnects first.
 
     Raises:
         APIError: 499, the client has disconnected.
     """
-    task = asyncio.create_task(work)
+    task = asyncio.ensure_future(work)
     disconnected = asyncio.create_task(wait_for_disconnect(request.receive))
     try:
         await asyncio.wait((task, disconnected), return_when=asyncio.FIRST_COMPLETED)

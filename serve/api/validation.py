@@ -198,11 +198,7 @@ def check_start(body: GenerationRequest, prompts: Sequence[Sequence[int]]) -> No
 def check_prompt_logprobs(
     requested: PromptLogprobs, prompts: Sequence[Sequence[int]], copies: int, limits: EngineLimits
 ) -> None:
-    """Limit the log-probs of prompts in one answer, which are held in memory together.
-
-    Args:
-        copies: how many times the answer holds those of each prompt at the same time.
-    """
+    """Limit the log-probs of prompts in one answer, which are held in memory together, `copies` times each."""
     shown, echoed = (0 if k is None else k + 1 for k in (requested.shown, requested.echoed))
     ids = () if requested.scoring is None else requested.scoring.requested_ids
     largest_row = max(limits.max_logprobs, len(ids)) + 1

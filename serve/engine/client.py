@@ -166,12 +166,7 @@ class Streams:
             return request_id in self._open or request_id in self._leases
 
     def deliver(self, emitted: Sequence[Emitted], pinned: Container[str]) -> None:
-        """Hand events to their handles, with one call per event loop.
-
-        Args:
-            emitted: the events of a step.
-            pinned: ids of finished requests that keep their pages.
-        """
+        """Hand events to their handles, one call per event loop. `pinned`: ids of finished requests that keep pages."""
         by_loop: dict[asyncio.AbstractEventLoop, _Delivery] = defaultdict(list)
         with self._lock:
             for state, event in emitted:
@@ -228,11 +223,7 @@ class Streams:
                 self._calls.discard(call)
 
     def close(self, *, failed: bool) -> None:
-        """Finish every open stream and pending call, and accept no more.
-
-        Args:
-            failed: finish the streams with an error; otherwise their iteration raises EngineStoppedError.
-        """
+        """Finish all streams and calls, and accept no more. Unless `failed`, iteration raises EngineStoppedError."""
         with self._lock:
             self._closed = True
             handles, calls = list(self._open.values()), list(self._calls)

@@ -94,11 +94,7 @@ class Engine:
         self._thread.start()
 
     def stop(self, seconds: float | None = None) -> None:
-        """End the thread after its current step and abort unfinished requests.
-
-        Args:
-            seconds: how long to wait for the thread before give_up(); None waits without limit.
-        """
+        """End the thread after its current step and abort unfinished requests; give_up() after `seconds`, if set."""
         if self._thread.is_alive() and not self.failed:
             self._inbox.put(self._stop)
             self._thread.join(seconds)

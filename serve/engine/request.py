@@ -17,11 +17,7 @@ class FinishReason(enum.StrEnum):
 
 
 class QueueFullError(Exception):
-    """The queue is full; try again later.
-
-    Attributes:
-        limit: name of the option whose limit is reached.
-    """
+    """The queue is full; `limit` is the name of the option whose limit is reached."""
 
     def __init__(self, limit: str) -> None:
         super().__init__(limit)

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from model.kv_cache import PAGE_SIZE
-from serve.api.access_log import AccessLog
+from serve.api.access_log import log_answer
 from serve.api.app import create_app
 from serve.api.context import ServedModel
 from serve.api.metrics import Metrics
@@ -48,7 +48,7 @@ def assemble(config: ServeConfig, reporter: Reporter) -> Served:
     metrics.watch(lambda: engine.gauges, cache)
     readiness = Readiness()
     model = ServedModel(names, loaded.fingerprint, loaded.chat_template, loaded.defaults)
-    on_answer = None if config.disable_uvicorn_access_log else AccessLog()
+    on_answer = None if config.disable_uvicorn_access_log else log_answer
     app = create_app(engine, loaded.tokenizer, model, config, metrics, readiness=readiness, on_answer=on_answer)
     chats = loaded.chat_template is not None or loaded.tokenizer.chat_template is not None
     return Served(names, chats, engine, app, readiness, metrics)

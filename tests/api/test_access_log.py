@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from serve.api.access_log import AccessLog, fields_of
+from serve.api.access_log import fields_of, log_answer
 from serve.api.middleware import AnswerRecord
 from serve.api.prompt_logprobs import RowWriter
 from serve.server.console import JsonFormatter
@@ -121,7 +121,7 @@ def record(**fields: Any) -> AnswerRecord:
 
 def test_access_log_line_and_fields(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "serve.api.access_log")
-    AccessLog()(record(client="::1", sent=12))
+    log_answer(record(client="::1", sent=12))
     assert caplog.messages == ["GET /v1/models 200 request_id=a client=::1 bytes=12 seconds=0.0"]
     line = json.loads(JsonFormatter().format(caplog.records[0]))
     assert (line["request_id"], line["status"], line["bytes"], line["path"]) == ("a", 200, 12, "/v1/models")
@@ -130,10 +130,10 @@ def test_access_log_line_and_fields(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize("handler", ["/health", "/metrics"])
 def test_access_log_probes_at_debug_level(handler: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "serve.api.access_log")
-    AccessLog()(record(handler=handler))
+    log_answer(record(handler=handler))
     assert caplog.messages == []
     caplog.set_level(logging.DEBUG, "serve.api.access_log")
-    AccessLog()(record(handler=handler))
+    log_answer(record(handler=handler))
     assert len(caplog.messages) == 1
 
 

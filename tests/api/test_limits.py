@@ -228,7 +228,7 @@ async def test_merge_yields_deltas_before_failure() -> None:
     ended, failed = FakeChoice(0, 1), FakeChoice(1, 9)
     choices: list[Any] = [ended, failed]
     unused: Any = None
-    deltas = merge(choices, unused, unused, max_unread=8)
+    deltas = merge(choices, unused, max_unread=8)
     read = [await anext(deltas)]
     async with asyncio.timeout(20):
         await failed.cut.wait()
@@ -247,7 +247,7 @@ async def test_merge_waiting_choices_run_concurrently_later() -> None:
     room = Room(2)
     choices: list[Any] = [QueuedChoice(index, room) for index in range(12)]
     unused: Any = None
-    read = asyncio.create_task(collected(merge(choices, unused, unused)))
+    read = asyncio.create_task(collected(merge(choices, unused)))
     async with asyncio.timeout(20):
         await room.is_full()
         room.places = 5
@@ -267,7 +267,7 @@ async def test_merge_waiting_choices_keep_order() -> None:
     room = Room(1, grows=True)
     choices: list[Any] = [QueuedChoice(index, room) for index in range(6)]
     unused: Any = None
-    read = asyncio.create_task(collected(merge(choices, unused, unused)))
+    read = asyncio.create_task(collected(merge(choices, unused)))
     async with asyncio.timeout(20):
         while not room.entered:
             await asyncio.sleep(0)
@@ -332,7 +332,7 @@ class QueuedChoice:
     def abort(self) -> None:
         """See `Choice`."""
 
-    async def deltas(self, _: object) -> AsyncGenerator[int]:
+    async def deltas(self) -> AsyncGenerator[int]:
         """See `Choice`."""
         await self._room.stay(self._index)
         yield self._index
@@ -343,7 +343,7 @@ async def test_merge_failure_ends_other_choices() -> None:
     choices: list[Any] = [endless, failed]
     unused: Any = None
     with pytest.raises(RuntimeError, match="no"):
-        async for _ in merge(choices, unused, unused):
+        async for _ in merge(choices, unused):
             pass
     assert endless.cut.is_set()
     assert endless.aborted
@@ -365,7 +365,7 @@ class FakeChoice:
         """See `Choice`."""
         self.aborted = True
 
-    async def deltas(self, _: object) -> AsyncGenerator[int]:
+    async def deltas(self) -> AsyncGenerator[int]:
         """Numbers stand for them."""
         try:
             for number in range(self._count or 0):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from compiled.program_cache import use_persistent_cache
-from serve.api.access_log import AccessLog
+from serve.api.access_log import log_answer
 from serve.api.middleware import ApiKeys
 from serve.config.config import ServeConfig
 from serve.server.console import JsonFormatter
@@ -153,7 +153,7 @@ async def test_prompts_and_keys_are_in_no_log(caplog: pytest.LogCaptureFixture) 
     """Neither of successful nor of failing requests."""
     caplog.set_level(logging.DEBUG)
     ids = list(SECRET.encode())
-    async with serving(api_key=(SECRET,), on_answer=AccessLog()) as server:
+    async with serving(api_key=(SECRET,), on_answer=log_answer) as server:
         key = {"Authorization": f"Bearer {SECRET}"}
         for fault in (None, "prefill", "decode", "read"):
             if fault:

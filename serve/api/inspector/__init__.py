@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 from starlette.requests import Request
@@ -32,37 +31,22 @@ _HEADERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    data: bytes
-    zipped: bytes
-    media_type: str
-    tag: str  # ETag
-
-    def answer(self, request: Request) -> Response:
-        """The file, or 304 if the browser has it."""
-        headers = _HEADERS | {"ETag": self.tag, "Vary": GZIP_HEADERS["Vary"]}
-        if self.tag in request.headers.get("if-none-match", ""):
-            return Response(status_code=304, headers=headers)
-        if accepts_gzip(request):
-            return Response(self.zipped, headers=headers | GZIP_HEADERS, media_type=self.media_type)
-        return Response(self.data, headers=headers, media_type=self.media_type)
-
-
 def inspector() -> list[Route]:
     """Routes of `/` and `/web/...`: one per file, so that no request path is ever looked up on disk."""
-    files = sorted(path for path in _FOLDER.iterdir() if path.suffix in _TYPES)
-    return [_route("/" if path.name == _INDEX else f"/web/{path.name}", _read(path)) for path in files]
+    return [_route(path) for path in sorted(_FOLDER.iterdir()) if path.suffix in _TYPES]
 
 
-def _read(path: Path) -> _File:
-    data = path.read_bytes()
+def _route(path: Path) -> Route:
+    data, media_type = path.read_bytes(), _TYPES[path.suffix]
+    zipped = gzip.compress(data, mtime=0)
     tag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
-    return _File(data, gzip.compress(data, mtime=0), _TYPES[path.suffix], tag)
+    headers = _HEADERS | {"ETag": tag, "Vary": GZIP_HEADERS["Vary"]}
 
-
-def _route(path: str, file: _File) -> Route:
     async def serve_file(request: Request) -> Response:
-        return file.answer(request)
+        if tag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        if accepts_gzip(request):
+            return Response(zipped, headers=headers | GZIP_HEADERS, media_type=media_type)
+        return Response(data, headers=headers, media_type=media_type)
 
-    return Route(path, serve_file)
+    return Route("/" if path.name == _INDEX else f"/web/{path.name}", serve_file)

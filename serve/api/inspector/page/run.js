@@ -45,10 +45,6 @@ export class Run {
     return parts.join(", ");
   }
 
-  get ids() {
-    return this.tokens.map((token) => token.id);
-  }
-
   async add(ids, origin, signal) {
     await this.server.loadBytes(ids, signal);
     for (const id of ids) this.tokens.push({ ...this.#token(id), origin, logprob: undefined, rank: null, top: [] });
@@ -58,7 +54,7 @@ export class Run {
   async fill(settings, alternatives, onChange, signal) {
     const common = { ...settings, logprobs: true, top_logprobs: alternatives, stream_options: { include_usage: true } };
     const began = performance.now();
-    const { ids } = this;
+    const ids = this.tokens.map((token) => token.id);
     Object.assign(this, { finish: null, usage: null, seconds: null });
     this.fills.push({ from: ids.length, top_logprobs: alternatives, ...settings });
     // The server finds the tokens of a scored piece in its prefix cache when the next one is requested.

@@ -86,14 +86,14 @@ class LLM:
         self.chats = ChatFormat(self.loaded.tokenizer, self.loaded.chat_template)
         self._shows_progress = shows_progress
         self._worker = LoopThread()
-        self._queue = RequestQueue(self.engine, self.in_flight)
+        self._queue = self.request_queue()
         self._finalizer = weakref.finalize(self, _close, self.engine, self._worker)
 
-    @property
-    def in_flight(self) -> InFlight:
-        """Bounds of the work in flight that keep the engine busy."""
+    def request_queue(self) -> RequestQueue:
+        """A queue for one event loop that keeps the engine busy."""
         config = self.loaded.config
-        return InFlight(min(config.max_num_queued_reqs, _REQUESTS_PER_SEQ * config.max_num_seqs), _MAX_TOKENS)
+        requests = min(config.max_num_queued_reqs, _REQUESTS_PER_SEQ * config.max_num_seqs)
+        return RequestQueue(self.engine, InFlight(requests, _MAX_TOKENS))
 
     def generate(
         self, prompts: str | Sequence[int] | Sequence[str | Sequence[int]], **options: Unpack[SamplingKeywords]

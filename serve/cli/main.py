@@ -1,12 +1,21 @@
 """The command line `logprobd`: serve, score, chat and models."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 
 from serve import __version__
 
+# Command: the modules that have its parse_args and its main. The second is imported after the flags are parsed, so that
+# --help and mistakes do not wait for jax.
+_COMMANDS = {
+    "serve": ("serve.config.flags", "serve.server.server"),
+    "score": ("serve.cli.score.config", "serve.cli.score.command"),
+    "chat": ("serve.cli.chat.config", "serve.cli.chat.command"),
+    "models": ("serve.cli.models", "serve.cli.models"),
+}
 _HELP = """\
 usage: logprobd COMMAND [flags]
 
@@ -38,11 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"logprobd {__version__}")
         return 0
     if first in _COMMANDS:
-        return _COMMANDS[first](arguments[1:])
+        return _run(first, arguments[1:])
     if nearest := _nearest_command(first):
         print(f"logprobd: error: no command or model {first!r}; did you mean {nearest!r}?", file=sys.stderr)
         return 2
-    return _serve(arguments)
+    return _run("serve", arguments)
 
 
 def run() -> None:
@@ -50,47 +59,11 @@ def run() -> None:
     sys.exit(main())
 
 
-# Each command parses its flags before it imports the rest, so that --help and mistakes do not wait for jax.
-def _serve(arguments: Sequence[str]) -> int:
-    from serve.config.flags import parse_args
-
-    config = parse_args(arguments)
-    from serve.server.server import main as serve
-
-    return serve(config)
-
-
-def _score(arguments: Sequence[str]) -> int:
-    from serve.cli.score.config import parse_args
-
-    config = parse_args(arguments)
-    from serve.cli.score.command import main as score
-
-    return score(config)
-
-
-def _chat(arguments: Sequence[str]) -> int:
-    from serve.cli.chat.config import parse_args
-
-    config = parse_args(arguments)
-    from serve.cli.chat.command import main as chat
-
-    return chat(config)
-
-
-def _models(arguments: Sequence[str]) -> int:
-    from serve.cli.models import main as models
-    from serve.cli.models import parse_args
-
-    return models(parse_args(arguments))
-
-
-_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "serve": _serve,
-    "score": _score,
-    "chat": _chat,
-    "models": _models,
-}
+def _run(command: str, arguments: Sequence[str]) -> int:
+    parser, program = _COMMANDS[command]
+    config = import_module(parser).parse_args(arguments)
+    code: int = import_module(program).main(config)
+    return code
 
 
 def _nearest_command(word: str) -> str | None:

@@ -185,28 +185,25 @@ class Generator:
             EngineStoppedError: the engine has stopped.
         """
         decoder = OutputDecoder(self._tokenizer, self._stop, eos_token_ids=self._eos_token_ids)
-        params = self._params(request.choice, request.max_tokens)
+        options = self._options
+        params = SamplingParams(
+            max_tokens=request.max_tokens,
+            seed=None if options.seed in (None, -1) else options.seed + request.choice,
+            stop_token_ids=self._eos_token_ids,
+            prompt=None if options.prompt_logprobs is None or request.choice else PromptScoring(),
+            **sampling_values(options),
+        )
         output = Output()
         async with aclosing(self._queue.events(Request(uuid.uuid4().hex, request.token_ids, params))) as events:
             async for event in events:
                 delta = decoder.output(event)
-                delta.scores = [checked_scores(part, self._options.logprobs) for part in delta.scores]
+                delta.scores = [checked_scores(part, options.logprobs) for part in delta.scores]
                 if delta.prompt_scores is not None:
-                    delta.prompt_scores = checked_scores(delta.prompt_scores, self._options.prompt_logprobs or 0)
+                    delta.prompt_scores = checked_scores(delta.prompt_scores, options.prompt_logprobs or 0)
                 output.add(delta)
                 if delta.finish_reason is not None:
                     break  # closing the events aborts a request that a stop string ended
         return output
-
-    def _params(self, choice: int, max_tokens: int) -> SamplingParams:
-        options = self._options
-        return SamplingParams(
-            max_tokens=max_tokens,
-            seed=None if options.seed in (None, -1) else options.seed + choice,
-            stop_token_ids=self._eos_token_ids,
-            prompt=None if options.prompt_logprobs is None or choice else PromptScoring(),
-            **sampling_values(options),
-        )
 
 
 def check_alternatives(param: str, count: int | None, max_logprobs: int) -> None:

@@ -82,7 +82,17 @@ class StopStrings:
         self._length = [0]  # characters of the prefix
         self._stop: list[str | None] = [None]  # longest stop string at the end of the prefix
         for string in stop:
-            self._insert(string)
+            if not string:
+                raise ValueError("a stop string is empty")
+            node = 0
+            for character in string:
+                if character not in self._next[node]:
+                    self._next[node][character] = len(self._next)
+                    self._next.append({})
+                    self._length.append(self._length[node] + 1)
+                    self._stop.append(None)
+                node = self._next[node][character]
+            self._stop[node] = string
         self._fallback = [0] * len(self._next)  # longest other prefix at its end
         queue = deque(self._next[0].values())
         while queue:  # shorter prefixes first: a fallback is complete before it is used
@@ -104,19 +114,6 @@ class StopStrings:
         """The state after another character, and the stop string that it completes, if any."""
         node = self._after(node, character)
         return node, self._stop[node]
-
-    def _insert(self, string: str) -> None:
-        if not string:
-            raise ValueError("a stop string is empty")
-        node = 0
-        for character in string:
-            if character not in self._next[node]:
-                self._next[node][character] = len(self._next)
-                self._next.append({})
-                self._length.append(self._length[node] + 1)
-                self._stop.append(None)
-            node = self._next[node][character]
-        self._stop[node] = string
 
     def _after(self, node: int, character: str) -> int:
         while node and character not in self._next[node]:

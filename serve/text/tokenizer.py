@@ -34,11 +34,7 @@ class PanicError(Exception):
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Convert a Rust panic, a BaseException, to an Exception.
-
-    Raises:
-        PanicError: a panic occurred.
-    """
+    """Convert a Rust panic, which is a BaseException, to PanicError."""
     try:
         yield
     except BaseException as error:

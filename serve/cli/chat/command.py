@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from serve.cli.chat.config import ChatConfig
+from serve.cli.chat.config import MAX_LENGTH, ChatConfig
 from serve.cli.chat.conversation import Conversation
 from serve.cli.chat.screen import ChatScreen
 from serve.cli.chat.session import Session, Terminal, lines_of
@@ -18,8 +18,6 @@ from serve.jobs.generate import sampling_values
 from serve.llm import LLM
 from serve.server.console import is_terminal, start_reporting
 from serve.server.model_files import STARTUP_ERRORS
-
-_MAX_LENGTH = 1 << 24  # tokens; above every context
 
 
 def main(config: ChatConfig) -> int:
@@ -67,7 +65,7 @@ def _chat(config: ChatConfig, llm: LLM) -> int:
 def sampling_params(config: ChatConfig, defaults: GenerationDefaults, eos_token_ids: frozenset[int]) -> SamplingParams:
     """Sampling parameters of replies: the options, or else the model's defaults."""
     options = SamplingFields.model_validate(config, from_attributes=True)
-    max_tokens = config.max_tokens or defaults.max_new_tokens or _MAX_LENGTH
+    max_tokens = config.max_tokens or defaults.max_new_tokens or MAX_LENGTH
     return SamplingParams(max_tokens, stop_token_ids=eos_token_ids, **sampling_values(defaults.fill(options)))
 
 

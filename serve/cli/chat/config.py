@@ -8,7 +8,7 @@ from serve.config.options import CommandLine, option
 from serve.config.values import Between
 
 _CHAT = "Chat"
-_MAX_LENGTH = 1 << 24  # tokens
+MAX_LENGTH = 1 << 24  # tokens; above every context
 _EPILOG = """\
 examples:
   logprobd chat                                       the default model
@@ -42,7 +42,7 @@ class ChatConfig(SamplingConfig):
     repetition_penalty: float | None = option(
         _CHAT, "above 1: tokens that occurred before become less likely", Between(1e-30, 1e30)
     )
-    max_tokens: int | None = option(_CHAT, "maximum length of a reply; default: the context", Between(1, _MAX_LENGTH))
+    max_tokens: int | None = option(_CHAT, "maximum length of a reply; default: the context", Between(1, MAX_LENGTH))
 
 
 def parse_args(arguments: Sequence[str]) -> ChatConfig:

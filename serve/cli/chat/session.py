@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from serve.cli.chat.conversation import Conversation, Reply, Turn
 from serve.cli.chat.screen import ChatScreen
 from serve.engine.request import EngineStoppedError, Request, SamplingParams
-from serve.jobs.request_queue import RequestError, RequestQueue
+from serve.jobs.request_queue import RequestError
 from serve.llm import LLM
 from serve.text.chat import PromptError, generation_room
 
@@ -83,7 +83,7 @@ class Session:
         return Request(uuid.uuid4().hex, ids, replace(self.params, max_tokens=min(self.params.max_tokens, room)))
 
     async def _stream(self, request: Request, reply: Reply) -> None:
-        async with contextlib.aclosing(RequestQueue(self.llm.engine, self.llm.in_flight).events(request)) as events:
+        async with contextlib.aclosing(self.llm.request_queue().events(request)) as events:
             async for event in events:
                 for piece in reply.add(event):
                     self.screen.piece(piece)
@@ -189,8 +189,7 @@ def _fenced(line: str, ask: Callable[[str], str]) -> str:
 def lines_of(stream: TextIO) -> Callable[[str], str]:
     """An `ask` function without prompts, for a pipe or a file."""
 
-    def ask(prompt: str) -> str:
-        del prompt
+    def ask(_: str) -> str:
         line = stream.readline()
         if not line:
             raise EOFError

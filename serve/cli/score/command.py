@@ -27,7 +27,6 @@ from serve.cli.score.journal import (
 from serve.cli.score.rows import RowWriter, write_csv, write_parquet
 from serve.cli.score.scoring import Scoring, check_no_more, first_lines, open_meter, summary
 from serve.cli.score.texts import Context, ScoreError, Source, TextReader, make_context, open_source
-from serve.jobs.request_queue import RequestQueue
 from serve.jobs.score import TextEncoder
 from serve.llm import LLM
 from serve.server.console import Reporter, start_reporting
@@ -138,15 +137,11 @@ def _scoring(config: ScoreConfig, source: Source, llm: LLM, context: Context) ->
 
 
 def _run(config: ScoreConfig, scoring: Scoring, llm: LLM, journal: Journal) -> None:
-    """Run a scoring on an engine.
-
-    Raises:
-        _StoppedError: a signal arrived.
-    """
+    """Run a scoring on an engine; raise _StoppedError if a signal arrives."""
     with open_meter(sys.stderr, config.log_format, journal.checkpoint.sums.scored) as meter:
         if journal.checkpoint.line:
             meter.message(f"resuming after line {journal.checkpoint.line:,} of {config.file}")
-        number = asyncio.run(_until_signal(scoring.run(RequestQueue(llm.engine, llm.in_flight), journal, meter)))
+        number = asyncio.run(_until_signal(scoring.run(llm.request_queue(), journal, meter)))
     if number is not None:
         raise _StoppedError(128 + number, journal.checkpoint.line)
 

@@ -49,11 +49,8 @@ _FORMATS = ("jsonl", "csv", "parquet")
 _SUFFIXES = (".gz", ".zst", ".jsonl", ".ndjson", ".json", ".txt", ".parquet")
 # Options that may differ between an unfinished run and the one that resumes it. What else changes the results is in
 # `identity` or in the model's fingerprint.
-_RESUMABLE = frozenset(
-    {
-        *(field.name for field in dataclasses.fields(EngineConfig)),
-        *("file", "output", "on_error", "overwrite"),
-    }
+_RESUMABLE = frozenset(field.name for field in dataclasses.fields(EngineConfig)).union(
+    ("file", "output", "on_error", "overwrite")
 ) - {"model", "tokenizer", "revision", "dtype", "quantization", "chat_template", "max_model_len"}
 
 

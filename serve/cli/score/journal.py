@@ -205,11 +205,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def files_digest(path: Path) -> str:
-    """Digest of the names, the sizes and both ends of a file, or of a folder's model files; equal for a copy.
-
-    Raises:
-        OSError: they cannot be read.
-    """
+    """Digest of the names, the sizes and both ends of a file, or of a folder's model files; equal for a copy."""
     files = sorted(file for file in path.iterdir() if file.suffix in _MODEL_FILES) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:

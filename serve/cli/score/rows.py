@@ -195,26 +195,14 @@ def _batches(rows: Path, schema: Any, block: int) -> Iterator[Any]:
 def _schema(alternatives: int, *, per_token: bool) -> Any:
     import pyarrow
 
-    int32, float32, float64 = pyarrow.int32(), pyarrow.float32(), pyarrow.float64()
-    fields: list[tuple[str, Any]] = [("line", pyarrow.int64()), ("id", pyarrow.string())]
+    int32, float32, float64, string = pyarrow.int32(), pyarrow.float32(), pyarrow.float64(), pyarrow.string()
+    columns: list[tuple[str, Any]] = [("line", pyarrow.int64()), ("id", string)]
     if per_token:
-        fields += [
-            ("token_ids", pyarrow.list_(int32)),
-            ("tokens", pyarrow.list_(pyarrow.string())),
-            ("byte_lengths", pyarrow.list_(int32)),
-            ("logprobs", pyarrow.list_(float32)),
-            ("ranks", pyarrow.list_(int32)),
-        ]
+        kinds = {"token_ids": int32, "tokens": string, "byte_lengths": int32, "logprobs": float32, "ranks": int32}
+        columns += [(name, pyarrow.list_(kind)) for name, kind in kinds.items()]
     if alternatives:
-        fields += [
-            ("top_token_ids", pyarrow.list_(pyarrow.list_(int32))),
-            ("top_logprobs", pyarrow.list_(pyarrow.list_(float32))),
-        ]
-    fields += [
-        *(("num_tokens", int32), ("num_scored", int32)),
-        *(("logprob", float64), ("perplexity", float64), ("bits_per_byte", float64)),
-        *(("windows", int32), ("truncated", int32)),
-        *(("completion_start", int32), ("completion_logprob", float64), ("completion_perplexity", float64)),
-        ("is_greedy", pyarrow.bool_()),
-    ]
-    return pyarrow.schema(fields)
+        kinds = {"top_token_ids": int32, "top_logprobs": float32}
+        columns += [(name, pyarrow.list_(pyarrow.list_(kind))) for name, kind in kinds.items()]
+    floats = ("logprob", "perplexity", "bits_per_byte", "completion_logprob", "completion_perplexity")
+    columns += (dict.fromkeys(_SUMS, int32) | dict.fromkeys(floats, float64) | {"is_greedy": pyarrow.bool_()}).items()
+    return pyarrow.schema(columns)

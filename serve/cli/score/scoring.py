@@ -163,11 +163,7 @@ def first_lines(source: Source, limit: int | None) -> Iterator[Line]:
 
 
 def skip_to(path: Path, lines: Iterator[Line], checkpoint: Checkpoint) -> None:
-    """Skip the lines before a checkpoint.
-
-    Raises:
-        ScoreError: they have changed.
-    """
+    """Skip the lines before a checkpoint; raise ScoreError if they have changed."""
     if not checkpoint.line:
         return
     for line in lines:

@@ -183,11 +183,7 @@ class Context:
 
 
 def make_context(size: int, long: str, stride: int | None) -> Context:
-    """The context of a model; the stride defaults to half of it.
-
-    Raises:
-        ScoreError: the stride leaves no context.
-    """
+    """The context of a model; the stride defaults to half of it. Raise ScoreError if it leaves no context."""
     if stride is not None and stride >= size:
         raise ScoreError(f"--stride {stride}: must be below the context of {size:,} tokens")
     return Context(size, long, stride or max(1, size // 2))

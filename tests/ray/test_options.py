@@ -113,7 +113,7 @@ def test_app_without_ray_prints_one_line() -> None:
     code = "import runpy, sys; sys.modules['ray'] = None; runpy.run_module('serve.ray.app', run_name='__main__')"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
-    assert ended.stderr == "error: Ray is not installed: run `make ray`, or `pip install 'ray[serve]'`\n"
+    assert ended.stderr == "error: Ray is not installed: run `make ray`, or `pip install 'logprobd[ray]'`\n"
 
 
 def loaded(module: str) -> set[str]:

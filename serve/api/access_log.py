@@ -8,6 +8,7 @@ from serve.api.middleware import PROBES, AnswerRecord
 logger = logging.getLogger(__name__)
 
 _MAX_PATH = 200  # characters
+_FIRST = ("method", "path", "status")  # without their names in a line
 
 
 def log_answer(record: AnswerRecord) -> None:
@@ -15,7 +16,8 @@ def log_answer(record: AnswerRecord) -> None:
     level = logging.DEBUG if record.handler in PROBES else logging.INFO
     if logger.isEnabledFor(level):
         fields = fields_of(record)
-        logger.log(level, "%s", _line(fields), extra=fields)
+        rest = " ".join(f"{name}={value}" for name, value in fields.items() if name not in _FIRST)
+        logger.log(level, "%s %s %s %s", *(fields[name] for name in _FIRST), rest, extra=fields)
 
 
 def fields_of(record: AnswerRecord) -> dict[str, object]:
@@ -49,8 +51,3 @@ def _address(client: str | None) -> str | None:
         return client and str(ipaddress.ip_address(client))
     except ValueError:
         return None
-
-
-def _line(fields: dict[str, object]) -> str:
-    rest = " ".join(f"{name}={value}" for name, value in fields.items() if name not in ("method", "path", "status"))
-    return f"{fields['method']} {fields['path']} {fields['status']} {rest}"

@@ -1,7 +1,7 @@
 """POST /v1/chat/completions."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from serve.api.context import Context
@@ -112,11 +112,13 @@ def chat_text(body: ChatPromptFields, context: Context) -> str:
     if body.chat_template is not None and context.chat_format.sandbox is None:
         message = "`chat_template` is only accepted if the server was started with --trust-request-chat-template."
         raise unsupported("chat_template", message)
+    fields = {"documents": body.documents, "reasoning_effort": body.reasoning_effort}
+    variables = {name: value for name, value in fields.items() if value is not None}
     return context.chat_format.render(
         _messages(body),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
-        variables=_variables(body),
+        variables=variables | (body.chat_template_kwargs or {}),
         request_template=body.chat_template,
     )
 
@@ -127,12 +129,6 @@ def _messages(body: ChatPromptFields) -> list[dict[str, Any]]:
         for message in body.messages or ()
     ]
     return check_messages(messages, roles=ROLES)
-
-
-def _variables(body: ChatPromptFields) -> Mapping[str, Any]:
-    """Variables of the template; `chat_template_kwargs` takes precedence."""
-    named = {"documents": body.documents, "reasoning_effort": body.reasoning_effort}
-    return {name: value for name, value in named.items() if value is not None} | (body.chat_template_kwargs or {})
 
 
 def _logprobs(job: _Job, choice: Choice, output: Output) -> dict[str, Any] | None:

@@ -26,8 +26,6 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Engine, tokenizer, model and configuration of the server, and its shared helpers."""
-
     engine: EngineClient
     tokenizer: Tokenizer
     model: ServedModel

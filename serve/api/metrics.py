@@ -1,20 +1,19 @@
 """/metrics: Prometheus metrics of the engine and of HTTP, under our own names and optionally under vLLM's."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     PlatformCollector,
     ProcessCollector,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.gc_collector import GCCollector
-from prometheus_client.registry import Collector
 
 from serve.api.middleware import AnswerRecord
 from serve.engine.observer import EngineFault, EngineGauges, Observer
@@ -97,7 +96,17 @@ class Metrics(Observer):
 
     def watch(self, gauges: Callable[[], EngineGauges], cache: dict[str, str]) -> None:
         """Read `gauges` at every scrape; `cache` becomes labels of cache_config_info."""
-        self._registry.register(_Gauges(gauges, cache, self._labels, self._prefixes))
+        self._gauge("num_requests_running", "Running requests", lambda: gauges().running)
+        self._gauge("num_requests_waiting", "Waiting requests", lambda: gauges().waiting)
+        self._gauge("kv_cache_usage_perc", "Fraction of KV cache pages in use, 0 to 1", lambda: gauges().cache_usage)
+        self._gauge("cache_config_info", "Configuration of the KV cache, as labels", lambda: 1, **cache)
+        held = Gauge(
+            f"{OWN_PREFIX}num_requests_held",
+            "Finished requests kept for reading their full rows",
+            list(self._labels),
+            registry=self._registry,
+        )
+        held.labels(**self._labels).set_function(lambda: gauges().pinned)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
@@ -171,6 +180,9 @@ class Metrics(Observer):
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> "_Both":
         return self._both(lambda full, keys: Histogram(full, text, keys, buckets=buckets, registry=None), name, {})
 
+    def _gauge(self, name: str, text: str, value: Callable[[], float], /, **labels: str) -> None:
+        self._both(lambda full, keys: Gauge(full, text, keys, registry=None), name, labels).set_function(value)
+
     def _both(self, make: Callable[[str, list[str]], Any], name: str, labels: dict[str, str]) -> "_Both":
         labels = self._labels | labels
         children = []
@@ -197,31 +209,9 @@ class _Both:
         for child in self._children:
             child.observe(value)
 
-
-class _Gauges(Collector):
-    def __init__(
-        self, gauges: Callable[[], EngineGauges], cache: dict[str, str], labels: dict[str, str], prefixes: Iterable[str]
-    ) -> None:
-        self._gauges, self._cache, self._labels, self._prefixes = gauges, cache, labels, tuple(prefixes)
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        now = self._gauges()
-        for prefix in self._prefixes:
-            yield self._gauge(prefix + "num_requests_running", "Running requests", now.running)
-            yield self._gauge(prefix + "num_requests_waiting", "Waiting requests", now.waiting)
-            yield self._gauge(
-                prefix + "kv_cache_usage_perc", "Fraction of KV cache pages in use, 0 to 1", now.cache_usage
-            )
-            yield self._gauge(prefix + "cache_config_info", "Configuration of the KV cache, as labels", 1, self._cache)
-        yield self._gauge(
-            OWN_PREFIX + "num_requests_held", "Finished requests kept for reading their full rows", now.pinned
-        )
-
-    def _gauge(self, name: str, text: str, value: float, more: dict[str, str] | None = None) -> GaugeMetricFamily:
-        labels = self._labels | (more or {})
-        family = GaugeMetricFamily(name, text, labels=list(labels))
-        family.add_metric(list(labels.values()), value)
-        return family
+    def set_function(self, value: Callable[[], float]) -> None:
+        for child in self._children:
+            child.set_function(value)
 
 
 def _one_two_five(maximum: int) -> tuple[float, ...]:

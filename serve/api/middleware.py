@@ -163,9 +163,11 @@ class Access:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, record: AnswerRecord) -> None:
         """Answer, with a 500 for unexpected exceptions: Starlette's own would lack the request id and CORS headers."""
-        error = self._refusal(scope, record.key)
+        counted = route_path(scope) not in PROBES
+        error = self._check_host(scope) or self._keys.refusal(scope, record.key)
+        if error is None and self._readiness.draining and counted:
+            error = shutting_down()
         if error is None:
-            counted = route_path(scope) not in PROBES
             self._readiness.running += counted
             try:
                 await self._app(scope, receive, send)
@@ -180,11 +182,6 @@ class Access:
         if error is not None:
             record.error = error.code
             await error.response()(scope, receive, send)
-
-    def _refusal(self, scope: Scope, key: str | None) -> APIError | None:
-        if error := self._check_host(scope) or self._keys.refusal(scope, key):
-            return error
-        return shutting_down() if self._readiness.draining and route_path(scope) not in PROBES else None
 
     def _check_host(self, scope: Scope) -> APIError | None:
         """The 403 error for a host name that is not ours (DNS rebinding), else None."""

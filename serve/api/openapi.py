@@ -2,7 +2,6 @@
 
 import functools
 from base64 import b64encode
-from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -91,7 +90,7 @@ _OPERATIONS = (
 
 def openapi(*, secured: bool) -> dict[str, Any]:
     """The OpenAPI 3.1 document; `secured` declares the API key."""
-    models = {model for operation in _OPERATIONS for model in _models(operation)} | {responses.ErrorAnswer}
+    models = {model for o in _OPERATIONS for model in (*o.body, o.answer, o.event, responses.ErrorAnswer) if model}
     ordered = sorted(models, key=lambda model: model.__name__)
     _, schemas = models_json_schema([(model, "validation") for model in ordered], ref_template=_REFERENCE)
     document: dict[str, Any] = {
@@ -111,8 +110,6 @@ def openapi(*, secured: bool) -> dict[str, Any]:
 
 
 def documentation(*, secured: bool) -> list[Route]:
-    """Routes of the document and of Swagger UI."""
-
     @functools.cache  # generated on the first request: it takes longer than starting the rest of the app
     def document() -> bytes:
         return dump(openapi(secured=secured))
@@ -131,10 +128,6 @@ def _file(name: str) -> Route:
         return FileResponse(_SWAGGER / name)
 
     return Route(f"/docs/{name}", serve_file)
-
-
-def _models(operation: _Operation) -> Iterable[type[BaseModel]]:
-    return (*operation.body, *(model for model in (operation.answer, operation.event) if model is not None))
 
 
 def _described(operation: _Operation) -> dict[str, Any]:

@@ -67,7 +67,6 @@ def check_answers(prompts: int, n: int) -> None:
 
 
 def check_top_k(param: str, k: int, limits: EngineLimits) -> None:
-    """Limit k to the alternatives that this server computes."""
     if k > limits.max_logprobs:
         message = f"`{param}` is {k}, greater than the maximum of {limits.max_logprobs} (--max-logprobs)."
         raise invalid(param, message, "integer_above_max_value")

@@ -184,12 +184,10 @@ class Streams:
                 loop.call_soon_threadsafe(_put, delivery)
 
     def end_lease(self, request_id: str) -> None:
-        """End a lease; harmless if there is none."""
         with self._lock:
             self._leases.pop(request_id, None)
 
     def renew_lease(self, request_id: str) -> None:
-        """Restart the time of a lease, if there is one."""
         with self._lock:
             if request_id in self._leases:
                 self._leases[request_id] = time.monotonic() + self._options.pin_seconds

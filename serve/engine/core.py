@@ -89,7 +89,7 @@ class EngineCore:
 
     @property
     def gauges(self) -> EngineGauges:
-        """Current numbers of requests and use of the cache. Any thread may read it."""
+        """Any thread may read it."""
         scheduler = self.scheduler
         return EngineGauges(len(scheduler.running), len(scheduler.waiting), len(scheduler.pinned), self._pool.usage)
 
@@ -187,14 +187,11 @@ class EngineCore:
             if request.params.adjusts:
                 self._runner.set_penalties(request.slot, batch.slot_penalties(request, self._runner.vocab_size))
         if schedule.decodes:
-            step.output = self._decode(schedule.decodes)
+            shape = self._runner.buckets.decode(len(schedule.decodes))
+            inputs = batch.decode_input(schedule.decodes, shape, self._runner.buckets.slots - 1)
+            sampling = batch.sampling_arrays(schedule.decodes, shape.rows, self._runner.vocab_size)
+            step.output = self._runner.decode(inputs, sampling)
         return step
-
-    def _decode(self, requests: list[RequestState]) -> StepOutput:
-        buckets = self._runner.buckets
-        shape = buckets.decode(len(requests))
-        inputs = batch.decode_input(requests, shape, buckets.slots - 1)
-        return self._runner.decode(inputs, batch.sampling_arrays(requests, shape.rows, self._runner.vocab_size))
 
     def _read(self) -> None:
         step, self._unread = self._unread, None
@@ -219,19 +216,16 @@ class EngineCore:
         scores = select_logprobs(output.logprobs, slice(row, row + 1), request.params.requested_ids)
         event = self._event(request, [token], scores)
         request.output_token_ids.append(token)
-        self._record_time(request)
+        now, times = time.monotonic(), request.times
+        gap = now - times.last if times.first else None
+        times.first, times.last = times.first or now, now
+        self._observer.on_token(request, gap)
         self.scheduler.register_pages(request)
         if token in request.params.stop_token_ids:
             event.stop_token_id = token
             return self._finalize(request, event, FinishReason.STOP)
         done = len(request.output_token_ids) >= request.max_chosen
         return self._finalize(request, event, FinishReason.LENGTH if done else None)
-
-    def _record_time(self, request: RequestState) -> None:
-        now, times = time.monotonic(), request.times
-        gap = now - times.last if times.first else None
-        times.first, times.last = times.first or now, now
-        self._observer.on_token(request, gap)
 
     def _event(self, request: RequestState, token_ids: list[int], scores: TokenLogprobs) -> TokenEvent:
         """An event; the first of a request contains the prompt's scores."""

@@ -155,22 +155,23 @@ class Engine:
 
     def assert_idle(self) -> None:
         """Raise AssertionError if a request is left or a page in use after all calls so far. For tests."""
-        checked: Future[AssertionError | None] = Future()
+        checked: Future[None] = Future()
 
         def check() -> None:
             try:
                 self._core.assert_idle()
+                if self.load:
+                    raise AssertionError(f"{self.load} open streams")
             except AssertionError as error:
-                checked.set_result(error)
+                checked.set_exception(error)
             else:
-                checked.set_result(AssertionError(f"{self.load} open streams") if self.load else None)
+                checked.set_result(None)
 
         if self._thread.is_alive():
             self._inbox.put(check)
         else:
             check()
-        if error := checked.result(_CHECK_SECONDS):
-            raise error
+        checked.result(_CHECK_SECONDS)
 
     def _check_size(self, request: Request) -> None:
         length, max_model_len = len(request.prompt_token_ids), self.limits.max_model_len

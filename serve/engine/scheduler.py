@@ -170,16 +170,12 @@ class Scheduler:
                 schedule.prefills.append(Chunk(request, start, request.num_computed))
                 budget -= bucket(self._chunks, length)
                 self.register_pages(request)
-            rows -= self._plan_scores(schedule, request, rows)
-
-    def _plan_scores(self, schedule: Schedule, request: RequestState, max_rows: int) -> int:
-        start = request.num_scored
-        end = min(_num_score_rows(request), request.num_computed, start + max_rows)
-        if end <= start:
-            return 0
-        schedule.scores.append(Chunk(request, start, end))
-        request.num_scored = end
-        return end - start
+            first = request.num_scored
+            end = min(_num_score_rows(request), request.num_computed, first + rows)
+            if end > first:
+                schedule.scores.append(Chunk(request, first, end))
+                request.num_scored = end
+                rows -= end - first
 
     def _next_prompt(self, planned: set[str], budget: int) -> RequestState | None:
         """The next request with an unfinished prompt: a running one, otherwise one that can be admitted.

@@ -165,7 +165,7 @@ def check_text_length(param: str, text: str, tokenizer: Tokenizer, limits: Conte
     Raises:
         PromptError: the text is too long.
     """
-    if tokenizer.surely_above(text, limits.max_model_len):
+    if tokenizer.certainly_exceeds(text, limits.max_model_len):
         message = (
             f"This model's maximum context length is {limits.max_model_len} tokens; "
             f"a text of {len(text)} characters cannot fit."

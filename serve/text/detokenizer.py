@@ -136,24 +136,24 @@ def decoded_tokens(tokenizer: Tokenizer, context_ids: Sequence[int], candidate_i
 
 
 def whole_text(tokenizer: Tokenizer, token_id: int) -> str | None:
-    """The text of a token if it does not depend on the preceding tokens; None if they may complete it."""
+    """The text of a token; None if it ends in an incomplete character, whose text depends on the preceding tokens."""
     data = tokenizer.token_bytes(token_id)
-    return None if _is_broken(data) else _text(data)
+    return None if _is_incomplete(data) else _text(data)
 
 
 def _decoded(context: list[bytes], token: bytes) -> str:
-    if not _is_broken(token):
+    if not _is_incomplete(token):
         return _text(token)
     for start in range(len(context) - 1, -1, -1):
-        if _is_broken(b"".join(context[start:]) + token):
+        if _is_incomplete(b"".join(context[start:]) + token):
             continue
-        while start < len(context) and not all(map(_is_broken, context[start:])):
+        while start < len(context) and not all(map(_is_incomplete, context[start:])):
             start += 1  # this token is complete and has its own text
         return _text(b"".join(context[start:]) + token)
     return ""
 
 
-def _is_broken(data: bytes) -> bool:
+def _is_incomplete(data: bytes) -> bool:
     """True if the data ends in an incomplete character: its text ends in U+FFFD, but the data does not."""
     return _text(data).endswith(_REPLACEMENT) and not data.endswith(_REPLACEMENT.encode())
 

@@ -21,7 +21,7 @@ _MAX_PIECE = 512  # characters; all ways to split a piece in two are tried
 
 
 @dataclass(frozen=True, slots=True)
-class _Pre:
+class _PreTokenizer:
     """Pre-tokenizer named by `tokenizer.ggml.pre`: how a text is split into words before merging."""
 
     split: str | None = None  # the model's published pattern; None for GPT-2's, which `tokenizers` implements
@@ -31,26 +31,26 @@ class _Pre:
     add_bos: bool = False  # default if the file does not specify it
 
 
-_GPT2 = _Pre()
+_GPT2 = _PreTokenizer()
 # tokenizer.json of Llama 3 and others that split words like cl100k: groups of three digits.
-_THREES = (
+_CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_LLAMA3 = _Pre(split=_THREES, ignore_merges=True, add_bos=True)
+_LLAMA3 = _PreTokenizer(split=_CL100K, ignore_merges=True, add_bos=True)
 # tokenizer.json of Qwen2, Qwen2.5 and Qwen3: single digits.
-_QWEN2 = _Pre(split=_THREES.replace("{1,3}", ""), nfc=True)
+_QWEN2 = _PreTokenizer(split=_CL100K.replace("{1,3}", ""), nfc=True)
 _PRE = {
     "default": _GPT2,
     "gpt-2": _GPT2,
-    "smollm": _Pre(single_digits=True),
+    "smollm": _PreTokenizer(single_digits=True),
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
-    "dbrx": _Pre(split=_THREES),  # used by files of OLMo-2
-    "smaug-bpe": _Pre(split=_THREES),
+    "dbrx": _PreTokenizer(split=_CL100K),  # used by files of OLMo-2
+    "smaug-bpe": _PreTokenizer(split=_CL100K),
 }
 _TEMPLATE_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 

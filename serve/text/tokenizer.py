@@ -110,7 +110,7 @@ class Tokenizer:
         except PanicError as error:
             raise TokenizerError("the tokenizer fails on this text") from error
 
-    def surely_above(self, text: str, tokens: int) -> bool:
+    def certainly_exceeds(self, text: str, tokens: int) -> bool:
         """True if `text` certainly has more than `tokens` tokens, judging by its length alone.
 
         Avoids tokenizing megabytes, which takes seconds. A normalizer may shorten a text by a factor of 4 at most.

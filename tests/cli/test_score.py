@@ -255,7 +255,7 @@ def test_complete_output_is_kept_without_loading_a_model(score: Command) -> None
     before_text = file.read_bytes()
     file.write_bytes(before_text + b'\n"one more"')
     assert score(file) == 1
-    assert "rows.jsonl has got line 5 since it was scored" in score.err
+    assert "rows.jsonl has a new line 5; use --overwrite" in score.err
     file.write_bytes(before_text.replace(b"row 1", b"row 7"))  # as long as before
     assert score(file) == 1
     assert "rows.jsonl has changed up to line" in score.err

@@ -33,7 +33,7 @@ from serve.server.console import Reporter, start_reporting
 from serve.server.model_files import STARTUP_ERRORS, chosen_template
 from serve.server.startup_events import failed, interrupted
 
-_OF_LOADED = ("fingerprint", "context", "context_stride")  # parts of `Checkpoint.made_with` that need a loaded model
+_MODEL_KEYS = ("fingerprint", "context", "context_stride")  # parts of `Checkpoint.made_with` that need a loaded model
 _STOPPED = "stopped; run the same command again to resume"
 
 
@@ -49,7 +49,7 @@ class _StoppedError(Exception):
 def main(config: ScoreConfig) -> int:
     """Score a file and return the exit code that --help lists."""
     reporter = start_reporting(config)
-    paths = Paths(config.writes_to)
+    paths = Paths(config.output_path)
     try:
         checkpoint, speed = _score(config, paths, reporter)
     except (*STARTUP_ERRORS, ScoreError) as error:
@@ -90,7 +90,7 @@ def _previous(config: ScoreConfig, paths: Paths) -> Checkpoint:
     checkpoint = None if config.overwrite else read_checkpoint(paths)
     if checkpoint is None or not (checkpoint.line or checkpoint.complete):
         return Checkpoint(made_with)
-    check_same(paths, checkpoint.made_with, made_with | {name: checkpoint.made_with.get(name) for name in _OF_LOADED})
+    check_same(paths, checkpoint.made_with, made_with | {name: checkpoint.made_with.get(name) for name in _MODEL_KEYS})
     return checkpoint
 
 

@@ -96,11 +96,11 @@ class ScoreConfig(EngineConfig):
             raise ValueError("argument --top-logprobs: requires --per-token")
         if self.top_logprobs and not self.writes_tokens:
             raise ValueError("argument --top-logprobs: CSV has only the sums of each line; write .jsonl or .parquet")
-        if self.file.resolve() == self.writes_to.resolve():
-            raise ValueError(f"argument --output: {self.writes_to} is the input file")
+        if self.file.resolve() == self.output_path.resolve():
+            raise ValueError(f"argument --output: {self.output_path} is the input file")
 
     @property
-    def writes_to(self) -> Path:
+    def output_path(self) -> Path:
         if self.output is not None:
             return self.output
         stem = self.file
@@ -111,7 +111,7 @@ class ScoreConfig(EngineConfig):
     @property
     def output_format(self) -> str:
         """Format of the output: --format, or else the one that its extension names, or else jsonl."""
-        suffix = self.writes_to.suffix.removeprefix(".")
+        suffix = self.output_path.suffix.removeprefix(".")
         return self.format or (suffix if suffix in _FORMATS else "jsonl")
 
     @property

@@ -178,7 +178,7 @@ def check_no_more(path: Path, lines: Iterator[Line], checkpoint: Checkpoint) -> 
     """Raise ScoreError if the file has changed or grown since a complete run."""
     skip_to(path, lines, checkpoint)
     if (line := next(lines, None)) is not None:
-        raise ScoreError(f"{path} has got line {line.number:,} since it was scored; use --overwrite to start again")
+        raise ScoreError(f"{path} has a new line {line.number:,}; use --overwrite to start again")
 
 
 def summary(sums: Sums) -> list[tuple[str, str]]:

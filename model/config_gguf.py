@@ -4,8 +4,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from model import rope as ropes
-from model.config import ConfigError, LayerKind, ModelConfig
-from model.config_values import MAX_FACTOR, float_of, head_dim_of, int_of, layer_count, shown
+from model.config import (
+    MAX_FACTOR,
+    ConfigError,
+    LayerKind,
+    ModelConfig,
+    float_of,
+    head_dim_of,
+    int_of,
+    layer_count,
+    shown,
+)
 from model.families import FAMILIES, Family, family_of
 from model.rope import Rope
 

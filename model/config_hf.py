@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from model import rope as ropes
-from model.config import ConfigError, LayerKind, ModelConfig
-from model.config_values import (
+from model.config import (
     MAX_FACTOR,
+    ConfigError,
+    LayerKind,
+    ModelConfig,
     float_of,
     floats_of,
     head_dim_of,

@@ -1,13 +1,23 @@
-"""The interface of a file format."""
+"""The interface of a file format, and the error that all of them raise."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 from numpy.typing import NDArray
 
 from model.config import ModelConfig
-from model.weights.int8 import Int8Array
+from model.weights.rows import Int8Array
+
+
+class ModelLoadError(Exception):
+    """A model cannot be found, read or fitted to its architecture. The message is for the user."""
+
+    @classmethod
+    def of_problems(cls, what: str, problems: Sequence[str]) -> Self:
+        """An error with one problem per line."""
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        return cls("\n".join([f"{what}: {count} with the weights", *(f"  {problem}" for problem in problems)]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from model.config import ConfigError, ModelConfig
 from model.config_gguf import config_from_gguf
 from model.layout import GROUP_SIZE
-from model.weights.checkpoint import TensorInfo
-from model.weights.errors import ModelLoadError
+from model.weights.checkpoint import ModelLoadError, TensorInfo
 from model.weights.gguf_header import GgufHeader, GgufTensor, read_parts
-from model.weights.int8 import Int8Array
+from model.weights.rows import Int8Array
 
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _QUANTIZED = frozenset(

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from model.config_values import shown
-from model.weights.errors import ModelLoadError
+from model.config import shown
+from model.weights.checkpoint import ModelLoadError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

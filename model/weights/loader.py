@@ -1,7 +1,7 @@
 """From an open checkpoint to a model on the device."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,17 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy.typing import NDArray
 
-from model.config import ModelConfig
+from model.config import ConfigError, ModelConfig
 from model.kernels import cpu, gpu, tpu
 from model.kernels.dispatch import Kernels, load_kernels
 from model.layout import GROUP_SIZE
-from model.sharding import TensorParallel, spec_of_row, weight_rows
+from model.sharding import ShardIndices, TensorParallel, spec_of_row, weight_rows
 from model.transformer import BoundModel, abstract_weights, bind
 from model.weights.checkpoint import Checkpoint
-from model.weights.int8 import Int8Array
-from model.weights.rows import Int8Rows, Rows
-from model.weights.shards import shard_int8_rows, shard_rows
+from model.weights.rows import Int8Array, Int8Rows, Rows
 from model.weights.weight_table import load_weights
 
 
@@ -80,7 +79,9 @@ class _Sharder:
     def place(self, path: str, rows: Rows | Int8Rows) -> Any:
         row = weight_rows(self.config)[path]
         indices = TensorParallel(self.config, self.mesh.size).weight_indices(row)
-        parts = shard_int8_rows(rows, indices) if isinstance(rows, Int8Rows) else shard_rows(rows, indices)
+        parts = (
+            _shard_int8_rows(rows, indices) if isinstance(rows, Int8Rows) else _split(rows.runs(), indices, rows.dtype)
+        )
         packed = []
         for part, device in zip(parts, self.mesh.devices.flat, strict=True):
             with jax.default_device(device):
@@ -103,6 +104,50 @@ class _Sharder:
         placed = [jax.device_put(part, device) for part, device in zip(arrays, devices, strict=True)]
         sharding = NamedSharding(self.mesh, PartitionSpec(*spec[: len(shape)]))
         return jax.make_array_from_single_device_arrays(full, sharding, placed)
+
+
+def _shard_int8_rows(rows: Int8Rows, indices: tuple[ShardIndices, ...]) -> list[Int8Array]:
+    """Each shard's part of an int8 matrix; a group that shares a scale is never split.
+
+    Raises:
+        ConfigError: a shard would start inside a group.
+    """
+    width = rows.shape[1]
+    scales = _scale_indices(indices[1], width)
+    scale_bytes = np.stack([2 * scales, 2 * scales + 1], axis=2).reshape(len(scales), -1)
+    columns = np.concatenate([indices[1], np.where(scale_bytes < 0, -1, scale_bytes + width)], axis=1)
+    runs = (run.joined() for run in rows.runs())
+    parts = _split(runs, (indices[0], columns), np.dtype(np.int8))
+    return [Int8Array.split(part, indices[1].shape[1]) for part in parts]
+
+
+def _scale_indices(columns: ShardIndices, width: int) -> ShardIndices:
+    """Indices of the scales that each shard holds of every row."""
+    if columns.shape[1] == width and (columns == np.arange(width)).all():
+        return np.broadcast_to(np.arange(-(-width // GROUP_SIZE)), (len(columns), -(-width // GROUP_SIZE)))
+    firsts = columns[:, ::GROUP_SIZE]
+    if columns.shape[1] % GROUP_SIZE or (firsts[firsts >= 0] % GROUP_SIZE).any():
+        raise ConfigError(f"int8 with tensor parallelism needs a head size that is a multiple of {GROUP_SIZE}")
+    return np.where(firsts < 0, -1, firsts // GROUP_SIZE)
+
+
+def _split(runs: Iterator[NDArray[Any]], indices: tuple[ShardIndices, ...], dtype: np.dtype[Any]) -> list[NDArray[Any]]:
+    parts = [np.zeros(tuple(axis.shape[1] for axis in indices), dtype) for _ in indices[0]]
+    start = 0
+    for run in runs:
+        stop = start + len(run)
+        for shard, part in enumerate(parts):
+            rows = indices[0][shard]
+            in_run = np.flatnonzero((rows >= start) & (rows < stop))
+            values = run[rows[in_run] - start]
+            if len(indices) > 1:
+                columns = indices[1][shard]
+                exists = columns >= 0
+                part[np.ix_(in_run, exists)] = values[:, columns[exists]]
+            else:
+                part[in_run] = values
+        start = stop
+    return parts
 
 
 def abstract_model(

@@ -14,11 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from model.config import ConfigError, ModelConfig
+from model.config import ConfigError, ModelConfig, shown
 from model.config_hf import config_from_hf
-from model.config_values import shown
-from model.weights.checkpoint import TensorInfo
-from model.weights.errors import ModelLoadError
+from model.weights.checkpoint import ModelLoadError, TensorInfo
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

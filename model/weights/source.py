@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from model.weights.errors import ModelLoadError
+from model.weights.checkpoint import ModelLoadError
 
 # Nothing here can run code when it is opened: no pickle (.bin, .pt) and no Python files.
 HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")

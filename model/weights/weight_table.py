@@ -14,11 +14,9 @@ from numpy.typing import NDArray
 from model.config import ModelConfig
 from model.config_gguf import ROPE_TENSORS
 from model.families import HEAD, Piece, WeightRow
-from model.weights.checkpoint import Checkpoint, TensorInfo
-from model.weights.errors import ModelLoadError
+from model.weights.checkpoint import Checkpoint, ModelLoadError, TensorInfo
 from model.weights.gguf import GgufCheckpoint
-from model.weights.int8 import Int8Array, quantize
-from model.weights.rows import Int8Rows, Rows
+from model.weights.rows import Int8Array, Int8Rows, Rows, quantize
 from model.weights.safetensors import SafetensorsCheckpoint
 from model.weights.source import ModelSource
 

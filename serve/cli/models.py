@@ -106,7 +106,7 @@ def _cached_models() -> Iterator[LocalModel]:
 
 def _inspect(path: Path, name: str) -> LocalModel:
     from model.config import ConfigError
-    from model.weights.errors import ModelLoadError
+    from model.weights.checkpoint import ModelLoadError
     from model.weights.source import resolve_model
     from model.weights.weight_table import check_headers, open_checkpoint
 
@@ -126,7 +126,7 @@ def _inspect(path: Path, name: str) -> LocalModel:
 
 def _declared_family(path: Path) -> str | None:
     """The name of the architecture in the files, which may not be supported."""
-    from model.weights.errors import ModelLoadError
+    from model.weights.checkpoint import ModelLoadError
     from model.weights.gguf_header import read_header
 
     try:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from model.config import ConfigError
-from model.weights.checkpoint import Checkpoint
-from model.weights.errors import ModelLoadError
+from model.weights.checkpoint import Checkpoint, ModelLoadError
 from model.weights.gguf import GgufCheckpoint
 from model.weights.source import ModelSource, default_model_path, resolve_model
 from model.weights.weight_table import open_checkpoint

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from model.kernels import cpu
 from model.token_logprobs import NO_ID
-from model.weights.int8 import quantize
+from model.weights.rows import quantize
 from tests.model.test_cpu_attention import crowd
 
 SIZES = st.tuples(st.integers(1, 80), st.integers(1, 400), st.integers(1, 300))  # M, N, K

@@ -17,8 +17,8 @@ from model.kernels import cpu
 from model.kernels.dispatch import Kernels, load_kernels
 from model.layout import GROUP_SIZE
 from model.linear import matmul, take_rows
-from model.weights.errors import ModelLoadError
-from model.weights.int8 import Int8Array, quantize
+from model.weights.checkpoint import ModelLoadError
+from model.weights.rows import Int8Array, quantize
 from model.weights.source import resolve_model
 from model.weights.weight_table import load_weights, open_checkpoint
 from tests.support.tiny_checkpoints import BF16, TinyModel, gguf_name

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from model.rope import Rope
-from model.weights.errors import ModelLoadError
+from model.weights.checkpoint import ModelLoadError
 from model.weights.gguf import GgufCheckpoint
 from model.weights.gguf_header import read_header
 from model.weights.source import default_model_path, resolve_model

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from model.weights.checkpoint import TensorInfo
-from model.weights.errors import ModelLoadError
+from model.weights.checkpoint import ModelLoadError, TensorInfo
 from model.weights.safetensors import SafetensorsCheckpoint
 from tests.support.tiny_checkpoints import BF16, TinyModel
 

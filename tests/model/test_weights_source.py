@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 
 from model.weights import source
-from model.weights.errors import ModelLoadError
+from model.weights.checkpoint import ModelLoadError
 from model.weights.source import default_model_path, resolve_model
 
 

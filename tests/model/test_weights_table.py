@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from model.families import FAMILIES
 from model.transformer import abstract_weights
-from model.weights.errors import ModelLoadError
+from model.weights.checkpoint import ModelLoadError
 from model.weights.gguf import GgufCheckpoint
 from model.weights.gguf_header import read_header
 from model.weights.rows import Rows

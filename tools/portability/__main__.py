@@ -28,7 +28,7 @@ from compiled.shapes import Buckets, make_buckets
 from model.config import ConfigError, ModelConfig
 from model.config_hf import config_from_hf
 from model.transformer import BoundModel
-from model.weights.errors import ModelLoadError
+from model.weights.checkpoint import ModelLoadError
 from model.weights.loader import abstract_model
 from model.weights.source import ModelSource
 from model.weights.weight_table import open_checkpoint

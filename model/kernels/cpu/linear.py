@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from model.kernels.cpu.library import LINEAR_INT8_TARGET, LINEAR_TARGET
 from model.layout import COLUMN_BLOCK, GROUP_SIZE
-from model.weights.int8 import Int8Array
-from model.weights.rows import aligned_empty
+from model.weights.rows import Int8Array, aligned_empty
 
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 

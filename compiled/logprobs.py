@@ -147,10 +147,10 @@ def _requested_logits_and_ranks(logits: Array, ids: Array, axis: VocabAxis) -> t
     return results
 
 
-def blocks_of(x: Array) -> Array:
-    """x [R, V] as [R, ceil(V / 128), 128], padded with -inf."""
+def blocks_of(x: Array, padding: float = -jnp.inf) -> Array:
+    """x [R, V] as [R, ceil(V / 128), 128], padded at the end."""
     R, V = x.shape
-    padded = jnp.pad(x, ((0, 0), (0, -V % BLOCK)), constant_values=-jnp.inf)
+    padded = jnp.pad(x, ((0, 0), (0, -V % BLOCK)), constant_values=padding)
     return padded.reshape(R, -1, BLOCK)
 
 

@@ -3,6 +3,8 @@
 Order as in vLLM: logit_bias, repetition, frequency and presence penalty, mask.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -19,8 +21,8 @@ def set_slot_penalties(
 ) -> SlotState:
     """The slots with bias, counts and seen tokens of `slot` ([] int32) replaced; its last token stays."""
     width = slots.bias.shape[1]
-    return SlotState(
-        tokens=slots.tokens,
+    return replace(
+        slots,
         bias=slots.bias.at[slot].set(axis.shard(penalties.bias, width)),
         counts=slots.counts.at[slot].set(axis.shard(penalties.counts, width)),
         seen=slots.seen.at[slot].set(axis.shard(penalties.seen, width)),
@@ -29,12 +31,8 @@ def set_slot_penalties(
 
 def record_choice(slots: SlotState, rows: Array, tokens: Array, axis: VocabAxis = UNSHARDED) -> SlotState:
     """The slots after the rows in slots `rows` [R] int32 have chosen `tokens` [R] int32."""
-    return SlotState(
-        tokens=slots.tokens.at[rows].set(tokens),
-        bias=slots.bias,
-        counts=slots.counts.at[rows, axis.local_index(tokens, slots.counts.shape[1])].add(1),
-        seen=slots.seen,
-    )
+    columns = axis.local_index(tokens, slots.counts.shape[1])
+    return replace(slots, tokens=slots.tokens.at[rows].set(tokens), counts=slots.counts.at[rows, columns].add(1))
 
 
 def changes_logits(sampling: SamplingArrays) -> Array:

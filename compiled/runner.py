@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from compiled import step
 from compiled.programs import Plan, Program, Programs, Shape, compile_plans, specs_of
-from compiled.shapes import Buckets, HeadShape, SlotShape, StateShape, StepShape
+from compiled.shapes import PENALTIES, ZERO_STATE, Buckets, HeadShape, StepShape
 from compiled.state import (
     MAX_REQUESTED_IDS,
     DecodeInput,
@@ -48,15 +48,8 @@ def state_shapes(model: BoundModel, buckets: Buckets, *, pages: int) -> DeviceSt
         return state
     columns = PartitionSpec(None, TENSOR)
     specs = DeviceState(layout.specs(), SlotState(PartitionSpec(), columns, columns, columns))
-    return _with_shardings(state, specs, model.mesh)
-
-
-def _with_shardings[T](shapes: T, specs: T, mesh: Mesh) -> T:
-    sharded: T = jax.tree.map(
-        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
-        shapes,
-        specs,
-    )
+    shardings = jax.tree.map(partial(NamedSharding, model.mesh), specs)
+    sharded: DeviceState = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), state, shardings)
     return sharded
 
 
@@ -71,21 +64,14 @@ def make_plans(model: BoundModel, buckets: Buckets, state: DeviceState, k: int) 
     )
     set_penalties = partial(step.set_penalties, model.parallel.vocab_axis)
     arguments = (state, _int32(), penalties)
-    plans.append(Plan(SlotShape(buckets.slots), set_penalties, arguments, (0,), result_specs=specs_of(state)))
+    plans.append(Plan(PENALTIES, set_penalties, arguments, (0,), result_specs=specs_of(state)))
     return [replace(plan, mesh=model.mesh) for plan in plans]
 
 
-def state_plan(state: DeviceState) -> Plan:
+def state_plan(model: BoundModel, state: DeviceState) -> Plan:
     """The program that creates an empty state like the abstract `state`."""
-    shape = StateShape(state.cache.hidden.shape[0], state.slots.tokens.shape[0])
-    local = jax.tree.map(_local_shape, state)
-    return Plan(shape, partial(step.zero_state, local), (), mesh=_mesh_of(state), result_specs=specs_of(state))
-
-
-def _mesh_of(state: DeviceState) -> Mesh | None:
-    sharding = state.cache.hidden.sharding
-    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-    return mesh if isinstance(mesh, Mesh) else None
+    zero_state = partial(step.zero_state, jax.tree.map(_local_shape, state))
+    return Plan(ZERO_STATE, zero_state, (), mesh=model.mesh, result_specs=specs_of(state))
 
 
 def _local_shape(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -160,7 +146,7 @@ class ModelRunner:
         self.vocab_size = model.config.vocab_size
         self._leaves = model.leaves
         shapes = state_shapes(model, buckets, pages=pages)
-        first = compile_plans([state_plan(shapes)], on_compiled)
+        first = compile_plans([state_plan(model, shapes)], on_compiled)
         (zero_state,) = first
         with ThreadPoolExecutor(1, thread_name_prefix="state") as pool:  # allocating it takes seconds
             state = pool.submit(lambda: jax.block_until_ready(zero_state.compiled()))
@@ -201,7 +187,7 @@ class ModelRunner:
 
     def set_penalties(self, slot: int, penalties: SlotPenalties) -> None:
         """Dispatch the replacement of a slot's bias, counts and seen tokens."""
-        compiled = self._compiled(SlotShape(self.buckets.slots))
+        compiled = self._compiled(PENALTIES)
         self._state = compiled(self._state, np.asarray(slot, np.int32), penalties)
 
     @staticmethod
@@ -218,7 +204,7 @@ class ModelRunner:
         for leaf in jax.tree.leaves(self._state):
             if not leaf.is_deleted():
                 leaf.delete()
-        self._state = self._compiled(StateShape(self.pages, self.buckets.slots))()
+        self._state = self._compiled(ZERO_STATE)()
 
     def _compiled(self, shape: Shape) -> Any:
         return self.programs[shape].compiled

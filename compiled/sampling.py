@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from compiled.filters import best_of, token_weights
-from compiled.logprobs import BLOCK
+from compiled.logprobs import BLOCK, blocks_of
 from compiled.penalties import adjust_logits, changes_logits
 from compiled.state import SamplingArrays, SlotState
 from model.sharding import UNSHARDED, VocabAxis
@@ -116,7 +116,7 @@ def _inverse_cdf(weights: Array, uniform: Array, axis: VocabAxis) -> tuple[Array
 
 def _token_at(weights: Array, target_of: Callable[[Array], Array]) -> tuple[Array, Array]:
     """Token [R] and weight [R] at which the cumulative sum of weights [R, V] passes `target_of` their total [R]."""
-    blocks = _zero_padded_blocks(weights)
+    blocks = blocks_of(weights, padding=0)
     ends = jnp.cumsum(blocks.sum(axis=-1), axis=-1)  # [R, blocks]
     target = target_of(ends[:, -1])
     block = jnp.minimum(jnp.sum(ends <= target[:, None], axis=1), ends.shape[1] - 1)
@@ -126,8 +126,3 @@ def _token_at(weights: Array, target_of: Callable[[Array], Array]) -> tuple[Arra
     within = jnp.minimum(within, BLOCK - 1)
     token = jnp.minimum(block * BLOCK + within, weights.shape[1] - 1).astype(jnp.int32)
     return token, jnp.take_along_axis(weights, token[:, None], axis=1)[:, 0]
-
-
-def _zero_padded_blocks(weights: Array) -> Array:
-    R, V = weights.shape
-    return jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(R, -1, BLOCK)

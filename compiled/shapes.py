@@ -33,26 +33,14 @@ class HeadShape:
 
 
 @dataclass(frozen=True, order=True, slots=True)
-class SlotShape:
-    """Shape of the step that sets the penalties of one of Z slots."""
+class SingleShape:
+    """Shape of a step that a server compiles for one shape only."""
 
-    slots: int  # Z
-
-    @property
-    def name(self) -> str:
-        return "penalties"
+    name: str
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class StateShape:
-    """Shape of the step that creates an empty DeviceState."""
-
-    pages: int  # N
-    slots: int  # Z
-
-    @property
-    def name(self) -> str:
-        return "zero_state"
+PENALTIES = SingleShape("penalties")  # sets the penalties of one slot
+ZERO_STATE = SingleShape("zero_state")  # creates an empty DeviceState
 
 
 @dataclass(frozen=True, slots=True)

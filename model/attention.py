@@ -1,13 +1,12 @@
 """The seams for rotary position embedding, the write to the cache, and attention over its pages."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from model.kernels import cpu, gpu, tpu
+from model.kernels import ScoreOptions, cpu, gpu, tpu
 from model.kernels.dispatch import Implementation, Kernels
 from model.kv_cache import PAGE_SIZE, JoinedPages, LayerPages, SplitPages, addresses_of
 from model.rope import Rope
@@ -82,15 +81,7 @@ def rotate_and_store_in_xla(
 
 
 def attend(
-    queries: Array,
-    pages: LayerPages,
-    tables: Array,
-    positions: Array,
-    kernels: Kernels,
-    *,
-    scale: float,
-    window: int = 0,
-    cap: float = 0.0,
+    queries: Array, pages: LayerPages, tables: Array, positions: Array, kernels: Kernels, options: ScoreOptions
 ) -> Array:
     """Causal attention of each query over its row's cached tokens, itself included.
 
@@ -103,16 +94,13 @@ def attend(
         tables: [R, P] int32 pages of each row in order.
         positions: [R, T] int32, -1 for padding.
         kernels: the model's.
-        scale: factor of the scores.
-        window: tokens that a query attends to, itself included; 0 = all before it.
-        cap: replaces a score by cap * tanh(score / cap); 0 = off.
+        options: the layer's.
 
     Returns:
         [R, T, H * E] float32, undefined for padding.
     """
-    options: dict[str, Any] = {"scale": scale, "window": window, "cap": cap}
-    implementations = _kernels_for(pages, queries.shape, tables.shape) | {"xla": attend_in_xla}
-    bound = {platform: partial(implementation, **options) for platform, implementation in implementations.items()}
+    forms = _kernels_for(pages, queries.shape, tables.shape) | {"xla": attend_in_xla}
+    bound = {platform: partial(form, options=options) for platform, form in forms.items()}
     result: Array = kernels.dispatch(queries, pages, tables, positions, **bound)
     return result
 
@@ -125,35 +113,29 @@ def _kernels_for(pages: LayerPages, queries: tuple[int, ...], tables: tuple[int,
     return {"on_tpu": _attend_on_tpu} if tpu.takes(queries, tables) else {}
 
 
-def _attend_on_cpu(queries: Array, pages: SplitPages, *arguments: Array, **options: Any) -> Array:
-    return cpu.attend(queries, pages.keys, pages.values, *arguments, **options)
+def _attend_on_cpu(queries: Array, pages: SplitPages, *arguments: Array, options: ScoreOptions) -> Array:
+    return cpu.attend(queries, pages.keys, pages.values, *arguments, options=options)
 
 
-def _attend_on_gpu(queries: Array, pages: SplitPages, *arguments: Array, **options: Any) -> Array:
+def _attend_on_gpu(queries: Array, pages: SplitPages, *arguments: Array, options: ScoreOptions) -> Array:
     if gpu.runs_here():
-        return gpu.attend(queries, pages.keys, pages.values, *arguments, **options)
-    return attend_in_xla(queries, pages, *arguments, **options)
+        return gpu.attend(queries, pages.keys, pages.values, *arguments, options=options)
+    return attend_in_xla(queries, pages, *arguments, options=options)
 
 
-def _attend_on_tpu(queries: Array, pages: JoinedPages, *arguments: Array, **options: Any) -> Array:
-    return tpu.attend(queries, pages.heads, *arguments, kv_heads=pages.kv_heads, **options)
+def _attend_on_tpu(queries: Array, pages: JoinedPages, *arguments: Array, options: ScoreOptions) -> Array:
+    return tpu.attend(queries, pages.heads, *arguments, options=options, kv_heads=pages.kv_heads)
 
 
 def attend_in_xla(
-    queries: Array,
-    pages: LayerPages,
-    tables: Array,
-    positions: Array,
-    *,
-    scale: float,
-    window: int = 0,
-    cap: float = 0.0,
+    queries: Array, pages: LayerPages, tables: Array, positions: Array, *, options: ScoreOptions
 ) -> Array:
     """`attend` on any platform, as XLA compiles it.
 
     Online softmax over pages in order (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"): a
     loop over pages from the first to the last that any query attends to.
     """
+    scale, window, cap = options
     R, T, H, E = queries.shape
     K, lanes = pages.kv_heads, pages.lanes
     G = H // K

@@ -171,11 +171,7 @@ def mapping_of(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def int_of(source: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """An integer; `default` if it is missing."""
-    value = source.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise ConfigError(f"{key} is missing")
+    value = _value_of(source, key, default)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{key} must be an integer, got {shown(value)}")
     if abs(value) >= _INTEGERS:
@@ -185,14 +181,17 @@ def int_of(source: Mapping[str, Any], key: str, default: int | None = None) -> i
 
 def float_of(source: Mapping[str, Any], key: str, default: float | None = None) -> float:
     """A number; `default` if it is missing."""
-    value = source.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise ConfigError(f"{key} is missing")
+    value = _value_of(source, key, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{key} must be a number, got {shown(value)}")
     return _finite(key, value)
+
+
+def _value_of(source: Mapping[str, Any], key: str, default: float | None) -> Any:
+    value = default if source.get(key) is None else source[key]
+    if value is None:
+        raise ConfigError(f"{key} is missing")
+    return value
 
 
 def floats_of(source: Mapping[str, Any], key: str) -> tuple[float, ...]:

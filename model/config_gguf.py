@@ -15,7 +15,7 @@ from model.config import (
     layer_count,
     shown,
 )
-from model.families import FAMILIES, Family, family_of
+from model.families import FAMILIES, Family
 from model.rope import Rope
 
 type Tensor = Callable[[str], tuple[float, ...]]
@@ -39,9 +39,10 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor: Tensor, *, has_output:
         ConfigError: names the key that is missing or not supported.
     """
     arch = metadata.get("general.architecture")
-    family = family_of(gguf_architecture=arch)
+    in_gguf = {name: row for name, row in FAMILIES.items() if row.in_gguf}
+    family = in_gguf.get(arch) if isinstance(arch, str) else None
     if family is None:
-        known = ", ".join(sorted(name for row in FAMILIES.values() for name in row.gguf_architectures))
+        known = ", ".join(sorted(in_gguf))
         raise ConfigError(f"GGUF: general.architecture {shown(arch)} is not known; known: {known}")
     key = f"{arch}.".__add__
     heads, hidden = int_of(metadata, key("attention.head_count")), int_of(metadata, key("embedding_length"))

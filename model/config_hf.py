@@ -18,7 +18,7 @@ from model.config import (
     shown,
     strings_of,
 )
-from model.families import FAMILIES, Family, family_of
+from model.families import FAMILIES, Family
 from model.rope import Rope
 
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"  # entries of `layer_types`
@@ -30,9 +30,9 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ConfigError: names the key that is missing or not supported.
     """
-    family = family_of(hf_architectures=strings_of(config, "architectures"), hf_model_type=config.get("model_type"))
+    family = _family(strings_of(config, "architectures"), config.get("model_type"))
     if family is None:
-        known = ", ".join(sorted(name for row in FAMILIES.values() for name in row.hf_architectures))
+        known = ", ".join(sorted(row.hf_architecture for row in FAMILIES.values()))
         names = shown(config.get("architectures"))
         raise ConfigError(f"config.json: architecture {names} is not known; known: {known}")
     config = {**family.hf_defaults, **config}
@@ -55,6 +55,13 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         attention_cap=float_of(config, "attn_logit_softcapping", 0.0),
         logit_cap=float_of(config, "final_logit_softcapping", 0.0),
     )
+
+
+def _family(architectures: list[str], model_type: Any) -> Family | None:
+    rows = FAMILIES.values()
+    if architectures:
+        return next((row for row in rows if row.hf_architecture in architectures), None)
+    return next((row for row in rows if model_type == (row.hf_model_type or row.name)), None)
 
 
 def _attention_scale(config: Mapping[str, Any], head_dim: int) -> float:
@@ -143,13 +150,10 @@ def _rope(config: Mapping[str, Any], kind: str, family: Family, head_dim: int) -
     if not isinstance(type_, str) or type_ not in _SCALINGS:
         known = ", ".join(_SCALINGS)
         raise ConfigError(f"config.json: {key} of type {shown(type_)} is not supported; known: {known}")
-    return _SCALINGS[type_](theta, head_dim, {**_lengths(config), **scaling})
-
-
-def _lengths(config: Mapping[str, Any]) -> dict[str, int]:
     maximum = int_of(config, "max_position_embeddings")
     original = int_of(config, "original_max_position_embeddings", maximum)
-    return {"max_position_embeddings": maximum, "original_max_position_embeddings": original}
+    lengths = {"max_position_embeddings": maximum, "original_max_position_embeddings": original}
+    return _SCALINGS[type_](theta, head_dim, {**lengths, **scaling})
 
 
 def _original(scaling: Mapping[str, Any], minimum: int = 1) -> int:

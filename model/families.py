@@ -4,7 +4,7 @@ A new family is a new row here; only a new kind of layer needs new code. Names o
 `transformers` (its modeling files), those of GGUF its specification ("standardized tensor names").
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,7 +20,6 @@ class Piece:
 
     @property
     def is_norm(self) -> bool:
-        """Whether it is a norm's weight."""
         return self.hf.endswith("norm.weight")
 
 
@@ -37,9 +36,9 @@ class Family:
     """Traits and weight table of one architecture."""
 
     name: str
-    hf_architectures: tuple[str, ...]
-    hf_model_types: tuple[str, ...]
-    gguf_architectures: tuple[str, ...]
+    hf_architecture: str
+    hf_model_type: str | None = None  # None: the family's name
+    in_gguf: bool = True  # GGUF files have an architecture of the family's name
     weights: tuple[WeightRow, ...]
     gguf_interleaved_rotary: bool = False  # q and k rows of GGUF files pair dimensions (0, 1), ours pair (0, E/2)
     qkv_bias: bool = False
@@ -53,9 +52,8 @@ class Family:
     local_theta: float | None = None  # rope theta of layers with a window; None: as in other layers
     window_flag: bool = False  # config.json's window needs `use_sliding_window`
     no_rope_period: int = 0  # every n-th layer has no rope; 0 = none
-    hf_defaults: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # defaults of transformers for keys that config.json lacks
+    # Defaults of transformers for keys that config.json lacks.
+    hf_defaults: Mapping[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()  # checkpoint tensors that are not needed
 
     @property
@@ -142,27 +140,22 @@ FAMILIES: dict[str, Family] = {
     for row in (
         Family(
             name="llama",
-            hf_architectures=("LlamaForCausalLM",),
-            hf_model_types=("llama",),
-            gguf_architectures=("llama",),
+            hf_architecture="LlamaForCausalLM",
             gguf_interleaved_rotary=True,
             weights=_model(*_NORMS, *_MATRICES),
             ignored=_IGNORED,
         ),
         Family(  # its GGUF files are of architecture "llama" and have no window
             name="mistral",
-            hf_architectures=("MistralForCausalLM",),
-            hf_model_types=("mistral",),
-            gguf_architectures=(),
+            hf_architecture="MistralForCausalLM",
+            in_gguf=False,
             weights=_model(*_NORMS, *_MATRICES),
             hf_defaults={"sliding_window": 4096, "max_position_embeddings": 4096 * 32},
             ignored=_IGNORED,
         ),
         Family(
             name="qwen2",
-            hf_architectures=("Qwen2ForCausalLM",),
-            hf_model_types=("qwen2",),
-            gguf_architectures=("qwen2",),
+            hf_architecture="Qwen2ForCausalLM",
             qkv_bias=True,
             window_flag=True,
             weights=_model(*_NORMS, *_MATRICES, _QKV_BIAS),
@@ -171,9 +164,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             name="qwen3",
-            hf_architectures=("Qwen3ForCausalLM",),
-            hf_model_types=("qwen3",),
-            gguf_architectures=("qwen3",),
+            hf_architecture="Qwen3ForCausalLM",
             qk_norm="head",
             window_flag=True,
             weights=_model(*_NORMS, *_MATRICES, *_qk_norms("E", "E")),
@@ -181,9 +172,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             name="smollm3",
-            hf_architectures=("SmolLM3ForCausalLM",),
-            hf_model_types=("smollm3",),
-            gguf_architectures=("smollm3",),
+            hf_architecture="SmolLM3ForCausalLM",
             gguf_interleaved_rotary=True,
             window_flag=True,
             no_rope_period=4,
@@ -192,9 +181,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             name="olmo2",
-            hf_architectures=("Olmo2ForCausalLM",),
-            hf_model_types=("olmo2",),
-            gguf_architectures=("olmo2",),
+            hf_architecture="Olmo2ForCausalLM",
             qk_norm="whole",
             pre_norm=False,
             post_norm=True,
@@ -203,17 +190,13 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             name="phi3",
-            hf_architectures=("Phi3ForCausalLM",),
-            hf_model_types=("phi3",),
-            gguf_architectures=("phi3",),
+            hf_architecture="Phi3ForCausalLM",
             weights=_model(*_NORMS, *_FUSED),
             hf_defaults={"rms_norm_eps": 1e-5},
         ),
         Family(
             name="gemma2",
-            hf_architectures=("Gemma2ForCausalLM",),
-            hf_model_types=("gemma2",),
-            gguf_architectures=("gemma2",),
+            hf_architecture="Gemma2ForCausalLM",
             post_norm=True,
             activation="gelu",
             scaled_embedding=True,
@@ -229,9 +212,8 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             name="gemma3",
-            hf_architectures=("Gemma3ForCausalLM",),
-            hf_model_types=("gemma3_text",),
-            gguf_architectures=("gemma3",),
+            hf_architecture="Gemma3ForCausalLM",
+            hf_model_type="gemma3_text",
             qk_norm="head",
             post_norm=True,
             activation="gelu",
@@ -244,19 +226,3 @@ FAMILIES: dict[str, Family] = {
         ),
     )
 }
-
-
-def family_of(
-    *,
-    hf_architectures: Iterable[str] = (),
-    hf_model_type: str | None = None,
-    gguf_architecture: str | None = None,
-) -> Family | None:
-    """The family with a matching name, or None."""
-    named = set(hf_architectures)
-    for row in FAMILIES.values():
-        if named & set(row.hf_architectures) or gguf_architecture in row.gguf_architectures:
-            return row
-        if not named and hf_model_type in row.hf_model_types:
-            return row
-    return None

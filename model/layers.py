@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from model.attention import attend, rotate_and_store
 from model.config import LayerKind
-from model.kernels import cpu
+from model.kernels import ScoreOptions, cpu
 from model.kernels.dispatch import Kernels
 from model.kv_cache import Addresses, LayerPages
 from model.linear import Linear, ModelSpec, all_live
@@ -144,16 +144,8 @@ class Attention(nnx.Module):
         """x [R, T, D] -> [R, T, D] and this layer's pages with the new tokens stored."""
         config, kernels, live = self.config, self.kernels, addresses.live
         queries, pages = rotate_and_store(self.heads(x, live), angles, pages, tables, positions, kernels)
-        context = attend(
-            queries,
-            pages,
-            tables,
-            positions,
-            kernels,
-            scale=config.attention_scale,
-            window=self.kind.window,
-            cap=config.attention_cap,
-        )
+        options = ScoreOptions(config.attention_scale, self.kind.window, config.attention_cap)
+        context = attend(queries, pages, tables, positions, kernels, options)
         return self.out(context, live), pages
 
     def heads(self, x: Array, live: Array | None = None) -> Array:

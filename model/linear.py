@@ -1,6 +1,6 @@
 """The one seam for weights: a linear map whose weight is plain or packed for a kernel."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -81,14 +81,13 @@ def _unpacked(x: Array, weight: cpu.Packed, live: Array) -> Array:
 def _by_blocks(x: Array, weight: cpu.Packed, live: Array) -> Array:
     """The product on an accelerator, some column blocks at a time: all in float32 would take too much memory."""
     del live
-    arrays = cpu.arrays_of(weight)
-    blocks = arrays[0].shape[0]
+    blocks = weight.data.shape[0]
     width = min(_BLOCKS, blocks)
 
     def add_blocks(i: Array, y: Array) -> Array:
         start = jnp.minimum(i * width, blocks - width)  # the last blocks may be computed twice
-        parts = tuple(jax.lax.dynamic_slice_in_dim(array, start, width) for array in arrays)
-        part = cpu.unpack(cpu.like(weight, parts, width * COLUMN_BLOCK))
+        packed = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, start, width), weight)
+        part = cpu.unpack(replace(packed, n=width * COLUMN_BLOCK))
         return jax.lax.dynamic_update_slice_in_dim(y, _dot(x.astype(part.dtype), part), start * COLUMN_BLOCK, axis=1)
 
     empty = jnp.zeros((x.shape[0], blocks * COLUMN_BLOCK), jnp.float32)

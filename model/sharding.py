@@ -25,17 +25,8 @@ from model.families import WeightRow
 from model.layout import GROUP_SIZE
 
 TENSOR = "tensor"  # the mesh axis
-# Logical axis -> mesh axis; letters as in ModelConfig.dims(). D of the residual stream and E are replicated.
-RULES: dict[str, str | None] = {
-    "V": TENSOR,
-    "F": TENSOR,
-    "FF": TENSOR,
-    "Q": TENSOR,
-    "KV": TENSOR,
-    "QKV": TENSOR,
-    "D": None,
-    "E": None,
-}
+# The sharded axes, by letters of ModelConfig.dims(); D of the residual stream and E are replicated.
+_SHARDED = {"V", "F", "FF", "Q", "KV", "QKV"}
 _LANES = 128  # a shard's vocabulary is a multiple of it: full blocks of the top-k, full words of a mask
 
 type ShardIndices = NDArray[np.int64]  # [shards, n]: the indices of an axis that each shard holds; -1 is padding
@@ -222,7 +213,7 @@ def _elements(heads: ShardIndices, size: int) -> ShardIndices:
 
 def spec_of_row(row: WeightRow) -> PartitionSpec:
     """How a weight is sharded. A packed weight's first two axes are those of the weight."""
-    return PartitionSpec(*(RULES[letter] for letter in row.pieces[0].shape))
+    return PartitionSpec(*(TENSOR if letter in _SHARDED else None for letter in row.pieces[0].shape))
 
 
 def weight_rows(config: ModelConfig) -> dict[str, WeightRow]:

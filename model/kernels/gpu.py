@@ -15,6 +15,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from model.kernels import ScoreOptions
+
 _QUERIES = 64  # queries per program: a full tile of the tensor cores, even if a decode step fills only a few rows
 _LARGE = 128  # head size above which a program has half as many queries, to fit into shared memory
 _MIN_COMPUTE_CAPABILITY = 80  # times ten, for Triton
@@ -44,28 +46,15 @@ def attend(
     tables: Array,
     positions: Array,
     *,
-    scale: float,
-    window: int = 0,
-    cap: float = 0.0,
+    options: ScoreOptions,
     interpret: bool = False,
 ) -> Array:
-    """Causal attention of each query over its row's cached tokens, itself included.
+    """`model.attention.attend` with pages keys, values [N, K, S, E] bfloat16, S a power of two.
 
     Queries and weights are float32 and enter a product as the sum of two bfloat16, which keeps 16 of their digits.
-
-    Args:
-        queries: [R, T, H, E] float32.
-        keys, values: [N, K, S, E] bfloat16 pages, S a power of two.
-        tables: [R, P] int32 pages of each row in order.
-        positions: [R, T] int32, -1 for padding.
-        scale: factor of the scores.
-        window: tokens that a query attends to, itself included; 0 = all before it.
-        cap: replaces a score by cap * tanh(score / cap); 0 = off.
-        interpret: run the kernel's operations one by one on any platform, for tests.
-
-    Returns:
-        [R, T, H * E] float32, undefined for padding.
+    `interpret` runs the kernel's operations one by one on any platform, for tests.
     """
+    scale, window, cap = options
     R, T, H, E = queries.shape
     N, K, S, _ = keys.shape
     G, P = H // K, tables.shape[1]

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
+from model.kernels import ScoreOptions
+
 _LANES = 128
 _BLOCK_PAGES = 8  # pages of keys per step of the kernel
 _MOST_TABLE_ENTRIES = 200 << 10  # of tables, which share 1 MiB of scalar memory with other data
@@ -48,26 +50,13 @@ def attend(
     tables: Array,
     positions: Array,
     *,
+    options: ScoreOptions,
     kv_heads: int,
-    scale: float,
-    window: int = 0,
-    cap: float = 0.0,
 ) -> Array:
-    """Causal attention of each query over its row's cached tokens, itself included.
+    """`model.attention.attend` with pages [N, S, 2 K', E'] bfloat16, each head's keys before its values.
 
-    Args:
-        queries: [R, T, H, E] float32; R or T is 1. Padding rows of a decode step, and padding tokens of a chunk, are
-            last.
-        pages: [N, S, 2 K', E'] bfloat16, each head's keys before its values.
-        tables: [R, P] int32 pages of each row in order.
-        positions: [R, T] int32, -1 for padding; consecutive in a chunk.
-        kv_heads: K, each shared by H / K query heads.
-        scale: factor of the scores.
-        window: tokens that a query attends to, itself included; 0 = all before it.
-        cap: replaces a score by cap * tanh(score / cap); 0 = off.
-
-    Returns:
-        [R, T, H * E] float32; zeros for padding.
+    R or T is 1. Padding rows of a decode step, and padding tokens of a chunk, are last and give zeros; positions in a
+    chunk are consecutive. `kv_heads` is K.
 
     Raises:
         ValueError: several rows of several tokens.
@@ -96,9 +85,9 @@ def attend(
         tables,
         ends,
         rows[None],
-        sm_scale=scale,
-        sliding_window=window or None,
-        soft_cap=cap or None,
+        sm_scale=options.scale,
+        sliding_window=options.window or None,
+        soft_cap=options.cap or None,
         num_kv_pages_per_block=min(_BLOCK_PAGES, tables.shape[1]),
         num_queries_per_block=_BLOCK_QUERIES,
     )

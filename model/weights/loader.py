@@ -62,9 +62,9 @@ def load_model(
 def _place(rows: Rows | Int8Rows, *, packs: bool) -> Any:
     """Put a weight on one device; `packs`: pack it if it is a matrix."""
     if isinstance(rows, Int8Rows):
-        return cpu.pack_int8_rows(rows.shape, rows.runs())
+        return cpu.pack_int8_rows(rows.shape, rows.runs)
     if packs and len(rows.shape) == 2:
-        return cpu.pack_rows(rows.shape, rows.runs())
+        return cpu.pack_rows(rows.shape, rows.runs)
     return jax.device_put(rows.read())
 
 
@@ -80,7 +80,7 @@ class _Sharder:
         row = weight_rows(self.config)[path]
         indices = TensorParallel(self.config, self.mesh.size).weight_indices(row)
         parts = (
-            _shard_int8_rows(rows, indices) if isinstance(rows, Int8Rows) else _split(rows.runs(), indices, rows.dtype)
+            _shard_int8_rows(rows, indices) if isinstance(rows, Int8Rows) else _split(rows.runs, indices, rows.dtype)
         )
         packed = []
         for part, device in zip(parts, self.mesh.devices.flat, strict=True):
@@ -116,7 +116,7 @@ def _shard_int8_rows(rows: Int8Rows, indices: tuple[ShardIndices, ...]) -> list[
     scales = _scale_indices(indices[1], width)
     scale_bytes = np.stack([2 * scales, 2 * scales + 1], axis=2).reshape(len(scales), -1)
     columns = np.concatenate([indices[1], np.where(scale_bytes < 0, -1, scale_bytes + width)], axis=1)
-    runs = (run.joined() for run in rows.runs())
+    runs = (run.joined() for run in rows.runs)
     parts = _split(runs, (indices[0], columns), np.dtype(np.int8))
     return [Int8Array.split(part, indices[1].shape[1]) for part in parts]
 

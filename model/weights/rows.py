@@ -4,7 +4,7 @@ int8: 32 elements of a row share a float16 scale, as in GGUF's Q8_0 (`block_q8_0
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -78,12 +78,12 @@ class Rows:
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    runs: Callable[[], Iterator[NDArray[Any]]]  # consecutive rows per run; the producer does not reuse the array
+    runs: Iterator[NDArray[Any]]  # consecutive rows per run; the producer does not reuse the array
 
     def read(self) -> NDArray[Any]:
         """All rows in one array, which a device takes over without a copy."""
         array, start = aligned_empty(self.shape, self.dtype), 0
-        for run in self.runs():
+        for run in self.runs:
             array[start : start + len(run)] = run
             start += len(run)
         return array
@@ -94,12 +94,12 @@ class Int8Rows:
     """A matrix's rows in order, as int8 with scales. They can be read once."""
 
     shape: tuple[int, ...]
-    runs: Callable[[], Iterator[Int8Array]]
+    runs: Iterator[Int8Array]
 
     def read(self) -> Int8Array:
         """All rows."""
         array, start = empty_int8(*self.shape), 0
-        for run in self.runs():
+        for run in self.runs:
             stop = start + len(run.values)
             array.values[start:stop], array.scales[start:stop] = run.values, run.scales
             start = stop

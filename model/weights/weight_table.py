@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -93,9 +92,9 @@ def load_weights[T](
         try:
             rows: Rows | Int8Rows
             if int8 and len(target.shape) == 2:
-                rows = Int8Rows(target.shape, partial(reader.int8_runs, target))
+                rows = Int8Rows(target.shape, _prefetch(reader.int8_runs(target)))
             else:
-                rows = Rows(target.shape, reader.dtype_of(target), partial(reader.runs, target))
+                rows = Rows(target.shape, reader.dtype_of(target), _prefetch(reader.runs(target)))
             weights[target.path] = put(target.path, rows)
         except _UnreadableError:
             continue  # read the others too, so that the list of problems is complete
@@ -138,13 +137,6 @@ class _Reader:
 
     def runs(self, target: _Target) -> Iterator[NDArray[Any]]:
         """The rows of a target, converted to its dtype."""
-        return _prefetch(self._runs(target))
-
-    def int8_runs(self, target: _Target) -> Iterator[Int8Array]:
-        """The rows of a matrix as int8."""
-        return _prefetch(self._int8_runs(target))
-
-    def _runs(self, target: _Target) -> Iterator[NDArray[Any]]:
         dtype = self.dtype_of(target)
         for part in target.parts:
             for start, stop in _runs_of(part):
@@ -154,7 +146,8 @@ class _Reader:
                 self._check(part, run, "")
                 yield run
 
-    def _int8_runs(self, target: _Target) -> Iterator[Int8Array]:
+    def int8_runs(self, target: _Target) -> Iterator[Int8Array]:
+        """The rows of a matrix as int8."""
         for part in target.parts:
             for start, stop in _runs_of(part):
                 run = self._read(part, self._checkpoint.read_int8, start, stop)

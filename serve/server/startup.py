@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from compiled.program_cache import use_persistent_cache
 from compiled.programs import Program, RefusedError, Shape
 from compiled.runner import ModelRunner
-from compiled.shapes import Buckets, SlotShape, StateShape, make_buckets
+from compiled.shapes import PENALTIES, ZERO_STATE, Buckets, make_buckets
 from compiled.state import MAX_REQUESTED_IDS
 from model.kernels.cpu.build import ensure_built
 from model.sharding import tensor_mesh
@@ -178,12 +178,7 @@ def _load_weights(files: ModelFiles, mesh: Mesh | None, reporter: Reporter) -> B
 
 def _compile(model: BoundModel, buckets: Buckets, pages: int, config: EngineConfig, reporter: Reporter) -> ModelRunner:
     # In the order in which the runner starts to compile them.
-    shapes: tuple[Shape, ...] = (
-        StateShape(pages, buckets.slots),
-        *buckets.steps(),
-        *buckets.heads(),
-        SlotShape(buckets.slots),
-    )
+    shapes: tuple[Shape, ...] = (ZERO_STATE, *buckets.steps(), *buckets.heads(), PENALTIES)
     start = time.perf_counter()
     hits: list[str] = []  # executables read from the persistent cache
 

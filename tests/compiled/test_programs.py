@@ -14,7 +14,7 @@ import pytest
 
 from compiled import programs
 from compiled.programs import Plan, Program, RefusedError, UnknownShapeError, compile_plans
-from compiled.shapes import HeadShape, SlotShape, StepShape
+from compiled.shapes import PENALTIES, HeadShape, StepShape
 from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def test_each_plan_is_compiled_once_and_told() -> None:
 
 def test_an_unknown_shape_raises() -> None:
     made = compile_plans([plan(2)])
-    for shape in (StepShape(3, 1, 1), StepShape(2, 1, 2), HeadShape(2, full=True), SlotShape(2)):
+    for shape in (StepShape(3, 1, 1), StepShape(2, 1, 2), HeadShape(2, full=True), PENALTIES):
         with pytest.raises(UnknownShapeError, match="no program was compiled"):
             made[shape]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from compiled.shapes import Buckets, HeadShape, SlotShape, StepShape, bucket, make_buckets
+from compiled.shapes import PENALTIES, Buckets, HeadShape, StepShape, bucket, make_buckets
 from model.kv_cache import PAGE_SIZE
 
 
@@ -57,7 +57,7 @@ def test_shapes_and_names() -> None:
     assert buckets.heads() == (HeadShape(8, full=False),)
     names = [step.name for step in buckets.steps()] + [head.name for head in buckets.heads()]
     assert names == ["decode_1", "decode_2", "prefill_16", "score_8"]
-    assert SlotShape(buckets.slots).name == "penalties"
+    assert PENALTIES.name == "penalties"
 
 
 def test_whole_rows_are_compiled_for_only_where_they_may_be_asked_for() -> None:

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from model.attention import attend, attend_in_xla
-from model.kernels import cpu
+from model.kernels import ScoreOptions, cpu
 from model.kernels.cpu import library
 from model.kernels.dispatch import load_kernels
 from model.kv_cache import PAGE_SIZE, SplitPages
@@ -36,7 +36,7 @@ def run(
 ) -> Floats:
     """Attention over the crowd's pages, in either form, compiled."""
     pages = (SplitPages(crowd.keys, crowd.values),) if form is attend_in_xla else (crowd.keys, crowd.values)
-    program = compiled(form, scale=queries.shape[-1] ** -0.5, window=window, cap=cap)
+    program = compiled(form, options=ScoreOptions(queries.shape[-1] ** -0.5, window, cap))
     return np.asarray(program(queries, *pages, tables, positions))
 
 
@@ -137,7 +137,7 @@ def test_many_calls_at_once() -> None:
     """Independent calls share XLA's threads: none may wait for a task that another one keeps from starting."""
     rows = crowd((14, 2, 64), (256,))
     args = (rows.queries, rows.keys, rows.values, rows.tables, rows.positions(0, 0, 256))
-    calls = jax.jit(lambda *args: [cpu.attend(args[0] + i, *args[1:], scale=0.125) for i in range(12)])
+    calls = jax.jit(lambda *args: [cpu.attend(args[0] + i, *args[1:], options=ScoreOptions(0.125)) for i in range(12)])
     first = [np.asarray(out) for out in calls(*args)]
     with ThreadPoolExecutor(8) as pool:
         for outs in pool.map(lambda _: calls(*args), range(40)):
@@ -155,7 +155,7 @@ def test_an_address_outside_the_cache_is_an_error(table: list[list[int]], positi
             pages,
             jnp.asarray(table, jnp.int32),
             jnp.asarray([[position]], jnp.int32),
-            scale=1.0,
+            options=ScoreOptions(1.0),
         ).block_until_ready()
 
 
@@ -163,17 +163,17 @@ def test_pages_of_another_size_are_an_error() -> None:
     pages = jnp.zeros((2, 1, 32, 8))
     zero = jnp.zeros((1, 1), jnp.int32)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"\[N, K, 64, E\]"):
-        cpu.attend(jnp.zeros((1, 1, 1, 8)), pages, pages, zero, zero, scale=1.0).block_until_ready()
+        cpu.attend(jnp.zeros((1, 1, 1, 8)), pages, pages, zero, zero, options=ScoreOptions(1.0)).block_until_ready()
 
 
 @pytest.mark.parametrize(("platform", "holds"), [("cpu", True), ("tpu", False), ("cuda", False)])
 def test_the_platform_that_is_compiled_for_decides(platform: str, holds: bool) -> None:
     rows = crowd((14, 2, 64), (20,), "float32")
-    traced = jax.jit(partial(attend, kernels=load_kernels(), scale=0.125)).trace(
+    traced = jax.jit(partial(attend, kernels=load_kernels(), options=ScoreOptions(0.125))).trace(
         rows.queries, SplitPages(rows.keys, rows.values), rows.tables, rows.positions(0, 0, 20)
     )
     text = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert (library.ATTENTION_TARGET in text) is holds
+    assert (library.Target.ATTENTION in text) is holds
     assert text.count("HIGHEST") == (0 if holds else 4)  # both operands of both products, which they would round
 
 
@@ -184,7 +184,7 @@ def test_a_gpu_has_a_kernel_of_its_own_for_bfloat16(dtype: str, head_dim: int, *
     rows = crowd((2, 1, head_dim), (20,), dtype)
     h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("tensor",), abstract_device=h100)):
-        traced = jax.jit(partial(attend, kernels=load_kernels(), scale=0.125)).trace(
+        traced = jax.jit(partial(attend, kernels=load_kernels(), options=ScoreOptions(0.125))).trace(
             rows.queries, SplitPages(rows.keys, rows.values), rows.tables, rows.positions(0, 0, 20)
         )
         text = traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -45,7 +45,7 @@ def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
 
 def on_path(path: str, x: jax.Array, weight: cpu.PackedWeight) -> np.ndarray:
     call = jax.ffi.ffi_call(
-        f"{library.LINEAR_TARGET}_{path}", jax.ShapeDtypeStruct((x.shape[0], weight.n), jnp.float32)
+        f"{library.Target.LINEAR}_{path}", jax.ShapeDtypeStruct((x.shape[0], weight.n), jnp.float32)
     )
     return np.asarray(call(x, weight.data, jnp.int32(x.shape[0])))
 
@@ -183,7 +183,7 @@ def test_packed_weights_have_a_form_for_every_platform(rows: int) -> None:
     product, kernels = jax.jit(matmul, static_argnums=2), load_kernels()
     for other in ("tpu", "cuda"):
         assert "logprobd" not in product.trace(x, weight, kernels).lower(lowering_platforms=(other,)).as_text()
-    assert library.LINEAR_TARGET in product.trace(x, weight, kernels).lower(lowering_platforms=("cpu",)).as_text()
+    assert library.Target.LINEAR in product.trace(x, weight, kernels).lower(lowering_platforms=("cpu",)).as_text()
     in_kernel = np.asarray(product(x, weight, kernels))
     np.testing.assert_array_equal(matmul(x, weight, Kernels()), matmul(x, w, Kernels()))
     np.testing.assert_allclose(matmul(x, weight, Kernels()), in_kernel, rtol=0, atol=1e-4)

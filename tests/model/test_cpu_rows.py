@@ -224,4 +224,4 @@ def test_the_platform_that_is_compiled_for_decides(platform: str, holds: bool) -
     traced = jax.jit(rotate_and_store, static_argnums=5).trace(
         jnp.zeros((1, 1, 3, 8)), rotary_angles(at, 8, ROPE), SplitPages(pages, pages), at, at, load_kernels()
     )
-    assert (library.ROTATE_TARGET in traced.lower(lowering_platforms=(platform,)).as_text()) is holds
+    assert (library.Target.ROTATE in traced.lower(lowering_platforms=(platform,)).as_text()) is holds

@@ -23,7 +23,7 @@ CASES = sorted(tiny_configs().keys() - {"mistral"})  # whose GGUF files are llam
 def write_gguf(path: Path, hf: dict[str, Any], weights: dict[str, NDArray[np.float32]], config: ModelConfig) -> Path:
     """As llama.cpp's converter writes it."""
     family = config.traits
-    arch = family.gguf_architectures[0]
+    arch = family.name
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

@@ -16,7 +16,7 @@ from jax._src import literals
 from jax.experimental import pallas as pl
 
 from model.attention import attend_in_xla
-from model.kernels import gpu, tpu
+from model.kernels import ScoreOptions, gpu, tpu
 from model.kv_cache import PAGE_SIZE, Addresses, CacheLayout, JoinedPages, LayerPages, SplitPages
 from model.sharding import TensorParallel
 from tests.support.crowd import Crowd, Floats, compiled, crowd
@@ -45,18 +45,18 @@ def joined(rows: Crowd) -> JoinedPages:
 
 
 def in_xla(rows: Crowd, queries: Floats, tables: Any, positions: Any, **kind: Any) -> Floats:
-    form = compiled(attend_in_xla, scale=queries.shape[-1] ** -0.5, **kind)
+    form = compiled(attend_in_xla, options=ScoreOptions(queries.shape[-1] ** -0.5, **kind))
     return np.asarray(form(queries, SplitPages(rows.keys, rows.values), tables, positions))
 
 
 def on_gpu(rows: Crowd, queries: Floats, tables: Any, positions: Any, **kind: Any) -> Floats:
-    form = compiled(gpu.attend, scale=queries.shape[-1] ** -0.5, interpret=True, **kind)
+    form = compiled(gpu.attend, options=ScoreOptions(queries.shape[-1] ** -0.5, **kind), interpret=True)
     return np.asarray(form(queries, rows.keys, rows.values, tables, positions))
 
 
 def on_tpu(rows: Crowd, queries: Floats, tables: Any, positions: Any, **kind: Any) -> Floats:
     pages = joined(rows)
-    form = compiled(tpu.attend, kv_heads=pages.kv_heads, scale=queries.shape[-1] ** -0.5, **kind)
+    form = compiled(tpu.attend, kv_heads=pages.kv_heads, options=ScoreOptions(queries.shape[-1] ** -0.5, **kind))
     return np.asarray(form(queries, pages.heads, tables, positions))
 
 
@@ -165,7 +165,7 @@ def test_xla_reads_pages_of_either_kind(layout: str) -> None:
     fill = ((0, 0),) * 3 + ((0, 64 if "lanes" in layout else 0),)
     split = SplitPages(jnp.pad(rows.keys, fill), jnp.pad(rows.values, fill))
     pages: LayerPages = joined(rows) if layout == "joined" else split
-    ours = compiled(attend_in_xla, scale=0.125)(queries, pages, rows.tables, positions)
+    ours = compiled(attend_in_xla, options=ScoreOptions(0.125))(queries, pages, rows.tables, positions)
     np.testing.assert_allclose(ours, in_xla(rows, queries, rows.tables, positions), rtol=0, atol=1e-6)
 
 

@@ -14,6 +14,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from model.attention import attend, rotary_angles, rotate
+from model.kernels import ScoreOptions
 from model.kernels.dispatch import load_kernels
 from model.kv_cache import PagedCache, SplitPages, addresses_of
 from model.layers import Attention
@@ -122,6 +123,7 @@ def trace_attention(
     config = attention.config
     at = addresses_of(tables, positions)
     q, k, v = jnp.split(attention.heads(x), (config.num_heads, config.num_heads + config.num_kv_heads), axis=2)
+    options = ScoreOptions(config.attention_scale, attention.kind.window, config.attention_cap)
     q_rotated, k_rotated = rotate(q, *angles), rotate(k, *angles)
     stored = pages.store(k_rotated, v, at)
     return {
@@ -130,16 +132,7 @@ def trace_attention(
         "attention.v": v,
         "attention.q_rotated": q_rotated,
         "attention.k_rotated": k_rotated,
-        "attention.heads": attend(
-            q_rotated,
-            stored,
-            tables,
-            positions,
-            attention.kernels,
-            scale=config.attention_scale,
-            window=attention.kind.window,
-            cap=config.attention_cap,
-        ),
+        "attention.heads": attend(q_rotated, stored, tables, positions, attention.kernels, options),
     }
 
 

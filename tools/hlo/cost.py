@@ -4,14 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from model.kernels.cpu.library import (
-    ATTENTION_TARGET,
-    LINEAR_INT8_TARGET,
-    LINEAR_TARGET,
-    ROTATE_TARGET,
-    SCORE_INT8_TARGET,
-    SCORE_TARGET,
-)
+from model.kernels.cpu.library import Target
 from tools.hlo.parse import Computation, Instruction, array_sizes, bits, dims
 
 _TAKES = frozenset({"gather", "dynamic-slice", "slice"})
@@ -76,10 +69,10 @@ def flops_of(computations: dict[str, Computation], computation: Computation, ins
             labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)
             outputs = kernel[labels[1].index("o")] if labels else 1
             return 2 * math.prod(dims(instruction.shape)) * math.prod(kernel) // outputs
-        case "custom-call" if _is_call_of(instruction, SCORE_TARGET, SCORE_INT8_TARGET):
+        case "custom-call" if _is_call_of(instruction, Target.SCORE, Target.SCORE_INT8):
             vocab = re.search(r"vocab = (\d+)", instruction.attributes)
             return 2 * math.prod(dims(computation[instruction.operands[0]].shape)) * int(vocab[1] if vocab else 0)
-        case "custom-call" if _is_call_of(instruction, LINEAR_TARGET, LINEAR_INT8_TARGET):
+        case "custom-call" if _is_call_of(instruction, Target.LINEAR, Target.LINEAR_INT8):
             # x [M, K] and a packed weight give [M, N]: see model/kernels/cpu/linear.py.
             return 2 * math.prod(dims(instruction.shape)) * dims(computation[instruction.operands[0]].shape)[1]
     return 0
@@ -89,7 +82,7 @@ def _attention(instruction: Instruction) -> _AttentionCall | None:
     """Return the attention kernel that an instruction calls: CPU, Triton (NVIDIA) or TPU."""
     if instruction.opcode != "custom-call":
         return None
-    if _is_call_of(instruction, ATTENTION_TARGET):
+    if _is_call_of(instruction, Target.ATTENTION):
         return _AttentionCall(queries=0, tables=3, pages=(1, 2), page_axis=2)
     if "/logprobd_attention/" in instruction.op_name:
         return _AttentionCall(queries=0, tables=2, pages=(3, 4), page_axis=2)
@@ -118,7 +111,7 @@ def _read(computation: Computation, user: Instruction, i: int) -> int:
         return min(sum(array_sizes(user.shape)), source.traffic)
     if (user.opcode == "dynamic-update-slice" and i == 0) or (user.opcode == "scatter" and i < len(user.operands) // 2):
         return 0  # updated in place
-    if _is_call_of(user, ROTATE_TARGET) and i in _ROTATED_PAGES:
+    if _is_call_of(user, Target.ROTATE) and i in _ROTATED_PAGES:
         return 0  # updated in place
     if (attention := _attention(user)) and i in attention.pages:
         return attention.moved(computation, user) if i == attention.pages[0] else 0
@@ -138,7 +131,7 @@ def _written(computation: Computation, writer: Instruction) -> int:
         case "scatter":
             updates = sources[len(sources) // 2 + 1 :]
             return min(sum(sum(array_sizes(update.shape)) for update in updates), writer.traffic)
-        case "custom-call" if _is_call_of(writer, ROTATE_TARGET):
+        case "custom-call" if _is_call_of(writer, Target.ROTATE):
             return _rotated(sources)
     return writer.traffic
 

@@ -81,7 +81,8 @@ def reports(
         TargetError: a name in `only` is unknown.
     """
     state = state_shapes(model, buckets, pages=pages)
-    plans = {plan.shape.name: plan for plan in (*make_plans(model, buckets, state, _ALTERNATIVES), state_plan(state))}
+    made = (*make_plans(model, buckets, state, _ALTERNATIVES), state_plan(model, state))
+    plans = {plan.shape.name: plan for plan in made}
     for name in only:
         if name not in plans:
             raise TargetError(f"--program {name}: unknown; known: {', '.join(plans)}")

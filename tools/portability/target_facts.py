@@ -8,9 +8,10 @@ import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -77,8 +78,8 @@ def _int8(leaf: Any) -> Any:
     n, k = leaf.shape
     like = cpu.pack_int8(np.zeros((32, k), np.int8), np.zeros((32, -(-k // 32)), np.float16))
     blocks = -(-n // 32)
-    data, scales = (leaf.update(shape=(blocks, *array.shape[1:]), dtype=array.dtype) for array in cpu.arrays_of(like))
-    return cpu.like(like, (data, scales), n)
+    packed = jax.tree.map(lambda array: leaf.update(shape=(blocks, *array.shape[1:]), dtype=array.dtype), like)
+    return replace(packed, n=n)
 
 
 def facts(found: Report | Rejection) -> dict[str, Any]:

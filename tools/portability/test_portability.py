@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compiled.shapes import HeadShape, SlotShape, StepShape
+from compiled.shapes import PENALTIES, HeadShape, StepShape
 from model.config_hf import config_from_hf
 from model.weights.loader import abstract_model
 from tools.portability import roofline
@@ -184,7 +184,7 @@ def test_work_of_prefill_and_score() -> None:
     assert block is not None
     assert prefill.flops == 256 * (decode.flops - 2 * 151_936 * 896)
     assert block.flops == 64 * 2 * 151_936 * 896
-    assert work_of(qwen(), SlotShape(17), context=0) is None
+    assert work_of(qwen(), PENALTIES, context=0) is None
 
 
 def test_work_on_a_tpu_counts_no_padding() -> None:

@@ -3,47 +3,24 @@
 They know arrays, not models. Their functions may be called once `load()` has registered them.
 """
 
-from model.kernels.cpu.attention import attend
-from model.kernels.cpu.head import normalizer, score, token_logprobs
-from model.kernels.cpu.library import CpuKernels, load
-from model.kernels.cpu.linear import (
-    Packed,
-    PackedInt8,
-    PackedWeight,
-    arrays_of,
-    like,
-    linear,
-    pack,
-    pack_int8,
-    pack_int8_rows,
-    pack_rows,
-    unpack,
-    unpack_rows,
-)
-from model.kernels.cpu.rows import geglu, rms_norm, rotate_and_store, soft_cap, swiglu
-
-__all__ = [
-    "CpuKernels",
-    "Packed",
-    "PackedInt8",
-    "PackedWeight",
-    "arrays_of",
-    "attend",
-    "geglu",
-    "like",
-    "linear",
-    "load",
-    "normalizer",
-    "pack",
-    "pack_int8",
-    "pack_int8_rows",
-    "pack_rows",
-    "rms_norm",
-    "rotate_and_store",
-    "score",
-    "soft_cap",
-    "swiglu",
-    "token_logprobs",
-    "unpack",
-    "unpack_rows",
-]
+from model.kernels.cpu.attention import attend as attend
+from model.kernels.cpu.head import normalizer as normalizer
+from model.kernels.cpu.head import score as score
+from model.kernels.cpu.head import token_logprobs as token_logprobs
+from model.kernels.cpu.library import CpuKernels as CpuKernels
+from model.kernels.cpu.library import load as load
+from model.kernels.cpu.linear import Packed as Packed
+from model.kernels.cpu.linear import PackedInt8 as PackedInt8
+from model.kernels.cpu.linear import PackedWeight as PackedWeight
+from model.kernels.cpu.linear import linear as linear
+from model.kernels.cpu.linear import pack as pack
+from model.kernels.cpu.linear import pack_int8 as pack_int8
+from model.kernels.cpu.linear import pack_int8_rows as pack_int8_rows
+from model.kernels.cpu.linear import pack_rows as pack_rows
+from model.kernels.cpu.linear import unpack as unpack
+from model.kernels.cpu.linear import unpack_rows as unpack_rows
+from model.kernels.cpu.rows import geglu as geglu
+from model.kernels.cpu.rows import rms_norm as rms_norm
+from model.kernels.cpu.rows import rotate_and_store as rotate_and_store
+from model.kernels.cpu.rows import soft_cap as soft_cap
+from model.kernels.cpu.rows import swiglu as swiglu

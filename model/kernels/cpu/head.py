@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from model.kernels.cpu.library import LOGPROBS_TARGET, SCORE_INT8_TARGET, SCORE_TARGET
-from model.kernels.cpu.linear import Packed, PackedWeight, arrays_of, check_input
+from model.kernels.cpu.library import Target
+from model.kernels.cpu.linear import Packed, PackedWeight, check_input
 from model.token_logprobs import TokenLogprobs
 
 jax.tree_util.register_dataclass(TokenLogprobs)
@@ -26,14 +26,14 @@ def token_logprobs(logits: Array, ids: Array, requested_ids: Array, live: Array,
         live: [] int32, number of rows before the padding.
         k: at most V.
     """
-    return TokenLogprobs(*_call(LOGPROBS_TARGET, requested_ids, k)(logits, ids, requested_ids, live)[:-1])
+    return TokenLogprobs(*_call(Target.LOGPROBS, requested_ids, k)(logits, ids, requested_ids, live)[:-1])
 
 
 def normalizer(logits: Array, live: Array) -> Array:
     """log(sum(exp(logits))) [R] float32 of each row of logits [R, V]: the one that `token_logprobs` subtracts."""
     R = logits.shape[0]
     ids, requested_ids = jnp.zeros((R,), jnp.int32), jnp.zeros((R, 0), jnp.int32)
-    return _call(LOGPROBS_TARGET, requested_ids, 0)(logits, ids, requested_ids, live)[-1]
+    return _call(Target.LOGPROBS, requested_ids, 0)(logits, ids, requested_ids, live)[-1]
 
 
 def score(
@@ -43,12 +43,14 @@ def score(
 
     No full row of logits is stored: a thread holds 1,024 columns at a time. A positive `cap` bounds the logits as
     `soft_cap` does.
+
+    Raises:
         TypeError, ValueError: hidden has another dtype or width.
     """
     check_input(hidden, weight)
-    call = _call(SCORE_TARGET if isinstance(weight, PackedWeight) else SCORE_INT8_TARGET, requested_ids, k)
+    call = _call(Target.SCORE if isinstance(weight, PackedWeight) else Target.SCORE_INT8, requested_ids, k)
     attributes = {"vocab": np.int64(weight.n), "cap": np.float32(cap)}
-    return TokenLogprobs(*call(hidden, *arrays_of(weight), ids, requested_ids, live, **attributes)[:-1])
+    return TokenLogprobs(*call(hidden, *jax.tree.leaves(weight), ids, requested_ids, live, **attributes)[:-1])
 
 
 def _call(target: str, requested_ids: Array, k: int) -> Callable[..., Sequence[Array]]:

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import jax
@@ -13,30 +14,23 @@ import jaxlib.version
 from model.layout import COLUMN_BLOCK, GROUP_SIZE, PAGE_SIZE
 from model.private_files import is_private
 
-LINEAR_TARGET = "logprobd_linear"
-LINEAR_INT8_TARGET = "logprobd_linear_int8"
-ATTENTION_TARGET = "logprobd_attention"
-NORM_TARGET = "logprobd_norm"
-SWIGLU_TARGET = "logprobd_swiglu"
-GEGLU_TARGET = "logprobd_geglu"
-SOFT_CAP_TARGET = "logprobd_soft_cap"
-ROTATE_TARGET = "logprobd_rotate"
-LOGPROBS_TARGET = "logprobd_logprobs"
-SCORE_TARGET = "logprobd_score"
-SCORE_INT8_TARGET = "logprobd_score_int8"
-TARGETS = (
-    LINEAR_TARGET,
-    LINEAR_INT8_TARGET,
-    ATTENTION_TARGET,
-    NORM_TARGET,
-    SWIGLU_TARGET,
-    GEGLU_TARGET,
-    SOFT_CAP_TARGET,
-    ROTATE_TARGET,
-    LOGPROBS_TARGET,
-    SCORE_TARGET,
-    SCORE_INT8_TARGET,
-)
+
+class Target(StrEnum):
+    """Names of the kernels in the library and in compiled programs."""
+
+    LINEAR = "logprobd_linear"
+    LINEAR_INT8 = "logprobd_linear_int8"
+    ATTENTION = "logprobd_attention"
+    NORM = "logprobd_norm"
+    SWIGLU = "logprobd_swiglu"
+    GEGLU = "logprobd_geglu"
+    SOFT_CAP = "logprobd_soft_cap"
+    ROTATE = "logprobd_rotate"
+    LOGPROBS = "logprobd_logprobs"
+    SCORE = "logprobd_score"
+    SCORE_INT8 = "logprobd_score_int8"
+
+
 # Instruction sets, the best first, and their compiler flags: a library is built for each.
 INSTRUCTION_SETS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c", "-mpopcnt", "-mbmi"),
@@ -64,7 +58,7 @@ class CpuKernels:
 
     digest: str  # of its sources and flags
     instruction_set: str
-    paths: tuple[str, ...]  # of the linear kernel; each is also a target, LINEAR_TARGET_path
+    paths: tuple[str, ...]  # of the linear kernel; each is also a target, logprobd_linear_PATH
 
 
 @functools.cache
@@ -120,6 +114,6 @@ def load() -> CpuKernels | None:
 
 def _register(library: ctypes.CDLL, instruction_set: str) -> CpuKernels:
     paths = PATHS if library.logprobd_has_pairs() else ("floats",)
-    for name in (*TARGETS, *(f"{LINEAR_TARGET}_{path}" for path in paths)):
+    for name in (*Target, *(f"{Target.LINEAR}_{path}" for path in paths)):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return CpuKernels(digest(), instruction_set, paths)

@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from numpy.typing import NDArray
 
-from model.kernels.cpu.library import LINEAR_INT8_TARGET, LINEAR_TARGET
+from model.kernels.cpu.library import Target
 from model.layout import COLUMN_BLOCK, GROUP_SIZE
 from model.weights.rows import Int8Array, aligned_empty
 
@@ -140,21 +140,9 @@ def linear(x: Array, weight: Packed, out_dtype: DTypeLike = jnp.float32, *, live
     """
     check_input(x, weight)
     live = jnp.int32(x.shape[0]) if live is None else live
-    target = LINEAR_TARGET if isinstance(weight, PackedWeight) else LINEAR_INT8_TARGET
+    target = Target.LINEAR if isinstance(weight, PackedWeight) else Target.LINEAR_INT8
     call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((x.shape[0], weight.n), out_dtype))
-    return call(x, *arrays_of(weight), live)
-
-
-def arrays_of(weight: Packed) -> tuple[Array, ...]:
-    """A weight's operands of a foreign call."""
-    return (weight.data,) if isinstance(weight, PackedWeight) else (weight.data, weight.scales)
-
-
-def like(weight: Packed, arrays: tuple[Array, ...], n: int) -> Packed:
-    """A weight of n rows of the same kind and width as `weight`, from its operands."""
-    if isinstance(weight, PackedWeight):
-        return PackedWeight(arrays[0], n, weight.k)
-    return PackedInt8(arrays[0], arrays[1], n, weight.k)
+    return call(x, *jax.tree.leaves(weight), live)
 
 
 def check_input(x: Array, weight: Packed) -> None:

@@ -9,34 +9,28 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from model.kernels.cpu.library import (
-    GEGLU_TARGET,
-    NORM_TARGET,
-    ROTATE_TARGET,
-    SOFT_CAP_TARGET,
-    SWIGLU_TARGET,
-)
+from model.kernels.cpu.library import Target
 
 
 def rms_norm(x: Array, weight: Array, live: Array, *, epsilon: float, dtype: DTypeLike) -> Array:
     """x / sqrt(mean(x^2) + epsilon) * weight: x [M, D] and weight [D] float32 -> [M, D], rounded to dtype."""
-    call = jax.ffi.ffi_call(NORM_TARGET, jax.ShapeDtypeStruct(x.shape, dtype))
+    call = jax.ffi.ffi_call(Target.NORM, jax.ShapeDtypeStruct(x.shape, dtype))
     return call(x, weight, live, epsilon=np.float32(epsilon))
 
 
 def swiglu(gate_up: Array, live: Array, *, dtype: DTypeLike) -> Array:
     """silu(gate) * up: gate_up [M, 2 F] float32, gate first -> [M, F], rounded to dtype."""
-    return _gated(SWIGLU_TARGET, gate_up, live, dtype)
+    return _gated(Target.SWIGLU, gate_up, live, dtype)
 
 
 def geglu(gate_up: Array, live: Array, *, dtype: DTypeLike) -> Array:
     """gelu(gate) * up, gelu by its tanh approximation; as `swiglu`."""
-    return _gated(GEGLU_TARGET, gate_up, live, dtype)
+    return _gated(Target.GEGLU, gate_up, live, dtype)
 
 
 def soft_cap(x: Array, live: Array, *, cap: float) -> Array:
     """cap * tanh(x / cap): x [M, N] float32 -> [M, N]."""
-    return jax.ffi.ffi_call(SOFT_CAP_TARGET, jax.ShapeDtypeStruct(x.shape, x.dtype))(x, live, cap=np.float32(cap))
+    return jax.ffi.ffi_call(Target.SOFT_CAP, jax.ShapeDtypeStruct(x.shape, x.dtype))(x, live, cap=np.float32(cap))
 
 
 def _gated(target: str, gate_up: Array, live: Array, dtype: DTypeLike) -> Array:
@@ -62,6 +56,6 @@ def rotate_and_store(
     R, T, all_heads, E = heads.shape
     results = (jax.ShapeDtypeStruct((R, T, all_heads - 2 * keys.shape[1], E), jnp.float32), keys, values)
     shapes = tuple(jax.ShapeDtypeStruct(result.shape, result.dtype) for result in results)
-    call = jax.ffi.ffi_call(ROTATE_TARGET, shapes, input_output_aliases={3: 1, 4: 2})
+    call = jax.ffi.ffi_call(Target.ROTATE, shapes, input_output_aliases={3: 1, 4: 2})
     queries, keys, values = call(heads, cos, sin, keys, values, tables, positions)
     return queries, keys, values

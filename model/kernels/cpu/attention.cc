@@ -1,9 +1,8 @@
-// Attention over pages as a handler of XLA's foreign function interface. attention.h has the arithmetic and its
-// promise.
+// Attention over pages as a handler of XLA's foreign function interface. The arithmetic is in attention.h.
 
 #include "attention.h"
 
-#include "outcome.h"
+#include "handlers.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -14,9 +13,9 @@ using namespace LOGPROBD_NAMESPACE;
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kMinWorkToShare = 1 << 15;  // multiply-adds; waking a thread takes longer than fewer
+constexpr int64_t kMinWorkToShare = 1 << 15;  // multiply-adds; fewer take less time than waking a thread
 
-// Multiply-adds of a call at most, from the longest row.
+// Upper bound of a call's multiply-adds, from its longest row.
 int64_t WorkOf(const Pages& p) {
   const int64_t tokens = p.rows * p.tokens;
   const int64_t longest = tokens > 0 ? *std::max_element(p.positions, p.positions + tokens) + 1 : 0;
@@ -33,7 +32,7 @@ bool AttendAll(ffi::ThreadPool pool, const Pages& pages) {
     const int64_t widest = std::min(kQueryTokens, pages.tokens) * (pages.heads / pages.kv_heads);
     const Scratch scratch(widest, pages.size);
     for (int64_t i = first; i < last; ++i) {
-      const int64_t block = blocks - 1 - i % blocks;  // the last tokens see most: the longest units come first
+      const int64_t block = blocks - 1 - i % blocks;  // the last tokens attend to the most keys: longest units first
       const Unit unit = {i / blocks / pages.kv_heads, i / blocks % pages.kv_heads, block * kQueryTokens,
                          std::min(pages.tokens, (block + 1) * kQueryTokens)};
       Attend<Element>(pages, unit, scratch);
@@ -41,7 +40,7 @@ bool AttendAll(ffi::ThreadPool pool, const Pages& pages) {
   });
 }
 
-// Every address that the call will read: ids within the cache, positions within the tables.
+// True if all addresses that the call reads are valid: ids in the cache, positions in the tables.
 bool InBounds(const Pages& p) {
   for (int64_t row = 0; row < p.rows; ++row) {
     const int32_t* positions = p.positions + row * p.tokens;

@@ -1,10 +1,10 @@
 // The arithmetic of attention.cc: causal attention of a block of queries over the pages of one row and key/value head.
 //
-// The promise: a query's result depends on its own values and on its row's keys and values alone. Pages come in order,
-// a page has the same 64 places for every caller, and each sum runs in one fixed order: a score over the head's
+// Determinism: a query's result depends only on its own values and on its row's keys and values. Pages come in order, a
+// page has the same 64 slots for every caller, and each sum runs in one fixed order: a score over the head's
 // elements ascending, an output over the page's keys ascending, by one fused multiply-add each. So a query has the same
-// bits in a prefill chunk of any size, in a decode step of any number of rows, and beside any padding.
-// A key that a query must not see has weight +0, which changes no sum.
+// bits in a prefill chunk of any size, in a decode step of any number of rows, and with any padding.
+// A masked key has weight +0, which changes no sum.
 //
 // Online softmax over pages: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
 
@@ -33,9 +33,9 @@ struct Pages {
   const void* values;        // [N, K, S, E]
   float* out;                // [R, T, H * E]
   int64_t rows, tokens, heads, kv_heads, size, table, pages;
-  int64_t window;  // keys that a query sees, itself included; 0 = all
+  int64_t window;  // keys that a query attends to, itself included; 0 = all
   float scale;     // of a score
-  float cap;       // cap * tanh(score / cap) stands for a score; 0 = as it is
+  float cap;       // replaces a score by cap * tanh(score / cap); 0 = off
 };
 
 struct Unit {
@@ -46,7 +46,7 @@ struct alignas(64) Line {
   float lane[kLanes];
 };
 
-// What a thread needs for one unit after the other. Ep is E rounded up to whole vectors.
+// Buffers of one thread, reused for all its units. Ep is E rounded up to whole vectors.
 class Scratch {
  public:
   Scratch(int64_t queries, int64_t size)
@@ -73,17 +73,17 @@ class Scratch {
   float* weight;  // [Q, S] scores, then exp(score - best)
   float* total;   // [Q, 16] sums of weights, by lane
   float* best;    // [Q] the best score so far
-  float* scale;   // [Q] what the page before it is worth now
+  float* scale;   // [Q] factor of the sums over earlier pages
 
  private:
   std::vector<Line> lines_;
 };
 
-// The first `valid` places of a page as floats; zeros after them, whatever an earlier owner left there.
+// Converts the first `valid` slots of a page to floats. Later slots may hold values of an earlier owner: zeros.
 template <typename Element>
 void Convert(const Element* keys, const Element* values, int64_t size, int64_t valid, const Scratch& to) {
   for (int64_t s = 0; s < kPage; s += kLanes) {
-    for (int64_t e = 0; e < size; e += 2) {  // heads have an even size: rotary embedding asks for it
+    for (int64_t e = 0; e < size; e += 2) {  // rotary embedding requires an even head size
       const Pairs both = GatherPairs(keys + s * size + e, size, valid - s);
       Store(to.keys + e * kPage + s, both.first);
       Store(to.keys + (e + 1) * kPage + s, both.second);
@@ -96,7 +96,7 @@ void Convert(const Element* keys, const Element* values, int64_t size, int64_t v
   }
 }
 
-// Scores of kRows queries against kVectors times 16 places of a page, from the place `first` on.
+// Scores of kRows queries against kVectors times 16 slots of a page, from slot `first` on.
 template <int kRows, int kVectors>
 LOGPROBD_INLINE void ScoresOf(int64_t query, int64_t first, int64_t size, const Scratch& scratch) {
   Floats acc[kRows][kVectors];
@@ -205,7 +205,7 @@ LOGPROBD_INLINE void ForTiles(int64_t queries, Tile tile) {
 
 // The queries of a unit and their positions, by [token, head of the group].
 struct Queries {
-  int64_t group, count, first, last;  // first and last: the lowest and highest position, -1 where all are padding
+  int64_t group, count, first, last;  // first and last: the lowest and highest position, -1 if all are padding
   const int32_t* positions;           // [tokens]
   int64_t position(int64_t query) const { return positions[query / group]; }
 };
@@ -240,7 +240,7 @@ inline void Finish(const Pages& p, const Unit& unit, const Queries& queries, con
     const bool padding = queries.position(q) < 0;
     const Floats total = Fill(padding ? 1.0f : SumOf(Load(scratch.total + q * kLanes)));
     for (int64_t e = 0; e < p.size; e += kLanes) {
-      // + 0, since a weight of +0 may have turned a sum's -0 to +0.
+      // + 0, since a weight of +0 may have turned a -0 sum into +0.
       const Floats mean = Div(Load(scratch.sum + q * scratch.padded + e), total);
       StoreSome(to + e, p.size - e, Add(mean, Zeros()));
     }

@@ -8,10 +8,9 @@
 #include <optional>
 #include <utility>
 
-#include "outcome.h"
+#include "handlers.h"
 #include "parallel.h"
 #include "rows.h"
-#include "weight.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {

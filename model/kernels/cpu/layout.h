@@ -1,4 +1,4 @@
-// Sizes of memory layouts that the kernels share with Python: model/layout.py defines them, library.py passes them on.
+// Sizes of memory layouts, shared with Python: model/layout.py defines them, library.py passes them to the compiler.
 
 #pragma once
 

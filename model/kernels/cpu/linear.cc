@@ -1,14 +1,12 @@
 // y[M, N] = x[M, K] W[N, K]^T for bfloat16 x and a packed W, bfloat16 or int8, as handlers of XLA's foreign function
-// interface. tiles.h has the layout of W, the arithmetic and its promise; parallel.h shares a call among XLA's own
-// threads.
+// interface. The layout of W and the arithmetic are in tiles.h.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 
-#include "outcome.h"
+#include "handlers.h"
 #include "parallel.h"
-#include "weight.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -18,8 +16,8 @@ using namespace LOGPROBD_NAMESPACE;
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kMinBytesToShare = 1 << 16;  // waking a thread takes longer than reading less of W than this
-constexpr int64_t kMaxRowsAlone = 16;          // or than the arithmetic of so few rows
+constexpr int64_t kMinBytesToShare = 1 << 16;  // reading less of W takes less time than waking a thread
+constexpr int64_t kMaxRowsAlone = 16;          // so does the arithmetic of up to this many rows
 
 int64_t Threads(const Problem& p, int64_t in_pool) {
   const int64_t bytes = p.blocks * p.stride * static_cast<int64_t>(sizeof(*p.w));
@@ -27,7 +25,7 @@ int64_t Threads(const Problem& p, int64_t in_pool) {
   return std::max<int64_t>(1, std::min(in_pool, p.blocks));
 }
 
-// y = x W^T, once the shapes of w are known to fit k and n.
+// y = x W^T.
 ffi::Error Run(TileTable tiles, ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, const Weight& weight,
                ffi::BufferR0<ffi::S32> live, ffi::Result<ffi::AnyBuffer> y) {
   const auto xs = x.dimensions(), ys = y->dimensions();
@@ -36,7 +34,7 @@ ffi::Error Run(TileTable tiles, ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, 
   }
   const bool bf16 = y->element_type() == ffi::BF16;
   if (!bf16 && y->element_type() != ffi::F32) return ffi::Error::InvalidArgument("linear gives bfloat16 or float32");
-  // Rows past the live ones are padding: they are zeros, and cost no more than that.
+  // Rows after the live ones are padding: filled with zeros, not computed.
   const int64_t m = std::clamp<int64_t>(*live.typed_data(), 0, xs[0]), row = ys[1] * (bf16 ? 2 : 4);
   std::memset(static_cast<char*>(y->untyped_data()) + m * row, 0, static_cast<size_t>((xs[0] - m) * row));
   if (m == 0) return ffi::Error::Success();
@@ -70,7 +68,7 @@ auto Binding() {
 
 }  // namespace
 
-// The path that is fastest on this CPU, and each path by its name, which the tests compare.
+// The fastest path on this CPU, and each path by name for tests.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_linear, Linear<FastestTiles>, Binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_linear_pairs, Linear<PairTiles>, Binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_linear_floats, Linear<FloatTiles>, Binding());
@@ -84,6 +82,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_linear_int8, LinearInt8,
                                   .Arg<ffi::BufferR0<ffi::S32>>()
                                   .Ret<ffi::AnyBuffer>());
 
-// Whether this CPU can run what was compiled here, and its path "pairs": 1 or 0.
+// 1 if this CPU can run this library, and its path "pairs"; else 0.
 extern "C" int logprobd_runs_here() { return RunsHere(); }
 extern "C" int logprobd_has_pairs() { return HasPairs(); }

@@ -1,4 +1,4 @@
-// How a call is shared among XLA's own threads.
+// Splits a call among XLA's own threads.
 
 #pragma once
 
@@ -12,9 +12,9 @@
 
 namespace logprobd {
 
-constexpr int64_t kClaims = 4;  // a claim is a thread's share of what is left, over this
+constexpr int64_t kClaims = 4;  // a claim is a thread's share of the remaining work, divided by this
 
-// What the threads of one call share. It outlives the call: a task that the pool starts late finds nothing left.
+// State shared by the threads of one call. It outlives the call: a task that the pool starts late finds no work left.
 template <typename Range>
 struct Job {
   Range range;
@@ -26,8 +26,8 @@ struct Job {
   Job(Range run, int64_t items, int64_t workers) : range(std::move(run)), count(items), threads(workers) {}
 };
 
-// Takes ranges until nothing is left: large ones first, so that reads run on, then small ones, so that all end
-// together.
+// Claims ranges until no work is left: large ones first, for long sequential reads, then small ones, so that all
+// threads finish together.
 template <typename Range>
 void Work(Job<Range>& job) {
   int64_t first = job.claimed.load();
@@ -36,7 +36,7 @@ void Work(Job<Range>& job) {
     if (!job.claimed.compare_exchange_weak(first, last)) continue;
     try {
       if (!job.failed) job.range(first, last);
-    } catch (const std::bad_alloc&) {  // the pool's threads are XLA's: nothing may be thrown there
+    } catch (const std::bad_alloc&) {  // exceptions must not reach XLA's threads
       job.failed = true;
     }
     job.finished.fetch_add(last - first);
@@ -45,13 +45,13 @@ void Work(Job<Range>& job) {
 }
 
 // Calls range(first, last) for pieces of [0, count) that cover it once, on this thread and up to threads - 1 others.
-// False where memory ran out in one of them: then not all was done.
+// Returns false if one of them ran out of memory: the work is then incomplete.
 template <typename Pool, typename Range>
 [[nodiscard]] bool Share(Pool& pool, int64_t threads, int64_t count, Range range) {
   auto job = std::make_shared<Job<Range>>(std::move(range), count, threads);
   for (int64_t t = 1; t < threads; ++t) pool.Schedule([job] { Work(*job); });
   Work(*job);
-  // Whatever is not finished was claimed by a thread that is at work on it: never a wait for a task to start.
+  // All unfinished ranges are claimed by running threads, so this never waits for a task to start.
   while (job->finished.load() < count) std::this_thread::yield();
   return !job->failed;
 }

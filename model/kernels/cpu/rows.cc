@@ -1,12 +1,12 @@
 // RMSNorm, gated activations, soft caps, and rotary embedding with the write to the cache, as handlers of XLA's foreign
-// function interface. rows.h has the arithmetic and its promise.
+// function interface. The arithmetic is in rows.h.
 
 #include "rows.h"
 
 #include <cstring>
 
 #include "layout.h"
-#include "outcome.h"
+#include "handlers.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -17,10 +17,9 @@ using namespace LOGPROBD_NAMESPACE;
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kMinElementsToShare = 1 << 15;  // waking a thread takes longer than fewer
+constexpr int64_t kMinElementsToShare = 1 << 15;  // fewer take less time than waking a thread
 
-// Calls row(i) for the rows that are live and fills the others of y with zeros. bytes: of a row of y. As Share does,
-// it tells whether all was done.
+// Calls row(i) for each live row and fills the other rows of y, of `bytes` each, with zeros; returns Share's result.
 template <typename Row>
 bool EachRow(ffi::ThreadPool pool, int64_t rows, int64_t live, int64_t elements, void* y, int64_t bytes, Row row) {
   live = std::clamp<int64_t>(live, 0, rows);
@@ -33,7 +32,7 @@ bool EachRow(ffi::ThreadPool pool, int64_t rows, int64_t live, int64_t elements,
   });
 }
 
-// Calls run with y as the float or bfloat16 array that it is.
+// Calls run with y as a pointer to its element type, float or bfloat16.
 template <typename Run>
 ffi::Error Typed(ffi::Result<ffi::AnyBuffer>& y, Run run) {
   if (y->element_type() == ffi::F32) return Outcome(run(static_cast<float*>(y->untyped_data())));
@@ -102,7 +101,7 @@ struct Heads {
   int64_t tokens, query_heads, kv_heads, size, table;
 };
 
-// One token: its queries turned, its keys turned into their page, its values copied there. Padding is left out.
+// Rotates the queries and keys of one token and stores its keys and values in their page. Padding is not stored.
 template <typename Element>
 void StoreToken(const Heads& h, int64_t token, Element* keys, Element* values) {
   const int64_t position = h.positions[token], size = h.size, half = size / 2;
@@ -124,7 +123,7 @@ void StoreToken(const Heads& h, int64_t token, Element* keys, Element* values) {
   }
 }
 
-// Every page that the call will write lies in the cache.
+// True if all pages that the call writes are in the cache.
 bool InBounds(const Heads& h, int64_t all, int64_t pages) {
   for (int64_t token = 0; token < all; ++token) {
     const int64_t position = h.positions[token];
@@ -152,7 +151,7 @@ ffi::Error RotateAndStore(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> heads, ffi
         "positions [R, T]");
   }
   if (keys->untyped_data() != keys_in.untyped_data() || values->untyped_data() != values_in.untyped_data()) {
-    return ffi::Error::Internal("rotate writes to the pages that it is given: they are not the same buffers");
+    return ffi::Error::Internal("rotate updates its pages in place, but was given other buffers for the results");
   }
   const Heads h = {heads.typed_data(),
                    cos.typed_data(),
@@ -174,6 +173,14 @@ ffi::Error RotateAndStore(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> heads, ffi
   });
 }
 
+auto GatedBinding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::Buffer<ffi::F32>>()
+      .Arg<ffi::BufferR0<ffi::S32>>()
+      .Ret<ffi::AnyBuffer>();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_norm, Norm,
@@ -184,18 +191,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_norm, Norm,
                                   .Arg<ffi::BufferR0<ffi::S32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<float>("epsilon"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_swiglu, Swiglu,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::BufferR0<ffi::S32>>()
-                                  .Ret<ffi::AnyBuffer>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_geglu, Geglu,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::BufferR0<ffi::S32>>()
-                                  .Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_swiglu, Swiglu, GatedBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_geglu, Geglu, GatedBinding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_soft_cap, CapRows,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

@@ -1,6 +1,6 @@
-// The arithmetic of rows.cc: what a layer does to one token at a time, between its products.
+// The arithmetic of rows.cc: per-token operations of a layer, other than matrix products.
 //
-// The promise: a token's result depends on that token alone, and each sum runs in one order, so it has the same bits in
+// Determinism: a token's result depends only on that token, and each sum runs in one order, so it has the same bits in
 // every batch and chunk.
 
 #pragma once
@@ -54,7 +54,7 @@ inline void SoftCapRow(const float* x, float cap, int64_t size, float* y) {
   for (int64_t i = 0; i < size; i += kLanes) StoreSome(y + i, size - i, SoftCap(LoadSome(x + i, size - i), bound));
 }
 
-// Turns the pairs (i, i + half) of one head by its token's angles.
+// Rotates the pairs (i, i + half) of one head by its token's angles.
 template <typename Element>
 void RotateHead(const float* x, const float* cos, const float* sin, int64_t half, Element* y) {
   for (int64_t i = 0; i < half; i += kLanes) {

@@ -1,14 +1,15 @@
 // The arithmetic of linear.cc: one tile of y = x W^T, some rows by 32 columns.
 //
 // A bfloat16 W is packed as [ceil(N/32)][ceil(K/2)][32][2]: blocks of 32 output columns, and in a block the pairs of K
-// in order, so that one 64-byte load holds one pair for 16 columns. int8 lies as [ceil(N/32)][ceil(K/32) * 32][32] with
-// float16 scales [ceil(N/32)][ceil(K/32)][32]. Columns and K are padded with zeros; x is as XLA has it.
+// in order, so that one 64-byte load holds one pair for 16 columns. int8 is stored as
+// [ceil(N/32)][ceil(K/32) * 32][32] with float16 scales [ceil(N/32)][ceil(K/32)][32]. Columns and K are padded with
+// zeros; x is row-major, as in XLA.
 //
-// The promise: an output is one float32 accumulator that takes K in one fixed order, so a row has the same bits for
-// every M, every split over threads and every place in the batch, and on every CPU. For bfloat16 the order is that of
+// Determinism: an output is one float32 accumulator over K in one fixed order, so a row has the same bits for every M,
+// every split over threads and every position in the batch, and on every CPU. For bfloat16 the order is that of
 // vdpbf16ps: pairs ascend, and a pair (a, b) adds its second element first, acc = fma(xb, wb, acc), then
 // acc = fma(xa, wa, acc). int8 is widened and scaled, which is exact (8 bits times float16's 11), then K ascends one by
-// one. Each step rounds once, to nearest even; denormals in or out are taken as zero.
+// one. Each step rounds once, to nearest even; denormal inputs and results count as zero.
 
 #pragma once
 
@@ -22,9 +23,9 @@
 
 namespace LOGPROBD_NAMESPACE {
 
-constexpr int64_t kPair = 2 * kColumns;  // elements of W that a pair of K takes in a block: two cache lines of bfloat16
-constexpr int64_t kAhead = 4096;         // 16-bit elements of W, 8 KiB, that a lone tile fetches ahead
-constexpr int64_t kChunk = 256;          // elements of K whose x and W stay in the first-level cache together
+constexpr int64_t kPair = 2 * kColumns;  // elements of W per pair of K in a block: two cache lines of bfloat16
+constexpr int64_t kAhead = 4096;         // 16-bit elements of W, 8 KiB: prefetch distance of a single tile
+constexpr int64_t kChunk = 256;          // elements of K whose x and W fit into the first-level cache together
 static_assert(kColumns == 2 * kLanes && kChunk % kGroup == 0);
 
 struct Problem {
@@ -52,7 +53,7 @@ inline Problem Columns(const Problem& whole, int64_t first, int64_t count, float
   return part;
 }
 
-// One tile's place, and the two streams of cache lines to fetch meanwhile.
+// Position of a tile, and the two streams of cache lines to prefetch meanwhile.
 struct Place {
   int64_t row, block;
   const uint16_t* ahead[2];
@@ -61,11 +62,11 @@ struct Place {
 using Tile = void (*)(const Problem& problem, const Place& place);
 using TileTable = const Tile*;  // [rows - 1]
 
-// What follows reads W pair by pair of K, for kHalves times 16 columns from the half `half` of a block, and adds a pair
-// of one row of x to its accumulators. A run of K begins anew what pairs of it share.
+// The following classes read W pair by pair of K, for kHalves times 16 columns from the half `half` of a block, and add
+// the product with a pair of one row of x to the row's accumulators. NextRun loads what the pairs of a run share.
 
-// bfloat16: widened to float32, two multiply-adds a pair. Intel runs four of them in the time of one vdpbf16ps (a Xeon
-// of family 6, model 207: 165 against 80 GFLOP/s a core).
+// bfloat16: widened to float32, two multiply-adds per pair. Intel runs four of them in the time of one vdpbf16ps (a
+// Xeon of family 6, model 207: 165 against 80 GFLOP/s per core).
 template <int kHalves>
 class FusedBf16 {
  public:
@@ -133,8 +134,8 @@ class FusedInt8 {
 
 #if defined(__AVX512F__)
 
-// AVX512_BF16: one instruction a pair. Best where it runs at the rate of a fused multiply-add (AMD from Zen 4 on), and
-// for one row, which waits for memory and for the sum before it.
+// AVX512_BF16: one instruction per pair. Fastest if it runs at the rate of a fused multiply-add (AMD since Zen 4), and
+// for one row, which is bound by memory and by the latency of its accumulator.
 template <int kHalves>
 class DotBf16 {
  public:
@@ -156,7 +157,7 @@ class DotBf16 {
     int32_t bits;
     std::memcpy(&bits, x, sizeof bits);
     const __m512i both = _mm512_set1_epi32(bits);
-    // Written out, so that the library needs no build of its own for it.
+    // Inline assembly: the library needs no separate build with this instruction set.
     for (int h = 0; h < kHalves; ++h) __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc[h]) : "v"(pair_[h]), "v"(both));
   }
 
@@ -224,7 +225,7 @@ void WholeTile(const Problem& p, const Place& place) {
   }
 }
 
-// Tiles of 1 to kTileRows rows, the first of its own kind.
+// Tiles of 1 to kTileRows rows; OneRow is for the first.
 template <template <int> class OneRow, template <int> class Weights, int... kIndex>
 TileTable TableOf(std::integer_sequence<int, kIndex...>) {
   static constexpr Tile table[] = {WholeTile<OneRow, 1>, WholeTile<Weights, kIndex + 2>...};
@@ -252,15 +253,15 @@ inline TileTable FastestTiles() { return FloatTiles(); }
 
 #endif
 
-// All rows of y for one block of columns; `more`: the next block is to be computed here, too.
+// Computes all rows of y for one block of columns. `more`: this thread also computes the next block.
 inline void Compute(const Problem& p, TileTable table, int64_t block, bool more) {
   const int64_t tiles = (p.m + kTileRows - 1) / kTileRows;
   const uint16_t* here = p.w + block * p.stride;
   const uint16_t* next = more ? here + p.stride : here;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t row = p.m * t / tiles, rows = p.m * (t + 1) / tiles - row;
-    // A single tile reads W as fast as it comes: it fetches what it needs soon, past the block's end too, since the
-    // next block lies behind it. Of several, the first two fetch the next block: its even lines, then its odd lines.
+    // A single tile is bound by memory: it prefetches a fixed distance ahead, also past the block's end, where the next
+    // block starts. Of several tiles, the first two prefetch the next block: its even lines, then its odd lines.
     const uint16_t* line0 = tiles == 1 ? here + kAhead : t == 0 ? next : here;
     const uint16_t* line1 = (tiles == 1 ? here + kAhead : t == 1 ? next : here) + kColumns;
     table[rows - 1](p, {row, block, {line0, line1}});

@@ -1,7 +1,7 @@
-// Vectors of 16 floats, in the registers of the CPU that this is compiled for, and bfloat16 beside them.
+// Vectors of 16 floats, in the registers of the target CPU, and conversions from and to bfloat16.
 //
-// Each of the files below gives the same operations with the same results, to the last bit: every one rounds once, to
-// nearest even, and denormals are zeros (FloatMode). So whatever is written with them has one result on all CPUs.
+// Each of the files below implements the same operations with the same results, to the last bit: each rounds once, to
+// nearest even, and denormals are zeros (FloatMode). So code written with them has the same result on all CPUs.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-// A namespace per instruction set: libraries for several of them are loaded into one process, and must share no symbol.
+// A namespace per instruction set: one process may load libraries for several of them, which must share no symbol.
 #if defined(__AVX512F__)
 #define LOGPROBD_NAMESPACE logprobd::avx512
 #elif defined(__AVX2__)
@@ -51,14 +51,14 @@ LOGPROBD_INLINE Floats KeepFirst(Floats x, int64_t count, float others) {
   return Choose(FirstLanes(count), x, Fill(others));
 }
 
-// exp(x) for x <= 0: 2^n e^r, |r| <= ln(2) / 2, e^r by its Taylor series to r^7, which leaves out less than 6e-9.
+// exp(x) for x <= 0: 2^n e^r, |r| <= ln(2) / 2, e^r by its Taylor series to r^7, whose remainder is below 6e-9.
 LOGPROBD_INLINE Floats ExpOfNegative(Floats x) {
   const Floats n = Round(Mul(x, Fill(1.44269504f)));
   Floats r = NegatedFma(n, Fill(0.693359375f), x);  // ln(2) in two parts, the first exact in 10 bits
   r = NegatedFma(n, Fill(-2.12194440e-4f), r);
   Floats e = Fill(1.0f / 5040);
   for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) e = Fma(e, r, Fill(term));
-  return Choose(Less(x, Fill(-87.0f)), Zeros(), TimesPowerOfTwo(e, n));  // a NaN is not less: it stays
+  return Choose(Less(x, Fill(-87.0f)), Zeros(), TimesPowerOfTwo(e, n));  // the comparison is false for NaN, which stays
 }
 
 // 1 / (1 + exp(-x)), by exp(-|x|), which never overflows.
@@ -77,7 +77,7 @@ LOGPROBD_INLINE Floats Tanh(Floats x) {
   return Choose(Less(size, Fill(0.25f)), small, Choose(Less(x, Zeros()), Sub(Zeros(), large), large));
 }
 
-// cap * tanh(x / cap): what keeps a model's scores and logits below cap (Gemma 2).
+// cap * tanh(x / cap): bounds scores and logits (Gemma 2).
 LOGPROBD_INLINE Floats SoftCap(Floats x, Floats cap) { return Mul(cap, Tanh(Div(x, cap))); }
 
 }  // namespace LOGPROBD_NAMESPACE

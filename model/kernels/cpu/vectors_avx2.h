@@ -1,4 +1,4 @@
-// The operations of vectors.h in two AVX2 registers, with FMA and F16C, which came to CPUs with AVX2 or before it.
+// The operations of vectors.h in two AVX2 registers, with FMA and F16C, which all CPUs with AVX2 have.
 
 #pragma once
 
@@ -13,14 +13,14 @@
 namespace LOGPROBD_NAMESPACE {
 
 constexpr int kTileRows = 5;     // of the linear map: 10 accumulators of 16 registers
-constexpr int kWideRows = 2;     // the most beside 32 columns: more go with 16 at a time
-constexpr int kTileVectors = 1;  // of attention, beside 6 rows
+constexpr int kWideRows = 2;     // largest tile of 32 columns; larger ones take 16 at a time
+constexpr int kTileVectors = 1;  // of attention, with 6 rows
 
 struct Floats {
   __m256 low, high;
 };
 struct Mask {
-  __m256 low, high;  // all bits of a lane, or none
+  __m256 low, high;  // all bits of a lane set, or none
 };
 
 inline bool RunsHere() { return HasAvx2(); }
@@ -48,7 +48,7 @@ LOGPROBD_INLINE Floats Round(Floats a) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(a.low, kNearest), _mm256_round_ps(a.high, kNearest)};
 }
-// a * 2^n for whole n from -126 to 127.
+// a * 2^n for integer n from -126 to 127.
 LOGPROBD_INLINE __m256 PowerOfTwo(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }

@@ -12,8 +12,8 @@
 namespace LOGPROBD_NAMESPACE {
 
 constexpr int kTileRows = 12;    // of the linear map: 24 accumulators, 4 registers for W and 2 for x
-constexpr int kWideRows = 12;    // the most beside 32 columns: more go with 16 at a time
-constexpr int kTileVectors = 4;  // of attention, beside 6 rows
+constexpr int kWideRows = 12;    // largest tile of 32 columns; larger ones take 16 at a time
+constexpr int kTileVectors = 4;  // of attention, with 6 rows
 
 using Floats = __m512;
 using Mask = __mmask16;

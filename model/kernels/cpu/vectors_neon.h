@@ -11,19 +11,19 @@
 namespace LOGPROBD_NAMESPACE {
 
 constexpr int kTileRows = 5;     // of the linear map: 20 accumulators of 32 registers
-constexpr int kWideRows = 2;     // the most beside 32 columns: more go with 16 at a time
-constexpr int kTileVectors = 1;  // of attention, beside 6 rows
+constexpr int kWideRows = 2;     // largest tile of 32 columns; larger ones take 16 at a time
+constexpr int kTileVectors = 1;  // of attention, with 6 rows
 
 struct Floats {
   float32x4_t part[4];
 };
 struct Mask {
-  uint32x4_t part[4];  // all bits of a lane, or none
+  uint32x4_t part[4];  // all bits of a lane set, or none
 };
 
 inline bool RunsHere() { return true; }
 
-// Flushes denormals and rounds to nearest on this thread while it lives, whatever the thread was set to.
+// Sets this thread to flush denormals and round to nearest; restores its mode on destruction.
 class FloatMode {
  public:
   FloatMode() {
@@ -78,7 +78,7 @@ LOGPROBD_INLINE Floats Abs(Floats a) {
 LOGPROBD_INLINE Floats Round(Floats a) {
   return Each([&](int i) { return vrndnq_f32(a.part[i]); });
 }
-// a * 2^n for whole n from -126 to 127.
+// a * 2^n for integer n from -126 to 127.
 LOGPROBD_INLINE Floats TimesPowerOfTwo(Floats a, Floats n) {
   return Each([&](int i) {
     const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n.part[i]), vdupq_n_s32(127));

@@ -1,4 +1,4 @@
-// Parts of a vector where the CPU has no masks for them: through 16 elements of memory.
+// Partial loads and stores for CPUs without masks: through a buffer of 16 elements.
 
 #pragma once
 

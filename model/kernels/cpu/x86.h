@@ -1,4 +1,4 @@
-// What all x86 CPUs share here: their control word, and how they tell what they can do.
+// Shared by all x86 builds: floating-point mode and CPU detection.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace logprobd {
 
-// Whether this CPU has what came with AVX2 or before it, and all of which the compiler may use.
+// True if this CPU has AVX2 and the older extensions that the compiler may use.
 inline bool HasAvx2() {
   unsigned a, b, c, d;
   const bool half_floats = __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
@@ -15,7 +15,7 @@ inline bool HasAvx2() {
          __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi");
 }
 
-// Flushes denormals and rounds to nearest on this thread while it lives, whatever the thread was set to.
+// Sets this thread to flush denormals and round to nearest; restores its mode on destruction.
 class FloatMode {
  public:
   FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr((saved_ & ~0x6000u) | 0x8040u); }

@@ -1,5 +1,4 @@
-// A packed weight [N, K] as the handlers are given it: bfloat16 in pairs, or int8 with scales. tiles.h has both
-// layouts.
+// Shared by the handlers: the packed weight that they receive, in a layout of tiles.h, and the error that they return.
 
 #pragma once
 
@@ -10,10 +9,16 @@
 
 namespace LOGPROBD_NAMESPACE {
 
+inline xla::ffi::Error Outcome(bool all_done) {
+  if (all_done) return xla::ffi::Error::Success();
+  return xla::ffi::Error(xla::ffi::ErrorCode::kResourceExhausted, "a kernel ran out of memory");
+}
+
+// A packed weight [N, K]: bfloat16 in pairs, or int8 with scales.
 struct Weight {
   const void* data;
-  const void* scales;             // none for bfloat16
-  int64_t blocks, depth, groups;  // depth: pairs of K, or elements of K; 0 blocks where the shapes contradict
+  const void* scales;             // null for bfloat16
+  int64_t blocks, depth, groups;  // depth: pairs of K, or elements of K; 0 blocks if the shapes do not match
   int64_t stride;
 
   bool Fits(int64_t n, int64_t k) const {

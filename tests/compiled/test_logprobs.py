@@ -88,7 +88,7 @@ def test_top_k_of_values_that_are_mostly_banned(size: int) -> None:
         check_top_k(x, k)
 
 
-def test_k_above_the_number_of_blocks_and_equal_to_the_vocabulary() -> None:
+def test_top_k_above_the_number_of_blocks_and_equal_to_the_vocabulary() -> None:
     x = np.random.default_rng(0).integers(0, 9, (4, 300)).astype(np.float32) + 0.25
     for k in (3, 200, 300):
         check_top_k(x, k)
@@ -117,7 +117,7 @@ def test_rank_is_the_position_in_the_stable_order_for_every_k(size: int) -> None
         np.testing.assert_array_equal(result.top_ids, np.broadcast_to(order[:k], (size, k)))
 
 
-def test_the_tokens_own_numbers_are_those_of_its_place_among_the_alternatives() -> None:
+def test_logprob_and_rank_equal_the_alternative_of_the_same_token() -> None:
     logits = np.random.default_rng(2).integers(-3, 4, (1, 300)).astype(np.float32)
     order = stable_order(logits)[0, :20]
     result = numbers(np.repeat(logits, 20, axis=0), order, 20)
@@ -127,7 +127,7 @@ def test_the_tokens_own_numbers_are_those_of_its_place_among_the_alternatives() 
         assert result.top_logprobs[place, place] == result.logprob[place]
 
 
-def test_the_two_zeros_are_one_value() -> None:
+def test_rank_treats_both_zeros_as_equal() -> None:
     logits = np.full((2, 200), -1.0, np.float32)
     logits[0, [3, 70, 150, 199]] = -0.0, 0.0, -0.0, 0.0
     logits[1, [3, 70, 150, 199]] = 0.0, -0.0, 0.0, -0.0
@@ -141,7 +141,7 @@ def test_the_two_zeros_are_one_value() -> None:
 @pytest.mark.parametrize(
     ("scale", "shift"), [(1.0, 0.0), (20.0, 0.0), (1e-3, 0.0), (1.0, 3e3), (1.0, -3e3), (1e30, 0.0)]
 )
-def test_log_probability_against_float64(scale: float, shift: float) -> None:
+def test_logprob_against_float64(scale: float, shift: float) -> None:
     R, V = 6, 1000
     rng = np.random.default_rng(3)
     logits = (rng.standard_normal((R, V)) * scale + shift).astype(np.float32)
@@ -157,7 +157,7 @@ def test_log_probability_against_float64(scale: float, shift: float) -> None:
     np.testing.assert_allclose(result.top_logprobs, expected, rtol=1e-6, atol=tolerance)
 
 
-def test_a_certain_token_and_an_impossible_one() -> None:
+def test_logprob_of_certain_and_impossible_tokens() -> None:
     logits = np.full((2, 130), -np.inf, np.float32)
     logits[:, 129] = 5.0
     result = numbers(logits, [129, 0], 2)
@@ -167,7 +167,7 @@ def test_a_certain_token_and_an_impossible_one() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_logits_that_are_no_numbers_give_no_number(bad: float) -> None:
+def test_logprob_of_nan_logits_is_nan(bad: float) -> None:
     logits = np.zeros((1, 130), np.float32)
     logits[0, 7] = bad
     for token in (0, 7):
@@ -175,7 +175,7 @@ def test_logits_that_are_no_numbers_give_no_number(bad: float) -> None:
 
 
 @pytest.mark.parametrize("size", [300, 5000])
-def test_a_rows_numbers_do_not_depend_on_the_rows_beside_it(size: int) -> None:
+def test_logprobs_are_the_same_alone_and_in_a_batch(size: int) -> None:
     rng = np.random.default_rng(4)
     row = (rng.standard_normal(size) * 4).astype(np.float32)
     alone = numbers(row[None], [17], 20)
@@ -188,7 +188,7 @@ def test_a_rows_numbers_do_not_depend_on_the_rows_beside_it(size: int) -> None:
             np.testing.assert_array_equal(getattr(result, name)[place], getattr(alone, name)[0], err_msg=f"{name} {R}")
 
 
-def test_given_ids_have_the_rank_of_a_stable_sort_and_the_log_prob_of_a_token() -> None:
+def test_requested_ids_have_logprob_and_stable_rank() -> None:
     R, V = 6, 300
     logits = np.random.default_rng(5).integers(-3, 4, (R, V)).astype(np.float32)  # many ties
     order = stable_order(logits)
@@ -204,7 +204,7 @@ def test_given_ids_have_the_rank_of_a_stable_sort_and_the_log_prob_of_a_token() 
         assert result.requested_logprobs[row, : len(named)].tobytes() == own.logprob[: len(named)].tobytes()
 
 
-def test_a_token_that_is_given_too_has_the_same_bits_twice() -> None:
+def test_requested_id_equal_to_the_token_has_the_same_bits() -> None:
     R, V = 64, 5000
     rng = np.random.default_rng(7)
     logits = (rng.standard_normal((R, V)) * 4).astype(np.float32)
@@ -214,7 +214,7 @@ def test_a_token_that_is_given_too_has_the_same_bits_twice() -> None:
     assert result.requested_ranks[:, 1].tolist() == result.rank.tolist()
 
 
-def test_given_ids_change_no_other_number() -> None:
+def test_requested_ids_change_no_other_result() -> None:
     logits = (np.random.default_rng(8).standard_normal((4, 300)) * 4).astype(np.float32)
     plain, asked = numbers(logits, [1, 2, 3, 4], 20), numbers(logits, [1, 2, 3, 4], 20, [[5, 6], [7]])
     for name in ("logprob", "rank", "top_ids", "top_logprobs"):
@@ -222,7 +222,7 @@ def test_given_ids_change_no_other_number() -> None:
 
 
 @pytest.mark.parametrize("size", [300, 5000])
-def test_whole_rows_have_the_bits_of_single_tokens(size: int) -> None:
+def test_all_logprobs_have_the_bits_of_token_logprobs(size: int) -> None:
     rng = np.random.default_rng(9)
     logits = (rng.standard_normal((8, size)) * 4).astype(np.float32)
     logits[:, 5] = -0.0

@@ -82,7 +82,7 @@ def reference(
 
 
 @pytest.mark.parametrize("name", PENALTIES)
-def test_bias_and_penalties_of_each_rows_own_slot(name: str) -> None:
+def test_adjust_logits_uses_the_slot_of_each_row(name: str) -> None:
     V, rows = 300, [4, 0, 3, 2, 5]
     logits, slots = logits_of(V), busy_slots(V)
     result = adjust(logits, sampling_of(V, **PENALTIES[name]), slots, rows)
@@ -92,7 +92,7 @@ def test_bias_and_penalties_of_each_rows_own_slot(name: str) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_rows_that_are_not_penalized_keep_their_bits(masked: bool) -> None:
+def test_adjust_logits_keeps_bits_of_other_rows(masked: bool) -> None:
     V, rows = 300, [0, 1, 2, 3, 4]
     logits, slots = logits_of(V), busy_slots(V)
     sampling = sampling_of(V, **PENALTIES["all"])
@@ -105,7 +105,7 @@ def test_rows_that_are_not_penalized_keep_their_bits(masked: bool) -> None:
 
 
 @pytest.mark.parametrize("name", PENALTIES)
-def test_a_penalized_row_alone_and_in_a_crowd_has_the_same_bits(name: str) -> None:
+def test_adjust_logits_has_the_same_bits_alone_and_in_a_batch(name: str) -> None:
     V = 300
     logits, slots = logits_of(V), busy_slots(V)
     sampling = sampling_of(V, **PENALTIES[name])
@@ -118,7 +118,7 @@ def test_a_penalized_row_alone_and_in_a_crowd_has_the_same_bits(name: str) -> No
 
 @pytest.mark.parametrize("penalized", [False, True])
 @pytest.mark.parametrize("V", SIZES)
-def test_cleared_bits_forbid_their_tokens_and_no_others(V: int, penalized: bool) -> None:
+def test_mask_forbids_tokens_of_cleared_bits(V: int, penalized: bool) -> None:
     logits, slots = logits_of(V), busy_slots(V)
     sampling = sampling_of(V, penalized=penalized)
     free = adjust(logits, sampling, slots, range(R))
@@ -130,14 +130,14 @@ def test_cleared_bits_forbid_their_tokens_and_no_others(V: int, penalized: bool)
 
 @pytest.mark.parametrize("spare", [False, True])
 @pytest.mark.parametrize("V", SIZES)
-def test_bits_past_the_vocabulary_mean_nothing(V: int, spare: bool) -> None:
+def test_mask_bits_past_the_vocabulary_are_ignored(V: int, spare: bool) -> None:
     logits, slots = logits_of(V), empty_slots(Z, V)
     sampling = sampling_of(V, penalized=False)
     sampling.mask[:] = packed(np.ones((R, V), np.bool_), spare=spare)
     np.testing.assert_array_equal(adjust(logits, sampling, slots, range(R)), logits)
 
 
-def test_a_mask_outweighs_any_bias() -> None:
+def test_mask_overrides_bias() -> None:
     V = 300
     logits, slots = logits_of(V), empty_slots(Z, V)
     slots.bias[:, 17] = 100.0
@@ -149,7 +149,7 @@ def test_a_mask_outweighs_any_bias() -> None:
     np.testing.assert_array_equal(tokens, expected + (expected >= 17))
 
 
-def test_a_zero_made_by_a_penalty_is_plus_zero() -> None:
+def test_adjust_logits_gives_positive_zeros() -> None:
     V = 300
     logits, slots = np.full((R, V), -2.0, np.float32), empty_slots(Z, V)
     logits[:, [40, 200]] = -np.finfo(np.float32).tiny, 0.0  # a hundred-millionth of it is -0
@@ -161,7 +161,7 @@ def test_a_zero_made_by_a_penalty_is_plus_zero() -> None:
     assert tokens.tolist() == [40] * R  # equal to 200, and lower
 
 
-def test_what_counts_as_a_change() -> None:
+def test_changes_logits() -> None:
     sampling = greedy_sampling(R, 300)
     assert not changes_logits(sampling)
     masked = replace(sampling, mask=sampling.mask.copy())
@@ -179,7 +179,7 @@ def test_sampled_rows_draw_from_penalized_logits() -> None:
     assert tokens.tolist() == [0, 10, 20, 30, 40]
 
 
-def test_choices_are_counted_in_their_slots() -> None:
+def test_record_choice_counts_in_the_slots_of_rows() -> None:
     V = 50
     slots: Any = empty_slots(Z, V)
     expected = np.zeros((Z, V), np.int32)
@@ -194,7 +194,7 @@ def test_choices_are_counted_in_their_slots() -> None:
     assert not np.asarray(slots.seen).any()
 
 
-def test_a_slot_is_filled_and_no_other() -> None:
+def test_set_slot_penalties_changes_one_slot() -> None:
     V = 50
     slots, new = (
         busy_slots(V),

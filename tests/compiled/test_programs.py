@@ -29,7 +29,7 @@ def plan(rows: int) -> Plan:
     return Plan(StepShape(rows, 1, 1), double, (jax.ShapeDtypeStruct((rows,), jnp.float32),))
 
 
-def test_each_plan_is_compiled_once_and_told() -> None:
+def test_compile_plans_compiles_and_reports_each_plan_once() -> None:
     told: list[Program] = []
     made = compile_plans([plan(2), plan(3)], told.append)
     assert {program.name for program in told} == {"decode_2", "decode_3"}
@@ -39,7 +39,7 @@ def test_each_plan_is_compiled_once_and_told() -> None:
     np.testing.assert_array_equal(made[StepShape(3, 1, 1)].compiled(np.ones(3, np.float32)), np.full(3, 2.0))
 
 
-def test_an_unknown_shape_raises() -> None:
+def test_programs_reject_an_unknown_shape() -> None:
     made = compile_plans([plan(2)])
     for shape in (StepShape(3, 1, 1), StepShape(2, 1, 2), HeadShape(2, full=True), PENALTIES):
         with pytest.raises(UnknownShapeError, match="no program was compiled"):
@@ -49,20 +49,20 @@ def test_an_unknown_shape_raises() -> None:
 @pytest.mark.parametrize(
     "argument", [np.ones(3, np.float32), np.ones((2, 2), np.float32), np.ones(2, np.int32), np.ones(2, jnp.bfloat16)]
 )
-def test_a_program_refuses_what_it_was_not_compiled_for(argument: Any) -> None:
+def test_program_rejects_other_shapes_and_dtypes(argument: Any) -> None:
     program = compile_plans([plan(2)])[StepShape(2, 1, 1)]
     with pytest.raises(TypeError, match="computation was compiled"):
         program.compiled(argument)
 
 
-def test_the_executable_bears_the_name_of_its_shape() -> None:
+def test_program_has_the_name_of_its_shape() -> None:
     program = compile_plans([plan(2)])[StepShape(2, 1, 1)]
     text = program.compiled.as_text()
     assert text is not None
     assert text.startswith("HloModule jit_decode_2,")
 
 
-def test_donated_arguments_are_given_up() -> None:
+def test_program_donates_its_arguments() -> None:
     shape = HeadShape(4, full=False)
     program = compile_plans([Plan(shape, double, (VECTOR,), donate=(0,))])[shape]
     x = jnp.ones(4)
@@ -70,7 +70,7 @@ def test_donated_arguments_are_given_up() -> None:
     assert x.is_deleted()
 
 
-def test_a_failure_is_raised() -> None:
+def test_compile_plans_raises_a_failure() -> None:
     def wrong(x: Any) -> Any:
         raise ValueError(f"cannot trace {x.shape}")
 
@@ -79,7 +79,7 @@ def test_a_failure_is_raised() -> None:
         compile_plans([plan(2), bad, plan(3)])
 
 
-def test_after_a_failure_or_an_interrupt_no_more_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_plans_starts_nothing_after_a_failure_or_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[Any] = []
     ended = threading.Event()
 
@@ -102,7 +102,7 @@ def test_after_a_failure_or_an_interrupt_no_more_is_begun(monkeypatch: pytest.Mo
     assert len(begun) < 10
 
 
-def test_a_failure_after_lowering_is_raised() -> None:
+def test_compile_plans_raises_a_failure_after_lowering() -> None:
     def unknown(x: Any) -> Any:
         return jax.ffi.ffi_call("no_such_target", VECTOR)(x)
 
@@ -196,7 +196,7 @@ EXPECTED = [
 ]
 
 
-def test_the_persistent_cache_is_private_read_and_mended(tmp_path: Path) -> None:
+def test_persistent_cache_is_private_read_and_repaired(tmp_path: Path) -> None:
     """In a process of its own, so that this one's jax configuration stays as it is."""
     command = [sys.executable, "-c", CACHE_SCRIPT, str(tmp_path / "programs")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
@@ -230,7 +230,7 @@ print(float(runner.full_logprobs(np.zeros(8, np.int32))[0, 0]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
-def test_a_start_survives_a_cache_whose_every_entry_is_torn(weights: str, tmp_path: Path) -> None:
+def test_start_with_a_cache_of_truncated_entries(weights: str, tmp_path: Path) -> None:
     """Those of programs that jax makes on its own too, such as the one that packs a weight."""
     directory, command = tmp_path / "programs", _start_command(tmp_path, weights)
     first = _started(command)
@@ -242,7 +242,7 @@ def test_a_start_survives_a_cache_whose_every_entry_is_torn(weights: str, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_start_survives_one_that_was_killed_while_it_wrote_the_cache(tmp_path: Path) -> None:
+def test_start_after_one_killed_while_writing_the_cache(tmp_path: Path) -> None:
     directory, command = tmp_path / "programs", _start_command(tmp_path, "bfloat16")
     killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     while len(list(directory.glob("*-cache"))) < 4:

@@ -129,9 +129,7 @@ def score(runner: ModelRunner, places: list[int], targets: list[int], ids: list[
     return runner.read(runner.score(step))
 
 
-def test_a_reset_lets_go_of_the_old_state_before_it_makes_another(
-    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reset_frees_the_old_state_first(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     prefill(runner, PROMPT, page=1)
     old, compiled = jax.tree.leaves(runner._state), runner._compiled
     gone: list[bool] = []
@@ -146,7 +144,7 @@ def test_a_reset_lets_go_of_the_old_state_before_it_makes_another(
     assert gone == [True] * len(old)
 
 
-def test_a_token_taken_from_its_slot_is_the_one_chosen_there(runner: ModelRunner) -> None:
+def test_decode_from_slot_uses_the_chosen_token(runner: ModelRunner) -> None:
     told = generate(runner, 12, from_slot=False)
     runner.reset()
     kept = generate(runner, 12, from_slot=True)
@@ -156,7 +154,7 @@ def test_a_token_taken_from_its_slot_is_the_one_chosen_there(runner: ModelRunner
         assert bits(a.logprobs, 0) == bits(b.logprobs, 0)
 
 
-def test_rows_keep_their_slots_when_they_change_places(runner: ModelRunner) -> None:
+def test_decode_rows_keep_their_slots_in_any_order(runner: ModelRunner) -> None:
     prompts = {0: PROMPT, 1: [1, 2, 3], 3: [100, 90, 80, 70, 60]}  # by slot
     for slot, prompt in prompts.items():
         prefill(runner, prompt, page=1 + slot)
@@ -173,14 +171,14 @@ def test_rows_keep_their_slots_when_they_change_places(runner: ModelRunner) -> N
     assert chosen == alone
 
 
-def test_counts_add_up_over_steps(runner: ModelRunner) -> None:
+def test_decode_accumulates_counts(runner: ModelRunner) -> None:
     """A bias of 100 makes one token win until the frequency penalty of 30 a time has outweighed it."""
     runner.set_penalties(2, adjustment_of({40: 100.0, 41: 95.0}))
     tokens = tokens_of(generate(runner, 6, frequency=30.0))
     assert tokens == [40, 41, 40, 41, 40, 41]
 
 
-def test_an_adjustment_replaces_what_its_slot_held_and_no_other(runner: ModelRunner) -> None:
+def test_set_penalties_replaces_one_slot(runner: ModelRunner) -> None:
     runner.set_penalties(1, adjustment_of({7: 100.0}))
     runner.set_penalties(2, adjustment_of({40: 100.0}))
     assert tokens_of(generate(runner, 3, frequency=1.0)) == [40] * 3
@@ -189,12 +187,12 @@ def test_an_adjustment_replaces_what_its_slot_held_and_no_other(runner: ModelRun
     assert tokens_of(generate(runner, 1, slot=1, presence=3.0)) == [7]
 
 
-def test_repetition_concerns_the_prompts_tokens_and_those_chosen(runner: ModelRunner) -> None:
+def test_repetition_applies_to_prompt_and_chosen_tokens(runner: ModelRunner) -> None:
     runner.set_penalties(2, adjustment_of({40: 100.0, 41: 90.0, 42: 80.0}, seen=(40,)))
     assert tokens_of(generate(runner, 3, repetition=2.0)) == [41, 42, 40]
 
 
-def test_what_changes_the_choice_changes_no_number(runner: ModelRunner) -> None:
+def test_sampling_parameters_do_not_change_raw_logprobs(runner: ModelRunner) -> None:
     plain = generate(runner, 1)[0]
     best = int(plain.tokens[0])
     runner.set_penalties(2, adjustment_of({77: 50.0}, counts=(best,), seen=(3,)))
@@ -205,7 +203,7 @@ def test_what_changes_the_choice_changes_no_number(runner: ModelRunner) -> None:
     assert bits(score(runner, [place], [77]), 0) == bits(changed.logprobs, 0)
 
 
-def test_processed_numbers_are_those_of_what_is_drawn_from_and_a_neighbour_keeps_its_own(runner: ModelRunner) -> None:
+def test_processed_logprobs_apply_to_their_row_only(runner: ModelRunner) -> None:
     prefill(runner, PROMPT, page=1)
     prefill(runner, PROMPT, page=2)
     step = decode_input([(PROMPT[-1], len(PROMPT) - 1, 1, 0), (PROMPT[-1], len(PROMPT) - 1, 2, 1)])
@@ -224,7 +222,7 @@ def test_processed_numbers_are_those_of_what_is_drawn_from_and_a_neighbour_keeps
     assert np.isfinite(told.logprob[:2]).all()
 
 
-def test_given_ids_are_scored_in_both_programs_alike(runner: ModelRunner) -> None:
+def test_requested_ids_are_equal_in_decode_and_score(runner: ModelRunner) -> None:
     prefill(runner, PROMPT, page=3)
     step = decode_input([(PROMPT[-1], len(PROMPT) - 1, 3, 0)])
     ids = [V - 1, 0, 64]
@@ -241,7 +239,7 @@ def test_given_ids_are_scored_in_both_programs_alike(runner: ModelRunner) -> Non
         assert output.logprobs.requested_ranks[0, column] == again.rank[column] == again.requested_ranks[0, column]
 
 
-def test_whole_rows_have_the_bits_of_scores(runner: ModelRunner) -> None:
+def test_full_logprobs_have_the_bits_of_score(runner: ModelRunner) -> None:
     prefill(runner, [*PROMPT, 1, 2, 3, 4, 5], page=3)
     places: NDArray[np.int32] = np.array([cache_index(3, i) for i in range(8)], np.int32)
     rows = runner.full_logprobs(places)
@@ -255,7 +253,7 @@ def test_whole_rows_have_the_bits_of_scores(runner: ModelRunner) -> None:
         assert scored.rank[:8].tolist() == (1 + (order == token).argmax(axis=1)).tolist()
 
 
-def test_what_a_step_gave_stays_as_it_was_when_later_steps_run(runner: ModelRunner) -> None:
+def test_step_output_is_unchanged_by_later_steps(runner: ModelRunner) -> None:
     prefill(runner, PROMPT, page=3)
     row = (PROMPT[-1], len(PROMPT) - 1, 3, 2)
     first = runner.decode(decode_input([row]), sampling_of())
@@ -268,7 +266,7 @@ def test_what_a_step_gave_stays_as_it_was_when_later_steps_run(runner: ModelRunn
     ]
 
 
-def test_shapes_that_were_not_compiled_raise(runner: ModelRunner) -> None:
+def test_steps_reject_shapes_that_were_not_compiled(runner: ModelRunner) -> None:
     with pytest.raises(UnknownShapeError):
         runner.decode(decode_input([], size=3), sampling_of(3))
     with pytest.raises(UnknownShapeError):
@@ -279,7 +277,7 @@ def test_shapes_that_were_not_compiled_raise(runner: ModelRunner) -> None:
         runner.decode(decode_input([]), greedy_sampling(4, V + 32))
 
 
-def test_what_a_runner_tells_of_itself(runner: ModelRunner) -> None:
+def test_runner_attributes(runner: ModelRunner) -> None:
     assert (runner.buckets, runner.pages, runner.max_logprobs, runner.vocab_size) == (BUCKETS, 9, 5, V)
     names = [program.name for program in runner.programs]
     assert names == ["zero_state", "decode_1", "decode_4", "prefill_16", "score_16", "full_logprobs_8", "penalties"]

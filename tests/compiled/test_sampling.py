@@ -111,19 +111,19 @@ def check_frequencies(tokens: NDArray[np.int32], expected: NDArray[np.float64]) 
 
 @pytest.mark.parametrize("make_logits", [smooth_logits, tied_logits])
 @pytest.mark.parametrize("name", FILTERS)
-def test_draws_follow_the_renormalised_allowed_distribution(name: str, make_logits: Any) -> None:
+def test_draws_follow_the_renormalized_allowed_distribution(name: str, make_logits: Any) -> None:
     logits, row = make_logits(), FILTERS[name]
     tokens = choose(np.tile(logits, (DRAWS, 1)), arrays([row] * DRAWS))
     check_frequencies(tokens, reference(logits, row))
 
 
-def test_equal_logits_are_told_apart_by_their_ids() -> None:
+def test_draws_rank_equal_logits_by_id() -> None:
     logits, row = np.zeros(V, np.float32), Filters(top_k=2)  # a rejected token must take its equals with it
     tokens = choose(np.tile(logits, (DRAWS, 1)), arrays([row] * DRAWS))
     check_frequencies(tokens, reference(logits, row))
 
 
-def test_steps_of_one_seed_are_draws_of_their_own() -> None:
+def test_draws_of_successive_steps_are_independent() -> None:
     logits, row = smooth_logits(), FILTERS["top_p"]
     sampling = arrays([row] * DRAWS, seeds=1234)
     sampling.step[:] = np.arange(DRAWS)
@@ -131,7 +131,7 @@ def test_steps_of_one_seed_are_draws_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("word", [0, 1])
-def test_both_words_of_a_seed_count(word: int) -> None:
+def test_draws_depend_on_both_words_of_the_seed(word: int) -> None:
     logits, row = smooth_logits(), FILTERS["plain"]
     sampling = arrays([row] * DRAWS, seeds=7)
     sampling.seed[:, word] = np.arange(DRAWS) + 1000
@@ -139,7 +139,7 @@ def test_both_words_of_a_seed_count(word: int) -> None:
 
 
 @pytest.mark.parametrize("make_logits", [smooth_logits, tied_logits])
-def test_a_row_alone_and_in_a_mixed_crowd(make_logits: Any) -> None:
+def test_draw_is_the_same_alone_and_in_a_batch(make_logits: Any) -> None:
     logits = make_logits()
     others = [GREEDY, *FILTERS.values()]
     rng = np.random.default_rng(7)
@@ -170,7 +170,7 @@ def test_greedy_is_the_stable_argmax(crowd: Filters) -> None:
     assert tokens[6] == 20
 
 
-def test_greedy_takes_the_best_token_that_is_not_masked() -> None:
+def test_greedy_respects_the_mask() -> None:
     logits = np.random.default_rng(9).standard_normal((64, V)).astype(np.float32)
     order = np.argsort(-logits, axis=1, kind="stable")
     for count in (1, 16, V - 1):
@@ -178,7 +178,7 @@ def test_greedy_takes_the_best_token_that_is_not_masked() -> None:
         np.testing.assert_array_equal(choose(logits, arrays(rows)), order[:, count])
 
 
-def test_a_mask_concerns_its_row_alone() -> None:
+def test_mask_applies_to_its_row_only() -> None:
     logits = np.tile(smooth_logits(), (64, 1))
     best = int(logits[0].argmax())
     rows = [GREEDY] * 63 + [Filters(temperature=0.0, forbidden=(best,))]
@@ -188,7 +188,7 @@ def test_a_mask_concerns_its_row_alone() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_that_may_choose_nothing_gets_token_0_and_leaves_the_others_alone(temperature: float) -> None:
+def test_mask_of_no_token_gives_token_0_and_changes_no_other_row(temperature: float) -> None:
     logits = np.tile(smooth_logits(), (64, 1))
     rows = [replace(FILTERS["all"], temperature=temperature)] * 64
     clean = choose(logits, arrays(rows))
@@ -200,19 +200,19 @@ def test_a_row_that_may_choose_nothing_gets_token_0_and_leaves_the_others_alone(
 
 @pytest.mark.parametrize("row", [Filters(top_k=1), Filters(top_p=1e-6), Filters(top_p=1e-45), Filters(min_p=1.0)])
 @pytest.mark.parametrize("temperature", [0.01, 1.0, 2.0])
-def test_filters_that_leave_one_token(row: Filters, temperature: float) -> None:
+def test_draw_with_filters_that_leave_one_token(row: Filters, temperature: float) -> None:
     logits = np.random.default_rng(10).standard_normal((64, V)).astype(np.float32) * 3
     rows = [replace(row, temperature=temperature)] * 64
     np.testing.assert_array_equal(choose(logits, arrays(rows)), logits.argmax(axis=1))
 
 
-def test_large_logits_at_a_low_temperature_stay_numbers() -> None:
+def test_draw_of_large_logits_at_a_low_temperature() -> None:
     logits = np.random.default_rng(11).standard_normal((64, V)).astype(np.float32) * 1e4
     rows = [Filters(temperature=0.01, top_k=5, top_p=0.9, min_p=0.1)] * 64
     np.testing.assert_array_equal(choose(logits, arrays(rows)), logits.argmax(axis=1))
 
 
-def test_rows_without_numbers_end_and_leave_the_others_alone() -> None:
+def test_rows_of_nan_end_and_change_no_other_row() -> None:
     logits = np.tile(smooth_logits(), (64, 1))
     sampling = arrays([FILTERS["all"]] * 64)
     clean = choose(logits, sampling)
@@ -224,7 +224,7 @@ def test_rows_without_numbers_end_and_leave_the_others_alone() -> None:
     np.testing.assert_array_equal(np.delete(tokens, [3, 4, 5]), np.delete(clean, [3, 4, 5]))
 
 
-def test_kth_largest() -> None:
+def test_kth_largest_equals_a_sort() -> None:
     special = np.array([-np.inf, np.inf, -1e38, 1e38, 0.0, -1.5, -1.5, 1.5, 1e-38, -1e-38], np.float32)
     x = np.random.default_rng(12).standard_normal((64, V)).astype(np.float32) * 50
     x[:, 100 : 100 + len(special)] = special
@@ -264,7 +264,7 @@ def test_processed_logits_are_those_of_the_allowed_distribution(make_logits: Any
         np.testing.assert_allclose(share, expected, rtol=2e-5, atol=1e-9)
 
 
-def test_every_token_that_is_drawn_has_a_processed_probability() -> None:
+def test_processed_logits_include_every_drawn_token() -> None:
     logits = np.tile(tied_logits(), (512, 1))
     sampling = arrays([FILTERS["top_k_then_top_p"]] * 512)
     sampling.processed[:] = True
@@ -280,7 +280,7 @@ def arrays_like(sampling: SamplingArrays, rows: int) -> SamplingArrays:
     return SamplingArrays(*(getattr(sampling, field.name)[:rows] for field in fields(sampling)))
 
 
-def test_greedy_rows_are_processed_without_temperature_and_filters_and_others_stay_raw() -> None:
+def test_processed_logits_of_greedy_and_raw_rows() -> None:
     logits = np.tile(smooth_logits(), (3, 1))
     forbidden = Filters(temperature=0.0, top_k=3, top_p=0.1, forbidden=(4, 5))
     sampling = arrays([forbidden, forbidden, FILTERS["all"]])

@@ -16,7 +16,7 @@ def test_decode_rows_are_powers_of_two_and_the_limit(max_num_seqs: int, expected
 
 
 @pytest.mark.parametrize(("max_model_len", "pages"), [(1, 1), (64, 1), (65, 2), (2048, 32)])
-def test_tables_hold_the_longest_request(max_model_len: int, pages: int) -> None:
+def test_pages_per_row_hold_the_longest_request(max_model_len: int, pages: int) -> None:
     buckets = make_buckets(max_num_seqs=1, max_model_len=max_model_len, max_num_batched_tokens=64)
     assert buckets.pages_per_row == pages
     assert pages * PAGE_SIZE >= max_model_len
@@ -26,24 +26,22 @@ def test_tables_hold_the_longest_request(max_model_len: int, pages: int) -> None
     ("max_num_batched_tokens", "expected"),
     [(20, (16,)), (35, (16,)), (36, (16, 32)), (260, (16, 32, 64, 128, 256)), (600, (16, 32, 64, 128, 256, 512))],
 )
-def test_the_largest_chunk_leaves_room_for_a_token_of_every_request(
-    max_num_batched_tokens: int, expected: tuple[int, ...]
-) -> None:
+def test_prefill_chunks_leave_room_for_decode_rows(max_num_batched_tokens: int, expected: tuple[int, ...]) -> None:
     buckets = make_buckets(max_num_seqs=4, max_model_len=64, max_num_batched_tokens=max_num_batched_tokens)
     assert buckets.prefill_chunks == expected
 
 
-def test_a_size_is_padded_to_the_next_bucket() -> None:
+def test_bucket_rounds_up() -> None:
     assert [bucket((1, 2, 4), size) for size in (1, 2, 3, 4)] == [1, 2, 4, 4]
 
 
 @pytest.mark.parametrize("size", [-1, 0, 5])
-def test_a_size_that_no_bucket_holds(size: int) -> None:
+def test_bucket_rejects_other_sizes(size: int) -> None:
     with pytest.raises(ValueError, match=rf"no bucket of \(1, 2, 4\) holds {size}"):
         bucket((1, 2, 4), size)
 
 
-def test_whatever_is_asked_for_is_in_the_list_of_shapes() -> None:
+def test_steps_contain_every_shape_in_use() -> None:
     buckets = make_buckets(max_num_seqs=6, max_model_len=300, max_num_batched_tokens=256)
     used = {buckets.decode(rows) for rows in range(1, 7)}
     used |= {buckets.prefill(tokens) for tokens in range(1, buckets.prefill_chunks[-1] + 1)}
@@ -51,7 +49,7 @@ def test_whatever_is_asked_for_is_in_the_list_of_shapes() -> None:
     assert len(buckets.steps()) == len(used)
 
 
-def test_shapes_and_names() -> None:
+def test_shapes_have_names() -> None:
     buckets = Buckets(decode_rows=(1, 2), prefill_chunks=(16,), score_rows=8, pages_per_row=3)
     assert buckets.steps() == (StepShape(1, 1, 3), StepShape(2, 1, 3), StepShape(1, 16, 3))
     assert buckets.heads() == (HeadShape(8, full=False),)
@@ -60,7 +58,7 @@ def test_shapes_and_names() -> None:
     assert PENALTIES.name == "penalties"
 
 
-def test_whole_rows_are_compiled_for_only_where_they_may_be_asked_for() -> None:
+def test_heads_include_full_logprobs_only_on_request() -> None:
     for whole in (False, True):
         buckets = make_buckets(max_num_seqs=1, max_model_len=64, max_num_batched_tokens=64, full_logprobs=whole)
         assert [head.name for head in buckets.heads()] == ["score_64", "full_logprobs_8"][: 1 + whole]

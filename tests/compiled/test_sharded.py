@@ -25,7 +25,7 @@ def told(sharded_logprobs: str) -> Any:
 
 
 @pytest.mark.parametrize(("case", "devices"), PAIRS)
-def test_the_numbers_are_those_of_one_device(told: Any, case: str, devices: int) -> None:
+def test_sharded_logprobs_equal_one_device(told: Any, case: str, devices: int) -> None:
     one, cut = told[case]["1"], told[case][str(devices)]
     tolerance = TOLERANCE[CASES[case][2]]
     for name in ("prompt", "top", "named", "whole", "greedy", "drawn logprobs"):
@@ -37,12 +37,12 @@ def test_the_numbers_are_those_of_one_device(told: Any, case: str, devices: int)
 
 
 @pytest.mark.parametrize(("case", "devices"), PAIRS)
-def test_company_changes_no_bit(told: Any, case: str, devices: int) -> None:
+def test_sharded_logprobs_are_the_same_alone_and_in_a_batch(told: Any, case: str, devices: int) -> None:
     assert not told[case][str(devices)]["changed by company"]
 
 
 @pytest.mark.parametrize("program", ["decode_4", "prefill_16", "score_16", "full_logprobs_8"])
-def test_no_logit_leaves_its_shard(told: Any, program: str) -> None:
+def test_sharded_programs_move_no_logits(told: Any, program: str) -> None:
     """What is gathered or summed over devices is hidden states, counts, sums and the best k: never columns of V."""
     text = told["hlo"][program]
     moved = operations.collectives(operations.operations(text))

@@ -70,13 +70,13 @@ def without(source: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in source.items() if name != key}
 
 
-def test_both_formats_give_the_same_config() -> None:
+def test_config_is_the_same_from_both_formats() -> None:
     assert config_from_hf(HF) == EXPECTED
     assert config_from_gguf(GGUF, has_output=False) == EXPECTED
     assert len({config_from_hf(HF), config_from_gguf(GGUF, has_output=False)}) == 1
 
 
-def test_dims_name_the_axes_of_the_weight_table() -> None:
+def test_dims_has_the_axes_of_the_weight_table() -> None:
     assert EXPECTED.dims() == {
         "V": 100,
         "D": 48,
@@ -97,17 +97,17 @@ def test_hf_defaults() -> None:
     assert ropes(config) == [Rope(10000.0)] * 3
 
 
-def test_hf_head_dim_is_read_where_it_is_given() -> None:
+def test_hf_head_dim_overrides_the_default() -> None:
     assert config_from_hf(HF | {"head_dim": 32}).dims()["Q"] == 192
     assert config_from_hf(HF | {"head_dim": 32, "hidden_size": 50}).dims()["Q"] == 192  # and no multiple of the heads
 
 
-def test_hf_rope_parameters_go_before_rope_theta() -> None:
+def test_hf_rope_parameters_override_rope_theta() -> None:
     config = config_from_hf(HF | {"rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}})
     assert ropes(config) == [Rope(7.0)] * 3
 
 
-def test_hf_model_type_serves_where_architectures_is_absent() -> None:
+def test_hf_model_type_without_architectures() -> None:
     assert config_from_hf(without(HF, "architectures") | {"model_type": "qwen2"}).traits.qkv_bias
 
 
@@ -158,12 +158,12 @@ def test_hf_model_type_serves_where_architectures_is_absent() -> None:
         ({"hidden_act": "x" * 10**6}, "hidden_act 'x{90,}[.]{3}x{90,}' is not supported"),
     ],
 )
-def test_hf_refuses(change: dict[str, Any], message: str) -> None:
+def test_hf_rejects(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_from_hf(HF | change)
 
 
-def test_gguf_ties_the_head_where_there_is_no_output() -> None:
+def test_gguf_without_output_ties_the_head() -> None:
     assert not config_from_gguf(GGUF, has_output=True).tie_word_embeddings
 
 
@@ -206,7 +206,7 @@ def test_gguf_keys_follow_the_architecture() -> None:
         ({"llama.rope.scaling.type": ["yarn"]}, "is not supported; known: none, linear, yarn"),
     ],
 )
-def test_gguf_refuses(change: dict[str, Any], message: str) -> None:
+def test_gguf_rejects(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_from_gguf(GGUF | change, has_output=True)
 
@@ -217,7 +217,7 @@ def test_gguf_long_factors_need_a_length_to_be_stretched() -> None:
         config_from_gguf(GGUF | {"llama.rope.scaling.original_context_length": 1}, has_output=True, **tensors)
 
 
-def test_windows_of_smollm3_are_where_positions_are_not_told() -> None:
+def test_windows_of_smollm3_are_on_layers_without_rope() -> None:
     smollm3 = HF | {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1, 0, 1]}
     config = config_from_hf(smollm3 | {"use_sliding_window": True, "sliding_window": 64})
     assert windows(config) == [0, 64, 0]
@@ -238,5 +238,5 @@ def test_windows_of_smollm3_are_where_positions_are_not_told() -> None:
         ("LlamaForCausalLM", {}, [0] * 3),
     ],
 )
-def test_windows_as_transformers_gives_them(architecture: str, change: dict[str, Any], expected: list[int]) -> None:
+def test_windows_equal_transformers(architecture: str, change: dict[str, Any], expected: list[int]) -> None:
     assert windows(config_from_hf(HF | {"architectures": [architecture]} | change)) == expected

@@ -62,7 +62,7 @@ def crowd(heads: tuple[int, int, int], lengths: tuple[int, ...], dtype: str = "b
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("window", [0, 1, 40, 64, 100])
-def test_it_is_within_float32_rounding_of_attention(heads: tuple[int, int, int], dtype: str, window: int) -> None:
+def test_attend_is_within_float32_rounding(heads: tuple[int, int, int], dtype: str, window: int) -> None:
     rows = crowd(heads, (1, 63, 200), dtype)
     for row in range(3):
         np.testing.assert_allclose(
@@ -72,7 +72,7 @@ def test_it_is_within_float32_rounding_of_attention(heads: tuple[int, int, int],
 
 @pytest.mark.parametrize("window", [0, 40])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_capped_scores(dtype: str, window: int) -> None:
+def test_attend_with_capped_scores(dtype: str, window: int) -> None:
     rows = crowd((4, 2, 32), (1, 200), dtype)
     whole = rows.whole(1, window=window, cap=1.5)
     np.testing.assert_allclose(whole, rows.in_float64(1, window=window, cap=1.5), rtol=0, atol=4e-6)
@@ -84,7 +84,7 @@ def test_capped_scores(dtype: str, window: int) -> None:
 
 
 @pytest.mark.parametrize("window", [0, 40])
-def test_xla_gives_the_same_but_for_rounding(window: int) -> None:
+def test_attend_in_xla_equals_the_kernel_within_rounding(window: int) -> None:
     rows = crowd((14, 2, 64), (150,))
     for start in (0, 130):
         at = rows.positions(0, start, 170)
@@ -95,7 +95,7 @@ def test_xla_gives_the_same_but_for_rounding(window: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("heads", HEADS)
-def test_a_query_has_the_same_bits_in_every_chunk_and_batch(heads: tuple[int, int, int], dtype: str) -> None:
+def test_attend_has_the_same_bits_in_every_chunk_and_batch(heads: tuple[int, int, int], dtype: str) -> None:
     rows = crowd(heads, (130, 70, 129, 1, 65), dtype)
     whole = [rows.whole(row) for row in range(5)]
     for size in (1, 7, 31, 32, 64, 100):
@@ -112,14 +112,14 @@ def test_a_query_has_the_same_bits_in_every_chunk_and_batch(heads: tuple[int, in
             np.testing.assert_array_equal(out[row, 0], expected, err_msg=f"row {row} at {position}")
 
 
-def test_the_window_has_the_same_bits_in_every_chunk() -> None:
+def test_attend_with_a_window_has_the_same_bits_in_every_chunk() -> None:
     rows = crowd((4, 2, 32), (300,))
     whole = rows.whole(0, window=70)
     for start, end in ((0, 1), (69, 70), (133, 134), (134, 200), (299, 300)):
         np.testing.assert_array_equal(rows.chunk(0, start, end, window=70), whole[start:end])
 
 
-def test_padding_gives_zeros_beside_a_window_too() -> None:
+def test_attend_with_a_window_gives_zeros_for_padding() -> None:
     rows = crowd((4, 2, 32), (70,))
     at = np.where(np.arange(70) < 40, np.arange(70), -1).astype(np.int32)[None]
     out = run(cpu.attend, rows, rows.queries, rows.tables, at, window=20)
@@ -127,13 +127,13 @@ def test_padding_gives_zeros_beside_a_window_too() -> None:
     assert not out[0, 40:].any()
 
 
-def test_nan_is_not_swallowed() -> None:
+def test_attend_propagates_nan() -> None:
     rows = crowd((2, 1, 16), (3,))
     out = run(cpu.attend, rows, rows.queries * np.float32(np.nan), rows.tables, rows.positions(0, 0, 3))
     assert np.isnan(out).all()
 
 
-def test_many_calls_at_once() -> None:
+def test_attend_in_many_concurrent_calls() -> None:
     """Independent calls share XLA's threads: none may wait for a task that another one keeps from starting."""
     rows = crowd((14, 2, 64), (256,))
     args = (rows.queries, rows.keys, rows.values, rows.tables, rows.positions(0, 0, 256))
@@ -146,7 +146,7 @@ def test_many_calls_at_once() -> None:
 
 
 @pytest.mark.parametrize(("table", "position"), [([[9]], 0), ([[-1]], 0), ([[0]], 64)])
-def test_an_address_outside_the_cache_is_an_error(table: list[list[int]], position: int) -> None:
+def test_attend_rejects_an_address_outside_the_cache(table: list[list[int]], position: int) -> None:
     pages = jnp.zeros((2, 1, PAGE_SIZE, 8))
     with pytest.raises(jax.errors.JaxRuntimeError, match="out of bounds"):
         cpu.attend(
@@ -159,7 +159,7 @@ def test_an_address_outside_the_cache_is_an_error(table: list[list[int]], positi
         ).block_until_ready()
 
 
-def test_pages_of_another_size_are_an_error() -> None:
+def test_attend_rejects_pages_of_another_size() -> None:
     pages = jnp.zeros((2, 1, 32, 8))
     zero = jnp.zeros((1, 1), jnp.int32)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"\[N, K, 64, E\]"):
@@ -167,7 +167,7 @@ def test_pages_of_another_size_are_an_error() -> None:
 
 
 @pytest.mark.parametrize(("platform", "holds"), [("cpu", True), ("tpu", False), ("cuda", False)])
-def test_the_platform_that_is_compiled_for_decides(platform: str, holds: bool) -> None:
+def test_attend_kernel_is_only_in_cpu_programs(platform: str, holds: bool) -> None:
     rows = crowd((14, 2, 64), (20,), "float32")
     traced = jax.jit(partial(attend, kernels=load_kernels(), options=ScoreOptions(0.125))).trace(
         rows.queries, SplitPages(rows.keys, rows.values), rows.tables, rows.positions(0, 0, 20)
@@ -180,7 +180,7 @@ def test_the_platform_that_is_compiled_for_decides(platform: str, holds: bool) -
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "holds"), [("bfloat16", 64, True), ("float32", 64, False), ("bfloat16", 98, False)]
 )
-def test_a_gpu_has_a_kernel_of_its_own_for_bfloat16(dtype: str, head_dim: int, *, holds: bool) -> None:
+def test_attend_on_a_gpu_uses_its_kernel_for_bfloat16(dtype: str, head_dim: int, *, holds: bool) -> None:
     rows = crowd((2, 1, head_dim), (20,), dtype)
     h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("tensor",), abstract_device=h100)):

@@ -13,7 +13,7 @@ import pytest
 from model.kernels.cpu import build, library
 
 
-def test_without_a_library_there_are_no_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_without_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "library_path", lambda name: tmp_path / name)
     assert library.load() is None
     for name in library.INSTRUCTION_SETS:
@@ -21,7 +21,7 @@ def test_without_a_library_there_are_no_kernels(tmp_path: Path, monkeypatch: pyt
     assert library.load() is None
 
 
-def test_a_library_for_another_cpu_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_skips_a_library_for_another_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no compiler here")
@@ -50,7 +50,7 @@ def owned_by_another_user(status: os.stat_result) -> os.stat_result:
         (0o700, 0o755, True, False),
     ],
 )
-def test_load_opens_only_a_library_that_no_other_user_could_have_written(
+def test_load_opens_no_library_that_other_users_could_have_written(
     folder_mode: int, mode: int, foreign: bool, trusted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "kernels"
@@ -73,7 +73,7 @@ def test_load_opens_only_a_library_that_no_other_user_could_have_written(
     assert opened == ([str(folder / name) for name in library.INSTRUCTION_SETS] if trusted else [])
 
 
-def test_load_does_not_follow_a_link_to_a_library(tmp_path: Path) -> None:
+def test_is_trusted_rejects_a_symbolic_link(tmp_path: Path) -> None:
     (tmp_path / "own.so").touch(mode=0o644)
     (tmp_path / "link.so").symlink_to(tmp_path / "own.so")
     assert library.is_trusted(tmp_path / "own.so")
@@ -104,7 +104,9 @@ def test_build_replaces_a_library_but_not_a_folder_that_others_can_write(
     assert library.is_trusted(path)
 
 
-def test_a_machine_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_build_on_a_machine_without_kernels(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     assert build.main() == 0
     assert capsys.readouterr().err == "CPU kernels: none are written for riscv64; using XLA instead\n"
@@ -130,7 +132,7 @@ def run_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str | N
         ("exit 3", "exit code 3"),
     ],
 )
-def test_a_build_that_fails_says_so_in_one_line(
+def test_build_failure_is_one_line(
     compiler: str | None,
     says: str,
     tmp_path: Path,
@@ -146,7 +148,7 @@ def test_a_build_that_fails_says_so_in_one_line(
     assert not list((tmp_path / "_build").glob("*"))
 
 
-def test_an_instruction_set_that_a_compiler_does_not_know_is_no_loss_to_the_others(
+def test_build_skips_an_instruction_set_that_the_compiler_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     knows_one = 'case "$*" in *-mavx512f*) echo "error: no -mavx512f" >&2; exit 1;; esac; for o; do :; done; : > "$o"'
@@ -159,9 +161,7 @@ def test_an_instruction_set_that_a_compiler_does_not_know_is_no_loss_to_the_othe
     assert [path.name for path in (tmp_path / "_build").iterdir()] == ["avx2"]
 
 
-def test_a_build_is_skipped_only_where_the_library_of_the_same_sources_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_build_is_skipped_if_the_library_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Sequence[str]] = []
 
     def compile_nothing(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
@@ -185,9 +185,7 @@ def test_a_build_is_skipped_only_where_the_library_of_the_same_sources_is_there(
     ]  # other checkouts may use the older one
 
 
-def test_build_leaves_no_unfinished_file_where_the_compiler_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_build_leaves_no_unfinished_file_if_the_compiler_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write_half(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
         Path(command[-1]).write_text("half")
         return subprocess.CompletedProcess(command, 1, "", "error: disk full")
@@ -272,7 +270,7 @@ def test_ensure_built_reports_a_cache_that_cannot_be_written(tmp_path: Path, mon
     assert lines[-1].endswith("; using XLA instead")
 
 
-def test_changed_sources_are_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_path_depends_on_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of older sources is never loaded, also where the new one cannot be built."""
     source = tmp_path / "a.cc"
     monkeypatch.setattr(library, "UNITS", [source])
@@ -284,7 +282,7 @@ def test_changed_sources_are_another_library(tmp_path: Path, monkeypatch: pytest
     assert len(names) == 2
 
 
-def test_the_next_compiler_is_tried_where_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_tries_the_next_compiler_if_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def only_clang(command: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
         if command[0] == "bin/clang++":
             Path(command[-1]).write_text("library")

@@ -35,7 +35,7 @@ def check_equal(ours: TokenLogprobs, expected: TokenLogprobs) -> None:
 
 @pytest.mark.parametrize(("width", "vocab"), SIZES)
 @pytest.mark.parametrize("rows", [1, 2, 13, 64])
-def test_score_has_the_bits_of_the_numbers_of_logits(rows: int, width: int, vocab: int) -> None:
+def test_score_has_the_bits_of_token_logprobs(rows: int, width: int, vocab: int) -> None:
     hidden, weight = normal(0, rows, width), cpu.pack(normal(1, vocab, width))
     ids, named = ids_of(rows, vocab)
     live, k = jnp.int32(rows), min(20, vocab)
@@ -44,7 +44,7 @@ def test_score_has_the_bits_of_the_numbers_of_logits(rows: int, width: int, voca
 
 
 @pytest.mark.parametrize("rows", [1, 16, 64])
-def test_score_caps_logits_as_soft_cap_does(rows: int) -> None:
+def test_score_with_a_cap_equals_soft_cap(rows: int) -> None:
     hidden, weight = normal(0, rows, 96), cpu.pack(normal(1, 2100, 96))
     ids, named = ids_of(rows, 2100)
     live = jnp.int32(rows)
@@ -56,7 +56,7 @@ def test_score_caps_logits_as_soft_cap_does(rows: int) -> None:
     assert not np.array_equal(np.asarray(found.logprob), np.asarray(uncapped.logprob))
 
 
-def test_a_row_has_the_same_bits_in_every_batch() -> None:
+def test_score_has_the_same_bits_in_every_batch() -> None:
     hidden, weight = normal(2, 64, 96), cpu.pack(normal(3, 5000, 96))
     ids, named = ids_of(64, 5000)
     whole = cpu.score(hidden, weight, ids, named, jnp.int32(64), k=20)
@@ -66,7 +66,7 @@ def test_a_row_has_the_same_bits_in_every_batch() -> None:
             check_equal(some, jax.tree.map(operator.itemgetter(rows), whole))
 
 
-def test_equal_logits_come_by_ascending_id_whoever_finds_them() -> None:
+def test_top_ids_of_equal_logits_ascend_on_many_threads() -> None:
     """Most columns are alike, so that every panel of every thread has as many as are wanted."""
     vocab = 20_000
     column = np.where(np.arange(vocab)[:, None] % 7 == 3, 1.0, 0.5)
@@ -80,7 +80,7 @@ def test_equal_logits_come_by_ascending_id_whoever_finds_them() -> None:
 
 
 @pytest.mark.parametrize("live", [-1, 0, 1, 7, 12, 13])
-def test_rows_that_are_not_live_are_zeros_and_change_no_other(live: int) -> None:
+def test_padding_rows_are_zeros_and_change_no_other(live: int) -> None:
     hidden, weight = normal(4, 12, 64), cpu.pack(normal(5, 3000, 64))
     ids, named = ids_of(12, 3000)
     whole = cpu.score(hidden, weight, ids, named, jnp.int32(12), k=5)
@@ -93,7 +93,7 @@ def test_rows_that_are_not_live_are_zeros_and_change_no_other(live: int) -> None
 
 
 @pytest.mark.parametrize("place", [0, 1023, 1024, 2999])
-def test_a_nan_is_never_swallowed(place: int) -> None:
+def test_token_logprobs_propagate_nan(place: int) -> None:
     logits = np.full((1, 3000), -np.inf, np.float32)
     logits[0, [5, 2000]] = 1.0
     logits[0, place] = np.nan
@@ -103,7 +103,7 @@ def test_a_nan_is_never_swallowed(place: int) -> None:
     assert np.isnan(found.top_logprobs).all()
 
 
-def test_a_row_of_nan_alone() -> None:
+def test_token_logprobs_of_a_row_of_nan() -> None:
     ids, named = jnp.asarray([5], jnp.int32), jnp.full((1, 1), NO_ID, jnp.int32)
     found = cpu.token_logprobs(jnp.full((1, 3000), jnp.nan), ids, named, jnp.int32(1), k=4)
     assert np.isnan(found.logprob).all()
@@ -111,7 +111,7 @@ def test_a_row_of_nan_alone() -> None:
     assert not np.asarray(found.top_ids).any()
 
 
-def test_many_calls_at_once() -> None:
+def test_token_logprobs_in_many_concurrent_calls() -> None:
     hidden, weight = normal(6, 12, 64), cpu.pack(normal(7, 6000, 64))
     ids, named = ids_of(12, 6000)
 
@@ -126,7 +126,7 @@ def test_many_calls_at_once() -> None:
                 check_equal(mine, expected)
 
 
-def test_score_refuses_another_dtype_or_width() -> None:
+def test_score_rejects_another_dtype_or_width() -> None:
     weight = cpu.pack(normal(8, 40, 8))
     ids, named = ids_of(1, 40)
     with pytest.raises(TypeError, match="float32, not bfloat16"):

@@ -42,20 +42,20 @@ def reference(told: Told) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NATIVE[:-1])
-def test_other_instruction_sets_of_this_machine(told: Told, name: str, reference: list[str]) -> None:
+def test_kernels_of_other_instruction_sets_give_the_same_bits(told: Told, name: str, reference: list[str]) -> None:
     assert lines_of(told, name) == reference
 
 
-def test_arm(told: Told, reference: list[str]) -> None:
+def test_kernels_on_arm_give_the_same_bits(told: Told, reference: list[str]) -> None:
     assert lines_of(told, "arm") == reference
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_sanitizers_find_nothing(told: Told, name: str, reference: list[str]) -> None:
+def test_kernels_pass_the_sanitizers(told: Told, name: str, reference: list[str]) -> None:
     assert lines_of(told, f"{name}, sanitized") == reference
 
 
-def test_calls_that_threads_share(told: Told) -> None:
+def test_calls_shared_among_threads_pass_the_sanitizers(told: Told) -> None:
     if not NATIVE:
         pytest.skip(f"no kernels for {platform.machine()}")
     for kind in ("sanitized", "threads sanitized"):
@@ -64,7 +64,7 @@ def test_calls_that_threads_share(told: Told) -> None:
 
 @pytest.mark.parametrize("name", NATIVE[1:])
 @pytest.mark.usefixtures("kernels")
-def test_the_handlers_of_the_other_libraries(name: str) -> None:
+def test_handlers_of_the_other_libraries(name: str) -> None:
     """The first library that this CPU can run serves all other tests; here tests of two kernels run on another."""
     code = (
         "import sys, pytest\n"

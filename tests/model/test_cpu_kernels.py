@@ -82,7 +82,7 @@ def test_linear_is_within_float32_rounding_of_the_exact_sum(m: int, n: int, k: i
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_every_path_gives_the_documented_order_to_the_bit(kernels: cpu.CpuKernels, m: int, n: int, k: int) -> None:
+def test_linear_paths_sum_in_the_documented_order(kernels: cpu.CpuKernels, m: int, n: int, k: int) -> None:
     x, weight = normal(3, m, k), cpu.pack(normal(4, n, k))
     exact = np.zeros((m, n), np.float32)
     x32, w32 = np.zeros((m, k + k % 2), np.float32), np.zeros((n, k + k % 2), np.float32)
@@ -94,7 +94,7 @@ def test_every_path_gives_the_documented_order_to_the_bit(kernels: cpu.CpuKernel
     np.testing.assert_array_equal(cpu.linear(x, weight), exact)
 
 
-def test_both_paths_agree_on_denormals(kernels: cpu.CpuKernels) -> None:
+def test_linear_paths_agree_on_denormals(kernels: cpu.CpuKernels) -> None:
     if "pairs" not in kernels.paths:
         pytest.skip("this CPU has no AVX512_BF16")
     scale = 2.0**-63.5  # products and sums on both sides of float32's smallest normal number, 2^-126
@@ -108,7 +108,7 @@ def test_both_paths_agree_on_denormals(kernels: cpu.CpuKernels) -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.usefixtures("kernels")
-def test_a_row_has_the_same_bits_in_every_batch(dtype: jnp.dtype) -> None:
+def test_linear_has_the_same_bits_in_every_batch(dtype: jnp.dtype) -> None:
     x, weight = normal(7, 257, 577), cpu.pack(normal(8, 1000, 577))
     whole = np.asarray(cpu.linear(x, weight, dtype))
     for m in (1, 2, 3, 11, 12, 13, 16, 64):
@@ -120,7 +120,7 @@ def test_a_row_has_the_same_bits_in_every_batch(dtype: jnp.dtype) -> None:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("live", [-1, 0, 1, 5, 12, 13, 40, 64, 65])
 @pytest.mark.usefixtures("kernels")
-def test_rows_that_are_not_live_are_zeros_and_change_no_other(live: int, dtype: jnp.dtype) -> None:
+def test_linear_padding_rows_are_zeros_and_change_no_other(live: int, dtype: jnp.dtype) -> None:
     x, weight = normal(20, 64, 70), cpu.pack(normal(21, 100, 70))
     whole = np.asarray(cpu.linear(x, weight, dtype))
     count = min(max(live, 0), 64)
@@ -131,7 +131,7 @@ def test_rows_that_are_not_live_are_zeros_and_change_no_other(live: int, dtype: 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 33), (5, 64), (30, 100)])
 @pytest.mark.usefixtures("kernels")
-def test_bfloat16_is_the_float32_result_rounded(m: int, n: int) -> None:
+def test_linear_bfloat16_is_the_float32_result_rounded(m: int, n: int) -> None:
     x, weight = normal(9, m, 70), cpu.pack(normal(10, n, 70))
     x = x.at[0, 0].set(jnp.inf)  # one row of infinities
     expected = cpu.linear(x, weight).astype(jnp.bfloat16)
@@ -139,7 +139,7 @@ def test_bfloat16_is_the_float32_result_rounded(m: int, n: int) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_bfloat16_rounds_ties_to_even_and_keeps_nan() -> None:
+def test_linear_bfloat16_rounds_ties_to_even_and_keeps_nan() -> None:
     weight = cpu.pack(jnp.ones((32, 2), jnp.bfloat16))
     step = 2.0**-8  # half of bfloat16's step at 1
     x = jnp.asarray([[1, step], [1 + 2 * step, step], [jnp.nan, 1]], jnp.bfloat16)
@@ -150,7 +150,7 @@ def test_bfloat16_rounds_ties_to_even_and_keeps_nan() -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_a_bad_row_does_not_touch_its_neighbours() -> None:
+def test_linear_row_of_nan_changes_no_other() -> None:
     # An odd k: what follows a row in memory belongs to the next one.
     x, weight = normal(11, 5, 33), cpu.pack(normal(12, 40, 33))
     clean = np.asarray(cpu.linear(x, weight))
@@ -160,7 +160,7 @@ def test_a_bad_row_does_not_touch_its_neighbours() -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_many_calls_in_one_program_and_in_several_threads_all_finish() -> None:
+def test_linear_in_many_concurrent_calls() -> None:
     x = normal(13, 16, 128)
     weights = [cpu.pack(normal(20 + i, 2048, 128)) for i in range(16)]
     alone = [np.asarray(cpu.linear(x, weight)) for weight in weights]
@@ -176,7 +176,7 @@ def test_many_calls_in_one_program_and_in_several_threads_all_finish() -> None:
 
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.usefixtures("kernels")
-def test_packed_weights_have_a_form_for_every_platform(rows: int) -> None:
+def test_matmul_lowers_for_every_platform(rows: int) -> None:
     """Weights that this machine has packed are no reason why a step could not be compiled for another one."""
     x, w = normal(22, rows, 70), normal(23, 100, 70)
     weight = cpu.pack(w)
@@ -190,7 +190,7 @@ def test_packed_weights_have_a_form_for_every_platform(rows: int) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_it_compiles_ahead_of_time_beside_donated_buffers() -> None:
+def test_linear_compiles_ahead_of_time_with_donated_buffers() -> None:
     x, weight = normal(14, 4, 64), cpu.pack(normal(15, 96, 64))
     expected = 2 * np.asarray(cpu.linear(x, weight))
 
@@ -206,7 +206,7 @@ def test_it_compiles_ahead_of_time_beside_donated_buffers() -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_a_program_from_the_persistent_cache_gives_the_same(cache_dir: Path) -> None:
+def test_linear_in_a_program_from_the_persistent_cache(cache_dir: Path) -> None:
     x, weight = normal(16, 3, 62), cpu.pack(normal(17, 65, 62))
     hits: list[str] = []
     jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
@@ -224,12 +224,12 @@ def test_a_program_from_the_persistent_cache_gives_the_same(cache_dir: Path) -> 
     np.testing.assert_array_equal(results[0], results[1])
 
 
-def test_load_may_be_called_again(kernels: cpu.CpuKernels) -> None:
+def test_load_twice(kernels: cpu.CpuKernels) -> None:
     assert cpu.load() == kernels
 
 
 @pytest.mark.usefixtures("kernels")
-def test_linear_refuses_another_dtype_or_width() -> None:
+def test_linear_rejects_another_dtype_or_width() -> None:
     weight = cpu.pack(normal(18, 32, 8))
     with pytest.raises(TypeError, match="float32, not bfloat16"):
         cpu.linear(jnp.zeros((1, 8)), weight)

@@ -33,7 +33,7 @@ def packed(weights: str, matrix: NDArray[np.float32]) -> cpu.Packed:
 
 @few
 @given(size=SIZES, weights=WEIGHTS, seed=SEEDS)
-def test_linear(size: tuple[int, int, int], weights: str, seed: int) -> None:
+def test_linear_of_random_shapes(size: tuple[int, int, int], weights: str, seed: int) -> None:
     (m, n, k), random = size, np.random.default_rng(seed)
     x = jnp.asarray(random.normal(size=(m, k)), jnp.bfloat16)
     weight = packed(weights, random.normal(size=(n, k)).astype(np.float32))
@@ -46,7 +46,7 @@ def test_linear(size: tuple[int, int, int], weights: str, seed: int) -> None:
 
 @few
 @given(size=SIZES, weights=WEIGHTS, k=st.integers(0, 20), named=st.integers(0, 5), seed=SEEDS)
-def test_score(size: tuple[int, int, int], weights: str, k: int, named: int, seed: int) -> None:
+def test_score_of_random_shapes(size: tuple[int, int, int], weights: str, k: int, named: int, seed: int) -> None:
     (m, vocab, width), random = size, np.random.default_rng(seed)
     hidden = jnp.asarray(random.normal(size=(m, width)), jnp.bfloat16)
     weight = packed(weights, random.normal(size=(vocab, width)).astype(np.float32))
@@ -70,7 +70,7 @@ def test_score(size: tuple[int, int, int], weights: str, k: int, named: int, see
     dtype=st.sampled_from(["bfloat16", "float32"]),
     seed=SEEDS,
 )
-def test_attention(
+def test_attend_of_random_shapes(
     kv_heads: int, group: int, half: int, lengths: list[int], window: int, dtype: str, seed: int
 ) -> None:
     rows = crowd((kv_heads * group, kv_heads, 2 * half), tuple(lengths), dtype, seed)

@@ -109,7 +109,7 @@ def test_soft_cap_keeps_order_signs_and_nan() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_has_the_same_bits_in_every_batch(dtype: str) -> None:
+def test_rows_have_the_same_bits_in_every_batch(dtype: str) -> None:
     x, weight = normal(3, 257, 2 * 577), normal(4, 2 * 577)
     whole_norm, whole_gated = norm(x, weight, all_of(x), dtype), gated(x, all_of(x), dtype)
     whole_geglu, whole_capped = geglu(x, all_of(x), dtype), capped(x, all_of(x))
@@ -122,7 +122,7 @@ def test_a_row_has_the_same_bits_in_every_batch(dtype: str) -> None:
             np.testing.assert_array_equal(gated(part, all_of(part), dtype), whole_gated[first : first + m])
 
 
-def test_bfloat16_is_the_float32_result_rounded() -> None:
+def test_bfloat16_result_is_the_float32_result_rounded() -> None:
     x, weight = normal(5, 9, 66), normal(6, 66)
     rounded = jnp.asarray(norm(x, weight, all_of(x))).astype(jnp.bfloat16)
     np.testing.assert_array_equal(norm(x, weight, all_of(x), "bfloat16"), np.asarray(rounded))
@@ -132,7 +132,7 @@ def test_bfloat16_is_the_float32_result_rounded() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("live", [-1, 0, 1, 30, 64, 65])
-def test_rows_that_are_not_live_are_zeros_and_change_no_other(live: int, dtype: str) -> None:
+def test_padding_rows_are_zeros_and_change_no_other(live: int, dtype: str) -> None:
     x, weight = normal(7, 64, 60), normal(8, 60)
     count = min(max(live, 0), 64)
     torn = x.at[count:].set(jnp.nan)
@@ -147,7 +147,7 @@ def test_rows_that_are_not_live_are_zeros_and_change_no_other(live: int, dtype: 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("H", "K", "E"), [(9, 3, 64), (14, 2, 64), (4, 1, 256), (3, 3, 6), (5, 1, 98)])
 @pytest.mark.parametrize(("R", "T"), [(1, 1), (4, 1), (1, 70)])
-def test_rotate_and_store_does_what_xla_does(H: int, K: int, E: int, R: int, T: int, dtype: str) -> None:
+def test_rotate_and_store_equals_xla(H: int, K: int, E: int, R: int, T: int, dtype: str) -> None:
     heads = normal(9, R, T, H + 2 * K, E)
     keys, values = (jnp.asarray(normal(seed, 2 * R + 1, K, PAGE_SIZE, E), dtype) for seed in (10, 11))
     tables = jnp.arange(1, 2 * R + 1, dtype=jnp.int32)[::-1].reshape(R, 2)
@@ -165,7 +165,7 @@ def test_rotate_and_store_does_what_xla_does(H: int, K: int, E: int, R: int, T: 
         np.testing.assert_array_equal(mine[0], np.asarray(before[0], np.float32))  # padding is stored nowhere
 
 
-def test_a_rotated_token_has_the_same_bits_in_every_batch() -> None:
+def test_rotate_and_store_has_the_same_bits_in_every_batch() -> None:
     H, K, E, T = 9, 3, 64, 128
     heads, tables = normal(12, 1, T, H + 2 * K, E), jnp.asarray([[1, 2]], jnp.int32)
     positions = jnp.arange(T, dtype=jnp.int32)[None]
@@ -184,7 +184,7 @@ def test_a_rotated_token_has_the_same_bits_in_every_batch() -> None:
             assert not few[end:].any()
 
 
-def test_donated_pages_are_written_in_place() -> None:
+def test_rotate_and_store_writes_donated_pages_in_place() -> None:
     pages = (normal(13, 3, 1, PAGE_SIZE, 8), normal(14, 3, 1, PAGE_SIZE, 8))
     at = jnp.zeros((1, 1), jnp.int32)
     addresses = [page.unsafe_buffer_pointer() for page in pages]
@@ -194,7 +194,7 @@ def test_donated_pages_are_written_in_place() -> None:
 
 
 @pytest.mark.parametrize(("table", "position"), [([[9]], 0), ([[-1]], 0), ([[0]], 64)])
-def test_an_address_outside_the_cache_is_an_error(table: list[list[int]], position: int) -> None:
+def test_rotate_and_store_rejects_an_address_outside_the_cache(table: list[list[int]], position: int) -> None:
     pages, at = jnp.zeros((2, 1, PAGE_SIZE, 8)), jnp.asarray([[position]], jnp.int32)
     with pytest.raises(jax.errors.JaxRuntimeError, match="out of bounds"):
         jax.block_until_ready(
@@ -209,7 +209,7 @@ def test_an_address_outside_the_cache_is_an_error(table: list[list[int]], positi
         )
 
 
-def test_values_of_another_size_than_the_keys_are_an_error() -> None:
+def test_rotate_and_store_rejects_values_of_another_size_than_the_keys() -> None:
     at = jnp.zeros((1, 1), jnp.int32)
     pages = jnp.zeros((2, 1, PAGE_SIZE, 8)), jnp.zeros((1, 1, PAGE_SIZE, 8))
     with pytest.raises(jax.errors.JaxRuntimeError, match="rotate takes"):
@@ -219,7 +219,7 @@ def test_values_of_another_size_than_the_keys_are_an_error() -> None:
 
 
 @pytest.mark.parametrize(("platform", "holds"), [("cpu", True), ("tpu", False), ("cuda", False)])
-def test_the_platform_that_is_compiled_for_decides(platform: str, holds: bool) -> None:
+def test_rotate_and_store_kernel_is_only_in_cpu_programs(platform: str, holds: bool) -> None:
     pages, at = jnp.zeros((2, 1, PAGE_SIZE, 8)), jnp.zeros((1, 1), jnp.int32)
     traced = jax.jit(rotate_and_store, static_argnums=5).trace(
         jnp.zeros((1, 1, 3, 8)), rotary_angles(at, 8, ROPE), SplitPages(pages, pages), at, at, load_kernels()

@@ -84,7 +84,7 @@ def of_checkpoint(checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_gguf_file_is_the_directory(tmp_path: Path, case: str) -> None:
+def test_gguf_file_equals_the_hf_directory(tmp_path: Path, case: str) -> None:
     hf = tiny_configs()[case]
     if case == "smollm3":  # files say nothing of it: every fourth layer
         hf = hf | {"num_hidden_layers": 4, "no_rope_layers": None}

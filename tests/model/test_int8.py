@@ -66,7 +66,7 @@ def _values(weight: NDArray[Any] | Int8Array) -> NDArray[Any]:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (7, 32), (3, 33), (64, 576)])
-def test_a_group_is_rounded_to_the_nearest_of_its_steps(shape: tuple[int, int]) -> None:
+def test_quantize_rounds_to_the_nearest_step(shape: tuple[int, int]) -> None:
     matrix = normal(1, *shape) * np.exp(normal(2, shape[0], 1) * 3)
     array = quantize(matrix)
     steps = np.repeat(array.scales.astype(np.float32), GROUP_SIZE, axis=1)[:, : shape[1]]
@@ -76,7 +76,7 @@ def test_a_group_is_rounded_to_the_nearest_of_its_steps(shape: tuple[int, int]) 
     assert array.values.min() >= -127
 
 
-def test_groups_of_zeros_and_numbers_too_small_for_a_scale_are_zeros() -> None:
+def test_quantize_zeros_and_values_too_small_for_a_scale() -> None:
     matrix = np.zeros((2, 64), np.float32)
     matrix[0, 5], matrix[1, 40] = 1e-30, 2.0
     expected = np.zeros_like(matrix)
@@ -85,7 +85,7 @@ def test_groups_of_zeros_and_numbers_too_small_for_a_scale_are_zeros() -> None:
 
 
 @pytest.mark.parametrize("greatest", [7.7e-3, 1e-4, 3e-5, 1e-5, 8e-6])
-def test_groups_whose_scale_is_subnormal_in_float16(greatest: float) -> None:
+def test_quantize_groups_with_subnormal_scales(greatest: float) -> None:
     matrix = normal(17, 64, 320)
     matrix *= greatest / np.abs(matrix).max()
     array = quantize(matrix)
@@ -93,7 +93,7 @@ def test_groups_whose_scale_is_subnormal_in_float16(greatest: float) -> None:
     assert (np.abs(values_of(array) - matrix) <= 0.501 * np.maximum(steps, 2.0**-24)).all()
 
 
-def test_a_large_matrix_is_rounded_row_by_row() -> None:
+def test_quantize_large_matrix_in_batches_of_rows() -> None:
     matrix = normal(18, 3000, 600)  # more than is rounded at once
     array, last = quantize(matrix), quantize(matrix[-1:])
     np.testing.assert_array_equal(array.values[-1:], last.values)
@@ -104,7 +104,7 @@ def test_a_large_matrix_is_rounded_row_by_row() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_q8_0_is_taken_as_it_is(tmp_path: Path, family: str, tied: bool) -> None:
+def test_load_weights_keeps_q8_0(tmp_path: Path, family: str, tied: bool) -> None:
     tiny = TinyModel(family, tied)
     got = load(tiny.write_gguf(tmp_path / "a.gguf", "Q8_0"))
     expected = tiny.rounded("Q8_0").expected()
@@ -114,14 +114,14 @@ def test_q8_0_is_taken_as_it_is(tmp_path: Path, family: str, tied: bool) -> None
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_1"])
-def test_anything_else_is_rounded_once(tmp_path: Path, kind: str) -> None:
+def test_load_weights_rounds_other_types_once(tmp_path: Path, kind: str) -> None:
     tiny = TinyModel()
     got = load(tiny.write_gguf(tmp_path / "a.gguf", kind))
     for path, values in tiny.rounded(kind).expected().items():
         np.testing.assert_array_equal(got[path], values_of(quantize(values)) if values.ndim == 2 else values, path)
 
 
-def test_a_directory_gives_what_a_gguf_file_gives(tmp_path: Path) -> None:
+def test_load_weights_is_the_same_from_both_formats(tmp_path: Path) -> None:
     tiny = TinyModel("qwen2", tied=False)
     from_gguf = load(tiny.write_gguf(tmp_path / "a.gguf"))
     for path, values in load(tiny.write_hf(tmp_path / "hf")).items():
@@ -129,14 +129,14 @@ def test_a_directory_gives_what_a_gguf_file_gives(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e9])
-def test_values_that_int8_cannot_hold(tmp_path: Path, bad: float) -> None:
+def test_load_weights_rejects_values_too_large_for_int8(tmp_path: Path, bad: float) -> None:
     tiny = TinyModel()
     tiny.tensors[UP].flat[-1] = bad
     with pytest.raises(ModelLoadError, match=rf"{UP}: holds values that are not finite, or too large for int8"):
         load(tiny.write_hf(tmp_path / "hf"))
 
 
-def test_a_damaged_scale_of_q8_0(tmp_path: Path) -> None:
+def test_load_weights_rejects_a_damaged_scale_of_q8_0(tmp_path: Path) -> None:
     tiny, name = TinyModel(), gguf_name(UP)
     blocks = gguf.quants.quantize(tiny.tensors.pop(UP), gguf.GGMLQuantizationType.Q8_0)
     blocks[3, :2] = np.array([np.nan], "<f2").view(np.uint8)
@@ -146,7 +146,7 @@ def test_a_damaged_scale_of_q8_0(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_pack_keeps_every_value_and_pads_with_zeros(m: int, n: int, k: int) -> None:
+def test_pack_int8_keeps_every_value_and_pads_with_zeros(m: int, n: int, k: int) -> None:
     weight, values = packed(m, n, k)
     assert weight.data.shape == (-(-n // 32), -(-k // 32) * 32, 32)
     assert weight.scales.shape == (-(-n // 32), -(-k // 32), 32)
@@ -158,7 +158,7 @@ def test_pack_keeps_every_value_and_pads_with_zeros(m: int, n: int, k: int) -> N
 
 @pytest.mark.parametrize("form", ["kernels", "XLA"])
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_the_product_is_within_float32_rounding(m: int, n: int, k: int, form: str) -> None:
+def test_matmul_is_within_float32_rounding(m: int, n: int, k: int, form: str) -> None:
     kernels = load_kernels() if form == "kernels" else Kernels()
     if form == "kernels" and kernels.cpu is None:
         pytest.skip("no kernels here")
@@ -172,7 +172,7 @@ def test_the_product_is_within_float32_rounding(m: int, n: int, k: int, form: st
 
 @pytest.mark.parametrize("kind", ["int8", "bfloat16"])
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 40, 64), (3, 2048, 33), (5, 2100, 96), (2, 4097, 64)])
-def test_an_accelerator_unpacks_some_rows_at_a_time(m: int, n: int, k: int, kind: str) -> None:
+def test_matmul_on_an_accelerator_unpacks_blocks(m: int, n: int, k: int, kind: str) -> None:
     """The form is theirs, the arithmetic can be seen here."""
     weight, values = packed(3, n, k)
     if kind == "bfloat16":
@@ -184,7 +184,7 @@ def test_an_accelerator_unpacks_some_rows_at_a_time(m: int, n: int, k: int, kind
 
 
 @pytest.mark.parametrize(("n", "k"), [(576, 576), (1536, 576), (960, 576), (576, 1536), (1152, 896), (896, 4864)])
-def test_without_kernels_a_row_has_the_same_bits_in_every_batch(n: int, k: int) -> None:
+def test_matmul_without_kernels_has_the_same_bits_in_every_batch(n: int, k: int) -> None:
     """In the shapes of real models: XLA's products of other shapes (96 columns) can differ, whatever the weights."""
     x, (weight, _) = jnp.asarray(normal(15, 64, k)), packed(16, n, k)
     whole = np.asarray(product(x, weight, Kernels()))
@@ -193,7 +193,7 @@ def test_without_kernels_a_row_has_the_same_bits_in_every_batch(n: int, k: int) 
 
 
 @pytest.mark.usefixtures("kernels")
-def test_the_kernels_order_is_ascending_k_by_fused_multiply_adds() -> None:
+def test_linear_sums_in_ascending_order_by_fused_multiply_adds() -> None:
     x, (weight, values) = jnp.asarray(normal(5, 13, 257), jnp.bfloat16), packed(6, 70, 257)
     x64, w64, y = np.asarray(x, np.float64), values.astype(np.float64), np.zeros((13, 70), np.float32)
     for i in range(257):
@@ -204,7 +204,7 @@ def test_the_kernels_order_is_ascending_k_by_fused_multiply_adds() -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.usefixtures("kernels")
-def test_a_row_has_the_same_bits_in_every_batch(dtype: Any) -> None:
+def test_linear_has_the_same_bits_in_every_batch(dtype: Any) -> None:
     x, (weight, _) = jnp.asarray(normal(7, 257, 577), jnp.bfloat16), packed(8, 1000, 577)
     whole = np.asarray(cpu.linear(x, weight, dtype))
     for m in (1, 2, 3, 11, 12, 13, 16, 64):
@@ -215,7 +215,7 @@ def test_a_row_has_the_same_bits_in_every_batch(dtype: Any) -> None:
 
 @pytest.mark.parametrize("live", [-1, 0, 1, 12, 13, 64, 65])
 @pytest.mark.usefixtures("kernels")
-def test_rows_that_are_not_live_are_zeros_and_change_no_other(live: int) -> None:
+def test_linear_padding_rows_are_zeros_and_change_no_other(live: int) -> None:
     x, (weight, _) = jnp.asarray(normal(9, 64, 70), jnp.bfloat16), packed(10, 100, 70)
     whole, count = np.asarray(cpu.linear(x, weight)), min(max(live, 0), 64)
     some = np.asarray(cpu.linear(x.at[count:].set(jnp.nan), weight, live=jnp.int32(live)))
@@ -225,7 +225,7 @@ def test_rows_that_are_not_live_are_zeros_and_change_no_other(live: int) -> None
 
 @pytest.mark.parametrize(("rows", "width", "vocab"), [(1, 5, 7), (13, 64, 1024), (64, 96, 3001)])
 @pytest.mark.usefixtures("kernels")
-def test_score_has_the_bits_of_the_numbers_of_logits(rows: int, width: int, vocab: int) -> None:
+def test_score_has_the_bits_of_token_logprobs(rows: int, width: int, vocab: int) -> None:
     hidden, (weight, _) = jnp.asarray(normal(11, rows, width), jnp.bfloat16), packed(12, vocab, width)
     ids = jnp.arange(rows, dtype=jnp.int32) % vocab
     named, live = jnp.zeros((rows, 2), jnp.int32), jnp.int32(rows)
@@ -236,7 +236,7 @@ def test_score_has_the_bits_of_the_numbers_of_logits(rows: int, width: int, voca
 
 
 @pytest.mark.usefixtures("kernels")
-def test_linear_refuses_another_dtype_or_width_or_shapes_that_contradict() -> None:
+def test_linear_rejects_another_dtype_or_shape() -> None:
     weight, _ = packed(13, 40, 64)
     with pytest.raises(TypeError, match="float32, not bfloat16"):
         cpu.linear(jnp.zeros((1, 64)), weight)
@@ -247,7 +247,7 @@ def test_linear_refuses_another_dtype_or_width_or_shapes_that_contradict() -> No
         jax.block_until_ready(cpu.linear(jnp.zeros((1, 64), jnp.bfloat16), torn))
 
 
-def test_it_lowers_for_every_platform() -> None:
+def test_matmul_lowers_for_every_platform() -> None:
     """Programs for other platforms hold no call of ours."""
     x, (weight, _) = jnp.zeros((4, 64), jnp.bfloat16), packed(14, 64, 64)
     for platform in ("tpu", "cuda"):

@@ -17,7 +17,7 @@ def test_layout_is_passed_to_the_compiler(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_layout_constants_in_cpp_have_no_value_of_their_own(name: str) -> None:
+def test_layout_constants_have_no_value_in_cpp(name: str) -> None:
     definition = re.compile(rf"\bint64_t {SHARED[name]} = (.+?);")
     found = {source: definition.findall(text) for source, text in SOURCES.items()}
     assert {source: values for source, values in found.items() if values} == {"layout.h": [f"LOGPROBD_{name}"]}

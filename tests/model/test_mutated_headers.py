@@ -16,7 +16,7 @@ _INPUTS = 1000
 
 
 @pytest.mark.parametrize("name", ["gguf", "safetensors"])
-def test_thousand_mutated_headers(name: str) -> None:
+def test_open_thousand_mutated_headers(name: str) -> None:
     target, random = TARGETS[name], Random(1)
     seeds, accepted = target.seeds(), Counter[object]()
     with target.open() as run:
@@ -30,6 +30,6 @@ def test_thousand_mutated_headers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gguf", "safetensors"])
-def test_seed_files_are_opened(name: str) -> None:
+def test_open_seed_files(name: str) -> None:
     with TARGETS[name].open() as run:
         assert all(run(data) for data in TARGETS[name].seeds())

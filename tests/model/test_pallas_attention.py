@@ -85,7 +85,7 @@ def last_tokens(rows: Crowd) -> tuple[Floats, Any]:
     [(platform, heads, kind) for platform in TOLERANCE for heads, kind in CASES if takes(platform, heads[2])],
     indirect=["platform"],
 )
-def test_a_decode_step_is_that_of_xla(platform: str, run: Run, heads: Any, kind: Any) -> None:
+def test_attend_decode_step_equals_xla(platform: str, run: Run, heads: Any, kind: Any) -> None:
     rows = crowd(heads, LENGTHS)
     queries, positions = last_tokens(rows)
     ours = run(rows, queries, rows.tables, positions, **kind)
@@ -95,7 +95,7 @@ def test_a_decode_step_is_that_of_xla(platform: str, run: Run, heads: Any, kind:
 
 
 @pytest.mark.parametrize(("heads", "kind"), [(HEADS[0], KINDS[1]), (HEADS[3], KINDS[0])])
-def test_a_chunk_in_the_middle_of_a_row_is_that_of_xla(platform: str, run: Run, heads: Any, kind: Any) -> None:
+def test_attend_chunk_in_the_middle_of_a_row_equals_xla(platform: str, run: Run, heads: Any, kind: Any) -> None:
     rows = crowd(heads, LENGTHS)
     positions = rows.positions(0, 70, 214)  # 14 of padding
     queries = np.pad(rows.queries[:1, 70:], ((0, 0), (0, 14), (0, 0), (0, 0)))
@@ -105,7 +105,7 @@ def test_a_chunk_in_the_middle_of_a_row_is_that_of_xla(platform: str, run: Run, 
 
 
 @pytest.mark.parametrize("heads", [(9, 3, 64), (8, 2, 128)])
-def test_a_token_has_the_same_bits_in_a_chunk_and_in_a_crowd(run: Run, heads: Any) -> None:
+def test_attend_has_the_same_bits_in_chunk_and_batch(run: Run, heads: Any) -> None:
     rows = crowd(heads, LENGTHS)
     queries, positions = last_tokens(rows)
     crowded = run(rows, queries, rows.tables, positions)
@@ -116,7 +116,7 @@ def test_a_token_has_the_same_bits_in_a_chunk_and_in_a_crowd(run: Run, heads: An
         np.testing.assert_array_equal(chunk[0, 199 - start], alone[0, 0])
 
 
-def test_a_long_row_is_added_from_its_parts(run: Run, platform: str) -> None:
+def test_attend_of_a_row_of_several_parts(run: Run, platform: str) -> None:
     """More pages than one part of a row has, or one block of keys."""
     rows = crowd((2, 1, 16), (1500,))
     queries, positions = last_tokens(rows)
@@ -124,7 +124,7 @@ def test_a_long_row_is_added_from_its_parts(run: Run, platform: str) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE[platform])
 
 
-def test_padding_gives_nothing_that_is_no_number(run: Run) -> None:
+def test_attend_with_padding_is_finite(run: Run) -> None:
     rows = crowd((9, 3, 64), LENGTHS)
     queries, positions = last_tokens(rows)
     positions = np.where(np.arange(4)[:, None] < 2, positions, -1)
@@ -133,20 +133,20 @@ def test_padding_gives_nothing_that_is_no_number(run: Run) -> None:
     assert np.isfinite(ours).all()
 
 
-def test_nan_is_not_swallowed(run: Run) -> None:
+def test_attend_propagates_nan(run: Run) -> None:
     rows = crowd((2, 1, 16), (3,))
     queries, positions = last_tokens(rows)
     assert np.isnan(run(rows, queries * np.float32(np.nan), rows.tables, positions)).all()
 
 
-def test_a_tpu_takes_rows_or_a_chunk_not_both() -> None:
+def test_attend_on_a_tpu_rejects_several_rows_of_several_tokens() -> None:
     rows = crowd((2, 1, 16), (3, 3))
     with pytest.raises(ValueError, match="2 rows of 2 tokens"):
         on_tpu(rows, rows.queries[:, :2], rows.tables, np.zeros((2, 2), np.int32))
 
 
 @pytest.mark.parametrize("heads", [(9, 3, 64), (14, 2, 64), (5, 5, 98)])
-def test_joined_pages_hold_what_split_pages_hold(heads: tuple[int, int, int]) -> None:
+def test_joined_pages_equal_split_pages(heads: tuple[int, int, int]) -> None:
     rows = crowd(heads, (130,), dtype="float32")
     K, E = heads[1:]
     split, both = SplitPages(rows.keys, rows.values), joined(rows)
@@ -159,7 +159,7 @@ def test_joined_pages_hold_what_split_pages_hold(heads: tuple[int, int, int]) ->
 
 
 @pytest.mark.parametrize("layout", ["split", "split in whole lanes", "joined"])
-def test_xla_reads_pages_of_either_kind(layout: str) -> None:
+def test_attend_in_xla_reads_pages_of_every_layout(layout: str) -> None:
     rows = crowd((9, 3, 64), LENGTHS)
     queries, positions = last_tokens(rows)
     fill = ((0, 0),) * 3 + ((0, 64 if "lanes" in layout else 0),)
@@ -176,7 +176,7 @@ def layouts() -> Callable[..., CacheLayout]:
     )
 
 
-def test_a_tpu_has_whole_lanes_and_joins_keys_and_values_for_its_kernel(layouts: Callable[..., CacheLayout]) -> None:
+def test_cache_layout_on_a_tpu_has_full_lanes_and_joined_pages(layouts: Callable[..., CacheLayout]) -> None:
     assert layouts("tpu", "bfloat16").shape(9).layers[0].heads.shape == (9, PAGE_SIZE, 4, 128)
     assert layouts("tpu", "bfloat16", 4).shape(9).layers[0].heads.shape == (9, PAGE_SIZE, 8, 128)
     assert layouts("tpu", "float32").shape(9).layers[0].keys.shape == (9, 2, PAGE_SIZE, 128)
@@ -186,7 +186,7 @@ def test_a_tpu_has_whole_lanes_and_joins_keys_and_values_for_its_kernel(layouts:
         assert layouts(platform, "bfloat16", 4).shape(9).hidden.shape == (9, PAGE_SIZE, 4 * 224)
 
 
-def test_what_the_kernel_of_a_tpu_takes() -> None:
+def test_takes_and_reads_on_a_tpu() -> None:
     assert tpu.reads(128, "bfloat16")
     assert not tpu.reads(128, "float32")
     assert not tpu.reads(256, "bfloat16")  # Mosaic refuses them
@@ -198,9 +198,7 @@ def test_what_the_kernel_of_a_tpu_takes() -> None:
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("shards", [1, 4])
-def test_the_bytes_of_a_page_are_those_of_its_arrays(
-    layouts: Callable[..., CacheLayout], platform: str, shards: int
-) -> None:
+def test_bytes_per_page_equal_its_arrays(layouts: Callable[..., CacheLayout], platform: str, shards: int) -> None:
     layout = layouts(platform, "bfloat16", shards)
     one, two = (
         sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layout.shape(pages))) for pages in (7, 8)

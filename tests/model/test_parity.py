@@ -136,13 +136,13 @@ def trace_attention(
     }
 
 
-def test_sub_layers(case: Case) -> None:
+def test_sublayers_equal_the_golden_values(case: Case) -> None:
     for name in names_of(case.name):
         ours = case.traced[name][case.golden["positions"]]
         np.testing.assert_allclose(ours, case.golden[name], rtol=0, atol=TOLERANCE, err_msg=name)
 
 
-def test_no_golden_value_is_left_unread(case: Case) -> None:
+def test_golden_values_are_all_read(case: Case) -> None:
     others = {"tokens", "positions", "token_logprobs", "token_ranks"}
     assert case.golden.keys() == case.traced.keys() | others
     assert set(names_of(case.name)) == case.traced.keys()
@@ -170,7 +170,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-def test_whole(case: Case, way: Way) -> None:
+def test_model_equals_the_golden_values(case: Case, way: Way) -> None:
     hidden, logits = run(case.model, case.golden["tokens"], way)
     golden, positions = case.golden, case.golden["positions"]
     np.testing.assert_allclose(hidden[positions], golden["norm"], rtol=0, atol=TOLERANCE)

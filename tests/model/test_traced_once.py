@@ -18,7 +18,7 @@ class Scale(nnx.Module):
         return scaled * 2 if self.twice else scaled
 
 
-def test_a_trace_is_for_all_modules_that_are_alike() -> None:
+def test_traced_once_for_modules_of_equal_structure() -> None:
     traces = []
 
     def method(module: Scale, x: jax.Array) -> jax.Array:

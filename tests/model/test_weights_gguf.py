@@ -54,7 +54,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "a.gguf"
 
 
-def test_metadata_becomes_plain_values(path: Path) -> None:
+def test_header_metadata_as_python_values(path: Path) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     kinds = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
     expected: dict[str, Any] = {kind: 7 if kind.startswith("u") else -7 for kind in kinds}
@@ -78,7 +78,7 @@ def test_metadata_becomes_plain_values(path: Path) -> None:
     assert [type(item) for item in metadata["bools"] + metadata["ints"]] == [bool, bool, int, int]
 
 
-def test_shapes_are_reversed_and_offsets_aligned(path: Path) -> None:
+def test_header_reverses_shapes_and_aligns_offsets(path: Path) -> None:
     values = [value("general.alignment", U32, struct.pack("<I", 64))]
     head = header(values, [tensor("a", (4, 3)), tensor("b", (2,), offset=64)])
     start = -(-len(head) // 64) * 64
@@ -90,12 +90,12 @@ def test_shapes_are_reversed_and_offsets_aligned(path: Path) -> None:
     ]
 
 
-def test_version_2_is_read(path: Path) -> None:
+def test_header_version_2(path: Path) -> None:
     path.write_bytes(header([value("k", U32, struct.pack("<I", 5))], [], version=2))
     assert read_header(path).metadata == {"k": 5}
 
 
-def test_every_cut_of_a_file_is_refused(path: Path) -> None:
+def test_header_truncated_anywhere(path: Path) -> None:
     tokens = value("tokens", ARRAY, struct.pack("<IQ", STRING, 2) + string("ab") + string("c"))
     numbers = value("numbers", ARRAY, struct.pack("<IQ", U32, 2) + bytes(8))
     head = header([tokens, numbers, value("text", STRING, string("abc"))], [tensor("a", (4, 3))])
@@ -134,11 +134,11 @@ def test_every_cut_of_a_file_is_refused(path: Path) -> None:
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60), "truncated"),
     ],
 )
-def test_a_bad_header(path: Path, content: bytes, message: str) -> None:
+def test_header_invalid(path: Path, content: bytes, message: str) -> None:
     assert message in refused(path, content)
 
 
-def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
+def test_header_of_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="No such file"):
         GgufCheckpoint(tmp_path / "gone.gguf")
     with pytest.raises(ModelLoadError, match="Is a directory"):
@@ -146,21 +146,21 @@ def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dims", [(0,), (4, 0), (0, 4)])
-def test_a_tensor_of_nothing_is_read_as_nothing(path: Path, dims: tuple[int, ...]) -> None:
+def test_read_empty_tensor(path: Path, dims: tuple[int, ...]) -> None:
     empty: Any = np.zeros(dims[::-1], np.float32)
     with closing(GgufCheckpoint(TinyModel().write_gguf(path, raw={"rope_freqs.weight": (empty, "F32")}))) as checkpoint:
         assert checkpoint.read("rope_freqs.weight").size == 0
         assert checkpoint.config.layers[0].rope == Rope(10000.0)
 
 
-def test_an_unknown_type_has_no_size(path: Path) -> None:
+def test_header_unknown_type_has_no_size(path: Path) -> None:
     path.write_bytes(header([], [tensor("a", (4,), kind=999)]))
     row = read_header(path).tensors["a"]
     assert (row.type_name, row.nbytes) == ("type 999", 0)
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_types_that_python_can_write(path: Path, kind: str) -> None:
+def test_read_types_that_python_can_write(path: Path, kind: str) -> None:
     tiny = TinyModel()
     with closing(GgufCheckpoint(tiny.write_gguf(path, kind))) as checkpoint:
         name = "model.layers.1.mlp.down_proj.weight"
@@ -192,7 +192,7 @@ SCALES = {
 
 
 @pytest.mark.parametrize("kind", SCALES)
-def test_types_that_only_raw_blocks_can_make(path: Path, kind: str) -> None:
+def test_read_types_from_raw_blocks(path: Path, kind: str) -> None:
     qtype = gguf.GGMLQuantizationType[kind]
     block, block_bytes = gguf.GGML_QUANT_SIZES[qtype]
     blocks = np.random.default_rng(3).integers(0, 256, (5, 2 * block_bytes), np.uint8)
@@ -207,7 +207,7 @@ def test_types_that_only_raw_blocks_can_make(path: Path, kind: str) -> None:
         assert np.ptp(got) > 0.2
 
 
-def test_a_tensor_of_several_runs(path: Path) -> None:
+def test_read_tensor_of_several_runs(path: Path) -> None:
     values = np.random.default_rng(5).standard_normal((9000, 64), np.float32)
     blocks = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
     with closing(GgufCheckpoint(TinyModel().write_gguf(path, raw={"extra": (blocks, "Q8_0")}))) as checkpoint:
@@ -215,14 +215,14 @@ def test_a_tensor_of_several_runs(path: Path) -> None:
     np.testing.assert_array_equal(got, gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0))
 
 
-def test_other_types_are_told_apart(path: Path) -> None:
+def test_names_marks_unsupported_types(path: Path) -> None:
     blocks = np.zeros((2, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_1][1]), np.uint8)
     with closing(GgufCheckpoint(TinyModel().write_gguf(path, raw={"extra": (blocks, "Q8_1")}))) as checkpoint:
         info = checkpoint.names()["extra"]
         assert (info.stored_as, info.supported) == ("Q8_1", False)
 
 
-def test_a_file_cut_after_it_was_opened(path: Path) -> None:
+def test_read_file_truncated_after_opening(path: Path) -> None:
     with closing(GgufCheckpoint(TinyModel().write_gguf(path))) as checkpoint:
         last = list(checkpoint.names())[-1]
         path.write_bytes(path.read_bytes()[:-256])
@@ -255,7 +255,7 @@ def split(folder: Path, parts: int = 3) -> list[Path]:
 
 
 @pytest.mark.parametrize("named", [0, 2])
-def test_a_model_in_several_files(tmp_path: Path, named: int) -> None:
+def test_open_model_in_several_files(tmp_path: Path, named: int) -> None:
     parts = split(tmp_path)
     with closing(GgufCheckpoint(tmp_path / "whole.gguf")) as whole, closing(GgufCheckpoint(parts[named])) as checkpoint:
         assert checkpoint.config == whole.config
@@ -266,7 +266,7 @@ def test_a_model_in_several_files(tmp_path: Path, named: int) -> None:
     assert resolve_model(str(tmp_path), None).path == parts[0]
 
 
-def test_parts_that_are_not_what_their_names_say(tmp_path: Path) -> None:
+def test_open_parts_that_contradict_their_names(tmp_path: Path) -> None:
     first, second, third = split(tmp_path)
     kept = second.read_bytes()
     second.unlink()
@@ -286,14 +286,14 @@ def test_parts_that_are_not_what_their_names_say(tmp_path: Path) -> None:
         GgufCheckpoint(tmp_path / "other.gguf")
 
 
-def test_a_bad_configuration_names_the_file(path: Path) -> None:
+def test_open_bad_configuration_names_the_file(path: Path) -> None:
     path.write_bytes(header([value("general.architecture", STRING, string("bert"))], []))
     with pytest.raises(ModelLoadError) as caught:
         GgufCheckpoint(path)
     assert str(caught.value).startswith(f"{path}: general.architecture 'bert' is not known")
 
 
-def test_the_default_model() -> None:
+def test_open_default_model() -> None:
     with closing(GgufCheckpoint(default_model_path())) as checkpoint:
         config = checkpoint.config
         assert (config.family, config.num_layers, config.hidden_size, config.intermediate_size) == (

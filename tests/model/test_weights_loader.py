@@ -68,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
-def test_the_most_is_little_more_than_the_weights(folder: Path, weights: str) -> None:
+def test_load_model_peak_memory_is_little_more_than_the_weights(folder: Path, weights: str) -> None:
     run = subprocess.run(
         [sys.executable, "-c", LOAD, str(folder), weights], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -87,7 +87,7 @@ def test_the_most_is_little_more_than_the_weights(folder: Path, weights: str) ->
         ("tpu", "TPU v5 lite", "float32", ()),
     ],
 )
-def test_the_kernels_of_an_accelerator_are_told(platform: str, kind: str, dtype: str, kernels: tuple[str, ...]) -> None:
+def test_kernels_used_on_an_accelerator(platform: str, kind: str, dtype: str, kernels: tuple[str, ...]) -> None:
     here = abstract_model(config_from_hf(tiny_configs()["qwen3"]), dtype)
     device: Any = SimpleNamespace(platform=platform, device_kind=kind)
     mesh: Any = SimpleNamespace(size=1, devices=np.array([device]))

@@ -37,14 +37,14 @@ def names(folder: Path) -> Mapping[str, TensorInfo]:
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_every_tensor_is_there(tiny: TinyModel, tmp_path: Path, shards: int) -> None:
+def test_names_lists_every_tensor(tiny: TinyModel, tmp_path: Path, shards: int) -> None:
     with closing(SafetensorsCheckpoint(tiny.write_hf(tmp_path, shards=shards))) as checkpoint:
         assert {name: info.shape for name, info in checkpoint.names().items()} == tiny.shapes()
         for name, values in tiny.tensors.items():
             np.testing.assert_array_equal(checkpoint.read(name), values)
 
 
-def test_sizes_and_types_come_from_the_header(tmp_path: Path) -> None:
+def test_names_has_sizes_and_types_of_the_header(tmp_path: Path) -> None:
     folder = TinyModel().write_hf(tmp_path)
     arrays: dict[str, Any] = {kind: np.zeros((2, 3), kind) for kind in ("float32", "float16", "float64", "int8")}
     save_file(arrays | {"bfloat16": np.zeros((2, 3), BF16)}, folder / "model.safetensors")
@@ -58,7 +58,7 @@ def test_sizes_and_types_come_from_the_header(tmp_path: Path) -> None:
     }
 
 
-def test_bfloat16_stays_and_float16_widens(tiny: TinyModel, tmp_path: Path) -> None:
+def test_read_keeps_bfloat16_and_widens_float16(tiny: TinyModel, tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     values = tiny.tensors[name]
     with closing(SafetensorsCheckpoint(tiny.write_hf(tmp_path / "bf16", BF16))) as checkpoint:
@@ -71,7 +71,7 @@ def test_bfloat16_stays_and_float16_widens(tiny: TinyModel, tmp_path: Path) -> N
     np.testing.assert_array_equal(widened, values.astype(np.float16).astype(np.float32))
 
 
-def test_arrays_outlive_the_files(tiny: TinyModel, tmp_path: Path) -> None:
+def test_read_arrays_outlive_the_files(tiny: TinyModel, tmp_path: Path) -> None:
     checkpoint = SafetensorsCheckpoint(tiny.write_hf(tmp_path))
     values = checkpoint.read("model.norm.weight")
     checkpoint.close()
@@ -80,18 +80,18 @@ def test_arrays_outlive_the_files(tiny: TinyModel, tmp_path: Path) -> None:
         checkpoint.read("model.norm.weight")
 
 
-def test_a_single_file_of_any_name(tiny: TinyModel, tmp_path: Path) -> None:
+def test_open_single_file_of_any_name(tiny: TinyModel, tmp_path: Path) -> None:
     (tiny.write_hf(tmp_path) / "model.safetensors").rename(tmp_path / "other.safetensors")
     assert len(names(tmp_path)) == len(tiny.tensors)
 
 
-def test_model_safetensors_goes_before_other_files(tiny: TinyModel, tmp_path: Path) -> None:
+def test_open_prefers_model_safetensors(tiny: TinyModel, tmp_path: Path) -> None:
     tiny.write_hf(tmp_path)
     save_file({"copy": np.zeros(1)}, tmp_path / "consolidated.safetensors")
     assert "copy" not in names(tmp_path)
 
 
-def test_several_files_without_an_index(tiny: TinyModel, tmp_path: Path) -> None:
+def test_open_several_files_without_an_index(tiny: TinyModel, tmp_path: Path) -> None:
     (tiny.write_hf(tmp_path, shards=3) / INDEX).unlink()
     assert "has 3 *.safetensors files" in refused(tmp_path)
 
@@ -114,12 +114,12 @@ def test_several_files_without_an_index(tiny: TinyModel, tmp_path: Path) -> None
         (b'{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors: listed in"),
     ],
 )
-def test_a_bad_index(tiny: TinyModel, tmp_path: Path, content: bytes, message: str) -> None:
+def test_open_bad_index(tiny: TinyModel, tmp_path: Path, content: bytes, message: str) -> None:
     (tiny.write_hf(tmp_path, shards=3) / INDEX).write_bytes(content)
     assert message in refused(tmp_path)
 
 
-def test_a_tensor_in_two_shards(tiny: TinyModel, tmp_path: Path) -> None:
+def test_open_tensor_in_two_shards(tiny: TinyModel, tmp_path: Path) -> None:
     tiny.write_hf(tmp_path, shards=3)
     save_file({"model.embed_tokens.weight": np.zeros(1)}, tmp_path / SHARD)
     assert "model.embed_tokens.weight, which another shard has too" in refused(tmp_path)
@@ -135,7 +135,7 @@ def test_a_tensor_in_two_shards(tiny: TinyModel, tmp_path: Path) -> None:
         lambda data: data[:8] + b"!" + data[9:],
     ],
 )
-def test_a_damaged_shard(tiny: TinyModel, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_open_damaged_shard(tiny: TinyModel, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     shard = tiny.write_hf(tmp_path, shards=3) / SHARD
     shard.write_bytes(damage(shard.read_bytes()))
     assert f"{SHARD}: not a complete safetensors file" in refused(tmp_path)
@@ -150,11 +150,11 @@ def test_a_damaged_shard(tiny: TinyModel, tmp_path: Path, damage: Callable[[byte
         (b'{"architectures": ["BertModel"]}', "config.json: architecture ['BertModel'] is not known"),
     ],
 )
-def test_a_bad_config(tiny: TinyModel, tmp_path: Path, content: bytes, message: str) -> None:
+def test_open_bad_config(tiny: TinyModel, tmp_path: Path, content: bytes, message: str) -> None:
     (tiny.write_hf(tmp_path) / "config.json").write_bytes(content)
     assert message in refused(tmp_path)
 
 
-def test_no_config(tiny: TinyModel, tmp_path: Path) -> None:
+def test_open_without_config(tiny: TinyModel, tmp_path: Path) -> None:
     (tiny.write_hf(tmp_path) / "config.json").unlink()
     assert "config.json: No such file or directory" in refused(tmp_path)

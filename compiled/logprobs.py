@@ -108,12 +108,11 @@ def canonicalize_zero(logits: Array) -> Array:
     return jnp.where(logits == 0, 0.0, logits)
 
 
-def _normalizer_in_xla(logits: Array, live: Array, axis: VocabAxis = UNSHARDED) -> Array:
+def _normalizer_in_xla(logits: Array, _live: Array, axis: VocabAxis = UNSHARDED) -> Array:
     """log(sum(exp(logits))) [R] of logits [R, V].
 
     The barrier prevents XLA from computing it again, by other code, inside each of its users.
     """
-    del live
     normalizer: Array = jax.lax.optimization_barrier(log_sum_exp(logits, axis))
     return normalizer
 

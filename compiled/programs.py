@@ -40,7 +40,6 @@ class Plan:
     result_specs: Any = None  # PartitionSpecs of the results, a prefix of their tree; None: replicated
 
     def lower(self) -> Lowered:
-        """Trace and lower the function."""
         function = self.function
         if self.mesh is not None:
             out_specs = PartitionSpec() if self.result_specs is None else self.result_specs
@@ -71,7 +70,6 @@ class Program:
 
     @property
     def name(self) -> str:
-        """The shape's name."""
         return self.shape.name
 
     @property

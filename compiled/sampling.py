@@ -29,14 +29,8 @@ def choose_tokens(
 ) -> Array:
     """Choose one id [R] int32 per row.
 
-    A row whose mask forbids every token gets token 0; such requests are rejected earlier.
-
-    Args:
-        logits: [R, V] float32.
-        sampling: parameters of each row.
-        slots: bias, counts and seen tokens of all requests.
-        rows: [R] int32, the slot of each row.
-        axis: V of the logits; if it is sharded, every shard makes the same choice.
+    A row whose mask forbids every token gets token 0; such requests are rejected earlier. Arguments are those of
+    `filters.processed_logits`; if V is sharded, every shard makes the same choice.
     """
     with jax.named_scope("sample"):
         samples = jnp.any(sampling.temperature > 0)

@@ -59,15 +59,12 @@ class Buckets:
         return self.decode_rows[-1] + 1
 
     def decode(self, rows: int) -> StepShape:
-        """Shape for `rows` live rows."""
         return StepShape(bucket(self.decode_rows, rows), 1, self.pages_per_row)
 
     def prefill(self, tokens: int) -> StepShape:
-        """Shape for a chunk of `tokens`."""
         return StepShape(1, bucket(self.prefill_chunks, tokens), self.pages_per_row)
 
     def steps(self) -> tuple[StepShape, ...]:
-        """All forward shapes."""
         decode = tuple(StepShape(rows, 1, self.pages_per_row) for rows in self.decode_rows)
         return (*decode, *(StepShape(1, chunk, self.pages_per_row) for chunk in self.prefill_chunks))
 

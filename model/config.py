@@ -51,12 +51,10 @@ class ModelConfig:
 
     @property
     def traits(self) -> Family:
-        """The family's properties."""
         return FAMILIES[self.family]
 
     @property
     def num_layers(self) -> int:
-        """L."""
         return len(self.layers)
 
     def for_length(self, tokens: int) -> "ModelConfig":

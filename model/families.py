@@ -58,7 +58,6 @@ class Family:
 
     @property
     def activation_names(self) -> tuple[str, ...]:
-        """Names of the activation in config.json."""
         return ("silu",) if self.activation == "silu" else ("gelu_pytorch_tanh", "gelu_new")
 
 

@@ -33,12 +33,10 @@ class SplitPages:
 
     @property
     def kv_heads(self) -> int:
-        """K."""
         return int(self.keys.shape[1])
 
     @property
     def lanes(self) -> int:
-        """E'."""
         return int(self.keys.shape[3])
 
     def store(self, keys: Array, values: Array, addresses: "Addresses") -> "SplitPages":
@@ -62,7 +60,6 @@ class JoinedPages:
 
     @property
     def lanes(self) -> int:
-        """E'."""
         return int(self.heads.shape[3])
 
     def store(self, keys: Array, values: Array, addresses: "Addresses") -> "JoinedPages":
@@ -102,7 +99,6 @@ class CacheLayout:
 
     @property
     def joined(self) -> bool:
-        """Whether layers have JoinedPages."""
         return self.platform == "tpu" and tpu.reads(self.parallel.local.head_dim, self.dtype)
 
     @property

@@ -54,9 +54,8 @@ class RMSNorm(nnx.Module):
         return y.reshape(x.shape)
 
 
-def rms_norm_in_xla(x: Array, weight: Array, live: Array, *, epsilon: float, dtype: DTypeLike) -> Array:
+def rms_norm_in_xla(x: Array, weight: Array, _live: Array, *, epsilon: float, dtype: DTypeLike) -> Array:
     """RMSNorm of x [M, D] on any platform; results of rows from `live` on are undefined."""
-    del live
     return _normalize(x, row_sum(x * x)[:, None] / x.shape[1], weight, epsilon).astype(dtype)
 
 
@@ -72,19 +71,17 @@ def gated(gate_up: Array, live: Array | None, activation: str, dtype: jnp.dtype,
     return y
 
 
-def swiglu_in_xla(gate_up: Array, live: Array, *, dtype: DTypeLike) -> Array:
+def swiglu_in_xla(gate_up: Array, _live: Array, *, dtype: DTypeLike) -> Array:
     """silu(gate) * up on any platform; results of rows from `live` on are undefined."""
-    del live
     gate, up = jnp.split(gate_up, 2, axis=-1)
     return (jax.nn.silu(gate) * up).astype(dtype)
 
 
-def geglu_in_xla(gate_up: Array, live: Array, *, dtype: DTypeLike) -> Array:
+def geglu_in_xla(gate_up: Array, _live: Array, *, dtype: DTypeLike) -> Array:
     """gelu(gate) * up on any platform, gelu by its tanh approximation; as `swiglu_in_xla`.
 
     (1 + tanh(u)) / 2 is written as sigmoid(2 u), which is accurate where it is small.
     """
-    del live
     gate, up = jnp.split(gate_up, 2, axis=-1)
     share = jax.nn.sigmoid(jnp.float32(2 * math.sqrt(2 / math.pi)) * (gate + jnp.float32(0.044715) * gate**3))
     return (gate * share * up).astype(dtype)
@@ -99,9 +96,8 @@ def soft_cap(x: Array, live: Array | None, cap: float, kernels: Kernels) -> Arra
     return y
 
 
-def soft_cap_in_xla(x: Array, live: Array, *, cap: float) -> Array:
+def soft_cap_in_xla(x: Array, _live: Array, *, cap: float) -> Array:
     """`soft_cap` on any platform."""
-    del live
     return jnp.float32(cap) * jnp.tanh(x / jnp.float32(cap))
 
 

@@ -68,19 +68,17 @@ def _in_kernel(x: Array, weight: cpu.Packed, live: Array) -> Array:
     return cpu.linear(x, weight, live=live)
 
 
-def _unpacked(x: Array, weight: cpu.Packed, live: Array) -> Array:
+def _unpacked(x: Array, weight: cpu.Packed, _live: Array) -> Array:
     """The product on any platform: unpacks the weight in each call, which is slow but rounds nothing.
 
     To [N, K], not block by block: a product of another layout would have other last bits for one row than for many.
     """
-    del live
     unpacked = cpu.unpack(weight)
     return _dot(x.astype(unpacked.dtype), unpacked)
 
 
-def _by_blocks(x: Array, weight: cpu.Packed, live: Array) -> Array:
+def _by_blocks(x: Array, weight: cpu.Packed, _live: Array) -> Array:
     """The product on an accelerator, some column blocks at a time: all in float32 would take too much memory."""
-    del live
     blocks = weight.data.shape[0]
     width = min(_BLOCKS, blocks)
 

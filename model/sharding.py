@@ -51,12 +51,10 @@ class VocabAxis:
         return ids
 
     def psum(self, x: Array) -> Array:
-        """Sum over shards."""
         total: Array = x if self.shards == 1 else jax.lax.psum(x, TENSOR)
         return total
 
     def pmax(self, x: Array) -> Array:
-        """Maximum over shards."""
         largest: Array = x if self.shards == 1 else jax.lax.pmax(x, TENSOR)
         return largest
 
@@ -109,12 +107,10 @@ class TensorParallel:
 
     @property
     def vocab_axis(self) -> VocabAxis:
-        """The axis of logits."""
         return VocabAxis(self.shards)
 
     @property
     def local(self) -> ModelConfig:
-        """Sizes of one shard."""
         if self.shards == 1:
             return self.config
         queries, keys = self._heads()
@@ -132,7 +128,6 @@ class TensorParallel:
         return -(-self.config.hidden_size // self.shards)
 
     def psum(self, x: Array) -> Array:
-        """Sum over shards."""
         return self.vocab_axis.psum(x)
 
     def shard_hidden(self, hidden: Array) -> Array:

@@ -1,6 +1,6 @@
 """TokenLogprobs: the log-probs, ranks and alternatives of a run of tokens, from the kernels to the API.
 
-Imports no jax: the API uses it too. `model.kernels.cpu.head` registers it as a pytree.
+Imports no jax: the API uses it too. `model.kernels.cpu.operations` registers it as a pytree.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,6 @@ class TokenLogprobs:
     top_ranks: Array = None  # [R, K] int32; None: 1 .. K
 
     def __getitem__(self, rows: slice) -> "TokenLogprobs":
-        """Views of a range of rows."""
         return self.map(lambda column: column[rows])
 
     def map(self, function: Callable[[Array], Array]) -> "TokenLogprobs":

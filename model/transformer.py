@@ -134,7 +134,6 @@ class BoundModel:
 
     @property
     def parallel(self) -> TensorParallel:
-        """How it is sharded."""
         return TensorParallel(self.config, self.mesh.size if self.mesh else 1)
 
     @property
@@ -144,7 +143,6 @@ class BoundModel:
 
     @property
     def device_kind(self) -> str:
-        """The name of its chips."""
         return str(self._device.device_kind)
 
     @property
@@ -154,7 +152,6 @@ class BoundModel:
 
     @property
     def cache_layout(self) -> CacheLayout:
-        """Layout of its cache."""
         return CacheLayout(self.parallel, self.dtype, self.platform)
 
     def merge(self, leaves: tuple[Array, ...]) -> Transformer:

@@ -57,7 +57,6 @@ class GgufCheckpoint:
             raise
 
     def names(self) -> Mapping[str, TensorInfo]:
-        """See `Checkpoint.names`."""
         return {
             name: TensorInfo(
                 tensor.shape,
@@ -69,7 +68,6 @@ class GgufCheckpoint:
         }
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """See `Checkpoint.read`."""
         tensor = self._tensors[name]
         values = self._read_rows(name, start, stop)
         if tensor.type_name in _QUANTIZED:
@@ -79,7 +77,6 @@ class GgufCheckpoint:
         return values.reshape(_rows_of(tensor, start, stop), *tensor.shape[1:])
 
     def read_int8(self, name: str, start: int = 0, stop: int | None = None) -> Int8Array | None:
-        """See `Checkpoint.read_int8`."""
         tensor = self._tensors[name]
         if tensor.type_name != "Q8_0" or len(tensor.shape) != 2:
             return None
@@ -104,7 +101,6 @@ class GgufCheckpoint:
         return values
 
     def close(self) -> None:
-        """Close the files."""
         self._open_files.close()
 
     def _add(self, path: Path, header: GgufHeader) -> None:

@@ -97,7 +97,6 @@ class Int8Rows:
     runs: Iterator[Int8Array]
 
     def read(self) -> Int8Array:
-        """All rows."""
         array, start = empty_int8(*self.shape), 0
         for run in self.runs:
             stop = start + len(run.values)

@@ -73,11 +73,9 @@ class SafetensorsCheckpoint:
             raise
 
     def names(self) -> Mapping[str, TensorInfo]:
-        """See `Checkpoint.names`."""
         return self._tensors
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """See `Checkpoint.read`."""
         try:
             values = self._file_of[name].read(name, start, stop)
         except (SafetensorError, OSError) as error:
@@ -88,7 +86,6 @@ class SafetensorsCheckpoint:
         """See `Checkpoint.read_int8`: safetensors files have no such type."""
 
     def close(self) -> None:
-        """Close the shards."""
         self._open_files.close()
 
     def _add(self, path: Path) -> None:

@@ -3,10 +3,6 @@
 They know arrays, not models. Their functions may be called once `load()` has registered them.
 """
 
-from model.kernels.cpu.attention import attend as attend
-from model.kernels.cpu.head import normalizer as normalizer
-from model.kernels.cpu.head import score as score
-from model.kernels.cpu.head import token_logprobs as token_logprobs
 from model.kernels.cpu.library import CpuKernels as CpuKernels
 from model.kernels.cpu.library import load as load
 from model.kernels.cpu.linear import Packed as Packed
@@ -19,8 +15,12 @@ from model.kernels.cpu.linear import pack_int8_rows as pack_int8_rows
 from model.kernels.cpu.linear import pack_rows as pack_rows
 from model.kernels.cpu.linear import unpack as unpack
 from model.kernels.cpu.linear import unpack_rows as unpack_rows
-from model.kernels.cpu.rows import geglu as geglu
-from model.kernels.cpu.rows import rms_norm as rms_norm
-from model.kernels.cpu.rows import rotate_and_store as rotate_and_store
-from model.kernels.cpu.rows import soft_cap as soft_cap
-from model.kernels.cpu.rows import swiglu as swiglu
+from model.kernels.cpu.operations import attend as attend
+from model.kernels.cpu.operations import geglu as geglu
+from model.kernels.cpu.operations import normalizer as normalizer
+from model.kernels.cpu.operations import rms_norm as rms_norm
+from model.kernels.cpu.operations import rotate_and_store as rotate_and_store
+from model.kernels.cpu.operations import score as score
+from model.kernels.cpu.operations import soft_cap as soft_cap
+from model.kernels.cpu.operations import swiglu as swiglu
+from model.kernels.cpu.operations import token_logprobs as token_logprobs

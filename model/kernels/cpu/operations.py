@@ -1,0 +1,111 @@
+"""Calls of the kernels, other than the linear map: attention, per-token operations, and log-probs.
+
+A token has the same bits in every batch and chunk. Rows from `live` ([] int32) on are padding and give zeros.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+
+from model.kernels import ScoreOptions
+from model.kernels.cpu.library import Target
+from model.kernels.cpu.linear import Packed, PackedWeight, check_input
+from model.token_logprobs import TokenLogprobs
+
+jax.tree_util.register_dataclass(TokenLogprobs)
+
+
+def attend(
+    queries: Array, keys: Array, values: Array, tables: Array, positions: Array, *, options: ScoreOptions
+) -> Array:
+    """`model.attention.attend` with pages keys, values [N, K, 64, E] bfloat16 or float32; see attention.h."""
+    R, T, H, E = queries.shape
+    call = jax.ffi.ffi_call(Target.ATTENTION, jax.ShapeDtypeStruct((R, T, H * E), jnp.float32))
+    attributes = {"window": np.int64(options.window), "scale": np.float32(options.scale)}
+    return call(queries, keys, values, tables, positions, cap=np.float32(options.cap), **attributes)
+
+
+def rms_norm(x: Array, weight: Array, live: Array, *, epsilon: float, dtype: DTypeLike) -> Array:
+    """x / sqrt(mean(x^2) + epsilon) * weight: x [M, D] and weight [D] float32 -> [M, D], rounded to dtype."""
+    call = jax.ffi.ffi_call(Target.NORM, jax.ShapeDtypeStruct(x.shape, dtype))
+    return call(x, weight, live, epsilon=np.float32(epsilon))
+
+
+def swiglu(gate_up: Array, live: Array, *, dtype: DTypeLike) -> Array:
+    """silu(gate) * up: gate_up [M, 2 F] float32, gate first -> [M, F], rounded to dtype."""
+    return _gated(Target.SWIGLU, gate_up, live, dtype)
+
+
+def geglu(gate_up: Array, live: Array, *, dtype: DTypeLike) -> Array:
+    """gelu(gate) * up, gelu by its tanh approximation; as `swiglu`."""
+    return _gated(Target.GEGLU, gate_up, live, dtype)
+
+
+def soft_cap(x: Array, live: Array, *, cap: float) -> Array:
+    """cap * tanh(x / cap): x [M, N] float32 -> [M, N]."""
+    return jax.ffi.ffi_call(Target.SOFT_CAP, jax.ShapeDtypeStruct(x.shape, x.dtype))(x, live, cap=np.float32(cap))
+
+
+def _gated(target: str, gate_up: Array, live: Array, dtype: DTypeLike) -> Array:
+    M, width = gate_up.shape
+    return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((M, width // 2), dtype))(gate_up, live)
+
+
+def rotate_and_store(
+    heads: Array, cos: Array, sin: Array, keys: Array, values: Array, tables: Array, positions: Array
+) -> tuple[Array, Array, Array]:
+    """`model.attention.rotate_and_store` with pages keys, values [N, K, 64, E], in place if they are donated.
+
+    Padding is not stored and its queries are zeros. Returns queries [R, T, H, E] float32, and the pages.
+    """
+    R, T, all_heads, E = heads.shape
+    results = (jax.ShapeDtypeStruct((R, T, all_heads - 2 * keys.shape[1], E), jnp.float32), keys, values)
+    shapes = tuple(jax.ShapeDtypeStruct(result.shape, result.dtype) for result in results)
+    call = jax.ffi.ffi_call(Target.ROTATE, shapes, input_output_aliases={3: 1, 4: 2})
+    queries, keys, values = call(heads, cos, sin, keys, values, tables, positions)
+    return queries, keys, values
+
+
+def token_logprobs(logits: Array, ids: Array, requested_ids: Array, live: Array, *, k: int) -> TokenLogprobs:
+    """Log-probs and ranks of one id per row, of the k best and of the row's requested ids, in the order of head.h.
+
+    logits [R, V] float32, ids [R] int32, requested_ids [R, B] int32 padded with NO_ID. Ids outside 0 .. V-1 give
+    undefined values.
+    """
+    return TokenLogprobs(*_call(Target.LOGPROBS, requested_ids, k)(logits, ids, requested_ids, live)[:-1])
+
+
+def normalizer(logits: Array, live: Array) -> Array:
+    """log(sum(exp(logits))) [R] float32 of each row of logits [R, V]: the one that `token_logprobs` subtracts."""
+    R = logits.shape[0]
+    ids, requested_ids = jnp.zeros((R,), jnp.int32), jnp.zeros((R, 0), jnp.int32)
+    return _call(Target.LOGPROBS, requested_ids, 0)(logits, ids, requested_ids, live)[-1]
+
+
+def score(
+    hidden: Array, weight: Packed, ids: Array, requested_ids: Array, live: Array, *, k: int, cap: float = 0.0
+) -> TokenLogprobs:
+    """`token_logprobs` of the logits hidden [R, K] bfloat16 times weight transposed, to the last bit.
+
+    No full row of logits is stored: a thread holds 1,024 columns at a time. A positive `cap` bounds the logits as
+    `soft_cap` does.
+
+    Raises:
+        TypeError, ValueError: hidden has another dtype or width.
+    """
+    check_input(hidden, weight)
+    call = _call(Target.SCORE if isinstance(weight, PackedWeight) else Target.SCORE_INT8, requested_ids, k)
+    attributes = {"vocab": np.int64(weight.n), "cap": np.float32(cap)}
+    return TokenLogprobs(*call(hidden, *jax.tree.leaves(weight), ids, requested_ids, live, **attributes)[:-1])
+
+
+def _call(target: str, requested_ids: Array, k: int) -> Callable[..., Sequence[Array]]:
+    """A foreign call that returns the fields of TokenLogprobs in order, then the normalizer."""
+    R, B = requested_ids.shape
+    shapes = [((R,), jnp.float32), ((R,), jnp.int32), ((R, k), jnp.int32), ((R, k), jnp.float32)]
+    shapes += [((R, B), jnp.float32), ((R, B), jnp.int32), ((R,), jnp.float32)]
+    return jax.ffi.ffi_call(target, tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes))

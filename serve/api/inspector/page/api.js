@@ -34,7 +34,7 @@ export class Server {
   async card() {
     const [models, info] = await Promise.all([this.#json("v1/models"), this.#json("tokenizer_info")]);
     this.special = new Set(info.special_token_ids);
-    return { ...models.data[0], hasTemplate: info.chat_template !== null };
+    return models.data[0];
   }
 
   async tokenize(request, signal) {

@@ -1,5 +1,6 @@
 // The tokens of a run as cells in a text. One of them can have the focus; arrow keys move it.
 
+import { make } from "./dom.js";
 import { draw, escaped, partOf, plain } from "./text.js";
 import { step } from "./totals.js";
 import { describe } from "./format.js";
@@ -50,12 +51,10 @@ export class Cells {
   }
 
   #make(index) {
-    const cell = document.createElement("span");
-    const token = this.run.tokens[index];
+    const cell = make("span", { tabIndex: index === this.current ? 0 : -1 });
     cell.setAttribute("role", "option");
-    cell.tabIndex = index === this.current ? 0 : -1;
     this.indexes.set(cell, index);
-    draw(cell, token.bytes);
+    draw(cell, this.run.tokens[index].bytes);
     return cell;
   }
 

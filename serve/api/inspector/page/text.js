@@ -28,23 +28,15 @@ function characterAt(bytes, start) {
   }
 }
 
-/** Complete characters, {text}, and bytes that are only part of one, {byte}, in order. */
+/** The complete characters, {text}, and the bytes that are only part of one, {byte}, in order. */
 export function split(bytes) {
-  const runs = [];
-  let text = "";
+  const parts = [];
   for (let i = 0; i < bytes.length; ) {
-    const character = characterAt(bytes, i);
-    if (character !== null) {
-      text += character;
-      i += lengthFrom(bytes[i]);
-      continue;
-    }
-    if (text) runs.push({ text });
-    text = "";
-    runs.push({ byte: bytes[i++] });
+    const text = characterAt(bytes, i);
+    parts.push(text === null ? { byte: bytes[i] } : { text });
+    i += text === null ? 1 : lengthFrom(bytes[i]);
   }
-  if (text) runs.push({ text });
-  return runs;
+  return parts;
 }
 
 export const hex = (byte) => byte.toString(16).toUpperCase().padStart(2, "0");
@@ -69,34 +61,18 @@ export function escaped(text) {
 
 /** Draws a token into an element, whose text remains the token's own: CSS adds the signs. */
 export function draw(element, bytes) {
-  const parts = [];
-  for (const run of split(bytes)) {
-    if ("byte" in run) parts.push(sign("byte", "", hex(run.byte)));
-    else parts.push(...glyphs(run.text, parts.length === 0));
-  }
-  if (bytes.length === 0) parts.push(sign("code", "", "no bytes"));
-  element.replaceChildren(...parts);
+  const parts = split(bytes);
+  const signs = parts.map(({ text, byte }) => (text === undefined ? sign("byte", "", hex(byte)) : glyph(text)));
+  if (parts.length === 0) signs.push(sign("code", "", "no bytes"));
+  else if (MARK.test(parts[0].text ?? "")) signs.unshift(sign("code", "", "◌"));
+  element.replaceChildren(...signs);
+  element.normalize(); // joins the letters of a text
 }
 
-function glyphs(text, first) {
-  const parts = [];
-  let letters = "";
-  const flush = () => {
-    if (letters) parts.push(document.createTextNode(letters));
-    letters = "";
-  };
-  if (first && MARK.test(text)) parts.push(sign("code", "", "◌"));
-  for (const character of text) {
-    const kind = { " ": "space", "\n": "newline", "\t": "tab" }[character];
-    if (kind === undefined && !INVISIBLE.test(character)) {
-      letters += character;
-      continue;
-    }
-    flush();
-    parts.push(kind ? sign(kind, character) : sign("code", character, codePoint(character)));
-  }
-  flush();
-  return parts;
+function glyph(character) {
+  const kind = { " ": "space", "\n": "newline", "\t": "tab" }[character];
+  if (kind) return sign(kind, character);
+  return INVISIBLE.test(character) ? sign("code", character, codePoint(character)) : character;
 }
 
 function sign(kind, text, drawn) {

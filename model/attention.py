@@ -11,7 +11,7 @@ from model.kernels.dispatch import Implementation, Kernels
 from model.kv_cache import PAGE_SIZE, JoinedPages, LayerPages, SplitPages, addresses_of
 from model.rope import Rope
 
-# XLA:CPU multiplies small matrices by other code, with other last bits, than large ones: with this many query rows a
+# XLA:CPU multiplies small and large matrices by different code, with different last bits: with this many query rows a
 # decode step takes the same route as a prefill chunk (measured: 18 rows differ, 24 do not; docs/design.md).
 _MIN_QUERIES = 32
 _EXACT = jax.lax.Precision.HIGHEST  # otherwise a GPU or TPU rounds the operands

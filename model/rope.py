@@ -28,11 +28,6 @@ class Rope:
         return replace(self, divisors=divisors, long_divisors=(), short_length=0)
 
 
-def frequencies(theta: float, head_dim: int) -> list[float]:
-    """Radians per token of each pair of a head's elements: [E/2]."""
-    return [theta ** (-2 * e / head_dim) for e in range(head_dim // 2)]
-
-
 def llama3_divisors(
     theta: float, head_dim: int, *, factor: float, low: float, high: float, original: int
 ) -> tuple[float, ...]:
@@ -42,8 +37,8 @@ def llama3_divisors(
         low, high: a wave is long if it fits fewer than `low` times into `original` tokens, short from `high` times on.
     """
     divisors = []
-    for frequency in frequencies(theta, head_dim):
-        turns = original * frequency / (2 * math.pi)
+    for e in range(head_dim // 2):
+        turns = original * theta ** (-2 * e / head_dim) / (2 * math.pi)
         share = min(1.0, max(0.0, (turns - low) / (high - low)))
         divisors.append(1 / ((1 - share) / factor + share))
     return tuple(divisors)

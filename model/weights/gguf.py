@@ -107,7 +107,7 @@ class GgufCheckpoint:
         file = self._open_files.enter_context(path.open("rb"))
         for name, tensor in header.tensors.items():
             if name in self._tensors:
-                raise ModelLoadError(f"{path}: has {name}, which another part has too")
+                raise ModelLoadError(f"{path}: {name} is in another part too")
             self._tensors[name], self._file_of[name] = tensor, file
 
     def _read_config(self) -> ModelConfig:

@@ -114,7 +114,7 @@ class _Cursor:
         """Skip `count` bytes; return their start."""
         start = self.offset
         if count > self.size - start:
-            raise self.fail(f"truncated: the header goes on after the file's {self.size} bytes")
+            raise self.fail(f"truncated: the header extends past the file's {self.size} bytes")
         self.offset = start + count
         return start
 
@@ -175,7 +175,7 @@ def _metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
     for _ in range(count):
         key = cursor.string()
         if key in metadata:
-            raise cursor.fail(f"metadata key {key} is there twice")
+            raise cursor.fail(f"metadata key {key} occurs twice")
         metadata[key] = cursor.value(cursor.u32())
     return metadata
 
@@ -186,7 +186,7 @@ def _rows(cursor: _Cursor, count: int) -> dict[str, GgufTensor]:
     for _ in range(count):
         name = cursor.string()
         if name in rows:
-            raise cursor.fail(f"tensor {name} is there twice")
+            raise cursor.fail(f"tensor {name} occurs twice")
         axes = cursor.u32()
         if axes > _MAX_DIMS:
             raise cursor.fail(f"tensor {name} has {axes} axes")

@@ -1,6 +1,6 @@
 """Reads a directory of config.json and safetensors, in one file or sharded.
 
-Formats: the safetensors README ("Format"), and the index that `transformers` writes beside shards
+Formats: the safetensors README ("Format"), and the index that `transformers` writes with shards
 (`{"metadata": {...}, "weight_map": {tensor name: file name}}`).
 """
 
@@ -98,7 +98,7 @@ class SafetensorsCheckpoint:
         self._open_files.callback(shard.close)
         for name in shard.file.offset_keys():
             if name in self._tensors:
-                raise ModelLoadError(f"{path}: has {name}, which another shard has too")
+                raise ModelLoadError(f"{path}: {name} is in another shard too")
             header = shard.file.get_slice(name)
             shape, stored_as = tuple(header.get_shape()), str(header.get_dtype())
             size = _ITEM_BYTES.get(stored_as)

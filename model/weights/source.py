@@ -1,4 +1,4 @@
-"""Finds the files of a model: what the user names is a .gguf file, a directory or a hub id."""
+"""Finds the files of a model from the name of a .gguf file, a directory or a hub id."""
 
 import os
 import re
@@ -39,7 +39,7 @@ _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 class ModelSource:
     """A model on this machine."""
 
-    name: str  # as the user wrote it
+    name: str  # as given by the user
     path: Path  # a .gguf file, or a directory of config.json and *.safetensors
 
     @property
@@ -49,11 +49,11 @@ class ModelSource:
 
 
 def resolve_model(model: str, revision: str | None) -> ModelSource:
-    """Finds the files of `model`, downloading them where it is a hub id.
+    """Find the files of `model`; download them if it is a hub id.
 
     Args:
-        model: a .gguf file, a directory (safetensors, or exactly one .gguf), or a hub id "org/name". A path that
-            exists goes before a hub id of the same spelling.
+        model: a .gguf file, a directory (safetensors, or exactly one .gguf), or a hub id "org/name". An
+            existing path takes precedence over a hub id of the same spelling.
         revision: branch, tag or commit of a hub id; None is its default branch.
 
     Raises:
@@ -183,7 +183,7 @@ def _download(model: str, revision: str | None) -> Path:
         raise ModelLoadError(f"{model}: the hub has no revision {revision} of it") from error
     except LocalEntryNotFoundError as error:
         raise ModelLoadError(
-            f"{model}: no such path here, not whole in the local cache, and no hub in reach"
+            f"{model}: no such path, not complete in the local cache, and the hub is unreachable"
         ) from error
     except (OSError, ValueError, EntryNotFoundError, httpx2.HTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

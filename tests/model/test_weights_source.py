@@ -129,7 +129,7 @@ def test_resolve_model_hub_id_in_the_local_cache(offline_cache: Path) -> None:
 
 @pytest.mark.usefixtures("offline_cache")
 def test_resolve_model_unknown_hub_id() -> None:
-    assert "no hub in reach" in one_line("org/name")
+    assert "the hub is unreachable" in one_line("org/name")
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def http(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
         (lambda: http(GatedRepoError), "access is restricted"),
         (lambda: http(RepositoryNotFoundError), "no such public model"),
         (lambda: http(RevisionNotFoundError), "no revision v9"),
-        (lambda: LocalEntryNotFoundError("x"), "no hub in reach"),
+        (lambda: LocalEntryNotFoundError("x"), "the hub is unreachable"),
         (lambda: http(HfHubHTTPError), "cannot be downloaded: 404"),
         (lambda: httpx2.ReadError("cut off"), "cannot be downloaded: cut off"),
         (lambda: HFValidationError("bad id"), "cannot be downloaded: bad id"),

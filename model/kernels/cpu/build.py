@@ -71,7 +71,7 @@ def build_all(folder: Path | None = None) -> list[str]:
     """Build the libraries of this machine's instruction sets in parallel; return lines for the log.
 
     Args:
-        folder: where the libraries go; None: the user's cache, unless they are bundled with the package.
+        folder: destination; None: the user's cache, unless they are bundled with the package.
 
     Raises:
         RuntimeError: no kernels are written for this machine, or none can be built.

@@ -137,7 +137,7 @@ def test_disconnect_frees_the_request(replicas: RayProcess) -> None:
 
 def test_killed_replica_fails_only_its_streams(replicas: RayProcess) -> None:
     # Long enough that all four still run when the metrics are read, on any machine.
-    body = {"prompt": _STORY, "max_tokens": 80, "ignore_eos": True, "temperature": 0, "logprobs": 1}
+    body = {"prompt": _STORY, "max_tokens": 120, "ignore_eos": True, "temperature": 0, "logprobs": 1}
     right = post(replicas, body).json()["choices"][0]
     url = f"{replicas.url}/v1/completions"
     killed, _ = replicas.replicas()
@@ -149,8 +149,12 @@ def test_killed_replica_fails_only_its_streams(replicas: RayProcess) -> None:
     ):
         streams = [each.iter_lines() for each in (first, second)]
         first_lines = [next(lines) for lines in streams]
-        responses = [pool.submit(post, replicas, body) for _ in range(2)]
-        until(lambda: list(numbers(replicas, "logprobd:num_requests_running").values()) == [2, 2])
+        # One after the other, so that the router counts the third request when it places the fourth.
+        responses = []
+        for _ in range(2):
+            responses.append(pool.submit(post, replicas, body))
+            until(lambda: sum(numbers(replicas, "logprobd:num_requests_running").values()) == 2 + len(responses))
+        assert list(numbers(replicas, "logprobd:num_requests_running").values()) == [2, 2]
         replicas.kill(killed)
         events = [
             [line.removeprefix("data: ") for line in (line_one, *lines) if line]

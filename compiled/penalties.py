@@ -31,8 +31,11 @@ def set_slot_penalties(
 
 def record_choice(slots: SlotState, rows: Array, tokens: Array, axis: VocabAxis = UNSHARDED) -> SlotState:
     """The slots after the rows in slots `rows` [R] int32 have chosen `tokens` [R] int32."""
-    columns = axis.local_index(tokens, slots.counts.shape[1])
-    return replace(slots, tokens=slots.tokens.at[rows].set(tokens), counts=slots.counts.at[rows, columns].add(1))
+    return replace(
+        slots,
+        tokens=slots.tokens.at[rows].set(tokens),
+        counts=slots.counts.at[rows, axis.local_index(tokens, slots.counts.shape[1])].add(1),
+    )
 
 
 def changes_logits(sampling: SamplingArrays) -> Array:

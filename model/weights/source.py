@@ -163,11 +163,11 @@ def _weights_in(folder: Path) -> Path:
     if len({_PART.sub("", path.name) for path in gguf}) == 1:
         return gguf[0]  # all are parts of one model, if there are several
     if gguf:
-        raise ModelLoadError(f"{folder}: holds {len(gguf)} .gguf files, name one: {', '.join(p.name for p in gguf)}")
+        raise ModelLoadError(f"{folder}: contains {len(gguf)} .gguf files; name one: {', '.join(p.name for p in gguf)}")
     if has_safetensors:
-        raise ModelLoadError(f"{folder}: holds *.safetensors but no config.json")
-    wanted = "*.safetensors" if has_config else "config.json with *.safetensors"
-    raise ModelLoadError(f"{folder}: holds no {wanted} and no .gguf file (pickled weights are not read)")
+        raise ModelLoadError(f"{folder}: contains *.safetensors but no config.json")
+    missing = "*.safetensors" if has_config else "config.json with *.safetensors"
+    raise ModelLoadError(f"{folder}: contains no {missing} and no .gguf file; pickled weights are not supported")
 
 
 def _download(model: str, revision: str | None) -> Path:
@@ -178,12 +178,14 @@ def _download(model: str, revision: str | None) -> Path:
     except GatedRepoError as error:
         raise ModelLoadError(f"{model}: access is restricted; accept its terms on the hub and set HF_TOKEN") from error
     except RepositoryNotFoundError as error:
-        raise ModelLoadError(f"{model}: no such path here, no such public model on the hub (HF_TOKEN?)") from error
+        raise ModelLoadError(
+            f"{model}: not a local path, and not a public model on the hub; for a private one set HF_TOKEN"
+        ) from error
     except RevisionNotFoundError as error:
-        raise ModelLoadError(f"{model}: the hub has no revision {revision} of it") from error
+        raise ModelLoadError(f"{model}: revision {revision} does not exist on the hub") from error
     except LocalEntryNotFoundError as error:
         raise ModelLoadError(
-            f"{model}: no such path, not complete in the local cache, and the hub is unreachable"
+            f"{model}: not a local path, incomplete in the local cache, and the hub is unreachable"
         ) from error
     except (OSError, ValueError, EntryNotFoundError, httpx2.HTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -72,10 +72,10 @@ def test_resolve_model_expands_the_home_directory(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["a.gguf", "b.gguf"], "holds 2 .gguf files, name one: a.gguf, b.gguf"),
-        (["model.safetensors"], "holds *.safetensors but no config.json"),
-        (["config.json", "pytorch_model.bin"], "holds no *.safetensors and no .gguf file"),
-        ([], "holds no config.json with *.safetensors and no .gguf file"),
+        (["a.gguf", "b.gguf"], "contains 2 .gguf files; name one: a.gguf, b.gguf"),
+        (["model.safetensors"], "contains *.safetensors but no config.json"),
+        (["config.json", "pytorch_model.bin"], "contains no *.safetensors and no .gguf file"),
+        ([], "contains no config.json with *.safetensors and no .gguf file"),
     ],
 )
 def test_resolve_model_directory_without_usable_weights(tmp_path: Path, files: list[str], message: str) -> None:
@@ -147,8 +147,8 @@ def http(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
     ("make", "message"),
     [
         (lambda: http(GatedRepoError), "access is restricted"),
-        (lambda: http(RepositoryNotFoundError), "no such public model"),
-        (lambda: http(RevisionNotFoundError), "no revision v9"),
+        (lambda: http(RepositoryNotFoundError), "not a public model"),
+        (lambda: http(RevisionNotFoundError), "revision v9 does not exist"),
         (lambda: LocalEntryNotFoundError("x"), "the hub is unreachable"),
         (lambda: http(HfHubHTTPError), "cannot be downloaded: 404"),
         (lambda: httpx2.ReadError("cut off"), "cannot be downloaded: cut off"),

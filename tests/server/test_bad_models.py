@@ -122,7 +122,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
         "the chat template fails: Only systems may speak.",
     ),
     "invalid template": (templated("{% for m in messages %}"), "the chat template fails: "),
-    "pickled weights": (pickled, "holds no *.safetensors and no .gguf file (pickled weights are not read)"),
+    "pickled weights": (pickled, "contains no *.safetensors and no .gguf file; pickled weights are not supported"),
     "own code": (with_code, "architecture ['EvilForCausalLM'] is not known"),
 }
 

@@ -31,7 +31,7 @@ from serve.jobs.score import TextEncoder
 from serve.llm import LLM
 from serve.server.console import Reporter, start_reporting
 from serve.server.model_files import STARTUP_ERRORS, chosen_template
-from serve.server.startup_events import failed, interrupted
+from serve.server.startup_events import Event, failed, interrupted
 
 _MODEL_KEYS = ("fingerprint", "context", "context_stride")  # parts of `Checkpoint.made_with` that need a loaded model
 _STOPPED = "stopped; run the same command again to resume"
@@ -74,7 +74,7 @@ def _score(config: ScoreConfig, paths: Paths, reporter: Reporter) -> tuple[Check
     if not paths.output.parent.is_dir():
         raise ScoreError(f"--output {paths.output}: there is no folder {paths.output.parent}")
     with open_source(config.file, TextReader.fields(config.text_field)) as source, open_rows(paths) as rows:
-        checkpoint = _previous(config, paths)
+        checkpoint = _previous(config, paths, reporter)
         speed = "nothing to do: the output was complete"
         if checkpoint.complete:
             check_no_more(config.file, first_lines(source, config.limit), checkpoint)
@@ -84,9 +84,9 @@ def _score(config: ScoreConfig, paths: Paths, reporter: Reporter) -> tuple[Check
     return checkpoint, [("speed", speed)] if speed else []
 
 
-def _previous(config: ScoreConfig, paths: Paths) -> Checkpoint:
+def _previous(config: ScoreConfig, paths: Paths, reporter: Reporter) -> Checkpoint:
     """The checkpoint of an earlier run with the same configuration, or a new one."""
-    made_with = _identity(config)
+    made_with = _identity(config, lambda line: reporter.report(Event("preparing", line)))
     checkpoint = None if config.overwrite else read_checkpoint(paths)
     if checkpoint is None or not (checkpoint.line or checkpoint.complete):
         return Checkpoint(made_with)
@@ -113,10 +113,10 @@ def _resume(
     return f"{scored / seconds:,.0f} tokens/s" if scored else ""
 
 
-def _identity(config: ScoreConfig) -> dict[str, Any]:
+def _identity(config: ScoreConfig, on_prepare: Callable[[str], None]) -> dict[str, Any]:
     """Everything that determines the rows and is known before the model is loaded."""
-    path = default_model_path() if config.model is None else resolve_model(config.model, config.revision).path
-    values = config.identity() | {"weights": files_digest(path)}
+    source = config.model and resolve_model(config.model, config.revision)
+    values = config.identity() | {"weights": files_digest(source.path if source else default_model_path(on_prepare))}
     if config.tokenizer is not None:
         values["tokenizer"] += f" ({files_digest(config.tokenizer.expanduser())})"
     if (template := chosen_template(config)) is not None:

@@ -5,6 +5,7 @@ from serve.jobs.generate import GenerationOptions
 from serve.jobs.request_queue import RequestError
 from serve.jobs.results import Batch, Generation, Score, Tokens
 from serve.llm import LLM
+from serve.server.model_files import StartupError
 from serve.text.chat import PromptError
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "PromptError",
     "RequestError",
     "Score",
+    "StartupError",
     "Tokens",
 ]

@@ -5,9 +5,11 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, Self, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -25,11 +27,15 @@ from serve.jobs.generate import (
 )
 from serve.jobs.request_queue import InFlight, LoopThread, RequestQueue
 from serve.jobs.results import Batch, Generation, Score, Tokens, token_columns
-from serve.jobs.score import EncodedText, Scorer, TextEncoder, Window, check_token_ids
+from serve.jobs.score import EncodedText, Scorer, TextEncoder, Window, checked_token_ids
 from serve.server.console import Reporter
+from serve.server.model_files import STARTUP_ERRORS, StartupError
 from serve.server.startup import load
 from serve.text.chat import ChatFormat, PromptError, check_messages, check_text_length, encode_text, generation_room
 
+type TokenIds = Sequence[int] | NDArray[np.integer[Any]]
+
+_LOG_OPTIONS = ("log_format", "log_level")  # of a process
 _REQUESTS_PER_SEQ = 4  # requests in the engine for each that runs, so that it never waits for one
 _MAX_TOKENS = 2**17  # prompt tokens in flight
 _DEFAULT_MAX_TOKENS = 16  # of generate(), as in OpenAI's completions
@@ -62,9 +68,9 @@ class LLM:
         Raises:
             TypeError: an option does not exist.
             ValueError: an option has a wrong value.
-            STARTUP_ERRORS: the model cannot be loaded.
+            StartupError: the model cannot be loaded.
         """
-        config = from_keywords(SamplingConfig, options | {"model": model})
+        config = from_keywords(SamplingConfig, options | {"model": model}, without=_LOG_OPTIONS)
         shows_progress = sys.stderr.isatty() if progress is None else progress
         reporter = Reporter(console=Console(stderr=True, highlight=False) if shows_progress else None)
         self._start(config, reporter, shows_progress=shows_progress)
@@ -74,14 +80,17 @@ class LLM:
         """Load the model of a configuration.
 
         Raises:
-            STARTUP_ERRORS: the model cannot be loaded.
+            StartupError: the model cannot be loaded.
         """
         llm = cls.__new__(cls)
         llm._start(config, reporter, shows_progress=False)
         return llm
 
     def _start(self, config: EngineConfig, reporter: Reporter, *, shows_progress: bool) -> None:
-        self.loaded = load(config, reporter)
+        try:
+            self.loaded = load(config, reporter)
+        except STARTUP_ERRORS as error:
+            raise StartupError(str(error)) from error
         self.engine = self.loaded.start_engine()
         self.chats = ChatFormat(self.loaded.tokenizer, self.loaded.chat_template)
         self._shows_progress = shows_progress
@@ -96,7 +105,7 @@ class LLM:
         return RequestQueue(self.engine, InFlight(requests, _MAX_TOKENS))
 
     def generate(
-        self, prompts: str | Sequence[int] | Sequence[str | Sequence[int]], **options: Unpack[SamplingKeywords]
+        self, prompts: str | TokenIds | Sequence[str | TokenIds], **options: Unpack[SamplingKeywords]
     ) -> Batch[Generation]:
         """Continue prompts.
 
@@ -163,7 +172,8 @@ class LLM:
         """
         check_alternatives("logprobs", logprobs, self.loaded.limits.max_logprobs)
         encoder = TextEncoder(self.chats, self.loaded.limits.vocab_size, add_special_tokens)
-        encoded = [self._scored_text(encoder, text, f"texts[{i}]") for i, text in enumerate(_as_list(texts))]
+        texts = [texts] if isinstance(texts, tuple) else _as_list(texts)
+        encoded = [self._scored_text(encoder, text, f"texts[{i}]") for i, text in enumerate(texts)]
         scorer = Scorer(self._queue, logprobs)
 
         async def run(item: tuple[int, EncodedText]) -> Score:
@@ -210,8 +220,7 @@ class LLM:
             check_text_length(param, prompt, self.loaded.tokenizer, self.loaded.limits)
             ids = encode_text(self.loaded.tokenizer, prompt, add_special_tokens=True, param=param)
         else:
-            ids = list(prompt)
-            check_token_ids(ids, self.loaded.limits.vocab_size, param)
+            ids = checked_token_ids(prompt, self.loaded.limits.vocab_size, param)
         if not ids:
             raise PromptError(param, f"`{param}` gives no tokens.")
         return ids
@@ -288,13 +297,11 @@ def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 def _as_list(value: Any) -> list[Any]:
-    """A list of inputs; one text, one list of token ids, one pair or one conversation is a list of length 1."""
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if isinstance(value, str | tuple):
+    """A list of inputs; one text, one list of token ids or one conversation is a list of length 1."""
+    if isinstance(value, str):
         return [value]
     items = [item.tolist() if isinstance(item, np.ndarray) else item for item in value]
-    return [items] if items and isinstance(items[0], int | dict) else items
+    return [items] if items and isinstance(items[0], Integral | dict) else items
 
 
 def _close(engine: Engine, worker: LoopThread) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from serve.jobs.generate import GenerationOptions, SamplingKeywords
 from serve.jobs.request_queue import RequestError
 from serve.jobs.results import Tokens
 from serve.llm import LLM
+from serve.server.model_files import StartupError
 from serve.text.chat import PromptError
 from tests.support.http_client import END, ScriptedRunner
 from tests.support.scoring import CONTEXT, expected_numbers, fake_load, scripted_runner
@@ -59,6 +61,14 @@ def test_generate_returns_tokens_with_logprobs(llm: LLM) -> None:
     assert output.prompt_token_ids == [ord("a")]
     assert output.prompt is None
     assert output.logprob == pytest.approx(-2.1)
+
+
+def test_generate_takes_sequences_and_integers_of_any_type(llm: LLM) -> None:
+    ids = np.frombuffer(b"ab", np.uint8).astype(np.int64)
+    inputs: list[Any] = [("ab", "ab"), ids, list(ids), [ids], [97, 98]]
+    outputs = [llm.generate(prompts) for prompts in inputs]
+    assert [[output.prompt_token_ids for output in batch] for batch in outputs] == [[[97, 98]] * 2, *[[[97, 98]]] * 4]
+    assert all(type(token_id) is int for batch in outputs for output in batch for token_id in output.prompt_token_ids)
 
 
 def test_generate_defaults_to_16_tokens(runner: ScriptedRunner, llm: LLM) -> None:
@@ -193,11 +203,17 @@ def test_chat_refuses_wrong_messages_by_their_path(llm: LLM) -> None:
         ({"enable_prefix_caching": 1}, ValueError, "enable_prefix_caching: 1 is not True or False"),
         ({"quantization": "int8", "dtype": "float32"}, ValueError, "quantization"),
         ({"port": 1}, TypeError, "'port' is not an option"),
+        ({"log_format": "json"}, TypeError, "'log_format' is not an option"),
     ],
 )
 def test_llm_refuses_wrong_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         LLM(**options)
+
+
+def test_llm_reports_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="pickled weights"):
+        LLM(str(tmp_path), override_generation_config={"temperature": 0})
 
 
 def test_sampling_keywords_are_the_fields_of_generation_options() -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -168,14 +168,17 @@ class CommandLine[C]:
         return words
 
 
-def from_keywords[C](kind: type[C], values: Mapping[str, Any]) -> C:
+def from_keywords[C](kind: type[C], values: Mapping[str, Any], without: Collection[str] = ()) -> C:
     """A dataclass of options from Python values, which are checked as the flags are.
+
+    Args:
+        without: options that `values` may not set.
 
     Raises:
         TypeError: a name is not an option; the message suggests the nearest.
         ValueError: a value is not valid; the message names the option.
     """
-    fields = _fields(kind)
+    fields = {name: field for name, field in _fields(kind).items() if name not in without}
     for name in values:
         if name not in fields:
             raise TypeError(f"{name!r} is not an option{suggestion(name, fields)}")
@@ -188,7 +191,7 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
         return None
     try:
         if parse is not None:
-            return parse(str(value))
+            return parse(json.dumps(value) if isinstance(value, dict | list) else str(value))
         if isinstance(value, bool):
             return value
         raise ValueError(f"{value!r} is not True or False")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import takewhile
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -88,18 +89,21 @@ class TextEncoder:
         if not isinstance(value, list):
             message = f"`{param}` must be a string, a list of token ids or a list of messages."
             raise PromptError(param, message, "invalid_type")
-        check_token_ids(value, self.vocab_size, param)
-        return value
+        return checked_token_ids(value, self.vocab_size, param)
 
 
-def check_token_ids(ids: Iterable[Any], vocab_size: int, param: str) -> None:
-    """Raise PromptError for an item that is not a token id of the vocabulary."""
-    for index, token_id in enumerate(ids):
-        if type(token_id) is not int:
+def checked_token_ids(values: Iterable[Any], vocab_size: int, param: str) -> list[int]:
+    """Token ids from integers of any type, such as NumPy's. Raise PromptError for an item that is not a token id."""
+    token_ids = []
+    for index, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, Integral):
             raise PromptError(f"{param}[{index}]", f"`{param}[{index}]` is not a token id.", "invalid_type")
+        token_id = int(value)
         if not 0 <= token_id < vocab_size:
             message = f"`{param}[{index}]`: {token_id} is not in the vocabulary of {vocab_size} tokens."
             raise PromptError(f"{param}[{index}]", message)
+        token_ids.append(token_id)
+    return token_ids
 
 
 def is_chat(value: Any) -> bool:

@@ -94,7 +94,7 @@ def _draw(logits: Array, best: Array, best_ids: Array, sampling: SamplingArrays,
 
 
 def _inverse_cdf(weights: Array, uniform: Array, axis: VocabAxis) -> tuple[Array, Array]:
-    """A token [R] and its weight [R] from unnormalised weights [R, V] and uniforms [R] in [0, 1)."""
+    """A token [R] and its weight [R] from unnormalized weights [R, V] and uniforms [R] in [0, 1)."""
     if axis.shards == 1:
         return _token_at(weights, lambda end: uniform * end)
     # Every shard finds the shard that contains the target from the same sums; the other shards' tokens do not count.

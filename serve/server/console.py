@@ -34,7 +34,7 @@ type OnCompiled = Callable[[Event], None]
 _WIDTH = 100  # columns at most
 _PLAIN = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _OWN = "serve"  # parent of our loggers, whose level is configurable; other libraries log warnings and errors
-# Attributes of every record, which are not fields. uvicorn repeats its message with colours.
+# Attributes of every record, which are not fields. uvicorn repeats its message with colors.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 _RESERVED = ("time", "level", "timestamp")  # parameters and fields of json_line
 _STYLES = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "bold red"}

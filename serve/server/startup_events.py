@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from serve.server.memory_plan import MemoryPlan
 
 LABEL_STYLE = "bold cyan"
-# Parts of the memory bar. The shades differ so that the bar can be read without colours.
+# Parts of the memory bar. The shades differ so that the bar can be read without colors.
 _PARTS = (
     ("weights", "█", "cyan"),
     ("cache", "▓", "magenta"),
@@ -88,9 +88,9 @@ def memory_planned(plan: "MemoryPlan", max_model_len: int) -> Event:
     def draw(width: int) -> Iterable[Text]:
         yield _memory_bar(sizes, width)
         legend = _labelled("", "")
-        for (name, shade, colour), size in zip(_PARTS, sizes, strict=True):
+        for (name, shade, color), size in zip(_PARTS, sizes, strict=True):
             if size is not None:
-                legend.append(f"{shade} ", colour).append(f"{name} {mb(size)}  ")
+                legend.append(f"{shade} ", color).append(f"{name} {mb(size)}  ")
         yield legend
         yield _labelled("", capacity)
         if warning:
@@ -187,8 +187,8 @@ def _memory_bar(sizes: Sequence[int | None], width: int) -> Text:
     widths = [max(1, round(available * size / total)) if size else 0 for size in known]
     widths[-1] = max(0, available - sum(widths[:-1])) if known[-1] else 0
     bar = _labelled("memory", "")
-    for (_, shade, colour), cells in zip(_PARTS, widths, strict=True):
-        bar.append(shade * cells, colour)
+    for (_, shade, color), cells in zip(_PARTS, widths, strict=True):
+        bar.append(shade * cells, color)
     return bar
 
 

@@ -1,4 +1,4 @@
-"""Parts of the terminal chat: text stream, colour scale, input, sampling parameters, screen."""
+"""Parts of the terminal chat: text stream, color scale, input, sampling parameters, screen."""
 
 import io
 import math
@@ -126,19 +126,19 @@ def test_parse_args_names_the_wrong_flag(arguments: list[str], named: str, capsy
     assert named in capsys.readouterr().err
 
 
-def painted(piece: Piece, *, plain: bool = False, terminal: bool = True, colours: bool = True) -> str:
+def painted(piece: Piece, *, plain: bool = False, terminal: bool = True, colors: bool = True) -> str:
     stream = io.StringIO()
     console = Console(
-        file=stream, force_terminal=terminal, color_system="truecolor" if terminal else None, no_color=not colours
+        file=stream, force_terminal=terminal, color_system="truecolor" if terminal else None, no_color=not colors
     )
     ChatScreen(console, byte_tokenizer(), plain=plain).piece(piece)
     return stream.getvalue()
 
 
-def test_piece_is_coloured_by_surprise() -> None:
+def test_piece_is_colored_by_surprise() -> None:
     assert painted(Piece(" a", math.log(0.95))) == " a"
     assert painted(Piece(" a", math.log(0.04))) == "\x1b[30;48;2;253;174;97m a\x1b[0m"
-    assert painted(Piece(" a", math.log(0.04)), colours=False) == " a"
+    assert painted(Piece(" a", math.log(0.04)), colors=False) == " a"
     assert painted(Piece(" a", math.log(0.04)), terminal=False) == " a"
     assert painted(Piece("[red]a\tb", math.log(0.95))) == "[red]a\tb"
 
@@ -149,7 +149,7 @@ def test_piece_has_no_background_across_line_breaks() -> None:
         assert line.count("\x1b[") in (0, 2), line
     assert shown.count("↵") == 2
     assert "↵" not in painted(Piece("a\n", math.log(0.95)))
-    assert "↵" not in painted(Piece("a\n", math.log(0.04)), colours=False)
+    assert "↵" not in painted(Piece("a\n", math.log(0.04)), colors=False)
 
 
 def test_printable_replaces_control_characters() -> None:

@@ -29,7 +29,7 @@ set_up_logs("info", stream=sys.stderr, as_json=sys.argv[1] == "json")
 logging.getLogger("serve.engine").info("two\\nlines", extra={"request": 7, "odd": {1: float("nan")}})
 logging.getLogger("serve.engine").debug("hidden")
 logging.getLogger("jax").info("hidden")
-logging.getLogger("uvicorn.error").warning("of %s", "another library", extra={"color_message": "in colours"})
+logging.getLogger("uvicorn.error").warning("of %s", "another library", extra={"color_message": "in colors"})
 warnings.warn("old", DeprecationWarning)
 try:
     1 / 0

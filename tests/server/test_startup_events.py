@@ -76,7 +76,7 @@ def start(reporter: Reporter) -> None:
 
 
 def screen(*, verbose: bool = False) -> tuple[Reporter, Callable[[], str]]:
-    """A reporter on a terminal, and its text without colours."""
+    """A reporter on a terminal, and its text without colors."""
     console = Console(file=io.StringIO(), force_terminal=True, record=True, width=100, highlight=False)
     return Reporter(console=console, verbose=verbose), console.export_text
 
@@ -227,7 +227,7 @@ def test_start_reporting_depends_on_format_and_stream(
     assert (reporter._console is not None) is draws
 
 
-def test_is_terminal_ignores_forced_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_terminal_ignores_forced_colors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     assert not is_terminal(io.StringIO())

@@ -1,4 +1,4 @@
-"""Output of a chat: coloured text, statistics of replies, tables of tokens."""
+"""Output of a chat: colored text, statistics of replies, tables of tokens."""
 
 import math
 import unicodedata
@@ -43,8 +43,8 @@ def _step(probability: float, label: str, background: str = "", text: str = "bla
     return Step(probability, Style.parse(f"{text} on {background}") if background else Style.null(), label)
 
 
-# Colours of the background, because spaces and line breaks can be surprising, too. Each has a text colour that is
-# readable on it, whatever the terminal's own colours are.
+# Colors of the background, because spaces and line breaks can be surprising, too. Each has a text color that is
+# readable on it, whatever the terminal's own colors are.
 SCALE = (
     _step(0.9, "90 %"),
     _step(0.5, "50 %", "#d9f0a3"),
@@ -72,14 +72,14 @@ def percent(logprob: float) -> str:
 
 
 def legend() -> Text:
-    """The colour scale as a line of text."""
+    """The color scale as a line of text."""
     labels = [part for step in SCALE for part in ((f" {step.label} ", step.style), " ")]
     return Text.assemble(("a token's probability was at least  ", "dim"), *labels)
 
 
 class ChatScreen:
     def __init__(self, console: Console, tokenizer: Tokenizer, *, plain: bool) -> None:
-        """Create a screen; `plain` writes only replies and the output of commands, without colours."""
+        """Create a screen; `plain` writes only replies and the output of commands, without colors."""
         self.console = console
         self._tokenizer = tokenizer
         self._plain = plain
@@ -156,10 +156,10 @@ class ChatScreen:
             yield Segment(printable(piece.text) if self.console.is_terminal else piece.text)
             return
         step = step_of(piece.logprob)
-        colours = self.console.color_system is not None and not self.console.no_color
+        colors = self.console.color_system is not None and not self.console.no_color
         for line in printable(piece.text).splitlines(keepends=True):
             text = line.removesuffix("\n")
-            breaks = "↵" if text != line and colours and step.probability < _VISIBLE_BREAK else ""
+            breaks = "↵" if text != line and colors and step.probability < _VISIBLE_BREAK else ""
             yield Segment(text + breaks, step.style)
             if text != line:
                 yield Segment("\n")

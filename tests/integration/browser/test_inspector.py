@@ -75,11 +75,11 @@ def test_cell_colors_follow_the_logprobs(page: Inspector) -> None:
     for i, token in enumerate(pane.exported()["tokens"][1:], 1):
         step = sum(-token["logprob"] >= bound for bound in bounds)
         assert f"s{step}" in (pane.cells.nth(i).get_attribute("class") or "").split()
-    colours = [
+    colors = [
         page.page.locator(f".legend .s{i}").evaluate("cell => getComputedStyle(cell).backgroundColor")
         for i in range(10)
     ]
-    assert len(set(colours)) == 10
+    assert len(set(colors)) == 10
 
 
 def test_hovering_shows_token_details(page: Inspector) -> None:

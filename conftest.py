@@ -1,5 +1,6 @@
 """Fixtures for all tests: the default model, a real server, and programs that run in the background."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +20,12 @@ _PROGRAMS = {
     "kernel_lines": "tests.support.kernel_lines",
 }
 _BACKGROUND = pytest.StashKey[Background]()
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C interrupt, also in a background job, whose shell ignores it for all processes of the job."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _programs_of(item: pytest.Item) -> set[str]:

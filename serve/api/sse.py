@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -26,9 +26,10 @@ class ClosingStream(StreamingResponse):
     """
 
     def __init__(
-        self, pieces: AsyncIterator[bytes], media_type: str, on_close: Callable[[], None], record: AnswerRecord
+        self, pieces: AsyncGenerator[bytes], media_type: str, on_close: Callable[[], None], record: AnswerRecord
     ) -> None:
         super().__init__(pieces, media_type=media_type, headers={"Cache-Control": "no-cache"})
+        self._pieces = pieces
         self._on_close = on_close
         self._record = record
 
@@ -55,6 +56,7 @@ class ClosingStream(StreamingResponse):
             if not complete and self._record.error is None:
                 self._record.error = "client_gone"
             self._on_close()
+            await self._pieces.aclose()  # not left to the garbage collector, which closes the inner generators first
 
 
 class _PiecewiseResponse(Response):

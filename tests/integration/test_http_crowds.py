@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pytest
+
 from serve.api.middleware import Readiness
 from serve.engine.client import RequestHandle
 from serve.engine.observer import EngineGauges
@@ -89,7 +91,7 @@ def open_files() -> int:
     return len(list(Path(f"/proc/{os.getpid()}/fd").iterdir()))
 
 
-def test_thousand_clients_disconnect_at_any_time() -> None:
+def test_thousand_clients_disconnect_at_any_time(caplog: pytest.LogCaptureFixture) -> None:
     choose, readiness = random.Random(9), Readiness()
     with listening(script=b"x" * TOKENS, max_waiting=1000, readiness=readiness) as (url, server):
         before_all = open_files()
@@ -109,6 +111,7 @@ def test_thousand_clients_disconnect_at_any_time() -> None:
         finally:
             tracemalloc.stop()
         assert after - before < 400_000  # only growing tables; a leak per client would be thousands of bytes
+        assert [record for record in caplog.records if record.name == "asyncio"] == []  # all generators are closed
         assert files <= before_all + 5  # uvicorn's loop has a few
         asyncio.run(crowd(4, 4, lambda _: staying(url, choose)))
 

@@ -53,11 +53,19 @@ class Screen:
         self._raw = b""
         self._taken = 0  # characters of `seen` returned so far
 
-    def until(self, text: str) -> str:
-        """Read until a text appears and return everything up to its end."""
+    def until(self, text: str, retyped: str = "") -> str:
+        """Read until a text appears and return everything up to its end.
+
+        Args:
+            retyped: typed again for each second without output. Python's readline misses a Ctrl-C that arrives between
+                the prompt and its wait for input.
+        """
         deadline = time.monotonic() + _TIMEOUT
         while (at := self.seen.find(text, self._taken)) < 0:
-            assert select.select([self._ours], [], [], max(0, deadline - time.monotonic()))[0], self.seen
+            assert time.monotonic() < deadline, self.seen
+            if not select.select([self._ours], [], [], 1)[0]:
+                self.type(retyped)
+                continue
             self._raw += self._read()
             self.seen = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self._raw.decode(errors="replace")).replace("\r\n", "\n")
         begin, self._taken = self._taken, at + len(text)
@@ -99,7 +107,7 @@ def test_chat_on_a_terminal(screen: Screen) -> None:
     for part in ("╭─ logprobd", "memory    █", "loading", "compiling", "compiled 5 programs in", " 0.1 % "):
         assert part in start, part
     screen.type("\x03")  # Ctrl-C
-    screen.until("press Ctrl-D or type /quit to end")
+    screen.until("press Ctrl-D or type /quit to end", retyped="\x03")
     screen.until("> ")
     screen.type("abc\n")
     reply = screen.until("> ")

@@ -72,8 +72,8 @@ def test_two_devices_generated_logprobs_equal_scored(servers: dict[int, ServerPr
 
 
 def test_startup_reports_the_number_of_devices(servers: dict[int, ServerProcess]) -> None:
-    assert any("cut over 2 devices" in line for line in servers[2].log)
-    assert not any("cut over" in line for line in servers[1].log)
+    assert any("sharded across 2 devices" in line for line in servers[2].log)
+    assert not any("sharded across" in line for line in servers[1].log)
     assert len({ask(server, BODY)["system_fingerprint"] for server in servers.values()}) == 2
 
 
@@ -83,7 +83,7 @@ def test_startup_reports_the_number_of_devices(servers: dict[int, ServerProcess]
         (
             ("--tensor-parallel-size", "3"),
             {},
-            "--tensor-parallel-size 3: there are 1 cpu devices; JAX_NUM_CPU_DEVICES=3",
+            "--tensor-parallel-size 3: there are 1 cpu devices; set JAX_NUM_CPU_DEVICES=3",
         ),
         ((), {"JAX_PLATFORMS": "rocm"}, "JAX finds no device of JAX_PLATFORMS=rocm"),
     ],

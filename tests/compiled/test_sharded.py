@@ -20,13 +20,13 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 @pytest.fixture(scope="session")
-def told(sharded_logprobs: str) -> Any:
+def results(sharded_logprobs: str) -> Any:
     return json.loads(sharded_logprobs)
 
 
 @pytest.mark.parametrize(("case", "devices"), PAIRS)
-def test_sharded_logprobs_equal_one_device(told: Any, case: str, devices: int) -> None:
-    one, cut = told[case]["1"], told[case][str(devices)]
+def test_sharded_logprobs_equal_one_device(results: Any, case: str, devices: int) -> None:
+    one, cut = results[case]["1"], results[case][str(devices)]
     tolerance = TOLERANCE[CASES[case][2]]
     for name in ("prompt", "top", "named", "whole", "greedy", "drawn logprobs"):
         np.testing.assert_allclose(cut[name], one[name], rtol=0, atol=tolerance, err_msg=name)
@@ -37,14 +37,14 @@ def test_sharded_logprobs_equal_one_device(told: Any, case: str, devices: int) -
 
 
 @pytest.mark.parametrize(("case", "devices"), PAIRS)
-def test_sharded_logprobs_are_the_same_alone_and_in_a_batch(told: Any, case: str, devices: int) -> None:
-    assert not told[case][str(devices)]["changed by company"]
+def test_sharded_logprobs_are_the_same_alone_and_in_a_batch(results: Any, case: str, devices: int) -> None:
+    assert not results[case][str(devices)]["changed by company"]
 
 
 @pytest.mark.parametrize("program", ["decode_4", "prefill_16", "score_16", "full_logprobs_8"])
-def test_sharded_programs_move_no_logits(told: Any, program: str) -> None:
+def test_sharded_programs_move_no_logits(results: Any, program: str) -> None:
     """What is gathered or summed over devices is hidden states, counts, sums and the best k: never columns of V."""
-    text = told["hlo"][program]
+    text = results["hlo"][program]
     moved = operations.collectives(operations.operations(text))
     kinds = {operation.opcode for operation in moved}
     assert kinds <= {"all-gather", "all-reduce"}  # the hidden states' features and candidates; everything else

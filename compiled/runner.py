@@ -93,9 +93,9 @@ def _step_plan(model: BoundModel, leaves: Any, state: DeviceState, shape: StepSh
 
 def _head_plan(model: BoundModel, leaves: Any, state: DeviceState, shape: HeadShape, k: int) -> Plan:
     rows = _int32(shape.rows)
-    if shape.full:
+    if shape.full_vocab:
         columns = PartitionSpec(None, TENSOR)
-        return Plan(shape, partial(step.full_logprobs, model), (leaves, state, rows), result_specs=columns)
+        return Plan(shape, partial(step.full_vocab_logprobs, model), (leaves, state, rows), result_specs=columns)
     tokens = ScoreInput(rows, rows, _int32(shape.rows, MAX_REQUESTED_IDS))
     return Plan(shape, partial(step.score, model, k), (leaves, state, tokens))
 
@@ -176,13 +176,13 @@ class ModelRunner:
 
     def score(self, inputs: ScoreInput) -> TokenLogprobs:
         """Dispatch a block of prompt tokens [M]; the result is on the device."""
-        compiled = self._compiled(HeadShape(len(inputs.cache_indices), full=False))
+        compiled = self._compiled(HeadShape(len(inputs.cache_indices), full_vocab=False))
         logprobs: TokenLogprobs = compiled(self._leaves, self._state, inputs)
         return _start_copy(logprobs)
 
-    def full_logprobs(self, cache_indices: NDArray[np.int32]) -> NDArray[np.float32]:
+    def full_vocab_logprobs(self, cache_indices: NDArray[np.int32]) -> NDArray[np.float32]:
         """Log-probs [M, V] of every token after the cached tokens at cache_indices [M]. Waits for the result."""
-        compiled = self._compiled(HeadShape(len(cache_indices), full=True))
+        compiled = self._compiled(HeadShape(len(cache_indices), full_vocab=True))
         return np.asarray(compiled(self._leaves, self._state, cache_indices))[:, : self.vocab_size]
 
     def set_penalties(self, slot: int, penalties: SlotPenalties) -> None:

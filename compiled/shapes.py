@@ -25,11 +25,11 @@ class HeadShape:
     """Shape of a head step, over hidden states in the cache."""
 
     rows: int  # M
-    full: bool  # returns the log-probs of the full vocabulary, else those of given tokens
+    full_vocab: bool  # returns the log-probs of the full vocabulary, else those of given tokens
 
     @property
     def name(self) -> str:
-        return f"full_logprobs_{self.rows}" if self.full else f"score_{self.rows}"
+        return f"full_vocab_{self.rows}" if self.full_vocab else f"score_{self.rows}"
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -51,7 +51,7 @@ class Buckets:
     prefill_chunks: tuple[int, ...]
     score_rows: int
     pages_per_row: int
-    full_logprobs_rows: int = 0  # prompt rows per call that returns full distributions; 0 = no such program
+    full_vocab_rows: int = 0  # prompt rows per call that returns full distributions; 0 = no such program
 
     @property
     def slots(self) -> int:
@@ -70,8 +70,8 @@ class Buckets:
 
     def heads(self) -> tuple[HeadShape, ...]:
         """All head shapes: blocks of prompt rows."""
-        score = HeadShape(self.score_rows, full=False)
-        return (score, HeadShape(self.full_logprobs_rows, full=True)) if self.full_logprobs_rows else (score,)
+        score = HeadShape(self.score_rows, full_vocab=False)
+        return (score, HeadShape(self.full_vocab_rows, full_vocab=True)) if self.full_vocab_rows else (score,)
 
 
 def bucket(sizes: Sequence[int], size: int) -> int:
@@ -87,7 +87,7 @@ def bucket(sizes: Sequence[int], size: int) -> int:
 
 
 def make_buckets(
-    *, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int, full_logprobs: bool = False
+    *, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int, full_vocab: bool = False
 ) -> Buckets:
     """Buckets of a server.
 
@@ -96,7 +96,7 @@ def make_buckets(
         max_model_len: tokens of a request, which set the width of the block tables.
         max_num_batched_tokens: prompt and decode tokens of one step together; the largest prefill chunk is the
             largest of 16, 32, 64 ... that leaves room for a decode row of every other request.
-        full_logprobs: whether requests may ask for the full distribution of prompt rows.
+        full_vocab: whether requests may ask for the full distribution of prompt rows.
     """
     rows = [1]
     while rows[-1] < max_num_seqs:
@@ -109,5 +109,5 @@ def make_buckets(
         prefill_chunks=tuple(chunks),
         score_rows=64,
         pages_per_row=-(-max_model_len // PAGE_SIZE),
-        full_logprobs_rows=8 if full_logprobs else 0,
+        full_vocab_rows=8 if full_vocab else 0,
     )

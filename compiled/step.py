@@ -1,6 +1,6 @@
 """The steps that are compiled: pure functions of arrays.
 
-Logits never leave the device, except from `full_logprobs`: a step returns chosen tokens and their log-probs.
+Logits never leave the device, except from `full_vocab_logprobs`: a step returns chosen tokens and their log-probs.
 """
 
 import jax
@@ -71,7 +71,7 @@ def score(model: BoundModel, k: int, leaves: Leaves, state: DeviceState, step: S
     return head_logprobs(model.merge(leaves), hidden, step.targets, k, step.requested_ids, _live(step.cache_indices))
 
 
-def full_logprobs(model: BoundModel, leaves: Leaves, state: DeviceState, cache_indices: Array) -> Array:
+def full_vocab_logprobs(model: BoundModel, leaves: Leaves, state: DeviceState, cache_indices: Array) -> Array:
     """Log-probs [M, V] float32 of every token after the cached tokens at `cache_indices` [M] int32."""
     live = _live(cache_indices)
     logits = model.merge(leaves).logits(_cached_hidden(model, state, cache_indices), live)

@@ -127,7 +127,7 @@ class _Status:
             "parent": None,
             "max_model_len": limits.max_model_len,
             "max_logprobs": limits.max_logprobs,
-            "whole_vocabulary": limits.whole_vocabulary,
+            "whole_vocabulary": limits.full_vocab,
         }
 
 

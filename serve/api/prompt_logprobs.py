@@ -35,7 +35,7 @@ class PromptLogprobsWriter:
         limits = engine.limits
         self._engine = engine
         self._entries = EntryWriter(tokenizer)
-        self._rows = RowWriter(tokenizer, limits.vocab_size) if limits.whole_vocabulary else None
+        self._rows = RowWriter(tokenizer, limits.vocab_size) if limits.full_vocab else None
 
     def fields(self, requested: PromptLogprobs, prompt: Prompt) -> dict[str, Any]:
         """`prompt_logprobs`, null unless requested, or `prompt_logprobs_columns`. Slow: not for the event loop.
@@ -214,7 +214,7 @@ async def _rows(engine: EngineClient, request: Request, start: int, count: int) 
     try:
         timeout = None if request.deadline == math.inf else max(0.0, request.deadline - time.monotonic())
         async with asyncio.timeout(timeout):
-            rows = await engine.full_logprobs(request.id, start, count)
+            rows = await engine.full_vocab_logprobs(request.id, start, count)
     except TimeoutError:
         raise DeadlineError from None
     except EngineStoppedError:

@@ -174,7 +174,7 @@ def read_prompt_logprobs(body: GenerationRequest, echoed: int | None, limits: En
 
 
 def _check_full_vocabulary(k: int, limits: EngineLimits) -> None:
-    if limits.whole_vocabulary:
+    if limits.full_vocab:
         return
     if k >= 0:
         check_top_k("prompt_logprobs", k, limits)

@@ -27,7 +27,7 @@ _ARRAYS = {field.name for field in fields(SamplingArrays)}
 # Fields of SamplingParams that are copied to the arrays of the same names; not the seed, which may have to be drawn.
 _COPIED = tuple(field.name for field in fields(SamplingParams) if field.name in _ARRAYS - {"seed"})
 
-type ScoreRow = tuple[RequestState, int]  # request and row i of its prompt_scores, which scores prompt token i + 1
+type ScoreRow = tuple[RequestState, int]  # request and row i of its prompt_logprobs, which scores prompt token i + 1
 
 
 def prefill_input(chunk: Chunk, shape: StepShape) -> StepInput:

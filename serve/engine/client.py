@@ -42,7 +42,7 @@ class EngineClient(Protocol):
     def load(self) -> int: ...
     def admit(self, request: Request, *, bypass_limits: bool = False) -> "RequestHandle": ...
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None: ...
-    async def full_logprobs(self, request_id: str, start: int, count: int) -> NDArray[np.float32]: ...
+    async def full_vocab_logprobs(self, request_id: str, start: int, count: int) -> NDArray[np.float32]: ...
 
 
 class RequestHandle:
@@ -111,8 +111,8 @@ class RequestHandle:
 
 
 @dataclass(eq=False, frozen=True, slots=True)
-class FullLogprobsCall:
-    """A pending call of Engine.full_logprobs()."""
+class FullVocabCall:
+    """A pending call of Engine.full_vocab_logprobs()."""
 
     request_id: str
     start: int
@@ -137,7 +137,7 @@ class Streams:
         self._open: dict[str, RequestHandle] = {}
         self._aborting: set[str] = set()  # ids in _open that the engine is about to abort
         self._leases: dict[str, float] = {}  # id of a pinned request -> expiry, time.monotonic()
-        self._calls: set[FullLogprobsCall] = set()
+        self._calls: set[FullVocabCall] = set()
         self._closed = False
 
     def __len__(self) -> int:
@@ -204,7 +204,7 @@ class Streams:
             return [request_id for request_id, expiry in self._leases.items() if expiry <= now]
 
     @contextlib.contextmanager
-    def pending(self, call: FullLogprobsCall) -> Iterator[None]:
+    def pending(self, call: FullVocabCall) -> Iterator[None]:
         """Register a call for the duration of the context: close() fails it.
 
         Raises:

@@ -19,7 +19,7 @@ from compiled.state import DecodeInput, SamplingArrays, ScoreInput, SlotPenaltie
 from model.token_logprobs import TokenLogprobs, empty_logprobs
 from serve.engine import batch
 from serve.engine.batch import ScoreRow
-from serve.engine.logprob_store import begin_prompt_scores, has_nan, select_logprobs, store_prompt_scores, write
+from serve.engine.logprob_store import begin_prompt_logprobs, has_nan, select_logprobs, store_prompt_logprobs, write
 from serve.engine.observer import EngineFault, EngineGauges, Observer
 from serve.engine.page_pool import PagePool
 from serve.engine.request import FinishReason, TokenEvent
@@ -46,7 +46,7 @@ class Runner(Protocol):
     def decode(self, inputs: DecodeInput, sampling: SamplingArrays) -> StepOutput: ...
     def score(self, inputs: ScoreInput) -> TokenLogprobs: ...
     def read(self, tree: Any) -> Any: ...
-    def full_logprobs(self, cache_indices: NDArray[np.int32]) -> NDArray[np.float32]: ...
+    def full_vocab_logprobs(self, cache_indices: NDArray[np.int32]) -> NDArray[np.float32]: ...
     def reset(self) -> None: ...
 
 
@@ -136,16 +136,18 @@ class EngineCore:
             self.scheduler.check()
         return self._take_emitted()
 
-    def full_logprobs(self, request_id: str, start: int, count: int) -> NDArray[np.float32]:
+    def full_vocab_logprobs(self, request_id: str, start: int, count: int) -> NDArray[np.float32]:
         """Log-probs [count, V] of all tokens after the prompt tokens start..start+count-1 of a pinned request.
 
         Raises:
             LookupError: the request is not pinned.
         """
         request = self.scheduler.pinned[request_id]
-        size = self._runner.buckets.full_logprobs_rows
+        size = self._runner.buckets.full_vocab_rows
         blocks = [
-            self._runner.full_logprobs(batch.cache_indices(request, first, size, min(size, start + count - first)))
+            self._runner.full_vocab_logprobs(
+                batch.cache_indices(request, first, size, min(size, start + count - first))
+            )
             for first in range(start, start + count, size)
         ]
         return np.concatenate(blocks)[:count]
@@ -158,7 +160,7 @@ class EngineCore:
         scheduler.check()
 
     def _on_admit(self, request: RequestState) -> None:
-        begin_prompt_scores(request, self._pool, self._runner.max_logprobs)
+        begin_prompt_logprobs(request, self._pool, self._runner.max_logprobs)
         if not request.times.admitted:  # otherwise it was preempted
             request.times.admitted = time.monotonic()
             self._observer.on_admitted(request)
@@ -200,7 +202,7 @@ class EngineCore:
         if step.prefilled is not None and step.output is None and not step.blocks:
             self._runner.read(step.prefilled)  # no result is needed, but the host must not run ahead of the device
         for block, logprobs in step.blocks:
-            _write_scores(block, self._runner.read(logprobs))
+            _write_prompt_logprobs(block, self._runner.read(logprobs))
         for request in step.scored:
             if request.status is not RequestStatus.FINISHED:
                 event = self._event(request, [], empty_logprobs(0, 0))
@@ -213,8 +215,8 @@ class EngineCore:
 
     def _append(self, request: RequestState, output: StepOutput, row: int) -> Emitted:
         token = int(output.tokens[row])
-        scores = select_logprobs(output.logprobs, slice(row, row + 1), request.params.requested_ids)
-        event = self._event(request, [token], scores)
+        logprobs = select_logprobs(output.logprobs, slice(row, row + 1), request.params.requested_ids)
+        event = self._event(request, [token], logprobs)
         request.output_token_ids.append(token)
         now, times = time.monotonic(), request.times
         gap = now - times.last if times.first else None
@@ -227,21 +229,21 @@ class EngineCore:
         done = len(request.output_token_ids) >= request.max_chosen
         return self._finalize(request, event, FinishReason.LENGTH if done else None)
 
-    def _event(self, request: RequestState, token_ids: list[int], scores: TokenLogprobs) -> TokenEvent:
-        """An event; the first of a request contains the prompt's scores."""
-        event = TokenEvent(token_ids, scores, cached_tokens=request.num_cached or 0)
+    def _event(self, request: RequestState, token_ids: list[int], logprobs: TokenLogprobs) -> TokenEvent:
+        """An event; the first of a request contains the prompt's log-probs."""
+        event = TokenEvent(token_ids, logprobs, cached_tokens=request.num_cached or 0)
         if not request.output_token_ids:
-            event.prompt_scores = request.prompt_scores
+            event.prompt_logprobs = request.prompt_logprobs
         return event
 
     def _finalize(self, request: RequestState, event: TokenEvent, reason: FinishReason | None) -> Emitted:
         """Check an event's log-probs. Finishes the request if there is a reason, or with an error if one is NaN."""
-        scoring, scores = request.params.prompt, event.prompt_scores
-        failed = has_nan(event.scores)
-        if scores is not None and scoring is not None:
-            failed |= has_nan(scores, scoring.start - 1)
+        scoring, logprobs = request.params.prompt, event.prompt_logprobs
+        failed = has_nan(event.logprobs)
+        if logprobs is not None and scoring is not None:
+            failed |= has_nan(logprobs, scoring.start - 1)
             if not failed:
-                store_prompt_scores(request, self._pool)
+                store_prompt_logprobs(request, self._pool)
         if failed:
             self._pool.unregister(request.pages)  # any of them may contain the NaN: none must be found again
             self._observer.on_fault(EngineFault.NAN)
@@ -265,15 +267,15 @@ def _final_event(request: RequestState, reason: FinishReason, error: str | None 
     return TokenEvent([], empty_logprobs(0, 0), reason, cached_tokens=request.num_cached or 0, error=error)
 
 
-def _write_scores(block: Sequence[ScoreRow], logprobs: TokenLogprobs) -> None:
+def _write_prompt_logprobs(block: Sequence[ScoreRow], logprobs: TokenLogprobs) -> None:
     """Copy a block's log-probs to its requests, all consecutive rows of a request together."""
     start = 0
     for request, rows in groupby(block, key=lambda row: row[0]):
         indices = [index for _, index in rows]
         end = start + len(indices)
         scoring = request.params.prompt
-        assert request.prompt_scores is not None
+        assert request.prompt_logprobs is not None
         assert scoring is not None
-        scores = select_logprobs(logprobs, slice(start, end), scoring.requested_ids)
-        write(request.prompt_scores, slice(indices[0], indices[-1] + 1), scores)
+        selected = select_logprobs(logprobs, slice(start, end), scoring.requested_ids)
+        write(request.prompt_logprobs, slice(indices[0], indices[-1] + 1), selected)
         start = end

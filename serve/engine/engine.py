@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.token_logprobs import empty_logprobs
-from serve.engine.client import FullLogprobsCall, RequestHandle, Streams
+from serve.engine.client import FullVocabCall, RequestHandle, Streams
 from serve.engine.core import EngineCore, Runner
 from serve.engine.observer import EngineFault, EngineGauges, Observer
 from serve.engine.request import (
@@ -61,7 +61,7 @@ class Engine:
         self._random = secrets.SystemRandom() if options.seed is None else random.Random(options.seed)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams = Streams(options)
-        self._calls: deque[FullLogprobsCall] = deque()  # used by the thread only
+        self._calls: deque[FullVocabCall] = deque()  # used by the thread only
         self._stopping = False
         self._busy_since: float | None = None  # time.monotonic() at the start of the thread's iteration; None: idle
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -141,14 +141,14 @@ class Engine:
         if self._streams.start_abort(request_id):
             self._inbox.put(lambda: self._abort(request_id, reason))
 
-    async def full_logprobs(self, request_id: str, start: int, count: int) -> NDArray[np.float32]:
+    async def full_vocab_logprobs(self, request_id: str, start: int, count: int) -> NDArray[np.float32]:
         """Log-probs [count, V] of all tokens after the prompt tokens start..start+count-1 of a pinned request.
 
         Raises:
             EngineStoppedError: the engine has stopped, or failed on these rows.
             NotPinnedError: the request is not pinned, or its lease has expired.
         """
-        call = FullLogprobsCall(request_id, start, count)
+        call = FullVocabCall(request_id, start, count)
         with self._streams.pending(call):
             self._inbox.put(lambda: self._calls.append(call))
             return await asyncio.wrap_future(call.future)
@@ -258,7 +258,7 @@ class Engine:
             return
         call = self._calls.popleft()
         try:
-            call.resolve(self._core.full_logprobs(call.request_id, call.start, call.count))
+            call.resolve(self._core.full_vocab_logprobs(call.request_id, call.start, call.count))
         except LookupError:
             call.resolve(NotPinnedError())
         except Exception:

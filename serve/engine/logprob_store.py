@@ -25,59 +25,59 @@ def select_logprobs(logprobs: TokenLogprobs, rows: slice, ids: tuple[int, ...]) 
     )
 
 
-def begin_prompt_scores(request: RequestState, pool: PagePool, k: int) -> None:
-    """Allocate the scores of a prompt that is about to run, and fill in those stored with its cached pages."""
+def begin_prompt_logprobs(request: RequestState, pool: PagePool, k: int) -> None:
+    """Allocate the log-probs of a prompt that is about to run, and fill in those stored with its cached pages."""
     scoring = request.params.prompt
     if scoring is None or scoring.full_vocab:
         return
-    if request.prompt_scores is None:
+    if request.prompt_logprobs is None:
         alternatives = len(scoring.requested_ids) or k
-        request.prompt_scores = empty_logprobs(len(request.prompt_token_ids) - 1, alternatives)
+        request.prompt_logprobs = empty_logprobs(len(request.prompt_token_ids) - 1, alternatives)
     if scoring.requested_ids:
         return
     # After a preemption the registered pages include some of the output.
     full = min(len(request.prompt_token_ids) // PAGE_SIZE, request.num_registered)
     for index in range((request.num_scored + 1) // PAGE_SIZE, full):
-        stored = pool.scores(request.hashes[index])
+        stored = pool.logprobs(request.hashes[index])
         if stored is None:
             return
         rows, _ = _rows_of(index)
         count = rows.stop - request.num_scored
-        write(request.prompt_scores, slice(request.num_scored, rows.stop), stored[PAGE_SIZE - count :])
+        write(request.prompt_logprobs, slice(request.num_scored, rows.stop), stored[PAGE_SIZE - count :])
         request.num_scored = rows.stop
 
 
-def store_prompt_scores(request: RequestState, pool: PagePool) -> None:
-    """Store the scores of the prompt's full pages in the pool, for later prompts with the same prefix."""
-    scores, scoring = request.prompt_scores, request.params.prompt
-    if scores is None or scoring is None or scoring.requested_ids:
+def store_prompt_logprobs(request: RequestState, pool: PagePool) -> None:
+    """Store the log-probs of the prompt's full pages in the pool, for later prompts with the same prefix."""
+    logprobs, scoring = request.prompt_logprobs, request.params.prompt
+    if logprobs is None or scoring is None or scoring.requested_ids:
         return
     full = min(len(request.prompt_token_ids) // PAGE_SIZE, request.num_registered)
     first_scored = 0 if scoring.start <= 1 else -(-scoring.start // PAGE_SIZE)  # page with all tokens scored
     for index in range(first_scored, full):
-        if pool.scores(request.hashes[index]) is None:
+        if pool.logprobs(request.hashes[index]) is None:
             rows, first = _rows_of(index)
-            page = empty_logprobs(PAGE_SIZE, scores.top_ids.shape[1])
-            write(page, slice(first, PAGE_SIZE), scores[rows])
-            pool.store_scores(request.hashes[index], page)
+            page = empty_logprobs(PAGE_SIZE, logprobs.top_ids.shape[1])
+            write(page, slice(first, PAGE_SIZE), logprobs[rows])
+            pool.store_logprobs(request.hashes[index], page)
 
 
-def write(into: TokenLogprobs, rows: slice, scores: TokenLogprobs) -> None:
-    """Copy `scores` into a range of rows of `into`."""
+def write(into: TokenLogprobs, rows: slice, logprobs: TokenLogprobs) -> None:
+    """Copy `logprobs` into a range of rows of `into`."""
     for name in TokenLogprobs.__slots__:
         if (column := getattr(into, name)) is not None:
-            column[rows] = getattr(scores, name)
+            column[rows] = getattr(logprobs, name)
 
 
-def has_nan(scores: TokenLogprobs, start: int = 0) -> bool:
+def has_nan(logprobs: TokenLogprobs, start: int = 0) -> bool:
     """True if any log-prob from row `start` on is NaN."""
-    return bool(np.isnan(scores.logprob[start:]).any() or np.isnan(scores.top_logprobs[start:]).any())
+    return bool(np.isnan(logprobs.logprob[start:]).any() or np.isnan(logprobs.top_logprobs[start:]).any())
 
 
 def _rows_of(page: int) -> tuple[slice, int]:
-    """The rows of a prompt's scores for the tokens of one page, and the offset of the first of these in the page.
+    """The rows of a prompt's log-probs for the tokens of one page, and the offset of the first of these in the page.
 
-    Row i scores token i + 1, so the scores of a page's tokens depend on no later page.
+    Row i scores token i + 1, so the log-probs of a page's tokens depend on no later page.
     """
     first = 1 if page == 0 else 0
     start = page * PAGE_SIZE + first - 1

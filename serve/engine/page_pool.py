@@ -27,7 +27,7 @@ class PagePool:
         self._ref_counts: Counter[int] = Counter()
         self._page_to_hash: dict[int, bytes] = {}
         self._hash_to_page: dict[bytes, int] = {}
-        self._scores: dict[bytes, TokenLogprobs] = {}
+        self._logprobs: dict[bytes, TokenLogprobs] = {}
         self.capacity = len(self._pages)
         self.clear()
 
@@ -86,14 +86,14 @@ class PagePool:
             self._hash_to_page[content] = page
             self._page_to_hash[page] = content
 
-    def store_scores(self, content: bytes, scores: TokenLogprobs) -> None:
-        """Store the scores [S] of a registered page's tokens until the page is evicted or unregistered."""
+    def store_logprobs(self, content: bytes, logprobs: TokenLogprobs) -> None:
+        """Store the log-probs [S] of a registered page's tokens until the page is evicted or unregistered."""
         if content in self._hash_to_page:
-            self._scores[content] = scores
+            self._logprobs[content] = logprobs
 
-    def scores(self, content: bytes) -> TokenLogprobs | None:
-        """The stored scores [S] of a registered page's tokens."""
-        return self._scores.get(content)
+    def logprobs(self, content: bytes) -> TokenLogprobs | None:
+        """The stored log-probs [S] of a registered page's tokens."""
+        return self._logprobs.get(content)
 
     def unregister(self, pages: Iterable[int]) -> None:
         """Remove pages from the prefix cache. References are unchanged."""
@@ -102,14 +102,14 @@ class PagePool:
             if content is None:
                 continue
             del self._hash_to_page[content]
-            self._scores.pop(content, None)
+            self._logprobs.pop(content, None)
             if page in self._unreferenced:
                 del self._unreferenced[page]
                 self._free.append(page)
 
     def clear(self) -> None:
         """Free and unregister all pages, whose content is lost."""
-        for table in (self._unreferenced, self._ref_counts, self._page_to_hash, self._hash_to_page, self._scores):
+        for table in (self._unreferenced, self._ref_counts, self._page_to_hash, self._hash_to_page, self._logprobs):
             table.clear()
         self._free = deque(self._pages)
 
@@ -125,15 +125,16 @@ class PagePool:
         if {page: content for content, page in self._hash_to_page.items()} != self._page_to_hash:
             raise AssertionError("pages and their hashes disagree")
         if not (
-            self._unreferenced.keys() <= self._page_to_hash.keys() and self._scores.keys() <= self._hash_to_page.keys()
+            self._unreferenced.keys() <= self._page_to_hash.keys()
+            and self._logprobs.keys() <= self._hash_to_page.keys()
         ):
-            raise AssertionError("an unregistered page is cached or has scores")
+            raise AssertionError("an unregistered page is cached or has log-probs")
 
     def _evict(self) -> int:
         page, _ = self._unreferenced.popitem(last=False)
         content = self._page_to_hash.pop(page)
         del self._hash_to_page[content]
-        self._scores.pop(content, None)
+        self._logprobs.pop(content, None)
         return page
 
 

@@ -47,7 +47,7 @@ class EngineLimits:
     vocab_size: int  # V, exclusive upper bound of token ids
     cache_tokens: int  # capacity of the page cache in tokens; a request that needs more can never run
     max_requested_ids: int  # B, maximum length of logprob_token_ids and prompt_logprob_token_ids
-    whole_vocabulary: bool  # PromptScoring.full_vocab is available
+    full_vocab: bool  # PromptScoring.full_vocab is available
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,8 @@ class EngineOptions:
     max_num_queued_tokens: int | None = None  # prompt tokens of all unfinished requests; more raise QueueFullError
     enable_prefix_caching: bool = True
     seed: int | None = None  # seeds the draw of seeds for requests without one; None draws them from the system
-    # How long the pages of a request stay pinned without a call of full_logprobs(). A client that stops reading must
-    # not keep them from other requests.
+    # How long the pages of a request stay pinned without a call of full_vocab_logprobs(), so that a client that stops
+    # reading does not keep them from other requests.
     pin_seconds: float = 120
 
 
@@ -70,7 +70,7 @@ class PromptScoring:
 
     start: int = 1  # index of the first prompt token to score; the token at index 0 has no log-prob
     requested_ids: tuple[int, ...] = ()  # alternatives to report instead of the K best
-    # Score nothing now: when the request has finished, its pages stay pinned until abort(), and Engine.full_logprobs()
+    # Score nothing now: when the request has finished, its pages stay pinned until abort(), and full_vocab_logprobs()
     # returns the distribution over the full vocabulary before each prompt token.
     full_vocab: bool = False
 
@@ -109,12 +109,12 @@ class TokenEvent:
     """One output of the engine for one request: the tokens generated since the last event, none for pure scoring."""
 
     token_ids: list[int]
-    scores: TokenLogprobs  # one row per token id
+    logprobs: TokenLogprobs  # one row per token id
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the stop id that finished the request, EOS included
     # In the first event only: row i scores prompt token i + 1, so n = prompt - 1. Rows before PromptScoring.start are
     # NaN.
-    prompt_scores: TokenLogprobs | None = None
+    prompt_logprobs: TokenLogprobs | None = None
     cached_tokens: int = 0  # prompt tokens found in the prefix cache; equal in all events of a request
     error: str | None = None  # with FinishReason.ERROR, a message that clients may see
     stopped: bool = False  # with FinishReason.ABORT, because the engine stops; iterating over the handle raises it

@@ -15,7 +15,7 @@ class RequestStatus(enum.Enum):
     WAITING = enum.auto()
     PREFILL = enum.auto()
     DECODE = enum.auto()
-    SCORED = enum.auto()  # nothing to generate: finishes when its last scores are read
+    SCORED = enum.auto()  # nothing to generate: finishes when its last step is read
     FINISHED = enum.auto()
 
 
@@ -46,8 +46,8 @@ class RequestState:
     num_computed: int = 0  # leading tokens whose keys, values and hidden states are in the pages
     num_registered: int = 0  # leading pages registered by their content
     num_cached: int | None = None  # prompt tokens found in the prefix cache when the request first ran
-    num_scored: int = 0  # leading rows of prompt_scores that are filled, or will be by steps in flight
-    prompt_scores: TokenLogprobs | None = None
+    num_scored: int = 0  # leading rows of prompt_logprobs that are filled, or will be by steps in flight
+    prompt_logprobs: TokenLogprobs | None = None
 
     @property
     def id(self) -> str:

@@ -18,7 +18,7 @@ from serve.engine.request_state import RequestState, RequestStatus
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens start..end-1 of one request to prefill, or rows of its prompt_scores; row i scores prompt token i + 1."""
+    """Tokens start..end-1 to prefill, or rows start..end-1 of prompt_logprobs; row i scores prompt token i + 1."""
 
     request: RequestState
     start: int
@@ -31,7 +31,7 @@ class Schedule:
 
     prefills: list[Chunk] = field(default_factory=list)
     scores: list[Chunk] = field(default_factory=list)
-    scored: list[RequestState] = field(default_factory=list)  # finished with this step's scores: nothing to generate
+    scored: list[RequestState] = field(default_factory=list)  # finished when this step is read: nothing to generate
     started: list[RequestState] = field(default_factory=list)  # part of `decodes`: first decode since admission
     decodes: list[RequestState] = field(default_factory=list)
 
@@ -252,7 +252,7 @@ def _missing_pages(request: RequestState) -> int:
 
 
 def _num_score_rows(request: RequestState) -> int:
-    """Number of rows of prompt_scores that must be filled."""
+    """Number of rows of prompt_logprobs that must be filled."""
     scoring = request.params.prompt
     return 0 if scoring is None or scoring.full_vocab else len(request.prompt_token_ids) - 1
 

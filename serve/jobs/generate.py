@@ -151,11 +151,11 @@ class OutputDecoder:
         return Output(
             text=text,
             token_ids=event.token_ids[:count],
-            scores=[event.scores[:count]] if count else [],
+            scores=[event.logprobs[:count]] if count else [],
             cached_tokens=event.cached_tokens,
             finish_reason=reason,
             stop_reason=stop_reason,
-            prompt_scores=event.prompt_scores,
+            prompt_scores=event.prompt_logprobs,
         )
 
 

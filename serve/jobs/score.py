@@ -163,7 +163,7 @@ class Scorer:
             event = await anext(events)
         if event.finish_reason is not FinishReason.LENGTH:
             raise RequestError("the engine failed: it did not finish the request")
-        scores = event.prompt_scores
+        scores = event.prompt_logprobs
         if scores is None or len(scores.logprob) != len(prompt) - 1:
             raise RequestError("the engine failed: the number of log-probs does not match the number of tokens")
         return checked_scores(scores[start - 1 :], self.alternatives)

@@ -94,7 +94,7 @@ def load(config: EngineConfig, reporter: Reporter) -> Loaded:
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
             max_num_batched_tokens=config.batched_tokens,
-            full_logprobs=config.max_logprobs == -1,
+            full_vocab=config.max_logprobs == -1,
         )
         plan = _plan(files, buckets)
         reporter.report(memory_planned(plan, max_model_len))
@@ -109,7 +109,7 @@ def load(config: EngineConfig, reporter: Reporter) -> Loaded:
         vocab_size=files.checkpoint.config.vocab_size,
         cache_tokens=plan.cache_tokens,
         max_requested_ids=MAX_REQUESTED_IDS,
-        whole_vocabulary=config.max_logprobs == -1,
+        full_vocab=config.max_logprobs == -1,
     )
     fingerprint = system_fingerprint(config, buckets, kernels_used(model))
     name = api_name(files.source.name)

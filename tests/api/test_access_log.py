@@ -103,7 +103,7 @@ async def test_access_log_failing_rows_are_not_client_gone(foreseen: bool, monke
             raise RuntimeError("nobody foresaw it")
         return row(*arguments)
 
-    async with serving(runner=ExactRunner, on_answer=records.append, whole_vocabulary=True) as server:
+    async with serving(runner=ExactRunner, on_answer=records.append, full_vocab=True) as server:
         if foreseen:
             server.runner.fail_once("vocabulary", after=8)
         else:

@@ -140,8 +140,8 @@ async def test_chat_n_choices_share_prompt() -> None:
             list(PROMPT.encode()), SamplingParams(5), seed=4 + choice["index"], max_model_len=MAX_MODEL_LEN
         )
         assert choice["token_ids"] == expected.tokens
-        assert [entry["logprob"] for entry in choice["logprobs"]["content"]] == [row[0] for row in expected.scores]
-        assert [entry["rank"] for entry in choice["logprobs"]["content"]] == [row[1] for row in expected.scores]
+        assert [entry["logprob"] for entry in choice["logprobs"]["content"]] == [row[0] for row in expected.logprobs]
+        assert [entry["rank"] for entry in choice["logprobs"]["content"]] == [row[1] for row in expected.logprobs]
     assert answer["usage"]["prompt_tokens"] == 9
     assert answer["usage"]["completion_tokens"] == 15
     assert len(answer["prompt_logprobs"]) == 9

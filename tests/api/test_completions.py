@@ -84,7 +84,7 @@ async def test_completions_several_prompts_and_n(plain_server: Server, seed: int
         )
         assert choice["token_ids"] == expected.tokens
         assert choice["prompt_token_ids"] == prompts[which]
-        assert choice["logprobs"]["token_logprobs"] == [row[0] for row in expected.scores]
+        assert choice["logprobs"]["token_logprobs"] == [row[0] for row in expected.logprobs]
     assert answer["usage"] == {
         "prompt_tokens": 6,  # each prompt once
         "completion_tokens": 30,

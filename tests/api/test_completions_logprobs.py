@@ -102,7 +102,7 @@ async def test_prompt_logprobs_actual_token_first_and_once(plain_server: Server,
     entries = (await one(plain_server, prompt=prompt, prompt_logprobs=k, max_tokens=0))["prompt_logprobs"]
     scores = expected_outcome(
         prompt, SamplingParams(0, prompt=PromptScoring()), max_model_len=MAX_MODEL_LEN
-    ).prompt_scores
+    ).prompt_logprobs
     assert scores is not None
     assert entries[0] is None
     for token, entry, (logprob, rank, ids, ranks, tops) in zip(prompt[1:], entries[1:], scores, strict=True):

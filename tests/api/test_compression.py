@@ -12,7 +12,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LONG = "0123456789" * 25
 
 
-SERVER_OPTIONS: dict[str, Any] = {"runner": ExactRunner, "whole_vocabulary": True}
+SERVER_OPTIONS: dict[str, Any] = {"runner": ExactRunner, "full_vocab": True}
 
 
 async def raw(server: Server, path: str, body: dict[str, Any], accept: str | None) -> tuple[bytes, Any]:

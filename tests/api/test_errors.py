@@ -292,7 +292,7 @@ async def test_error_too_many_prompt_logprobs(
 ) -> None:
     """Several prompts or choices multiply the log-probs. One full-length prompt is always accepted."""
     monkeypatch.setattr("serve.api.validation._MAX_PROMPT_LOGPROBS", 2000)
-    async with serving(max_model_len=410, whole_vocabulary=True, runner=ExactRunner) as server:
+    async with serving(max_model_len=410, full_vocab=True, runner=ExactRunner) as server:
         monkeypatch.setattr("serve.api.validation._FULL_LENGTHS", 0)
         body = {"prompt": [1] * 400, **fields} if path == COMPLETIONS else fields
         body = body_of(path, max_tokens=1, **body)

@@ -231,7 +231,7 @@ async def test_prompt_logprobs_columns_per_prompt_and_choice() -> None:
 
 
 async def test_prompt_logprobs_columns_refuse_full_vocabulary() -> None:
-    async with serving(None, whole_vocabulary=True) as server:
+    async with serving(None, full_vocab=True) as server:
         body = completion_body(prompt_logprobs=-1, prompt_logprobs_format="columns")
         assert error_of(await server.post(COMPLETIONS, body), 400)["param"] == "prompt_logprobs_format"
 

@@ -41,7 +41,7 @@ STREAMS = pytest.mark.parametrize("stream", [False, True])
 PROMPTS = {CHAT: b"user:Hi;>", COMPLETIONS: b"Hi there, all of you"}
 
 
-SERVER_OPTIONS: dict[str, Any] = {"runner": ExactRunner, "whole_vocabulary": True}
+SERVER_OPTIONS: dict[str, Any] = {"runner": ExactRunner, "full_vocab": True}
 
 
 def body_of(path: str, **fields: Any) -> dict[str, Any]:
@@ -254,7 +254,7 @@ async def test_full_rows_with_full_queue(
 @STREAMS
 async def test_full_rows_do_not_deadlock_on_pages(stream: bool) -> None:
     """Each of four requests needs two of three pages; those that hold pinned pages never wait."""
-    async with serving(runner=ExactRunner, whole_vocabulary=True, pages=4) as server:
+    async with serving(runner=ExactRunner, full_vocab=True, pages=4) as server:
         bodies = [
             completion_body(prompt=[letter * 90, letter * 80], prompt_logprobs=K + 1, n=2, max_tokens=3, stream=stream)
             for letter in "abcd"
@@ -322,6 +322,6 @@ def test_make_body_unserializable_value_is_error() -> None:
 
 @pytest.mark.parametrize("whole", [False, True])
 async def test_model_card_whole_vocabulary(whole: bool) -> None:
-    async with serving(whole_vocabulary=whole) as server:
+    async with serving(full_vocab=whole) as server:
         (card, _) = (await server.client.get("/v1/models")).json()["data"]
         assert (card["whole_vocabulary"], card["max_logprobs"]) == (whole, K)

@@ -88,8 +88,8 @@ async def test_logprob_token_ids_in_completions(plain_server: Server, stream: bo
     fields: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 4, "logprobs": 0, "logprob_token_ids": ids}
     _, columns = await answer_of(plain_server, COMPLETIONS, stream=stream, **fields)
     assert columns["top_token_ids"] == [list(ids)] * 4
-    assert columns["token_logprobs"] == [row[0] for row in expected.scores]
-    for tops, token, row in zip(columns["top_logprobs"], columns["tokens"], expected.scores, strict=True):
+    assert columns["token_logprobs"] == [row[0] for row in expected.logprobs]
+    for tops, token, row in zip(columns["top_logprobs"], columns["tokens"], expected.logprobs, strict=True):
         assert isinstance(row[4], list)
         assert tops == {token: row[0]} | dict(zip(map(chr, ids), row[4], strict=True))
 
@@ -108,8 +108,8 @@ async def test_logprob_token_ids_in_chat(plain_server: Server, stream: bool, top
         tuple([top[name] for top in entry["top_logprobs"]] for name in ("token_id", "rank", "logprob"))
         for entry in content
     ]
-    assert actual == [row[2:] for row in expected.scores]
-    assert [(entry["logprob"], entry["rank"]) for entry in content] == [row[:2] for row in expected.scores]
+    assert actual == [row[2:] for row in expected.logprobs]
+    assert [(entry["logprob"], entry["rank"]) for entry in content] == [row[:2] for row in expected.logprobs]
 
 
 @pytest.mark.parametrize("fields", [{}, {"prompt_logprobs": 0}, {"prompt_logprobs_start": 3}])
@@ -120,7 +120,7 @@ async def test_prompt_logprob_token_ids(plain_server: Server, path: str, stream:
     ids, start = [90, 5, 41, 115], fields.get("prompt_logprobs_start", 1)
     prompt = list(b"user:Hi;>") if path == CHAT else PROMPT
     scoring = PromptScoring(start, tuple(ids))
-    expected = expected_outcome(prompt, SamplingParams(0, prompt=scoring), max_model_len=MAX_MODEL_LEN).prompt_scores
+    expected = expected_outcome(prompt, SamplingParams(0, prompt=scoring), max_model_len=MAX_MODEL_LEN).prompt_logprobs
     assert expected is not None
     body = fields | {"prompt_logprob_token_ids": ids, "max_tokens": 0} | ({} if path == CHAT else {"prompt": prompt})
     entries, _ = await answer_of(plain_server, path, stream=stream, **body)
@@ -256,7 +256,7 @@ def with_nan(scores: TokenLogprobs | None) -> TokenLogprobs | None:
 @STREAMS
 async def test_prompt_logprobs_missing_is_500(fresh_server: Server, path: str, stream: bool, broken: Any) -> None:
     """Whatever the engine loses, no list is silently too short."""
-    alter_events(fresh_server, lambda event: replace(event, prompt_scores=broken(event.prompt_scores)))
+    alter_events(fresh_server, lambda event: replace(event, prompt_logprobs=broken(event.prompt_logprobs)))
     response = await fresh_server.post(path, body_of(path, prompt_logprobs=2, stream=stream))
     assert error_of(response, 500)["code"] == "engine_error"
     if path == COMPLETIONS:
@@ -270,7 +270,7 @@ async def test_prompt_logprobs_missing_is_500(fresh_server: Server, path: str, s
 async def test_logprobs_missing_is_500(fresh_server: Server, path: str, stream: bool, broken: Any) -> None:
     alter_events(
         fresh_server,
-        lambda event: replace(event, scores=broken(event.scores)) if event.finish_reason is None else event,
+        lambda event: replace(event, logprobs=broken(event.logprobs)) if event.finish_reason is None else event,
     )
     fields = {"logprobs": True, "top_logprobs": 2} if path == CHAT else {"logprobs": 2}
     response = await fresh_server.post(path, body_of(path, **fields, stream=stream))

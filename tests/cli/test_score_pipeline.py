@@ -32,7 +32,7 @@ class FakeEngine:
     A prompt that starts with 0 fails, with 1 finds the engine stopped, with 2 gets a NaN.
     """
 
-    limits = EngineLimits(1000, K, 1000, 1000, 128, whole_vocabulary=False)
+    limits = EngineLimits(1000, K, 1000, 1000, 128, full_vocab=False)
 
     def __init__(self) -> None:
         self.open: dict[str, Request] = {}
@@ -63,7 +63,7 @@ class FakeEngine:
         scores.top_logprobs[:] = 0
         if prompt[0] == 2:
             scores.logprob[-1] = np.nan
-        return TokenEvent([], empty_logprobs(0, 0), FinishReason.LENGTH, prompt_scores=scores)
+        return TokenEvent([], empty_logprobs(0, 0), FinishReason.LENGTH, prompt_logprobs=scores)
 
 
 class FakeHandle(RequestHandle):

@@ -41,7 +41,7 @@ def test_compile_plans_compiles_and_reports_each_plan_once() -> None:
 
 def test_programs_reject_an_unknown_shape() -> None:
     made = compile_plans([plan(2)])
-    for shape in (StepShape(3, 1, 1), StepShape(2, 1, 2), HeadShape(2, full=True), PENALTIES):
+    for shape in (StepShape(3, 1, 1), StepShape(2, 1, 2), HeadShape(2, full_vocab=True), PENALTIES):
         with pytest.raises(UnknownShapeError, match="no program was compiled"):
             made[shape]
 
@@ -63,7 +63,7 @@ def test_program_has_the_name_of_its_shape() -> None:
 
 
 def test_program_donates_its_arguments() -> None:
-    shape = HeadShape(4, full=False)
+    shape = HeadShape(4, full_vocab=False)
     program = compile_plans([Plan(shape, double, (VECTOR,), donate=(0,))])[shape]
     x = jnp.ones(4)
     np.testing.assert_array_equal(program.compiled(x), np.full(4, 2.0))
@@ -74,7 +74,7 @@ def test_compile_plans_raises_a_failure() -> None:
     def wrong(x: Any) -> Any:
         raise ValueError(f"cannot trace {x.shape}")
 
-    bad = Plan(HeadShape(4, full=True), wrong, (VECTOR,))
+    bad = Plan(HeadShape(4, full_vocab=True), wrong, (VECTOR,))
     with pytest.raises(ValueError, match="cannot trace"):
         compile_plans([plan(2), bad, plan(3)])
 
@@ -106,8 +106,8 @@ def test_compile_plans_raises_a_failure_after_lowering() -> None:
     def unknown(x: Any) -> Any:
         return jax.ffi.ffi_call("no_such_target", VECTOR)(x)
 
-    with pytest.raises(RefusedError, match=r"^full_logprobs_4: .*no_such_target"):
-        compile_plans([Plan(HeadShape(4, full=True), unknown, (VECTOR,)), plan(2)])
+    with pytest.raises(RefusedError, match=r"^full_vocab_4: .*no_such_target"):
+        compile_plans([Plan(HeadShape(4, full_vocab=True), unknown, (VECTOR,)), plan(2)])
 
 
 # Warnings are only shown here, as they are in a server; made into errors they would cause the very recovery.
@@ -222,9 +222,9 @@ warnings.simplefilter("ignore")
 use_persistent_cache(Path(sys.argv[1]))
 checkpoint = open_checkpoint(ModelSource("tiny", Path(sys.argv[2])))
 model = load_model(checkpoint, "bfloat16", int8=sys.argv[3] == "int8")
-buckets = Buckets(decode_rows=(1,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, full_logprobs_rows=8)
+buckets = Buckets(decode_rows=(1,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, full_vocab_rows=8)
 runner = ModelRunner(model, buckets, pages=3, max_logprobs=5)
-print(float(runner.full_logprobs(np.zeros(8, np.int32))[0, 0]))
+print(float(runner.full_vocab_logprobs(np.zeros(8, np.int32))[0, 0]))
 """
 
 

@@ -31,7 +31,7 @@ from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 
 CONFIG = tiny_configs()["llama"]
 V = CONFIG["vocab_size"]
-BUCKETS = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=16, pages_per_row=2, full_logprobs_rows=8)
+BUCKETS = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=16, pages_per_row=2, full_vocab_rows=8)
 PROMPT = [5, 17, 99, 3]
 
 
@@ -207,7 +207,9 @@ def test_processed_logprobs_apply_to_their_row_only(runner: ModelRunner) -> None
     prefill(runner, PROMPT, page=1)
     prefill(runner, PROMPT, page=2)
     step = decode_input([(PROMPT[-1], len(PROMPT) - 1, 1, 0), (PROMPT[-1], len(PROMPT) - 1, 2, 1)])
-    raw = runner.full_logprobs(np.full(8, cache_index(1, 0), np.int32))  # any row: only to see that the cache is there
+    raw = runner.full_vocab_logprobs(
+        np.full(8, cache_index(1, 0), np.int32)
+    )  # any row: only to see that the cache is there
     assert np.isfinite(raw).all()
     plain = runner.read(runner.decode(step, sampling_of()))
     sampling = sampling_of()
@@ -239,10 +241,10 @@ def test_requested_ids_are_equal_in_decode_and_score(runner: ModelRunner) -> Non
         assert output.logprobs.requested_ranks[0, column] == again.rank[column] == again.requested_ranks[0, column]
 
 
-def test_full_logprobs_have_the_bits_of_score(runner: ModelRunner) -> None:
+def test_full_vocab_logprobs_have_the_bits_of_score(runner: ModelRunner) -> None:
     prefill(runner, [*PROMPT, 1, 2, 3, 4, 5], page=3)
     places: NDArray[np.int32] = np.array([cache_index(3, i) for i in range(8)], np.int32)
-    rows = runner.full_logprobs(places)
+    rows = runner.full_vocab_logprobs(places)
     assert rows.shape == (8, V)
     assert rows.dtype == np.float32
     np.testing.assert_allclose(np.exp(rows.astype(np.float64)).sum(axis=1), 1.0, atol=1e-5)
@@ -270,7 +272,7 @@ def test_steps_reject_shapes_that_were_not_compiled(runner: ModelRunner) -> None
     with pytest.raises(UnknownShapeError):
         runner.decode(decode_input([], size=3), sampling_of(3))
     with pytest.raises(UnknownShapeError):
-        runner.full_logprobs(np.zeros(7, np.int32))
+        runner.full_vocab_logprobs(np.zeros(7, np.int32))
     with pytest.raises(UnknownShapeError):
         runner.prefill(StepInput(*(np.zeros((1, n), np.int32) for n in (15, 15, 2))))
     with pytest.raises(TypeError, match="compiled"):
@@ -280,4 +282,4 @@ def test_steps_reject_shapes_that_were_not_compiled(runner: ModelRunner) -> None
 def test_runner_attributes(runner: ModelRunner) -> None:
     assert (runner.buckets, runner.pages, runner.max_logprobs, runner.vocab_size) == (BUCKETS, 9, 5, V)
     names = [program.name for program in runner.programs]
-    assert names == ["zero_state", "decode_1", "decode_4", "prefill_16", "score_16", "full_logprobs_8", "penalties"]
+    assert names == ["zero_state", "decode_1", "decode_4", "prefill_16", "score_16", "full_vocab_8", "penalties"]

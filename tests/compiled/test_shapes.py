@@ -52,13 +52,13 @@ def test_steps_contain_every_shape_in_use() -> None:
 def test_shapes_have_names() -> None:
     buckets = Buckets(decode_rows=(1, 2), prefill_chunks=(16,), score_rows=8, pages_per_row=3)
     assert buckets.steps() == (StepShape(1, 1, 3), StepShape(2, 1, 3), StepShape(1, 16, 3))
-    assert buckets.heads() == (HeadShape(8, full=False),)
+    assert buckets.heads() == (HeadShape(8, full_vocab=False),)
     names = [step.name for step in buckets.steps()] + [head.name for head in buckets.heads()]
     assert names == ["decode_1", "decode_2", "prefill_16", "score_8"]
     assert PENALTIES.name == "penalties"
 
 
-def test_heads_include_full_logprobs_only_on_request() -> None:
+def test_heads_include_full_vocab_only_on_request() -> None:
     for whole in (False, True):
-        buckets = make_buckets(max_num_seqs=1, max_model_len=64, max_num_batched_tokens=64, full_logprobs=whole)
-        assert [head.name for head in buckets.heads()] == ["score_64", "full_logprobs_8"][: 1 + whole]
+        buckets = make_buckets(max_num_seqs=1, max_model_len=64, max_num_batched_tokens=64, full_vocab=whole)
+        assert [head.name for head in buckets.heads()] == ["score_64", "full_vocab_8"][: 1 + whole]

@@ -41,7 +41,7 @@ def test_sharded_logprobs_are_the_same_alone_and_in_a_batch(results: Any, case: 
     assert not results[case][str(devices)]["changed by company"]
 
 
-@pytest.mark.parametrize("program", ["decode_4", "prefill_16", "score_16", "full_logprobs_8"])
+@pytest.mark.parametrize("program", ["decode_4", "prefill_16", "score_16", "full_vocab_8"])
 def test_sharded_programs_move_no_logits(results: Any, program: str) -> None:
     """What is gathered or summed over devices is hidden states, counts, sums and the best k: never columns of V."""
     text = results["hlo"][program]

@@ -54,7 +54,7 @@ def test_prompt_scores_across_chunks(bench: CoreBench) -> None:
     # 64 rows of the first chunk and 5 of the second: the last token has no successor.
     assert [live for name, live in bench.runner.calls if name == "score"] == [8] * 8 + [5]
     assert bench.outcome("a") == alone(a)
-    assert bench.events["a"][0].prompt_scores is not None
+    assert bench.events["a"][0].prompt_logprobs is not None
 
 
 def test_prompt_scores_of_several_prompts_share_block(bench: CoreBench) -> None:
@@ -83,8 +83,8 @@ def test_scores_of_requested_ids(bench: CoreBench, scored: bool) -> None:
     bench.run()
     assert bench.outcome("a") == alone(a)
     assert bench.outcome("b") == alone(b)
-    assert bench.events["a"][0].scores.top_ids.tolist() == [list(ids)]
-    assert bench.events["b"][0].scores.top_ids.shape == (1, K)
+    assert bench.events["a"][0].logprobs.top_ids.tolist() == [list(ids)]
+    assert bench.events["b"][0].logprobs.top_ids.shape == (1, K)
 
 
 @pytest.mark.parametrize("length", [1, 2, 64, 65, 200])
@@ -97,8 +97,8 @@ def test_max_tokens_zero(bench: CoreBench, length: int, scored: bool) -> None:
     assert (event.token_ids, event.finish_reason) == ([], FinishReason.LENGTH)
     assert "decode" not in {name for name, _ in bench.runner.calls}
     if scored:
-        assert event.prompt_scores is not None
-        assert len(event.prompt_scores.rank) == length - 1
+        assert event.prompt_logprobs is not None
+        assert len(event.prompt_logprobs.rank) == length - 1
 
 
 def test_stop_token_ids_and_min_tokens() -> None:
@@ -189,7 +189,7 @@ def test_abort_in_every_state(steps: int) -> None:
     emitted = bench.core.abort("a")
     assert emitted is not None
     assert emitted[1].finish_reason is FinishReason.ABORT
-    assert emitted[1].prompt_scores is None
+    assert emitted[1].prompt_logprobs is None
     assert a.pages == []
     bench.core.scheduler.check()
     assert bench.core.abort("a") is None
@@ -300,7 +300,7 @@ def test_fail_all_delivers_requests_finished_in_failed_step(bench: CoreBench, ma
     bench.step()
     b = bench.add("b", prompt_of(9, 2), greedy(max_tokens, prompt_logprobs=True))
     bench.step()
-    bench.runner.fail_once("read", after=2)  # the step's decode of a and b is read after b's scores
+    bench.runner.fail_once("read", after=2)  # the step's decode of a and b is read after b's log-probs
     bench.step()
     bench.fail()
     assert bench.outcome("b") == alone(b)

@@ -98,7 +98,7 @@ class Crowd:
             self.shared += bool(events[0].cached_tokens)
             if outcome.reason in (FinishReason.ABORT, FinishReason.ERROR):
                 n = len(outcome.tokens)
-                assert (outcome.tokens, outcome.scores) == (expected.tokens[:n], expected.scores[:n])
+                assert (outcome.tokens, outcome.logprobs) == (expected.tokens[:n], expected.logprobs[:n])
             else:
                 assert outcome == expected
 

@@ -60,7 +60,7 @@ async def test_thread_exit_finishes_all_streams(endless_engine: Engine, monkeypa
     with pytest.raises(EngineStoppedError):
         endless_engine.admit(Request("late", [1], greedy(1)))
     with pytest.raises(EngineStoppedError):
-        await endless_engine.full_logprobs("pinned", 0, 1)
+        await endless_engine.full_vocab_logprobs("pinned", 0, 1)
 
 
 async def test_call_failure_finishes_running_requests(
@@ -98,7 +98,7 @@ async def test_give_up_finishes_all_streams() -> None:
         gate = runner.before_call = Gate("decode")
         unfinished = start(engine, Request("a", prompt_of(5), greedy(LONG)))
         await gate.reached()
-        rows = asyncio.create_task(engine.full_logprobs("pinned", 0, 1))
+        rows = asyncio.create_task(engine.full_vocab_logprobs("pinned", 0, 1))
         await asyncio.sleep(0)
         assert engine.silent_for > 0
         engine.give_up()
@@ -108,7 +108,7 @@ async def test_give_up_finishes_all_streams() -> None:
         with pytest.raises(EngineStoppedError):
             engine.admit(Request("b", prompt_of(5), greedy(1)))
         with pytest.raises(EngineStoppedError):
-            await engine.full_logprobs("pinned", 0, 1)
+            await engine.full_vocab_logprobs("pinned", 0, 1)
         assert (engine.ready, engine.hangs) == (False, True)
         engine.stop()  # does not wait for the thread
         gate.open()

@@ -131,38 +131,38 @@ def test_register_same_content_keeps_first() -> None:
 def test_scores_until_eviction() -> None:
     pool = PagePool(2)
     filled(pool, 1)
-    scores = empty_logprobs(PAGE_SIZE, 2)
-    pool.store_scores(content(1), scores)
-    pool.store_scores(content(2), scores)  # not registered
-    assert pool.scores(content(1)) is scores
-    assert pool.scores(content(2)) is None
+    logprobs = empty_logprobs(PAGE_SIZE, 2)
+    pool.store_logprobs(content(1), logprobs)
+    pool.store_logprobs(content(2), logprobs)  # not registered
+    assert pool.logprobs(content(1)) is logprobs
+    assert pool.logprobs(content(2)) is None
     pool.check([])
     pool.allocate(1)
-    assert pool.scores(content(1)) is None
+    assert pool.logprobs(content(1)) is None
 
 
 def test_clear_frees_and_unregisters() -> None:
     pool = PagePool(4)
     filled(pool, 1, 2)
-    pool.store_scores(content(1), empty_logprobs(PAGE_SIZE, 2))
+    pool.store_logprobs(content(1), empty_logprobs(PAGE_SIZE, 2))
     pool.allocate(1)
     pool.clear()
     pool.check([])
     assert pool.num_free == 3
     assert pool.find([content(1)]) == []
-    assert pool.scores(content(1)) is None
+    assert pool.logprobs(content(1)) is None
 
 
 def test_unregister_keeps_references() -> None:
     pool = PagePool(5)
     filled(pool, 1, 2, 3)
-    pool.store_scores(content(1), empty_logprobs(PAGE_SIZE, 2))
+    pool.store_logprobs(content(1), empty_logprobs(PAGE_SIZE, 2))
     shared, unreferenced, other = pool.find([content(1), content(2), content(3)])
     pool.share([shared])
     pool.unregister([shared, unreferenced, NULL_PAGE])
     pool.check([shared])
     assert pool.find([content(1)]) == pool.find([content(2)]) == []
-    assert pool.scores(content(1)) is None
+    assert pool.logprobs(content(1)) is None
     assert pool.find([content(3)]) == [other]
     pool.deallocate([shared])
     pool.check([])

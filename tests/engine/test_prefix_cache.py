@@ -1,4 +1,4 @@
-"""Prefix caching with a fake runner: cached pages and scores are reused, and outcomes do not change."""
+"""Prefix caching with a fake runner: cached pages and log-probs are reused, and outcomes do not change."""
 
 import pytest
 
@@ -107,13 +107,13 @@ def test_cached_pages_are_evicted() -> None:
         assert bench.outcome(f"{i}") == alone(request)
 
 
-def test_full_logprobs_in_blocks(bench: CoreBench) -> None:
+def test_full_vocab_logprobs_in_blocks(bench: CoreBench) -> None:
     params = SamplingParams(2, temperature=0.0, prompt=PromptScoring(full_vocab=True))
     a = bench.add("a", prompt_of(70), params)
     bench.run()
-    assert bench.outcome("a").prompt_scores is None
+    assert bench.outcome("a").prompt_logprobs is None
     assert calls(bench, "score") == 0
-    rows = bench.core.full_logprobs("a", 60, 9)
+    rows = bench.core.full_vocab_logprobs("a", 60, 9)
     assert rows.shape == (9, VOCAB_SIZE)
     for i, row in enumerate(rows):
         hidden = hidden_after(a.prompt_token_ids[: 61 + i])
@@ -124,14 +124,14 @@ def test_full_logprobs_in_blocks(bench: CoreBench) -> None:
     assert not a.pages
     bench.core.scheduler.check()
     with pytest.raises(LookupError):
-        bench.core.full_logprobs("a", 0, 1)
+        bench.core.full_vocab_logprobs("a", 0, 1)
 
 
-def test_full_logprobs_after_failure(bench: CoreBench) -> None:
+def test_full_vocab_logprobs_after_failure(bench: CoreBench) -> None:
     bench.add("a", prompt_of(70), SamplingParams(0, prompt=PromptScoring(full_vocab=True)))
     bench.run()
     bench.add("b", prompt_of(7), greedy(3))
     bench.runner.fail_once("decode")
     bench.fail()
     with pytest.raises(LookupError):
-        bench.core.full_logprobs("a", 0, 1)
+        bench.core.full_vocab_logprobs("a", 0, 1)

@@ -256,7 +256,7 @@ def test_scores_of_cached_prompt_one_chunk_per_step() -> None:
     schedule = bench.step()
     assert [(work.start, work.end - work.start) for work in schedule.prefills] == [(192, 7)]
     assert [(work.start, work.end) for work in schedule.scores] == [(0, 64)]
-    assert schedule.decodes == []  # its first token comes after its prompt's scores
+    assert schedule.decodes == []  # its first token comes after its prompt's log-probs
     assert bench.scores() == [("b", 64, 128)]
     schedule = bench.step()
     assert [(work.start, work.end) for work in schedule.scores] == [(128, 192)]

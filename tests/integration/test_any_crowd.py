@@ -85,7 +85,7 @@ class Told:
     """Everything returned for a request, as bits."""
 
     token_ids: list[int]
-    scores: list[tuple[bytes, ...]]
+    logprobs: list[tuple[bytes, ...]]
     prompt: tuple[bytes, ...] | None
     reason: FinishReason | None
 
@@ -144,16 +144,16 @@ def test_crowd_answers_equal_those_alone(small_runner: ModelRunner) -> None:
         (alone,), _ = run(small_runner, [replace(case, arrival=0, leaves=None)], prefix_caching=False)
         if told.reason is FinishReason.ABORT:
             assert told.token_ids == alone.token_ids[: len(told.token_ids)]
-            assert told.scores == alone.scores[: len(told.scores)]
+            assert told.logprobs == alone.logprobs[: len(told.logprobs)]
         else:
             assert told == alone
 
 
 def _told(events: list[TokenEvent], start: int) -> Told:
-    prompt = events[0].prompt_scores
+    prompt = events[0].prompt_logprobs
     return Told(
         [token for event in events for token in event.token_ids],
-        [_bits(event.scores) for event in events if event.token_ids],
+        [_bits(event.logprobs) for event in events if event.token_ids],
         None if prompt is None else _bits(prompt[start - 1 :]),
         events[-1].finish_reason,
     )

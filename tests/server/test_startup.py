@@ -19,7 +19,7 @@ def fingerprint(*flags: str, kernels: tuple[str, ...] = ()) -> str:
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len or 4096,
         max_num_batched_tokens=config.batched_tokens,
-        full_logprobs=config.max_logprobs == -1,
+        full_vocab=config.max_logprobs == -1,
     )
     return system_fingerprint(config, buckets, kernels)
 

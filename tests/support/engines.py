@@ -35,7 +35,7 @@ async def running_engine(
         vocab_size=VOCAB_SIZE,
         cache_tokens=(runner.pages - 1) * PAGE_SIZE,
         max_requested_ids=MAX_REQUESTED_IDS,
-        whole_vocabulary=True,
+        full_vocab=True,
     )
     defaults = {"max_num_batched_tokens": 68, "max_num_queued_reqs": max_waiting, "pin_seconds": 1000}
     engine = Engine(runner, limits, EngineOptions(**defaults | options))

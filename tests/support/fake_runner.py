@@ -107,7 +107,7 @@ class FakeRunner:
 
     def __init__(self, *, pages: int = 64, decode_rows: tuple[int, ...] = (1, 2, 4), pages_per_row: int = 8) -> None:
         self.buckets = Buckets(
-            decode_rows, prefill_chunks=(16, 64), score_rows=8, pages_per_row=pages_per_row, full_logprobs_rows=4
+            decode_rows, prefill_chunks=(16, 64), score_rows=8, pages_per_row=pages_per_row, full_vocab_rows=4
         )
         self.pages = pages
         self.max_logprobs = K
@@ -184,9 +184,9 @@ class FakeRunner:
         assert isinstance(tree, Unread)
         return tree.tree
 
-    def full_logprobs(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
+    def full_vocab_logprobs(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
         """Return the log-prob of every token after each cached one."""
-        assert len(places) == self.buckets.full_logprobs_rows
+        assert len(places) == self.buckets.full_vocab_rows
         live = int((places // PAGE_SIZE != NULL_PAGE).sum())
         self._call("vocabulary", live)
         hidden = np.asarray(self._hidden_at(places[:live]) + [0] * (len(places) - live))
@@ -254,18 +254,18 @@ class Outcome:
     """Everything returned for a request."""
 
     tokens: list[int]
-    scores: list[tuple[float | list[int], ...]]
+    logprobs: list[tuple[float | list[int], ...]]
     reason: FinishReason
     stop_token_id: int | None
-    prompt_scores: list[tuple[float | list[int], ...]] | None
+    prompt_logprobs: list[tuple[float | list[int], ...]] | None
 
 
 def expected_outcome(prompt: list[int], params: SamplingParams, *, seed: int = 0, max_model_len: int) -> Outcome:
     """Compute the expected result of a request without an engine."""
-    prompt_scores = None
+    prompt_logprobs = None
     if params.prompt is not None:
         hidden = [hidden_after(prompt[:n]) for n in range(params.prompt.start, len(prompt))]
-        prompt_scores = _expected_rows(hidden, prompt[params.prompt.start :], params.prompt.requested_ids)
+        prompt_logprobs = _expected_rows(hidden, prompt[params.prompt.start :], params.prompt.requested_ids)
     tokens: list[int] = []
     states: list[int] = []
     reason, stop = FinishReason.LENGTH, None
@@ -280,7 +280,7 @@ def expected_outcome(prompt: list[int], params: SamplingParams, *, seed: int = 0
         tokens.append(next_token(states[-1], shift=shift, forbidden=lambda t: _forbidden(t, tokens, params)))
         if tokens[-1] in params.stop_token_ids:
             reason, stop = FinishReason.STOP, tokens[-1]
-    return Outcome(tokens, _expected_rows(states, tokens, params.requested_ids), reason, stop, prompt_scores)
+    return Outcome(tokens, _expected_rows(states, tokens, params.requested_ids), reason, stop, prompt_logprobs)
 
 
 def outcome_of(events: Sequence[TokenEvent], start: int = 1) -> Outcome:
@@ -288,14 +288,14 @@ def outcome_of(events: Sequence[TokenEvent], start: int = 1) -> Outcome:
     last = events[-1]
     assert last.finish_reason is not None
     assert all(event.finish_reason is None for event in events[:-1])
-    assert all(event.prompt_scores is None for event in events[1:])
+    assert all(event.prompt_logprobs is None for event in events[1:])
     assert len({event.cached_tokens for event in events}) == 1
     for event in events:
-        assert len(event.token_ids) == len(event.scores.logprob)
-    first = events[0].prompt_scores
+        assert len(event.token_ids) == len(event.logprobs.logprob)
+    first = events[0].prompt_logprobs
     return Outcome(
         [token for event in events for token in event.token_ids],
-        [row for event in events for row in _rows(event.scores)],
+        [row for event in events for row in _rows(event.logprobs)],
         last.finish_reason,
         last.stop_token_id,
         None if first is None else _rows(first[start - 1 :]),

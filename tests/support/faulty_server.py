@@ -97,7 +97,7 @@ def _assemble(config: ServeConfig, _reporter: Reporter) -> Served:
         vocab_size=VOCAB_SIZE,
         cache_tokens=(_PAGES - 1) * PAGE_SIZE,
         max_requested_ids=MAX_REQUESTED_IDS,
-        whole_vocabulary=False,
+        full_vocab=False,
     )
     metrics = Metrics(MODEL, max_model_len=MAX_MODEL_LEN, vllm_names=False)
     engine = Engine(FaultyRunner(), limits, EngineOptions(max_num_batched_tokens=68, max_num_queued_reqs=64), metrics)

@@ -148,9 +148,9 @@ class ExactRunner(ScriptedRunner):
             numbers.top_ids[i], numbers.top_logprobs[i] = order[:K], row[order[:K]]
         return Unread(numbers)
 
-    def full_logprobs(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
+    def full_vocab_logprobs(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
         """Return values derived from the rows."""
-        rows = np.zeros((len(super().full_logprobs(places)), VOCAB_SIZE), np.float32)
+        rows = np.zeros((len(super().full_vocab_logprobs(places)), VOCAB_SIZE), np.float32)
         for i, hidden in enumerate(self._hidden_at(places[_live(places)])):
             rows[i] = self.row(hidden)
         return rows
@@ -235,7 +235,7 @@ def start_server(
     *,
     runner: type[ScriptedRunner] = ScriptedRunner,
     pages: int = 64,
-    whole_vocabulary: bool = False,
+    full_vocab: bool = False,
     max_waiting: int = 64,
     max_waiting_tokens: int | None = None,
     add_bos: bool = False,
@@ -257,7 +257,7 @@ def start_server(
         vocab_size=VOCAB_SIZE,
         cache_tokens=(pages - 1) * PAGE_SIZE,
         max_requested_ids=MAX_REQUESTED_IDS,
-        whole_vocabulary=whole_vocabulary,
+        full_vocab=full_vocab,
     )
     metrics = Metrics(MODEL, max_model_len=max_model_len, vllm_names=vllm_names)
     options = EngineOptions(

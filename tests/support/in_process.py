@@ -55,9 +55,9 @@ def _answers(core: EngineCore, requests: dict[str, tuple[list[int], SamplingPara
         for request, event in core.step():
             answer = answers[request.id]
             answer.token_ids += event.token_ids
-            answer.logprobs += list(event.scores.logprob)
-            answer.ranks += [int(rank) for rank in event.scores.rank]
-            answer.top_logprobs += [row.tobytes() for row in event.scores.top_logprobs]
-            answer.prompt = event.prompt_scores or answer.prompt
+            answer.logprobs += list(event.logprobs.logprob)
+            answer.ranks += [int(rank) for rank in event.logprobs.rank]
+            answer.top_logprobs += [row.tobytes() for row in event.logprobs.top_logprobs]
+            answer.prompt = event.prompt_logprobs or answer.prompt
             answer.finish_reason = event.finish_reason
     return answers

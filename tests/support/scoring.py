@@ -58,7 +58,7 @@ def fake_load(
             vocab_size=VOCAB_SIZE,
             cache_tokens=(runner.pages - 1) * PAGE_SIZE,
             max_requested_ids=MAX_REQUESTED_IDS,
-            whole_vocabulary=False,
+            full_vocab=False,
         )
         defaults = GenerationDefaults()
         model = cast("ModelRunner", runner)

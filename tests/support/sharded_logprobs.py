@@ -34,7 +34,7 @@ from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 from tools.hlo import operations
 
 PROMPT = [5, 17, 99, 3, 8, 9, 44]
-BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, full_logprobs_rows=8)
+BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, full_vocab_rows=8)
 V = 1100  # not a multiple of the number of devices
 _ONE_LAYER = {"num_hidden_layers": 1}  # all layers are sharded alike
 # Name -> family, changes of config.json, dtype, int8, numbers of devices. To save time, only one case uses all numbers.
@@ -76,7 +76,7 @@ def numbers(runner: ModelRunner, *, companions: int = 0) -> dict[str, Any]:
             scored.top_ids[:count].tolist(),
             scored.requested_ranks[:count, :2].tolist(),
         ],
-        "whole": runner.full_logprobs(indices[:8])[:count].tolist(),
+        "whole": runner.full_vocab_logprobs(indices[:8])[:count].tolist(),
     }
     greedy = runner.read(decode(runner, greedy_sampling(4, V), 0, companions))
     results |= {"greedy": greedy.logprobs.logprob[:1].tolist(), "greedy token": int(greedy.tokens[0])}

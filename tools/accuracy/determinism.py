@@ -65,8 +65,8 @@ class Measurement:
         while True:
             for owner, event in core.step():
                 if owner is request:
-                    parts += [] if event.prompt_scores is None else [event.prompt_scores.logprob]
-                    parts.append(event.scores.logprob)
+                    parts += [] if event.prompt_logprobs is None else [event.prompt_logprobs.logprob]
+                    parts.append(event.logprobs.logprob)
                     if event.finish_reason is not None:
                         return np.concatenate(parts), request.output_token_ids
 

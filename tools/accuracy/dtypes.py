@@ -24,7 +24,7 @@ from tests.support.in_process import MAX_MODEL_LEN, MAX_NUM_BATCHED_TOKENS
 from tests.support.runners import make_runner
 
 _BUCKETS = Buckets(
-    decode_rows=(1,), prefill_chunks=(64, 256), score_rows=64, pages_per_row=MAX_MODEL_LEN // 64, full_logprobs_rows=8
+    decode_rows=(1,), prefill_chunks=(64, 256), score_rows=64, pages_per_row=MAX_MODEL_LEN // 64, full_vocab_rows=8
 )
 _REFERENCE, _OTHERS = "float32", ("bfloat16", "int8")
 
@@ -43,7 +43,7 @@ def distributions(path: Path, weights: str) -> list[tuple[NDArray[np.int64], NDA
         core.add(RequestState(request))
         while core.scheduler.num_requests:
             core.step()
-        results.append((np.array(ids[1:]), core.full_logprobs("mine", 0, len(ids) - 1)))
+        results.append((np.array(ids[1:]), core.full_vocab_logprobs("mine", 0, len(ids) - 1)))
         core.abort("mine")
     return results
 

@@ -56,7 +56,7 @@ class NullRunner:
         """Return `tree`."""
         return tree
 
-    def full_logprobs(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
+    def full_vocab_logprobs(self, places: NDArray[np.int32]) -> NDArray[np.float32]:
         """Return zeros [M, V]."""
         return np.zeros((len(places), self.vocab_size), np.float32)
 

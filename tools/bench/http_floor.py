@@ -125,7 +125,7 @@ def _serve() -> None:
         vocab_size=tokenizer.vocab_size,
         cache_tokens=(runner.pages - 1) * PAGE_SIZE,
         max_requested_ids=MAX_REQUESTED_IDS,
-        whole_vocabulary=False,
+        full_vocab=False,
     )
     metrics = Metrics("null", max_model_len=_CONTEXT, vllm_names=False)
     engine = Engine(runner, limits, EngineOptions(max_num_batched_tokens=272, max_num_queued_reqs=64), metrics)

@@ -30,7 +30,7 @@ def fuzz_server() -> AbstractAsyncContextManager[Server]:
     """A server with all features enabled, whose answers are short."""
     return serving(
         runner=ExactRunner,
-        whole_vocabulary=True,
+        full_vocab=True,
         max_model_len=64,
         pages=32,
         max_waiting=256,  # more than one request can have at a time, as on every server

@@ -279,7 +279,7 @@ CONFIG = config_from_hf(tiny_configs()["llama"])
 PAGES = 9
 V = CONFIG.vocab_size
 WRITERS = ("decode_1", "decode_4", "prefill_16", "penalties")
-READERS = ("score_8", "full_logprobs_2")
+READERS = ("score_8", "full_vocab_2")
 SLOTS = (f"f32[5,{V}]", f"s32[5,{V}]", f"pred[5,{V}]")  # bias, counts, seen of 4 rows and of padding
 
 
@@ -302,7 +302,7 @@ def compile_tiny(kernels: Kernels) -> Mapping[str, str]:
     """Compile the tiny model from shapes alone."""
     dtype = jnp.dtype(jnp.float32)
     model = bind(CONFIG, dtype, abstract_weights(CONFIG, dtype), kernels)
-    buckets = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=8, pages_per_row=4, full_logprobs_rows=2)
+    buckets = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=8, pages_per_row=4, full_vocab_rows=2)
     plans = make_plans(model, buckets, state_shapes(model, buckets, pages=PAGES), k=5)
     return {program.name: operations.hlo_text(program) for program in compile_plans(plans)}
 
@@ -341,8 +341,8 @@ def test_programs_return_no_array_of_the_vocabulary(texts: Mapping[str, str], na
     assert str(V) not in axes(leaves)
 
 
-def test_only_full_logprobs_returns_rows(texts: Mapping[str, str]) -> None:
-    assert operations.result_shapes(texts["full_logprobs_2"]) == [f"f32[2,{V}]"]
+def test_only_full_vocab_logprobs_returns_rows(texts: Mapping[str, str]) -> None:
+    assert operations.result_shapes(texts["full_vocab_2"]) == [f"f32[2,{V}]"]
 
 
 @pytest.mark.parametrize(("name", "rows"), [("decode_4", 4), ("score_8", 8)])
@@ -381,7 +381,7 @@ def test_prefill_returns_the_state_and_at_most_a_count(texts: Mapping[str, str],
     assert [shape for i, shape in enumerate(results) if i not in donated] == others
 
 
-@pytest.mark.parametrize(("name", "results"), [("score_8", 6), ("full_logprobs_2", 1)])
+@pytest.mark.parametrize(("name", "results"), [("score_8", 6), ("full_vocab_2", 1)])
 def test_head_programs_do_not_touch_the_state(texts: Mapping[str, str], name: str, results: int) -> None:
     assert operations.donations(texts[name]) == {}
     assert len(operations.result_shapes(texts[name])) == results

@@ -24,7 +24,7 @@ from tools.portability.target_facts import CASES
 ROOT = Path(__file__).parents[2]
 COMPILERS = Path(sys.prefix) / "targets"
 QWEN = ROOT / "examples" / "configs" / "Qwen2.5-0.5B" / "config.json"
-PROGRAMS = {"decode_4", "prefill_16", "score_16", "full_logprobs_8", "penalties", "zero_state"}
+PROGRAMS = {"decode_4", "prefill_16", "score_16", "full_vocab_8", "penalties", "zero_state"}
 FORWARD = ("decode_4", "prefill_16")
 TPUS = ("v5e:1x1", "v5e:2x2", "v5p:1x1x1", "v6e:1x1")
 
@@ -178,7 +178,7 @@ def test_work_of_a_decode_step() -> None:
 
 def test_work_of_prefill_and_score() -> None:
     decode, prefill = (work_of(qwen(), StepShape(*shape, 64), context=0) for shape in ((1, 1), (1, 256)))
-    block = work_of(qwen(), HeadShape(64, full=False), context=0)
+    block = work_of(qwen(), HeadShape(64, full_vocab=False), context=0)
     assert decode is not None
     assert prefill is not None
     assert block is not None

@@ -78,7 +78,7 @@ class Reply:
         """Append the tokens of an event. Returns the new pieces of text."""
         pieces: list[Piece | None] = []
         for row, token_id in enumerate(event.token_ids):
-            token = _token(token_id, event.scores, row)
+            token = _token(token_id, event.logprobs, row)
             self.tokens.append(token)
             self._times.append(self.now())
             if token_id != event.stop_token_id and not self.tokenizer.is_special(token_id):

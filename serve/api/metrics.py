@@ -1,7 +1,7 @@
 """/metrics: Prometheus metrics of the engine and of HTTP, under our own names and optionally under vLLM's."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -22,7 +22,8 @@ from serve.engine.request_state import RequestState
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
-OWN_PREFIX, VLLM_PREFIX = "logprobd:", "vllm:"
+OWN_PREFIX = "logprobd:"
+_OWN_NAME = re.compile(rf"^(# (?:HELP|TYPE) )?{OWN_PREFIX}".encode(), re.MULTILINE)
 ERRORS_TEXT = "Errors sent in responses and streams, and client disconnects"
 
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -39,12 +40,11 @@ class Metrics(Observer):
 
     def __init__(self, model_name: str, *, max_model_len: int, vllm_names: bool) -> None:
         """`max_model_len` bounds the buckets of token counts. `vllm_names` adds vLLM's name for each metric."""
-        self._registry = CollectorRegistry()
-        self._families: dict[str, Any] = {}
-        for collector in (ProcessCollector, PlatformCollector, GCCollector):
-            collector(registry=self._registry)
+        self._engine, self._process = CollectorRegistry(), CollectorRegistry()
+        self._vllm_names = vllm_names
         self._labels = {"model_name": model_name, "engine": "0"}
-        self._prefixes = (OWN_PREFIX, VLLM_PREFIX) if vllm_names else (OWN_PREFIX,)
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self._process)
         tokens = _one_two_five(max_model_len)
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
@@ -52,15 +52,13 @@ class Metrics(Observer):
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens")
         self._scored_tokens = self._counter("prompt_logprobs_tokens", "Prompt tokens whose log-probs were returned")
         self._generated_tokens = self._counter("generation_tokens", "Generated tokens")
-        self._success = {
-            reason: self._counter("request_success", "Finished requests", finished_reason=str(reason))
-            for reason in FinishReason
-        }
-        self._rejections = {
-            reason: self._counter("admission_rejections", "Requests rejected because the queue was full", reason=reason)
-            for reason in ("max_num_queued_reqs", "max_num_queued_tokens")
-        }
-        self._faults = {kind: self._counter("engine_failures", "Engine failures", kind=kind) for kind in EngineFault}
+        success = self._counters("request_success", "Finished requests", "finished_reason")
+        self._success = {reason: success(str(reason)) for reason in FinishReason}
+        rejections = self._counters("admission_rejections", "Requests rejected because the queue was full", "reason")
+        self._rejections = {name: rejections(name) for name in ("max_num_queued_reqs", "max_num_queued_tokens")}
+        failures = self._counters("engine_failures", "Engine failures", "kind")
+        self._faults = {kind: failures(kind) for kind in EngineFault}
+        self._error = self._counters("request_errors", ERRORS_TEXT, "code")
         self._step = self._histogram("iteration_tokens_total", "Tokens per step", _STEP)
         self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token", _FIRST_TOKEN)
         self._gap = self._histogram("inter_token_latency_seconds", "Time between tokens", _GAP)
@@ -84,32 +82,35 @@ class Metrics(Observer):
             "request_max_num_generation_tokens", "Generated tokens of the longest choice of a prompt", tokens
         )
         self._http_count = Counter(
-            "http_requests", "HTTP responses", ("handler", "method", "status"), registry=self._registry
+            "http_requests", "HTTP responses", ("handler", "method", "status"), registry=self._process
         )
         self._http_time = Histogram(
             "http_request_duration_seconds",
             "From the request to the end of the response",
             ("handler", "method"),
             buckets=_HTTP,
-            registry=self._registry,
+            registry=self._process,
         )
 
     def watch(self, gauges: Callable[[], EngineGauges], cache: dict[str, str]) -> None:
         """Read `gauges` at every scrape; `cache` becomes labels of cache_config_info."""
-        self._gauge("num_requests_running", "Running requests", lambda: gauges().running)
-        self._gauge("num_requests_waiting", "Waiting requests", lambda: gauges().waiting)
-        self._gauge("kv_cache_usage_perc", "Fraction of KV cache pages in use, 0 to 1", lambda: gauges().cache_usage)
-        self._gauge("cache_config_info", "Configuration of the KV cache, as labels", lambda: 1, **cache)
-        held = Gauge(
-            f"{OWN_PREFIX}num_requests_held",
-            "Finished requests kept for reading their full rows",
-            list(self._labels),
-            registry=self._registry,
-        )
-        held.labels(**self._labels).set_function(lambda: gauges().pinned)
+
+        def gauge(name: str, text: str, value: Callable[[], float], registry: CollectorRegistry, **more: str) -> None:
+            labels = self._labels | more
+            Gauge(OWN_PREFIX + name, text, labels, registry=registry).labels(**labels).set_function(value)
+
+        engine = self._engine
+        gauge("num_requests_running", "Running requests", lambda: gauges().running, engine)
+        gauge("num_requests_waiting", "Waiting requests", lambda: gauges().waiting, engine)
+        gauge("kv_cache_usage_perc", "Fraction of KV cache pages in use, 0 to 1", lambda: gauges().cache_usage, engine)
+        gauge("cache_config_info", "Configuration of the KV cache, as labels", lambda: 1, engine, **cache)
+        text = "Finished requests kept for reading their full rows"  # vLLM has no such metric
+        gauge("num_requests_held", text, lambda: gauges().pinned, self._process)
 
     def text(self) -> bytes:
-        return generate_latest(self._registry)
+        engine = generate_latest(self._engine)
+        aliases = _OWN_NAME.sub(rb"\1vllm:", engine) if self._vllm_names else b""
+        return generate_latest(self._process) + engine + aliases
 
     def on_step(self, tokens: int) -> None:
         self._step.observe(tokens)
@@ -171,47 +172,17 @@ class Metrics(Observer):
         if record.error is not None:
             self._error(record.error).inc()
 
-    def _error(self, code: str) -> "_Both":
-        return self._counter("request_errors", ERRORS_TEXT, code=code)
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(OWN_PREFIX + name, text, self._labels, registry=self._engine).labels(**self._labels)
 
-    def _counter(self, name: str, text: str, **labels: str) -> "_Both":
-        return self._both(lambda full, keys: Counter(full, text, keys, registry=None), name, labels)
+    def _counters(self, name: str, text: str, label: str) -> Callable[[str], Counter]:
+        """The counter of each value of a label."""
+        family = Counter(OWN_PREFIX + name, text, [*self._labels, label], registry=self._engine)
+        return lambda value: family.labels(**self._labels, **{label: value})
 
-    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> "_Both":
-        return self._both(lambda full, keys: Histogram(full, text, keys, buckets=buckets, registry=None), name, {})
-
-    def _gauge(self, name: str, text: str, value: Callable[[], float], /, **labels: str) -> None:
-        self._both(lambda full, keys: Gauge(full, text, keys, registry=None), name, labels).set_function(value)
-
-    def _both(self, make: Callable[[str, list[str]], Any], name: str, labels: dict[str, str]) -> "_Both":
-        labels = self._labels | labels
-        children = []
-        for prefix in self._prefixes:
-            full = prefix + name
-            if full not in self._families:
-                self._families[full] = make(full, list(labels))
-                self._registry.register(self._families[full])
-            children.append(self._families[full].labels(**labels))
-        return _Both(children)
-
-
-class _Both:
-    """A metric under all its names."""
-
-    def __init__(self, children: Iterable[Any]) -> None:
-        self._children = tuple(children)
-
-    def inc(self, amount: float = 1) -> None:
-        for child in self._children:
-            child.inc(amount)
-
-    def observe(self, value: float) -> None:
-        for child in self._children:
-            child.observe(value)
-
-    def set_function(self, value: Callable[[], float]) -> None:
-        for child in self._children:
-            child.set_function(value)
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        labels, registry = self._labels, self._engine
+        return Histogram(OWN_PREFIX + name, text, labels, buckets=buckets, registry=registry).labels(**labels)
 
 
 def _one_two_five(maximum: int) -> tuple[float, ...]:

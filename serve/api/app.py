@@ -30,12 +30,10 @@ from serve.config.config import ServeConfig
 from serve.engine.client import EngineClient
 from serve.text.chat import ChatFormat, PromptError
 from serve.text.chat_template import TemplateBusyError, TemplateSandbox
-from serve.text.tokenizer import Tokenizer
 
 
 def create_app(
     engine: EngineClient,
-    tokenizer: Tokenizer,
     model: ServedModel,
     config: ServeConfig,
     metrics: Metrics,
@@ -53,14 +51,12 @@ def create_app(
     sandbox = TemplateSandbox() if config.trust_request_chat_template else None
     context = Context(
         engine,
-        tokenizer,
         model,
         config,
-        ChatFormat(tokenizer, model.chat_template, sandbox),
+        metrics,
+        ChatFormat(model.tokenizer, model.chat_template, sandbox),
         Bodies(max_bytes=config.max_body_bytes, seconds=config.client_timeout),
-        PromptLogprobsWriter(engine, tokenizer),
-        metrics.on_answers,
-        metrics.on_rejected,
+        PromptLogprobsWriter(engine, model.tokenizer),
     )
 
     def on_end(record: AnswerRecord) -> None:
@@ -71,67 +67,19 @@ def create_app(
     access = Middleware(
         Access, api_keys=config.api_key, allowed_hosts=config.accepted_hosts, readiness=readiness, on_answer=on_end
     )
+    routes = [*_generation_routes(context), *_status_routes(context, readiness), *inspector()]
+    if not config.disable_fastapi_docs:
+        routes += documentation(secured=bool(config.api_key))
     app = Starlette(
-        routes=_routes(context, _Status(context, metrics, readiness)),
+        routes=routes,
         middleware=[*_cors(config), access],
-        exception_handlers={
-            APIError: _api_error,
-            PromptError: _prompt_error,
-            TemplateBusyError: _template_busy,
-            HTTPException: _http_error,
-        },
+        exception_handlers=dict.fromkeys((APIError, PromptError, TemplateBusyError, HTTPException), _error),
     )
     app.router.redirect_slashes = False
     return app
 
 
-class _Status:
-    """GET endpoints about the server."""
-
-    def __init__(self, context: Context, metrics: Metrics, readiness: Readiness) -> None:
-        self._context = context
-        self._metrics = metrics
-        self._readiness = readiness
-
-    async def models(self, _: Request) -> Response:
-        cards = [self._card(name) for name in self._context.model.names]
-        return _json({"object": "list", "data": cards})
-
-    async def model(self, request: Request) -> Response:
-        name = request.path_params["id"]
-        if f"/{name}" in self._context.model.names:  # double slashes have been collapsed
-            name = f"/{name}"
-        return _json(self._card(served_name(name, self._context.model.names)))
-
-    async def health(self, _: Request) -> Response:
-        """200 if requests are accepted, else 503."""
-        return Response(status_code=200 if self._context.engine.ready and not self._readiness.draining else 503)
-
-    async def load(self, _: Request) -> Response:
-        return _json({"server_load": self._context.engine.load})
-
-    async def version(self, _: Request) -> Response:
-        return _json({"version": __version__})
-
-    async def metrics(self, _: Request) -> Response:
-        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
-
-    def _card(self, name: str) -> dict[str, Any]:
-        limits = self._context.engine.limits
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._context.created,
-            "owned_by": "logprobd",
-            "root": self._context.model.names[0],
-            "parent": None,
-            "max_model_len": limits.max_model_len,
-            "max_logprobs": limits.max_logprobs,
-            "whole_vocabulary": limits.full_vocab,
-        }
-
-
-def _routes(context: Context, status: _Status) -> list[Route]:
+def _generation_routes(context: Context) -> list[Route]:
     chat, completions, tokenization = ChatCompletions(context), Completions(context), Tokenization(context)
 
     async def invocations(request: Request) -> Response:
@@ -142,25 +90,62 @@ def _routes(context: Context, status: _Status) -> list[Route]:
         del data  # as in `Handler`
         return await respond()
 
-    routes = [
-        Route("/v1/models", status.models),
-        Route("/v1/models/{id:path}", status.model),
+    return [
         Route("/v1/chat/completions", chat.__call__, methods=["POST"]),
         Route("/v1/completions", completions.__call__, methods=["POST"]),
         Route("/invocations", invocations, methods=["POST"]),
         Route("/tokenize", tokenization.tokenize, methods=["POST"]),
         Route("/detokenize", tokenization.detokenize, methods=["POST"]),
         Route("/tokenizer_info", tokenization.info),
-        Route("/metrics", status.metrics),
-        Route("/load", status.load),
-        Route("/health", status.health),
-        Route("/ping", status.health, methods=["GET", "POST"]),
-        Route("/version", status.version),
-        *inspector(),
     ]
-    if not context.config.disable_fastapi_docs:
-        routes += documentation(secured=bool(context.config.api_key))
-    return routes
+
+
+def _status_routes(context: Context, readiness: Readiness) -> list[Route]:
+    engine, names = context.engine, context.model.names
+
+    def card(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": context.created,
+            "owned_by": "logprobd",
+            "root": names[0],
+            "parent": None,
+            "max_model_len": engine.limits.max_model_len,
+            "max_logprobs": engine.limits.max_logprobs,
+            "whole_vocabulary": engine.limits.full_vocab,
+        }
+
+    async def models(_: Request) -> Response:
+        return _json({"object": "list", "data": [card(name) for name in names]})
+
+    async def model(request: Request) -> Response:
+        name = request.path_params["id"]
+        if f"/{name}" in names:  # double slashes have been collapsed
+            name = f"/{name}"
+        return _json(card(served_name(name, names)))
+
+    async def health(_: Request) -> Response:
+        return Response(status_code=200 if engine.ready and not readiness.draining else 503)
+
+    async def load(_: Request) -> Response:
+        return _json({"server_load": engine.load})
+
+    async def version(_: Request) -> Response:
+        return _json({"version": __version__})
+
+    async def metrics(_: Request) -> Response:
+        return Response(context.metrics.text(), media_type=CONTENT_TYPE)
+
+    return [
+        Route("/v1/models", models),
+        Route("/v1/models/{id:path}", model),
+        Route("/metrics", metrics),
+        Route("/load", load),
+        Route("/health", health),
+        Route("/ping", health, methods=["GET", "POST"]),
+        Route("/version", version),
+    ]
 
 
 def _cors(config: ServeConfig) -> list[Middleware]:
@@ -182,25 +167,17 @@ def _json(value: Any) -> Response:
     return Response(dump(value), media_type="application/json")
 
 
-async def _api_error(request: Request, error: Exception) -> Response:
+async def _error(request: Request, error: Exception) -> Response:
+    match error:
+        case PromptError():
+            error = invalid(error.param, str(error), error.code)
+        case TemplateBusyError():
+            message = "Too many chat templates are being rendered. Try again later."
+            error = APIError(503, message, None, "too_many_templates", {"Retry-After": "1"})
+        case HTTPException(status_code=status):  # the router's 404 and 405
+            message = f"{error.detail}: {request.method} {request.url.path[:200]}"
+            code = {404: "not_found", 405: "method_not_allowed"}.get(status, "invalid_request")
+            error = APIError(status, message, None, code, error.headers or {})
     assert isinstance(error, APIError)
     record_of(request).error = error.code
     return error.response()
-
-
-async def _prompt_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, PromptError)
-    return await _api_error(request, invalid(error.param, str(error), error.code))
-
-
-async def _template_busy(request: Request, _: Exception) -> Response:
-    message = "Too many chat templates are being rendered. Try again later."
-    return await _api_error(request, APIError(503, message, None, "too_many_templates", {"Retry-After": "1"}))
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    """The router's 404 and 405."""
-    assert isinstance(error, HTTPException)
-    message = f"{error.detail}: {request.method} {request.url.path[:200]}"
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    return await _api_error(request, APIError(error.status_code, message, None, code, error.headers or {}))

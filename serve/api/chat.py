@@ -39,10 +39,10 @@ class ChatCompletions(Handler[ChatCompletionRequest]):
             check_number_of_ids(param, ids, body, limits)
             check_ids(param, ids, limits)
             if body.return_prompt_text:
-                text = context.tokenizer.decode(ids, skip_special_tokens=False)
+                text = context.model.tokenizer.decode(ids, skip_special_tokens=False)
         else:
             param, text = "messages", chat_text(body, context)
-            check_length(param, text, body, context.tokenizer, limits)
+            check_length(param, text, body, context.model.tokenizer, limits)
             ids = context.chat_format.encode(text, add_special_tokens=bool(body.add_special_tokens))
         ids = truncated(ids, body, max_tokens, limits)
         room = generation_room(param, len(ids), max_tokens, limits)

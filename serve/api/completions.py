@@ -59,7 +59,7 @@ class Completions(Handler[CompletionRequest]):
         ]
 
     def _text_prompt(self, body: CompletionRequest, text: str, param: str) -> Prompt:
-        tokenizer = self._context.tokenizer
+        tokenizer = self._context.model.tokenizer
         check_length(param, text, body, tokenizer, self._context.engine.limits)
         ids = encode_text(tokenizer, text, add_special_tokens=body.add_special_tokens is not False, param=param)
         if not ids:
@@ -86,8 +86,8 @@ class Completions(Handler[CompletionRequest]):
     def _decoded(self, body: CompletionRequest, ids: list[int]) -> Prompt:
         """A prompt of token ids, with their text if it is echoed."""
         skip = body.skip_special_tokens is not False
-        hidden = [skip and self._context.tokenizer.is_special(token_id) for token_id in ids]
-        text = self._context.tokenizer.decode(ids, skip_special_tokens=skip) if body.echo else ""
+        hidden = [skip and self._context.model.tokenizer.is_special(token_id) for token_id in ids]
+        text = self._context.model.tokenizer.decode(ids, skip_special_tokens=skip) if body.echo else ""
         return Prompt(ids, _max_tokens(body), text, hidden)
 
     def _render(self, job: _Job, outputs: Sequence[Output]) -> Body:

@@ -1,9 +1,9 @@
 """Context: dependencies that all handlers share."""
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from serve.api.metrics import Metrics
 from serve.api.parsing import FieldLog
 from serve.api.prompt_logprobs import PromptLogprobsWriter
 from serve.api.request_body import Bodies
@@ -16,9 +16,10 @@ from serve.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """Facts about the loaded model that its configuration flags do not determine."""
+    """What the loaded model determines, not the flags."""
 
     names: tuple[str, ...]  # model ids in the API; the first is the default
+    tokenizer: Tokenizer
     system_fingerprint: str | None = None
     chat_template: str | None = None  # overrides the tokenizer's
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
@@ -27,13 +28,11 @@ class ServedModel:
 @dataclass(frozen=True, slots=True)
 class Context:
     engine: EngineClient
-    tokenizer: Tokenizer
     model: ServedModel
     config: ServeConfig
+    metrics: Metrics
     chat_format: ChatFormat
     bodies: Bodies
     prompt_logprobs: PromptLogprobsWriter
-    on_answers: Callable[[Sequence[int]], None]  # called per prompt with the tokens of each of its finished choices
-    on_rejected: Callable[[str], None]  # called with the name of the limit when the queue is full
     fields: FieldLog = field(default_factory=FieldLog)
     created: int = field(default_factory=lambda: int(time.time()))  # Unix time, for the model cards

@@ -112,7 +112,7 @@ class Handler[B: GenerationRequest](ABC):
             for request_id in request_ids:
                 engine.abort(request_id)
 
-        with engine_errors(self._context.on_rejected):
+        with engine_errors(self._context.metrics.on_rejected):
             job.choices[0].admit(engine, bypass_limits=False)
         try:
             if job.body.stream:
@@ -154,7 +154,7 @@ class Handler[B: GenerationRequest](ABC):
             prompts=prompts,
             choices=choices,
             prompt_logprobs=prompt_logprobs,
-            names=TokenNames(context.tokenizer, config.return_tokens_as_token_ids if as_ids is None else as_ids),
+            names=TokenNames(context.model.tokenizer, config.return_tokens_as_token_ids if as_ids is None else as_ids),
         )
 
     def _header(self, body: B, record: AnswerRecord) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class Handler[B: GenerationRequest](ABC):
 
     def _prototype(self, body: B, record: AnswerRecord, alternatives: int | None) -> Choice:
         """A choice with everything that the choices of a request share."""
-        config, tokenizer = self._context.config, self._context.tokenizer
+        config, tokenizer = self._context.config, self._context.model.tokenizer
         mode = body.logprobs_mode or config.logprobs_mode
         params = sampling_params(body, tokenizer, self._context.engine.limits, processed=mode == "processed_logprobs")
         salt = body.cache_salt or ""
@@ -198,7 +198,7 @@ class Handler[B: GenerationRequest](ABC):
         )
 
     def _log(self, header: dict[str, Any], body: B, prompts: Sequence[list[int]]) -> None:
-        texts = [self._context.tokenizer.decode(ids, skip_special_tokens=False) for ids in prompts]
+        texts = [self._context.model.tokenizer.decode(ids, skip_special_tokens=False) for ids in prompts]
         shown = [text[: self._context.config.max_log_len] for text in texts]
         fields = body.model_dump(exclude_none=True, exclude={"prompt", "messages", "prompt_token_ids"})
         logger.warning("request %s: prompts %r, fields %r", header["id"], shown, fields)
@@ -207,13 +207,13 @@ class Handler[B: GenerationRequest](ABC):
         """Run the choices and yield what each step adds to them. Metrics are updated when all have finished."""
         context, choices = self._context, job.choices
         max_unread = context.config.max_unread_tokens if job.body.stream else None
-        with engine_errors(context.on_rejected):
+        with engine_errors(context.metrics.on_rejected):
             async with aclosing(merge(choices, context.engine, max_unread)) as deltas:
                 async for choice, delta in deltas:
                     yield choice, delta
         n = job.body.n or 1
         for start in range(0, len(choices), n):
-            context.on_answers([choice.num_tokens for choice in choices[start : start + n]])
+            context.metrics.on_answers([choice.num_tokens for choice in choices[start : start + n]])
 
     async def _body(self, job: Job[B]) -> Body:
         outputs = await collect(job.choices, self._deltas(job))

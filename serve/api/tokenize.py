@@ -64,7 +64,7 @@ class Tokenization:
         return await self._answer(request, self._detokenize)
 
     async def info(self, _: Request) -> Response:
-        tokenizer, limits = self._context.tokenizer, self._context.engine.limits
+        tokenizer, limits = self._context.model.tokenizer, self._context.engine.limits
         fields = {
             **tokenizer.special_tokens,
             "chat_template": self._context.model.chat_template or tokenizer.chat_template,
@@ -92,11 +92,11 @@ class Tokenization:
         served_name(body.model, context.model.names)
         check_size("prompt", body.prompt, context.engine.limits)
         special = body.add_special_tokens is not False
-        ids = encode_text(context.tokenizer, body.prompt, add_special_tokens=special, param="prompt")
+        ids = encode_text(context.model.tokenizer, body.prompt, add_special_tokens=special, param="prompt")
         return self._tokens(ids, shown=bool(body.return_token_strs))
 
     def _tokens(self, ids: list[int], *, shown: bool) -> bytes:
-        names = [self._context.tokenizer.token_piece(token_id) for token_id in ids] if shown else None
+        names = [self._context.model.tokenizer.token_piece(token_id) for token_id in ids] if shown else None
         limit = self._context.engine.limits.max_model_len
         return dump({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": names})
 
@@ -107,7 +107,7 @@ class Tokenization:
             message = f"`tokens` has {len(body.tokens)} ids, more than the maximum of {_MAX_IDS}."
             raise invalid("tokens", message, "array_above_max_length")
         check_ids("tokens", body.tokens, self._context.engine.limits)
-        tokenizer = self._context.tokenizer
+        tokenizer = self._context.model.tokenizer
         answer: dict[str, Any] = {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}
         if body.return_token_bytes:
             answer["token_bytes"] = [list(tokenizer.token_bytes(token_id)) for token_id in body.tokens]

@@ -47,9 +47,9 @@ def assemble(config: ServeConfig, reporter: Reporter) -> Served:
     }
     metrics.watch(lambda: engine.gauges, cache)
     readiness = Readiness()
-    model = ServedModel(names, loaded.fingerprint, loaded.chat_template, loaded.defaults)
+    model = ServedModel(names, loaded.tokenizer, loaded.fingerprint, loaded.chat_template, loaded.defaults)
     on_answer = None if config.disable_uvicorn_access_log else log_answer
-    app = create_app(engine, loaded.tokenizer, model, config, metrics, readiness=readiness, on_answer=on_answer)
+    app = create_app(engine, model, config, metrics, readiness=readiness, on_answer=on_answer)
     chats = loaded.chat_template is not None or loaded.tokenizer.chat_template is not None
     return Served(names, chats, engine, app, readiness, metrics)
 

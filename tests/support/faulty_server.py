@@ -105,7 +105,7 @@ def _assemble(config: ServeConfig, _reporter: Reporter) -> Served:
     engine.start()
     readiness = Readiness()
     config = replace(config, allowed_hosts=("*",))  # tests send other host names
-    app = create_app(engine, _tokenizer(), ServedModel((MODEL,)), config, metrics, readiness=readiness)
+    app = create_app(engine, ServedModel((MODEL,), _tokenizer()), config, metrics, readiness=readiness)
     return Served((MODEL,), True, engine, app, readiness, metrics)
 
 

@@ -267,10 +267,9 @@ def start_server(
     metrics.watch(lambda: engine.gauges, {"block_size": str(PAGE_SIZE)})
     engine.start()
     facts = {name: config.pop(name) for name in ("system_fingerprint", "chat_template", "defaults") if name in config}
-    model = ServedModel(config.get("served_model_name", (MODEL, "alias")), **facts)
+    model = ServedModel(config.get("served_model_name", (MODEL, "alias")), byte_tokenizer(add_bos=add_bos), **facts)
     settings = ServeConfig(**{"allowed_hosts": ("*",)} | config)
-    tokenizer = byte_tokenizer(add_bos=add_bos)
-    app = create_app(engine, tokenizer, model, settings, metrics, readiness=readiness, on_answer=on_answer)
+    app = create_app(engine, model, settings, metrics, readiness=readiness, on_answer=on_answer)
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
     client = httpx2.AsyncClient(transport=transport, base_url="http://test")
     return Server(runs, engine, app, client)

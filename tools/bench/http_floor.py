@@ -131,7 +131,7 @@ def _serve() -> None:
     engine = Engine(runner, limits, EngineOptions(max_num_batched_tokens=272, max_num_queued_reqs=64), metrics)
     metrics.watch(lambda: engine.gauges, {})
     engine.start()
-    app = create_app(engine, tokenizer, ServedModel(("null",)), ServeConfig(), metrics)
+    app = create_app(engine, ServedModel(("null",), tokenizer), ServeConfig(), metrics)
     config = uvicorn.Config(app, port=0, log_level="warning", access_log=False)
     listener = config.bind_socket()
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)

@@ -2,6 +2,7 @@
 
 import ipaddress
 import logging
+from dataclasses import asdict
 
 from serve.api.middleware import PROBES, AnswerRecord
 
@@ -31,18 +32,13 @@ def fields_of(record: AnswerRecord) -> dict[str, object]:
         "client": _address(record.client),
         "key": record.key,
         "bytes": record.sent,
-        "seconds": round(record.seconds, 6),
+        "seconds": record.seconds,
         "error": record.error,
     }
-    if (work := record.work) is not None:
-        fields |= {
-            "prompt_tokens": work.prompt_tokens,
-            "cached_tokens": work.cached_tokens,
-            "completion_tokens": work.completion_tokens,
-        }
-        times = {"queue_seconds": work.queue, "prefill_seconds": work.prefill, "decode_seconds": work.decode}
-        fields |= {name: round(seconds, 6) for name, seconds in times.items() if seconds is not None}
-    return {name: value for name, value in fields.items() if value is not None}
+    if record.work is not None:
+        fields |= asdict(record.work)
+    rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in fields.items()}
+    return {name: value for name, value in rounded.items() if value is not None}
 
 
 def _address(client: str | None) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 from serve.api.context import Context
 from serve.api.errors import invalid, unsupported
 from serve.api.generation import Choice, Prompt, output_logprobs
-from serve.api.handler import Handler, Job, chunk_choice
+from serve.api.handler import Handler, Job, choice_fields
 from serve.api.json_stream import Body, make_body
 from serve.api.logprobs import chat_content
 from serve.api.requests import ChatCompletionRequest, ChatPromptFields
@@ -68,18 +68,9 @@ class ChatCompletions(Handler[ChatCompletionRequest]):
         return make_body(answer | self._prompt_fields(job, job.prompts[0]))
 
     def _choice(self, job: _Job, choice: Choice, output: Output) -> dict[str, Any]:
-        return {
-            "index": choice.index,
-            "message": {
-                "role": self._context.config.response_role,
-                "content": job.prompts[0].echo + output.text,
-                "refusal": None,
-            },
-            "logprobs": _logprobs(job, choice, output),
-            "finish_reason": output.finish_reason,
-            "stop_reason": output.stop_reason,
-            "token_ids": output.token_ids if job.body.return_token_ids else None,
-        }
+        content = job.prompts[0].echo + output.text
+        message = {"role": self._context.config.response_role, "content": content, "refusal": None}
+        return choice_fields(job, choice, output, {"message": message}, _logprobs(job, choice, output))
 
     async def _opening(self, job: _Job, choice: Choice) -> dict[str, Any]:
         """The role and the prompt's ids; in the first choice also the prompt's log-probs."""
@@ -92,12 +83,12 @@ class ChatCompletions(Handler[ChatCompletionRequest]):
             fields["prompt_token_ids"] = prompt.ids
         if job.body.return_prompt_text:
             fields["prompt_text"] = prompt.text
-        if choice.first and job.prompt_logprobs.shown is not None:
+        if choice.is_first_of_prompt and job.prompt_logprobs.shown is not None:
             fields |= await asyncio.to_thread(self._prompt_fields, job, prompt)
         return fields
 
     async def _chunk_choice(self, job: _Job, choice: Choice, delta: Output) -> dict[str, Any]:
-        return chunk_choice(job, choice, delta, {"delta": {"content": delta.text}}, _logprobs(job, choice, delta))
+        return choice_fields(job, choice, delta, {"delta": {"content": delta.text}}, _logprobs(job, choice, delta))
 
 
 def chat_text(body: ChatPromptFields, context: Context) -> str:

@@ -8,7 +8,7 @@ import orjson
 
 from serve.api.errors import invalid
 from serve.api.generation import Choice, Prompt, output_logprobs
-from serve.api.handler import Handler, Job, chunk_choice
+from serve.api.handler import Handler, Job, choice_fields
 from serve.api.json_stream import Body, Placeholder, dump, make_body
 from serve.api.logprobs import CompletionLogprobs, concatenate
 from serve.api.requests import CompletionRequest
@@ -94,43 +94,34 @@ class Completions(Handler[CompletionRequest]):
         choices: list[dict[str, Any]] = []
         prompt_fields: dict[str, orjson.Fragment | Placeholder | None] = {}
         for choice, output in zip(job.choices, outputs, strict=True):
-            if choice.first:  # written once for all choices of a prompt
+            if choice.is_first_of_prompt:  # written once for all choices of a prompt
                 fields = self._prompt_fields(job, choice.prompt)
                 prompt_fields = {name: _as_json(value) for name, value in fields.items()}
             choices.append(_choice(job, choice, output) | prompt_fields)
-            if job.prompt_logprobs.full_rows:  # too large to be repeated
+            if job.prompt_logprobs.full_vocab:  # too large to be repeated
                 prompt_fields = dict.fromkeys(prompt_fields)
         return make_body(job.header | {"choices": choices, "usage": self._total_usage(job, outputs)})
 
     async def _chunk_choice(self, job: _Job, choice: Choice, delta: Output) -> dict[str, Any]:
         if choice.columns is not None:
-            return chunk_choice(job, choice, delta, {"text": delta.text}, _logprobs(job, choice, delta))
+            return choice_fields(job, choice, delta, {"text": delta.text}, _logprobs(job, choice, delta))
         return await asyncio.to_thread(self._first_chunk_choice, job, choice, delta)
 
     def _first_chunk_choice(self, job: _Job, choice: Choice, delta: Output) -> dict[str, Any]:
-        """The first delta of a choice, which includes the prompt's text, ids and log-probs."""
-        prompt = choice.prompt
-        logprobs = _logprobs(job, choice, delta)
-        fields = chunk_choice(job, choice, delta, {"text": _echoed(job, choice) + delta.text}, logprobs)
-        if job.prompt_logprobs.shown is not None and (choice.first or not job.prompt_logprobs.full_rows):
-            fields |= self._prompt_fields(job, prompt)
-        return fields | ({"prompt_token_ids": prompt.ids} if job.body.return_token_ids else {})
+        fields = _choice(job, choice, delta)
+        if job.prompt_logprobs.shown is not None and (choice.is_first_of_prompt or not job.prompt_logprobs.full_vocab):
+            fields |= self._prompt_fields(job, choice.prompt)
+        return fields
 
 
 def _choice(job: _Job, choice: Choice, output: Output) -> dict[str, Any]:
-    return {
-        "index": choice.index,
-        "text": _echoed(job, choice) + output.text,
-        "logprobs": _logprobs(job, choice, output),
-        "finish_reason": output.finish_reason,
-        "stop_reason": output.stop_reason,
-        "prompt_token_ids": choice.prompt.ids if job.body.return_token_ids else None,
-        "token_ids": output.token_ids if job.body.return_token_ids else None,
-    }
-
-
-def _echoed(job: _Job, choice: Choice) -> str:
-    return choice.prompt.text if job.body.echo else ""
+    """A choice from its start, with the text and the ids of the prompt as requested."""
+    body, prompt = job.body, choice.prompt
+    text = {"text": (prompt.text if body.echo else "") + output.text}
+    fields = choice_fields(job, choice, output, text, _logprobs(job, choice, output))
+    if body.return_token_ids or not body.stream:
+        fields["prompt_token_ids"] = prompt.ids if body.return_token_ids else None
+    return fields
 
 
 def _logprobs(job: _Job, choice: Choice, output: Output) -> dict[str, Any] | None:

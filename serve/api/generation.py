@@ -1,28 +1,23 @@
 """Runs the choices of a request in the engine and turns their events into text with log-probs."""
 
 import asyncio
-import math
-import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from model.token_logprobs import TokenLogprobs
-from serve.api.errors import APIError, engine_error, invalid, shutting_down
+from serve.api.errors import APIError, engine_error, shutting_down
 from serve.api.logprobs import CompletionLogprobs, wire_logprobs
 from serve.api.middleware import Work
-from serve.api.requests import GenerationRequest
 from serve.engine.client import EngineClient, RequestHandle
 from serve.engine.request import (
     DeadlineError,
     EngineStoppedError,
     FinishReason,
-    PromptScoring,
     QueueFullError,
     QueueTimeoutError,
     Request,
-    SamplingParams,
     TokenEvent,
 )
 from serve.jobs.generate import Output, OutputDecoder
@@ -40,7 +35,7 @@ class Prompt:
     text: str = ""  # for an echo or `prompt_text`
     hidden: Sequence[bool] = ()  # per id, whether it is absent from `text`
     echo: str = ""  # of a chat: text that precedes the output
-    full_rows: Request | None = None  # scores full rows, if they are requested
+    full_vocab_request: Request | None = None  # for log-probs over the full vocabulary, if they are requested
     scores: TokenLogprobs | None = None  # [len(ids) - 1], of every token but the first
 
     def logprobs(self, k: int, start: int) -> TokenLogprobs:
@@ -62,19 +57,18 @@ class Choice:
     prompt: Prompt
     request: Request
     make_decoder: Callable[[], OutputDecoder]
-    first: bool  # of its prompt: the one with the prompt's scores
+    is_first_of_prompt: bool  # the choice whose request scores the prompt
     alternatives: int | None  # per generated token; None: no log-probs
     handle: RequestHandle | None = None  # once it is admitted
     num_tokens: int = 0  # generated so far
     columns: CompletionLogprobs | None = None  # of a completion whose first delta has been rendered
 
     def admit(self, engine: EngineClient, *, bypass_limits: bool) -> None:
-        """Queue the request, see `Engine.admit`. No effect if it is admitted already."""
+        """Queue the request unless that has been done, see `Engine.admit`."""
         if self.handle is None:
             self.handle = engine.admit(self.request, bypass_limits=bypass_limits)
 
     def abort(self) -> None:
-        """Abort the request if it is admitted; harmless if it has finished."""
         if self.handle is not None:
             self.handle.abort()
 
@@ -100,44 +94,6 @@ class Choice:
             yield delta
             if delta.finish_reason is not None:
                 return
-
-
-def make_choices(
-    body: GenerationRequest, prompts: Sequence[Prompt], prototype: Choice, scoring: PromptScoring | None
-) -> list[Choice]:
-    """n choices per prompt, in the order of their indices.
-
-    Args:
-        prototype: what all choices share. Its queue timeout is that of the first choice: the others wait behind it.
-        scoring: of each prompt, requested by its first choice.
-
-    Raises:
-        APIError: 400 that names a field.
-    """
-    n, base = body.n or 1, prototype.request
-    choices = []
-    for index in range(len(prompts) * n):
-        prompt_index, number = divmod(index, n)
-        prompt = prompts[prompt_index]
-        if base.params.min_tokens > prompt.max_tokens:
-            message = f"`min_tokens` exceeds the {prompt.max_tokens} tokens that may be generated."
-            raise invalid("min_tokens", message)
-        params = replace(
-            base.params,
-            max_tokens=prompt.max_tokens,
-            seed=None if body.seed in (None, -1) else body.seed + number,
-            prompt=scoring if number == 0 else None,
-        )
-        request = request_for(prompt, base, params)
-        if index:
-            request = replace(request, queue_timeout=math.inf)
-        choices.append(replace(prototype, index=index, prompt=prompt, request=request, first=number == 0))
-    return choices
-
-
-def request_for(prompt: Prompt, base: Request, params: SamplingParams) -> Request:
-    """A copy of `base` with a new id."""
-    return replace(base, id=uuid.uuid4().hex, prompt_token_ids=prompt.ids, params=params)
 
 
 def output_logprobs(output: Output, alternatives: int) -> TokenLogprobs:
@@ -171,7 +127,7 @@ async def merge(
     async def forward(choice: Choice) -> None:
         async with aclosing(choice.deltas()) as deltas:
             async for delta in deltas:
-                if not choice.first:
+                if not choice.is_first_of_prompt:
                     await opened[choice.prompt].wait()
                 if max_unread is not None and queue.qsize() >= max_unread:
                     raise APIError(503, _SLOW_READER, None, "slow_reader")
@@ -215,14 +171,14 @@ async def _run_all(
             running -= 1
             finished.set()
 
-    def is_admitted(choice: Choice) -> bool:
+    def try_admit(choice: Choice) -> bool:
         if running == _MAX_ADMITTED:
             return False
-        first = choice is choices[0]
+        is_first = choice is choices[0]
         try:
-            choice.admit(engine, bypass_limits=not running and not first)
+            choice.admit(engine, bypass_limits=not running and not is_first)
         except QueueFullError:
-            if first:
+            if is_first:
                 raise
             return False
         return True
@@ -230,7 +186,7 @@ async def _run_all(
     try:
         async with asyncio.TaskGroup() as tasks:
             for choice in choices:
-                while not is_admitted(choice):
+                while not try_admit(choice):
                     finished.clear()
                     await finished.wait()
                 running += 1
@@ -242,17 +198,17 @@ async def _run_all(
 
 def work_of(choices: Sequence[Choice]) -> Work:
     """The engine's work for choices that have finished or were aborted."""
-    first = [choice for choice in choices if choice.first]
+    scoring = [choice for choice in choices if choice.is_first_of_prompt]
     handles = [choice.handle for choice in choices if choice.handle is not None]
     started = [handle.times for handle in handles if handle.times.admitted]
     ended = [times for times in started if times.last]
     return Work(
-        prompt_tokens=sum(len(choice.request.prompt_token_ids) for choice in first),
-        cached_tokens=sum(choice.handle.cached_tokens for choice in first if choice.handle is not None),
+        prompt_tokens=sum(len(choice.request.prompt_token_ids) for choice in scoring),
+        cached_tokens=sum(choice.handle.cached_tokens for choice in scoring if choice.handle is not None),
         completion_tokens=sum(choice.num_tokens for choice in choices),
-        queue=max((times.admitted - times.arrived for times in started), default=None),
-        prefill=max(((times.first or times.last) - times.admitted for times in ended), default=None),
-        decode=max((times.last - times.first for times in ended if times.first), default=None),
+        queue_seconds=max((times.admitted - times.arrived for times in started), default=None),
+        prefill_seconds=max(((times.first or times.last) - times.admitted for times in ended), default=None),
+        decode_seconds=max((times.last - times.first for times in ended if times.first), default=None),
     )
 
 

@@ -4,10 +4,11 @@ import asyncio
 import logging
 import math
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,12 +16,13 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from serve.api.context import Context
-from serve.api.generation import Choice, Prompt, collect, engine_errors, make_choices, merge, request_for, work_of
+from serve.api.errors import invalid
+from serve.api.generation import Choice, Prompt, collect, engine_errors, merge, work_of
 from serve.api.json_stream import Body
 from serve.api.logprobs import TokenNames
 from serve.api.middleware import AnswerRecord, record_of
 from serve.api.parsing import json_object, validated
-from serve.api.requests import GenerationRequest
+from serve.api.requests import GenerationRequest, StreamOptions
 from serve.api.sampling_params import sampling_params, stop_strings
 from serve.api.sse import json_or_disconnect, stream_or_disconnect
 from serve.api.validation import (
@@ -54,28 +56,6 @@ class Job[B: GenerationRequest]:
     names: TokenNames
 
 
-@dataclass(slots=True)
-class Usage:
-    """Token counts of a response; a prompt counts once for all its choices."""
-
-    prompt_tokens: int
-    completion_tokens: int = 0
-    cached_tokens: int = 0  # prompt tokens found in the prefix cache
-
-    def open(self, choice: Choice, output: Output) -> None:
-        """Count the cached tokens of a choice's prompt; to be called once per choice."""
-        if choice.first:
-            self.cached_tokens += output.cached_tokens
-
-    def fields(self) -> dict[str, Any]:
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
-
-
 class Handler[B: GenerationRequest](ABC):
     """A generating endpoint: read, validate, tokenize, submit, render."""
 
@@ -105,7 +85,7 @@ class Handler[B: GenerationRequest](ABC):
 
     async def _respond(self, request: HTTPRequest, job: Job[B]) -> Response:
         engine = self._context.engine
-        requests = [*(choice.request for choice in job.choices), *(prompt.full_rows for prompt in job.prompts)]
+        requests = [*(choice.request for choice in job.choices), *(prompt.full_vocab_request for prompt in job.prompts)]
         request_ids = [request.id for request in requests if request is not None]
 
         def abort() -> None:
@@ -128,7 +108,9 @@ class Handler[B: GenerationRequest](ABC):
         body = context.model.defaults.fill(validated(self.model, json_object(data), context.fields))
         check_common(body)
         alternatives, echoed = self._alternatives(body)
-        check_logprob_token_ids(body, shown=alternatives is not None, limits=limits)
+        check_logprob_token_ids(body, has_logprobs=alternatives is not None, limits=limits)
+        if body.logprob_token_ids is not None:
+            alternatives = len(body.logprob_token_ids)
         prompt_logprobs = read_prompt_logprobs(body, echoed, limits)
         header = self._header(body, record)
         prompts = self._prompts(body)
@@ -137,16 +119,11 @@ class Handler[B: GenerationRequest](ABC):
         copies = (body.n or 1) if self.repeats_prompt_logprobs and not body.stream else 1
         check_prompt_logprobs(prompt_logprobs, ids, copies, limits)
         check_start(body, ids)
-        prototype = self._prototype(body, record, alternatives)
-        choices = make_choices(body, prompts, prototype, prompt_logprobs.scoring)
+        choices = self._choices(body, record, prompts, prompt_logprobs, alternatives)
         record.measure = lambda: work_of(choices)
         if config.enable_log_requests:
             self._log(header, body, ids)
         _release_texts(body)
-        if prompt_logprobs.full_rows:
-            params = SamplingParams(0, prompt=PromptScoring(prompt_logprobs.start, full_vocab=True))
-            for prompt in prompts:
-                prompt.full_rows = request_for(prompt, prototype.request, params)
         as_ids = body.return_tokens_as_token_ids
         return Job(
             body=body,
@@ -171,37 +148,57 @@ class Handler[B: GenerationRequest](ABC):
             header["logprobs_mode"] = mode
         return header
 
-    def _prototype(self, body: B, record: AnswerRecord, alternatives: int | None) -> Choice:
-        """A choice with everything that the choices of a request share."""
+    def _choices(
+        self,
+        body: B,
+        record: AnswerRecord,
+        prompts: Sequence[Prompt],
+        requested: PromptLogprobs,
+        alternatives: int | None,
+    ) -> list[Choice]:
+        """n choices per prompt, in the order of their indices."""
         config, tokenizer = self._context.config, self._context.model.tokenizer
         mode = body.logprobs_mode or config.logprobs_mode
-        params = sampling_params(body, tokenizer, self._context.engine.limits, processed=mode == "processed_logprobs")
+        shared = sampling_params(body, tokenizer, self._context.engine.limits, processed=mode == "processed_logprobs")
         salt = body.cache_salt or ""
         if config.prefix_cache_per_key and record.key:
             salt = f"{record.key}/{salt}"  # unambiguous: a salt contains no slash
         timeout = min(config.request_timeout, math.inf if body.timeout is None else body.timeout)
-        request = Request("", [], params, body.priority or 0, salt, config.queue_timeout, record.began + timeout)
-        return Choice(
-            index=0,
-            prompt=Prompt([], 0),
-            request=request,
-            make_decoder=partial(
-                OutputDecoder,
-                tokenizer,
-                StopStrings(stop_strings(body)),
-                eos_token_ids=frozenset() if body.ignore_eos else tokenizer.eos_token_ids,
-                include_stop=bool(body.include_stop_str_in_output),
-                skip_special_tokens=body.skip_special_tokens is not False,
-            ),
-            first=True,
-            alternatives=None if alternatives is None else len(body.logprob_token_ids or ()) or alternatives,
+        make_decoder = partial(
+            OutputDecoder,
+            tokenizer,
+            StopStrings(stop_strings(body)),
+            eos_token_ids=frozenset() if body.ignore_eos else tokenizer.eos_token_ids,
+            include_stop=bool(body.include_stop_str_in_output),
+            skip_special_tokens=body.skip_special_tokens is not False,
         )
+
+        def new_request(prompt: Prompt, params: SamplingParams, queue_timeout: float = config.queue_timeout) -> Request:
+            deadline = record.began + timeout
+            return Request(uuid.uuid4().hex, prompt.ids, params, body.priority or 0, salt, queue_timeout, deadline)
+
+        choices: list[Choice] = []
+        for prompt in prompts:
+            if shared.min_tokens > prompt.max_tokens:
+                message = f"`min_tokens` exceeds the {prompt.max_tokens} tokens that may be generated."
+                raise invalid("min_tokens", message)
+            if requested.full_vocab:
+                rows = PromptScoring(requested.start, full_vocab=True)
+                prompt.full_vocab_request = new_request(prompt, SamplingParams(0, prompt=rows))
+            for i in range(body.n or 1):
+                seed = None if body.seed in (None, -1) else body.seed + i
+                scoring = None if i else requested.scoring
+                params = replace(shared, max_tokens=prompt.max_tokens, seed=seed, prompt=scoring)
+                # All wait behind the first one, whose time in the queue is limited.
+                request = new_request(prompt, params, math.inf) if choices else new_request(prompt, params)
+                choices.append(Choice(len(choices), prompt, request, make_decoder, i == 0, alternatives))
+        return choices
 
     def _log(self, header: dict[str, Any], body: B, prompts: Sequence[list[int]]) -> None:
         texts = [self._context.model.tokenizer.decode(ids, skip_special_tokens=False) for ids in prompts]
-        shown = [text[: self._context.config.max_log_len] for text in texts]
+        starts = [text[: self._context.config.max_log_len] for text in texts]
         fields = body.model_dump(exclude_none=True, exclude={"prompt", "messages", "prompt_token_ids"})
-        logger.warning("request %s: prompts %r, fields %r", header["id"], shown, fields)
+        logger.warning("request %s: prompts %r, fields %r", header["id"], starts, fields)
 
     async def _deltas(self, job: Job[B]) -> AsyncGenerator[tuple[Choice, Output]]:
         """Run the choices and yield what each step adds to them. Metrics are updated when all have finished."""
@@ -220,40 +217,34 @@ class Handler[B: GenerationRequest](ABC):
         return await asyncio.to_thread(self._render, job, outputs)
 
     async def _chunks(self, job: Job[B]) -> AsyncGenerator[dict[str, Any]]:
-        usage, final, continuous = self._usage(job)
+        options = job.body.stream_options or StreamOptions()
+        ends_with_usage = self._context.config.enable_force_include_usage or bool(options.include_usage)
+        prompt_tokens, generated, cached = _prompt_tokens(job), 0, 0
         opened: set[int] = set()
 
-        def chunk(fields: dict[str, Any]) -> dict[str, Any]:
-            return job.header | fields | ({"usage": usage.fields()} if continuous else {})
+        def chunk(fields: dict[str, Any], *, with_usage: bool) -> dict[str, Any]:
+            return job.header | fields | ({"usage": _usage(prompt_tokens, generated, cached)} if with_usage else {})
 
+        continuous = ends_with_usage and bool(options.continuous_usage_stats)
         async with aclosing(self._deltas(job)) as deltas:
             async for choice, delta in deltas:
                 if choice.index not in opened:
                     opened.add(choice.index)
-                    usage.open(choice, delta)
+                    cached += delta.cached_tokens if choice.is_first_of_prompt else 0
                     if (opening := await self._opening(job, choice)) is not None:
-                        yield chunk(opening)
-                usage.completion_tokens += len(delta.token_ids)
-                yield chunk({"choices": [await self._chunk_choice(job, choice, delta)]})
-        if final:
-            yield job.header | {"choices": [], "usage": usage.fields()}
+                        yield chunk(opening, with_usage=continuous)
+                generated += len(delta.token_ids)
+                yield chunk({"choices": [await self._chunk_choice(job, choice, delta)]}, with_usage=continuous)
+        if ends_with_usage:
+            yield chunk({"choices": []}, with_usage=True)
 
     def _prompt_fields(self, job: Job[B], prompt: Prompt) -> dict[str, Any]:
         return self._context.prompt_logprobs.fields(job.prompt_logprobs, prompt)
 
-    def _usage(self, job: Job[B]) -> tuple[Usage, bool, bool]:
-        """Usage before generation; whether a stream ends with it, and whether every chunk contains it."""
-        usage = Usage(sum(len(prompt.ids) for prompt in job.prompts))
-        options = job.body.stream_options
-        final = self._context.config.enable_force_include_usage or bool(options and options.include_usage)
-        return usage, final, final and bool(options and options.continuous_usage_stats)
-
     def _total_usage(self, job: Job[B], outputs: Sequence[Output]) -> dict[str, Any]:
-        usage, _, _ = self._usage(job)
-        for choice, output in zip(job.choices, outputs, strict=True):
-            usage.open(choice, output)
-            usage.completion_tokens += len(output.token_ids)
-        return usage.fields()
+        pairs = zip(job.choices, outputs, strict=True)
+        cached = sum(output.cached_tokens for choice, output in pairs if choice.is_first_of_prompt)
+        return _usage(_prompt_tokens(job), sum(len(output.token_ids) for output in outputs), cached)
 
     @abstractmethod
     def _alternatives(self, body: B) -> tuple[int | None, int | None]:
@@ -277,16 +268,30 @@ class Handler[B: GenerationRequest](ABC):
         """A choice in a chunk."""
 
 
-def chunk_choice(
-    job: Job[Any], choice: Choice, delta: Output, text: dict[str, Any], logprobs: dict[str, Any] | None
+def choice_fields(
+    job: Job[Any], choice: Choice, output: Output, text: dict[str, Any], logprobs: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """A choice in a chunk of a stream; `text` is the field that contains the text."""
-    fields = {"index": choice.index, **text, "logprobs": logprobs, "finish_reason": delta.finish_reason}
-    if delta.finish_reason is not None:
-        fields["stop_reason"] = delta.stop_reason
-    if job.body.return_token_ids:
-        fields["token_ids"] = delta.token_ids
+    """A choice of a response or in a chunk; `text` is the field that contains the text."""
+    fields = {"index": choice.index, **text, "logprobs": logprobs, "finish_reason": output.finish_reason}
+    if output.finish_reason is not None:
+        fields["stop_reason"] = output.stop_reason
+    if job.body.return_token_ids or not job.body.stream:
+        fields["token_ids"] = output.token_ids if job.body.return_token_ids else None
     return fields
+
+
+def _prompt_tokens(job: Job[Any]) -> int:
+    return sum(len(prompt.ids) for prompt in job.prompts)
+
+
+def _usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """`usage`; a prompt counts once for all its choices, and `cached_tokens` of it were found in the prefix cache."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
 
 
 def _release_texts(body: GenerationRequest) -> None:

@@ -42,14 +42,14 @@ class Readiness:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The engine's work for one HTTP request. Times are in seconds, the maximum over its choices."""
+    """The engine's work for one HTTP request. Times are the maximum over its choices."""
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
-    queue: float | None  # from arrival in the engine until the request ran; None if it never ran
-    prefill: float | None  # from there to the first token, or to the last log-prob of the prompt
-    decode: float | None  # from the first token to the last
+    queue_seconds: float | None  # from arrival in the engine until the request ran; None if it never ran
+    prefill_seconds: float | None  # from there to the first token, or to the last log-prob of the prompt
+    decode_seconds: float | None  # from the first token to the last
 
 
 @dataclass(slots=True)

@@ -46,9 +46,9 @@ class PromptLogprobsWriter:
         k, start, ids = requested.shown, requested.start, prompt.ids
         if k is None:
             return {"prompt_logprobs": None}
-        if prompt.full_rows is not None:
+        if prompt.full_vocab_request is not None:
             scores = prompt.logprobs(self._engine.limits.max_logprobs, start)
-            return {"prompt_logprobs": Placeholder(self._full_rows(prompt.full_rows, scores, k))}
+            return {"prompt_logprobs": Placeholder(self._full_vocab(prompt.full_vocab_request, scores, k))}
         scores = prompt.logprobs(k, start)
         if requested.columns:
             columns = {
@@ -63,7 +63,7 @@ class PromptLogprobsWriter:
             return {"prompt_logprobs": None, "prompt_logprobs_columns": columns}
         return {"prompt_logprobs": orjson.Fragment(self._entries.entries(ids, scores, start))}
 
-    async def _full_rows(self, request: Request, scores: TokenLogprobs, k: int) -> AsyncGenerator[bytes]:
+    async def _full_vocab(self, request: Request, scores: TokenLogprobs, k: int) -> AsyncGenerator[bytes]:
         """`prompt_logprobs` over the full vocabulary, one row at a time, so that memory is bounded.
 
         The pages of `request` (PromptScoring.full_vocab) are pinned while rows are read, and it needs no others then,
@@ -127,8 +127,8 @@ class EntryWriter:
                 text = whole_text(self._tokenizer, token_id)
                 name = self._names[token_id] = None if text is None else orjson.dumps(text).decode()
             if name is None:
-                before = prompt[max(0, position - _CONTEXT) : position]
-                name = orjson.dumps(decoded_tokens(self._tokenizer, before, [token_id])[0]).decode()
+                preceding = prompt[max(0, position - _CONTEXT) : position]
+                name = orjson.dumps(decoded_tokens(self._tokenizer, preceding, [token_id])[0]).decode()
             names.append(name)
         return names
 

@@ -26,7 +26,7 @@ class PromptLogprobs:
     echoed: int | None  # alternatives per token of an echoed prompt; None: no log-probs in the echo
     scoring: PromptScoring | None  # for the engine; None: no log-probs of the prompt
     columns: bool = False  # arrays instead of one object per token
-    full_rows: bool = False  # `shown` exceeds the engine's maximum: full rows are read from the engine
+    full_vocab: bool = False  # `shown` exceeds the engine's maximum: rows over the full vocabulary are read
 
     @property
     def start(self) -> int:
@@ -89,11 +89,10 @@ def check_requested_ids(param: str, ids: Collection[int], limits: EngineLimits) 
     check_ids(param, ids, limits)
 
 
-def check_logprob_token_ids(body: GenerationRequest, *, shown: bool, limits: EngineLimits) -> None:
-    """Check `logprob_token_ids`; `shown` tells whether the answer contains log-probs of generated tokens."""
+def check_logprob_token_ids(body: GenerationRequest, *, has_logprobs: bool, limits: EngineLimits) -> None:
     if body.logprob_token_ids is None:
         return
-    if not shown:
+    if not has_logprobs:
         raise invalid("logprob_token_ids", "`logprob_token_ids` needs `logprobs`.")
     check_requested_ids("logprob_token_ids", body.logprob_token_ids, limits)
 
@@ -159,21 +158,21 @@ def read_prompt_logprobs(body: GenerationRequest, echoed: int | None, limits: En
     start = body.prompt_logprobs_start or 0
     if start and shown is None:
         raise invalid("prompt_logprobs_start", "`prompt_logprobs_start` needs `prompt_logprobs`.")
-    full_rows = ids is None and shown is not None and not 0 <= shown <= limits.max_logprobs
-    if full_rows:
-        _check_full_vocabulary(shown or 0, limits)
+    full_vocab = ids is None and shown is not None and not 0 <= shown <= limits.max_logprobs
+    if full_vocab:
+        _check_full_vocab(shown or 0, limits)
         shown = limits.vocab_size if shown == -1 else min(shown or 0, limits.vocab_size)
     columns = body.prompt_logprobs_format == "columns"
     if columns and shown is None:
         raise invalid("prompt_logprobs_format", "`prompt_logprobs_format` needs `prompt_logprobs`.")
-    if columns and full_rows:
+    if columns and full_vocab:
         message = f"`prompt_logprobs_format`: columns hold at most {limits.max_logprobs} alternatives per token."
         raise invalid("prompt_logprobs_format", message)
     scoring = None if shown is None else PromptScoring(max(1, start), tuple(ids or ()))
-    return PromptLogprobs(shown, echoed, scoring, columns, full_rows)
+    return PromptLogprobs(shown, echoed, scoring, columns, full_vocab)
 
 
-def _check_full_vocabulary(k: int, limits: EngineLimits) -> None:
+def _check_full_vocab(k: int, limits: EngineLimits) -> None:
     if limits.full_vocab:
         return
     if k >= 0:
@@ -202,7 +201,7 @@ def check_prompt_logprobs(
     ids = () if requested.scoring is None else requested.scoring.requested_ids
     largest_row = max(limits.max_logprobs, len(ids)) + 1
     # Full rows are written while they are sent, and once; only their best alternatives are held.
-    row = (largest_row if requested.full_rows else shown * copies) + echoed * copies
+    row = (largest_row if requested.full_vocab else shown * copies) + echoed * copies
     count = row * sum(max(0, len(prompt) - requested.start) for prompt in prompts)
     maximum = max(_MAX_PROMPT_LOGPROBS, _FULL_LENGTHS * limits.max_model_len * largest_row)
     if count > maximum:

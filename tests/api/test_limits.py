@@ -322,7 +322,7 @@ class QueuedChoice:
     """A choice that stays in the queue until it may finish."""
 
     def __init__(self, index: int, room: Room) -> None:
-        self.prompt, self.first = index, True
+        self.prompt, self.is_first_of_prompt = index, True
         self._index, self._room = index, room
 
     def admit(self, _: object, *, bypass_limits: bool) -> None:
@@ -353,7 +353,7 @@ class FakeChoice:
     """Yields `count` deltas at once, then fails or finishes; with None it waits forever."""
 
     def __init__(self, prompt: int, count: int | None, error: Exception | None = None) -> None:
-        self.prompt, self.first = prompt, True
+        self.prompt, self.is_first_of_prompt = prompt, True
         self._count, self._error = count, error
         self.cut = asyncio.Event()
         self.aborted = False

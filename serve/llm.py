@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from serve.config.config import EngineConfig, SamplingConfig
+from serve.config.config import QUEUE_LIMITS, EngineConfig
 from serve.config.options import from_keywords
 from serve.engine.engine import Engine
 from serve.engine.request import EngineStoppedError
@@ -35,7 +35,7 @@ from serve.text.chat import ChatFormat, PromptError, check_messages, check_text_
 
 type TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 
-_LOG_OPTIONS = ("log_format", "log_level")  # of a process
+_PROCESS_OPTIONS = ("log_format", "log_level", *QUEUE_LIMITS)  # of commands and servers
 _REQUESTS_PER_SEQ = 4  # requests in the engine for each that runs, so that it never waits for one
 _MAX_TOKENS = 2**17  # prompt tokens in flight
 _DEFAULT_MAX_TOKENS = 16  # of generate(), as in OpenAI's completions
@@ -70,7 +70,7 @@ class LLM:
             ValueError: an option has a wrong value.
             StartupError: the model cannot be loaded.
         """
-        config = from_keywords(SamplingConfig, options | {"model": model}, without=_LOG_OPTIONS)
+        config = from_keywords(EngineConfig, options | {"model": model}, without=_PROCESS_OPTIONS)
         shows_progress = sys.stderr.isatty() if progress is None else progress
         reporter = Reporter(console=Console(stderr=True, highlight=False) if shows_progress else None)
         self._start(config, reporter, shows_progress=shows_progress)

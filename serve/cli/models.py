@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve.config.options import CommandLine, option
+from serve.config.options import CommandLine, option, switch
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,8 +30,8 @@ examples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelsConfig:
-    folder: tuple[Path, ...] = option("Models", "folder to search", Path, default=(), many=True, positional=True)
-    json: bool = option("Models", "print a JSON list", None, default=False)
+    folder: tuple[Path, ...] = option("Models", "folder to search", Path, default=(), many=True, metavar="FOLDER")
+    json: bool = switch("Models", "print a JSON list")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,11 @@ class LocalModel:
 def parse_args(arguments: Sequence[str]) -> ModelsConfig:
     """Parse the command line; a mistake exits with code 2 and names the flag."""
     line = CommandLine(
-        ModelsConfig, prog="logprobd models", description="List the models on this machine.", epilog=_EPILOG
+        ModelsConfig,
+        prog="logprobd models",
+        description="List the models on this machine.",
+        epilog=_EPILOG,
+        positional="folder",
     )
     return line.read(arguments)
 

@@ -1,4 +1,4 @@
-"""Configuration objects: EngineConfig of a model and its engine, SamplingConfig, and ServeConfig of a server.
+"""Configuration objects: EngineConfig of a model and its engine, and ServeConfig of a server.
 
 Each flag is declared here, once, and read where it is used. Flags have vLLM's names where vLLM has them.
 """
@@ -7,28 +7,20 @@ import ipaddress
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from serve.config.options import option
-from serve.config.values import Between, MemoryAmount, api_key, parse_bytes, parse_memory, strings
+from serve.config.options import API, LOGPROBS, MODEL, NETWORK, PROCESS, SCHEDULING, option, switch
+from serve.config.values import Between, MemoryAmount, OneOf, api_key, parse_bytes, parse_memory, strings
 
 DEFAULT_MAX_LOGPROBS = 20
+# Options of EngineConfig that only some commands have as flags.
+SAMPLING_DEFAULTS = ("generation_config", "override_generation_config", "seed")
+QUEUE_LIMITS = ("max_num_queued_reqs", "max_num_queued_tokens")
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 
 _MAX_LOGPROBS_LIMIT = 1024  # a program with a larger top-k would be slow for every request
-
-# Headings of --help, after the groups of a command's own options.
-MODEL = "Model"
-LOGPROBS = "Log-probs"
-SCHEDULING = "Scheduling and memory"
-NETWORK = "Network and security"
-API = "API"
-PROCESS = "Logs and process"
-GROUPS = (MODEL, LOGPROBS, SCHEDULING, NETWORK, API, PROCESS)
-
 _LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")  # as in a Host header
-_MODEL_HELP = "hub id, local folder or .gguf file; default: SmolLM2-135M-Instruct"
 
 
 def _max_logprobs(text: str) -> int:
@@ -39,35 +31,44 @@ def _max_logprobs(text: str) -> int:
 class EngineConfig:
     """The model and how it runs. Raises ValueError for contradicting options."""
 
-    model: str | None = option(MODEL, _MODEL_HELP, metavar="MODEL")
+    needs_chat_template: ClassVar[bool] = False  # refuse a model without a chat template
+
+    model: str | None = option(
+        MODEL, "hub id, local folder or .gguf file; default: SmolLM2-135M-Instruct", metavar="MODEL"
+    )
     tokenizer: Path | None = option(MODEL, "local folder or .gguf file; default: the model's own", Path, metavar="PATH")
     revision: str | None = option(MODEL, "branch, tag or commit of a hub id", metavar="NAME")
     dtype: str = option(
         MODEL,
         "dtype of weights and KV cache; auto: float32 if the model is stored as float32, else bfloat16",
-        choices=("auto", "bfloat16", "float32"),
+        OneOf(("auto", "bfloat16", "float32")),
         default="auto",
     )
     quantization: str | None = option(
         MODEL,
         "weight quantization; int8: one scale per 32 weights, GGUF's Q8_0 is used as stored; default: none",
-        choices=("int8",),
+        OneOf(("int8",)),
     )
     chat_template: str | None = option(MODEL, "Jinja file or template text; overrides the model's", metavar="FILE")
-    # Flags of some commands only; the others use these defaults.
-    generation_config: str = "vllm"
-    override_generation_config: str = "{}"
-    seed: int | None = None
-    max_num_queued_reqs: int = 1024
-    max_num_queued_tokens: int | None = None
-    needs_chat_template: bool = False  # refuse a model without a chat template
+    generation_config: str = option(
+        MODEL, "sampling defaults: auto (the model's file), vllm (none) or a path", default="auto", metavar="PATH"
+    )
+    override_generation_config: str = option(
+        MODEL,
+        "JSON object of sampling defaults; takes precedence over --generation-config",
+        default="{}",
+        metavar="JSON",
+    )
 
     max_logprobs: int = option(
         LOGPROBS,
-        "maximum number of alternatives per token; -1: 20, but any number, or -1 for all tokens, in prompt_logprobs",
+        "maximum number of alternatives per token; -1: 20 for generated tokens, the full vocabulary for prompt tokens",
         _max_logprobs,
         default=DEFAULT_MAX_LOGPROBS,
         metavar="N",
+    )
+    seed: int | None = option(
+        LOGPROBS, "seed for requests without one; default: random at each start", Between(0, (1 << 63) - 1)
     )
 
     max_model_len: int | None = option(
@@ -83,8 +84,16 @@ class EngineConfig:
         "as 0.5; default: 1GiB, or more if one request of maximum length needs it",
         parse_memory,
     )
-    enable_prefix_caching: bool = option(
-        SCHEDULING, "reuse the KV cache of prompts that start with the same tokens", None, default=True
+    enable_prefix_caching: bool = switch(
+        SCHEDULING, "reuse the KV cache of prompts that start with the same tokens", default=True
+    )
+    max_num_queued_reqs: int = option(
+        SCHEDULING, "maximum number of unfinished requests; more get 429", Between(1, 1 << 20), default=1024
+    )
+    max_num_queued_tokens: int | None = option(
+        SCHEDULING,
+        "maximum number of prompt tokens of all unfinished requests; more get 429; default: no limit",
+        Between(1, 1 << 40),
     )
     tensor_parallel_size: int = option(
         SCHEDULING, "number of devices to shard the model across", Between(1, 1024), default=1
@@ -95,13 +104,13 @@ class EngineConfig:
     log_format: str = option(
         PROCESS,
         "start-up messages and logs on stderr; auto: a live display on a terminal, else plain lines",
-        choices=("auto", "plain", "json"),
+        OneOf(("auto", "plain", "json")),
         default="auto",
     )
     log_level: str = option(
         PROCESS,
         "log level: debug (also logs each compiled program), info, warning, error",
-        choices=("debug", "info", "warning", "error"),
+        OneOf(("debug", "info", "warning", "error")),
         default="info",
         metavar="LEVEL",
     )
@@ -132,27 +141,7 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingConfig(EngineConfig):
-    """An engine and the defaults of sampling."""
-
-    model: str | None = option(MODEL, _MODEL_HELP, positional=True)
-    generation_config: str = option(
-        MODEL, "sampling defaults: auto (the model's file), vllm (none) or a path", default="auto", metavar="PATH"
-    )
-    override_generation_config: str = option(MODEL, "JSON object that overrides them", default="{}", metavar="JSON")
-    seed: int | None = option(
-        LOGPROBS, "seed for requests without one; default: random at each start", Between(0, (1 << 63) - 1)
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeConfig(SamplingConfig):
-    max_num_queued_reqs: int = option(
-        SCHEDULING, "maximum number of unfinished requests; more get 429", Between(1, 1 << 20), default=1024
-    )
-    max_num_queued_tokens: int | None = option(
-        SCHEDULING, "maximum number of their prompt tokens; more get 429; default: no limit", Between(1, 1 << 40)
-    )
+class ServeConfig(EngineConfig):
     queue_timeout: float = option(
         SCHEDULING,
         "maximum time in the queue, else 503; default: no limit",
@@ -165,7 +154,7 @@ class ServeConfig(SamplingConfig):
         Between(0.001, 86400.0, "SECONDS"),
         default=math.inf,
     )
-    prefix_cache_per_key: bool = option(SCHEDULING, "share no cached prompts between API keys", None, default=False)
+    prefix_cache_per_key: bool = switch(SCHEDULING, "share no cached prompts between API keys")
     watchdog_timeout: int = option(
         SCHEDULING, "exit if a step takes longer than this; 0: never", Between(0, 86400, "SECONDS"), default=300
     )
@@ -174,7 +163,7 @@ class ServeConfig(SamplingConfig):
     port: int = option(NETWORK, "port to listen on; 0: any free port", Between(0, 65535), default=8000)
     uds: Path | None = option(NETWORK, "Unix socket to listen on, instead of host and port", Path, metavar="PATH")
     ssl_keyfile: Path | None = option(NETWORK, "private key; serves HTTPS", Path)
-    ssl_certfile: Path | None = option(NETWORK, "certificate of that key", Path)
+    ssl_certfile: Path | None = option(NETWORK, "certificate for --ssl-keyfile", Path)
     ssl_ca_certs: Path | None = option(
         NETWORK, "CA certificates; clients must present a certificate signed by one of them", Path
     )
@@ -188,7 +177,7 @@ class ServeConfig(SamplingConfig):
         metavar="KEY",
     )
     api_key_file: Path | None = option(
-        NETWORK, "file with more keys, one per line; unlike --api-key, other users of the machine cannot see them", Path
+        NETWORK, "file of API keys, one per line; unlike --api-key, other users of the machine cannot see them", Path
     )
     allowed_hosts: tuple[str, ...] | None = option(
         NETWORK,
@@ -201,7 +190,7 @@ class ServeConfig(SamplingConfig):
     )
     allowed_methods: tuple[str, ...] = option(NETWORK, "CORS: allowed methods, as a JSON list", strings, default=("*",))
     allowed_headers: tuple[str, ...] = option(NETWORK, "CORS: allowed headers, as a JSON list", strings, default=("*",))
-    allow_credentials: bool = option(NETWORK, "CORS: allow credentials", None, default=False)
+    allow_credentials: bool = switch(NETWORK, "CORS: allow credentials")
     client_timeout: float = option(
         NETWORK,
         "maximum time for a client to send a request, and to read data that is ready",
@@ -219,13 +208,13 @@ class ServeConfig(SamplingConfig):
         API,
         "log-probs of generated tokens: raw_logprobs, or processed_logprobs (after penalties, masks, temperature and "
         "filters)",
-        choices=("raw_logprobs", "processed_logprobs"),
+        OneOf(("raw_logprobs", "processed_logprobs")),
         default="raw_logprobs",
         metavar="MODE",
     )
-    return_tokens_as_token_ids: bool = option(API, "write tokens as token_id:123", None, default=False)
-    trust_request_chat_template: bool = option(
-        API, "accept chat templates in requests; each is rendered in a separate process", None, default=False
+    return_tokens_as_token_ids: bool = switch(API, "write tokens as token_id:123")
+    trust_request_chat_template: bool = switch(
+        API, "accept chat templates in requests; each is rendered in a separate process"
     )
     max_body_bytes: int = option(
         API, "maximum size of a request, such as 64MiB, else 413", parse_bytes, default=16 << 20
@@ -243,19 +232,19 @@ class ServeConfig(SamplingConfig):
         default=4096,
     )
     response_role: str = option(API, "role of generated messages", default="assistant", metavar="NAME")
-    enable_force_include_usage: bool = option(API, "end every stream with its token usage", None, default=False)
-    disable_fastapi_docs: bool = option(API, "do not serve /docs and /openapi.json", None, default=False)
+    enable_force_include_usage: bool = switch(API, "end every stream with its token usage")
+    disable_fastapi_docs: bool = switch(API, "do not serve /docs and /openapi.json")
 
-    vllm_metrics: bool = option(PROCESS, "export metrics under vLLM's names, too", None, default=False)
-    disable_uvicorn_access_log: bool = option(PROCESS, "disable the access log", None, default=False)
-    enable_log_requests: bool = option(PROCESS, "log the id, prompt and fields of requests", None, default=False)
+    vllm_metrics: bool = switch(PROCESS, "export metrics under vLLM's names, too")
+    disable_uvicorn_access_log: bool = switch(PROCESS, "disable the access log")
+    enable_log_requests: bool = switch(PROCESS, "log the id, prompt and fields of requests")
     max_log_len: int | None = option(
         PROCESS, "maximum number of characters of a logged prompt; default: no limit", Between(0, 1 << 30)
     )
     uvicorn_log_level: str = option(
         PROCESS,
         "log level of the HTTP server: critical, error, warning, info, debug, trace",
-        choices=("critical", "error", "warning", "info", "debug", "trace"),
+        OneOf(("critical", "error", "warning", "info", "debug", "trace")),
         default="warning",
         metavar="LEVEL",
     )
@@ -264,7 +253,7 @@ class ServeConfig(SamplingConfig):
     )
 
     def __post_init__(self) -> None:
-        SamplingConfig.__post_init__(self)  # super() does not work in dataclasses with slots before Python 3.14
+        EngineConfig.__post_init__(self)  # super() does not work in dataclasses with slots before Python 3.14
         if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
             raise ValueError("argument --ssl-keyfile: requires --ssl-certfile, and vice versa")
         if self.ssl_ca_certs is not None and self.ssl_certfile is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from serve.config.config import GROUPS, ServeConfig
+from serve.config.config import ServeConfig
 from serve.config.options import CommandLine, argument_type
 from serve.config.values import OneOf, api_key
 
@@ -57,7 +57,7 @@ def server_flags[C: ServeConfig](
     def complete(values: dict[str, Any]) -> None:
         values["api_key"] = _all_keys(values.get("api_key", ()), values.get("api_key_file"), environ)
 
-    line = CommandLine(kind, prog=prog, description=description, epilog=_EPILOG, order=GROUPS, complete=complete)
+    line = CommandLine(kind, prog=prog, description=description, epilog=_EPILOG, positional="model", complete=complete)
     for name in _ALWAYS_ON:
         line.parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
     for name, value in _ONE_VALUE.items():

@@ -14,6 +14,15 @@ from typing import Any, NoReturn
 from serve import __version__
 from serve.config.values import Between, OneOf, parse_bytes, parse_memory, strings, suggestion
 
+# Headings of --help, after the groups of a command's own options.
+MODEL = "Model"
+LOGPROBS = "Log-probs"
+SCHEDULING = "Scheduling and memory"
+NETWORK = "Network and security"
+API = "API"
+PROCESS = "Logs and process"
+GROUPS = (MODEL, LOGPROBS, SCHEDULING, NETWORK, API, PROCESS)
+
 _KEY = "option"
 _MAX_COLUMNS = 100  # width of --help
 _PLACEHOLDERS = {Path: "FILE", parse_bytes: "BYTES", parse_memory: "BYTES", strings: "JSON"}
@@ -27,32 +36,38 @@ class Option:
     help: str
     parse: Callable[[str], Any] | None  # raises ValueError; None: a switch with a --no- form
     many: bool  # repeatable flag; the field is a tuple
-    positional: bool  # the flag may be omitted
     metavar: str  # placeholder of the value in --help
 
 
 def option(
     group: str,
     text: str,
-    parse: Callable[[str], Any] | None = str,
+    parse: Callable[[str], Any] = str,
     *,
     default: Any = None,
-    choices: tuple[str, ...] = (),
     many: bool = False,
-    positional: bool = False,
     metavar: str = "",
 ) -> Any:
     """A dataclass field that is a flag, with `text` as its help; --max-len sets the field `max_len`.
 
     Args:
-        parse: converts the flag's value, raising ValueError; None makes a switch.
+        parse: converts the flag's value, raising ValueError.
         default: dataclasses.MISSING for a required option.
-        metavar: by default the choices, or what `parse` implies.
+        metavar: by default what `parse` implies.
     """
-    if choices:
-        parse, metavar = OneOf(choices), metavar or "|".join(choices)
-    metadata = {_KEY: Option(group, text, parse, many, positional, metavar or _placeholder(parse))}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(
+        default=default, metadata={_KEY: Option(group, text, parse, many, metavar or _placeholder(parse))}
+    )
+
+
+def switch(group: str, text: str, *, default: bool = False) -> Any:
+    """A dataclass field that is a flag without a value; --no-NAME turns it off."""
+    return dataclasses.field(default=default, metadata={_KEY: Option(group, text, None, many=False, metavar="")})
+
+
+def with_default(kind: type, name: str, default: Any) -> Any:
+    """The option `name` of the dataclass `kind`, with another default."""
+    return dataclasses.field(default=default, metadata=_fields(kind)[name].metadata)
 
 
 class CommandLine[C]:
@@ -64,26 +79,29 @@ class CommandLine[C]:
         *,
         prog: str,
         description: str,
-        epilog: str | None = None,
-        order: Sequence[str] = (),
+        epilog: str,
+        positional: str,
+        without: Collection[str] = (),
         complete: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         """Build the parser.
 
         Args:
-            kind: the dataclass; fields that are not made by `option` keep their defaults.
-            order: the last groups of --help. Other groups precede them in the order of their fields.
+            kind: the dataclass.
+            positional: option that may also be given without its flag.
+            without: options that are not flags of this command and keep their defaults.
             complete: changes the values by field name before `kind` is made of them; raises ValueError.
         """
         self._kind = kind
         self._complete = complete
-        fields = _fields(kind)
+        fields = {name: field for name, field in _fields(kind).items() if name not in without}
         self._options: dict[str, Option] = {name: field.metadata[_KEY] for name, field in fields.items()}
+        self._positional, argument = positional, self._options[positional]
         self._required = [name for name, field in fields.items() if field.default is MISSING]
-        self._positional = [name for name, option in self._options.items() if option.positional]
+        word = positional.upper() + " ..." * argument.many
         self.parser = _Parser(
             prog=prog,
-            usage=" ".join([prog, *map(self._usage, self._positional), "[flags]"]),
+            usage=f"{prog} {word if positional in self._required else f'[{word}]'} [flags]",
             description=description,
             epilog=epilog,
             formatter_class=_Help,
@@ -94,12 +112,15 @@ class CommandLine[C]:
         self.parser.add_argument(
             "--config", type=Path, metavar="FILE", help="YAML file of flags; command-line flags take precedence"
         )
-        for name in self._positional:
-            parse = argument_type(self._options[name].parse or str)
-            count = "*" if self._options[name].many else "?"
-            self.parser.add_argument(name.upper(), nargs=count, type=parse, default=None, help=argparse.SUPPRESS)
+        self.parser.add_argument(
+            positional.upper(),
+            nargs="*" if argument.many else "?",
+            type=argument_type(argument.parse or str),
+            default=None,
+            help=argparse.SUPPRESS,
+        )
         names = dict.fromkeys(option.group for option in self._options.values())
-        ordered = [*(name for name in names if name not in order), *(name for name in order if name in names)]
+        ordered = sorted(names, key=lambda name: GROUPS.index(name) if name in GROUPS else -1)
         groups = {name: self.parser.add_argument_group(name) for name in ordered}
         for name, option in self._options.items():
             _add(groups[option.group], name, option, fields[name].default)
@@ -123,10 +144,6 @@ class CommandLine[C]:
         """
         return self._make(self._parse(self._words(flags)))
 
-    def _usage(self, name: str) -> str:
-        word = name.upper() + " ..." * self._options[name].many
-        return word if name in self._required else f"[{word}]"
-
     def _make(self, values: dict[str, Any]) -> C:
         values = {name: value for name, value in values.items() if name in self._options}
         if missing := [name.upper() for name in self._required if name not in values]:
@@ -143,12 +160,11 @@ class CommandLine[C]:
             switches = [_flag(f"no_{name}") for name, option in self._options.items() if option.parse is None]
             flags = [*map(_flag, self._options), *switches, "--config", "--help", "--version"]
             raise ValueError(f"unrecognized argument {word}{suggestion(word, flags)}")
-        values = vars(namespace)
-        for name in self._positional:
-            if (value := values.pop(name.upper())) not in (None, []):
-                if name in values:
-                    raise ValueError(f"argument {_flag(name)}: {name.upper()} is given twice")
-                values[name] = value
+        values, name = vars(namespace), self._positional
+        if (value := values.pop(name.upper())) not in (None, []):
+            if name in values:
+                raise ValueError(f"argument {_flag(name)}: {name.upper()} is given twice")
+            values[name] = value
         return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
     def _words(self, flags: Mapping[str, Any]) -> list[str]:
@@ -200,8 +216,7 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
 
 
 def _fields(kind: type) -> dict[str, dataclasses.Field[Any]]:
-    """The fields made by `option`, by name."""
-    return {field.name: field for field in dataclasses.fields(kind) if _KEY in field.metadata}
+    return {field.name: field for field in dataclasses.fields(kind)}
 
 
 def _add(group: argparse._ArgumentGroup, name: str, option: Option, default: Any) -> None:
@@ -210,9 +225,8 @@ def _add(group: argparse._ArgumentGroup, name: str, option: Option, default: Any
         switch = group.add_argument(flag, help=text, action=argparse.BooleanOptionalAction)
         switch.metavar = flag.replace("--", "--[no-]", 1) if default is True else flag
         return
-    metavar = name.upper() if option.positional else option.metavar
     action = "append" if option.many else "store"
-    group.add_argument(flag, help=text, type=argument_type(option.parse), metavar=metavar, action=action)
+    group.add_argument(flag, help=text, type=argument_type(option.parse), metavar=option.metavar, action=action)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -259,7 +273,9 @@ def _load_yaml(path: Path) -> Mapping[str, Any]:
     return flags
 
 
-def _placeholder(parse: Callable[[str], Any] | None) -> str:
+def _placeholder(parse: Callable[[str], Any]) -> str:
+    if isinstance(parse, OneOf):
+        return "|".join(parse.choices)
     if isinstance(parse, Between):
         return parse.unit or ("N" if isinstance(parse.low, int) else "X")
     return _PLACEHOLDERS.get(parse, "TEXT")

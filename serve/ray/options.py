@@ -9,7 +9,7 @@ from typing import Any
 from serve.config.config import ServeConfig
 from serve.config.flags import server_flags
 from serve.config.options import CommandLine, option
-from serve.config.values import Between
+from serve.config.values import Between, OneOf
 
 _GROUP = "Replicas"  # heading of --help
 _REPLICAS = Between(1, 1 << 16)
@@ -39,7 +39,7 @@ class RayConfig(ServeConfig):
     device: str = option(
         _GROUP,
         "kind of device to reserve from Ray; a replica takes --tensor-parallel-size of them",
-        choices=("cpu", "cuda", "tpu"),
+        OneOf(("cpu", "cuda", "tpu")),
         default="cpu",
     )
     num_cpus_per_replica: float = option(

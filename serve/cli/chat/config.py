@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from serve.config.config import GROUPS, SCHEDULING, SamplingConfig
-from serve.config.options import CommandLine, option
+from serve.config.config import QUEUE_LIMITS, EngineConfig
+from serve.config.options import CommandLine, option, with_default
 from serve.config.values import Between
 
 _CHAT = "Chat"
@@ -21,12 +22,12 @@ Type /help in the chat for its commands.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChatConfig(SamplingConfig):
+class ChatConfig(EngineConfig):
     """Options of a chat. For sampling, None means the model's default or, without one, OpenAI's."""
 
-    needs_chat_template: bool = True
+    needs_chat_template: ClassVar[bool] = True
 
-    max_num_seqs: int = option(SCHEDULING, "maximum number of running requests", Between(1, 1024), default=1)
+    max_num_seqs: int = with_default(EngineConfig, "max_num_seqs", 1)
 
     system: str | None = option(_CHAT, "system message")
     temperature: float | None = option(
@@ -52,6 +53,7 @@ def parse_args(arguments: Sequence[str]) -> ChatConfig:
         prog="logprobd chat",
         description="A chat in the terminal; each token's color shows how surprising it was to the model.",
         epilog=_EPILOG,
-        order=GROUPS,
+        positional="model",
+        without=QUEUE_LIMITS,
     )
     return line.read(arguments)

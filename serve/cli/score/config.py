@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from serve.config.config import GROUPS, EngineConfig
-from serve.config.options import CommandLine, option
-from serve.config.values import Between
+from serve.config.config import QUEUE_LIMITS, SAMPLING_DEFAULTS, EngineConfig
+from serve.config.options import CommandLine, option, switch
+from serve.config.values import Between, OneOf
 
 _FILES = "Input and output"
 _TEXTS = "Texts and log-probs"
@@ -56,29 +56,29 @@ _RESUMABLE = frozenset(field.name for field in dataclasses.fields(EngineConfig))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreConfig(EngineConfig):
-    file: Path = option(_FILES, "file to score, see below", Path, default=dataclasses.MISSING, positional=True)
+    file: Path = option(_FILES, "file to score, see below", Path, default=dataclasses.MISSING)
     output: Path | None = option(_FILES, "default: FILE's name with .logprobs.jsonl", Path)
-    format: str | None = option(_FILES, "output format; default: by OUTPUT's extension", choices=_FORMATS)
+    format: str | None = option(_FILES, "output format; default: by OUTPUT's extension", OneOf(_FORMATS))
     on_error: str = option(
         _FILES,
         "stop at a malformed line, or skip it; each is reported by number",
-        choices=("stop", "skip"),
+        OneOf(("stop", "skip")),
         default="stop",
     )
     limit: int | None = option(_FILES, "score only the first N lines", Between(1, _MAX))
-    overwrite: bool = option(_FILES, "replace existing output instead of resuming", None, default=False)
+    overwrite: bool = switch(_FILES, "replace existing output instead of resuming")
 
     text_field: str | None = option(_TEXTS, "field that holds the text, token ids or messages", metavar="NAME")
-    add_special_tokens: bool = option(
-        _TEXTS, "add the model's special tokens, such as BOS, to texts; never to chats", None, default=True
+    add_special_tokens: bool = switch(
+        _TEXTS, "add the model's special tokens, such as BOS, to texts; never to chats", default=True
     )
     top_logprobs: int = option(_TEXTS, "number of alternatives per token", Between(0, 1024), default=0, metavar="K")
-    per_token: bool = option(_TEXTS, "write log-probs of each token, not only sums", None, default=True)
+    per_token: bool = switch(_TEXTS, "write log-probs of each token, not only sums", default=True)
     long: str = option(
         _TEXTS,
         "texts above --max-model-len: error, truncate (keep the first tokens) or window (score every token once, in "
         "overlapping windows)",
-        choices=("error", "truncate", "window"),
+        OneOf(("error", "truncate", "window")),
         default="error",
     )
     stride: int | None = option(
@@ -121,8 +121,8 @@ class ScoreConfig(EngineConfig):
 
     @property
     def engine(self) -> EngineConfig:
-        """The engine's options, with max_logprobs of at least top_logprobs."""
-        return replace(self, max_logprobs=max(self.computed_logprobs, self.top_logprobs))
+        """The engine's options, with max_logprobs of at least top_logprobs and without sampling defaults."""
+        return replace(self, max_logprobs=max(self.computed_logprobs, self.top_logprobs), generation_config="vllm")
 
     def identity(self) -> dict[str, Any]:
         """Options that a resumed run must repeat, as JSON values."""
@@ -140,6 +140,7 @@ def parse_args(arguments: Sequence[str]) -> ScoreConfig:
         prog="logprobd score",
         description="Log-prob and rank of every token of a file, as JSONL, CSV or Parquet, and its perplexity.",
         epilog=_EPILOG,
-        order=GROUPS,
+        positional="file",
+        without=(*SAMPLING_DEFAULTS, *QUEUE_LIMITS),
     )
     return line.read(arguments)

@@ -10,10 +10,11 @@ from serve.api.errors import invalid
 from serve.api.generation import Choice, Prompt, output_logprobs
 from serve.api.handler import Handler, Job, choice_fields
 from serve.api.json_stream import Body, Placeholder, dump, make_body
-from serve.api.logprobs import CompletionLogprobs, concatenate
+from serve.api.logprobs import CompletionLogprobs, LogprobRow, completion_columns
 from serve.api.requests import CompletionRequest
 from serve.api.validation import check_answers, check_length, check_number_of_ids, check_top_k, truncated
 from serve.jobs.generate import Output
+from serve.jobs.score import checked_token_ids
 from serve.text.chat import encode_text, generation_room
 
 type _Job = Job[CompletionRequest]
@@ -42,21 +43,23 @@ class Completions(Handler[CompletionRequest]):
         prompt = body.prompt
         if prompt is None or prompt in ("", []):
             raise invalid("prompt", "`prompt` must not be empty.", "missing_required_parameter")
-        if isinstance(prompt, str):
-            return [self._text_prompt(body, prompt, "prompt")]
-        if not isinstance(prompt, list):
+        if not isinstance(prompt, str | list):
             raise invalid("prompt", "`prompt` must be a string, token ids, or a list of either.", "invalid_type")
-        if isinstance(prompt[0], int):
-            return [self._id_prompt(body, prompt, "prompt")]
+        if isinstance(prompt, str) or isinstance(prompt[0], int):
+            return [self._prompt(body, prompt, "prompt")]
         if len(prompt) > _MAX_PROMPTS:
             raise invalid("prompt", f"`prompt` contains more than {_MAX_PROMPTS} prompts.", "array_above_max_length")
         check_answers(len(prompt), body.n or 1)
-        return [
-            self._text_prompt(body, item, f"prompt[{i}]")
-            if isinstance(item, str)
-            else self._id_prompt(body, item, f"prompt[{i}]")
-            for i, item in enumerate(prompt)
-        ]
+        return [self._prompt(body, item, f"prompt[{i}]") for i, item in enumerate(prompt)]
+
+    def _prompt(self, body: CompletionRequest, prompt: Any, param: str) -> Prompt:
+        limits = self._context.engine.limits
+        if isinstance(prompt, str):
+            return self._text_prompt(body, prompt, param)
+        if not isinstance(prompt, list) or not prompt:
+            raise invalid(param, f"`{param}` must be a string or a non-empty list of token ids.", "invalid_type")
+        check_number_of_ids(param, prompt, body, limits)
+        return self._decoded(body, checked_token_ids(prompt, limits.vocab_size, param))
 
     def _text_prompt(self, body: CompletionRequest, text: str, param: str) -> Prompt:
         tokenizer = self._context.model.tokenizer
@@ -66,18 +69,6 @@ class Completions(Handler[CompletionRequest]):
             raise invalid(param, f"`{param}` contains no tokens.")
         bos_added = tokenizer.is_special(ids[0]) and not text.startswith(tokenizer.token_text(ids[0]))
         return Prompt(ids, _max_tokens(body), text, [bos_added] + [False] * (len(ids) - 1))
-
-    def _id_prompt(self, body: CompletionRequest, ids: Any, param: str) -> Prompt:
-        vocab_size = self._context.engine.limits.vocab_size
-        if not isinstance(ids, list) or not ids:
-            raise invalid(param, f"`{param}` must be a string or a non-empty list of token ids.", "invalid_type")
-        check_number_of_ids(param, ids, body, self._context.engine.limits)
-        for i, token_id in enumerate(ids):
-            if type(token_id) is not int:
-                raise invalid(f"{param}[{i}]", f"`{param}[{i}]` must be a token id.", "invalid_type")
-            if not 0 <= token_id < vocab_size:
-                raise invalid(f"{param}[{i}]", f"`{param}[{i}]` is not in the vocabulary of {vocab_size} tokens.")
-        return self._decoded(body, ids)
 
     def _truncated(self, body: CompletionRequest, prompt: Prompt) -> Prompt:
         ids = truncated(prompt.ids, body, prompt.max_tokens, self._context.engine.limits)
@@ -126,16 +117,16 @@ def _choice(job: _Job, choice: Choice, output: Output) -> dict[str, Any]:
 
 def _logprobs(job: _Job, choice: Choice, output: Output) -> dict[str, Any] | None:
     """Columns of the output's tokens; those of the first output start with the echoed prompt, if requested."""
-    requested, prompt, echo = job.prompt_logprobs, choice.prompt, None
+    requested, prompt, rows = job.prompt_logprobs, choice.prompt, list[LogprobRow]()
     if choice.columns is None:
         choice.columns = CompletionLogprobs(job.names, skip_special_tokens=job.body.skip_special_tokens is not False)
         if requested.echoed is not None:
             scores = prompt.logprobs(requested.echoed, requested.start)
-            echo = choice.columns.echo(prompt.ids, scores, prompt.text, prompt.hidden)
+            rows = choice.columns.echo(prompt.ids, scores, prompt.text, prompt.hidden)
     if choice.alternatives is None:
         return None
-    columns = choice.columns.output(output.token_ids, output_logprobs(output, choice.alternatives))
-    return columns if echo is None else concatenate([echo, columns])
+    rows += choice.columns.output(output.token_ids, output_logprobs(output, choice.alternatives))
+    return completion_columns(rows)
 
 
 def _max_tokens(body: CompletionRequest) -> int:

@@ -15,8 +15,9 @@ from model.token_logprobs import TokenLogprobs, clamp_logprobs
 from serve.api.errors import engine_error
 from serve.text.tokenizer import Tokenizer
 
-# A token's name and log-prob, its alternatives' log-probs by name, and their ids.
-type _Row = tuple[str, np.float32, dict[str, np.float32], list[int]]
+# Of a token in `logprobs` of completions: its name, its log-prob, the log-probs of its alternatives by name, their ids,
+# and the code points of the text that precede it.
+type LogprobRow = tuple[str, np.float32 | None, dict[str, np.float32] | None, list[int] | None, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +88,7 @@ def _chat_entry(names: TokenNames, token_id: int, logprob: np.float32, rank: int
 
 
 class CompletionLogprobs:
-    """Builds `logprobs` of completions for one choice, at once or chunk by chunk.
-
-    `text_offset` counts code points of the text that the client receives.
-    """
+    """Builds the rows of one choice of a completion, at once or chunk by chunk."""
 
     def __init__(self, names: TokenNames, *, skip_special_tokens: bool) -> None:
         self._names = names
@@ -100,8 +98,8 @@ class CompletionLogprobs:
 
     def echo(
         self, token_ids: Sequence[int], scores: TokenLogprobs, text: str, hidden: Sequence[bool]
-    ) -> dict[str, Any]:
-        """The entries of an echoed prompt.
+    ) -> list[LogprobRow]:
+        """The rows of an echoed prompt.
 
         Args:
             scores: result of `wire_logprobs` for the last tokens; those before them get null.
@@ -109,13 +107,15 @@ class CompletionLogprobs:
             hidden: per token, whether it is absent from the text.
         """
         self._offset = len(text)
+        offsets = self._prompt_offsets(token_ids, text, hidden)
         start = len(token_ids) - len(scores.logprob)
-        bare = [(self._names(token), None, None, None) for token in token_ids[:start]]
-        return _columns([*bare, *self._rows(token_ids[start:], scores)], self._prompt_offsets(token_ids, text, hidden))
+        unscored = zip(token_ids[:start], offsets, strict=False)
+        rows: list[LogprobRow] = [(self._names(token), None, None, None, offset) for token, offset in unscored]
+        return rows + self._rows(token_ids[start:], scores, offsets[start:])
 
-    def output(self, token_ids: Sequence[int], scores: TokenLogprobs) -> dict[str, Any]:
-        """The entries of generated tokens; `scores` is the result of `wire_logprobs`."""
-        return _columns(self._rows(token_ids, scores), [self._output_offset(token) for token in token_ids])
+    def output(self, token_ids: Sequence[int], scores: TokenLogprobs) -> list[LogprobRow]:
+        """The rows of generated tokens; `scores` is the result of `wire_logprobs`."""
+        return self._rows(token_ids, scores, [self._output_offset(token) for token in token_ids])
 
     def _prompt_offsets(self, token_ids: Sequence[int], text: str, hidden: Sequence[bool]) -> list[int]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -137,8 +137,8 @@ class CompletionLogprobs:
             self._offset += len(self._decoder.decode(tokenizer.token_bytes(token_id)))
         return offset
 
-    def _rows(self, token_ids: Sequence[int], scores: TokenLogprobs) -> list[_Row]:
-        rows = []
+    def _rows(self, token_ids: Sequence[int], scores: TokenLogprobs, offsets: Sequence[int]) -> list[LogprobRow]:
+        rows: list[LogprobRow] = []
         all_ids = scores.top_ids.tolist()
         for i, token_id in enumerate(token_ids):
             name = self._names(token_id)
@@ -149,15 +149,11 @@ class CompletionLogprobs:
                 other = self._names(other_id)
                 logprob = scores.top_logprobs[i, j]
                 top[other] = max(top.get(other, logprob), logprob)
-            rows.append((name, scores.logprob[i], top, ids))
+            rows.append((name, scores.logprob[i], top, ids, offsets[i]))
         return rows
 
 
-def _columns(rows: Sequence[_Row | tuple[str, None, None, None]], offsets: list[int]) -> dict[str, Any]:
-    names = ("tokens", "token_logprobs", "top_logprobs", "top_token_ids")
-    return {name: [row[i] for row in rows] for i, name in enumerate(names)} | {"text_offset": offsets}
-
-
-def concatenate(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Concatenate column objects."""
-    return {name: [value for part in parts for value in part[name]] for name in parts[0]}
+def completion_columns(rows: Sequence[LogprobRow]) -> dict[str, list[Any]]:
+    """`logprobs` of completions."""
+    names = ("tokens", "token_logprobs", "top_logprobs", "top_token_ids", "text_offset")
+    return {name: [row[i] for row in rows] for i, name in enumerate(names)}

@@ -159,9 +159,9 @@ class RowWriter:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         names = decoded_tokens(tokenizer, (), range(vocab_size))
         self._vocab_size = vocab_size  # V
-        self._heads = [f',"{token_id}":{{"logprob":' for token_id in range(vocab_size)]
-        self._ranks = [f',"rank":{rank},"decoded_token":' for rank in range(1, vocab_size + 1)]
-        self._tails = [orjson.dumps(name).decode() + "}" for name in names]
+        self._heads = np.array([f',"{token_id}":{{"logprob":' for token_id in range(vocab_size)], object)
+        self._ranks = np.array([f',"rank":{rank},"decoded_token":' for rank in range(1, vocab_size + 1)], object)
+        self._tails = np.array([orjson.dumps(name).decode() + "}" for name in names], object)
 
     def row(self, row: NDArray[np.float32], actual: int, scores: TokenLogprobs, k: int) -> bytes:
         """The entry of one prompt token: the token itself, then the alternatives, best first.
@@ -187,8 +187,8 @@ class RowWriter:
         indices = np.concatenate(([index], np.delete(np.arange(k), index) if index < k else np.arange(k)))
         ids = order[indices]
         parts = [""] * (4 * len(ids))
-        parts[0::4], parts[1::4] = _pick(self._heads, ids), _json_numbers(values[ids])
-        parts[2::4], parts[3::4] = _pick(self._ranks, indices), _pick(self._tails, ids)
+        parts[0::4], parts[1::4] = self._heads[ids], _json_numbers(values[ids])
+        parts[2::4], parts[3::4] = self._ranks[indices], self._tails[ids]
         return b"{" + "".join(parts).encode()[1:] + b"}"
 
 
@@ -204,10 +204,6 @@ def _order(row: NDArray[np.float32], top_ids: NDArray[np.int32], actual: int, in
     if order[index] != actual:
         raise engine_error("The engine returned the rank of another token.")
     return order
-
-
-def _pick(strings: list[str], indices: NDArray[np.intp]) -> list[str]:
-    return [strings[index] for index in indices.tolist()]
 
 
 async def _rows(engine: EngineClient, request: Request, start: int, count: int) -> NDArray[np.float32]:

@@ -1,7 +1,7 @@
 """Sampling fields of a request to SamplingParams. Each error names its field."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from serve.api.errors import invalid
 from serve.api.requests import GenerationRequest
@@ -14,12 +14,6 @@ _MAX_STOP_STRINGS = 10_000
 _MAX_BAD_WORDS = 1000
 _MAX_BAD_WORD_TOKENS = 10_000  # of all words together
 _MAX_CHARACTERS = 100_000  # of all strings of a field together; preparing them takes time
-
-
-class Encoder(Protocol):
-    """Tokenizes text."""
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
 
 def sampling_params(
@@ -61,7 +55,7 @@ def stop_strings(body: GenerationRequest) -> tuple[str, ...]:
     return stop
 
 
-def bad_word_ids(words: Iterable[str], encoder: Encoder) -> tuple[tuple[int, ...], ...]:
+def bad_word_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """Token sequences that spell the words, determined as in vLLM.
 
     Each word is tokenized alone and with a leading space. The latter counts if it has the same number of tokens and
@@ -70,12 +64,11 @@ def bad_word_ids(words: Iterable[str], encoder: Encoder) -> tuple[tuple[int, ...
     Raises:
         APIError: 400 that names `bad_words`.
     """
-    words = tuple(words)
     _check_strings("bad_words", words, _MAX_BAD_WORDS)
     runs: dict[tuple[int, ...], None] = {}
     for word in words:
-        bare = _tokens(word.lstrip(), encoder)
-        spaced = _tokens(f" {word.lstrip()}", encoder)
+        bare = _tokens(word.lstrip(), tokenizer)
+        spaced = _tokens(f" {word.lstrip()}", tokenizer)
         runs[bare] = None
         if len(spaced) == len(bare) and spaced[0] != bare[0]:
             runs[spaced] = None
@@ -85,9 +78,9 @@ def bad_word_ids(words: Iterable[str], encoder: Encoder) -> tuple[tuple[int, ...
     return tuple(runs)
 
 
-def _tokens(text: str, encoder: Encoder) -> tuple[int, ...]:
+def _tokens(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     try:
-        ids = tuple(encoder.encode(text, add_special_tokens=False))
+        ids = tuple(tokenizer.encode(text, add_special_tokens=False))
     except TokenizerError as error:
         raise invalid("bad_words", f"`bad_words`: {error}.") from None
     if not ids:
@@ -95,7 +88,7 @@ def _tokens(text: str, encoder: Encoder) -> tuple[int, ...]:
     return ids
 
 
-def _check_strings(param: str, strings: tuple[str, ...], maximum: int) -> None:
+def _check_strings(param: str, strings: Sequence[str], maximum: int) -> None:
     if "" in strings:
         raise invalid(param, f"`{param}` cannot contain an empty string.")
     if len(strings) > maximum:

@@ -44,13 +44,10 @@ class ClosingStream(StreamingResponse):
 
         try:
             await super().__call__(scope, receive, send_and_yield)
-        except APIError as error:
-            self._record.error = error.code
-            raise
         except ClientDisconnect:
             raise
-        except Exception:
-            self._record.error = engine_error().code
+        except Exception as error:
+            self._record.error = (error if isinstance(error, APIError) else engine_error()).code
             raise
         finally:
             if not complete and self._record.error is None:
@@ -168,8 +165,13 @@ async def unless_disconnected[T](request: Request, work: Awaitable[T]) -> T:
     Raises:
         APIError: 499, the client has disconnected.
     """
+
+    async def wait_for_disconnect() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
     task = asyncio.ensure_future(work)
-    disconnected = asyncio.create_task(wait_for_disconnect(request.receive))
+    disconnected = asyncio.create_task(wait_for_disconnect())
     try:
         await asyncio.wait((task, disconnected), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -179,8 +181,3 @@ async def unless_disconnected[T](request: Request, work: Awaitable[T]) -> T:
         task.cancel()
         disconnected.cancel()
         await asyncio.gather(task, disconnected, return_exceptions=True)
-
-
-async def wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

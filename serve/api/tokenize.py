@@ -80,25 +80,23 @@ class Tokenization:
             return Response(await asyncio.to_thread(work, data), media_type=_JSON)
 
     def _tokenize(self, data: bytes) -> bytes:
-        context, values = self._context, json_object(data)
-        if "messages" in values:
-            chat = validated(TokenizeChatRequest, values, context.fields)
-            served_name(chat.model, context.model.names)
-            text = chat_text(chat, context)
-            check_size("messages", text, context.engine.limits)
-            ids = context.chat_format.encode(text, add_special_tokens=bool(chat.add_special_tokens))
-            return self._tokens(ids, shown=bool(chat.return_token_strs))
-        body = validated(TokenizeTextRequest, values, context.fields)
+        context, values, limits = self._context, json_object(data), self._context.engine.limits
+        kind: type[TokenizeChatRequest | TokenizeTextRequest]
+        kind = TokenizeChatRequest if "messages" in values else TokenizeTextRequest
+        body = validated(kind, values, context.fields)
         served_name(body.model, context.model.names)
-        check_size("prompt", body.prompt, context.engine.limits)
-        special = body.add_special_tokens is not False
-        ids = encode_text(context.model.tokenizer, body.prompt, add_special_tokens=special, param="prompt")
-        return self._tokens(ids, shown=bool(body.return_token_strs))
-
-    def _tokens(self, ids: list[int], *, shown: bool) -> bytes:
-        names = [self._context.model.tokenizer.token_piece(token_id) for token_id in ids] if shown else None
-        limit = self._context.engine.limits.max_model_len
-        return dump({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": names})
+        if isinstance(body, TokenizeChatRequest):
+            text = chat_text(body, context)
+            check_size("messages", text, limits)
+            ids = context.chat_format.encode(text, add_special_tokens=bool(body.add_special_tokens))
+        else:
+            check_size("prompt", body.prompt, limits)
+            special = body.add_special_tokens is not False
+            ids = encode_text(context.model.tokenizer, body.prompt, add_special_tokens=special, param="prompt")
+        strings = (
+            [context.model.tokenizer.token_piece(token_id) for token_id in ids] if body.return_token_strs else None
+        )
+        return dump({"count": len(ids), "max_model_len": limits.max_model_len, "tokens": ids, "token_strs": strings})
 
     def _detokenize(self, data: bytes) -> bytes:
         body = validated(DetokenizeRequest, json_object(data), self._context.fields)

@@ -89,8 +89,14 @@ async def test_metrics_stop_string_counts_as_success(stream: bool) -> None:
 
 async def test_metrics_preemptions() -> None:
     async with serving(pages=5) as server:
-        answer = await server.complete(prompt="x" * 100, n=2, ignore_eos=True, max_tokens=90)  # 5 pages, of 4
-        assert answer["usage"]["completion_tokens"] == 180
+        gate = server.runner.before_call = Gate("decode")
+        body = {"prompt": "x" * 100, "n": 2, "ignore_eos": True, "max_tokens": 90}  # needs 5 pages, of 4
+        task = asyncio.create_task(server.complete(**body))
+        await gate.reached()
+        while server.engine.load < 2:  # both choices run together, however slow this process is
+            await asyncio.sleep(0)
+        gate.open()
+        assert (await task)["usage"]["completion_tokens"] == 180
         assert of(await scraped(server), "num_preemptions_total") >= 1
 
 

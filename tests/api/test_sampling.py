@@ -266,7 +266,7 @@ async def test_usage_cached_tokens_in_first_chunk(server: Server, path: str) -> 
 
 
 class Words:
-    """An encoder that knows a few texts."""
+    """A tokenizer of a few texts."""
 
     def __init__(self, **texts: list[int]) -> None:
         self.texts = {text.replace("_", " "): ids for text, ids in texts.items()}
@@ -291,7 +291,8 @@ def test_bad_words_after_space(
     word: str, bare: list[int], spaced: list[int], runs: tuple[tuple[int, ...], ...]
 ) -> None:
     """vLLM's rule; leading spaces of the word itself are ignored."""
-    assert bad_word_ids([word, "cat"], Words(cat=bare, _cat=spaced)) == runs
+    tokenizer: Any = Words(cat=bare, _cat=spaced)
+    assert bad_word_ids([word, "cat"], tokenizer) == runs
 
 
 def test_bad_words_special_token() -> None:
@@ -299,5 +300,6 @@ def test_bad_words_special_token() -> None:
 
 
 def test_bad_words_without_tokens_is_error() -> None:
+    tokenizer: Any = Words(cat=[], _cat=[])
     with pytest.raises(APIError, match="without tokens"):
-        bad_word_ids(["cat"], Words(cat=[], _cat=[]))
+        bad_word_ids(["cat"], tokenizer)

@@ -17,7 +17,7 @@ from serve.api.completions import Completions
 from serve.api.context import Context, ServedModel
 from serve.api.errors import APIError, invalid
 from serve.api.inspector import inspector
-from serve.api.json_stream import dump
+from serve.api.json_stream import json_response
 from serve.api.metrics import CONTENT_TYPE, Metrics
 from serve.api.middleware import Access, AnswerRecord, OnAnswer, Readiness, record_of
 from serve.api.openapi import documentation
@@ -117,22 +117,22 @@ def _status_routes(context: Context, readiness: Readiness) -> list[Route]:
         }
 
     async def models(_: Request) -> Response:
-        return _json({"object": "list", "data": [card(name) for name in names]})
+        return json_response({"object": "list", "data": [card(name) for name in names]})
 
     async def model(request: Request) -> Response:
         name = request.path_params["id"]
         if f"/{name}" in names:  # double slashes have been collapsed
             name = f"/{name}"
-        return _json(card(served_name(name, names)))
+        return json_response(card(served_name(name, names)))
 
     async def health(_: Request) -> Response:
         return Response(status_code=200 if engine.ready and not readiness.draining else 503)
 
     async def load(_: Request) -> Response:
-        return _json({"server_load": engine.load})
+        return json_response({"server_load": engine.load})
 
     async def version(_: Request) -> Response:
-        return _json({"version": __version__})
+        return json_response({"version": __version__})
 
     async def metrics(_: Request) -> Response:
         return Response(context.metrics.text(), media_type=CONTENT_TYPE)
@@ -161,10 +161,6 @@ def _cors(config: ServeConfig) -> list[Middleware]:
             expose_headers=["x-request-id", "retry-after"],
         )
     ]
-
-
-def _json(value: Any) -> Response:
-    return Response(dump(value), media_type="application/json")
 
 
 async def _error(request: Request, error: Exception) -> Response:

@@ -4,7 +4,6 @@ import time
 from dataclasses import dataclass, field
 
 from serve.api.metrics import Metrics
-from serve.api.parsing import FieldLog
 from serve.api.prompt_logprobs import PromptLogprobsWriter
 from serve.api.request_body import Bodies
 from serve.config.config import ServeConfig
@@ -34,5 +33,5 @@ class Context:
     chat_format: ChatFormat
     bodies: Bodies
     prompt_logprobs: PromptLogprobsWriter
-    fields: FieldLog = field(default_factory=FieldLog)
+    unknown_fields: set[str] = field(default_factory=set)  # of requests, each logged once
     created: int = field(default_factory=lambda: int(time.time()))  # Unix time, for the model cards

@@ -22,7 +22,6 @@ from serve.engine.request import (
 )
 from serve.jobs.generate import Output, OutputDecoder
 
-_SLOW_READER = "The answer was read too slowly: too many of its tokens were waiting to be sent."
 _MAX_ADMITTED = 64  # choices of one HTTP request in the engine; a long list of prompts must not fill the queue
 
 
@@ -101,14 +100,6 @@ def output_logprobs(output: Output, alternatives: int) -> TokenLogprobs:
     return wire_logprobs(output.all_scores(alternatives), len(output.token_ids), alternatives)
 
 
-async def collect(choices: Sequence[Choice], deltas: AsyncGenerator[tuple[Choice, Output]]) -> list[Output]:
-    outputs = [Output() for _ in choices]
-    async with aclosing(deltas):
-        async for choice, delta in deltas:
-            outputs[choice.index].add(delta)
-    return outputs
-
-
 async def merge(
     choices: Sequence[Choice], engine: EngineClient, max_unread: int | None = None
 ) -> AsyncGenerator[tuple[Choice, Output]]:
@@ -130,7 +121,8 @@ async def merge(
                 if not choice.is_first_of_prompt:
                     await opened[choice.prompt].wait()
                 if max_unread is not None and queue.qsize() >= max_unread:
-                    raise APIError(503, _SLOW_READER, None, "slow_reader")
+                    message = "The answer was read too slowly: too many of its tokens were waiting to be sent."
+                    raise APIError(503, message, None, "slow_reader")
                 queue.put_nowait((choice, delta))
                 opened[choice.prompt].set()
 
@@ -161,19 +153,9 @@ async def _run_all(
     choice of the same request to finish; if none is running, it is admitted beyond the limits of the queue. The order
     must be kept: a choice waits for the first one of its prompt, which must not wait behind it.
     """
-    running, finished = 0, asyncio.Event()
-
-    async def run_one(choice: Choice) -> None:
-        nonlocal running
-        try:
-            await run(choice)
-        finally:
-            running -= 1
-            finished.set()
+    running: set[asyncio.Task[None]] = set()
 
     def try_admit(choice: Choice) -> bool:
-        if running == _MAX_ADMITTED:
-            return False
         is_first = choice is choices[0]
         try:
             choice.admit(engine, bypass_limits=not running and not is_first)
@@ -184,13 +166,13 @@ async def _run_all(
         return True
 
     try:
-        async with asyncio.TaskGroup() as tasks:
+        async with asyncio.TaskGroup() as group:
             for choice in choices:
-                while not try_admit(choice):
-                    finished.clear()
-                    await finished.wait()
-                running += 1
-                tasks.create_task(run_one(choice))
+                while len(running) == _MAX_ADMITTED or not try_admit(choice):
+                    await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                task = group.create_task(run(choice))
+                running.add(task)
+                task.add_done_callback(running.discard)
     finally:
         for choice in choices:
             choice.abort()

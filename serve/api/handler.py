@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from serve.api.context import Context
 from serve.api.errors import invalid
-from serve.api.generation import Choice, Prompt, collect, engine_errors, merge, work_of
+from serve.api.generation import Choice, Prompt, engine_errors, merge, work_of
 from serve.api.json_stream import Body
 from serve.api.logprobs import TokenNames
 from serve.api.middleware import AnswerRecord, record_of
@@ -46,8 +46,6 @@ _PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids", "documents", "chat_t
 
 @dataclass(frozen=True, slots=True)
 class Job[B: GenerationRequest]:
-    """A validated request, ready to run."""
-
     body: B
     header: dict[str, Any]  # first fields of the response and of every chunk
     prompts: list[Prompt]
@@ -105,7 +103,7 @@ class Handler[B: GenerationRequest](ABC):
     def _job(self, data: bytes, record: AnswerRecord) -> Job[B]:
         """Validate and tokenize a request. Slow: not for the event loop."""
         context, config, limits = self._context, self._context.config, self._context.engine.limits
-        body = context.model.defaults.fill(validated(self.model, json_object(data), context.fields))
+        body = context.model.defaults.fill(validated(self.model, json_object(data), context.unknown_fields))
         check_common(body)
         alternatives, echoed = self._alternatives(body)
         check_logprob_token_ids(body, has_logprobs=alternatives is not None, limits=limits)
@@ -195,8 +193,8 @@ class Handler[B: GenerationRequest](ABC):
         return choices
 
     def _log(self, header: dict[str, Any], body: B, prompts: Sequence[list[int]]) -> None:
-        texts = [self._context.model.tokenizer.decode(ids, skip_special_tokens=False) for ids in prompts]
-        starts = [text[: self._context.config.max_log_len] for text in texts]
+        decode, length = self._context.model.tokenizer.decode, self._context.config.max_log_len
+        starts = [decode(ids, skip_special_tokens=False)[:length] for ids in prompts]
         fields = body.model_dump(exclude_none=True, exclude={"prompt", "messages", "prompt_token_ids"})
         logger.warning("request %s: prompts %r, fields %r", header["id"], starts, fields)
 
@@ -213,7 +211,10 @@ class Handler[B: GenerationRequest](ABC):
             context.metrics.on_answers([choice.num_tokens for choice in choices[start : start + n]])
 
     async def _body(self, job: Job[B]) -> Body:
-        outputs = await collect(job.choices, self._deltas(job))
+        outputs = [Output() for _ in job.choices]
+        async with aclosing(self._deltas(job)) as deltas:
+            async for choice, delta in deltas:
+                outputs[choice.index].add(delta)
         return await asyncio.to_thread(self._render, job, outputs)
 
     async def _chunks(self, job: Job[B]) -> AsyncGenerator[dict[str, Any]]:

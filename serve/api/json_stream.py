@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 from starlette.requests import Request
+from starlette.responses import Response
 
 _MIN_GZIP = 16 << 10  # bytes; compressing less takes longer than sending it
 _GZIP_LEVEL = 1  # higher levels shrink numbers hardly further and take many times as long
@@ -22,6 +23,10 @@ GZIP_HEADERS = {"Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
 def dump(value: Any) -> bytes:
     """Serialize to JSON. A numpy float32 becomes the shortest text that parses to the same float32."""
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def json_response(value: Any) -> Response:
+    return Response(dump(value), media_type="application/json")
 
 
 class Placeholder:

@@ -1,7 +1,7 @@
 """From the bytes of a request to a pydantic model, or to an APIError that names the field."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_CONTAINERS = 1 << 20  # arrays and objects of a body, counted by brackets; each takes 100 bytes or more
 _MAX_LEVELS = 64  # of nested containers: templates, logs and libraries recurse over them
-_MAX_UNKNOWN = 1000  # names of unknown fields that are logged in the life of a server
+_MAX_UNKNOWN = 1000  # names of unknown fields that are logged, so that clients cannot fill the memory
 
 # Known fields that are not implemented -> values without effect; null never has one. Any other value is an error.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -62,20 +62,6 @@ WITHOUT_EFFECT = frozenset(
 )
 
 
-class FieldLog:
-    """Log each unknown field's name once in the life of a server."""
-
-    def __init__(self) -> None:
-        self._seen: set[str] = set()
-
-    def unknown(self, names: Iterable[str]) -> None:
-        """Log unknown fields, at most `_MAX_UNKNOWN` in all, so that clients cannot fill the memory."""
-        for name in names:
-            if name not in self._seen and len(self._seen) < _MAX_UNKNOWN:
-                self._seen.add(name)
-                logger.warning("unknown request field %.100r is ignored", name)
-
-
 def json_object(body: bytes) -> dict[str, Any]:
     """The JSON object in a body.
 
@@ -95,8 +81,8 @@ def json_object(body: bytes) -> dict[str, Any]:
     return data
 
 
-def validated[M: BaseModel](kind: type[M], data: dict[str, Any], log: FieldLog) -> M:
-    """Read a JSON object into a request model.
+def validated[M: BaseModel](kind: type[M], data: dict[str, Any], unknown_fields: set[str]) -> M:
+    """Read a JSON object into a request model. The name of an unknown field is logged once and added to the set.
 
     Raises:
         APIError: 400 that names the first invalid or unsupported field.
@@ -109,17 +95,21 @@ def validated[M: BaseModel](kind: type[M], data: dict[str, Any], log: FieldLog) 
         _check_levels({"chat_template_kwargs": parsed.chat_template_kwargs, "documents": parsed.documents})
         for i, message in enumerate(parsed.messages or ()):
             _check_levels({"content": message.content, **(message.model_extra or {})}, f"messages[{i}].")
-    _check_extra(parsed.model_extra or {}, log)
+    _check_extra(parsed.model_extra or {}, unknown_fields)
     return parsed
 
 
-def _check_extra(fields: Mapping[str, Any], log: FieldLog) -> None:
+def _check_extra(fields: Mapping[str, Any], unknown_fields: set[str]) -> None:
     """Refuse fields that no model declares if they would change the answer, and log unknown ones."""
     for name, value in fields.items():
         if value is not None and value not in UNSUPPORTED.get(name, (value,)):
             raise unsupported(name)
     _check_levels(fields)
-    log.unknown(name for name in fields if name not in UNSUPPORTED and name not in WITHOUT_EFFECT)
+    for name in fields:
+        is_known = name in UNSUPPORTED or name in WITHOUT_EFFECT or name in unknown_fields
+        if not is_known and len(unknown_fields) < _MAX_UNKNOWN:
+            unknown_fields.add(name)
+            logger.warning("unknown request field %.100r is ignored", name)
 
 
 def _check_levels(fields: Mapping[str, Any], prefix: str = "") -> None:
@@ -170,6 +160,6 @@ def _location(parts: tuple[int | str, ...]) -> str:
     for part in parts:
         if isinstance(part, int):
             text += f"[{part}]"
-        elif part not in ("str", "list[str]", "list[dict[str,any]]") and not part.startswith(("list[", "dict[")):
+        elif part != "str" and not part.startswith(("list[", "dict[")):
             text += f".{part}" if text else part
     return text

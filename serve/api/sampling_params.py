@@ -100,22 +100,17 @@ def _check_strings(param: str, strings: Sequence[str], maximum: int) -> None:
 def _logit_bias(biases: Mapping[str, Any], limits: EngineLimits) -> tuple[tuple[int, float], ...]:
     if len(biases) > limits.vocab_size:
         raise invalid("logit_bias", f"`logit_bias` has more entries than the vocabulary of {limits.vocab_size}.")
-    return tuple((_bias_id(key, limits), _bias(value)) for key, value in biases.items())
-
-
-def _bias_id(key: str, limits: EngineLimits) -> int:
-    if not (key.isascii() and key.isdecimal() and len(key) <= 10 and key == str(int(key))):
-        raise invalid("logit_bias", f"`logit_bias` has a key that is not a token id: {key[:50]!r}.")
-    check_ids("logit_bias", (int(key),), limits)
-    return int(key)
-
-
-def _bias(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise invalid("logit_bias", "`logit_bias` has a value that is not a number.", "invalid_type")
-    if not -100 <= value <= 100:
-        raise invalid("logit_bias", "`logit_bias` has a value that is not between -100 and 100.")
-    return float(value)
+    pairs = []
+    for key, value in biases.items():
+        if not (key.isascii() and key.isdecimal() and len(key) <= 10 and key == str(int(key))):
+            raise invalid("logit_bias", f"`logit_bias` has a key that is not a token id: {key[:50]!r}.")
+        check_ids("logit_bias", (int(key),), limits)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise invalid("logit_bias", "`logit_bias` has a value that is not a number.", "invalid_type")
+        if not -100 <= value <= 100:
+            raise invalid("logit_bias", "`logit_bias` has a value that is not between -100 and 100.")
+        pairs.append((int(key), float(value)))
+    return tuple(pairs)
 
 
 def _allowed_token_ids(body: GenerationRequest, limits: EngineLimits) -> frozenset[int] | None:

@@ -11,13 +11,12 @@ from starlette.responses import Response
 from serve.api.chat import chat_text
 from serve.api.context import Context
 from serve.api.errors import invalid
-from serve.api.json_stream import dump
+from serve.api.json_stream import json_response
 from serve.api.parsing import json_object, validated
 from serve.api.requests import ChatPromptFields, TokenId
 from serve.api.validation import check_ids, check_size, served_name
 from serve.text.chat import encode_text
 
-_JSON = "application/json"
 _MAX_IDS = 1 << 20
 
 
@@ -73,17 +72,17 @@ class Tokenization:
             "model_max_length": limits.max_model_len,
             "vocab_size": limits.vocab_size,
         }
-        return Response(dump({"bos_token": None, "eos_token": None, "pad_token": None} | fields), media_type=_JSON)
+        return json_response({"bos_token": None, "eos_token": None, "pad_token": None} | fields)
 
-    async def _answer(self, request: Request, work: Callable[[bytes], bytes]) -> Response:
+    async def _answer(self, request: Request, work: Callable[[bytes], Response]) -> Response:
         async with self._context.bodies.read(request) as data:
-            return Response(await asyncio.to_thread(work, data), media_type=_JSON)
+            return await asyncio.to_thread(work, data)
 
-    def _tokenize(self, data: bytes) -> bytes:
+    def _tokenize(self, data: bytes) -> Response:
         context, values, limits = self._context, json_object(data), self._context.engine.limits
         kind: type[TokenizeChatRequest | TokenizeTextRequest]
         kind = TokenizeChatRequest if "messages" in values else TokenizeTextRequest
-        body = validated(kind, values, context.fields)
+        body = validated(kind, values, context.unknown_fields)
         served_name(body.model, context.model.names)
         if isinstance(body, TokenizeChatRequest):
             text = chat_text(body, context)
@@ -96,10 +95,11 @@ class Tokenization:
         strings = (
             [context.model.tokenizer.token_piece(token_id) for token_id in ids] if body.return_token_strs else None
         )
-        return dump({"count": len(ids), "max_model_len": limits.max_model_len, "tokens": ids, "token_strs": strings})
+        counts = {"count": len(ids), "max_model_len": limits.max_model_len}
+        return json_response(counts | {"tokens": ids, "token_strs": strings})
 
-    def _detokenize(self, data: bytes) -> bytes:
-        body = validated(DetokenizeRequest, json_object(data), self._context.fields)
+    def _detokenize(self, data: bytes) -> Response:
+        body = validated(DetokenizeRequest, json_object(data), self._context.unknown_fields)
         served_name(body.model, self._context.model.names)
         if len(body.tokens) > _MAX_IDS:
             message = f"`tokens` has {len(body.tokens)} ids, more than the maximum of {_MAX_IDS}."
@@ -109,4 +109,4 @@ class Tokenization:
         answer: dict[str, Any] = {"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)}
         if body.return_token_bytes:
             answer["token_bytes"] = [list(tokenizer.token_bytes(token_id)) for token_id in body.tokens]
-        return dump(answer)
+        return json_response(answer)

@@ -2,10 +2,11 @@
 
 import sys
 import weakref
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from numbers import Integral
+from os import PathLike
 from typing import Any, Self, Unpack
 
 import numpy as np
@@ -13,21 +14,24 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from serve.config.config import QUEUE_LIMITS, EngineConfig
+from model.token_logprobs import TokenLogprobs
+from serve.config.config import QUEUE_LIMITS, EngineConfig, EngineKeywords
 from serve.config.options import from_keywords
 from serve.engine.engine import Engine
 from serve.engine.request import EngineStoppedError
 from serve.jobs.generate import (
+    DEFAULT_MAX_TOKENS,
     GenerationOptions,
     Generator,
+    Output,
     OutputRequest,
     SamplingKeywords,
     check_alternatives,
     make_options,
 )
-from serve.jobs.request_queue import InFlight, LoopThread, RequestQueue
-from serve.jobs.results import Batch, Generation, Score, Tokens, token_columns
-from serve.jobs.score import EncodedText, Scorer, TextEncoder, Window, checked_token_ids
+from serve.jobs.request_queue import LoopThread, RequestError, RequestQueue
+from serve.jobs.results import Batch, Generation, Score
+from serve.jobs.score import EncodedText, ScoreRequest, TextEncoder, checked_token_ids, score_texts, stream_scores
 from serve.server.console import Reporter
 from serve.server.model_files import STARTUP_ERRORS, StartupError
 from serve.server.startup import load
@@ -38,7 +42,6 @@ type TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 _PROCESS_OPTIONS = ("log_format", "log_level", *QUEUE_LIMITS)  # of commands and servers
 _REQUESTS_PER_SEQ = 4  # requests in the engine for each that runs, so that it never waits for one
 _MAX_TOKENS = 2**17  # prompt tokens in flight
-_DEFAULT_MAX_TOKENS = 16  # of generate(), as in OpenAI's completions
 
 
 class LLM:
@@ -56,21 +59,26 @@ class LLM:
     Methods may be called from several threads, and while an event loop runs, as in a notebook. Ctrl-C aborts a call.
     """
 
-    def __init__(self, model: str | None = None, *, progress: bool | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str | PathLike[str] | None = None,
+        *,
+        progress: bool | None = None,
+        **options: Unpack[EngineKeywords],
+    ) -> None:
         """Load a model.
 
         Args:
             model: hub id, local directory or .gguf file; None loads SmolLM2-135M-Instruct.
             progress: show progress on stderr, also in later calls. Defaults to True if stderr is a terminal.
-            options: options of `logprobd serve` that concern the model and the engine, such as dtype, max_model_len,
-                max_num_seqs, max_logprobs, seed.
+            options: as documented by `logprobd serve --help`.
 
         Raises:
             TypeError: an option does not exist.
             ValueError: an option has a wrong value.
             StartupError: the model cannot be loaded.
         """
-        config = from_keywords(EngineConfig, options | {"model": model}, without=_PROCESS_OPTIONS)
+        config = from_keywords(EngineConfig, {**options, "model": model}, without=_PROCESS_OPTIONS)
         shows_progress = sys.stderr.isatty() if progress is None else progress
         reporter = Reporter(console=Console(stderr=True, highlight=False) if shows_progress else None)
         self._start(config, reporter, shows_progress=shows_progress)
@@ -95,14 +103,8 @@ class LLM:
         self.chats = ChatFormat(self.loaded.tokenizer, self.loaded.chat_template)
         self._shows_progress = shows_progress
         self._worker = LoopThread()
-        self._queue = self.request_queue()
+        self._queue = self._request_queue()
         self._finalizer = weakref.finalize(self, _close, self.engine, self._worker)
-
-    def request_queue(self) -> RequestQueue:
-        """A queue for one event loop that keeps the engine busy."""
-        config = self.loaded.config
-        requests = min(config.max_num_queued_reqs, _REQUESTS_PER_SEQ * config.max_num_seqs)
-        return RequestQueue(self.engine, InFlight(requests, _MAX_TOKENS))
 
     def generate(
         self, prompts: str | TokenIds | Sequence[str | TokenIds], **options: Unpack[SamplingKeywords]
@@ -123,8 +125,8 @@ class LLM:
             RequestError: the engine failed on a request.
             EngineStoppedError: the LLM is closed.
         """
-        sampling = self._sampling(options)
-        max_tokens = _DEFAULT_MAX_TOKENS if sampling.max_tokens is None else sampling.max_tokens
+        sampling = self.sampling_options(**options)
+        max_tokens = DEFAULT_MAX_TOKENS if sampling.max_tokens is None else sampling.max_tokens
         encoded = []
         for index, prompt in enumerate(_as_list(prompts)):
             param = f"prompts[{index}]"
@@ -149,17 +151,34 @@ class LLM:
         Returns:
             `n` generations for each conversation.
         """
-        sampling = self._sampling(options)
+        sampling = self.sampling_options(**options)
         single = bool(messages) and isinstance(messages[0], dict)
-        encoded = []
-        for index, conversation in enumerate([messages] if single else messages):
+        conversations: Sequence[Any] = [messages] if single else messages
+        requests = []
+        for index, conversation in enumerate(conversations):
             param = "messages" if single else f"messages[{index}]"
-            ids = self.chat_ids(check_messages(list(conversation), param=param), chat_template_kwargs, param)
-            room = self._room(param, len(ids), sampling.max_tokens)
-            if sampling.max_tokens is None:
-                room = min(room, self.loaded.defaults.max_new_tokens or room)
-            encoded.append(OutputRequest(index, ids, room))
-        return self._generate(encoded, sampling)
+            request = self._chat_request(conversation, sampling, chat_template_kwargs, param)
+            requests.append(replace(request, index=index))
+        return self._generate(requests, sampling)
+
+    def stream_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        max_new_tokens: int | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        **options: Unpack[SamplingKeywords],
+    ) -> AsyncGenerator[Output]:
+        """Answer one conversation piece by piece, on the caller's event loop. Raises as `generate`.
+
+        Args:
+            max_new_tokens: upper bound of the default of `max_tokens`; by default the model's.
+            chat_template_kwargs: variables of the chat template.
+            options: as in `chat`; `n` has no effect.
+        """
+        sampling = self.sampling_options(**options)
+        request = self._chat_request(messages, sampling, chat_template_kwargs, limit=max_new_tokens)
+        return Generator(self._request_queue(), self.loaded.tokenizer, sampling).stream(request)
 
     def score(self, texts: Any, *, logprobs: int = 0, add_special_tokens: bool = True) -> Batch[Score]:
         """Log-probs and ranks of all tokens of texts. Raises as `generate`.
@@ -174,33 +193,18 @@ class LLM:
         encoder = TextEncoder(self.chats, self.loaded.limits.vocab_size, add_special_tokens)
         texts = [texts] if isinstance(texts, tuple) else _as_list(texts)
         encoded = [self._scored_text(encoder, text, f"texts[{i}]") for i, text in enumerate(texts)]
-        scorer = Scorer(self._queue, logprobs)
+        results = score_texts(self._queue, self.loaded.tokenizer, encoded, logprobs)
+        return Batch(self._collect("scoring", len(encoded), results))
 
-        async def run(item: tuple[int, EncodedText]) -> Score:
-            index, text = item
-            count = len(text.token_ids)
-            scores = await scorer.score(text.token_ids, [Window(0, count, 1)] if count > 1 else [])
-            columns = token_columns(self.loaded.tokenizer, text.token_ids, scores, starts_sequence=True)
-            return Score(index=index, completion_start=text.completion_start, **columns)
+    def stream_scores[R: ScoreRequest](
+        self, requests: Iterable[R], logprobs: int
+    ) -> AsyncGenerator[tuple[R, TokenLogprobs | RequestError]]:
+        """Score texts on the caller's event loop, see `serve.jobs.score.stream_scores`."""
+        return stream_scores(self._request_queue(), requests, logprobs)
 
-        return Batch(self._run("scoring", [*enumerate(encoded)], run, lambda item: len(item[1].token_ids)))
-
-    def chat_ids(
-        self, messages: list[dict[str, Any]], variables: dict[str, Any] | None = None, param: str = "messages"
-    ) -> list[int]:
-        """Token ids of checked messages.
-
-        Args:
-            messages: as returned by `check_messages`.
-            variables: of the chat template.
-            param: path of the messages, for errors.
-
-        Raises:
-            PromptError: the template refuses the messages, or they are too long.
-        """
-        text = self.chats.render(messages, variables=variables, param=param)
-        check_text_length(param, text, self.loaded.tokenizer, self.loaded.limits)
-        return self.chats.encode(text, param=param)
+    def sampling_options(self, **options: Unpack[SamplingKeywords]) -> GenerationOptions:
+        """Validated options, with the model's defaults. Raises as `generate`."""
+        return self.loaded.defaults.fill(make_options(options, self.loaded.limits.max_logprobs))
 
     def close(self) -> None:
         """Abort running calls and stop the engine. Later calls raise EngineStoppedError."""
@@ -212,8 +216,28 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _sampling(self, options: SamplingKeywords) -> GenerationOptions:
-        return self.loaded.defaults.fill(make_options(options, self.loaded.limits.max_logprobs))
+    def _request_queue(self) -> RequestQueue:
+        """A queue for one event loop that keeps the engine busy."""
+        config = self.loaded.config
+        requests = min(config.max_num_queued_reqs, _REQUESTS_PER_SEQ * config.max_num_seqs)
+        return RequestQueue(self.engine, requests, _MAX_TOKENS)
+
+    def _chat_request(
+        self,
+        messages: Sequence[dict[str, Any]],
+        sampling: GenerationOptions,
+        variables: dict[str, Any] | None,
+        param: str = "messages",
+        limit: int | None = None,
+    ) -> OutputRequest:
+        """A request to answer a conversation; `limit` replaces the model's max_new_tokens."""
+        text = self.chats.render(check_messages(messages, param=param), variables=variables, param=param)
+        check_text_length(param, text, self.loaded.tokenizer, self.loaded.limits)
+        ids = self.chats.encode(text, param=param)
+        room = self._room(param, len(ids), sampling.max_tokens)
+        if sampling.max_tokens is None:
+            room = min(room, limit or self.loaded.defaults.max_new_tokens or room)
+        return OutputRequest(0, ids, room)
 
     def _prompt_ids(self, prompt: Any, param: str) -> list[int]:
         if isinstance(prompt, str):
@@ -229,7 +253,8 @@ class LLM:
         try:
             return generation_room(param, prompt_tokens, max_tokens, self.loaded.limits)
         except PromptError as error:
-            raise PromptError(param, f"{param}: {error}", error.code) from None
+            prefix = "" if param == "messages" else f"{param}: "
+            raise PromptError(param, f"{prefix}{error}", error.code) from None
 
     def _scored_text(self, encoder: TextEncoder, text: Any, param: str) -> EncodedText:
         if isinstance(text, tuple) and len(text) == 2:
@@ -240,42 +265,18 @@ class LLM:
         return encoded
 
     def _generate(self, prompts: list[OutputRequest], options: GenerationOptions) -> Batch[Generation]:
-        tokenizer = self.loaded.tokenizer
-        generator = Generator(self._queue, tokenizer, options)
-        shared: dict[int, Tokens] = {}  # by index of the prompt, which its first output scores
+        results = Generator(self._queue, self.loaded.tokenizer, options).run(prompts)
+        return Batch(self._collect("generating", len(prompts) * options.n, results))
 
-        async def run(prompt: OutputRequest) -> Generation:
-            output = await generator.generate(prompt)
-            if output.prompt_scores is not None:
-                columns = token_columns(tokenizer, prompt.token_ids, output.prompt_scores, starts_sequence=True)
-                shared[prompt.index] = Tokens(**columns)
-            scores = output.all_scores(options.logprobs)
-            return Generation(
-                index=prompt.index,
-                choice=prompt.choice,
-                text=output.text,
-                finish_reason=str(output.finish_reason),
-                stop_reason=output.stop_reason,
-                prompt_token_ids=prompt.token_ids,
-                prompt=None,
-                **token_columns(tokenizer, output.token_ids, scores, starts_sequence=False),
-            )
-
-        items = [replace(prompt, choice=choice) for prompt in prompts for choice in range(options.n)]
-        results = self._run("generating", items, run, lambda item: len(item.token_ids))
-        return Batch([replace(result, prompt=shared.get(result.index)) for result in results])
-
-    def _run[T, R](
-        self, label: str, items: list[T], run: Callable[[T], Coroutine[Any, Any, R]], num_tokens: Callable[[T], int]
-    ) -> list[R]:
-        """Run all items on the loop's thread; results in order."""
+    def _collect[R](self, label: str, count: int, stream: AsyncGenerator[R]) -> list[R]:
+        """Collect `count` results on the loop's thread, with a progress bar."""
         if not self._finalizer.alive:
             raise EngineStoppedError("the LLM is closed")
-        with _progress(label, len(items) if self._shows_progress else 0) as advance:
+        with _progress(label, count if self._shows_progress else 0) as advance:
 
             async def collect() -> list[R]:
                 results: list[R] = []
-                async with aclosing(self._queue.run_in_order(items, run, num_tokens)) as stream:
+                async with aclosing(stream):
                     async for result in stream:
                         results.append(result)
                         advance()

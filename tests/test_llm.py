@@ -1,6 +1,7 @@
 """LLM over a real engine with a scripted runner: inputs, options, results, threads, event loops, interruption."""
 
 import asyncio
+import dataclasses
 import math
 import os
 import signal
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from serve import llm as llm_module
+from serve.config.config import EngineConfig, EngineKeywords
 from serve.engine.request import EngineStoppedError
 from serve.jobs.generate import GenerationOptions, SamplingKeywords
 from serve.jobs.request_queue import RequestError
@@ -144,6 +146,16 @@ def test_to_pandas_without_pandas_says_how_to_install_it(llm: LLM, monkeypatch: 
         llm.score("ab").to_pandas()
 
 
+async def test_stream_chat_yields_the_pieces_of_chat(runner: ScriptedRunner, llm: LLM) -> None:
+    outputs = [output async for output in llm.stream_chat([USER], logprobs=1)]
+    assert [output.text for output in outputs] == [*"Hello", ""]
+    assert (outputs[-1].finish_reason, outputs[0].all_scores(1).top_ids.shape) == ("stop", (1, 1))
+    runner.script = b"x" * CONTEXT
+    for limit, count in ((3, 3), (CONTEXT, CONTEXT - len("user:Hi;>"))):
+        outputs = [output async for output in llm.stream_chat([USER], max_new_tokens=limit)]
+        assert sum(len(output.token_ids) for output in outputs) == count
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -216,8 +228,10 @@ def test_llm_reports_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
         LLM(str(tmp_path), override_generation_config={"temperature": 0})
 
 
-def test_sampling_keywords_are_the_fields_of_generation_options() -> None:
+def test_keywords_are_the_fields_of_the_options() -> None:
     assert SamplingKeywords.__annotations__.keys() == GenerationOptions.model_fields.keys()
+    flags = {field.name for field in dataclasses.fields(EngineConfig) if "option" in field.metadata}
+    assert EngineKeywords.__annotations__.keys() == flags - {"model", *llm_module._PROCESS_OPTIONS}
 
 
 def test_generate_works_in_a_running_event_loop(llm: LLM) -> None:

@@ -13,14 +13,13 @@ from serve.api.json_stream import Body, Placeholder, dump, make_body
 from serve.api.logprobs import CompletionLogprobs, LogprobRow, completion_columns
 from serve.api.requests import CompletionRequest
 from serve.api.validation import check_answers, check_length, check_number_of_ids, check_top_k, truncated
-from serve.jobs.generate import Output
+from serve.jobs.generate import DEFAULT_MAX_TOKENS, Output
 from serve.jobs.score import checked_token_ids
 from serve.text.chat import encode_text, generation_room
 
 type _Job = Job[CompletionRequest]
 
 _MAX_PROMPTS = 2048
-_DEFAULT_MAX_TOKENS = 16
 
 
 class Completions(Handler[CompletionRequest]):
@@ -130,7 +129,7 @@ def _logprobs(job: _Job, choice: Choice, output: Output) -> dict[str, Any] | Non
 
 
 def _max_tokens(body: CompletionRequest) -> int:
-    return _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    return DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
 
 
 def _as_json(value: Any) -> orjson.Fragment | Placeholder | None:

@@ -8,8 +8,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request as HTTPRequest
@@ -35,8 +34,8 @@ from serve.api.validation import (
     served_name,
 )
 from serve.engine.request import PromptScoring, Request, SamplingParams
-from serve.jobs.generate import Output, OutputDecoder
-from serve.text.detokenizer import StopStrings
+from serve.jobs.generate import Output, OutputDecoder, choice_params
+from serve.text.detokenizer import Detokenizer, StopStrings
 
 logger = logging.getLogger(__name__)
 
@@ -162,14 +161,13 @@ class Handler[B: GenerationRequest](ABC):
         if config.prefix_cache_per_key and record.key:
             salt = f"{record.key}/{salt}"  # unambiguous: a salt contains no slash
         timeout = min(config.request_timeout, math.inf if body.timeout is None else body.timeout)
-        make_decoder = partial(
-            OutputDecoder,
-            tokenizer,
-            StopStrings(stop_strings(body)),
-            eos_token_ids=frozenset() if body.ignore_eos else tokenizer.eos_token_ids,
-            include_stop=bool(body.include_stop_str_in_output),
-            skip_special_tokens=body.skip_special_tokens is not False,
-        )
+        stop = StopStrings(stop_strings(body))
+        eos_token_ids = frozenset() if body.ignore_eos else tokenizer.eos_token_ids
+        skip, include = body.skip_special_tokens is not False, bool(body.include_stop_str_in_output)
+
+        def make_decoder() -> OutputDecoder:
+            detokenizer = Detokenizer(tokenizer, stop, skip_special_tokens=skip, include_stop=include)
+            return OutputDecoder(detokenizer, eos_token_ids)
 
         def new_request(prompt: Prompt, params: SamplingParams, queue_timeout: float = config.queue_timeout) -> Request:
             deadline = record.began + timeout
@@ -184,9 +182,9 @@ class Handler[B: GenerationRequest](ABC):
                 rows = PromptScoring(requested.start, full_vocab=True)
                 prompt.full_vocab_request = new_request(prompt, SamplingParams(0, prompt=rows))
             for i in range(body.n or 1):
-                seed = None if body.seed in (None, -1) else body.seed + i
-                scoring = None if i else requested.scoring
-                params = replace(shared, max_tokens=prompt.max_tokens, seed=seed, prompt=scoring)
+                params = choice_params(
+                    shared, i, max_tokens=prompt.max_tokens, seed=body.seed, prompt=requested.scoring
+                )
                 # All wait behind the first one, whose time in the queue is limited.
                 request = new_request(prompt, params, math.inf) if choices else new_request(prompt, params)
                 choices.append(Choice(len(choices), prompt, request, make_decoder, i == 0, alternatives))

@@ -1,13 +1,14 @@
 """Sampling fields of a request to SamplingParams. Each error names its field."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from serve.api.errors import invalid
 from serve.api.requests import GenerationRequest
 from serve.api.validation import check_ids
 from serve.engine.request import EngineLimits, SamplingParams
-from serve.jobs.generate import sampling_values
+from serve.jobs import generate as jobs
 from serve.text.tokenizer import Tokenizer, TokenizerError
 
 _MAX_STOP_STRINGS = 10_000
@@ -28,8 +29,8 @@ def sampling_params(
         APIError: 400 that names a field.
     """
     check_ids("stop_token_ids", body.stop_token_ids or (), limits)
-    params = SamplingParams(
-        max_tokens=0,
+    params = replace(
+        jobs.sampling_params(body),
         min_tokens=body.min_tokens or 0,
         stop_token_ids=(frozenset() if body.ignore_eos else tokenizer.eos_token_ids)
         | frozenset(body.stop_token_ids or ()),
@@ -38,7 +39,6 @@ def sampling_params(
         bad_words=bad_word_ids(body.bad_words or (), tokenizer),
         requested_ids=tuple(body.logprob_token_ids or ()),
         processed=processed,
-        **sampling_values(body),
     )
     _check_tokens_remain(params, limits)
     return params

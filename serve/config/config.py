@@ -6,8 +6,9 @@ Each flag is declared here, once, and read where it is used. Flags have vLLM's n
 import ipaddress
 import math
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypedDict
 
 from serve.config.options import API, LOGPROBS, MODEL, NETWORK, PROCESS, SCHEDULING, option, switch
 from serve.config.values import Between, MemoryAmount, OneOf, api_key, parse_bytes, parse_memory, strings
@@ -138,6 +139,27 @@ class EngineConfig:
     def batched_tokens(self) -> int:
         """Maximum number of prompt and decode tokens per step."""
         return self.max_num_batched_tokens or 256 + self.max_num_seqs
+
+
+class EngineKeywords(TypedDict, total=False):
+    """Keyword arguments of `LLM`: options of `logprobd serve` that concern the model and the engine."""
+
+    tokenizer: str | PathLike[str] | None
+    revision: str | None
+    dtype: Literal["auto", "bfloat16", "float32"]
+    quantization: Literal["int8"] | None
+    chat_template: str | None
+    generation_config: str
+    override_generation_config: str | dict[str, Any]
+    seed: int | None
+    max_logprobs: int
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int | None
+    kv_cache_memory: int | float | str | None
+    enable_prefix_caching: bool
+    tensor_parallel_size: int
+    compilation_cache_dir: str | PathLike[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,9 @@
 """Generation: sampling options, and token ids to text with the log-probs of every token."""
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError
@@ -13,6 +13,7 @@ from serve.config.generation_config import SamplingFieldKeywords, SamplingFields
 from serve.config.values import suggestion
 from serve.engine.request import PromptScoring, Request, SamplingParams, TokenEvent
 from serve.jobs.request_queue import RequestQueue
+from serve.jobs.results import Generation, Tokens, token_columns
 from serve.jobs.score import checked_scores
 from serve.text.detokenizer import Detokenizer, StopStrings
 from serve.text.tokenizer import Tokenizer
@@ -20,6 +21,7 @@ from serve.text.tokenizer import Tokenizer
 _GREEDY_BELOW = 1e-5  # lower temperatures are greedy
 _MIN_TEMPERATURE = 0.01
 _INT64 = 2**63
+DEFAULT_MAX_TOKENS = 16  # of completions, as in OpenAI's API; a chat has no such default
 
 
 class GenerationOptions(SamplingFields):
@@ -72,15 +74,28 @@ def make_options(values: Mapping[str, Any], max_logprobs: int) -> GenerationOpti
     return options
 
 
-def sampling_values(fields: SamplingFields) -> dict[str, Any]:
-    """Values of the SamplingParams fields that SamplingFields has, under the same names."""
+def sampling_params(fields: SamplingFields) -> SamplingParams:
+    """Parameters with the values of `fields`; the others have their defaults, and `max_tokens` is 0."""
     values = {name: value for name in SamplingFields.model_fields if (value := getattr(fields, name)) is not None}
     if "temperature" in values:
         value = values["temperature"]
         values["temperature"] = 0.0 if value < _GREEDY_BELOW else max(value, _MIN_TEMPERATURE)
     if "top_k" in values:
         values["top_k"] = max(values["top_k"], 0)  # -1 is off, too
-    return values
+    return SamplingParams(max_tokens=0, **values)
+
+
+def choice_params(
+    shared: SamplingParams, choice: int, *, max_tokens: int, seed: int | None, prompt: PromptScoring | None
+) -> SamplingParams:
+    """Parameters of one output for a prompt; `shared` are those of all outputs.
+
+    Args:
+        choice: number of the output: its seed is `seed` + `choice`, and only output 0 scores the prompt.
+        seed: None or -1 draws one.
+    """
+    seed = None if seed in (None, -1) else seed + choice
+    return replace(shared, max_tokens=max_tokens, seed=seed, prompt=None if choice else prompt)
 
 
 @dataclass(slots=True)
@@ -112,20 +127,9 @@ class Output:
 class OutputDecoder:
     """Turns the events of one request into text, which ends at a stop string."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stop: StopStrings,
-        *,
-        eos_token_ids: frozenset[int],
-        include_stop: bool = False,
-        skip_special_tokens: bool = True,
-    ) -> None:
-        self._detokenizer = Detokenizer(
-            tokenizer, skip_special_tokens=skip_special_tokens, stop=stop, include_stop_str_in_output=include_stop
-        )
+    def __init__(self, detokenizer: Detokenizer, eos_token_ids: frozenset[int]) -> None:
+        self._detokenizer = detokenizer
         self._eos_token_ids = eos_token_ids
-        self._include_stop = include_stop
 
     @property
     def found_stop(self) -> bool:
@@ -137,7 +141,7 @@ class OutputDecoder:
         text, count = "", 0
         for token_id in event.token_ids:
             count += 1
-            if token_id != event.stop_token_id or self._include_stop:
+            if token_id != event.stop_token_id or self._detokenizer.include_stop:
                 text += self._detokenizer.push(token_id)
             if self.found_stop:
                 break
@@ -176,34 +180,62 @@ class Generator:
         self._options = options
         self._stop = StopStrings(options.stop_strings)
         self._eos_token_ids = frozenset() if options.ignore_eos else tokenizer.eos_token_ids
+        self._params = replace(sampling_params(options), stop_token_ids=self._eos_token_ids)
 
-    async def generate(self, request: OutputRequest) -> Output:
-        """Generate an output; only choice 0 has the prompt's scores.
+    async def stream(self, request: OutputRequest) -> AsyncGenerator[Output]:
+        """Generate an output event by event; only choice 0 has the prompt's scores.
 
         Raises:
             RequestError: the engine failed on the request.
             EngineStoppedError: the engine has stopped.
         """
-        decoder = OutputDecoder(self._tokenizer, self._stop, eos_token_ids=self._eos_token_ids)
         options = self._options
-        params = SamplingParams(
-            max_tokens=request.max_tokens,
-            seed=None if options.seed in (None, -1) else options.seed + request.choice,
-            stop_token_ids=self._eos_token_ids,
-            prompt=None if options.prompt_logprobs is None or request.choice else PromptScoring(),
-            **sampling_values(options),
+        decoder = OutputDecoder(Detokenizer(self._tokenizer, self._stop), self._eos_token_ids)
+        scoring = None if options.prompt_logprobs is None else PromptScoring()
+        params = choice_params(
+            self._params, request.choice, max_tokens=request.max_tokens, seed=options.seed, prompt=scoring
         )
-        output = Output()
         async with aclosing(self._queue.events(Request(uuid.uuid4().hex, request.token_ids, params))) as events:
             async for event in events:
                 delta = decoder.output(event)
                 delta.scores = [checked_scores(part, options.logprobs) for part in delta.scores]
                 if delta.prompt_scores is not None:
                     delta.prompt_scores = checked_scores(delta.prompt_scores, options.prompt_logprobs or 0)
-                output.add(delta)
+                yield delta
                 if delta.finish_reason is not None:
-                    break  # closing the events aborts a request that a stop string ended
-        return output
+                    return  # closing the events aborts a request that a stop string ended
+
+    async def run(self, prompts: Iterable[OutputRequest]) -> AsyncGenerator[Generation]:
+        """Generate `n` outputs for each prompt, at the same time; yield them in order. Raises as `stream`."""
+
+        async def generate(request: OutputRequest) -> tuple[OutputRequest, Output]:
+            output = Output()
+            async with aclosing(self.stream(request)) as deltas:
+                async for delta in deltas:
+                    output.add(delta)
+            return request, output
+
+        options, tokenizer = self._options, self._tokenizer
+        requests = (replace(prompt, choice=choice) for prompt in prompts for choice in range(options.n))
+        prompt_tokens: Tokens | None = None  # scored by the first output of the prompt
+        async with aclosing(self._queue.run_in_order(requests, generate, lambda item: len(item.token_ids))) as results:
+            async for request, output in results:
+                ids, scores = request.token_ids, output.prompt_scores
+                if scores is not None:
+                    prompt_tokens = Tokens(**token_columns(tokenizer, ids, scores, starts_sequence=True))
+                columns = token_columns(
+                    tokenizer, output.token_ids, output.all_scores(options.logprobs), starts_sequence=False
+                )
+                yield Generation(
+                    index=request.index,
+                    choice=request.choice,
+                    text=output.text,
+                    finish_reason=str(output.finish_reason),
+                    stop_reason=output.stop_reason,
+                    prompt_token_ids=ids,
+                    prompt=prompt_tokens,
+                    **columns,
+                )
 
 
 def check_alternatives(param: str, count: int | None, max_logprobs: int) -> None:

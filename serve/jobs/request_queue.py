@@ -6,7 +6,6 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
 from typing import Any
 
 from serve.engine.client import EngineClient
@@ -17,21 +16,20 @@ class RequestError(Exception):
     """One request failed; the engine continues with others."""
 
 
-@dataclass(frozen=True, slots=True)
-class InFlight:
-    """Bounds of the work in flight."""
-
-    requests: int  # in the engine; also the number of items that have been read and have no result yet
-    tokens: int  # of the prompts of these items; a longer item runs alone
-
-
 class RequestQueue:
-    """Runs requests of one event loop on an engine. Memory is bounded by `InFlight`, or by one longer item."""
+    """Runs requests of one event loop on an engine, within bounds."""
 
-    def __init__(self, engine: EngineClient, bounds: InFlight) -> None:
+    def __init__(self, engine: EngineClient, max_requests: int, max_tokens: int) -> None:
+        """Set the bounds.
+
+        Args:
+            max_requests: in the engine; also the number of items that have been read and have no result yet.
+            max_tokens: of the prompts of these items; a longer item runs alone.
+        """
         self._engine = engine
-        self._bounds = bounds
-        self._slots = asyncio.Semaphore(bounds.requests)
+        self._max_requests = max_requests
+        self._max_tokens = max_tokens
+        self._slots = asyncio.Semaphore(max_requests)
 
     async def events(self, request: Request) -> AsyncGenerator[TokenEvent]:
         """Admit a request when a slot is free, and yield its events.
@@ -67,7 +65,7 @@ class RequestQueue:
             for item in items:
                 size = num_tokens(item)
                 while pending and (
-                    pending[0][1].done() or len(pending) >= self._bounds.requests or tokens + size > self._bounds.tokens
+                    pending[0][1].done() or len(pending) >= self._max_requests or tokens + size > self._max_tokens
                 ):
                     result = await pending[0][1]
                     tokens -= pending.popleft()[0]

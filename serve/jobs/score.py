@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import takewhile
@@ -14,7 +14,9 @@ import numpy as np
 from model.token_logprobs import TokenLogprobs, empty_logprobs
 from serve.engine.request import FinishReason, PromptScoring, Request, SamplingParams
 from serve.jobs.request_queue import RequestError, RequestQueue
+from serve.jobs.results import Score, token_columns
 from serve.text.chat import ChatFormat, PromptError, check_messages, encode_text
+from serve.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,38 +137,69 @@ class Window:
     first: int
 
 
+def first_window(tokens: int) -> list[Window]:
+    """The window from the start of a text; none for one token, which has no log-prob."""
+    return [Window(0, tokens, 1)] if tokens > 1 else []
+
+
 @dataclass(frozen=True, slots=True)
-class Scorer:
-    queue: RequestQueue
-    alternatives: int  # kept for each token
+class ScoreRequest:
+    token_ids: list[int]
+    windows: Sequence[Window]  # none: no token is scored
 
-    async def score(self, token_ids: list[int], windows: Sequence[Window]) -> TokenLogprobs:
-        """Scores of the tokens after the first, up to the end of the last window: row i is token i + 1.
 
-        Raises:
-            RequestError: the engine failed on a window.
-            EngineStoppedError: the engine has stopped.
-        """
-        if not windows:
-            return empty_logprobs(0, self.alternatives)
-        results = await asyncio.gather(*(self._window(token_ids, window) for window in windows), return_exceptions=True)
+def stream_scores[R: ScoreRequest](
+    queue: RequestQueue, requests: Iterable[R], alternatives: int
+) -> AsyncGenerator[tuple[R, TokenLogprobs | RequestError]]:
+    """Score texts at the same time; yield each with its scores, in order, or with the engine's error.
+
+    Row i of the scores is token i + 1, up to the end of the last window, with the given number of alternatives.
+
+    Raises:
+        EngineStoppedError: the engine has stopped.
+    """
+
+    async def run(request: R) -> tuple[R, TokenLogprobs | RequestError]:
+        windows = (_score_window(queue, request.token_ids, window, alternatives) for window in request.windows)
+        results = await asyncio.gather(*windows, return_exceptions=True)
         for result in results:
+            if isinstance(result, RequestError):
+                return request, result
             if isinstance(result, BaseException):
                 raise result
-        return TokenLogprobs.concatenate([result for result in results if isinstance(result, TokenLogprobs)])
+        scores = [result for result in results if isinstance(result, TokenLogprobs)]
+        return request, TokenLogprobs.concatenate(scores or [empty_logprobs(0, alternatives)])
 
-    async def _window(self, token_ids: list[int], window: Window) -> TokenLogprobs:
-        prompt = token_ids[window.begin : window.end]
-        start = window.first - window.begin
-        request = Request(uuid.uuid4().hex, prompt, SamplingParams(max_tokens=0, prompt=PromptScoring(start)))
-        async with aclosing(self.queue.events(request)) as events:
-            event = await anext(events)
-        if event.finish_reason is not FinishReason.LENGTH:
-            raise RequestError("the engine failed: it did not finish the request")
-        scores = event.prompt_logprobs
-        if scores is None or len(scores.logprob) != len(prompt) - 1:
-            raise RequestError("the engine failed: the number of log-probs does not match the number of tokens")
-        return checked_scores(scores[start - 1 :], self.alternatives)
+    return queue.run_in_order(requests, run, lambda request: len(request.token_ids))
+
+
+async def score_texts(
+    queue: RequestQueue, tokenizer: Tokenizer, texts: Sequence[EncodedText], alternatives: int
+) -> AsyncGenerator[Score]:
+    """Score texts that fit the context, in order. Raises as `stream_scores`, and RequestError for a failed text."""
+    requests = [ScoreRequest(text.token_ids, first_window(len(text.token_ids))) for text in texts]
+    remaining = enumerate(texts)
+    async with aclosing(stream_scores(queue, requests, alternatives)) as results:
+        async for request, result in results:
+            if isinstance(result, RequestError):
+                raise result
+            index, text = next(remaining)
+            columns = token_columns(tokenizer, request.token_ids, result, starts_sequence=True)
+            yield Score(index=index, completion_start=text.completion_start, **columns)
+
+
+async def _score_window(queue: RequestQueue, token_ids: list[int], window: Window, alternatives: int) -> TokenLogprobs:
+    prompt = token_ids[window.begin : window.end]
+    start = window.first - window.begin
+    request = Request(uuid.uuid4().hex, prompt, SamplingParams(max_tokens=0, prompt=PromptScoring(start)))
+    async with aclosing(queue.events(request)) as events:
+        event = await anext(events)
+    if event.finish_reason is not FinishReason.LENGTH:
+        raise RequestError("the engine failed: it did not finish the request")
+    scores = event.prompt_logprobs
+    if scores is None or len(scores.logprob) != len(prompt) - 1:
+        raise RequestError("the engine failed: the number of log-probs does not match the number of tokens")
+    return checked_scores(scores[start - 1 :], alternatives)
 
 
 def checked_scores(scores: TokenLogprobs, alternatives: int) -> TokenLogprobs:

@@ -17,20 +17,21 @@ class Detokenizer:
     the first word is kept, because the output continues a prompt.
 
     Attributes:
+        include_stop: the text includes the stop string.
         stopped_by: the stop string that ended the text; the longest one if several end at the same character.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        *,
-        skip_special_tokens: bool,
         stop: "StopStrings",
-        include_stop_str_in_output: bool,
+        *,
+        skip_special_tokens: bool = True,
+        include_stop: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._include_stop = include_stop_str_in_output
+        self.include_stop = include_stop
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._stop = stop
         self._node = 0  # of `stop`: what the text ends with
@@ -59,7 +60,7 @@ class Detokenizer:
             self._node, stop = self._stop.advance(self._node, character)
             if stop is not None:
                 self.stopped_by, self._pending = stop, ""
-                return known[: index if self._include_stop else index - len(stop)]
+                return known[: index if self.include_stop else index - len(stop)]
         certain = len(known) - self._stop.matched(self._node)
         self._pending = known[certain:]
         return known[:certain]

@@ -1,4 +1,4 @@
-"""Parts of the terminal chat: text stream, color scale, input, sampling parameters, screen."""
+"""Parts of the terminal chat: text stream, color scale, input, screen."""
 
 import io
 import math
@@ -7,15 +7,11 @@ from collections.abc import Callable, Iterator
 import pytest
 from rich.console import Console
 
-from serve.cli.chat.command import sampling_params
 from serve.cli.chat.config import parse_args
 from serve.cli.chat.conversation import Piece, TextStream
 from serve.cli.chat.screen import SCALE, ChatScreen, legend, percent, printable, step_of
 from serve.cli.chat.session import lines_of, read_message
-from serve.config.generation_config import GenerationDefaults
 from tests.support.http_client import byte_tokenizer
-
-EOS = frozenset({1})
 
 
 def pieces_of(*tokens: tuple[bytes, float]) -> list[Piece]:
@@ -93,18 +89,6 @@ def test_lines_of_reads_to_the_end() -> None:
     assert [ask("> ") for _ in range(3)] == ["one", "", "last"]
     with pytest.raises(EOFError):
         ask("> ")
-
-
-def test_sampling_params_prefer_options_to_model_defaults() -> None:
-    plain = sampling_params(parse_args([]), GenerationDefaults(), EOS)
-    assert (plain.temperature, plain.top_p, plain.top_k, plain.stop_token_ids) == (1.0, 1.0, 0, EOS)
-    defaults = GenerationDefaults(temperature=0.6, top_k=-1, presence_penalty=0.5, max_new_tokens=50)
-    models = sampling_params(parse_args([]), defaults, EOS)
-    assert (models.temperature, models.top_k, models.presence_penalty, models.max_tokens) == (0.6, 0, 0.5, 50)
-    options = sampling_params(parse_args(["--temperature", "0", "--top-k", "5", "--max-tokens", "9"]), defaults, EOS)
-    assert (options.temperature, options.top_k, options.max_tokens) == (0.0, 5, 9)
-    low = sampling_params(parse_args(["--temperature", "0.001"]), GenerationDefaults(), EOS)
-    assert low.temperature == 0.01  # as the server does
 
 
 @pytest.mark.parametrize(

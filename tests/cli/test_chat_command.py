@@ -10,11 +10,14 @@ from serve import llm
 from serve.cli.chat import command
 from serve.cli.chat.config import parse_args
 from serve.config.generation_config import GenerationDefaults
+from serve.engine.client import RequestHandle
 from serve.engine.engine import Engine
+from serve.engine.request import Request
 from serve.server.console import Reporter
 from serve.server.model_files import StartupError
 from serve.server.startup import Loaded
 from serve.server.startup_events import failed, interrupted
+from tests.support.http_client import END
 from tests.support.scoring import fake_load, scripted_runner
 
 
@@ -36,11 +39,13 @@ def reporter(monkeypatch: pytest.MonkeyPatch) -> RecordingReporter:
     return reporter
 
 
-def run(monkeypatch: pytest.MonkeyPatch, typed: str, *arguments: str) -> tuple[int, Engine]:
+def run(
+    monkeypatch: pytest.MonkeyPatch, typed: str, *arguments: str, defaults: dict[str, Any] | None = None
+) -> tuple[int, Engine]:
     """The exit code of a chat with this input, and its engine."""
     config = parse_args(arguments)
     loaded = fake_load(scripted_runner(b"Hello, you"))(config, Reporter(None))
-    loaded = replace(loaded, defaults=GenerationDefaults(max_new_tokens=5))
+    loaded = replace(loaded, defaults=GenerationDefaults(**{"max_new_tokens": 5} | (defaults or {})))
     engine = loaded.start_engine()
     monkeypatch.setattr(Loaded, "start_engine", lambda _: engine)
     monkeypatch.setattr(llm, "load", lambda *_: loaded)
@@ -81,3 +86,31 @@ def test_main_reports_a_failed_start(
 ) -> None:
     monkeypatch.setattr(llm, "load", fails_with(error))
     assert (command.main(parse_args([])), reporter.events) == (code, [event])
+
+
+@pytest.mark.usefixtures("reporter")
+@pytest.mark.parametrize(
+    ("arguments", "defaults", "expected"),
+    [
+        ([], {}, [1.0, 1.0, 0, 0.0]),
+        ([], {"temperature": 0.6, "top_k": -1, "presence_penalty": 0.5}, [0.6, 1.0, 0, 0.5]),
+        (["--temperature", "0", "--top-k", "5", "--top-p", "0.5"], {"temperature": 0.6}, [0.0, 0.5, 5, 0.0]),
+        (["--temperature", "0.001"], {}, [0.01, 1.0, 0, 0.0]),  # as the server does
+    ],
+)
+def test_main_prefers_options_to_the_models_defaults(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], defaults: dict[str, Any], expected: list[float]
+) -> None:
+    requests: list[Request] = []
+    admit = Engine.admit
+
+    def record(engine: Engine, request: Request, *, bypass_limits: bool = False) -> RequestHandle:
+        requests.append(request)
+        return admit(engine, request, bypass_limits=bypass_limits)
+
+    monkeypatch.setattr(Engine, "admit", record)
+    run(monkeypatch, "Hi\n", "--max-tokens", "2", *arguments, defaults=defaults)
+    [request] = requests
+    params = request.params
+    assert [params.temperature, params.top_p, params.top_k, params.presence_penalty] == expected
+    assert (params.max_tokens, params.stop_token_ids) == (2, frozenset({END}))

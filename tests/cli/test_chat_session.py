@@ -21,9 +21,9 @@ from serve.cli.chat.session import Session
 from serve.config.config import EngineConfig
 from serve.engine.client import RequestHandle
 from serve.engine.engine import Engine
-from serve.engine.request import FinishReason, Request, SamplingParams
-from tests.support.fake_runner import MAX_MODEL_LEN
-from tests.support.http_client import END, ScriptedRunner, byte_tokenizer
+from serve.engine.request import FinishReason, Request
+from tests.support.fake_runner import MAX_MODEL_LEN, K
+from tests.support.http_client import ScriptedRunner, byte_tokenizer
 from tests.support.scoring import open_llm
 
 PAGES = 64
@@ -67,7 +67,8 @@ def chatting(
     session = Session(
         llm=llm,
         screen=ChatScreen(console, tokenizer, plain=plain),
-        params=SamplingParams(max_tokens, temperature=0, stop_token_ids=frozenset({END})),
+        options={"temperature": 0, "logprobs": K},
+        max_tokens=max_tokens,
         ask=typing(lines),
         show_error=complaints.append,
         now=lambda: next(ticks) / 10,  # ten tokens a second
@@ -280,7 +281,7 @@ def test_why_and_tokens_show_alternatives_and_ranks() -> None:
 def test_command_with_a_wrong_argument_shows_an_error(line: str, complaint: str) -> None:
     with chatting("Hi", line) as chat:
         chat.session.run()
-    assert [complaint in each for each in chat.complaints] == [True]
+    assert [complaint in shown for shown in chat.complaints] == [True]
     assert len(chat.requests) == 1
 
 

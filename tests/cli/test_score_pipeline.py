@@ -8,8 +8,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from model.token_logprobs import empty_logprobs
-from serve.cli.score.scoring import ScoreItem, score_line
+from model.token_logprobs import TokenLogprobs, empty_logprobs
+from serve.cli.score.scoring import ScoreItem
 from serve.cli.score.texts import Context, Line, Text
 from serve.engine.client import EngineClient, RequestHandle
 from serve.engine.request import (
@@ -20,8 +20,10 @@ from serve.engine.request import (
     TokenEvent,
 )
 from serve.engine.request_state import RequestState
-from serve.jobs.request_queue import InFlight, RequestQueue
-from serve.jobs.score import EncodedText, Scorer
+from serve.jobs.request_queue import RequestError, RequestQueue
+from serve.jobs.score import EncodedText, stream_scores
+
+type Outcome = tuple[ScoreItem, TokenLogprobs | RequestError]
 
 K = 3
 
@@ -44,7 +46,7 @@ class FakeEngine:
         self.open[request.id] = request
         self.all += 1
         self.most = max(self.most, len(self.open))
-        self.most_tokens = max(self.most_tokens, sum(len(each.prompt_token_ids) for each in self.open.values()))
+        self.most_tokens = max(self.most_tokens, sum(len(request.prompt_token_ids) for request in self.open.values()))
         return FakeHandle(cast("EngineClient", self), RequestState(request))
 
     def abort(self, request_id: str, _: FinishReason) -> None:
@@ -79,28 +81,32 @@ def items(texts: Sequence[list[int]], taken: list[int], size: int = 1000) -> Ite
         taken.append(number)
         line = Line(number, b"", 0, 0)
         if ids:
-            yield ScoreItem(line, Text(EncodedText(ids)), context.windows(len(ids)))
+            yield ScoreItem(ids, context.windows(len(ids)), line, Text(EncodedText(ids)))
         else:
-            yield ScoreItem(line, error="it is empty")
+            yield ScoreItem([], (), line, error="it is empty")
 
 
-def stream(engine: FakeEngine, queued: Iterator[ScoreItem], bounds: InFlight) -> AsyncGenerator[ScoreItem]:
-    queue = RequestQueue(cast("EngineClient", engine), bounds)
-    scorer = Scorer(queue, 2)
-    return queue.run_in_order(queued, lambda item: score_line(item, scorer), lambda item: item.num_tokens)
+def stream(engine: FakeEngine, queued: Iterator[ScoreItem], requests: int, tokens: int) -> AsyncGenerator[Outcome]:
+    return stream_scores(RequestQueue(cast("EngineClient", engine), requests, tokens), queued, 2)
 
 
 async def outcomes(
-    engine: FakeEngine, texts: Sequence[list[int]], bounds: InFlight, size: int = 1000
-) -> list[ScoreItem]:
+    engine: FakeEngine, texts: Sequence[list[int]], requests: int, tokens: int, size: int = 1000
+) -> list[Outcome]:
     """All outcomes; asserts that no more items are read ahead than the bounds allow."""
     taken: list[int] = []
-    found: list[ScoreItem] = []
-    async with aclosing(stream(engine, items(texts, taken, size), bounds)) as results:
+    outcomes: list[Outcome] = []
+    async with aclosing(stream(engine, items(texts, taken, size), requests, tokens)) as results:
         async for outcome in results:
-            found.append(outcome)
-            assert len(taken) - len(found) <= bounds.requests
-    return found
+            outcomes.append(outcome)
+            assert len(taken) - len(outcomes) <= requests
+    return outcomes
+
+
+def scores_of(outcome: Outcome) -> TokenLogprobs:
+    _, scores = outcome
+    assert isinstance(scores, TokenLogprobs)
+    return scores
 
 
 def texts_of(count: int) -> list[list[int]]:
@@ -109,48 +115,44 @@ def texts_of(count: int) -> list[list[int]]:
 
 async def test_run_in_order_keeps_the_order_of_concurrent_items() -> None:
     engine, texts = FakeEngine(), texts_of(50)
-    found = await outcomes(engine, texts, InFlight(requests=8, tokens=1000))
-    assert [outcome.line.number for outcome in found] == list(range(1, 51))
-    for text, outcome in zip(texts, found, strict=True):
-        assert outcome.scores is not None
-        assert (-outcome.scores.logprob).tolist() == text[1:]
-        assert outcome.scores.top_logprobs.shape == (len(text) - 1, 2)
-        assert outcome.scores.top_logprobs.base is None  # a copy, not a view of all alternatives
+    results = await outcomes(engine, texts, 8, 1000)
+    assert [item.line.number for item, _ in results] == list(range(1, 51))
+    for text, scores in zip(texts, map(scores_of, results), strict=True):
+        assert (-scores.logprob).tolist() == text[1:]
+        assert scores.top_logprobs.shape == (len(text) - 1, 2)
+        assert scores.top_logprobs.base is None  # a copy, not a view of all alternatives
     assert engine.most == 8
 
 
 async def test_run_in_order_bounds_tokens_and_runs_a_longer_text_alone() -> None:
     engine = FakeEngine()
     texts = [*texts_of(20), [3] * 70, *texts_of(20)]
-    found = await outcomes(engine, texts, InFlight(requests=8, tokens=20))
-    assert len(found) == 41
+    assert len(await outcomes(engine, texts, 8, 20)) == 41
     assert engine.most_tokens == 70
     small = FakeEngine()
-    await outcomes(small, texts_of(40), InFlight(requests=8, tokens=20))
+    await outcomes(small, texts_of(40), 8, 20)
     assert 10 < small.most_tokens <= 20
 
 
 async def test_windows_of_a_long_text_share_the_bound_of_requests() -> None:
     engine, text = FakeEngine(), [3, *range(4, 500)]
-    [long, short] = await outcomes(engine, [text, [3, 4]], InFlight(requests=4, tokens=1000), size=20)
-    assert long.scores is not None
-    assert (-long.scores.logprob).tolist() == text[1:]
-    assert short.scores is not None
+    [long, short] = await outcomes(engine, [text, [3, 4]], 4, 1000, size=20)
+    assert (-scores_of(long).logprob).tolist() == text[1:]
+    assert scores_of(short) is not None
     assert engine.most == 4
     assert engine.all > 40
 
 
 async def test_score_of_one_token_sends_no_request() -> None:
     engine = FakeEngine()
-    [outcome] = await outcomes(engine, [[5]], InFlight(4, 100))
-    assert outcome.error is None
-    assert outcome.scores is not None
-    assert len(outcome.scores.logprob) == engine.all == 0
+    [outcome] = await outcomes(engine, [[5]], 4, 100)
+    assert len(scores_of(outcome).logprob) == engine.all == 0
 
 
 async def test_a_failed_request_affects_its_line_only() -> None:
-    found = await outcomes(FakeEngine(), [[3, 4], [0, 4], [], [2, 4], [3, 5]], InFlight(8, 100))
-    assert [outcome.error for outcome in found] == [
+    results = await outcomes(FakeEngine(), [[3, 4], [0, 4], [], [2, 4], [3, 5]], 8, 100)
+    errors = [item.error or (str(result) if isinstance(result, RequestError) else None) for item, result in results]
+    assert errors == [
         None,
         "the engine failed: it broke",
         "it is empty",
@@ -162,13 +164,13 @@ async def test_a_failed_request_affects_its_line_only() -> None:
 async def test_run_in_order_ends_with_a_stopped_engine_and_aborts_the_rest() -> None:
     engine = FakeEngine()
     with pytest.raises(EngineStoppedError):
-        await outcomes(engine, [[3, 4], [3, 4], [1, 4], [3, 5], [3, 6]], InFlight(8, 100))
+        await outcomes(engine, [[3, 4], [3, 4], [1, 4], [3, 5], [3, 6]], 8, 100)
     assert not engine.open
 
 
 async def test_run_in_order_aborts_the_rest_when_closed() -> None:
     engine = FakeEngine()
-    async with aclosing(stream(engine, items(texts_of(50), []), InFlight(8, 100))) as results:
+    async with aclosing(stream(engine, items(texts_of(50), []), 8, 100)) as results:
         await anext(results)
         assert engine.open
     assert not engine.open

@@ -8,7 +8,7 @@ from compiled.state import SamplingArrays
 from serve.config.generation_config import SamplingFieldKeywords, SamplingFields
 from serve.engine import batch
 from serve.engine.request import SamplingParams
-from serve.jobs.generate import sampling_values
+from serve.jobs.generate import sampling_params
 
 
 def test_sampling_fields_have_the_same_names_in_every_layer() -> None:
@@ -29,10 +29,10 @@ def test_sampling_fields_have_the_same_names_in_every_layer() -> None:
         ("repetition_penalty", 0.5),
     ],
 )
-def test_sampling_values_passes_every_field(name: str, value: float) -> None:
-    values = sampling_values(SamplingFields.model_validate({name: value}))
-    assert values == {name: value}
-    assert getattr(SamplingParams(max_tokens=1, **values), name) == value
+def test_sampling_params_has_every_field(name: str, value: float) -> None:
+    params = sampling_params(SamplingFields.model_validate({name: value}))
+    assert params == dataclasses.replace(SamplingParams(max_tokens=0), **{name: value})  # type: ignore[arg-type]
+    assert getattr(params, name) == value
 
 
 def test_sampling_arrays_copies_fields_of_the_same_name() -> None:

@@ -46,19 +46,16 @@ def smollm2() -> Tokenizer:
 def run(tokens: Sequence[bytes], *stop: str, include: bool = False) -> tuple[list[str], str | None]:
     """The pieces of text, one per token and the last from finish(), and what stopped it."""
     detokenizer = Detokenizer(
-        fake_tokenizer(tokens),
-        skip_special_tokens=False,
-        stop=StopStrings(stop),
-        include_stop_str_in_output=include,
+        fake_tokenizer(tokens), StopStrings(stop), skip_special_tokens=False, include_stop=include
     )
-    found = [detokenizer.push(index) for index in range(len(tokens))]
-    return [*found, detokenizer.finish()], detokenizer.stopped_by
+    pieces = [detokenizer.push(index) for index in range(len(tokens))]
+    return [*pieces, detokenizer.finish()], detokenizer.stopped_by
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 49152 + 100), max_size=60), st.booleans())
 def test_detokenizer_gives_the_text_of_decode(smollm2: Tokenizer, ids: list[int], skip: bool) -> None:
-    detokenizer = Detokenizer(smollm2, skip_special_tokens=skip, stop=StopStrings(), include_stop_str_in_output=False)
+    detokenizer = Detokenizer(smollm2, StopStrings(), skip_special_tokens=skip)
     text = "".join(map(detokenizer.push, ids)) + detokenizer.finish()
     assert text == smollm2.decode(ids, skip_special_tokens=skip)
 
@@ -74,11 +71,9 @@ def test_detokenizer_replaces_invalid_bytes_at_once() -> None:
 
 def test_skipped_special_token_does_not_split_a_character() -> None:
     tokenizer = fake_tokenizer([b"\xc3", b"<end>", b"\xa9"], special=frozenset({1}))
-    skipping = Detokenizer(
-        tokenizer, skip_special_tokens=True, stop=StopStrings(("<end>",)), include_stop_str_in_output=False
-    )
+    skipping = Detokenizer(tokenizer, StopStrings(("<end>",)))
     assert [skipping.push(index) for index in range(3)] == ["", "", "é"]
-    showing = Detokenizer(tokenizer, skip_special_tokens=False, stop=StopStrings(), include_stop_str_in_output=False)
+    showing = Detokenizer(tokenizer, StopStrings(), skip_special_tokens=False)
     assert [showing.push(index) for index in range(3)] == ["", "\ufffd<end>", "\ufffd"]
 
 

@@ -9,7 +9,6 @@ from serve.config.options import CommandLine, option, with_default
 from serve.config.values import Between
 
 _CHAT = "Chat"
-MAX_LENGTH = 1 << 24  # tokens; above every context
 _EPILOG = """\
 examples:
   logprobd chat                                       the default model
@@ -43,7 +42,7 @@ class ChatConfig(EngineConfig):
     repetition_penalty: float | None = option(
         _CHAT, "above 1: tokens that occurred before become less likely", Between(1e-30, 1e30)
     )
-    max_tokens: int | None = option(_CHAT, "maximum length of a reply; default: the context", Between(1, MAX_LENGTH))
+    max_tokens: int | None = option(_CHAT, "maximum length of a reply; default: the context", Between(1, 1 << 24))
 
 
 def parse_args(arguments: Sequence[str]) -> ChatConfig:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from model.token_logprobs import TokenLogprobs
-from serve.engine.request import FinishReason, TokenEvent
+from serve.jobs.generate import Output
 from serve.text.tokenizer import Tokenizer
 
 
@@ -70,24 +70,25 @@ class Reply:
     now: Callable[[], float]  # clock, seconds
     text: str = ""
     tokens: list[Token] = field(default_factory=list)  # including one that ended the reply
-    finish_reason: FinishReason | None = None  # None while it grows and after it was stopped
+    finish_reason: str | None = None  # None while it grows and after it was stopped
     _times: list[float] = field(default_factory=list)
     _stream: TextStream = field(default_factory=TextStream)
 
-    def add(self, event: TokenEvent) -> list[Piece]:
-        """Append the tokens of an event. Returns the new pieces of text."""
+    def add(self, output: Output) -> list[Piece]:
+        """Append tokens. Returns the new pieces of text."""
         pieces: list[Piece | None] = []
-        for row, token_id in enumerate(event.token_ids):
-            token = _token(token_id, event.logprobs, row)
+        scores = output.all_scores(0)
+        for row, token_id in enumerate(output.token_ids):
+            token = _token(token_id, scores, row)
             self.tokens.append(token)
             self._times.append(self.now())
-            if token_id != event.stop_token_id and not self.tokenizer.is_special(token_id):
+            if token_id not in self.tokenizer.eos_token_ids and not self.tokenizer.is_special(token_id):
                 pieces.append(self._stream.push(self.tokenizer.token_bytes(token_id), token.logprob))
-        self.finish_reason = event.finish_reason
+        self.finish_reason = output.finish_reason
         return self._append(pieces)
 
     def end(self) -> list[Piece]:
-        """The rest of the text after the last event."""
+        """The rest of the text after the last token."""
         return self._append([self._stream.finish()])
 
     @property
@@ -108,7 +109,7 @@ class Reply:
 
     def as_json(self) -> dict[str, Any]:
         tokens = [self._as_json(token) | {"best": [*map(self._as_json, token.alternatives)]} for token in self.tokens]
-        return {"text": self.text, "finish_reason": str(self.finish_reason or "stopped"), "tokens": tokens}
+        return {"text": self.text, "finish_reason": self.finish_reason or "stopped", "tokens": tokens}
 
     def _as_json(self, token: Alternative) -> dict[str, Any]:
         return {

@@ -107,7 +107,7 @@ class ChatScreen:
             parts.append("most surprising " + ", ".join(shown))
         if reply.finish_reason is None:
             parts.append("stopped")
-        elif reply.finish_reason is FinishReason.LENGTH:
+        elif reply.finish_reason == FinishReason.LENGTH:
             parts.append("truncated at the maximum length")
         self.note("; ".join(parts))
 

@@ -3,18 +3,18 @@
 import asyncio
 import contextlib
 import json
-import uuid
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from serve.cli.chat.conversation import Conversation, Reply, Turn
 from serve.cli.chat.screen import ChatScreen
-from serve.engine.request import EngineStoppedError, Request, SamplingParams
+from serve.engine.request import EngineStoppedError
+from serve.jobs.generate import Output, SamplingKeywords
 from serve.jobs.request_queue import RequestError
 from serve.llm import LLM
-from serve.text.chat import PromptError, generation_room
+from serve.text.chat import PromptError
 
 _FENCE = '"""'
 
@@ -23,7 +23,8 @@ _FENCE = '"""'
 class Session:
     llm: LLM
     screen: ChatScreen
-    params: SamplingParams  # of replies; max_tokens is an upper bound
+    options: SamplingKeywords  # of replies
+    max_tokens: int | None  # upper bound of replies; None: the model's default
     ask: Callable[[str], str]  # shows a prompt and reads a line; raises EOFError at the end
     show_error: Callable[[str], None]
     now: Callable[[], float]  # clock, seconds
@@ -55,14 +56,15 @@ class Session:
         """Send a message and show the reply; the message stays unsent if there is no reply."""
         self.chat.unsent = text
         try:
-            request = self._request(self.chat.messages(text))
+            messages = self.chat.messages(text)
+            outputs = self.llm.stream_chat(messages, max_new_tokens=self.max_tokens, **self.options)
         except PromptError as error:
             self._fail(f"{error} Use /reset or a shorter /system, then /retry.")
             self.put_back(text)
             return
         reply = Reply(self.llm.loaded.tokenizer, self.now)
         try:
-            runner.run(self._stream(request, reply))
+            runner.run(self._show(outputs, reply))
         except KeyboardInterrupt:
             if not reply.tokens:
                 self.screen.note("stopped before the first token; /retry sends the message again")
@@ -77,15 +79,10 @@ class Session:
         self.chat.turns.append(Turn(text, reply))
         self.chat.unsent = None
 
-    def _request(self, messages: list[dict[str, Any]]) -> Request:
-        ids = self.llm.chat_ids(messages)
-        room = generation_room("messages", len(ids), None, self.llm.loaded.limits)
-        return Request(uuid.uuid4().hex, ids, replace(self.params, max_tokens=min(self.params.max_tokens, room)))
-
-    async def _stream(self, request: Request, reply: Reply) -> None:
-        async with contextlib.aclosing(self.llm.request_queue().events(request)) as events:
-            async for event in events:
-                for piece in reply.add(event):
+    async def _show(self, outputs: AsyncGenerator[Output], reply: Reply) -> None:
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                for piece in reply.add(output):
                     self.screen.piece(piece)
 
     def _command(self, text: str, runner: asyncio.Runner) -> None:

@@ -24,10 +24,9 @@ from serve.cli.score.journal import (
     open_rows,
     read_checkpoint,
 )
-from serve.cli.score.rows import RowWriter, write_csv, write_parquet
+from serve.cli.score.rows import write_csv, write_parquet
 from serve.cli.score.scoring import Scoring, check_no_more, first_lines, open_meter, summary
-from serve.cli.score.texts import Context, ScoreError, Source, TextReader, make_context, open_source
-from serve.jobs.score import TextEncoder
+from serve.cli.score.texts import ScoreError, Source, TextReader, make_context, open_source
 from serve.llm import LLM
 from serve.server.console import Reporter, start_reporting
 from serve.server.model_files import STARTUP_ERRORS, chosen_template
@@ -107,7 +106,7 @@ def _resume(
         checkpoint.made_with = made_with
         with open_journal(paths, rows, checkpoint) as journal:
             before, start = checkpoint.sums.scored, time.monotonic()
-            _run(config, _scoring(config, source, llm, context), llm, journal)
+            _run(config, Scoring(config, source, llm, context), journal)
             checkpoint.complete = True
     scored, seconds = checkpoint.sums.scored - before, time.monotonic() - start
     return f"{scored / seconds:,.0f} tokens/s" if scored else ""
@@ -124,24 +123,12 @@ def _identity(config: ScoreConfig, on_prepare: Callable[[str], None]) -> dict[st
     return values
 
 
-def _scoring(config: ScoreConfig, source: Source, llm: LLM, context: Context) -> Scoring:
-    encoder = TextEncoder(llm.chats, llm.loaded.limits.vocab_size, config.add_special_tokens)
-    writer = RowWriter(
-        llm.loaded.tokenizer,
-        alternatives=config.top_logprobs,
-        per_token=config.writes_tokens,
-        windowed=config.long == "window",
-        id_as_text=config.output_format != "jsonl",
-    )
-    return Scoring(config, source, TextReader(encoder, config.text_field), context, writer)
-
-
-def _run(config: ScoreConfig, scoring: Scoring, llm: LLM, journal: Journal) -> None:
+def _run(config: ScoreConfig, scoring: Scoring, journal: Journal) -> None:
     """Run a scoring on an engine; raise _StoppedError if a signal arrives."""
     with open_meter(sys.stderr, config.log_format, journal.checkpoint.sums.scored) as meter:
         if journal.checkpoint.line:
             meter.message(f"resuming after line {journal.checkpoint.line:,} of {config.file}")
-        number = asyncio.run(_until_signal(scoring.run(llm.request_queue(), journal, meter)))
+        number = asyncio.run(_until_signal(scoring.run(journal, meter)))
     if number is not None:
         raise _StoppedError(128 + number, journal.checkpoint.line)
 

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from model.token_logprobs import TokenLogprobs, clamp_logprobs
 from serve.cli.score.texts import Text
 from serve.jobs.results import logprob_sum, perplexity
-from serve.jobs.score import Window
 from serve.text.tokenizer import Tokenizer
 
 _BLOCK = 4 * 2**20  # bytes of JSON, read at once
@@ -60,11 +59,12 @@ class RowWriter:
     windowed: bool  # write the number of windows of each text
     id_as_text: bool  # for formats whose columns have one type
 
-    def row(self, line: int, text: Text, windows: tuple[Window, ...], scores: TokenLogprobs) -> tuple[bytes, Sums]:
+    def row(self, line: int, text: Text, windows: int, scores: TokenLogprobs) -> tuple[bytes, Sums]:
         """The row of a text, with line end, and its sums.
 
         Args:
             line: number of the line.
+            windows: in which the text was scored.
             scores: row i is token i + 1, up to the end of the last window.
         """
         encoded = text.encoded
@@ -90,7 +90,7 @@ class RowWriter:
             "bits_per_byte": sums.bits_per_byte,
         }
         if self.windowed:
-            row["windows"] = len(windows)
+            row["windows"] = windows
         if not is_complete:
             row["truncated"] = len(encoded.token_ids) - len(ids)
         if encoded.completion_start is not None:

@@ -3,8 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from itertools import takewhile
 from logging import INFO, WARNING
 from pathlib import Path
@@ -19,9 +18,10 @@ from serve.cli.score.journal import Checkpoint, Journal
 from serve.cli.score.rows import RowWriter, Sums
 from serve.cli.score.texts import Context, Line, LineError, ScoreError, Source, Text, TextReader
 from serve.engine.request import EngineStoppedError
-from serve.jobs.request_queue import RequestError, RequestQueue
+from serve.jobs.request_queue import RequestError
 from serve.jobs.results import perplexity
-from serve.jobs.score import Scorer, Window
+from serve.jobs.score import ScoreRequest, TextEncoder
+from serve.llm import LLM
 from serve.server.console import is_terminal, json_line
 
 _INTERVAL = 30.0  # seconds between lines of progress
@@ -78,63 +78,64 @@ def open_meter(stream: TextIO, log_format: str, scored_before: int) -> Iterator[
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreItem:
-    """A line to score; with its scores or its error once it is done."""
+class ScoreItem(ScoreRequest):
+    """A line to score, or the error that prevents it; then it has no tokens."""
 
     line: Line
     text: Text | None = None
-    windows: tuple[Window, ...] = ()
-    scores: TokenLogprobs | None = None  # row i: token i + 1, up to the end of the last window
     error: str | None = None
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens kept in memory until the line is written."""
-        return len(self.text.encoded.token_ids) if self.text else 0
 
-
-@dataclass(frozen=True, slots=True)
 class Scoring:
     """Reads, scores and writes the lines of a file."""
 
-    config: ScoreConfig
-    source: Source
-    reader: TextReader
-    context: Context
-    writer: RowWriter
+    def __init__(self, config: ScoreConfig, source: Source, llm: LLM, context: Context) -> None:
+        self._config = config
+        self._source = source
+        self._llm = llm
+        self._context = context
+        encoder = TextEncoder(llm.chats, llm.loaded.limits.vocab_size, config.add_special_tokens)
+        self._reader = TextReader(encoder, config.text_field)
+        self._writer = RowWriter(
+            llm.loaded.tokenizer,
+            alternatives=config.top_logprobs,
+            per_token=config.writes_tokens,
+            windowed=config.long == "window",
+            id_as_text=config.output_format != "jsonl",
+        )
 
-    async def run(self, queue: RequestQueue, journal: Journal, meter: Meter) -> None:
+    async def run(self, journal: Journal, meter: Meter) -> None:
         """Score the remaining lines.
 
         Raises:
             ScoreError: a line is broken and broken lines are not skipped; the file has changed since the checkpoint;
                 the engine has stopped.
         """
-        lines = first_lines(self.source, self.config.limit)
-        skip_to(self.config.file, lines, journal.checkpoint)
-        score = partial(score_line, scorer=Scorer(queue, self.config.top_logprobs))
-        items = map(self._item, lines)
+        lines = first_lines(self._source, self._config.limit)
+        skip_to(self._config.file, lines, journal.checkpoint)
         try:
-            async with aclosing(queue.run_in_order(items, score, lambda item: item.num_tokens)) as results:
-                async for item in results:
-                    self._write(item, journal, meter)
+            items = self._llm.stream_scores(map(self._item, lines), self._config.top_logprobs)
+            async with aclosing(items):
+                async for item, result in items:
+                    self._write(item, result, journal, meter)
         except EngineStoppedError:
             raise ScoreError("the engine has stopped") from None
 
     def _item(self, line: Line) -> ScoreItem:
         try:
-            text = self.reader.read(line, is_text=self.source.is_text)
-            return ScoreItem(line, text, self.context.windows(len(text.encoded.token_ids)))
+            text = self._reader.read(line, is_text=self._source.is_text)
+            token_ids = text.encoded.token_ids
+            return ScoreItem(token_ids, self._context.windows(len(token_ids)), line, text)
         except LineError as error:
-            return ScoreItem(line, error=str(error))
+            return ScoreItem([], (), line, error=str(error))
 
-    def _write(self, item: ScoreItem, journal: Journal, meter: Meter) -> None:
+    def _write(self, item: ScoreItem, result: TokenLogprobs | RequestError, journal: Journal, meter: Meter) -> None:
         line = item.line
-        if item.text is not None and item.scores is not None:
-            row, sums = self.writer.row(line.number, item.text, item.windows, item.scores)
+        if item.text is not None and isinstance(result, TokenLogprobs):
+            row, sums = self._writer.row(line.number, item.text, len(item.windows), result)
         else:
-            message = f"{self.config.file}:{line.number}: {item.error}"
-            if self.config.on_error != "skip":
+            message = f"{self._config.file}:{line.number}: {item.error or result}"
+            if self._config.on_error != "skip":
                 raise ScoreError(f"{message} (--on-error skip leaves such lines out; the rows so far are kept)")
             meter.message(message, WARNING)
             row, sums = b"", Sums(skipped=1)
@@ -143,18 +144,8 @@ class Scoring:
 
     def _progress(self, line: Line) -> float:
         """Share of the work done after a line."""
-        read, limit = line.position / max(1, self.source.total), self.config.limit
+        read, limit = line.position / max(1, self._source.total), self._config.limit
         return min(1.0, read if limit is None else max(read, line.number / limit))
-
-
-async def score_line(item: ScoreItem, scorer: Scorer) -> ScoreItem:
-    """The item with its scores, or the error of its request."""
-    if item.text is None:
-        return item
-    try:
-        return replace(item, scores=await scorer.score(item.text.encoded.token_ids, item.windows))
-    except RequestError as error:
-        return replace(item, error=str(error))
 
 
 def first_lines(source: Source, limit: int | None) -> Iterator[Line]:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from serve.jobs.score import EncodedText, TextEncoder, Window
+from serve.jobs.score import EncodedText, TextEncoder, Window, first_window
 from serve.text.chat import PromptError
 
 _MAX_LINE = 64 * 2**20  # bytes; a line must fit in memory
@@ -168,7 +168,7 @@ class Context:
                 "or --long truncate to score the first"
             )
         end = min(tokens, self.size)
-        windows = [Window(0, end, 1)] if end > 1 else []
+        windows = first_window(end)
         while self.long == "window" and end < tokens:
             first, end = end, min(end + self.stride, tokens)
             windows.append(Window(end - self.size, end, first))

@@ -266,7 +266,7 @@ def test_summary_equals_the_score_command(page: Inspector) -> None:
         local_tokenizer(default_model_path()), alternatives=0, per_token=True, windowed=False, id_as_text=False
     )
     text = Text(EncodedText([token["token_id"] for token in tokens]))
-    _, sums = writer.row(1, text, (), scores)
+    _, sums = writer.row(1, text, 1, scores)
     totals = exported["totals"]
     assert totals["bitsPerByte"] == pytest.approx(sums.bits_per_byte)
     assert totals["perplexity"] == pytest.approx(perplexity(sums.logprob, sums.scored))

@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from reprlib import Repr
 from typing import Any
 
-from model.families import FAMILIES, Family
+from model.families import FAMILIES, HEAD, Family, WeightSpec
 from model.rope import Rope
 
 # Damaged numbers are rejected before memory is allocated for them.
 _MAX_LAYERS = 1000
 _MAX_HEAD_DIM = 1 << 16
-MAX_FACTOR = 1e6  # of a context's length; at 1e16 arithmetic fails
-_INTEGERS = 1 << 31  # bound of the magnitude of integers
+_MAX_INTEGER = (1 << 31) - 1
+_MAX_FACTOR = 1e6  # of a context's length; at 1e16 arithmetic fails
 
 _SHORT = Repr(maxstring=200)
 
@@ -78,24 +78,19 @@ class ModelConfig:
             "K": self.num_kv_heads,
         }
 
+    def weights(self) -> dict[str, WeightSpec]:
+        """Every weight of the network, by its path."""
+        specs = [spec for spec in self.traits.weights if not (self.tie_word_embeddings and spec == HEAD)]
+        layers = ((spec, range(self.num_layers) if spec.is_per_layer else range(1)) for spec in specs)
+        return {spec.path.format(i=i): spec.of_layer(i) for spec, numbers in layers for i in numbers}
+
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
+        for name in ("num_layers", *(field.name for field in fields(self) if field.type is int)):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("rms_norm_eps", "attention_scale"):
+        caps = [name for name in ("attention_cap", "logit_cap") if getattr(self, name)]
+        for name in ("rms_norm_eps", "attention_scale", *caps):
             _check_positive(name, getattr(self, name))
-        for name in ("attention_cap", "logit_cap"):
-            if getattr(self, name):
-                _check_positive(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
@@ -127,16 +122,21 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def layer_kinds(windows: list[int], uses_rope: list[bool], rope: Rope, local_rope: Rope) -> tuple[LayerKind, ...]:
+    """The layers; `local_rope` has the angles of those with a window."""
+    return tuple(
+        LayerKind((local_rope if window else rope) if is_rotary else None, window)
+        for window, is_rotary in zip(windows, uses_rope, strict=True)
+    )
+
+
 def layer_count(source: Mapping[str, Any], key: str) -> int:
     """L.
 
     Raises:
         ConfigError: the value is missing, no integer, or out of range; also raised by the other functions.
     """
-    count = int_of(source, key)
-    if not 1 <= count <= _MAX_LAYERS:
-        raise ConfigError(f"{key} must be from 1 to {_MAX_LAYERS}, got {count}")
-    return count
+    return int_of(source, key, low=1, high=_MAX_LAYERS)
 
 
 def head_dim_of(source: Mapping[str, Any], key: str, hidden: int, heads: int) -> int:
@@ -145,17 +145,14 @@ def head_dim_of(source: Mapping[str, Any], key: str, hidden: int, heads: int) ->
     if hidden < 1 or heads < 1 or (not exists and hidden % heads):
         hint = "" if exists else ", and no head size is given"
         raise ConfigError(f"hidden size {hidden} is not a multiple of {heads} heads{hint}")
-    size = int_of(source, key, hidden // heads)
-    if not 1 <= size <= _MAX_HEAD_DIM:
-        raise ConfigError(f"the head size must be from 1 to {_MAX_HEAD_DIM}, got {size}")
-    return size
+    return int_of(source, key, hidden // heads, low=1, high=_MAX_HEAD_DIM)
 
 
 def strings_of(config: Mapping[str, Any], key: str) -> list[str]:
     """A list of strings of config.json; empty if it is missing."""
     value = config.get(key) or []
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise ConfigError(f"config.json: {key} must be a list of strings")
+        raise ConfigError(f"{key} must be a list of strings")
     return value
 
 
@@ -163,26 +160,44 @@ def mapping_of(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """An object of config.json; empty if it is missing."""
     value = config.get(key) or {}
     if not isinstance(value, Mapping):
-        raise ConfigError(f"config.json: {key} must be an object")
+        raise ConfigError(f"{key} must be an object")
     return value
 
 
-def int_of(source: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """An integer; `default` if it is missing."""
+def int_of(
+    source: Mapping[str, Any],
+    key: str,
+    default: int | None = None,
+    *,
+    low: int = -_MAX_INTEGER,
+    high: int = _MAX_INTEGER,
+) -> int:
+    """An integer from `low` to `high`; `default` if it is missing."""
     value = _value_of(source, key, default)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{key} must be an integer, got {shown(value)}")
-    if abs(value) >= _INTEGERS:
-        raise ConfigError(f"{key} must be below {_INTEGERS}, got {shown(value)}")
+    if not low <= value <= high:
+        raise ConfigError(f"{key} must be from {low} to {high}, got {shown(value)}")
     return value
 
 
-def float_of(source: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """A number; `default` if it is missing."""
+def float_of(source: Mapping[str, Any], key: str, default: float | None = None, *, above: float | None = None) -> float:
+    """A number, above a limit; `default` if it is missing."""
     value = _value_of(source, key, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{key} must be a number, got {shown(value)}")
-    return _finite(key, value)
+    number = _finite(key, value)
+    if above is not None and not number > above:
+        raise ConfigError(f"{key} must be above {above:g}, got {number}")
+    return number
+
+
+def factor_of(source: Mapping[str, Any], key: str, default: float | None = None, *, low: float = 1.0) -> float:
+    """A number of rotary scaling, from `low` to 1e6; `default` if it is missing."""
+    factor = float_of(source, key, default)
+    if not low <= factor <= _MAX_FACTOR:
+        raise ConfigError(f"{key} must be from {low:g} to {_MAX_FACTOR:g}, got {factor}")
+    return factor
 
 
 def _value_of(source: Mapping[str, Any], key: str, default: float | None) -> Any:

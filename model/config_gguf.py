@@ -5,14 +5,15 @@ from typing import Any
 
 from model import rope as ropes
 from model.config import (
-    MAX_FACTOR,
     ConfigError,
     LayerKind,
     ModelConfig,
+    factor_of,
     float_of,
     head_dim_of,
     int_of,
     layer_count,
+    layer_kinds,
     shown,
 )
 from model.families import FAMILIES, Family
@@ -43,13 +44,13 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor: Tensor, *, has_output:
     family = in_gguf.get(arch) if isinstance(arch, str) else None
     if family is None:
         known = ", ".join(sorted(in_gguf))
-        raise ConfigError(f"GGUF: general.architecture {shown(arch)} is not known; known: {known}")
+        raise ConfigError(f"general.architecture {shown(arch)} is not known; known: {known}")
     key = f"{arch}.".__add__
     heads, hidden = int_of(metadata, key("attention.head_count")), int_of(metadata, key("embedding_length"))
     head_dim = head_dim_of(metadata, key("attention.key_length"), hidden, heads)
     for name in ("rope.dimension_count", "attention.value_length"):
         if int_of(metadata, key(name), head_dim) != head_dim:
-            raise ConfigError(f"GGUF: {key(name)} differs from the head size {head_dim}: not supported")
+            raise ConfigError(f"{key(name)} differs from the head size {head_dim}: not supported")
     tokens = metadata.get("tokenizer.ggml.tokens") or []
     if not isinstance(tokens, list):
         raise ConfigError("tokenizer.ggml.tokens must be a list")
@@ -79,53 +80,41 @@ def _layers(
 ) -> tuple[LayerKind, ...]:
     rope = _rope(metadata, key, tensor, head_dim)
     local = rope if family.local_theta is None else Rope(family.local_theta)
-    count = layer_count(metadata, key("block_count"))
+    windows = _windows(metadata, family, key)
     period = family.no_rope_period
-    kinds = []
-    for i, window in enumerate(_windows(metadata, family, key, count)):
-        uses_rope = not period or (i + 1) % period != 0
-        kinds.append(LayerKind((local if window else rope) if uses_rope else None, window))
-    return tuple(kinds)
+    uses_rope = [not period or (i + 1) % period != 0 for i in range(len(windows))]
+    return layer_kinds(windows, uses_rope, rope, local)
 
 
-def _windows(metadata: Mapping[str, Any], family: Family, key: Callable[[str], str], count: int) -> list[int]:
+def _windows(metadata: Mapping[str, Any], family: Family, key: Callable[[str], str]) -> list[int]:
     """The window of each layer; 0 for full attention."""
+    count = layer_count(metadata, key("block_count"))
     window = int_of(metadata, key("attention.sliding_window"), 0)
     pattern = metadata.get(key("attention.sliding_window_pattern"))
     if isinstance(pattern, list):
         if len(pattern) != count:
-            raise ConfigError(f"GGUF: {key('attention.sliding_window_pattern')} must hold {count} values")
+            raise ConfigError(f"{key('attention.sliding_window_pattern')} must hold {count} values")
         return [window if local else 0 for local in pattern]
     period = int_of(metadata, key("attention.sliding_window_pattern"), family.local_period)
     return [0 if period and (i + 1) % period == 0 else window for i in range(count)]
 
 
 def _rope(metadata: Mapping[str, Any], key: Callable[[str], str], tensor: Tensor, head_dim: int) -> Rope:
-    theta = float_of(metadata, key("rope.freq_base"), 10000.0)
-    if not theta > 1:
-        raise ConfigError(f"GGUF: {key('rope.freq_base')} must be above 1, got {theta}")
-    length = int_of(metadata, key("context_length"))
-    original = int_of(metadata, key("rope.scaling.original_context_length"), length)
-    long = tensor(_LONG)
-    if original < (minimum := 2 if long else 1):
-        name = key("rope.scaling.original_context_length")
-        raise ConfigError(f"GGUF: {name} must be at least {minimum}, got {original}")
+    theta = float_of(metadata, key("rope.freq_base"), 10000.0, above=1)
+    length, long = int_of(metadata, key("context_length")), tensor(_LONG)
+    original = int_of(metadata, key("rope.scaling.original_context_length"), length, low=2 if long else 1)
     if long:
         scale = float_of(metadata, key("rope.scaling.attn_factor"), ropes.longrope_scale(length / original, original))
         return Rope(theta, tensor(_SHORT), scale, long, original)
     type_ = metadata.get(key("rope.scaling.type"), "none")
-    factor = float_of(metadata, key("rope.scaling.factor"), 1.0)
-    if not 1 <= factor <= MAX_FACTOR:
-        name = key("rope.scaling.factor")
-        raise ConfigError(f"GGUF: {name} must be at least 1, and at most {MAX_FACTOR:g}, got {factor}")
+    factor = factor_of(metadata, key("rope.scaling.factor"), 1.0)
     if type_ == "yarn":
         divisors = ropes.yarn_divisors(
             theta, head_dim, factor=factor, fast=32.0, slow=1.0, original=original, truncate=True
         )
         return Rope(theta, divisors, ropes.yarn_scale(factor))
     if type_ not in ("none", "linear"):
-        name = key("rope.scaling.type")
-        raise ConfigError(f"GGUF: {name} {shown(type_)} is not supported; known: none, linear, yarn")
+        raise ConfigError(f"{key('rope.scaling.type')} {shown(type_)} is not supported; known: none, linear, yarn")
     divisors = tensor(_DIVISORS)
     if type_ == "linear" and factor != 1:
         divisors = tuple(factor * divisor for divisor in divisors or (1.0,) * (head_dim // 2))

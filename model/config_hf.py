@@ -1,19 +1,20 @@
 """ModelConfig from a Hugging Face `config.json`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from model import rope as ropes
 from model.config import (
-    MAX_FACTOR,
     ConfigError,
     LayerKind,
     ModelConfig,
+    factor_of,
     float_of,
     floats_of,
     head_dim_of,
     int_of,
     layer_count,
+    layer_kinds,
     mapping_of,
     shown,
     strings_of,
@@ -34,7 +35,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     if family is None:
         known = ", ".join(sorted(row.hf_architecture for row in FAMILIES.values()))
         names = shown(config.get("architectures"))
-        raise ConfigError(f"config.json: architecture {names} is not known; known: {known}")
+        raise ConfigError(f"architecture {names} is not known; known: {known}")
     config = {**family.hf_defaults, **config}
     _refuse_unsupported(config, family)
     heads, hidden = int_of(config, "num_attention_heads"), int_of(config, "hidden_size")
@@ -51,7 +52,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         rms_norm_eps=float_of(config, "rms_norm_eps", 1e-6),
         max_position_embeddings=int_of(config, "max_position_embeddings"),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        attention_scale=_attention_scale(config, head_dim),
+        attention_scale=float(float_of(config, "query_pre_attn_scalar", head_dim, above=0) ** -0.5),
         attention_cap=float_of(config, "attn_logit_softcapping", 0.0),
         logit_cap=float_of(config, "final_logit_softcapping", 0.0),
     )
@@ -64,39 +65,29 @@ def _family(architectures: list[str], model_type: Any) -> Family | None:
     return next((row for row in rows if model_type == (row.hf_model_type or row.name)), None)
 
 
-def _attention_scale(config: Mapping[str, Any], head_dim: int) -> float:
-    scalar = float_of(config, "query_pre_attn_scalar", head_dim)
-    if not scalar > 0:
-        raise ConfigError(f"config.json: query_pre_attn_scalar must be a positive number, got {scalar}")
-    return float(scalar**-0.5)
-
-
 def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
     for key in ("hidden_activation", "hidden_act"):
         if config.get(key) not in (None, *family.activation_names):
             known = ", ".join(family.activation_names)
-            raise ConfigError(f"config.json: {key} {shown(config[key])} is not supported; known: {known}")
+            raise ConfigError(f"{key} {shown(config[key])} is not supported; known: {known}")
     for key in ("quantization_config", "partial_rotary_factor"):
         if config.get(key) not in (None, 1, 1.0):
-            raise ConfigError(f"config.json: {key} is not supported yet")
+            raise ConfigError(f"{key} is not supported yet")
     if config.get("attention_bias") and not family.qkv_bias:
-        raise ConfigError("config.json: attention_bias is not supported for this architecture")
+        raise ConfigError("attention_bias is not supported for this architecture")
     if config.get("mlp_bias"):
-        raise ConfigError("config.json: mlp_bias is not supported")
+        raise ConfigError("mlp_bias is not supported")
     if config.get("use_bidirectional_attention"):
-        raise ConfigError("config.json: use_bidirectional_attention is not supported")
+        raise ConfigError("use_bidirectional_attention is not supported")
 
 
 def _layers(config: Mapping[str, Any], family: Family, head_dim: int) -> tuple[LayerKind, ...]:
-    windows = _windows(config, family)
-    uses_rope = _uses_rope(config, family)
-    kinds = []
+    windows, uses_rope = _windows(config, family), _uses_rope(config, family)
     if family.no_rope_period and not strings_of(config, "layer_types"):  # SmolLM3: only layers without RoPE
-        windows = [0 if rope else window for window, rope in zip(windows, uses_rope, strict=True)]
-    for i, window in enumerate(windows):
-        kind = _LOCAL if window and family.local_theta else _GLOBAL
-        kinds.append(LayerKind(_rope(config, kind, family, head_dim) if uses_rope[i] else None, window))
-    return tuple(kinds)
+        windows = [0 if is_rotary else window for window, is_rotary in zip(windows, uses_rope, strict=True)]
+    rope = _rope(config, _GLOBAL, family, head_dim)
+    local_rope = _rope(config, _LOCAL, family, head_dim) if family.local_theta else rope
+    return layer_kinds(windows, uses_rope, rope, local_rope)
 
 
 def _windows(config: Mapping[str, Any], family: Family) -> list[int]:
@@ -107,9 +98,9 @@ def _windows(config: Mapping[str, Any], family: Family) -> list[int]:
     window = 0 if flagged else int_of(config, "sliding_window", 0)
     if types:
         if len(types) != count or not set(types) <= {_GLOBAL, _LOCAL}:
-            raise ConfigError(f"config.json: layer_types must be {count} of {_GLOBAL}, {_LOCAL}")
+            raise ConfigError(f"layer_types must be {count} of {_GLOBAL}, {_LOCAL}")
         if _LOCAL in types and not window:
-            raise ConfigError(f"config.json: layer_types has {_LOCAL}, but sliding_window is missing")
+            raise ConfigError(f"layer_types has {_LOCAL}, but sliding_window is missing")
         return [window if kind == _LOCAL else 0 for kind in types]
     period = int_of(config, "sliding_window_pattern", family.local_period)
     first = int_of(config, "max_window_layers", 0) if family.window_flag else 0
@@ -126,7 +117,7 @@ def _uses_rope(config: Mapping[str, Any], family: Family) -> list[bool]:
         period = int_of(config, "no_rope_layer_interval", family.no_rope_period)
         return [(i + 1) % max(1, period) != 0 for i in range(count)]
     if not isinstance(flags, list) or len(flags) != count or not all(flag in (0, 1) for flag in flags):
-        raise ConfigError(f"config.json: no_rope_layers must be {count} of 0 and 1")
+        raise ConfigError(f"no_rope_layers must be {count} of 0 and 1")
     return [bool(flag) for flag in flags]
 
 
@@ -141,97 +132,63 @@ def _rope(config: Mapping[str, Any], kind: str, family: Family, head_dim: int) -
         parameters = mapping_of(parameters, kind)
     elif kind == _LOCAL:
         return Rope(float_of(config, "rope_local_base_freq", family.local_theta))
-    theta = float_of(parameters if "rope_theta" in parameters else config, "rope_theta", 10000.0)
-    if not theta > 1:
-        raise ConfigError(f"config.json: rope_theta must be above 1, got {theta}")
+    theta = float_of(parameters if "rope_theta" in parameters else config, "rope_theta", 10000.0, above=1)
     key = "rope_parameters" if parameters else "rope_scaling"
-    scaling = parameters or mapping_of(config, key)
-    type_ = scaling.get("rope_type", scaling.get("type", "default"))
-    if not isinstance(type_, str) or type_ not in _SCALINGS:
-        known = ", ".join(_SCALINGS)
-        raise ConfigError(f"config.json: {key} of type {shown(type_)} is not supported; known: {known}")
     maximum = int_of(config, "max_position_embeddings")
     original = int_of(config, "original_max_position_embeddings", maximum)
     lengths = {"max_position_embeddings": maximum, "original_max_position_embeddings": original}
-    return _SCALINGS[type_](theta, head_dim, {**lengths, **scaling})
+    scaling = {**lengths, **(parameters or mapping_of(config, key))}
+    match scaling.get("rope_type", scaling.get("type", "default")):
+        case "default":
+            return Rope(theta)
+        case "linear":
+            return Rope(theta, (float_of(scaling, "factor"),) * (head_dim // 2))
+        case "llama3":
+            return _llama3(theta, head_dim, scaling)
+        case "yarn":
+            return _yarn(theta, head_dim, scaling)
+        case "longrope" | "su":  # the older name
+            return _longrope(theta, scaling)
+        case type_:
+            known = "default, linear, llama3, yarn, longrope, su"
+            raise ConfigError(f"{key} of type {shown(type_)} is not supported; known: {known}")
 
 
-def _original(scaling: Mapping[str, Any], minimum: int = 1) -> int:
-    """Context length in training, in tokens; at least `minimum`."""
-    original = int_of(scaling, "original_max_position_embeddings")
-    if original < minimum:
-        raise ConfigError(f"config.json: original_max_position_embeddings must be at least {minimum}, got {original}")
-    return original
-
-
-def _plain(theta: float, _: int, __: Mapping[str, Any]) -> Rope:
-    return Rope(theta)
-
-
-def _linear(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> Rope:
-    return Rope(theta, (float_of(scaling, "factor"),) * (head_dim // 2))
+def _original(scaling: Mapping[str, Any], low: int = 1) -> int:
+    """Context length in training, in tokens."""
+    return int_of(scaling, "original_max_position_embeddings", low=low)
 
 
 def _llama3(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> Rope:
     low, high = float_of(scaling, "low_freq_factor"), float_of(scaling, "high_freq_factor")
     if not high > low:
-        raise ConfigError(f"config.json: high_freq_factor {high} is not above low_freq_factor {low}")
-    original = _original(scaling)
-    factor = _factor(scaling)
+        raise ConfigError(f"high_freq_factor {high} is not above low_freq_factor {low}")
+    factor, original = factor_of(scaling, "factor"), _original(scaling)
     return Rope(theta, ropes.llama3_divisors(theta, head_dim, factor=factor, low=low, high=high, original=original))
 
 
 def _yarn(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> Rope:
-    factor, original = _factor(scaling), _original(scaling)
+    factor = factor_of(scaling, "factor")
     divisors = ropes.yarn_divisors(
         theta,
         head_dim,
         factor=factor,
-        fast=_turns(scaling, "beta_fast", 32.0),
-        slow=_turns(scaling, "beta_slow", 1.0),
-        original=original,
+        fast=factor_of(scaling, "beta_fast", 32.0, low=1e-6),
+        slow=factor_of(scaling, "beta_slow", 1.0, low=1e-6),
+        original=_original(scaling),
         truncate=bool(scaling.get("truncate", True)),
     )
     share, all_share = float_of(scaling, "mscale", 0.0), float_of(scaling, "mscale_all_dim", 0.0)
-    usual = ropes.yarn_scale(factor)
+    scale = ropes.yarn_scale(factor)
     if min(share, all_share) < 0:
-        raise ConfigError(f"config.json: mscale {share} or mscale_all_dim {all_share} is negative")
+        raise ConfigError(f"mscale {share} or mscale_all_dim {all_share} is negative")
     if share and all_share:
-        usual = ropes.yarn_scale(factor, share) / ropes.yarn_scale(factor, all_share)
-    return Rope(theta, divisors, float_of(scaling, "attention_factor", usual))
+        scale = ropes.yarn_scale(factor, share) / ropes.yarn_scale(factor, all_share)
+    return Rope(theta, divisors, float_of(scaling, "attention_factor", scale))
 
 
-def _longrope(theta: float, _: int, scaling: Mapping[str, Any]) -> Rope:
-    original = _original(scaling, minimum=2)
+def _longrope(theta: float, scaling: Mapping[str, Any]) -> Rope:
+    original = _original(scaling, low=2)
     factor = float_of(scaling, "factor", int_of(scaling, "max_position_embeddings") / original)
-    return Rope(
-        theta,
-        floats_of(scaling, "short_factor"),
-        float_of(scaling, "attention_factor", ropes.longrope_scale(factor, original)),
-        floats_of(scaling, "long_factor"),
-        original,
-    )
-
-
-def _factor(scaling: Mapping[str, Any]) -> float:
-    factor = float_of(scaling, "factor")
-    if not 1 <= factor <= MAX_FACTOR:
-        raise ConfigError(f"config.json: a rotary factor must be at least 1, and at most {MAX_FACTOR:g}, got {factor}")
-    return factor
-
-
-def _turns(scaling: Mapping[str, Any], key: str, default: float) -> float:
-    turns = float_of(scaling, key, default)
-    if not 1e-6 <= turns <= 1e6:
-        raise ConfigError(f"config.json: {key} must be from 1e-06 to 1e+06, got {turns}")
-    return turns
-
-
-_SCALINGS: Mapping[str, Callable[[float, int, Mapping[str, Any]], Rope]] = {
-    "default": _plain,
-    "linear": _linear,
-    "llama3": _llama3,
-    "yarn": _yarn,
-    "longrope": _longrope,
-    "su": _longrope,  # the older name
-}
+    scale = float_of(scaling, "attention_factor", ropes.longrope_scale(factor, original))
+    return Rope(theta, floats_of(scaling, "short_factor"), scale, floats_of(scaling, "long_factor"), original)

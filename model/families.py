@@ -5,12 +5,12 @@ A new family is a new row here; only a new kind of layer needs new code. Names o
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorSpec:
     """One tensor of a checkpoint: its two names and its shape, in letters of `ModelConfig.dims()`."""
 
     hf: str
@@ -24,25 +24,74 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class WeightRow:
-    """One of our weights: a path into the Transformer ("{i}" is the layer) and the pieces stacked along axis 0."""
+class WeightSpec:
+    """One of our weights: a path into the Transformer ("{i}" is the layer) and the tensors stacked along axis 0."""
 
-    target: str
-    pieces: tuple[Piece, ...]
+    path: str
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def is_per_layer(self) -> bool:
+        return "{i}" in self.path
+
+    def of_layer(self, i: int) -> "WeightSpec":
+        """The weight with the layer's number in all names."""
+        tensors = (replace(t, hf=t.hf.format(i=i), gguf=t.gguf.format(i=i)) for t in self.tensors)
+        return WeightSpec(self.path.format(i=i), tuple(tensors))
+
+
+def _tensor(hf: str, gguf: str, *shape: str, heads: str | None = None, kind: str = "weight") -> TensorSpec:
+    return TensorSpec(f"model.layers.{{i}}.{hf}.{kind}", f"blk.{{i}}.{gguf}.{kind}", shape, heads)
+
+
+def _weight(path: str, *tensors: TensorSpec) -> WeightSpec:
+    return WeightSpec(f"layers.{{i}}.{path}", tensors)
+
+
+_EMBED = WeightSpec("embed.weight", (TensorSpec("model.embed_tokens.weight", "token_embd.weight", ("V", "D")),))
+_FINAL_NORM = WeightSpec("norm.weight", (TensorSpec("model.norm.weight", "output_norm.weight", ("D",)),))
+HEAD = WeightSpec("head.weight", (TensorSpec("lm_head.weight", "output.weight", ("V", "D")),))
+
+_QKV = _weight(
+    "attention.qkv.weight",
+    _tensor("self_attn.q_proj", "attn_q", "Q", "D", heads="H"),
+    _tensor("self_attn.k_proj", "attn_k", "KV", "D", heads="K"),
+    _tensor("self_attn.v_proj", "attn_v", "KV", "D"),
+)
+_GATE_UP = _weight(
+    "mlp.gate_up.weight",
+    _tensor("mlp.gate_proj", "ffn_gate", "F", "D"),
+    _tensor("mlp.up_proj", "ffn_up", "F", "D"),
+)
+_FUSED_QKV = _weight("attention.qkv.weight", _tensor("self_attn.qkv_proj", "attn_qkv", "QKV", "D"))
+_FUSED_GATE_UP = _weight("mlp.gate_up.weight", _tensor("mlp.gate_up_proj", "ffn_up", "FF", "D"))
+_OUT = _weight("attention.out.weight", _tensor("self_attn.o_proj", "attn_output", "D", "Q"))
+_DOWN = _weight("mlp.down.weight", _tensor("mlp.down_proj", "ffn_down", "D", "F"))
+_QKV_BIAS = _weight(
+    "attention.qkv.bias",
+    _tensor("self_attn.q_proj", "attn_q", "Q", heads="H", kind="bias"),
+    _tensor("self_attn.k_proj", "attn_k", "KV", heads="K", kind="bias"),
+    _tensor("self_attn.v_proj", "attn_v", "KV", kind="bias"),
+)
+_ATTENTION_NORM = _weight("attention_norm.weight", _tensor("input_layernorm", "attn_norm", "D"))
+_POST_NORMS = (
+    _weight("attention_post_norm.weight", _tensor("post_attention_layernorm", "post_attention_norm", "D")),
+    _weight("mlp_post_norm.weight", _tensor("post_feedforward_layernorm", "post_ffw_norm", "D")),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """Traits and weight table of one architecture."""
+    """Traits of one architecture, which its weight table follows from."""
 
     name: str
     hf_architecture: str
     hf_model_type: str | None = None  # None: the family's name
     in_gguf: bool = True  # GGUF files have an architecture of the family's name
-    weights: tuple[WeightRow, ...]
     gguf_interleaved_rotary: bool = False  # q and k rows of GGUF files pair dimensions (0, 1), ours pair (0, E/2)
+    fused_tensors: bool = False  # checkpoints store q, k and v in one tensor, gate and up in another
     qkv_bias: bool = False
-    qk_norm: Literal["none", "head", "whole"] = "none"  # RMSNorm of q and k: per head, or over all heads
+    qk_norm: tuple[str, str] | None = None  # letters of what RMSNorm of q and k is over: a head, or all heads
     pre_norm: bool = True  # norms of the inputs of attention and MLP
     post_norm: bool = False  # norms of their outputs
     activation: Literal["silu", "gelu"] = "silu"  # of the gate; gelu by its tanh approximation
@@ -60,95 +109,40 @@ class Family:
     def activation_names(self) -> tuple[str, ...]:
         return ("silu",) if self.activation == "silu" else ("gelu_pytorch_tanh", "gelu_new")
 
-
-def _piece(hf: str, gguf: str, *shape: str, heads: str | None = None, kind: str = "weight") -> Piece:
-    return Piece(f"model.layers.{{i}}.{hf}.{kind}", f"blk.{{i}}.{gguf}.{kind}", shape, heads)
-
-
-_EMBED = WeightRow("embed.weight", (Piece("model.embed_tokens.weight", "token_embd.weight", ("V", "D")),))
-_FINAL_NORM = WeightRow("norm.weight", (Piece("model.norm.weight", "output_norm.weight", ("D",)),))
-HEAD = WeightRow("head.weight", (Piece("lm_head.weight", "output.weight", ("V", "D")),))
-
-
-def _row(target: str, *pieces: Piece) -> WeightRow:
-    return WeightRow(f"layers.{{i}}.{target}", pieces)
-
-
-_QKV = _row(
-    "attention.qkv.weight",
-    _piece("self_attn.q_proj", "attn_q", "Q", "D", heads="H"),
-    _piece("self_attn.k_proj", "attn_k", "KV", "D", heads="K"),
-    _piece("self_attn.v_proj", "attn_v", "KV", "D"),
-)
-_GATE_UP = _row(
-    "mlp.gate_up.weight",
-    _piece("mlp.gate_proj", "ffn_gate", "F", "D"),
-    _piece("mlp.up_proj", "ffn_up", "F", "D"),
-)
-_OUT = _row("attention.out.weight", _piece("self_attn.o_proj", "attn_output", "D", "Q"))
-_DOWN = _row("mlp.down.weight", _piece("mlp.down_proj", "ffn_down", "D", "F"))
-_NORMS = (
-    _row("attention_norm.weight", _piece("input_layernorm", "attn_norm", "D")),
-    _row("mlp_norm.weight", _piece("post_attention_layernorm", "ffn_norm", "D")),
-)
-_POST_NORMS = (
-    _row("attention_post_norm.weight", _piece("post_attention_layernorm", "post_attention_norm", "D")),
-    _row("mlp_post_norm.weight", _piece("post_feedforward_layernorm", "post_ffw_norm", "D")),
-)
-_FOUR_NORMS = (
-    _row("attention_norm.weight", _piece("input_layernorm", "attn_norm", "D")),
-    _row("mlp_norm.weight", _piece("pre_feedforward_layernorm", "ffn_norm", "D")),
-    *_POST_NORMS,
-)
-
-
-def _qk_norms(q: str, k: str) -> tuple[WeightRow, ...]:
-    """Norms of queries and keys; `q` and `k` are the letters of their sizes."""
-    return (
-        _row("attention.q_norm.weight", _piece("self_attn.q_norm", "attn_q_norm", q)),
-        _row("attention.k_norm.weight", _piece("self_attn.k_norm", "attn_k_norm", k)),
-    )
-
-
-_MATRICES = (_QKV, _OUT, _GATE_UP, _DOWN)
-_FUSED = (  # three and two matrices in one tensor
-    _row("attention.qkv.weight", _piece("self_attn.qkv_proj", "attn_qkv", "QKV", "D")),
-    _OUT,
-    _row("mlp.gate_up.weight", _piece("mlp.gate_up_proj", "ffn_up", "FF", "D")),
-    _DOWN,
-)
-_QKV_BIAS = _row(
-    "attention.qkv.bias",
-    _piece("self_attn.q_proj", "attn_q", "Q", heads="H", kind="bias"),
-    _piece("self_attn.k_proj", "attn_k", "KV", heads="K", kind="bias"),
-    _piece("self_attn.v_proj", "attn_v", "KV", kind="bias"),
-)
+    @property
+    def weights(self) -> tuple[WeightSpec, ...]:
+        """The weight table."""
+        weights = [_EMBED]
+        if self.pre_norm:
+            mlp_norm = "pre_feedforward_layernorm" if self.post_norm else "post_attention_layernorm"
+            weights += [_ATTENTION_NORM, _weight("mlp_norm.weight", _tensor(mlp_norm, "ffn_norm", "D"))]
+        weights += _POST_NORMS if self.post_norm else ()
+        qkv, gate_up = (_FUSED_QKV, _FUSED_GATE_UP) if self.fused_tensors else (_QKV, _GATE_UP)
+        weights += [qkv, _OUT, gate_up, _DOWN]
+        weights += [_QKV_BIAS] if self.qkv_bias else ()
+        for name, letter in zip("qk", self.qk_norm or (), strict=False):
+            tensor = _tensor(f"self_attn.{name}_norm", f"attn_{name}_norm", letter)
+            weights.append(_weight(f"attention.{name}_norm.weight", tensor))
+        return (*weights, _FINAL_NORM, HEAD)
 
 
 _GEMMA = {"tie_word_embeddings": True, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096}
 # Old checkpoints carry the rotary frequencies, which follow from rope_theta.
 _IGNORED = ("model.layers.{i}.self_attn.rotary_emb.inv_freq",)
 
-
-def _model(*layer: WeightRow) -> tuple[WeightRow, ...]:
-    return (_EMBED, *layer, _FINAL_NORM, HEAD)
-
-
 FAMILIES: dict[str, Family] = {
-    row.name: row
-    for row in (
+    family.name: family
+    for family in (
         Family(
             name="llama",
             hf_architecture="LlamaForCausalLM",
             gguf_interleaved_rotary=True,
-            weights=_model(*_NORMS, *_MATRICES),
             ignored=_IGNORED,
         ),
         Family(  # its GGUF files are of architecture "llama" and have no window
             name="mistral",
             hf_architecture="MistralForCausalLM",
             in_gguf=False,
-            weights=_model(*_NORMS, *_MATRICES),
             hf_defaults={"sliding_window": 4096, "max_position_embeddings": 4096 * 32},
             ignored=_IGNORED,
         ),
@@ -157,16 +151,14 @@ FAMILIES: dict[str, Family] = {
             hf_architecture="Qwen2ForCausalLM",
             qkv_bias=True,
             window_flag=True,
-            weights=_model(*_NORMS, *_MATRICES, _QKV_BIAS),
             hf_defaults={"sliding_window": 4096, "max_window_layers": 28},
             ignored=_IGNORED,
         ),
         Family(
             name="qwen3",
             hf_architecture="Qwen3ForCausalLM",
-            qk_norm="head",
+            qk_norm=("E", "E"),
             window_flag=True,
-            weights=_model(*_NORMS, *_MATRICES, *_qk_norms("E", "E")),
             hf_defaults={"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
         ),
         Family(
@@ -175,22 +167,20 @@ FAMILIES: dict[str, Family] = {
             gguf_interleaved_rotary=True,
             window_flag=True,
             no_rope_period=4,
-            weights=_model(*_NORMS, *_MATRICES),
             hf_defaults={"tie_word_embeddings": True, "rope_theta": 2e6, "max_position_embeddings": 32768},
         ),
         Family(
             name="olmo2",
             hf_architecture="Olmo2ForCausalLM",
-            qk_norm="whole",
+            qk_norm=("Q", "KV"),
             pre_norm=False,
             post_norm=True,
-            weights=_model(*_POST_NORMS, *_MATRICES, *_qk_norms("Q", "KV")),
             hf_defaults={"rms_norm_eps": 1e-5},
         ),
         Family(
             name="phi3",
             hf_architecture="Phi3ForCausalLM",
-            weights=_model(*_NORMS, *_FUSED),
+            fused_tensors=True,
             hf_defaults={"rms_norm_eps": 1e-5},
         ),
         Family(
@@ -201,7 +191,6 @@ FAMILIES: dict[str, Family] = {
             scaled_embedding=True,
             hf_norm_offset=1.0,
             local_period=2,
-            weights=_model(*_FOUR_NORMS, *_MATRICES),
             hf_defaults={
                 **_GEMMA,
                 "max_position_embeddings": 8192,
@@ -213,14 +202,13 @@ FAMILIES: dict[str, Family] = {
             name="gemma3",
             hf_architecture="Gemma3ForCausalLM",
             hf_model_type="gemma3_text",
-            qk_norm="head",
+            qk_norm=("E", "E"),
             post_norm=True,
             activation="gelu",
             scaled_embedding=True,
             hf_norm_offset=1.0,
             local_period=6,
             local_theta=10000.0,
-            weights=_model(*_FOUR_NORMS, *_MATRICES, *_qk_norms("E", "E")),
             hf_defaults={**_GEMMA, "max_position_embeddings": 131072, "rope_theta": 1e6},
         ),
     )

@@ -101,14 +101,6 @@ def soft_cap_in_xla(x: Array, _live: Array, *, cap: float) -> Array:
     return jnp.float32(cap) * jnp.tanh(x / jnp.float32(cap))
 
 
-# Letters of the sizes over which queries and keys are normalized.
-_QK_NORM_AXES: dict[str, tuple[str | None, str | None]] = {
-    "none": (None, None),
-    "head": ("E", "E"),
-    "whole": ("Q", "KV"),
-}
-
-
 class Attention(nnx.Module):
     """Grouped-query attention with q, k and v in one product."""
 
@@ -125,7 +117,7 @@ class Attention(nnx.Module):
             is_sharded = parallel.shards > 1 and axis != "E"
             return RMSNorm(dims[axis], spec, _FLOAT32, sharded_axis=axis if is_sharded else None) if axis else None
 
-        self.q_norm, self.k_norm = map(qk_norm, _QK_NORM_AXES[traits.qk_norm])
+        self.q_norm, self.k_norm = map(qk_norm, traits.qk_norm or (None, None))
         self.out = Linear(dims["D"], dims["Q"], spec, psum=True)
 
     def __call__(

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from numpy.typing import NDArray
 
 from model.config import ModelConfig
-from model.families import WeightRow
+from model.families import WeightSpec
 from model.layout import GROUP_SIZE
 
 TENSOR = "tensor"  # the mesh axis
@@ -170,10 +170,10 @@ class TensorParallel:
             [np.where(part < 0, -1, part + start) for part, start in zip(parts, starts, strict=False)], axis=1
         )
 
-    def weight_indices(self, row: WeightRow) -> tuple[ShardIndices, ...]:
+    def weight_indices(self, weight: WeightSpec) -> tuple[ShardIndices, ...]:
         """Indices that each shard holds of each axis of a weight."""
-        rows = self.stacked_indices(*(piece.shape[0] for piece in row.pieces))
-        return (rows, *(self.indices(letter) for letter in row.pieces[0].shape[1:]))
+        rows = self.stacked_indices(*(tensor.shape[0] for tensor in weight.tensors))
+        return (rows, *(self.indices(letter) for letter in weight.tensors[0].shape[1:]))
 
     def _width(self, letter: str, multiple: int) -> int:
         size = self.config.dims()[letter]
@@ -194,9 +194,9 @@ class TensorParallel:
             keys = self._even(heads, 1)[np.minimum(np.arange(self.shards) // replicas, self.shards - 1)]
             replica = np.arange(self.shards) % replicas
         count = -(-G // replicas)
-        within = replica[:, None] * count + np.arange(count)  # [shards, G'] of a key/value head's queries
-        within = np.where(within < G, within, -1)
-        queries = np.where((keys[:, :, None] >= 0) & (within[:, None] >= 0), keys[:, :, None] * G + within[:, None], -1)
+        group = replica[:, None, None] * count + np.arange(count)  # [shards, 1, G'] of a key/value head's queries
+        heads_of_keys = keys[:, :, None]
+        queries = np.where((heads_of_keys >= 0) & (group < G), heads_of_keys * G + group, -1)
         return queries.reshape(self.shards, -1), keys
 
 
@@ -206,18 +206,9 @@ def _elements(heads: ShardIndices, size: int) -> ShardIndices:
     return np.where(heads[:, :, None] < 0, -1, elements).reshape(heads.shape[0], -1)
 
 
-def spec_of_row(row: WeightRow) -> PartitionSpec:
+def partition_spec(weight: WeightSpec) -> PartitionSpec:
     """How a weight is sharded. A packed weight's first two axes are those of the weight."""
-    return PartitionSpec(*(TENSOR if letter in _SHARDED else None for letter in row.pieces[0].shape))
-
-
-def weight_rows(config: ModelConfig) -> dict[str, WeightRow]:
-    """Target path -> its row of the family's table."""
-    return {
-        row.target.format(i=layer): row
-        for row in config.traits.weights
-        for layer in (range(config.num_layers) if "{i}" in row.target else (0,))
-    }
+    return PartitionSpec(*(TENSOR if letter in _SHARDED else None for letter in weight.tensors[0].shape))
 
 
 def tensor_mesh(devices: Sequence[Any]) -> Mesh:

@@ -114,7 +114,7 @@ class GgufCheckpoint:
         try:
             return config_from_gguf(self.metadata, self._numbers, has_output="output.weight" in self._tensors)
         except (ConfigError, ModelLoadError) as error:
-            raise ModelLoadError(f"{self.path}: {str(error).removeprefix('GGUF: ')}") from error
+            raise ModelLoadError(f"{self.path}: {error}") from error
 
     def _numbers(self, name: str) -> tuple[float, ...]:
         """A tensor's values, flat; empty if the tensor is missing."""

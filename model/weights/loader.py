@@ -1,8 +1,8 @@
 """From an open checkpoint to a model on the device."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from model.config import ConfigError, ModelConfig
 from model.kernels import cpu, gpu, tpu
 from model.kernels.dispatch import Kernels, load_kernels
 from model.layout import GROUP_SIZE
-from model.sharding import ShardIndices, TensorParallel, spec_of_row, weight_rows
+from model.sharding import ShardIndices, TensorParallel, partition_spec
 from model.transformer import BoundModel, abstract_weights, bind
 from model.weights.checkpoint import Checkpoint
 from model.weights.rows import Int8Array, Int8Rows, Rows
@@ -50,75 +50,62 @@ def load_model(
     kernels = load_kernels() if kernels is None else kernels
     packs = dtype == jnp.bfloat16 and jax.default_backend() == "cpu" and kernels.cpu is not None
     config = checkpoint.config.for_length(max_model_len or checkpoint.config.max_position_embeddings)
-    sharder = None if mesh is None else _Sharder(packs, config, mesh)
+    specs = config.weights()
 
     def put(path: str, rows: Rows | Int8Rows) -> Any:
-        return _place(rows, packs=packs) if sharder is None else sharder.place(path, rows)
+        if mesh is None:
+            return _put(rows, packs=packs)
+        parts = _shard_rows(rows, TensorParallel(config, mesh.size).weight_indices(specs[path]))
+        return _put_shards(parts, partition_spec(specs[path]), mesh, packs=packs)
 
     weights = load_weights(checkpoint, np.dtype(dtype), put, progress, int8=int8)
     return bind(config, dtype, weights, kernels, mesh)
 
 
-def _place(rows: Rows | Int8Rows, *, packs: bool) -> Any:
-    """Put a weight on one device; `packs`: pack it if it is a matrix."""
+def _put(rows: Rows | Int8Rows, *, packs: bool) -> Any:
+    """Put a weight on the default device; `packs`: pack it if it is a matrix."""
     if isinstance(rows, Int8Rows):
-        return cpu.pack_int8_rows(rows.shape, rows.runs)
+        return cpu.pack_int8(rows.shape, rows.runs)
     if packs and len(rows.shape) == 2:
-        return cpu.pack_rows(rows.shape, rows.runs)
+        return cpu.pack(rows.shape, rows.runs)
     return jax.device_put(rows.read())
 
 
-@dataclass(frozen=True)
-class _Sharder:
-    """Puts weights on the devices of a mesh."""
+def _put_shards(parts: Sequence[Rows | Int8Rows], spec: PartitionSpec, mesh: Mesh, *, packs: bool) -> Any:
+    """Put the part of each shard on its device; return arrays over the mesh."""
+    shards = []
+    for part, device in zip(parts, mesh.devices.flat, strict=True):
+        with jax.default_device(device):
+            shards.append(jax.device_put(_put(part, packs=packs), device))
 
-    packs: bool
-    config: ModelConfig
-    mesh: Mesh
+    def assemble(*arrays: jax.Array) -> jax.Array:
+        shape = _global_shape(arrays[0].shape, spec, mesh)
+        return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, spec), list(arrays))
 
-    def place(self, path: str, rows: Rows | Int8Rows) -> Any:
-        row = weight_rows(self.config)[path]
-        indices = TensorParallel(self.config, self.mesh.size).weight_indices(row)
-        parts = (
-            _shard_int8_rows(rows, indices) if isinstance(rows, Int8Rows) else _split(rows.runs, indices, rows.dtype)
-        )
-        packed = []
-        for part, device in zip(parts, self.mesh.devices.flat, strict=True):
-            with jax.default_device(device):
-                packed.append(self._pack(part))
-        spec = spec_of_row(row)
-        return jax.tree.map(lambda *arrays: self._assemble(spec, arrays), *packed)
-
-    def _pack(self, part: Any) -> Any:
-        if isinstance(part, Int8Array):
-            return cpu.pack_int8(part.values, part.scales)
-        return cpu.pack(part) if self.packs and part.ndim == 2 else part
-
-    def _assemble(self, spec: PartitionSpec, arrays: tuple[Any, ...]) -> jax.Array:
-        """One array over the mesh from the part of each device."""
-        devices, shape = self.mesh.devices.flat, arrays[0].shape
-        is_sharded = [axis < len(spec) and bool(spec[axis]) for axis in range(len(shape))]
-        full = tuple(
-            size * self.mesh.size if sharded else size for size, sharded in zip(shape, is_sharded, strict=True)
-        )
-        placed = [jax.device_put(part, device) for part, device in zip(arrays, devices, strict=True)]
-        sharding = NamedSharding(self.mesh, PartitionSpec(*spec[: len(shape)]))
-        return jax.make_array_from_single_device_arrays(full, sharding, placed)
+    return jax.tree.map(assemble, *shards)
 
 
-def _shard_int8_rows(rows: Int8Rows, indices: tuple[ShardIndices, ...]) -> list[Int8Array]:
-    """Each shard's part of an int8 matrix; a group that shares a scale is never split.
+def _global_shape(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> tuple[int, ...]:
+    """Shape over the mesh of an array with `shape` on each device."""
+    return tuple(size * (mesh.size if axis else 1) for size, axis in zip_longest(shape, spec))
+
+
+def _shard_rows(rows: Rows | Int8Rows, indices: tuple[ShardIndices, ...]) -> Sequence[Rows | Int8Rows]:
+    """Each shard's part of a weight; a group of int8 values that share a scale is never split.
 
     Raises:
         ConfigError: a shard would start inside a group.
     """
+    if isinstance(rows, Rows):
+        parts = _split(rows.runs, indices, rows.dtype)
+        return [Rows(part.shape, rows.dtype, iter([part])) for part in parts]
     width = rows.shape[1]
     scales = _scale_indices(indices[1], width)
     scale_bytes = np.stack([2 * scales, 2 * scales + 1], axis=2).reshape(len(scales), -1)
     columns = np.concatenate([indices[1], np.where(scale_bytes < 0, -1, scale_bytes + width)], axis=1)
-    runs = (run.joined() for run in rows.runs)
-    parts = _split(runs, (indices[0], columns), np.dtype(np.int8))
-    return [Int8Array.split(part, indices[1].shape[1]) for part in parts]
+    parts = _split((run.joined() for run in rows.runs), (indices[0], columns), np.dtype(np.int8))
+    arrays = [Int8Array.split(part, indices[1].shape[1]) for part in parts]
+    return [Int8Rows(array.values.shape, iter([array])) for array in arrays]
 
 
 def _scale_indices(columns: ShardIndices, width: int) -> ShardIndices:
@@ -159,11 +146,10 @@ def abstract_model(
     weights = abstract_weights(config, dtype, mesh.size if mesh else 1)
     if mesh is None:
         return bind(config, dtype, weights, kernels)
-    rows = weight_rows(config)
-    sharded = {}
+    specs, sharded = config.weights(), {}
     for path, weight in weights.items():
-        spec = spec_of_row(rows[path])
-        shape = tuple(size * (mesh.size if axis else 1) for size, axis in zip(weight.shape, spec, strict=True))
+        spec = partition_spec(specs[path])
+        shape = _global_shape(weight.shape, spec, mesh)
         sharded[path] = jax.ShapeDtypeStruct(shape, weight.dtype, sharding=NamedSharding(mesh, spec))
     return bind(config, dtype, sharded, kernels, mesh)
 
@@ -171,7 +157,7 @@ def abstract_model(
 def weight_bytes(config: ModelConfig, dtype_name: str, *, int8: bool = False, shards: int = 1) -> int:
     """Bytes of a model's weights on each device, without the padding of packed weights."""
     weights = abstract_weights(config, jnp.dtype(dtype_name), shards).values()
-    vectors, matrices = (sum(math.prod(one.shape) for one in weights if len(one.shape) == axes) for axes in (1, 2))
+    vectors, matrices = (sum(math.prod(w.shape) for w in weights if len(w.shape) == axes) for axes in (1, 2))
     # int8: one byte per value, and a float16 per group.
     matrix_bytes = matrices * (GROUP_SIZE + 2) // GROUP_SIZE if int8 else matrices * jnp.dtype(dtype_name).itemsize
     return int(4 * vectors + matrix_bytes)

@@ -36,11 +36,6 @@ class Int8Array:
         return cls(values, scales.view(np.float16))
 
 
-def empty_int8(n: int, k: int) -> Int8Array:
-    """An uninitialized matrix [n, k]."""
-    return Int8Array(np.empty((n, k), np.int8), np.empty((n, -(-k // GROUP_SIZE)), np.float16))
-
-
 def quantize(matrix: NDArray[Any]) -> Int8Array:
     """Round a matrix [N, K] of any float type to the nearest of 255 steps in each group.
 
@@ -48,7 +43,7 @@ def quantize(matrix: NDArray[Any]) -> Int8Array:
     scales give infinite scales.
     """
     n, k = matrix.shape
-    array = empty_int8(n, k)
+    array = Int8Array(np.empty((n, k), np.int8), np.empty((n, -(-k // GROUP_SIZE)), np.float16))
     count = max(1, _BATCH_VALUES // k)
     for start in range(0, n, count):
         rows = slice(start, start + count)
@@ -95,14 +90,6 @@ class Int8Rows:
 
     shape: tuple[int, ...]
     runs: Iterator[Int8Array]
-
-    def read(self) -> Int8Array:
-        array, start = empty_int8(*self.shape), 0
-        for run in self.runs:
-            stop = start + len(run.values)
-            array.values[start:stop], array.scales[start:stop] = run.values, run.scales
-            start = stop
-        return array
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:

@@ -111,7 +111,7 @@ def _config(path: Path) -> ModelConfig:
     try:
         return config_from_hf(_json_object(path))
     except ConfigError as error:
-        raise ModelLoadError(f"{path}: {str(error).removeprefix('config.json: ')}") from error
+        raise ModelLoadError(f"{path}: {error}") from error
 
 
 def _files(folder: Path) -> list[Path]:

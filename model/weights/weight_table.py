@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from model.config import ModelConfig
 from model.config_gguf import ROPE_TENSORS
-from model.families import HEAD, Piece, WeightRow
+from model.families import HEAD, TensorSpec
 from model.weights.checkpoint import Checkpoint, ModelLoadError, TensorInfo
 from model.weights.gguf import GgufCheckpoint
 from model.weights.rows import Int8Array, Int8Rows, Rows, quantize
@@ -193,29 +193,19 @@ def _runs_of(part: _Part) -> Iterator[tuple[int, int]]:
 
 
 def _plan(checkpoint: Checkpoint) -> list[_Target]:
-    """The targets of a model: each row of the family's table, once per layer if it is per layer."""
-    config = checkpoint.config
-    rows = [row for row in config.traits.weights if not (config.tie_word_embeddings and row == HEAD)]
-    return [
-        _Target(row.target.format(i=layer), tuple(_part(checkpoint, piece, layer) for piece in row.pieces))
-        for row in rows
-        for layer in _layers(config, row)
-    ]
+    weights = checkpoint.config.weights().items()
+    return [_Target(path, tuple(_part(checkpoint, tensor) for tensor in weight.tensors)) for path, weight in weights]
 
 
-def _layers(config: ModelConfig, row: WeightRow) -> range:
-    return range(config.num_layers if "{i}" in row.target else 1)
-
-
-def _part(checkpoint: Checkpoint, piece: Piece, layer: int) -> _Part:
-    dims = checkpoint.config.dims()
-    is_gguf = checkpoint.naming == "gguf"
-    interleaved = is_gguf and checkpoint.config.traits.gguf_interleaved_rotary and piece.heads is not None
+def _part(checkpoint: Checkpoint, tensor: TensorSpec) -> _Part:
+    config, is_gguf = checkpoint.config, checkpoint.naming == "gguf"
+    dims = config.dims()
+    interleaved = is_gguf and config.traits.gguf_interleaved_rotary and tensor.heads is not None
     return _Part(
-        (piece.gguf if is_gguf else piece.hf).format(i=layer),
-        tuple(dims[letter] for letter in piece.shape),
-        dims[piece.heads] if interleaved and piece.heads is not None else 0,
-        0.0 if is_gguf or not piece.is_norm else checkpoint.config.traits.hf_norm_offset,
+        tensor.gguf if is_gguf else tensor.hf,
+        tuple(dims[letter] for letter in tensor.shape),
+        dims[tensor.heads] if interleaved and tensor.heads is not None else 0,
+        0.0 if is_gguf or not tensor.is_norm else config.traits.hf_norm_offset,
     )
 
 
@@ -242,8 +232,8 @@ def _ignored(config: ModelConfig) -> Iterator[str]:
         for layer in range(config.num_layers):
             yield name.format(i=layer)
     if config.tie_word_embeddings:  # a copy of the embedding
-        for piece in HEAD.pieces:
-            yield from (piece.hf, piece.gguf)
+        for tensor in HEAD.tensors:
+            yield from (tensor.hf, tensor.gguf)
 
 
 def _half_split(values: NDArray[Any], heads: int) -> NDArray[Any]:

@@ -48,14 +48,12 @@ def hf_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dims = config.dims()
     assert config.layers[0].rope is not None
     tensors: dict[str, NDArray[Any]] = {}
-    for row in config.traits.weights:
-        for layer in range(config.num_layers if "{i}" in row.target else 1):
-            fused = weights.get(row.target.format(i=layer))
-            start = 0
-            for piece in row.pieces if fused is not None else ():
-                end = start + dims[piece.shape[0]]
-                tensors[piece.hf.format(i=layer)] = np.asarray(fused)[start:end].astype(ml_dtypes.bfloat16)
-                start = end
+    for path, weight in config.weights().items():
+        start = 0
+        for tensor in weight.tensors:
+            end = start + dims[tensor.shape[0]]
+            tensors[tensor.hf] = np.asarray(weights[path])[start:end].astype(ml_dtypes.bfloat16)
+            start = end
     directory = tmp_path_factory.mktemp("smollm2")
     save_file(tensors, directory / "model.safetensors")
     sizes = {

@@ -10,6 +10,7 @@ import pytest
 
 from model.kernels import cpu
 from model.token_logprobs import NO_ID, TokenLogprobs
+from tests.support.packed import pack
 
 # K and V: less than a block, parts of blocks and panels, several panels.
 SIZES = [(2, 5), (64, 32), (65, 1000), (96, 1024), (96, 1025), (128, 5000)]
@@ -36,7 +37,7 @@ def check_equal(ours: TokenLogprobs, expected: TokenLogprobs) -> None:
 @pytest.mark.parametrize(("width", "vocab"), SIZES)
 @pytest.mark.parametrize("rows", [1, 2, 13, 64])
 def test_score_has_the_bits_of_token_logprobs(rows: int, width: int, vocab: int) -> None:
-    hidden, weight = normal(0, rows, width), cpu.pack(normal(1, vocab, width))
+    hidden, weight = normal(0, rows, width), pack(normal(1, vocab, width))
     ids, named = ids_of(rows, vocab)
     live, k = jnp.int32(rows), min(20, vocab)
     expected = cpu.token_logprobs(cpu.linear(hidden, weight), ids, named, live, k=k)
@@ -45,7 +46,7 @@ def test_score_has_the_bits_of_token_logprobs(rows: int, width: int, vocab: int)
 
 @pytest.mark.parametrize("rows", [1, 16, 64])
 def test_score_with_a_cap_equals_soft_cap(rows: int) -> None:
-    hidden, weight = normal(0, rows, 96), cpu.pack(normal(1, 2100, 96))
+    hidden, weight = normal(0, rows, 96), pack(normal(1, 2100, 96))
     ids, named = ids_of(rows, 2100)
     live = jnp.int32(rows)
     logits = cpu.soft_cap(cpu.linear(hidden, weight, live=live), live, cap=2.0)
@@ -57,7 +58,7 @@ def test_score_with_a_cap_equals_soft_cap(rows: int) -> None:
 
 
 def test_score_has_the_same_bits_in_every_batch() -> None:
-    hidden, weight = normal(2, 64, 96), cpu.pack(normal(3, 5000, 96))
+    hidden, weight = normal(2, 64, 96), pack(normal(3, 5000, 96))
     ids, named = ids_of(64, 5000)
     whole = cpu.score(hidden, weight, ids, named, jnp.int32(64), k=20)
     for m in (1, 5, 12, 13, 40):
@@ -70,7 +71,7 @@ def test_top_ids_of_equal_logits_ascend_on_many_threads() -> None:
     """Most columns are alike, so that every panel of every thread has as many as are wanted."""
     vocab = 20_000
     column = np.where(np.arange(vocab)[:, None] % 7 == 3, 1.0, 0.5)
-    weight = cpu.pack(jnp.asarray(np.repeat(column, 8, axis=1), jnp.bfloat16))
+    weight = pack(jnp.asarray(np.repeat(column, 8, axis=1), jnp.bfloat16))
     ids, named = jnp.asarray([19_995, 3], jnp.int32), jnp.full((2, 1), NO_ID, jnp.int32)
     for _ in range(20):
         found = cpu.score(jnp.ones((2, 8), jnp.bfloat16), weight, ids, named, jnp.int32(2), k=30)
@@ -81,7 +82,7 @@ def test_top_ids_of_equal_logits_ascend_on_many_threads() -> None:
 
 @pytest.mark.parametrize("live", [-1, 0, 1, 7, 12, 13])
 def test_padding_rows_are_zeros_and_change_no_other(live: int) -> None:
-    hidden, weight = normal(4, 12, 64), cpu.pack(normal(5, 3000, 64))
+    hidden, weight = normal(4, 12, 64), pack(normal(5, 3000, 64))
     ids, named = ids_of(12, 3000)
     whole = cpu.score(hidden, weight, ids, named, jnp.int32(12), k=5)
     count = min(max(live, 0), 12)
@@ -112,7 +113,7 @@ def test_token_logprobs_of_a_row_of_nan() -> None:
 
 
 def test_token_logprobs_in_many_concurrent_calls() -> None:
-    hidden, weight = normal(6, 12, 64), cpu.pack(normal(7, 6000, 64))
+    hidden, weight = normal(6, 12, 64), pack(normal(7, 6000, 64))
     ids, named = ids_of(12, 6000)
 
     @jax.jit
@@ -127,7 +128,7 @@ def test_token_logprobs_in_many_concurrent_calls() -> None:
 
 
 def test_score_rejects_another_dtype_or_width() -> None:
-    weight = cpu.pack(normal(8, 40, 8))
+    weight = pack(normal(8, 40, 8))
     ids, named = ids_of(1, 40)
     with pytest.raises(TypeError, match="float32, not bfloat16"):
         cpu.score(jnp.zeros((1, 8)), weight, ids, named, jnp.int32(1), k=1)

@@ -14,6 +14,7 @@ from model.kernels import cpu
 from model.kernels.cpu import library
 from model.kernels.dispatch import Kernels, load_kernels
 from model.linear import matmul
+from tests.support.packed import pack
 
 SHAPES = [(1, 32, 2), (2, 1, 1), (3, 33, 5), (12, 64, 256), (13, 100, 257), (25, 31, 515), (64, 576, 96), (257, 40, 90)]
 
@@ -53,7 +54,7 @@ def on_path(path: str, x: jax.Array, weight: cpu.PackedWeight) -> np.ndarray:
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_pack_keeps_every_value_and_pads_with_zeros(m: int, n: int, k: int) -> None:
     w = normal(m, n, k)
-    packed = cpu.pack(w)
+    packed = pack(w)
     assert packed.data.shape == (-(-n // 32), -(-k // 2), 32, 2)
     assert (packed.n, packed.k) == (n, k)
     data = np.asarray(packed.data, np.float32)
@@ -65,14 +66,14 @@ def test_pack_keeps_every_value_and_pads_with_zeros(m: int, n: int, k: int) -> N
 def test_unpack_rows_gathers_rows_in_any_order() -> None:
     w = normal(0, 70, 7)
     rows = jnp.asarray([69, 0, 31, 32, 31], jnp.int32)
-    np.testing.assert_array_equal(cpu.unpack_rows(cpu.pack(w), rows), w[rows])
+    np.testing.assert_array_equal(cpu.unpack_rows(pack(w), rows), w[rows])
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 @pytest.mark.usefixtures("kernels")
 def test_linear_is_within_float32_rounding_of_the_exact_sum(m: int, n: int, k: int) -> None:
     x, w = normal(1, m, k), normal(2, n, k)
-    y = np.asarray(cpu.linear(x, cpu.pack(w)))
+    y = np.asarray(cpu.linear(x, pack(w)))
     x64, w64 = np.asarray(x, np.float64), np.asarray(w, np.float64)
     # k sums, each off by at most half a unit in the last place of a partial sum.
     bound = k * 2.0**-24 * (np.abs(x64) @ np.abs(w64).T)
@@ -83,7 +84,7 @@ def test_linear_is_within_float32_rounding_of_the_exact_sum(m: int, n: int, k: i
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_linear_paths_sum_in_the_documented_order(kernels: cpu.CpuKernels, m: int, n: int, k: int) -> None:
-    x, weight = normal(3, m, k), cpu.pack(normal(4, n, k))
+    x, weight = normal(3, m, k), pack(normal(4, n, k))
     exact = np.zeros((m, n), np.float32)
     x32, w32 = np.zeros((m, k + k % 2), np.float32), np.zeros((n, k + k % 2), np.float32)
     x32[:, :k], w32[:, :k] = np.asarray(x), np.asarray(cpu.unpack_rows(weight, jnp.arange(n)))
@@ -98,7 +99,7 @@ def test_linear_paths_agree_on_denormals(kernels: cpu.CpuKernels) -> None:
     if "pairs" not in kernels.paths:
         pytest.skip("this CPU has no AVX512_BF16")
     scale = 2.0**-63.5  # products and sums on both sides of float32's smallest normal number, 2^-126
-    x, weight = normal(5, 13, 300, scale=scale), cpu.pack(normal(6, 64, 300, scale=scale))
+    x, weight = normal(5, 13, 300, scale=scale), pack(normal(6, 64, 300, scale=scale))
     pairs = on_path("pairs", x, weight)
     np.testing.assert_array_equal(pairs, on_path("floats", x, weight))
     np.testing.assert_array_equal(pairs[:1], cpu.linear(x[:1], weight))
@@ -109,7 +110,7 @@ def test_linear_paths_agree_on_denormals(kernels: cpu.CpuKernels) -> None:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.usefixtures("kernels")
 def test_linear_has_the_same_bits_in_every_batch(dtype: jnp.dtype) -> None:
-    x, weight = normal(7, 257, 577), cpu.pack(normal(8, 1000, 577))
+    x, weight = normal(7, 257, 577), pack(normal(8, 1000, 577))
     whole = np.asarray(cpu.linear(x, weight, dtype))
     for m in (1, 2, 3, 11, 12, 13, 16, 64):
         for first in (0, 257 - m):
@@ -121,7 +122,7 @@ def test_linear_has_the_same_bits_in_every_batch(dtype: jnp.dtype) -> None:
 @pytest.mark.parametrize("live", [-1, 0, 1, 5, 12, 13, 40, 64, 65])
 @pytest.mark.usefixtures("kernels")
 def test_linear_padding_rows_are_zeros_and_change_no_other(live: int, dtype: jnp.dtype) -> None:
-    x, weight = normal(20, 64, 70), cpu.pack(normal(21, 100, 70))
+    x, weight = normal(20, 64, 70), pack(normal(21, 100, 70))
     whole = np.asarray(cpu.linear(x, weight, dtype))
     count = min(max(live, 0), 64)
     some = np.asarray(cpu.linear(x.at[count:].set(jnp.nan), weight, dtype, live=jnp.int32(live)))
@@ -132,7 +133,7 @@ def test_linear_padding_rows_are_zeros_and_change_no_other(live: int, dtype: jnp
 @pytest.mark.parametrize(("m", "n"), [(1, 33), (5, 64), (30, 100)])
 @pytest.mark.usefixtures("kernels")
 def test_linear_bfloat16_is_the_float32_result_rounded(m: int, n: int) -> None:
-    x, weight = normal(9, m, 70), cpu.pack(normal(10, n, 70))
+    x, weight = normal(9, m, 70), pack(normal(10, n, 70))
     x = x.at[0, 0].set(jnp.inf)  # one row of infinities
     expected = cpu.linear(x, weight).astype(jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(cpu.linear(x, weight, jnp.bfloat16)), np.asarray(expected))
@@ -140,7 +141,7 @@ def test_linear_bfloat16_is_the_float32_result_rounded(m: int, n: int) -> None:
 
 @pytest.mark.usefixtures("kernels")
 def test_linear_bfloat16_rounds_ties_to_even_and_keeps_nan() -> None:
-    weight = cpu.pack(jnp.ones((32, 2), jnp.bfloat16))
+    weight = pack(jnp.ones((32, 2), jnp.bfloat16))
     step = 2.0**-8  # half of bfloat16's step at 1
     x = jnp.asarray([[1, step], [1 + 2 * step, step], [jnp.nan, 1]], jnp.bfloat16)
     y = np.asarray(cpu.linear(x, weight, jnp.bfloat16).astype(jnp.float32))
@@ -152,7 +153,7 @@ def test_linear_bfloat16_rounds_ties_to_even_and_keeps_nan() -> None:
 @pytest.mark.usefixtures("kernels")
 def test_linear_row_of_nan_changes_no_other() -> None:
     # An odd k: what follows a row in memory belongs to the next one.
-    x, weight = normal(11, 5, 33), cpu.pack(normal(12, 40, 33))
+    x, weight = normal(11, 5, 33), pack(normal(12, 40, 33))
     clean = np.asarray(cpu.linear(x, weight))
     y = np.asarray(cpu.linear(x.at[2].set(jnp.nan), weight))
     assert np.isnan(y[2]).all()
@@ -162,7 +163,7 @@ def test_linear_row_of_nan_changes_no_other() -> None:
 @pytest.mark.usefixtures("kernels")
 def test_linear_in_many_concurrent_calls() -> None:
     x = normal(13, 16, 128)
-    weights = [cpu.pack(normal(20 + i, 2048, 128)) for i in range(16)]
+    weights = [pack(normal(20 + i, 2048, 128)) for i in range(16)]
     alone = [np.asarray(cpu.linear(x, weight)) for weight in weights]
     program = jax.jit(lambda x, weights: [cpu.linear(x, weight) for weight in weights]).lower(x, weights).compile()
 
@@ -179,7 +180,7 @@ def test_linear_in_many_concurrent_calls() -> None:
 def test_matmul_lowers_for_every_platform(rows: int) -> None:
     """Weights that this machine has packed are no reason why a step could not be compiled for another one."""
     x, w = normal(22, rows, 70), normal(23, 100, 70)
-    weight = cpu.pack(w)
+    weight = pack(w)
     product, kernels = jax.jit(matmul, static_argnums=2), load_kernels()
     for other in ("tpu", "cuda"):
         assert "logprobd" not in product.trace(x, weight, kernels).lower(lowering_platforms=(other,)).as_text()
@@ -191,7 +192,7 @@ def test_matmul_lowers_for_every_platform(rows: int) -> None:
 
 @pytest.mark.usefixtures("kernels")
 def test_linear_compiles_ahead_of_time_with_donated_buffers() -> None:
-    x, weight = normal(14, 4, 64), cpu.pack(normal(15, 96, 64))
+    x, weight = normal(14, 4, 64), pack(normal(15, 96, 64))
     expected = 2 * np.asarray(cpu.linear(x, weight))
 
     def step(total: jax.Array, x: jax.Array, weight: cpu.PackedWeight) -> jax.Array:
@@ -207,7 +208,7 @@ def test_linear_compiles_ahead_of_time_with_donated_buffers() -> None:
 
 @pytest.mark.usefixtures("kernels")
 def test_linear_in_a_program_from_the_persistent_cache(cache_dir: Path) -> None:
-    x, weight = normal(16, 3, 62), cpu.pack(normal(17, 65, 62))
+    x, weight = normal(16, 3, 62), pack(normal(17, 65, 62))
     hits: list[str] = []
     jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
     try:
@@ -230,7 +231,7 @@ def test_load_twice(kernels: cpu.CpuKernels) -> None:
 
 @pytest.mark.usefixtures("kernels")
 def test_linear_rejects_another_dtype_or_width() -> None:
-    weight = cpu.pack(normal(18, 32, 8))
+    weight = pack(normal(18, 32, 8))
     with pytest.raises(TypeError, match="float32, not bfloat16"):
         cpu.linear(jnp.zeros((1, 8)), weight)
     with pytest.raises(ValueError, match=r"\(1, 9\), not \[M, 8\]"):

@@ -12,6 +12,7 @@ from model.kernels import cpu
 from model.token_logprobs import NO_ID
 from model.weights.rows import quantize
 from tests.model.test_cpu_attention import crowd
+from tests.support.packed import pack, pack_int8
 
 SIZES = st.tuples(st.integers(1, 80), st.integers(1, 400), st.integers(1, 300))  # M, N, K
 WEIGHTS = st.sampled_from(["bfloat16", "int8"])
@@ -22,13 +23,7 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def packed(weights: str, matrix: NDArray[np.float32]) -> cpu.Packed:
-    made: cpu.Packed
-    if weights == "bfloat16":
-        made = cpu.pack(jnp.asarray(matrix))
-    else:
-        rounded = quantize(matrix)
-        made = cpu.pack_int8(jnp.asarray(rounded.values), jnp.asarray(rounded.scales))
-    return made
+    return pack(matrix) if weights == "bfloat16" else pack_int8(quantize(matrix))
 
 
 @few

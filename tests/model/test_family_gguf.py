@@ -11,7 +11,6 @@ import pytest
 from numpy.typing import NDArray
 
 from model.config import ModelConfig
-from model.families import HEAD
 from model.weights.checkpoint import Checkpoint
 from model.weights.source import ModelSource
 from model.weights.weight_table import load_weights, open_checkpoint
@@ -43,18 +42,15 @@ def write_gguf(path: Path, hf: dict[str, Any], weights: dict[str, NDArray[np.flo
         if cap:
             writer.add_float32(f"{arch}.{key}", cap)
     _add_rope(writer, hf, rope)
-    for row in family.weights:
-        for piece in row.pieces:
-            for layer in range(config.num_layers if "{i}" in piece.hf else 1):
-                if row == HEAD and config.tie_word_embeddings:
-                    continue
-                values = weights[piece.hf.format(i=layer)]
-                if piece.is_norm:
-                    values = values + np.float32(family.hf_norm_offset)
-                if piece.heads and family.gguf_interleaved_rotary:
-                    pairs = values.reshape(config.dims()[piece.heads], 2, -1, *values.shape[1:])
-                    values = np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(values.shape))
-                writer.add_tensor(piece.gguf.format(i=layer), values)
+    for weight in config.weights().values():
+        for tensor in weight.tensors:
+            values = weights[tensor.hf]
+            if tensor.is_norm:
+                values = values + np.float32(family.hf_norm_offset)
+            if tensor.heads and family.gguf_interleaved_rotary:
+                pairs = values.reshape(config.dims()[tensor.heads], 2, -1, *values.shape[1:])
+                values = np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(values.shape))
+            writer.add_tensor(tensor.gguf, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -18,9 +18,10 @@ from model.kernels.dispatch import Kernels, load_kernels
 from model.layout import GROUP_SIZE
 from model.linear import matmul, take_rows
 from model.weights.checkpoint import ModelLoadError
-from model.weights.rows import Int8Array, quantize
+from model.weights.rows import Int8Array, Int8Rows, Rows, quantize
 from model.weights.source import resolve_model
 from model.weights.weight_table import load_weights, open_checkpoint
+from tests.support.packed import pack, pack_int8
 from tests.support.tiny_checkpoints import BF16, TinyModel, gguf_name
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -39,7 +40,7 @@ product = jax.jit(matmul, static_argnums=2)
 
 
 def values_of(array: Int8Array) -> NDArray[np.float32]:
-    """What an Int8Array says, [N, K]."""
+    """The float32 values [N, K] of an int8 matrix."""
     scales = np.repeat(array.scales.astype(np.float32), GROUP_SIZE, axis=1)[:, : array.values.shape[1]]
     with np.errstate(invalid="ignore"):
         return array.values.astype(np.float32) * scales
@@ -52,17 +53,17 @@ def normal(seed: int, *shape: int) -> NDArray[np.float32]:
 def packed(seed: int, n: int, k: int) -> tuple[cpu.PackedInt8, NDArray[np.float32]]:
     """A packed weight and its values [n, k]."""
     array = quantize(normal(seed, n, k))
-    return cpu.pack_int8(jnp.asarray(array.values), jnp.asarray(array.scales)), values_of(array)
+    return pack_int8(array), values_of(array)
 
 
 def load(path: Path) -> dict[str, NDArray[Any]]:
     """All weights: matrices as the float32 values of their int8 form."""
     with closing(open_checkpoint(resolve_model(str(path), None))) as checkpoint:
-        return load_weights(checkpoint, BF16, lambda _, rows: _values(rows.read()), int8=True)
+        return load_weights(checkpoint, BF16, lambda _, rows: _values(rows), int8=True)
 
 
-def _values(weight: NDArray[Any] | Int8Array) -> NDArray[Any]:
-    return values_of(weight) if isinstance(weight, Int8Array) else weight
+def _values(rows: Rows | Int8Rows) -> NDArray[Any]:
+    return rows.read() if isinstance(rows, Rows) else np.concatenate([values_of(run) for run in rows.runs])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 31), (7, 32), (3, 33), (64, 576)])
@@ -177,7 +178,7 @@ def test_matmul_on_an_accelerator_unpacks_blocks(m: int, n: int, k: int, kind: s
     weight, values = packed(3, n, k)
     if kind == "bfloat16":
         values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
-    chosen: cpu.Packed = weight if kind == "int8" else cpu.pack(values)
+    chosen: cpu.Packed = weight if kind == "int8" else pack(values)
     x = normal(4, m, k).astype(ml_dtypes.bfloat16)
     y = jax.jit(linear._by_blocks)(x, chosen, jnp.int32(m))
     np.testing.assert_allclose(y, x.astype(np.float64) @ values.T.astype(np.float64), rtol=0, atol=2e-5)

@@ -21,6 +21,7 @@ from model.kernels import cpu
 from model.kernels.dispatch import load_kernels
 from model.transformer import BoundModel, abstract_weights, bind
 from model.weights.loader import abstract_model
+from model.weights.rows import Int8Array
 from tests.support.tiny import tiny_configs
 from tools.hlo import operations
 from tools.portability.__main__ import Rejection, Report, reports
@@ -76,7 +77,8 @@ def model_of(case: Case) -> BoundModel:
 
 def _int8(leaf: Any) -> Any:
     n, k = leaf.shape
-    like = cpu.pack_int8(np.zeros((32, k), np.int8), np.zeros((32, -(-k // 32)), np.float16))
+    rows = Int8Array(np.zeros((32, k), np.int8), np.zeros((32, -(-k // 32)), np.float16))
+    like = cpu.pack_int8(rows.values.shape, [rows])
     blocks = -(-n // 32)
     packed = jax.tree.map(lambda array: leaf.update(shape=(blocks, *array.shape[1:]), dtype=array.dtype), like)
     return replace(packed, n=n)

@@ -11,8 +11,6 @@ from model.kernels.cpu.linear import PackedWeight as PackedWeight
 from model.kernels.cpu.linear import linear as linear
 from model.kernels.cpu.linear import pack as pack
 from model.kernels.cpu.linear import pack_int8 as pack_int8
-from model.kernels.cpu.linear import pack_int8_rows as pack_int8_rows
-from model.kernels.cpu.linear import pack_rows as pack_rows
 from model.kernels.cpu.linear import unpack as unpack
 from model.kernels.cpu.linear import unpack_rows as unpack_rows
 from model.kernels.cpu.operations import attend as attend

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from model.kernels.cpu.library import Target
@@ -50,14 +50,8 @@ class PackedInt8:
 type Packed = PackedWeight | PackedInt8
 
 
-def pack(w: ArrayLike) -> PackedWeight:
-    """Pack w [n, k], rounded to bfloat16 if it is wider; otherwise only the order of its values changes."""
-    rows = np.asarray(w)
-    return pack_rows(rows.shape, [rows])
-
-
-def pack_rows(shape: tuple[int, ...], runs: Iterable[NDArray[Any]]) -> PackedWeight:
-    """`pack` of a weight [n, k] whose rows come in runs, without collecting them."""
+def pack(shape: tuple[int, ...], runs: Iterable[NDArray[Any]]) -> PackedWeight:
+    """Pack a weight [n, k] that comes in runs of rows, rounded to bfloat16 if it is wider."""
     n, k = shape
     # A pair moves as one 32-bit word.
     words, block = aligned_empty((-(-n // COLUMN_BLOCK), (k + 1) // 2, COLUMN_BLOCK), np.uint32), 0
@@ -69,14 +63,8 @@ def pack_rows(shape: tuple[int, ...], runs: Iterable[NDArray[Any]]) -> PackedWei
     return PackedWeight(jax.device_put(words.view(_BF16).reshape(*words.shape, 2)), n, k)
 
 
-def pack_int8(values: ArrayLike, scales: ArrayLike) -> PackedInt8:
-    """Pack values [n, k] int8 and scales [n, ceil(k/32)] float16; only their order changes."""
-    weight = Int8Array(np.asarray(values), np.asarray(scales))
-    return pack_int8_rows(weight.values.shape, [weight])
-
-
-def pack_int8_rows(shape: tuple[int, ...], runs: Iterable[Int8Array]) -> PackedInt8:
-    """`pack_int8` of a weight [n, k] whose rows come in runs, without collecting them."""
+def pack_int8(shape: tuple[int, ...], runs: Iterable[Int8Array]) -> PackedInt8:
+    """Pack a weight [n, k] that comes in runs of rows; only the order of its values changes."""
     n, k = shape
     groups = -(-k // GROUP_SIZE)
     data = aligned_empty((-(-n // COLUMN_BLOCK), groups * GROUP_SIZE, COLUMN_BLOCK), np.int8)

@@ -129,7 +129,7 @@ def _status_routes(context: Context, readiness: Readiness) -> list[Route]:
         return Response(status_code=200 if engine.ready and not readiness.draining else 503)
 
     async def load(_: Request) -> Response:
-        return json_response({"server_load": engine.load})
+        return json_response({"server_load": engine.num_requests})
 
     async def version(_: Request) -> Response:
         return json_response({"version": __version__})

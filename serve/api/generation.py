@@ -182,14 +182,14 @@ def work_of(choices: Sequence[Choice]) -> Work:
     """The engine's work for choices that have finished or were aborted."""
     scoring = [choice for choice in choices if choice.is_first_of_prompt]
     handles = [choice.handle for choice in choices if choice.handle is not None]
-    started = [handle.times for handle in handles if handle.times.admitted]
+    started = [handle.times for handle in handles if handle.times.scheduled]
     ended = [times for times in started if times.last]
     return Work(
         prompt_tokens=sum(len(choice.request.prompt_token_ids) for choice in scoring),
         cached_tokens=sum(choice.handle.cached_tokens for choice in scoring if choice.handle is not None),
         completion_tokens=sum(choice.num_tokens for choice in choices),
-        queue_seconds=max((times.admitted - times.arrived for times in started), default=None),
-        prefill_seconds=max(((times.first or times.last) - times.admitted for times in ended), default=None),
+        queue_seconds=max((times.scheduled - times.arrived for times in started), default=None),
+        prefill_seconds=max(((times.first or times.last) - times.scheduled for times in ended), default=None),
         decode_seconds=max((times.last - times.first for times in ended if times.first), default=None),
     )
 

@@ -115,10 +115,10 @@ class Metrics(Observer):
     def on_step(self, tokens: int) -> None:
         self._step.observe(tokens)
 
-    def on_admitted(self, request: RequestState) -> None:
+    def on_scheduled(self, request: RequestState) -> None:
         self._prefix_queries.inc(len(request.prompt_token_ids))
         self._prefix_hits.inc(request.num_cached or 0)
-        self._queue.observe(request.times.admitted - request.times.arrived)
+        self._queue.observe(request.times.scheduled - request.times.arrived)
 
     def on_preempted(self, count: int) -> None:
         self._preemptions.inc(count)
@@ -127,7 +127,7 @@ class Metrics(Observer):
         self._generated_tokens.inc()
         if gap is None:
             self._first.observe(request.times.first - request.times.arrived)
-            self._prefill.observe(request.times.first - request.times.admitted)
+            self._prefill.observe(request.times.first - request.times.scheduled)
         else:
             self._gap.observe(gap)
 
@@ -140,7 +140,7 @@ class Metrics(Observer):
         if request.params.prompt is not None:
             self._scored_tokens.inc(prompt - request.params.prompt.start)
         self._e2e.observe(times.last - times.arrived)
-        self._inference.observe(times.last - times.admitted)
+        self._inference.observe(times.last - times.scheduled)
         if output:
             self._decode.observe(times.last - times.first)
         if output > 1:

@@ -63,7 +63,7 @@ def sampling_arrays(requests: Sequence[RequestState], rows: int, vocab_size: int
     """Sampling parameters of each request [R]; padding rows are greedy."""
     arrays = greedy_sampling(rows, vocab_size)
     for row, request in enumerate(requests):
-        params, step = request.params, request.num_chosen - 1
+        params, step = request.params, request.num_output_tokens - 1
         for name in _COPIED:
             getattr(arrays, name)[row] = getattr(params, name)
         arrays.seed[row] = (request.seed >> 32) & 0xFFFFFFFF, request.seed & 0xFFFFFFFF
@@ -110,7 +110,7 @@ def cache_indices(request: RequestState, start: int, size: int, count: int) -> N
 
 def _last_token(request: RequestState) -> int:
     """The token before the next one, or FROM_SLOT if it has not been read yet."""
-    before = request.num_chosen - 1
-    if len(request.output_token_ids) < before:
+    count = request.num_output_tokens - 1
+    if len(request.output_token_ids) < count:
         return FROM_SLOT
-    return request.output_token_ids[-1] if before else request.prompt_token_ids[-1]
+    return request.output_token_ids[-1] if count else request.prompt_token_ids[-1]

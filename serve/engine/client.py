@@ -14,7 +14,6 @@ from typing import Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from model.token_logprobs import empty_logprobs
 from serve.engine.request import (
     DeadlineError,
     EngineLimits,
@@ -39,7 +38,7 @@ class EngineClient(Protocol):
     @property
     def ready(self) -> bool: ...
     @property
-    def load(self) -> int: ...
+    def num_requests(self) -> int: ...
     def admit(self, request: Request, *, bypass_limits: bool = False) -> "RequestHandle": ...
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None: ...
     async def full_vocab_logprobs(self, request_id: str, start: int, count: int) -> NDArray[np.float32]: ...
@@ -96,7 +95,7 @@ class RequestHandle:
         request, times = self.request, self.times
         start_by = times.arrived + request.queue_timeout
         while True:
-            until = request.deadline if times.admitted else min(start_by, request.deadline)
+            until = request.deadline if times.scheduled else min(start_by, request.deadline)
             if until == math.inf:
                 return await self.events.get()
             try:
@@ -106,7 +105,7 @@ class RequestHandle:
                 now = time.monotonic()
                 if now >= request.deadline:
                     raise DeadlineError from None
-                if now >= start_by and not times.admitted:
+                if now >= start_by and not times.scheduled:
                     raise QueueTimeoutError from None
 
 
@@ -229,9 +228,9 @@ class Streams:
             self._aborting.clear()
             self._leases.clear()
         for handle in handles:
-            event = TokenEvent([], empty_logprobs(0, 0), FinishReason.ABORT, stopped=True)
+            event = TokenEvent(finish_reason=FinishReason.ABORT, stopped=True)
             if failed:
-                event = TokenEvent([], empty_logprobs(0, 0), FinishReason.ERROR, error="the engine has stopped")
+                event = TokenEvent(finish_reason=FinishReason.ERROR, error="the engine has stopped")
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 handle.loop.call_soon_threadsafe(handle.events.put_nowait, event)
         for call in calls:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from compiled.shapes import Buckets
 from compiled.state import DecodeInput, SamplingArrays, ScoreInput, SlotPenalties, StepInput, StepOutput
-from model.token_logprobs import TokenLogprobs, empty_logprobs
+from model.token_logprobs import TokenLogprobs
 from serve.engine import batch
 from serve.engine.batch import ScoreRow
 from serve.engine.logprob_store import begin_prompt_logprobs, has_nan, select_logprobs, store_prompt_logprobs, write
@@ -51,7 +51,7 @@ class Runner(Protocol):
 
 
 @dataclass(slots=True)
-class _InFlight:
+class _Step:
     """A dispatched step that has not been read."""
 
     prefilled: Any = None  # ready when the last chunk is computed
@@ -62,7 +62,7 @@ class _InFlight:
 
 
 class EngineCore:
-    """Runs the scheduler's steps on the runner. Not thread-safe: one thread owns it."""
+    """Runs the scheduler's steps on the runner. Not thread-safe."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class EngineCore:
         self._runner = runner
         self._observer = observer or Observer()
         self._pool = PagePool(runner.pages, caching=prefix_caching)
-        self._unread: _InFlight | None = None
+        self._unread: _Step | None = None
         self.in_flight = False  # the last step dispatched or read something; otherwise step() has nothing to do
         self._emitted: list[Emitted] = []  # by the current step; kept if it fails, as requests may have finished in it
         self.scheduler = Scheduler(
@@ -84,7 +84,7 @@ class EngineCore:
             runner.buckets,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
-            on_admit=self._on_admit,
+            on_scheduled=self._on_scheduled,
         )
 
     @property
@@ -105,7 +105,7 @@ class EngineCore:
         if request.status is RequestStatus.FINISHED:
             self.scheduler.finish(request)
             return None
-        return self._finish(request, _final_event(request, reason), reason)
+        return self._finish(request, TokenEvent(cached_tokens=request.num_cached or 0), reason)
 
     def fail_all(self, message: str) -> list[Emitted]:
         """Finish all running requests with an error and clear the cache, whose buffers a failed step has donated.
@@ -115,7 +115,8 @@ class EngineCore:
         self._unread, self.in_flight = None, True
         for request in self.scheduler.reset():
             self._observer.on_finished(request, FinishReason.ERROR)
-            self._emitted.append((request, _final_event(request, FinishReason.ERROR, message)))
+            event = TokenEvent(finish_reason=FinishReason.ERROR, cached_tokens=request.num_cached or 0, error=message)
+            self._emitted.append((request, event))
         self._runner.reset()
         return self._take_emitted()
 
@@ -152,18 +153,11 @@ class EngineCore:
         ]
         return np.concatenate(blocks)[:count]
 
-    def assert_idle(self) -> None:
-        """Raise AssertionError if a request is waiting, running or pinned, or a page or slot is in use."""
-        scheduler = self.scheduler
-        if scheduler.num_requests or scheduler.pinned:
-            raise AssertionError(f"{scheduler.num_requests} unfinished and {len(scheduler.pinned)} pinned requests")
-        scheduler.check()
-
-    def _on_admit(self, request: RequestState) -> None:
+    def _on_scheduled(self, request: RequestState) -> None:
         begin_prompt_logprobs(request, self._pool, self._runner.max_logprobs)
-        if not request.times.admitted:  # otherwise it was preempted
-            request.times.admitted = time.monotonic()
-            self._observer.on_admitted(request)
+        if not request.times.scheduled:  # otherwise it was preempted
+            request.times.scheduled = time.monotonic()
+            self._observer.on_scheduled(request)
 
     def _must_read_first(self) -> bool:
         """True if the next step depends on tokens that have not been read."""
@@ -172,11 +166,11 @@ class EngineCore:
         waits = any(request.mask is not None and request.mask.waits for request in self._unread.rows)
         return waits or self.scheduler.must_preempt()
 
-    def _dispatch(self, schedule: Schedule) -> _InFlight | None:
+    def _dispatch(self, schedule: Schedule) -> _Step | None:
         if not schedule:
             return None
         self._observer.on_step(sum(chunk.end - chunk.start for chunk in schedule.prefills) + len(schedule.decodes))
-        step = _InFlight(scored=schedule.scored, rows=schedule.decodes)
+        step = _Step(scored=schedule.scored, rows=schedule.decodes)
         for chunk in schedule.prefills:
             shape = self._runner.buckets.prefill(chunk.end - chunk.start)
             step.prefilled = self._runner.prefill(batch.prefill_input(chunk, shape))
@@ -205,8 +199,7 @@ class EngineCore:
             _write_prompt_logprobs(block, self._runner.read(logprobs))
         for request in step.scored:
             if request.status is not RequestStatus.FINISHED:
-                event = self._event(request, [], empty_logprobs(0, 0))
-                self._emitted.append(self._finalize(request, event, FinishReason.LENGTH))
+                self._emitted.append(self._finalize(request, TokenEvent(), FinishReason.LENGTH))
         if step.output is not None:
             output = self._runner.read(step.output)
             for row, request in enumerate(step.rows):
@@ -216,7 +209,7 @@ class EngineCore:
     def _append(self, request: RequestState, output: StepOutput, row: int) -> Emitted:
         token = int(output.tokens[row])
         logprobs = select_logprobs(output.logprobs, slice(row, row + 1), request.params.requested_ids)
-        event = self._event(request, [token], logprobs)
+        event = TokenEvent([token], logprobs)
         request.output_token_ids.append(token)
         now, times = time.monotonic(), request.times
         gap = now - times.last if times.first else None
@@ -226,18 +219,17 @@ class EngineCore:
         if token in request.params.stop_token_ids:
             event.stop_token_id = token
             return self._finalize(request, event, FinishReason.STOP)
-        done = len(request.output_token_ids) >= request.max_chosen
-        return self._finalize(request, event, FinishReason.LENGTH if done else None)
-
-    def _event(self, request: RequestState, token_ids: list[int], logprobs: TokenLogprobs) -> TokenEvent:
-        """An event; the first of a request contains the prompt's log-probs."""
-        event = TokenEvent(token_ids, logprobs, cached_tokens=request.num_cached or 0)
-        if not request.output_token_ids:
-            event.prompt_logprobs = request.prompt_logprobs
-        return event
+        at_limit = len(request.output_token_ids) >= request.max_output_tokens
+        return self._finalize(request, event, FinishReason.LENGTH if at_limit else None)
 
     def _finalize(self, request: RequestState, event: TokenEvent, reason: FinishReason | None) -> Emitted:
-        """Check an event's log-probs. Finishes the request if there is a reason, or with an error if one is NaN."""
+        """Complete an event and check it for NaN. Finishes the request if there is a reason, or if a log-prob is NaN.
+
+        The first event of a request contains the log-probs of its prompt.
+        """
+        event.cached_tokens = request.num_cached or 0
+        if len(request.output_token_ids) == len(event.token_ids):
+            event.prompt_logprobs = request.prompt_logprobs
         scoring, logprobs = request.params.prompt, event.prompt_logprobs
         failed = has_nan(event.logprobs)
         if logprobs is not None and scoring is not None:
@@ -261,10 +253,6 @@ class EngineCore:
     def _take_emitted(self) -> list[Emitted]:
         emitted, self._emitted = self._emitted, []
         return emitted
-
-
-def _final_event(request: RequestState, reason: FinishReason, error: str | None = None) -> TokenEvent:
-    return TokenEvent([], empty_logprobs(0, 0), reason, cached_tokens=request.num_cached or 0, error=error)
 
 
 def _write_prompt_logprobs(block: Sequence[ScoreRow], logprobs: TokenLogprobs) -> None:

@@ -15,12 +15,10 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.token_logprobs import empty_logprobs
 from serve.engine.client import FullVocabCall, RequestHandle, Streams
 from serve.engine.core import EngineCore, Runner
 from serve.engine.observer import EngineFault, EngineGauges, Observer
@@ -36,8 +34,6 @@ from serve.engine.request import (
 from serve.engine.request_state import Emitted, RequestState, RequestTimes
 
 logger = logging.getLogger(__name__)
-
-_CHECK_SECONDS = 20  # timeout of assert_idle()
 
 
 class Engine:
@@ -76,7 +72,7 @@ class Engine:
         return self.failed and self._thread.is_alive()
 
     @property
-    def load(self) -> int:
+    def num_requests(self) -> int:
         """Number of unfinished and pinned requests."""
         return len(self._streams)
 
@@ -153,26 +149,6 @@ class Engine:
             self._inbox.put(lambda: self._calls.append(call))
             return await asyncio.wrap_future(call.future)
 
-    def assert_idle(self) -> None:
-        """Raise AssertionError if a request is left or a page in use after all calls so far. For tests."""
-        checked: Future[None] = Future()
-
-        def check() -> None:
-            try:
-                self._core.assert_idle()
-                if self.load:
-                    raise AssertionError(f"{self.load} open streams")
-            except AssertionError as error:
-                checked.set_exception(error)
-            else:
-                checked.set_result(None)
-
-        if self._thread.is_alive():
-            self._inbox.put(check)
-        else:
-            check()
-        checked.result(_CHECK_SECONDS)
-
     def _check_size(self, request: Request) -> None:
         length, max_model_len = len(request.prompt_token_ids), self.limits.max_model_len
         if not 1 <= length <= max_model_len:
@@ -186,17 +162,9 @@ class Engine:
             while self._drain_inbox():
                 self._abort_expired()
                 self._run_call()
-                self._deliver(self._step())
+                self._guarded(lambda: self._deliver(self._core.step()), EngineFault.STEP)
         finally:
             self._streams.close(failed=self.failed or sys.exception() is not None)
-
-    def _step(self) -> list[Emitted]:
-        try:
-            return self._core.step()
-        except Exception:
-            logger.exception("a step failed; its requests finish with an error and the cache is cleared")
-        self._observer.on_fault(EngineFault.STEP)
-        return self._recover()  # outside the handler: a traceback keeps the arrays of the step alive
 
     def _drain_inbox(self) -> bool:
         """Run the calls in the inbox; wait for one when idle. Returns False when the thread should exit."""
@@ -211,16 +179,24 @@ class Engine:
         return not self._stopping
 
     def _handle(self, call: Callable[[], None]) -> None:
-        if self._stopping:
-            return
+        if not self._stopping:
+            self._guarded(call, EngineFault.CALL)
+
+    def _guarded(self, call: Callable[[], None], fault: EngineFault) -> None:
+        """Make a call. If it fails, finish running requests with an error and clear the cache."""
         try:
             call()
         except Exception:
-            logger.exception("a call to the engine failed; running requests finish with an error, the cache is cleared")
+            logger.exception("a %s failed; running requests finish with an error and the cache is cleared", fault)
         else:
             return
-        self._observer.on_fault(EngineFault.CALL)
-        self._deliver(self._recover())
+        self._observer.on_fault(fault)  # outside the handler: its traceback keeps the arrays of the step alive
+        try:
+            self._deliver(self._core.fail_all("the engine failed on this request"))
+        except Exception:
+            logger.exception("the engine could not recover; it stops")
+            self._observer.on_fault(EngineFault.LOST)
+            self.failed = self._stopping = True
 
     def _add(self, state: RequestState) -> None:
         try:
@@ -228,23 +204,13 @@ class Engine:
         except Exception:
             logger.exception("a request could not be queued")
             self._observer.on_fault(EngineFault.REQUEST)
-            event = TokenEvent([], empty_logprobs(0, 0), FinishReason.ERROR, error="it could not be queued")
-            self._deliver([(state, event)])
+            self._deliver([(state, TokenEvent(finish_reason=FinishReason.ERROR, error="it could not be queued"))])
 
     def _abort_expired(self) -> None:
         in_use = {call.request_id for call in self._calls}
         for request_id in self._streams.expired_leases():
             if request_id not in in_use:
                 self._abort(request_id, FinishReason.ABORT)
-
-    def _recover(self) -> list[Emitted]:
-        try:
-            return self._core.fail_all("the engine failed on this request")
-        except Exception:
-            logger.exception("the engine could not recover; it stops")
-            self._observer.on_fault(EngineFault.LOST)
-            self.failed = self._stopping = True
-            return []
 
     def _abort(self, request_id: str, reason: FinishReason) -> None:
         self._streams.end_lease(request_id)

@@ -33,8 +33,8 @@ class Observer:
     def on_step(self, tokens: int) -> None:
         """A step with `tokens` prompt and decode tokens was dispatched."""
 
-    def on_admitted(self, request: RequestState) -> None:
-        """A request runs for the first time; `num_cached` is known."""
+    def on_scheduled(self, request: RequestState) -> None:
+        """A request was scheduled for the first time; `num_cached` is known."""
 
     def on_preempted(self, count: int) -> None:
         """`count` requests were preempted."""

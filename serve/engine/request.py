@@ -2,9 +2,9 @@
 
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from model.token_logprobs import TokenLogprobs
+from model.token_logprobs import TokenLogprobs, empty_logprobs
 
 
 class FinishReason(enum.StrEnum):
@@ -108,12 +108,11 @@ class SamplingParams:
 class TokenEvent:
     """One output of the engine for one request: the tokens generated since the last event, none for pure scoring."""
 
-    token_ids: list[int]
-    logprobs: TokenLogprobs  # one row per token id
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: TokenLogprobs = field(default_factory=lambda: empty_logprobs(0, 0))  # one row per token id
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the stop id that finished the request, EOS included
-    # In the first event only: row i scores prompt token i + 1, so n = prompt - 1. Rows before PromptScoring.start are
-    # NaN.
+    # In the first event only. Row i scores prompt token i + 1; rows before PromptScoring.start - 1 are NaN.
     prompt_logprobs: TokenLogprobs | None = None
     cached_tokens: int = 0  # prompt tokens found in the prefix cache; equal in all events of a request
     error: str | None = None  # with FinishReason.ERROR, a message that clients may see

@@ -24,7 +24,7 @@ class RequestTimes:
     """Times of events, in seconds of time.monotonic(); 0 before the event."""
 
     arrived: float = 0.0
-    admitted: float = 0.0  # first scheduled
+    scheduled: float = 0.0  # when it first ran
     first: float = 0.0  # first token
     last: float = 0.0  # last token, or end of scoring
 
@@ -39,8 +39,8 @@ class RequestState:
     slot: int = -1  # row of the device's SlotState while the request runs
     mask: "TokenMask | None" = None
     output_token_ids: list[int] = field(default_factory=list)
-    max_chosen: int = 0  # max_tokens, or the rest of the context if that is less
-    num_chosen: int = 0  # output tokens, including those not yet read from the device
+    max_output_tokens: int = 0  # max_tokens, or the rest of the context if that is less
+    num_output_tokens: int = 0  # output tokens, including those not yet read from the device
     pages: list[int] = field(default_factory=list)  # block table
     hashes: list[bytes] = field(default_factory=list)  # of the leading full pages
     num_computed: int = 0  # leading tokens whose keys, values and hidden states are in the pages
@@ -64,7 +64,7 @@ class RequestState:
     @property
     def num_tokens(self) -> int:
         """Length of prompt and output, including tokens not yet read from the device."""
-        return len(self.prompt_token_ids) + self.num_chosen
+        return len(self.prompt_token_ids) + self.num_output_tokens
 
     @property
     def prefill_end(self) -> int:

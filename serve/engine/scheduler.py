@@ -1,9 +1,9 @@
 """Scheduler: decides which requests run in the next step. Policy without tensors: it sees tokens, pages and counts.
 
 A step is prompt chunks within a token budget, then blocks of prompt rows to score, then one token of every request
-whose prompt is done. Requests are served in order of arrival within a priority. A request is admitted when the pool has
-all pages for its tokens so far. When a running request needs a page and none is free, the last request in that order is
-preempted: its pages are deallocated, and it waits to be recomputed from what is still cached.
+whose prompt is done. Requests are served in order of arrival within a priority. A waiting request is scheduled when the
+pool has all pages for its tokens so far. When a running request needs a page and none is free, the last request in that
+order is preempted: its pages are deallocated, and it waits to be recomputed from what is still cached.
 """
 
 from bisect import insort
@@ -32,7 +32,9 @@ class Schedule:
     prefills: list[Chunk] = field(default_factory=list)
     scores: list[Chunk] = field(default_factory=list)
     scored: list[RequestState] = field(default_factory=list)  # finished when this step is read: nothing to generate
-    started: list[RequestState] = field(default_factory=list)  # part of `decodes`: first decode since admission
+    started: list[RequestState] = field(
+        default_factory=list
+    )  # part of `decodes`: the first decode since the request waited
     decodes: list[RequestState] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -49,15 +51,15 @@ class Scheduler:
         *,
         max_num_batched_tokens: int,
         max_model_len: int,
-        on_admit: Callable[[RequestState], None] = lambda _: None,
+        on_scheduled: Callable[[RequestState], None] = lambda _: None,
     ) -> None:
-        """`on_admit` is called with each admitted request, which has its pages, before its work is planned."""
+        """`on_scheduled` is called with each request that starts to run, which has its pages, before it is planned."""
         self._pool = pool
         self._chunks = buckets.prefill_chunks
         self._max_num_seqs = buckets.decode_rows[-1]
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
-        self._on_admit = on_admit
+        self._on_scheduled = on_scheduled
         self._slots = self._all_slots()
         self._arrivals = 0
         self.num_preempted = 0  # in total
@@ -72,7 +74,7 @@ class Scheduler:
     def add(self, request: RequestState) -> None:
         request.arrival = self._arrivals
         self._arrivals += 1
-        request.max_chosen = min(request.params.max_tokens, self._max_model_len - len(request.prompt_token_ids))
+        request.max_output_tokens = min(request.params.max_tokens, self._max_model_len - len(request.prompt_token_ids))
         if request.params.prompt is not None:
             request.num_scored = request.params.prompt.start - 1
         insort(self.waiting, request, key=_queue_order)
@@ -96,12 +98,12 @@ class Scheduler:
         for request in self.running:
             prefilled = request.status is RequestStatus.PREFILL and request.num_computed >= request.prefill_end
             if prefilled and request.num_scored >= _num_score_rows(request):
-                decodes = request.max_chosen > 0
+                decodes = request.max_output_tokens > 0
                 request.status = RequestStatus.DECODE if decodes else RequestStatus.SCORED
                 (schedule.started if decodes else schedule.scored).append(request)
         for request in self._decoding():
             request.num_computed += 1
-            request.num_chosen += 1
+            request.num_output_tokens += 1
             schedule.decodes.append(request)
         return schedule
 
@@ -153,7 +155,9 @@ class Scheduler:
 
     def _decoding(self) -> list[RequestState]:
         """Running requests that will generate another token, in queue order."""
-        return [r for r in self.running if r.status is RequestStatus.DECODE and r.num_chosen < r.max_chosen]
+        return [
+            r for r in self.running if r.status is RequestStatus.DECODE and r.num_output_tokens < r.max_output_tokens
+        ]
 
     def _plan_prompts(self, schedule: Schedule, budget: int) -> None:
         """Plan prompt chunks within a budget of tokens, including padding, and at most one chunk of rows to score."""
@@ -178,10 +182,9 @@ class Scheduler:
                 rows -= end - first
 
     def _next_prompt(self, planned: set[str], budget: int) -> RequestState | None:
-        """The next request with an unfinished prompt: a running one, otherwise one that can be admitted.
+        """The next request with an unfinished prompt: a running one, otherwise the first waiting one.
 
-        No request is admitted while a prompt is partly computed: a request with the same prefix must find all of its
-        pages.
+        No request starts to run while a prompt is partly computed: one with the same prefix must find all of its pages.
         """
         prefilling = [request for request in self.running if request.status is RequestStatus.PREFILL]
         for request in prefilling:
@@ -189,10 +192,10 @@ class Scheduler:
                 return request
         if budget < self._chunks[0] or any(request.num_computed < request.prefill_end for request in prefilling):
             return None
-        return self._admit()
+        return self._schedule_first()
 
-    def _admit(self) -> RequestState | None:
-        """Admit the first waiting request if there are a slot and pages for all its tokens so far.
+    def _schedule_first(self) -> RequestState | None:
+        """Run the first waiting request if there are a slot and pages for all its tokens so far.
 
         One page for each running request stays free: otherwise these would soon preempt it.
         """
@@ -201,7 +204,7 @@ class Scheduler:
         request = self.waiting[0]
         _extend_hashes(request, request.prefill_end // PAGE_SIZE)
         cached = self._pool.find(request.hashes[: request.prefill_end // PAGE_SIZE])
-        needed = -(-(request.num_tokens if request.max_chosen else request.prefill_end) // PAGE_SIZE)
+        needed = -(-(request.num_tokens if request.max_output_tokens else request.prefill_end) // PAGE_SIZE)
         if needed - len(cached) + self._pool.num_unreferenced(cached) + len(self.running) > self._pool.num_free:
             return None
         self._pool.share(cached)
@@ -216,7 +219,7 @@ class Scheduler:
         request.num_computed = len(cached) * PAGE_SIZE
         if request.num_cached is None:
             request.num_cached = request.num_computed
-        self._on_admit(request)
+        self._on_scheduled(request)
         return request
 
     def _reserve_or_preempt(self, request: RequestState) -> None:

@@ -32,12 +32,12 @@ class TokenMask:
         if params.min_tokens and params.stop_token_ids:
             self._words_before_min_tokens = self._without(self._words, params.stop_token_ids)
 
-    def row(self, output_token_ids: Sequence[int], num_chosen: int) -> Words | None:
-        """Mask of the token with index `num_chosen` in the output; None allows all.
+    def row(self, output_token_ids: Sequence[int], index: int) -> Words | None:
+        """Mask of the output token `index`; None allows all.
 
         `output_token_ids` may lack tokens that have not been read, unless `waits` is true.
         """
-        words = self._words_before_min_tokens if num_chosen < self._min_tokens else self._words
+        words = self._words_before_min_tokens if index < self._min_tokens else self._words
         forbidden = [phrase[-1] for phrase in self._phrases if _ends_with(output_token_ids, phrase[:-1])]
         return self._without(words, forbidden) if forbidden else words
 

@@ -71,7 +71,7 @@ class HttpServer(uvicorn.Server):
         """Called by uvicorn ten times per second; returns True to end the server."""
         ends = await super().on_tick(counter)
         self._check_engine()
-        if self._idle_timer.expires(self._readiness.running or self.engine.load, self._readiness.ended):
+        if self._idle_timer.expires(self._readiness.running or self.engine.num_requests, self._readiness.ended):
             asyncio.get_running_loop().run_in_executor(None, trim_heap)
         if self._drain_deadline is None or ends:
             return ends

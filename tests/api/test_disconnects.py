@@ -54,7 +54,7 @@ async def test_disconnect_while_queued(fresh_server: Server, path: str, stream: 
     connection = Connection(path, body_of(path, stream=stream))
     run = asyncio.create_task(connection.run(fresh_server.app))
     async with asyncio.timeout(20):
-        while fresh_server.engine.load < 5:
+        while fresh_server.engine.num_requests < 5:
             await asyncio.sleep(0)
     connection.leave()
     await run

@@ -57,11 +57,11 @@ async def test_queue_full_refuses_first_choice_only(stream: bool, limits: dict[s
         gate = server.runner.before_call = Gate("prefill")
         others = [asyncio.create_task(server.complete(prompt="Hi", n=5)) for _ in range(2)]
         async with asyncio.timeout(20):
-            while server.engine.load < 6:
+            while server.engine.num_requests < 6:
                 await asyncio.sleep(0)
         response = await server.post(COMPLETIONS, completion_body(prompt="Hi", n=3))
         assert error_of(response, 429)["code"] == "rate_limit_exceeded"
-        assert server.engine.load == 6
+        assert server.engine.num_requests == 6
         gate.open()
         for other in others:
             assert [choice["text"] for choice in (await other)["choices"]] == ["Hello"] * 5

@@ -110,7 +110,7 @@ async def test_slow_reader_is_cut_off(path: str) -> None:
         run = asyncio.create_task(connection.run(server.app))
         async with asyncio.timeout(20):
             await connection.blocked.wait()
-            while server.engine.load:
+            while server.engine.num_requests:
                 await asyncio.sleep(0)
         assert not run.done()
         assert [name for name, _ in server.runner.calls].count("decode") < 100
@@ -129,7 +129,7 @@ async def test_slow_reader_ends_all_choices() -> None:
         run = asyncio.create_task(connection.run(server.app))
         async with asyncio.timeout(20):
             await connection.blocked.wait()
-            while server.engine.load:
+            while server.engine.num_requests:
                 await asyncio.sleep(0)
         reading.set()
         await run
@@ -406,7 +406,7 @@ async def test_prompt_texts_freed_while_generating() -> None:
                 for body in bodies
             ]
             async with asyncio.timeout(20):
-                while server.engine.load < 8:
+                while server.engine.num_requests < 8:
                     await asyncio.sleep(0)
             await gate.reached()
             held, _ = tracemalloc.get_traced_memory()

@@ -93,7 +93,7 @@ async def test_metrics_preemptions() -> None:
         body = {"prompt": "x" * 100, "n": 2, "ignore_eos": True, "max_tokens": 90}  # needs 5 pages, of 4
         task = asyncio.create_task(server.complete(**body))
         await gate.reached()
-        while server.engine.load < 2:  # both choices run together, however slow this process is
+        while server.engine.num_requests < 2:  # both choices run together, however slow this process is
             await asyncio.sleep(0)
         gate.open()
         assert (await task)["usage"]["completion_tokens"] == 180

@@ -16,7 +16,17 @@ from serve.engine.request import (
     Request,
     SamplingParams,
 )
-from tests.support.engines import ENDLESS, TIMEOUT, endless_runner, events_of, next_event, run, running_engine, start
+from tests.support.engines import (
+    ENDLESS,
+    TIMEOUT,
+    assert_idle,
+    endless_runner,
+    events_of,
+    next_event,
+    run,
+    running_engine,
+    start,
+)
 from tests.support.fake_runner import FakeRunner, alone, greedy, outcome_of, prompt_of
 
 
@@ -157,7 +167,7 @@ async def test_handle_has_times_and_cached_tokens(engine: Engine) -> None:
         handle = engine.admit(Request("a", prompt_of(70), greedy(3)))
         await events_of(handle)
         times = handle.times
-        assert 0 < times.arrived <= times.admitted <= times.first <= times.last
+        assert 0 < times.arrived <= times.scheduled <= times.first <= times.last
         assert handle.cached_tokens == cached
 
 
@@ -232,4 +242,4 @@ async def test_assert_idle_finds_unfinished_request(endless_engine: Engine) -> N
     with endless_engine.admit(Request("a", [1], ENDLESS)) as handle:
         await next_event(handle)
         with pytest.raises(AssertionError, match="1 unfinished"):
-            await asyncio.to_thread(endless_engine.assert_idle)
+            await asyncio.to_thread(assert_idle, endless_engine)

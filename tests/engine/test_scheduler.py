@@ -140,7 +140,7 @@ def test_decode_stops_at_max_tokens_before_read() -> None:
     assert bench.plan()[1] == ["a"]
     assert bench.plan()[1] == []
     assert a.status is RequestStatus.DECODE
-    assert a.num_chosen == 2
+    assert a.num_output_tokens == 2
 
 
 def test_decode_allocates_page_when_needed() -> None:
@@ -195,7 +195,7 @@ def test_preempt_last_and_recompute() -> None:
     assert bench.plan() == ([], ["a"])  # b needs a page, and none is free
     assert b.status is RequestStatus.WAITING
     assert (b.pages, b.num_computed, b.num_scored, b.output_token_ids) == ([], 0, 1, [7, 7, 7, 7])
-    assert b.num_chosen == 4
+    assert b.num_output_tokens == 4
     bench.scheduler.finish(a)
     assert bench.plan() == ([("b", 0, 64)], ["b"])  # all but its last token, which the decode step runs
     assert b.num_computed == 65

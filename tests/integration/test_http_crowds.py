@@ -81,7 +81,7 @@ def wait_until_idle(server: Server, readiness: Readiness) -> None:
 
     async def idle() -> None:
         async with asyncio.timeout(5):
-            while readiness.running or server.engine.load or server.engine.gauges != IDLE:
+            while readiness.running or server.engine.num_requests or server.engine.gauges != IDLE:
                 await asyncio.sleep(0)
 
     asyncio.run(idle())
@@ -144,7 +144,7 @@ async def test_requests_beyond_the_rows_are_served_in_order() -> None:
             gate.open()
             answers = await asyncio.gather(*asked)
         assert [answer["usage"]["completion_tokens"] for answer in answers] == [8] * 64
-        ran = sorted(handles[1:], key=lambda handle: handle.times.admitted)
+        ran = sorted(handles[1:], key=lambda handle: handle.times.scheduled)
         assert ran == sorted(handles[1:], key=_place)
         await server.assert_idle()
 

@@ -86,7 +86,7 @@ def test_incomplete_body_gets_408() -> None:
     with listening(client_timeout=0.1) as (url, server), connected(url) as connection:
         connection.sendall(HEAD + b'Content-Length: 100\r\n\r\n{"prompt": ')
         assert error_in(read_all(connection)) == (408, "request_timeout")
-        assert server.engine.load == 0
+        assert server.engine.num_requests == 0
 
 
 def test_request_in_single_bytes_is_answered() -> None:
@@ -123,7 +123,7 @@ def test_stalled_reader_of_a_long_response_is_closed() -> None:
         body = completion_body(prompt=prompt, max_tokens=1, prompt_logprobs=3)
         with stalled(url, body, lambda: refused == ["stalled_reader"]):
             pass
-        assert server.engine.load == 0
+        assert server.engine.num_requests == 0
 
 
 def test_stalled_reader_of_a_response_below_the_high_water_mark_is_closed() -> None:
@@ -134,7 +134,7 @@ def test_stalled_reader_of_a_response_below_the_high_water_mark_is_closed() -> N
         assert 32_000 < len(answer) < 1 << 16  # asyncio's high-water mark
         with stalled(url, body, lambda: refused == ["stalled_reader"]):
             pass
-        assert server.engine.load == 0
+        assert server.engine.num_requests == 0
 
 
 def test_slow_reader_is_not_closed() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -75,8 +76,31 @@ def start(engine: Engine, request: Request) -> asyncio.Task[list[TokenEvent]]:
     return asyncio.create_task(events_of(engine.admit(request)))
 
 
+def assert_idle(engine: Engine) -> None:
+    """Raise AssertionError if a request is left or a page in use after all calls so far."""
+    checked: Future[None] = Future()
+
+    def check() -> None:
+        scheduler = engine._core.scheduler
+        try:
+            assert not scheduler.num_requests, f"{scheduler.num_requests} unfinished requests"
+            assert not scheduler.pinned, f"{len(scheduler.pinned)} pinned requests"
+            assert not engine.num_requests, f"{engine.num_requests} open streams"
+            scheduler.check()
+        except AssertionError as error:
+            checked.set_exception(error)
+        else:
+            checked.set_result(None)
+
+    if engine._thread.is_alive():
+        engine._inbox.put(check)
+    else:
+        check()
+    checked.result(TIMEOUT)
+
+
 async def _check_idle(engine: Engine) -> None:
     """A last request gets the right answer, and nothing remains of any request."""
     request = Request("probe", prompt_of(70), greedy(3, prompt_logprobs=True))
     assert outcome_of(await run(engine, request)) == alone(request)
-    await asyncio.to_thread(engine.assert_idle)
+    await asyncio.to_thread(assert_idle, engine)

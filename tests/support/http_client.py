@@ -41,6 +41,7 @@ from serve.engine.request import EngineLimits, EngineOptions, Request, TokenEven
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer, byte_characters
 from tests.support import fake_runner
+from tests.support.engines import assert_idle
 from tests.support.fake_runner import MAX_MODEL_LEN, FakeRunner, K, Unread
 
 MODEL = "org/bytes"
@@ -227,7 +228,7 @@ class Server:
     async def assert_idle(self) -> None:
         """Stop the engine and assert that it has no request and all pages are free."""
         await asyncio.to_thread(self.engine.stop)
-        self.engine.assert_idle()
+        assert_idle(self.engine)
 
 
 def start_server(

@@ -8,6 +8,7 @@ import httpx2
 from pydantic import BaseModel
 
 from serve.api import responses
+from tests.support.engines import assert_idle
 from tests.support.http_client import ExactRunner, Server, chunks_of, error_of, parse_unique, serving
 from tools.fuzz.bodies import DETOKENIZE, TOKENIZE
 
@@ -49,7 +50,7 @@ async def send(server: Server, path: str, body: bytes) -> int:
     try:
         async with asyncio.timeout(SECONDS):
             response = await server.post(path, body)
-            await asyncio.to_thread(server.engine.assert_idle)
+            await asyncio.to_thread(assert_idle, server.engine)
         server.runner.calls.clear()
         with_timeout = b'"timeout"' in body
         if response.status_code == 200:

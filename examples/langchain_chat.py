@@ -9,9 +9,12 @@ import os
 import sys
 from typing import Any
 
-from langchain_core.messages import AIMessage, AIMessageChunk
-from langchain_openai import ChatOpenAI
-from openai import APIConnectionError
+try:
+    from langchain_core.messages import AIMessage, AIMessageChunk
+    from langchain_openai import ChatOpenAI
+    from openai import APIConnectionError
+except ImportError:
+    sys.exit("langchain-openai is not installed: pip install langchain-openai")
 
 URL = os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1")
 QUESTION = "What is the capital of France?"

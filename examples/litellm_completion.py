@@ -9,7 +9,10 @@ import os
 import sys
 from typing import Any
 
-import litellm
+try:
+    import litellm
+except ImportError:
+    sys.exit("litellm is not installed: pip install litellm")
 
 MODEL = os.environ.get("MODEL", "SmolLM2-135M-Instruct")
 SERVER: dict[str, Any] = {

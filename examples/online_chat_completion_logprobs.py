@@ -8,8 +8,11 @@ import os
 import sys
 from typing import Any
 
-from openai import APIConnectionError, OpenAI
-from openai.types.chat import ChatCompletion
+try:
+    from openai import APIConnectionError, OpenAI
+    from openai.types.chat import ChatCompletion
+except ImportError:
+    sys.exit("openai is not installed: pip install openai")
 
 QUESTION = "What is the capital of France?"
 RULE = "=" * 80

@@ -37,11 +37,11 @@ class ModelsConfig:
 @dataclass(frozen=True, slots=True)
 class LocalModel:
     model: str  # argument of `logprobd serve`
-    path: str
+    path: str | None  # None: not downloaded
     family: str | None  # None: unknown
     bytes: int  # of the weights on disk
     dtype: str | None  # in which most weights are stored
-    problem: str | None  # why it cannot be served; None: it can
+    problem: str | None  # why it cannot be served from these files; None: it can
 
 
 def parse_args(arguments: Sequence[str]) -> ModelsConfig:
@@ -66,7 +66,7 @@ def main(config: ModelsConfig) -> int:
         if not folder.expanduser().is_dir():
             print(f"error: {folder}: no such folder", file=sys.stderr)
             return 1
-    models = [*_default_model(), *_cached_models()]
+    models = [_default_model(), *_cached_models()]
     models += [_inspect(path, str(path)) for folder in config.folder for path in find_models(folder.expanduser())]
     if config.json:
         print(json.dumps([dataclasses.asdict(model) for model in models], indent=2))
@@ -85,11 +85,12 @@ def find_models(folder: Path) -> Iterator[Path]:
         yield from (here / name for name in sorted(files) if name.endswith(".gguf") and not _LATER_PART.search(name))
 
 
-def _default_model() -> Iterator[LocalModel]:
+def _default_model() -> LocalModel:
     from model.weights.source import installed_default_model
 
     if path := installed_default_model():
-        yield dataclasses.replace(_inspect(path, str(path)), model="(default)")
+        return _inspect(path, "(default)")
+    return LocalModel("(default)", None, None, 0, None, "not downloaded yet: fetched by the first `logprobd serve`")
 
 
 def _cached_models() -> Iterator[LocalModel]:
@@ -154,12 +155,12 @@ def _table(models: Sequence[LocalModel]) -> "Table":
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=None if models else "no models found")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("MODEL", "FAMILY", "DTYPE"):
         table.add_column(name, overflow="fold")
     table.add_column("MB", justify="right")
     table.add_column("CAN BE SERVED", overflow="fold")
     for model in models:
-        size = f"{model.bytes / 1e6:,.0f}"
+        size = f"{model.bytes / 1e6:,.0f}" if model.path else "-"
         table.add_row(model.model, model.family or "-", model.dtype or "-", size, model.problem or "yes")
     return table

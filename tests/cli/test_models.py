@@ -23,8 +23,12 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def listed(capsys: pytest.CaptureFixture[str], *folders: Path) -> list[dict[str, Any]]:
+    """The models after the default one, which is not downloaded."""
     assert main(parse_args([*map(str, folders), "--json"])) == 0
     models: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    default = models.pop(0)
+    assert (default["model"], default["path"]) == ("(default)", None)
+    assert default["problem"].startswith("not downloaded yet")
     return models
 
 
@@ -70,7 +74,9 @@ def test_models_of_the_hub_cache(cache: Path, tmp_path: Path, capsys: pytest.Cap
 def test_models_table_shows_why_a_model_cannot_be_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.gguf").write_bytes(b"no GGUF")
     assert main(parse_args([str(tmp_path)])) == 0
-    assert "GGUF" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "GGUF" in shown
+    assert "(default) - - - not downloaded yet: fetched by" in shown
     assert main(parse_args([str(tmp_path / "nowhere")])) == 1
 
 

@@ -36,8 +36,10 @@ Run the same command again to resume. A run with another model, other options or
 
 exit codes:
   0    every line is scored, or --on-error skip reported those that are not
-  1    a malformed line, or an unusable model or file; 2: a mistake in the flags
-  130  Ctrl-C, 143 SIGTERM: finished rows are kept
+  1    a malformed line, or an unusable model or file
+  2    a mistake in the flags
+  130  Ctrl-C; finished rows are kept
+  143  SIGTERM; finished rows are kept
 
 examples:
   logprobd score corpus.jsonl --dtype float32

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -18,7 +19,28 @@ from model.private_files import is_private
 
 logger = logging.getLogger(__name__)
 
+# jax has no public option of one compilation: these are the process's.
+_OPTIONS = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_entry_size_bytes",
+    "jax_persistent_cache_min_compile_time_secs",
+)
 _ENTRY, _CHECKSUM = "-cache", ".sha256"
+
+
+@contextmanager
+def cache_options_restored() -> Iterator[None]:
+    """Restore jax's options of its persistent cache at the end, since they apply to the whole process.
+
+    They are restored because a model may be loaded into a program that uses jax itself.
+    """
+    values = {name: getattr(jax.config, name) for name in _OPTIONS}
+    try:
+        yield
+    finally:
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def use_persistent_cache(directory: Path) -> None:
@@ -41,9 +63,8 @@ def use_persistent_cache(directory: Path) -> None:
         # An entry without a checksum is of a writer that was killed or is still writing.
         if is_foreign or not _checksum(entry).exists() or _is_damaged(entry):
             _delete(entry)
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    for name, value in zip(_OPTIONS, (str(directory), -1, 0.0), strict=True):
+        jax.config.update(name, value)
     compilation_cache.reset_cache()
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.monitoring
 from jax.sharding import Mesh
 
-from compiled.program_cache import use_persistent_cache
+from compiled.program_cache import cache_options_restored, use_persistent_cache
 from compiled.programs import Program, RefusedError, Shape
 from compiled.runner import ModelRunner
 from compiled.shapes import PENALTIES, ZERO_STATE, Buckets, make_buckets
@@ -68,6 +68,7 @@ class Loaded:
         return engine
 
 
+@cache_options_restored()
 def load(config: EngineConfig, reporter: Reporter) -> Loaded:
     """Load and compile a model.
 

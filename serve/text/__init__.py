@@ -2,5 +2,14 @@
 
 import logging
 
-# Only transformers' text utilities are used, so its advice to install PyTorch, logged on import, does not apply.
-logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
+
+def _is_not_advice(record: logging.LogRecord) -> bool:
+    return "PyTorch was not found" not in record.getMessage()
+
+
+# transformers advises to install PyTorch when it is imported. Only its text utilities are used here.
+_logger = logging.getLogger("transformers")
+_logger.addFilter(_is_not_advice)
+import transformers  # noqa: E402, F401
+
+_logger.removeFilter(_is_not_advice)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compiled import programs
+from compiled import program_cache, programs
 from compiled.programs import Plan, Program, RefusedError, UnknownShapeError, compile_plans
 from compiled.shapes import PENALTIES, HeadShape, StepShape
 from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
@@ -203,6 +203,14 @@ def test_persistent_cache_is_private_read_and_repaired(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == EXPECTED
     assert done.stderr == ""
+
+
+def test_cache_options_restored_leaves_no_option(tmp_path: Path) -> None:
+    values = [getattr(jax.config, name) for name in program_cache._OPTIONS]
+    with program_cache.cache_options_restored():
+        program_cache.use_persistent_cache(tmp_path)
+        assert [getattr(jax.config, name) for name in program_cache._OPTIONS] == [str(tmp_path), -1, 0.0]
+    assert [getattr(jax.config, name) for name in program_cache._OPTIONS] == values
 
 
 START_SCRIPT = """

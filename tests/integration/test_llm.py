@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import jax
 import numpy as np
 import pytest
 
@@ -25,6 +26,10 @@ def llm(server: ServerProcess) -> Iterator[LLM]:
     cache = Path(str(words[words.index("--compilation-cache-dir") + 1]))
     with LLM(dtype="float32", max_num_seqs=4, max_model_len=8192, compilation_cache_dir=cache) as llm:
         yield llm
+
+
+def test_llm_leaves_the_compilation_cache_of_jax(llm: LLM) -> None:
+    assert jax.config.jax_compilation_cache_dir != str(llm.loaded.config.compilation_cache_dir)
 
 
 def answer_of(server: ServerProcess, path: str, **body: Any) -> dict[str, Any]:

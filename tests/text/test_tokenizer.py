@@ -266,3 +266,9 @@ def save(directory: Path, backend: Backend, config: dict[str, Any]) -> None:
     backend.save(str(directory / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_import_prints_no_advice_and_leaves_no_filter() -> None:
+    script = "import logging, serve.text; print(logging.getLogger('transformers').filters)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (run.stdout, run.stderr) == ("[]\n", "")

@@ -11,7 +11,7 @@ from serve.api.handler import Handler, Job, choice_fields
 from serve.api.json_stream import Body, make_body
 from serve.api.logprobs import chat_content
 from serve.api.requests import ChatCompletionRequest, ChatPromptFields
-from serve.api.validation import check_ids, check_length, check_number_of_ids, check_top_k, truncated
+from serve.api.validation import check_ids, check_length, check_number_of_ids, check_top_k, truncate
 from serve.jobs.generate import Output
 from serve.text.chat import ROLES, check_messages, generation_room
 
@@ -44,7 +44,7 @@ class ChatCompletions(Handler[ChatCompletionRequest]):
             param, text = "messages", chat_text(body, context)
             check_length(param, text, body, context.model.tokenizer, limits)
             ids = context.chat_format.encode(text, add_special_tokens=bool(body.add_special_tokens))
-        ids = truncated(ids, body, max_tokens, limits)
+        ids = truncate(ids, body, max_tokens, limits)
         room = generation_room(param, len(ids), max_tokens, limits)
         default = context.model.defaults.max_new_tokens
         if max_tokens is None and default is not None:
@@ -83,7 +83,7 @@ class ChatCompletions(Handler[ChatCompletionRequest]):
             fields["prompt_token_ids"] = prompt.ids
         if job.body.return_prompt_text:
             fields["prompt_text"] = prompt.text
-        if choice.is_first_of_prompt and job.prompt_logprobs.shown is not None:
+        if choice.is_first_of_prompt and job.prompt_logprobs.k is not None:
             fields |= await asyncio.to_thread(self._prompt_fields, job, prompt)
         return fields
 

@@ -12,7 +12,7 @@ from serve.api.handler import Handler, Job, choice_fields
 from serve.api.json_stream import Body, Placeholder, dump, make_body
 from serve.api.logprobs import CompletionLogprobs, LogprobRow, completion_columns
 from serve.api.requests import CompletionRequest
-from serve.api.validation import check_answers, check_length, check_number_of_ids, check_top_k, truncated
+from serve.api.validation import check_answers, check_length, check_number_of_ids, check_top_k, truncate
 from serve.jobs.generate import DEFAULT_MAX_TOKENS, Output
 from serve.jobs.score import checked_token_ids
 from serve.text.chat import encode_text, generation_room
@@ -33,7 +33,7 @@ class Completions(Handler[CompletionRequest]):
         return body.logprobs, body.logprobs if body.echo else None
 
     def _prompts(self, body: CompletionRequest) -> list[Prompt]:
-        prompts = [self._truncated(body, prompt) for prompt in self._tokenize(body)]
+        prompts = [self._truncate(body, prompt) for prompt in self._tokenize(body)]
         for prompt in prompts:
             generation_room("prompt", len(prompt.ids), prompt.max_tokens, self._context.engine.limits)
         return prompts
@@ -58,7 +58,7 @@ class Completions(Handler[CompletionRequest]):
         if not isinstance(prompt, list) or not prompt:
             raise invalid(param, f"`{param}` must be a string or a non-empty list of token ids.", "invalid_type")
         check_number_of_ids(param, prompt, body, limits)
-        return self._decoded(body, checked_token_ids(prompt, limits.vocab_size, param))
+        return self._from_ids(body, checked_token_ids(prompt, limits.vocab_size, param))
 
     def _text_prompt(self, body: CompletionRequest, text: str, param: str) -> Prompt:
         tokenizer = self._context.model.tokenizer
@@ -69,11 +69,11 @@ class Completions(Handler[CompletionRequest]):
         bos_added = tokenizer.is_special(ids[0]) and not text.startswith(tokenizer.token_text(ids[0]))
         return Prompt(ids, _max_tokens(body), text, [bos_added] + [False] * (len(ids) - 1))
 
-    def _truncated(self, body: CompletionRequest, prompt: Prompt) -> Prompt:
-        ids = truncated(prompt.ids, body, prompt.max_tokens, self._context.engine.limits)
-        return prompt if len(ids) == len(prompt.ids) else self._decoded(body, ids)
+    def _truncate(self, body: CompletionRequest, prompt: Prompt) -> Prompt:
+        ids = truncate(prompt.ids, body, prompt.max_tokens, self._context.engine.limits)
+        return prompt if len(ids) == len(prompt.ids) else self._from_ids(body, ids)
 
-    def _decoded(self, body: CompletionRequest, ids: list[int]) -> Prompt:
+    def _from_ids(self, body: CompletionRequest, ids: list[int]) -> Prompt:
         """A prompt of token ids, with their text if it is echoed."""
         skip = body.skip_special_tokens is not False
         hidden = [skip and self._context.model.tokenizer.is_special(token_id) for token_id in ids]
@@ -99,7 +99,7 @@ class Completions(Handler[CompletionRequest]):
 
     def _first_chunk_choice(self, job: _Job, choice: Choice, delta: Output) -> dict[str, Any]:
         fields = _choice(job, choice, delta)
-        if job.prompt_logprobs.shown is not None and (choice.is_first_of_prompt or not job.prompt_logprobs.full_vocab):
+        if job.prompt_logprobs.k is not None and (choice.is_first_of_prompt or not job.prompt_logprobs.full_vocab):
             fields |= self._prompt_fields(job, choice.prompt)
         return fields
 
@@ -119,8 +119,8 @@ def _logprobs(job: _Job, choice: Choice, output: Output) -> dict[str, Any] | Non
     requested, prompt, rows = job.prompt_logprobs, choice.prompt, list[LogprobRow]()
     if choice.columns is None:
         choice.columns = CompletionLogprobs(job.names, skip_special_tokens=job.body.skip_special_tokens is not False)
-        if requested.echoed is not None:
-            scores = prompt.logprobs(requested.echoed, requested.start)
+        if requested.echo_k is not None:
+            scores = prompt.logprobs(requested.echo_k, requested.start)
             rows = choice.columns.echo(prompt.ids, scores, prompt.text, prompt.hidden)
     if choice.alternatives is None:
         return None

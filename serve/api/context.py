@@ -15,7 +15,7 @@ from serve.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What the loaded model determines, not the flags."""
+    """Properties of the loaded model that do not come from flags."""
 
     names: tuple[str, ...]  # model ids in the API; the first is the default
     tokenizer: Tokenizer

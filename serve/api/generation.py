@@ -38,11 +38,7 @@ class Prompt:
     scores: TokenLogprobs | None = None  # [len(ids) - 1], of every token but the first
 
     def logprobs(self, k: int, start: int) -> TokenLogprobs:
-        """Checked log-probs of the tokens from `start` on, with k alternatives each.
-
-        Raises:
-            APIError: 500, see `wire_logprobs`, or the engine returned none.
-        """
+        """Log-probs of the tokens from `start` on, with k alternatives each; checked as in `wire_logprobs`."""
         if self.scores is None:
             raise engine_error("The engine returned no log-probabilities of the prompt.")
         return wire_logprobs(self.scores, len(self.ids) - 1, k, first=start - 1)
@@ -103,10 +99,10 @@ def output_logprobs(output: Output, alternatives: int) -> TokenLogprobs:
 async def merge(
     choices: Sequence[Choice], engine: EngineClient, max_unread: int | None = None
 ) -> AsyncGenerator[tuple[Choice, Output]]:
-    """Run all choices and yield their deltas as they come; of a prompt's choices, the first one's delta comes first.
+    """Run all choices and yield their deltas as they arrive; the first delta of a prompt is one of its first choice.
 
-    If one choice fails, all end. If `max_unread` deltas are waiting for the reader, all choices are aborted at once,
-    and the reader gets the error after these deltas.
+    If one choice fails, all are aborted. So they are when `max_unread` deltas are waiting for the reader, which then
+    gets the error after these deltas.
 
     Raises:
         QueueFullError: the first choice finds the queue full.
@@ -147,11 +143,11 @@ async def merge(
 async def _run_all(
     choices: Sequence[Choice], engine: EngineClient, run: Callable[[Choice], Coroutine[Any, Any, None]]
 ) -> None:
-    """Admit the choices in order, `_MAX_ADMITTED` at once, and run each one.
+    """Admit the choices in order, at most `_MAX_ADMITTED` at once, and run each one.
 
-    If the queue is full, only the first choice is refused, when no work is lost. Each other one waits for another
-    choice of the same request to finish; if none is running, it is admitted beyond the limits of the queue. The order
-    must be kept: a choice waits for the first one of its prompt, which must not wait behind it.
+    A full queue rejects only the first choice, when no work is lost. Later ones wait until a running choice of the same
+    request finishes, or bypass the limits of the queue if none is running. Their order matters: a choice waits for the
+    first one of its prompt, which must not wait behind it.
     """
     running: set[asyncio.Task[None]] = set()
 

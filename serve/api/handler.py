@@ -20,7 +20,7 @@ from serve.api.generation import Choice, Prompt, engine_errors, merge, work_of
 from serve.api.json_stream import Body
 from serve.api.logprobs import TokenNames
 from serve.api.middleware import AnswerRecord, record_of
-from serve.api.parsing import json_object, validated
+from serve.api.parsing import json_object, validate
 from serve.api.requests import GenerationRequest, StreamOptions
 from serve.api.sampling_params import sampling_params, stop_strings
 from serve.api.sse import json_or_disconnect, stream_or_disconnect
@@ -72,11 +72,7 @@ class Handler[B: GenerationRequest](ABC):
         return await respond()
 
     async def prepare(self, request: HTTPRequest, data: bytes) -> Callable[[], Awaitable[Response]]:
-        """Validate a body; the result answers it.
-
-        Raises:
-            APIError, PromptError: the request is invalid.
-        """
+        """Validate a body and return a function that answers it. Raise APIError or PromptError if it is invalid."""
         job = await asyncio.to_thread(self._job, data, record_of(request))
         return lambda: self._respond(request, job)
 
@@ -100,15 +96,15 @@ class Handler[B: GenerationRequest](ABC):
             raise
 
     def _job(self, data: bytes, record: AnswerRecord) -> Job[B]:
-        """Validate and tokenize a request. Slow: not for the event loop."""
+        """Validate and tokenize a request. Slow: run it in a thread."""
         context, config, limits = self._context, self._context.config, self._context.engine.limits
-        body = context.model.defaults.fill(validated(self.model, json_object(data), context.unknown_fields))
+        body = context.model.defaults.fill(validate(self.model, json_object(data), context.unknown_fields))
         check_common(body)
-        alternatives, echoed = self._alternatives(body)
+        alternatives, echo_k = self._alternatives(body)
         check_logprob_token_ids(body, has_logprobs=alternatives is not None, limits=limits)
         if body.logprob_token_ids is not None:
             alternatives = len(body.logprob_token_ids)
-        prompt_logprobs = read_prompt_logprobs(body, echoed, limits)
+        prompt_logprobs = read_prompt_logprobs(body, echo_k, limits)
         header = self._header(body, record)
         prompts = self._prompts(body)
         ids = [prompt.ids for prompt in prompts]
@@ -170,7 +166,7 @@ class Handler[B: GenerationRequest](ABC):
             return OutputDecoder(detokenizer, eos_token_ids)
 
         def new_request(prompt: Prompt, params: SamplingParams, queue_timeout: float = config.queue_timeout) -> Request:
-            deadline = record.began + timeout
+            deadline = record.start_time + timeout
             return Request(uuid.uuid4().hex, prompt.ids, params, body.priority or 0, salt, queue_timeout, deadline)
 
         choices: list[Choice] = []
@@ -185,7 +181,7 @@ class Handler[B: GenerationRequest](ABC):
                 params = choice_params(
                     shared, i, max_tokens=prompt.max_tokens, seed=body.seed, prompt=requested.scoring
                 )
-                # All wait behind the first one, whose time in the queue is limited.
+                # The others wait for the first choice, which alone can time out in the queue.
                 request = new_request(prompt, params, math.inf) if choices else new_request(prompt, params)
                 choices.append(Choice(len(choices), prompt, request, make_decoder, i == 0, alternatives))
         return choices
@@ -255,7 +251,7 @@ class Handler[B: GenerationRequest](ABC):
 
     @abstractmethod
     def _render(self, job: Job[B], outputs: Sequence[Output]) -> Body:
-        """The complete response. Slow: not for the event loop."""
+        """The complete response. Slow: run it in a thread."""
 
     async def _opening(self, job: Job[B], choice: Choice) -> dict[str, Any] | None:
         """Fields of a chunk that precedes the first delta of a choice; None: no such chunk."""

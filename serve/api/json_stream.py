@@ -63,13 +63,13 @@ def make_body(value: Any) -> Body:
     mark = uuid.uuid4().hex  # 122 random bits: no client can place it in the value
     placeholders: list[Placeholder] = []
 
-    def marked(part: Any) -> str:
+    def replace(part: Any) -> str:
         if not isinstance(part, Placeholder):
             raise TypeError(f"{type(part).__name__} has no JSON")
         placeholders.append(part)
         return mark
 
-    data = orjson.dumps(value, default=marked, option=orjson.OPT_SERIALIZE_NUMPY)
+    data = orjson.dumps(value, default=replace, option=orjson.OPT_SERIALIZE_NUMPY)
     return Body(data.split(f'"{mark}"'.encode()), placeholders)
 
 

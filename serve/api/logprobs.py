@@ -31,7 +31,7 @@ class TokenNames:
         return f"token_id:{token_id}" if self.as_ids else self.tokenizer.token_text(token_id)
 
 
-def clamped(values: NDArray[np.float32]) -> NDArray[np.float32]:
+def clamp(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Log-probs with -inf replaced by -9999; APIError 500 for NaN and +inf, which orjson would write as null."""
     if not (values < np.inf).all():
         raise engine_error("The engine failed: a log-probability is not a number.")
@@ -55,8 +55,8 @@ def wire_logprobs(scores: TokenLogprobs, rows: int, k: int, *, first: int = 0) -
     ):
         raise engine_error("The engine returned the wrong number of log-probabilities.")
     part = scores[first:]
-    tops = clamped(part.top_logprobs[:, :k])
-    return TokenLogprobs(clamped(part.logprob), part.rank, part.top_ids[:, :k], tops, top_ranks=part.top_ranks[:, :k])
+    tops = clamp(part.top_logprobs[:, :k])
+    return TokenLogprobs(clamp(part.logprob), part.rank, part.top_ids[:, :k], tops, top_ranks=part.top_ranks[:, :k])
 
 
 def chat_content(names: TokenNames, token_ids: Sequence[int], scores: TokenLogprobs) -> list[dict[str, Any]]:

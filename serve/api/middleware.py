@@ -61,7 +61,7 @@ class AnswerRecord:
     path: str
     client: str | None = None  # IP address
     key: str | None = None  # name of the API key, such as "key1"
-    began: float = field(default_factory=time.monotonic)
+    start_time: float = field(default_factory=time.monotonic)
     seconds: float = 0.0  # until the end of the answer
     handler: str = NO_ROUTE  # path of the route, such as "/v1/models/{id:path}"
     status: int = 0  # 0 if no answer was sent
@@ -73,7 +73,7 @@ class AnswerRecord:
     def end(self, handler: str) -> None:
         """Complete the record after the last byte."""
         self.handler = handler
-        self.seconds = time.monotonic() - self.began
+        self.seconds = time.monotonic() - self.start_time
         if self.measure is not None:
             self.work, self.measure = self.measure(), None
 
@@ -127,16 +127,10 @@ class Access:
         app: ASGIApp,
         *,
         api_keys: Sequence[str],
-        allowed_hosts: Sequence[str],
+        allowed_hosts: Sequence[str],  # names in the Host header, without port; empty accepts any
         readiness: Readiness,
-        on_answer: OnAnswer,
+        on_answer: OnAnswer,  # called with the record of every answer when it has ended
     ) -> None:
-        """Wrap an app.
-
-        Args:
-            allowed_hosts: accepted names in the Host header, without port; empty accepts any.
-            on_answer: called with the record of every answer when it has ended.
-        """
         self._app = app
         self._keys = ApiKeys(api_keys)
         self._hosts = frozenset(host.lower() for host in allowed_hosts)
@@ -156,7 +150,7 @@ class Access:
         headers.append((b"x-request-id", request_id.encode()))
         scope = {**scope, "path": _single_slashes(scope["path"]), "headers": headers, _RECORD: record}
         try:
-            await self._answer(scope, receive, _recording(send, record), record)
+            await self._answer(scope, receive, _recorder(send, record), record)
         finally:
             record.end(getattr(scope.get("route"), "path", NO_ROUTE))
             self._on_answer(record)
@@ -191,7 +185,7 @@ class Access:
         return APIError(403, f"Host {host[:100]!r} is not in --allowed-hosts.", None, "host_not_allowed")
 
 
-def _recording(send: Send, record: AnswerRecord) -> Send:
+def _recorder(send: Send, record: AnswerRecord) -> Send:
     """`send` that adds the common headers and records status and size."""
 
     async def record_and_send(message: Message) -> None:

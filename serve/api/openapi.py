@@ -100,7 +100,7 @@ def openapi(*, secured: bool) -> dict[str, Any]:
             "version": __version__,
             "description": "OpenAI-compatible LLM server for exact log-probs.",
         },
-        "paths": {o.path: {"post" if o.body else "get": _described(o)} for o in _OPERATIONS},
+        "paths": {o.path: {"post" if o.body else "get": _describe(o)} for o in _OPERATIONS},
         "components": {"schemas": schemas["$defs"]},
     }
     if secured:
@@ -110,9 +110,8 @@ def openapi(*, secured: bool) -> dict[str, Any]:
 
 
 def documentation(*, secured: bool) -> list[Route]:
-    @functools.cache  # generated on the first request: it takes longer than starting the rest of the app
-    def document() -> bytes:
-        return dump(openapi(secured=secured))
+    # Generated on the first request: it takes longer than starting the rest of the app.
+    document = functools.cache(lambda: dump(openapi(secured=secured)))
 
     async def serve_document(_: Any) -> Response:
         return Response(document(), media_type="application/json")
@@ -130,24 +129,24 @@ def _file(name: str) -> Route:
     return Route(f"/docs/{name}", serve_file)
 
 
-def _described(operation: _Operation) -> dict[str, Any]:
+def _describe(operation: _Operation) -> dict[str, Any]:
     answer: dict[str, Any] = {"description": "Success"}
     if operation.answer is not None:
         answer["content"] = {"application/json": {"schema": _reference(operation.answer)}}
     if operation.event is not None:
         answer["content"]["text/event-stream"] = {"schema": _event(operation.event)}
-    described: dict[str, Any] = {"summary": operation.summary, "responses": {"200": answer}}
+    description: dict[str, Any] = {"summary": operation.summary, "responses": {"200": answer}}
     error = {"application/json": {"schema": _reference(responses.ErrorAnswer)}}
     bare = operation.path in ("/health", "/ping")
     for status in operation.statuses:
-        described["responses"][str(status)] = {"description": "Error"} | ({} if bare else {"content": error})
+        description["responses"][str(status)] = {"description": "Error"} | ({} if bare else {"content": error})
     if operation.body:
         kinds = [_reference(model) for model in operation.body]
         schema = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
-        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        description["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     if "{id}" in operation.path:
-        described["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
-    return described
+        description["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
+    return description
 
 
 def _event(model: type[BaseModel]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def json_object(body: bytes) -> dict[str, Any]:
     return data
 
 
-def validated[M: BaseModel](kind: type[M], data: dict[str, Any], unknown_fields: set[str]) -> M:
+def validate[M: BaseModel](kind: type[M], data: dict[str, Any], unknown_fields: set[str]) -> M:
     """Read a JSON object into a request model. The name of an unknown field is logged once and added to the set.
 
     Raises:

@@ -17,7 +17,7 @@ from model.token_logprobs import TokenLogprobs
 from serve.api.errors import engine_error
 from serve.api.generation import Prompt, check_event, engine_errors
 from serve.api.json_stream import Placeholder
-from serve.api.logprobs import clamped
+from serve.api.logprobs import clamp
 from serve.api.validation import PromptLogprobs
 from serve.engine.client import EngineClient
 from serve.engine.request import DeadlineError, EngineStoppedError, NotPinnedError, Request
@@ -38,12 +38,8 @@ class PromptLogprobsWriter:
         self._rows = RowWriter(tokenizer, limits.vocab_size) if limits.full_vocab else None
 
     def fields(self, requested: PromptLogprobs, prompt: Prompt) -> dict[str, Any]:
-        """`prompt_logprobs`, null unless requested, or `prompt_logprobs_columns`. Slow: not for the event loop.
-
-        Raises:
-            APIError: 500, see `Prompt.logprobs`.
-        """
-        k, start, ids = requested.shown, requested.start, prompt.ids
+        """`prompt_logprobs`, null unless requested, or `prompt_logprobs_columns`. Slow: run it in a thread."""
+        k, start, ids = requested.k, requested.start, prompt.ids
         if k is None:
             return {"prompt_logprobs": None}
         if prompt.full_vocab_request is not None:
@@ -64,10 +60,10 @@ class PromptLogprobsWriter:
         return {"prompt_logprobs": orjson.Fragment(self._entries.entries(ids, scores, start))}
 
     async def _full_vocab(self, request: Request, scores: TokenLogprobs, k: int) -> AsyncGenerator[bytes]:
-        """`prompt_logprobs` over the full vocabulary, one row at a time, so that memory is bounded.
+        """`prompt_logprobs` over the full vocabulary, one row at a time, to bound the memory.
 
-        The pages of `request` (PromptScoring.full_vocab) are pinned while rows are read, and it needs no others then,
-        so two answers never wait for each other's pages. `scores` starts at the same token and has the K best.
+        The pages of `request` (PromptScoring.full_vocab) are pinned while its rows are read, and it needs no others, so
+        two answers never wait for each other's pages. `scores` starts at the same token and has the K best.
         """
         engine, writer, prompt, scoring = self._engine, self._rows, request.prompt_token_ids, request.params.prompt
         assert writer is not None
@@ -77,15 +73,15 @@ class PromptLogprobsWriter:
         if start == len(prompt):
             yield piece + b"]"
             return
-        # Takes the place in the queue of the prompt's choices, which have finished.
+        # The prompt's choices have finished, so this request takes their place in the queue.
         with engine_errors(), engine.admit(request, bypass_limits=True) as handle:
             async for event in handle:
                 check_event(event)
             for first in range(start - 1, len(prompt) - 1, _BLOCK_ROWS):
                 rows = await _rows(engine, request, first, min(_BLOCK_ROWS, len(prompt) - 1 - first))
                 for i, row in enumerate(rows, first):
-                    own = scores[i + 1 - start : i + 2 - start]
-                    entry = await asyncio.to_thread(writer.row, row, prompt[i + 1], own, k)
+                    row_scores = scores[i + 1 - start : i + 2 - start]
+                    entry = await asyncio.to_thread(writer.row, row, prompt[i + 1], row_scores, k)
                     yield piece + b"," + entry
                     piece = b""
             yield b"]"
@@ -182,7 +178,7 @@ class RowWriter:
             raise engine_error("The engine returned a row with the wrong length.")
         index = int(scores.rank[0]) - 1
         order = _order(row, scores.top_ids[0], actual, index)
-        values = clamped(row)
+        values = clamp(row)
         values[scores.top_ids[0]], values[actual] = scores.top_logprobs[0], scores.logprob[0]
         indices = np.concatenate(([index], np.delete(np.arange(k), index) if index < k else np.arange(k)))
         ids = order[indices]

@@ -37,14 +37,14 @@ class Bodies:
             try:
                 async with asyncio.timeout(self._seconds):
                     async for chunk in read_chunks(request, self._max_bytes):
-                        self._count(_counted(len(data) + len(chunk)) - _counted(len(data)))
+                        self._count(_counted_bytes(len(data) + len(chunk)) - _counted_bytes(len(data)))
                         data += chunk
             except TimeoutError:
                 message = f"The request body was not received within {self._seconds:g} s."
                 raise APIError(408, message, None, "request_timeout", {"Connection": "close"}) from None
             yield bytes(data)
         finally:
-            self._total -= _counted(len(data))
+            self._total -= _counted_bytes(len(data))
 
     def _count(self, size: int) -> None:
         if size and self._total + size > _MAX_LARGE * self._max_bytes:
@@ -75,6 +75,6 @@ async def read_chunks(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
         raise client_gone() from None
 
 
-def _counted(size: int) -> int:
+def _counted_bytes(size: int) -> int:
     """Bytes of a body that count towards the total."""
     return max(0, size - _SMALL)

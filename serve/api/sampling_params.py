@@ -45,11 +45,7 @@ def sampling_params(
 
 
 def stop_strings(body: GenerationRequest) -> tuple[str, ...]:
-    """The strings that end an answer.
-
-    Raises:
-        APIError: 400 that names `stop`.
-    """
+    """The strings that end an answer. Raise APIError 400 if one is invalid."""
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     _check_strings("stop", stop, _MAX_STOP_STRINGS)
     return stop

@@ -12,7 +12,7 @@ from serve.api.chat import chat_text
 from serve.api.context import Context
 from serve.api.errors import invalid
 from serve.api.json_stream import json_response
-from serve.api.parsing import json_object, validated
+from serve.api.parsing import json_object, validate
 from serve.api.requests import ChatPromptFields, TokenId
 from serve.api.validation import check_ids, check_size, served_name
 from serve.text.chat import encode_text
@@ -82,7 +82,7 @@ class Tokenization:
         context, values, limits = self._context, json_object(data), self._context.engine.limits
         kind: type[TokenizeChatRequest | TokenizeTextRequest]
         kind = TokenizeChatRequest if "messages" in values else TokenizeTextRequest
-        body = validated(kind, values, context.unknown_fields)
+        body = validate(kind, values, context.unknown_fields)
         served_name(body.model, context.model.names)
         if isinstance(body, TokenizeChatRequest):
             text = chat_text(body, context)
@@ -99,7 +99,7 @@ class Tokenization:
         return json_response(counts | {"tokens": ids, "token_strs": strings})
 
     def _detokenize(self, data: bytes) -> Response:
-        body = validated(DetokenizeRequest, json_object(data), self._context.unknown_fields)
+        body = validate(DetokenizeRequest, json_object(data), self._context.unknown_fields)
         served_name(body.model, self._context.model.names)
         if len(body.tokens) > _MAX_IDS:
             message = f"`tokens` has {len(body.tokens)} ids, more than the maximum of {_MAX_IDS}."

@@ -22,11 +22,11 @@ _CACHE_SALT = re.compile(r"[^@/\\\0]{1,128}")
 class PromptLogprobs:
     """The log-probs of prompt tokens that an answer contains."""
 
-    shown: int | None  # alternatives per token in `prompt_logprobs`; None: no such field
-    echoed: int | None  # alternatives per token of an echoed prompt; None: no log-probs in the echo
-    scoring: PromptScoring | None  # for the engine; None: no log-probs of the prompt
+    k: int | None  # alternatives per token in `prompt_logprobs`; None without this field
+    echo_k: int | None  # alternatives per token of an echoed prompt; None without log-probs in the echo
+    scoring: PromptScoring | None  # for the engine; None without log-probs of the prompt
     columns: bool = False  # arrays instead of one object per token
-    full_vocab: bool = False  # `shown` exceeds the engine's maximum: rows over the full vocabulary are read
+    full_vocab: bool = False  # `k` exceeds the engine's maximum: rows over the full vocabulary are read
 
     @property
     def start(self) -> int:
@@ -35,11 +35,7 @@ class PromptLogprobs:
 
 
 def served_name(name: str | None, names: Sequence[str]) -> str:
-    """The model's name in the response; the first of `names` if the request has none.
-
-    Raises:
-        APIError: 404 for a model that is not served.
-    """
+    """The model's name in the response, by default the first of `names`. Raise APIError 404 for any other model."""
     if name is None:
         return names[0]
     if name not in names:
@@ -60,7 +56,7 @@ def check_common(body: GenerationRequest) -> None:
 
 
 def check_answers(prompts: int, n: int) -> None:
-    """Limit the answers of one request, which are held in memory together."""
+    """Limit the answers of one request, which are in memory at the same time."""
     if prompts * n > _MAX_ANSWERS:
         message = f"`n` of {n} for {prompts} prompts exceeds the maximum of {_MAX_ANSWERS} answers per request."
         raise invalid("n", message, "integer_above_max_value")
@@ -97,7 +93,7 @@ def check_logprob_token_ids(body: GenerationRequest, *, has_logprobs: bool, limi
     check_requested_ids("logprob_token_ids", body.logprob_token_ids, limits)
 
 
-def truncated(ids: list[int], body: GenerationRequest, max_tokens: int | None, limits: EngineLimits) -> list[int]:
+def truncate(ids: list[int], body: GenerationRequest, max_tokens: int | None, limits: EngineLimits) -> list[int]:
     """The prompt truncated to `truncate_prompt_tokens`, on the left unless `truncation_side` is "right".
 
     Args:
@@ -136,40 +132,40 @@ def check_number_of_ids(param: str, ids: Sequence[int], body: GenerationRequest,
         raise invalid(param, message, "context_length_exceeded")
 
 
-def read_prompt_logprobs(body: GenerationRequest, echoed: int | None, limits: EngineLimits) -> PromptLogprobs:
+def read_prompt_logprobs(body: GenerationRequest, echo_k: int | None, limits: EngineLimits) -> PromptLogprobs:
     """Read `prompt_logprobs` and the fields that refine it.
 
     Args:
-        echoed: `logprobs` of a request that echoes its prompt, else None. As in vLLM it is also the default of
+        echo_k: `logprobs` of a request that echoes its prompt, else None. As in vLLM it is also the default of
             `prompt_logprobs`.
 
     Raises:
         APIError: 400 that names a field.
     """
-    shown = echoed if body.prompt_logprobs is None else body.prompt_logprobs
+    k = echo_k if body.prompt_logprobs is None else body.prompt_logprobs
     ids = body.prompt_logprob_token_ids
     if ids is not None:
         check_requested_ids("prompt_logprob_token_ids", ids, limits)
         if body.prompt_logprobs:
             message = "`prompt_logprob_token_ids` selects the alternatives, so `prompt_logprobs` must be 0 or unset."
             raise invalid("prompt_logprob_token_ids", message)
-        shown = len(ids)
-        echoed = None if echoed is None else len(ids)
+        k = len(ids)
+        echo_k = None if echo_k is None else len(ids)
     start = body.prompt_logprobs_start or 0
-    if start and shown is None:
+    if start and k is None:
         raise invalid("prompt_logprobs_start", "`prompt_logprobs_start` needs `prompt_logprobs`.")
-    full_vocab = ids is None and shown is not None and not 0 <= shown <= limits.max_logprobs
+    full_vocab = ids is None and k is not None and not 0 <= k <= limits.max_logprobs
     if full_vocab:
-        _check_full_vocab(shown or 0, limits)
-        shown = limits.vocab_size if shown == -1 else min(shown or 0, limits.vocab_size)
+        _check_full_vocab(k or 0, limits)
+        k = limits.vocab_size if k == -1 else min(k or 0, limits.vocab_size)
     columns = body.prompt_logprobs_format == "columns"
-    if columns and shown is None:
+    if columns and k is None:
         raise invalid("prompt_logprobs_format", "`prompt_logprobs_format` needs `prompt_logprobs`.")
     if columns and full_vocab:
         message = f"`prompt_logprobs_format`: columns hold at most {limits.max_logprobs} alternatives per token."
         raise invalid("prompt_logprobs_format", message)
-    scoring = None if shown is None else PromptScoring(max(1, start), tuple(ids or ()))
-    return PromptLogprobs(shown, echoed, scoring, columns, full_vocab)
+    scoring = None if k is None else PromptScoring(max(1, start), tuple(ids or ()))
+    return PromptLogprobs(k, echo_k, scoring, columns, full_vocab)
 
 
 def _check_full_vocab(k: int, limits: EngineLimits) -> None:
@@ -177,18 +173,14 @@ def _check_full_vocab(k: int, limits: EngineLimits) -> None:
         return
     if k >= 0:
         check_top_k("prompt_logprobs", k, limits)
-    message = (
-        "`prompt_logprobs` of -1 (the full vocabulary) needs a server started with --max-logprobs -1; "
-        f"the maximum of this server is {limits.max_logprobs}."
-    )
-    raise invalid("prompt_logprobs", message)
+    message = "`prompt_logprobs` of -1 (the full vocabulary) needs a server started with --max-logprobs -1; "
+    raise invalid("prompt_logprobs", f"{message}the maximum of this server is {limits.max_logprobs}.")
 
 
 def check_start(body: GenerationRequest, prompts: Sequence[Sequence[int]]) -> None:
     """Check that `prompt_logprobs_start` is within every prompt."""
-    start = body.prompt_logprobs_start or 0
-    if start and any(start >= len(prompt) for prompt in prompts):
-        shortest = min(map(len, prompts))
+    start, shortest = body.prompt_logprobs_start, min(map(len, prompts))
+    if start and start >= shortest:
         message = f"`prompt_logprobs_start` is {start}, but the shortest prompt has {shortest} tokens."
         raise invalid("prompt_logprobs_start", message)
 
@@ -196,12 +188,12 @@ def check_start(body: GenerationRequest, prompts: Sequence[Sequence[int]]) -> No
 def check_prompt_logprobs(
     requested: PromptLogprobs, prompts: Sequence[Sequence[int]], copies: int, limits: EngineLimits
 ) -> None:
-    """Limit the log-probs of prompts in one answer, which are held in memory together, `copies` times each."""
-    shown, echoed = (0 if k is None else k + 1 for k in (requested.shown, requested.echoed))
+    """Limit the log-probs of prompts in one answer, which is in memory as a whole and has `copies` of each."""
+    width, echo_width = (0 if k is None else k + 1 for k in (requested.k, requested.echo_k))
     ids = () if requested.scoring is None else requested.scoring.requested_ids
     largest_row = max(limits.max_logprobs, len(ids)) + 1
-    # Full rows are written while they are sent, and once; only their best alternatives are held.
-    row = (largest_row if requested.full_vocab else shown * copies) + echoed * copies
+    # Rows over the full vocabulary are streamed, and once; only the best alternatives are in memory.
+    row = (largest_row if requested.full_vocab else width * copies) + echo_width * copies
     count = row * sum(max(0, len(prompt) - requested.start) for prompt in prompts)
     maximum = max(_MAX_PROMPT_LOGPROBS, _FULL_LENGTHS * limits.max_model_len * largest_row)
     if count > maximum:
@@ -209,4 +201,4 @@ def check_prompt_logprobs(
             f"The answer would contain {count} log-probs of prompts, more than the maximum of {maximum}: send fewer "
             "prompts per request, or request fewer log-probs (`prompt_logprobs`, `logprobs` with `echo`, `n`)."
         )
-        raise invalid("prompt_logprobs" if requested.echoed is None else "logprobs", message, "too_many_logprobs")
+        raise invalid("prompt_logprobs" if requested.echo_k is None else "logprobs", message, "too_many_logprobs")

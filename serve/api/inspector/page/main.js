@@ -87,16 +87,12 @@ class Page {
   async #connect() {
     try {
       await this.card();
-      this.#notify("");
+      get("notice").textContent = "";
     } catch (error) {
       if (!(error instanceof ServerError)) throw error;
       this.failed(error);
-      if (error.kind !== "key") this.#notify(error.message);
+      if (error.kind !== "key") get("notice").textContent = error.message;
     }
-  }
-
-  #notify(text) {
-    get("notice").textContent = text;
   }
 
   #listen() {
@@ -152,7 +148,7 @@ class Page {
       const state = await stateOf(location.hash);
       if (state) this.#restore(state);
     } catch {
-      this.#notify("The link is damaged and cannot be read.");
+      get("notice").textContent = "The link is damaged and cannot be read.";
     }
   }
 
@@ -191,7 +187,7 @@ class Page {
     } catch {
       // Not permitted, or not available over plain HTTP.
     }
-    this.#notify(`The link is in ${place}. It contains the prompts and parameters, but no API key.`);
+    get("notice").textContent = `The link is in ${place}. It contains the prompts and parameters, but no API key.`;
   }
 
   #toggleTheme() {

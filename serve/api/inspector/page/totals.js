@@ -1,6 +1,8 @@
 // Statistics of tokens, as pure functions. Log-probs are natural logarithms.
 
 const scored = (tokens) => tokens.filter((token) => typeof token.logprob === "number");
+const indexed = (tokens) => scored(tokens.map(({ logprob }, index) => ({ index, logprob })));
+const sumOf = (tokens) => tokens.reduce((sum, token) => sum + token.logprob, 0);
 
 /**
  * Totals of the scored tokens. `bitsPerByte` leaves out special tokens, which are not part of the text; `first` is the
@@ -8,10 +10,9 @@ const scored = (tokens) => tokens.filter((token) => typeof token.logprob === "nu
  */
 export function totals(tokens) {
   const known = scored(tokens);
-  const sum = known.reduce((total, token) => total + token.logprob, 0);
+  const sum = sumOf(known);
   const text = known.filter((token) => !token.special);
   const bytes = text.reduce((total, token) => total + token.bytes.length, 0);
-  const bits = -text.reduce((total, token) => total + token.logprob, 0) / Math.LN2;
   const mean = known.length ? sum / known.length : null;
   return {
     tokens: tokens.length,
@@ -19,18 +20,17 @@ export function totals(tokens) {
     sum: known.length ? sum : null,
     mean,
     perplexity: mean === null ? null : Math.exp(-mean),
-    bitsPerByte: bytes ? bits / bytes : null,
+    bitsPerByte: bytes ? -sumOf(text) / Math.LN2 / bytes : null,
     first: known.length ? known.filter((token) => token.rank === 1).length / known.length : null,
   };
 }
 
 /** Indexes of the `count` tokens with the lowest log-probs, lowest first. */
 export function mostSurprising(tokens, count) {
-  const places = tokens.map((token, index) => ({ index, logprob: token.logprob }));
-  return scored(places)
+  return indexed(tokens)
     .sort((a, b) => a.logprob - b.logprob || a.index - b.index)
     .slice(0, count)
-    .map((place) => place.index);
+    .map(({ index }) => index);
 }
 
 export const RANKS = [
@@ -59,14 +59,13 @@ export function step(logprob) {
 
 /** At most `width` points {index, low, mean} along the text: the lowest and the mean log-prob of each stretch. */
 export function curve(tokens, width) {
-  const places = scored(tokens.map((token, index) => ({ index, logprob: token.logprob })));
-  const size = Math.max(1, Math.ceil(places.length / width));
+  const known = indexed(tokens);
+  const size = Math.max(1, Math.ceil(known.length / width));
   const points = [];
-  for (let i = 0; i < places.length; i += size) {
-    const stretch = places.slice(i, i + size);
+  for (let i = 0; i < known.length; i += size) {
+    const stretch = known.slice(i, i + size);
     const lowest = stretch.reduce((a, b) => (b.logprob < a.logprob ? b : a));
-    const mean = stretch.reduce((total, place) => total + place.logprob, 0) / stretch.length;
-    points.push({ index: lowest.index, low: lowest.logprob, mean });
+    points.push({ index: lowest.index, low: lowest.logprob, mean: sumOf(stretch) / stretch.length });
   }
   return points;
 }

@@ -26,11 +26,11 @@ async def test_access_log_answer_has_times(stream: bool) -> None:
         gate = server.runner.before_call = Gate("decode", after=2)
         headers = {"X-Request-Id": "mine", "Authorization": "Bearer sk-2"}
         body = completion_body(n=2, max_tokens=4, stream=stream)
-        asked = asyncio.create_task(server.post(f"http://test/{COMPLETIONS}?a=b", body, **headers))
+        post = asyncio.create_task(server.post(f"http://test/{COMPLETIONS}?a=b", body, **headers))
         await gate.reached()
         await asyncio.sleep(0.01)
         gate.open()
-        response = await asked
+        response = await post
     [record] = records
     fields = fields_of(record)
     names = ("seconds", "queue_seconds", "prefill_seconds", "decode_seconds")

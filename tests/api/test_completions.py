@@ -14,7 +14,7 @@ from tests.support.http_client import (
 )
 
 
-async def one(server: Server, **fields: Any) -> Any:
+async def choice_of(server: Server, **fields: Any) -> Any:
     """The only choice of an answer."""
     (choice,) = (await server.complete(**fields))["choices"]
     return choice
@@ -61,7 +61,7 @@ async def test_completions_default_max_tokens_is_16(plain_server: Server) -> Non
 
 @pytest.mark.parametrize("prompt", ["Hi", [72, 105], ["Hi"], [[72, 105]]])
 async def test_completions_prompt_forms(plain_server: Server, prompt: Any) -> None:
-    choice = await one(plain_server, prompt=prompt, echo=True, return_token_ids=True, max_tokens=3)
+    choice = await choice_of(plain_server, prompt=prompt, echo=True, return_token_ids=True, max_tokens=3)
     expected = expected_outcome([72, 105], SamplingParams(3, temperature=0), max_model_len=MAX_MODEL_LEN)
     assert choice["prompt_token_ids"] == [72, 105]
     assert choice["token_ids"] == expected.tokens
@@ -106,7 +106,7 @@ async def test_completions_n_with_greedy(server: Server) -> None:
 
 @pytest.mark.parametrize("temperature", [0, 1e-6])
 async def test_completions_tiny_temperature_is_greedy(plain_server: Server, temperature: float) -> None:
-    tokens = (await one(plain_server, temperature=temperature, seed=9, return_token_ids=True))["token_ids"]
+    tokens = (await choice_of(plain_server, temperature=temperature, seed=9, return_token_ids=True))["token_ids"]
     assert tokens == expected_outcome([72, 105], SamplingParams(16, 0), max_model_len=MAX_MODEL_LEN).tokens
 
 
@@ -118,7 +118,7 @@ async def test_completions_tiny_temperature_is_greedy(plain_server: Server, temp
         ({"stop": "el"}, "H", "stop", "el", 3),
         ({"stop": ["xx", "lo", "llo"]}, "He", "stop", "llo", 5),
         ({"stop": "el", "include_stop_str_in_output": True}, "Hel", "stop", "el", 3),
-        ({"stop": "lx"}, "Hello", "stop", None, 6),  # held back, then sent
+        ({"stop": "lx"}, "Hello", "stop", None, 6),  # "l" is sent when "lx" can no longer follow
         ({"stop": "ox", "max_tokens": 5}, "Hello", "length", None, 5),
         ({"stop_token_ids": [101]}, "H", "stop", 101, 2),
         ({"stop_token_ids": [101], "include_stop_str_in_output": True}, "He", "stop", 101, 2),
@@ -140,14 +140,15 @@ async def test_completions_finish_reason(
 
 
 async def test_completions_10000_stop_strings(server: Server) -> None:
-    choice = await one(server, stop=[chr(0x4E00 + i) for i in range(9_999)] + ["ll"])
+    choice = await choice_of(server, stop=[chr(0x4E00 + i) for i in range(9_999)] + ["ll"])
     assert (choice["text"], choice["stop_reason"]) == ("He", "ll")
 
 
 async def test_completions_min_tokens_forbids_stop_ids(plain_server: Server) -> None:
     prompt = [3, 5]  # the hidden state is 10, which is the first token
-    assert (await one(plain_server, prompt=prompt, stop_token_ids=[10], return_token_ids=True))["token_ids"] == [10]
-    choice = await one(plain_server, prompt=prompt, stop_token_ids=[10], min_tokens=3, return_token_ids=True)
+    fields = {"prompt": prompt, "stop_token_ids": [10], "return_token_ids": True}
+    assert (await choice_of(plain_server, **fields))["token_ids"] == [10]
+    choice = await choice_of(plain_server, **fields, min_tokens=3)
     params = SamplingParams(16, 0, min_tokens=3, stop_token_ids=frozenset((10, END)))
     expected = expected_outcome(prompt, params, max_model_len=MAX_MODEL_LEN)
     assert choice["token_ids"] == expected.tokens
@@ -156,6 +157,6 @@ async def test_completions_min_tokens_forbids_stop_ids(plain_server: Server) -> 
 
 async def test_completions_incomplete_character() -> None:
     async with serving("aé".encode()) as server:
-        choice = await one(server, max_tokens=2, logprobs=0)
+        choice = await choice_of(server, max_tokens=2, logprobs=0)
     assert choice["text"] == "a\ufffd"
     assert choice["logprobs"]["tokens"] == ["a", "\\xc3"]

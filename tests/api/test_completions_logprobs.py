@@ -20,7 +20,7 @@ from tests.support.http_client import (
 )
 
 
-async def one(server: Server, **fields: Any) -> Any:
+async def choice_of(server: Server, **fields: Any) -> Any:
     """The only choice of an answer."""
     (choice,) = (await server.complete(**fields))["choices"]
     return choice
@@ -28,7 +28,7 @@ async def one(server: Server, **fields: Any) -> Any:
 
 async def test_completion_logprobs_example(server: Server) -> None:
     """echo with logprobs 1 and one token: the log-probs of prompt and output in one list."""
-    choice = await one(server, prompt=[72, 105], echo=True, logprobs=1, max_tokens=1)
+    choice = await choice_of(server, prompt=[72, 105], echo=True, logprobs=1, max_tokens=1)
     assert choice["text"] == "HiH"
     # After H the hidden state is 73; i is 105: -(178 mod 7) / 8, rank 1 + 178 mod 5; best is token 73.
     assert choice["logprobs"] == {
@@ -79,7 +79,7 @@ async def test_completion_logprobs_all_variants(
 
 
 async def test_completion_logprobs_echo_first_entry_is_null(server: Server) -> None:
-    columns = (await one(server, echo=True, logprobs=2, max_tokens=0))["logprobs"]
+    columns = (await choice_of(server, echo=True, logprobs=2, max_tokens=0))["logprobs"]
     assert {name: column[0] for name, column in columns.items()} == {
         "tokens": "H",
         "token_logprobs": None,
@@ -90,7 +90,7 @@ async def test_completion_logprobs_echo_first_entry_is_null(server: Server) -> N
 
 
 async def test_prompt_logprobs_without_logprobs(server: Server) -> None:
-    choice = await one(server, prompt="abc", prompt_logprobs=2, max_tokens=0)
+    choice = await choice_of(server, prompt="abc", prompt_logprobs=2, max_tokens=0)
     assert (choice["text"], choice["logprobs"]) == ("", None)
     assert len(choice["prompt_logprobs"]) == 3
     assert choice["prompt_logprobs"][0] is None
@@ -99,7 +99,7 @@ async def test_prompt_logprobs_without_logprobs(server: Server) -> None:
 @pytest.mark.parametrize("k", range(K + 1))
 async def test_prompt_logprobs_actual_token_first_and_once(plain_server: Server, k: int) -> None:
     prompt = [4, 5, 6, 7, 9, 20, 41, 5, 3, 2, 90, 11]  # 4 -> 5 and 5 -> 6 are among the best three
-    entries = (await one(plain_server, prompt=prompt, prompt_logprobs=k, max_tokens=0))["prompt_logprobs"]
+    entries = (await choice_of(plain_server, prompt=prompt, prompt_logprobs=k, max_tokens=0))["prompt_logprobs"]
     scores = expected_outcome(
         prompt, SamplingParams(0, prompt=PromptScoring()), max_model_len=MAX_MODEL_LEN
     ).prompt_logprobs
@@ -109,10 +109,10 @@ async def test_prompt_logprobs_actual_token_first_and_once(plain_server: Server,
         assert isinstance(ids, list)
         assert isinstance(ranks, list)
         assert isinstance(tops, list)
-        others = [i for i in ids[:k] if i != token]
-        assert list(entry) == [str(token), *map(str, others)]
+        alternative_ids = [i for i in ids[:k] if i != token]
+        assert list(entry) == [str(token), *map(str, alternative_ids)]
         assert (entry[str(token)]["logprob"], entry[str(token)]["rank"]) == (logprob, rank)
-        for i in others:
+        for i in alternative_ids:
             where = ids.index(i)
             assert (entry[str(i)]["logprob"], entry[str(i)]["rank"]) == (tops[where], ranks[where])
         assert all(entry[i]["decoded_token"] == chr(int(i)) for i in entry)
@@ -130,11 +130,11 @@ async def test_completion_logprobs_equal_text_everywhere(server: Server) -> None
     response = await server.post("/v1/completions", completion_body(echo=True, logprobs=K))
     columns = json.loads(response.text, parse_float=str)["choices"][0]["logprobs"]
     assert columns["token_logprobs"][2:] == ["-0.1", "-0.2", "-0.3", "-0.4", "-0.5", "-0.6"]
-    for own, tops, token in zip(
+    for logprob, tops, token in zip(
         columns["token_logprobs"][1:], columns["top_logprobs"][1:], columns["tokens"][1:], strict=True
     ):
-        assert tops[token] == own
-        assert str(np.float32(own)) == own
+        assert tops[token] == logprob
+        assert str(np.float32(logprob)) == logprob
     assert columns["top_logprobs"][2] == {"H": "-0.1", "I": "-0.05", "J": "-9999.0"}
 
 
@@ -142,15 +142,15 @@ async def test_completion_logprobs_greedy_equality(server: Server, monkeypatch: 
     """The log-prob of the most likely token equals that of the best alternative exactly."""
 
     def best_first(inputs: ScoreInput) -> Unread:
-        own = (-inputs.targets / 3).astype(np.float32)
+        logprobs = (-inputs.targets / 3).astype(np.float32)
         ids = np.stack([inputs.targets, inputs.targets + 1, inputs.targets + 2], axis=1)
-        return alternatives(ids, np.stack([own, own - 1, own - 2], axis=1), own, rank=1)
+        return alternatives(ids, np.stack([logprobs, logprobs - 1, logprobs - 2], axis=1), logprobs, rank=1)
 
     monkeypatch.setattr(server.runner, "score", best_first)
-    columns = (await one(server, prompt=[9, 8, 7], echo=True, logprobs=1, max_tokens=1))["logprobs"]
+    columns = (await choice_of(server, prompt=[9, 8, 7], echo=True, logprobs=1, max_tokens=1))["logprobs"]
     greedy = [
-        own == max(tops.values())
-        for own, tops in zip(columns["token_logprobs"][1:], columns["top_logprobs"][1:], strict=True)
+        logprob == max(tops.values())
+        for logprob, tops in zip(columns["token_logprobs"][1:], columns["top_logprobs"][1:], strict=True)
     ]
     assert greedy == [True, True, False]
 
@@ -158,7 +158,7 @@ async def test_completion_logprobs_greedy_equality(server: Server, monkeypatch: 
 @pytest.mark.parametrize("text", ["Hé 😊!", "日本語", "a\ud7ffb"])
 async def test_text_offset_counts_characters(text: str) -> None:
     async with serving(text.encode()) as server:
-        choice = await one(server, prompt=text, echo=True, logprobs=0, max_tokens=len(text.encode()))
+        choice = await choice_of(server, prompt=text, echo=True, logprobs=0, max_tokens=len(text.encode()))
     assert choice["text"] == text * 2
     columns = choice["logprobs"]
     offsets = columns["text_offset"]
@@ -170,16 +170,16 @@ async def test_text_offset_counts_characters(text: str) -> None:
 
 async def test_text_offset_ignores_added_bos() -> None:
     async with serving(add_bos=True) as server:
-        choice = await one(server, echo=True, logprobs=0, max_tokens=1, return_token_ids=True)
+        choice = await choice_of(server, echo=True, logprobs=0, max_tokens=1, return_token_ids=True)
         assert choice["text"] == "HiH"
         assert choice["prompt_token_ids"] == [BEGIN, *b"Hi"]
         assert choice["logprobs"]["tokens"] == ["<begin>", "H", "i", "H"]
         assert choice["logprobs"]["text_offset"] == [0, 0, 1, 2]
-        shown = await one(server, echo=True, logprobs=0, max_tokens=1, skip_special_tokens=False)
-        assert (shown["text"], shown["logprobs"]["text_offset"]) == ("HiH", [0, 0, 1, 2])
-        bare = await one(server, add_special_tokens=False, return_token_ids=True)
+        special = await choice_of(server, echo=True, logprobs=0, max_tokens=1, skip_special_tokens=False)
+        assert (special["text"], special["logprobs"]["text_offset"]) == ("HiH", [0, 0, 1, 2])
+        bare = await choice_of(server, add_special_tokens=False, return_token_ids=True)
         assert bare["prompt_token_ids"] == list(b"Hi")
-        ids = await one(server, prompt=[72], return_token_ids=True)
+        ids = await choice_of(server, prompt=[72], return_token_ids=True)
         assert ids["prompt_token_ids"] == [72]
 
 
@@ -190,7 +190,7 @@ async def test_text_offset_ignores_added_bos() -> None:
 async def test_text_offset_with_special_tokens(skip: bool, text: str, offsets: list[int]) -> None:
     fields = {"echo": True, "logprobs": 0, "ignore_eos": True, "max_tokens": 3}
     async with serving(b"A") as server:
-        choice = await one(server, prompt=[BEGIN, *b"Hi"], skip_special_tokens=skip, **fields)
+        choice = await choice_of(server, prompt=[BEGIN, *b"Hi"], skip_special_tokens=skip, **fields)
     assert choice["text"] == text
     assert choice["logprobs"]["tokens"] == ["<begin>", "H", "i", "A", "<end>", "<end>"]
     assert choice["logprobs"]["text_offset"] == offsets
@@ -198,31 +198,31 @@ async def test_text_offset_with_special_tokens(skip: bool, text: str, offsets: l
 
 async def test_top_logprobs_equal_texts_keep_higher_value() -> None:
     async with serving([253]) as server:  # its alternatives are 254, itself and 255
-        columns = (await one(server, logprobs=3, max_tokens=1))["logprobs"]
+        columns = (await choice_of(server, logprobs=3, max_tokens=1))["logprobs"]
         assert columns["tokens"] == ["\\xfd"]
         assert columns["top_logprobs"] == [{"\\xfd": -0.1, "\\xfe": -0.05, "\\xff": -9999.0}]
     async with serving([TWIN - 1]) as server:  # END, whose best alternative is TWIN
-        columns = (await one(server, logprobs=1, max_tokens=1))["logprobs"]
+        columns = (await choice_of(server, logprobs=1, max_tokens=1))["logprobs"]
         assert columns["top_logprobs"] == [{"<end>": -0.1, "\\xff": -0.05}]
         assert columns["top_token_ids"] == [[TWIN]]
 
 
 async def test_top_logprobs_equal_texts_show_more_likely(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def score(inputs: ScoreInput) -> Unread:
-        own = np.full(len(inputs.targets), -2, np.float32)
+        logprobs = np.full(len(inputs.targets), -2, np.float32)
         ids, tops = np.array([TWIN, 255, 9], np.int32), np.array([-1, -2, -3], np.float32)
-        rows = len(own), 1
-        return alternatives(np.tile(ids, rows), np.tile(tops, rows), own, rank=2)
+        rows = len(logprobs), 1
+        return alternatives(np.tile(ids, rows), np.tile(tops, rows), logprobs, rank=2)
 
     monkeypatch.setattr(server.runner, "score", score)
-    columns = (await one(server, prompt=[72, 255], echo=True, logprobs=2, max_tokens=0))["logprobs"]
+    columns = (await choice_of(server, prompt=[72, 255], echo=True, logprobs=2, max_tokens=0))["logprobs"]
     assert columns["token_logprobs"] == [None, -2.0]
     assert columns["top_logprobs"] == [None, {"\\xff": -1.0}]
     assert columns["top_token_ids"] == [None, [TWIN, 255]]
 
 
 async def test_completion_logprobs_return_tokens_as_token_ids(server: Server) -> None:
-    choice = await one(server, echo=True, logprobs=1, max_tokens=1, return_tokens_as_token_ids=True)
+    choice = await choice_of(server, echo=True, logprobs=1, max_tokens=1, return_tokens_as_token_ids=True)
     assert choice["text"] == "HiH"
     assert choice["logprobs"]["tokens"] == ["token_id:72", "token_id:105", "token_id:72"]
     assert choice["logprobs"]["top_logprobs"][2] == {"token_id:72": -0.1, "token_id:73": -0.05}
@@ -236,7 +236,7 @@ async def test_completion_logprobs_longest_prompt(server: Server) -> None:
 
 
 async def test_prompt_logprobs_of_one_token(server: Server) -> None:
-    choice = await one(server, prompt=[5], echo=True, logprobs=1, max_tokens=0)
+    choice = await choice_of(server, prompt=[5], echo=True, logprobs=1, max_tokens=0)
     assert choice["prompt_logprobs"] == [None]
     assert choice["logprobs"]["token_logprobs"] == [None]
 

@@ -26,16 +26,16 @@ async def raw(server: Server, path: str, body: dict[str, Any], accept: str | Non
     return b"".join([part async for part in response.aiter_raw()]), response.headers
 
 
-def told(data: bytes) -> Any:
+def comparable(data: bytes) -> Any:
     """An answer's JSON without the fields that differ between equal requests."""
     return {name: value for name, value in json.loads(data).items() if name not in ("id", "created", "usage")}
 
 
 @pytest.mark.parametrize("accept", ["gzip", "br, gzip;q=0.5", "deflate, GZIP"])
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("full_vocab", [False, True])
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-async def test_gzip_long_answer(server: Server, path: str, whole: bool, accept: str) -> None:
-    fields: dict[str, Any] = {"max_tokens": 1, "prompt_logprobs": -1 if whole else 3}
+async def test_gzip_long_answer(server: Server, path: str, full_vocab: bool, accept: str) -> None:
+    fields: dict[str, Any] = {"max_tokens": 1, "prompt_logprobs": -1 if full_vocab else 3}
     body = chat_body(messages=[{"role": "user", "content": LONG}]) if path == CHAT else completion_body(prompt=LONG)
     zipped, headers = await raw(server, path, body | fields, accept)
     assert headers["content-encoding"] == "gzip"
@@ -43,8 +43,8 @@ async def test_gzip_long_answer(server: Server, path: str, whole: bool, accept: 
     plain, bare = await raw(server, path, body | fields, None)
     assert "content-encoding" not in bare
     assert len(zipped) < len(plain) / 3
-    assert told(gzip.decompress(zipped)) == told(plain)
-    assert (await server.post(path, body | fields)).json()["model"]  # a usual client unzips it by itself
+    assert comparable(gzip.decompress(zipped)) == comparable(plain)
+    assert (await server.post(path, body | fields)).json()["model"]  # httpx decompresses it
 
 
 @pytest.mark.parametrize("accept", [None, "identity", "br", "gzip;q=0", "gzip; q=0.000, br"])

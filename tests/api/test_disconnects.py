@@ -25,7 +25,7 @@ async def test_disconnect_before_first_token(fresh_server: Server, path: str, st
     await run
     gate.open()
     await fresh_server.assert_idle()
-    assert [name for name, _ in fresh_server.runner.calls].count("decode") == 1  # of the step that was at work
+    assert [name for name, _ in fresh_server.runner.calls].count("decode") == 1  # of the step that was running
 
 
 @PATHS

@@ -173,14 +173,14 @@ async def test_response_role() -> None:
 def columns_of(entries: list[dict[str, Any] | None], ids: list[int], start: int, k: int) -> dict[str, Any]:
     """The columns expected for these entries; the first of each entry is the token itself."""
     rows = [list(entry.items()) for entry in entries[start:] if entry is not None]
-    own = [row[0][1] for row in rows]
+    actual = [row[0][1] for row in rows]
     tops = [sorted(row, key=lambda item: item[1]["rank"]) for row in rows]
     assert all(len(row) >= k for row in tops)
     return {
         "start": start,
         "token_ids": ids[start:],
-        "logprobs": [entry["logprob"] for entry in own],
-        "ranks": [entry["rank"] for entry in own],
+        "logprobs": [entry["logprob"] for entry in actual],
+        "ranks": [entry["rank"] for entry in actual],
     }
 
 
@@ -250,11 +250,17 @@ async def test_generation_defaults_fill_unset_fields(path: str) -> None:
         await server.post(
             path, body | {"temperature": 0, "top_p": 1, "top_k": 0, "repetition_penalty": 1.0, "min_p": 0}
         )
-        said, own = (request.params for request in requests)
-        assert (said.temperature, said.top_p, said.top_k, said.min_p) == (0.7, 0.8, 20, 0.1)
-        assert (said.repetition_penalty, said.frequency_penalty) == (1.1, 0.5)
-        assert (own.temperature, own.top_p, own.top_k, own.min_p, own.repetition_penalty) == (0, 1, 0, 0, 1)
-        assert said.max_tokens == (3 if path == CHAT else 16)
+        default, explicit = (request.params for request in requests)
+        assert (default.temperature, default.top_p, default.top_k, default.min_p) == (0.7, 0.8, 20, 0.1)
+        assert (default.repetition_penalty, default.frequency_penalty) == (1.1, 0.5)
+        assert (explicit.temperature, explicit.top_p, explicit.top_k, explicit.min_p, explicit.repetition_penalty) == (
+            0,
+            1,
+            0,
+            0,
+            1,
+        )
+        assert default.max_tokens == (3 if path == CHAT else 16)
         await server.post(path, body | {"max_tokens": 9})
         assert requests[-1].params.max_tokens == 9
 
@@ -296,13 +302,13 @@ async def test_prompt_token_ids_outside_vocabulary(server: Server) -> None:
 
 @PATHS
 async def test_request_log_if_enabled(path: str, caplog: pytest.LogCaptureFixture) -> None:
-    for wanted in (True, False):
+    for enabled in (True, False):
         caplog.clear()
-        async with serving(enable_log_requests=wanted, max_log_len=3) as server:
+        async with serving(enable_log_requests=enabled, max_log_len=3) as server:
             await answer_of(server, path, request_id="id-1", top_k=7)
         lines = [record.getMessage() for record in caplog.records]
-        assert len(lines) == wanted
-        if wanted:
+        assert len(lines) == enabled
+        if enabled:
             text = "use" if path == CHAT else "Hi"
             assert f"id-1: prompts ['{text}'], fields" in lines[0]
             assert "'top_k': 7" in lines[0]

@@ -70,11 +70,11 @@ def expected_entry(row: NDArray[np.float32], actual: int, k: int) -> list[tuple[
     """Id, log-prob and rank of the token itself, then of the k best without it."""
     order = sorted(range(VOCAB_SIZE), key=lambda token: (-row[token], token))
     ranked = [(token, max(-9999.0, float(row[token])), rank) for rank, token in enumerate(order, 1)]
-    own = ranked[order.index(actual)]
-    return [own, *(each for each in ranked[:k] if each != own)]
+    first = ranked[order.index(actual)]
+    return [first, *(row for row in ranked[:k] if row != first)]
 
 
-def told(entry: dict[str, Any]) -> list[tuple[int, float, int]]:
+def rows_of(entry: dict[str, Any]) -> list[tuple[int, float, int]]:
     return [(int(key), value["logprob"], value["rank"]) for key, value in entry.items()]
 
 
@@ -91,8 +91,8 @@ async def test_full_rows_contain_vocabulary(
     assert entries[0] is None
     assert len(entries) == len(prompt)
     for index, entry in enumerate(entries[1:]):
-        shown = VOCAB_SIZE if k == -1 else k
-        assert told(entry) == expected_entry(row_of(fresh_server, prompt, index), prompt[index + 1], shown)
+        count = VOCAB_SIZE if k == -1 else k
+        assert rows_of(entry) == expected_entry(row_of(fresh_server, prompt, index), prompt[index + 1], count)
     names = {key: value["decoded_token"] for key, value in entries[1].items()}
     if k == -1:
         assert (names["65"], names["34"], names["256"], names["200"], names["259"]) == ("A", '"', "<begin>", "", "\0\1")
@@ -102,8 +102,8 @@ async def test_full_rows_contain_vocabulary(
 @PATHS
 async def test_full_rows_equal_for_every_k(server: Server, path: str) -> None:
     few = (await answer_of(server, path, prompt_logprobs=K))["prompt_logprobs"]
-    whole = (await answer_of(server, path, prompt_logprobs=-1))["prompt_logprobs"]
-    for small, large in zip(few[1:], whole[1:], strict=True):
+    full = (await answer_of(server, path, prompt_logprobs=-1))["prompt_logprobs"]
+    for small, large in zip(few[1:], full[1:], strict=True):
         assert list(small) == list(large)[: len(small)]
         assert all(small[key]["logprob"] == large[key]["logprob"] for key in small)
         assert all(small[key]["rank"] == large[key]["rank"] for key in small)
@@ -130,11 +130,11 @@ async def test_full_rows_in_first_choice_only(fresh_server: Server, stream: bool
     fields: dict[str, Any] = {"prompt": ["abc", "de"], "n": 2, "prompt_logprobs": -1, "max_tokens": 1}
     if stream:
         choices = [choice for chunk in await fresh_server.complete_stream(**fields) for choice in chunk["choices"]]
-        shown = {choice["index"]: choice["prompt_logprobs"] for choice in choices if "prompt_logprobs" in choice}
+        entries_of = {choice["index"]: choice["prompt_logprobs"] for choice in choices if "prompt_logprobs" in choice}
     else:
         choices = (await fresh_server.complete(**fields))["choices"]
-        shown = {choice["index"]: choice["prompt_logprobs"] for choice in choices if choice["prompt_logprobs"]}
-    assert {index: [entry and len(entry) for entry in entries] for index, entries in shown.items()} == {
+        entries_of = {choice["index"]: choice["prompt_logprobs"] for choice in choices if choice["prompt_logprobs"]}
+    assert {index: [entry and len(entry) for entry in entries] for index, entries in entries_of.items()} == {
         0: [None, VOCAB_SIZE, VOCAB_SIZE],
         2: [None, VOCAB_SIZE],
     }
@@ -279,14 +279,14 @@ def test_row_writer_ranks_of_equal_logprobs() -> None:
     row = np.asarray([-4, -1, -1, -3, -3, -3, -9], np.float32)
     writer = RowWriter(byte_tokenizer(), len(row))
     entry = json.loads(writer.row(row, 5, scores_of(3, [2, 1], [-1, -1], -3), len(row)))
-    assert told(entry) == [(5, -3, 3), (2, -1, 1), (1, -1, 2), (3, -3, 4), (4, -3, 5), (0, -4, 6), (6, -9, 7)]
+    assert rows_of(entry) == [(5, -3, 3), (2, -1, 1), (1, -1, 2), (3, -3, 4), (4, -3, 5), (0, -4, 6), (6, -9, 7)]
 
 
 def test_row_writer_token_among_best_shows_k() -> None:
     row = np.asarray([-4, -1, -2, -3, -5, -6, -7], np.float32)
     writer = RowWriter(byte_tokenizer(), len(row))
     entry = json.loads(writer.row(row, 2, scores_of(2, [1, 2], [-1, -2], -2), 3))
-    assert told(entry) == [(2, -2, 2), (1, -1, 1), (3, -3, 3)]
+    assert rows_of(entry) == [(2, -2, 2), (1, -1, 1), (3, -3, 3)]
 
 
 @pytest.mark.parametrize(
@@ -320,8 +320,8 @@ def test_make_body_unserializable_value_is_error() -> None:
         make_body({"a": object()})
 
 
-@pytest.mark.parametrize("whole", [False, True])
-async def test_model_card_whole_vocabulary(whole: bool) -> None:
-    async with serving(full_vocab=whole) as server:
+@pytest.mark.parametrize("full_vocab", [False, True])
+async def test_model_card_whole_vocabulary(full_vocab: bool) -> None:
+    async with serving(full_vocab=full_vocab) as server:
         (card, _) = (await server.client.get("/v1/models")).json()["data"]
-        assert (card["whole_vocabulary"], card["max_logprobs"]) == (whole, K)
+        assert (card["whole_vocabulary"], card["max_logprobs"]) == (full_vocab, K)

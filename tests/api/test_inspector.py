@@ -30,8 +30,8 @@ async def test_inspector_loads_nothing_from_other_origins(server: Server) -> Non
     for path, text in texts.items():
         assert not re.search(r"https?://(?!www\.w3\.org/)", text), path
         assert not re.search(r"<script(?! type=\"module\" src)|\son\w+=|style=", text), path
-        found = re.findall(r'(?:href|src)="([^"#]+)"', text) if path == "/" else []
-        assert {f"/{name}" for name in found} <= {*PATHS, "/docs"}
+        links = re.findall(r'(?:href|src)="([^"#]+)"', text) if path == "/" else []
+        assert {f"/{name}" for name in links} <= {*PATHS, "/docs"}
         imported = re.findall(r'from "\./([^"]+)"', text)
         assert {f"/web/{name}" for name in imported} <= {*PATHS}
     assert len(re.findall("import ", texts["/web/main.js"])) > 3
@@ -44,11 +44,11 @@ async def test_inspector_gzip_and_etag(server: Server) -> None:
         assert response.headers["content-encoding"] == "gzip"
         plain = await server.client.get(path, headers={"Accept-Encoding": "identity"})
         assert "content-encoding" not in plain.headers
-        assert plain.content == response.content  # the client has unzipped it
+        assert plain.content == response.content  # the client has decompressed it
         sizes.append(int(response.headers["content-length"]))
         assert sizes[-1] < len(plain.content) + 100
         again = await server.client.get(path, headers={"If-None-Match": response.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
-        other = await server.client.get(path, headers={"If-None-Match": '"another"'})
-        assert other.status_code == 200
+        response = await server.client.get(path, headers={"If-None-Match": '"another"'})
+        assert response.status_code == 200
     assert sum(sizes) < _MOST

@@ -34,7 +34,7 @@ from tests.support.http_client import (
 @pytest.mark.parametrize("stream", [False, True])
 async def test_queue_timeout_is_503(path: str, stream: bool) -> None:
     async with serving(None, max_model_len=5000, pages=400, queue_timeout=0.05) as server:
-        others = [asyncio.create_task(ended(server, str(i))) for i in range(4)]  # as many as run at once
+        others = [asyncio.create_task(ended(server, str(i))) for i in range(4)]  # as many as can run at the same time
         async with asyncio.timeout(20):
             while server.engine.gauges.running < 4:
                 await asyncio.sleep(0)
@@ -47,7 +47,7 @@ async def test_queue_timeout_is_503(path: str, stream: bool) -> None:
         for i in range(4):
             server.engine.abort(str(i))
         gate.open()
-        # Until then they ran: no limit is set for them.
+        # They ran until now, as they have no limit.
         assert await asyncio.gather(*others) == [FinishReason.ABORT] * 4
         await server.assert_idle()
 
@@ -61,18 +61,18 @@ async def ended(server: Server, name: str) -> FinishReason | None:
 async def test_queue_timeout_ignores_own_choices() -> None:
     async with serving(queue_timeout=0.05) as server:
         gate = server.runner.before_call = Gate("decode", after=1)
-        asked = asyncio.create_task(server.complete(prompt=["a", "b", "c", "d", "e", "f"], max_tokens=4))
+        task = asyncio.create_task(server.complete(prompt=["a", "b", "c", "d", "e", "f"], max_tokens=4))
         await gate.reached()
-        await asyncio.wait([asked], timeout=0.1)  # the last two wait for longer than anybody else may
+        await asyncio.wait([task], timeout=0.1)  # the last two choices wait for longer than the queue timeout
         gate.open()
-        assert [choice["text"] for choice in (await asked)["choices"]] == ["Hell"] * 6
+        assert [choice["text"] for choice in (await task)["choices"]] == ["Hell"] * 6
 
 
 @PATHS
-@pytest.mark.parametrize("said", ["by the server", "by the request", "by both"])
-async def test_request_timeout_is_504(path: str, said: str) -> None:
-    config = {"by the server": 0.05, "by the request": math.inf, "by both": 1000.0}[said]
-    fields = {} if said == "by the server" else {"timeout": 0.05}
+@pytest.mark.parametrize("limit_of", ["server", "request", "both"])
+async def test_request_timeout_is_504(path: str, limit_of: str) -> None:
+    config = {"server": 0.05, "request": math.inf, "both": 1000.0}[limit_of]
+    fields = {} if limit_of == "server" else {"timeout": 0.05}
     async with serving(request_timeout=config) as server:
         gate = server.runner.before_call = Gate("decode")
         error = error_of(await server.post(path, body_of(path, **fields)), 504)
@@ -134,7 +134,7 @@ async def test_slow_reader_ends_all_choices() -> None:
         reading.set()
         await run
         *chunks, error, _ = connection.events()
-        assert len(chunks) >= 8  # what waited comes first, though other choices have ended by then
+        assert len(chunks) >= 8  # the unread deltas come before the error
         assert json.loads(error)["error"]["code"] == "slow_reader"
         await server.assert_idle()
 
@@ -155,7 +155,7 @@ class SlowReader(Connection):
 
     def events(self) -> list[str]:
         """The data of all events."""
-        return [each.removeprefix("data: ") for each in b"".join(self.data_sent).decode().split("\n\n")[:-1]]
+        return [event.removeprefix("data: ") for event in b"".join(self.data_sent).decode().split("\n\n")[:-1]]
 
     async def _send(self, message: Any) -> None:
         self.data_sent.append(message.get("body", b""))
@@ -169,16 +169,16 @@ async def test_bodies_total_size_is_limited() -> None:
     large = json.dumps(completion_body()).encode() + b" " * 400_000
     async with serving(max_body_bytes=1 << 20) as server:
         waiting = [Sending(COMPLETIONS, b" " * (1 << 20)) for _ in range(4)]
-        runs = [asyncio.create_task(each.talk(server.app)) for each in waiting]
+        runs = [asyncio.create_task(client.talk(server.app)) for client in waiting]
         async with asyncio.timeout(20):
-            for each in waiting:
-                await each.taken.wait()
+            for client in waiting:
+                await client.body_read.wait()
         response = await server.post(COMPLETIONS, large)
         assert error_of(response, 503)["code"] == "too_many_bodies"
         assert response.headers["retry-after"] == "1"
         assert (await server.complete())["choices"][0]["text"] == "Hello"
-        for each in waiting:
-            each.leave()
+        for client in waiting:
+            client.leave()
         await asyncio.gather(*runs)
         assert (await server.post(COMPLETIONS, large)).status_code == 200
 
@@ -188,21 +188,21 @@ class Sending(Connection):
 
     def __init__(self, path: str, part: bytes) -> None:
         super().__init__(path, None)
-        self.taken = asyncio.Event()
-        self._incoming = Noticed(self.taken)
+        self.body_read = asyncio.Event()
+        self._incoming = Noticed(self.body_read)
         self._incoming.put_nowait({"type": "http.request", "body": part, "more_body": True})
 
 
 class Noticed(asyncio.Queue[dict[str, Any]]):
     """Signals when more is requested than available."""
 
-    def __init__(self, asked: asyncio.Event) -> None:
+    def __init__(self, exhausted: asyncio.Event) -> None:
         super().__init__()
-        self._asked = asked
+        self._exhausted = exhausted
 
     async def get(self) -> dict[str, Any]:
         if self.empty():
-            self._asked.set()
+            self._exhausted.set()
         return await super().get()
 
 
@@ -231,15 +231,15 @@ async def test_merge_yields_deltas_before_failure() -> None:
     deltas = merge(choices, unused, max_unread=8)
     read = [await anext(deltas)]
     async with asyncio.timeout(20):
-        await failed.cut.wait()
+        await failed.closed.wait()
 
     async def rest() -> None:
-        async for each in deltas:
-            read.append(each)  # noqa: PERF401  # what came before the failure counts
+        async for delta in deltas:
+            read.append(delta)  # noqa: PERF401  # the deltas before the failure count
 
     with pytest.raises(APIError, match="slowly"):
         await rest()
-    assert len(read) == 8  # as many as may wait
+    assert len(read) == 8  # max_unread
 
 
 async def test_merge_waiting_choices_run_concurrently_later() -> None:
@@ -251,10 +251,10 @@ async def test_merge_waiting_choices_run_concurrently_later() -> None:
     async with asyncio.timeout(20):
         await room.is_full()
         room.places = 5
-        room.finish(1)  # with which they learn of it
+        room.finish(1)  # the waiting choices then try again
         await room.is_full()
-        assert (room.running, room.most) == (5, 5)
-        room.places = 0  # others have come
+        assert (room.running, room.peak) == (5, 5)
+        room.places = 0  # other clients fill the queue
         while len(room.ended) < 12:
             room.finish(len(room.ended) + 1)
             await asyncio.sleep(0)
@@ -277,7 +277,7 @@ async def test_merge_waiting_choices_keep_order() -> None:
 
 
 async def collected(deltas: AsyncGenerator[Any]) -> list[Any]:
-    return [each async for each in deltas]
+    return [delta async for delta in deltas]
 
 
 class Room:
@@ -285,7 +285,7 @@ class Room:
 
     def __init__(self, places: int, *, grows: bool = False) -> None:
         """`grows`: there is one more place after each refusal, as if another client had left."""
-        self.places, self.running, self.most = places, 0, 0
+        self.places, self.running, self.peak = places, 0, 0
         self.entered: list[int] = []
         self.ended: list[int] = []
         self._grows = grows
@@ -293,12 +293,12 @@ class Room:
 
     async def is_full(self) -> None:
         """Fails unless all places are taken soon."""
-        for _ in range(100):  # turns of the loop, which is as long as anything takes here
+        for _ in range(100):  # turns of the loop: enough for every task to proceed
             await asyncio.sleep(0)
         assert self.running == self.places
 
     def finish(self, count: int) -> None:
-        """So many may have ended."""
+        """Let the choices with lower indices end."""
         self._may_end = count
 
     def enter(self, index: int, *, bypass_limits: bool) -> None:
@@ -308,10 +308,10 @@ class Room:
             raise QueueFullError("max_num_queued_reqs")
         self.entered.append(index)
         self.running += 1
-        self.most = max(self.most, self.running)
+        self.peak = max(self.peak, self.running)
 
     async def stay(self, index: int) -> None:
-        """Until it may end."""
+        """Wait until `finish` allows this choice to end."""
         while self._may_end <= index:
             await asyncio.sleep(0)
         self.running -= 1
@@ -345,7 +345,7 @@ async def test_merge_failure_ends_other_choices() -> None:
     with pytest.raises(RuntimeError, match="no"):
         async for _ in merge(choices, unused):
             pass
-    assert endless.cut.is_set()
+    assert endless.closed.is_set()
     assert endless.aborted
 
 
@@ -355,7 +355,7 @@ class FakeChoice:
     def __init__(self, prompt: int, count: int | None, error: Exception | None = None) -> None:
         self.prompt, self.is_first_of_prompt = prompt, True
         self._count, self._error = count, error
-        self.cut = asyncio.Event()
+        self.closed = asyncio.Event()
         self.aborted = False
 
     def admit(self, _: object, *, bypass_limits: bool) -> None:
@@ -366,7 +366,7 @@ class FakeChoice:
         self.aborted = True
 
     async def deltas(self) -> AsyncGenerator[int]:
-        """Numbers stand for them."""
+        """Numbers in place of outputs."""
         try:
             for number in range(self._count or 0):
                 yield number
@@ -375,33 +375,33 @@ class FakeChoice:
             if self._count is None:
                 await asyncio.Event().wait()
         finally:
-            self.cut.set()
+            self.closed.set()
 
 
 async def test_stop_strings_prepared_once_per_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
+    sizes: list[int] = []
 
     class Counted(StopStrings):
         def __init__(self, stop: Sequence[str]) -> None:
-            made.append(len(stop))
+            sizes.append(len(stop))
             super().__init__(stop)
 
     monkeypatch.setattr("serve.api.handler.StopStrings", Counted)
     async with serving() as server:
         answer = await server.complete(prompt=["a", "b"], n=4, stop=["l", "xyz"])
     assert [choice["text"] for choice in answer["choices"]] == ["He"] * 8
-    assert made == [2]
+    assert sizes == [2]
 
 
 async def test_prompt_texts_freed_while_generating() -> None:
     """Neither the body, nor unknown fields, nor the sources of the prompt stay in memory."""
     async with serving(b"x" * 400) as server:
-        await server.complete(user="x" * (1 << 20))  # what is made once is there
+        await server.complete(user="x" * (1 << 20))  # creates what later requests share
         gate = server.runner.before_call = Gate("decode")
         bodies = [completion_body(user="x" * (1 << 20), max_tokens=400, request_id=f"r{i}") for i in range(8)]
         tracemalloc.start()
         try:
-            asked = [
+            tasks = [
                 asyncio.create_task(server.client.post(COMPLETIONS, content=Once(body), headers=JSON))
                 for body in bodies
             ]
@@ -409,12 +409,12 @@ async def test_prompt_texts_freed_while_generating() -> None:
                 while server.engine.num_requests < 8:
                     await asyncio.sleep(0)
             await gate.reached()
-            held, _ = tracemalloc.get_traced_memory()
+            size, _ = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
         gate.open()
-        await asyncio.gather(*asked)
-    assert held < 4 << 20
+        await asyncio.gather(*tasks)
+    assert size < 4 << 20
 
 
 JSON = {"content-type": "application/json"}

@@ -20,16 +20,16 @@ async def scraped(server: Server) -> dict[str, float]:
     return {name: float(value) for name, _, value in lines}
 
 
-def of(samples: dict[str, float], name: str, more: str = "", prefix: str = "logprobd:") -> float:
-    """The value of an engine's sample; `more` are labels that sort before or after."""
-    wanted = {*LABELS.split(","), *filter(None, [more])}
-    found = [
+def value_of(samples: dict[str, float], name: str, more: str = "", prefix: str = "logprobd:") -> float:
+    """The value of an engine's sample; `more` are additional labels."""
+    labels = {*LABELS.split(","), *filter(None, [more])}
+    values = [
         value
         for key, value in samples.items()
-        if key.partition("{")[0] == prefix + name and set(key.partition("{")[2].rstrip("}").split(",")) == wanted
+        if key.partition("{")[0] == prefix + name and set(key.partition("{")[2].rstrip("}").split(",")) == labels
     ]
-    assert len(found) == 1, (name, [key for key in samples if name in key])
-    return found[0]
+    assert len(values) == 1, (name, [key for key in samples if name in key])
+    return values[0]
 
 
 @pytest.mark.parametrize("vllm_names", [False, True])
@@ -62,11 +62,11 @@ async def test_metrics_of_finished_requests(vllm_names: bool) -> None:
                 "num_requests_waiting": 0,
                 "kv_cache_usage_perc": 0,
             }
-            assert {name: of(samples, name, prefix=prefix) for name in counts} == counts
-            assert of(samples, "request_success_total", 'finished_reason="length"', prefix) == 2
-            assert of(samples, "request_success_total", 'finished_reason="stop"', prefix) == 2
-            assert of(samples, "cache_config_info", 'block_size="64"', prefix) == 1
-            assert of(samples, "iteration_tokens_total_sum", prefix=prefix) > 130
+            assert {name: value_of(samples, name, prefix=prefix) for name in counts} == counts
+            assert value_of(samples, "request_success_total", 'finished_reason="length"', prefix) == 2
+            assert value_of(samples, "request_success_total", 'finished_reason="stop"', prefix) == 2
+            assert value_of(samples, "cache_config_info", 'block_size="64"', prefix) == 1
+            assert value_of(samples, "iteration_tokens_total_sum", prefix=prefix) > 130
         assert any(name.startswith("vllm:") for name in samples) == vllm_names
         assert any(name.startswith("process_") for name in samples)
 
@@ -74,17 +74,17 @@ async def test_metrics_of_finished_requests(vllm_names: bool) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_metrics_stop_string_counts_as_success(stream: bool) -> None:
     async with serving() as server:
-        gate = Gate("decode", after=6)  # the engine would go on: it knows nothing of the text
+        gate = Gate("decode", after=6)  # the engine, which does not see the text, would continue
         server.runner.before_call = gate
         body = completion_body(stop="l", ignore_eos=True, max_tokens=50, stream=stream)
         await server.post("/v1/completions", body)
         gate.open()
         await server.assert_idle()
         samples = await scraped(server)
-        assert of(samples, "request_success_total", 'finished_reason="stop"') == 1
-        assert of(samples, "request_success_total", 'finished_reason="abort"') == 0
-        assert of(samples, "e2e_request_latency_seconds_count") == 1
-        assert of(samples, "request_max_num_generation_tokens_sum") == 3
+        assert value_of(samples, "request_success_total", 'finished_reason="stop"') == 1
+        assert value_of(samples, "request_success_total", 'finished_reason="abort"') == 0
+        assert value_of(samples, "e2e_request_latency_seconds_count") == 1
+        assert value_of(samples, "request_max_num_generation_tokens_sum") == 3
 
 
 async def test_metrics_preemptions() -> None:
@@ -97,7 +97,7 @@ async def test_metrics_preemptions() -> None:
             await asyncio.sleep(0)
         gate.open()
         assert (await task)["usage"]["completion_tokens"] == 180
-        assert of(await scraped(server), "num_preemptions_total") >= 1
+        assert value_of(await scraped(server), "num_preemptions_total") >= 1
 
 
 async def test_metrics_gauges() -> None:
@@ -109,10 +109,10 @@ async def test_metrics_gauges() -> None:
         refused = await server.post("/v1/completions", completion_body())
         assert refused.status_code == 429
         samples = await scraped(server)
-        assert of(samples, "num_requests_running") + of(samples, "num_requests_waiting") <= 5
-        assert of(samples, "num_requests_running") >= 1
-        assert of(samples, "kv_cache_usage_perc") > 0
-        assert of(samples, "admission_rejections_total", 'reason="max_num_queued_reqs"') == 1
+        assert value_of(samples, "num_requests_running") + value_of(samples, "num_requests_waiting") <= 5
+        assert value_of(samples, "num_requests_running") >= 1
+        assert value_of(samples, "kv_cache_usage_perc") > 0
+        assert value_of(samples, "admission_rejections_total", 'reason="max_num_queued_reqs"') == 1
         gate.open()
         await asyncio.gather(*tasks)
 

@@ -72,12 +72,12 @@ async def test_request_id_is_returned(server: Server, path: str, prefix: str, st
     assert f'"id":"{prefix}-mine-1"' in response.text
 
 
-@pytest.mark.parametrize("asked", ["", "two words", "x" * 201, "\x7f"])
-async def test_request_id_invalid_is_replaced(server: Server, asked: str) -> None:
-    response = await server.post("/v1/completions", completion_body(), **{"X-Request-Id": asked})
-    made = response.headers["x-request-id"]
-    assert len(made) == 32
-    assert response.json()["id"] == f"cmpl-{made}"
+@pytest.mark.parametrize("request_id", ["", "two words", "x" * 201, "\x7f"])
+async def test_request_id_invalid_is_replaced(server: Server, request_id: str) -> None:
+    response = await server.post("/v1/completions", completion_body(), **{"X-Request-Id": request_id})
+    new_id = response.headers["x-request-id"]
+    assert len(new_id) == 32
+    assert response.json()["id"] == f"cmpl-{new_id}"
 
 
 async def test_request_id_unique_and_in_errors(server: Server) -> None:
@@ -184,5 +184,5 @@ async def test_cors_other_origin(server: Server) -> None:
     response = await server.client.options("/v1/chat/completions", headers=PREFLIGHT)
     error_of(response, 405)
     answer = await server.post("/v1/completions", completion_body(), Origin="https://page.test")
-    for each in (response, answer):
-        assert not [name for name in each.headers if name.startswith("access-control-")]
+    for reply in (response, answer):
+        assert not [name for name in reply.headers if name.startswith("access-control-")]

@@ -126,7 +126,7 @@ async def test_prompt_logprob_token_ids(plain_server: Server, path: str, stream:
     entries, _ = await answer_of(plain_server, path, stream=stream, **body)
     assert entries[:start] == [None] * start
     for token, entry, row in zip(prompt[start:], entries[start:], expected, strict=True):
-        assert list(entry) == [str(token), *(str(each) for each in ids if each != token)]
+        assert list(entry) == [str(token), *(str(i) for i in ids if i != token)]
         actual = {int(key): (value["logprob"], value["rank"]) for key, value in entry.items()}
         _, _, _, ranks, logprobs = row
         assert isinstance(ranks, list)
@@ -255,7 +255,7 @@ def with_nan(scores: TokenLogprobs | None) -> TokenLogprobs | None:
 @PATHS
 @STREAMS
 async def test_prompt_logprobs_missing_is_500(fresh_server: Server, path: str, stream: bool, broken: Any) -> None:
-    """Whatever the engine loses, no list is silently too short."""
+    """Missing rows are an error, never a shorter list."""
     alter_events(fresh_server, lambda event: replace(event, prompt_logprobs=broken(event.prompt_logprobs)))
     response = await fresh_server.post(path, body_of(path, prompt_logprobs=2, stream=stream))
     assert error_of(response, 500)["code"] == "engine_error"
@@ -274,7 +274,7 @@ async def test_logprobs_missing_is_500(fresh_server: Server, path: str, stream: 
     )
     fields = {"logprobs": True, "top_logprobs": 2} if path == CHAT else {"logprobs": 2}
     response = await fresh_server.post(path, body_of(path, **fields, stream=stream))
-    if path == CHAT and stream:  # the chunk that tells the role has been sent
+    if path == CHAT and stream:  # the chunk with the role has been sent
         assert '"engine_error"' in response.text
     else:
         assert error_of(response, 500)["code"] == "engine_error"

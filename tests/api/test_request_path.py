@@ -28,7 +28,7 @@ def started_functions() -> Iterator[set[tuple[str, str]]]:
         path = Path(code.co_filename)
         if any(path.is_relative_to(_SERVE / folder) for folder in _FOLDERS):
             functions.add((str(path.relative_to(_SERVE)), code.co_qualname))
-        return monitoring.DISABLE  # once is enough
+        return monitoring.DISABLE  # one call of each is enough
 
     monitoring.use_tool_id(tool, __name__)
     monitoring.register_callback(tool, monitoring.events.PY_START, started)

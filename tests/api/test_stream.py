@@ -44,7 +44,7 @@ def joined(choices: list[Any], path: str) -> Any:
     return text_of(choices), numbers, ids, choices[-1]["finish_reason"], choices[-1]["stop_reason"]
 
 
-def whole(choice: Any, path: str) -> Any:
+def complete(choice: Any, path: str) -> Any:
     """A choice of a complete answer in the same form."""
     text = choice["message"]["content"] if path == CHAT else choice["text"]
     numbers = choice["logprobs"]["content"] if path == CHAT else choice["logprobs"]
@@ -118,7 +118,7 @@ async def test_stream_joined_chunks_equal_answer(server: Server, path: str, fiel
     answer = (await server.post(path, body_of(path, **fields))).json()
     chunks = chunks_of(await server.post(path, body_of(path, **fields, stream=True)))
     choices = choices_of(chunks)
-    assert joined(choices, path) == whole(answer["choices"][0], path)
+    assert joined(choices, path) == complete(answer["choices"][0], path)
     assert all(choice["finish_reason"] is None for choice in choices[:-1])
 
 
@@ -136,7 +136,7 @@ async def test_stream_split_character_keeps_logprobs(path: str, text: str) -> No
     async with serving(text.encode()) as server:
         chunks = chunks_of(await server.post(path, body_of(path, stream=True, return_token_ids=True, **fields)))
     choices = [choice for choice in choices_of(chunks) if choice["logprobs"]]
-    texts, sizes = [text_of([choice]) for choice in choices], [len(character.encode()) for character in text]
+    texts, sizes = [text_of([part]) for part in choices], [len(character.encode()) for character in text]
     assert texts == [
         part for size, character in zip(sizes, text, strict=True) for part in [""] * (size - 1) + [character]
     ]
@@ -148,7 +148,7 @@ async def test_stream_split_character_keeps_logprobs(path: str, text: str) -> No
 
 async def test_stream_stop_string_prefix_held_back(server: Server) -> None:
     choices = choices_of(await server.chat_stream(stop="elx", logprobs=True))[1:]
-    assert [text_of([choice]) for choice in choices] == ["H", "", "", "ell", "o", ""]
+    assert [text_of([part]) for part in choices] == ["H", "", "", "ell", "o", ""]
     assert [len(choice["logprobs"]["content"]) for choice in choices] == [1] * 6
 
 
@@ -157,7 +157,7 @@ async def test_stream_event_of_several_tokens(fresh_server: Server) -> None:
     scores.logprob[:] = scores.top_logprobs[:] = -1
     alter_events(fresh_server, lambda _: TokenEvent(list(b"Hello"), scores))
     choices = choices_of(await fresh_server.chat_stream(stop="el", logprobs=True, return_token_ids=True))[1:]
-    assert [text_of([choice]) for choice in choices] == ["H"]
+    assert [text_of([part]) for part in choices] == ["H"]
     assert choices[0]["token_ids"] == list(b"Hel")
     assert [entry["token"] for entry in choices[0]["logprobs"]["content"]] == ["H", "e", "l"]
     answer = await fresh_server.complete(stop="el", logprobs=0)
@@ -219,10 +219,10 @@ async def test_stream_echo(server: Server, logprobs: int | None) -> None:
     fields: dict[str, Any] = {"echo": True, "logprobs": logprobs, "max_tokens": 3, "return_token_ids": True}
     (choice,) = (await server.complete(**fields))["choices"]
     choices = choices_of(await server.complete_stream(**fields))
-    assert [text_of([each]) for each in choices] == ["HiH", "e", "l"]
+    assert [text_of([part]) for part in choices] == ["HiH", "e", "l"]
     if logprobs is not None:
-        assert joined(choices, COMPLETIONS) == whole(choice, COMPLETIONS)
-        assert [len(each["logprobs"]["tokens"]) for each in choices] == [3, 1, 1]
+        assert joined(choices, COMPLETIONS) == complete(choice, COMPLETIONS)
+        assert [len(part["logprobs"]["tokens"]) for part in choices] == [3, 1, 1]
         assert choices[0]["prompt_logprobs"] == choice["prompt_logprobs"]
 
 
@@ -243,7 +243,7 @@ async def test_stream_two_chats() -> None:
         assert choices[0]["delta"] == {"role": "assistant", "content": ""}
         assert all("role" not in choice["delta"] for choice in choices[1:])
         assert [choice["finish_reason"] for choice in choices] == [None] * 6 + ["length"]
-        assert joined(choices, CHAT) == whole(answer["choices"][index], CHAT)
+        assert joined(choices, CHAT) == complete(answer["choices"][index], CHAT)
     assert len([chunk for chunk in chunks if "prompt_token_ids" in chunk]) == 2
     assert len([chunk for chunk in chunks if "prompt_logprobs" in chunk]) == 1
 
@@ -257,7 +257,7 @@ async def test_stream_several_prompts_and_n() -> None:
     for index in range(4):
         choices = choices_of(chunks, index)
         expected = answer["choices"][index]
-        assert joined(choices, COMPLETIONS) == whole(expected, COMPLETIONS)
+        assert joined(choices, COMPLETIONS) == complete(expected, COMPLETIONS)
         assert choices[0]["prompt_logprobs"] == expected["prompt_logprobs"]
         assert choices[0]["prompt_token_ids"] == expected["prompt_token_ids"]
     assert [name for name, _ in server.runner.calls].count("score") == 2  # once an answer: [3] has no second token

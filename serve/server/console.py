@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from logging import DEBUG, ERROR
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -26,10 +26,13 @@ from rich.progress import (
 from rich.text import Text
 
 from serve.config.config import EngineConfig
-from serve.server.startup_events import LABEL_STYLE, Event, failed, interrupted
+from serve.server.startup_events import LABEL_STYLE, Event, failed, program_compiled
+
+if TYPE_CHECKING:
+    from compiled.programs import Program
 
 type OnProgress = Callable[[int, int], None]  # bytes read so far, bytes in all
-type OnCompiled = Callable[[Event], None]
+type OnCompiled = Callable[["Program"], None]
 
 _WIDTH = 100  # columns at most
 _PLAIN = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -76,9 +79,11 @@ class Reporter:
 
     def fail(self, error: BaseException) -> int:
         """Report an error of start-up or Ctrl-C, and return the exit code."""
-        stopped = isinstance(error, KeyboardInterrupt)
-        self.report(interrupted() if stopped else failed(str(error)))
-        return 130 if stopped else 1
+        if isinstance(error, KeyboardInterrupt):
+            self.report(Event("interrupted", "interrupted during start-up", level=ERROR))
+            return 130
+        self.report(failed(str(error)))
+        return 1
 
     @contextmanager
     def loading(self) -> Iterator[OnProgress]:
@@ -86,9 +91,9 @@ class Reporter:
         with self._bar("loading", DownloadColumn(), TransferSpeedColumn()) as bar:
             task = bar.add_task("", total=None)
 
-            def update(done: int, total: int) -> None:
-                self.phase = f"loading weights: {done / max(total, 1):.0%}"
-                bar.update(task, completed=done, total=total)
+            def update(size: int, total: int) -> None:
+                self.phase = f"loading weights: {size / max(total, 1):.0%}"
+                bar.update(task, completed=size, total=total)
 
             yield update
 
@@ -104,18 +109,18 @@ class Reporter:
 
             def update() -> None:
                 """Show the first program that is not ready."""
-                done = len(names) - len(pending)
-                self.phase = f"compiling: {done} of {len(names)} programs"
-                bar.update(task, completed=done, description=next(iter(pending), ""))
+                count = len(names) - len(pending)
+                self.phase = f"compiling: {count} of {len(names)} programs"
+                bar.update(task, completed=count, description=next(iter(pending), ""))
 
-            def ready(event: Event) -> None:
+            def on_compiled(program: "Program") -> None:
                 with lock:
-                    pending.pop(event.fields["program"], None)
+                    pending.pop(program.name, None)
                     update()
-                self.report(event)
+                self.report(program_compiled(program))
 
             update()
-            yield ready
+            yield on_compiled
 
     def _bar(self, label: str, *columns: ProgressColumn) -> Progress:
         label_column = TextColumn(f"[{LABEL_STYLE}]{label:<9}")

@@ -12,6 +12,7 @@ from model.config import ModelConfig
 from model.kv_cache import PAGE_SIZE, CacheLayout
 from model.sharding import TensorParallel
 from model.weights.loader import weight_bytes
+from serve.config.config import EngineConfig
 from serve.config.values import MemoryAmount, mb
 
 _CACHE_BYTES = 1 << 30  # default size of the cache, unless one request of maximum length needs more
@@ -58,32 +59,24 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: ModelConfig,
-    buckets: Buckets,
-    *,
-    dtype: str,
-    int8: bool,
-    cache: MemoryAmount | None,
-    free: int | None,
-    shards: int = 1,
-    platform: str = "cpu",
+    model: ModelConfig, buckets: Buckets, config: EngineConfig, *, free: int | None, platform: str = "cpu"
 ) -> MemoryPlan:
     """Plan weights, cache and workspace of each device.
 
     Args:
-        cache: size of the cache: bytes, or a fraction of what weights and workspace leave free. None: 1 GiB, or what
-            one request of maximum length needs, if there is room.
+        config: its dtype is resolved. Without a size of the cache, it gets 1 GiB, or what one request of maximum length
+            needs, if there is room.
         free: free bytes on a device; None if unknown.
-        shards: number of devices that the model is sharded across.
         platform: of the devices, as JAX names it.
 
     Raises:
         PlanError: the model does not fit, or the cache is smaller than one page.
     """
-    parallel = TensorParallel(config, shards)
-    weights = weight_bytes(config, dtype, int8=int8, shards=shards)
+    cache, shards, int8 = config.kv_cache_memory, config.tensor_parallel_size, config.quantization == "int8"
+    parallel = TensorParallel(model, shards)
+    weights = weight_bytes(model, config.dtype, int8=int8, shards=shards)
     workspace = _workspace(parallel.local, buckets)
-    page_bytes = CacheLayout(parallel, jnp.dtype(dtype), platform).bytes_per_page
+    page_bytes = CacheLayout(parallel, jnp.dtype(config.dtype), platform).bytes_per_page
     available = None if free is None else free - weights - workspace
     if cache is not None:
         pages = pages_in(cache, free=None if available is None else max(0, available), page_bytes=page_bytes)

@@ -1,7 +1,6 @@
 """Loading of a model: from an EngineConfig to compiled programs and an engine, without HTTP."""
 
 import hashlib
-import math
 import os
 import re
 import time
@@ -13,7 +12,7 @@ import jax.monitoring
 from jax.sharding import Mesh
 
 from compiled.program_cache import cache_options_restored, use_persistent_cache
-from compiled.programs import Program, RefusedError, Shape
+from compiled.programs import RefusedError, Shape
 from compiled.runner import ModelRunner
 from compiled.shapes import PENALTIES, ZERO_STATE, Buckets, make_buckets
 from compiled.state import MAX_REQUESTED_IDS
@@ -27,7 +26,7 @@ from serve.engine.engine import Engine
 from serve.engine.observer import Observer
 from serve.engine.request import EngineLimits, EngineOptions
 from serve.server.console import Reporter
-from serve.server.memory_plan import MemoryPlan, PlanError, free_memory, plan_memory
+from serve.server.memory_plan import PlanError, free_memory, plan_memory
 from serve.server.model_files import ModelFiles, StartupError, api_name, open_model
 from serve.server.startup_events import (
     Event,
@@ -35,7 +34,6 @@ from serve.server.startup_events import (
     defaults_applied,
     memory_planned,
     model_found,
-    program_compiled,
     weights_loaded,
 )
 from serve.text.tokenizer import Tokenizer
@@ -69,35 +67,39 @@ class Loaded:
 
 
 @cache_options_restored()
-def load(config: EngineConfig, reporter: Reporter) -> Loaded:
+def load(options: EngineConfig, reporter: Reporter) -> Loaded:
     """Load and compile a model.
 
     Raises:
         STARTUP_ERRORS: the model cannot be served; the message is for the user.
     """
     try:
-        use_persistent_cache(config.compilation_cache_dir.expanduser())
+        use_persistent_cache(options.compilation_cache_dir.expanduser())
     except (OSError, RuntimeError) as error:
-        raise StartupError(f"--compilation-cache-dir {config.compilation_cache_dir}: {error}") from error
-    mesh = _mesh(config)
+        raise StartupError(f"--compilation-cache-dir {options.compilation_cache_dir}: {error}") from error
+    mesh = _mesh(options)
 
     def on_prepare(line: str) -> None:
         reporter.report(Event("preparing", line))
 
     if jax.default_backend() == "cpu":
         ensure_built(on_prepare)
-    with open_model(config, on_prepare) as files:
+    with open_model(options, on_prepare) as files:
+        config, max_model_len = files.config, files.max_model_len
         if values := files.defaults.set_fields():
             reporter.report(defaults_applied(values))
-        reporter.report(_model_found(files))
-        config, max_model_len = files.config, files.max_model_len  # the dtype is resolved
+        reporter.report(model_found(files, jax.devices()[0]))
         buckets = make_buckets(
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
             max_num_batched_tokens=config.batched_tokens,
             full_vocab=config.max_logprobs == -1,
         )
-        plan = _plan(files, buckets)
+        free, platform = free_memory(config.tensor_parallel_size), jax.default_backend()
+        try:
+            plan = plan_memory(files.checkpoint.config, buckets, config, free=free, platform=platform)
+        except PlanError as error:
+            raise StartupError(f"{files.source.name}: {error}") from None
         reporter.report(memory_planned(plan, max_model_len))
         model = _load_weights(files, mesh, reporter)
     try:
@@ -131,36 +133,6 @@ def _mesh(config: EngineConfig) -> Mesh | None:
     return tensor_mesh(devices[:count]) if count > 1 else None
 
 
-def _model_found(files: ModelFiles) -> Event:
-    device = jax.devices()[0]
-    return model_found(
-        files.config,
-        model=files.source.name,
-        family=files.checkpoint.config.family,
-        parameters=sum(math.prod(info.shape) for info in files.checkpoint.names().values()),
-        platform=device.platform,
-        device=device.device_kind,
-        max_model_len=files.max_model_len,
-    )
-
-
-def _plan(files: ModelFiles, buckets: Buckets) -> MemoryPlan:
-    config = files.config
-    try:
-        return plan_memory(
-            files.checkpoint.config,
-            buckets,
-            dtype=config.dtype,
-            int8=config.quantization == "int8",
-            cache=config.kv_cache_memory,
-            free=free_memory(config.tensor_parallel_size),
-            shards=config.tensor_parallel_size,
-            platform=jax.default_backend(),
-        )
-    except PlanError as error:
-        raise StartupError(f"{files.source.name}: {error}") from None
-
-
 def _load_weights(files: ModelFiles, mesh: Mesh | None, reporter: Reporter) -> BoundModel:
     start = time.perf_counter()
     with reporter.loading() as progress:
@@ -189,12 +161,7 @@ def _compile(model: BoundModel, buckets: Buckets, pages: int, config: EngineConf
 
     jax.monitoring.register_event_listener(listen)
     try:
-        with reporter.compiling([shape.name for shape in shapes]) as ready:
-
-            def on_compiled(program: Program) -> None:
-                times = (program.lower_seconds, program.compile_seconds)
-                ready(program_compiled(program.name, *times, program.temp_bytes))
-
+        with reporter.compiling([shape.name for shape in shapes]) as on_compiled:
             k = config.computed_logprobs
             runner = ModelRunner(model, buckets, pages=pages, max_logprobs=k, on_compiled=on_compiled)
     finally:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 from serve import __version__
-from serve.config.config import EngineConfig, ServeConfig
+from serve.config.config import ServeConfig
 from serve.config.values import mb
 
 if TYPE_CHECKING:
+    import jax
+
+    from compiled.programs import Program
     from serve.server.memory_plan import MemoryPlan
+    from serve.server.model_files import ModelFiles
 
 LABEL_STYLE = "bold cyan"
 # Parts of the memory bar. The shades differ so that the bar can be read without colors.
@@ -54,16 +59,17 @@ def defaults_applied(values: Mapping[str, Any]) -> Event:
     return Event("defaults_taken", line, {"values": values})
 
 
-def model_found(
-    config: EngineConfig, *, model: str, family: str, parameters: int, platform: str, device: str, max_model_len: int
-) -> Event:
-    """The model to be loaded, and its device, whose kind JAX names `device`."""
+def model_found(files: "ModelFiles", device: "jax.Device") -> Event:
+    """The model to be loaded, and one of its devices."""
+    config, model, family = files.config, files.source.name, files.checkpoint.config.family
+    parameters = sum(math.prod(info.shape) for info in files.checkpoint.names().values())
     devices, max_num_seqs, weights_as = config.tensor_parallel_size, config.max_num_seqs, config.weights_as
+    platform, max_model_len = device.platform, files.max_model_len
     fields = {"model": model, "family": family, "parameters": parameters, "weights_as": weights_as}
-    fields |= {"platform": platform, "device": device, "devices": devices}
+    fields |= {"platform": platform, "device": device.device_kind, "devices": devices}
     fields |= {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
     weights = f"{family}, {_count(parameters)} parameters, {weights_as}"
-    placement = platform if device.lower() == platform else f"{platform} ({device})"
+    placement = platform if device.device_kind.lower() == platform else f"{platform} ({device.device_kind})"
     placement += f", sharded across {devices} devices" if devices > 1 else ""
     requests = f"up to {max_num_seqs} concurrent requests of {max_model_len:,} tokens"
     table = Table.grid(padding=(0, 2))
@@ -108,12 +114,11 @@ def weights_loaded(size: int, seconds: float, kernels: tuple[str, ...]) -> Event
     return Event("weights_loaded", line, {"bytes": size, "seconds": seconds, "kernels": kernels})
 
 
-def program_compiled(program: str, lower_seconds: float, compile_seconds: float, scratch_bytes: int) -> Event:
-    """One program is ready; `compile_seconds` includes reading it from the persistent cache."""
-    times = f"lower {lower_seconds:5.2f} s  compile {compile_seconds:5.2f} s"
-    line = f"  {program:<12} {times}  scratch {scratch_bytes / 2**20:6.1f} MiB"
-    fields = {"program": program, "lower_seconds": lower_seconds, "compile_seconds": compile_seconds}
-    return Event("program_compiled", line, fields | {"scratch_bytes": scratch_bytes}, logging.DEBUG)
+def program_compiled(program: "Program") -> Event:
+    times, scratch = ("lower_seconds", "compile_seconds"), program.temp_bytes
+    fields = {"program": program.name} | {name: getattr(program, name) for name in times} | {"scratch_bytes": scratch}
+    line = f"  {program.name:<12} lower {program.lower_seconds:5.2f} s  compile {program.compile_seconds:5.2f} s"
+    return Event("program_compiled", f"{line}  scratch {scratch / 2**20:6.1f} MiB", fields, logging.DEBUG)
 
 
 def all_compiled(programs: int, cached: int, seconds: float) -> Event:
@@ -167,10 +172,6 @@ def curl_command(url: str, *, keyed: bool, chats: bool) -> str:
 
 def failed(message: str) -> Event:
     return Event("failed", f"error: {message}", {"message": message}, logging.ERROR)
-
-
-def interrupted() -> Event:
-    return Event("interrupted", "interrupted during start-up", level=logging.ERROR)
 
 
 def _reachable(url: str) -> str:

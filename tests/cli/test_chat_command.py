@@ -1,6 +1,7 @@
 """`logprobd chat` without a terminal: output streams and exit codes, with a scripted model."""
 
 import io
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -16,20 +17,9 @@ from serve.engine.request import Request
 from serve.server.console import Reporter
 from serve.server.model_files import StartupError
 from serve.server.startup import Loaded
-from serve.server.startup_events import failed, interrupted
+from serve.server.startup_events import Event, failed
 from tests.support.http_client import END
-from tests.support.scoring import fake_load, scripted_runner
-
-
-class RecordingReporter(Reporter):
-    """A reporter that records events."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.events: list[Any] = []
-
-    def report(self, event: Any) -> None:
-        self.events.append(event)
+from tests.support.scoring import RecordingReporter, fake_load, scripted_runner
 
 
 @pytest.fixture
@@ -79,7 +69,10 @@ def fails_with(error: BaseException) -> Any:
 
 @pytest.mark.parametrize(
     ("error", "code", "event"),
-    [(StartupError("why"), 1, failed("why")), (KeyboardInterrupt(), 130, interrupted())],
+    [
+        (StartupError("why"), 1, failed("why")),
+        (KeyboardInterrupt(), 130, Event("interrupted", "interrupted during start-up", level=logging.ERROR)),
+    ],
 )
 def test_main_reports_a_failed_start(
     monkeypatch: pytest.MonkeyPatch, reporter: RecordingReporter, error: BaseException, code: int, event: object

@@ -56,7 +56,7 @@ class Command:
         self.patch.setattr(llm, "load", self.load or fake_load(self.runner, self.fingerprint))
         code = command.main(parse_args([str(file), *flags]))
         printed = self.capture.readouterr()
-        self.out, self.err = printed.out, printed.err + "\n".join(reporter.lines)
+        self.out, self.err = printed.out, printed.err + "\n".join(event.line for event in reporter.events)
         return code
 
     def rows(self, rows: list[Any], name: str = "rows.jsonl") -> Path:

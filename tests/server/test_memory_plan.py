@@ -14,6 +14,7 @@ from model.config_hf import config_from_hf
 from model.weights.loader import load_model, weight_bytes
 from model.weights.source import ModelSource
 from model.weights.weight_table import open_checkpoint
+from serve.config.config import EngineConfig
 from serve.config.flags import parse_args
 from serve.config.values import MemoryAmount
 from serve.server import memory_plan
@@ -28,7 +29,8 @@ PLENTY = 1 << 34
 
 
 def pages(cache: MemoryAmount | None, free: int | None) -> int:
-    return plan_memory(CONFIG, BUCKETS, dtype="float32", int8=False, cache=cache, free=free).pages
+    config = EngineConfig(dtype="float32", kv_cache_memory=cache)
+    return plan_memory(CONFIG, BUCKETS, config, free=free).pages
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma3", "olmo2", "phi3"])
@@ -38,20 +40,20 @@ def test_weight_bytes_are_those_of_the_loaded_model(tmp_path: Path, case: str) -
     with closing(open_checkpoint(ModelSource("m", tmp_path))) as checkpoint:
         model = load_model(checkpoint, "float32")
     assert sum(leaf.nbytes for leaf in model.leaves) == weight_bytes(checkpoint.config, "float32")
-    half, int8 = (weight_bytes(checkpoint.config, "bfloat16", int8=each) for each in (False, True))
-    assert int8 < 0.6 * half < 0.4 * weight_bytes(checkpoint.config, "float32")
+    half, quarter = (weight_bytes(checkpoint.config, "bfloat16", int8=int8) for int8 in (False, True))
+    assert quarter < 0.6 * half < 0.4 * weight_bytes(checkpoint.config, "float32")
 
 
 def test_plan_memory_cache_size_by_default() -> None:
     all_rows = pages(None, PLENTY)
     assert all_rows == pages(None, None) == 4 * 4 + 1
-    plan = plan_memory(CONFIG, BUCKETS, dtype="float32", int8=False, cache=None, free=PLENTY)
+    plan = plan_memory(CONFIG, BUCKETS, EngineConfig(dtype="float32"), free=PLENTY)
     tight = plan.weights + plan.workspace + 7 * plan.page_bytes + 5
     assert pages(None, tight) == 7
 
 
 def test_plan_memory_fraction_of_free_memory() -> None:
-    plan = plan_memory(CONFIG, BUCKETS, dtype="float32", int8=False, cache=None, free=PLENTY)
+    plan = plan_memory(CONFIG, BUCKETS, EngineConfig(dtype="float32"), free=PLENTY)
     free = plan.weights + plan.workspace + 100 * plan.page_bytes
     assert pages(0.5, free) == 50
     assert pages(30 * plan.page_bytes, free) == 30

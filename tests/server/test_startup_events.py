@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,16 +18,13 @@ from serve.config.config import ServeConfig
 from serve.config.flags import parse_args
 from serve.server.console import Reporter, is_terminal, start_reporting
 from serve.server.memory_plan import MemoryPlan
+from serve.server.model_files import StartupError
 from serve.server.startup_events import (
-    Event,
     all_compiled,
     curl_command,
     defaults_applied,
-    failed,
-    interrupted,
     memory_planned,
     model_found,
-    program_compiled,
     server_started,
     weights_loaded,
 )
@@ -43,7 +41,16 @@ FACTS: dict[str, Any] = {
     "device": "cpu",
     "max_model_len": 8192,
 }
-MODEL = model_found(CONFIG, **FACTS)
+FILES: Any = SimpleNamespace(
+    config=CONFIG,
+    source=SimpleNamespace(name=FACTS["model"]),
+    checkpoint=SimpleNamespace(
+        config=SimpleNamespace(family="llama"), names=lambda: {"weight": SimpleNamespace(shape=(FACTS["parameters"],))}
+    ),
+    max_model_len=8192,
+)
+DEVICE: Any = SimpleNamespace(platform="cpu", device_kind="cpu")
+MODEL = model_found(FILES, DEVICE)
 PLAN = MemoryPlan(269_000_000, 694, 1_549_000, 33_000_000, 16_108_000_000)
 URL = "http://127.0.0.1:8000"
 SERVING = server_started(CONFIG, ("m", "alias"), URL, chats=True)
@@ -55,8 +62,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def program(name: str) -> Event:
-    return program_compiled(name, 0.25, 0.5, 2**20)
+def program(name: str) -> Any:
+    return SimpleNamespace(name=name, lower_seconds=0.25, compile_seconds=0.5, temp_bytes=2**20)
 
 
 def start(reporter: Reporter) -> None:
@@ -122,16 +129,16 @@ def test_reporter_json_has_all_fields() -> None:
 def test_reporter_failure_in_every_form() -> None:
     error = "m: [bold]2 tensors[/bold] are missing:\n  a\n  b"
     reporter, stream = lines()
-    reporter.report(failed(error))
+    assert reporter.fail(StartupError(error)) == 1
     assert stream.getvalue() == f"error: {error}\n"
     reporter, stream = lines(as_json=True)
-    reporter.report(failed(error))
+    reporter.fail(StartupError(error))
     event = json.loads(stream.getvalue())
     assert (event["level"], event["event"], event["message"]) == ("error", "failed", error)
     reporter, text = screen()
-    reporter.report(failed(error))
-    reporter.report(interrupted())
-    assert text() == f"error: {error}\n{interrupted().line}\n"
+    reporter.fail(StartupError(error))
+    assert reporter.fail(KeyboardInterrupt()) == 130
+    assert text() == f"error: {error}\ninterrupted during start-up\n"
 
 
 @pytest.mark.parametrize("verbose", [False, True])

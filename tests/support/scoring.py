@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -73,15 +72,15 @@ def open_llm(runner: FakeRunner, config: EngineConfig, context: int = CONTEXT) -
         return LLM.open(config, Reporter(None))
 
 
-@dataclass(slots=True)
-class RecordingReporter:
-    """A reporter that records lines."""
+class RecordingReporter(Reporter):
+    """A reporter that records events."""
 
-    lines: list[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[Event] = []
 
     def report(self, event: Event) -> None:
-        """Record the line of an event."""
-        self.lines.append(event.line)
+        self.events.append(event)
 
 
 def expected_numbers(token_ids: Sequence[int]) -> tuple[list[Any], list[Any]]:

@@ -11,6 +11,7 @@ from model.config import ModelConfig
 from model.weights.gguf import GgufCheckpoint
 from model.weights.source import ModelSource, resolve_model
 from model.weights.weight_table import load_weights, open_checkpoint
+from serve.config.config import EngineConfig
 from serve.config.generation_config import defaults_of
 from serve.server.memory_plan import PlanError, plan_memory
 from serve.server.model_files import STARTUP_ERRORS, check_template, check_tokenizer
@@ -74,4 +75,4 @@ def _plan(config: ModelConfig) -> None:
     length = config.max_position_embeddings
     buckets = make_buckets(max_num_seqs=4, max_model_len=length, max_num_batched_tokens=64)
     config = replace(config.for_length(length), layers=config.layers[:2])  # planning a hundred layers takes a second
-    plan_memory(config, buckets, dtype="float32", int8=False, cache=None, free=_BYTES)
+    plan_memory(config, buckets, EngineConfig(dtype="float32"), free=_BYTES)

@@ -30,7 +30,7 @@ from serve.cli.score.texts import ScoreError, Source, TextReader, make_context, 
 from serve.llm import LLM
 from serve.server.console import Reporter, start_reporting
 from serve.server.model_files import STARTUP_ERRORS, chosen_template
-from serve.server.startup_events import Event, failed, interrupted
+from serve.server.startup_events import Event, failed
 
 _MODEL_KEYS = ("fingerprint", "context", "context_stride")  # parts of `Checkpoint.made_with` that need a loaded model
 _STOPPED = "stopped; run the same command again to resume"
@@ -52,13 +52,14 @@ def main(config: ScoreConfig) -> int:
     try:
         checkpoint, speed = _score(config, paths, reporter)
     except (*STARTUP_ERRORS, ScoreError) as error:
-        reporter.report(failed(str(error)))
-        return 1
+        return reporter.fail(error)
     except OSError as error:
         reporter.report(failed(f"{error.filename or paths.output}: {error.strerror or error}"))
         return 1
-    except KeyboardInterrupt:  # before the first line or after the last
-        reporter.report(failed(_STOPPED) if paths.meta.exists() else interrupted())
+    except KeyboardInterrupt as error:  # before the first line or after the last
+        if not paths.meta.exists():
+            return reporter.fail(error)
+        reporter.report(failed(_STOPPED))
         return 130
     except _StoppedError as stopped:
         reporter.report(failed(f"after line {stopped.line:,}: {_STOPPED}"))

@@ -31,7 +31,7 @@ def fields_of(record: AnswerRecord) -> dict[str, object]:
         "status": record.status,
         "client": _address(record.client),
         "key": record.key,
-        "bytes": record.sent,
+        "bytes": record.body_bytes,
         "seconds": record.seconds,
         "error": record.error,
     }

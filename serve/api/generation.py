@@ -1,4 +1,4 @@
-"""Runs the choices of a request in the engine and turns their events into text with log-probs."""
+"""Run the choices of a request in the engine and turn their events into text with log-probs."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
@@ -53,13 +53,13 @@ class Choice:
     request: Request
     make_decoder: Callable[[], OutputDecoder]
     is_first_of_prompt: bool  # the choice whose request scores the prompt
-    alternatives: int | None  # per generated token; None: no log-probs
+    alternatives: int | None  # per generated token; None without log-probs
     handle: RequestHandle | None = None  # once it is admitted
     num_tokens: int = 0  # generated so far
     columns: CompletionLogprobs | None = None  # of a completion whose first delta has been rendered
 
     def admit(self, engine: EngineClient, *, bypass_limits: bool) -> None:
-        """Queue the request unless that has been done, see `Engine.admit`."""
+        """Queue the request if it is not admitted yet, see `Engine.admit`."""
         if self.handle is None:
             self.handle = engine.admit(self.request, bypass_limits=bypass_limits)
 
@@ -92,7 +92,7 @@ class Choice:
 
 
 def output_logprobs(output: Output, alternatives: int) -> TokenLogprobs:
-    """Checked log-probs of the tokens of an output; raises as `wire_logprobs` does."""
+    """Log-probs of the tokens of an output, checked as in `wire_logprobs`."""
     return wire_logprobs(output.all_scores(alternatives), len(output.token_ids), alternatives)
 
 
@@ -101,8 +101,8 @@ async def merge(
 ) -> AsyncGenerator[tuple[Choice, Output]]:
     """Run all choices and yield their deltas as they arrive; the first delta of a prompt is one of its first choice.
 
-    If one choice fails, all are aborted. So they are when `max_unread` deltas are waiting for the reader, which then
-    gets the error after these deltas.
+    All choices are aborted if one fails, or if `max_unread` deltas are waiting for the reader, which then gets the
+    error after these deltas.
 
     Raises:
         QueueFullError: the first choice finds the queue full.

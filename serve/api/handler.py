@@ -1,4 +1,4 @@
-"""Handler: what chat and completions share, from the bytes of a request to its response."""
+"""Handler: the steps that chat and completions share, from the bytes of a request to its response."""
 
 import asyncio
 import logging
@@ -49,6 +49,7 @@ class Job[B: GenerationRequest]:
     header: dict[str, Any]  # first fields of the response and of every chunk
     prompts: list[Prompt]
     choices: list[Choice]
+    prompt_tokens: int  # of all prompts
     prompt_logprobs: PromptLogprobs
     names: TokenNames
 
@@ -123,6 +124,7 @@ class Handler[B: GenerationRequest](ABC):
             header=header,
             prompts=prompts,
             choices=choices,
+            prompt_tokens=sum(map(len, ids)),
             prompt_logprobs=prompt_logprobs,
             names=TokenNames(context.model.tokenizer, config.return_tokens_as_token_ids if as_ids is None else as_ids),
         )
@@ -178,9 +180,8 @@ class Handler[B: GenerationRequest](ABC):
                 rows = PromptScoring(requested.start, full_vocab=True)
                 prompt.full_vocab_request = new_request(prompt, SamplingParams(0, prompt=rows))
             for i in range(body.n or 1):
-                params = choice_params(
-                    shared, i, max_tokens=prompt.max_tokens, seed=body.seed, prompt=requested.scoring
-                )
+                scoring = requested.scoring
+                params = choice_params(shared, i, max_tokens=prompt.max_tokens, seed=body.seed, prompt=scoring)
                 # The others wait for the first choice, which alone can time out in the queue.
                 request = new_request(prompt, params, math.inf) if choices else new_request(prompt, params)
                 choices.append(Choice(len(choices), prompt, request, make_decoder, i == 0, alternatives))
@@ -214,11 +215,11 @@ class Handler[B: GenerationRequest](ABC):
     async def _chunks(self, job: Job[B]) -> AsyncGenerator[dict[str, Any]]:
         options = job.body.stream_options or StreamOptions()
         ends_with_usage = self._context.config.enable_force_include_usage or bool(options.include_usage)
-        prompt_tokens, generated, cached = _prompt_tokens(job), 0, 0
+        generated = cached = 0  # tokens
         opened: set[int] = set()
 
         def chunk(fields: dict[str, Any], *, with_usage: bool) -> dict[str, Any]:
-            return job.header | fields | ({"usage": _usage(prompt_tokens, generated, cached)} if with_usage else {})
+            return job.header | fields | ({"usage": _usage(job.prompt_tokens, generated, cached)} if with_usage else {})
 
         continuous = ends_with_usage and bool(options.continuous_usage_stats)
         async with aclosing(self._deltas(job)) as deltas:
@@ -239,7 +240,7 @@ class Handler[B: GenerationRequest](ABC):
     def _total_usage(self, job: Job[B], outputs: Sequence[Output]) -> dict[str, Any]:
         pairs = zip(job.choices, outputs, strict=True)
         cached = sum(output.cached_tokens for choice, output in pairs if choice.is_first_of_prompt)
-        return _usage(_prompt_tokens(job), sum(len(output.token_ids) for output in outputs), cached)
+        return _usage(job.prompt_tokens, sum(len(output.token_ids) for output in outputs), cached)
 
     @abstractmethod
     def _alternatives(self, body: B) -> tuple[int | None, int | None]:
@@ -254,7 +255,7 @@ class Handler[B: GenerationRequest](ABC):
         """The complete response. Slow: run it in a thread."""
 
     async def _opening(self, job: Job[B], choice: Choice) -> dict[str, Any] | None:
-        """Fields of a chunk that precedes the first delta of a choice; None: no such chunk."""
+        """Fields of a chunk that precedes the first delta of a choice; None if there is no such chunk."""
         del job, choice
         return None
 
@@ -273,10 +274,6 @@ def choice_fields(
     if job.body.return_token_ids or not job.body.stream:
         fields["token_ids"] = output.token_ids if job.body.return_token_ids else None
     return fields
-
-
-def _prompt_tokens(job: Job[Any]) -> int:
-    return sum(len(prompt.ids) for prompt in job.prompts)
 
 
 def _usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:

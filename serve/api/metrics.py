@@ -104,7 +104,7 @@ class Metrics(Observer):
         gauge("num_requests_waiting", "Waiting requests", lambda: gauges().waiting, engine)
         gauge("kv_cache_usage_perc", "Fraction of KV cache pages in use, 0 to 1", lambda: gauges().cache_usage, engine)
         gauge("cache_config_info", "Configuration of the KV cache, as labels", lambda: 1, engine, **cache)
-        text = "Finished requests kept for reading their full rows"  # vLLM has no such metric
+        text = "Finished requests whose pages are pinned for full-vocabulary log-probs"  # vLLM has no such metric
         gauge("num_requests_held", text, lambda: gauges().pinned, self._process)
 
     def text(self) -> bytes:

@@ -65,7 +65,7 @@ class AnswerRecord:
     seconds: float = 0.0  # until the end of the answer
     handler: str = NO_ROUTE  # path of the route, such as "/v1/models/{id:path}"
     status: int = 0  # 0 if no answer was sent
-    sent: int = 0  # bytes of the answer's body
+    body_bytes: int = 0  # of the answer
     error: str | None = None  # code of the error in the answer or in the stream
     measure: Callable[[], Work] | None = None  # set by handlers that use the engine
     work: Work | None = None
@@ -195,7 +195,7 @@ def _recorder(send: Send, record: AnswerRecord) -> Send:
             headers["x-request-id"] = record.request_id
             headers.setdefault("x-content-type-options", "nosniff")
         elif message["type"] == "http.response.body":
-            record.sent += len(message.get("body", b""))
+            record.body_bytes += len(message.get("body", b""))
         await send(message)
 
     return record_and_send

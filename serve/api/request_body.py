@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect, Request
 from serve.api.errors import APIError, client_gone
 
 _MAX_LARGE = 4  # bodies of the maximum size that may be in memory together
-_SMALL = 64 << 10  # bytes of each body that are not counted, so that slow large bodies never keep out small ones
+_SMALL = 64 << 10  # bytes of each body that are not counted, so that slow large bodies never block small ones
 
 
 class Bodies:

@@ -1,4 +1,4 @@
-"""Responses that watch the connection: server-sent events, and JSON that is cancelled if the client disconnects."""
+"""Responses that end if the client disconnects: server-sent events, and JSON documents."""
 
 import asyncio
 import logging
@@ -22,7 +22,7 @@ _PIECE = 256 << 10  # bytes
 class ClosingStream(StreamingResponse):
     """A streamed body that calls `on_close` when it ends in any way, and records why it ended early.
 
-    The generator's own `finally` would run too late if the client is cut off during a write.
+    The generator's own `finally` would run too late if the connection is closed during a write.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ClosingStream(StreamingResponse):
 class _PiecewiseResponse(Response):
     """A body in memory that is sent in pieces, at the pace of its reader.
 
-    A transport would accept the body at once, and how much an encrypted one still holds cannot be measured.
+    A transport would buffer all of it at once, and the unsent part of an encrypted transport cannot be measured.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -126,7 +126,7 @@ def check_size(param: str, text: str, limits: EngineLimits) -> None:
 
 
 def check_number_of_ids(param: str, ids: Sequence[int], body: GenerationRequest, limits: EngineLimits) -> None:
-    """Refuse a list of ids that cannot fit before each is checked, unless it will be truncated."""
+    """Refuse more ids than the context holds before each is checked, unless they will be truncated."""
     if body.truncate_prompt_tokens is None and len(ids) > limits.max_model_len:
         message = f"This model's maximum context length is {limits.max_model_len} tokens, but `{param}` has {len(ids)}."
         raise invalid(param, message, "context_length_exceeded")

@@ -27,6 +27,11 @@ def parse_memory(text: str) -> MemoryAmount:
     return share
 
 
+def error_reason(error: Exception) -> str:
+    """The first line of an error's message, or the name of its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def mb(size: int) -> str:
     """Bytes as "1,234 MB"."""
     return f"{size / 1e6:,.0f} MB"

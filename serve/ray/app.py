@@ -19,6 +19,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("error: Ray is not installed: run `make ray`, or `pip install 'logprobd[ray]'`")
 
+from serve.config.values import error_reason
 from serve.ray.front import Front, PrefixRouter
 from serve.ray.options import RayConfig, config_of, parse_ray_args
 from serve.ray.replica import Replica
@@ -117,8 +118,7 @@ def _start_ray(config: RayConfig) -> None:
         # "local": do not join another Ray cluster of this machine.
         ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise StartupError(f"--address {config.address}: {reason}") from error
+        raise StartupError(f"--address {config.address}: {error_reason(error)}") from error
 
 
 def _deploy(config: RayConfig, port: int) -> None:

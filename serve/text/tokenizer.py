@@ -12,6 +12,8 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
+from serve.config.values import error_reason
+
 SPACE = "\u2581"  # how SentencePiece writes a space
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _NOT_A_BYTE = "\uffff"  # does not fit into Latin-1, so encoding it fails
@@ -145,8 +147,7 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
         with panics_as_errors():
             loaded: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # broken files raise almost anything, including a bare Exception from `tokenizers`
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TokenizerError(f"{model_dir}: the tokenizer cannot be loaded: {reason}") from error
+        raise TokenizerError(f"{model_dir}: the tokenizer cannot be loaded: {error_reason(error)}") from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, Backend):
         raise TokenizerError(f"{model_dir}: {type(loaded).__name__} is not a fast tokenizer")

@@ -121,7 +121,7 @@ def record(**fields: Any) -> AnswerRecord:
 
 def test_access_log_line_and_fields(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "serve.api.access_log")
-    log_answer(record(client="::1", sent=12))
+    log_answer(record(client="::1", body_bytes=12))
     assert caplog.messages == ["GET /v1/models 200 request_id=a client=::1 bytes=12 seconds=0.0"]
     line = json.loads(JsonFormatter().format(caplog.records[0]))
     assert (line["request_id"], line["status"], line["bytes"], line["path"]) == ("a", 200, 12, "/v1/models")

@@ -82,7 +82,7 @@ def rows_of(entry: dict[str, Any]) -> list[tuple[int, float, int]]:
 @pytest.mark.parametrize("max_tokens", [0, 2])
 @PATHS
 @STREAMS
-async def test_full_rows_contain_vocabulary(
+async def test_full_vocab_contain_vocabulary(
     fresh_server: Server, path: str, stream: bool, k: int, max_tokens: int
 ) -> None:
     prompt = PROMPTS[path]
@@ -100,7 +100,7 @@ async def test_full_rows_contain_vocabulary(
 
 
 @PATHS
-async def test_full_rows_equal_for_every_k(server: Server, path: str) -> None:
+async def test_full_vocab_equal_for_every_k(server: Server, path: str) -> None:
     few = (await answer_of(server, path, prompt_logprobs=K))["prompt_logprobs"]
     full = (await answer_of(server, path, prompt_logprobs=-1))["prompt_logprobs"]
     for small, large in zip(few[1:], full[1:], strict=True):
@@ -112,7 +112,7 @@ async def test_full_rows_equal_for_every_k(server: Server, path: str) -> None:
 @pytest.mark.parametrize("start", [1, 2, 8])
 @PATHS
 @STREAMS
-async def test_full_rows_start(fresh_server: Server, path: str, stream: bool, start: int) -> None:
+async def test_full_vocab_start(fresh_server: Server, path: str, stream: bool, start: int) -> None:
     plain = (await answer_of(fresh_server, path, prompt_logprobs=-1))["prompt_logprobs"]
     fresh_server.runner.calls.clear()
     answer = await answer_of(fresh_server, path, stream=stream, prompt_logprobs=-1, prompt_logprobs_start=start)
@@ -120,13 +120,13 @@ async def test_full_rows_start(fresh_server: Server, path: str, stream: bool, st
     assert sum(live for name, live in fresh_server.runner.calls if name == "vocabulary") == len(plain) - start
 
 
-async def test_full_rows_of_one_token(server: Server) -> None:
+async def test_full_vocab_of_one_token(server: Server) -> None:
     answer = await server.complete(prompt=[5], prompt_logprobs=-1)
     assert answer["choices"][0]["prompt_logprobs"] == [None]
 
 
 @STREAMS
-async def test_full_rows_in_first_choice_only(fresh_server: Server, stream: bool) -> None:
+async def test_full_vocab_in_first_choice_only(fresh_server: Server, stream: bool) -> None:
     fields: dict[str, Any] = {"prompt": ["abc", "de"], "n": 2, "prompt_logprobs": -1, "max_tokens": 1}
     if stream:
         choices = [choice for chunk in await fresh_server.complete_stream(**fields) for choice in chunk["choices"]]
@@ -142,7 +142,7 @@ async def test_full_rows_in_first_choice_only(fresh_server: Server, stream: bool
 
 
 @STREAMS
-async def test_full_rows_echo_keeps_its_k(server: Server, stream: bool) -> None:
+async def test_full_vocab_echo_keeps_its_k(server: Server, stream: bool) -> None:
     choice = await answer_of(
         server, COMPLETIONS, stream=stream, echo=True, logprobs=2, prompt_logprobs=-1, max_tokens=0
     )
@@ -155,7 +155,7 @@ async def test_full_rows_echo_keeps_its_k(server: Server, stream: bool) -> None:
     ]
 
 
-async def test_full_rows_share_salt_and_priority(fresh_server: Server) -> None:
+async def test_full_vocab_share_salt_and_priority(fresh_server: Server) -> None:
     requests = submitted(fresh_server)
     await fresh_server.complete(prompt="abc", prompt_logprobs=-1, cache_salt="a", priority=3, max_tokens=1)
     assert [(request.cache_salt, request.priority) for request in requests] == [("a", 3)] * 2
@@ -164,7 +164,7 @@ async def test_full_rows_share_salt_and_priority(fresh_server: Server) -> None:
 
 @PATHS
 @STREAMS
-async def test_full_rows_are_sent_one_by_one(fresh_server: Server, path: str, stream: bool) -> None:
+async def test_full_vocab_are_sent_one_by_one(fresh_server: Server, path: str, stream: bool) -> None:
     """Only one block of rows is in memory: the first block is sent before the engine computes the next."""
     gate = fresh_server.runner.before_call = Gate("vocabulary", after=2)  # two calls are one block of eight rows
     connection = Connection(path, body_of(path, prompt_logprobs=-1, max_tokens=1, stream=stream))
@@ -183,7 +183,7 @@ async def test_full_rows_are_sent_one_by_one(fresh_server: Server, path: str, st
 @PATHS
 @STREAMS
 @pytest.mark.parametrize("after", [0, 2])
-async def test_full_rows_disconnect(fresh_server: Server, path: str, stream: bool, after: int) -> None:
+async def test_full_vocab_disconnect(fresh_server: Server, path: str, stream: bool, after: int) -> None:
     long = {"messages": [{"role": "user", "content": "x" * 40}]} if path == CHAT else {"prompt": "x" * 40}
     gate = fresh_server.runner.before_call = Gate("vocabulary", after=after)
     body = (chat_body if path == CHAT else completion_body)(**long, prompt_logprobs=-1, n=2, stream=stream)
@@ -198,7 +198,7 @@ async def test_full_rows_disconnect(fresh_server: Server, path: str, stream: boo
 
 @PATHS
 @STREAMS
-async def test_full_rows_engine_fails_before_first(fresh_server: Server, path: str, stream: bool) -> None:
+async def test_full_vocab_engine_fails_before_first(fresh_server: Server, path: str, stream: bool) -> None:
     fresh_server.runner.fail_once("vocabulary")
     response = await fresh_server.post(path, body_of(path, prompt_logprobs=-1, max_tokens=1, stream=stream))
     assert error_of(response, 500)["code"] == "engine_error"
@@ -206,7 +206,7 @@ async def test_full_rows_engine_fails_before_first(fresh_server: Server, path: s
     await fresh_server.assert_idle()
 
 
-async def test_full_rows_engine_fails_later(fresh_server: Server) -> None:
+async def test_full_vocab_engine_fails_later(fresh_server: Server) -> None:
     """The body does not end, so no client takes it for complete."""
     fresh_server.runner.fail_once("vocabulary", after=2)
     connection = Connection(COMPLETIONS, body_of(COMPLETIONS, prompt_logprobs=-1, max_tokens=1))
@@ -220,7 +220,7 @@ async def test_full_rows_engine_fails_later(fresh_server: Server) -> None:
     await fresh_server.assert_idle()
 
 
-async def test_full_rows_stream_fails(fresh_server: Server) -> None:
+async def test_full_vocab_stream_fails(fresh_server: Server) -> None:
     """The interrupted event is not valid JSON; the error is an event of its own."""
     fresh_server.runner.fail_once("vocabulary", after=2)
     torn, error, done = events_of(
@@ -235,7 +235,7 @@ async def test_full_rows_stream_fails(fresh_server: Server) -> None:
 
 @PATHS
 @STREAMS
-async def test_full_rows_with_full_queue(
+async def test_full_vocab_with_full_queue(
     server: Server, path: str, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     admit = server.engine.admit
@@ -252,7 +252,7 @@ async def test_full_rows_with_full_queue(
 
 
 @STREAMS
-async def test_full_rows_do_not_deadlock_on_pages(stream: bool) -> None:
+async def test_full_vocab_do_not_deadlock_on_pages(stream: bool) -> None:
     """Each of four requests needs two of three pages; those that hold pinned pages never wait."""
     async with serving(runner=ExactRunner, full_vocab=True, pages=4) as server:
         bodies = [

@@ -32,6 +32,7 @@ from model.weights.checkpoint import ModelLoadError
 from model.weights.loader import abstract_model
 from model.weights.source import ModelSource
 from model.weights.weight_table import open_checkpoint
+from serve.config.values import error_reason
 from tools.hlo import operations
 from tools.portability.chips import CHIPS, DEFAULT_TARGETS, Chip, TargetError, chip_of, mesh_of, use_compilers
 from tools.portability.roofline import Work, work_of
@@ -95,7 +96,7 @@ def _report(model: BoundModel, plan: Plan) -> Report | Rejection:
     try:
         (program,) = compile_plans([plan])
     except Exception as error:  # noqa: BLE001 - any exception of a compiler is a result
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        reason = error_reason(error)[:300]
         return Rejection(plan.shape.name, reason, sum(map(_bytes_on_each, jax.tree.leaves(plan.arguments))))
     memory: Any = program.compiled.memory_analysis()
     flops, moved = _counted(program)
@@ -218,7 +219,7 @@ def read_config(model: str) -> ModelConfig:
             path = Path(hf_hub_download(model, "config.json"))
         return config_from_hf(json.loads(path.read_text(encoding="utf-8")))
     except Exception as error:  # the hub client raises many types
-        raise ConfigError(f"{model}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from error
+        raise ConfigError(f"{model}: {error_reason(error)}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

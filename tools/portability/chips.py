@@ -11,6 +11,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from model.sharding import tensor_mesh
+from serve.config.values import error_reason
 
 
 class TargetError(ValueError):
@@ -99,9 +100,8 @@ def mesh_of(target: str) -> Mesh | None:
     try:
         return tensor_mesh(_devices(name, shape))
     except Exception as error:  # plug-ins raise any type
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = "" if any((Path(path) / "libtpu").is_dir() for path in sys.path) else _HINT
-        raise TargetError(f"{target}: {reason}{hint}") from error
+        raise TargetError(f"{target}: {error_reason(error)}{hint}") from error
 
 
 def _devices(name: str, shape: str) -> Sequence[jax.Device]:

@@ -8,7 +8,7 @@ import pytest
 
 from serve.cli.score import scoring
 from serve.cli.score.rows import Sums
-from serve.cli.score.scoring import open_meter, summary
+from serve.cli.score.scoring import Meter, summary
 from serve.jobs.results import perplexity
 
 SUMS = Sums(lines=3, skipped=1, scored=10, tokens=13, logprob=-10.0, text_logprob=-9.0, bytes=20, rank_1=4)
@@ -21,11 +21,11 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_open_meter_shows_a_bar_and_messages_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_meter_shows_a_bar_and_messages_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "120")
     stream = Terminal()
-    with open_meter(stream, "auto", 0) as meter:
+    with Meter(stream, "auto", 0) as meter:
         meter.message("rows.jsonl:2: [bold]is broken", WARNING)
         meter.update(0.5, SUMS)
     shown = stream.getvalue()
@@ -34,9 +34,9 @@ def test_open_meter_shows_a_bar_and_messages_on_a_terminal(monkeypatch: pytest.M
         assert part in shown
 
 
-def test_open_meter_writes_a_line_per_interval_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_meter_writes_a_line_per_interval_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
-    with open_meter(stream, "auto", 0) as meter:
+    with Meter(stream, "auto", 0) as meter:
         meter.update(0.25, SUMS)
         monkeypatch.setattr(scoring, "_INTERVAL", 0.0)
         meter.update(0.5, SUMS)
@@ -47,9 +47,9 @@ def test_open_meter_writes_a_line_per_interval_elsewhere(monkeypatch: pytest.Mon
     assert second == "a message"
 
 
-def test_open_meter_writes_json_lines() -> None:
+def test_meter_writes_json_lines() -> None:
     stream = io.StringIO()
-    with open_meter(stream, "json", 0) as meter:
+    with Meter(stream, "json", 0) as meter:
         meter.message("broken", WARNING)
     line = json.loads(stream.getvalue())
     assert (line["level"], line["message"]) == ("warning", "broken")

@@ -25,7 +25,7 @@ from serve.cli.score.journal import (
     read_checkpoint,
 )
 from serve.cli.score.rows import write_csv, write_parquet
-from serve.cli.score.scoring import Scoring, check_no_more, first_lines, open_meter, summary
+from serve.cli.score.scoring import Meter, Scoring, check_unchanged, summary
 from serve.cli.score.texts import ScoreError, Source, TextReader, make_context, open_source
 from serve.llm import LLM
 from serve.server.console import Reporter, start_reporting
@@ -37,12 +37,7 @@ _STOPPED = "stopped; run the same command again to resume"
 
 
 class _StoppedError(Exception):
-    """A signal ended the run."""
-
-    def __init__(self, code: int, line: int) -> None:
-        super().__init__()
-        self.code = code  # exit code
-        self.line = line  # last line that is written
+    """A signal ended the run. Arguments: the exit code and the number of the last line that is written."""
 
 
 def main(config: ScoreConfig) -> int:
@@ -50,7 +45,7 @@ def main(config: ScoreConfig) -> int:
     reporter = start_reporting(config)
     paths = Paths(config.output_path)
     try:
-        checkpoint, speed = _score(config, paths, reporter)
+        entries, speed = _score(config, paths, reporter)
     except (*STARTUP_ERRORS, ScoreError) as error:
         return reporter.fail(error)
     except OSError as error:
@@ -62,26 +57,30 @@ def main(config: ScoreConfig) -> int:
         reporter.report(failed(_STOPPED))
         return 130
     except _StoppedError as stopped:
-        reporter.report(failed(f"after line {stopped.line:,}: {_STOPPED}"))
-        return stopped.code
-    for name, value in (*summary(checkpoint.sums), *speed, ("output", str(paths.output))):
+        code, line = stopped.args
+        reporter.report(failed(f"after line {line:,}: {_STOPPED}"))
+        return int(code)
+    if speed:
+        entries.append(("speed", speed))
+    for name, value in (*entries, ("output", str(paths.output))):
         print(f"{name:<11} {value}")
     return 0
 
 
-def _score(config: ScoreConfig, paths: Paths, reporter: Reporter) -> tuple[Checkpoint, list[tuple[str, str]]]:
-    """Score the remaining lines. Returns the final checkpoint and the speed as an entry of the summary."""
+def _score(config: ScoreConfig, paths: Paths, reporter: Reporter) -> tuple[list[tuple[str, str]], str]:
+    """Score the remaining lines. Returns the totals and the speed as text, empty if nothing was scored."""
     if not paths.output.parent.is_dir():
         raise ScoreError(f"--output {paths.output}: there is no folder {paths.output.parent}")
-    with open_source(config.file, TextReader.fields(config.text_field)) as source, open_rows(paths) as rows:
+    columns = TextReader.fields(config.text_field)
+    with open_source(config.file, columns, config.limit) as source, open_rows(paths) as rows:
         checkpoint = _previous(config, paths, reporter)
         speed = "nothing to do: the output was complete"
         if checkpoint.complete:
-            check_no_more(config.file, first_lines(source, config.limit), checkpoint)
+            check_unchanged(source, checkpoint)
         else:
             speed = _resume(config, paths, source, rows, checkpoint, reporter)
         finish(paths, rows, checkpoint, _converter(config, checkpoint))
-    return checkpoint, [("speed", speed)] if speed else []
+    return summary(checkpoint.sums), speed
 
 
 def _previous(config: ScoreConfig, paths: Paths, reporter: Reporter) -> Checkpoint:
@@ -126,7 +125,7 @@ def _identity(config: ScoreConfig, on_prepare: Callable[[str], None]) -> dict[st
 
 def _run(config: ScoreConfig, scoring: Scoring, journal: Journal) -> None:
     """Run a scoring on an engine; raise _StoppedError if a signal arrives."""
-    with open_meter(sys.stderr, config.log_format, journal.checkpoint.sums.scored) as meter:
+    with Meter(sys.stderr, config.log_format, journal.checkpoint.sums.scored) as meter:
         if journal.checkpoint.line:
             meter.message(f"resuming after line {journal.checkpoint.line:,} of {config.file}")
         number = asyncio.run(_until_signal(scoring.run(journal, meter)))
@@ -160,11 +159,6 @@ async def _until_signal(work: Coroutine[Any, Any, None]) -> int | None:
 def _converter(config: ScoreConfig, checkpoint: Checkpoint) -> Callable[[Path, Path], None] | None:
     """Function that writes the output from the rows; None if the rows are the output."""
     if config.output_format == "parquet":
-        return partial(
-            write_parquet,
-            longest_row=checkpoint.longest_row,
-            alternatives=config.top_logprobs,
-            per_token=config.per_token,
-            about=checkpoint.made_with,
-        )
+        about = checkpoint.made_with
+        return partial(write_parquet, config=config, longest_row=checkpoint.longest_row, about=about)
     return write_csv if config.output_format == "csv" else None

@@ -12,6 +12,7 @@ import orjson
 from numpy.typing import NDArray
 
 from model.token_logprobs import TokenLogprobs, clamp_logprobs
+from serve.cli.score.config import ScoreConfig
 from serve.cli.score.texts import Text
 from serve.jobs.results import logprob_sum, perplexity
 from serve.text.tokenizer import Tokenizer
@@ -54,10 +55,7 @@ class RowWriter:
     """Writes rows as JSON."""
 
     tokenizer: Tokenizer
-    alternatives: int  # of each token
-    per_token: bool  # write each token's values, not only sums
-    windowed: bool  # write the number of windows of each text
-    id_as_text: bool  # for formats whose columns have one type
+    config: ScoreConfig
 
     def row(self, line: int, text: Text, windows: int, scores: TokenLogprobs) -> tuple[bytes, Sums]:
         """The row of a text, with line end, and its sums.
@@ -76,12 +74,20 @@ class RowWriter:
         in_text = np.array([not self.tokenizer.is_special(token_id) for token_id in ids[1:]], bool)
         sums.bytes, sums.text_logprob = int(np.array(lengths[1:], int)[in_text].sum()), logprob_sum(logprobs[in_text])
         row: dict[str, Any] = {"line": line}
-        if text.id is not None:
-            row["id"] = text.id
-            if self.id_as_text and not isinstance(text.id, str):
-                row["id"] = orjson.dumps(text.id).decode()
-        if self.per_token:
-            row |= self._columns(ids, lengths, logprobs, scores)
+        if text.id is not None:  # the columns of other formats than JSON have one type
+            is_plain = self.config.output_format == "jsonl" or isinstance(text.id, str)
+            row["id"] = text.id if is_plain else orjson.dumps(text.id).decode()
+        if self.config.writes_tokens:
+            row |= {
+                "token_ids": ids,
+                "tokens": [self.tokenizer.token_text(token_id) for token_id in ids],
+                "byte_lengths": lengths,
+                "logprobs": _after_null(logprobs),
+                "ranks": _after_null(scores.rank),
+            }
+            if self.config.top_logprobs:
+                row["top_token_ids"] = _after_null(scores.top_ids)
+                row["top_logprobs"] = _after_null(clamp_logprobs(scores.top_logprobs))
         row |= {
             "num_tokens": len(ids),
             "num_scored": sums.scored,
@@ -89,28 +95,13 @@ class RowWriter:
             "perplexity": perplexity(sums.logprob, sums.scored),
             "bits_per_byte": sums.bits_per_byte,
         }
-        if self.windowed:
+        if self.config.long == "window":
             row["windows"] = windows
         if not is_complete:
             row["truncated"] = len(encoded.token_ids) - len(ids)
         if encoded.completion_start is not None:
             row |= _completion(encoded.completion_start, sums)
         return orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n", sums
-
-    def _columns(
-        self, ids: list[int], lengths: list[int], logprobs: NDArray[np.float32], scores: TokenLogprobs
-    ) -> dict[str, Any]:
-        columns: dict[str, Any] = {
-            "token_ids": ids,
-            "tokens": [self.tokenizer.token_text(token_id) for token_id in ids],
-            "byte_lengths": lengths,
-            "logprobs": _after_null(logprobs),
-            "ranks": _after_null(scores.rank),
-        }
-        if self.alternatives:
-            columns["top_token_ids"] = _after_null(scores.top_ids)
-            columns["top_logprobs"] = _after_null(clamp_logprobs(scores.top_logprobs))
-        return columns
 
 
 def _after_null(rows: NDArray[Any]) -> orjson.Fragment:
@@ -154,21 +145,17 @@ def write_csv(rows: Path, output: Path) -> None:
         writer.writerows(orjson.loads(line) for line in lines)
 
 
-def write_parquet(
-    rows: Path, output: Path, *, longest_row: int, alternatives: int, per_token: bool, about: Any
-) -> None:
+def write_parquet(rows: Path, output: Path, *, config: ScoreConfig, longest_row: int, about: Any) -> None:
     """Write the rows as Parquet.
 
     Args:
         longest_row: bytes.
-        alternatives: of each token.
-        per_token: the rows have columns of tokens.
         about: JSON value for the file's metadata, key "logprobd".
     """
     import pyarrow  # takes half a second, which other formats should not wait for
     import pyarrow.parquet
 
-    schema = _schema(alternatives, per_token=per_token).with_metadata({"logprobd": orjson.dumps(about)})
+    schema = _schema(config).with_metadata({"logprobd": orjson.dumps(about)})
     with pyarrow.parquet.ParquetWriter(output, schema, compression="zstd") as writer:
         group: list[Any] = []
         for batch in _batches(rows, schema, max(_BLOCK, 2 * longest_row)):
@@ -192,15 +179,15 @@ def _batches(rows: Path, schema: Any, block: int) -> Iterator[Any]:
     )
 
 
-def _schema(alternatives: int, *, per_token: bool) -> Any:
+def _schema(config: ScoreConfig) -> Any:
     import pyarrow
 
     int32, float32, float64, string = pyarrow.int32(), pyarrow.float32(), pyarrow.float64(), pyarrow.string()
     columns: list[tuple[str, Any]] = [("line", pyarrow.int64()), ("id", string)]
-    if per_token:
+    if config.per_token:
         kinds = {"token_ids": int32, "tokens": string, "byte_lengths": int32, "logprobs": float32, "ranks": int32}
         columns += [(name, pyarrow.list_(kind)) for name, kind in kinds.items()]
-    if alternatives:
+    if config.top_logprobs:
         kinds = {"top_token_ids": int32, "top_logprobs": float32}
         columns += [(name, pyarrow.list_(pyarrow.list_(kind))) for name, kind in kinds.items()]
     floats = ("logprob", "perplexity", "bits_per_byte", "completion_logprob", "completion_perplexity")

@@ -1,13 +1,10 @@
 """Scoring of a file, from the checkpoint of an earlier run to the end of the file, with its progress on stderr."""
 
 import time
-from collections.abc import Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from dataclasses import dataclass
-from itertools import takewhile
 from logging import INFO, WARNING
-from pathlib import Path
-from typing import TextIO
+from typing import Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -28,26 +25,38 @@ _INTERVAL = 30.0  # seconds between lines of progress
 
 
 class Meter:
-    """Shows progress as a bar, or as a line now and then."""
+    """Shows progress as --log-format requires: as a bar on a terminal, or else as a line now and then."""
 
-    def __init__(self, stream: TextIO, log_format: str, scored_before: int, bar: Progress | None) -> None:
+    def __init__(self, stream: TextIO, log_format: str, scored_before: int) -> None:
+        """Create a meter; `scored_before`: tokens scored by earlier runs, which do not count for the speed."""
         self._stream = stream
         self._as_json = log_format == "json"
         self._scored_before = scored_before
-        self._bar = bar
         self._start = self._last = time.monotonic()
+        columns = (TextColumn("scoring"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[sums]}"))
+        console = Console(file=stream, highlight=False)
+        self._shows_bar = log_format == "auto" and is_terminal(stream)
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not self._shows_bar)
+        self._task = self._bar.add_task("scoring", total=1.0, sums="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
 
     def update(self, done: float, sums: Sums) -> None:
         """Show the share of the work done, 0 to 1, and the sums so far."""
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, sums=self._describe(sums))
+        if self._shows_bar:
+            self._bar.update(self._task, completed=done, sums=self._describe(sums))
         elif time.monotonic() - self._last >= _INTERVAL:
             self._last = time.monotonic()
             self.message(f"scoring  {done:.1%}, {self._describe(sums)}")
 
     def message(self, text: str, level: int = INFO) -> None:
         """Show a message, such as an error of a line."""
-        if self._bar is not None:
+        if self._shows_bar:
             self._bar.console.print(text, style="yellow" if level > INFO else None, markup=False, soft_wrap=True)
         else:
             self._stream.write((json_line(level, text) if self._as_json else text) + "\n")
@@ -56,25 +65,8 @@ class Meter:
     def _describe(self, sums: Sums) -> str:
         rate = (sums.scored - self._scored_before) / max(1e-9, time.monotonic() - self._start)
         value = perplexity(sums.logprob, sums.scored)
-        shown = "" if value is None else f", perplexity {value:.4g}"
-        return f"{sums.lines + sums.skipped:,} lines, {sums.scored:,} tokens, {rate:,.0f} tokens/s{shown}"
-
-
-@contextmanager
-def open_meter(stream: TextIO, log_format: str, scored_before: int) -> Iterator[Meter]:
-    """A meter as --log-format requires.
-
-    Args:
-        log_format: "auto", "plain" or "json".
-        scored_before: tokens that earlier runs have scored, which do not count for the speed.
-    """
-    if log_format != "auto" or not is_terminal(stream):
-        yield Meter(stream, log_format, scored_before, None)
-        return
-    columns = (TextColumn("scoring"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[sums]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(file=stream, highlight=False)) as bar:
-        bar.add_task("scoring", total=1.0, sums="")
-        yield Meter(stream, log_format, scored_before, bar)
+        end = "" if value is None else f", perplexity {value:.4g}"
+        return f"{sums.lines + sums.skipped:,} lines, {sums.scored:,} tokens, {rate:,.0f} tokens/s{end}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +88,7 @@ class Scoring:
         self._context = context
         encoder = TextEncoder(llm.chats, llm.loaded.limits.vocab_size, config.add_special_tokens)
         self._reader = TextReader(encoder, config.text_field)
-        self._writer = RowWriter(
-            llm.loaded.tokenizer,
-            alternatives=config.top_logprobs,
-            per_token=config.writes_tokens,
-            windowed=config.long == "window",
-            id_as_text=config.output_format != "jsonl",
-        )
+        self._writer = RowWriter(llm.loaded.tokenizer, config)
 
     async def run(self, journal: Journal, meter: Meter) -> None:
         """Score the remaining lines.
@@ -111,10 +97,9 @@ class Scoring:
             ScoreError: a line is broken and broken lines are not skipped; the file has changed since the checkpoint;
                 the engine has stopped.
         """
-        lines = first_lines(self._source, self._config.limit)
-        skip_to(self._config.file, lines, journal.checkpoint)
+        skip_to(self._source, journal.checkpoint)
+        items = self._llm.stream_scores(map(self._item, self._source.lines), self._config.top_logprobs)
         try:
-            items = self._llm.stream_scores(map(self._item, lines), self._config.top_logprobs)
             async with aclosing(items):
                 async for item, result in items:
                     self._write(item, result, journal, meter)
@@ -148,37 +133,29 @@ class Scoring:
         return min(1.0, read if limit is None else max(read, line.number / limit))
 
 
-def first_lines(source: Source, limit: int | None) -> Iterator[Line]:
-    """The lines up to number `limit`, or all."""
-    return source.lines if limit is None else takewhile(lambda line: line.number <= limit, source.lines)
-
-
-def skip_to(path: Path, lines: Iterator[Line], checkpoint: Checkpoint) -> None:
+def skip_to(source: Source, checkpoint: Checkpoint) -> None:
     """Skip the lines before a checkpoint; raise ScoreError if they have changed."""
     if not checkpoint.line:
         return
-    for line in lines:
+    for line in source.lines:
         if line.number == checkpoint.line and line.checksum == checkpoint.checksum:
             return
         if line.number >= checkpoint.line:
             break
-    raise ScoreError(f"{path} has changed up to line {checkpoint.line:,}; use --overwrite to start again")
+    raise ScoreError(f"{source.path} has changed up to line {checkpoint.line:,}; use --overwrite to start again")
 
 
-def check_no_more(path: Path, lines: Iterator[Line], checkpoint: Checkpoint) -> None:
+def check_unchanged(source: Source, checkpoint: Checkpoint) -> None:
     """Raise ScoreError if the file has changed or grown since a complete run."""
-    skip_to(path, lines, checkpoint)
-    if (line := next(lines, None)) is not None:
-        raise ScoreError(f"{path} has a new line {line.number:,}; use --overwrite to start again")
+    skip_to(source, checkpoint)
+    if (line := next(source.lines, None)) is not None:
+        raise ScoreError(f"{source.path} has a new line {line.number:,}; use --overwrite to start again")
 
 
 def summary(sums: Sums) -> list[tuple[str, str]]:
     """Names and values to print at the end."""
     skipped = f", {sums.skipped:,} skipped" if sums.skipped else ""
-    entries = [
-        ("lines", f"{sums.lines:,} scored{skipped}"),
-        ("tokens", f"{sums.scored:,} scored of {sums.tokens:,}"),
-    ]
+    entries = [("lines", f"{sums.lines:,} scored{skipped}"), ("tokens", f"{sums.scored:,} scored of {sums.tokens:,}")]
     if sums.scored:
         entries += [
             ("log-prob", f"{sums.logprob / sums.scored:.6f} per token"),

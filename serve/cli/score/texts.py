@@ -3,11 +3,11 @@
 import gzip
 import io
 import os
-import stat
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,38 +45,38 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Source:
+    path: Path
     total: int  # bytes, or rows of a Parquet file
     is_text: bool  # lines are plain text, not JSON values
     lines: Iterator[Line]
 
 
 @contextmanager
-def open_source(path: Path, columns: tuple[str, ...]) -> Iterator[Source]:
+def open_source(path: Path, columns: tuple[str, ...], limit: int | None = None) -> Iterator[Source]:
     """Open a file; the extension determines the format.
 
     Args:
         columns: columns of a Parquet file to read, if present.
+        limit: number of the last line to read.
 
     Raises:
         ScoreError: the file cannot be read; iterating the lines may raise it, too.
     """
-    with _open(path) as raw:
-        if path.suffix == ".parquet":
-            yield _parquet(path, raw, columns)
-            return
-        with _decompress(raw, path.suffix) as stream:
-            plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
-            size = os.fstat(raw.fileno()).st_size
-            yield Source(size, plain.suffix == ".txt", _lines(path, stream, raw.tell))
-
-
-def _open(path: Path) -> BinaryIO:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        if not path.is_file() and path.exists():
             raise ScoreError(f"{path}: is not a file; resuming needs a file that can be read again")
-        return path.open("rb")
+        raw = path.open("rb")
     except OSError as error:
         raise ScoreError(f"{path}: cannot be read: {error.strerror or error}") from error
+    with raw, _decompress(raw, path.suffix) as stream:
+        plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+        if path.suffix == ".parquet":
+            total, lines = _parquet(path, raw, columns)
+        else:
+            total, lines = os.fstat(raw.fileno()).st_size, _lines(path, stream, raw.tell)
+        if limit is not None:
+            lines = takewhile(lambda line: line.number <= limit, lines)
+        yield Source(path, total, plain.suffix == ".txt", lines)
 
 
 def _decompress(raw: BinaryIO, suffix: str) -> io.BufferedIOBase | BinaryIO:
@@ -114,7 +114,7 @@ def _lines(path: Path, stream: io.BufferedIOBase | BinaryIO, tell: Callable[[], 
         raise ScoreError(f"{path}:{number + 1}: cannot be read: {error}") from error
 
 
-def _parquet(path: Path, raw: BinaryIO, columns: tuple[str, ...]) -> Source:
+def _parquet(path: Path, raw: BinaryIO, columns: tuple[str, ...]) -> tuple[int, Iterator[Line]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -123,7 +123,7 @@ def _parquet(path: Path, raw: BinaryIO, columns: tuple[str, ...]) -> Source:
     except pyarrow.ArrowException as error:
         raise ScoreError(f"{path}: is not a Parquet file: {error}") from error
     present = [name for name in columns if name in table.schema_arrow.names]
-    return Source(table.metadata.num_rows, False, _rows(path, table, present))
+    return table.metadata.num_rows, _rows(path, table, present)
 
 
 def _rows(path: Path, table: Any, columns: list[str]) -> Iterator[Line]:
@@ -134,18 +134,15 @@ def _rows(path: Path, table: Any, columns: list[str]) -> Iterator[Line]:
         for batch in table.iter_batches(batch_size=_BATCH, columns=columns):
             for row in batch.to_pylist():
                 number += 1
-                data, error = _as_json(row)
+                data, error = b"", None
+                try:
+                    data = orjson.dumps(row)
+                except TypeError as unsupported:
+                    error = f"a column is not text: {unsupported}"
                 checksum = zlib.crc32(data + b"\n", checksum)
                 yield Line(number, data, checksum, number, error)
     except (OSError, pyarrow.ArrowException) as error:
         raise ScoreError(f"{path}:{number + 1}: cannot be read: {error}") from error
-
-
-def _as_json(row: dict[str, Any]) -> tuple[bytes, str | None]:
-    try:
-        return orjson.dumps(row), None
-    except TypeError as error:
-        return b"", f"a column is not text: {error}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,20 +211,17 @@ class TextReader:
             raise LineError(line.error)
         try:
             value = line.data.decode() if is_text else orjson.loads(line.data)
-            return self._value(value)
+            if isinstance(value, str):
+                return Text(self.encoder.text(value, "text"))
+            if not isinstance(value, dict):
+                raise LineError("is neither a JSON object nor a string")
+            return Text(self._encode(value), value.get(_ID))
         except UnicodeDecodeError as error:
             raise LineError(f"is not UTF-8: byte {error.start + 1} of the line") from error
         except orjson.JSONDecodeError as error:
             raise LineError(f"is not JSON: {error}") from error
         except PromptError as error:
             raise LineError(str(error)) from None
-
-    def _value(self, value: Any) -> Text:
-        if isinstance(value, str):
-            return Text(self.encoder.text(value, "text"))
-        if not isinstance(value, dict):
-            raise LineError("is neither a JSON object nor a string")
-        return Text(self._encode(value), value.get(_ID))
 
     def _encode(self, row: dict[str, Any]) -> EncodedText:
         tools = row.get(_TOOLS)

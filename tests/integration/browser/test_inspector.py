@@ -15,6 +15,7 @@ from playwright.sync_api import BrowserContext, expect
 
 from model.token_logprobs import TokenLogprobs
 from model.weights.source import default_model_path
+from serve.cli.score.config import ScoreConfig
 from serve.cli.score.rows import RowWriter
 from serve.cli.score.texts import Text
 from serve.jobs.results import perplexity
@@ -262,9 +263,7 @@ def test_summary_equals_the_score_command(page: Inspector) -> None:
         empty.astype(np.float32),
         top_ranks=empty,
     )
-    writer = RowWriter(
-        local_tokenizer(default_model_path()), alternatives=0, per_token=True, windowed=False, id_as_text=False
-    )
+    writer = RowWriter(local_tokenizer(default_model_path()), ScoreConfig(file=Path("a.jsonl")))
     text = Text(EncodedText([token["token_id"] for token in tokens]))
     _, sums = writer.row(1, text, 1, scores)
     totals = exported["totals"]

@@ -2,8 +2,8 @@
 
 import sys
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from numbers import Integral
 from os import PathLike
@@ -272,29 +272,20 @@ class LLM:
         """Collect `count` results on the loop's thread, with a progress bar."""
         if not self._finalizer.alive:
             raise EngineStoppedError("the LLM is closed")
-        with _progress(label, count if self._shows_progress else 0) as advance:
+        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        hidden = not self._shows_progress or count < 2
+        with Progress(*columns, console=Console(stderr=True), disable=hidden) as bar:
+            task = bar.add_task(label, total=count)
 
             async def collect() -> list[R]:
                 results: list[R] = []
                 async with aclosing(stream):
                     async for result in stream:
                         results.append(result)
-                        advance()
+                        bar.advance(task)
                 return results
 
             return self._worker.run(collect())
-
-
-@contextmanager
-def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a progress bar on stderr if there is more than one item. Yields a callback for each finished item."""
-    if total < 2:
-        yield lambda: None
-        return
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda: bar.advance(task)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -38,6 +38,11 @@ class Detokenizer:
         self._pending = ""  # text that may be the start of a stop string
         self.stopped_by: str | None = None
 
+    @property
+    def is_complete(self) -> bool:
+        """True if the tokens so far end with a complete character."""
+        return not self._utf8.getstate()[0]
+
     def push(self, token_id: int) -> str:
         """Add a token. Returns the text that is now certain; "" after a stop string."""
         if self.stopped_by is not None or (self._skip_special_tokens and self._tokenizer.is_special(token_id)):

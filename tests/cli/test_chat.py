@@ -1,40 +1,54 @@
-"""Parts of the terminal chat: text stream, color scale, input, screen."""
+"""Parts of the terminal chat: replies, color scale, input, screen."""
 
 import io
 import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import cast
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from model.token_logprobs import empty_logprobs
 from serve.cli.chat.config import parse_args
-from serve.cli.chat.conversation import Piece, TextStream
+from serve.cli.chat.conversation import Piece, Reply
 from serve.cli.chat.screen import SCALE, ChatScreen, legend, percent, printable, step_of
 from serve.cli.chat.session import lines_of, read_message
+from serve.jobs.generate import Output
+from serve.text.tokenizer import Tokenizer
 from tests.support.http_client import byte_tokenizer
 
 
 def pieces_of(*tokens: tuple[bytes, float]) -> list[Piece]:
-    stream = TextStream()
-    pieces = [*(stream.push(*token) for token in tokens), stream.finish()]
-    return [piece for piece in pieces if piece is not None]
+    """The pieces of a reply whose tokens have these bytes and log-probs."""
+    table = [data for data, _ in tokens]
+    tokenizer = SimpleNamespace(token_bytes=table.__getitem__, is_special=lambda _: False, eos_token_ids=frozenset())
+    reply = Reply(cast("Tokenizer", tokenizer), lambda: 0.0)
+    scores = empty_logprobs(len(tokens), 0)
+    scores.logprob[:] = [logprob for _, logprob in tokens]
+    return [*reply.add(Output(token_ids=[*range(len(tokens))], scores=[scores])), *reply.end()]
 
 
-def test_text_stream_joins_the_tokens_of_a_character() -> None:
+def piece(text: str, logprob: float) -> Piece:
+    return Piece(text, float(np.float32(logprob)))
+
+
+def test_reply_joins_the_tokens_of_a_character() -> None:
     cat = "🐈".encode()
     tokens = [(b"a", -0.1), (cat[:1], -0.2), (cat[1:3], -3.0), (cat[3:], -0.3), (b" b", -0.4)]
-    assert pieces_of(*tokens) == [Piece("a", -0.1), Piece("🐈", -3.0), Piece(" b", -0.4)]
+    assert pieces_of(*tokens) == [piece("a", -0.1), piece("🐈", -3.0), piece(" b", -0.4)]
 
 
-def test_text_stream_joins_a_token_that_spans_characters() -> None:
+def test_reply_joins_a_token_that_spans_characters() -> None:
     first, second = "é".encode(), "ü".encode()
     tokens = [(b"x" + first[:1], -1.0), (first[1:] + second[:1], -2.0), (second[1:], -0.5), (b"z", -0.25)]
-    assert pieces_of(*tokens) == [Piece("xéü", -2.0), Piece("z", -0.25)]
+    assert pieces_of(*tokens) == [piece("xéü", -2.0), piece("z", -0.25)]
 
 
-def test_text_stream_replaces_invalid_bytes() -> None:
-    assert pieces_of((b"\xff", -1.0), (b"a", -2.0)) == [Piece("\ufffd", -1.0), Piece("a", -2.0)]
-    assert pieces_of((b"a", -2.0), (b"\xf0\x9f", -1.0)) == [Piece("a", -2.0), Piece("\ufffd", -1.0)]
+def test_reply_replaces_invalid_bytes() -> None:
+    assert pieces_of((b"\xff", -1.0), (b"a", -2.0)) == [piece("\ufffd", -1.0), piece("a", -2.0)]
+    assert pieces_of((b"a", -2.0), (b"\xf0\x9f", -1.0)) == [piece("a", -2.0), piece("\ufffd", -1.0)]
     assert pieces_of((b"", -1.0)) == []
 
 

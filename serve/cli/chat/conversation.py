@@ -1,6 +1,5 @@
 """Conversation: the messages so far, and the replies with the log-probs of each token."""
 
-import codecs
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from typing import Any
 
 from model.token_logprobs import TokenLogprobs
 from serve.jobs.generate import Output
+from serve.text.detokenizer import Detokenizer, StopStrings
 from serve.text.tokenizer import Tokenizer
 
 
@@ -17,35 +17,6 @@ class Piece:
 
     text: str
     logprob: float
-
-
-class TextStream:
-    """Joins tokens until their bytes end with a character: a character may take several tokens.
-
-    The concatenated pieces are the text, with U+FFFD for invalid UTF-8.
-    """
-
-    def __init__(self) -> None:
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._text = ""
-        self._logprob = 0.0
-
-    def push(self, data: bytes, logprob: float) -> Piece | None:
-        """Add the bytes of a token. Returns the piece that ends with it, if one does."""
-        self._text += self._utf8.decode(data)
-        self._logprob = min(self._logprob, logprob)
-        incomplete, _ = self._utf8.getstate()
-        return None if incomplete else self._release()
-
-    def finish(self) -> Piece | None:
-        """The rest, with U+FFFD for an incomplete character."""
-        self._text += self._utf8.decode(b"", final=True)
-        return self._release()
-
-    def _release(self) -> Piece | None:
-        piece = Piece(self._text, self._logprob) if self._text else None
-        self._text, self._logprob = "", 0.0
-        return piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,34 +33,52 @@ class Token(Alternative):
     alternatives: tuple[Alternative, ...]  # the most likely tokens at its position
 
 
-@dataclass(slots=True)
 class Reply:
-    """A reply; grows with the engine's events."""
+    """A reply, which grows by the engine's outputs.
 
-    tokenizer: Tokenizer
-    now: Callable[[], float]  # clock, seconds
-    text: str = ""
-    tokens: list[Token] = field(default_factory=list)  # including one that ended the reply
-    finish_reason: str | None = None  # None while it grows and after it was stopped
-    _times: list[float] = field(default_factory=list)
-    _stream: TextStream = field(default_factory=TextStream)
+    Attributes:
+        text: complete characters; U+FFFD for invalid UTF-8.
+        tokens: all tokens, including one that ended the reply.
+        finish_reason: None while it grows, and after it was stopped.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, now: Callable[[], float]) -> None:
+        """Create an empty reply; `now` is a clock in seconds."""
+        self.text = ""
+        self.tokens: list[Token] = []
+        self.finish_reason: str | None = None
+        self._tokenizer = tokenizer
+        self._now = now
+        self._times: list[float] = []
+        self._detokenizer = Detokenizer(tokenizer, StopStrings())
+        self._pending = Piece("", 0.0)  # a character may take several tokens
 
     def add(self, output: Output) -> list[Piece]:
-        """Append tokens. Returns the new pieces of text."""
-        pieces: list[Piece | None] = []
+        """Append tokens. Returns the new pieces of text; each ends where both a token and a character end."""
+        pieces: list[Piece] = []
         scores = output.all_scores(0)
         for row, token_id in enumerate(output.token_ids):
             token = _token(token_id, scores, row)
             self.tokens.append(token)
-            self._times.append(self.now())
-            if token_id not in self.tokenizer.eos_token_ids and not self.tokenizer.is_special(token_id):
-                pieces.append(self._stream.push(self.tokenizer.token_bytes(token_id), token.logprob))
+            self._times.append(self._now())
+            if token_id in self._tokenizer.eos_token_ids or self._tokenizer.is_special(token_id):
+                continue
+            text, logprob = self._detokenizer.push(token_id), min(self._pending.logprob, token.logprob)
+            self._pending = Piece(self._pending.text + text, logprob)
+            if self._detokenizer.is_complete:
+                pieces += self._release()
         self.finish_reason = output.finish_reason
-        return self._append(pieces)
+        return pieces
 
     def end(self) -> list[Piece]:
         """The rest of the text after the last token."""
-        return self._append([self._stream.finish()])
+        self._pending = Piece(self._pending.text + self._detokenizer.finish(), self._pending.logprob)
+        return self._release()
+
+    def _release(self) -> list[Piece]:
+        piece, self._pending = self._pending, Piece("", 0.0)
+        self.text += piece.text
+        return [piece] if piece.text else []
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -114,16 +103,11 @@ class Reply:
     def _as_json(self, token: Alternative) -> dict[str, Any]:
         return {
             "id": token.id,
-            "text": self.tokenizer.token_text(token.id),
-            "bytes": [*self.tokenizer.token_bytes(token.id)],
+            "text": self._tokenizer.token_text(token.id),
+            "bytes": [*self._tokenizer.token_bytes(token.id)],
             "logprob": token.logprob if math.isfinite(token.logprob) else None,
             "rank": token.rank,
         }
-
-    def _append(self, pieces: list[Piece | None]) -> list[Piece]:
-        complete = [piece for piece in pieces if piece is not None]
-        self.text += "".join(piece.text for piece in complete)
-        return complete
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,8 @@ from serve.jobs.generate import (
     OutputRequest,
     SamplingKeywords,
     check_alternatives,
+    check_text_length,
+    generation_room,
     make_options,
 )
 from serve.jobs.request_queue import LoopThread, RequestError, RequestQueue
@@ -35,7 +37,7 @@ from serve.jobs.score import EncodedText, ScoreRequest, TextEncoder, checked_tok
 from serve.server.console import Reporter
 from serve.server.model_files import STARTUP_ERRORS, StartupError
 from serve.server.startup import load
-from serve.text.chat import ChatFormat, PromptError, check_messages, check_text_length, encode_text, generation_room
+from serve.text.chat import ChatFormat, PromptError, check_messages, encode_text
 
 type TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 

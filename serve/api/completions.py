@@ -13,9 +13,9 @@ from serve.api.json_stream import Body, Placeholder, dump, make_body
 from serve.api.logprobs import CompletionLogprobs, LogprobRow, completion_columns
 from serve.api.requests import CompletionRequest
 from serve.api.validation import check_answers, check_length, check_number_of_ids, check_top_k, truncate
-from serve.jobs.generate import DEFAULT_MAX_TOKENS, Output
+from serve.jobs.generate import DEFAULT_MAX_TOKENS, Output, generation_room
 from serve.jobs.score import checked_token_ids
-from serve.text.chat import encode_text, generation_room
+from serve.text.chat import encode_text
 
 type _Job = Job[CompletionRequest]
 

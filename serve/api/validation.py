@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from serve.api.errors import APIError, invalid, unsupported
 from serve.api.requests import GenerationRequest
 from serve.engine.request import EngineLimits, PromptScoring
-from serve.text.chat import check_text_length
+from serve.jobs.generate import check_text_length
 from serve.text.tokenizer import Tokenizer
 
 _MAX_ANSWERS = 4096

@@ -11,10 +11,11 @@ from pydantic import ConfigDict, Field, ValidationError
 from model.token_logprobs import TokenLogprobs, empty_logprobs
 from serve.config.generation_config import SamplingFieldKeywords, SamplingFields
 from serve.config.values import suggestion
-from serve.engine.request import PromptScoring, Request, SamplingParams, TokenEvent
+from serve.engine.request import EngineLimits, PromptScoring, Request, SamplingParams, TokenEvent
 from serve.jobs.request_queue import RequestQueue
 from serve.jobs.results import Generation, Tokens, token_columns
 from serve.jobs.score import checked_scores
+from serve.text.chat import PromptError
 from serve.text.detokenizer import Detokenizer, StopStrings
 from serve.text.tokenizer import Tokenizer
 
@@ -242,3 +243,36 @@ def check_alternatives(param: str, count: int | None, max_logprobs: int) -> None
     """Raise ValueError if the model was not loaded for `count` alternatives per token."""
     if count is not None and count > max_logprobs:
         raise ValueError(f"{param}: {count} is above the maximum of {max_logprobs}, which max_logprobs sets")
+
+
+def check_text_length(param: str, text: str, tokenizer: Tokenizer, limits: EngineLimits) -> None:
+    """Refuse a text that is certain to exceed the context, before it is tokenized.
+
+    Raises:
+        PromptError: the text is too long.
+    """
+    if tokenizer.certainly_exceeds(text, limits.max_model_len):
+        message = (
+            f"This model's maximum context length is {limits.max_model_len} tokens; "
+            f"a text of {len(text)} characters cannot fit."
+        )
+        raise PromptError(param, message, "context_length_exceeded")
+
+
+def generation_room(param: str, prompt_tokens: int, max_tokens: int | None, limits: EngineLimits) -> int:
+    """Number of tokens that may be generated: `max_tokens`, or all that fit after the prompt if it is None.
+
+    Raises:
+        PromptError: prompt and output do not fit into the context or the cache.
+    """
+    room = min(limits.max_model_len, limits.cache_tokens) - prompt_tokens
+    needed = 1 if max_tokens is None else max_tokens
+    if needed <= room:
+        return room if max_tokens is None else needed
+    at_least = "at least " if max_tokens is None else ""
+    request = f"but the request needs {prompt_tokens} prompt tokens and {at_least}{needed} to generate."
+    if prompt_tokens + needed > limits.max_model_len:
+        message = f"This model's maximum context length is {limits.max_model_len} tokens, {request}"
+    else:
+        message = f"The cache holds {limits.cache_tokens} tokens (--kv-cache-memory), {request}"
+    raise PromptError(param, message, "context_length_exceeded")

@@ -1,9 +1,10 @@
 """Results of `LLM`: the tokens of a text with their log-probs, and batches of them."""
 
 import math
+from collections import UserList
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,24 +67,8 @@ class Score(Tokens):
         return None if self.completion_start is None else bool((self.ranks[self.completion_start :] == 1).all())
 
 
-class Batch[T: (Generation, Score)](Sequence[T]):
+class Batch[T: (Generation, Score)](UserList[T]):
     """Results in the order of the inputs."""
-
-    def __init__(self, items: Sequence[T]) -> None:
-        self._items: tuple[T, ...] = tuple(items)
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Batch[T]": ...
-    def __getitem__(self, index: int | slice) -> "T | Batch[T]":
-        return Batch(self._items[index]) if isinstance(index, slice) else self._items[index]
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __repr__(self) -> str:
-        return f"Batch({list(self._items)!r})"
 
     def to_pandas(self) -> Any:
         """A pandas.DataFrame with one row per token.
@@ -98,7 +83,7 @@ class Batch[T: (Generation, Score)](Sequence[T]):
             import pandas as pd  # type: ignore[import-untyped, unused-ignore]  # not a dependency
         except ImportError:
             raise ImportError("to_pandas() needs pandas: pip install pandas") from None
-        parts = [part for item in self._items for part in _parts(item)]
+        parts = [part for item in self for part in _parts(item)]
         names = parts[0] if parts else ()
         return pd.DataFrame({name: [value for part in parts for value in part[name]] for name in names})
 

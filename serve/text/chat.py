@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from serve.text.chat_template import ChatTemplateError, TemplateSandbox, render_chat
 from serve.text.tokenizer import Tokenizer, TokenizerError
@@ -23,16 +23,6 @@ class PromptError(ValueError):
         super().__init__(message)
         self.param = param
         self.code = code
-
-
-class ContextLimits(Protocol):
-    """Limits on the tokens of a prompt and its output together."""
-
-    @property
-    def max_model_len(self) -> int: ...
-
-    @property
-    def cache_tokens(self) -> int: ...  # of the page cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,36 +147,3 @@ def encode_text(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, pa
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
     except TokenizerError as error:
         raise PromptError(param, str(error)) from None
-
-
-def check_text_length(param: str, text: str, tokenizer: Tokenizer, limits: ContextLimits) -> None:
-    """Refuse a text that is certain to exceed the context, before it is tokenized.
-
-    Raises:
-        PromptError: the text is too long.
-    """
-    if tokenizer.certainly_exceeds(text, limits.max_model_len):
-        message = (
-            f"This model's maximum context length is {limits.max_model_len} tokens; "
-            f"a text of {len(text)} characters cannot fit."
-        )
-        raise PromptError(param, message, "context_length_exceeded")
-
-
-def generation_room(param: str, prompt_tokens: int, max_tokens: int | None, limits: ContextLimits) -> int:
-    """Number of tokens that may be generated: `max_tokens`, or all that fit after the prompt if it is None.
-
-    Raises:
-        PromptError: prompt and output do not fit into the context or the cache.
-    """
-    room = min(limits.max_model_len, limits.cache_tokens) - prompt_tokens
-    needed = 1 if max_tokens is None else max_tokens
-    if needed <= room:
-        return room if max_tokens is None else needed
-    at_least = "at least " if max_tokens is None else ""
-    request = f"but the request needs {prompt_tokens} prompt tokens and {at_least}{needed} to generate."
-    if prompt_tokens + needed > limits.max_model_len:
-        message = f"This model's maximum context length is {limits.max_model_len} tokens, {request}"
-    else:
-        message = f"The cache holds {limits.cache_tokens} tokens (--kv-cache-memory), {request}"
-    raise PromptError(param, message, "context_length_exceeded")

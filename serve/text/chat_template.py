@@ -101,7 +101,6 @@ class TemplateSandbox:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([__name__])
         self._limits = {"seconds": seconds, "max_bytes": max_bytes, "max_characters": max_characters}
-        self._seconds = seconds
         self._max_result_bytes = _MAX_JSON_BYTES * max_characters + 1024
         self._processes = threading.BoundedSemaphore(_MAX_PROCESSES)
 
@@ -117,31 +116,27 @@ class TemplateSandbox:
         if not self._processes.acquire(blocking=False):
             raise TemplateBusyError
         try:
-            return self._render(arguments)
+            receiver, sender = self._context.Pipe(duplex=False)
+            with receiver:
+                with sender:
+                    values = (sender, arguments, self._limits)
+                    process = self._context.Process(target=_render_process, args=values, daemon=True)
+                    process.start()
+                try:
+                    return self._result(receiver)
+                finally:
+                    process.kill()
+                    process.join()
+                    process.close()
         finally:
             self._processes.release()
-
-    def _render(self, arguments: str) -> str:
-        receiver, sender = self._context.Pipe(duplex=False)
-        with receiver:
-            with sender:
-                process = self._context.Process(
-                    target=_render_process, args=(sender, arguments, self._limits), daemon=True
-                )
-                process.start()
-            try:
-                return self._result(receiver)
-            finally:
-                process.kill()
-                process.join()
-                process.close()
 
     def _result(self, pipe: Connection) -> str:
         try:
             if not pipe.poll(_START_SECONDS) or pipe.recv_bytes(8) != b"started":
                 raise ChatTemplateError("the chat template could not be rendered")
-            if not pipe.poll(self._seconds):
-                raise ChatTemplateError(f"the chat template took more than {self._seconds:g} s")
+            if not pipe.poll(self._limits["seconds"]):
+                raise ChatTemplateError(f"the chat template took more than {self._limits['seconds']:g} s")
             kind, text = json.loads(pipe.recv_bytes(self._max_result_bytes))
         except (EOFError, OSError):
             raise ChatTemplateError("the chat template could not be rendered within its memory") from None
@@ -154,7 +149,18 @@ def _render_process(pipe: Connection, arguments: str, limits: Mapping[str, float
     template, messages, options = json.loads(arguments)
     with suppress(ChatTemplateError):  # trigger the imports of error handling while files can still be opened
         render_chat("{% if messages %}{{ raise_exception('no') }}{% endif %}", messages, **options)
-    _limit(int(limits["max_bytes"]), math.ceil(limits["seconds"]) + 1)
+    os.closerange(0, 3)  # no terminal, and below no environment of the server
+    os.environ.clear()
+    sys.argv.clear()
+    size = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * os.sysconf("SC_PAGESIZE")
+    for resource_limit, value in (
+        (resource.RLIMIT_AS, size + int(limits["max_bytes"])),
+        (resource.RLIMIT_CPU, math.ceil(limits["seconds"]) + 1),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NOFILE, 0),  # open files stay open
+    ):
+        resource.setrlimit(resource_limit, (value, value))
     pipe.send_bytes(b"started")
     try:
         text = render_chat(template, messages, **options)
@@ -165,18 +171,3 @@ def _render_process(pipe: Connection, arguments: str, limits: Mapping[str, float
         out_of_memory = isinstance(error.__cause__, MemoryError)
         result = ["error", "the chat template reached its memory limit" if out_of_memory else str(error)]
     pipe.send_bytes(json.dumps(result).encode())
-
-
-def _limit(more_bytes: int, seconds: int) -> None:
-    os.closerange(0, 3)  # no terminal, and below no environment of the server
-    os.environ.clear()
-    sys.argv.clear()
-    size = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * os.sysconf("SC_PAGESIZE")
-    for resource_limit, value in (
-        (resource.RLIMIT_AS, size + more_bytes),
-        (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_NOFILE, 0),  # open files stay open
-    ):
-        resource.setrlimit(resource_limit, (value, value))

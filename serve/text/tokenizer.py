@@ -26,23 +26,19 @@ class TokenizerError(ValueError):
     """The tokenizer cannot be loaded, or a text cannot be tokenized. The message is one line."""
 
 
-class PanicError(Exception):
-    """The Rust code of `tokenizers` panicked.
+@contextmanager
+def panics_as_errors(message: str = "") -> Iterator[None]:
+    """Convert a panic of the Rust code of `tokenizers`, which is a BaseException, to TokenizerError.
 
     Known case: a merge whose result is longer than every token (huggingface/tokenizers issue 2198), which a model's
-    file can cause.
+    file can cause. `message` replaces the panic's own.
     """
-
-
-@contextmanager
-def panics_as_errors() -> Iterator[None]:
-    """Convert a Rust panic, which is a BaseException, to PanicError."""
     try:
         yield
     except BaseException as error:
         if type(error).__name__ != _PANIC:
             raise
-        raise PanicError(str(error)) from error
+        raise TokenizerError(message or str(error)) from error
 
 
 class Tokenizer:
@@ -105,12 +101,10 @@ class Tokenizer:
         """
         limiter = self._large if len(text) > _LARGE else contextlib.nullcontext()
         try:
-            with limiter, panics_as_errors():
+            with limiter, panics_as_errors("the tokenizer fails on this text"):
                 return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
         except TypeError as error:  # raised by `tokenizers` for a str that is not valid Unicode
             raise TokenizerError("text contains a lone surrogate, which is not valid Unicode") from error
-        except PanicError as error:
-            raise TokenizerError("the tokenizer fails on this text") from error
 
     def certainly_exceeds(self, text: str, tokens: int) -> bool:
         """True if `text` certainly has more than `tokens` tokens, judging by its length alone.

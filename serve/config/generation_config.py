@@ -49,19 +49,23 @@ class GenerationDefaults(SamplingFields):
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None  # of chats; for completions it is 16
 
     @classmethod
-    def read(cls, values: Any, where: str) -> Self:
+    def parse(cls, text: str | bytes, source: str) -> Self:
         """Read the fields above from a JSON object, and ignore the others that transformers writes.
 
         Raises:
-            DefaultsError: not an object, or a field has an invalid value; the message starts with `where`.
+            DefaultsError: not an object, or a field has an invalid value; the message starts with `source`.
         """
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DefaultsError(f"{source}: not JSON: {error}") from None
         if not isinstance(values, dict):
-            raise DefaultsError(f"{where}: must be a JSON object")
+            raise DefaultsError(f"{source}: must be a JSON object")
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
-            raise DefaultsError(f"{where}: {first['loc'][0]}: {first['msg']}") from None
+            raise DefaultsError(f"{source}: {first['loc'][0]}: {first['msg']}") from None
 
     def fill[B: BaseModel](self, body: B) -> B:
         """A request with its unset fields filled."""
@@ -84,10 +88,7 @@ def defaults_of(source: str, override: str, model: Path) -> GenerationDefaults:
     Raises:
         DefaultsError: the file or the object is invalid.
     """
-    try:
-        overriding = GenerationDefaults.read(json.loads(override), "--override-generation-config")
-    except json.JSONDecodeError as error:
-        raise DefaultsError(f"--override-generation-config: not JSON: {error}") from None
+    overriding = GenerationDefaults.parse(override, "--override-generation-config")
     return _from_file(source, model).model_copy(update=overriding.set_fields())
 
 
@@ -97,9 +98,7 @@ def _from_file(source: str, model: Path) -> GenerationDefaults:
     path = (model if source == "auto" else Path(source).expanduser()).resolve()
     path = path / _FILE if path.is_dir() else path
     try:
-        return GenerationDefaults.read(json.loads(path.read_bytes()), str(path))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, DefaultsError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) else f"not JSON: {error}"
-        raise DefaultsError(f"--generation-config: {path}: {reason}") from None
+        text = path.read_bytes()
+    except OSError as error:
+        raise DefaultsError(f"--generation-config: {path}: {error.strerror}") from None
+    return GenerationDefaults.parse(text, str(path))

@@ -32,6 +32,7 @@ _PLACEHOLDERS = {Path: "FILE", parse_bytes: "BYTES", parse_memory: "BYTES", stri
 class Option:
     """How a field is read from the command line."""
 
+    default: Any  # dataclasses.MISSING: required
     group: str  # heading in --help
     help: str
     parse: Callable[[str], Any] | None  # raises ValueError; None: a switch with a --no- form
@@ -55,19 +56,25 @@ def option(
         default: dataclasses.MISSING for a required option.
         metavar: by default what `parse` implies.
     """
-    return dataclasses.field(
-        default=default, metadata={_KEY: Option(group, text, parse, many, metavar or _placeholder(parse))}
-    )
+    return _field(Option(default, group, text, parse, many, metavar or _placeholder(parse)))
 
 
 def switch(group: str, text: str, *, default: bool = False) -> Any:
     """A dataclass field that is a flag without a value; --no-NAME turns it off."""
-    return dataclasses.field(default=default, metadata={_KEY: Option(group, text, None, many=False, metavar="")})
+    return _field(Option(default, group, text, None, many=False, metavar=""))
 
 
 def with_default(kind: type, name: str, default: Any) -> Any:
     """The option `name` of the dataclass `kind`, with another default."""
-    return dataclasses.field(default=default, metadata=_fields(kind)[name].metadata)
+    return _field(dataclasses.replace(_options(kind)[name], default=default))
+
+
+def _field(option: Option) -> Any:
+    return dataclasses.field(default=option.default, metadata={_KEY: option})
+
+
+def _options(kind: type) -> dict[str, Option]:
+    return {field.name: field.metadata[_KEY] for field in dataclasses.fields(kind)}
 
 
 class CommandLine[C]:
@@ -94,10 +101,9 @@ class CommandLine[C]:
         """
         self._kind = kind
         self._complete = complete
-        fields = {name: field for name, field in _fields(kind).items() if name not in without}
-        self._options: dict[str, Option] = {name: field.metadata[_KEY] for name, field in fields.items()}
+        self._options = {name: option for name, option in _options(kind).items() if name not in without}
         self._positional, argument = positional, self._options[positional]
-        self._required = [name for name, field in fields.items() if field.default is MISSING]
+        self._required = [name for name, option in self._options.items() if option.default is MISSING]
         word = positional.upper() + " ..." * argument.many
         self.parser = _Parser(
             prog=prog,
@@ -123,7 +129,7 @@ class CommandLine[C]:
         ordered = sorted(names, key=lambda name: GROUPS.index(name) if name in GROUPS else -1)
         groups = {name: self.parser.add_argument_group(name) for name in ordered}
         for name, option in self._options.items():
-            _add(groups[option.group], name, option, fields[name].default)
+            _add(groups[option.group], _flag(name), option)
 
     def read(self, arguments: Sequence[str] | None = None) -> C:
         """The configuration of a command line, by default the process's; a mistake exits with code 2."""
@@ -194,16 +200,16 @@ def from_keywords[C](kind: type[C], values: Mapping[str, Any], without: Collecti
         TypeError: a name is not an option; the message suggests the nearest.
         ValueError: a value is not valid; the message names the option.
     """
-    fields = {name: field for name, field in _fields(kind).items() if name not in without}
+    options = {name: option for name, option in _options(kind).items() if name not in without}
     for name in values:
-        if name not in fields:
-            raise TypeError(f"{name!r} is not an option{suggestion(name, fields)}")
-    return kind(**{name: _checked(fields[name], value) for name, value in values.items()})
+        if name not in options:
+            raise TypeError(f"{name!r} is not an option{suggestion(name, options)}")
+    return kind(**{name: _checked(name, options[name], value) for name, value in values.items()})
 
 
-def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
-    parse = field.metadata[_KEY].parse
-    if value is None and field.default is None:
+def _checked(name: str, option: Option, value: Any) -> Any:
+    parse = option.parse
+    if value is None and option.default is None:
         return None
     try:
         if parse is not None:
@@ -212,18 +218,14 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
             return value
         raise ValueError(f"{value!r} is not True or False")
     except ValueError as error:
-        raise ValueError(f"{field.name}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
 
 
-def _fields(kind: type) -> dict[str, dataclasses.Field[Any]]:
-    return {field.name: field for field in dataclasses.fields(kind)}
-
-
-def _add(group: argparse._ArgumentGroup, name: str, option: Option, default: Any) -> None:
-    flag, text = _flag(name), option.help + _default_text(default)
+def _add(group: argparse._ArgumentGroup, flag: str, option: Option) -> None:
+    text = option.help + _default_text(option.default)
     if option.parse is None:
         switch = group.add_argument(flag, help=text, action=argparse.BooleanOptionalAction)
-        switch.metavar = flag.replace("--", "--[no-]", 1) if default is True else flag
+        switch.metavar = flag.replace("--", "--[no-]", 1) if option.default else flag
         return
     action = "append" if option.many else "store"
     group.add_argument(flag, help=text, type=argument_type(option.parse), metavar=option.metavar, action=action)

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Protocol, Self
@@ -202,9 +202,8 @@ class Streams:
         with self._lock:
             return [request_id for request_id, expiry in self._leases.items() if expiry <= now]
 
-    @contextlib.contextmanager
-    def pending(self, call: FullVocabCall) -> Iterator[None]:
-        """Register a call for the duration of the context: close() fails it.
+    def register(self, call: FullVocabCall) -> None:
+        """Register a call, which close() fails.
 
         Raises:
             EngineStoppedError: the streams are closed.
@@ -213,11 +212,7 @@ class Streams:
             if self._closed:
                 raise EngineStoppedError
             self._calls.add(call)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._calls.discard(call)
+        call.future.add_done_callback(lambda _: self._calls.discard(call))
 
     def close(self, *, failed: bool) -> None:
         """Finish all streams and calls, and accept no more. Unless `failed`, iteration raises EngineStoppedError."""

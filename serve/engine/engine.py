@@ -145,9 +145,9 @@ class Engine:
             NotPinnedError: the request is not pinned, or its lease has expired.
         """
         call = FullVocabCall(request_id, start, count)
-        with self._streams.pending(call):
-            self._inbox.put(lambda: self._calls.append(call))
-            return await asyncio.wrap_future(call.future)
+        self._streams.register(call)
+        self._inbox.put(lambda: self._calls.append(call))
+        return await asyncio.wrap_future(call.future)
 
     def _check_size(self, request: Request) -> None:
         length, max_model_len = len(request.prompt_token_ids), self.limits.max_model_len

@@ -21,7 +21,7 @@ except ModuleNotFoundError:
 
 from serve.config.values import error_reason
 from serve.ray.front import Front, PrefixRouter
-from serve.ray.options import RayConfig, config_of, parse_ray_args
+from serve.ray.options import RayConfig, ray_flags
 from serve.ray.replica import Replica
 from serve.server.console import start_reporting
 from serve.server.model_files import DEFAULT_MODEL, StartupError, api_name
@@ -43,7 +43,7 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     Raises:
         ValueError: a mistake in `args`; the message names the flag.
     """
-    return application(config_of(args))
+    return application(ray_flags().from_mapping(args))
 
 
 def application(config: RayConfig) -> serve.Application:
@@ -81,7 +81,7 @@ def main() -> int:
 
     0 after SIGTERM or Ctrl-C, 1 if start-up fails, 130 for Ctrl-C during start-up.
     """
-    config = parse_ray_args()
+    config = ray_flags().read()
     reporter = start_reporting(config)
     logging.getLogger("ray").setLevel(logging.WARNING)
     try:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,20 +82,7 @@ class RayConfig(ServeConfig):
         return resources
 
 
-def parse_ray_args(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> RayConfig:
-    """Parse the command line; a mistake exits with code 2 and names the flag."""
-    return _command_line(environ).read(arguments)
-
-
-def config_of(args: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> RayConfig:
-    """Read a mapping of flags to values, as in a config file of Ray Serve.
-
-    Raises:
-        ValueError: a mistake; the message names the flag.
-    """
-    return _command_line(environ).from_mapping(args)
-
-
-def _command_line(environ: Mapping[str, str]) -> CommandLine[RayConfig]:
+def ray_flags(environ: Mapping[str, str] = os.environ) -> CommandLine[RayConfig]:
+    """The flags of replicas, on a command line or in a config file of Ray Serve."""
     description = "Replicas of a server behind one address, on Ray Serve."
     return server_flags(RayConfig, environ, prog="python -m serve.ray.app", description=description)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from serve.ray.options import config_of, parse_ray_args
+from serve.ray.options import ray_flags
 from tests.support.server_process import ROOT
 
 
 def test_ray_config_by_default() -> None:
-    config = parse_ray_args([], {})
+    config = ray_flags({}).read([])
     assert (config.num_replicas, config.autoscaling, config.address) == (None, None, None)
     assert config.resources == {"num_cpus": 1.0}
     assert config.model is None
@@ -20,7 +20,7 @@ def test_ray_config_by_default() -> None:
 
 def test_ray_config_has_flags_of_replicas_and_of_the_server() -> None:
     words = ["org/model", "--num-replicas", "3", "--dtype", "float32", "--num-cpus-per-replica", "0.5"]
-    config = parse_ray_args([*words, "--api-key", "k", "--address", "auto"], {})
+    config = ray_flags({}).read([*words, "--api-key", "k", "--address", "auto"])
     assert (config.num_replicas, config.num_cpus_per_replica, config.address) == (3, 0.5, "auto")
     assert (config.model, config.dtype, config.api_key) == ("org/model", "float32", ("k",))
 
@@ -34,7 +34,7 @@ def test_ray_config_has_flags_of_replicas_and_of_the_server() -> None:
     ],
 )
 def test_resources_of_a_sharded_replica(device: str, resources: dict[str, Any]) -> None:
-    assert parse_ray_args(["--device", device, "--tensor-parallel-size", "4"], {}).resources == resources
+    assert ray_flags({}).read(["--device", device, "--tensor-parallel-size", "4"]).resources == resources
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_resources_of_a_sharded_replica(device: str, resources: dict[str, Any]) 
     ],
 )
 def test_autoscaling_with_max_replicas(words: str, autoscaling: dict[str, Any]) -> None:
-    assert parse_ray_args(words.split(), {}).autoscaling == autoscaling
+    assert ray_flags({}).read(words.split()).autoscaling == autoscaling
 
 
 @pytest.mark.parametrize(
@@ -73,14 +73,14 @@ def test_autoscaling_with_max_replicas(words: str, autoscaling: dict[str, Any]) 
         ("--nonsense", "--nonsense"),
     ],
 )
-def test_parse_ray_args_error_names_the_flag(words: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ray_flags_error_names_the_flag(words: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        parse_ray_args(words.split(), {})
+        ray_flags({}).read(words.split())
     assert ended.value.code == 2
     assert flag in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_config_of_equals_the_command_line() -> None:
+def test_ray_flags_mapping_equals_the_command_line() -> None:
     args = {
         "model": "org/model",
         "max_replicas": 3,
@@ -89,20 +89,23 @@ def test_config_of_equals_the_command_line() -> None:
         "device": None,
     }
     words = "org/model --max-replicas 3 --served-model-name a --served-model-name b --no-enable-prefix-caching"
-    assert config_of(args, {"LOGPROBD_API_KEY": "k"}) == parse_ray_args(words.split(), {"LOGPROBD_API_KEY": "k"})
+    flags = ray_flags({"LOGPROBD_API_KEY": "k"})
+    assert flags.from_mapping(args) == flags.read(words.split())
 
 
 @pytest.mark.parametrize(("args", "flag"), [({"nonsense": 1}, "--nonsense"), ({"num_replicas": 0}, "--num-replicas")])
-def test_config_of_error_names_the_flag(args: dict[str, Any], flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ray_flags_mapping_error_names_the_flag(
+    args: dict[str, Any], flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(ValueError, match=flag) as error:
-        config_of(args, {})
+        ray_flags({}).from_mapping(args)
     assert "\n" not in str(error.value)
     assert capsys.readouterr().err == ""
 
 
 def test_help_has_both_kinds_of_flags(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        parse_ray_args(["--help"], {})
+        ray_flags({}).read(["--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert "--num-replicas" in text
@@ -149,7 +152,7 @@ def test_application_passes_flags_to_ray(words: str, replicas: Any) -> None:
         warnings.simplefilter("ignore")  # Ray's own
         from serve.ray.app import application
 
-        front = application(parse_ray_args([*words.split(), *flags.split()], {}))._bound_deployment
+        front = application(ray_flags({}).read([*words.split(), *flags.split()]))._bound_deployment
     replica = front.init_args[0]._bound_deployment
     assert (front.name, replica.name) == ("Front", "Replica")
     fixed, scaled = replicas

@@ -1,7 +1,7 @@
 // The tokens of a run as cells in a text. One of them can have the focus; arrow keys move it.
 
 import { make } from "./dom.js";
-import { draw, escaped, partOf, plain } from "./text.js";
+import { draw, escapeInvisible, partOf, plain } from "./text.js";
 import { step } from "./totals.js";
 import { describe } from "./format.js";
 
@@ -66,7 +66,7 @@ export class Cells {
     else classes.push(token.logprob === null ? "first" : "waiting");
     cell.className = classes.join(" ");
     const part = partOf(this.run.tokens, index);
-    if (part?.last) cell.dataset.whole = escaped(part.character);
+    if (part?.last) cell.dataset.whole = escapeInvisible(part.character);
     cell.ariaLabel = `${plain(token.bytes)}: ${describe(token)}`;
   }
 
@@ -112,16 +112,16 @@ export class Cells {
   #line(direction) {
     const box = (index) => this.cell(index).getClientRects()[0]; // the first one: a line break ends in the next line
     const middle = ({ left, width }) => left + width / 2;
-    const here = box(this.current);
+    const start = box(this.current);
     let best = this.current;
     let line = null; // top of the line that is searched
     for (let i = this.current + direction; this.cell(i); i += direction) {
-      const there = box(i);
-      if (Math.abs(there.top - here.top) < here.height / 2) continue;
-      if (line !== null && Math.abs(there.top - line) > there.height / 2) break;
-      const nearer = Math.abs(middle(there) - middle(here)) < Math.abs(middle(box(best)) - middle(here));
+      const other = box(i);
+      if (Math.abs(other.top - start.top) < start.height / 2) continue;
+      if (line !== null && Math.abs(other.top - line) > other.height / 2) break;
+      const nearer = Math.abs(middle(other) - middle(start)) < Math.abs(middle(box(best)) - middle(start));
       if (line === null || nearer) best = i;
-      line = there.top;
+      line = other.top;
     }
     return best;
   }

@@ -2,7 +2,7 @@
 
 import { bar, make } from "./dom.js";
 import { ORIGINS, count, logprob, percent } from "./format.js";
-import { draw, escaped, hex, partOf, plain } from "./text.js";
+import { draw, escapeInvisible, hex, partOf, plain } from "./text.js";
 
 const HIDE_AFTER = 250; // ms, for moving the pointer from the cell to the box
 
@@ -79,7 +79,7 @@ export class Details {
       ["id", String(token.id)],
       ["bytes", Array.from(token.bytes, hex).join(" ") || "none"],
     ];
-    if (part) facts.push(["part of", escaped(part.character)]);
+    if (part) facts.push(["part of", escapeInvisible(part.character)]);
     if (typeof token.logprob === "number") {
       facts.push(["log-prob", logprob(token.logprob)]);
       facts.push(["probability", percent(Math.exp(token.logprob))]);

@@ -1,21 +1,21 @@
 // Export of a run as JSON or CSV.
 
-import { decoded, hex } from "./text.js";
+import { decode, hex } from "./text.js";
 import { totals } from "./totals.js";
 
 export function asJson(run) {
   const { title, source, prompt, fills, finish, usage } = run;
   const about = { format: "logprobd inspection", version: 1, model: source?.model, system_fingerprint: source?.fingerprint };
   const request = { title, request: prompt, parameters: fills, finish_reason: finish, usage };
-  return JSON.stringify({ ...about, ...request, totals: totals(run.tokens), tokens: exported(run) }, null, 1);
+  return JSON.stringify({ ...about, ...request, totals: totals(run.tokens), tokens: exportedTokens(run) }, null, 1);
 }
 
-const exported = (run) =>
+const exportedTokens = (run) =>
   run.tokens.map((token, position) => ({ position, origin: token.origin, ...entry(token), top: token.top.map(entry) }));
 
 const entry = ({ id, bytes, special, logprob = null, rank }) => ({
   token_id: id,
-  text: decoded(bytes), // lossy for a part of a character
+  text: decode(bytes), // lossy for a part of a character
   bytes: [...bytes],
   special,
   logprob,
@@ -31,7 +31,7 @@ const TOP_COLUMNS = ["token_id", "text", "logprob"];
  * one as a formula.
  */
 export function asCsv(run) {
-  const tokens = exported(run);
+  const tokens = exportedTokens(run);
   const width = Math.max(0, ...tokens.map((token) => token.top.length));
   const indexes = Array.from({ length: width }, (_, i) => i);
   const names = [...COLUMNS, ...indexes.flatMap((i) => TOP_COLUMNS.map((name) => `top_${i + 1}_${name}`))];

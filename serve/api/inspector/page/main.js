@@ -54,7 +54,7 @@ class Page {
   }
 
   /** Saves the state after an edit, and removes the link, which no longer matches, from the address bar. */
-  edited() {
+  onEdit() {
     if (isLink(location.hash)) history.replaceState(null, "", location.pathname + location.search);
     this.#save();
   }
@@ -72,7 +72,7 @@ class Page {
   }
 
   /** Reacts to the error of a request, whose message the pane shows. */
-  failed({ kind, message }) {
+  onError({ kind, message }) {
     if (["down", "key", "changed"].includes(kind)) {
       this.model = null; // another model may answer next
       this.server.forget();
@@ -90,7 +90,7 @@ class Page {
       get("notice").textContent = "";
     } catch (error) {
       if (!(error instanceof ServerError)) throw error;
-      this.failed(error);
+      this.onError(error);
       if (error.kind !== "key") get("notice").textContent = error.message;
     }
   }
@@ -104,11 +104,11 @@ class Page {
     });
     get("compare").addEventListener("click", () => {
       this.#showPanes(this.panes.length === 1 ? 2 : 1);
-      this.edited();
+      this.onEdit();
     });
     get("share").addEventListener("click", () => this.#share());
     get("theme").addEventListener("click", () => this.#toggleTheme());
-    get("settings").addEventListener("input", () => this.edited());
+    get("settings").addEventListener("input", () => this.onEdit());
     get("settings").addEventListener("submit", (event) => event.preventDefault());
     addEventListener("hashchange", () => this.#readLink());
     addEventListener("scroll", () => this.details.follow(), { passive: true, capture: true });

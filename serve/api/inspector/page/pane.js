@@ -7,7 +7,7 @@ import { asCsv, asJson, save } from "./export.js";
 import { count } from "./format.js";
 import { Run } from "./run.js";
 import { Sums } from "./sums.js";
-import { decoded } from "./text.js";
+import { decode } from "./text.js";
 import { totals } from "./totals.js";
 
 const SUMS_INTERVAL = 250; // ms, while tokens arrive
@@ -22,7 +22,7 @@ export class Pane {
     this.timer = null; // until the sums are shown again
     this.editor = new Editor(this.#part(".editor"), (error) => {
       if (error) this.#showError(error);
-      page.edited();
+      page.onEdit();
     });
     this.cells = new Cells(this.#part(".cells"), {
       point: (index, cell) => page.details.show(this, index, cell),
@@ -119,7 +119,7 @@ export class Pane {
     } catch (error) {
       if (error.name !== "AbortError") {
         this.#showError(error.message);
-        this.page.failed(error);
+        this.page.onError(error);
       }
     } finally {
       if (this.abort === abort) {
@@ -180,9 +180,9 @@ export class Pane {
 
   #reply() {
     const bytes = this.run.tokens.filter((t) => t.origin !== "prompt" && !t.special).flatMap((t) => [...t.bytes]);
-    this.editor.reply(decoded(Uint8Array.from(bytes)));
+    this.editor.reply(decode(Uint8Array.from(bytes)));
     this.#part(".reply").hidden = true;
-    this.page.edited();
+    this.page.onEdit();
   }
 
   #showBusy(busy) {

@@ -53,7 +53,7 @@ export class Run {
   /** Scores tokens without numbers and generates new ones. Calls `onChange(from)` when tokens from `from` on change. */
   async fill(settings, alternatives, onChange, signal) {
     const common = { ...settings, logprobs: true, top_logprobs: alternatives, stream_options: { include_usage: true } };
-    const began = performance.now();
+    const startTime = performance.now();
     const ids = this.tokens.map((token) => token.id);
     Object.assign(this, { finish: null, usage: null, seconds: null });
     this.fills.push({ from: ids.length, top_logprobs: alternatives, ...settings });
@@ -64,7 +64,7 @@ export class Run {
     }
     const { finish, usage } = await this.#request({ ...common, prompt_token_ids: ids }, alternatives, onChange, signal);
     Object.assign(this, { finish, usage });
-    this.seconds = (performance.now() - began) / 1000;
+    this.seconds = (performance.now() - startTime) / 1000;
   }
 
   /** Index of the first token without numbers, or -1. */
@@ -75,9 +75,9 @@ export class Run {
   /** Sends one request; returns its {finish, usage}. */
   async #request(body, alternatives, onChange, signal) {
     const start = this.#unknown;
-    const ended = { finish: null, usage: null };
-    const numbers = { prompt_logprobs: alternatives, prompt_logprobs_start: start, prompt_logprobs_format: "columns" };
-    for await (const event of this.server.stream(start < 0 ? body : { ...body, ...numbers }, signal)) {
+    const result = { finish: null, usage: null };
+    const scoring = { prompt_logprobs: alternatives, prompt_logprobs_start: start, prompt_logprobs_format: "columns" };
+    for await (const event of this.server.stream(start < 0 ? body : { ...body, ...scoring }, signal)) {
       this.source = sourceOf(event, this.source); // throws if another model answers
       if (event.prompt_logprobs_columns) {
         await this.#score(event.prompt_logprobs_columns, signal);
@@ -86,11 +86,11 @@ export class Run {
       const from = this.tokens.length;
       const choice = event.choices[0];
       for (const entry of choice?.logprobs?.content ?? []) this.tokens.push(this.#generated(entry));
-      if (choice?.finish_reason) ended.finish = choice.finish_reason;
-      if (event.usage) ended.usage = event.usage;
+      if (choice?.finish_reason) result.finish = choice.finish_reason;
+      if (event.usage) result.usage = event.usage;
       if (this.tokens.length > from) onChange(from);
     }
-    return ended;
+    return result;
   }
 
   async #score(columns, signal) {

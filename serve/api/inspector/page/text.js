@@ -15,7 +15,7 @@ const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 const lenient = new TextDecoder("utf-8", { ignoreBOM: true });
 
 /** The text of bytes, with U+FFFD for invalid ones. */
-export const decoded = (bytes) => lenient.decode(bytes);
+export const decode = (bytes) => lenient.decode(bytes);
 
 /** The complete character that begins at `start`; null if there is none. */
 function characterAt(bytes, start) {
@@ -49,12 +49,12 @@ const MARK = /^\p{M}/u;
 /** A token in one line of plain text, for screen readers: escapes instead of glyphs. */
 export function plain(bytes) {
   return split(bytes)
-    .map((run) => ("byte" in run ? `\\x${hex(run.byte).toLowerCase()}` : escaped(run.text)))
+    .map((run) => ("byte" in run ? `\\x${hex(run.byte).toLowerCase()}` : escapeInvisible(run.text)))
     .join("");
 }
 
 /** A text with names in place of invisible characters. */
-export function escaped(text) {
+export function escapeInvisible(text) {
   const names = { "\n": "\\n", "\t": "\\t", "\r": "\\r" };
   return Array.from(text, (c) => names[c] ?? (c !== " " && INVISIBLE.test(c) ? `<${codePoint(c)}>` : c)).join("");
 }

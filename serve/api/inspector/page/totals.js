@@ -1,7 +1,7 @@
 // Statistics of tokens, as pure functions. Log-probs are natural logarithms.
 
-const scored = (tokens) => tokens.filter((token) => typeof token.logprob === "number");
-const indexed = (tokens) => scored(tokens.map(({ logprob }, index) => ({ index, logprob })));
+const withLogprob = (tokens) => tokens.filter((token) => typeof token.logprob === "number");
+const indexed = (tokens) => withLogprob(tokens.map(({ logprob }, index) => ({ index, logprob })));
 const sumOf = (tokens) => tokens.reduce((sum, token) => sum + token.logprob, 0);
 
 /**
@@ -9,7 +9,7 @@ const sumOf = (tokens) => tokens.reduce((sum, token) => sum + token.logprob, 0);
  * share of tokens with rank 1.
  */
 export function totals(tokens) {
-  const known = scored(tokens);
+  const known = withLogprob(tokens);
   const sum = sumOf(known);
   const text = known.filter((token) => !token.special);
   const bytes = text.reduce((total, token) => total + token.bytes.length, 0);
@@ -44,7 +44,7 @@ export const RANKS = [
 
 /** Number of tokens in each class of RANKS. */
 export function rankHistogram(tokens) {
-  const ranks = scored(tokens).map((token) => token.rank);
+  const ranks = withLogprob(tokens).map((token) => token.rank);
   return RANKS.map(({ from, to }) => ranks.filter((rank) => rank >= from && rank <= to).length);
 }
 

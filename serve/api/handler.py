@@ -27,8 +27,8 @@ from serve.api.sse import json_or_disconnect, stream_or_disconnect
 from serve.api.validation import (
     PromptLogprobs,
     check_common,
-    check_logprob_token_ids,
     check_prompt_logprobs,
+    check_requested_ids,
     check_start,
     read_prompt_logprobs,
     served_name,
@@ -102,8 +102,10 @@ class Handler[B: GenerationRequest](ABC):
         body = context.model.defaults.fill(validate(self.model, json_object(data), context.unknown_fields))
         check_common(body)
         alternatives, echo_k = self._alternatives(body)
-        check_logprob_token_ids(body, has_logprobs=alternatives is not None, limits=limits)
         if body.logprob_token_ids is not None:
+            if alternatives is None:
+                raise invalid("logprob_token_ids", "`logprob_token_ids` needs `logprobs`.")
+            check_requested_ids("logprob_token_ids", body.logprob_token_ids, limits)
             alternatives = len(body.logprob_token_ids)
         prompt_logprobs = read_prompt_logprobs(body, echo_k, limits)
         header = self._header(body, record)

@@ -85,14 +85,6 @@ def check_requested_ids(param: str, ids: Collection[int], limits: EngineLimits) 
     check_ids(param, ids, limits)
 
 
-def check_logprob_token_ids(body: GenerationRequest, *, has_logprobs: bool, limits: EngineLimits) -> None:
-    if body.logprob_token_ids is None:
-        return
-    if not has_logprobs:
-        raise invalid("logprob_token_ids", "`logprob_token_ids` needs `logprobs`.")
-    check_requested_ids("logprob_token_ids", body.logprob_token_ids, limits)
-
-
 def truncate(ids: list[int], body: GenerationRequest, max_tokens: int | None, limits: EngineLimits) -> list[int]:
     """The prompt truncated to `truncate_prompt_tokens`, on the left unless `truncation_side` is "right".
 
@@ -156,7 +148,10 @@ def read_prompt_logprobs(body: GenerationRequest, echo_k: int | None, limits: En
         raise invalid("prompt_logprobs_start", "`prompt_logprobs_start` needs `prompt_logprobs`.")
     full_vocab = ids is None and k is not None and not 0 <= k <= limits.max_logprobs
     if full_vocab:
-        _check_full_vocab(k or 0, limits)
+        if not limits.full_vocab:
+            check_top_k("prompt_logprobs", k or 0, limits)
+            message = "`prompt_logprobs` of -1 (the full vocabulary) needs a server started with --max-logprobs -1; "
+            raise invalid("prompt_logprobs", f"{message}the maximum of this server is {limits.max_logprobs}.")
         k = limits.vocab_size if k == -1 else min(k or 0, limits.vocab_size)
     columns = body.prompt_logprobs_format == "columns"
     if columns and k is None:
@@ -166,15 +161,6 @@ def read_prompt_logprobs(body: GenerationRequest, echo_k: int | None, limits: En
         raise invalid("prompt_logprobs_format", message)
     scoring = None if k is None else PromptScoring(max(1, start), tuple(ids or ()))
     return PromptLogprobs(k, echo_k, scoring, columns, full_vocab)
-
-
-def _check_full_vocab(k: int, limits: EngineLimits) -> None:
-    if limits.full_vocab:
-        return
-    if k >= 0:
-        check_top_k("prompt_logprobs", k, limits)
-    message = "`prompt_logprobs` of -1 (the full vocabulary) needs a server started with --max-logprobs -1; "
-    raise invalid("prompt_logprobs", f"{message}the maximum of this server is {limits.max_logprobs}.")
 
 
 def check_start(body: GenerationRequest, prompts: Sequence[Sequence[int]]) -> None:

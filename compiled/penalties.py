@@ -74,10 +74,10 @@ def _penalize(logits: Array, sampling: SamplingArrays, slots: SlotState, rows: A
     counts = slots.counts[rows]
     chosen = counts > 0
     x = logits + slots.bias[rows]
-    repetition = jnp.where(chosen | slots.seen[rows], sampling.repetition[:, None], 1.0)
+    repetition = jnp.where(chosen | slots.seen[rows], sampling.repetition_penalty[:, None], 1.0)
     x = jnp.where(x > 0, x / repetition, x * repetition)
-    x = x - sampling.frequency[:, None] * counts
-    x = x - sampling.presence[:, None] * chosen
+    x = x - sampling.frequency_penalty[:, None] * counts
+    x = x - sampling.presence_penalty[:, None] * chosen
     return jnp.where(sampling.penalized[:, None], x, logits)
 
 

@@ -77,9 +77,9 @@ class SamplingArrays:
     seed: Array  # [R, 2] uint32
     step: Array  # [R] uint32 tokens chosen before this one
     penalized: Array  # [R] bool whether the slot's bias and counts, and the penalties below, apply
-    presence: Array  # [R] float32 subtracted from logits of tokens chosen before, 0 = off
-    frequency: Array  # [R] float32 subtracted for each time a token was chosen, 0 = off
-    repetition: Array  # [R] float32 divides positive and multiplies negative logits of tokens seen or chosen, 1 = off
+    presence_penalty: Array  # [R] float32 subtracted from logits of tokens chosen before, 0 = off
+    frequency_penalty: Array  # [R] float32 subtracted for each time a token was chosen, 0 = off
+    repetition_penalty: Array  # [R] float32 divides logits > 0, multiplies others, of tokens seen or chosen, 1 = off
     processed: Array  # [R] bool whether log-probs are of the distribution sampled from, not of the raw one
     mask: Array  # [R, W] uint32, W = ceil(V / 32): bit i of word w is set if token 32 w + i is allowed
 
@@ -118,9 +118,9 @@ def greedy_sampling(rows: int, vocab_size: int) -> SamplingArrays:
         seed=np.zeros((rows, 2), np.uint32),
         step=np.zeros(rows, np.uint32),
         penalized=np.zeros(rows, np.bool_),
-        presence=np.zeros(rows, np.float32),
-        frequency=np.zeros(rows, np.float32),
-        repetition=np.ones(rows, np.float32),
+        presence_penalty=np.zeros(rows, np.float32),
+        frequency_penalty=np.zeros(rows, np.float32),
+        repetition_penalty=np.ones(rows, np.float32),
         processed=np.zeros(rows, np.bool_),
         mask=np.full((rows, mask_words(vocab_size)), 0xFFFFFFFF, np.uint32),
     )

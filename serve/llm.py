@@ -102,7 +102,7 @@ class LLM:
         except STARTUP_ERRORS as error:
             raise StartupError(str(error)) from error
         self.engine = self.loaded.start_engine()
-        self.chats = ChatFormat(self.loaded.tokenizer, self.loaded.chat_template)
+        self.chats = ChatFormat(self.loaded.tokenizer)
         self._shows_progress = shows_progress
         self._worker = LoopThread()
         self._queue = self._request_queue()

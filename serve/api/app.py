@@ -54,7 +54,7 @@ def create_app(
         model,
         config,
         metrics,
-        ChatFormat(model.tokenizer, model.chat_template, sandbox),
+        ChatFormat(model.tokenizer, sandbox),
         Bodies(max_bytes=config.max_body_bytes, seconds=config.client_timeout),
         PromptLogprobsWriter(engine, model.tokenizer),
     )

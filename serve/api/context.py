@@ -20,7 +20,6 @@ class ServedModel:
     names: tuple[str, ...]  # model ids in the API; the first is the default
     tokenizer: Tokenizer
     system_fingerprint: str | None = None
-    chat_template: str | None = None  # overrides the tokenizer's
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
 
 

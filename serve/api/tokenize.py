@@ -66,7 +66,7 @@ class Tokenization:
         tokenizer, limits = self._context.model.tokenizer, self._context.engine.limits
         fields = {
             **tokenizer.special_tokens,
-            "chat_template": self._context.model.chat_template or tokenizer.chat_template,
+            "chat_template": tokenizer.chat_template,
             "eos_token_ids": sorted(tokenizer.eos_token_ids),
             "special_token_ids": sorted(tokenizer.special_ids),
             "model_max_length": limits.max_model_len,

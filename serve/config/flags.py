@@ -68,9 +68,7 @@ def server_flags[C: ServeConfig](
 def _all_keys(flags: Sequence[str], file: Path | None, environ: Mapping[str, str]) -> tuple[str, ...]:
     """The keys of the command line and the file or, if there are none, those of the environment.
 
-    Raises:
-        ValueError: the file has no key, or a key is invalid: an empty key must not open the server. The message names
-            the flag or the variable.
+    Raises ValueError for a file without keys and for an invalid key: an empty key must not open the server.
     """
     keys = [*flags, *([] if file is None else _keys_in(file.expanduser()))]
     return tuple(keys or [api_key(environ[name], f"${name}: ") for name in _KEY_VARIABLES if name in environ])

@@ -68,11 +68,7 @@ def sampling_arrays(requests: Sequence[RequestState], rows: int, vocab_size: int
             getattr(arrays, name)[row] = getattr(params, name)
         arrays.seed[row] = (request.seed >> 32) & 0xFFFFFFFF, request.seed & 0xFFFFFFFF
         arrays.step[row] = step
-        if params.adjusts:
-            arrays.penalized[row] = True
-            arrays.presence[row] = params.presence_penalty
-            arrays.frequency[row] = params.frequency_penalty
-            arrays.repetition[row] = params.repetition_penalty
+        arrays.penalized[row] = params.adjusts
         words = request.mask.row(request.output_token_ids, step) if request.mask else None
         if words is not None:
             arrays.mask[row] = words

@@ -130,9 +130,7 @@ class Engine:
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """Finish a request, or unpin the pages of one that has finished. Harmless for an unknown id. Thread-safe.
 
-        Args:
-            request_id: `Request.id`.
-            reason: STOP if the client has found the end of the text, which the engine cannot see.
+        `reason` is STOP if the client has found the end of the text, which the engine cannot see.
         """
         if self._streams.start_abort(request_id):
             self._inbox.put(lambda: self._abort(request_id, reason))

@@ -10,19 +10,14 @@ from serve.engine.request_state import RequestState
 
 def select_logprobs(logprobs: TokenLogprobs, rows: slice, ids: tuple[int, ...]) -> TokenLogprobs:
     """Rows of a step's log-probs; the alternatives are the requested `ids`, or the K best without any."""
-    chosen = logprobs.logprob[rows], logprobs.rank[rows]
-    if not ids:
-        top_ids = logprobs.top_ids[rows]
-        ranks = np.broadcast_to(np.arange(1, top_ids.shape[1] + 1, dtype=np.int32), top_ids.shape)
-        return TokenLogprobs(*chosen, top_ids, logprobs.top_logprobs[rows], top_ranks=ranks)
-    count = len(ids)
-    requested = np.broadcast_to(np.asarray(ids, np.int32), (len(chosen[0]), count))
-    return TokenLogprobs(
-        *chosen,
-        top_ids=requested,
-        top_logprobs=logprobs.requested_logprobs[rows, :count],
-        top_ranks=logprobs.requested_ranks[rows, :count],
-    )
+    logprob, rank, count = logprobs.logprob[rows], logprobs.rank[rows], len(ids)
+    if ids:
+        top_ids = np.broadcast_to(np.asarray(ids, np.int32), (len(logprob), count))
+        top_logprobs, top_ranks = logprobs.requested_logprobs[rows, :count], logprobs.requested_ranks[rows, :count]
+    else:
+        top_ids, top_logprobs = logprobs.top_ids[rows], logprobs.top_logprobs[rows]
+        top_ranks = np.broadcast_to(np.arange(1, top_ids.shape[1] + 1, dtype=np.int32), top_ids.shape)
+    return TokenLogprobs(logprob, rank, top_ids, top_logprobs, top_ranks=top_ranks)
 
 
 def begin_prompt_logprobs(request: RequestState, pool: PagePool, k: int) -> None:

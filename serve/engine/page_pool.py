@@ -8,6 +8,7 @@ when a page is needed and none is free. docs/kv-cache.md explains this in detail
 import hashlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -45,7 +46,9 @@ class PagePool:
         """Allocate `count` pages to write to, evicting registered ones if necessary. None if there are fewer."""
         if count > self.num_free:
             return None
-        pages = [self._free.popleft() if self._free else self._evict() for _ in range(count)]
+        if missing := max(0, count - len(self._free)):
+            self.unregister(list(islice(self._unreferenced, missing)))  # evict the least recently used
+        pages = [self._free.popleft() for _ in range(count)]
         self._ref_counts.update(pages)
         return pages
 
@@ -98,11 +101,9 @@ class PagePool:
     def unregister(self, pages: Iterable[int]) -> None:
         """Remove pages from the prefix cache. References are unchanged."""
         for page in pages:
-            content = self._page_to_hash.pop(page, None)
-            if content is None:
-                continue
-            del self._hash_to_page[content]
-            self._logprobs.pop(content, None)
+            if content := self._page_to_hash.pop(page, None):
+                del self._hash_to_page[content]
+                self._logprobs.pop(content, None)
             if page in self._unreferenced:
                 del self._unreferenced[page]
                 self._free.append(page)
@@ -129,13 +130,6 @@ class PagePool:
             and self._logprobs.keys() <= self._hash_to_page.keys()
         ):
             raise AssertionError("an unregistered page is cached or has log-probs")
-
-    def _evict(self) -> int:
-        page, _ = self._unreferenced.popitem(last=False)
-        content = self._page_to_hash.pop(page)
-        del self._hash_to_page[content]
-        self._logprobs.pop(content, None)
-        return page
 
 
 def root_hash(salt: str) -> bytes:

@@ -15,17 +15,15 @@ class TokenMask:
     """The mask of one request. Bit i of word w is set if token 32 w + i is allowed.
 
     Words that do not depend on the output are packed once; a request without constraints has none.
-
-    Attributes:
-        waits: the mask depends on the last token, which must be read before the next step is dispatched.
     """
 
     def __init__(self, params: SamplingParams, vocab_size: int) -> None:
         self._size = mask_words(vocab_size)
         self._min_tokens = params.min_tokens
         self._phrases = [word for word in params.bad_words if len(word) > 1]
-        self.waits = bool(self._phrases)
-        self._words = self._only(params.allowed_token_ids)
+        self.waits = bool(self._phrases)  # the last token must be read before the next step is dispatched
+        allowed = params.allowed_token_ids
+        self._words = None if allowed is None else ~self._without(None, allowed)
         if tokens := [word[0] for word in params.bad_words if len(word) == 1]:
             self._words = self._without(self._words, tokens)
         self._words_before_min_tokens = self._words
@@ -41,26 +39,12 @@ class TokenMask:
         forbidden = [phrase[-1] for phrase in self._phrases if _ends_with(output_token_ids, phrase[:-1])]
         return self._without(words, forbidden) if forbidden else words
 
-    def _only(self, ids: Iterable[int] | None) -> Words | None:
-        if ids is None:
-            return None
-        words = np.zeros(self._size, np.uint32)
-        index, bits = _positions(ids)
-        np.bitwise_or.at(words, index, bits)
-        return words
-
     def _without(self, words: Words | None, ids: Iterable[int]) -> Words:
         result = np.full(self._size, 0xFFFFFFFF, np.uint32) if words is None else words.copy()
-        index, bits = _positions(ids)
-        np.bitwise_and.at(result, index, ~bits)
+        tokens = np.fromiter(ids, np.int64)
+        np.bitwise_and.at(result, tokens // 32, ~(np.uint32(1) << (tokens % 32).astype(np.uint32)))
         return result
 
 
 def _ends_with(tokens: Sequence[int], suffix: tuple[int, ...]) -> bool:
     return len(tokens) >= len(suffix) and tuple(tokens[len(tokens) - len(suffix) :]) == suffix
-
-
-def _positions(ids: Iterable[int]) -> tuple[NDArray[np.int64], Words]:
-    """Index of each token's word, and the bit of the token in it."""
-    index = np.fromiter(ids, np.int64)
-    return index // 32, np.uint32(1) << (index % 32).astype(np.uint32)

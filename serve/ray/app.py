@@ -109,14 +109,13 @@ def main() -> int:
 
 def _start_ray(config: RayConfig) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        if config.address is not None:
-            ray.init(address=config.address, logging_level=logging.WARNING)
-            return
+    address, options = config.address, {}
+    if address is None:
         path = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = f"{_ROOT}:{path}" if path else str(_ROOT)  # for imports in Ray's workers
-        # "local": do not join another Ray cluster of this machine.
-        ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+        address, options = "local", {"include_dashboard": False}  # do not join another Ray cluster of this machine
+    try:
+        ray.init(address=address, logging_level=logging.WARNING, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StartupError(f"--address {config.address}: {error_reason(error)}") from error
 

@@ -17,11 +17,7 @@ class Replica:
     """Answers requests with the app of `logprobd serve`."""
 
     def __init__(self, config: ServeConfig) -> None:
-        """Load and compile. Ray sends requests after this returns.
-
-        Raises:
-            serve.server.model_files.STARTUP_ERRORS: the model cannot be served; the message is for the user.
-        """
+        """Load and compile; raises STARTUP_ERRORS. Ray sends requests after this returns."""
         self._watchdog_timeout = config.watchdog_timeout
         self._served = assemble(config, start_reporting(config))
         self._id = serve.get_replica_context().replica_id.unique_id

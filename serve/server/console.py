@@ -142,12 +142,9 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def set_up_logs(level: str, *, stream: TextIO, as_json: bool = False, console: Console | None = None) -> None:
-    """Send log records and Python warnings to `stream`, replacing the handler of an earlier call.
+    """Send log records and Python warnings to `stream`, or to a console, replacing the handler of an earlier call.
 
-    Args:
-        level: lowest level of our own loggers, such as "info".
-        as_json: write JSON lines; then uncaught exceptions are logged, too (see `_log_uncaught_exceptions`).
-        console: a terminal to write to instead of `stream`.
+    `level` is that of our own loggers, such as "info". As JSON, uncaught exceptions are logged, too.
     """
     handler = logging.StreamHandler(stream) if console is None else _ConsoleHandler(console)
     if console is None:
@@ -204,10 +201,9 @@ class _ConsoleHandler(logging.Handler):
 
 
 def _log_uncaught_exceptions() -> None:
-    """Log what Python would print to stderr as a traceback, so that every line there is JSON.
+    """Log the tracebacks that Python prints to stderr, so that every line there is JSON.
 
-    Replaces three hooks of the interpreter: `sys.excepthook` (main thread), `threading.excepthook` (other threads) and
-    `sys.unraisablehook` (finalizers and callbacks). Exceptions propagate and end threads as before.
+    They are of the main thread, of other threads, and of finalizers and callbacks.
     """
     logger = logging.getLogger(_OWN)
 

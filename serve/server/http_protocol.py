@@ -102,14 +102,14 @@ class GuardedProtocol(H11Protocol):
 
     def _start_read_timer(self) -> None:
         _cancel(self._read_timer)
-        before = self.transport.get_write_buffer_size()
+        size = self.transport.get_write_buffer_size()
 
         def check() -> None:
             self._read_timer = None
             unread = self.transport.get_write_buffer_size()
             # While the app writes, the buffer may stay as full although the client reads.
             may_grow = self._is_answering() and not self.flow.write_paused
-            if unread and unread >= before and not may_grow:
+            if unread and unread >= size and not may_grow:
                 self._abort("stalled_reader")
             elif unread:
                 self._start_read_timer()

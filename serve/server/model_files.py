@@ -35,7 +35,6 @@ class ModelFiles:
     source: ModelSource
     checkpoint: Checkpoint
     tokenizer: Tokenizer
-    chat_template: str | None  # replaces the tokenizer's
     defaults: GenerationDefaults
     max_model_len: int
     config: EngineConfig  # dtype resolved
@@ -68,11 +67,13 @@ def open_model(config: EngineConfig, on_prepare: Callable[[str], None]) -> Itera
         if max_model_len > limit:
             raise StartupError(f"--max-model-len {max_model_len} exceeds the model's limit of {limit}")
         check_tokenizer(source.name, tokenizer, checkpoint.config.vocab_size)
-        if config.needs_chat_template and chat_template is None and tokenizer.chat_template is None:
+        if chat_template is not None:
+            tokenizer.chat_template = chat_template
+        if config.needs_chat_template and tokenizer.chat_template is None:
             raise StartupError(f"{source.name} has no chat template: give one with --chat-template")
-        check_template(source.name, tokenizer, chat_template)
+        check_template(source.name, tokenizer)
         config = replace(config, dtype=chosen_dtype(config, checkpoint))
-        yield ModelFiles(source, checkpoint, tokenizer, chat_template, defaults, max_model_len, config)
+        yield ModelFiles(source, checkpoint, tokenizer, defaults, max_model_len, config)
 
 
 def api_name(model: str) -> str:
@@ -98,14 +99,13 @@ def check_tokenizer(name: str, tokenizer: Tokenizer, vocab_size: int) -> None:
             raise StartupError(f"{name}: eos_token_id {token_id} is outside the model's {vocab_size} tokens")
 
 
-def check_template(name: str, tokenizer: Tokenizer, chat_template: str | None) -> None:
-    """Raises StartupError if the chat template, or else the tokenizer's own, cannot render a user's "Hi"."""
-    template = tokenizer.chat_template if chat_template is None else chat_template
-    if template is None:
+def check_template(name: str, tokenizer: Tokenizer) -> None:
+    """Raises StartupError if the tokenizer has a chat template that cannot render a user's "Hi"."""
+    if tokenizer.chat_template is None:
         return
-    messages = [{"role": "user", "content": "Hi"}]
+    messages, tokens = [{"role": "user", "content": "Hi"}], tokenizer.special_tokens
     try:
-        render_chat(template, messages, special_tokens=tokenizer.special_tokens, add_generation_prompt=True)
+        render_chat(tokenizer.chat_template, messages, special_tokens=tokens, add_generation_prompt=True)
     except ChatTemplateError as error:
         raise StartupError(f"{name}: the chat template fails: {error}") from None
 

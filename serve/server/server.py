@@ -47,11 +47,10 @@ def assemble(config: ServeConfig, reporter: Reporter) -> Served:
     }
     metrics.watch(lambda: engine.gauges, cache)
     readiness = Readiness()
-    model = ServedModel(names, loaded.tokenizer, loaded.fingerprint, loaded.chat_template, loaded.defaults)
+    model = ServedModel(names, loaded.tokenizer, loaded.fingerprint, loaded.defaults)
     on_answer = None if config.disable_uvicorn_access_log else log_answer
     app = create_app(engine, model, config, metrics, readiness=readiness, on_answer=on_answer)
-    chats = loaded.chat_template is not None or loaded.tokenizer.chat_template is not None
-    return Served(names, chats, engine, app, readiness, metrics)
+    return Served(names, loaded.tokenizer.chat_template is not None, engine, app, readiness, metrics)
 
 
 def main(config: ServeConfig, make: Callable[[ServeConfig, Reporter], Served] = assemble) -> int:

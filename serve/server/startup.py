@@ -47,7 +47,6 @@ class Loaded:
     runner: ModelRunner
     tokenizer: Tokenizer
     limits: EngineLimits
-    chat_template: str | None  # replaces the tokenizer's
     fingerprint: str
     defaults: GenerationDefaults
     config: EngineConfig  # dtype resolved
@@ -116,7 +115,7 @@ def load(options: EngineConfig, reporter: Reporter) -> Loaded:
     )
     fingerprint = system_fingerprint(config, buckets, kernels_used(model))
     name = api_name(files.source.name)
-    return Loaded(name, runner, files.tokenizer, limits, files.chat_template, fingerprint, files.defaults, config)
+    return Loaded(name, runner, files.tokenizer, limits, fingerprint, files.defaults, config)
 
 
 def _mesh(config: EngineConfig) -> Mesh | None:

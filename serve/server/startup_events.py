@@ -128,13 +128,7 @@ def all_compiled(programs: int, cached: int, seconds: float) -> Event:
 
 
 def server_started(config: ServeConfig, models: Sequence[str], url: str, *, chats: bool) -> Event:
-    """The server accepts requests.
-
-    Args:
-        models: names in the API.
-        url: of a Unix socket: "unix:" and its path.
-        chats: the model has a chat template.
-    """
+    """The server accepts requests. `url` is "unix:" and a path for a Unix socket; `chats`: it has a chat template."""
     names, base = ", ".join(models), _reachable(url)
     keyed, documented = bool(config.api_key), not config.disable_fastapi_docs
 

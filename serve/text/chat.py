@@ -30,7 +30,6 @@ class ChatFormat:
     """Renders and encodes the chats of one model."""
 
     tokenizer: Tokenizer
-    template: str | None = None  # Jinja source that replaces the tokenizer's
     sandbox: TemplateSandbox | None = None  # renders templates that come from requests
 
     def render(
@@ -59,9 +58,7 @@ class ChatFormat:
         if generates and continue_final_message:
             message = "`continue_final_message` and `add_generation_prompt` cannot both be true."
             raise PromptError("continue_final_message", message)
-        template, render = self.template, render_chat
-        if template is None:
-            template = self.tokenizer.chat_template
+        template, render = self.tokenizer.chat_template, render_chat
         if request_template is not None:
             assert self.sandbox is not None
             template, render = request_template, self.sandbox.render

@@ -16,7 +16,7 @@ from serve.cli.score import texts
 from serve.cli.score.texts import Context, Line, LineError, ScoreError, Text, TextReader, make_context, open_source
 from serve.jobs.score import EncodedText, TextEncoder
 from serve.text.chat import ChatFormat
-from tests.support.http_client import VOCAB_SIZE, byte_tokenizer
+from tests.support.http_client import TEMPLATE, VOCAB_SIZE, byte_tokenizer
 
 COLUMNS = TextReader.fields(None)
 
@@ -123,8 +123,8 @@ def test_parquet_column_of_bytes_is_the_error_of_its_line(tmp_path: Path) -> Non
     assert "not text" in (line.error or "")
 
 
-def read(value: Any, template: str | None = None, **options: Any) -> Text:
-    reader = TextReader(TextEncoder(ChatFormat(byte_tokenizer(), template), VOCAB_SIZE), **options)
+def read(value: Any, template: str = TEMPLATE, **options: Any) -> Text:
+    reader = TextReader(TextEncoder(ChatFormat(byte_tokenizer(chat_template=template)), VOCAB_SIZE), **options)
     return reader.read(Line(1, orjson.dumps(value), 0, 0), is_text=False)
 
 

@@ -23,13 +23,13 @@ _fill = jax.jit(set_slot_penalties)
 
 PENALTIES: dict[str, dict[str, Any]] = {
     "none": {},
-    "presence": {"presence": 0.7},
-    "negative_presence": {"presence": -1.9},
-    "frequency": {"frequency": 0.3},
-    "negative_frequency": {"frequency": -0.4},
-    "repetition": {"repetition": 1.3},
-    "repetition_below_1": {"repetition": 0.6},
-    "all": {"presence": 0.5, "frequency": 0.25, "repetition": 1.7},
+    "presence": {"presence_penalty": 0.7},
+    "negative_presence": {"presence_penalty": -1.9},
+    "frequency": {"frequency_penalty": 0.3},
+    "negative_frequency": {"frequency_penalty": -0.4},
+    "repetition": {"repetition_penalty": 1.3},
+    "repetition_below_1": {"repetition_penalty": 0.6},
+    "all": {"presence_penalty": 0.5, "frequency_penalty": 0.25, "repetition_penalty": 1.7},
 }
 
 
@@ -65,19 +65,19 @@ def reference(
     logits: NDArray[np.float32],
     slots: SlotState,
     slot: int,
-    presence: float = 0.0,
-    frequency: float = 0.0,
-    repetition: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    repetition_penalty: float = 1.0,
 ) -> NDArray[np.float64]:
     """One row [V], in float64: bias, repetition, frequency, presence."""
     bias, counts, seen = slots.bias[slot], slots.counts[slot], slots.seen[slot]
     x: NDArray[np.float64] = logits.astype(np.float64) + bias
     for token in range(len(x)):
         if seen[token] or counts[token]:
-            x[token] = x[token] / repetition if x[token] > 0 else x[token] * repetition
-        x[token] -= frequency * counts[token]
+            x[token] = x[token] / repetition_penalty if x[token] > 0 else x[token] * repetition_penalty
+        x[token] -= frequency_penalty * counts[token]
         if counts[token]:
-            x[token] -= presence
+            x[token] -= presence_penalty
     return x
 
 
@@ -154,7 +154,7 @@ def test_adjust_logits_gives_positive_zeros() -> None:
     logits, slots = np.full((R, V), -2.0, np.float32), empty_slots(Z, V)
     logits[:, [40, 200]] = -np.finfo(np.float32).tiny, 0.0  # a hundred-millionth of it is -0
     slots.seen[:, 40] = True
-    sampling = sampling_of(V, repetition=1e-8)
+    sampling = sampling_of(V, repetition_penalty=1e-8)
     result = adjust(logits, sampling, slots, range(R))
     assert not np.signbit(result[:, 40]).any()
     tokens = np.asarray(_choose(logits, sampling, slots, np.arange(R)))

@@ -174,29 +174,29 @@ def test_decode_rows_keep_their_slots_in_any_order(runner: ModelRunner) -> None:
 def test_decode_accumulates_counts(runner: ModelRunner) -> None:
     """A bias of 100 makes one token win until the frequency penalty of 30 a time has outweighed it."""
     runner.set_penalties(2, adjustment_of({40: 100.0, 41: 95.0}))
-    tokens = tokens_of(generate(runner, 6, frequency=30.0))
+    tokens = tokens_of(generate(runner, 6, frequency_penalty=30.0))
     assert tokens == [40, 41, 40, 41, 40, 41]
 
 
 def test_set_penalties_replaces_one_slot(runner: ModelRunner) -> None:
     runner.set_penalties(1, adjustment_of({7: 100.0}))
     runner.set_penalties(2, adjustment_of({40: 100.0}))
-    assert tokens_of(generate(runner, 3, frequency=1.0)) == [40] * 3
+    assert tokens_of(generate(runner, 3, frequency_penalty=1.0)) == [40] * 3
     runner.set_penalties(2, adjustment_of({50: 100.0, 60: 99.0}, counts=(50,)))
-    assert tokens_of(generate(runner, 1, presence=3.0)) == [60]
-    assert tokens_of(generate(runner, 1, slot=1, presence=3.0)) == [7]
+    assert tokens_of(generate(runner, 1, presence_penalty=3.0)) == [60]
+    assert tokens_of(generate(runner, 1, slot=1, presence_penalty=3.0)) == [7]
 
 
 def test_repetition_applies_to_prompt_and_chosen_tokens(runner: ModelRunner) -> None:
     runner.set_penalties(2, adjustment_of({40: 100.0, 41: 90.0, 42: 80.0}, seen=(40,)))
-    assert tokens_of(generate(runner, 3, repetition=2.0)) == [41, 42, 40]
+    assert tokens_of(generate(runner, 3, repetition_penalty=2.0)) == [41, 42, 40]
 
 
 def test_sampling_parameters_do_not_change_raw_logprobs(runner: ModelRunner) -> None:
     plain = generate(runner, 1)[0]
     best = int(plain.tokens[0])
     runner.set_penalties(2, adjustment_of({77: 50.0}, counts=(best,), seen=(3,)))
-    changed = generate(runner, 1, presence=1.0, repetition=1.5, frequency=0.5)[0]
+    changed = generate(runner, 1, presence_penalty=1.0, repetition_penalty=1.5, frequency_penalty=0.5)[0]
     assert int(changed.tokens[0]) == 77
     assert bits(changed.logprobs, 0)[2:] == bits(plain.logprobs, 0)[2:]
     place = cache_index(3, len(PROMPT) - 1)

@@ -58,7 +58,7 @@ def test_parse_args_derived_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "words"),
     [
         (["--max-num-batched-tokens", "31"], ("--max-num-batched-tokens", "--max-num-seqs")),
         (["--max-num-seqs", "300", "--max-num-batched-tokens", "256"], ("--max-num-batched-tokens", "--max-num-seqs")),
@@ -82,13 +82,13 @@ def test_parse_args_derived_defaults() -> None:
     ],
 )
 def test_parse_args_mistake_exits_with_code_2(
-    arguments: list[str], named: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    arguments: list[str], words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         parse_args(arguments)
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     error = capsys.readouterr().err
-    assert all(name in error for name in named)
+    assert all(name in error for name in words)
 
 
 def test_api_keys_from_flags_or_environment() -> None:
@@ -159,9 +159,9 @@ def test_config_file_below_the_command_line(tmp_path: Path) -> None:
 def test_config_file_invalid_exits_with_code_2(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(text)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         parse_args(["--config", str(file)])
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     assert "--" in capsys.readouterr().err
 
 
@@ -178,9 +178,9 @@ def test_help_shows_every_option_in_its_group(monkeypatch: pytest.MonkeyPatch) -
         assert option.help, field.name
         assert option.group in GROUPS, field.name
         word = "--" + field.name.replace("_", "-")
-        shown = re.compile(rf"^  (\[?{word}|{word.replace('--', r'--\[no-\]')})(?![\w-])", re.MULTILINE)
+        line = re.compile(rf"^  (\[?{word}|{word.replace('--', r'--\[no-\]')})(?![\w-])", re.MULTILINE)
         section = text[text.index(f"\n{option.group}:\n") :].split("\n\n")[0]
-        assert len(shown.findall(section)) == 1, field.name
+        assert len(line.findall(section)) == 1, field.name
 
 
 @pytest.mark.parametrize(("columns", "widest"), [(200, 100), (100, 98), (80, 78)])
@@ -202,9 +202,9 @@ def test_help_examples_are_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     examples = printed_help(monkeypatch, 100).partition("examples:\n")[2]
     (tmp_path / "serve.yaml").write_text("port: 9000")
     monkeypatch.chdir(tmp_path)
-    found = re.findall(r"logprobd serve(.*?)(?:   |  \w|$)", examples, re.MULTILINE)
-    assert len(found) == 6
-    assert [parse_args(arguments.split()).port for arguments in found] == [8000, 9000, 8000, 8000, 8000, 9000]
+    commands = re.findall(r"logprobd serve(.*?)(?:   |  \w|$)", examples, re.MULTILINE)
+    assert len(commands) == 6
+    assert [parse_args(arguments.split()).port for arguments in commands] == [8000, 9000, 8000, 8000, 8000, 9000]
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,14 @@ class Crowd:
     random: Random
     bench: CoreBench
     requests: list[RequestState]
-    ended: int = 0
+    num_finished: int = 0
     shared: int = 0
     failures: int = 0
 
     def prompt(self) -> list[int]:
         """A shared prefix and a suffix of its own; or prompt and output of an earlier request."""
-        if self.ended and self.random.random() < 0.2:
-            other = self.requests[self.random.randrange(max(0, self.ended - 8), self.ended)]
+        if self.num_finished and self.random.random() < 0.2:
+            other = self.requests[self.random.randrange(max(0, self.num_finished - 8), self.num_finished)]
             return [*other.prompt_token_ids, *other.output_token_ids][: MAX_MODEL_LEN - 1]
         length = self.random.choice(
             (self.random.randint(1, 12), self.random.randint(60, 70), self.random.randint(1, 180))
@@ -88,11 +88,11 @@ class Crowd:
 
     def check_finished(self) -> None:
         """Each finished request has the outcome that it has alone, up to its abort."""
-        for request in self.requests[self.ended :]:
+        for request in self.requests[self.num_finished :]:
             events = self.bench.events[request.id]
             if not events or events[-1].finish_reason is None:
                 return
-            self.ended += 1
+            self.num_finished += 1
             start = request.params.prompt.start if request.params.prompt else 1
             outcome, expected = self.bench.outcome(request.id, start), alone(request, MAX_MODEL_LEN)
             self.shared += bool(events[0].cached_tokens)
@@ -114,6 +114,6 @@ def test_random_requests_keep_outcomes(seed: int, pages: int, rows: int) -> None
     bench.runner.before_call = lambda _: None
     bench.run()
     crowd.check_finished()
-    assert crowd.ended == len(crowd.requests) > 50
+    assert crowd.num_finished == len(crowd.requests) > 50
     assert crowd.shared
     assert crowd.failures

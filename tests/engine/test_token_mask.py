@@ -45,10 +45,12 @@ def test_row_equals_sets(
     mask = TokenMask(params, V)
     expected = set(range(V)) if allowed is None else set(allowed)
     for n in range(len(output) + 1):
-        before = output[:n]
-        left = expected - (stops if n < min_tokens else set())
-        left -= {word[-1] for word in bad_words if [*word[:-1]] == before[n - len(word) + 1 :] and n >= len(word) - 1}
-        assert allowed_tokens(mask, before) == left
+        prefix = output[:n]
+        remaining = expected - (stops if n < min_tokens else set())
+        remaining -= {
+            word[-1] for word in bad_words if [*word[:-1]] == prefix[n - len(word) + 1 :] and n >= len(word) - 1
+        }
+        assert allowed_tokens(mask, prefix) == remaining
     assert mask.waits == any(len(word) > 1 for word in bad_words)
 
 

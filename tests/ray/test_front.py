@@ -113,7 +113,7 @@ async def ask(replicas: Replicas, body: bytes = b"{}", *, path: str = "/v1/compl
     await app(replicas)(scope(path), receiver(parts), send)
     head, *rest = sent
     complete = not rest[-1].get("more_body", False)
-    return Received(head["status"], dict(head["headers"]), b"".join(each["body"] for each in rest), complete)
+    return Received(head["status"], dict(head["headers"]), b"".join(message["body"] for message in rest), complete)
 
 
 def receiver(unread: list[dict[str, Any]]) -> Any:
@@ -185,17 +185,17 @@ async def test_request_without_a_replica_gets_503(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("death", [DIED, OUT_OF_MEMORY, LATE])
-@pytest.mark.parametrize(("sent", "before"), [(EVENT, b""), (EVENT | {"body": b'data: {"n":'}, b"\n\n")])
+@pytest.mark.parametrize(("sent", "prefix"), [(EVENT, b""), (EVENT | {"body": b'data: {"n":'}, b"\n\n")])
 async def test_stream_ends_with_an_error_event_if_its_replica_dies(
-    sent: dict[str, Any], before: bytes, death: Exception
+    sent: dict[str, Any], prefix: bytes, death: Exception
 ) -> None:
     replicas = Replicas([[[], [start(), sent], death]])
     got = await ask(replicas)
     assert got.status == 200
     assert got.complete
-    rest = got.body.removeprefix(sent["body"] + before)
-    event, done, nothing = rest.split(b"\n\n")
-    assert (done, nothing) == (b"data: [DONE]", b"")
+    rest = got.body.removeprefix(sent["body"] + prefix)
+    event, end, rest_of_stream = rest.split(b"\n\n")
+    assert (end, rest_of_stream) == (b"data: [DONE]", b"")
     error = json.loads(event.removeprefix(b"data: "))["error"]
     assert error["message"] == "The replica that answered has died."
     assert error["type"] == "server_error"

@@ -74,9 +74,9 @@ def test_autoscaling_with_max_replicas(words: str, autoscaling: dict[str, Any]) 
     ],
 )
 def test_ray_flags_error_names_the_flag(words: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         ray_flags({}).read(words.split())
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     assert flag in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -104,9 +104,9 @@ def test_ray_flags_mapping_error_names_the_flag(
 
 
 def test_help_has_both_kinds_of_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         ray_flags({}).read(["--help"])
-    assert ended.value.code == 0
+    assert exit_info.value.code == 0
     text = capsys.readouterr().out
     assert "--num-replicas" in text
     assert "--max-num-seqs" in text
@@ -114,16 +114,16 @@ def test_help_has_both_kinds_of_flags(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_app_without_ray_prints_one_line() -> None:
     code = "import runpy, sys; sys.modules['ray'] = None; runpy.run_module('serve.ray.app', run_name='__main__')"
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    assert ended.stderr == "error: Ray is not installed: run `make ray`, or `pip install 'logprobd[ray]'`\n"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr == "error: Ray is not installed: run `make ray`, or `pip install 'logprobd[ray]'`\n"
 
 
 def loaded(module: str) -> set[str]:
     """Return the modules that importing `module` loads."""
     code = f"import sys, {module}; print(*sys.modules)"
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(ended.stdout.split())
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
 
 
 def test_server_does_not_import_ray() -> None:
@@ -166,6 +166,6 @@ def test_application_passes_flags_to_ray(words: str, replicas: Any) -> None:
     router = replica._deployment_config.request_router_config
     assert router.request_router_class == "serve.ray.front.PrefixRouter"
     assert router.request_router_kwargs["margin"] == 4
-    for each in (front, replica):
-        assert each._deployment_config.graceful_shutdown_timeout_s == 50
-        assert each.max_ongoing_requests > 100  # the engine itself rejects excess requests
+    for deployment in (front, replica):
+        assert deployment._deployment_config.graceful_shutdown_timeout_s == 50
+        assert deployment.max_ongoing_requests > 100  # the engine itself rejects excess requests

@@ -51,8 +51,8 @@ def test_prompt_blocks_differ_after_a_difference() -> None:
 def test_prompt_blocks_of_other_salts_differ() -> None:
     salts: list[Any] = [None, "one", "two"]
     blocks = [blocks_of(prompt=text(3), cache_salt=salt) for salt in salts]
-    assert all(len(each) == 3 for each in blocks)
-    assert len({block for each in blocks for block in each}) == 9
+    assert all(len(chain) == 3 for chain in blocks)
+    assert len({block for chain in blocks for block in chain}) == 9
 
 
 def test_prompt_blocks_of_text_and_messages_differ() -> None:

@@ -12,10 +12,10 @@ import pytest
 def own_logging() -> Iterator[None]:
     """Restore what set_up_logs changes in this process."""
     root, ours = logging.getLogger(), logging.getLogger("serve")
-    before = (root.handlers[:], root.level, ours.level)
+    state = (root.handlers[:], root.level, ours.level)
     hooks = (sys.excepthook, threading.excepthook, sys.unraisablehook)
     root.handlers[:] = []  # basicConfig would close them
     yield
     logging.captureWarnings(False)
-    (root.handlers[:], root.level, ours.level) = before
+    (root.handlers[:], root.level, ours.level) = state
     sys.excepthook, threading.excepthook, sys.unraisablehook = hooks

@@ -134,8 +134,8 @@ def test_damaged_models_end_with_a_message(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", RUNS, arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=300
     )
-    ended = dict(zip(CASES, map(json.loads, run.stdout.splitlines()), strict=True))
-    for name, (code, error) in ended.items():
+    outcomes = dict(zip(CASES, map(json.loads, run.stdout.splitlines()), strict=True))
+    for name, (code, error) in outcomes.items():
         assert code == 1, (name, error)
         assert CASES[name][1] in error, (name, error)
         assert any(line.startswith("error: ") for line in error.splitlines()), (name, error)

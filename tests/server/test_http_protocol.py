@@ -41,10 +41,10 @@ def read_all(connection: socket.socket) -> bytes:
 def error_in(answer: bytes) -> tuple[int, str]:
     """Status and code of a response in OpenAI's error envelope."""
     head, _, body = answer.partition(b"\r\n\r\n")
-    found = re.match(rb"HTTP/1\.1 (\d+) ", head)
-    assert found is not None, answer
+    match = re.match(rb"HTTP/1\.1 (\d+) ", head)
+    assert match is not None, answer
     assert b"application/json" in head
-    return int(found[1]), json.loads(body)["error"]["code"]
+    return int(match[1]), json.loads(body)["error"]["code"]
 
 
 @pytest.mark.parametrize(

@@ -67,10 +67,10 @@ def test_signal_drains_running_streams_and_rejects_new_requests(server: FaultySe
         refused = post(server)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_stopped")
         assert refused.headers["retry-after"]
-        *chunks, last, done = lines
+        *chunks, last, end = lines
         assert len(chunks) == 98
         assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
-        assert done == "data: [DONE]"
+        assert end == "data: [DONE]"
     assert server.process.wait(SECONDS) == 0
 
 
@@ -78,9 +78,9 @@ def test_drain_timeout_ends_streams_with_an_error() -> None:
     server = FaultyServer("--shutdown-timeout", "0")
     with streaming(server) as lines:
         server.process.send_signal(signal.SIGTERM)
-        *_, last, done = lines
+        *_, last, end = lines
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_stopped"
-        assert done == "data: [DONE]"
+        assert end == "data: [DONE]"
     assert server.process.wait(SECONDS) == 0
     server.terminate()
 
@@ -174,15 +174,15 @@ def resident():
 
 blocks = [bytes(64 << 10) for _ in range(4000)]
 blocks = blocks[-1:]  # the last block keeps the heap from shrinking by itself
-before = resident()
+size = resident()
 trim_heap()
-print(before - resident())
+print(size - resident())
 """
 
 
 def test_trim_heap_returns_freed_memory() -> None:
-    done = subprocess.run([sys.executable, "-c", HEAP], capture_output=True, text=True, check=True)
-    assert int(done.stdout) > 100 << 20
+    run = subprocess.run([sys.executable, "-c", HEAP], capture_output=True, text=True, check=True)
+    assert int(run.stdout) > 100 << 20
 
 
 def test_idle_server_exits_at_once(server: FaultyServer) -> None:
@@ -212,9 +212,9 @@ def test_lost_engine_ends_the_process(server: FaultyServer) -> None:
     with streaming(server) as lines:
         lost = post(server, LOSE)
         assert (lost.status_code, lost.json()["error"]["code"]) == (500, "engine_error")
-        *_, last, done = lines
+        *_, last, end = lines
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_error"
-        assert done == "data: [DONE]"
+        assert end == "data: [DONE]"
     assert server.process.wait(SECONDS) == 1
     server._reader.join()
     assert "the engine is lost" in "".join(server.log)
@@ -244,8 +244,8 @@ def test_probes_are_answered_while_draining(server: FaultyServer) -> None:
                 client.get("/health")
 
     probing = [threading.Thread(target=probe) for _ in range(4)]
-    for each in probing:
-        each.start()
+    for connection in probing:
+        connection.start()
     with streaming(server, max_tokens=50) as lines:
         server.process.send_signal(signal.SIGTERM)
         wait_until_draining(server)
@@ -253,8 +253,8 @@ def test_probes_are_answered_while_draining(server: FaultyServer) -> None:
         assert list(lines)[-1] == "data: [DONE]"
     assert server.process.wait(10) == 0  # and not after --shutdown-timeout
     stop.set()
-    for each in probing:
-        each.join()
+    for connection in probing:
+        connection.join()
 
 
 def test_hanging_engine_ends_the_process() -> None:

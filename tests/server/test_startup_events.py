@@ -162,9 +162,9 @@ def test_reporter_phase_follows_progress() -> None:
 
 
 def test_screen_shows_every_fact() -> None:
-    reporter, shown = screen()
+    reporter, screen_text = screen()
     start(reporter)
-    text = shown()
+    text = screen_text()
     for part in (
         "org/[a] model",
         "llama, 134.5 M parameters, bfloat16",
@@ -270,7 +270,7 @@ def test_curl_reaches_the_server(url: str, keyed: bool, words: list[str]) -> Non
 
 def test_startup_does_not_import_the_api() -> None:
     code = "import sys, serve.server.startup; print(*(name for name in sys.modules if name.startswith('serve.')))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    modules = done.stdout.split()
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    modules = run.stdout.split()
     assert "serve.server.startup" in modules
     assert not [name for name in modules if name.startswith("serve.api")]

@@ -236,9 +236,13 @@ class FakeRunner:
             shift = shift_of(high << 32 | low, int(sampling.step[row])) if sampling.temperature[row] > 0 else 0
             if sampling.penalized[row]:
                 slot = inputs.slots[row]
-                penalties = (float(sampling.presence[row]), float(sampling.frequency[row]))
+                penalties = (float(sampling.presence_penalty[row]), float(sampling.frequency_penalty[row]))
                 shift += adjusted_shift(
-                    self._bias[slot], self._seen[slot], self._chosen[slot], *penalties, float(sampling.repetition[row])
+                    self._bias[slot],
+                    self._seen[slot],
+                    self._chosen[slot],
+                    *penalties,
+                    float(sampling.repetition_penalty[row]),
                 )
             tokens.append(next_token(h, shift=shift, forbidden=_cleared_in(sampling.mask[row])))
         scored = np.where(inputs.requested_ids == NO_ID, 0, inputs.requested_ids)

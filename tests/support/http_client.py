@@ -58,7 +58,7 @@ TEMPLATE = (
 
 
 @functools.cache
-def byte_tokenizer(*, add_bos: bool = False) -> Tokenizer:
+def byte_tokenizer(*, add_bos: bool = False, chat_template: str = TEMPLATE) -> Tokenizer:
     """Return the tokenizer of the module's docstring; with `add_bos`, texts start with BEGIN."""
     characters = byte_characters()
     metadata = {
@@ -72,7 +72,7 @@ def byte_tokenizer(*, add_bos: bool = False) -> Tokenizer:
         "add_bos_token": add_bos,
     }
     keys: dict[str, Any] = {f"tokenizer.ggml.{name}": value for name, value in metadata.items()}
-    return tokenizer_from_gguf(keys | {"tokenizer.chat_template": TEMPLATE})
+    return tokenizer_from_gguf(keys | {"tokenizer.chat_template": chat_template})
 
 
 class ScriptedRunner(FakeRunner):
@@ -267,8 +267,9 @@ def start_server(
     engine = Engine(runs, limits, options, metrics)
     metrics.watch(lambda: engine.gauges, {"block_size": str(PAGE_SIZE)})
     engine.start()
-    facts = {name: config.pop(name) for name in ("system_fingerprint", "chat_template", "defaults") if name in config}
-    model = ServedModel(config.get("served_model_name", (MODEL, "alias")), byte_tokenizer(add_bos=add_bos), **facts)
+    facts = {name: config.pop(name) for name in ("system_fingerprint", "defaults") if name in config}
+    tokenizer = byte_tokenizer(add_bos=add_bos, chat_template=config.pop("chat_template", TEMPLATE))
+    model = ServedModel(config.get("served_model_name", (MODEL, "alias")), tokenizer, **facts)
     settings = ServeConfig(**{"allowed_hosts": ("*",)} | config)
     app = create_app(engine, model, settings, metrics, readiness=readiness, on_answer=on_answer)
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)

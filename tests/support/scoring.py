@@ -61,7 +61,7 @@ def fake_load(
         )
         defaults = GenerationDefaults()
         model = cast("ModelRunner", runner)
-        return Loaded("fake", model, byte_tokenizer(), limits, None, fingerprint, defaults, config)
+        return Loaded("fake", model, byte_tokenizer(), limits, fingerprint, defaults, config)
 
     return load
 

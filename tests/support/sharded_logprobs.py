@@ -100,7 +100,7 @@ def choices(runner: ModelRunner) -> dict[str, Any]:
     sampling = greedy_sampling(4, V)
     sampling.temperature[0], sampling.top_p[0], sampling.top_k[0], sampling.min_p[0] = 1.2, 0.8, 700, 1e-4
     sampling.seed[0], sampling.processed[0], sampling.penalized[0] = (1, 2), True, True
-    sampling.repetition[0], sampling.frequency[0], sampling.presence[0] = 1.3, 0.2, 0.1
+    sampling.repetition_penalty[0], sampling.frequency_penalty[0], sampling.presence_penalty[0] = 1.3, 0.2, 0.1
     sampling.mask[0, ::3] = 0x5555AAAA
     bias = np.linspace(-1, 1, V, dtype=np.float32)
     runner.set_penalties(0, SlotPenalties(bias, np.zeros(V, np.int32), np.arange(V) % 5 == 0))

@@ -65,7 +65,7 @@ class ModelOpener:
 
 def _check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
     check_tokenizer("m", tokenizer, config.vocab_size)
-    check_template("m", tokenizer, None)
+    check_template("m", tokenizer)
     ids = tokenizer.encode(_TEXT, add_special_tokens=True)
     tokenizer.decode(ids, skip_special_tokens=False)
     assert all(0 <= token_id < config.vocab_size for token_id in ids)

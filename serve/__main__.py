@@ -1,6 +1,8 @@
 """`python -m serve`."""
 
-from serve.cli.main import run
+import sys
+
+from serve.cli.main import main
 
 if __name__ == "__main__":
-    run()
+    sys.exit(main())

@@ -54,11 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run("serve", arguments)
 
 
-def run() -> None:
-    """Entry point of the console script and of `python -m serve`."""
-    sys.exit(main())
-
-
 def _run(command: str, arguments: Sequence[str]) -> int:
     parser, program = _COMMANDS[command]
     config = import_module(parser).parse_args(arguments)

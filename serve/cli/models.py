@@ -4,17 +4,14 @@ import dataclasses
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from serve.config.options import CommandLine, option, switch
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
@@ -45,23 +42,13 @@ class LocalModel:
 
 
 def parse_args(arguments: Sequence[str]) -> ModelsConfig:
-    """Parse the command line; a mistake exits with code 2 and names the flag."""
-    line = CommandLine(
-        ModelsConfig,
-        prog="logprobd models",
-        description="List the models on this machine.",
-        epilog=_EPILOG,
-        positional="folder",
-    )
+    text = "List the models on this machine."
+    line = CommandLine(ModelsConfig, prog="logprobd models", description=text, epilog=_EPILOG, positional="folder")
     return line.read(arguments)
 
 
 def main(config: ModelsConfig) -> int:
     """Print the list and return the exit code: 1 if a folder does not exist."""
-    import sys
-
-    from rich.console import Console
-
     for folder in config.folder:
         if not folder.expanduser().is_dir():
             print(f"error: {folder}: no such folder", file=sys.stderr)
@@ -71,7 +58,7 @@ def main(config: ModelsConfig) -> int:
     if config.json:
         print(json.dumps([dataclasses.asdict(model) for model in models], indent=2))
     else:
-        Console(highlight=False).print(_table(models))
+        _print_table(models)
     return 0
 
 
@@ -151,8 +138,9 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in weights if file.is_file())
 
 
-def _table(models: Sequence[LocalModel]) -> "Table":
+def _print_table(models: Sequence[LocalModel]) -> None:
     from rich import box
+    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -163,4 +151,4 @@ def _table(models: Sequence[LocalModel]) -> "Table":
     for model in models:
         size = f"{model.bytes / 1e6:,.0f}" if model.path else "-"
         table.add_row(model.model, model.family or "-", model.dtype or "-", size, model.problem or "yes")
-    return table
+    Console(highlight=False).print(table)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.token_logprobs import TokenLogprobs
+from model.token_logprobs import TokenLogprobs, empty_logprobs
 from serve.text.tokenizer import Tokenizer
 
 
@@ -99,16 +99,17 @@ def token_columns(
         scores: n rows, or n - 1 if the first token starts a sequence and has no log-prob.
         starts_sequence: the first token has no log-prob.
     """
-    columns = {
+    if starts_sequence:
+        scores = TokenLogprobs.concatenate([empty_logprobs(1, scores.top_ids.shape[1]), scores])
+    return {
+        "token_ids": token_ids,
+        "tokens": [tokenizer.token_text(token_id) for token_id in token_ids],
         "logprobs": scores.logprob,
         "ranks": scores.rank,
         "top_ids": scores.top_ids,
         "top_logprobs": scores.top_logprobs,
         "top_ranks": scores.top_ranks,
     }
-    if starts_sequence:
-        columns = {name: _after_empty_row(column) for name, column in columns.items()}
-    return {"token_ids": token_ids, "tokens": [tokenizer.token_text(index) for index in token_ids], **columns}
 
 
 def logprob_sum(logprobs: NDArray[np.float32]) -> float:
@@ -122,11 +123,6 @@ def perplexity(logprob: float, tokens: int) -> float | None:
         return math.exp(-logprob / tokens) if tokens else None
     except OverflowError:
         return None
-
-
-def _after_empty_row(column: NDArray[Any]) -> NDArray[Any]:
-    first = np.full((1, *column.shape[1:]), np.nan if column.dtype.kind == "f" else 0, column.dtype)
-    return np.concatenate([first, column])
 
 
 def _rows(item: Tokens, rows: slice) -> Tokens:

@@ -46,7 +46,6 @@ class ChatConfig(EngineConfig):
 
 
 def parse_args(arguments: Sequence[str]) -> ChatConfig:
-    """Parse the command line; a mistake exits with code 2 and names the flag."""
     line = CommandLine(
         ChatConfig,
         prog="logprobd chat",

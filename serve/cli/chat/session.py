@@ -156,11 +156,7 @@ class Session:
 def read_message(ask: Callable[[str], str]) -> str:
     r"""Read a message: a line, lines joined by backslashes at their ends, or lines between two \"\"\".
 
-    Args:
-        ask: shows a prompt and returns a line without line end.
-
-    Raises:
-        EOFError: the input has ended; an unfinished message is returned first.
+    Raises EOFError at the end of the input, after an unfinished message.
     """
     line = ask("> ")
     if line.lstrip().startswith(_FENCE):
@@ -204,8 +200,13 @@ class Terminal:
             import readline
         except ImportError:  # not on every system
             return
+
+        def insert() -> None:
+            readline.insert_text(self._draft)
+            self._draft = ""
+
         readline.set_auto_history(True)
-        readline.set_startup_hook(lambda: self._insert(readline.insert_text))
+        readline.set_startup_hook(insert)
 
     def __call__(self, prompt: str) -> str:
         return input(prompt)
@@ -213,7 +214,3 @@ class Terminal:
     def put_back(self, text: str) -> None:
         """Offer a text of one line for editing at the next prompt, if readline is available."""
         self._draft = "" if "\n" in text else text
-
-    def _insert(self, insert: Callable[[str], None]) -> None:
-        draft, self._draft = self._draft, ""
-        insert(draft)

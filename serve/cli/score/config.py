@@ -136,7 +136,6 @@ class ScoreConfig(EngineConfig):
 
 
 def parse_args(arguments: Sequence[str]) -> ScoreConfig:
-    """Parse the command line; a mistake exits with code 2 and names the flag."""
     line = CommandLine(
         ScoreConfig,
         prog="logprobd score",

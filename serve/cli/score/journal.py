@@ -34,13 +34,11 @@ class Paths:
     output: Path
 
     @property
-    def partial(self) -> Path:
-        """The rows until the run is complete."""
+    def partial(self) -> Path:  # the rows until the run is complete
         return self.output.with_name(f"{self.output.name}.partial")
 
     @property
-    def meta(self) -> Path:
-        """The checkpoint."""
+    def meta(self) -> Path:  # the checkpoint
         return self.output.with_name(f"{self.output.name}.meta.json")
 
 
@@ -86,8 +84,8 @@ def check_same(paths: Paths, previous: dict[str, Any], current: dict[str, Any]) 
     for name in {**previous, **current}:
         if previous.get(name) != current.get(name):
             label = name.replace("_", " ") if name in _NOT_FLAGS else "--" + name.replace("_", "-")
-            before, now = ("unset" if (value := values.get(name)) is None else value for values in (previous, current))
-            differences.append(f"{label} {before}, not {now}")
+            old, new = ("unset" if (value := values.get(name)) is None else value for values in (previous, current))
+            differences.append(f"{label} {old}, not {new}")
     if differences:
         raise ScoreError(f"{paths.output} was started with {', '.join(differences)}; {_OVERWRITE}")
 
@@ -121,32 +119,32 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
+@dataclass(slots=True)
 class Journal:
     """Appends rows. Not thread-safe."""
 
-    def __init__(self, paths: Paths, file: BinaryIO, checkpoint: Checkpoint) -> None:
-        self._paths = paths
-        self._file = file
-        self._saved = time.monotonic()
-        self.checkpoint = checkpoint
+    paths: Paths
+    rows: BinaryIO
+    checkpoint: Checkpoint
+    saved: float = field(default_factory=time.monotonic)
 
     def add(self, row: bytes, line: Line, sums: Sums) -> None:
         """Append the row of a line, empty if the line was skipped, and save from time to time."""
-        self._file.write(row)
+        self.rows.write(row)
         checkpoint = self.checkpoint
         checkpoint.line, checkpoint.checksum = line.number, line.checksum
         checkpoint.output_bytes += len(row)
         checkpoint.longest_row = max(checkpoint.longest_row, len(row))
         checkpoint.sums.add(sums)
-        if time.monotonic() - self._saved >= _INTERVAL:
+        if time.monotonic() - self.saved >= _INTERVAL:
             self.save()
 
     def save(self) -> None:
         """Sync the rows, then the checkpoint, to disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        write_meta(self._paths, self.checkpoint)
-        self._saved = time.monotonic()
+        self.rows.flush()
+        os.fsync(self.rows.fileno())
+        write_meta(self.paths, self.checkpoint)
+        self.saved = time.monotonic()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from model.token_logprobs import TokenLogprobs, empty_logprobs
-from serve.cli.score.scoring import ScoreItem
+from serve.cli.score.command import ScoreItem
 from serve.cli.score.texts import Context, Line, Text
 from serve.engine.client import EngineClient, RequestHandle
 from serve.engine.request import (

@@ -6,9 +6,9 @@ from logging import WARNING
 
 import pytest
 
-from serve.cli.score import scoring
+from serve.cli.score import command
+from serve.cli.score.command import Meter
 from serve.cli.score.rows import Sums
-from serve.cli.score.scoring import Meter, summary
 from serve.jobs.results import perplexity
 
 SUMS = Sums(lines=3, skipped=1, scored=10, tokens=13, logprob=-10.0, text_logprob=-9.0, bytes=20, rank_1=4)
@@ -38,7 +38,7 @@ def test_meter_writes_a_line_per_interval_elsewhere(monkeypatch: pytest.MonkeyPa
     stream = io.StringIO()
     with Meter(stream, "auto", 0) as meter:
         meter.update(0.25, SUMS)
-        monkeypatch.setattr(scoring, "_INTERVAL", 0.0)
+        monkeypatch.setattr(command, "_INTERVAL", 0.0)
         meter.update(0.5, SUMS)
         meter.message("a message")
     first, second = stream.getvalue().splitlines()
@@ -56,7 +56,7 @@ def test_meter_writes_json_lines() -> None:
 
 
 def test_summary_has_entries_for_what_was_scored() -> None:
-    entries = dict(summary(SUMS))
+    entries = dict(SUMS.summary())
     assert entries["lines"] == "3 scored, 1 skipped"
     assert entries["tokens"] == "10 scored of 13"
     assert entries["log-prob"] == "-1.000000 per token"
@@ -64,10 +64,10 @@ def test_summary_has_entries_for_what_was_scored() -> None:
     assert entries["bits/byte"] == "0.649213"
     assert entries["rank 1"] == "40.00% of the tokens"
     assert "completions" not in entries
-    assert dict(summary(Sums())) == {"lines": "0 scored", "tokens": "0 scored of 0"}
+    assert dict(Sums().summary()) == {"lines": "0 scored", "tokens": "0 scored of 0"}
 
 
 def test_perplexity_is_none_if_it_overflows_or_has_no_tokens() -> None:
     assert perplexity(-9999.0, 1) is None
     assert perplexity(0.0, 0) is None
-    assert dict(summary(Sums(lines=1, scored=1, logprob=-9999.0)))["perplexity"] == "none"
+    assert dict(Sums(lines=1, scored=1, logprob=-9999.0).summary())["perplexity"] == "none"

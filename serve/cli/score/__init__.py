@@ -1,5 +1,4 @@
 """`logprobd score`: log-prob and rank of every token of a file, without HTTP.
 
-config -> texts (lines, token ids) -> scoring (the engine, through serve.jobs) -> rows -> journal (files); command joins
-all.
+config -> texts (lines, token ids) -> command (the model, through `LLM`) -> rows -> journal (files).
 """

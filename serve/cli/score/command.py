@@ -1,4 +1,4 @@
-"""`logprobd score`: joins files, model and engine."""
+"""`logprobd score`: scores a file, from the checkpoint of an earlier run to its end."""
 
 import asyncio
 import hashlib
@@ -6,11 +6,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass
 from functools import partial
+from logging import INFO, WARNING
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self, TextIO
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from model.token_logprobs import TokenLogprobs
 from model.weights.source import default_model_path, resolve_model
 from serve.cli.score.config import ScoreConfig
 from serve.cli.score.journal import (
@@ -18,22 +25,38 @@ from serve.cli.score.journal import (
     Journal,
     Paths,
     check_same,
+    check_unchanged,
     files_digest,
     finish,
     open_journal,
     open_rows,
     read_checkpoint,
+    skip_to,
 )
-from serve.cli.score.rows import write_csv, write_parquet
-from serve.cli.score.scoring import Meter, Scoring, check_unchanged, summary
-from serve.cli.score.texts import ScoreError, Source, TextReader, make_context, open_source
+from serve.cli.score.rows import RowWriter, Sums, write_csv, write_parquet
+from serve.cli.score.texts import (
+    Context,
+    Line,
+    LineError,
+    ScoreError,
+    Source,
+    Text,
+    TextReader,
+    make_context,
+    open_source,
+)
+from serve.engine.request import EngineStoppedError
+from serve.jobs.request_queue import RequestError
+from serve.jobs.results import perplexity
+from serve.jobs.score import ScoreRequest, TextEncoder
 from serve.llm import LLM
-from serve.server.console import Reporter, start_reporting
+from serve.server.console import Reporter, is_terminal, json_line, start_reporting
 from serve.server.model_files import STARTUP_ERRORS, chosen_template
 from serve.server.startup_events import Event, failed
 
 _MODEL_KEYS = ("fingerprint", "context", "context_stride")  # parts of `Checkpoint.made_with` that need a loaded model
 _STOPPED = "stopped; run the same command again to resume"
+_INTERVAL = 30.0  # seconds between lines of progress
 
 
 class _StoppedError(Exception):
@@ -80,7 +103,7 @@ def _score(config: ScoreConfig, paths: Paths, reporter: Reporter) -> tuple[list[
         else:
             speed = _resume(config, paths, source, rows, checkpoint, reporter)
         finish(paths, rows, checkpoint, _converter(config, checkpoint))
-    return summary(checkpoint.sums), speed
+    return checkpoint.sums.summary(), speed
 
 
 def _previous(config: ScoreConfig, paths: Paths, reporter: Reporter) -> Checkpoint:
@@ -104,11 +127,18 @@ def _resume(
         if checkpoint.line:
             check_same(paths, checkpoint.made_with, made_with)
         checkpoint.made_with = made_with
-        with open_journal(paths, rows, checkpoint) as journal:
-            before, start = checkpoint.sums.scored, time.monotonic()
-            _run(config, Scoring(config, source, llm, context), journal)
+        start, scored_before = time.monotonic(), checkpoint.sums.scored
+        with (
+            open_journal(paths, rows, checkpoint) as journal,
+            Meter(sys.stderr, config.log_format, scored_before) as meter,
+        ):
+            if checkpoint.line:
+                meter.message(f"resuming after line {checkpoint.line:,} of {config.file}")
+            scoring = _Scoring(config, source, llm, context, journal, meter)
+            if (number := asyncio.run(_until_signal(scoring.run()))) is not None:
+                raise _StoppedError(128 + number, checkpoint.line)
             checkpoint.complete = True
-    scored, seconds = checkpoint.sums.scored - before, time.monotonic() - start
+    scored, seconds = checkpoint.sums.scored - scored_before, time.monotonic() - start
     return f"{scored / seconds:,.0f} tokens/s" if scored else ""
 
 
@@ -121,16 +151,6 @@ def _identity(config: ScoreConfig, on_prepare: Callable[[str], None]) -> dict[st
     if (template := chosen_template(config)) is not None:
         values["chat_template"] = f"sha256 {hashlib.sha256(template.encode()).hexdigest()[:16]}"
     return values
-
-
-def _run(config: ScoreConfig, scoring: Scoring, journal: Journal) -> None:
-    """Run a scoring on an engine; raise _StoppedError if a signal arrives."""
-    with Meter(sys.stderr, config.log_format, journal.checkpoint.sums.scored) as meter:
-        if journal.checkpoint.line:
-            meter.message(f"resuming after line {journal.checkpoint.line:,} of {config.file}")
-        number = asyncio.run(_until_signal(scoring.run(journal, meter)))
-    if number is not None:
-        raise _StoppedError(128 + number, journal.checkpoint.line)
 
 
 async def _until_signal(work: Coroutine[Any, Any, None]) -> int | None:
@@ -162,3 +182,108 @@ def _converter(config: ScoreConfig, checkpoint: Checkpoint) -> Callable[[Path, P
         about = checkpoint.made_with
         return partial(write_parquet, config=config, longest_row=checkpoint.longest_row, about=about)
     return write_csv if config.output_format == "csv" else None
+
+
+class Meter:
+    """Shows progress as --log-format requires: as a bar on a terminal, or else as a line now and then."""
+
+    def __init__(self, stream: TextIO, log_format: str, scored_before: int) -> None:
+        """Create a meter; `scored_before`: tokens scored by earlier runs, which do not count for the speed."""
+        self._stream = stream
+        self._as_json = log_format == "json"
+        self._scored_before = scored_before
+        self._start = self._last = time.monotonic()
+        columns = (TextColumn("scoring"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[sums]}"))
+        console = Console(file=stream, highlight=False)
+        self._shows_bar = log_format == "auto" and is_terminal(stream)
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not self._shows_bar)
+        self._task = self._bar.add_task("scoring", total=1.0, sums="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, done: float, sums: Sums) -> None:
+        """Show the share of the work done, 0 to 1, and the sums so far."""
+        if self._shows_bar:
+            self._bar.update(self._task, completed=done, sums=self._describe(sums))
+        elif time.monotonic() - self._last >= _INTERVAL:
+            self._last = time.monotonic()
+            self.message(f"scoring  {done:.1%}, {self._describe(sums)}")
+
+    def message(self, text: str, level: int = INFO) -> None:
+        """Show a message, such as an error of a line."""
+        if self._shows_bar:
+            self._bar.console.print(text, style="yellow" if level > INFO else None, markup=False, soft_wrap=True)
+        else:
+            self._stream.write((json_line(level, text) if self._as_json else text) + "\n")
+            self._stream.flush()
+
+    def _describe(self, sums: Sums) -> str:
+        rate = (sums.scored - self._scored_before) / max(1e-9, time.monotonic() - self._start)
+        value = perplexity(sums.logprob, sums.scored)
+        end = "" if value is None else f", perplexity {value:.4g}"
+        return f"{sums.lines + sums.skipped:,} lines, {sums.scored:,} tokens, {rate:,.0f} tokens/s{end}"
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreItem(ScoreRequest):
+    """A line to score, or the error that prevents it; then it has no tokens."""
+
+    line: Line
+    text: Text | None = None
+    error: str | None = None
+
+
+class _Scoring:
+    """Reads, scores and writes the remaining lines of a file."""
+
+    def __init__(
+        self, config: ScoreConfig, source: Source, llm: LLM, context: Context, journal: Journal, meter: Meter
+    ) -> None:
+        self._config = config
+        self._source = source
+        self._llm = llm
+        self._context = context
+        self._journal = journal
+        self._meter = meter
+        encoder = TextEncoder(llm.chats, llm.loaded.limits.vocab_size, config.add_special_tokens)
+        self._reader = TextReader(encoder, config.text_field)
+        self._writer = RowWriter(llm.loaded.tokenizer, config)
+
+    async def run(self) -> None:
+        """Score until the end or a broken line that is not skipped; raise ScoreError if it cannot continue."""
+        skip_to(self._source, self._journal.checkpoint)
+        items = self._llm.stream_scores(map(self._item, self._source.lines), self._config.top_logprobs)
+        try:
+            async with aclosing(items):
+                async for item, result in items:
+                    self._write(item, result)
+        except EngineStoppedError:
+            raise ScoreError("the engine has stopped") from None
+
+    def _item(self, line: Line) -> ScoreItem:
+        try:
+            text = self._reader.read(line, is_text=self._source.is_text)
+            token_ids = text.encoded.token_ids
+            return ScoreItem(token_ids, self._context.windows(len(token_ids)), line, text)
+        except LineError as error:
+            return ScoreItem([], (), line, error=str(error))
+
+    def _write(self, item: ScoreItem, result: TokenLogprobs | RequestError) -> None:
+        line = item.line
+        if item.text is not None and isinstance(result, TokenLogprobs):
+            row, sums = self._writer.row(line.number, item.text, len(item.windows), result)
+        else:
+            message = f"{self._config.file}:{line.number}: {item.error or result}"
+            if self._config.on_error != "skip":
+                raise ScoreError(f"{message} (--on-error skip leaves such lines out; the rows so far are kept)")
+            self._meter.message(message, WARNING)
+            row, sums = b"", Sums(skipped=1)
+        self._journal.add(row, line, sums)
+        read, limit = line.position / max(1, self._source.total), self._config.limit
+        done = read if limit is None else max(read, line.number / limit)
+        self._meter.update(min(1.0, done), self._journal.checkpoint.sums)

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from serve.cli.score.rows import Sums
-from serve.cli.score.texts import Line, ScoreError
+from serve.cli.score.texts import Line, ScoreError, Source
 
 _INTERVAL = 2.0  # seconds between checkpoints: the work that a killed run has to repeat
 _OVERWRITE = "use --overwrite to start again"
@@ -51,6 +51,25 @@ class Checkpoint:
     output_bytes: int = 0  # of rows
     longest_row: int = 0  # bytes
     sums: Sums = field(default_factory=Sums)
+
+
+def skip_to(source: Source, checkpoint: Checkpoint) -> None:
+    """Skip the lines before a checkpoint; raise ScoreError if they have changed."""
+    if not checkpoint.line:
+        return
+    for line in source.lines:
+        if line.number == checkpoint.line and line.checksum == checkpoint.checksum:
+            return
+        if line.number >= checkpoint.line:
+            break
+    raise ScoreError(f"{source.path} has changed up to line {checkpoint.line:,}; use --overwrite to start again")
+
+
+def check_unchanged(source: Source, checkpoint: Checkpoint) -> None:
+    """Raise ScoreError if the file has changed or grown since a complete run."""
+    skip_to(source, checkpoint)
+    if (line := next(source.lines, None)) is not None:
+        raise ScoreError(f"{source.path} has a new line {line.number:,}; use --overwrite to start again")
 
 
 def read_checkpoint(paths: Paths) -> Checkpoint | None:

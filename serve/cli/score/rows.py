@@ -49,6 +49,32 @@ class Sums:
         """Bits per byte of text, special tokens excluded; None if no text is scored."""
         return -self.text_logprob / math.log(2) / self.bytes if self.bytes else None
 
+    def summary(self) -> list[tuple[str, str]]:
+        """Names and values to print at the end."""
+        skipped = f", {self.skipped:,} skipped" if self.skipped else ""
+        entries = [
+            ("lines", f"{self.lines:,} scored{skipped}"),
+            ("tokens", f"{self.scored:,} scored of {self.tokens:,}"),
+        ]
+        if self.scored:
+            entries += [
+                ("log-prob", f"{self.logprob / self.scored:.6f} per token"),
+                ("perplexity", _number(perplexity(self.logprob, self.scored))),
+                ("bits/byte", _number(self.bits_per_byte)),
+                ("rank 1", f"{self.rank_1 / self.scored:.2%} of the tokens"),
+            ]
+        if self.completions:
+            number = _number(perplexity(self.completion_logprob, self.completion_tokens))
+            entries += [
+                ("completions", f"{self.completions:,}, perplexity {number}"),
+                ("greedy", f"{self.greedy / self.completions:.2%} of them"),
+            ]
+        return entries
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.6g}"
+
 
 @dataclass(frozen=True, slots=True)
 class RowWriter:

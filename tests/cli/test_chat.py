@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from model.token_logprobs import empty_logprobs
+from serve.cli.chat.command import lines_of, read_message
 from serve.cli.chat.config import parse_args
 from serve.cli.chat.conversation import Piece, Reply
 from serve.cli.chat.screen import SCALE, ChatScreen, legend, percent, printable, step_of
-from serve.cli.chat.session import lines_of, read_message
 from serve.jobs.generate import Output
 from serve.text.tokenizer import Tokenizer
 from tests.support.http_client import byte_tokenizer

@@ -15,9 +15,9 @@ import pytest
 from rich.console import Console
 
 from model.kv_cache import PAGE_SIZE
+from serve.cli.chat.command import Session
 from serve.cli.chat.conversation import Conversation, Piece
 from serve.cli.chat.screen import ChatScreen
-from serve.cli.chat.session import Session
 from serve.config.config import EngineConfig
 from serve.engine.client import RequestHandle
 from serve.engine.engine import Engine
@@ -72,7 +72,6 @@ def chatting(
         ask=typing(lines),
         show_error=complaints.append,
         now=lambda: next(ticks) / 10,  # ten tokens a second
-        about={"model": "m"},
         chat=Conversation(system),
     )
     chat = Chat(session, engine, runner, stream, complaints)
@@ -304,7 +303,8 @@ def test_save_writes_messages_and_tokens(tmp_path: Path) -> None:
     with chatting("Hi", f"/save {file}", script=f"{CAT}\x07".encode(), system="S") as chat:  # token 7 has probability 0
         chat.session.run()
     saved = json.loads(file.read_text("utf-8"), parse_constant=lambda name: pytest.fail(name))
-    assert saved["model"] == "m"
+    assert (saved["model"], saved["system_fingerprint"]) == ("fake", "fp")
+    assert saved["sampling"] == {"temperature": 0.0, "max_tokens": 400}
     assert saved["messages"][0] == {"role": "system", "content": "S"}
     assert saved["messages"][-1] == {"role": "assistant", "content": CAT + "\x07"}
     (reply,) = saved["replies"]

@@ -1,4 +1,4 @@
 """`logprobd chat`: a chat in the terminal whose tokens are colored by surprise.
 
-session (input, commands, requests) -> conversation (replies with log-probs) -> screen.
+command (input, commands, requests) -> conversation (replies with log-probs) -> screen.
 """

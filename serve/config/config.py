@@ -110,10 +110,9 @@ class EngineConfig:
     )
     log_level: str = option(
         PROCESS,
-        "log level: debug (also logs each compiled program), info, warning, error",
+        "log level; debug also logs each compiled program",
         OneOf(("debug", "info", "warning", "error")),
         default="info",
-        metavar="LEVEL",
     )
 
     def __post_init__(self) -> None:
@@ -203,8 +202,7 @@ class ServeConfig(EngineConfig):
     )
     allowed_hosts: tuple[str, ...] | None = option(
         NETWORK,
-        "accepted Host headers, as a JSON list; default: any, but on 127.0.0.1 without API keys only names of this "
-        "machine",
+        "JSON list of accepted Host headers; default: any; on 127.0.0.1 without API keys: this machine's names",
         strings,
     )
     allowed_origins: tuple[str, ...] = option(
@@ -228,11 +226,9 @@ class ServeConfig(EngineConfig):
     )
     logprobs_mode: LogprobsMode = option(
         API,
-        "log-probs of generated tokens: raw_logprobs, or processed_logprobs (after penalties, masks, temperature and "
-        "filters)",
+        "log-probs of generated tokens: raw, or after penalties, masks, temperature and filters",
         OneOf(("raw_logprobs", "processed_logprobs")),
         default="raw_logprobs",
-        metavar="MODE",
     )
     return_tokens_as_token_ids: bool = switch(API, "write tokens as token_id:123")
     trust_request_chat_template: bool = switch(
@@ -265,10 +261,9 @@ class ServeConfig(EngineConfig):
     )
     uvicorn_log_level: str = option(
         PROCESS,
-        "log level of the HTTP server: critical, error, warning, info, debug, trace",
+        "log level of the HTTP server",
         OneOf(("critical", "error", "warning", "info", "debug", "trace")),
         default="warning",
-        metavar="LEVEL",
     )
     shutdown_timeout: int = option(
         PROCESS, "maximum time for running requests to finish at shutdown", Between(0, 3600, "SECONDS"), default=30

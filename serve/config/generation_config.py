@@ -69,10 +69,10 @@ class GenerationDefaults(SamplingFields):
 
     def fill[B: BaseModel](self, body: B) -> B:
         """A request with its unset fields filled."""
-        missing = {name: value for name, value in self.set_fields().items() if getattr(body, name, value) is None}
+        missing = {name: value for name, value in self.as_dict().items() if getattr(body, name, value) is None}
         return body.model_copy(update=missing) if missing else body
 
-    def set_fields(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         return self.model_dump(exclude_none=True)
 
 
@@ -89,7 +89,7 @@ def defaults_of(source: str, override: str, model: Path) -> GenerationDefaults:
         DefaultsError: the file or the object is invalid.
     """
     overriding = GenerationDefaults.parse(override, "--override-generation-config")
-    return _from_file(source, model).model_copy(update=overriding.set_fields())
+    return _from_file(source, model).model_copy(update=overriding.as_dict())
 
 
 def _from_file(source: str, model: Path) -> GenerationDefaults:

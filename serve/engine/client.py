@@ -169,15 +169,15 @@ class Streams:
         by_loop: dict[asyncio.AbstractEventLoop, _Delivery] = defaultdict(list)
         with self._lock:
             for state, event in emitted:
-                if event.finish_reason is None:
-                    handle = self._open.get(state.id)
-                else:
-                    handle = self._open.pop(state.id, None)
+                handle = self._open.get(state.id)
+                if handle is None:
+                    continue
+                by_loop[handle.loop].append((handle, event))
+                if event.finish_reason is not None:
+                    del self._open[state.id]
                     self._aborting.discard(state.id)
-                    if handle is not None and state.id in pinned:
+                    if state.id in pinned:
                         self._leases[state.id] = time.monotonic() + self._options.pin_seconds
-                if handle is not None:
-                    by_loop[handle.loop].append((handle, event))
         for loop, delivery in by_loop.items():
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(_put, delivery)

@@ -160,7 +160,7 @@ class Engine:
             while self._drain_inbox():
                 self._abort_expired()
                 self._run_call()
-                self._guarded(lambda: self._deliver(self._core.step()), EngineFault.STEP)
+                self._run_or_recover(lambda: self._deliver(self._core.step()), EngineFault.STEP)
         finally:
             self._streams.close(failed=self.failed or sys.exception() is not None)
 
@@ -178,10 +178,10 @@ class Engine:
 
     def _handle(self, call: Callable[[], None]) -> None:
         if not self._stopping:
-            self._guarded(call, EngineFault.CALL)
+            self._run_or_recover(call, EngineFault.CALL)
 
-    def _guarded(self, call: Callable[[], None], fault: EngineFault) -> None:
-        """Make a call. If it fails, finish running requests with an error and clear the cache."""
+    def _run_or_recover(self, call: Callable[[], None], fault: EngineFault) -> None:
+        """Run `call`. If it fails, finish running requests with an error and clear the cache."""
         try:
             call()
         except Exception:

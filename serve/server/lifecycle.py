@@ -1,4 +1,4 @@
-"""Life of the server process: serving, draining after a signal, and exiting if the engine is lost."""
+"""Lifecycle of the server process: serving, draining after a signal, and exiting if the engine is lost."""
 
 import asyncio
 import ctypes

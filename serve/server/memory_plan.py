@@ -79,7 +79,7 @@ def plan_memory(
     page_bytes = CacheLayout(parallel, jnp.dtype(config.dtype), platform).bytes_per_page
     available = None if free is None else free - weights - workspace
     if cache is not None:
-        pages = pages_in(cache, free=None if available is None else max(0, available), page_bytes=page_bytes)
+        pages = count_pages(cache, free=None if available is None else max(0, available), page_bytes=page_bytes)
     else:
         all_rows = buckets.decode_rows[-1] * buckets.pages_per_row
         pages = min(all_rows, max(buckets.pages_per_row, _CACHE_BYTES // page_bytes)) + 1
@@ -93,7 +93,7 @@ def plan_memory(
     return plan
 
 
-def pages_in(amount: MemoryAmount, *, free: int | None, page_bytes: int) -> int:
+def count_pages(amount: MemoryAmount, *, free: int | None, page_bytes: int) -> int:
     """Number of pages that fit into an amount of memory, including the null page.
 
     Raises:

@@ -49,7 +49,7 @@ def open_model(config: EngineConfig, on_prepare: Callable[[str], None]) -> Itera
     Raises:
         STARTUP_ERRORS: the files are damaged, not supported, or do not fit the options.
     """
-    chat_template = chosen_template(config)
+    chat_template = read_template(config)
     if config.model:
         source = resolve_model(config.model, config.revision)
     else:
@@ -72,7 +72,7 @@ def open_model(config: EngineConfig, on_prepare: Callable[[str], None]) -> Itera
         if config.needs_chat_template and tokenizer.chat_template is None:
             raise StartupError(f"{source.name} has no chat template: give one with --chat-template")
         check_template(source.name, tokenizer)
-        config = replace(config, dtype=chosen_dtype(config, checkpoint))
+        config = replace(config, dtype=resolve_dtype(config, checkpoint))
         yield ModelFiles(source, checkpoint, tokenizer, defaults, max_model_len, config)
 
 
@@ -110,7 +110,7 @@ def check_template(name: str, tokenizer: Tokenizer) -> None:
         raise StartupError(f"{name}: the chat template fails: {error}") from None
 
 
-def chosen_template(config: EngineConfig) -> str | None:
+def read_template(config: EngineConfig) -> str | None:
     """The text of --chat-template, a template or the name of a file; raises StartupError if that cannot be read."""
     option = config.chat_template
     if option is None or "{" in option:
@@ -121,7 +121,7 @@ def chosen_template(config: EngineConfig) -> str | None:
         raise StartupError(f"--chat-template {option}: cannot be read as a text file") from error
 
 
-def chosen_dtype(config: EngineConfig, checkpoint: Checkpoint) -> str:
+def resolve_dtype(config: EngineConfig, checkpoint: Checkpoint) -> str:
     """The dtype of weights and cache: --dtype, or float32 for "auto" if all matrices are stored as float32."""
     if config.dtype != "auto":
         return config.dtype

@@ -85,7 +85,7 @@ def load(options: EngineConfig, reporter: Reporter) -> Loaded:
         ensure_built(on_prepare)
     with open_model(options, on_prepare) as files:
         config, max_model_len = files.config, files.max_model_len
-        if values := files.defaults.set_fields():
+        if values := files.defaults.as_dict():
             reporter.report(defaults_applied(values))
         reporter.report(model_found(files, jax.devices()[0]))
         buckets = make_buckets(

@@ -26,13 +26,9 @@ if TYPE_CHECKING:
     from serve.server.model_files import ModelFiles
 
 LABEL_STYLE = "bold cyan"
-# Parts of the memory bar. The shades differ so that the bar can be read without colors.
-_PARTS = (
-    ("weights", "█", "cyan"),
-    ("cache", "▓", "magenta"),
-    ("workspace", "▒", "yellow"),
-    ("free", "░", "bright_black"),
-)
+# The memory bar. Its shades differ so that it can be read without colors.
+_SHADES = {"weights": "█", "cache": "▓", "workspace": "▒", "free": "░"}
+_COLORS = {"weights": "cyan", "cache": "magenta", "workspace": "yellow", "free": "bright_black"}
 _CHAT = {
     "messages": [{"role": "user", "content": "What is the capital of France?"}],
     "max_tokens": 32,
@@ -73,10 +69,10 @@ def model_found(files: "ModelFiles", device: "jax.Device") -> Event:
     placement += f", sharded across {devices} devices" if devices > 1 else ""
     requests = f"up to {max_num_seqs} concurrent requests of {max_model_len:,} tokens"
     table = Table.grid(padding=(0, 2))
-    table.add_row(Text("model", LABEL_STYLE), Text(model, "bold"))
-    table.add_row(Text("weights", LABEL_STYLE), weights)
-    table.add_row(Text("device", LABEL_STYLE), placement)
-    table.add_row(Text("requests", LABEL_STYLE), f"up to {max_num_seqs} of {max_model_len:,} tokens each")
+    capacity = f"up to {max_num_seqs} of {max_model_len:,} tokens each"
+    rows = {"model": Text(model, "bold"), "weights": weights, "device": placement, "requests": capacity}
+    for label, value in rows.items():
+        table.add_row(Text(label, LABEL_STYLE), value)
     panel = Panel(table, title=f"logprobd {__version__}", title_align="left", box=box.ROUNDED, border_style="dim")
     return Event(
         "model_found", f"model    {model}: {weights} on {placement}; {requests}", fields, draw=lambda _: [panel]
@@ -88,15 +84,15 @@ def memory_planned(plan: "MemoryPlan", max_model_len: int) -> Event:
     capacity, warning = f"the cache holds {plan.cache_tokens:,} tokens", ""
     if plan.cache_tokens < max_model_len:
         warning = "that is less than one request of maximum length, and longer requests are refused"
-    unused = None if plan.free is None else max(0, plan.free - plan.needed)
-    sizes = (plan.weights, plan.cache, plan.workspace, unused)
+    sizes = {"weights": plan.weights, "cache": plan.cache, "workspace": plan.workspace}
+    if plan.free is not None:
+        sizes["free"] = max(0, plan.free - plan.needed)
 
     def draw(width: int) -> Iterable[Text]:
         yield _memory_bar(sizes, width)
         legend = _labelled("", "")
-        for (name, shade, color), size in zip(_PARTS, sizes, strict=True):
-            if size is not None:
-                legend.append(f"{shade} ", color).append(f"{name} {mb(size)}  ")
+        for name, size in sizes.items():
+            legend.append(f"{_SHADES[name]} ", _COLORS[name]).append(f"{name} {mb(size)}  ")
         yield legend
         yield _labelled("", capacity)
         if warning:
@@ -175,15 +171,13 @@ def _reachable(url: str) -> str:
     return url.replace("://0.0.0.0:", "://127.0.0.1:").replace("://[::]:", "://[::1]:")
 
 
-def _memory_bar(sizes: Sequence[int | None], width: int) -> Text:
+def _memory_bar(sizes: Mapping[str, int], width: int) -> Text:
     """The parts of the memory as one bar; every part that is not empty has at least one cell."""
-    known = [size or 0 for size in sizes]
-    available, total = width - len(_labelled("", "")), max(1, sum(known))
-    widths = [max(1, round(available * size / total)) if size else 0 for size in known]
-    widths[-1] = max(0, available - sum(widths[:-1])) if known[-1] else 0
-    bar = _labelled("memory", "")
-    for (_, shade, color), cells in zip(_PARTS, widths, strict=True):
-        bar.append(shade * cells, color)
+    bar, total = _labelled("memory", ""), max(1, sum(sizes.values()))
+    available = width - len(bar)
+    for name, size in sizes.items():
+        cells = width - len(bar) if name == "free" else max(1, round(available * size / total))
+        bar.append(_SHADES[name] * (cells if size else 0), _COLORS[name])
     return bar
 
 

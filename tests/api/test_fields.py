@@ -269,10 +269,10 @@ def test_generation_defaults_sources(tmp_path: Path) -> None:
     file = tmp_path / "generation_config.json"
     assert defaults_of("auto", "{}", tmp_path) == GenerationDefaults()
     file.write_text(json.dumps({"temperature": 0.6, "top_k": 50, "do_sample": True, "eos_token_id": [1, 2]}))
-    assert defaults_of("auto", "{}", tmp_path).set_fields() == {"temperature": 0.6, "top_k": 50}
-    assert defaults_of("vllm", "{}", tmp_path).set_fields() == {}
+    assert defaults_of("auto", "{}", tmp_path).as_dict() == {"temperature": 0.6, "top_k": 50}
+    assert defaults_of("vllm", "{}", tmp_path).as_dict() == {}
     for source in (str(tmp_path), str(file)):
-        assert defaults_of(source, '{"top_k": 5}', tmp_path / "m.gguf").set_fields() == {"temperature": 0.6, "top_k": 5}
+        assert defaults_of(source, '{"top_k": 5}', tmp_path / "m.gguf").as_dict() == {"temperature": 0.6, "top_k": 5}
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from serve.config.config import EngineConfig
 from serve.config.flags import parse_args
 from serve.config.values import MemoryAmount
 from serve.server import memory_plan
-from serve.server.memory_plan import PlanError, free_memory, pages_in, plan_memory
-from serve.server.model_files import chosen_dtype
+from serve.server.memory_plan import PlanError, count_pages, free_memory, plan_memory
+from serve.server.model_files import resolve_dtype
 from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 from tests.support.tiny_checkpoints import BF16, TinyModel
 
@@ -87,38 +87,38 @@ def test_plan_memory_error_has_the_sizes(cache: MemoryAmount | None, free: int |
 def test_chosen_dtype_of_safetensors(tmp_path: Path, stored: type, flags: tuple[str, ...], expected: str) -> None:
     folder = TinyModel().write_hf(tmp_path / "m", stored)
     with closing(open_checkpoint(ModelSource("m", folder))) as checkpoint:
-        assert chosen_dtype(parse_args(flags), checkpoint) == expected
+        assert resolve_dtype(parse_args(flags), checkpoint) == expected
 
 
 def test_chosen_dtype_of_mixed_matrices(tmp_path: Path) -> None:
     extra = {"blk.9.attn_q.weight": (np.zeros((2, 128), np.uint8), "BF16")}
     path = TinyModel().write_gguf(tmp_path / "m.gguf", "F32", extra)
     with closing(open_checkpoint(ModelSource("m", path))) as checkpoint:
-        assert chosen_dtype(parse_args([]), checkpoint) == "bfloat16"
+        assert resolve_dtype(parse_args([]), checkpoint) == "bfloat16"
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("F32", "float32"), ("Q8_0", "bfloat16"), ("F16", "bfloat16")])
 def test_chosen_dtype_of_gguf(tmp_path: Path, kind: str, expected: str) -> None:
     path = TinyModel().write_gguf(tmp_path / "m.gguf", kind)
     with closing(open_checkpoint(ModelSource("m", path))) as checkpoint:
-        assert chosen_dtype(parse_args([]), checkpoint) == expected
+        assert resolve_dtype(parse_args([]), checkpoint) == expected
 
 
-def test_pages_in_counts_full_pages() -> None:
-    assert pages_in(1000, free=None, page_bytes=300) == 3
-    assert pages_in(0.5, free=1000, page_bytes=250) == 2
-    assert pages_in(1.0, free=1000, page_bytes=250) == 4
+def test_count_pages_counts_full_pages() -> None:
+    assert count_pages(1000, free=None, page_bytes=300) == 3
+    assert count_pages(0.5, free=1000, page_bytes=250) == 2
+    assert count_pages(1.0, free=1000, page_bytes=250) == 4
 
 
-def test_pages_in_rejects_less_than_two_pages() -> None:
-    assert pages_in(2000, free=None, page_bytes=1000) == 2
+def test_count_pages_rejects_less_than_two_pages() -> None:
+    assert count_pages(2000, free=None, page_bytes=1000) == 2
     with pytest.raises(ValueError, match=r"1,999 bytes are too few: a page takes 1,000 bytes"):
-        pages_in(1999, free=None, page_bytes=1000)
+        count_pages(1999, free=None, page_bytes=1000)
 
 
-def test_pages_in_rejects_a_fraction_of_unknown_memory() -> None:
+def test_count_pages_rejects_a_fraction_of_unknown_memory() -> None:
     with pytest.raises(ValueError, match="give the size in bytes"):
-        pages_in(0.5, free=None, page_bytes=1)
+        count_pages(0.5, free=None, page_bytes=1)
 
 
 def test_free_memory_respects_the_cgroup_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

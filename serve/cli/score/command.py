@@ -51,7 +51,7 @@ from serve.jobs.results import perplexity
 from serve.jobs.score import ScoreRequest, TextEncoder
 from serve.llm import LLM
 from serve.server.console import Reporter, is_terminal, json_line, start_reporting
-from serve.server.model_files import STARTUP_ERRORS, chosen_template
+from serve.server.model_files import STARTUP_ERRORS, read_template
 from serve.server.startup_events import Event, failed
 
 _MODEL_KEYS = ("fingerprint", "context", "context_stride")  # parts of `Checkpoint.made_with` that need a loaded model
@@ -148,7 +148,7 @@ def _identity(config: ScoreConfig, on_prepare: Callable[[str], None]) -> dict[st
     values = config.identity() | {"weights": files_digest(source.path if source else default_model_path(on_prepare))}
     if config.tokenizer is not None:
         values["tokenizer"] += f" ({files_digest(config.tokenizer.expanduser())})"
-    if (template := chosen_template(config)) is not None:
+    if (template := read_template(config)) is not None:
         values["chat_template"] = f"sha256 {hashlib.sha256(template.encode()).hexdigest()[:16]}"
     return values
 

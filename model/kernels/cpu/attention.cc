@@ -11,8 +11,6 @@ namespace {
 using namespace logprobd;
 using namespace LOGPROBD_NAMESPACE;
 
-namespace ffi = xla::ffi;
-
 constexpr int64_t kMinWorkToShare = 1 << 15;  // multiply-adds; fewer take less time than waking a thread
 
 // Upper bound of a call's multiply-adds, from its longest row.
@@ -54,14 +52,13 @@ bool InBounds(const Pages& p) {
   return true;
 }
 
-ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::AnyBuffer keys, ffi::AnyBuffer values,
-                     ffi::Buffer<ffi::S32> tables, ffi::Buffer<ffi::S32> positions, ffi::ResultBuffer<ffi::F32> out,
-                     int64_t window, float scale, float cap) {
+ffi::Error Attention(ffi::ThreadPool pool, F32 queries, ffi::AnyBuffer keys, ffi::AnyBuffer values, S32 tables,
+                     S32 positions, ffi::Result<F32> out, int64_t window, float scale, float cap) {
   const auto q = queries.dimensions(), k = keys.dimensions(), v = values.dimensions(), t = tables.dimensions();
-  const auto at = positions.dimensions();
-  if (q.size() != 4 || k.size() != 4 || v.size() != 4 || t.size() != 2 || at.size() != 2 ||
+  const auto p = positions.dimensions();
+  if (q.size() != 4 || k.size() != 4 || v.size() != 4 || t.size() != 2 || p.size() != 2 ||
       !std::equal(k.begin(), k.end(), v.begin()) || k[2] != kPage || k[3] != q[3] || q[3] % 2 != 0 || k[1] < 1 ||
-      q[2] % k[1] != 0 || t[0] != q[0] || at[0] != q[0] || at[1] != q[1] ||
+      q[2] % k[1] != 0 || t[0] != q[0] || p[0] != q[0] || p[1] != q[1] ||
       out->element_count() != queries.element_count() || keys.element_type() != values.element_type()) {
     return ffi::Error::InvalidArgument(
         "attention takes q [R, T, H, E], keys and values [N, K, 64, E], tables [R, P], positions [R, T]");
@@ -91,14 +88,8 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::A
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_attention, Attention,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<int64_t>("window")
-                                  .Attr<float>("scale")
-                                  .Attr<float>("cap"));
+                              (Bind<F32, ffi::AnyBuffer, ffi::AnyBuffer, S32, S32>()
+                                   .Ret<F32>()
+                                   .Attr<int64_t>("window")
+                                   .Attr<float>("scale")
+                                   .Attr<float>("cap")));

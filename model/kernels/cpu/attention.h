@@ -135,10 +135,10 @@ LOGPROBD_INLINE void SoftmaxWeights(int64_t query, int64_t first, int64_t last, 
   }
   Floats score[4], top = Fill(scratch.best[query]);
   for (int v = 0; v < 4; ++v) {
-    const Floats raw = Load(weights + v * kLanes), none = Fill(-std::numeric_limits<float>::infinity());
-    const Floats all = cap > 0 ? SoftCap(raw, Fill(cap)) : raw;
-    const Floats early = Choose(FirstLanes(last - v * kLanes), all, none);
-    score[v] = Choose(FirstLanes(first - v * kLanes), none, early);
+    const Floats raw = Load(weights + v * kLanes), masked = Fill(-std::numeric_limits<float>::infinity());
+    const Floats capped = cap > 0 ? SoftCap(raw, Fill(cap)) : raw;
+    const Floats causal = Choose(FirstLanes(last - v * kLanes), capped, masked);
+    score[v] = Choose(FirstLanes(first - v * kLanes), masked, causal);
     top = Max(top, score[v]);
   }
   const float best = MaxOf(top);
@@ -254,8 +254,8 @@ void Attend(const Pages& p, const Unit& unit, const Scratch& scratch) {
   for (int64_t page = seen_from / kPage; page * kPage <= queries.last; ++page) {
     const int64_t start = page * kPage, valid = std::min(kPage, queries.last + 1 - start);
     const int64_t id = p.tables[unit.row * p.table + page];
-    const int64_t place = (id * p.kv_heads + unit.head) * kPage * p.size;
-    Convert(static_cast<const Element*>(p.keys) + place, static_cast<const Element*>(p.values) + place, p.size, valid,
+    const int64_t offset = (id * p.kv_heads + unit.head) * kPage * p.size;
+    Convert(static_cast<const Element*>(p.keys) + offset, static_cast<const Element*>(p.values) + offset, p.size, valid,
             scratch);
     ForTiles(queries.count, [&](int64_t q, auto rows) { Scores<rows()>(q, p.size, scratch); });
     for (int64_t q = 0; q < queries.count; ++q) {

@@ -1,17 +1,45 @@
-// Shared by the handlers: the packed weight that they receive, in a layout of tiles.h, and the error that they return.
+// Shared by the handlers: types and binding of their arguments, the error that they return, and the packed weight that
+// they receive, in a layout of tiles.h.
 
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "tiles.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace LOGPROBD_NAMESPACE {
 
-inline xla::ffi::Error Outcome(bool all_done) {
-  if (all_done) return xla::ffi::Error::Success();
-  return xla::ffi::Error(xla::ffi::ErrorCode::kResourceExhausted, "a kernel ran out of memory");
+namespace ffi = xla::ffi;
+
+using F32 = ffi::Buffer<ffi::F32>;
+using Bf16 = ffi::Buffer<ffi::BF16>;
+using F16 = ffi::Buffer<ffi::F16>;
+using S8 = ffi::Buffer<ffi::S8>;
+using S32 = ffi::Buffer<ffi::S32>;
+using Live = ffi::BufferR0<ffi::S32>;  // number of rows that are not padding
+using AnyResult = ffi::Result<ffi::AnyBuffer>;
+
+// The binding with arguments of the types First, Rest.
+template <typename First, typename... Rest, typename Binding>
+auto BindArguments(Binding&& binding) {
+  if constexpr (sizeof...(Rest) == 0) {
+    return std::move(binding).template Arg<First>();
+  } else {
+    return BindArguments<Rest...>(std::move(binding).template Arg<First>());
+  }
+}
+
+// The binding of a handler that takes the thread pool and arguments of these types.
+template <typename... Types>
+auto Bind() {
+  return BindArguments<Types...>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>());
+}
+
+inline ffi::Error Outcome(bool succeeded) {
+  return succeeded ? ffi::Error::Success()
+                   : ffi::Error(ffi::ErrorCode::kResourceExhausted, "a kernel ran out of memory");
 }
 
 // A packed weight [N, K]: bfloat16 in pairs, or int8 with scales.
@@ -41,14 +69,14 @@ struct Weight {
 };
 
 // [ceil(N/32), ceil(K/2), 32, 2]
-inline Weight PairsOf(xla::ffi::Buffer<xla::ffi::BF16> w) {
+inline Weight PairsOf(Bf16 w) {
   const auto size = w.dimensions();
   if (size.size() != 4 || size[2] != kColumns || size[3] != 2) return {};
   return {w.typed_data(), nullptr, size[0], size[1], 0, size[1] * kPair};
 }
 
 // [ceil(N/32), ceil(K/32) * 32, 32] and [ceil(N/32), ceil(K/32), 32]
-inline Weight Int8Of(xla::ffi::Buffer<xla::ffi::S8> w, xla::ffi::Buffer<xla::ffi::F16> scales) {
+inline Weight Int8Of(S8 w, F16 scales) {
   const auto size = w.dimensions(), groups = scales.dimensions();
   if (size.size() != 3 || groups.size() != 3 || size[2] != kColumns || groups[2] != kColumns || groups[0] != size[0] ||
       size[1] != groups[1] * kGroup) {

@@ -18,17 +18,13 @@ namespace {
 using namespace logprobd;
 using namespace LOGPROBD_NAMESPACE;
 
-namespace ffi = xla::ffi;
-
-using Ids = ffi::Buffer<ffi::S32>;
-
 // Checks the results of a call and fills them with zeros, which is what padding rows keep; no value if they do not fit.
-std::optional<TokenLogprobs> MakeOutputs(int64_t rows, int64_t vocab, const Ids& ids, const Ids& requested_ids,
-                                         ffi::BufferR0<ffi::S32> live, ffi::RemainingRets& results) {
-  const auto logprob = results.get<ffi::Buffer<ffi::F32>>(0), top_logprobs = results.get<ffi::Buffer<ffi::F32>>(3);
-  const auto requested_logprobs = results.get<ffi::Buffer<ffi::F32>>(4);
-  const auto normalizer = results.get<ffi::Buffer<ffi::F32>>(6);
-  const auto rank = results.get<Ids>(1), top_ids = results.get<Ids>(2), requested_ranks = results.get<Ids>(5);
+std::optional<TokenLogprobs> MakeOutputs(int64_t rows, int64_t vocab, const S32& ids, const S32& requested_ids,
+                                         Live live, ffi::RemainingRets& results) {
+  const auto logprob = results.get<F32>(0), top_logprobs = results.get<F32>(3);
+  const auto requested_logprobs = results.get<F32>(4);
+  const auto normalizer = results.get<F32>(6);
+  const auto rank = results.get<S32>(1), top_ids = results.get<S32>(2), requested_ranks = results.get<S32>(5);
   for (const auto* floats : {&logprob, &top_logprobs, &requested_logprobs, &normalizer}) {
     if (!floats->has_value()) return std::nullopt;
     std::fill_n((**floats)->typed_data(), (**floats)->element_count(), 0.0f);
@@ -61,8 +57,8 @@ std::optional<TokenLogprobs> MakeOutputs(int64_t rows, int64_t vocab, const Ids&
                        (*normalizer)->typed_data()};
 }
 
-ffi::Error FromLogits(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, Ids ids, Ids requested_ids,
-                      ffi::BufferR0<ffi::S32> live, ffi::RemainingRets results) {
+ffi::Error FromLogits(ffi::ThreadPool pool, F32 logits, S32 ids, S32 requested_ids, Live live,
+                      ffi::RemainingRets results) {
   const auto size = logits.dimensions();
   if (size.size() != 2) return ffi::Error::InvalidArgument("logprobs takes logits [R, V]");
   const auto outputs = MakeOutputs(size[0], size[1], ids, requested_ids, live, results);
@@ -122,16 +118,15 @@ bool ComputeTokenLogits(ffi::ThreadPool pool, const std::shared_ptr<Accumulator>
       part.product.m = tokens.back().row - row + 1;
       std::vector<float> y(static_cast<size_t>(part.product.m * columns));
       Logits(part, first, columns, y.data());
-      for (const RowToken& each : tokens) {
-        each.token->logit = y[static_cast<size_t>((each.row - row) * columns + each.token->id - first)];
+      for (const RowToken& entry : tokens) {
+        entry.token->logit = y[static_cast<size_t>((entry.row - row) * columns + entry.token->id - first)];
       }
     }
   });
 }
 
-ffi::Error Score(TileTable tiles, ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> hidden, const Weight& weight, Ids ids,
-                 Ids requested_ids, ffi::BufferR0<ffi::S32> live, ffi::RemainingRets results, int64_t vocab,
-                 float cap) {
+ffi::Error Score(TileTable tiles, ffi::ThreadPool pool, Bf16 hidden, const Weight& weight, S32 ids, S32 requested_ids,
+                 Live live, ffi::RemainingRets results, int64_t vocab, float cap) {
   const auto xs = hidden.dimensions();
   if (xs.size() != 2 || !weight.Fits(vocab, xs[1])) {
     return ffi::Error::InvalidArgument("score takes hidden [M, K] and a packed weight [V, K]");
@@ -150,14 +145,12 @@ ffi::Error Score(TileTable tiles, ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> h
   }));
 }
 
-ffi::Error FromHidden(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> hidden, ffi::Buffer<ffi::BF16> w, Ids ids,
-                      Ids requested_ids, ffi::BufferR0<ffi::S32> live, ffi::RemainingRets results, int64_t vocab,
-                      float cap) {
+ffi::Error FromHidden(ffi::ThreadPool pool, Bf16 hidden, Bf16 w, S32 ids, S32 requested_ids, Live live,
+                      ffi::RemainingRets results, int64_t vocab, float cap) {
   return Score(FastestTiles(), pool, hidden, PairsOf(w), ids, requested_ids, live, results, vocab, cap);
 }
 
-ffi::Error FromHiddenInt8(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> hidden, ffi::Buffer<ffi::S8> w,
-                          ffi::Buffer<ffi::F16> scales, Ids ids, Ids requested_ids, ffi::BufferR0<ffi::S32> live,
+ffi::Error FromHiddenInt8(ffi::ThreadPool pool, Bf16 hidden, S8 w, F16 scales, S32 ids, S32 requested_ids, Live live,
                           ffi::RemainingRets results, int64_t vocab, float cap) {
   return Score(Int8Tiles(), pool, hidden, Int8Of(w, scales), ids, requested_ids, live, results, vocab, cap);
 }
@@ -165,34 +158,10 @@ ffi::Error FromHiddenInt8(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> hidden, f
 }  // namespace
 
 // The results, in order: log-prob, rank, top ids, top log-probs, requested log-probs, requested ranks, normalizer.
-XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_logprobs, FromLogits,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<Ids>()
-                                  .Arg<Ids>()
-                                  .Arg<ffi::BufferR0<ffi::S32>>()
-                                  .RemainingRets());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_score, FromHidden,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::BF16>>()
-                                  .Arg<ffi::Buffer<ffi::BF16>>()
-                                  .Arg<Ids>()
-                                  .Arg<Ids>()
-                                  .Arg<ffi::BufferR0<ffi::S32>>()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("vocab")
-                                  .Attr<float>("cap"));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_score_int8, FromHiddenInt8,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::BF16>>()
-                                  .Arg<ffi::Buffer<ffi::S8>>()
-                                  .Arg<ffi::Buffer<ffi::F16>>()
-                                  .Arg<Ids>()
-                                  .Arg<Ids>()
-                                  .Arg<ffi::BufferR0<ffi::S32>>()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("vocab")
-                                  .Attr<float>("cap"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_logprobs, FromLogits, (Bind<F32, S32, S32, Live>().RemainingRets()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    logprobd_score, FromHidden,
+    (Bind<Bf16, Bf16, S32, S32, Live>().RemainingRets().Attr<int64_t>("vocab").Attr<float>("cap")));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    logprobd_score_int8, FromHiddenInt8,
+    (Bind<Bf16, S8, F16, S32, S32, Live>().RemainingRets().Attr<int64_t>("vocab").Attr<float>("cap")));

@@ -56,8 +56,8 @@ struct Token {
 struct Row {
   std::vector<Token> tokens;          // the row's own token, then its requested ids
   std::vector<float> maxima, totals;  // of each panel: the largest logit, the sum of exponentials
-  std::atomic<float> floor{-std::numeric_limits<float>::infinity()};  // logits below it are not among the top k
-  std::vector<Candidate> candidates;                                  // guarded by Accumulator::lock
+  std::atomic<float> threshold{-std::numeric_limits<float>::infinity()};  // logits below it are not in the top k
+  std::vector<Candidate> candidates;                                      // guarded by Accumulator::lock
 };
 
 // State that the threads of one call share.
@@ -92,8 +92,8 @@ class TopK {
   explicit TopK(int64_t k) : k_(static_cast<size_t>(k)) { candidates_.reserve(k_ + 1); }
 
   bool full() const { return candidates_.size() == k_; }
-  // The smallest of k candidates. Ids arrive in ascending order, so a logit equal to it does not enter.
-  float least() const { return k_ == 0 ? std::numeric_limits<float>::infinity() : candidates_.back().logit; }
+  // The smallest of k logits. Ids arrive in ascending order, so a logit equal to it does not enter.
+  float kth() const { return k_ == 0 ? std::numeric_limits<float>::infinity() : candidates_.back().logit; }
 
   void Insert(Candidate candidate) {
     candidates_.insert(std::upper_bound(candidates_.begin(), candidates_.end(), candidate), candidate);
@@ -112,20 +112,21 @@ LOGPROBD_INLINE Floats LoadPanel(const float* logits, int64_t start, int64_t cou
   return KeepFirst(LoadSome(logits + start, count - start), count - start, -std::numeric_limits<float>::infinity());
 }
 
-// Lanes that may be among the top k: at least `floor`, and above this claim's k-th candidate.
-LOGPROBD_INLINE uint32_t CandidateLanes(Floats x, uint32_t valid, Floats floor, const TopK& top) {
-  const uint32_t lanes = valid & Bits(NotLess(x, floor));
-  return top.full() ? lanes & Bits(Greater(x, Fill(top.least()))) : lanes;
+// Lanes that may be among the top k: at least `threshold`, and above this claim's k-th candidate.
+LOGPROBD_INLINE uint32_t CandidateLanes(Floats x, uint32_t valid, Floats threshold, const TopK& top) {
+  const uint32_t lanes = valid & Bits(NotLess(x, threshold));
+  return top.full() ? lanes & Bits(Greater(x, Fill(top.kth()))) : lanes;
 }
 
 // Inserts the panel's candidates into `top` and returns the panel's largest logit.
-inline float SelectTopK(const float* logits, int64_t count, int64_t first_id, float floor, TopK& top) {
-  const Floats floors = Fill(floor);
+inline float SelectTopK(const float* logits, int64_t count, int64_t first_id, float threshold, TopK& top) {
+  const Floats thresholds = Fill(threshold);
   Floats largest = Fill(-std::numeric_limits<float>::infinity());
   for (int64_t i = 0; i < count; i += kLanes) {
     const Floats x = LoadPanel(logits, i, count);
     largest = Max(largest, x);
-    for (uint32_t lanes = CandidateLanes(x, Bits(FirstLanes(count - i)), floors, top); lanes != 0; lanes &= lanes - 1) {
+    for (uint32_t lanes = CandidateLanes(x, Bits(FirstLanes(count - i)), thresholds, top); lanes != 0;
+         lanes &= lanes - 1) {
       const int64_t column = i + __builtin_ctz(lanes);
       top.Insert({logits[column], static_cast<int32_t>(first_id + column)});
     }
@@ -163,11 +164,11 @@ inline int32_t Rank(const Token& token) { return 1 + token.ahead.load(); }
 // Adds one panel of a row to the row's maxima, totals, top k and counts.
 inline void AccumulatePanel(Row& row, int64_t panel, const float* logits, int64_t count, TopK& top) {
   const int64_t first_id = panel * kPanel;
-  const float largest = SelectTopK(logits, count, first_id, row.floor.load(std::memory_order_relaxed), top);
+  const float largest = SelectTopK(logits, count, first_id, row.threshold.load(std::memory_order_relaxed), top);
   if (top.full()) {
-    const float least = top.least();
-    float floor = row.floor.load(std::memory_order_relaxed);
-    while (floor < least && !row.floor.compare_exchange_weak(floor, least, std::memory_order_relaxed)) {
+    const float kth = top.kth();
+    float threshold = row.threshold.load(std::memory_order_relaxed);
+    while (threshold < kth && !row.threshold.compare_exchange_weak(threshold, kth, std::memory_order_relaxed)) {
     }
   }
   row.maxima[static_cast<size_t>(panel)] = largest;
@@ -207,8 +208,8 @@ inline void WriteRow(Accumulator& accumulator, int64_t r) {
   const int64_t count = std::min<int64_t>(out.k, static_cast<int64_t>(row.candidates.size()));
   std::partial_sort(row.candidates.begin(), row.candidates.begin() + count, row.candidates.end());
   for (int64_t i = 0; i < out.k; ++i) {  // a row of NaN has fewer candidates than k
-    const Candidate none = {std::numeric_limits<float>::quiet_NaN(), 0};
-    const Candidate candidate = i < count ? row.candidates[static_cast<size_t>(i)] : none;
+    const Candidate missing = {std::numeric_limits<float>::quiet_NaN(), 0};
+    const Candidate candidate = i < count ? row.candidates[static_cast<size_t>(i)] : missing;
     out.top_ids[r * out.k + i] = candidate.id;
     out.top_logprobs[r * out.k + i] = candidate.logit - normalizer;
   }

@@ -14,8 +14,6 @@ namespace {
 using namespace logprobd;
 using namespace LOGPROBD_NAMESPACE;
 
-namespace ffi = xla::ffi;
-
 constexpr int64_t kMinBytesToShare = 1 << 16;  // reading less of W takes less time than waking a thread
 constexpr int64_t kMaxRowsAlone = 16;          // so does the arithmetic of up to this many rows
 
@@ -26,8 +24,7 @@ int64_t Threads(const Problem& p, int64_t in_pool) {
 }
 
 // y = x W^T.
-ffi::Error Run(TileTable tiles, ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, const Weight& weight,
-               ffi::BufferR0<ffi::S32> live, ffi::Result<ffi::AnyBuffer> y) {
+ffi::Error Run(TileTable tiles, ffi::ThreadPool pool, Bf16 x, const Weight& weight, Live live, AnyResult y) {
   const auto xs = x.dimensions(), ys = y->dimensions();
   if (xs.size() != 2 || ys.size() != 2 || xs[0] != ys[0] || !weight.Fits(ys[1], xs[1])) {
     return ffi::Error::InvalidArgument("linear takes x [M, K] and a packed weight [N, K], and gives y [M, N]");
@@ -47,24 +44,15 @@ ffi::Error Run(TileTable tiles, ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, 
 }
 
 template <TileTable (*kTiles)()>
-ffi::Error Linear(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi::BF16> w,
-                  ffi::BufferR0<ffi::S32> live, ffi::Result<ffi::AnyBuffer> y) {
+ffi::Error Linear(ffi::ThreadPool pool, Bf16 x, Bf16 w, Live live, AnyResult y) {
   return Run(kTiles(), pool, x, PairsOf(w), live, y);
 }
 
-ffi::Error LinearInt8(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi::S8> w,
-                      ffi::Buffer<ffi::F16> scales, ffi::BufferR0<ffi::S32> live, ffi::Result<ffi::AnyBuffer> y) {
+ffi::Error LinearInt8(ffi::ThreadPool pool, Bf16 x, S8 w, F16 scales, Live live, AnyResult y) {
   return Run(Int8Tiles(), pool, x, Int8Of(w, scales), live, y);
 }
 
-auto Binding() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Arg<ffi::Buffer<ffi::BF16>>()
-      .Arg<ffi::Buffer<ffi::BF16>>()
-      .Arg<ffi::BufferR0<ffi::S32>>()
-      .Ret<ffi::AnyBuffer>();
-}
+auto Binding() { return Bind<Bf16, Bf16, Live>().Ret<ffi::AnyBuffer>(); }
 
 }  // namespace
 
@@ -73,14 +61,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_linear, Linear<FastestTiles>, Binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_linear_pairs, Linear<PairTiles>, Binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_linear_floats, Linear<FloatTiles>, Binding());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_linear_int8, LinearInt8,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::BF16>>()
-                                  .Arg<ffi::Buffer<ffi::S8>>()
-                                  .Arg<ffi::Buffer<ffi::F16>>()
-                                  .Arg<ffi::BufferR0<ffi::S32>>()
-                                  .Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_linear_int8, LinearInt8, (Bind<Bf16, S8, F16, Live>().Ret<ffi::AnyBuffer>()));
 
 // 1 if this CPU can run this library, and its path "pairs"; else 0.
 extern "C" int logprobd_runs_here() { return RunsHere(); }

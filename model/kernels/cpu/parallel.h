@@ -29,7 +29,7 @@ struct Job {
 // Claims ranges until no work is left: large ones first, for long sequential reads, then small ones, so that all
 // threads finish together.
 template <typename Range>
-void Work(Job<Range>& job) {
+void RunClaims(Job<Range>& job) {
   int64_t first = job.claimed.load();
   while (first < job.count) {
     const int64_t last = first + std::max<int64_t>(1, (job.count - first) / (kClaims * job.threads));
@@ -49,8 +49,8 @@ void Work(Job<Range>& job) {
 template <typename Pool, typename Range>
 [[nodiscard]] bool Share(Pool& pool, int64_t threads, int64_t count, Range range) {
   auto job = std::make_shared<Job<Range>>(std::move(range), count, threads);
-  for (int64_t t = 1; t < threads; ++t) pool.Schedule([job] { Work(*job); });
-  Work(*job);
+  for (int64_t t = 1; t < threads; ++t) pool.Schedule([job] { RunClaims(*job); });
+  RunClaims(*job);
   // All unfinished ranges are claimed by running threads, so this never waits for a task to start.
   while (job->finished.load() < count) std::this_thread::yield();
   return !job->failed;

@@ -15,13 +15,11 @@ namespace {
 using namespace logprobd;
 using namespace LOGPROBD_NAMESPACE;
 
-namespace ffi = xla::ffi;
-
 constexpr int64_t kMinElementsToShare = 1 << 15;  // fewer take less time than waking a thread
 
 // Calls row(i) for each live row and fills the other rows of y, of `bytes` each, with zeros; returns Share's result.
 template <typename Row>
-bool EachRow(ffi::ThreadPool pool, int64_t rows, int64_t live, int64_t elements, void* y, int64_t bytes, Row row) {
+bool ForRows(ffi::ThreadPool pool, int64_t rows, int64_t live, int64_t elements, void* y, int64_t bytes, Row row) {
   live = std::clamp<int64_t>(live, 0, rows);
   std::memset(static_cast<char*>(y) + live * bytes, 0, static_cast<size_t>((rows - live) * bytes));
   if (live == 0) return true;
@@ -34,31 +32,29 @@ bool EachRow(ffi::ThreadPool pool, int64_t rows, int64_t live, int64_t elements,
 
 // Calls run with y as a pointer to its element type, float or bfloat16.
 template <typename Run>
-ffi::Error Typed(ffi::Result<ffi::AnyBuffer>& y, Run run) {
+ffi::Error Typed(AnyResult& y, Run run) {
   if (y->element_type() == ffi::F32) return Outcome(run(static_cast<float*>(y->untyped_data())));
   if (y->element_type() == ffi::BF16) return Outcome(run(static_cast<uint16_t*>(y->untyped_data())));
   return ffi::Error::InvalidArgument("the result is bfloat16 or float32");
 }
 
-ffi::Error Norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> weight,
-                ffi::BufferR0<ffi::S32> live, ffi::Result<ffi::AnyBuffer> y, float epsilon) {
+ffi::Error Norm(ffi::ThreadPool pool, F32 x, F32 weight, Live live, AnyResult y, float epsilon) {
   const auto xs = x.dimensions();
   if (xs.size() != 2 || weight.element_count() != static_cast<size_t>(xs[1]) ||
       y->element_count() != x.element_count()) {
     return ffi::Error::InvalidArgument("norm takes x [M, D] and weight [D] and gives y [M, D]");
   }
-  const float *from = x.typed_data(), *by = weight.typed_data();
+  const float *from = x.typed_data(), *weights = weight.typed_data();
   const int64_t size = xs[1];
   return Typed(y, [&](auto* to) {
-    return EachRow(pool, xs[0], *live.typed_data(), size, to, size * sizeof(*to),
-                   [=](int64_t i) { NormRow(from + i * size, by, epsilon, size, to + i * size); });
+    return ForRows(pool, xs[0], *live.typed_data(), size, to, size * sizeof(*to),
+                   [=](int64_t i) { NormRow(from + i * size, weights, epsilon, size, to + i * size); });
   });
 }
 
 // row(gate, up, F, y) for each row of [M, 2 F].
 template <typename Row>
-ffi::Error Gated(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::BufferR0<ffi::S32> live,
-                 ffi::Result<ffi::AnyBuffer> y, Row row) {
+ffi::Error Gated(ffi::ThreadPool pool, F32 x, Live live, AnyResult y, Row row) {
   const auto xs = x.dimensions(), ys = y->dimensions();
   if (xs.size() != 2 || ys.size() != 2 || ys[0] != xs[0] || 2 * ys[1] != xs[1]) {
     return ffi::Error::InvalidArgument("a gated activation takes [M, 2 F], gate then up, and gives [M, F]");
@@ -66,23 +62,20 @@ ffi::Error Gated(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::BufferR0<ff
   const float* from = x.typed_data();
   const int64_t size = ys[1];
   return Typed(y, [&](auto* to) {
-    return EachRow(pool, xs[0], *live.typed_data(), 2 * size, to, size * sizeof(*to),
+    return ForRows(pool, xs[0], *live.typed_data(), 2 * size, to, size * sizeof(*to),
                    [=](int64_t i) { row(from + 2 * i * size, from + (2 * i + 1) * size, size, to + i * size); });
   });
 }
 
-ffi::Error Swiglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::BufferR0<ffi::S32> live,
-                  ffi::Result<ffi::AnyBuffer> y) {
+ffi::Error Swiglu(ffi::ThreadPool pool, F32 x, Live live, AnyResult y) {
   return Gated(pool, x, live, y, [](auto... row) { SwigluRow(row...); });
 }
 
-ffi::Error Geglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::BufferR0<ffi::S32> live,
-                 ffi::Result<ffi::AnyBuffer> y) {
+ffi::Error Geglu(ffi::ThreadPool pool, F32 x, Live live, AnyResult y) {
   return Gated(pool, x, live, y, [](auto... row) { GegluRow(row...); });
 }
 
-ffi::Error CapRows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::BufferR0<ffi::S32> live,
-                   ffi::ResultBuffer<ffi::F32> y, float cap) {
+ffi::Error CapRows(ffi::ThreadPool pool, F32 x, Live live, ffi::Result<F32> y, float cap) {
   const auto xs = x.dimensions();
   if (xs.size() != 2 || y->element_count() != x.element_count() || !(cap > 0)) {
     return ffi::Error::InvalidArgument("soft_cap takes x [M, N] and a positive cap and gives y [M, N]");
@@ -90,7 +83,7 @@ ffi::Error CapRows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::BufferR0<
   const float* from = x.typed_data();
   float* to = y->typed_data();
   const int64_t size = xs[1];
-  return Outcome(EachRow(pool, xs[0], *live.typed_data(), size, to, size * sizeof(*to),
+  return Outcome(ForRows(pool, xs[0], *live.typed_data(), size, to, size * sizeof(*to),
                          [=](int64_t i) { SoftCapRow(from + i * size, cap, size, to + i * size); }));
 }
 
@@ -117,9 +110,9 @@ void StoreToken(const Heads& h, int64_t token, Element* keys, Element* values) {
   }
   const int64_t page = h.tables[token / h.tokens * h.table + position / kPage];
   for (int64_t head = 0; head < h.kv_heads; ++head, from += size) {
-    const int64_t place = ((page * h.kv_heads + head) * kPage + position % kPage) * size;
-    RotateHead(from, cos, sin, half, keys + place);
-    CopyHead(from + h.kv_heads * size, size, values + place);
+    const int64_t offset = ((page * h.kv_heads + head) * kPage + position % kPage) * size;
+    RotateHead(from, cos, sin, half, keys + offset);
+    CopyHead(from + h.kv_heads * size, size, values + offset);
   }
 }
 
@@ -135,11 +128,9 @@ bool InBounds(const Heads& h, int64_t all, int64_t pages) {
   return true;
 }
 
-ffi::Error RotateAndStore(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> heads, ffi::Buffer<ffi::F32> cos,
-                          ffi::Buffer<ffi::F32> sin, ffi::AnyBuffer keys_in, ffi::AnyBuffer values_in,
-                          ffi::Buffer<ffi::S32> tables, ffi::Buffer<ffi::S32> positions,
-                          ffi::ResultBuffer<ffi::F32> queries, ffi::Result<ffi::AnyBuffer> keys,
-                          ffi::Result<ffi::AnyBuffer> values) {
+ffi::Error RotateAndStore(ffi::ThreadPool pool, F32 heads, F32 cos, F32 sin, ffi::AnyBuffer keys_in,
+                          ffi::AnyBuffer values_in, S32 tables, S32 positions, ffi::Result<F32> queries, AnyResult keys,
+                          AnyResult values) {
   const auto in = heads.dimensions(), q = queries->dimensions(), k = keys->dimensions(), t = tables.dimensions();
   if (in.size() != 4 || q.size() != 4 || k.size() != 4 || t.size() != 2 || k[2] != kPage || k[3] != in[3] ||
       values->element_count() != keys->element_count() || values->element_type() != keys->element_type() ||
@@ -169,47 +160,21 @@ ffi::Error RotateAndStore(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> heads, ffi
   void* value_pages = values->untyped_data();
   return Typed(keys, [&](auto* to) {
     auto* values_to = static_cast<decltype(to)>(value_pages);
-    return EachRow(pool, all, all, in[2] * in[3], to, 0, [=](int64_t i) { StoreToken(h, i, to, values_to); });
+    return ForRows(pool, all, all, in[2] * in[3], to, 0, [=](int64_t i) { StoreToken(h, i, to, values_to); });
   });
 }
 
-auto GatedBinding() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Arg<ffi::Buffer<ffi::F32>>()
-      .Arg<ffi::BufferR0<ffi::S32>>()
-      .Ret<ffi::AnyBuffer>();
-}
+auto GatedBinding() { return Bind<F32, Live>().Ret<ffi::AnyBuffer>(); }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_norm, Norm,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::BufferR0<ffi::S32>>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Attr<float>("epsilon"));
+                              (Bind<F32, F32, Live>().Ret<ffi::AnyBuffer>().Attr<float>("epsilon")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_swiglu, Swiglu, GatedBinding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_geglu, Geglu, GatedBinding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_soft_cap, CapRows,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::BufferR0<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<float>("cap"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_soft_cap, CapRows, (Bind<F32, Live>().Ret<F32>().Attr<float>("cap")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_rotate, RotateAndStore,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
+                              (Bind<F32, F32, F32, ffi::AnyBuffer, ffi::AnyBuffer, S32, S32>()
+                                   .Ret<F32>()
+                                   .Ret<ffi::AnyBuffer>()
+                                   .Ret<ffi::AnyBuffer>()));

@@ -41,11 +41,11 @@ struct Problem {
 inline int64_t Groups(const Problem& p) { return (p.k + kGroup - 1) / kGroup; }
 
 // The part of a problem with columns [first, first + count), `first` at the beginning of a block, and y [M, count].
-inline Problem Columns(const Problem& whole, int64_t first, int64_t count, float* y) {
+inline Problem Columns(const Problem& full, int64_t first, int64_t count, float* y) {
   const int64_t block = first / kColumns;
-  Problem part = whole;
-  part.w += block * whole.stride;
-  if (whole.scales != nullptr) part.scales += block * Groups(whole) * kColumns;
+  Problem part = full;
+  part.w += block * full.stride;
+  if (full.scales != nullptr) part.scales += block * Groups(full) * kColumns;
   part.y = y;
   part.bf16 = false;
   part.n = count;
@@ -169,11 +169,11 @@ class DotBf16 {
 #endif
 
 LOGPROBD_INLINE void StoreTile(const Problem& p, int64_t row, int64_t column, Floats acc) {
-  const int64_t count = p.n - column, at = row * p.n + column;
+  const int64_t count = p.n - column, offset = row * p.n + column;
   if (p.bf16) {
-    StoreSome(static_cast<uint16_t*>(p.y) + at, count, acc);
+    StoreSome(static_cast<uint16_t*>(p.y) + offset, count, acc);
   } else {
-    StoreSome(static_cast<float*>(p.y) + at, count, acc);
+    StoreSome(static_cast<float*>(p.y) + offset, count, acc);
   }
 }
 
@@ -216,7 +216,7 @@ LOGPROBD_INLINE void PartOfTile(const Problem& p, const Place& place, int64_t ha
 }
 
 template <template <int> class Weights, int kRows>
-void WholeTile(const Problem& p, const Place& place) {
+void FullTile(const Problem& p, const Place& place) {
   if constexpr (kRows <= kWideRows) {
     PartOfTile<Weights, kRows, 2>(p, place, 0);
   } else {
@@ -228,7 +228,7 @@ void WholeTile(const Problem& p, const Place& place) {
 // Tiles of 1 to kTileRows rows; OneRow is for the first.
 template <template <int> class OneRow, template <int> class Weights, int... kIndex>
 TileTable TableOf(std::integer_sequence<int, kIndex...>) {
-  static constexpr Tile table[] = {WholeTile<OneRow, 1>, WholeTile<Weights, kIndex + 2>...};
+  static constexpr Tile table[] = {FullTile<OneRow, 1>, FullTile<Weights, kIndex + 2>...};
   return table;
 }
 using MoreRows = std::make_integer_sequence<int, kTileRows - 1>;

@@ -123,19 +123,9 @@ LOGPROBD_INLINE Pairs LoadPairs(const uint16_t* from) {
           {_mm256_castsi256_ps(_mm256_and_si256(low, top)), _mm256_castsi256_ps(_mm256_and_si256(high, top))}};
 }
 
-// Lanes i and i + 8, then i + 4, i + 2 and i + 1.
-LOGPROBD_INLINE float SumOf(Floats x) {
-  const __m256 eight = _mm256_add_ps(x.high, x.low);
-  const __m128 four = _mm_add_ps(_mm256_extractf128_ps(eight, 1), _mm256_castps256_ps128(eight));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(two) + _mm_cvtss_f32(_mm_movehdup_ps(two));
-}
-LOGPROBD_INLINE float MaxOf(Floats x) {
-  const __m256 eight = _mm256_max_ps(x.high, x.low);
-  const __m128 four = _mm_max_ps(_mm256_extractf128_ps(eight, 1), _mm256_castps256_ps128(eight));
-  const __m128 two = _mm_max_ps(_mm_movehl_ps(four, four), four);
-  return _mm_cvtss_f32(_mm_max_ss(_mm_movehdup_ps(two), two));
-}
+// Lanes i and i + 8 first.
+LOGPROBD_INLINE float SumOf(Floats x) { return SumOf(_mm256_add_ps(x.high, x.low)); }
+LOGPROBD_INLINE float MaxOf(Floats x) { return MaxOf(_mm256_max_ps(x.high, x.low)); }
 
 }  // namespace LOGPROBD_NAMESPACE
 

@@ -110,19 +110,9 @@ LOGPROBD_INLINE Pairs GatherPairs(const float* from, int64_t stride, int64_t cou
           _mm512_mask_i32gather_ps(Zeros(), FirstLanes(count), offsets, from + 1, 4)};
 }
 
-// Lanes i and i + 8, then i + 4, i + 2 and i + 1.
+// Lanes i and i + 8 first.
 LOGPROBD_INLINE __m256 High(Floats x) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)); }
-LOGPROBD_INLINE float SumOf(Floats x) {
-  const __m256 eight = _mm256_add_ps(High(x), _mm512_castps512_ps256(x));
-  const __m128 four = _mm_add_ps(_mm256_extractf128_ps(eight, 1), _mm256_castps256_ps128(eight));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(two) + _mm_cvtss_f32(_mm_movehdup_ps(two));
-}
-LOGPROBD_INLINE float MaxOf(Floats x) {
-  const __m256 eight = _mm256_max_ps(High(x), _mm512_castps512_ps256(x));
-  const __m128 four = _mm_max_ps(_mm256_extractf128_ps(eight, 1), _mm256_castps256_ps128(eight));
-  const __m128 two = _mm_max_ps(_mm_movehl_ps(four, four), four);
-  return _mm_cvtss_f32(_mm_max_ss(_mm_movehdup_ps(two), two));
-}
+LOGPROBD_INLINE float SumOf(Floats x) { return SumOf(_mm256_add_ps(High(x), _mm512_castps512_ps256(x))); }
+LOGPROBD_INLINE float MaxOf(Floats x) { return MaxOf(_mm256_max_ps(High(x), _mm512_castps512_ps256(x))); }
 
 }  // namespace LOGPROBD_NAMESPACE

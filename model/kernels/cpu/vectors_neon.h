@@ -38,49 +38,49 @@ class FloatMode {
 };
 
 template <typename Operation>
-LOGPROBD_INLINE Floats Each(Operation operation) {
+LOGPROBD_INLINE Floats Map(Operation operation) {
   return {{operation(0), operation(1), operation(2), operation(3)}};
 }
 template <typename Operation>
-LOGPROBD_INLINE Mask EachMask(Operation operation) {
+LOGPROBD_INLINE Mask MapMask(Operation operation) {
   return {{operation(0), operation(1), operation(2), operation(3)}};
 }
 
 LOGPROBD_INLINE Floats Fill(float value) {
-  return Each([&](int) { return vdupq_n_f32(value); });
+  return Map([&](int) { return vdupq_n_f32(value); });
 }
 LOGPROBD_INLINE Floats Zeros() { return Fill(0.0f); }
 LOGPROBD_INLINE Floats Add(Floats a, Floats b) {
-  return Each([&](int i) { return vaddq_f32(a.part[i], b.part[i]); });
+  return Map([&](int i) { return vaddq_f32(a.part[i], b.part[i]); });
 }
 LOGPROBD_INLINE Floats Sub(Floats a, Floats b) {
-  return Each([&](int i) { return vsubq_f32(a.part[i], b.part[i]); });
+  return Map([&](int i) { return vsubq_f32(a.part[i], b.part[i]); });
 }
 LOGPROBD_INLINE Floats Mul(Floats a, Floats b) {
-  return Each([&](int i) { return vmulq_f32(a.part[i], b.part[i]); });
+  return Map([&](int i) { return vmulq_f32(a.part[i], b.part[i]); });
 }
 LOGPROBD_INLINE Floats Div(Floats a, Floats b) {
-  return Each([&](int i) { return vdivq_f32(a.part[i], b.part[i]); });
+  return Map([&](int i) { return vdivq_f32(a.part[i], b.part[i]); });
 }
 LOGPROBD_INLINE Floats Fma(Floats a, Floats b, Floats c) {
-  return Each([&](int i) { return vfmaq_f32(c.part[i], a.part[i], b.part[i]); });
+  return Map([&](int i) { return vfmaq_f32(c.part[i], a.part[i], b.part[i]); });
 }
 LOGPROBD_INLINE Floats NegatedFma(Floats a, Floats b, Floats c) {
-  return Each([&](int i) { return vfmsq_f32(c.part[i], a.part[i], b.part[i]); });
+  return Map([&](int i) { return vfmsq_f32(c.part[i], a.part[i], b.part[i]); });
 }
 LOGPROBD_INLINE float32x4_t Greatest(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 LOGPROBD_INLINE Floats Max(Floats a, Floats b) {  // a > b ? a : b
-  return Each([&](int i) { return Greatest(a.part[i], b.part[i]); });
+  return Map([&](int i) { return Greatest(a.part[i], b.part[i]); });
 }
 LOGPROBD_INLINE Floats Abs(Floats a) {
-  return Each([&](int i) { return vabsq_f32(a.part[i]); });
+  return Map([&](int i) { return vabsq_f32(a.part[i]); });
 }
 LOGPROBD_INLINE Floats Round(Floats a) {
-  return Each([&](int i) { return vrndnq_f32(a.part[i]); });
+  return Map([&](int i) { return vrndnq_f32(a.part[i]); });
 }
 // a * 2^n for integer n from -126 to 127.
 LOGPROBD_INLINE Floats TimesPowerOfTwo(Floats a, Floats n) {
-  return Each([&](int i) {
+  return Map([&](int i) {
     const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n.part[i]), vdupq_n_s32(127));
     return vmulq_f32(a.part[i], vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
   });
@@ -89,17 +89,17 @@ LOGPROBD_INLINE Floats TimesPowerOfTwo(Floats a, Floats n) {
 LOGPROBD_INLINE Mask FirstLanes(int64_t count) {
   static const uint32_t kLane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const uint32x4_t limit = vdupq_n_u32(static_cast<uint32_t>(std::clamp<int64_t>(count, 0, 16)));
-  return EachMask([&](int i) { return vcltq_u32(vld1q_u32(kLane + 4 * i), limit); });
+  return MapMask([&](int i) { return vcltq_u32(vld1q_u32(kLane + 4 * i), limit); });
 }
 LOGPROBD_INLINE Mask Less(Floats a, Floats b) {
-  return EachMask([&](int i) { return vcltq_f32(a.part[i], b.part[i]); });
+  return MapMask([&](int i) { return vcltq_f32(a.part[i], b.part[i]); });
 }
 LOGPROBD_INLINE Mask Greater(Floats a, Floats b) { return Less(b, a); }
 LOGPROBD_INLINE Mask NotLess(Floats a, Floats b) {
-  return EachMask([&](int i) { return vcgeq_f32(a.part[i], b.part[i]); });
+  return MapMask([&](int i) { return vcgeq_f32(a.part[i], b.part[i]); });
 }
 LOGPROBD_INLINE Mask Equal(Floats a, Floats b) {
-  return EachMask([&](int i) { return vceqq_f32(a.part[i], b.part[i]); });
+  return MapMask([&](int i) { return vceqq_f32(a.part[i], b.part[i]); });
 }
 LOGPROBD_INLINE uint32_t Bits(Mask mask) {
   static const uint32_t kBit[4] = {1, 2, 4, 8};
@@ -109,14 +109,14 @@ LOGPROBD_INLINE uint32_t Bits(Mask mask) {
   return bits;
 }
 LOGPROBD_INLINE Floats Choose(Mask mask, Floats yes, Floats no) {
-  return Each([&](int i) { return vbslq_f32(mask.part[i], yes.part[i], no.part[i]); });
+  return Map([&](int i) { return vbslq_f32(mask.part[i], yes.part[i], no.part[i]); });
 }
 
 LOGPROBD_INLINE Floats Load(const float* from) {
-  return Each([&](int i) { return vld1q_f32(from + 4 * i); });
+  return Map([&](int i) { return vld1q_f32(from + 4 * i); });
 }
 LOGPROBD_INLINE Floats Load(const uint16_t* from) {
-  return Each([&](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from + 4 * i), 16)); });
+  return Map([&](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from + 4 * i), 16)); });
 }
 LOGPROBD_INLINE void StoreAll(float* to, Floats value) {
   for (int i = 0; i < 4; ++i) vst1q_f32(to + 4 * i, value.part[i]);
@@ -138,7 +138,7 @@ LOGPROBD_INLINE Floats LoadInt8(const int8_t* from) {
            vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
 }
 LOGPROBD_INLINE Floats LoadFloat16(const uint16_t* from) {
-  return Each([&](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + 4 * i))); });
+  return Map([&](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + 4 * i))); });
 }
 
 // 16 pairs of bfloat16: the first of each, and the second.
@@ -146,9 +146,9 @@ struct Pairs {
   Floats first, second;
 };
 LOGPROBD_INLINE Pairs LoadPairs(const uint16_t* from) {
-  const auto at = [&](int i) { return vreinterpretq_u32_u16(vld1q_u16(from + 8 * i)); };
-  return {Each([&](int i) { return vreinterpretq_f32_u32(vshlq_n_u32(at(i), 16)); }),
-          Each([&](int i) { return vreinterpretq_f32_u32(vandq_u32(at(i), vdupq_n_u32(0xffff0000u))); })};
+  const auto pairs = [&](int i) { return vreinterpretq_u32_u16(vld1q_u16(from + 8 * i)); };
+  return {Map([&](int i) { return vreinterpretq_f32_u32(vshlq_n_u32(pairs(i), 16)); }),
+          Map([&](int i) { return vreinterpretq_f32_u32(vandq_u32(pairs(i), vdupq_n_u32(0xffff0000u))); })};
 }
 
 // Lanes i and i + 8, then i + 4, i + 2 and i + 1.

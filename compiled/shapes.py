@@ -65,11 +65,9 @@ class Buckets:
         return StepShape(1, bucket(self.prefill_chunks, tokens), self.pages_per_row)
 
     def steps(self) -> tuple[StepShape, ...]:
-        decode = tuple(StepShape(rows, 1, self.pages_per_row) for rows in self.decode_rows)
-        return (*decode, *(StepShape(1, chunk, self.pages_per_row) for chunk in self.prefill_chunks))
+        return (*map(self.decode, self.decode_rows), *map(self.prefill, self.prefill_chunks))
 
     def heads(self) -> tuple[HeadShape, ...]:
-        """All head shapes: blocks of prompt rows."""
         score = HeadShape(self.score_rows, full_vocab=False)
         return (score, HeadShape(self.full_vocab_rows, full_vocab=True)) if self.full_vocab_rows else (score,)
 

@@ -117,7 +117,7 @@ def _check_positive(name: str, value: float) -> None:
         raise ConfigError(f"{name} must be a positive number, got {value}")
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """A file's value for a message, truncated if it is long or deep."""
     return _SHORT.repr(value)
 
@@ -175,9 +175,9 @@ def int_of(
     """An integer from `low` to `high`; `default` if it is missing."""
     value = _value_of(source, key, default)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{key} must be an integer, got {shown(value)}")
+        raise ConfigError(f"{key} must be an integer, got {short_repr(value)}")
     if not low <= value <= high:
-        raise ConfigError(f"{key} must be from {low} to {high}, got {shown(value)}")
+        raise ConfigError(f"{key} must be from {low} to {high}, got {short_repr(value)}")
     return value
 
 
@@ -185,7 +185,7 @@ def float_of(source: Mapping[str, Any], key: str, default: float | None = None, 
     """A number, above a limit; `default` if it is missing."""
     value = _value_of(source, key, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{key} must be a number, got {shown(value)}")
+        raise ConfigError(f"{key} must be a number, got {short_repr(value)}")
     number = _finite(key, value)
     if above is not None and not number > above:
         raise ConfigError(f"{key} must be above {above:g}, got {number}")
@@ -221,5 +221,5 @@ def _finite(key: str, value: float) -> float:
     except OverflowError:  # an integer of hundreds of digits
         number = math.inf
     if not math.isfinite(number):
-        raise ConfigError(f"{key} must be finite, got {shown(value)}")
+        raise ConfigError(f"{key} must be finite, got {short_repr(value)}")
     return number

@@ -14,7 +14,7 @@ from model.config import (
     int_of,
     layer_count,
     layer_kinds,
-    shown,
+    short_repr,
 )
 from model.families import FAMILIES, Family
 from model.rope import Rope
@@ -44,7 +44,7 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor: Tensor, *, has_output:
     family = in_gguf.get(arch) if isinstance(arch, str) else None
     if family is None:
         known = ", ".join(sorted(in_gguf))
-        raise ConfigError(f"general.architecture {shown(arch)} is not known; known: {known}")
+        raise ConfigError(f"general.architecture {short_repr(arch)} is not known; known: {known}")
     key = f"{arch}.".__add__
     heads, hidden = int_of(metadata, key("attention.head_count")), int_of(metadata, key("embedding_length"))
     head_dim = head_dim_of(metadata, key("attention.key_length"), hidden, heads)
@@ -114,7 +114,7 @@ def _rope(metadata: Mapping[str, Any], key: Callable[[str], str], tensor: Tensor
         )
         return Rope(theta, divisors, ropes.yarn_scale(factor))
     if type_ not in ("none", "linear"):
-        raise ConfigError(f"{key('rope.scaling.type')} {shown(type_)} is not supported; known: none, linear, yarn")
+        raise ConfigError(f"{key('rope.scaling.type')} {short_repr(type_)} is not supported; known: none, linear, yarn")
     divisors = tensor(_DIVISORS)
     if type_ == "linear" and factor != 1:
         divisors = tuple(factor * divisor for divisor in divisors or (1.0,) * (head_dim // 2))

@@ -16,7 +16,7 @@ from model.config import (
     layer_count,
     layer_kinds,
     mapping_of,
-    shown,
+    short_repr,
     strings_of,
 )
 from model.families import FAMILIES, Family
@@ -34,7 +34,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     family = _family(strings_of(config, "architectures"), config.get("model_type"))
     if family is None:
         known = ", ".join(sorted(row.hf_architecture for row in FAMILIES.values()))
-        names = shown(config.get("architectures"))
+        names = short_repr(config.get("architectures"))
         raise ConfigError(f"architecture {names} is not known; known: {known}")
     config = {**family.hf_defaults, **config}
     _refuse_unsupported(config, family)
@@ -69,16 +69,13 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
     for key in ("hidden_activation", "hidden_act"):
         if config.get(key) not in (None, *family.activation_names):
             known = ", ".join(family.activation_names)
-            raise ConfigError(f"{key} {shown(config[key])} is not supported; known: {known}")
+            raise ConfigError(f"{key} {short_repr(config[key])} is not supported; known: {known}")
     for key in ("quantization_config", "partial_rotary_factor"):
         if config.get(key) not in (None, 1, 1.0):
             raise ConfigError(f"{key} is not supported yet")
-    if config.get("attention_bias") and not family.qkv_bias:
-        raise ConfigError("attention_bias is not supported for this architecture")
-    if config.get("mlp_bias"):
-        raise ConfigError("mlp_bias is not supported")
-    if config.get("use_bidirectional_attention"):
-        raise ConfigError("use_bidirectional_attention is not supported")
+    for key in ("mlp_bias", "use_bidirectional_attention", *(() if family.qkv_bias else ("attention_bias",))):
+        if config.get(key):
+            raise ConfigError(f"{key} is not supported for this architecture")
 
 
 def _layers(config: Mapping[str, Any], family: Family, head_dim: int) -> tuple[LayerKind, ...]:
@@ -151,7 +148,7 @@ def _rope(config: Mapping[str, Any], kind: str, family: Family, head_dim: int) -
             return _longrope(theta, scaling)
         case type_:
             known = "default, linear, llama3, yarn, longrope, su"
-            raise ConfigError(f"{key} of type {shown(type_)} is not supported; known: {known}")
+            raise ConfigError(f"{key} of type {short_repr(type_)} is not supported; known: {known}")
 
 
 def _original(scaling: Mapping[str, Any], low: int = 1) -> int:

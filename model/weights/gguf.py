@@ -57,13 +57,9 @@ class GgufCheckpoint:
             raise
 
     def names(self) -> Mapping[str, TensorInfo]:
+        supported = _PLAIN.keys() | _QUANTIZED
         return {
-            name: TensorInfo(
-                tensor.shape,
-                tensor.type_name,
-                tensor.type_name in _PLAIN or tensor.type_name in _QUANTIZED,
-                tensor.nbytes,
-            )
+            name: TensorInfo(tensor.shape, tensor.type_name, tensor.type_name in supported, tensor.nbytes)
             for name, tensor in self._tensors.items()
         }
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from model.config import shown
+from model.config import short_repr
 from model.weights.checkpoint import ModelLoadError
 
 _MAGIC = b"GGUF"
@@ -82,7 +82,7 @@ def read_parts(path: Path) -> list[tuple[Path, GgufHeader]]:
     header = read_header(path)
     count = header.metadata.get("split.count", 1)
     if not isinstance(count, int):
-        raise ModelLoadError(f"{path}: split.count is {shown(count)}")
+        raise ModelLoadError(f"{path}: split.count is {short_repr(count)}")
     if count in (0, 1):
         return [(path, header)]
     named = _PART.fullmatch(path.name)
@@ -165,7 +165,7 @@ def _parse(cursor: _Cursor) -> GgufHeader:
     rows = _rows(cursor, tensor_count)
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
-        raise cursor.fail(f"general.alignment is {shown(alignment)}")
+        raise cursor.fail(f"general.alignment is {short_repr(alignment)}")
     start = -(-cursor.offset // alignment) * alignment
     return GgufHeader(metadata, {name: _locate(cursor, name, row, start) for name, row in rows.items()})
 

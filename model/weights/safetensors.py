@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from model.config import ConfigError, ModelConfig, shown
+from model.config import ConfigError, ModelConfig, short_repr
 from model.config_hf import config_from_hf
 from model.weights.checkpoint import ModelLoadError, TensorInfo
 
@@ -136,7 +136,7 @@ def _indexed(folder: Path) -> list[Path]:
         # A shard is in the folder of its index: reject paths to other folders, and impossible file names.
         is_plain = isinstance(name, str) and name.isprintable() and Path(name).name == name
         if not is_plain or not name.endswith(".safetensors"):
-            raise ModelLoadError(f"{index}: {shown(name)} is not the name of a .safetensors file")
+            raise ModelLoadError(f"{index}: {short_repr(name)} is not the name of a .safetensors file")
         names.add(name)
     return [folder / name for name in sorted(names)]
 

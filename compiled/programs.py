@@ -5,7 +5,7 @@ A `Compiled` raises TypeError on any other shape or dtype, so "no compile while 
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -79,39 +79,24 @@ class Program:
         return int(analysis.temp_size_in_bytes) if analysis is not None else 0
 
 
-class Programs:
+class Programs(dict[Shape, Program]):
     """The executables of one server, by shape."""
 
-    def __init__(self, programs: Iterable[Program]) -> None:
-        self._programs: Mapping[Shape, Program] = {program.shape: program for program in programs}
-
-    def __iter__(self) -> Iterator[Program]:
-        return iter(self._programs.values())
-
-    def __getitem__(self, shape: Shape) -> Program:
-        """The program of a shape.
-
-        Raises:
-            UnknownShapeError: none was compiled for it.
-        """
-        try:
-            return self._programs[shape]
-        except KeyError:
-            raise UnknownShapeError(f"no program was compiled for {shape}") from None
+    def __missing__(self, shape: Shape) -> Program:
+        raise UnknownShapeError(f"no program was compiled for {shape}")
 
 
-def compile_plans(plans: Iterable[Plan], on_done: Callable[[Program], None] | None = None) -> Programs:
-    """Compile all plans on a few threads; call `on_done` from them for each program.
+def compile_plans(plans: Sequence[Plan], on_compiled: Callable[[Program], None] | None = None) -> Programs:
+    """Compile all plans on a few threads; call `on_compiled` from them with each program.
 
     Raises:
         RefusedError: the platform's compiler rejects a program, for example for lack of memory.
     """
-    todo = list(plans)
     threads = min(4, os.cpu_count() or 1)
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="compile") as pool:
-        futures = [pool.submit(_compile, plan, on_done) for plan in todo]
+        futures = [pool.submit(_compile, plan, on_compiled) for plan in plans]
         try:
-            programs = Programs(future.result() for future in futures)
+            programs = Programs((plan.shape, future.result()) for plan, future in zip(plans, futures, strict=True))
             seal_entries()  # also those of programs that jax compiles itself
             return programs
         except BaseException:  # do not wait for plans that have not started, not even after an interrupt
@@ -128,7 +113,7 @@ def specs_of(tree: Any) -> Any:
     return jax.tree.map(spec, tree)
 
 
-def _compile(plan: Plan, on_done: Callable[[Program], None] | None) -> Program:
+def _compile(plan: Plan, on_compiled: Callable[[Program], None] | None) -> Program:
     start = time.perf_counter()
     lowered = plan.lower()
     middle = time.perf_counter()
@@ -140,6 +125,6 @@ def _compile(plan: Plan, on_done: Callable[[Program], None] | None) -> Program:
         raise RefusedError(f"{name}: {str(error).splitlines()[0]}") from error
     program = Program(plan.shape, compiled, middle - start, time.perf_counter() - middle)
     seal_entries(name)
-    if on_done is not None:
-        on_done(program)
+    if on_compiled is not None:
+        on_compiled(program)
     return program

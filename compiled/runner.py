@@ -147,12 +147,11 @@ class ModelRunner:
         self._leaves = model.leaves
         shapes = state_shapes(model, buckets, pages=pages)
         first = compile_plans([state_plan(model, shapes)], on_compiled)
-        (zero_state,) = first
         with ThreadPoolExecutor(1, thread_name_prefix="state") as pool:  # allocating it takes seconds
-            state = pool.submit(lambda: jax.block_until_ready(zero_state.compiled()))
+            state = pool.submit(lambda: jax.block_until_ready(first[ZERO_STATE].compiled()))
             rest = compile_plans(make_plans(model, buckets, shapes, max_logprobs), on_compiled)
             self._state: DeviceState = state.result()
-        self.programs = Programs([*first, *rest])
+        self.programs = Programs(first | rest)
 
     def prefill(self, inputs: StepInput) -> Array:
         """Dispatch one chunk of a row, inputs [1, T]; return its number of tokens, [] on the device, to wait for.

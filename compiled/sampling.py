@@ -50,7 +50,7 @@ def choose_tokens(
 
 class _Round(NamedTuple):
     number: Array  # [] int32
-    done: Array  # [R] bool
+    is_final: Array  # [R] bool, token is the row's choice
     token: Array  # [R] int32
     bound: Array  # [R] float32 logit of the last rejected token
     bound_id: Array  # [R] int32 its id: only tokens strictly ahead of it remain
@@ -77,19 +77,19 @@ def _draw(logits: Array, best: Array, best_ids: Array, sampling: SamplingArrays,
         accepted &= (sampling.top_p >= 1) | (mass_ahead < sampling.top_p * allowed_mass)
         accepted |= rank == 1  # a top_p so small that the product rounds to 0 still allows the best token
         drawn = weight > 0  # rounding at the end of the CDF can hit a token that does not remain: draw again
-        take = ~state.done & drawn & accepted
-        shrink = ~state.done & drawn & ~accepted
+        take = ~state.is_final & drawn & accepted
+        shrink = ~state.is_final & drawn & ~accepted
         return _Round(
             state.number + 1,
-            state.done | take,
+            state.is_final | take,
             jnp.where(take, token, state.token),
             jnp.where(shrink, value, state.bound),
             jnp.where(shrink, token, state.bound_id),
         )
 
-    done = greedy | ~jnp.isfinite(best)  # no token allowed, or NaN: no weights to draw from
-    start = _Round(jnp.int32(0), done, best_ids, floor, jnp.full((R,), axis.shards * W, jnp.int32))
-    last = jax.lax.while_loop(lambda state: ~jnp.all(state.done) & (state.number < _MAX_ROUNDS), run_round, start)
+    is_final = greedy | ~jnp.isfinite(best)  # no token allowed, or NaN: no weights to draw from
+    start = _Round(jnp.int32(0), is_final, best_ids, floor, jnp.full((R,), axis.shards * W, jnp.int32))
+    last = jax.lax.while_loop(lambda state: ~jnp.all(state.is_final) & (state.number < _MAX_ROUNDS), run_round, start)
     return last.token
 
 
@@ -101,8 +101,8 @@ def _inverse_cdf(weights: Array, uniform: Array, axis: VocabAxis) -> tuple[Array
     shard_ends = jnp.cumsum(axis.all_gather(weights.sum(axis=-1)), axis=0)  # [shards, R]
     target = uniform * shard_ends[-1]
     chosen = jnp.minimum(jnp.sum(shard_ends <= target, axis=0), axis.shards - 1)
-    before = jnp.where(chosen > 0, jnp.take_along_axis(shard_ends, jnp.maximum(chosen - 1, 0)[None], axis=0)[0], 0.0)
-    token, weight = _token_at(weights, lambda _: target - before)
+    start = jnp.where(chosen > 0, jnp.take_along_axis(shard_ends, jnp.maximum(chosen - 1, 0)[None], axis=0)[0], 0.0)
+    token, weight = _token_at(weights, lambda _: target - start)
     is_chosen = chosen * weights.shape[1] == axis.offset(weights.shape[1])
     token = jnp.where(is_chosen, token + axis.offset(weights.shape[1]), 0)
     return axis.psum(token), axis.psum(jnp.where(is_chosen, weight, 0.0))
@@ -115,8 +115,7 @@ def _token_at(weights: Array, target_of: Callable[[Array], Array]) -> tuple[Arra
     target = target_of(ends[:, -1])
     block = jnp.minimum(jnp.sum(ends <= target[:, None], axis=1), ends.shape[1] - 1)
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]  # [R, 128]
-    before = jnp.where(block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0)
-    within = jnp.sum(before[:, None] + jnp.cumsum(inside, axis=-1) <= target[:, None], axis=1)
-    within = jnp.minimum(within, BLOCK - 1)
-    token = jnp.minimum(block * BLOCK + within, weights.shape[1] - 1).astype(jnp.int32)
+    start = jnp.where(block > 0, jnp.take_along_axis(ends, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0)
+    column = jnp.sum(start[:, None] + jnp.cumsum(inside, axis=-1) <= target[:, None], axis=1)
+    token = jnp.minimum(block * BLOCK + jnp.minimum(column, BLOCK - 1), weights.shape[1] - 1).astype(jnp.int32)
     return token, jnp.take_along_axis(weights, token[:, None], axis=1)[:, 0]

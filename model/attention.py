@@ -1,4 +1,4 @@
-"""The seams for rotary position embedding, the write to the cache, and attention over its pages."""
+"""Rotary position embedding, writes to the cache, and attention over its pages, by a kernel or by XLA."""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ from jax import Array
 
 from model.kernels import ScoreOptions, cpu, gpu, tpu
 from model.kernels.dispatch import Implementation, Kernels
-from model.kv_cache import PAGE_SIZE, JoinedPages, LayerPages, SplitPages, addresses_of
+from model.kv_cache import PAGE_SIZE, Addresses, JoinedPages, LayerPages, SplitPages, addresses_of
 from model.rope import Rope
 
 # XLA:CPU multiplies small and large matrices by different code, with different last bits: with this many query rows a
@@ -38,7 +38,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def rotate_and_store(
-    heads: Array, angles: tuple[Array, Array], pages: LayerPages, tables: Array, positions: Array, kernels: Kernels
+    heads: Array, angles: tuple[Array, Array], pages: LayerPages, addresses: Addresses, kernels: Kernels
 ) -> tuple[Array, LayerPages]:
     """Rotate the queries and keys of new tokens and store their keys and values.
 
@@ -46,16 +46,15 @@ def rotate_and_store(
         heads: [R, T, H + 2 K, E] float32: queries, keys, values.
         angles: cos and sin of `rotary_angles`.
         pages: the layer's.
-        tables: [R, P] int32 pages of each row in order.
-        positions: [R, T] int32, -1 for padding.
+        addresses: of the tokens.
         kernels: the model's.
 
     Returns:
         Queries [R, T, H, E] float32, rotated, and the updated pages.
     """
+    arguments = (heads, *angles, pages, addresses.tables, addresses.positions)
     if isinstance(pages, JoinedPages):
-        return rotate_and_store_in_xla(heads, *angles, pages, tables, positions)
-    arguments = (heads, *angles, pages, tables, positions)
+        return rotate_and_store_in_xla(*arguments)
     stored: tuple[Array, LayerPages] = kernels.dispatch(
         *arguments, on_cpu=_rotate_and_store_on_cpu, xla=rotate_and_store_in_xla
     )
@@ -80,9 +79,7 @@ def rotate_and_store_in_xla(
     return rotate(heads[:, :, :H], cos, sin), stored
 
 
-def attend(
-    queries: Array, pages: LayerPages, tables: Array, positions: Array, kernels: Kernels, options: ScoreOptions
-) -> Array:
+def attend(queries: Array, pages: LayerPages, addresses: Addresses, kernels: Kernels, options: ScoreOptions) -> Array:
     """Causal attention of each query over its row's cached tokens, itself included.
 
     In every implementation the cost follows the true length, and pages add to a query's result in the same order in a
@@ -91,26 +88,24 @@ def attend(
     Args:
         queries: [R, T, H, E] float32, rotated.
         pages: the layer's.
-        tables: [R, P] int32 pages of each row in order.
-        positions: [R, T] int32, -1 for padding.
+        addresses: of the queries' tokens.
         kernels: the model's.
         options: the layer's.
 
     Returns:
         [R, T, H * E] float32, undefined for padding.
     """
-    forms = _kernels_for(pages, queries.shape, tables.shape) | {"xla": attend_in_xla}
-    bound = {platform: partial(form, options=options) for platform, form in forms.items()}
-    result: Array = kernels.dispatch(queries, pages, tables, positions, **bound)
-    return result
-
-
-def _kernels_for(pages: LayerPages, queries: tuple[int, ...], tables: tuple[int, ...]) -> dict[str, Implementation]:
-    """The kernels that read such pages, by their parameter of `Kernels.dispatch`."""
+    tables = addresses.tables
+    implementations: dict[str, Implementation] = {"xla": attend_in_xla}
     if isinstance(pages, SplitPages):
-        on_gpu = {"on_gpu": _attend_on_gpu} if gpu.takes(queries[3], pages.keys.dtype) else {}
-        return {"on_cpu": _attend_on_cpu, **on_gpu}
-    return {"on_tpu": _attend_on_tpu} if tpu.takes(queries, tables) else {}
+        implementations["on_cpu"] = _attend_on_cpu
+        if gpu.supports_pages(queries.shape[3], pages.keys.dtype):
+            implementations["on_gpu"] = _attend_on_gpu
+    elif tpu.supports_shapes(queries.shape, tables.shape):
+        implementations["on_tpu"] = _attend_on_tpu
+    bound = {platform: partial(function, options=options) for platform, function in implementations.items()}
+    result: Array = kernels.dispatch(queries, pages, tables, addresses.positions, **bound)
+    return result
 
 
 def _attend_on_cpu(queries: Array, pages: SplitPages, *arguments: Array, options: ScoreOptions) -> Array:
@@ -118,7 +113,7 @@ def _attend_on_cpu(queries: Array, pages: SplitPages, *arguments: Array, options
 
 
 def _attend_on_gpu(queries: Array, pages: SplitPages, *arguments: Array, options: ScoreOptions) -> Array:
-    if gpu.runs_here():
+    if gpu.is_supported_here():
         return gpu.attend(queries, pages.keys, pages.values, *arguments, options=options)
     return attend_in_xla(queries, pages, *arguments, options=options)
 
@@ -154,15 +149,15 @@ def attend_in_xla(
         if cap:
             scores = jnp.float32(cap) * jnp.tanh(scores / jnp.float32(cap))
         key_positions = i * PAGE_SIZE + jnp.arange(PAGE_SIZE, dtype=jnp.int32)
-        seen = key_positions <= query_positions
+        visible = key_positions <= query_positions
         if window:
-            seen &= key_positions > query_positions - window
-        scores = jnp.where(seen, scores, _MASKED)
+            visible &= key_positions > query_positions - window
+        scores = jnp.where(visible, scores, _MASKED)
         # Past its end a page may hold values of an earlier owner: 0 x NaN would be NaN.
         v = jnp.where((key_positions <= last_positions)[:, None, :, None], v, 0.0)
         new_best = jnp.maximum(best, scores.max(-1))
         scale = jnp.exp(best - new_best)
-        p = jnp.where(seen, jnp.exp(scores - new_best[..., None]), 0.0)
+        p = jnp.where(visible, jnp.exp(scores - new_best[..., None]), 0.0)
         out = out * scale[..., None] + jnp.einsum("rkqs,rkse->rkqe", p, v, precision=_EXACT)
         return new_best, total * scale + p.sum(-1), out
 

@@ -1,6 +1,6 @@
-"""One row per architecture: its traits, and the checkpoint tensors of each of our weights.
+"""One row of traits per architecture, and the checkpoint tensors of our weights.
 
-A new family is a new row here; only a new kind of layer needs new code. Names of Hugging Face tensors follow
+A new family is a new row here; only a new kind of layer or tensor needs new code. Names of Hugging Face tensors follow
 `transformers` (its modeling files), those of GGUF its specification ("standardized tensor names").
 """
 

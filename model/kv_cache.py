@@ -42,8 +42,12 @@ class SplitPages:
     def store(self, keys: Array, values: Array, addresses: "Addresses") -> "SplitPages":
         """The pages with keys and values [R, T, K, E] of new tokens stored."""
         fill = ((0, 0),) * 3 + ((0, self.lanes - keys.shape[3]),)
-        keys, values = jnp.pad(keys, fill), jnp.pad(values, fill)
-        return SplitPages(write_heads(self.keys, keys, addresses), write_heads(self.values, values, addresses))
+
+        def store(pages: Array, heads: Array) -> Array:
+            heads = jnp.pad(heads, fill).astype(pages.dtype)
+            return pages.at[addresses.pages, :, addresses.offsets].set(heads, mode="drop")
+
+        return SplitPages(store(self.keys, keys), store(self.values, values))
 
     def take(self, ids: Array) -> tuple[Array, Array]:
         """Keys and values [R, K, S, E'] float32 of pages ids [R]."""
@@ -98,8 +102,8 @@ class CacheLayout:
     platform: str = "cpu"  # as JAX names it: "cpu", "gpu" or "tpu"
 
     @property
-    def joined(self) -> bool:
-        return self.platform == "tpu" and tpu.reads(self.parallel.local.head_dim, self.dtype)
+    def is_joined(self) -> bool:
+        return self.platform == "tpu" and tpu.supports_pages(self.parallel.local.head_dim, self.dtype)
 
     @property
     def hidden_size(self) -> int:
@@ -108,38 +112,37 @@ class CacheLayout:
 
     def shape(self, pages: int) -> PagedCache:
         """The shapes of N pages over all shards, as `jax.ShapeDtypeStruct` leaves."""
-        config, shards = self.parallel.local, self.parallel.shards
-        heads, lanes = self._stored()
+        shards, (heads, lanes) = self.parallel.shards, self._stored_heads()
         split = jax.ShapeDtypeStruct((pages, shards * heads, PAGE_SIZE, lanes), self.dtype)
         joined = jax.ShapeDtypeStruct((pages, PAGE_SIZE, shards * 2 * heads, lanes), self.dtype)
         hidden = jax.ShapeDtypeStruct((pages, PAGE_SIZE, shards * self.hidden_size), self.dtype)
-        layer = self._layer(joined) if self.joined else SplitPages(split, split)
-        return PagedCache((layer,) * config.num_layers, hidden)
+        return self._cache(split, joined, hidden)
 
     def specs(self) -> PagedCache:
         """Its sharding: key/value heads and the features of hidden states are sharded."""
         split, joined = PartitionSpec(None, TENSOR), PartitionSpec(None, None, TENSOR)
-        layer = self._layer(joined) if self.joined else SplitPages(split, split)
-        return PagedCache((layer,) * self.parallel.local.num_layers, PartitionSpec(None, None, TENSOR))
+        return self._cache(split, joined, joined)
 
     @property
     def bytes_per_page(self) -> int:
         """Bytes of one page on each device: all layers and the hidden states."""
-        heads, lanes = self._stored()
+        heads, lanes = self._stored_heads()
         per_token = 2 * self.parallel.local.num_layers * heads * lanes + self.hidden_size
         return PAGE_SIZE * per_token * jnp.dtype(self.dtype).itemsize
 
-    def _layer(self, heads: Any) -> JoinedPages:
-        return JoinedPages(heads, self.parallel.local.num_kv_heads)
+    def _cache(self, split: Any, joined: Any, hidden: Any) -> PagedCache:
+        config = self.parallel.local
+        layer = JoinedPages(joined, config.num_kv_heads) if self.is_joined else SplitPages(split, split)
+        return PagedCache((layer,) * config.num_layers, hidden)
 
-    def _stored(self) -> tuple[int, int]:
-        """Stored key/value heads of one shard, and stored elements per head."""
+    def _stored_heads(self) -> tuple[int, int]:
+        """Number of key/value heads that one shard stores, and elements of each."""
         K = self.parallel.local.num_kv_heads
-        return tpu.kv_heads_of_tiles(K) if self.joined else K, self._lanes(self.parallel.local.head_dim)
+        return tpu.padded_kv_heads(K) if self.is_joined else K, self._lanes(self.parallel.local.head_dim)
 
     def _lanes(self, size: int) -> int:
         """Round up to full lanes on a TPU: it stores other sizes transposed and would transpose all pages per step."""
-        return tpu.lanes_of_tiles(size) if self.platform == "tpu" else size
+        return tpu.padded_head_dim(size) if self.platform == "tpu" else size
 
 
 @jax.tree_util.register_dataclass
@@ -147,27 +150,24 @@ class CacheLayout:
 class Addresses:
     """Cache addresses of a step's tokens."""
 
+    tables: Array  # [R, P] int32 pages of each row in order
+    positions: Array  # [R, T] int32 of each token in its row, -1 for padding
     pages: Array  # [R, T] int32 page of each token; NULL_PAGE for padding
     offsets: Array  # [R, T] int32 offset in that page
     live: Array  # [] int32, of all R * T tokens in order: number up to the last that is not padding
 
 
 def addresses_of(tables: Array, positions: Array) -> Addresses:
-    """Addresses of tokens, from tables [R, P] and positions [R, T], -1 = padding."""
     valid = positions >= 0
     index = jnp.where(valid, positions, 0)
     pages = jnp.take_along_axis(tables, index // PAGE_SIZE, axis=1)
-    return Addresses(jnp.where(valid, pages, NULL_PAGE), index % PAGE_SIZE, live_rows(valid.reshape(-1)))
+    pages = jnp.where(valid, pages, NULL_PAGE)
+    return Addresses(tables, positions, pages, index % PAGE_SIZE, live_rows(valid.reshape(-1)))
 
 
 def live_rows(valid: Array) -> Array:
     """Number of rows of valid [M] bool up to the last valid one: [] int32."""
     return jnp.max(jnp.where(valid, jnp.arange(1, valid.shape[0] + 1, dtype=jnp.int32), 0))
-
-
-def write_heads(pages: Array, heads: Array, addresses: Addresses) -> Array:
-    """pages [N, K, S, E] with heads [R, T, K, E] stored at their tokens' addresses."""
-    return pages.at[addresses.pages, :, addresses.offsets].set(heads.astype(pages.dtype), mode="drop")
 
 
 def write_hidden(pages: Array, hidden: Array, addresses: Addresses) -> Array:

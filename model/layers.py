@@ -1,4 +1,4 @@
-"""The blocks of a decoder layer: RMSNorm, attention, gated MLP. A family's row says which of them it has.
+"""The blocks of a decoder layer: RMSNorm, attention, gated MLP. A family's traits determine which of them it has.
 
 The residual stream is float32 throughout; inputs of linear maps and of the cache are rounded to the model's dtype. On
 the default model in bfloat16 this takes the mean log-prob error from 0.043 to the figure in docs/design.md.
@@ -121,19 +121,13 @@ class Attention(nnx.Module):
         self.out = Linear(dims["D"], dims["Q"], spec, psum=True)
 
     def __call__(
-        self,
-        x: Array,
-        positions: Array,
-        angles: tuple[Array, Array],
-        pages: LayerPages,
-        tables: Array,
-        addresses: Addresses,
+        self, x: Array, angles: tuple[Array, Array], pages: LayerPages, addresses: Addresses
     ) -> tuple[Array, LayerPages]:
         """x [R, T, D] -> [R, T, D] and this layer's pages with the new tokens stored."""
         config, kernels, live = self.config, self.kernels, addresses.live
-        queries, pages = rotate_and_store(self.heads(x, live), angles, pages, tables, positions, kernels)
+        queries, pages = rotate_and_store(self.heads(x, live), angles, pages, addresses, kernels)
         options = ScoreOptions(config.attention_scale, self.kind.window, config.attention_cap)
-        context = attend(queries, pages, tables, positions, kernels, options)
+        context = attend(queries, pages, addresses, kernels, options)
         return self.out(context, live), pages
 
     def heads(self, x: Array, live: Array | None = None) -> Array:
@@ -192,19 +186,13 @@ class Layer(nnx.Module):
         self.mlp_post_norm = norm(traits.post_norm, _FLOAT32)
 
     def __call__(
-        self,
-        x: Array,
-        positions: Array,
-        angles: tuple[Array, Array],
-        pages: LayerPages,
-        tables: Array,
-        addresses: Addresses,
+        self, x: Array, angles: tuple[Array, Array], pages: LayerPages, addresses: Addresses
     ) -> tuple[Array, LayerPages]:
         """x [R, T, D] -> [R, T, D] and this layer's pages with the new tokens stored."""
         live = addresses.live
         with jax.named_scope("attention"):
             normed = _apply(self.attention_norm, x, live)
-            y, pages = self.attention(normed, positions, angles, pages, tables, addresses)
+            y, pages = self.attention(normed, angles, pages, addresses)
             x = x + _apply(self.attention_post_norm, y, live)
         with jax.named_scope("mlp"):
             y = self.mlp(_apply(self.mlp_norm, x, live), live)

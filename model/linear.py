@@ -1,4 +1,4 @@
-"""The one seam for weights: a linear map whose weight is plain or packed for a kernel."""
+"""Linear maps whose weight is plain or packed for a kernel."""
 
 from dataclasses import dataclass, replace
 
@@ -33,10 +33,10 @@ def matmul(x: Array, weight: Weight, kernels: Kernels, live: Array | None = None
         x.astype(jnp.bfloat16),
         weight,
         live,
-        on_cpu=_in_kernel,
+        on_cpu=_on_cpu,
         on_gpu=_by_blocks,
         on_tpu=_by_blocks,
-        xla=_unpacked,
+        xla=_in_xla,
     )
     return y
 
@@ -64,11 +64,11 @@ def _dot(x: Array, weight: Array) -> Array:
     return y[:rows]
 
 
-def _in_kernel(x: Array, weight: cpu.Packed, live: Array) -> Array:
+def _on_cpu(x: Array, weight: cpu.Packed, live: Array) -> Array:
     return cpu.linear(x, weight, live=live)
 
 
-def _unpacked(x: Array, weight: cpu.Packed, _live: Array) -> Array:
+def _in_xla(x: Array, weight: cpu.Packed, _live: Array) -> Array:
     """The product on any platform: unpacks the weight in each call, which is slow but rounds nothing.
 
     To [N, K], not block by block: a product of another layout would have other last bits for one row than for many.
@@ -95,7 +95,7 @@ def _by_blocks(x: Array, weight: cpu.Packed, _live: Array) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What all modules of a model share."""
+    """Parameters shared by all modules of a model."""
 
     parallel: TensorParallel
     dtype: jnp.dtype  # of matrices and cache

@@ -99,7 +99,7 @@ class Transformer(nnx.Module):
         run = traced_once(Layer.__call__)
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                x, layers[i] = run(layer, x, positions, angles[layer.attention.kind.rope], layers[i], tables, addresses)
+                x, layers[i] = run(layer, x, angles[layer.attention.kind.rope], layers[i], addresses)
         hidden = self.norm(x, addresses.live)
         pages = write_hidden(cache.hidden, self.spec.parallel.shard_hidden(hidden), addresses)
         return hidden, PagedCache(tuple(layers), pages)
@@ -162,27 +162,29 @@ class BoundModel:
 
 
 def abstract_weights(config: ModelConfig, dtype: jnp.dtype, shards: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-    """Target path, as in `model.weights`, -> shape and dtype of every weight in each shard."""
-    spec = ModelSpec(TensorParallel(config, shards), dtype, Kernels())
-    _, state = nnx.split(nnx.eval_shape(lambda: Transformer(spec)))
+    """Path, as in `ModelConfig.weights`, -> shape and dtype of every weight in each shard."""
+    _, state = _abstract(ModelSpec(TensorParallel(config, shards), dtype, Kernels()))
     return {_path(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
 def bind(
     config: ModelConfig, dtype: jnp.dtype, weights: Mapping[str, Any], kernels: Kernels, mesh: Mesh | None = None
 ) -> BoundModel:
-    """Fill an abstract Transformer with `weights` (target path -> array, packed weight or ShapeDtypeStruct).
+    """Fill an abstract Transformer with `weights` (path -> array, packed weight or ShapeDtypeStruct).
 
     With a mesh the weights are sharded over it as in `model.sharding`, and the Transformer is that of one shard.
 
     Raises:
         KeyError: a weight is missing, which `model.weights` reports earlier.
     """
-    spec = ModelSpec(TensorParallel(config, mesh.size if mesh else 1), dtype, kernels)
-    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(spec)))
+    graph, state = _abstract(ModelSpec(TensorParallel(config, mesh.size if mesh else 1), dtype, kernels))
     flat = [(path, leaf.replace(weights[_path(path)])) for path, leaf in nnx.to_flat_state(state)]
     leaves, tree = jax.tree.flatten(nnx.from_flat_state(flat))
     return BoundModel(config, dtype, kernels, (graph, tree), tuple(leaves), mesh)
+
+
+def _abstract(spec: ModelSpec) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: Transformer(spec)))
 
 
 def _path(path: tuple[Any, ...]) -> str:

@@ -35,7 +35,7 @@ def _run_tests(sanitized: Path) -> int:
     with pytest.MonkeyPatch.context() as patch:
         for module in (library, build):
             patch.setattr(module, "library_path", lambda name: sanitized.with_name(f"{name}.so"))
-        kernels = cpu.load()
+        kernels = cpu.load_library()
         if kernels is None or kernels.instruction_set != sanitized.stem:
             raise RuntimeError(f"{sanitized} was not loaded")
         tests = [str(_FOLDER / f"{name}.py") for name in _TESTS]
@@ -46,13 +46,13 @@ def main() -> int:
     """Build the library of this CPU's best instruction set and run the tests on it; return pytest's exit code."""
     if _LIBRARY in os.environ:
         return _run_tests(Path(os.environ[_LIBRARY]))
-    kernels = cpu.load()
+    kernels = cpu.load_library()
     if kernels is None:
         raise RuntimeError("there are no kernels for this CPU")
     name = kernels.instruction_set
     with tempfile.TemporaryDirectory() as folder:
         sanitized = Path(folder) / f"{name}.so"
-        print(build.build(library.UNITS, sanitized, (*library.INSTRUCTION_SETS[name], *SANITIZERS)), flush=True)
+        print(build.build_library(library.UNITS, sanitized, (*library.INSTRUCTION_SETS[name], *SANITIZERS)), flush=True)
         variables = {
             _LIBRARY: str(sanitized),
             "LD_PRELOAD": " ".join(map(_runtime_path, _RUNTIMES)),

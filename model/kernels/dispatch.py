@@ -14,7 +14,7 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from model.kernels.cpu import CpuKernels, load
+from model.kernels.cpu import CpuKernels, load_library
 
 type Implementation = Callable[..., Any]
 type _Flat = Callable[..., Sequence[Array]]  # takes and returns the leaves of its arguments and results
@@ -53,7 +53,9 @@ class Kernels:
 
         results = _DISPATCH.bind(
             *leaves,
-            implementations=tuple((name, flatten(each)) for name, each in {**implementations, _XLA: xla}.items()),
+            implementations=tuple(
+                (name, flatten(function)) for name, function in {**implementations, _XLA: xla}.items()
+            ),
             shapes=tuple(ShapedArray(shape.shape, shape.dtype) for shape in shapes),
         )
         return jax.tree.unflatten(result_tree, results)
@@ -61,7 +63,7 @@ class Kernels:
 
 def load_kernels() -> Kernels:
     """The kernels of this machine; registers those of the CPU with XLA."""
-    return Kernels(load())
+    return Kernels(load_library())
 
 
 def _implementation_for(platform: str) -> _Flat:

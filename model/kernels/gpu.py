@@ -26,7 +26,7 @@ _MIN_PIECE = 16  # elements of the smallest piece of a head that tensor cores mu
 _MASKED = -1e30  # finite, so that a row of padding gives no NaN
 
 
-def takes(head_dim: int, dtype: Any) -> bool:
+def supports_pages(head_dim: int, dtype: Any) -> bool:
     """Whether `attend` can read such pages: bfloat16, and a head size that is a multiple of 16.
 
     float32 would be multiplied without tensor cores, or rounded; XLA computes at full precision.
@@ -34,7 +34,7 @@ def takes(head_dim: int, dtype: Any) -> bool:
     return jnp.dtype(dtype) == jnp.bfloat16 and head_dim % _MIN_PIECE == 0
 
 
-def runs_here() -> bool:
+def is_supported_here() -> bool:
     """Whether Triton supports the GPU that is being compiled for. For use while a program is lowered."""
     return bool(triton.get_gpu_info().compute_capability >= _MIN_COMPUTE_CAPABILITY)
 
@@ -54,7 +54,6 @@ def attend(
     Queries and weights are float32 and enter a product as the sum of two bfloat16, which keeps 16 of their digits.
     `interpret` runs the kernel's operations one by one on any platform, for tests.
     """
-    scale, window, cap = options
     R, T, H, E = queries.shape
     N, K, S, _ = keys.shape
     G, P = H // K, tables.shape[1]
@@ -63,12 +62,12 @@ def attend(
     blocks = -(-T * G // tile)
     Q = blocks * tile
     stored = min(tile, 1 << (T * G - 1).bit_length())  # queries of a tile to store, fewer if one tile has them all
-    rest = ((0, 0), (0, 0), (0, Q - T * G), (0, 0))
+    padding = ((0, 0), (0, 0), (0, Q - T * G), (0, 0))
     # [R, K, Q, E]: a token's queries of one key/value head side by side.
     q = queries.reshape(R, T, K, G, E).transpose(0, 2, 1, 3, 4).reshape(R, K, T * G, E)
-    q = jnp.pad(q * jnp.float32(scale), rest)
+    q = jnp.pad(q * jnp.float32(options.scale), padding)
     query_positions = jnp.pad(jnp.repeat(positions, G, axis=1), ((0, 0), (0, Q - T * G)), constant_values=-1)
-    kernel = partial(_part, page_size=S, part_pages=-(-P // parts), window=window, cap=cap, pieces=_pieces(E))
+    kernel = partial(_part, page_size=S, part_pages=-(-P // parts), options=options, pieces=_pieces(E))
     pages = pl.BlockSpec((N, None, S, E), lambda _, k, __: (0, k, 0, 0))
 
     def of_part(*shape: int) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
@@ -95,7 +94,7 @@ def attend(
         interpret=interpret,
         name="logprobd_attention",
     )(q, query_positions, tables, keys, values)
-    result = _added(out, best, total)[:, :, : T * G].reshape(R, K, T, G, E)
+    result = _sum_parts(out, best, total)[:, :, : T * G].reshape(R, K, T, G, E)
     return result.transpose(0, 2, 1, 3, 4).reshape(R, T, H * E)
 
 
@@ -112,11 +111,11 @@ def _part(
     *,
     page_size: int,
     part_pages: int,
-    window: int,
-    cap: float,
+    options: ScoreOptions,
     pieces: list[tuple[int, int]],
 ) -> None:
     """Attention of a tile of queries over one part of a row."""
+    window, cap = options.window, options.cap
     query_positions, count, stored = positions_ref[...], positions_ref.shape[0], best_ref.shape[0]
     last = jnp.max(query_positions)
     lowest = jnp.min(jnp.where(query_positions < 0, last, query_positions))
@@ -135,20 +134,20 @@ def _part(
             scores = _product(halves, keys, scores, by=1)
         if cap:
             scores = jnp.float32(cap) * jnp.tanh(scores / jnp.float32(cap))
-        seen = key_positions[None, :] <= query_positions[:, None]
+        visible = key_positions[None, :] <= query_positions[:, None]
         if window:
-            seen &= key_positions[None, :] > query_positions[:, None] - window
-        scores = jnp.where(seen, scores, _MASKED)
+            visible &= key_positions[None, :] > query_positions[:, None] - window
+        scores = jnp.where(visible, scores, _MASKED)
         new_best = jnp.maximum(best, jnp.max(scores, axis=1))
         rescale = jnp.exp(best - new_best)
-        weights = jnp.where(seen, jnp.exp(scores - new_best[:, None]), 0.0)
+        weights = jnp.where(visible, jnp.exp(scores - new_best[:, None]), 0.0)
         halves = _halves(weights)
         # Past its end a page may hold values of an earlier owner: 0 x NaN would be NaN.
-        there = (key_positions <= last)[:, None]
+        exists = (key_positions <= last)[:, None]
         outs = tuple(
             _product(
                 halves,
-                jnp.where(there, values_ref[number, :, pl.ds(low, size)], 0),
+                jnp.where(exists, values_ref[number, :, pl.ds(low, size)], 0),
                 out * rescale[:, None],
                 by=0,
             )
@@ -156,8 +155,8 @@ def _part(
         )
         return new_best, total * rescale + jnp.sum(weights, axis=1), outs
 
-    nothing = tuple(jnp.zeros((count, size), jnp.float32) for _, size in pieces)
-    begin = (jnp.full((count,), _MASKED, jnp.float32), jnp.zeros((count,), jnp.float32), nothing)
+    zeros = tuple(jnp.zeros((count, size), jnp.float32) for _, size in pieces)
+    begin = (jnp.full((count,), _MASKED, jnp.float32), jnp.zeros((count,), jnp.float32), zeros)
     best, total, outs = jax.lax.fori_loop(start, stop, page, begin)
     for (low, size), out in zip(pieces, outs, strict=True):
         out_ref[:, pl.ds(low, size)] = _first(out, stored)
@@ -190,19 +189,19 @@ def _halves(x: Array) -> tuple[Array, Array]:
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
-def _product(halves: tuple[Array, Array], y: Array, added: Array, *, by: int) -> Array:
-    """added + x y in float32, where axis `by` of y is multiplied by the last of x."""
+def _product(halves: tuple[Array, Array], y: Array, total: Array, *, by: int) -> Array:
+    """total + x y in float32, where axis `by` of y is multiplied by the last of x."""
     high, low = (
         jax.lax.dot_general(x, y, (((1,), (by,)), ((), ())), preferred_element_type=jnp.float32) for x in halves
     )
-    return added + (high + low)
+    return total + (high + low)
 
 
-def _added(out: Array, best: Array, total: Array) -> Array:
+def _sum_parts(out: Array, best: Array, total: Array) -> Array:
     """The results [R, K, Q, E] of all parts together, in order: out [parts, R, K, Q, E], best and total [..., Q]."""
-    greatest = jnp.max(best, axis=0)
+    maximum = jnp.max(best, axis=0)
     sums, weights = jnp.zeros_like(out[0]), jnp.zeros_like(total[0])
     for i in range(out.shape[0]):
-        share = jnp.exp(best[i] - greatest)
+        share = jnp.exp(best[i] - maximum)
         sums, weights = sums + share[..., None] * out[i], weights + share * total[i]
     return sums / jnp.where(weights > 0, weights, 1.0)[..., None]  # 0 for padding

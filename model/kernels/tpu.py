@@ -17,11 +17,11 @@ from model.kernels import ScoreOptions
 
 _LANES = 128
 _BLOCK_PAGES = 8  # pages of keys per step of the kernel
-_MOST_TABLE_ENTRIES = 200 << 10  # of tables, which share 1 MiB of scalar memory with other data
+_MAX_TABLE_ENTRIES = 200 << 10  # of tables, which share 1 MiB of scalar memory with other data
 _BLOCK_QUERIES = 32  # tokens per block, equal in decode and prefill: a query's sums have one order in both
 
 
-def reads(head_dim: int, dtype: Any) -> bool:
+def supports_pages(head_dim: int, dtype: Any) -> bool:
     """Whether `attend` can read such pages: bfloat16, heads of up to 128 elements.
 
     It would round float32; XLA computes at full precision.
@@ -29,18 +29,18 @@ def reads(head_dim: int, dtype: Any) -> bool:
     return bool(jnp.dtype(dtype) == jnp.bfloat16 and head_dim <= _LANES)
 
 
-def takes(queries: tuple[int, ...], tables: tuple[int, ...]) -> bool:
+def supports_shapes(queries: tuple[int, ...], tables: tuple[int, ...]) -> bool:
     """Whether `attend` takes queries [R, T, H, E] and tables [R, P] of these shapes."""
-    return 1 in queries[:2] and math.prod(tables) <= _MOST_TABLE_ENTRIES
+    return 1 in queries[:2] and math.prod(tables) <= _MAX_TABLE_ENTRIES
 
 
-def lanes_of_tiles(head_dim: int) -> int:
-    """E', elements of a stored head."""
+def padded_head_dim(head_dim: int) -> int:
+    """E', elements of a head in whole tiles."""
     return -(-head_dim // _LANES) * _LANES
 
 
-def kv_heads_of_tiles(kv_heads: int) -> int:
-    """K', stored key/value heads: 1, 2, 4 or a multiple of 8."""
+def padded_kv_heads(kv_heads: int) -> int:
+    """K', key/value heads in whole tiles: 1, 2, 4 or a multiple of 8."""
     return -(-kv_heads // 8) * 8 if kv_heads > 4 else 1 << (kv_heads - 1).bit_length()
 
 

@@ -171,9 +171,9 @@ def kernels_used(model: BoundModel) -> tuple[str, ...]:
     nvidia = model.device_kind.startswith("NVIDIA")
     match model.platform:
         case "gpu":
-            return ("triton-attention",) if gpu.takes(model.config.head_dim, model.dtype) and nvidia else ()
+            return ("triton-attention",) if gpu.supports_pages(model.config.head_dim, model.dtype) and nvidia else ()
         case "tpu":
-            return ("ragged-paged-attention",) if tpu.reads(model.config.head_dim, model.dtype) else ()
+            return ("ragged-paged-attention",) if tpu.supports_pages(model.config.head_dim, model.dtype) else ()
     kernels = model.kernels.cpu
     if model.platform != "cpu" or kernels is None:
         return ()

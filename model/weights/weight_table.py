@@ -83,10 +83,7 @@ def load_weights[T](
             show are reported before any weight is read.
     """
     targets = check_headers(checkpoint)
-    stored = checkpoint.names()
-    reader = _Reader(
-        checkpoint, dtype, sum(stored[part.name].nbytes for target in targets for part in target.parts), progress
-    )
+    reader = _Reader(checkpoint, targets, dtype, progress)
     weights: dict[str, T] = {}
     for target in targets:
         try:
@@ -123,12 +120,15 @@ class _UnreadableError(Exception):
 class _Reader:
     """Reads targets in runs of rows, counts bytes and collects problems."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: np.dtype[Any], total: int, progress: Progress | None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, targets: Sequence[_Target], dtype: np.dtype[Any], progress: Progress | None
+    ) -> None:
         self._checkpoint = checkpoint
         self._dtype = dtype
-        self._total = total
         self._progress = progress
-        self._done = 0.0
+        self._nbytes = {name: info.nbytes for name, info in checkpoint.names().items()}
+        self._total = sum(self._nbytes[part.name] for target in targets for part in target.parts)
+        self._bytes_read = 0.0
         self.problems: dict[str, str] = {}  # by the part's name
 
     def dtype_of(self, target: _Target) -> np.dtype[Any]:
@@ -164,9 +164,9 @@ class _Reader:
             self.problems[part.name] = str(error)
             raise _UnreadableError from error
         if run is not None:
-            self._done += (stop - start) / part.shape[0] * self._checkpoint.names()[part.name].nbytes
+            self._bytes_read += (stop - start) / part.shape[0] * self._nbytes[part.name]
             if self._progress is not None:
-                self._progress(round(self._done), self._total)
+                self._progress(round(self._bytes_read), self._total)
         return run
 
     def _check(self, part: _Part, values: NDArray[Any], more: str) -> None:
@@ -186,10 +186,10 @@ def _prefetch[T](items: Iterator[T]) -> Iterator[T]:
 def _runs_of(part: _Part) -> Iterator[tuple[int, int]]:
     """Start and stop of each run of rows. Rows that are reordered are one run."""
     count = part.shape[0]
-    together = max(1, _RUN_VALUES // max(1, math.prod(part.shape[1:])))
-    together = count if part.interleaved_heads or len(part.shape) == 1 else together
-    for start in range(0, count, together):
-        yield start, min(count, start + together)
+    size = max(1, _RUN_VALUES // max(1, math.prod(part.shape[1:])))
+    size = count if part.interleaved_heads or len(part.shape) == 1 else size
+    for start in range(0, count, size):
+        yield start, min(count, start + size)
 
 
 def _plan(checkpoint: Checkpoint) -> list[_Target]:

@@ -1,4 +1,4 @@
-"""Top-k, rank and log-probability against numpy: ties, signed zeros, infinities, odd sizes, and rows in a crowd."""
+"""Top-k, rank and log-probability against numpy: ties, signed zeros, infinities, odd sizes, and rows in a batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ from compiled.state import (
 from model.kernels.dispatch import Kernels, load_kernels
 from model.token_logprobs import TokenLogprobs
 
-SIZES = (5, 128, 129, 300, 1000)  # each with 4 rows and few k, because every shape is a program
+SIZES = (5, 128, 129, 300, 1000)  # each with 4 rows and few values of k: every shape is compiled
 
 top_k = jax.jit(blocked_top_k, static_argnums=1)
 
@@ -38,7 +38,7 @@ _all_logprobs = jax.jit(all_logprobs, static_argnums=1)
 
 
 def numbers(logits: NDArray[np.float32], ids: Any, k: int, scored: Sequence[Sequence[int]] = ()) -> TokenLogprobs:
-    """The numbers as numpy arrays; `scored` are the ids that the first rows name."""
+    """Log-probs as numpy arrays; `scored` are the requested ids of the first rows."""
     requested_ids = no_requested_ids(len(logits))
     for row, named in enumerate(scored):
         requested_ids[row, : len(named)] = named
@@ -150,7 +150,7 @@ def test_logprob_against_float64(scale: float, shift: float) -> None:
     best = exact.max(axis=1, keepdims=True)
     exact = exact - best - np.log(np.exp(exact - best).sum(axis=1, keepdims=True))
     result = numbers(logits, ids, 20)
-    # The inputs themselves are float32: what is relative is the logit, not only the difference.
+    # The inputs are float32, so the tolerance is relative to the logit, not only to the difference.
     tolerance = 1e-6 * (1 + np.abs(logits).max())
     np.testing.assert_allclose(result.logprob, exact[np.arange(R), ids], rtol=1e-6, atol=tolerance)
     expected = np.take_along_axis(exact, stable_order(logits)[:, :20], axis=1)
@@ -195,7 +195,7 @@ def test_requested_ids_have_logprob_and_stable_rank() -> None:
     rank = np.empty_like(order)
     np.put_along_axis(rank, order, np.arange(1, V + 1)[None], axis=1)
     rng = np.random.default_rng(6)
-    # Duplicates, the whole width, none, and the ids at both ends.
+    # Duplicates, all B ids, no id, and the first and last ids.
     scored = [[7, 7, 299, 7], rng.integers(0, V, MAX_REQUESTED_IDS).tolist(), [], [0], [299, 0], [150]]
     result = numbers(logits, np.zeros(R), 20, scored)
     for row, named in enumerate(scored):

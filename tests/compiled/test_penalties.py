@@ -1,4 +1,4 @@
-"""What changes logits before a choice, against numpy: bias, each penalty, masks; and what is kept of a choice."""
+"""Bias, penalties and masks against numpy, and the record of chosen tokens."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,7 @@ from compiled.state import SamplingArrays, SlotPenalties, SlotState, greedy_samp
 from tests.support.slots import empty_slots, packed
 
 Z, R = 7, 5
-SIZES = (31, 300, 320)  # V: less than a word, words and a part, words alone
+SIZES = (31, 300, 320)  # V: less than one mask word, a partial last word, full words only
 
 _adjust = jax.jit(adjust_logits)
 _choose = jax.jit(choose_tokens)
@@ -38,7 +38,7 @@ def logits_of(V: int) -> NDArray[np.float32]:
 
 
 def busy_slots(V: int) -> SlotState:
-    """Slots that differ in everything."""
+    """Slots without common values."""
     rng = np.random.default_rng(V + 1)
     return SlotState(
         tokens=np.zeros(Z, np.int32),
@@ -49,7 +49,7 @@ def busy_slots(V: int) -> SlotState:
 
 
 def sampling_of(V: int, **values: Any) -> SamplingArrays:
-    """Greedy rows, all of them penalized, with these values in every row."""
+    """Greedy rows, all penalized, with these values."""
     sampling = greedy_sampling(R, V)
     sampling.penalized[:] = True
     for name, value in values.items():
@@ -171,7 +171,7 @@ def test_changes_logits() -> None:
 
 
 def test_sampled_rows_draw_from_penalized_logits() -> None:
-    """A bias of 100 leaves one token, whatever the draw."""
+    """A bias of 100 leaves one token to draw."""
     V = 300
     slots, sampling = empty_slots(Z, V), sampling_of(V, temperature=1.5)
     slots.bias[np.arange(Z), 10 * np.arange(Z)] = 100.0

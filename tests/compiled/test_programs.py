@@ -1,4 +1,4 @@
-"""Programs: nothing runs that was not compiled, failures are raised, and the persistent cache mends itself."""
+"""Programs: only compiled shapes run, failures are raised, and the persistent cache recovers from damage."""
 
 import subprocess
 import sys
@@ -30,20 +30,22 @@ def plan(rows: int) -> Plan:
 
 
 def test_compile_plans_compiles_and_reports_each_plan_once() -> None:
-    told: list[Program] = []
-    made = compile_plans([plan(2), plan(3)], told.append)
-    assert {program.name for program in told} == {"decode_2", "decode_3"}
-    assert {program.shape for program in made} == {StepShape(2, 1, 1), StepShape(3, 1, 1)}
-    assert all(program.lower_seconds > 0 and program.compile_seconds > 0 for program in made)
-    assert all(program.temp_bytes >= 0 for program in made)
-    np.testing.assert_array_equal(made[StepShape(3, 1, 1)].compiled(np.ones(3, np.float32)), np.full(3, 2.0))
+    reported: list[Program] = []
+    programs = compile_plans([plan(2), plan(3)], reported.append)
+    assert {program.name for program in reported} == {"decode_2", "decode_3"}
+    assert {shape: program.shape for shape, program in programs.items()} == {
+        s: s for s in (StepShape(2, 1, 1), StepShape(3, 1, 1))
+    }
+    assert all(program.lower_seconds > 0 and program.compile_seconds > 0 for program in programs.values())
+    assert all(program.temp_bytes >= 0 for program in programs.values())
+    np.testing.assert_array_equal(programs[StepShape(3, 1, 1)].compiled(np.ones(3, np.float32)), np.full(3, 2.0))
 
 
 def test_programs_reject_an_unknown_shape() -> None:
-    made = compile_plans([plan(2)])
+    programs = compile_plans([plan(2)])
     for shape in (StepShape(3, 1, 1), StepShape(2, 1, 2), HeadShape(2, full_vocab=True), PENALTIES):
         with pytest.raises(UnknownShapeError, match="no program was compiled"):
-            made[shape]
+            programs[shape]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,7 @@ def test_compile_plans_raises_a_failure() -> None:
 
 
 def test_compile_plans_starts_nothing_after_a_failure_or_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun: list[Any] = []
+    started: list[Any] = []
     ended = threading.Event()
 
     class Pool(ThreadPoolExecutor):
@@ -90,8 +92,8 @@ def test_compile_plans_starts_nothing_after_a_failure_or_interrupt(monkeypatch: 
             super().shutdown(wait=wait)
 
     def fails(plan: Plan, _: object) -> None:
-        begun.append(plan)
-        if len(begun) == 1:
+        started.append(plan)
+        if len(started) == 1:
             raise KeyboardInterrupt
         assert ended.wait(20)
 
@@ -99,7 +101,7 @@ def test_compile_plans_starts_nothing_after_a_failure_or_interrupt(monkeypatch: 
     monkeypatch.setattr(programs, "_compile", fails)
     with pytest.raises(KeyboardInterrupt):
         compile_plans([plan(rows) for rows in range(2, 12)])
-    assert len(begun) < 10
+    assert len(started) < 10
 
 
 def test_compile_plans_raises_a_failure_after_lowering() -> None:
@@ -110,7 +112,7 @@ def test_compile_plans_raises_a_failure_after_lowering() -> None:
         compile_plans([Plan(HeadShape(4, full_vocab=True), unknown, (VECTOR,)), plan(2)])
 
 
-# Warnings are only shown here, as they are in a server; made into errors they would cause the very recovery.
+# Warnings are only recorded, as in a server: turned into errors they would cause the recovery.
 CACHE_SCRIPT = """
 import os, stat, sys, warnings
 from pathlib import Path
@@ -123,14 +125,14 @@ from compiled.programs import Plan, compile_plans
 from compiled.shapes import StepShape
 
 directory = Path(sys.argv[1])
-directory.mkdir(parents=True, mode=0o755)  # there before, and open to others
+directory.mkdir(parents=True, mode=0o755)  # exists before the start, and other users can read it
 os.umask(0)
 use_persistent_cache(directory)
 assert stat.S_IMODE(directory.stat().st_mode) == 0o700, oct(directory.stat().st_mode)
 
 warnings.simplefilter("always")
-shown = []
-warnings.showwarning = lambda message, *_, **__: shown.append(message)
+shown_warnings = []
+warnings.showwarning = lambda message, *_, **__: shown_warnings.append(message)
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("/cache_hits") else None)
 SIZES = (4, 5, 6)
@@ -153,37 +155,37 @@ def entries():
 
 
 cold, first = run()
-whole = entries()
-print("cold", cold, len(whole))
+complete = entries()
+print("cold", cold, len(complete))
 warm, second = run()
 print("warm", warm, second == first)
 
-for divisor in (2, 10**9):  # half of it, and nothing
-    sizes = [entry.stat().st_size // divisor for entry in whole]
-    for entry, size in zip(whole, sizes):
+for divisor in (2, 10**9):  # half of the file, then none of it
+    sizes = [entry.stat().st_size // divisor for entry in complete]
+    for entry, size in zip(complete, sizes):
         entry.write_bytes(entry.read_bytes()[:size])
     torn, third = run()
-    assert entries() == whole
-    print("torn", torn, third == first, all(entry.stat().st_size > size for entry, size in zip(whole, sizes)))
+    assert entries() == complete
+    print("torn", torn, third == first, all(entry.stat().st_size > size for entry, size in zip(complete, sizes)))
     mended, fourth = run()
     print("mended", mended, fourth == first)
     use_persistent_cache(directory)  # as the next start does
-    print("sealed", entries() == whole, run()[0])
+    print("sealed", entries() == complete, run()[0])
 
-for entry in whole:  # of the right length
+for entry in complete:  # of the right length
     data = bytearray(entry.read_bytes())
     data[len(data) // 2] ^= 1
     entry.write_bytes(data)
 flipped, fifth = run()
 print("flipped", flipped, fifth == first)
 
-print("warnings", len(shown))
+print("warnings", len(shown_warnings))
 for entry in directory.iterdir():
     entry.unlink()
 directory.rmdir()
 directory.touch()  # a cache that nothing can be written to, even by root
 lost, sixth = run()
-print("lost", lost, sixth == first, len(shown) > 0)
+print("lost", lost, sixth == first, len(shown_warnings) > 0)
 """
 
 EXPECTED = [
@@ -197,12 +199,12 @@ EXPECTED = [
 
 
 def test_persistent_cache_is_private_read_and_repaired(tmp_path: Path) -> None:
-    """In a process of its own, so that this one's jax configuration stays as it is."""
+    """In a separate process, to leave this one's jax configuration unchanged."""
     command = [sys.executable, "-c", CACHE_SCRIPT, str(tmp_path / "programs")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == EXPECTED
-    assert done.stderr == ""
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines() == EXPECTED
+    assert process.stderr == ""
 
 
 def test_cache_options_restored_leaves_no_option(tmp_path: Path) -> None:
@@ -239,7 +241,7 @@ print(float(runner.full_vocab_logprobs(np.zeros(8, np.int32))[0, 0]))
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 def test_start_with_a_cache_of_truncated_entries(weights: str, tmp_path: Path) -> None:
-    """Those of programs that jax makes on its own too, such as the one that packs a weight."""
+    """Includes programs that jax compiles itself, such as those of jnp functions."""
     directory, command = tmp_path / "programs", _start_command(tmp_path, weights)
     first = _started(command)
     entries = list(directory.glob("*-cache"))
@@ -260,11 +262,11 @@ def test_start_after_one_killed_while_writing_the_cache(tmp_path: Path) -> None:
     again = _started(command)
     for entry in directory.glob("*-cache"):
         entry.unlink()
-    assert _started(command) == again  # without what the killed ones left
+    assert _started(command) == again  # without the entries of killed processes
 
 
 def _start_command(folder: Path, weights: str) -> list[str]:
-    """Starts a tiny model, whose programs are kept in a folder beside it."""
+    """Start a tiny model whose cache of programs is in the next folder."""
     directory, model = folder / "programs", folder / "model"
     model.mkdir()
     config = tiny_configs()["llama"]
@@ -273,5 +275,5 @@ def _start_command(folder: Path, weights: str) -> list[str]:
 
 
 def _started(command: list[str]) -> str:
-    """What it prints."""
+    """Standard output."""
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300, check=True).stdout

@@ -1,4 +1,4 @@
-"""ModelRunner on a tiny model: slots between steps, results that are read late, whole rows, unknown shapes."""
+"""ModelRunner on a tiny model: slots between steps, results read late, full-vocabulary rows, unknown shapes."""
 
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def decode_input(rows: list[tuple[int, int, int, int]], size: int = 4) -> Decode
 
 
 def sampling_of(size: int = 4, **values: float) -> SamplingArrays:
-    """Greedy rows; with values, adjusted ones."""
+    """Greedy rows, adjusted by the given values."""
     sampling = greedy_sampling(size, V)
     sampling.penalized[:] = bool(values)
     for name, value in values.items():
@@ -102,7 +102,7 @@ def adjustment_of(
 def generate(
     runner: ModelRunner, steps: int, *, from_slot: bool = True, slot: int = 2, **values: float
 ) -> list[StepOutput]:
-    """PROMPT continued in one row of four; with tokens from the slot, all steps are begun before any is read."""
+    """Continue PROMPT in one row of four; with tokens from the slot, all steps are dispatched before any is read."""
     prefill(runner, PROMPT, page=3)
     outputs: list[StepOutput] = []
     token = PROMPT[-1]
@@ -118,7 +118,7 @@ def tokens_of(outputs: list[StepOutput]) -> list[int]:
 
 
 def bits(logprobs: TokenLogprobs, row: int) -> list[bytes]:
-    """A row's own numbers and its alternatives'."""
+    """Log-prob, rank and alternatives of a row, as bytes."""
     return [np.asarray(leaf)[row].tobytes() for leaf in jax.tree.leaves(logprobs)[:4]]
 
 
@@ -145,12 +145,12 @@ def test_reset_frees_the_old_state_first(runner: ModelRunner, monkeypatch: pytes
 
 
 def test_decode_from_slot_uses_the_chosen_token(runner: ModelRunner) -> None:
-    told = generate(runner, 12, from_slot=False)
+    from_host = generate(runner, 12, from_slot=False)
     runner.reset()
-    kept = generate(runner, 12, from_slot=True)
-    assert tokens_of(kept) == tokens_of(told)
-    assert len(set(tokens_of(told))) > 1
-    for a, b in zip(kept, told, strict=True):
+    from_slots = generate(runner, 12, from_slot=True)
+    assert tokens_of(from_slots) == tokens_of(from_host)
+    assert len(set(tokens_of(from_host))) > 1
+    for a, b in zip(from_slots, from_host, strict=True):
         assert bits(a.logprobs, 0) == bits(b.logprobs, 0)
 
 
@@ -172,7 +172,7 @@ def test_decode_rows_keep_their_slots_in_any_order(runner: ModelRunner) -> None:
 
 
 def test_decode_accumulates_counts(runner: ModelRunner) -> None:
-    """A bias of 100 makes one token win until the frequency penalty of 30 a time has outweighed it."""
+    """A bias of 100 makes one token win until a frequency penalty of 30 per occurrence outweighs it."""
     runner.set_penalties(2, adjustment_of({40: 100.0, 41: 95.0}))
     tokens = tokens_of(generate(runner, 6, frequency_penalty=30.0))
     assert tokens == [40, 41, 40, 41, 40, 41]
@@ -209,19 +209,19 @@ def test_processed_logprobs_apply_to_their_row_only(runner: ModelRunner) -> None
     step = decode_input([(PROMPT[-1], len(PROMPT) - 1, 1, 0), (PROMPT[-1], len(PROMPT) - 1, 2, 1)])
     raw = runner.full_vocab_logprobs(
         np.full(8, cache_index(1, 0), np.int32)
-    )  # any row: only to see that the cache is there
+    )  # any row: checks only that the cache has values
     assert np.isfinite(raw).all()
     plain = runner.read(runner.decode(step, sampling_of()))
     sampling = sampling_of()
     sampling.temperature[:2], sampling.top_k[:2] = 0.5, 3
     sampling.processed[0] = True
-    told = runner.read(runner.decode(step, sampling)).logprobs
-    assert bits(told, 1)[2:] == bits(plain.logprobs, 1)[2:]
-    assert told.top_ids[0].tolist()[:3] == plain.logprobs.top_ids[0].tolist()[:3]
+    logprobs = runner.read(runner.decode(step, sampling)).logprobs
+    assert bits(logprobs, 1)[2:] == bits(plain.logprobs, 1)[2:]
+    assert logprobs.top_ids[0].tolist()[:3] == plain.logprobs.top_ids[0].tolist()[:3]
     doubled = np.exp(plain.logprobs.top_logprobs[0, :3].astype(np.float64) / 0.5)
-    np.testing.assert_allclose(np.exp(told.top_logprobs[0, :3]), doubled / doubled.sum(), rtol=1e-5)
-    assert (told.top_logprobs[0, 3:] == -np.inf).all()
-    assert np.isfinite(told.logprob[:2]).all()
+    np.testing.assert_allclose(np.exp(logprobs.top_logprobs[0, :3]), doubled / doubled.sum(), rtol=1e-5)
+    assert (logprobs.top_logprobs[0, 3:] == -np.inf).all()
+    assert np.isfinite(logprobs.logprob[:2]).all()
 
 
 def test_requested_ids_are_equal_in_decode_and_score(runner: ModelRunner) -> None:
@@ -281,5 +281,5 @@ def test_steps_reject_shapes_that_were_not_compiled(runner: ModelRunner) -> None
 
 def test_runner_attributes(runner: ModelRunner) -> None:
     assert (runner.buckets, runner.pages, runner.max_logprobs, runner.vocab_size) == (BUCKETS, 9, 5, V)
-    names = [program.name for program in runner.programs]
+    names = [program.name for program in runner.programs.values()]
     assert names == ["zero_state", "decode_1", "decode_4", "prefill_16", "score_16", "full_vocab_8", "penalties"]

@@ -1,4 +1,4 @@
-"""Choosing tokens: which ones can be drawn, how often, and what a seed promises; against numpy in float64."""
+"""Sampling against numpy in float64: which tokens can be drawn, how often, and reproducibility with a seed."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -23,7 +23,7 @@ _kth_largest = jax.jit(kth_largest)
 
 @dataclass(frozen=True)
 class Filters:
-    """One row's way of sampling."""
+    """Sampling parameters of one row."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -51,7 +51,7 @@ FILTERS = {
 
 
 def arrays(rows: list[Filters], seeds: Any = None, step: int = 0) -> SamplingArrays:
-    """Sampling arrays of the rows; row i has seed i unless told."""
+    """Sampling arrays of the rows; row i has seed i by default."""
     sampling = greedy_sampling(len(rows), V)
     sampling.seed[:, 1] = np.arange(len(rows)) if seeds is None else seeds
     sampling.step[:] = step
@@ -86,7 +86,7 @@ def reference(logits: NDArray[np.float32], row: Filters) -> NDArray[np.float64]:
 
 
 def smooth_logits() -> NDArray[np.float32]:
-    """The best tokens lie anywhere, and none of the filters above cuts within rounding of a token."""
+    """The best tokens have random ids, and no filter's edge is within rounding of a token."""
     return (np.random.default_rng(5).standard_normal(V) * 1.5).astype(np.float32)
 
 
@@ -95,7 +95,7 @@ def tied_logits() -> NDArray[np.float32]:
 
 
 def check_frequencies(tokens: NDArray[np.int32], expected: NDArray[np.float64]) -> None:
-    """Nothing outside the allowed set, and a chi-square inside it (rare tokens taken together)."""
+    """No token outside the allowed set; chi-square test inside it, with rare tokens as one class."""
     counts = np.bincount(tokens, minlength=V)
     assert not counts[expected == 0].any(), np.flatnonzero((expected == 0) & (counts > 0))
     mean = expected * len(tokens)
@@ -245,8 +245,8 @@ def test_kth_largest_equals_a_sort() -> None:
 def processed(logits: NDArray[np.float32], chosen: Any, sampling: SamplingArrays) -> NDArray[np.float64]:
     """Processed logits as probabilities [R, V]."""
     slots, rows = empty_slots(1, V), np.zeros(len(logits), np.int32)
-    told = np.asarray(_processed(logits, np.asarray(chosen, np.int32), sampling, slots, rows)).astype(np.float64)
-    weights = np.exp(told - told.max(axis=1, keepdims=True))
+    result = np.asarray(_processed(logits, np.asarray(chosen, np.int32), sampling, slots, rows)).astype(np.float64)
+    weights = np.exp(result - result.max(axis=1, keepdims=True))
     shares: NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
     return shares
 
@@ -286,7 +286,7 @@ def test_processed_logits_of_greedy_and_raw_rows() -> None:
     sampling = arrays([forbidden, forbidden, FILTERS["all"]])
     sampling.processed[:] = [True, False, False]
     slots, rows = empty_slots(1, V), np.zeros(3, np.int32)
-    told = np.asarray(_processed(logits, np.zeros(3, np.int32), sampling, slots, rows))
+    result = np.asarray(_processed(logits, np.zeros(3, np.int32), sampling, slots, rows))
     expected = logits.copy()
     expected[0, [4, 5]] = -np.inf
-    np.testing.assert_array_equal(told, expected)
+    np.testing.assert_array_equal(result, expected)

@@ -1,4 +1,4 @@
-"""Buckets: every size fits the smallest shape that holds it, and no other shape exists."""
+"""Buckets: every size gets the smallest shape that holds it, and there are no other shapes."""
 
 import pytest
 
@@ -59,6 +59,6 @@ def test_shapes_have_names() -> None:
 
 
 def test_heads_include_full_vocab_only_on_request() -> None:
-    for whole in (False, True):
-        buckets = make_buckets(max_num_seqs=1, max_model_len=64, max_num_batched_tokens=64, full_vocab=whole)
-        assert [head.name for head in buckets.heads()] == ["score_64", "full_vocab_8"][: 1 + whole]
+    for full_vocab in (False, True):
+        buckets = make_buckets(max_num_seqs=1, max_model_len=64, max_num_batched_tokens=64, full_vocab=full_vocab)
+        assert [head.name for head in buckets.heads()] == ["score_64", "full_vocab_8"][: 1 + full_vocab]

@@ -1,4 +1,4 @@
-"""The kernels, for the tests that need them."""
+"""Fixtures of the CPU kernels."""
 
 import pytest
 
@@ -8,12 +8,12 @@ from model.kernels.cpu import build
 
 @pytest.fixture(scope="session")
 def kernels() -> cpu.CpuKernels:
-    """The kernels, built if they are not; skips where they cannot be."""
+    """The kernels, built if missing; skips the test if they cannot be built."""
     try:
         build.build_all()
     except RuntimeError as error:
         pytest.skip(f"the kernels cannot be built here: {error}")
-    loaded = cpu.load()
+    loaded = cpu.load_library()
     if loaded is None:
         pytest.skip("there are no kernels for this CPU")
     return loaded

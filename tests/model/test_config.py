@@ -54,7 +54,7 @@ EXPECTED = ModelConfig(
 
 
 def config_from_gguf(metadata: dict[str, Any], *, has_output: bool, **tensors: tuple[float, ...]) -> ModelConfig:
-    """Of a file that holds these small tensors."""
+    """ModelConfig of a file with these small tensors."""
     return read_gguf(metadata, lambda name: tensors.get(name.removesuffix(".weight"), ()), has_output=has_output)
 
 
@@ -99,7 +99,9 @@ def test_hf_defaults() -> None:
 
 def test_hf_head_dim_overrides_the_default() -> None:
     assert config_from_hf(HF | {"head_dim": 32}).dims()["Q"] == 192
-    assert config_from_hf(HF | {"head_dim": 32, "hidden_size": 50}).dims()["Q"] == 192  # and no multiple of the heads
+    assert (
+        config_from_hf(HF | {"head_dim": 32, "hidden_size": 50}).dims()["Q"] == 192
+    )  # not a multiple of the number of heads
 
 
 def test_hf_rope_parameters_override_rope_theta() -> None:

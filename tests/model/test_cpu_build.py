@@ -1,4 +1,4 @@
-"""The kernels' library: where it is built, when, and what happens where it cannot be."""
+"""The kernels' library: where and when it is built, and the fallback if it cannot be."""
 
 import os
 import platform
@@ -15,10 +15,10 @@ from model.kernels.cpu import build, library
 
 def test_load_without_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "library_path", lambda name: tmp_path / name)
-    assert library.load() is None
+    assert library.load_library() is None
     for name in library.INSTRUCTION_SETS:
         (tmp_path / name).write_bytes(b"not a library")
-    assert library.load() is None
+    assert library.load_library() is None
 
 
 def test_load_skips_a_library_for_another_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,7 @@ def test_load_skips_a_library_for_another_cpu(tmp_path: Path, monkeypatch: pytes
     source.write_text('extern "C" int logprobd_runs_here() { return 0; }')
     subprocess.run([compiler, "-shared", "-fPIC", source, "-o", tmp_path / "avx512"], check=True)
     monkeypatch.setattr(library, "library_path", lambda name: tmp_path / name)
-    assert library.load() is None
+    assert library.load_library() is None
 
 
 def owned_by_another_user(status: os.stat_result) -> os.stat_result:
@@ -69,7 +69,7 @@ def test_load_opens_no_library_that_other_users_could_have_written(
         monkeypatch.setattr(Path, "lstat", lambda path: owned_by_another_user(path.stat()))
     monkeypatch.setattr("ctypes.CDLL", refuse)
     monkeypatch.setattr(library, "library_path", lambda name: folder / name)
-    assert library.load() is None
+    assert library.load_library() is None
     assert opened == ([str(folder / name) for name in library.INSTRUCTION_SETS] if trusted else [])
 
 
@@ -97,9 +97,9 @@ def test_build_replaces_a_library_but_not_a_folder_that_others_can_write(
     (path if writable == "library" else path.parent).chmod(0o777)
     if writable == "folder":
         with pytest.raises(RuntimeError, match="other users can write to "):
-            build.build([], path)
+            build.build_library([], path)
         return
-    build.build([], path)
+    build.build_library([], path)
     assert path.read_text() == "ours"
     assert library.is_trusted(path)
 
@@ -172,12 +172,12 @@ def test_build_is_skipped_if_the_library_exists(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(subprocess, "run", compile_nothing)
     monkeypatch.setattr(shutil, "which", lambda name: f"bin/{name}")
     units, folder = [tmp_path / "a.cc"], tmp_path / "_build"
-    assert build.build(units, folder / "a-1.so") == "CPU kernels: built a-1.so with bin/c++"
+    assert build.build_library(units, folder / "a-1.so") == "CPU kernels: built a-1.so with bin/c++"
     assert (folder / "a-1.so").stat().st_mode & folder.stat().st_mode & 0o777 == 0o755  # an image has another user
-    assert build.build(units, folder / "a-1.so") == "CPU kernels: a-1.so is up to date"
+    assert build.build_library(units, folder / "a-1.so") == "CPU kernels: a-1.so is up to date"
     assert len(calls) == 1
-    build.build(units, folder / "b-1.so")
-    build.build(units, folder / "a-2.so")
+    build.build_library(units, folder / "b-1.so")
+    build.build_library(units, folder / "a-2.so")
     assert sorted(path.name for path in folder.iterdir()) == [
         "a-1.so",
         "a-2.so",
@@ -193,7 +193,7 @@ def test_build_leaves_no_unfinished_file_if_the_compiler_fails(tmp_path: Path, m
     monkeypatch.setattr(subprocess, "run", write_half)
     monkeypatch.setattr(shutil, "which", lambda name: f"bin/{name}")
     with pytest.raises(RuntimeError, match="disk full"):
-        build.build([], tmp_path / "cache" / "a-1.so")
+        build.build_library([], tmp_path / "cache" / "a-1.so")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -210,7 +210,7 @@ def test_build_accepts_a_library_that_another_process_finished_meanwhile(
 
     monkeypatch.setattr(subprocess, "run", finish_second)
     monkeypatch.setattr(shutil, "which", lambda name: f"bin/{name}")
-    build.build([], library)
+    build.build_library([], library)
     assert library.read_text() == "ours"
     assert list(tmp_path.iterdir()) == [library]
 
@@ -271,7 +271,7 @@ def test_ensure_built_reports_a_cache_that_cannot_be_written(tmp_path: Path, mon
 
 
 def test_library_path_depends_on_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of older sources is never loaded, also where the new one cannot be built."""
+    """A library of older sources is never loaded, even if the new one cannot be built."""
     source = tmp_path / "a.cc"
     monkeypatch.setattr(library, "UNITS", [source])
     monkeypatch.setattr(library, "digest", library.digest.__wrapped__)
@@ -290,4 +290,4 @@ def test_build_tries_the_next_compiler_if_one_fails(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(subprocess, "run", only_clang)
     monkeypatch.setattr(shutil, "which", lambda name: f"bin/{name}")
-    assert build.build([], tmp_path / "a-1.so") == "CPU kernels: built a-1.so with bin/clang++"
+    assert build.build_library([], tmp_path / "a-1.so") == "CPU kernels: built a-1.so with bin/clang++"

@@ -1,4 +1,5 @@
-"""The head's kernel gives the bits that logits give, without them. `tests/compiled/test_logprobs.py` has the rest."""
+"""The head's kernel gives the bits of log-probs from logits, without storing logits; see also
+`tests/compiled/test_logprobs.py`."""
 
 import operator
 from concurrent.futures import ThreadPoolExecutor
@@ -51,44 +52,44 @@ def test_score_with_a_cap_equals_soft_cap(rows: int) -> None:
     live = jnp.int32(rows)
     logits = cpu.soft_cap(cpu.linear(hidden, weight, live=live), live, cap=2.0)
     expected = cpu.token_logprobs(logits, ids, named, live, k=20)
-    found = cpu.score(hidden, weight, ids, named, live, k=20, cap=2.0)
-    check_equal(found, expected)
+    result = cpu.score(hidden, weight, ids, named, live, k=20, cap=2.0)
+    check_equal(result, expected)
     uncapped = cpu.score(hidden, weight, ids, named, live, k=20)
-    assert not np.array_equal(np.asarray(found.logprob), np.asarray(uncapped.logprob))
+    assert not np.array_equal(np.asarray(result.logprob), np.asarray(uncapped.logprob))
 
 
 def test_score_has_the_same_bits_in_every_batch() -> None:
     hidden, weight = normal(2, 64, 96), pack(normal(3, 5000, 96))
     ids, named = ids_of(64, 5000)
-    whole = cpu.score(hidden, weight, ids, named, jnp.int32(64), k=20)
+    full = cpu.score(hidden, weight, ids, named, jnp.int32(64), k=20)
     for m in (1, 5, 12, 13, 40):
         for rows in (slice(0, m), slice(64 - m, 64)):
             some = cpu.score(hidden[rows], weight, ids[rows], named[rows], jnp.int32(m), k=20)
-            check_equal(some, jax.tree.map(operator.itemgetter(rows), whole))
+            check_equal(some, jax.tree.map(operator.itemgetter(rows), full))
 
 
 def test_top_ids_of_equal_logits_ascend_on_many_threads() -> None:
-    """Most columns are alike, so that every panel of every thread has as many as are wanted."""
+    """Most columns are equal, so that every panel of every thread has k candidates."""
     vocab = 20_000
     column = np.where(np.arange(vocab)[:, None] % 7 == 3, 1.0, 0.5)
     weight = pack(jnp.asarray(np.repeat(column, 8, axis=1), jnp.bfloat16))
     ids, named = jnp.asarray([19_995, 3], jnp.int32), jnp.full((2, 1), NO_ID, jnp.int32)
     for _ in range(20):
-        found = cpu.score(jnp.ones((2, 8), jnp.bfloat16), weight, ids, named, jnp.int32(2), k=30)
-        np.testing.assert_array_equal(found.top_ids, np.broadcast_to(3 + 7 * np.arange(30), (2, 30)))
+        result = cpu.score(jnp.ones((2, 8), jnp.bfloat16), weight, ids, named, jnp.int32(2), k=30)
+        np.testing.assert_array_equal(result.top_ids, np.broadcast_to(3 + 7 * np.arange(30), (2, 30)))
         equal = np.arange(vocab) % 7 == 3
-        assert found.rank.tolist() == [1 + equal[:19_995].sum(), 1]
+        assert result.rank.tolist() == [1 + equal[:19_995].sum(), 1]
 
 
 @pytest.mark.parametrize("live", [-1, 0, 1, 7, 12, 13])
 def test_padding_rows_are_zeros_and_change_no_other(live: int) -> None:
     hidden, weight = normal(4, 12, 64), pack(normal(5, 3000, 64))
     ids, named = ids_of(12, 3000)
-    whole = cpu.score(hidden, weight, ids, named, jnp.int32(12), k=5)
+    full = cpu.score(hidden, weight, ids, named, jnp.int32(12), k=5)
     count = min(max(live, 0), 12)
     torn = hidden.at[count:].set(jnp.nan)
     some = cpu.score(torn, weight, ids, named, jnp.int32(live), k=5)
-    for mine, all_ in zip(jax.tree.leaves(some), jax.tree.leaves(whole), strict=True):
+    for mine, all_ in zip(jax.tree.leaves(some), jax.tree.leaves(full), strict=True):
         np.testing.assert_array_equal(mine[:count], all_[:count])
         assert not np.asarray(mine[count:]).any()
 
@@ -99,17 +100,17 @@ def test_token_logprobs_propagate_nan(place: int) -> None:
     logits[0, [5, 2000]] = 1.0
     logits[0, place] = np.nan
     ids, named = jnp.asarray([5], jnp.int32), jnp.full((1, 1), NO_ID, jnp.int32)
-    found = cpu.token_logprobs(jnp.asarray(logits), ids, named, jnp.int32(1), k=4)
-    assert np.isnan(found.logprob).all()
-    assert np.isnan(found.top_logprobs).all()
+    result = cpu.token_logprobs(jnp.asarray(logits), ids, named, jnp.int32(1), k=4)
+    assert np.isnan(result.logprob).all()
+    assert np.isnan(result.top_logprobs).all()
 
 
 def test_token_logprobs_of_a_row_of_nan() -> None:
     ids, named = jnp.asarray([5], jnp.int32), jnp.full((1, 1), NO_ID, jnp.int32)
-    found = cpu.token_logprobs(jnp.full((1, 3000), jnp.nan), ids, named, jnp.int32(1), k=4)
-    assert np.isnan(found.logprob).all()
-    assert np.isnan(found.top_logprobs).all()
-    assert not np.asarray(found.top_ids).any()
+    result = cpu.token_logprobs(jnp.full((1, 3000), jnp.nan), ids, named, jnp.int32(1), k=4)
+    assert np.isnan(result.logprob).all()
+    assert np.isnan(result.top_logprobs).all()
+    assert not np.asarray(result.top_ids).any()
 
 
 def test_token_logprobs_in_many_concurrent_calls() -> None:
@@ -122,8 +123,8 @@ def test_token_logprobs_in_many_concurrent_calls() -> None:
 
     first = calls(hidden)
     with ThreadPoolExecutor(8) as pool:
-        for found in pool.map(lambda _: calls(hidden), range(20)):
-            for mine, expected in zip(found, first, strict=True):
+        for result in pool.map(lambda _: calls(hidden), range(20)):
+            for mine, expected in zip(result, first, strict=True):
                 check_equal(mine, expected)
 
 

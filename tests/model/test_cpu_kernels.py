@@ -1,4 +1,4 @@
-"""The packed linear kernel: true, the same to the bit for every batch, and harmless where it cannot be built."""
+"""The packed linear kernel: accurate, bit-identical for every batch, and optional."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,20 +21,20 @@ SHAPES = [(1, 32, 2), (2, 1, 1), (3, 33, 5), (12, 64, 256), (13, 100, 257), (25,
 
 @pytest.fixture
 def cache_dir(tmp_path: Path) -> Iterator[Path]:
-    """A persistent compilation cache that takes every program, for the length of one test."""
-    wanted = {
+    """A persistent compilation cache of every program, for one test."""
+    settings = {
         "jax_compilation_cache_dir": str(tmp_path),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    before = {name: getattr(jax.config, name) for name in wanted}
+    old_settings = {name: getattr(jax.config, name) for name in settings}
     try:
-        for name, value in wanted.items():
+        for name, value in settings.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
         yield tmp_path
     finally:
-        for name, value in before.items():
+        for name, value in old_settings.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
 
@@ -88,7 +88,7 @@ def test_linear_paths_sum_in_the_documented_order(kernels: cpu.CpuKernels, m: in
     exact = np.zeros((m, n), np.float32)
     x32, w32 = np.zeros((m, k + k % 2), np.float32), np.zeros((n, k + k % 2), np.float32)
     x32[:, :k], w32[:, :k] = np.asarray(x), np.asarray(cpu.unpack_rows(weight, jnp.arange(n)))
-    for j in (at + odd for at in range(0, k, 2) for odd in (1, 0)):
+    for j in (pair + odd for pair in range(0, k, 2) for odd in (1, 0)):
         exact += x32[:, j : j + 1] * w32[:, j]
     for path in kernels.paths:
         np.testing.assert_array_equal(on_path(path, x, weight), exact, err_msg=path)
@@ -111,11 +111,11 @@ def test_linear_paths_agree_on_denormals(kernels: cpu.CpuKernels) -> None:
 @pytest.mark.usefixtures("kernels")
 def test_linear_has_the_same_bits_in_every_batch(dtype: jnp.dtype) -> None:
     x, weight = normal(7, 257, 577), pack(normal(8, 1000, 577))
-    whole = np.asarray(cpu.linear(x, weight, dtype))
+    full = np.asarray(cpu.linear(x, weight, dtype))
     for m in (1, 2, 3, 11, 12, 13, 16, 64):
         for first in (0, 257 - m):
             part = cpu.linear(x[first : first + m], weight, dtype)
-            np.testing.assert_array_equal(np.asarray(part), whole[first : first + m], err_msg=f"{m} rows from {first}")
+            np.testing.assert_array_equal(np.asarray(part), full[first : first + m], err_msg=f"{m} rows from {first}")
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -123,10 +123,10 @@ def test_linear_has_the_same_bits_in_every_batch(dtype: jnp.dtype) -> None:
 @pytest.mark.usefixtures("kernels")
 def test_linear_padding_rows_are_zeros_and_change_no_other(live: int, dtype: jnp.dtype) -> None:
     x, weight = normal(20, 64, 70), pack(normal(21, 100, 70))
-    whole = np.asarray(cpu.linear(x, weight, dtype))
+    full = np.asarray(cpu.linear(x, weight, dtype))
     count = min(max(live, 0), 64)
     some = np.asarray(cpu.linear(x.at[count:].set(jnp.nan), weight, dtype, live=jnp.int32(live)))
-    np.testing.assert_array_equal(some[:count], whole[:count])
+    np.testing.assert_array_equal(some[:count], full[:count])
     assert not some[count:].any()
 
 
@@ -152,7 +152,7 @@ def test_linear_bfloat16_rounds_ties_to_even_and_keeps_nan() -> None:
 
 @pytest.mark.usefixtures("kernels")
 def test_linear_row_of_nan_changes_no_other() -> None:
-    # An odd k: what follows a row in memory belongs to the next one.
+    # An odd k: the value after a row in memory belongs to the next row.
     x, weight = normal(11, 5, 33), pack(normal(12, 40, 33))
     clean = np.asarray(cpu.linear(x, weight))
     y = np.asarray(cpu.linear(x.at[2].set(jnp.nan), weight))
@@ -178,7 +178,7 @@ def test_linear_in_many_concurrent_calls() -> None:
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.usefixtures("kernels")
 def test_matmul_lowers_for_every_platform(rows: int) -> None:
-    """Weights that this machine has packed are no reason why a step could not be compiled for another one."""
+    """A step with weights packed on this machine can be compiled for another platform."""
     x, w = normal(22, rows, 70), normal(23, 100, 70)
     weight = pack(w)
     product, kernels = jax.jit(matmul, static_argnums=2), load_kernels()
@@ -226,7 +226,7 @@ def test_linear_in_a_program_from_the_persistent_cache(cache_dir: Path) -> None:
 
 
 def test_load_twice(kernels: cpu.CpuKernels) -> None:
-    assert cpu.load() == kernels
+    assert cpu.load_library() == kernels
 
 
 @pytest.mark.usefixtures("kernels")

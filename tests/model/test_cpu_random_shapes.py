@@ -1,4 +1,4 @@
-"""The kernels in shapes that nobody chose. `make sanitize` runs these, too."""
+"""The kernels with random shapes; `make sanitize` runs these tests too."""
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +49,9 @@ def test_score_of_random_shapes(size: tuple[int, int, int], weights: str, k: int
     requested_ids = random.integers(0, vocab, (m, named)).astype(np.int32)
     requested_ids[random.random(m) < 0.5, named // 2 :] = NO_ID
     live, k = jnp.int32(random.integers(m + 1)), min(k, vocab)
-    found = cpu.score(hidden, weight, ids, jnp.asarray(requested_ids), live, k=k)
+    result = cpu.score(hidden, weight, ids, jnp.asarray(requested_ids), live, k=k)
     expected = cpu.token_logprobs(cpu.linear(hidden, weight), ids, jnp.asarray(requested_ids), live, k=k)
-    for mine, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for mine, other in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         assert np.asarray(mine).tobytes() == np.asarray(other).tobytes()
 
 
@@ -70,8 +70,8 @@ def test_attend_of_random_shapes(
 ) -> None:
     rows = crowd((kv_heads * group, kv_heads, 2 * half), tuple(lengths), dtype, seed)
     row = seed % len(lengths)
-    whole = rows.whole(row, window=window)
-    np.testing.assert_allclose(whole, rows.in_float64(row, window=window), rtol=0, atol=4e-6)
+    full = rows.full(row, window=window)
+    np.testing.assert_allclose(full, rows.in_float64(row, window=window), rtol=0, atol=4e-6)
     cut = seed % lengths[row]
     tail = rows.chunk(row, cut, lengths[row], window=window)
-    assert tail.tobytes() == whole[cut:].tobytes()
+    assert tail.tobytes() == full[cut:].tobytes()

@@ -1,4 +1,4 @@
-"""The kernels that work on one token at a time: true, the same to the bit beside any other, padding left out."""
+"""The kernels of per-token operations: accurate, bit-identical in every batch, and padding is skipped."""
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,12 @@ from model.attention import rotary_angles, rotate_and_store, rotate_and_store_in
 from model.kernels import cpu
 from model.kernels.cpu import library
 from model.kernels.dispatch import load_kernels
-from model.kv_cache import PAGE_SIZE, SplitPages
+from model.kv_cache import PAGE_SIZE, SplitPages, addresses_of
 from model.layers import geglu_in_xla, rms_norm_in_xla, soft_cap_in_xla, swiglu_in_xla
 from model.rope import Rope
 
 DTYPES = ["float32", "bfloat16"]
-WIDTHS = [1, 15, 16, 96, 577, 896]  # whole vectors and parts of one
+WIDTHS = [1, 15, 16, 96, 577, 896]  # full vectors and partial ones
 type Floats = NDArray[np.float32]
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -136,11 +136,11 @@ def test_padding_rows_are_zeros_and_change_no_other(live: int, dtype: str) -> No
     x, weight = normal(7, 64, 60), normal(8, 60)
     count = min(max(live, 0), 64)
     torn = x.at[count:].set(jnp.nan)
-    for some, whole in (
+    for some, full in (
         (norm(torn, weight, jnp.int32(live), dtype), norm(x, weight, all_of(x), dtype)),
         (gated(torn, jnp.int32(live), dtype), gated(x, all_of(x), dtype)),
     ):
-        np.testing.assert_array_equal(some[:count], whole[:count])
+        np.testing.assert_array_equal(some[:count], full[:count])
         assert not some[count:].any()
 
 
@@ -153,16 +153,16 @@ def test_rotate_and_store_equals_xla(H: int, K: int, E: int, R: int, T: int, dty
     tables = jnp.arange(1, 2 * R + 1, dtype=jnp.int32)[::-1].reshape(R, 2)
     positions = jnp.where(jnp.arange(R * T).reshape(R, T) % 7 == 5, -1, 63 + jnp.arange(R)[:, None] * 20)
     positions = jnp.where(positions >= 0, jnp.minimum(positions, 127 - T) + jnp.arange(T), -1).astype(jnp.int32)
-    angles, at = rotary_angles(positions, E, ROPE), (tables, positions)
-    ours = jax.jit(cpu.rotate_and_store)(heads, *angles, keys, values, *at)
-    xla = jax.tree.leaves(jax.jit(rotate_and_store_in_xla)(heads, *angles, SplitPages(keys, values), *at))
+    angles = rotary_angles(positions, E, ROPE)
+    ours = jax.jit(cpu.rotate_and_store)(heads, *angles, keys, values, tables, positions)
+    xla = jax.tree.leaves(jax.jit(rotate_and_store_in_xla)(heads, *angles, SplitPages(keys, values), tables, positions))
     valid = np.asarray(positions) >= 0
     np.testing.assert_allclose(np.asarray(ours[0])[valid], np.asarray(xla[0])[valid], rtol=0, atol=1e-6)
     assert not np.asarray(ours[0])[~valid].any()
-    for mine, theirs, before in zip(ours[1:], xla[1:], (keys, values), strict=True):
+    for mine, theirs, old in zip(ours[1:], xla[1:], (keys, values), strict=True):
         mine, theirs = np.asarray(mine, np.float32), np.asarray(theirs, np.float32)
         np.testing.assert_allclose(mine[1:], theirs[1:], rtol=0, atol=1e-6 if dtype == "float32" else 0.02)
-        np.testing.assert_array_equal(mine[0], np.asarray(before[0], np.float32))  # padding is stored nowhere
+        np.testing.assert_array_equal(mine[0], np.asarray(old[0], np.float32))  # padding is stored nowhere
 
 
 def test_rotate_and_store_has_the_same_bits_in_every_batch() -> None:
@@ -171,12 +171,12 @@ def test_rotate_and_store_has_the_same_bits_in_every_batch() -> None:
     positions = jnp.arange(T, dtype=jnp.int32)[None]
     empty = jnp.zeros((3, K, PAGE_SIZE, E), jnp.bfloat16)
     cos, sin = rotary_angles(positions, E, ROPE)
-    whole = cpu.rotate_and_store(heads, cos, sin, empty, empty, tables, positions)
+    full = cpu.rotate_and_store(heads, cos, sin, empty, empty, tables, positions)
     for start, end in ((0, 1), (63, 64), (64, 128), (100, 117)):
         cut = slice(start, end)
         part = cpu.rotate_and_store(heads[:, cut], cos[:, cut], sin[:, cut], empty, empty, tables, positions[:, cut])
-        np.testing.assert_array_equal(part[0], whole[0][:, cut])
-        for mine, all_ in zip(part[1:], whole[1:], strict=True):
+        np.testing.assert_array_equal(part[0], full[0][:, cut])
+        for mine, all_ in zip(part[1:], full[1:], strict=True):
             flat = (np.asarray(pages)[1:].transpose(0, 2, 1, 3).reshape(T, K, E) for pages in (mine, all_))
             few, many = flat
             np.testing.assert_array_equal(few[cut], many[cut])
@@ -186,42 +186,46 @@ def test_rotate_and_store_has_the_same_bits_in_every_batch() -> None:
 
 def test_rotate_and_store_writes_donated_pages_in_place() -> None:
     pages = (normal(13, 3, 1, PAGE_SIZE, 8), normal(14, 3, 1, PAGE_SIZE, 8))
-    at = jnp.zeros((1, 1), jnp.int32)
-    addresses = [page.unsafe_buffer_pointer() for page in pages]
+    zero = jnp.zeros((1, 1), jnp.int32)
+    pointers = [page.unsafe_buffer_pointer() for page in pages]
     step = jax.jit(cpu.rotate_and_store, donate_argnums=(3, 4))
-    _, *after = step(normal(15, 1, 1, 3, 8), *rotary_angles(at, 8, ROPE), *pages, at, at)
-    assert [page.unsafe_buffer_pointer() for page in after] == addresses
+    _, *updated = step(normal(15, 1, 1, 3, 8), *rotary_angles(zero, 8, ROPE), *pages, zero, zero)
+    assert [page.unsafe_buffer_pointer() for page in updated] == pointers
 
 
 @pytest.mark.parametrize(("table", "position"), [([[9]], 0), ([[-1]], 0), ([[0]], 64)])
 def test_rotate_and_store_rejects_an_address_outside_the_cache(table: list[list[int]], position: int) -> None:
-    pages, at = jnp.zeros((2, 1, PAGE_SIZE, 8)), jnp.asarray([[position]], jnp.int32)
+    pages, positions = jnp.zeros((2, 1, PAGE_SIZE, 8)), jnp.asarray([[position]], jnp.int32)
     with pytest.raises(jax.errors.JaxRuntimeError, match="out of bounds"):
         jax.block_until_ready(
             cpu.rotate_and_store(
                 jnp.zeros((1, 1, 3, 8)),
-                *rotary_angles(at, 8, ROPE),
+                *rotary_angles(positions, 8, ROPE),
                 pages,
                 pages,
                 jnp.asarray(table, jnp.int32),
-                at,
+                positions,
             )
         )
 
 
 def test_rotate_and_store_rejects_values_of_another_size_than_the_keys() -> None:
-    at = jnp.zeros((1, 1), jnp.int32)
+    zero = jnp.zeros((1, 1), jnp.int32)
     pages = jnp.zeros((2, 1, PAGE_SIZE, 8)), jnp.zeros((1, 1, PAGE_SIZE, 8))
     with pytest.raises(jax.errors.JaxRuntimeError, match="rotate takes"):
         jax.block_until_ready(
-            cpu.rotate_and_store(jnp.zeros((1, 1, 3, 8)), *rotary_angles(at, 8, ROPE), *pages, at, at)
+            cpu.rotate_and_store(jnp.zeros((1, 1, 3, 8)), *rotary_angles(zero, 8, ROPE), *pages, zero, zero)
         )
 
 
 @pytest.mark.parametrize(("platform", "holds"), [("cpu", True), ("tpu", False), ("cuda", False)])
 def test_rotate_and_store_kernel_is_only_in_cpu_programs(platform: str, holds: bool) -> None:
-    pages, at = jnp.zeros((2, 1, PAGE_SIZE, 8)), jnp.zeros((1, 1), jnp.int32)
-    traced = jax.jit(rotate_and_store, static_argnums=5).trace(
-        jnp.zeros((1, 1, 3, 8)), rotary_angles(at, 8, ROPE), SplitPages(pages, pages), at, at, load_kernels()
+    pages, zero = jnp.zeros((2, 1, PAGE_SIZE, 8)), jnp.zeros((1, 1), jnp.int32)
+    traced = jax.jit(rotate_and_store, static_argnums=4).trace(
+        jnp.zeros((1, 1, 3, 8)),
+        rotary_angles(zero, 8, ROPE),
+        SplitPages(pages, pages),
+        addresses_of(zero, zero),
+        load_kernels(),
     )
     assert (library.Target.ROTATE in traced.lower(lowering_platforms=(platform,)).as_text()) is holds

@@ -20,7 +20,7 @@ CASES = sorted(tiny_configs().keys() - {"mistral"})  # whose GGUF files are llam
 
 
 def write_gguf(path: Path, hf: dict[str, Any], weights: dict[str, NDArray[np.float32]], config: ModelConfig) -> Path:
-    """As llama.cpp's converter writes it."""
+    """Write the file as llama.cpp's converter does."""
     family = config.traits
     arch = family.name
     writer = gguf.GGUFWriter(path, arch)
@@ -82,9 +82,9 @@ def of_checkpoint(checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
 @pytest.mark.parametrize("case", CASES)
 def test_gguf_file_equals_the_hf_directory(tmp_path: Path, case: str) -> None:
     hf = tiny_configs()[case]
-    if case == "smollm3":  # files say nothing of it: every fourth layer
+    if case == "smollm3":  # not in the file: every fourth layer
         hf = hf | {"num_hidden_layers": 4, "no_rope_layers": None}
-    if case == "gemma3":  # nor of this: every sixth layer sees all; and scores are scaled by the size of a head
+    if case == "gemma3":  # nor this: every sixth layer has full attention, and scores are scaled by the head size
         kinds = [*["sliding_attention"] * 5, "full_attention"]
         hf = hf | {"num_hidden_layers": 6, "layer_types": kinds, "query_pre_attn_scalar": 16}
     if case == "gemma2":
@@ -105,7 +105,7 @@ def test_gguf_file_equals_the_hf_directory(tmp_path: Path, case: str) -> None:
 
 
 def _rounded(config: ModelConfig) -> ModelConfig:
-    """Without the digits that float32 does not hold, in which GGUF keeps numbers."""
+    """A number rounded to float32, as GGUF stores it."""
 
     def short(value: float) -> float:
         return float(f"{value:.6g}")
@@ -114,7 +114,7 @@ def _rounded(config: ModelConfig) -> ModelConfig:
     for kind in config.layers:
         rope = kind.rope
         if rope is not None:
-            divisors, long = (tuple(map(short, each)) for each in (rope.divisors, rope.long_divisors))
+            divisors, long = (tuple(map(short, factors)) for factors in (rope.divisors, rope.long_divisors))
             rope = replace(
                 rope, theta=short(rope.theta), divisors=divisors, long_divisors=long, scale=short(rope.scale)
             )

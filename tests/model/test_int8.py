@@ -1,4 +1,4 @@
-"""int8 weights: rounding, what a file holds already, and the product in both forms."""
+"""int8 weights: rounding, values stored as int8, and the product in the kernel and in XLA."""
 
 from contextlib import closing
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_quantize_rounds_to_the_nearest_step(shape: tuple[int, int]) -> None:
     matrix = normal(1, *shape) * np.exp(normal(2, shape[0], 1) * 3)
     array = quantize(matrix)
     steps = np.repeat(array.scales.astype(np.float32), GROUP_SIZE, axis=1)[:, : shape[1]]
-    # Half a step, but for the greatest of a group: its scale was rounded to float16's eleven bits.
+    # Half a step, and more for the largest of a group: the scale is rounded to float16's eleven bits.
     limit = 0.5 * steps + np.abs(matrix) * 2.0**-11
     assert (np.abs(values_of(array) - matrix) <= limit).all()
     assert array.values.min() >= -127
@@ -174,7 +174,7 @@ def test_matmul_is_within_float32_rounding(m: int, n: int, k: int, form: str) ->
 @pytest.mark.parametrize("kind", ["int8", "bfloat16"])
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 40, 64), (3, 2048, 33), (5, 2100, 96), (2, 4097, 64)])
 def test_matmul_on_an_accelerator_unpacks_blocks(m: int, n: int, k: int, kind: str) -> None:
-    """The form is theirs, the arithmetic can be seen here."""
+    """The implementation for accelerators, run on this CPU."""
     weight, values = packed(3, n, k)
     if kind == "bfloat16":
         values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
@@ -186,11 +186,11 @@ def test_matmul_on_an_accelerator_unpacks_blocks(m: int, n: int, k: int, kind: s
 
 @pytest.mark.parametrize(("n", "k"), [(576, 576), (1536, 576), (960, 576), (576, 1536), (1152, 896), (896, 4864)])
 def test_matmul_without_kernels_has_the_same_bits_in_every_batch(n: int, k: int) -> None:
-    """In the shapes of real models: XLA's products of other shapes (96 columns) can differ, whatever the weights."""
+    """In the shapes of real models: XLA's products of other shapes (96 columns) can differ, with any weights."""
     x, (weight, _) = jnp.asarray(normal(15, 64, k)), packed(16, n, k)
-    whole = np.asarray(product(x, weight, Kernels()))
+    full = np.asarray(product(x, weight, Kernels()))
     for m in (1, 2, 3, 8, 16):
-        np.testing.assert_array_equal(product(x[:m], weight, Kernels()), whole[:m], err_msg=f"{m} rows")
+        np.testing.assert_array_equal(product(x[:m], weight, Kernels()), full[:m], err_msg=f"{m} rows")
 
 
 @pytest.mark.usefixtures("kernels")
@@ -207,20 +207,20 @@ def test_linear_sums_in_ascending_order_by_fused_multiply_adds() -> None:
 @pytest.mark.usefixtures("kernels")
 def test_linear_has_the_same_bits_in_every_batch(dtype: Any) -> None:
     x, (weight, _) = jnp.asarray(normal(7, 257, 577), jnp.bfloat16), packed(8, 1000, 577)
-    whole = np.asarray(cpu.linear(x, weight, dtype))
+    full = np.asarray(cpu.linear(x, weight, dtype))
     for m in (1, 2, 3, 11, 12, 13, 16, 64):
         for first in (0, 257 - m):
             part = np.asarray(cpu.linear(x[first : first + m], weight, dtype))
-            np.testing.assert_array_equal(part, whole[first : first + m], err_msg=f"{m} rows from {first}")
+            np.testing.assert_array_equal(part, full[first : first + m], err_msg=f"{m} rows from {first}")
 
 
 @pytest.mark.parametrize("live", [-1, 0, 1, 12, 13, 64, 65])
 @pytest.mark.usefixtures("kernels")
 def test_linear_padding_rows_are_zeros_and_change_no_other(live: int) -> None:
     x, (weight, _) = jnp.asarray(normal(9, 64, 70), jnp.bfloat16), packed(10, 100, 70)
-    whole, count = np.asarray(cpu.linear(x, weight)), min(max(live, 0), 64)
+    full, count = np.asarray(cpu.linear(x, weight)), min(max(live, 0), 64)
     some = np.asarray(cpu.linear(x.at[count:].set(jnp.nan), weight, live=jnp.int32(live)))
-    np.testing.assert_array_equal(some[:count], whole[:count])
+    np.testing.assert_array_equal(some[:count], full[:count])
     assert not some[count:].any()
 
 
@@ -231,8 +231,8 @@ def test_score_has_the_bits_of_token_logprobs(rows: int, width: int, vocab: int)
     ids = jnp.arange(rows, dtype=jnp.int32) % vocab
     named, live = jnp.zeros((rows, 2), jnp.int32), jnp.int32(rows)
     expected = cpu.token_logprobs(cpu.linear(hidden, weight), ids, named, live, k=5)
-    found = cpu.score(hidden, weight, ids, named, live, k=5)
-    for mine, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    result = cpu.score(hidden, weight, ids, named, live, k=5)
+    for mine, other in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         assert np.asarray(mine).tobytes() == np.asarray(other).tobytes()
 
 
@@ -249,12 +249,12 @@ def test_linear_rejects_another_dtype_or_shape() -> None:
 
 
 def test_matmul_lowers_for_every_platform() -> None:
-    """Programs for other platforms hold no call of ours."""
+    """Programs for other platforms have no call of our kernels."""
     x, (weight, _) = jnp.zeros((4, 64), jnp.bfloat16), packed(14, 64, 64)
     for platform in ("tpu", "cuda"):
         text = product.trace(x, weight, load_kernels()).lower(lowering_platforms=(platform,)).as_text()
         assert "logprobd" not in text
-        assert "HIGHEST" in text  # of float32 operands, which they would round
+        assert "HIGHEST" in text  # of float32 operands, which other platforms would round
     if load_kernels().cpu is not None:
         assert (
             "logprobd_linear_int8"

@@ -19,8 +19,8 @@ def test_layout_is_passed_to_the_compiler(name: str) -> None:
 @pytest.mark.parametrize("name", SHARED)
 def test_layout_constants_have_no_value_in_cpp(name: str) -> None:
     definition = re.compile(rf"\bint64_t {SHARED[name]} = (.+?);")
-    found = {source: definition.findall(text) for source, text in SOURCES.items()}
-    assert {source: values for source, values in found.items() if values} == {"layout.h": [f"LOGPROBD_{name}"]}
+    definitions = {source: definition.findall(text) for source, text in SOURCES.items()}
+    assert {source: values for source, values in definitions.items() if values} == {"layout.h": [f"LOGPROBD_{name}"]}
 
 
 def test_layout_sizes_are_the_ones_in_use() -> None:

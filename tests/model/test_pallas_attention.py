@@ -1,7 +1,7 @@
-"""The attention kernels of GPU and TPU against XLA's form, run operation by operation on this CPU.
+"""The attention kernels of GPU and TPU against XLA's, run operation by operation on this CPU.
 
-What is compared is the kernels' arithmetic and addressing; tools/portability/test_portability.py compiles them for
-their chips. A chip's own products of bfloat16 are exact in float32, as here; in which order it adds them is its own.
+These tests compare the kernels' arithmetic and addressing; tools/portability/test_portability.py compiles them for
+their chips. A chip's products of bfloat16 are exact in float32, as here, but it may add them in another order.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 
 from model.attention import attend_in_xla
 from model.kernels import ScoreOptions, gpu, tpu
-from model.kv_cache import PAGE_SIZE, Addresses, CacheLayout, JoinedPages, LayerPages, SplitPages
+from model.kv_cache import PAGE_SIZE, CacheLayout, JoinedPages, LayerPages, SplitPages, addresses_of
 from model.sharding import TensorParallel
 from tests.support.crowd import Crowd, Floats, compiled, crowd
 from tools.portability.test_portability import qwen
@@ -33,14 +33,14 @@ type Run = Callable[..., Floats]
 
 
 def takes(platform: str, head_dim: int) -> bool:
-    return gpu.takes(head_dim, "bfloat16") if platform == "gpu" else tpu.reads(head_dim, "bfloat16")
+    return gpu.supports_pages(head_dim, "bfloat16") if platform == "gpu" else tpu.supports_pages(head_dim, "bfloat16")
 
 
 def joined(rows: Crowd) -> JoinedPages:
-    """The same pages as a TPU keeps them."""
+    """The same pages in a TPU's layout."""
     N, K, S, E = rows.keys.shape
     heads = jnp.stack([rows.keys, rows.values], axis=2).transpose(0, 3, 1, 2, 4).reshape(N, S, 2 * K, E)
-    fill = ((0, 0), (0, 0), (0, 2 * (tpu.kv_heads_of_tiles(K) - K)), (0, tpu.lanes_of_tiles(E) - E))
+    fill = ((0, 0), (0, 0), (0, 2 * (tpu.padded_kv_heads(K) - K)), (0, tpu.padded_head_dim(E) - E))
     return JoinedPages(jnp.pad(heads, fill), K)
 
 
@@ -150,9 +150,9 @@ def test_joined_pages_equal_split_pages(heads: tuple[int, int, int]) -> None:
     rows = crowd(heads, (130,), dtype="float32")
     K, E = heads[1:]
     split, both = SplitPages(rows.keys, rows.values), joined(rows)
-    at = Addresses(jnp.array([[1, 2]]), jnp.array([[3, 63]]), jnp.int32(2))
+    addresses = addresses_of(jnp.array([[1, 2]]), jnp.array([[3, 127]]))
     keys, values = (jnp.asarray(np.random.default_rng(seed).normal(size=(1, 2, K, E)), jnp.float32) for seed in (5, 6))
-    for before, after in ((split, both), (split.store(keys, values, at), both.store(keys, values, at))):
+    for before, after in ((split, both), (split.store(keys, values, addresses), both.store(keys, values, addresses))):
         for ours, theirs in zip(before.take(jnp.arange(4)), after.take(jnp.arange(4)), strict=True):
             np.testing.assert_array_equal(ours, theirs[..., :E])
             assert not theirs[..., E:].any()
@@ -187,13 +187,13 @@ def test_cache_layout_on_a_tpu_has_full_lanes_and_joined_pages(layouts: Callable
 
 
 def test_takes_and_reads_on_a_tpu() -> None:
-    assert tpu.reads(128, "bfloat16")
-    assert not tpu.reads(128, "float32")
-    assert not tpu.reads(256, "bfloat16")  # Mosaic refuses them
-    assert tpu.takes((16, 1, 32, 128), (16, 2048))
-    assert tpu.takes((1, 256, 32, 128), (1, 2048))
-    assert not tpu.takes((2, 2, 32, 128), (2, 64))
-    assert not tpu.takes((128, 1, 32, 128), (128, 2048))  # the tables would fill all scalar memory
+    assert tpu.supports_pages(128, "bfloat16")
+    assert not tpu.supports_pages(128, "float32")
+    assert not tpu.supports_pages(256, "bfloat16")  # Mosaic refuses them
+    assert tpu.supports_shapes((16, 1, 32, 128), (16, 2048))
+    assert tpu.supports_shapes((1, 256, 32, 128), (1, 2048))
+    assert not tpu.supports_shapes((2, 2, 32, 128), (2, 64))
+    assert not tpu.supports_shapes((128, 1, 32, 128), (128, 2048))  # the tables would fill all scalar memory
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])

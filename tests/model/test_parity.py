@@ -1,4 +1,4 @@
-"""Every sub-layer, and the whole network in every way of running it, against torch in float32 (see golden/)."""
+"""Every sub-layer, and the network in every split into steps, against torch in float32 (see golden/)."""
 
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from model.attention import attend, rotary_angles, rotate
 from model.kernels import ScoreOptions
 from model.kernels.dispatch import load_kernels
-from model.kv_cache import PagedCache, SplitPages, addresses_of
+from model.kv_cache import Addresses, PagedCache, SplitPages, addresses_of
 from model.layers import Attention
 from model.transformer import BoundModel, bind
 from model.weights.source import resolve_model
@@ -41,7 +41,7 @@ BEFORE, AFTER = ("attention_norm", "mlp_norm"), ("attention_post_norm", "mlp_pos
 
 
 def names_of(case: str) -> list[str]:
-    """What a case's golden file must hold beside tokens and scores."""
+    """Names of the outputs that a case's golden file must have."""
     kind = tiny_configs()[case]["model_type"]
     norms = (() if kind == "olmo2" else BEFORE) + (AFTER if kind in ("olmo2", "gemma2", "gemma3_text") else ())
     layers = [f"layers.{i}.{name}" for i in range(2) for name in (*SUB_LAYERS, *norms)]
@@ -50,7 +50,7 @@ def names_of(case: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Case:
-    """One tiny model, loaded, with what torch makes of it."""
+    """One tiny model and torch's outputs of it."""
 
     name: str
     model: BoundModel
@@ -64,7 +64,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def make_case(name: str, folder: Path) -> Case:
-    """Writes a tiny model into an empty folder and loads it."""
+    """Write a tiny model into an empty folder and load it."""
     config = tiny_configs()[name]
     write_checkpoint(folder, config, random_weights(config, seed_of(name)))
     with closing(open_checkpoint(resolve_model(str(folder), None))) as checkpoint:
@@ -83,28 +83,28 @@ def empty_cache(model: BoundModel) -> PagedCache:
 
 
 def trace(bound: BoundModel, leaves: tuple[Array, ...], tokens: Array) -> dict[str, Array]:
-    """Runs the sub-layers one by one: name -> output [T, n]."""
+    """Run the sub-layers one by one: name -> output [T, n]."""
     model = bound.merge(leaves)
     positions, tables = jnp.arange(TOKENS)[None], jnp.array([[1, 2]])
-    cache, at = empty_cache(bound), addresses_of(tables, positions)
+    cache, addresses = empty_cache(bound), addresses_of(tables, positions)
     x = model.embed(tokens[None])
     values = {"embed": x}
     for i, layer in enumerate(model.layers):
         pages = cache.layers[i]
         angles = rotary_angles(positions, bound.config.head_dim, layer.attention.kind.rope)
-        into = x if layer.attention_norm is None else layer.attention_norm(x)
-        inside = trace_attention(layer.attention, into, angles, pages, tables, positions) | {"attention_norm": into}
-        inside["attention"], _ = layer.attention(into, positions, angles, pages, tables, at)
-        after = inside["attention"]
+        normed = x if layer.attention_norm is None else layer.attention_norm(x)
+        outputs = trace_attention(layer.attention, normed, angles, pages, addresses) | {"attention_norm": normed}
+        outputs["attention"], _ = layer.attention(normed, angles, pages, addresses)
+        y = outputs["attention"]
         if layer.attention_post_norm is not None:
-            after = inside["attention_post_norm"] = layer.attention_post_norm(after)
-        inside["mlp_norm"] = x + after if layer.mlp_norm is None else layer.mlp_norm(x + after)
-        inside["mlp"] = layer.mlp(inside["mlp_norm"])
+            y = outputs["attention_post_norm"] = layer.attention_post_norm(y)
+        outputs["mlp_norm"] = x + y if layer.mlp_norm is None else layer.mlp_norm(x + y)
+        outputs["mlp"] = layer.mlp(outputs["mlp_norm"])
         if layer.mlp_post_norm is not None:
-            inside["mlp_post_norm"] = layer.mlp_post_norm(inside["mlp"])
+            outputs["mlp_post_norm"] = layer.mlp_post_norm(outputs["mlp"])
         absent = () if layer.mlp_norm is not None else BEFORE
-        values |= {f"layers.{i}.{name}": value for name, value in inside.items() if name not in absent}
-        x, _ = layer(x, positions, angles, pages, tables, at)
+        values |= {f"layers.{i}.{name}": value for name, value in outputs.items() if name not in absent}
+        x, _ = layer(x, angles, pages, addresses)
         values[f"layers.{i}"] = x
     values["norm"] = model.norm(x)
     values["logits"] = model.logits(values["norm"][0])
@@ -112,27 +112,21 @@ def trace(bound: BoundModel, leaves: tuple[Array, ...], tokens: Array) -> dict[s
 
 
 def trace_attention(
-    attention: Attention,
-    x: Array,
-    angles: tuple[Array, Array],
-    pages: SplitPages,
-    tables: Array,
-    positions: Array,
+    attention: Attention, x: Array, angles: tuple[Array, Array], pages: SplitPages, addresses: Addresses
 ) -> dict[str, Array]:
     """The parts of attention up to its output map."""
     config = attention.config
-    at = addresses_of(tables, positions)
     q, k, v = jnp.split(attention.heads(x), (config.num_heads, config.num_heads + config.num_kv_heads), axis=2)
     options = ScoreOptions(config.attention_scale, attention.kind.window, config.attention_cap)
     q_rotated, k_rotated = rotate(q, *angles), rotate(k, *angles)
-    stored = pages.store(k_rotated, v, at)
+    stored = pages.store(k_rotated, v, addresses)
     return {
         "attention.q": q,
         "attention.k": k,
         "attention.v": v,
         "attention.q_rotated": q_rotated,
         "attention.k_rotated": k_rotated,
-        "attention.heads": attend(q_rotated, stored, tables, positions, attention.kernels, options),
+        "attention.heads": attend(q_rotated, stored, addresses, attention.kernels, options),
     }
 
 
@@ -155,7 +149,7 @@ def test_golden_tokens_follow_from_the_seed(case: Case) -> None:
 
 @dataclass(frozen=True)
 class Way:
-    """One way of running a sequence: tokens per step, and the rows of the batch, of which the last is compared."""
+    """A split of a sequence into steps: tokens per step, and rows of the batch, of which the last is compared."""
 
     lengths: tuple[int, ...]
     rows: int = 1
@@ -189,7 +183,7 @@ def run(model: BoundModel, tokens: NDArray[np.int32], way: Way) -> tuple[NDArray
     cache, start = empty_cache(model), 0
     parts = []
     for length in way.lengths:
-        # Prefill chunks end in padding, which must change nothing.
+        # Prefill chunks end in padding, which must not change results.
         padding = ((0, 0), (0, 0 if length == 1 else 3))
         new = np.pad(rows[:, start : start + length], padding)
         positions = np.tile(np.arange(start, start + length, dtype=np.int32), (way.rows, 1))
@@ -197,7 +191,7 @@ def run(model: BoundModel, tokens: NDArray[np.int32], way: Way) -> tuple[NDArray
         hidden, cache = step(model.leaves, new, positions, tables, cache)
         parts.append(np.asarray(hidden)[-1, :length])
         start += length
-    whole = np.concatenate(parts)
-    cached = np.asarray(cache.hidden)[np.asarray(tables[-1])].reshape(-1, whole.shape[1])[:start]
-    np.testing.assert_array_equal(cached, whole)  # what the head is given later
-    return whole, np.asarray(jax.jit(lambda leaves, x: model.merge(leaves).logits(x))(model.leaves, jnp.asarray(whole)))
+    full = np.concatenate(parts)
+    cached = np.asarray(cache.hidden)[np.asarray(tables[-1])].reshape(-1, full.shape[1])[:start]
+    np.testing.assert_array_equal(cached, full)  # input of the head
+    return full, np.asarray(jax.jit(lambda leaves, x: model.merge(leaves).logits(x))(model.leaves, jnp.asarray(full)))

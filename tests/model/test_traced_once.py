@@ -1,4 +1,4 @@
-"""Alike modules share one trace; others, and other shapes, have their own."""
+"""Modules of equal structure share one trace; other modules and shapes are traced separately."""
 
 import jax
 import jax.numpy as jnp

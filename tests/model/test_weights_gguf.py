@@ -29,7 +29,7 @@ def value(key: str, kind: int, data: bytes) -> bytes:
 
 
 def tensor(name: str, dims: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes:
-    """A row of the table of tensors, fastest axis first as the format wants it."""
+    """A row of the table of tensors, fastest axis first, as in the format."""
     return string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
 
 
@@ -39,7 +39,7 @@ def header(values: list[bytes], tensors: list[bytes], version: int = 3) -> bytes
 
 
 def refused(path: Path, content: bytes) -> str:
-    """The one line that a file of this content must give."""
+    """The one-line error of a file with this content."""
     path.write_bytes(content)
     with pytest.raises(ModelLoadError) as caught:
         read_header(path)
@@ -99,11 +99,11 @@ def test_header_truncated_anywhere(path: Path) -> None:
     tokens = value("tokens", ARRAY, struct.pack("<IQ", STRING, 2) + string("ab") + string("c"))
     numbers = value("numbers", ARRAY, struct.pack("<IQ", U32, 2) + bytes(8))
     head = header([tokens, numbers, value("text", STRING, string("abc"))], [tensor("a", (4, 3))])
-    whole = head.ljust(-(-len(head) // 32) * 32, b"\0") + bytes(48)
-    path.write_bytes(whole)
+    full = head.ljust(-(-len(head) // 32) * 32, b"\0") + bytes(48)
+    path.write_bytes(full)
     assert list(read_header(path).tensors) == ["a"]
-    for size in range(len(whole)):
-        message = refused(path, whole[:size])
+    for size in range(len(full)):
+        message = refused(path, full[:size])
         assert ("not a GGUF file" if size < 4 else "truncated") in message
 
 
@@ -171,7 +171,7 @@ def test_read_types_that_python_can_write(path: Path, kind: str) -> None:
         assert (info.shape, info.stored_as, info.supported) == (tiny.shapes()[name], kind, True)
 
 
-# Where the float16 scales of a block lie: any other bits are numbers, but these could be NaN.
+# Offsets of the float16 scales in a block: these bits could be NaN, all others are numbers.
 SCALES = {
     "Q2_K": (-4, -2),
     "Q3_K": (-2,),
@@ -231,9 +231,9 @@ def test_read_file_truncated_after_opening(path: Path) -> None:
 
 
 def split(folder: Path, parts: int = 3) -> list[Path]:
-    """A tiny model in several files, as gguf-split makes them: the first has the metadata, each some tensors."""
-    whole = TinyModel().write_gguf(folder / "whole.gguf")
-    reader = gguf.GGUFReader(whole)
+    """A tiny model in several files, as written by gguf-split: the first has the metadata, each some tensors."""
+    full = TinyModel().write_gguf(folder / "whole.gguf")
+    reader = gguf.GGUFReader(full)
     paths = []
     for number in range(parts):
         path = folder / f"tiny-{number + 1:05}-of-{parts:05}.gguf"
@@ -257,25 +257,25 @@ def split(folder: Path, parts: int = 3) -> list[Path]:
 @pytest.mark.parametrize("named", [0, 2])
 def test_open_model_in_several_files(tmp_path: Path, named: int) -> None:
     parts = split(tmp_path)
-    with closing(GgufCheckpoint(tmp_path / "whole.gguf")) as whole, closing(GgufCheckpoint(parts[named])) as checkpoint:
-        assert checkpoint.config == whole.config
-        assert checkpoint.names() == whole.names()
-        for name in whole.names():
-            np.testing.assert_array_equal(checkpoint.read(name), whole.read(name))
+    with closing(GgufCheckpoint(tmp_path / "whole.gguf")) as full, closing(GgufCheckpoint(parts[named])) as checkpoint:
+        assert checkpoint.config == full.config
+        assert checkpoint.names() == full.names()
+        for name in full.names():
+            np.testing.assert_array_equal(checkpoint.read(name), full.read(name))
     (tmp_path / "whole.gguf").unlink()
     assert resolve_model(str(tmp_path), None).path == parts[0]
 
 
 def test_open_parts_that_contradict_their_names(tmp_path: Path) -> None:
     first, second, third = split(tmp_path)
-    kept = second.read_bytes()
+    content = second.read_bytes()
     second.unlink()
     with pytest.raises(ModelLoadError, match=r"tiny-00002-of-00003\.gguf: No such file"):
         GgufCheckpoint(first)
     second.write_bytes(third.read_bytes())
     with pytest.raises(ModelLoadError, match=r"tiny-00002-of-00003\.gguf: is not part 2 of 3"):
         GgufCheckpoint(first)
-    second.write_bytes(kept[:-64])
+    second.write_bytes(content[:-64])
     with pytest.raises(ModelLoadError, match=r"tiny-00002-of-00003\.gguf: truncated"):
         GgufCheckpoint(first)
     third.write_bytes(header([value("split.count", ARRAY, struct.pack("<IQI", U32, 1, 3))], []))

@@ -1,4 +1,4 @@
-"""Loading holds little beside the weights themselves; and what a model runs on is told."""
+"""Peak memory of loading, and the names of the kernels that a model uses."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ from model.weights.loader import abstract_model, kernels_used
 from tests.support.server_process import ROOT
 from tests.support.tiny import tiny_configs
 
-# Loads a model in a process of its own: what was there before, the most that was there, and the weights, in bytes.
+# Loads a model in a separate process; prints memory before, peak memory, and the size of the weights, in bytes.
 LOAD = """
 import re, sys
 from pathlib import Path
@@ -30,18 +30,18 @@ from model.weights.source import resolve_model
 def of(name):
     return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 jax.device_put(1.0).block_until_ready()
-cpu.load()
-before = of("VmRSS")
+cpu.load_library()
+start = of("VmRSS")
 model = load_model(open_checkpoint(resolve_model(sys.argv[1], None)), "bfloat16", int8=sys.argv[2] == "int8")
 jax.block_until_ready(model.leaves)
-print(before, of("VmHWM"), sum(leaf.nbytes for leaf in model.leaves))
+print(start, of("VmHWM"), sum(leaf.nbytes for leaf in model.leaves))
 """
 V, D, F, L = 100_000, 1024, 4096, 4
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 330 MB in bfloat16, most of it the embedding, as in small models."""
+    """A model of 330 MB in bfloat16, mostly the embedding, as in small models."""
     folder = tmp_path_factory.mktemp("large")
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -56,11 +56,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
     for i in range(L):
-        at = f"model.layers.{i}"
-        shapes |= {f"{at}.self_attn.{name}_proj.weight": (D, D) for name in "qkvo"}
-        shapes |= {f"{at}.mlp.{name}_proj.weight": (F, D) for name in ("gate", "up")}
-        shapes |= {f"{at}.mlp.down_proj.weight": (D, F)}
-        shapes |= {f"{at}.{name}_layernorm.weight": (D,) for name in ("input", "post_attention")}
+        layer = f"model.layers.{i}"
+        shapes |= {f"{layer}.self_attn.{name}_proj.weight": (D, D) for name in "qkvo"}
+        shapes |= {f"{layer}.mlp.{name}_proj.weight": (F, D) for name in ("gate", "up")}
+        shapes |= {f"{layer}.mlp.down_proj.weight": (D, F)}
+        shapes |= {f"{layer}.{name}_layernorm.weight": (D,) for name in ("input", "post_attention")}
     save_file(
         {name: np.ones(shape, ml_dtypes.bfloat16) for name, shape in shapes.items()}, folder / "model.safetensors"
     )
@@ -74,7 +74,7 @@ def test_load_model_peak_memory_is_little_more_than_the_weights(folder: Path, we
     )
     before, most, size = map(int, run.stdout.split())
     assert size > (150e6 if weights == "int8" else 300e6)
-    assert most - before < 1.15 * size + 30e6  # beside a model this small, what the first use of a library takes counts
+    assert most - before < 1.15 * size + 30e6  # 30 MB: first use of libraries, significant for a model this small
 
 
 @pytest.mark.parametrize(

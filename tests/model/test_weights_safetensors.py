@@ -1,4 +1,4 @@
-"""Hugging Face directories: what is read, and what is refused in one clear line."""
+"""Hugging Face directories: values read, and rejection in one clear line."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ def tiny() -> TinyModel:
 
 
 def refused(folder: Path) -> str:
-    """The one line that opening `folder` must give."""
+    """The one-line error of opening `folder`."""
     with pytest.raises(ModelLoadError) as caught:
         SafetensorsCheckpoint(folder)
     assert "\n" not in str(caught.value)
@@ -62,9 +62,9 @@ def test_read_keeps_bfloat16_and_widens_float16(tiny: TinyModel, tmp_path: Path)
     name = "model.layers.1.mlp.up_proj.weight"
     values = tiny.tensors[name]
     with closing(SafetensorsCheckpoint(tiny.write_hf(tmp_path / "bf16", BF16))) as checkpoint:
-        kept = checkpoint.read(name)
-    assert kept.dtype == BF16
-    np.testing.assert_array_equal(kept, values.astype(BF16))
+        read = checkpoint.read(name)
+    assert read.dtype == BF16
+    np.testing.assert_array_equal(read, values.astype(BF16))
     with closing(SafetensorsCheckpoint(tiny.write_hf(tmp_path / "f16", np.float16))) as checkpoint:
         widened = checkpoint.read(name)
     assert widened.dtype == np.float32

@@ -1,4 +1,4 @@
-"""Which files a model's name leads to. No network: the hub is its local cache, or a stand-in."""
+"""The files that a model's name resolves to. No network: the hub is its local cache or a fake."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def touch(folder: Path, *names: str) -> Path:
 
 
 def one_line(model: str, revision: str | None = None) -> str:
-    """The message of the error that `model` must give."""
+    """The error message of `model`."""
     with pytest.raises(ModelLoadError) as caught:
         resolve_model(model, revision)
     message = str(caught.value)
@@ -47,15 +47,15 @@ def one_line(model: str, revision: str | None = None) -> str:
 
 def test_resolve_model_gguf_file(tmp_path: Path) -> None:
     touch(tmp_path, "a.gguf")
-    found = resolve_model(str(tmp_path / "a.gguf"), None)
-    assert (found.name, found.path, found.is_gguf) == (str(tmp_path / "a.gguf"), tmp_path / "a.gguf", True)
+    resolved = resolve_model(str(tmp_path / "a.gguf"), None)
+    assert (resolved.name, resolved.path, resolved.is_gguf) == (str(tmp_path / "a.gguf"), tmp_path / "a.gguf", True)
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "model.safetensors.index.json"])
 def test_resolve_model_directory_of_safetensors(tmp_path: Path, weights: str) -> None:
     touch(tmp_path, "config.json", weights, "also.gguf")
-    found = resolve_model(str(tmp_path), None)
-    assert (found.path, found.is_gguf) == (tmp_path, False)
+    resolved = resolve_model(str(tmp_path), None)
+    assert (resolved.path, resolved.is_gguf) == (tmp_path, False)
 
 
 def test_resolve_model_directory_with_one_gguf(tmp_path: Path) -> None:
@@ -106,18 +106,24 @@ def test_resolve_model_downloads_no_file_that_could_run_code(tmp_path: Path, mon
         return str(touch(tmp_path, "config.json", "model.safetensors"))
 
     monkeypatch.setattr(source, "snapshot_download", download)
-    found = resolve_model("org/name", "v1")
-    assert (found.name, found.path) == ("org/name", tmp_path)
+    resolved = resolve_model("org/name", "v1")
+    assert (resolved.name, resolved.path) == ("org/name", tmp_path)
     ((repo, options),) = calls
     assert (repo, options["revision"]) == ("org/name", "v1")
-    wanted = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "merges.txt", "chat_template.jinja"]
+    expected = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "tokenizer.model",
+        "merges.txt",
+        "chat_template.jinja",
+    ]
     refused = ["modeling_x.py", "tokenizer_x.py", "pytorch_model.bin", "tokenizer.pkl", "onnx/config.json", "a.gguf"]
 
     def matches(name: str, patterns: list[str]) -> bool:
         return any(fnmatch(name, pattern) for pattern in patterns)
 
-    allowed = [name for name in wanted + refused if matches(name, options["allow_patterns"])]
-    assert [name for name in allowed if not matches(name, options["ignore_patterns"])] == wanted
+    allowed = [name for name in expected + refused if matches(name, options["allow_patterns"])]
+    assert [name for name in allowed if not matches(name, options["ignore_patterns"])] == expected
 
 
 def test_resolve_model_hub_id_in_the_local_cache(offline_cache: Path) -> None:

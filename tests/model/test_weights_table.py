@@ -1,4 +1,4 @@
-"""From a checkpoint to arrays by target path, or one complete list of problems."""
+"""Arrays by path from a checkpoint, or one complete list of problems."""
 
 from contextlib import closing
 from dataclasses import replace
@@ -37,7 +37,7 @@ def load(path: Path, dtype: np.dtype[Any] = F32) -> Tensors:
 
 
 def problems(path: Path, dtype: np.dtype[Any] = F32) -> list[str]:
-    """The lines after the first of the error that loading must give."""
+    """The lines of the loading error, without the first."""
     with pytest.raises(ModelLoadError) as caught:
         load(path, dtype)
     first, *rest = str(caught.value).split("\n")
@@ -47,7 +47,7 @@ def problems(path: Path, dtype: np.dtype[Any] = F32) -> list[str]:
 
 
 def rewrite(folder: Path, change: dict[str, Any]) -> Path:
-    """Replaces tensors of model.safetensors; None takes one away."""
+    """Replace tensors of model.safetensors; None removes one."""
     tensors = load_file(folder / "model.safetensors") | change
     save_file({name: values for name, values in tensors.items() if values is not None}, folder / "model.safetensors")
     return folder
@@ -94,15 +94,15 @@ def test_load_weights_gives_all_weights_of_the_transformer(
 ) -> None:
     folder = TinyModel(family, tied).write_hf(tmp_path)
     with closing(SafetensorsCheckpoint(folder)) as checkpoint:
-        wanted = abstract_weights(checkpoint.config, dtype)
+        expected = abstract_weights(checkpoint.config, dtype)
     got = load(folder, dtype)
     assert {path: (array.shape, array.dtype) for path, array in got.items()} == {
-        path: (leaf.shape, leaf.dtype) for path, leaf in wanted.items()
+        path: (leaf.shape, leaf.dtype) for path, leaf in expected.items()
     }
 
 
 def test_load_weights_reorders_rotary_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No family has both yet: a Qwen2 whose file is interleaved stands in."""
+    """No family has both; a Qwen2 with an interleaved file represents one."""
     tiny = TinyModel("qwen2")
     path = tiny.write_gguf(tmp_path / "a.gguf")
     monkeypatch.setitem(FAMILIES, "qwen2", replace(FAMILIES["qwen2"], gguf_interleaved_rotary=True))
@@ -122,17 +122,17 @@ def test_load_weights_ignores_copies_and_known_leftovers(tmp_path: Path) -> None
 
 def test_load_weights_returns_what_put_returns(tmp_path: Path) -> None:
     tiny = TinyModel()
-    given: list[str] = []
+    paths: list[str] = []
 
     def put(path: str, rows: Rows) -> tuple[int, ...]:
-        given.append(path)
+        paths.append(path)
         assert rows.read().shape == rows.shape
         return rows.shape
 
     with closing(SafetensorsCheckpoint(tiny.write_hf(tmp_path))) as checkpoint:
         weights = load_weights(checkpoint, BF16, put)
     assert weights == {path: array.shape for path, array in tiny.expected().items()}
-    assert given == list(weights)
+    assert paths == list(weights)
 
 
 def test_load_weights_progress_counts_bytes(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def main() -> int:
                 results[case][devices] = alone | choices(runner)
                 results[case][devices]["changed by company"] = numbers(runner, companions=3) != alone
                 if devices == 4 and "hlo" not in results:
-                    results["hlo"] = {each.name: operations.hlo_text(each) for each in runner.programs}
+                    results["hlo"] = {one.name: operations.hlo_text(one) for one in runner.programs.values()}
     json.dump(results, sys.stdout)
     return 0
 

@@ -73,7 +73,7 @@ def flops_of(computations: dict[str, Computation], computation: Computation, ins
             vocab = re.search(r"vocab = (\d+)", instruction.attributes)
             return 2 * math.prod(dims(computation[instruction.operands[0]].shape)) * int(vocab[1] if vocab else 0)
         case "custom-call" if _is_call_of(instruction, Target.LINEAR, Target.LINEAR_INT8):
-            # x [M, K] and a packed weight give [M, N]: see model/kernels/cpu/linear.py.
+            # x [M, K] and a packed weight give [M, N]: see model/kernels/cpu/operations.py.
             return 2 * math.prod(dims(instruction.shape)) * dims(computation[instruction.operands[0]].shape)[1]
     return 0
 

@@ -304,7 +304,7 @@ def compile_tiny(kernels: Kernels) -> Mapping[str, str]:
     model = bind(CONFIG, dtype, abstract_weights(CONFIG, dtype), kernels)
     buckets = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=8, pages_per_row=4, full_vocab_rows=2)
     plans = make_plans(model, buckets, state_shapes(model, buckets, pages=PAGES), k=5)
-    return {program.name: operations.hlo_text(program) for program in compile_plans(plans)}
+    return {program.name: operations.hlo_text(program) for program in compile_plans(plans).values()}
 
 
 def axes(shapes: list[str]) -> set[str]:

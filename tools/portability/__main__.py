@@ -94,7 +94,7 @@ def reports(
 
 def _report(model: BoundModel, plan: Plan) -> Report | Rejection:
     try:
-        (program,) = compile_plans([plan])
+        program = compile_plans([plan])[plan.shape]
     except Exception as error:  # noqa: BLE001 - any exception of a compiler is a result
         reason = error_reason(error)[:300]
         return Rejection(plan.shape.name, reason, sum(map(_bytes_on_each, jax.tree.leaves(plan.arguments))))

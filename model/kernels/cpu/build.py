@@ -26,7 +26,7 @@ def instruction_sets(machine: str) -> tuple[str, ...]:
     return ("neon",) if machine.lower() in _ARM else ()
 
 
-def build(units: Sequence[Path], library: Path, flags: Sequence[str] = ()) -> str:
+def build_library(units: Sequence[Path], library: Path, flags: Sequence[str] = ()) -> str:
     """Compile `units` (.cc) into `library` unless a trusted one exists; return one line for the log.
 
     The compilers are tried in order until one succeeds. The file appears under its name only when it is complete,
@@ -51,7 +51,7 @@ def build(units: Sequence[Path], library: Path, flags: Sequence[str] = ()) -> st
         for compiler in compilers:
             error = _compile((compiler, *arguments))
             if error is None:
-                unfinished.chmod(0o755)  # whatever the umask: `load` refuses a library that others can write
+                unfinished.chmod(0o755)  # whatever the umask: `load_library` refuses a library that others can write
                 unfinished.replace(library)
                 return f"CPU kernels: built {library.name} with {compiler}"
             errors.append(f"{compiler} failed: {error}")
@@ -82,14 +82,15 @@ def build_all(folder: Path | None = None) -> list[str]:
     paths = [folder / library_name(name) if folder else library_path(name) for name in names]
     with ThreadPoolExecutor() as threads:
         builds = [
-            threads.submit(build, UNITS, path, INSTRUCTION_SETS[name]) for name, path in zip(names, paths, strict=True)
+            threads.submit(build_library, UNITS, path, INSTRUCTION_SETS[name])
+            for name, path in zip(names, paths, strict=True)
         ]
-    failures = {name: done.exception() for name, done in zip(names, builds, strict=True)}
+    failures = {name: future.exception() for name, future in zip(names, builds, strict=True)}
     if all(failures.values()):
         raise RuntimeError(str(failures[names[0]]))
     return [
-        f"CPU kernels: not built for {name}: {failures[name]}" if failures[name] else done.result()
-        for name, done in zip(names, builds, strict=True)
+        f"CPU kernels: not built for {name}: {failures[name]}" if failures[name] else future.result()
+        for name, future in zip(names, builds, strict=True)
     ]
 
 

@@ -37,7 +37,7 @@ INSTRUCTION_SETS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi"),
     "neon": (),
 }
-# No -march=native: libraries may be built on another machine, and load() picks one by the CPU.
+# No -march=native: libraries may be built on another machine, and load_library() picks one by the CPU.
 # No contraction: only explicit multiply-adds are fused.
 FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off"),
@@ -92,12 +92,12 @@ def is_trusted(library: Path) -> bool:
     return is_private(library) and is_private(library.parent.resolve())
 
 
-def load() -> CpuKernels | None:
+def load_library() -> CpuKernels | None:
     """Load the library of the best instruction set and register its kernels with XLA; None if there is no library.
 
-    A library that other users could have written is not loaded: it would run in this process. Call `load` before
-    compiling a program that calls the kernels or reading one from the persistent compilation cache.
-    Calls after the first change nothing.
+    A library that other users could have written is not loaded: it would run in this process. For use before a
+    program that calls the kernels is compiled or read from the persistent compilation cache. Calls after the first
+    change nothing.
     """
     for instruction_set in INSTRUCTION_SETS:
         path = library_path(instruction_set)

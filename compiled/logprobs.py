@@ -58,8 +58,8 @@ def head_logprobs(
     options: dict[str, Any] = {"k": k, "cap": module.config.logit_cap}
     xla = partial(_score_in_xla, kernels=kernels, **options)
     with jax.named_scope("head"):
-        on_cpu = partial(_score_on_cpu, **options)
-        logprobs: TokenLogprobs = kernels.dispatch(hidden, weight, ids, requested_ids, live, on_cpu=on_cpu, xla=xla)
+        arguments = (hidden.astype(jnp.bfloat16), weight, ids, requested_ids, live)
+        logprobs: TokenLogprobs = kernels.dispatch(*arguments, on_cpu=partial(cpu.score, **options), xla=xla)
         return logprobs
 
 
@@ -89,10 +89,6 @@ def token_logprobs_in_xla(
         requested_logprobs=requested_logits - normalizer[:, None],
         requested_ranks=requested_ranks,
     )
-
-
-def _score_on_cpu(hidden: Array, *arguments: Any, k: int, cap: float) -> TokenLogprobs:
-    return cpu.score(hidden.astype(jnp.bfloat16), *arguments, k=k, cap=cap)
 
 
 def _score_in_xla(

@@ -33,7 +33,7 @@ def matmul(x: Array, weight: Weight, kernels: Kernels, live: Array | None = None
         x.astype(jnp.bfloat16),
         weight,
         live,
-        on_cpu=_on_cpu,
+        on_cpu=cpu.linear,
         on_gpu=_by_blocks,
         on_tpu=_by_blocks,
         xla=_in_xla,
@@ -62,10 +62,6 @@ def _dot(x: Array, weight: Array) -> Array:
         x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
     return y[:rows]
-
-
-def _on_cpu(x: Array, weight: cpu.Packed, live: Array) -> Array:
-    return cpu.linear(x, weight, live=live)
 
 
 def _in_xla(x: Array, weight: cpu.Packed, _live: Array) -> Array:

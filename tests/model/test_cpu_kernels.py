@@ -111,10 +111,10 @@ def test_linear_paths_agree_on_denormals(kernels: cpu.CpuKernels) -> None:
 @pytest.mark.usefixtures("kernels")
 def test_linear_has_the_same_bits_in_every_batch(dtype: jnp.dtype) -> None:
     x, weight = normal(7, 257, 577), pack(normal(8, 1000, 577))
-    full = np.asarray(cpu.linear(x, weight, dtype))
+    full = np.asarray(cpu.linear(x, weight, dtype=dtype))
     for m in (1, 2, 3, 11, 12, 13, 16, 64):
         for first in (0, 257 - m):
-            part = cpu.linear(x[first : first + m], weight, dtype)
+            part = cpu.linear(x[first : first + m], weight, dtype=dtype)
             np.testing.assert_array_equal(np.asarray(part), full[first : first + m], err_msg=f"{m} rows from {first}")
 
 
@@ -123,9 +123,9 @@ def test_linear_has_the_same_bits_in_every_batch(dtype: jnp.dtype) -> None:
 @pytest.mark.usefixtures("kernels")
 def test_linear_padding_rows_are_zeros_and_change_no_other(live: int, dtype: jnp.dtype) -> None:
     x, weight = normal(20, 64, 70), pack(normal(21, 100, 70))
-    full = np.asarray(cpu.linear(x, weight, dtype))
+    full = np.asarray(cpu.linear(x, weight, dtype=dtype))
     count = min(max(live, 0), 64)
-    some = np.asarray(cpu.linear(x.at[count:].set(jnp.nan), weight, dtype, live=jnp.int32(live)))
+    some = np.asarray(cpu.linear(x.at[count:].set(jnp.nan), weight, dtype=dtype, live=jnp.int32(live)))
     np.testing.assert_array_equal(some[:count], full[:count])
     assert not some[count:].any()
 
@@ -136,7 +136,7 @@ def test_linear_bfloat16_is_the_float32_result_rounded(m: int, n: int) -> None:
     x, weight = normal(9, m, 70), pack(normal(10, n, 70))
     x = x.at[0, 0].set(jnp.inf)  # one row of infinities
     expected = cpu.linear(x, weight).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(np.asarray(cpu.linear(x, weight, jnp.bfloat16)), np.asarray(expected))
+    np.testing.assert_array_equal(np.asarray(cpu.linear(x, weight, dtype=jnp.bfloat16)), np.asarray(expected))
 
 
 @pytest.mark.usefixtures("kernels")
@@ -144,7 +144,7 @@ def test_linear_bfloat16_rounds_ties_to_even_and_keeps_nan() -> None:
     weight = pack(jnp.ones((32, 2), jnp.bfloat16))
     step = 2.0**-8  # half of bfloat16's step at 1
     x = jnp.asarray([[1, step], [1 + 2 * step, step], [jnp.nan, 1]], jnp.bfloat16)
-    y = np.asarray(cpu.linear(x, weight, jnp.bfloat16).astype(jnp.float32))
+    y = np.asarray(cpu.linear(x, weight, dtype=jnp.bfloat16).astype(jnp.float32))
     assert (y[0] == 1).all()
     assert (y[1] == 1 + 4 * step).all()
     assert np.isnan(y[2]).all()

@@ -207,10 +207,10 @@ def test_linear_sums_in_ascending_order_by_fused_multiply_adds() -> None:
 @pytest.mark.usefixtures("kernels")
 def test_linear_has_the_same_bits_in_every_batch(dtype: Any) -> None:
     x, (weight, _) = jnp.asarray(normal(7, 257, 577), jnp.bfloat16), packed(8, 1000, 577)
-    full = np.asarray(cpu.linear(x, weight, dtype))
+    full = np.asarray(cpu.linear(x, weight, dtype=dtype))
     for m in (1, 2, 3, 11, 12, 13, 16, 64):
         for first in (0, 257 - m):
-            part = np.asarray(cpu.linear(x[first : first + m], weight, dtype))
+            part = np.asarray(cpu.linear(x[first : first + m], weight, dtype=dtype))
             np.testing.assert_array_equal(part, full[first : first + m], err_msg=f"{m} rows from {first}")
 
 

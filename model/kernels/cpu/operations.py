@@ -124,7 +124,7 @@ def unpack(weight: Packed) -> Array:
     return rows.reshape(blocks * COLUMN_BLOCK, -1)[: weight.n, : weight.k]
 
 
-def linear(x: Array, weight: Packed, out_dtype: DTypeLike = jnp.float32, *, live: Array | None = None) -> Array:
+def linear(x: Array, weight: Packed, live: Array | None = None, *, dtype: DTypeLike = jnp.float32) -> Array:
     """y [M, n] = x [M, k] bfloat16 times the weight transposed, summed in float32 in the order stated in tiles.h.
 
     A row of y has the same bits for every M. Rows from `live` ([] int32, None = M) on are padding: they are not
@@ -136,7 +136,7 @@ def linear(x: Array, weight: Packed, out_dtype: DTypeLike = jnp.float32, *, live
     _check_input(x, weight)
     live = jnp.int32(x.shape[0]) if live is None else live
     target = Target.LINEAR if isinstance(weight, PackedWeight) else Target.LINEAR_INT8
-    call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((x.shape[0], weight.n), out_dtype))
+    call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((x.shape[0], weight.n), dtype))
     return call(x, *jax.tree.leaves(weight), live)
 
 

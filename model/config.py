@@ -123,7 +123,7 @@ def short_repr(value: object) -> str:
 
 
 def layer_kinds(windows: list[int], uses_rope: list[bool], rope: Rope, local_rope: Rope) -> tuple[LayerKind, ...]:
-    """The layers; `local_rope` has the angles of those with a window."""
+    """Layers by window and use of RoPE; `local_rope` is that of layers with a window."""
     return tuple(
         LayerKind((local_rope if window else rope) if is_rotary else None, window)
         for window, is_rotary in zip(windows, uses_rope, strict=True)

@@ -82,7 +82,7 @@ _POST_NORMS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """Traits of one architecture, which its weight table follows from."""
+    """Traits of one architecture; they determine its weight table."""
 
     name: str
     hf_architecture: str
@@ -91,7 +91,7 @@ class Family:
     gguf_interleaved_rotary: bool = False  # q and k rows of GGUF files pair dimensions (0, 1), ours pair (0, E/2)
     fused_tensors: bool = False  # checkpoints store q, k and v in one tensor, gate and up in another
     qkv_bias: bool = False
-    qk_norm: tuple[str, str] | None = None  # letters of what RMSNorm of q and k is over: a head, or all heads
+    qk_norm: tuple[str, str] | None = None  # RMSNorm of q and k: letters of the axes, one head or all
     pre_norm: bool = True  # norms of the inputs of attention and MLP
     post_norm: bool = False  # norms of their outputs
     activation: Literal["silu", "gelu"] = "silu"  # of the gate; gelu by its tanh approximation
@@ -111,7 +111,7 @@ class Family:
 
     @property
     def weights(self) -> tuple[WeightSpec, ...]:
-        """The weight table."""
+        """The weight table; a weight of the layers is in it once."""
         weights = [_EMBED]
         if self.pre_norm:
             mlp_norm = "pre_feedforward_layernorm" if self.post_norm else "post_attention_layernorm"

@@ -136,7 +136,6 @@ class EngineConfig:
 
     @property
     def batched_tokens(self) -> int:
-        """Maximum number of prompt and decode tokens per step."""
         return self.max_num_batched_tokens or 256 + self.max_num_seqs
 
 

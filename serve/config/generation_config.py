@@ -26,8 +26,6 @@ class SamplingFields(BaseModel):
 
 
 class SamplingFieldKeywords(TypedDict, total=False):
-    """SamplingFields as keyword arguments."""
-
     temperature: float | None
     top_p: float | None
     top_k: int | None

@@ -159,7 +159,6 @@ class CommandLine[C]:
         return self._kind(**values)
 
     def _parse(self, words: Sequence[str]) -> dict[str, Any]:
-        """The values of the given flags, by field name."""
         namespace, unknown = self.parser.parse_known_args(words)
         if unknown:
             word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]

@@ -111,8 +111,6 @@ class RequestHandle:
 
 @dataclass(eq=False, frozen=True, slots=True)
 class FullVocabCall:
-    """A pending call of Engine.full_vocab_logprobs()."""
-
     request_id: str
     start: int
     count: int

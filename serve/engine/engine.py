@@ -42,7 +42,6 @@ class Engine:
     def __init__(
         self, runner: Runner, limits: EngineLimits, options: EngineOptions, observer: Observer | None = None
     ) -> None:
-        """Prepare the thread; start() starts it."""
         self.limits = limits
         self.failed = False
         self._runner = runner

@@ -19,8 +19,6 @@ class EngineFault(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EngineGauges:
-    """Current numbers of requests and use of the cache."""
-
     running: int
     waiting: int
     pinned: int  # finished requests that keep their pages

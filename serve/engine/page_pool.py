@@ -66,7 +66,6 @@ class PagePool:
         return sum(page in self._unreferenced for page in pages)
 
     def share(self, pages: Sequence[int]) -> None:
-        """Add a reference to registered pages."""
         for page in pages:
             self._unreferenced.pop(page, None)
         self._ref_counts.update(pages)
@@ -95,7 +94,6 @@ class PagePool:
             self._logprobs[content] = logprobs
 
     def logprobs(self, content: bytes) -> TokenLogprobs | None:
-        """The stored log-probs [S] of a registered page's tokens."""
         return self._logprobs.get(content)
 
     def unregister(self, pages: Iterable[int]) -> None:

@@ -99,7 +99,6 @@ class SamplingParams:
 
     @property
     def adjusts(self) -> bool:
-        """True if penalties or a bias change the logits."""
         penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
         return bool(self.logit_bias) or penalties != (0.0, 0.0, 1.0)
 

@@ -80,7 +80,6 @@ class Scheduler:
         insort(self.waiting, request, key=_queue_order)
 
     def find(self, request_id: str) -> RequestState | None:
-        """The waiting, running or pinned request with this id."""
         unfinished = (r for r in (*self.running, *self.waiting) if r.id == request_id)
         return next(unfinished, self.pinned.get(request_id))
 
@@ -250,7 +249,6 @@ def _queue_order(state: RequestState) -> tuple[int, int]:
 
 
 def _missing_pages(request: RequestState) -> int:
-    """Number of pages that the request's tokens need in addition to its own."""
     return max(0, -(-request.num_tokens // PAGE_SIZE) - len(request.pages))
 
 

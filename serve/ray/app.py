@@ -121,7 +121,6 @@ def _start_ray(config: RayConfig) -> None:
 
 
 def _deploy(config: RayConfig, port: int) -> None:
-    """Start Ray Serve and return when the replicas are ready."""
     if serve.status().proxies:
         raise StartupError("Ray Serve is running there; deploy the serveConfigV2 of deploy/rayservice.yaml instead")
     serve.start(

@@ -145,8 +145,6 @@ class Front:
 
 
 class _Relay:
-    """Sends a replica's messages to the client."""
-
     def __init__(self, send: Send) -> None:
         self._send = send
         self.started = False

@@ -19,8 +19,6 @@ _UNSUPPORTED = ("uds", "ssl_ca_certs", "client_timeout", "h11_max_incomplete_eve
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RayConfig(ServeConfig):
-    """Options of a server with replicas."""
-
     address: str | None = option(
         _GROUP, "address of a Ray cluster, or auto; default: start Ray on this machine", metavar="ADDRESS"
     )

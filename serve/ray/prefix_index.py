@@ -40,8 +40,6 @@ def prompt_blocks(body: bytes) -> tuple[bytes, ...]:
 
 
 class PrefixIndex[R: Hashable]:
-    """Tracks the blocks and the running requests of each replica."""
-
     def __init__(self, *, max_blocks: int, margin: int) -> None:
         """Create an empty index of at most `max_blocks`. The least recently used blocks are evicted.
 

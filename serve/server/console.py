@@ -44,8 +44,6 @@ _STYLES = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "b
 
 
 class Reporter:
-    """Reports start-up on a terminal, or line by line as text or JSON."""
-
     def __init__(
         self,
         stream: TextIO | None = None,

@@ -32,8 +32,6 @@ _STEP_SECONDS = 20  # for a running step at the end
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A running engine and its app."""
-
     names: tuple[str, ...]  # model ids in the API
     chats: bool  # True if the model has a chat template
     engine: Engine

@@ -30,8 +30,6 @@ STARTUP_ERRORS = (ModelLoadError, ConfigError, TokenizerError, DefaultsError, St
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """An open model, checked."""
-
     source: ModelSource
     checkpoint: Checkpoint
     tokenizer: Tokenizer

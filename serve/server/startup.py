@@ -41,8 +41,6 @@ from serve.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A compiled model with its tokenizer and limits."""
-
     name: str  # in the API
     runner: ModelRunner
     tokenizer: Tokenizer

@@ -56,7 +56,6 @@ def defaults_applied(values: Mapping[str, Any]) -> Event:
 
 
 def model_found(files: "ModelFiles", device: "jax.Device") -> Event:
-    """The model to be loaded, and one of its devices."""
     config, model, family = files.config, files.source.name, files.checkpoint.config.family
     parameters = sum(math.prod(info.shape) for info in files.checkpoint.names().values())
     devices, max_num_seqs, weights_as = config.tensor_parallel_size, config.max_num_seqs, config.weights_as

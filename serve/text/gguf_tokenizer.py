@@ -6,7 +6,7 @@ For the keys see "Tokenizer" in `docs/gguf.md` of the ggml project.
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from reprlib import repr as shown
+from reprlib import repr as short_repr
 from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -118,7 +118,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
-        raise TokenizerError(f"GGUF: tokenizer.ggml.model {shown(kind)} is not supported; supported: gpt2, llama")
+        raise TokenizerError(f"GGUF: tokenizer.ggml.model {short_repr(kind)} is not supported; supported: gpt2, llama")
     tokens, types = _required_list(metadata, "tokens", str), _required_list(metadata, "token_type", int)
     if len(tokens) != len(types):
         raise TokenizerError(f"GGUF: {len(tokens)} tokens, but {len(types)} token types")
@@ -139,7 +139,7 @@ def _byte_level_backend(vocabulary: _Vocabulary) -> Backend:
     # No default for a missing key: a wrong split gives ids that look right but are not.
     if not isinstance(name, str) or name not in _PRE:
         raise TokenizerError(
-            f"GGUF: tokenizer.ggml.pre {shown(name)} is not supported; supported: {', '.join(sorted(_PRE))}"
+            f"GGUF: tokenizer.ggml.pre {short_repr(name)} is not supported; supported: {', '.join(sorted(_PRE))}"
         )
     pre = _PRE[name]
     pairs = [merge.split(" ") for merge in _required_list(vocabulary.metadata, "merges", str)]
@@ -221,8 +221,8 @@ def _merges(vocabulary: _Vocabulary, runs: Collection[str]) -> list[tuple[str, s
         if len(token) > _MAX_PIECE:
             raise TokenizerError(f"GGUF: token {index} has {len(token)} characters; the maximum is {_MAX_PIECE}")
         is_run = token in runs
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
+        for middle in range(1, len(token)):
+            left, right = token[:middle], token[middle:]
             if left in ids and right in ids:
                 order = (-math.inf, -len(left), -len(right)) if is_run else (-scores[index], index, ids[left])
                 ranked.append((*order, ids[right], left, right))

@@ -142,10 +142,10 @@ def test_piece_is_colored_by_surprise() -> None:
 
 
 def test_piece_has_no_background_across_line_breaks() -> None:
-    shown = painted(Piece("a\n\nb", math.log(0.04)))
-    for line in shown.split("\n"):
+    output = painted(Piece("a\n\nb", math.log(0.04)))
+    for line in output.split("\n"):
         assert line.count("\x1b[") in (0, 2), line
-    assert shown.count("↵") == 2
+    assert output.count("↵") == 2
     assert "↵" not in painted(Piece("a\n", math.log(0.95)))
     assert "↵" not in painted(Piece("a\n", math.log(0.04)), colors=False)
 

@@ -105,13 +105,13 @@ def typing(lines: Sequence[str | BaseException]) -> Callable[[str], str]:
 def test_reply_is_followed_by_its_statistics() -> None:
     with chatting("Hi", script=f"Hi {CAT}!".encode()) as chat:
         chat.session.run()
-    shown = chat.stream.getvalue().splitlines()
-    assert shown[0] == f"Hi {CAT}!"
+    output = chat.stream.getvalue().splitlines()
+    assert output[0] == f"Hi {CAT}!"
     # Token s has log-prob -(s + 1) / 10, and END comes last: 9 tokens with a mean of -0.5.
-    assert shown[1].startswith(
+    assert output[1].startswith(
         "9 tokens; 10.0 tokens/s; perplexity 1.65; most surprising #9 '<end>' 40.7 %, #8 '!' 44.9 %, "
     )
-    assert shown[1].endswith("#7 '\\x88' 49.7 %")  # the last quarter of the cat
+    assert output[1].endswith("#7 '\\x88' 49.7 %")  # the last quarter of the cat
     assert chat.prompts() == ["user:Hi;>"]
     assert chat.session.failures == 0
 
@@ -174,18 +174,18 @@ def test_message_that_did_not_fit_is_sent_after_reset() -> None:
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
     """Python's default SIGINT handler: a shell may make background processes ignore the signal."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, previous)
 
 
-def interrupt_at(chat: Chat, call: int, *, shown: bool) -> None:
+def interrupt_at(chat: Chat, call: int, *, after_output: bool) -> None:
     """Send SIGINT before a call of decode, which continues when the request is aborted.
 
     Args:
         chat: to interrupt.
         call: number of the call.
-        shown: wait until a part of the reply is shown.
+        after_output: wait until a part of the reply is shown.
     """
     aborted, seen, calls = threading.Event(), threading.Event(), itertools.count(1)
     abort, show = chat.engine.abort, chat.session.screen.piece
@@ -200,7 +200,7 @@ def interrupt_at(chat: Chat, call: int, *, shown: bool) -> None:
 
     def before_call(name: str) -> None:
         if name == "decode" and next(calls) == call:
-            assert not shown or seen.wait(20)
+            assert not after_output or seen.wait(20)
             os.kill(os.getpid(), signal.SIGINT)
             assert aborted.wait(20)
 
@@ -212,7 +212,7 @@ def interrupt_at(chat: Chat, call: int, *, shown: bool) -> None:
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_in_a_reply_keeps_its_tokens() -> None:
     with chatting("Hi", "and?", script=b"x" * 300, max_tokens=20) as chat:
-        interrupt_at(chat, 6, shown=True)
+        interrupt_at(chat, 6, after_output=True)
         chat.session.run()
     first, second = (turn.reply for turn in chat.session.chat.turns)
     assert first.finish_reason is None
@@ -226,7 +226,7 @@ def test_ctrl_c_in_a_reply_keeps_its_tokens() -> None:
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_before_the_first_token_leaves_the_message_unsent() -> None:
     with chatting("Hi", "/retry") as chat:
-        interrupt_at(chat, 1, shown=False)
+        interrupt_at(chat, 1, after_output=False)
         chat.session.run()
     assert "stopped before the first token" in chat.stream.getvalue()
     assert chat.prompts() == ["user:Hi;>", "user:Hi;>"]
@@ -252,8 +252,8 @@ def test_engine_failure_is_shown_and_retry_sends_again() -> None:
 def test_why_and_tokens_show_alternatives_and_ranks() -> None:
     with chatting("Hi", "/why 2", "/why", "/tokens", script=b"Hello") as chat:
         chat.session.run()
-    shown = chat.stream.getvalue()
-    second, most, every = shown.split("token 2 of 6, after 'H'")[1], shown.split("token 6 of 6")[1], shown
+    output = chat.stream.getvalue()
+    second, most = output.split("token 2 of 6, after 'H'")[1], output.split("token 6 of 6")[1]
     rows = [line.split() for line in second.splitlines() if line.strip().startswith(("'f'", "→", "'g'"))]
     assert rows[:3] == [
         ["'f'", "90.5", "%", "-0.1000", "1"],
@@ -261,7 +261,7 @@ def test_why_and_tokens_show_alternatives_and_ranks() -> None:
         ["'g'", "below", "0.01", "%", "-inf", "3"],
     ]
     assert "→" in most
-    assert [line.split()[1] for line in every.splitlines() if line.strip()[:1].isdigit() and "'" in line][-6:] == [
+    assert [line.split()[1] for line in output.splitlines() if line.strip()[:1].isdigit() and "'" in line][-6:] == [
         *("'H'", "'e'", "'l'", "'l'", "'o'", "'<end>'")
     ]
 
@@ -280,7 +280,7 @@ def test_why_and_tokens_show_alternatives_and_ranks() -> None:
 def test_command_with_a_wrong_argument_shows_an_error(line: str, complaint: str) -> None:
     with chatting("Hi", line) as chat:
         chat.session.run()
-    assert [complaint in shown for shown in chat.complaints] == [True]
+    assert [complaint in text for text in chat.complaints] == [True]
     assert len(chat.requests) == 1
 
 

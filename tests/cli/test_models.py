@@ -74,9 +74,9 @@ def test_models_of_the_hub_cache(cache: Path, tmp_path: Path, capsys: pytest.Cap
 def test_models_table_shows_why_a_model_cannot_be_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.gguf").write_bytes(b"no GGUF")
     assert main(parse_args([str(tmp_path)])) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "GGUF" in shown
-    assert "(default) - - - not downloaded yet: fetched by" in shown
+    output = " ".join(capsys.readouterr().out.split())
+    assert "GGUF" in output
+    assert "(default) - - - not downloaded yet: fetched by" in output
     assert main(parse_args([str(tmp_path / "nowhere")])) == 1
 
 

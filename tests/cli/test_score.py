@@ -219,9 +219,9 @@ def test_parquet_has_the_rows_of_jsonl(score: Command) -> None:
     assert score(file, *flags) == 0
     assert score(file, *flags, "--output", str(score.folder / "out.parquet")) == 0
     table = pyarrow.parquet.read_table(score.folder / "out.parquet")
-    made = [{name: value for name, value in row.items() if value is not None} for row in table.to_pylist()]
+    rows = [{name: value for name, value in row.items() if value is not None} for row in table.to_pylist()]
     expected = [row | ({"id": str(row["id"])} if "id" in row else {}) for row in score.output]
-    assert made == [{name: value for name, value in row.items() if value is not None} for row in expected]
+    assert rows == [{name: value for name, value in row.items() if value is not None} for row in expected]
     assert str(table.schema.field("logprobs").type) == "list<element: float>"
     assert orjson.loads(table.schema.metadata[b"logprobd"])["fingerprint"] == "fp"
     assert not [name for name in score.names if name.endswith((".partial", ".tmp"))]
@@ -246,10 +246,10 @@ def test_csv_has_the_sums_of_each_line(score: Command) -> None:
 def test_complete_output_is_kept_without_loading_a_model(score: Command) -> None:
     file = score.rows(some_rows(3))
     assert score(file) == 0
-    before, summary = score.output, score.out.splitlines()[:3]
+    previous, summary = score.output, score.out.splitlines()[:3]
     score.load = fail_if_loaded
     assert score(file) == 0
-    assert score.output == before
+    assert score.output == previous
     assert score.out.splitlines()[:3] == summary
     assert "the output was complete" in score.out
     before_text = file.read_bytes()
@@ -259,7 +259,7 @@ def test_complete_output_is_kept_without_loading_a_model(score: Command) -> None
     file.write_bytes(before_text.replace(b"row 1", b"row 7"))  # as long as before
     assert score(file) == 1
     assert "rows.jsonl has changed up to line" in score.err
-    assert score.output == before
+    assert score.output == previous
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -338,7 +338,7 @@ def test_overwrite_starts_again(score: Command) -> None:
 def test_overwrite_changes_no_file_before_the_model_is_loaded(score: Command) -> None:
     file = score.rows(["one"])
     assert score(file) == 0
-    before = score.output
+    previous = score.output
 
     def refuse(*_: object) -> Any:
         raise StartupError("it does not fit")
@@ -346,7 +346,7 @@ def test_overwrite_changes_no_file_before_the_model_is_loaded(score: Command) ->
     score.load = refuse
     for flags in ((), ("--model", str(score.folder / "none")), ("--long", "window", "--stride", "1000000")):
         assert score(file, "--overwrite", *flags) == 1
-        assert score.output == before
+        assert score.output == previous
     score.load = fail_if_loaded
     assert score(file) == 0
     assert "the output was complete" in score.out
@@ -354,7 +354,7 @@ def test_overwrite_changes_no_file_before_the_model_is_loaded(score: Command) ->
     score.rows([1])
     assert score(file, "--overwrite") == 1
     assert "rows.jsonl:1: is neither" in score.err
-    assert score.output == before
+    assert score.output == previous
 
 
 @pytest.mark.parametrize(
@@ -535,11 +535,11 @@ def test_parse_args_exits_with_code_2_and_names_the_flag(
 
 def test_killed_run_resumes_without_gaps_or_duplicates(tmp_path: Path) -> None:
     """At each fsync, in forks of one process: tests.support.scoring says how."""
-    done = subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-m", "tests.support.scoring", str(tmp_path)], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    kills = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("jsonl ", "parquet ")))
+    assert run.returncode == 0, run.stderr
+    kills = dict(line.split() for line in run.stdout.splitlines() if line.startswith(("jsonl ", "parquet ")))
     assert int(kills["jsonl"]) > 10
     assert int(kills["parquet"]) > 10
 

@@ -75,10 +75,10 @@ class FakeHandle(RequestHandle):
         return event
 
 
-def items(texts: Sequence[list[int]], taken: list[int], size: int = 1000) -> Iterator[ScoreItem]:
+def items(texts: Sequence[list[int]], numbers: list[int], size: int = 1000) -> Iterator[ScoreItem]:
     context = Context(size, "window", size // 2)
     for number, ids in enumerate(texts, 1):
-        taken.append(number)
+        numbers.append(number)
         line = Line(number, b"", 0, 0)
         if ids:
             yield ScoreItem(ids, context.windows(len(ids)), line, Text(EncodedText(ids)))
@@ -94,12 +94,12 @@ async def outcomes(
     engine: FakeEngine, texts: Sequence[list[int]], requests: int, tokens: int, size: int = 1000
 ) -> list[Outcome]:
     """All outcomes; asserts that no more items are read ahead than the bounds allow."""
-    taken: list[int] = []
+    numbers: list[int] = []
     outcomes: list[Outcome] = []
-    async with aclosing(stream(engine, items(texts, taken, size), requests, tokens)) as results:
+    async with aclosing(stream(engine, items(texts, numbers, size), requests, tokens)) as results:
         async for outcome in results:
             outcomes.append(outcome)
-            assert len(taken) - len(outcomes) <= requests
+            assert len(numbers) - len(outcomes) <= requests
     return outcomes
 
 

@@ -28,10 +28,10 @@ def test_meter_shows_a_bar_and_messages_on_a_terminal(monkeypatch: pytest.Monkey
     with Meter(stream, "auto", 0) as meter:
         meter.message("rows.jsonl:2: [bold]is broken", WARNING)
         meter.update(0.5, SUMS)
-    shown = stream.getvalue()
-    assert "rows.jsonl:2: [bold]is broken" in shown
+    output = stream.getvalue()
+    assert "rows.jsonl:2: [bold]is broken" in output
     for part in ("scoring", "━", "50%", "4 lines", "10 tokens", "tokens/s", "perplexity 2.718"):
-        assert part in shown
+        assert part in output
 
 
 def test_meter_writes_a_line_per_interval_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

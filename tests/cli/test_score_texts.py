@@ -51,10 +51,10 @@ def test_compressed_file_has_the_same_lines(tmp_path: Path, kind: str, suffix: s
     with open_source(path, COLUMNS) as opened:
         assert opened.is_text is (kind == ".txt")
         assert opened.total == path.stat().st_size
-        found = list(opened.lines)
-    assert [line.data for line in found] == data.splitlines()
-    assert found[-1].position == opened.total
-    assert 0 < found[0].position <= opened.total
+        lines = list(opened.lines)
+    assert [line.data for line in lines] == data.splitlines()
+    assert lines[-1].position == opened.total
+    assert 0 < lines[0].position <= opened.total
 
 
 def test_checksum_covers_all_lines_so_far(tmp_path: Path) -> None:
@@ -110,10 +110,10 @@ def test_parquet_rows_are_lines_of_known_columns(tmp_path: Path) -> None:
     rows = [{"id": i, "text": f"text {i}", "huge": "x", "messages": None} for i in range(200)]
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=150)
-    found = lines_of(path)
-    assert [line.number for line in found] == list(range(1, 201))
-    assert orjson.loads(found[170].data) == {"id": 170, "text": "text 170", "messages": None}
-    assert found[-1].position == 200
+    lines = lines_of(path)
+    assert [line.number for line in lines] == list(range(1, 201))
+    assert orjson.loads(lines[170].data) == {"id": 170, "text": "text 170", "messages": None}
+    assert lines[-1].position == 200
 
 
 def test_parquet_column_of_bytes_is_the_error_of_its_line(tmp_path: Path) -> None:
@@ -215,8 +215,8 @@ class Merging:
 def test_token_across_prompt_and_completion_belongs_to_the_completion() -> None:
     chats = ChatFormat(Merging())  # type: ignore[arg-type]  # encode() is all that is used
     reader = TextReader(TextEncoder(chats, VOCAB_SIZE))
-    found = reader.read(Line(1, b'{"prompt": "xa", "completion": "bc"}', 0, 0), is_text=False)
-    assert found.encoded == EncodedText([ord("x"), 1, ord("c")], 1)
+    text = reader.read(Line(1, b'{"prompt": "xa", "completion": "bc"}', 0, 0), is_text=False)
+    assert text.encoded == EncodedText([ord("x"), 1, ord("c")], 1)
 
 
 @given(tokens=st.integers(1, 60), size=st.integers(2, 20), data=st.data())

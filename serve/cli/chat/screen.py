@@ -103,8 +103,8 @@ class ChatScreen:
         parts = [f"{len(reply.tokens)} tokens", *([] if speed is None else [f"{speed:.1f} tokens/s"])]
         parts.append(f"perplexity {reply.perplexity:.2f}")
         if indices := reply.most_surprising(_SURPRISES):
-            shown = (f"#{i + 1} {self._text(reply.tokens[i])} {percent(reply.tokens[i].logprob)}" for i in indices)
-            parts.append("most surprising " + ", ".join(shown))
+            labels = (f"#{i + 1} {self._text(reply.tokens[i])} {percent(reply.tokens[i].logprob)}" for i in indices)
+            parts.append("most surprising " + ", ".join(labels))
         if reply.finish_reason is None:
             parts.append("stopped")
         elif reply.finish_reason == FinishReason.LENGTH:
@@ -129,8 +129,8 @@ class ChatScreen:
     def why(self, reply: Reply, index: int) -> None:
         token = reply.tokens[index]
         context = reply.tokens[max(0, index - _CONTEXT) : index]
-        before = b"".join(self._tokenizer.token_bytes(previous.id) for previous in context)
-        self.note(f"token {index + 1} of {len(reply.tokens)}, after {before.decode(errors='replace')!r}")
+        text = b"".join(self._tokenizer.token_bytes(other.id) for other in context)
+        self.note(f"token {index + 1} of {len(reply.tokens)}, after {text.decode(errors='replace')!r}")
         table = _table("", "token", "probability", "log-prob", "rank")
         rows: Sequence[Alternative] = token.alternatives[:_ALTERNATIVES]
         if token.id not in {row.id for row in rows}:

@@ -206,13 +206,13 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def update(self, done: float, sums: Sums) -> None:
+    def update(self, progress: float, sums: Sums) -> None:
         """Show the share of the work done, 0 to 1, and the sums so far."""
         if self._shows_bar:
-            self._bar.update(self._task, completed=done, sums=self._describe(sums))
+            self._bar.update(self._task, completed=progress, sums=self._describe(sums))
         elif time.monotonic() - self._last >= _INTERVAL:
             self._last = time.monotonic()
-            self.message(f"scoring  {done:.1%}, {self._describe(sums)}")
+            self.message(f"scoring  {progress:.1%}, {self._describe(sums)}")
 
     def message(self, text: str, level: int = INFO) -> None:
         """Show a message, such as an error of a line."""
@@ -285,5 +285,5 @@ class _Scoring:
             row, sums = b"", Sums(skipped=1)
         self._journal.add(row, line, sums)
         read, limit = line.position / max(1, self._source.total), self._config.limit
-        done = read if limit is None else max(read, line.number / limit)
-        self._meter.update(min(1.0, done), self._journal.checkpoint.sums)
+        progress = read if limit is None else max(read, line.number / limit)
+        self._meter.update(min(1.0, progress), self._journal.checkpoint.sums)

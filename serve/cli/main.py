@@ -33,11 +33,7 @@ Without MODEL, the default model SmolLM2-135M-Instruct is used.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the first word names, by default `serve`, and return the exit code.
-
-    Args:
-        argv: arguments without the program's name, by default those of the process.
-    """
+    """Run the command that the first argument names, by default `serve`, and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     first = arguments[0] if arguments else ""
     if first in ("-h", "--help"):
@@ -62,7 +58,7 @@ def _run(command: str, arguments: Sequence[str]) -> int:
 
 
 def _nearest_command(word: str) -> str | None:
-    """The command that a mistyped first word resembles; None for a flag, a path or a hub id."""
+    """The command that a mistyped word resembles; None for a flag, a path or a hub id."""
     if word.startswith("-") or "/" in word or "." in word or Path(word).exists():
         return None
     nearest = get_close_matches(word, _COMMANDS, 1, cutoff=0.7)

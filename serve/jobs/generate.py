@@ -89,11 +89,9 @@ def sampling_params(fields: SamplingFields) -> SamplingParams:
 def choice_params(
     shared: SamplingParams, choice: int, *, max_tokens: int, seed: int | None, prompt: PromptScoring | None
 ) -> SamplingParams:
-    """Parameters of one output for a prompt; `shared` are those of all outputs.
+    """Parameters of output number `choice` for a prompt; `shared` are those of all outputs.
 
-    Args:
-        choice: number of the output: its seed is `seed` + `choice`, and only output 0 scores the prompt.
-        seed: None or -1 draws one.
+    Its seed is `seed` + `choice`; None or -1 draws one. Only output 0 scores the prompt.
     """
     seed = None if seed in (None, -1) else seed + choice
     return replace(shared, max_tokens=max_tokens, seed=seed, prompt=None if choice else prompt)
@@ -246,11 +244,7 @@ def check_alternatives(param: str, count: int | None, max_logprobs: int) -> None
 
 
 def check_text_length(param: str, text: str, tokenizer: Tokenizer, limits: EngineLimits) -> None:
-    """Refuse a text that is certain to exceed the context, before it is tokenized.
-
-    Raises:
-        PromptError: the text is too long.
-    """
+    """Raise PromptError for a text that is certain to exceed the context, before it is tokenized."""
     if tokenizer.certainly_exceeds(text, limits.max_model_len):
         message = (
             f"This model's maximum context length is {limits.max_model_len} tokens; "
@@ -262,8 +256,7 @@ def check_text_length(param: str, text: str, tokenizer: Tokenizer, limits: Engin
 def generation_room(param: str, prompt_tokens: int, max_tokens: int | None, limits: EngineLimits) -> int:
     """Number of tokens that may be generated: `max_tokens`, or all that fit after the prompt if it is None.
 
-    Raises:
-        PromptError: prompt and output do not fit into the context or the cache.
+    Raise PromptError if prompt and output do not fit into the context or the cache.
     """
     room = min(limits.max_model_len, limits.cache_tokens) - prompt_tokens
     needed = 1 if max_tokens is None else max_tokens

@@ -20,15 +20,9 @@ class RequestQueue:
     """Runs requests of one event loop on an engine, within bounds."""
 
     def __init__(self, engine: EngineClient, max_requests: int, max_tokens: int) -> None:
-        """Set the bounds.
-
-        Args:
-            max_requests: in the engine; also the number of items that have been read and have no result yet.
-            max_tokens: of the prompts of these items; a longer item runs alone.
-        """
         self._engine = engine
-        self._max_requests = max_requests
-        self._max_tokens = max_tokens
+        self._max_requests = max_requests  # in the engine, and items that have been read and have no result yet
+        self._max_tokens = max_tokens  # of the prompts of these items; a longer item runs alone
         self._slots = asyncio.Semaphore(max_requests)
 
     async def events(self, request: Request) -> AsyncGenerator[TokenEvent]:
@@ -54,10 +48,7 @@ class RequestQueue:
     ) -> AsyncGenerator[R]:
         """Run many items at the same time and yield their results in the order of the items.
 
-        Args:
-            items: read no further ahead than the bounds allow.
-            run: runs one item.
-            num_tokens: prompt tokens of an item.
+        Items are read no further ahead than the bounds allow. `num_tokens` returns the prompt tokens of an item.
         """
         pending: deque[tuple[int, asyncio.Task[R]]] = deque()
         tokens = 0  # of the pending items

@@ -91,14 +91,7 @@ class Batch[T: (Generation, Score)](UserList[T]):
 def token_columns(
     tokenizer: Tokenizer, token_ids: list[int], scores: TokenLogprobs, *, starts_sequence: bool
 ) -> dict[str, Any]:
-    """Fields of a Tokens.
-
-    Args:
-        tokenizer: names the tokens.
-        token_ids: [n]
-        scores: n rows, or n - 1 if the first token starts a sequence and has no log-prob.
-        starts_sequence: the first token has no log-prob.
-    """
+    """Fields of a Tokens. If the tokens start a sequence, the first has no log-prob and no row of `scores`."""
     if starts_sequence:
         scores = TokenLogprobs.concatenate([empty_logprobs(1, scores.top_ids.shape[1]), scores])
     return {

@@ -27,20 +27,19 @@ class EncodedText:
 
 @dataclass(frozen=True, slots=True)
 class TextEncoder:
-    """Encodes strings, token ids, chats, and pairs of a prompt and a completion. Raises PromptError."""
+    """Encodes strings, token ids, chats, and pairs of a prompt and a completion.
+
+    Errors are PromptErrors that name the text by its path, `param`.
+    """
 
     chats: ChatFormat
     vocab_size: int  # V
     add_special_tokens: bool = True  # around strings; a chat has the template's
 
     def text(self, value: Any, param: str, tools: Any = None) -> EncodedText:
-        """Encode a string, a list of token ids, or the messages of a chat.
+        """Encode a string, a list of token ids, or the messages of a chat, whose template may use `tools`.
 
         The last message of a chat is its completion if it is the assistant's and not the only one.
-
-        Args:
-            param: path of `value`, for errors.
-            tools: variable of the chat template.
         """
         if isinstance(value, str):
             return _checked(self._encode(value, param), None, param)
@@ -54,10 +53,6 @@ class TextEncoder:
         """Encode a prompt and its completion: two strings, two lists of token ids, or two lists of messages.
 
         A token that spans the end of the prompt and the start of the completion belongs to the completion.
-
-        Args:
-            params: paths of both, for errors.
-            tools: variable of the chat template.
         """
         param, completion_param = params
         if isinstance(prompt, str) and isinstance(completion, str):
@@ -153,10 +148,7 @@ def stream_scores[R: ScoreRequest](
 ) -> AsyncGenerator[tuple[R, TokenLogprobs | RequestError]]:
     """Score texts at the same time; yield each with its scores, in order, or with the engine's error.
 
-    Row i of the scores is token i + 1, up to the end of the last window, with the given number of alternatives.
-
-    Raises:
-        EngineStoppedError: the engine has stopped.
+    Row i of the scores is token i + 1, up to the end of the last window. Raises EngineStoppedError.
     """
 
     async def run(request: R) -> tuple[R, TokenLogprobs | RequestError]:
@@ -203,11 +195,7 @@ async def _score_window(queue: RequestQueue, token_ids: list[int], window: Windo
 
 
 def checked_scores(scores: TokenLogprobs, alternatives: int) -> TokenLogprobs:
-    """Copies of the scores with the first `alternatives` columns.
-
-    Raises:
-        RequestError: a log-prob is NaN.
-    """
+    """Copies of the scores with the first `alternatives` columns. Raise RequestError if a log-prob is NaN."""
     copy = scores.map(lambda column: column[:, :alternatives].copy() if column.ndim > 1 else column.copy())
     if not ((copy.logprob < np.inf).all() and (copy.top_logprobs < np.inf).all()):
         raise RequestError("the engine failed: a log-prob is NaN")

@@ -77,11 +77,7 @@ class ChatFormat:
             raise PromptError(param, f"The chat template refused the messages: {error}") from None
 
     def encode(self, text: str, *, add_special_tokens: bool = False, param: str = "messages") -> list[int]:
-        """Token ids of a rendered chat; at least one.
-
-        Raises:
-            PromptError: the text cannot be tokenized, or gives no tokens.
-        """
+        """Token ids of a rendered chat. Raise PromptError if it cannot be tokenized or gives no tokens."""
         ids = encode_text(self.tokenizer, text, add_special_tokens=add_special_tokens, param=param)
         if not ids:
             raise PromptError(param, "The messages give an empty prompt.")
@@ -93,13 +89,7 @@ def check_messages(
 ) -> list[dict[str, Any]]:
     """Messages as a template takes them: the text parts of a message's content are joined by line breaks.
 
-    Args:
-        messages: mappings with `role` and `content`; other keys are passed to the template.
-        roles: allowed roles; None allows any.
-        param: path of the messages, for errors.
-
-    Raises:
-        PromptError: a message is not valid.
+    Raise PromptError for a message that is no mapping with a role and valid content. None allows any role.
     """
     if not messages:
         raise PromptError(param, f"`{param}` must hold at least one message.", "empty_array")
@@ -135,11 +125,7 @@ def _text_of_part(part: Any, path: str) -> str:
 
 
 def encode_text(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
-    """Token ids of `text`.
-
-    Raises:
-        PromptError: the text cannot be tokenized.
-    """
+    """Token ids of `text`. Raise PromptError if it cannot be tokenized."""
     try:
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
     except TokenizerError as error:

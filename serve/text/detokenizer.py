@@ -22,12 +22,7 @@ class Detokenizer:
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stop: "StopStrings",
-        *,
-        skip_special_tokens: bool = True,
-        include_stop: bool = False,
+        self, tokenizer: Tokenizer, stop: "StopStrings", *, skip_special_tokens: bool = True, include_stop: bool = False
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
@@ -79,11 +74,7 @@ class StopStrings:
     """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
-        """Build the automaton, which is falsy without strings.
-
-        Raises:
-            ValueError: a string is empty.
-        """
+        """Build the automaton, which is falsy without strings. Raise ValueError for an empty string."""
         self._next: list[dict[str, int]] = [{}]
         self._length = [0]  # characters of the prefix
         self._stop: list[str | None] = [None]  # longest stop string at the end of the prefix
@@ -132,10 +123,6 @@ def decoded_tokens(tokenizer: Tokenizer, context_ids: Sequence[int], candidate_i
 
     A candidate whose text ends in an incomplete character is decoded together with up to four preceding tokens: it gets
     the character if that completes it, else "". The tokens that start a character have "".
-
-    Args:
-        context_ids: the tokens that precede the position; only the last four matter.
-        candidate_ids: alternatives for the position, decoded independently.
     """
     context = [tokenizer.token_bytes(index) for index in context_ids[-_MAX_CONTEXT:]]
     return [_decoded(context, tokenizer.token_bytes(index)) for index in candidate_ids]

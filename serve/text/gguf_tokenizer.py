@@ -107,11 +107,9 @@ class _Vocabulary:
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    """Build the tokenizer.
+    """Build the tokenizer from keys with plain Python values.
 
-    Args:
-        metadata: key -> plain Python value. `tokenizer.ggml.model` may be "gpt2" (byte-level BPE) or "llama"
-            (SentencePiece BPE with scores).
+    `tokenizer.ggml.model` may be "gpt2" (byte-level BPE) or "llama" (SentencePiece BPE with scores).
 
     Raises:
         TokenizerError: a key is missing, contradicts another, or has an unknown value.

@@ -63,8 +63,7 @@ class Tokenizer:
     ) -> None:
         """Take ownership of `backend`, disable its padding and truncation, and tabulate all token bytes (about 0.2 s).
 
-        Raises:
-            TokenizerError: the tokens are neither byte-level nor SentencePiece pieces.
+        Raise TokenizerError if the tokens are neither byte-level nor SentencePiece pieces.
         """
         backend.no_padding()
         backend.no_truncation()
@@ -91,13 +90,8 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`; the text of a special token becomes that token.
 
-        As in the original library, bytes that the vocabulary lacks are dropped, such as 0x04 with SmolLM2.
-
-        Args:
-            add_special_tokens: add the tokens that the model expects around a text, such as BOS.
-
-        Raises:
-            TokenizerError: `text` contains a lone surrogate, or the library fails on it.
+        As in the original library, bytes that the vocabulary lacks are dropped, such as 0x04 with SmolLM2. Special
+        tokens to add are those around a text, such as BOS. Raise TokenizerError for a lone surrogate.
         """
         limiter = self._large if len(text) > _LARGE else contextlib.nullcontext()
         try:
@@ -130,10 +124,9 @@ class Tokenizer:
 
 
 def load_tokenizer(model_dir: Path) -> Tokenizer:
-    """Load the tokenizer of a Hugging Face directory: `tokenizer.json` and related files. Runs no code from it.
+    """Load the tokenizer of a Hugging Face directory, without running code from it.
 
-    Raises:
-        TokenizerError: it is missing, broken, or not a fast tokenizer.
+    Raise TokenizerError if it is missing, broken, or not a fast tokenizer.
     """
     if not model_dir.is_dir():  # AutoTokenizer would take the path for a hub id
         raise TokenizerError(f"{model_dir} is not a directory")

@@ -72,7 +72,6 @@ def percent(logprob: float) -> str:
 
 
 def legend() -> Text:
-    """The color scale as a line of text."""
     labels = [part for step in SCALE for part in ((f" {step.label} ", step.style), " ")]
     return Text.assemble(("a token's probability was at least  ", "dim"), *labels)
 
@@ -95,7 +94,6 @@ class ChatScreen:
         self.console.print(Segments([*self._segments(piece)]), end="", soft_wrap=True)
 
     def summary(self, reply: Reply) -> None:
-        """Print the statistics of a finished reply."""
         self.console.print()
         if self._plain:
             return

@@ -73,11 +73,7 @@ def check_unchanged(source: Source, checkpoint: Checkpoint) -> None:
 
 
 def read_checkpoint(paths: Paths) -> Checkpoint | None:
-    """The checkpoint of an earlier run, if there is one.
-
-    Raises:
-        ScoreError: the run cannot be resumed.
-    """
+    """The checkpoint of an earlier run, if there is one. Raise ScoreError if the run cannot be resumed."""
     try:
         values = orjson.loads(paths.meta.read_bytes())
         checkpoint = Checkpoint(**values | {"sums": Sums(**values["sums"])})
@@ -111,12 +107,9 @@ def check_same(paths: Paths, previous: dict[str, Any], current: dict[str, Any]) 
 
 @contextmanager
 def open_rows(paths: Paths) -> Iterator[BinaryIO]:
-    """Open and lock the file of rows; remove it at the end if it is empty.
+    """Open and lock the file of rows; remove it at the end if it is empty. Raise ScoreError if it is locked.
 
     The files of an output may only be read and changed in this context.
-
-    Raises:
-        ScoreError: another process holds the lock.
     """
     while True:
         with paths.partial.open("ab") as file:

@@ -84,12 +84,9 @@ class RowWriter:
     config: ScoreConfig
 
     def row(self, line: int, text: Text, windows: int, scores: TokenLogprobs) -> tuple[bytes, Sums]:
-        """The row of a text, with line end, and its sums.
+        """The row of a text, with line end, and its sums; row i of `scores` is token i + 1.
 
-        Args:
-            line: number of the line.
-            windows: in which the text was scored.
-            scores: row i is token i + 1, up to the end of the last window.
+        `windows` is the number of windows in which the text was scored.
         """
         encoded = text.encoded
         ids = encoded.token_ids[: len(scores.logprob) + 1]
@@ -172,12 +169,7 @@ def write_csv(rows: Path, output: Path) -> None:
 
 
 def write_parquet(rows: Path, output: Path, *, config: ScoreConfig, longest_row: int, about: Any) -> None:
-    """Write the rows as Parquet.
-
-    Args:
-        longest_row: bytes.
-        about: JSON value for the file's metadata, key "logprobd".
-    """
+    """Write the rows, of at most `longest_row` bytes, as Parquet; `about` is JSON for the file's metadata."""
     import pyarrow  # takes half a second, which other formats should not wait for
     import pyarrow.parquet
 

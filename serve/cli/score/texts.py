@@ -53,14 +53,9 @@ class Source:
 
 @contextmanager
 def open_source(path: Path, columns: tuple[str, ...], limit: int | None = None) -> Iterator[Source]:
-    """Open a file; the extension determines the format.
+    """Open a file, whose extension determines the format, to read it up to line number `limit`.
 
-    Args:
-        columns: columns of a Parquet file to read, if present.
-        limit: number of the last line to read.
-
-    Raises:
-        ScoreError: the file cannot be read; iterating the lines may raise it, too.
+    `columns` are those to read of a Parquet file. Raises ScoreError, also while the lines are iterated.
     """
     try:
         if not path.is_file() and path.exists():
@@ -156,8 +151,7 @@ class Context:
     def windows(self, tokens: int) -> tuple[Window, ...]:
         """Windows that score each token of a text but the first exactly once; with "truncate", only those that fit.
 
-        Raises:
-            LineError: the text is too long and `long` is "error".
+        Raise LineError if the text is too long and `long` is "error".
         """
         if tokens > self.size and self.long == "error":
             raise LineError(
@@ -202,11 +196,7 @@ class TextReader:
         return (*_text_fields(text_field), *_PAIR, _ID, _TOOLS)
 
     def read(self, line: Line, *, is_text: bool) -> Text:
-        """Encode a line, which is the text itself or a JSON value.
-
-        Raises:
-            LineError: the line cannot be scored.
-        """
+        """Encode a line, which is the text itself or a JSON value. Raise LineError if it cannot be scored."""
         if line.error is not None:
             raise LineError(line.error)
         try:

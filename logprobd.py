@@ -1,7 +1,7 @@
 """Exact log-probs from Python: `from logprobd import LLM`."""
 
 from serve.engine.request import EngineStoppedError
-from serve.jobs.generate import GenerationOptions
+from serve.jobs.generate import GenerationOptions, Output
 from serve.jobs.request_queue import RequestError
 from serve.jobs.results import Batch, Generation, Score, Tokens
 from serve.llm import LLM
@@ -14,6 +14,7 @@ __all__ = [
     "EngineStoppedError",
     "Generation",
     "GenerationOptions",
+    "Output",
     "PromptError",
     "RequestError",
     "Score",

@@ -171,10 +171,10 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
         **options: Unpack[SamplingKeywords],
     ) -> AsyncGenerator[Output]:
-        """Answer one conversation piece by piece, on the caller's event loop. Raises as `generate`.
+        """Answer one conversation and yield the pieces, on the caller's event loop. Raises as `generate`.
 
         Args:
-            max_new_tokens: upper bound of the default of `max_tokens`; by default the model's.
+            max_new_tokens: maximum length without `max_tokens`, if that fits; None: the model's max_new_tokens.
             chat_template_kwargs: variables of the chat template.
             options: as in `chat`; `n` has no effect.
         """

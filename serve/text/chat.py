@@ -89,7 +89,7 @@ def check_messages(
 ) -> list[dict[str, Any]]:
     """Messages as a template takes them: the text parts of a message's content are joined by line breaks.
 
-    Raise PromptError for a message that is no mapping with a role and valid content. None allows any role.
+    Raise PromptError for a message that is not a mapping with a role and valid content. `roles` None allows any role.
     """
     if not messages:
         raise PromptError(param, f"`{param}` must hold at least one message.", "empty_array")

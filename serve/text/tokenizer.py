@@ -90,8 +90,8 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`; the text of a special token becomes that token.
 
-        As in the original library, bytes that the vocabulary lacks are dropped, such as 0x04 with SmolLM2. Special
-        tokens to add are those around a text, such as BOS. Raise TokenizerError for a lone surrogate.
+        As in the original library, bytes that the vocabulary lacks are dropped, such as 0x04 with SmolLM2.
+        `add_special_tokens` adds those that surround a text, such as BOS. Raise TokenizerError for a lone surrogate.
         """
         limiter = self._large if len(text) > _LARGE else contextlib.nullcontext()
         try:

@@ -34,7 +34,7 @@ class Token(Alternative):
 
 
 class Reply:
-    """A reply, which grows by the engine's outputs.
+    """A reply, which grows while the engine generates it.
 
     Attributes:
         text: complete characters; U+FFFD for invalid UTF-8.

@@ -79,15 +79,10 @@ def _put_shards(parts: Sequence[Rows | Int8Rows], spec: PartitionSpec, mesh: Mes
             shards.append(jax.device_put(_put(part, packs=packs), device))
 
     def assemble(*arrays: jax.Array) -> jax.Array:
-        shape = _global_shape(arrays[0].shape, spec, mesh)
+        shape = tuple(size * (mesh.size if axis else 1) for size, axis in zip_longest(arrays[0].shape, spec))
         return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, spec), list(arrays))
 
     return jax.tree.map(assemble, *shards)
-
-
-def _global_shape(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> tuple[int, ...]:
-    """Shape over the mesh of an array with `shape` on each device."""
-    return tuple(size * (mesh.size if axis else 1) for size, axis in zip_longest(shape, spec))
 
 
 def _shard_rows(rows: Rows | Int8Rows, indices: tuple[ShardIndices, ...]) -> Sequence[Rows | Int8Rows]:
@@ -135,23 +130,6 @@ def _split(runs: Iterator[NDArray[Any]], indices: tuple[ShardIndices, ...], dtyp
                 part[in_run] = values
         start = stop
     return parts
-
-
-def abstract_model(
-    config: ModelConfig, dtype_name: str, mesh: Mesh | None = None, kernels: Kernels | None = None
-) -> BoundModel:
-    """A model without weights, to compile programs for; the mesh's devices need not exist on this machine."""
-    dtype = jnp.dtype(dtype_name)
-    kernels = load_kernels() if kernels is None else kernels
-    weights = abstract_weights(config, dtype, mesh.size if mesh else 1)
-    if mesh is None:
-        return bind(config, dtype, weights, kernels)
-    specs, sharded = config.weights(), {}
-    for path, weight in weights.items():
-        spec = partition_spec(specs[path])
-        shape = _global_shape(weight.shape, spec, mesh)
-        sharded[path] = jax.ShapeDtypeStruct(shape, weight.dtype, sharding=NamedSharding(mesh, spec))
-    return bind(config, dtype, sharded, kernels, mesh)
 
 
 def weight_bytes(config: ModelConfig, dtype_name: str, *, int8: bool = False, shards: int = 1) -> int:

@@ -14,9 +14,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from model.config_hf import config_from_hf
-from model.weights.loader import abstract_model, kernels_used
+from model.weights.loader import kernels_used
 from tests.support.server_process import ROOT
 from tests.support.tiny import tiny_configs
+from tools.portability.chips import abstract_model
 
 # Loads a model in a separate process; prints memory before, peak memory, and the size of the weights, in bytes.
 LOAD = """

@@ -29,12 +29,20 @@ from model.config import ConfigError, ModelConfig
 from model.config_hf import config_from_hf
 from model.transformer import BoundModel
 from model.weights.checkpoint import ModelLoadError
-from model.weights.loader import abstract_model
 from model.weights.source import ModelSource
 from model.weights.weight_table import open_checkpoint
 from serve.config.values import error_reason
 from tools.hlo import operations
-from tools.portability.chips import CHIPS, DEFAULT_TARGETS, Chip, TargetError, chip_of, mesh_of, use_compilers
+from tools.portability.chips import (
+    CHIPS,
+    DEFAULT_TARGETS,
+    Chip,
+    TargetError,
+    abstract_model,
+    chip_of,
+    mesh_of,
+    use_compilers,
+)
 from tools.portability.roofline import Work, work_of
 
 CONTEXT = 1024  # cached tokens per row, for the minimum time

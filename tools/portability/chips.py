@@ -1,4 +1,4 @@
-"""Absent accelerators: their limits, and how XLA compiles for them."""
+"""Absent accelerators: their limits, and models to compile for them."""
 
 import os
 import sys
@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from model.sharding import tensor_mesh
+from model.config import ModelConfig
+from model.kernels.dispatch import load_kernels
+from model.sharding import partition_spec, tensor_mesh
+from model.transformer import BoundModel, abstract_weights, bind
 from serve.config.values import error_reason
 
 
@@ -119,3 +123,15 @@ def _devices(name: str, shape: str) -> Sequence[jax.Device]:
 def chip_of(target: str) -> Chip | None:
     """Return the limits of a target's chip; None for a CPU, whose limits `make bench` measures."""
     return CHIPS.get(target.partition(":")[0])
+
+
+def abstract_model(config: ModelConfig, dtype_name: str, mesh: Mesh | None = None) -> BoundModel:
+    """Return a model without weights, to compile programs for; the mesh's devices need not exist on this machine."""
+    dtype, specs = jnp.dtype(dtype_name), config.weights()
+    weights = abstract_weights(config, dtype, mesh.size if mesh else 1)
+    if mesh is not None:
+        for path, weight in weights.items():
+            spec = partition_spec(specs[path])
+            shape = tuple(size * (mesh.size if axis else 1) for size, axis in zip(weight.shape, spec, strict=True))
+            weights[path] = weight.update(shape=shape, sharding=NamedSharding(mesh, spec))
+    return bind(config, dtype, weights, load_kernels(), mesh)

@@ -20,12 +20,11 @@ from model.config_hf import config_from_hf
 from model.kernels import cpu
 from model.kernels.dispatch import load_kernels
 from model.transformer import BoundModel, abstract_weights, bind
-from model.weights.loader import abstract_model
 from model.weights.rows import Int8Array
 from tests.support.tiny import tiny_configs
 from tools.hlo import operations
 from tools.portability.__main__ import Rejection, Report, reports
-from tools.portability.chips import DEFAULT_TARGETS, mesh_of, use_compilers
+from tools.portability.chips import DEFAULT_TARGETS, abstract_model, mesh_of, use_compilers
 
 BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, full_vocab_rows=8)
 V = 1100

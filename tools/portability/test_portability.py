@@ -15,9 +15,8 @@ import pytest
 
 from compiled.shapes import PENALTIES, HeadShape, StepShape
 from model.config_hf import config_from_hf
-from model.weights.loader import abstract_model
 from tools.portability import roofline
-from tools.portability.chips import CHIPS, DEFAULT_TARGETS, Chip, TargetError, mesh_of
+from tools.portability.chips import CHIPS, DEFAULT_TARGETS, Chip, TargetError, abstract_model, mesh_of
 from tools.portability.roofline import Work, work_of
 from tools.portability.target_facts import CASES
 

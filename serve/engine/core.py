@@ -125,10 +125,9 @@ class EngineCore:
         reads = self._unread is not None
         if self._must_read_first():
             self._read()
-        preempted = self.scheduler.num_preempted
         schedule = self.scheduler.schedule()
-        if self.scheduler.num_preempted > preempted:
-            self._observer.on_preempted(self.scheduler.num_preempted - preempted)
+        if schedule.preempted:
+            self._observer.on_preempted(len(schedule.preempted))
         dispatched = self._dispatch(schedule)
         self._read()
         self._unread = dispatched
@@ -237,7 +236,7 @@ class EngineCore:
             if not failed:
                 store_prompt_logprobs(request, self._pool)
         if failed:
-            self._pool.unregister(request.pages)  # any of them may contain the NaN: none must be found again
+            self._pool.unregister(request.pages)  # any of them may contain the NaN
             self._observer.on_fault(EngineFault.NAN)
             event.error, reason = _NAN_ERROR, FinishReason.ERROR
         return (request, event) if reason is None else self._finish(request, event, reason)

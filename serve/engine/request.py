@@ -66,7 +66,7 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True)
 class PromptScoring:
-    """Which prompt tokens are scored. Their log-probs are of the raw distribution, whatever the sampling parameters."""
+    """Which prompt tokens are scored. Their log-probs are always of the raw distribution."""
 
     start: int = 1  # index of the first prompt token to score; the token at index 0 has no log-prob
     requested_ids: tuple[int, ...] = ()  # alternatives to report instead of the K best
@@ -105,7 +105,7 @@ class SamplingParams:
 
 @dataclass(slots=True)
 class TokenEvent:
-    """One output of the engine for one request: the tokens generated since the last event, none for pure scoring."""
+    """One output of the engine for one request: the tokens generated since the last event."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: TokenLogprobs = field(default_factory=lambda: empty_logprobs(0, 0))  # one row per token id

@@ -29,6 +29,7 @@ class Chunk:
 class Schedule:
     """The work of one step, in order of dispatch."""
 
+    preempted: list[RequestState] = field(default_factory=list)  # while it was planned
     prefills: list[Chunk] = field(default_factory=list)
     scores: list[Chunk] = field(default_factory=list)
     scored: list[RequestState] = field(default_factory=list)  # finished when this step is read: nothing to generate
@@ -62,7 +63,6 @@ class Scheduler:
         self._on_scheduled = on_scheduled
         self._slots = self._all_slots()
         self._arrivals = 0
-        self.num_preempted = 0  # in total
         self.waiting: list[RequestState] = []  # in queue order
         self.running: list[RequestState] = []  # in queue order
         self.pinned: dict[str, RequestState] = {}  # finished requests that keep their pages, by id
@@ -89,10 +89,9 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """Plan the next step and allocate its pages."""
-        for request in self._decoding():
-            if request.status is RequestStatus.DECODE:  # not preempted by an earlier one
-                self._reserve_or_preempt(request)
         schedule = Schedule()
+        for request in self._decoding():
+            self._reserve_or_preempt(request, schedule.preempted)
         self._plan_prompts(schedule, self._max_num_batched_tokens - len(self._decoding()))
         for request in self.running:
             prefilled = request.status is RequestStatus.PREFILL and request.num_computed >= request.prefill_end
@@ -221,14 +220,15 @@ class Scheduler:
         self._on_scheduled(request)
         return request
 
-    def _reserve_or_preempt(self, request: RequestState) -> None:
+    def _reserve_or_preempt(self, request: RequestState, preempted: list[RequestState]) -> None:
         """Allocate a page for the request's next token, preempting the last in queue order, or itself, if necessary."""
-        while request.status is RequestStatus.DECODE:
+        while request.status is RequestStatus.DECODE:  # else an earlier one has preempted it
             pages = self._pool.allocate(_missing_pages(request))
             if pages is not None:
                 request.pages += pages
                 return
-            self._preempt(next(r for r in reversed(self.running) if r.status is not RequestStatus.SCORED))
+            preempted.append(next(r for r in reversed(self.running) if r.status is not RequestStatus.SCORED))
+            self._preempt(preempted[-1])
 
     def _preempt(self, request: RequestState) -> None:
         self._release(request)
@@ -236,7 +236,6 @@ class Scheduler:
         self._slots.append(request.slot)
         request.num_computed = 0
         request.status = RequestStatus.WAITING
-        self.num_preempted += 1
         insort(self.waiting, request, key=_queue_order)
 
     def _release(self, request: RequestState) -> None:

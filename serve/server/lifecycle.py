@@ -78,7 +78,7 @@ class HttpServer(uvicorn.Server):
             return False
         if unfinished:
             logger.warning("%d requests did not finish in time and end with an error", unfinished)
-        # Stopping the engine ends every stream. It needs a thread of its own, as requests may occupy the whole pool.
+        # Stopping the engine ends every stream. It runs on a separate thread, as requests may occupy the pool.
         with ThreadPoolExecutor(1) as executor:
             await asyncio.get_running_loop().run_in_executor(executor, self.engine.stop, _STEP_SECONDS)
         if self.engine.failed:

@@ -1,4 +1,4 @@
-"""EngineCore with a fake runner: a request has the outcome that it has alone, whatever runs beside it."""
+"""EngineCore with a fake runner: the outcome of a request does not depend on what else runs."""
 
 import pytest
 

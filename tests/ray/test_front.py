@@ -97,7 +97,9 @@ class Received:
         return json.loads(self.body)["error"]
 
 
-async def ask(replicas: Replicas, body: bytes = b"{}", *, path: str = "/v1/completions", pieces: int = 1) -> Received:
+async def request(
+    replicas: Replicas, body: bytes = b"{}", *, path: str = "/v1/completions", pieces: int = 1
+) -> Received:
     """Send a request with its body in pieces, and return the response."""
     sent: list[Any] = []
     step = -(-len(body) // pieces) or 1
@@ -148,8 +150,8 @@ def scope(path: str = "/v1/completions", **headers: str) -> dict[str, Any]:
 async def test_relay_leaves_the_response_as_it_is() -> None:
     replicas = Replicas([[[], [start(), EVENT], [EVENT, END]]])
     body = json.dumps({"prompt": "x" * 600}).encode()
-    got = await ask(replicas, body, pieces=3)
-    assert got == Received(200, {b"content-type": b"text/event-stream"}, EVENT["body"] * 2, True)
+    response = await request(replicas, body, pieces=3)
+    assert response == Received(200, {b"content-type": b"text/event-stream"}, EVENT["body"] * 2, True)
     blocks, plain, sent = replicas.calls[0].arguments
     assert blocks == prompt_blocks(body)
     assert len(blocks) == 2
@@ -161,26 +163,26 @@ async def test_relay_leaves_the_response_as_it_is() -> None:
 @pytest.mark.parametrize("dies", [[DIED], [[], DIED], [[], OUT_OF_MEMORY], [[], LATE]])
 async def test_request_is_retried_if_its_replica_dies_before_output(dies: list[Step]) -> None:
     replicas = Replicas([dies, dies, [[], [start(), EVENT, END]]])
-    got = await ask(replicas)
-    assert (got.status, got.body) == (200, EVENT["body"])
+    response = await request(replicas)
+    assert (response.status, response.body) == (200, EVENT["body"])
     assert len(replicas.calls) == 3
 
 
 async def test_request_is_tried_three_times() -> None:
     replicas = Replicas([[[], DIED]] * 4)
-    got = await ask(replicas)
-    assert got.status == 503
-    assert got.headers[b"retry-after"] == b"5"
+    response = await request(replicas)
+    assert response.status == 503
+    assert response.headers[b"retry-after"] == b"5"
     assert len(replicas.calls) == 3
 
 
 async def test_request_without_a_replica_gets_503(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_front, "_WAIT", 0.01)
     replicas = Replicas([[HANGS]])
-    got = await ask(replicas)
-    assert got.status == 503
-    assert got.error["type"] == "service_unavailable"
-    assert b"retry-after" in got.headers
+    response = await request(replicas)
+    assert response.status == 503
+    assert response.error["type"] == "service_unavailable"
+    assert b"retry-after" in response.headers
     assert replicas.calls[0].cancelled
 
 
@@ -190,10 +192,10 @@ async def test_stream_ends_with_an_error_event_if_its_replica_dies(
     sent: dict[str, Any], prefix: bytes, death: Exception
 ) -> None:
     replicas = Replicas([[[], [start(), sent], death]])
-    got = await ask(replicas)
-    assert got.status == 200
-    assert got.complete
-    rest = got.body.removeprefix(sent["body"] + prefix)
+    response = await request(replicas)
+    assert response.status == 200
+    assert response.complete
+    rest = response.body.removeprefix(sent["body"] + prefix)
     event, end, rest_of_stream = rest.split(b"\n\n")
     assert (end, rest_of_stream) == (b"data: [DONE]", b"")
     error = json.loads(event.removeprefix(b"data: "))["error"]
@@ -204,17 +206,17 @@ async def test_stream_ends_with_an_error_event_if_its_replica_dies(
 async def test_json_response_is_cut_off_if_its_replica_dies() -> None:
     replicas = Replicas([[[], [start("application/json"), EVENT], DIED]])
     with pytest.raises(ConnectionError):
-        await ask(replicas)
+        await request(replicas)
 
 
 async def test_failure_does_not_expose_internals() -> None:
     failed = ray_exceptions.RayTaskError("answer", "Traceback: secret", ValueError("secret"))
-    got = await ask(Replicas([[[], failed]]))
-    assert got.status == 500
-    assert b"secret" not in got.body
-    got = await ask(Replicas([[[], [start(), EVENT], failed]]))
-    assert b"secret" not in got.body
-    assert got.body.endswith(b"data: [DONE]\n\n")
+    response = await request(Replicas([[[], failed]]))
+    assert response.status == 500
+    assert b"secret" not in response.body
+    response = await request(Replicas([[[], [start(), EVENT], failed]]))
+    assert b"secret" not in response.body
+    assert response.body.endswith(b"data: [DONE]\n\n")
 
 
 async def test_disconnect_cancels_the_call() -> None:
@@ -272,7 +274,7 @@ async def test_request_without_a_key_is_rejected_before_its_body(key: str, metho
 async def test_prompt_nested_too_deep_is_sent_to_a_replica() -> None:
     body = b'{"prompt": ' + b"[" * 300 + b"]" * 300 + b"}"
     replicas = Replicas([[[], [start(), EVENT, END]]])
-    assert (await ask(replicas, body)).status == 200
+    assert (await request(replicas, body)).status == 200
     assert replicas.calls[0].arguments[0] == ()
 
 
@@ -288,8 +290,8 @@ async def test_metrics_of_all_replicas_are_merged() -> None:
     replicas = Replicas(
         all=[("r2", text_response(text.format(3, 0.5))), DIED, ("r1", text_response(text.format(4, 7)))]
     )
-    got = await ask(replicas, path="/metrics")
-    assert got.body.decode().splitlines() == [
+    response = await request(replicas, path="/metrics")
+    assert response.body.decode().splitlines() == [
         "# HELP x_total Things",
         "# TYPE x_total counter",
         'x_total{kind="a\\"b",replica="r1"} 4.0',
@@ -299,10 +301,10 @@ async def test_metrics_of_all_replicas_are_merged() -> None:
         'y{replica="r1"} 7.0',
         'y{replica="r2"} 0.5',
     ]
-    assert got.headers[b"content-length"] == str(len(got.body)).encode()
-    refused = await ask(Replicas(all=[("r1", text_response("no key", 401))]), path="/metrics")
+    assert response.headers[b"content-length"] == str(len(response.body)).encode()
+    refused = await request(Replicas(all=[("r1", text_response("no key", 401))]), path="/metrics")
     assert (refused.status, refused.body) == (401, b"no key")
-    assert (await ask(Replicas(all=[DIED]), path="/metrics")).status == 503
+    assert (await request(Replicas(all=[DIED]), path="/metrics")).status == 503
 
 
 async def test_metrics_count_errors_of_the_front() -> None:
@@ -335,7 +337,7 @@ async def test_metrics_count_errors_of_the_front() -> None:
 
 async def test_load_is_the_sum_of_all_replicas() -> None:
     replicas = Replicas(all=[("r1", text_response('{"server_load":2}')), ("r2", text_response('{"server_load":3}'))])
-    assert json.loads((await ask(replicas, path="/load")).body) == {"server_load": 5}
+    assert json.loads((await request(replicas, path="/load")).body) == {"server_load": 5}
 
 
 @pytest.mark.parametrize(("path", "root"), [("/api/load", "/api"), ("//load", ""), ("/api//load", "/api/")])

@@ -1,4 +1,4 @@
-"""Flags of replicas, and the resources and deployments that they ask of Ray."""
+"""Flags of replicas, and the resources and deployments that they request from Ray."""
 
 import subprocess
 import sys

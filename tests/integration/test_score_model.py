@@ -26,25 +26,25 @@ def engine_flags(server: ServerProcess) -> list[str]:
     """Return the server's flags, including its compilation cache."""
     words = server.process.args
     assert isinstance(words, list)
-    said = [str(word) for word in words]
-    return said[said.index("serve") + 1 : said.index("--port")]
+    arguments = [str(word) for word in words]
+    return arguments[arguments.index("serve") + 1 : arguments.index("--port")]
 
 
 def served(server: ServerProcess, prompt: Any) -> dict[str, Any]:
     body = {"prompt": prompt, "max_tokens": 0, "prompt_logprobs": 2, "prompt_logprobs_format": "columns"}
-    answer = httpx2.post(f"{server.url}/v1/completions", json=body | {"return_token_ids": True}, timeout=60)
-    assert answer.status_code == 200, answer.text
-    told = answer.json()
-    choice: dict[str, Any] = told["choices"][0]
-    return choice | {"fingerprint": told["system_fingerprint"]}
+    response = httpx2.post(f"{server.url}/v1/completions", json=body | {"return_token_ids": True}, timeout=60)
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    choice: dict[str, Any] = answer["choices"][0]
+    return choice | {"fingerprint": answer["system_fingerprint"]}
 
 
 def test_score_equals_the_server_bit_by_bit(server: ServerProcess, tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "What is the capital of France?"}, {"role": "assistant", "content": "Paris."}]
     file = write_lines(tmp_path / "rows.jsonl", [*({"text": text} for text in TEXTS), {"messages": chat}])
     words = [sys.executable, "-m", "serve", "score", str(file), "--top-logprobs", "2", *engine_flags(server)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
     rows = read_lines(tmp_path / "rows.logprobs.jsonl")
     assert len(rows) == len(TEXTS) + 1
     for text, row in zip([*TEXTS, rows[-1]["token_ids"]], rows, strict=True):
@@ -57,7 +57,7 @@ def test_score_equals_the_server_bit_by_bit(server: ServerProcess, tmp_path: Pat
         assert row["top_logprobs"] == [None, *columns["top_logprobs"]]
         assert sum(row["byte_lengths"]) == len(text.encode()) if isinstance(text, str) else True
     logprobs = np.concatenate([np.asarray(row["logprobs"][1:], np.float32) for row in rows]).astype(np.float64)
-    assert f"perplexity  {np.exp(-logprobs.mean()):.6g}\n" in done.stdout
-    assert f"tokens      {len(logprobs):,} scored of" in done.stdout
+    assert f"perplexity  {np.exp(-logprobs.mean()):.6g}\n" in run.stdout
+    assert f"tokens      {len(logprobs):,} scored of" in run.stdout
     meta = (tmp_path / "rows.logprobs.jsonl.meta.json").read_text("utf-8")
     assert f'"fingerprint": "{answer["fingerprint"]}"' in meta

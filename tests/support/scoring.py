@@ -134,12 +134,12 @@ def _in_a_fork(run: Callable[[], int]) -> int:
 def _survived(rows: Path, output: Path, first: int) -> int:
     """Kill a run and its continuation at each fsync from `first` on, finish it, and return the number of kills."""
     paths = journal.Paths(output)
-    whole = output.with_stem("whole")
+    uninterrupted = output.with_stem("uninterrupted")
 
     def run(to: Path = output) -> int:
         return command.main(parse_args([str(rows), "--output", str(to)]))
 
-    assert _in_a_fork(lambda: run(whole)) == 0
+    assert _in_a_fork(lambda: run(uninterrupted)) == 0
     for number in count(first):
         for path in (paths.output, paths.partial, paths.meta):
             path.unlink(missing_ok=True)
@@ -152,7 +152,7 @@ def _survived(rows: Path, output: Path, first: int) -> int:
                 file.write(b'{"line":9')  # a partially written row
         assert _in_a_fork(partial(_killed_at, 4, run)) in (0, signal.SIGKILL)
         assert _in_a_fork(run) == 0
-        assert output.read_bytes() == whole.read_bytes(), f"killed at fsync {number}"
+        assert output.read_bytes() == uninterrupted.read_bytes(), f"killed at fsync {number}"
     raise AssertionError("the run never completed")
 
 

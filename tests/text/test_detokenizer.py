@@ -133,5 +133,5 @@ def test_stop_strings_do_not_depend_on_token_boundaries(
 def test_push_returns_all_certain_text(stop: list[str], text: str) -> None:
     pieces, stopped_by = run([text.encode()], *stop)
     if stopped_by is None:
-        held = {text[begin:] for begin in range(len(text) + 1)} & {s[:size] for s in stop for size in range(len(s))}
-        assert len(pieces[1]) == max(map(len, held), default=0)
+        starts = {text[begin:] for begin in range(len(text) + 1)} & {s[:size] for s in stop for size in range(len(s))}
+        assert len(pieces[1]) == max(map(len, starts), default=0)

@@ -14,12 +14,12 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 def byte_level(pre: str | None, merges: list[str], extra: dict[str, int] | None = None, **keys: Any) -> dict[str, Any]:
     """Metadata of a vocabulary of the 256 bytes, what `merges` make, and `extra` tokens with their types."""
-    made = ["".join(merge.split()) for merge in merges]
+    words = ["".join(merge.split()) for merge in merges]
     extra = extra or {}
     metadata = {
         "model": "gpt2",
-        "tokens": [*BYTES, *made, *extra],
-        "token_type": [NORMAL] * (256 + len(made)) + list(extra.values()),
+        "tokens": [*BYTES, *words, *extra],
+        "token_type": [NORMAL] * (256 + len(words)) + list(extra.values()),
         "merges": merges,
         **({} if pre is None else {"pre": pre}),
         **keys,

@@ -90,10 +90,10 @@ def test_token_bytes_joined_are_the_text(smollm2: Tokenizer, text: str) -> None:
 def test_decoded_tokens_complete_characters_with_context(smollm2: Tokenizer) -> None:
     text = "na🙂 東京"
     ids = smollm2.encode(text, add_special_tokens=False)
-    shown = [decoded_tokens(smollm2, ids[:index], [token])[0] for index, token in enumerate(ids)]
-    assert "".join(shown) == text
-    assert "" in shown
-    assert not any("\ufffd" in one for one in shown)
+    texts = [decoded_tokens(smollm2, ids[:index], [token])[0] for index, token in enumerate(ids)]
+    assert "".join(texts) == text
+    assert "" in texts
+    assert not any("\ufffd" in one for one in texts)
 
 
 def test_decoded_tokens_decode_candidates_independently(smollm2: Tokenizer) -> None:
@@ -186,8 +186,8 @@ def test_token_bytes_of_sentencepiece_pieces(tmp_path: Path) -> None:
     backend.add_tokens([AddedToken("▁▁"), AddedToken("<｜end▁of▁text｜>", special=True)])
     save(tmp_path, backend, {})
     tokenizer = load_tokenizer(tmp_path)
-    found = [tokenizer.token_bytes(index) for index in range(tokenizer.vocab_size)]
-    assert found == [b"<unk>", b" a", b"\xc3", b"\xa9", b"  ", "<｜end▁of▁text｜>".encode()]
+    table = [tokenizer.token_bytes(index) for index in range(tokenizer.vocab_size)]
+    assert table == [b"<unk>", b" a", b"\xc3", b"\xa9", b"  ", "<｜end▁of▁text｜>".encode()]
     assert decoded_tokens(tokenizer, [1, 2], [3, 1]) == ["é", " a"]
     assert tokenizer.token_text(3) == r"\xa9"
 
@@ -224,8 +224,8 @@ def test_load_tokenizer_refuses_a_broken_generation_config(tmp_path: Path, conte
 
 def test_import_prints_nothing() -> None:
     command = [sys.executable, "-c", "import serve.text.gguf_tokenizer"]
-    done = subprocess.run(command, capture_output=True, check=True, cwd=Path(__file__).parents[2])
-    assert (done.stdout, done.stderr) == (b"", b"")
+    run = subprocess.run(command, capture_output=True, check=True, cwd=Path(__file__).parents[2])
+    assert (run.stdout, run.stderr) == (b"", b"")
 
 
 def chat(

@@ -132,7 +132,6 @@ class OutputDecoder:
 
     @property
     def found_stop(self) -> bool:
-        """True if a stop string has ended the text."""
         return self._detokenizer.stopped_by is not None
 
     def output(self, event: TokenEvent) -> Output:

@@ -12,17 +12,12 @@ MAX_ITEMS = 10_000  # messages of a chat, parts of a message
 
 
 class PromptError(ValueError):
-    """A prompt that cannot be used. The message is one sentence that names the field.
-
-    Attributes:
-        param: path of the field, such as "messages[0].role".
-        code: OpenAI's error code.
-    """
+    """A prompt that cannot be used. The message is one sentence that names the field."""
 
     def __init__(self, param: str, message: str, code: str = "invalid_value") -> None:
         super().__init__(message)
-        self.param = param
-        self.code = code
+        self.param = param  # path of the field, such as "messages[0].role"
+        self.code = code  # OpenAI's error code
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,10 +57,9 @@ def render_chat(
     Args:
         template: Jinja source; compiled templates are cached by `transformers`.
         messages: dicts with "role" and usually "content"; keys whose value is None are dropped.
-        special_tokens: variables of the template, such as {"bos_token": "<s>"}.
+        special_tokens: variables of the template, such as {"bos_token": "<s>"}; `template_kwargs` override them.
         add_generation_prompt: end the text with the header of a new assistant message.
         continue_final_message: end the text inside the last message, without its end marker.
-        template_kwargs: additional variables; they override special tokens.
 
     Raises:
         ChatTemplateError: the template refuses the messages or is broken, or the arguments contradict each other.

@@ -15,10 +15,6 @@ class Detokenizer:
 
     The text is the tokens' bytes decoded as UTF-8, with U+FFFD for invalid bytes. With SentencePiece, the space before
     the first word is kept, because the output continues a prompt.
-
-    Attributes:
-        include_stop: the text includes the stop string.
-        stopped_by: the stop string that ended the text; the longest one if several end at the same character.
     """
 
     def __init__(
@@ -26,12 +22,12 @@ class Detokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self.include_stop = include_stop
+        self.include_stop = include_stop  # the text includes the stop string
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._stop = stop
         self._node = 0  # of `stop`: what the text ends with
         self._pending = ""  # text that may be the start of a stop string
-        self.stopped_by: str | None = None
+        self.stopped_by: str | None = None  # stop string that ended the text; the longest if several end together
 
     @property
     def is_complete(self) -> bool:

@@ -45,12 +45,6 @@ class Tokenizer:
     """A fast tokenizer that knows the bytes of each token. Immutable; thread-safe.
 
     Ids without a token (models pad their vocabulary) have no bytes and no text.
-
-    Attributes:
-        eos_token_ids: ids that end an output.
-        special_tokens: names such as "bos_token" -> token text, for templates.
-        special_ids: ids of markup tokens, which `skip_special_tokens` hides.
-        chat_template: Jinja source, if the model has one.
     """
 
     def __init__(
@@ -71,12 +65,13 @@ class Tokenizer:
         self._large = threading.BoundedSemaphore(_MAX_LARGE)
         self._bytes = _token_bytes_table(backend)
         self._longest = max(1, *map(len, self._bytes))
-        self.eos_token_ids = frozenset(eos_token_ids)
-        self.special_tokens = dict(special_tokens)
+        self.eos_token_ids = frozenset(eos_token_ids)  # end an output
+        self.special_tokens = dict(special_tokens)  # names such as "bos_token" -> token text, for templates
+        # Markup tokens, which `skip_special_tokens` hides.
         self.special_ids = frozenset(
             index for index, token in backend.get_added_tokens_decoder().items() if token.special
         )
-        self.chat_template = chat_template
+        self.chat_template = chat_template  # Jinja source
 
     @property
     def vocab_size(self) -> int:

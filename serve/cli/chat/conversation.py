@@ -34,19 +34,13 @@ class Token(Alternative):
 
 
 class Reply:
-    """A reply, which grows while the engine generates it.
-
-    Attributes:
-        text: complete characters; U+FFFD for invalid UTF-8.
-        tokens: all tokens, including one that ended the reply.
-        finish_reason: None while it grows, and after it was stopped.
-    """
+    """A reply, which grows while the engine generates it."""
 
     def __init__(self, tokenizer: Tokenizer, now: Callable[[], float]) -> None:
         """Create an empty reply; `now` is a clock in seconds."""
-        self.text = ""
-        self.tokens: list[Token] = []
-        self.finish_reason: str | None = None
+        self.text = ""  # complete characters; U+FFFD for invalid UTF-8
+        self.tokens: list[Token] = []  # including one that ended the reply
+        self.finish_reason: str | None = None  # None while it grows, and after it was stopped
         self._tokenizer = tokenizer
         self._now = now
         self._times: list[float] = []

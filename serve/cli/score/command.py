@@ -238,52 +238,50 @@ class ScoreItem(ScoreRequest):
     error: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
 class _Scoring:
     """Reads, scores and writes the remaining lines of a file."""
 
-    def __init__(
-        self, config: ScoreConfig, source: Source, llm: LLM, context: Context, journal: Journal, meter: Meter
-    ) -> None:
-        self._config = config
-        self._source = source
-        self._llm = llm
-        self._context = context
-        self._journal = journal
-        self._meter = meter
-        encoder = TextEncoder(llm.chats, llm.loaded.limits.vocab_size, config.add_special_tokens)
-        self._reader = TextReader(encoder, config.text_field)
-        self._writer = RowWriter(llm.loaded.tokenizer, config)
+    config: ScoreConfig
+    source: Source
+    llm: LLM
+    context: Context
+    journal: Journal
+    meter: Meter
 
     async def run(self) -> None:
         """Score until the end or a broken line that is not skipped; raise ScoreError if it cannot continue."""
-        skip_to(self._source, self._journal.checkpoint)
-        items = self._llm.stream_scores(map(self._item, self._source.lines), self._config.top_logprobs)
+        skip_to(self.source, self.journal.checkpoint)
+        encoder = TextEncoder(self.llm.chats, self.llm.loaded.limits.vocab_size, self.config.add_special_tokens)
+        read = partial(self._item, TextReader(encoder, self.config.text_field))
+        writer = RowWriter(self.llm.loaded.tokenizer, self.config)
+        items = self.llm.stream_scores(map(read, self.source.lines), self.config.top_logprobs)
         try:
             async with aclosing(items):
                 async for item, result in items:
-                    self._write(item, result)
+                    self._write(writer, item, result)
         except EngineStoppedError:
             raise ScoreError("the engine has stopped") from None
 
-    def _item(self, line: Line) -> ScoreItem:
+    def _item(self, reader: TextReader, line: Line) -> ScoreItem:
         try:
-            text = self._reader.read(line, is_text=self._source.is_text)
+            text = reader.read(line, is_text=self.source.is_text)
             token_ids = text.encoded.token_ids
-            return ScoreItem(token_ids, self._context.windows(len(token_ids)), line, text)
+            return ScoreItem(token_ids, self.context.windows(len(token_ids)), line, text)
         except LineError as error:
             return ScoreItem([], (), line, error=str(error))
 
-    def _write(self, item: ScoreItem, result: TokenLogprobs | RequestError) -> None:
+    def _write(self, writer: RowWriter, item: ScoreItem, result: TokenLogprobs | RequestError) -> None:
         line = item.line
         if item.text is not None and isinstance(result, TokenLogprobs):
-            row, sums = self._writer.row(line.number, item.text, len(item.windows), result)
+            row, sums = writer.row(line.number, item.text, len(item.windows), result)
         else:
-            message = f"{self._config.file}:{line.number}: {item.error or result}"
-            if self._config.on_error != "skip":
+            message = f"{self.config.file}:{line.number}: {item.error or result}"
+            if self.config.on_error != "skip":
                 raise ScoreError(f"{message} (--on-error skip leaves such lines out; the rows so far are kept)")
-            self._meter.message(message, WARNING)
+            self.meter.message(message, WARNING)
             row, sums = b"", Sums(skipped=1)
-        self._journal.add(row, line, sums)
-        read, limit = line.position / max(1, self._source.total), self._config.limit
+        self.journal.add(row, line, sums)
+        read, limit = line.position / max(1, self.source.total), self.config.limit
         progress = read if limit is None else max(read, line.number / limit)
-        self._meter.update(min(1.0, progress), self._journal.checkpoint.sums)
+        self.meter.update(min(1.0, progress), self.journal.checkpoint.sums)

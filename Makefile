@@ -25,14 +25,14 @@ serve: $(READY)
 ray: $(READY) .venv/.ray
 	$(RUN) -m serve.ray.app $(MODEL) --host $(HOST) --port $(PORT) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
-# The fast ring, minutes; ARGS="tests/engine -x".
+# The fast ring, minutes, on two workers; ARGS="tests/engine -x -n 0" runs one folder without workers.
 test: .venv/.dev .venv/.ray kernels
-	$(PY) -m pytest -m "not slow and not clients" $(ARGS)
+	$(PY) -m pytest -m "not slow and not clients" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# The fast and the slow ring.
+# The fast, then the slow ring, whose background programs use the second core.
 SLOW := .venv/.dev .venv/.ray .venv/.guides .venv/.portability .venv/.programs kernels
-test-all: $(SLOW)
-	$(PY) -m pytest -m "not clients" $(ARGS)
+test-all: $(SLOW) test
+	$(PY) -m pytest -m "slow and not clients"
 
 # The third ring: real clients in environments of their own. Needs npm; downloads, takes minutes.
 clients: .venv/.dev kernels

@@ -150,7 +150,7 @@ def test_to_pandas_without_pandas_says_how_to_install_it(llm: LLM, monkeypatch: 
 async def test_stream_chat_yields_the_pieces_of_chat(runner: ScriptedRunner, llm: LLM) -> None:
     outputs = [output async for output in llm.stream_chat([USER], logprobs=1)]
     assert [output.text for output in outputs] == [*"Hello", ""]
-    assert (outputs[-1].finish_reason, outputs[0].all_scores(1).top_ids.shape) == ("stop", (1, 1))
+    assert (outputs[-1].finish_reason, outputs[0].all_logprobs(1).top_ids.shape) == ("stop", (1, 1))
     runner.script = b"x" * CONTEXT
     for limit, count in ((3, 3), (CONTEXT, CONTEXT - len("user:Hi;>"))):
         outputs = [output async for output in llm.stream_chat([USER], max_new_tokens=limit)]

@@ -120,8 +120,8 @@ def _logprobs(job: _Job, choice: Choice, output: Output) -> dict[str, Any] | Non
     if choice.columns is None:
         choice.columns = CompletionLogprobs(job.names, skip_special_tokens=job.body.skip_special_tokens is not False)
         if requested.echo_k is not None:
-            scores = prompt.logprobs(requested.echo_k, requested.start)
-            rows = choice.columns.echo(prompt.ids, scores, prompt.text, prompt.hidden)
+            logprobs = prompt.logprobs(requested.echo_k, requested.start)
+            rows = choice.columns.echo(prompt.ids, logprobs, prompt.text, prompt.hidden)
     if choice.alternatives is None:
         return None
     rows += choice.columns.output(output.token_ids, output_logprobs(output, choice.alternatives))

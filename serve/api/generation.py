@@ -35,13 +35,13 @@ class Prompt:
     hidden: Sequence[bool] = ()  # per id, whether it is absent from `text`
     echo: str = ""  # of a chat: text that precedes the output
     full_vocab_request: Request | None = None  # for log-probs over the full vocabulary, if they are requested
-    scores: TokenLogprobs | None = None  # [len(ids) - 1], of every token but the first
+    token_logprobs: TokenLogprobs | None = None  # [len(ids) - 1], of every token but the first
 
     def logprobs(self, k: int, start: int) -> TokenLogprobs:
         """Log-probs of the tokens from `start` on, with k alternatives each; checked as in `wire_logprobs`."""
-        if self.scores is None:
+        if self.token_logprobs is None:
             raise engine_error("The engine returned no log-probabilities of the prompt.")
-        return wire_logprobs(self.scores, len(self.ids) - 1, k, first=start - 1)
+        return wire_logprobs(self.token_logprobs, len(self.ids) - 1, k, first=start - 1)
 
 
 @dataclass(slots=True)
@@ -79,10 +79,10 @@ class Choice:
         async for event in self.handle:
             check_event(event)
             delta = decoder.output(event)
-            if delta.prompt_scores is not None:
-                self.prompt.scores = delta.prompt_scores
+            if delta.prompt_logprobs is not None:
+                self.prompt.token_logprobs = delta.prompt_logprobs
             if self.alternatives is None:
-                delta.scores = []
+                delta.logprobs = []
             self.num_tokens += len(delta.token_ids)
             if decoder.found_stop:
                 self.handle.abort(FinishReason.STOP)
@@ -93,7 +93,7 @@ class Choice:
 
 def output_logprobs(output: Output, alternatives: int) -> TokenLogprobs:
     """Log-probs of the tokens of an output, checked as in `wire_logprobs`."""
-    return wire_logprobs(output.all_scores(alternatives), len(output.token_ids), alternatives)
+    return wire_logprobs(output.all_logprobs(alternatives), len(output.token_ids), alternatives)
 
 
 async def merge(

@@ -38,7 +38,7 @@ def clamp(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return clamp_logprobs(values)
 
 
-def wire_logprobs(scores: TokenLogprobs, rows: int, k: int, *, first: int = 0) -> TokenLogprobs:
+def wire_logprobs(logprobs: TokenLogprobs, rows: int, k: int, *, first: int = 0) -> TokenLogprobs:
     """Log-probs as all answers contain them: checked, with k alternatives and without infinities.
 
     Args:
@@ -49,28 +49,29 @@ def wire_logprobs(scores: TokenLogprobs, rows: int, k: int, *, first: int = 0) -
         APIError: 500 for the wrong number of rows or alternatives, or for NaN. A list that is silently too short would
             be a wrong answer.
     """
-    tables = (scores.top_ids, scores.top_ranks, scores.top_logprobs)
-    if any(len(column) != rows for column in (scores.logprob, scores.rank, *tables)) or (
+    tables = (logprobs.top_ids, logprobs.top_ranks, logprobs.top_logprobs)
+    if any(len(column) != rows for column in (logprobs.logprob, logprobs.rank, *tables)) or (
         rows and any(table.shape[1] < k for table in tables)
     ):
         raise engine_error("The engine returned the wrong number of log-probabilities.")
-    part = scores[first:]
+    part = logprobs[first:]
     tops = clamp(part.top_logprobs[:, :k])
     return TokenLogprobs(clamp(part.logprob), part.rank, part.top_ids[:, :k], tops, top_ranks=part.top_ranks[:, :k])
 
 
-def chat_content(names: TokenNames, token_ids: Sequence[int], scores: TokenLogprobs) -> list[dict[str, Any]]:
+def chat_content(names: TokenNames, token_ids: Sequence[int], logprobs: TokenLogprobs) -> list[dict[str, Any]]:
     """`logprobs.content` of chat: one entry per token, with its alternatives.
 
-    `token_id` and `rank` extend OpenAI's schema, as different tokens can have equal texts. `scores` is the result of
+    `token_id` and `rank` extend OpenAI's schema, as different tokens can have equal texts. `logprobs` is the result of
     `wire_logprobs`.
     """
-    tops, k = scores.top_logprobs, scores.top_ids.shape[1]
+    tops, k = logprobs.top_logprobs, logprobs.top_ids.shape[1]
     return [
-        _chat_entry(names, token_id, scores.logprob[i], int(scores.rank[i]))
+        _chat_entry(names, token_id, logprobs.logprob[i], int(logprobs.rank[i]))
         | {
             "top_logprobs": [
-                _chat_entry(names, int(scores.top_ids[i, j]), tops[i, j], int(scores.top_ranks[i, j])) for j in range(k)
+                _chat_entry(names, int(logprobs.top_ids[i, j]), tops[i, j], int(logprobs.top_ranks[i, j]))
+                for j in range(k)
             ]
         }
         for i, token_id in enumerate(token_ids)
@@ -97,25 +98,25 @@ class CompletionLogprobs:
         self._offset = 0  # code points of the output's text before the next token
 
     def echo(
-        self, token_ids: Sequence[int], scores: TokenLogprobs, text: str, hidden: Sequence[bool]
+        self, token_ids: Sequence[int], logprobs: TokenLogprobs, text: str, hidden: Sequence[bool]
     ) -> list[LogprobRow]:
         """The rows of an echoed prompt.
 
         Args:
-            scores: result of `wire_logprobs` for the last tokens; those before them get null.
+            logprobs: result of `wire_logprobs` for the last tokens; those before them get null.
             text: the echoed text, which the output follows.
             hidden: per token, whether it is absent from the text.
         """
         self._offset = len(text)
         offsets = self._prompt_offsets(token_ids, text, hidden)
-        start = len(token_ids) - len(scores.logprob)
+        start = len(token_ids) - len(logprobs.logprob)
         unscored = zip(token_ids[:start], offsets, strict=False)
         rows: list[LogprobRow] = [(self._names(token), None, None, None, offset) for token, offset in unscored]
-        return rows + self._rows(token_ids[start:], scores, offsets[start:])
+        return rows + self._rows(token_ids[start:], logprobs, offsets[start:])
 
-    def output(self, token_ids: Sequence[int], scores: TokenLogprobs) -> list[LogprobRow]:
-        """The rows of generated tokens; `scores` is the result of `wire_logprobs`."""
-        return self._rows(token_ids, scores, [self._output_offset(token) for token in token_ids])
+    def output(self, token_ids: Sequence[int], logprobs: TokenLogprobs) -> list[LogprobRow]:
+        """The rows of generated tokens; `logprobs` is the result of `wire_logprobs`."""
+        return self._rows(token_ids, logprobs, [self._output_offset(token) for token in token_ids])
 
     def _prompt_offsets(self, token_ids: Sequence[int], text: str, hidden: Sequence[bool]) -> list[int]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -137,19 +138,19 @@ class CompletionLogprobs:
             self._offset += len(self._decoder.decode(tokenizer.token_bytes(token_id)))
         return offset
 
-    def _rows(self, token_ids: Sequence[int], scores: TokenLogprobs, offsets: Sequence[int]) -> list[LogprobRow]:
+    def _rows(self, token_ids: Sequence[int], logprobs: TokenLogprobs, offsets: Sequence[int]) -> list[LogprobRow]:
         rows: list[LogprobRow] = []
-        all_ids = scores.top_ids.tolist()
+        all_ids = logprobs.top_ids.tolist()
         for i, token_id in enumerate(token_ids):
             name = self._names(token_id)
-            top = {name: scores.logprob[i]}
+            top = {name: logprobs.logprob[i]}
             ids: list[int] = all_ids[i]
             for j, other_id in enumerate(ids):
                 # Tokens with equal texts share a key, which keeps the higher value; top_token_ids distinguishes them.
                 other = self._names(other_id)
-                logprob = scores.top_logprobs[i, j]
+                logprob = logprobs.top_logprobs[i, j]
                 top[other] = max(top.get(other, logprob), logprob)
-            rows.append((name, scores.logprob[i], top, ids, offsets[i]))
+            rows.append((name, logprobs.logprob[i], top, ids, offsets[i]))
         return rows
 
 

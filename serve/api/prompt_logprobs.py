@@ -43,27 +43,27 @@ class PromptLogprobsWriter:
         if k is None:
             return {"prompt_logprobs": None}
         if prompt.full_vocab_request is not None:
-            scores = prompt.logprobs(self._engine.limits.max_logprobs, start)
-            return {"prompt_logprobs": Placeholder(self._full_vocab(prompt.full_vocab_request, scores, k))}
-        scores = prompt.logprobs(k, start)
+            logprobs = prompt.logprobs(self._engine.limits.max_logprobs, start)
+            return {"prompt_logprobs": Placeholder(self._full_vocab(prompt.full_vocab_request, logprobs, k))}
+        logprobs = prompt.logprobs(k, start)
         if requested.columns:
             columns = {
                 "start": start,
                 "token_ids": ids[start:],  # [n], n = prompt - start
-                "logprobs": scores.logprob,  # [n]
-                "ranks": scores.rank,  # [n]
-                "top_token_ids": np.ascontiguousarray(scores.top_ids),  # [n, k]
-                "top_logprobs": np.ascontiguousarray(scores.top_logprobs),  # [n, k]
-                "top_ranks": np.ascontiguousarray(scores.top_ranks),  # [n, k]
+                "logprobs": logprobs.logprob,  # [n]
+                "ranks": logprobs.rank,  # [n]
+                "top_token_ids": np.ascontiguousarray(logprobs.top_ids),  # [n, k]
+                "top_logprobs": np.ascontiguousarray(logprobs.top_logprobs),  # [n, k]
+                "top_ranks": np.ascontiguousarray(logprobs.top_ranks),  # [n, k]
             }
             return {"prompt_logprobs": None, "prompt_logprobs_columns": columns}
-        return {"prompt_logprobs": orjson.Fragment(self._entries.entries(ids, scores, start))}
+        return {"prompt_logprobs": orjson.Fragment(self._entries.entries(ids, logprobs, start))}
 
-    async def _full_vocab(self, request: Request, scores: TokenLogprobs, k: int) -> AsyncGenerator[bytes]:
+    async def _full_vocab(self, request: Request, logprobs: TokenLogprobs, k: int) -> AsyncGenerator[bytes]:
         """`prompt_logprobs` over the full vocabulary, one row at a time, to bound the memory.
 
         The pages of `request` (PromptScoring.full_vocab) are pinned while its rows are read, and it needs no others, so
-        two answers never wait for each other's pages. `scores` starts at the same token and has the K best.
+        two answers never wait for each other's pages. `logprobs` starts at the same token and has the K best.
         """
         engine, writer, prompt, scoring = self._engine, self._rows, request.prompt_token_ids, request.params.prompt
         assert writer is not None
@@ -80,8 +80,8 @@ class PromptLogprobsWriter:
             for first in range(start - 1, len(prompt) - 1, _BLOCK_ROWS):
                 rows = await _rows(engine, request, first, min(_BLOCK_ROWS, len(prompt) - 1 - first))
                 for i, row in enumerate(rows, first):
-                    row_scores = scores[i + 1 - start : i + 2 - start]
-                    entry = await asyncio.to_thread(writer.row, row, prompt[i + 1], row_scores, k)
+                    row_logprobs = logprobs[i + 1 - start : i + 2 - start]
+                    entry = await asyncio.to_thread(writer.row, row, prompt[i + 1], row_logprobs, k)
                     yield piece + b"," + entry
                     piece = b""
             yield b"]"
@@ -94,24 +94,24 @@ class EntryWriter:
         self._tokenizer = tokenizer
         self._names: dict[int, str | None] = {}  # None: the text depends on the tokens before it
 
-    def entries(self, token_ids: Sequence[int], scores: TokenLogprobs, start: int) -> bytes:
+    def entries(self, token_ids: Sequence[int], logprobs: TokenLogprobs, start: int) -> bytes:
         """JSON of a list: for each token an object with its own entry, then those of its alternatives.
 
         Args:
             token_ids: the prompt.
-            scores: result of `wire_logprobs` for the tokens from `start` on.
+            logprobs: result of `wire_logprobs` for the tokens from `start` on.
             start: tokens before it are null; at least 1.
         """
-        width = scores.top_ids.shape[1] + 1
-        logprobs = _json_numbers(np.column_stack((scores.logprob, scores.top_logprobs)))
-        ranks = _json_numbers(np.column_stack((scores.rank, scores.top_ranks)))
-        top_ids = scores.top_ids.tolist()
+        width = logprobs.top_ids.shape[1] + 1
+        numbers = _json_numbers(np.column_stack((logprobs.logprob, logprobs.top_logprobs)))
+        ranks = _json_numbers(np.column_stack((logprobs.rank, logprobs.top_ranks)))
+        top_ids = logprobs.top_ids.tolist()
         parts = ["null"] * min(start, len(token_ids))
         for row, position in enumerate(range(start, len(token_ids))):
             ids = [token_ids[position], *top_ids[row]]
             names = self._names_of(ids, token_ids, position)
             columns = slice(row * width, (row + 1) * width)
-            parts.append(_entry(ids, logprobs[columns], ranks[columns], names))
+            parts.append(_entry(ids, numbers[columns], ranks[columns], names))
         return f"[{','.join(parts)}]".encode()
 
     def _names_of(self, ids: Sequence[int], prompt: Sequence[int], position: int) -> list[str]:
@@ -159,7 +159,7 @@ class RowWriter:
         self._ranks = np.array([f',"rank":{rank},"decoded_token":' for rank in range(1, vocab_size + 1)], object)
         self._tails = np.array([orjson.dumps(name).decode() + "}" for name in names], object)
 
-    def row(self, row: NDArray[np.float32], actual: int, scores: TokenLogprobs, k: int) -> bytes:
+    def row(self, row: NDArray[np.float32], actual: int, logprobs: TokenLogprobs, k: int) -> bytes:
         """The entry of one prompt token: the token itself, then the alternatives, best first.
 
         Ranks follow a stable sort of the row. The token and the K best keep the numbers that all other answers have:
@@ -168,7 +168,7 @@ class RowWriter:
         Args:
             row: [V] log-probs.
             actual: id of the prompt token.
-            scores: one row of the result of `wire_logprobs`, with the token and the K best.
+            logprobs: one row of the result of `wire_logprobs`, with the token and the K best.
             k: number of alternatives.
 
         Raises:
@@ -176,10 +176,10 @@ class RowWriter:
         """
         if row.shape != (self._vocab_size,):
             raise engine_error("The engine returned a row with the wrong length.")
-        index = int(scores.rank[0]) - 1
-        order = _order(row, scores.top_ids[0], actual, index)
+        index = int(logprobs.rank[0]) - 1
+        order = _order(row, logprobs.top_ids[0], actual, index)
         values = clamp(row)
-        values[scores.top_ids[0]], values[actual] = scores.top_logprobs[0], scores.logprob[0]
+        values[logprobs.top_ids[0]], values[actual] = logprobs.top_logprobs[0], logprobs.logprob[0]
         indices = np.concatenate(([index], np.delete(np.arange(k), index) if index < k else np.arange(k)))
         ids = order[indices]
         parts = [""] * (4 * len(ids))

@@ -14,7 +14,7 @@ from serve.config.values import suggestion
 from serve.engine.request import EngineLimits, PromptScoring, Request, SamplingParams, TokenEvent
 from serve.jobs.request_queue import RequestQueue
 from serve.jobs.results import Generation, Tokens, token_columns
-from serve.jobs.score import checked_scores
+from serve.jobs.score import checked_logprobs
 from serve.text.chat import PromptError
 from serve.text.detokenizer import Detokenizer, StopStrings
 from serve.text.tokenizer import Tokenizer
@@ -103,24 +103,24 @@ class Output:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    scores: list[TokenLogprobs] = field(default_factory=list)  # together one row per token id, or none
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # together one row per token id, or none
     cached_tokens: int = 0  # of the prompt
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # stop string or stop token id that ended the text, unless it is EOS
-    prompt_scores: TokenLogprobs | None = None
+    prompt_logprobs: TokenLogprobs | None = None
 
     def add(self, other: "Output") -> None:
         """Append the output of a later event."""
         self.text += other.text
         self.token_ids += other.token_ids
-        self.scores += other.scores
+        self.logprobs += other.logprobs
         self.cached_tokens = other.cached_tokens
         self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
-        self.prompt_scores = other.prompt_scores or self.prompt_scores
+        self.prompt_logprobs = other.prompt_logprobs or self.prompt_logprobs
 
-    def all_scores(self, alternatives: int) -> TokenLogprobs:
+    def all_logprobs(self, alternatives: int) -> TokenLogprobs:
         """Scores of all tokens; `alternatives` is the number of columns if there are no tokens."""
-        return TokenLogprobs.concatenate(self.scores or [empty_logprobs(0, alternatives)])
+        return TokenLogprobs.concatenate(self.logprobs or [empty_logprobs(0, alternatives)])
 
 
 class OutputDecoder:
@@ -153,11 +153,11 @@ class OutputDecoder:
         return Output(
             text=text,
             token_ids=event.token_ids[:count],
-            scores=[event.logprobs[:count]] if count else [],
+            logprobs=[event.logprobs[:count]] if count else [],
             cached_tokens=event.cached_tokens,
             finish_reason=reason,
             stop_reason=stop_reason,
-            prompt_scores=event.prompt_logprobs,
+            prompt_logprobs=event.prompt_logprobs,
         )
 
 
@@ -181,7 +181,7 @@ class Generator:
         self._params = replace(sampling_params(options), stop_token_ids=self._eos_token_ids)
 
     async def stream(self, request: OutputRequest) -> AsyncGenerator[Output]:
-        """Generate an output event by event; only choice 0 has the prompt's scores.
+        """Generate an output event by event; only choice 0 has the prompt's log-probs.
 
         Raises:
             RequestError: the engine failed on the request.
@@ -196,9 +196,9 @@ class Generator:
         async with aclosing(self._queue.events(Request(uuid.uuid4().hex, request.token_ids, params))) as events:
             async for event in events:
                 delta = decoder.output(event)
-                delta.scores = [checked_scores(part, options.logprobs) for part in delta.scores]
-                if delta.prompt_scores is not None:
-                    delta.prompt_scores = checked_scores(delta.prompt_scores, options.prompt_logprobs or 0)
+                delta.logprobs = [checked_logprobs(part, options.logprobs) for part in delta.logprobs]
+                if delta.prompt_logprobs is not None:
+                    delta.prompt_logprobs = checked_logprobs(delta.prompt_logprobs, options.prompt_logprobs or 0)
                 yield delta
                 if delta.finish_reason is not None:
                     return  # closing the events aborts a request that a stop string ended
@@ -218,11 +218,11 @@ class Generator:
         prompt_tokens: Tokens | None = None  # scored by the first output of the prompt
         async with aclosing(self._queue.run_in_order(requests, generate, lambda item: len(item.token_ids))) as results:
             async for request, output in results:
-                ids, scores = request.token_ids, output.prompt_scores
-                if scores is not None:
-                    prompt_tokens = Tokens(**token_columns(tokenizer, ids, scores, starts_sequence=True))
+                ids, logprobs = request.token_ids, output.prompt_logprobs
+                if logprobs is not None:
+                    prompt_tokens = Tokens(**token_columns(tokenizer, ids, logprobs, starts_sequence=True))
                 columns = token_columns(
-                    tokenizer, output.token_ids, output.all_scores(options.logprobs), starts_sequence=False
+                    tokenizer, output.token_ids, output.all_logprobs(options.logprobs), starts_sequence=False
                 )
                 yield Generation(
                     index=request.index,

@@ -89,19 +89,19 @@ class Batch[T: (Generation, Score)](UserList[T]):
 
 
 def token_columns(
-    tokenizer: Tokenizer, token_ids: list[int], scores: TokenLogprobs, *, starts_sequence: bool
+    tokenizer: Tokenizer, token_ids: list[int], logprobs: TokenLogprobs, *, starts_sequence: bool
 ) -> dict[str, Any]:
-    """Fields of a Tokens. If the tokens start a sequence, the first has no log-prob and no row of `scores`."""
+    """Fields of a Tokens. If the tokens start a sequence, the first has no log-prob and no row of `logprobs`."""
     if starts_sequence:
-        scores = TokenLogprobs.concatenate([empty_logprobs(1, scores.top_ids.shape[1]), scores])
+        logprobs = TokenLogprobs.concatenate([empty_logprobs(1, logprobs.top_ids.shape[1]), logprobs])
     return {
         "token_ids": token_ids,
         "tokens": [tokenizer.token_text(token_id) for token_id in token_ids],
-        "logprobs": scores.logprob,
-        "ranks": scores.rank,
-        "top_ids": scores.top_ids,
-        "top_logprobs": scores.top_logprobs,
-        "top_ranks": scores.top_ranks,
+        "logprobs": logprobs.logprob,
+        "ranks": logprobs.rank,
+        "top_ids": logprobs.top_ids,
+        "top_logprobs": logprobs.top_logprobs,
+        "top_ranks": logprobs.top_ranks,
     }
 
 

@@ -146,9 +146,9 @@ class ScoreRequest:
 def stream_scores[R: ScoreRequest](
     queue: RequestQueue, requests: Iterable[R], alternatives: int
 ) -> AsyncGenerator[tuple[R, TokenLogprobs | RequestError]]:
-    """Score texts at the same time; yield each with its scores, in order, or with the engine's error.
+    """Score texts at the same time; yield each with its log-probs, in order, or with the engine's error.
 
-    Row i of the scores is token i + 1, up to the end of the last window. Raises EngineStoppedError.
+    Row i of the log-probs is token i + 1, up to the end of the last window. Raises EngineStoppedError.
     """
 
     async def run(request: R) -> tuple[R, TokenLogprobs | RequestError]:
@@ -159,8 +159,8 @@ def stream_scores[R: ScoreRequest](
                 return request, result
             if isinstance(result, BaseException):
                 raise result
-        scores = [result for result in results if isinstance(result, TokenLogprobs)]
-        return request, TokenLogprobs.concatenate(scores or [empty_logprobs(0, alternatives)])
+        logprobs = [result for result in results if isinstance(result, TokenLogprobs)]
+        return request, TokenLogprobs.concatenate(logprobs or [empty_logprobs(0, alternatives)])
 
     return queue.run_in_order(requests, run, lambda request: len(request.token_ids))
 
@@ -188,15 +188,15 @@ async def _score_window(queue: RequestQueue, token_ids: list[int], window: Windo
         event = await anext(events)
     if event.finish_reason is not FinishReason.LENGTH:
         raise RequestError("the engine failed: it did not finish the request")
-    scores = event.prompt_logprobs
-    if scores is None or len(scores.logprob) != len(prompt) - 1:
+    logprobs = event.prompt_logprobs
+    if logprobs is None or len(logprobs.logprob) != len(prompt) - 1:
         raise RequestError("the engine failed: the number of log-probs does not match the number of tokens")
-    return checked_scores(scores[start - 1 :], alternatives)
+    return checked_logprobs(logprobs[start - 1 :], alternatives)
 
 
-def checked_scores(scores: TokenLogprobs, alternatives: int) -> TokenLogprobs:
-    """Copies of the scores with the first `alternatives` columns. Raise RequestError if a log-prob is NaN."""
-    copy = scores.map(lambda column: column[:, :alternatives].copy() if column.ndim > 1 else column.copy())
+def checked_logprobs(logprobs: TokenLogprobs, alternatives: int) -> TokenLogprobs:
+    """Copies of the log-probs with the first `alternatives` columns. Raise RequestError if a log-prob is NaN."""
+    copy = logprobs.map(lambda column: column[:, :alternatives].copy() if column.ndim > 1 else column.copy())
     if not ((copy.logprob < np.inf).all() and (copy.top_logprobs < np.inf).all()):
         raise RequestError("the engine failed: a log-prob is NaN")
     return copy

@@ -25,9 +25,9 @@ def pieces_of(*tokens: tuple[bytes, float]) -> list[Piece]:
     table = [data for data, _ in tokens]
     tokenizer = SimpleNamespace(token_bytes=table.__getitem__, is_special=lambda _: False, eos_token_ids=frozenset())
     reply = Reply(cast("Tokenizer", tokenizer), lambda: 0.0)
-    scores = empty_logprobs(len(tokens), 0)
-    scores.logprob[:] = [logprob for _, logprob in tokens]
-    return [*reply.add(Output(token_ids=[*range(len(tokens))], scores=[scores])), *reply.end()]
+    logprobs = empty_logprobs(len(tokens), 0)
+    logprobs.logprob[:] = [logprob for _, logprob in tokens]
+    return [*reply.add(Output(token_ids=[*range(len(tokens))], logprobs=[logprobs])), *reply.end()]
 
 
 def piece(text: str, logprob: float) -> Piece:

@@ -50,9 +50,9 @@ class Reply:
     def add(self, output: Output) -> list[Piece]:
         """Append tokens. Returns the new pieces of text; each ends where both a token and a character end."""
         pieces: list[Piece] = []
-        scores = output.all_scores(0)
+        logprobs = output.all_logprobs(0)
         for row, token_id in enumerate(output.token_ids):
-            token = _token(token_id, scores, row)
+            token = _token(token_id, logprobs, row)
             self.tokens.append(token)
             self._times.append(self._now())
             if token_id in self._tokenizer.eos_token_ids or self._tokenizer.is_special(token_id):
@@ -135,7 +135,7 @@ class Conversation:
         return {"messages": self.messages(), "replies": [turn.reply.as_json() for turn in self.turns]}
 
 
-def _token(token_id: int, scores: TokenLogprobs, row: int) -> Token:
-    ids, ranks, logprobs = (column[row].tolist() for column in (scores.top_ids, scores.top_ranks, scores.top_logprobs))
-    alternatives = tuple(Alternative(*values) for values in zip(ids, logprobs, ranks, strict=True))
-    return Token(token_id, float(scores.logprob[row]), int(scores.rank[row]), alternatives)
+def _token(token_id: int, logprobs: TokenLogprobs, row: int) -> Token:
+    top = (column[row].tolist() for column in (logprobs.top_ids, logprobs.top_logprobs, logprobs.top_ranks))
+    alternatives = tuple(Alternative(*values) for values in zip(*top, strict=True))
+    return Token(token_id, float(logprobs.logprob[row]), int(logprobs.rank[row]), alternatives)

@@ -83,19 +83,19 @@ class RowWriter:
     tokenizer: Tokenizer
     config: ScoreConfig
 
-    def row(self, line: int, text: Text, windows: int, scores: TokenLogprobs) -> tuple[bytes, Sums]:
-        """The row of a text, with line end, and its sums; row i of `scores` is token i + 1.
+    def row(self, line: int, text: Text, windows: int, logprobs: TokenLogprobs) -> tuple[bytes, Sums]:
+        """The row of a text, with line end, and its sums; row i of `logprobs` is token i + 1.
 
         `windows` is the number of windows in which the text was scored.
         """
         encoded = text.encoded
-        ids = encoded.token_ids[: len(scores.logprob) + 1]
+        ids = encoded.token_ids[: len(logprobs.logprob) + 1]
         lengths = [len(self.tokenizer.token_bytes(token_id)) for token_id in ids]
-        logprobs = clamp_logprobs(scores.logprob)
+        clamped = clamp_logprobs(logprobs.logprob)
         is_complete = len(ids) == len(encoded.token_ids)
-        sums = _sums(logprobs, scores.rank, encoded.completion_start if is_complete else None)
+        sums = _sums(clamped, logprobs.rank, encoded.completion_start if is_complete else None)
         in_text = np.array([not self.tokenizer.is_special(token_id) for token_id in ids[1:]], bool)
-        sums.bytes, sums.text_logprob = int(np.array(lengths[1:], int)[in_text].sum()), logprob_sum(logprobs[in_text])
+        sums.bytes, sums.text_logprob = int(np.array(lengths[1:], int)[in_text].sum()), logprob_sum(clamped[in_text])
         row: dict[str, Any] = {"line": line}
         if text.id is not None:  # the columns of other formats than JSON have one type
             is_plain = self.config.output_format == "jsonl" or isinstance(text.id, str)
@@ -105,12 +105,12 @@ class RowWriter:
                 "token_ids": ids,
                 "tokens": [self.tokenizer.token_text(token_id) for token_id in ids],
                 "byte_lengths": lengths,
-                "logprobs": _after_null(logprobs),
-                "ranks": _after_null(scores.rank),
+                "logprobs": _after_null(clamped),
+                "ranks": _after_null(logprobs.rank),
             }
             if self.config.top_logprobs:
-                row["top_token_ids"] = _after_null(scores.top_ids)
-                row["top_logprobs"] = _after_null(clamp_logprobs(scores.top_logprobs))
+                row["top_token_ids"] = _after_null(logprobs.top_ids)
+                row["top_logprobs"] = _after_null(clamp_logprobs(logprobs.top_logprobs))
         row |= {
             "num_tokens": len(ids),
             "num_scored": sums.scored,

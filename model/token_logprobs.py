@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 type Array = Any  # jax.Array on a device, numpy.ndarray on the host
 
 NO_ID = int(np.iinfo(np.int32).max)  # pads a row of requested ids
-_LOWEST = np.float32(-9999.0)  # written for probability 0, as OpenAI does: JSON has no infinity
+MIN_LOGPROB = -9999.0  # written for probability 0, as OpenAI does: JSON has no infinity
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,5 +62,5 @@ def empty_logprobs(rows: int, alternatives: int) -> TokenLogprobs:
 
 
 def clamp_logprobs(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Log-probs with -inf replaced by -9999."""
-    return np.maximum(values, _LOWEST)
+    """Log-probs with -inf replaced by MIN_LOGPROB."""
+    return np.maximum(values, np.float32(MIN_LOGPROB))

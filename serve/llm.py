@@ -1,8 +1,9 @@
 """LLM: a model in this process. Generate, chat and score without a server."""
 
+import asyncio
 import sys
 import weakref
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from numbers import Integral
@@ -42,8 +43,8 @@ from serve.text.chat import ChatFormat, PromptError, check_messages, encode_text
 type TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 
 _PROCESS_OPTIONS = ("log_format", "log_level", *QUEUE_LIMITS)  # of commands and servers
-_REQUESTS_PER_SEQ = 4  # requests in the engine for each that runs, so that it never waits for one
-_MAX_TOKENS = 2**17  # prompt tokens in flight
+_REQUESTS_PER_SEQ = 4  # requests in the engine for each that runs, so that it is never idle
+_MAX_PROMPT_TOKENS = 2**17  # in flight
 
 
 class LLM:
@@ -80,7 +81,7 @@ class LLM:
             ValueError: an option has a wrong value.
             StartupError: the model cannot be loaded.
         """
-        config = from_keywords(EngineConfig, {**options, "model": model}, without=_PROCESS_OPTIONS)
+        config = from_keywords(EngineConfig, {**options, "model": model}, exclude=_PROCESS_OPTIONS)
         shows_progress = sys.stderr.isatty() if progress is None else progress
         reporter = Reporter(console=Console(stderr=True, highlight=False) if shows_progress else None)
         self._start(config, reporter, shows_progress=shows_progress)
@@ -105,7 +106,8 @@ class LLM:
         self.chats = ChatFormat(self.loaded.tokenizer)
         self._shows_progress = shows_progress
         self._worker = LoopThread()
-        self._queue = self._request_queue()
+        self._queue = self._new_queue()
+        self._queues: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, RequestQueue] = weakref.WeakKeyDictionary()
         self._finalizer = weakref.finalize(self, _close, self.engine, self._worker)
 
     def generate(
@@ -154,6 +156,8 @@ class LLM:
             `n` generations for each conversation.
         """
         sampling = self.sampling_options(**options)
+        if isinstance(messages, Mapping):
+            raise PromptError("messages", "`messages` must be a list of messages.")
         single = bool(messages) and isinstance(messages[0], dict)
         conversations: Sequence[Any] = [messages] if single else messages
         requests = []
@@ -178,9 +182,11 @@ class LLM:
             chat_template_kwargs: variables of the chat template.
             options: as in `chat`; `n` has no effect.
         """
+        if max_new_tokens is not None and max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens: {max_new_tokens} is negative")
         sampling = self.sampling_options(**options)
         request = self._chat_request(messages, sampling, chat_template_kwargs, limit=max_new_tokens)
-        return Generator(self._request_queue(), self.loaded.tokenizer, sampling).stream(request)
+        return self._stream(request, sampling)
 
     def score(self, texts: Any, *, logprobs: int = 0, add_special_tokens: bool = True) -> Batch[Score]:
         """Log-probs and ranks of all tokens of texts. Raises as `generate`.
@@ -202,7 +208,7 @@ class LLM:
         self, requests: Iterable[R], logprobs: int
     ) -> AsyncGenerator[tuple[R, TokenLogprobs | RequestError]]:
         """Score texts on the caller's event loop, see `serve.jobs.score.stream_scores`."""
-        return stream_scores(self._request_queue(), requests, logprobs)
+        return stream_scores(self._new_queue(), requests, logprobs)
 
     def sampling_options(self, **options: Unpack[SamplingKeywords]) -> GenerationOptions:
         """Validated options, with the model's defaults. Raises as `generate`."""
@@ -218,11 +224,17 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _request_queue(self) -> RequestQueue:
+    async def _stream(self, request: OutputRequest, options: GenerationOptions) -> AsyncGenerator[Output]:
+        queue = self._queues.setdefault(asyncio.get_running_loop(), self._new_queue())
+        async with aclosing(Generator(queue, self.loaded.tokenizer, options).stream(request)) as outputs:
+            async for output in outputs:
+                yield output
+
+    def _new_queue(self) -> RequestQueue:
         """A queue for one event loop that keeps the engine busy."""
         config = self.loaded.config
         requests = min(config.max_num_queued_reqs, _REQUESTS_PER_SEQ * config.max_num_seqs)
-        return RequestQueue(self.engine, requests, _MAX_TOKENS)
+        return RequestQueue(self.engine, requests, _MAX_PROMPT_TOKENS)
 
     def _chat_request(
         self,
@@ -238,7 +250,7 @@ class LLM:
         ids = self.chats.encode(text, param=param)
         room = self._room(param, len(ids), sampling.max_tokens)
         if sampling.max_tokens is None:
-            room = min(room, limit or self.loaded.defaults.max_new_tokens or room)
+            room = min(room, self.loaded.defaults.max_new_tokens or room if limit is None else limit)
         return OutputRequest(0, ids, room)
 
     def _prompt_ids(self, prompt: Any, param: str) -> list[int]:
@@ -259,6 +271,9 @@ class LLM:
             raise PromptError(param, f"{prefix}{error}", error.code) from None
 
     def _scored_text(self, encoder: TextEncoder, text: Any, param: str) -> EncodedText:
+        for part in text if isinstance(text, tuple) else (text,):
+            if isinstance(part, str):
+                check_text_length(param, part, self.loaded.tokenizer, self.loaded.limits)
         if isinstance(text, tuple) and len(text) == 2:
             encoded = encoder.pair(*text, params=(f"{param}[0]", f"{param}[1]"))
         else:

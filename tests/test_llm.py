@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from serve.jobs.results import Tokens
 from serve.llm import LLM
 from serve.server.model_files import StartupError
 from serve.text.chat import PromptError
+from serve.text.tokenizer import Tokenizer
 from tests.support.engines import assert_idle
 from tests.support.http_client import END, ScriptedRunner
 from tests.support.scoring import CONTEXT, expected_numbers, fake_load, scripted_runner
@@ -152,9 +153,11 @@ async def test_stream_chat_yields_the_pieces_of_chat(runner: ScriptedRunner, llm
     assert [output.text for output in outputs] == [*"Hello", ""]
     assert (outputs[-1].finish_reason, outputs[0].all_logprobs(1).top_ids.shape) == ("stop", (1, 1))
     runner.script = b"x" * CONTEXT
-    for limit, count in ((3, 3), (CONTEXT, CONTEXT - len("user:Hi;>"))):
+    for limit, count in ((0, 0), (3, 3), (CONTEXT, CONTEXT - len("user:Hi;>"))):
         outputs = [output async for output in llm.stream_chat([USER], max_new_tokens=limit)]
         assert sum(len(output.token_ids) for output in outputs) == count
+    with pytest.raises(ValueError, match="max_new_tokens: -1 is negative"):
+        llm.stream_chat([USER], max_new_tokens=-1)
 
 
 @pytest.mark.parametrize(
@@ -164,9 +167,11 @@ async def test_stream_chat_yields_the_pieces_of_chat(runner: ScriptedRunner, llm
         ({"temperature": 3.0}, ValueError, "temperature: .* less than or equal to 2"),
         ({"top_p": "x"}, ValueError, "top_p: "),
         ({"n": 0}, ValueError, "n: "),
+        ({"stop": ""}, ValueError, "stop: "),
         ({"stop": [""]}, ValueError, "stop: "),
-        ({"logprobs": 4}, ValueError, "logprobs: 4 is above the maximum of 3"),
-        ({"prompt_logprobs": 4}, ValueError, "prompt_logprobs: 4 is above"),
+        ({"logprobs": -1}, ValueError, "logprobs: "),
+        ({"logprobs": 4}, ValueError, "logprobs: 4 is not from 0 to 3"),
+        ({"prompt_logprobs": 4}, ValueError, "prompt_logprobs: 4 is not from 0 to 3"),
         ({"max_tokens": CONTEXT}, PromptError, r"prompts\[0\]: .* maximum context length"),
     ],
 )
@@ -201,6 +206,40 @@ def test_chat_refuses_wrong_messages_by_their_path(llm: LLM) -> None:
     assert error.value.param == "messages[1][0].content"
     with pytest.raises(PromptError, match="It is refused"):
         llm.chat([{"role": "user", "content": "refuse"}])
+    with pytest.raises(PromptError, match="must be a list of messages"):
+        llm.chat(cast("Any", USER))
+
+
+def test_score_refuses_negative_alternatives(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="logprobs: -1 is not from 0 to 3"):
+        llm.score("ab", logprobs=-1)
+
+
+def test_score_refuses_a_long_text_before_it_is_tokenized(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tokenizer, "encode", None)
+    for text in ("a" * 10**6, ("a", "a" * 10**6)):
+        with pytest.raises(PromptError, match="1000000 characters cannot fit"):
+            llm.score([text])
+
+
+async def test_streams_of_one_loop_share_the_places_of_a_queue(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.llm._REQUESTS_PER_SEQ", 1)
+    most = 0
+    admit = llm.engine.admit
+
+    def count(*arguments: Any) -> Any:
+        nonlocal most
+        handle = admit(*arguments)
+        most = max(most, llm.engine.num_requests)
+        return handle
+
+    monkeypatch.setattr(llm.engine, "admit", count)
+
+    async def text() -> str:
+        return "".join([output.text async for output in llm.stream_chat([USER])])
+
+    assert await asyncio.gather(*(text() for _ in range(20))) == ["Hello"] * 20
+    assert most <= llm.loaded.config.max_num_seqs
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ class Handler[B: GenerationRequest](ABC):
     def _log(self, header: dict[str, Any], body: B, prompts: Sequence[list[int]]) -> None:
         decode, length = self._context.model.tokenizer.decode, self._context.config.max_log_len
         starts = [decode(ids, skip_special_tokens=False)[:length] for ids in prompts]
-        fields = body.model_dump(exclude_none=True, exclude={"prompt", "messages", "prompt_token_ids"})
+        fields = body.model_dump(exclude_none=True, exclude=set(_PROMPT_FIELDS))
         logger.warning("request %s: prompts %r, fields %r", header["id"], starts, fields)
 
     async def _deltas(self, job: Job[B]) -> AsyncGenerator[tuple[Choice, Output]]:

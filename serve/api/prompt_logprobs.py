@@ -212,7 +212,8 @@ async def _rows(engine: EngineClient, request: Request, start: int, count: int) 
     except EngineStoppedError:
         raise engine_error("The engine failed: it has no rows for this prompt.") from None
     except NotPinnedError:
-        raise engine_error("The rows were read too slowly: the prompt has been evicted from the cache.") from None
+        message = "The prompt is no longer in the cache: its rows were read too slowly, or a step failed."
+        raise engine_error(message) from None
     if len(rows) != count:
         raise engine_error("The engine returned the wrong number of rows.")
     return rows

@@ -4,9 +4,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from model.token_logprobs import MIN_LOGPROB
 from serve.config.config import LogprobsMode
 
-_Logprob = Annotated[float, Field(le=0, ge=-9999, description="natural logarithm; -9999 for probability 0")]
+_Logprob = Annotated[
+    float, Field(le=0, ge=MIN_LOGPROB, description=f"natural logarithm; {MIN_LOGPROB:.0f} for probability 0")
+]
 _Rank = Annotated[
     int, Field(ge=1, description="rank in the full vocabulary; 1 is the most likely token; ties go to the lower id")
 ]

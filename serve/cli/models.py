@@ -27,7 +27,7 @@ examples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelsConfig:
-    folder: tuple[Path, ...] = option("Models", "folder to search", Path, default=(), many=True, metavar="FOLDER")
+    folder: tuple[Path, ...] = option("Models", "folder to search", Path, default=(), repeatable=True, metavar="FOLDER")
     json: bool = switch("Models", "print a JSON list")
 
 

@@ -193,7 +193,7 @@ class ServeConfig(EngineConfig):
         "key that clients must send; repeatable; default: $LOGPROBD_API_KEY and $VLLM_API_KEY",
         api_key,
         default=(),
-        many=True,
+        repeatable=True,
         metavar="KEY",
     )
     api_key_file: Path | None = option(
@@ -221,7 +221,7 @@ class ServeConfig(EngineConfig):
     )
 
     served_model_name: tuple[str, ...] = option(
-        API, "model name in the API; repeatable", default=(), many=True, metavar="NAME"
+        API, "model name in the API; repeatable", default=(), repeatable=True, metavar="NAME"
     )
     logprobs_mode: LogprobsMode = option(
         API,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from model.layout import PAGE_SIZE
 from serve.config.config import ServeConfig
 from serve.config.options import CommandLine, argument_type
 from serve.config.values import OneOf, api_key
@@ -31,7 +32,7 @@ _ALWAYS_ON = (
 
 # vLLM's options of which one value is supported here.
 _ONE_VALUE = {
-    "--block-size": "64",
+    "--block-size": str(PAGE_SIZE),
     "--kv-cache-dtype": "auto",
     "--load-format": "auto",
     "--tokenizer-mode": "auto",

@@ -36,7 +36,7 @@ class Option:
     group: str  # heading in --help
     help: str
     parse: Callable[[str], Any] | None  # raises ValueError; None: a switch with a --no- form
-    many: bool  # repeatable flag; the field is a tuple
+    repeatable: bool  # repeatable flag; the field is a tuple
     metavar: str  # placeholder of the value in --help
 
 
@@ -46,7 +46,7 @@ def option(
     parse: Callable[[str], Any] = str,
     *,
     default: Any = None,
-    many: bool = False,
+    repeatable: bool = False,
     metavar: str = "",
 ) -> Any:
     """A dataclass field that is a flag, with `text` as its help; --max-len sets the field `max_len`.
@@ -56,12 +56,12 @@ def option(
         default: dataclasses.MISSING for a required option.
         metavar: by default what `parse` implies.
     """
-    return _field(Option(default, group, text, parse, many, metavar or _placeholder(parse)))
+    return _field(Option(default, group, text, parse, repeatable, metavar or _placeholder(parse)))
 
 
 def switch(group: str, text: str, *, default: bool = False) -> Any:
     """A dataclass field that is a flag without a value; --no-NAME turns it off."""
-    return _field(Option(default, group, text, None, many=False, metavar=""))
+    return _field(Option(default, group, text, None, repeatable=False, metavar=""))
 
 
 def with_default(kind: type, name: str, default: Any) -> Any:
@@ -88,7 +88,7 @@ class CommandLine[C]:
         description: str,
         epilog: str,
         positional: str,
-        without: Collection[str] = (),
+        exclude: Collection[str] = (),
         complete: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         """Build the parser.
@@ -96,15 +96,15 @@ class CommandLine[C]:
         Args:
             kind: the dataclass.
             positional: option that may also be given without its flag.
-            without: options that are not flags of this command and keep their defaults.
+            exclude: options that are not flags of this command and keep their defaults.
             complete: changes the values by field name before `kind` is made of them; raises ValueError.
         """
         self._kind = kind
         self._complete = complete
-        self._options = {name: option for name, option in _options(kind).items() if name not in without}
+        self._options = {name: option for name, option in _options(kind).items() if name not in exclude}
         self._positional, argument = positional, self._options[positional]
         self._required = [name for name, option in self._options.items() if option.default is MISSING]
-        word = positional.upper() + " ..." * argument.many
+        word = positional.upper() + " ..." * argument.repeatable
         self.parser = _Parser(
             prog=prog,
             usage=f"{prog} {word if positional in self._required else f'[{word}]'} [flags]",
@@ -120,7 +120,7 @@ class CommandLine[C]:
         )
         self.parser.add_argument(
             positional.upper(),
-            nargs="*" if argument.many else "?",
+            nargs="*" if argument.repeatable else "?",
             type=argument_type(argument.parse or str),
             default=None,
             help=argparse.SUPPRESS,
@@ -180,8 +180,8 @@ class CommandLine[C]:
             flag = _flag(name)
             if name in ("config", "help", "version"):
                 raise ValueError(f"argument {flag}: only allowed on the command line")
-            many = isinstance(value, list) and name in self._options and self._options[name].many
-            for item in value if many else [value]:
+            is_list = isinstance(value, list) and name in self._options and self._options[name].repeatable
+            for item in value if is_list else [value]:
                 if isinstance(item, bool):
                     words.append(flag if item else flag.replace("--", "--no-", 1))
                 elif item is not None:
@@ -189,30 +189,28 @@ class CommandLine[C]:
         return words
 
 
-def from_keywords[C](kind: type[C], values: Mapping[str, Any], without: Collection[str] = ()) -> C:
-    """A dataclass of options from Python values, which are checked as the flags are.
+def from_keywords[C](kind: type[C], values: Mapping[str, Any], exclude: Collection[str] = ()) -> C:
+    """A dataclass of options from Python values, which are checked as the flags are; None leaves the default.
 
     Args:
-        without: options that `values` may not set.
+        exclude: options that `values` may not set.
 
     Raises:
         TypeError: a name is not an option; the message suggests the nearest.
         ValueError: a value is not valid; the message names the option.
     """
-    options = {name: option for name, option in _options(kind).items() if name not in without}
+    options = {name: option for name, option in _options(kind).items() if name not in exclude}
     for name in values:
         if name not in options:
             raise TypeError(f"{name!r} is not an option{suggestion(name, options)}")
-    return kind(**{name: _checked(name, options[name], value) for name, value in values.items()})
+    given = {name: value for name, value in values.items() if value is not None}
+    return kind(**{name: _checked(name, options[name], value) for name, value in given.items()})
 
 
 def _checked(name: str, option: Option, value: Any) -> Any:
-    parse = option.parse
-    if value is None and option.default is None:
-        return None
     try:
-        if parse is not None:
-            return parse(json.dumps(value) if isinstance(value, dict | list) else str(value))
+        if option.parse is not None:
+            return option.parse(json.dumps(value) if isinstance(value, dict | list) else str(value))
         if isinstance(value, bool):
             return value
         raise ValueError(f"{value!r} is not True or False")
@@ -226,7 +224,7 @@ def _add(group: argparse._ArgumentGroup, flag: str, option: Option) -> None:
         switch = group.add_argument(flag, help=text, action=argparse.BooleanOptionalAction)
         switch.metavar = flag.replace("--", "--[no-]", 1) if option.default else flag
         return
-    action = "append" if option.many else "store"
+    action = "append" if option.repeatable else "store"
     group.add_argument(flag, help=text, type=argument_type(option.parse), metavar=option.metavar, action=action)
 
 

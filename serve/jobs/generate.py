@@ -24,6 +24,8 @@ _MIN_TEMPERATURE = 0.01
 _INT64 = 2**63
 DEFAULT_MAX_TOKENS = 16  # of completions, as in OpenAI's API; a chat has no such default
 
+type _StopString = Annotated[str, Field(min_length=1)]
+
 
 class GenerationOptions(SamplingFields):
     """Options of `LLM.generate` and `LLM.chat`. None leaves the model's default, or else OpenAI's."""
@@ -33,7 +35,7 @@ class GenerationOptions(SamplingFields):
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     n: Annotated[int, Field(ge=1)] = 1  # outputs per prompt
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None  # output i uses seed + i; -1 draws one
-    stop: str | list[Annotated[str, Field(min_length=1)]] | None = None
+    stop: _StopString | list[_StopString] | None = None
     ignore_eos: bool = False
     logprobs: Annotated[int, Field(ge=0)] = 0  # alternatives of each generated token
     prompt_logprobs: Annotated[int, Field(ge=0)] | None = None  # alternatives of each prompt token
@@ -238,8 +240,8 @@ class Generator:
 
 def check_alternatives(param: str, count: int | None, max_logprobs: int) -> None:
     """Raise ValueError if the model was not loaded for `count` alternatives per token."""
-    if count is not None and count > max_logprobs:
-        raise ValueError(f"{param}: {count} is above the maximum of {max_logprobs}, which max_logprobs sets")
+    if count is not None and not 0 <= count <= max_logprobs:
+        raise ValueError(f"{param}: {count} is not from 0 to {max_logprobs}, the limit that max_logprobs sets")
 
 
 def check_text_length(param: str, text: str, tokenizer: Tokenizer, limits: EngineLimits) -> None:

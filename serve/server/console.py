@@ -36,7 +36,7 @@ type OnCompiled = Callable[["Program"], None]
 
 _WIDTH = 100  # columns at most
 _PLAIN = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-_OWN = "serve"  # parent of our loggers, whose level is configurable; other libraries log warnings and errors
+_OWN = ("serve", "compiled", "model")  # parents of our loggers; other libraries log warnings and errors at any level
 # Attributes of every record, which are not fields. uvicorn repeats its message with colors.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 _RESERVED = ("time", "level", "timestamp")  # parameters and fields of json_line
@@ -148,7 +148,8 @@ def set_up_logs(level: str, *, stream: TextIO, as_json: bool = False, console: C
     if console is None:
         handler.setFormatter(JsonFormatter() if as_json else logging.Formatter(_PLAIN))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger(_OWN).setLevel(level.upper())
+    for name in _OWN:
+        logging.getLogger(name).setLevel(level.upper())
     logging.captureWarnings(True)
     if as_json:
         _log_uncaught_exceptions()
@@ -203,7 +204,7 @@ def _log_uncaught_exceptions() -> None:
 
     They are of the main thread, of other threads, and of finalizers and callbacks.
     """
-    logger = logging.getLogger(_OWN)
+    logger = logging.getLogger(_OWN[0])
 
     def uncaught(_: type[BaseException], error: BaseException, __: TracebackType | None) -> None:
         logger.critical("uncaught exception", exc_info=error)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.monitoring
+import jaxlib.version
 from jax.sharding import Mesh
 
 from compiled.program_cache import cache_options_restored, use_persistent_cache
@@ -20,6 +21,7 @@ from model.kernels.cpu.build import ensure_built
 from model.sharding import tensor_mesh
 from model.transformer import BoundModel
 from model.weights.loader import kernels_used, load_model
+from serve import __version__
 from serve.config.config import EngineConfig
 from serve.config.generation_config import GenerationDefaults
 from serve.engine.engine import Engine
@@ -168,16 +170,18 @@ def _compile(model: BoundModel, buckets: Buckets, pages: int, config: EngineConf
 
 
 def system_fingerprint(config: EngineConfig, buckets: Buckets, kernels: Sequence[str]) -> str:
-    """Identify everything that the log-probs depend on: versions, platform, weights, kernels, shapes and options.
+    """Identify what the log-probs depend on besides the weights: versions, platform, kernels, shapes, options.
 
     On one CPU, equal weights and fingerprints give equal bits. On different CPUs they do too, except where XLA
     multiplies matrices, since its order of summation depends on the CPU. On a GPU, XLA chooses among implementations
     by timing them when it compiles.
     """
-    options = (config.computed_logprobs, config.batched_tokens, config.enable_prefix_caching)
-    sharding = (config.tensor_parallel_size,) if config.tensor_parallel_size > 1 else ()
-    shapes = (buckets, *options, *sharding)
-    digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
+    options = (
+        *(config.computed_logprobs, config.batched_tokens),
+        *(config.enable_prefix_caching, config.tensor_parallel_size),
+    )
+    versions = (__version__, jaxlib.version.__version__)
+    digest = hashlib.sha256(repr((versions, buckets, options)).encode()).hexdigest()[:8]
     platform = jax.default_backend()
     chip = "" if platform == "cpu" else "-" + re.sub(r"\W+", "-", jax.devices()[0].device_kind)
     return f"fp_jax{jax.__version__}_{platform}{chip}_{config.weights_as}_{'-'.join(kernels) or 'xla'}_{digest}"

@@ -57,9 +57,9 @@ class ChatFormat:
         if request_template is not None:
             assert self.sandbox is not None
             template, render = request_template, self.sandbox.render
+        if template is None:
+            raise PromptError(param, "This model has no chat template. Set --chat-template, or send a prompt instead.")
         try:
-            if template is None:
-                raise ChatTemplateError("this model has no chat template: pass one, or use the completions endpoint")
             return render(
                 template,
                 messages,

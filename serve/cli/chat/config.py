@@ -52,6 +52,6 @@ def parse_args(arguments: Sequence[str]) -> ChatConfig:
         description="A chat in the terminal; each token's color shows how surprising it was to the model.",
         epilog=_EPILOG,
         positional="model",
-        without=QUEUE_LIMITS,
+        exclude=QUEUE_LIMITS,
     )
     return line.read(arguments)

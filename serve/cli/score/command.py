@@ -68,7 +68,7 @@ def main(config: ScoreConfig) -> int:
     reporter = start_reporting(config)
     paths = Paths(config.output_path)
     try:
-        entries, speed = _score(config, paths, reporter)
+        entries = _score(config, paths, reporter)
     except (*STARTUP_ERRORS, ScoreError) as error:
         return reporter.fail(error)
     except OSError as error:
@@ -83,27 +83,25 @@ def main(config: ScoreConfig) -> int:
         code, line = stopped.args
         reporter.report(failed(f"after line {line:,}: {_STOPPED}"))
         return int(code)
-    if speed:
-        entries.append(("speed", speed))
     for name, value in (*entries, ("output", str(paths.output))):
         print(f"{name:<11} {value}")
     return 0
 
 
-def _score(config: ScoreConfig, paths: Paths, reporter: Reporter) -> tuple[list[tuple[str, str]], str]:
-    """Score the remaining lines. Returns the totals and the speed as text, empty if nothing was scored."""
+def _score(config: ScoreConfig, paths: Paths, reporter: Reporter) -> list[tuple[str, str]]:
+    """Score the remaining lines. Returns the lines of the summary: name and value."""
     if not paths.output.parent.is_dir():
         raise ScoreError(f"--output {paths.output}: there is no folder {paths.output.parent}")
     columns = TextReader.fields(config.text_field)
     with open_source(config.file, columns, config.limit) as source, open_rows(paths) as rows:
         checkpoint = _previous(config, paths, reporter)
-        speed = "nothing to do: the output was complete"
         if checkpoint.complete:
             check_unchanged(source, checkpoint)
+            last = ("note", "nothing to do: the output was complete")
         else:
-            speed = _resume(config, paths, source, rows, checkpoint, reporter)
+            last = ("speed", _resume(config, paths, source, rows, checkpoint, reporter))
         finish(paths, rows, checkpoint, _converter(config, checkpoint))
-    return checkpoint.sums.summary(), speed
+    return [*checkpoint.sums.summary(), *([last] if last[1] else [])]
 
 
 def _previous(config: ScoreConfig, paths: Paths, reporter: Reporter) -> Checkpoint:
@@ -119,7 +117,10 @@ def _previous(config: ScoreConfig, paths: Paths, reporter: Reporter) -> Checkpoi
 def _resume(
     config: ScoreConfig, paths: Paths, source: Source, rows: BinaryIO, checkpoint: Checkpoint, reporter: Reporter
 ) -> str:
-    """Score from a checkpoint on and return the speed. Changes no file until the model is loaded."""
+    """Score from a checkpoint on and return the speed, empty if nothing was scored.
+
+    Changes no file until the model is loaded.
+    """
     with LLM.open(config.engine, reporter) as llm:
         limits = llm.loaded.limits
         context = make_context(min(limits.max_model_len, limits.cache_tokens), config.long, config.stride)

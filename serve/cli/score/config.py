@@ -142,6 +142,6 @@ def parse_args(arguments: Sequence[str]) -> ScoreConfig:
         description="Log-prob and rank of every token of a file, as JSONL, CSV or Parquet, and its perplexity.",
         epilog=_EPILOG,
         positional="file",
-        without=(*SAMPLING_DEFAULTS, *QUEUE_LIMITS),
+        exclude=(*SAMPLING_DEFAULTS, *QUEUE_LIMITS),
     )
     return line.read(arguments)

@@ -25,7 +25,7 @@ class TokenWeights(NamedTuple):
     mass: Array  # [R] float32, total weight of the tokens that min_p and top_k keep; top_p is a fraction of it
 
 
-def best_of(logits: Array, axis: VocabAxis = UNSHARDED) -> tuple[Array, Array]:
+def max_and_argmax(logits: Array, axis: VocabAxis = UNSHARDED) -> tuple[Array, Array]:
     """The best logit [R] and its id [R] int32."""
     value, token = blocked_top_k(logits, 1, axis)
     return value[:, 0], token[:, 0]
@@ -69,7 +69,7 @@ def processed_logits(
 
 def _remaining(logits: Array, sampling: SamplingArrays, axis: VocabAxis) -> Array:
     """Whether the filters keep each token [R, V] bool of adjusted logits."""
-    best, _ = best_of(logits, axis)
+    best, _ = max_and_argmax(logits, axis)
     weights, floor, mass = token_weights(logits, best, sampling, axis)
     V = axis.shards * logits.shape[1]
     k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, V), V)

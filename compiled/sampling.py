@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from compiled.filters import best_of, token_weights
+from compiled.filters import max_and_argmax, token_weights
 from compiled.logprobs import BLOCK, blocks_of
 from compiled.penalties import adjust_logits, changes_logits
 from compiled.state import SamplingArrays, SlotState
@@ -29,26 +29,34 @@ def choose_tokens(
 ) -> Array:
     """Choose one id [R] int32 per row.
 
-    A row whose mask forbids every token gets token 0; such requests are rejected earlier. Arguments are those of
-    `filters.processed_logits`; if V is sharded, every shard makes the same choice.
+    A row whose mask forbids every token gets token 0; such requests are rejected earlier. If V is sharded,
+    every shard makes the same choice.
+
+    Args:
+        logits: [R, V] float32.
+        rows: [R] int32, the slot of each row.
     """
     with jax.named_scope("sample"):
-        samples = jnp.any(sampling.temperature > 0)
+        any_sampled = jnp.any(sampling.temperature > 0)
 
         def choose() -> Array:
             allowed = adjust_logits(logits, sampling, slots, rows, axis)
-            best, best_ids = best_of(allowed, axis)
+            best, best_ids = max_and_argmax(allowed, axis)
             token: Array = jax.lax.cond(
-                samples, lambda: _draw(allowed, best, best_ids, sampling, axis), lambda: best_ids
+                any_sampled, lambda: _draw(allowed, best, best_ids, sampling, axis), lambda: best_ids
             )
             return token
 
         # In the most common step, every row greedy and none penalized, no array as large as the logits is written.
-        tokens: Array = jax.lax.cond(samples | changes_logits(sampling), choose, lambda: best_of(logits, axis)[1])
+        tokens: Array = jax.lax.cond(
+            any_sampled | changes_logits(sampling), choose, lambda: max_and_argmax(logits, axis)[1]
+        )
         return tokens
 
 
 class _Round(NamedTuple):
+    """State of rejection sampling between rounds."""
+
     number: Array  # [] int32
     is_final: Array  # [R] bool, token is the row's choice
     token: Array  # [R] int32

@@ -66,7 +66,7 @@ class Engine:
         return self._thread.is_alive() and not self.failed
 
     @property
-    def hangs(self) -> bool:
+    def is_hung(self) -> bool:
         """True if the engine has failed and its thread still runs; only the end of the process ends it."""
         return self.failed and self._thread.is_alive()
 
@@ -80,7 +80,7 @@ class Engine:
         return self._core.gauges
 
     @property
-    def silent_for(self) -> float:
+    def seconds_in_step(self) -> float:
         """Seconds since the thread began its current iteration; 0 while it is idle."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
@@ -89,18 +89,18 @@ class Engine:
         self._thread.start()
 
     def stop(self, seconds: float | None = None) -> None:
-        """End the thread after its current step and abort unfinished requests; give_up() after `seconds`, if set."""
+        """End the thread after its current step and abort unfinished requests; abandon() after `seconds`, if set."""
         if self._thread.is_alive() and not self.failed:
             self._inbox.put(self._stop)
             self._thread.join(seconds)
             if self._thread.is_alive():
-                self.give_up()
+                self.abandon()
 
-    def give_up(self) -> None:
+    def abandon(self) -> None:
         """Finish all requests with an error and admit no more, while the thread hangs in a step."""
         frame = sys._current_frames().get(self._thread.ident or 0)
         stack = "".join(traceback.format_stack(frame)) if frame else "it has ended\n"
-        logger.critical("giving up the engine: a step has run for %.0f s. Its thread:\n%s", self.silent_for, stack)
+        logger.critical("giving up the engine: a step has run for %.0f s. Its thread:\n%s", self.seconds_in_step, stack)
         self._observer.on_fault(EngineFault.STALLED)
         self.failed = self._stopping = True
         self._streams.close(failed=True)

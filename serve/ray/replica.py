@@ -27,7 +27,7 @@ class Replica:
         engine = self._served.engine
         if not engine.ready:
             raise RuntimeError("the engine has stopped")
-        if self._watchdog_timeout and engine.silent_for > self._watchdog_timeout:
+        if self._watchdog_timeout and engine.seconds_in_step > self._watchdog_timeout:
             raise RuntimeError("a step of the engine hangs")
 
     def __del__(self) -> None:

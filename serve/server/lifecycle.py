@@ -92,8 +92,8 @@ class HttpServer(uvicorn.Server):
 
     def _check_engine(self) -> None:
         limit = self._options.watchdog_timeout
-        if limit and self.engine.silent_for > limit and not self.engine.failed:
-            self.engine.give_up()
+        if limit and self.engine.seconds_in_step > limit and not self.engine.failed:
+            self.engine.abandon()
         if not self.engine.ready and not self.exit_code:
             logger.critical("the engine is lost: exiting, so that the server can be restarted")
             self.exit_code = 1
@@ -139,7 +139,7 @@ def run(server: HttpServer, listener: socket.socket) -> None:
         asyncio.get_running_loop().set_default_executor(pool)
         await server.serve(sockets=[listener])
         pool.shutdown(wait=False, cancel_futures=True)
-        if server.engine.hangs or not _join_workers():
+        if server.engine.is_hung or not _join_workers():
             logging.shutdown()
             sys.stdout.flush()
             sys.stderr.flush()

@@ -100,8 +100,8 @@ async def test_give_up_finishes_all_streams() -> None:
         await gate.reached()
         rows = asyncio.create_task(engine.full_vocab_logprobs("pinned", 0, 1))
         await asyncio.sleep(0)
-        assert engine.silent_for > 0
-        engine.give_up()
+        assert engine.seconds_in_step > 0
+        engine.abandon()
         assert (await unfinished)[-1].finish_reason is FinishReason.ERROR
         with pytest.raises(EngineStoppedError):
             await rows
@@ -109,6 +109,6 @@ async def test_give_up_finishes_all_streams() -> None:
             engine.admit(Request("b", prompt_of(5), greedy(1)))
         with pytest.raises(EngineStoppedError):
             await engine.full_vocab_logprobs("pinned", 0, 1)
-        assert (engine.ready, engine.hangs) == (False, True)
+        assert (engine.ready, engine.is_hung) == (False, True)
         engine.stop()  # does not wait for the thread
         gate.open()

@@ -114,7 +114,7 @@ LOGPROBD_INLINE Floats LoadPanel(const float* logits, int64_t start, int64_t cou
 
 // Lanes that may be among the top k: at least `threshold`, and above this claim's k-th candidate.
 LOGPROBD_INLINE uint32_t CandidateLanes(Floats x, uint32_t valid, Floats threshold, const TopK& top) {
-  const uint32_t lanes = valid & Bits(NotLess(x, threshold));
+  const uint32_t lanes = valid & Bits(GreaterOrEqual(x, threshold));
   return top.full() ? lanes & Bits(Greater(x, Fill(top.kth()))) : lanes;
 }
 

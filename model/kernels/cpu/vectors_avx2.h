@@ -65,7 +65,7 @@ LOGPROBD_INLINE Mask Compare(Floats a, Floats b) {
 }
 LOGPROBD_INLINE Mask Less(Floats a, Floats b) { return Compare<_CMP_LT_OQ>(a, b); }
 LOGPROBD_INLINE Mask Greater(Floats a, Floats b) { return Compare<_CMP_GT_OQ>(a, b); }
-LOGPROBD_INLINE Mask NotLess(Floats a, Floats b) { return Compare<_CMP_GE_OQ>(a, b); }
+LOGPROBD_INLINE Mask GreaterOrEqual(Floats a, Floats b) { return Compare<_CMP_GE_OQ>(a, b); }
 LOGPROBD_INLINE Mask Equal(Floats a, Floats b) { return Compare<_CMP_EQ_OQ>(a, b); }
 LOGPROBD_INLINE uint32_t Bits(Mask mask) {
   return static_cast<uint32_t>(_mm256_movemask_ps(mask.low)) | static_cast<uint32_t>(_mm256_movemask_ps(mask.high))

@@ -43,7 +43,7 @@ LOGPROBD_INLINE Mask FirstLanes(int64_t count) {
 }
 LOGPROBD_INLINE Mask Less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 LOGPROBD_INLINE Mask Greater(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
-LOGPROBD_INLINE Mask NotLess(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+LOGPROBD_INLINE Mask GreaterOrEqual(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 LOGPROBD_INLINE Mask Equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 LOGPROBD_INLINE uint32_t Bits(Mask mask) { return mask; }
 LOGPROBD_INLINE Floats Choose(Mask mask, Floats yes, Floats no) { return _mm512_mask_mov_ps(no, mask, yes); }

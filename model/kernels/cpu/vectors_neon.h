@@ -95,7 +95,7 @@ LOGPROBD_INLINE Mask Less(Floats a, Floats b) {
   return MapMask([&](int i) { return vcltq_f32(a.part[i], b.part[i]); });
 }
 LOGPROBD_INLINE Mask Greater(Floats a, Floats b) { return Less(b, a); }
-LOGPROBD_INLINE Mask NotLess(Floats a, Floats b) {
+LOGPROBD_INLINE Mask GreaterOrEqual(Floats a, Floats b) {
   return MapMask([&](int i) { return vcgeq_f32(a.part[i], b.part[i]); });
 }
 LOGPROBD_INLINE Mask Equal(Floats a, Floats b) {

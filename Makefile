@@ -14,7 +14,7 @@ INSTALL := $(PY) $(PIP)
 RUN := $(if $(DEVICE),JAX_PLATFORMS=$(DEVICE)) $(PY)
 READY := .venv/.serve $(addprefix .venv/.,$(filter-out cpu,$(DEVICE)))
 
-.PHONY: serve ray test test-all check cov docs bench bench-gpu soak portability sanitize fuzz audit clients notebook \
+.PHONY: serve ray test test-all test-slow check cov docs bench bench-gpu soak portability sanitize fuzz audit clients notebook \
 	kernels lock clean screenshots
 .DELETE_ON_ERROR:
 
@@ -25,14 +25,17 @@ serve: $(READY)
 ray: $(READY) .venv/.ray
 	$(RUN) -m serve.ray.app $(MODEL) --host $(HOST) --port $(PORT) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
-# The fast ring, minutes, on two workers; ARGS="tests/engine -x -n 0" runs one folder without workers.
+# The fast ring, minutes; ARGS="tests/engine -x -n 0" runs one folder without workers.
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: .venv/.dev .venv/.ray kernels
-	$(PY) -m pytest -m "not slow and not clients" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -m "not slow and not clients" $(ARGS)
 
-# The fast, then the slow ring, whose background programs use the second core.
+# The fast and the slow ring; test-slow is the slow ring alone.
 SLOW := .venv/.dev .venv/.ray .venv/.guides .venv/.portability .venv/.programs kernels
-test-all: $(SLOW) test
-	$(PY) -m pytest -m "slow and not clients"
+test-all: $(SLOW)
+	$(PYTEST) -m "not clients" $(ARGS)
+test-slow: $(SLOW)
+	$(PYTEST) -m "slow and not clients" $(ARGS)
 
 # The third ring: real clients in environments of their own. Needs npm; downloads, takes minutes.
 clients: .venv/.dev kernels

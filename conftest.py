@@ -1,25 +1,25 @@
-"""Fixtures for all tests: the default model, a real server, and programs that run in the background."""
+"""Fixtures for all tests: the default model, a real server, and the outputs of programs that take long."""
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from compiled.runner import ModelRunner
 from model.weights.source import default_model_path
-from tests.support.background import Background
 from tests.support.runners import make_runner
-from tests.support.server_process import ServerProcess
+from tests.support.server_process import ROOT, ServerProcess
 
-# Fixture -> the module whose output it returns, in the order in which they run.
+# Fixture -> the module whose output it returns. Only slow tests of one file use it.
 _PROGRAMS = {
     "sharded_logprobs": "tests.support.sharded_logprobs",
     "target_facts": "tools.portability.target_facts",
     "executed_notebook": "tools.hlo.executed_notebook",
     "kernel_lines": "tests.support.kernel_lines",
 }
-_BACKGROUND = pytest.StashKey[Background]()
 
 
 def pytest_configure() -> None:
@@ -28,39 +28,23 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _programs_of(item: pytest.Item) -> set[str]:
-    """Background programs that a test waits for; none if it is skipped."""
-    if not isinstance(item, pytest.Function) or any(mark.args[0] for mark in item.iter_markers("skipif")):
-        return set()
-    return _PROGRAMS.keys() & {*item.fixturenames}
-
-
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that wait for a background program as slow and run them last."""
-    items.sort(key=lambda item: bool(_programs_of(item)))
-    for item in items:
-        if _programs_of(item):
-            item.add_marker(pytest.mark.slow)
+    """Mark tests that need a program's output as slow and run them first, so that no worker ends with one of them."""
+    slow = [item for item in items if isinstance(item, pytest.Function) and _PROGRAMS.keys() & {*item.fixturenames}]
+    for item in slow:
+        item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item not in slow)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
-    """Run the background programs while the other tests run."""
-    items: Sequence[pytest.Item] = () if session.config.option.collectonly else session.items
-    needed = set().union(*map(_programs_of, items))
-    background = Background(module for name, module in _PROGRAMS.items() if name in needed)
-    session.config.stash[_BACKGROUND] = background
-    try:
-        return (yield)
-    finally:
-        background.close()
-
-
-def _output_of(program: str) -> Callable[[pytest.Config], str]:
+def _output_of(program: str) -> Callable[[], str]:
     @pytest.fixture(scope="session", name=program)
-    def output(pytestconfig: pytest.Config) -> str:
-        return pytestconfig.stash[_BACKGROUND].output(_PROGRAMS[program])
+    def output() -> str:
+        process = subprocess.run(
+            [sys.executable, "-m", _PROGRAMS[program]], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert process.returncode == 0, process.stderr
+        return process.stdout
 
     return output
 

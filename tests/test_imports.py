@@ -22,6 +22,7 @@ FORBIDDEN = (
     ("compiled", "serve"),
     ("compiled", "tools"),
     ("serve", "tools"),
+    *((package, "tests") for package in ("model", "compiled", "serve")),
     # The engine knows arrays and tokens, neither HTTP nor text nor flags.
     *(
         ("serve.engine", name)

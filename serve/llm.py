@@ -268,7 +268,7 @@ class LLM:
             return generation_room(param, prompt_tokens, max_tokens, self.loaded.limits)
         except PromptError as error:
             prefix = "" if param == "messages" else f"{param}: "
-            raise PromptError(param, f"{prefix}{error}", error.code) from None
+            raise PromptError(error.param, f"{prefix}{error}", error.code) from None
 
     def _scored_text(self, encoder: TextEncoder, text: Any, param: str) -> EncodedText:
         for part in text if isinstance(text, tuple) else (text,):

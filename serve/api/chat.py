@@ -31,7 +31,8 @@ class ChatCompletions(Handler[ChatCompletionRequest]):
 
     def _prompts(self, body: ChatCompletionRequest) -> list[Prompt]:
         context, limits = self._context, self._context.engine.limits
-        max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        max_tokens_param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        max_tokens: int | None = getattr(body, max_tokens_param)
         if body.prompt_token_ids is not None:
             param, text, ids = "prompt_token_ids", "", body.prompt_token_ids
             if not ids:
@@ -45,7 +46,7 @@ class ChatCompletions(Handler[ChatCompletionRequest]):
             check_length(param, text, body, context.model.tokenizer, limits)
             ids = context.chat_format.encode(text, add_special_tokens=bool(body.add_special_tokens))
         ids = truncate(ids, body, max_tokens, limits)
-        room = generation_room(param, len(ids), max_tokens, limits)
+        room = generation_room(param, len(ids), max_tokens, limits, max_tokens_param=max_tokens_param)
         default = context.model.defaults.max_new_tokens
         if max_tokens is None and default is not None:
             room = min(room, default)
@@ -126,6 +127,11 @@ def _logprobs(job: _Job, choice: Choice, output: Output) -> dict[str, Any] | Non
     if choice.alternatives is None:
         return None
     return {
-        "content": chat_content(job.names, output.token_ids, output_logprobs(output, choice.alternatives)),
+        "content": chat_content(
+            job.names,
+            output.token_ids,
+            output_logprobs(output, choice.alternatives),
+            with_chosen=job.body.logprob_token_ids is not None,
+        ),
         "refusal": None,
     }

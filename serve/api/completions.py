@@ -40,7 +40,7 @@ class Completions(Handler[CompletionRequest]):
 
     def _tokenize(self, body: CompletionRequest) -> list[Prompt]:
         prompt = body.prompt
-        if prompt is None or prompt in ("", []):
+        if prompt is None or prompt == []:
             raise invalid("prompt", "`prompt` must not be empty.", "missing_required_parameter")
         if not isinstance(prompt, str | list):
             raise invalid("prompt", "`prompt` must be a string, token ids, or a list of either.", "invalid_type")
@@ -65,7 +65,8 @@ class Completions(Handler[CompletionRequest]):
         check_length(param, text, body, tokenizer, self._context.engine.limits)
         ids = encode_text(tokenizer, text, add_special_tokens=body.add_special_tokens is not False, param=param)
         if not ids:
-            raise invalid(param, f"`{param}` contains no tokens.")
+            code = "missing_required_parameter" if param == "prompt" and not text else "invalid_value"
+            raise invalid(param, f"`{param}` gives no tokens, and none is added to it.", code)
         bos_added = tokenizer.is_special(ids[0]) and not text.startswith(tokenizer.token_text(ids[0]))
         return Prompt(ids, _max_tokens(body), text, [bos_added] + [False] * (len(ids) - 1))
 

@@ -166,7 +166,9 @@ class Handler[B: GenerationRequest](ABC):
         skip, include = body.skip_special_tokens is not False, bool(body.include_stop_str_in_output)
 
         def make_decoder() -> OutputDecoder:
-            detokenizer = Detokenizer(tokenizer, stop, skip_special_tokens=skip, include_stop=include)
+            detokenizer = Detokenizer(
+                tokenizer, stop, skip_special_tokens=skip, include_stop=include, min_tokens=shared.min_tokens
+            )
             return OutputDecoder(detokenizer, eos_token_ids)
 
         def new_request(prompt: Prompt, params: SamplingParams, queue_timeout: float = config.queue_timeout) -> Request:
@@ -216,14 +218,15 @@ class Handler[B: GenerationRequest](ABC):
 
     async def _chunks(self, job: Job[B]) -> AsyncGenerator[dict[str, Any]]:
         options = job.body.stream_options or StreamOptions()
-        ends_with_usage = self._context.config.enable_force_include_usage or bool(options.include_usage)
+        forced = self._context.config.enable_force_include_usage
+        ends_with_usage = forced or bool(options.include_usage)
         generated = cached = 0  # tokens
         opened: set[int] = set()
 
         def chunk(fields: dict[str, Any], *, with_usage: bool) -> dict[str, Any]:
             return job.header | fields | ({"usage": _usage(job.prompt_tokens, generated, cached)} if with_usage else {})
 
-        continuous = ends_with_usage and bool(options.continuous_usage_stats)
+        continuous = forced or (ends_with_usage and bool(options.continuous_usage_stats))
         async with aclosing(self._deltas(job)) as deltas:
             async for choice, delta in deltas:
                 if choice.index not in opened:

@@ -59,23 +59,24 @@ def wire_logprobs(logprobs: TokenLogprobs, rows: int, k: int, *, first: int = 0)
     return TokenLogprobs(clamp(part.logprob), part.rank, part.top_ids[:, :k], tops, top_ranks=part.top_ranks[:, :k])
 
 
-def chat_content(names: TokenNames, token_ids: Sequence[int], logprobs: TokenLogprobs) -> list[dict[str, Any]]:
+def chat_content(
+    names: TokenNames, token_ids: Sequence[int], logprobs: TokenLogprobs, *, with_chosen: bool
+) -> list[dict[str, Any]]:
     """`logprobs.content` of chat: one entry per token, with its alternatives.
 
     `token_id` and `rank` extend OpenAI's schema, as different tokens can have equal texts. `logprobs` is the result of
-    `wire_logprobs`.
+    `wire_logprobs`. `with_chosen` adds the token itself as the first alternative if it is none of them.
     """
-    tops, k = logprobs.top_logprobs, logprobs.top_ids.shape[1]
-    return [
-        _chat_entry(names, token_id, logprobs.logprob[i], int(logprobs.rank[i]))
-        | {
-            "top_logprobs": [
-                _chat_entry(names, int(logprobs.top_ids[i, j]), tops[i, j], int(logprobs.top_ranks[i, j]))
-                for j in range(k)
-            ]
-        }
-        for i, token_id in enumerate(token_ids)
-    ]
+    tops, entries = logprobs.top_logprobs, []
+    for i, token_id in enumerate(token_ids):
+        entry = _chat_entry(names, token_id, logprobs.logprob[i], int(logprobs.rank[i]))
+        ids = logprobs.top_ids[i].tolist()
+        chosen = [entry.copy()] if with_chosen and token_id not in ids else []
+        alternatives = [
+            _chat_entry(names, other, tops[i, j], int(logprobs.top_ranks[i, j])) for j, other in enumerate(ids)
+        ]
+        entries.append(entry | {"top_logprobs": chosen + alternatives})
+    return entries
 
 
 def _chat_entry(names: TokenNames, token_id: int, logprob: np.float32, rank: int) -> dict[str, Any]:

@@ -1,65 +1,28 @@
 """From the bytes of a request to a pydantic model, or to an APIError that names the field."""
 
+import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 import orjson
 from pydantic import BaseModel, ValidationError
 
 from serve.api.errors import APIError, invalid, unsupported
-from serve.api.requests import ChatPromptFields
+from serve.api.requests import ChatCompletionRequest, ChatPromptFields, CompletionRequest, GenerationRequest
+from serve.api.unsupported_fields import UNSUPPORTED, WITHOUT_EFFECT
+from serve.jobs.score import is_huge_integer
 
 logger = logging.getLogger(__name__)
 
 _MAX_CONTAINERS = 1 << 20  # arrays and objects of a body, counted by brackets; each takes 100 bytes or more
 _MAX_LEVELS = 64  # of nested containers: templates, logs and libraries recurse over them
 _MAX_UNKNOWN = 1000  # names of unknown fields that are logged, so that clients cannot fill the memory
+_MAX_COMPARED = 32  # unknown fields of a body that are compared with ours, and characters of such a name
+_SIMILARITY = 0.88  # of an unknown field and one of ours, from which on it is taken for a misspelling
 
-# Known fields that are not implemented -> values without effect; null never has one. Any other value is an error.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "length_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "tools": (),
-    "tool_choice": ("none",),
-    "functions": (),
-    "function_call": ("none",),
-    "use_beam_search": (False,),
-    "suffix": ("",),
-    "prompt_embeds": (),
-    "logits_processors": ([],),
-    "typical_p": (1,),
-    "vllm_xargs": ({},),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "kv_transfer_params": (),
-    "thinking_token_budget": (),
-    "repetition_detection": (),
-}
-# Known fields that concern the caller or the transport and never change an answer: accepted and ignored.
-WITHOUT_EFFECT = frozenset(
-    (
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "parallel_tool_calls",
-        "include_reasoning",
-        "spaces_between_special_tokens",
-        "session_id",
-        "stream_interval",
-        "verbosity",
-    )
-)
+_GENERATION_FIELDS = ChatCompletionRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
 
 
 def json_object(body: bytes) -> dict[str, Any]:
@@ -95,21 +58,41 @@ def validate[M: BaseModel](kind: type[M], data: dict[str, Any], unknown_fields: 
         _check_levels({"chat_template_kwargs": parsed.chat_template_kwargs, "documents": parsed.documents})
         for i, message in enumerate(parsed.messages or ()):
             _check_levels({"content": message.content, **(message.model_extra or {})}, f"messages[{i}].")
-    _check_extra(parsed.model_extra or {}, unknown_fields)
+    _check_extra(kind, parsed.model_extra or {}, unknown_fields)
     return parsed
 
 
-def _check_extra(fields: Mapping[str, Any], unknown_fields: set[str]) -> None:
-    """Refuse fields that no model declares if they would change the answer, and log unknown ones."""
+def _check_extra(kind: type[BaseModel], fields: Mapping[str, Any], unknown_fields: set[str]) -> None:
+    """Refuse fields that `kind` does not declare if they would change the answer, and log unknown ones."""
     for name, value in fields.items():
-        if value is not None and value not in UNSUPPORTED.get(name, (value,)):
+        if value is None:
+            continue
+        if value not in UNSUPPORTED.get(name, (value,)):
             raise unsupported(name)
+        if issubclass(kind, GenerationRequest) and name in _GENERATION_FIELDS:
+            raise unsupported(name, f"`{name}` is not a field of this endpoint.")
     _check_levels(fields)
-    for name in fields:
-        is_known = name in UNSUPPORTED or name in WITHOUT_EFFECT or name in unknown_fields
-        if not is_known and len(unknown_fields) < _MAX_UNKNOWN:
+    unknown = [name for name in fields if name not in UNSUPPORTED and name not in WITHOUT_EFFECT]
+    for name in islice((name for name in unknown if fields[name] is not None), _MAX_COMPARED):
+        if suggestion := _suggestion(name, kind.model_fields):
+            raise unsupported(name[:100], f"`{name[:100]}` is not a field{suggestion}")
+    for name in unknown:
+        if name not in unknown_fields and len(unknown_fields) < _MAX_UNKNOWN:
             unknown_fields.add(name)
             logger.warning("unknown request field %.100r is ignored", name)
+
+
+def _suggestion(name: str, fields: Iterable[str]) -> str:
+    """The field of which `name` is a misspelling, as the end of an error message; empty if there is none."""
+    if len(name) > _MAX_COMPARED:
+        return ""
+    spellings = {_spelling(field): field for field in fields}
+    nearest = difflib.get_close_matches(_spelling(name), spellings, 1, _SIMILARITY)
+    return f"; did you mean `{spellings[nearest[0]]}`?" if nearest else ""
+
+
+def _spelling(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
 
 
 def _check_levels(fields: Mapping[str, Any], prefix: str = "") -> None:
@@ -130,28 +113,34 @@ def _too_deep(value: Any) -> bool:
     return True
 
 
+# Error of pydantic -> its bound, that bound in words, and the end of the error code.
 _BOUNDS = {
-    "greater_than_equal": ("ge", "below_min_value"),
-    "greater_than": ("gt", "below_min_value"),
-    "less_than_equal": ("le", "above_max_value"),
-    "less_than": ("lt", "above_max_value"),
+    "greater_than_equal": ("ge", "at least", "below_min_value"),
+    "greater_than": ("gt", "above", "below_min_value"),
+    "less_than_equal": ("le", "at most", "above_max_value"),
+    "less_than": ("lt", "below", "above_max_value"),
 }
 
 
 def _from_pydantic(error: ValidationError) -> APIError:
-    first = error.errors(include_url=False, include_input=False)[0]
-    kind = first["type"]
-    param = _location(first["loc"])
+    first = error.errors(include_url=False)[0]
+    kind, value = first["type"], first["input"]
+    param, message = _location(first["loc"]), f"{first['msg']}."
     if kind == "missing":
         code = "missing_required_parameter"
     elif kind in _BOUNDS:
-        bound, suffix = _BOUNDS[kind]
-        code = f"{'decimal' if isinstance(first['ctx'][bound], float) else 'integer'}_{suffix}"
+        bound, words, suffix = _BOUNDS[kind]
+        limit = first["ctx"][bound]
+        number, shown = ("decimal", f"{limit:g}") if isinstance(limit, float) else ("integer", str(limit))
+        code, message = f"{number}_{suffix}", f"{value} is out of range; it must be {words} {shown}."
+    elif kind.startswith("int_") and is_huge_integer(value):
+        code = "integer_above_max_value" if value > 0 else "integer_below_min_value"
+        message = f"{int(value)} is out of range; it does not fit into 64 bits."
     elif kind == "too_long":
         code = "array_above_max_length"
     else:
         code = "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
-    return invalid(param, f"`{param}`: {first['msg']}.", code)
+    return invalid(param, f"`{param}`: {message}", code)
 
 
 def _location(parts: tuple[int | str, ...]) -> str:

@@ -69,9 +69,9 @@ class GenerationRequest(SamplingFields):
 
 _PROMPT = {
     "anyOf": [
-        {"type": "string", "minLength": 1},
+        {"type": "string"},
         {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
-        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
         {"type": "array", "items": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}},
     ],
     "description": "a text, a list of token ids, or a list of either",

@@ -226,6 +226,7 @@ class TokenizerInfo(BaseModel):
     bos_token: str | None
     eos_token: str | None
     pad_token: str | None
+    tokenizer_class: str
     chat_template: str | None
     eos_token_ids: list[int]
     special_token_ids: list[int]

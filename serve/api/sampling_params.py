@@ -14,6 +14,7 @@ from serve.text.tokenizer import Tokenizer, TokenizerError
 _MAX_STOP_STRINGS = 10_000
 _MAX_BAD_WORDS = 1000
 _MAX_BAD_WORD_TOKENS = 10_000  # of all words together
+_MAX_NAMED = 100  # keys in an error message
 _MAX_CHARACTERS = 100_000  # of all strings of a field together; preparing them takes time
 
 
@@ -96,17 +97,26 @@ def _check_strings(param: str, strings: Sequence[str], maximum: int) -> None:
 def _logit_bias(biases: Mapping[str, Any], limits: EngineLimits) -> tuple[tuple[int, float], ...]:
     if len(biases) > limits.vocab_size:
         raise invalid("logit_bias", f"`logit_bias` has more entries than the vocabulary of {limits.vocab_size}.")
-    pairs = []
-    for key, value in biases.items():
-        if not (key.isascii() and key.isdecimal() and len(key) <= 10 and key == str(int(key))):
-            raise invalid("logit_bias", f"`logit_bias` has a key that is not a token id: {key[:50]!r}.")
-        check_ids("logit_bias", (int(key),), limits)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise invalid("logit_bias", "`logit_bias` has a value that is not a number.", "invalid_type")
-        if not -100 <= value <= 100:
-            raise invalid("logit_bias", "`logit_bias` has a value that is not between -100 and 100.")
-        pairs.append((int(key), float(value)))
-    return tuple(pairs)
+    size = limits.vocab_size
+    _check_keys([key for key in biases if not _is_token_id(key, size)], f"keys that are not token ids below {size}")
+    numbers = {key: value for key, value in biases.items() if type(value) in (int, float)}
+    _check_keys(
+        [key for key in biases if key not in numbers], "values that are not numbers for the keys", "invalid_type"
+    )
+    outside = [key for key, value in numbers.items() if not -100 <= value <= 100]
+    _check_keys(outside, "values out of the range from -100 to 100 for the keys")
+    return tuple((int(key), float(value)) for key, value in numbers.items())
+
+
+def _is_token_id(key: str, vocab_size: int) -> bool:
+    return key.isascii() and key.isdecimal() and len(key) <= 10 and key == str(int(key)) and int(key) < vocab_size
+
+
+def _check_keys(bad: Sequence[str], fault: str, code: str = "invalid_value") -> None:
+    """Refuse `logit_bias` if there are bad keys. An error names all that fit into it."""
+    if bad:
+        names = ", ".join(f"{key[:50]!r}" for key in bad[:_MAX_NAMED])
+        raise invalid("logit_bias", f"`logit_bias` has {fault}: {names}.", code)
 
 
 def _allowed_token_ids(body: GenerationRequest, limits: EngineLimits) -> frozenset[int] | None:

@@ -66,6 +66,7 @@ class Tokenization:
         tokenizer, limits = self._context.model.tokenizer, self._context.engine.limits
         fields = {
             **tokenizer.special_tokens,
+            "tokenizer_class": tokenizer.class_name,
             "chat_template": tokenizer.chat_template,
             "eos_token_ids": sorted(tokenizer.eos_token_ids),
             "special_token_ids": sorted(tokenizer.special_ids),

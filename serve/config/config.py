@@ -20,12 +20,12 @@ QUEUE_LIMITS = ("max_num_queued_reqs", "max_num_queued_tokens")
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
 
-_MAX_LOGPROBS_LIMIT = 1024  # a program with a larger top-k would be slow for every request
+MAX_LOGPROBS_LIMIT = 1024  # a program with a larger top-k would be slow for every request
 _LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")  # as in a Host header
 
 
 def _max_logprobs(text: str) -> int:
-    return -1 if text == "-1" else Between(1, _MAX_LOGPROBS_LIMIT)(text)
+    return -1 if text == "-1" else Between(1, 1 << 24)(text)  # more than the limit: the vocabulary's size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,8 @@ class EngineConfig:
 
     max_logprobs: int = option(
         LOGPROBS,
-        "maximum number of alternatives per token; -1: 20 for generated tokens, the full vocabulary for prompt tokens",
+        "maximum number of alternatives per token, up to 1024; -1 or the vocabulary's size: 20 for generated tokens, "
+        "the full vocabulary for prompt tokens",
         _max_logprobs,
         default=DEFAULT_MAX_LOGPROBS,
         metavar="N",
@@ -127,7 +128,7 @@ class EngineConfig:
     @property
     def computed_logprobs(self) -> int:
         """K: number of alternatives that every step computes."""
-        return DEFAULT_MAX_LOGPROBS if self.max_logprobs == -1 else self.max_logprobs
+        return self.max_logprobs if 0 < self.max_logprobs <= MAX_LOGPROBS_LIMIT else DEFAULT_MAX_LOGPROBS
 
     @property
     def weights_as(self) -> str:
@@ -249,7 +250,7 @@ class ServeConfig(EngineConfig):
         default=4096,
     )
     response_role: str = option(API, "role of generated messages", default="assistant", metavar="NAME")
-    enable_force_include_usage: bool = switch(API, "end every stream with its token usage")
+    enable_force_include_usage: bool = switch(API, "send the token usage with every chunk of a stream")
     disable_fastapi_docs: bool = switch(API, "do not serve /docs and /openapi.json")
 
     vllm_metrics: bool = switch(PROCESS, "export metrics under vLLM's names, too")

@@ -254,15 +254,26 @@ def check_text_length(param: str, text: str, tokenizer: Tokenizer, limits: Engin
         raise PromptError(param, message, "context_length_exceeded")
 
 
-def generation_room(param: str, prompt_tokens: int, max_tokens: int | None, limits: EngineLimits) -> int:
+def generation_room(
+    param: str,
+    prompt_tokens: int,
+    max_tokens: int | None,
+    limits: EngineLimits,
+    *,
+    max_tokens_param: str = "max_tokens",
+) -> int:
     """Number of tokens that may be generated: `max_tokens`, or all that fit after the prompt if it is None.
 
-    Raise PromptError if prompt and output do not fit into the context or the cache.
+    Raise PromptError if prompt and output do not fit into the context or the cache. It names the prompt by `param`, or
+    `max_tokens` if that many do not fit after any prompt.
     """
-    room = min(limits.max_model_len, limits.cache_tokens) - prompt_tokens
+    capacity = min(limits.max_model_len, limits.cache_tokens)
+    room = capacity - prompt_tokens
     needed = 1 if max_tokens is None else max_tokens
     if needed <= room:
         return room if max_tokens is None else needed
+    if max_tokens is not None and needed >= capacity:
+        param = max_tokens_param
     at_least = "at least " if max_tokens is None else ""
     request = f"but the request needs {prompt_tokens} prompt tokens and {at_least}{needed} to generate."
     if prompt_tokens + needed > limits.max_model_len:

@@ -18,6 +18,8 @@ from serve.jobs.results import Score, token_columns
 from serve.text.chat import ChatFormat, PromptError, check_messages, encode_text
 from serve.text.tokenizer import Tokenizer
 
+_INT64 = 2**63
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedText:
@@ -93,7 +95,7 @@ def checked_token_ids(values: Iterable[Any], vocab_size: int, param: str) -> lis
     """Token ids from integers of any type, such as NumPy's. Raise PromptError for an item that is not a token id."""
     token_ids = []
     for index, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, Integral):
+        if isinstance(value, bool) or not (isinstance(value, Integral) or is_huge_integer(value)):
             raise PromptError(f"{param}[{index}]", f"`{param}[{index}]` is not a token id.", "invalid_type")
         token_id = int(value)
         if not 0 <= token_id < vocab_size:
@@ -101,6 +103,11 @@ def checked_token_ids(values: Iterable[Any], vocab_size: int, param: str) -> lis
             raise PromptError(f"{param}[{index}]", message)
         token_ids.append(token_id)
     return token_ids
+
+
+def is_huge_integer(value: Any) -> bool:
+    """True for an integer of more than 64 bits, which a JSON parser returns as a float."""
+    return isinstance(value, float) and value.is_integer() and abs(value) >= _INT64
 
 
 def is_chat(value: Any) -> bool:

@@ -11,7 +11,7 @@ from model.weights.checkpoint import Checkpoint, ModelLoadError
 from model.weights.gguf import GgufCheckpoint
 from model.weights.source import ModelSource, default_model_path, resolve_model
 from model.weights.weight_table import open_checkpoint
-from serve.config.config import EngineConfig
+from serve.config.config import MAX_LOGPROBS_LIMIT, EngineConfig
 from serve.config.generation_config import DefaultsError, GenerationDefaults, defaults_of
 from serve.text.chat_template import ChatTemplateError, render_chat
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
@@ -35,7 +35,7 @@ class ModelFiles:
     tokenizer: Tokenizer
     defaults: GenerationDefaults
     max_model_len: int
-    config: EngineConfig  # dtype resolved
+    config: EngineConfig  # dtype and max_logprobs resolved
 
 
 @contextmanager
@@ -70,7 +70,8 @@ def open_model(config: EngineConfig, on_prepare: Callable[[str], None]) -> Itera
         if config.needs_chat_template and tokenizer.chat_template is None:
             raise StartupError(f"{source.name} has no chat template: give one with --chat-template")
         check_template(source.name, tokenizer)
-        config = replace(config, dtype=resolve_dtype(config, checkpoint))
+        max_logprobs = resolve_max_logprobs(config, checkpoint.config.vocab_size)
+        config = replace(config, dtype=resolve_dtype(config, checkpoint), max_logprobs=max_logprobs)
         yield ModelFiles(source, checkpoint, tokenizer, defaults, max_model_len, config)
 
 
@@ -125,3 +126,13 @@ def resolve_dtype(config: EngineConfig, checkpoint: Checkpoint) -> str:
         return config.dtype
     stored = {info.stored_as for info in checkpoint.names().values() if len(info.shape) > 1}
     return "float32" if stored == {"F32"} and config.quantization is None else "bfloat16"
+
+
+def resolve_max_logprobs(config: EngineConfig, vocab_size: int) -> int:
+    """--max-logprobs, with -1 for the vocabulary's size or more; raises StartupError for one that is too large."""
+    if config.max_logprobs <= MAX_LOGPROBS_LIMIT:
+        return config.max_logprobs
+    if config.max_logprobs < vocab_size:
+        limit = f"must be at most {MAX_LOGPROBS_LIMIT}, or -1 for the full vocabulary of {vocab_size}"
+        raise StartupError(f"--max-logprobs {config.max_logprobs}: {limit}")
+    return -1

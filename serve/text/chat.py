@@ -1,11 +1,14 @@
 """Chats: messages to prompt text to token ids. The HTTP API, `LLM`, scoring and the terminal chat share this code."""
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from serve.text.chat_template import ChatTemplateError, TemplateSandbox, render_chat
 from serve.text.tokenizer import Tokenizer, TokenizerError
+
+logger = logging.getLogger(__name__)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_ITEMS = 10_000  # messages of a chat, parts of a message
@@ -26,6 +29,7 @@ class ChatFormat:
 
     tokenizer: Tokenizer
     sandbox: TemplateSandbox | None = None  # renders templates that come from requests
+    replaced_roles: set[str] = field(default_factory=set, compare=False)  # each logged once
 
     def render(
         self,
@@ -62,7 +66,7 @@ class ChatFormat:
         try:
             return render(
                 template,
-                messages,
+                self._known_roles(messages, template),
                 special_tokens=self.tokenizer.special_tokens,
                 add_generation_prompt=generates,
                 continue_final_message=continue_final_message,
@@ -70,6 +74,15 @@ class ChatFormat:
             )
         except ChatTemplateError as error:
             raise PromptError(param, f"The chat template refused the messages: {error}") from None
+
+    def _known_roles(self, messages: list[dict[str, Any]], template: str) -> list[dict[str, Any]]:
+        """The messages with the role `system` instead of `developer` if the template has no such role."""
+        if "developer" in template or all(message["role"] != "developer" for message in messages):
+            return messages
+        if "developer" not in self.replaced_roles:
+            self.replaced_roles.add("developer")
+            logger.warning("messages of the role developer are rendered as system: the chat template has no such role")
+        return [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
 
     def encode(self, text: str, *, add_special_tokens: bool = False, param: str = "messages") -> list[int]:
         """Token ids of a rendered chat. Raise PromptError if it cannot be tokenized or gives no tokens."""
@@ -82,7 +95,7 @@ class ChatFormat:
 def check_messages(
     messages: Sequence[Any], *, roles: Collection[str] | None = None, param: str = "messages"
 ) -> list[dict[str, Any]]:
-    """Messages as a template takes them: the text parts of a message's content are joined by line breaks.
+    """Messages that can be rendered: the text parts of a message's content are joined by line breaks.
 
     Raise PromptError for a message that is not a mapping with a role and valid content. `roles` None allows any role.
     """
@@ -96,13 +109,16 @@ def _message(message: Any, path: str, roles: Collection[str] | None) -> dict[str
         raise PromptError(path, f"`{path}` is not a message with a role.", "invalid_type")
     if roles is not None and message["role"] not in roles:
         raise PromptError(f"{path}.role", f"`{path}.role` must be one of {', '.join(roles)}.")
+    for name in ("audio", "function_call"):  # of an assistant; templates would leave them out
+        if message.get(name) is not None:
+            raise PromptError(f"{path}.{name}", f"`{path}.{name}` is not supported.", "unsupported_parameter")
     content = message.get("content")
     param = f"{path}.content"
     if isinstance(content, list):
         if len(content) > MAX_ITEMS:
             raise PromptError(param, f"`{param}` has more than {MAX_ITEMS} parts.", "array_above_max_length")
         content = "\n".join(_text_of_part(part, f"{param}[{i}]") for i, part in enumerate(content))
-    elif content is None and message["role"] != "assistant":
+    elif content is None and message["role"] not in ("assistant", "tool"):
         raise PromptError(param, f"`{param}` is missing.", "missing_required_parameter")
     elif content is not None and not isinstance(content, str):
         raise PromptError(param, f"`{param}` is neither a string nor a list of parts.", "invalid_type")
@@ -110,12 +126,13 @@ def _message(message: Any, path: str, roles: Collection[str] | None) -> dict[str
 
 
 def _text_of_part(part: Any, path: str) -> str:
-    if not isinstance(part, Mapping) or part.get("type") != "text":
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in ("text", "refusal"):  # of an assistant, either
         message = f"`{path}.type`: only parts of type text are supported."
         raise PromptError(f"{path}.type", message, "unsupported_parameter")
-    text = part.get("text")
+    text = part.get(kind)
     if not isinstance(text, str):
-        raise PromptError(f"{path}.text", f"`{path}.text` must be a string.", "invalid_type")
+        raise PromptError(f"{path}.{kind}", f"`{path}.{kind}` must be a string.", "invalid_type")
     return text
 
 

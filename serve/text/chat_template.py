@@ -9,6 +9,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import threading
@@ -33,6 +34,7 @@ _RESERVED = frozenset(
         "self",
     }
 )
+_TESTS_NONE = re.compile(r"content\b['\"]?\]?\s+is\s+(?:not\s+)?none\b")
 _MAX_ERROR = 300  # characters: some errors quote the entire chat
 _MAX_PROCESSES = 2  # each blocks one of the threads that read requests
 _START_SECONDS = 30.0  # the first process imports modules
@@ -56,7 +58,7 @@ def render_chat(
 
     Args:
         template: Jinja source; compiled templates are cached by `transformers`.
-        messages: dicts with "role" and usually "content"; keys whose value is None are dropped.
+        messages: dicts with "role" and usually "content", in OpenAI's form; see `_template_message`.
         special_tokens: variables of the template, such as {"bos_token": "<s>"}; `template_kwargs` override them.
         add_generation_prompt: end the text with the header of a new assistant message.
         continue_final_message: end the text inside the last message, without its end marker.
@@ -70,14 +72,15 @@ def render_chat(
         raise ChatTemplateError("add_generation_prompt and continue_final_message cannot both be true")
     if reserved := sorted(_RESERVED.intersection(template_kwargs or ())):
         raise ChatTemplateError(f"chat_template_kwargs may not set {reserved[0]!r}")
-    present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    variables = {**special_tokens, **(template_kwargs or {})}
+    as_text = any(message.get("tool_calls") for message in messages) and _takes_text(template, variables)
     try:
         rendered, _ = render_jinja_template(
-            conversations=[present],
+            conversations=[[_template_message(message, template, as_text=as_text) for message in messages]],
             chat_template=template,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
-            **{**special_tokens, **(template_kwargs or {})},
+            **variables,
         )
     except TemplateError as error:
         raise ChatTemplateError(error.message or type(error).__name__) from error
@@ -86,6 +89,59 @@ def render_chat(
         reason = str(error) or type(error).__name__
         raise ChatTemplateError(f"the chat template failed: {reason[:_MAX_ERROR]}") from error
     return str(rendered[0])
+
+
+def _template_message(message: Mapping[str, Any], template: str, *, as_text: bool) -> dict[str, Any]:
+    """A message as templates expect it. OpenAI's form differs, and clients return its answers as they are.
+
+    Keys whose value is None are dropped, and `tool_calls` without a call. The content of an assistant or a tool is ""
+    instead of None, unless the template recognizes calls by that. Arguments of calls are objects, or JSON `as_text`.
+    """
+    form = dict(message)
+    calls = form.get("tool_calls")
+    if isinstance(calls, list):
+        form["tool_calls"] = [_tool_call(call, as_text) for call in calls] or None
+    form = {key: value for key, value in form.items() if value is not None}
+    if "content" not in form and form.get("role") in ("assistant", "tool"):
+        form["content"] = None if "tool_calls" in form and _TESTS_NONE.search(template) else ""
+    return form
+
+
+def _tool_call(call: Any, as_text: bool) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if "function" in call:
+        return {**call, "function": _tool_call(call["function"], as_text)}
+    return {**call, "arguments": _arguments(call.get("arguments") or {}, as_text)}
+
+
+def _arguments(value: Any, as_text: bool) -> Any:
+    """Arguments as an object or as its JSON; other JSON and invalid JSON stay a string."""
+    if as_text:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+    return parsed if isinstance(parsed, dict) else value
+
+
+def _takes_text(template: str, variables: Mapping[str, Any]) -> bool:
+    """True if the template writes arguments as they are, as DeepSeek's do, instead of with `tojson` or one by one.
+
+    Then an object causes an error, or is written as Python's.
+    """
+
+    def rendered(arguments: Any) -> str | None:
+        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
+        chat = [_template_message(message, template, as_text=isinstance(arguments, str)) for message in messages]
+        with suppress(Exception):  # a template may raise anything
+            return str(render_jinja_template(conversations=[chat], chat_template=template, **variables)[0][0])
+        return None
+
+    as_object = rendered({"needle": "x"})
+    return rendered('{"needle": "x"}') is not None if as_object is None else "'needle'" in as_object
 
 
 class TemplateBusyError(Exception):

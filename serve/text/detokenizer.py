@@ -18,9 +18,16 @@ class Detokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: "StopStrings", *, skip_special_tokens: bool = True, include_stop: bool = False
+        self,
+        tokenizer: Tokenizer,
+        stop: "StopStrings",
+        *,
+        skip_special_tokens: bool = True,
+        include_stop: bool = False,
+        min_tokens: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
+        self._held_tokens = min_tokens  # number of tokens to come that cannot complete a stop string
         self._skip_special_tokens = skip_special_tokens
         self.include_stop = include_stop  # the text includes the stop string
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -36,6 +43,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Add a token. Returns the text that is now certain; "" after a stop string."""
+        self._held_tokens -= 1
         if self.stopped_by is not None or (self._skip_special_tokens and self._tokenizer.is_special(token_id)):
             return ""
         return self._release(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
@@ -54,7 +62,7 @@ class Detokenizer:
         known = self._pending + text
         for index, character in enumerate(text, start=len(self._pending) + 1):
             self._node, stop = self._stop.advance(self._node, character)
-            if stop is not None:
+            if stop is not None and self._held_tokens < 0:
                 self.stopped_by, self._pending = stop, ""
                 return known[: index if self.include_stop else index - len(stop)]
         certain = len(known) - self._stop.matched(self._node)

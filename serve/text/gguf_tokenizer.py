@@ -52,6 +52,7 @@ _PRE = {
     "dbrx": _PreTokenizer(split=_CL100K),  # used by files of OLMo-2
     "smaug-bpe": _PreTokenizer(split=_CL100K),
 }
+_CLASS_NAMES = {"gpt2": "GPT2TokenizerFast", "llama": "LlamaTokenizerFast"}  # of transformers, by tokenizer.ggml.model
 _TEMPLATE_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
@@ -129,6 +130,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         eos_token_ids=[index for index in ends if index is not None],
         special_tokens={name: vocabulary.tokens[index] for name, index in named.items() if index is not None},
         chat_template=metadata.get("tokenizer.chat_template"),
+        class_name=_CLASS_NAMES[kind],
     )
 
 

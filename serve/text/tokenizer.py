@@ -54,6 +54,7 @@ class Tokenizer:
         eos_token_ids: Iterable[int],
         special_tokens: Mapping[str, str],
         chat_template: str | None,
+        class_name: str,
     ) -> None:
         """Take ownership of `backend`, disable its padding and truncation, and tabulate all token bytes (about 0.2 s).
 
@@ -72,6 +73,7 @@ class Tokenizer:
             index for index, token in backend.get_added_tokens_decoder().items() if token.special
         )
         self.chat_template = chat_template  # Jinja source
+        self.class_name = class_name  # of transformers
 
     @property
     def vocab_size(self) -> int:
@@ -141,6 +143,7 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
             name: str(token) for name, token in loaded.special_tokens_map.items() if not isinstance(token, list | tuple)
         },
         chat_template=template.get("default") if isinstance(template, dict) else template,
+        class_name=str(_read_json(model_dir / "tokenizer_config.json").get("tokenizer_class") or type(loaded).__name__),
     )
 
 

@@ -195,9 +195,40 @@ async def test_chat_finish_reason(
     assert answer["usage"]["completion_tokens"] == tokens
 
 
-@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool"])
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
 async def test_chat_accepts_role(server: Server, role: str) -> None:
     assert await prompt_of(server, messages=[{"role": role, "content": "x"}]) == f"{role}:x;>"
+
+
+async def test_chat_developer_rendered_as_system_and_logged(
+    fresh_server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        assert await prompt_of(fresh_server, messages=[{"role": "developer", "content": "x"}]) == "system:x;>"
+    assert [record.getMessage()[:36] for record in caplog.records] == ["messages of the role developer are r"]
+
+
+async def test_chat_history_with_tools_as_openai_writes_it() -> None:
+    """An answer of a server, as a client returns it; a template that needs text, and arguments as an object."""
+    template = (
+        "{% for m in messages %}{{ m.role + ':' + m.content }}{% if 'tool_calls' in m %}"
+        "{{ m.tool_calls[0].function.arguments | tojson }}{% endif %};{% endfor %}"
+    )
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+    spoken = {"role": "assistant", "content": None, "refusal": None, "audio": None, "function_call": None}
+    history: list[dict[str, Any]] = [
+        {"role": "user", "content": "x"},
+        spoken | {"tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": None},
+        spoken | {"tool_calls": []},
+        spoken | {"refusal": "No."},
+    ]
+    expected = 'user:x;assistant:{"a": 1};tool:;assistant:;assistant:;'
+    async with serving(chat_template=template, trust_request_chat_template=True) as server:
+        assert await prompt_of(server, messages=history) == expected
+        assert await prompt_of(server, messages=history, chat_template=template) == expected
+        response = await server.post("/tokenize", {"messages": history})
+        assert bytes(response.json()["tokens"]).decode() == expected
 
 
 async def test_chat_message_parts_joined_and_extra_fields_passed(server: Server) -> None:

@@ -6,12 +6,7 @@ import pytest
 
 from serve.engine.request import SamplingParams
 from tests.support.fake_runner import MAX_MODEL_LEN, expected_outcome
-from tests.support.http_client import (
-    END,
-    MODEL,
-    Server,
-    serving,
-)
+from tests.support.http_client import BEGIN, END, MODEL, Server, error_of, serving
 
 
 async def choice_of(server: Server, **fields: Any) -> Any:
@@ -160,3 +155,19 @@ async def test_completions_incomplete_character() -> None:
         choice = await choice_of(server, max_tokens=2, logprobs=0)
     assert choice["text"] == "a\ufffd"
     assert choice["logprobs"]["tokens"] == ["a", "\\xc3"]
+
+
+async def test_completions_empty_prompt_is_bos() -> None:
+    async with serving(add_bos=True) as server:
+        for prompt, count in (("", 1), (["", "Hi"], 2)):
+            answer = await server.complete(prompt=prompt, return_token_ids=True, echo=True, logprobs=1)
+            first, *others = answer["choices"]
+            assert (first["prompt_token_ids"], first["text"]) == ([BEGIN], "Hello")
+            assert first["logprobs"]["text_offset"][:2] == [0, 0]
+            assert first["logprobs"]["token_logprobs"][0] is None
+            assert len(others) == count - 1
+        for body in ({"prompt": "", "add_special_tokens": False}, {"prompt": []}):
+            error = error_of(await server.post("/v1/completions", body), 400)
+            assert (error["param"], error["code"]) == ("prompt", "missing_required_parameter")
+        body = {"prompt": ["Hi", ""], "add_special_tokens": False}
+        assert error_of(await server.post("/v1/completions", body), 400)["param"] == "prompt[1]"

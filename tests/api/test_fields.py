@@ -156,12 +156,16 @@ async def test_logprobs_mode_and_token_names_of_server() -> None:
         assert [request.params.processed for request in requests] == [True, False]
 
 
-async def test_stream_usage_forced_by_server() -> None:
+@pytest.mark.parametrize("options", [None, {"include_usage": False}, {"continuous_usage_stats": False}])
+async def test_stream_usage_forced_by_server_in_every_chunk(options: dict[str, Any] | None) -> None:
     async with serving(enable_force_include_usage=True) as server:
-        assert (await server.chat_stream())[-1]["usage"]["completion_tokens"] == 6
-        assert (await server.complete_stream(stream_options={"include_usage": False}))[-1]["usage"][
-            "prompt_tokens"
-        ] == 2
+        for stream, prompt_tokens in ((server.chat_stream, 9), (server.complete_stream, 2)):
+            chunks = await stream(stream_options=options)
+            assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {prompt_tokens}
+            generated = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+            assert generated == sorted(generated)
+            assert generated[-1] == 6
+            assert [bool(chunk["choices"]) for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
 
 
 async def test_response_role() -> None:

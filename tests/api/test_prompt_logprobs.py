@@ -104,12 +104,22 @@ async def test_logprob_token_ids_in_chat(plain_server: Server, stream: bool, top
     )
     fields: dict[str, Any] = {"max_tokens": 3, "logprobs": True, "top_logprobs": top_logprobs}
     _, content = await answer_of(plain_server, CHAT, stream=stream, **fields, logprob_token_ids=ids)
-    actual = [
-        tuple([top[name] for top in entry["top_logprobs"]] for name in ("token_id", "rank", "logprob"))
-        for entry in content
-    ]
-    assert actual == [row[2:] for row in expected.logprobs]
-    assert [(entry["logprob"], entry["rank"]) for entry in content] == [row[:2] for row in expected.logprobs]
+    rows: list[Any] = expected.logprobs
+    for entry, token, (logprob, rank, *columns) in zip(content, expected.tokens, rows, strict=True):
+        chosen = [] if token in ids else [(token, rank, logprob)]
+        alternatives = [(top["token_id"], top["rank"], top["logprob"]) for top in entry["top_logprobs"]]
+        assert alternatives == chosen + list(zip(*columns, strict=True))
+        assert (entry["token_id"], entry["rank"], entry["logprob"]) == (token, rank, logprob)
+    assert set(expected.tokens) - set(ids)
+
+
+@STREAMS
+async def test_logprob_token_ids_in_chat_do_not_repeat_chosen_token(plain_server: Server, stream: bool) -> None:
+    fields: dict[str, Any] = {"max_tokens": 1, "logprobs": True, "stream": stream}
+    _, (entry,) = await answer_of(plain_server, CHAT, **fields)
+    ids = [7, entry["token_id"], 9]
+    _, (entry,) = await answer_of(plain_server, CHAT, **fields, logprob_token_ids=ids)
+    assert [top["token_id"] for top in entry["top_logprobs"]] == ids
 
 
 @pytest.mark.parametrize("fields", [{}, {"prompt_logprobs": 0}, {"prompt_logprobs_start": 3}])
@@ -154,8 +164,11 @@ async def test_logprob_token_ids_maximum(plain_server: Server, path: str, stream
     ids = list(range(MAX_REQUESTED_IDS))
     fields = {"logprobs": True if path == CHAT else 1, "logprob_token_ids": ids, "prompt_logprob_token_ids": ids[::-1]}
     entries, numbers = await answer_of(plain_server, path, stream=stream, **fields, max_tokens=2)
-    rows = [entry["top_logprobs"] for entry in numbers] if path == CHAT else numbers["top_token_ids"]
-    assert [len(row) for row in rows] == [MAX_REQUESTED_IDS] * 2
+    if path == CHAT:
+        rows = [[top["token_id"] for top in entry["top_logprobs"]] for entry in numbers]
+        assert all(set(row) == {*ids, entry["token_id"]} for row, entry in zip(rows, numbers, strict=True))
+    else:
+        assert numbers["top_token_ids"] == [ids] * 2
     assert all(len(entry) == MAX_REQUESTED_IDS for entry in entries[1:])
 
 

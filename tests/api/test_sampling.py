@@ -117,6 +117,31 @@ async def test_forbidden_tokens_not_chosen(
 
 
 @pytest.mark.parametrize(
+    ("min_tokens", "text", "stop", "tokens"),
+    [(0, "H", "e", 2), (1, "H", "e", 2), (2, "He", "l", 3), (3, "Hel", "l", 4), (4, "Hello", None, 6)],
+)
+@PATHS
+async def test_min_tokens_hold_stop_strings_back(
+    server: Server, path: str, min_tokens: int, text: str, stop: str | None, tokens: int
+) -> None:
+    fields: dict[str, Any] = {"stop": ["e", "l"], "min_tokens": min_tokens, "return_token_ids": True}
+    (choice,) = (await server.post(path, body_of(path, **fields))).json()["choices"]
+    shown = choice["message"]["content"] if path == CHAT else choice["text"]
+    assert (shown, choice["stop_reason"], choice["token_ids"]) == (text, stop, [*b"Hello", END][:tokens])
+    assert len(await tokens_of(server, path, stream=True, stop=["e", "l"], min_tokens=min_tokens)) == tokens
+
+
+async def test_logit_bias_names_every_bad_key(server: Server) -> None:
+    for bias, keys in (
+        ({"x": 1, "5": 1, "260": 1, "01": 1}, "keys that are not token ids below 260: 'x', '260', '01'."),
+        ({"5": "1", "6": None, "7": 1}, "values that are not numbers for the keys: '5', '6'."),
+        ({"5": 101, "6": -1e9, "7": 1}, "values out of the range from -100 to 100 for the keys: '5', '6'."),
+    ):
+        error = error_of(await server.post(COMPLETIONS, body_of(COMPLETIONS, logit_bias=bias)), 400)
+        assert error["message"] == f"`logit_bias` has {keys}"
+
+
+@pytest.mark.parametrize(
     ("fields", "param", "code"),
     [
         ({"presence_penalty": 2.1}, "presence_penalty", "decimal_above_max_value"),

@@ -70,6 +70,7 @@ async def test_tokenizer_info(server: Server) -> None:
         "bos_token": "<begin>",
         "eos_token": "<end>",
         "pad_token": None,
+        "tokenizer_class": "GPT2TokenizerFast",
         "chat_template": TEMPLATE,
         "eos_token_ids": [END],
         "special_token_ids": [BEGIN, END],

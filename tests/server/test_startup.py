@@ -8,7 +8,7 @@ import pytest
 
 from compiled.shapes import make_buckets
 from serve.config.flags import parse_args
-from serve.server.model_files import StartupError, api_name, check_tokenizer
+from serve.server.model_files import StartupError, api_name, check_tokenizer, resolve_max_logprobs
 from serve.server.startup import system_fingerprint
 from tests.support.http_client import END, byte_tokenizer
 
@@ -84,3 +84,15 @@ def test_api_name_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mo
     assert api_name(model) == name
     if os.path.exists(model):
         assert api_name(os.path.abspath(model)) == name
+
+
+@pytest.mark.parametrize(("value", "expected"), [(-1, -1), (1024, 1024), (151_936, -1), (200_000, -1)])
+def test_max_logprobs_of_vocabulary_size_is_full_vocabulary(value: int, expected: int) -> None:
+    config = parse_args(["--max-logprobs", str(value)])
+    assert resolve_max_logprobs(config, 151_936) == expected
+
+
+def test_max_logprobs_between_limit_and_vocabulary_size_refused() -> None:
+    config = parse_args(["--max-logprobs", "1025"])
+    with pytest.raises(StartupError, match=r"--max-logprobs 1025: must be at most 1024, or -1 for .* 151936"):
+        resolve_max_logprobs(config, 151_936)

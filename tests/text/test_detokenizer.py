@@ -43,10 +43,16 @@ def smollm2() -> Tokenizer:
     return tokenizer_from_gguf(read_header(path).metadata)
 
 
-def run(tokens: Sequence[bytes], *stop: str, include: bool = False) -> tuple[list[str], str | None]:
+def run(
+    tokens: Sequence[bytes], *stop: str, include: bool = False, min_tokens: int = 0
+) -> tuple[list[str], str | None]:
     """The pieces of text, one per token and the last from finish(), and what stopped it."""
     detokenizer = Detokenizer(
-        fake_tokenizer(tokens), StopStrings(stop), skip_special_tokens=False, include_stop=include
+        fake_tokenizer(tokens),
+        StopStrings(stop),
+        skip_special_tokens=False,
+        include_stop=include,
+        min_tokens=min_tokens,
     )
     pieces = [detokenizer.push(index) for index in range(len(tokens))]
     return [*pieces, detokenizer.finish()], detokenizer.stopped_by
@@ -135,3 +141,27 @@ def test_push_returns_all_certain_text(stop: list[str], text: str) -> None:
     if stopped_by is None:
         starts = {text[begin:] for begin in range(len(text) + 1)} & {s[:size] for s in stop for size in range(len(s))}
         assert len(pieces[1]) == max(map(len, starts), default=0)
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "text", "stopped_by"),
+    [
+        (0, "a", "b"),
+        (1, "a", "b"),
+        (2, "ab", "cd"),
+        (3, "ab", "cd"),  # it may start within the minimum
+        (4, "abcda", "b"),
+        (6, "abcdaba", "b"),
+        (7, "abcdabab", None),
+    ],
+)
+def test_stop_string_does_not_end_within_min_tokens(min_tokens: int, text: str, stopped_by: str | None) -> None:
+    pieces, stop = run([b"a", b"b", b"c", b"d", b"a", b"b", b"ab"], "b", "cd", min_tokens=min_tokens)
+    assert ("".join(pieces), stop) == (text, stopped_by)
+
+
+def test_skipped_tokens_count_as_min_tokens() -> None:
+    tokenizer = fake_tokenizer([b"<s>", b"b"], frozenset({0}))
+    detokenizer = Detokenizer(tokenizer, StopStrings(["b"]), min_tokens=2)
+    assert [detokenizer.push(index) for index in (0, 1, 1)] == ["", "", "b"]
+    assert detokenizer.stopped_by == "b"

@@ -5,12 +5,14 @@ codes are generated; the columns named in `_WRITTEN` are written by hand in the 
 """
 
 import ast
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from serve.api.openapi import openapi
+from serve.api.unsupported_fields import UNSUPPORTED_BY_SERVER, WITHOUT_EFFECT
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "api.md"
@@ -25,6 +27,7 @@ _WRITTEN: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "common fields": (("field", "type"), ("default", "meaning")),
     "chat fields": (("field", "type"), ("default", "meaning")),
     "completion fields": (("field", "type"), ("default", "meaning")),
+    "unsupported fields": (("defined by", "fields (values that are accepted because they change nothing)"), ()),
     "errors": (("code", "status"), ("when",)),
 }
 # Codes that serve.api composes, and what it does not send.
@@ -64,8 +67,18 @@ def _tables() -> dict[str, Rows]:
         "common fields": {name: cells for name, cells in chat.items() if completion.get(name) == cells},
         "chat fields": {name: cells for name, cells in chat.items() if completion.get(name) != cells},
         "completion fields": {name: cells for name, cells in completion.items() if chat.get(name) != cells},
+        "unsupported fields": {
+            server: (", ".join(_with_values(name, values) for name, values in fields.items()),)
+            for server, fields in UNSUPPORTED_BY_SERVER.items()
+        }
+        | {"any value is accepted and has no effect": (", ".join(f"`{name}`" for name in sorted(WITHOUT_EFFECT)),)},
         "errors": _codes(),
     }
+
+
+def _with_values(name: str, values: Sequence[Any]) -> str:
+    """A field and in parentheses the values that are accepted."""
+    return f"`{name}`" + (f" ({', '.join(f'`{json.dumps(value)}`' for value in values)})" if values else "")
 
 
 def _written(table: str) -> dict[str, list[str]]:

@@ -108,7 +108,7 @@ def _chat_reply(body: bytes, expected: Expectation) -> Reply:
         choice = reply.choice(each.index)
         choice.prompt, choice.prompt_logprobs = prompt, logprobs
         choice.text, choice.token_ids = each.message.content, each.token_ids or []
-        choice.logprobs = _chat_logprobs(each.logprobs)
+        choice.logprobs = _chat_logprobs(each.logprobs, expected)
         choice.finish_reason, choice.stop_reason = each.finish_reason, each.stop_reason
     return reply
 
@@ -126,7 +126,7 @@ def _streamed_chat_reply(events: Sequence[tuple[float, bytes]], expected: Expect
             choice = _unfinished(reply, each.index)
             choice.text += each.delta.content
             choice.token_ids += each.token_ids or []
-            choice.logprobs += _chat_logprobs(each.logprobs)
+            choice.logprobs += _chat_logprobs(each.logprobs, expected)
             choice.finish_reason, choice.stop_reason = each.finish_reason, each.stop_reason
             reply.arrivals += [arrival] if each.token_ids else []
     for choice in reply.choices.values():
@@ -181,13 +181,17 @@ def _one_id(ids: Sequence[str]) -> str:
     return ids[0]
 
 
-def _chat_logprobs(told: ChatLogprobsAnswer | None) -> list[Scored | None]:
-    return [
-        Scored(
-            each.token_id, each.logprob, each.rank, tuple((o.token_id, o.logprob, o.rank) for o in each.top_logprobs)
-        )
-        for each in (told.content if told else ())
-    ]
+def _chat_logprobs(told: ChatLogprobsAnswer | None, expected: Expectation) -> list[Scored | None]:
+    """Convert `logprobs` of a chat. Before requested ids stands the token itself, unless it is one of them."""
+    rows: list[Scored | None] = []
+    for each in told.content if told else ():
+        top = [(other.token_id, other.logprob, other.rank) for other in each.top_logprobs]
+        if expected.named and each.token_id not in expected.named:
+            if top[:1] != [(each.token_id, each.logprob, each.rank)]:
+                raise BrokenAnswerError("the token itself is missing beside the requested ids")
+            del top[0]
+        rows.append(Scored(each.token_id, each.logprob, each.rank, tuple(top)))
+    return rows
 
 
 def _completion_logprobs(

@@ -109,6 +109,13 @@ def test_chat_renders_one_or_more_conversations(llm: LLM) -> None:
     assert output.text == "Hello"
 
 
+def test_chat_takes_null_contents_of_histories(llm: LLM) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    spoken = {"role": "assistant", "content": None, "tool_calls": [call]}
+    [output] = llm.chat([USER, spoken, {"role": "tool", "tool_call_id": "1", "content": None}])
+    assert bytes(output.prompt_token_ids) == b"user:Hi;assistant:;tool:;>"
+
+
 def test_chat_defaults_to_the_tokens_that_fit(runner: ScriptedRunner, llm: LLM) -> None:
     runner.script = b"x" * CONTEXT
     [output] = llm.chat([USER])

@@ -73,7 +73,7 @@ class TextEncoder:
     def _chat(
         self, messages: list[dict[str, Any]], completion_start: int | None, tools: Any, param: str
     ) -> EncodedText:
-        variables = {} if tools is None else {"tools": tools}
+        variables = {"tools": tools} if tools else {}
         text = self.chats.render(messages, variables=variables, add_generation_prompt=False, param=param)
         ids = self.chats.encode(text, param=param)
         if completion_start is None:

@@ -164,6 +164,12 @@ def test_read_with_text_field_ignores_other_fields() -> None:
         read({"text": "x", "prompt": "a", "completion": "b"}, text_field="body")
 
 
+def test_read_renders_empty_tools_as_none() -> None:
+    template = "{% if tools is not none %}tools {% endif %}{{ messages[0].content }}"
+    for tools in ([], None):
+        assert bytes(read({"messages": [USER], "tools": tools}, template).encoded.token_ids) == b"a"
+
+
 def test_read_renders_another_template_with_tools() -> None:
     row = {"messages": [USER], "tools": [{"name": "hammer"}]}
     template = "{% for tool in tools %}{{ tool.name }}{% endfor %}{{ messages[0].content }}"

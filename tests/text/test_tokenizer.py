@@ -150,6 +150,7 @@ def test_load_tokenizer_of_a_hugging_face_directory(tmp_path: Path) -> None:
     assert [tokenizer.is_special(index) for index in ids] == [False, False, False, True, False]
     assert tokenizer.eos_token_ids == {257, 5}
     assert tokenizer.special_tokens == {"eos_token": "<end>"}
+    assert tokenizer.class_name == "PreTrainedTokenizerFast"
     with pytest.raises(PromptError, match="no chat template"):
         ChatFormat(tokenizer).render([{"role": "user", "content": "hi"}])
 

@@ -134,7 +134,7 @@ def _takes_text(template: str, variables: Mapping[str, Any]) -> bool:
 
     def rendered(arguments: Any) -> str | None:
         call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
-        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
         chat = [_template_message(message, template, as_text=isinstance(arguments, str)) for message in messages]
         with suppress(Exception):  # a template may raise anything
             return str(render_jinja_template(conversations=[chat], chat_template=template, **variables)[0][0])

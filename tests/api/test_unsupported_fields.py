@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from serve.api.parsing import UNSUPPORTED, WITHOUT_EFFECT
 from serve.api.requests import ChatCompletionRequest, CompletionRequest
+from serve.api.unsupported_fields import UNSUPPORTED, WITHOUT_EFFECT
 from tests.support.http_client import CHAT, COMPLETIONS, Server, body_of, chat_body, completion_body, error_of
 
 OWN_FIELDS = ChatCompletionRequest.model_fields.keys() | CompletionRequest.model_fields.keys()

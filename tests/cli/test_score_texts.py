@@ -166,8 +166,9 @@ def test_read_with_text_field_ignores_other_fields() -> None:
 
 def test_read_renders_empty_tools_as_none() -> None:
     template = "{% if tools is not none %}tools {% endif %}{{ messages[0].content }}"
-    for tools in ([], None):
-        assert bytes(read({"messages": [USER], "tools": tools}, template).encoded.token_ids) == b"a"
+    rows: tuple[dict[str, Any], ...] = ({"tools": []}, {"tools": None}, {})
+    for row in rows:
+        assert bytes(read({"messages": [USER], **row}, template).encoded.token_ids) == b"a"
 
 
 def test_read_renders_another_template_with_tools() -> None:

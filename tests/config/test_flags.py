@@ -51,9 +51,9 @@ def test_parse_args_derived_defaults() -> None:
     assert config.kv_cache_memory is None
     config = parse_args(["--max-num-seqs", "4", "--max-logprobs", "-1", "--no-enable-prefix-caching"])
     assert (config.batched_tokens, config.computed_logprobs, config.max_logprobs) == (260, 20, -1)
+    assert not config.enable_prefix_caching
     config = parse_args(["--max-logprobs", "151936"])
     assert (config.computed_logprobs, config.max_logprobs) == (20, 151_936)
-    assert not config.enable_prefix_caching
     config = parse_args(["--max-num-batched-tokens", "64", "--max-logprobs", "50", "--kv-cache-memory", "25%"])
     assert (config.batched_tokens, config.computed_logprobs) == (64, 50)
     assert config.kv_cache_memory == 0.25

@@ -5,8 +5,8 @@ from copy import deepcopy
 from random import Random
 from typing import Any
 
-from serve.api.parsing import UNSUPPORTED, WITHOUT_EFFECT
 from serve.api.requests import ChatCompletionRequest, CompletionRequest
+from serve.api.unsupported_fields import UNSUPPORTED, WITHOUT_EFFECT
 from tools.fuzz.byte_mutations import mutate_bytes
 from tools.fuzz.json_mutations import mutate_json, nested, random_value, serialize
 

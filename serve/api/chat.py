@@ -14,6 +14,7 @@ from serve.api.requests import ChatCompletionRequest, ChatPromptFields
 from serve.api.validation import check_ids, check_length, check_number_of_ids, check_top_k, truncate
 from serve.jobs.generate import Output, generation_room
 from serve.text.chat import ROLES, check_messages
+from serve.text.detokenizer import Echo
 
 type _Job = Job[ChatCompletionRequest]
 
@@ -50,7 +51,7 @@ class ChatCompletions(Handler[ChatCompletionRequest]):
         default = context.model.defaults.max_new_tokens
         if max_tokens is None and default is not None:
             room = min(room, default)
-        return [Prompt(ids, room, text, echo=self._reply_so_far(body) if body.echo else "")]
+        return [Prompt(ids, room, text, echo=Echo(self._reply_so_far(body) if body.echo else ""))]
 
     def _reply_so_far(self, body: ChatCompletionRequest) -> str:
         """Content of the last message if its role is that of the reply: an echo repeats it before the output."""
@@ -69,14 +70,14 @@ class ChatCompletions(Handler[ChatCompletionRequest]):
         return make_body(answer | self._prompt_fields(job, job.prompts[0]))
 
     def _choice(self, job: _Job, choice: Choice, output: Output) -> dict[str, Any]:
-        content = job.prompts[0].echo + output.text
+        content = job.prompts[0].echo.text + output.text
         message = {"role": self._context.config.response_role, "content": content, "refusal": None}
         return choice_fields(job, choice, output, {"message": message}, _logprobs(job, choice, output))
 
     async def _opening(self, job: _Job, choice: Choice) -> dict[str, Any]:
         """The role and the prompt's ids; in the first choice also the prompt's log-probs."""
         prompt = choice.prompt
-        delta = {"role": self._context.config.response_role, "content": prompt.echo}
+        delta = {"role": self._context.config.response_role, "content": prompt.echo.text}
         fields: dict[str, Any] = {
             "choices": [{"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}]
         }

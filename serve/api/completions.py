@@ -15,7 +15,8 @@ from serve.api.requests import CompletionRequest
 from serve.api.validation import check_answers, check_length, check_number_of_ids, check_top_k, truncate
 from serve.jobs.generate import DEFAULT_MAX_TOKENS, Output, generation_room
 from serve.jobs.score import checked_token_ids
-from serve.text.chat import encode_text
+from serve.text.chat import prompt_errors
+from serve.text.detokenizer import Echo
 
 type _Job = Job[CompletionRequest]
 
@@ -63,12 +64,12 @@ class Completions(Handler[CompletionRequest]):
     def _text_prompt(self, body: CompletionRequest, text: str, param: str) -> Prompt:
         tokenizer = self._context.model.tokenizer
         check_length(param, text, body, tokenizer, self._context.engine.limits)
-        ids = encode_text(tokenizer, text, add_special_tokens=body.add_special_tokens is not False, param=param)
+        with prompt_errors(param):
+            ids, offsets = tokenizer.tokenize(text, add_special_tokens=body.add_special_tokens is not False)
         if not ids:
             code = "missing_required_parameter" if param == "prompt" and not text else "invalid_value"
             raise invalid(param, f"`{param}` gives no tokens, and none is added to it.", code)
-        bos_added = tokenizer.is_special(ids[0]) and not text.startswith(tokenizer.token_text(ids[0]))
-        return Prompt(ids, _max_tokens(body), text, [bos_added] + [False] * (len(ids) - 1))
+        return Prompt(ids, _max_tokens(body), echo=Echo(text, offsets) if body.echo else Echo())
 
     def _truncate(self, body: CompletionRequest, prompt: Prompt) -> Prompt:
         ids = truncate(prompt.ids, body, prompt.max_tokens, self._context.engine.limits)
@@ -76,10 +77,8 @@ class Completions(Handler[CompletionRequest]):
 
     def _from_ids(self, body: CompletionRequest, ids: list[int]) -> Prompt:
         """A prompt of token ids, with their text if it is echoed."""
-        skip = body.skip_special_tokens is not False
-        hidden = [skip and self._context.model.tokenizer.is_special(token_id) for token_id in ids]
-        text = self._context.model.tokenizer.decode(ids, skip_special_tokens=skip) if body.echo else ""
-        return Prompt(ids, _max_tokens(body), text, hidden)
+        echo = Echo.decode(self._context.model.tokenizer, ids) if body.echo else Echo()
+        return Prompt(ids, _max_tokens(body), echo=echo)
 
     def _render(self, job: _Job, outputs: Sequence[Output]) -> Body:
         choices: list[dict[str, Any]] = []
@@ -108,7 +107,7 @@ class Completions(Handler[CompletionRequest]):
 def _choice(job: _Job, choice: Choice, output: Output) -> dict[str, Any]:
     """A choice from its start, with the text and the ids of the prompt as requested."""
     body, prompt = job.body, choice.prompt
-    text = {"text": (prompt.text if body.echo else "") + output.text}
+    text = {"text": prompt.echo.text + output.text}
     fields = choice_fields(job, choice, output, text, _logprobs(job, choice, output))
     if body.return_token_ids or not body.stream:
         fields["prompt_token_ids"] = prompt.ids if body.return_token_ids else None
@@ -122,7 +121,7 @@ def _logprobs(job: _Job, choice: Choice, output: Output) -> dict[str, Any] | Non
         choice.columns = CompletionLogprobs(job.names, skip_special_tokens=job.body.skip_special_tokens is not False)
         if requested.echo_k is not None:
             logprobs = prompt.logprobs(requested.echo_k, requested.start)
-            rows = choice.columns.echo(prompt.ids, logprobs, prompt.text, prompt.hidden)
+            rows = choice.columns.echo(prompt.ids, logprobs, prompt.echo)
     if choice.alternatives is None:
         return None
     rows += choice.columns.output(output.token_ids, output_logprobs(output, choice.alternatives))

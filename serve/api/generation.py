@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from model.token_logprobs import TokenLogprobs
@@ -21,6 +21,7 @@ from serve.engine.request import (
     TokenEvent,
 )
 from serve.jobs.generate import Output, OutputDecoder
+from serve.text.detokenizer import Echo
 
 _MAX_ADMITTED = 64  # choices of one HTTP request in the engine; a long list of prompts must not fill the queue
 
@@ -31,9 +32,8 @@ class Prompt:
 
     ids: list[int]
     max_tokens: int  # to generate
-    text: str = ""  # for an echo or `prompt_text`
-    hidden: Sequence[bool] = ()  # per id, whether it is absent from `text`
-    echo: str = ""  # of a chat: text that precedes the output
+    text: str = ""  # of a chat, for `prompt_text`
+    echo: Echo = field(default_factory=Echo)  # precedes the output
     full_vocab_request: Request | None = None  # for log-probs over the full vocabulary, if they are requested
     token_logprobs: TokenLogprobs | None = None  # [len(ids) - 1], of every token but the first
 
@@ -51,7 +51,7 @@ class Choice:
     index: int
     prompt: Prompt
     request: Request
-    make_decoder: Callable[[], OutputDecoder]
+    make_decoder: Callable[[Prompt], OutputDecoder]
     is_first_of_prompt: bool  # the choice whose request scores the prompt
     alternatives: int | None  # per generated token; None without log-probs
     handle: RequestHandle | None = None  # once it is admitted
@@ -75,7 +75,7 @@ class Choice:
             QueueTimeoutError, DeadlineError, EngineStoppedError: see `RequestHandle`.
         """
         assert self.handle is not None
-        decoder = self.make_decoder()
+        decoder = self.make_decoder(self.prompt)
         async for event in self.handle:
             check_event(event)
             delta = decoder.output(event)

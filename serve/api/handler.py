@@ -165,9 +165,14 @@ class Handler[B: GenerationRequest](ABC):
         eos_token_ids = frozenset() if body.ignore_eos else tokenizer.eos_token_ids
         skip, include = body.skip_special_tokens is not False, bool(body.include_stop_str_in_output)
 
-        def make_decoder() -> OutputDecoder:
+        def make_decoder(prompt: Prompt) -> OutputDecoder:
             detokenizer = Detokenizer(
-                tokenizer, stop, skip_special_tokens=skip, include_stop=include, min_tokens=shared.min_tokens
+                tokenizer,
+                stop,
+                skip_special_tokens=skip,
+                include_stop=include,
+                min_tokens=shared.min_tokens,
+                prefix=prompt.echo.tail,
             )
             return OutputDecoder(detokenizer, eos_token_ids)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from model.token_logprobs import TokenLogprobs, clamp_logprobs
 from serve.api.errors import engine_error
+from serve.text.detokenizer import Echo
 from serve.text.tokenizer import Tokenizer
 
 # Of a token in `logprobs` of completions: its name, its log-prob, the log-probs of its alternatives by name, their ids,
@@ -98,40 +99,21 @@ class CompletionLogprobs:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0  # code points of the output's text before the next token
 
-    def echo(
-        self, token_ids: Sequence[int], logprobs: TokenLogprobs, text: str, hidden: Sequence[bool]
-    ) -> list[LogprobRow]:
-        """The rows of an echoed prompt.
+    def echo(self, token_ids: Sequence[int], logprobs: TokenLogprobs, echo: Echo) -> list[LogprobRow]:
+        """The rows of an echoed prompt, which the output follows.
 
-        Args:
-            logprobs: result of `wire_logprobs` for the last tokens; those before them get null.
-            text: the echoed text, which the output follows.
-            hidden: per token, whether it is absent from the text.
+        `logprobs` is the result of `wire_logprobs` for the last tokens; those before them get null.
         """
-        self._offset = len(text)
-        offsets = self._prompt_offsets(token_ids, text, hidden)
+        self._offset = len(echo.text)
+        self._decoder.decode(echo.tail)
         start = len(token_ids) - len(logprobs.logprob)
-        unscored = zip(token_ids[:start], offsets, strict=False)
+        unscored = zip(token_ids[:start], echo.offsets, strict=False)
         rows: list[LogprobRow] = [(self._names(token), None, None, None, offset) for token, offset in unscored]
-        return rows + self._rows(token_ids[start:], logprobs, offsets[start:])
+        return rows + self._rows(token_ids[start:], logprobs, echo.offsets[start:])
 
     def output(self, token_ids: Sequence[int], logprobs: TokenLogprobs) -> list[LogprobRow]:
         """The rows of generated tokens; `logprobs` is the result of `wire_logprobs`."""
         return self._rows(token_ids, logprobs, [self._output_offset(token) for token in token_ids])
-
-    def _prompt_offsets(self, token_ids: Sequence[int], text: str, hidden: Sequence[bool]) -> list[int]:
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        pieces = [
-            "" if hides else decoder.decode(self._names.tokenizer.token_bytes(token))
-            for token, hides in zip(token_ids, hidden, strict=True)
-        ]
-        # SentencePiece puts a space before the first word that the text does not have.
-        offset = -1 if "".join(pieces).startswith(" ") and not text.startswith(" ") else 0
-        offsets = []
-        for piece in pieces:
-            offsets.append(min(max(offset, 0), len(text)))
-            offset += len(piece)
-        return offsets
 
     def _output_offset(self, token_id: int) -> int:
         offset, tokenizer = self._offset, self._names.tokenizer

@@ -1,7 +1,8 @@
 """Chats: messages to prompt text to token ids. The HTTP API, `LLM`, scoring and the terminal chat share this code."""
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,7 +139,14 @@ def _text_of_part(part: Any, path: str) -> str:
 
 def encode_text(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
     """Token ids of `text`. Raise PromptError if it cannot be tokenized."""
-    try:
+    with prompt_errors(param):
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+@contextmanager
+def prompt_errors(param: str) -> Iterator[None]:
+    """Raise a tokenizer's errors as PromptErrors."""
+    try:
+        yield
     except TokenizerError as error:
         raise PromptError(param, str(error)) from None

@@ -3,6 +3,9 @@
 import codecs
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Self
 
 from serve.text.tokenizer import Tokenizer
 
@@ -25,12 +28,15 @@ class Detokenizer:
         skip_special_tokens: bool = True,
         include_stop: bool = False,
         min_tokens: int = 0,
+        prefix: bytes = b"",
     ) -> None:
+        """`prefix` is the start of an incomplete character, which the output completes."""
         self._tokenizer = tokenizer
         self._held_tokens = min_tokens  # number of tokens to come that cannot complete a stop string
         self._skip_special_tokens = skip_special_tokens
         self.include_stop = include_stop  # the text includes the stop string
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._utf8.decode(prefix)
         self._stop = stop
         self._node = 0  # of `stop`: what the text ends with
         self._pending = ""  # text that may be the start of a stop string
@@ -120,6 +126,25 @@ class StopStrings:
         while node and character not in self._next[node]:
             node = self._fallback[node]
         return self._next[node].get(character, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """Text of a prompt, which an output continues."""
+
+    text: str = ""
+    offsets: Sequence[int] = ()  # for each token of the prompt, the code points of the text before it
+    tail: bytes = b""  # start of a character after the text, which the output may complete
+
+    @classmethod
+    def decode(cls, tokenizer: Tokenizer, token_ids: Sequence[int]) -> Self:
+        """The text of a prompt's tokens, special ones included."""
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        pieces = [utf8.decode(tokenizer.token_bytes(token_id)) for token_id in token_ids]
+        text = "".join(pieces)
+        dropped = int(tokenizer.drops_space and text.startswith(" "))
+        ends = accumulate(map(len, pieces), initial=-dropped)
+        return cls(text[dropped:], [max(end, 0) for end, _ in zip(ends, pieces, strict=False)], utf8.getstate()[0])
 
 
 def decoded_tokens(tokenizer: Tokenizer, context_ids: Sequence[int], candidate_ids: Sequence[int]) -> list[str]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
@@ -62,6 +63,7 @@ class Tokenizer:
         """
         backend.no_padding()
         backend.no_truncation()
+        _keep_spaces(backend)
         self._backend = backend
         self._large = threading.BoundedSemaphore(_MAX_LARGE)
         self._bytes = _token_bytes_table(backend)
@@ -74,6 +76,9 @@ class Tokenizer:
         )
         self.chat_template = chat_template  # Jinja source
         self.class_name = class_name  # of transformers
+        # A SentencePiece model may put a space before a text, which its decoder drops.
+        word = next((index for index, data in enumerate(self._bytes) if data[:1] == b" " != data[1:2]), None)
+        self.drops_space = word is not None and not backend.decode([word]).startswith(" ")
 
     @property
     def vocab_size(self) -> int:
@@ -90,10 +95,25 @@ class Tokenizer:
         As in the original library, bytes that the vocabulary lacks are dropped, such as 0x04 with SmolLM2.
         `add_special_tokens` adds those that surround a text, such as BOS. Raise TokenizerError for a lone surrogate.
         """
+        return list(self._encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def tokenize(self, text: str, *, add_special_tokens: bool) -> tuple[list[int], list[int]]:
+        """Token ids as from `encode`, and for each token the code points of `text` before it.
+
+        Tokens that surround the text stand at its start and its end.
+        """
+        encoding = self._encode(text, add_special_tokens=add_special_tokens)
+        offsets, end = list[int](), 0
+        for (start, stop), is_added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
+            offsets.append(end if is_added else start)
+            end = end if is_added else stop
+        return list(encoding.ids), offsets
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> Encoding:
         limiter = self._large if len(text) > _LARGE else contextlib.nullcontext()
         try:
             with limiter, panics_as_errors("the tokenizer fails on this text"):
-                return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+                return self._backend.encode(text, add_special_tokens=add_special_tokens)
         except TypeError as error:  # raised by `tokenizers` for a str that is not valid Unicode
             raise TokenizerError("text contains a lone surrogate, which is not valid Unicode") from error
 
@@ -220,6 +240,14 @@ def _is_sentencepiece(backend: Backend) -> bool:
     raise TokenizerError(
         f"tokenizer decoder {state['type']} is not supported; supported: ByteLevel and SentencePiece's"
     )
+
+
+def _keep_spaces(backend: Backend) -> None:
+    """Let the offsets of tokens include the spaces of their texts, which a post-processor may exclude."""
+    if (processor := backend.post_processor) is not None:
+        state = processor.__getstate__()
+        processor.__setstate__(state.replace(b'"trim_offsets":true', b'"trim_offsets":false'))
+        backend.post_processor = processor
 
 
 def _parts(state: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -185,7 +185,7 @@ async def test_text_offset_ignores_added_bos() -> None:
 
 @pytest.mark.parametrize(
     ("skip", "text", "offsets"),
-    [(True, "HiA", [0, 0, 1, 2, 3, 3]), (False, "<begin>HiA<end><end>", [0, 7, 8, 9, 10, 15])],
+    [(True, "<begin>HiA", [0, 7, 8, 9, 10, 10]), (False, "<begin>HiA<end><end>", [0, 7, 8, 9, 10, 15])],
 )
 async def test_text_offset_with_special_tokens(skip: bool, text: str, offsets: list[int]) -> None:
     fields = {"echo": True, "logprobs": 0, "ignore_eos": True, "max_tokens": 3}
@@ -194,6 +194,28 @@ async def test_text_offset_with_special_tokens(skip: bool, text: str, offsets: l
     assert choice["text"] == text
     assert choice["logprobs"]["tokens"] == ["<begin>", "H", "i", "A", "<end>", "<end>"]
     assert choice["logprobs"]["text_offset"] == offsets
+
+
+async def test_output_completes_a_character_of_an_echo() -> None:
+    fields: dict[str, Any] = {"prompt": [*b"Hi ", 0xF0, 0x9F, 0x98], "echo": True, "logprobs": 0}
+    async with serving(b"\x8a!") as server:
+        choice = await choice_of(server, **fields, max_tokens=2)
+        chunks = [chunk["choices"][0] for chunk in await server.complete_stream(**fields, max_tokens=2)]
+        incomplete = await choice_of(server, **fields, max_tokens=0)
+    assert (choice["text"], choice["logprobs"]["text_offset"]) == ("Hi 😊!", [0, 1, 2, 3, 3, 3, 3, 4])
+    assert [chunk["text"] for chunk in chunks] == ["Hi 😊", "!"]
+    offsets = [offset for chunk in chunks for offset in chunk["logprobs"]["text_offset"]]
+    assert offsets == choice["logprobs"]["text_offset"]
+    assert (incomplete["text"], incomplete["logprobs"]["text_offset"]) == ("Hi \ufffd", [0, 1, 2, 3, 3, 3])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_text_offset_counts_characters_before_normalization(stream: bool) -> None:
+    fields: dict[str, Any] = {"prompt": "e\u0301x", "echo": True, "logprobs": 0, "max_tokens": 1}
+    async with serving(pre="qwen2") as server:
+        answer = (await server.complete_stream(**fields))[0] if stream else await server.complete(**fields)
+    (choice,) = answer["choices"]
+    assert (choice["text"], choice["logprobs"]["text_offset"]) == ("e\u0301xH", [0, 0, 2, 3])
 
 
 async def test_top_logprobs_equal_texts_keep_higher_value() -> None:

@@ -134,6 +134,18 @@ def test_8_bytes_are_exact_and_the_end_token_is_marked(ask: Ask) -> None:
     assert finished["logprobs"]["content"][-1]["token"] == "<|im_end|>"
 
 
+def test_8_text_offsets_are_places_in_the_text(ask: Ask) -> None:
+    def echoed(prompt: Any, **fields: Any) -> tuple[str, list[int]]:
+        (choice,) = ask(prompt=prompt, echo=True, logprobs=0, max_tokens=0, **fields)["choices"]
+        return choice["text"], choice["logprobs"]["text_offset"]
+
+    assert echoed("Hello\x04 world") == ("Hello\x04 world", [0, 6])  # without a token for the control character
+    assert echoed([0, 504, 3575]) == ("<|endoftext|>The capital", [0, 13, 16])
+    body = {"prompt": [57, 1137, 40303], "echo": True, "logprobs": 0, "max_tokens": 1, "allowed_token_ids": [228]}
+    (choice,) = ask(**body)["choices"]
+    assert (choice["text"], choice["logprobs"]["text_offset"]) == ("I said 😊", [0, 1, 6, 7])
+
+
 def test_9_batching_changes_no_logprob(server: ServerProcess) -> None:
     async def crowd(size: int) -> list[Any]:
         async with httpx2.AsyncClient(base_url=server.url, timeout=300) as client:

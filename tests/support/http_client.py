@@ -58,12 +58,12 @@ TEMPLATE = (
 
 
 @functools.cache
-def byte_tokenizer(*, add_bos: bool = False, chat_template: str = TEMPLATE) -> Tokenizer:
+def byte_tokenizer(*, add_bos: bool = False, chat_template: str = TEMPLATE, pre: str = "gpt-2") -> Tokenizer:
     """Return the tokenizer of the module's docstring; with `add_bos`, texts start with BEGIN."""
     characters = byte_characters()
     metadata = {
         "model": "gpt2",
-        "pre": "gpt-2",
+        "pre": pre,
         "tokens": [*characters, "<begin>", "<end>", "\\xff", characters[0] + characters[1]],
         "token_type": [_NORMAL] * 256 + [_CONTROL, _CONTROL, _USER_DEFINED, _NORMAL],
         "merges": [f"{characters[0]} {characters[1]}"],  # at least one is required; no text contains these bytes
@@ -249,7 +249,7 @@ def start_server(
     """A running server whose model generates `script` and then END. `Server.stop` ends it.
 
     Args:
-        config: fields of ServedModel and ServeConfig.
+        config: fields of ServedModel and ServeConfig; `pre` is the tokenizer's pre-tokenizer.
     """
     runs = runner(script, pages=pages, pages_per_row=-(-max_model_len // PAGE_SIZE))
     limits = EngineLimits(
@@ -268,7 +268,9 @@ def start_server(
     metrics.watch(lambda: engine.gauges, {"block_size": str(PAGE_SIZE)})
     engine.start()
     facts = {name: config.pop(name) for name in ("system_fingerprint", "defaults") if name in config}
-    tokenizer = byte_tokenizer(add_bos=add_bos, chat_template=config.pop("chat_template", TEMPLATE))
+    tokenizer = byte_tokenizer(
+        add_bos=add_bos, chat_template=config.pop("chat_template", TEMPLATE), pre=config.pop("pre", "gpt-2")
+    )
     model = ServedModel(config.get("served_model_name", (MODEL, "alias")), tokenizer, **facts)
     settings = ServeConfig(**{"allowed_hosts": ("*",)} | config)
     app = create_app(engine, model, settings, metrics, readiness=readiness, on_answer=on_answer)

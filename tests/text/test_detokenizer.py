@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.weights.gguf_header import read_header
-from serve.text.detokenizer import Detokenizer, StopStrings
+from serve.text.detokenizer import Detokenizer, Echo, StopStrings
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer
 
@@ -56,6 +56,20 @@ def run(
     )
     pieces = [detokenizer.push(index) for index in range(len(tokens))]
     return [*pieces, detokenizer.finish()], detokenizer.stopped_by
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 49152 + 100), max_size=60), st.integers(0, 60))
+def test_an_echo_and_its_output_have_the_text_of_all_ids(smollm2: Tokenizer, ids: list[int], length: int) -> None:
+    echo = Echo.decode(smollm2, ids[:length])
+    detokenizer = Detokenizer(smollm2, StopStrings(), skip_special_tokens=False, prefix=echo.tail)
+    text = echo.text + "".join(map(detokenizer.push, ids[length:])) + detokenizer.finish()
+    assert text == smollm2.decode(ids, skip_special_tokens=False)
+    assert echo.offsets == Echo.decode(smollm2, ids).offsets[:length]
+
+
+def test_an_echo_keeps_special_tokens(smollm2: Tokenizer) -> None:
+    assert Echo.decode(smollm2, [0, 504, 3575]) == Echo("<|endoftext|>The capital", [0, 13, 16])
 
 
 @settings(deadline=None)

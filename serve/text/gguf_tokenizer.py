@@ -4,6 +4,7 @@ For the keys see "Tokenizer" in `docs/gguf.md` of the ggml project.
 """
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from reprlib import repr as short_repr
@@ -16,7 +17,8 @@ from serve.text.tokenizer import SPACE, Tokenizer, TokenizerError, panics_as_err
 
 _PREFIX = "tokenizer.ggml."
 # Values of `tokenizer.ggml.token_type`.
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+_PHI3_UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
 _MAX_PIECE = 512  # characters; all ways to split a piece in two are tried
 
 
@@ -76,6 +78,15 @@ class _Vocabulary:
     def flag(self, name: str, default: bool) -> bool:
         return bool(self.metadata.get(_PREFIX + name, default))
 
+    @property
+    def is_phi(self) -> bool:
+        """Whether the tokens are those of Phi-3 or Phi-4, whose flags no key of the file has.
+
+        llama.cpp knows Phi-3 by the name in the file; fine-tuned models have other names, but the same architecture.
+        """
+        name = re.sub("[ _-]", "", str(self.metadata.get("general.name")).lower())
+        return "phi3" in name or self.metadata.get("general.architecture") == "phi3"
+
     def ids(self) -> dict[str, int]:
         """Token -> id, without the unused tokens that pad the model's vocabulary."""
         return {token: index for index, token in enumerate(self.tokens) if self.types[index] != UNUSED}
@@ -85,11 +96,19 @@ class _Vocabulary:
 
         `add_bos` is the default for a file that does not specify it.
         """
+        # Phi-3 drops white space after most added tokens, Phi-4, which has another pre-tokenizer, also before them.
+        strips, on_left = self.is_phi, self.metadata.get("tokenizer.ggml.pre") == "dbrx"
         backend.add_tokens(
             [
-                AddedToken(token, special=kind == CONTROL, normalized=False)
+                AddedToken(
+                    token,
+                    special=kind != USER_DEFINED,
+                    normalized=False,
+                    lstrip=strips and on_left,
+                    rstrip=strips and (on_left or token not in _PHI3_UNSTRIPPED),
+                )
                 for token, kind in zip(self.tokens, self.types, strict=True)
-                if kind in (CONTROL, USER_DEFINED)
+                if kind in (UNKNOWN, CONTROL, USER_DEFINED)
             ]
         )
         around = {

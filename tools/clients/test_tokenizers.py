@@ -56,8 +56,11 @@ def test_golden_ids_of_gemma3_equal_the_original() -> None:
     assert golden == [theirs.encode(text, add_special_tokens=False).ids for text in texts()]
 
 
-def test_token_ids_of_llama2_equal_the_original() -> None:
-    """SentencePiece: pieces with scores, which fall with the id; runs of spaces have the worst."""
+def test_token_ids_of_mistral_equal_the_original() -> None:
+    """SentencePiece: pieces with scores, which fall with the id; runs of spaces have the worst.
+
+    Its tokenizer is in the package called llama2.
+    """
     path = original("llama2")
     vocabulary = json.loads(path.read_text("utf-8"))["model"]["vocab"]
     pieces = sorted(vocabulary, key=vocabulary.__getitem__)

@@ -197,16 +197,16 @@ async def test_text_offset_with_special_tokens(skip: bool, text: str, offsets: l
 
 
 async def test_output_completes_a_character_of_an_echo() -> None:
-    fields: dict[str, Any] = {"prompt": [*b"Hi ", 0xF0, 0x9F, 0x98], "echo": True, "logprobs": 0}
-    async with serving(b"\x8a!") as server:
-        choice = await choice_of(server, **fields, max_tokens=2)
-        chunks = [chunk["choices"][0] for chunk in await server.complete_stream(**fields, max_tokens=2)]
+    fields: dict[str, Any] = {"prompt": [*b"Hi ", 0xF0, 0x9F], "echo": True, "logprobs": 0}
+    async with serving(b"\x98\x8a!") as server:
+        choice = await choice_of(server, **fields, max_tokens=3)
+        chunks = [chunk["choices"][0] for chunk in await server.complete_stream(**fields, max_tokens=3)]
         incomplete = await choice_of(server, **fields, max_tokens=0)
     assert (choice["text"], choice["logprobs"]["text_offset"]) == ("Hi 😊!", [0, 1, 2, 3, 3, 3, 3, 4])
-    assert [chunk["text"] for chunk in chunks] == ["Hi 😊", "!"]
+    assert [chunk["text"] for chunk in chunks] == ["Hi ", "😊", "!"]
     offsets = [offset for chunk in chunks for offset in chunk["logprobs"]["text_offset"]]
     assert offsets == choice["logprobs"]["text_offset"]
-    assert (incomplete["text"], incomplete["logprobs"]["text_offset"]) == ("Hi \ufffd", [0, 1, 2, 3, 3, 3])
+    assert (incomplete["text"], incomplete["logprobs"]["text_offset"]) == ("Hi \ufffd", [0, 1, 2, 3, 3])
 
 
 @pytest.mark.parametrize("stream", [False, True])

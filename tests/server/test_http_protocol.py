@@ -5,19 +5,25 @@ import re
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import h11
 import httpx2
 import pytest
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from serve.config.config import ServeConfig
 from serve.config.flags import parse_args
 from serve.server.http_protocol import GuardedProtocol, HttpConfig
 from tests.support.http_client import completion_body
 from tests.support.listening import listening
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
+HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\n"
 
 
 def connected(url: str) -> socket.socket:
@@ -141,7 +147,7 @@ def test_slow_reader_is_not_closed() -> None:
     refused: list[str] = []
     timers: list[Callable[[], None]] = []
     protocol: Any = GuardedProtocol.__new__(GuardedProtocol)  # with stand-ins for its attributes
-    protocol.config = SimpleNamespace(client_timeout=60, on_refused=refused.append)
+    protocol.config = SimpleNamespace(limits=ServeConfig(client_timeout=60), on_refused=refused.append)
     timer = SimpleNamespace(cancel=lambda: None)
 
     def call_later(_: float, call: Callable[[], None], *__: object) -> SimpleNamespace:
@@ -175,3 +181,102 @@ async def test_idle_connection_stays_open_for_timeout_keep_alive(flags: tuple[st
     config = HttpConfig(None, parse_args(flags, {}), on_refused=lambda _: None, lifespan="off")
     config.load()
     assert GuardedProtocol(config, ServerState(), {}).timeout_keep_alive == seconds
+
+
+@dataclass
+class ParserWork:
+    events: int = 0
+    events_of_calls: list[int] = field(default_factory=list)  # of the protocol's handle_events
+    buffered: int = 0  # maximum
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> ParserWork:
+    """The work of all parsers."""
+    work = ParserWork()
+    next_event, handle_events = h11.Connection.next_event, H11Protocol.handle_events
+
+    def counted_event(connection: h11.Connection) -> Any:
+        work.events += 1
+        work.buffered = max(work.buffered, len(connection._receive_buffer))
+        return next_event(connection)
+
+    def counted_call(protocol: H11Protocol) -> None:
+        before = work.events
+        handle_events(protocol)
+        work.events_of_calls.append(work.events - before)
+
+    monkeypatch.setattr(h11.Connection, "next_event", counted_event)
+    monkeypatch.setattr(H11Protocol, "handle_events", counted_call)
+    return work
+
+
+def chunks(data: bytes, size: int = 1) -> bytes:
+    parts = (data[start : start + size] for start in range(0, len(data), size))
+    return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (HEALTH, 200),
+        (HEAD.replace(b"json", b"text"), 400),
+        (HEAD.replace(b"/v1/", b"/"), 404),
+        (b"POST" + HEALTH[3:], 405),
+    ],
+)
+def test_body_that_is_not_read_is_dropped_unparsed(work: ParserWork, head: bytes, status: int) -> None:
+    with listening() as (url, _), connected(url) as connection:
+        connection.sendall(head + CHUNKED + chunks(b"x" * 100_000))
+        answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert b"\r\nconnection: close\r\n" in answer
+    assert work.events < 500
+
+
+def test_client_that_still_sends_gets_the_answer() -> None:
+    with listening() as (url, _), connected(url) as connection:
+        connection.sendall(HEAD.replace(b"json", b"text") + b"Content-Length: 8000000\r\n\r\n")
+        assert error_in(read_all(connection)) == (400, "invalid_content_type")
+        connection.sendall(b"x" * 8_000_000)  # raises after a reset
+
+
+def test_client_that_sends_without_end_is_disconnected() -> None:
+    with listening() as (url, _), connected(url) as connection:
+        connection.sendall(HEALTH + CHUNKED)
+        with pytest.raises(ConnectionError):
+            connection.sendall(b"x" * (64 << 20))
+
+
+def test_body_in_small_chunks_is_parsed_in_parts(work: ParserWork) -> None:
+    body = json.dumps(completion_body()).encode()
+    with listening() as (url, _), connected(url) as connection:
+        connection.sendall(HEAD + b"Connection: close\r\n" + CHUNKED + chunks(body + b" " * 5000) + b"0\r\n\r\n")
+        assert b'"text":"Hello"' in read_all(connection)
+    assert max(work.events_of_calls) == 64
+
+
+def test_nothing_is_read_while_received_chunks_wait(work: ParserWork) -> None:
+    body = json.dumps(completion_body()).encode() + b" " * 8_000_000
+    with listening() as (url, _), connected(url) as connection:
+        connection.sendall(HEAD + b"Connection: close\r\n" + CHUNKED + chunks(body, 600) + b"0\r\n\r\n")
+        assert b'"text":"Hello"' in read_all(connection)
+    assert work.buffered < 1 << 20
+
+
+def test_body_of_too_many_small_chunks_is_refused(work: ParserWork) -> None:
+    refused: list[str] = []
+    with listening(refused=refused) as (url, server), connected(url) as connection:
+        connection.sendall(HEAD + CHUNKED + chunks(b" " * 50_000))
+        assert error_in(read_all(connection)) == (400, "invalid_http")
+        assert server.engine.num_requests == 0
+    assert refused == ["invalid_http"]
+    assert work.events < 17_000
+
+
+def test_request_with_two_lengths_closes_the_connection() -> None:
+    with listening() as (url, _), connected(url) as connection:
+        connection.sendall(HEALTH + b"Content-Length: 100\r\n" + CHUNKED + b"0\r\n\r\n" + HEALTH + b"\r\n")
+        answer = read_all(connection)
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert b"\r\nconnection: close\r\n" in answer

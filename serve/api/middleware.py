@@ -96,13 +96,17 @@ class ApiKeys:
         self._digests = [(f"key{number}", _digest(key)) for number, key in enumerate(keys, 1)]
 
     def name_of(self, scope: Scope) -> str | None:
-        """Name of the request's API key, "key1" for the first; None without a valid key."""
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            return None
-        digest = _digest(key.strip())
+        """Name of the request's API key, "key1" for the first; None without a valid key.
+
+        It is a bearer token, or the value of X-Api-Key.
+        """
+        headers = Headers(scope=scope)
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        sent = [token] if scheme.lower() == "bearer" else []
+        sent += headers.getlist("x-api-key")[:1]
+        digests = [_digest(key.strip()) for key in sent]
         # Compare with every key: stopping at the match would reveal its index.
-        matches = [name for name, known in self._digests if hmac.compare_digest(digest, known)]
+        matches = [name for digest in digests for name, known in self._digests if hmac.compare_digest(digest, known)]
         return matches[0] if matches else None
 
     def refusal(self, scope: Scope, name: str | None) -> APIError | None:
@@ -111,7 +115,8 @@ class ApiKeys:
             return None
         if scope["method"] == "OPTIONS":  # a CORS preflight carries no key, and no route answers it
             return None
-        return APIError(401, "The API key is missing or invalid.", None, "invalid_api_key")
+        headers = {"WWW-Authenticate": "Bearer"}
+        return APIError(401, "The API key is missing or invalid.", None, "invalid_api_key", headers)
 
 
 def route_path(scope: Scope) -> str:

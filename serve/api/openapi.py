@@ -104,8 +104,11 @@ def openapi(*, secured: bool) -> dict[str, Any]:
         "components": {"schemas": schemas["$defs"]},
     }
     if secured:
-        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"key": []}]
+        document["components"]["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+        }
+        document["security"] = [{"bearer": []}, {"header": []}]
     return document
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from serve import __version__
+from serve.api.middleware import AnswerRecord
 from tests.support.fake_runner import MAX_MODEL_LEN, K
 from tests.support.http_client import MODEL, Server, chat_body, completion_body, error_of, serving
 
@@ -27,6 +28,7 @@ async def test_api_key_invalid(locked_server: Server, path: str, header: str | N
     error = error_of(response, 401)
     assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "invalid_api_key", None)
     assert response.headers["x-request-id"]
+    assert response.headers["www-authenticate"] == "Bearer"
 
 
 async def test_api_key_not_ascii(locked_server: Server) -> None:
@@ -43,6 +45,25 @@ async def test_api_key_invalid_does_not_reach_engine(locked_server: Server) -> N
 async def test_api_key_valid(locked_server: Server, header: str) -> None:
     response = await locked_server.post("/v1/chat/completions", chat_body(), Authorization=header)
     assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "key"),
+    [
+        ({"X-Api-Key": "sk-1"}, "key1"),
+        ({"X-Api-Key": " sk-2"}, "key2"),
+        ({"X-Api-Key": "sk-2", "Authorization": "Bearer sk-1"}, "key1"),
+        ({"X-Api-Key": "sk-2", "Authorization": "Basic sk-1"}, "key2"),  # the credentials of a proxy
+        ({"X-Api-Key": "sk-3"}, None),
+        ({"X-Api-Key": "Bearer sk-1"}, None),
+        ({"X-Api-Key": ""}, None),
+    ],
+)
+async def test_api_key_in_its_own_header(headers: dict[str, str], key: str | None) -> None:
+    records: list[AnswerRecord] = []
+    async with serving(api_key=("sk-1", "sk-2"), on_answer=records.append) as server:
+        response = await server.post("/v1/completions", completion_body(), **headers)
+    assert (response.status_code, records[0].key) == (401 if key is None else 200, key)
 
 
 @pytest.mark.parametrize("path", ["/health", "/ping"])

@@ -104,7 +104,7 @@ async def test_openapi_with_api_keys() -> None:
         for path in ("/docs", "/docs/swagger-ui.css", "/openapi.json"):
             error_of(await server.client.get(path), 401)
         response = await server.client.get("/openapi.json", headers={"Authorization": "Bearer sk-1"})
-        assert answered(response)["security"] == [{"key": []}]
+        assert answered(response)["security"] == [{"bearer": []}, {"header": []}]
 
 
 async def test_openapi_disabled() -> None:

@@ -8,7 +8,7 @@ from serve.api.middleware import PROBES, AnswerRecord
 
 logger = logging.getLogger(__name__)
 
-_MAX_PATH = 200  # characters
+_MAX_PATH, _MAX_METHOD = 200, 20  # characters
 _FIRST = ("method", "path", "status")  # without their names in a line
 
 
@@ -25,9 +25,9 @@ def fields_of(record: AnswerRecord) -> dict[str, object]:
     """The log fields of an answer; times in seconds, rounded to microseconds. Fields without a value are omitted."""
     fields: dict[str, object] = {
         "request_id": record.request_id,
-        "method": record.method,
-        # Control characters are escaped: a terminal would act on them.
-        "path": record.path[:_MAX_PATH].encode("unicode_escape").decode("ascii"),
+        "method": record.method[:_MAX_METHOD],
+        # Control characters are escaped, because a terminal would act on them, and spaces, because they end a field.
+        "path": record.path[:_MAX_PATH].encode("unicode_escape").decode("ascii").replace(" ", r"\x20"),
         "status": record.status,
         "client": _address(record.client),
         "key": record.key,

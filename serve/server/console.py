@@ -26,6 +26,7 @@ from rich.progress import (
 from rich.text import Text
 
 from serve.config.config import EngineConfig
+from serve.server.log_stream import LogStream
 from serve.server.startup_events import LABEL_STYLE, Event, failed, program_compiled
 
 if TYPE_CHECKING:
@@ -125,13 +126,14 @@ class Reporter:
         return Progress(label_column, BarColumn(), *columns, console=self._console, disable=self._console is None)
 
 
-def start_reporting(config: EngineConfig) -> Reporter:
-    """Set up logging and return the matching reporter; both write to stderr in the format of --log-format."""
-    terminal = config.log_format == "auto" and is_terminal(sys.stderr)
-    console = Console(file=sys.stderr, highlight=False) if terminal else None
+def start_reporting(config: EngineConfig, stream: TextIO | None = None) -> Reporter:
+    """Set up logging and return the matching reporter; both write to stderr or `stream`, as --log-format says."""
+    stream = stream or sys.stderr
+    terminal = config.log_format == "auto" and is_terminal(stream)
+    console = Console(file=stream, highlight=False) if terminal else None
     as_json = config.log_format == "json"
-    set_up_logs(config.log_level, stream=sys.stderr, as_json=as_json, console=console)
-    return Reporter(sys.stderr, console=console, as_json=as_json, verbose=config.log_level == "debug")
+    set_up_logs(config.log_level, stream=stream, as_json=as_json, console=console)
+    return Reporter(stream, console=console, as_json=as_json, verbose=config.log_level == "debug")
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -144,7 +146,7 @@ def set_up_logs(level: str, *, stream: TextIO, as_json: bool = False, console: C
 
     `level` is that of our own loggers, such as "info". As JSON, uncaught exceptions are logged, too.
     """
-    handler = logging.StreamHandler(stream) if console is None else _ConsoleHandler(console)
+    handler = _StreamHandler(stream) if console is None else _ConsoleHandler(console)
     if console is None:
         handler.setFormatter(JsonFormatter() if as_json else logging.Formatter(_PLAIN))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -181,6 +183,12 @@ class JsonFormatter(logging.Formatter):
         return json_line(record.levelno, record.getMessage(), record.created, **fields)
 
 
+class _StreamHandler(logging.StreamHandler[TextIO]):
+    def close(self) -> None:
+        super().close()
+        _close(self.stream)
+
+
 class _ConsoleHandler(logging.Handler):
     """Writes above the progress bar of a console."""
 
@@ -197,6 +205,15 @@ class _ConsoleHandler(logging.Handler):
             self._console.print(text, soft_wrap=True)
         except Exception:  # noqa: BLE001 - like all logging handlers, report the error instead of raising it
             self.handleError(record)
+
+    def close(self) -> None:
+        super().close()
+        _close(self._console.file)
+
+
+def _close(stream: object) -> None:
+    if isinstance(stream, LogStream):  # others, such as stderr, belong to the process
+        stream.close()
 
 
 def _log_uncaught_exceptions() -> None:

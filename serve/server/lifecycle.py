@@ -61,7 +61,8 @@ class HttpServer(uvicorn.Server):
         """Handle a signal. uvicorn's own handler would raise it again at the end, and change the exit code."""
         del frame
         if self._drain_deadline is not None:
-            os.write(2, b"second signal: exiting at once\n")
+            logger.critical("second signal: exiting at once")
+            logging.shutdown()
             os._exit(self.exit_code or 128 + sig)
         self._drain(self._options.shutdown_timeout)
 

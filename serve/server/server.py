@@ -6,6 +6,7 @@ import resource
 import signal
 import socket
 import ssl
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from serve.config.config import ServeConfig
 from serve.server.console import Reporter, start_reporting
 from serve.server.lifecycle import HttpServer, Served, run
 from serve.server.loading import LoadingServer
+from serve.server.log_stream import open_log_stream
 from serve.server.model_files import STARTUP_ERRORS, StartupError
 from serve.server.startup import load
 from serve.server.startup_events import server_started
@@ -58,7 +60,7 @@ def main(config: ServeConfig, make: Callable[[ServeConfig, Reporter], Served] = 
 
     0 after SIGTERM or Ctrl-C, 1 if start-up fails or the engine is lost, 130 for Ctrl-C during start-up.
     """
-    reporter = start_reporting(config)
+    reporter = start_reporting(config, open_log_stream(sys.stderr))
     with ExitStack() as stack:
         try:
             _check_certificate(config)

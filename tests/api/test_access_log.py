@@ -145,6 +145,12 @@ def test_access_log_escapes_control_characters_in_path() -> None:
     assert len(path) < 400
 
 
+def test_access_log_fields_cannot_be_forged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "serve.api.access_log")
+    log_answer(record(method="A" * 5000, path="/x 200 key=key1", status=404))
+    assert caplog.messages == ["A" * 20 + r" /x\x20200\x20key=key1 404 request_id=a bytes=0 seconds=0.0"]
+
+
 @pytest.mark.parametrize(
     ("client", "expected"),
     [("10.0.0.9", "10.0.0.9"), ("::1", "::1"), ("10.0.0.9 key=key1 bytes=0", None), ("\x9b31m", None), (None, None)],

@@ -267,3 +267,26 @@ def test_hanging_engine_ends_the_process() -> None:
     assert "a step has run for 1 s" in log
     assert "in prefill" in log  # where it hangs
     assert server.terminate() == 1
+
+
+class UnreadServer(FaultyServer):
+    """A server whose log is not read after it has started."""
+
+    def _read_log(self) -> None:
+        """Read nothing."""
+
+
+@pytest.mark.parametrize("log_format", ["plain", "json"])
+@pytest.mark.parametrize("signals", [1, 2])
+def test_unread_log_stops_neither_requests_nor_the_exit(log_format: str, signals: int) -> None:
+    server = UnreadServer("--log-format", log_format)
+    with killed(server):
+        for _ in range(100):  # each logs a traceback of more than 1 kB
+            assert post(server, FAIL).status_code == 500
+        assert post(server).status_code == 200
+        with streaming(server) if signals == 2 else nullcontext():
+            server.process.send_signal(signal.SIGTERM)
+            if signals == 2:
+                wait_until_draining(server)
+                server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(SECONDS) == (0 if signals == 1 else 128 + signal.SIGTERM)

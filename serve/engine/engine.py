@@ -58,7 +58,7 @@ class Engine:
         self._streams = Streams(options)
         self._calls: deque[FullVocabCall] = deque()  # used by the thread only
         self._stopping = False
-        self._busy_since: float | None = None  # time.monotonic() at the start of the thread's iteration; None: idle
+        self.busy_since: float | None = None  # time.monotonic() at the start of the thread's iteration; None: idle
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     @property
@@ -82,7 +82,7 @@ class Engine:
     @property
     def seconds_in_step(self) -> float:
         """Seconds since the thread began its current iteration; 0 while it is idle."""
-        since = self._busy_since
+        since = self.busy_since
         return 0.0 if since is None else time.monotonic() - since
 
     def start(self) -> None:
@@ -167,10 +167,10 @@ class Engine:
         """Run the calls in the inbox; wait for one when idle. Returns False when the thread should exit."""
         count = self._inbox.qsize()
         if not count and not self._core.in_flight and not self._calls:
-            self._busy_since = None
+            self.busy_since = None
             with contextlib.suppress(queue.Empty):
                 self._handle(self._inbox.get(timeout=self._streams.seconds_to_expiry()))
-        self._busy_since = time.monotonic()
+        self.busy_since = time.monotonic()
         for _ in range(count):  # later calls wait until after the next step
             self._handle(self._inbox.get())
         return not self._stopping

@@ -9,8 +9,11 @@ from ray import serve
 from starlette.types import Message
 
 from serve.config.config import ServeConfig
+from serve.engine.watchdog import Watchdog
 from serve.server.console import start_reporting
 from serve.server.server import assemble
+
+_LATE_SECONDS = 10.0  # Ray checks more often
 
 
 class Replica:
@@ -18,7 +21,7 @@ class Replica:
 
     def __init__(self, config: ServeConfig) -> None:
         """Load and compile; raises STARTUP_ERRORS. Ray sends requests after this returns."""
-        self._watchdog_timeout = config.watchdog_timeout
+        self._watchdog = Watchdog(config.watchdog_timeout, interval=_LATE_SECONDS)
         self._served = assemble(config, start_reporting(config))
         self._id = serve.get_replica_context().replica_id.unique_id
 
@@ -27,7 +30,7 @@ class Replica:
         engine = self._served.engine
         if not engine.ready:
             raise RuntimeError("the engine has stopped")
-        if self._watchdog_timeout and engine.seconds_in_step > self._watchdog_timeout:
+        if self._watchdog.expires(engine.busy_since):
             raise RuntimeError("a step of the engine hangs")
 
     def __del__(self) -> None:

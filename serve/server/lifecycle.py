@@ -20,6 +20,7 @@ from serve.api.metrics import Metrics
 from serve.api.middleware import Readiness
 from serve.config.config import ServeConfig
 from serve.engine.engine import Engine
+from serve.engine.watchdog import Watchdog
 from serve.server.http_protocol import HttpConfig
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ _WORKER = "worker"  # prefix of the names of the pool's threads
 QUIET_SECONDS = 2  # without a request, after which freed memory is returned to the system
 _FLUSH_SECONDS = 5  # for the last bytes of responses at the end
 _STEP_SECONDS = 20  # for a running step at the end
+_LATE_SECONDS = 1.0  # a tick that is later was delayed by more than other work
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class HttpServer(uvicorn.Server):
         self._options = config
         self._drain_deadline: float | None = None
         self._idle_timer = _IdleTimer()
+        self._watchdog = Watchdog(config.watchdog_timeout, interval=_LATE_SECONDS)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle a signal. uvicorn's own handler would raise it again at the end, and change the exit code."""
@@ -92,8 +95,7 @@ class HttpServer(uvicorn.Server):
         return max(self._readiness.running, unread)
 
     def _check_engine(self) -> None:
-        limit = self._options.watchdog_timeout
-        if limit and self.engine.seconds_in_step > limit and not self.engine.failed:
+        if self._watchdog.expires(self.engine.busy_since) and not self.engine.failed:
             self.engine.abandon()
         if not self.engine.ready and not self.exit_code:
             logger.critical("the engine is lost: exiting, so that the server can be restarted")

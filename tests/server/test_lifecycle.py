@@ -290,3 +290,16 @@ def test_unread_log_stops_neither_requests_nor_the_exit(log_format: str, signals
                 wait_until_draining(server)
                 server.process.send_signal(signal.SIGTERM)
             assert server.process.wait(SECONDS) == (0 if signals == 1 else 128 + signal.SIGTERM)
+
+
+def test_stopped_process_keeps_its_engine() -> None:
+    server = FaultyServer("--watchdog-timeout", "1")
+    with killed(server), streaming(server, max_tokens=200) as lines:
+        server.process.send_signal(signal.SIGSTOP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.process.wait(3)  # longer than --watchdog-timeout
+        server.process.send_signal(signal.SIGCONT)
+        *_, last, end = lines
+        assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        assert end == "data: [DONE]"
+        assert httpx2.get(f"{server.url}/health").status_code == 200

@@ -23,6 +23,7 @@ from serve.server.lifecycle import HttpServer, Served, run
 from serve.server.loading import LoadingServer
 from serve.server.log_stream import open_log_stream
 from serve.server.model_files import STARTUP_ERRORS, StartupError
+from serve.server.self_test import run_self_test
 from serve.server.startup import load
 from serve.server.startup_events import server_started
 
@@ -38,6 +39,7 @@ def assemble(config: ServeConfig, reporter: Reporter) -> Served:
         STARTUP_ERRORS: the model cannot be served.
     """
     loaded = load(config, reporter)
+    run_self_test(loaded)
     names = config.served_model_name or (loaded.name,)
     metrics = Metrics(names[0], max_model_len=loaded.limits.max_model_len, vllm_names=config.vllm_metrics)
     engine = loaded.start_engine(metrics)

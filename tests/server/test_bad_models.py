@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.support.server_process import ROOT
@@ -141,6 +142,23 @@ def test_damaged_models_end_with_a_message(tmp_path: Path) -> None:
         assert any(line.startswith("error: ") for line in error.splitlines()), (name, error)
         assert "Traceback" not in error
     assert not list(tmp_path.glob("**/ran"))  # nothing of a model directory was executed
+
+
+@pytest.mark.slow
+def test_model_whose_logprobs_are_nan_is_not_served(tmp_path: Path) -> None:
+    model = TinyModel()
+    model.tensors["model.norm.weight"][:] = 3e38  # finite; the logits overflow
+    folder = directory(tmp_path / "model")
+    model.write_hf(folder)
+    flags = ["--max-num-seqs", "1", "--max-num-batched-tokens", "17", "--max-model-len", "64", "--port", "0"]
+    arguments = json.dumps([[str(folder), *flags, "--compilation-cache-dir", str(tmp_path / "xla")]])
+    run = subprocess.run([sys.executable, "-c", RUNS, arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    code, error = json.loads(run.stdout)
+    assert code == 1
+    assert error.splitlines()[-1] == (
+        "error: model: the self-test failed: the engine failed: "
+        "the model computed a log-probability that is not a number"
+    )
 
 
 def test_valid_model_passes_all_checks(tmp_path: Path) -> None:

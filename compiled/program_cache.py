@@ -8,6 +8,7 @@ import errno
 import hashlib
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,16 +47,31 @@ def cache_options_restored() -> Iterator[None]:
 def use_persistent_cache(directory: Path) -> None:
     """Keep executables in `directory` and make it private: whoever can write there can run code in this process.
 
-    Deletes the entries if other users could have written them, else those without a valid checksum.
+    Deletes the entries if other users could have written them, else those without a valid checksum. A directory that
+    would have to be changed, and is read-only, is not used.
 
     Raises:
         PermissionError: the directory belongs to another user.
     """
+    try:
+        _prepare(directory)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        logger.warning("%s cannot be written (%s): programs are compiled at every start", directory, error.strerror)
+        return
+    for name, value in zip(_OPTIONS, (str(directory), -1, 0.0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def _prepare(directory: Path) -> None:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if directory.stat().st_uid != os.geteuid():
         raise PermissionError(errno.EPERM, "it belongs to another user, who could put programs there", str(directory))
     is_foreign = not is_private(directory.resolve())
-    directory.chmod(0o700)
+    if stat.S_IMODE(directory.stat().st_mode) != 0o700:
+        directory.chmod(0o700)
     entries = list(_entries(directory))
     if is_foreign and entries:
         logger.warning("%s: other users could write there: its programs are compiled again", directory)
@@ -63,9 +79,6 @@ def use_persistent_cache(directory: Path) -> None:
         # An entry without a checksum is of a writer that was killed or is still writing.
         if is_foreign or not _checksum(entry).exists() or _is_damaged(entry):
             _delete(entry)
-    for name, value in zip(_OPTIONS, (str(directory), -1, 0.0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def seal_entries(name: str | None = None) -> None:

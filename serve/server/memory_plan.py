@@ -1,6 +1,7 @@
 """Memory of a server, planned from the model's configuration before anything is loaded."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +21,7 @@ _CACHE_BYTES = 1 << 30  # default size of the cache, unless one request of maxim
 # activations. Measured from the scratch memory of compiled programs (docs/design.md).
 _LOGITS, _ACTIVATIONS = 8, 3
 _SLOT_BYTES = 9  # bytes per slot and vocabulary token
-# Files with the memory limit and usage of the process's cgroup, versions 2 and 1.
-_CGROUPS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
-)
+_CGROUP_LIST, _CGROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 class PlanError(ValueError):
@@ -113,7 +110,7 @@ def free_memory(devices: int = 1) -> int | None:
     """Free bytes on each of the first `devices` devices, on CPU an equal share of the host's; None if unknown."""
     first = jax.local_devices()[:devices]
     if first[0].platform == "cpu":
-        known = [free for free in (_available_memory(), *map(_cgroup_free, _CGROUPS)) if free is not None]
+        known = [free for free in (_available_memory(), *map(_cgroup_free, _cgroups())) if free is not None]
         return min(known) // devices if known else None
     stats = [device.memory_stats() or {} for device in first]
     if not all("bytes_limit" in device for device in stats):
@@ -127,6 +124,23 @@ def _available_memory() -> int | None:
     except OSError:
         return None
     return int(match[1]) * 1024 if match else None
+
+
+def _cgroups() -> Iterator[tuple[Path, Path]]:
+    """Files with the memory limit and usage of the process's cgroup and of those around it, versions 2 and 1."""
+    try:
+        lines = _CGROUP_LIST.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        root, limit, usage = _CGROUP_ROOT, "memory.max", "memory.current"
+        if controllers:
+            root, limit, usage = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        if not controllers or "memory" in controllers.split(","):
+            group = root / path.lstrip("/")
+            for folder in (group, *group.parents):  # in a container, only the root may exist
+                if folder.is_relative_to(root):
+                    yield folder / limit, folder / usage
 
 
 def _cgroup_free(files: tuple[Path, Path]) -> int | None:

@@ -1,6 +1,7 @@
 """Security: API keys, template sandbox, file access, logs, cache isolation, host checks, the compilation cache."""
 
 import asyncio
+import errno
 import hashlib
 import logging
 import sys
@@ -9,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
-from compiled.program_cache import use_persistent_cache
+from compiled.program_cache import cache_options_restored, use_persistent_cache
 from serve.api.access_log import log_answer
 from serve.api.middleware import ApiKeys
 from serve.config.config import ServeConfig
@@ -320,3 +322,33 @@ def test_compilation_cache_writable_by_others_is_cleared(
     monkeypatch.setattr("os.geteuid", lambda: shared.stat().st_uid + 1)
     with pytest.raises(PermissionError, match="another user"):
         use_persistent_cache(shared)
+
+
+def test_read_only_compilation_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is used if it is complete, else skipped. An OSError stands in for a read-only file system."""
+
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    def mkdir(path: Path, **_: Any) -> None:
+        if not path.exists():
+            read_only()
+
+    own = tmp_path / "own"
+    with cache_options_restored():
+        use_persistent_cache(own)
+        sealed_entry(own, "whole")
+        for name, function in {"mkdir": mkdir, "chmod": read_only, "unlink": read_only}.items():
+            monkeypatch.setattr(Path, name, function)
+        jax.config.update("jax_compilation_cache_dir", None)
+        use_persistent_cache(own)
+        assert (jax.config.jax_compilation_cache_dir, caplog.messages) == (str(own), [])
+        (own / "unsealed-cache").write_bytes(b"x")
+        jax.config.update("jax_compilation_cache_dir", None)
+        for folder in (own, tmp_path / "missing"):
+            caplog.clear()
+            use_persistent_cache(folder)
+            line = f"{folder} cannot be written (Read-only file system): programs are compiled at every start"
+            assert (jax.config.jax_compilation_cache_dir, caplog.messages) == (None, [line])

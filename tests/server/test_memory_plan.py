@@ -121,21 +121,55 @@ def test_count_pages_rejects_a_fraction_of_unknown_memory() -> None:
         count_pages(0.5, free=None, page_bytes=1)
 
 
-def test_free_memory_respects_the_cgroup_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+class Cgroups:
+    """A tree of cgroups, and the process's place in it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, membership: str) -> None:
+        self._folder = folder
+        members = folder / "members"
+        members.write_text(membership)
+        monkeypatch.setattr(memory_plan, "_CGROUP_LIST", members)
+        monkeypatch.setattr(memory_plan, "_CGROUP_ROOT", folder)
+
+    def write(self, group: str, limit: str, used: int, *, version: int = 2) -> None:
+        names = ("memory.max", "memory.current")
+        if version == 1:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        folder = self._folder / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / names[0]).write_text(f"{limit}\n")
+        (folder / names[1]).write_text(f"{used}\n")
+
+
+def test_free_memory_respects_the_limits_of_all_cgroups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     machine = free_memory()
     assert machine is not None
-    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
-    monkeypatch.setattr(memory_plan, "_CGROUPS", ((limit, used),))
+    groups = Cgroups(monkeypatch, tmp_path, "0::/system.slice/logprobd.service\n")
     assert free_memory() is not None  # no such files
-    limit.write_text("5000\n")
-    used.write_text("2000\n")
+    groups.write("system.slice/logprobd.service", "5000", 2000)
     assert free_memory() == 3000
-    used.write_text("9000\n")
+    groups.write("system.slice", "8000", 6000)
+    assert free_memory() == 2000
+    groups.write("", "1000", 999)
+    assert free_memory() == 1
+    groups.write("", "max", 999)
+    assert free_memory() == 2000
+    groups.write("system.slice/logprobd.service", "5000", 9000)
     assert free_memory() == 0
-    limit.write_text("max\n")
+    groups.write("system.slice/other.service", "1", 1)
+    groups.write("system.slice/logprobd.service", "max", 0)
+    groups.write("system.slice", "max", 0)
     free = free_memory()
     assert free is not None
     assert free > 3000
+
+
+def test_free_memory_respects_cgroups_of_version_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    groups = Cgroups(monkeypatch, tmp_path, "9:cpuset,memory:/docker/a:b\n4:cpu:/c\n0::/\n")
+    groups.write("memory/docker/a:b", "7000", 2000, version=1)
+    assert free_memory() == 5000
+    groups.write("memory", "7000", 6000, version=1)  # what a container sees of its own cgroup
+    assert free_memory() == 1000
 
 
 def test_free_memory_of_several_devices_is_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,8 +182,5 @@ def test_free_memory_of_several_devices_is_the_least(monkeypatch: pytest.MonkeyP
 
 
 def test_free_memory_is_shared_by_devices_of_one_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
-    limit.write_text("5000\n")
-    used.write_text("2000\n")
-    monkeypatch.setattr(memory_plan, "_CGROUPS", ((limit, used),))
+    Cgroups(monkeypatch, tmp_path, "0::/\n").write("", "5000", 2000)
     assert free_memory(4) == 750

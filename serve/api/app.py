@@ -128,6 +128,9 @@ def _status_routes(context: Context, readiness: Readiness) -> list[Route]:
     async def health(_: Request) -> Response:
         return Response(status_code=200 if engine.ready and not readiness.draining else 503)
 
+    async def live(_: Request) -> Response:
+        return Response(status_code=200 if engine.ready or readiness.draining else 503)
+
     async def load(_: Request) -> Response:
         return json_response({"server_load": engine.num_requests})
 
@@ -143,6 +146,8 @@ def _status_routes(context: Context, readiness: Readiness) -> list[Route]:
         Route("/metrics", metrics),
         Route("/load", load),
         Route("/health", health),
+        Route("/ready", health),
+        Route("/live", live),
         Route("/ping", health, methods=["GET", "POST"]),
         Route("/version", version),
     ]

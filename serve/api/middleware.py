@@ -21,11 +21,11 @@ from serve.api.errors import APIError, engine_error, shutting_down
 logger = logging.getLogger(__name__)
 
 # Polled by machines. Answered while the server drains, and not counted as running requests.
-PROBES = ("/health", "/ping", "/metrics", "/load")
+PROBES = ("/health", "/ready", "/live", "/ping", "/metrics", "/load")
 NO_ROUTE = "none"
 
-# Paths that need no API key: the inspector, which asks its user for the key, and the liveness probes.
-_PUBLIC_PATHS = re.compile(r"/|/web/.*|/health|/ping")
+# Paths that need no API key: the inspector, which asks its user for the key, and the probes of health.
+_PUBLIC_PATHS = re.compile(r"/|/web/.*|/health|/ready|/live|/ping")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,200}")
 _PORT = re.compile(r":\d*$")
 _RECORD = "logprobd.record"  # key in the ASGI scope

@@ -81,6 +81,8 @@ _OPERATIONS = (
         "/tokenizer_info", "Describe the tokenizer: special tokens, chat template", answer=responses.TokenizerInfo
     ),
     _Operation("/health", "Readiness: 200 if requests are accepted, else 503", errors=(503,)),
+    _Operation("/ready", "Same as /health", errors=(503,)),
+    _Operation("/live", "Liveness: 200 during start-up and shutdown, too; 503 if the engine is lost", errors=(503,)),
     _Operation("/ping", "Same as /health", errors=(503,)),
     _Operation("/version", "Version of the server", answer=responses.Version),
     _Operation("/metrics", "Prometheus text"),
@@ -140,7 +142,7 @@ def _describe(operation: _Operation) -> dict[str, Any]:
         answer["content"]["text/event-stream"] = {"schema": _event(operation.event)}
     description: dict[str, Any] = {"summary": operation.summary, "responses": {"200": answer}}
     error = {"application/json": {"schema": _reference(responses.ErrorAnswer)}}
-    bare = operation.path in ("/health", "/ping")
+    bare = operation.path in ("/health", "/ready", "/live", "/ping")
     for status in operation.statuses:
         description["responses"][str(status)] = {"description": "Error"} | ({} if bare else {"content": error})
     if operation.body:

@@ -42,7 +42,7 @@ ones take seconds. This page reloads itself.</p>
 
 
 class LoadingServer(uvicorn.Server):
-    """Context in which a thread answers on a listening socket: 503 for every path, and a page at "/"."""
+    """Context in which a thread answers on a listening socket: 503 for every path but /live, and a page at "/"."""
 
     def __init__(self, listener: socket.socket, config: ServeConfig, reporter: Reporter) -> None:
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,7 +89,9 @@ class LoadingServer(uvicorn.Server):
 
 def _response(scope: Scope, phase: str) -> Response:
     path, headers = route_path(scope), dict[str, Any](_HEADERS)
-    if path in ("/health", "/ping"):
+    if path == "/live":
+        return Response(headers={"Connection": "close"})
+    if path in ("/health", "/ready", "/ping"):
         return Response(status_code=503, headers=headers)
     if path == "/":
         page = _PAGE.replace("PHASE", html.escape(phase.capitalize()))

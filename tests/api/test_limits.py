@@ -214,8 +214,9 @@ async def test_draining_refuses_new_and_finishes_running() -> None:
         running = asyncio.create_task(server.post(COMPLETIONS, completion_body(stream=True), **key))
         await gate.reached()
         readiness.draining = True
-        for path in ("/health", "/ping"):
+        for path in ("/health", "/ready", "/ping"):
             assert (await server.client.get(path)).status_code == 503
+        assert (await server.client.get("/live")).status_code == 200
         response = await server.post(CHAT, chat_body(), **key)
         assert error_of(response, 503)["code"] == "engine_stopped"
         assert response.headers["retry-after"] == "2"

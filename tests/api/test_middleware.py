@@ -66,7 +66,7 @@ async def test_api_key_in_its_own_header(headers: dict[str, str], key: str | Non
     assert (response.status_code, records[0].key) == (401 if key is None else 200, key)
 
 
-@pytest.mark.parametrize("path", ["/health", "/ping"])
+@pytest.mark.parametrize("path", ["/health", "/ready", "/live", "/ping"])
 async def test_health_is_public(locked_server: Server, path: str) -> None:
     response = await locked_server.client.get(path)
     assert (response.status_code, response.content) == (200, b"")
@@ -76,8 +76,8 @@ async def test_health_follows_engine(fresh_server: Server) -> None:
     assert (await fresh_server.client.get("/health")).status_code == 200
     assert (await fresh_server.client.post("/ping")).status_code == 200
     await asyncio.to_thread(fresh_server.engine.stop)
-    assert (await fresh_server.client.get("/health")).status_code == 503
-    assert (await fresh_server.client.get("/ping")).status_code == 503
+    for path in ("/health", "/ready", "/live", "/ping"):
+        assert (await fresh_server.client.get(path)).status_code == 503
 
 
 async def test_version(server: Server) -> None:

@@ -89,8 +89,8 @@ def test_manifest_agrees_with_the_image() -> None:
     grace = pod["terminationGracePeriodSeconds"] - server["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert grace > config.shutdown_timeout
     assert str(pod["securityContext"]["runAsUser"]) in instructions("USER")
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert server[probe]["httpGet"] == {"path": "/health", "port": "http"}
+    for probe, path in (("startupProbe", "/ready"), ("readinessProbe", "/ready"), ("livenessProbe", "/live")):
+        assert server[probe]["httpGet"] == {"path": path, "port": "http"}
     writable = {mount["mountPath"] for mount in server["volumeMounts"]}
     assert writable == {"/home/logprobd/.cache", "/tmp"}
     assert server["securityContext"]["readOnlyRootFilesystem"]

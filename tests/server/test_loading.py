@@ -110,7 +110,7 @@ def server(tmp_path: Path) -> Iterator[Loading]:
 def test_requests_while_loading_get_503_and_then_answers(server: Loading) -> None:
     health = server.until(503)
     assert (health.headers["retry-after"], health.content) == ("5", b"")
-    assert server.client.get("/ping").status_code == 503
+    assert [server.client.get(path).status_code for path in ("/ping", "/ready", "/live")] == [503, 503, 200]
     refused = server.client.post("/v1/completions", json={"prompt": "Hi"})
     assert refused.status_code == 503
     assert refused.json()["error"] == {

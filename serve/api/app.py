@@ -19,7 +19,7 @@ from serve.api.errors import APIError, invalid
 from serve.api.inspector import inspector
 from serve.api.json_stream import json_response
 from serve.api.metrics import CONTENT_TYPE, Metrics
-from serve.api.middleware import Access, AnswerRecord, OnAnswer, Readiness, record_of
+from serve.api.middleware import Access, AnswerRecord, ApiKeys, OnAnswer, Readiness, record_of
 from serve.api.openapi import documentation
 from serve.api.parsing import json_object
 from serve.api.prompt_logprobs import PromptLogprobsWriter
@@ -39,12 +39,14 @@ def create_app(
     metrics: Metrics,
     *,
     readiness: Readiness | None = None,
+    api_keys: ApiKeys | None = None,
     on_answer: OnAnswer | None = None,
 ) -> Starlette:
     """The ASGI app of a running engine. The caller starts and stops the engine and registers `metrics` with it.
 
     Args:
         readiness: whether requests are accepted; always, if None.
+        api_keys: accepted keys; None: those of `config`.
         on_answer: called with the record of each answer, after `metrics`.
     """
     readiness = readiness or Readiness()
@@ -64,8 +66,9 @@ def create_app(
         if on_answer is not None:
             on_answer(record)
 
+    keys = api_keys or ApiKeys(config.api_key)
     access = Middleware(
-        Access, api_keys=config.api_key, allowed_hosts=config.accepted_hosts, readiness=readiness, on_answer=on_end
+        Access, api_keys=keys, allowed_hosts=config.accepted_hosts, readiness=readiness, on_answer=on_end
     )
     routes = [*_generation_routes(context), *_status_routes(context, readiness), *inspector()]
     if not config.disable_fastapi_docs:

@@ -93,7 +93,15 @@ class ApiKeys:
 
     def __init__(self, keys: Sequence[str]) -> None:
         """Accept `keys`; without keys, every request is accepted."""
-        self._digests = [(f"key{number}", _digest(key)) for number, key in enumerate(keys, 1)]
+        self._names: dict[bytes, str] = {}  # of all keys since the start
+        self.replace(keys)
+
+    def replace(self, keys: Sequence[str]) -> None:
+        """Accept `keys` instead. A key keeps its name, which no other key gets: cached prompts may belong to it."""
+        digests = [_digest(key) for key in keys]
+        for digest in digests:
+            self._names.setdefault(digest, f"key{len(self._names) + 1}")
+        self._digests = [(self._names[digest], digest) for digest in digests]
 
     def name_of(self, scope: Scope) -> str | None:
         """Name of the request's API key, "key1" for the first; None without a valid key.
@@ -131,13 +139,13 @@ class Access:
         self,
         app: ASGIApp,
         *,
-        api_keys: Sequence[str],
+        api_keys: ApiKeys,
         allowed_hosts: Sequence[str],  # names in the Host header, without port; empty accepts any
         readiness: Readiness,
         on_answer: OnAnswer,  # called with the record of every answer when it has ended
     ) -> None:
         self._app = app
-        self._keys = ApiKeys(api_keys)
+        self._keys = api_keys
         self._hosts = frozenset(host.lower() for host in allowed_hosts)
         self._readiness = readiness
         self._on_answer = on_answer

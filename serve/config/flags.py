@@ -71,12 +71,13 @@ def _all_keys(flags: Sequence[str], file: Path | None, environ: Mapping[str, str
 
     Raises ValueError for a file without keys and for an invalid key: an empty key must not open the server.
     """
-    keys = [*flags, *([] if file is None else _keys_in(file.expanduser()))]
+    keys = [*flags, *([] if file is None else keys_in(file))]
     return tuple(keys or [api_key(environ[name], f"${name}: ") for name in _KEY_VARIABLES if name in environ])
 
 
-def _keys_in(path: Path) -> list[str]:
-    """One key per line; lines starting with # are comments."""
+def keys_in(path: Path) -> list[str]:
+    """The keys of a file: one per line; lines starting with # are comments. Raises ValueError."""
+    path = path.expanduser()
     source = f"argument --api-key-file: {path}"
     try:
         lines = [line.strip() for line in path.read_text(encoding="ascii").splitlines()]

@@ -17,14 +17,16 @@ import uvicorn
 from starlette.applications import Starlette
 
 from serve.api.metrics import Metrics
-from serve.api.middleware import Readiness
+from serve.api.middleware import ApiKeys, Readiness
 from serve.config.config import ServeConfig
 from serve.engine.engine import Engine
 from serve.engine.watchdog import Watchdog
 from serve.server.http_protocol import HttpConfig
+from serve.server.signals import Reload
 
 logger = logging.getLogger(__name__)
 
+NUM_WORKERS = min(32, (os.cpu_count() or 1) + 4)  # Python's default
 _WORKER = "worker"  # prefix of the names of the pool's threads
 QUIET_SECONDS = 2  # without a request, after which freed memory is returned to the system
 _FLUSH_SECONDS = 5  # for the last bytes of responses at the end
@@ -39,6 +41,7 @@ class Served:
     engine: Engine
     app: Starlette
     readiness: Readiness
+    api_keys: ApiKeys
     metrics: Metrics
 
 
@@ -49,12 +52,16 @@ class HttpServer(uvicorn.Server):
     end with an error. A second signal ends the process at once.
     """
 
-    def __init__(self, served: Served, config: ServeConfig) -> None:
+    def __init__(self, served: Served, config: ServeConfig, reload: Reload) -> None:
         on_refused, limit = served.metrics.on_refused_connection, _FLUSH_SECONDS
         super().__init__(HttpConfig(served.app, config, on_refused=on_refused, timeout_graceful_shutdown=limit))
         self.exit_code = 0
         self.engine = served.engine
         self._readiness = served.readiness
+        self._api_keys = served.api_keys
+        self._reload = reload
+        self.workers = start_threads(NUM_WORKERS, _WORKER)
+        self._stopper = start_threads(1, "stop")  # apart from the pool, which requests may occupy
         self._options = config
         self._drain_deadline: float | None = None
         self._idle_timer = _IdleTimer()
@@ -73,6 +80,7 @@ class HttpServer(uvicorn.Server):
         """Called by uvicorn ten times per second; returns True to end the server."""
         ends = await super().on_tick(counter)
         self._check_engine()
+        self._reload.run_if_requested(self._api_keys, self.config.ssl)
         if self._idle_timer.expires(self._readiness.running or self.engine.num_requests, self._readiness.ended):
             asyncio.get_running_loop().run_in_executor(None, trim_heap)
         if self._drain_deadline is None or ends:
@@ -82,9 +90,9 @@ class HttpServer(uvicorn.Server):
             return False
         if unfinished:
             logger.warning("%d requests did not finish in time and end with an error", unfinished)
-        # Stopping the engine ends every stream. It runs on a separate thread, as requests may occupy the pool.
-        with ThreadPoolExecutor(1) as executor:
-            await asyncio.get_running_loop().run_in_executor(executor, self.engine.stop, _STEP_SECONDS)
+        # Stopping the engine ends every stream.
+        await asyncio.get_running_loop().run_in_executor(self._stopper, self.engine.stop, _STEP_SECONDS)
+        self._stopper.shutdown()
         if self.engine.failed:
             self.exit_code = 1
         return True
@@ -134,9 +142,18 @@ def trim_heap() -> None:
         malloc_trim(ctypes.c_size_t(0))
 
 
+def start_threads(count: int, name: str) -> ThreadPoolExecutor:
+    """A pool whose threads are started now: later, the system may have none left."""
+    pool, barrier = ThreadPoolExecutor(count, thread_name_prefix=name), threading.Barrier(count + 1)
+    for _ in range(count):
+        pool.submit(barrier.wait)
+    barrier.wait()
+    return pool
+
+
 def run(server: HttpServer, listener: socket.socket) -> None:
     """Serve until the end. Exits without waiting if a thread hangs then, in the device or in work for a request."""
-    pool = ThreadPoolExecutor(thread_name_prefix=_WORKER)
+    pool = server.workers
 
     async def serve() -> None:
         asyncio.get_running_loop().set_default_executor(pool)

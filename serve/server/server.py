@@ -16,7 +16,7 @@ from serve.api.access_log import log_answer
 from serve.api.app import create_app
 from serve.api.context import ServedModel
 from serve.api.metrics import Metrics
-from serve.api.middleware import Readiness
+from serve.api.middleware import ApiKeys, Readiness
 from serve.config.config import ServeConfig
 from serve.server.console import Reporter, start_reporting
 from serve.server.lifecycle import HttpServer, Served, run
@@ -24,6 +24,7 @@ from serve.server.loading import LoadingServer
 from serve.server.log_stream import open_log_stream
 from serve.server.model_files import STARTUP_ERRORS, StartupError
 from serve.server.self_test import run_self_test
+from serve.server.signals import Reload, load_certificates, log_stacks
 from serve.server.startup import load
 from serve.server.startup_events import server_started
 
@@ -50,11 +51,11 @@ def assemble(config: ServeConfig, reporter: Reporter) -> Served:
         "enable_prefix_caching": str(config.enable_prefix_caching),
     }
     metrics.watch(lambda: engine.gauges, cache)
-    readiness = Readiness()
+    readiness, keys = Readiness(), ApiKeys(config.api_key)
     model = ServedModel(names, loaded.tokenizer, loaded.fingerprint, loaded.defaults)
     on_answer = None if config.disable_uvicorn_access_log else log_answer
-    app = create_app(engine, model, config, metrics, readiness=readiness, on_answer=on_answer)
-    return Served(names, loaded.tokenizer.chat_template is not None, engine, app, readiness, metrics)
+    app = create_app(engine, model, config, metrics, readiness=readiness, api_keys=keys, on_answer=on_answer)
+    return Served(names, loaded.tokenizer.chat_template is not None, engine, app, readiness, keys, metrics)
 
 
 def main(config: ServeConfig, make: Callable[[ServeConfig, Reporter], Served] = assemble) -> int:
@@ -63,17 +64,23 @@ def main(config: ServeConfig, make: Callable[[ServeConfig, Reporter], Served] = 
     0 after SIGTERM or Ctrl-C, 1 if start-up fails or the engine is lost, 130 for Ctrl-C during start-up.
     """
     reporter = start_reporting(config, open_log_stream(sys.stderr))
+    reload = Reload(config)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, log_stacks)
+    if reload.has_files:
+        signal.signal(signal.SIGHUP, reload.request)
     with ExitStack() as stack:
         try:
-            _check_certificate(config)
+            load_certificates(config, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
             listener = stack.enter_context(listen(config))
             with LoadingServer(listener, config, reporter):
                 served = make(config, reporter)
         except (*STARTUP_ERRORS, KeyboardInterrupt) as error:
             return reporter.fail(error)
         stack.callback(served.engine.stop)
-        server = HttpServer(served, config)
-        for number in (signal.SIGTERM, signal.SIGINT):  # before uvicorn does, and after it has restored these handlers
+        server = HttpServer(served, config, reload)
+        shutdown = [signal.SIGTERM, signal.SIGINT, *([] if reload.has_files else [signal.SIGHUP])]
+        for number in shutdown:  # before uvicorn does, and after it has restored these handlers
             signal.signal(number, server.handle_exit)
         _raise_file_limit()
         if not config.api_key and not config.is_local:
@@ -128,19 +135,3 @@ def _raise_file_limit() -> None:
     _, maximum = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))
-
-
-def _check_certificate(config: ServeConfig) -> None:
-    """Raises StartupError for files that cannot be used for TLS."""
-    if config.ssl_certfile is None:
-        return
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    flag, file = "--ssl-certfile", config.ssl_certfile
-    try:
-        # An empty password fails for an encrypted key; without one, OpenSSL would prompt on the terminal.
-        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password=lambda: "")
-        if config.ssl_ca_certs is not None:
-            flag, file = "--ssl-ca-certs", config.ssl_ca_certs
-            context.load_verify_locations(file)
-    except OSError as error:  # includes ssl.SSLError
-        raise StartupError(f"{flag} {file}: {error.strerror or error}") from error

@@ -1,7 +1,6 @@
 """The end of a server process: after a signal, a second one, and if its engine fails or hangs. Real processes."""
 
 import json
-import os
 import re
 import signal
 import socket
@@ -59,7 +58,7 @@ def wait_until_draining(server: FaultyServer, tls: ssl.SSLContext | None = None)
             pass
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_drains_running_streams_and_rejects_new_requests(server: FaultyServer, number: int) -> None:
     with streaming(server, max_tokens=100) as lines:
         server.process.send_signal(number)
@@ -109,13 +108,16 @@ def test_drain_waits_for_a_response_that_is_being_read(encrypted: bool, tmp_path
 
 def test_hanging_pool_threads_do_not_block_the_exit() -> None:
     server = FaultyServer("--shutdown-timeout", "0")
-    threads = min(32, (getattr(os, "process_cpu_count", os.cpu_count)() or 1) + 4)
+    threads = lifecycle.NUM_WORKERS
     end = time.monotonic() + SECONDS
+    tasks = Path(f"/proc/{server.process.pid}/task")
+    before = len(list(tasks.iterdir()))
     with killed(server), ExitStack() as stack:
         for _ in range(threads + 2):
             stack.enter_context(sending(server, {"prompt": STUCK}))
         while "".join(server.log).count(STUCK) < threads:
             assert time.monotonic() < end
+        assert len(list(tasks.iterdir())) <= before  # all threads exist from the start
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(SECONDS) == 0
 
@@ -303,3 +305,43 @@ def test_stopped_process_keeps_its_engine() -> None:
         assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
         assert end == "data: [DONE]"
         assert httpx2.get(f"{server.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_signal_logs_stacks_and_continues(server: FaultyServer, number: int) -> None:
+    with streaming(server, max_tokens=100) as lines:
+        server.process.send_signal(number)
+        assert list(lines)[-1] == "data: [DONE]"
+    assert post(server).status_code == 200
+    assert server.terminate() == 0
+    assert "stacks of all threads:\n" in "".join(server.log)
+
+
+def wait_for_log(server: FaultyServer, text: str) -> None:
+    end = time.monotonic() + SECONDS
+    while text not in "".join(server.log):
+        assert time.monotonic() < end
+
+
+def test_sighup_reads_keys_and_certificates_again(tmp_path: Path) -> None:
+    old, file = Certificates.made_in(tmp_path), tmp_path / "keys"
+    file.write_text("old\n")
+    server = FaultyServer(*old.flags(), "--api-key-file", str(file))
+
+    def status(key: str, certificates: Certificates) -> int:
+        headers = {"X-Api-Key": key}
+        return httpx2.get(f"{server.url}/v1/models", headers=headers, verify=certificates.trusting()).status_code
+
+    with killed(server):
+        assert [status(key, old) for key in ("old", "new")] == [200, 401]
+        new = Certificates.made_in(tmp_path)
+        file.write_text("new\n")
+        server.process.send_signal(signal.SIGHUP)
+        wait_for_log(server, "SIGHUP: API keys and certificates were read again")
+        assert [status(key, new) for key in ("old", "new")] == [401, 200]
+        with pytest.raises(httpx2.ConnectError):
+            status("new", old)
+        file.write_text("")
+        server.process.send_signal(signal.SIGHUP)
+        wait_for_log(server, "contains no key")
+        assert status("new", new) == 200

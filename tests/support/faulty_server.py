@@ -14,7 +14,7 @@ from model.kv_cache import PAGE_SIZE
 from serve.api.app import create_app
 from serve.api.context import ServedModel
 from serve.api.metrics import Metrics
-from serve.api.middleware import Readiness
+from serve.api.middleware import ApiKeys, Readiness
 from serve.config.config import ServeConfig
 from serve.config.flags import parse_args
 from serve.engine.engine import Engine
@@ -103,10 +103,10 @@ def _assemble(config: ServeConfig, _reporter: Reporter) -> Served:
     engine = Engine(FaultyRunner(), limits, EngineOptions(max_num_batched_tokens=68, max_num_queued_reqs=64), metrics)
     metrics.watch(lambda: engine.gauges, {})
     engine.start()
-    readiness = Readiness()
+    readiness, keys = Readiness(), ApiKeys(config.api_key)
     config = replace(config, allowed_hosts=("*",))  # tests send other host names
-    app = create_app(engine, ServedModel((MODEL,), _tokenizer()), config, metrics, readiness=readiness)
-    return Served((MODEL,), True, engine, app, readiness, metrics)
+    app = create_app(engine, ServedModel((MODEL,), _tokenizer()), config, metrics, readiness=readiness, api_keys=keys)
+    return Served((MODEL,), True, engine, app, readiness, keys, metrics)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""Signals that do not end the server: files are read again, stacks are logged. Real processes are in test_lifecycle."""
+
+import logging
+import ssl
+from pathlib import Path
+
+import pytest
+
+from serve.api.middleware import ApiKeys
+from serve.config.flags import parse_args
+from serve.server.signals import Reload, load_certificates, log_stacks
+from tests.support.certificates import Certificates
+
+
+def names(keys: ApiKeys, *sent: str) -> list[str | None]:
+    return [keys.name_of({"type": "http", "headers": [(b"x-api-key", key.encode())]}) for key in sent]
+
+
+def test_reload_reads_the_key_file_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "keys"
+    file.write_text("one\ntwo\n")
+    config = parse_args(["--api-key", "flag", "--api-key-file", str(file)], {})
+    reload, keys = Reload(config), ApiKeys(config.api_key)
+    assert reload.has_files
+    assert names(keys, "flag", "one", "two", "three") == ["key1", "key2", "key3", None]
+    file.write_text("three\ntwo\n")
+    reload.run_if_requested(keys, None)
+    assert names(keys, "three") == [None]  # no signal
+    reload.request()
+    reload.run_if_requested(keys, None)
+    assert names(keys, "flag", "one", "two", "three") == ["key1", None, "key3", "key4"]
+    for content in ("", "# none\n", "é\n"):
+        file.write_text(content)
+        reload.request()
+        reload.run_if_requested(keys, None)
+        assert names(keys, "flag", "two") == ["key1", "key3"]
+    file.unlink()
+    reload.request()
+    reload.run_if_requested(keys, None)
+    assert names(keys, "flag", "two") == ["key1", "key3"]
+    levels = [record.levelno for record in caplog.records]
+    assert levels == [logging.WARNING, *[logging.ERROR] * 4]
+    assert f"SIGHUP: argument --api-key-file: {file}: contains no key" in caplog.messages
+
+
+def test_reload_keeps_a_certificate_without_its_key(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    certificates = Certificates.made_in(tmp_path)
+    config = parse_args(certificates.flags(), {})
+    reload, context = Reload(config), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    load_certificates(config, context)
+    (tmp_path / "key.pem").write_text("nothing")
+    reload.request()
+    reload.run_if_requested(ApiKeys(()), context)
+    [message] = caplog.messages
+    assert message.startswith(f"SIGHUP: --ssl-certfile {tmp_path / 'cert.pem'}: ")
+
+
+def test_reload_without_files() -> None:
+    assert not Reload(parse_args(["--api-key", "a"], {})).has_files
+
+
+def test_log_stacks_names_threads_and_functions(caplog: pytest.LogCaptureFixture) -> None:
+    log_stacks()
+    assert "MainThread:\n" in caplog.text
+    assert "in test_log_stacks_names_threads_and_functions" in caplog.text

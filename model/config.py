@@ -1,7 +1,7 @@
 """ModelConfig: the sizes of one network, and how `config_hf.py` and `config_gguf.py` read its values from files."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from reprlib import Repr
 from typing import Any
@@ -146,6 +146,21 @@ def head_dim_of(source: Mapping[str, Any], key: str, hidden: int, heads: int) ->
         hint = "" if exists else ", and no head size is given"
         raise ConfigError(f"hidden size {hidden} is not a multiple of {heads} heads{hint}")
     return int_of(source, key, hidden // heads, low=1, high=_MAX_HEAD_DIM)
+
+
+def check_keys(source: Mapping[str, Any], known: Collection[str], neutral: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse keys that may change the arithmetic: neither known, nor null, nor of their neutral value."""
+    for key, value in source.items():
+        if key not in known and value is not None and not (key in neutral and value == neutral[key]):
+            raise ConfigError(f"{prefix}{key} {short_repr(value)} is not supported")
+
+
+def bool_of(config: Mapping[str, Any], key: str, default: bool) -> bool:
+    """A boolean of config.json; `default` if it is missing."""
+    value = default if config.get(key) is None else config[key]
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key} must be true or false, got {short_repr(value)}")
+    return value
 
 
 def strings_of(config: Mapping[str, Any], key: str) -> list[str]:

@@ -8,6 +8,7 @@ from model.config import (
     ConfigError,
     LayerKind,
     ModelConfig,
+    check_keys,
     factor_of,
     float_of,
     head_dim_of,
@@ -26,6 +27,37 @@ ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_s
 _DIVISORS, _LONG, _SHORT = ROPE_TENSORS
 # The largest models of their families scale scores by hidden size over heads, not by head size. Files do not say so.
 _SCALED_BY_HIDDEN = {("gemma2", 46), ("gemma3", 62)}
+
+# Keys of an architecture, without its name, by their effect on the arithmetic. All others are refused.
+_HEAD_SIZES = (
+    *("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"),
+    *("rope.dimension_count", "rope.dimension_count_swa"),
+)
+_READ = frozenset(
+    (
+        *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
+        *("attention.head_count", "attention.head_count_kv", "attention.key_length"),
+        *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scale_linear", "rope.scaling.attn_factor"),
+        *("rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.type", *_HEAD_SIZES),
+    )
+)
+_WINDOWS = ("attention.sliding_window", "attention.sliding_window_pattern")
+_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+_LOCAL_BASE = "rope.freq_base_swa"
+_IGNORED = frozenset(
+    ("attention.layer_norm_epsilon", "pooling_type", "rope.scaling.finetuned", "tensor_data_layout"),
+)
+# Values at which keys that are not supported have no effect.
+_NEUTRAL = {
+    **dict.fromkeys((*_WINDOWS, *_CAPS, "attention.clamp_kqv", "attention.max_alibi_bias"), 0),
+    **dict.fromkeys(("expert_count", "expert_used_count", "expert_shared_count", "nextn_predict_layers"), 0),
+    "attention.causal": True,
+    "rope.scaling.yarn_attn_factor": 1,
+    "rope.scaling.yarn_beta_fast": 32,
+    "rope.scaling.yarn_beta_slow": 1,
+    "rope.scaling.yarn_ext_factor": 1,
+    "use_parallel_residual": False,
+}
 
 
 def config_from_gguf(metadata: Mapping[str, Any], tensor: Tensor, *, has_output: bool) -> ModelConfig:
@@ -46,9 +78,11 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor: Tensor, *, has_output:
         known = ", ".join(sorted(in_gguf))
         raise ConfigError(f"general.architecture {short_repr(arch)} is not known; known: {known}")
     key = f"{arch}.".__add__
+    metadata = {**{key(name): value for name, value in family.gguf_defaults.items()}, **metadata}
+    _refuse_unsupported(metadata, family)
     heads, hidden = int_of(metadata, key("attention.head_count")), int_of(metadata, key("embedding_length"))
     head_dim = head_dim_of(metadata, key("attention.key_length"), hidden, heads)
-    for name in ("rope.dimension_count", "attention.value_length"):
+    for name in _HEAD_SIZES:
         if int_of(metadata, key(name), head_dim) != head_dim:
             raise ConfigError(f"{key(name)} differs from the head size {head_dim}: not supported")
     tokens = metadata.get("tokenizer.ggml.tokens") or []
@@ -75,11 +109,25 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor: Tensor, *, has_output:
     )
 
 
+def _refuse_unsupported(metadata: Mapping[str, Any], family: Family) -> None:
+    known = _READ | _IGNORED
+    if family.has_window and not family.window_flag:  # llama.cpp has no windows for the families with a flag
+        known |= {*_WINDOWS}
+    known |= {name for name in _CAPS if name in family.hf_defaults}
+    known |= {_LOCAL_BASE} if family.local_theta else set()
+    prefix = f"{family.name}."
+    values = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
+    check_keys(values, known, _NEUTRAL, prefix)
+
+
 def _layers(
     metadata: Mapping[str, Any], family: Family, key: Callable[[str], str], tensor: Tensor, head_dim: int
 ) -> tuple[LayerKind, ...]:
     rope = _rope(metadata, key, tensor, head_dim)
-    local = rope if family.local_theta is None else Rope(family.local_theta)
+    local = rope
+    if family.local_theta is not None:  # stretched in none of its ways, but scaled
+        scale = float_of(metadata, key("rope.scaling.attn_factor"), 1.0)
+        local = Rope(float_of(metadata, key(_LOCAL_BASE), family.local_theta, above=1), scale=scale)
     windows = _windows(metadata, family, key)
     period = family.no_rope_period
     uses_rope = [not period or (i + 1) % period != 0 for i in range(len(windows))]
@@ -100,22 +148,34 @@ def _windows(metadata: Mapping[str, Any], family: Family, key: Callable[[str], s
 
 
 def _rope(metadata: Mapping[str, Any], key: Callable[[str], str], tensor: Tensor, head_dim: int) -> Rope:
+    """The angles of global layers, by llama.cpp's rules."""
     theta = float_of(metadata, key("rope.freq_base"), 10000.0, above=1)
     length, long = int_of(metadata, key("context_length")), tensor(_LONG)
     original = int_of(metadata, key("rope.scaling.original_context_length"), length, low=2 if long else 1)
+    # llama.cpp takes 1 if this is missing, which is wrong for every model with long factors.
+    scale = float_of(metadata, key("rope.scaling.attn_factor"), None if long else 1.0)
+    old_name, name = "rope.scale_linear", "rope.scaling.factor"
+    factor = factor_of(metadata, key(old_name if metadata.get(key(name)) is None else name), 1.0)
+    stretch: tuple[float, ...] = ()
+    match metadata.get(key("rope.scaling.type"), "linear"):
+        case "none":
+            pass
+        case "yarn":
+            scale *= ropes.yarn_scale(factor)
+            stretch = ropes.yarn_divisors(
+                theta, head_dim, factor=factor, fast=32, slow=1, original=original, truncate=True, min_width=0.001
+            )
+        case type_ if type_ == "linear" or (type_ == "longrope" and long):
+            stretch = (factor,) * (head_dim // 2) if factor != 1 else ()
+        case type_:
+            known = "none, linear, yarn, longrope with factors"
+            raise ConfigError(f"{key('rope.scaling.type')} {short_repr(type_)} is not supported; known: {known}")
     if long:
-        scale = float_of(metadata, key("rope.scaling.attn_factor"), ropes.longrope_scale(length / original, original))
-        return Rope(theta, tensor(_SHORT), scale, long, original)
-    type_ = metadata.get(key("rope.scaling.type"), "none")
-    factor = factor_of(metadata, key("rope.scaling.factor"), 1.0)
-    if type_ == "yarn":
-        divisors = ropes.yarn_divisors(
-            theta, head_dim, factor=factor, fast=32.0, slow=1.0, original=original, truncate=True
-        )
-        return Rope(theta, divisors, ropes.yarn_scale(factor))
-    if type_ not in ("none", "linear"):
-        raise ConfigError(f"{key('rope.scaling.type')} {short_repr(type_)} is not supported; known: none, linear, yarn")
-    divisors = tensor(_DIVISORS)
-    if type_ == "linear" and factor != 1:
-        divisors = tuple(factor * divisor for divisor in divisors or (1.0,) * (head_dim // 2))
-    return Rope(theta, divisors)
+        return Rope(theta, _product(tensor(_SHORT), stretch), scale, _product(long, stretch), original)
+    return Rope(theta, _product(tensor(_DIVISORS), stretch), scale)
+
+
+def _product(divisors: tuple[float, ...], stretch: tuple[float, ...]) -> tuple[float, ...]:
+    if not divisors or not stretch:
+        return divisors or stretch
+    return tuple(a * b for a, b in zip(divisors, stretch, strict=True)) if len(divisors) == len(stretch) else divisors

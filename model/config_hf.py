@@ -8,6 +8,8 @@ from model.config import (
     ConfigError,
     LayerKind,
     ModelConfig,
+    bool_of,
+    check_keys,
     factor_of,
     float_of,
     floats_of,
@@ -20,6 +22,7 @@ from model.config import (
     strings_of,
 )
 from model.families import FAMILIES, Family
+from model.hf_keys import IGNORED, NEUTRAL, READ, ROPE_NEUTRAL, ROPE_READ
 from model.rope import Rope
 
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"  # entries of `layer_types`
@@ -36,6 +39,8 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         known = ", ".join(sorted(row.hf_architecture for row in FAMILIES.values()))
         names = short_repr(config.get("architectures"))
         raise ConfigError(f"architecture {names} is not known; known: {known}")
+    if config.get("model_type") not in (None, family.hf_model_type or family.name):
+        raise ConfigError(f"model_type {short_repr(config['model_type'])} is not that of {family.hf_architecture}")
     config = {**family.hf_defaults, **config}
     _refuse_unsupported(config, family)
     heads, hidden = int_of(config, "num_attention_heads"), int_of(config, "hidden_size")
@@ -51,10 +56,10 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         layers=_layers(config, family, head_dim),
         rms_norm_eps=float_of(config, "rms_norm_eps", 1e-6),
         max_position_embeddings=int_of(config, "max_position_embeddings"),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=bool_of(config, "tie_word_embeddings", False),
         attention_scale=float(float_of(config, "query_pre_attn_scalar", head_dim, above=0) ** -0.5),
-        attention_cap=float_of(config, "attn_logit_softcapping", 0.0),
-        logit_cap=float_of(config, "final_logit_softcapping", 0.0),
+        attention_cap=_cap(config, "attn_logit_softcapping"),
+        logit_cap=_cap(config, "final_logit_softcapping"),
     )
 
 
@@ -70,12 +75,17 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
         if config.get(key) not in (None, *family.activation_names):
             known = ", ".join(family.activation_names)
             raise ConfigError(f"{key} {short_repr(config[key])} is not supported; known: {known}")
-    for key in ("quantization_config", "partial_rotary_factor"):
-        if config.get(key) not in (None, 1, 1.0):
-            raise ConfigError(f"{key} is not supported yet")
-    for key in ("mlp_bias", "use_bidirectional_attention", *(() if family.qkv_bias else ("attention_bias",))):
-        if config.get(key):
-            raise ConfigError(f"{key} is not supported for this architecture")
+    keys = READ | IGNORED | family.hf_defaults.keys()
+    keys |= {"attention_bias"} if family.qkv_bias else set()
+    if not family.has_window and config.get("use_sliding_window") is False:
+        keys |= {"sliding_window"}
+    if config.get("sliding_window_size") == config.get("sliding_window"):  # Gemma 2 has both
+        keys |= {"sliding_window_size"}
+    check_keys(config, keys, NEUTRAL)
+
+
+def _cap(config: Mapping[str, Any], key: str) -> float:
+    return 0.0 if config.get(key) is None else float_of(config, key, above=0)
 
 
 def _layers(config: Mapping[str, Any], family: Family, head_dim: int) -> tuple[LayerKind, ...]:
@@ -90,18 +100,22 @@ def _layers(config: Mapping[str, Any], family: Family, head_dim: int) -> tuple[L
 def _windows(config: Mapping[str, Any], family: Family) -> list[int]:
     """The window of each layer; 0 for full attention."""
     count = layer_count(config, "num_hidden_layers")
+    has_window = family.has_window and (not family.window_flag or bool_of(config, "use_sliding_window", False))
+    window = int_of(config, "sliding_window", low=1) if has_window and config.get("sliding_window") is not None else 0
+    first = int_of(config, "max_window_layers", 0) if "max_window_layers" in family.hf_defaults else 0
+    period = family.local_period and int_of(config, "sliding_window_pattern", family.local_period, low=1)
+    windows = [0 if i < first or (period and (i + 1) % period == 0) else window for i in range(count)]
     types = strings_of(config, "layer_types")
-    flagged = family.window_flag and not config.get("use_sliding_window")
-    window = 0 if flagged else int_of(config, "sliding_window", 0)
-    if types:
-        if len(types) != count or not set(types) <= {_GLOBAL, _LOCAL}:
-            raise ConfigError(f"layer_types must be {count} of {_GLOBAL}, {_LOCAL}")
-        if _LOCAL in types and not window:
-            raise ConfigError(f"layer_types has {_LOCAL}, but sliding_window is missing")
-        return [window if kind == _LOCAL else 0 for kind in types]
-    period = int_of(config, "sliding_window_pattern", family.local_period)
-    first = int_of(config, "max_window_layers", 0) if family.window_flag else 0
-    return [0 if i < first or (period and (i + 1) % period == 0) else window for i in range(count)]
+    if not types:
+        return windows
+    if len(types) != count or not set(types) <= {_GLOBAL, _LOCAL}:
+        raise ConfigError(f"layer_types must be {count} of {_GLOBAL}, {_LOCAL}")
+    if _LOCAL in types and not window:
+        raise ConfigError(f"layer_types has {_LOCAL}, but sliding_window is missing")
+    typed = [window if kind == _LOCAL else 0 for kind in types]
+    if "layer_types" not in family.hf_defaults and typed != windows:
+        raise ConfigError("layer_types is not supported for this architecture")
+    return typed
 
 
 def _uses_rope(config: Mapping[str, Any], family: Family) -> list[bool]:
@@ -111,44 +125,62 @@ def _uses_rope(config: Mapping[str, Any], family: Family) -> list[bool]:
         return [True] * count
     flags = config.get("no_rope_layers")
     if flags is None:
-        period = int_of(config, "no_rope_layer_interval", family.no_rope_period)
-        return [(i + 1) % max(1, period) != 0 for i in range(count)]
+        period = int_of(config, "no_rope_layer_interval", family.no_rope_period, low=1)
+        return [(i + 1) % period != 0 for i in range(count)]
     if not isinstance(flags, list) or len(flags) != count or not all(flag in (0, 1) for flag in flags):
         raise ConfigError(f"no_rope_layers must be {count} of 0 and 1")
     return [bool(flag) for flag in flags]
 
 
 def _rope(config: Mapping[str, Any], kind: str, family: Family, head_dim: int) -> Rope:
-    """The angles of one kind of layer.
-
-    transformers 5 has `rope_parameters`, per kind of layer if they differ; older files have `rope_theta` and
-    `rope_scaling`.
-    """
-    parameters = mapping_of(config, "rope_parameters")
-    if kind in parameters:
-        parameters = mapping_of(parameters, kind)
-    elif kind == _LOCAL:
-        return Rope(float_of(config, "rope_local_base_freq", family.local_theta))
-    theta = float_of(parameters if "rope_theta" in parameters else config, "rope_theta", 10000.0, above=1)
-    key = "rope_parameters" if parameters else "rope_scaling"
-    maximum = int_of(config, "max_position_embeddings")
-    original = int_of(config, "original_max_position_embeddings", maximum)
-    lengths = {"max_position_embeddings": maximum, "original_max_position_embeddings": original}
-    scaling = {**lengths, **(parameters or mapping_of(config, key))}
-    match scaling.get("rope_type", scaling.get("type", "default")):
+    """The angles of one kind of layer."""
+    key, parameters = _rope_parameters(config, kind, family)
+    check_keys(parameters, ROPE_READ, ROPE_NEUTRAL, f"{key}.")
+    theta = float_of(parameters, "rope_theta", above=1)
+    names = [parameters[name] for name in ("rope_type", "type") if name in parameters]
+    names = [family.rope_aliases.get(name, name) if isinstance(name, str) else name for name in names]
+    if len(names) == 2 and names[0] != names[1]:
+        raise ConfigError(f"rope_type {short_repr(names[0])} and type {short_repr(names[1])} of {key} differ")
+    match names[0] if names else "default":
         case "default":
             return Rope(theta)
         case "linear":
-            return Rope(theta, (float_of(scaling, "factor"),) * (head_dim // 2))
+            return Rope(theta, (float_of(parameters, "factor"),) * (head_dim // 2))
         case "llama3":
-            return _llama3(theta, head_dim, scaling)
+            return _llama3(theta, head_dim, parameters)
         case "yarn":
-            return _yarn(theta, head_dim, scaling)
-        case "longrope" | "su":  # the older name
-            return _longrope(theta, scaling)
+            return _yarn(theta, head_dim, parameters)
+        case "longrope":
+            return _longrope(theta, parameters, int_of(config, "max_position_embeddings"))
         case type_:
-            known = "default, linear, llama3, yarn, longrope, su"
+            known = ", ".join(("default, linear, llama3, yarn, longrope", *sorted(family.rope_aliases)))
             raise ConfigError(f"{key} of type {short_repr(type_)} is not supported; known: {known}")
+
+
+def _rope_parameters(config: Mapping[str, Any], kind: str, family: Family) -> tuple[str, Mapping[str, Any]]:
+    """The rotary parameters of a kind of layer as transformers 5 resolves them, and the key in `config`.
+
+    Version 5 writes `rope_parameters`, per kind of layer if the family's kinds differ; older ones wrote `rope_theta`
+    and `rope_scaling`, which takes precedence.
+    """
+    new, old = mapping_of(config, "rope_parameters"), mapping_of(config, "rope_scaling")
+    theta = {"rope_theta": config.get("rope_theta", 10000.0)}
+    length = {"original_max_position_embeddings": int_of(config, "max_position_embeddings")}
+    if family.local_theta is None:
+        key, parameters = ("rope_scaling", old) if old else ("rope_parameters", new)
+        original = config.get("original_max_position_embeddings")
+        fixed = {} if original is None else {"original_max_position_embeddings": original}
+    else:
+        check_keys(new, (_GLOBAL, _LOCAL), {}, "rope_parameters.")
+        key, parameters, fixed = f"rope_parameters.{kind}", mapping_of(new, kind), {}
+        if kind == _LOCAL:
+            theta = {"rope_theta": config.get("rope_local_base_freq")}
+        elif old:
+            key, parameters = "rope_scaling", {**(parameters if new else {"rope_type": "default"}), **old}
+        check_keys({"truncate": parameters.get("truncate")}, (), {"truncate": True}, f"{key}.")
+    if parameters.get("partial_rotary_factor") is None:
+        check_keys({"partial_rotary_factor": config.get("partial_rotary_factor")}, (), ROPE_NEUTRAL)
+    return key, {**theta, **length, **parameters, **fixed}
 
 
 def _original(scaling: Mapping[str, Any], low: int = 1) -> int:
@@ -157,7 +189,7 @@ def _original(scaling: Mapping[str, Any], low: int = 1) -> int:
 
 
 def _llama3(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> Rope:
-    low, high = float_of(scaling, "low_freq_factor"), float_of(scaling, "high_freq_factor")
+    low, high = float_of(scaling, "low_freq_factor", above=0), float_of(scaling, "high_freq_factor")
     if not high > low:
         raise ConfigError(f"high_freq_factor {high} is not above low_freq_factor {low}")
     factor, original = factor_of(scaling, "factor"), _original(scaling)
@@ -173,7 +205,7 @@ def _yarn(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> Rope:
         fast=factor_of(scaling, "beta_fast", 32.0, low=1e-6),
         slow=factor_of(scaling, "beta_slow", 1.0, low=1e-6),
         original=_original(scaling),
-        truncate=bool(scaling.get("truncate", True)),
+        truncate=bool_of(scaling, "truncate", True),
     )
     share, all_share = float_of(scaling, "mscale", 0.0), float_of(scaling, "mscale_all_dim", 0.0)
     scale = ropes.yarn_scale(factor)
@@ -184,8 +216,8 @@ def _yarn(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> Rope:
     return Rope(theta, divisors, float_of(scaling, "attention_factor", scale))
 
 
-def _longrope(theta: float, scaling: Mapping[str, Any]) -> Rope:
+def _longrope(theta: float, scaling: Mapping[str, Any], maximum: int) -> Rope:
     original = _original(scaling, low=2)
-    factor = float_of(scaling, "factor", int_of(scaling, "max_position_embeddings") / original)
+    factor = float_of(scaling, "factor", maximum / original)
     scale = float_of(scaling, "attention_factor", ropes.longrope_scale(factor, original))
     return Rope(theta, floats_of(scaling, "short_factor"), scale, floats_of(scaling, "long_factor"), original)

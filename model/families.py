@@ -99,11 +99,21 @@ class Family:
     hf_norm_offset: float = 0.0  # added to a norm's weight by Hugging Face's modules, already included in GGUF files
     local_period: int = 0  # with a window, every n-th layer has full attention; 0 = none
     local_theta: float | None = None  # rope theta of layers with a window; None: as in other layers
-    window_flag: bool = False  # config.json's window needs `use_sliding_window`
     no_rope_period: int = 0  # every n-th layer has no rope; 0 = none
-    # Defaults of transformers for keys that config.json lacks.
+    rope_aliases: Mapping[str, str] = field(default_factory=dict)  # other names of rotary scaling in config.json
+    # Keys of config.json that only some families have, and defaults of transformers for keys that it lacks.
     hf_defaults: Mapping[str, Any] = field(default_factory=dict)
+    gguf_defaults: Mapping[str, Any] = field(default_factory=dict)  # defaults of llama.cpp, without the architecture
     ignored: tuple[str, ...] = ()  # checkpoint tensors that are not needed
+
+    @property
+    def has_window(self) -> bool:
+        return "sliding_window" in self.hf_defaults
+
+    @property
+    def window_flag(self) -> bool:
+        """Whether config.json's window needs `use_sliding_window`."""
+        return "use_sliding_window" in self.hf_defaults
 
     @property
     def activation_names(self) -> tuple[str, ...]:
@@ -126,7 +136,23 @@ class Family:
         return (*weights, _FINAL_NORM, HEAD)
 
 
-_GEMMA = {"tie_word_embeddings": True, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+_QWEN = {
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+_GEMMA = {
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": True,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "layer_types": None,
+    "final_logit_softcapping": None,
+}
+_GEMMA2_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 # Old checkpoints carry the rotary frequencies, which follow from rope_theta.
 _IGNORED = ("model.layers.{i}.self_attn.rotary_emb.inv_freq",)
 
@@ -143,31 +169,38 @@ FAMILIES: dict[str, Family] = {
             name="mistral",
             hf_architecture="MistralForCausalLM",
             in_gguf=False,
-            hf_defaults={"sliding_window": 4096, "max_position_embeddings": 4096 * 32},
+            hf_defaults={"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 4096 * 32},
             ignored=_IGNORED,
         ),
         Family(
             name="qwen2",
             hf_architecture="Qwen2ForCausalLM",
             qkv_bias=True,
-            window_flag=True,
-            hf_defaults={"sliding_window": 4096, "max_window_layers": 28},
+            hf_defaults=_QWEN,
             ignored=_IGNORED,
         ),
         Family(
             name="qwen3",
             hf_architecture="Qwen3ForCausalLM",
             qk_norm=("E", "E"),
-            window_flag=True,
-            hf_defaults={"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+            hf_defaults={**_QWEN, "head_dim": 128},
         ),
         Family(
             name="smollm3",
             hf_architecture="SmolLM3ForCausalLM",
             gguf_interleaved_rotary=True,
-            window_flag=True,
             no_rope_period=4,
-            hf_defaults={"tie_word_embeddings": True, "rope_theta": 2e6, "max_position_embeddings": 32768},
+            hf_defaults={
+                "num_key_value_heads": 4,
+                "tie_word_embeddings": True,
+                "rope_theta": 2e6,
+                "max_position_embeddings": 32768,
+                "use_sliding_window": False,
+                "sliding_window": None,
+                "layer_types": None,
+                "no_rope_layers": None,
+                "no_rope_layer_interval": 4,
+            },
         ),
         Family(
             name="olmo2",
@@ -181,7 +214,8 @@ FAMILIES: dict[str, Family] = {
             name="phi3",
             hf_architecture="Phi3ForCausalLM",
             fused_tensors=True,
-            hf_defaults={"rms_norm_eps": 1e-5},
+            rope_aliases={"su": "longrope", "yarn": "longrope"},
+            hf_defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096, "sliding_window": None},
         ),
         Family(
             name="gemma2",
@@ -191,12 +225,8 @@ FAMILIES: dict[str, Family] = {
             scaled_embedding=True,
             hf_norm_offset=1.0,
             local_period=2,
-            hf_defaults={
-                **_GEMMA,
-                "max_position_embeddings": 8192,
-                "attn_logit_softcapping": 50.0,
-                "final_logit_softcapping": 30.0,
-            },
+            hf_defaults={**_GEMMA, **_GEMMA2_CAPS, "max_position_embeddings": 8192},
+            gguf_defaults={**_GEMMA2_CAPS, "attention.sliding_window": 4096},
         ),
         Family(
             name="gemma3",
@@ -209,7 +239,13 @@ FAMILIES: dict[str, Family] = {
             hf_norm_offset=1.0,
             local_period=6,
             local_theta=10000.0,
-            hf_defaults={**_GEMMA, "max_position_embeddings": 131072, "rope_theta": 1e6},
+            hf_defaults={
+                **_GEMMA,
+                "max_position_embeddings": 131072,
+                "rope_theta": 1e6,
+                "rope_local_base_freq": 10000.0,
+                "sliding_window_pattern": 6,
+            },
         ),
     )
 }

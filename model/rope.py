@@ -45,9 +45,21 @@ def llama3_divisors(
 
 
 def yarn_divisors(
-    theta: float, head_dim: int, *, factor: float, fast: float, slow: float, original: int, truncate: bool
+    theta: float,
+    head_dim: int,
+    *,
+    factor: float,
+    fast: float,
+    slow: float,
+    original: int,
+    truncate: bool,
+    min_width: float = -math.inf,
 ) -> tuple[float, ...]:
-    """Keep pairs that turn more than `fast` times in `original` tokens, stretch those below `slow` times."""
+    """Keep pairs that turn more than `fast` times in `original` tokens, stretch those below `slow` times.
+
+    Args:
+        min_width: of the range of pairs between these; it only matters in ranges that are empty.
+    """
 
     def pair_index(times: float) -> float:
         return head_dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
@@ -56,7 +68,7 @@ def yarn_divisors(
     if truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
-    width = max(last - first, 0.001)
+    width = max(last - first, min_width) or 0.001
     stretched = [min(1.0, max(0.0, (e - first) / width)) for e in range(head_dim // 2)]
     return tuple(1 / (share / factor + 1 - share) for share in stretched)
 

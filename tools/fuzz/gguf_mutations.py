@@ -29,7 +29,10 @@ _KEYS = (
     *(f"llama.{name}" for name in ("context_length", "embedding_length", "block_count", "feed_forward_length")),
     *(f"llama.attention.{name}" for name in ("head_count", "head_count_kv", "key_length", "value_length")),
     *(f"llama.attention.{name}" for name in ("sliding_window", "sliding_window_pattern", "layer_norm_rms_epsilon")),
-    *(f"llama.rope.{name}" for name in ("freq_base", "dimension_count", "scaling.type", "scaling.factor")),
+    *(
+        f"llama.rope.{name}"
+        for name in ("freq_base", "dimension_count", "scale_linear", "scaling.type", "scaling.factor")
+    ),
     *(f"llama.rope.scaling.{name}" for name in ("original_context_length", "attn_factor")),
     *(f"llama.{name}" for name in ("attn_logit_softcapping", "final_logit_softcapping", "vocab_size")),
     *(f"tokenizer.ggml.{name}" for name in ("model", "pre", "tokens", "token_type", "merges", "scores")),

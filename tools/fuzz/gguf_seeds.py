@@ -19,8 +19,9 @@ def seeds() -> list[bytes]:
     """Models with both kinds of tokenizers, several quantizations, RoPE scaling, windows, and a split file."""
     byte_level, pieces = _byte_level(), _sentencepiece()
     yarn = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
-    long = {"llama.rope.scaling.original_context_length": 64}
-    window = {"llama.attention.sliding_window": 8, "llama.attention.sliding_window_pattern": [True]}
+    long = {"llama.rope.scaling.original_context_length": 64, "llama.rope.scaling.attn_factor": 1.25}
+    window = {"gemma2.attention.sliding_window": 8, "gemma2.attention.sliding_window_pattern": [True]}
+    norms = [_zeros(f"blk.0.{name}", (16,), "F32") for name in ("post_attention_norm", "post_ffw_norm")]
     freqs, *long_and_short = [(name, (8,), "F32", np.linspace(1, 2, 8, dtype="<f4").tobytes()) for name in FACTORS]
     return [
         _model(byte_level),
@@ -28,7 +29,7 @@ def seeds() -> list[bytes]:
         _model(byte_level | yarn, "Q4_0", hidden=32),
         _model(byte_level | long, "F16", long_and_short),
         _model({"split.count": 2, "split.no": 0} | byte_level, "BF16"),
-        _model(byte_level | window),
+        _model(byte_level | window, extra=norms, arch="gemma2"),
     ]
 
 
@@ -55,7 +56,13 @@ def _tokenizer(model: str, tokens: list[str], types: list[int], **more: Any) -> 
     return {f"tokenizer.ggml.{name}": value for name, value in keys.items()} | {"tokenizer.chat_template": _TEMPLATE}
 
 
-def _model(more: Mapping[str, Any], kind: str = "F32", extra: Sequence[_Tensor] = (), hidden: int = 16) -> bytes:
+def _model(
+    more: Mapping[str, Any],
+    kind: str = "F32",
+    extra: Sequence[_Tensor] = (),
+    hidden: int = 16,
+    arch: str = "llama",
+) -> bytes:
     """One layer; matrices are of a kind, which may want rows of 32."""
     sizes = {
         "context_length": 128,
@@ -67,7 +74,7 @@ def _model(more: Mapping[str, Any], kind: str = "F32", extra: Sequence[_Tensor] 
         "attention.layer_norm_rms_epsilon": 1e-5,
         "rope.freq_base": 10000.0,
     }
-    values = {"general.architecture": "llama"} | {f"llama.{name}": size for name, size in sizes.items()} | dict(more)
+    values = {"general.architecture": arch} | {f"{arch}.{name}": size for name, size in sizes.items()} | dict(more)
     tokens = len(more["tokenizer.ggml.tokens"])
     square = [f"attn_{name}" for name in ("q", "k", "v", "output")] + [f"ffn_{name}" for name in ("gate", "up", "down")]
     return _serialize(

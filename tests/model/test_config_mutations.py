@@ -1,0 +1,80 @@
+"""Mutated config.json files: each gives the network of Hugging Face's modules, or is refused by a key's name.
+
+The expected values are from golden/make_configs.py.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.config import ConfigError, LayerKind, ModelConfig
+from model.config_hf import config_from_hf
+from model.rope import Rope
+
+GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "configs.json").read_text("utf-8"))
+# Of all cases: (accepted here, accepted by transformers).
+COUNTS = {(True, True): 602, (True, False): 25, (False, True): 118, (False, False): 65}
+
+
+def changed_keys(value: dict[str, Any]) -> set[str]:
+    """Keys at all levels."""
+    inner = [changed_keys(item) for item in value.values() if isinstance(item, dict)]
+    return {*value}.union(*inner)
+
+
+def read(case: dict[str, Any]) -> ModelConfig | ConfigError:
+    config = GOLDEN["bases"][case["base"]] | case["change"]
+    try:
+        return config_from_hf({key: value for key, value in config.items() if key not in case["drop"]})
+    except ConfigError as error:
+        return error
+
+
+def check_rope(rope: Rope, head_dim: int, short: int, long: int, scale: float) -> None:
+    frequencies = rope.theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    for divisors, table in ((rope.divisors, short), (rope.long_divisors or rope.divisors, long)):
+        np.testing.assert_allclose(frequencies / (divisors or 1.0), GOLDEN["tables"][table], rtol=3e-6)
+    assert rope.scale == pytest.approx(scale, rel=1e-6)
+
+
+def check_layer(kind: LayerKind, head_dim: int, expected: list[Any]) -> None:
+    assert kind.window == expected[-1]
+    assert (kind.rope is None) == (len(expected) == 1)
+    if kind.rope is not None:
+        check_rope(kind.rope, head_dim, *expected[:-1])
+
+
+def check(config: ModelConfig, case: dict[str, Any]) -> None:
+    assert config.traits.hf_architecture == f"{case['family']}ForCausalLM"
+    for kind, expected in zip(config.layers, case["layers"], strict=True):
+        check_layer(kind, config.head_dim, expected)
+    for name in ("head_dim", "num_kv_heads", "rms_norm_eps"):
+        assert getattr(config, name) == case[name]
+    assert config.tie_word_embeddings == case["tied"]
+    assert config.attention_scale == pytest.approx(case["scale"])
+    assert [config.attention_cap, config.logit_cap] == [cap or 0.0 for cap in case["caps"]]
+    assert config.traits.activation == case["activation"]
+    biases = {f"self_attn.{name}_proj.bias" for name in "qkv"} if config.traits.qkv_bias else set()
+    assert {*case["biases"]} == biases
+
+
+@pytest.mark.parametrize("base", GOLDEN["bases"])
+def test_mutated_configurations_equal_transformers(base: str) -> None:
+    for case in GOLDEN["cases"]:
+        if case["base"] != base or "error" in case:
+            continue
+        result = read(case)
+        if isinstance(result, ConfigError):
+            keys = changed_keys(case["change"]) | {*case["drop"]}
+            assert any(key in str(result) for key in keys), (case, str(result))
+        else:
+            check(result, case)
+
+
+def test_most_mutations_that_transformers_takes_are_compared() -> None:
+    accepted = Counter((not isinstance(read(case), ConfigError), "error" not in case) for case in GOLDEN["cases"])
+    assert accepted == COUNTS

@@ -14,8 +14,8 @@ from model.weights.weight_table import open_checkpoint
 from serve.config.config import MAX_LOGPROBS_LIMIT, EngineConfig
 from serve.config.generation_config import DefaultsError, GenerationDefaults, defaults_of
 from serve.text.chat_template import ChatTemplateError, render_chat
-from serve.text.gguf_tokenizer import tokenizer_from_gguf
-from serve.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from serve.text.gguf_tokenizer import gguf_eos_token_ids, tokenizer_from_gguf
+from serve.text.tokenizer import Tokenizer, TokenizerError, eos_token_ids_of, load_tokenizer
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"  # its name in the API
 
@@ -60,6 +60,7 @@ def open_model(config: EngineConfig, on_prepare: Callable[[str], None]) -> Itera
             tokenizer = tokenizer_from_gguf(checkpoint.metadata)
         else:
             tokenizer = load_tokenizer(source.path)
+        tokenizer.eos_token_ids |= _eos_token_ids(config, source, checkpoint)
         limit = checkpoint.config.max_position_embeddings
         max_model_len = config.max_model_len or limit
         if max_model_len > limit:
@@ -73,6 +74,16 @@ def open_model(config: EngineConfig, on_prepare: Callable[[str], None]) -> Itera
         max_logprobs = resolve_max_logprobs(config, checkpoint.config.vocab_size)
         config = replace(config, dtype=resolve_dtype(config, checkpoint), max_logprobs=max_logprobs)
         yield ModelFiles(source, checkpoint, tokenizer, defaults, max_model_len, config)
+
+
+def _eos_token_ids(config: EngineConfig, source: ModelSource, checkpoint: Checkpoint) -> set[int]:
+    """EOS ids of the model's own files, whatever --tokenizer is, and of --generation-config."""
+    if isinstance(checkpoint, GgufCheckpoint):
+        ids = gguf_eos_token_ids(checkpoint.metadata)
+    else:
+        ids = eos_token_ids_of(source.path)
+    path = config.generation_config
+    return ids if path in ("auto", "vllm") else ids | eos_token_ids_of(Path(path).expanduser())
 
 
 def api_name(model: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
+from serve.text.end_of_turn import END_OF_TURN
 from serve.text.tokenizer import SPACE, Tokenizer, TokenizerError, panics_as_errors
 
 _PREFIX = "tokenizer.ggml."
@@ -55,6 +56,7 @@ _PRE = {
     "smaug-bpe": _PreTokenizer(split=_CL100K),
 }
 _CLASS_NAMES = {"gpt2": "GPT2TokenizerFast", "llama": "LlamaTokenizerFast"}  # of transformers, by tokenizer.ggml.model
+_END_NAMES = ("eos", "eot", "eom")
 _TEMPLATE_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
@@ -140,17 +142,28 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     tokens, types = _required_list(metadata, "tokens", str), _required_list(metadata, "token_type", int)
     if len(tokens) != len(types):
         raise TokenizerError(f"GGUF: {len(tokens)} tokens, but {len(types)} token types")
+    # As in llama.cpp: converters stored some ends of turns as ordinary tokens. In Gemma's vocabulary </s> is HTML.
+    ends = END_OF_TURN - {"</s>"}
+    types = [
+        CONTROL if token in ends and type_ in (NORMAL, USER_DEFINED) else type_
+        for token, type_ in zip(tokens, types, strict=True)
+    ]
     vocabulary = _Vocabulary(tokens, types, metadata)
     backend = _byte_level_backend(vocabulary) if kind == "gpt2" else _sentencepiece_backend(vocabulary)
     named = {name: vocabulary.id_of(key) for name, key in _TEMPLATE_NAMES.items()}
-    ends = (vocabulary.id_of("eos"), vocabulary.id_of("eot"))
     return Tokenizer(
         backend,
-        eos_token_ids=[index for index in ends if index is not None],
+        eos_token_ids=[index for name in _END_NAMES if (index := vocabulary.id_of(name)) is not None],
         special_tokens={name: vocabulary.tokens[index] for name, index in named.items() if index is not None},
         chat_template=metadata.get("tokenizer.chat_template"),
         class_name=_CLASS_NAMES[kind],
     )
+
+
+def gguf_eos_token_ids(metadata: Mapping[str, Any]) -> set[int]:
+    """Ids that end an output by the file's keys."""
+    ids = [metadata.get(f"{_PREFIX}{name}_token_id") for name in _END_NAMES]
+    return {index for index in ids if type(index) is int}
 
 
 def _byte_level_backend(vocabulary: _Vocabulary) -> Backend:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 from serve.config.values import error_reason
+from serve.text.end_of_turn import end_of_turn_ids
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -59,6 +60,7 @@ class Tokenizer:
     ) -> None:
         """Take ownership of `backend`, disable its padding and truncation, and tabulate all token bytes (about 0.2 s).
 
+        Special tokens with the name of an end of turn are added to `eos_token_ids`.
         Raise TokenizerError if the tokens are neither byte-level nor SentencePiece pieces.
         """
         backend.no_padding()
@@ -68,12 +70,11 @@ class Tokenizer:
         self._large = threading.BoundedSemaphore(_MAX_LARGE)
         self._bytes = _token_bytes_table(backend)
         self._longest = max(1, *map(len, self._bytes))
-        self.eos_token_ids = frozenset(eos_token_ids)  # end an output
         self.special_tokens = dict(special_tokens)  # names such as "bos_token" -> token text, for templates
         # Markup tokens, which `skip_special_tokens` hides.
-        self.special_ids = frozenset(
-            index for index, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        special = {token.content: index for index, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.special_ids = frozenset(special.values())
+        self.eos_token_ids = frozenset(eos_token_ids) | end_of_turn_ids(special)  # end an output
         self.chat_template = chat_template  # Jinja source
         self.class_name = class_name  # of transformers
         # A SentencePiece model may put a space before a text, which its decoder drops.
@@ -158,7 +159,7 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
     template = loaded.chat_template
     return Tokenizer(
         backend,
-        eos_token_ids=_eos_token_ids(model_dir, loaded.eos_token_id),
+        eos_token_ids=eos_token_ids_of(model_dir) | ({loaded.eos_token_id} - {None}),
         special_tokens={
             name: str(token) for name, token in loaded.special_tokens_map.items() if not isinstance(token, list | tuple)
         },
@@ -167,16 +168,16 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
     )
 
 
-def _eos_token_ids(model_dir: Path, fallback: int | None) -> list[int]:
-    """EOS ids from the first source that has them: generation_config.json, config.json, the tokenizer."""
-    for name in ("generation_config.json", "config.json"):
-        value = _read_json(model_dir / name).get("eos_token_id")
-        if value is not None:
-            ids = value if isinstance(value, list) else [value]
-            if not all(type(index) is int for index in ids):
-                raise TokenizerError(f"{model_dir / name}: eos_token_id must be an integer or a list of integers")
-            return ids
-    return [] if fallback is None else [fallback]
+def eos_token_ids_of(path: Path) -> set[int]:
+    """EOS ids of generation_config.json and config.json in a folder, or of one such file."""
+    ids: set[int] = set()
+    for file in (path / "generation_config.json", path / "config.json") if path.is_dir() else (path,):
+        value = _read_json(file).get("eos_token_id")
+        values = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(type(index) is int for index in values):
+            raise TokenizerError(f"{file}: eos_token_id must be an integer or a list of integers")
+        ids.update(values)
+    return ids
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -103,9 +103,16 @@ class TinyModel:
         return folder
 
     def write_gguf(
-        self, path: Path, kind: str = "F32", raw: Mapping[str, tuple[NDArray[np.uint8], str]] | None = None
+        self,
+        path: Path,
+        kind: str = "F32",
+        raw: Mapping[str, tuple[NDArray[np.uint8], str]] | None = None,
+        ids: Mapping[str, int] | None = None,
     ) -> Path:
-        """Write a GGUF file: matrices as `kind`, the rest as F32, and `raw` tensors (bytes, type) unchanged."""
+        """Write a GGUF file: matrices as `kind`, the rest as F32, and `raw` tensors (bytes, type) unchanged.
+
+        `ids` are those of special tokens, such as "eos".
+        """
         writer = gguf.GGUFWriter(path, self.family)
         writer.add_context_length(128)
         writer.add_embedding_length(HIDDEN)
@@ -116,6 +123,8 @@ class TinyModel:
         writer.add_rope_freq_base(10000.0)
         writer.add_layer_norm_rms_eps(0.0009765625)
         writer.add_token_list([f"t{i}" for i in range(VOCAB)])
+        for name, index in (ids or {}).items():
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
         for name, values in self.tensors.items():
             values = self.gguf_order(name, values)
             if values.ndim == 1:

@@ -22,7 +22,7 @@ from serve.text.tokenizer import Tokenizer, TokenizerError, byte_characters, loa
 
 GOLDEN: list[dict[str, Any]] = json.loads((Path(__file__).parent / "golden_tokenizer.json").read_text("utf-8"))
 CHATS = [case for case in GOLDEN if "messages" in case]
-IM_START, IM_END = 1, 2
+END_OF_TEXT, IM_START, IM_END = 0, 1, 2
 
 
 def smollm2_path() -> Path:
@@ -53,7 +53,7 @@ def test_render_chat_gives_the_golden_prompt(smollm2: Tokenizer, case: dict[str,
 
 def test_load_tokenizer_of_the_default_model(smollm2: Tokenizer) -> None:
     assert smollm2.vocab_size == 49152
-    assert smollm2.eos_token_ids == {IM_END}
+    assert smollm2.eos_token_ids == {END_OF_TEXT, IM_END}
     special = smollm2.special_tokens
     assert (special["bos_token"], special["eos_token"]) == ("<|im_start|>", "<|im_end|>")
     assert [index for index in range(smollm2.vocab_size) if smollm2.is_special(index)] == list(range(17))
@@ -174,7 +174,7 @@ def test_load_tokenizer_of_a_hugging_face_directory(tmp_path: Path) -> None:
     ids = tokenizer.encode("hé<end><tool>", add_special_tokens=False)
     assert [tokenizer.token_bytes(index) for index in ids] == [b"h", b"\xc3", b"\xa9", b"<end>", b"<tool>"]
     assert [tokenizer.is_special(index) for index in ids] == [False, False, False, True, False]
-    assert tokenizer.eos_token_ids == {257, 5}
+    assert tokenizer.eos_token_ids == {1, 5, 256, 257}
     assert tokenizer.special_tokens == {"eos_token": "<end>"}
     assert tokenizer.class_name == "PreTrainedTokenizerFast"
     with pytest.raises(PromptError, match="no chat template"):
@@ -184,19 +184,6 @@ def test_load_tokenizer_of_a_hugging_face_directory(tmp_path: Path) -> None:
 def test_encode_neither_truncates_nor_pads(tmp_path: Path) -> None:
     write_byte_level(tmp_path, truncate=2)
     assert len(load_tokenizer(tmp_path).encode("abcdef", add_special_tokens=False)) == 6
-
-
-@pytest.mark.parametrize(
-    ("configs", "expected"),
-    [
-        ({"config": {"eos_token_id": 7}}, {7}),
-        ({"config": {"eos_token_id": 7}, "generation_config": {"eos_token_id": None}}, {7}),
-        ({"config": {}}, {256}),
-    ],
-)
-def test_eos_ids_come_from_the_first_source(tmp_path: Path, configs: dict[str, Any], expected: set[int]) -> None:
-    write_byte_level(tmp_path, **configs)
-    assert load_tokenizer(tmp_path).eos_token_ids == expected
 
 
 def test_load_tokenizer_reads_a_template_file(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ class Completions(Handler[CompletionRequest]):
             ids, offsets = tokenizer.tokenize(text, add_special_tokens=body.add_special_tokens is not False)
         if not ids:
             code = "missing_required_parameter" if param == "prompt" and not text else "invalid_value"
-            raise invalid(param, f"`{param}` gives no tokens, and none is added to it.", code)
+            raise invalid(param, f"`{param}` gives no tokens, and the tokenizer adds none.", code)
         return Prompt(ids, _max_tokens(body), echo=Echo(text, offsets) if body.echo else Echo())
 
     def _truncate(self, body: CompletionRequest, prompt: Prompt) -> Prompt:

@@ -21,9 +21,8 @@ from serve.api.json_stream import json_response
 from serve.api.metrics import CONTENT_TYPE, Metrics
 from serve.api.middleware import Access, AnswerRecord, ApiKeys, OnAnswer, Readiness, record_of
 from serve.api.openapi import documentation
-from serve.api.parsing import json_object
 from serve.api.prompt_logprobs import PromptLogprobsWriter
-from serve.api.request_body import Bodies
+from serve.api.request_body import Bodies, json_object
 from serve.api.tokenize import Tokenization
 from serve.api.validation import served_name
 from serve.config.config import ServeConfig

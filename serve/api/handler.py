@@ -20,7 +20,8 @@ from serve.api.generation import Choice, Prompt, engine_errors, merge, work_of
 from serve.api.json_stream import Body
 from serve.api.logprobs import TokenNames
 from serve.api.middleware import AnswerRecord, record_of
-from serve.api.parsing import json_object, validate
+from serve.api.parsing import validate
+from serve.api.request_body import json_object
 from serve.api.requests import GenerationRequest, StreamOptions
 from serve.api.sampling_params import sampling_params, stop_strings
 from serve.api.sse import json_or_disconnect, stream_or_disconnect

@@ -1,4 +1,4 @@
-"""From the bytes of a request to a pydantic model, or to an APIError that names the field."""
+"""From the JSON of a request to a pydantic model, or to an APIError that names the field."""
 
 import difflib
 import logging
@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
-import orjson
 from pydantic import BaseModel, ValidationError
 
 from serve.api.errors import APIError, invalid, unsupported
@@ -16,40 +15,12 @@ from serve.jobs.score import is_huge_integer
 
 logger = logging.getLogger(__name__)
 
-# Arrays, objects, keys and strings of a body. The parser holds the interpreter for up to 1 us per item.
-_MAX_ITEMS = 300_000  # a `logit_bias` of the largest vocabularies has 262,144 keys
 _MAX_LEVELS = 64  # of nested containers: templates, logs and libraries recurse over them
 _MAX_UNKNOWN = 1000  # names of unknown fields that are logged, so that clients cannot fill the memory
 _MAX_COMPARED = 32  # unknown fields of a body that are compared with ours, and characters of such a name
 _SIMILARITY = 0.88  # of an unknown field and one of ours, from which on it is taken for a misspelling
 
 _GENERATION_FIELDS = ChatCompletionRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
-
-
-def json_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body.
-
-    Raises:
-        APIError: 400 for invalid JSON, another type, or too many items.
-    """
-    if _items(body) > _MAX_ITEMS:
-        message = f"The body has more than {_MAX_ITEMS} arrays, objects, keys and strings."
-        raise APIError(400, message, None, "invalid_json")
-    try:
-        data = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        reason = str(error).split(":")[0]
-        raise APIError(400, f"The body is not valid JSON: {reason}.", None, "invalid_json") from None
-    if not isinstance(data, dict):
-        raise APIError(400, "The body must be a JSON object.", None, "invalid_json")
-    return data
-
-
-def _items(body: bytes) -> int:
-    """Arrays, objects, keys and strings of valid JSON; brackets in strings count, too."""
-    quotes = body.replace(rb"\\", b"") if rb"\\" in body else body
-    strings = (quotes.count(b'"') - quotes.count(rb"\"")) // 2
-    return strings + body.count(b"[") + body.count(b"{")
 
 
 def validate[M: BaseModel](kind: type[M], data: dict[str, Any], unknown_fields: set[str]) -> M:

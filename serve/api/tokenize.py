@@ -12,7 +12,8 @@ from serve.api.chat import chat_text
 from serve.api.context import Context
 from serve.api.errors import invalid
 from serve.api.json_stream import json_response
-from serve.api.parsing import json_object, validate
+from serve.api.parsing import validate
+from serve.api.request_body import json_object
 from serve.api.requests import ChatPromptFields, TokenId
 from serve.api.validation import check_ids, check_size, served_name
 from serve.text.chat import encode_text

@@ -31,6 +31,7 @@ from serve.server.startup_events import server_started
 _NAME = "logprobd"  # of the application
 _ROOT = Path(__file__).resolve().parents[2]
 _SPARE_REQUESTS = 64  # more than the engine takes, so that the engine rejects them itself with its 429
+_MAX_CONNECTIONS = 1 << 14  # of a front: many of them may be clients that send their bodies slowly
 _MAX_BLOCKS = 1 << 18  # capacity of the prefix index: 64 MB of prompts
 _HEALTH_PERIOD = 2.0  # seconds between health checks of a replica
 _IDLE_PERIOD = 0.1  # seconds between checks whether a replica to be stopped is idle
@@ -70,7 +71,7 @@ def application(config: RayConfig) -> serve.Application:
         serve.ingress()(Front),
         name="Front",
         ray_actor_options={"num_cpus": 0},  # it only relays bytes
-        max_ongoing_requests=max_requests * (config.max_replicas or config.num_replicas or 1),
+        max_ongoing_requests=_MAX_CONNECTIONS,
         **common,
     )
     return front.bind(replica.bind(config), config)

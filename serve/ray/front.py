@@ -3,8 +3,8 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import orjson
@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from ray.exceptions import RayError, RayTaskError
 from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -25,15 +25,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.api.errors import APIError, engine_error
 from serve.api.json_stream import dump
 from serve.api.metrics import ERRORS_TEXT, OWN_PREFIX
-from serve.api.middleware import ApiKeys, route_path
-from serve.api.request_body import read_chunks
+from serve.api.middleware import Access, AnswerRecord, ApiKeys, Readiness, record_of, route_path
+from serve.api.request_body import BODY_PATHS, Bodies
 from serve.api.sse import unless_disconnected
 from serve.config.config import ServeConfig
 from serve.ray.prefix_index import PrefixIndex, prompt_blocks
 
 logger = logging.getLogger(__name__)
 
-_TRIES = 3  # replicas that a request is sent to, if they die one after the other
 _WAIT = 5.0  # seconds for a replica to accept a request, and after which a client may retry
 _PLAIN = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path")
 
@@ -42,8 +41,14 @@ class Front:
     """An ASGI app in front of the replicas of a model."""
 
     def __init__(self, replicas: DeploymentHandle[Any], config: ServeConfig) -> None:
-        self._max_body_bytes = config.max_body_bytes
-        self._keys = ApiKeys(config.api_key)
+        self._bodies = Bodies(max_bytes=config.max_body_bytes, seconds=config.client_timeout)
+        self._access = Access(
+            self._respond,
+            api_keys=ApiKeys(config.api_key),
+            allowed_hosts=config.accepted_hosts,
+            readiness=Readiness(),
+            on_answer=self._count,
+        )
         self._any_replica = replicas.options(method_name="answer", stream=True)
         self._replicas = replicas
         self._errors: Counter[str] = Counter()  # code -> errors that no replica has counted
@@ -53,70 +58,55 @@ class Front:
         return Starlette(routes=[Mount("/", self._serve)])
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Relay one request; a disconnect cancels it. Without a valid API key, no body is read."""
         if scope["type"] != "http":
             await send({"type": "websocket.close"})
             return
+
+        async def send_without_id(message: Message) -> None:
+            if message["type"] == "http.response.start":  # the proxy adds the request id itself
+                headers = [(name, value) for name, value in message["headers"] if name != b"x-request-id"]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await self._access(scope, receive, send_without_id)
+
+    def _count(self, record: AnswerRecord) -> None:
+        if record.error is not None:
+            self._errors[record.error] += 1
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Relay one request; a disconnect cancels it."""
+        request = Request(scope, receive)
+        relay = _Relay(send, record_of(request))
         try:
-            if error := self._keys.refusal(scope, self._keys.name_of(scope)):
-                raise error
-            request = Request(scope, receive)
-            body = b"".join([chunk async for chunk in read_chunks(request, self._max_body_bytes)])
-            await unless_disconnected(request, self._answer(_plain(scope), body, _Relay(send)))
+            if scope["method"] == "GET" and route_path(scope) in ("/metrics", "/load"):
+                messages = await unless_disconnected(request, self._aggregate(_plain(scope)))
+                await relay.send_all(messages)
+                return
+            async with self._body(request) as body:
+                blocks = await asyncio.to_thread(prompt_blocks, body) if body else ()
+                call = self._any_replica.remote(blocks, _plain(scope), body)
+                try:
+                    await _accepted(call)
+                except BaseException:
+                    call.cancel()
+                    raise
+            del body
+            await unless_disconnected(request, relay.send_response(call))
         except APIError as error:
             if error.status == 499:  # the client has disconnected
                 return
-            self._errors[error.code or ""] += 1
+            record_of(request).error = error.code
             await error.response()(scope, receive, send)
 
-    async def _answer(self, scope: dict[str, Any], body: bytes, relay: "_Relay") -> None:
-        if scope["method"] == "GET" and route_path(scope) in ("/metrics", "/load"):
-            await relay.send_all(await self._aggregate(scope))
-            return
-        blocks = await asyncio.to_thread(prompt_blocks, body)
-        for _ in range(_TRIES):
-            try:
-                async with aclosing(self._messages(blocks, scope, body)) as batches:
-                    async for batch in batches:
-                        await relay.send_all(batch)
-            except RayTaskError:
-                logger.exception("a request failed")
-                error = engine_error("The server failed on this request.")
-                if not relay.started:
-                    raise error from None
-            except RayError as cause:  # its process or machine has died, or Ray has killed it for lack of memory
-                logger.warning("a replica died during a request: %s", type(cause).__name__)
-                error = engine_error("The replica that answered has died.")
-                if not relay.started:
-                    continue
-            else:
-                return
-            self._errors[error.code or ""] += 1
-            await relay.abort(error)
-            return
-        raise _unavailable()
-
-    async def _messages(
-        self, blocks: Sequence[bytes], scope: dict[str, Any], body: bytes
-    ) -> AsyncGenerator[list[Message]]:
-        """Yield the messages of one replica's response in batches.
-
-        Raises:
-            APIError: 503, no replica accepts the request.
-            RayTaskError: the replica failed.
-            RayError: the replica died.
-        """
-        call = self._any_replica.remote(blocks, scope, body)
-        try:
-            try:
-                async with asyncio.timeout(_WAIT):
-                    await anext(call)  # a replica accepts the request with an empty first batch
-            except (TimeoutError, DeploymentUnavailableError):
-                raise _unavailable() from None
-            async for batch in call:
-                yield batch
-        finally:
-            call.cancel()  # no effect after the end
+    @asynccontextmanager
+    async def _body(self, request: Request) -> AsyncIterator[bytes]:
+        """The body, whose memory counts until the block ends. Empty without reading if no endpoint would read it."""
+        if request.method == "POST" and route_path(request.scope) in BODY_PATHS:
+            async with self._bodies.read(request) as body:
+                yield body
+        else:
+            yield b""
 
     async def _aggregate(self, scope: dict[str, Any]) -> list[Message]:
         """The response for all replicas together: their metrics, or their load. An error of one is the response."""
@@ -144,25 +134,69 @@ class Front:
         ]
 
 
+async def _accepted(call: DeploymentResponseGenerator[list[Message]]) -> None:
+    """Wait until a replica has accepted a request, which it does with an empty first batch.
+
+    Ray tries replicas until one accepts. No other gets the request afterwards: it may be what kills them.
+
+    Raises:
+        APIError: 503, no replica accepts the request; 500, the replica died.
+    """
+    try:
+        async with asyncio.timeout(_WAIT):
+            await anext(call)
+    except (TimeoutError, DeploymentUnavailableError):
+        raise _unavailable() from None
+    except RayError as cause:
+        raise _failure(cause) from None
+
+
+def _failure(cause: RayError) -> APIError:
+    if isinstance(cause, RayTaskError):
+        logger.error("a request failed", exc_info=cause)
+        return engine_error("The server failed on this request.")
+    # Its process or machine has died, or Ray has killed it for lack of memory.
+    logger.warning("a replica died during a request: %s", type(cause).__name__)
+    return engine_error("The replica that answered has died.")
+
+
 class _Relay:
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, record: AnswerRecord) -> None:
         self._send = send
-        self.started = False
+        self._record = record
+        self._started = False
         self._is_events = False
         self._event_complete = True  # the last body ended an event
+
+    async def send_response(self, call: DeploymentResponseGenerator[list[Message]]) -> None:
+        """Relay the response of the replica that has accepted a request.
+
+        Raises:
+            APIError: 500, the replica failed or died before its response started.
+            ConnectionError: as `_abort`.
+        """
+        try:
+            async for batch in call:
+                await self.send_all(batch)
+        except RayError as cause:
+            error = _failure(cause)
+            if not self._started:
+                raise error from None
+            self._record.error = error.code
+            await self._abort(error)
+        finally:
+            call.cancel()  # no effect after the end
 
     async def send_all(self, messages: Sequence[Message]) -> None:
         for message in messages:
             if message["type"] == "http.response.start":
-                # The proxy adds the request id itself.
-                headers = [(name, value) for name, value in message["headers"] if name != b"x-request-id"]
-                self._is_events = dict(headers).get(b"content-type", b"").startswith(b"text/event-stream")
-                self.started, message = True, {**message, "headers": headers}
+                self._is_events = dict(message["headers"]).get(b"content-type", b"").startswith(b"text/event-stream")
+                self._started = True
             elif body := message.get("body", b""):
                 self._event_complete = body.endswith(b"\n\n")
             await self._send(message)
 
-    async def abort(self, error: APIError) -> None:
+    async def _abort(self, error: APIError) -> None:
         """End a stream with an error event, and any other response such that the client notices that it is incomplete.
 
         Raises:

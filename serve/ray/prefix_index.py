@@ -11,6 +11,8 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 
 import orjson
 
+from serve.api.request_body import json_object
+
 BLOCK_BYTES = 256  # about a page of 64 tokens
 _MAX_BLOCKS = 1024  # per prompt; the rest is ignored
 _DIGEST_BYTES = 8
@@ -22,16 +24,18 @@ def prompt_blocks(body: bytes) -> tuple[bytes, ...]:
 
     The prompt is hashed as JSON, so that a longer list of messages or token ids, or a longer text, extends the blocks
     of a shorter one. Requests that differ in `cache_salt` share no pages, and no blocks.
+
+    Raises:
+        APIError: 400, as the server's for the same body.
     """
+    fields = json_object(body)
     try:
-        request = orjson.loads(body)
-        fields = request if isinstance(request, dict) else {}
         name = next((name for name in _PROMPT_FIELDS if fields.get(name) is not None), None)
         if name is None:
             return ()
         key = orjson.dumps(fields[name])[:-1]  # without the closing bracket or quote
         link, blocks = _digest(orjson.dumps([fields.get("cache_salt"), name])), []
-    except (orjson.JSONDecodeError, orjson.JSONEncodeError):  # the latter: nested too deep; the replica rejects it
+    except orjson.JSONEncodeError:  # nested too deep; the replica rejects it
         return ()
     for start in range(0, min(len(key) // BLOCK_BYTES, _MAX_BLOCKS) * BLOCK_BYTES, BLOCK_BYTES):
         link = _digest(link + key[start : start + BLOCK_BYTES])

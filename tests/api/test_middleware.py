@@ -5,9 +5,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from starlette.routing import Route
 
 from serve import __version__
 from serve.api.middleware import AnswerRecord
+from serve.api.request_body import BODY_PATHS
 from tests.support.fake_runner import MAX_MODEL_LEN, K
 from tests.support.http_client import MODEL, Server, chat_body, completion_body, error_of, serving
 
@@ -207,3 +209,8 @@ async def test_cors_other_origin(server: Server) -> None:
     answer = await server.post("/v1/completions", completion_body(), Origin="https://page.test")
     for reply in (response, answer):
         assert not [name for name in reply.headers if name.startswith("access-control-")]
+
+
+async def test_ray_front_reads_the_bodies_of_all_endpoints(server: Server) -> None:
+    posts = {route.path for route in server.app.routes if isinstance(route, Route) and "POST" in (route.methods or ())}
+    assert posts == {*BODY_PATHS, "/ping"}

@@ -1,9 +1,11 @@
 """Two replicas of the default model on a real Ray of this machine, through the same API."""
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,19 @@ def test_errors_and_request_ids_are_relayed(replicas: RayProcess) -> None:
     assert httpx2.get(f"{replicas.url}/nowhere").json()["error"]["type"] == "invalid_request_error"
 
 
+def test_unfinished_bodies_of_open_paths_and_of_others_block_nothing(replicas: RayProcess) -> None:
+    head = "{} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{{"
+    address = httpx2.URL(replicas.url)
+    with ExitStack() as stack:
+        for line in ("POST /health", "OPTIONS /v1/completions", "POST /v1/completions"):
+            for _ in range(100):
+                client = stack.enter_context(socket.create_connection((address.host, address.port), _DEADLINE))
+                client.sendall(head.format(line).encode())
+                if line != "POST /v1/completions":
+                    assert client.recv(12) == b"HTTP/1.1 405"
+        assert post(replicas, {"prompt": "Hi", "max_tokens": 1}).status_code == 200
+
+
 def test_prompt_is_routed_to_its_cached_prefix(replicas: RayProcess) -> None:
     def cached(prompt: str, **more: str) -> int:
         answer = post(replicas, {"prompt": prompt, "max_tokens": 1} | more).json()
@@ -160,9 +175,10 @@ def test_killed_replica_fails_only_its_streams(replicas: RayProcess) -> None:
             [line.removeprefix("data: ") for line in (line_one, *lines) if line]
             for line_one, lines in zip(first_lines, streams, strict=True)
         ]
-        # The other two had no output yet, so the surviving replica has answered them.
-        for response in responses:
-            assert response.result().json()["choices"][0] == right
+        # One of the other two was at work there: it is not sent to the surviving replica.
+        lost, answered = sorted((response.result() for response in responses), key=lambda each: -each.status_code)
+        assert (lost.status_code, lost.json()["error"]["message"]) == (500, "The replica that answered has died.")
+        assert answered.json()["choices"][0] == right
     assert [each[-1] for each in events] == ["[DONE]", "[DONE]"]
     chunks = [[json.loads(event) for event in each[:-1]] for each in events]
     broken, complete = sorted(chunks, key=lambda each: "error" not in each[-1])

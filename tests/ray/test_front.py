@@ -142,7 +142,10 @@ def scope(path: str = "/v1/completions", **headers: str) -> dict[str, Any]:
         "method": "GET" if path in ("/metrics", "/load") else "POST",
         "path": path,
         "root_path": "",
-        "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
+        "headers": [
+            (name.replace("_", "-").encode(), value.encode())
+            for name, value in {"content_type": "application/json", **headers}.items()
+        ],
         "state": object(),  # cannot be sent to another process
     }
 
@@ -151,7 +154,8 @@ async def test_relay_leaves_the_response_as_it_is() -> None:
     replicas = Replicas([[[], [start(), EVENT], [EVENT, END]]])
     body = json.dumps({"prompt": "x" * 600}).encode()
     response = await request(replicas, body, pieces=3)
-    assert response == Received(200, {b"content-type": b"text/event-stream"}, EVENT["body"] * 2, True)
+    headers = {b"content-type": b"text/event-stream", b"x-content-type-options": b"nosniff"}
+    assert response == Received(200, headers, EVENT["body"] * 2, True)
     blocks, plain, sent = replicas.calls[0].arguments
     assert blocks == prompt_blocks(body)
     assert len(blocks) == 2
@@ -160,20 +164,14 @@ async def test_relay_leaves_the_response_as_it_is() -> None:
     assert "state" not in plain
 
 
-@pytest.mark.parametrize("dies", [[DIED], [[], DIED], [[], OUT_OF_MEMORY], [[], LATE]])
-async def test_request_is_retried_if_its_replica_dies_before_output(dies: list[Step]) -> None:
-    replicas = Replicas([dies, dies, [[], [start(), EVENT, END]]])
+@pytest.mark.parametrize("death", [[DIED], [[], DIED], [[], OUT_OF_MEMORY], [[], LATE]])
+async def test_request_whose_replica_died_is_not_sent_to_another(death: list[Step]) -> None:
+    replicas = Replicas([death, [[], [start(), EVENT, END]]])
     response = await request(replicas)
-    assert (response.status, response.body) == (200, EVENT["body"])
-    assert len(replicas.calls) == 3
-
-
-async def test_request_is_tried_three_times() -> None:
-    replicas = Replicas([[[], DIED]] * 4)
-    response = await request(replicas)
-    assert response.status == 503
-    assert response.headers[b"retry-after"] == b"5"
-    assert len(replicas.calls) == 3
+    assert (response.status, response.error["code"]) == (500, "engine_error")
+    assert response.error["message"] == "The replica that answered has died."
+    assert len(replicas.calls) == 1
+    assert replicas.calls[0].cancelled
 
 
 async def test_request_without_a_replica_gets_503(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,15 +248,24 @@ async def test_body_too_large_gets_413(declared: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "method", "status"),
+    ("key", "method", "path", "host", "status", "reads"),
     [
-        ("Bearer right", "POST", 200),
-        ("Bearer wrong", "POST", 401),
-        ("", "POST", 401),
-        ("", "OPTIONS", 200),  # a browser's preflight request has no key
+        ("Bearer right", "POST", "/v1/completions", "mine", 200, True),
+        ("Bearer right", "POST", "/v1/completions", "other", 403, False),
+        ("Bearer wrong", "POST", "/v1/completions", "mine", 401, False),
+        ("", "POST", "/v1/completions", "mine", 401, False),
+        ("", "OPTIONS", "/v1/completions", "mine", 200, False),  # a browser's preflight request has no key
+        ("", "GET", "/health", "mine", 200, False),
+        ("", "POST", "/ping", "mine", 200, False),
+        ("", "POST", "/web/page.js", "mine", 200, False),
+        ("Bearer right", "GET", "/v1/completions", "mine", 200, False),
+        ("Bearer right", "POST", "/v1/models", "mine", 200, False),
+        ("Bearer right", "GET", "/metrics", "mine", 503, False),
     ],
 )
-async def test_request_without_a_key_is_rejected_before_its_body(key: str, method: str, status: int) -> None:
+async def test_body_is_read_only_with_a_key_and_for_an_endpoint(
+    key: str, method: str, path: str, host: str, status: int, reads: bool
+) -> None:
     replicas = Replicas([[[], [start(), EVENT, END]]])
     sent: list[dict[str, Any]] = []
     unread = [{"type": "http.request", "body": b"{}"}]
@@ -266,9 +273,77 @@ async def test_request_without_a_key_is_rejected_before_its_body(key: str, metho
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    await app(replicas, "right")({**scope(authorization=key), "method": method}, receiver(unread), send)
+    config = ServeConfig(api_key=("right",), allowed_hosts=("mine",))
+    front: Any = Front(replicas, config).__serve_build_asgi_app__()
+    sent_scope = {**scope(path, authorization=key, host=host, content_length="2"), "method": method}
+    read: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        if reads and not read:
+            read.append(unread)
+            return unread[0]
+        assert status == 200 or path == "/metrics", "nothing is read, nor waited for"
+        await asyncio.Event().wait()  # the body of an open path never comes
+        raise AssertionError
+
+    async with asyncio.timeout(10):
+        await front(sent_scope, receive, send)
     assert sent[0]["status"] == status
-    assert (not unread, len(replicas.calls)) == ((True, 1) if status == 200 else (False, 0))
+    assert bool(read) == reads
+    assert [call.arguments[2] for call in replicas.calls] == ([b"{}" if reads else b""] if status == 200 else [])
+
+
+async def test_slow_body_gets_408_and_is_not_sent() -> None:
+    replicas, sent = Replicas(), list[Any]()
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    front: Any = Front(replicas, ServeConfig(client_timeout=0.01)).__serve_build_asgi_app__()
+    await front(scope(), receiver([{"type": "http.request", "body": b"{", "more_body": True}]), send)
+    assert sent[0]["status"] == 408
+    assert replicas.calls == []
+
+
+async def test_body_with_too_many_brackets_or_of_another_type_is_not_sent() -> None:
+    replicas, sent = Replicas(), list[Any]()
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    body = b'{"prompt":[' + b"[]," * (1 << 20) + b"1]}"
+    front: Any = Front(replicas, ServeConfig()).__serve_build_asgi_app__()
+    await front(scope(), receiver([{"type": "http.request", "body": body}]), send)
+    assert (sent[0]["status"], json.loads(sent[1]["body"])["error"]["code"]) == (400, "invalid_json")
+    await front(scope(content_type="text/plain"), receiver([]), send)
+    assert (sent[2]["status"], json.loads(sent[3]["body"])["error"]["code"]) == (400, "invalid_content_type")
+    assert replicas.calls == []
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+async def test_memory_of_bodies_counts_until_a_replica_accepts(accepts: bool) -> None:
+    size = 1 << 20
+    body = b'{"prompt":"' + b"x" * (size - 13) + b'"}'
+    replicas = Replicas([[[], [start(), EVENT], HANGS] if accepts else [HANGS]] * 5)
+    front: Any = Front(replicas, ServeConfig(max_body_bytes=size)).__serve_build_asgi_app__()
+    statuses: asyncio.Queue[int] = asyncio.Queue()
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            statuses.put_nowait(message["status"])
+
+    async with asyncio.timeout(10):
+        tasks = []
+        for _ in range(5):  # four fit together
+            tasks.append(asyncio.create_task(front(scope(), receiver([{"type": "http.request", "body": body}]), send)))
+            if accepts:
+                assert await statuses.get() == 200
+        if not accepts:
+            assert await statuses.get() == 503
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(call.cancelled for call in replicas.calls)
 
 
 async def test_prompt_nested_too_deep_is_sent_to_a_replica() -> None:

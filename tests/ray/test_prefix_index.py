@@ -3,8 +3,10 @@
 import json
 from typing import Any
 
+import orjson
 import pytest
 
+from serve.api.errors import APIError
 from serve.ray.prefix_index import BLOCK_BYTES, PrefixIndex, prompt_blocks
 
 IDLE = {"a": 0, "b": 0}
@@ -59,11 +61,21 @@ def test_prompt_blocks_of_text_and_messages_differ() -> None:
     assert not set(blocks_of(prompt=[text(3)])) & set(blocks_of(messages=[text(3)]))
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"{", b"[1]", b"null", b"{}", b'{"prompt": null}', b'{"prompt": "short"}', b"\xff"]
-)
+@pytest.mark.parametrize("body", [b"{}", b'{"prompt": null}', b'{"prompt": "short"}'])
 def test_prompt_blocks_without_a_prompt(body: bytes) -> None:
     assert prompt_blocks(body) == ()
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"null", b"\xff"])
+def test_prompt_blocks_refuse_what_the_server_refuses(body: bytes) -> None:
+    with pytest.raises(APIError, match="JSON"):
+        prompt_blocks(body)
+
+
+def test_prompt_blocks_count_brackets_before_they_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orjson, "loads", None)
+    with pytest.raises(APIError, match="arrays and objects"):
+        prompt_blocks(b'{"prompt":[' + b"[]," * (1 << 20) + b"1]}")
 
 
 def test_prompt_blocks_are_bounded() -> None:

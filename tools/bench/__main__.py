@@ -25,6 +25,7 @@ from compiled.state import MAX_REQUESTED_IDS
 from tools.bench.bandwidth import bandwidth_probe, decode_bytes, is_here
 from tools.bench.host import host_ms_per_step
 from tools.bench.http_floor import entries_ms, http_share
+from tools.bench.large_bodies import large_bodies
 from tools.bench.stalled_reader import rates_next_to_reader
 from tools.own_server import own_server
 
@@ -136,6 +137,29 @@ class Load:
         note = f"longest gap {longest:.0f} ms, {longest / (usual + chunk_ms):.1f} x (usual + mean chunk)"
         return Figures(self.long_prompt / seconds, itl_ms=usual, note=note)
 
+    async def next_to_large_bodies(self) -> Figures:
+        """The longest gap between two tokens of a stream while a long text and many keys arrive."""
+
+        async def send() -> None:
+            for body in bodies:
+                await self._client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+
+        bodies, room = large_bodies(self._model), self.long_prompt - _PROMPT
+        arrivals: list[float] = []
+        sending: asyncio.Task[None] | None = None
+        async with contextlib.aclosing(self._stream({"max_tokens": room, "min_tokens": room})) as stream:
+            async for arrival in stream:
+                arrivals.append(arrival)
+                if sending is None and len(arrivals) == _OUTPUT // 4:
+                    sending = asyncio.create_task(send())
+                if sending is not None and sending.done():
+                    break
+        assert sending is not None
+        await sending
+        gaps = [1e3 * (after - before) for before, after in itertools.pairwise(arrivals)]
+        note = f"longest gap {max(gaps):.0f} ms, before the bodies {max(gaps[: _OUTPUT // 4 - 1]):.0f} ms"
+        return Figures(itl_ms=statistics.median(gaps), note=note)
+
     async def next_to_slow_reader(self) -> Figures:
         """The rate of 15 streams next to one whose client does not read."""
         prompt = self._ids(min(1500, self.long_prompt // 2))
@@ -231,6 +255,7 @@ def _scenarios(load: Load) -> dict[str, Callable[[], Awaitable[Figures]]]:
         f"{score}, {_CACHED_TOKENS} cached, not scored": lambda: load.reuse({"max_tokens": 1}),
         f"{score}, {_CACHED_TOKENS} scored before": lambda: load.reuse({"max_tokens": 1, "prompt_logprobs": 5}),
         f"1 stream next to a prompt of {load.long_prompt}": load.next_to_prompt,
+        "1 stream next to bodies of 1 MB and of 1.5 million keys": load.next_to_large_bodies,
         "15 streams next to an unread one": load.next_to_slow_reader,
     }
 

@@ -15,9 +15,9 @@ def peer(request: httpx2.Request) -> httpx2.Response:
     if request.url.path == "/v1/models":
         return httpx2.Response(200, json={"data": [{"id": "m", "max_model_len": 1000}]})
     body = json.loads(request.content)
-    if "prompt_logprobs" in body:
-        return httpx2.Response(400, json={"error": "no prompt_logprobs"})
     prompt = body["prompt"]
+    if "prompt_logprobs" in body or isinstance(prompt, str):
+        return httpx2.Response(400, json={"error": "neither prompt_logprobs nor texts"})
     assert isinstance(prompt[0], list) or len(prompt) + body["max_tokens"] <= 1000
     if not body.get("stream"):
         return httpx2.Response(200, json={"choices": []})
@@ -37,6 +37,8 @@ async def test_measure_reports_refused_scenarios(capsys: pytest.CaptureFixture[s
         "score 900, 800 scored before",
         "15 streams next to an unread one",
     ]
+    pauses = rows.pop("1 stream next to bodies of 1 MB and of 1.5 million keys")
+    assert pauses.note.startswith("longest gap ")
     assert all((figures.tokens_per_second is None) == (name in refused) for name, figures in rows.items())
     assert "1 stream next to a prompt of 999" in rows  # limited by max_model_len
     show(rows, None)

@@ -3,6 +3,7 @@
 For the keys see "Tokenizer" in `docs/gguf.md` of the ggml project.
 """
 
+import logging
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -15,6 +16,8 @@ from tokenizers import Tokenizer as Backend
 
 from serve.text.end_of_turn import END_OF_TURN
 from serve.text.tokenizer import SPACE, Tokenizer, TokenizerError, panics_as_errors
+
+logger = logging.getLogger(__name__)
 
 _PREFIX = "tokenizer.ggml."
 # Values of `tokenizer.ggml.token_type`.
@@ -57,7 +60,6 @@ _PRE = {
 }
 _CLASS_NAMES = {"gpt2": "GPT2TokenizerFast", "llama": "LlamaTokenizerFast"}  # of transformers, by tokenizer.ggml.model
 _END_NAMES = ("eos", "eot", "eom")
-_TEMPLATE_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,14 @@ class _Vocabulary:
         if type(value) is not int or not 0 <= value < len(self.tokens):
             raise TokenizerError(f"GGUF: {_PREFIX}{name}_token_id {value!r} is not below {len(self.tokens)}")
         return value
+
+    def unused_id_of(self, name: str) -> int | None:
+        """`id_of` for a token of which only templates read the text: a warning and None for a wrong id."""
+        try:
+            return self.id_of(name)
+        except TokenizerError as error:
+            logger.warning("%s; the key is ignored", error)
+            return None
 
     def flag(self, name: str, default: bool) -> bool:
         return bool(self.metadata.get(_PREFIX + name, default))
@@ -150,7 +160,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     ]
     vocabulary = _Vocabulary(tokens, types, metadata)
     backend = _byte_level_backend(vocabulary) if kind == "gpt2" else _sentencepiece_backend(vocabulary)
-    named = {name: vocabulary.id_of(key) for name, key in _TEMPLATE_NAMES.items()}
+    named = {name: vocabulary.id_of(key) for name, key in (("bos_token", "bos"), ("eos_token", "eos"))}
+    named |= {"unk_token": vocabulary.unused_id_of("unknown"), "pad_token": vocabulary.unused_id_of("padding")}
     return Tokenizer(
         backend,
         eos_token_ids=[index for name in _END_NAMES if (index := vocabulary.id_of(name)) is not None],

@@ -103,6 +103,14 @@ def test_encode_adds_bos_and_eos_as_the_file_specifies(
     assert tokenizer.encode("ab", add_special_tokens=False) == [256]
 
 
+@pytest.mark.parametrize("name", ["padding", "unknown"])
+def test_wrong_id_of_an_unused_token_is_a_warning(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = tokenizer_from_gguf(byte_level("gpt-2", ["a b"]) | {f"tokenizer.ggml.{name}_token_id": 257})
+    assert pieces(tokenizer, "ab") == ["ab"]
+    assert not tokenizer.special_tokens
+    assert f"tokenizer.ggml.{name}_token_id 257 is not below 257; the key is ignored" in caplog.text
+
+
 def sentencepiece(**keys: Any) -> dict[str, Any]:
     normal = {"▁": -1.0, "a": -2.0, "b": -3.0, "c": -4.0, "bc": -5.0, "ab": -6.0, "▁a": -7.0, "▁▁": -9.0}
     rows = [("<unk>", UNKNOWN, 0.0), ("<s>", CONTROL, 0.0), ("  ", USER_DEFINED, -1000.0), ("<t>", USER_DEFINED, 0.0)]
@@ -165,6 +173,7 @@ SIZE = len(sentencepiece()["tokenizer.ggml.tokens"])
         (GOOD | {"tokenizer.ggml.token_type": [NORMAL]}, "257 tokens, but 1 token types"),
         (GOOD | {"tokenizer.ggml.eos_token_id": 257}, "eos_token_id 257 is not below 257"),
         (sentencepiece(scores=[0.0]), "but 1 scores"),
+        (sentencepiece(unknown_token_id=SIZE), f"unknown_token_id {SIZE} is not below {SIZE}"),
         (sentencepiece(unknown_token_id=None), "unknown_token_id is missing"),
         (GOOD | {"tokenizer.ggml.pre": ["gpt-2"]}, "pre .'gpt-2'. is not supported"),
         (GOOD | {"tokenizer.ggml.model": ["gpt2"]}, "model .'gpt2'. is not supported"),

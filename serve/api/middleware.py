@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.errors import APIError, engine_error, shutting_down
@@ -25,7 +26,7 @@ PROBES = ("/health", "/ready", "/live", "/ping", "/metrics", "/load")
 NO_ROUTE = "none"
 
 # Paths that need no API key: the inspector, which asks its user for the key, and the probes of health.
-_PUBLIC_PATHS = re.compile(r"/|/web/.*|/health|/ready|/live|/ping")
+_PUBLIC_PATHS = re.compile(r"/?|/web/.*|/health|/ready|/live|/ping")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,200}")
 _PORT = re.compile(r":\d*$")
 _RECORD = "logprobd.record"  # key in the ASGI scope
@@ -128,8 +129,21 @@ class ApiKeys:
 
 
 def route_path(scope: Scope) -> str:
-    """The request's path without double slashes and without the proxy's prefix (`root_path`)."""
-    return _single_slashes(scope["path"]).removeprefix(scope.get("root_path", "").rstrip("/"))
+    """The request's path without double slashes and without the prefix `root_path`; empty for the prefix alone.
+
+    uvicorn puts the prefix before the path that it receives, from which a proxy may have stripped the prefix or not.
+    """
+    root = root_path(scope)
+    path = _single_slashes(scope["path"]).removeprefix(root)
+    repeated = "/v1/v1/" if root == "/v1" else f"{root}/"  # /v1/models is a route, /models is not
+    while root and f"{path}/".startswith(repeated):  # all, so that a second call returns the same
+        path = path.removeprefix(root)
+    return path
+
+
+def root_path(scope: Scope) -> str:
+    """The prefix with a slash before it and none after it; empty without one."""
+    return f"/{scope.get('root_path', '').strip('/')}".rstrip("/")
 
 
 class Access:
@@ -161,7 +175,9 @@ class Access:
         record.key = self._keys.name_of(scope)
         headers = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
         headers.append((b"x-request-id", request_id.encode()))
-        scope = {**scope, "path": _single_slashes(scope["path"]), "headers": headers, _RECORD: record}
+        root = root_path(scope)
+        path = root + route_path(scope)
+        scope = {**scope, "root_path": root, "path": path, "headers": headers, _RECORD: record}
         try:
             await self._answer(scope, receive, _recorder(send, record), record)
         finally:
@@ -172,6 +188,9 @@ class Access:
         """Answer, with a 500 for unexpected exceptions: Starlette's own would lack the request id and CORS headers."""
         counted = route_path(scope) not in PROBES
         error = self._check_host(scope) or self._keys.refusal(scope, record.key)
+        if error is None and scope["path"] == scope["root_path"] != "":
+            await RedirectResponse(f"{scope['root_path']}/")(scope, receive, send)  # the page's links are relative
+            return
         if error is None and self._readiness.draining and counted:
             error = shutting_down()
         if error is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypedDict
 
 from serve.config.options import API, LOGPROBS, MODEL, NETWORK, PROCESS, SCHEDULING, option, switch
-from serve.config.values import Between, MemoryAmount, OneOf, api_key, parse_bytes, parse_memory, strings
+from serve.config.values import Between, MemoryAmount, OneOf, api_key, parse_bytes, parse_memory, root_path, strings
 
 DEFAULT_MAX_LOGPROBS = 20
 # Options of EngineConfig that only some commands have as flags.
@@ -188,7 +188,9 @@ class ServeConfig(EngineConfig):
     ssl_ca_certs: Path | None = option(
         NETWORK, "CA certificates; clients must present a certificate signed by one of them", Path
     )
-    root_path: str = option(NETWORK, "URL path under which a proxy exposes this server", default="", metavar="PATH")
+    root_path: str = option(
+        NETWORK, "URL path under which a proxy exposes this server", root_path, default="", metavar="PATH"
+    )
     api_key: tuple[str, ...] = option(
         NETWORK,
         "key that clients must send; repeatable; default: $LOGPROBD_API_KEY and $VLLM_API_KEY",

@@ -83,6 +83,13 @@ def api_key(text: str, source: str = "") -> str:
     return text
 
 
+def root_path(text: str) -> str:
+    """The prefix of a URL's path, with a slash before it and none after it; raises ValueError for other characters."""
+    if not re.fullmatch(r"[\w.~/-]*", text, re.ASCII):
+        raise ValueError(f"{text!r} is not a path of letters, digits, and the characters - . _ ~ /")
+    return f"/{text.strip('/')}".rstrip("/")
+
+
 def strings(text: str) -> tuple[str, ...]:
     """Parse a JSON list of strings; raises ValueError for anything else."""
     try:

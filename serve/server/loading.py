@@ -93,7 +93,7 @@ def _response(scope: Scope, phase: str) -> Response:
         return Response(headers={"Connection": "close"})
     if path in ("/health", "/ready", "/ping"):
         return Response(status_code=503, headers=headers)
-    if path == "/":
+    if path in ("", "/"):
         page = _PAGE.replace("PHASE", html.escape(phase.capitalize()))
         return HTMLResponse(page, 503, headers | {"Content-Security-Policy": _POLICY})
     return APIError(503, "The model is still being loaded.", None, "not_ready", headers).response()

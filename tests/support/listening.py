@@ -43,7 +43,10 @@ def listening(
     async def serve() -> None:
         async with serving(**options) as server:
             limits = ServeConfig(
-                client_timeout=connection_timeout, h11_max_incomplete_event_size=4096, uvicorn_log_level="critical"
+                client_timeout=connection_timeout,
+                h11_max_incomplete_event_size=4096,
+                uvicorn_log_level="critical",
+                root_path=options.get("root_path", ""),
             )
             config = HttpConfig(
                 server.app, limits, on_refused=refused.append, lifespan="off", timeout_graceful_shutdown=0

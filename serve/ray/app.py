@@ -16,6 +16,7 @@ from typing import Any
 try:
     import ray
     from ray import serve
+    from ray._private import ray_constants
 except ModuleNotFoundError:
     sys.exit("error: Ray is not installed: run `make ray`, or `pip install 'logprobd[ray]'`")
 
@@ -115,6 +116,9 @@ def _start_ray(config: RayConfig) -> None:
         path = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = f"{_ROOT}:{path}" if path else str(_ROOT)  # for imports in Ray's workers
         address, options = "local", {"include_dashboard": False}  # do not join another Ray cluster of this machine
+        if config.is_local:  # Ray's own ports, which run code for whoever connects, listen on 127.0.0.1, too
+            os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+            ray_constants.ENABLE_RAY_CLUSTER = False  # read when Ray was imported
     try:
         ray.init(address=address, logging_level=logging.WARNING, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:

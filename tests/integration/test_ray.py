@@ -65,6 +65,12 @@ def idle(server: RayProcess) -> bool:
     return not any(numbers(server, "logprobd:num_requests_running").values())
 
 
+def test_ray_listens_on_the_host_only(replicas: RayProcess) -> None:
+    addresses = replicas.listening()
+    assert len(addresses) >= 2  # IPv4, and IPv4 mapped to IPv6
+    assert all(address.endswith("0100007F") for address in addresses)  # 127.0.0.1
+
+
 def test_every_replica_equals_a_single_server(replicas: RayProcess, server: ServerProcess) -> None:
     body = {
         "prompt": "The capital of France is",

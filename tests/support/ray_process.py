@@ -21,6 +21,21 @@ class RayProcess(ServerProcess):
             if _title(pid).startswith("ray::ServeReplica:logprobd:Replica")
         )
 
+    def listening(self) -> set[str]:
+        """Addresses on which its processes listen, except those of Ray Serve's replicas.
+
+        They are as in /proc/net: hexadecimal, with the bytes of each 32-bit word reversed.
+        """
+        links = [
+            os.readlink(file)
+            for pid in _descendants(self.process.pid)
+            if not _title(pid).startswith("ray::ServeReplica:")
+            for file in Path(f"/proc/{pid}/fd").iterdir()
+            if file.is_socket()
+        ]
+        rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+        return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in links}
+
     def kill(self, replica: int) -> None:
         """Kill a replica's process, as the OOM killer does."""
         assert replica in self.replicas()

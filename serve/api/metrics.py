@@ -16,6 +16,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.gc_collector import GCCollector
 
 from serve.api.middleware import AnswerRecord
+from serve.api.vllm_metrics import VllmMetrics
 from serve.engine.observer import EngineFault, EngineGauges, Observer
 from serve.engine.request import FinishReason
 from serve.engine.request_state import RequestState
@@ -26,10 +27,12 @@ OWN_PREFIX = "logprobd:"
 _OWN_NAME = re.compile(rf"^(# (?:HELP|TYPE) )?{OWN_PREFIX}".encode(), re.MULTILINE)
 ERRORS_TEXT = "Errors sent in responses and streams, and client disconnects"
 
-_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
-_GAP = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+# Buckets of vLLM 0.33.
+_SECONDS = (1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, *_SECONDS, 160, 640, 2560)
+_GAP = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, *_SECONDS)
 _REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
-_STEP = tuple(float(1 << n) for n in range(15))
+_STEP = (1.0, *(float(1 << n) for n in range(3, 15)))
 _CHOICES = (1, 2, 5, 10, 20)
 _HTTP = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 60, 600)
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
@@ -41,11 +44,11 @@ class Metrics(Observer):
     def __init__(self, model_name: str, *, max_model_len: int, vllm_names: bool) -> None:
         """`max_model_len` bounds the buckets of token counts. `vllm_names` adds vLLM's name for each metric."""
         self._engine, self._process = CollectorRegistry(), CollectorRegistry()
-        self._vllm_names = vllm_names
         self._labels = {"model_name": model_name, "engine": "0"}
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self._process)
         tokens = _one_two_five(max_model_len)
+        self._vllm = VllmMetrics(self._labels, tokens) if vllm_names else None
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
         self._preemptions = self._counter("num_preemptions", "Preempted requests")
@@ -54,8 +57,15 @@ class Metrics(Observer):
         self._generated_tokens = self._counter("generation_tokens", "Generated tokens")
         success = self._counters("request_success", "Finished requests", "finished_reason")
         self._success = {reason: success(str(reason)) for reason in FinishReason}
-        rejections = self._counters("admission_rejections", "Requests rejected because the queue was full", "reason")
-        self._rejections = {name: rejections(name) for name in ("max_num_queued_reqs", "max_num_queued_tokens")}
+        rejections = Counter(
+            f"{OWN_PREFIX}admission_rejections",
+            "Requests rejected because the queue was full",
+            ("model_name", "reason"),  # before any engine
+            registry=self._engine,
+        )
+        self._rejections = {
+            name: rejections.labels(model_name, name) for name in ("max_num_queued_reqs", "max_num_queued_tokens")
+        }
         failures = self._counters("engine_failures", "Engine failures", "kind")
         self._faults = {kind: failures(kind) for kind in EngineFault}
         self._error = self._counters("request_errors", ERRORS_TEXT, "code")
@@ -63,7 +73,7 @@ class Metrics(Observer):
         self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token", _FIRST_TOKEN)
         self._gap = self._histogram("inter_token_latency_seconds", "Time between tokens", _GAP)
         self._per_token = self._histogram(
-            "request_time_per_output_token_seconds", "Mean time between the tokens of a request", _GAP
+            "request_time_per_output_token_seconds", "Mean time between the tokens of a request, 0 for one token", _GAP
         )
         self._e2e = self._histogram("e2e_request_latency_seconds", "From arrival to the end of the request", _REQUEST)
         self._queue = self._histogram("request_queue_time_seconds", "From arrival to the first step", _REQUEST)
@@ -106,11 +116,15 @@ class Metrics(Observer):
         gauge("cache_config_info", "Configuration of the KV cache, as labels", lambda: 1, engine, **cache)
         text = "Finished requests whose pages are pinned for full-vocabulary log-probs"  # vLLM has no such metric
         gauge("num_requests_held", text, lambda: gauges().pinned, self._process)
+        if self._vllm is not None:
+            self._vllm.watch(lambda: gauges().waiting)
 
     def text(self) -> bytes:
         engine = generate_latest(self._engine)
-        aliases = _OWN_NAME.sub(rb"\1vllm:", engine) if self._vllm_names else b""
-        return generate_latest(self._process) + engine + aliases
+        text = generate_latest(self._process) + engine
+        if self._vllm is not None:
+            text += _OWN_NAME.sub(rb"\1vllm:", engine) + generate_latest(self._vllm.registry)
+        return text
 
     def on_step(self, tokens: int) -> None:
         self._step.observe(tokens)
@@ -118,7 +132,8 @@ class Metrics(Observer):
     def on_scheduled(self, request: RequestState) -> None:
         self._prefix_queries.inc(len(request.prompt_token_ids))
         self._prefix_hits.inc(request.num_cached or 0)
-        self._queue.observe(request.times.scheduled - request.times.arrived)
+        if self._vllm is not None:
+            self._vllm.on_scheduled(request)
 
     def on_preempted(self, count: int) -> None:
         self._preemptions.inc(count)
@@ -127,7 +142,7 @@ class Metrics(Observer):
         self._generated_tokens.inc()
         if gap is None:
             self._first.observe(request.times.first - request.times.arrived)
-            self._prefill.observe(request.times.first - request.times.scheduled)
+            self._on_prompt(request)
         else:
             self._gap.observe(gap)
 
@@ -136,15 +151,19 @@ class Metrics(Observer):
         if reason not in (FinishReason.STOP, FinishReason.LENGTH):
             return
         times, prompt, output = request.times, len(request.prompt_token_ids), len(request.output_token_ids)
-        self._prompt_tokens.inc(prompt)
+        if not output:
+            self._on_prompt(request)
+        if self._vllm is not None:
+            self._vllm.on_success(request)
         if request.params.prompt is not None:
             self._scored_tokens.inc(prompt - request.params.prompt.start)
         self._e2e.observe(times.last - times.arrived)
+        self._queue.observe(times.scheduled - times.arrived)
         self._inference.observe(times.last - times.scheduled)
         if output:
+            self._prefill.observe(times.first - times.scheduled)
             self._decode.observe(times.last - times.first)
-        if output > 1:
-            self._per_token.observe((times.last - times.first) / (output - 1))
+            self._per_token.observe((times.last - times.first) / max(output - 1, 1))
         self._prompt_size.observe(prompt)
         self._output_size.observe(output)
         self._max_tokens.observe(request.params.max_tokens)
@@ -171,6 +190,11 @@ class Metrics(Observer):
         self._http_time.labels(record.handler, method).observe(record.seconds)
         if record.error is not None:
             self._error(record.error).inc()
+
+    def _on_prompt(self, request: RequestState) -> None:
+        self._prompt_tokens.inc(len(request.prompt_token_ids))
+        if self._vllm is not None:
+            self._vllm.on_prompt(request)
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(OWN_PREFIX + name, text, self._labels, registry=self._engine).labels(**self._labels)

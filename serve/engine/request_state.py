@@ -45,6 +45,7 @@ class RequestState:
     hashes: list[bytes] = field(default_factory=list)  # of the leading full pages
     num_computed: int = 0  # leading tokens whose keys, values and hidden states are in the pages
     num_registered: int = 0  # leading pages registered by their content
+    num_preemptions: int = 0
     num_cached: int | None = None  # prompt tokens found in the prefix cache when the request first ran
     num_scored: int = 0  # leading rows of prompt_logprobs that are filled, or will be by steps in flight
     prompt_logprobs: TokenLogprobs | None = None

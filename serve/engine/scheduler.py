@@ -235,6 +235,7 @@ class Scheduler:
         self.running.remove(request)
         self._slots.append(request.slot)
         request.num_computed = 0
+        request.num_preemptions += 1
         request.status = RequestStatus.WAITING
         insort(self.waiting, request, key=_queue_order)
 

@@ -1,9 +1,11 @@
 """/metrics: counters of the engine and of HTTP, under our names and vLLM's."""
 
 import asyncio
+import math
 import re
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from serve.api.metrics import CONTENT_TYPE
 from tests.support.fake_runner import MAX_MODEL_LEN
@@ -67,6 +69,20 @@ async def test_metrics_of_finished_requests(vllm_names: bool) -> None:
             assert value_of(samples, "request_success_total", 'finished_reason="stop"', prefix) == 2
             assert value_of(samples, "cache_config_info", 'block_size="64"', prefix) == 1
             assert value_of(samples, "iteration_tokens_total_sum", prefix=prefix) > 130
+        if vllm_names:
+            more = {
+                ("prompt_tokens_by_source_total", 'source="local_compute"'): 4 * 130 - 3 * 128,
+                ("prompt_tokens_by_source_total", 'source="local_cache_hit"'): 3 * 128,
+                ("prompt_tokens_cached_total", ""): 3 * 128,
+                ("prompt_tokens_cached_by_source_total", 'source="device"'): 3 * 128,
+                ("request_num_preemptions_count", ""): 4,
+                ("request_num_preemptions_sum", ""): 0,
+                ("request_prefill_kv_computed_tokens_sum", ""): 4 * 130 - 3 * 128,
+                ("request_time_per_output_token_seconds_count", ""): 3,
+                ("engine_sleep_state", 'sleep_state="awake"'): 1,
+                ("num_requests_waiting_by_reason", 'reason="capacity"'): 0,
+            }
+            assert {key: value_of(samples, *key, prefix="vllm:") for key in more} == more
         assert any(name.startswith("vllm:") for name in samples) == vllm_names
         assert any(name.startswith("process_") for name in samples)
 
@@ -88,7 +104,7 @@ async def test_metrics_stop_string_counts_as_success(stream: bool) -> None:
 
 
 async def test_metrics_preemptions() -> None:
-    async with serving(pages=5) as server:
+    async with serving(pages=5, vllm_names=True) as server:
         gate = server.runner.before_call = Gate("decode")
         body = {"prompt": "x" * 100, "n": 2, "ignore_eos": True, "max_tokens": 90}  # needs 5 pages, of 4
         task = asyncio.create_task(server.complete(**body))
@@ -97,11 +113,15 @@ async def test_metrics_preemptions() -> None:
             await asyncio.sleep(0)
         gate.open()
         assert (await task)["usage"]["completion_tokens"] == 180
-        assert value_of(await scraped(server), "num_preemptions_total") >= 1
+        samples = await scraped(server)
+        preemptions = value_of(samples, "num_preemptions_total")
+        assert preemptions >= 1
+        assert value_of(samples, "request_num_preemptions_sum", prefix="vllm:") == preemptions
+        assert value_of(samples, "prompt_tokens_total") == 2 * 100
 
 
 async def test_metrics_gauges() -> None:
-    async with serving(max_waiting=5) as server:
+    async with serving(max_waiting=5, vllm_names=True) as server:
         gate = Gate("decode")
         server.runner.before_call = gate
         tasks = [asyncio.create_task(server.complete(prompt="abc", n=5))]
@@ -112,7 +132,11 @@ async def test_metrics_gauges() -> None:
         assert value_of(samples, "num_requests_running") + value_of(samples, "num_requests_waiting") <= 5
         assert value_of(samples, "num_requests_running") >= 1
         assert value_of(samples, "kv_cache_usage_perc") > 0
-        assert value_of(samples, "admission_rejections_total", 'reason="max_num_queued_reqs"') == 1
+        rejected = f'admission_rejections_total{{model_name="{MODEL}",reason="max_num_queued_reqs"}}'
+        assert samples[f"logprobd:{rejected}"] == 1
+        assert samples[f"vllm:{rejected}"] == 1
+        waiting = value_of(samples, "num_requests_waiting", prefix="vllm:")
+        assert value_of(samples, "num_requests_waiting_by_reason", 'reason="capacity"', "vllm:") == waiting
         gate.open()
         await asyncio.gather(*tasks)
 
@@ -142,3 +166,64 @@ async def test_metrics_token_buckets_end_at_max_model_len() -> None:
         bounds = re.findall(r'logprobd:request_prompt_tokens_bucket\{.*le="([0-9.]+)"', text)
         assert [float(bound) for bound in bounds] == [1, 2, 5, 10, 20, 50, 100, 200, 500]
         assert MAX_MODEL_LEN == 512
+
+
+# vLLM 0.33 without options: names, types, labels besides model_name and engine, and buckets.
+VLLM = {
+    "counter": """admission_rejections+reason-engine external_prefix_cache_hits external_prefix_cache_queries
+        generation_tokens mm_cache_hits mm_cache_queries num_preemptions prefix_cache_hits prefix_cache_queries
+        prompt_tokens prompt_tokens_by_source+source prompt_tokens_cached prompt_tokens_cached_by_source+source
+        request_success+finished_reason""",
+    "gauge": """cache_config_info+block_size engine_sleep_state+sleep_state kv_cache_usage_perc num_requests_running
+        num_requests_waiting num_requests_waiting_by_reason+reason""",
+    "histogram": """e2e_request_latency_seconds inter_token_latency_seconds iteration_tokens_total
+        request_decode_time_seconds request_generation_tokens request_inference_time_seconds
+        request_max_num_generation_tokens request_num_preemptions request_params_max_tokens request_params_n
+        request_prefill_kv_computed_tokens request_prefill_time_seconds request_prompt_tokens
+        request_queue_time_seconds request_time_per_output_token_seconds time_to_first_token_seconds""",
+}
+OWN = {"counter": {"prompt_logprobs_tokens", "engine_failures+kind", "request_errors+code"}}
+LATENCY = "0.3 0.5 0.8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960 1920 7680"
+VLLM_BUCKETS = {
+    "e2e_request_latency_seconds": LATENCY,
+    "request_queue_time_seconds": LATENCY,
+    "request_prefill_time_seconds": LATENCY,
+    "request_decode_time_seconds": LATENCY,
+    "request_inference_time_seconds": LATENCY,
+    "time_to_first_token_seconds": "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 "
+    "640 2560",
+    "inter_token_latency_seconds": "0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5 5 7.5 10 20 40 80",
+    "iteration_tokens_total": "1 8 16 32 64 128 256 512 1024 2048 4096 8192 16384",
+    "request_params_n": "1 2 5 10 20",
+    "request_num_preemptions": "1 2 3 4 5 10 20",
+    "request_prefill_kv_computed_tokens": "1 2 5 10 20 50 100 200 500",
+}
+
+
+async def test_vllm_names_types_labels_and_buckets() -> None:
+    async with serving(vllm_names=True) as server:
+        await server.complete()
+        refused = await server.post("/v1/completions", completion_body(n=0))
+        assert refused.status_code == 400
+        text = (await server.client.get("/metrics")).text
+    families = [family for family in text_string_to_metric_families(text) if family.name.startswith("vllm:")]
+    found: dict[str, set[str]] = {"counter": set(), "gauge": set(), "histogram": set()}
+    for family in families:
+        if family.name.endswith("_created"):
+            continue
+        labels = set().union(*(sample.labels for sample in family.samples)) - {"le"}
+        more = [f"+{name}" for name in labels - {"model_name", "engine"}] + (["-engine"] * ("engine" not in labels))
+        found[family.type].add(family.name.removeprefix("vllm:") + "".join(more))
+    assert {kind: names - OWN.get(kind, set()) for kind, names in found.items()} == {
+        kind: set(names.split()) for kind, names in VLLM.items()
+    }
+    bounds = {
+        name: [
+            float(sample.labels["le"])
+            for family in families
+            for sample in family.samples
+            if sample.name == f"vllm:{name}_bucket"
+        ]
+        for name in VLLM_BUCKETS
+    }
+    assert bounds == {name: [*map(float, text.split()), math.inf] for name, text in VLLM_BUCKETS.items()}

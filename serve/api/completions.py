@@ -62,10 +62,13 @@ class Completions(Handler[CompletionRequest]):
         return self._from_ids(body, checked_token_ids(prompt, limits.vocab_size, param))
 
     def _text_prompt(self, body: CompletionRequest, text: str, param: str) -> Prompt:
-        tokenizer = self._context.model.tokenizer
+        tokenizer, adds = self._context.model.tokenizer, body.add_special_tokens is not False
         check_length(param, text, body, tokenizer, self._context.engine.limits)
         with prompt_errors(param):
-            ids, offsets = tokenizer.tokenize(text, add_special_tokens=body.add_special_tokens is not False)
+            if body.echo:
+                ids, offsets = tokenizer.tokenize(text, add_special_tokens=adds)
+            else:
+                ids, offsets = tokenizer.encode(text, add_special_tokens=adds), []
         if not ids:
             code = "missing_required_parameter" if param == "prompt" and not text else "invalid_value"
             raise invalid(param, f"`{param}` gives no tokens, and the tokenizer adds none.", code)

@@ -15,7 +15,8 @@ BODY_PATHS = ("/v1/chat/completions", "/v1/completions", "/invocations", "/token
 
 _MAX_LARGE = 4  # bodies of the maximum size that may be in memory together
 _SMALL = 64 << 10  # bytes of each body that are not counted, so that slow large bodies never block small ones
-_MAX_CONTAINERS = 1 << 20  # arrays and objects of a body, counted by brackets; each takes 100 bytes or more
+# Arrays, objects, keys and strings of a body. The parser holds the interpreter for up to 1 us per item.
+_MAX_ITEMS = 300_000  # a `logit_bias` of the largest vocabularies has 262,144 keys
 
 
 class Bodies:
@@ -85,10 +86,10 @@ def json_object(body: bytes) -> dict[str, Any]:
     """The JSON object in a body.
 
     Raises:
-        APIError: 400 for invalid JSON, another type, or too many containers.
+        APIError: 400 for invalid JSON, another type, or too many items.
     """
-    if body.count(b"[") + body.count(b"{") > _MAX_CONTAINERS:
-        message = f"The body has more than {_MAX_CONTAINERS} arrays and objects."
+    if _items(body) > _MAX_ITEMS:
+        message = f"The body has more than {_MAX_ITEMS} arrays, objects, keys and strings."
         raise APIError(400, message, None, "invalid_json")
     try:
         data = orjson.loads(body)
@@ -98,6 +99,13 @@ def json_object(body: bytes) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise APIError(400, "The body must be a JSON object.", None, "invalid_json")
     return data
+
+
+def _items(body: bytes) -> int:
+    """Arrays, objects, keys and strings of valid JSON; brackets in strings count, too."""
+    quotes = body.replace(rb"\\", b"") if rb"\\" in body else body
+    strings = (quotes.count(b'"') - quotes.count(rb"\"")) // 2
+    return strings + body.count(b"[") + body.count(b"{")
 
 
 def _counted_bytes(size: int) -> int:

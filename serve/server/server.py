@@ -1,6 +1,7 @@
 """`logprobd serve`: builds the engine and its app, and serves HTTP in the foreground."""
 
 import errno
+import faulthandler
 import logging
 import resource
 import signal
@@ -63,6 +64,7 @@ def main(config: ServeConfig, make: Callable[[ServeConfig, Reporter], Served] = 
 
     0 after SIGTERM or Ctrl-C, 1 if start-up fails or the engine is lost, 130 for Ctrl-C during start-up.
     """
+    faulthandler.enable(2)  # standard error: a fatal signal leaves a traceback
     reporter = start_reporting(config, open_log_stream(sys.stderr))
     reload = Reload(config)
     for number in (signal.SIGUSR1, signal.SIGUSR2):

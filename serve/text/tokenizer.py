@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _NOT_A_BYTE = "\uffff"  # does not fit into Latin-1, so encoding it fails
 _LARGE = 1 << 18  # characters: such a text takes 75 MB while it is tokenized
 _MAX_LARGE = 2  # large texts tokenized at the same time
+_MAX_HELD = 1 << 10  # ids that are decoded without the release of the interpreter
 _PANIC = "PanicException"  # pyo3's class of Rust panics, derived from BaseException and exported nowhere
 
 
@@ -67,6 +68,7 @@ class Tokenizer:
         backend.no_truncation()
         _keep_spaces(backend)
         self._backend = backend
+        backend.encode_batch_fast([])  # starts its threads
         self._large = threading.BoundedSemaphore(_MAX_LARGE)
         self._bytes = _token_bytes_table(backend)
         self._longest = max(1, *map(len, self._bytes))
@@ -96,25 +98,28 @@ class Tokenizer:
         As in the original library, bytes that the vocabulary lacks are dropped, such as 0x04 with SmolLM2.
         `add_special_tokens` adds those that surround a text, such as BOS. Raise TokenizerError for a lone surrogate.
         """
-        return list(self._encode(text, add_special_tokens=add_special_tokens).ids)
+        return self._encode(self._backend.encode_batch_fast, text, add_special_tokens).ids
 
     def tokenize(self, text: str, *, add_special_tokens: bool) -> tuple[list[int], list[int]]:
         """Token ids as from `encode`, and for each token the code points of `text` before it.
 
         Tokens that surround the text stand at its start and its end.
         """
-        encoding = self._encode(text, add_special_tokens=add_special_tokens)
+        encoding = self._encode(self._backend.encode_batch, text, add_special_tokens)
         offsets, end = list[int](), 0
-        for (start, stop), is_added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
-            offsets.append(end if is_added else start)
-            end = end if is_added else stop
-        return list(encoding.ids), offsets
+        for index, is_added in enumerate(encoding.special_tokens_mask):
+            # One at a time: `encoding.offsets` holds the interpreter while it makes a million tuples.
+            span = None if is_added else encoding.token_to_chars(index)
+            start, end = span or (end, end)
+            offsets.append(start)
+        return encoding.ids, offsets
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> Encoding:
+    def _encode(self, encode_batch: Callable[..., list[Encoding]], text: str, add_special_tokens: bool) -> Encoding:
+        """Encode on a thread of the backend: `Backend.encode` would hold the interpreter for seconds."""
         limiter = self._large if len(text) > _LARGE else contextlib.nullcontext()
         try:
             with limiter, panics_as_errors("the tokenizer fails on this text"):
-                return self._backend.encode(text, add_special_tokens=add_special_tokens)
+                return encode_batch([text], add_special_tokens=add_special_tokens)[0]
         except TypeError as error:  # raised by `tokenizers` for a str that is not valid Unicode
             raise TokenizerError("text contains a lone surrogate, which is not valid Unicode") from error
 
@@ -127,7 +132,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Text of `ids` (each at least 0), invalid UTF-8 as U+FFFD; SentencePiece drops the first space."""
-        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        if len(ids) <= _MAX_HELD:
+            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that the token adds to a text; joined over ids they are the UTF-8 of the text."""

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from serve.api.errors import APIError
+from serve.api.request_body import json_object
 from serve.api.requests import ChatCompletionRequest, CompletionRequest, StreamOptions
 from serve.api.validation import check_answers
 from tests.support.fake_runner import MAX_MODEL_LEN, K
@@ -276,11 +278,32 @@ async def test_error_more_than_10000_messages(server: Server) -> None:
         assert await refused(server, CHAT, chat_body(**fields)) == (param, "array_above_max_length")
 
 
-async def test_error_more_than_a_million_containers(server: Server) -> None:
-    """Arrays and objects take much more memory than their brackets."""
-    for many in (b"[]", b"{}"):
-        body = b'{"prompt": "a", "user": [' + b",".join([many] * (1 << 20)) + b"]}"
-        assert await refused(server, COMPLETIONS, body) == (None, "invalid_json")
+@pytest.mark.parametrize(
+    ("item", "count"),
+    [
+        (b"[]", 300_000),
+        (b"{}", 300_000),
+        (b'"a"', 300_000),
+        (b'"\\\\"', 300_000),  # ends in an escaped backslash, not in an escaped quote
+        (b'{"a":"b"}', 100_000),
+    ],
+)
+async def test_error_more_than_300000_items(
+    server: Server, item: bytes, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrays, objects, keys and strings take more memory and time than their bytes, so they are counted unparsed."""
+    body = b'{"prompt": "a", "max_tokens": 1, "user": [' + b",".join([item] * count) + b"]}"
+    assert await refused(server, COMPLETIONS, body) == (None, "invalid_json")
+    with monkeypatch.context() as patch:
+        patch.setattr("serve.api.request_body.orjson.loads", lambda _: pytest.fail("parsed"))
+        with pytest.raises(APIError, match="more than 300000"):
+            json_object(body)
+
+
+def test_bound_of_items_counts_no_quote_within_a_text() -> None:
+    text, ids = '\\"' * 400_000, range(262_144)
+    body: dict[str, Any] = {"prompt": text, "logit_bias": dict.fromkeys(map(str, ids), 1)}
+    assert json_object(json.dumps(body).encode()) == body
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_prompt_blocks_refuse_what_the_server_refuses(body: bytes) -> None:
 
 def test_prompt_blocks_count_brackets_before_they_parse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orjson, "loads", None)
-    with pytest.raises(APIError, match="arrays and objects"):
+    with pytest.raises(APIError, match="arrays, objects, keys and strings"):
         prompt_blocks(b'{"prompt":[' + b"[]," * (1 << 20) + b"1]}")
 
 

@@ -317,6 +317,12 @@ def test_signal_logs_stacks_and_continues(server: FaultyServer, number: int) -> 
     assert "stacks of all threads:\n" in "".join(server.log)
 
 
+def test_fatal_signal_leaves_a_traceback(server: FaultyServer) -> None:
+    server.process.send_signal(signal.SIGSEGV)
+    assert server.process.wait(SECONDS) == -signal.SIGSEGV
+    wait_for_log(server, "Fatal Python error: Segmentation fault")
+
+
 def wait_for_log(server: FaultyServer, text: str) -> None:
     end = time.monotonic() + SECONDS
     while text not in "".join(server.log):

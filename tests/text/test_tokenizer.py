@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,42 @@ def test_render_chat_refuses_contradictions_and_empty_chats(smollm2: Tokenizer) 
         chat(smollm2, messages, add_generation_prompt=True, continue_final_message=True)
     with pytest.raises(ChatTemplateError, match="messages is empty"):
         chat(smollm2, [])
+
+
+@pytest.mark.parametrize("work", ["encode", "tokenize", "decode"])
+def test_long_texts_leave_the_interpreter_to_other_threads(smollm2: Tokenizer, work: str) -> None:
+    text = "The quick brown fox. " * 20_000
+    ids, offsets = smollm2.tokenize(text, add_special_tokens=True)
+    start, ran = threading.Lock(), threading.Event()
+
+    def other() -> None:
+        with start:
+            ran.set()
+
+    interval = sys.getswitchinterval()
+    with start:
+        thread = threading.Thread(target=other)
+        thread.start()
+        sys.setswitchinterval(1000)  # from here on, threads change only where one gives the interpreter up
+    try:
+        match work:
+            case "encode":
+                assert smollm2.encode(text, add_special_tokens=True) == ids
+            case "tokenize":
+                assert smollm2.tokenize(text, add_special_tokens=True) == (ids, offsets)
+            case "decode":
+                assert smollm2.decode(ids, skip_special_tokens=False) == text
+        assert ran.is_set()
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
+
+
+@pytest.mark.parametrize("text", ["", "Hello\x04 world", "<|im_start|>user\nI said 😊!", "cafe\u0301  is nice"])
+def test_encode_and_tokenize_agree_with_the_backend(smollm2: Tokenizer, text: str) -> None:
+    expected = smollm2._backend.encode(text, add_special_tokens=True)
+    assert smollm2.encode(text, add_special_tokens=True) == expected.ids
+    assert smollm2.tokenize(text, add_special_tokens=True) == (expected.ids, [start for start, _ in expected.offsets])
 
 
 def test_load_tokenizer_of_a_hugging_face_directory(tmp_path: Path) -> None:

@@ -300,7 +300,8 @@ async def test_slow_body_gets_408_and_is_not_sent() -> None:
         sent.append(message)
 
     front: Any = Front(replicas, ServeConfig(client_timeout=0.01)).__serve_build_asgi_app__()
-    await front(scope(), receiver([{"type": "http.request", "body": b"{", "more_body": True}]), send)
+    async with asyncio.timeout(10):
+        await front(scope(), receiver([{"type": "http.request", "body": b"{", "more_body": True}]), send)
     assert sent[0]["status"] == 408
     assert replicas.calls == []
 

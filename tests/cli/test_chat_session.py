@@ -1,5 +1,6 @@
 """Chat sessions from input to output, on a real engine with a scripted runner."""
 
+import asyncio
 import io
 import itertools
 import json
@@ -188,7 +189,12 @@ def interrupt_at(chat: Chat, call: int, *, after_output: bool) -> None:
         after_output: wait until a part of the reply is shown.
     """
     aborted, seen, calls = threading.Event(), threading.Event(), itertools.count(1)
-    abort, show = chat.engine.abort, chat.session.screen.piece
+    abort, admit, show = chat.engine.abort, chat.engine.admit, chat.session.screen.piece
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    def record_loop(request: Request, *, bypass_limits: bool = False) -> RequestHandle:
+        loops.append(asyncio.get_running_loop())
+        return admit(request, bypass_limits=bypass_limits)
 
     def record_piece(piece: Piece) -> None:
         show(piece)
@@ -202,10 +208,12 @@ def interrupt_at(chat: Chat, call: int, *, after_output: bool) -> None:
         if name == "decode" and next(calls) == call:
             assert not after_output or seen.wait(20)
             os.kill(os.getpid(), signal.SIGINT)
+            loops[-1].call_soon_threadsafe(lambda: None)  # a signal just before the loop waits does not wake it
             assert aborted.wait(20)
 
     chat.session.screen.piece = record_piece  # type: ignore[method-assign]
     chat.engine.abort = record_abort  # type: ignore[method-assign]
+    chat.engine.admit = record_loop  # type: ignore[method-assign]
     chat.runner.before_call = before_call
 
 

@@ -91,6 +91,7 @@ def open_files() -> int:
     return len(list(Path(f"/proc/{os.getpid()}/fd").iterdir()))
 
 
+@pytest.mark.slow
 def test_thousand_clients_disconnect_at_any_time(caplog: pytest.LogCaptureFixture) -> None:
     choose, readiness = random.Random(9), Readiness()
     with listening(script=b"x" * TOKENS, max_waiting=1000, readiness=readiness) as (url, server):

@@ -231,7 +231,7 @@ async def test_admit_impossible_size(prompt: int, max_tokens: int) -> None:
             assert outcome_of(await run(engine, request)) == alone(request)
 
 
-async def test_silent_for_is_zero_when_idle(engine: Engine) -> None:
+async def test_seconds_in_step_is_zero_when_idle(engine: Engine) -> None:
     await run(engine, Request("a", prompt_of(5), greedy(3)))
     async with asyncio.timeout(TIMEOUT):
         while engine.seconds_in_step:  # one more iteration finds nothing to do

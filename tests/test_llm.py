@@ -18,6 +18,7 @@ import pytest
 
 from serve import llm as llm_module
 from serve.config.config import EngineConfig, EngineKeywords
+from serve.config.options import from_keywords
 from serve.engine.request import EngineStoppedError
 from serve.jobs.generate import GenerationOptions, SamplingKeywords
 from serve.jobs.request_queue import RequestError
@@ -268,6 +269,13 @@ async def test_streams_of_one_loop_share_the_places_of_a_queue(llm: LLM, monkeyp
 def test_llm_refuses_wrong_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         LLM(**options)
+
+
+def test_none_leaves_the_default_of_an_option() -> None:
+    config = from_keywords(
+        EngineConfig, {"compilation_cache_dir": None, "generation_config": None, "max_logprobs": None}
+    )
+    assert config == EngineConfig()
 
 
 def test_llm_reports_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:

@@ -326,6 +326,13 @@ async def test_request_log_truncates_prompt_of_ids(caplog: pytest.LogCaptureFixt
     assert "prompt_token_ids" not in line
 
 
+async def test_request_log_leaves_out_texts_of_the_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(enable_log_requests=True, max_log_len=0) as server:
+        await server.chat(documents=[{"text": "secret"}], chat_template_kwargs={"name": "secret"})
+    assert caplog.records
+    assert "secret" not in caplog.text
+
+
 async def test_cors_settings() -> None:
     async with serving(allowed_origins=("https://a",), allow_credentials=True) as server:
         for origin, allowed in (("https://a", "https://a"), ("https://b", None)):

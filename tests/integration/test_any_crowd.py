@@ -81,7 +81,7 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Answer:
     """Everything returned for a request, as bits."""
 
     token_ids: list[int]
@@ -116,7 +116,7 @@ def random_cases(random: Random) -> list[Case]:
     return cases
 
 
-def run(runner: ModelRunner, cases: list[Case], *, prefix_caching: bool) -> tuple[list[Told], int]:
+def run(runner: ModelRunner, cases: list[Case], *, prefix_caching: bool) -> tuple[list[Answer], int]:
     """Return the answer to each request and the number of prefix cache hits."""
     core = EngineCore(runner, max_model_len=256, max_num_batched_tokens=68, prefix_caching=prefix_caching)
     events: list[list[TokenEvent]] = [[] for _ in cases]
@@ -133,25 +133,25 @@ def run(runner: ModelRunner, cases: list[Case], *, prefix_caching: bool) -> tupl
         step += 1
     starts = [case.params.prompt.start if case.params.prompt else 1 for case in cases]
     cached = sum(bool(each and each[0].cached_tokens) for each in events)
-    return [_told(each, start) for each, start in zip(events, starts, strict=True)], cached
+    return [_answer_of(each, start) for each, start in zip(events, starts, strict=True)], cached
 
 
 def test_crowd_answers_equal_those_alone(small_runner: ModelRunner) -> None:
     cases = random_cases(Random(11))
     crowd, cached = run(small_runner, cases, prefix_caching=True)
     assert cached > 10
-    for case, told in zip(cases, crowd, strict=True):
+    for case, returned in zip(cases, crowd, strict=True):
         (alone,), _ = run(small_runner, [replace(case, arrival=0, leaves=None)], prefix_caching=False)
-        if told.reason is FinishReason.ABORT:
-            assert told.token_ids == alone.token_ids[: len(told.token_ids)]
-            assert told.logprobs == alone.logprobs[: len(told.logprobs)]
+        if returned.reason is FinishReason.ABORT:
+            assert returned.token_ids == alone.token_ids[: len(returned.token_ids)]
+            assert returned.logprobs == alone.logprobs[: len(returned.logprobs)]
         else:
-            assert told == alone
+            assert returned == alone
 
 
-def _told(events: list[TokenEvent], start: int) -> Told:
+def _answer_of(events: list[TokenEvent], start: int) -> Answer:
     prompt = events[0].prompt_logprobs
-    return Told(
+    return Answer(
         [token for event in events for token in event.token_ids],
         [_bits(event.logprobs) for event in events if event.token_ids],
         None if prompt is None else _bits(prompt[start - 1 :]),

@@ -77,8 +77,8 @@ def test_4_generated_logprobs_equal_scored_logprobs(ask: Ask) -> None:
     (choice,) = made["choices"]
     scored = ask(prompt=prompt + choice["token_ids"], max_tokens=0, prompt_logprobs=0, cache_salt="4")
     rows = scored["choices"][0]["prompt_logprobs"][len(prompt) :]
-    told = [row[str(token)]["logprob"] for row, token in zip(rows, choice["token_ids"], strict=True)]
-    assert told == choice["logprobs"]["token_logprobs"]
+    returned = [row[str(token)]["logprob"] for row, token in zip(rows, choice["token_ids"], strict=True)]
+    assert returned == choice["logprobs"]["token_logprobs"]
 
 
 @pytest.mark.parametrize("length", [1, 2, 16, 17, 64, 65, 255, 256, 257, 513])
@@ -192,15 +192,15 @@ def test_12_probability_0_is_valid_json(server: ServerProcess) -> None:
 
 
 def test_13_token_ids_round_trip(ask: Ask) -> None:
-    told = ask(CHAT, messages=MESSAGES, max_tokens=5, temperature=0, return_token_ids=True, logprobs=True)
-    (choice,) = told["choices"]
-    assert len(choice["token_ids"]) == len(choice["logprobs"]["content"]) == told["usage"]["completion_tokens"]
-    body = {"prompt": told["prompt_token_ids"], "max_tokens": 5, "temperature": 0, "return_token_ids": True}
+    returned = ask(CHAT, messages=MESSAGES, max_tokens=5, temperature=0, return_token_ids=True, logprobs=True)
+    (choice,) = returned["choices"]
+    assert len(choice["token_ids"]) == len(choice["logprobs"]["content"]) == returned["usage"]["completion_tokens"]
+    body = {"prompt": returned["prompt_token_ids"], "max_tokens": 5, "temperature": 0, "return_token_ids": True}
     again = ask(**body, logprobs=0)["choices"][0]
     assert again["token_ids"] == choice["token_ids"]
     numbers = [entry["logprob"] for entry in choice["logprobs"]["content"]]
     assert again["logprobs"]["token_logprobs"] == numbers
-    chat = ask(CHAT, prompt_token_ids=told["prompt_token_ids"], max_tokens=5, temperature=0, logprobs=True)
+    chat = ask(CHAT, prompt_token_ids=returned["prompt_token_ids"], max_tokens=5, temperature=0, logprobs=True)
     assert [entry["logprob"] for entry in chat["choices"][0]["logprobs"]["content"]] == numbers
 
 

@@ -1,4 +1,4 @@
-"""Log output to a pipe that nobody reads, or whose reader has gone."""
+"""Log output to a pipe without a reader, or with one that does not read."""
 
 import logging
 import os
@@ -32,7 +32,7 @@ def test_full_pipe_drops_and_counts_messages(pipe: tuple[FileIO, TextIO]) -> Non
     set_up_logs("info", stream=as_text_stream(stream))
     logger = logging.getLogger("serve.x")
     for _ in range(5000):
-        logger.info("a message of a server whose output nobody reads: %s", "x" * 100)  # 800 kB in all
+        logger.info("a message of a server whose output is not read: %s", "x" * 100)  # 800 kB in all
     text = ""
     while not (found := re.search(r"WARNING serve\.server\.log_stream: (\d+) log messages were dropped", text)):
         text += reader.read(1 << 16).decode()

@@ -125,6 +125,17 @@ def test_console_logs_appear_above_the_bars() -> None:
 
 
 @pytest.mark.usefixtures("own_logging")
+@pytest.mark.parametrize("name", ["serve.api", "compiled.program_cache", "model.weights"])
+def test_level_applies_to_our_packages_and_not_to_libraries(name: str) -> None:
+    for level, messages in (("debug", ["detail", "warning"]), ("error", [])):
+        set_up_logs(level, stream=(stream := io.StringIO()), as_json=True)
+        logging.getLogger(name).debug("detail")
+        logging.getLogger(name).warning("warning")
+        logging.getLogger("library").debug("not shown")
+        assert [json.loads(line)["message"] for line in stream.getvalue().splitlines()] == messages
+
+
+@pytest.mark.usefixtures("own_logging")
 def test_set_up_logs_replaces_the_first_handler() -> None:
     first, second = io.StringIO(), io.StringIO()
     set_up_logs("info", stream=first)

@@ -46,6 +46,12 @@ def test_fingerprint_depends_on_options_of_the_model(flags: tuple[str, ...]) -> 
     assert fingerprint(*flags) != fingerprint()
 
 
+def test_fingerprint_depends_on_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint()
+    monkeypatch.setattr("serve.server.startup.__version__", "0")
+    assert fingerprint() != before
+
+
 def test_fingerprint_names_the_kernels() -> None:
     assert "_xla_" in fingerprint()
     assert "_linear-attention_" in fingerprint(kernels=("linear", "attention"))

@@ -66,7 +66,7 @@ def chat_content(
     """`logprobs.content` of chat: one entry per token, with its alternatives.
 
     `token_id` and `rank` extend OpenAI's schema, as different tokens can have equal texts. `logprobs` is the result of
-    `wire_logprobs`. `with_chosen` adds the token itself as the first alternative if it is none of them.
+    `wire_logprobs`. `with_chosen` adds the token itself before its alternatives, unless it is one of them.
     """
     tops, entries = logprobs.top_logprobs, []
     for i, token_id in enumerate(token_ids):

@@ -62,7 +62,7 @@ def _check_extra(kind: type[BaseModel], fields: Mapping[str, Any], unknown_field
 
 
 def _suggestion(name: str, fields: Iterable[str]) -> str:
-    """The field of which `name` is a misspelling, as the end of an error message; empty if there is none."""
+    """The end of an error message that suggests the field most similar to `name`; empty without a similar one."""
     if len(name) > _MAX_COMPARED:
         return ""
     spellings = {_spelling(field): field for field in fields}

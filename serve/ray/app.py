@@ -116,7 +116,7 @@ def _start_ray(config: RayConfig) -> None:
         path = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = f"{_ROOT}:{path}" if path else str(_ROOT)  # for imports in Ray's workers
         address, options = "local", {"include_dashboard": False}  # do not join another Ray cluster of this machine
-        if config.is_local:  # Ray's own ports, which run code for whoever connects, listen on 127.0.0.1, too
+        if config.is_local:  # Ray's own ports, which run the code of any client, listen on 127.0.0.1, too
             os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
             ray_constants.ENABLE_RAY_CLUSTER = False  # read when Ray was imported
     try:

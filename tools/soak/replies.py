@@ -100,11 +100,11 @@ def _events(answer: Answer) -> Iterator[tuple[float, bytes]]:
 
 
 def _chat_reply(body: bytes, expected: Expectation) -> Reply:
-    told = ChatCompletionAnswer.model_validate_json(body)
-    reply = Reply(told.id, usage=told.usage)
-    prompt = told.prompt_token_ids or []
-    logprobs = _prompt_logprobs(told.prompt_logprobs, told.prompt_logprobs_columns, expected)
-    for each in told.choices:
+    returned = ChatCompletionAnswer.model_validate_json(body)
+    reply = Reply(returned.id, usage=returned.usage)
+    prompt = returned.prompt_token_ids or []
+    logprobs = _prompt_logprobs(returned.prompt_logprobs, returned.prompt_logprobs_columns, expected)
+    for each in returned.choices:
         choice = reply.choice(each.index)
         choice.prompt, choice.prompt_logprobs = prompt, logprobs
         choice.text, choice.token_ids = each.message.content, each.token_ids or []
@@ -135,9 +135,9 @@ def _streamed_chat_reply(events: Sequence[tuple[float, bytes]], expected: Expect
 
 
 def _completion_reply(body: bytes, expected: Expectation) -> Reply:
-    told = CompletionAnswer.model_validate_json(body)
-    reply = Reply(told.id, usage=told.usage)
-    for each in told.choices:
+    returned = CompletionAnswer.model_validate_json(body)
+    reply = Reply(returned.id, usage=returned.usage)
+    for each in returned.choices:
         _add_completion(reply.choice(each.index), each, expected)
     return reply
 
@@ -153,19 +153,19 @@ def _streamed_completion_reply(events: Sequence[tuple[float, bytes]], expected: 
     return reply
 
 
-def _add_completion(choice: Choice, told: CompletionChunkChoice, expected: Expectation) -> None:
-    choice.prompt = told.prompt_token_ids or choice.prompt
-    logprobs = _prompt_logprobs(told.prompt_logprobs, told.prompt_logprobs_columns, expected)
+def _add_completion(choice: Choice, returned: CompletionChunkChoice, expected: Expectation) -> None:
+    choice.prompt = returned.prompt_token_ids or choice.prompt
+    logprobs = _prompt_logprobs(returned.prompt_logprobs, returned.prompt_logprobs_columns, expected)
     choice.prompt_logprobs = logprobs or choice.prompt_logprobs
-    if told.logprobs is not None:
+    if returned.logprobs is not None:
         # An echo repeats the prompt, whose ids are in the same event.
         choice.logprobs += _completion_logprobs(
-            [*(told.prompt_token_ids or []), *(told.token_ids or [])], told.logprobs, expected
+            [*(returned.prompt_token_ids or []), *(returned.token_ids or [])], returned.logprobs, expected
         )
-        choice.offsets += told.logprobs.text_offset
-    choice.text += told.text
-    choice.token_ids += told.token_ids or []
-    choice.finish_reason, choice.stop_reason = told.finish_reason, told.stop_reason
+        choice.offsets += returned.logprobs.text_offset
+    choice.text += returned.text
+    choice.token_ids += returned.token_ids or []
+    choice.finish_reason, choice.stop_reason = returned.finish_reason, returned.stop_reason
 
 
 def _unfinished(reply: Reply, index: int) -> Choice:
@@ -181,10 +181,10 @@ def _one_id(ids: Sequence[str]) -> str:
     return ids[0]
 
 
-def _chat_logprobs(told: ChatLogprobsAnswer | None, expected: Expectation) -> list[Scored | None]:
+def _chat_logprobs(returned: ChatLogprobsAnswer | None, expected: Expectation) -> list[Scored | None]:
     """Convert `logprobs` of a chat. Before requested ids stands the token itself, unless it is one of them."""
     rows: list[Scored | None] = []
-    for each in told.content if told else ():
+    for each in returned.content if returned else ():
         top = [(other.token_id, other.logprob, other.rank) for other in each.top_logprobs]
         if expected.named and each.token_id not in expected.named:
             if top[:1] != [(each.token_id, each.logprob, each.rank)]:
@@ -195,11 +195,11 @@ def _chat_logprobs(told: ChatLogprobsAnswer | None, expected: Expectation) -> li
 
 
 def _completion_logprobs(
-    ids: Sequence[int], told: CompletionLogprobsAnswer, expected: Expectation
+    ids: Sequence[int], returned: CompletionLogprobsAnswer, expected: Expectation
 ) -> list[Scored | None]:
     """Convert `logprobs` of a completion, which has no ranks: alternatives are ordered by rank."""
-    count = len(told.tokens)
-    columns = (told.token_logprobs, told.top_logprobs, told.top_token_ids, told.text_offset)
+    count = len(returned.tokens)
+    columns = (returned.token_logprobs, returned.top_logprobs, returned.top_token_ids, returned.text_offset)
     if any(len(column) != count for column in columns):
         raise BrokenAnswerError("the columns of logprobs differ in length")
     if count > len(ids):
@@ -232,24 +232,26 @@ def _prompt_logprobs(
 
 def _from_entry(entry: dict[str, PromptEntry], expected: Expectation) -> Scored:
     """Convert one entry of `prompt_logprobs`: the token itself first, then the alternatives."""
-    told = {int(token): (each.logprob, each.rank) for token, each in entry.items()}
+    returned = {int(token): (each.logprob, each.rank) for token, each in entry.items()}
     alternatives = expected.prompt_alternatives or 0
-    best = sorted(told, key=lambda token: told[token][1])[:alternatives]
-    if len(told) > alternatives + 1 or len({rank for _, rank in told.values()}) != len(told):
+    best = sorted(returned, key=lambda token: returned[token][1])[:alternatives]
+    if len(returned) > alternatives + 1 or len({rank for _, rank in returned.values()}) != len(returned):
         raise BrokenAnswerError("an entry of prompt_logprobs contains too many tokens or a duplicate rank")
-    if not set(expected.prompt_named) <= set(told):
+    if not set(expected.prompt_named) <= set(returned):
         raise BrokenAnswerError("an entry of prompt_logprobs lacks a requested id")
-    token_id = next(iter(told))
-    return Scored(token_id, *told[token_id], tuple((each, *told[each]) for each in expected.prompt_named or best))
+    token_id = next(iter(returned))
+    return Scored(
+        token_id, *returned[token_id], tuple((each, *returned[each]) for each in expected.prompt_named or best)
+    )
 
 
 def _from_columns(columns: PromptColumns) -> list[Scored | None]:
     names = ("token_ids", "logprobs", "ranks", "top_token_ids", "top_logprobs", "top_ranks")
-    told = [getattr(columns, name) for name in names]
-    if len({len(column) for column in told}) != 1:
+    returned = [getattr(columns, name) for name in names]
+    if len({len(column) for column in returned}) != 1:
         raise BrokenAnswerError("the columns of prompt_logprobs differ in length")
     rows = [
         Scored(token_id, logprob, rank, tuple(zip(*top, strict=True)))
-        for token_id, logprob, rank, *top in zip(*told, strict=True)
+        for token_id, logprob, rank, *top in zip(*returned, strict=True)
     ]
     return [*itertools.repeat(None, columns.start), *rows]

@@ -141,6 +141,13 @@ def route_path(scope: Scope) -> str:
     return path
 
 
+def _sent_path(scope: Scope) -> str:
+    """The request's path as it was sent, without the prefix that uvicorn puts before a path that has it already."""
+    root, path = root_path(scope), str(scope["path"])
+    sent = path.removeprefix(root)
+    return sent if f"{_single_slashes(sent)}/".startswith(f"{root}/") else path
+
+
 def root_path(scope: Scope) -> str:
     """The prefix with a slash before it and none after it; empty without one."""
     return f"/{scope.get('root_path', '').strip('/')}".rstrip("/")
@@ -171,7 +178,7 @@ class Access:
         requested = Headers(scope=scope).get("x-request-id", "")
         request_id = requested if _REQUEST_ID.fullmatch(requested) else uuid.uuid4().hex
         client = scope.get("client")
-        record = AnswerRecord(request_id, scope["method"], scope["path"], client[0] if client else None)
+        record = AnswerRecord(request_id, scope["method"], _sent_path(scope), client[0] if client else None)
         record.key = self._keys.name_of(scope)
         headers = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
         headers.append((b"x-request-id", request_id.encode()))

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import httpx2
 import pytest
 
+from serve.api.middleware import AnswerRecord
 from serve.config.flags import parse_args
 from tests.support.http_client import MODEL, chunks_of, completion_body
 from tests.support.listening import listening
@@ -48,6 +49,20 @@ def test_prefix_alone_redirects_to_the_page(url: str) -> None:
 def test_prefix_equal_to_that_of_the_api(prefix: str) -> None:
     with listening(root_path="/v1") as (url, _):
         assert httpx2.get(f"{url}{prefix}/v1/models").json()["data"][0]["id"] == MODEL
+
+
+@pytest.mark.parametrize("root", ["/llm", "/v1", ""])
+def test_log_has_the_prefix_once(root: str) -> None:
+    records: list[AnswerRecord] = []
+    with listening(root_path=root, on_answer=records.append) as (url, _):
+        for path in ("/v1/models", "/llm/v1/models", "//llm/v1/models", "/llm", "/llmx"):
+            httpx2.get(url + path)
+    logged = {
+        "/llm": ["/llm/v1/models", "/llm/v1/models", "//llm/v1/models", "/llm", "/llm/llmx"],
+        "/v1": ["/v1/models", "/v1/llm/v1/models", "/v1//llm/v1/models", "/v1/llm", "/v1/llmx"],
+        "": ["/v1/models", "/llm/v1/models", "//llm/v1/models", "/llm", "/llmx"],
+    }
+    assert [record.path for record in records] == logged[root]
 
 
 @pytest.mark.parametrize(("flag", "path"), [("llm", "/llm"), ("/a/b/", "/a/b"), ("/", ""), ("", "")])

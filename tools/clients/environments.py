@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.support.server_process import ROOT
 
 PROJECTS = Path(__file__).parent
-ENVIRONMENTS = ROOT / ".venv" / "clients"
+ENVIRONMENTS = (ROOT / ".venv" / "clients").resolve()  # npm fails on symbolic links
 
 
 def python_environment(name: str) -> Path:

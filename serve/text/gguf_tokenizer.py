@@ -22,6 +22,23 @@ logger = logging.getLogger(__name__)
 _PREFIX = "tokenizer.ggml."
 # Values of `tokenizer.ggml.token_type`.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+# Keys that change neither the ids of a text nor what is generated, and values at which others do not. All that are
+# neither listed nor read are refused.
+_IGNORED_KEYS = frozenset(
+    (
+        *("token_type_count", "seperator_token_id", "cls_token_id", "mask_token_id", "add_sep_token"),  # of BERT
+        *(f"fim_{name}_token_id" for name in ("pre", "suf", "mid", "pad", "rep", "sep")),
+        *("prefix_token_id", "suffix_token_id", "middle_token_id"),
+    )
+)
+_NEUTRAL_KEYS: dict[str, Any] = {
+    **{name: [] for name in ("suppress_tokens", "added_tokens", "precompiled_charsmap")},
+    **dict.fromkeys(("normalizer.lowercase", "normalizer.strip_accents", "remove_extra_whitespaces"), False),
+    **dict.fromkeys((f"add_{name}_token" for name in ("unknown", "padding", "cls", "mask", "seperator")), False),
+}
+_IDS = frozenset(f"{name}_token_id" for name in ("bos", "eos", "eot", "eom", "unknown", "padding"))
+_FLAGS = frozenset(("add_bos_token", "add_eos_token", "add_space_prefix"))
+_READ_KEYS = frozenset(("model", "pre", "tokens", "token_type", "scores", "merges", "eos_token_ids", *_IDS, *_FLAGS))
 _PHI3_UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
 _MAX_PIECE = 512  # characters; all ways to split a piece in two are tried
 
@@ -149,6 +166,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise TokenizerError(f"GGUF: tokenizer.ggml.model {short_repr(kind)} is not supported; supported: gpt2, llama")
+    _check_keys(metadata)
     tokens, types = _required_list(metadata, "tokens", str), _required_list(metadata, "token_type", int)
     if len(tokens) != len(types):
         raise TokenizerError(f"GGUF: {len(tokens)} tokens, but {len(types)} token types")
@@ -162,9 +180,10 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     backend = _byte_level_backend(vocabulary) if kind == "gpt2" else _sentencepiece_backend(vocabulary)
     named = {name: vocabulary.id_of(key) for name, key in (("bos_token", "bos"), ("eos_token", "eos"))}
     named |= {"unk_token": vocabulary.unused_id_of("unknown"), "pad_token": vocabulary.unused_id_of("padding")}
+    more = _eos_token_ids(metadata)
     return Tokenizer(
         backend,
-        eos_token_ids=[index for name in _END_NAMES if (index := vocabulary.id_of(name)) is not None],
+        eos_token_ids=[*(index for name in _END_NAMES if (index := vocabulary.id_of(name)) is not None), *more],
         special_tokens={name: vocabulary.tokens[index] for name, index in named.items() if index is not None},
         chat_template=metadata.get("tokenizer.chat_template"),
         class_name=_CLASS_NAMES[kind],
@@ -174,7 +193,22 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
 def gguf_eos_token_ids(metadata: Mapping[str, Any]) -> set[int]:
     """Ids that end an output by the file's keys."""
     ids = [metadata.get(f"{_PREFIX}{name}_token_id") for name in _END_NAMES]
-    return {index for index in ids if type(index) is int}
+    return {index for index in (*ids, *_eos_token_ids(metadata)) if type(index) is int}
+
+
+def _eos_token_ids(metadata: Mapping[str, Any]) -> list[int]:
+    """The ids of a key that Ollama writes."""
+    return _required_list(metadata, "eos_token_ids", int) if metadata.get(f"{_PREFIX}eos_token_ids") else []
+
+
+def _check_keys(metadata: Mapping[str, Any]) -> None:
+    """Refuse keys that may change ids or outputs and are not read."""
+    for key, value in metadata.items():
+        name = key.removeprefix(_PREFIX)
+        if name == key or name in _IGNORED_KEYS or (name in _NEUTRAL_KEYS and value == _NEUTRAL_KEYS[name]):
+            continue
+        if name not in _READ_KEYS or (name in _FLAGS and not isinstance(value, bool)):
+            raise TokenizerError(f"GGUF: {key} {short_repr(value)} is not supported")
 
 
 def _byte_level_backend(vocabulary: _Vocabulary) -> Backend:

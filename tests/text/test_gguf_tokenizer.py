@@ -4,8 +4,9 @@ import math
 from typing import Any
 
 import pytest
+from gguf.constants import Keys
 
-from serve.text.gguf_tokenizer import tokenizer_from_gguf
+from serve.text.gguf_tokenizer import gguf_eos_token_ids, tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer, TokenizerError, byte_characters
 
 BYTES = byte_characters()
@@ -155,6 +156,51 @@ def test_sentencepiece_without_prefix_decodes_to_the_same_text() -> None:
 
 
 GOOD = byte_level("gpt-2", ["a b"])
+# A value of each key that llama.cpp, its converter or Ollama knows and this tokenizer does not read.
+_FIM = {f"fim_{name}_token_id": 3 for name in ("pre", "suf", "mid", "pad", "rep", "sep")}
+_DEPRECATED = {f"{name}_token_id": 3 for name in ("prefix", "suffix", "middle")}
+_PAIRS = {"token_type_count": 2, "seperator_token_id": 3, "cls_token_id": 3, "mask_token_id": 3, "add_sep_token": True}
+_OFF = ("normalizer.lowercase", "normalizer.strip_accents", "remove_extra_whitespaces", "add_unknown_token")
+_EFFECTIVE: dict[str, Any] = {
+    **dict.fromkeys((*_OFF, "add_padding_token", "add_cls_token", "add_mask_token", "add_seperator_token"), True),
+    "suppress_tokens": [7],
+    "added_tokens": ["<x>"],
+    "precompiled_charsmap": [1, 2],
+    "no_such_key": 1,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), (_FIM | _DEPRECATED | _PAIRS).items())
+def test_key_without_effect_on_ids_and_outputs_is_accepted(name: str, value: Any) -> None:
+    plain, same = (tokenizer_from_gguf(GOOD | keys) for keys in ({}, {f"tokenizer.ggml.{name}": value}))
+    assert pieces(same, "ab c") == pieces(plain, "ab c")
+    assert same.eos_token_ids == plain.eos_token_ids
+
+
+@pytest.mark.parametrize(("name", "value"), _EFFECTIVE.items())
+def test_key_that_is_not_read_is_refused_unless_it_is_off(name: str, value: Any) -> None:
+    key = f"tokenizer.ggml.{name}"
+    with pytest.raises(TokenizerError, match=f"^GGUF: {key} .* is not supported$"):
+        tokenizer_from_gguf(GOOD | {key: value})
+    if name != "no_such_key":
+        tokenizer_from_gguf(GOOD | {key: type(value)()})
+
+
+def test_every_key_of_the_format_is_read_or_in_a_test_above() -> None:
+    fields = ("model", "pre", "tokens", "token_type", "scores", "merges")
+    flags = ("add_bos_token", "add_eos_token", "add_space_prefix")
+    ids = (f"{name}_token_id" for name in ("bos", "eos", "eot", "eom", "unknown", "padding"))
+    tested = {f"tokenizer.ggml.{name}" for name in (*fields, *flags, *ids, *_FIM, *_DEPRECATED, *_PAIRS, *_EFFECTIVE)}
+    known = {value for value in vars(Keys.Tokenizer).values() if str(value).startswith("tokenizer.ggml.")}
+    assert len(known) >= 30
+    assert known <= tested
+
+
+def test_all_ids_of_eos_end_an_output() -> None:
+    keys = {"tokenizer.ggml.eos_token_id": 3, "tokenizer.ggml.eos_token_ids": [3, 5]}
+    assert tokenizer_from_gguf(GOOD | keys).eos_token_ids == gguf_eos_token_ids(keys) == {3, 5}
+
+
 SIZE = len(sentencepiece()["tokenizer.ggml.tokens"])
 
 
@@ -172,6 +218,8 @@ SIZE = len(sentencepiece()["tokenizer.ggml.tokens"])
         (GOOD | {"tokenizer.ggml.merges": ["a b", "ab ab"]}, "do not fit the tokens"),  # of which the library panics
         (GOOD | {"tokenizer.ggml.token_type": [NORMAL]}, "257 tokens, but 1 token types"),
         (GOOD | {"tokenizer.ggml.eos_token_id": 257}, "eos_token_id 257 is not below 257"),
+        (GOOD | {"tokenizer.ggml.eos_token_ids": ["x"]}, "eos_token_ids must contain only int"),
+        (GOOD | {"tokenizer.ggml.add_bos_token": "false"}, "add_bos_token 'false' is not supported"),
         (sentencepiece(scores=[0.0]), "but 1 scores"),
         (sentencepiece(unknown_token_id=SIZE), f"unknown_token_id {SIZE} is not below {SIZE}"),
         (sentencepiece(unknown_token_id=None), "unknown_token_id is missing"),

@@ -9,7 +9,13 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from serve.api.errors import APIError, invalid, unsupported
-from serve.api.requests import ChatCompletionRequest, ChatPromptFields, CompletionRequest, GenerationRequest
+from serve.api.requests import (
+    ChatCompletionRequest,
+    ChatPromptFields,
+    CompletionRequest,
+    GenerationRequest,
+    StreamOptions,
+)
 from serve.api.unsupported_fields import UNSUPPORTED, WITHOUT_EFFECT
 from serve.jobs.score import is_huge_integer
 
@@ -33,27 +39,43 @@ def validate[M: BaseModel](kind: type[M], data: dict[str, Any], unknown_fields: 
         parsed = kind.model_validate(data)
     except ValidationError as error:
         raise _from_pydantic(error) from None
+    extra = parsed.model_extra or {}
     if isinstance(parsed, ChatPromptFields):
         _check_levels({"chat_template_kwargs": parsed.chat_template_kwargs, "documents": parsed.documents})
         for i, message in enumerate(parsed.messages or ()):
             _check_levels({"content": message.content, **(message.model_extra or {})}, f"messages[{i}].")
-    _check_extra(kind, parsed.model_extra or {}, unknown_fields)
+        parts = [
+            part for message in parsed.messages or () if isinstance(message.content, list) for part in message.content
+        ]
+        _check_extra(_others(parts), (), unknown_fields, "messages[].content[].")
+    if isinstance(parsed, GenerationRequest):
+        for name, value in extra.items():
+            if value is not None and name in _GENERATION_FIELDS:
+                raise unsupported(name, f"`{name}` is not a field of this endpoint.")
+        if (options := parsed.stream_options) is not None:
+            _check_extra(options.model_extra or {}, StreamOptions.model_fields, unknown_fields, "stream_options.")
+    _check_extra(extra, kind.model_fields, unknown_fields)
     return parsed
 
 
-def _check_extra(kind: type[BaseModel], fields: Mapping[str, Any], unknown_fields: set[str]) -> None:
-    """Refuse fields that `kind` does not declare if they would change the answer, and log unknown ones."""
+def _others(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The fields of text parts that are not read."""
+    return {name: part[name] for part in parts for name in part.keys() - {"type", "text", "refusal"}}
+
+
+def _check_extra(fields: Mapping[str, Any], known: Iterable[str], unknown_fields: set[str], prefix: str = "") -> None:
+    """Refuse fields that would change the answer and misspellings of `known` ones, and log unknown ones.
+
+    `prefix` is the path of the object that has the fields.
+    """
+    fields = {prefix + name: value for name, value in fields.items()}
     for name, value in fields.items():
-        if value is None:
-            continue
-        if value not in UNSUPPORTED.get(name, (value,)):
+        if value is not None and value not in UNSUPPORTED.get(name, (value,)):
             raise unsupported(name)
-        if issubclass(kind, GenerationRequest) and name in _GENERATION_FIELDS:
-            raise unsupported(name, f"`{name}` is not a field of this endpoint.")
     _check_levels(fields)
     unknown = [name for name in fields if name not in UNSUPPORTED and name not in WITHOUT_EFFECT]
     for name in islice((name for name in unknown if fields[name] is not None), _MAX_COMPARED):
-        if suggestion := _suggestion(name, kind.model_fields):
+        if suggestion := _suggestion(name.removeprefix(prefix), known):
             raise unsupported(name[:100], f"`{name[:100]}` is not a field{suggestion}")
     for name in unknown:
         if name not in unknown_fields and len(unknown_fields) < _MAX_UNKNOWN:

@@ -22,7 +22,7 @@ _BIAS = {"type": "number", "minimum": -100, "maximum": 100}
 class StreamOptions(BaseModel):
     """`stream_options`."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="allow")
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None

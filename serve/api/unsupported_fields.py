@@ -24,6 +24,7 @@ _FIELDS: dict[str, tuple[tuple[str, NeutralValues], ...]] = {
         ("audio prediction web_search_options moderation input max_output_tokens previous_response_id", ()),
         ("conversation", ()),
         ("truncation", ("disabled",)),
+        ("verbosity", ("medium",)),
         ("background", (False,)),
     ),
     "vLLM": (
@@ -116,10 +117,12 @@ WITHOUT_EFFECT = frozenset(
     (
         # OpenAI
         *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
-        *("prompt_cache_options", "prompt_cache_retention", "parallel_tool_calls", "verbosity"),
+        *("prompt_cache_options", "prompt_cache_retention", "parallel_tool_calls"),
         # vLLM
         *("spaces_between_special_tokens", "session_id", "stream_interval", "guided_decoding_backend"),
         "return_mm_kwargs",
+        # Anthropic
+        "messages[].content[].cache_control",
         # SGLang
         *("rid", "bootstrap_host", "bootstrap_port", "bootstrap_room", "routed_dp_rank", "data_parallel_rank"),
         *("disagg_prefill_dp_rank", "routing_key", "conversation_id", "ngram_corpus_id", "custom_labels"),

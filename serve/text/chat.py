@@ -13,6 +13,9 @@ logger = logging.getLogger(__name__)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_ITEMS = 10_000  # messages of a chat, parts of a message
+# Fields of messages that templates would leave out, and their values without effect: OpenAI's, Ollama's, and those that
+# make Model Studio, DeepSeek and Mistral continue the message.
+_UNSUPPORTED: dict[str, Any] = {"audio": None, "function_call": None, "images": [], "partial": False, "prefix": False}
 
 
 class PromptError(ValueError):
@@ -110,8 +113,8 @@ def _message(message: Any, path: str, roles: Collection[str] | None) -> dict[str
         raise PromptError(path, f"`{path}` is not a message with a role.", "invalid_type")
     if roles is not None and message["role"] not in roles:
         raise PromptError(f"{path}.role", f"`{path}.role` must be one of {', '.join(roles)}.")
-    for name in ("audio", "function_call"):  # of an assistant; templates would leave them out
-        if message.get(name) is not None:
+    for name, value in _UNSUPPORTED.items():
+        if message.get(name) not in (None, value):
             raise PromptError(f"{path}.{name}", f"`{path}.{name}` is not supported.", "unsupported_parameter")
     content = message.get("content")
     param = f"{path}.content"

@@ -48,7 +48,14 @@ async def test_unsupported_field_without_effect_accepted(server: Server) -> None
         *(("tools", [{"type": "function"}]), ("functions", [{"name": "f"}]), ("tool_choice", "required")),
         *(("response_format", {"type": "json_object"}), ("guided_json", {}), ("structured_outputs", {"regex": "a"})),
         *(("use_beam_search", True), ("include_reasoning", False), ("system", "Be brief."), ("stop_sequences", ["a"])),
-        *(("enable_thinking", False), ("options", {"num_predict": 3}), ("num_predict", 3), ("top_a", 0.2)),
+        *(
+            ("verbosity", "low"),
+            ("verbosity", "high"),
+            ("enable_thinking", False),
+            ("options", {"num_predict": 3}),
+            ("num_predict", 3),
+            ("top_a", 0.2),
+        ),
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
@@ -113,7 +120,7 @@ async def test_error_misspelt_field_suggests_ours(server: Server, path: str, wro
 
 async def test_unknown_fields_accepted_and_logged_once(fresh_server: Server, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
-        await fresh_server.complete(flavour="mint", user="me", metadata={"a": "b"}, verbosity="low")
+        await fresh_server.complete(flavour="mint", user="me", metadata={"a": "b"})
     assert [record.getMessage() for record in caplog.records if "ignored" in record.getMessage()] == [
         "unknown request field 'flavour' is ignored"
     ]
@@ -123,3 +130,58 @@ async def test_unknown_fields_that_are_no_misspellings(server: Server) -> None:
     names = ("x", "id", "session", "trace_id", "model_name", "prompt_id", "token", "é", "\0", "", "x" * 10_000)
     await server.complete(**dict.fromkeys(names, 1))
     await server.complete(**{f"field {i} of many": 1 for i in range(10_000)})
+
+
+def part(**fields: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "text", "text": "Hi", **fields}]}]
+
+
+async def test_unknown_fields_of_nested_objects_are_logged_once(
+    fresh_server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = await fresh_server.chat(messages=part())
+    for _ in range(2):
+        same = await fresh_server.chat(messages=part(flavour="mint", cache_control={"type": "ephemeral"}))
+        assert same["choices"] == plain["choices"]
+        await fresh_server.chat_stream(stream_options={"include_usage": True, "flavour": "mint", "n": None})
+    assert [record.getMessage() for record in caplog.records if "ignored" in record.getMessage()] == [
+        "unknown request field 'messages[].content[].flavour' is ignored",
+        "unknown request field 'stream_options.flavour' is ignored",
+        "unknown request field 'stream_options.n' is ignored",
+    ]
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("wrong", ["include_usages", "includeUsage", "continuous_usage_stat"])
+async def test_error_misspelt_field_of_stream_options(server: Server, path: str, wrong: str) -> None:
+    body = body_of(path, stream=True, stream_options={wrong: True})
+    assert await refused(server, path, body) == (f"stream_options.{wrong}", "unsupported_parameter")
+    body["stream_options"] = {wrong: None}
+    assert (await server.post(path, body)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "neutral"),
+    [
+        *(("audio", {"id": "a"}, None), ("function_call", {"name": "f"}, None), ("images", ["aGk="], [])),
+        *(("partial", True, False), ("prefix", True, False)),
+    ],
+)
+async def test_error_field_of_a_message_that_other_servers_read(
+    server: Server, field: str, value: Any, neutral: Any
+) -> None:
+    message = {"role": "assistant", "content": "Hello"}
+    body = chat_body(messages=[message | {field: value}])
+    assert await refused(server, CHAT, body) == (f"messages[0].{field}", "unsupported_parameter")
+    await server.chat(messages=[message | {field: neutral}])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("response_format", {"type": "text", "x": 1}), ("thinking", {"type": "disabled", "x": 1})),
+        *(("tools", [{"type": "function", "function": {"name": "f", "x": 1}}]), ("logit_bias", {"x": 1})),
+    ],
+)
+async def test_error_unknown_field_of_an_object_that_is_refused(server: Server, field: str, value: Any) -> None:
+    assert (await refused(server, CHAT, chat_body(**{field: value})))[0] == field

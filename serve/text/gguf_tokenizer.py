@@ -73,7 +73,7 @@ _PRE = {
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "dbrx": _PreTokenizer(split=_CL100K),  # used by files of OLMo-2
-    "smaug-bpe": _PreTokenizer(split=_CL100K),
+    "smaug-bpe": _PreTokenizer(split=_CL100K, ignore_merges=True),  # Llama 3's without BOS, in files of SmolLM3
 }
 _CLASS_NAMES = {"gpt2": "GPT2TokenizerFast", "llama": "LlamaTokenizerFast"}  # of transformers, by tokenizer.ggml.model
 _END_NAMES = ("eos", "eot", "eom")

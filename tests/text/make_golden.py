@@ -14,6 +14,7 @@ import struct
 import sys
 import unicodedata
 from base64 import b64decode
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ _TEXTS = (
 )
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _LLAMA2 = ("llama_vocab_base64", "llama_merges_binary")
+# Tokens of Llama 3's vocabulary that merges do not make.
+_WHOLE_WORDS = "In Việt hợp nhiều ایران điều jeho ngoài"
 _PHI3 = (
     "endoftext assistant placeholder1 placeholder2 placeholder3 placeholder4 system end placeholder5 placeholder6 user"
 )
@@ -43,11 +46,16 @@ _FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "llama3_1": {
-        "llama3_1": {"pre": "llama-bpe", "chat": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]},
+        "llama3_1": {
+            "pre": "llama-bpe",
+            "chat": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+            "more": [_WHOLE_WORDS],
+        },
         "smollm3": {
             "pre": "smaug-bpe",
             "chat": ["<|im_start|>", "<|im_end|>", "<think>", "</think>"],
             "added": {"<think>": 128002, "</think>": 128003, "<|im_start|>": 128011, "<|im_end|>": 128012},
+            "more": [_WHOLE_WORDS],
         },
     },
     "qwen2_5": {"qwen2_5": {"pre": "qwen2", "chat": ["<|im_start|>", "<|im_end|>", "<tool_call>"]}},
@@ -98,13 +106,14 @@ def _golden(
     pre: str | None = None,
     architecture: str = "llama",
     added: dict[str, int] | None = None,
+    more: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Metadata of a family, the tokens and merges that occur in its texts, and the texts with their ids."""
     is_phi = architecture == "phi3"
     _set_added_tokens(original, added or {}, is_phi3=is_phi and model == "llama", is_phi4=is_phi and model == "gpt2")
     extra = original["added_tokens"]
     around = [text for token in chat for text in (f"Hi {token} \n there", f"Hi{token}there", f"{token}\n\n{token}  Hi")]
-    texts = [*_TEXTS, "\n".join(f"{token}\nHello{token}" for token in chat), *around]
+    texts = [*_TEXTS, "\n".join(f"{token}\nHello{token}" for token in chat), *around, *more]
     backend = Tokenizer.from_str(json.dumps(original))
     ids = [backend.encode(text, add_special_tokens=False).ids for text in texts]
     # BPE looks only at pieces that occur in a text, so the others make no difference.

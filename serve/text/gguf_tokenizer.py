@@ -15,30 +15,13 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from serve.text.end_of_turn import END_OF_TURN
+from serve.text.gguf_keys import PREFIX, check_tokenizer_keys
 from serve.text.tokenizer import SPACE, Tokenizer, TokenizerError, panics_as_errors
 
 logger = logging.getLogger(__name__)
 
-_PREFIX = "tokenizer.ggml."
 # Values of `tokenizer.ggml.token_type`.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
-# Keys that change neither the ids of a text nor what is generated, and values at which others do not. All that are
-# neither listed nor read are refused.
-_IGNORED_KEYS = frozenset(
-    (
-        *("token_type_count", "seperator_token_id", "cls_token_id", "mask_token_id", "add_sep_token"),  # of BERT
-        *(f"fim_{name}_token_id" for name in ("pre", "suf", "mid", "pad", "rep", "sep")),
-        *("prefix_token_id", "suffix_token_id", "middle_token_id"),
-    )
-)
-_NEUTRAL_KEYS: dict[str, Any] = {
-    **{name: [] for name in ("suppress_tokens", "added_tokens", "precompiled_charsmap")},
-    **dict.fromkeys(("normalizer.lowercase", "normalizer.strip_accents", "remove_extra_whitespaces"), False),
-    **dict.fromkeys((f"add_{name}_token" for name in ("unknown", "padding", "cls", "mask", "seperator")), False),
-}
-_IDS = frozenset(f"{name}_token_id" for name in ("bos", "eos", "eot", "eom", "unknown", "padding"))
-_FLAGS = frozenset(("add_bos_token", "add_eos_token", "add_space_prefix"))
-_READ_KEYS = frozenset(("model", "pre", "tokens", "token_type", "scores", "merges", "eos_token_ids", *_IDS, *_FLAGS))
 _PHI3_UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
 _MAX_PIECE = 512  # characters; all ways to split a piece in two are tried
 
@@ -89,11 +72,11 @@ class _Vocabulary:
 
     def id_of(self, name: str) -> int | None:
         """The id in `tokenizer.ggml.<name>_token_id`; None if the key is absent."""
-        value = self.metadata.get(f"{_PREFIX}{name}_token_id")
+        value = self.metadata.get(f"{PREFIX}{name}_token_id")
         if value is None:
             return None
         if type(value) is not int or not 0 <= value < len(self.tokens):
-            raise TokenizerError(f"GGUF: {_PREFIX}{name}_token_id {value!r} is not below {len(self.tokens)}")
+            raise TokenizerError(f"GGUF: {PREFIX}{name}_token_id {value!r} is not below {len(self.tokens)}")
         return value
 
     def unused_id_of(self, name: str) -> int | None:
@@ -105,7 +88,7 @@ class _Vocabulary:
             return None
 
     def flag(self, name: str, default: bool) -> bool:
-        return bool(self.metadata.get(_PREFIX + name, default))
+        return bool(self.metadata.get(PREFIX + name, default))
 
     @property
     def is_phi(self) -> bool:
@@ -115,6 +98,11 @@ class _Vocabulary:
         """
         name = re.sub("[ _-]", "", str(self.metadata.get("general.name")).lower())
         return "phi3" in name or self.metadata.get("general.architecture") == "phi3"
+
+    @property
+    def has_instruction_tokens(self) -> bool:
+        """Whether it is Mistral's from v2 on: only a text's first word gets a space, not those after special tokens."""
+        return ("[INST]", CONTROL) in zip(self.tokens, self.types, strict=True)
 
     def ids(self) -> dict[str, int]:
         """Token -> id, without the unused tokens that pad the model's vocabulary."""
@@ -166,7 +154,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise TokenizerError(f"GGUF: tokenizer.ggml.model {short_repr(kind)} is not supported; supported: gpt2, llama")
-    _check_keys(metadata)
+    check_tokenizer_keys(metadata)
     tokens, types = _required_list(metadata, "tokens", str), _required_list(metadata, "token_type", int)
     if len(tokens) != len(types):
         raise TokenizerError(f"GGUF: {len(tokens)} tokens, but {len(types)} token types")
@@ -192,23 +180,13 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
 
 def gguf_eos_token_ids(metadata: Mapping[str, Any]) -> set[int]:
     """Ids that end an output by the file's keys."""
-    ids = [metadata.get(f"{_PREFIX}{name}_token_id") for name in _END_NAMES]
+    ids = [metadata.get(f"{PREFIX}{name}_token_id") for name in _END_NAMES]
     return {index for index in (*ids, *_eos_token_ids(metadata)) if type(index) is int}
 
 
 def _eos_token_ids(metadata: Mapping[str, Any]) -> list[int]:
     """The ids of a key that Ollama writes."""
-    return _required_list(metadata, "eos_token_ids", int) if metadata.get(f"{_PREFIX}eos_token_ids") else []
-
-
-def _check_keys(metadata: Mapping[str, Any]) -> None:
-    """Refuse keys that may change ids or outputs and are not read."""
-    for key, value in metadata.items():
-        name = key.removeprefix(_PREFIX)
-        if name == key or name in _IGNORED_KEYS or (name in _NEUTRAL_KEYS and value == _NEUTRAL_KEYS[name]):
-            continue
-        if name not in _READ_KEYS or (name in _FLAGS and not isinstance(value, bool)):
-            raise TokenizerError(f"GGUF: {key} {short_repr(value)} is not supported")
+    return _required_list(metadata, "eos_token_ids", int) if metadata.get(f"{PREFIX}eos_token_ids") else []
 
 
 def _byte_level_backend(vocabulary: _Vocabulary) -> Backend:
@@ -259,8 +237,11 @@ def _sentencepiece_backend(vocabulary: _Vocabulary) -> Backend:
         )
     )
     prefix = vocabulary.flag("add_space_prefix", True)
-    replace = normalizers.Replace(" ", SPACE)
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if prefix else replace
+    if prefix and vocabulary.has_instruction_tokens:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
+    else:
+        replace = normalizers.Replace(" ", SPACE)
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if prefix else replace
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     vocabulary.add_special_tokens(backend, add_bos=True)
@@ -309,9 +290,9 @@ def _merges(vocabulary: _Vocabulary, runs: Collection[str]) -> list[tuple[str, s
 
 def _required_list[T](metadata: Mapping[str, Any], name: str, kind: type[T]) -> list[T]:
     """The list `tokenizer.ggml.<name>`, whose items have type `kind`."""
-    value = metadata.get(_PREFIX + name)
+    value = metadata.get(PREFIX + name)
     if not value or not isinstance(value, list):
-        raise TokenizerError(f"GGUF: {_PREFIX}{name} is missing")
+        raise TokenizerError(f"GGUF: {PREFIX}{name} is missing")
     if not all(isinstance(item, kind) for item in value):
-        raise TokenizerError(f"GGUF: {_PREFIX}{name} must contain only {kind.__name__}")
+        raise TokenizerError(f"GGUF: {PREFIX}{name} must contain only {kind.__name__}")
     return value

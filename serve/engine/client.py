@@ -110,7 +110,7 @@ class RequestHandle:
 
 
 @dataclass(eq=False, frozen=True, slots=True)
-class FullVocabCall:
+class FullVocabQuery:
     request_id: str
     start: int
     count: int
@@ -134,7 +134,7 @@ class Streams:
         self._open: dict[str, RequestHandle] = {}
         self._aborting: set[str] = set()  # ids in _open that the engine is about to abort
         self._leases: dict[str, float] = {}  # id of a pinned request -> expiry, time.monotonic()
-        self._calls: set[FullVocabCall] = set()
+        self._queries: set[FullVocabQuery] = set()
         self._closed = False
 
     def __len__(self) -> int:
@@ -200,8 +200,8 @@ class Streams:
         with self._lock:
             return [request_id for request_id, expiry in self._leases.items() if expiry <= now]
 
-    def register(self, call: FullVocabCall) -> None:
-        """Register a call, which close() fails.
+    def register(self, query: FullVocabQuery) -> None:
+        """Register a query, which close() fails.
 
         Raises:
             EngineStoppedError: the streams are closed.
@@ -209,14 +209,14 @@ class Streams:
         with self._lock:
             if self._closed:
                 raise EngineStoppedError
-            self._calls.add(call)
-        call.future.add_done_callback(lambda _: self._calls.discard(call))
+            self._queries.add(query)
+        query.future.add_done_callback(lambda _: self._queries.discard(query))
 
     def close(self, *, failed: bool) -> None:
-        """Finish all streams and calls, and accept no more. Unless `failed`, iteration raises EngineStoppedError."""
+        """Finish all streams and queries, and accept no more. Unless `failed`, iteration raises EngineStoppedError."""
         with self._lock:
             self._closed = True
-            handles, calls = list(self._open.values()), list(self._calls)
+            handles, queries = list(self._open.values()), list(self._queries)
             self._open.clear()
             self._aborting.clear()
             self._leases.clear()
@@ -226,8 +226,8 @@ class Streams:
                 event = TokenEvent(finish_reason=FinishReason.ERROR, error="the engine has stopped")
             with contextlib.suppress(RuntimeError):  # the loop is closed
                 handle.loop.call_soon_threadsafe(handle.events.put_nowait, event)
-        for call in calls:
-            call.resolve(EngineStoppedError())
+        for query in queries:
+            query.resolve(EngineStoppedError())
 
     def _check_limits(self, tokens: int) -> None:
         if len(self) - len(self._aborting) >= self._options.max_num_queued_reqs:

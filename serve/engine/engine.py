@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.engine.client import FullVocabCall, RequestHandle, Streams
+from serve.engine.client import FullVocabQuery, RequestHandle, Streams
 from serve.engine.core import EngineCore, Runner
 from serve.engine.observer import EngineFault, EngineGauges, Observer
 from serve.engine.request import (
@@ -56,7 +56,7 @@ class Engine:
         self._random = secrets.SystemRandom() if options.seed is None else random.Random(options.seed)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams = Streams(options)
-        self._calls: deque[FullVocabCall] = deque()  # used by the thread only
+        self._queries: deque[FullVocabQuery] = deque()  # used by the thread only
         self._stopping = False
         self.busy_since: float | None = None  # time.monotonic() at the start of the thread's iteration; None: idle
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -106,7 +106,7 @@ class Engine:
         self._streams.close(failed=True)
 
     def admit(self, request: Request, *, bypass_limits: bool = False) -> RequestHandle:
-        """Queue a request and return the handle of its events. Any thread that runs an event loop may call this.
+        """Queue a request and return the handle of its events. For any thread that runs an event loop.
 
         Args:
             request: what to run; its id must be unique among unfinished requests.
@@ -141,10 +141,10 @@ class Engine:
             EngineStoppedError: the engine has stopped, or failed on these rows.
             NotPinnedError: the request is not pinned, or its lease has expired.
         """
-        call = FullVocabCall(request_id, start, count)
-        self._streams.register(call)
-        self._inbox.put(lambda: self._calls.append(call))
-        return await asyncio.wrap_future(call.future)
+        query = FullVocabQuery(request_id, start, count)
+        self._streams.register(query)
+        self._inbox.put(lambda: self._queries.append(query))
+        return await asyncio.wrap_future(query.future)
 
     def _check_size(self, request: Request) -> None:
         length, max_model_len = len(request.prompt_token_ids), self.limits.max_model_len
@@ -158,7 +158,7 @@ class Engine:
         try:
             while self._drain_inbox():
                 self._abort_expired()
-                self._run_call()
+                self._answer_query()
                 self._run_or_recover(lambda: self._deliver(self._core.step()), EngineFault.STEP)
         finally:
             self._streams.close(failed=self.failed or sys.exception() is not None)
@@ -166,7 +166,7 @@ class Engine:
     def _drain_inbox(self) -> bool:
         """Run the calls in the inbox; wait for one when idle. Returns False when the thread should exit."""
         count = self._inbox.qsize()
-        if not count and not self._core.in_flight and not self._calls:
+        if not count and not self._core.in_flight and not self._queries:
             self.busy_since = None
             with contextlib.suppress(queue.Empty):
                 self._handle(self._inbox.get(timeout=self._streams.seconds_to_expiry()))
@@ -179,10 +179,10 @@ class Engine:
         if not self._stopping:
             self._run_or_recover(call, EngineFault.CALL)
 
-    def _run_or_recover(self, call: Callable[[], None], fault: EngineFault) -> None:
-        """Run `call`. If it fails, finish running requests with an error and clear the cache."""
+    def _run_or_recover(self, work: Callable[[], None], fault: EngineFault) -> None:
+        """Do `work`. If it fails, finish running requests with an error and clear the cache."""
         try:
-            call()
+            work()
         except Exception:
             logger.exception("a %s failed; running requests finish with an error and the cache is cleared", fault)
         else:
@@ -204,7 +204,7 @@ class Engine:
             self._deliver([(state, TokenEvent(finish_reason=FinishReason.ERROR, error="it could not be queued"))])
 
     def _abort_expired(self) -> None:
-        in_use = {call.request_id for call in self._calls}
+        in_use = {query.request_id for query in self._queries}
         for request_id in self._streams.expired_leases():
             if request_id not in in_use:
                 self._abort(request_id, FinishReason.ABORT)
@@ -215,20 +215,20 @@ class Engine:
         if emitted is not None:
             self._deliver([emitted])
 
-    def _run_call(self) -> None:
-        """Compute the rows of one pending call: steps run between calls."""
-        if not self._calls:
+    def _answer_query(self) -> None:
+        """Compute the rows of one pending query: steps run between queries."""
+        if not self._queries:
             return
-        call = self._calls.popleft()
+        query = self._queries.popleft()
         try:
-            call.resolve(self._core.full_vocab_logprobs(call.request_id, call.start, call.count))
+            query.resolve(self._core.full_vocab_logprobs(query.request_id, query.start, query.count))
         except LookupError:
-            call.resolve(NotPinnedError())
+            query.resolve(NotPinnedError())
         except Exception:
             logger.exception("full log-probs of a prompt could not be computed")
             self._observer.on_fault(EngineFault.ROWS)
-            call.resolve(EngineStoppedError())
-        self._streams.renew_lease(call.request_id)
+            query.resolve(EngineStoppedError())
+        self._streams.renew_lease(query.request_id)
 
     def _stop(self) -> None:
         self._stopping = True

@@ -252,15 +252,15 @@ def _missing_pages(request: RequestState) -> int:
     return max(0, -(-request.num_tokens // PAGE_SIZE) - len(request.pages))
 
 
-def _num_score_rows(request: RequestState) -> int:
+def _num_score_rows(state: RequestState) -> int:
     """Number of rows of prompt_logprobs that must be filled."""
-    scoring = request.params.prompt
-    return 0 if scoring is None or scoring.full_vocab else len(request.prompt_token_ids) - 1
+    scoring = state.params.prompt
+    return 0 if scoring is None or scoring.full_vocab else len(state.prompt_token_ids) - 1
 
 
-def _extend_hashes(request: RequestState, pages: int) -> None:
+def _extend_hashes(state: RequestState, pages: int) -> None:
     """Compute the chained hashes of the request's first `pages` pages."""
-    while (index := len(request.hashes)) < pages:
-        parent = request.hashes[-1] if index else root_hash(request.request.cache_salt)
-        tokens = request.tokens(index * PAGE_SIZE, (index + 1) * PAGE_SIZE)
-        request.hashes.append(page_hash(parent, tokens))
+    while (index := len(state.hashes)) < pages:
+        parent = state.hashes[-1] if index else root_hash(state.request.cache_salt)
+        tokens = state.tokens(index * PAGE_SIZE, (index + 1) * PAGE_SIZE)
+        state.hashes.append(page_hash(parent, tokens))

@@ -22,8 +22,9 @@ from serve.api.metrics import CONTENT_TYPE, Metrics
 from serve.api.middleware import Access, AnswerRecord, ApiKeys, OnAnswer, Readiness, record_of
 from serve.api.openapi import documentation
 from serve.api.prompt_logprobs import PromptLogprobsWriter
-from serve.api.request_body import Bodies, json_object
+from serve.api.request_body import Bodies, Budget, json_object
 from serve.api.tokenize import Tokenization
+from serve.api.unsent import unsent_bytes
 from serve.api.validation import served_name
 from serve.config.config import ServeConfig
 from serve.engine.client import EngineClient
@@ -47,9 +48,14 @@ def create_app(
         readiness: whether requests are accepted; always, if None.
         api_keys: accepted keys; None: those of `config`.
         on_answer: called with the record of each answer, after `metrics`.
+
+    Raises:
+        ValueError: an option is too small for the engine.
     """
     readiness = readiness or Readiness()
     sandbox = TemplateSandbox() if config.trust_request_chat_template else None
+    unsent = Budget(unsent_bytes(config, engine.limits))
+    metrics.watch_unsent(lambda: unsent.used)
     context = Context(
         engine,
         model,
@@ -57,6 +63,7 @@ def create_app(
         metrics,
         ChatFormat(model.tokenizer, sandbox),
         Bodies(max_bytes=config.max_body_bytes, seconds=config.client_timeout),
+        unsent,
         PromptLogprobsWriter(engine, model.tokenizer),
     )
 

@@ -2,19 +2,23 @@
 
 import asyncio
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from serve.api.context import Context
 from serve.api.errors import invalid, unsupported
 from serve.api.generation import Choice, Prompt, output_logprobs
-from serve.api.handler import Handler, Job, choice_fields
-from serve.api.json_stream import Body, make_body
+from serve.api.handler import Handler
+from serve.api.job import Job, choice_fields
+from serve.api.json_stream import dump_list
 from serve.api.logprobs import chat_content
 from serve.api.requests import ChatCompletionRequest, ChatPromptFields
 from serve.api.validation import check_ids, check_length, check_number_of_ids, check_top_k, truncate
 from serve.jobs.generate import Output, generation_room
 from serve.text.chat import ROLES, check_messages
 from serve.text.detokenizer import Echo
+
+_BLOCK = 256  # tokens whose entries are Python objects at the same time; they take five times as much as their JSON
 
 type _Job = Job[ChatCompletionRequest]
 
@@ -59,15 +63,18 @@ class ChatCompletions(Handler[ChatCompletionRequest]):
             return ""
         return _messages(body)[-1]["content"] or ""
 
-    def _render(self, job: _Job, outputs: Sequence[Output]) -> Body:
+    def _answer(self, job: _Job, choices: list[Any], usage: dict[str, Any]) -> dict[str, Any]:
         answer = job.header | {
-            "choices": [self._choice(job, *pair) for pair in zip(job.choices, outputs, strict=True)],
-            "usage": self._total_usage(job, outputs),
+            "choices": choices,
+            "usage": usage,
             "prompt_token_ids": job.prompts[0].ids if job.body.return_token_ids else None,
         }
         if job.body.return_prompt_text:
             answer["prompt_text"] = job.prompts[0].text
-        return make_body(answer | self._prompt_fields(job, job.prompts[0]))
+        return answer | self._prompt_fields(job, job.prompts[0])
+
+    def _choices_of(self, job: _Job, batch: Sequence[tuple[Choice, Output]]) -> list[dict[str, Any]]:
+        return [self._choice(job, *pair) for pair in batch]
 
     def _choice(self, job: _Job, choice: Choice, output: Output) -> dict[str, Any]:
         content = job.prompts[0].echo.text + output.text
@@ -127,12 +134,11 @@ def _messages(body: ChatPromptFields) -> list[dict[str, Any]]:
 def _logprobs(job: _Job, choice: Choice, output: Output) -> dict[str, Any] | None:
     if choice.alternatives is None:
         return None
-    return {
-        "content": chat_content(
-            job.names,
-            output.token_ids,
-            output_logprobs(output, choice.alternatives),
-            with_chosen=job.body.logprob_token_ids is not None,
-        ),
-        "refusal": None,
-    }
+    ids, logprobs = output.token_ids, output_logprobs(output, choice.alternatives)
+    with_chosen = job.body.logprob_token_ids is not None
+    blocks = (
+        chat_content(job.names, ids[i : i + _BLOCK], logprobs[i : i + _BLOCK], with_chosen=with_chosen)
+        for i in range(0, len(ids), _BLOCK)
+    )
+    content = dump_list(blocks) if len(ids) > _BLOCK else list(chain.from_iterable(blocks))
+    return {"content": content, "refusal": None}

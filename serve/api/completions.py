@@ -8,8 +8,9 @@ import orjson
 
 from serve.api.errors import invalid
 from serve.api.generation import Choice, Prompt, output_logprobs
-from serve.api.handler import Handler, Job, choice_fields
-from serve.api.json_stream import Body, Placeholder, dump, make_body
+from serve.api.handler import Handler
+from serve.api.job import Job, choice_fields
+from serve.api.json_stream import Placeholder, dump
 from serve.api.logprobs import CompletionLogprobs, LogprobRow, completion_columns
 from serve.api.requests import CompletionRequest
 from serve.api.validation import check_answers, check_length, check_number_of_ids, check_top_k, truncate
@@ -83,17 +84,21 @@ class Completions(Handler[CompletionRequest]):
         echo = Echo.decode(self._context.model.tokenizer, ids) if body.echo else Echo()
         return Prompt(ids, _max_tokens(body), echo=echo)
 
-    def _render(self, job: _Job, outputs: Sequence[Output]) -> Body:
+    def _answer(self, job: _Job, choices: list[Any], usage: dict[str, Any]) -> dict[str, Any]:
+        return job.header | {"choices": choices, "usage": usage}
+
+    def _choices_of(self, job: _Job, batch: Sequence[tuple[Choice, Output]]) -> list[dict[str, Any]]:
         choices: list[dict[str, Any]] = []
+        prompt: Prompt | None = None
         prompt_fields: dict[str, orjson.Fragment | Placeholder | None] = {}
-        for choice, output in zip(job.choices, outputs, strict=True):
-            if choice.is_first_of_prompt:  # written once for all choices of a prompt
-                fields = self._prompt_fields(job, choice.prompt)
+        for choice, output in batch:
+            if job.prompt_logprobs.full_vocab and not choice.is_first_of_prompt:  # too large to be repeated
+                prompt_fields = {"prompt_logprobs": None}
+            elif choice.prompt is not prompt or any(isinstance(value, Placeholder) for value in prompt_fields.values()):
+                prompt, fields = choice.prompt, self._prompt_fields(job, choice.prompt)
                 prompt_fields = {name: _as_json(value) for name, value in fields.items()}
             choices.append(_choice(job, choice, output) | prompt_fields)
-            if job.prompt_logprobs.full_vocab:  # too large to be repeated
-                prompt_fields = dict.fromkeys(prompt_fields)
-        return make_body(job.header | {"choices": choices, "usage": self._total_usage(job, outputs)})
+        return choices
 
     async def _chunk_choice(self, job: _Job, choice: Choice, delta: Output) -> dict[str, Any]:
         if choice.columns is not None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from serve.api.metrics import Metrics
 from serve.api.prompt_logprobs import PromptLogprobsWriter
-from serve.api.request_body import Bodies
+from serve.api.request_body import Bodies, Budget
 from serve.config.config import ServeConfig
 from serve.config.generation_config import GenerationDefaults
 from serve.engine.client import EngineClient
@@ -31,6 +31,7 @@ class Context:
     metrics: Metrics
     chat_format: ChatFormat
     bodies: Bodies
+    unsent: Budget  # answers
     prompt_logprobs: PromptLogprobsWriter
     unknown_fields: set[str] = field(default_factory=set)  # of requests, each logged once
     created: int = field(default_factory=lambda: int(time.time()))  # Unix time, for the model cards

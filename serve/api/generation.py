@@ -10,6 +10,7 @@ from model.token_logprobs import TokenLogprobs
 from serve.api.errors import APIError, engine_error, shutting_down
 from serve.api.logprobs import CompletionLogprobs, wire_logprobs
 from serve.api.middleware import Work
+from serve.api.request_body import Holding
 from serve.engine.client import EngineClient, RequestHandle
 from serve.engine.request import (
     DeadlineError,
@@ -23,6 +24,7 @@ from serve.engine.request import (
 from serve.jobs.generate import Output, OutputDecoder
 from serve.text.detokenizer import Echo
 
+_DELTA = 1 << 10  # bytes of a delta's objects
 _MAX_ADMITTED = 64  # choices of one HTTP request in the engine; a long list of prompts must not fill the queue
 
 
@@ -96,13 +98,36 @@ def output_logprobs(output: Output, alternatives: int) -> TokenLogprobs:
     return wire_logprobs(output.all_logprobs(alternatives), len(output.token_ids), alternatives)
 
 
+class Unread:
+    """The deltas of a stream that wait for its reader, limited in number and memory."""
+
+    def __init__(self, max_deltas: int, holding: Holding) -> None:
+        self._max_deltas = max_deltas
+        self._holding = holding
+        self._count = 0
+
+    def put(self, delta: Output) -> None:
+        """Raise APIError 503 if there is no room for a delta."""
+        if self._count >= self._max_deltas or not self._holding.resize(self._holding.size + _DELTA + delta.nbytes):
+            message = "The answer was read too slowly: too many of its tokens were waiting to be sent."
+            raise APIError(503, message, None, "slow_reader")
+        self._count += 1
+
+    def take(self, delta: Output) -> None:
+        self._count -= 1
+        self._holding.resize(self._holding.size - _DELTA - delta.nbytes)
+
+    def close(self) -> None:
+        self._holding.close()
+
+
 async def merge(
-    choices: Sequence[Choice], engine: EngineClient, max_unread: int | None = None
+    choices: Sequence[Choice], engine: EngineClient, unread: Unread | None = None
 ) -> AsyncGenerator[tuple[Choice, Output]]:
     """Run all choices and yield their deltas as they arrive; the first delta of a prompt is one of its first choice.
 
-    All choices are aborted if one fails, or if `max_unread` deltas are waiting for the reader, which then gets the
-    error after these deltas.
+    All choices are aborted if one fails, or if `unread` has no room for a delta. The reader gets the error after the
+    deltas before it.
 
     Raises:
         QueueFullError: the first choice finds the queue full.
@@ -116,9 +141,8 @@ async def merge(
             async for delta in deltas:
                 if not choice.is_first_of_prompt:
                     await opened[choice.prompt].wait()
-                if max_unread is not None and queue.qsize() >= max_unread:
-                    message = "The answer was read too slowly: too many of its tokens were waiting to be sent."
-                    raise APIError(503, message, None, "slow_reader")
+                if unread is not None:
+                    unread.put(delta)
                 queue.put_nowait((choice, delta))
                 opened[choice.prompt].set()
 
@@ -134,8 +158,12 @@ async def merge(
         while (item := await queue.get()) is not None:
             if isinstance(item, Exception):
                 raise item
+            if unread is not None:
+                unread.take(item[1])
             yield item
     finally:
+        if unread is not None:
+            unread.close()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 

@@ -8,7 +8,6 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request as HTTPRequest
@@ -16,15 +15,17 @@ from starlette.responses import Response
 
 from serve.api.context import Context
 from serve.api.errors import invalid
-from serve.api.generation import Choice, Prompt, engine_errors, merge, work_of
-from serve.api.json_stream import Body
+from serve.api.generation import Choice, Prompt, Unread, engine_errors, merge, work_of
+from serve.api.job import Job, check_logprobs, usage
+from serve.api.json_stream import Body, Placeholder, make_body
 from serve.api.logprobs import TokenNames
 from serve.api.middleware import AnswerRecord, record_of
 from serve.api.parsing import validate
-from serve.api.request_body import json_object
+from serve.api.request_body import Holding, json_object
 from serve.api.requests import GenerationRequest, StreamOptions
 from serve.api.sampling_params import sampling_params, stop_strings
 from serve.api.sse import json_or_disconnect, stream_or_disconnect
+from serve.api.unsent import Unsent
 from serve.api.validation import (
     PromptLogprobs,
     check_common,
@@ -42,17 +43,6 @@ logger = logging.getLogger(__name__)
 
 # Large fields of a request that are not needed once it is tokenized.
 _PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids", "documents", "chat_template", "chat_template_kwargs")
-
-
-@dataclass(frozen=True, slots=True)
-class Job[B: GenerationRequest]:
-    body: B
-    header: dict[str, Any]  # first fields of the response and of every chunk
-    prompts: list[Prompt]
-    choices: list[Choice]
-    prompt_tokens: int  # of all prompts
-    prompt_logprobs: PromptLogprobs
-    names: TokenNames
 
 
 class Handler[B: GenerationRequest](ABC):
@@ -83,18 +73,20 @@ class Handler[B: GenerationRequest](ABC):
         requests = [*(choice.request for choice in job.choices), *(prompt.full_vocab_request for prompt in job.prompts)]
         request_ids = [request.id for request in requests if request is not None]
 
-        def abort() -> None:
+        def end() -> None:
             for request_id in request_ids:
                 engine.abort(request_id)
+            job.unsent.holding.close()
 
-        with engine_errors(self._context.metrics.on_rejected):
-            job.choices[0].admit(engine, bypass_limits=False)
         try:
+            with engine_errors(self._context.metrics.on_rejected):
+                job.choices[0].admit(engine, bypass_limits=False)
+            job.unsent.reserve()
             if job.body.stream:
-                return await stream_or_disconnect(request, self._chunks(job), abort)
-            return await json_or_disconnect(request, self._body(job), abort)
+                return await stream_or_disconnect(request, self._chunks(job), end)
+            return await json_or_disconnect(request, self._body(job), end)
         except BaseException:
-            abort()
+            end()
             raise
 
     def _job(self, data: bytes, record: AnswerRecord) -> Job[B]:
@@ -118,6 +110,15 @@ class Handler[B: GenerationRequest](ABC):
         check_start(body, ids)
         choices = self._choices(body, record, prompts, prompt_logprobs, alternatives)
         record.measure = lambda: work_of(choices)
+        unsent = Unsent(
+            Holding(context.unsent, record.key),
+            choices,
+            prompt_logprobs,
+            limits,
+            repeats=self.repeats_prompt_logprobs,
+            stream=bool(body.stream),
+            fixed_length=not stop_strings(body),
+        )
         if config.enable_log_requests:
             self._log(header, body, ids)
         _release_texts(body)
@@ -130,6 +131,7 @@ class Handler[B: GenerationRequest](ABC):
             prompt_tokens=sum(map(len, ids)),
             prompt_logprobs=prompt_logprobs,
             names=TokenNames(context.model.tokenizer, config.return_tokens_as_token_ids if as_ids is None else as_ids),
+            unsent=unsent,
         )
 
     def _header(self, body: B, record: AnswerRecord) -> dict[str, Any]:
@@ -206,9 +208,10 @@ class Handler[B: GenerationRequest](ABC):
     async def _deltas(self, job: Job[B]) -> AsyncGenerator[tuple[Choice, Output]]:
         """Run the choices and yield what each step adds to them. Metrics are updated when all have finished."""
         context, choices = self._context, job.choices
-        max_unread = context.config.max_unread_tokens if job.body.stream else None
+        holding = job.unsent.holding.another()
+        unread = Unread(context.config.max_unread_tokens, holding) if job.body.stream else None
         with engine_errors(context.metrics.on_rejected):
-            async with aclosing(merge(choices, context.engine, max_unread)) as deltas:
+            async with aclosing(merge(choices, context.engine, unread)) as deltas:
                 async for choice, delta in deltas:
                     yield choice, delta
         n = job.body.n or 1
@@ -220,7 +223,36 @@ class Handler[B: GenerationRequest](ABC):
         async with aclosing(self._deltas(job)) as deltas:
             async for choice, delta in deltas:
                 outputs[choice.index].add(delta)
-        return await asyncio.to_thread(self._render, job, outputs)
+                job.unsent.add(choice, outputs[choice.index], delta)
+        return await asyncio.to_thread(self._checked_body, job, outputs)
+
+    def _checked_body(self, job: Job[B], outputs: Sequence[Output]) -> Body:
+        """The complete response; many choices are rendered and sent in batches. Slow: run it in a thread."""
+        batches = list(job.unsent.batches(outputs))
+        choices: list[dict[str, Any] | Placeholder]
+        if len(batches) == 1:
+            choices = [*self._choices_of(job, batches[0])]
+        else:
+            check_logprobs(job, outputs)  # while an error can still be a status
+            choices = [Placeholder(self._pieces(job, batch)) for batch in batches]
+        return make_body(self._answer(job, choices, self._total_usage(job, outputs)))
+
+    async def _pieces(self, job: Job[B], batch: list[tuple[Choice, Output]]) -> AsyncGenerator[bytes]:
+        """The JSON of a batch of choices, separated by commas. Clears the batch."""
+
+        def render() -> Body:
+            body = make_body(self._choices_of(job, batch))
+            body.parts[0] = body.parts[0][1:]
+            body.parts[-1] = body.parts[-1][:-1]
+            return body
+
+        size = job.unsent.size_of(batch)
+        body = await asyncio.to_thread(render)
+        batch.clear()
+        async with aclosing(body.pieces()) as pieces:
+            async for piece in pieces:
+                yield piece
+        job.unsent.holding.resize(job.unsent.holding.size - size)
 
     async def _chunks(self, job: Job[B]) -> AsyncGenerator[dict[str, Any]]:
         options = job.body.stream_options or StreamOptions()
@@ -230,7 +262,7 @@ class Handler[B: GenerationRequest](ABC):
         opened: set[int] = set()
 
         def chunk(fields: dict[str, Any], *, with_usage: bool) -> dict[str, Any]:
-            return job.header | fields | ({"usage": _usage(job.prompt_tokens, generated, cached)} if with_usage else {})
+            return job.header | fields | ({"usage": usage(job.prompt_tokens, generated, cached)} if with_usage else {})
 
         continuous = forced or (ends_with_usage and bool(options.continuous_usage_stats))
         async with aclosing(self._deltas(job)) as deltas:
@@ -251,7 +283,7 @@ class Handler[B: GenerationRequest](ABC):
     def _total_usage(self, job: Job[B], outputs: Sequence[Output]) -> dict[str, Any]:
         pairs = zip(job.choices, outputs, strict=True)
         cached = sum(output.cached_tokens for choice, output in pairs if choice.is_first_of_prompt)
-        return _usage(job.prompt_tokens, sum(len(output.token_ids) for output in outputs), cached)
+        return usage(job.prompt_tokens, sum(len(output.token_ids) for output in outputs), cached)
 
     @abstractmethod
     def _alternatives(self, body: B) -> tuple[int | None, int | None]:
@@ -262,8 +294,12 @@ class Handler[B: GenerationRequest](ABC):
         """Tokenize the prompts."""
 
     @abstractmethod
-    def _render(self, job: Job[B], outputs: Sequence[Output]) -> Body:
+    def _answer(self, job: Job[B], choices: list[Any], usage: dict[str, Any]) -> dict[str, Any]:
         """The complete response. Slow: run it in a thread."""
+
+    @abstractmethod
+    def _choices_of(self, job: Job[B], batch: Sequence[tuple[Choice, Output]]) -> list[dict[str, Any]]:
+        """Some choices of a response, in their order. Slow: run it in a thread."""
 
     async def _opening(self, job: Job[B], choice: Choice) -> dict[str, Any] | None:
         """Fields of a chunk that precedes the first delta of a choice; None if there is no such chunk."""
@@ -273,28 +309,6 @@ class Handler[B: GenerationRequest](ABC):
     @abstractmethod
     async def _chunk_choice(self, job: Job[B], choice: Choice, delta: Output) -> dict[str, Any]:
         """A choice in a chunk."""
-
-
-def choice_fields(
-    job: Job[Any], choice: Choice, output: Output, text: dict[str, Any], logprobs: dict[str, Any] | None
-) -> dict[str, Any]:
-    """A choice of a response or in a chunk; `text` is the field that contains the text."""
-    fields = {"index": choice.index, **text, "logprobs": logprobs, "finish_reason": output.finish_reason}
-    if output.finish_reason is not None:
-        fields["stop_reason"] = output.stop_reason
-    if job.body.return_token_ids or not job.body.stream:
-        fields["token_ids"] = output.token_ids if job.body.return_token_ids else None
-    return fields
-
-
-def _usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-    """`usage`; a prompt counts once for all its choices, and `cached_tokens` of it were found in the prefix cache."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
-    }
 
 
 def _release_texts(body: GenerationRequest) -> None:

@@ -105,11 +105,7 @@ class Metrics(Observer):
     def watch(self, gauges: Callable[[], EngineGauges], cache: dict[str, str]) -> None:
         """Read `gauges` at every scrape; `cache` becomes labels of cache_config_info."""
 
-        def gauge(name: str, text: str, value: Callable[[], float], registry: CollectorRegistry, **more: str) -> None:
-            labels = self._labels | more
-            Gauge(OWN_PREFIX + name, text, labels, registry=registry).labels(**labels).set_function(value)
-
-        engine = self._engine
+        engine, gauge = self._engine, self._gauge
         gauge("num_requests_running", "Running requests", lambda: gauges().running, engine)
         gauge("num_requests_waiting", "Waiting requests", lambda: gauges().waiting, engine)
         gauge("kv_cache_usage_perc", "Fraction of KV cache pages in use, 0 to 1", lambda: gauges().cache_usage, engine)
@@ -118,6 +114,10 @@ class Metrics(Observer):
         gauge("num_requests_held", text, lambda: gauges().pinned, self._process)
         if self._vllm is not None:
             self._vllm.watch(lambda: gauges().waiting)
+
+    def watch_unsent(self, size: Callable[[], int]) -> None:
+        """Read the bytes of unsent answers at every scrape."""
+        self._gauge("unsent_bytes", "Counted bytes of answers in memory (--max-unsent-bytes)", size, self._process)
 
     def text(self) -> bytes:
         engine = generate_latest(self._engine)
@@ -203,6 +203,12 @@ class Metrics(Observer):
         """The counter of each value of a label."""
         family = Counter(OWN_PREFIX + name, text, [*self._labels, label], registry=self._engine)
         return lambda value: family.labels(**self._labels, **{label: value})
+
+    def _gauge(
+        self, name: str, text: str, value: Callable[[], float], registry: CollectorRegistry, **more: str
+    ) -> None:
+        labels = self._labels | more
+        Gauge(OWN_PREFIX + name, text, labels, registry=registry).labels(**labels).set_function(value)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         labels, registry = self._labels, self._engine

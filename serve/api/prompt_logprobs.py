@@ -6,7 +6,7 @@ Entries and rows are written as JSON text, as building dictionaries for them wou
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ from serve.text.detokenizer import decoded_tokens, whole_text
 from serve.text.tokenizer import Tokenizer
 
 _CONTEXT = 4  # preceding tokens that may contain the beginning of a token's character
+_LARGE = 4096  # alternatives in entries of 80 bytes; fewer are written at once
+_BLOCK_ENTRIES = 512
 _BLOCK_ROWS = 8  # 5 MB for a vocabulary of 152k; one row of JSON is 10 MB
 
 
@@ -57,7 +59,10 @@ class PromptLogprobsWriter:
                 "top_ranks": np.ascontiguousarray(logprobs.top_ranks),  # [n, k]
             }
             return {"prompt_logprobs": None, "prompt_logprobs_columns": columns}
-        return {"prompt_logprobs": orjson.Fragment(self._entries.entries(ids, logprobs, start))}
+        blocks = self._entries.blocks(ids, logprobs, start)
+        if logprobs.top_ids.size > _LARGE:
+            return {"prompt_logprobs": Placeholder(_in_thread(blocks))}
+        return {"prompt_logprobs": orjson.Fragment(b"".join(blocks))}
 
     async def _full_vocab(self, request: Request, logprobs: TokenLogprobs, k: int) -> AsyncGenerator[bytes]:
         """`prompt_logprobs` over the full vocabulary, one row at a time, to bound the memory.
@@ -94,7 +99,7 @@ class EntryWriter:
         self._tokenizer = tokenizer
         self._names: dict[int, str | None] = {}  # None: the text depends on the tokens before it
 
-    def entries(self, token_ids: Sequence[int], logprobs: TokenLogprobs, start: int) -> bytes:
+    def blocks(self, token_ids: Sequence[int], logprobs: TokenLogprobs, start: int) -> Iterator[bytes]:
         """JSON of a list: for each token an object with its own entry, then those of its alternatives.
 
         Args:
@@ -102,17 +107,22 @@ class EntryWriter:
             logprobs: result of `wire_logprobs` for the tokens from `start` on.
             start: tokens before it are null; at least 1.
         """
+        yield b"[" + b",".join([b"null"] * min(start, len(token_ids)))
+        for first in range(start, len(token_ids), _BLOCK_ENTRIES):
+            rows = logprobs[first - start : first - start + _BLOCK_ENTRIES]
+            yield b"," + ",".join(self._block(token_ids, rows, first)).encode()
+        yield b"]"
+
+    def _block(self, token_ids: Sequence[int], logprobs: TokenLogprobs, start: int) -> Iterator[str]:
+        """The entries of the tokens from `start` on, one per row."""
         width = logprobs.top_ids.shape[1] + 1
         numbers = _json_numbers(np.column_stack((logprobs.logprob, logprobs.top_logprobs)))
         ranks = _json_numbers(np.column_stack((logprobs.rank, logprobs.top_ranks)))
-        top_ids = logprobs.top_ids.tolist()
-        parts = ["null"] * min(start, len(token_ids))
-        for row, position in enumerate(range(start, len(token_ids))):
-            ids = [token_ids[position], *top_ids[row]]
-            names = self._names_of(ids, token_ids, position)
+        for row, top_ids in enumerate(logprobs.top_ids.tolist()):
+            ids = [token_ids[start + row], *top_ids]
+            names = self._names_of(ids, token_ids, start + row)
             columns = slice(row * width, (row + 1) * width)
-            parts.append(_entry(ids, numbers[columns], ranks[columns], names))
-        return f"[{','.join(parts)}]".encode()
+            yield _entry(ids, numbers[columns], ranks[columns], names)
 
     def _names_of(self, ids: Sequence[int], prompt: Sequence[int], position: int) -> list[str]:
         names = []
@@ -200,6 +210,11 @@ def _order(row: NDArray[np.float32], top_ids: NDArray[np.int32], actual: int, in
     if order[index] != actual:
         raise engine_error("The engine returned the rank of another token.")
     return order
+
+
+async def _in_thread(pieces: Iterator[bytes]) -> AsyncGenerator[bytes]:
+    while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+        yield piece
 
 
 async def _rows(engine: EngineClient, request: Request, start: int, count: int) -> NDArray[np.float32]:

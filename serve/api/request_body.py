@@ -1,6 +1,10 @@
-"""Request bodies, read and parsed within limits. The Ray front uses this, so it imports nothing heavy."""
+"""Budget of memory, and request bodies, read and parsed within limits.
+
+The Ray front uses this, so it imports nothing heavy.
+"""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,10 +17,69 @@ from serve.api.errors import APIError, client_gone
 # Paths whose POST requests have a JSON body. The Ray front reads no other bodies.
 BODY_PATHS = ("/v1/chat/completions", "/v1/completions", "/invocations", "/tokenize", "/detokenize")
 
+SMALL = 64 << 10  # bytes of each holding that are not counted, so that slow large ones never block small ones
 _MAX_LARGE = 4  # bodies of the maximum size that may be in memory together
-_SMALL = 64 << 10  # bytes of each body that are not counted, so that slow large bodies never block small ones
 # Arrays, objects, keys and strings of a body. The parser holds the interpreter for up to 1 us per item.
 _MAX_ITEMS = 300_000  # a `logit_bias` of the largest vocabularies has 262,144 keys
+
+
+class Budget:
+    """A maximum for the counted bytes of all holdings, half of it for those of one key. Not thread-safe."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._by_key: Counter[str | None] = Counter()
+
+    @property
+    def used(self) -> int:
+        return self._by_key.total()
+
+    def limit(self, key: str | None) -> int:
+        """Bytes that a key may have in memory; all of them if the server has no keys."""
+        return self._max_bytes if key is None else self._max_bytes // 2
+
+    def take(self, key: str | None, size: int) -> bool:
+        """Count `size` more bytes; False, without effect, if there is no room for them. Negative sizes always fit."""
+        if size > 0 and size > min(self._max_bytes - self.used, self.limit(key) - self._by_key[key]):
+            return False
+        self._by_key[key] += size
+        if not self._by_key[key]:
+            del self._by_key[key]
+        return True
+
+
+class Holding:
+    """The bytes of one request in a budget."""
+
+    def __init__(self, budget: Budget, key: str | None = None) -> None:
+        self._budget = budget
+        self._key = key
+        self._closed = False
+        self.size = 0
+
+    @property
+    def limit(self) -> int:
+        """The largest size of a single holding."""
+        return self._budget.limit(self._key) + SMALL
+
+    def another(self) -> "Holding":
+        return Holding(self._budget, self._key)
+
+    def resize(self, size: int) -> bool:
+        """Hold `size` bytes from now on; False, without effect, if there is no room. No effect after `close`."""
+        if not self._closed:
+            if not self._budget.take(self._key, _counted_bytes(size) - _counted_bytes(self.size)):
+                return False
+            self.size = size
+        return True
+
+    def close(self) -> None:
+        self.resize(0)
+        self._closed = True
+
+
+def _counted_bytes(size: int) -> int:
+    return max(0, size - SMALL)
 
 
 class Bodies:
@@ -26,7 +89,7 @@ class Bodies:
         """Limit each body to `max_bytes`, to be received within `seconds`."""
         self._max_bytes = max_bytes
         self._seconds = seconds
-        self._total = 0  # counted bytes of all bodies in memory
+        self._budget = Budget(_MAX_LARGE * max_bytes)
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
@@ -39,25 +102,21 @@ class Bodies:
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json" and not kind.endswith("+json"):
             raise APIError(400, "The content type must be application/json.", None, "invalid_content_type")
-        data = bytearray()
+        data, holding = bytearray(), Holding(self._budget)
         try:
             try:
                 async with asyncio.timeout(self._seconds):
                     async for chunk in read_chunks(request, self._max_bytes):
-                        self._count(_counted_bytes(len(data) + len(chunk)) - _counted_bytes(len(data)))
+                        if not holding.resize(len(data) + len(chunk)):
+                            message = "The server is reading too many large requests. Try again later."
+                            raise APIError(503, message, None, "too_many_bodies", {"Retry-After": "1"})
                         data += chunk
             except TimeoutError:
                 message = f"The request body was not received within {self._seconds:g} s."
                 raise APIError(408, message, None, "request_timeout", {"Connection": "close"}) from None
             yield bytes(data)
         finally:
-            self._total -= _counted_bytes(len(data))
-
-    def _count(self, size: int) -> None:
-        if size and self._total + size > _MAX_LARGE * self._max_bytes:
-            message = "The server is reading too many large requests. Try again later."
-            raise APIError(503, message, None, "too_many_bodies", {"Retry-After": "1"})
-        self._total += size
+            holding.close()
 
 
 async def read_chunks(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
@@ -106,8 +165,3 @@ def _items(body: bytes) -> int:
     quotes = body.replace(rb"\\", b"") if rb"\\" in body else body
     strings = (quotes.count(b'"') - quotes.count(rb"\"")) // 2
     return strings + body.count(b"[") + body.count(b"{")
-
-
-def _counted_bytes(size: int) -> int:
-    """Bytes of a body that count towards the total."""
-    return max(0, size - _SMALL)

@@ -56,20 +56,6 @@ class ClosingStream(StreamingResponse):
             await self._pieces.aclose()  # not left to the garbage collector, which closes the inner generators first
 
 
-class _PiecewiseResponse(Response):
-    """A body in memory that is sent in pieces, at the pace of its reader.
-
-    A transport would buffer all of it at once, and the unsent part of an encrypted transport cannot be measured.
-    """
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        del scope, receive
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for start in range(0, len(self.body), _PIECE):
-            more = start + _PIECE < len(self.body)
-            await send({"type": "http.response.body", "body": self.body[start : start + _PIECE], "more_body": more})
-
-
 async def stream_or_disconnect(
     request: Request, chunks: AsyncGenerator[dict[str, Any]], on_close: Callable[[], None]
 ) -> Response:
@@ -89,8 +75,9 @@ async def json_or_disconnect(
 ) -> Response:
     """The JSON document that `work` returns; `work` is cancelled if the client disconnects.
 
-    A body with placeholders is streamed once its first piece is there. A later failure closes the connection early
-    so that no client takes the body for complete.
+    A body that is large or has placeholders is streamed once its first piece is there. A later failure closes the
+    connection early so that no client takes the body for complete. `on_close` is called when a streamed body ends, at
+    once for a small one.
 
     Raises:
         APIError: `work` or the first piece failed, or the client has disconnected.
@@ -100,8 +87,9 @@ async def json_or_disconnect(
     if rest is None:
         compressed = await compress(first) if gzip else None
         headers = GZIP_HEADERS if compressed else None
-        return _PiecewiseResponse(compressed or first, headers=headers, media_type="application/json")
-    pieces = _prepend(first, rest)
+        on_close()
+        return Response(compressed or first, headers=headers, media_type="application/json")
+    pieces = _slices(_prepend(first, rest))
     response = ClosingStream(
         compress_pieces(pieces) if gzip else pieces, "application/json", on_close, record_of(request)
     )
@@ -110,12 +98,20 @@ async def json_or_disconnect(
 
 
 async def _first_piece(work: Coroutine[Any, Any, Body]) -> tuple[bytes, AsyncGenerator[bytes] | None]:
-    """The first piece of a body, and an iterator of the others if it has placeholders."""
+    """The first piece of a body, and an iterator of the others unless it is all of a small body."""
     body = await work
-    if not body.placeholders:
+    if not body.placeholders and len(body.parts[0]) <= _PIECE:
         return body.parts[0], None
     pieces = body.pieces()
     return await anext(pieces), pieces
+
+
+async def _slices(pieces: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """Pieces that a transport may buffer whole, even an encrypted one, whose unsent part cannot be measured."""
+    async with aclosing(pieces):
+        async for piece in pieces:
+            for start in range(0, len(piece), _PIECE):
+                yield piece[start : start + _PIECE]
 
 
 async def _prepend(first: bytes, pieces: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:

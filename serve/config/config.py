@@ -251,6 +251,12 @@ class ServeConfig(EngineConfig):
         Between(1, 1 << 24),
         default=4096,
     )
+    max_unsent_bytes: int | None = option(
+        API,
+        "maximum memory of answers that are generated and not yet sent, half of it for one API key; default: 1GiB, or "
+        "more if an answer of full length needs it",
+        parse_bytes,
+    )
     response_role: str = option(API, "role of generated messages", default="assistant", metavar="NAME")
     enable_force_include_usage: bool = switch(API, "send the token usage with every chunk of a stream")
     disable_fastapi_docs: bool = switch(API, "do not serve /docs and /openapi.json")

@@ -26,6 +26,9 @@ DEFAULT_MAX_TOKENS = 16  # of completions, as in OpenAI's API; a chat has no suc
 
 type _StopString = Annotated[str, Field(min_length=1)]
 
+_BLOCK = 64  # steps whose log-probs are concatenated, so that the arrays of the steps are freed
+_TOKEN_BYTES, _LOGPROB_BYTES = 64, 12  # id and text; float32, id and rank
+
 
 class GenerationOptions(SamplingFields):
     """Options of `LLM.generate` and `LLM.chat`. None leaves the model's default, or else OpenAI's."""
@@ -110,12 +113,22 @@ class Output:
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # stop string or stop token id that ended the text, unless it is EOS
     prompt_logprobs: TokenLogprobs | None = None
+    num_blocks: int = 0  # parts of `logprobs` that are concatenations
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tokens and their log-probs, about."""
+        numbers: int = sum(len(part.logprob) * (1 + part.top_ids.shape[1]) for part in self.logprobs)
+        return _TOKEN_BYTES * len(self.token_ids) + _LOGPROB_BYTES * numbers
 
     def add(self, other: "Output") -> None:
         """Append the output of a later event."""
         self.text += other.text
         self.token_ids += other.token_ids
         self.logprobs += other.logprobs
+        if len(self.logprobs) - self.num_blocks > _BLOCK:  # the parts are views of whole steps' arrays
+            self.logprobs[self.num_blocks :] = [TokenLogprobs.concatenate(self.logprobs[self.num_blocks :])]
+            self.num_blocks += 1
         self.cached_tokens = other.cached_tokens
         self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
         self.prompt_logprobs = other.prompt_logprobs or self.prompt_logprobs

@@ -55,7 +55,11 @@ def assemble(config: ServeConfig, reporter: Reporter) -> Served:
     readiness, keys = Readiness(), ApiKeys(config.api_key)
     model = ServedModel(names, loaded.tokenizer, loaded.fingerprint, loaded.defaults)
     on_answer = None if config.disable_uvicorn_access_log else log_answer
-    app = create_app(engine, model, config, metrics, readiness=readiness, api_keys=keys, on_answer=on_answer)
+    try:
+        app = create_app(engine, model, config, metrics, readiness=readiness, api_keys=keys, on_answer=on_answer)
+    except ValueError as error:
+        engine.stop()
+        raise StartupError(str(error)) from None
     return Served(names, loaded.tokenizer.chat_template is not None, engine, app, readiness, keys, metrics)
 
 

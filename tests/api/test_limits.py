@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from serve.api.errors import APIError
-from serve.api.generation import merge
+from serve.api.generation import Unread, merge
 from serve.api.middleware import Readiness
+from serve.api.request_body import Budget, Holding
 from serve.engine.request import FinishReason, QueueFullError, Request, SamplingParams
 from serve.text.detokenizer import StopStrings
 from tests.support.http_client import (
@@ -229,7 +230,7 @@ async def test_merge_yields_deltas_before_failure() -> None:
     ended, failed = FakeChoice(0, 1), FakeChoice(1, 9)
     choices: list[Any] = [ended, failed]
     unused: Any = None
-    deltas = merge(choices, unused, max_unread=8)
+    deltas = merge(choices, unused, Unread(8, Holding(Budget(1 << 20))))
     read = [await anext(deltas)]
     async with asyncio.timeout(20):
         await failed.closed.wait()
@@ -350,6 +351,10 @@ async def test_merge_failure_ends_other_choices() -> None:
     assert endless.aborted
 
 
+class FakeDelta(int):
+    nbytes = 8
+
+
 class FakeChoice:
     """Yields `count` deltas at once, then fails or finishes; with None it waits forever."""
 
@@ -366,11 +371,11 @@ class FakeChoice:
         """See `Choice`."""
         self.aborted = True
 
-    async def deltas(self) -> AsyncGenerator[int]:
+    async def deltas(self) -> AsyncGenerator["FakeDelta"]:
         """Numbers in place of outputs."""
         try:
             for number in range(self._count or 0):
-                yield number
+                yield FakeDelta(number)
             if self._error is not None:
                 raise self._error
             if self._count is None:

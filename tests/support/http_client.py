@@ -431,6 +431,7 @@ class Connection:
     path: str
     body: Any
     sent: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     _incoming: asyncio.Queue[dict[str, Any]] = field(default_factory=asyncio.Queue)
 
     async def run(self, app: Starlette) -> None:
@@ -450,7 +451,7 @@ class Connection:
             "raw_path": self.path.encode(),
             "query_string": b"",
             "root_path": "",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"content-type", b"application/json"), *self.headers],
             "client": ("test", 1),
             "server": ("test", 80),
         }

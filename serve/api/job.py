@@ -1,0 +1,58 @@
+"""Job: a validated request, and the parts of its response that chat and completions share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serve.api.generation import Choice, Prompt, output_logprobs
+from serve.api.logprobs import TokenNames
+from serve.api.requests import GenerationRequest
+from serve.api.unsent import Unsent
+from serve.api.validation import PromptLogprobs
+from serve.jobs.generate import Output
+
+
+@dataclass(frozen=True, slots=True)
+class Job[B: GenerationRequest]:
+    body: B
+    header: dict[str, Any]  # first fields of the response and of every chunk
+    prompts: list[Prompt]
+    choices: list[Choice]
+    prompt_tokens: int  # of all prompts
+    prompt_logprobs: PromptLogprobs
+    names: TokenNames
+    unsent: Unsent
+
+
+def choice_fields(
+    job: Job[Any], choice: Choice, output: Output, text: dict[str, Any], logprobs: dict[str, Any] | None
+) -> dict[str, Any]:
+    """A choice of a response or in a chunk; `text` is the field that contains the text."""
+    fields = {"index": choice.index, **text, "logprobs": logprobs, "finish_reason": output.finish_reason}
+    if output.finish_reason is not None:
+        fields["stop_reason"] = output.stop_reason
+    if job.body.return_token_ids or not job.body.stream:
+        fields["token_ids"] = output.token_ids if job.body.return_token_ids else None
+    return fields
+
+
+def check_logprobs(job: Job[Any], outputs: Sequence[Output]) -> None:
+    """Raise APIError 500 if any log-prob of the response is missing or NaN; outputs keep what the response contains."""
+    for choice, output in zip(job.choices, outputs, strict=True):
+        if choice.alternatives is not None:
+            output.logprobs = [output_logprobs(output, choice.alternatives)]
+    requested = job.prompt_logprobs
+    for k in (requested.echo_k, None if requested.full_vocab else requested.k):
+        if k is not None:
+            for prompt in job.prompts:
+                prompt.logprobs(k, requested.start)
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """`usage`; a prompt counts once for all its choices, and `cached_tokens` of it were found in the prefix cache."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }

@@ -1,17 +1,22 @@
 """Answers that are generated and not yet read: rendered in batches, and limited in total and per API key."""
 
 import asyncio
+import json
 import re
+import socket
+import time
 import tracemalloc
 from collections.abc import Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
 from starlette.applications import Starlette
 
+from model.token_logprobs import empty_logprobs
 from serve.api import prompt_logprobs, unsent
 from serve.api.chat import ChatCompletions
 from serve.api.errors import APIError
@@ -35,6 +40,7 @@ from tests.support.http_client import (
     events_of,
     serving,
 )
+from tests.support.listening import listening
 
 MIB = 1 << 20
 SCRIPT = b"x" * 300
@@ -49,7 +55,10 @@ def large_body(path: str, **fields: Any) -> dict[str, Any]:
 
 
 async def used_bytes(server: Server) -> int:
-    text = (await server.client.get("/metrics")).text
+    return gauge_in((await server.client.get("/metrics")).text)
+
+
+def gauge_in(text: str) -> int:
     return int(float(re.findall(r"^logprobd:unsent_bytes\{.*\} (\S+)$", text, re.MULTILINE)[0]))
 
 
@@ -159,6 +168,38 @@ async def test_eight_slow_readers_hold_no_more_than_the_budget(path: str) -> Non
         await assert_returned(server)
 
 
+@pytest.mark.slow
+def test_eight_slow_readers_of_a_real_server() -> None:
+    data = json.dumps(large_body(CHAT)).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
+
+    def unsent_of(client: httpx2.Client) -> int:
+        return gauge_in(client.get("/metrics").text)
+
+    with ExitStack() as stack:
+        url, server = stack.enter_context(listening(script=SCRIPT, max_unsent_bytes=2 * MIB, send_buffer=4096))
+        client = stack.enter_context(httpx2.Client(base_url=url))
+        host, port = url.removeprefix("http://").split(":")
+        connections = [stack.enter_context(socket.socket()) for _ in range(8)]
+        for connection in connections:
+            connection.settimeout(60)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((host, int(port)))
+            connection.sendall(f"{head}Connection: close\r\n\r\n".encode() + data)
+        answers = [connection.recv(12) for connection in connections]  # the rest waits in the server
+        assert set(answers) == {b"HTTP/1.1 200", b"HTTP/1.1 429"}
+        assert 0 < unsent_of(client) <= 2 * MIB
+        assert client.post(CHAT, json=body_of(CHAT, max_tokens=20)).status_code == 200
+        for answer, connection in zip(answers, connections, strict=True):
+            rest = b"".join(iter(lambda connection=connection: connection.recv(1 << 20), b""))  # type: ignore[misc]
+            assert rest.endswith(b"\r\n0\r\n\r\n" if answer.endswith(b"200") else b"}}")
+            assert len(rest) > MIB or answer.endswith(b"429")
+        end = time.monotonic() + 30
+        while unsent_of(client):
+            assert time.monotonic() < end
+        assert server.engine.num_requests == 0
+
+
 @PATHS
 async def test_full_budget_refuses_large_answers_only(path: str) -> None:
     async with serving(SCRIPT, **OPTIONS) as server:
@@ -264,8 +305,12 @@ async def test_failure_between_batches_closes_the_connection(monkeypatch: pytest
 async def test_nan_in_last_batch_is_a_status(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unsent, "_BATCH", 1)
 
+    ended = 0
+
     def spoil(event: TokenEvent) -> TokenEvent:
-        if event.finish_reason is None:
+        nonlocal ended
+        ended += event.finish_reason is not None
+        if event.finish_reason is None or ended < LARGE["n"]:
             return event
         nan = np.full_like(event.logprobs.logprob, np.nan)
         return replace(event, logprobs=replace(event.logprobs, logprob=nan))
@@ -291,6 +336,30 @@ async def test_stream_ends_when_its_unread_deltas_exceed_the_budget() -> None:
         await rest()
     assert len(read) == ((64 << 10) + 10_000) // (1024 + 8)
     assert budget.used == 0
+
+
+async def test_budget_returned_when_deltas_are_not_read() -> None:
+    choice = FakeChoice(0, 100)
+    choices: list[Any] = [choice]
+    unused: Any = None
+    budget = Budget(1 << 20)
+    deltas = merge(choices, unused, Unread(1 << 20, Holding(budget)))
+    await anext(deltas)
+    await choice.closed.wait()
+    assert budget.used == 99 * (1024 + 8) - (64 << 10)
+    await deltas.aclose()
+    assert budget.used == 0
+
+
+def test_output_does_not_keep_the_arrays_of_steps() -> None:
+    output, steps = Output(), [empty_logprobs(16, 3) for _ in range(200)]
+    for i, step in enumerate(steps):
+        step.logprob[:] = i
+        output.add(Output(token_ids=[i], logprobs=[step[i % 16 : i % 16 + 1]]))
+    assert output.all_logprobs(3).logprob.tolist() == list(range(200))
+    views = [part for part in output.logprobs if any(np.shares_memory(part.logprob, step.logprob) for step in steps)]
+    assert len(views) <= 64
+    assert output.nbytes == 200 * (64 + 12 * 4)
 
 
 async def test_small_option_is_refused() -> None:

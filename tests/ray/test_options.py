@@ -69,6 +69,7 @@ def test_autoscaling_with_max_replicas(words: str, autoscaling: dict[str, Any]) 
         ("--ssl-certfile c --ssl-keyfile k --ssl-ca-certs a", "--ssl-ca-certs"),
         ("--client-timeout 5", "--client-timeout"),
         ("--max-unread-tokens 5", "--max-unread-tokens"),
+        ("--max-unsent-bytes 64MiB", "--max-unsent-bytes"),
         ("--max-num-seqs 0", "--max-num-seqs"),
         ("--nonsense", "--nonsense"),
     ],

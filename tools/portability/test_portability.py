@@ -39,6 +39,7 @@ def facts(target_facts: str) -> Mapping[str, Mapping[str, Any]]:
     return parsed
 
 
+@pytest.mark.slow
 def test_compilers_are_installed_on_linux_x86_64() -> None:
     """Otherwise the following tests would be skipped silently."""
     assert COMPILERS.is_dir() or (platform.system(), platform.machine()) != ("Linux", "x86_64")

@@ -1,5 +1,6 @@
 """Fixtures for all tests: the default model, a real server, and the outputs of programs that take long."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from compiled.program_cache import cache_options_restored, seal_entries, use_persistent_cache
 from compiled.runner import ModelRunner
 from model.weights.source import default_model_path
 from tests.support.runners import make_runner
@@ -53,9 +55,23 @@ sharded_logprobs, target_facts, executed_notebook, kernel_lines = map(_output_of
 
 
 @pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache of compiled programs shared by all server processes of this run."""
-    return tmp_path_factory.mktemp("xla")
+def compilation_cache(pytestconfig: pytest.Config) -> Path:
+    """The cache of compiled programs shared by all server processes of this worker, also in later runs."""
+    return _cache_folder(pytestconfig, "servers")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _programs_are_compiled_once(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Keep the programs that tests compile in their own process."""
+    with cache_options_restored():
+        use_persistent_cache(_cache_folder(pytestconfig, "tests"))
+        yield
+        seal_entries()
+
+
+def _cache_folder(config: pytest.Config, name: str) -> Path:
+    """A folder of this worker: jax does not write an entry atomically, so workers cannot share one."""
+    return config.cache.mkdir("programs") / f"{name}-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
 
 
 @pytest.fixture(scope="session")

@@ -123,7 +123,8 @@ def test_wheel_serves_a_request_outside_the_checkout(wheel: Path, tmp_path: Path
     assert run(programs / "logprobd", "--version", folder=home, variables=clean) == f"logprobd {__version__}\n"
     run(programs / "python", "-c", "from logprobd import LLM", folder=home, variables=clean)
 
-    arguments = ("serve", "--port", "0", "--max-model-len", "128", "--max-num-seqs", "1")
+    few_programs = ("--max-num-seqs", "1", "--max-num-batched-tokens", "17")
+    arguments = ("serve", "--port", "0", "--max-model-len", "128", *few_programs)
     process = subprocess.Popen(
         [programs / "logprobd", *arguments], cwd=home, env=os.environ | clean, stderr=subprocess.PIPE, text=True
     )

@@ -18,8 +18,9 @@ from serve.api.context import Context, ServedModel
 from serve.api.errors import APIError, invalid
 from serve.api.inspector import inspector
 from serve.api.json_stream import json_response
+from serve.api.keys import RATE_HEADERS, ApiKeys
 from serve.api.metrics import CONTENT_TYPE, Metrics
-from serve.api.middleware import Access, AnswerRecord, ApiKeys, OnAnswer, Readiness, record_of
+from serve.api.middleware import Access, AnswerRecord, OnAnswer, Readiness, record_of
 from serve.api.openapi import documentation
 from serve.api.prompt_logprobs import PromptLogprobsWriter
 from serve.api.request_body import Bodies, Budget, json_object
@@ -172,7 +173,7 @@ def _cors(config: ServeConfig) -> list[Middleware]:
             allow_methods=config.allowed_methods,
             allow_headers=config.allowed_headers,
             allow_credentials=config.allow_credentials,
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", *RATE_HEADERS],
         )
     ]
 

@@ -65,7 +65,9 @@ class Handler[B: GenerationRequest](ABC):
 
     async def prepare(self, request: HTTPRequest, data: bytes) -> Callable[[], Awaitable[Response]]:
         """Validate a body and return a function that answers it. Raise APIError or PromptError if it is invalid."""
-        job = await asyncio.to_thread(self._job, data, record_of(request))
+        record = record_of(request)
+        job = await asyncio.to_thread(self._job, data, record)
+        record.charge(job.prompt_tokens + sum(choice.request.params.max_tokens for choice in job.choices))
         return lambda: self._respond(request, job)
 
     async def _respond(self, request: HTTPRequest, job: Job[B]) -> Response:
@@ -162,7 +164,10 @@ class Handler[B: GenerationRequest](ABC):
         shared = sampling_params(body, tokenizer, self._context.engine.limits, processed=mode == "processed_logprobs")
         salt = body.cache_salt or ""
         if config.prefix_cache_per_key and record.key:
-            salt = f"{record.key}/{salt}"  # unambiguous: a salt contains no slash
+            salt = f"{record.key}/{salt}"  # unambiguous: a name contains no slash
+        priority = body.priority or 0
+        if record.api_key is not None:
+            priority = record.api_key.priority(priority)
         timeout = min(config.request_timeout, math.inf if body.timeout is None else body.timeout)
         stop = StopStrings(stop_strings(body))
         eos_token_ids = frozenset() if body.ignore_eos else tokenizer.eos_token_ids
@@ -181,7 +186,7 @@ class Handler[B: GenerationRequest](ABC):
 
         def new_request(prompt: Prompt, params: SamplingParams, queue_timeout: float = config.queue_timeout) -> Request:
             deadline = record.start_time + timeout
-            return Request(uuid.uuid4().hex, prompt.ids, params, body.priority or 0, salt, queue_timeout, deadline)
+            return Request(uuid.uuid4().hex, prompt.ids, params, priority, salt, queue_timeout, deadline)
 
         choices: list[Choice] = []
         for prompt in prompts:

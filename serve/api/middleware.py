@@ -3,13 +3,12 @@
 The Ray front uses parts of it, so it imports nothing heavy.
 """
 
-import hashlib
-import hmac
 import logging
 import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,6 +17,8 @@ from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.errors import APIError, engine_error, shutting_down
+from serve.api.keys import ApiKeys, Key
+from serve.api.request_body import BODY_PATHS
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,6 @@ logger = logging.getLogger(__name__)
 PROBES = ("/health", "/ready", "/live", "/ping", "/metrics", "/load")
 NO_ROUTE = "none"
 
-# Paths that need no API key: the inspector, which asks its user for the key, and the probes of health.
-_PUBLIC_PATHS = re.compile(r"/?|/web/.*|/health|/ready|/live|/ping")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,200}")
 _PORT = re.compile(r":\d*$")
 _RECORD = "logprobd.record"  # key in the ASGI scope
@@ -52,6 +51,11 @@ class Work:
     prefill_seconds: float | None  # from there to the first token, or to the last log-prob of the prompt
     decode_seconds: float | None  # from the first token to the last
 
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens; 0 if it never ran."""
+        return 0 if self.queue_seconds is None else self.prompt_tokens + self.completion_tokens
+
 
 @dataclass(slots=True)
 class AnswerRecord:
@@ -61,7 +65,8 @@ class AnswerRecord:
     method: str
     path: str
     client: str | None = None  # IP address
-    key: str | None = None  # name of the API key, such as "key1"
+    api_key: Key | None = None
+    charged: int = 0  # tokens, of the API key's limit
     start_time: float = field(default_factory=time.monotonic)
     seconds: float = 0.0  # until the end of the answer
     handler: str = NO_ROUTE  # path of the route, such as "/v1/models/{id:path}"
@@ -77,6 +82,19 @@ class AnswerRecord:
         self.seconds = time.monotonic() - self.start_time
         if self.measure is not None:
             self.work, self.measure = self.measure(), None
+        if self.api_key is not None and self.charged:
+            self.api_key.refund(self.charged - (self.work.num_tokens if self.work is not None else 0))
+
+    @property
+    def key(self) -> str | None:
+        """Name of the API key, such as "key1"."""
+        return None if self.api_key is None else self.api_key.name
+
+    def charge(self, tokens: int) -> None:
+        """Count tokens towards the API key's limit; unused ones are returned at the end. Raises APIError."""
+        if self.api_key is not None:
+            self.api_key.charge(tokens)
+            self.charged = tokens
 
 
 type OnAnswer = Callable[[AnswerRecord], None]
@@ -87,45 +105,6 @@ def record_of(connection: HTTPConnection) -> AnswerRecord:
     record = connection.scope[_RECORD]
     assert isinstance(record, AnswerRecord)
     return record
-
-
-class ApiKeys:
-    """The accepted API keys. SHA-256 digests are compared, so timing reveals neither a key nor its length."""
-
-    def __init__(self, keys: Sequence[str]) -> None:
-        """Accept `keys`; without keys, every request is accepted."""
-        self._names: dict[bytes, str] = {}  # of all keys since the start
-        self.replace(keys)
-
-    def replace(self, keys: Sequence[str]) -> None:
-        """Accept `keys` instead. A key keeps its name, which no other key gets: cached prompts may belong to it."""
-        digests = [_digest(key) for key in keys]
-        for digest in digests:
-            self._names.setdefault(digest, f"key{len(self._names) + 1}")
-        self._digests = [(self._names[digest], digest) for digest in digests]
-
-    def name_of(self, scope: Scope) -> str | None:
-        """Name of the request's API key, "key1" for the first; None without a valid key.
-
-        It is a bearer token, or the value of X-Api-Key.
-        """
-        headers = Headers(scope=scope)
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        sent = [token] if scheme.lower() == "bearer" else []
-        sent += headers.getlist("x-api-key")[:1]
-        digests = [_digest(key.strip()) for key in sent]
-        # Compare with every key: stopping at the match would reveal its index.
-        matches = [name for digest in digests for name, known in self._digests if hmac.compare_digest(digest, known)]
-        return matches[0] if matches else None
-
-    def refusal(self, scope: Scope, name: str | None) -> APIError | None:
-        """The 401 error if the request needs a key and has none, else None. `name` is the result of `name_of`."""
-        if not self._digests or name is not None or _PUBLIC_PATHS.fullmatch(route_path(scope)):
-            return None
-        if scope["method"] == "OPTIONS":  # a CORS preflight carries no key, and no route answers it
-            return None
-        headers = {"WWW-Authenticate": "Bearer"}
-        return APIError(401, "The API key is missing or invalid.", None, "invalid_api_key", headers)
 
 
 def route_path(scope: Scope) -> str:
@@ -179,7 +158,7 @@ class Access:
         request_id = requested if _REQUEST_ID.fullmatch(requested) else uuid.uuid4().hex
         client = scope.get("client")
         record = AnswerRecord(request_id, scope["method"], _sent_path(scope), client[0] if client else None)
-        record.key = self._keys.name_of(scope)
+        record.api_key = self._keys.find(scope)
         headers = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
         headers.append((b"x-request-id", request_id.encode()))
         root = root_path(scope)
@@ -193,35 +172,47 @@ class Access:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, record: AnswerRecord) -> None:
         """Answer, with a 500 for unexpected exceptions: Starlette's own would lack the request id and CORS headers."""
-        counted = route_path(scope) not in PROBES
-        error = self._check_host(scope) or self._keys.refusal(scope, record.key)
-        if error is None and scope["path"] == scope["root_path"] != "":
-            await RedirectResponse(f"{scope['root_path']}/")(scope, receive, send)  # the page's links are relative
-            return
-        if error is None and self._readiness.draining and counted:
-            error = shutting_down()
-        if error is None:
-            self._readiness.running += counted
-            try:
-                await self._app(scope, receive, send)
-            except Exception:
-                if record.status:
-                    raise
-                logger.exception("request %s failed", record.request_id)
-                error = engine_error("The server failed on this request.")
-            finally:
-                self._readiness.running -= counted
-                self._readiness.ended += counted
+        path, key, error = route_path(scope), record.api_key, None
+        counted = path not in PROBES
+        limited = scope["method"] == "POST" and path in BODY_PATHS
+        try:
+            self._check_host(scope)
+            self._keys.check(scope["method"], path, key)
+            if scope["path"] == scope["root_path"] != "":
+                await RedirectResponse(f"{scope['root_path']}/")(scope, receive, send)  # the page's links are relative
+                return
+            if self._readiness.draining and counted:
+                raise shutting_down()
+            with key.request() if limited and key is not None else nullcontext():
+                error = await self._run(scope, receive, send, record, counted=counted)
+        except APIError as refused:
+            error = refused
         if error is not None:
             record.error = error.code
             await error.response()(scope, receive, send)
 
-    def _check_host(self, scope: Scope) -> APIError | None:
-        """The 403 error for a host name that is not ours (DNS rebinding), else None."""
+    async def _run(
+        self, scope: Scope, receive: Receive, send: Send, record: AnswerRecord, *, counted: bool
+    ) -> APIError | None:
+        """Run the app; returns the error to answer with if it raises before it answers."""
+        self._readiness.running += counted
+        try:
+            await self._app(scope, receive, send)
+        except Exception:
+            if record.status:
+                raise
+            logger.exception("request %s failed", record.request_id)
+            return engine_error("The server failed on this request.")
+        finally:
+            self._readiness.running -= counted
+            self._readiness.ended += counted
+        return None
+
+    def _check_host(self, scope: Scope) -> None:
+        """Raise APIError 403 for a host name that is not ours (DNS rebinding)."""
         host = _PORT.sub("", Headers(scope=scope).get("host", "")).lower()
-        if not self._hosts or not host or host in self._hosts:
-            return None
-        return APIError(403, f"Host {host[:100]!r} is not in --allowed-hosts.", None, "host_not_allowed")
+        if self._hosts and host and host not in self._hosts:
+            raise APIError(403, f"Host {host[:100]!r} is not in --allowed-hosts.", None, "host_not_allowed")
 
 
 def _recorder(send: Send, record: AnswerRecord) -> Send:
@@ -233,6 +224,8 @@ def _recorder(send: Send, record: AnswerRecord) -> Send:
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = record.request_id
             headers.setdefault("x-content-type-options", "nosniff")
+            for name, value in (record.api_key.headers if record.api_key else {}).items():
+                headers[name] = value
         elif message["type"] == "http.response.body":
             record.body_bytes += len(message.get("body", b""))
         await send(message)
@@ -243,7 +236,3 @@ def _recorder(send: Send, record: AnswerRecord) -> Send:
 def _single_slashes(path: str) -> str:
     """Collapse double slashes, which clients send whose base URL ends in a slash."""
     return re.sub("/{2,}", "/", path)
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()

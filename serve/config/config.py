@@ -8,10 +8,13 @@ import math
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 from serve.config.options import API, LOGPROBS, MODEL, NETWORK, PROCESS, SCHEDULING, option, switch
 from serve.config.values import Between, MemoryAmount, OneOf, api_key, parse_bytes, parse_memory, root_path, strings
+
+if TYPE_CHECKING:
+    from serve.config.api_keys import ApiKey  # pydantic is not needed to print --help
 
 DEFAULT_MAX_LOGPROBS = 20
 # Options of EngineConfig that only some commands have as flags.
@@ -191,7 +194,7 @@ class ServeConfig(EngineConfig):
     root_path: str = option(
         NETWORK, "URL path under which a proxy exposes this server", root_path, default="", metavar="PATH"
     )
-    api_key: tuple[str, ...] = option(
+    api_key: "tuple[str | ApiKey, ...]" = option(
         NETWORK,
         "key that clients must send; repeatable; default: $LOGPROBD_API_KEY and $VLLM_API_KEY",
         api_key,
@@ -200,7 +203,10 @@ class ServeConfig(EngineConfig):
         metavar="KEY",
     )
     api_key_file: Path | None = option(
-        NETWORK, "file of API keys, one per line; unlike --api-key, other users of the machine cannot see them", Path
+        NETWORK,
+        "file of API keys, one per line or with names, roles and limits; unlike --api-key, other users of the machine "
+        "cannot see them",
+        Path,
     )
     allowed_hosts: tuple[str, ...] | None = option(
         NETWORK,

@@ -4,12 +4,15 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model.layout import PAGE_SIZE
 from serve.config.config import ServeConfig
 from serve.config.options import CommandLine, argument_type
 from serve.config.values import OneOf, api_key
+
+if TYPE_CHECKING:
+    from serve.config.api_keys import ApiKey
 
 _KEY_VARIABLES = ("LOGPROBD_API_KEY", "VLLM_API_KEY")
 _EPILOG = """\
@@ -66,26 +69,14 @@ def server_flags[C: ServeConfig](
     return line
 
 
-def _all_keys(flags: Sequence[str], file: Path | None, environ: Mapping[str, str]) -> tuple[str, ...]:
+def _all_keys(flags: Sequence[str], file: Path | None, environ: Mapping[str, str]) -> "tuple[str | ApiKey, ...]":
     """The keys of the command line and the file or, if there are none, those of the environment.
 
     Raises ValueError for a file without keys and for an invalid key: an empty key must not open the server.
     """
-    keys = [*flags, *([] if file is None else keys_in(file))]
+    keys: Sequence[str | ApiKey] = flags
+    if file is not None:
+        from serve.config.api_keys import all_keys  # pydantic is not needed to print --help
+
+        keys = all_keys(flags, file)
     return tuple(keys or [api_key(environ[name], f"${name}: ") for name in _KEY_VARIABLES if name in environ])
-
-
-def keys_in(path: Path) -> list[str]:
-    """The keys of a file: one per line; lines starting with # are comments. Raises ValueError."""
-    path = path.expanduser()
-    source = f"argument --api-key-file: {path}"
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="ascii").splitlines()]
-    except UnicodeDecodeError:
-        raise ValueError(f"{source}: not ASCII text") from None
-    except OSError as error:
-        raise ValueError(f"{source}: {error.strerror}") from None
-    keys = [api_key(line, f"{source}: ") for line in lines if line and not line.startswith("#")]
-    if not keys:
-        raise ValueError(f"{source}: contains no key")
-    return keys

@@ -75,7 +75,7 @@ def application(config: RayConfig) -> serve.Application:
         max_ongoing_requests=_MAX_CONNECTIONS,
         **common,
     )
-    return front.bind(replica.bind(config), config)
+    return front.bind(replica.bind(config.of_replica), config.of_front)
 
 
 def main() -> int:

@@ -24,8 +24,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.errors import APIError, engine_error
 from serve.api.json_stream import dump
+from serve.api.keys import ApiKeys
 from serve.api.metrics import ERRORS_TEXT, OWN_PREFIX
-from serve.api.middleware import Access, AnswerRecord, ApiKeys, Readiness, record_of, route_path
+from serve.api.middleware import Access, AnswerRecord, Readiness, record_of, route_path
 from serve.api.request_body import BODY_PATHS, Bodies
 from serve.api.sse import unless_disconnected
 from serve.config.config import ServeConfig

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from serve.config.config import ServeConfig
 from serve.config.flags import server_flags
@@ -75,6 +75,21 @@ class RayConfig(ServeConfig):
         bounds = {"min_replicas": self.min_replicas or 1, "max_replicas": self.max_replicas}
         target = self.target_ongoing_requests
         return bounds if target is None else bounds | {"target_ongoing_requests": target}
+
+    @property
+    def of_front(self) -> Self:
+        """The part of a front, which does not know the tokens of a request."""
+        return self._without_limits("tokens_per_minute")
+
+    @property
+    def of_replica(self) -> Self:
+        """The part of a replica: requests are counted by the front."""
+        return self._without_limits("requests_per_minute", "max_bodies")
+
+    def _without_limits(self, *names: str) -> Self:
+        none = dict.fromkeys(names)
+        keys = (key if isinstance(key, str) else key.model_copy(update=none) for key in self.api_key)
+        return dataclasses.replace(self, api_key=tuple(keys))
 
     @property
     def resources(self) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
+from serve.api.keys import ApiKeys
 from serve.api.metrics import Metrics
-from serve.api.middleware import ApiKeys, Readiness
+from serve.api.middleware import Readiness
 from serve.config.config import ServeConfig
 from serve.engine.engine import Engine
 from serve.engine.watchdog import Watchdog

@@ -16,8 +16,9 @@ from model.kv_cache import PAGE_SIZE
 from serve.api.access_log import log_answer
 from serve.api.app import create_app
 from serve.api.context import ServedModel
+from serve.api.keys import ApiKeys
 from serve.api.metrics import Metrics
-from serve.api.middleware import ApiKeys, Readiness
+from serve.api.middleware import Readiness
 from serve.config.config import ServeConfig
 from serve.server.console import Reporter, start_reporting
 from serve.server.lifecycle import HttpServer, Served, run

@@ -6,9 +6,9 @@ import sys
 import threading
 import traceback
 
-from serve.api.middleware import ApiKeys
+from serve.api.keys import ApiKeys
+from serve.config.api_keys import all_keys, keys_in
 from serve.config.config import ServeConfig
-from serve.config.flags import keys_in
 from serve.server.model_files import StartupError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Reload:
         self._is_requested = False
         try:
             if self._config.api_key_file is not None:
-                keys.replace([*self._flag_keys, *keys_in(self._config.api_key_file)])
+                keys.replace(all_keys(self._flag_keys, self._config.api_key_file))
             if context is not None:
                 load_certificates(self._config, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))  # not a half of them
                 load_certificates(self._config, context)

@@ -15,7 +15,7 @@ import pytest
 
 from compiled.program_cache import cache_options_restored, use_persistent_cache
 from serve.api.access_log import log_answer
-from serve.api.middleware import ApiKeys
+from serve.api.keys import ApiKeys
 from serve.config.config import ServeConfig
 from serve.server.console import JsonFormatter
 from serve.text.chat_template import ChatTemplateError, TemplateSandbox
@@ -181,13 +181,8 @@ def keyed(authorization: str) -> dict[str, Any]:
 
 def test_api_keys_have_names() -> None:
     keys = ApiKeys(["sk-1", "sk-2"])
-    assert [keys.name_of(keyed(f"Bearer {key}")) for key in ("sk-1", "sk-2", "sk-3", "", "sk-1 ")] == [
-        "key1",
-        "key2",
-        None,
-        None,
-        "key1",
-    ]
+    found = [keys.find(keyed(f"Bearer {key}")) for key in ("sk-1", "sk-2", "sk-3", "", "sk-1 ")]
+    assert [key and key.name for key in found] == ["key1", "key2", None, None, "key1"]
 
 
 def test_api_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +196,7 @@ def test_api_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch)
     keys = ApiKeys(["a", "b" * 100, "c"])
     for key in ("a", "b" * 100, "wrong"):
         compared.clear()
-        keys.name_of(keyed(f"Bearer {key}"))
+        keys.find(keyed(f"Bearer {key}"))
         assert compared == [(32, 32)] * 3
 
 

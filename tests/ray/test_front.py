@@ -15,6 +15,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own
     from serve.ray import front as ray_front
 
+from serve.config.api_keys import ApiKey  # noqa: E402
 from serve.config.config import ServeConfig  # noqa: E402
 from serve.ray.front import Front  # noqa: E402
 from serve.ray.prefix_index import prompt_blocks  # noqa: E402
@@ -132,7 +133,7 @@ def receiver(unread: list[dict[str, Any]]) -> Any:
 MAX_BODY = 100_000  # bytes
 
 
-def app(replicas: Any, *api_keys: str) -> Any:
+def app(replicas: Any, *api_keys: str | ApiKey) -> Any:
     return Front(replicas, ServeConfig(api_key=api_keys, max_body_bytes=MAX_BODY)).__serve_build_asgi_app__()
 
 
@@ -291,6 +292,23 @@ async def test_body_is_read_only_with_a_key_and_for_an_endpoint(
     assert sent[0]["status"] == status
     assert bool(read) == reads
     assert [call.arguments[2] for call in replicas.calls] == ([b"{}" if reads else b""] if status == 200 else [])
+
+
+async def test_front_limits_requests_per_minute() -> None:
+    replicas = Replicas([[[], [start(), EVENT, END]]])
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    front = app(replicas, ApiKey(name="alice", key="right", requests_per_minute=1))
+    for _ in range(2):
+        headers = {"authorization": "Bearer right"}
+        await front(scope(**headers), receiver([{"type": "http.request", "body": b"{}"}]), send)
+    starts = [message for message in sent if message["type"] == "http.response.start"]
+    assert [message["status"] for message in starts] == [200, 429]
+    assert [dict(message["headers"])[b"x-ratelimit-remaining-requests"] for message in starts] == [b"0", b"0"]
+    assert len(replicas.calls) == 1
 
 
 async def test_slow_body_gets_408_and_is_not_sent() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from serve.ray.options import ray_flags
+from serve.config.api_keys import ApiKey
+from serve.ray.options import RayConfig, ray_flags
 from tests.support.server_process import ROOT
 
 
@@ -23,6 +24,15 @@ def test_ray_config_has_flags_of_replicas_and_of_the_server() -> None:
     config = ray_flags({}).read([*words, "--api-key", "k", "--address", "auto"])
     assert (config.num_replicas, config.num_cpus_per_replica, config.address) == (3, 0.5, "auto")
     assert (config.model, config.dtype, config.api_key) == ("org/model", "float32", ("k",))
+
+
+def test_limits_are_split_between_fronts_and_replicas() -> None:
+    entry = ApiKey(name="a", key="k", requests_per_minute=1, tokens_per_minute=2, max_bodies=3, min_priority=4)
+    config = RayConfig(api_key=("plain", entry), num_replicas=2)
+    front = ApiKey(name="a", key="k", requests_per_minute=1, max_bodies=3, min_priority=4)
+    replica = ApiKey(name="a", key="k", tokens_per_minute=2, min_priority=4)
+    assert (config.of_front.api_key, config.of_replica.api_key) == (("plain", front), ("plain", replica))
+    assert config.of_replica.num_replicas == 2
 
 
 @pytest.mark.parametrize(

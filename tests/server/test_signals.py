@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from serve.api.middleware import ApiKeys
+from serve.api.keys import ApiKeys
 from serve.config.flags import parse_args
 from serve.server.signals import Reload, load_certificates, log_stacks
 from tests.support.certificates import Certificates
 
 
 def names(keys: ApiKeys, *sent: str) -> list[str | None]:
-    return [keys.name_of({"type": "http", "headers": [(b"x-api-key", key.encode())]}) for key in sent]
+    found = [keys.find({"type": "http", "headers": [(b"x-api-key", key.encode())]}) for key in sent]
+    return [None if key is None else key.name for key in found]
 
 
 def test_reload_reads_the_key_file_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

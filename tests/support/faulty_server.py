@@ -13,8 +13,9 @@ from compiled.state import MAX_REQUESTED_IDS, DecodeInput, SamplingArrays, StepI
 from model.kv_cache import PAGE_SIZE
 from serve.api.app import create_app
 from serve.api.context import ServedModel
+from serve.api.keys import ApiKeys
 from serve.api.metrics import Metrics
-from serve.api.middleware import ApiKeys, Readiness
+from serve.api.middleware import Readiness
 from serve.config.config import ServeConfig
 from serve.config.flags import parse_args
 from serve.engine.engine import Engine

@@ -32,6 +32,7 @@ from model.kv_cache import NULL_PAGE, PAGE_SIZE
 from model.token_logprobs import NO_ID, TokenLogprobs
 from serve.api.app import create_app
 from serve.api.context import ServedModel
+from serve.api.keys import ApiKeys
 from serve.api.metrics import Metrics
 from serve.api.middleware import OnAnswer, Readiness
 from serve.config.config import ServeConfig
@@ -243,6 +244,7 @@ def start_server(
     vllm_names: bool = False,
     max_model_len: int = MAX_MODEL_LEN,
     readiness: Readiness | None = None,
+    api_keys: ApiKeys | None = None,
     on_answer: OnAnswer | None = None,
     **config: Any,
 ) -> Server:
@@ -273,7 +275,7 @@ def start_server(
     )
     model = ServedModel(config.get("served_model_name", (MODEL, "alias")), tokenizer, **facts)
     settings = ServeConfig(**{"allowed_hosts": ("*",)} | config)
-    app = create_app(engine, model, settings, metrics, readiness=readiness, on_answer=on_answer)
+    app = create_app(engine, model, settings, metrics, readiness=readiness, api_keys=api_keys, on_answer=on_answer)
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
     client = httpx2.AsyncClient(transport=transport, base_url="http://test")
     return Server(runs, engine, app, client)

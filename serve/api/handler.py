@@ -22,7 +22,7 @@ from serve.api.logprobs import TokenNames
 from serve.api.middleware import AnswerRecord, record_of
 from serve.api.parsing import validate
 from serve.api.request_body import Holding, json_object
-from serve.api.requests import GenerationRequest, StreamOptions
+from serve.api.requests import PROMPT_FIELDS, GenerationRequest, StreamOptions, release_texts
 from serve.api.sampling_params import sampling_params, stop_strings
 from serve.api.sse import json_or_disconnect, stream_or_disconnect
 from serve.api.unsent import Unsent
@@ -40,9 +40,6 @@ from serve.jobs.generate import Output, OutputDecoder, choice_params
 from serve.text.detokenizer import Detokenizer, StopStrings
 
 logger = logging.getLogger(__name__)
-
-# Large fields of a request that are not needed once it is tokenized.
-_PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids", "documents", "chat_template", "chat_template_kwargs")
 
 
 class Handler[B: GenerationRequest](ABC):
@@ -123,7 +120,7 @@ class Handler[B: GenerationRequest](ABC):
         )
         if config.enable_log_requests:
             self._log(header, body, ids)
-        _release_texts(body)
+        release_texts(body)
         as_ids = body.return_tokens_as_token_ids
         return Job(
             body=body,
@@ -165,9 +162,7 @@ class Handler[B: GenerationRequest](ABC):
         salt = body.cache_salt or ""
         if config.prefix_cache_per_key and record.key:
             salt = f"{record.key}/{salt}"  # unambiguous: a name contains no slash
-        priority = body.priority or 0
-        if record.api_key is not None:
-            priority = record.api_key.priority(priority)
+        priority = record.priority(body.priority or 0)
         timeout = min(config.request_timeout, math.inf if body.timeout is None else body.timeout)
         stop = StopStrings(stop_strings(body))
         eos_token_ids = frozenset() if body.ignore_eos else tokenizer.eos_token_ids
@@ -207,7 +202,7 @@ class Handler[B: GenerationRequest](ABC):
     def _log(self, header: dict[str, Any], body: B, prompts: Sequence[list[int]]) -> None:
         decode, length = self._context.model.tokenizer.decode, self._context.config.max_log_len
         starts = [decode(ids, skip_special_tokens=False)[:length] for ids in prompts]
-        fields = body.model_dump(exclude_none=True, exclude=set(_PROMPT_FIELDS))
+        fields = body.model_dump(exclude_none=True, exclude=set(PROMPT_FIELDS))
         logger.warning("request %s: prompts %r, fields %r", header["id"], starts, fields)
 
     async def _deltas(self, job: Job[B]) -> AsyncGenerator[tuple[Choice, Output]]:
@@ -314,11 +309,3 @@ class Handler[B: GenerationRequest](ABC):
     @abstractmethod
     async def _chunk_choice(self, job: Job[B], choice: Choice, delta: Output) -> dict[str, Any]:
         """A choice in a chunk."""
-
-
-def _release_texts(body: GenerationRequest) -> None:
-    """Free the prompts' sources and unknown fields: they may be large, and generation takes long."""
-    (body.model_extra or {}).clear()
-    for name in _PROMPT_FIELDS:
-        if name in type(body).model_fields:
-            setattr(body, name, None)

@@ -90,6 +90,10 @@ class AnswerRecord:
         """Name of the API key, such as "key1"."""
         return None if self.api_key is None else self.api_key.name
 
+    def priority(self, requested: int) -> int:
+        """The request's priority in the engine."""
+        return requested if self.api_key is None else self.api_key.priority(requested)
+
     def charge(self, tokens: int) -> None:
         """Count tokens towards the API key's limit; unused ones are returned at the end. Raises APIError."""
         if self.api_key is not None:

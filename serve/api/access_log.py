@@ -31,6 +31,7 @@ def fields_of(record: AnswerRecord) -> dict[str, object]:
         "status": record.status,
         "client": _address(record.client),
         "key": record.key,
+        "trace_id": None if record.trace is None else record.trace.trace_id,
         "bytes": record.body_bytes,
         "seconds": record.seconds,
         "error": record.error,

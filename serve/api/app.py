@@ -20,7 +20,7 @@ from serve.api.inspector import inspector
 from serve.api.json_stream import json_response
 from serve.api.keys import RATE_HEADERS, ApiKeys
 from serve.api.metrics import CONTENT_TYPE, Metrics
-from serve.api.middleware import Access, AnswerRecord, OnAnswer, Readiness, record_of
+from serve.api.middleware import Access, AnswerRecord, OnAnswer, Readiness, Tracer, record_of
 from serve.api.openapi import documentation
 from serve.api.prompt_logprobs import PromptLogprobsWriter
 from serve.api.request_body import Bodies, Budget, json_object
@@ -42,6 +42,7 @@ def create_app(
     readiness: Readiness | None = None,
     api_keys: ApiKeys | None = None,
     on_answer: OnAnswer | None = None,
+    tracer: Tracer | None = None,
 ) -> Starlette:
     """The ASGI app of a running engine. The caller starts and stops the engine and registers `metrics` with it.
 
@@ -49,6 +50,7 @@ def create_app(
         readiness: whether requests are accepted; always, if None.
         api_keys: accepted keys; None: those of `config`.
         on_answer: called with the record of each answer, after `metrics`.
+        tracer: makes a span of each request.
 
     Raises:
         ValueError: an option is too small for the engine.
@@ -73,9 +75,13 @@ def create_app(
         if on_answer is not None:
             on_answer(record)
 
-    keys = api_keys or ApiKeys(config.api_key)
     access = Middleware(
-        Access, api_keys=keys, allowed_hosts=config.accepted_hosts, readiness=readiness, on_answer=on_end
+        Access,
+        api_keys=api_keys or ApiKeys(config.api_key),
+        allowed_hosts=config.accepted_hosts,
+        readiness=readiness,
+        on_answer=on_end,
+        tracer=tracer,
     )
     routes = [*_generation_routes(context), *_status_routes(context, readiness), *inspector()]
     if not config.disable_fastapi_docs:
@@ -173,7 +179,7 @@ def _cors(config: ServeConfig) -> list[Middleware]:
             allow_methods=config.allowed_methods,
             allow_headers=config.allowed_headers,
             allow_credentials=config.allow_credentials,
-            expose_headers=["x-request-id", "retry-after", *RATE_HEADERS],
+            expose_headers=["x-request-id", "retry-after", "traceresponse", *RATE_HEADERS],
         )
     ]
 

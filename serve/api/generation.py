@@ -1,7 +1,7 @@
 """Run the choices of a request in the engine and turn their events into text with log-probs."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ from serve.api.errors import APIError, engine_error, shutting_down
 from serve.api.logprobs import CompletionLogprobs, wire_logprobs
 from serve.api.middleware import Work
 from serve.api.request_body import Holding
+from serve.api.requests import GenerationRequest
 from serve.engine.client import EngineClient, RequestHandle
 from serve.engine.request import (
     DeadlineError,
@@ -215,7 +216,23 @@ def work_of(choices: Sequence[Choice]) -> Work:
         queue_seconds=max((times.scheduled - times.arrived for times in started), default=None),
         prefill_seconds=max(((times.first or times.last) - times.scheduled for times in ended), default=None),
         decode_seconds=max((times.last - times.first for times in ended if times.first), default=None),
+        first_token_seconds=min((times.first - times.arrived for times in started if times.first), default=None),
     )
+
+
+def span_attributes(body: GenerationRequest, header: Mapping[str, Any], *, operation: str) -> dict[str, Any]:
+    """Attributes of a request's span; those without a value are None."""
+    return {
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": "logprobd",
+        "gen_ai.request.model": body.model or header["model"],
+        "gen_ai.request.choice.count": body.n,
+        "gen_ai.request.max_tokens": body.max_tokens,
+        "gen_ai.request.temperature": body.temperature,
+        "gen_ai.request.top_p": body.top_p,
+        "gen_ai.response.id": header["id"],
+        "gen_ai.response.model": header["model"],
+    }
 
 
 def check_event(event: TokenEvent) -> None:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from serve.api.context import Context
 from serve.api.errors import invalid
-from serve.api.generation import Choice, Prompt, Unread, engine_errors, merge, work_of
+from serve.api.generation import Choice, Prompt, Unread, engine_errors, merge, span_attributes, work_of
 from serve.api.job import Job, check_logprobs, usage
 from serve.api.json_stream import Body, Placeholder, make_body
 from serve.api.logprobs import TokenNames
@@ -142,6 +142,7 @@ class Handler[B: GenerationRequest](ABC):
             "model": served_name(body.model, model.names),
             "system_fingerprint": model.system_fingerprint,
         }
+        record.generation = span_attributes(body, header, operation=self.objects[0].partition(".")[0])
         mode = body.logprobs_mode or self._context.config.logprobs_mode
         if body.logprobs_mode is not None or mode != "raw_logprobs":
             header["logprobs_mode"] = mode

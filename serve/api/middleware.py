@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
@@ -19,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.api.errors import APIError, engine_error, shutting_down
 from serve.api.keys import ApiKeys, Key
 from serve.api.request_body import BODY_PATHS
+from serve.api.trace_context import TraceContext, read_traceparent
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class Work:
     queue_seconds: float | None  # from arrival in the engine until the request ran; None if it never ran
     prefill_seconds: float | None  # from there to the first token, or to the last log-prob of the prompt
     decode_seconds: float | None  # from the first token to the last
+    first_token_seconds: float | None  # from arrival to the first token of any choice
 
     @property
     def num_tokens(self) -> int:
@@ -66,6 +69,9 @@ class AnswerRecord:
     path: str
     client: str | None = None  # IP address
     api_key: Key | None = None
+    trace: TraceContext | None = None  # of the server's span if there is a tracer, else of the client's
+    span: Any = None  # of the tracer
+    generation: dict[str, Any] = field(default_factory=dict)  # attributes of the span about the model and its answer
     charged: int = 0  # tokens, of the API key's limit
     start_time: float = field(default_factory=time.monotonic)
     seconds: float = 0.0  # until the end of the answer
@@ -99,6 +105,14 @@ class AnswerRecord:
         if self.api_key is not None:
             self.api_key.charge(tokens)
             self.charged = tokens
+
+
+class Tracer(Protocol):
+    def start(self, record: AnswerRecord) -> None:
+        """Start the span of a request and set `span` and `trace` of its record."""
+
+    def end(self, record: AnswerRecord) -> None:
+        """End the span of a complete record."""
 
 
 type OnAnswer = Callable[[AnswerRecord], None]
@@ -147,12 +161,14 @@ class Access:
         allowed_hosts: Sequence[str],  # names in the Host header, without port; empty accepts any
         readiness: Readiness,
         on_answer: OnAnswer,  # called with the record of every answer when it has ended
+        tracer: Tracer | None = None,
     ) -> None:
         self._app = app
         self._keys = api_keys
         self._hosts = frozenset(host.lower() for host in allowed_hosts)
         self._readiness = readiness
         self._on_answer = on_answer
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -163,6 +179,9 @@ class Access:
         client = scope.get("client")
         record = AnswerRecord(request_id, scope["method"], _sent_path(scope), client[0] if client else None)
         record.api_key = self._keys.find(scope)
+        record.trace = read_traceparent(Headers(scope=scope))
+        if self._tracer is not None and route_path(scope) not in PROBES:
+            self._tracer.start(record)
         headers = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
         headers.append((b"x-request-id", request_id.encode()))
         root = root_path(scope)
@@ -172,6 +191,8 @@ class Access:
             await self._answer(scope, receive, _recorder(send, record), record)
         finally:
             record.end(getattr(scope.get("route"), "path", NO_ROUTE))
+            if self._tracer is not None:
+                self._tracer.end(record)
             self._on_answer(record)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, record: AnswerRecord) -> None:
@@ -228,6 +249,8 @@ def _recorder(send: Send, record: AnswerRecord) -> Send:
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = record.request_id
             headers.setdefault("x-content-type-options", "nosniff")
+            if record.span is not None and record.trace is not None:
+                headers["traceresponse"] = record.trace.header
             for name, value in (record.api_key.headers if record.api_key else {}).items():
                 headers[name] = value
         elif message["type"] == "http.response.body":

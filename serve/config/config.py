@@ -273,6 +273,9 @@ class ServeConfig(EngineConfig):
     max_log_len: int | None = option(
         PROCESS, "maximum number of characters of a logged prompt; default: no limit", Between(0, 1 << 30)
     )
+    otlp_traces_endpoint: str | None = option(
+        PROCESS, "OTLP/HTTP URL for traces, such as http://localhost:4318/v1/traces", metavar="URL"
+    )
     uvicorn_log_level: str = option(
         PROCESS,
         "log level of the HTTP server",

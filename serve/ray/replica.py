@@ -37,6 +37,8 @@ class Replica:
         """Called by Ray when the replica is idle and to be stopped."""
         if hasattr(self, "_served"):
             self._served.engine.stop()
+            if self._served.tracer is not None:
+                self._served.tracer.close()
 
     async def answer(
         self, blocks: tuple[bytes, ...], scope: dict[str, Any], body: bytes

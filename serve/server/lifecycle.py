@@ -24,6 +24,7 @@ from serve.engine.engine import Engine
 from serve.engine.watchdog import Watchdog
 from serve.server.http_protocol import HttpConfig
 from serve.server.signals import Reload
+from serve.server.traces import OtlpTracer
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Served:
     readiness: Readiness
     api_keys: ApiKeys
     metrics: Metrics
+    tracer: OtlpTracer | None = None
 
 
 class HttpServer(uvicorn.Server):

@@ -29,6 +29,7 @@ from serve.server.self_test import run_self_test
 from serve.server.signals import Reload, load_certificates, log_stacks
 from serve.server.startup import load
 from serve.server.startup_events import server_started
+from serve.server.traces import open_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def assemble(config: ServeConfig, reporter: Reporter) -> Served:
     Raises:
         STARTUP_ERRORS: the model cannot be served.
     """
+    tracer = open_tracer(config)
     loaded = load(config, reporter)
     run_self_test(loaded)
     names = config.served_model_name or (loaded.name,)
@@ -57,11 +59,20 @@ def assemble(config: ServeConfig, reporter: Reporter) -> Served:
     model = ServedModel(names, loaded.tokenizer, loaded.fingerprint, loaded.defaults)
     on_answer = None if config.disable_uvicorn_access_log else log_answer
     try:
-        app = create_app(engine, model, config, metrics, readiness=readiness, api_keys=keys, on_answer=on_answer)
+        app = create_app(
+            engine,
+            model,
+            config,
+            metrics,
+            readiness=readiness,
+            api_keys=keys,
+            on_answer=on_answer,
+            tracer=tracer,
+        )
     except ValueError as error:
         engine.stop()
         raise StartupError(str(error)) from None
-    return Served(names, loaded.tokenizer.chat_template is not None, engine, app, readiness, keys, metrics)
+    return Served(names, loaded.tokenizer.chat_template is not None, engine, app, readiness, keys, metrics, tracer)
 
 
 def main(config: ServeConfig, make: Callable[[ServeConfig, Reporter], Served] = assemble) -> int:
@@ -85,6 +96,8 @@ def main(config: ServeConfig, make: Callable[[ServeConfig, Reporter], Served] = 
         except (*STARTUP_ERRORS, KeyboardInterrupt) as error:
             return reporter.fail(error)
         stack.callback(served.engine.stop)
+        if served.tracer is not None:
+            stack.callback(served.tracer.close)
         server = HttpServer(served, config, reload)
         shutdown = [signal.SIGTERM, signal.SIGINT, *([] if reload.has_files else [signal.SIGHUP])]
         for number in shutdown:  # before uvicorn does, and after it has restored these handlers

@@ -33,7 +33,7 @@ async def test_access_log_answer_has_times(stream: bool) -> None:
         response = await post
     [record] = records
     fields = fields_of(record)
-    names = ("seconds", "queue_seconds", "prefill_seconds", "decode_seconds")
+    names = ("seconds", "queue_seconds", "prefill_seconds", "decode_seconds", "first_token_seconds")
     times: dict[str, Any] = {name: fields.pop(name) for name in names}
     assert fields == {
         "request_id": "mine",
@@ -49,6 +49,7 @@ async def test_access_log_answer_has_times(stream: bool) -> None:
     }
     assert all(isinstance(seconds, float) and seconds >= 0 for seconds in times.values())
     assert times["seconds"] >= times["decode_seconds"] >= 0.01
+    assert times["seconds"] >= times["first_token_seconds"]
     assert record.handler == COMPLETIONS
 
 

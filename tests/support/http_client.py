@@ -34,7 +34,7 @@ from serve.api.app import create_app
 from serve.api.context import ServedModel
 from serve.api.keys import ApiKeys
 from serve.api.metrics import Metrics
-from serve.api.middleware import OnAnswer, Readiness
+from serve.api.middleware import OnAnswer, Readiness, Tracer
 from serve.config.config import ServeConfig
 from serve.engine.client import RequestHandle
 from serve.engine.engine import Engine
@@ -246,6 +246,7 @@ def start_server(
     readiness: Readiness | None = None,
     api_keys: ApiKeys | None = None,
     on_answer: OnAnswer | None = None,
+    tracer: Tracer | None = None,
     **config: Any,
 ) -> Server:
     """A running server whose model generates `script` and then END. `Server.stop` ends it.
@@ -275,7 +276,16 @@ def start_server(
     )
     model = ServedModel(config.get("served_model_name", (MODEL, "alias")), tokenizer, **facts)
     settings = ServeConfig(**{"allowed_hosts": ("*",)} | config)
-    app = create_app(engine, model, settings, metrics, readiness=readiness, api_keys=api_keys, on_answer=on_answer)
+    app = create_app(
+        engine,
+        model,
+        settings,
+        metrics,
+        readiness=readiness,
+        api_keys=api_keys,
+        on_answer=on_answer,
+        tracer=tracer,
+    )
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
     client = httpx2.AsyncClient(transport=transport, base_url="http://test")
     return Server(runs, engine, app, client)

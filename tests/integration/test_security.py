@@ -16,6 +16,7 @@ import pytest
 from compiled.program_cache import cache_options_restored, use_persistent_cache
 from serve.api.access_log import log_answer
 from serve.api.keys import ApiKeys
+from serve.config.api_keys import ApiKey
 from serve.config.config import ServeConfig
 from serve.server.console import JsonFormatter
 from serve.text.chat_template import ChatTemplateError, TemplateSandbox
@@ -200,10 +201,15 @@ def test_api_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch)
         assert compared == [(32, 32)] * 3
 
 
-async def test_prefix_cache_per_key_isolates_keys() -> None:
+@pytest.mark.parametrize(
+    "api_key",
+    [("sk-1", "sk-2"), (ApiKey(name="alice", key="sk-1"), ApiKey(name="bob", key="sk-2"))],
+    ids=["lines", "entries"],
+)
+async def test_prefix_cache_per_key_isolates_keys(api_key: tuple[str | ApiKey, ...]) -> None:
     prompt = [1] * 200
     for apart in (False, True):
-        async with serving(None, api_key=("sk-1", "sk-2"), prefix_cache_per_key=apart) as server:
+        async with serving(None, api_key=api_key, prefix_cache_per_key=apart) as server:
 
             async def cached(key: str, salt: str | None = None) -> int:
                 response = await server.post(
@@ -215,7 +221,8 @@ async def test_prefix_cache_per_key_isolates_keys() -> None:
             assert await cached("sk-1") > 0
             assert (await cached("sk-2") == 0) is apart
             assert await cached("sk-2") > 0
-            assert await cached("sk-1", "key2") == 0  # a salt equal to another key's name
+            for name in ("key2", "bob"):
+                assert await cached("sk-1", name) == 0  # a salt equal to another key's name
             assert await cached("sk-1", "own") == 0
             assert (await cached("sk-2", "own") == 0) is apart
 

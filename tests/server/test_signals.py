@@ -44,6 +44,27 @@ def test_reload_reads_the_key_file_again(tmp_path: Path, caplog: pytest.LogCaptu
     assert f"SIGHUP: argument --api-key-file: {file}: contains no key" in caplog.messages
 
 
+def test_reload_changes_limits_and_keeps_what_was_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "keys.toml"
+    entry = '[[keys]]\nname = "alice"\nkey = "one"\nrequests_per_minute = '
+    file.write_text(f"{entry}60\n")
+    config = parse_args(["--api-key", "flag", "--api-key-file", str(file)], {})
+    reload, keys = Reload(config), ApiKeys(config.api_key, lambda: 0.0)
+    key = keys.find({"type": "http", "headers": [(b"x-api-key", b"one")]})
+    assert key is not None
+    with key.request():
+        file.write_text(f"{entry}30\n")
+        reload.request()
+        reload.run_if_requested(keys, None)
+    assert key.headers["x-ratelimit-limit-requests"] == "30"
+    assert key.headers["x-ratelimit-remaining-requests"] == "29"
+    file.write_text(f'{entry}30\n[[keys]]\nname = "bob"\nkey = "flag"\n')  # a key of the command line
+    reload.request()
+    reload.run_if_requested(keys, None)
+    assert names(keys, "one", "flag") == ["alice", "key1"]
+    assert f"SIGHUP: argument --api-key-file: {file}: the key of 'bob' is used twice" in caplog.messages
+
+
 def test_reload_keeps_a_certificate_without_its_key(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     certificates = Certificates.made_in(tmp_path)
     config = parse_args(certificates.flags(), {})

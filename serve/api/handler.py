@@ -20,9 +20,9 @@ from serve.api.job import Job, check_logprobs, usage
 from serve.api.json_stream import Body, Placeholder, make_body
 from serve.api.logprobs import TokenNames
 from serve.api.middleware import AnswerRecord, record_of
-from serve.api.parsing import validate
+from serve.api.parsing import PROMPT_FIELDS, release_texts, validate
 from serve.api.request_body import Holding, json_object
-from serve.api.requests import PROMPT_FIELDS, GenerationRequest, StreamOptions, release_texts
+from serve.api.requests import GenerationRequest, StreamOptions
 from serve.api.sampling_params import sampling_params, stop_strings
 from serve.api.sse import json_or_disconnect, stream_or_disconnect
 from serve.api.unsent import Unsent

@@ -165,6 +165,7 @@ class ApiKeys:
             if entry is not None:
                 known.configure(entry)
             self._keys.append((hashed, known))
+        self.required = bool(self._keys)
         self._has_admin = any(key.is_admin for _, key in self._keys)
 
     def find(self, scope: Scope) -> Key | None:
@@ -179,12 +180,12 @@ class ApiKeys:
         return matches[0] if matches else None
 
     def check(self, method: str, path: str, key: Key | None) -> None:
-        """Check that a request may be answered; `key` is the result of `find`.
+        """Check that a request may be answered, if keys are required; `key` is the result of `find`.
 
         Raises:
             APIError: 401, it needs a key; 403, it needs a key of the role admin.
         """
-        if not self._keys or _PUBLIC_PATHS.fullmatch(path):
+        if _PUBLIC_PATHS.fullmatch(path):
             return
         if method == "OPTIONS":  # a CORS preflight carries no key, and no route answers it
             return

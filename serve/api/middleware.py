@@ -174,12 +174,15 @@ class Access:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        requested = Headers(scope=scope).get("x-request-id", "")
+        sent = Headers(scope=scope)
+        requested = sent.get("x-request-id", "")
         request_id = requested if _REQUEST_ID.fullmatch(requested) else uuid.uuid4().hex
         client = scope.get("client")
         record = AnswerRecord(request_id, scope["method"], _sent_path(scope), client[0] if client else None)
-        record.api_key = self._keys.find(scope)
-        record.trace = read_traceparent(Headers(scope=scope))
+        if self._keys.required:
+            record.api_key = self._keys.find(scope)
+        if "traceparent" in sent:
+            record.trace = read_traceparent(sent)
         if self._tracer is not None and route_path(scope) not in PROBES:
             self._tracer.start(record)
         headers = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
@@ -202,7 +205,8 @@ class Access:
         limited = scope["method"] == "POST" and path in BODY_PATHS
         try:
             self._check_host(scope)
-            self._keys.check(scope["method"], path, key)
+            if self._keys.required:
+                self._keys.check(scope["method"], path, key)
             if scope["path"] == scope["root_path"] != "":
                 await RedirectResponse(f"{scope['root_path']}/")(scope, receive, send)  # the page's links are relative
                 return

@@ -21,6 +21,9 @@ from serve.jobs.score import is_huge_integer
 
 logger = logging.getLogger(__name__)
 
+# Large fields of a request that are not needed once it is tokenized.
+PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids", "documents", "chat_template", "chat_template_kwargs")
+
 _MAX_LEVELS = 64  # of nested containers: templates, logs and libraries recurse over them
 _MAX_UNKNOWN = 1000  # names of unknown fields that are logged, so that clients cannot fill the memory
 _MAX_COMPARED = 32  # unknown fields of a body that are compared with ours, and characters of such a name
@@ -153,3 +156,11 @@ def _location(parts: tuple[int | str, ...]) -> str:
         elif part != "str" and not part.startswith(("list[", "dict[")):
             text += f".{part}" if text else part
     return text
+
+
+def release_texts(body: GenerationRequest) -> None:
+    """Free the prompts' sources and unknown fields: they may be large, and generation takes long."""
+    (body.model_extra or {}).clear()
+    for name in PROMPT_FIELDS:
+        if name in type(body).model_fields:
+            setattr(body, name, None)

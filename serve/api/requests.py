@@ -16,9 +16,6 @@ TokenId = Count
 _TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 _Strings = Annotated[list[str], Field(fail_fast=True)]
 
-# Large fields of a request that are not needed once it is tokenized.
-PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids", "documents", "chat_template", "chat_template_kwargs")
-
 _BIAS = {"type": "number", "minimum": -100, "maximum": 100}
 
 
@@ -137,11 +134,3 @@ class ChatCompletionRequest(GenerationRequest, ChatPromptFields):
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     max_completion_tokens: Count | None = None
     return_prompt_text: bool | None = None
-
-
-def release_texts(body: GenerationRequest) -> None:
-    """Free the prompts' sources and unknown fields: they may be large, and generation takes long."""
-    (body.model_extra or {}).clear()
-    for name in PROMPT_FIELDS:
-        if name in type(body).model_fields:
-            setattr(body, name, None)

@@ -55,22 +55,26 @@ sharded_logprobs, target_facts, executed_notebook, kernel_lines = map(_output_of
 
 
 @pytest.fixture(scope="session")
-def compilation_cache(pytestconfig: pytest.Config) -> Path:
+def compilation_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cache of compiled programs shared by all server processes of this worker, also in later runs."""
-    return _cache_folder(pytestconfig, "servers")
+    return _cache_folder(pytestconfig, tmp_path_factory, "servers")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _programs_are_compiled_once(pytestconfig: pytest.Config) -> Iterator[None]:
+def _programs_are_compiled_once(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     """Keep the programs that tests compile in their own process."""
     with cache_options_restored():
-        use_persistent_cache(_cache_folder(pytestconfig, "tests"))
+        use_persistent_cache(_cache_folder(pytestconfig, tmp_path_factory, "tests"))
         yield
         seal_entries()
 
 
-def _cache_folder(config: pytest.Config, name: str) -> Path:
+def _cache_folder(config: pytest.Config, temporary: pytest.TempPathFactory, name: str) -> Path:
     """A folder of this worker: jax does not write an entry atomically, so workers cannot share one."""
+    if not hasattr(config, "cache"):  # `-p no:cacheprovider`
+        return temporary.mktemp(name)
     return config.cache.mkdir("programs") / f"{name}-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
 
 

@@ -26,7 +26,7 @@ ray: $(READY) .venv/.ray
 	$(RUN) -m serve.ray.app $(MODEL) --host $(HOST) --port $(PORT) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 # The fast ring, minutes; ARGS="tests/engine -x -n 0" runs one folder without workers.
-PYTEST := $(PY) -m pytest --dist loadfile --no-loadscope-reorder -n 2
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: .venv/.dev .venv/.ray kernels
 	$(PYTEST) -m "not slow and not clients" $(ARGS)
 
@@ -34,9 +34,8 @@ test: .venv/.dev .venv/.ray kernels
 SLOW := .venv/.dev .venv/.ray .venv/.guides .venv/.portability .venv/.programs kernels
 test-all: $(SLOW)
 	$(PYTEST) -m "not clients" $(ARGS)
-# Slow tests often wait for other processes, so a third worker uses the time of two cores.
 test-slow: $(SLOW)
-	$(PYTEST) -n 3 -m "slow and not clients" $(ARGS)
+	$(PYTEST) -m "slow and not clients" $(ARGS)
 
 # The third ring: real clients in environments of their own. Needs npm; downloads, takes minutes.
 clients: .venv/.dev kernels

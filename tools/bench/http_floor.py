@@ -134,6 +134,7 @@ def _serve() -> None:
     app = create_app(engine, ServedModel(("null",), tokenizer), ServeConfig(), metrics)
     config = uvicorn.Config(app, port=0, log_level="warning", access_log=False)
     listener = config.bind_socket()
+    listener.listen()  # connections before the server runs wait
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
     uvicorn.Server(config).run(sockets=[listener])
 

@@ -115,6 +115,7 @@ class Handler[B: GenerationRequest](ABC):
             prompt_logprobs,
             limits,
             repeats=self.repeats_prompt_logprobs,
+            token_ids=bool(body.return_token_ids),
             stream=bool(body.stream),
             fixed_length=not stop_strings(body),
         )

@@ -205,6 +205,8 @@ class Access:
         limited = scope["method"] == "POST" and path in BODY_PATHS
         try:
             self._check_host(scope)
+            if not path.isprintable():  # a route's regular expression matches its path with a line break, too
+                raise APIError(404, "The path contains control characters.", None, "not_found")
             if self._keys.required:
                 self._keys.check(scope["method"], path, key)
             if scope["path"] == scope["root_path"] != "":

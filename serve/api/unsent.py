@@ -17,6 +17,7 @@ _BATCH = 256 << 10  # bytes of choices that are rendered together
 _ARRAYS = 12  # of a log-prob: float32, id, rank
 _JSON = 100  # of a log-prob
 _TOKEN = 64  # id and text
+_ID, _CHARACTER = 8, 2  # of a repeated prompt, as JSON
 _VOCAB_ROW = 100  # of each token in a row of the full vocabulary: JSON, and eight rows of float32
 
 
@@ -52,7 +53,8 @@ class Unsent:
     choices: Sequence[Choice]
     requested: PromptLogprobs  # of the prompts
     limits: EngineLimits
-    repeats: bool  # every choice contains the log-probs of its prompt
+    repeats: bool  # every choice contains the log-probs and, with `token_ids`, the ids of its prompt
+    token_ids: bool
     stream: bool
     fixed_length: bool  # no stop string can end a choice
     _arrays: int = field(default=0, init=False)  # bytes
@@ -131,7 +133,8 @@ class Unsent:
         requested = self.requested
         repeated = requested.k if self.repeats and not requested.full_vocab else None
         width, prompt_width = _width(choice.alternatives), _width(repeated) + _width(requested.echo_k)
-        return tokens * (_TOKEN + width * _JSON) + len(choice.prompt.ids) * prompt_width * _JSON
+        prompt = len(choice.prompt.ids) * (prompt_width * _JSON + (_ID if self.token_ids and self.repeats else 0))
+        return tokens * (_TOKEN + width * _JSON) + prompt + len(choice.prompt.echo.text) * _CHARACTER
 
 
 def _width(alternatives: int | None) -> int:

@@ -38,11 +38,13 @@ class Reload:
             return
         self._is_requested = False
         try:
-            if self._config.api_key_file is not None:
-                keys.replace(all_keys(self._flag_keys, self._config.api_key_file))
+            file = self._config.api_key_file
+            read = None if file is None else all_keys(self._flag_keys, file)
             if context is not None:
                 load_certificates(self._config, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))  # not a half of them
                 load_certificates(self._config, context)
+            if read is not None:
+                keys.replace(read)
         except (ValueError, StartupError) as error:
             logger.error("SIGHUP: %s", error)
         else:

@@ -109,6 +109,20 @@ async def test_metrics_and_load_need_an_admin_key_if_there_is_one(roles: tuple[A
         error_of(await server.client.get("/metrics"), 401)
 
 
+async def test_path_with_a_line_break_is_not_found() -> None:
+    """A route matches "/metrics\\n", too, which is none of the paths that are checked."""
+    keys = ApiKeys(
+        [ApiKey(name="root", key="root", role="admin"), ApiKey(name="alice", key="a", requests_per_minute=1)]
+    )
+    async with serving(api_keys=keys) as server:
+        for path in ("/metrics", "/load", "/v1/models"):
+            answer = await server.client.get(f"http://test{path}%0A", headers={"X-Api-Key": "a"})
+            assert error_of(answer, 404)["code"] == "not_found"
+        answer = await server.post(f"{COMPLETIONS}%0A", completion_body(), **{"X-Api-Key": "a"})
+        error_of(answer, 404)
+        assert (await post(server)).status_code == 200  # the first that counts
+
+
 async def test_requests_per_minute(clock: Clock) -> None:
     async with serving(api_keys=keys_of(clock, requests_per_minute=2)) as server:
         for remaining in ("1", "0"):

@@ -36,6 +36,7 @@ from tests.support.http_client import (
     Server,
     alter_events,
     body_of,
+    completion_body,
     error_of,
     events_of,
     serving,
@@ -154,6 +155,26 @@ async def test_memory_of_rendering_does_not_grow_with_the_number_of_choices(
         assert reader.complete
         assert reader.size > MIB
         assert peak < 3 * MIB  # rendered at once: 10 to 14 MiB
+
+
+async def test_repeated_prompt_counts_as_json_of_each_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    batches = Unsent.batches
+
+    def counted(self: Unsent, outputs: Sequence[Output]) -> Iterator[list[tuple[Choice, Output]]]:
+        for batch in batches(self, outputs):
+            sizes.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr(Unsent, "batches", counted)
+    monkeypatch.setattr("serve.api.unsent._BATCH", 1024)
+    body = completion_body(prompt=[7] * 200, n=8, max_tokens=1)
+    async with serving() as server:
+        for fields, expected in (({}, [8]), ({"return_token_ids": True}, [1] * 8), ({"echo": True}, [3, 3, 2])):
+            sizes.clear()
+            answer = await server.post(COMPLETIONS, body | fields)
+            assert len(answer.json()["choices"]) == 8
+            assert sizes == expected
 
 
 @PATHS

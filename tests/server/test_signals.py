@@ -77,6 +77,19 @@ def test_reload_keeps_a_certificate_without_its_key(tmp_path: Path, caplog: pyte
     assert message.startswith(f"SIGHUP: --ssl-certfile {tmp_path / 'cert.pem'}: ")
 
 
+def test_reload_with_a_bad_certificate_keeps_the_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    certificates, path = Certificates.made_in(tmp_path), tmp_path / "keys"
+    path.write_text("first")
+    config = parse_args([*certificates.flags(), "--api-key-file", str(path)], {})
+    reload, context, keys = Reload(config), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ApiKeys(["first"])
+    path.write_text("second")
+    (tmp_path / "key.pem").write_text("nothing")
+    reload.request()
+    reload.run_if_requested(keys, context)
+    assert len(caplog.messages) == 1
+    assert [keys.find({"headers": [(b"x-api-key", key)]}) is not None for key in (b"first", b"second")] == [True, False]
+
+
 def test_reload_without_files() -> None:
     assert not Reload(parse_args(["--api-key", "a"], {})).has_files
 

@@ -110,7 +110,7 @@ async def test_metrics_and_load_need_an_admin_key_if_there_is_one(roles: tuple[A
 
 
 async def test_path_with_a_line_break_is_not_found() -> None:
-    """A route matches "/metrics\\n", too, which is none of the paths that are checked."""
+    """A route's regular expression matches "/metrics\\n", too, but checks of the path compare it with "/metrics"."""
     keys = ApiKeys(
         [ApiKey(name="root", key="root", role="admin"), ApiKey(name="alice", key="a", requests_per_minute=1)]
     )

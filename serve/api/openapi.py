@@ -48,7 +48,7 @@ class _Operation:
 
     @property
     def statuses(self) -> tuple[int, ...]:
-        return self.errors or ((400, 401, 403, 404, 408, 413, 429, 500, 503, 504) if self.body else (401,))
+        return self.errors or ((400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504) if self.body else (401,))
 
 
 _OPERATIONS = (

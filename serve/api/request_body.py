@@ -4,15 +4,23 @@ The Ray front uses this, so it imports nothing heavy.
 """
 
 import asyncio
+import sys
+import zlib
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
 
 from serve.api.errors import APIError, client_gone
+
+if sys.version_info >= (3, 14):
+    from compression.zstd import DecompressionParameter, ZstdDecompressor, ZstdError
+else:
+    from backports.zstd import DecompressionParameter, ZstdDecompressor, ZstdError
 
 # Paths whose POST requests have a JSON body. The Ray front reads no other bodies.
 BODY_PATHS = ("/v1/chat/completions", "/v1/completions", "/invocations", "/tokenize", "/detokenize")
@@ -21,6 +29,10 @@ SMALL = 64 << 10  # bytes of each holding that are not counted, so that slow lar
 _MAX_LARGE = 4  # bodies of the maximum size that may be in memory together
 # Arrays, objects, keys and strings of a body. The parser holds the interpreter for up to 1 us per item.
 _MAX_ITEMS = 300_000  # a `logit_bias` of the largest vocabularies has 262,144 keys
+
+_PIECE = 1 << 20  # bytes that are decompressed at a time
+_ZSTD_WINDOW_LOG = 23  # 8 MiB, the limit of RFC 9659 for Content-Encoding
+_ZLIB_FORMATS = {"gzip": zlib.MAX_WBITS | 16, "x-gzip": zlib.MAX_WBITS | 16, "deflate": zlib.MAX_WBITS}
 
 
 class Budget:
@@ -93,52 +105,116 @@ class Bodies:
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """The body of a JSON request. Its memory counts until the block ends.
+        """The body of a JSON request, decompressed. Its memory counts until the block ends.
 
         Raises:
-            APIError: 400 for another content type, 408 for a timeout, 413 for too large a body, 499 if the client
-                disconnects before its end, 503 if all bodies together are too large.
+            APIError: 400 for another content type or data that cannot be decompressed, 408 for a timeout, 413 for too
+                large a body, 415 for an unknown compression, 499 if the client disconnects before its end, 503 if all
+                bodies together are too large.
         """
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json" and not kind.endswith("+json"):
             raise APIError(400, "The content type must be application/json.", None, "invalid_content_type")
-        data, holding = bytearray(), Holding(self._budget)
+        decompress = _decompressor(request)
+        holding = Holding(self._budget)
         try:
             try:
                 async with asyncio.timeout(self._seconds):
-                    async for chunk in read_chunks(request, self._max_bytes):
-                        if not holding.resize(len(data) + len(chunk)):
-                            message = "The server is reading too many large requests. Try again later."
-                            raise APIError(503, message, None, "too_many_bodies", {"Retry-After": "1"})
-                        data += chunk
+                    data = await self._collect(read_chunks(request, self._max_bytes), holding)
             except TimeoutError:
                 message = f"The request body was not received within {self._seconds:g} s."
                 raise APIError(408, message, None, "request_timeout", {"Connection": "close"}) from None
-            yield bytes(data)
+            if decompress is not None:
+                data = await self._collect(decompress(data), holding)
+            yield data
         finally:
             holding.close()
 
+    async def _collect(self, chunks: AsyncGenerator[bytes], holding: Holding) -> bytes:
+        """The chunks as one body, counted in addition to what is held until it is complete."""
+        data, before = bytearray(), holding.size
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                if len(data) + len(chunk) > self._max_bytes:
+                    raise _too_large(self._max_bytes)
+                if not holding.resize(before + len(data) + len(chunk)):
+                    message = "The server is reading too many large requests. Try again later."
+                    raise APIError(503, message, None, "too_many_bodies", {"Retry-After": "1"})
+                data += chunk
+        holding.resize(len(data))
+        return bytes(data)
 
-async def read_chunks(request: Request, max_bytes: int) -> AsyncIterator[bytes]:
+
+async def read_chunks(request: Request, max_bytes: int) -> AsyncGenerator[bytes]:
     """Yield the chunks of a request's body.
 
     Raises:
-        APIError: 413 if it is larger than `max_bytes`, 499 if the client disconnects before its end.
+        APIError: 413 if it declares more than `max_bytes`, 499 if the client disconnects before its end.
     """
-    message = f"The request body is larger than the maximum of {max_bytes} bytes."
-    too_large = APIError(413, message, None, "request_too_large")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and (len(declared) > 18 or int(declared) > max_bytes):
-        raise too_large
-    size = 0
+        raise _too_large(max_bytes)
     try:
         async for chunk in request.stream():
-            size += len(chunk)
-            if size > max_bytes:
-                raise too_large
             yield chunk
     except ClientDisconnect:
         raise client_gone() from None
+
+
+def _too_large(max_bytes: int) -> APIError:
+    message = f"The request body is larger than the maximum of {max_bytes} bytes."
+    return APIError(413, message, None, "request_too_large")
+
+
+def _decompressor(request: Request) -> Callable[[bytes], AsyncGenerator[bytes]] | None:
+    """What decompresses the request's body; None for a plain one. Raise APIError 415 for another Content-Encoding."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding == "identity":
+        return None
+    if encoding not in ("zstd", *_ZLIB_FORMATS):
+        supported = "zstd, gzip, deflate"
+        message = f"The Content-Encoding {encoding[:100]!r} is not supported; send one of {supported}."
+        raise APIError(415, message, None, "unsupported_content_encoding", {"Accept-Encoding": supported})
+    decompress = _unzstd if encoding == "zstd" else partial(_inflate, _ZLIB_FORMATS[encoding])
+    return partial(_decompressed, encoding, decompress)
+
+
+async def _decompressed(
+    encoding: str, decompress: Callable[[bytes], Iterator[bytes]], data: bytes
+) -> AsyncGenerator[bytes]:
+    """Decompress in threads, piece by piece. Raise APIError 400 for invalid data."""
+    pieces = decompress(data)
+    try:
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            yield piece
+    except (zlib.error, ZstdError, EOFError):
+        raise APIError(400, f"The body is not valid {encoding} data.", None, "invalid_content_encoding") from None
+
+
+def _unzstd(data: bytes) -> Iterator[bytes]:
+    """Raise EOFError for incomplete data and for data after its end."""
+    stream = ZstdDecompressor(options={DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG})
+    while not stream.eof:
+        piece = stream.decompress(data, _PIECE)
+        if not piece and not stream.eof:
+            raise EOFError
+        data = b""  # the stream keeps what it has not read
+        yield piece
+    if stream.unused_data:
+        raise EOFError
+
+
+def _inflate(wbits: int, data: bytes) -> Iterator[bytes]:
+    """As `_unzstd`, for the formats of zlib."""
+    stream = zlib.decompressobj(wbits)
+    while not stream.eof:
+        piece = stream.decompress(data, _PIECE)
+        if not piece and not stream.eof:
+            raise EOFError
+        data = stream.unconsumed_tail
+        yield piece
+    if stream.unused_data:
+        raise EOFError
 
 
 def json_object(body: bytes) -> dict[str, Any]:

@@ -292,7 +292,8 @@ def _unavailable() -> APIError:
 
 
 def _plain(scope: Scope) -> dict[str, Any]:
-    """The part of the scope that can be sent to another process."""
+    """The part of the scope that can be sent to another process. The body that goes with it is decompressed."""
     plain = {name: scope[name] for name in _PLAIN if name in scope}
     addresses = {name: tuple(scope[name]) if scope.get(name) else None for name in ("client", "server")}
-    return plain | addresses | {"headers": [(bytes(name), bytes(value)) for name, value in scope["headers"]]}
+    headers = [(bytes(name), bytes(value)) for name, value in scope["headers"] if name != b"content-encoding"]
+    return plain | addresses | {"headers": headers}

@@ -1,6 +1,7 @@
 """The relay between clients and replicas. The replicas are scripts of responses and failures."""
 
 import asyncio
+import gzip
 import json
 import warnings
 from collections.abc import Sequence
@@ -363,6 +364,22 @@ async def test_memory_of_bodies_counts_until_a_replica_accepts(accepts: bool) ->
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert all(call.cancelled for call in replicas.calls)
+
+
+async def test_replica_gets_the_decompressed_body() -> None:
+    replicas = Replicas([[[], [start(), EVENT, END]]])
+    body = json.dumps({"prompt": "x" * 600}).encode()
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    packed = [{"type": "http.request", "body": gzip.compress(body)}]
+    await app(replicas)(scope(content_encoding="gzip"), receiver(packed), send)
+    assert sent[0]["status"] == 200
+    blocks, forwarded, received = replicas.calls[0].arguments
+    assert (blocks, received) == (prompt_blocks(body), body)
+    assert b"content-encoding" not in dict(forwarded["headers"])
 
 
 async def test_prompt_nested_too_deep_is_sent_to_a_replica() -> None:

@@ -1,6 +1,7 @@
 """create_app: routes, middleware, exception handlers, and endpoints about the server."""
 
 import asyncio
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.applications import Starlette
@@ -24,6 +25,7 @@ from serve.api.middleware import Access, AnswerRecord, OnAnswer, Readiness, Trac
 from serve.api.openapi import documentation
 from serve.api.prompt_logprobs import PromptLogprobsWriter
 from serve.api.request_body import Bodies, Budget, json_object
+from serve.api.scoring import GenerativeScoring, Score
 from serve.api.tokenize import Tokenization
 from serve.api.unsent import unsent_bytes
 from serve.api.validation import served_name
@@ -110,6 +112,8 @@ def _generation_routes(context: Context) -> list[Route]:
         Route("/v1/chat/completions", chat.__call__, methods=["POST"]),
         Route("/v1/completions", completions.__call__, methods=["POST"]),
         Route("/invocations", invocations, methods=["POST"]),
+        Route("/v1/score", Score(context).__call__, methods=["POST"]),
+        Route("/generative_scoring", GenerativeScoring(context).__call__, methods=["POST"]),
         Route("/tokenize", tokenization.tokenize, methods=["POST"]),
         Route("/detokenize", tokenization.detokenize, methods=["POST"]),
         Route("/tokenizer_info", tokenization.info),
@@ -132,8 +136,15 @@ def _status_routes(context: Context, readiness: Readiness) -> list[Route]:
             "whole_vocabulary": engine.limits.full_vocab,
         }
 
+    def short_card(name: str) -> dict[str, str]:
+        """The card that TypeSafe's clients read."""
+        day = datetime.fromtimestamp(context.created, UTC).date().isoformat()
+        text = f"{names[0]}: probabilities of options, and log-probs of up to {engine.limits.max_model_len} tokens"
+        return {"name": name, "description": text, "release_date": day}
+
     async def models(_: Request) -> Response:
-        return json_response({"object": "list", "data": [card(name) for name in names]})
+        cards = {"data": [card(name) for name in names], "models": [short_card(name) for name in names]}
+        return json_response({"object": "list"} | cards)
 
     async def model(request: Request) -> Response:
         name = request.path_params["id"]

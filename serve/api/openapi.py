@@ -15,7 +15,7 @@ from starlette.routing import Route
 from serve import __version__
 from serve.api import responses
 from serve.api.json_stream import dump
-from serve.api.requests import ChatCompletionRequest, CompletionRequest
+from serve.api.requests import ChatCompletionRequest, CompletionRequest, GenerativeScoringRequest, ScoreRequest
 from serve.api.tokenize import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
 
 _REFERENCE = "#/components/schemas/{model}"
@@ -70,6 +70,15 @@ _OPERATIONS = (
         "/invocations",
         "Completion if the body has `prompt`, else chat completion (SageMaker)",
         (CompletionRequest, ChatCompletionRequest),
+    ),
+    _Operation(
+        "/v1/score", "Score tokens after each item with the query (SGLang)", (ScoreRequest,), responses.ScoreAnswer
+    ),
+    _Operation(
+        "/generative_scoring",
+        "Score tokens after each item with the query (vLLM)",
+        (GenerativeScoringRequest,),
+        responses.GenerativeScoringAnswer,
     ),
     _Operation("/v1/models", "List the served models", answer=responses.ModelList),
     _Operation("/v1/models/{id}", "Describe a model", answer=responses.ModelCard, errors=(401, 404)),

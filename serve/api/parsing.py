@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -127,7 +127,7 @@ _BOUNDS = {
 
 
 def _from_pydantic(error: ValidationError) -> APIError:
-    first = error.errors(include_url=False)[0]
+    first = _nearest(error.errors(include_url=False))
     kind, value = first["type"], first["input"]
     param, message = _location(first["loc"]), f"{first['msg']}."
     if kind == "missing":
@@ -145,6 +145,14 @@ def _from_pydantic(error: ValidationError) -> APIError:
     else:
         code = "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
     return invalid(param, f"`{param}`: {message}", code)
+
+
+def _nearest(errors: Sequence[Any]) -> Any:
+    """The first error; of those about the alternatives of a union, the one deepest inside the value."""
+    field = _location(errors[0]["loc"])
+    return max(
+        (e for e in errors if _location(e["loc"]).startswith(field)), key=lambda e: _location(e["loc"]).count("[")
+    )
 
 
 def _location(parts: tuple[int | str, ...]) -> str:

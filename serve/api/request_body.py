@@ -23,7 +23,10 @@ else:
     from backports.zstd import DecompressionParameter, ZstdDecompressor, ZstdError
 
 # Paths whose POST requests have a JSON body. The Ray front reads no other bodies.
-BODY_PATHS = ("/v1/chat/completions", "/v1/completions", "/invocations", "/tokenize", "/detokenize")
+BODY_PATHS = (
+    *("/v1/chat/completions", "/v1/completions", "/invocations", "/v1/score", "/generative_scoring"),
+    *("/tokenize", "/detokenize"),
+)
 
 SMALL = 64 << 10  # bytes of each holding that are not counted, so that slow large ones never block small ones
 _MAX_LARGE = 4  # bodies of the maximum size that may be in memory together

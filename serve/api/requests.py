@@ -14,7 +14,9 @@ _DAY = 86400
 Count = Annotated[int, Field(ge=0, lt=_INT64)]
 TokenId = Count
 _TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+_TokenIdLists = Annotated[list[_TokenIds], Field(fail_fast=True)]
 _Strings = Annotated[list[str], Field(fail_fast=True)]
+RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,200}$")]
 
 _BIAS = {"type": "number", "minimum": -100, "maximum": 100}
 
@@ -29,17 +31,24 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = None
 
 
-class GenerationRequest(SamplingFields):
-    """Fields that chat and completions share. null always means the default."""
+class RequestFields(BaseModel):
+    """Fields that all requests to the engine share. null always means the default."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow")
 
     model: str | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
-    best_of: int | None = None  # must equal `n`
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     cache_salt: str | None = None
     timeout: Annotated[float, Field(gt=0, le=_DAY)] | None = None  # seconds
+
+
+class GenerationRequest(SamplingFields, RequestFields):
+    """Fields that chat and completions share."""
+
+    model_config = ConfigDict(extra="allow")
+
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    best_of: int | None = None  # must equal `n`
     max_tokens: Count | None = None
     min_tokens: Count | None = None
     logit_bias: dict[str, Annotated[Any, WithJsonSchema(_BIAS)]] | None = None  # checked later: the ids are keys
@@ -61,7 +70,7 @@ class GenerationRequest(SamplingFields):
     logprobs_mode: LogprobsMode | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=_INT64)] | None = None
     truncation_side: Literal["left", "right"] | None = None
-    request_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,200}$")] | None = None
+    request_id: RequestId | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     echo: bool | None = None
@@ -134,3 +143,28 @@ class ChatCompletionRequest(GenerationRequest, ChatPromptFields):
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     max_completion_tokens: Count | None = None
     return_prompt_text: bool | None = None
+
+
+class ScoreRequest(RequestFields):
+    """POST /v1/score."""
+
+    query: str | _TokenIds | None = None  # precedes each item; none by default
+    items: str | _Strings | _TokenIdLists
+    label_token_ids: _TokenIds | _TokenIdLists  # for all items, or one list per item
+    apply_softmax: bool | None = None
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    item_first: bool | None = None
+    return_token_logprobs: bool | None = None
+
+
+class GenerativeScoringRequest(RequestFields):
+    """POST /generative_scoring."""
+
+    query: str | _TokenIds
+    items: _Strings | _TokenIdLists
+    label_token_ids: _TokenIds
+    apply_softmax: bool | None = None
+    item_first: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_logprobs: bool | None = None
+    request_id: RequestId | None = None

@@ -201,9 +201,48 @@ class ModelCard(_Answer):
     whole_vocabulary: bool
 
 
+class ShortModelCard(_Answer):
+    """The card of TypeSafe's API."""
+
+    name: str
+    description: str
+    release_date: Annotated[str, Field(description="YYYY-MM-DD; the day on which the server was started")]
+
+
 class ModelList(_Answer):
     object: Literal["list"]
     data: list[ModelCard]
+    models: list[ShortModelCard]
+
+
+_Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class ScoreAnswer(_Answer):
+    """Response of /v1/score: one list per item, in the order of its labels."""
+
+    object: Literal["scoring"]
+    scores: list[list[_Probability]]
+    token_logprobs: list[list[_Logprob]] | None
+    model: str
+    usage: UsageAnswer
+
+
+class GenerativeScore(_Answer):
+    index: int
+    object: Literal["score"]
+    score: Annotated[_Probability, Field(description="of the first label")]
+    probabilities: list[_Probability] | None = None
+    token_logprobs: list[_Logprob] | None = None
+
+
+class GenerativeScoringAnswer(_Answer):
+    id: str
+    object: Literal["list"]
+    created: int
+    data: list[GenerativeScore]
+    model: str
+    usage: UsageAnswer
 
 
 class Tokenized(_Answer):

@@ -49,6 +49,8 @@ _FIELDS: dict[str, tuple[tuple[str, NeutralValues], ...]] = {
         ("min_new_tokens top_logprobs_num routed_experts_start_len", (0,)),
         ("sampling_params images_config custom_params session_params", ({},)),
         ("logprob_start_len", (-1,)),
+        ("score_extraction_token embed_override_token_id query_embed_overrides item_embed_overrides", ()),
+        ("return_pooled_hidden_states", (False,)),
     ),
     "llama.cpp": (
         ("n_predict samplers generation_prompt reasoning_budget_start_tag reasoning_budget_end_tag", ()),

@@ -51,8 +51,12 @@ def check_common(body: GenerationRequest) -> None:
         raise invalid("stream_options", "`stream_options` is only allowed when `stream` is true.")
     if body.best_of not in (None, body.n or 1):
         raise unsupported("best_of", "`best_of` must equal `n`.")
-    if body.cache_salt is not None and not _CACHE_SALT.fullmatch(body.cache_salt):
-        raise invalid("cache_salt", "`cache_salt` must be 1 to 128 characters other than @, /, \\ and NUL.")
+    check_cache_salt("cache_salt", body.cache_salt)
+
+
+def check_cache_salt(param: str, salt: str | None) -> None:
+    if salt is not None and not _CACHE_SALT.fullmatch(salt):
+        raise invalid(param, f"`{param}` must be 1 to 128 characters other than @, /, \\ and NUL.")
 
 
 def check_answers(prompts: int, n: int) -> None:

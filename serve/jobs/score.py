@@ -10,9 +10,10 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from model.token_logprobs import TokenLogprobs, empty_logprobs
-from serve.engine.request import FinishReason, PromptScoring, Request, SamplingParams
+from serve.engine.request import FinishReason, PromptScoring, Request, SamplingParams, TokenEvent
 from serve.jobs.request_queue import RequestError, RequestQueue
 from serve.jobs.results import Score, token_columns
 from serve.text.chat import ChatFormat, PromptError, check_messages, encode_text
@@ -191,14 +192,54 @@ async def _score_window(queue: RequestQueue, token_ids: list[int], window: Windo
     prompt = token_ids[window.begin : window.end]
     start = window.first - window.begin
     request = Request(uuid.uuid4().hex, prompt, SamplingParams(max_tokens=0, prompt=PromptScoring(start)))
-    async with aclosing(queue.events(request)) as events:
-        event = await anext(events)
-    if event.finish_reason is not FinishReason.LENGTH:
-        raise RequestError("the engine failed: it did not finish the request")
+    event = await _scored(queue, request)
     logprobs = event.prompt_logprobs
     if logprobs is None or len(logprobs.logprob) != len(prompt) - 1:
         raise RequestError("the engine failed: the number of log-probs does not match the number of tokens")
     return checked_logprobs(logprobs[start - 1 :], alternatives)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NextTokens:
+    """Log-probs of L tokens after a prompt, over the full vocabulary."""
+
+    logprobs: NDArray[np.float32]  # [L]
+    ranks: NDArray[np.int32]  # [L]
+    cached_tokens: int  # of the prompt
+
+
+async def score_next_tokens(
+    queue: RequestQueue, prompt: Sequence[int], token_ids: Sequence[int], max_requested_ids: int
+) -> NextTokens:
+    """Score `token_ids`, at least one, after a prompt: one engine request per `max_requested_ids` of them.
+
+    Raises as `RequestQueue.events`, and RequestError if a log-prob is NaN.
+    """
+    rows, cached = [], 0
+    for start in range(0, len(token_ids), max_requested_ids):
+        requested = tuple(token_ids[start : start + max_requested_ids])
+        # The row of the first token, which follows the prompt, is of the distribution that is asked for.
+        params = SamplingParams(max_tokens=0, prompt=PromptScoring(len(prompt), requested))
+        event = await _scored(queue, Request(uuid.uuid4().hex, [*prompt, requested[0]], params))
+        logprobs = event.prompt_logprobs
+        if logprobs is None or len(logprobs.logprob) != len(prompt) or logprobs.top_logprobs.shape[1] < len(requested):
+            raise RequestError("the engine failed: the number of log-probs does not match the number of tokens")
+        rows.append(checked_logprobs(logprobs[len(prompt) - 1 :], len(requested)))
+        cached = cached if start else event.cached_tokens
+    return NextTokens(
+        np.concatenate([row.top_logprobs[0] for row in rows]),
+        np.concatenate([row.top_ranks[0] for row in rows]),
+        min(cached, len(prompt)),
+    )
+
+
+async def _scored(queue: RequestQueue, request: Request) -> TokenEvent:
+    """The event of a request that generates nothing."""
+    async with aclosing(queue.events(request)) as events:
+        event = await anext(events)
+    if event.finish_reason is not FinishReason.LENGTH:
+        raise RequestError("the engine failed: it did not finish the request")
+    return event
 
 
 def checked_logprobs(logprobs: TokenLogprobs, alternatives: int) -> TokenLogprobs:

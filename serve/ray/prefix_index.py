@@ -16,7 +16,7 @@ from serve.api.request_body import json_object
 BLOCK_BYTES = 256  # about a page of 64 tokens
 _MAX_BLOCKS = 1024  # per prompt; the rest is ignored
 _DIGEST_BYTES = 8
-_PROMPT_FIELDS = ("prompt_token_ids", "messages", "prompt")  # the first one present is the prompt
+_PROMPT_FIELDS = ("prompt_token_ids", "messages", "prompt", "query")  # the first one present is the prompt
 
 
 def prompt_blocks(body: bytes) -> tuple[bytes, ...]:

@@ -120,7 +120,7 @@ async def test_error_names_field(server: Server, path: str, fields: dict[str, An
         ({"messages": [{"role": 1, "content": "Hi"}]}, "messages[0].role", "invalid_type"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_type"),
-        ({"messages": [{"role": "user", "content": ["Hi"]}]}, "messages[0].content", "invalid_type"),
+        ({"messages": [{"role": "user", "content": ["Hi"]}]}, "messages[0].content[0]", "invalid_type"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages[0].content[0].type",

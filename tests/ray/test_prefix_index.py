@@ -29,6 +29,7 @@ def index(*, max_blocks: int = 100, margin: int = 2) -> PrefixIndex[str]:
     [
         ({"prompt": text(2)}, {"prompt": text(2) + text(2, "y")}),
         ({"prompt": list(range(400))}, {"prompt": list(range(500))}),
+        ({"query": text(2), "items": ["a"]}, {"query": text(4), "items": ["b", "c"]}),
         ({"prompt_token_ids": list(range(400))}, {"prompt_token_ids": list(range(500))}),
         (
             {"messages": [{"role": "user", "content": text(2)}]},

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.api.openapi import openapi
+from serve.api.requests import RequestFields
 from serve.api.unsupported_fields import UNSUPPORTED_BY_SERVER, WITHOUT_EFFECT
 
 ROOT = Path(__file__).parents[2]
@@ -21,12 +22,15 @@ type Rows = Mapping[str, Sequence[str]]  # key -> the generated cells of a row
 
 _HUGE = 2**31 - 1  # larger bounds are those of the integer type
 _BEGIN, _END = "<!-- begin {} -->\n\n", "\n<!-- end -->"
+_SHARED = RequestFields.model_fields.keys()
 # Table -> headings of the generated columns, and of those written by hand.
 _WRITTEN: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "endpoints": (("endpoint", "summary"), ()),
     "common fields": (("field", "type"), ("default", "meaning")),
     "chat fields": (("field", "type"), ("default", "meaning")),
     "completion fields": (("field", "type"), ("default", "meaning")),
+    "score fields": (("field", "type"), ("default", "meaning")),
+    "generative scoring fields": (("field", "type"), ("default", "meaning")),
     "unsupported fields": (("defined by", "fields (values that are accepted because they change nothing)"), ()),
     "errors": (("code", "status"), ("when",)),
 }
@@ -67,6 +71,8 @@ def _tables() -> dict[str, Rows]:
         "common fields": {name: cells for name, cells in chat.items() if completion.get(name) == cells},
         "chat fields": {name: cells for name, cells in chat.items() if completion.get(name) != cells},
         "completion fields": {name: cells for name, cells in completion.items() if chat.get(name) != cells},
+        "score fields": _own(schemas["ScoreRequest"]),
+        "generative scoring fields": _own(schemas["GenerativeScoringRequest"]),
         "unsupported fields": {
             server: (", ".join(_with_values(name, values) for name, values in fields.items()),)
             for server, fields in UNSUPPORTED_BY_SERVER.items()
@@ -74,6 +80,11 @@ def _tables() -> dict[str, Rows]:
         | {"any value is accepted and has no effect": (", ".join(f"`{name}`" for name in sorted(WITHOUT_EFFECT)),)},
         "errors": _codes(),
     }
+
+
+def _own(schema: Mapping[str, Any]) -> Rows:
+    """The fields that only some requests have."""
+    return _fields({"properties": {name: field for name, field in schema["properties"].items() if name not in _SHARED}})
 
 
 def _with_values(name: str, values: Sequence[Any]) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model.token_logprobs import TokenLogprobs
-from serve.config.config import QUEUE_LIMITS, EngineConfig, EngineKeywords
+from serve.config.engine_config import QUEUE_LIMITS, EngineConfig, EngineKeywords
 from serve.config.options import from_keywords
 from serve.engine.engine import Engine
 from serve.engine.request import EngineStoppedError

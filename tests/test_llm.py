@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from serve import llm as llm_module
-from serve.config.config import EngineConfig, EngineKeywords
+from serve.config.engine_config import EngineConfig, EngineKeywords
 from serve.config.options import from_keywords
 from serve.engine.request import EngineStoppedError
 from serve.jobs.generate import GenerationOptions, SamplingKeywords

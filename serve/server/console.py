@@ -25,7 +25,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from serve.config.config import EngineConfig
+from serve.config.engine_config import EngineConfig
 from serve.server.log_stream import LogStream
 from serve.server.startup_events import LABEL_STYLE, Event, failed, program_compiled
 

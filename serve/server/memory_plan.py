@@ -13,7 +13,7 @@ from model.config import ModelConfig
 from model.kv_cache import PAGE_SIZE, CacheLayout
 from model.sharding import TensorParallel
 from model.weights.loader import weight_bytes
-from serve.config.config import EngineConfig
+from serve.config.engine_config import EngineConfig
 from serve.config.values import MemoryAmount, mb
 
 _CACHE_BYTES = 1 << 30  # default size of the cache, unless one request of maximum length needs more

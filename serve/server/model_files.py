@@ -11,7 +11,7 @@ from model.weights.checkpoint import Checkpoint, ModelLoadError
 from model.weights.gguf import GgufCheckpoint
 from model.weights.source import ModelSource, default_model_path, resolve_model
 from model.weights.weight_table import open_checkpoint
-from serve.config.config import MAX_LOGPROBS_LIMIT, EngineConfig
+from serve.config.engine_config import MAX_LOGPROBS_LIMIT, EngineConfig
 from serve.config.generation_config import DefaultsError, GenerationDefaults, defaults_of
 from serve.text.chat_template import ChatTemplateError, render_chat
 from serve.text.gguf_tokenizer import gguf_eos_token_ids, tokenizer_from_gguf

@@ -22,7 +22,7 @@ from model.sharding import tensor_mesh
 from model.transformer import BoundModel
 from model.weights.loader import kernels_used, load_model
 from serve import __version__
-from serve.config.config import EngineConfig
+from serve.config.engine_config import EngineConfig
 from serve.config.generation_config import GenerationDefaults
 from serve.engine.engine import Engine
 from serve.engine.observer import Observer

@@ -19,7 +19,7 @@ from model.kv_cache import PAGE_SIZE
 from serve.cli.chat.command import Session
 from serve.cli.chat.conversation import Conversation, Piece
 from serve.cli.chat.screen import ChatScreen
-from serve.config.config import EngineConfig
+from serve.config.engine_config import EngineConfig
 from serve.engine.client import RequestHandle
 from serve.engine.engine import Engine
 from serve.engine.request import FinishReason, Request

@@ -14,7 +14,7 @@ from model.config_hf import config_from_hf
 from model.weights.loader import load_model, weight_bytes
 from model.weights.source import ModelSource
 from model.weights.weight_table import open_checkpoint
-from serve.config.config import EngineConfig
+from serve.config.engine_config import EngineConfig
 from serve.config.flags import parse_args
 from serve.config.values import MemoryAmount
 from serve.server import memory_plan

@@ -22,7 +22,7 @@ from model.kv_cache import PAGE_SIZE
 from serve import llm
 from serve.cli.score import command, journal
 from serve.cli.score.config import parse_args
-from serve.config.config import EngineConfig
+from serve.config.engine_config import EngineConfig
 from serve.config.generation_config import GenerationDefaults
 from serve.engine.request import EngineLimits
 from serve.llm import LLM

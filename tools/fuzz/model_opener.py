@@ -11,7 +11,7 @@ from model.config import ModelConfig
 from model.weights.gguf import GgufCheckpoint
 from model.weights.source import ModelSource, resolve_model
 from model.weights.weight_table import load_weights, open_checkpoint
-from serve.config.config import EngineConfig
+from serve.config.engine_config import EngineConfig
 from serve.config.generation_config import defaults_of
 from serve.server.memory_plan import PlanError, plan_memory
 from serve.server.model_files import STARTUP_ERRORS, check_template, check_tokenizer

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from serve.config.config import QUEUE_LIMITS, EngineConfig
+from serve.config.engine_config import QUEUE_LIMITS, EngineConfig
 from serve.config.options import CommandLine, option, with_default
 from serve.config.values import Between
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from serve.config.config import QUEUE_LIMITS, SAMPLING_DEFAULTS, EngineConfig
+from serve.config.engine_config import QUEUE_LIMITS, SAMPLING_DEFAULTS, EngineConfig
 from serve.config.options import CommandLine, option, switch
 from serve.config.values import Between, OneOf
 

@@ -6,20 +6,19 @@ import weakref
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from numbers import Integral
 from os import PathLike
 from typing import Any, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model.token_logprobs import TokenLogprobs
 from serve.config.engine_config import QUEUE_LIMITS, EngineConfig, EngineKeywords
 from serve.config.options import from_keywords
 from serve.engine.engine import Engine
 from serve.engine.request import EngineStoppedError
+from serve.jobs.decide import Decider, decide_all
 from serve.jobs.generate import (
     DEFAULT_MAX_TOKENS,
     GenerationOptions,
@@ -27,18 +26,21 @@ from serve.jobs.generate import (
     Output,
     OutputRequest,
     SamplingKeywords,
+    as_list,
     check_alternatives,
     check_text_length,
     generation_room,
     make_options,
 )
 from serve.jobs.request_queue import LoopThread, RequestError, RequestQueue
-from serve.jobs.results import Batch, Generation, Score
+from serve.jobs.results import Batch, Decision, Generation, Score
 from serve.jobs.score import EncodedText, ScoreRequest, TextEncoder, checked_token_ids, score_texts, stream_scores
-from serve.server.console import Reporter
+from serve.server.console import Reporter, progress_bar
 from serve.server.model_files import STARTUP_ERRORS, StartupError
 from serve.server.startup import load
 from serve.text.chat import ChatFormat, PromptError, check_messages, encode_text
+from serve.text.decisions.plan import DecisionFormat
+from serve.text.decisions.questions import ScoringKeywords, scoring_options
 
 type TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 
@@ -104,6 +106,7 @@ class LLM:
             raise StartupError(str(error)) from error
         self.engine = self.loaded.start_engine()
         self.chats = ChatFormat(self.loaded.tokenizer)
+        self.decisions = DecisionFormat(self.chats, self.loaded.decisions)
         self._shows_progress = shows_progress
         self._worker = LoopThread()
         self._queue = self._new_queue()
@@ -132,7 +135,7 @@ class LLM:
         sampling = self.sampling_options(**options)
         max_tokens = DEFAULT_MAX_TOKENS if sampling.max_tokens is None else sampling.max_tokens
         encoded = []
-        for index, prompt in enumerate(_as_list(prompts)):
+        for index, prompt in enumerate(as_list(prompts)):
             param = f"prompts[{index}]"
             ids = self._prompt_ids(prompt, param)
             encoded.append(OutputRequest(index, ids, self._room(param, len(ids), max_tokens)))
@@ -199,10 +202,26 @@ class LLM:
         """
         check_alternatives("logprobs", logprobs, self.loaded.limits.max_logprobs)
         encoder = TextEncoder(self.chats, self.loaded.limits.vocab_size, add_special_tokens)
-        texts = [texts] if isinstance(texts, tuple) else _as_list(texts)
+        texts = [texts] if isinstance(texts, tuple) else as_list(texts)
         encoded = [self._scored_text(encoder, text, f"texts[{i}]") for i, text in enumerate(texts)]
         results = score_texts(self._queue, self.loaded.tokenizer, encoded, logprobs)
         return Batch(self._collect("scoring", len(encoded), results))
+
+    def decide(
+        self, requests: Mapping[str, Any] | Iterable[Mapping[str, Any]], **options: Unpack[ScoringKeywords]
+    ) -> list[list[Decision]]:
+        """Probabilities of the options of questions. Raises as `generate`.
+
+        Args:
+            requests: one or several, each with `state` and an object of questions, or `input` and a list of questions.
+            options: fields of `ScoringOptions`.
+
+        Returns:
+            For each request, a decision for each of its questions.
+        """
+        items = [requests] if isinstance(requests, Mapping) else [*requests]
+        results = decide_all(Decider(self._queue, self.loaded.limits), self.decisions, items, scoring_options(options))
+        return self._collect("deciding", len(items), results)
 
     def stream_scores[R: ScoreRequest](
         self, requests: Iterable[R], logprobs: int
@@ -289,28 +308,8 @@ class LLM:
         """Collect `count` results on the loop's thread, with a progress bar."""
         if not self._finalizer.alive:
             raise EngineStoppedError("the LLM is closed")
-        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        hidden = not self._shows_progress or count < 2
-        with Progress(*columns, console=Console(stderr=True), disable=hidden) as bar:
-            task = bar.add_task(label, total=count)
-
-            async def collect() -> list[R]:
-                results: list[R] = []
-                async with aclosing(stream):
-                    async for result in stream:
-                        results.append(result)
-                        bar.advance(task)
-                return results
-
-            return self._worker.run(collect())
-
-
-def _as_list(value: Any) -> list[Any]:
-    """A list of inputs; one text, one list of token ids or one conversation is a list of length 1."""
-    if isinstance(value, str):
-        return [value]
-    items = [item.tolist() if isinstance(item, np.ndarray) else item for item in value]
-    return [items] if items and isinstance(items[0], Integral | dict) else items
+        with progress_bar(label, count, hidden=not self._shows_progress or count < 2) as advance:
+            return self._worker.collect(stream, advance)
 
 
 def _close(engine: Engine, worker: LoopThread) -> None:

@@ -4,8 +4,10 @@ import uuid
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import ConfigDict, Field, ValidationError
 
 from model.token_logprobs import TokenLogprobs, empty_logprobs
@@ -58,6 +60,14 @@ class SamplingKeywords(SamplingFieldKeywords, total=False):
     ignore_eos: bool
     logprobs: int
     prompt_logprobs: int | None
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list of inputs; one text, one list of token ids or one conversation is a list of length 1."""
+    if isinstance(value, str):
+        return [value]
+    items = [item.tolist() if isinstance(item, np.ndarray) else item for item in value]
+    return [items] if items and isinstance(items[0], Integral | dict) else items
 
 
 def make_options(values: Mapping[str, Any], max_logprobs: int) -> GenerationOptions:

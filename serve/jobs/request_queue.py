@@ -117,6 +117,19 @@ class LoopThread:
                     result.exception()  # waits for the end of the task
             raise
 
+    def collect[R](self, stream: AsyncGenerator[R], on_result: Callable[[], None]) -> list[R]:
+        """All results of a stream; calls `on_result` after each of them. Raises as `run`."""
+
+        async def collect() -> list[R]:
+            results: list[R] = []
+            async with contextlib.aclosing(stream):
+                async for result in stream:
+                    results.append(result)
+                    on_result()
+            return results
+
+        return self.run(collect())
+
     def stop(self) -> None:
         """Stop the loop. Coroutines must have ended."""
         self._loop.call_soon_threadsafe(self._loop.stop)

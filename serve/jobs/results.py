@@ -1,4 +1,4 @@
-"""Results of `LLM`: the tokens of a text with their log-probs, and batches of them."""
+"""Results of `LLM`: the tokens of a text with their log-probs, batches of them, and decisions."""
 
 import math
 from collections import UserList
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.token_logprobs import TokenLogprobs, empty_logprobs
+from serve.text.decisions.questions import QuestionType
 from serve.text.tokenizer import Tokenizer
 
 
@@ -65,6 +66,74 @@ class Score(Tokens):
     def is_greedy(self) -> bool | None:
         """True if every token of the completion has rank 1."""
         return None if self.completion_start is None else bool((self.ranks[self.completion_start :] == 1).all())
+
+
+# Formulas of `Question.answer` in transformers; n options, p sorted as they are, D = sum p_i |i - best|.
+CONFIDENCE_FORMULAS: dict[QuestionType, str | None] = {
+    "noul": None,
+    "choice": "max(0, (max(p) - 1/n) / (1 - 1/n))",
+    "score": "max(0, 1 - sum(p[i] * |i - argmax(p)|) / mean(|i - (n-1)/2|))",
+}
+SCORE_FORMULA = "sum(i * p[i])"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrderEvidence:
+    """What was read after the prompt with one order of the options. Lists are in the question's order of options."""
+
+    order: tuple[int, ...]  # options in the order of the prompt
+    probabilities: tuple[float, ...]
+    logprobs: tuple[float, ...]  # in the whole vocabulary
+    label_mass: float
+    argmax_is_label: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What a decision was computed from. Lists have one item per option; log-probs are natural logarithms."""
+
+    scoring: str
+    temperature: float
+    # Of an option in the whole vocabulary: of all its labels together, or of its sequence. Of permutations: the
+    # logarithm of the mean probability.
+    logprobs: tuple[float, ...]
+    label_mass: float  # sum of the probabilities of all options in the whole vocabulary
+    argmax_is_label: bool  # the most likely next token is a label, or begins a sequence; of permutations, in all orders
+    labels: tuple[tuple[str, ...], ...] | None  # texts of the labels; None for sequences
+    label_token_ids: tuple[tuple[int, ...], ...]  # of the labels, or the sequence; of permutations, in the first order
+    prompt_tokens: int  # of all prompts of the question
+    cached_tokens: int  # of these
+    prompt_token_ids: tuple[tuple[int, ...], ...] | None  # of each prompt, if requested
+    # Sequences.
+    normalize: str | None = None
+    normalized: tuple[float, ...] | None = None  # values of which the probabilities are a softmax
+    prior_logprobs: tuple[float, ...] | None = None  # after an empty state, for pmi
+    encoded_apart: tuple[bool, ...] | None = None  # the option would have changed the prompt's last tokens
+    counts_end_of_turn: bool | None = None  # the last token of each sequence is the end of the turn
+    # Permutations.
+    orders: tuple[OrderEvidence, ...] | None = None
+    spread: tuple[float, ...] | None = None  # largest minus smallest probability of an option
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """The answer to one question. Probabilities are not rounded, and sum to 1."""
+
+    name: str | None  # of the question
+    type: QuestionType
+    options: tuple[str | bool, ...]  # of a noul, True and False
+    probabilities: tuple[float, ...]  # by option
+    choice: str | bool | None  # the most likely option of a choice
+    score: float | None  # expected index of the level
+    confidence: float | None  # None for a noul
+    score_formula: str | None
+    confidence_formula: str | None
+    evidence: Evidence
+
+    @property
+    def probability(self) -> float:
+        """The probability of the first option: of a noul, that it is true."""
+        return self.probabilities[0]
 
 
 class Batch[T: (Generation, Score)](UserList[T]):

@@ -21,6 +21,7 @@ from rich.progress import (
     ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.text import Text
@@ -209,6 +210,15 @@ class _ConsoleHandler(logging.Handler):
     def close(self) -> None:
         super().close()
         _close(self._console.file)
+
+
+@contextmanager
+def progress_bar(label: str, count: int, *, hidden: bool) -> Iterator[Callable[[], None]]:
+    """Draw a bar of `count` steps on stderr; the value advances it by one."""
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=hidden) as bar:
+        task = bar.add_task(label, total=count)
+        yield lambda: bar.advance(task)
 
 
 def _close(stream: object) -> None:

@@ -14,6 +14,7 @@ from model.weights.weight_table import open_checkpoint
 from serve.config.engine_config import MAX_LOGPROBS_LIMIT, EngineConfig
 from serve.config.generation_config import DefaultsError, GenerationDefaults, defaults_of
 from serve.text.chat_template import ChatTemplateError, render_chat
+from serve.text.decisions.prompts import DecisionSettings, SettingsError, read_settings
 from serve.text.gguf_tokenizer import gguf_eos_token_ids, tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer, TokenizerError, eos_token_ids_of, load_tokenizer
 
@@ -25,7 +26,7 @@ class StartupError(Exception):
 
 
 # All errors of models and options whose messages are for the user.
-STARTUP_ERRORS = (ModelLoadError, ConfigError, TokenizerError, DefaultsError, StartupError)
+STARTUP_ERRORS = (ModelLoadError, ConfigError, TokenizerError, DefaultsError, SettingsError, StartupError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class ModelFiles:
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     defaults: GenerationDefaults
+    decisions: DecisionSettings
     max_model_len: int
     config: EngineConfig  # dtype and max_logprobs resolved
 
@@ -53,6 +55,7 @@ def open_model(config: EngineConfig, on_prepare: Callable[[str], None]) -> Itera
     else:
         source = ModelSource(DEFAULT_MODEL, default_model_path(on_prepare))
     defaults = defaults_of(config.generation_config, config.override_generation_config, source.path)
+    decisions = read_settings(source.path) if source.path.is_dir() else DecisionSettings()
     with closing(open_checkpoint(source)) as checkpoint:
         if config.tokenizer is not None:
             tokenizer = local_tokenizer(config.tokenizer.expanduser())
@@ -73,7 +76,7 @@ def open_model(config: EngineConfig, on_prepare: Callable[[str], None]) -> Itera
         check_template(source.name, tokenizer)
         max_logprobs = resolve_max_logprobs(config, checkpoint.config.vocab_size)
         config = replace(config, dtype=resolve_dtype(config, checkpoint), max_logprobs=max_logprobs)
-        yield ModelFiles(source, checkpoint, tokenizer, defaults, max_model_len, config)
+        yield ModelFiles(source, checkpoint, tokenizer, defaults, decisions, max_model_len, config)
 
 
 def _eos_token_ids(config: EngineConfig, source: ModelSource, checkpoint: Checkpoint) -> set[int]:

@@ -5,7 +5,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.monitoring
@@ -38,6 +38,7 @@ from serve.server.startup_events import (
     model_found,
     weights_loaded,
 )
+from serve.text.decisions.prompts import DecisionSettings
 from serve.text.tokenizer import Tokenizer
 
 
@@ -50,6 +51,7 @@ class Loaded:
     fingerprint: str
     defaults: GenerationDefaults
     config: EngineConfig  # dtype resolved
+    decisions: DecisionSettings = field(default_factory=DecisionSettings)
 
     def start_engine(self, observer: Observer | None = None) -> Engine:
         config = self.config
@@ -115,7 +117,7 @@ def load(options: EngineConfig, reporter: Reporter) -> Loaded:
     )
     fingerprint = system_fingerprint(config, buckets, kernels_used(model))
     name = api_name(files.source.name)
-    return Loaded(name, runner, files.tokenizer, limits, fingerprint, files.defaults, config)
+    return Loaded(name, runner, files.tokenizer, limits, fingerprint, files.defaults, config, files.decisions)
 
 
 def _mesh(config: EngineConfig) -> Mesh | None:

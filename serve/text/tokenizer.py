@@ -11,6 +11,7 @@ from typing import Any
 
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
 from transformers import AutoTokenizer
 
 from serve.config.values import error_reason
@@ -58,6 +59,7 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         chat_template: str | None,
         class_name: str,
+        chat_control_tokens: Iterable[str] | None = None,
     ) -> None:
         """Take ownership of `backend`, disable its padding and truncation, and tabulate all token bytes (about 0.2 s).
 
@@ -79,6 +81,10 @@ class Tokenizer:
         self.eos_token_ids = frozenset(eos_token_ids) | end_of_turn_ids(special)  # end an output
         self.chat_template = chat_template  # Jinja source
         self.class_name = class_name  # of transformers
+        # Added tokens that chat templates write as control tokens, besides special ones; None: those in the template.
+        self.chat_control_tokens = None if chat_control_tokens is None else frozenset(chat_control_tokens)
+        # BPE is local: two of its encodings that share a token are the same from there on, whatever comes before.
+        self.is_bpe = isinstance(backend.model, BPE)
         # A SentencePiece model may put a space before a text, which its decoder drops.
         word = next((index for index, data in enumerate(self._bytes) if data[:1] == b" " != data[1:2]), None)
         self.drops_space = word is not None and not backend.decode([word]).startswith(" ")
@@ -98,14 +104,38 @@ class Tokenizer:
         As in the original library, bytes that the vocabulary lacks are dropped, such as 0x04 with SmolLM2.
         `add_special_tokens` adds those that surround a text, such as BOS. Raise TokenizerError for a lone surrogate.
         """
-        return self._encode(self._backend.encode_batch_fast, text, add_special_tokens).ids
+        return self._encode(self._backend.encode_batch_fast, [text], add_special_tokens)[0].ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text as from `encode`, without added special tokens."""
+        return (
+            [encoding.ids for encoding in self._encode(self._backend.encode_batch_fast, texts, False)] if texts else []
+        )
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of `text` with no added token, special or not: their text is ordinary text."""
+        normalizer, splitter = self._backend.normalizer, self._backend.pre_tokenizer
+        text = text if normalizer is None else normalizer.normalize_str(text)
+        words = [text] if splitter is None else [word for word, _ in splitter.pre_tokenize_str(text)]
+        return [token.id for word in words for token in self._backend.model.tokenize(word)]
+
+    def added_tokens(self) -> dict[str, int]:
+        return {token.content: index for index, token in self._backend.get_added_tokens_decoder().items()}
+
+    def words(self, text: str) -> tuple[list[int], list[int], list[int | None]]:
+        """Token ids of `text`; for each the code points before it, and the number of its word, None for added tokens.
+
+        Words are the parts into which the tokenizer splits a text first; they are encoded one by one.
+        """
+        [encoding] = self._encode(self._backend.encode_batch, [text], False)
+        return encoding.ids, [start for start, _ in encoding.offsets], encoding.word_ids
 
     def tokenize(self, text: str, *, add_special_tokens: bool) -> tuple[list[int], list[int]]:
         """Token ids as from `encode`, and for each token the code points of `text` before it.
 
         Tokens that surround the text stand at its start and its end.
         """
-        encoding = self._encode(self._backend.encode_batch, text, add_special_tokens)
+        [encoding] = self._encode(self._backend.encode_batch, [text], add_special_tokens)
         offsets, end = list[int](), 0
         for index, is_added in enumerate(encoding.special_tokens_mask):
             # One at a time: `encoding.offsets` holds the interpreter while it makes a million tuples.
@@ -114,12 +144,14 @@ class Tokenizer:
             offsets.append(start)
         return encoding.ids, offsets
 
-    def _encode(self, encode_batch: Callable[..., list[Encoding]], text: str, add_special_tokens: bool) -> Encoding:
+    def _encode(
+        self, encode_batch: Callable[..., list[Encoding]], texts: Sequence[str], add_special_tokens: bool
+    ) -> list[Encoding]:
         """Encode on a thread of the backend: `Backend.encode` would hold the interpreter for seconds."""
-        limiter = self._large if len(text) > _LARGE else contextlib.nullcontext()
+        limiter = self._large if sum(map(len, texts)) > _LARGE else contextlib.nullcontext()
         try:
             with limiter, panics_as_errors("the tokenizer fails on this text"):
-                return encode_batch([text], add_special_tokens=add_special_tokens)[0]
+                return encode_batch(texts, add_special_tokens=add_special_tokens)
         except TypeError as error:  # raised by `tokenizers` for a str that is not valid Unicode
             raise TokenizerError("text contains a lone surrogate, which is not valid Unicode") from error
 
@@ -171,6 +203,7 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
             name: str(token) for name, token in loaded.special_tokens_map.items() if not isinstance(token, list | tuple)
         },
         chat_template=template.get("default") if isinstance(template, dict) else template,
+        chat_control_tokens=getattr(loaded, "chat_control_tokens", None),
         class_name=str(_read_json(model_dir / "tokenizer_config.json").get("tokenizer_class") or type(loaded).__name__),
     )
 

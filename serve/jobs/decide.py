@@ -1,0 +1,258 @@
+"""Decisions: the probabilities of named options, read from a model's log-probs after a prompt."""
+
+import math
+import uuid
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from itertools import batched
+from typing import Any
+
+from model.token_logprobs import TokenLogprobs
+from serve.engine.request import EngineLimits, FinishReason, PromptScoring, Request, SamplingParams
+from serve.jobs.request_queue import RequestError, RequestQueue
+from serve.jobs.results import CONFIDENCE_FORMULAS, SCORE_FORMULA, Decision, Evidence, OrderEvidence
+from serve.jobs.score import checked_logprobs
+from serve.text.decisions.encoder import Prompt
+from serve.text.decisions.plan import DecisionFormat, DecisionPlan, LabelReadout, QuestionPlan, SequenceReadout
+from serve.text.decisions.questions import ScoringOptions, decision_request
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """How the engine treats the requests of a decision; see `serve.engine.request.Request`."""
+
+    cache_salt: str = ""
+    priority: int = 0
+    queue_timeout: float = math.inf
+    deadline: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """One engine request: tokens after a prompt that are scored, and ids whose log-probs are read before the last."""
+
+    prompt: Prompt
+    tokens: Sequence[int]
+    requested_ids: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Results of a _Read: one row per scored token."""
+
+    logprobs: TokenLogprobs
+    cached_tokens: int
+
+
+class Decider:
+    """Answers the questions of plans that `DecisionFormat.plan` made."""
+
+    def __init__(self, queue: RequestQueue, limits: EngineLimits) -> None:
+        self._queue = queue
+        self._limits = limits
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Maximum length of a prompt; one more token is scored after it."""
+        return min(self._limits.max_model_len, self._limits.cache_tokens) - 1
+
+    async def run(self, plan: DecisionPlan, admission: Admission | None = None) -> list[Decision]:
+        """One decision per question, in order. All engine requests are admitted at once, within the queue's bounds.
+
+        Raises:
+            PromptError: an option does not fit after its prompt.
+            RequestError: the engine failed on a request.
+            EngineStoppedError: the engine has stopped.
+        """
+        reads = [[*self._reads(question)] for question in plan.questions]
+        for question, items in zip(plan.questions, reads, strict=True):
+            longest = max(item.num_tokens for item in items)
+            if longest > self.max_prompt_tokens + 1:
+                message = (
+                    f"its prompt and an option have {longest} tokens; there is room for {self.max_prompt_tokens + 1}."
+                )
+                raise question.question.error("", message, "context_length_exceeded")
+        settings = admission or Admission()
+
+        async def run(read: _Read) -> _Rows:
+            return await self._run(read, settings)
+
+        items = [item for part in reads for item in part]
+        async with aclosing(self._queue.run_in_order(items, run, lambda item: item.num_tokens)) as stream:
+            rows = [row async for row in stream]
+        remaining = iter(rows)
+        return [
+            _decision(question, [(item, next(remaining)) for item in part], plan)
+            for question, part in zip(plan.questions, reads, strict=True)
+        ]
+
+    def _reads(self, plan: QuestionPlan) -> Iterator[_Read]:
+        for readout in plan.readouts:
+            ids = [label_id for group in readout.label_ids for label_id in group]
+            for chunk in batched(ids, self._limits.max_requested_ids):
+                yield _Read(readout.prompt, ids[:1], chunk)
+        if (sequences := plan.sequences) is not None:
+            for prompt in (sequences.prompt, sequences.prior):
+                if prompt is not None:
+                    yield from (_Read(prompt, ids) for ids in sequences.sequences)
+
+    async def _run(self, read: _Read, admission: Admission) -> _Rows:
+        start = len(read.prompt)
+        params = SamplingParams(max_tokens=0, prompt=PromptScoring(start, read.requested_ids))
+        request = Request(
+            uuid.uuid4().hex,
+            [*read.prompt.token_ids, *read.tokens],
+            params,
+            priority=admission.priority,
+            cache_salt=admission.cache_salt,
+            queue_timeout=admission.queue_timeout,
+            deadline=admission.deadline,
+        )
+        async with aclosing(self._queue.events(request)) as events:
+            event = await anext(events)
+        logprobs = event.prompt_logprobs
+        if event.finish_reason is not FinishReason.LENGTH or logprobs is None:
+            raise RequestError("the engine failed: it did not finish the request")
+        rows = checked_logprobs(logprobs[start - 1 :], len(read.requested_ids))
+        return _Rows(rows, min(event.cached_tokens, start))
+
+
+async def decide_all(
+    decider: Decider, prompts: DecisionFormat, requests: Iterable[Mapping[str, Any]], options: ScoringOptions
+) -> AsyncGenerator[list[Decision]]:
+    """The decisions of each request, which `decision_request` describes. Raises as `Decider.run`."""
+    for index, request in enumerate(requests):
+        plan = prompts.plan(decision_request(request, f"requests[{index}]"), options, decider.max_prompt_tokens)
+        yield await decider.run(plan)
+
+
+def _decision(plan: QuestionPlan, results: list[tuple[_Read, _Rows]], request: DecisionPlan) -> Decision:
+    question, options = plan.question, request.options
+    if plan.sequences is not None:
+        probabilities, fields = _sequence_results(plan.sequences, results, plan.temperature, options.normalize or "sum")
+    else:
+        probabilities, fields = _label_results(plan, results, options.scoring == "permutations")
+    prompts = {id(read.prompt): (read.prompt, rows.cached_tokens) for read, rows in reversed(results)}.values()
+    ids = tuple(tuple(prompt.token_ids) for prompt, _ in reversed(prompts)) if options.return_token_ids else None
+    evidence = Evidence(
+        scoring=options.scoring,
+        temperature=plan.temperature,
+        prompt_tokens=sum(len(prompt) for prompt, _ in prompts),
+        cached_tokens=sum(cached for _, cached in prompts),
+        prompt_token_ids=ids,
+        **fields,
+    )
+    answer = plan.form.answer([*probabilities])
+    values = tuple(option.value for option in question.options)
+    best = values[max(range(len(values)), key=probabilities.__getitem__)]
+    return Decision(
+        name=question.name,
+        type=question.type,
+        options=values,
+        probabilities=probabilities,
+        choice=best if question.type == "choice" else None,
+        score=answer.get("score"),
+        confidence=answer.get("confidence"),
+        score_formula=SCORE_FORMULA if question.type == "score" else None,
+        confidence_formula=CONFIDENCE_FORMULAS[question.type],
+        evidence=evidence,
+    )
+
+
+def _label_results(
+    plan: QuestionPlan, results: list[tuple[_Read, _Rows]], is_permuted: bool
+) -> tuple[tuple[float, ...], dict[str, Any]]:
+    remaining, orders = iter(results), list[OrderEvidence]()
+    for readout in plan.readouts:
+        orders.append(_order_evidence(readout, remaining, plan.temperature))
+    first = plan.readouts[0]
+    shared = {"labels": first.labels, "label_token_ids": first.label_ids}
+    if not is_permuted:
+        [order] = orders
+        return order.probabilities, shared | {
+            "logprobs": order.logprobs,
+            "label_mass": order.label_mass,
+            "argmax_is_label": order.argmax_is_label,
+        }
+    columns = [*zip(*(order.probabilities for order in orders), strict=True)]
+    masses = [*zip(*(map(math.exp, order.logprobs) for order in orders), strict=True)]
+    return tuple(map(_mean, columns)), shared | {
+        "logprobs": tuple(_log(_mean(mass)) for mass in masses),
+        "label_mass": _mean([order.label_mass for order in orders]),
+        "argmax_is_label": all(order.argmax_is_label for order in orders),
+        "orders": tuple(orders),
+        "spread": tuple(max(column) - min(column) for column in columns),
+    }
+
+
+def _order_evidence(readout: LabelReadout, results: Iterator[tuple[_Read, _Rows]], temperature: float) -> OrderEvidence:
+    by_id, is_top = dict[int, float](), False
+    count = sum(map(len, readout.label_ids))
+    while len(by_id) < count:
+        read, rows = next(results)
+        ranks = rows.logprobs.top_ranks[-1].tolist()
+        by_id |= zip(read.requested_ids, rows.logprobs.top_logprobs[-1].tolist(), strict=True)
+        is_top |= 1 in ranks
+    logprobs = tuple(_log_sum([by_id[label_id] for label_id in group]) for group in readout.label_ids)
+    return OrderEvidence(
+        order=readout.order,
+        probabilities=softmax(logprobs, temperature),
+        logprobs=logprobs,
+        label_mass=math.fsum(map(math.exp, by_id.values())),
+        argmax_is_label=is_top,
+    )
+
+
+def _sequence_results(
+    readout: SequenceReadout, results: list[tuple[_Read, _Rows]], temperature: float, normalize: str
+) -> tuple[tuple[float, ...], dict[str, Any]]:
+    count = len(readout.sequences)
+    sums = [math.fsum(rows.logprobs.logprob.tolist()) for _, rows in results]
+    logprobs, priors = tuple(sums[:count]), tuple(sums[count:]) or None
+    values = logprobs
+    if normalize == "token":
+        values = tuple(x / len(ids) for x, ids in zip(logprobs, readout.sequences, strict=True))
+    elif normalize == "byte":
+        values = tuple(x / size for x, size in zip(logprobs, readout.num_bytes, strict=True))
+    elif priors is not None:
+        values = tuple(x - prior for x, prior in zip(logprobs, priors, strict=True))
+    return softmax(values, temperature), {
+        "logprobs": logprobs,
+        "label_mass": math.fsum(map(math.exp, logprobs)),
+        "argmax_is_label": any(rows.logprobs.rank[0] == 1 for _, rows in results[:count]),
+        "labels": None,
+        "label_token_ids": readout.sequences,
+        "normalize": normalize,
+        "normalized": values,
+        "prior_logprobs": priors,
+        "encoded_apart": readout.encoded_apart,
+        "counts_end_of_turn": readout.end_of_turn is not None,
+    }
+
+
+def softmax(values: Sequence[float], temperature: float) -> tuple[float, ...]:
+    """exp(value / temperature), divided by their sum. Raise RequestError if all values are -inf or one is NaN."""
+    highest = max(values)
+    if not math.isfinite(highest) or any(map(math.isnan, values)):
+        raise RequestError("the engine failed: no option has a probability")
+    weights = [math.exp((value - highest) / temperature) for value in values]
+    total = math.fsum(weights)
+    return tuple(weight / total for weight in weights)
+
+
+def _log_sum(logprobs: Sequence[float]) -> float:
+    """Log of the sum of probabilities; one log-prob stays as it is, to the bit."""
+    return logprobs[0] if len(logprobs) == 1 else _log(math.fsum(map(math.exp, logprobs)))
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

@@ -1,0 +1,153 @@
+"""The input of a decision: OpenAI's items as the messages of a chat."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from serve.text.chat import MAX_ITEMS, PromptError, check_messages
+
+_MAX_JSON_DEPTH = 64
+_ROLES = ("user", "assistant", "system", "developer")
+_CALLS = {"function_call": "arguments", "custom_tool_call": "input"}
+_OUTPUTS = {"function_call_output": "function_call", "custom_tool_call_output": "custom_tool_call"}
+
+
+def parse_input(value: Any, param: str = "input") -> tuple[dict[str, Any], ...]:
+    """Messages of a chat from a string or a list of OpenAI's items. Raise PromptError, which names item and part."""
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    if not isinstance(value, list):
+        raise PromptError(param, f"`{param}` must be a string or a list of items.", "invalid_type")
+    if not 1 <= len(value) <= MAX_ITEMS:
+        message = f"`{param}` must hold 1 to {MAX_ITEMS} items."
+        raise PromptError(param, message, "array_above_max_length" if value else "empty_array")
+    messages = list[dict[str, Any]]()
+    calls = dict[str, str]()  # call_id -> type of the call
+    for i, item in enumerate(value):
+        path = f"{param}[{i}]"
+        if not isinstance(item, Mapping):
+            raise PromptError(path, f"`{path}` must be an object.", "invalid_type")
+        kind = item.get("type", "message")
+        if kind in _CALLS:
+            messages.append(_call(item, path, calls))
+        elif kind in _OUTPUTS:
+            messages.append(_output(item, path, calls))
+        elif kind == "message":
+            messages.append(_message(item, path))
+        else:
+            names = ", ".join(("message", *_CALLS, *_OUTPUTS))
+            raise PromptError(f"{path}.type", f"`{path}.type` must be one of {names}.")
+    if not any(message.get("content", "").strip() or message.get("tool_calls") for message in messages):
+        raise PromptError(param, "The input is blank.")
+    return tuple(check_messages(messages, param=param))
+
+
+def content_text(value: Any, param: str, *, kinds: tuple[str, ...] = ("input_text", "input_json")) -> str:
+    """Text of a string or of a list of parts, which are joined by line breaks. Raise PromptError for other parts."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise PromptError(param, f"`{param}` must be a string or a list of parts.", "invalid_type")
+    if len(value) > MAX_ITEMS:
+        raise PromptError(param, f"`{param}` has more than {MAX_ITEMS} parts.", "array_above_max_length")
+    return "\n".join(_part_text(part, f"{param}[{i}]", kinds) for i, part in enumerate(value))
+
+
+def check_json(value: Any, param: str, depth: int = 0) -> None:
+    """Raise PromptError for a value that is not JSON, such as NaN, or nested too deep."""
+    if depth > _MAX_JSON_DEPTH:
+        raise PromptError(param.partition("[")[0], f"`{param}` is nested more than {_MAX_JSON_DEPTH} levels deep.")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise PromptError(param, f"`{param}`: the key {key!r} is not a string.", "invalid_type")
+            check_json(item, f"{param}.{key}", depth + 1)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            check_json(item, f"{param}[{i}]", depth + 1)
+    elif isinstance(value, float) and not abs(value) < float("inf"):
+        raise PromptError(param, f"`{param}` is not a finite number.")
+    elif value is not None and not isinstance(value, str | int | float):
+        raise PromptError(param, f"`{param}` is not a JSON value.", "invalid_type")
+
+
+def _part_text(part: Any, path: str, kinds: tuple[str, ...]) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "input_image":
+        message = f"`{path}`: images are not supported; this model reads text."
+        raise PromptError(path, message, "unsupported_parameter")
+    if not isinstance(part, Mapping) or kind not in kinds:
+        raise PromptError(f"{path}.type", f"`{path}.type` must be one of {', '.join(kinds)}.")
+    if kind == "input_json":
+        data = part.get("data")
+        if not isinstance(data, dict) and not (isinstance(data, list) and all(isinstance(x, dict) for x in data)):
+            raise PromptError(f"{path}.data", f"`{path}.data` must be an object or a list of objects.", "invalid_type")
+        check_json(data, f"{path}.data")
+        return json.dumps(data, ensure_ascii=False)
+    key = "refusal" if kind == "refusal" else "text"
+    if not isinstance(part.get(key), str):
+        raise PromptError(f"{path}.{key}", f"`{path}.{key}` must be a string.", "invalid_type")
+    return str(part[key])
+
+
+def _message(item: Mapping[str, Any], path: str) -> dict[str, Any]:
+    role = item.get("role")
+    if role not in _ROLES:
+        raise PromptError(f"{path}.role", f"`{path}.role` must be one of {', '.join(_ROLES)}.")
+    parts = {"user": ("input_text", "input_json"), "assistant": ("output_text", "refusal")}
+    content = content_text(item.get("content"), f"{path}.content", kinds=parts.get(str(role), ("input_text",)))
+    return {"role": role, "content": content}
+
+
+def _call(item: Mapping[str, Any], path: str, calls: dict[str, str]) -> dict[str, Any]:
+    kind = str(item["type"])
+    call_id, name, arguments = (_string(item, key, path) for key in ("call_id", "name", _CALLS[kind]))
+    calls[call_id] = kind
+    function = {"name": name, "arguments": arguments}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": call_id, "type": "function", "function": function}],
+    }
+
+
+def _output(item: Mapping[str, Any], path: str, calls: Mapping[str, str]) -> dict[str, Any]:
+    kind, call_id = str(item["type"]), _string(item, "call_id", path)
+    if calls.get(call_id) != _OUTPUTS[kind]:
+        message = f"`{path}.call_id`: no item of type {_OUTPUTS[kind]} before this one has the call_id {call_id!r}."
+        raise PromptError(f"{path}.call_id", message)
+    content = content_text(item.get("output"), f"{path}.output", kinds=("input_text",))
+    return {"role": "tool", "tool_call_id": call_id, "content": content}
+
+
+def _string(item: Mapping[str, Any], key: str, path: str) -> str:
+    value = item.get(key)
+    if not isinstance(value, str):
+        raise PromptError(f"{path}.{key}", f"`{path}.{key}` must be a string.", "invalid_type")
+    return value
+
+
+def chat_messages(messages: Iterable[dict[str, Any]], *, renders_calls: bool) -> list[dict[str, Any]]:
+    """Messages of which no two neighbours have the same role, since many templates demand that roles alternate.
+
+    Their contents are joined by a blank line. Unless the template `renders_calls`, calls and their results become text.
+    """
+    merged = list[dict[str, Any]]()
+    for message in messages if renders_calls else map(_as_text, messages):
+        last: dict[str, Any] = merged[-1] if merged else {"role": None}
+        if message["role"] != last["role"] or message["role"] == "tool":
+            merged.append(dict(message))
+            continue
+        last["content"] = "\n\n".join(filter(None, (last["content"], message["content"])))
+        if calls := [*last.get("tool_calls", ()), *message.get("tool_calls", ())]:
+            last["tool_calls"] = calls
+    return merged
+
+
+def _as_text(message: dict[str, Any]) -> dict[str, Any]:
+    if message["role"] == "tool":
+        return {"role": "user", "content": f"Result of {message['tool_call_id']}: {message['content']}"}
+    calls = [f"{call['function']['name']}({call['function']['arguments']})" for call in message.get("tool_calls", ())]
+    ids = [call["id"] for call in message.get("tool_calls", ())]
+    lines = [message["content"], *(f"Call {call_id}: {call}" for call_id, call in zip(ids, calls, strict=True))]
+    return {"role": message["role"], "content": "\n".join(filter(None, lines))}

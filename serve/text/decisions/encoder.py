@@ -1,0 +1,289 @@
+"""Rendered prompts to token ids: control tokens in user text stay text, and what prompts share is encoded once."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from transformers.utils.chat_template_utils import _get_template_literal_text
+
+from serve.text.chat import PromptError, prompt_errors
+from serve.text.tokenizer import Tokenizer
+
+MARK, SPLIT = "<|mark|>", "<|split|>"  # written by templates of transformers: end of the prompt, end of a segment
+# Private-use characters around the control tokens of user text, as in transformers; user text loses them.
+_START, _END = "\U000f0000", "\U000f0001"
+_MARKED = re.compile(f"{_START}([^{_START}{_END}]*){_END}|[{_START}{_END}]")
+_MARGIN = 16  # characters of shared text after the place where a prompt is cut
+_CONTEXT = 512  # characters at the end of a prompt that are searched for its last control token
+_CACHED = 4096  # labels in their contexts
+
+type _Kind = Literal["first", "inner", "split", "text"]  # of a segment: at the start, elsewhere, after SPLIT; a token
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids in two parts; prompts of one request hold the same list as `shared`."""
+
+    shared: list[int]
+    tail: list[int]
+    context: str  # text that ends the prompt, from its last control token on
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [*self.shared, *self.tail]
+
+    def __len__(self) -> int:
+        return len(self.shared) + len(self.tail)
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """A part of a marked text that is encoded on its own."""
+
+    text: str
+    kind: _Kind
+    start: int  # index in the marked text
+
+
+@dataclass(frozen=True, slots=True)
+class _Seam:
+    """Where prompts are cut: ids before it are shared."""
+
+    index: int  # in the marked text
+    ids: list[int]  # before it
+    next_id: int  # after it
+    first: list[int]  # all ids of the first prompt after it
+
+
+class PromptEncoder:
+    """Encodes prompts as `apply_chat_template(sanitize_control_tokens=True)` of transformers does. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str | None) -> None:
+        """Take the control tokens from `template`: special tokens, and added tokens that it writes."""
+        added = tokenizer.added_tokens()
+        names = tokenizer.chat_control_tokens
+        if names is None:
+            literals = _get_template_literal_text(template or "")
+            names = frozenset(token for token in added if token in literals and not token.isspace())
+        self._tokenizer = tokenizer
+        self._control = {
+            token: index for token, index in added.items() if index in tokenizer.special_ids or token in names
+        }
+        self._pattern = re.compile(_alternatives([*self._control, MARK, SPLIT]))
+        self._newline = tokenizer.encode("\n", add_special_tokens=False)
+        self._bos = _leading_ids(tokenizer) if template is None else []
+        words = tokenizer.words("a b")[2]
+        self._splits_words = words[0] != words[-1]
+        self._label_id = lru_cache(_CACHED)(self._read_label_id)
+        self._text_ids = lru_cache(_CACHED)(self._encode_token_as_text)
+
+    def mark(self, value: Any) -> Any:
+        """`value` with its control tokens marked, in strings and in keys and values of objects.
+
+        Raise PromptError if two keys of an object differ only in the private characters of the marks.
+        """
+        if isinstance(value, str):
+            return self._pattern.sub(rf"{_START}\g<0>{_END}", value.replace(_START, "").replace(_END, ""))
+        if isinstance(value, Mapping):
+            marked = {self.mark(key): self.mark(item) for key, item in value.items()}
+            if len(marked) != len(value):
+                raise PromptError("state", "Two keys of an object differ only in private characters.")
+            return marked
+        return [self.mark(item) for item in value] if isinstance(value, list | tuple) else value
+
+    def encode(self, texts: Iterable[str], param: str) -> list[Prompt]:
+        """Token ids of marked texts that start alike. Raise PromptError for a text that cannot be encoded.
+
+        The part that all texts share is encoded once, unless it could affect the ids of the others.
+        """
+        iterator = iter(texts)
+        first = next(iterator)
+        others = list[tuple[int, str]]()  # common prefix with the first text, and the rest
+        for text in iterator:
+            common = _common_prefix(first, text)
+            others.append((common, text[common:]))
+        with prompt_errors(param):
+            seam = self._seam(first, min(common for common, _ in others)) if others else None
+            if seam is None:
+                ids = self._encode_whole([first, *(first[:common] + rest for common, rest in others)])
+                bodies = [(list[int](), [*self._bos, *whole]) for whole in ids]
+            else:
+                bodies = self._encode_tails(first, others, seam)
+        texts = [first, *(first[max(0, common - _CONTEXT) : common] + rest for common, rest in others)]
+        return [Prompt(shared, tail, self._context(text)) for (shared, tail), text in zip(bodies, texts, strict=True)]
+
+    def label_id(self, context: str, label: str) -> int | None:
+        """The token that `label` is after `context`; None if it is not exactly one, or changes the tokens before it."""
+        return self._label_id(context, label)
+
+    def continuation(self, context: str, text: str, end: str, param: str) -> tuple[list[int], bool]:
+        """Token ids of a marked text and the control token `end` after `context`.
+
+        The second value is True if the text would change the tokens before it, so that it was encoded on its own.
+        """
+        segments = self._segments(text + end)
+        first = segments[0].text if segments and segments[0].kind == "first" else ""
+        with prompt_errors(param):
+            before, joined = self._tokenizer.encode_batch([context, context + first])
+            rest = [token for ids in self._encode_segments(segments[bool(first) :]) for token in ids]
+            apart = joined[: len(before)] != before
+            if apart:
+                [ids] = self._encode_segments([_Segment(first, "inner", 0)])
+                return [*ids, *rest], True
+        return [*joined[len(before) :], *rest], False
+
+    def _segments(self, marked: str) -> list[_Segment]:
+        segments, end = list[_Segment](), 0
+        for match in _MARKED.finditer(marked):
+            segments += self._text_segments(marked[end : match.start()], end)
+            if match[1]:
+                kind: _Kind = "text" if match[1] in self._control or match[1] in (MARK, SPLIT) else "inner"
+                segments.append(_Segment(match[1], kind, match.start(1)))
+            end = match.end()
+        return segments + self._text_segments(marked[end:], end)
+
+    def _text_segments(self, text: str, start: int) -> list[_Segment]:
+        segments = list[_Segment]()
+        kind: _Kind = "inner" if start else "first"
+        for part in text.split(SPLIT):
+            if part:
+                segments.append(_Segment(part, kind, start))
+            start, kind = start + len(part) + len(SPLIT), "split"
+        return segments
+
+    def _encode_segments(self, segments: Sequence[_Segment]) -> list[list[int]]:
+        texts = [self._leading_text(segment) + segment.text for segment in segments if segment.kind != "text"]
+        encoded = iter(self._tokenizer.encode_batch(texts))
+        return [
+            self._text_ids(segment.text) if segment.kind == "text" else self._stripped(segment, next(encoded))
+            for segment in segments
+        ]
+
+    def _leading_text(self, segment: _Segment) -> str:
+        """Text before a segment for which the tokenizer adds no space, as SentencePiece does at the start of a text."""
+        if segment.kind == "split":
+            return next(iter(self._control), "\n")
+        return "\n" if segment.kind == "inner" else ""
+
+    def _stripped(self, segment: _Segment, ids: list[int]) -> list[int]:
+        """`ids` without those of the leading text; the text is encoded without it if they do not begin with those."""
+        leading = self._leading_text(segment)
+        prefix = self._newline if leading == "\n" else [self._control[leading]] if leading else []
+        if ids[: len(prefix)] == prefix:
+            return ids[len(prefix) :]
+        return self._tokenizer.encode(segment.text, add_special_tokens=False)
+
+    def _encode_token_as_text(self, token: str) -> list[int]:
+        ids = self._tokenizer.encode_plain("\n" + token)
+        count = len(self._newline)
+        ids = ids[count:] if ids[:count] == self._newline else self._tokenizer.encode_plain(token)
+        if self._control.get(token) in ids:
+            raise PromptError("state", f"The control token {token!r} in the text cannot be encoded as text.")
+        return ids
+
+    def _encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
+        segments = [self._segments(text) for text in texts]
+        encoded = iter(self._encode_segments([segment for part in segments for segment in part]))
+        return [[token for _ in part for token in next(encoded)] for part in segments]
+
+    def _seam(self, text: str, common: int) -> _Seam | None:
+        """A place at least _MARGIN before `common` where any text that starts with text[:common] can be cut.
+
+        Between two words it is one, as the tokenizer encodes words one by one, and finds them from left to right.
+        Without words, BPE's result is the one in which every pair of neighbours is a result, too: the place is one if
+        the token after it is the same, which `_encode_tails` checks.
+        """
+        segments = self._segments(text)
+        last = max((i for i, s in enumerate(segments) if s.kind != "text" and s.start < common), default=None)
+        if last is None or not (self._splits_words or self._tokenizer.is_bpe):
+            return None
+        segment = segments[last]
+        leading = self._leading_text(segment)
+        prefix = self._newline if leading == "\n" else [self._control[leading]] if leading else []
+        ids, offsets, words = self._tokenizer.words(leading + segment.text)
+        if ids[: len(prefix)] != prefix:
+            return None
+        limit = min(common - segment.start, len(segment.text)) - _MARGIN + len(leading)
+        for i in range(len(ids) - 1, len(prefix), -1):
+            at_word = words[i] is not None and (words[i] != words[i - 1] or not self._splits_words)
+            if at_word and offsets[i] <= limit and offsets[i] > offsets[i - 1]:
+                index = offsets[i] - len(leading)
+                if segment.text[index] not in "\r\n\t":
+                    before = [token for part in self._encode_segments(segments[:last]) for token in part]
+                    after = [token for part in self._encode_segments(segments[last + 1 :]) for token in part]
+                    shared = [*self._bos, *before, *ids[len(prefix) : i]]
+                    return _Seam(segment.start + index, shared, ids[i], [*ids[i:], *after])
+        return None
+
+    def _encode_tails(
+        self, first: str, others: Sequence[tuple[int, str]], seam: _Seam
+    ) -> list[tuple[list[int], list[int]]]:
+        tails = [first[seam.index : common] + rest for common, rest in others]
+        segments = [
+            [_Segment(s.text, "inner" if s.kind == "first" else s.kind, s.start) for s in self._segments(tail)]
+            for tail in tails
+        ]
+        encoded = iter(self._encode_segments([segment for part in segments for segment in part]))
+        bodies = [(seam.ids, seam.first)]
+        for part, (common, rest) in zip(segments, others, strict=True):
+            ids = [token for _ in part for token in next(encoded)]
+            if ids[0] == seam.next_id:
+                bodies.append((seam.ids, ids))
+            else:
+                [whole] = self._encode_whole([first[:common] + rest])
+                bodies.append(([], [*self._bos, *whole]))
+        return bodies
+
+    def _context(self, text: str) -> str:
+        """The end of a marked text from its last control token on, or from its last line break if it has none."""
+        end = _MARKED.split(text[-_CONTEXT:])[-1]
+        matches = [match.start() for match in self._pattern.finditer(end)]
+        return end[matches[-1] :] if matches else "\n" + end.rpartition("\n")[2]
+
+    def _read_label_id(self, context: str, label: str) -> int | None:
+        if self._pattern.search(label):
+            return None
+        before, joined = self._tokenizer.encode_batch([context, context + label])
+        alone = len(joined) == len(before) + 1 and joined[:-1] == before
+        return joined[-1] if alone and not self._tokenizer.is_special(joined[-1]) else None
+
+
+def _common_prefix(text: str, other: str) -> int:
+    """Number of leading characters that are equal, by bisection."""
+    low, high = 0, min(len(text), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if text[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _leading_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids of the tokens that the tokenizer adds before a text, such as BOS."""
+    text, whole = (tokenizer.encode("a", add_special_tokens=added) for added in (False, True))
+    index = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), 0)
+    return whole[:index]
+
+
+def _alternatives(words: Iterable[str]) -> str:
+    """A regular expression for the longest of `words`; unlike `a|b|...` its time does not grow with their number."""
+    trie: dict[str, Any] = {}
+    for word in words:
+        node = trie
+        for character in word:
+            node = node.setdefault(character, {})
+        node[""] = {}
+
+    def pattern(node: dict[str, Any]) -> str:
+        text = ""
+        while len(node) == 1 and "" not in node:
+            [(character, node)] = node.items()
+            text += re.escape(character)
+        branches = "|".join(re.escape(character) + pattern(child) for character, child in node.items() if character)
+        return text + (f"(?:{branches})" if branches else "") + ("?" if branches and "" in node else "")
+
+    return pattern(trie)

@@ -1,0 +1,246 @@
+"""Plans of decisions: the encoded prompts of each question, and the tokens that are read after them."""
+
+import math
+import random
+import string
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import product
+from typing import Any
+
+from serve.text.chat import ChatFormat, PromptError
+from serve.text.decisions.encoder import Prompt, PromptEncoder
+from serve.text.decisions.prompts import (
+    DecisionSettings,
+    PromptRenderer,
+    ShownQuestion,
+    default_prompt,
+    sequence_prompt,
+    template_question,
+)
+from serve.text.decisions.questions import DecisionRequest, Question, ScoringOptions
+
+_LETTERS = tuple(string.ascii_uppercase)
+_CODES = tuple(map("".join, product(_LETTERS, repeat=2)))  # labels of more than 26 options
+_ALL_ORDERS = 5  # options of which all orders are read without `permutations`
+_SEED = 0  # of the orders after the rotations
+
+
+@dataclass(frozen=True, slots=True)
+class LabelReadout:
+    """A prompt, and the labels of each option, one of which is its next token."""
+
+    prompt: Prompt
+    order: tuple[int, ...]  # options in the order of the prompt
+    labels: tuple[tuple[str, ...], ...]  # by option
+    label_ids: tuple[tuple[int, ...], ...]  # by option
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceReadout:
+    """A prompt and a continuation for each option."""
+
+    prompt: Prompt
+    sequences: tuple[tuple[int, ...], ...]  # by option, with the end of the turn
+    num_bytes: tuple[int, ...]  # by option, of its text in UTF-8
+    encoded_apart: tuple[bool, ...]  # by option: its text would have changed the prompt's last tokens
+    end_of_turn: int | None  # last token of each sequence
+    prior: Prompt | None  # the same question after an empty state, for `pmi`
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionPlan:
+    question: Question
+    form: Any  # the question as transformers', whose `answer` gives confidence and score
+    temperature: float
+    readouts: tuple[LabelReadout, ...] = ()  # one per order of the options
+    sequences: SequenceReadout | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionPlan:
+    """A request, ready to run."""
+
+    questions: tuple[QuestionPlan, ...]
+    options: ScoringOptions
+
+
+class DecisionFormat:
+    """Renders and encodes the prompts of one model. Thread-safe."""
+
+    def __init__(self, chats: ChatFormat, settings: DecisionSettings | None = None) -> None:
+        self._chats = chats
+        self._settings = settings or DecisionSettings()
+
+    @cached_property
+    def _encoder(self) -> PromptEncoder:
+        return PromptEncoder(self._chats.tokenizer, self._settings.template or self._chats.tokenizer.chat_template)
+
+    @cached_property
+    def _renderer(self) -> PromptRenderer:
+        return PromptRenderer(self._chats, self._settings, self._encoder)
+
+    @cached_property
+    def _answer(self) -> tuple[str, str, int | None]:
+        """Text before an answer, and the token that ends it, as text and id: "" and None if there is none."""
+        before, after = ("", "") if self._settings.template is not None else self._renderer.render_answer()
+        tokenizer = self._chats.tokenizer
+        ids = tokenizer.encode(after.lstrip(), add_special_tokens=False)
+        if ids and tokenizer.is_special(ids[0]):
+            return before, tokenizer.token_text(ids[0]), ids[0]
+        return before, "", None
+
+    def plan(self, request: DecisionRequest, options: ScoringOptions, max_tokens: int) -> DecisionPlan:
+        """Encode the prompts of all questions.
+
+        Raises:
+            PromptError: a label is not one token, or a prompt has more than `max_tokens` tokens; it names the question.
+        """
+        is_sequences = options.scoring == "sequences"
+        if is_sequences and self._settings.template is not None:
+            message = "`scoring` sequences is not possible: this model has a decision template, which asks for labels."
+            raise PromptError("scoring", message)
+        shown = [item for question in request.questions for item in self._shown(question, options)]
+        texts = [(item, self._question_text(item)) for item in shown]
+        prompts = self._encode(request, texts, max_tokens)
+        priors: list[Prompt] = []
+        if options.normalize == "pmi":
+            priors = self._encode(DecisionRequest(request.questions, state="", param=request.param), texts, max_tokens)
+        plans, start = list[QuestionPlan](), 0
+        for question in request.questions:
+            end = start + sum(1 for item in shown[start:] if item.question is question)
+            temperature = options.temperature or self._settings.temperature.get(question.type, 1.0)
+            form = template_question(ShownQuestion(question, tuple(range(len(question.options))), None))
+            if is_sequences:
+                prior = priors[start] if priors else None
+                sequences = self._sequences(question, self._texts(shown[start]), prompts[start], prior)
+                plans.append(QuestionPlan(question, form, temperature, sequences=sequences))
+            else:
+                pairs = zip(shown[start:end], prompts[start:end], strict=True)
+                readouts = tuple(self._labels(*pair) for pair in pairs)
+                plans.append(QuestionPlan(question, form, temperature, readouts))
+            start = end
+        return DecisionPlan(tuple(plans), options)
+
+    def _encode(
+        self, request: DecisionRequest, texts: list[tuple[ShownQuestion, str]], max_tokens: int
+    ) -> list[Prompt]:
+        tokenizer = self._chats.tokenizer
+
+        def checked() -> Iterator[str]:
+            for (shown, _), text in zip(texts, self._renderer.render(request, texts), strict=True):
+                if tokenizer.certainly_exceeds(text, max_tokens):
+                    raise _too_long(shown.question, f"has {len(text)} characters", max_tokens)
+                yield text
+
+        prompts = self._encoder.encode(checked(), request.param)
+        for (shown, _), prompt in zip(texts, prompts, strict=True):
+            if len(prompt) > max_tokens:
+                raise _too_long(shown.question, f"has {len(prompt)} tokens", max_tokens)
+        return prompts
+
+    def _shown(self, question: Question, options: ScoringOptions) -> Iterator[ShownQuestion]:
+        """The question in each order of its options that is asked for."""
+        count = len(question.options)
+        natural = self._settings.noul_order if question.type == "noul" else tuple(range(count))
+        orders: tuple[tuple[int, ...], ...] = (tuple(range(count)),)
+        if options.scoring == "permutations":
+            if options.permutations is None and count > _ALL_ORDERS:
+                message = f"`permutations` is required for more than {_ALL_ORDERS} options; this question has {count}."
+                raise question.error("", message, "missing_required_parameter")
+            orders = option_orders(count, options.permutations or math.factorial(count))
+        labels = None if options.scoring == "sequences" else self._shown_labels(question, natural)
+        for order in orders:
+            places = tuple(natural[i] for i in order)
+            by_place = labels
+            if labels is not None and (question.type == "noul" or any(option.labels for option in question.options)):
+                by_place = tuple(labels[i] for i in order)  # these labels belong to options, others to places
+            yield ShownQuestion(question, places, by_place)
+
+    def _shown_labels(self, question: Question, order: tuple[int, ...]) -> tuple[str, ...]:
+        count = len(order)
+        labels = tuple(self._settings.labels.get(question.type, ()))
+        if not labels:
+            labels = ("Yes", "No") if question.type == "noul" else _LETTERS if count <= len(_LETTERS) else self._codes
+        if len(labels) < count:
+            message = f"this model has {len(labels)} labels for {count} options; use `scoring` sequences instead."
+            raise question.error("", message)
+        own = [question.options[i].labels for i in order]
+        return tuple(group[0].strip() if group else label for group, label in zip(own, labels, strict=False))
+
+    @cached_property
+    def _codes(self) -> tuple[str, ...]:
+        """Two-letter labels that are one token each after a prompt."""
+        request = DecisionRequest((), state="Hi")
+        question = ShownQuestion(Question("", "noul", ()), (), ("Yes", "No"))
+        [prompt] = self._encoder.encode(self._renderer.render(request, [(question, "")]), "model")
+        before = self._answer[0]
+        return tuple(code for code in _CODES if self._encoder.label_id(prompt.context, before + code) is not None)
+
+    def _labels(self, shown: ShownQuestion, prompt: Prompt) -> LabelReadout:
+        question, before = shown.question, self._answer[0]
+        assert shown.labels is not None
+        groups: dict[int, tuple[str, ...]] = {}
+        for index, label in zip(shown.order, shown.labels, strict=True):
+            groups[index] = question.options[index].labels or (before + label,)
+        labels = tuple(groups[i] for i in range(len(question.options)))
+        ids = [[self._encoder.label_id(prompt.context, label) for label in group] for group in labels]
+        counts = Counter(label_id for group in ids for label_id in dict.fromkeys(group))
+        wrong = [
+            label
+            for group, group_ids in zip(labels, ids, strict=True)
+            for label, label_id in zip(group, group_ids, strict=True)
+            if label_id is None or counts[label_id] > 1
+        ]
+        if wrong:
+            names = ", ".join(map(repr, wrong[:20]))
+            raise question.error("", f"not one distinct token each after this prompt: the labels {names}.")
+        label_ids = tuple(tuple(dict.fromkeys(i for i in group if i is not None)) for group in ids)
+        return LabelReadout(prompt, shown.order, labels, label_ids)
+
+    def _sequences(self, question: Question, texts: list[str], prompt: Prompt, prior: Prompt | None) -> SequenceReadout:
+        before, end, end_id = self._answer
+        sequences, apart = list[tuple[int, ...]](), list[bool]()
+        for text in texts:
+            marked = self._encoder.mark(before + text)
+            ids, is_apart = self._encoder.continuation(prompt.context, marked, end, question.param)
+            sequences.append(tuple(ids))
+            apart.append(is_apart)
+        if len(set(sequences)) < len(sequences):
+            raise question.error("", "two options have the same tokens.")
+        num_bytes = tuple(len(text.encode()) for text in texts)
+        return SequenceReadout(prompt, tuple(sequences), num_bytes, tuple(apart), end_id, prior)
+
+    def _texts(self, shown: ShownQuestion) -> list[str]:
+        """The text of each option, by option, that is scored as a sequence."""
+        if shown.question.type == "noul":
+            own = [option.labels[0] if option.labels else None for option in shown.question.options]
+            return [text or label for text, label in zip(own, ("Yes", "No"), strict=True)]
+        return ShownQuestion(shown.question, tuple(range(len(shown.order))), None).option_texts
+
+    def _question_text(self, shown: ShownQuestion) -> str:
+        if self._settings.template is not None:
+            return ""
+        if shown.labels is None:
+            texts = self._texts(shown)
+            return sequence_prompt(shown, [texts[i] for i in shown.order])
+        return default_prompt(shown)
+
+
+@lru_cache(256)
+def option_orders(count: int, limit: int) -> tuple[tuple[int, ...], ...]:
+    """At most `limit` orders of `count` options: rotations first, then orders drawn with a fixed seed."""
+    rotations = (tuple((i + shift) % count for i in range(count)) for shift in range(count))
+    orders = dict.fromkeys(order for _, order in zip(range(limit), rotations, strict=False))
+    draw = random.Random(_SEED).random  # the same numbers in every version of Python
+    while len(orders) < min(limit, math.factorial(count)):
+        keys = [draw() for _ in range(count)]
+        orders[tuple(sorted(range(count), key=keys.__getitem__))] = None
+    return tuple(orders)
+
+
+def _too_long(question: Question, length: str, max_tokens: int) -> PromptError:
+    message = f"its prompt {length}; this model and cache have room for {max_tokens} tokens."
+    return question.error("", message, "context_length_exceeded")

@@ -1,0 +1,69 @@
+"""Decisions on a runner, without HTTP, and the golden answers of transformers."""
+
+import asyncio
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from compiled.runner import ModelRunner
+from compiled.state import MAX_REQUESTED_IDS
+from model.kv_cache import PAGE_SIZE
+from serve.engine.engine import Engine
+from serve.engine.request import EngineLimits, EngineOptions
+from serve.jobs.decide import Decider
+from serve.jobs.request_queue import RequestQueue
+from serve.jobs.results import Decision
+from serve.text.decisions.plan import DecisionFormat
+from serve.text.decisions.questions import DecisionRequest, ScoringOptions, typesafe_questions
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def golden_cases(name: str) -> list[dict[str, Any]]:
+    """Cases with a request in TypeSafe's form, the answers and the prompt_token_ids of transformers' pipeline."""
+    cases: list[dict[str, Any]] = json.loads((GOLDEN / f"{name}.json").read_text("utf-8"))["cases"]
+    return cases
+
+
+def golden_request(case: Mapping[str, Any]) -> DecisionRequest:
+    """The request of a golden case; its state may be blank, which the wire refuses."""
+    request = case["request"]
+    return DecisionRequest(typesafe_questions(request["questions"]), state=request["state"])
+
+
+def golden_probabilities(answer: Mapping[str, Any]) -> list[float]:
+    """By option."""
+    return [answer["noul"], 1 - answer["noul"]] if answer["type"] == "noul" else [*answer["probabilities"].values()]
+
+
+def decide(
+    runner: ModelRunner,
+    prompts: DecisionFormat,
+    requests: Iterable[DecisionRequest],
+    options: ScoringOptions | None = None,
+    *,
+    max_requested_ids: int = MAX_REQUESTED_IDS,
+    caches: bool = True,
+) -> list[list[Decision]]:
+    """Decisions of a new engine, whose prefix cache is empty at the start; requests run one after the other."""
+    limits = EngineLimits(
+        max_model_len=runner.buckets.pages_per_row * PAGE_SIZE,
+        max_logprobs=runner.max_logprobs,
+        vocab_size=runner.vocab_size,
+        cache_tokens=(runner.pages - 1) * PAGE_SIZE,
+        max_requested_ids=max_requested_ids,
+        full_vocab=False,
+    )
+    engine = Engine(runner, limits, EngineOptions(272, 1000, enable_prefix_caching=caches))
+    engine.start()
+
+    async def run() -> list[list[Decision]]:
+        decider = Decider(RequestQueue(engine, 1000, 2**20), limits)
+        settings = options or ScoringOptions()
+        return [await decider.run(prompts.plan(r, settings, decider.max_prompt_tokens)) for r in requests]
+
+    try:
+        return asyncio.run(run())
+    finally:
+        engine.stop()

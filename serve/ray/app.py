@@ -21,6 +21,7 @@ except ModuleNotFoundError:
     sys.exit("error: Ray is not installed: run `make ray`, or `pip install 'logprobd[ray]'`")
 
 from serve.config.values import error_reason
+from serve.ray.flow_control import PROXY_CALLBACK
 from serve.ray.front import Front, PrefixRouter
 from serve.ray.options import RayConfig, ray_flags
 from serve.ray.replica import Replica
@@ -36,6 +37,8 @@ _MAX_CONNECTIONS = 1 << 14  # of a front: many of them may be clients that send 
 _MAX_BLOCKS = 1 << 18  # capacity of the prefix index: 64 MB of prompts
 _HEALTH_PERIOD = 2.0  # seconds between health checks of a replica
 _IDLE_PERIOD = 0.1  # seconds between checks whether a replica to be stopped is idle
+# Ray's own thread would take what a replica yields, however little the front has taken.
+_ONE_THREAD = {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}
 _LOGS = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -62,7 +65,7 @@ def application(config: RayConfig) -> serve.Application:
     replica = serve.deployment(
         Replica,
         name="Replica",
-        ray_actor_options=config.resources,
+        ray_actor_options={**config.resources, "runtime_env": _ONE_THREAD},
         max_ongoing_requests=max_requests,
         request_router_config={"request_router_class": PrefixRouter, "request_router_kwargs": router},
         **({"num_replicas": config.num_replicas or 1} if scaling is None else {"autoscaling_config": scaling}),
@@ -115,6 +118,7 @@ def _start_ray(config: RayConfig) -> None:
     if address is None:
         path = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = f"{_ROOT}:{path}" if path else str(_ROOT)  # for imports in Ray's workers
+        os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", PROXY_CALLBACK)
         address, options = "local", {"include_dashboard": False}  # do not join another Ray cluster of this machine
         if config.is_local:  # Ray's own ports, which run the code of any client, listen on 127.0.0.1, too
             os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"

@@ -13,6 +13,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from ray.exceptions import RayError, RayTaskError
+from ray.serve._private.common import RunningReplicaInfo
 from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -30,6 +31,7 @@ from serve.api.middleware import Access, AnswerRecord, Readiness, record_of, rou
 from serve.api.request_body import BODY_PATHS, Bodies
 from serve.api.sse import unless_disconnected
 from serve.config.config import ServeConfig
+from serve.ray.flow_control import MAX_BATCHES, UNLIMITED, Window
 from serve.ray.prefix_index import PrefixIndex, prompt_blocks
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,8 @@ class Front:
             readiness=Readiness(),
             on_answer=self._count,
         )
+        self._client_timeout = config.client_timeout
+        self._has_warned = False
         self._any_replica = replicas.options(method_name="answer", stream=True)
         self._replicas = replicas
         self._errors: Counter[str] = Counter()  # code -> errors that no replica has counted
@@ -77,8 +81,12 @@ class Front:
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Relay one request; a disconnect cancels it."""
-        request = Request(scope, receive)
-        relay = _Relay(send, record_of(request))
+        window = Window(scope, receive, seconds=self._client_timeout)
+        if not window.is_limited and not self._has_warned:
+            self._has_warned = True
+            logger.warning(UNLIMITED)
+        request = Request(scope, window.receive)
+        relay = _Relay(send, record_of(request), window)
         try:
             if scope["method"] == "GET" and route_path(scope) in ("/metrics", "/load"):
                 messages = await unless_disconnected(request, self._aggregate(_plain(scope)))
@@ -162,9 +170,10 @@ def _failure(cause: RayError) -> APIError:
 
 
 class _Relay:
-    def __init__(self, send: Send, record: AnswerRecord) -> None:
+    def __init__(self, send: Send, record: AnswerRecord, window: Window) -> None:
         self._send = send
         self._record = record
+        self._window = window
         self._started = False
         self._is_events = False
         self._event_complete = True  # the last body ended an event
@@ -174,7 +183,7 @@ class _Relay:
 
         Raises:
             APIError: 500, the replica failed or died before its response started.
-            ConnectionError: as `_abort`.
+            ConnectionError: as `_abort`, or the client has stopped reading.
         """
         try:
             async for batch in call:
@@ -195,6 +204,11 @@ class _Relay:
                 self._started = True
             elif body := message.get("body", b""):
                 self._event_complete = body.endswith(b"\n\n")
+            try:
+                message = await self._window.admit(message)
+            except TimeoutError:
+                self._record.error = "stalled_reader"
+                raise ConnectionError("the client has stopped reading") from None
             await self._send(message)
 
     async def _abort(self, error: APIError) -> None:
@@ -221,6 +235,13 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray's types are not 
     def initialize_state(self, max_blocks: int, margin: int) -> None:
         """Called by Ray with the deployment's request_router_kwargs; see PrefixIndex."""
         self._index: PrefixIndex[ReplicaID] = PrefixIndex(max_blocks=max_blocks, margin=margin)
+
+    def create_replica_wrapper(self, replica_info: RunningReplicaInfo) -> RunningReplica:
+        """Called by Ray. A replica waits while MAX_BATCHES batches of a response have not been taken."""
+        replica: RunningReplica = super().create_replica_wrapper(replica_info)
+        for name in ("handle_request_with_rejection", "handle_request_streaming"):
+            replica._actor_handle._method_shells[name]._generator_backpressure_num_objects = MAX_BATCHES
+        return replica
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

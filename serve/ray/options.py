@@ -14,14 +14,7 @@ from serve.config.values import Between, OneOf
 _GROUP = "Replicas"  # heading of --help
 _REPLICAS = Between(1, 1 << 16)
 # Flags about connections, which Ray Serve's proxy accepts.
-_UNSUPPORTED = (
-    "uds",
-    "ssl_ca_certs",
-    "client_timeout",
-    "h11_max_incomplete_event_size",
-    "max_unread_tokens",
-    "max_unsent_bytes",
-)
+_UNSUPPORTED = ("uds", "ssl_ca_certs", "client_timeout", "h11_max_incomplete_event_size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from starlette.types import Message
 
 from serve.config.config import ServeConfig
 from serve.engine.watchdog import Watchdog
+from serve.ray.flow_control import Batches
 from serve.server.console import start_reporting
 from serve.server.server import assemble
 
@@ -56,14 +57,11 @@ class Replica:
                 await asyncio.Event().wait()  # a disconnect cancels
             return unread.pop()
 
-        messages: asyncio.Queue[Message | None] = asyncio.Queue()
-        app = asyncio.ensure_future(self._served.app(scope, receive, messages.put))
-        app.add_done_callback(lambda _: messages.put_nowait(None))
+        batches = Batches()
+        app = asyncio.ensure_future(self._served.app(scope, receive, batches.send))
         try:
-            while not app.done() or not messages.empty():
-                queued = [await messages.get(), *(messages.get_nowait() for _ in range(messages.qsize()))]
-                if batch := [message for message in queued if message is not None]:
-                    yield batch
+            async for batch in batches.until_done(app):
+                yield batch
         finally:
             app.cancel()
             with suppress(asyncio.CancelledError):

@@ -115,6 +115,7 @@ def test_ray_service_is_valid_for_ray_serve_and_build() -> None:
         from ray.serve.schema import ServeDeploySchema
 
         from serve.ray.app import build
+        from serve.ray.flow_control import PROXY_CALLBACK
 
         (service,) = objects("rayservice.yaml")
         config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
@@ -128,7 +129,10 @@ def test_ray_service_is_valid_for_ray_serve_and_build() -> None:
     cluster = service["spec"]["rayClusterConfig"]
     (worker,) = cluster["workerGroupSpecs"]
     for group in (cluster["headGroupSpec"], worker):
-        assert group["template"]["spec"]["containers"][0]["image"] == f"logprobd-ray:{__version__}"
+        container = group["template"]["spec"]["containers"][0]
+        assert container["image"] == f"logprobd-ray:{__version__}"
+        callback = {"name": "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "value": PROXY_CALLBACK}
+        assert callback in container["env"]
     assert worker["maxReplicas"] >= application.args["max_replicas"]
     cpus = int(worker["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
     assert cpus >= application.args["num_cpus_per_replica"]

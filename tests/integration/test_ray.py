@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("ray", reason="Ray is not installed: `make ray` does it")
 
 _DEADLINE = 60  # seconds; only reached if something hangs
+_MAX_UNSENT = 2_500_000  # bytes, about two answers to _REPEATED
+_REPEATED: dict[str, Any] = {"prompt": "word " * 400, "max_tokens": 1, "n": 14, "prompt_logprobs": 20, "temperature": 0}
 _STORY = "Once upon a time"
 _LONG = {"prompt": _STORY, "max_tokens": 450, "ignore_eos": True, "temperature": 0}
 
@@ -30,7 +33,7 @@ _LONG = {"prompt": _STORY, "max_tokens": 450, "ignore_eos": True, "temperature":
 def replicas(compilation_cache: Path) -> Iterator[RayProcess]:
     process = RayProcess(
         *("--num-replicas", "2", "--num-cpus-per-replica", "0.5", "--dtype", "float32", "--max-num-seqs", "2"),
-        *("--max-model-len", "512", "--max-num-batched-tokens", "18"),
+        *("--max-model-len", "512", "--max-num-batched-tokens", "18", "--max-unsent-bytes", str(_MAX_UNSENT)),
         *("--compilation-cache-dir", str(compilation_cache)),
     )
     yield process
@@ -154,6 +157,42 @@ def test_disconnect_frees_the_request(replicas: RayProcess) -> None:
     until(lambda: aborted() == before + 2)
     assert idle(replicas)
     assert httpx2.get(f"{replicas.url}/load").json() == {"server_load": 0}
+
+
+def unread(server: RayProcess, body: dict[str, Any], stack: ExitStack) -> HTTPResponse:
+    """The response of a request, of which only the head has been read; closed with `stack`."""
+    address = httpx2.URL(server.url)
+    client = stack.enter_context(socket.socket())
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(_DEADLINE)
+    client.connect((address.host, address.port))
+    data = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {address.host}\r\nContent-Type: application/json\r\n"
+    client.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    response = stack.enter_context(HTTPResponse(client))
+    response.begin()
+    return response
+
+
+def test_answers_that_are_not_read_are_limited_per_replica(replicas: RayProcess) -> None:
+    def unsent() -> list[float]:
+        return list(numbers(replicas, "logprobd:unsent_bytes").values())
+
+    with ExitStack() as stack:
+        readers = [unread(replicas, _REPEATED, stack)]
+        while (last := unread(replicas, _REPEATED, stack)).status == 200:
+            readers.append(last)
+            assert len(readers) < 6
+        assert (last.status, json.loads(last.read())["error"]["code"]) == (429, "unsent_answers")
+        # Others are served, and an answer that is read needs room for no longer than that.
+        assert post(replicas, {"prompt": "Hi", "max_tokens": 1}).status_code == 200
+        assert max(unsent()) > _MAX_UNSENT / 2
+        assert max(unsent()) <= _MAX_UNSENT
+        choices = json.loads(readers[0].read())["choices"]
+        assert [len(choice["prompt_logprobs"]) for choice in choices] == [401] * 14
+    until(lambda: not any(unsent()))  # the others have disconnected
+    assert idle(replicas)
+    assert post(replicas, _REPEATED).json()["choices"] == choices
 
 
 def test_killed_replica_fails_only_its_streams(replicas: RayProcess) -> None:

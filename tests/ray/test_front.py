@@ -18,6 +18,7 @@ with warnings.catch_warnings():
 
 from serve.config.api_keys import ApiKey  # noqa: E402
 from serve.config.config import ServeConfig  # noqa: E402
+from serve.ray import flow_control  # noqa: E402
 from serve.ray.front import Front  # noqa: E402
 from serve.ray.prefix_index import prompt_blocks  # noqa: E402
 
@@ -231,6 +232,68 @@ async def test_disconnect_cancels_the_call() -> None:
     async with asyncio.timeout(10):
         await app(replicas)(scope(), incoming.get, send)
     assert replicas.calls[0].cancelled
+
+
+LIMITED: dict[str, Any] = {"extensions": {flow_control._SENT: {}}}  # as the proxy's middleware sets it
+LARGE: dict[str, Any] = {"type": "http.response.body", "body": b"x" * (flow_control._WINDOW_BYTES + 1)}
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_front_takes_only_what_its_client_reads(leaves: bool) -> None:
+    script: list[Step] = [[], [start("application/json")], *[[LARGE | {"more_body": True}]] * 5, [END]]
+    replicas = Replicas([script])
+    incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    incoming.put_nowait({"type": "http.request", "body": b"{}"})
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async with asyncio.timeout(20):
+        run = asyncio.create_task(app(replicas)(scope() | LIMITED, incoming.get, send))
+        while len(sent) < 2:
+            await asyncio.sleep(0)
+        assert sent[0][flow_control._SENT]
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        assert len(sent) == 2
+        assert len(replicas.calls[0].steps) == 4  # of the six bodies, the front has sent one and holds one
+        if leaves:
+            incoming.put_nowait({"type": "http.disconnect"})
+        else:
+            for _ in range(5):
+                incoming.put_nowait({"type": flow_control._SENT, "bytes": len(LARGE["body"])})
+        await run
+    assert replicas.calls[0].cancelled
+    assert sum(len(message["body"]) for message in sent[1:]) == len(LARGE["body"]) * (1 if leaves else 5)
+
+
+async def test_client_that_stops_reading_is_counted_and_frees_its_replica() -> None:
+    replicas = Replicas([[[], [start(), LARGE | {"more_body": True}, EVENT, END]]])
+    front: Any = Front(replicas, ServeConfig(client_timeout=0.01))
+
+    async def send(_: dict[str, Any]) -> None:
+        pass
+
+    with pytest.raises(ConnectionError):
+        await front.__serve_build_asgi_app__()(
+            scope() | LIMITED, receiver([{"type": "http.request", "body": b"{}"}]), send
+        )
+    assert replicas.calls[0].cancelled
+    assert front._errors == {"stalled_reader": 1}
+
+
+async def test_proxy_without_reports_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    front = app(Replicas([[[], [start(), EVENT, END]]] * 3))
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    for more in (LIMITED, {}, {}):
+        await front(scope() | more, receiver([{"type": "http.request", "body": b"{}"}]), send)
+        assert not sent[-1]["more_body"]
+    assert caplog.messages == [flow_control.UNLIMITED]
 
 
 @pytest.mark.parametrize("declared", [True, False])

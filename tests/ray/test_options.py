@@ -20,8 +20,9 @@ def test_ray_config_by_default() -> None:
 
 
 def test_ray_config_has_flags_of_replicas_and_of_the_server() -> None:
-    words = ["org/model", "--num-replicas", "3", "--dtype", "float32", "--num-cpus-per-replica", "0.5"]
-    config = ray_flags({}).read([*words, "--api-key", "k", "--address", "auto"])
+    words = "org/model --num-replicas 3 --dtype float32 --num-cpus-per-replica 0.5 --api-key k --address auto"
+    config = ray_flags({}).read([*words.split(), "--max-unread-tokens", "5", "--max-unsent-bytes", "64MiB"])
+    assert (config.of_replica.max_unread_tokens, config.of_replica.max_unsent_bytes) == (5, 64 << 20)
     assert (config.num_replicas, config.num_cpus_per_replica, config.address) == (3, 0.5, "auto")
     assert (config.model, config.dtype, config.api_key) == ("org/model", "float32", ("k",))
 
@@ -78,8 +79,6 @@ def test_autoscaling_with_max_replicas(words: str, autoscaling: dict[str, Any]) 
         ("--uds /tmp/socket", "--uds"),
         ("--ssl-certfile c --ssl-keyfile k --ssl-ca-certs a", "--ssl-ca-certs"),
         ("--client-timeout 5", "--client-timeout"),
-        ("--max-unread-tokens 5", "--max-unread-tokens"),
-        ("--max-unsent-bytes 64MiB", "--max-unsent-bytes"),
         ("--max-num-seqs 0", "--max-num-seqs"),
         ("--nonsense", "--nonsense"),
     ],
@@ -173,6 +172,8 @@ def test_application_passes_flags_to_ray(words: str, replicas: Any) -> None:
     else:
         assert (autoscaling.min_replicas, autoscaling.max_replicas, autoscaling.target_ongoing_requests) == scaled
     assert replica.ray_actor_options["num_gpus"] == 2
+    environ = replica.ray_actor_options["runtime_env"]["env_vars"]
+    assert environ == {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}  # else it runs ahead of the front
     assert front.ray_actor_options["num_cpus"] == 0
     router = replica._deployment_config.request_router_config
     assert router.request_router_class == "serve.ray.front.PrefixRouter"

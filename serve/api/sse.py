@@ -22,14 +22,20 @@ _PIECE = 256 << 10  # bytes
 class ClosingStream(StreamingResponse):
     """A streamed body that calls `on_close` when it ends in any way, and records why it ended early.
 
-    The generator's own `finally` would run too late if the connection is closed during a write.
+    The generators' own `finally` would run too late if the connection is closed during a write.
     """
 
     def __init__(
-        self, pieces: AsyncGenerator[bytes], media_type: str, on_close: Callable[[], None], record: AnswerRecord
+        self,
+        pieces: AsyncGenerator[bytes],
+        media_type: str,
+        on_close: Callable[[], None],
+        record: AnswerRecord,
+        source: AsyncGenerator[bytes],  # of `pieces`, which close it only if they have been started
     ) -> None:
         super().__init__(pieces, media_type=media_type, headers={"Cache-Control": "no-cache"})
         self._pieces = pieces
+        self._source = source
         self._on_close = on_close
         self._record = record
 
@@ -54,6 +60,7 @@ class ClosingStream(StreamingResponse):
                 self._record.error = "client_gone"
             self._on_close()
             await self._pieces.aclose()  # not left to the garbage collector, which closes the inner generators first
+            await self._source.aclose()
 
 
 async def stream_or_disconnect(
@@ -67,7 +74,7 @@ async def stream_or_disconnect(
     record = record_of(request)
     events = _events(chunks, record)
     first = await unless_disconnected(request, anext(events))
-    return ClosingStream(_prepend(first, events), "text/event-stream", on_close, record)
+    return ClosingStream(_prepend(first, events), "text/event-stream", on_close, record, events)
 
 
 async def json_or_disconnect(
@@ -91,7 +98,7 @@ async def json_or_disconnect(
         return Response(compressed or first, headers=headers, media_type="application/json")
     pieces = _slices(_prepend(first, rest))
     response = ClosingStream(
-        compress_pieces(pieces) if gzip else pieces, "application/json", on_close, record_of(request)
+        compress_pieces(pieces) if gzip else pieces, "application/json", on_close, record_of(request), rest
     )
     response.headers.update(GZIP_HEADERS if gzip else {})
     return response

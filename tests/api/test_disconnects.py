@@ -1,9 +1,16 @@
 """A disconnect frees the request's resources in the engine."""
 
 import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
 
 import pytest
+from starlette.requests import Request
 
+from serve.api import middleware
+from serve.api.json_stream import Body, Placeholder, make_body
+from serve.api.middleware import AnswerRecord
+from serve.api.sse import json_or_disconnect, stream_or_disconnect
 from tests.support.http_client import (
     PATHS,
     Connection,
@@ -72,3 +79,41 @@ async def test_disconnect_at_end(fresh_server: Server, path: str) -> None:
     connection.leave()
     await run
     await fresh_server.assert_idle()
+
+
+@pytest.mark.parametrize("kind", ["events", "json", "gzip"])
+async def test_disconnect_between_first_piece_and_head_closes_the_rest_at_once(kind: str) -> None:
+    closed: list[str] = []
+    left = asyncio.Event()
+
+    async def rest(pieces: list[Any]) -> AsyncGenerator[Any]:
+        try:
+            for piece in pieces:
+                yield piece
+        finally:
+            closed.append("rest")
+
+    async def body() -> Body:
+        return make_body([Placeholder(rest([b"1", b"2"]))])
+
+    async def receive() -> Any:
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        assert message["type"] == "http.response.start"
+        left.set()
+        await asyncio.Event().wait()  # the transport is full
+
+    record = AnswerRecord("id", "POST", "/")
+    headers = [(b"accept-encoding", b"gzip")] if kind == "gzip" else []
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": headers, middleware._RECORD: record}
+    request = Request(scope, receive)
+    if kind == "events":
+        response = await stream_or_disconnect(request, rest([{"choices": []}] * 2), lambda: closed.append("request"))
+    else:
+        response = await json_or_disconnect(request, body(), lambda: closed.append("request"))
+    async with asyncio.timeout(20):
+        await response(scope, receive, send)
+    assert closed == ["request", "rest"]
+    assert record.error == "client_gone"

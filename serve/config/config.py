@@ -56,6 +56,7 @@ class ServeConfig(EngineConfig):
         repeatable=True,
         metavar="KEY",
     )
+    flag_keys: tuple[str, ...] = ()  # those of `api_key` that stay when --api-key-file is read again
     api_key_file: Path | None = option(
         NETWORK,
         "file of API keys, one per line or with names, roles and limits; unlike --api-key, other users of the machine "

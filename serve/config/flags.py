@@ -59,6 +59,7 @@ def server_flags[C: ServeConfig](
     """The flags of a server, including those of vLLM that have no effect; `environ` may have API keys."""
 
     def complete(values: dict[str, Any]) -> None:
+        values["flag_keys"] = values.get("api_key", ())
         values["api_key"] = _all_keys(values.get("api_key", ()), values.get("api_key_file"), environ)
 
     line = CommandLine(kind, prog=prog, description=description, epilog=_EPILOG, positional="model", complete=complete)

@@ -74,7 +74,8 @@ def _field(option: Option) -> Any:
 
 
 def _options(kind: type) -> dict[str, Option]:
-    return {field.name: field.metadata[_KEY] for field in dataclasses.fields(kind)}
+    fields = dataclasses.fields(kind)
+    return {field.name: field.metadata[_KEY] for field in fields if _KEY in field.metadata}
 
 
 class CommandLine[C]:

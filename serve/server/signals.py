@@ -7,7 +7,7 @@ import threading
 import traceback
 
 from serve.api.keys import ApiKeys
-from serve.config.api_keys import all_keys, keys_in
+from serve.config.api_keys import all_keys
 from serve.config.config import ServeConfig
 from serve.server.model_files import StartupError
 
@@ -18,10 +18,7 @@ class Reload:
     """Reads the files of API keys and certificates again. After an error, what was read before stays in use."""
 
     def __init__(self, config: ServeConfig) -> None:
-        """To be called right after the command line is parsed."""
         self._config = config
-        from_file = 0 if config.api_key_file is None else len(keys_in(config.api_key_file))
-        self._flag_keys = config.api_key[: max(0, len(config.api_key) - from_file)]  # they come first
         self._is_requested = False
 
     @property
@@ -39,7 +36,7 @@ class Reload:
         self._is_requested = False
         try:
             file = self._config.api_key_file
-            read = None if file is None else all_keys(self._flag_keys, file)
+            read = None if file is None else all_keys(self._config.flag_keys, file)
             if context is not None:
                 load_certificates(self._config, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))  # not a half of them
                 load_certificates(self._config, context)

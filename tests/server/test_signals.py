@@ -44,6 +44,18 @@ def test_reload_reads_the_key_file_again(tmp_path: Path, caplog: pytest.LogCaptu
     assert f"SIGHUP: argument --api-key-file: {file}: contains no key" in caplog.messages
 
 
+def test_key_that_is_removed_during_the_start_is_no_flag(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("one\ntwo\n")
+    config = parse_args(["--api-key", "flag", "--api-key-file", str(file)], {})
+    file.unlink()
+    reload, keys = Reload(config), ApiKeys(config.api_key)
+    file.write_text("two\n")
+    reload.request()
+    reload.run_if_requested(keys, None)
+    assert names(keys, "flag", "one", "two") == ["key1", None, "key3"]
+
+
 def test_reload_changes_limits_and_keeps_what_was_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "keys.toml"
     entry = '[[keys]]\nname = "alice"\nkey = "one"\nrequests_per_minute = '

@@ -57,6 +57,7 @@ class RateLimit:
         self._available -= amount
 
     def refund(self, amount: int) -> None:
+        """Return units that were taken and not used."""
         self._refill()
         self._available = min(self._available + amount, self._limit)
 
@@ -123,15 +124,14 @@ class Key:
         finally:
             self._bodies -= 1
 
-    def charge(self, tokens: int) -> None:
-        """Count tokens of a request before it runs. Raises APIError as `RateLimit.take`."""
+    def charge(self, tokens: int) -> RateLimit | None:
+        """Count tokens of a request before it runs, and return the limit that has them if there is one.
+
+        Raises APIError as `RateLimit.take`.
+        """
         if self._tokens is not None:
             self._tokens.take(tokens, self.name)
-
-    def refund(self, tokens: int) -> None:
-        """Return tokens that were charged and not used."""
-        if self._tokens is not None:
-            self._tokens.refund(tokens)
+        return self._tokens
 
     def priority(self, requested: int) -> int:
         """The priority of a request: not before the key's floor. Lower numbers run first."""

@@ -18,7 +18,7 @@ from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.errors import APIError, engine_error, shutting_down
-from serve.api.keys import ApiKeys, Key
+from serve.api.keys import ApiKeys, Key, RateLimit
 from serve.api.request_body import BODY_PATHS
 from serve.api.trace_context import TraceContext, read_traceparent
 
@@ -72,7 +72,8 @@ class AnswerRecord:
     trace: TraceContext | None = None  # of the server's span if there is a tracer, else of the client's
     span: Any = None  # of the tracer
     generation: dict[str, Any] = field(default_factory=dict)  # attributes of the span about the model and its answer
-    charged: int = 0  # tokens, of the API key's limit
+    charged: int = 0  # tokens, of `limit`
+    limit: RateLimit | None = None  # the API key's when the request started; SIGHUP may have replaced it
     start_time: float = field(default_factory=time.monotonic)
     seconds: float = 0.0  # until the end of the answer
     handler: str = NO_ROUTE  # path of the route, such as "/v1/models/{id:path}"
@@ -88,8 +89,8 @@ class AnswerRecord:
         self.seconds = time.monotonic() - self.start_time
         if self.measure is not None:
             self.work, self.measure = self.measure(), None
-        if self.api_key is not None and self.charged:
-            self.api_key.refund(self.charged - (self.work.num_tokens if self.work is not None else 0))
+        if self.limit is not None:
+            self.limit.refund(self.charged - (self.work.num_tokens if self.work is not None else 0))
 
     @property
     def key(self) -> str | None:
@@ -103,8 +104,7 @@ class AnswerRecord:
     def charge(self, tokens: int) -> None:
         """Count tokens towards the API key's limit; unused ones are returned at the end. Raises APIError."""
         if self.api_key is not None:
-            self.api_key.charge(tokens)
-            self.charged = tokens
+            self.limit, self.charged = self.api_key.charge(tokens), tokens
 
 
 class Tracer(Protocol):
@@ -184,7 +184,7 @@ class Access:
         if "traceparent" in sent:
             record.trace = read_traceparent(sent)
         if self._tracer is not None and route_path(scope) not in PROBES:
-            self._tracer.start(record)
+            _trace(self._tracer.start, record)
         headers = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
         headers.append((b"x-request-id", request_id.encode()))
         root = root_path(scope)
@@ -195,7 +195,7 @@ class Access:
         finally:
             record.end(getattr(scope.get("route"), "path", NO_ROUTE))
             if self._tracer is not None:
-                self._tracer.end(record)
+                _trace(self._tracer.end, record)
             self._on_answer(record)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, record: AnswerRecord) -> None:
@@ -244,6 +244,14 @@ class Access:
         host = _PORT.sub("", Headers(scope=scope).get("host", "")).lower()
         if self._hosts and host and host not in self._hosts:
             raise APIError(403, f"Host {host[:100]!r} is not in --allowed-hosts.", None, "host_not_allowed")
+
+
+def _trace(step: Callable[[AnswerRecord], None], record: AnswerRecord) -> None:
+    """Start or end a span. A tracer that fails must not affect the request."""
+    try:
+        step(record)
+    except Exception:
+        logger.exception("the tracer failed on request %s", record.request_id)
 
 
 def _recorder(send: Send, record: AnswerRecord) -> Send:

@@ -62,7 +62,7 @@ class OtlpTracer:
             context = trace.set_span_in_context(trace.NonRecordingSpan(remote))
         span = self._tracer.start_span(record.method, context, trace.SpanKind.SERVER)
         own = span.get_span_context()
-        if not own.is_valid:  # with OTEL_SDK_DISABLED
+        if own.is_remote or not own.is_valid:  # with OTEL_SDK_DISABLED it is the client's or none
             return
         record.span = span
         record.trace = TraceContext(f"{own.trace_id:032x}", f"{own.span_id:016x}", own.trace_flags.sampled)

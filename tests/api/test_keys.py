@@ -11,6 +11,7 @@ from openai import OpenAI, RateLimitError
 
 from serve.api.errors import APIError
 from serve.api.keys import RATE_HEADERS, ApiKeys, Key, RateLimit
+from serve.api.middleware import AnswerRecord
 from serve.config.api_keys import ApiKey
 from tests.support.http_client import (
     COMPLETIONS,
@@ -92,6 +93,20 @@ def test_replaced_limits_keep_what_was_used(clock: Clock) -> None:
     assert key.headers["x-ratelimit-reset-tokens"] == "2m0s"
     keys.replace([ApiKey(name="alice", key="new")])
     assert key.headers == {}
+
+
+@pytest.mark.parametrize("before", [None, 1000])
+def test_tokens_are_returned_to_the_limit_that_was_charged(clock: Clock, before: int | None) -> None:
+    keys = keys_of(clock, tokens_per_minute=before)
+    key = keys.find({"type": "http", "headers": [(b"x-api-key", b"a")]})
+    assert key is not None
+    record = AnswerRecord("id", "POST", "/", api_key=key)
+    record.charge(80)
+    for limit in (None, 100):  # a new limit while the request runs
+        keys.replace([ApiKey(name="alice", key="a", tokens_per_minute=limit)])
+    key.charge(60)
+    record.end("/")
+    assert key.headers["x-ratelimit-remaining-tokens"] == "40"
 
 
 @pytest.mark.parametrize(("roles", "status"), [(("user", "user"), 200), (("admin", "user"), 403)])

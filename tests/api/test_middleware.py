@@ -11,7 +11,7 @@ from serve import __version__
 from serve.api.middleware import AnswerRecord
 from serve.api.request_body import BODY_PATHS
 from tests.support.fake_runner import MAX_MODEL_LEN, K
-from tests.support.http_client import MODEL, Server, chat_body, completion_body, error_of, serving
+from tests.support.http_client import CHAT, MODEL, Server, chat_body, completion_body, error_of, serving
 
 
 @pytest.fixture
@@ -214,3 +214,26 @@ async def test_cors_other_origin(server: Server) -> None:
 async def test_ray_front_reads_the_bodies_of_all_endpoints(server: Server) -> None:
     posts = {route.path for route in server.app.routes if isinstance(route, Route) and "POST" in (route.methods or ())}
     assert posts == {*BODY_PATHS, "/ping"}
+
+
+@pytest.mark.parametrize("step", ["start", "end"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_tracer_that_fails_loses_no_request(step: str, stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    class BrokenTracer:
+        def start(self, _: AnswerRecord) -> None:
+            if step == "start":
+                raise ValueError("broken")
+
+        def end(self, _: AnswerRecord) -> None:
+            if step == "end":
+                raise ValueError("broken")
+
+    records: list[AnswerRecord] = []
+    async with serving(tracer=BrokenTracer(), on_answer=records.append) as server:
+        response = await server.post(CHAT, chat_body(stream=stream, request_id="mine"))
+        assert response.status_code == 200
+        assert "logprobd:request_success_total" in (await server.client.get("/metrics")).text
+    assert records[0].status == 200
+    assert records[0].work is not None
+    failures = [record.getMessage() for record in caplog.records if record.exc_info]
+    assert f"the tracer failed on request {records[0].request_id}" in failures

@@ -154,6 +154,18 @@ async def test_unsampled_trace_is_not_exported(receiver: Receiver) -> None:
     assert response.headers["traceresponse"].endswith("-00")
 
 
+async def test_disabled_sdk_leaves_the_trace_of_the_client(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    tracer, records = tracer_to(receiver.url), list[AnswerRecord]()
+    async with serving(tracer=tracer, on_answer=records.append) as server:
+        responses = [await server.post(CHAT, chat_body(), **headers) for headers in ({"traceparent": PARENT}, {})]
+    tracer.close()
+    assert receiver.spans() == []
+    assert [response.status_code for response in responses] == [200, 200]
+    assert not any("traceresponse" in response.headers for response in responses)  # there is no span of the server
+    assert [fields_of(record).get("trace_id") for record in records] == [TRACE_ID, None]
+
+
 async def test_failing_collector_does_not_fail_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "0.1")  # seconds, for all attempts
     closed = Receiver()

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ MARK, SPLIT = "<|mark|>", "<|split|>"  # written by templates of transformers: e
 _START, _END = "\U000f0000", "\U000f0001"
 _MARKED = re.compile(f"{_START}([^{_START}{_END}]*){_END}|[{_START}{_END}]")
 _MARGIN = 16  # characters of shared text after the place where a prompt is cut
-_CONTEXT = 512  # characters at the end of a prompt that are searched for its last control token
+_CONTEXT = 128  # characters at the end of a prompt that are searched for its last control token
 _CACHED = 4096  # labels in their contexts
 
 type _Kind = Literal["first", "inner", "split", "text"]  # of a segment: at the start, elsewhere, after SPLIT; a token
@@ -52,8 +52,9 @@ class _Seam:
     """Where prompts are cut: ids before it are shared."""
 
     index: int  # in the marked text
+    kind: _Kind  # of the segment after it
     ids: list[int]  # before it
-    next_id: int  # after it
+    next_id: int | None  # that has to follow it
     first: list[int]  # all ids of the first prompt after it
 
 
@@ -127,7 +128,7 @@ class PromptEncoder:
         first = segments[0].text if segments and segments[0].kind == "first" else ""
         with prompt_errors(param):
             before, joined = self._tokenizer.encode_batch([context, context + first])
-            rest = [token for ids in self._encode_segments(segments[bool(first) :]) for token in ids]
+            rest = _joined(self._encode_segments(segments[bool(first) :]))
             apart = joined[: len(before)] != before
             if apart:
                 [ids] = self._encode_segments([_Segment(first, "inner", 0)])
@@ -189,47 +190,56 @@ class PromptEncoder:
         return [[token for _ in part for token in next(encoded)] for part in segments]
 
     def _seam(self, text: str, common: int) -> _Seam | None:
-        """A place at least _MARGIN before `common` where any text that starts with text[:common] can be cut.
-
-        Between two words it is one, as the tokenizer encodes words one by one, and finds them from left to right.
-        Without words, BPE's result is the one in which every pair of neighbours is a result, too: the place is one if
-        the token after it is the same, which `_encode_tails` checks.
-        """
+        """A place before `common` where any text that starts with text[:common] can be cut."""
         segments = self._segments(text)
-        last = max((i for i, s in enumerate(segments) if s.kind != "text" and s.start < common), default=None)
-        if last is None or not (self._splits_words or self._tokenizer.is_bpe):
+        number = max((i for i, s in enumerate(segments) if s.kind != "text" and s.start < common), default=None)
+        if number is None:
             return None
-        segment = segments[last]
+        segment = segments[number]
+        offset, before, after = self._cut(segment, common - segment.start)
+        if not offset and segment.kind == "first":
+            return None
+        shared = [*self._bos, *_joined(self._encode_segments(segments[:number])), *before]
+        first = [*after, *_joined(self._encode_segments(segments[number + 1 :]))]
+        # At its start a segment can always be cut, since it is encoded on its own.
+        kind = "inner" if offset else segment.kind
+        return _Seam(segment.start + offset, kind, shared, after[0] if offset else None, first)
+
+    def _cut(self, segment: _Segment, common: int) -> tuple[int, list[int], list[int]]:
+        """Characters before a place, at least _MARGIN before `common`, and the ids before and after it; 0 if none fits.
+
+        Between two words can be cut, as the tokenizer encodes words one by one, and finds them from left to right.
+        Without words, BPE's result is the one in which every pair of neighbours is a result, too: it can be cut where
+        the next token stays the same, which `_encode_tails` checks.
+        """
         leading = self._leading_text(segment)
         prefix = self._newline if leading == "\n" else [self._control[leading]] if leading else []
         ids, offsets, words = self._tokenizer.words(leading + segment.text)
         if ids[: len(prefix)] != prefix:
-            return None
-        limit = min(common - segment.start, len(segment.text)) - _MARGIN + len(leading)
+            return 0, [], self._encode_segments([segment])[0]
+        limit = min(common, len(segment.text)) - _MARGIN + len(leading)
         for i in range(len(ids) - 1, len(prefix), -1):
-            at_word = words[i] is not None and (words[i] != words[i - 1] or not self._splits_words)
-            if at_word and offsets[i] <= limit and offsets[i] > offsets[i - 1]:
-                index = offsets[i] - len(leading)
-                if segment.text[index] not in "\r\n\t":
-                    before = [token for part in self._encode_segments(segments[:last]) for token in part]
-                    after = [token for part in self._encode_segments(segments[last + 1 :]) for token in part]
-                    shared = [*self._bos, *before, *ids[len(prefix) : i]]
-                    return _Seam(segment.start + index, shared, ids[i], [*ids[i:], *after])
-        return None
+            is_start = words[i] != words[i - 1] if self._splits_words else self._tokenizer.is_bpe
+            offset = offsets[i] - len(leading)
+            if (
+                is_start
+                and words[i] is not None
+                and offsets[i - 1] < offsets[i] <= limit
+                and segment.text[offset] not in "\r\n\t"
+            ):
+                return offset, ids[len(prefix) : i], ids[i:]
+        return 0, [], ids[len(prefix) :]
 
     def _encode_tails(
         self, first: str, others: Sequence[tuple[int, str]], seam: _Seam
     ) -> list[tuple[list[int], list[int]]]:
-        tails = [first[seam.index : common] + rest for common, rest in others]
-        segments = [
-            [_Segment(s.text, "inner" if s.kind == "first" else s.kind, s.start) for s in self._segments(tail)]
-            for tail in tails
-        ]
+        tails = [self._segments(first[seam.index : common] + rest) for common, rest in others]
+        segments = [[replace(s, kind=seam.kind) if s.kind == "first" else s for s in tail] for tail in tails]
         encoded = iter(self._encode_segments([segment for part in segments for segment in part]))
         bodies = [(seam.ids, seam.first)]
         for part, (common, rest) in zip(segments, others, strict=True):
             ids = [token for _ in part for token in next(encoded)]
-            if ids[0] == seam.next_id:
+            if seam.next_id is None or ids[:1] == [seam.next_id]:
                 bodies.append((seam.ids, ids))
             else:
                 [whole] = self._encode_whole([first[:common] + rest])
@@ -237,10 +247,12 @@ class PromptEncoder:
         return bodies
 
     def _context(self, text: str) -> str:
-        """The end of a marked text from its last control token on, or from its last line break if it has none."""
+        """The end of a marked text from its last control token on, or else its last line."""
         end = _MARKED.split(text[-_CONTEXT:])[-1]
-        matches = [match.start() for match in self._pattern.finditer(end)]
-        return end[matches[-1] :] if matches else "\n" + end.rpartition("\n")[2]
+        if matches := [match.start() for match in self._pattern.finditer(end)]:
+            return end[matches[-1] :]
+        start = end.rstrip("\n").rfind("\n")
+        return "\n" + end[start + 1 :]
 
     def _read_label_id(self, context: str, label: str) -> int | None:
         if self._pattern.search(label):
@@ -248,6 +260,10 @@ class PromptEncoder:
         before, joined = self._tokenizer.encode_batch([context, context + label])
         alone = len(joined) == len(before) + 1 and joined[:-1] == before
         return joined[-1] if alone and not self._tokenizer.is_special(joined[-1]) else None
+
+
+def _joined(parts: Iterable[list[int]]) -> list[int]:
+    return [token for part in parts for token in part]
 
 
 def _common_prefix(text: str, other: str) -> int:

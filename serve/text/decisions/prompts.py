@@ -54,6 +54,7 @@ def read_settings(folder: Path) -> DecisionSettings:
         OSError,
         ValueError,
         TypeError,
+        AttributeError,
         StrictDataclassError,
     ) as error:  # transformers raises its own validation errors, and those of the files
         raise SettingsError(f"decision.json: {str(error).splitlines()[0]}") from None

@@ -276,6 +276,17 @@ def test_more_options_than_labels(llm: LLM) -> None:
     assert len(decision.probabilities) == 27
 
 
+def test_argmax_is_a_label_in_all_orders(llm: LLM) -> None:
+    found = set[tuple[bool, ...]]()
+    for n in range(1, 6):
+        evidence = decide(llm, CHOICE, state="x" * n, scoring="permutations", permutations=3)[0].evidence
+        assert evidence.orders is not None
+        tops = {order.argmax_is_label for order in evidence.orders}
+        assert evidence.argmax_is_label == (tops == {True})
+        found.add((*sorted(tops),))
+    assert (False, True) in found
+
+
 def test_permutations_of_many_options_need_a_number(llm: LLM) -> None:
     six = {"type": "choice", "criteria": dict.fromkeys("abcdef")}
     with pytest.raises(PromptError, match="required for more than 5 options; this question has 6"):
@@ -298,7 +309,11 @@ def test_nan_fails_the_request(llm: LLM, runner: ScriptedRunner) -> None:
 def test_questions_run_at_the_same_time(llm: LLM, runner: ScriptedRunner) -> None:
     """No call of the runner returns before all requests are in the engine."""
     all_admitted = threading.Event()
-    runner.before_call = lambda _: None if all_admitted.wait(TIMEOUT) else None
+
+    def before_call(_: str) -> None:
+        all_admitted.wait(TIMEOUT)
+
+    runner.before_call = before_call
     request = decision_request({"state": "x", "questions": {f"q{i}": NOUL for i in range(6)}})
     plan = llm.decisions.plan(request, ScoringOptions(), CONTEXT)
 

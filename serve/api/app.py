@@ -16,6 +16,7 @@ from serve import __version__
 from serve.api.chat import ChatCompletions
 from serve.api.completions import Completions
 from serve.api.context import Context, ServedModel
+from serve.api.decisions.endpoints import Decisions, SystemOne
 from serve.api.errors import APIError, invalid
 from serve.api.inspector import inspector
 from serve.api.json_stream import json_response
@@ -33,6 +34,7 @@ from serve.config.config import ServeConfig
 from serve.engine.client import EngineClient
 from serve.text.chat import ChatFormat, PromptError
 from serve.text.chat_template import TemplateBusyError, TemplateSandbox
+from serve.text.decisions.plan import DecisionFormat
 
 
 def create_app(
@@ -58,19 +60,7 @@ def create_app(
         ValueError: an option is too small for the engine.
     """
     readiness = readiness or Readiness()
-    sandbox = TemplateSandbox() if config.trust_request_chat_template else None
-    unsent = Budget(unsent_bytes(config, engine.limits))
-    metrics.watch_unsent(lambda: unsent.used)
-    context = Context(
-        engine,
-        model,
-        config,
-        metrics,
-        ChatFormat(model.tokenizer, sandbox),
-        Bodies(max_bytes=config.max_body_bytes, seconds=config.client_timeout),
-        unsent,
-        PromptLogprobsWriter(engine, model.tokenizer),
-    )
+    context = _make_context(engine, model, config, metrics)
 
     def on_end(record: AnswerRecord) -> None:
         metrics.on_http(record)
@@ -97,6 +87,24 @@ def create_app(
     return app
 
 
+def _make_context(engine: EngineClient, model: ServedModel, config: ServeConfig, metrics: Metrics) -> Context:
+    sandbox = TemplateSandbox() if config.trust_request_chat_template else None
+    chat_format = ChatFormat(model.tokenizer, sandbox)
+    unsent = Budget(unsent_bytes(config, engine.limits))
+    metrics.watch_unsent(lambda: unsent.used)
+    return Context(
+        engine,
+        model,
+        config,
+        metrics,
+        chat_format,
+        DecisionFormat(chat_format, model.decisions),
+        Bodies(max_bytes=config.max_body_bytes, seconds=config.client_timeout),
+        unsent,
+        PromptLogprobsWriter(engine, model.tokenizer),
+    )
+
+
 def _generation_routes(context: Context) -> list[Route]:
     chat, completions, tokenization = ChatCompletions(context), Completions(context), Tokenization(context)
 
@@ -112,6 +120,8 @@ def _generation_routes(context: Context) -> list[Route]:
         Route("/v1/chat/completions", chat.__call__, methods=["POST"]),
         Route("/v1/completions", completions.__call__, methods=["POST"]),
         Route("/invocations", invocations, methods=["POST"]),
+        Route("/v1/decisions", Decisions(context).__call__, methods=["POST"]),
+        Route("/v1/systemone", SystemOne(context).__call__, methods=["POST"]),
         Route("/v1/score", Score(context).__call__, methods=["POST"]),
         Route("/generative_scoring", GenerativeScoring(context).__call__, methods=["POST"]),
         Route("/tokenize", tokenization.tokenize, methods=["POST"]),

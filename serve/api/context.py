@@ -10,6 +10,8 @@ from serve.config.config import ServeConfig
 from serve.config.generation_config import GenerationDefaults
 from serve.engine.client import EngineClient
 from serve.text.chat import ChatFormat
+from serve.text.decisions.plan import DecisionFormat
+from serve.text.decisions.prompts import DecisionSettings
 from serve.text.tokenizer import Tokenizer
 
 
@@ -21,6 +23,7 @@ class ServedModel:
     tokenizer: Tokenizer
     system_fingerprint: str | None = None
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+    decisions: DecisionSettings = field(default_factory=DecisionSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,7 @@ class Context:
     config: ServeConfig
     metrics: Metrics
     chat_format: ChatFormat
+    decisions: DecisionFormat
     bodies: Bodies
     unsent: Budget  # answers
     prompt_logprobs: PromptLogprobsWriter

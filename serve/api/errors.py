@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
-_MAX_MESSAGE = 1000  # characters: validation must not echo a large input
+MAX_MESSAGE = 1000  # characters: validation must not echo a large input
 
 _TYPES = {408: "timeout", 429: "rate_limit_exceeded", 503: "service_unavailable", 504: "timeout"}
 
@@ -23,7 +23,7 @@ class APIError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message[:_MAX_MESSAGE], "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": self.message[:MAX_MESSAGE], "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
         return Response(orjson.dumps(self.body), self.status, dict(self.headers), "application/json")

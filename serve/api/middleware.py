@@ -262,6 +262,8 @@ def _recorder(send: Send, record: AnswerRecord) -> Send:
             record.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = record.request_id
+            if record.path.endswith("/v1/systemone"):
+                headers["x-typesafe-request-id"] = record.request_id
             headers.setdefault("x-content-type-options", "nosniff")
             if record.span is not None and record.trace is not None:
                 headers["traceresponse"] = record.trace.header

@@ -14,6 +14,8 @@ from starlette.routing import Route
 
 from serve import __version__
 from serve.api import responses
+from serve.api.decisions.requests import DecisionsRequest, SystemOneRequest
+from serve.api.decisions.responses import DecisionsAnswer, SystemOneAnswer, ValidationErrors
 from serve.api.json_stream import dump
 from serve.api.requests import ChatCompletionRequest, CompletionRequest, GenerativeScoringRequest, ScoreRequest
 from serve.api.tokenize import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
@@ -28,6 +30,7 @@ _PAGE = f"""<!doctype html>
 <body><div id="ui"></div><script src="docs/swagger-ui-bundle.js"></script>
 <script>{_SCRIPT}</script></body></html>
 """
+_ERRORS = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)  # of a POST
 _POLICY = (
     f"default-src 'none'; script-src 'self' 'sha256-{b64encode(sha256(_SCRIPT.encode()).digest()).decode()}'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -48,7 +51,7 @@ class _Operation:
 
     @property
     def statuses(self) -> tuple[int, ...]:
-        return self.errors or ((400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504) if self.body else (401,))
+        return self.errors or (_ERRORS if self.body else (401,))
 
 
 _OPERATIONS = (
@@ -70,6 +73,19 @@ _OPERATIONS = (
         "/invocations",
         "Completion if the body has `prompt`, else chat completion (SageMaker)",
         (CompletionRequest, ChatCompletionRequest),
+    ),
+    _Operation(
+        "/v1/decisions",
+        "Probabilities of the options of questions about an input (OpenAI)",
+        (DecisionsRequest,),
+        DecisionsAnswer,
+    ),
+    _Operation(
+        "/v1/systemone",
+        "Probabilities of the options of questions about a state (TypeSafe)",
+        (SystemOneRequest,),
+        SystemOneAnswer,
+        errors=(*_ERRORS, 422),
     ),
     _Operation(
         "/v1/score", "Score tokens after each item with the query (SGLang)", (ScoreRequest,), responses.ScoreAnswer
@@ -101,7 +117,8 @@ _OPERATIONS = (
 
 def openapi(*, secured: bool) -> dict[str, Any]:
     """The OpenAPI 3.1 document; `secured` declares the API key."""
-    models = {model for o in _OPERATIONS for model in (*o.body, o.answer, o.event, responses.ErrorAnswer) if model}
+    models = {model for o in _OPERATIONS for model in (*o.body, o.answer, o.event) if model}
+    models |= {responses.ErrorAnswer, ValidationErrors}
     ordered = sorted(models, key=lambda model: model.__name__)
     _, schemas = models_json_schema([(model, "validation") for model in ordered], ref_template=_REFERENCE)
     document: dict[str, Any] = {
@@ -150,10 +167,11 @@ def _describe(operation: _Operation) -> dict[str, Any]:
     if operation.event is not None:
         answer["content"]["text/event-stream"] = {"schema": _event(operation.event)}
     description: dict[str, Any] = {"summary": operation.summary, "responses": {"200": answer}}
-    error = {"application/json": {"schema": _reference(responses.ErrorAnswer)}}
     bare = operation.path in ("/health", "/ready", "/live", "/ping")
     for status in operation.statuses:
-        description["responses"][str(status)] = {"description": "Error"} | ({} if bare else {"content": error})
+        error = _reference(ValidationErrors if status == 422 else responses.ErrorAnswer)
+        content = {} if bare else {"content": {"application/json": {"schema": error}}}
+        description["responses"][str(status)] = {"description": "Error"} | content
     if operation.body:
         kinds = [_reference(model) for model in operation.body]
         schema = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}

@@ -14,6 +14,7 @@ from serve.api.requests import (
     ChatPromptFields,
     CompletionRequest,
     GenerationRequest,
+    RequestFields,
     StreamOptions,
 )
 from serve.api.unsupported_fields import UNSUPPORTED, WITHOUT_EFFECT
@@ -51,12 +52,12 @@ def validate[M: BaseModel](kind: type[M], data: dict[str, Any], unknown_fields: 
             part for message in parsed.messages or () if isinstance(message.content, list) for part in message.content
         ]
         _check_extra(_others(parts), (), unknown_fields, "messages[].content[].")
-    if isinstance(parsed, GenerationRequest):
+    if isinstance(parsed, RequestFields):
         for name, value in extra.items():
             if value is not None and name in _GENERATION_FIELDS:
                 raise unsupported(name, f"`{name}` is not a field of this endpoint.")
-        if (options := parsed.stream_options) is not None:
-            _check_extra(options.model_extra or {}, StreamOptions.model_fields, unknown_fields, "stream_options.")
+    if isinstance(parsed, GenerationRequest) and (options := parsed.stream_options) is not None:
+        _check_extra(options.model_extra or {}, StreamOptions.model_fields, unknown_fields, "stream_options.")
     _check_extra(extra, kind.model_fields, unknown_fields)
     return parsed
 

@@ -24,8 +24,8 @@ else:
 
 # Paths whose POST requests have a JSON body. The Ray front reads no other bodies.
 BODY_PATHS = (
-    *("/v1/chat/completions", "/v1/completions", "/invocations", "/v1/score", "/generative_scoring"),
-    *("/tokenize", "/detokenize"),
+    *("/v1/chat/completions", "/v1/completions", "/invocations", "/v1/decisions", "/v1/systemone", "/v1/score"),
+    *("/generative_scoring", "/tokenize", "/detokenize"),
 )
 
 SMALL = 64 << 10  # bytes of each holding that are not counted, so that slow large ones never block small ones
@@ -117,7 +117,10 @@ class Bodies:
         """
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json" and not kind.endswith("+json"):
-            raise APIError(400, "The content type must be application/json.", None, "invalid_content_type")
+            message = "The content type must be application/json."
+            if kind.startswith("multipart/"):
+                message += " Assets, such as images, are not supported."
+            raise APIError(400, message, None, "invalid_content_type")
         decompress = _decompressor(request)
         holding = Holding(self._budget)
         try:

@@ -3,11 +3,12 @@
 import asyncio
 import sys
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from serve.api.context import Context
 from serve.api.generation import check_event
 from serve.api.middleware import AnswerRecord, Work
+from serve.api.requests import RequestFields
 from serve.engine.client import RequestHandle
 from serve.engine.request import QueueFullError, Request, TokenEvent
 from serve.engine.request_state import RequestTimes
@@ -16,30 +17,19 @@ from serve.jobs.request_queue import RequestQueue
 _MAX_ADMITTED = 128  # of a group in the engine at once; a long list of prompts must not fill the queue
 
 
-@dataclass(frozen=True, slots=True)
-class GroupOptions:
-    """What all requests of a group have in common."""
-
-    prompt_tokens: int  # of all prompts, as in `usage`
-    priority: int = 0
-    cache_salt: str = ""
-    timeout: float | None = None  # seconds
-
-
 class RequestGroup(RequestQueue):
     """Only the first request can find the queue full; the others wait until one of the group ends."""
 
-    def __init__(self, context: Context, record: AnswerRecord, options: GroupOptions) -> None:
+    def __init__(self, context: Context, record: AnswerRecord, body: RequestFields, cache_salt: str) -> None:
         config = context.config
         super().__init__(context.engine, _MAX_ADMITTED, sys.maxsize)
         self._queue_timeout = config.queue_timeout
-        seconds = config.request_timeout if options.timeout is None else min(options.timeout, config.request_timeout)
+        seconds = config.request_timeout if body.timeout is None else min(body.timeout, config.request_timeout)
         self._deadline = record.start_time + seconds
-        self._priority = record.priority(options.priority)
-        self._cache_salt = options.cache_salt
+        self._priority = record.priority(body.priority or 0)
+        self._cache_salt = cache_salt
         if config.prefix_cache_per_key and record.key:
-            self._cache_salt = f"{record.key}/{options.cache_salt}"  # unambiguous: a name contains no slash
-        self._prompt_tokens = options.prompt_tokens
+            self._cache_salt = f"{record.key}/{cache_salt}"  # unambiguous: a name contains no slash
         self._handles: set[RequestHandle] = set()  # in the engine
         self._times: list[RequestTimes] = []
         self._cached_tokens = 0
@@ -88,11 +78,11 @@ class RequestGroup(RequestQueue):
                 self._times.append(handle.times)
                 return handle
 
-    def work(self) -> Work:
-        """The engine's work, once all requests have ended."""
+    def work(self, prompt_tokens: int) -> Work:
+        """The engine's work, once all requests have ended; `prompt_tokens` are those in `usage`."""
         started = [times for times in self._times if times.scheduled]
         return Work(
-            prompt_tokens=self._prompt_tokens,
+            prompt_tokens=prompt_tokens,
             cached_tokens=self._cached_tokens,
             completion_tokens=0,
             queue_seconds=max((times.scheduled - times.arrived for times in started), default=None),

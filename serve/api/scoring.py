@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from serve.api.json_stream import Body, make_body
 from serve.api.middleware import AnswerRecord, record_of
 from serve.api.parsing import validate
 from serve.api.request_body import Holding, json_object
-from serve.api.request_group import GroupOptions, RequestGroup
+from serve.api.request_group import RequestGroup
 from serve.api.requests import GenerativeScoringRequest, RequestFields, ScoreRequest
 from serve.api.sse import json_or_disconnect
 from serve.api.validation import check_cache_salt, check_ids, check_size, served_name
@@ -65,7 +66,7 @@ class ScoringHandler[B: RequestFields](ABC):
             job = await asyncio.to_thread(self._prepare, data, record)
         del data  # not needed while the prompts are scored
         record.charge(job.prompt_tokens)
-        record.measure = job.group.work
+        record.measure = partial(job.group.work, job.prompt_tokens)
         holding = Holding(self._context.unsent, record.key)
         try:
             _reserve(holding, job.answer_bytes)
@@ -151,8 +152,7 @@ class _LabelScoring[B: (ScoreRequest, GenerativeScoringRequest)](ScoringHandler[
                 message = f"The prompts of `items` have more than {_MAX_PROMPT_TOKENS} tokens: send fewer per request."
                 raise invalid("items", message, "array_above_max_length")
             prompts.append(array("i", ids))
-        options = GroupOptions(total, body.priority or 0, body.cache_salt or "", body.timeout)
-        group = RequestGroup(self._context, record, options)
+        group = RequestGroup(self._context, record, body, body.cache_salt or "")
         width = 2 if body.return_token_logprobs else 1
 
         async def run() -> dict[str, Any]:

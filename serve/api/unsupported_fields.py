@@ -37,6 +37,8 @@ _FIELDS: dict[str, tuple[tuple[str, NeutralValues], ...]] = {
         ("thinking_token_budget", (-1,)),
         ("include_reasoning", (True,)),
         ("routed_experts_prompt_start", (0,)),
+        ("joint", (False,)),
+        ("videos", ([],)),
     ),
     "SGLang": (
         ("regex ebnf json_schema structural_tag max_new_tokens sampling_seed input_ids input_embeds", ()),
@@ -51,6 +53,7 @@ _FIELDS: dict[str, tuple[tuple[str, NeutralValues], ...]] = {
         ("logprob_start_len", (-1,)),
         ("score_extraction_token embed_override_token_id query_embed_overrides item_embed_overrides", ()),
         ("return_pooled_hidden_states", (False,)),
+        ("prompt_format_version", (1,)),
     ),
     "llama.cpp": (
         ("n_predict samplers generation_prompt reasoning_budget_start_tag reasoning_budget_end_tag", ()),
@@ -92,6 +95,7 @@ _FIELDS: dict[str, tuple[tuple[str, NeutralValues], ...]] = {
         ("enable_thinking thinking_budget", ()),
         ("enable_search", (False,)),
     ),
+    "TypeSafe": (("assets", ({},)),),
     "Ollama": (
         ("options", ({},)),
         ("format template", ("",)),

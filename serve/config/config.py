@@ -97,6 +97,12 @@ class ServeConfig(EngineConfig):
     trust_request_chat_template: bool = switch(
         API, "accept chat templates in requests; each is rendered in a separate process"
     )
+    decision_scoring: Literal["labels", "sequences", "permutations"] = option(
+        API,
+        "how the options of decisions are read, unless a request says so",
+        OneOf(("labels", "sequences", "permutations")),
+        default="labels",
+    )
     max_body_bytes: int = option(
         API, "maximum size of a request, such as 64MiB, else 413", parse_bytes, default=16 << 20
     )

@@ -16,14 +16,16 @@ from serve.api.request_body import json_object
 BLOCK_BYTES = 256  # about a page of 64 tokens
 _MAX_BLOCKS = 1024  # per prompt; the rest is ignored
 _DIGEST_BYTES = 8
-_PROMPT_FIELDS = ("prompt_token_ids", "messages", "prompt", "query")  # the first one present is the prompt
+# The first one present is the prompt.
+_PROMPT_FIELDS = ("prompt_token_ids", "messages", "prompt", "input", "state", "query")
 
 
 def prompt_blocks(body: bytes) -> tuple[bytes, ...]:
     """Chained hashes of the full blocks of a request's prompt; empty if there is no readable prompt.
 
     The prompt is hashed as JSON, so that a longer list of messages or token ids, or a longer text, extends the blocks
-    of a shorter one. Requests that differ in `cache_salt` share no pages, and no blocks.
+    of a shorter one. Requests that differ in `cache_salt`, or decisions in `prompt_cache_key`, share no pages, and no
+    blocks.
 
     Raises:
         APIError: 400, as the server's for the same body.
@@ -34,7 +36,8 @@ def prompt_blocks(body: bytes) -> tuple[bytes, ...]:
         if name is None:
             return ()
         key = orjson.dumps(fields[name])[:-1]  # without the closing bracket or quote
-        link, blocks = _digest(orjson.dumps([fields.get("cache_salt"), name])), []
+        salt = fields.get("prompt_cache_key") if name == "input" else None
+        link, blocks = _digest(orjson.dumps([fields.get("cache_salt"), salt, name])), []
     except orjson.JSONEncodeError:  # nested too deep; the replica rejects it
         return ()
     for start in range(0, min(len(key) // BLOCK_BYTES, _MAX_BLOCKS) * BLOCK_BYTES, BLOCK_BYTES):

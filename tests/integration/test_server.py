@@ -218,6 +218,53 @@ def test_bad_word_of_two_tokens_is_never_completed(client: OpenAI) -> None:
     assert word not in other_text
 
 
+PREDICATE: dict[str, Any] = {"type": "predicate", "name": "billing", "instructions": "Is the message about billing?"}
+TONE: dict[str, Any] = {
+    "type": "choice",
+    "name": "tone",
+    "instructions": "What is the tone of the message?",
+    "choices": [{"value": "calm"}, {"value": "angry", "description": "loud or insulting"}],
+}
+
+
+def post(server: ServerProcess, path: str, body: dict[str, Any]) -> Any:
+    response = httpx2.post(server.url + path, json=body, timeout=120)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_decisions_have_the_bits_of_completions_and_scores(server: ServerProcess) -> None:
+    """The same labels after the same prompt: of both decision endpoints, the score endpoints and completions."""
+    text = "I was charged twice. Please help!"
+    body = {"input": text, "questions": [PREDICATE, TONE], "return_token_ids": True, "cache_salt": "cold"}
+    answers = post(server, "/v1/decisions", body)["answers"]
+    crowd = [PREDICATE | {"name": f"q{i}", "instructions": f"Is it about the number {i}?"} for i in range(62)]
+    among = post(server, "/v1/decisions", {"input": text, "questions": [*crowd, PREDICATE, TONE]})["answers"][-2:]
+    criteria = {"calm": None, "angry": "loud or insulting"}
+    questions = {
+        "billing": {"type": "noul", "instructions": PREDICATE["instructions"]},
+        "tone": {"type": "choice", "instructions": TONE["instructions"], "criteria": criteria},
+    }
+    other = post(server, "/v1/systemone", {"state": text, "questions": questions})["answers"].values()
+    for answer, *repeated in zip(answers, among, other, strict=True):
+        evidence = answer["evidence"]
+        [prompt], labels = evidence["prompt_token_ids"], [token_id for [token_id] in evidence["label_token_ids"]]
+        assert [repeat["evidence"]["logprobs"] for repeat in repeated] == [evidence["logprobs"]] * 2
+        fields = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 0, "logprob_token_ids": labels}
+        logprobs = post(server, "/v1/completions", fields)["choices"][0]["logprobs"]
+        by_id = dict(zip(logprobs["top_token_ids"][0], logprobs["top_logprobs"][0].values(), strict=True))
+        assert [by_id[label] for label in labels] == pytest.approx(evidence["logprobs"], abs=0)
+        scores = post(
+            server,
+            "/v1/score",
+            {"query": prompt[:-5], "items": [prompt[-5:]], "label_token_ids": labels, "return_token_logprobs": True},
+        )
+        assert scores["token_logprobs"] == [evidence["logprobs"]]
+        assert sum(scores["scores"][0]) == pytest.approx(evidence["label_mass"])
+    assert answers[0]["probability"] > 0
+    assert sum(option["probability"] for option in answers[1]["probabilities"]) == pytest.approx(1, abs=1e-12)
+
+
 @pytest.mark.slow
 def test_small_cache_and_full_vocabulary(compilation_cache: Path) -> None:
     process = ServerProcess(

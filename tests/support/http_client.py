@@ -59,7 +59,7 @@ TEMPLATE = (
 
 
 @functools.cache
-def byte_tokenizer(*, add_bos: bool = False, chat_template: str = TEMPLATE, pre: str = "gpt-2") -> Tokenizer:
+def byte_tokenizer(*, add_bos: bool = False, chat_template: str | None = TEMPLATE, pre: str = "gpt-2") -> Tokenizer:
     """Return the tokenizer of the module's docstring; with `add_bos`, texts start with BEGIN."""
     characters = byte_characters()
     metadata = {
@@ -73,7 +73,7 @@ def byte_tokenizer(*, add_bos: bool = False, chat_template: str = TEMPLATE, pre:
         "add_bos_token": add_bos,
     }
     keys: dict[str, Any] = {f"tokenizer.ggml.{name}": value for name, value in metadata.items()}
-    return tokenizer_from_gguf(keys | {"tokenizer.chat_template": chat_template})
+    return tokenizer_from_gguf(keys | ({} if chat_template is None else {"tokenizer.chat_template": chat_template}))
 
 
 class ScriptedRunner(FakeRunner):

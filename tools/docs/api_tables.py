@@ -29,6 +29,9 @@ _WRITTEN: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "common fields": (("field", "type"), ("default", "meaning")),
     "chat fields": (("field", "type"), ("default", "meaning")),
     "completion fields": (("field", "type"), ("default", "meaning")),
+    "fields of both decision endpoints": (("field", "type"), ("default", "meaning")),
+    "decision fields": (("field", "type"), ("default", "meaning")),
+    "system one fields": (("field", "type"), ("default", "meaning")),
     "score fields": (("field", "type"), ("default", "meaning")),
     "generative scoring fields": (("field", "type"), ("default", "meaning")),
     "unsupported fields": (("defined by", "fields (values that are accepted because they change nothing)"), ()),
@@ -37,6 +40,7 @@ _WRITTEN: dict[str, tuple[Sequence[str], Sequence[str]]] = {
 # Codes that serve.api composes, and what it does not send.
 _COMPOSED = {
     *((400, f"{kind}_{bound}") for kind in ("integer", "decimal") for bound in ("above_max_value", "below_min_value")),
+    (400, "unknown_parameter"),
     (404, "not_found"),
     (405, "method_not_allowed"),
 }
@@ -62,6 +66,7 @@ def _tables() -> dict[str, Rows]:
     document = openapi(secured=False)
     schemas = document["components"]["schemas"]
     chat, completion = (_fields(schemas[f"{name}Request"]) for name in ("ChatCompletion", "Completion"))
+    decisions, system_one = (_own(schemas[f"{name}Request"]) for name in ("Decisions", "SystemOne"))
     return {
         "endpoints": {
             f"`{method.upper()} {path}`": (operation["summary"],)
@@ -71,6 +76,11 @@ def _tables() -> dict[str, Rows]:
         "common fields": {name: cells for name, cells in chat.items() if completion.get(name) == cells},
         "chat fields": {name: cells for name, cells in chat.items() if completion.get(name) != cells},
         "completion fields": {name: cells for name, cells in completion.items() if chat.get(name) != cells},
+        "fields of both decision endpoints": {
+            name: cells for name, cells in decisions.items() if system_one.get(name) == cells
+        },
+        "decision fields": {name: cells for name, cells in decisions.items() if system_one.get(name) != cells},
+        "system one fields": {name: cells for name, cells in system_one.items() if decisions.get(name) != cells},
         "score fields": _own(schemas["ScoreRequest"]),
         "generative scoring fields": _own(schemas["GenerativeScoringRequest"]),
         "unsupported fields": {

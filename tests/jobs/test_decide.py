@@ -276,17 +276,6 @@ def test_more_options_than_labels(llm: LLM) -> None:
     assert len(decision.probabilities) == 27
 
 
-def test_argmax_is_a_label_in_all_orders(llm: LLM) -> None:
-    found = set[tuple[bool, ...]]()
-    for n in range(1, 6):
-        evidence = decide(llm, CHOICE, state="x" * n, scoring="permutations", permutations=3)[0].evidence
-        assert evidence.orders is not None
-        tops = {order.argmax_is_label for order in evidence.orders}
-        assert evidence.argmax_is_label == (tops == {True})
-        found.add((*sorted(tops),))
-    assert (False, True) in found
-
-
 def test_permutations_of_many_options_need_a_number(llm: LLM) -> None:
     six = {"type": "choice", "criteria": dict.fromkeys("abcdef")}
     with pytest.raises(PromptError, match="required for more than 5 options; this question has 6"):

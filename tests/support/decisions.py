@@ -45,8 +45,12 @@ def decide(
     *,
     max_requested_ids: int = MAX_REQUESTED_IDS,
     caches: bool = True,
+    together: bool = False,
 ) -> list[list[Decision]]:
-    """Decisions of a new engine, whose prefix cache is empty at the start; requests run one after the other."""
+    """Decisions of a new engine, whose prefix cache is empty at the start.
+
+    Requests run one after the other, or `together`.
+    """
     limits = EngineLimits(
         max_model_len=runner.buckets.pages_per_row * PAGE_SIZE,
         max_logprobs=runner.max_logprobs,
@@ -61,7 +65,10 @@ def decide(
     async def run() -> list[list[Decision]]:
         decider = Decider(RequestQueue(engine, 1000, 2**20), limits)
         settings = options or ScoringOptions()
-        return [await decider.run(prompts.plan(r, settings, decider.max_prompt_tokens)) for r in requests]
+        plans = [prompts.plan(request, settings, decider.max_prompt_tokens) for request in requests]
+        if together:
+            return await asyncio.gather(*map(decider.run, plans))
+        return [await decider.run(plan) for plan in plans]
 
     try:
         return asyncio.run(run())

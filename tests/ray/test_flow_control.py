@@ -1,14 +1,20 @@
 """Flow control of responses on Ray: reports of the proxy, the front's window, batches of a replica."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import json
+import warnings
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from serve.config.config import ServeConfig
 from serve.ray import flow_control
 from serve.ray.flow_control import Batches, SentReports, Window, proxy_middleware
+from tests.support.http_client import COMPLETIONS, Server, completion_body, serving
 
 PIECE = 32 << 10  # bytes
 PIECES = 100
@@ -28,22 +34,20 @@ class Proxy:
         self._respond = respond
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        incoming, outgoing = asyncio.Queue[Message](), asyncio.Queue[Message]()
+        incoming, outgoing = asyncio.Queue[Message](), asyncio.Queue[Message | None]()
 
         async def forward_incoming() -> None:
             while True:
                 await incoming.put(await receive())
 
         async def forward_outgoing() -> None:
-            more = True
-            while more:
-                message = await outgoing.get()
+            while (message := await outgoing.get()) is not None:
                 await send(message)
-                more = message.get("more_body", True)
 
         tasks = [asyncio.create_task(forward_incoming()), asyncio.create_task(forward_outgoing())]
         try:
             await self._respond(scope, incoming.get, outgoing.put)
+            await outgoing.put(None)
             await tasks[1]
         finally:
             for task in tasks:
@@ -63,12 +67,16 @@ class Client:
         await self.reads.wait()
         self.received.append(message)
 
-    async def run(self, respond: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.received)
+
+    async def run(self, respond: Callable[[Scope, Receive, Send], Awaitable[None]], **scope: Any) -> None:
         app = Proxy(respond)
         for middleware in proxy_middleware():
             app = middleware.cls(app, *middleware.args, **middleware.kwargs)  # type: ignore[assignment]
         async with asyncio.timeout(20):
-            await app(SCOPE, self.incoming.get, self.send)
+            await app({**SCOPE, **scope}, self.incoming.get, self.send)
 
 
 async def settle() -> None:
@@ -226,3 +234,104 @@ async def test_batches_end_with_an_app_that_fails_or_sends_nothing() -> None:
         assert [batch async for batch in Batches().until_done(app)] == []
     with suppress(ValueError):
         await app
+
+
+class LocalCall:
+    """A call of a replica in this process."""
+
+    def __init__(self, batches: AsyncGenerator[list[Message]]) -> None:
+        self._batches = batches
+
+    def __aiter__(self) -> "LocalCall":
+        return self
+
+    async def __anext__(self) -> list[Message]:
+        return await anext(self._batches)
+
+    def cancel(self) -> None:
+        self.closed = asyncio.ensure_future(self._batches.aclose())
+
+
+class LocalReplicas:
+    """Ray's handle of a replica in this process, without Ray's queue."""
+
+    def __init__(self, server: Server) -> None:
+        from serve.ray.replica import Replica
+
+        self._replica = Replica.__new__(Replica)
+        engine = SimpleNamespace(stop=lambda: None)
+        self._replica._served = SimpleNamespace(app=server.app, engine=engine, tracer=None)  # type: ignore[assignment]
+
+    def options(self, **_: Any) -> "LocalReplicas":
+        return self
+
+    def remote(self, *arguments: Any) -> LocalCall:
+        return LocalCall(self._replica.answer(*arguments))
+
+
+@pytest.fixture
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: `make ray`")
+    for name, size in {"_WINDOW_BYTES": 2000, "_REPORT_BYTES": 500, "_BATCH_BYTES": 500}.items():
+        monkeypatch.setattr(flow_control, name, size)
+
+
+def ask(server: Server, client: Client, body: dict[str, Any]) -> asyncio.Task[None]:
+    """Send a request through proxy, front and replica."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own
+        from serve.ray.front import Front
+
+    front = Front(LocalReplicas(server), ServeConfig()).__serve_build_asgi_app__()
+    client.incoming.put_nowait({"type": "http.request", "body": json.dumps(body).encode(), "more_body": False})
+    headers = [(b"content-type", b"application/json")]
+    return asyncio.create_task(client.run(front, path=COMPLETIONS, headers=headers, root_path=""))
+
+
+@pytest.mark.usefixtures("small_limits")
+async def test_unread_stream_frees_the_engine_of_its_replica() -> None:
+    async with serving(b"x" * 400, max_unread_tokens=8) as server:
+        client = Client()
+        run = ask(server, client, completion_body(stream=True, max_tokens=400))
+        async with asyncio.timeout(20):
+            while not server.engine.num_requests:
+                await asyncio.sleep(0)
+            while server.engine.num_requests:
+                await asyncio.sleep(0)
+        assert [name for name, _ in server.runner.calls].count("decode") < 100
+        assert not run.done()
+        client.reads.set()
+        await run
+        *_, error, done, _ = client.body.split(b"\n\n")
+        assert (json.loads(error.removeprefix(b"data: "))["error"]["code"], done) == ("slow_reader", b"data: [DONE]")
+        await server.assert_idle()
+
+
+@pytest.mark.usefixtures("small_limits")
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_unread_answer_keeps_its_room_until_it_is_read(leaves: bool) -> None:
+    async def unsent() -> float:
+        lines = (await server.client.get("/metrics")).text.splitlines()
+        return float(next(line for line in lines if line.startswith("logprobd:unsent_bytes{")).split()[-1])
+
+    body = completion_body(max_tokens=150, n=16, logprobs=3)
+    async with serving(b"x" * 150, max_unsent_bytes=1 << 20) as server:
+        client = Client()
+        run = ask(server, client, body)
+        async with asyncio.timeout(20):
+            while not await unsent() or server.engine.num_requests:
+                await settle()
+        await settle()
+        assert await unsent() > 0
+        assert not run.done()
+        if leaves:
+            client.incoming.put_nowait({"type": "http.disconnect"})
+        client.reads.set()
+        async with asyncio.timeout(20):
+            await run
+            while await unsent():
+                await settle()
+        if not leaves:
+            alone = (await server.post(COMPLETIONS, body)).json()
+            assert json.loads(client.body)["choices"] == alone["choices"]
+        await server.assert_idle()

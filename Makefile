@@ -26,7 +26,8 @@ ray: $(READY) .venv/.ray
 	$(RUN) -m serve.ray.app $(MODEL) --host $(HOST) --port $(PORT) $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 # The fast ring, minutes; ARGS="tests/engine -x -n 0" runs one folder without workers.
-PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Processes of the tests share bytecode, also where the environment (such as a container) turns it off.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: .venv/.dev .venv/.ray kernels
 	$(PYTEST) -m "not slow and not clients" $(ARGS)
 

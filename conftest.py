@@ -6,8 +6,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from compiled.program_cache import cache_options_restored, seal_entries, use_persistent_cache
 from compiled.runner import ModelRunner
@@ -23,6 +25,24 @@ _PROGRAMS = {
     "kernel_lines": "tests.support.kernel_lines",
 }
 
+# File -> its group: files that share a server, or models that take long to compile, run on one worker.
+_GROUPS = {
+    "tools/guides/test_guides.py": "server",
+    "tests/integration/test_complaints.py": "server",
+    "tests/integration/test_dashboard.py": "server",
+    "tests/integration/test_llm.py": "server",
+    "tests/integration/test_score_model.py": "server",
+    "tests/integration/test_server.py": "server",
+    "tests/integration/browser/test_inspector.py": "server",
+    "tools/clients/test_openai_python.py": "server",
+    "tools/clients/test_vllm_bench.py": "server",
+    "tools/soak/test_soak.py": "server",
+    "tests/integration/test_one_number_per_token.py": "models",
+    "tests/integration/test_golden.py": "models",
+}
+# What runs first, so that no worker ends with one of them: after programs and groups.
+_LONG = ("tests/integration/test_ray.py", "tests/integration/test_package.py")
+
 
 def pytest_configure() -> None:
     """Let Ctrl-C interrupt, also in a background job, whose shell ignores it for all processes of the job."""
@@ -32,11 +52,21 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that need a program's output as slow and run them first, so that no worker ends with one of them."""
-    slow = [item for item in items if isinstance(item, pytest.Function) and _PROGRAMS.keys() & {*item.fixturenames}]
+    """Mark tests that need a program's output as slow, and sort: what takes long comes first."""
+    slow = {item for item in items if isinstance(item, pytest.Function) and _PROGRAMS.keys() & {*item.fixturenames}}
     for item in slow:
         item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item not in slow)
+    files = [*_GROUPS, *_LONG]
+    order = {file: position for position, file in enumerate(files)}
+    items.sort(key=lambda item: (item not in slow, order.get(item.nodeid.partition("::")[0], len(order))))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give the tests of a file, or of a group of files, to one worker."""
+    scheduling: Any = LoadFileScheduling(config, log)
+    scheduling._split_scope = lambda nodeid: _GROUPS.get(file := nodeid.partition("::")[0], file)
+    return scheduling
 
 
 def _output_of(program: str) -> Callable[[], str]:

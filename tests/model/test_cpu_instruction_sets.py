@@ -64,6 +64,7 @@ def test_calls_shared_among_threads_pass_the_sanitizers(results: Results) -> Non
         assert lines_of(results, f"shared calls, {kind}") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NATIVE[1:])
 @pytest.mark.usefixtures("kernels")
 def test_handlers_of_the_other_libraries(name: str) -> None:

@@ -50,13 +50,15 @@ def in_xla(rows: Crowd, queries: Floats, tables: Any, positions: Any, **kind: An
 
 
 def on_gpu(rows: Crowd, queries: Floats, tables: Any, positions: Any, **kind: Any) -> Floats:
-    form = compiled(gpu.attend, options=ScoreOptions(queries.shape[-1] ** -0.5, **kind), interpret=True)
+    options = ScoreOptions(queries.shape[-1] ** -0.5, **kind)
+    form = compiled(gpu.attend, optimized=False, options=options, interpret=True)
     return np.asarray(form(queries, rows.keys, rows.values, tables, positions))
 
 
 def on_tpu(rows: Crowd, queries: Floats, tables: Any, positions: Any, **kind: Any) -> Floats:
     pages = joined(rows)
-    form = compiled(tpu.attend, kv_heads=pages.kv_heads, options=ScoreOptions(queries.shape[-1] ** -0.5, **kind))
+    options = ScoreOptions(queries.shape[-1] ** -0.5, **kind)
+    form = compiled(tpu.attend, optimized=False, kv_heads=pages.kv_heads, options=options)
     return np.asarray(form(queries, pages.heads, tables, positions))
 
 

@@ -1,5 +1,6 @@
 """Every sub-layer, and the network in every split into steps, against torch in float32 (see golden/)."""
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,8 @@ from tests.support.tiny import TOKENS, random_tokens, random_weights, seed_of, t
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(tiny_configs())
 TOLERANCE = 2e-5  # absolute; values have a standard deviation of about 1, so float32 rounds them by 1e-7
+# Tokens of a step, few to save compilations. Prefill chunks end in padding, which must not change results.
+SIZES = (1, 35, TOKENS + 3)
 PAGES = 7  # the null page and two for each of three rows
 SUB_LAYERS = (
     "attention.q",
@@ -56,6 +59,8 @@ class Case:
     model: BoundModel
     golden: dict[str, NDArray[Any]]
     traced: dict[str, NDArray[np.float32]]  # name -> [T, n]: our sub-layers' outputs
+    step: Callable[..., Any]  # jitted once for all ways
+    logits: Callable[..., Array]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -74,7 +79,9 @@ def make_case(name: str, folder: Path) -> Case:
     with np.load(GOLDEN / f"{name}.npz") as file:
         golden = dict(file)
     traced = jax.jit(partial(trace, model))(model.leaves, jnp.asarray(golden["tokens"]))
-    return Case(name, model, golden, jax.tree.map(np.asarray, traced))
+    step = jax.jit(lambda leaves, *inputs: model.merge(leaves)(*inputs))
+    logits = jax.jit(lambda leaves, x: model.merge(leaves).logits(x))
+    return Case(name, model, golden, jax.tree.map(np.asarray, traced), step, logits)
 
 
 def empty_cache(model: BoundModel) -> PagedCache:
@@ -165,7 +172,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_model_equals_the_golden_values(case: Case, way: Way) -> None:
-    hidden, logits = run(case.model, case.golden["tokens"], way)
+    hidden, logits = run(case, way)
     golden, positions = case.golden, case.golden["positions"]
     np.testing.assert_allclose(hidden[positions], golden["norm"], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(logits[positions], golden["logits"], rtol=0, atol=TOLERANCE)
@@ -175,23 +182,23 @@ def test_model_equals_the_golden_values(case: Case, way: Way) -> None:
     np.testing.assert_array_equal(1 + (logits[:-1] > own).sum(1), golden["token_ranks"])
 
 
-def run(model: BoundModel, tokens: NDArray[np.int32], way: Way) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def run(case: Case, way: Way) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Final hidden states [T, D] and logits [T, V] of the sequence, which shares its steps with shifted copies."""
+    model, tokens = case.model, case.golden["tokens"]
     rows = np.stack([np.roll(tokens, way.rows - 1 - row) for row in range(way.rows)])
     tables = jnp.array([[2 * row + 2, 2 * row + 1] for row in range(way.rows)])
-    step = jax.jit(lambda leaves, *inputs: model.merge(leaves)(*inputs))
     cache, start = empty_cache(model), 0
     parts = []
     for length in way.lengths:
-        # Prefill chunks end in padding, which must not change results.
-        padding = ((0, 0), (0, 0 if length == 1 else 3))
+        size = next(size for size in SIZES if length < size or length == size == 1)
+        padding = ((0, 0), (0, size - length))
         new = np.pad(rows[:, start : start + length], padding)
         positions = np.tile(np.arange(start, start + length, dtype=np.int32), (way.rows, 1))
         positions = np.pad(positions, padding, constant_values=-1)
-        hidden, cache = step(model.leaves, new, positions, tables, cache)
+        hidden, cache = case.step(model.leaves, new, positions, tables, cache)
         parts.append(np.asarray(hidden)[-1, :length])
         start += length
     full = np.concatenate(parts)
     cached = np.asarray(cache.hidden)[np.asarray(tables[-1])].reshape(-1, full.shape[1])[:start]
     np.testing.assert_array_equal(cached, full)  # input of the head
-    return full, np.asarray(jax.jit(lambda leaves, x: model.merge(leaves).logits(x))(model.leaves, jnp.asarray(full)))
+    return full, np.asarray(case.logits(model.leaves, jnp.asarray(full)))

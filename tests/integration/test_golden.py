@@ -10,7 +10,9 @@ from tests.support.golden_cases import assert_float32, figures_of
 from tests.support.runners import make_runner
 
 
+@pytest.mark.slow
 def test_float32_from_gguf(float32_runner: ModelRunner) -> None:
+    """In the fast ring, `test_golden_logprobs_over_http` asserts the same of a server."""
     assert_float32(figures_of(float32_runner, "smollm2-q4_1-gguf-f32"))
 
 

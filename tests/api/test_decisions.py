@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -506,6 +507,39 @@ async def test_compressed_body_and_answer(server: Server) -> None:
     response = await server.post(DECISIONS, openai(*questions), **{"accept-encoding": "gzip"})
     assert response.headers["content-encoding"] == "gzip"
     assert len(parse_unique(response.text)["answers"]) == 100
+
+
+ODD: list[Any] = [None, True, 0, -1.5, 1 << 70, "", "x", [], {}, [[]], [{}], {"type": "x"}, {"type": []}]
+
+
+def replaced(value: Any) -> Iterator[Any]:
+    """Copies of a JSON value in which one inner value is another, or a field is missing or unknown."""
+    yield from ODD
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        for other in replaced(child):
+            yield {**value, key: other} if isinstance(value, dict) else [*value[:key], other, *value[key + 1 :]]
+    if isinstance(value, dict):
+        yield from ({name: child for name, child in value.items() if name != key} for key in value)
+        yield {**value, "unknown": 1}
+
+
+@pytest.mark.parametrize("path", [DECISIONS, SYSTEM_ONE])
+async def test_every_replaced_value_is_answered_or_refused(server: Server, path: str) -> None:
+    questions = [PREDICATE, CHOICE, SCORE | {"levels": SCORE["levels"] + [{"label": "z", "labels": ["z", "Z"]}]}]
+    body = openai(*questions, input=ITEMS, prompt_cache_options={"mode": "explicit"}, scoring="labels", temperature=1)
+    if path == SYSTEM_ONE:
+        body = typesafe({"temperature": 1}, greets=NOUL, tone=TONE | {"labels": {"calm": "c"}}, urgency=URGENCY)
+    refusals = 0
+    for other in replaced(body):
+        response = await server.post(path, other)
+        assert response.status_code in (200, 400, 404, 422), (other, response.text)
+        if response.status_code != 200:
+            refusals += 1
+            answer = response.json()
+            message = answer["error"]["message"] if "error" in answer else answer["detail"][0]["msg"]
+            assert message.endswith("."), (other, message)
+    assert refusals > 200
 
 
 async def test_model_without_a_chat_template() -> None:

@@ -29,6 +29,8 @@ def index(*, max_blocks: int = 100, margin: int = 2) -> PrefixIndex[str]:
     [
         ({"prompt": text(2)}, {"prompt": text(2) + text(2, "y")}),
         ({"prompt": list(range(400))}, {"prompt": list(range(500))}),
+        ({"input": text(2), "questions": [1]}, {"input": text(4), "questions": [2]}),
+        ({"state": {"a": text(2)}}, {"state": {"a": text(4)}}),
         ({"query": text(2), "items": ["a"]}, {"query": text(4), "items": ["b", "c"]}),
         ({"prompt_token_ids": list(range(400))}, {"prompt_token_ids": list(range(500))}),
         (
@@ -55,6 +57,12 @@ def test_prompt_blocks_of_other_salts_differ() -> None:
     salts: list[Any] = [None, "one", "two"]
     blocks = [blocks_of(prompt=text(3), cache_salt=salt) for salt in salts]
     assert all(len(chain) == 3 for chain in blocks)
+    assert len({block for chain in blocks for block in chain}) == 9
+
+
+def test_prompt_blocks_of_other_cache_keys_of_decisions_differ() -> None:
+    keys: list[Any] = [None, "one", "two"]
+    blocks = [blocks_of(input=text(3), prompt_cache_key=key) for key in keys]
     assert len({block for chain in blocks for block in chain}) == 9
 
 

@@ -27,7 +27,7 @@ def parse_input(value: Any, param: str = "input") -> tuple[dict[str, Any], ...]:
         path = f"{param}[{i}]"
         if not isinstance(item, Mapping):
             raise PromptError(path, f"`{path}` must be an object.", "invalid_type")
-        kind = item.get("type", "message")
+        kind = str(item.get("type", "message"))
         if kind in _CALLS:
             messages.append(_call(item, path, calls))
         elif kind in _OUTPUTS:

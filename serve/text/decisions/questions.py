@@ -107,8 +107,8 @@ def decision_request(body: Mapping[str, Any], param: str = "") -> DecisionReques
     if "state" in body and "input" in body:
         raise PromptError(f"{prefix}state", "`state` and `input` cannot both be given.")
     if "input" in body:
+        parsed = openai_questions(questions, path)  # first, to name SGLang's form, whose input may be an object
         messages = parse_input(body["input"], f"{prefix}input")
-        parsed = openai_questions(questions, path)
         return DecisionRequest(parsed, messages=messages, param=f"{prefix}input")
     if "state" not in body:
         raise PromptError(f"{prefix}state", "`state` or `input` is missing.", "missing_required_parameter")

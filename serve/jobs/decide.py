@@ -5,6 +5,7 @@ import uuid
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import batched
 from typing import Any
 
@@ -147,6 +148,7 @@ def _decision(plan: QuestionPlan, results: list[tuple[_Read, _Rows]], request: D
         prompt_token_ids=ids,
         **fields,
     )
+    probabilities, mean = summing_to_one(probabilities)
     answer = plan.form.answer([*probabilities])
     values = tuple(option.value for option in question.options)
     best = values[max(range(len(values)), key=probabilities.__getitem__)]
@@ -156,7 +158,7 @@ def _decision(plan: QuestionPlan, results: list[tuple[_Read, _Rows]], request: D
         options=values,
         probabilities=probabilities,
         choice=best if question.type == "choice" else None,
-        score=answer.get("score"),
+        score=mean if question.type == "score" else None,
         confidence=answer.get("confidence"),
         score_formula=SCORE_FORMULA if question.type == "score" else None,
         confidence_formula=CONFIDENCE_FORMULAS[question.type],
@@ -243,6 +245,20 @@ def softmax(values: Sequence[float], temperature: float) -> tuple[float, ...]:
     weights = [math.exp((value - highest) / temperature) for value in values]
     total = math.fsum(weights)
     return tuple(weight / total for weight in weights)
+
+
+def summing_to_one(probabilities: Sequence[float]) -> tuple[tuple[float, ...], float]:
+    """Probabilities whose largest is what the others leave of 1, and their mean index.
+
+    As decimals, the others are as they are, the largest has 15 places and the mean 14. So JSON's texts of them sum to
+    1, and give the mean, within half a unit of the last place, as pydantic-ai demands.
+    """
+    values = [*map(Decimal, map(repr, probabilities))]
+    largest = max(range(len(values)), key=values.__getitem__)
+    values[largest] = 1 - (sum(values, Decimal(0)) - values[largest])
+    mean = sum((i * value for i, value in enumerate(values)), Decimal(0))
+    completed = (*probabilities[:largest], float(round(values[largest], 15)), *probabilities[largest + 1 :])
+    return completed, float(round(mean, 14))
 
 
 def _log_sum(logprobs: Sequence[float]) -> float:

@@ -251,13 +251,13 @@ def test_decisions_have_the_bits_of_completions_and_scores(server: ServerProcess
         fields = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 0, "logprob_token_ids": labels}
         logprobs = post(server, "/v1/completions", fields)["choices"][0]["logprobs"]
         found = [logprobs["top_logprobs"][0][text] for [text] in evidence["labels"]]
-        assert np.float32(found).tolist() == evidence["logprobs"]
+        assert np.asarray(found, np.float32).tolist() == evidence["logprobs"]
         scores = post(
             server,
             "/v1/score",
             {"query": prompt[:-5], "items": [prompt[-5:]], "label_token_ids": labels, "return_token_logprobs": True},
         )
-        assert np.float32(scores["token_logprobs"]).tolist() == [evidence["logprobs"]]
+        assert np.asarray(scores["token_logprobs"], np.float32).tolist() == [evidence["logprobs"]]
         assert sum(scores["scores"][0]) == pytest.approx(evidence["label_mass"])
     assert answers[0]["probability"] > 0
     assert sum(option["probability"] for option in answers[1]["probabilities"]) == pytest.approx(1, abs=1e-12)

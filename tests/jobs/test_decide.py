@@ -3,14 +3,17 @@
 import asyncio
 import dataclasses
 import math
+import random
 import threading
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import pytest
 
 from serve import llm as llm_module
-from serve.jobs.decide import Admission, Decider, softmax
+from serve.jobs.decide import Admission, Decider, softmax, summing_to_one
 from serve.jobs.request_queue import RequestError
 from serve.jobs.results import Decision
 from serve.llm import LLM
@@ -287,6 +290,27 @@ def test_option_without_probability() -> None:
     assert softmax([-math.inf, 0.0], 1.0) == (0.0, 1.0)
     with pytest.raises(RequestError, match="no option has a probability"):
         softmax([-math.inf, -math.inf], 1.0)
+
+
+def test_decimals_sum_to_one_and_give_the_score() -> None:
+    """Some number within half a unit of the last place of each decimal makes the sum 1, and the mean the score."""
+    draw = random.Random(0)
+    for _ in range(2000):
+        spread = draw.choice((0.1, 1, 10, 100))
+        exact = softmax([draw.gauss(0, spread) for _ in range(draw.randint(1, 10))], 1)
+        probabilities, score = summing_to_one(exact)
+        assert max(map(abs, np.subtract(probabilities, exact))) < 1e-15
+        values = [Decimal(repr(value)) for value in probabilities]
+        largest = values.index(max(values))
+        missing = 1 - sum(values, Decimal(0))
+        assert abs(missing) <= half_unit(values[largest])
+        values[largest] += missing
+        mean = sum((i * value for i, value in enumerate(values)), Decimal(0))
+        assert abs(mean - Decimal(repr(score))) <= half_unit(Decimal(repr(score)))
+
+
+def half_unit(value: Decimal) -> Decimal:
+    return Decimal(1).scaleb(int(value.as_tuple().exponent)) / 2
 
 
 def test_nan_fails_the_request(llm: LLM, runner: ScriptedRunner) -> None:

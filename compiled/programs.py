@@ -15,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled, Lowered
 
 from compiled.program_cache import delete_damaged_entries, seal_entries
-from compiled.shapes import HeadShape, SingleShape, StepShape
+from compiled.shapes import DecodeShape, HeadShape, PrefillShape, SingleShape
 
-type Shape = StepShape | HeadShape | SingleShape
+type Shape = DecodeShape | PrefillShape | HeadShape | SingleShape
 
 
 class UnknownShapeError(LookupError):

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from compiled import step
 from compiled.programs import Plan, Program, Programs, Shape, compile_plans, specs_of
-from compiled.shapes import PENALTIES, ZERO_STATE, Buckets, HeadShape, StepShape
+from compiled.shapes import COPY_PAGES, PENALTIES, ZERO_STATE, Buckets, DecodeShape, HeadShape, PrefillShape
 from compiled.state import (
     MAX_REQUESTED_IDS,
+    PAGE_COPIES,
     DecodeInput,
     DeviceState,
+    PageCopies,
     SamplingArrays,
     ScoreInput,
     SlotPenalties,
@@ -65,6 +67,8 @@ def make_plans(model: BoundModel, buckets: Buckets, state: DeviceState, k: int) 
     set_penalties = partial(step.set_penalties, model.parallel.vocab_axis)
     arguments = (state, _int32(), penalties)
     plans.append(Plan(PENALTIES, set_penalties, arguments, (0,), result_specs=specs_of(state)))
+    copies = PageCopies(_int32(PAGE_COPIES), _int32(PAGE_COPIES))
+    plans.append(Plan(COPY_PAGES, step.copy_pages, (state, copies), (0,), result_specs=specs_of(state)))
     return [replace(plan, mesh=model.mesh) for plan in plans]
 
 
@@ -80,11 +84,10 @@ def _local_shape(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape) if sharding is not None else leaf.shape, leaf.dtype)
 
 
-def _step_plan(model: BoundModel, leaves: Any, state: DeviceState, shape: StepShape, k: int) -> Plan:
-    R, T, tables = shape.rows, shape.chunk, _int32(shape.rows, shape.pages)
-    result_specs = (specs_of(state), PartitionSpec())
-    if T > 1:
-        chunk = StepInput(_int32(R, T), _int32(R, T), tables)
+def _step_plan(model: BoundModel, leaves: Any, state: DeviceState, shape: DecodeShape | PrefillShape, k: int) -> Plan:
+    R, tables, result_specs = shape.rows, _int32(shape.rows, shape.pages), (specs_of(state), PartitionSpec())
+    if isinstance(shape, PrefillShape):
+        chunk = StepInput(_int32(R, shape.tokens), _int32(R, shape.tokens), tables)
         return Plan(shape, partial(step.prefill, model), (leaves, state, chunk), (1,), result_specs=result_specs)
     rows = DecodeInput(_int32(R), _int32(R), tables, _int32(R), _int32(R, MAX_REQUESTED_IDS))
     sampling = _abstract(greedy_sampling(R, model.config.vocab_size))
@@ -154,21 +157,20 @@ class ModelRunner:
         self.programs = Programs(first | rest)
 
     def prefill(self, inputs: StepInput) -> Array:
-        """Dispatch one chunk of a row, inputs [1, T]; return its number of tokens, [] on the device, to wait for.
+        """Dispatch prompt tokens [R, T]; return their number, [] on the device, to wait for.
 
         Raises:
             UnknownShapeError: no program was compiled for this size; also raised by the other methods.
         """
-        rows, chunk = inputs.tokens.shape
-        compiled = self._compiled(StepShape(rows, chunk, inputs.tables.shape[1]))
+        rows, tokens = inputs.tokens.shape
+        compiled = self._compiled(PrefillShape(rows, tokens, inputs.tables.shape[1]))
         count: Array
         self._state, count = compiled(self._leaves, self._state, inputs)
         return _start_copy(count)
 
     def decode(self, inputs: DecodeInput, sampling: SamplingArrays) -> StepOutput:
         """Dispatch one token of every row [R]; the result is on the device."""
-        rows, pages = inputs.tables.shape
-        compiled = self._compiled(StepShape(rows, 1, pages))
+        compiled = self._compiled(DecodeShape(*inputs.tables.shape))
         output: StepOutput
         self._state, output = compiled(self._leaves, self._state, inputs, sampling)
         return _start_copy(output)
@@ -183,6 +185,10 @@ class ModelRunner:
         """Log-probs [M, V] of every token after the cached tokens at cache_indices [M]. Waits for the result."""
         compiled = self._compiled(HeadShape(len(cache_indices), full_vocab=True))
         return np.asarray(compiled(self._leaves, self._state, cache_indices))[:, : self.vocab_size]
+
+    def copy_pages(self, copies: PageCopies) -> None:
+        """Dispatch copies of pages [C]."""
+        self._state = self._compiled(COPY_PAGES)(self._state, copies)
 
     def set_penalties(self, slot: int, penalties: SlotPenalties) -> None:
         """Dispatch the replacement of a slot's bias, counts and seen tokens."""

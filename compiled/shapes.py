@@ -8,16 +8,28 @@ from model.kv_cache import PAGE_SIZE
 
 
 @dataclass(frozen=True, order=True, slots=True)
-class StepShape:
-    """Shape of a forward step: decode is (R, 1, P), prefill is (1, T, P)."""
+class DecodeShape:
+    """Shape of a decode step: one token of each row."""
 
     rows: int  # R
-    chunk: int  # T
     pages: int  # P, width of the block tables
 
     @property
     def name(self) -> str:
-        return f"decode_{self.rows}" if self.chunk == 1 else f"prefill_{self.chunk}"
+        return f"decode_{self.rows}"
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class PrefillShape:
+    """Shape of a prefill step: R rows of T tokens, each with its block table."""
+
+    rows: int  # R
+    tokens: int  # T
+    pages: int  # P
+
+    @property
+    def name(self) -> str:
+        return f"{'prefill' if 1 in (self.rows, self.tokens) else 'packed'}_{self.rows * self.tokens}"
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -41,31 +53,55 @@ class SingleShape:
 
 PENALTIES = SingleShape("penalties")  # sets the penalties of one slot
 ZERO_STATE = SingleShape("zero_state")  # creates an empty DeviceState
+COPY_PAGES = SingleShape("copy_pages")  # copies pages of the cache
 
 
 @dataclass(frozen=True, slots=True)
 class Buckets:
-    """All sizes that one server compiles, ascending; a size is padded up to the next bucket."""
+    """All sizes that one server compiles, ascending; a size is padded up to the next bucket.
+
+    Several prompt chunks are packed into the rows of one prefill: a chunk fills rows of `segment` tokens. With segments
+    of one token a single chunk is packed, too; otherwise it is one row, which kernels of a GPU or TPU run faster.
+    """
 
     decode_rows: tuple[int, ...]
-    prefill_chunks: tuple[int, ...]
+    prefill_chunks: tuple[int, ...]  # tokens of a prefill, all chunks and padding together
     score_rows: int
     pages_per_row: int
     full_vocab_rows: int = 0  # prompt rows per call that returns full distributions; 0 = no such program
+    segment: int = 16  # divides the prefill chunks
 
     @property
     def slots(self) -> int:
         """Z: one slot per row of the largest decode step, and one for padding."""
         return self.decode_rows[-1] + 1
 
-    def decode(self, rows: int) -> StepShape:
-        return StepShape(bucket(self.decode_rows, rows), 1, self.pages_per_row)
+    def decode(self, rows: int) -> DecodeShape:
+        return DecodeShape(bucket(self.decode_rows, rows), self.pages_per_row)
 
-    def prefill(self, tokens: int) -> StepShape:
-        return StepShape(1, bucket(self.prefill_chunks, tokens), self.pages_per_row)
+    def prefill(self, *lengths: int) -> PrefillShape:
+        """The shape for prompt chunks of these lengths."""
+        if len(lengths) == 1 and self.segment > 1:
+            return PrefillShape(1, bucket(self.prefill_chunks, lengths[0]), self.pages_per_row)
+        rows = bucket(self._packed_tokens, sum(map(self.padded, lengths))) // self.segment
+        return PrefillShape(rows, self.segment, self.pages_per_row)
 
-    def steps(self) -> tuple[StepShape, ...]:
-        return (*map(self.decode, self.decode_rows), *map(self.prefill, self.prefill_chunks))
+    def padded(self, tokens: int) -> int:
+        """Length of a packed chunk: whole segments."""
+        return -(-tokens // self.segment) * self.segment
+
+    def steps(self) -> tuple[DecodeShape | PrefillShape, ...]:
+        pages = self.pages_per_row
+        packed = (PrefillShape(size // self.segment, self.segment, pages) for size in self._packed_tokens)
+        single = (PrefillShape(1, size, pages) for size in self.prefill_chunks if self.segment > 1)
+        return (*map(self.decode, self.decode_rows), *single, *packed)
+
+    @property
+    def _packed_tokens(self) -> tuple[int, ...]:
+        """Sizes of packed prefills; beside those of single chunks every second one, the largest included."""
+        if self.segment == 1:
+            return self.prefill_chunks
+        return tuple(size for size in self.prefill_chunks[::-2][::-1] if size > self.segment)
 
     def heads(self) -> tuple[HeadShape, ...]:
         score = HeadShape(self.score_rows, full_vocab=False)
@@ -85,7 +121,7 @@ def bucket(sizes: Sequence[int], size: int) -> int:
 
 
 def make_buckets(
-    *, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int, full_vocab: bool = False
+    *, max_num_seqs: int, max_model_len: int, max_num_batched_tokens: int, full_vocab: bool = False, segment: int = 16
 ) -> Buckets:
     """Buckets of a server.
 
@@ -95,6 +131,7 @@ def make_buckets(
         max_num_batched_tokens: prompt and decode tokens of one step together; the largest prefill chunk is the
             largest of 16, 32, 64 ... that leaves room for a decode row of every other request.
         full_vocab: whether requests may ask for the full distribution of prompt rows.
+        segment: tokens of a row of a packed prefill.
     """
     rows = [1]
     while rows[-1] < max_num_seqs:
@@ -108,4 +145,5 @@ def make_buckets(
         score_rows=64,
         pages_per_row=-(-max_model_len // PAGE_SIZE),
         full_vocab_rows=8 if full_vocab else 0,
+        segment=segment,
     )

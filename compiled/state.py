@@ -10,6 +10,7 @@ from model.kv_cache import PagedCache
 from model.token_logprobs import NO_ID, Array, TokenLogprobs
 
 MAX_REQUESTED_IDS = 128  # B: ids per row whose log-probs a request may ask for, besides its top k
+PAGE_COPIES = 16  # C: pages that one call copies
 FROM_SLOT = -1  # token of a decode row: the last one chosen in its slot, which the host may not have read yet
 
 
@@ -36,11 +37,23 @@ class DeviceState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """A chunk of one row's tokens to prefill. Padding has position -1."""
+    """Prompt tokens to prefill. Rows may be of one request, and use pages that earlier rows fill in the same step.
 
-    tokens: Array  # [1, T] int32
-    positions: Array  # [1, T] int32
-    tables: Array  # [1, P] int32
+    Padding has position -1 and stands at the end of a row or in the last rows.
+    """
+
+    tokens: Array  # [R, T] int32
+    positions: Array  # [R, T] int32
+    tables: Array  # [R, P] int32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class PageCopies:
+    """Pages to copy. All sources are read before a target is written; padding copies the null page to itself."""
+
+    sources: Array  # [C] int32
+    targets: Array  # [C] int32
 
 
 @jax.tree_util.register_dataclass

@@ -14,6 +14,7 @@ from compiled.sampling import choose_tokens
 from compiled.state import (
     DecodeInput,
     DeviceState,
+    PageCopies,
     SamplingArrays,
     ScoreInput,
     SlotPenalties,
@@ -29,7 +30,7 @@ type Leaves = tuple[Array, ...]
 
 
 def prefill(model: BoundModel, leaves: Leaves, state: DeviceState, step: StepInput) -> tuple[DeviceState, Array]:
-    """Store keys, values and final hidden states of a chunk of one row's tokens ([1, T]); return their number, [].
+    """Store keys, values and final hidden states of prompt tokens ([R, T]); return their number, [].
 
     The caller can wait for the number; the state is donated to the next step.
     """
@@ -81,6 +82,15 @@ def full_vocab_logprobs(model: BoundModel, leaves: Leaves, state: DeviceState, c
 def set_penalties(axis: VocabAxis, state: DeviceState, slot: Array, penalties: SlotPenalties) -> DeviceState:
     """Replace bias, counts and seen tokens of a slot ([] int32)."""
     return DeviceState(state.cache, set_slot_penalties(state.slots, slot, penalties, axis))
+
+
+def copy_pages(state: DeviceState, copies: PageCopies) -> DeviceState:
+    """Copy keys, values and hidden states of pages."""
+
+    def copy(pages: Array) -> Array:
+        return pages.at[copies.targets].set(pages[copies.sources], mode="promise_in_bounds")
+
+    return DeviceState(jax.tree.map(copy, state.cache), state.slots)
 
 
 def _cached_hidden(model: BoundModel, state: DeviceState, cache_indices: Array) -> Array:

@@ -101,7 +101,7 @@ def attend(queries: Array, pages: LayerPages, addresses: Addresses, kernels: Ker
         implementations["on_cpu"] = _attend_on_cpu
         if gpu.supports_pages(queries.shape[3], pages.keys.dtype):
             implementations["on_gpu"] = _attend_on_gpu
-    elif tpu.supports_shapes(queries.shape, tables.shape):
+    elif tpu.supports_tables(tables.shape):
         implementations["on_tpu"] = _attend_on_tpu
     bound = {platform: partial(function, options=options) for platform, function in implementations.items()}
     result: Array = kernels.dispatch(queries, pages, tables, addresses.positions, **bound)

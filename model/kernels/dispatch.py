@@ -29,6 +29,13 @@ class Kernels:
 
     cpu: CpuKernels | None = None  # None: XLA's own code on a CPU
 
+    def segment(self, platform: str) -> int:
+        """Tokens of a row of a packed prefill on a platform, as JAX names it.
+
+        The CPU's attention joins neighbouring tokens of one block table; other implementations run rows separately.
+        """
+        return 1 if platform == "cpu" and self.cpu is not None else 16
+
     def dispatch(
         self,
         *arguments: Any,

@@ -29,9 +29,9 @@ def supports_pages(head_dim: int, dtype: Any) -> bool:
     return bool(jnp.dtype(dtype) == jnp.bfloat16 and head_dim <= _LANES)
 
 
-def supports_shapes(queries: tuple[int, ...], tables: tuple[int, ...]) -> bool:
-    """Whether `attend` takes queries [R, T, H, E] and tables [R, P] of these shapes."""
-    return 1 in queries[:2] and math.prod(tables) <= _MAX_TABLE_ENTRIES
+def supports_tables(tables: tuple[int, ...]) -> bool:
+    """Whether `attend` takes tables [R, P] of this shape."""
+    return math.prod(tables) <= _MAX_TABLE_ENTRIES
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -55,42 +55,38 @@ def attend(
 ) -> Array:
     """`model.attention.attend` with pages [N, S, 2 K', E'] bfloat16, each head's keys before its values.
 
-    R or T is 1. Padding rows of a decode step, and padding tokens of a chunk, are last and give zeros; positions in a
-    chunk are consecutive. `kv_heads` is K.
-
-    Raises:
-        ValueError: several rows of several tokens.
+    Padding rows, and padding tokens of a row, are last and give zeros; positions in a row are consecutive. K is
+    `kv_heads`.
     """
     R, T, H, E = queries.shape
-    if R > 1 and T > 1:
-        raise ValueError(f"{R} rows of {T} tokens: a step has one token of each row, or one row")
     stored_heads, lanes = pages.shape[2] // 2, pages.shape[3]
     G = H // kv_heads
     q = jnp.pad(
         queries.reshape(R * T, kv_heads, G, E), ((0, 0), (0, stored_heads - kv_heads), (0, 0), (0, lanes - E))
     ).reshape(R * T, stored_heads * G, lanes)
     is_token = positions >= 0
-    if T == 1:
-        rows = jnp.sum(is_token, dtype=jnp.int32)
-        ends = jnp.minimum(jnp.arange(R + 1, dtype=jnp.int32), rows)
-        lengths = jnp.maximum(positions[:, 0] + 1, 1)
-    else:
-        rows = jnp.ones((), jnp.int32)
-        ends = jnp.stack([jnp.zeros((), jnp.int32), jnp.sum(is_token, dtype=jnp.int32)])
-        lengths = jnp.maximum(jnp.max(positions, axis=1) + 1, 1)
+    counts = jnp.sum(is_token, axis=1, dtype=jnp.int32)
+    ends = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
+    lengths = jnp.maximum(jnp.max(positions, axis=1) + 1, 1)
+    is_packed = R > 1 and T > 1
+    if is_packed:  # the kernel takes rows without padding between them
+        order = jnp.argsort(~is_token.reshape(R * T), stable=True)
+        q = q[order]
     out = ragged_paged_attention(
         q,
         pages,
         lengths,
         tables,
         ends,
-        rows[None],
+        jnp.sum(counts > 0, dtype=jnp.int32)[None],
         sm_scale=options.scale,
         sliding_window=options.window or None,
         soft_cap=options.cap or None,
         num_kv_pages_per_block=min(_BLOCK_PAGES, tables.shape[1]),
         num_queries_per_block=_BLOCK_QUERIES,
     )
+    if is_packed:
+        out = out[jnp.argsort(order)]
     out = out.reshape(R, T, stored_heads, G, lanes)[:, :, :kv_heads, :, :E].reshape(R, T, H * E)
     result: Array = jnp.where(is_token[:, :, None], out, 0.0)  # the kernel does not write padding
     return jax.lax.convert_element_type(result, jnp.float32)

@@ -183,7 +183,8 @@ class Handler[B: GenerationRequest](ABC):
 
         def new_request(prompt: Prompt, params: SamplingParams, queue_timeout: float = config.queue_timeout) -> Request:
             deadline = record.start_time + timeout
-            return Request(uuid.uuid4().hex, prompt.ids, params, priority, salt, queue_timeout, deadline)
+            owner = record.key or ""
+            return Request(uuid.uuid4().hex, prompt.ids, params, priority, salt, queue_timeout, deadline, owner)
 
         choices: list[Choice] = []
         for prompt in prompts:

@@ -28,6 +28,7 @@ class RequestGroup(RequestQueue):
         self._deadline = record.start_time + seconds
         self._priority = record.priority(body.priority or 0)
         self._cache_salt = cache_salt
+        self._owner = record.key or ""
         if config.prefix_cache_per_key and record.key:
             self._cache_salt = f"{record.key}/{cache_salt}"  # unambiguous: a name contains no slash
         self._handles: set[RequestHandle] = set()  # in the engine
@@ -52,6 +53,7 @@ class RequestGroup(RequestQueue):
                     # The others wait for their group, which has a place in the queue.
                     queue_timeout=request.queue_timeout if self._times else self._queue_timeout,
                     deadline=self._deadline,
+                    owner=self._owner,
                 )
             )
             try:

@@ -6,10 +6,12 @@ from dataclasses import fields
 import numpy as np
 from numpy.typing import NDArray
 
-from compiled.shapes import StepShape
+from compiled.shapes import Buckets, DecodeShape
 from compiled.state import (
     FROM_SLOT,
+    PAGE_COPIES,
     DecodeInput,
+    PageCopies,
     SamplingArrays,
     ScoreInput,
     SlotPenalties,
@@ -18,10 +20,10 @@ from compiled.state import (
     no_requested_ids,
 )
 from compiled.step import cache_index
-from model.kv_cache import PAGE_SIZE
+from model.kv_cache import NULL_PAGE, PAGE_SIZE
 from serve.engine.request import SamplingParams
 from serve.engine.request_state import RequestState
-from serve.engine.scheduler import Chunk
+from serve.engine.schedule import Chunk
 
 _ARRAYS = {field.name for field in fields(SamplingArrays)}
 # Fields of SamplingParams that are copied to the arrays of the same names; not the seed, which may have to be drawn.
@@ -30,19 +32,30 @@ _COPIED = tuple(field.name for field in fields(SamplingParams) if field.name in 
 type ScoreRow = tuple[RequestState, int]  # request and row i of its prompt_logprobs, which scores prompt token i + 1
 
 
-def prefill_input(chunk: Chunk, shape: StepShape) -> StepInput:
-    """The chunk as [1, T]."""
-    request, length = chunk.request, chunk.end - chunk.start
-    tokens = np.zeros((1, shape.chunk), np.int32)
-    positions = np.full((1, shape.chunk), -1, np.int32)
-    tables = np.zeros((1, shape.pages), np.int32)
-    tokens[0, :length] = request.tokens(chunk.start, chunk.end)
-    positions[0, :length] = np.arange(chunk.start, chunk.end)
-    tables[0, : len(request.pages)] = request.pages
-    return StepInput(tokens, positions, tables)
+def prefill_input(chunks: Sequence[Chunk], buckets: Buckets) -> StepInput:
+    """Chunks as rows [R, T]: one chunk may be a row, several are packed into rows of `buckets.segment` tokens."""
+    shape = buckets.prefill(*(chunk.end - chunk.start for chunk in chunks))
+    R, T = shape.rows, shape.tokens
+    tokens, positions = np.zeros(R * T, np.int32), np.full(R * T, -1, np.int32)
+    tables = np.zeros((R, shape.pages), np.int32)
+    first = 0
+    for chunk in chunks:
+        last = first + chunk.end - chunk.start
+        tokens[first:last] = chunk.request.tokens(chunk.start, chunk.end)
+        positions[first:last] = np.arange(chunk.start, chunk.end)
+        tables[first // T : -(-last // T), : len(chunk.request.pages)] = chunk.request.pages
+        first = -(-last // T) * T
+    return StepInput(tokens.reshape(R, T), positions.reshape(R, T), tables)
 
 
-def decode_input(requests: Sequence[RequestState], shape: StepShape, padding_slot: int) -> DecodeInput:
+def page_copies(copies: Sequence[tuple[int, int]]) -> PageCopies:
+    """Sources and targets [C], padded with the null page."""
+    sources, targets = np.full((2, PAGE_COPIES), NULL_PAGE, np.int32)
+    sources[: len(copies)], targets[: len(copies)] = zip(*copies, strict=True)
+    return PageCopies(sources, targets)
+
+
+def decode_input(requests: Sequence[RequestState], shape: DecodeShape, padding_slot: int) -> DecodeInput:
     """The last token of each request as [R]; the scheduler has already counted the next one."""
     tokens = np.zeros(shape.rows, np.int32)
     positions = np.full(shape.rows, -1, np.int32)

@@ -15,7 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compiled.shapes import Buckets
-from compiled.state import DecodeInput, SamplingArrays, ScoreInput, SlotPenalties, StepInput, StepOutput
+from compiled.state import (
+    PAGE_COPIES,
+    DecodeInput,
+    PageCopies,
+    SamplingArrays,
+    ScoreInput,
+    SlotPenalties,
+    StepInput,
+    StepOutput,
+)
 from model.token_logprobs import TokenLogprobs
 from serve.engine import batch
 from serve.engine.batch import ScoreRow
@@ -24,7 +33,8 @@ from serve.engine.observer import EngineFault, EngineGauges, Observer
 from serve.engine.page_pool import PagePool
 from serve.engine.request import FinishReason, TokenEvent
 from serve.engine.request_state import Emitted, RequestState, RequestStatus
-from serve.engine.scheduler import Schedule, Scheduler
+from serve.engine.schedule import Schedule
+from serve.engine.scheduler import Scheduler
 from serve.engine.token_mask import TokenMask
 
 _NAN_ERROR = "the model computed a log-probability that is not a number"
@@ -41,6 +51,7 @@ class Runner(Protocol):
     max_logprobs: int
     vocab_size: int
 
+    def copy_pages(self, copies: PageCopies) -> None: ...
     def prefill(self, inputs: StepInput) -> Any: ...
     def set_penalties(self, slot: int, penalties: SlotPenalties) -> None: ...
     def decode(self, inputs: DecodeInput, sampling: SamplingArrays) -> StepOutput: ...
@@ -54,7 +65,7 @@ class Runner(Protocol):
 class _Step:
     """A dispatched step that has not been read."""
 
-    prefilled: Any = None  # ready when the last chunk is computed
+    prefilled: Any = None  # ready when the chunks are computed
     blocks: list[tuple[Sequence[ScoreRow], TokenLogprobs]] = field(default_factory=list)
     scored: list[RequestState] = field(default_factory=list)
     rows: list[RequestState] = field(default_factory=list)
@@ -170,9 +181,10 @@ class EngineCore:
             return None
         self._observer.on_step(sum(chunk.end - chunk.start for chunk in schedule.prefills) + len(schedule.decodes))
         step = _Step(scored=schedule.scored, rows=schedule.decodes)
-        for chunk in schedule.prefills:
-            shape = self._runner.buckets.prefill(chunk.end - chunk.start)
-            step.prefilled = self._runner.prefill(batch.prefill_input(chunk, shape))
+        for start in range(0, len(schedule.copies), PAGE_COPIES):
+            self._runner.copy_pages(batch.page_copies(schedule.copies[start : start + PAGE_COPIES]))
+        if schedule.prefills:
+            step.prefilled = self._runner.prefill(batch.prefill_input(schedule.prefills, self._runner.buckets))
         rows = [(chunk.request, index) for chunk in schedule.scores for index in range(chunk.start, chunk.end)]
         size = self._runner.buckets.score_rows
         for start in range(0, len(rows), size):
@@ -237,6 +249,7 @@ class EngineCore:
                 store_prompt_logprobs(request, self._pool)
         if failed:
             self._pool.unregister(request.pages)  # any of them may contain the NaN
+            request.num_computed = 0  # nor are they indexed when it finishes
             self._observer.on_fault(EngineFault.NAN)
             event.error, reason = _NAN_ERROR, FinishReason.ERROR
         return (request, event) if reason is None else self._finish(request, event, reason)

@@ -2,11 +2,14 @@
 
 A page is free; allocated to one request, which fills it; registered under the hash of its content when it is full;
 shared by requests with the same prefix; unreferenced, but still registered; and evicted, least recently used first,
-when a page is needed and none is free. docs/kv-cache.md explains this in detail.
+when a page is needed and none is free. A page's leading tokens are indexed, too, also those of a page that is not full:
+a request that continues some of them otherwise starts with a copy of the page. docs/kv-cache.md explains this in
+detail.
 """
 
 import hashlib
-from collections import Counter, OrderedDict, deque
+from bisect import bisect_left, insort
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
@@ -21,7 +24,7 @@ class PagePool:
 
     def __init__(self, pages: int, *, caching: bool = True) -> None:
         """A pool of `pages` pages, including the null page. Without `caching`, pages are never registered."""
-        self._caching = caching
+        self.caching = caching
         self._pages = [page for page in range(pages) if page != NULL_PAGE]
         self._free: deque[int] = deque()
         self._unreferenced: OrderedDict[int, None] = OrderedDict()  # registered pages, least recently used first
@@ -29,6 +32,10 @@ class PagePool:
         self._page_to_hash: dict[int, bytes] = {}
         self._hash_to_page: dict[bytes, int] = {}
         self._logprobs: dict[bytes, TokenLogprobs] = {}
+        # What comes before pages -> their tokens, ascending, as big-endian bytes, and the pages. Of all entries, a
+        # neighbour of the place where other tokens would be inserted has most of their first tokens.
+        self._starts: dict[bytes, list[tuple[bytes, int]]] = defaultdict(list)
+        self._page_to_start: dict[int, tuple[bytes, bytes]] = {}  # key and tokens in _starts
         self.capacity = len(self._pages)
         self.clear()
 
@@ -77,16 +84,39 @@ class PagePool:
             if self._ref_counts[page]:
                 continue
             del self._ref_counts[page]
-            if page in self._page_to_hash:
+            if page in self._page_to_hash or page in self._page_to_start:
                 self._unreferenced[page] = None
             else:
                 self._free.append(page)
 
     def register(self, page: int, content: bytes) -> None:
         """Register a full page under the hash of its content, unless another page is registered under it."""
-        if self._caching and content not in self._hash_to_page:
+        if self.caching and content not in self._hash_to_page:
             self._hash_to_page[content] = page
             self._page_to_hash[page] = content
+
+    def index(self, page: int, before: bytes, tokens: Sequence[int]) -> None:
+        """Make the leading tokens of a page known to find_start(). `before` identifies what precedes them."""
+        if not self.caching or (page not in self._ref_counts and page not in self._unreferenced):
+            return
+        content, starts = _sortable(tokens), self._starts[before]
+        place = bisect_left(starts, (content, -1))
+        if place == len(starts) or not starts[place][0].startswith(content):  # no other page has these tokens
+            self._drop_start(page)
+            insort(self._starts[before], (content, page))
+            self._page_to_start[page] = before, content
+
+    def find_start(self, before: bytes, tokens: Sequence[int]) -> tuple[int, int]:
+        """The indexed page that has most of the first `tokens` after `before`, and their number. Adds no reference."""
+        starts = self._starts.get(before)
+        if not starts:
+            return NULL_PAGE, 0
+        content = _sortable(tokens)
+        place = bisect_left(starts, (content, -1))
+        count, page = max(
+            (_shared_tokens(content, start), page) for start, page in starts[max(0, place - 1) : place + 1]
+        )
+        return page, count
 
     def store_logprobs(self, content: bytes, logprobs: TokenLogprobs) -> None:
         """Store the log-probs [S] of a registered page's tokens until the page is evicted or unregistered."""
@@ -102,13 +132,15 @@ class PagePool:
             if content := self._page_to_hash.pop(page, None):
                 del self._hash_to_page[content]
                 self._logprobs.pop(content, None)
+            self._drop_start(page)
             if page in self._unreferenced:
                 del self._unreferenced[page]
                 self._free.append(page)
 
     def clear(self) -> None:
         """Free and unregister all pages, whose content is lost."""
-        for table in (self._unreferenced, self._ref_counts, self._page_to_hash, self._hash_to_page, self._logprobs):
+        tables = (self._unreferenced, self._ref_counts, self._page_to_hash, self._hash_to_page, self._logprobs)
+        for table in (*tables, self._starts, self._page_to_start):
             table.clear()
         self._free = deque(self._pages)
 
@@ -123,11 +155,23 @@ class PagePool:
             )
         if {page: content for content, page in self._hash_to_page.items()} != self._page_to_hash:
             raise AssertionError("pages and their hashes disagree")
+        starts = {page: (before, content) for before, pages in self._starts.items() for content, page in pages}
+        if starts != self._page_to_start:
+            raise AssertionError("pages and their indexed tokens disagree")
         if not (
-            self._unreferenced.keys() <= self._page_to_hash.keys()
+            self._unreferenced.keys() <= self._page_to_hash.keys() | self._page_to_start.keys()
             and self._logprobs.keys() <= self._hash_to_page.keys()
         ):
             raise AssertionError("an unregistered page is cached or has log-probs")
+
+    def _drop_start(self, page: int) -> None:
+        if (entry := self._page_to_start.pop(page, None)) is None:
+            return
+        before, content = entry
+        starts = self._starts[before]
+        starts.remove((content, page))
+        if not starts:
+            del self._starts[before]
 
 
 def root_hash(salt: str) -> bytes:
@@ -138,3 +182,14 @@ def root_hash(salt: str) -> bytes:
 def page_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     """Hash of a page with these token ids that follows pages with the chained hash `parent`."""
     return hashlib.sha256(parent + np.asarray(tokens, np.int32).tobytes()).digest()
+
+
+def _sortable(tokens: Sequence[int]) -> bytes:
+    return np.asarray(tokens, ">u4").tobytes()
+
+
+def _shared_tokens(a: bytes, b: bytes) -> int:
+    """Number of tokens at the start of both."""
+    size = min(len(a), len(b))
+    differs = np.frombuffer(a, np.uint32, size // 4) != np.frombuffer(b, np.uint32, size // 4)
+    return int(differs.argmax()) if differs.any() else size // 4

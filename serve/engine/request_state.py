@@ -68,6 +68,16 @@ class RequestState:
         return len(self.prompt_token_ids) + self.num_output_tokens
 
     @property
+    def generates(self) -> bool:
+        """False if only the prompt is scored: such a request needs no slot."""
+        return self.max_output_tokens > 0
+
+    @property
+    def num_known(self) -> int:
+        """Leading tokens that are computed, and known to the host."""
+        return min(self.num_computed, len(self.prompt_token_ids) + len(self.output_token_ids))
+
+    @property
     def prefill_end(self) -> int:
         """Number of tokens that prefill computes: all but the last, which the next decode step computes."""
         return self.num_tokens - 1

@@ -1,45 +1,25 @@
 """Scheduler: decides which requests run in the next step. Policy without tensors: it sees tokens, pages and counts.
 
-A step is prompt chunks within a token budget, then blocks of prompt rows to score, then one token of every request
-whose prompt is done. Requests are served in order of arrival within a priority. A waiting request is scheduled when the
-pool has all pages for its tokens so far. When a running request needs a page and none is free, the last request in that
-order is preempted: its pages are deallocated, and it waits to be recomputed from what is still cached.
+A step is prompt chunks within a token budget, packed into one prefill, then blocks of prompt rows to score, then one
+token of every request whose prompt is done. Requests are served in order of arrival within a priority. A waiting
+request is scheduled when the pool has all pages for its tokens so far, and a slot if it generates. It shares full pages
+with the same prefix, and starts with a copy of a page that has the same first tokens. When a running request needs a
+page and none is free, the last request in that order is preempted: its pages are deallocated, and it waits to be
+recomputed from what is still cached.
 """
 
 from bisect import insort
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
-from compiled.shapes import Buckets, bucket
+from compiled.shapes import Buckets
 from model.kv_cache import PAGE_SIZE
 from serve.engine.page_pool import PagePool, page_hash, root_hash
 from serve.engine.request_state import RequestState, RequestStatus
+from serve.engine.schedule import Chunk, Schedule
 
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens start..end-1 to prefill, or rows start..end-1 of prompt_logprobs; row i scores prompt token i + 1."""
-
-    request: RequestState
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """The work of one step, in order of dispatch."""
-
-    preempted: list[RequestState] = field(default_factory=list)  # while it was planned
-    prefills: list[Chunk] = field(default_factory=list)
-    scores: list[Chunk] = field(default_factory=list)
-    scored: list[RequestState] = field(default_factory=list)  # finished when this step is read: nothing to generate
-    started: list[RequestState] = field(
-        default_factory=list
-    )  # part of `decodes`: the first decode since the request waited
-    decodes: list[RequestState] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.prefills or self.scores or self.scored or self.decodes)
+_MIN_COPIED = 8  # tokens: fewer are computed about as fast as their page is copied
+_MIN_AWAITED = 16  # tokens that a request waits for if they are being computed, to copy them a step later
 
 
 class Scheduler:
@@ -56,13 +36,15 @@ class Scheduler:
     ) -> None:
         """`on_scheduled` is called with each request that starts to run, which has its pages, before it is planned."""
         self._pool = pool
-        self._chunks = buckets.prefill_chunks
+        self._buckets = buckets
         self._max_num_seqs = buckets.decode_rows[-1]
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_model_len = max_model_len
         self._on_scheduled = on_scheduled
         self._slots = self._all_slots()
         self._arrivals = 0
+        # Pages that the planned step fills, and their tokens so far, under the key of the pool's index.
+        self._filled: dict[bytes, list[tuple[int, list[int]]]] = defaultdict(list)
         self.waiting: list[RequestState] = []  # in queue order
         self.running: list[RequestState] = []  # in queue order
         self.pinned: dict[str, RequestState] = {}  # finished requests that keep their pages, by id
@@ -90,6 +72,7 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Plan the next step and allocate its pages."""
         schedule = Schedule()
+        self._index_filled()
         for request in self._decoding():
             self._reserve_or_preempt(request, schedule.preempted)
         self._plan_prompts(schedule, self._max_num_batched_tokens - len(self._decoding()))
@@ -107,18 +90,17 @@ class Scheduler:
 
     def register_pages(self, request: RequestState) -> None:
         """Register the pages that are full of tokens known to the host."""
-        known = len(request.prompt_token_ids) + len(request.output_token_ids)
-        full = min(request.num_computed, known) // PAGE_SIZE
+        full = request.num_known // PAGE_SIZE
         _extend_hashes(request, full)
         for index in range(request.num_registered, full):
             self._pool.register(request.pages[index], request.hashes[index])
+            self._add_filled(request, index)
         request.num_registered = max(request.num_registered, full)
 
     def finish(self, request: RequestState, *, pin: bool = False) -> None:
         """Remove a request in any state and deallocate its pages; `pin` keeps them until the next finish()."""
         if request in self.running:
-            self.running.remove(request)
-            self._slots.append(request.slot)
+            self._stop(request)
         elif request.status is RequestStatus.WAITING:
             self.waiting.remove(request)
         self.pinned.pop(request.id, None)
@@ -138,6 +120,7 @@ class Scheduler:
         for request in (*running, *pinned):
             request.status, request.pages, request.num_registered = RequestStatus.FINISHED, [], 0
         self._slots = self._all_slots()
+        self._filled.clear()
         self._pool.clear()
         return running
 
@@ -145,7 +128,8 @@ class Scheduler:
         """Raise AssertionError if page references or slots are inconsistent."""
         requests = (*self.running, *self.waiting, *self.pinned.values())
         self._pool.check(page for request in requests for page in request.pages)
-        if sorted([*self._slots, *(request.slot for request in self.running)]) != list(range(self._max_num_seqs)):
+        used = [request.slot for request in self.running if request.generates]
+        if sorted([*self._slots, *used]) != list(range(self._max_num_seqs)):
             raise AssertionError("free and used slots do not add up to all slots")
 
     def _all_slots(self) -> list[int]:
@@ -158,20 +142,24 @@ class Scheduler:
         ]
 
     def _plan_prompts(self, schedule: Schedule, budget: int) -> None:
-        """Plan prompt chunks within a budget of tokens, including padding, and at most one chunk of rows to score."""
-        rows = self._chunks[-1]
+        """Plan prompt chunks that fit into one prefill and a budget of tokens, and as many rows to score.
+
+        A chunk counts as it is packed, in whole segments.
+        """
+        rows = self._buckets.prefill_chunks[-1]
+        budget = min(budget, rows)
         planned: set[str] = set()
-        while (request := self._next_prompt(planned, budget)) is not None:
+        while (request := self._next_prompt(schedule, planned, min(budget, rows))) is not None:
             planned.add(request.id)
-            remaining = request.prefill_end - request.num_computed
-            chunks = [chunk for chunk in self._chunks if chunk <= budget]
-            if remaining > 0 and chunks:
-                length = min(remaining, chunks[-1])
+            length = min(request.prefill_end - request.num_computed, budget - budget % self._buckets.segment)
+            if length > 0:
                 start = request.num_computed
                 request.num_computed += length
                 schedule.prefills.append(Chunk(request, start, request.num_computed))
-                budget -= bucket(self._chunks, length)
+                budget -= self._buckets.padded(length)
                 self.register_pages(request)
+                if request.num_computed == request.prefill_end:
+                    self._add_filled(request, request.num_registered)
             first = request.num_scored
             end = min(_num_score_rows(request), request.num_computed, first + rows)
             if end > first:
@@ -179,7 +167,7 @@ class Scheduler:
                 request.num_scored = end
                 rows -= end - first
 
-    def _next_prompt(self, planned: set[str], budget: int) -> RequestState | None:
+    def _next_prompt(self, schedule: Schedule, planned: set[str], budget: int) -> RequestState | None:
         """The next request with an unfinished prompt: a running one, otherwise the first waiting one.
 
         No request starts to run while a prompt is partly computed: one with the same prefix must find all of its pages.
@@ -188,37 +176,65 @@ class Scheduler:
         for request in prefilling:
             if request.id not in planned:
                 return request
-        if budget < self._chunks[0] or any(request.num_computed < request.prefill_end for request in prefilling):
-            return None
-        return self._schedule_first()
+        partly = any(request.num_computed < request.prefill_end for request in prefilling)
+        return None if budget < self._buckets.segment or partly else self._schedule_first(schedule)
 
-    def _schedule_first(self) -> RequestState | None:
-        """Run the first waiting request if there are a slot and pages for all its tokens so far.
+    def _schedule_first(self, schedule: Schedule) -> RequestState | None:
+        """Run the first waiting request if there are pages for all its tokens so far, and a slot if it generates.
 
-        One page for each running request stays free: otherwise these would soon preempt it.
+        One page for each generating request stays free: otherwise these would soon preempt it.
         """
-        if not self.waiting or not self._slots:
+        if not self.waiting or (self.waiting[0].generates and not self._slots):
             return None
         request = self.waiting[0]
-        _extend_hashes(request, request.prefill_end // PAGE_SIZE)
-        cached = self._pool.find(request.hashes[: request.prefill_end // PAGE_SIZE])
-        needed = -(-(request.num_tokens if request.max_output_tokens else request.prefill_end) // PAGE_SIZE)
-        if needed - len(cached) + self._pool.num_unreferenced(cached) + len(self.running) > self._pool.num_free:
+        full = request.prefill_end // PAGE_SIZE
+        _extend_hashes(request, full)
+        cached = self._pool.find(request.hashes[:full])
+        start = self._find_start(request, len(cached))
+        if start is None:
             return None
-        self._pool.share(cached)
-        allocated = self._pool.allocate(needed - len(cached))
+        copied, count = start
+        needed = -(-(request.num_tokens if request.generates else request.prefill_end) // PAGE_SIZE) - len(cached)
+        spare = self._pool.num_free - needed - (self._max_num_seqs - len(self._slots))
+        if spare < self._pool.num_unreferenced(cached):
+            return None
+        if count and spare < self._pool.num_unreferenced([*cached, copied]):
+            count = 0
+        held = [*cached, copied] if count else cached
+        self._pool.share(held)
+        allocated = self._pool.allocate(needed)
         assert allocated is not None
+        if count:
+            schedule.copies.append((copied, allocated[0]))
+            self._pool.deallocate([copied])
+        self._start(request, cached + allocated, len(cached), count)
+        return request
+
+    def _find_start(self, request: RequestState, cached: int) -> tuple[int, int] | None:
+        """The page to copy for the tokens after the first `cached` pages, and how many of them it has, 0 if too few.
+
+        None if a page that is filled in this step will have more: the request waits for it.
+        """
+        start = cached * PAGE_SIZE
+        tokens = request.tokens(start, min(start + PAGE_SIZE, request.prefill_end))
+        key = _start_key(request, cached)
+        page, count = self._pool.find_start(key, tokens)
+        if any(_shared(filled, tokens) >= count + _MIN_AWAITED for _, filled in self._filled.get(key, ())):
+            return None
+        return page, count if count >= _MIN_COPIED else 0
+
+    def _start(self, request: RequestState, pages: list[int], cached: int, copied: int) -> None:
+        """Run the first waiting request, with its block table: `cached` shared pages, then one with `copied` tokens."""
         self.waiting.pop(0)
         insort(self.running, request, key=_queue_order)
         request.status = RequestStatus.PREFILL
-        request.slot = self._slots.pop()
-        request.pages = cached + allocated
-        request.num_registered = len(cached)
-        request.num_computed = len(cached) * PAGE_SIZE
+        request.slot = self._slots.pop() if request.generates else -1
+        request.pages = pages
+        request.num_registered = cached
+        request.num_computed = cached * PAGE_SIZE + copied
         if request.num_cached is None:
             request.num_cached = request.num_computed
         self._on_scheduled(request)
-        return request
 
     def _reserve_or_preempt(self, request: RequestState, preempted: list[RequestState]) -> None:
         """Allocate a page for the request's next token, preempting the last in queue order, or itself, if necessary."""
@@ -232,16 +248,36 @@ class Scheduler:
 
     def _preempt(self, request: RequestState) -> None:
         self._release(request)
-        self.running.remove(request)
-        self._slots.append(request.slot)
+        self._stop(request)
         request.num_computed = 0
         request.num_preemptions += 1
         request.status = RequestStatus.WAITING
         insort(self.waiting, request, key=_queue_order)
 
+    def _stop(self, request: RequestState) -> None:
+        self.running.remove(request)
+        if request.generates:
+            self._slots.append(request.slot)
+
     def _release(self, request: RequestState) -> None:
+        self._add_filled(request, request.num_registered)
+        self._index_filled()
         self._pool.deallocate(request.pages)
         request.pages, request.num_registered = [], 0
+
+    def _add_filled(self, request: RequestState, index: int) -> None:
+        """Note the tokens of a page of a request that are known to the host."""
+        start = index * PAGE_SIZE
+        tokens = request.tokens(start, min(start + PAGE_SIZE, request.num_known))
+        if tokens and self._pool.caching:
+            self._filled[_start_key(request, index)].append((request.pages[index], tokens))
+
+    def _index_filled(self) -> None:
+        """Index the pages that were filled in the last step: a copy of them now has their tokens."""
+        for key, pages in self._filled.items():
+            for page, tokens in pages:
+                self._pool.index(page, key, tokens)
+        self._filled.clear()
 
 
 def _queue_order(state: RequestState) -> tuple[int, int]:
@@ -261,6 +297,21 @@ def _num_score_rows(state: RequestState) -> int:
 def _extend_hashes(state: RequestState, pages: int) -> None:
     """Compute the chained hashes of the request's first `pages` pages."""
     while (index := len(state.hashes)) < pages:
-        parent = state.hashes[-1] if index else root_hash(state.request.cache_salt)
         tokens = state.tokens(index * PAGE_SIZE, (index + 1) * PAGE_SIZE)
-        state.hashes.append(page_hash(parent, tokens))
+        state.hashes.append(page_hash(_parent_hash(state, index), tokens))
+
+
+def _start_key(state: RequestState, page: int) -> bytes:
+    """Under which the tokens of a page are indexed; the page before is hashed."""
+    return _parent_hash(state, page) + state.request.owner.encode()
+
+
+def _parent_hash(state: RequestState, page: int) -> bytes:
+    """Chained hash of the pages before one, which are hashed."""
+    return state.hashes[page - 1] if page else root_hash(state.request.cache_salt)
+
+
+def _shared(a: list[int], b: list[int]) -> int:
+    """Number of tokens at the start of both."""
+    size = min(len(a), len(b))
+    return next((i for i in range(size) if a[i] != b[i]), size)

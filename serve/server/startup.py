@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 from compiled.program_cache import cache_options_restored, use_persistent_cache
 from compiled.programs import RefusedError, Shape
 from compiled.runner import ModelRunner
-from compiled.shapes import PENALTIES, ZERO_STATE, Buckets, make_buckets
+from compiled.shapes import COPY_PAGES, PENALTIES, ZERO_STATE, Buckets, make_buckets
 from compiled.state import MAX_REQUESTED_IDS
 from model.kernels.cpu.build import ensure_built
+from model.kernels.dispatch import Kernels, load_kernels
 from model.sharding import tensor_mesh
 from model.transformer import BoundModel
 from model.weights.loader import kernels_used, load_model
@@ -90,11 +91,13 @@ def load(options: EngineConfig, reporter: Reporter) -> Loaded:
         if values := files.defaults.as_dict():
             reporter.report(defaults_applied(values))
         reporter.report(model_found(files, jax.devices()[0]))
+        kernels = load_kernels()
         buckets = make_buckets(
             max_num_seqs=config.max_num_seqs,
             max_model_len=max_model_len,
             max_num_batched_tokens=config.batched_tokens,
             full_vocab=config.max_logprobs == -1,
+            segment=kernels.segment(jax.default_backend()),
         )
         free, platform = free_memory(config.tensor_parallel_size), jax.default_backend()
         try:
@@ -102,7 +105,7 @@ def load(options: EngineConfig, reporter: Reporter) -> Loaded:
         except PlanError as error:
             raise StartupError(f"{files.source.name}: {error}") from None
         reporter.report(memory_planned(plan, max_model_len))
-        model = _load_weights(files, mesh, reporter)
+        model = _load_weights(files, kernels, mesh, reporter)
     try:
         runner = _compile(model, buckets, plan.pages, config, reporter)
     except RefusedError as error:
@@ -134,7 +137,7 @@ def _mesh(config: EngineConfig) -> Mesh | None:
     return tensor_mesh(devices[:count]) if count > 1 else None
 
 
-def _load_weights(files: ModelFiles, mesh: Mesh | None, reporter: Reporter) -> BoundModel:
+def _load_weights(files: ModelFiles, kernels: Kernels, mesh: Mesh | None, reporter: Reporter) -> BoundModel:
     start = time.perf_counter()
     with reporter.loading() as progress:
         model = load_model(
@@ -144,6 +147,7 @@ def _load_weights(files: ModelFiles, mesh: Mesh | None, reporter: Reporter) -> B
             int8=files.config.quantization == "int8",
             max_model_len=files.max_model_len,
             mesh=mesh,
+            kernels=kernels,
         )
     size = sum(leaf.nbytes for leaf in model.leaves)
     reporter.report(weights_loaded(size, time.perf_counter() - start, kernels_used(model)))
@@ -152,7 +156,7 @@ def _load_weights(files: ModelFiles, mesh: Mesh | None, reporter: Reporter) -> B
 
 def _compile(model: BoundModel, buckets: Buckets, pages: int, config: EngineConfig, reporter: Reporter) -> ModelRunner:
     # In the order in which the runner starts to compile them.
-    shapes: tuple[Shape, ...] = (ZERO_STATE, *buckets.steps(), *buckets.heads(), PENALTIES)
+    shapes: tuple[Shape, ...] = (ZERO_STATE, *buckets.steps(), *buckets.heads(), PENALTIES, COPY_PAGES)
     start = time.perf_counter()
     hits: list[str] = []  # executables read from the persistent cache
 

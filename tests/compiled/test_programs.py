@@ -14,7 +14,7 @@ import pytest
 
 from compiled import program_cache, programs
 from compiled.programs import Plan, Program, RefusedError, UnknownShapeError, compile_plans
-from compiled.shapes import PENALTIES, HeadShape, StepShape
+from compiled.shapes import PENALTIES, DecodeShape, HeadShape
 from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ def double(x: Any) -> Any:
 
 
 def plan(rows: int) -> Plan:
-    return Plan(StepShape(rows, 1, 1), double, (jax.ShapeDtypeStruct((rows,), jnp.float32),))
+    return Plan(DecodeShape(rows, 1), double, (jax.ShapeDtypeStruct((rows,), jnp.float32),))
 
 
 def test_compile_plans_compiles_and_reports_each_plan_once() -> None:
@@ -34,16 +34,16 @@ def test_compile_plans_compiles_and_reports_each_plan_once() -> None:
     programs = compile_plans([plan(2), plan(3)], reported.append)
     assert {program.name for program in reported} == {"decode_2", "decode_3"}
     assert {shape: program.shape for shape, program in programs.items()} == {
-        s: s for s in (StepShape(2, 1, 1), StepShape(3, 1, 1))
+        s: s for s in (DecodeShape(2, 1), DecodeShape(3, 1))
     }
     assert all(program.lower_seconds > 0 and program.compile_seconds > 0 for program in programs.values())
     assert all(program.temp_bytes >= 0 for program in programs.values())
-    np.testing.assert_array_equal(programs[StepShape(3, 1, 1)].compiled(np.ones(3, np.float32)), np.full(3, 2.0))
+    np.testing.assert_array_equal(programs[DecodeShape(3, 1)].compiled(np.ones(3, np.float32)), np.full(3, 2.0))
 
 
 def test_programs_reject_an_unknown_shape() -> None:
     programs = compile_plans([plan(2)])
-    for shape in (StepShape(3, 1, 1), StepShape(2, 1, 2), HeadShape(2, full_vocab=True), PENALTIES):
+    for shape in (DecodeShape(3, 1), DecodeShape(2, 2), HeadShape(2, full_vocab=True), PENALTIES):
         with pytest.raises(UnknownShapeError, match="no program was compiled"):
             programs[shape]
 
@@ -52,13 +52,13 @@ def test_programs_reject_an_unknown_shape() -> None:
     "argument", [np.ones(3, np.float32), np.ones((2, 2), np.float32), np.ones(2, np.int32), np.ones(2, jnp.bfloat16)]
 )
 def test_program_rejects_other_shapes_and_dtypes(argument: Any) -> None:
-    program = compile_plans([plan(2)])[StepShape(2, 1, 1)]
+    program = compile_plans([plan(2)])[DecodeShape(2, 1)]
     with pytest.raises(TypeError, match="computation was compiled"):
         program.compiled(argument)
 
 
 def test_program_has_the_name_of_its_shape() -> None:
-    program = compile_plans([plan(2)])[StepShape(2, 1, 1)]
+    program = compile_plans([plan(2)])[DecodeShape(2, 1)]
     text = program.compiled.as_text()
     assert text is not None
     assert text.startswith("HloModule jit_decode_2,")
@@ -122,7 +122,7 @@ import numpy as np
 
 from compiled.program_cache import use_persistent_cache
 from compiled.programs import Plan, compile_plans
-from compiled.shapes import StepShape
+from compiled.shapes import DecodeShape
 
 directory = Path(sys.argv[1])
 directory.mkdir(parents=True, mode=0o755)  # exists before the start, and other users can read it
@@ -144,7 +144,7 @@ def function(x):
 
 def run():
     hits.clear()
-    plans = [Plan(StepShape(n, 1, 1), function, (jax.ShapeDtypeStruct((n,), jnp.float32),)) for n in SIZES]
+    plans = [Plan(DecodeShape(n, 1), function, (jax.ShapeDtypeStruct((n,), jnp.float32),)) for n in SIZES]
     programs = compile_plans(plans)
     results = [float(programs[plan.shape].compiled(np.arange(n, dtype=np.float32))) for n, plan in zip(SIZES, plans)]
     return len(hits), results

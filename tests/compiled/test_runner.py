@@ -13,7 +13,9 @@ from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
 from compiled.state import (
     FROM_SLOT,
+    PAGE_COPIES,
     DecodeInput,
+    PageCopies,
     SamplingArrays,
     ScoreInput,
     SlotPenalties,
@@ -268,6 +270,21 @@ def test_step_output_is_unchanged_by_later_steps(runner: ModelRunner) -> None:
     ]
 
 
+def test_copied_page_has_the_same_bits(runner: ModelRunner) -> None:
+    def numbers(page: int) -> list[bytes]:
+        output = runner.read(runner.decode(decode_input([(PROMPT[-1], len(PROMPT) - 1, page, 0)]), sampling_of(4)))
+        return [*bits(output.logprobs, 0), *bits(score(runner, [cache_index(page, 1)], PROMPT[2:3]), 0)]
+
+    prefill(runner, PROMPT, page=3)
+    before = numbers(3)
+    copies = PageCopies(np.zeros(PAGE_COPIES, np.int32), np.zeros(PAGE_COPIES, np.int32))
+    copies.sources[:2], copies.targets[:2] = [3, 3], [5, 6]
+    runner.copy_pages(copies)
+    prefill(runner, PROMPT[::-1], page=3)
+    assert numbers(5) == numbers(6) == before
+    assert numbers(3) != before
+
+
 def test_steps_reject_shapes_that_were_not_compiled(runner: ModelRunner) -> None:
     with pytest.raises(UnknownShapeError):
         runner.decode(decode_input([], size=3), sampling_of(3))
@@ -282,4 +299,13 @@ def test_steps_reject_shapes_that_were_not_compiled(runner: ModelRunner) -> None
 def test_runner_attributes(runner: ModelRunner) -> None:
     assert (runner.buckets, runner.pages, runner.max_logprobs, runner.vocab_size) == (BUCKETS, 9, 5, V)
     names = [program.name for program in runner.programs.values()]
-    assert names == ["zero_state", "decode_1", "decode_4", "prefill_16", "score_16", "full_vocab_8", "penalties"]
+    assert names == [
+        "zero_state",
+        "decode_1",
+        "decode_4",
+        "prefill_16",
+        "score_16",
+        "full_vocab_8",
+        "penalties",
+        "copy_pages",
+    ]

@@ -2,7 +2,8 @@
 
 import pytest
 
-from compiled.shapes import PENALTIES, Buckets, HeadShape, StepShape, bucket, make_buckets
+from compiled.programs import Shape
+from compiled.shapes import PENALTIES, Buckets, DecodeShape, HeadShape, PrefillShape, bucket, make_buckets
 from model.kv_cache import PAGE_SIZE
 
 
@@ -41,17 +42,35 @@ def test_bucket_rejects_other_sizes(size: int) -> None:
         bucket((1, 2, 4), size)
 
 
-def test_steps_contain_every_shape_in_use() -> None:
-    buckets = make_buckets(max_num_seqs=6, max_model_len=300, max_num_batched_tokens=256)
-    used = {buckets.decode(rows) for rows in range(1, 7)}
-    used |= {buckets.prefill(tokens) for tokens in range(1, buckets.prefill_chunks[-1] + 1)}
+@pytest.mark.parametrize("segment", [1, 16])
+def test_steps_contain_every_shape_in_use(segment: int) -> None:
+    buckets = make_buckets(max_num_seqs=6, max_model_len=300, max_num_batched_tokens=256, segment=segment)
+    largest = buckets.prefill_chunks[-1]
+    used: set[Shape] = {buckets.decode(rows) for rows in range(1, 7)}
+    used |= {buckets.prefill(tokens) for tokens in range(1, largest + 1)}
+    used |= {buckets.prefill(tokens, 1) for tokens in range(1, largest - segment + 1)}
     assert used == set(buckets.steps())
     assert len(buckets.steps()) == len(used)
 
 
+def test_several_chunks_are_packed_in_segments() -> None:
+    buckets = Buckets(decode_rows=(1,), prefill_chunks=(16, 32, 64, 128, 256), score_rows=8, pages_per_row=3)
+    assert buckets.prefill(1, 16) == PrefillShape(4, 16, 3)
+    assert buckets.prefill(17, 17, 1) == PrefillShape(16, 16, 3)
+    assert buckets.prefill(17, 17, 1).name == "packed_256"
+    with pytest.raises(ValueError, match="no bucket"):
+        buckets.prefill(241, 1, 1)
+
+
+def test_segments_of_one_token_have_no_padding() -> None:
+    buckets = Buckets(decode_rows=(1,), prefill_chunks=(16, 32), score_rows=8, pages_per_row=3, segment=1)
+    assert buckets.prefill(3, 13) == buckets.prefill(16) == PrefillShape(16, 1, 3)
+    assert buckets.prefill(3, 13).name == "prefill_16"
+
+
 def test_shapes_have_names() -> None:
     buckets = Buckets(decode_rows=(1, 2), prefill_chunks=(16,), score_rows=8, pages_per_row=3)
-    assert buckets.steps() == (StepShape(1, 1, 3), StepShape(2, 1, 3), StepShape(1, 16, 3))
+    assert buckets.steps() == (DecodeShape(1, 3), DecodeShape(2, 3), PrefillShape(1, 16, 3))
     assert buckets.heads() == (HeadShape(8, full_vocab=False),)
     names = [step.name for step in buckets.steps()] + [head.name for head in buckets.heads()]
     assert names == ["decode_1", "decode_2", "prefill_16", "score_8"]

@@ -1,5 +1,8 @@
 """PagePool: allocation, reference counts, registration by content, eviction."""
 
+import random
+from itertools import takewhile
+
 import pytest
 
 from model.kv_cache import NULL_PAGE, PAGE_SIZE
@@ -186,3 +189,63 @@ def test_page_hash_of_tokens_parent_and_salt() -> None:
     ]
     assert len(set(others)) == 4
     assert page_hash(root_hash("a"), tokens) == others[1]
+
+
+ROOT = root_hash("")
+
+
+def test_find_start_has_most_of_the_first_tokens() -> None:
+    draw = random.Random(1)
+    alphabet = (0, 1, 2, 255, 256, 70_000)
+
+    def tokens() -> list[int]:
+        return draw.choices(alphabet, k=draw.randint(1, 8))
+
+    def shared(a: list[int], b: list[int]) -> int:
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+    pool = PagePool(200)
+    contents = {page: tokens() for page in pool.allocate(150) or []}
+    for page, content in contents.items():
+        pool.index(page, ROOT, content)
+    pool.check(list(contents))
+    for wanted in (tokens() for _ in range(300)):
+        page, count = pool.find_start(ROOT, wanted)
+        assert count == max(shared(wanted, content) for content in contents.values())
+        assert contents[page][:count] == wanted[:count]
+    assert pool.find_start(root_hash("other"), [1]) == (NULL_PAGE, 0)
+
+
+def test_indexed_page_is_cached_until_it_is_evicted() -> None:
+    pool = PagePool(3)
+    first, second = pool.allocate(2) or []
+    pool.index(first, ROOT, [1, 2, 3])
+    pool.index(second, ROOT, [1, 2])  # another page has these
+    pool.deallocate([first, second])
+    pool.check([])
+    assert pool.find_start(ROOT, [1, 2, 3]) == (first, 3)
+    assert pool.allocate(1) == [second]
+    assert pool.allocate(1) == [first]
+    assert pool.find_start(ROOT, [1, 2, 3]) == (NULL_PAGE, 0)
+    pool.check([first, second])
+
+
+def test_index_follows_a_page_that_fills() -> None:
+    pool = PagePool(3)
+    (page,) = pool.allocate(1) or []
+    pool.index(page, ROOT, [1, 2])
+    pool.index(page, ROOT, [1, 2, 3])
+    assert pool.find_start(ROOT, [1, 2, 3, 4]) == (page, 3)
+    pool.check([page])
+    pool.unregister([page])
+    assert pool.find_start(ROOT, [1, 2, 3, 4]) == (NULL_PAGE, 0)
+    pool.check([page])
+
+
+def test_index_ignores_a_free_page() -> None:
+    pool = PagePool(3)
+    pages = pool.allocate(1) or []
+    pool.deallocate(pages)
+    pool.index(pages[0], ROOT, [1, 2])
+    assert pool.find_start(ROOT, [1, 2]) == (NULL_PAGE, 0)
+    pool.check([])

@@ -7,7 +7,8 @@ from model.kv_cache import PAGE_SIZE
 from serve.engine.page_pool import PagePool
 from serve.engine.request import PromptScoring, Request, SamplingParams
 from serve.engine.request_state import RequestState, RequestStatus
-from serve.engine.scheduler import Schedule, Scheduler
+from serve.engine.schedule import Schedule
+from serve.engine.scheduler import Scheduler
 
 CHUNK = 64
 
@@ -26,12 +27,18 @@ class Bench:
     """A scheduler driven as by the core: a token (7) is read one step after it is generated."""
 
     def __init__(
-        self, *, pages: int, max_num_seqs: int = 4, max_num_batched_tokens: int = CHUNK + 4, caching: bool = False
+        self,
+        *,
+        pages: int,
+        max_num_seqs: int = 4,
+        max_num_batched_tokens: int = CHUNK + 4,
+        caching: bool = False,
+        chunk: int = CHUNK,
     ) -> None:
         self.pool = PagePool(pages + 1, caching=caching)
         self.scheduler = Scheduler(
             self.pool,
-            Buckets((1, max_num_seqs), prefill_chunks=(16, CHUNK), score_rows=8, pages_per_row=16),
+            Buckets((1, max_num_seqs), prefill_chunks=(16, chunk), score_rows=8, pages_per_row=16),
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=1024,
         )
@@ -97,9 +104,8 @@ def test_prefill_not_needed_for_one_token() -> None:
 def test_prefill_budget_includes_padding() -> None:
     bench = Bench(pages=8)
     bench.add(request("a", 10), request("b", 17), request("c", 50), request("d", 5))
-    assert bench.plan() == ([("a", 0, 9), ("b", 0, 16), ("c", 0, 16)], ["a", "b"])
-    assert bench.plan() == ([("c", 16, 33)], ["a", "b", "c"])
-    assert bench.plan() == ([("d", 0, 4)], ["a", "b", "c", "d"])
+    assert bench.plan() == ([("a", 0, 9), ("b", 0, 16), ("c", 0, 32)], ["a", "b"])
+    assert bench.plan() == ([("c", 32, 17), ("d", 0, 4)], ["a", "b", "c", "d"])
 
 
 def test_prefill_budget_excludes_decodes() -> None:
@@ -107,7 +113,7 @@ def test_prefill_budget_excludes_decodes() -> None:
     bench.add(request("a", 1))
     bench.step()
     bench.add(request("b", 100))
-    assert bench.plan() == ([("b", 0, 16)], ["a"])
+    assert bench.plan() == ([("b", 0, 48)], ["a"])
 
 
 def test_decode_beside_long_prefill() -> None:
@@ -166,8 +172,7 @@ def test_admit_keeps_order_when_pages_are_short() -> None:
     assert [item.id for item in bench.scheduler.waiting] == ["b", "c"]
     bench.scheduler.finish(a)
     assert bench.plan() == ([("b", 0, 64)], [])
-    assert bench.plan() == ([("b", 64, 35)], ["b"])
-    assert bench.plan() == ([], ["b", "c"])
+    assert bench.plan() == ([("b", 64, 35)], ["b", "c"])
 
 
 def test_admit_by_priority_then_arrival() -> None:
@@ -292,11 +297,11 @@ def test_cached_prefix_is_shared() -> None:
     bench.step()
     bench.add(b)
     assert bench.plan() == ([("a", 64, 64)], [])
-    assert bench.plan() == ([("a", 128, 21)], ["a"])
-    assert bench.plan() == ([("b", 128, 21)], ["a", "b"])
+    assert bench.plan() == ([("a", 128, 21)], ["a"])  # b waits for tokens 128 to 148
+    assert bench.plan() == ([], ["a", "b"])
     assert b.pages[:2] == a.pages[:2]
     assert b.pages[2] != a.pages[2]
-    assert (a.num_cached, b.num_cached) == (0, 128)
+    assert (a.num_cached, b.num_cached) == (0, 149)
     bench.add(c)
     bench.step()
     assert c.num_cached == 0
@@ -308,10 +313,86 @@ def test_cached_prompt_still_computes_last_token() -> None:
     bench.add(a := request("a", 128))
     for _ in range(3):
         bench.step()
+    a_pages = a.pages
     bench.scheduler.finish(a)
     bench.add(b := request("b", 128))
-    assert bench.plan() == ([("b", 64, 63)], ["b"])
-    assert b.num_cached == 64
+    schedule = bench.step()
+    assert not schedule.prefills
+    assert schedule.decodes == [b]
+    assert b.num_cached == 127
+    assert schedule.copies == [(a_pages[1], b.pages[1])]
+
+
+def prompts(*numbers: int, shared: int, own: int, max_tokens: int = 0) -> list[RequestState]:
+    """Requests named by their numbers, with `shared` equal tokens and then `own` tokens of their number."""
+    return [RequestState(Request(str(n), [1] * shared + [n] * own + [0], SamplingParams(max_tokens))) for n in numbers]
+
+
+def test_scored_prompts_need_no_slot() -> None:
+    bench = Bench(pages=16, max_num_seqs=1)
+    bench.add(request("a", 1), *prompts(2, 3, 4, shared=0, own=10))
+    assert bench.plan() == ([("2", 0, 10), ("3", 0, 10), ("4", 0, 10)], ["a"])
+
+
+@pytest.mark.parametrize("shared", [16, 80, 90])
+def test_prompts_wait_for_a_shared_start_and_copy_it(shared: int) -> None:
+    bench = Bench(pages=32, caching=True, max_num_batched_tokens=1000, chunk=512)
+    first, *others = prompts(2, 3, 4, shared=shared, own=20)
+    bench.add(first, *others)
+    assert bench.plan() == ([("2", 0, shared + 20)], [])
+    schedule = bench.step()
+    assert [(work.request, work.start) for work in schedule.prefills] == [(other, shared) for other in others]
+    page = shared // PAGE_SIZE
+    assert schedule.copies == [(first.pages[page], other.pages[page]) for other in others]
+    assert len({tuple(item.pages[:page]) for item in (first, *others)}) == 1
+
+
+def test_prompts_with_few_shared_tokens_do_not_wait() -> None:
+    bench = Bench(pages=32, caching=True, max_num_batched_tokens=1000, chunk=512)
+    bench.add(*prompts(2, 3, shared=15, own=20))
+    assert bench.plan() == ([("2", 0, 35), ("3", 0, 35)], [])
+    bench.add(*prompts(4, shared=7, own=20))
+    assert bench.plan() == ([("4", 0, 27)], [])
+    bench.add(*prompts(5, shared=8, own=20))
+    assert bench.plan() == ([("5", 8, 20)], [])
+
+
+def test_prompts_of_other_owners_share_full_pages_alone() -> None:
+    bench = Bench(pages=32, caching=True, max_num_batched_tokens=1000, chunk=512)
+    for owner, start in (("x", 0), ("y", 64), ("x", 90)):
+        name = f"{owner}{start}"
+        bench.add(RequestState(Request(name, [1] * 90 + [start, 0], SamplingParams(0), owner=owner)))
+        assert bench.plan() == ([(name, start, 91 - start)], [])
+
+
+def test_prompts_do_not_wait_without_a_cache() -> None:
+    bench = Bench(pages=32, max_num_batched_tokens=1000, chunk=512)
+    bench.add(*prompts(2, 3, shared=20, own=20))
+    assert bench.plan() == ([("2", 0, 40), ("3", 0, 40)], [])
+
+
+def test_no_page_is_copied_that_must_be_evicted_for_the_copy() -> None:
+    bench = Bench(pages=1, caching=True)
+    first, second = prompts(2, 3, shared=20, own=20)
+    bench.add(first)
+    bench.step()
+    bench.scheduler.finish(first)
+    bench.add(second)
+    schedule = bench.step()
+    assert not schedule.copies
+    assert [(work.start, work.end) for work in schedule.prefills] == [(0, 40)]
+
+
+def test_output_of_a_finished_request_is_copied() -> None:
+    bench = Bench(pages=8, caching=True)
+    (first,) = prompts(2, shared=20, own=0, max_tokens=10)
+    bench.add(first)
+    for _ in range(11):
+        bench.step()
+    bench.scheduler.finish(first)
+    bench.add(again := RequestState(Request("again", [*[1] * 20, 0, *[7] * 9, 5, 5], SamplingParams(0))))
+    assert bench.plan() == ([("again", 30, 1)], [])
+    assert again.num_cached == 30
 
 
 def test_cached_prefix_of_other_salt() -> None:

@@ -141,10 +141,23 @@ def test_attend_propagates_nan(run: Run) -> None:
     assert np.isnan(run(rows, queries * np.float32(np.nan), rows.tables, positions)).all()
 
 
-def test_attend_on_a_tpu_rejects_several_rows_of_several_tokens() -> None:
-    rows = crowd((2, 1, 16), (3, 3))
-    with pytest.raises(ValueError, match="2 rows of 2 tokens"):
-        on_tpu(rows, rows.queries[:, :2], rows.tables, np.zeros((2, 2), np.int32))
+@pytest.mark.parametrize("kind", KINDS)
+def test_attend_of_a_packed_prefill_equals_that_of_one_row(run: Run, kind: dict[str, Any]) -> None:
+    """Rows of 16 tokens of two requests, the second with padding, and a row of padding."""
+    rows = crowd((9, 3, 64), LENGTHS)
+    queries, positions = (np.zeros((4, 16, *shape), dtype) for shape, dtype in (((9, 64), np.float32), ((), np.int32)))
+    positions -= 1
+    packed = [(0, 100, 116), (0, 116, 132), (3, 120, 127)]
+    for i, (row, start, end) in enumerate(packed):
+        queries[i, : end - start] = rows.queries[row, start:end]
+        positions[i, : end - start] = np.arange(start, end)
+    tables = rows.tables[[0, 0, 3, 1]]
+    together = run(rows, queries, tables, positions, **kind)
+    assert np.isfinite(together).all()
+    for i, (row, start, end) in enumerate(packed):
+        places = slice(start, start + 16)
+        alone = run(rows, rows.queries[row : row + 1, places], rows.tables[[row]], positions[i : i + 1], **kind)
+        np.testing.assert_array_equal(together[i, : end - start], alone[0, : end - start])
 
 
 @pytest.mark.parametrize("heads", [(9, 3, 64), (14, 2, 64), (5, 5, 98)])
@@ -192,10 +205,8 @@ def test_takes_and_reads_on_a_tpu() -> None:
     assert tpu.supports_pages(128, "bfloat16")
     assert not tpu.supports_pages(128, "float32")
     assert not tpu.supports_pages(256, "bfloat16")  # Mosaic refuses them
-    assert tpu.supports_shapes((16, 1, 32, 128), (16, 2048))
-    assert tpu.supports_shapes((1, 256, 32, 128), (1, 2048))
-    assert not tpu.supports_shapes((2, 2, 32, 128), (2, 64))
-    assert not tpu.supports_shapes((128, 1, 32, 128), (128, 2048))  # the tables would fill all scalar memory
+    assert tpu.supports_tables((16, 2048))
+    assert not tpu.supports_tables((128, 2048))  # they would fill all scalar memory
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from compiled.shapes import Buckets
+from compiled.shapes import Buckets, PrefillShape
 from compiled.state import (
     MAX_REQUESTED_IDS,
     DecodeInput,
+    PageCopies,
     SamplingArrays,
     ScoreInput,
     SlotPenalties,
@@ -131,17 +132,28 @@ class FakeRunner:
 
         self.before_call = before_call
 
+    def copy_pages(self, copies: PageCopies) -> None:
+        """Copy pages; padding copies the null page to itself."""
+        pairs = np.stack([copies.sources, copies.targets], axis=1)
+        live = int((pairs != NULL_PAGE).any(axis=1).sum())
+        assert (pairs[:live] != NULL_PAGE).all()
+        self._call("copy", live)
+        for pages in (self._tokens, self._positions, self._hidden):
+            pages[copies.targets] = pages[copies.sources]
+
     def prefill(self, inputs: StepInput) -> Any:
-        """Store a chunk of one row."""
-        rows, chunk = inputs.tokens.shape
-        assert rows == 1
-        assert chunk in self.buckets.prefill_chunks
-        live = int((inputs.positions[0] >= 0).sum())
-        self._call("prefill", live)
-        start = int(inputs.positions[0, 0])
-        np.testing.assert_array_equal(inputs.positions[0, :live], np.arange(start, start + live))
-        self._store(inputs.tables[0], inputs.tokens[0, :live], start)
-        return Unread(np.int32(live))
+        """Store a chunk of one row, or packed chunks: each row after those before it, on whose pages it may depend."""
+        rows, tokens = inputs.tokens.shape
+        assert PrefillShape(rows, tokens, inputs.tables.shape[1]) in self.buckets.steps()
+        live = (inputs.positions >= 0).sum(axis=1)
+        self._call("prefill", int(live.sum()))
+        assert not live[np.argmin(live > 0) :].any() or live.all()  # rows of padding are last
+        for row, count in enumerate(live.tolist()):
+            if count:
+                start = int(inputs.positions[row, 0])
+                np.testing.assert_array_equal(inputs.positions[row, :count], np.arange(start, start + count))
+                self._store(inputs.tables[row], inputs.tokens[row, :count], start)
+        return Unread(np.int32(live.sum()))
 
     def set_penalties(self, slot: int, adjustment: SlotPenalties) -> None:
         """Fill a slot."""

@@ -1,10 +1,13 @@
 """Compiled models for tests, as a server compiles them."""
 
+from dataclasses import replace
 from pathlib import Path
+
+import jax
 
 from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
-from model.kernels.dispatch import Kernels
+from model.kernels.dispatch import Kernels, load_kernels
 from model.weights.loader import load_model
 from model.weights.source import ModelSource
 from model.weights.weight_table import open_checkpoint
@@ -18,6 +21,8 @@ def make_runner(
     path: Path, weights: str, buckets: Buckets = BUCKETS, pages: int = PAGES, kernels: Kernels | None = None
 ) -> ModelRunner:
     """A compiled model; `weights` is a dtype, or "int8"; `kernels` as in `load_model`."""
+    kernels = load_kernels() if kernels is None else kernels
+    buckets = replace(buckets, segment=kernels.segment(jax.default_backend()))
     checkpoint = open_checkpoint(ModelSource(path.name, path))
     try:
         model = load_model(

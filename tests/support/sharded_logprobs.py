@@ -30,6 +30,7 @@ from model.sharding import tensor_mesh
 from model.weights.loader import load_model
 from model.weights.source import ModelSource
 from model.weights.weight_table import open_checkpoint
+from serve.engine.batch import page_copies
 from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 from tools.hlo import operations
 
@@ -54,6 +55,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str, bool, tuple[int, ...]]] = {
     "int8": ("llama", {"head_dim": 32, **_ONE_LAYER}, "bfloat16", True, (2,)),
 }
 
+_COPIED = 5  # page that the prompt is computed in; rows use copies
+
 
 def numbers(runner: ModelRunner, *, companions: int = 0) -> dict[str, Any]:
     """Return log-probs of PROMPT and of the next greedy token, with up to 3 other rows in the batch."""
@@ -61,8 +64,8 @@ def numbers(runner: ModelRunner, *, companions: int = 0) -> dict[str, Any]:
     count = len(PROMPT) - 1
     tokens, positions = np.zeros((1, 16), np.int32), np.full((1, 16), -1, np.int32)
     tokens[0, :count], positions[0, :count] = PROMPT[:-1], np.arange(count)
-    for page in range(1, 2 + companions):
-        runner.prefill(StepInput(tokens, positions, np.array([[page, 0]], np.int32)))
+    runner.prefill(StepInput(tokens, positions, np.array([[_COPIED, 0]], np.int32)))
+    runner.copy_pages(page_copies([(_COPIED, page) for page in range(1, 2 + companions)]))
     indices, targets, requested = np.zeros(16, np.int32), np.zeros(16, np.int32), no_requested_ids(16)
     indices[:count], targets[:count] = [cache_index(1, i) for i in range(count)], PROMPT[1:]
     requested[:, :2] = [7, V - 1]

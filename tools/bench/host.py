@@ -11,6 +11,7 @@ from compiled.shapes import make_buckets
 from compiled.state import (
     MAX_REQUESTED_IDS,
     DecodeInput,
+    PageCopies,
     SamplingArrays,
     ScoreInput,
     SlotPenalties,
@@ -36,6 +37,9 @@ class NullRunner:
         self.vocab_size = vocab_size
         self.max_logprobs = max_logprobs
         self._numbers = {size: _numbers(size, max_logprobs) for size in (*self.buckets.decode_rows, 64)}
+
+    def copy_pages(self, copies: PageCopies) -> None:
+        """Do nothing."""
 
     def prefill(self, inputs: StepInput) -> Any:
         """Do nothing."""

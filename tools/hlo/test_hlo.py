@@ -278,7 +278,7 @@ def test_text_without_entry_is_refused() -> None:
 CONFIG = config_from_hf(tiny_configs()["llama"])
 PAGES = 9
 V = CONFIG.vocab_size
-WRITERS = ("decode_1", "decode_4", "prefill_16", "penalties")
+WRITERS = ("decode_1", "decode_4", "prefill_16", "packed_16", "penalties", "copy_pages")
 READERS = ("score_8", "full_vocab_2")
 SLOTS = (f"f32[5,{V}]", f"s32[5,{V}]", f"pred[5,{V}]")  # bias, counts, seen of 4 rows and of padding
 
@@ -302,7 +302,9 @@ def compile_tiny(kernels: Kernels) -> Mapping[str, str]:
     """Compile the tiny model from shapes alone."""
     dtype = jnp.dtype(jnp.float32)
     model = bind(CONFIG, dtype, abstract_weights(CONFIG, dtype), kernels)
-    buckets = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=8, pages_per_row=4, full_vocab_rows=2)
+    buckets = Buckets(
+        decode_rows=(1, 4), prefill_chunks=(16,), score_rows=8, pages_per_row=4, full_vocab_rows=2, segment=8
+    )
     plans = make_plans(model, buckets, state_shapes(model, buckets, pages=PAGES), k=5)
     return {program.name: operations.hlo_text(program) for program in compile_plans(plans).values()}
 
@@ -375,7 +377,7 @@ def test_penalty_counts_are_updated_in_place(texts: Mapping[str, str], name: str
     assert [operation for operation in counted if operation.opcode == "copy" and operation.shape == logits] == []
 
 
-@pytest.mark.parametrize(("name", "others"), [("prefill_16", ["s32[]"]), ("penalties", [])])
+@pytest.mark.parametrize(("name", "others"), [("prefill_16", ["s32[]"]), ("penalties", []), ("copy_pages", [])])
 def test_prefill_returns_the_state_and_at_most_a_count(texts: Mapping[str, str], name: str, others: list[str]) -> None:
     results, donated = operations.result_shapes(texts[name]), operations.donations(texts[name])
     assert [shape for i, shape in enumerate(results) if i not in donated] == others

@@ -8,7 +8,7 @@ import pytest
 from tools.hlo.executed_notebook import NOTEBOOK
 from tools.portability.test_portability import needs_compilers
 
-PROGRAMS = ("decode_1", "decode_4", "prefill_64", "score_64", "penalties")
+PROGRAMS = ("decode_1", "decode_4", "prefill_64", "score_64", "penalties", "copy_pages")
 
 
 @pytest.fixture(scope="module")

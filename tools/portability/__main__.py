@@ -248,9 +248,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _compile_for(target: str, config: ModelConfig, options: argparse.Namespace, console: Console) -> bool:
     """Compile for one target and print the table; False if a program that would fit was rejected."""
     length, rows = min(options.max_model_len, config.max_position_embeddings), options.max_num_seqs
-    buckets = make_buckets(max_num_seqs=rows, max_model_len=length, max_num_batched_tokens=256 + rows)
-    pages = rows * buckets.pages_per_row + 1
     model = abstract_model(config.for_length(length), options.dtype, mesh_of(target))
+    segment = model.kernels.segment(model.platform)
+    buckets = make_buckets(max_num_seqs=rows, max_model_len=length, max_num_batched_tokens=256 + rows, segment=segment)
+    pages = rows * buckets.pages_per_row + 1
     found = list(reports(model, buckets, pages=pages, only=options.program))
     cache = pages * model.cache_layout.bytes_per_page / 1e6
     console.print(table_of(f"{options.model} for {target}, {options.dtype}, per chip", chip_of(target), found))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from compiled.programs import Shape
-from compiled.shapes import HeadShape, StepShape
+from compiled.shapes import DecodeShape, HeadShape, PrefillShape
 from model.kv_cache import PAGE_SIZE
 from model.transformer import BoundModel, abstract_weights
 from tools.portability.chips import Chip
@@ -53,9 +53,10 @@ def work_of(model: BoundModel, shape: Shape, context: int) -> Work | None:
     matrices = sum(math.prod(each.shape) for each in shapes if len(each.shape) > 1)
     layers = matrices - V * D * (1 if config.tie_word_embeddings else 2)
     match shape:
-        case StepShape(rows, chunk):
-            tokens = rows * chunk
-            used = layers + (V * D if chunk == 1 else 0)  # prefill runs no head
+        case DecodeShape() | PrefillShape():
+            rows, prefills = shape.rows, isinstance(shape, PrefillShape)
+            tokens = rows * shape.tokens if isinstance(shape, PrefillShape) else rows
+            used = layers if prefills else layers + V * D  # prefill runs no head
             attention = 4 * tokens * context * L * config.num_heads * config.head_dim
             read = size * (used + tokens * D) + rows * context * _bytes_per_token(model)
             summed = (2 * L + 1) * tokens * D * _FLOAT  # after attention and MLP of each layer, and the embeddings

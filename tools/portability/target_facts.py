@@ -26,7 +26,7 @@ from tools.hlo import operations
 from tools.portability.__main__ import Rejection, Report, reports
 from tools.portability.chips import DEFAULT_TARGETS, abstract_model, mesh_of, use_compilers
 
-BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, full_vocab_rows=8)
+BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, full_vocab_rows=8, segment=8)
 V = 1100
 PAGES = 4097  # with fewer, XLA chooses another layout of pages
 # One layer is enough: all are compiled alike.

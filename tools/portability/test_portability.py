@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compiled.shapes import PENALTIES, HeadShape, StepShape
+from compiled.shapes import PENALTIES, DecodeShape, HeadShape, PrefillShape
 from model.config_hf import config_from_hf
 from tools.portability import roofline
 from tools.portability.chips import CHIPS, DEFAULT_TARGETS, Chip, TargetError, abstract_model, mesh_of
@@ -23,8 +23,9 @@ from tools.portability.target_facts import CASES
 ROOT = Path(__file__).parents[2]
 COMPILERS = Path(sys.prefix) / "targets"
 QWEN = ROOT / "examples" / "configs" / "Qwen2.5-0.5B" / "config.json"
-PROGRAMS = {"decode_4", "prefill_16", "score_16", "full_vocab_8", "penalties", "zero_state"}
-FORWARD = ("decode_4", "prefill_16")
+FORWARD = ("decode_4", "prefill_16", "packed_16")
+MEMORY = ("copy_pages", "penalties", "zero_state")  # compute nothing
+PROGRAMS = {*FORWARD, *MEMORY, "score_16", "full_vocab_8"}
 TPUS = ("v5e:1x1", "v5e:2x2", "v5p:1x1x1", "v6e:1x1")
 
 needs_compilers = pytest.mark.skipif(
@@ -53,7 +54,7 @@ def test_every_program_compiles(facts: Any, case: str) -> None:
         assert "rejected" not in fact, f"{name}: {fact}"
         assert sum(fact["bytes"]) > 0
         assert fact["moved"] > 0
-        assert fact["flops"] > 1e5 or name in ("penalties", "zero_state")
+        assert fact["flops"] > 1e5 or name in MEMORY
 
 
 @needs_compilers
@@ -82,7 +83,7 @@ def test_cache_is_updated_in_place(facts: Any, case: str) -> None:
     """No page is copied or transposed."""
     joined = CASES[case].target in TPUS and case not in ("float32", "large heads")
     arrays = 6 if joined else 7  # keys and values of the layer joined or separate; hidden; four arrays of slots
-    for name in {*FORWARD, "penalties"} & set(facts[case]):
+    for name in {*FORWARD, "penalties", "copy_pages"} & set(facts[case]):
         assert facts[case][name]["donated"] == arrays
         assert facts[case][name]["copies of pages"] == 0
     if "odd sizes" in case:
@@ -96,7 +97,7 @@ def test_collectives_move_no_logits(facts: Any, case: str, shards: int) -> None:
     hidden = CASES[case].changes.get("hidden_size", 64)
     known = {hidden, hidden // shards}
     for name, fact in facts[case].items():
-        if name in ("penalties", "zero_state"):
+        if name in MEMORY:
             continue
         assert fact["collectives"] > 0
         assert set(fact["axes moved"]) - known <= set(range(4 * 20 + 1)), name  # rows, and the top 20 of each shard
@@ -168,7 +169,7 @@ def qwen() -> Any:
 
 
 def test_work_of_a_decode_step() -> None:
-    step = work_of(qwen(), StepShape(16, 1, 64), context=1000)
+    step = work_of(qwen(), DecodeShape(16, 64), context=1000)
     assert step is not None
     matrices = 24 * (896 * (896 + 2 * 128) + 896 * 896 + 3 * 896 * 4864) + 151_936 * 896
     assert step.read == 2 * (matrices + 16 * 896) + 16 * 1000 * 24 * 2 * 128 * 2
@@ -177,7 +178,7 @@ def test_work_of_a_decode_step() -> None:
 
 
 def test_work_of_prefill_and_score() -> None:
-    decode, prefill = (work_of(qwen(), StepShape(*shape, 64), context=0) for shape in ((1, 1), (1, 256)))
+    decode, prefill = (work_of(qwen(), shape, context=0) for shape in (DecodeShape(1, 64), PrefillShape(1, 256, 64)))
     block = work_of(qwen(), HeadShape(64, full_vocab=False), context=0)
     assert decode is not None
     assert prefill is not None
@@ -193,7 +194,7 @@ def test_work_on_a_tpu_counts_no_padding() -> None:
     device: Any = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
     mesh: Any = SimpleNamespace(size=1, devices=np.array([device]))
     model = dataclasses.replace(qwen(), config=config, mesh=mesh)
-    few, many = (work_of(model, StepShape(1, 1, 64), context=tokens) for tokens in (0, 10))
+    few, many = (work_of(model, DecodeShape(1, 64), context=tokens) for tokens in (0, 10))
     assert few is not None
     assert many is not None
     assert many.read - few.read == 10 * 24 * 2 * 2 * 128 * 2

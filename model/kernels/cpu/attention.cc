@@ -2,6 +2,8 @@
 
 #include "attention.h"
 
+#include <memory>
+
 #include "handlers.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
@@ -22,18 +24,15 @@ int64_t WorkOf(const Pages& p) {
 
 template <typename Element>
 bool AttendAll(ffi::ThreadPool pool, const Pages& pages) {
-  const int64_t blocks = (pages.tokens + kQueryTokens - 1) / kQueryTokens;
-  const int64_t units = pages.rows * pages.kv_heads * blocks;
+  const auto blocks = std::make_shared<const std::vector<Block>>(BlocksOf(pages));
+  const int64_t units = static_cast<int64_t>(blocks->size()) * pages.kv_heads;
   const int64_t most = WorkOf(pages) < kMinWorkToShare ? 1 : pool.num_threads();
   return Share(pool, std::max<int64_t>(1, std::min(most, units)), units, [pages, blocks](int64_t first, int64_t last) {
     const FloatMode mode;
-    const int64_t widest = std::min(kQueryTokens, pages.tokens) * (pages.heads / pages.kv_heads);
+    const int64_t widest = std::min(kQueryTokens, pages.rows * pages.tokens) * (pages.heads / pages.kv_heads);
     const Scratch scratch(widest, pages.size);
     for (int64_t i = first; i < last; ++i) {
-      const int64_t block = blocks - 1 - i % blocks;  // the last tokens attend to the most keys: longest units first
-      const Unit unit = {i / blocks / pages.kv_heads, i / blocks % pages.kv_heads, block * kQueryTokens,
-                         std::min(pages.tokens, (block + 1) * kQueryTokens)};
-      Attend<Element>(pages, unit, scratch);
+      Attend<Element>(pages, {(*blocks)[static_cast<size_t>(i / pages.kv_heads)], i % pages.kv_heads}, scratch);
     }
   });
 }

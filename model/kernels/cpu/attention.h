@@ -1,4 +1,5 @@
-// The arithmetic of attention.cc: causal attention of a block of queries over the pages of one row and key/value head.
+// The arithmetic of attention.cc: causal attention of a block of queries over the pages of one table and key/value
+// head.
 //
 // Determinism: a query's result depends only on its own values and on its row's keys and values. Pages come in order, a
 // page has the same 64 slots for every caller, and each sum runs in one fixed order: a score over the head's
@@ -38,9 +39,36 @@ struct Pages {
   float cap;       // replaces a score by cap * tanh(score / cap); 0 = off
 };
 
-struct Unit {
-  int64_t row, head, from, to;  // tokens [from, to) of a row, all queries of a key/value head
+// Tokens [from, to) of all R * T in order. They have one table: rows of one request may follow each other.
+struct Block {
+  int64_t from, to;
 };
+
+struct Unit {
+  Block block;
+  int64_t head;  // all queries of this key/value head
+};
+
+// True if the rows of two tokens have the same pages up to the second token's position.
+inline bool SharesTable(const Pages& p, int64_t first, int64_t second) {
+  const int64_t row = first / p.tokens, other = second / p.tokens;
+  const int64_t pages = (p.positions[second] + kPage) / kPage;
+  return row == other ||
+         std::equal(p.tables + row * p.table, p.tables + row * p.table + pages, p.tables + other * p.table);
+}
+
+// All tokens in blocks, in reverse order: the last ones of a chunk attend to the most keys, and start first.
+inline std::vector<Block> BlocksOf(const Pages& p) {
+  std::vector<Block> blocks;
+  for (int64_t token = 0; token < p.rows * p.tokens; ++token) {
+    const bool joins = !blocks.empty() && blocks.back().to - blocks.back().from < kQueryTokens &&
+                       SharesTable(p, blocks.back().from, token);
+    if (!joins) blocks.push_back({token, token});
+    blocks.back().to = token + 1;
+  }
+  std::reverse(blocks.begin(), blocks.end());
+  return blocks;
+}
 
 struct alignas(64) Line {
   float lane[kLanes];
@@ -212,8 +240,9 @@ struct Queries {
 
 inline Queries Begin(const Pages& p, const Unit& unit, const Scratch& scratch) {
   const int64_t group = p.heads / p.kv_heads;
-  Queries queries = {group, (unit.to - unit.from) * group, -1, -1, p.positions + unit.row * p.tokens + unit.from};
-  for (int64_t t = 0; t < unit.to - unit.from; ++t) {
+  const auto [from_token, to_token] = unit.block;
+  Queries queries = {group, (to_token - from_token) * group, -1, -1, p.positions + from_token};
+  for (int64_t t = 0; t < to_token - from_token; ++t) {
     const int64_t position = queries.positions[t];
     if (position < 0) continue;
     queries.first = queries.first < 0 ? position : std::min(queries.first, position);
@@ -221,7 +250,7 @@ inline Queries Begin(const Pages& p, const Unit& unit, const Scratch& scratch) {
   }
   const Floats factor = Fill(p.scale);
   for (int64_t q = 0; q < queries.count; ++q) {
-    const int64_t token = unit.row * p.tokens + unit.from + q / group;
+    const int64_t token = from_token + q / group;
     const float* from = p.queries + (token * p.heads + unit.head * group + q % group) * p.size;
     for (int64_t e = 0; e < scratch.padded; e += kLanes) {
       Store(scratch.query + q * scratch.padded + e, Mul(LoadSome(from + e, p.size - e), factor));
@@ -235,7 +264,7 @@ inline Queries Begin(const Pages& p, const Unit& unit, const Scratch& scratch) {
 
 inline void Finish(const Pages& p, const Unit& unit, const Queries& queries, const Scratch& scratch) {
   for (int64_t q = 0; q < queries.count; ++q) {
-    const int64_t token = unit.row * p.tokens + unit.from + q / queries.group;
+    const int64_t token = unit.block.from + q / queries.group;
     float* to = p.out + (token * p.heads + unit.head * queries.group + q % queries.group) * p.size;
     const bool padding = queries.position(q) < 0;
     const Floats total = Fill(padding ? 1.0f : SumOf(Load(scratch.total + q * kLanes)));
@@ -250,10 +279,11 @@ inline void Finish(const Pages& p, const Unit& unit, const Queries& queries, con
 template <typename Element>
 void Attend(const Pages& p, const Unit& unit, const Scratch& scratch) {
   const Queries queries = Begin(p, unit, scratch);
+  const int32_t* table = p.tables + unit.block.from / p.tokens * p.table;
   const int64_t seen_from = p.window > 0 ? std::max<int64_t>(0, queries.first - p.window + 1) : 0;
   for (int64_t page = seen_from / kPage; page * kPage <= queries.last; ++page) {
     const int64_t start = page * kPage, valid = std::min(kPage, queries.last + 1 - start);
-    const int64_t id = p.tables[unit.row * p.table + page];
+    const int64_t id = table[page];
     const int64_t offset = (id * p.kv_heads + unit.head) * kPage * p.size;
     Convert(static_cast<const Element*>(p.keys) + offset, static_cast<const Element*>(p.values) + offset, p.size, valid,
             scratch);

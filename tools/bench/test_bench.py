@@ -5,15 +5,18 @@ import json
 import httpx2
 import pytest
 
-from tools.bench.__main__ import FailedError, Figures, measure, show
+from tools.bench.__main__ import measure, show
 from tools.bench.bandwidth import decode_bytes, is_here
 from tools.bench.host import host_ms_per_step
+from tools.bench.load import FailedError, Figures
 
 
 def peer(request: httpx2.Request) -> httpx2.Response:
     """A server that streams and completes, but does not support prompt_logprobs."""
     if request.url.path == "/v1/models":
         return httpx2.Response(200, json={"data": [{"id": "m", "max_model_len": 1000}]})
+    if request.url.path != "/v1/completions":
+        return httpx2.Response(404, json={})
     body = json.loads(request.content)
     prompt = body["prompt"]
     if "prompt_logprobs" in body or isinstance(prompt, str):
@@ -36,6 +39,7 @@ async def test_measure_reports_refused_scenarios(capsys: pytest.CaptureFixture[s
         "score 900, 800 cached, not scored",
         "score 900, 800 scored before",
         "15 streams next to an unread one",
+        "100 decisions on 600 tokens",
     ]
     pauses = rows.pop("1 stream next to bodies of 1 MB and of 1.5 million keys")
     assert pauses.note.startswith("longest gap ")

@@ -62,9 +62,7 @@ FORBIDDEN = (
     ("serve.cli.chat", "serve.api"),
     ("serve.cli.chat", "starlette"),
     ("serve.cli.chat", "jax"),
-    ("serve.cli.score", "serve.api"),
-    ("serve.cli.score", "starlette"),
-    ("serve.cli.score", "jax"),
+    *((f"serve.cli.{name}", other) for name in ("batch", "score") for other in ("serve.api", "starlette", "jax")),
     # The soak test is a client.
     ("tools.soak", "serve.engine"),
     ("tools.soak", "jax"),

@@ -18,7 +18,9 @@ import pyarrow.parquet
 import pytest
 
 from serve import llm
-from serve.cli.score import command, journal, rows
+from serve.cli.batch import journal
+from serve.cli.batch import run as batch_run
+from serve.cli.score import command, rows
 from serve.cli.score.config import parse_args
 from serve.server.model_files import StartupError
 from tests.support.fake_runner import hidden_after
@@ -52,7 +54,7 @@ class Command:
     def __call__(self, file: Path, *flags: str) -> int:
         """Run the command and return its exit code; the output is in `out` and `err`."""
         reporter = RecordingReporter()
-        self.patch.setattr(command, "start_reporting", lambda _: reporter)
+        self.patch.setattr(batch_run, "start_reporting", lambda _: reporter)
         self.patch.setattr(llm, "load", self.load or fake_load(self.runner, self.fingerprint))
         code = command.main(parse_args([str(file), *flags]))
         printed = self.capture.readouterr()
@@ -323,7 +325,7 @@ def test_resume_refuses_other_weights_programs_or_lines(score: Command, monkeypa
     score.rows(["one", "too", "three"])
     assert score(file) == 1
     assert "has changed up to line 2" in score.err
-    monkeypatch.setattr(command, "files_digest", lambda *_: "other")
+    monkeypatch.setattr(batch_run, "files_digest", lambda *_: "other")
     assert score(file) == 1
     assert "started with weights " in score.err
 

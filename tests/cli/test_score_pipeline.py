@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from model.token_logprobs import TokenLogprobs, empty_logprobs
+from serve.cli.batch.source import Line
 from serve.cli.score.command import ScoreItem
-from serve.cli.score.texts import Context, Line, Text
+from serve.cli.score.texts import Context, Text
 from serve.engine.client import EngineClient, RequestHandle
 from serve.engine.request import (
     EngineLimits,

@@ -3,14 +3,18 @@
 import io
 import json
 from logging import WARNING
+from pathlib import Path
 
 import pytest
 
-from serve.cli.score import command
-from serve.cli.score.command import Meter
+from serve.cli.batch import run
+from serve.cli.batch.run import Meter
+from serve.cli.score.command import Scoring
+from serve.cli.score.config import ScoreConfig
 from serve.cli.score.rows import Sums
 from serve.jobs.results import perplexity
 
+SCORING = Scoring(ScoreConfig(file=Path("rows.jsonl")))
 SUMS = Sums(lines=3, skipped=1, scored=10, tokens=13, logprob=-10.0, text_logprob=-9.0, bytes=20, rank_1=4)
 
 
@@ -25,7 +29,7 @@ def test_meter_shows_a_bar_and_messages_on_a_terminal(monkeypatch: pytest.Monkey
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "120")
     stream = Terminal()
-    with Meter(stream, "auto", 0) as meter:
+    with Meter(stream, "auto", SCORING, 0) as meter:
         meter.message("rows.jsonl:2: [bold]is broken", WARNING)
         meter.update(0.5, SUMS)
     output = stream.getvalue()
@@ -36,9 +40,9 @@ def test_meter_shows_a_bar_and_messages_on_a_terminal(monkeypatch: pytest.Monkey
 
 def test_meter_writes_a_line_per_interval_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
-    with Meter(stream, "auto", 0) as meter:
+    with Meter(stream, "auto", SCORING, 0) as meter:
         meter.update(0.25, SUMS)
-        monkeypatch.setattr(command, "_INTERVAL", 0.0)
+        monkeypatch.setattr(run, "_INTERVAL", 0.0)
         meter.update(0.5, SUMS)
         meter.message("a message")
     first, second = stream.getvalue().splitlines()
@@ -49,7 +53,7 @@ def test_meter_writes_a_line_per_interval_elsewhere(monkeypatch: pytest.MonkeyPa
 
 def test_meter_writes_json_lines() -> None:
     stream = io.StringIO()
-    with Meter(stream, "json", 0) as meter:
+    with Meter(stream, "json", SCORING, 0) as meter:
         meter.message("broken", WARNING)
     line = json.loads(stream.getvalue())
     assert (line["level"], line["message"]) == ("warning", "broken")

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.cli.score import texts
-from serve.cli.score.texts import Context, Line, LineError, ScoreError, Text, TextReader, make_context, open_source
+from serve.cli.batch import source
+from serve.cli.batch.source import BatchError, Line, open_source
+from serve.cli.score.texts import Context, LineError, Text, TextReader, make_context
 from serve.jobs.score import EncodedText, TextEncoder
 from serve.text.chat import ChatFormat
 from tests.support.http_client import TEMPLATE, VOCAB_SIZE, byte_tokenizer
@@ -75,8 +76,8 @@ def test_checksum_covers_all_lines_so_far(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b""])
 def test_line_that_is_too_long_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: bytes) -> None:
-    monkeypatch.setattr(texts, "_MAX_LINE", 10)
-    monkeypatch.setattr(texts, "_CHUNK", 4)
+    monkeypatch.setattr(source, "_MAX_LINE", 10)
+    monkeypatch.setattr(source, "_CHUNK", 4)
     path = tmp_path / "a.txt"
     path.write_bytes(b"x" * 10 + b"\n" + b"y" * 25 + end + (b"after" if end else b""))
     first, second, *rest = lines_of(path)
@@ -97,12 +98,12 @@ def test_line_that_is_too_long_is_skipped(tmp_path: Path, monkeypatch: pytest.Mo
 def test_damaged_file_raises_one_error(tmp_path: Path, name: str, data: bytes) -> None:
     path = tmp_path / name
     path.write_bytes(data)
-    with pytest.raises(ScoreError, match=name):
+    with pytest.raises(BatchError, match=name):
         lines_of(path)
 
 
 def test_open_source_refuses_what_is_not_a_file(tmp_path: Path) -> None:
-    with pytest.raises(ScoreError, match="is not a file"):
+    with pytest.raises(BatchError, match="is not a file"):
         lines_of(tmp_path)
 
 
@@ -250,5 +251,5 @@ def test_windows_of_a_longer_text_depend_on_long() -> None:
         make_context(10, "error", None).windows(11)
     assert ends(make_context(10, "truncate", None).windows(11)) == [10]
     assert ends(make_context(10, "window", None).windows(16)) == [10, 15, 16]
-    with pytest.raises(ScoreError, match="--stride 10"):
+    with pytest.raises(BatchError, match="--stride 10"):
         make_context(10, "window", 10)

@@ -20,7 +20,9 @@ from compiled.runner import ModelRunner
 from compiled.state import MAX_REQUESTED_IDS
 from model.kv_cache import PAGE_SIZE
 from serve import llm
-from serve.cli.score import command, journal
+from serve.cli.batch import journal
+from serve.cli.batch import run as batch_run
+from serve.cli.score import command
 from serve.cli.score.config import parse_args
 from serve.config.engine_config import EngineConfig
 from serve.config.generation_config import GenerationDefaults
@@ -160,7 +162,7 @@ def main(folder: Path) -> None:
     """Print the number of survived kills per format, or raise."""
     with (
         patch.object(llm, "load", fake_load(byte_runner())),
-        patch.object(command, "start_reporting", lambda _: Reporter(sys.stderr)),
+        patch.object(batch_run, "start_reporting", lambda _: Reporter(sys.stderr)),
         patch.object(journal, "_INTERVAL", 0.0),  # a checkpoint after each line
     ):
         rows = write_lines(folder / "rows.jsonl", some_rows(3))

@@ -1,4 +1,4 @@
 """`logprobd score`: log-prob and rank of every token of a file, without HTTP.
 
-config -> texts (lines, token ids) -> command (the model, through `LLM`) -> rows -> journal (files).
+config -> texts (token ids) -> command -> rows; serve/cli/batch reads the lines and writes the files.
 """

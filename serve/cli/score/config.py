@@ -1,18 +1,16 @@
 """Options of `logprobd score`."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
+from serve.cli.batch.config import FILES, MAX_COUNT, BatchConfig
 from serve.config.engine_config import QUEUE_LIMITS, SAMPLING_DEFAULTS, EngineConfig
 from serve.config.options import CommandLine, option, switch
 from serve.config.values import Between, OneOf
 
-_FILES = "Input and output"
 _TEXTS = "Texts and log-probs"
-_MAX = 1 << 40
 _EPILOG = """\
 input formats, by FILE's extension; all but .parquet may also be .gz or .zst:
   .jsonl    one JSON value per line: a string or an object (also the default for other extensions)
@@ -48,27 +46,20 @@ examples:
   logprobd score docs.parquet --text-field body --no-per-token --output docs.scores.jsonl
 """
 _FORMATS = ("jsonl", "csv", "parquet")
-_SUFFIXES = (".gz", ".zst", ".jsonl", ".ndjson", ".json", ".txt", ".parquet")
-# Options that may differ between an unfinished run and the one that resumes it. What else changes the results is in
-# `identity` or in the model's fingerprint.
-_RESUMABLE = frozenset(field.name for field in dataclasses.fields(EngineConfig)).union(
-    ("file", "output", "on_error", "overwrite")
-) - {"model", "tokenizer", "revision", "dtype", "quantization", "chat_template", "max_model_len"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreConfig(EngineConfig):
-    file: Path = option(_FILES, "file to score, see below", Path, default=dataclasses.MISSING)
-    output: Path | None = option(_FILES, "default: FILE's name with .logprobs.jsonl", Path)
-    format: str | None = option(_FILES, "output format; default: by OUTPUT's extension", OneOf(_FORMATS))
+class ScoreConfig(BatchConfig):
+    resumable: ClassVar[frozenset[str]] = BatchConfig.resumable | {"on_error"}
+
+    output: Path | None = option(FILES, "default: FILE's name with .logprobs.jsonl", Path)
+    format: str | None = option(FILES, "output format; default: by OUTPUT's extension", OneOf(_FORMATS))
     on_error: str = option(
-        _FILES,
+        FILES,
         "stop at a malformed line, or skip it; each is reported by number",
         OneOf(("stop", "skip")),
         default="stop",
     )
-    limit: int | None = option(_FILES, "score only the first N lines", Between(1, _MAX))
-    overwrite: bool = switch(_FILES, "replace existing output instead of resuming")
 
     text_field: str | None = option(_TEXTS, "field that holds the text, token ids or messages", metavar="NAME")
     add_special_tokens: bool = switch(
@@ -86,29 +77,22 @@ class ScoreConfig(EngineConfig):
     stride: int | None = option(
         _TEXTS,
         "new tokens per window after the first; smaller: more context per token, but slower; default: half a window",
-        Between(1, _MAX),
+        Between(1, MAX_COUNT),
         metavar="TOKENS",
     )
 
     def __post_init__(self) -> None:
-        EngineConfig.__post_init__(self)
+        BatchConfig.__post_init__(self)
         if self.stride is not None and self.long != "window":
             raise ValueError("argument --stride: requires --long window")
         if self.top_logprobs and not self.per_token:
             raise ValueError("argument --top-logprobs: requires --per-token")
         if self.top_logprobs and not self.writes_tokens:
             raise ValueError("argument --top-logprobs: CSV has only the sums of each line; write .jsonl or .parquet")
-        if self.file.resolve() == self.output_path.resolve():
-            raise ValueError(f"argument --output: {self.output_path} is the input file")
 
     @property
-    def output_path(self) -> Path:
-        if self.output is not None:
-            return self.output
-        stem = self.file
-        while stem.suffix in _SUFFIXES:
-            stem = stem.with_suffix("")
-        return stem.with_name(f"{stem.name}.logprobs.{self.format or 'jsonl'}")
+    def output_suffix(self) -> str:
+        return f".logprobs.{self.format or 'jsonl'}"
 
     @property
     def output_format(self) -> str:
@@ -125,14 +109,6 @@ class ScoreConfig(EngineConfig):
     def engine(self) -> EngineConfig:
         """The engine's options, with max_logprobs of at least top_logprobs and without sampling defaults."""
         return replace(self, max_logprobs=max(self.computed_logprobs, self.top_logprobs), generation_config="vllm")
-
-    def identity(self) -> dict[str, Any]:
-        """Options that a resumed run must repeat, as JSON values."""
-        options = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in _RESUMABLE
-        }
-        plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-        return plain | {"format": self.output_format}
 
 
 def parse_args(arguments: Sequence[str]) -> ScoreConfig:

@@ -3,7 +3,7 @@
 import csv
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import orjson
 from numpy.typing import NDArray
 
 from model.token_logprobs import TokenLogprobs, clamp_logprobs
+from serve.cli.batch.journal import LineSums
 from serve.cli.score.config import ScoreConfig
 from serve.cli.score.texts import Text
 from serve.jobs.results import logprob_sum, perplexity
@@ -26,9 +27,7 @@ _SUMS = (
 
 
 @dataclass(slots=True)
-class Sums:
-    lines: int = 0
-    skipped: int = 0  # broken lines
+class Sums(LineSums):
     tokens: int = 0
     scored: int = 0  # tokens with a log-prob
     logprob: float = 0.0  # nats
@@ -39,10 +38,6 @@ class Sums:
     completion_tokens: int = 0
     completion_logprob: float = 0.0
     greedy: int = 0  # completions all of whose tokens have rank 1
-
-    def add(self, other: "Sums") -> None:
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
     @property
     def bits_per_byte(self) -> float | None:

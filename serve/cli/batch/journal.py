@@ -2,7 +2,7 @@
 
 Rows are appended to OUTPUT.partial. Every few seconds they are synced to disk; then OUTPUT.meta.json is replaced
 atomically. It holds the number of valid bytes, the last line and the sums. Resuming truncates the rows to the valid
-bytes and scores the remaining lines. When all rows are written, they become OUTPUT.
+bytes and continues with the remaining lines. When all rows are written, they become OUTPUT.
 """
 
 import fcntl
@@ -11,14 +11,13 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import orjson
 
-from serve.cli.score.rows import Sums
-from serve.cli.score.texts import Line, ScoreError, Source
+from serve.cli.batch.source import BatchError, Line, Source
 
 _INTERVAL = 2.0  # seconds between checkpoints: the work that a killed run has to repeat
 _OVERWRITE = "use --overwrite to start again"
@@ -43,18 +42,30 @@ class Paths:
 
 
 @dataclass(slots=True)
-class Checkpoint:
+class LineSums:
+    """Sums over the lines that are done; commands add fields."""
+
+    lines: int = 0
+    skipped: int = 0  # broken lines
+
+    def add(self, other: Self) -> None:
+        for name in (item.name for item in fields(self)):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+@dataclass(slots=True)
+class Checkpoint[S: LineSums]:
     made_with: dict[str, Any]  # must be equal in a run that resumes
+    sums: S
     complete: bool = False  # all lines are done
     line: int = 0  # last line that is done
     checksum: int = 0  # of the input up to this line
     output_bytes: int = 0  # of rows
     longest_row: int = 0  # bytes
-    sums: Sums = field(default_factory=Sums)
 
 
-def skip_to(source: Source, checkpoint: Checkpoint) -> None:
-    """Skip the lines before a checkpoint; raise ScoreError if they have changed."""
+def skip_to(source: Source, checkpoint: Checkpoint[Any]) -> None:
+    """Skip the lines before a checkpoint; raise BatchError if they have changed."""
     if not checkpoint.line:
         return
     for line in source.lines:
@@ -62,39 +73,42 @@ def skip_to(source: Source, checkpoint: Checkpoint) -> None:
             return
         if line.number >= checkpoint.line:
             break
-    raise ScoreError(f"{source.path} has changed up to line {checkpoint.line:,}; use --overwrite to start again")
+    raise BatchError(f"{source.path} has changed up to line {checkpoint.line:,}; use --overwrite to start again")
 
 
-def check_unchanged(source: Source, checkpoint: Checkpoint) -> None:
-    """Raise ScoreError if the file has changed or grown since a complete run."""
+def check_unchanged(source: Source, checkpoint: Checkpoint[Any]) -> None:
+    """Raise BatchError if the file has changed or grown since a complete run."""
     skip_to(source, checkpoint)
     if (line := next(source.lines, None)) is not None:
-        raise ScoreError(f"{source.path} has a new line {line.number:,}; use --overwrite to start again")
+        raise BatchError(f"{source.path} has a new line {line.number:,}; use --overwrite to start again")
 
 
-def read_checkpoint(paths: Paths) -> Checkpoint | None:
-    """The checkpoint of an earlier run, if there is one. Raise ScoreError if the run cannot be resumed."""
+def read_checkpoint[S: LineSums](paths: Paths, kind: type[S]) -> Checkpoint[S] | None:
+    """The checkpoint of an earlier run, with sums of `kind`, if there is one.
+
+    Raise BatchError if the run cannot be resumed.
+    """
     try:
         values = orjson.loads(paths.meta.read_bytes())
-        checkpoint = Checkpoint(**values | {"sums": Sums(**values["sums"])})
+        checkpoint = Checkpoint(**values | {"sums": kind(**values["sums"])})
     except FileNotFoundError:
         for path in (paths.output, paths.partial):
             if path.exists() and path.stat().st_size:
-                raise ScoreError(f"{path} exists without {paths.meta.name}; {_OVERWRITE}") from None
+                raise BatchError(f"{path} exists without {paths.meta.name}; {_OVERWRITE}") from None
         return None
     except (OSError, ValueError, TypeError, LookupError) as error:
-        raise ScoreError(f"{paths.meta} is not a checkpoint of a scoring; {_OVERWRITE}") from error
+        raise BatchError(f"{paths.meta} is not a checkpoint of this command; {_OVERWRITE}") from error
     if not _has_rows(paths, checkpoint) and not (checkpoint.complete and paths.output.exists()):
-        raise ScoreError(f"{paths.partial} lacks rows that {paths.meta.name} lists; {_OVERWRITE}")
+        raise BatchError(f"{paths.partial} lacks rows that {paths.meta.name} lists; {_OVERWRITE}")
     return checkpoint
 
 
-def _has_rows(paths: Paths, checkpoint: Checkpoint) -> bool:
+def _has_rows(paths: Paths, checkpoint: Checkpoint[Any]) -> bool:
     return paths.partial.exists() and paths.partial.stat().st_size >= checkpoint.output_bytes
 
 
 def check_same(paths: Paths, previous: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raise ScoreError with the differences between what the rows were made with and what this run would use."""
+    """Raise BatchError with the differences between what the rows were made with and what this run would use."""
     differences = []
     for name in {**previous, **current}:
         if previous.get(name) != current.get(name):
@@ -102,12 +116,12 @@ def check_same(paths: Paths, previous: dict[str, Any], current: dict[str, Any]) 
             old, new = ("unset" if (value := values.get(name)) is None else value for values in (previous, current))
             differences.append(f"{label} {old}, not {new}")
     if differences:
-        raise ScoreError(f"{paths.output} was started with {', '.join(differences)}; {_OVERWRITE}")
+        raise BatchError(f"{paths.output} was started with {', '.join(differences)}; {_OVERWRITE}")
 
 
 @contextmanager
 def open_rows(paths: Paths) -> Iterator[BinaryIO]:
-    """Open and lock the file of rows; remove it at the end if it is empty. Raise ScoreError if it is locked.
+    """Open and lock the file of rows; remove it at the end if it is empty. Raise BatchError if it is locked.
 
     The files of an output may only be read and changed in this context.
     """
@@ -116,7 +130,7 @@ def open_rows(paths: Paths) -> Iterator[BinaryIO]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ScoreError(f"another process writes to {paths.partial}") from None
+                raise BatchError(f"another process writes to {paths.partial}") from None
             if not _is_at(file, paths.partial):  # another process renamed it between open and flock
                 continue
             try:
@@ -132,15 +146,15 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 @dataclass(slots=True)
-class Journal:
+class Journal[S: LineSums]:
     """Appends rows. Not thread-safe."""
 
     paths: Paths
     rows: BinaryIO
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint[S]
     saved: float = field(default_factory=time.monotonic)
 
-    def add(self, row: bytes, line: Line, sums: Sums) -> None:
+    def add(self, row: bytes, line: Line, sums: S) -> None:
         """Append the row of a line, empty if the line was skipped, and save from time to time."""
         self.rows.write(row)
         checkpoint = self.checkpoint
@@ -160,7 +174,7 @@ class Journal:
 
 
 @contextmanager
-def open_journal(paths: Paths, rows: BinaryIO, checkpoint: Checkpoint) -> Iterator[Journal]:
+def open_journal[S: LineSums](paths: Paths, rows: BinaryIO, checkpoint: Checkpoint[S]) -> Iterator[Journal[S]]:
     """Continue from a checkpoint, which is updated in place; save it at the end, also after an exception.
 
     Without a row, no checkpoint is left.
@@ -178,7 +192,9 @@ def open_journal(paths: Paths, rows: BinaryIO, checkpoint: Checkpoint) -> Iterat
             paths.meta.unlink()
 
 
-def finish(paths: Paths, rows: BinaryIO, checkpoint: Checkpoint, convert: Callable[[Path, Path], None] | None) -> None:
+def finish(
+    paths: Paths, rows: BinaryIO, checkpoint: Checkpoint[Any], convert: Callable[[Path, Path], None] | None
+) -> None:
     """Replace the output by the rows of a complete run, if that is not done yet.
 
     `convert` writes its second file from the rows in its first; None makes the rows the output.
@@ -196,7 +212,7 @@ def finish(paths: Paths, rows: BinaryIO, checkpoint: Checkpoint, convert: Callab
     paths.partial.unlink(missing_ok=True)
 
 
-def write_meta(paths: Paths, checkpoint: Checkpoint) -> None:
+def write_meta(paths: Paths, checkpoint: Checkpoint[Any]) -> None:
     unfinished = paths.meta.with_name(f"{paths.meta.name}.tmp")
     with unfinished.open("wb") as file:
         file.write(orjson.dumps(asdict(checkpoint), option=orjson.OPT_INDENT_2) + b"\n")

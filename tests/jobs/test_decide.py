@@ -215,7 +215,8 @@ def test_cached_tokens_of_questions_on_one_state(llm: LLM) -> None:
     first = decide(llm, NOUL, state="x" * 200)[0].evidence
     second = decide(llm, CHOICE, NOUL, state="x" * 200)
     assert first.cached_tokens == 0
-    assert [decision.evidence.cached_tokens for decision in second] == [192, first.prompt_tokens // 64 * 64]
+    choice, noul = (decision.evidence.cached_tokens for decision in second)
+    assert 192 <= choice < noul <= first.prompt_tokens  # the state, and the whole prompt
 
 
 def test_cache_salt_separates_requests(llm: LLM) -> None:

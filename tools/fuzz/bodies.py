@@ -5,13 +5,15 @@ from copy import deepcopy
 from random import Random
 from typing import Any
 
-from serve.api.requests import ChatCompletionRequest, CompletionRequest
+from serve.api.decisions.requests import DecisionsRequest, SystemOneRequest
+from serve.api.requests import ChatCompletionRequest, CompletionRequest, ScoreRequest
 from serve.api.unsupported_fields import UNSUPPORTED, WITHOUT_EFFECT
 from tools.fuzz.byte_mutations import mutate_bytes
 from tools.fuzz.json_mutations import mutate_json, nested, random_value, serialize
 
 CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"
-PATHS = (CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE, "/invocations")
+DECISIONS, SYSTEM_ONE, SCORE, GENERATIVE_SCORING = "/v1/decisions", "/v1/systemone", "/v1/score", "/generative_scoring"
+PATHS = (CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE, "/invocations", DECISIONS, SYSTEM_ONE, SCORE, GENERATIVE_SCORING)
 
 _MESSAGES: tuple[Any, ...] = (
     [{"role": "user", "content": "Hi"}],
@@ -19,6 +21,14 @@ _MESSAGES: tuple[Any, ...] = (
     [{"role": "user", "content": "refuse"}],
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}],
 )
+_LABELS = {"true": "y", "false": ["n", "N"]}
+_PREDICATE: dict[str, Any] = {"type": "predicate", "instructions": "?", "labels": _LABELS}
+_NOUL: dict[str, Any] = {"type": "noul", "instructions": "?", "labels": _LABELS}
+_ITEMS: list[Any] = [
+    {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+    {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "x"}]},
+    {"role": "user", "content": [{"type": "input_json", "data": {"a": [1]}}]},
+]
 # Values that get past validation, or nearly.
 _VALUES: dict[str, tuple[Any, ...]] = {
     "model": ("org/bytes", "alias", "gpt-9"),
@@ -69,15 +79,35 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": ("low",),
     "role": ("system", "developer", "user", "assistant", "tool"),
     "content": ("Hi", "refuse", "", [{"type": "text", "text": "x"}], [], None),
-    "type": ("text", "image_url"),
+    "type": ("text", "image_url", "predicate", "noul", "choice", "score", "function_call", "input_text", "input_image"),
+    "input": ("Hi", _ITEMS, [{"role": "user", "content": "Hi"}]),
+    "state": ("Hi", {"a": 1}, ["x"], " "),
+    "questions": ([_PREDICATE], [_PREDICATE] * 3, {"a.b": _NOUL}, {"q": _NOUL | {"criteria": {"true": {"k": 1}}}}),
+    "choices": ([{"value": True}, {"value": "true"}], [{"value": "a"}] * 2),
+    "levels": ([{"label": "a"}, {"label": "b", "labels": "b"}],),
+    "criteria": ({"true": "x"}, {"a": None, "b": {"k": 1}}, ["a", "b"], []),
+    "labels": (_LABELS, ["a", "b"], {"true": "y"}, {"true": "long", "false": "n"}),
+    "scoring": ("labels", "sequences", "permutations", "letters"),
+    "normalize": ("sum", "token", "byte", "pmi"),
+    "permutations": (1, 2, 120),
+    "prompt_cache_key": ("k", ""),
+    "prompt_cache_options": ({"mode": "explicit"}, {"ttl": "30m"}, {"ttl": "1h"}),
+    "query": ("Hi", "", [72, 105], None),
+    "items": ("a", ["a", "b"], [[1], [2, 3]], []),
+    "label_token_ids": ([65, 66], [[65], [66, 67]], [260], [1, 1]),
     "response_format": ({"type": "text"}, {"type": "json_object"}),
 }
 _FLAGS = (
     *("stream", "echo", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "return_token_ids"),
     *("return_tokens_as_token_ids", "add_generation_prompt", "continue_final_message", "add_special_tokens"),
     *("return_prompt_text", "return_token_strs", "return_token_bytes", "include_usage"),
+    *("apply_softmax", "item_first", "return_token_logprobs"),
 )
-_MODELS = (*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields)
+_MODELS = [
+    name
+    for model in (ChatCompletionRequest, CompletionRequest, DecisionsRequest, SystemOneRequest, ScoreRequest)
+    for name in model.model_fields
+]
 # Includes unknown fields. Fields with most effect occur twice.
 _OTHERS = (*[*UNSUPPORTED][:24], *sorted(WITHOUT_EFFECT)[:12], "flavour", "x" * 200, "\0", "é", "temprature")
 FIELDS = (*_VALUES, *_FLAGS, *dict.fromkeys(_MODELS), *_OTHERS)
@@ -113,6 +143,12 @@ def _seeds() -> list[tuple[str, dict[str, Any]]]:
         (TOKENIZE, {"prompt": "Hé", "return_token_strs": True}),
         (TOKENIZE, {"messages": _MESSAGES[0], "add_special_tokens": True}),
         (DETOKENIZE, {"tokens": [72, 105, 257], "return_token_bytes": True}),
+        (DECISIONS, {"input": "Hi", "questions": [_PREDICATE | {"name": "q"}, _PREDICATE], "return_token_ids": True}),
+        (DECISIONS, {"input": _ITEMS[2:], "questions": [_PREDICATE], "scoring": "sequences", "normalize": "byte"}),
+        (SYSTEM_ONE, {"state": {"a": 1}, "questions": {"q": _NOUL, "r": _NOUL}, "scoring": "permutations"}),
+        (SCORE, {"query": "Hi", "items": ["a", "b"], "label_token_ids": [65, 66], "apply_softmax": True}),
+        (SCORE, {"query": [1], "items": [[2], [3]], "label_token_ids": [[65], [66]], "return_token_logprobs": True}),
+        (GENERATIVE_SCORING, {"query": "Hi", "items": ["a"], "label_token_ids": [65], "item_first": True}),
         ("/invocations", text | {"echo": True}),
         ("/invocations", chat),
     ]

@@ -8,18 +8,23 @@ import httpx2
 from pydantic import BaseModel
 
 from serve.api import responses
+from serve.api.decisions.responses import DecisionsAnswer, SystemOneAnswer, ValidationErrors
 from tests.support.engines import assert_idle
 from tests.support.http_client import ExactRunner, Server, chunks_of, error_of, parse_unique, serving
-from tools.fuzz.bodies import DETOKENIZE, TOKENIZE
+from tools.fuzz.bodies import DECISIONS, DETOKENIZE, SYSTEM_ONE, TOKENIZE
 
 SECONDS = 20  # per request
 _REJECTIONS = (400, 404, 413)
-# Keyed by the answer's `object`, or by the path of /tokenize and /detokenize.
+# Keyed by the answer's `object`, or by the path if it has none.
 _ANSWERS: dict[str, type[BaseModel]] = {
     "chat.completion": responses.ChatCompletionAnswer,
     "text_completion": responses.CompletionAnswer,
     TOKENIZE: responses.Tokenized,
     DETOKENIZE: responses.Detokenized,
+    DECISIONS: DecisionsAnswer,
+    SYSTEM_ONE: SystemOneAnswer,
+    "scoring": responses.ScoreAnswer,
+    "list": responses.GenerativeScoringAnswer,
 }
 _CHUNKS: dict[str, type[BaseModel]] = {
     "chat.completion.chunk": responses.ChatChunk,
@@ -55,6 +60,8 @@ async def send(server: Server, path: str, body: bytes) -> int:
         with_timeout = b'"timeout"' in body
         if response.status_code == 200:
             _check_shape(path, response, with_timeout=with_timeout)
+        elif path == SYSTEM_ONE and response.status_code == 422:
+            ValidationErrors.model_validate_json(response.content)
         elif with_timeout and response.status_code == 504:
             assert error_of(response, 504)["code"] == "deadline_exceeded"
         else:

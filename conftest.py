@@ -12,9 +12,6 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 
 from compiled.program_cache import cache_options_restored, seal_entries, use_persistent_cache
-from compiled.runner import ModelRunner
-from model.weights.source import default_model_path
-from tests.support.runners import make_runner
 from tests.support.server_process import ROOT, ServerProcess
 
 # Fixture -> the module whose output it returns. Only slow tests of one file use it.
@@ -25,7 +22,7 @@ _PROGRAMS = {
     "kernel_lines": "tests.support.kernel_lines",
 }
 
-# File -> its group: files that share a server, or models that take long to compile, run on one worker.
+# Files that share a server: one worker runs them.
 _GROUPS = {
     "tools/guides/test_guides.py": "server",
     "tests/integration/test_complaints.py": "server",
@@ -37,11 +34,16 @@ _GROUPS = {
     "tools/clients/test_openai_python.py": "server",
     "tools/clients/test_vllm_bench.py": "server",
     "tools/soak/test_soak.py": "server",
-    "tests/integration/test_one_number_per_token.py": "models",
-    "tests/integration/test_golden.py": "models",
 }
 # What runs first, so that no worker ends with one of them: after programs and groups.
-_LONG = ("tests/integration/test_ray.py", "tests/integration/test_package.py")
+_LONG = (
+    "tests/integration/test_ray.py",
+    "tests/integration/test_package.py",
+    "tests/integration/test_one_number_per_token.py",
+    "tests/integration/test_golden.py",
+    "tests/model/test_pallas_attention.py",
+    "tests/model/test_parity.py",
+)
 
 
 def pytest_configure() -> None:
@@ -118,30 +120,3 @@ def server(compilation_cache: Path) -> Iterator[ServerProcess]:
     yield process
     assert process.process.poll() is None, "".join(process.log)  # no request may have ended it
     assert process.terminate() == 0
-
-
-@pytest.fixture(scope="session")
-def float32_runner() -> ModelRunner:
-    """The default model in float32."""
-    return make_runner(default_model_path(), "float32")
-
-
-@pytest.fixture(scope="session")
-def bfloat16_runner() -> ModelRunner:
-    """The default model in bfloat16, on the CPU kernels if this machine has them."""
-    return make_runner(default_model_path(), "bfloat16")
-
-
-@pytest.fixture(scope="session")
-def int8_runner() -> ModelRunner:
-    """The default model with int8 matrices, on the CPU kernels if this machine has them."""
-    return make_runner(default_model_path(), "int8")
-
-
-@pytest.fixture(
-    params=[pytest.param("float32", marks=pytest.mark.slow), "bfloat16", pytest.param("int8", marks=pytest.mark.slow)]
-)
-def runner(request: pytest.FixtureRequest) -> ModelRunner:
-    """The default model with weights of each kind."""
-    chosen: ModelRunner = request.getfixturevalue(f"{request.param}_runner")
-    return chosen

@@ -2,14 +2,30 @@
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compiled.runner import ModelRunner
+from model.weights.source import default_model_path
 from serve.engine.request import PromptScoring, SamplingParams
 from tests.support.in_process import Answer, run
+from tests.support.runners import make_runner
 
 _VOCABULARY = 49152
+_LAYERS = 6  # of 30, which are compiled alike: the other tests of a server's bits run all of them
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("float32", marks=pytest.mark.slow),
+        "bfloat16",
+        pytest.param("int8", marks=pytest.mark.slow),
+    ],
+)
+def runner(request: pytest.FixtureRequest) -> ModelRunner:
+    """The first layers of the default model with weights of each kind, on the CPU kernels if this machine has them."""
+    return make_runner(default_model_path(), request.param, layers=_LAYERS)
 
 
 def _greedy(tokens: int, *, score: bool = False) -> SamplingParams:
@@ -67,7 +83,7 @@ def test_logprobs_in_any_chunks_are_equal(runner: ModelRunner, budget: int) -> N
         assert cut.prompt.logprob.tobytes() == alone.prompt.logprob.tobytes()
 
 
-@settings(max_examples=5, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, database=None)
 @given(data=st.data())
 def test_logprobs_are_equal_however_computed(runner: ModelRunner, data: st.DataObject) -> None:
     """Property: any request, in any batch, any chunks and with any cached prefix, and scored again afterwards."""

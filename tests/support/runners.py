@@ -1,13 +1,17 @@
 """Compiled models for tests, as a server compiles them."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
 from model.kernels.dispatch import Kernels, load_kernels
+from model.weights.checkpoint import Checkpoint, TensorInfo
 from model.weights.loader import load_model
 from model.weights.source import ModelSource
 from model.weights.weight_table import open_checkpoint
@@ -17,16 +21,54 @@ from tests.support.in_process import PAGES
 BUCKETS = Buckets(decode_rows=(1, 2, 4, 8, 16), prefill_chunks=(16, 64, 256), score_rows=64, pages_per_row=16)
 
 
+class _FirstLayers:
+    """The first layers of a .gguf file, as a model of their own."""
+
+    def __init__(self, whole: Checkpoint, layers: int) -> None:
+        self.path, self.naming, self.read = whole.path, whole.naming, whole.read
+        self.config = replace(whole.config, layers=whole.config.layers[:layers])
+        self._layers, self._whole = layers, whole
+
+    def names(self) -> Mapping[str, TensorInfo]:
+        """Every tensor but those of later layers."""
+        layer_of = re.compile(r"blk\.(\d+)\.")
+        return {
+            name: info
+            for name, info in self._whole.names().items()
+            if (found := layer_of.match(name)) is None or int(found[1]) < self._layers
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+
 def make_runner(
-    path: Path, weights: str, buckets: Buckets = BUCKETS, pages: int = PAGES, kernels: Kernels | None = None
+    path: Path,
+    weights: str,
+    buckets: Buckets = BUCKETS,
+    pages: int = PAGES,
+    kernels: Kernels | None = None,
+    layers: int | None = None,
 ) -> ModelRunner:
-    """A compiled model; `weights` is a dtype, or "int8"; `kernels` as in `load_model`."""
+    """A compiled model.
+
+    Args:
+        path: of the model.
+        weights: a dtype, or "int8".
+        buckets: what is compiled.
+        pages: of the cache.
+        kernels: as in `load_model`.
+        layers: the number of layers of a .gguf file to use; None: all.
+    """
     kernels = load_kernels() if kernels is None else kernels
     buckets = replace(buckets, segment=kernels.segment(jax.default_backend()))
     checkpoint = open_checkpoint(ModelSource(path.name, path))
     try:
         model = load_model(
-            checkpoint, "bfloat16" if weights == "int8" else weights, int8=weights == "int8", kernels=kernels
+            checkpoint if layers is None else _FirstLayers(checkpoint, layers),
+            "bfloat16" if weights == "int8" else weights,
+            int8=weights == "int8",
+            kernels=kernels,
         )
     finally:
         checkpoint.close()

@@ -18,7 +18,7 @@ from serve.config.engine_config import QUEUE_LIMITS, EngineConfig, EngineKeyword
 from serve.config.options import from_keywords
 from serve.engine.engine import Engine
 from serve.engine.request import EngineStoppedError
-from serve.jobs.decide import Decider, decide_all
+from serve.jobs.decide import Decider
 from serve.jobs.generate import (
     DEFAULT_MAX_TOKENS,
     GenerationOptions,
@@ -40,7 +40,7 @@ from serve.server.model_files import STARTUP_ERRORS, StartupError
 from serve.server.startup import load
 from serve.text.chat import ChatFormat, PromptError, check_messages, encode_text
 from serve.text.decisions.plan import DecisionFormat
-from serve.text.decisions.questions import ScoringKeywords, scoring_options
+from serve.text.decisions.questions import ScoringKeywords, decision_request, scoring_options
 
 type TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 
@@ -219,9 +219,11 @@ class LLM:
         Returns:
             For each request, a decision for each of its questions.
         """
-        items = [requests] if isinstance(requests, Mapping) else [*requests]
-        results = decide_all(Decider(self._queue, self.loaded.limits), self.decisions, items, scoring_options(options))
-        return self._collect("deciding", len(items), results)
+        scoring, decider = scoring_options(options), Decider(self._queue, self.loaded.limits)
+        items = [requests] if isinstance(requests, Mapping) else requests
+        parsed = [decision_request(item, f"requests[{i}]") for i, item in enumerate(items)]
+        plans = (self.decisions.plan(request, scoring, decider.max_prompt_tokens) for request in parsed)
+        return self._collect("deciding", len(parsed), decider.stream(plans))
 
     def stream_scores[R: ScoreRequest](
         self, requests: Iterable[R], logprobs: int

@@ -2,7 +2,7 @@
 
 import math
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from decimal import Decimal
@@ -15,18 +15,7 @@ from serve.jobs.request_queue import RequestError, RequestQueue
 from serve.jobs.results import CONFIDENCE_FORMULAS, SCORE_FORMULA, Decision, Evidence, OrderEvidence
 from serve.jobs.score import checked_logprobs
 from serve.text.decisions.encoder import Prompt
-from serve.text.decisions.plan import DecisionFormat, DecisionPlan, LabelReadout, QuestionPlan, SequenceReadout
-from serve.text.decisions.questions import ScoringOptions, decision_request
-
-
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """How the engine treats the requests of a decision; see `serve.engine.request.Request`."""
-
-    cache_salt: str = ""
-    priority: int = 0
-    queue_timeout: float = math.inf
-    deadline: float = math.inf
+from serve.text.decisions.plan import DecisionPlan, LabelReadout, QuestionPlan, SequenceReadout
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +51,7 @@ class Decider:
         """Maximum length of a prompt; one more token is scored after it."""
         return min(self._limits.max_model_len, self._limits.cache_tokens) - 1
 
-    async def run(self, plan: DecisionPlan, admission: Admission | None = None) -> list[Decision]:
+    async def run(self, plan: DecisionPlan) -> list[Decision]:
         """One decision per question, in order. All engine requests are admitted at once, within the queue's bounds.
 
         Raises:
@@ -78,19 +67,25 @@ class Decider:
                     f"its prompt and an option have {longest} tokens; there is room for {self.max_prompt_tokens + 1}."
                 )
                 raise question.question.error("", message, "context_length_exceeded")
-        settings = admission or Admission()
-
-        async def run(read: _Read) -> _Rows:
-            return await self._run(read, settings)
-
         items = [item for part in reads for item in part]
-        async with aclosing(self._queue.run_in_order(items, run, lambda item: item.num_tokens)) as stream:
+        async with aclosing(self._queue.run_in_order(items, self._run, lambda item: item.num_tokens)) as stream:
             rows = [row async for row in stream]
         remaining = iter(rows)
         return [
             _decision(question, [(item, next(remaining)) for item in part], plan)
             for question, part in zip(plan.questions, reads, strict=True)
         ]
+
+    def stream(self, plans: Iterable[DecisionPlan]) -> AsyncGenerator[list[Decision]]:
+        """Run many plans at the same time; yield the decisions of each, in order. Plans are read as `run` needs them.
+
+        Raises as `run`.
+        """
+
+        def num_tokens(plan: DecisionPlan) -> int:
+            return sum(read.num_tokens for question in plan.questions for read in self._reads(question))
+
+        return self._queue.run_in_order(plans, self.run, num_tokens)
 
     def _reads(self, plan: QuestionPlan) -> Iterator[_Read]:
         for readout in plan.readouts:
@@ -102,18 +97,10 @@ class Decider:
                 if prompt is not None:
                     yield from (_Read(prompt, ids) for ids in sequences.sequences)
 
-    async def _run(self, read: _Read, admission: Admission) -> _Rows:
+    async def _run(self, read: _Read) -> _Rows:
         start = len(read.prompt)
         params = SamplingParams(max_tokens=0, prompt=PromptScoring(start, read.requested_ids))
-        request = Request(
-            uuid.uuid4().hex,
-            [*read.prompt.token_ids, *read.tokens],
-            params,
-            priority=admission.priority,
-            cache_salt=admission.cache_salt,
-            queue_timeout=admission.queue_timeout,
-            deadline=admission.deadline,
-        )
+        request = Request(uuid.uuid4().hex, [*read.prompt.token_ids, *read.tokens], params)
         async with aclosing(self._queue.events(request)) as events:
             event = await anext(events)
         logprobs = event.prompt_logprobs
@@ -121,15 +108,6 @@ class Decider:
             raise RequestError("the engine failed: it did not finish the request")
         rows = checked_logprobs(logprobs[start - 1 :], len(read.requested_ids))
         return _Rows(rows, min(event.cached_tokens, start))
-
-
-async def decide_all(
-    decider: Decider, prompts: DecisionFormat, requests: Iterable[Mapping[str, Any]], options: ScoringOptions
-) -> AsyncGenerator[list[Decision]]:
-    """The decisions of each request, which `decision_request` describes. Raises as `Decider.run`."""
-    for index, request in enumerate(requests):
-        plan = prompts.plan(decision_request(request, f"requests[{index}]"), options, decider.max_prompt_tokens)
-        yield await decider.run(plan)
 
 
 def _decision(plan: QuestionPlan, results: list[tuple[_Read, _Rows]], request: DecisionPlan) -> Decision:

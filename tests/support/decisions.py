@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from compiled.runner import ModelRunner
 from compiled.state import MAX_REQUESTED_IDS
 from model.kv_cache import PAGE_SIZE
@@ -20,9 +22,14 @@ from serve.text.decisions.questions import DecisionRequest, ScoringOptions, type
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
+def golden_file(name: str) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((GOLDEN / f"{name}.json").read_text("utf-8"))
+    return values
+
+
 def golden_cases(name: str) -> list[dict[str, Any]]:
     """Cases with a request in TypeSafe's form, the answers and the prompt_token_ids of transformers' pipeline."""
-    cases: list[dict[str, Any]] = json.loads((GOLDEN / f"{name}.json").read_text("utf-8"))["cases"]
+    cases: list[dict[str, Any]] = golden_file(name)["cases"]
     return cases
 
 
@@ -74,3 +81,22 @@ def decide(
         return asyncio.run(run())
     finally:
         engine.stop()
+
+
+def assert_golden(name: str, runner: ModelRunner, prompts: DecisionFormat) -> None:
+    """Assert that prompt ids are those of a golden file, and probabilities within 5e-5."""
+    cases = golden_cases(name)
+    requests = [golden_request(case) for case in cases]
+    answers = decide(runner, prompts, requests, ScoringOptions(return_token_ids=True))
+    for case, decisions in zip(cases, answers, strict=True):
+        expected = zip(case["answers"].values(), case["prompt_token_ids"], decisions, strict=True)
+        for answer, token_ids, decision in expected:
+            _assert_answer(answer, decision)
+            assert decision.evidence.prompt_token_ids == (tuple(token_ids),)
+
+
+def _assert_answer(answer: dict[str, float], decision: Decision) -> None:
+    assert decision.probabilities == pytest.approx(golden_probabilities(answer), abs=5e-5)
+    for name in ("confidence", "score", "choice"):
+        value = getattr(decision, name)
+        assert value == (answer[name] if name == "choice" and value else pytest.approx(answer.get(name), abs=5e-4))

@@ -445,6 +445,7 @@ def test_own_template_without_sanitizing_drops_marks_of_the_state() -> None:
     [
         ("{{ state }}<|mark|>{{ question.type }}<|mark|>", "model", "marks more than one place"),
         ("{{ raise_exception('no images') }}", "state", "refused the request: no images"),
+        ("<|mark|>{{ state }}", "questions.q", "gives no tokens"),
     ],
 )
 def test_own_template_that_fails(template: str, param: str, message: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers.utils.chat_template_utils import _get_template_literal_text
 
 from serve.text.chat import PromptError, prompt_errors
-from serve.text.tokenizer import Tokenizer
+from serve.text.tokenizer import Tokenizer, TokenizerError
 
 MARK, SPLIT = "<|mark|>", "<|split|>"  # written by templates of transformers: end of the prompt, end of a segment
 # Private-use characters around the control tokens of user text, as in transformers; user text loses them.
@@ -75,8 +75,7 @@ class PromptEncoder:
         self._pattern = re.compile(_alternatives([*self._control, MARK, SPLIT]))
         self._newline = tokenizer.encode("\n", add_special_tokens=False)
         self._bos = _leading_ids(tokenizer) if template is None else []
-        words = tokenizer.words("a b")[2]
-        self._splits_words = words[0] != words[-1]
+        self._splits_words = len({*tokenizer.words("a b")[2]}) > 1
         self._label_id = lru_cache(_CACHED)(self._read_label_id)
         self._text_ids = lru_cache(_CACHED)(self._encode_token_as_text)
 
@@ -181,7 +180,7 @@ class PromptEncoder:
         count = len(self._newline)
         ids = ids[count:] if ids[:count] == self._newline else self._tokenizer.encode_plain(token)
         if self._control.get(token) in ids:
-            raise PromptError("state", f"The control token {token!r} in the text cannot be encoded as text.")
+            raise TokenizerError(f"The control token {token!r} in the text cannot be encoded as text.")
         return ids
 
     def _encode_whole(self, texts: Sequence[str]) -> list[list[int]]:

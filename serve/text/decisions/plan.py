@@ -137,6 +137,8 @@ class DecisionFormat:
 
         prompts = self._encoder.encode(checked(), request.param)
         for (shown, _), prompt in zip(texts, prompts, strict=True):
+            if not len(prompt):
+                raise shown.question.error("", "its prompt gives no tokens.")
             if len(prompt) > max_tokens:
                 raise _too_long(shown.question, f"has {len(prompt)} tokens", max_tokens)
         return prompts

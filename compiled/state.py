@@ -50,7 +50,7 @@ class StepInput:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class PageCopies:
-    """Pages to copy. All sources are read before a target is written; padding copies the null page to itself."""
+    """Pages to copy, in order. Padding is last and has the null page."""
 
     sources: Array  # [C] int32
     targets: Array  # [C] int32

@@ -21,7 +21,7 @@ from compiled.state import (
     StepInput,
     StepOutput,
 )
-from model.kv_cache import NULL_PAGE, PAGE_SIZE, live_rows
+from model.kv_cache import NULL_PAGE, PAGE_SIZE, PagedCache, live_rows
 from model.sharding import VocabAxis
 from model.token_logprobs import TokenLogprobs
 from model.transformer import BoundModel
@@ -85,12 +85,18 @@ def set_penalties(axis: VocabAxis, state: DeviceState, slot: Array, penalties: S
 
 
 def copy_pages(state: DeviceState, copies: PageCopies) -> DeviceState:
-    """Copy keys, values and hidden states of pages."""
+    """Copy keys, values and hidden states of pages, one after another: a call with few copies is short."""
 
-    def copy(pages: Array) -> Array:
-        return pages.at[copies.targets].set(pages[copies.sources], mode="promise_in_bounds")
+    def copy_page(i: Array, cache: PagedCache) -> PagedCache:
+        def copy(pages: Array) -> Array:
+            page = jax.lax.dynamic_slice_in_dim(pages, copies.sources[i], 1)
+            return jax.lax.dynamic_update_slice_in_dim(pages, page, copies.targets[i], 0)
 
-    return DeviceState(jax.tree.map(copy, state.cache), state.slots)
+        copied: PagedCache = jax.tree.map(copy, cache)
+        return copied
+
+    count = live_rows(copies.targets != NULL_PAGE)
+    return DeviceState(jax.lax.fori_loop(0, count, copy_page, state.cache), state.slots)
 
 
 def _cached_hidden(model: BoundModel, state: DeviceState, cache_indices: Array) -> Array:

@@ -18,7 +18,7 @@ from serve.engine.page_pool import PagePool, page_hash, root_hash
 from serve.engine.request_state import RequestState, RequestStatus
 from serve.engine.schedule import Chunk, Schedule
 
-_MIN_COPIED = 8  # tokens: fewer are computed about as fast as their page is copied
+_MIN_COPIED = 8  # tokens: on a GPU fewer are computed about as fast as their page is copied
 _MIN_AWAITED = 16  # tokens that a request waits for if they are being computed, to copy them a step later
 
 

@@ -30,12 +30,25 @@ _LONG = {"prompt": _STORY, "max_tokens": 450, "ignore_eos": True, "temperature":
 
 
 @pytest.fixture(scope="module")
-def replicas(compilation_cache: Path) -> Iterator[RayProcess]:
-    process = RayProcess(
-        *("--num-replicas", "2", "--num-cpus-per-replica", "0.5", "--dtype", "float32", "--max-num-seqs", "2"),
-        *("--max-model-len", "512", "--max-num-batched-tokens", "18", "--max-unsent-bytes", str(_MAX_UNSENT)),
-        *("--compilation-cache-dir", str(compilation_cache)),
-    )
+def flags(compilation_cache: Path) -> tuple[str, ...]:
+    sizes = ("--max-num-seqs", "2", "--max-model-len", "512", "--max-num-batched-tokens", "18")
+    limits = ("--max-unsent-bytes", str(_MAX_UNSENT))
+    return ("--dtype", "float32", *sizes, *limits, "--compilation-cache-dir", str(compilation_cache))
+
+
+@pytest.fixture(scope="module")
+def server(flags: tuple[str, ...]) -> Iterator[ServerProcess]:
+    """A single server with the replicas' flags."""
+    process = ServerProcess(*flags)
+    yield process
+    assert process.terminate() == 0
+
+
+@pytest.fixture(scope="module")
+def replicas(flags: tuple[str, ...], server: ServerProcess) -> Iterator[RayProcess]:
+    """The replicas; they read the programs that the single server has compiled."""
+    assert server.process.poll() is None
+    process = RayProcess("--num-replicas", "2", "--num-cpus-per-replica", "0.5", *flags)
     yield process
     if process.process.poll() is None:
         assert process.terminate() == 0

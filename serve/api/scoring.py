@@ -48,7 +48,8 @@ class ScoringJob:
     group: RequestGroup
     prompt_tokens: int
     answer_bytes: int  # an upper bound
-    run: Callable[[], Awaitable[dict[str, Any]]]  # the answer; raises RequestError and the exceptions of the engine
+    run: Callable[[], Awaitable[Any]]  # raises RequestError and the exceptions of the engine
+    render: Callable[[Any], dict[str, Any]]  # the answer of what `run` returns; slow, for a thread
 
 
 class ScoringHandler[B: RequestFields](ABC):
@@ -99,10 +100,10 @@ class ScoringHandler[B: RequestFields](ABC):
     async def _answer(self, job: ScoringJob) -> Body:
         with engine_errors(self._context.metrics.on_rejected):
             try:
-                answer = await job.run()
+                result = await job.run()
             except RequestError as error:
                 raise engine_error(f"{str(error).capitalize()}.") from None
-        return await asyncio.to_thread(make_body, answer)
+        return await asyncio.to_thread(lambda: make_body(job.render(result)))
 
     @abstractmethod
     def _job(self, body: B, name: str, record: AnswerRecord) -> ScoringJob:
@@ -155,12 +156,12 @@ class _LabelScoring[B: (ScoreRequest, GenerativeScoringRequest)](ScoringHandler[
         group = RequestGroup(self._context, record, body, body.cache_salt or "")
         width = 2 if body.return_token_logprobs else 1
 
-        async def run() -> dict[str, Any]:
-            scored = await self._score(body, group, prompts, labels)
+        def render(scored: _Scored) -> dict[str, Any]:
             counts = usage(total, 0, scored.cached_tokens)
             return self._render(body, scored, {"model": name, "usage": counts}, record)
 
-        return ScoringJob(group, total, (scores * width + len(items)) * _SCORE_BYTES, run)
+        run = partial(self._score, body, group, prompts, labels)
+        return ScoringJob(group, total, (scores * width + len(items)) * _SCORE_BYTES, run, render)
 
     async def _score(
         self, body: B, group: RequestGroup, prompts: Sequence[array[int]], labels: Sequence[Sequence[int]]

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import mul
 from typing import Any
 
@@ -58,12 +59,11 @@ class _DecisionHandler[B: (DecisionsRequest, SystemOneRequest)](ScoringHandler[B
                 raise question.question.error("", "its prompt gives no tokens.")
             tokens += sum(lengths)
 
-        async def run() -> dict[str, Any]:
-            decisions = await decider.run(plan)
+        def render(decisions: list[Decision]) -> dict[str, Any]:
             return {"answers": self._answers(body, decisions), "model": name, "usage": decision_usage(decisions)}
 
         ids = tokens if options.return_token_ids else 0
-        return ScoringJob(group, tokens, _answer_bytes(plan, sum(sizes), ids), run)
+        return ScoringJob(group, tokens, _answer_bytes(plan, sum(sizes), ids), partial(decider.run, plan), render)
 
     def _check_reads(self, questions: Sequence[Question], sizes: Sequence[int], options: ScoringOptions) -> None:
         """Limit the prompts of one request, and the memory that their texts take."""
@@ -132,7 +132,7 @@ class SystemOne(_DecisionHandler[SystemOneRequest]):
         with _detailed_errors(names):
             job = super()._job(body, name, record)
 
-        async def run() -> dict[str, Any]:
+        async def run() -> Any:
             with _detailed_errors(names):
                 return await job.run()
 

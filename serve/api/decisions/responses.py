@@ -1,13 +1,15 @@
 """Schemas of the answers of decisions, for /openapi.json and the tests, and the answers as plain dictionaries."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.token_logprobs import MIN_LOGPROB
 from serve.jobs.results import Decision, Evidence
+
+_EVIDENCE_FIELDS = tuple(field.name for field in fields(Evidence))
 
 _Probability = Annotated[float, Field(ge=0, le=1)]
 _Logprob = Annotated[float, Field(ge=MIN_LOGPROB, description=f"{MIN_LOGPROB:.0f} for probability 0")]
@@ -208,16 +210,17 @@ def decision_usage(decisions: Sequence[Decision]) -> dict[str, Any]:
 
 
 def _evidence(decision: Decision) -> dict[str, Any]:
-    """Evidence without fields that are None."""
+    """Evidence without fields that are None, and with MIN_LOGPROB for -inf."""
+    evidence = decision.evidence
+    values = {name: value for name in _EVIDENCE_FIELDS if (value := getattr(evidence, name)) is not None}
+    for name in ("logprobs", "normalized", "prior_logprobs"):
+        if name in values:
+            values[name] = _clamped(values[name])
+    if evidence.orders is not None:
+        values["orders"] = [asdict(replace(order, logprobs=_clamped(order.logprobs))) for order in evidence.orders]
     formulas = {"confidence_formula": decision.confidence_formula, "score_formula": decision.score_formula}
-    values: Mapping[str, Any] = {field.name: getattr(decision.evidence, field.name) for field in fields(Evidence)}
-    return {name: _json_value(value) for name, value in {**values, **formulas}.items() if value is not None}
+    return values | {name: formula for name, formula in formulas.items() if formula is not None}
 
 
-def _json_value(value: Any) -> Any:
-    """Lists and objects for tuples and dataclasses, with MIN_LOGPROB for -inf."""
-    if isinstance(value, tuple):
-        return [_json_value(item) for item in value]
-    if is_dataclass(value):
-        return {field.name: _json_value(getattr(value, field.name)) for field in fields(value)}
-    return max(value, MIN_LOGPROB) if isinstance(value, float) else value
+def _clamped(logprobs: Sequence[float]) -> tuple[float, ...]:
+    return tuple(max(value, MIN_LOGPROB) for value in logprobs)

@@ -49,7 +49,7 @@ class RateLimit:
         self._refill()
         rule = f"{self._limit} {self._unit} per minute of the key {client!r}"
         if amount > self._limit:
-            message = f"The request may use {amount} tokens, prompt and `max_tokens`, above the limit of {rule}."
+            message = f"The request may use {amount} tokens, of prompts and outputs, above the limit of {rule}."
             raise invalid("max_tokens", message, "tokens_above_rate_limit")
         if amount > self._available:
             seconds = math.ceil((amount - self._available) * 60 / self._limit)

@@ -66,7 +66,11 @@ class ScoringHandler[B: RequestFields](ABC):
         async with self._context.bodies.read(request) as data:
             job = await asyncio.to_thread(self._prepare, data, record)
         del data  # not needed while the prompts are scored
-        record.charge(job.prompt_tokens)
+        try:
+            record.charge(job.prompt_tokens)
+        except APIError as error:
+            error.param = None  # there is no `max_tokens`
+            raise
         record.measure = partial(job.group.work, job.prompt_tokens)
         holding = Holding(self._context.unsent, record.key)
         try:

@@ -17,11 +17,25 @@ from tests.support.decisions import assert_golden, decide, golden_cases, golden_
 from tests.support.runners import make_runner
 
 BUCKETS = Buckets(decode_rows=(8,), prefill_chunks=(64,), score_rows=64, pages_per_row=16)
+# Several sizes of a prefill, so that the same prompt is computed in different ones.
+CROWD = Buckets(decode_rows=(8,), prefill_chunks=(16, 64, 256), score_rows=64, pages_per_row=16)
 
 
 @pytest.fixture(scope="module")
 def prompts() -> DecisionFormat:
     return DecisionFormat(ChatFormat(local_tokenizer(default_model_path())))
+
+
+@pytest.fixture(scope="module")
+def runner() -> ModelRunner:
+    """Six of the default model's 30 layers, which are compiled alike."""
+    return make_runner(default_model_path(), "bfloat16", CROWD, layers=6)
+
+
+@pytest.fixture(scope="module")
+def whole_runner() -> ModelRunner:
+    """The default model."""
+    return make_runner(default_model_path(), "bfloat16", CROWD)
 
 
 @pytest.mark.slow
@@ -59,47 +73,61 @@ def bits(decisions: list[list[Decision]]) -> list[tuple[float, ...]]:
     return [(*d.probabilities, *d.evidence.logprobs, d.evidence.label_mass) for [d] in decisions]
 
 
-@pytest.mark.parametrize(
-    "scoring",
-    ["labels", pytest.param("sequences", marks=pytest.mark.slow), pytest.param("permutations", marks=pytest.mark.slow)],
-)
-def test_bits_of_decisions(bfloat16_runner: ModelRunner, prompts: DecisionFormat, scoring: Any) -> None:
-    """Alone, among 64 others at the same time, cached, and after a restart of the engine."""
-    requests = requests_of(5, QUESTIONS)
-    options = ScoringOptions(scoring=scoring, permutations=2 if scoring == "permutations" else None)
-    alone = [bits(decide(bfloat16_runner, prompts, [request], options))[0] for request in requests]
-    crowd = requests_of(64, QUESTIONS)
-    together = decide(bfloat16_runner, prompts, [*crowd, *requests, *requests], options, together=True)
-    assert bits(together)[64:] == alone * 2
-    assert any(decision.evidence.cached_tokens for [decision] in together)
-    assert bits(decide(bfloat16_runner, prompts, requests * 2, options)) == alone * 2
-    assert bits(decide(bfloat16_runner, prompts, requests, options, caches=False)) == alone
+def test_bits_of_decisions(runner: ModelRunner, prompts: DecisionFormat) -> None:
+    assert_same_bits(runner, prompts, ScoringOptions())
 
 
 @pytest.mark.slow
-def test_2000_decisions_have_the_same_bits_again(bfloat16_runner: ModelRunner, prompts: DecisionFormat) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        ScoringOptions(),
+        ScoringOptions(scoring="sequences"),
+        ScoringOptions(scoring="permutations", permutations=2),
+    ],
+    ids=lambda options: options.scoring,
+)
+def test_bits_of_decisions_of_the_whole_model(
+    whole_runner: ModelRunner, prompts: DecisionFormat, options: ScoringOptions
+) -> None:
+    assert_same_bits(whole_runner, prompts, options)
+
+
+def assert_same_bits(runner: ModelRunner, prompts: DecisionFormat, options: ScoringOptions) -> None:
+    """Decide alone, among 64 others at the same time, cached, and after a restart of the engine."""
+    requests = requests_of(5, QUESTIONS)
+    alone = [bits(decide(runner, prompts, [request], options))[0] for request in requests]
+    crowd = requests_of(64, QUESTIONS)
+    together = decide(runner, prompts, [*crowd, *requests, *requests], options, together=True)
+    assert bits(together)[64:] == alone * 2
+    assert any(decision.evidence.cached_tokens for [decision] in together)
+    assert bits(decide(runner, prompts, requests * 2, options)) == alone * 2
+    assert bits(decide(runner, prompts, requests, options, caches=False)) == alone
+
+
+@pytest.mark.slow
+def test_2000_decisions_have_the_same_bits_again(whole_runner: ModelRunner, prompts: DecisionFormat) -> None:
     text = "The parcel came late, the box was wet, and nobody answered the phone. "
     questions = {f"{name} {i}": question for i in range(10) for name, question in QUESTIONS.items()}
     requests = [decision_request({"state": f"Order {i}. {text * 2}", "questions": questions}) for i in range(50)]
-    first, second = (decide(bfloat16_runner, prompts, requests, together=True) for _ in range(2))
+    first, second = (decide(whole_runner, prompts, requests, together=True) for _ in range(2))
     decisions, again = ([[decision] for part in parts for decision in part] for parts in (first, second))
     assert len(decisions) == 2000
     assert bits(decisions) == bits(again)
 
 
-def test_questions_of_one_request_have_the_bits_of_each_alone(
-    bfloat16_runner: ModelRunner, prompts: DecisionFormat
-) -> None:
+def test_questions_of_one_request_have_the_bits_of_each_alone(runner: ModelRunner, prompts: DecisionFormat) -> None:
     state = "The parcel came late and the box was wet. " * 12
     whole = decision_request({"state": state, "questions": QUESTIONS})
     single = [decision_request({"state": state, "questions": {name: QUESTIONS[name]}}) for name in QUESTIONS]
-    [decisions] = decide(bfloat16_runner, prompts, [whole])
-    assert bits([[decision] for decision in decisions]) == bits(decide(bfloat16_runner, prompts, single, caches=False))
+    [decisions] = decide(runner, prompts, [whole])
+    assert bits([[decision] for decision in decisions]) == bits(decide(runner, prompts, single, caches=False))
 
 
-def test_argmax_of_permutations_is_a_label_in_all_orders(bfloat16_runner: ModelRunner, prompts: DecisionFormat) -> None:
+@pytest.mark.slow
+def test_argmax_of_permutations_is_a_label_in_all_orders(whole_runner: ModelRunner, prompts: DecisionFormat) -> None:
     request = golden_request(golden_cases("smollm2-decisions-f32")[0])
-    [decisions] = decide(bfloat16_runner, prompts, [request], ScoringOptions(scoring="permutations", permutations=2))
+    [decisions] = decide(whole_runner, prompts, [request], ScoringOptions(scoring="permutations", permutations=2))
     tops = list[set[bool]]()
     for decision in decisions:
         assert decision.evidence.orders is not None

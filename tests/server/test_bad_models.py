@@ -98,6 +98,17 @@ def with_code(folder: Path) -> Path:
     return folder
 
 
+def with_file(name: str, text: str) -> Callable[[Path], Path]:
+    """Return a function that makes a model with another file."""
+
+    def make(folder: Path) -> Path:
+        directory(folder)
+        (folder / name).write_text(text)
+        return folder
+
+    return make
+
+
 CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "truncated safetensors": (truncated, "model.safetensors: not a complete safetensors file"),
     "truncated header": (truncated_header, "model.safetensors: not a complete safetensors file"),
@@ -116,6 +127,14 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "unknown architecture": (
         changed(architectures=["MambaForCausalLM"]),
         "architecture ['MambaForCausalLM'] is not known; known: Gemma2ForCausalLM, Gemma3ForCausalLM, LlamaForCausalLM",
+    ),
+    "decision head": (
+        with_file("judge_config.json", "{}"),
+        "judge_config.json: decision heads that read hidden states",
+    ),
+    "decision adapter": (
+        with_file("decision.json", '{"adapter": "lora"}'),
+        "decision.json: `adapter`: adapters are not",
     ),
     "another model's tokenizer": (other_tokenizer, f"the tokenizer has {VOCAB + 2} tokens, the model {VOCAB}"),
     "template that raises": (

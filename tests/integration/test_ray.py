@@ -1,5 +1,6 @@
 """Two replicas of the default model on a real Ray of this machine, through the same API."""
 
+import gzip
 import json
 import socket
 import time
@@ -102,6 +103,28 @@ def test_every_replica_equals_a_single_server(replicas: RayProcess, server: Serv
     after = numbers(replicas, "logprobd:prompt_tokens_total")
     assert len(before) == 2
     assert {replica: after[replica] - before[replica] for replica in before} == dict.fromkeys(before, 5)
+
+
+def test_decisions_equal_those_of_a_single_server(replicas: RayProcess, server: ServerProcess) -> None:
+    """Compressed, and of one state, which one replica has in its cache afterwards."""
+    question = {"type": "predicate", "name": "q", "instructions": "Is it about money?"}
+    body = {"input": "I was charged twice. " * 40, "questions": [question, question | {"name": "r"}]}
+
+    def decide(served: ServerProcess) -> Any:
+        content, headers = gzip.compress(json.dumps(body).encode()), {"Content-Type": "application/json"}
+        headers["Content-Encoding"] = "gzip"
+        answer = httpx2.post(f"{served.url}/v1/decisions", content=content, headers=headers, timeout=_DEADLINE)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    alone = [answer["probability"] for answer in decide(server)["answers"]]
+    assert [answer["probability"] for answer in decide(replicas)["answers"]] == alone
+    again = decide(replicas)
+    assert [answer["probability"] for answer in again["answers"]] == alone
+    assert min(answer["evidence"]["cached_tokens"] for answer in again["answers"]) >= 192
+    odd = httpx2.post(f"{replicas.url}/v1/systemone", json={"state": "a", "questions": {}}, timeout=_DEADLINE)
+    assert (odd.status_code, odd.json()["detail"][0]["loc"]) == (422, ["body", "questions"])
+    assert odd.headers["x-typesafe-request-id"]
 
 
 def test_openai_client_streams(replicas: RayProcess) -> None:

@@ -87,7 +87,7 @@ fuzz: .venv/.dev .venv/.fuzz kernels
 	$(PY) -m tools.fuzz $(ARGS)
 
 # Known vulnerabilities of run-time dependencies. Needs the network; a package that cannot be checked is a failure.
-AUDITED := locks/serve.txt locks/ray.txt locks/otel.txt locks/cuda.txt locks/tpu.txt
+AUDITED := locks/serve.txt locks/ray.txt locks/otel.txt locks/plot.txt locks/cuda.txt locks/tpu.txt
 audit: .venv/.audit
 	.venv/audit/bin/pip-audit --strict --disable-pip --require-hashes $(addprefix -r ,$(AUDITED))
 
@@ -111,9 +111,9 @@ $(PY):
 
 # The packages of a lock, in .venv.
 .venv/.serve: locks/serve.txt | $(PY)
-.venv/.dev .venv/.ray .venv/.otel .venv/.cuda .venv/.tpu: .venv/.%: locks/%.txt | .venv/.serve
+.venv/.dev .venv/.ray .venv/.otel .venv/.plot .venv/.cuda .venv/.tpu: .venv/.%: locks/%.txt | .venv/.serve
 .venv/.lock: locks/lock.txt | $(PY)
-.venv/.serve .venv/.dev .venv/.ray .venv/.otel .venv/.cuda .venv/.tpu .venv/.lock:
+.venv/.serve .venv/.dev .venv/.ray .venv/.otel .venv/.plot .venv/.cuda .venv/.tpu .venv/.lock:
 	@echo "installing $<"
 	@$(INSTALL) -r $<
 	@touch $@

@@ -109,7 +109,7 @@ class LLM:
         self.decisions = DecisionFormat(self.chats, self.loaded.decisions)
         self._shows_progress = shows_progress
         self._worker = LoopThread()
-        self._queue = self._new_queue()
+        self._queue = self.new_queue()
         self._queues: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, RequestQueue] = weakref.WeakKeyDictionary()
         self._finalizer = weakref.finalize(self, _close, self.engine, self._worker)
 
@@ -229,7 +229,7 @@ class LLM:
         self, requests: Iterable[R], logprobs: int
     ) -> AsyncGenerator[tuple[R, TokenLogprobs | RequestError]]:
         """Score texts on the caller's event loop, see `serve.jobs.score.stream_scores`."""
-        return stream_scores(self._new_queue(), requests, logprobs)
+        return stream_scores(self.new_queue(), requests, logprobs)
 
     def sampling_options(self, **options: Unpack[SamplingKeywords]) -> GenerationOptions:
         """Validated options, with the model's defaults. Raises as `generate`."""
@@ -246,12 +246,12 @@ class LLM:
         self.close()
 
     async def _stream(self, request: OutputRequest, options: GenerationOptions) -> AsyncGenerator[Output]:
-        queue = self._queues.setdefault(asyncio.get_running_loop(), self._new_queue())
+        queue = self._queues.setdefault(asyncio.get_running_loop(), self.new_queue())
         async with aclosing(Generator(queue, self.loaded.tokenizer, options).stream(request)) as outputs:
             async for output in outputs:
                 yield output
 
-    def _new_queue(self) -> RequestQueue:
+    def new_queue(self) -> RequestQueue:
         """A queue for one event loop that keeps the engine busy."""
         config = self.loaded.config
         requests = min(config.max_num_queued_reqs, _REQUESTS_PER_SEQ * config.max_num_seqs)

@@ -62,7 +62,11 @@ FORBIDDEN = (
     ("serve.cli.chat", "serve.api"),
     ("serve.cli.chat", "starlette"),
     ("serve.cli.chat", "jax"),
-    *((f"serve.cli.{name}", other) for name in ("batch", "score") for other in ("serve.api", "starlette", "jax")),
+    *(
+        (f"serve.cli.{name}", other)
+        for name in ("batch", "decide", "score")
+        for other in ("serve.api", "starlette", "jax")
+    ),
     # The soak test is a client.
     ("tools.soak", "serve.engine"),
     ("tools.soak", "jax"),

@@ -1,4 +1,4 @@
-"""The command line `logprobd`: serve, score, chat and models."""
+"""The command line `logprobd`: serve, score, decide, chat and models."""
 
 import sys
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from serve import __version__
 _COMMANDS = {
     "serve": ("serve.config.flags", "serve.server.server"),
     "score": ("serve.cli.score.config", "serve.cli.score.command"),
+    "decide": ("serve.cli.decide.config", "serve.cli.decide.command"),
     "chat": ("serve.cli.chat.config", "serve.cli.chat.command"),
     "models": ("serve.cli.models", "serve.cli.models"),
 }
@@ -24,6 +25,7 @@ OpenAI-compatible server of exact log-probabilities and ranks.
 commands; each has its own --help:
   serve [MODEL]      serve HTTP; this is the default command
   score FILE         write the log-prob and rank of every token of a file
+  decide FILE        answer the questions of a file by the probabilities of their options
   chat [MODEL]       chat in the terminal, with tokens colored by surprise
   models [FOLDER]    list local models, and whether they can be served
   --version          print the version

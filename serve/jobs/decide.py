@@ -14,6 +14,7 @@ from serve.engine.request import EngineLimits, FinishReason, PromptScoring, Requ
 from serve.jobs.request_queue import RequestError, RequestQueue
 from serve.jobs.results import CONFIDENCE_FORMULAS, SCORE_FORMULA, Decision, Evidence, OrderEvidence
 from serve.jobs.score import checked_logprobs
+from serve.text.chat import PromptError
 from serve.text.decisions.encoder import Prompt
 from serve.text.decisions.plan import DecisionPlan, LabelReadout, QuestionPlan, SequenceReadout
 
@@ -81,11 +82,30 @@ class Decider:
 
         Raises as `run`.
         """
+        return self._queue.run_in_order(plans, self.run, self._num_tokens)
 
-        def num_tokens(plan: DecisionPlan) -> int:
-            return sum(read.num_tokens for question in plan.questions for read in self._reads(question))
+    def stream_results[K](
+        self, plans: Iterable[tuple[K, DecisionPlan | PromptError]]
+    ) -> AsyncGenerator[tuple[K, list[Decision] | PromptError | RequestError]]:
+        """As `stream`, for plans with keys; an error, of a plan or of its run, takes the place of the decisions.
 
-        return self._queue.run_in_order(plans, self.run, num_tokens)
+        Raises EngineStoppedError.
+        """
+
+        async def run(item: tuple[K, DecisionPlan | PromptError]) -> tuple[K, Any]:
+            key, plan = item
+            try:
+                return key, plan if isinstance(plan, PromptError) else await self.run(plan)
+            except (PromptError, RequestError) as error:
+                return key, error
+
+        def num_tokens(item: tuple[K, DecisionPlan | PromptError]) -> int:
+            return 0 if isinstance(item[1], PromptError) else self._num_tokens(item[1])
+
+        return self._queue.run_in_order(plans, run, num_tokens)
+
+    def _num_tokens(self, plan: DecisionPlan) -> int:
+        return sum(read.num_tokens for question in plan.questions for read in self._reads(question))
 
     def _reads(self, plan: QuestionPlan) -> Iterator[_Read]:
         for readout in plan.readouts:

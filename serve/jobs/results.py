@@ -3,13 +3,13 @@
 import math
 from collections import UserList
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.token_logprobs import TokenLogprobs, empty_logprobs
+from model.token_logprobs import MIN_LOGPROB, TokenLogprobs, empty_logprobs
 from serve.text.decisions.questions import QuestionType
 from serve.text.tokenizer import Tokenizer
 
@@ -134,6 +134,65 @@ class Decision:
     def probability(self) -> float:
         """The probability of the first option: of a noul, that it is true."""
         return self.probabilities[0]
+
+
+_EVIDENCE_FIELDS = tuple(item.name for item in fields(Evidence))
+
+
+def openai_answer(decision: Decision) -> dict[str, Any]:
+    """An answer of POST /v1/decisions."""
+    pairs = [*zip(decision.options, decision.probabilities, strict=True)]
+    answer: dict[str, Any]
+    match decision.type:
+        case "noul":
+            answer = {"type": "predicate", "name": decision.name, "probability": decision.probability}
+        case "choice":
+            probabilities = [{"value": value, "probability": probability} for value, probability in pairs]
+            answer = {"type": "choice", "name": decision.name, "choice": decision.choice}
+            answer |= {"confidence": decision.confidence, "probabilities": probabilities}
+        case "score":
+            probabilities = [
+                {"value": i, "label": label, "probability": probability} for i, (label, probability) in enumerate(pairs)
+            ]
+            answer = {"type": "score", "name": decision.name, "score": decision.score}
+            answer |= {"confidence": decision.confidence, "probabilities": probabilities}
+    return answer | {"evidence": _evidence(decision)}
+
+
+def typesafe_answer(decision: Decision, criteria: Any) -> dict[str, Any]:
+    """An answer of POST /v1/systemone; `criteria` of the question, as they were sent."""
+    answer: dict[str, Any]
+    match decision.type:
+        case "noul":
+            answer = {"type": "noul", "noul": decision.probability}
+        case "choice":
+            probabilities = dict(zip(map(str, decision.options), decision.probabilities, strict=True))
+            answer = {"type": "choice", "choice": decision.choice, "confidence": decision.confidence}
+            answer |= {"probabilities": probabilities}
+        case "score":
+            answer = {"type": "score", "score": decision.score, "confidence": decision.confidence}
+            answer |= {
+                "legend": {str(i): criterion for i, criterion in enumerate(criteria)},
+                "probabilities": {str(i): value for i, value in enumerate(decision.probabilities)},
+            }
+    return answer | {"evidence": _evidence(decision)}
+
+
+def _evidence(decision: Decision) -> dict[str, Any]:
+    """Evidence without fields that are None, and with MIN_LOGPROB for -inf."""
+    evidence = decision.evidence
+    values = {name: value for name in _EVIDENCE_FIELDS if (value := getattr(evidence, name)) is not None}
+    for name in ("logprobs", "normalized", "prior_logprobs"):
+        if name in values:
+            values[name] = _clamped(values[name])
+    if evidence.orders is not None:
+        values["orders"] = [asdict(replace(order, logprobs=_clamped(order.logprobs))) for order in evidence.orders]
+    formulas = {"confidence_formula": decision.confidence_formula, "score_formula": decision.score_formula}
+    return values | {name: formula for name, formula in formulas.items() if formula is not None}
+
+
+def _clamped(logprobs: Sequence[float]) -> tuple[float, ...]:
+    return tuple(max(value, MIN_LOGPROB) for value in logprobs)
 
 
 class Batch[T: (Generation, Score)](UserList[T]):

@@ -28,6 +28,7 @@ print(json.dumps([code, sorted(sys.modules)]))
         (["--version"], 0, "logprobd 0."),
         (["serve", "--help"], 0, "--max-num-seqs"),
         (["score", "--help"], 0, "--text-field"),
+        (["decide", "--help"], 0, "--permutations"),
         (["chat", "--help"], 0, "--temperature"),
         (["models", "--help"], 0, "--json"),
         (["serve", "--version"], 0, "logprobd 0."),
@@ -47,7 +48,9 @@ def test_help_and_mistakes_import_nothing_heavy(arguments: list[str], code: int,
     assert {name.partition(".")[0] for name in modules}.isdisjoint(HEAVY)
 
 
-@pytest.mark.parametrize(("command", "word"), [("serve", "MODEL"), ("chat", "MODEL"), ("score", "FILE")])
+@pytest.mark.parametrize(
+    ("command", "word"), [("serve", "MODEL"), ("chat", "MODEL"), ("score", "FILE"), ("decide", "FILE")]
+)
 def test_every_command_takes_the_model_flag(command: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])

@@ -94,7 +94,7 @@ def test_locks_on_top_of_another_repeat_none_of_its_pins() -> None:
     serve, dev = pins("serve"), pins("dev")
     assert len(serve) > 40
     assert "openai" not in serve
-    for name in ("dev", "notebook", "ray", "cuda", "tpu", "portability", "fuzz"):
+    for name in ("dev", "notebook", "ray", "cuda", "tpu", "otel", "plot", "portability", "fuzz"):
         assert pins(name), name
         assert not pins(name) & serve, name
     assert not pins("notebook") & dev

@@ -14,13 +14,13 @@ from typing import Any
 import orjson
 
 from serve.api.decisions.requests import DecisionFields, DecisionsRequest, SystemOneRequest
-from serve.api.decisions.responses import decision_usage, openai_answer, typesafe_answer
+from serve.api.decisions.responses import decision_usage
 from serve.api.errors import MAX_MESSAGE, APIError, invalid
 from serve.api.middleware import AnswerRecord
 from serve.api.request_group import RequestGroup
 from serve.api.scoring import ScoringHandler, ScoringJob
 from serve.jobs.decide import Decider
-from serve.jobs.results import Decision
+from serve.jobs.results import Decision, openai_answer, typesafe_answer
 from serve.text.chat import PromptError
 from serve.text.decisions.encoder import Prompt
 from serve.text.decisions.plan import DecisionPlan, QuestionPlan

@@ -1,15 +1,12 @@
-"""Schemas of the answers of decisions, for /openapi.json and the tests, and the answers as plain dictionaries."""
+"""Schemas of the answers of decisions, for /openapi.json and the tests, and their usage."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.token_logprobs import MIN_LOGPROB
-from serve.jobs.results import Decision, Evidence
-
-_EVIDENCE_FIELDS = tuple(field.name for field in fields(Evidence))
+from serve.jobs.results import Decision
 
 _Probability = Annotated[float, Field(ge=0, le=1)]
 _Logprob = Annotated[float, Field(ge=MIN_LOGPROB, description=f"{MIN_LOGPROB:.0f} for probability 0")]
@@ -159,44 +156,6 @@ class ValidationErrors(_Answer):
     detail: list[ValidationDetail]
 
 
-def openai_answer(decision: Decision) -> dict[str, Any]:
-    pairs = [*zip(decision.options, decision.probabilities, strict=True)]
-    answer: dict[str, Any]
-    match decision.type:
-        case "noul":
-            answer = {"type": "predicate", "name": decision.name, "probability": decision.probability}
-        case "choice":
-            probabilities = [{"value": value, "probability": probability} for value, probability in pairs]
-            answer = {"type": "choice", "name": decision.name, "choice": decision.choice}
-            answer |= {"confidence": decision.confidence, "probabilities": probabilities}
-        case "score":
-            probabilities = [
-                {"value": i, "label": label, "probability": probability} for i, (label, probability) in enumerate(pairs)
-            ]
-            answer = {"type": "score", "name": decision.name, "score": decision.score}
-            answer |= {"confidence": decision.confidence, "probabilities": probabilities}
-    return answer | {"evidence": _evidence(decision)}
-
-
-def typesafe_answer(decision: Decision, criteria: Any) -> dict[str, Any]:
-    """`criteria` of the question, as they were sent."""
-    answer: dict[str, Any]
-    match decision.type:
-        case "noul":
-            answer = {"type": "noul", "noul": decision.probability}
-        case "choice":
-            probabilities = dict(zip(map(str, decision.options), decision.probabilities, strict=True))
-            answer = {"type": "choice", "choice": decision.choice, "confidence": decision.confidence}
-            answer |= {"probabilities": probabilities}
-        case "score":
-            answer = {"type": "score", "score": decision.score, "confidence": decision.confidence}
-            answer |= {
-                "legend": {str(i): criterion for i, criterion in enumerate(criteria)},
-                "probabilities": {str(i): value for i, value in enumerate(decision.probabilities)},
-            }
-    return answer | {"evidence": _evidence(decision)}
-
-
 def decision_usage(decisions: Sequence[Decision]) -> dict[str, Any]:
     tokens = sum(decision.evidence.prompt_tokens for decision in decisions)
     cached = sum(decision.evidence.cached_tokens for decision in decisions)
@@ -207,20 +166,3 @@ def decision_usage(decisions: Sequence[Decision]) -> dict[str, Any]:
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": tokens,
     }
-
-
-def _evidence(decision: Decision) -> dict[str, Any]:
-    """Evidence without fields that are None, and with MIN_LOGPROB for -inf."""
-    evidence = decision.evidence
-    values = {name: value for name in _EVIDENCE_FIELDS if (value := getattr(evidence, name)) is not None}
-    for name in ("logprobs", "normalized", "prior_logprobs"):
-        if name in values:
-            values[name] = _clamped(values[name])
-    if evidence.orders is not None:
-        values["orders"] = [asdict(replace(order, logprobs=_clamped(order.logprobs))) for order in evidence.orders]
-    formulas = {"confidence_formula": decision.confidence_formula, "score_formula": decision.score_formula}
-    return values | {name: formula for name, formula in formulas.items() if formula is not None}
-
-
-def _clamped(logprobs: Sequence[float]) -> tuple[float, ...]:
-    return tuple(max(value, MIN_LOGPROB) for value in logprobs)

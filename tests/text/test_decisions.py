@@ -19,7 +19,7 @@ from serve.server.model_files import local_tokenizer
 from serve.text.chat import ChatFormat, PromptError
 from serve.text.decisions.encoder import MARK, SPLIT, PromptEncoder
 from serve.text.decisions.plan import DecisionFormat, option_orders
-from serve.text.decisions.prompts import DecisionSettings, SettingsError, ShownQuestion, default_prompt, read_settings
+from serve.text.decisions.prompts import DecisionSettings, QuestionView, SettingsError, default_prompt, read_settings
 from serve.text.decisions.questions import ScoringOptions, decision_request, typesafe_questions
 from serve.text.gguf_tokenizer import tokenizer_from_gguf
 from serve.text.tokenizer import Tokenizer
@@ -115,7 +115,7 @@ def prompt_ids(family: str, state: Any, questions: dict[str, Any]) -> tuple[list
     encoder = PromptEncoder(tokenizer, tokenizer.chat_template)
     prompts = format_of(family)
     prompts._encoder = encoder
-    items = [item for question in typesafe_questions(questions) for item in prompts._shown(question, ScoringOptions())]
+    items = [item for question in typesafe_questions(questions) for item in prompts._views(question, ScoringOptions())]
     request = decision_request({"state": state, "questions": questions})
     encoded = prompts._encode(request, [(item, default_prompt(item)) for item in items], ROOM)
     return [prompt.token_ids for prompt in encoded], min(len(prompt.shared) for prompt in encoded)
@@ -201,8 +201,8 @@ def test_default_prompt_is_that_of_transformers(case: dict[str, Any]) -> None:
         for labels in (None, [chr(ord("Q") + i) for i in range(5)]):
             config = DecisionConfig(labels={} if labels is None else dict.fromkeys(("noul", "choice", "score"), labels))
             for question, theirs in zip(questions, parse_questions(values, config), strict=True):
-                shown = ShownQuestion(question, tuple(range(len(question.options))), tuple(theirs.labels))
-                assert default_prompt(shown) == template.render(state="", question=theirs)
+                view = QuestionView(question, tuple(range(len(question.options))), tuple(theirs.labels))
+                assert default_prompt(view) == template.render(state="", question=theirs)
 
 
 def test_options_of_equal_text_are_shown_as_json() -> None:
@@ -211,7 +211,7 @@ def test_options_of_equal_text_are_shown_as_json() -> None:
         "questions": [{"type": "choice", "instructions": "", "choices": [{"value": v} for v in VALUES]}],
     }
     [question] = decision_request(body).questions
-    assert ShownQuestion(question, (0, 1, 2), None).option_texts == ['"true"', "true", "false"]
+    assert QuestionView(question, (0, 1, 2), None).option_texts == ['"true"', "true", "false"]
     assert [option.value for option in question.options] == VALUES
 
 

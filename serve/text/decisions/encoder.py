@@ -126,13 +126,12 @@ class PromptEncoder:
         segments = self._segments(text + end)
         first = segments[0].text if segments and segments[0].kind == "first" else ""
         with prompt_errors(param):
-            before, joined = self._tokenizer.encode_batch([context, context + first])
-            rest = _joined(self._encode_segments(segments[bool(first) :]))
-            apart = joined[: len(before)] != before
-            if apart:
+            base, whole = self._tokenizer.encode_batch([context, context + first])
+            rest = _flatten(self._encode_segments(segments[bool(first) :]))
+            if whole[: len(base)] != base:
                 [ids] = self._encode_segments([_Segment(first, "inner", 0)])
                 return [*ids, *rest], True
-        return [*joined[len(before) :], *rest], False
+        return [*whole[len(base) :], *rest], False
 
     def _segments(self, marked: str) -> list[_Segment]:
         segments, end = list[_Segment](), 0
@@ -195,14 +194,14 @@ class PromptEncoder:
         if number is None:
             return None
         segment = segments[number]
-        offset, before, after = self._cut(segment, common - segment.start)
+        offset, head, tail = self._cut(segment, common - segment.start)
         if not offset and segment.kind == "first":
             return None
-        shared = [*self._bos, *_joined(self._encode_segments(segments[:number])), *before]
-        first = [*after, *_joined(self._encode_segments(segments[number + 1 :]))]
+        shared = [*self._bos, *_flatten(self._encode_segments(segments[:number])), *head]
+        first = [*tail, *_flatten(self._encode_segments(segments[number + 1 :]))]
         # At its start a segment can always be cut, since it is encoded on its own.
         kind = "inner" if offset else segment.kind
-        return _Seam(segment.start + offset, kind, shared, after[0] if offset else None, first)
+        return _Seam(segment.start + offset, kind, shared, tail[0] if offset else None, first)
 
     def _cut(self, segment: _Segment, common: int) -> tuple[int, list[int], list[int]]:
         """Characters before a place, at least _MARGIN before `common`, and the ids before and after it; 0 if none fits.
@@ -256,12 +255,12 @@ class PromptEncoder:
     def _read_label_id(self, context: str, label: str) -> int | None:
         if self._pattern.search(label):
             return None
-        before, joined = self._tokenizer.encode_batch([context, context + label])
-        alone = len(joined) == len(before) + 1 and joined[:-1] == before
-        return joined[-1] if alone and not self._tokenizer.is_special(joined[-1]) else None
+        base, whole = self._tokenizer.encode_batch([context, context + label])
+        is_one = len(whole) == len(base) + 1 and whole[:-1] == base and not self._tokenizer.is_special(whole[-1])
+        return whole[-1] if is_one else None
 
 
-def _joined(parts: Iterable[list[int]]) -> list[int]:
+def _flatten(parts: Iterable[list[int]]) -> list[int]:
     return [token for part in parts for token in part]
 
 

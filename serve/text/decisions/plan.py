@@ -15,7 +15,7 @@ from serve.text.decisions.encoder import Prompt, PromptEncoder
 from serve.text.decisions.prompts import (
     DecisionSettings,
     PromptRenderer,
-    ShownQuestion,
+    QuestionView,
     default_prompt,
     sequence_prompt,
     template_question,
@@ -85,12 +85,12 @@ class DecisionFormat:
     @cached_property
     def _answer(self) -> tuple[str, str, int | None]:
         """Text before an answer, and the token that ends it, as text and id: "" and None if there is none."""
-        before, after = ("", "") if self._settings.template is not None else self._renderer.render_answer()
+        prefix, suffix = ("", "") if self._settings.template is not None else self._renderer.render_answer()
         tokenizer = self._chats.tokenizer
-        ids = tokenizer.encode(after.lstrip(), add_special_tokens=False)
+        ids = tokenizer.encode(suffix.lstrip(), add_special_tokens=False)
         if ids and tokenizer.is_special(ids[0]):
-            return before, tokenizer.token_text(ids[0]), ids[0]
-        return before, "", None
+            return prefix, tokenizer.token_text(ids[0]), ids[0]
+        return prefix, "", None
 
     def plan(self, request: DecisionRequest, options: ScoringOptions, max_tokens: int) -> DecisionPlan:
         """Encode the prompts of all questions.
@@ -102,48 +102,46 @@ class DecisionFormat:
         if is_sequences and self._settings.template is not None:
             message = "`scoring` sequences is not possible: this model has a decision template, which asks for labels."
             raise PromptError("scoring", message)
-        shown = [item for question in request.questions for item in self._shown(question, options)]
-        texts = [(item, self._question_text(item)) for item in shown]
+        views = [item for question in request.questions for item in self._views(question, options)]
+        texts = [(item, self._question_text(item)) for item in views]
         prompts = self._encode(request, texts, max_tokens)
         priors: list[Prompt] = []
         if options.normalize == "pmi":
             priors = self._encode(DecisionRequest(request.questions, state="", param=request.param), texts, max_tokens)
         plans, start = list[QuestionPlan](), 0
         for question in request.questions:
-            end = start + sum(1 for item in shown[start:] if item.question is question)
+            end = start + sum(1 for item in views[start:] if item.question is question)
             temperature = options.temperature or self._settings.temperature.get(question.type, 1.0)
-            form = template_question(ShownQuestion(question, tuple(range(len(question.options))), None))
+            form = template_question(QuestionView(question, tuple(range(len(question.options))), None))
             if is_sequences:
                 prior = priors[start] if priors else None
-                sequences = self._sequences(question, self._texts(shown[start]), prompts[start], prior)
+                sequences = self._sequences(question, self._texts(views[start]), prompts[start], prior)
                 plans.append(QuestionPlan(question, form, temperature, sequences=sequences))
             else:
-                pairs = zip(shown[start:end], prompts[start:end], strict=True)
+                pairs = zip(views[start:end], prompts[start:end], strict=True)
                 readouts = tuple(self._labels(*pair) for pair in pairs)
                 plans.append(QuestionPlan(question, form, temperature, readouts))
             start = end
         return DecisionPlan(tuple(plans), options)
 
-    def _encode(
-        self, request: DecisionRequest, texts: list[tuple[ShownQuestion, str]], max_tokens: int
-    ) -> list[Prompt]:
+    def _encode(self, request: DecisionRequest, texts: list[tuple[QuestionView, str]], max_tokens: int) -> list[Prompt]:
         tokenizer = self._chats.tokenizer
 
         def checked() -> Iterator[str]:
-            for (shown, _), text in zip(texts, self._renderer.render(request, texts), strict=True):
+            for (view, _), text in zip(texts, self._renderer.render(request, texts), strict=True):
                 if tokenizer.certainly_exceeds(text, max_tokens):
-                    raise _too_long(shown.question, f"has {len(text)} characters", max_tokens)
+                    raise _too_long(view.question, f"has {len(text)} characters", max_tokens)
                 yield text
 
         prompts = self._encoder.encode(checked(), request.param)
-        for (shown, _), prompt in zip(texts, prompts, strict=True):
+        for (view, _), prompt in zip(texts, prompts, strict=True):
             if not len(prompt):
-                raise shown.question.error("", "its prompt gives no tokens.")
+                raise view.question.error("", "its prompt gives no tokens.")
             if len(prompt) > max_tokens:
-                raise _too_long(shown.question, f"has {len(prompt)} tokens", max_tokens)
+                raise _too_long(view.question, f"has {len(prompt)} tokens", max_tokens)
         return prompts
 
-    def _shown(self, question: Question, options: ScoringOptions) -> Iterator[ShownQuestion]:
+    def _views(self, question: Question, options: ScoringOptions) -> Iterator[QuestionView]:
         """The question in each order of its options that is asked for."""
         count = len(question.options)
         natural = self._settings.noul_order if question.type == "noul" else tuple(range(count))
@@ -153,15 +151,15 @@ class DecisionFormat:
                 message = f"`permutations` is required for more than {_ALL_ORDERS} options; this question has {count}."
                 raise question.error("", message, "missing_required_parameter")
             orders = option_orders(count, options.permutations or math.factorial(count))
-        labels = None if options.scoring == "sequences" else self._shown_labels(question, natural)
+        labels = None if options.scoring == "sequences" else self._view_labels(question, natural)
         for order in orders:
             places = tuple(natural[i] for i in order)
             by_place = labels
             if labels is not None and (question.type == "noul" or any(option.labels for option in question.options)):
                 by_place = tuple(labels[i] for i in order)  # these labels belong to options, others to places
-            yield ShownQuestion(question, places, by_place)
+            yield QuestionView(question, places, by_place)
 
-    def _shown_labels(self, question: Question, order: tuple[int, ...]) -> tuple[str, ...]:
+    def _view_labels(self, question: Question, order: tuple[int, ...]) -> tuple[str, ...]:
         count = len(order)
         labels = tuple(self._settings.labels.get(question.type, ()))
         if not labels:
@@ -169,24 +167,24 @@ class DecisionFormat:
         if len(labels) < count:
             message = f"this model has {len(labels)} labels for {count} options; use `scoring` sequences instead."
             raise question.error("", message)
-        own = [question.options[i].labels for i in order]
-        return tuple(group[0].strip() if group else label for group, label in zip(own, labels, strict=False))
+        groups = [question.options[i].labels for i in order]
+        return tuple(group[0].strip() if group else label for group, label in zip(groups, labels, strict=False))
 
     @cached_property
     def _codes(self) -> tuple[str, ...]:
         """Two-letter labels that are one token each after a prompt."""
         request = DecisionRequest((), state="Hi")
-        question = ShownQuestion(Question("", "noul", ()), (), ("Yes", "No"))
+        question = QuestionView(Question("", "noul", ()), (), ("Yes", "No"))
         [prompt] = self._encoder.encode(self._renderer.render(request, [(question, "")]), "model")
-        before = self._answer[0]
-        return tuple(code for code in _CODES if self._encoder.label_id(prompt.context, before + code) is not None)
+        prefix = self._answer[0]
+        return tuple(code for code in _CODES if self._encoder.label_id(prompt.context, prefix + code) is not None)
 
-    def _labels(self, shown: ShownQuestion, prompt: Prompt) -> LabelReadout:
-        question, before = shown.question, self._answer[0]
-        assert shown.labels is not None
+    def _labels(self, view: QuestionView, prompt: Prompt) -> LabelReadout:
+        question, prefix = view.question, self._answer[0]
+        assert view.labels is not None
         groups: dict[int, tuple[str, ...]] = {}
-        for index, label in zip(shown.order, shown.labels, strict=True):
-            groups[index] = question.options[index].labels or (before + label,)
+        for index, label in zip(view.order, view.labels, strict=True):
+            groups[index] = question.options[index].labels or (prefix + label,)
         labels = tuple(groups[i] for i in range(len(question.options)))
         ids = [[self._encoder.label_id(prompt.context, label) for label in group] for group in labels]
         counts = Counter(label_id for group in ids for label_id in dict.fromkeys(group))
@@ -200,35 +198,35 @@ class DecisionFormat:
             names = ", ".join(map(repr, wrong[:20]))
             raise question.error("", f"not one distinct token each after this prompt: the labels {names}.")
         label_ids = tuple(tuple(dict.fromkeys(i for i in group if i is not None)) for group in ids)
-        return LabelReadout(prompt, shown.order, labels, label_ids)
+        return LabelReadout(prompt, view.order, labels, label_ids)
 
     def _sequences(self, question: Question, texts: list[str], prompt: Prompt, prior: Prompt | None) -> SequenceReadout:
-        before, end, end_id = self._answer
-        sequences, apart = list[tuple[int, ...]](), list[bool]()
+        prefix, end, end_id = self._answer
+        sequences, encoded_apart = list[tuple[int, ...]](), list[bool]()
         for text in texts:
-            marked = self._encoder.mark(before + text)
+            marked = self._encoder.mark(prefix + text)
             ids, is_apart = self._encoder.continuation(prompt.context, marked, end, question.param)
             sequences.append(tuple(ids))
-            apart.append(is_apart)
+            encoded_apart.append(is_apart)
         if len(set(sequences)) < len(sequences):
             raise question.error("", "two options have the same tokens.")
         num_bytes = tuple(len(text.encode()) for text in texts)
-        return SequenceReadout(prompt, tuple(sequences), num_bytes, tuple(apart), end_id, prior)
+        return SequenceReadout(prompt, tuple(sequences), num_bytes, tuple(encoded_apart), end_id, prior)
 
-    def _texts(self, shown: ShownQuestion) -> list[str]:
+    def _texts(self, view: QuestionView) -> list[str]:
         """The text of each option, by option, that is scored as a sequence."""
-        if shown.question.type == "noul":
-            own = [option.labels[0] if option.labels else None for option in shown.question.options]
-            return [text or label for text, label in zip(own, ("Yes", "No"), strict=True)]
-        return ShownQuestion(shown.question, tuple(range(len(shown.order))), None).option_texts
+        if view.question.type == "noul":
+            pairs = zip(view.question.options, ("Yes", "No"), strict=True)
+            return [option.labels[0] if option.labels else text for option, text in pairs]
+        return QuestionView(view.question, tuple(range(len(view.order))), None).option_texts
 
-    def _question_text(self, shown: ShownQuestion) -> str:
+    def _question_text(self, view: QuestionView) -> str:
         if self._settings.template is not None:
             return ""
-        if shown.labels is None:
-            texts = self._texts(shown)
-            return sequence_prompt(shown, [texts[i] for i in shown.order])
-        return default_prompt(shown)
+        if view.labels is None:
+            texts = self._texts(view)
+            return sequence_prompt(view, [texts[i] for i in view.order])
+        return default_prompt(view)
 
 
 @lru_cache(256)

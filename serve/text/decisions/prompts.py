@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
+from serve.config.values import error_reason
 from serve.text.chat import ChatFormat, PromptError
 from serve.text.chat_template import ChatTemplateError, render_chat
 from serve.text.decisions.conversation import chat_messages
@@ -50,14 +51,9 @@ def read_settings(folder: Path) -> DecisionSettings:
 
     try:
         config = DecisionConfig.from_pretrained(folder, local_files_only=True)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        StrictDataclassError,
-    ) as error:  # transformers raises its own validation errors, and those of the files
-        raise SettingsError(f"decision.json: {str(error).splitlines()[0]}") from None
+    # transformers raises its own errors of validation, and those of reading files that are not objects.
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise SettingsError(f"decision.json: {error_reason(error)}") from None
     if config.adapter is not None:
         raise SettingsError("decision.json: `adapter`: adapters are not supported")
     if any(value <= 0 for value in config.temperature.values()):
@@ -73,7 +69,7 @@ def read_settings(folder: Path) -> DecisionSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class ShownQuestion:
+class QuestionView:
     """A question as one prompt shows it."""
 
     question: Question
@@ -90,17 +86,17 @@ class ShownQuestion:
         return [json.dumps(value, ensure_ascii=False) for value in values]
 
 
-def template_question(shown: ShownQuestion) -> Any:
+def template_question(view: QuestionView) -> Any:
     """The question in the form of transformers, whose `answer` gives confidence and score."""
     from transformers.decision import Question as TemplateQuestion
 
-    question = shown.question
-    descriptions = [question.options[i].description for i in shown.order]
-    options = shown.option_texts
+    question = view.question
+    descriptions = [question.options[i].description for i in view.order]
+    options = view.option_texts
     if question.type == "score":
         descriptions = [level_text(text, description) for text, description in zip(options, descriptions, strict=True)]
-        options = [str(i) for i in shown.order]
-    labels = [*(shown.labels or ())]
+        options = [str(i) for i in view.order]
+    labels = [*(view.labels or ())]
     return TemplateQuestion(question.name or "", question.type, question.instructions, options, labels, descriptions)
 
 
@@ -113,12 +109,12 @@ def level_text(value: str, description: Any) -> str:
     return f"{value}: {json_text(description)}" if description else value
 
 
-def default_prompt(shown: ShownQuestion) -> str:
+def default_prompt(view: QuestionView) -> str:
     """What `DECISION_PROMPT` of transformers writes after a state; rendering that template takes 0.3 ms."""
-    question, labels = shown.question, shown.labels
+    question, labels = view.question, view.labels
     assert labels is not None
     lines = [json_text(question.instructions)]
-    for label, text, index in zip(labels, shown.option_texts, shown.order, strict=True):
+    for label, text, index in zip(labels, view.option_texts, view.order, strict=True):
         answer = json_text(question.options[index].description)
         if question.type == "noul":
             answer = answer or ("" if labels == ("Yes", "No") else text)
@@ -134,11 +130,11 @@ def default_prompt(shown: ShownQuestion) -> str:
     return "\n\n" + "\n".join(filter(None, lines)) + "\n" + end
 
 
-def sequence_prompt(shown: ShownQuestion, texts: Sequence[str]) -> str:
+def sequence_prompt(view: QuestionView, texts: Sequence[str]) -> str:
     """Like `default_prompt`, but asks for one of `texts`, which are by place."""
-    question = shown.question
+    question = view.question
     lines = [json_text(question.instructions)]
-    for text, index in zip(texts, shown.order, strict=True):
+    for text, index in zip(texts, view.order, strict=True):
         description = json_text(question.options[index].description)
         if question.type == "noul":
             lines.append(f"{text}: {description}" if description else "")
@@ -161,12 +157,12 @@ class PromptRenderer:
         self._settings = settings
         self._encoder = encoder
 
-    def render(self, request: DecisionRequest, questions: Sequence[tuple[ShownQuestion, str]]) -> Iterator[str]:
+    def render(self, request: DecisionRequest, questions: Sequence[tuple[QuestionView, str]]) -> Iterator[str]:
         """One marked text per question, given with its default prompt. Raise PromptError if a template refuses."""
         if self._settings.template is not None:
             state = self._clean(_json_state(request))
-            for shown, _ in questions:
-                yield self._from_template(self._settings.template, state, shown, request.param)
+            for view, _ in questions:
+                yield self._from_template(self._settings.template, state, view, request.param)
             return
         template = self._chats.tokenizer.chat_template
         messages = self._encoder.mark(_messages(request, template))
@@ -192,9 +188,9 @@ class PromptRenderer:
         whole = self._chats.render(
             [*chat, {"role": "assistant", "content": answer}], add_generation_prompt=False, variables=_VARIABLES
         )
-        before, found, after = whole.rpartition(answer)
-        separator = before.removeprefix(prompt)
-        return separator if separator == " " else "", after if found else ""
+        head, match, tail = whole.rpartition(answer)
+        separator = head.removeprefix(prompt)
+        return separator if separator == " " else "", tail if match else ""
 
     def _chat(self, messages: list[dict[str, Any]], param: str) -> str:
         text = self._chats.render(messages, variables=_VARIABLES, param=param)
@@ -209,10 +205,10 @@ class PromptRenderer:
         parts = (f"{_PLAIN_ROLES.get(message['role'], 'Instructions')}: {message['content']}" for message in messages)
         return "\n\n".join(parts) + _PLAIN_END
 
-    def _from_template(self, template: str, state: Any, shown: ShownQuestion, param: str) -> str:
-        question = asdict(template_question(shown))
+    def _from_template(self, template: str, state: Any, view: QuestionView, param: str) -> str:
+        question = asdict(template_question(view))
         del question["name"]
-        question = {"name": shown.question.name or "", **self._clean(question)}
+        question = {"name": view.question.name or "", **self._clean(question)}
         try:
             text = render_chat(
                 template,

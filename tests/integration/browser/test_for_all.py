@@ -6,7 +6,7 @@ from typing import Any
 
 import axe_playwright_python
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 from tests.integration.browser.inspector import Inspector
 from tests.support.http_client import MODEL
@@ -48,6 +48,60 @@ def test_accessibility_audit_passes(page: Inspector, scheme: Any) -> None:
     expect(page.details).to_be_visible()
     assert audit(page.page) == []
     page.screenshot(scheme)
+
+
+def decide(page: Inspector) -> Locator:
+    """A decision with an answer, an error and the tokens of its prompt, made by keyboard."""
+    keys, form = page.page.keyboard, page.page.locator("#decide")
+    page.page.get_by_role("tab", name="Inspect").focus()
+    keys.press("ArrowRight")
+    expect(page.page.get_by_role("tab", name="Decide")).to_be_focused()
+    for _ in range(5):  # after three links and buttons, and the type of the state
+        keys.press("Tab")
+    expect(form.get_by_label("State", exact=True)).to_be_focused()
+    keys.insert_text("A few words <begin>")
+    form.get_by_label("type").select_option("choice")
+    form.get_by_label("Instructions").fill("Which one?")
+    form.get_by_label("scoring").select_option("permutations")
+    for i, text in enumerate(("one", "an option of many words " * 3)):
+        form.get_by_label(f"option {i + 1}", exact=True).fill(text)
+    keys.press("Control+Enter")
+    answer = form.locator(".answer")
+    expect(answer).to_have_count(1)
+    for summary in answer.locator("summary").all():
+        summary.press("Enter")
+    answer.locator("details[aria-busy=false]").wait_for()
+    form.get_by_label("option 2", exact=True).fill("one")
+    keys.press("Control+Enter")
+    expect(form.locator(".question").get_by_role("alert")).to_contain_text("occurs twice")
+    form.get_by_role("button", name="Copy as curl").press("Enter")
+    expect(form.get_by_label("curl command")).to_be_visible()
+    form.get_by_label("option 2", exact=True).fill("one")
+    keys.press("Control+Enter")
+    expect(form.locator(".question").get_by_role("alert")).to_be_visible()
+    answer.locator(".cells .cell").first.press("ArrowRight")
+    expect(answer.locator(".cells .cell").nth(1)).to_be_focused()
+    expect(page.details).to_be_visible()
+    return form
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_accessibility_audit_of_decisions_passes(page: Inspector, scheme: Any) -> None:
+    page.page.emulate_media(color_scheme=scheme)
+    form = decide(page)
+    assert audit(page.page) == []
+    page.screenshot(f"decide-{scheme}")
+    page.page.keyboard.press("Enter")
+    page.page.keyboard.press("Escape")
+    expect(form.locator(".cells .cell").nth(1)).to_be_focused()
+
+
+def test_narrow_screen_layout_of_decisions(page: Inspector) -> None:
+    page.page.set_viewport_size({"width": 360, "height": 740})
+    decide(page)
+    width, inner = page.page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    assert width <= inner
+    page.screenshot("decide-narrow")
 
 
 def test_theme_can_be_chosen(page: Inspector) -> None:

@@ -1,10 +1,11 @@
 // The server's public API.
 
-/** An error with a message for the user. `kind` is down, key, refused, failed or changed. */
+/** An error with a message for the user. `kind` is down, key, refused, failed or changed; `param` the field that is wrong. */
 export class ServerError extends Error {
-  constructor(kind, message) {
+  constructor(kind, message, param = null) {
     super(message);
     this.kind = kind;
+    this.param = param;
   }
 }
 
@@ -49,6 +50,11 @@ export class Server {
     unknown.forEach((id, i) => this.bytes.set(id, Uint8Array.from(answer.token_bytes[i])));
   }
 
+  /** Answers of a decision; `body` is JSON. */
+  async decide(body, signal) {
+    return await this.#json("v1/decisions", body, signal);
+  }
+
   async *stream(request, signal) {
     const response = await this.#ask("v1/chat/completions", { ...request, stream: true }, signal);
     for await (const data of events(response.body)) {
@@ -73,7 +79,7 @@ export class Server {
   async #ask(path, body, signal) {
     const headers = { "Content-Type": "application/json" };
     if (this.key()) headers.Authorization = `Bearer ${this.key()}`;
-    const options = body === undefined ? { headers } : { headers, method: "POST", body: JSON.stringify(body) };
+    const options = body === undefined ? { headers } : { headers, method: "POST", body: typeof body === "string" ? body : JSON.stringify(body) };
     let response;
     try {
       response = await fetch(new URL(path, document.baseURI), { ...options, signal });
@@ -84,13 +90,9 @@ export class Server {
     if (response.status === 401) {
       throw new ServerError("key", this.key() ? "The API key is invalid." : "This server requires an API key.");
     }
-    throw new ServerError("refused", await messageOf(response));
+    const error = (await response.json().catch(() => null))?.error;
+    throw new ServerError("refused", error?.message ?? `The server responded with status ${response.status}.`, error?.param);
   }
-}
-
-async function messageOf(response) {
-  const body = await response.json().catch(() => null);
-  return body?.error?.message ?? `The server responded with status ${response.status}.`;
 }
 
 function asServerError(error) {

@@ -19,3 +19,6 @@ export function bar(share) {
   element.style.setProperty("--share", share);
   return element;
 }
+
+/** A copy of the element in a template. */
+export const clone = (id) => document.getElementById(id).content.firstElementChild.cloneNode(true);

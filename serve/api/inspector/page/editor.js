@@ -1,5 +1,7 @@
 // The editor of a prompt: a text or a chat. Runs and errors never clear it.
 
+import { clone } from "./dom.js";
+
 const MAX_FILE = 4 << 20; // bytes: more than any model accepts, and more than a browser edits smoothly
 
 export class Editor {
@@ -60,7 +62,7 @@ export class Editor {
   }
 
   #add(role, content) {
-    const message = document.getElementById("message").content.firstElementChild.cloneNode(true);
+    const message = clone("message");
     const text = message.querySelector("textarea");
     message.querySelector("select").value = role;
     text.value = content;

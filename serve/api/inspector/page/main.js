@@ -1,14 +1,14 @@
-// The page: parameters, one or two panes, the API key, links, and the state that survives a reload of the tab.
+// The page: two tabs, parameters, one or two panes, the API key, links, and the state that survives a reload of the tab.
 
 import { Server, ServerError } from "./api.js";
+import { Decide } from "./decide.js";
 import { Details } from "./details.js";
-import { make, row } from "./dom.js";
 import { Pane } from "./pane.js";
 import { isLink, linkTo, stateOf } from "./share.js";
-import { ROWS } from "./sums.js";
+import { comparison } from "./sums.js";
+import { Tabs } from "./tabs.js";
 
 const get = (id) => document.getElementById(id);
-const COMPARED = ROWS.filter(([, key]) => key !== "mean" && key !== "first");
 
 class Page {
   constructor() {
@@ -17,6 +17,13 @@ class Page {
     this.details = new Details(get("details"));
     this.panes = [new Pane(this)];
     get("panes").append(this.panes[0].root);
+    this.decide = new Decide(this);
+    this.tabs = new Tabs(get("tabs"), (name) => {
+      get("compare").hidden = name !== "inspect";
+      this.details.hide();
+      if (name === "decide") get("decide").append(this.decide.root);
+      this.#save();
+    });
     this.#listen();
   }
 
@@ -63,12 +70,14 @@ class Page {
   compare() {
     const [left, right] = this.panes.map((pane) => pane.totals);
     get("comparison").hidden = !left || !right;
-    if (!left || !right) return;
-    const rows = COMPARED.map(([label, key, format]) => {
-      const difference = left[key] === null || right[key] === null ? null : right[key] - left[key];
-      return row("td", [label, ...[left[key], right[key], difference].map(format)]);
-    });
-    get("comparison").replaceChildren(make("table", {}, row("th", ["", "left", "right", "right − left"]), ...rows));
+    if (left && right) get("comparison").replaceChildren(comparison(left, right));
+  }
+
+  /** Shows a run in the first pane, and continues it from token `index` with `alternative`. */
+  inspect(run, index, alternative) {
+    this.tabs.select("inspect");
+    this.panes[0].open(run);
+    this.panes[0].branch(run, index, alternative);
   }
 
   /** Reacts to the error of a request, whose message the pane shows. */
@@ -122,7 +131,7 @@ class Page {
   get #state() {
     const settings = {};
     for (const { name, value } of get("settings").elements) if (name) settings[name] = value;
-    return { settings, panes: this.panes.map((pane) => pane.editor.state) };
+    return { tab: this.tabs.current, settings, panes: this.panes.map((pane) => pane.editor.state), decide: this.decide.state };
   }
 
   #save() {
@@ -152,12 +161,14 @@ class Page {
     }
   }
 
-  #restore({ settings, panes }) {
+  #restore({ tab, settings, panes, decide }) {
     for (const [name, value] of Object.entries(settings)) {
       if (get("settings").elements[name]) get("settings").elements[name].value = value;
     }
     this.#showPanes(panes.length);
     panes.slice(0, 2).forEach((state, i) => this.panes[i].editor.set(state));
+    if (decide) this.decide.set(decide); // not in links of older versions
+    if (tab) this.tabs.select(tab);
     this.#save();
   }
 
@@ -187,7 +198,7 @@ class Page {
     } catch {
       // Not permitted, or not available over plain HTTP.
     }
-    get("notice").textContent = `The link is in ${place}. It contains the prompts and parameters, but no API key.`;
+    get("notice").textContent = `The link is in ${place}. It contains prompts, questions and parameters, but no API key.`;
   }
 
   #toggleTheme() {

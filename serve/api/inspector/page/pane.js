@@ -1,7 +1,7 @@
 // A pane: an editor, and the result of its last run.
 
 import { Cells } from "./cells.js";
-import { make } from "./dom.js";
+import { clone, make } from "./dom.js";
 import { Editor } from "./editor.js";
 import { asCsv, asJson, save } from "./export.js";
 import { count } from "./format.js";
@@ -9,19 +9,20 @@ import { Run } from "./run.js";
 import { Sums } from "./sums.js";
 import { decode } from "./text.js";
 import { totals } from "./totals.js";
+import { Work } from "./work.js";
 
 const SUMS_INTERVAL = 250; // ms, while tokens arrive
 
 export class Pane {
   constructor(page) {
     this.page = page;
-    this.root = document.getElementById("pane").content.firstElementChild.cloneNode(true);
+    this.root = clone("pane");
     this.runs = []; // the run of the prompt, and its branches
     this.run = null; // the one that is shown
-    this.abort = null; // AbortController of the current request
+    this.work = new Work(page, this);
     this.timer = null; // until the sums are shown again
     this.editor = new Editor(this.#part(".editor"), (error) => {
-      if (error) this.#showError(error);
+      if (error) this.#refuse(error);
       page.onEdit();
     });
     this.cells = new Cells(this.#part(".cells"), {
@@ -38,7 +39,7 @@ export class Pane {
     const settings = this.page.settings();
     if (settings === null) return;
     const run = from.branch(`${this.runs.length + 1}: from token ${count(index)}`, index);
-    await this.#work(async (signal) => {
+    await this.work.run(async (signal) => {
       await run.add([alternative.id], "branch", signal);
       this.#addRun(run);
       // Take the focus only from the details: the user may have moved on.
@@ -54,7 +55,28 @@ export class Pane {
   }
 
   stop() {
-    this.abort?.abort();
+    this.work.stop();
+  }
+
+  /** Shows a run that was made elsewhere in place of the prompt's. */
+  open(run) {
+    this.stop();
+    this.runs = [];
+    this.#addRun(run);
+  }
+
+  showError(error) {
+    this.#part(".error").textContent = error?.message ?? "";
+    this.#part(".error").hidden = error === null;
+  }
+
+  showBusy(busy) {
+    this.root.ariaBusy = String(busy);
+    this.#part(".stop").hidden = !busy;
+    if (busy) {
+      this.page.details.hideFor(this);
+      this.#part(".continue").hidden = true;
+    } else if (this.run) this.#showSums();
   }
 
   #part(selector) {
@@ -80,17 +102,17 @@ export class Pane {
 
   /** Runs the prompt; `overrides` take precedence over the page's parameters. */
   async #start(overrides = {}) {
-    if (this.editor.empty) return this.#showError("Enter a prompt first.");
+    if (this.editor.empty) return this.#refuse("Enter a prompt first.");
     const { request } = this.editor; // read now: it may be edited while the server works
     const run = new Run(this.page.server, "1: the prompt", request);
-    await this.#work(async (signal) => {
+    await this.work.run(async (signal) => {
       const { max_model_len: limit } = await this.page.card();
       const settings = this.page.settings(); // after card(), which sets the maximum of alternatives
       if (settings === null) return;
       const ids = await this.page.server.tokenize(request, signal);
-      if (ids.length === 0) return this.#showError("This text has no tokens.");
+      if (ids.length === 0) return this.#refuse("This text has no tokens.");
       if (ids.length > limit) {
-        return this.#showError(`The prompt is too long: ${count(ids.length)} tokens; the maximum is ${count(limit)}.`);
+        return this.#refuse(`The prompt is too long: ${count(ids.length)} tokens; the maximum is ${count(limit)}.`);
       }
       await run.add(ids, "prompt", signal);
       this.runs = [];
@@ -102,32 +124,11 @@ export class Pane {
   async #continue() {
     const settings = this.page.settings();
     const { run } = this;
-    if (settings !== null) await this.#work((signal) => this.#fill(run, settings, signal));
+    if (settings !== null) await this.work.run((signal) => this.#fill(run, settings, signal));
   }
 
-  /** Aborts the current work, does `work` and shows its error in this pane. */
-  async #work(work) {
-    this.stop();
-    const abort = new AbortController();
-    this.abort = abort;
-    this.#showError("");
-    this.page.details.hideFor(this);
-    this.#showBusy(true);
-    try {
-      await this.page.card();
-      await work(abort.signal);
-    } catch (error) {
-      if (error.name !== "AbortError") {
-        this.#showError(error.message);
-        this.page.onError(error);
-      }
-    } finally {
-      if (this.abort === abort) {
-        this.abort = null;
-        this.#showBusy(false);
-        if (this.run) this.#showSums();
-      }
-    }
+  #refuse(message) {
+    this.showError({ message });
   }
 
   async #fill(run, settings, signal) {
@@ -171,10 +172,10 @@ export class Pane {
     this.sums.show(run);
     this.#part(".exports").hidden = false;
     const generates = run.tokens.some((token) => token.origin === "generated");
-    this.#part(".continue").hidden = run.finish === "stop" || this.abort !== null;
-    this.#part(".reply").hidden = this.editor.mode !== "chat" || !generates || this.abort !== null;
+    this.#part(".continue").hidden = run.finish === "stop" || this.work.running;
+    this.#part(".reply").hidden = this.editor.mode !== "chat" || !generates || this.work.running;
     // Screen readers announce the status, so it changes once, at the end.
-    if (this.abort === null) this.#part(".status").textContent = run.summary;
+    if (!this.work.running) this.#part(".status").textContent = run.summary;
     this.page.compare();
   }
 
@@ -183,16 +184,5 @@ export class Pane {
     this.editor.reply(decode(Uint8Array.from(bytes)));
     this.#part(".reply").hidden = true;
     this.page.onEdit();
-  }
-
-  #showBusy(busy) {
-    this.root.ariaBusy = String(busy);
-    this.#part(".stop").hidden = !busy;
-    if (busy) this.#part(".continue").hidden = true;
-  }
-
-  #showError(text) {
-    this.#part(".error").textContent = text;
-    this.#part(".error").hidden = text === "";
   }
 }

@@ -12,7 +12,7 @@ const DEEPEST = -12; // nats: lower log-probs are drawn here
 const SURPRISING = 10;
 
 /** Rows of the table of totals: label, key of totals(), format. */
-export const ROWS = [
+const ROWS = [
   ["tokens", "tokens", count],
   ["log-prob, sum", "sum", number],
   ["log-prob, mean", "mean", number],
@@ -20,6 +20,17 @@ export const ROWS = [
   ["bits per byte", "bitsPerByte", number],
   ["rank 1", "first", (share) => (share === null ? "–" : percent(share))],
 ];
+
+const COMPARED = ROWS.filter(([, key]) => key !== "mean" && key !== "first");
+
+/** A table of the totals of two panes and their difference. */
+export function comparison(left, right) {
+  const rows = COMPARED.map(([label, key, format]) => {
+    const difference = left[key] === null || right[key] === null ? null : right[key] - left[key];
+    return row("td", [label, ...[left[key], right[key], difference].map(format)]);
+  });
+  return make("table", {}, row("th", ["", "left", "right", "right − left"]), ...rows);
+}
 
 export class Sums {
   /** `root` is the pane's element; a click on a token focuses its cell in `cells`. */

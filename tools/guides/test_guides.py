@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from model.kernels import cpu
+from serve.cli.decide.config import parse_args as parse_decide_args
 from serve.cli.score.config import parse_args as parse_score_args
 from serve.config.flags import parse_args
 from tests.support.server_process import ROOT, ServerProcess
 from tools.guides.__main__ import FOLDER, GUIDES, GuideError, GuideRun, is_alike, run_guide
 
 # In the order in which they start, the longest first.
-ORDER = ("lm-eval", "scoring", "hlo", "deploying", "uncertainty", "teacher")
+ORDER = ("lm-eval", "decisions", "scoring", "hlo", "deploying", "uncertainty", "teacher")
 # Of docker, make portability, lm-eval and the runner; other flags of lm-eval have underscores.
 OTHER_FLAGS = {"build-arg", "target", "tasks", "write"}
 TEXTS = {path.stem: path.read_text("utf-8") for path in sorted(FOLDER.glob("*.md"))}
@@ -52,7 +53,7 @@ def test_guide_prints_its_outputs(name: str, runs: dict[str, Future[GuideRun]]) 
 def test_guides_are_in_the_index() -> None:
     assert set(ORDER) == set(GUIDES)
     index = re.findall(r"^\| \[.+\]\((.+)\.md\) \|", TEXTS["README"], re.MULTILINE)
-    assert index == ["scoring", "lm-eval", "uncertainty", "teacher", "hlo", "deploying"]
+    assert index == ["scoring", "lm-eval", "decisions", "uncertainty", "teacher", "hlo", "deploying"]
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -64,7 +65,9 @@ def test_guide_commands_have_valid_flags(name: str) -> None:
         parse_args(words.split(), {})
     for words in re.findall(r"(?:-m serve|logprobd) score (.*)$", text, re.MULTILINE):
         parse_score_args(words.split())
-    sources = [ROOT / "serve" / "config" / "config.py", *(ROOT / "serve" / "cli").glob("*/config.py")]
+    for words in re.findall(r"(?:-m serve|logprobd) decide (.*)$", text, re.MULTILINE):
+        parse_decide_args(words.split())
+    sources = [*(ROOT / "serve" / "config").glob("*config.py"), *(ROOT / "serve" / "cli").glob("*/config.py")]
     names = {*re.findall(r"^    (\w+): ", "".join(path.read_text("utf-8") for path in sources), re.MULTILINE)}
     flags = {flag.removeprefix("no-") for flag in re.findall(r"`--([\w-]+)", TEXTS[name])} - OTHER_FLAGS
     assert sorted(flag for flag in flags if "_" not in flag and flag.replace("-", "_") not in names) == []

@@ -50,13 +50,18 @@ class TokenLogprobs:
         return parts[0] if len(parts) == 1 else cls(*(None if c[0] is None else np.concatenate(c) for c in columns))
 
 
-def empty_logprobs(rows: int, alternatives: int) -> TokenLogprobs:
-    """Columns to fill, on the host. Log-probs start as NaN, so that a row left unfilled is detected."""
+def empty_logprobs(rows: int, alternatives: int, first: int = 0) -> TokenLogprobs:
+    """Columns to fill, on the host. Log-probs start as NaN, so that a row left unfilled is detected.
+
+    Rows before `first` will not be filled: they are undefined, and take no memory.
+    """
+    logprob, top_logprobs = np.empty(rows, np.float32), np.empty((rows, alternatives), np.float32)
+    logprob[first:] = top_logprobs[first:] = np.nan
     return TokenLogprobs(
-        logprob=np.full(rows, np.nan, np.float32),
+        logprob=logprob,
         rank=np.zeros(rows, np.int32),
         top_ids=np.zeros((rows, alternatives), np.int32),
-        top_logprobs=np.full((rows, alternatives), np.nan, np.float32),
+        top_logprobs=top_logprobs,
         top_ranks=np.zeros((rows, alternatives), np.int32),
     )
 

@@ -164,6 +164,7 @@ class GenerativeScoringRequest(RequestFields):
     items: _Strings | _TokenIdLists
     label_token_ids: _TokenIds
     apply_softmax: bool | None = None
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # not part of vLLM's API
     item_first: bool | None = None
     add_special_tokens: bool | None = None
     return_token_logprobs: bool | None = None

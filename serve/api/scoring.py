@@ -135,6 +135,7 @@ class _Scored:
 
 
 class _LabelScoring[B: (ScoreRequest, GenerativeScoringRequest)](ScoringHandler[B]):
+    applies_softmax: bool  # by default
     operation = "score"
 
     def _job(self, body: B, name: str, record: AnswerRecord) -> ScoringJob:
@@ -143,7 +144,7 @@ class _LabelScoring[B: (ScoreRequest, GenerativeScoringRequest)](ScoringHandler[
         if len(items) > _MAX_ITEMS:
             message = f"`items` has {len(items)} entries, more than the maximum of {_MAX_ITEMS}."
             raise invalid("items", message, "array_above_max_length")
-        labels = self._labels(body, len(items))
+        softmax, labels = self._softmax(body), self._labels(body, len(items))
         scores = sum(map(len, labels))
         if scores > _MAX_SCORES:
             message = f"The answer would contain {scores} scores, more than the maximum of {_MAX_SCORES}."
@@ -164,18 +165,22 @@ class _LabelScoring[B: (ScoreRequest, GenerativeScoringRequest)](ScoringHandler[
             counts = usage(total, 0, scored.cached_tokens)
             return self._render(body, scored, {"model": name, "usage": counts}, record)
 
-        run = partial(self._score, body, group, prompts, labels)
+        run = partial(self._score, softmax, group, prompts, labels)
         return ScoringJob(group, total, (scores * width + len(items)) * _SCORE_BYTES, run, render)
 
     async def _score(
-        self, body: B, group: RequestGroup, prompts: Sequence[array[int]], labels: Sequence[Sequence[int]]
+        self,
+        softmax: tuple[bool, float],
+        group: RequestGroup,
+        prompts: Sequence[array[int]],
+        labels: Sequence[Sequence[int]],
     ) -> _Scored:
         limit = self._context.engine.limits.max_requested_ids
 
         async def score(pair: tuple[array[int], Sequence[int]]) -> NextTokens:
             return await score_next_tokens(group, pair[0].tolist(), pair[1], limit)
 
-        softmax, temperature = self._softmax(body)
+        applies, temperature = softmax
         scored = _Scored([], [], 0)
         pairs = zip(prompts, labels, strict=True)
         cached = 0
@@ -184,10 +189,17 @@ class _LabelScoring[B: (ScoreRequest, GenerativeScoringRequest)](ScoringHandler[
                 cached += result.cached_tokens
                 logprobs = clamp_logprobs(result.logprobs)
                 values = logprobs.astype(np.float64)
-                values = _softmax(values / temperature) if softmax else np.exp(values)
+                values = _softmax(values / temperature) if applies else np.exp(values)
                 scored.probabilities.append(values.tolist())
                 scored.logprobs.append(logprobs)
         return replace(scored, cached_tokens=cached)
+
+    def _softmax(self, body: B) -> tuple[bool, float]:
+        """Whether the labels' probabilities are made to sum to 1, and the temperature for that."""
+        applies = self.applies_softmax if body.apply_softmax is None else body.apply_softmax
+        if body.temperature not in (None, 1) and not applies:
+            raise invalid("temperature", "`temperature` needs `apply_softmax` to be true.")
+        return applies, body.temperature or 1.0
 
     def _labels(self, body: B, items: int) -> list[list[int]]:
         """The label ids of each item."""
@@ -218,10 +230,6 @@ class _LabelScoring[B: (ScoreRequest, GenerativeScoringRequest)](ScoringHandler[
         return ids
 
     @abstractmethod
-    def _softmax(self, body: B) -> tuple[bool, float]:
-        """Whether the labels' probabilities are made to sum to 1, and the temperature for that."""
-
-    @abstractmethod
     def _prompts(self, body: B, items: Sequence[str | list[int]]) -> Iterator[list[int]]:
         """The token ids of each item with the query."""
 
@@ -233,11 +241,7 @@ class Score(_LabelScoring[ScoreRequest]):
     """SGLang's: texts are joined before they are tokenized, and probabilities are of the full vocabulary by default."""
 
     model = ScoreRequest
-
-    def _softmax(self, body: ScoreRequest) -> tuple[bool, float]:
-        if body.temperature is not None and body.temperature != 1 and not body.apply_softmax:
-            raise invalid("temperature", "`temperature` needs `apply_softmax` to be true.")
-        return bool(body.apply_softmax), body.temperature or 1.0
+    applies_softmax = False
 
     def _prompts(self, body: ScoreRequest, items: Sequence[str | list[int]]) -> Iterator[list[int]]:
         query = body.query
@@ -263,9 +267,7 @@ class GenerativeScoring(_LabelScoring[GenerativeScoringRequest]):
     """vLLM's: query and items are tokenized apart, and the labels' probabilities sum to 1 by default."""
 
     model = GenerativeScoringRequest
-
-    def _softmax(self, body: GenerativeScoringRequest) -> tuple[bool, float]:
-        return body.apply_softmax is not False, 1.0
+    applies_softmax = True
 
     def _prompts(self, body: GenerativeScoringRequest, items: Sequence[str | list[int]]) -> Iterator[list[int]]:
         query, special = body.query, body.add_special_tokens is not False

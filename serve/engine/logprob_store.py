@@ -27,7 +27,8 @@ def begin_prompt_logprobs(request: RequestState, pool: PagePool, k: int) -> None
         return
     if request.prompt_logprobs is None:
         alternatives = len(scoring.requested_ids) or k
-        request.prompt_logprobs = empty_logprobs(len(request.prompt_token_ids) - 1, alternatives)
+        size = len(request.prompt_token_ids) - 1
+        request.prompt_logprobs = empty_logprobs(size, alternatives, scoring.start - 1)
     if scoring.requested_ids:
         return
     # After a preemption the registered pages include some of the output.

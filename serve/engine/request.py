@@ -111,7 +111,7 @@ class TokenEvent:
     logprobs: TokenLogprobs = field(default_factory=lambda: empty_logprobs(0, 0))  # one row per token id
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the stop id that finished the request, EOS included
-    # In the first event only. Row i scores prompt token i + 1; rows before PromptScoring.start - 1 are NaN.
+    # In the first event only. Row i scores prompt token i + 1; rows before PromptScoring.start - 1 are undefined.
     prompt_logprobs: TokenLogprobs | None = None
     cached_tokens: int = 0  # prompt tokens found in the prefix cache; equal in all events of a request
     error: str | None = None  # with FinishReason.ERROR, a message that clients may see

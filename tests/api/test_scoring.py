@@ -117,6 +117,12 @@ async def test_generative_scoring_has_the_first_label(server: Server) -> None:
         assert (entry["score"], entry["token_logprobs"]) == (entry["probabilities"][0], logprobs(QUERY + item, LABELS))
 
 
+async def test_generative_scoring_temperature(server: Server) -> None:
+    answer = await score(server, GENERATIVE, temperature=0.25)
+    expected = [probabilities(QUERY + item, LABELS, 0.25)[0] for item in ITEMS]
+    assert [entry["score"] for entry in answer["data"]] == [pytest.approx(value) for value in expected]
+
+
 async def test_special_tokens_begin_the_text_or_the_query() -> None:
     async with serving(None, add_bos=True) as server:
         requests = submitted(server)

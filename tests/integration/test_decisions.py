@@ -106,11 +106,13 @@ def assert_same_bits(runner: ModelRunner, prompts: DecisionFormat, options: Scor
 
 
 @pytest.mark.slow
-def test_2000_decisions_have_the_same_bits_again(whole_runner: ModelRunner, prompts: DecisionFormat) -> None:
-    text = "The parcel came late, the box was wet, and nobody answered the phone. "
+def test_2000_decisions_have_the_same_bits_again(prompts: DecisionFormat) -> None:
+    """Two layers of the default model, since all are compiled alike; other tests run all of them."""
+    runner = make_runner(default_model_path(), "bfloat16", CROWD, layers=2)
     questions = {f"{name} {i}": question for i in range(10) for name, question in QUESTIONS.items()}
-    requests = [decision_request({"state": f"Order {i}. {text * 2}", "questions": questions}) for i in range(50)]
-    first, second = (decide(whole_runner, prompts, requests, together=True) for _ in range(2))
+    requests = [decision_request({"state": f"Order {i} came late.", "questions": questions}) for i in range(50)]
+    first = decide(runner, prompts, requests, together=True)
+    second = decide(runner, prompts, requests[::-1], together=True)[::-1]
     decisions, again = ([[decision] for part in parts for decision in part] for parts in (first, second))
     assert len(decisions) == 2000
     assert bits(decisions) == bits(again)

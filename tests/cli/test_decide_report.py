@@ -119,7 +119,7 @@ def test_table_has_one_line_per_question() -> None:
 
 def test_diagram_as_png(tmp_path: Path) -> None:
     path = tmp_path / "diagram.png"
-    write_diagram(path, [report_of(outcomes_of(([0.75, 0.25], 0)), r"from $\frac$ to $")] * 4, 15)
+    write_diagram(path, [report_of(outcomes_of(([0.75, 0.25], 0)), r"from $\frac$")] * 4, 15)
     assert path.read_bytes().startswith(b"\x89PNG\r\n")
 
 

@@ -248,8 +248,7 @@ class EngineCore:
             if not failed:
                 store_prompt_logprobs(request, self._pool)
         if failed:
-            self._pool.unregister(request.pages)  # any of them may contain the NaN
-            request.num_computed = 0  # nor are they indexed when it finishes
+            self.scheduler.discard_pages(request)  # any of them may contain the NaN
             self._observer.on_fault(EngineFault.NAN)
             event.error, reason = _NAN_ERROR, FinishReason.ERROR
         return (request, event) if reason is None else self._finish(request, event, reason)

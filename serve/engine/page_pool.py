@@ -10,13 +10,68 @@ detail.
 import hashlib
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
 
 from model.kv_cache import NULL_PAGE
 from model.token_logprobs import TokenLogprobs
+
+
+class PageStarts:
+    """Leading tokens of pages. A key stands for what precedes a page."""
+
+    def __init__(self) -> None:
+        # Key -> tokens, as big-endian bytes, and page, ascending. Of the tokens under a key, a neighbour of the place
+        # where others would be inserted has the longest start in common with them.
+        self._by_key: dict[bytes, list[tuple[bytes, int]]] = defaultdict(list)
+        self._by_page: dict[int, tuple[bytes, bytes]] = {}  # key and tokens
+
+    def add(self, page: int, key: bytes, tokens: bytes) -> None:
+        """Set the tokens of a page, unless another page has them."""
+        starts = self._by_key[key]
+        place = bisect_left(starts, (tokens, -1))
+        if place == len(starts) or not starts[place][0].startswith(tokens):
+            self.remove(page)
+            insort(self._by_key[key], (tokens, page))
+            self._by_page[page] = key, tokens
+
+    def find(self, key: bytes, tokens: bytes) -> tuple[int, int]:
+        """The page that has most of the first `tokens`, and their number; the null page and 0 if there is none."""
+        starts = self._by_key.get(key)
+        if not starts:
+            return NULL_PAGE, 0
+        place = bisect_left(starts, (tokens, -1))
+        near = starts[max(0, place - 1) : place + 1]
+        count, page = max((_shared_tokens(tokens, start), page) for start, page in near)
+        return page, count
+
+    def remove(self, page: int) -> None:
+        if (entry := self._by_page.pop(page, None)) is None:
+            return
+        key, tokens = entry
+        starts = self._by_key[key]
+        del starts[bisect_left(starts, (tokens, page))]
+        if not starts:
+            del self._by_key[key]
+
+    def clear(self) -> None:
+        self._by_key.clear()
+        self._by_page.clear()
+
+    def items(self) -> Iterator[tuple[int, bytes, bytes]]:
+        """Each page, its key and its tokens."""
+        yield from ((page, key, tokens) for page, (key, tokens) in self._by_page.items())
+
+    def __contains__(self, page: int) -> bool:
+        return page in self._by_page
+
+    def check(self) -> None:
+        """Raise AssertionError if keys and pages disagree."""
+        pages = {page: (key, tokens) for key, starts in self._by_key.items() for tokens, page in starts}
+        if pages != self._by_page or any(starts != sorted(starts) for starts in self._by_key.values()):
+            raise AssertionError("pages and their leading tokens disagree")
 
 
 class PagePool:
@@ -32,10 +87,7 @@ class PagePool:
         self._page_to_hash: dict[int, bytes] = {}
         self._hash_to_page: dict[bytes, int] = {}
         self._logprobs: dict[bytes, TokenLogprobs] = {}
-        # What comes before pages -> their tokens, ascending, as big-endian bytes, and the pages. Of all entries, a
-        # neighbour of the place where other tokens would be inserted has most of their first tokens.
-        self._starts: dict[bytes, list[tuple[bytes, int]]] = defaultdict(list)
-        self._page_to_start: dict[int, tuple[bytes, bytes]] = {}  # key and tokens in _starts
+        self._starts = PageStarts()
         self.capacity = len(self._pages)
         self.clear()
 
@@ -84,7 +136,7 @@ class PagePool:
             if self._ref_counts[page]:
                 continue
             del self._ref_counts[page]
-            if page in self._page_to_hash or page in self._page_to_start:
+            if page in self._page_to_hash or page in self._starts:
                 self._unreferenced[page] = None
             else:
                 self._free.append(page)
@@ -95,28 +147,14 @@ class PagePool:
             self._hash_to_page[content] = page
             self._page_to_hash[page] = content
 
-    def index(self, page: int, before: bytes, tokens: Sequence[int]) -> None:
-        """Make the leading tokens of a page known to find_start(). `before` identifies what precedes them."""
-        if not self.caching or (page not in self._ref_counts and page not in self._unreferenced):
-            return
-        content, starts = _sortable(tokens), self._starts[before]
-        place = bisect_left(starts, (content, -1))
-        if place == len(starts) or not starts[place][0].startswith(content):  # no other page has these tokens
-            self._drop_start(page)
-            insort(self._starts[before], (content, page))
-            self._page_to_start[page] = before, content
+    def index(self, page: int, key: bytes, tokens: bytes) -> None:
+        """Make the leading tokens of a page known to find_start(); see PageStarts."""
+        if self.caching and (page in self._ref_counts or page in self._unreferenced):
+            self._starts.add(page, key, tokens)
 
-    def find_start(self, before: bytes, tokens: Sequence[int]) -> tuple[int, int]:
-        """The indexed page that has most of the first `tokens` after `before`, and their number. Adds no reference."""
-        starts = self._starts.get(before)
-        if not starts:
-            return NULL_PAGE, 0
-        content = _sortable(tokens)
-        place = bisect_left(starts, (content, -1))
-        count, page = max(
-            (_shared_tokens(content, start), page) for start, page in starts[max(0, place - 1) : place + 1]
-        )
-        return page, count
+    def find_start(self, key: bytes, tokens: bytes) -> tuple[int, int]:
+        """The indexed page that has most of the first `tokens`, and their number. Adds no reference."""
+        return self._starts.find(key, tokens)
 
     def store_logprobs(self, content: bytes, logprobs: TokenLogprobs) -> None:
         """Store the log-probs [S] of a registered page's tokens until the page is evicted or unregistered."""
@@ -132,16 +170,16 @@ class PagePool:
             if content := self._page_to_hash.pop(page, None):
                 del self._hash_to_page[content]
                 self._logprobs.pop(content, None)
-            self._drop_start(page)
+            self._starts.remove(page)
             if page in self._unreferenced:
                 del self._unreferenced[page]
                 self._free.append(page)
 
     def clear(self) -> None:
         """Free and unregister all pages, whose content is lost."""
-        tables = (self._unreferenced, self._ref_counts, self._page_to_hash, self._hash_to_page, self._logprobs)
-        for table in (*tables, self._starts, self._page_to_start):
+        for table in (self._unreferenced, self._ref_counts, self._page_to_hash, self._hash_to_page, self._logprobs):
             table.clear()
+        self._starts.clear()
         self._free = deque(self._pages)
 
     def check(self, referenced: Iterable[int]) -> None:
@@ -155,23 +193,12 @@ class PagePool:
             )
         if {page: content for content, page in self._hash_to_page.items()} != self._page_to_hash:
             raise AssertionError("pages and their hashes disagree")
-        starts = {page: (before, content) for before, pages in self._starts.items() for content, page in pages}
-        if starts != self._page_to_start:
-            raise AssertionError("pages and their indexed tokens disagree")
+        self._starts.check()
         if not (
-            self._unreferenced.keys() <= self._page_to_hash.keys() | self._page_to_start.keys()
+            all(page in self._page_to_hash or page in self._starts for page in self._unreferenced)
             and self._logprobs.keys() <= self._hash_to_page.keys()
         ):
             raise AssertionError("an unregistered page is cached or has log-probs")
-
-    def _drop_start(self, page: int) -> None:
-        if (entry := self._page_to_start.pop(page, None)) is None:
-            return
-        before, content = entry
-        starts = self._starts[before]
-        starts.remove((content, page))
-        if not starts:
-            del self._starts[before]
 
 
 def root_hash(salt: str) -> bytes:
@@ -184,7 +211,8 @@ def page_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     return hashlib.sha256(parent + np.asarray(tokens, np.int32).tobytes()).digest()
 
 
-def _sortable(tokens: Sequence[int]) -> bytes:
+def sortable(tokens: Sequence[int]) -> bytes:
+    """Token ids as bytes in the same order."""
     return np.asarray(tokens, ">u4").tobytes()
 
 

@@ -9,12 +9,12 @@ recomputed from what is still cached.
 """
 
 from bisect import insort
-from collections import defaultdict
+from collections import deque
 from collections.abc import Callable
 
 from compiled.shapes import Buckets
 from model.kv_cache import PAGE_SIZE
-from serve.engine.page_pool import PagePool, page_hash, root_hash
+from serve.engine.page_pool import PagePool, PageStarts, page_hash, root_hash, sortable
 from serve.engine.request_state import RequestState, RequestStatus
 from serve.engine.schedule import Chunk, Schedule
 
@@ -43,8 +43,7 @@ class Scheduler:
         self._on_scheduled = on_scheduled
         self._slots = self._all_slots()
         self._arrivals = 0
-        # Pages that the planned step fills, and their tokens so far, under the key of the pool's index.
-        self._filled: dict[bytes, list[tuple[int, list[int]]]] = defaultdict(list)
+        self._filled = PageStarts()  # pages that the planned step fills
         self.waiting: list[RequestState] = []  # in queue order
         self.running: list[RequestState] = []  # in queue order
         self.pinned: dict[str, RequestState] = {}  # finished requests that keep their pages, by id
@@ -97,6 +96,12 @@ class Scheduler:
             self._add_filled(request, index)
         request.num_registered = max(request.num_registered, full)
 
+    def discard_pages(self, request: RequestState) -> None:
+        """Remove the pages of a request that is about to finish from the cache, because their content is wrong."""
+        self._index_filled()
+        self._pool.unregister(request.pages)
+        request.num_computed = 0  # finish() indexes nothing
+
     def finish(self, request: RequestState, *, pin: bool = False) -> None:
         """Remove a request in any state and deallocate its pages; `pin` keeps them until the next finish()."""
         if request in self.running:
@@ -144,14 +149,21 @@ class Scheduler:
     def _plan_prompts(self, schedule: Schedule, budget: int) -> None:
         """Plan prompt chunks that fit into one prefill and a budget of tokens, and as many rows to score.
 
-        A chunk counts as it is packed, in whole segments.
+        Unfinished prompts of running requests come first, then those of waiting ones. A chunk counts as it is packed,
+        in whole segments. No request starts to run while a prompt is partly computed: one with the same prefix must
+        find all of its pages.
         """
-        rows = self._buckets.prefill_chunks[-1]
+        segment, rows = self._buckets.segment, self._buckets.prefill_chunks[-1]
         budget = min(budget, rows)
-        planned: set[str] = set()
-        while (request := self._next_prompt(schedule, planned, min(budget, rows))) is not None:
-            planned.add(request.id)
-            length = min(request.prefill_end - request.num_computed, budget - budget % self._buckets.segment)
+        prefilling = deque(request for request in self.running if request.status is RequestStatus.PREFILL)
+        is_partial = False
+        while True:
+            request = prefilling.popleft() if prefilling else None
+            if request is None and not is_partial and min(budget, rows) >= segment:
+                request = self._schedule_first(schedule)
+            if request is None:
+                return
+            length = min(request.prefill_end - request.num_computed, budget - budget % segment)
             if length > 0:
                 start = request.num_computed
                 request.num_computed += length
@@ -160,24 +172,13 @@ class Scheduler:
                 self.register_pages(request)
                 if request.num_computed == request.prefill_end:
                     self._add_filled(request, request.num_registered)
+            is_partial |= request.num_computed < request.prefill_end
             first = request.num_scored
             end = min(_num_score_rows(request), request.num_computed, first + rows)
             if end > first:
                 schedule.scores.append(Chunk(request, first, end))
                 request.num_scored = end
                 rows -= end - first
-
-    def _next_prompt(self, schedule: Schedule, planned: set[str], budget: int) -> RequestState | None:
-        """The next request with an unfinished prompt: a running one, otherwise the first waiting one.
-
-        No request starts to run while a prompt is partly computed: one with the same prefix must find all of its pages.
-        """
-        prefilling = [request for request in self.running if request.status is RequestStatus.PREFILL]
-        for request in prefilling:
-            if request.id not in planned:
-                return request
-        partly = any(request.num_computed < request.prefill_end for request in prefilling)
-        return None if budget < self._buckets.segment or partly else self._schedule_first(schedule)
 
     def _schedule_first(self, schedule: Schedule) -> RequestState | None:
         """Run the first waiting request if there are pages for all its tokens so far, and a slot if it generates.
@@ -216,10 +217,10 @@ class Scheduler:
         None if a page that is filled in this step will have more: the request waits for it.
         """
         start = cached * PAGE_SIZE
-        tokens = request.tokens(start, min(start + PAGE_SIZE, request.prefill_end))
+        tokens = sortable(request.tokens(start, min(start + PAGE_SIZE, request.prefill_end)))
         key = _start_key(request, cached)
         page, count = self._pool.find_start(key, tokens)
-        if any(_shared(filled, tokens) >= count + _MIN_AWAITED for _, filled in self._filled.get(key, ())):
+        if self._filled.find(key, tokens)[1] >= count + _MIN_AWAITED:
             return None
         return page, count if count >= _MIN_COPIED else 0
 
@@ -270,13 +271,12 @@ class Scheduler:
         start = index * PAGE_SIZE
         tokens = request.tokens(start, min(start + PAGE_SIZE, request.num_known))
         if tokens and self._pool.caching:
-            self._filled[_start_key(request, index)].append((request.pages[index], tokens))
+            self._filled.add(request.pages[index], _start_key(request, index), sortable(tokens))
 
     def _index_filled(self) -> None:
         """Index the pages that were filled in the last step: a copy of them now has their tokens."""
-        for key, pages in self._filled.items():
-            for page, tokens in pages:
-                self._pool.index(page, key, tokens)
+        for page, key, tokens in self._filled.items():
+            self._pool.index(page, key, tokens)
         self._filled.clear()
 
 
@@ -309,9 +309,3 @@ def _start_key(state: RequestState, page: int) -> bytes:
 def _parent_hash(state: RequestState, page: int) -> bytes:
     """Chained hash of the pages before one, which are hashed."""
     return state.hashes[page - 1] if page else root_hash(state.request.cache_salt)
-
-
-def _shared(a: list[int], b: list[int]) -> int:
-    """Number of tokens at the start of both."""
-    size = min(len(a), len(b))
-    return next((i for i in range(size) if a[i] != b[i]), size)

@@ -1,5 +1,8 @@
 """EngineCore with a fake runner: the outcome of a request does not depend on what else runs."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from serve.engine.request import FinishReason, PromptScoring, SamplingParams
@@ -277,6 +280,22 @@ def test_nan_unregisters_pages(bench: CoreBench) -> None:
     assert bench.events["a"][-1].finish_reason is FinishReason.ERROR
     bench.runner.nan_token = None
     b = bench.add("b", prompt_of(150), greedy(1, prompt_logprobs=True))
+    bench.run()
+    assert bench.events["b"][0].cached_tokens == 0
+    assert bench.outcome("b") == alone(b)
+
+
+@pytest.mark.parametrize("bad_words", [(), ((1, 2),)])
+@pytest.mark.parametrize("length", [60, 64, 70])
+def test_nan_of_output_leaves_no_page_in_the_cache(bench: CoreBench, length: int, bad_words: Any) -> None:
+    """Pages are indexed a step after they were filled: also those of a step that is read first, as for bad words."""
+    a = bench.add("a", prompt_of(length), replace(greedy(8), bad_words=bad_words))
+    outputs = alone(a)
+    bench.runner.nan_token = outputs.tokens[4]
+    bench.run()
+    assert bench.events["a"][-1].finish_reason is FinishReason.ERROR
+    bench.runner.nan_token = None
+    b = bench.add("b", [*prompt_of(length), *outputs.tokens[:4], 3], greedy(2))
     bench.run()
     assert bench.events["b"][0].cached_tokens == 0
     assert bench.outcome("b") == alone(b)

@@ -7,7 +7,7 @@ import pytest
 
 from model.kv_cache import NULL_PAGE, PAGE_SIZE
 from model.token_logprobs import empty_logprobs
-from serve.engine.page_pool import PagePool, page_hash, root_hash
+from serve.engine.page_pool import PagePool, page_hash, root_hash, sortable
 
 
 def test_allocate_excludes_null_page() -> None:
@@ -207,38 +207,38 @@ def test_find_start_has_most_of_the_first_tokens() -> None:
     pool = PagePool(200)
     contents = {page: tokens() for page in pool.allocate(150) or []}
     for page, content in contents.items():
-        pool.index(page, ROOT, content)
+        pool.index(page, ROOT, sortable(content))
     pool.check(list(contents))
     for wanted in (tokens() for _ in range(300)):
-        page, count = pool.find_start(ROOT, wanted)
+        page, count = pool.find_start(ROOT, sortable(wanted))
         assert count == max(shared(wanted, content) for content in contents.values())
         assert contents[page][:count] == wanted[:count]
-    assert pool.find_start(root_hash("other"), [1]) == (NULL_PAGE, 0)
+    assert pool.find_start(root_hash("other"), sortable([1])) == (NULL_PAGE, 0)
 
 
 def test_indexed_page_is_cached_until_it_is_evicted() -> None:
     pool = PagePool(3)
     first, second = pool.allocate(2) or []
-    pool.index(first, ROOT, [1, 2, 3])
-    pool.index(second, ROOT, [1, 2])  # another page has these
+    pool.index(first, ROOT, sortable([1, 2, 3]))
+    pool.index(second, ROOT, sortable([1, 2]))  # another page has these
     pool.deallocate([first, second])
     pool.check([])
-    assert pool.find_start(ROOT, [1, 2, 3]) == (first, 3)
+    assert pool.find_start(ROOT, sortable([1, 2, 3])) == (first, 3)
     assert pool.allocate(1) == [second]
     assert pool.allocate(1) == [first]
-    assert pool.find_start(ROOT, [1, 2, 3]) == (NULL_PAGE, 0)
+    assert pool.find_start(ROOT, sortable([1, 2, 3])) == (NULL_PAGE, 0)
     pool.check([first, second])
 
 
 def test_index_follows_a_page_that_fills() -> None:
     pool = PagePool(3)
     (page,) = pool.allocate(1) or []
-    pool.index(page, ROOT, [1, 2])
-    pool.index(page, ROOT, [1, 2, 3])
-    assert pool.find_start(ROOT, [1, 2, 3, 4]) == (page, 3)
+    pool.index(page, ROOT, sortable([1, 2]))
+    pool.index(page, ROOT, sortable([1, 2, 3]))
+    assert pool.find_start(ROOT, sortable([1, 2, 3, 4])) == (page, 3)
     pool.check([page])
     pool.unregister([page])
-    assert pool.find_start(ROOT, [1, 2, 3, 4]) == (NULL_PAGE, 0)
+    assert pool.find_start(ROOT, sortable([1, 2, 3, 4])) == (NULL_PAGE, 0)
     pool.check([page])
 
 
@@ -246,6 +246,6 @@ def test_index_ignores_a_free_page() -> None:
     pool = PagePool(3)
     pages = pool.allocate(1) or []
     pool.deallocate(pages)
-    pool.index(pages[0], ROOT, [1, 2])
-    assert pool.find_start(ROOT, [1, 2]) == (NULL_PAGE, 0)
+    pool.index(pages[0], ROOT, sortable([1, 2]))
+    assert pool.find_start(ROOT, sortable([1, 2])) == (NULL_PAGE, 0)
     pool.check([])

@@ -138,8 +138,9 @@ class FakeRunner:
         live = int((pairs != NULL_PAGE).any(axis=1).sum())
         assert (pairs[:live] != NULL_PAGE).all()
         self._call("copy", live)
-        for pages in (self._tokens, self._positions, self._hidden):
-            pages[copies.targets] = pages[copies.sources]
+        for source, target in pairs[:live]:  # in order, as on a device
+            for pages in (self._tokens, self._positions, self._hidden):
+                pages[target] = pages[source]
 
     def prefill(self, inputs: StepInput) -> Any:
         """Store a chunk of one row, or packed chunks: each row after those before it, on whose pages it may depend."""

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from itertools import pairwise
 
 from tools.bench.load import LONG, SCORED, Body, Figures, Load
 
@@ -60,7 +61,7 @@ async def _first_tokens(load: Load) -> Figures:
 
 
 async def _decisions(load: Load) -> Figures:
-    """The rate of tokens that must be computed: the prompts without what they share; relative to one long prefill."""
+    """The rate of tokens that must be computed, even if more are; relative to one long prefill."""
 
     async def round_of() -> tuple[float, float]:
         questions = [
@@ -73,15 +74,26 @@ async def _decisions(load: Load) -> Figures:
         ]
         body: Body = {"model": load.model, "input": await load.text(_STATE), "questions": questions}
         start = time.perf_counter()
-        answers = (await load.post("/v1/decisions", body))["answers"]
+        await load.post("/v1/decisions", body)
         seconds = time.perf_counter() - start
-        evidence = [answer["evidence"] for answer in answers]
-        return sum(item["prompt_tokens"] - item["cached_tokens"] for item in evidence) / seconds, seconds
+        answers = (await load.post("/v1/decisions", body | {"return_token_ids": True}))["answers"]
+        prompts = [ids for answer in answers for ids in answer["evidence"]["prompt_token_ids"]]
+        return distinct_tokens(prompts) / seconds, seconds
 
     rounds = [await round_of() for _ in range(_ROUNDS)]
     rate, seconds = (statistics.median(column) for column in zip(*rounds, strict=True))
     note = f"{rate / await _long_rate(load, scored=False):.2f} x one prefill of {load.long_prompt}"
     return Figures(rate, total_ms=1e3 * seconds, note=note)
+
+
+def distinct_tokens(prompts: list[list[int]]) -> int:
+    """Number of tokens that must be computed if prompts share what they have in common."""
+    ordered = sorted(prompts)
+    shared = (
+        next((i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), min(map(len, pair)))
+        for pair in pairwise(ordered)
+    )
+    return sum(map(len, ordered)) - sum(shared)
 
 
 async def _long_rate(load: Load, *, scored: bool = True) -> float:

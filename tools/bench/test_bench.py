@@ -9,6 +9,7 @@ from tools.bench.__main__ import measure, show
 from tools.bench.bandwidth import decode_bytes, is_here
 from tools.bench.host import host_ms_per_step
 from tools.bench.load import FailedError, Figures
+from tools.bench.packed import distinct_tokens
 
 
 def peer(request: httpx2.Request) -> httpx2.Response:
@@ -91,3 +92,7 @@ async def test_measure_stops_at_a_failing_server() -> None:
 
 def test_host_ms_per_step_without_a_device() -> None:
     assert host_ms_per_step(rows=2, vocab_size=100, max_logprobs=5, requested_ids=3) > 0
+
+
+def test_distinct_tokens_are_counted_once() -> None:
+    assert distinct_tokens([[1, 2, 3], [1, 2, 4, 5], [1, 2, 3], [6]]) == 3 + 2 + 1

@@ -83,7 +83,7 @@ class ScoringHandler[B: RequestFields](ABC):
     def _prepare(self, data: bytes, record: AnswerRecord) -> ScoringJob:
         """Validate and tokenize a request. Slow: run it in a thread."""
         context, config = self._context, self._context.config
-        body = self._validate(json_object(data))
+        body = self._validate(self._parse(data))
         name = served_name(body.model, context.model.names)
         record.generation = {
             "gen_ai.operation.name": self.operation,
@@ -95,6 +95,9 @@ class ScoringHandler[B: RequestFields](ABC):
             fields = repr(body.model_dump(exclude_none=True))[: config.max_log_len]
             logger.warning("request %s: %s %s", record.request_id, self.operation, fields)
         return self._job(body, name, record)
+
+    def _parse(self, data: bytes) -> dict[str, Any]:
+        return json_object(data)
 
     def _validate(self, values: dict[str, Any]) -> B:
         body = validate(self.model, values, self._context.unknown_fields)

@@ -337,6 +337,38 @@ async def test_error_of_system_one_is_a_list(
     assert location is None or detail["loc"] == ["body", *location]
 
 
+@pytest.mark.parametrize(
+    ("body", "location", "param"),
+    [
+        ('{"state": "a", "questions": {"a.b": {}, "a.b": {}}}', ["questions", "a.b"], "questions.a.b"),
+        ('{"state": "a", "questions": {"a": {}, "\\u0061": {}}}', ["questions", "a"], "questions.a"),
+        (
+            '{"questions": {"b": {"criteria": {"x": null, "y": null, "x": "z"}}}}',
+            ["questions", "b", "criteria", "x"],
+            "questions.b.criteria.x",
+        ),
+        ('{"state": [1, {"k": -1.5e300, "k": 2}]}', ["state", 1, "k"], "state[1].k"),
+        ('{"state": "a", "state": "b"}', ["state"], "state"),
+        ('{"state": {"a": {"x": 1, "x": 2}, "a": 3}}', ["state", "a"], "state.a"),  # the inner object is lost
+        ('{"state": {"' + "k" * 5000 + '": 1, "' + "k" * 5000 + '": 2}}', ["state", "k" * 100], "state." + "k" * 100),
+        ('{"state": ' + '{"s":' * 900 + '{"x":1,"x":2}' + "}" * 900 + "}", ["state", *"s" * 63], "s.s"),
+    ],
+    ids=("name", "escaped", "option", "state", "field", "hidden", "long", "deep"),
+)
+async def test_error_of_system_one_for_a_repeated_key(
+    server: Server, body: str, location: list[str | int], param: str
+) -> None:
+    detail = await refused_by_system_one(server, body.encode())
+    assert detail["loc"] == ["body", *location]
+    assert f"The key {str(location[-1])[:100]!r}" in detail["msg"] or len(location) == 64
+    assert param in detail["msg"]
+
+
+async def test_equal_keys_of_different_objects(server: Server) -> None:
+    nested = {"text": [-1.5, {"text": "a"}, {"text": "a"}, {"tex": 1, "text": 10**300}]}
+    await decide(server, typesafe({"state": {"text": nested}}, text=NOUL, calm=TONE), SYSTEM_ONE)
+
+
 async def test_system_one_serves_one_option(server: Server) -> None:
     answer = await decide(
         server, typesafe(a=TONE | {"criteria": {"x": None}}, b=URGENCY | {"criteria": ["y"]}), SYSTEM_ONE

@@ -127,6 +127,10 @@ def test_invalid_lines_get_a_row_that_names_the_field(decide: Command) -> None:
         (b'{"state": "a"}', "questions", "must be an object of questions"),
         (b'{"questions": {}}', "state", "`state` or `input` is missing"),
         (b'{"state": "a", "questions": {"q": {"type": "nuol"}}}', "questions.q.type", "must be one of"),
+        (b'{"state": {"k": [{"a": 1, "a": 2}]}, "questions": {}}', "state.k[0].a", "'a' occurs more than once"),
+        (b'{"state": "a", "questions": {"q": {}, "q": {}}}', "questions.q", "'q' occurs more than once"),
+        (b'{"input": "a", "questions": [{"name": "q", "name": "q"}]}', "questions[0].name", "'name' occurs more"),
+        (b'{"id": 1, "id": 2, "state": "a", "questions": {}}', "id", "'id' occurs more than once"),
     ]
     values: list[tuple[dict[str, Any], str, str]] = [
         ({"state": "a", "questions": noul, "expectd": {}}, "expectd", "did you mean 'expected'?"),

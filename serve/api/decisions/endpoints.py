@@ -21,7 +21,7 @@ from serve.api.request_group import RequestGroup
 from serve.api.scoring import ScoringHandler, ScoringJob
 from serve.jobs.decide import Decider
 from serve.jobs.results import Decision, openai_answer, typesafe_answer
-from serve.text.chat import PromptError
+from serve.text.chat import PromptError, check_unique_keys
 from serve.text.decisions.encoder import Prompt
 from serve.text.decisions.plan import DecisionPlan, QuestionPlan
 from serve.text.decisions.questions import (
@@ -122,6 +122,13 @@ class SystemOne(_DecisionHandler[SystemOneRequest]):
     """TypeSafe's form. Errors in fields are lists, with the status 422."""
 
     model = SystemOneRequest
+
+    def _parse(self, data: bytes) -> dict[str, Any]:
+        values = super()._parse(data)
+        questions = values.get("questions")
+        with _detailed_errors(questions if isinstance(questions, dict) else ()):
+            check_unique_keys(data)
+        return values
 
     def _validate(self, values: dict[str, Any]) -> SystemOneRequest:
         with _detailed_errors():

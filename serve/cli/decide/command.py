@@ -17,7 +17,7 @@ from serve.config.values import suggestion
 from serve.jobs.decide import Decider
 from serve.jobs.results import Decision, openai_answer, typesafe_answer
 from serve.llm import LLM
-from serve.text.chat import PromptError
+from serve.text.chat import PromptError, check_unique_keys
 from serve.text.decisions.plan import DecisionPlan
 from serve.text.decisions.questions import DecisionRequest, Question, decision_request, scoring_options
 
@@ -119,6 +119,7 @@ def _request(line: Line) -> tuple[LineRequest, DecisionRequest | PromptError]:
         if not isinstance(body, dict):
             body = {}
             raise PromptError("", "The line is not a JSON object.", "invalid_type")
+        check_unique_keys(line.data)
         for name in body:
             if name in _FLAGS:
                 raise PromptError(name, f"`{name}` is the same for all lines: use --{name}.", "unsupported_parameter")

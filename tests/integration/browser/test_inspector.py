@@ -120,7 +120,7 @@ def test_alternative_starts_a_branch(page: Inspector, server: ServerProcess) -> 
     taken = before[5]["top"][1]
     assert branch[:5] == before[:5]
     assert branch[5]["origin"] == "branch"
-    assert {name: branch[5][name] for name in taken} == taken  # scored anew, and to the bit what it was said to be
+    assert {name: branch[5][name] for name in taken} == taken  # scored again, with the same bits
     ids = [token["token_id"] for token in branch]
     expected = ask(server, prompt_token_ids=ids[:6], max_tokens=8)["choices"][0]["logprobs"]["content"]
     assert [(t["token_id"], t["logprob"]) for t in branch[6:]] == [(e["token_id"], e["logprob"]) for e in expected]

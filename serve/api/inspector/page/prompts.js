@@ -38,7 +38,7 @@ export class Prompts {
 
   stop() {
     this.page.details.hideFor(this);
-    if (this.work.running) this.run = null; // scored anew when it is opened again
+    if (this.work.running) this.run = null; // scored again when it is opened again
     this.work.stop();
   }
 

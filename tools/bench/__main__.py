@@ -16,7 +16,7 @@ from rich.table import Table
 
 from compiled.state import MAX_REQUESTED_IDS
 from tools.bench.bandwidth import bandwidth_probe, decode_bytes, is_here
-from tools.bench.host import host_ms_per_step
+from tools.bench.host import host_ms_of_decisions, host_ms_per_step
 from tools.bench.http_floor import entries_ms, http_share
 from tools.bench.load import (
     CACHED_TOKENS,
@@ -99,6 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("NO_COLOR", "1")
     plain, requested = host_ms_per_step(), host_ms_per_step(requested_ids=MAX_REQUESTED_IDS)
+    first, further = host_ms_of_decisions()
     share, serialising = http_share(logprobs=5), entries_ms(tokens=LONG, k=5)
     known = options.url is None or (options.model is not None and is_here(options.url))
     weights = decode_bytes(options.model, options.quantization or options.dtype) if known else None
@@ -114,6 +115,10 @@ def main() -> None:
     Console().print(
         "host time of the engine (schedule, batch, read, events): "
         f"{plain:.2f} ms per step of 16 rows, {requested:.2f} ms with {MAX_REQUESTED_IDS} logprob_token_ids each",
+        soft_wrap=True,
+    )
+    Console().print(
+        f"decisions: host time of the first question on one state {first:.2f} ms, of each further one {further:.2f} ms",
         soft_wrap=True,
     )
     Console().print(

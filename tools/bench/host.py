@@ -1,5 +1,6 @@
-"""Host time of a step: the engine with a runner that computes nothing."""
+"""Host times of a decode step and of decisions: the engine with a runner that computes nothing."""
 
+import asyncio
 import statistics
 import time
 from typing import Any
@@ -18,14 +19,25 @@ from compiled.state import (
     StepInput,
     StepOutput,
 )
+from model.kv_cache import PAGE_SIZE
 from model.token_logprobs import TokenLogprobs
+from model.weights.source import default_model_path
 from serve.engine.core import EngineCore
-from serve.engine.request import Request, SamplingParams
+from serve.engine.engine import Engine
+from serve.engine.request import EngineLimits, EngineOptions, Request, SamplingParams
 from serve.engine.request_state import RequestState
+from serve.jobs.decide import Decider
+from serve.jobs.request_queue import RequestQueue
+from serve.server.model_files import local_tokenizer
+from serve.text.chat import ChatFormat
+from serve.text.decisions.plan import DecisionFormat
+from serve.text.decisions.questions import ScoringOptions, decision_request
 
 _CONTEXT = 4096  # tokens
 _PROMPT = 512
 _STEPS = 500
+_STATE = 120  # numbered cases in a state for decisions, of 5 tokens each
+_ROUNDS = 5
 
 
 class NullRunner:
@@ -89,6 +101,53 @@ def host_ms_per_step(
         seconds.append(time.perf_counter() - start)
         assert len(emitted) == rows
     return 1e3 * statistics.median(seconds)
+
+
+def host_ms_of_decisions(*, questions: int = 100, rows: int = 16) -> tuple[float, float]:
+    """Return the median milliseconds of the first question on a state of 600 tokens, and of each further one.
+
+    From the parsed JSON to the decisions: prompts of the default model, the engine and its thread, probabilities.
+    """
+    decisions = DecisionFormat(ChatFormat(local_tokenizer(default_model_path())))
+    runner = NullRunner(rows=rows, vocab_size=49_152, max_logprobs=20)
+    limits = EngineLimits(
+        max_model_len=_CONTEXT,
+        max_logprobs=runner.max_logprobs,
+        vocab_size=runner.vocab_size,
+        cache_tokens=(runner.pages - 1) * PAGE_SIZE,
+        max_requested_ids=MAX_REQUESTED_IDS,
+        full_vocab=False,
+    )
+    engine = Engine(runner, limits, EngineOptions(max_num_batched_tokens=256 + rows, max_num_queued_reqs=512))
+    engine.start()
+
+    async def seconds(count: int, number: int) -> float:
+        state = " ".join(f"case {100 + number + i}" for i in range(_STATE))
+        criteria = dict.fromkeys(("first", "second", "third", "fourth"))
+        asked = {
+            f"{i}": {"type": "choice", "instructions": f"Which fits case {i} best?", "criteria": criteria}
+            for i in range(count)
+        }
+        start = time.perf_counter()
+        decider = Decider(RequestQueue(engine, 4 * rows, 2**17), limits)
+        request = decision_request({"state": state, "questions": asked})
+        results = await decider.run(decisions.plan(request, ScoringOptions(), decider.max_prompt_tokens))
+        elapsed = time.perf_counter() - start
+        assert len(results) == count
+        return elapsed
+
+    async def rounds(count: int, first: int) -> float:
+        return 1e3 * statistics.median([await seconds(count, first + i) for i in range(_ROUNDS)])
+
+    async def measured() -> tuple[float, float]:
+        await seconds(questions, 0)  # imports, and fills the tokenizer's caches
+        one = await rounds(1, 1)
+        return one, (await rounds(questions, 1 + _ROUNDS) - one) / (questions - 1)
+
+    try:
+        return asyncio.run(measured())
+    finally:
+        engine.stop()
 
 
 def _numbers(rows: int, k: int) -> TokenLogprobs:

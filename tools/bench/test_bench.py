@@ -1,13 +1,14 @@
-"""The bench with a fake server, its bandwidth limit, and the host time of a step."""
+"""The bench with a fake server, its bandwidth limit, and host times."""
 
 import json
+import math
 
 import httpx2
 import pytest
 
 from tools.bench.__main__ import measure, show
 from tools.bench.bandwidth import decode_bytes, is_here
-from tools.bench.host import host_ms_per_step
+from tools.bench.host import host_ms_of_decisions, host_ms_per_step
 from tools.bench.load import FailedError, Figures
 from tools.bench.packed import distinct_tokens
 
@@ -96,3 +97,9 @@ def test_host_ms_per_step_without_a_device() -> None:
 
 def test_distinct_tokens_are_counted_once() -> None:
     assert distinct_tokens([[1, 2, 3], [1, 2, 4, 5], [1, 2, 3], [6]]) == 3 + 2 + 1
+
+
+def test_host_ms_of_decisions_without_a_device() -> None:
+    first, further = host_ms_of_decisions(questions=3, rows=2)
+    assert first > 0
+    assert math.isfinite(further)

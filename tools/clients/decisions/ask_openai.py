@@ -1,4 +1,4 @@
-"""openai-python: decisions, synchronous and asynchronous, and its tool runner. Prints JSON."""
+"""openai-python: decisions and its tool runners, synchronous and asynchronous. Prints JSON."""
 
 import asyncio
 import json
@@ -6,7 +6,13 @@ from functools import partial
 from typing import Any
 
 from openai import AsyncOpenAI, BadRequestError, OpenAI
-from openai.lib.decisions_tool_runner import DecisionCandidate, DecisionsToolRunner
+from openai.lib.decisions_tool_runner import (
+    AsyncDecisionCandidate,
+    AsyncDecisionsToolRunner,
+    DecisionCandidate,
+    DecisionsRunnerParams,
+    DecisionsToolRunner,
+)
 
 MODEL = "SmolLM2-135M-Instruct"
 REQUEST: dict[str, Any] = {
@@ -30,20 +36,39 @@ REQUEST: dict[str, Any] = {
 }
 
 
+ACTIONS = ("key", "lamp", "map")
+DONE: Any = {"id": "done", "description": "Everything is taken", "done": True}
+RUN: DecisionsRunnerParams = {"model": MODEL, "input": "Take everything.", "safety_identifier": "user-1"}
+
+
+def action(name: str, execute: Any) -> Any:
+    return {"id": name, "description": f"Take the {name}", "execute": execute}
+
+
 def run_tools(client: OpenAI) -> dict[str, Any]:
     """Let the model choose actions until it is done, or all are taken."""
     taken: list[str] = []
 
     def candidates(_: object) -> list[DecisionCandidate]:
-        actions: list[DecisionCandidate] = [
-            {"id": name, "description": f"Take the {name}", "execute": partial(taken.append, name)}
-            for name in ("key", "lamp", "map")
-            if name not in taken
-        ]
-        return [*actions, {"id": "done", "description": "Everything is taken", "done": True}]
+        return [*(action(name, partial(taken.append, name)) for name in ACTIONS if name not in taken), DONE]
 
-    runner = DecisionsToolRunner(observe=lambda: f"Taken: {taken}", candidates=candidates)
-    return dict(runner.run(client, {"model": MODEL, "input": "Take everything.", "safety_identifier": "user-1"}))
+    return dict(DecisionsToolRunner(observe=lambda: f"Taken: {taken}", candidates=candidates).run(client, RUN))
+
+
+async def run_tools_async(client: AsyncOpenAI) -> dict[str, Any]:
+    """As `run_tools`."""
+    taken: list[str] = []
+
+    async def take(name: str) -> None:
+        taken.append(name)
+
+    async def observe() -> str:
+        return f"Taken: {taken}"
+
+    async def candidates(_: object) -> list[AsyncDecisionCandidate]:
+        return [*(action(name, partial(take, name)) for name in ACTIONS if name not in taken), DONE]
+
+    return dict(await AsyncDecisionsToolRunner(observe=observe, candidates=candidates).run(client, RUN))
 
 
 async def main() -> None:
@@ -53,6 +78,7 @@ async def main() -> None:
             other = await async_client.decisions.create(
                 **REQUEST, prompt_cache_key="k", extra_body={"scoring": "sequences"}
             )
+            async_run = await run_tools_async(async_client)
         run = run_tools(client)
         try:
             client.decisions.create(**REQUEST | {"questions": REQUEST["questions"][:1] * 2})
@@ -62,7 +88,7 @@ async def main() -> None:
         "answers": [part.to_dict() for part in answer.answers],
         "usage": answer.usage.to_dict(),
         "sequences": [part.to_dict() for part in other.answers],
-        "run": {"status": run["status"], "completed": run["completed_candidate_ids"]},
+        "runs": [{"status": r["status"], "completed": r["completed_candidate_ids"]} for r in (run, async_run)],
         "error": message,
         "models": [card.id for card in OpenAI().models.list()],
     }

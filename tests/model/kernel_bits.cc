@@ -2,6 +2,8 @@
 // bits. tests/support/kernel_lines.py compiles it for several CPUs, and with sanitizers, and compares the lines.
 
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -91,6 +93,14 @@ void Linear(int64_t m, int64_t n, int64_t k) {
 }
 
 template <typename Element>
+void AttendAll(const Pages& p) {
+  const Scratch scratch(std::min(kQueryTokens, p.rows * p.tokens) * (p.heads / p.kv_heads), p.size);
+  for (const Block& block : BlocksOf(p)) {
+    for (int64_t head = 0; head < p.kv_heads; ++head) Attend<Element>(p, {block, head}, scratch);
+  }
+}
+
+template <typename Element>
 void Attention(int64_t tokens, int64_t before, int64_t heads, int64_t kv_heads, int64_t size, int64_t window,
                float cap = 0) {
   Random random(static_cast<uint64_t>(tokens * 1000 + before * 100 + size));
@@ -121,13 +131,19 @@ void Attention(int64_t tokens, int64_t before, int64_t heads, int64_t kv_heads, 
                    window,
                    1 / __builtin_sqrtf(static_cast<float>(size)),
                    cap};
-  const Scratch scratch(std::min(kQueryTokens, tokens) * (heads / kv_heads), size);
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t head = 0; head < kv_heads; ++head) {
-      for (int64_t from = 0; from < tokens; from += kQueryTokens) {
-        Attend<Element>(p, {row, head, from, std::min(tokens, from + kQueryTokens)}, scratch);
-      }
-    }
+  AttendAll<Element>(p);
+  // The same tokens packed, one in a row, with the table of its request.
+  std::vector<int32_t> repeated;
+  for (int64_t i = 0; i < rows * tokens; ++i) {
+    repeated.insert(repeated.end(), tables.begin() + i / tokens * table, tables.begin() + (i / tokens + 1) * table);
+  }
+  std::vector<float> packed(out.size());
+  Pages one = p;
+  one.tables = repeated.data(), one.out = packed.data(), one.rows = rows * tokens, one.tokens = 1;
+  AttendAll<Element>(one);
+  if (std::memcmp(out.data(), packed.data(), out.size() * sizeof(float)) != 0) {
+    std::puts("packed rows have other bits");
+    std::exit(1);
   }
   Print("attention " + std::to_string(tokens) + " after " + std::to_string(before) + " of " + std::to_string(heads) +
             "x" + std::to_string(size) + " window " + std::to_string(window) + (cap > 0 ? " capped" : "") +

@@ -27,6 +27,13 @@ def bad_requests() -> Iterator[Any]:
     yield {"questions": {"q": noul}}, "state", "is missing"
     yield {"state": " \n", "questions": {"q": noul}}, "state", "blank"
     yield {"state": None, "questions": {"q": noul}}, "state", "blank"
+    blank: Any
+    for blank in ({}, [], "\U000f0000 \U000f0001"):
+        yield {"state": blank, "questions": {"q": noul}}, "state", "blank"
+    for scalar in (5, 0.5, True):
+        yield {"state": scalar, "questions": {"q": noul}}, "state", "a string, an object or a list"
+    yield {"state": "x", "questions": {"q": noul}, "normalize": "sum"}, "normalize", "an option of all requests"
+    yield {"state": "x", "question": {"q": noul}}, "question", "did you mean 'questions'"
     yield {"state": "x", "input": "x", "questions": []}, "state", "cannot both"
     yield {"state": {"a": float("nan")}, "questions": {"q": noul}}, "state.a", "finite"
     yield {"state": deep, "questions": {"q": noul}}, "state", "nested"
@@ -38,12 +45,22 @@ def bad_requests() -> Iterator[Any]:
     yield {"state": "x", "questions": {"q": "?"}}, "questions.q", "must be an object"
     yield state(type="noul"), "questions.q.instructions", "neither instructions nor criteria"
     yield state(type="noul", instructions="", criteria={"true": None}), "questions.q.instructions", "neither"
+    for blank in ({}, [], " \n", "\U000f0000"):
+        criteria: dict[str, Any] = {"true": blank, "false": None}
+        yield state(type="noul", instructions=blank, criteria=criteria), "questions.q.instructions", "neither"
+        if isinstance(blank, str):
+            yield listed({"type": "predicate", "instructions": blank}), "questions[0].instructions", "is blank"
+    yield state(type="score", criteria=["a", None]), "questions.q.criteria[1]", "string, an object"
     yield state(type="noul", instructions=7), "questions.q.instructions", "string, an object or a list"
     yield state(type="noul", criteria={"yes": "x"}), "questions.q.criteria", "`true` and `false`"
     yield state(type="box"), "questions.q.type", "one of noul, choice, score"
     yield state(type="choice"), "questions.q.criteria", "at least one item"
     yield state(type="choice", criteria={"a": 7}), "questions.q.criteria.a", "string, an object"
-    yield state(type="choice", criteria=dict.fromkeys(map(str, range(256)))), "questions.q", "256 options"
+    yield (
+        state(type="choice", criteria=dict.fromkeys(map(str, range(256)))),
+        "questions.q",
+        "256 options, more than the maximum of 255",
+    )
     yield state(type="score", criteria=["x"] * 2), "questions.q", '"x" occurs twice'
     yield state(type="score", criteria=list("abcdefghijk")), "questions.q", "11 levels"
     yield state(type="noul", instruction="x"), "questions.q.instruction", "did you mean 'instructions'"
@@ -81,8 +98,65 @@ def bad_requests() -> Iterator[Any]:
         "input[0].content[0].data",
         "object",
     )
+    user, text = {"role": "user", "content": "x"}, {"type": "input_text", "text": "x"}
+    for item, field in (
+        ({**user, "name": "n"}, "name"),
+        ({**user, "phase": "commentary"}, "phase"),
+        ({**CALL, "output": "x"}, "output"),
+        ({**CALL, "type": "custom_tool_call", "input": "x"}, "arguments"),
+    ):
+        yield listed(openai, input=[item]), f"input[0].{field}", "unknown field"
+    yield listed(openai, input=[CALL, {**RESULT, "name": "n"}]), "input[1].name", "unknown field"
+    yield listed(openai, input=[{**CALL, "status": "done"}]), "input[0].status", "in_progress, completed, incomplete"
+    yield listed(openai, input=[{**CALL, "namespace": 7}]), "input[0].namespace", "a string"
+    yield listed(openai, input=[{"role": "assistant", "content": "x", "phase": "last"}]), "input[0].phase", "commentary"
+    part = "input[0].content[0]"
+    yield listed(openai, input=[{"role": "user", "content": [{**text, "data": {}}]}]), f"{part}.data", "unknown field"
+    yield (
+        listed(
+            openai, input=[{"role": "user", "content": [{**text, "prompt_cache_breakpoint": {"mode": "implicit"}}]}]
+        ),
+        f"{part}.prompt_cache_breakpoint",
+        "explicit",
+    )
+    for data, message in (
+        (nested(33), "33 nested levels, more than the maximum of 32"),
+        ({"a": [0] * 9_999}, "10001 values, more than the maximum of 10000"),
+        ({"a": "é" * 131_069}, "262146 bytes of compact JSON, more than the maximum of 262144"),
+    ):
+        yield listed(openai, input=json_input(data)), f"{part}.data", message
     yield listed(openai, input=[]), "input", "1 to 10000"
     yield listed(openai, input="  "), "input", "blank"
+
+
+def nested(depth: int) -> Any:
+    value: Any = {}
+    for _ in range(depth - 1):
+        value = {"a": value}
+    return value
+
+
+def json_input(data: Any) -> list[Any]:
+    return [{"role": "user", "content": [{"type": "input_json", "data": data}]}]
+
+
+@pytest.mark.parametrize("data", [nested(32), {"a": [0] * 9_998}, {"a": "é" * 131_068}], ids=["deep", "many", "long"])
+def test_json_of_the_largest_size(data: Any) -> None:
+    predicate = {"type": "predicate", "instructions": "Good?"}
+    assert decision_request({"input": json_input(data), "questions": [predicate]}).messages
+
+
+def test_optional_fields_of_items() -> None:
+    cached = {"type": "input_text", "text": "x", "prompt_cache_breakpoint": {"mode": "explicit"}}
+    items = [
+        {"type": "message", "role": "user", "content": [cached]},
+        {"role": "assistant", "content": "y", "phase": None},
+        {**CALL, "id": "i", "namespace": "n", "status": "in_progress"},
+        {**RESULT, "id": None, "status": "completed"},
+    ]
+    request = decision_request({"input": items, "questions": [{"type": "predicate", "instructions": "Good?"}]})
+    assert request.messages is not None
+    assert len(request.messages) == 4
 
 
 @pytest.mark.parametrize(("body", "param", "message"), [*bad_requests()])

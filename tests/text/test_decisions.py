@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from model.weights.source import default_model_path
 from serve.server.model_files import local_tokenizer
 from serve.text.chat import ChatFormat, PromptError
+from serve.text.decisions import encoder as encoder_module
+from serve.text.decisions import plan as plan_module
 from serve.text.decisions.encoder import MARK, SPLIT, PromptEncoder
 from serve.text.decisions.plan import DecisionFormat, option_orders
 from serve.text.decisions.prompts import DecisionSettings, QuestionView, SettingsError, default_prompt, read_settings
@@ -244,6 +247,72 @@ def test_labels_show_the_first_of_a_group() -> None:
     assert "\nyes. option 0\nB. option 1\nAnswer with the label of the option" in text
 
 
+def test_prompts_that_share_nothing_are_encoded_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state of one pre-token cannot be cut, so each order encodes it again."""
+    encoded: list[int] = []
+    encode_batch = Tokenizer.encode_batch
+
+    def counted(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        encoded.append(sum(map(len, texts)))
+        return encode_batch(tokenizer, texts)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", counted)
+    monkeypatch.setattr(encoder_module, "_BATCH", 20_000)
+    monkeypatch.setattr(plan_module, "_MAX_UNSHARED_TOKENS", 30_000)
+    five = {"type": "choice", "criteria": dict.fromkeys("abcde")}
+    options = ScoringOptions(scoring="permutations")
+    body = {"state": "xyz" * 1000, "questions": {f"q{i}": five for i in range(20)}}
+    with pytest.raises(PromptError, match=r"have more than 30000 tokens that they do not share") as caught:
+        format_of().plan(decision_request(body, "requests[0]"), options, ROOM)
+    assert (caught.value.param, caught.value.code) == ("requests[0].questions", "array_above_max_length")
+    assert max(encoded) < 30_000  # characters at a time
+    assert sum(encoded) < 300_000  # of 7 million
+    words = {"state": "xyz " * 500, "questions": {"q": five}}
+    [plan] = format_of().plan(decision_request(words), options, ROOM).questions  # 120 orders share this state
+    assert sum(len(readout.prompt.tail) for readout in plan.readouts) < 120 * 60
+
+
+@pytest.mark.parametrize("text", ["It works, though the box was wet. " * 20, "x" * 300])
+def test_batches_do_not_change_prompts(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = {
+        f"q{i}": {"type": "choice", "instructions": f"{i % 3}?", "criteria": dict.fromkeys("abcdefghijklmn"[: i + 2])}
+        for i in range(12)
+    }
+    ids, _ = prompt_ids("default", text, questions)
+    monkeypatch.setattr(encoder_module, "_BATCH", 1000)
+    assert prompt_ids("default", text, questions)[0] == ids == transformers_ids("default", text, questions)
+
+
+@pytest.mark.parametrize("normalize", ["sum", "token", "byte", "pmi"])
+@pytest.mark.parametrize(
+    "question",
+    [
+        {"type": "choice", "criteria": {"": "nothing", "a": None}},
+        {"type": "choice", "criteria": {"": None, "a": None}},
+        {"type": "choice", "criteria": {"\U000f0000": None, "a": None}},
+        {"type": "score", "criteria": ["", "a"]},
+    ],
+)
+def test_option_without_text_is_no_sequence(question: Any, normalize: Any) -> None:
+    plain = local_tokenizer(default_model_path())
+    plain.chat_template = None
+    request = decision_request({"state": "x", "questions": {"q": question}})
+    for prompts in (format_of(), DecisionFormat(ChatFormat(plain))):
+        with pytest.raises(PromptError, match=r"Question 'q' .* an option without text") as caught:
+            prompts.plan(request, ScoringOptions(scoring="sequences", normalize=normalize), ROOM)
+        assert caught.value.param == "questions.q"
+
+
+@pytest.mark.parametrize(
+    "question", [choice(2, **{"option 0": "x"}), {"type": "noul", "instructions": "?", "labels": {"true": "Y"}}]
+)
+def test_labels_have_no_place_in_sequences(question: Any) -> None:
+    request = decision_request({"state": "x", "questions": {"q": question}})
+    with pytest.raises(PromptError, match="labels or permutations, not sequences") as caught:
+        format_of().plan(request, ScoringOptions(scoring="sequences"), ROOM)
+    assert caught.value.param == "questions.q.labels"
+
+
 @pytest.mark.parametrize(
     ("labels", "wrong"),
     [
@@ -257,7 +326,7 @@ def test_labels_show_the_first_of_a_group() -> None:
 def test_labels_that_are_not_one_distinct_token_are_refused(labels: dict[str, Any], wrong: str) -> None:
     with pytest.raises(PromptError, match=r"Question 'q' .* the labels ") as caught:
         labels_of(format_of(), choice(2, **labels))
-    assert str(caught.value).endswith(f"the labels {wrong}.")
+    assert str(caught.value).endswith(f"the labels {wrong} are not one distinct token each after this prompt.")
     assert caught.value.param == "questions.q"
 
 
@@ -382,6 +451,29 @@ def test_settings_of_a_folder(tmp_path: Path) -> None:
 def test_settings_that_cannot_be_followed_are_refused(tmp_path: Path, config: Any, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         read_settings(settings_folder(tmp_path, config))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for q in questions %}{{ q.name }}{% endfor %}", "the variable `questions` is not supported"),
+        ("{{ state }}{{ question.name }}{{ images | length }}", "the variable `images` is not supported"),
+        ("{{ state", "decision_template.jinja: "),
+    ],
+)
+def test_templates_that_cannot_be_followed_are_refused(tmp_path: Path, template: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        read_settings(settings_folder(tmp_path, template=template))
+
+
+@pytest.mark.parametrize("sanitize", [True, False])
+def test_own_template_writes_control_tokens_of_names_as_text(sanitize: bool) -> None:
+    body = {"state": "x", "questions": {"a<|im_end|><|mark|>b": {"type": "noul", "instructions": "Good?"}}}
+    prompts = format_of(settings=DecisionSettings(template="{{ question.name }}: {{ state }}", sanitize=sanitize))
+    [plan] = prompts.plan(decision_request(body), ScoringOptions(), ROOM).questions
+    ids, tokenizer = plan.readouts[0].prompt.token_ids, tokenizer_of("default")
+    assert tokenizer.decode(ids, skip_special_tokens=False) == f"a<|im_end|>{MARK if sanitize else ''}b: x"
+    assert any(map(tokenizer.is_special, ids)) is not sanitize
 
 
 @pytest.mark.parametrize("name", ["judge_config.json", "head.safetensors"])

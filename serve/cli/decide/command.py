@@ -13,7 +13,6 @@ from serve.cli.batch.run import Batch, Output, run_batch
 from serve.cli.batch.source import BatchError, Line, Source
 from serve.cli.decide.config import DecideConfig
 from serve.cli.decide.report import metrics_table, option_index, read_reports, write_diagram
-from serve.config.values import suggestion
 from serve.jobs.decide import Decider
 from serve.jobs.results import Decision, openai_answer, typesafe_answer
 from serve.llm import LLM
@@ -21,8 +20,6 @@ from serve.text.chat import PromptError, check_unique_keys
 from serve.text.decisions.plan import DecisionPlan
 from serve.text.decisions.questions import DecisionRequest, Question, decision_request, scoring_options
 
-_FIELDS = ("id", "state", "input", "questions", "expected")
-_WITHOUT_EFFECT = ("model", "prompt_cache_key", "prompt_cache_options", "safety_identifier")
 _FLAGS = ("scoring", "normalize", "permutations", "temperature")
 
 
@@ -123,10 +120,7 @@ def _request(line: Line) -> tuple[LineRequest, DecisionRequest | PromptError]:
         for name in body:
             if name in _FLAGS:
                 raise PromptError(name, f"`{name}` is the same for all lines: use --{name}.", "unsupported_parameter")
-            if name not in (*_FIELDS, *_WITHOUT_EFFECT):
-                message = f"Unknown field `{name}`{suggestion(name, _FIELDS)}."
-                raise PromptError(name, message, "unknown_parameter")
-        request = decision_request(body)
+        request = decision_request(body, more_fields=("id", "expected"))
         _check_expected(body.get("expected"), request.questions)
     except PromptError as error:
         return LineRequest(line, body), error

@@ -4,11 +4,23 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from serve.config.values import suggestion
 from serve.text.chat import MAX_ITEMS, PromptError, check_messages
 
 _MAX_JSON_DEPTH = 64
+_MAX_PART_DEPTH, _MAX_PART_VALUES, _MAX_PART_BYTES = 32, 10_000, 256 * 1024  # of input_json
 _ROLES = ("user", "assistant", "system", "developer")
 _CALLS = {"function_call": "arguments", "custom_tool_call": "input"}
+_STATUSES = ("in_progress", "completed", "incomplete")
+_PHASES = ("commentary", "final_answer")
+_PART_FIELDS = {
+    "input_text": ("text", "prompt_cache_breakpoint"),
+    "input_json": ("data",),
+    "output_text": ("text",),
+    "refusal": ("refusal",),
+}
+# Private-use characters around the control tokens of user text, as in transformers; user text loses them.
+CONTROL_START, CONTROL_END = "\U000f0000", "\U000f0001"
 _OUTPUTS = {"function_call_output": "function_call", "custom_tool_call_output": "custom_tool_call"}
 
 
@@ -37,9 +49,16 @@ def parse_input(value: Any, param: str = "input") -> tuple[dict[str, Any], ...]:
         else:
             names = ", ".join(("message", *_CALLS, *_OUTPUTS))
             raise PromptError(f"{path}.type", f"`{path}.type` must be one of {names}.")
-    if not any(message.get("content", "").strip() or message.get("tool_calls") for message in messages):
+    if not any(not is_blank(message.get("content")) or message.get("tool_calls") for message in messages):
         raise PromptError(param, "The input is blank.")
     return tuple(check_messages(messages, param=param))
+
+
+def is_blank(value: Any) -> bool:
+    """True for None, an empty object or list, and a text of which a prompt shows nothing but spaces."""
+    if isinstance(value, str):
+        return not value.replace(CONTROL_START, "").replace(CONTROL_END, "").strip()
+    return value is None or (isinstance(value, Mapping | list) and not value)
 
 
 def content_text(value: Any, param: str, *, kinds: tuple[str, ...] = ("input_text", "input_json")) -> str:
@@ -78,11 +97,15 @@ def _part_text(part: Any, path: str, kinds: tuple[str, ...]) -> str:
         raise PromptError(path, message, "unsupported_parameter")
     if not isinstance(part, Mapping) or kind not in kinds:
         raise PromptError(f"{path}.type", f"`{path}.type` must be one of {', '.join(kinds)}.")
+    _check_fields(part, path, ("type", *_PART_FIELDS[kind]))
+    if part.get("prompt_cache_breakpoint") not in (None, {"mode": "explicit"}):
+        field = f"{path}.prompt_cache_breakpoint"
+        raise PromptError(field, f'`{field}` must be {{"mode": "explicit"}}.')
     if kind == "input_json":
         data = part.get("data")
         if not isinstance(data, dict) and not (isinstance(data, list) and all(isinstance(x, dict) for x in data)):
             raise PromptError(f"{path}.data", f"`{path}.data` must be an object or a list of objects.", "invalid_type")
-        check_json(data, f"{path}.data")
+        _check_data(data, f"{path}.data")
         return json.dumps(data, ensure_ascii=False)
     key = "refusal" if kind == "refusal" else "text"
     if not isinstance(part.get(key), str):
@@ -90,10 +113,42 @@ def _part_text(part: Any, path: str, kinds: tuple[str, ...]) -> str:
     return str(part[key])
 
 
+def _check_data(data: Any, path: str) -> None:
+    """Check the limits of input_json."""
+    check_json(data, path)
+    level, values, depth = [data], 0, 0
+    while level:
+        values, depth = values + len(level), depth + any(isinstance(value, Mapping | list) for value in level)
+        lists = ([*value.values()] if isinstance(value, Mapping) else value for value in level)
+        level = [item for value in lists if isinstance(value, list) for item in value]
+    size = len(json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass"))
+    for count, limit, unit in (
+        (depth, _MAX_PART_DEPTH, "nested levels"),
+        (values, _MAX_PART_VALUES, "values"),
+        (size, _MAX_PART_BYTES, "bytes of compact JSON"),
+    ):
+        if count > limit:
+            raise PromptError(path, f"`{path}` has {count} {unit}, more than the maximum of {limit}.")
+
+
+def _check_fields(item: Mapping[str, Any], path: str, allowed: tuple[str, ...]) -> None:
+    for key in item:
+        if key not in allowed:
+            message = f"`{path}`: unknown field `{key}`{suggestion(str(key), allowed)}."
+            raise PromptError(f"{path}.{key}", message, "unknown_parameter")
+
+
+def _check_one_of(item: Mapping[str, Any], key: str, path: str, values: tuple[str, ...]) -> None:
+    if item.get(key) is not None and item[key] not in values:
+        raise PromptError(f"{path}.{key}", f"`{path}.{key}` must be one of {', '.join(values)}.")
+
+
 def _message(item: Mapping[str, Any], path: str) -> dict[str, Any]:
     role = item.get("role")
     if role not in _ROLES:
         raise PromptError(f"{path}.role", f"`{path}.role` must be one of {', '.join(_ROLES)}.")
+    _check_fields(item, path, ("type", "role", "content", *(("phase",) if role == "assistant" else ())))
+    _check_one_of(item, "phase", path, _PHASES)
     parts = {"user": ("input_text", "input_json"), "assistant": ("output_text", "refusal")}
     content = content_text(item.get("content"), f"{path}.content", kinds=parts.get(str(role), ("input_text",)))
     return {"role": role, "content": content}
@@ -101,6 +156,7 @@ def _message(item: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 def _call(item: Mapping[str, Any], path: str, calls: dict[str, str]) -> dict[str, Any]:
     kind = str(item["type"])
+    _check_call(item, path, ("name", _CALLS[kind], "namespace"))
     call_id, name, arguments = (_string(item, key, path) for key in ("call_id", "name", _CALLS[kind]))
     calls[call_id] = kind
     function = {"name": name, "arguments": arguments}
@@ -112,12 +168,21 @@ def _call(item: Mapping[str, Any], path: str, calls: dict[str, str]) -> dict[str
 
 
 def _output(item: Mapping[str, Any], path: str, calls: Mapping[str, str]) -> dict[str, Any]:
+    _check_call(item, path, ("output",))
     kind, call_id = str(item["type"]), _string(item, "call_id", path)
     if calls.get(call_id) != _OUTPUTS[kind]:
         message = f"`{path}.call_id`: no item of type {_OUTPUTS[kind]} before this one has the call_id {call_id!r}."
         raise PromptError(f"{path}.call_id", message)
     content = content_text(item.get("output"), f"{path}.output", kinds=("input_text",))
     return {"role": "tool", "tool_call_id": call_id, "content": content}
+
+
+def _check_call(item: Mapping[str, Any], path: str, fields: tuple[str, ...]) -> None:
+    _check_fields(item, path, ("type", "call_id", "id", "status", *fields))
+    _check_one_of(item, "status", path, _STATUSES)
+    for key in ("id", "namespace"):
+        if item.get(key) is not None:
+            _string(item, key, path)
 
 
 def _string(item: Mapping[str, Any], key: str, path: str) -> str:

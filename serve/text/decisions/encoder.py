@@ -1,23 +1,26 @@
 """Rendered prompts to token ids: control tokens in user text stay text, and what prompts share is encoded once."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any, Literal
 
 from transformers.utils.chat_template_utils import _get_template_literal_text
 
 from serve.text.chat import PromptError, prompt_errors
+from serve.text.decisions.conversation import CONTROL_END, CONTROL_START
 from serve.text.tokenizer import Tokenizer, TokenizerError
 
 MARK, SPLIT = "<|mark|>", "<|split|>"  # written by templates of transformers: end of the prompt, end of a segment
-# Private-use characters around the control tokens of user text, as in transformers; user text loses them.
-_START, _END = "\U000f0000", "\U000f0001"
-_MARKED = re.compile(f"{_START}([^{_START}{_END}]*){_END}|[{_START}{_END}]")
+_MARKED = re.compile(f"{CONTROL_START}([^{CONTROL_START}{CONTROL_END}]*){CONTROL_END}|[{CONTROL_START}{CONTROL_END}]")
 _MARGIN = 16  # characters of shared text after the place where a prompt is cut
 _CONTEXT = 128  # characters at the end of a prompt that are searched for its last control token
 _CACHED = 4096  # labels in their contexts
+_BATCH = 1 << 18  # characters that are encoded at a time
+_TEXT_COST = 1 << 8  # characters that a text counts at least
 
 type _Kind = Literal["first", "inner", "split", "text"]  # of a segment: at the start, elsewhere, after SPLIT; a token
 
@@ -26,8 +29,8 @@ type _Kind = Literal["first", "inner", "split", "text"]  # of a segment: at the 
 class Prompt:
     """Token ids in two parts; prompts of one request hold the same list as `shared`."""
 
-    shared: list[int]
-    tail: list[int]
+    shared: Sequence[int]
+    tail: Sequence[int]
     context: str  # text that ends the prompt, from its last control token on
 
     @property
@@ -55,7 +58,6 @@ class _Seam:
     kind: _Kind  # of the segment after it
     ids: list[int]  # before it
     next_id: int | None  # that has to follow it
-    first: list[int]  # all ids of the first prompt after it
 
 
 class PromptEncoder:
@@ -85,7 +87,9 @@ class PromptEncoder:
         Raise PromptError if two keys of an object differ only in the private characters of the marks.
         """
         if isinstance(value, str):
-            return self._pattern.sub(rf"{_START}\g<0>{_END}", value.replace(_START, "").replace(_END, ""))
+            return self._pattern.sub(
+                rf"{CONTROL_START}\g<0>{CONTROL_END}", value.replace(CONTROL_START, "").replace(CONTROL_END, "")
+            )
         if isinstance(value, Mapping):
             marked = {self.mark(key): self.mark(item) for key, item in value.items()}
             if len(marked) != len(value):
@@ -93,26 +97,18 @@ class PromptEncoder:
             return marked
         return [self.mark(item) for item in value] if isinstance(value, list | tuple) else value
 
-    def encode(self, texts: Iterable[str], param: str) -> list[Prompt]:
+    def encode(self, texts: Iterable[str], param: str) -> Iterator[Prompt]:
         """Token ids of marked texts that start alike. Raise PromptError for a text that cannot be encoded.
 
-        The part that all texts share is encoded once, unless it could affect the ids of the others.
+        The part that the texts of a batch share is encoded once, unless it could affect the ids of the others.
         """
         iterator = iter(texts)
         first = next(iterator)
-        others = list[tuple[int, str]]()  # common prefix with the first text, and the rest
-        for text in iterator:
-            common = _common_prefix(first, text)
-            others.append((common, text[common:]))
+        parts = ((common := _common_prefix(first, text), text[common:]) for text in iterator)
         with prompt_errors(param):
-            seam = self._seam(first, min(common for common, _ in others)) if others else None
-            if seam is None:
-                ids = self._encode_whole([first, *(first[:common] + rest for common, rest in others)])
-                bodies = [(list[int](), [*self._bos, *whole]) for whole in ids]
-            else:
-                bodies = self._encode_tails(first, others, seam)
-        texts = [first, *(first[max(0, common - _CONTEXT) : common] + rest for common, rest in others)]
-        return [Prompt(shared, tail, self._context(text)) for (shared, tail), text in zip(bodies, texts, strict=True)]
+            for batch in _batches(chain([(len(first), "")], parts), lambda part: len(part[1]) + _TEXT_COST):
+                seam = self._seam(first, min(common for common, _ in batch)) if len(batch) > 1 else None
+                yield from self._encode_tails(first, batch, seam)
 
     def label_id(self, context: str, label: str) -> int | None:
         """The token that `label` is after `context`; None if it is not exactly one, or changes the tokens before it."""
@@ -182,8 +178,12 @@ class PromptEncoder:
             raise TokenizerError(f"The control token {token!r} in the text cannot be encoded as text.")
         return ids
 
-    def _encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
-        segments = [self._segments(text) for text in texts]
+    def _encode_texts(self, texts: Sequence[str], kind: _Kind = "first") -> list[list[int]]:
+        """Token ids of marked texts; `kind` is that of their first segments."""
+        segments = [
+            [replace(segment, kind=kind) if segment.kind == "first" else segment for segment in self._segments(text)]
+            for text in texts
+        ]
         encoded = iter(self._encode_segments([segment for part in segments for segment in part]))
         return [[token for _ in part for token in next(encoded)] for part in segments]
 
@@ -194,17 +194,16 @@ class PromptEncoder:
         if number is None:
             return None
         segment = segments[number]
-        offset, head, tail = self._cut(segment, common - segment.start)
+        offset, head, next_id = self._cut(segment, common - segment.start)
         if not offset and segment.kind == "first":
             return None
         shared = [*self._bos, *_flatten(self._encode_segments(segments[:number])), *head]
-        first = [*tail, *_flatten(self._encode_segments(segments[number + 1 :]))]
         # At its start a segment can always be cut, since it is encoded on its own.
         kind = "inner" if offset else segment.kind
-        return _Seam(segment.start + offset, kind, shared, tail[0] if offset else None, first)
+        return _Seam(segment.start + offset, kind, shared, next_id)
 
-    def _cut(self, segment: _Segment, common: int) -> tuple[int, list[int], list[int]]:
-        """Characters before a place, at least _MARGIN before `common`, and the ids before and after it; 0 if none fits.
+    def _cut(self, segment: _Segment, common: int) -> tuple[int, list[int], int | None]:
+        """Characters before a place, at least _MARGIN before `common`, the ids before it and the next; 0 if none fits.
 
         Between two words can be cut, as the tokenizer encodes words one by one, and finds them from left to right.
         Without words, BPE's result is the one in which every pair of neighbours is a result, too: it can be cut where
@@ -214,7 +213,7 @@ class PromptEncoder:
         prefix = self._newline if leading == "\n" else [self._control[leading]] if leading else []
         ids, offsets, words = self._tokenizer.words(leading + segment.text)
         if ids[: len(prefix)] != prefix:
-            return 0, [], self._encode_segments([segment])[0]
+            return 0, [], None
         limit = min(common, len(segment.text)) - _MARGIN + len(leading)
         for i in range(len(ids) - 1, len(prefix), -1):
             is_start = words[i] != words[i - 1] if self._splits_words else self._tokenizer.is_bpe
@@ -225,24 +224,25 @@ class PromptEncoder:
                 and offsets[i - 1] < offsets[i] <= limit
                 and segment.text[offset] not in "\r\n\t"
             ):
-                return offset, ids[len(prefix) : i], ids[i:]
-        return 0, [], ids[len(prefix) :]
+                return offset, ids[len(prefix) : i], ids[i]
+        return 0, [], None
 
-    def _encode_tails(
-        self, first: str, others: Sequence[tuple[int, str]], seam: _Seam
-    ) -> list[tuple[list[int], list[int]]]:
-        tails = [self._segments(first[seam.index : common] + rest) for common, rest in others]
-        segments = [[replace(s, kind=seam.kind) if s.kind == "first" else s for s in tail] for tail in tails]
-        encoded = iter(self._encode_segments([segment for part in segments for segment in part]))
-        bodies = [(seam.ids, seam.first)]
-        for part, (common, rest) in zip(segments, others, strict=True):
-            ids = [token for _ in part for token in next(encoded)]
-            if seam.next_id is None or ids[:1] == [seam.next_id]:
-                bodies.append((seam.ids, ids))
-            else:
-                [whole] = self._encode_whole([first[:common] + rest])
-                bodies.append(([], [*self._bos, *whole]))
-        return bodies
+    def _encode_tails(self, first: str, parts: Iterable[tuple[int, str]], seam: _Seam | None) -> Iterator[Prompt]:
+        """Prompts of texts, given as the length of their common prefix with `first`, and the rest."""
+        start = 0 if seam is None else seam.index
+        for batch in _batches(parts, lambda part: part[0] - start + len(part[1])):
+            tails = self._encode_texts(
+                [first[start:common] + rest for common, rest in batch], seam.kind if seam else "first"
+            )
+            for (common, rest), tail in zip(batch, tails, strict=True):
+                shared = list[int]() if seam is None else seam.ids
+                if seam is None:
+                    tail = [*self._bos, *tail]
+                elif seam.next_id is not None and tail[:1] != [seam.next_id]:
+                    [whole] = self._encode_texts([first[:common] + rest])
+                    shared, tail = [], [*self._bos, *whole]
+                context = self._context(first[max(0, common - _CONTEXT) : common] + rest)
+                yield Prompt(shared, array("i", tail), context)
 
     def _context(self, text: str) -> str:
         """The end of a marked text from its last control token on, or else its last line."""
@@ -262,6 +262,19 @@ class PromptEncoder:
 
 def _flatten(parts: Iterable[list[int]]) -> list[int]:
     return [token for part in parts for token in part]
+
+
+def _batches[T](items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Lists of at least _BATCH in size, but for the last."""
+    batch, total = list[T](), 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if total >= _BATCH:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
 
 
 def _common_prefix(text: str, other: str) -> int:

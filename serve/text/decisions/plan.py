@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 from serve.text.chat import ChatFormat, PromptError
@@ -26,6 +26,7 @@ _LETTERS = tuple(string.ascii_uppercase)
 _CODES = tuple(map("".join, product(_LETTERS, repeat=2)))  # labels of more than 26 options
 _ALL_ORDERS = 5  # options of which all orders are read without `permutations`
 _SEED = 0  # of the orders after the rotations
+_MAX_UNSHARED_TOKENS = 4 << 20  # of all prompts of a request, beside what they share
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,26 +103,27 @@ class DecisionFormat:
         if is_sequences and self._settings.template is not None:
             message = "`scoring` sequences is not possible: this model has a decision template, which asks for labels."
             raise PromptError("scoring", message)
-        views = [item for question in request.questions for item in self._views(question, options)]
-        texts = [(item, self._question_text(item)) for item in views]
-        prompts = self._encode(request, texts, max_tokens)
-        priors: list[Prompt] = []
+        for question in request.questions if is_sequences else ():
+            if any(option.labels for option in question.options):
+                raise question.error("labels", "labels need `scoring` labels or permutations, not sequences.")
+        views = [[*self._views(question, options)] for question in request.questions]
+        texts = [(view, self._question_text(view)) for group in views for view in group]
+        prompts = iter(self._encode(request, texts, max_tokens))
+        priors: Iterator[Prompt] = iter(())
         if options.normalize == "pmi":
-            priors = self._encode(DecisionRequest(request.questions, state="", param=request.param), texts, max_tokens)
-        plans, start = list[QuestionPlan](), 0
-        for question in request.questions:
-            end = start + sum(1 for item in views[start:] if item.question is question)
+            empty = DecisionRequest(request.questions, state="", param=request.param)
+            priors = iter(self._encode(empty, texts, max_tokens))
+        plans = list[QuestionPlan]()
+        for question, group in zip(request.questions, views, strict=True):
             temperature = options.temperature or self._settings.temperature.get(question.type, 1.0)
             form = template_question(QuestionView(question, tuple(range(len(question.options))), None))
             if is_sequences:
-                prior = priors[start] if priors else None
-                sequences = self._sequences(question, self._texts(views[start]), prompts[start], prior)
+                sequences = self._sequences(question, self._texts(group[0]), next(prompts), next(priors, None))
                 plans.append(QuestionPlan(question, form, temperature, sequences=sequences))
             else:
-                pairs = zip(views[start:end], prompts[start:end], strict=True)
+                pairs = zip(group, islice(prompts, len(group)), strict=True)
                 readouts = tuple(self._labels(*pair) for pair in pairs)
                 plans.append(QuestionPlan(question, form, temperature, readouts))
-            start = end
         return DecisionPlan(tuple(plans), options)
 
     def _encode(self, request: DecisionRequest, texts: list[tuple[QuestionView, str]], max_tokens: int) -> list[Prompt]:
@@ -133,12 +135,17 @@ class DecisionFormat:
                     raise _too_long(view.question, f"has {len(text)} characters", max_tokens)
                 yield text
 
-        prompts = self._encoder.encode(checked(), request.param)
-        for (view, _), prompt in zip(texts, prompts, strict=True):
+        prompts, unshared, limit = list[Prompt](), 0, max(_MAX_UNSHARED_TOKENS, 2 * max_tokens)
+        for (view, _), prompt in zip(texts, self._encoder.encode(checked(), request.param), strict=True):
             if not len(prompt):
                 raise view.question.error("", "its prompt gives no tokens.")
             if len(prompt) > max_tokens:
                 raise _too_long(view.question, f"has {len(prompt)} tokens", max_tokens)
+            prompts.append(prompt)
+            unshared += len(prompt.tail)
+            if unshared > limit:
+                message = f"The prompts of the questions have more than {limit} tokens that they do not share"
+                raise _questions_error(request, f"{message}: send fewer questions or orders.")
         return prompts
 
     def _views(self, question: Question, options: ScoringOptions) -> Iterator[QuestionView]:
@@ -196,7 +203,7 @@ class DecisionFormat:
         ]
         if wrong:
             names = ", ".join(map(repr, wrong[:20]))
-            raise question.error("", f"not one distinct token each after this prompt: the labels {names}.")
+            raise question.error("", f"the labels {names} are not one distinct token each after this prompt.")
         label_ids = tuple(tuple(dict.fromkeys(i for i in group if i is not None)) for group in ids)
         return LabelReadout(prompt, view.order, labels, label_ids)
 
@@ -204,8 +211,10 @@ class DecisionFormat:
         prefix, end, end_id = self._answer
         sequences, encoded_apart = list[tuple[int, ...]](), list[bool]()
         for text in texts:
-            marked = self._encoder.mark(prefix + text)
-            ids, is_apart = self._encoder.continuation(prompt.context, marked, end, question.param)
+            marked = self._encoder.mark(text)
+            ids, is_apart = self._encoder.continuation(prompt.context, prefix + marked, end, question.param)
+            if not marked or len(ids) <= (end_id is not None):
+                raise question.error("", "an option without text cannot be scored as a sequence.")
             sequences.append(tuple(ids))
             encoded_apart.append(is_apart)
         if len(set(sequences)) < len(sequences):
@@ -216,8 +225,7 @@ class DecisionFormat:
     def _texts(self, view: QuestionView) -> list[str]:
         """The text of each option, by option, that is scored as a sequence."""
         if view.question.type == "noul":
-            pairs = zip(view.question.options, ("Yes", "No"), strict=True)
-            return [option.labels[0] if option.labels else text for option, text in pairs]
+            return ["Yes", "No"]
         return QuestionView(view.question, tuple(range(len(view.order))), None).option_texts
 
     def _question_text(self, view: QuestionView) -> str:
@@ -239,6 +247,11 @@ def option_orders(count: int, limit: int) -> tuple[tuple[int, ...], ...]:
         keys = [draw() for _ in range(count)]
         orders[tuple(sorted(range(count), key=keys.__getitem__))] = None
     return tuple(orders)
+
+
+def _questions_error(request: DecisionRequest, message: str) -> PromptError:
+    prefix = request.param.rpartition(".")[0]
+    return PromptError(f"{prefix}.questions" if prefix else "questions", message, "array_above_max_length")
 
 
 def _too_long(question: Question, length: str, max_tokens: int) -> PromptError:

@@ -1,17 +1,20 @@
 """Texts of decision prompts: the default one of transformers, a model's own template, or plain text without either."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import _get_template_variables
 
 from serve.config.values import error_reason
 from serve.text.chat import ChatFormat, PromptError
 from serve.text.chat_template import ChatTemplateError, render_chat
-from serve.text.decisions.conversation import chat_messages
+from serve.text.decisions.conversation import CONTROL_START, chat_messages
 from serve.text.decisions.encoder import MARK, SPLIT, PromptEncoder
 from serve.text.decisions.questions import DecisionRequest, Question
 
@@ -19,10 +22,12 @@ _LETTERS = [chr(ord("A") + i) for i in range(26)]
 _SETTINGS_FILES = ("decision.json", "decision_template.jinja")
 # Files of models whose decisions are read from hidden states.
 _HEAD_FILES = ("head.safetensors", "readout.safetensors", "judge_config.json", "decision_config.json")
+_TEMPLATE_MARK = re.compile(f"(?<!{CONTROL_START}){re.escape(MARK)}")  # not one in user text
 _OPEN_REASONING = ("<think>", "[THINK]", "<seed:think>")  # at the end of a prompt
 _PLAIN_ROLES = {"user": "User", "assistant": "Assistant", "tool": "Result"}  # others: Instructions
 _PLAIN_END = "\n\nAnswer:"  # of the prompt of a model without a chat template
 _VARIABLES = {"enable_thinking": False}
+_UNSUPPORTED_VARIABLES = ("questions", "images", "assets")  # of a decision template
 
 
 class SettingsError(ValueError):
@@ -51,6 +56,9 @@ def read_settings(folder: Path) -> DecisionSettings:
 
     try:
         config = DecisionConfig.from_pretrained(folder, local_files_only=True)
+        variables = _get_template_variables(config.chat_template)
+    except TemplateError as error:
+        raise SettingsError(f"decision_template.jinja: {error_reason(error)}") from None
     # transformers raises its own errors of validation, and those of reading files that are not objects.
     except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise SettingsError(f"decision.json: {error_reason(error)}") from None
@@ -58,6 +66,9 @@ def read_settings(folder: Path) -> DecisionSettings:
         raise SettingsError("decision.json: `adapter`: adapters are not supported")
     if any(value <= 0 for value in config.temperature.values()):
         raise SettingsError("decision.json: `temperature` must be positive")
+    for name in _UNSUPPORTED_VARIABLES:
+        if name in variables:
+            raise SettingsError(f"decision_template.jinja: the variable `{name}` is not supported")
     names = ["true", "false"]
     return DecisionSettings(
         labels=dict(config.labels),
@@ -206,9 +217,7 @@ class PromptRenderer:
         return "\n\n".join(parts) + _PLAIN_END
 
     def _from_template(self, template: str, state: Any, view: QuestionView, param: str) -> str:
-        question = asdict(template_question(view))
-        del question["name"]
-        question = {"name": view.question.name or "", **self._clean(question)}
+        question = self._clean(asdict(template_question(view)))
         try:
             text = render_chat(
                 template,
@@ -219,8 +228,8 @@ class PromptRenderer:
             )
         except ChatTemplateError as error:
             raise PromptError(param, f"The decision template refused the request: {error}") from None
-        text, _, rest = text.partition(MARK)
-        if MARK in rest:
+        text, *rest = _TEMPLATE_MARK.split(text)
+        if len(rest) > 1:
             raise PromptError("model", "The decision template marks more than one place, which is not supported.")
         return text
 

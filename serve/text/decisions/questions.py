@@ -5,17 +5,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from serve.config.values import suggestion
 from serve.text.chat import PromptError
-from serve.text.decisions.conversation import check_json, content_text, parse_input
+from serve.text.decisions.conversation import check_json, content_text, is_blank, parse_input
 
 MAX_QUESTIONS = 400
 MAX_OPTIONS = 255
 MAX_LEVELS = 10
 MAX_ORDERS = 120  # all orders of 5 options
 _MAX_LABELS = 16  # of one option
+_FIELDS = ("state", "input", "questions")
+_WITHOUT_EFFECT = ("model", "prompt_cache_key", "prompt_cache_options", "safety_identifier")
+_NEEDED_SCORING = {"normalize": "sequences", "permutations": "permutations"}
 
 type QuestionType = Literal["noul", "choice", "score"]
 
@@ -64,13 +67,13 @@ class ScoringOptions(BaseModel):
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] | None = None  # None: the model's for the type, or else 1
     return_token_ids: bool = False  # with the ids of each prompt
 
-    @model_validator(mode="after")
-    def _check(self) -> "ScoringOptions":
-        if self.normalize is not None and self.scoring != "sequences":
-            raise ValueError("`normalize` needs `scoring` sequences")
-        if self.permutations is not None and self.scoring != "permutations":
-            raise ValueError("`permutations` needs `scoring` permutations")
-        return self
+    @field_validator(*_NEEDED_SCORING)
+    @classmethod
+    def _check_scoring(cls, value: Any, info: ValidationInfo) -> Any:
+        needed = _NEEDED_SCORING[info.field_name or ""]
+        if value is not None and info.data.get("scoring", needed) != needed:
+            raise ValueError(f"needs `scoring` {needed}")
+        return value
 
 
 class ScoringKeywords(TypedDict, total=False):
@@ -92,16 +95,20 @@ def scoring_options(values: Mapping[str, Any]) -> ScoringOptions:
         return ScoringOptions.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        param = str(first["loc"][0]) if first["loc"] else "scoring"
+        param = str(first["loc"][0])
         raise PromptError(param, f"`{param}`: {first['msg'].removeprefix('Value error, ')}.") from None
 
 
-def decision_request(body: Mapping[str, Any], param: str = "") -> DecisionRequest:
+def decision_request(body: Any, param: str = "", more_fields: tuple[str, ...] = ()) -> DecisionRequest:
     """A request from `input` and a list of questions (OpenAI), or from `state` and an object of them (TypeSafe).
 
-    Other fields are ignored. Raise PromptError for a field that is not valid; `param` is the path of `body`.
+    `more_fields` and those without effect are ignored. Raise PromptError for an unknown or invalid field; `param` is
+    the path of `body`.
     """
+    if not isinstance(body, Mapping):
+        raise PromptError(param, f"`{param}` must be an object with `questions`.", "invalid_type")
     prefix = f"{param}." if param else ""
+    _check_request_fields(body, prefix, more_fields)
     questions: Any = body.get("questions")
     path = f"{prefix}questions"
     if "state" in body and "input" in body:
@@ -113,10 +120,23 @@ def decision_request(body: Mapping[str, Any], param: str = "") -> DecisionReques
     if "state" not in body:
         raise PromptError(f"{prefix}state", "`state` or `input` is missing.", "missing_required_parameter")
     state = body["state"]
+    if state is not None and not isinstance(state, str | dict | list):
+        message = f"`{prefix}state` must be a string, an object or a list."
+        raise PromptError(f"{prefix}state", message, "invalid_type")
     check_json(state, f"{prefix}state")
-    if state is None or (isinstance(state, str) and not state.strip()):
+    if is_blank(state):
         raise PromptError(f"{prefix}state", "The state is blank.")
     return DecisionRequest(typesafe_questions(questions, path), state=state, param=f"{prefix}state")
+
+
+def _check_request_fields(body: Mapping[str, Any], prefix: str, more: tuple[str, ...]) -> None:
+    for name in body:
+        if name in ScoringOptions.model_fields:
+            message = f"`{name}` is an option of all requests, not a field of one."
+            raise PromptError(f"{prefix}{name}", message, "unsupported_parameter")
+        if name not in (*_FIELDS, *_WITHOUT_EFFECT, *more):
+            message = f"Unknown field `{name}`{suggestion(str(name), (*_FIELDS, *more))}."
+            raise PromptError(f"{prefix}{name}", message, "unknown_parameter")
 
 
 def openai_questions(values: Any, param: str = "questions") -> tuple[Question, ...]:
@@ -149,9 +169,9 @@ def _checked(questions: list[Question], param: str) -> tuple[Question, ...]:
 def _check_options(question: Question) -> None:
     field = "levels" if question.type == "score" else "options"
     limit = MAX_LEVELS if question.type == "score" else MAX_OPTIONS
-    if not 1 <= len(question.options) <= limit:
-        code = "array_above_max_length" if question.options else "empty_array"
-        raise question.error("", f"it has {len(question.options)} {field}; 1 to {limit} are possible.", code)
+    if len(question.options) > limit:
+        message = f"it has {len(question.options)} {field}, more than the maximum of {limit}."
+        raise question.error("", message, "array_above_max_length")
     seen = set[tuple[type, str | bool]]()
     for option in question.options:
         key = (type(option.value), option.value)
@@ -172,6 +192,8 @@ def _openai_question(value: Any, param: str) -> Question:
         raise question.error("instructions", "`instructions` is missing.", "missing_required_parameter")
     text = content_text(instructions, f"{param}.instructions")
     if kind == "predicate":
+        if is_blank(text):
+            raise question.error("instructions", "is blank.")
         return replace(question, instructions=text, options=_noul_options(question, {}, value.get("labels")))
     key, name = ("choices", "value") if kind == "choice" else ("levels", "label")
     items = value.get(key)
@@ -205,7 +227,7 @@ def _typesafe_question(name: str, value: Any, param: str) -> Question:
     if kind == "noul":
         if criteria is not None and not (isinstance(criteria, Mapping) and criteria.keys() <= {"true", "false"}):
             raise question.error("criteria", "must be an object with `true` and `false`.")
-        if not instructions and not any((criteria or {}).values()):
+        if is_blank(instructions) and all(map(is_blank, (criteria or {}).values())):
             raise question.error("instructions", "has neither instructions nor criteria.")
         return replace(question, instructions=instructions, options=_noul_options(question, criteria or {}, labels))
     if not isinstance(criteria, dict if kind == "choice" else list) or not criteria:
@@ -216,6 +238,8 @@ def _typesafe_question(name: str, value: Any, param: str) -> Question:
     options = []
     for i, ((key, content), group) in enumerate(zip(pairs, groups, strict=True)):
         _check_content(question, content, f"criteria.{key}" if kind == "choice" else f"criteria[{i}]")
+        if kind == "score" and content is None:
+            raise question.error(f"criteria[{i}]", "must be a string, an object or a list.", "invalid_type")
         options.append(Option(key, content if kind == "choice" else None, group))
     return replace(question, instructions=instructions, options=tuple(options))
 

@@ -37,8 +37,9 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     family = _family(strings_of(config, "architectures"), config.get("model_type"))
     if family is None:
         known = ", ".join(sorted(row.hf_architecture for row in FAMILIES.values()))
-        names = short_repr(config.get("architectures"))
-        raise ConfigError(f"architecture {names} is not known; known: {known}")
+        key = "model_type" if config.get("architectures") is None and "model_type" in config else "architectures"
+        names = f"{key.removesuffix('s')} {short_repr(config.get(key))}"
+        raise ConfigError(f"{names} is not known; known: {known}")
     if config.get("model_type") not in (None, family.hf_model_type or family.name):
         raise ConfigError(f"model_type {short_repr(config['model_type'])} is not that of {family.hf_architecture}")
     config = {**family.hf_defaults, **config}

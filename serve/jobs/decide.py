@@ -17,6 +17,7 @@ from serve.jobs.score import checked_logprobs
 from serve.text.chat import PromptError
 from serve.text.decisions.encoder import Prompt
 from serve.text.decisions.plan import DecisionPlan, LabelReadout, QuestionPlan, SequenceReadout
+from serve.text.decisions.questions import Question
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ class Decider:
 def _decision(plan: QuestionPlan, results: list[tuple[_Read, _Rows]], request: DecisionPlan) -> Decision:
     question, options = plan.question, request.options
     if plan.sequences is not None:
-        probabilities, fields = _sequence_results(plan.sequences, results, plan.temperature, options.normalize or "sum")
+        probabilities, fields = _sequence_results(plan, plan.sequences, results, options.normalize or "sum")
     else:
         probabilities, fields = _label_results(plan, results, options.scoring == "permutations")
     prompts = {id(read.prompt): (read.prompt, rows.cached_tokens) for read, rows in reversed(results)}.values()
@@ -169,7 +170,7 @@ def _label_results(
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
     remaining, orders = iter(results), list[OrderEvidence]()
     for readout in plan.readouts:
-        orders.append(_order_evidence(readout, remaining, plan.temperature))
+        orders.append(_order_evidence(plan, readout, remaining))
     first = plan.readouts[0]
     shared = {"labels": first.labels, "label_token_ids": first.label_ids}
     if not is_permuted:
@@ -190,7 +191,7 @@ def _label_results(
     }
 
 
-def _order_evidence(readout: LabelReadout, results: Iterator[tuple[_Read, _Rows]], temperature: float) -> OrderEvidence:
+def _order_evidence(plan: QuestionPlan, readout: LabelReadout, results: Iterator[tuple[_Read, _Rows]]) -> OrderEvidence:
     by_id, is_top = dict[int, float](), False
     count = sum(map(len, readout.label_ids))
     while len(by_id) < count:
@@ -201,7 +202,7 @@ def _order_evidence(readout: LabelReadout, results: Iterator[tuple[_Read, _Rows]
     logprobs = tuple(_log_sum([by_id[label_id] for label_id in group]) for group in readout.label_ids)
     return OrderEvidence(
         order=readout.order,
-        probabilities=softmax(logprobs, temperature),
+        probabilities=softmax(plan.question, logprobs, plan.temperature),
         logprobs=logprobs,
         label_mass=math.fsum(map(math.exp, by_id.values())),
         argmax_is_label=is_top,
@@ -209,7 +210,7 @@ def _order_evidence(readout: LabelReadout, results: Iterator[tuple[_Read, _Rows]
 
 
 def _sequence_results(
-    readout: SequenceReadout, results: list[tuple[_Read, _Rows]], temperature: float, normalize: str
+    plan: QuestionPlan, readout: SequenceReadout, results: list[tuple[_Read, _Rows]], normalize: str
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
     count = len(readout.sequences)
     sums = [math.fsum(rows.logprobs.logprob.tolist()) for _, rows in results]
@@ -220,8 +221,9 @@ def _sequence_results(
     elif normalize == "byte":
         values = tuple(x / size for x, size in zip(logprobs, readout.num_bytes, strict=True))
     elif priors is not None:
-        values = tuple(x - prior for x, prior in zip(logprobs, priors, strict=True))
-    return softmax(values, temperature), {
+        # An option that is impossible after the state stays so, whatever its prior is.
+        values = tuple(x if x == -math.inf else x - prior for x, prior in zip(logprobs, priors, strict=True))
+    return softmax(plan.question, values, plan.temperature), {
         "logprobs": logprobs,
         "label_mass": math.fsum(map(math.exp, logprobs)),
         "argmax_is_label": any(rows.logprobs.rank[0] == 1 for _, rows in results[:count]),
@@ -235,11 +237,20 @@ def _sequence_results(
     }
 
 
-def softmax(values: Sequence[float], temperature: float) -> tuple[float, ...]:
-    """exp(value / temperature), divided by their sum. Raise RequestError if all values are -inf or one is NaN."""
+def softmax(question: Question, values: Sequence[float], temperature: float) -> tuple[float, ...]:
+    """exp(value / temperature), divided by their sum, by option.
+
+    Raises:
+        PromptError: all options are impossible, or one is only after the empty state of `pmi`.
+        RequestError: a value is NaN.
+    """
     highest = max(values)
-    if not math.isfinite(highest) or any(map(math.isnan, values)):
-        raise RequestError("the engine failed: no option has a probability")
+    if any(map(math.isnan, values)):
+        raise RequestError("the engine failed: a log-prob is not a number")
+    if highest == -math.inf:
+        raise question.error("", "all its options have the probability 0 after this prompt.")
+    if highest == math.inf:
+        raise question.error("", "an option has the probability 0 after an empty state; use another `normalize`.")
     weights = [math.exp((value - highest) / temperature) for value in values]
     total = math.fsum(weights)
     return tuple(weight / total for weight in weights)

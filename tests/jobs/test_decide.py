@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 
 from serve import llm as llm_module
+from serve.jobs import decide as decide_module
 from serve.jobs.decide import Decider, softmax, summing_to_one
 from serve.jobs.request_queue import RequestError
 from serve.jobs.results import Decision
+from serve.jobs.score import checked_logprobs
 from serve.llm import LLM
 from serve.text.chat import ChatFormat, PromptError
 from serve.text.decisions.plan import DecisionFormat
-from serve.text.decisions.questions import ScoringOptions, decision_request
+from serve.text.decisions.questions import Question, ScoringOptions, decision_request
 from tests.support.engines import TIMEOUT
 from tests.support.fake_runner import hidden_after
 from tests.support.http_client import ScriptedRunner, byte_tokenizer
@@ -29,6 +31,7 @@ CONTEXT = 1024  # tokens
 CHOICE = {"type": "choice", "instructions": "Which?", "criteria": {"aa": None, "b": "x", "ccc": None}}
 # The tokenizer has a token per byte, so "Yes" and "No" are none.
 NOUL = {"type": "noul", "instructions": "Good?", "labels": {"true": "Y", "false": "N"}}
+QUESTION = Question("questions.q", "choice", (), name="q")
 SCORE = {"type": "score", "instructions": "How?", "criteria": ["low", "mid", "high"]}
 
 
@@ -240,7 +243,7 @@ def test_longest_prompt(llm: LLM) -> None:
         decide(llm, NOUL, state="x" * (room + 2))
     assert caught.value.param == "requests[0].questions.q0"
     with pytest.raises(PromptError, match=r"Question 'q1' .* its prompt and an option have"):
-        decide(llm, NOUL, CHOICE | {"criteria": {"a": None, "b" * 500: None}}, state="x" * 100, scoring="sequences")
+        decide(llm, SCORE, CHOICE | {"criteria": {"a": None, "b" * 500: None}}, state="x" * 100, scoring="sequences")
 
 
 @pytest.mark.parametrize(
@@ -248,8 +251,8 @@ def test_longest_prompt(llm: LLM) -> None:
     [
         ({"scorings": "labels"}, TypeError, "did you mean 'scoring'"),
         ({"scoring": "logits"}, PromptError, "`scoring`"),
-        ({"normalize": "sum"}, PromptError, "`normalize` needs"),
-        ({"permutations": 2}, PromptError, "`permutations` needs"),
+        ({"normalize": "sum"}, PromptError, "`normalize`: needs `scoring` sequences"),
+        ({"permutations": 2}, PromptError, "`permutations`: needs `scoring` permutations"),
         ({"scoring": "permutations", "permutations": 0}, PromptError, "`permutations`"),
         ({"scoring": "permutations", "permutations": 121}, PromptError, "`permutations`"),
         ({"temperature": 0}, PromptError, "`temperature`"),
@@ -277,9 +280,50 @@ def test_permutations_of_many_options_need_a_number(llm: LLM) -> None:
 
 
 def test_option_without_probability() -> None:
-    assert softmax([-math.inf, 0.0], 1.0) == (0.0, 1.0)
-    with pytest.raises(RequestError, match="no option has a probability"):
-        softmax([-math.inf, -math.inf], 1.0)
+    assert softmax(QUESTION, [-math.inf, 0.0], 1.0) == (0.0, 1.0)
+    for values, message in (
+        ([-math.inf, -math.inf], "all its options have the probability 0"),
+        ([math.inf, 0.0], "the probability 0 after an empty state"),
+    ):
+        with pytest.raises(PromptError, match=rf"Question 'q' .*{message}"):
+            softmax(QUESTION, values, 1.0)
+    with pytest.raises(RequestError, match="not a number"):
+        softmax(QUESTION, [math.nan, 0.0], 1.0)
+
+
+def test_option_that_is_impossible_after_both_states(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its log-prob minus its prior is no number; its probability is 0."""
+
+    def impossible(logprobs: Any, count: int) -> Any:
+        rows = checked_logprobs(logprobs, count)
+        return (
+            dataclasses.replace(rows, logprob=np.full_like(rows.logprob, -np.inf)) if len(rows.logprob) == 3 else rows
+        )
+
+    monkeypatch.setattr(decide_module, "checked_logprobs", impossible)
+    [decision] = decide(llm, CHOICE, scoring="sequences", normalize="pmi")
+    assert decision.probabilities[2] == 0
+    assert decision.evidence.prior_logprobs is not None
+    assert decision.evidence.prior_logprobs[2] == -math.inf
+    assert sum(decision.probabilities) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("request_", "param", "code"),
+    [
+        ("x", "requests[1]", "invalid_type"),
+        (
+            {"state": "x", "questions": {"q": NOUL}, "scoring": "sequences"},
+            "requests[1].scoring",
+            "unsupported_parameter",
+        ),
+        ({"state": "x", "questions": {"q": NOUL}, "stat": "y"}, "requests[1].stat", "unknown_parameter"),
+    ],
+)
+def test_bad_requests_are_named(llm: LLM, request_: Any, param: str, code: str) -> None:
+    with pytest.raises(PromptError) as caught:
+        llm.decide([{"state": "x", "questions": {"q": NOUL}, "model": "any"}, request_])
+    assert (caught.value.param, caught.value.code) == (param, code)
 
 
 def test_decimals_sum_to_one_and_give_the_score() -> None:
@@ -287,7 +331,7 @@ def test_decimals_sum_to_one_and_give_the_score() -> None:
     draw = random.Random(0)
     for _ in range(2000):
         spread = draw.choice((0.1, 1, 10, 100))
-        exact = softmax([draw.gauss(0, spread) for _ in range(draw.randint(1, 10))], 1)
+        exact = softmax(QUESTION, [draw.gauss(0, spread) for _ in range(draw.randint(1, 10))], 1)
         probabilities, score = summing_to_one(exact)
         assert max(map(abs, np.subtract(probabilities, exact))) < 1e-15
         values = [Decimal(repr(value)) for value in probabilities]

@@ -128,6 +128,15 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
         changed(architectures=["MambaForCausalLM"]),
         "architecture ['MambaForCausalLM'] is not known; known: Gemma2ForCausalLM, Gemma3ForCausalLM, LlamaForCausalLM",
     ),
+    "decision model": (changed(architectures=["JevForDecision"], model_type="jev"), "architecture ['JevForDecision']"),
+    "decision model without architecture": (
+        changed(architectures=None, model_type="jev"),
+        "model_type 'jev' is not known",
+    ),
+    "decision template for several questions": (
+        with_file("decision_template.jinja", "{{ state }}{{ questions }}"),
+        "decision_template.jinja: the variable `questions` is not supported",
+    ),
     "decision head": (
         with_file("judge_config.json", "{}"),
         "judge_config.json: decision heads that read hidden states",

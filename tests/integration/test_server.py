@@ -153,11 +153,11 @@ def test_cached_tokens_are_reported_and_change_no_bit(server: ServerProcess) -> 
     cold, found = ask(cache_salt="cold")
     assert found == 0
     assert ask() == (cold, 0)
-    assert ask() == (cold, 256)  # four full pages, with their log-probs
+    assert ask() == (cold, 299)  # four full pages, with their log-probs, and a copy of the fifth
     ask(prompt=[7, *ids], prompt_logprobs=None, cache_salt="unscored")
     fresh, found = ask(prompt=[7, *ids], cache_salt="fresh")
     assert found == 0
-    assert ask(prompt=[7, *ids], cache_salt="unscored") == (fresh, 256)  # runs the head alone on cached hidden states
+    assert ask(prompt=[7, *ids], cache_salt="unscored") == (fresh, 300)  # runs the head alone on cached hidden states
 
 
 def test_choices_of_one_prompt_share_a_prefill(server: ServerProcess) -> None:

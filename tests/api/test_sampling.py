@@ -257,8 +257,8 @@ async def test_chat_without_max_tokens_fills_smaller_cache() -> None:
 
 @PATHS
 async def test_usage_cached_tokens(server: Server, path: str) -> None:
-    """Full pages of 64 tokens are shared; a prompt's last token is always computed. Salts do not share."""
-    text = "x" * 100
+    """All tokens of a prompt but its last are shared. Salts do not share."""
+    text, known = "x" * 100, 106 if path == CHAT else 99
     prompt = {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text}
 
     async def cached(**fields: Any) -> int:
@@ -266,28 +266,28 @@ async def test_usage_cached_tokens(server: Server, path: str) -> None:
         count: int = response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
         return count
 
-    assert [await cached(), await cached(), await cached(max_tokens=1)] == [0, 64, 64]
-    assert [await cached(cache_salt="a"), await cached(cache_salt="b"), await cached(cache_salt="a")] == [0, 0, 64]
+    assert [await cached(), await cached(), await cached(max_tokens=1)] == [0, known, known]
+    assert [await cached(cache_salt="a"), await cached(cache_salt="b"), await cached(cache_salt="a")] == [0, 0, known]
 
 
 async def test_usage_cached_tokens_counts_prompt_once(server: Server) -> None:
     fields: dict[str, Any] = {"prompt": ["x" * 100, "y" * 130, "z"], "n": 2, "max_tokens": 1}
     await server.complete(**fields)
-    assert (await server.complete(**fields))["usage"]["prompt_tokens_details"] == {"cached_tokens": 64 + 128}
+    assert (await server.complete(**fields))["usage"]["prompt_tokens_details"] == {"cached_tokens": 99 + 128}
     options = {"include_usage": True}
     chunks = await server.complete_stream(**fields, stream_options=options)
-    assert chunks[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 64 + 128}
+    assert chunks[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 99 + 128}
 
 
 @PATHS
 async def test_usage_cached_tokens_in_first_chunk(server: Server, path: str) -> None:
-    text = "x" * 100
+    text, known = "x" * 100, 106 if path == CHAT else 99
     prompt = {"messages": [{"role": "user", "content": text}]} if path == CHAT else {"prompt": text}
     options = {"include_usage": True, "continuous_usage_stats": True}
     body = body_of(path, **prompt, n=2, stream=True, stream_options=options)
     await server.post(path, body)
     chunks = chunks_of(await server.post(path, body))
-    assert [chunk["usage"]["prompt_tokens_details"]["cached_tokens"] for chunk in chunks] == [64] * len(chunks)
+    assert [chunk["usage"]["prompt_tokens_details"]["cached_tokens"] for chunk in chunks] == [known] * len(chunks)
 
 
 class Words:

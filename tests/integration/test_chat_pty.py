@@ -104,7 +104,7 @@ def screen(tmp_path: Path) -> Iterator[Screen]:
 
 def test_chat_on_a_terminal(screen: Screen) -> None:
     start = screen.until("> ")
-    for part in ("╭─ logprobd", "memory    █", "loading", "compiling", "compiled 5 programs in", " 0.1 % "):
+    for part in ("╭─ logprobd", "memory    █", "loading", "compiling", "compiled 6 programs in", " 0.1 % "):
         assert part in start, part
     screen.type("\x03")  # Ctrl-C
     screen.until("press Ctrl-D or type /quit to end", retyped="\x03")

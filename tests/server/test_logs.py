@@ -204,4 +204,4 @@ def test_server_process_writes_only_json(tmp_path: Path) -> None:
     assert any(line.get("logger") == "uvicorn.error" for line in lines)
     assert "k7" not in "".join(server.log)
     compiled = next(line for line in lines if line.get("event") == "all_compiled")
-    assert (compiled["programs"], compiled["cached"]) == (5, 0)
+    assert (compiled["programs"], compiled["cached"]) == (6, 0)

@@ -18,7 +18,7 @@ from serve.jobs.results import Decision, openai_answer, typesafe_answer
 from serve.llm import LLM
 from serve.text.chat import PromptError, check_unique_keys
 from serve.text.decisions.plan import DecisionPlan
-from serve.text.decisions.questions import DecisionRequest, Question, decision_request, scoring_options
+from serve.text.decisions.questions import LINE_FIELDS, DecisionRequest, Question, decision_request, scoring_options
 
 _FLAGS = ("scoring", "normalize", "permutations", "temperature")
 
@@ -120,7 +120,7 @@ def _request(line: Line) -> tuple[LineRequest, DecisionRequest | PromptError]:
         for name in body:
             if name in _FLAGS:
                 raise PromptError(name, f"`{name}` is the same for all lines: use --{name}.", "unsupported_parameter")
-        request = decision_request(body, more_fields=("id", "expected"))
+        request = decision_request(body, more_fields=LINE_FIELDS)
         _check_expected(body.get("expected"), request.questions)
     except PromptError as error:
         return LineRequest(line, body), error

@@ -14,6 +14,7 @@ from serve.text.decisions.conversation import check_json, content_text, is_blank
 MAX_QUESTIONS = 400
 MAX_OPTIONS = 255
 MAX_LEVELS = 10
+LINE_FIELDS = ("id", "expected")  # of a request in a file, besides its own
 MAX_ORDERS = 120  # all orders of 5 options
 _MAX_LABELS = 16  # of one option
 _FIELDS = ("state", "input", "questions")

@@ -23,6 +23,7 @@ _MESSAGES: tuple[Any, ...] = (
 )
 _LABELS = {"true": "y", "false": ["n", "N"]}
 _PREDICATE: dict[str, Any] = {"type": "predicate", "instructions": "?", "labels": _LABELS}
+_UNLABELLED: dict[str, Any] = {"type": "predicate", "instructions": "?"}
 _NOUL: dict[str, Any] = {"type": "noul", "instructions": "?", "labels": _LABELS}
 _ITEMS: list[Any] = [
     {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
@@ -144,7 +145,7 @@ def _seeds() -> list[tuple[str, dict[str, Any]]]:
         (TOKENIZE, {"messages": _MESSAGES[0], "add_special_tokens": True}),
         (DETOKENIZE, {"tokens": [72, 105, 257], "return_token_bytes": True}),
         (DECISIONS, {"input": "Hi", "questions": [_PREDICATE | {"name": "q"}, _PREDICATE], "return_token_ids": True}),
-        (DECISIONS, {"input": _ITEMS[2:], "questions": [_PREDICATE], "scoring": "sequences", "normalize": "byte"}),
+        (DECISIONS, {"input": _ITEMS[2:], "questions": [_UNLABELLED], "scoring": "sequences", "normalize": "byte"}),
         (SYSTEM_ONE, {"state": {"a": 1}, "questions": {"q": _NOUL, "r": _NOUL}, "scoring": "permutations"}),
         (SCORE, {"query": "Hi", "items": ["a", "b"], "label_token_ids": [65, 66], "apply_softmax": True}),
         (SCORE, {"query": [1], "items": [[2], [3]], "label_token_ids": [[65], [66]], "return_token_logprobs": True}),

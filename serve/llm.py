@@ -40,7 +40,7 @@ from serve.server.model_files import STARTUP_ERRORS, StartupError
 from serve.server.startup import load
 from serve.text.chat import ChatFormat, PromptError, check_messages, encode_text
 from serve.text.decisions.plan import DecisionFormat
-from serve.text.decisions.questions import LINE_FIELDS, ScoringKeywords, decision_request, scoring_options
+from serve.text.decisions.questions import ScoringKeywords, decision_request, scoring_options
 
 type TokenIds = Sequence[int] | NDArray[np.integer[Any]]
 
@@ -222,7 +222,7 @@ class LLM:
         """
         scoring, decider = scoring_options(options), Decider(self._queue, self.loaded.limits)
         items = [requests] if isinstance(requests, Mapping) else requests
-        parsed = [decision_request(item, f"requests[{i}]", LINE_FIELDS) for i, item in enumerate(items)]
+        parsed = [decision_request(item, f"requests[{i}]") for i, item in enumerate(items)]
         plans = (self.decisions.plan(request, scoring, decider.max_prompt_tokens) for request in parsed)
         return self._collect("deciding", len(parsed), decider.stream(plans))
 

@@ -161,11 +161,9 @@ class Handler[B: GenerationRequest](ABC):
         config, tokenizer = self._context.config, self._context.model.tokenizer
         mode = body.logprobs_mode or config.logprobs_mode
         shared = sampling_params(body, tokenizer, self._context.engine.limits, processed=mode == "processed_logprobs")
-        salt = body.cache_salt or ""
-        if config.prefix_cache_per_key and record.key:
-            salt = f"{record.key}/{salt}"  # unambiguous: a name contains no slash
+        salt = record.cache_salt(body.cache_salt, per_key=config.prefix_cache_per_key)
         priority = record.priority(body.priority or 0)
-        timeout = min(config.request_timeout, math.inf if body.timeout is None else body.timeout)
+        deadline = record.deadline(body.timeout, config.request_timeout)
         stop = StopStrings(stop_strings(body))
         eos_token_ids = frozenset() if body.ignore_eos else tokenizer.eos_token_ids
         skip, include = body.skip_special_tokens is not False, bool(body.include_stop_str_in_output)
@@ -182,9 +180,7 @@ class Handler[B: GenerationRequest](ABC):
             return OutputDecoder(detokenizer, eos_token_ids)
 
         def new_request(prompt: Prompt, params: SamplingParams, queue_timeout: float = config.queue_timeout) -> Request:
-            deadline = record.start_time + timeout
-            owner = record.key or ""
-            return Request(uuid.uuid4().hex, prompt.ids, params, priority, salt, queue_timeout, deadline, owner)
+            return Request(uuid.uuid4().hex, prompt.ids, params, priority, salt, queue_timeout, deadline, record.key)
 
         choices: list[Choice] = []
         for prompt in prompts:

@@ -101,6 +101,15 @@ class AnswerRecord:
         """The request's priority in the engine."""
         return requested if self.api_key is None else self.api_key.priority(requested)
 
+    def cache_salt(self, requested: str | None, *, per_key: bool) -> str:
+        """The request's salt in the engine; `per_key`: requests with different keys share nothing."""
+        salt = requested or ""
+        return f"{self.key}/{salt}" if per_key and self.key else salt  # unambiguous: a name contains no slash
+
+    def deadline(self, timeout: float | None, maximum: float) -> float:
+        """time.monotonic() at which the request must have finished; `timeout` is the client's, in seconds."""
+        return self.start_time + (maximum if timeout is None else min(timeout, maximum))
+
     def charge(self, tokens: int) -> None:
         """Count tokens towards the API key's limit; unused ones are returned at the end. Raises APIError."""
         if self.api_key is not None:

@@ -20,17 +20,14 @@ _MAX_ADMITTED = 128  # of a group in the engine at once; a long list of prompts 
 class RequestGroup(RequestQueue):
     """Only the first request can find the queue full; the others wait until one of the group ends."""
 
-    def __init__(self, context: Context, record: AnswerRecord, body: RequestFields, cache_salt: str) -> None:
+    def __init__(self, context: Context, record: AnswerRecord, body: RequestFields, cache_salt: str | None) -> None:
         config = context.config
         super().__init__(context.engine, _MAX_ADMITTED, sys.maxsize)
         self._queue_timeout = config.queue_timeout
-        seconds = config.request_timeout if body.timeout is None else min(body.timeout, config.request_timeout)
-        self._deadline = record.start_time + seconds
+        self._deadline = record.deadline(body.timeout, config.request_timeout)
         self._priority = record.priority(body.priority or 0)
-        self._cache_salt = cache_salt
-        self._owner = record.key or ""
-        if config.prefix_cache_per_key and record.key:
-            self._cache_salt = f"{record.key}/{cache_salt}"  # unambiguous: a name contains no slash
+        self._cache_salt = record.cache_salt(cache_salt, per_key=config.prefix_cache_per_key)
+        self._owner = record.key
         self._handles: set[RequestHandle] = set()  # in the engine
         self._times: list[RequestTimes] = []
         self._cached_tokens = 0

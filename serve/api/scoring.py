@@ -147,7 +147,7 @@ class _LabelScoring[B: (ScoreRequest, GenerativeScoringRequest)](ScoringHandler[
         if len(items) > _MAX_ITEMS:
             message = f"`items` has {len(items)} entries, more than the maximum of {_MAX_ITEMS}."
             raise invalid("items", message, "array_above_max_length")
-        softmax, labels = self._softmax(body), self._labels(body, len(items))
+        temperature, labels = self._temperature(body), self._labels(body, len(items))
         scores = sum(map(len, labels))
         if scores > _MAX_SCORES:
             message = f"The answer would contain {scores} scores, more than the maximum of {_MAX_SCORES}."
@@ -161,19 +161,19 @@ class _LabelScoring[B: (ScoreRequest, GenerativeScoringRequest)](ScoringHandler[
                 message = f"The prompts of `items` have more than {_MAX_PROMPT_TOKENS} tokens: send fewer per request."
                 raise invalid("items", message, "array_above_max_length")
             prompts.append(array("i", ids))
-        group = RequestGroup(self._context, record, body, body.cache_salt or "")
+        group = RequestGroup(self._context, record, body, body.cache_salt)
         width = 2 if body.return_token_logprobs else 1
 
         def render(scored: _Scored) -> dict[str, Any]:
             counts = usage(total, 0, scored.cached_tokens)
             return self._render(body, scored, {"model": name, "usage": counts}, record)
 
-        run = partial(self._score, softmax, group, prompts, labels)
+        run = partial(self._score, temperature, group, prompts, labels)
         return ScoringJob(group, total, (scores * width + len(items)) * _SCORE_BYTES, run, render)
 
     async def _score(
         self,
-        softmax: tuple[bool, float],
+        temperature: float | None,
         group: RequestGroup,
         prompts: Sequence[array[int]],
         labels: Sequence[Sequence[int]],
@@ -183,7 +183,6 @@ class _LabelScoring[B: (ScoreRequest, GenerativeScoringRequest)](ScoringHandler[
         async def score(pair: tuple[array[int], Sequence[int]]) -> NextTokens:
             return await score_next_tokens(group, pair[0].tolist(), pair[1], limit)
 
-        applies, temperature = softmax
         scored = _Scored([], [], 0)
         pairs = zip(prompts, labels, strict=True)
         cached = 0
@@ -192,17 +191,18 @@ class _LabelScoring[B: (ScoreRequest, GenerativeScoringRequest)](ScoringHandler[
                 cached += result.cached_tokens
                 logprobs = clamp_logprobs(result.logprobs)
                 values = logprobs.astype(np.float64)
-                values = _softmax(values / temperature) if applies else np.exp(values)
+                values = np.exp(values) if temperature is None else _softmax(values / temperature)
                 scored.probabilities.append(values.tolist())
                 scored.logprobs.append(logprobs)
         return replace(scored, cached_tokens=cached)
 
-    def _softmax(self, body: B) -> tuple[bool, float]:
-        """Whether the labels' probabilities are made to sum to 1, and the temperature for that."""
-        applies = self.applies_softmax if body.apply_softmax is None else body.apply_softmax
-        if body.temperature not in (None, 1) and not applies:
+    def _temperature(self, body: B) -> float | None:
+        """Of the softmax that makes the labels' probabilities sum to 1; None: they are of the full vocabulary."""
+        if self.applies_softmax if body.apply_softmax is None else body.apply_softmax:
+            return body.temperature or 1.0
+        if body.temperature not in (None, 1):
             raise invalid("temperature", "`temperature` needs `apply_softmax` to be true.")
-        return applies, body.temperature or 1.0
+        return None
 
     def _labels(self, body: B, items: int) -> list[list[int]]:
         """The label ids of each item."""

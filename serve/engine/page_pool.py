@@ -38,7 +38,7 @@ class PageStarts:
             self._by_page[page] = key, tokens
 
     def find(self, key: bytes, tokens: bytes) -> tuple[int, int]:
-        """The page that has most of the first `tokens`, and their number; the null page and 0 if there is none."""
+        """The page that has most of the first `tokens`, and their number; the null page and 0 without one."""
         starts = self._by_key.get(key)
         if not starts:
             return NULL_PAGE, 0

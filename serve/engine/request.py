@@ -129,4 +129,4 @@ class Request:
     cache_salt: str = ""  # only requests with the same salt share pages
     queue_timeout: float = math.inf  # maximum time in the queue, seconds
     deadline: float = math.inf  # time.monotonic() by which the request must have finished
-    owner: str = ""  # only requests of one owner share the tokens of a page in part: others could guess them one by one
+    owner: str | None = None  # only requests of one owner share part of a page: others could guess token by token

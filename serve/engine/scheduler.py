@@ -78,9 +78,8 @@ class Scheduler:
         for request in self.running:
             prefilled = request.status is RequestStatus.PREFILL and request.num_computed >= request.prefill_end
             if prefilled and request.num_scored >= _num_score_rows(request):
-                decodes = request.max_output_tokens > 0
-                request.status = RequestStatus.DECODE if decodes else RequestStatus.SCORED
-                (schedule.started if decodes else schedule.scored).append(request)
+                request.status = RequestStatus.DECODE if request.generates else RequestStatus.SCORED
+                (schedule.started if request.generates else schedule.scored).append(request)
         for request in self._decoding():
             request.num_computed += 1
             request.num_output_tokens += 1
@@ -303,7 +302,7 @@ def _extend_hashes(state: RequestState, pages: int) -> None:
 
 def _start_key(state: RequestState, page: int) -> bytes:
     """Under which the tokens of a page are indexed; the page before is hashed."""
-    return _parent_hash(state, page) + state.request.owner.encode()
+    return _parent_hash(state, page) + (state.request.owner or "").encode()
 
 
 def _parent_hash(state: RequestState, page: int) -> bytes:

@@ -1,7 +1,6 @@
 """Decisions: the probabilities of named options, read from a model's log-probs after a prompt."""
 
 import math
-import uuid
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -9,11 +8,10 @@ from decimal import Decimal
 from itertools import batched
 from typing import Any
 
-from model.token_logprobs import TokenLogprobs
-from serve.engine.request import EngineLimits, FinishReason, PromptScoring, Request, SamplingParams
+from serve.engine.request import EngineLimits
 from serve.jobs.request_queue import RequestError, RequestQueue
 from serve.jobs.results import CONFIDENCE_FORMULAS, SCORE_FORMULA, Decision, Evidence, OrderEvidence
-from serve.jobs.score import checked_logprobs
+from serve.jobs.score import Continuation, score_continuation
 from serve.text.chat import PromptError
 from serve.text.decisions.encoder import Prompt
 from serve.text.decisions.plan import DecisionPlan, LabelReadout, QuestionPlan, SequenceReadout
@@ -33,12 +31,7 @@ class _Read:
         return len(self.prompt) + len(self.tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Results of a _Read: one row per scored token."""
-
-    logprobs: TokenLogprobs
-    cached_tokens: int
+type _Result = tuple[_Read, Continuation]
 
 
 class Decider:
@@ -71,8 +64,7 @@ class Decider:
                 raise question.question.error("", message, "context_length_exceeded")
         items = [item for part in reads for item in part]
         async with aclosing(self._queue.run_in_order(items, self._run, lambda item: item.num_tokens)) as stream:
-            rows = [row async for row in stream]
-        remaining = iter(rows)
+            remaining = iter([scored async for scored in stream])
         return [
             _decision(question, [(item, next(remaining)) for item in part], plan)
             for question, part in zip(plan.questions, reads, strict=True)
@@ -118,26 +110,17 @@ class Decider:
                 if prompt is not None:
                     yield from (_Read(prompt, ids) for ids in sequences.sequences)
 
-    async def _run(self, read: _Read) -> _Rows:
-        start = len(read.prompt)
-        params = SamplingParams(max_tokens=0, prompt=PromptScoring(start, read.requested_ids))
-        request = Request(uuid.uuid4().hex, [*read.prompt.token_ids, *read.tokens], params)
-        async with aclosing(self._queue.events(request)) as events:
-            event = await anext(events)
-        logprobs = event.prompt_logprobs
-        if event.finish_reason is not FinishReason.LENGTH or logprobs is None:
-            raise RequestError("the engine failed: it did not finish the request")
-        rows = checked_logprobs(logprobs[start - 1 :], len(read.requested_ids))
-        return _Rows(rows, min(event.cached_tokens, start))
+    async def _run(self, read: _Read) -> Continuation:
+        return await score_continuation(self._queue, read.prompt.token_ids, read.tokens, read.requested_ids)
 
 
-def _decision(plan: QuestionPlan, results: list[tuple[_Read, _Rows]], request: DecisionPlan) -> Decision:
+def _decision(plan: QuestionPlan, results: list[_Result], request: DecisionPlan) -> Decision:
     question, options = plan.question, request.options
     if plan.sequences is not None:
         probabilities, fields = _sequence_results(plan, plan.sequences, results, options.normalize or "sum")
     else:
         probabilities, fields = _label_results(plan, results, options.scoring == "permutations")
-    prompts = {id(read.prompt): (read.prompt, rows.cached_tokens) for read, rows in reversed(results)}.values()
+    prompts = {id(read.prompt): (read.prompt, scored.cached_tokens) for read, scored in reversed(results)}.values()
     ids = tuple(tuple(prompt.token_ids) for prompt, _ in reversed(prompts)) if options.return_token_ids else None
     evidence = Evidence(
         scoring=options.scoring,
@@ -166,7 +149,7 @@ def _decision(plan: QuestionPlan, results: list[tuple[_Read, _Rows]], request: D
 
 
 def _label_results(
-    plan: QuestionPlan, results: list[tuple[_Read, _Rows]], is_permuted: bool
+    plan: QuestionPlan, results: list[_Result], is_permuted: bool
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
     remaining, orders = iter(results), list[OrderEvidence]()
     for readout in plan.readouts:
@@ -191,13 +174,13 @@ def _label_results(
     }
 
 
-def _order_evidence(plan: QuestionPlan, readout: LabelReadout, results: Iterator[tuple[_Read, _Rows]]) -> OrderEvidence:
+def _order_evidence(plan: QuestionPlan, readout: LabelReadout, results: Iterator[_Result]) -> OrderEvidence:
     by_id, is_top = dict[int, float](), False
     count = sum(map(len, readout.label_ids))
     while len(by_id) < count:
-        read, rows = next(results)
-        ranks = rows.logprobs.top_ranks[-1].tolist()
-        by_id |= zip(read.requested_ids, rows.logprobs.top_logprobs[-1].tolist(), strict=True)
+        read, scored = next(results)
+        ranks = scored.logprobs.top_ranks[-1].tolist()
+        by_id |= zip(read.requested_ids, scored.logprobs.top_logprobs[-1].tolist(), strict=True)
         is_top |= 1 in ranks
     logprobs = tuple(_log_sum([by_id[label_id] for label_id in group]) for group in readout.label_ids)
     return OrderEvidence(
@@ -210,10 +193,10 @@ def _order_evidence(plan: QuestionPlan, readout: LabelReadout, results: Iterator
 
 
 def _sequence_results(
-    plan: QuestionPlan, readout: SequenceReadout, results: list[tuple[_Read, _Rows]], normalize: str
+    plan: QuestionPlan, readout: SequenceReadout, results: list[_Result], normalize: str
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
     count = len(readout.sequences)
-    sums = [math.fsum(rows.logprobs.logprob.tolist()) for _, rows in results]
+    sums = [math.fsum(scored.logprobs.logprob.tolist()) for _, scored in results]
     logprobs, priors = tuple(sums[:count]), tuple(sums[count:]) or None
     values = logprobs
     if normalize == "token":
@@ -226,7 +209,7 @@ def _sequence_results(
     return softmax(plan.question, values, plan.temperature), {
         "logprobs": logprobs,
         "label_mass": math.fsum(map(math.exp, logprobs)),
-        "argmax_is_label": any(rows.logprobs.rank[0] == 1 for _, rows in results[:count]),
+        "argmax_is_label": any(scored.logprobs.rank[0] == 1 for _, scored in results[:count]),
         "labels": None,
         "label_token_ids": readout.sequences,
         "normalize": normalize,

@@ -117,7 +117,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """The answer to one question. Probabilities are not rounded, and sum to 1."""
+    """The answer to one question. Probabilities sum to 1: the largest, with 15 decimals, is what the others leave."""
 
     name: str | None  # of the question
     type: QuestionType

@@ -5,7 +5,7 @@ import uuid
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import batched, takewhile
 from numbers import Integral
 from typing import Any
 
@@ -200,6 +200,29 @@ async def _score_window(queue: RequestQueue, token_ids: list[int], window: Windo
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Continuation:
+    """Log-probs of N tokens after a prompt, with the requested ids as alternatives."""
+
+    logprobs: TokenLogprobs  # [N]
+    cached_tokens: int  # of the prompt
+
+
+async def score_continuation(
+    queue: RequestQueue, prompt: Sequence[int], token_ids: Sequence[int], requested_ids: tuple[int, ...] = ()
+) -> Continuation:
+    """Score `token_ids`, at least one, after a prompt in one engine request.
+
+    Raises as `RequestQueue.events`, and RequestError if a log-prob is NaN.
+    """
+    params = SamplingParams(max_tokens=0, prompt=PromptScoring(len(prompt), requested_ids))
+    event = await _scored(queue, Request(uuid.uuid4().hex, [*prompt, *token_ids], params))
+    rows = None if event.prompt_logprobs is None else event.prompt_logprobs[len(prompt) - 1 :]
+    if rows is None or len(rows.logprob) != len(token_ids) or rows.top_logprobs.shape[1] < len(requested_ids):
+        raise RequestError("the engine failed: the number of log-probs does not match the number of tokens")
+    return Continuation(checked_logprobs(rows, len(requested_ids)), min(event.cached_tokens, len(prompt)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class NextTokens:
     """Log-probs of L tokens after a prompt, over the full vocabulary."""
 
@@ -215,21 +238,15 @@ async def score_next_tokens(
 
     Raises as `RequestQueue.events`, and RequestError if a log-prob is NaN.
     """
-    rows, cached = [], 0
-    for start in range(0, len(token_ids), max_requested_ids):
-        requested = tuple(token_ids[start : start + max_requested_ids])
-        # The row of the first token, which follows the prompt, is of the distribution that is asked for.
-        params = SamplingParams(max_tokens=0, prompt=PromptScoring(len(prompt), requested))
-        event = await _scored(queue, Request(uuid.uuid4().hex, [*prompt, requested[0]], params))
-        logprobs = event.prompt_logprobs
-        if logprobs is None or len(logprobs.logprob) != len(prompt) or logprobs.top_logprobs.shape[1] < len(requested):
-            raise RequestError("the engine failed: the number of log-probs does not match the number of tokens")
-        rows.append(checked_logprobs(logprobs[len(prompt) - 1 :], len(requested)))
-        cached = cached if start else event.cached_tokens
+    # The row of the first token, which follows the prompt, is of the distribution that is asked for.
+    parts = [
+        await score_continuation(queue, prompt, requested[:1], requested)
+        for requested in batched(token_ids, max_requested_ids, strict=False)
+    ]
     return NextTokens(
-        np.concatenate([row.top_logprobs[0] for row in rows]),
-        np.concatenate([row.top_ranks[0] for row in rows]),
-        min(cached, len(prompt)),
+        np.concatenate([part.logprobs.top_logprobs[0] for part in parts]),
+        np.concatenate([part.logprobs.top_ranks[0] for part in parts]),
+        parts[0].cached_tokens,
     )
 
 

@@ -1,8 +1,6 @@
 """Chats: messages to prompt text to token ids. The HTTP API, `LLM`, scoring and the terminal chat share this code."""
 
-import json
 import logging
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +13,6 @@ logger = logging.getLogger(__name__)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_ITEMS = 10_000  # messages of a chat, parts of a message
-_MAX_STEPS, _MAX_STEP = 64, 100  # of the path in an error: steps, and characters of each
 # Fields of messages that templates would leave out, and their values without effect: OpenAI's, Ollama's, and those that
 # make Model Studio, DeepSeek and Mistral continue the message.
 _UNSUPPORTED: dict[str, Any] = {"audio": None, "function_call": None, "images": [], "partial": False, "prefix": False}
@@ -147,47 +144,6 @@ def encode_text(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, pa
     """Token ids of `text`. Raise PromptError if it cannot be tokenized."""
     with prompt_errors(param):
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-
-
-def check_unique_keys(data: bytes) -> None:
-    """Raise PromptError for a repeated key in an object of valid JSON: parsers keep the last one silently."""
-    repeated: dict[int, tuple[dict[str, Any], str]] = {}  # by id of the object; keeps it alive
-
-    def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
-            repeated[id(values)] = values, key
-        return values
-
-    def read_number(_: str) -> None:  # in Python: the interpreter can switch threads in a long list of numbers
-        return None
-
-    document = json.loads(data.decode(), object_pairs_hook=read_object, parse_int=read_number, parse_float=read_number)
-    if repeated:
-        path, key = _path_to(document, repeated)
-        raise PromptError(path, f"The key {key[:_MAX_STEP]!r} occurs more than once (`{path}`).")
-
-
-def _path_to(document: Any, repeated: Mapping[int, tuple[Any, str]]) -> tuple[str, str]:
-    """The path of the first repeated key, and the key. An object that its own key hid has an ancestor in `repeated`."""
-    nodes: list[tuple[Any, Any, str]] = [(document, None, "")]  # value, parent's node, step to the value
-    while id(nodes[-1][0]) not in repeated:
-        node = nodes.pop()
-        items = node[0].items() if isinstance(node[0], dict) else enumerate(node[0])
-        inner = [
-            (value, node, f".{step[:_MAX_STEP]}" if isinstance(step, str) else f"[{step}]")
-            for step, value in items
-            if isinstance(value, dict | list)
-        ]
-        nodes += reversed(inner)
-    node = nodes[-1]
-    key = repeated[id(node[0])][1]
-    steps = [f".{key[:_MAX_STEP]}"]
-    while node[1] is not None:
-        steps.append(node[2])
-        node = node[1]
-    return "".join(reversed(steps[-_MAX_STEPS:])).removeprefix("."), key
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from serve import llm as llm_module
-from serve.jobs import decide as decide_module
+from serve.jobs import score as score_module
 from serve.jobs.decide import Decider, softmax, summing_to_one
 from serve.jobs.request_queue import RequestError
 from serve.jobs.results import Decision
@@ -300,7 +300,7 @@ def test_option_that_is_impossible_after_both_states(llm: LLM, monkeypatch: pyte
             dataclasses.replace(rows, logprob=np.full_like(rows.logprob, -np.inf)) if len(rows.logprob) == 3 else rows
         )
 
-    monkeypatch.setattr(decide_module, "checked_logprobs", impossible)
+    monkeypatch.setattr(score_module, "checked_logprobs", impossible)
     [decision] = decide(llm, CHOICE, scoring="sequences", normalize="pmi")
     assert decision.probabilities[2] == 0
     assert decision.evidence.prior_logprobs is not None

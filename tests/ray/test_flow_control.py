@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.config.config import ServeConfig
 from serve.ray import flow_control
@@ -72,9 +72,9 @@ class Client:
         return b"".join(message.get("body", b"") for message in self.received)
 
     async def run(self, respond: Callable[[Scope, Receive, Send], Awaitable[None]], **scope: Any) -> None:
-        app = Proxy(respond)
+        app: ASGIApp = Proxy(respond)
         for middleware in proxy_middleware():
-            app = middleware.cls(app, *middleware.args, **middleware.kwargs)  # type: ignore[assignment]
+            app = middleware.cls(app, *middleware.args, **middleware.kwargs)
         async with asyncio.timeout(20):
             await app({**SCOPE, **scope}, self.incoming.get, self.send)
 
@@ -259,8 +259,8 @@ class LocalReplicas:
         from serve.ray.replica import Replica
 
         self._replica = Replica.__new__(Replica)
-        engine = SimpleNamespace(stop=lambda: None)
-        self._replica._served = SimpleNamespace(app=server.app, engine=engine, tracer=None)  # type: ignore[assignment]
+        served: Any = SimpleNamespace(app=server.app, engine=SimpleNamespace(stop=lambda: None), tracer=None)
+        self._replica._served = served
 
     def options(self, **_: Any) -> "LocalReplicas":
         return self

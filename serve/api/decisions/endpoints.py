@@ -21,7 +21,8 @@ from serve.api.request_group import RequestGroup
 from serve.api.scoring import ScoringHandler, ScoringJob
 from serve.jobs.decide import Decider
 from serve.jobs.results import Decision, openai_answer, typesafe_answer
-from serve.text.chat import PromptError, check_unique_keys
+from serve.text.chat import PromptError
+from serve.text.decisions.conversation import check_unique_keys
 from serve.text.decisions.encoder import Prompt
 from serve.text.decisions.plan import DecisionPlan, QuestionPlan
 from serve.text.decisions.questions import (
@@ -83,8 +84,7 @@ class _DecisionHandler[B: (DecisionsRequest, SystemOneRequest)](ScoringHandler[B
             raise invalid("permutations", f"{message} (--max-body-bytes).", "array_above_max_length")
 
     def _options(self, body: B) -> ScoringOptions:
-        names = ("scoring", "normalize", "permutations", "temperature", "return_token_ids")
-        values = {name: value for name in names if (value := getattr(body, name)) is not None}
+        values = {name: value for name in ScoringOptions.model_fields if (value := getattr(body, name)) is not None}
         return scoring_options({"scoring": self._context.config.decision_scoring} | values)
 
     def _cache_salt(self, body: B) -> str:

@@ -280,7 +280,7 @@ class Output[S: LineSums]:
     meter: Meter[Any, S]
 
     def write(self, line: Line, row: bytes, sums: S) -> None:
-        """Write the row of a line, empty if there is none."""
+        """Write the row of a line; `row` is empty for a line without one."""
         self.journal.add(row, line, sums)
         read, limit = line.position / max(1, self.source.total), self.config.limit
         progress = read if limit is None else max(read, line.number / limit)

@@ -11,16 +11,15 @@ import orjson
 from serve.cli.batch.journal import LineSums
 from serve.cli.batch.run import Batch, Output, run_batch
 from serve.cli.batch.source import BatchError, Line, Source
-from serve.cli.decide.config import DecideConfig
+from serve.cli.decide.config import SCORING_FLAGS, DecideConfig
 from serve.cli.decide.report import metrics_table, option_index, read_reports, write_diagram
 from serve.jobs.decide import Decider
 from serve.jobs.results import Decision, openai_answer, typesafe_answer
 from serve.llm import LLM
-from serve.text.chat import PromptError, check_unique_keys
+from serve.text.chat import PromptError
+from serve.text.decisions.conversation import check_unique_keys
 from serve.text.decisions.plan import DecisionPlan
-from serve.text.decisions.questions import LINE_FIELDS, DecisionRequest, Question, decision_request, scoring_options
-
-_FLAGS = ("scoring", "normalize", "permutations", "temperature")
+from serve.text.decisions.questions import DecisionRequest, Question, decision_request, scoring_options
 
 
 def main(config: DecideConfig) -> int:
@@ -37,7 +36,7 @@ class DecisionSums(LineSums):
 
 @dataclass(frozen=True, slots=True)
 class LineRequest:
-    """A line as JSON object, empty if it is none, and the request in it."""
+    """A line and its JSON object, which is empty if the line is not one."""
 
     line: Line
     body: Mapping[str, Any] = field(default_factory=dict)
@@ -118,9 +117,9 @@ def _request(line: Line) -> tuple[LineRequest, DecisionRequest | PromptError]:
             raise PromptError("", "The line is not a JSON object.", "invalid_type")
         check_unique_keys(line.data)
         for name in body:
-            if name in _FLAGS:
+            if name in SCORING_FLAGS:
                 raise PromptError(name, f"`{name}` is the same for all lines: use --{name}.", "unsupported_parameter")
-        request = decision_request(body, more_fields=LINE_FIELDS)
+        request = decision_request(body)
         _check_expected(body.get("expected"), request.questions)
     except PromptError as error:
         return LineRequest(line, body), error

@@ -14,6 +14,7 @@ from serve.config.values import Between, OneOf
 _DECISIONS = "Decisions"
 _METRICS = "Accuracy and calibration"
 _PLOTS = (".png", ".html")
+SCORING_FLAGS = ("scoring", "normalize", "permutations", "temperature")  # keyword arguments of `LLM.decide`
 _EPILOG = """\
 input: JSONL, also as .gz or .zst; each line is a request in one of the two forms of the HTTP API:
   {"state": ..., "questions": {NAME: {"type": "noul"|"choice"|"score", "instructions": ..., "criteria": ...}}}
@@ -113,8 +114,7 @@ class DecideConfig(BatchConfig):
     @property
     def scoring_options(self) -> dict[str, Any]:
         """Keyword arguments of `LLM.decide`."""
-        names = ("scoring", "normalize", "permutations", "temperature")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in SCORING_FLAGS}
 
 
 def parse_args(arguments: Sequence[str]) -> DecideConfig:

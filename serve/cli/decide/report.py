@@ -106,7 +106,7 @@ def _bin_index(confidence: NDArray[np.float64], bins: int) -> NDArray[np.intp]:
 
 
 def option_index(values: Sequence[Any], value: Any) -> int | None:
-    """Index of a value of the same type, so that true, "true" and 1 differ; None if there is none."""
+    """Index of a value of the same type, so that true, "true" and 1 differ; or None."""
     return next((i for i, item in enumerate(values) if type(item) is type(value) and item == value), None)
 
 

@@ -1,6 +1,7 @@
 """The input of a decision: OpenAI's items as the messages of a chat."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,9 +20,10 @@ _PART_FIELDS = {
     "output_text": ("text",),
     "refusal": ("refusal",),
 }
+_OUTPUTS = {"function_call_output": "function_call", "custom_tool_call_output": "custom_tool_call"}
+_MAX_STEPS, _MAX_STEP = 64, 100  # of the path in an error: steps, and characters of each
 # Private-use characters around the control tokens of user text, as in transformers; user text loses them.
 CONTROL_START, CONTROL_END = "\U000f0000", "\U000f0001"
-_OUTPUTS = {"function_call_output": "function_call", "custom_tool_call_output": "custom_tool_call"}
 
 
 def parse_input(value: Any, param: str = "input") -> tuple[dict[str, Any], ...]:
@@ -88,6 +90,47 @@ def check_json(value: Any, param: str, depth: int = 0) -> None:
         raise PromptError(param, f"`{param}` is not a finite number.")
     elif value is not None and not isinstance(value, str | int | float):
         raise PromptError(param, f"`{param}` is not a JSON value.", "invalid_type")
+
+
+def check_unique_keys(data: bytes) -> None:
+    """Raise PromptError for a repeated key in an object of valid JSON: parsers keep the last one silently."""
+    repeated: dict[int, tuple[dict[str, Any], str]] = {}  # by id of the object; keeps it alive
+
+    def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+            repeated[id(values)] = values, key
+        return values
+
+    def read_number(_: str) -> None:  # in Python: the interpreter can switch threads in a long list of numbers
+        return None
+
+    document = json.loads(data.decode(), object_pairs_hook=read_object, parse_int=read_number, parse_float=read_number)
+    if repeated:
+        path, key = _path_to(document, repeated)
+        raise PromptError(path, f"The key {key[:_MAX_STEP]!r} occurs more than once (`{path}`).")
+
+
+def _path_to(document: Any, repeated: Mapping[int, tuple[Any, str]]) -> tuple[str, str]:
+    """The path of the first repeated key, and the key. An object that its own key hid has an ancestor in `repeated`."""
+    nodes: list[tuple[Any, Any, str]] = [(document, None, "")]  # value, parent's node, step to the value
+    while id(nodes[-1][0]) not in repeated:
+        node = nodes.pop()
+        items = node[0].items() if isinstance(node[0], dict) else enumerate(node[0])
+        inner = [
+            (value, node, f".{step[:_MAX_STEP]}" if isinstance(step, str) else f"[{step}]")
+            for step, value in items
+            if isinstance(value, dict | list)
+        ]
+        nodes += reversed(inner)
+    node = nodes[-1]
+    key = repeated[id(node[0])][1]
+    steps = [f".{key[:_MAX_STEP]}"]
+    while node[1] is not None:
+        steps.append(node[2])
+        node = node[1]
+    return "".join(reversed(steps[-_MAX_STEPS:])).removeprefix("."), key
 
 
 def _part_text(part: Any, path: str, kinds: tuple[str, ...]) -> str:

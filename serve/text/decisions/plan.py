@@ -85,7 +85,7 @@ class DecisionFormat:
 
     @cached_property
     def _answer(self) -> tuple[str, str, int | None]:
-        """Text before an answer, and the token that ends it, as text and id: "" and None if there is none."""
+        """Text before an answer, and the token that ends it, as text and id; "" and None without such a token."""
         prefix, suffix = ("", "") if self._settings.template is not None else self._renderer.render_answer()
         tokenizer = self._chats.tokenizer
         ids = tokenizer.encode(suffix.lstrip(), add_special_tokens=False)

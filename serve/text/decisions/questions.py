@@ -14,11 +14,11 @@ from serve.text.decisions.conversation import check_json, content_text, is_blank
 MAX_QUESTIONS = 400
 MAX_OPTIONS = 255
 MAX_LEVELS = 10
-LINE_FIELDS = ("id", "expected")  # of a request in a file, besides its own
 MAX_ORDERS = 120  # all orders of 5 options
 _MAX_LABELS = 16  # of one option
 _FIELDS = ("state", "input", "questions")
-_WITHOUT_EFFECT = ("model", "prompt_cache_key", "prompt_cache_options", "safety_identifier")
+# Of OpenAI's requests, and of lines of `logprobd decide`.
+_WITHOUT_EFFECT = ("model", "prompt_cache_key", "prompt_cache_options", "safety_identifier", "id", "expected")
 _NEEDED_SCORING = {"normalize": "sequences", "permutations": "permutations"}
 
 type QuestionType = Literal["noul", "choice", "score"]
@@ -100,16 +100,15 @@ def scoring_options(values: Mapping[str, Any]) -> ScoringOptions:
         raise PromptError(param, f"`{param}`: {first['msg'].removeprefix('Value error, ')}.") from None
 
 
-def decision_request(body: Any, param: str = "", more_fields: tuple[str, ...] = ()) -> DecisionRequest:
+def decision_request(body: Any, param: str = "") -> DecisionRequest:
     """A request from `input` and a list of questions (OpenAI), or from `state` and an object of them (TypeSafe).
 
-    `more_fields` and those without effect are ignored. Raise PromptError for an unknown or invalid field; `param` is
-    the path of `body`.
+    Raise PromptError for an unknown or invalid field; `param` is the path of `body`.
     """
     if not isinstance(body, Mapping):
         raise PromptError(param, f"`{param}` must be an object with `questions`.", "invalid_type")
     prefix = f"{param}." if param else ""
-    _check_request_fields(body, prefix, more_fields)
+    _check_request_fields(body, prefix)
     questions: Any = body.get("questions")
     path = f"{prefix}questions"
     if "state" in body and "input" in body:
@@ -130,13 +129,13 @@ def decision_request(body: Any, param: str = "", more_fields: tuple[str, ...] = 
     return DecisionRequest(typesafe_questions(questions, path), state=state, param=f"{prefix}state")
 
 
-def _check_request_fields(body: Mapping[str, Any], prefix: str, more: tuple[str, ...]) -> None:
+def _check_request_fields(body: Mapping[str, Any], prefix: str) -> None:
     for name in body:
         if name in ScoringOptions.model_fields:
             message = f"`{name}` is an option of all requests, not a field of one."
             raise PromptError(f"{prefix}{name}", message, "unsupported_parameter")
-        if name not in (*_FIELDS, *_WITHOUT_EFFECT, *more):
-            message = f"Unknown field `{name}`{suggestion(str(name), (*_FIELDS, *more))}."
+        if name not in (*_FIELDS, *_WITHOUT_EFFECT):
+            message = f"Unknown field `{name}`{suggestion(str(name), (*_FIELDS, *_WITHOUT_EFFECT))}."
             raise PromptError(f"{prefix}{name}", message, "unknown_parameter")
 
 

@@ -14,7 +14,7 @@ export class Tabs {
     return panelOf(this.tabs.find((tab) => tab.ariaSelected === "true"));
   }
 
-  /** Shows a panel; the first one if there is none with this id. */
+  /** Shows the panel with this id, or the first panel for an unknown id. */
   select(name) {
     const chosen = this.tabs.find((tab) => panelOf(tab) === name) ?? this.tabs[0];
     for (const tab of this.tabs) {

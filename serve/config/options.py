@@ -88,7 +88,7 @@ class CommandLine[C]:
         prog: str,
         description: str,
         epilog: str,
-        positional: str,
+        positional: str | tuple[str, ...],
         exclude: Collection[str] = (),
         complete: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
@@ -96,19 +96,20 @@ class CommandLine[C]:
 
         Args:
             kind: the dataclass.
-            positional: option that may also be given without its flag.
+            positional: option that may also be given without its flag, or several required ones, in this order.
             exclude: options that are not flags of this command and keep their defaults.
             complete: changes the values by field name before `kind` is made of them; raises ValueError.
         """
         self._kind = kind
         self._complete = complete
         self._options = {name: option for name, option in _options(kind).items() if name not in exclude}
-        self._positional, argument = positional, self._options[positional]
+        self._positional = (positional,) if isinstance(positional, str) else positional
         self._required = [name for name, option in self._options.items() if option.default is MISSING]
-        word = positional.upper() + " ..." * argument.repeatable
+        words = [name.upper() + " ..." * self._options[name].repeatable for name in self._positional]
+        is_required = self._positional[0] in self._required
         self.parser = _Parser(
             prog=prog,
-            usage=f"{prog} {word if positional in self._required else f'[{word}]'} [flags]",
+            usage=f"{prog} {' '.join(words) if is_required else f'[{words[0]}]'} [flags]",
             description=description,
             epilog=epilog,
             formatter_class=_Help,
@@ -119,13 +120,15 @@ class CommandLine[C]:
         self.parser.add_argument(
             "--config", type=Path, metavar="FILE", help="YAML file of flags; command-line flags take precedence"
         )
-        self.parser.add_argument(
-            positional.upper(),
-            nargs="*" if argument.repeatable else "?",
-            type=argument_type(argument.parse or str),
-            default=None,
-            help=argparse.SUPPRESS,
-        )
+        for name in self._positional:
+            argument = self._options[name]
+            self.parser.add_argument(
+                name.upper(),
+                nargs="*" if argument.repeatable else "?",
+                type=argument_type(argument.parse or str),
+                default=None,
+                help=argparse.SUPPRESS,
+            )
         names = dict.fromkeys(option.group for option in self._options.values())
         ordered = sorted(names, key=lambda name: GROUPS.index(name) if name in GROUPS else -1)
         groups = {name: self.parser.add_argument_group(name) for name in ordered}
@@ -160,17 +163,20 @@ class CommandLine[C]:
         return self._kind(**values)
 
     def _parse(self, words: Sequence[str]) -> dict[str, Any]:
-        namespace, unknown = self.parser.parse_known_args(words)
+        # Flags may stand between several positional arguments.
+        parse = self.parser.parse_known_args if len(self._positional) == 1 else self.parser.parse_known_intermixed_args
+        namespace, unknown = parse(words)
         if unknown:
             word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
             switches = [_flag(f"no_{name}") for name, option in self._options.items() if option.parse is None]
             flags = [*map(_flag, self._options), *switches, "--config", "--help", "--version"]
             raise ValueError(f"unrecognized argument {word}{suggestion(word, flags)}")
-        values, name = vars(namespace), self._positional
-        if (value := values.pop(name.upper())) not in (None, []):
-            if name in values:
-                raise ValueError(f"argument {_flag(name)}: {name.upper()} is given twice")
-            values[name] = value
+        values = vars(namespace)
+        for name in self._positional:
+            if (value := values.pop(name.upper(), None)) not in (None, []):
+                if name in values:
+                    raise ValueError(f"argument {_flag(name)}: {name.upper()} is given twice")
+                values[name] = value
         return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
     def _words(self, flags: Mapping[str, Any]) -> list[str]:

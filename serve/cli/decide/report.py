@@ -167,20 +167,24 @@ def _shown(name: str) -> str:
 
 def write_diagram(path: Path, reports: Sequence[Report], bins: int) -> None:
     """Write the reliability diagrams of all questions as PNG or HTML. Raise BatchError for too many of them."""
-    import matplotlib as mpl  # an optional dependency
-
     if len(reports) > _MAX_PANELS:
         raise BatchError(f"--plot: {len(reports)} questions are too many for a diagram; at most {_MAX_PANELS}")
     figure = _figure(reports, bins)
     if path.suffix == ".png":
         figure.savefig(path, format="png", dpi=100)
         return
-    # Text stays text, and equal diagrams have equal ids.
+    svg = svg_of(figure)
+    path.write_text(_page(svg[svg.index("<svg") :], reports), "utf-8")
+
+
+def svg_of(figure: Any) -> str:
+    """A matplotlib figure as SVG. Text stays text, and equal figures have equal ids."""
+    import matplotlib as mpl  # an optional dependency
+
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "logprobd"}):
         image = StringIO()
         figure.savefig(image, format="svg", metadata={"Date": None})
-    svg = image.getvalue()
-    path.write_text(_page(svg[svg.index("<svg") :], reports), "utf-8")
+    return image.getvalue()
 
 
 def _figure(reports: Sequence[Report], bins: int) -> Any:

@@ -98,12 +98,13 @@ class CacheLayout:
     """Shapes and sharding of a model's cache on one platform."""
 
     parallel: TensorParallel
-    dtype: jnp.dtype
+    kv_dtype: jnp.dtype  # of keys and values
+    hidden_dtype: jnp.dtype  # of final hidden states: the model's, since log-probs are computed from them
     platform: str = "cpu"  # as JAX names it: "cpu", "gpu" or "tpu"
 
     @property
     def is_joined(self) -> bool:
-        return self.platform == "tpu" and tpu.supports_pages(self.parallel.local.head_dim, self.dtype)
+        return self.platform == "tpu" and tpu.supports_pages(self.parallel.local.head_dim, self.kv_dtype)
 
     @property
     def hidden_size(self) -> int:
@@ -113,9 +114,9 @@ class CacheLayout:
     def shape(self, pages: int) -> PagedCache:
         """The shapes of N pages over all shards, as `jax.ShapeDtypeStruct` leaves."""
         shards, (heads, lanes) = self.parallel.shards, self._stored_heads()
-        split = jax.ShapeDtypeStruct((pages, shards * heads, PAGE_SIZE, lanes), self.dtype)
-        joined = jax.ShapeDtypeStruct((pages, PAGE_SIZE, shards * 2 * heads, lanes), self.dtype)
-        hidden = jax.ShapeDtypeStruct((pages, PAGE_SIZE, shards * self.hidden_size), self.dtype)
+        split = jax.ShapeDtypeStruct((pages, shards * heads, PAGE_SIZE, lanes), self.kv_dtype)
+        joined = jax.ShapeDtypeStruct((pages, PAGE_SIZE, shards * 2 * heads, lanes), self.kv_dtype)
+        hidden = jax.ShapeDtypeStruct((pages, PAGE_SIZE, shards * self.hidden_size), self.hidden_dtype)
         return self._cache(split, joined, hidden)
 
     def specs(self) -> PagedCache:
@@ -127,8 +128,8 @@ class CacheLayout:
     def bytes_per_page(self) -> int:
         """Bytes of one page on each device: all layers and the hidden states."""
         heads, lanes = self._stored_heads()
-        per_token = 2 * self.parallel.local.num_layers * heads * lanes + self.hidden_size
-        return PAGE_SIZE * per_token * jnp.dtype(self.dtype).itemsize
+        layers = 2 * self.parallel.local.num_layers * heads * lanes * jnp.dtype(self.kv_dtype).itemsize
+        return PAGE_SIZE * (layers + self.hidden_size * jnp.dtype(self.hidden_dtype).itemsize)
 
     def _cache(self, split: Any, joined: Any, hidden: Any) -> PagedCache:
         config = self.parallel.local

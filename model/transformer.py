@@ -126,7 +126,8 @@ class BoundModel:
     """A Transformer split into its definition, which is traced, and its leaves, which are passed to every step."""
 
     config: ModelConfig
-    dtype: jnp.dtype
+    dtype: jnp.dtype  # of matrices and final hidden states
+    kv_dtype: jnp.dtype  # of cached keys and values
     kernels: Kernels
     definition: Any  # nnx.GraphDef of one shard and the leaves' tree, closed over by the steps
     leaves: tuple[Array, ...]
@@ -152,7 +153,7 @@ class BoundModel:
 
     @property
     def cache_layout(self) -> CacheLayout:
-        return CacheLayout(self.parallel, self.dtype, self.platform)
+        return CacheLayout(self.parallel, self.kv_dtype, self.dtype, self.platform)
 
     def merge(self, leaves: tuple[Array, ...]) -> Transformer:
         """The module with (traced) leaves."""
@@ -172,7 +173,8 @@ def bind(
 ) -> BoundModel:
     """Fill an abstract Transformer with `weights` (path -> array, packed weight or ShapeDtypeStruct).
 
-    With a mesh the weights are sharded over it as in `model.sharding`, and the Transformer is that of one shard.
+    Cached keys and values get the matrices' dtype. With a mesh the weights are sharded over it as in `model.sharding`,
+    and the Transformer is that of one shard.
 
     Raises:
         KeyError: a weight is missing, which `model.weights` reports earlier.
@@ -180,7 +182,7 @@ def bind(
     graph, state = _abstract(ModelSpec(TensorParallel(config, mesh.size if mesh else 1), dtype, kernels))
     flat = [(path, leaf.replace(weights[_path(path)])) for path, leaf in nnx.to_flat_state(state)]
     leaves, tree = jax.tree.flatten(nnx.from_flat_state(flat))
-    return BoundModel(config, dtype, kernels, (graph, tree), tuple(leaves), mesh)
+    return BoundModel(config, dtype, dtype, kernels, (graph, tree), tuple(leaves), mesh)
 
 
 def _abstract(spec: ModelSpec) -> tuple[Any, Any]:

@@ -36,7 +36,7 @@ class EngineConfig:
     revision: str | None = option(MODEL, "branch, tag or commit of a hub id", metavar="NAME")
     dtype: str = option(
         MODEL,
-        "dtype of weights and KV cache; auto: float32 if the model is stored as float32, else bfloat16",
+        "dtype of weights and activations; auto: float32 if the model is stored as float32, else bfloat16",
         OneOf(("auto", "bfloat16", "float32")),
         default="auto",
     )
@@ -74,6 +74,12 @@ class EngineConfig:
     max_num_seqs: int = option(SCHEDULING, "maximum number of running requests", Between(1, 1024), default=16)
     max_num_batched_tokens: int | None = option(
         SCHEDULING, "prompt and decode tokens per step; default: 256 + --max-num-seqs", Between(17, 1 << 20)
+    )
+    kv_cache_dtype: str = option(
+        SCHEDULING,
+        "dtype of keys and values in the KV cache; auto: as --dtype",
+        OneOf(("auto", "bfloat16", "float32")),
+        default="auto",
     )
     kv_cache_memory: MemoryAmount | None = option(
         SCHEDULING,
@@ -131,6 +137,11 @@ class EngineConfig:
         return self.quantization or self.dtype
 
     @property
+    def kv_dtype(self) -> str:
+        """Dtype of cached keys and values."""
+        return self.dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+
+    @property
     def batched_tokens(self) -> int:
         return self.max_num_batched_tokens or 256 + self.max_num_seqs
 
@@ -150,6 +161,7 @@ class EngineKeywords(TypedDict, total=False):
     max_model_len: int | None
     max_num_seqs: int
     max_num_batched_tokens: int | None
+    kv_cache_dtype: Literal["auto", "bfloat16", "float32"]
     kv_cache_memory: int | float | str | None
     enable_prefix_caching: bool
     tensor_parallel_size: int

@@ -36,7 +36,6 @@ _ALWAYS_ON = (
 # vLLM's options of which one value is supported here.
 _ONE_VALUE = {
     "--block-size": str(PAGE_SIZE),
-    "--kv-cache-dtype": "auto",
     "--load-format": "auto",
     "--tokenizer-mode": "auto",
     "--scheduling-policy": "priority",

@@ -73,7 +73,8 @@ def plan_memory(
     parallel = TensorParallel(model, shards)
     weights = weight_bytes(model, config.dtype, int8=int8, shards=shards)
     workspace = _workspace(parallel.local, buckets)
-    page_bytes = CacheLayout(parallel, jnp.dtype(config.dtype), platform).bytes_per_page
+    kv_dtype, hidden_dtype = jnp.dtype(config.kv_dtype), jnp.dtype(config.dtype)
+    page_bytes = CacheLayout(parallel, kv_dtype, hidden_dtype, platform).bytes_per_page
     available = None if free is None else free - weights - workspace
     if cache is not None:
         pages = count_pages(cache, free=None if available is None else max(0, available), page_bytes=page_bytes)

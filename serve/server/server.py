@@ -51,7 +51,7 @@ def assemble(config: ServeConfig, reporter: Reporter) -> Served:
     cache = {
         "block_size": str(PAGE_SIZE),
         "num_gpu_blocks": str(loaded.runner.pages - 1),
-        "cache_dtype": loaded.config.dtype,
+        "cache_dtype": loaded.config.kv_dtype,
         "enable_prefix_caching": str(config.enable_prefix_caching),
     }
     metrics.watch(lambda: engine.gauges, cache)

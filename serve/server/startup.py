@@ -5,10 +5,11 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.monitoring
+import jax.numpy as jnp
 import jaxlib.version
 from jax.sharding import Mesh
 
@@ -149,6 +150,7 @@ def _load_weights(files: ModelFiles, kernels: Kernels, mesh: Mesh | None, report
             mesh=mesh,
             kernels=kernels,
         )
+    model = replace(model, kv_dtype=jnp.dtype(files.config.kv_dtype))
     size = sum(leaf.nbytes for leaf in model.leaves)
     reporter.report(weights_loaded(size, time.perf_counter() - start, kernels_used(model)))
     return model
@@ -184,7 +186,7 @@ def system_fingerprint(config: EngineConfig, buckets: Buckets, kernels: Sequence
     """
     options = (
         *(config.computed_logprobs, config.batched_tokens),
-        *(config.enable_prefix_caching, config.tensor_parallel_size),
+        *(config.enable_prefix_caching, config.tensor_parallel_size, config.kv_dtype),
     )
     versions = (__version__, jaxlib.version.__version__)
     digest = hashlib.sha256(repr((versions, buckets, options)).encode()).hexdigest()[:8]

@@ -61,9 +61,11 @@ def model_found(files: "ModelFiles", device: "jax.Device") -> Event:
     devices, max_num_seqs, weights_as = config.tensor_parallel_size, config.max_num_seqs, config.weights_as
     platform, max_model_len = device.platform, files.max_model_len
     fields = {"model": model, "family": family, "parameters": parameters, "weights_as": weights_as}
+    fields |= {"kv_cache_dtype": config.kv_dtype}
     fields |= {"platform": platform, "device": device.device_kind, "devices": devices}
     fields |= {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
     weights = f"{family}, {_count(parameters)} parameters, {weights_as}"
+    weights += f" with a {config.kv_dtype} cache" if config.kv_dtype != config.dtype else ""
     placement = platform if device.device_kind.lower() == platform else f"{platform} ({device.device_kind})"
     placement += f", sharded across {devices} devices" if devices > 1 else ""
     requests = f"up to {max_num_seqs} concurrent requests of {max_model_len:,} tokens"

@@ -301,6 +301,7 @@ def stopped_run(score: Command) -> Path:
     ("flags", "message"),
     [
         (("--dtype", "float32"), "started with --dtype auto, not float32"),
+        (("--kv-cache-dtype", "float32"), "--kv-cache-dtype auto, not float32"),
         (("--top-logprobs", "1"), "--top-logprobs 0, not 1"),
         (("--long", "window"), "--long error, not window"),
         (("--no-per-token",), "--per-token True, not False"),

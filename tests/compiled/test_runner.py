@@ -1,9 +1,11 @@
 """ModelRunner on a tiny model: slots between steps, results read late, full-vocabulary rows, unknown shapes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -37,13 +39,14 @@ BUCKETS = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=16, pages
 PROMPT = [5, 17, 99, 3]
 
 
-@pytest.fixture(scope="module")
-def compiled_runner(tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def compiled_runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
+    """A float32 model with keys and values of each dtype."""
     folder: Path = tmp_path_factory.mktemp("tiny")
     write_checkpoint(folder, CONFIG, random_weights(CONFIG, seed=3))
     checkpoint = open_checkpoint(ModelSource("tiny", folder))
     try:
-        model = load_model(checkpoint, "float32")
+        model = replace(load_model(checkpoint, "float32"), kv_dtype=jnp.dtype(request.param))
     finally:
         checkpoint.close()
     return ModelRunner(model, BUCKETS, pages=9, max_logprobs=5)

@@ -77,6 +77,7 @@ def test_parse_args_derived_defaults() -> None:
         (["--allowed-origins", "*"], ("--allowed-origins", '["*"]')),
         (["--logprobs-mode", "raw_logits"], ("--logprobs-mode",)),
         (["--block-size", "16"], ("--block-size", "64")),
+        (["--kv-cache-dtype", "fp8"], ("--kv-cache-dtype", "bfloat16")),
         (["--conf", "nowhere.yaml"], ("--conf",)),
         (["--config", "nowhere.yaml"], ("--config", "nowhere.yaml")),
         (["--quantization", "int4"], ("--quantization", "int8")),

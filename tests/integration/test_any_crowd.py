@@ -63,13 +63,21 @@ REQUESTS = 80
 
 
 @pytest.fixture(
-    scope="module", params=["llama-float32", "llama-bfloat16", "llama-int8", "gemma2-bfloat16", "gemma3-float32"]
+    scope="module",
+    params=[
+        "llama-float32-float32",
+        "llama-bfloat16-bfloat16",
+        "llama-int8-bfloat16",
+        "gemma2-bfloat16-float32",
+        "gemma3-float32-bfloat16",
+    ],
 )
 def small_runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
+    """A tiny model, by family, weights and dtype of the cache."""
     folder = tmp_path_factory.mktemp("model")
-    family, weights = request.param.split("-")
+    family, weights, kv_dtype = request.param.split("-")
     write_checkpoint(folder, CONFIGS[family], random_weights(CONFIGS[family], seed=3))
-    return make_runner(folder, weights, BUCKETS, pages=10)
+    return make_runner(folder, weights, BUCKETS, pages=10, kv_dtype=kv_dtype)
 
 
 @dataclass(frozen=True, slots=True)

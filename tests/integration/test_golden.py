@@ -25,6 +25,15 @@ def test_bfloat16_from_gguf() -> None:
 
 
 @pytest.mark.slow
+def test_float32_with_a_bfloat16_cache() -> None:
+    """The limit is twice the mean error; with float32 keys and values it is 9e-6."""
+    runner = make_runner(default_model_path(), "float32", BUCKETS, kv_dtype="bfloat16")
+    figures = figures_of(runner, "smollm2-q4_1-gguf-f32")
+    print(figures)
+    assert 1e-3 < figures.mean_error < 0.015
+
+
+@pytest.mark.slow
 def test_int8_from_gguf() -> None:
     """`python -m tools.accuracy.dtypes` has the errors; the limit is twice the mean."""
     figures = figures_of(make_runner(default_model_path(), "int8", BUCKETS), "smollm2-q4_1-gguf-f32")

@@ -21,11 +21,13 @@ _LAYERS = 6  # of 30, which are compiled alike: the other tests of a server's bi
         pytest.param("float32", marks=pytest.mark.slow),
         "bfloat16",
         pytest.param("int8", marks=pytest.mark.slow),
+        pytest.param("float32, bfloat16 cache", marks=pytest.mark.slow),
     ],
 )
 def runner(request: pytest.FixtureRequest) -> ModelRunner:
     """The first layers of the default model with weights of each kind, on the CPU kernels if this machine has them."""
-    return make_runner(default_model_path(), request.param, layers=_LAYERS)
+    weights, *cache = request.param.removesuffix(" cache").split(", ")
+    return make_runner(default_model_path(), weights, layers=_LAYERS, kv_dtype=cache[0] if cache else None)
 
 
 def _greedy(tokens: int, *, score: bool = False) -> SamplingParams:

@@ -186,8 +186,8 @@ def test_attend_in_xla_reads_pages_of_every_layout(layout: str) -> None:
 
 @pytest.fixture
 def layouts() -> Callable[..., CacheLayout]:
-    return lambda platform, dtype, shards=1: CacheLayout(
-        TensorParallel(qwen().config, shards), jnp.dtype(dtype), platform
+    return lambda platform, kv_dtype, shards=1, hidden_dtype="bfloat16": CacheLayout(
+        TensorParallel(qwen().config, shards), jnp.dtype(kv_dtype), jnp.dtype(hidden_dtype), platform
     )
 
 
@@ -211,8 +211,14 @@ def test_takes_and_reads_on_a_tpu() -> None:
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("shards", [1, 4])
-def test_bytes_per_page_equal_its_arrays(layouts: Callable[..., CacheLayout], platform: str, shards: int) -> None:
-    layout = layouts(platform, "bfloat16", shards)
+@pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_bytes_per_page_equal_its_arrays(
+    layouts: Callable[..., CacheLayout], platform: str, shards: int, dtypes: tuple[str, str]
+) -> None:
+    layout = layouts(platform, dtypes[0], shards, dtypes[1])
+    shape = layout.shape(7)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(shape.layers)} == {dtypes[0]}
+    assert shape.hidden.dtype == dtypes[1]
     one, two = (
         sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layout.shape(pages))) for pages in (7, 8)
     )

@@ -11,6 +11,7 @@ import pytest
 
 from compiled.shapes import make_buckets
 from model.config_hf import config_from_hf
+from model.kv_cache import PAGE_SIZE
 from model.weights.loader import load_model, weight_bytes
 from model.weights.source import ModelSource
 from model.weights.weight_table import open_checkpoint
@@ -50,6 +51,19 @@ def test_plan_memory_cache_size_by_default() -> None:
     plan = plan_memory(CONFIG, BUCKETS, EngineConfig(dtype="float32"), free=PLENTY)
     tight = plan.weights + plan.workspace + 7 * plan.page_bytes + 5
     assert pages(None, tight) == 7
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_plan_memory_halves_keys_and_values(dtype: str) -> None:
+    half, full = (
+        plan_memory(CONFIG, BUCKETS, EngineConfig(dtype=dtype, kv_cache_dtype=kv), free=PLENTY)
+        for kv in ("bfloat16", "float32")
+    )
+    elements = PAGE_SIZE * 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim
+    assert full.page_bytes - half.page_bytes == 2 * elements
+    assert full.weights == half.weights
+    auto = plan_memory(CONFIG, BUCKETS, EngineConfig(dtype=dtype), free=PLENTY)
+    assert auto == (half if dtype == "bfloat16" else full)
 
 
 def test_plan_memory_fraction_of_free_memory() -> None:

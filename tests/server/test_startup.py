@@ -4,13 +4,16 @@ import copy
 import os
 from pathlib import Path
 
+import jax
 import pytest
 
 from compiled.shapes import make_buckets
 from serve.config.flags import parse_args
 from serve.server.model_files import StartupError, api_name, check_tokenizer, resolve_max_logprobs
-from serve.server.startup import system_fingerprint
+from serve.server.startup import load, system_fingerprint
+from tests.server.test_bad_models import directory
 from tests.support.http_client import END, byte_tokenizer
+from tests.support.scoring import RecordingReporter
 
 
 def fingerprint(*flags: str, kernels: tuple[str, ...] = ()) -> str:
@@ -28,11 +31,17 @@ def test_fingerprint_ignores_the_address() -> None:
     assert fingerprint("--dtype", "float32") == fingerprint(*("--dtype", "float32", "--port", "1", "--api-key", "k"))
 
 
+def test_fingerprint_of_a_cache_dtype_that_auto_means() -> None:
+    flags = ("--dtype", "float32", "--kv-cache-dtype")
+    assert fingerprint(*flags, "float32") == fingerprint(*flags, "auto") != fingerprint(*flags, "bfloat16")
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         ("--dtype", "float32"),
         ("--quantization", "int8"),
+        ("--kv-cache-dtype", "float32"),
         ("--max-num-seqs", "4"),
         ("--max-num-batched-tokens", "1024"),
         ("--max-model-len", "512"),
@@ -55,6 +64,19 @@ def test_fingerprint_depends_on_the_version(monkeypatch: pytest.MonkeyPatch) -> 
 def test_fingerprint_names_the_kernels() -> None:
     assert "_xla_" in fingerprint()
     assert "_linear-attention_" in fingerprint(kernels=("linear", "attention"))
+
+
+def test_load_makes_the_planned_cache(tmp_path: Path, compilation_cache: Path) -> None:
+    words = "--dtype float32 --kv-cache-dtype bfloat16 --max-model-len 64 --max-num-seqs 1 --compilation-cache-dir"
+    config = parse_args((str(directory(tmp_path / "tiny")), *words.split(), str(compilation_cache)))
+    reporter = RecordingReporter()
+    cache = load(config, reporter).runner._state.cache
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(cache.layers)} == {"bfloat16"}
+    assert cache.hidden.dtype == "float32"
+    events = {event.name: event for event in reporter.events}
+    assert events["memory_planned"].fields["cache"] == sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    assert events["model_found"].fields["kv_cache_dtype"] == "bfloat16"
+    assert "float32 with a bfloat16 cache" in events["model_found"].line
 
 
 @pytest.mark.parametrize("eos", [-1, 300])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
@@ -49,6 +50,7 @@ def make_runner(
     pages: int = PAGES,
     kernels: Kernels | None = None,
     layers: int | None = None,
+    kv_dtype: str | None = None,
 ) -> ModelRunner:
     """A compiled model.
 
@@ -59,6 +61,7 @@ def make_runner(
         pages: of the cache.
         kernels: as in `load_model`.
         layers: the number of layers of a .gguf file to use; None: all.
+        kv_dtype: of the cache's keys and values; None: as the matrices.
     """
     kernels = load_kernels() if kernels is None else kernels
     buckets = replace(buckets, segment=kernels.segment(jax.default_backend()))
@@ -72,4 +75,6 @@ def make_runner(
         )
     finally:
         checkpoint.close()
+    if kv_dtype is not None:
+        model = replace(model, kv_dtype=jnp.dtype(kv_dtype))
     return ModelRunner(model, buckets, pages=pages, max_logprobs=20)

@@ -24,6 +24,13 @@ from tests.support.runners import make_runner
 _PROMPT, _OUTPUT = 300, 40  # tokens
 _CONTEXT = 1024
 _ROWS = 16
+# Name, weights and dtype of cached keys and values.
+_KINDS = (
+    ("float32", "float32", None),
+    ("float32, bfloat16 cache", "float32", "bfloat16"),
+    ("bfloat16", "bfloat16", None),
+    ("int8", "int8", None),
+)
 _BATCHED = 256 + _ROWS
 
 type Logprobs = NDArray[np.float32]
@@ -83,9 +90,10 @@ def _distance(a: Logprobs, b: Logprobs) -> float:
     return float(np.abs(a[:n] - b[:n]).max())
 
 
-def _runner(path: Path, weights: str, kernels: Kernels) -> ModelRunner:
+def _runner(path: Path, weights: str, kv_dtype: str | None, kernels: Kernels) -> ModelRunner:
     buckets = make_buckets(max_num_seqs=_ROWS, max_model_len=_CONTEXT, max_num_batched_tokens=_BATCHED)
-    return make_runner(path, weights, buckets, pages=_ROWS * buckets.pages_per_row + 1, kernels=kernels)
+    pages = _ROWS * buckets.pages_per_row + 1
+    return make_runner(path, weights, buckets, pages=pages, kernels=kernels, kv_dtype=kv_dtype)
 
 
 def main() -> None:
@@ -93,10 +101,10 @@ def main() -> None:
     kernels = load_kernels()
     for path in [Path(name) for name in sys.argv[1:]] or [default_model_path()]:
         columns = {}
-        for weights in ("float32", "bfloat16", "int8"):
-            columns[f"{weights}, XLA"] = Measurement(_runner(path, weights, Kernels())).differences()
+        for name, weights, kv_dtype in _KINDS:
+            columns[f"{name}, XLA"] = Measurement(_runner(path, weights, kv_dtype, Kernels())).differences()
             if kernels.cpu is not None:
-                columns[f"{weights}, kernels"] = Measurement(_runner(path, weights, kernels)).differences()
+                columns[f"{name}, kernels"] = Measurement(_runner(path, weights, kv_dtype, kernels)).differences()
         table = Table("against alone, uncached, chunks of 256", *columns, title=path.stem)
         for way in columns["float32, XLA"]:
             table.add_row(

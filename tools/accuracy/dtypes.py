@@ -1,4 +1,4 @@
-"""`python -m tools.accuracy.dtypes [MODEL ...]`: errors of bfloat16 and int8 weights on the golden prompts.
+"""`python -m tools.accuracy.dtypes [MODEL ...]`: errors of a bfloat16 cache, bfloat16 and int8 on the golden prompts.
 
 For each model (default: the default model), against float32: mean and maximum |error| of the log-probs of the prompts'
 tokens, mean Kullback-Leibler divergence of the distributions, and how often the most likely token differs.
@@ -26,13 +26,14 @@ from tests.support.runners import make_runner
 _BUCKETS = Buckets(
     decode_rows=(1,), prefill_chunks=(64, 256), score_rows=64, pages_per_row=MAX_MODEL_LEN // 64, full_vocab_rows=8
 )
-_REFERENCE, _OTHERS = "float32", ("bfloat16", "int8")
+# Weights and dtype of cached keys and values.
+_REFERENCE, _OTHERS = ("float32", "float32"), (("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("int8", "bfloat16"))
 
 
-def distributions(path: Path, weights: str) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+def distributions(path: Path, weights: str, kv_dtype: str) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """Return for each golden prompt its token ids [T] after the first and log-probs [T, V] at their positions."""
     core = EngineCore(
-        make_runner(path, weights, _BUCKETS, pages=20),
+        make_runner(path, weights, _BUCKETS, pages=20, kv_dtype=kv_dtype),
         max_model_len=MAX_MODEL_LEN,
         max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
     )
@@ -78,10 +79,10 @@ def _row(
 def main() -> None:
     """Print a table for each model."""
     for path in [Path(name) for name in sys.argv[1:]] or [default_model_path()]:
-        table = Table("weights", "mean error", "max error", "mean KL", "top token differs", title=path.stem)
-        reference = distributions(path, _REFERENCE)
-        for weights in _OTHERS:
-            table.add_row(weights, *_row(reference, distributions(path, weights)))
+        table = Table("weights", "cache", "mean error", "max error", "mean KL", "top token differs", title=path.stem)
+        reference = distributions(path, *_REFERENCE)
+        for weights, kv_dtype in _OTHERS:
+            table.add_row(weights, kv_dtype, *_row(reference, distributions(path, weights, kv_dtype)))
         Console(width=120).print(table)
 
 

@@ -43,17 +43,21 @@ class Case:
     target: str
     changes: dict[str, Any] = field(default_factory=dict)  # of config.json
     dtype: str = "bfloat16"
+    kv_dtype: str = ""  # of cached keys and values; empty: dtype
     int8: bool = False
     only: tuple[str, ...] = ()  # programs; empty: all
 
 
-# Every target, most with every program, then special cases: sizes that are no multiple of lanes, large heads, float32,
-# int8, an older GPU, several GPUs.
+# Every target, most with every program, then special cases: sizes that are no multiple of lanes, large heads, float32
+# weights or cache, int8, an older GPU, several GPUs.
 CASES: dict[str, Case] = {
     **{target: Case(target, only=_FORWARD if target in _LIKE_V5E else ()) for target in DEFAULT_TARGETS},
     "odd sizes": Case("v5e:1x1", {"hidden_size": 576}, only=("prefill_16", "score_16")),
     "odd sizes, four chips": Case("v5e:2x2", {"hidden_size": 896}, only=("prefill_16", "score_16")),
     "float32": Case("v5e:1x1", dtype="float32", only=("decode_4",)),
+    "float32, bfloat16 cache": Case("v5e:1x1", dtype="float32", kv_dtype="bfloat16", only=("prefill_16", "score_16")),
+    "float32, bfloat16 cache, h100": Case("h100", dtype="float32", kv_dtype="bfloat16", only=_FORWARD),
+    "float32 cache": Case("v5e:1x1", kv_dtype="float32", only=("decode_4",)),
     "large heads": Case("v6e:1x1", {"head_dim": 256}, only=("decode_4",)),
     "large heads, a100": Case("a100", {"head_dim": 256}, only=_FORWARD),
     "int8": Case("v5e:1x1", {"hidden_size": 1024, "vocab_size": 65536}, int8=True, only=("score_16",)),
@@ -67,7 +71,8 @@ def model_of(case: Case) -> BoundModel:
     config = config_from_hf(tiny_configs()["llama"] | SIZES | case.changes)
     mesh = mesh_of(case.target)
     if not case.int8:
-        return abstract_model(config, case.dtype, mesh)
+        model = abstract_model(config, case.dtype, mesh)
+        return replace(model, kv_dtype=jnp.dtype(case.kv_dtype or case.dtype))
     dtype = jnp.dtype(case.dtype)
     weights = abstract_weights(config, dtype).items()
     int8 = {path: _int8(leaf) if leaf.ndim == 2 else leaf for path, leaf in weights}

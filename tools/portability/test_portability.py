@@ -26,6 +26,7 @@ QWEN = ROOT / "examples" / "configs" / "Qwen2.5-0.5B" / "config.json"
 FORWARD = ("decode_4", "prefill_16", "packed_16")
 MEMORY = ("copy_pages", "penalties", "zero_state")  # compute nothing
 PROGRAMS = {*FORWARD, *MEMORY, "score_16", "full_vocab_8"}
+IN_XLA = ("float32", "float32 cache", "large heads")  # cases without a kernel for their attention
 TPUS = ("v5e:1x1", "v5e:2x2", "v5p:1x1x1", "v6e:1x1")
 
 needs_compilers = pytest.mark.skipif(
@@ -60,7 +61,7 @@ def test_every_program_compiles(facts: Any, case: str) -> None:
 @needs_compilers
 @pytest.mark.parametrize("case", CASES)
 def test_attention_uses_the_platforms_kernel(facts: Any, case: str) -> None:
-    target, in_xla = CASES[case].target, case in ("float32", "large heads")
+    target, in_xla = CASES[case].target, case in IN_XLA
     calls = {
         "c": "logprobd_attention",
         "h": "__gpu$xla.gpu.triton",
@@ -81,7 +82,7 @@ def test_attention_uses_the_platforms_kernel(facts: Any, case: str) -> None:
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if not case.int8])
 def test_cache_is_updated_in_place(facts: Any, case: str) -> None:
     """No page is copied or transposed."""
-    joined = CASES[case].target in TPUS and case not in ("float32", "large heads")
+    joined = CASES[case].target in TPUS and case not in IN_XLA
     arrays = 6 if joined else 7  # keys and values of the layer joined or separate; hidden; four arrays of slots
     for name in {*FORWARD, "penalties", "copy_pages"} & set(facts[case]):
         assert facts[case][name]["donated"] == arrays

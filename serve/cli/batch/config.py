@@ -20,7 +20,7 @@ class BatchConfig(EngineConfig):
     # `identity` or in the model's fingerprint.
     resumable: ClassVar[frozenset[str]] = frozenset(field.name for field in dataclasses.fields(EngineConfig)).union(
         ("file", "output", "overwrite")
-    ) - {"model", "tokenizer", "revision", "dtype", "quantization", "chat_template", "max_model_len"}
+    ) - {"model", "tokenizer", "revision", "dtype", "kv_cache_dtype", "quantization", "chat_template", "max_model_len"}
 
     file: Path = option(FILES, "input file, see below", Path, default=dataclasses.MISSING)
     output: Path | None = option(FILES, "default: FILE's name with another extension", Path)

@@ -34,7 +34,7 @@ from serve.jobs.results import perplexity
 from serve.jobs.score import TextEncoder, Window
 from serve.llm import LLM
 from serve.server.console import Reporter, is_terminal, progress_bar, start_reporting
-from serve.server.model_files import STARTUP_ERRORS, ModelFiles, open_model
+from serve.server.model_files import STARTUP_ERRORS, open_model
 from serve.server.startup_events import Event, failed
 from serve.text.chat import ChatFormat
 
@@ -247,25 +247,28 @@ def _encode(config: KlConfig, reporter: Reporter) -> tuple[list[list[int]], int,
     if sizes[0] != sizes[1]:
         raise BatchError(f"the vocabularies of {models[0]} and {models[1]} have {sizes[0]:,} and {sizes[1]:,} tokens")
     files[1].tokenizer.chat_template = files[0].tokenizer.chat_template  # chats are compared as one text
-    texts, others = (_read_texts(config, file) for file in files)
+    encoders = [TextEncoder(ChatFormat(file.tokenizer), sizes[0], config.add_special_tokens) for file in files]
+    readers = [TextReader(encoder, config.text_field) for encoder in encoders]
+    texts, others = (read_texts(config.file, reader, config.limit) for reader in readers)
     for (number, token_ids), (_, others_ids) in zip(texts, others, strict=True):
         if token_ids != others_ids:
             raise BatchError(f"{config.file}:{number}: {models[0]} and {models[1]} tokenize this text differently")
     return [token_ids for _, token_ids in texts], min(file.max_model_len for file in files), sizes[0]
 
 
-def _read_texts(config: KlConfig, files: ModelFiles) -> list[tuple[int, list[int]]]:
-    """Number of the line and token ids of each text."""
-    vocab_size = files.checkpoint.config.vocab_size
-    encoder = TextEncoder(ChatFormat(files.tokenizer), vocab_size, config.add_special_tokens)
-    reader = TextReader(encoder, config.text_field)
+def read_texts(path: Path, reader: TextReader, limit: int | None = None) -> list[tuple[int, list[int]]]:
+    """Number of the line and token ids of each text of a file.
+
+    Raises:
+        BatchError: the file cannot be read, or a line is malformed.
+    """
     texts = []
-    with open_source(config.file, reader.fields(config.text_field), config.limit) as source:
+    with open_source(path, reader.fields(reader.text_field), limit) as source:
         for line in source.lines:
             try:
                 texts.append((line.number, reader.read(line, is_text=source.is_text).encoded.token_ids))
             except LineError as error:
-                raise BatchError(f"{config.file}:{line.number}: {error}") from None
+                raise BatchError(f"{path}:{line.number}: {error}") from None
     return texts
 
 

@@ -1,4 +1,4 @@
-"""The command line `logprobd`: serve, score, decide, chat, models and kl."""
+"""The command line `logprobd`: serve, score, decide, chat, models, quantize and kl."""
 
 import sys
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ _COMMANDS = {
     "decide": ("serve.cli.decide.config", "serve.cli.decide.command"),
     "chat": ("serve.cli.chat.config", "serve.cli.chat.command"),
     "models": ("serve.cli.models", "serve.cli.models"),
+    "quantize": ("serve.cli.quantize", "serve.cli.quantize"),
     "kl": ("serve.cli.kl", "serve.cli.divergence"),
 }
 _HELP = """\
@@ -29,6 +30,8 @@ commands; each has its own --help:
   decide FILE        answer the questions of a file by the probabilities of their options
   chat [MODEL]       chat in the terminal, with tokens colored by surprise
   models [FOLDER]    list local models, and whether they can be served
+  quantize MODEL OUTPUT
+                     write a GGUF file with weights of 4 to 8 bits
   kl MODEL MODEL_B FILE
                      measure how far a quantized model is from another on texts
   --version          print the version

@@ -156,7 +156,8 @@ class CommandLine[C]:
 
     def _make(self, values: dict[str, Any]) -> C:
         values = {name: value for name, value in values.items() if name in self._options}
-        if missing := [name.upper() for name in self._required if name not in values]:
+        required = {name: name.upper() if name in self._positional else _flag(name) for name in self._required}
+        if missing := [shown for name, shown in required.items() if name not in values]:
             raise ValueError(f"the following arguments are required: {', '.join(missing)}")
         if self._complete is not None:
             self._complete(values)

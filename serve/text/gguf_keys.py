@@ -1,10 +1,11 @@
-"""Keys of a GGUF file's tokenizer: those that are read, those without effect, and values at which others have none."""
+"""Keys of a GGUF file's tokenizer: which are read, which have no effect, and those that describe a tokenizer.json."""
 
+import re
 from collections.abc import Mapping
 from reprlib import repr as short_repr
 from typing import Any
 
-from serve.text.tokenizer import TokenizerError
+from serve.text.tokenizer import SPACE, Tokenizer, TokenizerError
 
 PREFIX = "tokenizer.ggml."
 # Keys that change neither the ids of a text nor what is generated, and values at which others do not. All that are
@@ -34,3 +35,61 @@ def check_tokenizer_keys(metadata: Mapping[str, Any]) -> None:
             continue
         if name not in _READ_KEYS or (name in _FLAGS and not isinstance(value, bool)):
             raise TokenizerError(f"GGUF: {key} {short_repr(value)} is not supported")
+
+
+# Values of `tokenizer.ggml.token_type`.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+_NAMED = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+
+
+def tokenizer_keys(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    """The keys of a BPE tokenizer for a model with `vocab_size` tokens, without the name of its pre-tokenizer.
+
+    Raises:
+        TokenizerError: it is not a BPE tokenizer.
+    """
+    state = tokenizer.state()
+    model = state["model"]
+    if model["type"] != "BPE":
+        raise TokenizerError(f"a tokenizer of type {model['type']} cannot be written to a GGUF file")
+    is_sentencepiece = bool(model.get("byte_fallback"))
+    merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+    tokens, types = [f"[PAD{index}]" for index in range(vocab_size)], [_UNUSED] * vocab_size
+    for token, index in model["vocab"].items():
+        is_byte = is_sentencepiece and _BYTE_PIECE.fullmatch(token)
+        tokens[index], types[index] = token, _BYTE if is_byte else _NORMAL
+    ids = {token: index for index, token in enumerate(tokens)}
+    for token in state["added_tokens"]:
+        index, text = token["id"], token["content"]
+        ids[text] = index
+        if token["special"]:
+            tokens[index], types[index] = text, _CONTROL
+        else:  # converters write the spaces of runs of spaces
+            tokens[index], types[index] = text.replace(SPACE, " ") if is_sentencepiece else text, _USER_DEFINED
+    named = {name: ids.get(tokenizer.special_tokens.get(key, "")) for name, key in _NAMED.items()}
+    around = tokenizer.encode("a", add_special_tokens=True)
+    values: dict[str, Any] = {
+        "model": "llama" if is_sentencepiece else "gpt2",
+        "tokens": tokens,
+        "token_type": types,
+        "add_bos_token": around[0] == named["bos"],
+        "add_eos_token": len(around) > 1 and around[-1] == named["eos"],
+        **{f"{name}_token_id": index for name, index in named.items() if index is not None},
+    }
+    if is_sentencepiece:
+        if named["unknown"] is not None:
+            types[named["unknown"]] = _UNKNOWN
+        values["scores"] = _scores(tokens, merges)
+    else:
+        values["merges"] = [" ".join(merge) for merge in merges]
+    template = {} if tokenizer.chat_template is None else {"tokenizer.chat_template": tokenizer.chat_template}
+    return {PREFIX + name: value for name, value in values.items()} | template
+
+
+def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
+    """Scores that order merges as a list of merges does: those of one piece follow each other in it."""
+    ranks: dict[str, int] = {}
+    for left, right in merges:
+        ranks.setdefault(left + right, len(ranks))
+    return [-float(ranks.get(token, len(ranks))) for token in tokens]

@@ -119,6 +119,11 @@ class Tokenizer:
         words = [text] if splitter is None else [word for word, _ in splitter.pre_tokenize_str(text)]
         return [token.id for word in words for token in self._backend.model.tokenize(word)]
 
+    def state(self) -> dict[str, Any]:
+        """The tokenizer as in a `tokenizer.json`."""
+        state: dict[str, Any] = json.loads(self._backend.to_str())
+        return state
+
     def added_tokens(self) -> dict[str, int]:
         return {token.content: index for index, token in self._backend.get_added_tokens_decoder().items()}
 

@@ -31,6 +31,7 @@ print(json.dumps([code, sorted(sys.modules)]))
         (["decide", "--help"], 0, "--permutations"),
         (["chat", "--help"], 0, "--temperature"),
         (["models", "--help"], 0, "--json"),
+        (["quantize", "--help"], 0, "--importance-texts"),
         (["kl", "--help"], 0, "--text-field"),
         (["serve", "--version"], 0, "logprobd 0."),
         (["--max-num-seq", "4"], 2, "did you mean '--max-num-seqs'?"),
@@ -50,7 +51,15 @@ def test_help_and_mistakes_import_nothing_heavy(arguments: list[str], code: int,
 
 
 @pytest.mark.parametrize(
-    ("command", "word"), [("serve", "MODEL"), ("chat", "MODEL"), ("score", "FILE"), ("decide", "FILE"), ("kl", "FILE")]
+    ("command", "word"),
+    [
+        ("serve", "MODEL"),
+        ("chat", "MODEL"),
+        ("score", "FILE"),
+        ("decide", "FILE"),
+        ("quantize", "OUTPUT"),
+        ("kl", "FILE"),
+    ],
 )
 def test_every_command_takes_the_model_flag(command: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

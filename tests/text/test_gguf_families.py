@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from serve.text.detokenizer import Echo
+from serve.text.gguf_keys import tokenizer_keys
 from serve.text.gguf_tokenizer import NORMAL, UNKNOWN, UNUSED, USER_DEFINED, tokenizer_from_gguf
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden_families.json").read_text("utf-8"))
@@ -47,6 +48,17 @@ def test_token_ids_equal_the_original(name: str) -> None:
     tokenizer = tokenizer_from_gguf(metadata_of(family))
     encoded = {text: tokenizer.encode(text, add_special_tokens=False) for text in family["texts"]}
     assert encoded == family["texts"]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_keys_of_a_tokenizer_give_the_same_ids(name: str) -> None:
+    family = GOLDEN[name]
+    metadata = metadata_of(family)
+    keys = tokenizer_keys(tokenizer_from_gguf(metadata), len(metadata["tokenizer.ggml.tokens"]) + 3)
+    assert keys["tokenizer.ggml.tokens"][-1] == f"[PAD{len(keys['tokenizer.ggml.tokens']) - 1}]"
+    others = ("tokenizer.ggml.pre", "tokenizer.ggml.add_space_prefix", "general.architecture")
+    tokenizer = tokenizer_from_gguf(keys | {name: metadata[name] for name in others})
+    assert {text: tokenizer.encode(text, add_special_tokens=False) for text in family["texts"]} == family["texts"]
 
 
 def test_offsets_of_a_text_with_special_tokens() -> None:

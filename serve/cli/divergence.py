@@ -1,7 +1,9 @@
 """`logprobd kl`: what a quantization costs, as the divergence of one model from another, token by token."""
 
 import asyncio
+import errno
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -11,6 +13,7 @@ from contextlib import ExitStack, aclosing
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import orjson
@@ -39,6 +42,7 @@ from serve.server.startup_events import Event, failed
 from serve.text.chat import ChatFormat
 
 _ROWS = 16  # distributions read at once; a multiple of the rows of the compiled program
+_PASSAGES = 2  # run at once, so that one is computed while the other's distributions are visited
 _QUANTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
 
 type Visit = Callable[[int, NDArray[np.float32]], None]  # takes the first row's index and rows [n, V]
@@ -77,11 +81,12 @@ def visit_distributions(
         RequestError: the engine failed, or a log-prob is NaN.
         EngineStoppedError: the engine has stopped.
     """
+    in_flight = asyncio.Semaphore(_PASSAGES)
 
     async def run(passage: Passage) -> None:
         scoring = PromptScoring(passage.first, full_vocab=True)
         request = Request(uuid.uuid4().hex, passage.token_ids, SamplingParams(max_tokens=0, prompt=scoring))
-        async with aclosing(queue.events(request)) as events:  # the pages stay pinned until it is closed
+        async with in_flight, aclosing(queue.events(request)) as events:  # its pages stay pinned until it is closed
             event = await anext(events)
             if event.finish_reason is not FinishReason.LENGTH:
                 raise RequestError("the engine failed: it did not finish the request")
@@ -99,30 +104,29 @@ def visit_distributions(
 
 
 class Comparison:
-    """Compares two models' distributions of N tokens. The reference's are kept in a temporary file of 4 N V bytes."""
+    """Compares two models' distributions of N tokens. The reference's are kept in a file of 4 N V bytes."""
 
-    def __init__(self, targets: NDArray[np.int64], vocab_size: int) -> None:
-        """Prepare for the tokens `targets` [N], at least one.
-
-        Raises:
-            OSError: the temporary file cannot be created.
-        """
+    def __init__(self, file: BinaryIO, targets: NDArray[np.int64], vocab_size: int) -> None:
+        """Prepare for the tokens `targets` [N], at least one. `file` is empty and can be read and written."""
         count = len(targets)
         self._targets = targets
-        with tempfile.TemporaryFile() as file:  # it exists as long as it is mapped
-            self._reference = np.memmap(file, np.float32, "w+", shape=(count, vocab_size))
+        self._row_bytes = 4 * vocab_size
+        self._descriptor = file.fileno()
         self.kl = np.full(count, np.nan)  # [N] nats
         self.same_best = np.zeros(count, np.bool_)  # [N]; ties go to the lower id
         self.logprobs = np.full((2, count), np.nan)  # of the targets: by the reference, by the other model
 
     def add_reference(self, row: int, logprobs: NDArray[np.float32]) -> None:
-        """Keep rows [n, V] of the reference."""
-        self._reference[row : row + len(logprobs)] = logprobs
+        """Keep rows [n, V] of the reference. Raise OSError if they cannot be written."""
+        data = np.ascontiguousarray(logprobs).data.cast("B")
+        if os.pwrite(self._descriptor, data, row * self._row_bytes) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def add(self, row: int, logprobs: NDArray[np.float32]) -> None:
         """Compare rows [n, V] of the other model with the reference's."""
         rows = slice(row, row + len(logprobs))
-        p, q = normalized(self._reference[rows]), normalized(logprobs)
+        data = os.pread(self._descriptor, logprobs.size * 4, row * self._row_bytes)
+        p, q = normalized(np.frombuffer(data, np.float32).reshape(logprobs.shape)), normalized(logprobs)
         with np.errstate(invalid="ignore"):  # a token without probability in both models
             self.kl[rows] = np.where(p > -np.inf, np.exp(p) * (p - q), 0.0).sum(axis=1)
         self.same_best[rows] = p.argmax(axis=1) == q.argmax(axis=1)
@@ -172,7 +176,8 @@ def main(config: KlConfig) -> int:
     """Compare two models and return the exit code: 1 for an unusable model or file, 130 for Ctrl-C."""
     reporter = start_reporting(config)
     try:
-        comparison, count = asyncio.run(_compare(config, reporter))
+        with tempfile.TemporaryFile() as file:
+            comparison, count = asyncio.run(_compare(config, reporter, file))
         divergence = comparison.summary()
         table = divergence_table(divergence, config, count)
         report = {"model": config.model, "model_b": config.model_b, "texts": count, **asdict(divergence)}
@@ -194,14 +199,15 @@ def main(config: KlConfig) -> int:
     return 0
 
 
-async def _compare(config: KlConfig, reporter: Reporter) -> tuple[Comparison, int]:
+async def _compare(config: KlConfig, reporter: Reporter, file: BinaryIO) -> tuple[Comparison, int]:
     """Run both models, one after the other; return the comparison and the number of texts."""
     texts, context, vocab_size = _encode(config, reporter)
     with LLM.open(config.engine(config.model), reporter) as llm:
         size = min(context, llm.loaded.limits.cache_tokens)
         windows = make_context(size, "window", None).windows
         passages = passages_of((token_ids, windows(len(token_ids))) for token_ids in texts)
-        comparison = _comparison(config, targets_of(passages), vocab_size)
+        comparison = Comparison(file, targets_of(passages), vocab_size)
+        _check_space(config, 4 * len(comparison.kl) * vocab_size)
         await _run("reference", llm, passages, comparison.add_reference)
     del llm  # its weights, before the other model is loaded
     with LLM.open(config.engine(config.model_b), reporter) as llm:
@@ -209,16 +215,15 @@ async def _compare(config: KlConfig, reporter: Reporter) -> tuple[Comparison, in
     return comparison, len(texts)
 
 
-def _comparison(config: KlConfig, targets: NDArray[np.int64], vocab_size: int) -> Comparison:
-    if not len(targets):
+def _check_space(config: KlConfig, size: int) -> None:
+    if not size:
         raise BatchError(f"{config.file}: no text has two tokens")
-    folder, size = tempfile.gettempdir(), 4 * len(targets) * vocab_size
+    folder = tempfile.gettempdir()
     if size > (free := shutil.disk_usage(folder).free):
         raise BatchError(
-            f"{config.file}: the log-probs of {len(targets):,} tokens take {size / 1e9:,.1f} GB, and {folder} has "
+            f"{config.file}: the log-probs of the tokens take {size / 1e9:,.1f} GB, and {folder} has "
             f"{free / 1e9:,.1f} GB free: use --limit, or another folder (TMPDIR)"
         )
-    return Comparison(targets, vocab_size)
 
 
 async def _run(label: str, llm: LLM, passages: Sequence[Passage], visit: Visit) -> None:

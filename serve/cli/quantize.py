@@ -146,7 +146,7 @@ def _tokenizer_keys(files: "ModelFiles") -> dict[str, Any]:
 
 
 def _importance(config: QuantizeConfig, files: "ModelFiles", reporter: "Reporter") -> "Importance":
-    from model.importance import chunks_of, input_importance
+    from model.importance import CHUNK, chunks_of, input_importance
     from model.weights.loader import load_model
     from serve.cli.batch.source import BatchError
     from serve.cli.divergence import read_texts
@@ -161,7 +161,7 @@ def _importance(config: QuantizeConfig, files: "ModelFiles", reporter: "Reporter
     if not texts:
         raise BatchError(f"{config.importance_texts}: has no texts")
     with reporter.loading() as progress:
-        model = load_model(files.checkpoint, "float32", progress)
+        model = load_model(files.checkpoint, "float32", progress, max_model_len=CHUNK)
     chunks = sum(1 for _ in chunks_of(texts))
     with progress_bar("importance", chunks, hidden=not is_terminal(sys.stderr)) as advance:
         return input_importance(model, texts, advance)

@@ -2,11 +2,12 @@
 
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import orjson
@@ -35,12 +36,18 @@ def logprobs_of(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     return values
 
 
-def test_comparison_equals_numpy() -> None:
+@pytest.fixture
+def file() -> Iterator[BinaryIO]:
+    with tempfile.TemporaryFile() as file:
+        yield file
+
+
+def test_comparison_equals_numpy(file: BinaryIO) -> None:
     random = np.random.default_rng(1)
     p, q = (logprobs_of(random.standard_normal((50, 300)) * 3) for _ in range(2))
     q[7] = p[7]
     targets = random.integers(0, 300, 50)
-    comparison = Comparison(targets, 300)
+    comparison = Comparison(file, targets, 300)
     for start, stop in ((20, 50), (0, 20)):
         comparison.add_reference(start, p[start:stop].astype(np.float32))
     for start, stop in ((0, 9), (9, 10), (10, 50)):
@@ -60,8 +67,8 @@ def test_comparison_equals_numpy() -> None:
     assert summary.perplexity_ratio == pytest.approx(perplexities[1] / perplexities[0], rel=1e-6)
 
 
-def test_equal_models_have_no_divergence_and_impossible_tokens_an_infinite_one() -> None:
-    comparison = Comparison(np.array([0, 0]), 3)
+def test_equal_models_have_no_divergence_and_impossible_tokens_an_infinite_one(file: BinaryIO) -> None:
+    comparison = Comparison(file, np.array([0, 0]), 3)
     rows = np.array([[-math.log(2), -math.log(2), -math.inf]] * 2, np.float32)
     comparison.add_reference(0, rows)
     comparison.add(0, np.array([rows[0], [-0.0, -np.inf, -np.inf]], np.float32))

@@ -8,6 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from model.importance import CHUNK, Importance, input_importance
+from model.kernels.dispatch import Kernels
 from model.weights.loader import load_model
 from model.weights.source import ModelSource
 from model.weights.weight_table import open_checkpoint
@@ -16,9 +17,9 @@ from tests.support.tiny_checkpoints import HEAD_DIM, HEADS, KV_HEADS, LAYERS, ML
 EPSILON = 0.0009765625  # TinyModel's
 
 
-def importance_of(model: TinyModel, folder: Path, texts: list[list[int]]) -> Importance:
+def importance_of(model: TinyModel, folder: Path, texts: list[list[int]], kernels: Kernels | None = None) -> Importance:
     with closing(open_checkpoint(ModelSource("m", model.write_hf(folder)))) as checkpoint:
-        return input_importance(load_model(checkpoint, "float32", max_model_len=64), texts)
+        return input_importance(load_model(checkpoint, "float32", kernels=kernels), texts)
 
 
 def inputs_of_a_token(model: TinyModel, token: int) -> dict[str, NDArray[np.float64]]:
@@ -46,10 +47,11 @@ def inputs_of_a_token(model: TinyModel, token: int) -> dict[str, NDArray[np.floa
     return inputs
 
 
+@pytest.mark.parametrize("kernels", [Kernels(), None], ids=["xla", "kernels"])  # XLA computes padding, too
 @pytest.mark.parametrize("tied", [True, False])
-def test_importance_equals_numpy(tmp_path: Path, tied: bool) -> None:
+def test_importance_equals_numpy(tmp_path: Path, tied: bool, kernels: Kernels | None) -> None:
     model = TinyModel(tied=tied)
-    found = importance_of(model, tmp_path / "hf", [[5], [17]])
+    found = importance_of(model, tmp_path / "hf", [[5], [17]], kernels)
     tokens = [inputs_of_a_token(model, token) for token in (5, 17)]
     assert found.keys() == tokens[0].keys()
     for path, values in found.items():

@@ -73,9 +73,10 @@ def output_of_gguf(checkpoint: Checkpoint) -> OutputModel:
     path = read_parts(Path(checkpoint.path))[0][0]
     metadata = {}
     for field in GGUFReader(path).fields.values():
-        if not field.name.startswith(("GGUF.", "split.", "quantize.")) and field.name not in _REPLACED:
-            item = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-            metadata[field.name] = (field.contents(), field.types[0], item)
+        value, item = field.contents(), field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+        is_kept = not field.name.startswith(("GGUF.", "split.", "quantize.")) and field.name not in _REPLACED
+        if is_kept and value != []:  # the library writes no empty arrays, which have no effect
+            metadata[field.name] = (value, field.types[0], item)
     paths = {tensor.gguf: path for path, spec in checkpoint.config.weights().items() for tensor in spec.tensors}
     tensors = [
         OutputTensor(name, info.shape, paths.get(name, ""), _reader(checkpoint, name, info.shape))

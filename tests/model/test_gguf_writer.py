@@ -1,5 +1,6 @@
 """Files written by write_gguf: the network and weights of the source, formats by tensor, metadata, errors."""
 
+import struct
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from model.config import LayerKind, ModelConfig
 from model.importance import Importance
 from model.rope import Rope
 from model.weights.checkpoint import Checkpoint, ModelLoadError
+from model.weights.gguf import GgufCheckpoint
 from model.weights.gguf_writer import (
     TYPES,
     OutputTensor,
@@ -27,6 +29,7 @@ from model.weights.gguf_writer import (
 from model.weights.quantize import quantize
 from model.weights.source import ModelSource
 from model.weights.weight_table import load_weights, open_checkpoint
+from tests.model.test_weights_gguf import split
 from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 from tests.support.tiny_checkpoints import TinyModel
 
@@ -177,6 +180,36 @@ def test_a_file_keeps_metadata_and_other_tensors(tmp_path: Path) -> None:
             is_important = tensor.name in ("blk.1.attn_q.weight", "blk.1.attn_k.weight", "blk.1.attn_v.weight")
             columns = importance["layers.1.attention.qkv.weight"] if is_important else None
             np.testing.assert_array_equal(tensor.data, quantize(matrix, "Q8_0", columns), err_msg=tensor.name)
+
+
+def test_a_model_in_several_files_becomes_one(tmp_path: Path) -> None:
+    parts, path = split(tmp_path), tmp_path / "one.gguf"
+    with opened(parts[1]) as checkpoint:
+        write_gguf(path, output_of_gguf(checkpoint), PLAIN, {})
+    with opened(path) as one, opened(tmp_path / "whole.gguf") as whole:
+        assert one.config == whole.config
+        expected = weights_of(whole)
+        for name, values in weights_of(one).items():
+            np.testing.assert_array_equal(values, expected[name], err_msg=name)
+
+
+def test_empty_arrays_are_left_out(tmp_path: Path) -> None:
+    source, target = TinyModel().write_gguf(tmp_path / "a.gguf"), tmp_path / "b.gguf"
+    empty, note = b"tokenizer.ggml.suppress_tokens", b"general.x"
+    entries = struct.pack(f"<Q{len(empty)}sIIQ", len(empty), empty, GGUFValueType.ARRAY, GGUFValueType.INT32, 0)
+    entries += struct.pack(f"<Q{len(note)}sIQ13s", len(note), note, GGUFValueType.STRING, 13, b"")
+    assert len(entries) % 32 == 0  # the tensors stay aligned
+    data = bytearray(source.read_bytes())
+    struct.pack_into("<Q", data, 16, struct.unpack_from("<Q", data, 16)[0] + 2)
+    data[24:24] = entries
+    source.write_bytes(data)
+    with opened(source) as checkpoint:
+        assert isinstance(checkpoint, GgufCheckpoint)
+        assert checkpoint.metadata["tokenizer.ggml.suppress_tokens"] == []
+        write_gguf(target, output_of_gguf(checkpoint), PLAIN, {})
+    with opened(target) as checkpoint:
+        assert isinstance(checkpoint, GgufCheckpoint)
+        assert "tokenizer.ggml.suppress_tokens" not in checkpoint.metadata
 
 
 @pytest.mark.parametrize(("value", "message"), [(np.nan, "not finite"), (1e30, "too large for float16 scales")])

@@ -14,7 +14,7 @@ type Floats = NDArray[np.float32]
 
 # Levels of a group and its size, and the largest error relative to that of the best of very many scales. Formats with a
 # minimum per group, and those with one scale. Scales of K formats have 6 or 8 bits.
-AFFINE = {"Q4_1": (15, 32, 1.06), "Q5_1": (31, 32, 1.06), "Q4_K": (15, 32, 1.06), "Q5_K": (31, 32, 1.1)}
+AFFINE = {"Q4_1": (15, 32, 1.06), "Q5_1": (31, 32, 1.06), "Q4_K": (15, 32, 1.027), "Q5_K": (31, 32, 1.09)}
 SYMMETRIC = {
     "Q4_0": (-8, 7, 32, 1.03),
     "Q5_0": (-16, 15, 32, 1.06),

@@ -194,8 +194,11 @@ def main(config: KlConfig) -> int:
     except EngineStoppedError:
         reporter.report(failed("the engine stopped"))
         return 1
-    except (*STARTUP_ERRORS, BatchError, RequestError, KeyboardInterrupt) as error:
+    except (*STARTUP_ERRORS, BatchError, RequestError) as error:
         return reporter.fail(error)
+    except KeyboardInterrupt:
+        reporter.report(failed("interrupted"))
+        return 130
     return 0
 
 

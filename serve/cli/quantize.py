@@ -99,8 +99,11 @@ def main(config: QuantizeConfig) -> int:
     except OSError as error:
         reporter.report(failed(f"{error.filename or config.output}: {error.strerror or error}"))
         return 1
-    except (*STARTUP_ERRORS, BatchError, KeyboardInterrupt) as error:
+    except (*STARTUP_ERRORS, BatchError) as error:
         return reporter.fail(error)
+    except KeyboardInterrupt:
+        reporter.report(failed("interrupted"))
+        return 130
     finally:
         partial.unlink(missing_ok=True)
     return 0

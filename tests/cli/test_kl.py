@@ -183,7 +183,11 @@ def test_errors_before_a_result(
     assert captured.out == ""
 
 
-def test_nan_and_a_full_disk_are_errors(
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_nan_an_interrupt_and_a_full_disk_are_errors(
     runners: dict[str, ScaledRunner],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -193,6 +197,10 @@ def test_nan_and_a_full_disk_are_errors(
     runners["b"].factor = math.nan
     assert main(["kl", "a", "b", str(file)]) == 1
     assert "a log-prob is NaN" in capsys.readouterr().err
+    monkeypatch.setattr(Comparison, "add", interrupt)
+    runners["b"].factor = 1.0
+    assert main(["kl", "a", "b", str(file)]) == 130
+    assert "interrupted" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert main(["kl", "a", "b", str(file)]) == 1
     assert "use --limit, or another folder (TMPDIR)" in capsys.readouterr().err

@@ -66,7 +66,9 @@ def test_a_folder_with_its_tokenizer(folder: Path, tmp_path: Path, capsys: pytes
     assert not np.array_equal(*rows)  # the texts matter
 
 
-def test_errors_leave_no_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_leave_no_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     output, texts = tmp_path / "m.gguf", tmp_path / "texts.jsonl"
     texts.write_text("\n", "utf-8")
     (tmp_path / "there.gguf").write_bytes(b"")
@@ -81,7 +83,14 @@ def test_errors_leave_no_file(folder: Path, tmp_path: Path, capsys: pytest.Captu
         assert main(["quantize", *words, "--type", "q8_0"]) == 1
         assert message in capsys.readouterr().err
         assert not [*tmp_path.glob("*.partial")]
-    assert not output.exists()
+    monkeypatch.setattr("model.weights.gguf_writer.quantize", interrupt)
+    assert main(["quantize", str(folder), str(output), "--type", "q8_0"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert not [*tmp_path.glob("m.gguf*")]
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_tokenizer_without_a_known_pre_tokenizer_is_refused(

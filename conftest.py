@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-from compiled.program_cache import cache_options_restored, seal_entries, use_persistent_cache
 from tests.support.server_process import ROOT, ServerProcess
 
 # Fixture -> the module whose output it returns. Only slow tests of one file use it.
@@ -89,26 +89,27 @@ sharded_logprobs, target_facts, executed_notebook, kernel_lines = map(_output_of
 
 @pytest.fixture(scope="session")
 def compilation_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache of compiled programs shared by all server processes of this worker, also in later runs."""
+    """The cache of compiled programs shared by all server processes, also in later runs."""
     return _cache_folder(pytestconfig, tmp_path_factory, "servers")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _programs_are_compiled_once(
-    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[None]:
-    """Keep the programs that tests compile in their own process."""
-    with cache_options_restored():
-        use_persistent_cache(_cache_folder(pytestconfig, tmp_path_factory, "tests"))
-        yield
-        seal_entries()
+def _programs_are_compiled_once(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the programs that tests compile in their own process, in JAX's cache: it notices patched code.
+
+    JAX does not write an entry atomically, so each worker has a folder of its own.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    folder = _cache_folder(pytestconfig, tmp_path_factory, f"tests-{worker}")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _cache_folder(config: pytest.Config, temporary: pytest.TempPathFactory, name: str) -> Path:
-    """A folder of this worker: jax does not write an entry atomically, so workers cannot share one."""
     if not hasattr(config, "cache"):  # `-p no:cacheprovider`
         return temporary.mktemp(name)
-    return config.cache.mkdir("programs") / f"{name}-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
+    return config.cache.mkdir("programs") / name
 
 
 @pytest.fixture(scope="session")

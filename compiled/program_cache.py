@@ -1,68 +1,179 @@
-"""The persistent cache of compiled programs: a private directory in which each entry has a SHA-256 checksum.
+"""Executables in a private directory, found by what they depend on: a start that finds its programs traces nothing.
 
-Compression alone does not detect damage: zlib has a checksum, but zstandard, which jax uses if it is installed, has
-none by default, and a damaged entry would be executed.
+An index names the executable of a program of a model on a machine for one version of the code. With other code the
+program is lowered, and its executable is found by its text. JAX's persistent cache, which always needs that text, is
+off meanwhile: lowering takes longer than reading, and an executable that was read from that cache cannot be serialized.
 """
 
 import errno
 import hashlib
 import logging
 import os
+import pickle
+import platform
+import re
 import stat
+import sys
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import flax
 import jax
+import jaxlib.version
+import ml_dtypes
+import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
+from jax.stages import Compiled, Lowered
 
 from model.private_files import is_private
+from model.transformer import BoundModel
 
 logger = logging.getLogger(__name__)
 
-# jax has no public option of one compilation: these are the process's.
-_OPTIONS = (
-    "jax_compilation_cache_dir",
-    "jax_persistent_cache_min_entry_size_bytes",
-    "jax_persistent_cache_min_compile_time_secs",
+_PROGRAM, _INDEX, _UNFINISHED = ".program", ".index", ".unfinished"
+_DIGEST = 64  # characters
+_ROOT = Path(__file__).parents[1]
+_SOURCES = ("compiled", "model")  # packages whose code determines the programs
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+_CPU_FEATURES = re.compile(r"^(?:flags|Features)\s*:.*$", re.MULTILINE)
+# Of an executable that this version of the code or of a compiler cannot read or serialize.
+_UNUSABLE = (
+    jax.errors.JaxRuntimeError,
+    pickle.PickleError,
+    AttributeError,
+    ImportError,
+    NotImplementedError,
+    ValueError,
 )
-_ENTRY, _CHECKSUM = "-cache", ".sha256"
 
 
 @contextmanager
-def cache_options_restored() -> Iterator[None]:
-    """Restore jax's options of its persistent cache at the end, since they apply to the whole process.
-
-    They are restored because a model may be loaded into a program that uses jax itself.
-    """
-    values = {name: getattr(jax.config, name) for name in _OPTIONS}
+def jax_cache_disabled() -> Iterator[None]:
+    """Turn JAX's persistent cache off: its option applies to the process, which may be a program that uses jax too."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     try:
         yield
     finally:
-        for name, value in values.items():
-            jax.config.update(name, value)
+        jax.config.update("jax_enable_compilation_cache", enabled)
         compilation_cache.reset_cache()
 
 
-def use_persistent_cache(directory: Path) -> None:
-    """Keep executables in `directory` and make it private: whoever can write there can run code in this process.
+class ProgramCache:
+    """The directory, private because whoever can write there can run code in this process."""
 
-    Deletes the entries if other users could have written them, else those without a valid checksum. A directory that
-    would have to be changed, and is read-only, is not used.
+    def __init__(self, directory: Path) -> None:
+        """Make the directory private; delete its programs if other users could have written them.
 
-    Raises:
-        PermissionError: the directory belongs to another user.
-    """
-    try:
-        _prepare(directory)
-    except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES):
-            raise
-        logger.warning("%s cannot be written (%s): programs are compiled at every start", directory, error.strerror)
-        return
-    for name, value in zip(_OPTIONS, (str(directory), -1, 0.0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+        A directory that would have to be changed, and is read-only, is not used.
+
+        Raises:
+            PermissionError: it belongs to another user.
+        """
+        self._directory: Path | None = directory
+        try:
+            _prepare(directory)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES):
+                raise
+            self._directory = None
+            _warn_of_compilation(directory, error)
+
+    def programs_of(self, model: BoundModel, *sizes: object) -> "ModelPrograms | None":
+        """The executables of a model; `sizes` are what its programs depend on besides, as values with full reprs."""
+        if self._directory is None:
+            return None
+        devices = jax.devices()[:1] if model.mesh is None else list(model.mesh.devices.flat)
+        return ModelPrograms(self._directory, repr((_facts_of(model), sizes)), devices)
+
+
+class ModelPrograms:
+    """The executables of one model and one set of sizes."""
+
+    def __init__(self, directory: Path, subject: str, devices: list[jax.Device]) -> None:
+        self._directory = directory
+        self._subject = _digest_of(subject)
+        self._devices = devices
+        self._is_unwritable = False
+        self._environment = _environment()
+        self._key = _digest_of(self._subject, _sources(), self._environment)
+
+    def find(self, name: str) -> Compiled | None:
+        """The executable of program `name`, unless the code has changed since it was saved."""
+        try:
+            key, digest = self._index(name).read_text("ascii").split()
+        except (OSError, ValueError):
+            return None
+        return self._read(self._path(name, digest)) if key == self._key else None
+
+    def find_lowered(self, name: str, lowered: Lowered) -> Compiled | None:
+        """The executable of a program that equals `lowered`, whichever code it was saved by."""
+        digest = self._digest(lowered)
+        compiled = self._read(self._path(name, digest))
+        if compiled is not None:
+            self._write_index(name, digest)
+        return compiled
+
+    def save(self, name: str, lowered: Lowered, compiled: Compiled) -> None:
+        """Store a new executable. One that the platform cannot serialize is compiled at every start."""
+        digest = self._digest(lowered)
+        try:
+            data = zlib.compress(pickle.dumps(serialize(compiled)), 1)
+        except _UNUSABLE as error:
+            logger.debug("%s cannot be serialized: %s", name, error)
+            return
+        self._write(self._path(name, digest), hashlib.sha256(data).hexdigest().encode() + data)
+        self._write_index(name, digest)
+
+    def _read(self, path: Path) -> Compiled | None:
+        try:
+            entry = path.read_bytes()
+        except OSError:
+            return None
+        checksum, data = entry[:_DIGEST], entry[_DIGEST:]
+        if checksum != hashlib.sha256(data).hexdigest().encode():
+            logger.warning("%s: a cached program is damaged; it is compiled again", path.name)
+            with suppress(OSError):
+                path.unlink()
+            return None
+        try:
+            serialized, in_tree, out_tree = pickle.loads(zlib.decompress(data))
+            compiled: Compiled = deserialize_and_load(serialized, in_tree, out_tree, execution_devices=self._devices)
+        except _UNUSABLE as error:
+            logger.debug("%s cannot be loaded: %s", path, error)
+            return None
+        return compiled
+
+    def _write_index(self, name: str, digest: str) -> None:
+        self._write(self._index(name), f"{self._key} {digest}".encode())
+
+    def _write(self, path: Path, data: bytes) -> None:
+        """Write a file that appears when it is complete."""
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}{_UNFINISHED}")
+        try:
+            unfinished.write_bytes(data)
+            unfinished.replace(path)
+        except OSError as error:  # a full disk, or a read-only file system
+            if not self._is_unwritable:
+                _warn_of_compilation(self._directory, error)
+            self._is_unwritable = True
+
+    def _digest(self, lowered: Lowered) -> str:
+        return _digest_of(lowered.as_text(), str((lowered.in_tree, lowered.out_tree)), self._environment)
+
+    def _index(self, name: str) -> Path:
+        return self._directory / f"{name}-{self._subject[:32]}{_INDEX}"
+
+    def _path(self, name: str, digest: str) -> Path:
+        return self._directory / f"{name}-{digest[:32]}{_PROGRAM}"
+
+
+def _warn_of_compilation(directory: Path, error: OSError) -> None:
+    logger.warning("%s cannot be written (%s): programs are compiled at every start", directory, error.strerror)
 
 
 def _prepare(directory: Path) -> None:
@@ -72,60 +183,47 @@ def _prepare(directory: Path) -> None:
     is_foreign = not is_private(directory.resolve())
     if stat.S_IMODE(directory.stat().st_mode) != 0o700:
         directory.chmod(0o700)
-    entries = list(_entries(directory))
+    for path in directory.glob(f"*{_UNFINISHED}"):  # their writers were killed, or compile the program again
+        path.unlink(missing_ok=True)
+    entries = [path for path in directory.iterdir() if path.suffix in (_PROGRAM, _INDEX)]
     if is_foreign and entries:
         logger.warning("%s: other users could write there: its programs are compiled again", directory)
-    for entry in entries:
-        # An entry without a checksum is of a writer that was killed or is still writing.
-        if is_foreign or not _checksum(entry).exists() or _is_damaged(entry):
-            _delete(entry)
+        for entry in entries:
+            entry.unlink(missing_ok=True)
 
 
-def seal_entries(name: str | None = None) -> None:
-    """Write the missing checksums of complete entries: of the program `name`, or of all."""
-    for entry in _entries_of(name):
-        if not _checksum(entry).exists():
-            try:
-                _checksum(entry).write_text(_digest(entry), "ascii")
-            except OSError as error:  # a full disk, or another process has deleted it: the next start compiles it again
-                logger.debug("%s: %s", entry, error)
+def _facts_of(model: BoundModel) -> tuple[object, ...]:
+    """All that the programs of a model depend on, as values with full reprs. The module graph follows from them."""
+    mesh = None if model.mesh is None else (model.mesh.axis_names, model.mesh.devices.shape)
+    leaves = [(leaf.shape, leaf.dtype.name, str(getattr(leaf.sharding, "spec", None))) for leaf in model.leaves]
+    _, tree = model.definition
+    return model.config, model.dtype.name, model.kv_dtype.name, model.kernels, mesh, leaves, str(tree)
 
 
-def delete_damaged_entries(name: str) -> None:
-    """Delete entries of the program `name` that do not match their checksum: jax would keep them and only warn."""
-    for entry in _entries_of(name):
-        if _checksum(entry).exists() and _is_damaged(entry, logging.DEBUG):
-            _delete(entry)
+def _sources() -> list[tuple[str, bytes]]:
+    paths = [path for package in _SOURCES for path in sorted((_ROOT / package).rglob("*.py"))]
+    return [(str(path.relative_to(_ROOT)), path.read_bytes()) for path in paths]
 
 
-def _entries_of(name: str | None) -> Iterator[Path]:
-    directory = jax.config.jax_compilation_cache_dir
-    return iter(()) if not directory else _entries(Path(directory), "" if name is None else f"jit_{name}-")
+def _environment() -> tuple[object, ...]:
+    """All that compilation depends on besides the code: versions, options, devices and the machine."""
+    versions = (sys.version, *(module.__version__ for module in (jax, jaxlib.version, flax, np, ml_dtypes)))
+    options = sorted((name, value) for name, value in jax.config.values.items() if "cache" not in name)
+    flags = [os.environ.get(name) for name in _FLAGS]
+    devices = [(device.platform, device.device_kind) for device in jax.devices()]
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine = (platform.machine(), threads, _cpu_features(), jax.devices()[0].client.platform_version)
+    return versions, options, flags, devices, machine
 
 
-def _entries(directory: Path, prefix: str = "") -> Iterator[Path]:
-    return directory.glob(f"{prefix}*{_ENTRY}")
-
-
-def _checksum(entry: Path) -> Path:
-    return entry.with_name(entry.name + _CHECKSUM)
-
-
-def _delete(entry: Path) -> None:
-    entry.unlink(missing_ok=True)
-    _checksum(entry).unlink(missing_ok=True)
-
-
-def _is_damaged(entry: Path, level: int = logging.WARNING) -> bool:
+def _cpu_features() -> str:
+    """Features of this machine's CPU, for which code is compiled; empty if the system does not list them."""
     try:
-        expected, digest = _checksum(entry).read_text("ascii"), _digest(entry)
-    except (OSError, ValueError):
-        return True
-    if expected and expected != digest:
-        logger.log(level, "%s: a cached program is damaged; it is compiled again", entry.name)
-    return expected != digest
+        found = _CPU_FEATURES.search(Path("/proc/cpuinfo").read_text("ascii", "replace"))
+    except OSError:
+        return ""
+    return found[0] if found else ""
 
 
-def _digest(entry: Path) -> str:
-    with entry.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest_of(*values: object) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled, Lowered
 
-from compiled.program_cache import delete_damaged_entries, seal_entries
+from compiled.program_cache import ModelPrograms
 from compiled.shapes import DecodeShape, HeadShape, PrefillShape, SingleShape
 
 type Shape = DecodeShape | PrefillShape | HeadShape | SingleShape
@@ -65,8 +65,9 @@ class Program:
 
     shape: Shape
     compiled: Compiled
-    lower_seconds: float
-    compile_seconds: float  # or the time to read it from the persistent cache
+    lower_seconds: float  # 0 if it was found without
+    compile_seconds: float  # or the time to read it from the cache
+    is_cached: bool
 
     @property
     def name(self) -> str:
@@ -86,19 +87,19 @@ class Programs(dict[Shape, Program]):
         raise UnknownShapeError(f"no program was compiled for {shape}")
 
 
-def compile_plans(plans: Sequence[Plan], on_compiled: Callable[[Program], None] | None = None) -> Programs:
-    """Compile all plans on a few threads; call `on_compiled` from them with each program.
+def compile_plans(
+    plans: Sequence[Plan], on_compiled: Callable[[Program], None] | None = None, cache: ModelPrograms | None = None
+) -> Programs:
+    """Compile all plans that are not cached, on a few threads; call `on_compiled` from them with each program.
 
     Raises:
         RefusedError: the platform's compiler rejects a program, for example for lack of memory.
     """
     threads = min(4, os.cpu_count() or 1)
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="compile") as pool:
-        futures = [pool.submit(_compile, plan, on_compiled) for plan in plans]
+        futures = [pool.submit(_compile, plan, on_compiled, cache) for plan in plans]
         try:
-            programs = Programs((plan.shape, future.result()) for plan, future in zip(plans, futures, strict=True))
-            seal_entries()  # also those of programs that jax compiles itself
-            return programs
+            return Programs((plan.shape, future.result()) for plan, future in zip(plans, futures, strict=True))
         except BaseException:  # do not wait for plans that have not started, not even after an interrupt
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -113,18 +114,23 @@ def specs_of(tree: Any) -> Any:
     return jax.tree.map(spec, tree)
 
 
-def _compile(plan: Plan, on_compiled: Callable[[Program], None] | None) -> Program:
-    start = time.perf_counter()
-    lowered = plan.lower()
-    middle = time.perf_counter()
-    name = plan.shape.name
-    delete_damaged_entries(name)
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        raise RefusedError(f"{name}: {str(error).splitlines()[0]}") from error
-    program = Program(plan.shape, compiled, middle - start, time.perf_counter() - middle)
-    seal_entries(name)
+def _compile(plan: Plan, on_compiled: Callable[[Program], None] | None, cache: ModelPrograms | None) -> Program:
+    start, name = time.perf_counter(), plan.shape.name
+    lower_seconds, is_cached = 0.0, True
+    compiled = cache.find(name) if cache else None
+    if compiled is None:
+        lowered = plan.lower()
+        lower_seconds = time.perf_counter() - start
+        compiled = cache.find_lowered(name, lowered) if cache else None
+        if compiled is None:
+            is_cached = False
+            try:
+                compiled = lowered.compile()
+            except jax.errors.JaxRuntimeError as error:
+                raise RefusedError(f"{name}: {str(error).splitlines()[0]}") from error
+            if cache:
+                cache.save(name, lowered, compiled)
+    program = Program(plan.shape, compiled, lower_seconds, time.perf_counter() - start - lower_seconds, is_cached)
     if on_compiled is not None:
         on_compiled(program)
     return program

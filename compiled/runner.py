@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from compiled import step
+from compiled.program_cache import ProgramCache
 from compiled.programs import Plan, Program, Programs, Shape, compile_plans, specs_of
 from compiled.shapes import COPY_PAGES, PENALTIES, ZERO_STATE, Buckets, DecodeShape, HeadShape, PrefillShape
 from compiled.state import (
@@ -133,6 +134,7 @@ class ModelRunner:
         pages: int,
         max_logprobs: int,
         on_compiled: Callable[[Program], None] | None = None,
+        cache: ProgramCache | None = None,
     ) -> None:
         """Compile every program.
 
@@ -142,6 +144,7 @@ class ModelRunner:
             pages: N, pages of the cache, including the null page.
             max_logprobs: K, alternatives per token.
             on_compiled: called with each program when it is ready, from a compile thread.
+            cache: programs of earlier starts. Code that was changed in this process would not be noticed.
         """
         self.buckets = buckets
         self.pages = pages
@@ -149,10 +152,11 @@ class ModelRunner:
         self.vocab_size = model.config.vocab_size
         self._leaves = model.leaves
         shapes = state_shapes(model, buckets, pages=pages)
-        first = compile_plans([state_plan(model, shapes)], on_compiled)
+        stored = cache.programs_of(model, buckets, pages, max_logprobs) if cache else None
+        first = compile_plans([state_plan(model, shapes)], on_compiled, stored)
         with ThreadPoolExecutor(1, thread_name_prefix="state") as pool:  # allocating it takes seconds
             state = pool.submit(lambda: jax.block_until_ready(first[ZERO_STATE].compiled()))
-            rest = compile_plans(make_plans(model, buckets, shapes, max_logprobs), on_compiled)
+            rest = compile_plans(make_plans(model, buckets, shapes, max_logprobs), on_compiled, stored)
             self._state: DeviceState = state.result()
         self.programs = Programs(first | rest)
 

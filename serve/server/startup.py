@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import jaxlib.version
 from jax.sharding import Mesh
 
-from compiled.program_cache import cache_options_restored, use_persistent_cache
+from compiled.program_cache import ProgramCache, jax_cache_disabled
 from compiled.programs import RefusedError, Shape
 from compiled.runner import ModelRunner
 from compiled.shapes import COPY_PAGES, PENALTIES, ZERO_STATE, Buckets, make_buckets
@@ -69,7 +68,7 @@ class Loaded:
         return engine
 
 
-@cache_options_restored()
+@jax_cache_disabled()
 def load(options: EngineConfig, reporter: Reporter) -> Loaded:
     """Load and compile a model.
 
@@ -77,7 +76,7 @@ def load(options: EngineConfig, reporter: Reporter) -> Loaded:
         STARTUP_ERRORS: the model cannot be served; the message is for the user.
     """
     try:
-        use_persistent_cache(options.compilation_cache_dir.expanduser())
+        cache = ProgramCache(options.compilation_cache_dir.expanduser())
     except (OSError, RuntimeError) as error:
         raise StartupError(f"--compilation-cache-dir {options.compilation_cache_dir}: {error}") from error
     mesh = _mesh(options)
@@ -108,7 +107,7 @@ def load(options: EngineConfig, reporter: Reporter) -> Loaded:
         reporter.report(memory_planned(plan, max_model_len))
         model = _load_weights(files, kernels, mesh, reporter)
     try:
-        runner = _compile(model, buckets, plan.pages, config, reporter)
+        runner = _compile(model, buckets, plan.pages, config, cache, reporter)
     except RefusedError as error:
         raise StartupError(f"{files.source.name} cannot be compiled for this device: {error}") from error
     limits = EngineLimits(
@@ -156,24 +155,17 @@ def _load_weights(files: ModelFiles, kernels: Kernels, mesh: Mesh | None, report
     return model
 
 
-def _compile(model: BoundModel, buckets: Buckets, pages: int, config: EngineConfig, reporter: Reporter) -> ModelRunner:
+def _compile(
+    model: BoundModel, buckets: Buckets, pages: int, config: EngineConfig, cache: ProgramCache, reporter: Reporter
+) -> ModelRunner:
     # In the order in which the runner starts to compile them.
     shapes: tuple[Shape, ...] = (ZERO_STATE, *buckets.steps(), *buckets.heads(), PENALTIES, COPY_PAGES)
     start = time.perf_counter()
-    hits: list[str] = []  # executables read from the persistent cache
-
-    def listen(event: str, **_: str | int) -> None:
-        if event == "/jax/compilation_cache/cache_hits":
-            hits.append(event)
-
-    jax.monitoring.register_event_listener(listen)
-    try:
-        with reporter.compiling([shape.name for shape in shapes]) as on_compiled:
-            k = config.computed_logprobs
-            runner = ModelRunner(model, buckets, pages=pages, max_logprobs=k, on_compiled=on_compiled)
-    finally:
-        jax.monitoring.unregister_event_listener(listen)
-    reporter.report(all_compiled(len(shapes), min(len(hits), len(shapes)), time.perf_counter() - start))
+    with reporter.compiling([shape.name for shape in shapes]) as on_compiled:
+        k = config.computed_logprobs
+        runner = ModelRunner(model, buckets, pages=pages, max_logprobs=k, on_compiled=on_compiled, cache=cache)
+    cached = sum(program.is_cached for program in runner.programs.values())
+    reporter.report(all_compiled(len(shapes), cached, time.perf_counter() - start))
     return runner
 
 

@@ -3,7 +3,9 @@
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from compiled import program_cache, programs
+from compiled.program_cache import ModelPrograms, ProgramCache, jax_cache_disabled
 from compiled.programs import Plan, Program, RefusedError, UnknownShapeError, compile_plans
 from compiled.shapes import PENALTIES, DecodeShape, HeadShape
+from model.config_hf import config_from_hf
+from model.kernels.cpu import CpuKernels
+from model.kernels.dispatch import Kernels
+from model.transformer import BoundModel
 from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
+from tools.portability.chips import abstract_model
 
 ROOT = Path(__file__).parents[2]
 VECTOR = jax.ShapeDtypeStruct((4,), jnp.float32)
@@ -91,7 +100,7 @@ def test_compile_plans_starts_nothing_after_a_failure_or_interrupt(monkeypatch: 
             ended.set()
             super().shutdown(wait=wait)
 
-    def fails(plan: Plan, _: object) -> None:
+    def fails(plan: Plan, *_: object) -> None:
         started.append(plan)
         if len(started) == 1:
             raise KeyboardInterrupt
@@ -112,107 +121,187 @@ def test_compile_plans_raises_a_failure_after_lowering() -> None:
         compile_plans([Plan(HeadShape(4, full_vocab=True), unknown, (VECTOR,)), plan(2)])
 
 
-# Warnings are only recorded, as in a server: turned into errors they would cause the recovery.
-CACHE_SCRIPT = """
-import os, stat, sys, warnings
-from pathlib import Path
+@dataclass
+class Traced:
+    """A function of 4, 5 and 6 numbers, and how many times it has been traced."""
 
-import jax, jax.monitoring, jax.numpy as jnp
-import numpy as np
+    cache: ModelPrograms | None
+    count: int = 0
 
-from compiled.program_cache import use_persistent_cache
-from compiled.programs import Plan, compile_plans
-from compiled.shapes import DecodeShape
+    def __call__(self, x: Any) -> Any:
+        self.count += 1
+        return jnp.sin(x) @ x
 
-directory = Path(sys.argv[1])
-directory.mkdir(parents=True, mode=0o755)  # exists before the start, and other users can read it
-os.umask(0)
-use_persistent_cache(directory)
-assert stat.S_IMODE(directory.stat().st_mode) == 0o700, oct(directory.stat().st_mode)
+    def programs(self) -> dict[int, Program]:
+        plans = [Plan(DecodeShape(n, 1), self, (jax.ShapeDtypeStruct((n,), jnp.float32),)) for n in (4, 5, 6)]
+        compiled = compile_plans(plans, cache=self.cache)
+        return {n: compiled[plan.shape] for n, plan in zip((4, 5, 6), plans, strict=True)}
 
-warnings.simplefilter("always")
-shown_warnings = []
-warnings.showwarning = lambda message, *_, **__: shown_warnings.append(message)
-hits = []
-jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("/cache_hits") else None)
-SIZES = (4, 5, 6)
+    def results(self) -> list[bytes]:
+        return [
+            np.asarray(program.compiled(np.arange(n, dtype=np.float32))).tobytes()
+            for n, program in self.programs().items()
+        ]
 
 
-def function(x):
-    return jnp.sin(x) @ x
+type Start = Callable[..., tuple[list[bytes], int, int]]
 
 
-def run():
-    hits.clear()
-    plans = [Plan(DecodeShape(n, 1), function, (jax.ShapeDtypeStruct((n,), jnp.float32),)) for n in SIZES]
-    programs = compile_plans(plans)
-    results = [float(programs[plan.shape].compiled(np.arange(n, dtype=np.float32))) for n, plan in zip(SIZES, plans)]
-    return len(hits), results
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Compile three programs as a new process would: their results, the number traced, and the number compiled."""
+
+    def run(subject: str = "model") -> tuple[list[bytes], int, int]:
+        traced = Traced(ModelPrograms(tmp_path, subject, jax.devices()[:1]))
+        programs = traced.programs().values()
+        count, compiled = traced.count, sum(not program.is_cached for program in programs)
+        assert all((program.lower_seconds > 0) == (count > 0) for program in programs)
+        return traced.results(), count, compiled
+
+    with jax_cache_disabled():
+        yield run
 
 
-def entries():
-    return sorted(directory.glob("jit_decode_*-cache"))
+def test_cached_programs_are_neither_traced_nor_compiled(start: Start, tmp_path: Path) -> None:
+    results, *work = start()
+    assert work == [3, 3]
+    assert results == Traced(None).results()
+    assert start() == (results, 0, 0)
+    assert start("another model") == (results, 3, 0)  # with the same programs
+    assert start("another model") == (results, 0, 0)
+    assert len(list(tmp_path.iterdir())) == 3 + 2 * 3
 
 
-cold, first = run()
-complete = entries()
-print("cold", cold, len(complete))
-warm, second = run()
-print("warm", warm, second == first)
-
-for divisor in (2, 10**9):  # half of the file, then none of it
-    sizes = [entry.stat().st_size // divisor for entry in complete]
-    for entry, size in zip(complete, sizes):
-        entry.write_bytes(entry.read_bytes()[:size])
-    torn, third = run()
-    assert entries() == complete
-    print("torn", torn, third == first, all(entry.stat().st_size > size for entry, size in zip(complete, sizes)))
-    mended, fourth = run()
-    print("mended", mended, fourth == first)
-    use_persistent_cache(directory)  # as the next start does
-    print("sealed", entries() == complete, run()[0])
-
-for entry in complete:  # of the right length
-    data = bytearray(entry.read_bytes())
-    data[len(data) // 2] ^= 1
-    entry.write_bytes(data)
-flipped, fifth = run()
-print("flipped", flipped, fifth == first)
-
-print("warnings", len(shown_warnings))
-for entry in directory.iterdir():
-    entry.unlink()
-directory.rmdir()
-directory.touch()  # a cache that nothing can be written to, even by root
-lost, sixth = run()
-print("lost", lost, sixth == first, len(shown_warnings) > 0)
-"""
-
-EXPECTED = [
-    "cold 0 3",
-    "warm 3 True",
-    *["torn 0 True True", "mended 3 True", "sealed True 3"] * 2,
-    "flipped 0 True",
-    "warnings 0",
-    "lost 0 True True",
-]
+def test_cached_programs_of_other_code_are_traced(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, *_ = start()
+    monkeypatch.setattr(program_cache, "_sources", list)
+    assert start() == (results, 3, 0)
+    assert start() == (results, 0, 0)
 
 
-def test_persistent_cache_is_private_read_and_repaired(tmp_path: Path) -> None:
-    """In a separate process, to leave this one's jax configuration unchanged."""
-    command = [sys.executable, "-c", CACHE_SCRIPT, str(tmp_path / "programs")]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.splitlines() == EXPECTED
-    assert process.stderr == ""
+def test_programs_of_other_versions_or_machines_are_compiled_again(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, *_ = start()
+    monkeypatch.setattr(program_cache, "_environment", tuple)
+    assert start() == (results, 3, 3)
 
 
-def test_cache_options_restored_leaves_no_option(tmp_path: Path) -> None:
-    values = [getattr(jax.config, name) for name in program_cache._OPTIONS]
-    with program_cache.cache_options_restored():
-        program_cache.use_persistent_cache(tmp_path)
-        assert [getattr(jax.config, name) for name in program_cache._OPTIONS] == [str(tmp_path), -1, 0.0]
-    assert [getattr(jax.config, name) for name in program_cache._OPTIONS] == values
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda _: b"", lambda data: data[:-1] + b"~"])
+def test_damaged_programs_are_compiled_again(
+    start: Start, damage: Callable[[bytes], bytes], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    results, *_ = start()
+    entries = sorted(tmp_path.glob("*.program"))
+    for entry in entries:
+        entry.write_bytes(damage(entry.read_bytes()))
+    assert start() == (results, 3, 3)
+    assert len(caplog.messages) == 3
+    assert "a cached program is damaged" in caplog.text
+    assert sorted(tmp_path.glob("*.program")) == entries
+    assert start() == (results, 0, 0)
+
+
+@pytest.mark.parametrize("text", ["", "torn", "\xff", "two words"])
+def test_damaged_index_is_written_again(start: Start, text: str, tmp_path: Path) -> None:
+    results, *_ = start()
+    for index in tmp_path.glob("*.index"):
+        index.write_text(text, "latin-1")
+    assert start() == (results, 3, 0)
+    assert start() == (results, 0, 0)
+
+
+def test_unreadable_and_unserializable_programs_are_compiled(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    results, *_ = start()
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ValueError("Compilation does not support serialization")
+
+    monkeypatch.setattr(program_cache, "deserialize_and_load", fail)
+    assert start() == (results, 3, 3)
+    monkeypatch.setattr(program_cache, "serialize", fail)
+    assert start() == (results, 3, 3)
+
+
+def test_programs_are_compiled_if_the_folder_cannot_be_written(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tmp_path.rmdir()
+    tmp_path.touch()
+    results, *work = start()
+    assert work == [3, 3]
+    assert caplog.messages == [f"{tmp_path} cannot be written (Not a directory): programs are compiled at every start"]
+    assert start() == (results, 3, 3)
+
+
+def test_programs_read_by_jax_are_not_saved(start: Start, tmp_path: Path) -> None:
+    """JAX serializes them without their code."""
+    options = {"jax_compilation_cache_dir": str(tmp_path / "jax"), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    options["jax_persistent_cache_min_entry_size_bytes"] = -1
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    try:
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
+        results = Traced(None).results()
+        with jax_cache_disabled():
+            assert start() == (results, 3, 3)
+            assert start() == (results, 0, 0)
+        assert jax.config.jax_enable_compilation_cache
+        assert len(list((tmp_path / "jax").glob("jit_decode_*-cache"))) == 3
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def test_key_has_all_that_programs_depend_on(tmp_path: Path) -> None:
+    model = abstract_model(config_from_hf(tiny_configs()["llama"]), "bfloat16")
+    cache = ProgramCache(tmp_path)
+
+    def key(changed: BoundModel, *sizes: object) -> str:
+        programs = cache.programs_of(changed, *sizes)
+        assert programs is not None
+        return programs._key
+
+    config = replace(model.config, rms_norm_eps=0.5)
+    wider: Any = jax.ShapeDtypeStruct((1, 2), jnp.float32)
+    others = [
+        replace(model, config=config),
+        replace(model, kv_dtype=jnp.dtype("float32")),
+        replace(model, dtype=jnp.dtype("float32")),
+        replace(model, kernels=Kernels(CpuKernels("digest", "avx9", ()))),
+        replace(model, leaves=(wider, *model.leaves[1:])),
+        replace(model, definition=(None, jax.tree.structure([0]))),
+    ]
+    keys = [key(model, 1), key(model, 2), *(key(other, 1) for other in others)]
+    assert len(set(keys)) == len(keys)
+    assert key(model, 1) == keys[0]
+    facts = repr((program_cache._facts_of(model), program_cache._environment()))
+    assert " at 0x" not in facts  # would differ in every process
+    assert "..." not in facts
+
+
+@pytest.mark.parametrize("name", ["jax_default_matmul_precision", "XLA_FLAGS"])
+def test_environment_has_options_of_compilers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = program_cache._environment()
+    if name.isupper():
+        monkeypatch.setenv(name, "--xla_cpu_enable_fast_math=true")
+        assert program_cache._environment() != before
+    else:
+        jax.config.update(name, "float32")
+        try:
+            assert program_cache._environment() != before
+        finally:
+            jax.config.update(name, None)
+    monkeypatch.undo()
+    assert program_cache._environment() == before
+
+
+def test_sources_are_those_of_model_and_compiled() -> None:
+    names = [name for name, _ in program_cache._sources()]
+    assert {"compiled/step.py", "model/kernels/cpu/operations.py"} <= set(names)
+    assert names == [*sorted(names)]
 
 
 START_SCRIPT = """
@@ -222,18 +311,19 @@ from pathlib import Path
 import numpy as np
 
 from model.weights.loader import load_model
-from compiled.program_cache import use_persistent_cache
+from compiled.program_cache import ProgramCache, jax_cache_disabled
 from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
 from model.weights.weight_table import open_checkpoint
 from model.weights.source import ModelSource
 
 warnings.simplefilter("ignore")
-use_persistent_cache(Path(sys.argv[1]))
+cache = ProgramCache(Path(sys.argv[1]))
 checkpoint = open_checkpoint(ModelSource("tiny", Path(sys.argv[2])))
 model = load_model(checkpoint, "bfloat16", int8=sys.argv[3] == "int8")
 buckets = Buckets(decode_rows=(1,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, full_vocab_rows=8)
-runner = ModelRunner(model, buckets, pages=3, max_logprobs=5)
+with jax_cache_disabled():
+    runner = ModelRunner(model, buckets, pages=3, max_logprobs=5, cache=cache)
 print(float(runner.full_vocab_logprobs(np.zeros(8, np.int32))[0, 0]))
 """
 
@@ -241,10 +331,9 @@ print(float(runner.full_vocab_logprobs(np.zeros(8, np.int32))[0, 0]))
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 def test_start_with_a_cache_of_truncated_entries(weights: str, tmp_path: Path) -> None:
-    """Includes programs that jax compiles itself, such as those of jnp functions."""
     directory, command = tmp_path / "programs", _start_command(tmp_path, weights)
     first = _started(command)
-    entries = list(directory.glob("*-cache"))
+    entries = list(directory.glob("*.program"))
     assert len(entries) >= 6  # the programs of START_SCRIPT
     for entry in entries:
         entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])
@@ -255,12 +344,12 @@ def test_start_with_a_cache_of_truncated_entries(weights: str, tmp_path: Path) -
 def test_start_after_one_killed_while_writing_the_cache(tmp_path: Path) -> None:
     directory, command = tmp_path / "programs", _start_command(tmp_path, "bfloat16")
     killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    while len(list(directory.glob("*-cache"))) < 4:
+    while len(list(directory.glob("*.program"))) < 4:
         assert killed.poll() is None
     killed.kill()
     killed.wait()
     again = _started(command)
-    for entry in directory.glob("*-cache"):
+    for entry in directory.glob("*.program"):
         entry.unlink()
     assert _started(command) == again  # without the entries of killed processes
 

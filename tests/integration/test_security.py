@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import hashlib
 import logging
 import sys
 from collections.abc import Iterator
@@ -10,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
-from compiled.program_cache import cache_options_restored, use_persistent_cache
+from compiled.program_cache import ProgramCache
+from model.config_hf import config_from_hf
 from serve.api.access_log import log_answer
 from serve.api.keys import ApiKeys
 from serve.config.api_keys import ApiKey
@@ -21,6 +20,8 @@ from serve.config.config import ServeConfig
 from serve.server.console import JsonFormatter
 from serve.text.chat_template import ChatTemplateError, TemplateSandbox
 from tests.support.http_client import chat_body, completion_body, error_of, serving
+from tests.support.tiny import tiny_configs
+from tools.portability.chips import abstract_model
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SECRET = "zyzzyva-7351"
@@ -275,33 +276,9 @@ async def test_unknown_methods_share_a_metric_label() -> None:
     assert "MADEUP" not in text
 
 
-def sealed_entry(directory: Path, name: str) -> Path:
-    """Write a cache entry and its checksum."""
-    entry = directory / f"{name}-cache"
-    entry.write_bytes(name.encode() * 100)
-    (directory / f"{name}-cache.sha256").write_text(hashlib.sha256(entry.read_bytes()).hexdigest())
-    return entry
-
-
-def test_damaged_cache_entries_are_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Independent of compression, which may have no checksum."""
-    whole, flipped, torn = (sealed_entry(tmp_path, name) for name in ("whole", "flipped", "torn"))
-    data = bytearray(flipped.read_bytes())
-    data[300] ^= 4
-    flipped.write_bytes(data)
-    torn.write_bytes(torn.read_bytes()[:50])
-    unsealed = tmp_path / "unsealed-cache"  # its writer was killed
-    unsealed.write_bytes(b"x")
-    (tmp_path / "begun-cache").write_bytes(b"x")
-    (tmp_path / "begun-cache.sha256").touch()
-    use_persistent_cache(tmp_path)
-    assert sorted(tmp_path.iterdir()) == [whole, tmp_path / "whole-cache.sha256"]
-    assert sorted(record.getMessage().split(":")[0] for record in caplog.records) == ["flipped-cache", "torn-cache"]
-
-
 def test_compilation_cache_is_private(tmp_path: Path) -> None:
     own = tmp_path / "own"
-    use_persistent_cache(own)
+    ProgramCache(own)
     assert own.stat().st_mode & 0o777 == 0o700
 
 
@@ -312,24 +289,32 @@ def test_compilation_cache_writable_by_others_is_cleared(
     """Other users may have written its entries. Another user's directory is refused."""
     shared = tmp_path / "shared"
     shared.mkdir()
-    kept = sealed_entry(shared, "jit_step-1")
+    entries = [shared / name for name in ("decode_1-0.program", "decode_1-1.index", "foreign.txt")]
+    for entry in entries:
+        entry.write_bytes(b"x")
     shared.chmod(0o755)
-    use_persistent_cache(shared)
-    assert kept.exists()
+    ProgramCache(shared)
+    assert sorted(shared.iterdir()) == sorted(entries)
     shared.chmod(mode)
-    use_persistent_cache(shared)
-    assert not kept.exists()
+    ProgramCache(shared)
+    assert list(shared.iterdir()) == entries[2:]
     assert "other users could write there" in caplog.text
     assert shared.stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr("os.geteuid", lambda: shared.stat().st_uid + 1)
     with pytest.raises(PermissionError, match="another user"):
-        use_persistent_cache(shared)
+        ProgramCache(shared)
+
+
+def test_compilation_cache_forgets_files_of_killed_writers(tmp_path: Path) -> None:
+    (tmp_path / "decode_1-0.program.1.unfinished").touch()
+    ProgramCache(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_read_only_compilation_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is used if it is complete, else skipped. An OSError stands in for a read-only file system."""
+    """It is used if it exists and is private, else skipped. An OSError stands in for a read-only file system."""
 
     def read_only(*_: Any, **__: Any) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
@@ -338,19 +323,14 @@ def test_read_only_compilation_cache(
         if not path.exists():
             read_only()
 
-    own = tmp_path / "own"
-    with cache_options_restored():
-        use_persistent_cache(own)
-        sealed_entry(own, "whole")
-        for name, function in {"mkdir": mkdir, "chmod": read_only, "unlink": read_only}.items():
-            monkeypatch.setattr(Path, name, function)
-        jax.config.update("jax_compilation_cache_dir", None)
-        use_persistent_cache(own)
-        assert (jax.config.jax_compilation_cache_dir, caplog.messages) == (str(own), [])
-        (own / "unsealed-cache").write_bytes(b"x")
-        jax.config.update("jax_compilation_cache_dir", None)
-        for folder in (own, tmp_path / "missing"):
-            caplog.clear()
-            use_persistent_cache(folder)
-            line = f"{folder} cannot be written (Read-only file system): programs are compiled at every start"
-            assert (jax.config.jax_compilation_cache_dir, caplog.messages) == (None, [line])
+    own, model = tmp_path / "own", abstract_model(config_from_hf(tiny_configs()["llama"]), "bfloat16")
+    ProgramCache(own)
+    for name, function in {"mkdir": mkdir, "chmod": read_only, "unlink": read_only}.items():
+        monkeypatch.setattr(Path, name, function)
+    assert ProgramCache(own).programs_of(model) is not None
+    assert caplog.messages == []
+    missing = tmp_path / "missing"
+    assert ProgramCache(missing).programs_of(model) is None
+    assert caplog.messages == [
+        f"{missing} cannot be written (Read-only file system): programs are compiled at every start"
+    ]

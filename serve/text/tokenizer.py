@@ -12,7 +12,6 @@ from typing import Any
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
-from transformers import AutoTokenizer
 
 from serve.config.values import error_reason
 from serve.text.end_of_turn import end_of_turn_ids
@@ -190,6 +189,8 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
 
     Raise TokenizerError if it is missing, broken, or not a fast tokenizer.
     """
+    from transformers import AutoTokenizer  # takes 0.3 s, and GGUF files do not need it
+
     if not model_dir.is_dir():  # AutoTokenizer would take the path for a hub id
         raise TokenizerError(f"{model_dir} is not a directory")
     try:

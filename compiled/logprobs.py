@@ -10,7 +10,8 @@ from jax import Array
 from model.kernels import cpu
 from model.kernels.dispatch import Kernels
 from model.layers import soft_cap_in_xla
-from model.linear import all_live, matmul
+from model.linear import all_live, matmul, operand
+from model.packed import PackedWeight
 from model.reduce import log_sum_exp, parts_of
 from model.sharding import UNSHARDED, VocabAxis
 from model.token_logprobs import NO_ID, TokenLogprobs
@@ -53,12 +54,12 @@ def head_logprobs(
 ) -> TokenLogprobs:
     """`token_logprobs` of hidden states [M, D], without computing full logits if the head's weight is packed."""
     weight, axis, kernels = module.head_weight(), module.spec.parallel.vocab_axis, module.spec.kernels
-    if isinstance(weight, Array) or axis.shards > 1:
+    if not isinstance(weight, PackedWeight) or axis.shards > 1:
         return token_logprobs(module.logits(hidden, live), ids, k, requested_ids, kernels, live, axis)
     options: dict[str, Any] = {"k": k, "cap": module.config.logit_cap}
     xla = partial(_score_in_xla, kernels=kernels, **options)
     with jax.named_scope("head"):
-        arguments = (hidden.astype(jnp.bfloat16), weight, ids, requested_ids, live)
+        arguments = (operand(hidden, weight), weight, ids, requested_ids, live)
         logprobs: TokenLogprobs = kernels.dispatch(*arguments, on_cpu=partial(cpu.score, **options), xla=xla)
         return logprobs
 
@@ -92,7 +93,7 @@ def token_logprobs_in_xla(
 
 
 def _score_in_xla(
-    hidden: Array, weight: cpu.Packed, *arguments: Array, kernels: Kernels, k: int, cap: float
+    hidden: Array, weight: PackedWeight, *arguments: Array, kernels: Kernels, k: int, cap: float
 ) -> TokenLogprobs:
     live = arguments[-1]
     logits = matmul(hidden, weight, kernels, live)

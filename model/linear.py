@@ -10,6 +10,7 @@ from jax import Array
 from model.kernels import cpu
 from model.kernels.dispatch import Kernels
 from model.layout import COLUMN_BLOCK
+from model.packed import Packed, PackedWeight, StackedWeight, unpack, unpack_rows
 from model.sharding import TensorParallel
 
 # XLA:CPU has no fast path for a one-row bf16 product (1.4 GB/s against 13, docs/design.md), and computes one row by
@@ -17,28 +18,29 @@ from model.sharding import TensorParallel
 MIN_ROWS = 2
 _BLOCKS = 64  # column blocks of a packed weight that an accelerator unpacks at once
 
-type Weight = Array | cpu.Packed
+type Weight = Array | Packed
 
 
 def matmul(x: Array, weight: Weight, kernels: Kernels, live: Array | None = None) -> Array:
-    """x [M, K] times weight [N, K] transposed: [M, N] float32.
+    """x [M, K] in the model's dtype times weight [N, K] transposed: [M, N] float32.
 
-    x is first rounded to the weight's dtype, to bfloat16 for an int8 weight. Rows from `live` ([] int32, None = M) on
-    are padding: their results are undefined, and the kernel skips them.
+    Products with a weight in a block format are of float32, unless x and the weight are bfloat16. Rows from `live`
+    ([] int32, None = M) on are padding: their results are undefined, and the kernel skips them.
     """
     if isinstance(weight, Array):
         return _dot(x.astype(weight.dtype), weight)
     live = all_live(x) if live is None else live
+    if isinstance(weight, StackedWeight):
+        return jnp.concatenate([matmul(x, part, kernels, live) for part in weight.parts], axis=1)
     y: Array = kernels.dispatch(
-        x.astype(jnp.bfloat16),
-        weight,
-        live,
-        on_cpu=cpu.linear,
-        on_gpu=_by_blocks,
-        on_tpu=_by_blocks,
-        xla=_in_xla,
+        operand(x, weight), weight, live, on_cpu=cpu.linear, on_gpu=_by_blocks, on_tpu=_by_blocks, xla=_in_xla
     )
     return y
+
+
+def operand(x: Array, weight: PackedWeight) -> Array:
+    """x as the kernels multiply it with the weight: bfloat16 if both are, else float32."""
+    return x if weight.format.name == "BF16" else x.astype(jnp.float32)
 
 
 def all_live(x: Array) -> Array:
@@ -46,9 +48,9 @@ def all_live(x: Array) -> Array:
     return jnp.asarray(x.shape[0], jnp.int32)
 
 
-def take_rows(weight: Weight, ids: Array) -> Array:
+def take_rows(weight: Array | PackedWeight, ids: Array) -> Array:
     """Rows `ids` [M] of a weight [N, K]: [M, K]. The embedding shares its storage with a tied head."""
-    return weight[ids] if isinstance(weight, Array) else cpu.unpack_rows(weight, ids)
+    return weight[ids] if isinstance(weight, Array) else unpack_rows(weight, ids)
 
 
 def _dot(x: Array, weight: Array) -> Array:
@@ -64,25 +66,25 @@ def _dot(x: Array, weight: Array) -> Array:
     return y[:rows]
 
 
-def _in_xla(x: Array, weight: cpu.Packed, _live: Array) -> Array:
+def _in_xla(x: Array, weight: PackedWeight, _live: Array) -> Array:
     """The product on any platform: unpacks the weight in each call, which is slow but rounds nothing.
 
     To [N, K], not block by block: a product of another layout would have other last bits for one row than for many.
     """
-    unpacked = cpu.unpack(weight)
-    return _dot(x.astype(unpacked.dtype), unpacked)
+    unpacked = unpack(weight)
+    return _dot(x, unpacked.astype(x.dtype))
 
 
-def _by_blocks(x: Array, weight: cpu.Packed, _live: Array) -> Array:
+def _by_blocks(x: Array, weight: PackedWeight, _live: Array) -> Array:
     """The product on an accelerator, some column blocks at a time: all in float32 would take too much memory."""
-    blocks = weight.data.shape[0]
+    blocks = weight.words.shape[0]
     width = min(_BLOCKS, blocks)
 
     def add_blocks(i: Array, y: Array) -> Array:
         start = jnp.minimum(i * width, blocks - width)  # the last blocks may be computed twice
         packed = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, start, width), weight)
-        part = cpu.unpack(replace(packed, n=width * COLUMN_BLOCK))
-        return jax.lax.dynamic_update_slice_in_dim(y, _dot(x.astype(part.dtype), part), start * COLUMN_BLOCK, axis=1)
+        part = unpack(replace(packed, n=width * COLUMN_BLOCK))
+        return jax.lax.dynamic_update_slice_in_dim(y, _dot(x, part.astype(x.dtype)), start * COLUMN_BLOCK, axis=1)
 
     empty = jnp.zeros((x.shape[0], blocks * COLUMN_BLOCK), jnp.float32)
     y: Array = jax.lax.fori_loop(0, -(-blocks // width), add_blocks, empty)
@@ -108,11 +110,12 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((n, k), spec.dtype))
         self.bias = nnx.Param(jnp.zeros((n,), jnp.float32)) if bias else None
         self.kernels = spec.kernels
+        self.dtype = spec.dtype
         self.summed_over = spec.parallel if psum and spec.parallel.shards > 1 else None
 
     def __call__(self, x: Array, live: Array | None = None) -> Array:
         """x [..., K] -> [..., N] float32, not rounded to the model's dtype; `live` as in matmul, of the flat rows."""
-        y = matmul(x.reshape(-1, x.shape[-1]), self.weight.get_value(), self.kernels, live)
+        y = matmul(x.reshape(-1, x.shape[-1]).astype(self.dtype), self.weight.get_value(), self.kernels, live)
         y = y if self.summed_over is None else self.summed_over.psum(y)
         if self.bias is not None:
             y = y + self.bias.get_value()

@@ -261,7 +261,7 @@ async def test_streams_of_one_loop_share_the_places_of_a_queue(llm: LLM, monkeyp
         ),
         ({"max_num_seqs": 0}, ValueError, "max_num_seqs: 0 is not between"),
         ({"enable_prefix_caching": 1}, ValueError, "enable_prefix_caching: 1 is not True or False"),
-        ({"quantization": "int8", "dtype": "float32"}, ValueError, "quantization"),
+        ({"quantization": "int4"}, ValueError, "quantization: 'int4' is not one of auto, none, int8"),
         ({"port": 1}, TypeError, "'port' is not an option"),
         ({"log_format": "json"}, TypeError, "'log_format' is not an option"),
     ],

@@ -21,7 +21,7 @@ _TESTS = (
     "test_cpu_rows",
     "test_cpu_head",
     "test_cpu_random_shapes",
-    "test_int8",
+    "test_packed",
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, Self
 from numpy.typing import NDArray
 
 from model.config import ModelConfig
-from model.weights.rows import Int8Array
+from model.formats import FLOATS, FORMATS, BlockFormat
 
 
 class ModelLoadError(Exception):
@@ -28,6 +28,12 @@ class TensorInfo:
     stored_as: str  # the format's name of the type, such as "BF16" or "Q4_1"
     supported: bool  # whether `Checkpoint.read` can decode this type
     nbytes: int  # in the file; 0 if the type is not supported
+
+    @property
+    def block_format(self) -> BlockFormat | None:
+        """The format of a matrix that kernels read as it is stored; None for floats and for other formats."""
+        is_coded = len(self.shape) == 2 and self.stored_as not in FLOATS
+        return FORMATS.get(self.stored_as) if is_coded else None
 
 
 class Checkpoint(Protocol):
@@ -54,13 +60,6 @@ class Checkpoint(Protocol):
         Raises:
             ModelLoadError: the bytes cannot be read or decoded; the message does not repeat the name.
             KeyError: no such tensor.
-        """
-
-    def read_int8(self, name: str, start: int = 0, stop: int | None = None) -> Int8Array | None:
-        """The stored int8 values and scales of the rows; None unless the tensor is a matrix stored as int8.
-
-        Raises:
-            ModelLoadError, KeyError: as `read`.
         """
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Reads a GGUF file: configuration, tokenizer metadata and tensors, quantized ones as float32."""
+"""Reads a GGUF file: configuration, tokenizer metadata and tensors, as values or as blocks."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 
 from model.config import ConfigError, ModelConfig
 from model.config_gguf import config_from_gguf
-from model.layout import GROUP_SIZE
 from model.weights.checkpoint import ModelLoadError, TensorInfo
 from model.weights.gguf_header import GgufHeader, GgufTensor, read_parts
-from model.weights.rows import Int8Array
 
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _QUANTIZED = frozenset(
@@ -27,7 +25,6 @@ _QUANTIZED = frozenset(
         *("TQ1_0", "TQ2_0", "MXFP4"),
     )
 )
-_Q8_0_BLOCK = np.dtype([("scale", "<f2"), ("values", "i1", GROUP_SIZE)])
 _RUN_VALUES = 1 << 18  # values dequantized at once; a multiple of every block size
 
 
@@ -72,13 +69,10 @@ class GgufCheckpoint:
             values = values.astype(np.float32)
         return values.reshape(_rows_of(tensor, start, stop), *tensor.shape[1:])
 
-    def read_int8(self, name: str, start: int = 0, stop: int | None = None) -> Int8Array | None:
-        tensor = self._tensors[name]
-        if tensor.type_name != "Q8_0" or len(tensor.shape) != 2:
-            return None
-        columns = tensor.shape[1]
-        blocks = self._read_rows(name, start, stop).view(_Q8_0_BLOCK).reshape(-1, columns // GROUP_SIZE)
-        return Int8Array(blocks["values"].reshape(-1, columns), blocks["scale"].copy())
+    def read_blocks(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        """The bytes of rows start..stop-1 of a matrix in a block format: [R, bytes of a row]; raises as `read`."""
+        rows = _rows_of(self._tensors[name], start, stop)
+        return self._read_rows(name, start, stop).reshape(rows, -1)
 
     def _read_rows(self, name: str, start: int, stop: int | None) -> NDArray[Any]:
         """Stored values of a tensor's rows, flat. A row consists of full blocks, except in a tensor of one axis."""

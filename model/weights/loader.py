@@ -1,7 +1,9 @@
 """From an open checkpoint to a model on the device."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -11,15 +13,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from model.config import ConfigError, ModelConfig
-from model.kernels import cpu, gpu, tpu
+from model.config import ConfigError
+from model.kernels import gpu, tpu
 from model.kernels.dispatch import Kernels, load_kernels
-from model.layout import GROUP_SIZE
+from model.packed import StackedWeight, pack
 from model.sharding import ShardIndices, TensorParallel, partition_spec
-from model.transformer import BoundModel, abstract_weights, bind
+from model.transformer import BoundModel, bind
 from model.weights.checkpoint import Checkpoint
-from model.weights.rows import Int8Array, Int8Rows, Rows
-from model.weights.weight_table import load_weights
+from model.weights.rows import Arena, BlockRows, Rows
+from model.weights.weight_table import Storage, check_headers, load_weights
 
 
 def load_model(
@@ -27,18 +29,18 @@ def load_model(
     dtype_name: str,
     progress: Callable[[int, int], None] | None = None,
     *,
-    int8: bool = False,
+    quantization: str = "auto",
     max_model_len: int | None = None,
     mesh: Mesh | None = None,
     kernels: Kernels | None = None,
 ) -> BoundModel:
-    """Read all weights and put them on the device, packed if the CPU kernels read them.
+    """Read all weights and put them on the device, packed if the CPU kernels read them or their format is coded.
 
     Args:
         checkpoint: an open model.
-        dtype_name: "bfloat16" or "float32", of matrices and cache.
+        dtype_name: "bfloat16" or "float32", of activations and cache.
         progress: called with the bytes read so far and the total.
-        int8: store matrices as int8 with scales instead.
+        quantization: as in `Storage`.
         max_model_len: maximum tokens of a request; None: the model's maximum.
         mesh: shards the model over its devices; each weight is split on the host and sent shard by shard.
         kernels: those that the model's programs may call; None: those of this machine.
@@ -48,35 +50,44 @@ def load_model(
     """
     dtype = jnp.dtype(dtype_name)
     kernels = load_kernels() if kernels is None else kernels
-    packs = dtype == jnp.bfloat16 and jax.default_backend() == "cpu" and kernels.cpu is not None
     config = checkpoint.config.for_length(max_model_len or checkpoint.config.max_position_embeddings)
     specs = config.weights()
 
-    def put(path: str, rows: Rows | Int8Rows) -> Any:
+    def put(path: str, rows: Rows | Sequence[BlockRows]) -> Any:
         if mesh is None:
-            return _put(rows, packs=packs)
+            return _put(rows, memory)
         parts = _shard_rows(rows, TensorParallel(config, mesh.size).weight_indices(specs[path]))
-        return _put_shards(parts, partition_spec(specs[path]), mesh, packs=packs)
+        return _put_shards(parts, partition_spec(specs[path]), mesh)
 
-    weights = load_weights(checkpoint, np.dtype(dtype), put, progress, int8=int8)
+    memory = Arena()
+    storage = storage_of(dtype_name, quantization, kernels, shards=1 if mesh is None else mesh.size)
+    weights = load_weights(checkpoint, storage, put, progress)
     return bind(config, dtype, weights, kernels, mesh)
 
 
-def _put(rows: Rows | Int8Rows, *, packs: bool) -> Any:
-    """Put a weight on the default device; `packs`: pack it if it is a matrix."""
-    if isinstance(rows, Int8Rows):
-        return cpu.pack_int8(rows.shape, rows.runs)
-    if packs and len(rows.shape) == 2:
-        return cpu.pack(rows.shape, rows.runs)
-    return jax.device_put(rows.read())
+def storage_of(dtype_name: str, quantization: str, kernels: Kernels, *, shards: int = 1) -> Storage:
+    """How this machine stores a model's weights; the arguments are those of `load_model`."""
+    on_cpu, packs = jax.default_backend() == "cpu", kernels.cpu is not None
+    if on_cpu and not packs and quantization == "auto":
+        quantization = "none"  # XLA would unpack all blocks in each call, which is several times slower
+    packs = packs and on_cpu
+    return Storage(np.dtype(jnp.dtype(dtype_name)), quantization, packs=packs, stacks=shards == 1)
 
 
-def _put_shards(parts: Sequence[Rows | Int8Rows], spec: PartitionSpec, mesh: Mesh, *, packs: bool) -> Any:
+def _put(rows: Rows | Sequence[BlockRows], memory: Arena) -> Any:
+    """Put a weight on the default device."""
+    if isinstance(rows, Rows):
+        return jax.device_put(rows.read())
+    packed = tuple(pack(part.shape, part.format, part.runs, memory) for part in rows)
+    return packed[0] if len(packed) == 1 else StackedWeight(packed)
+
+
+def _put_shards(parts: Sequence[Rows | Sequence[BlockRows]], spec: PartitionSpec, mesh: Mesh) -> Any:
     """Put the part of each shard on its device; return arrays over the mesh."""
     shards = []
     for part, device in zip(parts, mesh.devices.flat, strict=True):
         with jax.default_device(device):
-            shards.append(jax.device_put(_put(part, packs=packs), device))
+            shards.append(jax.device_put(_put(part, Arena(0)), device))
 
     def assemble(*arrays: jax.Array) -> jax.Array:
         shape = tuple(size * (mesh.size if axis else 1) for size, axis in zip_longest(arrays[0].shape, spec))
@@ -85,32 +96,42 @@ def _put_shards(parts: Sequence[Rows | Int8Rows], spec: PartitionSpec, mesh: Mes
     return jax.tree.map(assemble, *shards)
 
 
-def _shard_rows(rows: Rows | Int8Rows, indices: tuple[ShardIndices, ...]) -> Sequence[Rows | Int8Rows]:
-    """Each shard's part of a weight; a group of int8 values that share a scale is never split.
+def _shard_rows(
+    rows: Rows | Sequence[BlockRows], indices: tuple[ShardIndices, ...]
+) -> Sequence[Rows | Sequence[BlockRows]]:
+    """Each shard's part of a weight; a block is never split.
 
     Raises:
-        ConfigError: a shard would start inside a group.
+        ConfigError: a shard would start inside a block.
     """
     if isinstance(rows, Rows):
         parts = _split(rows.runs, indices, rows.dtype)
         return [Rows(part.shape, rows.dtype, iter([part])) for part in parts]
-    width = rows.shape[1]
-    scales = _scale_indices(indices[1], width)
-    scale_bytes = np.stack([2 * scales, 2 * scales + 1], axis=2).reshape(len(scales), -1)
-    columns = np.concatenate([indices[1], np.where(scale_bytes < 0, -1, scale_bytes + width)], axis=1)
-    parts = _split((run.joined() for run in rows.runs), (indices[0], columns), np.dtype(np.int8))
-    arrays = [Int8Array.split(part, indices[1].shape[1]) for part in parts]
-    return [Int8Rows(array.values.shape, iter([array])) for array in arrays]
+    [whole] = rows
+    columns = _byte_indices(indices[1], whole)
+    parts = _split(whole.runs, (indices[0], columns), np.dtype(np.uint8))
+    k = indices[1].shape[1]
+    return [[BlockRows((len(part), k), whole.format, iter([part]))] for part in parts]
 
 
-def _scale_indices(columns: ShardIndices, width: int) -> ShardIndices:
-    """Indices of the scales that each shard holds of every row."""
+def _byte_indices(columns: ShardIndices, rows: BlockRows) -> ShardIndices:
+    """Indices of the bytes that each shard holds of every row; -1 for the padding of a shard."""
+    width, block_format, size = rows.shape[1], rows.format, rows.format.block_bytes
     if columns.shape[1] == width and (columns == np.arange(width)).all():
-        return np.broadcast_to(np.arange(-(-width // GROUP_SIZE)), (len(columns), -(-width // GROUP_SIZE)))
-    firsts = columns[:, ::GROUP_SIZE]
-    if columns.shape[1] % GROUP_SIZE or (firsts[firsts >= 0] % GROUP_SIZE).any():
-        raise ConfigError(f"int8 with tensor parallelism needs a head size that is a multiple of {GROUP_SIZE}")
-    return np.where(firsts < 0, -1, firsts // GROUP_SIZE)
+        blocks = np.broadcast_to(np.arange(block_format.depth(width)), (len(columns), block_format.depth(width)))
+    elif block_format.is_float:  # its elements are of equal size, and a shard's are padded to full blocks
+        size //= block_format.block
+        blocks = np.pad(columns, ((0, 0), (0, -columns.shape[1] % block_format.block)), constant_values=-1)
+    else:
+        firsts = columns[:, :: block_format.block]
+        full = firsts[:, :, None] + np.where(firsts < 0, 0, 1)[:, :, None] * np.arange(block_format.block)
+        full = np.where(full < width, full, -1).reshape(len(columns), -1)
+        if not np.array_equal(columns, full) or (firsts[firsts >= 0] % block_format.block).any():
+            multiple = f"a multiple of {block_format.block} columns; --quantization none has no such limit"
+            raise ConfigError(f"{block_format.name} with tensor parallelism needs shards of {multiple}")
+        blocks = np.where(firsts < 0, -1, firsts // block_format.block)
+    inside = blocks[:, :, None] * size + np.arange(size)
+    return np.where(blocks[:, :, None] < 0, -1, inside).reshape(len(columns), -1)
 
 
 def _split(runs: Iterator[NDArray[Any]], indices: tuple[ShardIndices, ...], dtype: np.dtype[Any]) -> list[NDArray[Any]]:
@@ -132,13 +153,37 @@ def _split(runs: Iterator[NDArray[Any]], indices: tuple[ShardIndices, ...], dtyp
     return parts
 
 
-def weight_bytes(config: ModelConfig, dtype_name: str, *, int8: bool = False, shards: int = 1) -> int:
-    """Bytes of a model's weights on each device, without the padding of packed weights."""
-    weights = abstract_weights(config, jnp.dtype(dtype_name), shards).values()
-    vectors, matrices = (sum(math.prod(w.shape) for w in weights if len(w.shape) == axes) for axes in (1, 2))
-    # int8: one byte per value, and a float16 per group.
-    matrix_bytes = matrices * (GROUP_SIZE + 2) // GROUP_SIZE if int8 else matrices * jnp.dtype(dtype_name).itemsize
-    return int(4 * vectors + matrix_bytes)
+@dataclass(frozen=True, slots=True)
+class StoredWeights:
+    """Sizes of a model's weights in memory."""
+
+    nbytes: int  # on each device, without the padding of packed weights
+    matrices: Mapping[str, int]  # weights of all matrices by format, or by dtype
+    bits_per_weight: float  # of the matrices
+
+
+def stored_weights(checkpoint: Checkpoint, storage: Storage, shards: int = 1) -> StoredWeights:
+    """The sizes that `load_model` leads to; nothing is read.
+
+    Raises:
+        ModelLoadError: as `check_headers`.
+    """
+    stored, specs = checkpoint.names(), checkpoint.config.weights()
+    parallel = TensorParallel(checkpoint.config, shards)
+    matrices, nbytes, on_shard, vectors = Counter[str](), 0, 0, 0
+    for target in check_headers(checkpoint):
+        if len(target.shape) == 1:
+            vectors += 4 * target.shape[0]
+            continue
+        formats = storage.formats(target, stored) or (None,) * len(target.parts)
+        for part, block_format in zip(target.parts, formats, strict=True):
+            matrices[storage.dtype.name if block_format is None else block_format.name] += math.prod(part.shape)
+            nbytes += storage.nbytes(part.shape, block_format)
+        if shards > 1:  # which hold equal formats, and may hold padding
+            local = tuple(indices.shape[1] for indices in parallel.weight_indices(specs[target.path]))
+            on_shard += storage.nbytes(local, formats[0])
+    bits_per_weight = 8 * nbytes / max(1, matrices.total())
+    return StoredWeights(vectors + (on_shard if shards > 1 else nbytes), matrices, bits_per_weight)
 
 
 def kernels_used(model: BoundModel) -> tuple[str, ...]:
@@ -149,9 +194,9 @@ def kernels_used(model: BoundModel) -> tuple[str, ...]:
     nvidia = model.device_kind.startswith("NVIDIA")
     match model.platform:
         case "gpu":
-            return ("triton-attention",) if gpu.supports_pages(model.config.head_dim, model.dtype) and nvidia else ()
+            return ("triton-attention",) if gpu.supports_pages(model.config.head_dim, model.kv_dtype) and nvidia else ()
         case "tpu":
-            return ("ragged-paged-attention",) if tpu.supports_pages(model.config.head_dim, model.dtype) else ()
+            return ("ragged-paged-attention",) if tpu.supports_pages(model.config.head_dim, model.kv_dtype) else ()
     kernels = model.kernels.cpu
     if model.platform != "cpu" or kernels is None:
         return ()

@@ -82,9 +82,6 @@ class SafetensorsCheckpoint:
             raise ModelLoadError(f"cannot be read: {error}") from error
         return values.astype(np.float32) if values.dtype == np.float16 else values
 
-    def read_int8(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """See `Checkpoint.read_int8`: safetensors files have no such type."""
-
     def close(self) -> None:
         self._open_files.close()
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import ml_dtypes
@@ -13,9 +15,10 @@ from numpy.typing import NDArray
 from model.config import ModelConfig
 from model.config_gguf import ROPE_TENSORS
 from model.families import HEAD, TensorSpec
+from model.formats import FLOATS, FORMATS, BlockFormat
 from model.weights.checkpoint import Checkpoint, ModelLoadError, TensorInfo
 from model.weights.gguf import GgufCheckpoint
-from model.weights.rows import Int8Array, Int8Rows, Rows, quantize
+from model.weights.rows import BlockRows, Rows, quantized
 from model.weights.safetensors import SafetensorsCheckpoint
 from model.weights.source import ModelSource
 
@@ -23,12 +26,12 @@ _RUN_VALUES = 1 << 20  # values read at once
 _CHECK_VALUES = 1 << 20  # values checked at once, so that a check needs little memory
 _BF16_EXPONENT = np.uint16(0x7F80)  # all ones: infinite or NaN
 
-type Put[T] = Callable[[str, Any], T]  # takes Rows or Int8Rows
+type Put[T] = Callable[[str, Any], T]  # takes Rows, or BlockRows of stacked tensors
 type Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
     """A tensor of the checkpoint and its expected properties."""
 
     name: str
@@ -38,11 +41,11 @@ class _Part:
 
 
 @dataclass(frozen=True, slots=True)
-class _Target:
+class Target:
     """One of our weights and the tensors that are stacked along axis 0."""
 
     path: str
-    parts: tuple[_Part, ...]
+    parts: tuple[Part, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,41 +61,68 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
     return GgufCheckpoint(source.path) if source.is_gguf else SafetensorsCheckpoint(source.path)
 
 
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How the weights of a model are stored in memory."""
+
+    dtype: np.dtype[Any]  # of the model's activations, float32 or bfloat16
+    quantization: str = "auto"  # auto: block formats as in the file; none: floats; else the format of all matrices
+    packs: bool = False  # floats are packed for kernels, too
+    stacks: bool = True  # stacked tensors may differ in format
+
+    def formats(self, target: "Target", stored: Mapping[str, TensorInfo]) -> tuple[BlockFormat, ...]:
+        """The format of each tensor of a matrix; empty: a plain array of the dtype."""
+        formats = tuple(self._format_of(stored[part.name]) for part in target.parts)
+        if len(target.shape) != 2 or not any(formats):
+            return ()
+        if len(set(formats)) > 1 and not self.stacks:
+            return (FORMATS["F32"],) * len(formats)
+        return tuple(
+            self._float_format(stored[part.name]) if item is None else item
+            for item, part in zip(formats, target.parts, strict=True)
+        )
+
+    def nbytes(self, shape: tuple[int, ...], block_format: BlockFormat | None) -> int:
+        """Bytes of a matrix in a format, without the padding of columns; None: a plain array."""
+        n, k = shape
+        return n * k * self.dtype.itemsize if block_format is None else block_format.nbytes(n, k)
+
+    def _format_of(self, info: TensorInfo) -> BlockFormat | None:
+        if self.quantization not in ("auto", "none"):
+            return FORMATS[self.quantization]
+        coded = info.block_format if self.quantization == "auto" else None
+        return self._float_format(info) if coded is None and self.packs else coded
+
+    def _float_format(self, info: TensorInfo) -> BlockFormat:
+        """One that loses nothing of the tensor, or bfloat16 if that is the model's dtype."""
+        if self.dtype == ml_dtypes.bfloat16:
+            return FORMATS["BF16"]
+        return FORMATS[info.stored_as if info.stored_as in FLOATS else "F32"]
+
+
 def load_weights[T](
-    checkpoint: Checkpoint,
-    dtype: np.dtype[Any],
-    put: Put[T],
-    progress: Progress | None = None,
-    *,
-    int8: bool = False,
+    checkpoint: Checkpoint, storage: Storage, put: Put[T], progress: Progress | None = None
 ) -> dict[str, T]:
     """Read every weight of the model's family, one at a time, each in runs of rows.
 
     Args:
         checkpoint: an open model.
-        dtype: of the matrices, float32 or bfloat16; norms and biases (one axis) are float32 always.
-        put: called with a target path and the weight's rows; Int8Rows for a matrix if `int8`.
+        storage: of the matrices; norms and biases (one axis) are float32 always.
+        put: called with a target path and the weight's rows: Rows, or BlockRows of tensors that are stacked.
         progress: called after each run with the bytes of the file(s) read so far and the total.
-        int8: make matrices int8 with scales: the stored ones if they are stored as int8, else rounded.
 
     Returns:
-        Target path, such as "layers.0.attention.qkv.weight", -> what `put` returned.
+        What `put` returned, by target path as in `ModelConfig.weights`.
 
     Raises:
-        ModelLoadError: lists every problem, one per line, under the checkpoint's own names. Problems that the headers
-            show are reported before any weight is read.
+        ModelLoadError: lists every missing, superfluous, unsupported, damaged or non-finite tensor.
     """
     targets = check_headers(checkpoint)
-    reader = _Reader(checkpoint, targets, dtype, progress)
+    reader = _Reader(checkpoint, targets, storage.dtype, progress)
     weights: dict[str, T] = {}
     for target in targets:
         try:
-            rows: Rows | Int8Rows
-            if int8 and len(target.shape) == 2:
-                rows = Int8Rows(target.shape, _prefetch(reader.int8_runs(target)))
-            else:
-                rows = Rows(target.shape, reader.dtype_of(target), _prefetch(reader.runs(target)))
-            weights[target.path] = put(target.path, rows)
+            weights[target.path] = put(target.path, _rows(reader, target, storage.formats(target, checkpoint.names())))
         except _UnreadableError:
             continue  # read the others too, so that the list of problems is complete
     if reader.problems:
@@ -101,7 +131,18 @@ def load_weights[T](
     return weights
 
 
-def check_headers(checkpoint: Checkpoint) -> Sequence[_Target]:
+def _rows(reader: "_Reader", target: Target, formats: Sequence[BlockFormat]) -> Rows | Sequence[BlockRows]:
+    if not formats:
+        return Rows(target.shape, reader.dtype_of(target), _prefetch(reader.runs(target)))
+    stacked = []
+    for block_format, group in groupby(zip(formats, target.parts, strict=True), key=itemgetter(0)):
+        parts = [part for _, part in group]
+        shape = (sum(part.shape[0] for part in parts), target.shape[1])
+        stacked.append(BlockRows(shape, block_format, _prefetch(reader.block_runs(parts, block_format))))
+    return stacked
+
+
+def check_headers(checkpoint: Checkpoint) -> Sequence[Target]:
     """The targets of a model's weights, which its headers are checked against.
 
     Raises:
@@ -121,21 +162,21 @@ class _Reader:
     """Reads targets in runs of rows, counts bytes and collects problems."""
 
     def __init__(
-        self, checkpoint: Checkpoint, targets: Sequence[_Target], dtype: np.dtype[Any], progress: Progress | None
+        self, checkpoint: Checkpoint, targets: Sequence[Target], dtype: np.dtype[Any], progress: Progress | None
     ) -> None:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._progress = progress
-        self._nbytes = {name: info.nbytes for name, info in checkpoint.names().items()}
-        self._total = sum(self._nbytes[part.name] for target in targets for part in target.parts)
+        self._stored = checkpoint.names()
+        self._total = sum(self._stored[part.name].nbytes for target in targets for part in target.parts)
         self._bytes_read = 0.0
         self.problems: dict[str, str] = {}  # by the part's name
 
-    def dtype_of(self, target: _Target) -> np.dtype[Any]:
+    def dtype_of(self, target: Target) -> np.dtype[Any]:
         """The model's dtype for a matrix, else float32."""
         return self._dtype if len(target.shape) > 1 else np.dtype(np.float32)
 
-    def runs(self, target: _Target) -> Iterator[NDArray[Any]]:
+    def runs(self, target: Target) -> Iterator[NDArray[Any]]:
         """The rows of a target, converted to its dtype."""
         dtype = self.dtype_of(target)
         for part in target.parts:
@@ -143,35 +184,47 @@ class _Reader:
                 values = self._read(part, self._checkpoint.read, start, stop)
                 run = _half_split(values, part.interleaved_heads).astype(dtype, copy=False)
                 run = run + np.float32(part.offset) if part.offset else run
-                self._check(part, run, "")
+                self._check(part, run)
                 yield run
 
-    def int8_runs(self, target: _Target) -> Iterator[Int8Array]:
-        """The rows of a matrix as int8."""
-        for part in target.parts:
+    def block_runs(self, parts: Sequence[Part], block_format: BlockFormat) -> Iterator[NDArray[np.uint8]]:
+        """The rows of stacked parts in a format: the stored blocks, or rounded to it."""
+        for part in parts:
+            checkpoint, is_stored = self._checkpoint, self._stored[part.name].block_format == block_format
             for start, stop in _runs_of(part):
-                run = self._read(part, self._checkpoint.read_int8, start, stop)
-                if run is None:
-                    run = quantize(self._read(part, self._checkpoint.read, start, stop))
-                self._check(part, run.scales, ", or too large for int8 with float16 scales")
-                heads = part.interleaved_heads
-                yield Int8Array(_half_split(run.values, heads), _half_split(run.scales, heads))
+                if is_stored and isinstance(checkpoint, GgufCheckpoint):
+                    blocks = self._read(part, checkpoint.read_blocks, start, stop)
+                else:
+                    values = self._read(part, checkpoint.read, start, stop)
+                    self._check(part, values)
+                    try:
+                        blocks = quantized(values, block_format)
+                    except ValueError as error:
+                        self.problems[part.name] = str(error)
+                        raise _UnreadableError from error
+                if block_format.name in FLOATS:  # rounding to a narrower one may overflow
+                    self._check(part, blocks.view(FLOATS[block_format.name]))
+                self._check_blocks(part, blocks, block_format)
+                yield _half_split(blocks, part.interleaved_heads)
 
-    def _read[R](self, part: _Part, read: Callable[[str, int, int], R], start: int, stop: int) -> R:
+    def _read(self, part: Part, read: Callable[[str, int, int], NDArray[Any]], start: int, stop: int) -> NDArray[Any]:
         try:
             run = read(part.name, start, stop)
         except ModelLoadError as error:
             self.problems[part.name] = str(error)
             raise _UnreadableError from error
-        if run is not None:
-            self._bytes_read += (stop - start) / part.shape[0] * self._nbytes[part.name]
-            if self._progress is not None:
-                self._progress(round(self._bytes_read), self._total)
+        self._bytes_read += (stop - start) / part.shape[0] * self._stored[part.name].nbytes
+        if self._progress is not None:
+            self._progress(round(self._bytes_read), self._total)
         return run
 
-    def _check(self, part: _Part, values: NDArray[Any], more: str) -> None:
+    def _check(self, part: Part, values: NDArray[Any]) -> None:
         if not _all_finite(values):
-            self.problems[part.name] = f"holds values that are not finite{more}"
+            self.problems[part.name] = "holds values that are not finite"
+
+    def _check_blocks(self, part: Part, blocks: NDArray[np.uint8], block_format: BlockFormat) -> None:
+        if not block_format.has_finite_scales(blocks):
+            self.problems[part.name] = f"holds scales that are not finite, or values too large for {block_format.name}"
 
 
 def _prefetch[T](items: Iterator[T]) -> Iterator[T]:
@@ -183,7 +236,7 @@ def _prefetch[T](items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _runs_of(part: _Part) -> Iterator[tuple[int, int]]:
+def _runs_of(part: Part) -> Iterator[tuple[int, int]]:
     """Start and stop of each run of rows. Rows that are reordered are one run."""
     count = part.shape[0]
     size = max(1, _RUN_VALUES // max(1, math.prod(part.shape[1:])))
@@ -192,16 +245,16 @@ def _runs_of(part: _Part) -> Iterator[tuple[int, int]]:
         yield start, min(count, start + size)
 
 
-def _plan(checkpoint: Checkpoint) -> list[_Target]:
+def _plan(checkpoint: Checkpoint) -> list[Target]:
     weights = checkpoint.config.weights().items()
-    return [_Target(path, tuple(_part(checkpoint, tensor) for tensor in weight.tensors)) for path, weight in weights]
+    return [Target(path, tuple(_part(checkpoint, tensor) for tensor in weight.tensors)) for path, weight in weights]
 
 
-def _part(checkpoint: Checkpoint, tensor: TensorSpec) -> _Part:
+def _part(checkpoint: Checkpoint, tensor: TensorSpec) -> Part:
     config, is_gguf = checkpoint.config, checkpoint.naming == "gguf"
     dims = config.dims()
     interleaved = is_gguf and config.traits.gguf_interleaved_rotary and tensor.heads is not None
-    return _Part(
+    return Part(
         tensor.gguf if is_gguf else tensor.hf,
         tuple(dims[letter] for letter in tensor.shape),
         dims[tensor.heads] if interleaved and tensor.heads is not None else 0,
@@ -209,7 +262,7 @@ def _part(checkpoint: Checkpoint, tensor: TensorSpec) -> _Part:
     )
 
 
-def _problems(checkpoint: Checkpoint, targets: list[_Target], stored: Mapping[str, TensorInfo]) -> list[str]:
+def _problems(checkpoint: Checkpoint, targets: list[Target], stored: Mapping[str, TensorInfo]) -> list[str]:
     """Every problem that the headers show."""
     expected = {part.name: part for target in targets for part in target.parts}
     problems = []

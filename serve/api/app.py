@@ -144,6 +144,7 @@ def _status_routes(context: Context, readiness: Readiness) -> list[Route]:
             "max_model_len": engine.limits.max_model_len,
             "max_logprobs": engine.limits.max_logprobs,
             "whole_vocabulary": engine.limits.full_vocab,
+            "bits_per_weight": context.model.bits_per_weight,
         }
 
     def short_card(name: str) -> dict[str, str]:

@@ -24,6 +24,7 @@ class ServedModel:
     system_fingerprint: str | None = None
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     decisions: DecisionSettings = field(default_factory=DecisionSettings)
+    bits_per_weight: float | None = None  # of the matrices
 
 
 @dataclass(frozen=True, slots=True)

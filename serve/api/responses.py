@@ -199,6 +199,7 @@ class ModelCard(_Answer):
     max_model_len: int
     max_logprobs: int
     whole_vocabulary: bool
+    bits_per_weight: Annotated[float | None, Field(description="of the model's matrices in memory")]
 
 
 class ShortModelCard(_Answer):

@@ -12,6 +12,8 @@ from serve.config.options import LOGPROBS, MODEL, PROCESS, SCHEDULING, option, s
 from serve.config.values import Between, MemoryAmount, OneOf, parse_memory
 
 DEFAULT_MAX_LOGPROBS = 20
+_FORMATS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", "mxfp4")
+QUANTIZATIONS = ("auto", "none", "int8", *_FORMATS)
 # Options of EngineConfig that only some commands have as flags.
 SAMPLING_DEFAULTS = ("generation_config", "override_generation_config", "seed")
 QUEUE_LIMITS = ("max_num_queued_reqs", "max_num_queued_tokens")
@@ -36,14 +38,17 @@ class EngineConfig:
     revision: str | None = option(MODEL, "branch, tag or commit of a hub id", metavar="NAME")
     dtype: str = option(
         MODEL,
-        "dtype of weights and activations; auto: float32 if the model is stored as float32, else bfloat16",
+        "dtype of activations, and of weights that are not quantized; auto: float32 for quantized weights and models "
+        "stored as float32, else bfloat16",
         OneOf(("auto", "bfloat16", "float32")),
         default="auto",
     )
-    quantization: str | None = option(
+    quantization: str = option(
         MODEL,
-        "weight quantization; int8: one scale per 32 weights, GGUF's Q8_0 is used as stored; default: none",
-        OneOf(("int8",)),
+        "weight quantization; auto: block formats of a GGUF file as they are; none: all weights in --dtype; else the "
+        "format to which all matrices are rounded, int8 is q8_0",
+        OneOf(QUANTIZATIONS),
+        default="auto",
     )
     chat_template: str | None = option(MODEL, "Jinja file or template text; overrides the model's", metavar="FILE")
     generation_config: str = option(
@@ -123,8 +128,6 @@ class EngineConfig:
                 f"argument --max-num-batched-tokens: {self.max_num_batched_tokens} leaves no room for 16 prompt tokens "
                 f"and one decode token for each of --max-num-seqs {self.max_num_seqs}"
             )
-        if self.quantization and self.dtype == "float32":
-            raise ValueError("argument --quantization: int8 weights require --dtype bfloat16, not float32")
 
     @property
     def computed_logprobs(self) -> int:
@@ -133,8 +136,15 @@ class EngineConfig:
 
     @property
     def weights_as(self) -> str:
-        """Storage of weight matrices: the quantization, else the dtype."""
-        return self.quantization or self.dtype
+        """Storage of weight matrices, unless they are as in the file, and the dtype of activations."""
+        return self.dtype if self.quantization == "auto" else f"{self.stored_quantization}-{self.dtype}"
+
+    @property
+    def stored_quantization(self) -> str:
+        """`quantization` as `model.weights` names it."""
+        if self.quantization in ("auto", "none"):
+            return self.quantization
+        return "Q8_0" if self.quantization == "int8" else self.quantization.upper()
 
     @property
     def kv_dtype(self) -> str:
@@ -152,7 +162,9 @@ class EngineKeywords(TypedDict, total=False):
     tokenizer: str | PathLike[str] | None
     revision: str | None
     dtype: Literal["auto", "bfloat16", "float32"]
-    quantization: Literal["int8"] | None
+    quantization: Literal[
+        "auto", "none", "int8", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", "mxfp4"
+    ]
     chat_template: str | None
     generation_config: str
     override_generation_config: str | dict[str, Any]

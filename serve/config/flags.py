@@ -19,8 +19,8 @@ _EPILOG = """\
 examples:
   logprobd serve                                         the default model on 127.0.0.1:8000
   logprobd serve Qwen/Qwen2.5-0.5B-Instruct --port 9000  a model of the Hugging Face hub
-  logprobd serve model-q8_0.gguf --quantization int8     a local file, in half the memory
-  logprobd serve --dtype float32 --max-num-seqs 4        log-probs exact to 1e-4, for few clients
+  logprobd serve model-q4_k_m.gguf                       a local file, its weights as they are
+  logprobd serve MODEL --dtype float32 --max-num-seqs 4  log-probs exact to 1e-4, for few clients
   LOGPROBD_API_KEY=... logprobd serve --host 0.0.0.0     for other machines; clients need the key
   logprobd serve --config serve.yaml --log-format json   flags from a file, logs as JSON
 """

@@ -12,7 +12,6 @@ from compiled.shapes import Buckets
 from model.config import ModelConfig
 from model.kv_cache import PAGE_SIZE, CacheLayout
 from model.sharding import TensorParallel
-from model.weights.loader import weight_bytes
 from serve.config.engine_config import EngineConfig
 from serve.config.values import MemoryAmount, mb
 
@@ -56,22 +55,27 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: ModelConfig, buckets: Buckets, config: EngineConfig, *, free: int | None, platform: str = "cpu"
+    model: ModelConfig,
+    buckets: Buckets,
+    config: EngineConfig,
+    *,
+    weights: int,
+    free: int | None,
+    platform: str = "cpu",
 ) -> MemoryPlan:
     """Plan weights, cache and workspace of each device.
 
     Args:
         config: its dtype is resolved. Without a size of the cache, it gets 1 GiB, or what one request of maximum length
             needs, if there is room.
+        weights: bytes of the weights on each device.
         free: free bytes on a device; None if unknown.
         platform: of the devices, as JAX names it.
 
     Raises:
         PlanError: the model does not fit, or the cache is smaller than one page.
     """
-    cache, shards, int8 = config.kv_cache_memory, config.tensor_parallel_size, config.quantization == "int8"
-    parallel = TensorParallel(model, shards)
-    weights = weight_bytes(model, config.dtype, int8=int8, shards=shards)
+    cache, parallel = config.kv_cache_memory, TensorParallel(model, config.tensor_parallel_size)
     workspace = _workspace(parallel.local, buckets)
     kv_dtype, hidden_dtype = jnp.dtype(config.kv_dtype), jnp.dtype(config.dtype)
     page_bytes = CacheLayout(parallel, kv_dtype, hidden_dtype, platform).bytes_per_page
@@ -85,7 +89,7 @@ def plan_memory(
             pages = max(2, min(pages, available // page_bytes))
     plan = MemoryPlan(weights, pages, page_bytes, workspace, free)
     if available is not None and plan.cache > available:
-        options = [] if int8 else ["--quantization int8"]
+        options = ["--quantization q4_k"] if config.quantization in ("auto", "none") else []
         options.append("a smaller --max-num-seqs" if cache is None else "a smaller --kv-cache-memory")
         raise PlanError(f"out of memory: {plan}. To reduce it, use {' or '.join(options)}")
     return plan

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from model.config import ConfigError
+from model.formats import FLOATS
 from model.weights.checkpoint import Checkpoint, ModelLoadError
 from model.weights.gguf import GgufCheckpoint
 from model.weights.source import ModelSource, default_model_path, resolve_model
@@ -135,11 +136,14 @@ def read_template(config: EngineConfig) -> str | None:
 
 
 def resolve_dtype(config: EngineConfig, checkpoint: Checkpoint) -> str:
-    """The dtype of weights and cache: --dtype, or float32 for "auto" if all matrices are stored as float32."""
+    """The dtype of activations: --dtype, or for "auto" float32 if weights are quantized or all stored as float32."""
     if config.dtype != "auto":
         return config.dtype
-    stored = {info.stored_as for info in checkpoint.names().values() if len(info.shape) > 1}
-    return "float32" if stored == {"F32"} and config.quantization is None else "bfloat16"
+    matrices = [info for info in checkpoint.names().values() if len(info.shape) > 1]
+    is_quantized = checkpoint.naming == "gguf" and any(info.stored_as not in FLOATS for info in matrices)
+    if config.quantization != "auto":
+        is_quantized = config.quantization != "none"
+    return "float32" if is_quantized or {info.stored_as for info in matrices} == {"F32"} else "bfloat16"
 
 
 def resolve_max_logprobs(config: EngineConfig, vocab_size: int) -> int:

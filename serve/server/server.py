@@ -56,7 +56,8 @@ def assemble(config: ServeConfig, reporter: Reporter) -> Served:
     }
     metrics.watch(lambda: engine.gauges, cache)
     readiness, keys = Readiness(), ApiKeys(config.api_key)
-    model = ServedModel(names, loaded.tokenizer, loaded.fingerprint, loaded.defaults, loaded.decisions)
+    facts = (loaded.fingerprint, loaded.defaults, loaded.decisions, loaded.bits_per_weight)
+    model = ServedModel(names, loaded.tokenizer, *facts)
     on_answer = None if config.disable_uvicorn_access_log else log_answer
     try:
         app = create_app(

@@ -21,7 +21,7 @@ from model.kernels.cpu.build import ensure_built
 from model.kernels.dispatch import Kernels, load_kernels
 from model.sharding import tensor_mesh
 from model.transformer import BoundModel
-from model.weights.loader import kernels_used, load_model
+from model.weights.loader import StoredWeights, kernels_used, load_model, storage_of, stored_weights
 from serve import __version__
 from serve.config.engine_config import EngineConfig
 from serve.config.generation_config import GenerationDefaults
@@ -53,6 +53,7 @@ class Loaded:
     defaults: GenerationDefaults
     config: EngineConfig  # dtype resolved
     decisions: DecisionSettings = field(default_factory=DecisionSettings)
+    bits_per_weight: float | None = None  # of the matrices
 
     def start_engine(self, observer: Observer | None = None) -> Engine:
         config = self.config
@@ -99,13 +100,18 @@ def load(options: EngineConfig, reporter: Reporter) -> Loaded:
             full_vocab=config.max_logprobs == -1,
             segment=kernels.segment(jax.default_backend()),
         )
+        shards = config.tensor_parallel_size
+        storage = storage_of(config.dtype, config.stored_quantization, kernels, shards=shards)
+        stored = stored_weights(files.checkpoint, storage, shards)
         free, platform = free_memory(config.tensor_parallel_size), jax.default_backend()
         try:
-            plan = plan_memory(files.checkpoint.config, buckets, config, free=free, platform=platform)
+            plan = plan_memory(
+                files.checkpoint.config, buckets, config, weights=stored.nbytes, free=free, platform=platform
+            )
         except PlanError as error:
             raise StartupError(f"{files.source.name}: {error}") from None
         reporter.report(memory_planned(plan, max_model_len))
-        model = _load_weights(files, kernels, mesh, reporter)
+        model = _load_weights(files, stored, kernels, mesh, reporter)
     try:
         runner = _compile(model, buckets, plan.pages, config, cache, reporter)
     except RefusedError as error:
@@ -120,7 +126,8 @@ def load(options: EngineConfig, reporter: Reporter) -> Loaded:
     )
     fingerprint = system_fingerprint(config, buckets, kernels_used(model))
     name = api_name(files.source.name)
-    return Loaded(name, runner, files.tokenizer, limits, fingerprint, files.defaults, config, files.decisions)
+    bits = round(stored.bits_per_weight, 3)
+    return Loaded(name, runner, files.tokenizer, limits, fingerprint, files.defaults, config, files.decisions, bits)
 
 
 def _mesh(config: EngineConfig) -> Mesh | None:
@@ -137,21 +144,23 @@ def _mesh(config: EngineConfig) -> Mesh | None:
     return tensor_mesh(devices[:count]) if count > 1 else None
 
 
-def _load_weights(files: ModelFiles, kernels: Kernels, mesh: Mesh | None, reporter: Reporter) -> BoundModel:
+def _load_weights(
+    files: ModelFiles, stored: StoredWeights, kernels: Kernels, mesh: Mesh | None, reporter: Reporter
+) -> BoundModel:
     start = time.perf_counter()
     with reporter.loading() as progress:
         model = load_model(
             files.checkpoint,
             files.config.dtype,
             progress,
-            int8=files.config.quantization == "int8",
+            quantization=files.config.stored_quantization,
             max_model_len=files.max_model_len,
             mesh=mesh,
             kernels=kernels,
         )
     model = replace(model, kv_dtype=jnp.dtype(files.config.kv_dtype))
     size = sum(leaf.nbytes for leaf in model.leaves)
-    reporter.report(weights_loaded(size, time.perf_counter() - start, kernels_used(model)))
+    reporter.report(weights_loaded(size, stored, time.perf_counter() - start, kernels_used(model)))
     return model
 
 

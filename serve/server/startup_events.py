@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import jax
 
     from compiled.programs import Program
+    from model.weights.loader import StoredWeights
     from serve.server.memory_plan import MemoryPlan
     from serve.server.model_files import ModelFiles
 
@@ -64,7 +65,9 @@ def model_found(files: "ModelFiles", device: "jax.Device") -> Event:
     fields |= {"kv_cache_dtype": config.kv_dtype}
     fields |= {"platform": platform, "device": device.device_kind, "devices": devices}
     fields |= {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
-    weights = f"{family}, {_count(parameters)} parameters, {weights_as}"
+    formats = {info.block_format.name for info in files.checkpoint.names().values() if info.block_format}
+    stored = f"{', '.join(sorted(formats))} with " if formats and config.quantization == "auto" else ""
+    weights = f"{family}, {_count(parameters)} parameters, {stored}{weights_as}"
     weights += f" with a {config.kv_dtype} cache" if config.kv_dtype != config.dtype else ""
     placement = platform if device.device_kind.lower() == platform else f"{platform} ({device.device_kind})"
     placement += f", sharded across {devices} devices" if devices > 1 else ""
@@ -105,10 +108,14 @@ def memory_planned(plan: "MemoryPlan", max_model_len: int) -> Event:
     return Event("memory_planned", line, fields, draw=draw)
 
 
-def weights_loaded(size: int, seconds: float, kernels: tuple[str, ...]) -> Event:
-    """The model is on the device: its bytes, and which of our kernels it uses."""
-    line = f"weights  {mb(size)} in {seconds:.1f} s; kernels: {', '.join(kernels) or 'none, XLA only'}"
-    return Event("weights_loaded", line, {"bytes": size, "seconds": seconds, "kernels": kernels})
+def weights_loaded(size: int, stored: "StoredWeights", seconds: float, kernels: tuple[str, ...]) -> Event:
+    """The model is on the device: its bytes, the formats of its matrices, and which of our kernels it uses."""
+    formats = ", ".join(f"{_count(count)} {name}" for name, count in stored.matrices.items())
+    line = f"weights  {mb(size)} in {seconds:.1f} s, {stored.bits_per_weight:.2f} bits each: {formats}; "
+    line += f"kernels: {', '.join(kernels) or 'none, XLA only'}"
+    fields = {"bytes": size, "seconds": seconds, "kernels": kernels}
+    fields |= {"bits_per_weight": round(stored.bits_per_weight, 3), "formats": dict(stored.matrices)}
+    return Event("weights_loaded", line, fields)
 
 
 def program_compiled(program: "Program") -> Event:

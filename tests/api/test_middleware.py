@@ -129,6 +129,7 @@ async def test_models_list(server: Server) -> None:
         "max_model_len": MAX_MODEL_LEN,
         "max_logprobs": K,
         "whole_vocabulary": False,
+        "bits_per_weight": None,
     }
 
 

@@ -114,7 +114,7 @@ def test_lines_of_reads_to_the_end() -> None:
         (["--max-tokens", "x"], "--max-tokens"),
         (["--port", "1"], "--port"),
         (["--max-num-queued-reqs", "2"], "--max-num-queued-reqs"),
-        (["--quantization", "int8", "--dtype", "float32"], "--quantization"),
+        (["--quantization", "int4"], "--quantization"),
     ],
 )
 def test_parse_args_names_the_wrong_flag(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -320,7 +320,7 @@ from model.weights.source import ModelSource
 warnings.simplefilter("ignore")
 cache = ProgramCache(Path(sys.argv[1]))
 checkpoint = open_checkpoint(ModelSource("tiny", Path(sys.argv[2])))
-model = load_model(checkpoint, "bfloat16", int8=sys.argv[3] == "int8")
+model = load_model(checkpoint, "bfloat16", quantization="Q8_0" if sys.argv[3] == "int8" else "auto")
 buckets = Buckets(decode_rows=(1,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, full_vocab_rows=8)
 with jax_cache_disabled():
     runner = ModelRunner(model, buckets, pages=3, max_logprobs=5, cache=cache)

@@ -81,7 +81,7 @@ def test_parse_args_derived_defaults() -> None:
         (["--conf", "nowhere.yaml"], ("--conf",)),
         (["--config", "nowhere.yaml"], ("--config", "nowhere.yaml")),
         (["--quantization", "int4"], ("--quantization", "int8")),
-        (["--quantization", "int8", "--dtype", "float32"], ("--quantization", "bfloat16")),
+        (["--quantization", "q2_k"], ("--quantization", "q4_k")),
     ],
 )
 def test_parse_args_mistake_exits_with_code_2(

@@ -18,15 +18,19 @@ _LAYERS = 6  # of 30, which are compiled alike: the other tests of a server's bi
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param("float32", marks=pytest.mark.slow),
+        "q4_1 file",
         "bfloat16",
-        pytest.param("int8", marks=pytest.mark.slow),
-        pytest.param("float32, bfloat16 cache", marks=pytest.mark.slow),
+        pytest.param("float32", marks=pytest.mark.slow),
+        pytest.param("Q8_0 float32", marks=pytest.mark.slow),
+        pytest.param("Q8_0 bfloat16", marks=pytest.mark.slow),
+        pytest.param("Q4_K float32", marks=pytest.mark.slow),
+        pytest.param("q4_1 file, bfloat16 cache", marks=pytest.mark.slow),
     ],
 )
 def runner(request: pytest.FixtureRequest) -> ModelRunner:
     """The first layers of the default model with weights of each kind, on the CPU kernels if this machine has them."""
     weights, *cache = request.param.removesuffix(" cache").split(", ")
+    weights = {"q4_1 file": "auto float32", "float32": "none float32"}.get(weights, weights)
     return make_runner(default_model_path(), weights, layers=_LAYERS, kv_dtype=cache[0] if cache else None)
 
 

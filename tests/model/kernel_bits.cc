@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "dots.h"
 #include "head.h"
 #include "rows.h"
 #include "tiles.h"
@@ -31,6 +32,15 @@ class Random {  // PCG-XSH-RR, https://www.pcg-random.org
  private:
   uint64_t state_;
 };
+
+// Bits of a float32: around 1, or sometimes subnormal or up to 2^60.
+uint32_t Wide(Random& random) {
+  const uint32_t kind = random.Next() % 16;
+  const float x = random.Between(-2, 2) * (kind == 0 ? 0x1p59f : 1);
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return kind == 1 ? bits & 0x807fffff : bits;
+}
 
 template <typename Element>
 std::vector<Element> Filled(Random& random, int64_t count, float low, float high) {
@@ -61,35 +71,131 @@ const char* NameOf() {
   return sizeof(Element) == 4 ? " float32" : " bfloat16";
 }
 
-template <typename Element>
-std::vector<Element> Product(Problem p, TileTable tiles) {
-  std::vector<Element> y(static_cast<size_t>(p.m * p.n));
+// A weight [n, k] in a format, with finite values: some of its float16 factors are subnormal.
+template <class Format>
+class PackedWeight {
+ public:
+  PackedWeight(Random& random, int64_t n, int64_t k)
+      : depth_((k + Format::kBlock - 1) / Format::kBlock),
+        words_(static_cast<size_t>((n + kColumns - 1) / kColumns * depth_ * Format::kWords * kColumns)),
+        scales_(words_.size() / Format::kWords) {
+    for (size_t i = 0; i < words_.size(); ++i) {
+      words_[i] = std::is_same_v<Format, Float32> ? Wide(random) : random.Next();
+      if (std::is_same_v<Format, BFloat16>) {
+        words_[i] = Wide(random) >> 16;
+        words_[i] |= Wide(random) & 0xffff0000;
+      }
+      const auto word = static_cast<int64_t>(i) / kColumns % Format::kWords;
+      if (std::is_same_v<Format, Float16> || word == FactorWord()) words_[i] &= 0x9fff9fff;  // less than 2^-7
+    }
+    for (auto& scale : scales_) {
+      const uint32_t bits = random.Next();
+      scale = static_cast<typename Format::Scales>(Format::kScaleBytes == 1 ? bits % 8 ? 100 + bits % 50 : bits / 8 % 3
+                                                                            : bits & 0x9fff);
+    }
+  }
+
+  Problem With(const void* x, int64_t m, int64_t n, int64_t k, int64_t stride) const {
+    const int64_t words = depth_ * Format::kWords * kColumns, scales = depth_ * kColumns;
+    return {x, words_.data(), scales_.data(), nullptr, m, n, k, stride, words, scales, Format::kScaleBytes};
+  }
+
+ private:
+  // The word of a block that holds float16 factors.
+  static constexpr int64_t FactorWord() {
+    if (std::is_same_v<Format, Q2K>) return 20;
+    return kIsFloat<Format> || Format::kScaleBytes > 0 ? -1 : 0;
+  }
+
+  int64_t depth_;
+  std::vector<uint32_t> words_;
+  std::vector<typename Format::Scales> scales_;
+};
+
+std::vector<float> Run(Problem p, Panel panel) {
+  std::vector<float> y(static_cast<size_t>(p.m * p.n));
   p.y = y.data();
-  p.bf16 = sizeof(Element) == 2;
-  for (int64_t block = 0; block < p.blocks; ++block) Compute(p, tiles, block, block + 1 < p.blocks);
+  panel(p, 0, (p.n + kColumns - 1) / kColumns);
   return y;
 }
 
-void Linear(int64_t m, int64_t n, int64_t k) {
-  Random random(static_cast<uint64_t>(m * 10000 + n * 100 + k));
-  const int64_t blocks = (n + kColumns - 1) / kColumns, pairs = (k + 1) / 2, groups = (k + kGroup - 1) / kGroup;
-  const auto x = Filled<uint16_t>(random, m * k, -2, 2), w = Filled<uint16_t>(random, blocks * pairs * kPair, -1, 1);
-  const std::string name = "linear " + std::to_string(m) + " " + std::to_string(n) + " " + std::to_string(k);
-  const Problem bfloats = {x.data(), w.data(), nullptr, nullptr, false, m, n, k, blocks, pairs * kPair};
-  Print(name, Product<float>(bfloats, FastestTiles()));
-  Print(name + " floats", Product<float>(bfloats, FloatTiles()));
-  Print(name + NameOf<uint16_t>(), Product<uint16_t>(bfloats, FastestTiles()));
-  std::vector<uint16_t> bytes(static_cast<size_t>(blocks * groups * kGroup * kColumns / 2));
-  for (uint16_t& two : bytes) two = static_cast<uint16_t>(random.Next());
-  std::vector<uint16_t> scales(static_cast<size_t>(blocks * groups * kColumns));
-  for (uint16_t& scale : scales) scale = static_cast<uint16_t>(0x1000 + random.Next() % 0x2000);  // 2^-11 to 2^-3
-  const int64_t stride = groups * kGroup * kColumns / 2;
-  const Problem int8s = {x.data(), bytes.data(), scales.data(), nullptr, false, m, n, k, blocks, stride};
-  Print(name + " int8", Product<float>(int8s, Int8Tiles()));
-  const int64_t first = (blocks - 1) * kColumns;
-  std::vector<float> part(static_cast<size_t>(m * (n - first)));
-  Problem last = Columns(int8s, first, n - first, part.data());
-  Print(name + " int8 columns", Product<float>(last, Int8Tiles()));
+// One block of columns at a time, as another thread may compute it, each with a result of its own.
+std::vector<float> RunEachBlock(const Problem& p, Panel panel) {
+  std::vector<float> y(static_cast<size_t>(p.m * p.n));
+  for (int64_t first = 0; first < p.n; first += kColumns) {
+    const int64_t count = std::min(kColumns, p.n - first);
+    const std::vector<float> part = Run(Columns(p, first, count, nullptr), panel);
+    for (int64_t r = 0; r < p.m; ++r) std::copy_n(part.data() + r * count, count, y.data() + r * p.n + first);
+  }
+  return y;
+}
+
+void CheckSame(const std::string& name, const float* a, const std::vector<float>& b) {
+  if (std::memcmp(a, b.data(), b.size() * sizeof(float)) == 0) return;
+  std::fprintf(stderr, "%s: the same row has other bits\n", name.c_str());
+  std::exit(1);
+}
+
+constexpr int64_t kMaxRows = 25;
+
+// Prints products of 1 to kMaxRows rows; each row must have the same bits in all of them.
+void Products(const std::string& name, const Problem& full, Panel panel, int64_t x_bytes) {
+  const std::vector<float> y = Run(full, panel);
+  for (const int64_t m : {1, 2, 3, 4, 5, 13, 25}) {
+    Problem p = full;
+    p.m = m;
+    p.x = static_cast<const char*>(full.x) + (full.m - m) * full.x_stride * x_bytes;  // the last rows
+    const std::vector<float> some = Run(p, panel);
+    const std::string here =
+        "linear " + name + " " + std::to_string(m) + " " + std::to_string(p.n) + " " + std::to_string(p.k);
+    CheckSame(here, &y[static_cast<size_t>((full.m - m) * p.n)], some);
+    CheckSame(here + " by blocks", some.data(), RunEachBlock(p, panel));
+    Print(here, some);
+  }
+}
+
+// Rows [kMaxRows, k] `stride` apart, with zeros between; some elements are subnormal, and some very large.
+std::vector<uint32_t> WideRows(Random& random, int64_t k, int64_t stride) {
+  std::vector<uint32_t> x(static_cast<size_t>(kMaxRows * stride));
+  for (int64_t i = 0; i < kMaxRows * k; ++i) x[static_cast<size_t>(i / k * stride + i % k)] = Wide(random);
+  return x;
+}
+
+constexpr int64_t kSizes[][2] = {{100, 300}, {31, 257}, {64, 33}, {1, 1}};  // n, k
+
+template <class Format>
+void Linear(const std::string& name) {
+  for (const auto& [n, k] : kSizes) {
+    Random random(static_cast<uint64_t>(n * 1000 + k));
+    const int64_t stride = (k + kStep - 1) / kStep * kStep;
+    const PackedWeight<Format> weight(random, n, k);
+    const std::vector<uint32_t> x = WideRows(random, k, stride);
+    Products(name, weight.With(x.data(), kMaxRows, n, k, stride), RunPanel<Format, false>, 4);
+  }
+}
+
+// bfloat16 x: by multiply-adds of float32, and by vdpbf16ps if this CPU has it.
+void LinearOfBfloat16(int64_t n, int64_t k) {
+  Random random(static_cast<uint64_t>(n * 1000 + k));
+  const int64_t stride = (k + kStep - 1) / kStep * kStep;
+  const PackedWeight<BFloat16> weight(random, n, k);
+  std::vector<uint32_t> x = WideRows(random, k, stride);
+  for (uint32_t& bits : x) bits &= 0xffff0000;
+  const Problem floats = weight.With(x.data(), kMaxRows, n, k, stride);
+  Products("bfloat16", floats, RunPanel<BFloat16, true>, 4);
+#if defined(__AVX512F__)
+  if (!HasDots()) return;
+  std::vector<uint16_t> rows(static_cast<size_t>(kMaxRows * k));
+  for (int64_t i = 0; i < kMaxRows * k; ++i) {
+    rows[static_cast<size_t>(i)] = static_cast<uint16_t>(x[static_cast<size_t>(i / k * stride + i % k)] >> 16);
+  }
+  const std::vector<float> y = Run(floats, RunPanel<BFloat16, true>);
+  for (const int64_t m : {1, 2, 3, 4, 5, 13, 25}) {
+    const Problem dots = weight.With(rows.data(), m, n, k, k);
+    CheckSame("dots " + std::to_string(m), y.data(), Run(dots, RunDots));
+    CheckSame("dots by blocks " + std::to_string(m), y.data(), RunEachBlock(dots, RunDots));
+  }
+#endif
 }
 
 template <typename Element>
@@ -215,12 +321,13 @@ void Head(const std::string& kind, int64_t vocab, int64_t k) {
 int main() {
   if (!RunsHere()) return 77;
   const FloatMode mode;
-  for (const int64_t m : {1, 2, 3, 4, 5, 6, 11, 12, 13, 25}) {
-    Linear(m, 100, 300);
-    Linear(m, 31, 257);
-    Linear(m, 64, 33);
-  }
-  Linear(1, 1, 1);
+  Linear<Q4_1>("Q4_1");
+  Linear<Q5_0>("Q5_0");
+  Linear<Q3K>("Q3_K");
+  Linear<Q4K>("Q4_K");
+  Linear<Mxfp4>("MXFP4");
+  Linear<BFloat16>("BF16");
+  for (const auto& [n, k] : kSizes) LinearOfBfloat16(n, k);
   Attention<uint16_t>(1, 200, 9, 3, 64, 0);
   Attention<float>(1, 63, 14, 2, 64, 0);
   Attention<uint16_t>(70, 30, 4, 1, 98, 0);
@@ -236,5 +343,17 @@ int main() {
     Head(kind, 1024, 5);
     Head(kind, 5003, 20);
   }
+#if !defined(__SANITIZE_ADDRESS__)  // it compiles slowly: only one format of each layout; `make sanitize` runs all
+  Linear<Q4_0>("Q4_0");
+  Linear<Q5_1>("Q5_1");
+  Linear<Q8_0>("Q8_0");
+  Linear<Q2K>("Q2_K");
+  Linear<Q5K>("Q5_K");
+  Linear<Q6K>("Q6_K");
+  Linear<Iq4Nl>("IQ4_NL");
+  Linear<Iq4Xs>("IQ4_XS");
+  Linear<Float16>("F16");
+  Linear<Float32>("F32");
+#endif
   return 0;
 }

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "dots.h"
 #include "head.h"
 #include "parallel.h"
 #include "tiles.h"
@@ -61,22 +62,35 @@ void MemoryRunsOut(Pool& pool, int64_t threads, int64_t count, int64_t at) {
   Check(!done, "a share that ran out of memory said that all was done");
 }
 
-void Products(Pool& pool, std::mt19937& random, int64_t m, int64_t n, int64_t k) {
-  std::vector<uint16_t> x(static_cast<size_t>(m * k)), w(static_cast<size_t>((n + 31) / 32 * ((k + 1) / 2) * 64));
-  for (auto* values : {&x, &w}) {
-    for (uint16_t& value : *values) value = static_cast<uint16_t>(0x3f00 + random() % 256);
+// x of `Element`s, and a weight of words that are finite in Format.
+template <class Format, typename Element>
+void Products(Pool& pool, std::mt19937& random, Panel panel, int64_t m, int64_t n, int64_t k) {
+  const int64_t blocks = (n + kColumns - 1) / kColumns, depth = (k + Format::kBlock - 1) / Format::kBlock;
+  const int64_t stride = sizeof(Element) == 2 ? k : (k + kStep - 1) / kStep * kStep;
+  std::vector<Element> x(static_cast<size_t>(m * stride));
+  for (int64_t i = 0; i < m * k; ++i) {
+    const uint32_t bits = 0x3f00 + random() % 256;  // of a bfloat16
+    Element& value = x[static_cast<size_t>(i / k * stride + i % k)];
+    if constexpr (sizeof(Element) == 2) {
+      value = static_cast<uint16_t>(bits);
+    } else {
+      value = static_cast<float>(bits % 256) / 256 - 0.5f;
+    }
   }
+  std::vector<uint32_t> words(static_cast<size_t>(blocks * depth * Format::kWords * kColumns));
+  for (uint32_t& word : words) word = 0x3f003f00 + random() % 0x100 * 0x10001;
+  const std::vector<uint16_t> scales(static_cast<size_t>(blocks * depth * kColumns), 0x3000);  // 1/8
   std::vector<float> alone(static_cast<size_t>(m * n)), shared(alone.size());
-  const TileTable tiles = FastestTiles();
   const auto run = [&](float* y) {
-    const Problem problem = {x.data(), w.data(), nullptr, y, false, m, n, k, (n + 31) / 32, (k + 1) / 2 * 64};
-    return [problem, tiles](int64_t first, int64_t last) {
+    const Problem problem = {x.data(), words.data(), scales.data(), y, m, n, k, stride,
+                             depth * Format::kWords * kColumns, depth * kColumns, Format::kScaleBytes};
+    return [problem, panel](int64_t first, int64_t last) {
       const FloatMode mode;
-      for (int64_t block = first; block < last; ++block) Compute(problem, tiles, block, block + 1 < last);
+      panel(problem, first, last);
     };
   };
-  run(alone.data())(0, (n + 31) / 32);
-  Check(Share(pool, pool.num_threads(), (n + 31) / 32, run(shared.data())), "a product failed");
+  run(alone.data())(0, blocks);
+  Check(Share(pool, pool.num_threads(), blocks, run(shared.data())), "a product failed");
   Check(alone == shared, "a product differs by how it is shared");
 }
 
@@ -123,7 +137,13 @@ int main() {
     EveryItemOnce(pool, pool.num_threads(), below(200));
     const int64_t count = 1 + below(100);
     MemoryRunsOut(pool, pool.num_threads(), count, below(count));
-    Products(pool, random, 1 + below(30), 1 + below(300), 1 + below(90));
+    const int64_t m = 1 + below(30), n = 1 + below(300), k = 1 + below(90);
+    Products<BFloat16, float>(pool, random, RunPanel<BFloat16, true>, m, n, k);
+    Products<Q4K, float>(pool, random, RunPanel<Q4K, false>, m, n, k);
+    Products<Q8_0, float>(pool, random, RunPanel<Q8_0, false>, m, n, k);
+#if defined(__AVX512F__)
+    if (HasDots()) Products<BFloat16, uint16_t>(pool, random, RunDots, m, n, k);
+#endif
     const int64_t vocab = 1 + below(20000);
     Rows(pool, random, 1 + below(4), vocab, below(std::min<int64_t>(vocab, 20) + 1), below(4));
   }

@@ -131,8 +131,8 @@ def test_token_logprobs_in_many_concurrent_calls() -> None:
 def test_score_rejects_another_dtype_or_width() -> None:
     weight = pack(normal(8, 40, 8))
     ids, named = ids_of(1, 40)
-    with pytest.raises(TypeError, match="float32, not bfloat16"):
-        cpu.score(jnp.zeros((1, 8)), weight, ids, named, jnp.int32(1), k=1)
+    with pytest.raises(TypeError, match="x is float16, the weight BF16"):
+        cpu.score(jnp.zeros((1, 8), jnp.float16), weight, ids, named, jnp.int32(1), k=1)
     with pytest.raises(ValueError, match=r"\(1, 9\), not \[M, 8\]"):
         cpu.score(jnp.zeros((1, 9), jnp.bfloat16), weight, ids, named, jnp.int32(1), k=1)
     with pytest.raises(jax.errors.JaxRuntimeError, match="top k of V at most"):

@@ -37,7 +37,7 @@ def reference(results: Results) -> list[str]:
     if not NATIVE:
         pytest.skip(f"no kernels for {platform.machine()}")
     lines = lines_of(results, NATIVE[-1])
-    assert len(lines) > 200
+    assert len(lines) > 500
     return lines
 
 
@@ -54,7 +54,9 @@ def test_kernels_on_arm_give_the_same_bits(results: Results, reference: list[str
 
 @pytest.mark.parametrize("name", NATIVE)
 def test_kernels_pass_the_sanitizers(results: Results, name: str, reference: list[str]) -> None:
-    assert lines_of(results, f"{name}, sanitized") == reference
+    lines = lines_of(results, f"{name}, sanitized")  # not of all formats, which come last
+    assert len(lines) > 200
+    assert lines == reference[: len(lines)]
 
 
 def test_calls_shared_among_threads_pass_the_sanitizers(results: Results) -> None:
@@ -78,6 +80,6 @@ def test_handlers_of_the_other_libraries(name: str) -> None:
         f"assert cpu.load_library() is not None and cpu.load_library().instruction_set == {name!r}\n"
         "sys.exit(pytest.main(['-q', '-x', '-k', 'bits or live', '-p', 'no:cacheprovider', *sys.argv[1:]]))\n"
     )
-    tests = [str(Path(__file__).with_name(f"test_{kind}.py")) for kind in ("cpu_head", "int8")]
+    tests = [str(Path(__file__).with_name(f"test_{kind}.py")) for kind in ("cpu_head", "packed")]
     run = subprocess.run([sys.executable, "-c", code, *tests], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout

@@ -6,33 +6,30 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
+from model.formats import FORMATS
 from model.kernels import cpu
 from model.token_logprobs import NO_ID
-from model.weights.rows import quantize
 from tests.model.test_cpu_attention import crowd
-from tests.support.packed import pack, pack_int8
+from tests.support.packed import random_weight
 
 SIZES = st.tuples(st.integers(1, 80), st.integers(1, 400), st.integers(1, 300))  # M, N, K
-WEIGHTS = st.sampled_from(["bfloat16", "int8"])
+# Format of the weight and dtype of x.
+WEIGHTS = st.sampled_from([("BF16", "bfloat16"), *((name, "float32") for name in FORMATS)])
 SEEDS = st.integers(0, 2**32 - 1)
-few = settings(max_examples=25, deadline=None, derandomize=True)
+few = settings(max_examples=60, deadline=None, derandomize=True)
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
-def packed(weights: str, matrix: NDArray[np.float32]) -> cpu.Packed:
-    return pack(matrix) if weights == "bfloat16" else pack_int8(quantize(matrix))
-
-
 @few
 @given(size=SIZES, weights=WEIGHTS, seed=SEEDS)
-def test_linear_of_random_shapes(size: tuple[int, int, int], weights: str, seed: int) -> None:
+def test_linear_of_random_shapes(size: tuple[int, int, int], weights: tuple[str, str], seed: int) -> None:
     (m, n, k), random = size, np.random.default_rng(seed)
-    x = jnp.asarray(random.normal(size=(m, k)), jnp.bfloat16)
-    weight = packed(weights, random.normal(size=(n, k)).astype(np.float32))
-    values = np.asarray(cpu.unpack(weight), np.float64)
+    name, dtype = weights
+    x = jnp.asarray(random.normal(size=(m, k)), dtype)
+    weight, matrix = random_weight(name, n, k, seed % 1000)
+    values = matrix.astype(np.float64)
     x64, y = np.asarray(x, np.float64), np.asarray(cpu.linear(x, weight))
     assert (np.abs(y - x64 @ values.T) <= k * 2.0**-24 * (np.abs(x64) @ np.abs(values).T)).all()
     row = int(random.integers(m))
@@ -41,10 +38,13 @@ def test_linear_of_random_shapes(size: tuple[int, int, int], weights: str, seed:
 
 @few
 @given(size=SIZES, weights=WEIGHTS, k=st.integers(0, 20), named=st.integers(0, 5), seed=SEEDS)
-def test_score_of_random_shapes(size: tuple[int, int, int], weights: str, k: int, named: int, seed: int) -> None:
+def test_score_of_random_shapes(
+    size: tuple[int, int, int], weights: tuple[str, str], k: int, named: int, seed: int
+) -> None:
     (m, vocab, width), random = size, np.random.default_rng(seed)
-    hidden = jnp.asarray(random.normal(size=(m, width)), jnp.bfloat16)
-    weight = packed(weights, random.normal(size=(vocab, width)).astype(np.float32))
+    name, dtype = weights
+    hidden = jnp.asarray(random.normal(size=(m, width)), dtype)
+    weight, _ = random_weight(name, vocab, width, seed % 1000)
     ids = jnp.asarray(random.integers(0, vocab, m), jnp.int32)
     requested_ids = random.integers(0, vocab, (m, named)).astype(np.int32)
     requested_ids[random.random(m) < 0.5, named // 2 :] = NO_ID

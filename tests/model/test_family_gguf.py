@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from model.config import ModelConfig
 from model.weights.checkpoint import Checkpoint
 from model.weights.source import ModelSource
-from model.weights.weight_table import load_weights, open_checkpoint
+from model.weights.weight_table import Storage, load_weights, open_checkpoint
 from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 
 CASES = sorted(tiny_configs().keys() - {"mistral"})  # whose GGUF files are llama's
@@ -76,7 +76,7 @@ def _add_rope(writer: gguf.GGUFWriter, hf: dict[str, Any], rope: Any) -> None:
 
 
 def of_checkpoint(checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
-    return load_weights(checkpoint, np.dtype(np.float32), lambda _, rows: rows.read())
+    return load_weights(checkpoint, Storage(np.dtype(np.float32), "none"), lambda _, rows: rows.read())
 
 
 @pytest.mark.parametrize("case", CASES)

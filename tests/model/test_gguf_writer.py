@@ -28,7 +28,7 @@ from model.weights.gguf_writer import (
 )
 from model.weights.quantize import quantize
 from model.weights.source import ModelSource
-from model.weights.weight_table import load_weights, open_checkpoint
+from model.weights.weight_table import Storage, load_weights, open_checkpoint
 from tests.model.test_weights_gguf import split
 from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 from tests.support.tiny_checkpoints import TinyModel
@@ -48,7 +48,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
-    return load_weights(checkpoint, np.dtype(np.float32), lambda _, rows: rows.read())
+    return load_weights(checkpoint, Storage(np.dtype(np.float32), "none"), lambda _, rows: rows.read())
 
 
 def opened(path: Path) -> closing[Checkpoint]:

@@ -8,7 +8,7 @@ from model import kv_cache, layout
 from model.kernels.cpu import library
 
 SOURCES = {path.name: path.read_text() for path in (*library.UNITS, *library.HEADERS)}
-SHARED = {"PAGE_SIZE": "kPage", "GROUP_SIZE": "kGroup", "COLUMN_BLOCK": "kColumns"}
+SHARED = {"PAGE_SIZE": "kPage", "COLUMN_BLOCK": "kColumns"}
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -21,7 +21,7 @@ from model.kv_cache import Addresses, PagedCache, SplitPages, addresses_of
 from model.layers import Attention
 from model.transformer import BoundModel, bind
 from model.weights.source import resolve_model
-from model.weights.weight_table import load_weights, open_checkpoint
+from model.weights.weight_table import Storage, load_weights, open_checkpoint
 from tests.support.tiny import TOKENS, random_tokens, random_weights, seed_of, tiny_configs, write_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -73,7 +73,9 @@ def make_case(name: str, folder: Path) -> Case:
     config = tiny_configs()[name]
     write_checkpoint(folder, config, random_weights(config, seed_of(name)))
     with closing(open_checkpoint(resolve_model(str(folder), None))) as checkpoint:
-        weights = load_weights(checkpoint, np.dtype(np.float32), lambda _, rows: jnp.asarray(rows.read()))
+        weights = load_weights(
+            checkpoint, Storage(np.dtype(np.float32), "none"), lambda _, rows: jnp.asarray(rows.read())
+        )
         config_here = checkpoint.config.for_length(checkpoint.config.max_position_embeddings)
         model = bind(config_here, jnp.dtype(jnp.float32), weights, load_kernels())
     with np.load(GOLDEN / f"{name}.npz") as file:

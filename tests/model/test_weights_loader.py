@@ -33,7 +33,7 @@ def of(name):
 jax.device_put(1.0).block_until_ready()
 cpu.load_library()
 start = of("VmRSS")
-model = load_model(open_checkpoint(resolve_model(sys.argv[1], None)), "bfloat16", int8=sys.argv[2] == "int8")
+model = load_model(open_checkpoint(resolve_model(sys.argv[1], None)), "bfloat16", quantization=sys.argv[2])
 jax.block_until_ready(model.leaves)
 print(start, of("VmHWM"), sum(leaf.nbytes for leaf in model.leaves))
 """
@@ -68,13 +68,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("weights", ["auto", "Q8_0"])
 def test_load_model_peak_memory_is_little_more_than_the_weights(folder: Path, weights: str) -> None:
     run = subprocess.run(
         [sys.executable, "-c", LOAD, str(folder), weights], cwd=ROOT, capture_output=True, text=True, check=True
     )
     before, most, size = map(int, run.stdout.split())
-    assert size > (150e6 if weights == "int8" else 300e6)
+    assert size > (150e6 if weights == "Q8_0" else 300e6)
     assert most - before < 1.15 * size + 30e6  # 30 MB: first use of libraries, significant for a model this small
 
 

@@ -19,7 +19,7 @@ from model.weights.gguf_header import read_header
 from model.weights.rows import Rows
 from model.weights.safetensors import SafetensorsCheckpoint
 from model.weights.source import default_model_path, resolve_model
-from model.weights.weight_table import load_weights, open_checkpoint
+from model.weights.weight_table import Storage, load_weights, open_checkpoint
 from tests.support.tiny_checkpoints import BF16, F32, LAYERS, Tensors, TinyModel, gguf_name
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -33,7 +33,7 @@ def keep(_: str, rows: Rows) -> NDArray[Any]:
 
 def load(path: Path, dtype: np.dtype[Any] = F32) -> Tensors:
     with closing(open_checkpoint(resolve_model(str(path), None))) as checkpoint:
-        return load_weights(checkpoint, dtype, keep)
+        return load_weights(checkpoint, Storage(dtype, "none"), keep)
 
 
 def problems(path: Path, dtype: np.dtype[Any] = F32) -> list[str]:
@@ -130,7 +130,7 @@ def test_load_weights_returns_what_put_returns(tmp_path: Path) -> None:
         return rows.shape
 
     with closing(SafetensorsCheckpoint(tiny.write_hf(tmp_path))) as checkpoint:
-        weights = load_weights(checkpoint, BF16, put)
+        weights = load_weights(checkpoint, Storage(BF16), put)
     assert weights == {path: array.shape for path, array in tiny.expected().items()}
     assert paths == list(weights)
 
@@ -139,7 +139,7 @@ def test_load_weights_progress_counts_bytes(tmp_path: Path) -> None:
     tiny = TinyModel()
     seen: list[tuple[int, int]] = []
     with closing(SafetensorsCheckpoint(tiny.write_hf(tmp_path, BF16))) as checkpoint:
-        load_weights(checkpoint, F32, keep, lambda done, total: seen.append((done, total)))
+        load_weights(checkpoint, Storage(F32), keep, lambda done, total: seen.append((done, total)))
     total = 2 * sum(values.size for values in tiny.tensors.values())
     assert seen[-1] == (total, total)
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
@@ -241,7 +241,7 @@ def test_load_weights_lists_all_unreadable_tensors(tmp_path: Path) -> None:
     with closing(GgufCheckpoint(path)) as checkpoint:
         path.write_bytes(path.read_bytes()[: read_header(path).tensors[gguf_name(UP)].offset])
         with pytest.raises(ModelLoadError) as caught:
-            load_weights(checkpoint, F32, note)
+            load_weights(checkpoint, Storage(F32), note)
     lines = str(caught.value).split("\n")
     assert len(lines) > 2
     assert f"  {gguf_name(UP)}: cannot be read: the file has 0 of 24576 bytes" in lines

@@ -11,10 +11,11 @@ import pytest
 
 from compiled.shapes import make_buckets
 from model.config_hf import config_from_hf
+from model.kernels.dispatch import Kernels
 from model.kv_cache import PAGE_SIZE
-from model.weights.loader import load_model, weight_bytes
+from model.weights.loader import load_model, stored_weights
 from model.weights.source import ModelSource
-from model.weights.weight_table import open_checkpoint
+from model.weights.weight_table import Storage, open_checkpoint
 from serve.config.engine_config import EngineConfig
 from serve.config.flags import parse_args
 from serve.config.values import MemoryAmount
@@ -22,16 +23,17 @@ from serve.server import memory_plan
 from serve.server.memory_plan import PlanError, count_pages, free_memory, plan_memory
 from serve.server.model_files import resolve_dtype
 from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
-from tests.support.tiny_checkpoints import BF16, TinyModel
+from tests.support.tiny_checkpoints import BF16, F32, TinyModel
 
 CONFIG = config_from_hf(tiny_configs()["llama"])
 BUCKETS = make_buckets(max_num_seqs=4, max_model_len=256, max_num_batched_tokens=64)
 PLENTY = 1 << 34
+WEIGHTS = 1 << 20
 
 
 def pages(cache: MemoryAmount | None, free: int | None) -> int:
     config = EngineConfig(dtype="float32", kv_cache_memory=cache)
-    return plan_memory(CONFIG, BUCKETS, config, free=free).pages
+    return plan_memory(CONFIG, BUCKETS, config, weights=WEIGHTS, free=free).pages
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma3", "olmo2", "phi3"])
@@ -39,16 +41,20 @@ def test_weight_bytes_are_those_of_the_loaded_model(tmp_path: Path, case: str) -
     config = tiny_configs()[case]
     write_checkpoint(tmp_path, config, random_weights(config, 1))
     with closing(open_checkpoint(ModelSource("m", tmp_path))) as checkpoint:
-        model = load_model(checkpoint, "float32")
-    assert sum(leaf.nbytes for leaf in model.leaves) == weight_bytes(checkpoint.config, "float32")
-    half, quarter = (weight_bytes(checkpoint.config, "bfloat16", int8=int8) for int8 in (False, True))
-    assert quarter < 0.6 * half < 0.4 * weight_bytes(checkpoint.config, "float32")
+        model = load_model(checkpoint, "float32", kernels=Kernels())
+        full, half, quarter = (
+            stored_weights(checkpoint, storage).nbytes
+            for storage in (Storage(F32), Storage(BF16), Storage(F32, "Q8_0"))
+        )
+    assert sum(leaf.nbytes for leaf in model.leaves) == full
+    assert quarter < 0.8 * half  # rows of 48 take two blocks of 32
+    assert half < 0.67 * full
 
 
 def test_plan_memory_cache_size_by_default() -> None:
     all_rows = pages(None, PLENTY)
     assert all_rows == pages(None, None) == 4 * 4 + 1
-    plan = plan_memory(CONFIG, BUCKETS, EngineConfig(dtype="float32"), free=PLENTY)
+    plan = plan_memory(CONFIG, BUCKETS, EngineConfig(dtype="float32"), weights=WEIGHTS, free=PLENTY)
     tight = plan.weights + plan.workspace + 7 * plan.page_bytes + 5
     assert pages(None, tight) == 7
 
@@ -56,18 +62,18 @@ def test_plan_memory_cache_size_by_default() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_plan_memory_halves_keys_and_values(dtype: str) -> None:
     half, full = (
-        plan_memory(CONFIG, BUCKETS, EngineConfig(dtype=dtype, kv_cache_dtype=kv), free=PLENTY)
+        plan_memory(CONFIG, BUCKETS, EngineConfig(dtype=dtype, kv_cache_dtype=kv), weights=WEIGHTS, free=PLENTY)
         for kv in ("bfloat16", "float32")
     )
     elements = PAGE_SIZE * 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim
     assert full.page_bytes - half.page_bytes == 2 * elements
     assert full.weights == half.weights
-    auto = plan_memory(CONFIG, BUCKETS, EngineConfig(dtype=dtype), free=PLENTY)
+    auto = plan_memory(CONFIG, BUCKETS, EngineConfig(dtype=dtype), weights=WEIGHTS, free=PLENTY)
     assert auto == (half if dtype == "bfloat16" else full)
 
 
 def test_plan_memory_fraction_of_free_memory() -> None:
-    plan = plan_memory(CONFIG, BUCKETS, EngineConfig(dtype="float32"), free=PLENTY)
+    plan = plan_memory(CONFIG, BUCKETS, EngineConfig(dtype="float32"), weights=WEIGHTS, free=PLENTY)
     free = plan.weights + plan.workspace + 100 * plan.page_bytes
     assert pages(0.5, free) == 50
     assert pages(30 * plan.page_bytes, free) == 30
@@ -93,7 +99,11 @@ def test_plan_memory_error_has_the_sizes(cache: MemoryAmount | None, free: int |
         (np.float32, (), "float32"),
         (np.float16, (), "bfloat16"),
         (BF16, (), "bfloat16"),
-        (np.float32, ("--quantization", "int8"), "bfloat16"),
+        (np.float32, ("--quantization", "none"), "float32"),
+        (BF16, ("--quantization", "none"), "bfloat16"),
+        (BF16, ("--quantization", "int8"), "float32"),
+        (BF16, ("--quantization", "q4_k"), "float32"),
+        (BF16, ("--quantization", "int8", "--dtype", "bfloat16"), "bfloat16"),
         (np.float32, ("--dtype", "bfloat16"), "bfloat16"),
         (BF16, ("--dtype", "float32"), "float32"),
     ],
@@ -111,11 +121,21 @@ def test_chosen_dtype_of_mixed_matrices(tmp_path: Path) -> None:
         assert resolve_dtype(parse_args([]), checkpoint) == "bfloat16"
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("F32", "float32"), ("Q8_0", "bfloat16"), ("F16", "bfloat16")])
-def test_chosen_dtype_of_gguf(tmp_path: Path, kind: str, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "flags", "expected"),
+    [
+        ("F32", (), "float32"),
+        ("F16", (), "bfloat16"),
+        ("Q8_0", (), "float32"),
+        ("Q4_1", (), "float32"),
+        ("Q4_1", ("--dtype", "bfloat16"), "bfloat16"),
+        ("Q4_1", ("--quantization", "none"), "bfloat16"),
+    ],
+)
+def test_chosen_dtype_of_gguf(tmp_path: Path, kind: str, flags: tuple[str, ...], expected: str) -> None:
     path = TinyModel().write_gguf(tmp_path / "m.gguf", kind)
     with closing(open_checkpoint(ModelSource("m", path))) as checkpoint:
-        assert resolve_dtype(parse_args([]), checkpoint) == expected
+        assert resolve_dtype(parse_args(flags), checkpoint) == expected
 
 
 def test_count_pages_counts_full_pages() -> None:

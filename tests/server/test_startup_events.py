@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from model.weights.checkpoint import TensorInfo
+from model.weights.loader import StoredWeights
 from serve.config.config import ServeConfig
 from serve.config.flags import parse_args
 from serve.server.console import Reporter, is_terminal, start_reporting
@@ -45,12 +47,14 @@ FILES: Any = SimpleNamespace(
     config=CONFIG,
     source=SimpleNamespace(name=FACTS["model"]),
     checkpoint=SimpleNamespace(
-        config=SimpleNamespace(family="llama"), names=lambda: {"weight": SimpleNamespace(shape=(FACTS["parameters"],))}
+        config=SimpleNamespace(family="llama"),
+        names=lambda: {"weight": TensorInfo((FACTS["parameters"],), "BF16", True, 0)},
     ),
     max_model_len=8192,
 )
 DEVICE: Any = SimpleNamespace(platform="cpu", device_kind="cpu")
 MODEL = model_found(FILES, DEVICE)
+STORED = StoredWeights(269_000_000, {"Q4_1": 106_200_000, "Q8_0": 28_311_552}, 5.5471)
 PLAN = MemoryPlan(269_000_000, 694, 1_549_000, 33_000_000, 16_108_000_000)
 URL = "http://127.0.0.1:8000"
 SERVING = server_started(CONFIG, ("m", "alias"), URL, chats=True)
@@ -74,7 +78,7 @@ def start(reporter: Reporter) -> None:
     with reporter.loading() as progress:
         progress(1_000_000, 96_600_000)
         progress(96_600_000, 96_600_000)
-    reporter.report(weights_loaded(269_000_000, 3.1, ("avx2", "linear")))
+    reporter.report(weights_loaded(269_000_000, STORED, 3.1, ("avx2", "linear")))
     with reporter.compiling(NAMES) as ready:
         for name in NAMES:
             ready(program(name))
@@ -102,6 +106,7 @@ def test_reporter_text_has_one_line_per_event() -> None:
     ]
     assert "org/[a] model: llama, 134.5 M parameters, bfloat16 on cpu" in text[1]
     assert "weights 269 MB, cache 1,075 MB, workspace about 33 MB: 1,377 MB of 16,108 MB" in text[2]
+    assert "weights  269 MB in 3.1 s, 5.55 bits each: 106.2 M Q4_1, 28.3 M Q8_0; kernels: avx2, linear" in text[3]
     assert text[5] == "compiled 3 programs in 4.2 s, 2 from the cache"
     match = ADDRESS.search(text[6])
     assert match is not None
@@ -120,7 +125,8 @@ def test_reporter_json_has_all_fields() -> None:
     assert {"weights_as": "bfloat16", "devices": 1, "max_num_seqs": 16}.items() <= by_name["model_found"].items()
     plan = {"weights": 269_000_000, "cache_tokens": 44_352, "free": 16_108_000_000, "max_model_len": 8192}
     assert plan.items() <= by_name["memory_planned"].items()
-    assert by_name["weights_loaded"]["bytes"] == 269_000_000
+    loaded = {"bytes": 269_000_000, "bits_per_weight": 5.547, "formats": {"Q4_1": 106_200_000, "Q8_0": 28_311_552}}
+    assert loaded.items() <= by_name["weights_loaded"].items()
     served = {"models": ["m", "alias"], "url": URL, "keyed": False, "chats": True, "documented": True}
     assert served.items() <= by_name["serving"].items()
     assert ADDRESS.search(stream.getvalue())
@@ -175,7 +181,7 @@ def test_screen_shows_every_fact() -> None:
         "free 14,731 MB",
         "44,352 tokens",
         "96.6/96.6 MB",
-        "269 MB in 3.1 s; kernels: avx2, linear",
+        "269 MB in 3.1 s, 5.55 bits each",
         "3/3",
         "compiled 3 programs in 4.2 s, 2 from the cache",
         "API       http://127.0.0.1:8000/v1",

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from model.weights.source import ModelSource, default_model_path
-from model.weights.weight_table import load_weights, open_checkpoint
+from model.weights.weight_table import Storage, load_weights, open_checkpoint
 
 
 def write_default_model(directory: Path) -> Path:
     """Write config.json and the weights of the default model rounded to bfloat16; without a tokenizer."""
     checkpoint = open_checkpoint(ModelSource("default", default_model_path()))
     try:
-        weights = load_weights(checkpoint, np.dtype(ml_dtypes.bfloat16), lambda _, rows: rows.read())
+        weights = load_weights(checkpoint, Storage(np.dtype(ml_dtypes.bfloat16), "none"), lambda _, rows: rows.read())
         config = checkpoint.config
     finally:
         checkpoint.close()

@@ -40,7 +40,7 @@ def _cases() -> dict[str, Case]:
     cases = {name: Case((_FAST, *INSTRUCTION_SETS[name])) for name in NATIVE}
     arm = (_FAST, "-static", *INSTRUCTION_SETS["neon"])
     cases["arm"] = Case(arm, compiler="aarch64-linux-gnu-g++", emulator="qemu-aarch64-static")
-    cases |= {f"{name}, sanitized": Case((*SANITIZERS, *INSTRUCTION_SETS[name])) for name in NATIVE}
+    cases |= {f"{name}, sanitized": Case((*SANITIZERS, "-g1", *INSTRUCTION_SETS[name])) for name in NATIVE}
     for name in NATIVE[-1:]:
         for kind, sanitizers in (("sanitized", SANITIZERS), ("threads sanitized", _THREAD_SANITIZER)):
             cases[f"shared calls, {kind}"] = Case((*sanitizers, *INSTRUCTION_SETS[name]), _FOLDER / "kernel_threads.cc")

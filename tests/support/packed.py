@@ -1,17 +1,53 @@
-"""Weights in the layout of the CPU kernels, from arrays."""
+"""Packed weights: rounded from arrays, or of random blocks."""
 
+import gguf
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 from jax.typing import ArrayLike
+from numpy.typing import NDArray
 
-from model.kernels import cpu
-from model.weights.rows import Int8Array
+from model.formats import FLOATS, FORMATS
+from model.packed import PackedWeight
+from model.packed import pack as pack_blocks
+from model.weights.rows import quantized
+
+CODED = tuple(name for name in FORMATS if name not in FLOATS)
 
 
-def pack(w: ArrayLike) -> cpu.PackedWeight:
-    """w [N, K] packed as bfloat16."""
+def pack(w: ArrayLike, name: str = "BF16") -> PackedWeight:
+    """w [N, K] rounded to a format and packed."""
     rows = np.asarray(w)
-    return cpu.pack(rows.shape, [rows])
+    return pack_blocks(rows.shape, FORMATS[name], [quantized(rows, FORMATS[name])])
 
 
-def pack_int8(array: Int8Array) -> cpu.PackedInt8:
-    return cpu.pack_int8(array.values.shape, [array])
+def random_blocks(name: str, n: int, k: int, seed: int = 0, *, spread: int = 2) -> NDArray[np.uint8]:
+    """Rows [n, bytes] of random blocks; their scales are finite, and random over `spread` powers of ten."""
+    block_format, random = FORMATS[name], np.random.default_rng(seed)
+    depth = block_format.depth(k)
+    if name in FLOATS:
+        padded = np.zeros((n, depth * block_format.block), np.float32)
+        padded[:, :k] = random.standard_normal((n, k), np.float32)
+        return padded.astype(FLOATS[name]).view(np.uint8)
+    blocks = random.integers(0, 256, (n, depth, block_format.block_bytes), np.uint8)
+    for start in block_format.float16_at:
+        scales = random.standard_normal((n, depth, 1)) * 10.0 ** random.integers(-spread, 1, (n, depth, 1))
+        blocks[..., start : start + 2] = scales.astype(np.float16).view(np.uint8)
+    if name == "MXFP4":
+        blocks[..., 0] = random.integers(127 - spread, 129, blocks.shape[:2])
+    return blocks.reshape(n, -1)
+
+
+def values_of(name: str, rows: NDArray[np.uint8], k: int) -> NDArray[np.float32]:
+    """The float32 values [n, k] of rows of blocks, by the gguf package."""
+    if name in FLOATS:
+        return rows.view(FLOATS[name]).astype(np.float32)[:, :k]
+    values: NDArray[np.float32] = gguf.quants.dequantize(rows, GGMLQuantizationType[name])
+    return values[:, :k]
+
+
+def random_weight(
+    name: str, n: int, k: int, seed: int = 0, *, spread: int = 2
+) -> tuple[PackedWeight, NDArray[np.float32]]:
+    """A weight of random blocks, packed from two runs of rows, and its values [n, k]."""
+    rows = random_blocks(name, n, k, seed, spread=spread)
+    return pack_blocks((n, k), FORMATS[name], [rows[:5], rows[5:]]), values_of(name, rows, k)

@@ -56,21 +56,24 @@ def make_runner(
 
     Args:
         path: of the model.
-        weights: a dtype, or "int8".
+        weights: a format and the dtype of activations, such as "Q8_0 bfloat16"; or a dtype: float32 keeps the formats
+            of a file, bfloat16 rounds all weights to it.
         buckets: what is compiled.
         pages: of the cache.
         kernels: as in `load_model`.
         layers: the number of layers of a .gguf file to use; None: all.
         kv_dtype: of the cache's keys and values; None: as the matrices.
     """
+    dtype = weights.split()[-1]
+    quantization = weights.split()[0] if " " in weights else {"bfloat16": "none"}.get(dtype, "auto")
     kernels = load_kernels() if kernels is None else kernels
     buckets = replace(buckets, segment=kernels.segment(jax.default_backend()))
     checkpoint = open_checkpoint(ModelSource(path.name, path))
     try:
         model = load_model(
             checkpoint if layers is None else _FirstLayers(checkpoint, layers),
-            "bfloat16" if weights == "int8" else weights,
-            int8=weights == "int8",
+            dtype,
+            quantization=quantization,
             kernels=kernels,
         )
     finally:

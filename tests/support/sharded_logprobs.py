@@ -38,21 +38,30 @@ PROMPT = [5, 17, 99, 3, 8, 9, 44]
 BUCKETS = Buckets(decode_rows=(4,), prefill_chunks=(16,), score_rows=16, pages_per_row=2, full_vocab_rows=8)
 V = 1100  # not a multiple of the number of devices
 _ONE_LAYER = {"num_hidden_layers": 1}  # all layers are sharded alike
-# Name -> family, changes of config.json, dtype, int8, numbers of devices. To save time, only one case uses all numbers.
-CASES: dict[str, tuple[str, dict[str, Any], str, bool, tuple[int, ...]]] = {
-    "9 heads, 3 of keys": ("llama", {"num_attention_heads": 9, "num_key_value_heads": 3}, "float32", False, (2, 4, 8)),
+# Name -> family, changes of config.json, dtype, quantization, numbers of devices. To save time, only one case uses all
+# numbers.
+CASES: dict[str, tuple[str, dict[str, Any], str, str, tuple[int, ...]]] = {
+    "9 heads, 3 of keys": ("llama", {"num_attention_heads": 9, "num_key_value_heads": 3}, "float32", "auto", (2, 4, 8)),
     "14 heads, 2 of keys, biases": (
         "qwen2",
         {"num_attention_heads": 14, "num_key_value_heads": 2, **_ONE_LAYER},
         "float32",
-        False,
+        "auto",
         (8,),
     ),
-    "norms over all heads": ("olmo2", _ONE_LAYER, "float32", False, (4,)),
-    "norms of each head, tied": ("gemma3", {}, "float32", False, (4,)),
-    "soft caps": ("gemma2", _ONE_LAYER, "float32", False, (4,)),
-    "q, k, v in one tensor, bfloat16": ("phi3", _ONE_LAYER, "bfloat16", False, (4,)),
-    "int8": ("llama", {"head_dim": 32, **_ONE_LAYER}, "bfloat16", True, (2,)),
+    "norms over all heads": ("olmo2", _ONE_LAYER, "float32", "auto", (4,)),
+    "norms of each head, tied": ("gemma3", {}, "float32", "auto", (4,)),
+    "soft caps": ("gemma2", _ONE_LAYER, "float32", "auto", (4,)),
+    "q, k, v in one tensor, bfloat16": ("phi3", _ONE_LAYER, "bfloat16", "auto", (4,)),
+    "Q8_0, bfloat16": ("llama", {"head_dim": 32, **_ONE_LAYER}, "bfloat16", "Q8_0", (2,)),
+    "Q4_0": ("llama", {"head_dim": 32, **_ONE_LAYER}, "float32", "Q4_0", (2,)),
+    "Q4_K": (
+        "llama",
+        {"hidden_size": 256, "head_dim": 128, "intermediate_size": 512, **_ONE_LAYER},
+        "float32",
+        "Q4_K",
+        (2,),
+    ),
 }
 
 _COPIED = 5  # page that the prompt is computed in; rows use copies
@@ -120,7 +129,7 @@ def main() -> int:
     """Print case -> devices -> log-probs, and the HLO of a model's programs on four devices."""
     jax.config.update("jax_num_cpu_devices", 8)
     results: dict[str, Any] = {"V": V, "page": PAGE_SIZE}
-    for case, (family, changes, dtype, int8, counts) in CASES.items():
+    for case, (family, changes, dtype, quantization, counts) in CASES.items():
         config = tiny_configs()[family] | {"vocab_size": V} | changes
         results[case] = {}
         with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +138,7 @@ def main() -> int:
                 mesh = None if devices == 1 else tensor_mesh(jax.devices()[:devices])
                 checkpoint = open_checkpoint(ModelSource("tiny", Path(folder)))
                 try:
-                    model = load_model(checkpoint, dtype, int8=int8, mesh=mesh)
+                    model = load_model(checkpoint, dtype, quantization=quantization, mesh=mesh)
                 finally:
                     checkpoint.close()
                 runner = ModelRunner(model, BUCKETS, pages=9, max_logprobs=5)

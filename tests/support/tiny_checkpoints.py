@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -11,6 +12,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
+
+from model.weights.quantize import quantize
 
 type Tensors = dict[str, NDArray[Any]]
 
@@ -40,6 +43,12 @@ class TinyModel:
     family: str = "llama"
     tied: bool = True
     tensors: Tensors = field(default_factory=dict)
+    width: int = 1  # factor of all sizes but those of a head and the vocabulary; 8: for blocks of 256
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Hidden and MLP size, heads, heads of keys."""
+        return HIDDEN * self.width, MLP * self.width, HEADS * self.width, KV_HEADS * self.width
 
     def __post_init__(self) -> None:
         random = np.random.default_rng(7)
@@ -48,37 +57,39 @@ class TinyModel:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Hugging Face name -> shape."""
-        q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+        hidden, mlp, heads, kv_heads = self.sizes
+        q, kv = heads * HEAD_DIM, kv_heads * HEAD_DIM
         layer: dict[str, tuple[int, ...]] = {
-            "input_layernorm.weight": (HIDDEN,),
-            "self_attn.q_proj.weight": (q, HIDDEN),
-            "self_attn.k_proj.weight": (kv, HIDDEN),
-            "self_attn.v_proj.weight": (kv, HIDDEN),
-            "self_attn.o_proj.weight": (HIDDEN, q),
-            "post_attention_layernorm.weight": (HIDDEN,),
-            "mlp.gate_proj.weight": (MLP, HIDDEN),
-            "mlp.up_proj.weight": (MLP, HIDDEN),
-            "mlp.down_proj.weight": (HIDDEN, MLP),
+            "input_layernorm.weight": (hidden,),
+            "self_attn.q_proj.weight": (q, hidden),
+            "self_attn.k_proj.weight": (kv, hidden),
+            "self_attn.v_proj.weight": (kv, hidden),
+            "self_attn.o_proj.weight": (hidden, q),
+            "post_attention_layernorm.weight": (hidden,),
+            "mlp.gate_proj.weight": (mlp, hidden),
+            "mlp.up_proj.weight": (mlp, hidden),
+            "mlp.down_proj.weight": (hidden, mlp),
         }
         if self.family == "qwen2":
             layer |= {f"self_attn.{n}_proj.bias": (size,) for n, size in (("q", q), ("k", kv), ("v", kv))}
         shapes: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (VOCAB, HIDDEN),
-            "model.norm.weight": (HIDDEN,),
+            "model.embed_tokens.weight": (VOCAB, hidden),
+            "model.norm.weight": (hidden,),
         }
         shapes |= {f"model.layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in layer.items()}
-        return shapes if self.tied else shapes | {"lm_head.weight": (VOCAB, HIDDEN)}
+        return shapes if self.tied else shapes | {"lm_head.weight": (VOCAB, hidden)}
 
     def hf_config(self) -> dict[str, Any]:
         """Return the contents of config.json."""
+        hidden, mlp, heads, kv_heads = self.sizes
         return {
             "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[self.family]],
             "vocab_size": VOCAB,
-            "hidden_size": HIDDEN,
-            "intermediate_size": MLP,
+            "hidden_size": hidden,
+            "intermediate_size": mlp,
             "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": KV_HEADS,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
             "rope_theta": 10000.0,
             "rms_norm_eps": 0.0009765625,  # a power of two, exact in GGUF's float32
             "max_position_embeddings": 128,
@@ -108,18 +119,20 @@ class TinyModel:
         kind: str = "F32",
         raw: Mapping[str, tuple[NDArray[np.uint8], str]] | None = None,
         ids: Mapping[str, int] | None = None,
+        kinds: Mapping[str, str] = MappingProxyType({}),
     ) -> Path:
         """Write a GGUF file: matrices as `kind`, the rest as F32, and `raw` tensors (bytes, type) unchanged.
 
-        `ids` are those of special tokens, such as "eos".
+        `ids` are those of special tokens, such as "eos"; `kinds` those of single matrices, such as "v_proj".
         """
+        hidden, mlp, heads, kv_heads = self.sizes
         writer = gguf.GGUFWriter(path, self.family)
         writer.add_context_length(128)
-        writer.add_embedding_length(HIDDEN)
+        writer.add_embedding_length(hidden)
         writer.add_block_count(LAYERS)
-        writer.add_feed_forward_length(MLP)
-        writer.add_head_count(HEADS)
-        writer.add_head_count_kv(KV_HEADS)
+        writer.add_feed_forward_length(mlp)
+        writer.add_head_count(heads)
+        writer.add_head_count_kv(kv_heads)
         writer.add_rope_freq_base(10000.0)
         writer.add_layer_norm_rms_eps(0.0009765625)
         writer.add_token_list([f"t{i}" for i in range(VOCAB)])
@@ -130,8 +143,8 @@ class TinyModel:
             if values.ndim == 1:
                 writer.add_tensor(gguf_name(name), values.astype(np.float32))
             else:
-                quantised = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
-                writer.add_tensor(gguf_name(name), quantised, raw_dtype=gguf.GGMLQuantizationType[kind])
+                own = kinds.get(name.split(".")[-2], kind)
+                writer.add_tensor(gguf_name(name), _quantized(values, own), raw_dtype=gguf.GGMLQuantizationType[own])
         for name, (data, raw_kind) in (raw or {}).items():
             writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[raw_kind])
         writer.write_header_to_file()
@@ -142,20 +155,20 @@ class TinyModel:
 
     def gguf_order(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
         """Permute Llama's q and k rows to GGUF order: dimension j next to dimension j + E/2 of the same head."""
-        heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2])
+        heads = {"q_proj": self.sizes[2], "k_proj": self.sizes[3]}.get(name.split(".")[-2])
         if self.family != "llama" or heads is None:
             return values
         half = HEAD_DIM // 2
         order = [head * HEAD_DIM + part * half + j for head in range(heads) for j in range(half) for part in range(2)]
         return np.ascontiguousarray(values[order])
 
-    def rounded(self, kind: str) -> "TinyModel":
-        """Return the model with weights quantized to a GGUF type and back."""
-        copy = TinyModel(self.family, self.tied)
-        qtype = gguf.GGMLQuantizationType[kind]
+    def rounded(self, kind: str, kinds: Mapping[str, str] = MappingProxyType({})) -> "TinyModel":
+        """Return the model with weights quantized to GGUF types, as in `write_gguf`, and back."""
+        copy = TinyModel(self.family, self.tied, width=self.width)
         for name, values in self.tensors.items():
             if values.ndim > 1:
-                copy.tensors[name] = gguf.quants.dequantize(gguf.quants.quantize(values, qtype), qtype)
+                own = kinds.get(name.split(".")[-2], kind)
+                copy.tensors[name] = gguf.quants.dequantize(_quantized(values, own), gguf.GGMLQuantizationType[own])
         return copy
 
     def expected(self, dtype: Any = np.float32) -> Tensors:
@@ -185,6 +198,13 @@ class TinyModel:
         if self.family == "qwen2":
             arrays[f"layers.{i}.attention.qkv.bias"] = stack(*(f"self_attn.{n}_proj.bias" for n in "qkv"))
         return arrays
+
+
+def _quantized(values: NDArray[Any], kind: str) -> NDArray[Any]:
+    """By the gguf package, or by our own rounding for what it cannot do."""
+    if kind.endswith("_K"):
+        return quantize(values, kind)
+    return np.asarray(gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind]))
 
 
 def gguf_name(name: str) -> str:

@@ -29,7 +29,9 @@ _KINDS = (
     ("float32", "float32", None),
     ("float32, bfloat16 cache", "float32", "bfloat16"),
     ("bfloat16", "bfloat16", None),
-    ("int8", "int8", None),
+    ("Q8_0", "Q8_0 float32", None),
+    ("Q8_0, bfloat16", "Q8_0 bfloat16", None),
+    ("Q4_K", "Q4_K float32", None),
 )
 _BATCHED = 256 + _ROWS
 

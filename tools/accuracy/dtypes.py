@@ -1,7 +1,8 @@
-"""`python -m tools.accuracy.dtypes [MODEL ...]`: errors of a bfloat16 cache, bfloat16 and int8 on the golden prompts.
+"""`python -m tools.accuracy.dtypes [MODEL ...]`: errors of dtypes and formats on the golden prompts.
 
-For each model (default: the default model), against float32: mean and maximum |error| of the log-probs of the prompts'
-tokens, mean Kullback-Leibler divergence of the distributions, and how often the most likely token differs.
+For each model (default: the default model), against float32 activations and the file's own weights: mean and maximum
+|error| of the log-probs of the prompts' tokens, mean Kullback-Leibler divergence of the distributions, and how often
+the most likely token differs.
 """
 
 import sys
@@ -27,7 +28,14 @@ _BUCKETS = Buckets(
     decode_rows=(1,), prefill_chunks=(64, 256), score_rows=64, pages_per_row=MAX_MODEL_LEN // 64, full_vocab_rows=8
 )
 # Weights and dtype of cached keys and values.
-_REFERENCE, _OTHERS = ("float32", "float32"), (("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("int8", "bfloat16"))
+_REFERENCE = ("float32", "float32")
+_OTHERS = (
+    ("float32", "bfloat16"),
+    ("bfloat16", "bfloat16"),
+    ("Q8_0 float32", "float32"),
+    ("Q8_0 bfloat16", "bfloat16"),
+    ("Q4_K float32", "float32"),
+)
 
 
 def distributions(path: Path, weights: str, kv_dtype: str) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:

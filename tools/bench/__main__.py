@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compiled.state import MAX_REQUESTED_IDS
+from serve.config.engine_config import QUANTIZATIONS, EngineConfig
 from tools.bench.bandwidth import bandwidth_probe, decode_bytes, is_here
 from tools.bench.host import host_ms_of_decisions, host_ms_per_step
 from tools.bench.http_floor import entries_ms, http_share
@@ -93,8 +94,8 @@ def main() -> None:
     )
     parser.add_argument("--url", help="a running server, such as http://127.0.0.1:8000; default: start one")
     parser.add_argument("--model", help="the model to serve; with --url, its files, to compute the bandwidth limit")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the weights")
-    parser.add_argument("--quantization", choices=("int8",), help="quantization of the weights")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="as of the server")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="auto", help="as of the server")
     parser.add_argument("--vocabulary", type=int, default=30000, help="upper bound of random token ids")
     options = parser.parse_args()
     os.environ.setdefault("NO_COLOR", "1")
@@ -102,10 +103,11 @@ def main() -> None:
     first, further = host_ms_of_decisions()
     share, serialising = http_share(logprobs=5), entries_ms(tokens=LONG, k=5)
     known = options.url is None or (options.model is not None and is_here(options.url))
-    weights = decode_bytes(options.model, options.quantization or options.dtype) if known else None
+    config = EngineConfig(model=options.model, dtype=options.dtype, quantization=options.quantization)
+    weights = decode_bytes(config) if known else None
     with contextlib.ExitStack() as stack:
         arguments = [*([options.model] if options.model else []), "--dtype", options.dtype]
-        arguments += ["--quantization", options.quantization] if options.quantization else []
+        arguments += ["--quantization", options.quantization]
         url = options.url or stack.enter_context(own_server(arguments)).url
         try:
             rows = asyncio.run(_collect(url, options.vocabulary))

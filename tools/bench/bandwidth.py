@@ -1,17 +1,21 @@
 """The bandwidth limit of a decode step: weight bytes / read bandwidth."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import closing
 from urllib.parse import urlsplit
 
 import jax
 import jax.numpy as jnp
 
-from model.layout import GROUP_SIZE
-from model.transformer import abstract_weights
+from model.kernels.dispatch import load_kernels
+from model.weights.loader import storage_of, stored_weights
 from model.weights.source import ModelSource, default_model_path, resolve_model
-from model.weights.weight_table import open_checkpoint
+from model.weights.weight_table import check_headers, open_checkpoint
+from serve.config.engine_config import EngineConfig
+from serve.server.model_files import resolve_dtype
 
 _BYTES = 512 << 20  # far more than any cache
 _ACCELERATOR_BYTES = 4 << 30  # large enough to hide the launch overhead
@@ -44,20 +48,16 @@ def is_here(url: str) -> bool:
     return urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
 
 
-def decode_bytes(model: str | None, weights_as: str) -> float:
-    """Return the bytes of weights that a decode step reads: all but an untied embedding.
-
-    `weights_as`: a dtype, or "int8", with one byte per element and two per group for its scale.
-    """
+def decode_bytes(config: EngineConfig) -> float:
+    """Return the bytes of weights that a decode step of a server reads: all but an untied embedding."""
+    model = config.model
     source = resolve_model(model, None) if model else ModelSource("default", default_model_path())
-    checkpoint = open_checkpoint(source)
-    try:
-        config = checkpoint.config
-    finally:
-        checkpoint.close()
-    int8 = weights_as == "int8"
-    weights = abstract_weights(config, jnp.dtype("bfloat16" if int8 else weights_as))
-    read = [leaf for path, leaf in weights.items() if config.tie_word_embeddings or path != "embed.weight"]
-    return float(
-        sum(leaf.size * (1 + 2 / GROUP_SIZE if int8 and leaf.ndim == 2 else leaf.dtype.itemsize) for leaf in read)
-    )
+    with closing(open_checkpoint(source)) as checkpoint:
+        storage = storage_of(resolve_dtype(config, checkpoint), config.stored_quantization, load_kernels())
+        stored = stored_weights(checkpoint, storage).nbytes
+        if checkpoint.config.tie_word_embeddings:
+            return stored
+        embedding = next(target for target in check_headers(checkpoint) if target.path == "embed.weight")
+        formats = storage.formats(embedding, checkpoint.names())
+        bits = formats[0].bits_per_weight if formats else 8 * storage.dtype.itemsize
+        return stored - math.prod(embedding.shape) * bits / 8

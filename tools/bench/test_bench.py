@@ -2,10 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 
 import httpx2
 import pytest
 
+from serve.config.engine_config import EngineConfig
+from tests.support.tiny_checkpoints import TinyModel
 from tools.bench.__main__ import measure, show
 from tools.bench.bandwidth import decode_bytes, is_here
 from tools.bench.host import host_ms_of_decisions, host_ms_per_step
@@ -62,10 +65,20 @@ def test_share_is_of_the_bandwidth_limit(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_decode_bytes_of_the_default_model() -> None:
-    elements = decode_bytes(None, "float32") / 4
+    elements = decode_bytes(EngineConfig(dtype="float32", quantization="none")) / 4
     assert 134e6 < elements < 135e6
-    assert decode_bytes(None, "bfloat16") / elements == pytest.approx(2, rel=1e-3)  # norms stay float32
-    assert decode_bytes(None, "int8") / elements == pytest.approx(1.0625, rel=1e-3)
+    # Norms stay float32.
+    assert decode_bytes(EngineConfig(dtype="bfloat16", quantization="none")) / elements == pytest.approx(2, rel=1e-3)
+    assert decode_bytes(EngineConfig(quantization="int8")) / elements == pytest.approx(34 / 32, rel=1e-3)
+    assert decode_bytes(EngineConfig()) / elements == pytest.approx(0.718, rel=1e-2)  # Q4_1, its embedding Q8_0
+
+
+def test_decode_bytes_leave_out_an_untied_embedding(tmp_path: Path) -> None:
+    tied, untied = (
+        decode_bytes(EngineConfig(model=str(TinyModel(tied=tied).write_gguf(tmp_path / f"{tied}.gguf", "Q8_0"))))
+        for tied in (True, False)
+    )
+    assert tied == untied > 0
 
 
 @pytest.mark.parametrize(

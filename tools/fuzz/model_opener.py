@@ -1,5 +1,6 @@
 """Open model files as a server does at start-up, as far as possible without a device, and read all weights."""
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ import numpy as np
 from compiled.shapes import make_buckets
 from model.config import ModelConfig
 from model.weights.gguf import GgufCheckpoint
+from model.weights.rows import BlockRows, Rows
 from model.weights.source import ModelSource, resolve_model
-from model.weights.weight_table import load_weights, open_checkpoint
+from model.weights.weight_table import Storage, load_weights, open_checkpoint
 from serve.config.engine_config import EngineConfig
 from serve.config.generation_config import defaults_of
 from serve.server.memory_plan import PlanError, plan_memory
@@ -60,7 +62,7 @@ class ModelOpener:
             if config not in self._planned:
                 _plan(config)
                 self._planned.add(config)
-            load_weights(checkpoint, np.dtype(np.float32), lambda _, rows: rows.read().nbytes)
+            load_weights(checkpoint, Storage(np.dtype(np.float32)), _read)
 
 
 def _check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
@@ -71,8 +73,13 @@ def _check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
     assert all(0 <= token_id < config.vocab_size for token_id in ids)
 
 
+def _read(_: str, rows: Rows | Sequence[BlockRows]) -> int:
+    """Read a weight as a server does; return its bytes."""
+    return rows.read().nbytes if isinstance(rows, Rows) else sum(run.nbytes for part in rows for run in part.runs)
+
+
 def _plan(config: ModelConfig) -> None:
     length = config.max_position_embeddings
     buckets = make_buckets(max_num_seqs=4, max_model_len=length, max_num_batched_tokens=64)
     config = replace(config.for_length(length), layers=config.layers[:2])  # planning a hundred layers takes a second
-    plan_memory(config, buckets, EngineConfig(dtype="float32"), free=_BYTES)
+    plan_memory(config, buckets, EngineConfig(dtype="float32"), weights=0, free=_BYTES)

@@ -69,10 +69,10 @@ def flops_of(computations: dict[str, Computation], computation: Computation, ins
             labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)
             outputs = kernel[labels[1].index("o")] if labels else 1
             return 2 * math.prod(dims(instruction.shape)) * math.prod(kernel) // outputs
-        case "custom-call" if _is_call_of(instruction, Target.SCORE, Target.SCORE_INT8):
+        case "custom-call" if _is_call_of(instruction, Target.SCORE):
             vocab = re.search(r"vocab = (\d+)", instruction.attributes)
             return 2 * math.prod(dims(computation[instruction.operands[0]].shape)) * int(vocab[1] if vocab else 0)
-        case "custom-call" if _is_call_of(instruction, Target.LINEAR, Target.LINEAR_INT8):
+        case "custom-call" if _is_call_of(instruction, Target.LINEAR):
             # x [M, K] and a packed weight give [M, N]: see model/kernels/cpu/operations.py.
             return 2 * math.prod(dims(instruction.shape)) * dims(computation[instruction.operands[0]].shape)[1]
     return 0

@@ -88,7 +88,8 @@ ENTRY %main (table.1: bf16[100,64], id.1: s32[1], cache.1: f32[50,64]) -> (f32[4
   %tuple.2 = (s32[], f32[4,64]{1,0}, f32[10,64]{1,0}) tuple(%number, %x.2, %w.2)
   %while.1 = (s32[], f32[4,64]{1,0}, f32[10,64]{1,0}) while(%tuple.2), condition=%condition, body=%body, metadata={op_name="jit(toy)/layer_0/attention/while"}
   %x.3 = f32[4,64]{1,0} get-tuple-element(%while.1), index=1
-  %packed = bf16[1,32,32,2]{3,2,1,0} broadcast(%number), dimensions={}
+  %packed = u32[1,2,16,32]{3,2,1,0} broadcast(%number), dimensions={}
+  %scales = u16[1,0,32]{2,1,0} constant({})
   %q = f32[4,1,6,8]{3,2,1,0} broadcast(%number), dimensions={}
   %pages = bf16[50,2,64,8]{3,2,1,0} broadcast(%number), dimensions={}
   %tables = s32[4,5]{1,0} broadcast(%number), dimensions={}
@@ -98,7 +99,7 @@ ENTRY %main (table.1: bf16[100,64], id.1: s32[1], cache.1: f32[50,64]) -> (f32[4
   %cos = f32[4,1,1,4]{3,2,1,0} broadcast(%number), dimensions={}
   %ffi_call.3 = (f32[4,1,6,8]{3,2,1,0}, bf16[50,2,64,8]{3,2,1,0}, bf16[50,2,64,8]{3,2,1,0}) custom-call(%heads, %cos, %cos, %pages, %pages, %tables, %at.1), custom_call_target="logprobd_rotate", output_to_operand_aliasing={{1}: (3, {}), {2}: (4, {})}, api_version=API_VERSION_TYPED_FFI, metadata={op_name="jit(toy)/layer_0/attention/ffi_call"}, backend_config={}
   %bf = bf16[4,64]{1,0} convert(%x.3), metadata={op_name="jit(toy)/head/convert_element_type"}
-  %ffi_call.1 = f32[4,16]{1,0} custom-call(%bf, %packed), custom_call_target="logprobd_linear", api_version=API_VERSION_TYPED_FFI, metadata={op_name="jit(toy)/head/ffi_call"}, backend_config={}
+  %ffi_call.1 = f32[4,16]{1,0} custom-call(%bf, %packed, %scales, %number), custom_call_target="logprobd_linear", api_version=API_VERSION_TYPED_FFI, metadata={op_name="jit(toy)/head/ffi_call"}, backend_config={format = "BF16"}
   %conditional.1 = f32[4,16]{1,0} conditional(%number, %ffi_call.1, %ffi_call.1), branch_computations={%branch, %branch}, metadata={op_name="jit(toy)/sample/cond"}
   %fusion.4 = s32[4,16]{1,0} fusion(%conditional.1, %ffi_call.1), kind=kLoop, calls=%compares, metadata={op_name="jit(toy)/logprobs/rank/convert_element_type"}
   %reduce.1 = s32[4]{0} reduce(%fusion.4, %number), dimensions={1}, to_apply=%adds
@@ -116,7 +117,7 @@ EXPECTED = [
     Operation("lt", "compare", "pred[]", 4 + 4 + 1, 0, "attention", 0),
     Operation("copy.1", "copy", "f32[4,64]", 2 * 4 * 64 * 4, 0, "attention", 0),
     Operation("fusion.3", "fusion", "f32[4,10]", (4 * 64 + 10 * 64 + 4 * 10) * 4, 2 * 4 * 10 * 64, "attention", 0),
-    Operation("packed", "broadcast", "bf16[1,32,32,2]", 4 + 32 * 32 * 2 * 2, 0, "head"),
+    Operation("packed", "broadcast", "u32[1,2,16,32]", 4 + 2 * 16 * 32 * 4, 0, "head"),
     Operation("q", "broadcast", "f32[4,1,6,8]", 4 + 4 * 48 * 4, 0, "attention", 0),
     Operation("pages", "broadcast", "bf16[50,2,64,8]", 4 + 50 * 2 * 64 * 8 * 2, 0, "attention", 0),
     Operation("tables", "broadcast", "s32[4,5]", 4 + 4 * 5 * 4, 0, "attention", 0),
@@ -142,7 +143,9 @@ EXPECTED = [
         0,
     ),
     Operation("bf", "convert", "bf16[4,64]", 4 * 64 * (4 + 2), 0, "head"),
-    Operation("ffi_call.1", "custom-call", "f32[4,16]", 4 * 64 * 2 + 32 * 64 * 2 + 4 * 16 * 4, 2 * 4 * 16 * 64, "head"),
+    Operation(
+        "ffi_call.1", "custom-call", "f32[4,16]", 4 * 64 * 2 + 32 * 64 * 2 + 4 + 4 * 16 * 4, 2 * 4 * 16 * 64, "head"
+    ),
     Operation("conditional.1", "conditional", "f32[4,16]", 0, 0, "sample"),
     Operation("negate.1", "negate", "f32[4,16]", 2 * 4 * 16 * 4, 0, "sample"),
     Operation("negate.1", "negate", "f32[4,16]", 2 * 4 * 16 * 4, 0, "sample"),
@@ -157,8 +160,11 @@ def test_operations_equal_a_count_by_hand() -> None:
     assert operations.operations(TEXT) == EXPECTED
 
 
-def test_operations_of_int8_equal_bfloat16() -> None:
-    assert operations.operations(TEXT.replace('"logprobd_linear"', '"logprobd_linear_int8"')) == EXPECTED
+def test_product_of_fewer_bits_reads_fewer_bytes() -> None:
+    """Q4_0: four words a block instead of 16, and as many flops."""
+    text = TEXT.replace("u32[1,2,16,32]", "u32[1,2,4,32]").replace("u16[1,0,32]", "u16[1,2,32]")
+    (call,) = (operation for operation in operations.operations(text) if operation.name == "ffi_call.1")
+    assert (call.bytes, call.flops) == (4 * 64 * 2 + 2 * 32 * (16 + 2) + 4 + 4 * 16 * 4, 2 * 4 * 16 * 64)
 
 
 # Output of a TPU's compiler: weights prefetched into on-chip memory S(1), products as convolutions, a kernel; and a
@@ -232,7 +238,7 @@ def test_widest_axis(shape: str, widest: int) -> None:
 
 def test_by_scope_totals() -> None:
     totals = operations.by_scope(operations.operations(TEXT))
-    assert totals["head"] == Totals(1536 + 4864 + 4100, 8192)  # the packed weight counts for its user
+    assert totals["head"] == Totals(1536 + 4868 + 4100, 8192)  # the packed weight counts for its user
     assert sum(total.bytes for total in totals.values()) == sum(operation.bytes for operation in EXPECTED)
     assert list(totals) == sorted(totals, key=lambda scope: -totals[scope].bytes)
 

@@ -17,10 +17,10 @@ import numpy as np
 
 from compiled.shapes import Buckets
 from model.config_hf import config_from_hf
-from model.kernels import cpu
+from model.formats import FORMATS
 from model.kernels.dispatch import load_kernels
+from model.packed import pack
 from model.transformer import BoundModel, abstract_weights, bind
-from model.weights.rows import Int8Array
 from tests.support.tiny import tiny_configs
 from tools.hlo import operations
 from tools.portability.__main__ import Rejection, Report, reports
@@ -32,6 +32,7 @@ PAGES = 4097  # with fewer, XLA chooses another layout of pages
 # One layer is enough: all are compiled alike.
 SIZES = {"vocab_size": V, "head_dim": 64, "num_hidden_layers": 1}
 _FORWARD = ("decode_4", "prefill_16")
+_WIDE = {"hidden_size": 1024, "vocab_size": 65536}
 _LIKE_V5E = ("v5p:1x1x1", "v6e:1x1")
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 
@@ -44,12 +45,12 @@ class Case:
     changes: dict[str, Any] = field(default_factory=dict)  # of config.json
     dtype: str = "bfloat16"
     kv_dtype: str = ""  # of cached keys and values; empty: dtype
-    int8: bool = False
+    quantization: str = ""  # a block format
     only: tuple[str, ...] = ()  # programs; empty: all
 
 
 # Every target, most with every program, then special cases: sizes that are no multiple of lanes, large heads, float32
-# weights or cache, int8, an older GPU, several GPUs.
+# weights or cache, block formats, an older GPU, several GPUs.
 CASES: dict[str, Case] = {
     **{target: Case(target, only=_FORWARD if target in _LIKE_V5E else ()) for target in DEFAULT_TARGETS},
     "odd sizes": Case("v5e:1x1", {"hidden_size": 576}, only=("prefill_16", "score_16")),
@@ -60,8 +61,10 @@ CASES: dict[str, Case] = {
     "float32 cache": Case("v5e:1x1", kv_dtype="float32", only=("decode_4",)),
     "large heads": Case("v6e:1x1", {"head_dim": 256}, only=("decode_4",)),
     "large heads, a100": Case("a100", {"head_dim": 256}, only=_FORWARD),
-    "int8": Case("v5e:1x1", {"hidden_size": 1024, "vocab_size": 65536}, int8=True, only=("score_16",)),
-    "int8, h100": Case("h100", {"hidden_size": 1024, "vocab_size": 65536}, int8=True, only=("score_16",)),
+    "Q8_0": Case("v5e:1x1", _WIDE, quantization="Q8_0", only=("score_16",)),
+    "Q8_0, h100": Case("h100", _WIDE, quantization="Q8_0", only=("score_16",)),
+    "Q4_K": Case("v5e:1x1", _WIDE, dtype="float32", quantization="Q4_K", only=("score_16",)),
+    "Q4_K, h100": Case("h100", _WIDE, dtype="float32", quantization="Q4_K", only=("score_16",)),
     "two gpus": Case("h100:2", only=("decode_4", "score_16")),
 }
 
@@ -70,19 +73,18 @@ def model_of(case: Case) -> BoundModel:
     """Return an abstract model."""
     config = config_from_hf(tiny_configs()["llama"] | SIZES | case.changes)
     mesh = mesh_of(case.target)
-    if not case.int8:
+    if not case.quantization:
         model = abstract_model(config, case.dtype, mesh)
         return replace(model, kv_dtype=jnp.dtype(case.kv_dtype or case.dtype))
     dtype = jnp.dtype(case.dtype)
     weights = abstract_weights(config, dtype).items()
-    int8 = {path: _int8(leaf) if leaf.ndim == 2 else leaf for path, leaf in weights}
-    return bind(config, dtype, int8, load_kernels(), mesh)
+    packed = {path: _packed(leaf, case.quantization) if leaf.ndim == 2 else leaf for path, leaf in weights}
+    return bind(config, dtype, packed, load_kernels(), mesh)
 
 
-def _int8(leaf: Any) -> Any:
+def _packed(leaf: Any, name: str) -> Any:
     n, k = leaf.shape
-    rows = Int8Array(np.zeros((32, k), np.int8), np.zeros((32, -(-k // 32)), np.float16))
-    like = cpu.pack_int8(rows.values.shape, [rows])
+    like = pack((32, k), FORMATS[name], [np.zeros((32, FORMATS[name].nbytes(1, k)), np.uint8)])
     blocks = -(-n // 32)
     packed = jax.tree.map(lambda array: leaf.update(shape=(blocks, *array.shape[1:]), dtype=array.dtype), like)
     return replace(packed, n=n)

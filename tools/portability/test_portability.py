@@ -79,7 +79,7 @@ def test_attention_uses_the_platforms_kernel(facts: Any, case: str) -> None:
 
 
 @needs_compilers
-@pytest.mark.parametrize("case", [name for name, case in CASES.items() if not case.int8])
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if not case.quantization])
 def test_cache_is_updated_in_place(facts: Any, case: str) -> None:
     """No page is copied or transposed."""
     joined = CASES[case].target in TPUS and case not in IN_XLA
@@ -117,8 +117,8 @@ def test_four_chips_share_weights_and_cache(facts: Any) -> None:
 
 
 @needs_compilers
-@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.int8])
-def test_int8_weights_are_never_dequantized_as_a_whole(facts: Any, case: str) -> None:
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.quantization])
+def test_packed_weights_are_never_dequantized_as_a_whole(facts: Any, case: str) -> None:
     fact = facts[case]["score_16"]
     assert fact["bytes"][2] < 65_536 * 1024  # a quarter of the head in float32
 

@@ -5,20 +5,13 @@ They know arrays, not models. Their functions may be called once `load_library()
 
 from model.kernels.cpu.library import CpuKernels as CpuKernels
 from model.kernels.cpu.library import load_library as load_library
-from model.kernels.cpu.operations import Packed as Packed
-from model.kernels.cpu.operations import PackedInt8 as PackedInt8
-from model.kernels.cpu.operations import PackedWeight as PackedWeight
 from model.kernels.cpu.operations import attend as attend
 from model.kernels.cpu.operations import geglu as geglu
 from model.kernels.cpu.operations import linear as linear
 from model.kernels.cpu.operations import normalizer as normalizer
-from model.kernels.cpu.operations import pack as pack
-from model.kernels.cpu.operations import pack_int8 as pack_int8
 from model.kernels.cpu.operations import rms_norm as rms_norm
 from model.kernels.cpu.operations import rotate_and_store as rotate_and_store
 from model.kernels.cpu.operations import score as score
 from model.kernels.cpu.operations import soft_cap as soft_cap
 from model.kernels.cpu.operations import swiglu as swiglu
 from model.kernels.cpu.operations import token_logprobs as token_logprobs
-from model.kernels.cpu.operations import unpack as unpack
-from model.kernels.cpu.operations import unpack_rows as unpack_rows

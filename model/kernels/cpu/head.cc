@@ -10,6 +10,7 @@
 
 #include "handlers.h"
 #include "parallel.h"
+#include "product.h"
 #include "rows.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -78,16 +79,17 @@ ffi::Error FromLogits(ffi::ThreadPool pool, F32 logits, S32 ids, S32 requested_i
 
 // The head's product.
 struct Head {
-  Problem product;
-  TileTable tiles;
+  Product product;
   float cap;  // bound of the logits, 0 = none
 };
 
-// Computes the logits [M, count] of all rows in columns [first, first + count), by the tiles of the linear kernel.
-void Logits(const Head& head, int64_t first, int64_t count, float* y) {
-  const Problem part = Columns(head.product, first, count, y);
-  for (int64_t block = 0; block < part.blocks; ++block) Compute(part, head.tiles, block, block + 1 < part.blocks);
-  if (head.cap > 0) SoftCapRow(y, head.cap, part.m * count, y);
+// Computes the logits [M, count] of rows [row, row + m) in columns [first, first + count), by the linear kernel's panels.
+void Logits(const Head& head, int64_t row, int64_t m, int64_t first, int64_t count, float* y) {
+  Problem part = Columns(head.product.problem, first, count, y);
+  part.m = m;
+  part.x = static_cast<const char*>(part.x) + row * part.x_stride * head.product.x_bytes;
+  head.product.panel(part, 0, (count + kColumns - 1) / kColumns);
+  if (head.cap > 0) SoftCapRow(y, head.cap, m * count, y);
 }
 
 struct RowToken {
@@ -112,12 +114,9 @@ bool ComputeTokenLogits(ffi::ThreadPool pool, const std::shared_ptr<Accumulator>
     for (int64_t i = from; i < to; ++i) {
       const std::vector<RowToken>& tokens = (*blocks)[static_cast<size_t>(i)];
       const int64_t first = tokens.front().token->id / kColumns * kColumns, row = tokens.front().row;
-      const int64_t columns = std::min(kColumns, head.product.n - first);
-      Head part = head;
-      part.product.x += row * head.product.k;
-      part.product.m = tokens.back().row - row + 1;
-      std::vector<float> y(static_cast<size_t>(part.product.m * columns));
-      Logits(part, first, columns, y.data());
+      const int64_t columns = std::min(kColumns, head.product.problem.n - first), m = tokens.back().row - row + 1;
+      std::vector<float> y(static_cast<size_t>(m * columns));
+      Logits(head, row, m, first, columns, y.data());
       for (const RowToken& entry : tokens) {
         entry.token->logit = y[static_cast<size_t>((entry.row - row) * columns + entry.token->id - first)];
       }
@@ -125,43 +124,39 @@ bool ComputeTokenLogits(ffi::ThreadPool pool, const std::shared_ptr<Accumulator>
   });
 }
 
-ffi::Error Score(TileTable tiles, ffi::ThreadPool pool, Bf16 hidden, const Weight& weight, S32 ids, S32 requested_ids,
-                 Live live, ffi::RemainingRets results, int64_t vocab, float cap) {
-  const auto xs = hidden.dimensions();
-  if (xs.size() != 2 || !weight.Fits(vocab, xs[1])) {
-    return ffi::Error::InvalidArgument("score takes hidden [M, K] and a packed weight [V, K]");
-  }
-  const auto outputs = MakeOutputs(xs[0], vocab, ids, requested_ids, live, results);
-  if (!outputs) return ffi::Error::InvalidArgument("score takes ids [M], requested ids [M, B], top k of V at most");
-  const int64_t rows = outputs->rows;
-  if (rows == 0) return ffi::Error::Success();
-  auto accumulator = std::make_shared<Accumulator>(*outputs);
-  const Head head = {weight.MakeProblem(hidden.typed_data(), nullptr, false, rows, vocab, xs[1]), tiles, cap};
-  if (!ComputeTokenLogits(pool, accumulator, head)) return Outcome(false);
-  return Outcome(ComputeTokenLogprobs(pool, accumulator, [head, rows](int64_t panel, int64_t count, auto accumulate) {
-    std::vector<float> logits(static_cast<size_t>(rows * count));
-    Logits(head, panel * kPanel, count, logits.data());
-    for (int64_t r = 0; r < rows; ++r) accumulate(r, logits.data() + r * count);
-  }));
-}
-
-ffi::Error FromHidden(ffi::ThreadPool pool, Bf16 hidden, Bf16 w, S32 ids, S32 requested_ids, Live live,
-                      ffi::RemainingRets results, int64_t vocab, float cap) {
-  return Score(FastestTiles(), pool, hidden, PairsOf(w), ids, requested_ids, live, results, vocab, cap);
-}
-
-ffi::Error FromHiddenInt8(ffi::ThreadPool pool, Bf16 hidden, S8 w, F16 scales, S32 ids, S32 requested_ids, Live live,
-                          ffi::RemainingRets results, int64_t vocab, float cap) {
-  return Score(Int8Tiles(), pool, hidden, Int8Of(w, scales), ids, requested_ids, live, results, vocab, cap);
+ffi::Error FromHidden(ffi::ThreadPool pool, ffi::AnyBuffer hidden, U32 words, ffi::AnyBuffer scales, S32 ids,
+                      S32 requested_ids, Live live, ffi::RemainingRets results, int64_t vocab, float cap,
+                      std::string_view format) {
+  return Guarded([&]() -> ffi::Error {
+    const auto xs = hidden.dimensions();
+    std::optional<Product> product;
+    if (xs.size() == 2) {
+      const int64_t rows = std::clamp<int64_t>(*live.typed_data(), 0, xs[0]);
+      product = MakeProduct(hidden, {words, scales, format}, rows, vocab);
+    }
+    if (!product) return ffi::Error::InvalidArgument("score takes hidden [M, K] and a packed weight [V, K]");
+    const auto outputs = MakeOutputs(xs[0], vocab, ids, requested_ids, live, results);
+    if (!outputs) return ffi::Error::InvalidArgument("score takes ids [M], requested ids [M, B], top k of V at most");
+    const int64_t rows = outputs->rows;
+    if (rows == 0) return ffi::Error::Success();
+    auto accumulator = std::make_shared<Accumulator>(*outputs);
+    const Head head = {*product, cap};
+    if (!ComputeTokenLogits(pool, accumulator, head)) return Outcome(false);
+    return Outcome(ComputeTokenLogprobs(pool, accumulator, [head, rows](int64_t panel, int64_t count, auto accumulate) {
+      std::vector<float> logits(static_cast<size_t>(rows * count));
+      Logits(head, 0, rows, panel * kPanel, count, logits.data());
+      for (int64_t r = 0; r < rows; ++r) accumulate(r, logits.data() + r * count);
+    }));
+  });
 }
 
 }  // namespace
 
 // The results, in order: log-prob, rank, top ids, top log-probs, requested log-probs, requested ranks, normalizer.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_logprobs, FromLogits, (Bind<F32, S32, S32, Live>().RemainingRets()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    logprobd_score, FromHidden,
-    (Bind<Bf16, Bf16, S32, S32, Live>().RemainingRets().Attr<int64_t>("vocab").Attr<float>("cap")));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    logprobd_score_int8, FromHiddenInt8,
-    (Bind<Bf16, S8, F16, S32, S32, Live>().RemainingRets().Attr<int64_t>("vocab").Attr<float>("cap")));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_score, FromHidden,
+                              (Bind<ffi::AnyBuffer, U32, ffi::AnyBuffer, S32, S32, Live>()
+                                   .RemainingRets()
+                                   .Attr<int64_t>("vocab")
+                                   .Attr<float>("cap")
+                                   .Attr<std::string_view>("format")));

@@ -4,14 +4,13 @@
 
 #include <cstdint>
 
-#if !defined(LOGPROBD_PAGE_SIZE) || !defined(LOGPROBD_GROUP_SIZE) || !defined(LOGPROBD_COLUMN_BLOCK)
+#if !defined(LOGPROBD_PAGE_SIZE) || !defined(LOGPROBD_COLUMN_BLOCK)
 #error "compile with FLAGS of library.py"
 #endif
 
 namespace logprobd {
 
 constexpr int64_t kPage = LOGPROBD_PAGE_SIZE;        // S, tokens of a page
-constexpr int64_t kGroup = LOGPROBD_GROUP_SIZE;      // elements of K that share a scale
 constexpr int64_t kColumns = LOGPROBD_COLUMN_BLOCK;  // output columns in a block of W
 
 }  // namespace logprobd

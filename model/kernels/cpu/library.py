@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import jaxlib.version
 
-from model.layout import COLUMN_BLOCK, GROUP_SIZE, PAGE_SIZE
+from model.layout import COLUMN_BLOCK, PAGE_SIZE
 from model.private_files import is_private
 
 
@@ -19,7 +19,6 @@ class Target(StrEnum):
     """Names of the kernels in the library and in compiled programs."""
 
     LINEAR = "logprobd_linear"
-    LINEAR_INT8 = "logprobd_linear_int8"
     ATTENTION = "logprobd_attention"
     NORM = "logprobd_norm"
     SWIGLU = "logprobd_swiglu"
@@ -28,7 +27,6 @@ class Target(StrEnum):
     ROTATE = "logprobd_rotate"
     LOGPROBS = "logprobd_logprobs"
     SCORE = "logprobd_score"
-    SCORE_INT8 = "logprobd_score_int8"
 
 
 # Instruction sets, the best first, and their compiler flags: a library is built for each.
@@ -42,7 +40,6 @@ INSTRUCTION_SETS = {
 FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off"),
     f"-DLOGPROBD_PAGE_SIZE={PAGE_SIZE}",
-    f"-DLOGPROBD_GROUP_SIZE={GROUP_SIZE}",
     f"-DLOGPROBD_COLUMN_BLOCK={COLUMN_BLOCK}",
 )
 FOLDER = Path(__file__).parent

@@ -1,149 +1,43 @@
-"""Calls of the kernels, and the packed weights that they read: in their order, bfloat16 or int8 with scales.
+"""Calls of the kernels.
 
 A token has the same bits in every batch and chunk. Rows from `live` ([] int32) on are padding and give zeros.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
-from numpy.typing import NDArray
 
 from model.kernels import ScoreOptions
 from model.kernels.cpu.library import Target
-from model.layout import COLUMN_BLOCK, GROUP_SIZE
+from model.packed import PackedWeight
 from model.token_logprobs import TokenLogprobs
-from model.weights.rows import Int8Array, aligned_empty
 
 jax.tree_util.register_dataclass(TokenLogprobs)  # its own module imports no jax
 
-_BF16 = np.dtype(ml_dtypes.bfloat16)
 
+def linear(x: Array, weight: PackedWeight, live: Array | None = None) -> Array:
+    """y [M, n] float32 = x [M, k] times the weight transposed, summed in float32 in the order stated in tiles.h.
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PackedWeight:
-    """A weight [n, k] packed as `data` [ceil(n/32), ceil(k/2), 32, 2] bfloat16, padded with zeros.
-
-    Element [i, j] is data[i // 32, j // 2, i % 32, j % 2].
-    """
-
-    data: Array
-    n: int = field(metadata={"static": True})
-    k: int = field(metadata={"static": True})
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PackedInt8:
-    """A weight [n, k] as int8 with a float16 scale for each 32 of a row: the values of GGUF's Q8_0.
-
-    `data` [ceil(n/32), ceil(k/32) * 32, 32] int8 and `scales` [ceil(n/32), ceil(k/32), 32] float16, padded with zeros:
-    element [i, j] is data[i // 32, j, i % 32] * scales[i // 32, j // 32, i % 32].
-    """
-
-    data: Array
-    scales: Array
-    n: int = field(metadata={"static": True})
-    k: int = field(metadata={"static": True})
-
-
-type Packed = PackedWeight | PackedInt8
-
-
-def pack(shape: tuple[int, ...], runs: Iterable[NDArray[Any]]) -> PackedWeight:
-    """Pack a weight [n, k] that comes in runs of rows, rounded to bfloat16 if it is wider."""
-    n, k = shape
-    # A pair moves as one 32-bit word.
-    words, block = aligned_empty((-(-n // COLUMN_BLOCK), (k + 1) // 2, COLUMN_BLOCK), np.uint32), 0
-    for rows in _column_blocks(runs):
-        pairs = np.ascontiguousarray(_padded(rows.astype(_BF16, copy=False), 0, k % 2)).view(np.uint32)
-        blocks = pairs.reshape(-1, COLUMN_BLOCK, words.shape[1])
-        words[block : block + len(blocks)] = blocks.transpose(0, 2, 1)
-        block += len(blocks)
-    return PackedWeight(jax.device_put(words.view(_BF16).reshape(*words.shape, 2)), n, k)
-
-
-def pack_int8(shape: tuple[int, ...], runs: Iterable[Int8Array]) -> PackedInt8:
-    """Pack a weight [n, k] that comes in runs of rows; only the order of its values changes."""
-    n, k = shape
-    groups = -(-k // GROUP_SIZE)
-    data = aligned_empty((-(-n // COLUMN_BLOCK), groups * GROUP_SIZE, COLUMN_BLOCK), np.int8)
-    scales, block = aligned_empty((data.shape[0], groups, COLUMN_BLOCK), np.float16), 0
-    for joined in _column_blocks(run.joined() for run in runs):
-        rows = Int8Array.split(joined, k)
-        padded = _padded(rows.values, 0, -k % GROUP_SIZE).reshape(-1, COLUMN_BLOCK, groups * GROUP_SIZE)
-        data[block : block + len(padded)] = padded.transpose(0, 2, 1)
-        scales[block : block + len(padded)] = rows.scales.reshape(-1, COLUMN_BLOCK, groups).transpose(0, 2, 1)
-        block += len(padded)
-    return PackedInt8(jax.device_put(data), jax.device_put(scales), n, k)
-
-
-def _column_blocks(runs: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
-    """The rows in runs of full column blocks; the last block is padded with zeros."""
-    remainder: NDArray[Any] | None = None
-    for run in runs:
-        rows = run if remainder is None else np.concatenate([remainder, run])
-        full = len(rows) // COLUMN_BLOCK * COLUMN_BLOCK
-        if full:
-            yield rows[:full]
-        remainder = rows[full:] if full < len(rows) else None
-    if remainder is not None:
-        yield _padded(remainder, -len(remainder) % COLUMN_BLOCK, 0)
-
-
-def _padded(array: NDArray[Any], rows: int, columns: int) -> NDArray[Any]:
-    return np.pad(array, ((0, rows), (0, columns))) if rows or columns else array
-
-
-def unpack_rows(weight: Packed, rows: Array) -> Array:
-    """Rows `rows` [M] int32 (each in 0 .. n-1) of the weight, exact: [M, k], bfloat16, or float32 of an int8 weight."""
-    block, column = rows // COLUMN_BLOCK, rows % COLUMN_BLOCK
-    if isinstance(weight, PackedWeight):
-        return weight.data[block, :, column].reshape(rows.shape[0], -1)[:, : weight.k]
-    values = weight.data[block, :, column].astype(jnp.float32)  # [M, k padded]
-    scales = weight.scales[block, :, column].astype(jnp.float32)
-    scaled = values.reshape(rows.shape[0], -1, GROUP_SIZE) * scales[:, :, None]
-    return scaled.reshape(rows.shape[0], -1)[:, : weight.k]
-
-
-def unpack(weight: Packed) -> Array:
-    """The full weight [n, k], of the dtype of `unpack_rows`."""
-    blocks = weight.data.shape[0]
-    if isinstance(weight, PackedWeight):
-        rows = weight.data.transpose(0, 2, 1, 3)  # [B, 32, k/2, 2]
-    else:
-        values = weight.data.astype(jnp.float32).reshape(blocks, -1, GROUP_SIZE, COLUMN_BLOCK)
-        rows = (values * weight.scales.astype(jnp.float32)[:, :, None]).transpose(0, 3, 1, 2)  # [B, 32, groups, 32]
-    return rows.reshape(blocks * COLUMN_BLOCK, -1)[: weight.n, : weight.k]
-
-
-def linear(x: Array, weight: Packed, live: Array | None = None, *, dtype: DTypeLike = jnp.float32) -> Array:
-    """y [M, n] = x [M, k] bfloat16 times the weight transposed, summed in float32 in the order stated in tiles.h.
-
-    A row of y has the same bits for every M. Rows from `live` ([] int32, None = M) on are padding: they are not
-    computed, and y is zero there. A bfloat16 y is the float32 result rounded to nearest even.
+    x is float32, or bfloat16 if the weight is, too. A row of y has the same bits for every M. Rows from `live`
+    ([] int32, None = M) on are padding: they are not computed, and y is zero there.
 
     Raises:
         TypeError, ValueError: x has another dtype or width.
     """
     _check_input(x, weight)
     live = jnp.int32(x.shape[0]) if live is None else live
-    target = Target.LINEAR if isinstance(weight, PackedWeight) else Target.LINEAR_INT8
-    call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((x.shape[0], weight.n), dtype))
-    return call(x, *jax.tree.leaves(weight), live)
+    call = jax.ffi.ffi_call(Target.LINEAR, jax.ShapeDtypeStruct((x.shape[0], weight.n), jnp.float32))
+    return call(x, weight.words, weight.scales, live, format=weight.format.name)
 
 
-def _check_input(x: Array, weight: Packed) -> None:
-    """Raise TypeError or ValueError unless x is [M, k] bfloat16."""
-    if x.dtype != jnp.bfloat16:
-        raise TypeError(f"x is {x.dtype}, not bfloat16")
+def _check_input(x: Array, weight: PackedWeight) -> None:
+    """Raise TypeError or ValueError unless x [M, k] suits the weight."""
+    if x.dtype != jnp.float32 and not (x.dtype == jnp.bfloat16 and weight.format.name == "BF16"):
+        raise TypeError(f"x is {x.dtype}, the weight {weight.format.name}")
     if x.ndim != 2 or x.shape[1] != weight.k:
         raise ValueError(f"x has shape {x.shape}, not [M, {weight.k}]")
 
@@ -216,9 +110,9 @@ def normalizer(logits: Array, live: Array) -> Array:
 
 
 def score(
-    hidden: Array, weight: Packed, ids: Array, requested_ids: Array, live: Array, *, k: int, cap: float = 0.0
+    hidden: Array, weight: PackedWeight, ids: Array, requested_ids: Array, live: Array, *, k: int, cap: float = 0.0
 ) -> TokenLogprobs:
-    """`token_logprobs` of the logits hidden [R, K] bfloat16 times weight transposed, to the last bit.
+    """`token_logprobs` of the logits `linear(hidden, weight)` of hidden [R, K], to the last bit.
 
     No full row of logits is stored: a thread holds 1,024 columns at a time. A positive `cap` bounds the logits as
     `soft_cap` does.
@@ -227,9 +121,9 @@ def score(
         TypeError, ValueError: hidden has another dtype or width.
     """
     _check_input(hidden, weight)
-    call = _call(Target.SCORE if isinstance(weight, PackedWeight) else Target.SCORE_INT8, requested_ids, k)
-    attributes = {"vocab": np.int64(weight.n), "cap": np.float32(cap)}
-    return TokenLogprobs(*call(hidden, *jax.tree.leaves(weight), ids, requested_ids, live, **attributes)[:-1])
+    call = _call(Target.SCORE, requested_ids, k)
+    attributes = {"vocab": np.int64(weight.n), "cap": np.float32(cap), "format": weight.format.name}
+    return TokenLogprobs(*call(hidden, weight.words, weight.scales, ids, requested_ids, live, **attributes)[:-1])
 
 
 def _call(target: str, requested_ids: Array, k: int) -> Callable[..., Sequence[Array]]:

@@ -1,270 +1,261 @@
-// The arithmetic of linear.cc: one tile of y = x W^T, some rows by 32 columns.
-//
-// A bfloat16 W is packed as [ceil(N/32)][ceil(K/2)][32][2]: blocks of 32 output columns, and in a block the pairs of K
-// in order, so that one 64-byte load holds one pair for 16 columns. int8 is stored as
-// [ceil(N/32)][ceil(K/32) * 32][32] with float16 scales [ceil(N/32)][ceil(K/32)][32]. Columns and K are padded with
-// zeros; x is row-major, as in XLA.
+// The arithmetic of linear.cc: y = x W^T for a packed W (formats.h), some blocks of 32 output columns at a time.
 //
 // Determinism: an output is one float32 accumulator over K in one fixed order, so a row has the same bits for every M,
-// every split over threads and every position in the batch, and on every CPU. For bfloat16 the order is that of
-// vdpbf16ps: pairs ascend, and a pair (a, b) adds its second element first, acc = fma(xb, wb, acc), then
-// acc = fma(xa, wa, acc). int8 is widened and scaled, which is exact (8 bits times float16's 11), then K ascends one by
-// one. Each step rounds once, to nearest even; denormal inputs and results count as zero.
+// every split over threads and every position in the batch, and on every CPU. Each weight is first rounded to its
+// float32 value; then acc = fma(x, w, acc), K ascending. If x is bfloat16, as W is, the order is that of vdpbf16ps: pairs
+// of K ascend, and a pair adds its second element first. Each step rounds once, to nearest even; denormal inputs and
+// results count as zero.
 
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <utility>
 
+#include "formats.h"
 #include "layout.h"
 #include "vectors.h"
 
 namespace LOGPROBD_NAMESPACE {
 
-constexpr int64_t kPair = 2 * kColumns;  // elements of W per pair of K in a block: two cache lines of bfloat16
-constexpr int64_t kAhead = 4096;         // 16-bit elements of W, 8 KiB: prefetch distance of a single tile
-constexpr int64_t kChunk = 256;          // elements of K whose x and W fit into the first-level cache together
-static_assert(kColumns == 2 * kLanes && kChunk % kGroup == 0);
+constexpr int64_t kChunk = 128;    // elements of K whose weights are unpacked at once, into the first-level cache
+constexpr int kFewRows = 4;        // up to so many rows use each weight right after it is unpacked
+constexpr int64_t kAhead = 512;    // elements of K: how far few rows prefetch
+constexpr int64_t kCachedRows = 64;  // so many rows of x stay in the second-level cache
+static_assert(kColumns == 2 * kLanes && kChunk % kStep == 0);
 
 struct Problem {
-  const uint16_t* x;
-  const uint16_t* w;       // bfloat16, or two int8
-  const uint16_t* scales;  // float16 of int8 weights
-  void* y;
-  bool bf16;  // y is bfloat16, else float32
-  int64_t m, n, k, blocks;
-  int64_t stride;  // of a block of w, in elements of 16 bits
+  const void* x;          // [m, k], rows x_stride apart: float32, with zeros up to a multiple of kStep, or bfloat16
+  const uint32_t* words;  // of W, as in formats.h
+  const void* scales;
+  float* y;  // [m, n]
+  int64_t m, n, k, x_stride;
+  int64_t block_words, block_scales, scale_bytes;  // words and scales of a block of columns; size of a scale
 };
-
-inline int64_t Groups(const Problem& p) { return (p.k + kGroup - 1) / kGroup; }
 
 // The part of a problem with columns [first, first + count), `first` at the beginning of a block, and y [M, count].
 inline Problem Columns(const Problem& full, int64_t first, int64_t count, float* y) {
   const int64_t block = first / kColumns;
   Problem part = full;
-  part.w += block * full.stride;
-  if (full.scales != nullptr) part.scales += block * Groups(full) * kColumns;
+  part.words += block * full.block_words;
+  part.scales = static_cast<const char*>(full.scales) + block * full.block_scales * full.scale_bytes;
   part.y = y;
-  part.bf16 = false;
   part.n = count;
-  part.blocks = (count + kColumns - 1) / kColumns;
   return part;
 }
 
-// Position of a tile, and the two streams of cache lines to prefetch meanwhile.
-struct Place {
-  int64_t row, block;
-  const uint16_t* ahead[2];
-};
+// Computes all rows of y for blocks [first, last) of columns.
+using Panel = void (*)(const Problem& problem, int64_t first, int64_t last);
 
-using Tile = void (*)(const Problem& problem, const Place& place);
-using TileTable = const Tile*;  // [rows - 1]
+// 16 columns of W from the half `half` of a block of columns on, at element k of K.
+template <class Format>
+struct Position {
+  const uint32_t* words;
+  const typename Format::Scales* scales = nullptr;
+  int64_t group, quad;  // of the block of K
 
-// The following classes read W pair by pair of K, for kHalves times 16 columns from the half `half` of a block, and add
-// the product with a pair of one row of x to the row's accumulators. NextRun loads what the pairs of a run share.
-
-// bfloat16: widened to float32, two multiply-adds per pair. Intel runs four of them in the time of one vdpbf16ps (a
-// Xeon of family 6, model 207: 165 against 80 GFLOP/s per core).
-template <int kHalves>
-class FusedBf16 {
- public:
-  using X = float;
-  static constexpr int64_t kPairsOfTwoLines = 1, kRun = kChunk;
-
-  FusedBf16(const Problem& p, int64_t block, int64_t half) : w_(p.w + block * p.stride + half * kColumns) {}
-
-  static LOGPROBD_INLINE void Stage(X* to, const uint16_t* x, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLanes) Store(to + i, LoadSome(x + i, count - i));
-  }
-  LOGPROBD_INLINE void NextRun() {}
-  LOGPROBD_INLINE void NextPair() {
-    for (int h = 0; h < kHalves; ++h) pair_[h] = LoadPairs(w_ + h * kColumns);
-    w_ += kPair;
-  }
-  LOGPROBD_INLINE void AddTo(Floats (&acc)[kHalves], const X* x) const {
-    const Floats second = Fill(x[1]);
-    for (int h = 0; h < kHalves; ++h) acc[h] = Fma(second, pair_[h].second, acc[h]);
-    const Floats first = Fill(x[0]);
-    for (int h = 0; h < kHalves; ++h) acc[h] = Fma(first, pair_[h].first, acc[h]);
-  }
-
- private:
-  const uint16_t* w_;
-  Pairs pair_[kHalves];
-};
-
-template <int kHalves>
-class FusedInt8 {
- public:
-  using X = float;
-  static constexpr int64_t kPairsOfTwoLines = 2, kRun = kGroup;
-
-  FusedInt8(const Problem& p, int64_t block, int64_t half)
-      : w_(reinterpret_cast<const int8_t*>(p.w + block * p.stride) + half * kLanes),
-        scales_(p.scales + block * Groups(p) * kColumns + half * kLanes) {}
-
-  static LOGPROBD_INLINE void Stage(X* to, const uint16_t* x, int64_t count) {
-    FusedBf16<kHalves>::Stage(to, x, count);
-  }
-  LOGPROBD_INLINE void NextRun() {
-    for (int h = 0; h < kHalves; ++h) scale_[h] = LoadFloat16(scales_ + h * kLanes);
-    scales_ += kColumns;
-  }
-  LOGPROBD_INLINE void NextPair() {
-    for (int h = 0; h < kHalves; ++h) {
-      pair_[h] = {Mul(LoadInt8(w_ + h * kLanes), scale_[h]), Mul(LoadInt8(w_ + kColumns + h * kLanes), scale_[h])};
+  LOGPROBD_INLINE Position(const Problem& p, int64_t block, int64_t half, int64_t k)
+      : group(k % Format::kBlock / Format::kGroup), quad(k % Format::kBlock / 4) {
+    const int64_t in_k = k / Format::kBlock;
+    words = p.words + block * p.block_words + in_k * Format::kWords * kColumns + half * kLanes;
+    if constexpr (Format::kScaleBytes > 0) {
+      const auto* all = static_cast<const typename Format::Scales*>(p.scales);
+      scales = all + block * p.block_scales + in_k * kColumns + half * kLanes;
     }
-    w_ += 2 * kColumns;
   }
-  LOGPROBD_INLINE void AddTo(Floats (&acc)[kHalves], const X* x) const {
-    const Floats first = Fill(x[0]);
-    for (int h = 0; h < kHalves; ++h) acc[h] = Fma(first, pair_[h].first, acc[h]);
-    const Floats second = Fill(x[1]);
-    for (int h = 0; h < kHalves; ++h) acc[h] = Fma(second, pair_[h].second, acc[h]);
-  }
-
- private:
-  const int8_t* w_;
-  const uint16_t* scales_;
-  Floats scale_[kHalves];
-  Pairs pair_[kHalves];
 };
 
-#if defined(__AVX512F__)
-
-// AVX512_BF16: one instruction per pair. Fastest if it runs at the rate of a fused multiply-add (AMD since Zen 4), and
-// for one row, which is bound by memory and by the latency of its accumulator.
-template <int kHalves>
-class DotBf16 {
- public:
-  using X = uint16_t;
-  static constexpr int64_t kPairsOfTwoLines = 1, kRun = kChunk;
-
-  DotBf16(const Problem& p, int64_t block, int64_t half) : w_(p.w + block * p.stride + half * kColumns) {}
-
-  static LOGPROBD_INLINE void Stage(X* to, const uint16_t* x, int64_t count) {
-    std::memcpy(to, x, static_cast<size_t>(count) * sizeof(X));
-    if (count % 2 != 0) to[count] = 0;
-  }
-  LOGPROBD_INLINE void NextRun() {}
-  LOGPROBD_INLINE void NextPair() {
-    for (int h = 0; h < kHalves; ++h) pair_[h] = _mm512_loadu_ps(w_ + h * kColumns);
-    w_ += kPair;
-  }
-  LOGPROBD_INLINE void AddTo(Floats (&acc)[kHalves], const X* x) const {
-    int32_t bits;
-    std::memcpy(&bits, x, sizeof bits);
-    const __m512i both = _mm512_set1_epi32(bits);
-    // Inline assembly: the library needs no separate build with this instruction set.
-    for (int h = 0; h < kHalves; ++h) __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc[h]) : "v"(pair_[h]), "v"(both));
-  }
-
- private:
-  const uint16_t* w_;
-  Floats pair_[kHalves];
-};
-
-#endif
-
-LOGPROBD_INLINE void StoreTile(const Problem& p, int64_t row, int64_t column, Floats acc) {
-  const int64_t count = p.n - column, offset = row * p.n + column;
-  if (p.bf16) {
-    StoreSome(static_cast<uint16_t*>(p.y) + offset, count, acc);
-  } else {
-    StoreSome(static_cast<float*>(p.y) + offset, count, acc);
-  }
+// Element i of the order in which K is added.
+template <bool kPairs>
+constexpr int64_t InOrder(int64_t i) {
+  return kPairs ? i ^ 1 : i;
 }
 
-// kRows rows and kHalves times 16 columns from the half `half` of a block on.
-template <template <int> class Weights, int kRows, int kHalves>
-LOGPROBD_INLINE void PartOfTile(const Problem& p, const Place& place, int64_t half) {
-  alignas(64) typename Weights<kHalves>::X x[kRows][kChunk];
-  Floats acc[kRows][kHalves];
-  for (int r = 0; r < kRows; ++r) {
-    for (int h = 0; h < kHalves; ++h) acc[r][h] = Zeros();
+// Fetches the words and scales of elements [k, k + count) of K of a block of columns.
+template <class Format>
+LOGPROBD_INLINE void Prefetch(const Problem& p, int64_t block, int64_t k, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(uint32_t), kWordsOfBlock = Format::kWords * kColumns;
+  const Position<Format> at(p, block, 0, k);
+  const int64_t first = k % Format::kBlock * kWordsOfBlock / Format::kBlock / kLine * kLine;
+  for (int64_t i = 0; i < count * kWordsOfBlock / Format::kBlock; i += kLine) {
+    __builtin_prefetch(at.words + first + i, 0, 2);
   }
-  Weights<kHalves> weights(p, place.block, half);
-  const uint16_t *ahead0 = place.ahead[0], *ahead1 = place.ahead[1];
-  for (int64_t from = 0; from < p.k; from += kChunk) {
-    const int64_t count = std::min(kChunk, p.k - from);
-    for (int r = 0; r < kRows; ++r) Weights<kHalves>::Stage(x[r], p.x + (place.row + r) * p.k + from, count);
-    for (int64_t run = 0; run < count; run += Weights<kHalves>::kRun) {
-      weights.NextRun();
-      const int64_t end = std::min(run + Weights<kHalves>::kRun, count);
-      for (int64_t i = run; i < end; i += 2) {
-        if (half == 0 && i % (2 * Weights<kHalves>::kPairsOfTwoLines) == 0) {
-          __builtin_prefetch(ahead0, 0, 2);
-          __builtin_prefetch(ahead1, 0, 2);
-          ahead0 += kPair;
-          ahead1 += kPair;
-        }
-        weights.NextPair();
-#pragma GCC unroll 12
-        for (int r = 0; r < kRows; ++r) weights.AddTo(acc[r], &x[r][i]);
+  if constexpr (Format::kScaleBytes > 0) __builtin_prefetch(at.scales, 0, 2);
+}
+
+#define LOGPROBD_UNROLLED __attribute__((always_inline))
+
+// Calls body(0), ..., body(kCount - 1) with constants, so that arrays that are indexed with them stay in registers.
+template <int... kIndex, typename Body>
+LOGPROBD_INLINE void RepeatEach(std::integer_sequence<int, kIndex...>, Body&& body) {
+  (body(std::integral_constant<int, kIndex>()), ...);
+}
+template <int kCount, typename Body>
+LOGPROBD_INLINE void Repeat(Body&& body) {
+  RepeatEach(std::make_integer_sequence<int, kCount>(), body);
+}
+
+// kRows rows and kVectors times 16 columns from the start of a block on, and of the next one if that many. `last` is the
+// end of the blocks that this thread computes.
+template <class Format, bool kPairs, int kRows, int kVectors>
+void FewRows(const Problem& p, int64_t block, int64_t last) {
+  constexpr int64_t kQuads = Format::kGroup / 4;
+  Floats acc[kRows][kVectors];
+  Repeat<kRows>([&](auto r) LOGPROBD_UNROLLED { Repeat<kVectors>([&](auto v) LOGPROBD_UNROLLED { acc[r][v] = Zeros(); }); });
+  for (int64_t first = 0; first < p.k; first += Format::kGroup) {
+    const uint32_t* words[kVectors];
+    Factors<Format> factors[kVectors];
+    Repeat<kVectors>([&](auto v) LOGPROBD_UNROLLED {
+      const Position<Format> at(p, block + v / 2, v % 2, first);
+      words[v] = at.words;
+      factors[v] = Factors<Format>(at.words, at.scales, at.group);
+    });
+    // Of the same blocks, or of the beginning of the next ones.
+    const int64_t ahead = first + kAhead, past = ahead >= p.k ? kVectors / 2 : 0;
+    for (int64_t b = 0; b < kVectors / 2; ++b) {
+      if (block + b + past < last) Prefetch<Format>(p, block + b + past, past > 0 ? ahead - p.k : ahead, Format::kGroup);
+    }
+    const float* x = static_cast<const float*>(p.x) + first;
+    const int64_t quad = first % Format::kBlock / 4;
+    for (int64_t q = 0; q < kQuads; ++q) {
+      Repeat<kVectors>([&](auto v) LOGPROBD_UNROLLED {
+        Floats w[4];
+        factors[v].Values(words[v], quad + q, w);
+        Repeat<4>([&](auto i) LOGPROBD_UNROLLED {
+          constexpr int kElement = InOrder<kPairs>(i);
+          Repeat<kRows>([&](auto r) LOGPROBD_UNROLLED {
+            acc[r][v] = Fma(Fill(x[r * p.x_stride + 4 * q + kElement]), w[kElement], acc[r][v]);
+          });
+        });
+      });
+    }
+  }
+  Repeat<kRows>([&](auto r) LOGPROBD_UNROLLED {
+    Repeat<kVectors>([&](auto v) LOGPROBD_UNROLLED {
+      const int64_t column = block * kColumns + v * kLanes;
+      if (column < p.n) StoreSome(p.y + r * p.n + column, p.n - column, acc[r][v]);
+    });
+  });
+}
+
+template <class Format, bool kPairs, int kRows>
+void FewRowsOfBlocks(const Problem& p, int64_t first, int64_t last) {
+  int64_t block = first;
+  if constexpr (kRows == 1) {
+    for (; block + 1 < last; block += 2) FewRows<Format, kPairs, kRows, 4>(p, block, last);
+  }
+  for (; block < last; ++block) FewRows<Format, kPairs, kRows, 2>(p, block, last);
+}
+
+// Weights of elements [k, k + count) of K of a block of columns; count is a multiple of kStep.
+template <class Format>
+void Unpack(const Problem& p, int64_t block, int64_t k, int64_t count, float (&to)[kChunk][kColumns]) {
+  constexpr int64_t kQuads = Format::kGroup / 4;
+  for (int64_t i = 0; i < count; i += Format::kGroup) {
+    for (int64_t half = 0; half < 2; ++half) {
+      const Position<Format> at(p, block, half, k + i);
+      const Factors<Format> factors(at.words, at.scales, at.group);
+      for (int64_t q = 0; q < kQuads; ++q) {
+        Floats w[4];
+        factors.Values(at.words, at.quad + q, w);
+        for (int64_t j = 0; j < 4; ++j) Store(&to[i + 4 * q + j][half * kLanes], w[j]);
       }
     }
   }
+}
+
+// Adds `count` elements of K, x [kRows, kChunk] times the unpacked weights, to sums [kRows, kColumns].
+template <bool kPairs, int kRows>
+void Tile(const float* x, const float (&w)[kChunk][kColumns], int64_t count, float* sums) {
+  for (int half = 0; half < 2; half += kTileColumns) {
+    Floats acc[kRows][kTileColumns];
 #pragma GCC unroll 12
-  for (int r = 0; r < kRows; ++r) {
-    for (int h = 0; h < kHalves; ++h) {
-      const int64_t column = place.block * kColumns + (half + h) * kLanes;
-      if (column < p.n) StoreTile(p, place.row + r, column, acc[r][h]);
+    for (int r = 0; r < kRows; ++r) {
+      for (int c = 0; c < kTileColumns; ++c) acc[r][c] = Load(sums + r * kColumns + (half + c) * kLanes);
+    }
+    for (int64_t k = 0; k < count; k += 2) {
+#pragma GCC unroll 2
+      for (int64_t i = 0; i < 2; ++i) {
+        const int64_t element = k + InOrder<kPairs>(i);
+        Floats weights[kTileColumns];
+        for (int c = 0; c < kTileColumns; ++c) weights[c] = Load(&w[element][(half + c) * kLanes]);
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r) {
+          const Floats value = Fill(x[r * kChunk + element]);
+          for (int c = 0; c < kTileColumns; ++c) acc[r][c] = Fma(value, weights[c], acc[r][c]);
+        }
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      for (int c = 0; c < kTileColumns; ++c) Store(sums + r * kColumns + (half + c) * kLanes, acc[r][c]);
     }
   }
 }
 
-template <template <int> class Weights, int kRows>
-void FullTile(const Problem& p, const Place& place) {
-  if constexpr (kRows <= kWideRows) {
-    PartOfTile<Weights, kRows, 2>(p, place, 0);
-  } else {
-    PartOfTile<Weights, kRows, 1>(p, place, 0);
-    PartOfTile<Weights, kRows, 1>(p, place, 1);
+using TileOfRows = void (*)(const float*, const float (&)[kChunk][kColumns], int64_t, float*);
+
+// Tiles of 1 to kTileRows rows.
+template <bool kPairs, int... kIndex>
+const TileOfRows* TilesOf(std::integer_sequence<int, kIndex...>) {
+  static constexpr TileOfRows table[] = {Tile<kPairs, kIndex + 1>...};
+  return table;
+}
+
+// Some blocks of columns take a chunk of K in turn, so that its part of x is copied once and stays in a cache.
+template <class Format, bool kPairs>
+void ManyRows(const Problem& p, int64_t first, int64_t last) {
+  const TileOfRows* tile = TilesOf<kPairs>(std::make_integer_sequence<int, kTileRows>());
+  const auto* x = static_cast<const float*>(p.x);
+  const int64_t tiles = (p.m + kTileRows - 1) / kTileRows, depth = (p.k + kStep - 1) / kStep * kStep;
+  const int64_t together = std::min(p.m <= kCachedRows ? 4 : last - first, last - first);
+  const std::unique_ptr<float[]> chunk(new float[static_cast<size_t>(p.m * kChunk)]);               // [m, kChunk]
+  const std::unique_ptr<float[]> sums(new float[static_cast<size_t>(together * p.m * kColumns)]);  // of each block
+  alignas(64) float w[kChunk][kColumns];
+  for (int64_t start = first; start < last; start += together) {
+    const int64_t end = std::min(last, start + together);
+    std::fill_n(sums.get(), (end - start) * p.m * kColumns, 0.0f);
+    for (int64_t from = 0; from < depth; from += kChunk) {
+      const int64_t count = std::min(kChunk, depth - from);
+      for (int64_t r = 0; r < p.m; ++r) std::copy_n(x + r * p.x_stride + from, count, chunk.get() + r * kChunk);
+      for (int64_t block = start; block < end; ++block) {
+        Unpack<Format>(p, block, from, count, w);
+        if (block + 1 < end) {
+          Prefetch<Format>(p, block + 1, from, count);
+        } else if (from + count < depth) {
+          Prefetch<Format>(p, start, from + count, std::min(kChunk, depth - from - count));
+        }
+        float* of_block = sums.get() + (block - start) * p.m * kColumns;
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t row = p.m * t / tiles, rows = p.m * (t + 1) / tiles - row;
+          tile[rows - 1](chunk.get() + row * kChunk, w, count, of_block + row * kColumns);
+        }
+      }
+    }
+    for (int64_t block = start; block < end; ++block) {
+      const float* of_block = sums.get() + (block - start) * p.m * kColumns;
+      const int64_t column = block * kColumns, columns = std::min(kColumns, p.n - column);
+      for (int64_t r = 0; r < p.m; ++r) std::copy_n(of_block + r * kColumns, columns, p.y + r * p.n + column);
+    }
   }
 }
 
-// Tiles of 1 to kTileRows rows; OneRow is for the first.
-template <template <int> class OneRow, template <int> class Weights, int... kIndex>
-TileTable TableOf(std::integer_sequence<int, kIndex...>) {
-  static constexpr Tile table[] = {FullTile<OneRow, 1>, FullTile<Weights, kIndex + 2>...};
-  return table;
-}
-using MoreRows = std::make_integer_sequence<int, kTileRows - 1>;
-
-inline TileTable FloatTiles() { return TableOf<FusedBf16, FusedBf16>(MoreRows()); }
-inline TileTable Int8Tiles() { return TableOf<FusedInt8, FusedInt8>(MoreRows()); }
-
-#if defined(__AVX512F__)
-
-inline bool HasPairs() { return __builtin_cpu_supports("avx512bf16"); }
-inline TileTable PairTiles() { return TableOf<DotBf16, DotBf16>(MoreRows()); }
-inline TileTable FastestTiles() {
-  if (!HasPairs()) return FloatTiles();
-  return __builtin_cpu_is("intel") ? TableOf<DotBf16, FusedBf16>(MoreRows()) : PairTiles();
-}
-
-#else
-
-inline bool HasPairs() { return false; }
-inline TileTable PairTiles() { return FloatTiles(); }
-inline TileTable FastestTiles() { return FloatTiles(); }
-
-#endif
-
-// Computes all rows of y for one block of columns. `more`: this thread also computes the next block.
-inline void Compute(const Problem& p, TileTable table, int64_t block, bool more) {
-  const int64_t tiles = (p.m + kTileRows - 1) / kTileRows;
-  const uint16_t* here = p.w + block * p.stride;
-  const uint16_t* next = more ? here + p.stride : here;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t row = p.m * t / tiles, rows = p.m * (t + 1) / tiles - row;
-    // A single tile is bound by memory: it prefetches a fixed distance ahead, also past the block's end, where the next
-    // block starts. Of several tiles, the first two prefetch the next block: its even lines, then its odd lines.
-    const uint16_t* line0 = tiles == 1 ? here + kAhead : t == 0 ? next : here;
-    const uint16_t* line1 = (tiles == 1 ? here + kAhead : t == 1 ? next : here) + kColumns;
-    table[rows - 1](p, {row, block, {line0, line1}});
+template <class Format, bool kPairs>
+void RunPanel(const Problem& p, int64_t first, int64_t last) {
+  static_assert(kFewRows == 4);
+  switch (p.m) {
+    case 1:
+      return FewRowsOfBlocks<Format, kPairs, 1>(p, first, last);
+    case 2:
+      return FewRowsOfBlocks<Format, kPairs, 2>(p, first, last);
+    case 3:
+      return FewRowsOfBlocks<Format, kPairs, 3>(p, first, last);
+    case 4:
+      return FewRowsOfBlocks<Format, kPairs, 4>(p, first, last);
+    default:
+      return ManyRows<Format, kPairs>(p, first, last);
   }
 }
 

@@ -12,8 +12,8 @@
 
 namespace LOGPROBD_NAMESPACE {
 
-constexpr int kTileRows = 5;     // of the linear map: 10 accumulators of 16 registers
-constexpr int kWideRows = 2;     // largest tile of 32 columns; larger ones take 16 at a time
+constexpr int kTileRows = 6;     // of the linear map: 12 accumulators of 16 registers
+constexpr int kTileColumns = 1;  // vectors of W in a tile
 constexpr int kTileVectors = 1;  // of attention, with 6 rows
 
 struct Floats {
@@ -101,27 +101,65 @@ LOGPROBD_INLINE void StoreAll(uint16_t* to, Floats value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(mixed, 0xd8));
 }
 
-LOGPROBD_INLINE Floats LoadInt8(const int8_t* from) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
-          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
-}
 LOGPROBD_INLINE Floats LoadFloat16(const uint16_t* from) {
   const auto* halves = reinterpret_cast<const __m128i*>(from);
   return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
 }
 
+// 16 words of 32 bits.
+struct Words {
+  __m256i low, high;
+};
+using UnsignedLanes = uint32_t __attribute__((vector_size(32)));
+
+LOGPROBD_INLINE Words LoadWords(const uint32_t* from) {
+  const auto* halves = reinterpret_cast<const __m256i*>(from);
+  return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+}
+LOGPROBD_INLINE Words LoadBytes(const uint8_t* from) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
+}
+LOGPROBD_INLINE __m256i ShiftRight(__m256i a, int64_t bits) {
+  return reinterpret_cast<__m256i>(reinterpret_cast<UnsignedLanes>(a) >> static_cast<uint32_t>(bits));
+}
+LOGPROBD_INLINE __m256i ShiftLeft(__m256i a, int64_t bits) {
+  return reinterpret_cast<__m256i>(reinterpret_cast<UnsignedLanes>(a) << static_cast<uint32_t>(bits));
+}
+LOGPROBD_INLINE Words ShiftRight(Words a, int64_t bits) { return {ShiftRight(a.low, bits), ShiftRight(a.high, bits)}; }
+LOGPROBD_INLINE Words ShiftLeft(Words a, int64_t bits) { return {ShiftLeft(a.low, bits), ShiftLeft(a.high, bits)}; }
+LOGPROBD_INLINE Words And(Words a, uint32_t mask) {
+  const __m256i all = _mm256_set1_epi32(static_cast<int>(mask));
+  return {_mm256_and_si256(a.low, all), _mm256_and_si256(a.high, all)};
+}
+LOGPROBD_INLINE Words Xor(Words a, uint32_t mask) {
+  const __m256i all = _mm256_set1_epi32(static_cast<int>(mask));
+  return {_mm256_xor_si256(a.low, all), _mm256_xor_si256(a.high, all)};
+}
+LOGPROBD_INLINE Words Or(Words a, Words b) {
+  return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
+}
+// table[byte] of each byte, which is below 16.
+LOGPROBD_INLINE Words Lookup(Words bytes, const uint8_t (&table)[16]) {
+  const __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  return {_mm256_shuffle_epi8(entries, bytes.low), _mm256_shuffle_epi8(entries, bytes.high)};
+}
+LOGPROBD_INLINE Floats ToFloats(Words signed_words) {
+  return {_mm256_cvtepi32_ps(signed_words.low), _mm256_cvtepi32_ps(signed_words.high)};
+}
+LOGPROBD_INLINE Floats FromBits(Words bits) { return {_mm256_castsi256_ps(bits.low), _mm256_castsi256_ps(bits.high)}; }
+// The low or the high half of each word, a float16.
+LOGPROBD_INLINE Floats LowFloat16(Words a) {
+  a = And(a, 0xffff);
+  const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(a.low, a.high), 0xd8);
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+}
+LOGPROBD_INLINE Floats HighFloat16(Words a) { return LowFloat16(ShiftRight(a, 16)); }
+
 // 16 pairs of bfloat16: the first of each, and the second.
 struct Pairs {
   Floats first, second;
 };
-LOGPROBD_INLINE Pairs LoadPairs(const uint16_t* from) {
-  const auto* halves = reinterpret_cast<const __m256i*>(from);
-  const __m256i low = _mm256_loadu_si256(halves), high = _mm256_loadu_si256(halves + 1);
-  const __m256i top = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-  return {{_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))},
-          {_mm256_castsi256_ps(_mm256_and_si256(low, top)), _mm256_castsi256_ps(_mm256_and_si256(high, top))}};
-}
 
 // Lanes i and i + 8 first.
 LOGPROBD_INLINE float SumOf(Floats x) { return SumOf(_mm256_add_ps(x.high, x.low)); }

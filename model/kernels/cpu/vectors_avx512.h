@@ -11,8 +11,8 @@
 
 namespace LOGPROBD_NAMESPACE {
 
-constexpr int kTileRows = 12;    // of the linear map: 24 accumulators, 4 registers for W and 2 for x
-constexpr int kWideRows = 12;    // largest tile of 32 columns; larger ones take 16 at a time
+constexpr int kTileRows = 12;    // of the linear map: 24 accumulators of 32 registers
+constexpr int kTileColumns = 2;  // vectors of W in a tile
 constexpr int kTileVectors = 4;  // of attention, with 6 rows
 
 using Floats = __m512;
@@ -78,12 +78,41 @@ LOGPROBD_INLINE void StoreSome(uint16_t* to, int64_t count, Floats value) {
   _mm256_mask_storeu_epi16(to, FirstLanes(count), ToBf16(value));
 }
 
-LOGPROBD_INLINE Floats LoadInt8(const int8_t* from) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-}
 LOGPROBD_INLINE Floats LoadFloat16(const uint16_t* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
+
+// 16 words of 32 bits.
+using Words = __m512i;
+using UnsignedLanes = uint32_t __attribute__((vector_size(64)));
+
+LOGPROBD_INLINE Words LoadWords(const uint32_t* from) { return _mm512_loadu_si512(from); }
+LOGPROBD_INLINE Words LoadBytes(const uint8_t* from) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+LOGPROBD_INLINE Words ShiftRight(Words a, int64_t bits) {
+  return reinterpret_cast<Words>(reinterpret_cast<UnsignedLanes>(a) >> static_cast<uint32_t>(bits));
+}
+LOGPROBD_INLINE Words ShiftLeft(Words a, int64_t bits) {
+  return reinterpret_cast<Words>(reinterpret_cast<UnsignedLanes>(a) << static_cast<uint32_t>(bits));
+}
+LOGPROBD_INLINE Words And(Words a, uint32_t mask) {
+  return _mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(mask)));
+}
+LOGPROBD_INLINE Words Xor(Words a, uint32_t mask) {
+  return _mm512_xor_si512(a, _mm512_set1_epi32(static_cast<int>(mask)));
+}
+LOGPROBD_INLINE Words Or(Words a, Words b) { return _mm512_or_si512(a, b); }
+// table[byte] of each byte, which is below 16.
+LOGPROBD_INLINE Words Lookup(Words bytes, const uint8_t (&table)[16]) {
+  const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), bytes);
+}
+LOGPROBD_INLINE Floats ToFloats(Words signed_words) { return _mm512_cvtepi32_ps(signed_words); }
+LOGPROBD_INLINE Floats FromBits(Words bits) { return _mm512_castsi512_ps(bits); }
+// The low or the high half of each word, a float16.
+LOGPROBD_INLINE Floats LowFloat16(Words a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }
+LOGPROBD_INLINE Floats HighFloat16(Words a) { return LowFloat16(_mm512_srli_epi32(a, 16)); }
 
 // 16 pairs of bfloat16: the first of each, and the second.
 struct Pairs {
@@ -93,7 +122,6 @@ LOGPROBD_INLINE Pairs Split(__m512i bits) {
   const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), _mm512_castsi512_ps(_mm512_and_si512(bits, high))};
 }
-LOGPROBD_INLINE Pairs LoadPairs(const uint16_t* from) { return Split(_mm512_loadu_si512(from)); }
 
 // Elements e and e + 1 of `count` rows, `stride` elements apart, from `from` = element e of the first; zeros after
 // them.

@@ -10,8 +10,8 @@
 
 namespace LOGPROBD_NAMESPACE {
 
-constexpr int kTileRows = 5;     // of the linear map: 20 accumulators of 32 registers
-constexpr int kWideRows = 2;     // largest tile of 32 columns; larger ones take 16 at a time
+constexpr int kTileRows = 6;     // of the linear map: 24 accumulators of 32 registers
+constexpr int kTileColumns = 1;  // vectors of W in a tile
 constexpr int kTileVectors = 1;  // of attention, with 6 rows
 
 struct Floats {
@@ -131,25 +131,63 @@ LOGPROBD_INLINE void StoreAll(uint16_t* to, Floats value) {
   }
 }
 
-LOGPROBD_INLINE Floats LoadInt8(const int8_t* from) {
-  const int8x16_t bytes = vld1q_s8(from);
-  const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_s8(vget_high_s8(bytes));
-  return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
-           vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
-}
 LOGPROBD_INLINE Floats LoadFloat16(const uint16_t* from) {
   return Map([&](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + 4 * i))); });
 }
+
+// 16 words of 32 bits.
+struct Words {
+  uint32x4_t part[4];
+};
+template <typename Operation>
+LOGPROBD_INLINE Words MapWords(Operation operation) {
+  return {{operation(0), operation(1), operation(2), operation(3)}};
+}
+
+LOGPROBD_INLINE Words LoadWords(const uint32_t* from) {
+  return MapWords([&](int i) { return vld1q_u32(from + 4 * i); });
+}
+LOGPROBD_INLINE Words LoadBytes(const uint8_t* from) {
+  const uint8x16_t bytes = vld1q_u8(from);
+  const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_u8(vget_high_u8(bytes));
+  return {{vmovl_u16(vget_low_u16(low)), vmovl_u16(vget_high_u16(low)), vmovl_u16(vget_low_u16(high)),
+           vmovl_u16(vget_high_u16(high))}};
+}
+LOGPROBD_INLINE Words ShiftLeft(Words a, int64_t bits) {
+  const int32x4_t by = vdupq_n_s32(static_cast<int32_t>(bits));
+  return MapWords([&](int i) { return vshlq_u32(a.part[i], by); });
+}
+LOGPROBD_INLINE Words ShiftRight(Words a, int64_t bits) { return ShiftLeft(a, -bits); }
+LOGPROBD_INLINE Words And(Words a, uint32_t mask) {
+  return MapWords([&](int i) { return vandq_u32(a.part[i], vdupq_n_u32(mask)); });
+}
+LOGPROBD_INLINE Words Xor(Words a, uint32_t mask) {
+  return MapWords([&](int i) { return veorq_u32(a.part[i], vdupq_n_u32(mask)); });
+}
+LOGPROBD_INLINE Words Or(Words a, Words b) {
+  return MapWords([&](int i) { return vorrq_u32(a.part[i], b.part[i]); });
+}
+// table[byte] of each byte, which is below 16.
+LOGPROBD_INLINE Words Lookup(Words bytes, const uint8_t (&table)[16]) {
+  const uint8x16_t entries = vld1q_u8(table);
+  return MapWords([&](int i) { return vreinterpretq_u32_u8(vqtbl1q_u8(entries, vreinterpretq_u8_u32(bytes.part[i]))); });
+}
+LOGPROBD_INLINE Floats ToFloats(Words signed_words) {
+  return Map([&](int i) { return vcvtq_f32_s32(vreinterpretq_s32_u32(signed_words.part[i])); });
+}
+LOGPROBD_INLINE Floats FromBits(Words bits) {
+  return Map([&](int i) { return vreinterpretq_f32_u32(bits.part[i]); });
+}
+// The low or the high half of each word, a float16.
+LOGPROBD_INLINE Floats LowFloat16(Words a) {
+  return Map([&](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(a.part[i]))); });
+}
+LOGPROBD_INLINE Floats HighFloat16(Words a) { return LowFloat16(ShiftRight(a, 16)); }
 
 // 16 pairs of bfloat16: the first of each, and the second.
 struct Pairs {
   Floats first, second;
 };
-LOGPROBD_INLINE Pairs LoadPairs(const uint16_t* from) {
-  const auto pairs = [&](int i) { return vreinterpretq_u32_u16(vld1q_u16(from + 8 * i)); };
-  return {Map([&](int i) { return vreinterpretq_f32_u32(vshlq_n_u32(pairs(i), 16)); }),
-          Map([&](int i) { return vreinterpretq_f32_u32(vandq_u32(pairs(i), vdupq_n_u32(0xffff0000u))); })};
-}
 
 // Lanes i and i + 8, then i + 4, i + 2 and i + 1.
 LOGPROBD_INLINE float SumOf(Floats x) {

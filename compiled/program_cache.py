@@ -156,7 +156,8 @@ class ModelPrograms:
         unfinished = path.with_name(f"{path.name}.{os.getpid()}{_UNFINISHED}")
         try:
             unfinished.write_bytes(data)
-            unfinished.replace(path)
+            with suppress(FileNotFoundError):  # another process has started and removed it
+                unfinished.replace(path)
         except OSError as error:  # a full disk, or a read-only file system
             if not self._is_unwritable:
                 _warn_of_compilation(self._directory, error)

@@ -234,6 +234,24 @@ def test_programs_are_compiled_if_the_folder_cannot_be_written(
     assert start() == (results, 3, 3)
 
 
+def test_unfinished_file_that_another_start_removed(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Starts remove unfinished files of killed processes, and may remove those of others."""
+    replace = Path.replace
+
+    def replace_removed(path: Path, target: Path) -> Path:
+        path.unlink()
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace_removed)
+        results, *_ = start()
+    assert not caplog.messages
+    assert not list(tmp_path.glob("*.program"))
+    assert start() == (results, 3, 3)
+
+
 def test_programs_read_by_jax_are_not_saved(start: Start, tmp_path: Path) -> None:
     """JAX serializes them without their code."""
     options = {"jax_compilation_cache_dir": str(tmp_path / "jax"), "jax_persistent_cache_min_compile_time_secs": 0.0}

@@ -4,14 +4,15 @@ Formats: `block_*` of the ggml project. In here a block's elements are the secon
 sums over a block are then sums of rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
+
+from model.formats import FORMATS
 
 type Floats = NDArray[Any]  # float32
 type Bytes = NDArray[np.uint8]
@@ -26,27 +27,12 @@ _TOO_LARGE = "holds values that are too large for float16 scales"
 _LARGEST = 1e7  # no format has float16 scales for larger values
 
 
-@dataclass(frozen=True, slots=True)
-class BlockFormat:
-    name: str  # ggml's
-    encode: Callable[[Floats, Floats], Bytes]  # values and weights [B, n] -> bytes [n, block_bytes]
-
-    @property
-    def block(self) -> int:
-        """B: weights in a block."""
-        return int(GGML_QUANT_SIZES[GGMLQuantizationType[self.name]][0])
-
-    @property
-    def block_bytes(self) -> int:
-        return int(GGML_QUANT_SIZES[GGMLQuantizationType[self.name]][1])
-
-
 def quantize(matrix: Floats, kind: str, importance: Floats | None = None) -> Bytes:
     """Round a matrix to a block format.
 
     Args:
         matrix: [N, K]; K is a multiple of the format's block.
-        kind: a key of FORMATS, such as "Q4_K".
+        kind: a key of ENCODERS, such as "Q4_K".
         importance: [K], the mean square of each input of the linear map; None: all are alike.
 
     Returns:
@@ -55,7 +41,7 @@ def quantize(matrix: Floats, kind: str, importance: Floats | None = None) -> Byt
     Raises:
         ValueError: a value is not finite, or too large for float16 scales.
     """
-    form = FORMATS[kind]
+    form, encode = FORMATS[kind], ENCODERS[kind]
     n, k = matrix.shape
     result = np.empty((n, k // form.block * form.block_bytes), np.uint8)
     columns = np.ones(k, np.float32) if importance is None else importance.astype(np.float32)
@@ -67,7 +53,7 @@ def quantize(matrix: Floats, kind: str, importance: Floats | None = None) -> Byt
         values = np.asarray(matrix[start : start + count], np.float32)
         blocks = np.ascontiguousarray(values.reshape(-1, form.block).T)
         with np.errstate(all="ignore"):
-            encoded = form.encode(blocks, np.tile(columns.T, len(values)))
+            encoded = encode(blocks, np.tile(columns.T, len(values)))
         result[start : start + count] = encoded.reshape(len(values), -1)
 
     if not np.isfinite(matrix).all():
@@ -303,17 +289,17 @@ def _encode_mxfp4(x: Floats, w: Floats) -> Bytes:
     return _columns((found + _MXFP4_BIAS).astype(np.uint8), _nibbles(q))
 
 
-FORMATS = {
-    form.name: form
-    for form in (
-        BlockFormat("Q4_0", lambda x, w: _encode_symmetric(x, w, 4)),
-        BlockFormat("Q4_1", lambda x, w: _encode_affine(x, w, 4)),
-        BlockFormat("Q5_0", lambda x, w: _encode_symmetric(x, w, 5)),
-        BlockFormat("Q5_1", lambda x, w: _encode_affine(x, w, 5)),
-        BlockFormat("Q8_0", lambda x, w: _encode_symmetric(x, w, 8)),
-        BlockFormat("Q4_K", lambda x, w: _encode_k(x, w, 4)),
-        BlockFormat("Q5_K", lambda x, w: _encode_k(x, w, 5)),
-        BlockFormat("Q6_K", _encode_q6_k),
-        BlockFormat("MXFP4", _encode_mxfp4),
-    )
-}
+# Of each format: values and weights [B, n] -> bytes [n, block_bytes].
+ENCODERS: Mapping[str, Callable[[Floats, Floats], Bytes]] = MappingProxyType(
+    {
+        "Q4_0": lambda x, w: _encode_symmetric(x, w, 4),
+        "Q4_1": lambda x, w: _encode_affine(x, w, 4),
+        "Q5_0": lambda x, w: _encode_symmetric(x, w, 5),
+        "Q5_1": lambda x, w: _encode_affine(x, w, 5),
+        "Q8_0": lambda x, w: _encode_symmetric(x, w, 8),
+        "Q4_K": lambda x, w: _encode_k(x, w, 4),
+        "Q5_K": lambda x, w: _encode_k(x, w, 5),
+        "Q6_K": _encode_q6_k,
+        "MXFP4": _encode_mxfp4,
+    }
+)

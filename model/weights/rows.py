@@ -27,7 +27,7 @@ class Rows:
 
     def read(self) -> NDArray[Any]:
         """All rows in one array, which a device takes over without a copy."""
-        array, start = aligned_empty(self.shape, self.dtype), 0
+        array, start = Arena(0).empty(self.shape, self.dtype), 0
         for run in self.runs:
             array[start : start + len(run)] = run
             start += len(run)
@@ -91,11 +91,6 @@ def _round_rows(matrix: NDArray[np.float32], values: NDArray[np.int8], scales: N
         # Divide by the stored scale: its rounding to float16 then adds no second error.
         rounded = np.where(steps > 0, np.rint(groups / steps), 0)
         values[:] = np.clip(np.nan_to_num(rounded), -_LARGEST, _LARGEST)
-
-
-def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    """An uninitialized array that a device takes over without a copy."""
-    return Arena(0).empty(shape, dtype)
 
 
 class Arena:

@@ -8,7 +8,7 @@ from gguf import quants
 from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from model.weights.quantize import FORMATS, quantize
+from model.weights.quantize import ENCODERS, quantize
 
 type Floats = NDArray[np.float32]
 
@@ -92,7 +92,7 @@ def test_errors_are_below_those_of_the_gguf_package(kind: str) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", ENCODERS)
 def test_importance_moves_the_error_to_other_columns(kind: str) -> None:
     matrix = normal(64, 1024)
     importance = np.exp(2 * normal(1024, seed=1))
@@ -101,7 +101,7 @@ def test_importance_moves_the_error_to_other_columns(kind: str) -> None:
     assert weighted < {"MXFP4": 0.995, "Q8_0": 0.9, "Q4_0": 0.9}.get(kind, 0.85) * error
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", ENCODERS)
 def test_rounded_values_are_rounded_to_themselves(kind: str) -> None:
     matrix = normal(16, 512)
     once = rounded(matrix, kind)
@@ -109,7 +109,7 @@ def test_rounded_values_are_rounded_to_themselves(kind: str) -> None:
     assert squares(once, rounded(once, kind)) <= tolerance * squares(matrix, once)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", ENCODERS)
 def test_edge_cases(kind: str) -> None:
     matrix = np.zeros((6, 512), np.float32)
     matrix[1] = 1.0
@@ -125,7 +125,7 @@ def test_edge_cases(kind: str) -> None:
     assert values == pytest.approx(matrix, rel=tolerance.get(kind, 0.04), abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", ENCODERS)
 def test_values_that_do_not_fit_are_errors(kind: str) -> None:
     matrix = normal(4, 512)
     values = [(np.nan, "not finite"), (np.inf, "not finite"), (1e30, "too large")]

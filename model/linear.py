@@ -96,7 +96,7 @@ class ModelSpec:
     """Parameters shared by all modules of a model."""
 
     parallel: TensorParallel
-    dtype: jnp.dtype  # of matrices and cache
+    dtype: jnp.dtype  # of activations, and of matrices that are not quantized
     kernels: Kernels
 
 

@@ -288,7 +288,7 @@ struct Factors {
   }
 };
 
-// Calls use(format) with the format of this name, as in `model/formats.py`; false if there is none.
+// Calls use(format) with the format of this name, as in `model/formats.py`; returns false for another name.
 template <typename Use>
 bool WithFormat(std::string_view name, Use use) {
   const auto matches = [&](std::string_view known, auto format) {

@@ -25,7 +25,7 @@ struct Weight {
 struct Product {
   Problem problem;
   Panel panel;
-  int64_t x_bytes;  // of an element of x
+  int64_t x_bytes;                   // of an element of x
   std::shared_ptr<const float[]> x;  // of the problem, if the caller's had to be converted or padded
 };
 

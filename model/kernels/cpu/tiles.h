@@ -20,10 +20,10 @@
 
 namespace LOGPROBD_NAMESPACE {
 
-constexpr int64_t kChunk = 128;    // elements of K whose weights are unpacked at once, into the first-level cache
-constexpr int kFewRows = 4;        // up to so many rows use each weight right after it is unpacked
-constexpr int64_t kAhead = 512;    // elements of K: how far few rows prefetch
-constexpr int64_t kCachedRows = 64;  // so many rows of x stay in the second-level cache
+constexpr int64_t kChunk = 128;      // elements of K whose weights are unpacked at once, into the first-level cache
+constexpr int kFewRows = 4;          // maximum number of rows that use each weight right after it is unpacked
+constexpr int64_t kAhead = 512;      // prefetch distance of few rows, in elements of K
+constexpr int64_t kCachedRows = 64;  // maximum number of rows of x that stay in the second-level cache
 static_assert(kColumns == 2 * kLanes && kChunk % kStep == 0);
 
 struct Problem {
@@ -103,7 +103,9 @@ template <class Format, bool kPairs, int kRows, int kVectors>
 void FewRows(const Problem& p, int64_t block, int64_t last) {
   constexpr int64_t kQuads = Format::kGroup / 4;
   Floats acc[kRows][kVectors];
-  Repeat<kRows>([&](auto r) LOGPROBD_UNROLLED { Repeat<kVectors>([&](auto v) LOGPROBD_UNROLLED { acc[r][v] = Zeros(); }); });
+  Repeat<kRows>([&](auto r) LOGPROBD_UNROLLED {
+    Repeat<kVectors>([&](auto v) LOGPROBD_UNROLLED { acc[r][v] = Zeros(); });
+  });
   for (int64_t first = 0; first < p.k; first += Format::kGroup) {
     const uint32_t* words[kVectors];
     Factors<Format> factors[kVectors];
@@ -211,7 +213,7 @@ void ManyRows(const Problem& p, int64_t first, int64_t last) {
   const auto* x = static_cast<const float*>(p.x);
   const int64_t tiles = (p.m + kTileRows - 1) / kTileRows, depth = (p.k + kStep - 1) / kStep * kStep;
   const int64_t together = std::min(p.m <= kCachedRows ? 4 : last - first, last - first);
-  const std::unique_ptr<float[]> chunk(new float[static_cast<size_t>(p.m * kChunk)]);               // [m, kChunk]
+  const std::unique_ptr<float[]> chunk(new float[static_cast<size_t>(p.m * kChunk)]);              // [m, kChunk]
   const std::unique_ptr<float[]> sums(new float[static_cast<size_t>(together * p.m * kColumns)]);  // of each block
   alignas(64) float w[kChunk][kColumns];
   for (int64_t start = first; start < last; start += together) {

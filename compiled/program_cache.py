@@ -164,7 +164,8 @@ class ModelPrograms:
             self._is_unwritable = True
 
     def _digest(self, lowered: Lowered) -> str:
-        return _digest_of(lowered.as_text(), str((lowered.in_tree, lowered.out_tree)), self._environment)
+        """Of the text, and of the arguments: the text lacks those that the program does not use."""
+        return _digest_of(lowered.as_text(), str((lowered.args_info, lowered.out_info)), self._environment)
 
     def _index(self, name: str) -> Path:
         return self._directory / f"{name}-{self._subject[:32]}{_INDEX}"

@@ -172,6 +172,23 @@ def test_cached_programs_are_neither_traced_nor_compiled(start: Start, tmp_path:
     assert len(list(tmp_path.iterdir())) == 3 + 2 * 3
 
 
+def test_programs_that_differ_in_an_unused_argument_are_distinct(tmp_path: Path) -> None:
+    """The text of a program lacks the arguments that it does not use, but calls check their shapes."""
+
+    def increment(x: Any, unused: Any) -> Any:  # noqa: ARG001
+        return x + 1
+
+    def run(rows: int) -> bool:
+        cache = ModelPrograms(tmp_path, f"{rows} slots", jax.devices()[:1])
+        arguments = VECTOR, {"slots": jax.ShapeDtypeStruct((rows,), jnp.int32)}
+        program = compile_plans([Plan(DecodeShape(4, 1), increment, arguments)], cache=cache)[DecodeShape(4, 1)]
+        program.compiled(np.ones(4, np.float32), {"slots": np.zeros(rows, np.int32)})
+        return program.is_cached
+
+    with jax_cache_disabled():
+        assert [run(2), run(3), run(2), run(3)] == [False, False, True, True]
+
+
 def test_cached_programs_of_other_code_are_traced(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     results, *_ = start()
     monkeypatch.setattr(program_cache, "_sources", list)

@@ -36,6 +36,7 @@ class ServerProcess:
                 self.url = found[1]
                 break
         else:
+            self.process.stderr.close()
             raise RuntimeError(f"the server ended with {self.process.wait()}:\n{''.join(self.log)}")
         # The pipe must be drained, or the server would block on it when it is full.
         self._reader = threading.Thread(target=self._read_log, daemon=True)

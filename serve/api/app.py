@@ -22,7 +22,7 @@ from serve.api.inspector import inspector
 from serve.api.json_stream import json_response
 from serve.api.keys import RATE_HEADERS, ApiKeys
 from serve.api.metrics import CONTENT_TYPE, Metrics
-from serve.api.middleware import Access, AnswerRecord, OnAnswer, Readiness, Tracer, record_of
+from serve.api.middleware import Access, AnswerRecord, OnAnswer, Readiness, Tracer, record_of, route_path
 from serve.api.openapi import documentation
 from serve.api.prompt_logprobs import PromptLogprobsWriter
 from serve.api.request_body import Bodies, Budget, json_object
@@ -219,4 +219,4 @@ async def _error(request: Request, error: Exception) -> Response:
             error = APIError(status, message, None, code, error.headers or {})
     assert isinstance(error, APIError)
     record_of(request).error = error.code
-    return error.response()
+    return error.response(route_path(request.scope))

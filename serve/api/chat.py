@@ -23,18 +23,16 @@ _BLOCK = 256  # tokens whose entries are Python objects at the same time; they t
 type _Job = Job[ChatCompletionRequest]
 
 
-class ChatCompletions(Handler[ChatCompletionRequest]):
-    model = ChatCompletionRequest
-    id_prefix = "chatcmpl"
-    objects = ("chat.completion", "chat.completion.chunk")
+class ChatHandler[B: ChatCompletionRequest](Handler[B]):
+    """An endpoint whose prompt is a chat: from the messages to the prompt's tokens."""
 
-    def _alternatives(self, body: ChatCompletionRequest) -> tuple[int | None, int | None]:
+    def _alternatives(self, body: B) -> tuple[int | None, int | None]:
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs", "`top_logprobs` needs `logprobs` to be true.")
         check_top_k("top_logprobs", body.top_logprobs or 0, self._context.engine.limits)
         return body.top_logprobs or 0 if body.logprobs else None, None
 
-    def _prompts(self, body: ChatCompletionRequest) -> list[Prompt]:
+    def _prompts(self, body: B) -> list[Prompt]:
         context, limits = self._context, self._context.engine.limits
         max_tokens_param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         max_tokens: int | None = getattr(body, max_tokens_param)
@@ -57,11 +55,17 @@ class ChatCompletions(Handler[ChatCompletionRequest]):
             room = min(room, default)
         return [Prompt(ids, room, text, echo=Echo(self._reply_so_far(body) if body.echo else ""))]
 
-    def _reply_so_far(self, body: ChatCompletionRequest) -> str:
+    def _reply_so_far(self, body: B) -> str:
         """Content of the last message if its role is that of the reply: an echo repeats it before the output."""
         if not body.messages or body.messages[-1].role != self._context.config.response_role:
             return ""
         return _messages(body)[-1]["content"] or ""
+
+
+class ChatCompletions(ChatHandler[ChatCompletionRequest]):
+    model = ChatCompletionRequest
+    id_prefix = "chatcmpl"
+    objects = ("chat.completion", "chat.completion.chunk")
 
     def _answer(self, job: _Job, choices: list[Any], usage: dict[str, Any]) -> dict[str, Any]:
         answer = job.header | {

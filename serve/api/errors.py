@@ -1,4 +1,4 @@
-"""APIError: the one exception that becomes an answer, in OpenAI's envelope. Its text reveals no internals."""
+"""APIError: the one exception that becomes an answer, in the envelope of its API. Its text reveals no internals."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,9 +7,20 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
+END_OF_STREAM = b"data: [DONE]\n\n"  # of chat and completions; named events need none
 MAX_MESSAGE = 1000  # characters: validation must not echo a large input
 
 _TYPES = {408: "timeout", 429: "rate_limit_exceeded", 503: "service_unavailable", 504: "timeout"}
+_ANTHROPIC_PATH, _RESPONSES_PATH = "/v1/messages", "/v1/responses"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 @dataclass
@@ -25,8 +36,32 @@ class APIError(Exception):
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message[:MAX_MESSAGE], "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> Response:
-        return Response(orjson.dumps(self.body), self.status, dict(self.headers), "application/json")
+    def envelope(self, path: str) -> dict[str, Any]:
+        """The error in the form of the API that has this path: Anthropic's, or `body`."""
+        if not _is_within(path, _ANTHROPIC_PATH):
+            return self.body
+        kind = _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        details = {"error_code": self.code, "param": self.param}
+        return {"type": "error", "error": {"type": kind, "message": self.message[:MAX_MESSAGE], "details": details}}
+
+    def response(self, path: str = "") -> Response:
+        return Response(orjson.dumps(self.envelope(path)), self.status, dict(self.headers), "application/json")
+
+    def event(self, path: str, sequence_number: int) -> bytes:
+        """The end of a stream that fails after `sequence_number` events, in the form of the API that has this path."""
+        named = _is_within(path, _RESPONSES_PATH)
+        if named:
+            detail = {"code": self.code, "message": self.message[:MAX_MESSAGE], "param": self.param}
+            body: dict[str, Any] = {"type": "error", "sequence_number": sequence_number, **detail}
+        else:
+            body = self.envelope(path)
+            named = _is_within(path, _ANTHROPIC_PATH)
+        data = b"data: " + orjson.dumps(body) + b"\n\n"
+        return b"event: error\n" + data if named else data + END_OF_STREAM
+
+
+def _is_within(path: str, folder: str) -> bool:
+    return f"{path}/".startswith(f"{folder}/")
 
 
 def invalid(param: str | None, message: str, code: str = "invalid_value") -> APIError:

@@ -91,7 +91,7 @@ class Handler[B: GenerationRequest](ABC):
     def _job(self, data: bytes, record: AnswerRecord) -> Job[B]:
         """Validate and tokenize a request. Slow: run it in a thread."""
         context, config, limits = self._context, self._context.config, self._context.engine.limits
-        body = context.model.defaults.fill(validate(self.model, json_object(data), context.unknown_fields))
+        body = context.model.defaults.fill(self._read(json_object(data), record))
         check_common(body)
         alternatives, echo_k = self._alternatives(body)
         if body.logprob_token_ids is not None:
@@ -133,6 +133,11 @@ class Handler[B: GenerationRequest](ABC):
             names=TokenNames(context.model.tokenizer, config.return_tokens_as_token_ids if as_ids is None else as_ids),
             unsent=unsent,
         )
+
+    def _read(self, data: dict[str, Any], record: AnswerRecord) -> B:
+        """Validate the fields of a body. Raise APIError or PromptError if one is invalid."""
+        del record
+        return validate(self.model, data, self._context.unknown_fields)
 
     def _header(self, body: B, record: AnswerRecord) -> dict[str, Any]:
         model = self._context.model

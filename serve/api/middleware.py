@@ -229,7 +229,7 @@ class Access:
             error = refused
         if error is not None:
             record.error = error.code
-            await error.response()(scope, receive, send)
+            await error.response(path)(scope, receive, send)
 
     async def _run(
         self, scope: Scope, receive: Receive, send: Send, record: AnswerRecord, *, counted: bool

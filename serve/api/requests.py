@@ -42,14 +42,9 @@ class RequestFields(BaseModel):
     timeout: Annotated[float, Field(gt=0, le=_DAY)] | None = None  # seconds
 
 
-class GenerationRequest(SamplingFields, RequestFields):
-    """Fields that chat and completions share."""
+class OutputFields(SamplingFields, RequestFields):
+    """Fields about the generated tokens that all generating endpoints share."""
 
-    model_config = ConfigDict(extra="allow")
-
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
-    best_of: int | None = None  # must equal `n`
-    max_tokens: Count | None = None
     min_tokens: Count | None = None
     logit_bias: dict[str, Annotated[Any, WithJsonSchema(_BIAS)]] | None = None  # checked later: the ids are keys
     allowed_token_ids: _TokenIds | None = None
@@ -61,18 +56,28 @@ class GenerationRequest(SamplingFields, RequestFields):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     stream: bool | None = None
+    logprob_token_ids: _TokenIds | None = None
+    logprobs_mode: LogprobsMode | None = None
+    return_tokens_as_token_ids: bool | None = None
+
+
+class GenerationRequest(OutputFields):
+    """Fields that chat and completions share."""
+
+    model_config = ConfigDict(extra="allow")
+
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    best_of: int | None = None  # must equal `n`
+    max_tokens: Count | None = None
     stream_options: StreamOptions | None = None
     prompt_logprobs: Annotated[int, Field(ge=-1)] | None = None
     prompt_logprobs_start: Count | None = None
     prompt_logprobs_format: Literal["entries", "columns"] | None = None
     prompt_logprob_token_ids: _TokenIds | None = None
-    logprob_token_ids: _TokenIds | None = None
-    logprobs_mode: LogprobsMode | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=_INT64)] | None = None
     truncation_side: Literal["left", "right"] | None = None
     request_id: RequestId | None = None
     return_token_ids: bool | None = None
-    return_tokens_as_token_ids: bool | None = None
     echo: bool | None = None
 
 

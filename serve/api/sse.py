@@ -10,9 +10,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from serve.api.errors import APIError, client_gone, engine_error
-from serve.api.json_stream import GZIP_HEADERS, Body, accepts_gzip, compress, compress_pieces, dump, make_body
-from serve.api.middleware import AnswerRecord, record_of
+from serve.api.errors import END_OF_STREAM, APIError, client_gone, engine_error
+from serve.api.json_stream import GZIP_HEADERS, Body, accepts_gzip, compress, compress_pieces, make_body
+from serve.api.middleware import AnswerRecord, record_of, route_path
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ async def stream_or_disconnect(
         APIError: the first chunk failed, or the client has disconnected.
     """
     record = record_of(request)
-    events = _events(chunks, record)
+    events = _events(chunks, record, route_path(request.scope))
     first = await unless_disconnected(request, anext(events))
     return ClosingStream(_prepend(first, events), "text/event-stream", on_close, record, events)
 
@@ -128,18 +128,20 @@ async def _prepend(first: bytes, pieces: AsyncGenerator[bytes]) -> AsyncGenerato
             yield piece
 
 
-async def _events(chunks: AsyncGenerator[dict[str, Any]], record: AnswerRecord) -> AsyncGenerator[bytes]:
-    """Server-sent events of chunks, then [DONE]. A failure after the first piece becomes an event.
+async def _events(chunks: AsyncGenerator[dict[str, Any]], record: AnswerRecord, path: str) -> AsyncGenerator[bytes]:
+    """Server-sent events of chunks; those with a type are named by it, the others end with [DONE].
 
-    If it interrupts an event, that event's data is not valid JSON, so the client cannot mistake it for a chunk.
+    A failure after the first piece becomes an event. If it interrupts an event, that event's data is not valid JSON, so
+    the client cannot mistake it for a chunk.
     """
-    sent, complete = False, True  # complete: the last piece ended an event
+    sent, complete = 0, True  # sent: events; complete: the last piece ended an event
+    chunk: dict[str, Any] = {}
     async with aclosing(chunks):
         try:
             async for chunk in chunks:
                 async with aclosing(_event(chunk)) as pieces:
                     async for piece in pieces:
-                        sent, complete = True, piece.endswith(b"\n\n")
+                        sent, complete = sent + complete, piece.endswith(b"\n\n")
                         yield piece
         except Exception as error:
             if not sent:
@@ -148,17 +150,20 @@ async def _events(chunks: AsyncGenerator[dict[str, Any]], record: AnswerRecord) 
                 logger.exception("a stream failed")
                 error = engine_error()
             record.error = error.code
-            yield (b"" if complete else b"\n\n") + b"data: " + dump(error.body) + b"\n\n"
-        yield b"data: [DONE]\n\n"
+            yield (b"" if complete else b"\n\n") + error.event(path, sent)
+            return
+        if "type" not in chunk:
+            yield END_OF_STREAM
 
 
 async def _event(chunk: dict[str, Any]) -> AsyncGenerator[bytes]:
-    large = "prompt_logprobs" in chunk or any("prompt_logprobs" in choice for choice in chunk["choices"])
+    large = "prompt_logprobs" in chunk or any("prompt_logprobs" in choice for choice in chunk.get("choices", ()))
     body = await asyncio.to_thread(make_body, chunk) if large else make_body(chunk)
-    body.parts[0] = b"data: " + body.parts[0]
+    name = f"event: {chunk['type']}\n".encode() if "type" in chunk else b""
+    body.parts[0] = name + b"data: " + body.parts[0]
     body.parts[-1] += b"\n\n"
-    async with aclosing(body.pieces()) as pieces:
-        async for piece in pieces:
+    async with aclosing(body.pieces()) as pieces, aclosing(_slices(pieces)) as slices:
+        async for piece in slices:
             yield piece
 
 

@@ -86,7 +86,7 @@ class Front:
             self._has_warned = True
             logger.warning(UNLIMITED)
         request = Request(scope, window.receive)
-        relay = _Relay(send, record_of(request), window)
+        relay = _Relay(send, record_of(request), window, route_path(scope))
         try:
             if scope["method"] == "GET" and route_path(scope) in ("/metrics", "/load"):
                 messages = await unless_disconnected(request, self._aggregate(_plain(scope)))
@@ -106,7 +106,7 @@ class Front:
             if error.status == 499:  # the client has disconnected
                 return
             record_of(request).error = error.code
-            await error.response()(scope, receive, send)
+            await error.response(route_path(scope))(scope, receive, send)
 
     @asynccontextmanager
     async def _body(self, request: Request) -> AsyncIterator[bytes]:
@@ -170,13 +170,11 @@ def _failure(cause: RayError) -> APIError:
 
 
 class _Relay:
-    def __init__(self, send: Send, record: AnswerRecord, window: Window) -> None:
-        self._send = send
-        self._record = record
-        self._window = window
-        self._started = False
-        self._is_events = False
+    def __init__(self, send: Send, record: AnswerRecord, window: Window, path: str) -> None:
+        self._send, self._record, self._window, self._path = send, record, window, path
+        self._started = self._is_events = False
         self._event_complete = True  # the last body ended an event
+        self._num_events = 0  # ended events
 
     async def send_response(self, call: DeploymentResponseGenerator[list[Message]]) -> None:
         """Relay the response of the replica that has accepted a request.
@@ -204,6 +202,7 @@ class _Relay:
                 self._started = True
             elif body := message.get("body", b""):
                 self._event_complete = body.endswith(b"\n\n")
+                self._num_events += body.count(b"\n\n")
             try:
                 message = await self._window.admit(message)
             except TimeoutError:
@@ -219,7 +218,7 @@ class _Relay:
         """
         if not self._is_events:
             raise ConnectionError("the response is incomplete")
-        event = (b"" if self._event_complete else b"\n\n") + b"data: " + dump(error.body) + b"\n\ndata: [DONE]\n\n"
+        event = (b"" if self._event_complete else b"\n\n") + error.event(self._path, self._num_events)
         await self._send({"type": "http.response.body", "body": event, "more_body": False})
 
 

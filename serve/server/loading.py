@@ -96,4 +96,4 @@ def _response(scope: Scope, phase: str) -> Response:
     if path in ("", "/"):
         page = _PAGE.replace("PHASE", html.escape(phase.capitalize()))
         return HTMLResponse(page, 503, headers | {"Content-Security-Policy": _POLICY})
-    return APIError(503, "The model is still being loaded.", None, "not_ready", headers).response()
+    return APIError(503, "The model is still being loaded.", None, "not_ready", headers).response(route_path(scope))

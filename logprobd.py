@@ -1,7 +1,8 @@
 """Exact log-probs from Python: `from logprobd import LLM`."""
 
 from serve.engine.request import EngineStoppedError
-from serve.jobs.generate import GenerationOptions, Output
+from serve.jobs.generate import GenerationOptions
+from serve.jobs.output import Output
 from serve.jobs.request_queue import RequestError
 from serve.jobs.results import Batch, Decision, Evidence, Generation, OrderEvidence, Score, Tokens
 from serve.llm import LLM

@@ -23,7 +23,6 @@ from serve.jobs.generate import (
     DEFAULT_MAX_TOKENS,
     GenerationOptions,
     Generator,
-    Output,
     OutputRequest,
     SamplingKeywords,
     as_list,
@@ -32,6 +31,7 @@ from serve.jobs.generate import (
     generation_room,
     make_options,
 )
+from serve.jobs.output import Output
 from serve.jobs.request_queue import LoopThread, RequestError, RequestQueue
 from serve.jobs.results import Batch, Decision, Generation, Score
 from serve.jobs.score import EncodedText, ScoreRequest, TextEncoder, checked_token_ids, score_texts, stream_scores

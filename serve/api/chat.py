@@ -14,7 +14,8 @@ from serve.api.json_stream import dump_list
 from serve.api.logprobs import chat_content
 from serve.api.requests import ChatCompletionRequest, ChatPromptFields
 from serve.api.validation import check_ids, check_length, check_number_of_ids, check_top_k, truncate
-from serve.jobs.generate import Output, generation_room
+from serve.jobs.generate import generation_room
+from serve.jobs.output import Output
 from serve.text.chat import ROLES, check_messages
 from serve.text.detokenizer import Echo
 

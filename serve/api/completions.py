@@ -14,7 +14,8 @@ from serve.api.json_stream import Placeholder, dump
 from serve.api.logprobs import CompletionLogprobs, LogprobRow, completion_columns
 from serve.api.requests import CompletionRequest
 from serve.api.validation import check_answers, check_length, check_number_of_ids, check_top_k, truncate
-from serve.jobs.generate import DEFAULT_MAX_TOKENS, Output, generation_room
+from serve.jobs.generate import DEFAULT_MAX_TOKENS, generation_room
+from serve.jobs.output import Output
 from serve.jobs.score import checked_token_ids
 from serve.text.chat import prompt_errors
 from serve.text.detokenizer import Echo

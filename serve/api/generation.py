@@ -22,7 +22,7 @@ from serve.engine.request import (
     Request,
     TokenEvent,
 )
-from serve.jobs.generate import Output, OutputDecoder
+from serve.jobs.output import Output, OutputDecoder
 from serve.text.detokenizer import Echo
 
 _DELTA = 1 << 10  # bytes of a delta's objects

@@ -36,7 +36,8 @@ from serve.api.validation import (
     served_name,
 )
 from serve.engine.request import PromptScoring, Request, SamplingParams
-from serve.jobs.generate import Output, OutputDecoder, choice_params
+from serve.jobs.generate import choice_params
+from serve.jobs.output import Output, OutputDecoder
 from serve.text.detokenizer import Detokenizer, StopStrings
 
 logger = logging.getLogger(__name__)

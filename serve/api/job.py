@@ -9,7 +9,7 @@ from serve.api.logprobs import TokenNames
 from serve.api.requests import GenerationRequest
 from serve.api.unsent import Unsent
 from serve.api.validation import PromptLogprobs
-from serve.jobs.generate import Output
+from serve.jobs.output import Output
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from serve.api.request_body import SMALL, Holding
 from serve.api.validation import PromptLogprobs
 from serve.config.config import ServeConfig
 from serve.engine.request import EngineLimits
-from serve.jobs.generate import Output
+from serve.jobs.output import Output
 
 _DEFAULT_BYTES = 1 << 30
 _BATCH = 256 << 10  # bytes of choices that are rendered together

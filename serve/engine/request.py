@@ -4,7 +4,11 @@ import enum
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from model.token_logprobs import TokenLogprobs, empty_logprobs
+from serve.engine.grammar import Grammar
 
 
 class FinishReason(enum.StrEnum):
@@ -95,6 +99,8 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that the output must not contain
     requested_ids: tuple[int, ...] = ()  # alternatives to report instead of the K best
     processed: bool = False  # log-probs of generated tokens are of the sampling distribution, not the raw one
+    return_processed: bool = False  # those of the sampling distribution are returned, too, as TokenEvent.processed
+    grammar: Grammar | None = None  # of the output; combined with the other constraints
     prompt: PromptScoring | None = None
 
     @property
@@ -111,6 +117,10 @@ class TokenEvent:
     logprobs: TokenLogprobs = field(default_factory=lambda: empty_logprobs(0, 0))  # one row per token id
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the stop id that finished the request, EOS included
+    processed: TokenLogprobs | None = None  # of the sampling distribution, with SamplingParams.return_processed
+    # Per token id: the probability, in the raw distribution, of the tokens that were allowed; 1 if all were.
+    allowed_mass: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    forced: list[bool] = field(default_factory=list)  # per token id: the grammar allowed no other
     # In the first event only. Row i scores prompt token i + 1; rows before PromptScoring.start - 1 are undefined.
     prompt_logprobs: TokenLogprobs | None = None
     cached_tokens: int = 0  # prompt tokens found in the prefix cache; equal in all events of a request

@@ -3,17 +3,17 @@
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError
 
-from model.token_logprobs import TokenLogprobs, empty_logprobs
 from serve.config.generation_config import SamplingFieldKeywords, SamplingFields
 from serve.config.values import suggestion
-from serve.engine.request import EngineLimits, PromptScoring, Request, SamplingParams, TokenEvent
+from serve.engine.request import EngineLimits, PromptScoring, Request, SamplingParams
+from serve.jobs.output import Output, OutputDecoder
 from serve.jobs.request_queue import RequestQueue
 from serve.jobs.results import Generation, Tokens, token_columns
 from serve.jobs.score import checked_logprobs
@@ -27,9 +27,6 @@ _INT64 = 2**63
 DEFAULT_MAX_TOKENS = 16  # of completions, as in OpenAI's API; a chat has no such default
 
 type _StopString = Annotated[str, Field(min_length=1)]
-
-_BLOCK = 64  # steps whose log-probs are concatenated, so that the arrays of the steps are freed
-_TOKEN_BYTES, _LOGPROB_BYTES = 64, 12  # id and text; float32, id and rank
 
 
 class GenerationOptions(SamplingFields):
@@ -110,80 +107,6 @@ def choice_params(
     """
     seed = None if seed in (None, -1) else seed + choice
     return replace(shared, max_tokens=max_tokens, seed=seed, prompt=None if choice else prompt)
-
-
-@dataclass(slots=True)
-class Output:
-    """Text and tokens that the engine generated: of one event, or of several after `add`."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # together one row per token id, or none
-    cached_tokens: int = 0  # of the prompt
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None  # stop string or stop token id that ended the text, unless it is EOS
-    prompt_logprobs: TokenLogprobs | None = None
-    num_blocks: int = 0  # parts of `logprobs` that are concatenations
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the tokens and their log-probs, about."""
-        numbers: int = sum(len(part.logprob) * (1 + part.top_ids.shape[1]) for part in self.logprobs)
-        return _TOKEN_BYTES * len(self.token_ids) + _LOGPROB_BYTES * numbers
-
-    def add(self, other: "Output") -> None:
-        """Append the output of a later event."""
-        self.text += other.text
-        self.token_ids += other.token_ids
-        self.logprobs += other.logprobs
-        if len(self.logprobs) - self.num_blocks > _BLOCK:  # the parts are views of whole steps' arrays
-            self.logprobs[self.num_blocks :] = [TokenLogprobs.concatenate(self.logprobs[self.num_blocks :])]
-            self.num_blocks += 1
-        self.cached_tokens = other.cached_tokens
-        self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
-        self.prompt_logprobs = other.prompt_logprobs or self.prompt_logprobs
-
-    def all_logprobs(self, alternatives: int) -> TokenLogprobs:
-        """Scores of all tokens; `alternatives` is the number of columns if there are no tokens."""
-        return TokenLogprobs.concatenate(self.logprobs or [empty_logprobs(0, alternatives)])
-
-
-class OutputDecoder:
-    """Turns the events of one request into text, which ends at a stop string."""
-
-    def __init__(self, detokenizer: Detokenizer, eos_token_ids: frozenset[int]) -> None:
-        self._detokenizer = detokenizer
-        self._eos_token_ids = eos_token_ids
-
-    @property
-    def found_stop(self) -> bool:
-        return self._detokenizer.stopped_by is not None
-
-    def output(self, event: TokenEvent) -> Output:
-        """Decode the next event. Tokens after a stop string are dropped."""
-        text, count = "", 0
-        for token_id in event.token_ids:
-            count += 1
-            if token_id != event.stop_token_id or self._detokenizer.include_stop:
-                text += self._detokenizer.push(token_id)
-            if self.found_stop:
-                break
-        reason: str | None = event.finish_reason
-        stop_reason: str | int | None = None
-        if self.found_stop:
-            reason, stop_reason = "stop", self._detokenizer.stopped_by
-        elif reason is not None:
-            text += self._detokenizer.finish()
-            stop_reason = None if event.stop_token_id in self._eos_token_ids else event.stop_token_id
-        return Output(
-            text=text,
-            token_ids=event.token_ids[:count],
-            logprobs=[event.logprobs[:count]] if count else [],
-            cached_tokens=event.cached_tokens,
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            prompt_logprobs=event.prompt_logprobs,
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from serve.api.request_body import Budget, Holding
 from serve.api.unsent import Unsent, unsent_bytes
 from serve.config.config import ServeConfig
 from serve.engine.request import TokenEvent
-from serve.jobs.generate import Output
+from serve.jobs.output import Output
 from tests.api.test_limits import FakeChoice
 from tests.support.http_client import (
     CHAT,

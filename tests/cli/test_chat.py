@@ -15,7 +15,7 @@ from serve.cli.chat.command import lines_of, read_message
 from serve.cli.chat.config import parse_args
 from serve.cli.chat.conversation import Piece, Reply
 from serve.cli.chat.screen import SCALE, ChatScreen, legend, percent, printable, step_of
-from serve.jobs.generate import Output
+from serve.jobs.output import Output
 from serve.text.tokenizer import Tokenizer
 from tests.support.http_client import byte_tokenizer
 

@@ -17,7 +17,8 @@ from serve.cli.chat.config import ChatConfig
 from serve.cli.chat.conversation import Conversation, Reply, Turn
 from serve.cli.chat.screen import ChatScreen
 from serve.engine.request import EngineStoppedError
-from serve.jobs.generate import Output, SamplingKeywords
+from serve.jobs.generate import SamplingKeywords
+from serve.jobs.output import Output
 from serve.jobs.request_queue import RequestError
 from serve.llm import LLM
 from serve.server.console import is_terminal, start_reporting

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from model.token_logprobs import TokenLogprobs
-from serve.jobs.generate import Output
+from serve.jobs.output import Output
 from serve.text.detokenizer import Detokenizer, StopStrings
 from serve.text.tokenizer import Tokenizer
 

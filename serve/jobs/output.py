@@ -1,0 +1,105 @@
+"""Output: the text, tokens and log-probs of one generation, from the engine's events."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from model.token_logprobs import TokenLogprobs, empty_logprobs
+from serve.engine.request import TokenEvent
+from serve.text.detokenizer import Detokenizer
+
+_BLOCK = 64  # steps whose log-probs are concatenated, so that the arrays of the steps are freed
+_TOKEN_BYTES, _LOGPROB_BYTES = 64, 12  # id and text; float32, id and rank
+_MASS_BYTES = 48  # a float32 object and a bool in lists
+
+
+@dataclass(slots=True)
+class Output:
+    """Text and tokens that the engine generated: of one event, or of several after `add`."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # together one row per token id, or none
+    processed: list[TokenLogprobs] = field(default_factory=list)  # with SamplingParams.return_processed, alike
+    allowed_mass: list[np.float32] = field(default_factory=list)  # see TokenEvent
+    forced: list[bool] = field(default_factory=list)
+    cached_tokens: int = 0  # of the prompt
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None  # stop string or stop token id that ended the text, unless it is EOS
+    prompt_logprobs: TokenLogprobs | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tokens and their log-probs, about."""
+        parts = (*self.logprobs, *self.processed)
+        numbers: int = sum(len(part.logprob) * (1 + part.top_ids.shape[1]) for part in parts)
+        return _TOKEN_BYTES * len(self.token_ids) + _LOGPROB_BYTES * numbers + _MASS_BYTES * len(self.allowed_mass)
+
+    def add(self, other: "Output") -> None:
+        """Append the output of a later event."""
+        self.text += other.text
+        self.token_ids += other.token_ids
+        self.allowed_mass += other.allowed_mass
+        self.forced += other.forced
+        _extend(self.logprobs, other.logprobs)
+        _extend(self.processed, other.processed)
+        self.cached_tokens = other.cached_tokens
+        self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
+        self.prompt_logprobs = other.prompt_logprobs or self.prompt_logprobs
+
+    def all_logprobs(self, alternatives: int) -> TokenLogprobs:
+        """Scores of all tokens; `alternatives` is the number of columns if there are no tokens."""
+        return TokenLogprobs.concatenate(self.logprobs or [empty_logprobs(0, alternatives)])
+
+    def all_processed(self, alternatives: int) -> TokenLogprobs:
+        """As `all_logprobs`, of the sampling distribution."""
+        return TokenLogprobs.concatenate(self.processed or [empty_logprobs(0, alternatives)])
+
+
+def _extend(parts: list[TokenLogprobs], others: list[TokenLogprobs]) -> None:
+    """Append log-probs; the parts of a step, which are views of its arrays, are concatenated from time to time."""
+    parts += others
+    steps = next((i for i, part in enumerate(reversed(parts)) if len(part.logprob) > _BLOCK), len(parts))
+    if steps > _BLOCK:
+        parts[len(parts) - steps :] = [TokenLogprobs.concatenate(parts[len(parts) - steps :])]
+
+
+class OutputDecoder:
+    """Turns the events of one request into text, which ends at a stop string."""
+
+    def __init__(self, detokenizer: Detokenizer, eos_token_ids: frozenset[int]) -> None:
+        self._detokenizer = detokenizer
+        self._eos_token_ids = eos_token_ids
+
+    @property
+    def found_stop(self) -> bool:
+        return self._detokenizer.stopped_by is not None
+
+    def output(self, event: TokenEvent) -> Output:
+        """Decode the next event. Tokens after a stop string are dropped."""
+        text, count = "", 0
+        for token_id in event.token_ids:
+            count += 1
+            if token_id != event.stop_token_id or self._detokenizer.include_stop:
+                text += self._detokenizer.push(token_id)
+            if self.found_stop:
+                break
+        reason: str | None = event.finish_reason
+        stop_reason: str | int | None = None
+        if self.found_stop:
+            reason, stop_reason = "stop", self._detokenizer.stopped_by
+        elif reason is not None:
+            text += self._detokenizer.finish()
+            stop_reason = None if event.stop_token_id in self._eos_token_ids else event.stop_token_id
+        return Output(
+            text=text,
+            token_ids=event.token_ids[:count],
+            logprobs=[event.logprobs[:count]] if count else [],
+            processed=[event.processed[:count]] if count and event.processed else [],
+            allowed_mass=list(event.allowed_mass[:count]),
+            forced=event.forced[:count],
+            cached_tokens=event.cached_tokens,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            prompt_logprobs=event.prompt_logprobs,
+        )

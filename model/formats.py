@@ -63,6 +63,8 @@ class BlockFormat:
 FLOATS: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 )
+# Formats that kernels do not read -> a wider one that holds the same values, for GGUF files.
+WIDER_FORMATS: Mapping[str, str] = MappingProxyType({"TQ1_0": "Q2_K", "TQ2_0": "Q2_K", "IQ3_S": "Q5_K"})
 FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
     {
         item.name: item

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, Self
 from numpy.typing import NDArray
 
 from model.config import ModelConfig
-from model.formats import FLOATS, FORMATS, BlockFormat
+from model.formats import FLOATS, FORMATS, WIDER_FORMATS, BlockFormat
 
 
 class ModelLoadError(Exception):
@@ -31,9 +31,9 @@ class TensorInfo:
 
     @property
     def block_format(self) -> BlockFormat | None:
-        """The format of a matrix that kernels read as it is stored; None for floats and for other formats."""
+        """The format for kernels that holds exactly a matrix's values; None for floats, and where there is none."""
         is_coded = len(self.shape) == 2 and self.stored_as not in FLOATS
-        return FORMATS.get(self.stored_as) if is_coded else None
+        return FORMATS.get(WIDER_FORMATS.get(self.stored_as, self.stored_as)) if is_coded else None
 
 
 class Checkpoint(Protocol):

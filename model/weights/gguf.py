@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from model.config import ConfigError, ModelConfig
 from model.config_gguf import config_from_gguf
+from model.formats import WIDER_FORMATS
 from model.weights.checkpoint import ModelLoadError, TensorInfo
 from model.weights.gguf_header import GgufHeader, GgufTensor, read_parts
+from model.weights.quantize import k_blocks
 
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _QUANTIZED = frozenset(
@@ -70,9 +72,12 @@ class GgufCheckpoint:
         return values.reshape(_rows_of(tensor, start, stop), *tensor.shape[1:])
 
     def read_blocks(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
-        """The bytes of rows start..stop-1 of a matrix in a block format: [R, bytes of a row]; raises as `read`."""
-        rows = _rows_of(self._tensors[name], start, stop)
-        return self._read_rows(name, start, stop).reshape(rows, -1)
+        """Rows start..stop-1 of a matrix in its `TensorInfo.block_format`: [R, bytes of a row]; raises as `read`."""
+        tensor = self._tensors[name]
+        blocks = self._read_rows(name, start, stop)
+        if tensor.type_name in WIDER_FORMATS:
+            blocks = _recoded(blocks, GGMLQuantizationType(tensor.type_number))
+        return blocks.reshape(_rows_of(tensor, start, stop), -1)
 
     def _read_rows(self, name: str, start: int, stop: int | None) -> NDArray[Any]:
         """Stored values of a tensor's rows, flat. A row consists of full blocks, except in a tensor of one axis."""
@@ -132,3 +137,22 @@ def _dequantize(raw: NDArray[np.uint8], kind: GGMLQuantizationType) -> NDArray[n
             blocks = raw[start * block_bytes : (start + run) * block_bytes]
             values[start * block : (start + run) * block] = quants.dequantize(blocks, kind)
     return values
+
+
+def _recoded(raw: NDArray[np.uint8], kind: GGMLQuantizationType) -> NDArray[np.uint8]:
+    """Bytes of blocks in a format of `WIDER_FORMATS` as blocks of the wider one, with the same values."""
+    blocks = raw.reshape(-1, GGML_QUANT_SIZES[kind][1]).copy()
+    place = slice(0, 2) if kind is GGMLQuantizationType.IQ3_S else slice(-2, None)
+    d = blocks[:, place].copy()
+    blocks[:, place] = np.array([1], "<f2").view(np.uint8)
+    integers = _dequantize(blocks.reshape(-1), kind)
+    if kind is not GGMLQuantizationType.IQ3_S:  # d * (code - 1) = (d * 1) * code - d * 1
+        codes = (integers + 1).astype(np.uint8).reshape(len(blocks), 2, 4, 32)  # of each 32 bytes the lowest bits first
+        packed = np.bitwise_or.reduce(codes << np.arange(0, 8, 2, dtype=np.uint8)[:, None], axis=2).reshape(-1, 64)
+        return np.concatenate([np.full((len(blocks), 16), 0x11, np.uint8), packed, d, d], axis=1)
+    # d * scale * odd, with -15 <= odd <= 15, = (d * scale) * (odd + 16) - (8 d) * (2 scale)
+    scales = (blocks[:, -4:, None] >> np.array([0, 4], np.uint8) & 15).reshape(-1, 8) * 2 + 1
+    codes = (integers.reshape(-1, 8, 32) / scales[..., None] + 16).astype(np.uint8)
+    with np.errstate(over="ignore"):  # the loader refuses what becomes infinite
+        steps = [step.view("<f2")[:, 0] for step in (d, (d.view("<f2") * np.float16(8)).view(np.uint8))]
+    return k_blocks(steps, [scales.T, 2 * scales.T], codes.transpose(1, 2, 0), 5)

@@ -1,9 +1,9 @@
 """From an open checkpoint to a model on the device."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from model.config import ConfigError
+from model.formats import FLOATS
 from model.kernels import gpu, tpu
 from model.kernels.dispatch import Kernels, load_kernels
 from model.packed import StackedWeight, pack
@@ -160,6 +161,8 @@ class StoredWeights:
     nbytes: int  # on each device, without the padding of packed weights
     matrices: Mapping[str, int]  # weights of all matrices by format, or by dtype
     bits_per_weight: float  # of the matrices
+    # Names of all matrices by their formats in memory and in the files.
+    tensors: Mapping[tuple[str, str], Sequence[str]] = field(default_factory=dict)
 
 
 def stored_weights(checkpoint: Checkpoint, storage: Storage, shards: int = 1) -> StoredWeights:
@@ -171,6 +174,8 @@ def stored_weights(checkpoint: Checkpoint, storage: Storage, shards: int = 1) ->
     stored, specs = checkpoint.names(), checkpoint.config.weights()
     parallel = TensorParallel(checkpoint.config, shards)
     matrices, nbytes, on_shard, vectors = Counter[str](), 0, 0, 0
+    tensors = defaultdict[tuple[str, str], list[str]](list)
+    array = next(name for name, dtype in FLOATS.items() if dtype == storage.dtype)
     for target in check_headers(checkpoint):
         if len(target.shape) == 1:
             vectors += 4 * target.shape[0]
@@ -178,12 +183,14 @@ def stored_weights(checkpoint: Checkpoint, storage: Storage, shards: int = 1) ->
         formats = storage.formats(target, stored) or (None,) * len(target.parts)
         for part, block_format in zip(target.parts, formats, strict=True):
             matrices[storage.dtype.name if block_format is None else block_format.name] += math.prod(part.shape)
+            name = array if block_format is None else block_format.name
+            tensors[name, stored[part.name].stored_as].append(part.name)
             nbytes += storage.nbytes(part.shape, block_format)
         if shards > 1:  # which hold equal formats, and may hold padding
             local = tuple(indices.shape[1] for indices in parallel.weight_indices(specs[target.path]))
             on_shard += storage.nbytes(local, formats[0])
     bits_per_weight = 8 * nbytes / max(1, matrices.total())
-    return StoredWeights(vectors + (on_shard if shards > 1 else nbytes), matrices, bits_per_weight)
+    return StoredWeights(vectors + (on_shard if shards > 1 else nbytes), matrices, bits_per_weight, tensors)
 
 
 def kernels_used(model: BoundModel) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ Formats: `block_*` of the ggml project. In here a block's elements are the secon
 sums over a block are then sums of rows.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
@@ -195,10 +195,15 @@ def _encode_k(x: Floats, w: Floats, bits: int) -> Bytes:
         codes = _improve_codes(x, w, codes, [step for _, step in steps], levels)
         steps = _refit(x, w, codes, [step for _, step in steps], levels)
     q = _group_levels(x, codes, [step for _, step in steps], levels).astype(np.uint8)
-    pairs = q.reshape(4, 2, 32, -1)  # groups 2 i and 2 i + 1 share bytes
+    return k_blocks([stored for stored, _ in steps], codes, q, bits)
+
+
+def k_blocks(steps: Sequence[NDArray[np.float16]], codes: Sequence[NDArray[Any]], levels: Bytes, bits: int) -> Bytes:
+    """Q4_K or Q5_K of two steps [n], 6-bit codes [8, n] of scales and minima, and levels [8, 32, n]."""
+    pairs = levels.reshape(4, 2, 32, -1)  # groups 2 i and 2 i + 1 share bytes
     low = (pairs[:, 0] & 15) | (pairs[:, 1] << 4)
-    high = [np.packbits(q >> 4, axis=0, bitorder="little")[0]] if bits == 5 else []
-    return _columns(*(stored for stored, _ in steps), _packed_codes(*codes), *high, low.reshape(128, -1))
+    high = [np.packbits(levels >> 4, axis=0, bitorder="little")[0]] if bits == 5 else []
+    return _columns(*steps, _packed_codes(*codes), *high, low.reshape(128, -1))
 
 
 def _codes(values: Floats, step: Floats) -> Floats:
@@ -244,7 +249,7 @@ def _refit(
     return [_half(np.where(is_valid, new, old)) for new, old in zip((scale, minimum), steps, strict=True)]
 
 
-def _packed_codes(scales: Floats, minima: Floats) -> Bytes:
+def _packed_codes(scales: NDArray[Any], minima: NDArray[Any]) -> Bytes:
     """6-bit codes [8, n] of scales and minima in 12 bytes [12, n]: four times 6 bits of each, then the rest."""
     s, m = scales.astype(np.uint8), minima.astype(np.uint8)
     return np.concatenate([s[:4] | (s[4:] >> 4 << 6), m[:4] | (m[4:] >> 4 << 6), (s[4:] & 15) | (m[4:] << 4)], axis=0)

@@ -1,8 +1,10 @@
 """Events of start-up. Each has a plain text line, a name and fields for JSON, and perhaps a drawing for terminals."""
 
+import itertools
 import json
 import logging
 import math
+import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +39,7 @@ _CHAT = {
     "logprobs": True,
     "top_logprobs": 3,
 }
+_LAYER = re.compile(r"(.*?)\.(\d+)\.(.*)")  # a tensor's name: prefix, layer, suffix
 _COMPLETION = {"prompt": "The capital of France is", "max_tokens": 32, "temperature": 0, "logprobs": 3}
 
 
@@ -109,13 +112,59 @@ def memory_planned(plan: "MemoryPlan", max_model_len: int) -> Event:
 
 
 def weights_loaded(size: int, stored: "StoredWeights", seconds: float, kernels: tuple[str, ...]) -> Event:
-    """The model is on the device: its bytes, the formats of its matrices, and which of our kernels it uses."""
+    """The model is on the device: its bytes, the formats of its matrices, and which of our kernels it uses.
+
+    A line per format follows if there are several, or others than in the files.
+    """
     formats = ", ".join(f"{_count(count)} {name}" for name, count in stored.matrices.items())
     line = f"weights  {mb(size)} in {seconds:.1f} s, {stored.bits_per_weight:.2f} bits each: {formats}; "
     line += f"kernels: {', '.join(kernels) or 'none, XLA only'}"
-    fields = {"bytes": size, "seconds": seconds, "kernels": kernels}
+    layers = _layers(itertools.chain.from_iterable(stored.tensors.values()))
+    tensors = {
+        name if name == in_file else f"{name} from {in_file}": _patterns(names, layers)
+        for (name, in_file), names in stored.tensors.items()
+    }
+    fields = {"message": line, "bytes": size, "seconds": seconds, "kernels": kernels}
     fields |= {"bits_per_weight": round(stored.bits_per_weight, 3), "formats": dict(stored.matrices)}
+    fields |= {"tensors": tensors}
+    if len(tensors) > 1 or any(name != in_file for name, in_file in stored.tensors):
+        line = "\n".join([line, *(f"  {label}: {', '.join(patterns)}" for label, patterns in tensors.items())])
     return Event("weights_loaded", line, fields)
+
+
+type _Layers = dict[tuple[str, str], list[int]]  # what a tensor's name has before and after its layer -> layers
+
+
+def _layers(names: Iterable[str]) -> _Layers:
+    layers: _Layers = {}
+    for name in names:
+        match = _LAYER.fullmatch(name.removesuffix(".weight"))
+        prefix, number, suffix = match.groups() if match else (name.removesuffix(".weight"), "", "")
+        layers.setdefault((prefix, suffix), []).extend([int(number)] if number else [])
+    return layers
+
+
+def _patterns(names: Iterable[str], layers_of_all: _Layers) -> list[str]:
+    """Names of tensors, such as "blk.*.attn_{k,q}" or, of some layers only, "blk.{0-3,7}.attn_v"."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for (prefix, suffix), layers in _layers(names).items():
+        all_layers = len(layers) > 1 and len(layers) == len(layers_of_all[prefix, suffix])
+        groups.setdefault((prefix, "*" if all_layers else _ranges(layers)), []).append(suffix)
+    return [
+        f"{prefix}.{layers}.{_braced(sorted(suffixes))}" if layers else prefix
+        for (prefix, layers), suffixes in groups.items()
+    ]
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Numbers as ranges, such as "{0-3,7}"."""
+    runs = itertools.groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])
+    ends = [(run[0][1], run[-1][1]) for run in (list(group) for _, group in runs)]
+    return _braced([str(first) if first == last else f"{first}-{last}" for first, last in ends])
+
+
+def _braced(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{{{','.join(parts)}}}" if parts else ""
 
 
 def program_compiled(program: "Program") -> Event:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from compiled.shapes import Buckets
 from model.config import ConfigError, ModelConfig
-from model.formats import FLOATS, FORMATS
+from model.formats import FLOATS, FORMATS, WIDER_FORMATS
 from model.kernels.dispatch import Kernels, load_kernels
 from model.packed import PackedWeight, StackedWeight
 from model.sharding import TensorParallel
@@ -167,22 +167,56 @@ def test_rounding_is_the_same_from_both_file_formats(tmp_path: Path, target: str
         np.testing.assert_array_equal(values, from_gguf[path][1], err_msg=path)
 
 
-@pytest.mark.parametrize("kind", ["IQ2_XXS", "TQ2_0"])
-def test_formats_without_kernels_become_float32(tmp_path: Path, kind: str) -> None:
+GATE_UP = "layers.1.mlp.gate_up.weight"
+
+
+def with_random_blocks(path: Path, kind: str, scales: NDArray[np.float16]) -> tuple[Path, NDArray[np.float32]]:
+    """A file in Q4_K with random blocks of another format as UP, and the values of that tensor."""
     tiny, qtype = TinyModel(width=8), gguf.GGMLQuantizationType[kind]
-    shape = tiny.tensors.pop(UP).shape
+    n, k = tiny.tensors.pop(UP).shape
     block, size = gguf.GGML_QUANT_SIZES[qtype]
-    blocks = np.random.default_rng(1).integers(0, 256, (shape[0], shape[1] // block, size), np.uint8)
-    place = {"IQ2_XXS": 0, "TQ2_0": size - 2}[kind]
-    blocks[..., place : place + 2] = np.array([0.125], "<f2").view(np.uint8)
-    raw = blocks.reshape(shape[0], -1)
-    path = tiny.write_gguf(tmp_path / "a.gguf", "Q4_K", raw={gguf_name(UP): (raw, kind)})
-    plain, packed = load(path, Storage(F32)), load(path, Storage(F32, packs=True))
-    gate_up, values = "layers.1.mlp.gate_up.weight", gguf.quants.dequantize(raw, qtype)
-    for found in (plain, packed):
-        assert found[gate_up][0] == ("Q4_K", "F32")
-        np.testing.assert_array_equal(found[gate_up][1][-shape[0] :], values)
-    assert load(path, Storage(F32, stacks=False))[gate_up][0] == ("F32",)
+    blocks = np.random.default_rng(1).integers(0, 256, (n, k // block, size), np.uint8)
+    place = size - 2 if kind.startswith("TQ") else 0
+    blocks[..., place : place + 2] = np.resize(scales, (*blocks.shape[:2], 1)).view(np.uint8)
+    raw = blocks.reshape(n, -1)
+    tiny.write_gguf(path, "Q4_K", raw={gguf_name(UP): (raw, kind)})
+    with np.errstate(all="ignore"):
+        return path, gguf.quants.dequantize(raw, qtype)
+
+
+@pytest.mark.parametrize("kind", ["IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"])
+def test_formats_that_no_packed_one_holds_become_float32(tmp_path: Path, kind: str) -> None:
+    path, values = with_random_blocks(tmp_path / "a.gguf", kind, np.array([0.125], np.float16))
+    for found in (load(path, Storage(F32)), load(path, Storage(F32, packs=True))):
+        assert found[GATE_UP][0] == ("Q4_K", "F32")
+        np.testing.assert_array_equal(found[GATE_UP][1][-len(values) :], values)
+    assert load(path, Storage(F32, stacks=False))[GATE_UP][0] == ("F32",)
+
+
+@pytest.mark.parametrize(("kind", "wider"), WIDER_FORMATS.items())
+def test_formats_without_kernels_are_kept_in_a_wider_one_to_the_bit(tmp_path: Path, kind: str, wider: str) -> None:
+    """The smallest and subnormal scales, negative ones, and the largest of which Q5_K has 8 times as much."""
+    numbers = np.random.default_rng(2).standard_normal(97) * 10.0 ** np.random.default_rng(3).integers(-8, 4, 97)
+    scales = np.concatenate([numbers, [0, 2.0**-24, 3 * 2.0**-24, -(2.0**-24), 8188]]).astype(np.float16)
+    path, values = with_random_blocks(tmp_path / "a.gguf", kind, scales)
+    found = load(path, Storage(F32))[GATE_UP]
+    assert found[0] == ("Q4_K", wider)
+    got = found[1][-len(values) :]
+    np.testing.assert_array_equal(got, values)
+    assert got[got != 0].tobytes() == values[values != 0].tobytes()  # zeros may differ in sign
+    assert load(path, Storage(F32, "none"))[GATE_UP][0] == ()
+    with closing(open_checkpoint(ModelSource("m", path))) as checkpoint:
+        assert stored_weights(checkpoint, Storage(F32)).matrices[wider] == values.size
+    for bad in (np.nan, np.inf):
+        damaged, _ = with_random_blocks(tmp_path / "b.gguf", kind, np.append(scales, np.float16(bad)))
+        with pytest.raises(ModelLoadError, match=rf"  {gguf_name(UP)}: holds scales that are not finite, or "):
+            load(damaged, Storage(F32))
+
+
+def test_scales_too_large_for_the_wider_format_are_refused(tmp_path: Path) -> None:
+    path, _ = with_random_blocks(tmp_path / "a.gguf", "IQ3_S", np.array([1, 8192], np.float16))
+    with pytest.raises(ModelLoadError, match=rf"  {gguf_name(UP)}: .* values too large for Q5_K$"):
+        load(path, Storage(F32))
 
 
 @pytest.mark.parametrize(
@@ -367,6 +401,10 @@ def test_stored_weights_are_those_of_the_loaded_model(tmp_path: Path, kind: str,
     assert stored.nbytes == total
     assert sum(stored.matrices.values()) == elements
     assert stored.bits_per_weight == pytest.approx(8 * matrices / elements)
+    [values_in] = [form for form, names in stored.tensors.items() if "blk.1.attn_v.weight" in names]
+    float_format = "BF16" if storage.dtype == BF16 else "F32"
+    assert values_in == (storage.quantization if storage.quantization in FORMATS else float_format, "F32")
+    assert sum(map(len, stored.tensors.values())) == 2 + 7 * 2
 
 
 def test_a_block_format_needs_no_kernels(mixed: tuple[Path, TinyModel]) -> None:

@@ -54,7 +54,13 @@ FILES: Any = SimpleNamespace(
 )
 DEVICE: Any = SimpleNamespace(platform="cpu", device_kind="cpu")
 MODEL = model_found(FILES, DEVICE)
-STORED = StoredWeights(269_000_000, {"Q4_1": 106_200_000, "Q8_0": 28_311_552}, 5.5471)
+TENSORS = {
+    ("Q4_1", "Q4_1"): [f"blk.{i}.{name}.weight" for i in range(9) for name in ("attn_q", "attn_k")]
+    + [f"blk.{i}.attn_v.weight" for i in (3, 6, 8)],
+    ("Q8_0", "Q8_0"): [*(f"blk.{i}.attn_v.weight" for i in (0, 1, 2, 4, 5)), "blk.7.attn_v.weight", "output.weight"],
+    ("Q2_K", "TQ1_0"): ["token_embd.weight", "blk.4.ffn_up.weight"],
+}
+STORED = StoredWeights(269_000_000, {"Q4_1": 106_200_000, "Q8_0": 28_311_552}, 5.5471, TENSORS)
 PLAN = MemoryPlan(269_000_000, 694, 1_549_000, 33_000_000, 16_108_000_000)
 URL = "http://127.0.0.1:8000"
 SERVING = server_started(CONFIG, ("m", "alias"), URL, chats=True)
@@ -102,15 +108,28 @@ def test_reporter_text_has_one_line_per_event() -> None:
     start(reporter)
     text = stream.getvalue().splitlines()
     assert [line.split()[0] for line in text] == [
-        *("defaults", "model", "memory", "weights", "compiling", "compiled", "serving")
+        *("defaults", "model", "memory", "weights", "Q4_1:", "Q8_0:", "Q2_K", "compiling", "compiled", "serving")
     ]
     assert "org/[a] model: llama, 134.5 M parameters, bfloat16 on cpu" in text[1]
     assert "weights 269 MB, cache 1,075 MB, workspace about 33 MB: 1,377 MB of 16,108 MB" in text[2]
     assert "weights  269 MB in 3.1 s, 5.55 bits each: 106.2 M Q4_1, 28.3 M Q8_0; kernels: avx2, linear" in text[3]
-    assert text[5] == "compiled 3 programs in 4.2 s, 2 from the cache"
-    match = ADDRESS.search(text[6])
+    assert text[4:7] == [
+        "  Q4_1: blk.*.{attn_k,attn_q}, blk.{3,6,8}.attn_v",
+        "  Q8_0: blk.{0-2,4-5,7}.attn_v, output",
+        "  Q2_K from TQ1_0: token_embd, blk.4.ffn_up",
+    ]
+    assert text[8] == "compiled 3 programs in 4.2 s, 2 from the cache"
+    match = ADDRESS.search(text[9])
     assert match is not None
     assert match[1] == "http://127.0.0.1:8000"
+
+
+@pytest.mark.parametrize("form", ["Q4_K", "BF16"])
+def test_weights_in_the_one_format_of_their_file_are_one_line(form: str) -> None:
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
+    event = weights_loaded(1, StoredWeights(1, {form: 3}, 4.5, {(form, form): names}), 1.0, ())
+    assert "\n" not in event.line
+    assert event.fields["tensors"] == {form: ["model.layers.*.mlp.up_proj"]}
 
 
 def test_reporter_json_has_all_fields() -> None:
@@ -126,7 +145,9 @@ def test_reporter_json_has_all_fields() -> None:
     plan = {"weights": 269_000_000, "cache_tokens": 44_352, "free": 16_108_000_000, "max_model_len": 8192}
     assert plan.items() <= by_name["memory_planned"].items()
     loaded = {"bytes": 269_000_000, "bits_per_weight": 5.547, "formats": {"Q4_1": 106_200_000, "Q8_0": 28_311_552}}
+    loaded["message"] = "weights  269 MB in 3.1 s, 5.55 bits each: 106.2 M Q4_1, 28.3 M Q8_0; kernels: avx2, linear"
     assert loaded.items() <= by_name["weights_loaded"].items()
+    assert by_name["weights_loaded"]["tensors"]["Q8_0"] == ["blk.{0-2,4-5,7}.attn_v", "output"]
     served = {"models": ["m", "alias"], "url": URL, "keyed": False, "chats": True, "documented": True}
     assert served.items() <= by_name["serving"].items()
     assert ADDRESS.search(stream.getvalue())

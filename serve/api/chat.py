@@ -8,7 +8,7 @@ from typing import Any
 from serve.api.context import Context
 from serve.api.errors import invalid, unsupported
 from serve.api.generation import Choice, Prompt, output_logprobs
-from serve.api.handler import Handler
+from serve.api.handler import ChoicesHandler, Handler
 from serve.api.job import Job, choice_fields
 from serve.api.json_stream import dump_list
 from serve.api.logprobs import chat_content
@@ -26,6 +26,9 @@ type _Job = Job[ChatCompletionRequest]
 
 class ChatHandler[B: ChatCompletionRequest](Handler[B]):
     """An endpoint whose prompt is a chat: from the messages to the prompt's tokens."""
+
+    id_prefix = "chatcmpl"
+    objects = ("chat.completion", "chat.completion.chunk")
 
     def _alternatives(self, body: B) -> tuple[int | None, int | None]:
         if body.top_logprobs and not body.logprobs:
@@ -63,10 +66,8 @@ class ChatHandler[B: ChatCompletionRequest](Handler[B]):
         return _messages(body)[-1]["content"] or ""
 
 
-class ChatCompletions(ChatHandler[ChatCompletionRequest]):
+class ChatCompletions(ChatHandler[ChatCompletionRequest], ChoicesHandler[ChatCompletionRequest]):
     model = ChatCompletionRequest
-    id_prefix = "chatcmpl"
-    objects = ("chat.completion", "chat.completion.chunk")
 
     def _answer(self, job: _Job, choices: list[Any], usage: dict[str, Any]) -> dict[str, Any]:
         answer = job.header | {
@@ -137,13 +138,20 @@ def _messages(body: ChatPromptFields) -> list[dict[str, Any]]:
 
 
 def _logprobs(job: _Job, choice: Choice, output: Output) -> dict[str, Any] | None:
+    content = token_entries(job, choice, output)
+    return None if content is None else {"content": content, "refusal": None}
+
+
+def token_entries[B: ChatCompletionRequest](
+    job: Job[B], choice: Choice, output: Output, tokens: slice = slice(None)
+) -> Any | None:
+    """JSON list of the log-probs of an output's tokens; None if they are not requested."""
     if choice.alternatives is None:
         return None
-    ids, logprobs = output.token_ids, output_logprobs(output, choice.alternatives)
+    ids, logprobs = output.token_ids[tokens], output_logprobs(output, choice.alternatives)[tokens]
     with_chosen = job.body.logprob_token_ids is not None
     blocks = (
         chat_content(job.names, ids[i : i + _BLOCK], logprobs[i : i + _BLOCK], with_chosen=with_chosen)
         for i in range(0, len(ids), _BLOCK)
     )
-    content = dump_list(blocks) if len(ids) > _BLOCK else list(chain.from_iterable(blocks))
-    return {"content": content, "refusal": None}
+    return dump_list(blocks) if len(ids) > _BLOCK else list(chain.from_iterable(blocks))

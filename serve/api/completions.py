@@ -8,7 +8,7 @@ import orjson
 
 from serve.api.errors import invalid
 from serve.api.generation import Choice, Prompt, output_logprobs
-from serve.api.handler import Handler
+from serve.api.handler import ChoicesHandler
 from serve.api.job import Job, choice_fields
 from serve.api.json_stream import Placeholder, dump
 from serve.api.logprobs import CompletionLogprobs, LogprobRow, completion_columns
@@ -25,7 +25,7 @@ type _Job = Job[CompletionRequest]
 _MAX_PROMPTS = 2048
 
 
-class Completions(Handler[CompletionRequest]):
+class Completions(ChoicesHandler[CompletionRequest]):
     model = CompletionRequest
     id_prefix = "cmpl"
     objects = ("text_completion", "text_completion")

@@ -1,7 +1,6 @@
 """Handler: the steps that chat and completions share, from the bytes of a request to its response."""
 
 import asyncio
-import logging
 import math
 import time
 import uuid
@@ -16,11 +15,11 @@ from starlette.responses import Response
 from serve.api.context import Context
 from serve.api.errors import invalid
 from serve.api.generation import Choice, Prompt, Unread, engine_errors, merge, span_attributes, work_of
-from serve.api.job import Job, check_logprobs, usage
+from serve.api.job import Job, check_logprobs, log_request, usage
 from serve.api.json_stream import Body, Placeholder, make_body
 from serve.api.logprobs import TokenNames
 from serve.api.middleware import AnswerRecord, record_of
-from serve.api.parsing import PROMPT_FIELDS, release_texts, validate
+from serve.api.parsing import release_texts, validate
 from serve.api.request_body import Holding, json_object
 from serve.api.requests import GenerationRequest, StreamOptions
 from serve.api.sampling_params import sampling_params, stop_strings
@@ -40,16 +39,15 @@ from serve.jobs.generate import choice_params
 from serve.jobs.output import Output, OutputDecoder
 from serve.text.detokenizer import Detokenizer, StopStrings
 
-logger = logging.getLogger(__name__)
-
 
 class Handler[B: GenerationRequest](ABC):
-    """A generating endpoint: read, validate, tokenize, submit, render."""
+    """A generating endpoint: read, validate, tokenize, submit."""
 
     model: type[B]  # of the request body
     id_prefix: str
     objects: tuple[str, str]  # `object` of a response and of a chunk
     repeats_prompt_logprobs = False  # whether every choice of a response contains those of its prompt
+    collects_streams = False  # whether the end of a stream repeats what was sent
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -117,11 +115,11 @@ class Handler[B: GenerationRequest](ABC):
             limits,
             repeats=self.repeats_prompt_logprobs,
             token_ids=bool(body.return_token_ids),
-            stream=bool(body.stream),
+            stream=bool(body.stream) and not self.collects_streams,
             fixed_length=not stop_strings(body),
         )
         if config.enable_log_requests:
-            self._log(header, body, ids)
+            log_request(context, header, body, ids)
         release_texts(body)
         as_ids = body.return_tokens_as_token_ids
         return Job(
@@ -204,12 +202,6 @@ class Handler[B: GenerationRequest](ABC):
                 choices.append(Choice(len(choices), prompt, request, make_decoder, i == 0, alternatives))
         return choices
 
-    def _log(self, header: dict[str, Any], body: B, prompts: Sequence[list[int]]) -> None:
-        decode, length = self._context.model.tokenizer.decode, self._context.config.max_log_len
-        starts = [decode(ids, skip_special_tokens=False)[:length] for ids in prompts]
-        fields = body.model_dump(exclude_none=True, exclude=set(PROMPT_FIELDS))
-        logger.warning("request %s: prompts %r, fields %r", header["id"], starts, fields)
-
     async def _deltas(self, job: Job[B]) -> AsyncGenerator[tuple[Choice, Output]]:
         """Run the choices and yield what each step adds to them. Metrics are updated when all have finished."""
         context, choices = self._context, job.choices
@@ -223,6 +215,22 @@ class Handler[B: GenerationRequest](ABC):
         for start in range(0, len(choices), n):
             context.metrics.on_answers([choice.num_tokens for choice in choices[start : start + n]])
 
+    @abstractmethod
+    def _alternatives(self, body: B) -> tuple[int | None, int | None]:
+        """Alternatives per generated token and per token of an echoed prompt; None without log-probs."""
+
+    @abstractmethod
+    def _prompts(self, body: B) -> list[Prompt]:
+        """Tokenize the prompts."""
+
+    @abstractmethod
+    def _chunks(self, job: Job[B]) -> AsyncGenerator[dict[str, Any]]:
+        """The events of a stream."""
+
+    @abstractmethod
+    def _checked_body(self, job: Job[B], outputs: Sequence[Output]) -> Body:
+        """The complete response. Slow: run it in a thread."""
+
     async def _body(self, job: Job[B]) -> Body:
         outputs = [Output() for _ in job.choices]
         async with aclosing(self._deltas(job)) as deltas:
@@ -231,8 +239,12 @@ class Handler[B: GenerationRequest](ABC):
                 job.unsent.add(choice, outputs[choice.index], delta)
         return await asyncio.to_thread(self._checked_body, job, outputs)
 
+
+class ChoicesHandler[B: GenerationRequest](Handler[B]):
+    """An endpoint whose response has a list of choices."""
+
     def _checked_body(self, job: Job[B], outputs: Sequence[Output]) -> Body:
-        """The complete response; many choices are rendered and sent in batches. Slow: run it in a thread."""
+        """Many choices are rendered and sent in batches."""
         batches = list(job.unsent.batches(outputs))
         choices: list[dict[str, Any] | Placeholder]
         if len(batches) == 1:
@@ -289,14 +301,6 @@ class Handler[B: GenerationRequest](ABC):
         pairs = zip(job.choices, outputs, strict=True)
         cached = sum(output.cached_tokens for choice, output in pairs if choice.is_first_of_prompt)
         return usage(job.prompt_tokens, sum(len(output.token_ids) for output in outputs), cached)
-
-    @abstractmethod
-    def _alternatives(self, body: B) -> tuple[int | None, int | None]:
-        """Alternatives per generated token and per token of an echoed prompt; None without log-probs."""
-
-    @abstractmethod
-    def _prompts(self, body: B) -> list[Prompt]:
-        """Tokenize the prompts."""
 
     @abstractmethod
     def _answer(self, job: Job[B], choices: list[Any], usage: dict[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,20 @@
 """Job: a validated request, and the parts of its response that chat and completions share."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from serve.api.context import Context
 from serve.api.generation import Choice, Prompt, output_logprobs
 from serve.api.logprobs import TokenNames
+from serve.api.parsing import PROMPT_FIELDS
 from serve.api.requests import GenerationRequest
 from serve.api.unsent import Unsent
 from serve.api.validation import PromptLogprobs
 from serve.jobs.output import Output
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +27,13 @@ class Job[B: GenerationRequest]:
     prompt_logprobs: PromptLogprobs
     names: TokenNames
     unsent: Unsent
+
+
+def log_request(context: Context, header: dict[str, Any], body: GenerationRequest, prompts: list[list[int]]) -> None:
+    decode, length = context.model.tokenizer.decode, context.config.max_log_len
+    starts = [decode(ids, skip_special_tokens=False)[:length] for ids in prompts]
+    fields = body.model_dump(exclude_none=True, exclude=set(PROMPT_FIELDS))
+    logger.warning("request %s: prompts %r, fields %r", header["id"], starts, fields)
 
 
 def choice_fields(

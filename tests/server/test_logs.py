@@ -199,7 +199,7 @@ def test_server_process_writes_only_json(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in server.log]
     events = [line["event"] for line in lines if "event" in line]
     assert events == [*("model_found", "memory_planned", "weights_loaded", "compile_begun", "all_compiled", "serving")]
-    (logged,) = [line for line in lines if line.get("logger") == "serve.api.handler"]
+    (logged,) = [line for line in lines if line.get("logger") == "serve.api.job"]
     assert "prompts ['abc']" in logged["message"]
     assert any(line.get("logger") == "uvicorn.error" for line in lines)
     assert "k7" not in "".join(server.log)

@@ -31,6 +31,7 @@ from tools.bench.load import (
     RefusedError,
 )
 from tools.bench.packed import packed_scenarios
+from tools.bench.products import ROWS, Product, measured_products
 from tools.own_server import own_server
 
 
@@ -82,6 +83,14 @@ def show(rows: dict[str, Figures], weight_bytes: float | None) -> None:
     Console(width=max(150, Console().width)).print(table)
 
 
+def product_line(product: Product) -> str:
+    n, k = product.shape
+    return (
+        f"product of {ROWS} rows with {product.format} [{n} x {k}]: {product.rate / 1e9:,.0f} GFLOP/s, "
+        f"{product.rate / product.peak:.0%} of {product.peak / 1e9:,.0f} GFLOP/s of float32 multiply-adds in registers"
+    )
+
+
 async def _collect(url: str, vocabulary: int) -> dict[str, Figures]:
     async with httpx2.AsyncClient(base_url=url, timeout=600) as client:
         return {name: figures async for name, figures in measure(client, vocabulary, bandwidth_probe())}
@@ -105,6 +114,7 @@ def main() -> None:
     known = options.url is None or (options.model is not None and is_here(options.url))
     config = EngineConfig(model=options.model, dtype=options.dtype, quantization=options.quantization)
     weights = decode_bytes(config) if known else None
+    products = measured_products(config) if known else []
     with contextlib.ExitStack() as stack:
         arguments = [*([options.model] if options.model else []), "--dtype", options.dtype]
         arguments += ["--quantization", options.quantization]
@@ -114,6 +124,8 @@ def main() -> None:
         except FailedError as error:
             raise SystemExit(f"error: {error}") from None
     show(rows, weights)
+    for product in products:
+        Console().print(product_line(product), soft_wrap=True)
     Console().print(
         "host time of the engine (schedule, batch, read, events): "
         f"{plain:.2f} ms per step of 16 rows, {requested:.2f} ms with {MAX_REQUESTED_IDS} logprob_token_ids each",

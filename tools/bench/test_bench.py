@@ -7,13 +7,15 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from model.kernels.dispatch import load_kernels
 from serve.config.engine_config import EngineConfig
 from tests.support.tiny_checkpoints import TinyModel
-from tools.bench.__main__ import measure, show
+from tools.bench.__main__ import measure, product_line, show
 from tools.bench.bandwidth import decode_bytes, is_here
 from tools.bench.host import host_ms_of_decisions, host_ms_per_step
 from tools.bench.load import FailedError, Figures
 from tools.bench.packed import distinct_tokens
+from tools.bench.products import Product, measured_products
 
 
 def peer(request: httpx2.Request) -> httpx2.Response:
@@ -116,3 +118,27 @@ def test_host_ms_of_decisions_without_a_device() -> None:
     first, further = host_ms_of_decisions(questions=3, rows=2)
     assert first > 0
     assert math.isfinite(further)
+
+
+def test_products_are_a_share_of_the_multiply_add_peak() -> None:
+    line = product_line(Product("Q4_1", (3072, 576), 150e9, 200e9))
+    assert line == (
+        "product of 512 rows with Q4_1 [3072 x 576]: 150 GFLOP/s, "
+        "75% of 200 GFLOP/s of float32 multiply-adds in registers"
+    )
+
+
+@pytest.mark.skipif(load_kernels().cpu is None, reason="no kernels here")
+def test_products_are_of_the_largest_matrix_of_a_layer_in_each_format(tmp_path: Path) -> None:
+    path = TinyModel(width=8).write_gguf(tmp_path / "a.gguf", "Q4_K", kinds={"v_proj": "Q6_K", "down_proj": "MXFP4"})
+    products = measured_products(EngineConfig(model=str(path)))
+    shapes = {product.format: product.shape for product in products}
+    assert shapes == {"Q4_K": (1536, 512), "Q6_K": (1024, 512), "MXFP4": (512, 768)}
+    assert all(product.rate > 0 and product.peak > 0 for product in products)
+    [rounded] = measured_products(EngineConfig(model=str(path), quantization="none", dtype="bfloat16"))
+    assert rounded.format == "BF16"
+
+
+def test_products_are_left_out_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert measured_products(EngineConfig()) == []

@@ -1,0 +1,1 @@
+"""Tools: their definitions in requests, the text formats of calls, and the grammars that hold a model to them."""

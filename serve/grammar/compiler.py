@@ -1,0 +1,112 @@
+"""GrammarCompiler: grammars to masks, off the event loop, within limits, and cached."""
+
+import asyncio
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from llguidance import LLTokenizer
+
+from serve.grammar.json_schema import GrammarError
+from serve.grammar.masks import LlguidanceGrammar, Vocabulary, compile_source
+from serve.grammar.sandbox import GrammarSandbox
+from serve.grammar.spec import GrammarSpec
+from serve.text.tokenizer import Tokenizer
+
+MAX_CHARACTERS = 1 << 20  # of one grammar
+_MAX_CACHED = 64  # grammars
+_MAX_CACHED_CHARACTERS = 4 << 20  # of all cached grammars
+_MAX_WAITING = 64
+
+
+class GrammarBusyError(Exception):
+    """The maximum number of grammars waits to be compiled; try again later."""
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer, in a thread that no valid grammar occupies for long. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        """`vocab_size` is the model's."""
+        tokens = [tokenizer.token_bytes(index) for index in range(vocab_size)]
+        self._vocabulary = Vocabulary(tokens, tokenizer.special_ids, tokenizer.eos_token_ids)
+        self._sandbox = GrammarSandbox(self._vocabulary)
+        self._executor = ThreadPoolExecutor(1, "grammar")
+        self._renewal_executor = ThreadPoolExecutor(1, "grammar-renewal")  # known grammars do not wait for new ones
+        self._lock = threading.Lock()
+        # Least recently used first; GrammarErrors are cached, too.
+        self._cache: OrderedDict[GrammarSpec, Future[LlguidanceGrammar]] = OrderedDict()
+        self._num_waiting = 0
+        self._tokenizer: LLTokenizer | None = None
+        self._tokenizer_lock = threading.Lock()
+
+    async def compile(self, spec: GrammarSpec) -> LlguidanceGrammar:
+        """Return the compiled grammar.
+
+        Raises:
+            GrammarError: it is invalid, not supported, or exceeds the limits.
+            GrammarBusyError: too many grammars wait to be compiled.
+        """
+        return await asyncio.shield(asyncio.wrap_future(self._submit(spec)))
+
+    def compile_blocking(self, spec: GrammarSpec) -> LlguidanceGrammar:
+        """As `compile`, for threads that may wait."""
+        return self._submit(spec).result()
+
+    def close(self) -> None:
+        for executor in (self._executor, self._renewal_executor):
+            executor.shutdown(wait=True, cancel_futures=True)
+        self._sandbox.close()
+
+    def _submit(self, spec: GrammarSpec) -> Future[LlguidanceGrammar]:
+        if not self._vocabulary.eos_token_ids:
+            raise GrammarError("the model has no token that ends an output")
+        if len(spec.text) > MAX_CHARACTERS:
+            raise GrammarError(f"the grammar has more than {MAX_CHARACTERS} characters")
+        with self._lock:
+            known = self._cache.get(spec)
+            worn = None if known is None else _worn(known)
+            if known is not None and worn is None:
+                self._cache.move_to_end(spec)
+                return known
+            if worn is not None:
+                future = self._renewal_executor.submit(self._compile, worn.source)
+            elif self._num_waiting < _MAX_WAITING:
+                self._num_waiting += 1
+                future = self._executor.submit(self._compile_new, spec)
+            else:
+                raise GrammarBusyError
+            self._evict()
+            self._cache[spec] = future
+            return future
+
+    def _evict(self) -> None:
+        for spec in [spec for spec, future in self._cache.items() if _worn(future) is not None]:
+            del self._cache[spec]
+        size = sum(len(spec.text) for spec in self._cache)
+        while self._cache and (len(self._cache) >= _MAX_CACHED or size > _MAX_CACHED_CHARACTERS):
+            size -= len(self._cache.popitem(last=False)[0].text)
+
+    def _compile_new(self, spec: GrammarSpec) -> LlguidanceGrammar:
+        try:
+            return self._compile(self._sandbox.source(spec))
+        finally:
+            with self._lock:
+                self._num_waiting -= 1
+
+    def _compile(self, source: str) -> LlguidanceGrammar:
+        with self._tokenizer_lock:
+            if self._tokenizer is None:
+                self._tokenizer = self._vocabulary.tokenizer()
+        start, error = compile_source(self._tokenizer, source)
+        if error:
+            raise GrammarError("the grammar cannot be compiled")
+        return LlguidanceGrammar(start, source)
+
+
+def _worn(future: Future[LlguidanceGrammar]) -> LlguidanceGrammar | None:
+    """The grammar if it is worn."""
+    if not future.done() or future.exception() is not None:
+        return None
+    grammar = future.result()
+    return grammar if grammar.is_worn else None

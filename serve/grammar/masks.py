@@ -1,0 +1,99 @@
+"""Grammars that llguidance compiled for a tokenizer, and the state of one output in such a grammar."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from numpy.typing import NDArray
+
+type Words = NDArray[np.uint32]  # packed mask [W], as in SamplingArrays.mask
+
+# A lexer state takes up to 600 bytes, and a token of a string with `maxLength` adds about 20.
+_LIMITS = LLParserLimits(max_lexer_states=100_000, verbose_errors=False)
+_MAX_TOKENS = 2_000  # of all outputs in one grammar, before it is compiled again: they share the lexer's states
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What llguidance must know about a tokenizer."""
+
+    tokens: Sequence[bytes]  # [V] of the model, which may be more than the tokenizer has; b"" is never allowed
+    special_ids: frozenset[int]  # allowed only where a grammar names them
+    eos_token_ids: frozenset[int]  # allowed where the text may end
+
+    def tokenizer(self) -> LLTokenizer:
+        """Hold the interpreter for about 2 us per token."""
+        return LLTokenizer(_Tokens(self), eos_token=sorted(self.eos_token_ids))  # type: ignore[arg-type]
+
+
+class _Tokens:
+    """The interface that LLTokenizer expects of a tokenizer."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.eos_token_id = min(vocabulary.eos_token_ids)
+        self.tokens = list(vocabulary.tokens)
+        self.special_token_ids = sorted(vocabulary.special_ids | vocabulary.eos_token_ids)
+
+    def __call__(self, text: bytes) -> list[int]:
+        raise NotImplementedError("grammars are compiled without fixed tokens")
+
+
+def compile_source(tokenizer: LLTokenizer, source: str) -> tuple[LLMatcher, str]:
+    """The initial state, with its first mask computed, and llguidance's error message, empty if there is none."""
+    matcher = LLMatcher(tokenizer, source, log_level=0, limits=_LIMITS)
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    return matcher, matcher.get_error()
+
+
+class LlguidanceGrammar:
+    """A compiled grammar. Thread-safe."""
+
+    def __init__(self, start: LLMatcher, source: str) -> None:
+        self.source = source
+        self.is_worn = False  # its lexer has many states, or too many; new outputs need a grammar compiled again
+        self._start = start
+        self._num_tokens = 0
+
+    def matcher(self) -> "LlguidanceMatcher":
+        return LlguidanceMatcher(self._start.deep_copy(), self)
+
+    def count_token(self) -> None:
+        self._num_tokens += 1
+        self.is_worn |= self._num_tokens >= _MAX_TOKENS
+
+
+class LlguidanceMatcher:
+    """The state of one output."""
+
+    def __init__(self, state: LLMatcher, grammar: LlguidanceGrammar) -> None:
+        self._state = state
+        self._grammar = grammar
+        self._error: str | None = None
+
+    @property
+    def error(self) -> str | None:
+        return self._error
+
+    @property
+    def is_finished(self) -> bool:
+        return self._state.is_stopped()
+
+    def fill(self, words: Words) -> None:
+        self._state.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        self._check()
+
+    def advance(self, token: int) -> None:
+        self._grammar.count_token()
+        self._state.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._state.is_error() and self._error is None:
+            is_complex = self._state.get_error().startswith(("lexer error: ", "parser error: "))
+            self._error = "the grammar is too complex" if is_complex else "the grammar allows no token"
+            self._grammar.is_worn |= is_complex

@@ -1,0 +1,316 @@
+"""Grammars to masks, and the errors of those that cannot be used."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compiled.state import mask_words
+from model.weights.source import default_model_path
+from serve.engine.grammar import Grammar, Matcher
+from serve.grammar.compiler import MAX_CHARACTERS, GrammarBusyError, GrammarCompiler
+from serve.grammar.json_schema import GrammarError
+from serve.grammar.spec import GrammarKind, GrammarSpec
+from serve.server.model_files import local_tokenizer
+from serve.text.tokenizer import Tokenizer
+
+VOCAB_SIZE = 49_152 + 40  # a model may pad its vocabulary
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return local_tokenizer(default_model_path())
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer: Tokenizer) -> Iterator[GrammarCompiler]:
+    compiler = GrammarCompiler(tokenizer, VOCAB_SIZE)
+    yield compiler
+    compiler.close()
+
+
+def schema(value: Any, **options: str) -> GrammarSpec:
+    return GrammarSpec(GrammarKind.JSON_SCHEMA, json.dumps(value), **options)
+
+
+def allowed(matcher: Matcher) -> set[int]:
+    words = np.zeros(mask_words(VOCAB_SIZE), np.uint32)
+    matcher.fill(words)
+    return set(np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist())
+
+
+def accepts(grammar: Grammar, tokenizer: Tokenizer, text: str) -> bool:
+    """True if the grammar allows each token of the text, and then its end."""
+    matcher = grammar.matcher()
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        if token not in allowed(matcher) or matcher.error:
+            return False
+        matcher.advance(token)
+    return tokenizer.eos_token_ids <= allowed(matcher) and matcher.error is None
+
+
+def error_of(compiler: GrammarCompiler, spec: GrammarSpec) -> str:
+    with pytest.raises(GrammarError) as raised:
+        compiler.compile_blocking(spec)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "valid", "invalid"),
+    [
+        (schema({"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}), '{"a": true}', "{}"),
+        (schema({"type": "object"}), '{"x":\n  [1, {}]}', "[]"),
+        (schema(True), "null", "nul"),
+        (schema({"enum": ["é", 1]}), '"é"', "2"),
+        (GrammarSpec(GrammarKind.REGEX, r"^a/b\d{2}$"), "a/b12", "a/b123"),
+        (GrammarSpec(GrammarKind.REGEX, "yes|no"), "no", "yes|no"),
+        (GrammarSpec(GrammarKind.CHOICE, '["yes", "yes\\n\\"no\\""]'), 'yes\n"no"', "yes\n"),
+        (GrammarSpec(GrammarKind.GRAMMAR, 'start: "a" n\nn: /[0-9]+/'), "a17", "17"),
+        (GrammarSpec(GrammarKind.GRAMMAR, 'root ::= "a" n+\nn ::= [0-9]'), "a17", "17"),
+    ],
+)
+def test_grammar_allows_its_texts_only(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, spec: GrammarSpec, valid: str, invalid: str
+) -> None:
+    grammar = compiler.compile_blocking(spec)
+    assert accepts(grammar, tokenizer, valid)
+    assert not accepts(grammar, tokenizer, invalid)
+
+
+def test_any_tokens_may_spell_a_text_that_is_fixed(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    matcher = compiler.compile_blocking(GrammarSpec(GrammarKind.CHOICE, '["hello"]')).matcher()
+    texts = {tokenizer.token_text(index) for index in allowed(matcher)}
+    assert texts == {"h", "he", "hel", "hell", "hello"}
+
+
+def test_special_tokens_are_not_part_of_a_text(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    matcher = compiler.compile_blocking(GrammarSpec(GrammarKind.REGEX, r"[\s\S]*")).matcher()
+    ids = allowed(matcher)
+    assert ids & tokenizer.special_ids == tokenizer.eos_token_ids
+    assert max(ids) < tokenizer.vocab_size
+
+
+def test_matcher_reports_the_end_of_the_text(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    start, end = (compiler.compile_blocking(GrammarSpec(GrammarKind.CHOICE, '["yes"]')).matcher() for _ in range(2))
+    [token] = tokenizer.encode("yes", add_special_tokens=False)
+    end.advance(token)
+    assert (start.is_finished, end.is_finished) == (False, True)
+    assert allowed(end) == tokenizer.eos_token_ids
+    assert end.error is None
+
+
+def test_token_that_is_not_allowed_is_an_error(compiler: GrammarCompiler) -> None:
+    matcher = compiler.compile_blocking(GrammarSpec(GrammarKind.CHOICE, '["yes"]')).matcher()
+    matcher.advance(100)
+    assert matcher.error == "the grammar allows no token"
+
+
+def test_grammar_that_becomes_too_complex_is_an_error(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    spec = GrammarSpec(GrammarKind.REGEX, r"(.*a.{80}b|.*b.{90}a)*")
+    grammar = compiler.compile_blocking(spec)
+    matcher = grammar.matcher()
+    [token] = tokenizer.encode("a", add_special_tokens=False)
+    while matcher.error is None:
+        allowed(matcher)
+        matcher.advance(token)
+    assert matcher.error == "the grammar is too complex"
+    renewed = compiler.compile_blocking(spec)  # outputs in the old one share its state
+    assert renewed is not grammar
+    assert token in allowed(renewed.matcher())
+
+
+def test_grammar_with_many_tokens_is_compiled_again(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = GrammarSpec(GrammarKind.REGEX, "[a-c]*")
+    grammar = compiler.compile_blocking(spec)
+    matcher = grammar.matcher()
+    [token] = tokenizer.encode("a", add_special_tokens=False)
+    for _ in range(1_999):
+        matcher.advance(token)
+    assert compiler.compile_blocking(spec) is grammar
+    matcher.advance(token)
+    monkeypatch.setattr(compiler._sandbox, "source", None)  # the sandbox need not check it again
+    assert compiler.compile_blocking(spec) is not grammar
+    assert matcher.error is None
+
+
+def test_matchers_are_independent(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    grammar = compiler.compile_blocking(GrammarSpec(GrammarKind.CHOICE, '["yes", "no"]'))
+    one, two = grammar.matcher(), grammar.matcher()
+    one.advance(tokenizer.encode("yes", add_special_tokens=False)[0])
+    assert one.is_finished
+    assert not two.is_finished
+    assert accepts(grammar, tokenizer, "no")
+
+
+@pytest.mark.parametrize(
+    ("whitespace", "valid", "invalid"),
+    [
+        (None, '{\n    "a": 1\n}', '{\n\n"a":1}'),
+        ("", '{"a":1}', '{"a": 1}'),
+        (r" {0,2}", '{"a":  1}', '{"a":   1}'),
+    ],
+)
+def test_whitespace(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, whitespace: str | None, valid: str, invalid: str
+) -> None:
+    grammar = compiler.compile_blocking(
+        GrammarSpec(GrammarKind.JSON_SCHEMA, '{"type": "object", "properties": {"a": {}}}', whitespace)
+    )
+    assert accepts(grammar, tokenizer, valid)
+    assert not accepts(grammar, tokenizer, invalid)
+
+
+NODE = {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}, "required": ["next"]}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            {"properties": {"not": {"properties": {"b~/": {"not": {}}}}}},
+            "keyword `not` is not supported at `/properties/not/properties/b~0~1/not`",
+        ),
+        (
+            {"$defs": {"x": {"not": {}}, "y": {"items": [{"uniqueItems": True}]}}, "anyOf": [{"$ref": "#/$defs/y"}]},
+            "keyword `uniqueItems` is not supported at `/$defs/y/items/0/uniqueItems`",
+        ),
+        (
+            {"properties": {"a": {"oneOf": [{"type": "string"}, {"minLength": 2}]}}},
+            "`oneOf` is supported only if its alternatives exclude each other; use `anyOf` at `/properties/a/oneOf`",
+        ),
+        (
+            {"properties": {"a": {"format": "uuid"}, "b": {"type": "string", "format": "idn-email"}}},
+            "format `idn-email` is not supported at `/properties/b/format`",
+        ),
+        (
+            {"items": {"type": "string", "pattern": "(?=a)b"}},
+            "look-around, including look-ahead and look-behind, is not supported at `/items/pattern`",
+        ),
+        ({"items": {"$ref": "#/$defs/a"}}, "Pointer '/$defs/a' does not exist at `/items/$ref`"),
+        (
+            {"items": {"$ref": "https://example.org/a"}},
+            "references to other documents are not supported at `/items/$ref`",
+        ),
+        ({"additionalProperties": {"type": "text"}}, "type `text` does not exist at `/additionalProperties/type`"),
+        ({"$defs": {"node": NODE}, **NODE}, "the schema contains itself without end at `/properties/next/$ref`"),
+        ({"$ref": "#"}, "the schema contains itself without end at `/$ref`"),
+        ({"type": "string", "x-guidance": {"lenient": True}}, "`x-guidance` must be an object without `lenient`"),
+        ([], "the schema must be an object or a boolean"),
+        (False, "Unsatisfiable schema: anyOf is empty"),
+    ],
+)
+def test_error_of_a_schema_names_keyword_and_path(compiler: GrammarCompiler, value: Any, message: str) -> None:
+    assert error_of(compiler, schema(value)).startswith(message)
+
+
+def test_schema_that_may_contain_itself(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    node = {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}}}
+    grammar = compiler.compile_blocking(
+        schema({"$defs": {"node": node | {"required": ["next"]}}, "$ref": "#/$defs/node"})
+    )
+    assert accepts(grammar, tokenizer, '{"next": {"next": null}}')
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        (GrammarKind.JSON_SCHEMA, '{"type":\n string}', "the schema is not JSON: line 2, column 2: "),
+        (GrammarKind.JSON_SCHEMA, '{"minimum": NaN}', "the schema is not JSON: NaN is not a number"),
+        (GrammarKind.REGEX, "a(b", "unclosed group (character 2)"),
+        (
+            GrammarKind.REGEX,
+            "(?=a)b",
+            "look-around, including look-ahead and look-behind, is not supported (character 1)",
+        ),
+        (GrammarKind.GRAMMAR, 'start: "a"\n  b: (', "line 2, column 7: "),
+        (GrammarKind.GRAMMAR, 'x: "a"\nstart: b', 'line 2, column 8: unknown name: "b"'),
+        (GrammarKind.GRAMMAR, 'x: "a"\nstart: /(/', "line 2, column 8: unclosed group (character 1)"),
+        (GrammarKind.GRAMMAR, 'root ::= "a"\nb ::= (', "line 2, column 8: "),
+        (GrammarKind.GRAMMAR, 'root ::= "a" b', "Rule 'b' not found"),
+        (GrammarKind.GRAMMAR, "start: start", "the grammar allows no text"),
+    ],
+)
+def test_error_says_where_it_is(compiler: GrammarCompiler, kind: GrammarKind, text: str, message: str) -> None:
+    error = error_of(compiler, GrammarSpec(kind, text))
+    assert error.startswith(message)
+    assert "\n" not in error
+
+
+_CHAIN = "\n".join(f'r{i}: "a" r{i + 1} | "b" r{i + 1}' for i in range(20_000))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (GrammarSpec(GrammarKind.REGEX, "a" * (MAX_CHARACTERS + 1)), "the grammar has more than 1048576 characters"),
+        (GrammarSpec(GrammarKind.JSON_SCHEMA, '{"items":' * 90_000), "the schema is nested more than 64 levels deep"),
+        (schema({"items": [[[]]] * 20} | json.loads('{"items":' * 65 + "{}" + "}" * 65)), "the schema is nested more"),
+        # Overflows the stack of a process.
+        (GrammarSpec(GrammarKind.GRAMMAR, f"start: r0\n{_CHAIN}\nr20000: /c/"), "the grammar is too large or nested"),
+        # Takes minutes.
+        (
+            schema({"allOf": [{"type": "string", "pattern": f".*{chr(97 + i)}.{{{i * 3}}}"} for i in range(20)]}),
+            "the grammar takes more than 0.8 s to compile",
+        ),
+        (GrammarSpec(GrammarKind.GRAMMAR, "root ::= " + "(" * 50_000), "the grammar is nested too deeply"),
+        (
+            GrammarSpec(GrammarKind.REGEX, "(" * 50_000 + ")" * 50_000),
+            "exceed the maximum number of nested parentheses",
+        ),
+    ],
+)
+def test_grammar_beyond_the_limits_is_refused(compiler: GrammarCompiler, spec: GrammarSpec, message: str) -> None:
+    assert error_of(compiler, spec).startswith(message)
+
+
+async def test_compiled_grammars_and_errors_are_cached(compiler: GrammarCompiler) -> None:
+    spec = schema({"const": "cached"})
+    assert await compiler.compile(spec) is await compiler.compile(schema({"const": "cached"}))
+    errors = []
+    for _ in range(2):
+        with pytest.raises(GrammarError) as raised:
+            await compiler.compile(schema({"not": {"const": "cached"}}))
+        errors.append(raised.value)
+    assert errors[0] is errors[1]
+
+
+async def test_request_that_ends_does_not_cancel_a_grammar(compiler: GrammarCompiler) -> None:
+    spec = schema({"const": "shared"})
+    waiting = [asyncio.ensure_future(compiler.compile(spec)) for _ in range(2)]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    assert await waiting[1] is await compiler.compile(spec)
+
+
+async def test_grammars_beyond_the_queue_are_refused(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+
+    def source(_: GrammarSpec) -> str:
+        release.wait()
+        raise GrammarError("released")
+
+    monkeypatch.setattr(compiler._sandbox, "source", source)
+    waiting = [asyncio.ensure_future(compiler.compile(schema({"const": i}))) for i in range(64)]
+    await asyncio.sleep(0)
+    with pytest.raises(GrammarBusyError):
+        await compiler.compile(schema({"const": 64}))
+    release.set()
+    for error in await asyncio.gather(*waiting, return_exceptions=True):
+        assert str(error) == "released"
+
+
+def test_sandbox_that_was_killed_is_started_again(compiler: GrammarCompiler) -> None:
+    compiler.compile_blocking(schema({"const": "before"}))
+    process = compiler._sandbox._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    compiler.compile_blocking(schema({"const": "after"}))

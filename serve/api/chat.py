@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+from serve.api.choices import ChoicesHandler
 from serve.api.context import Context
 from serve.api.errors import invalid, unsupported
 from serve.api.generation import Choice, Prompt, output_logprobs
-from serve.api.handler import ChoicesHandler, Handler
+from serve.api.handler import Handler
 from serve.api.job import Job, choice_fields
 from serve.api.json_stream import dump_list
 from serve.api.logprobs import chat_content

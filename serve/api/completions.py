@@ -6,9 +6,9 @@ from typing import Any
 
 import orjson
 
+from serve.api.choices import ChoicesHandler
 from serve.api.errors import invalid
 from serve.api.generation import Choice, Prompt, output_logprobs
-from serve.api.handler import ChoicesHandler
 from serve.api.job import Job, choice_fields
 from serve.api.json_stream import Placeholder, dump
 from serve.api.logprobs import CompletionLogprobs, LogprobRow, completion_columns

@@ -15,13 +15,13 @@ from starlette.responses import Response
 from serve.api.context import Context
 from serve.api.errors import invalid
 from serve.api.generation import Choice, Prompt, Unread, engine_errors, merge, span_attributes, work_of
-from serve.api.job import Job, check_logprobs, log_request, usage
-from serve.api.json_stream import Body, Placeholder, make_body
+from serve.api.job import Job, log_request
+from serve.api.json_stream import Body
 from serve.api.logprobs import TokenNames
 from serve.api.middleware import AnswerRecord, record_of
 from serve.api.parsing import release_texts, validate
 from serve.api.request_body import Holding, json_object
-from serve.api.requests import GenerationRequest, StreamOptions
+from serve.api.requests import GenerationRequest
 from serve.api.sampling_params import sampling_params, stop_strings
 from serve.api.sse import json_or_disconnect, stream_or_disconnect
 from serve.api.unsent import Unsent
@@ -238,83 +238,3 @@ class Handler[B: GenerationRequest](ABC):
                 outputs[choice.index].add(delta)
                 job.unsent.add(choice, outputs[choice.index], delta)
         return await asyncio.to_thread(self._checked_body, job, outputs)
-
-
-class ChoicesHandler[B: GenerationRequest](Handler[B]):
-    """An endpoint whose response has a list of choices."""
-
-    def _checked_body(self, job: Job[B], outputs: Sequence[Output]) -> Body:
-        """Many choices are rendered and sent in batches."""
-        batches = list(job.unsent.batches(outputs))
-        choices: list[dict[str, Any] | Placeholder]
-        if len(batches) == 1:
-            choices = [*self._choices_of(job, batches[0])]
-        else:
-            check_logprobs(job, outputs)  # while an error can still be a status
-            choices = [Placeholder(self._pieces(job, batch)) for batch in batches]
-        return make_body(self._answer(job, choices, self._total_usage(job, outputs)))
-
-    async def _pieces(self, job: Job[B], batch: list[tuple[Choice, Output]]) -> AsyncGenerator[bytes]:
-        """The JSON of a batch of choices, separated by commas. Clears the batch."""
-
-        def render() -> Body:
-            body = make_body(self._choices_of(job, batch))
-            body.parts[0] = body.parts[0][1:]
-            body.parts[-1] = body.parts[-1][:-1]
-            return body
-
-        size = job.unsent.size_of(batch)
-        body = await asyncio.to_thread(render)
-        batch.clear()
-        async with aclosing(body.pieces()) as pieces:
-            async for piece in pieces:
-                yield piece
-        job.unsent.holding.resize(job.unsent.holding.size - size)
-
-    async def _chunks(self, job: Job[B]) -> AsyncGenerator[dict[str, Any]]:
-        options = job.body.stream_options or StreamOptions()
-        forced = self._context.config.enable_force_include_usage
-        ends_with_usage = forced or bool(options.include_usage)
-        generated = cached = 0  # tokens
-        opened: set[int] = set()
-
-        def chunk(fields: dict[str, Any], *, with_usage: bool) -> dict[str, Any]:
-            return job.header | fields | ({"usage": usage(job.prompt_tokens, generated, cached)} if with_usage else {})
-
-        continuous = forced or (ends_with_usage and bool(options.continuous_usage_stats))
-        async with aclosing(self._deltas(job)) as deltas:
-            async for choice, delta in deltas:
-                if choice.index not in opened:
-                    opened.add(choice.index)
-                    cached += delta.cached_tokens if choice.is_first_of_prompt else 0
-                    if (opening := await self._opening(job, choice)) is not None:
-                        yield chunk(opening, with_usage=continuous)
-                generated += len(delta.token_ids)
-                yield chunk({"choices": [await self._chunk_choice(job, choice, delta)]}, with_usage=continuous)
-        if ends_with_usage:
-            yield chunk({"choices": []}, with_usage=True)
-
-    def _prompt_fields(self, job: Job[B], prompt: Prompt) -> dict[str, Any]:
-        return self._context.prompt_logprobs.fields(job.prompt_logprobs, prompt)
-
-    def _total_usage(self, job: Job[B], outputs: Sequence[Output]) -> dict[str, Any]:
-        pairs = zip(job.choices, outputs, strict=True)
-        cached = sum(output.cached_tokens for choice, output in pairs if choice.is_first_of_prompt)
-        return usage(job.prompt_tokens, sum(len(output.token_ids) for output in outputs), cached)
-
-    @abstractmethod
-    def _answer(self, job: Job[B], choices: list[Any], usage: dict[str, Any]) -> dict[str, Any]:
-        """The complete response. Slow: run it in a thread."""
-
-    @abstractmethod
-    def _choices_of(self, job: Job[B], batch: Sequence[tuple[Choice, Output]]) -> list[dict[str, Any]]:
-        """Some choices of a response, in their order. Slow: run it in a thread."""
-
-    async def _opening(self, job: Job[B], choice: Choice) -> dict[str, Any] | None:
-        """Fields of a chunk that precedes the first delta of a choice; None if there is no such chunk."""
-        del job, choice
-        return None
-
-    @abstractmethod
-    async def _chunk_choice(self, job: Job[B], choice: Choice, delta: Output) -> dict[str, Any]:
-        """A choice in a chunk."""

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,11 @@ def render_chat(
     if reserved := sorted(_RESERVED.intersection(template_kwargs or ())):
         raise ChatTemplateError(f"chat_template_kwargs may not set {reserved[0]!r}")
     variables = {**special_tokens, **(template_kwargs or {})}
-    as_text = any(message.get("tool_calls") for message in messages) and _takes_text(template, variables)
+    has_calls = any(message.get("tool_calls") for message in messages)
+    form = _call_form(template, variables) if has_calls else _CallForm()
     try:
         rendered, _ = render_jinja_template(
-            conversations=[[_template_message(message, template, as_text=as_text) for message in messages]],
+            conversations=[[_template_message(message, form) for message in messages]],
             chat_template=template,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -91,19 +93,27 @@ def render_chat(
     return str(rendered[0])
 
 
-def _template_message(message: Mapping[str, Any], template: str, *, as_text: bool) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _CallForm:
+    """The form in which a template expects messages with calls."""
+
+    as_text: bool = False  # arguments are JSON, not objects
+    content: str | None = ""  # in place of None
+
+
+def _template_message(message: Mapping[str, Any], expected: _CallForm) -> dict[str, Any]:
     """A message as templates expect it. OpenAI's form differs, and clients return its answers as they are.
 
     Keys whose value is None are dropped, and `tool_calls` without a call. The content of an assistant or a tool is ""
-    instead of None, unless the template recognizes calls by that. Arguments of calls are objects, or JSON `as_text`.
+    instead of None, unless the template recognizes calls by that.
     """
     form = dict(message)
     calls = form.get("tool_calls")
     if isinstance(calls, list):
-        form["tool_calls"] = [_tool_call(call, as_text) for call in calls] or None
+        form["tool_calls"] = [_tool_call(call, expected.as_text) for call in calls] or None
     form = {key: value for key, value in form.items() if value is not None}
     if "content" not in form and form.get("role") in ("assistant", "tool"):
-        form["content"] = None if "tool_calls" in form and _TESTS_NONE.search(template) else ""
+        form["content"] = expected.content if "tool_calls" in form else ""
     return form
 
 
@@ -126,22 +136,26 @@ def _arguments(value: Any, as_text: bool) -> Any:
     return parsed if isinstance(parsed, dict) else value
 
 
-def _takes_text(template: str, variables: Mapping[str, Any]) -> bool:
-    """True if the template writes arguments as they are, as DeepSeek's do, instead of with `tojson` or one by one.
+def _call_form(template: str, variables: Mapping[str, Any]) -> _CallForm:
+    """The form in which the template shows a call.
 
-    Then an object causes an error, or is written as Python's.
+    Some templates, as DeepSeek's, write arguments as they are, instead of with `tojson` or one by one. Then an object
+    causes an error, or is written as Python's.
     """
+    call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": '{"needle": "x"}'}}
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
 
-    def rendered(arguments: Any) -> str | None:
-        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
-        messages: list[dict[str, Any]] = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
-        chat = [_template_message(message, template, as_text=isinstance(arguments, str)) for message in messages]
+    def rendered(form: _CallForm) -> str:
+        chat = [_template_message(message, form) for message in messages]
         with suppress(Exception):  # a template may raise anything
             return str(render_jinja_template(conversations=[chat], chat_template=template, **variables)[0][0])
-        return None
+        return ""
 
-    as_object = rendered({"needle": "x"})
-    return rendered('{"needle": "x"}') is not None if as_object is None else "'needle'" in as_object
+    contents: tuple[str | None, ...] = (None, "") if _TESTS_NONE.search(template) else ("",)
+    forms = [_CallForm(as_text, content) for content in contents for as_text in (False, True)]
+    shown = {form: text for form in forms if "needle" in (text := rendered(form))}
+    as_objects = next((form for form, text in shown.items() if not form.as_text and "'needle'" not in text), None)
+    return as_objects or next((form for form in shown if form.as_text), forms[0])
 
 
 class TemplateBusyError(Exception):

@@ -1,6 +1,6 @@
 """Text formats of tool calls, and which of them a chat template teaches."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,14 @@ class WrittenCall:
     separator: str
     close: str = ""
 
+    def text(self, calls: Sequence[tuple[str, str]]) -> str:
+        """Calls, each a name and the JSON of its arguments."""
+        texts = (f"{self.before.replace('NAME', name)}{arguments}{self.after}" for name, arguments in calls)
+        return f"{self.open}{self.separator.join(texts)}{self.close}"
+
 
 _OBJECT = '{"name": "NAME", "arguments": '
-_HERMES = WrittenCall("", f"<tool_call>\n{_OBJECT}", "}\n</tool_call>", "\n")
+WRITTEN_HERMES = WrittenCall("", f"<tool_call>\n{_OBJECT}", "}\n</tool_call>", "\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,11 @@ def _json(*begin: str, end: tuple[str, ...] = ()) -> Marked:
 
 
 HERMES = CallFormat(
-    "hermes", ("<tool_call>", "</tool_call>"), _json("<tool_call>", end=("</tool_call>",)), ("<tool_call>",), _HERMES
+    "hermes",
+    ("<tool_call>", "</tool_call>"),
+    _json("<tool_call>", end=("</tool_call>",)),
+    ("<tool_call>",),
+    WRITTEN_HERMES,
 )
 # The first whose hint a template contains is its format.
 FORMATS = (
@@ -84,7 +93,7 @@ FORMATS = (
         "lfm2",
         ("<|tool_call_start|>", "<|tool_call_end|>"),
         Marked(("<|tool_call_start|>",), ("<|tool_call_end|>",), python_list),
-        ("<|tool_call_start|>",),
+        ("<|tool_call_start|>", "<|tool_list_start|>"),
     ),
     CallFormat(
         "olmo3",
@@ -151,7 +160,7 @@ FORMATS = (
     ),
     HERMES,
 )
-_OTHER_HINTS = ("<arg_key>", "<arg>")  # of formats that are not known, which share marks with others
+_OTHER_HINTS = ("<arg_key>", "]<]minimax[>[")  # of formats that are not known, which share marks with others
 
 REASONING = {
     "think": ReasoningMarks("<think>", "</think>"),

@@ -47,7 +47,7 @@ def processed_logits(
     rows: Array,
     axis: VocabAxis = UNSHARDED,
 ) -> Array:
-    """Logits [R, V] of the distribution that each row was sampled from; raw ones for rows without `processed`.
+    """Logits [R, V] of the distribution that each row was sampled from.
 
     Bias, penalties, mask; then, unless the row is greedy, temperature and the filters. Excluded tokens are -inf.
 
@@ -62,9 +62,7 @@ def processed_logits(
     adjusted = adjust_logits(logits, sampling, slots, rows, axis)
     remaining = _remaining(adjusted, sampling, axis) | (axis.ids(logits.shape[1]) == chosen[:, None])
     drawn = jnp.where(remaining, adjusted / _temperature(sampling)[:, None], -jnp.inf)
-    processed = jnp.where(sampling.temperature[:, None] > 0, drawn, adjusted)
-    result: Array = jnp.where(sampling.processed[:, None], processed, logits)
-    return result
+    return jnp.where(sampling.temperature[:, None] > 0, drawn, adjusted)
 
 
 def _remaining(logits: Array, sampling: SamplingArrays, axis: VocabAxis) -> Array:

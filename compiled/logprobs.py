@@ -67,11 +67,26 @@ def head_logprobs(
 def all_logprobs(logits: Array, kernels: Kernels, live: Array | None = None, axis: VocabAxis = UNSHARDED) -> Array:
     """Log-probs [R, V] float32 of logits [R, V] float32, equal to those of `token_logprobs` to the last bit."""
     with jax.named_scope("logprobs"):
-        if axis.shards > 1:
-            return logits - log_sum_exp(logits, axis)[:, None]
-        live = all_live(logits) if live is None else live
-        normalizer: Array = kernels.dispatch(logits, live, on_cpu=cpu.normalizer, xla=_normalizer_in_xla)
-        return logits - normalizer[:, None]
+        return logits - _normalizer(logits, kernels, all_live(logits) if live is None else live, axis)[:, None]
+
+
+def allowed_logmass(logits: Array, masked: Array, kernels: Kernels, live: Array, axis: VocabAxis = UNSHARDED) -> Array:
+    """Log of the probability [R] float32 of the tokens that a mask allows, in the distribution of the logits [R, V].
+
+    `masked` are the logits with -inf for the others. The result is 0 if there are none, and equal to the log-prob of
+    `token_logprobs`, to the last bit, if one token is allowed.
+    """
+    with jax.named_scope("allowed_mass"):
+        allowed = _normalizer(masked, kernels, live, axis)
+        return jnp.minimum(allowed - _normalizer(logits, kernels, live, axis), 0.0)
+
+
+def _normalizer(logits: Array, kernels: Kernels, live: Array, axis: VocabAxis) -> Array:
+    """log(sum(exp(logits))) [R] of logits [R, V], that of `token_logprobs`."""
+    if axis.shards > 1:
+        return _normalizer_in_xla(logits, live, axis)
+    normalizer: Array = kernels.dispatch(logits, live, on_cpu=cpu.normalizer, xla=_normalizer_in_xla)
+    return normalizer
 
 
 def token_logprobs_in_xla(

@@ -38,9 +38,20 @@ def record_choice(slots: SlotState, rows: Array, tokens: Array, axis: VocabAxis 
     )
 
 
+def has_mask(sampling: SamplingArrays) -> Array:
+    """Whether each row's mask [R] bool forbids a token."""
+    return jnp.any(sampling.mask != jnp.uint32(_ALL_ALLOWED), axis=1)
+
+
 def changes_logits(sampling: SamplingArrays) -> Array:
     """Whether ([] bool) adjust_logits would change any row."""
-    return jnp.any(sampling.penalized) | jnp.any(sampling.mask != jnp.uint32(_ALL_ALLOWED))
+    return jnp.any(sampling.penalized) | jnp.any(has_mask(sampling))
+
+
+def mask_logits(logits: Array, sampling: SamplingArrays, axis: VocabAxis = UNSHARDED) -> Array:
+    """Logits [R, V] with -inf where each row's mask forbids a token."""
+    words = axis.shard(sampling.mask, -(-logits.shape[1] // 32))
+    return jnp.where(_unpack(words, logits.shape[1]), logits, -jnp.inf)
 
 
 def adjust_logits(
@@ -56,8 +67,7 @@ def adjust_logits(
         return _penalize(logits, sampling, slots, rows)
 
     def masked(x: Array) -> Array:
-        words = axis.shard(sampling.mask, -(-logits.shape[1] // 32))
-        return jnp.where(_unpack(words, logits.shape[1]), x, -jnp.inf)
+        return mask_logits(x, sampling, axis)
 
     cases = (
         lambda: canonicalize_zero(logits),
@@ -65,7 +75,7 @@ def adjust_logits(
         lambda: canonicalize_zero(masked(logits)),
         lambda: canonicalize_zero(masked(penalized())),
     )
-    case = jnp.any(sampling.penalized) + 2 * jnp.any(sampling.mask != jnp.uint32(_ALL_ALLOWED))
+    case = jnp.any(sampling.penalized) + 2 * jnp.any(has_mask(sampling))
     adjusted: Array = jax.lax.switch(case, cases)
     return adjusted
 

@@ -94,6 +94,7 @@ class SamplingArrays:
     frequency_penalty: Array  # [R] float32 subtracted for each time a token was chosen, 0 = off
     repetition_penalty: Array  # [R] float32 divides logits > 0, multiplies others, of tokens seen or chosen, 1 = off
     processed: Array  # [R] bool whether log-probs are of the distribution sampled from, not of the raw one
+    return_processed: Array  # [R] bool whether those of the distribution sampled from are returned, too
     mask: Array  # [R, W] uint32, W = ceil(V / 32): bit i of word w is set if token 32 w + i is allowed
 
 
@@ -114,6 +115,8 @@ class StepOutput:
 
     tokens: Array  # [R] int32
     logprobs: TokenLogprobs
+    processed: TokenLogprobs  # of the distribution sampled from; undefined for rows that do not ask for them
+    allowed_logmass: Array  # [R] float32 log of the raw probability of the tokens that the mask allows, 0 if all are
 
 
 def mask_words(vocab_size: int) -> int:
@@ -135,6 +138,7 @@ def greedy_sampling(rows: int, vocab_size: int) -> SamplingArrays:
         frequency_penalty=np.zeros(rows, np.float32),
         repetition_penalty=np.ones(rows, np.float32),
         processed=np.zeros(rows, np.bool_),
+        return_processed=np.zeros(rows, np.bool_),
         mask=np.full((rows, mask_words(vocab_size)), 0xFFFFFFFF, np.uint32),
     )
 

@@ -3,13 +3,16 @@
 Logits never leave the device, except from `full_vocab_logprobs`: a step returns chosen tokens and their log-probs.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from compiled.filters import processed_logits
-from compiled.logprobs import all_logprobs, head_logprobs, token_logprobs
-from compiled.penalties import record_choice, set_slot_penalties
+from compiled.logprobs import all_logprobs, allowed_logmass, head_logprobs, token_logprobs
+from compiled.penalties import has_mask, mask_logits, record_choice, set_slot_penalties
 from compiled.sampling import choose_tokens
 from compiled.state import (
     DecodeInput,
@@ -57,10 +60,32 @@ def decode(
     def processed() -> TokenLogprobs:
         return logprobs_of(processed_logits(logits, chosen, sampling, slots, step.slots, axis))
 
-    logprobs = jax.lax.cond(jnp.any(sampling.processed), processed, lambda: logprobs_of(logits))
+    def allowed() -> Array:
+        return allowed_logmass(logits, mask_logits(logits, sampling, axis), model.kernels, live, axis)
+
+    raw = _if_any(~sampling.processed & (step.positions >= 0), lambda: logprobs_of(logits))
+    sampled_from = _if_any(sampling.processed | sampling.return_processed, processed)
+    allowed_mass = _if_any(has_mask(sampling), allowed)
+    logprobs = jax.tree.map(partial(_choose_rows, sampling.processed), sampled_from, raw)
     # The barrier orders the update of the counts after their last read: it is done in place, without a copy.
-    output: StepOutput = jax.lax.optimization_barrier(StepOutput(chosen, logprobs))
+    output: StepOutput = jax.lax.optimization_barrier(StepOutput(chosen, logprobs, sampled_from, allowed_mass))
     return DeviceState(cache, record_choice(slots, step.slots, output.tokens, axis)), output
+
+
+def _if_any[T](rows: Array, compute: Callable[[], T]) -> T:
+    """The arrays of `compute` if any of `rows` [R] bool is true, else zeros."""
+
+    def zeros() -> T:
+        result: T = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(compute))
+        return result
+
+    arrays: T = jax.lax.cond(jnp.any(rows), compute, zeros)
+    return arrays
+
+
+def _choose_rows(rows: Array, x: Array, y: Array) -> Array:
+    """x where `rows` [R] bool is true, else y; both [R, ...]."""
+    return jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
 
 
 def score(model: BoundModel, k: int, leaves: Leaves, state: DeviceState, step: ScoreInput) -> TokenLogprobs:

@@ -31,6 +31,7 @@ from model.token_logprobs import TokenLogprobs
 from model.weights.loader import load_model
 from model.weights.source import ModelSource
 from model.weights.weight_table import open_checkpoint
+from tests.support.slots import packed
 from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 
 CONFIG = tiny_configs()["llama"]
@@ -227,6 +228,57 @@ def test_processed_logprobs_apply_to_their_row_only(runner: ModelRunner) -> None
     np.testing.assert_allclose(np.exp(logprobs.top_logprobs[0, :3]), doubled / doubled.sum(), rtol=1e-5)
     assert (logprobs.top_logprobs[0, 3:] == -np.inf).all()
     assert np.isfinite(logprobs.logprob[:2]).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_masked_row_has_raw_and_processed_logprobs(runner: ModelRunner, temperature: float) -> None:
+    place = cache_index(1, len(PROMPT) - 1)
+    prefill(runner, PROMPT, page=1)
+    prefill(runner, PROMPT, page=2)
+    step = decode_input([(PROMPT[-1], len(PROMPT) - 1, page, page - 1) for page in (1, 2)])
+    step.requested_ids[:2, :3] = [7, 60, V - 1]
+    allowed = np.arange(V) % 4 == 3
+    plain, sampling = sampling_of(), sampling_of()
+    plain.temperature[:2] = sampling.temperature[:2] = temperature
+    sampling.return_processed[0], sampling.mask[0] = True, packed(allowed)
+    output = runner.read(runner.decode(step, sampling))
+    token = int(output.tokens[0])
+    raw = runner.full_vocab_logprobs(np.full(8, place, np.int32))[0].astype(np.float64)
+    assert allowed[token]
+    assert bits(output.logprobs, 0) == bits(score(runner, [place], [token], [7, 60, V - 1]), 0)
+    assert bits(output.logprobs, 1) == bits(runner.read(runner.decode(step, plain)).logprobs, 1)
+    np.testing.assert_allclose(np.exp(output.allowed_logmass[0]), np.exp(raw[allowed]).sum(), rtol=1e-5)
+    assert output.allowed_logmass[1:].tolist() == [0, 0, 0]
+    expected = np.where(allowed, raw / (temperature or 1), -np.inf)
+    expected -= np.log(np.exp(expected).sum())
+    processed = output.processed[:1]
+    np.testing.assert_allclose(processed.logprob[0], expected[token], atol=1e-5)
+    np.testing.assert_allclose(processed.requested_logprobs[0, :3], expected[[7, 60, V - 1]], atol=1e-5)
+    np.testing.assert_allclose(processed.top_logprobs[0], expected[processed.top_ids[0]], atol=1e-5)
+    assert processed.top_ids[0].tolist() == np.argsort(-expected, kind="stable")[:5].tolist()
+    assert processed.rank[0] == 1 + (expected > expected[token]).sum()
+
+
+def test_only_allowed_token_has_its_own_mass(runner: ModelRunner) -> None:
+    prefill(runner, PROMPT, page=1)
+    step, sampling = decode_input([(PROMPT[-1], len(PROMPT) - 1, 1, 0)]), sampling_of()
+    sampling.mask[0], sampling.return_processed[0] = packed(np.arange(V) == 77), True
+    output = runner.read(runner.decode(step, sampling))
+    assert int(output.tokens[0]) == 77
+    assert output.allowed_logmass[0] == output.logprobs.logprob[0] < 0
+    assert output.processed.logprob[0] == 0
+    assert output.processed.top_logprobs[0].tolist() == [0, *[-np.inf] * 4]
+
+
+def test_rows_of_one_request_see_the_tokens_before(runner: ModelRunner) -> None:
+    """Known tokens can be rows of one step: each has the log-probs of a step of its own."""
+    one_by_one = generate(runner, 3)
+    tokens = [PROMPT[-1], *tokens_of(one_by_one)]
+    prefill(runner, PROMPT, page=1)
+    step = decode_input([(token, len(PROMPT) - 1 + i, 1, BUCKETS.slots - 1) for i, token in enumerate(tokens[:3])])
+    output = runner.read(runner.decode(step, sampling_of()))
+    assert output.tokens[:3].tolist() == tokens[1:]
+    assert [bits(output.logprobs, row) for row in range(3)] == [bits(each.logprobs, 0) for each in one_by_one]
 
 
 def test_requested_ids_are_equal_in_decode_and_score(runner: ModelRunner) -> None:

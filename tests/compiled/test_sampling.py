@@ -255,7 +255,6 @@ def processed(logits: NDArray[np.float32], chosen: Any, sampling: SamplingArrays
 def test_processed_logits_are_those_of_the_allowed_distribution(make_logits: Any) -> None:
     logits = np.tile(make_logits(), (len(FILTERS), 1))
     sampling = arrays(list(FILTERS.values()))
-    sampling.processed[:] = True
     best = [int(np.argmax(reference(row, filters))) for row, filters in zip(logits, FILTERS.values(), strict=True)]
     shares = processed(logits, best, sampling)
     for share, filters in zip(shares, FILTERS.values(), strict=True):
@@ -267,7 +266,6 @@ def test_processed_logits_are_those_of_the_allowed_distribution(make_logits: Any
 def test_processed_logits_include_every_drawn_token() -> None:
     logits = np.tile(tied_logits(), (512, 1))
     sampling = arrays([FILTERS["top_k_then_top_p"]] * 512)
-    sampling.processed[:] = True
     tokens = choose(logits, sampling)
     shares = processed(logits, tokens, sampling)
     assert (shares[np.arange(512), tokens] > 0).all()
@@ -280,13 +278,11 @@ def arrays_like(sampling: SamplingArrays, rows: int) -> SamplingArrays:
     return SamplingArrays(*(getattr(sampling, field.name)[:rows] for field in fields(sampling)))
 
 
-def test_processed_logits_of_greedy_and_raw_rows() -> None:
-    logits = np.tile(smooth_logits(), (3, 1))
+def test_processed_logits_of_greedy_rows() -> None:
+    logits = smooth_logits()[None]
     forbidden = Filters(temperature=0.0, top_k=3, top_p=0.1, forbidden=(4, 5))
-    sampling = arrays([forbidden, forbidden, FILTERS["all"]])
-    sampling.processed[:] = [True, False, False]
-    slots, rows = empty_slots(1, V), np.zeros(3, np.int32)
-    result = np.asarray(_processed(logits, np.zeros(3, np.int32), sampling, slots, rows))
+    slots, rows = empty_slots(1, V), np.zeros(1, np.int32)
+    result = np.asarray(_processed(logits, np.zeros(1, np.int32), arrays([forbidden]), slots, rows))
     expected = logits.copy()
     expected[0, [4, 5]] = -np.inf
     np.testing.assert_array_equal(result, expected)

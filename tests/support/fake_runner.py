@@ -96,6 +96,17 @@ def numbers(
     )
 
 
+def processed_numbers(hidden: Sequence[int], targets: Sequence[int], scored: NDArray[np.int32]) -> TokenLogprobs:
+    """The numbers of targets [R] in the distribution that they were sampled from: those after another state."""
+    return numbers([h + 1 for h in hidden], targets, scored)
+
+
+def logmass(masks: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """Log of the allowed probability [R] of masks [R, W]: -1/8 for each forbidden token."""
+    allowed = np.unpackbits(masks.astype("<u4").view(np.uint8), axis=1, bitorder="little")[:, :VOCAB_SIZE].sum(axis=1)
+    return ((allowed.astype(np.float32) - VOCAB_SIZE) / 8).astype(np.float32)
+
+
 @dataclass(frozen=True, slots=True)
 class Unread:
     """The result of a step before it is read."""
@@ -259,7 +270,12 @@ class FakeRunner:
                 )
             tokens.append(next_token(h, shift=shift, forbidden=_cleared_in(sampling.mask[row])))
         scored = np.where(inputs.requested_ids == NO_ID, 0, inputs.requested_ids)
-        return StepOutput(np.asarray(tokens, np.int32), numbers(hidden, tokens, scored, self.nan_token))
+        return StepOutput(
+            np.asarray(tokens, np.int32),
+            numbers(hidden, tokens, scored, self.nan_token),
+            processed_numbers(hidden, tokens, scored),
+            logmass(sampling.mask),
+        )
 
 
 def _cleared_in(words: NDArray[np.uint32]) -> Callable[[int], bool]:

@@ -122,7 +122,7 @@ class ScriptedRunner(FakeRunner):
             top_ids=np.stack([tokens + 1, tokens, tokens + 2], axis=1),
             top_logprobs=np.stack([own / np.float32(2), own, np.full_like(own, -np.inf)], axis=1),
         )
-        return StepOutput(tokens, numbers)
+        return StepOutput(tokens, numbers, numbers, fake_runner.logmass(sampling.mask))
 
 
 def _allowed(token: int, words: NDArray[np.uint32]) -> int:

@@ -122,6 +122,7 @@ def choices(runner: ModelRunner) -> dict[str, Any]:
         output = runner.read(decode(runner, sampling, step))
         tokens.append(int(output.tokens[0]))
         logprobs += output.logprobs.logprob[:1].tolist() + output.logprobs.top_logprobs[0].tolist()
+        logprobs += output.allowed_logmass[:1].tolist()
     return {"drawn": tokens, "drawn logprobs": logprobs}
 
 

@@ -62,7 +62,8 @@ class NullRunner:
     def decode(self, _: DecodeInput, sampling: SamplingArrays) -> StepOutput:
         """Return token 5 for each row."""
         rows = len(sampling.step)
-        return StepOutput(np.full(rows, 5, np.int32), self._numbers[rows])
+        logprobs = self._numbers[rows]
+        return StepOutput(np.full(rows, 5, np.int32), logprobs, logprobs, np.zeros(rows, np.float32))
 
     def score(self, inputs: ScoreInput) -> TokenLogprobs:
         """Return zeros."""

@@ -113,6 +113,7 @@ def _refuse_unsupported(metadata: Mapping[str, Any], family: Family) -> None:
     known = _READ | _IGNORED
     if family.has_window and not family.window_flag:  # llama.cpp has no windows for the families with a flag
         known |= {*_WINDOWS}
+    known |= {_WINDOWS[0]} if family.name == "llama" else set()  # of Mistral; llama.cpp has no windows here
     known |= {name for name in _CAPS if name in family.hf_defaults}
     known |= {_LOCAL_BASE} if family.local_theta else set()
     prefix = f"{family.name}."

@@ -198,15 +198,13 @@ def _llama3(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> Rope:
 
 
 def _yarn(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> Rope:
-    factor = factor_of(scaling, "factor")
+    factor, original = factor_of(scaling, "factor"), _original(scaling)
+    fast, slow = (
+        factor_of(scaling, name, usual, low=1e-6) for name, usual in (("beta_fast", 32.0), ("beta_slow", 1.0))
+    )
+    truncate = bool_of(scaling, "truncate", True)
     divisors = ropes.yarn_divisors(
-        theta,
-        head_dim,
-        factor=factor,
-        fast=factor_of(scaling, "beta_fast", 32.0, low=1e-6),
-        slow=factor_of(scaling, "beta_slow", 1.0, low=1e-6),
-        original=_original(scaling),
-        truncate=bool_of(scaling, "truncate", True),
+        theta, head_dim, factor=factor, fast=fast, slow=slow, original=original, truncate=truncate
     )
     share, all_share = float_of(scaling, "mscale", 0.0), float_of(scaling, "mscale_all_dim", 0.0)
     scale = ropes.yarn_scale(factor)
@@ -214,7 +212,8 @@ def _yarn(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> Rope:
         raise ConfigError(f"mscale {share} or mscale_all_dim {all_share} is negative")
     if share and all_share:
         scale = ropes.yarn_scale(factor, share) / ropes.yarn_scale(factor, all_share)
-    return Rope(theta, divisors, float_of(scaling, "attention_factor", scale))
+    yarn = (factor, original) if (fast, slow, truncate) == (32, 1, True) else None
+    return Rope(theta, divisors, float_of(scaling, "attention_factor", scale), yarn=yarn)
 
 
 def _longrope(theta: float, scaling: Mapping[str, Any], maximum: int) -> Rope:

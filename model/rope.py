@@ -6,7 +6,7 @@ names of Hugging Face's `rope_parameters`.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 
@@ -19,6 +19,8 @@ class Rope:
     scale: float = 1.0  # of cosines and sines
     long_divisors: tuple[float, ...] = ()  # used instead if requests may be longer than `short_length` tokens
     short_length: int = 0
+    # Factor and original length of YaRN, if they give the divisors: its other parameters are the usual ones.
+    yarn: tuple[float, int] | None = field(default=None, compare=False)
 
     def for_length(self, tokens: int) -> Self:
         """The angles of a server whose requests have up to `tokens` tokens."""

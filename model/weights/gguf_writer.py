@@ -16,7 +16,7 @@ from model.config import ConfigError, ModelConfig
 from model.config_gguf import ROPE_TENSORS, config_from_gguf
 from model.families import TensorSpec
 from model.importance import Importance
-from model.rope import Rope
+from model.rope import Rope, yarn_scale
 from model.weights.checkpoint import Checkpoint, ModelLoadError
 from model.weights.gguf_header import read_parts
 from model.weights.quantize import quantize
@@ -102,7 +102,8 @@ def output_of_folder(checkpoint: Checkpoint, tokenizer: Mapping[str, Any]) -> Ou
     except ConfigError as error:
         raise ModelLoadError(f"{problem}: {error}") from error
     # An epsilon is read with six digits.
-    if found != replace(config, family=architecture, rms_norm_eps=found.rms_norm_eps) or not _has_known_rope(config):
+    expected = replace(config, family=architecture, rms_norm_eps=found.rms_norm_eps)
+    if _with_float32_scales(found) != _with_float32_scales(expected) or not _has_known_rope(config):
         raise ModelLoadError(f"{problem}, such as its rotary scaling or its kinds of layers")
     tensors = [OutputTensor(name, (len(values),), "", partial(_single_run, values)) for name, values in extra.items()]
     dims = config.dims()
@@ -117,11 +118,24 @@ def _single_run(values: Sequence[float]) -> Iterator[NDArray[Any]]:
     yield np.array(values, np.float32)
 
 
+def _with_float32_scales(config: ModelConfig) -> ModelConfig:
+    """The scales of cosines and sines as in a file, which holds them as float32."""
+    layers = [
+        kind if kind.rope is None else replace(kind, rope=replace(kind.rope, scale=float(np.float32(kind.rope.scale))))
+        for kind in config.layers
+    ]
+    return replace(config, layers=tuple(layers))
+
+
 def _has_known_rope(config: ModelConfig) -> bool:
     """False for rotary divisors that llama.cpp does not read for this family."""
     rope = config.layers[0].rope
     return (
-        rope is None or not rope.divisors or len({*rope.divisors}) == 1 or config.family in ("llama", "mistral", "phi3")
+        rope is None
+        or not rope.divisors
+        or rope.yarn is not None
+        or len({*rope.divisors}) == 1
+        or config.family in ("llama", "mistral", "phi3")
     )
 
 
@@ -156,7 +170,12 @@ def _metadata(config: ModelConfig, architecture: str) -> tuple[dict[str, Any], d
 
 def _rope_metadata(rope: Rope) -> tuple[dict[str, Any], dict[str, tuple[float, ...]]]:
     values: dict[str, Any] = {"rope.freq_base": rope.theta}
-    values |= {"rope.scaling.attn_factor": rope.scale} if rope.scale != 1 else {}
+    scale = rope.scale / (yarn_scale(rope.yarn[0]) if rope.yarn else 1)  # its readers multiply by the latter
+    values |= {"rope.scaling.attn_factor": scale} if scale != 1 else {}
+    if rope.yarn:
+        factor, length = rope.yarn
+        values |= {"rope.scaling.type": "yarn", "rope.scaling.factor": factor}
+        return values | {"rope.scaling.original_context_length": length}, {}
     if rope.long_divisors:
         values |= {"rope.scaling.original_context_length": rope.short_length}
         return values, {_LONG: rope.long_divisors, _SHORT: rope.divisors}

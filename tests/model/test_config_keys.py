@@ -147,7 +147,7 @@ def test_gguf_gemma_defaults_are_those_of_llama_cpp() -> None:
     [
         ({"expert_count": 8}, "llama.expert_count 8"),
         ({"attention.scale": 0.5}, "llama.attention.scale"),
-        ({"attention.sliding_window": 64}, "llama.attention.sliding_window 64"),
+        ({"attention.sliding_window_pattern": 2}, "llama.attention.sliding_window_pattern 2"),
         ({"attn_logit_softcapping": 50.0}, "llama.attn_logit_softcapping"),
         ({"attention.causal": False}, "llama.attention.causal"),
         ({"rope.freq_base_swa": 5e5}, "llama.rope.freq_base_swa"),

@@ -1,5 +1,6 @@
 """Files written by write_gguf: the network and weights of the source, formats by tensor, metadata, errors."""
 
+import math
 import struct
 from contextlib import closing
 from dataclasses import replace
@@ -43,7 +44,6 @@ CHANGES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 16,
     },
     "gemma2": {"query_pre_attn_scalar": 16},
-    "mistral": {"sliding_window": None},
 }
 
 
@@ -61,10 +61,27 @@ def hf_folder(folder: Path, hf: dict[str, Any]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", sorted(tiny_configs().keys() - {"yarn"}))
+@pytest.mark.parametrize("case", sorted(tiny_configs()))
 def test_a_folder_becomes_the_same_network(tmp_path: Path, case: str) -> None:
-    folder = hf_folder(tmp_path / "hf", tiny_configs()[case] | CHANGES.get(case, {}))
-    path = tmp_path / "m.gguf"
+    check_folder(tmp_path, case, tiny_configs()[case] | CHANGES.get(case, {}))
+
+
+@pytest.mark.parametrize("case", ["mistral", "qwen3", "smollm3"])
+@pytest.mark.parametrize("changes", [{}, {"attention_factor": 1.0}, {"attention_factor": 1.3, "factor": 2.2}])
+def test_yarn_becomes_keys(tmp_path: Path, case: str, changes: dict[str, Any]) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    hf = tiny_configs()[case] | CHANGES.get(case, {}) | {"rope_scaling": yarn | changes}
+    metadata = check_folder(tmp_path, case, hf)
+    rope = {name.split(".rope.scaling.")[1]: value for name, value in metadata.items() if ".rope.scaling." in name}
+    assert rope.pop("type") == "yarn"
+    factor = changes.get("factor", 4.0)
+    scale = {"attn_factor": changes["attention_factor"] / (0.1 * math.log(factor) + 1)} if changes else {}
+    assert rope == pytest.approx({"factor": factor, "original_context_length": 64, **scale})
+
+
+def check_folder(tmp_path: Path, case: str, hf: dict[str, Any]) -> dict[str, Any]:
+    """Write a folder as GGUF, compare network and weights, and return the file's metadata."""
+    folder, path = hf_folder(tmp_path / "hf", hf), tmp_path / "m.gguf"
     with opened(folder) as checkpoint:
         expected, config = weights_of(checkpoint), checkpoint.config
         write_gguf(path, output_of_folder(checkpoint, {}), PLAIN, {})
@@ -73,24 +90,38 @@ def test_a_folder_becomes_the_same_network(tmp_path: Path, case: str) -> None:
         assert sizes(checkpoint.config) == sizes(config)
         for name, values in weights_of(checkpoint).items():
             np.testing.assert_array_equal(values, expected.pop(name), err_msg=name)
+        assert isinstance(checkpoint, GgufCheckpoint)
     assert not expected
+    return checkpoint.metadata
 
 
 def sizes(config: ModelConfig) -> ModelConfig:
-    """The network without its family's name; rotary numbers as float32, as GGUF stores them."""
+    """The network without its family's name; rotary numbers with six digits, since GGUF stores them as float32."""
     layers = []
     for kind in config.layers:
         rope = kind.rope
         if rope is not None:
-            short, long = (
-                tuple(float(np.float32(d)) for d in values) for values in (rope.divisors, rope.long_divisors)
-            )
-            rope = replace(rope, divisors=short, long_divisors=long, scale=float(np.float32(rope.scale)))
+            short, long = (tuple(float(f"{d:.6g}") for d in values) for values in (rope.divisors, rope.long_divisors))
+            rope = replace(rope, divisors=short, long_divisors=long, scale=float(f"{rope.scale:.6g}"))
         layers.append(replace(kind, rope=rope))
     return replace(config, family="llama", layers=tuple(layers))
 
 
-@pytest.mark.parametrize(("case", "changes"), [("yarn", {}), ("mistral", {"sliding_window": 20}), ("smollm3", {})])
+def test_a_window_becomes_a_key(tmp_path: Path) -> None:
+    metadata = check_folder(tmp_path, "mistral", tiny_configs()["mistral"])
+    assert metadata["general.architecture"] == "llama"
+    assert metadata["llama.attention.sliding_window"] == 20
+
+
+BETA = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0}
+
+
+def test_yarn_with_other_parameters_becomes_divisors_where_llama_cpp_reads_them(tmp_path: Path) -> None:
+    metadata = check_folder(tmp_path, "llama3", tiny_configs()["llama3"] | {"rope_scaling": BETA})
+    assert "llama.rope.scaling.type" not in metadata
+
+
+@pytest.mark.parametrize(("case", "changes"), [("yarn", {"rope_scaling": BETA}), ("smollm3", {})])
 def test_what_gguf_cannot_express_is_refused(tmp_path: Path, case: str, changes: dict[str, Any]) -> None:
     folder = hf_folder(tmp_path / "hf", tiny_configs()[case] | changes)
     with opened(folder) as checkpoint, pytest.raises(ModelLoadError, match="cannot express its config"):

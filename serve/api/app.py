@@ -21,11 +21,14 @@ from serve.api.errors import APIError, invalid
 from serve.api.inspector import inspector
 from serve.api.json_stream import json_response
 from serve.api.keys import RATE_HEADERS, ApiKeys
+from serve.api.messages.endpoints import CountTokens, Messages
 from serve.api.metrics import CONTENT_TYPE, Metrics
 from serve.api.middleware import Access, AnswerRecord, OnAnswer, Readiness, Tracer, record_of, route_path
 from serve.api.openapi import documentation
 from serve.api.prompt_logprobs import PromptLogprobsWriter
 from serve.api.request_body import Bodies, Budget, json_object
+from serve.api.responses_api.endpoints import Responses, StoredResponses
+from serve.api.responses_api.store import ResponseStore
 from serve.api.scoring import GenerativeScoring, Score
 from serve.api.tokenize import Tokenization
 from serve.api.unsent import unsent_bytes
@@ -57,7 +60,7 @@ def create_app(
         tracer: makes a span of each request.
 
     Raises:
-        ValueError: an option is too small for the engine.
+        ValueError: an option is too small for the engine, or its file cannot be used.
     """
     readiness = readiness or Readiness()
     context = _make_context(engine, model, config, metrics)
@@ -105,8 +108,18 @@ def _make_context(engine: EngineClient, model: ServedModel, config: ServeConfig,
     )
 
 
+def _response_store(config: ServeConfig) -> ResponseStore | None:
+    if config.response_store is None:
+        return None
+    return ResponseStore(
+        config.response_store, max_bytes=config.response_store_bytes, seconds=config.response_store_ttl
+    )
+
+
 def _generation_routes(context: Context) -> list[Route]:
     chat, completions, tokenization = ChatCompletions(context), Completions(context), Tokenization(context)
+    store = _response_store(context.config)
+    stored = StoredResponses(store)
 
     async def invocations(request: Request) -> Response:
         """SageMaker's single path for all requests to a model."""
@@ -120,6 +133,12 @@ def _generation_routes(context: Context) -> list[Route]:
         Route("/v1/chat/completions", chat.__call__, methods=["POST"]),
         Route("/v1/completions", completions.__call__, methods=["POST"]),
         Route("/invocations", invocations, methods=["POST"]),
+        Route("/v1/responses", Responses(context, store).__call__, methods=["POST"]),
+        Route("/v1/responses/{id}", stored.retrieve),
+        Route("/v1/responses/{id}", stored.delete, methods=["DELETE"]),
+        Route("/v1/responses/{id}/input_items", stored.input_items),
+        Route("/v1/messages", Messages(context).__call__, methods=["POST"]),
+        Route("/v1/messages/count_tokens", CountTokens(context).__call__, methods=["POST"]),
         Route("/v1/decisions", Decisions(context).__call__, methods=["POST"]),
         Route("/v1/systemone", SystemOne(context).__call__, methods=["POST"]),
         Route("/v1/score", Score(context).__call__, methods=["POST"]),

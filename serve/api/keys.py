@@ -80,8 +80,9 @@ class RateLimit:
 class Key:
     """A key: its role, and what its client uses of its limits."""
 
-    def __init__(self, name: str, clock: Clock) -> None:
+    def __init__(self, name: str, owner: str, clock: Clock) -> None:
         self.name = name
+        self.owner = owner  # identifies the client after a restart, too
         self.is_admin = False
         self._clock = clock
         self._requests: RateLimit | None = None
@@ -161,7 +162,8 @@ class ApiKeys:
             entry = key if isinstance(key, ApiKey) else None
             hashed = digest(key) if isinstance(key, str) else key.digest
             name = self._names.setdefault(hashed, f"key{len(self._names) + 1}") if entry is None else entry.name
-            known = self._by_name.setdefault(name, Key(name, self._clock))
+            owner = f"sha256:{hashed.hex()}" if entry is None else name  # no name has a colon
+            known = self._by_name.setdefault(name, Key(name, owner, self._clock))
             if entry is not None:
                 known.configure(entry)
             self._keys.append((hashed, known))

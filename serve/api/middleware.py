@@ -97,6 +97,11 @@ class AnswerRecord:
         """Name of the API key, such as "key1"."""
         return None if self.api_key is None else self.api_key.name
 
+    @property
+    def owner(self) -> str:
+        """Whose data the request may read; empty without an API key."""
+        return "" if self.api_key is None else self.api_key.owner
+
     def priority(self, requested: int) -> int:
         """The request's priority in the engine."""
         return requested if self.api_key is None else self.api_key.priority(requested)
@@ -273,6 +278,8 @@ def _recorder(send: Send, record: AnswerRecord) -> Send:
             headers["x-request-id"] = record.request_id
             if record.path.endswith("/v1/systemone"):
                 headers["x-typesafe-request-id"] = record.request_id
+            if record.path.endswith(("/v1/messages", "/v1/messages/count_tokens")):
+                headers["request-id"] = record.request_id
             headers.setdefault("x-content-type-options", "nosniff")
             if record.span is not None and record.trace is not None:
                 headers["traceresponse"] = record.trace.header

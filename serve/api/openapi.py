@@ -17,7 +17,11 @@ from serve.api import responses
 from serve.api.decisions.requests import DecisionsRequest, SystemOneRequest
 from serve.api.decisions.responses import DecisionsAnswer, SystemOneAnswer, ValidationErrors
 from serve.api.json_stream import dump
+from serve.api.messages.requests import CountTokensRequest, MessagesRequest
+from serve.api.messages.responses import MessageAnswer, MessageErrorAnswer, MessageEvent, TokenCount
 from serve.api.requests import ChatCompletionRequest, CompletionRequest, GenerativeScoringRequest, ScoreRequest
+from serve.api.responses_api.requests import ResponsesRequest
+from serve.api.responses_api.responses import DeletedResponse, InputItems, ResponsesAnswer, ResponsesEvent
 from serve.api.tokenize import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
 
 _REFERENCE = "#/components/schemas/{model}"
@@ -31,6 +35,7 @@ _PAGE = f"""<!doctype html>
 <script>{_SCRIPT}</script></body></html>
 """
 _ERRORS = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)  # of a POST
+_STORED = (401, 404, 500)  # of a stored response
 _POLICY = (
     f"default-src 'none'; script-src 'self' 'sha256-{b64encode(sha256(_SCRIPT.encode()).digest()).decode()}'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -40,7 +45,7 @@ _POLICY = (
 
 @dataclass(frozen=True, slots=True)
 class _Operation:
-    """A POST if it has a body, else a GET."""
+    """A POST if it has a body, else a GET or `method`."""
 
     path: str
     summary: str
@@ -48,6 +53,12 @@ class _Operation:
     answer: type[BaseModel] | None = None
     event: type[BaseModel] | None = None  # of a streamed answer
     errors: tuple[int, ...] = ()  # by default those that every operation of its method has
+    query: tuple[tuple[str, dict[str, Any]], ...] = ()  # schemas of parameters
+    other_method: str | None = None
+
+    @property
+    def method(self) -> str:
+        return self.other_method or ("post" if self.body else "get")
 
     @property
     def statuses(self) -> tuple[int, ...]:
@@ -73,6 +84,42 @@ _OPERATIONS = (
         "/invocations",
         "Completion if the body has `prompt`, else chat completion (SageMaker)",
         (CompletionRequest, ChatCompletionRequest),
+    ),
+    _Operation(
+        "/v1/responses",
+        "Generate a response with the log-prob and rank of every token (OpenAI)",
+        (ResponsesRequest,),
+        ResponsesAnswer,
+        ResponsesEvent,
+    ),
+    _Operation("/v1/responses/{id}", "Return a stored response", answer=ResponsesAnswer, errors=_STORED),
+    _Operation(
+        "/v1/responses/{id}",
+        "Delete a stored response",
+        answer=DeletedResponse,
+        errors=_STORED,
+        other_method="delete",
+    ),
+    _Operation(
+        "/v1/responses/{id}/input_items",
+        "List the input items of a stored response",
+        answer=InputItems,
+        errors=(400, *_STORED),
+        query=(
+            ("limit", {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}),
+            ("order", {"enum": ["asc", "desc"], "default": "desc"}),
+            ("after", {"type": "string"}),
+        ),
+    ),
+    _Operation(
+        "/v1/messages",
+        "Generate a message with the log-prob and rank of every token (Anthropic)",
+        (MessagesRequest,),
+        MessageAnswer,
+        MessageEvent,
+    ),
+    _Operation(
+        "/v1/messages/count_tokens", "Count the tokens of a prompt (Anthropic)", (CountTokensRequest,), TokenCount
     ),
     _Operation(
         "/v1/decisions",
@@ -118,9 +165,12 @@ _OPERATIONS = (
 def openapi(*, secured: bool) -> dict[str, Any]:
     """The OpenAPI 3.1 document; `secured` declares the API key."""
     models = {model for o in _OPERATIONS for model in (*o.body, o.answer, o.event) if model}
-    models |= {responses.ErrorAnswer, ValidationErrors}
+    models |= {responses.ErrorAnswer, ValidationErrors, MessageErrorAnswer}
     ordered = sorted(models, key=lambda model: model.__name__)
     _, schemas = models_json_schema([(model, "validation") for model in ordered], ref_template=_REFERENCE)
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in _OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method] = _describe(operation)
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -128,7 +178,7 @@ def openapi(*, secured: bool) -> dict[str, Any]:
             "version": __version__,
             "description": "OpenAI-compatible LLM server for exact log-probs.",
         },
-        "paths": {o.path: {"post" if o.body else "get": _describe(o)} for o in _OPERATIONS},
+        "paths": paths,
         "components": {"schemas": schemas["$defs"]},
     }
     if secured:
@@ -167,23 +217,32 @@ def _describe(operation: _Operation) -> dict[str, Any]:
     if operation.event is not None:
         answer["content"]["text/event-stream"] = {"schema": _event(operation.event)}
     description: dict[str, Any] = {"summary": operation.summary, "responses": {"200": answer}}
+    envelope = MessageErrorAnswer if operation.path.startswith("/v1/messages") else responses.ErrorAnswer
     bare = operation.path in ("/health", "/ready", "/live", "/ping")
     for status in operation.statuses:
-        error = _reference(ValidationErrors if status == 422 else responses.ErrorAnswer)
+        error = _reference(ValidationErrors if status == 422 else envelope)
         content = {} if bare else {"content": {"application/json": {"schema": error}}}
         description["responses"][str(status)] = {"description": "Error"} | content
     if operation.body:
         kinds = [_reference(model) for model in operation.body]
         schema = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
         description["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    parameters: list[dict[str, Any]] = [
+        {"name": name, "in": "query", "schema": schema} for name, schema in operation.query
+    ]
     if "{id}" in operation.path:
-        description["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
+        parameters.insert(0, {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}})
+    if parameters:
+        description["parameters"] = parameters
     return description
 
 
 def _event(model: type[BaseModel]) -> dict[str, Any]:
-    """Schema of a server-sent event; the data of the last one is [DONE]."""
+    """Schema of a server-sent event. If events have no names, the data of the last one is [DONE]."""
     chunk = {"type": "string", "contentMediaType": "application/json", "contentSchema": _reference(model)}
+    if "type" in model.model_fields:
+        names = model.model_json_schema()["properties"]["type"]
+        return {"type": "object", "properties": {"event": names, "data": chunk}, "required": ["event", "data"]}
     data = {"anyOf": [{"const": "[DONE]"}, chunk]}
     return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 

@@ -45,20 +45,20 @@ def validate[M: BaseModel](kind: type[M], data: dict[str, Any], unknown_fields: 
         raise _from_pydantic(error) from None
     extra = parsed.model_extra or {}
     if isinstance(parsed, ChatPromptFields):
-        _check_levels({"chat_template_kwargs": parsed.chat_template_kwargs, "documents": parsed.documents})
+        check_levels({"chat_template_kwargs": parsed.chat_template_kwargs, "documents": parsed.documents})
         for i, message in enumerate(parsed.messages or ()):
-            _check_levels({"content": message.content, **(message.model_extra or {})}, f"messages[{i}].")
+            check_levels({"content": message.content, **(message.model_extra or {})}, f"messages[{i}].")
         parts = [
             part for message in parsed.messages or () if isinstance(message.content, list) for part in message.content
         ]
-        _check_extra(_others(parts), (), unknown_fields, "messages[].content[].")
+        check_extra(_others(parts), (), unknown_fields, "messages[].content[].")
     if isinstance(parsed, RequestFields):
         for name, value in extra.items():
             if value is not None and name in _GENERATION_FIELDS:
                 raise unsupported(name, f"`{name}` is not a field of this endpoint.")
     if isinstance(parsed, GenerationRequest) and (options := parsed.stream_options) is not None:
-        _check_extra(options.model_extra or {}, StreamOptions.model_fields, unknown_fields, "stream_options.")
-    _check_extra(extra, kind.model_fields, unknown_fields)
+        check_extra(options.model_extra or {}, StreamOptions.model_fields, unknown_fields, "stream_options.")
+    check_extra(extra, kind.model_fields, unknown_fields)
     return parsed
 
 
@@ -67,7 +67,7 @@ def _others(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: part[name] for part in parts for name in part.keys() - {"type", "text", "refusal"}}
 
 
-def _check_extra(fields: Mapping[str, Any], known: Iterable[str], unknown_fields: set[str], prefix: str = "") -> None:
+def check_extra(fields: Mapping[str, Any], known: Iterable[str], unknown_fields: set[str], prefix: str = "") -> None:
     """Refuse fields that would change the answer and misspellings of `known` ones, and log unknown ones.
 
     `prefix` is the path of the object that has the fields.
@@ -76,7 +76,7 @@ def _check_extra(fields: Mapping[str, Any], known: Iterable[str], unknown_fields
     for name, value in fields.items():
         if value is not None and value not in UNSUPPORTED.get(name, (value,)):
             raise unsupported(name)
-    _check_levels(fields)
+    check_levels(fields)
     unknown = [name for name in fields if name not in UNSUPPORTED and name not in WITHOUT_EFFECT]
     for name in islice((name for name in unknown if fields[name] is not None), _MAX_COMPARED):
         if suggestion := _suggestion(name.removeprefix(prefix), known):
@@ -100,7 +100,7 @@ def _spelling(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
-def _check_levels(fields: Mapping[str, Any], prefix: str = "") -> None:
+def check_levels(fields: Mapping[str, Any], prefix: str = "") -> None:
     """Refuse free-form values that are nested too deeply; `prefix` is prepended to the names in `param`."""
     for name, value in fields.items():
         if _too_deep(value):

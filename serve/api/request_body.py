@@ -26,6 +26,7 @@ else:
 BODY_PATHS = (
     *("/v1/chat/completions", "/v1/completions", "/invocations", "/v1/decisions", "/v1/systemone", "/v1/score"),
     *("/generative_scoring", "/tokenize", "/detokenize"),
+    *("/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
 )
 
 SMALL = 64 << 10  # bytes of each holding that are not counted, so that slow large ones never block small ones

@@ -15,7 +15,7 @@ Count = Annotated[int, Field(ge=0, lt=_INT64)]
 TokenId = Count
 _TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 _TokenIdLists = Annotated[list[_TokenIds], Field(fail_fast=True)]
-_Strings = Annotated[list[str], Field(fail_fast=True)]
+Strings = Annotated[list[str], Field(fail_fast=True)]
 RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,200}$")]
 
 _BIAS = {"type": "number", "minimum": -100, "maximum": 100}
@@ -48,9 +48,8 @@ class OutputFields(SamplingFields, RequestFields):
     min_tokens: Count | None = None
     logit_bias: dict[str, Annotated[Any, WithJsonSchema(_BIAS)]] | None = None  # checked later: the ids are keys
     allowed_token_ids: _TokenIds | None = None
-    bad_words: _Strings | None = None
+    bad_words: Strings | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
-    stop: str | _Strings | None = None
     stop_token_ids: _TokenIds | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -69,6 +68,7 @@ class GenerationRequest(OutputFields):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     best_of: int | None = None  # must equal `n`
     max_tokens: Count | None = None
+    stop: str | Strings | None = None
     stream_options: StreamOptions | None = None
     prompt_logprobs: Annotated[int, Field(ge=-1)] | None = None
     prompt_logprobs_start: Count | None = None
@@ -154,7 +154,7 @@ class ScoreRequest(RequestFields):
     """POST /v1/score."""
 
     query: str | _TokenIds | None = None  # precedes each item; none by default
-    items: str | _Strings | _TokenIdLists
+    items: str | Strings | _TokenIdLists
     label_token_ids: _TokenIds | _TokenIdLists  # for all items, or one list per item
     apply_softmax: bool | None = None
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -166,7 +166,7 @@ class GenerativeScoringRequest(RequestFields):
     """POST /generative_scoring."""
 
     query: str | _TokenIds
-    items: _Strings | _TokenIdLists
+    items: Strings | _TokenIdLists
     label_token_ids: _TokenIds
     apply_softmax: bool | None = None
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # not part of vLLM's API

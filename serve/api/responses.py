@@ -17,28 +17,28 @@ _Bytes = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(description=
 _FinishReason = Literal["stop", "length"]
 
 
-class _Answer(BaseModel):
+class Answer(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-class ErrorDetail(_Answer):
+class ErrorDetail(Answer):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class ErrorAnswer(_Answer):
+class ErrorAnswer(Answer):
     """OpenAI's envelope."""
 
     error: ErrorDetail
 
 
-class CachedTokens(_Answer):
+class CachedTokens(Answer):
     cached_tokens: int
 
 
-class UsageAnswer(_Answer):
+class UsageAnswer(Answer):
     """Token counts; a prompt is counted once for all its choices."""
 
     prompt_tokens: int
@@ -47,7 +47,7 @@ class UsageAnswer(_Answer):
     prompt_tokens_details: CachedTokens
 
 
-class TokenAlternative(_Answer):
+class TokenAlternative(Answer):
     token: str
     logprob: _Logprob
     bytes: _Bytes
@@ -61,14 +61,14 @@ class TokenEntry(TokenAlternative):
     top_logprobs: list[TokenAlternative]
 
 
-class ChatLogprobsAnswer(_Answer):
+class ChatLogprobsAnswer(Answer):
     """`choices[].logprobs` of chat: one entry per generated token, including the stop token."""
 
     content: list[TokenEntry]
     refusal: None
 
 
-class PromptEntry(_Answer):
+class PromptEntry(Answer):
     logprob: _Logprob
     rank: _Rank
     decoded_token: str
@@ -80,7 +80,7 @@ PromptEntries = Annotated[
 ]
 
 
-class PromptColumns(_Answer):
+class PromptColumns(Answer):
     """`prompt_logprobs_columns`: row i belongs to prompt token start + i."""
 
     start: int
@@ -92,7 +92,7 @@ class PromptColumns(_Answer):
     top_ranks: list[list[_Rank]]
 
 
-class _Header(_Answer):
+class _Header(Answer):
     id: str
     created: int
     model: str
@@ -100,13 +100,13 @@ class _Header(_Answer):
     logprobs_mode: LogprobsMode | None = None
 
 
-class ReplyMessage(_Answer):
+class ReplyMessage(Answer):
     role: str
     content: str
     refusal: None
 
 
-class ChatChoiceAnswer(_Answer):
+class ChatChoiceAnswer(Answer):
     index: int
     message: ReplyMessage
     logprobs: ChatLogprobsAnswer | None
@@ -125,12 +125,12 @@ class ChatCompletionAnswer(_Header):
     prompt_logprobs_columns: PromptColumns | None = None
 
 
-class ReplyDelta(_Answer):
+class ReplyDelta(Answer):
     role: str | None = None
     content: str
 
 
-class ChatChunkChoice(_Answer):
+class ChatChunkChoice(Answer):
     index: int
     delta: ReplyDelta
     logprobs: ChatLogprobsAnswer | None
@@ -151,7 +151,7 @@ class ChatChunk(_Header):
     prompt_logprobs_columns: PromptColumns | None = None
 
 
-class CompletionLogprobsAnswer(_Answer):
+class CompletionLogprobsAnswer(Answer):
     """`choices[].logprobs` of completions: arrays over the tokens, starting with an echoed prompt."""
 
     tokens: list[str]
@@ -161,7 +161,7 @@ class CompletionLogprobsAnswer(_Answer):
     text_offset: Annotated[list[int], Field(description="code points of the text that precede the token")]
 
 
-class CompletionChunkChoice(_Answer):
+class CompletionChunkChoice(Answer):
     index: int
     text: str
     logprobs: CompletionLogprobsAnswer | None
@@ -189,7 +189,7 @@ class CompletionChunk(_Header):
     usage: UsageAnswer | None = None
 
 
-class ModelCard(_Answer):
+class ModelCard(Answer):
     id: str
     object: Literal["model"]
     created: int
@@ -202,7 +202,7 @@ class ModelCard(_Answer):
     bits_per_weight: Annotated[float | None, Field(description="of the model's matrices in memory")]
 
 
-class ShortModelCard(_Answer):
+class ShortModelCard(Answer):
     """The card of TypeSafe's API."""
 
     name: str
@@ -210,7 +210,7 @@ class ShortModelCard(_Answer):
     release_date: Annotated[str, Field(description="YYYY-MM-DD; the day on which the server was started")]
 
 
-class ModelList(_Answer):
+class ModelList(Answer):
     object: Literal["list"]
     data: list[ModelCard]
     models: list[ShortModelCard]
@@ -219,7 +219,7 @@ class ModelList(_Answer):
 _Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-class ScoreAnswer(_Answer):
+class ScoreAnswer(Answer):
     """Response of /v1/score: one list per item, in the order of its labels."""
 
     object: Literal["scoring"]
@@ -229,7 +229,7 @@ class ScoreAnswer(_Answer):
     usage: UsageAnswer
 
 
-class GenerativeScore(_Answer):
+class GenerativeScore(Answer):
     index: int
     object: Literal["score"]
     score: Annotated[_Probability, Field(description="of the first label")]
@@ -237,7 +237,7 @@ class GenerativeScore(_Answer):
     token_logprobs: list[_Logprob] | None = None
 
 
-class GenerativeScoringAnswer(_Answer):
+class GenerativeScoringAnswer(Answer):
     id: str
     object: Literal["list"]
     created: int
@@ -246,14 +246,14 @@ class GenerativeScoringAnswer(_Answer):
     usage: UsageAnswer
 
 
-class Tokenized(_Answer):
+class Tokenized(Answer):
     count: int
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None
 
 
-class Detokenized(_Answer):
+class Detokenized(Answer):
     prompt: str
     token_bytes: list[_Bytes] | None = None
 
@@ -274,9 +274,9 @@ class TokenizerInfo(BaseModel):
     vocab_size: int
 
 
-class Version(_Answer):
+class Version(Answer):
     version: str
 
 
-class Load(_Answer):
+class Load(Answer):
     server_load: Annotated[int, Field(description="unfinished requests in the engine")]

@@ -22,7 +22,7 @@ _FIELDS: dict[str, tuple[tuple[str, NeutralValues], ...]] = {
         ("suffix instructions", ("",)),
         ("modalities", (["text"],)),
         ("audio prediction web_search_options moderation input max_output_tokens previous_response_id", ()),
-        ("conversation", ()),
+        ("conversation max_tool_calls background_options context_management access_programs image", ()),
         ("truncation", ("disabled",)),
         ("verbosity", ("medium",)),
         ("background", (False,)),
@@ -89,7 +89,8 @@ _FIELDS: dict[str, tuple[tuple[str, NeutralValues], ...]] = {
         ("system", ("",)),
         ("stop_sequences", ([],)),
         ("thinking", ({"type": "disabled"},)),
-        ("max_tokens_to_sample", ()),
+        ("max_tokens_to_sample container mcp_servers inference_geo diagnostics output_config output_format", ()),
+        ("speed", ("standard",)),
     ),
     "Model Studio": (
         ("enable_thinking thinking_budget", ()),
@@ -128,7 +129,7 @@ WITHOUT_EFFECT = frozenset(
         *("spaces_between_special_tokens", "session_id", "stream_interval", "guided_decoding_backend"),
         "return_mm_kwargs",
         # Anthropic
-        "messages[].content[].cache_control",
+        *("messages[].content[].cache_control", "cache_control", "user_profile_id", "workspace_id"),
         # SGLang
         *("rid", "bootstrap_host", "bootstrap_port", "bootstrap_room", "routed_dp_rank", "data_parallel_rank"),
         *("disagg_prefill_dp_rank", "routing_key", "conversation_id", "ngram_corpus_id", "custom_labels"),

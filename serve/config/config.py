@@ -124,6 +124,20 @@ class ServeConfig(EngineConfig):
         "more if an answer of full length needs it",
         parse_bytes,
     )
+    response_store: Path | None = option(
+        API,
+        "SQLite file in which /v1/responses stores responses, for `previous_response_id`; default: none are stored",
+        Path,
+    )
+    response_store_bytes: int = option(
+        API,
+        "maximum size of all stored responses, such as 4GiB; the oldest are deleted",
+        parse_bytes,
+        default=1 << 30,
+    )
+    response_store_ttl: int = option(
+        API, "time until a stored response is deleted", Between(1, 1 << 31, "SECONDS"), default=30 * 86400
+    )
     response_role: str = option(API, "role of generated messages", default="assistant", metavar="NAME")
     enable_force_include_usage: bool = switch(API, "send the token usage with every chunk of a stream")
     disable_fastapi_docs: bool = switch(API, "do not serve /docs and /openapi.json")

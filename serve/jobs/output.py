@@ -47,6 +47,22 @@ class Output:
         self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
         self.prompt_logprobs = other.prompt_logprobs or self.prompt_logprobs
 
+    def tokens_from(self, start: int) -> "Output":
+        """The tokens from index `start` on, without the text."""
+        if start >= len(self.token_ids):
+            return Output()
+
+        def rows(parts: list[TokenLogprobs]) -> list[TokenLogprobs]:
+            return [TokenLogprobs.concatenate(parts)[start:]] if parts else []
+
+        return Output(
+            token_ids=self.token_ids[start:],
+            logprobs=rows(self.logprobs),
+            processed=rows(self.processed),
+            allowed_mass=self.allowed_mass[start:],
+            forced=self.forced[start:],
+        )
+
     def all_logprobs(self, alternatives: int) -> TokenLogprobs:
         """Scores of all tokens; `alternatives` is the number of columns if there are no tokens."""
         return TokenLogprobs.concatenate(self.logprobs or [empty_logprobs(0, alternatives)])

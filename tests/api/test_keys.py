@@ -233,7 +233,7 @@ def test_openai_client_reads_the_limits(limited: str) -> None:
 
 
 def test_failed_request_is_no_longer_in_progress(clock: Clock) -> None:
-    key = Key("alice", clock)
+    key = Key("alice", "alice", clock)
     key.configure(ApiKey(name="alice", key="a", max_bodies=1))
     for _ in range(2):
         with ExitStack() as stack:

@@ -11,8 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from serve.api.openapi import openapi
-from serve.api.requests import RequestFields
+from serve.api.requests import OutputFields, RequestFields
 from serve.api.unsupported_fields import UNSUPPORTED_BY_SERVER, WITHOUT_EFFECT
 
 ROOT = Path(__file__).parents[2]
@@ -22,13 +24,14 @@ type Rows = Mapping[str, Sequence[str]]  # key -> the generated cells of a row
 
 _HUGE = 2**31 - 1  # larger bounds are those of the integer type
 _BEGIN, _END = "<!-- begin {} -->\n\n", "\n<!-- end -->"
-_SHARED = RequestFields.model_fields.keys()
 # Table -> headings of the generated columns, and of those written by hand.
 _WRITTEN: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "endpoints": (("endpoint", "summary"), ()),
     "common fields": (("field", "type"), ("default", "meaning")),
     "chat fields": (("field", "type"), ("default", "meaning")),
     "completion fields": (("field", "type"), ("default", "meaning")),
+    "responses fields": (("field", "type"), ("default", "meaning")),
+    "messages fields": (("field", "type"), ("default", "meaning")),
     "fields of both decision endpoints": (("field", "type"), ("default", "meaning")),
     "decision fields": (("field", "type"), ("default", "meaning")),
     "system one fields": (("field", "type"), ("default", "meaning")),
@@ -76,6 +79,8 @@ def _tables() -> dict[str, Rows]:
         "common fields": {name: cells for name, cells in chat.items() if completion.get(name) == cells},
         "chat fields": {name: cells for name, cells in chat.items() if completion.get(name) != cells},
         "completion fields": {name: cells for name, cells in completion.items() if chat.get(name) != cells},
+        "responses fields": _own(schemas["ResponsesRequest"], OutputFields),
+        "messages fields": _own(schemas["MessagesRequest"], OutputFields),
         "fields of both decision endpoints": {
             name: cells for name, cells in decisions.items() if system_one.get(name) == cells
         },
@@ -92,9 +97,10 @@ def _tables() -> dict[str, Rows]:
     }
 
 
-def _own(schema: Mapping[str, Any]) -> Rows:
-    """The fields that only some requests have."""
-    return _fields({"properties": {name: field for name, field in schema["properties"].items() if name not in _SHARED}})
+def _own(schema: Mapping[str, Any], shared: type[BaseModel] = RequestFields) -> Rows:
+    """The fields that are not those of `shared`."""
+    own = {name: field for name, field in schema["properties"].items() if name not in shared.model_fields}
+    return _fields({"properties": own})
 
 
 def _with_values(name: str, values: Sequence[Any]) -> str:

@@ -1,0 +1,254 @@
+"""Endpoints of other APIs on top of chat: their requests become chat requests, and outputs become their items."""
+
+import asyncio
+import re
+from abc import abstractmethod
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, Self
+
+from pydantic import PrivateAttr
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from serve.api.chat import ChatHandler, token_entries
+from serve.api.errors import APIError
+from serve.api.job import Job
+from serve.api.json_stream import Body, make_body
+from serve.api.middleware import AnswerRecord
+from serve.api.requests import ChatCompletionRequest, OutputFields
+from serve.jobs.output import Output
+from serve.text.chat import PromptError
+from serve.text.output_parts import ArgumentsDelta, CallEnd, CallStart, Part, TextPart
+from serve.text.output_splitter import OutputSplitter
+
+
+class TranslatedChat(ChatCompletionRequest):
+    """A chat request that was made from a request of another API."""
+
+    _source: Any = PrivateAttr(None)
+
+    @classmethod
+    def make(cls, body: OutputFields, source: Any, **fields: Any) -> Self:
+        """The request with the fields that `body` shares with chat, and with `fields`."""
+        chat = cls.model_validate({name: getattr(body, name) for name in OutputFields.model_fields} | fields)
+        chat._source = source
+        return chat
+
+    @property
+    def source(self) -> Any:
+        """What the answer needs of the request that was received."""
+        return self._source
+
+
+type TranslatedJob = Job[TranslatedChat]
+
+
+@dataclass(slots=True)
+class Item:
+    """Consecutive tokens of one kind: reasoning, content, or one call of a tool with its marks."""
+
+    index: int
+    kind: Literal["reasoning", "content", "call"]
+    tokens: range  # of the output
+    text: str = ""  # of a call: the arguments' JSON
+    call: CallStart | None = None
+    end: CallEnd | None = None  # of a call that is complete
+
+
+@dataclass(slots=True)
+class Items:
+    """The items of one output. Every token belongs to one of them: those between two items to the second one.
+
+    The mark at the end of reasoning belongs to the reasoning.
+    """
+
+    items: list[Item] = field(default_factory=list)
+
+    @property
+    def last(self) -> Item:
+        return self.items[-1]
+
+    def add(self, part: Part) -> bool:
+        """Add a part to the last item, or to a new one: then return True."""
+        kind = _kind(part)
+        is_new = isinstance(part, CallStart) or not self.items or self.last.kind != kind
+        if is_new:
+            start = self.last.tokens.stop if self.items else 0
+            self.items.append(Item(len(self.items), kind, range(start, start)))
+        item = self.last
+        self.extend(part.tokens.stop)
+        match part:
+            case TextPart(text=text) | ArgumentsDelta(text=text):
+                item.text += text
+            case CallStart():
+                item.call = part
+            case CallEnd():
+                item.end = part
+        return is_new
+
+    def end_reasoning(self, part: Part, answer_start: int | None) -> bool:
+        """Before `part` is added: add the tokens before the answer to the reasoning if it ends; True if it does."""
+        if not self.items or self.last.kind != "reasoning" or _kind(part) == "reasoning" or answer_start is None:
+            return False
+        self.extend(answer_start)
+        return True
+
+    def extend(self, end: int) -> None:
+        """The tokens before `end` belong to the last item."""
+        tokens = self.last.tokens
+        self.last.tokens = range(tokens.start, max(tokens.stop, end))
+
+    def complete(self, num_tokens: int) -> bool:
+        """Add the rest of the output's tokens; True if that needs a new item, of an output without text."""
+        is_new = not self.items and self.add(TextPart("content", "", range(0)))
+        self.extend(num_tokens)
+        return is_new
+
+
+def _kind(part: Part) -> Literal["reasoning", "content", "call"]:
+    return part.kind if isinstance(part, TextPart) else "call"
+
+
+class Writer(Protocol):
+    """Writes one answer: the events of a stream in their order, or the complete document."""
+
+    def start(self, cached_tokens: int) -> Iterator[dict[str, Any]]: ...
+
+    def open(self, item: Item) -> Iterator[dict[str, Any]]: ...
+
+    def extend(self, item: Item, text: str, logprobs: Any) -> Iterator[dict[str, Any]]:
+        """`logprobs`: entries of the new tokens; None if they are not requested."""
+
+    def close(self, item: Item, output: Output) -> Iterator[dict[str, Any]]: ...
+
+    def end(self, items: Sequence[Item], output: Output) -> Iterator[dict[str, Any]]:
+        """Close the last item and the answer. Slow: called in a thread."""
+
+    def document(self, items: Sequence[Item], output: Output) -> dict[str, Any]:
+        """The complete answer. Slow: called in a thread."""
+
+
+class _ReceivedFieldError(Exception):
+    """An error in a field of the request that was received."""
+
+    def __init__(self, cause: APIError | PromptError) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+class TranslatedHandler(ChatHandler[TranslatedChat]):
+    """An endpoint of another API: one choice, whose output consists of items."""
+
+    model = TranslatedChat
+    collects_streams = True
+    renames: ClassVar[Sequence[tuple[str, str]]]  # pattern of a field of chat, and the field here
+
+    async def __call__(self, request: HTTPRequest) -> Response:
+        try:
+            with self._renamed():
+                return await super().__call__(request)
+        except _ReceivedFieldError as error:
+            raise error.cause from None
+
+    def _read(self, data: dict[str, Any], record: AnswerRecord) -> TranslatedChat:
+        try:
+            return self._translated(data, record)
+        except (APIError, PromptError) as error:
+            raise _ReceivedFieldError(error) from None
+
+    @abstractmethod
+    def _translated(self, data: dict[str, Any], record: AnswerRecord) -> TranslatedChat:
+        """Validate the fields of a body and make the chat request. Raise APIError or PromptError if one is invalid."""
+
+    @abstractmethod
+    def _writer(self, job: TranslatedJob) -> Writer: ...
+
+    async def _chunks(self, job: TranslatedJob) -> AsyncGenerator[dict[str, Any]]:
+        stream = _Stream(job, self._writer(job), self._splitter(job))
+        with self._renamed():
+            async with aclosing(self._deltas(job)) as deltas:
+                async for _, delta in deltas:
+                    for event in stream.events(delta):
+                        yield event
+            for event in await asyncio.to_thread(stream.last_events):
+                yield event
+
+    def _checked_body(self, job: TranslatedJob, outputs: Sequence[Output]) -> Body:
+        [output] = outputs
+        items, splitter = Items(), self._splitter(job)
+        for part in splitter.push(output.token_ids, output.text, is_complete=True):
+            items.end_reasoning(part, splitter.answer_start)
+            items.add(part)
+        items.complete(len(output.token_ids))
+        return make_body(self._writer(job).document(items.items, output))
+
+    def _splitter(self, job: TranslatedJob) -> OutputSplitter:
+        skip = job.body.skip_special_tokens is not False
+        return OutputSplitter(self._context.model.tokenizer, skip_special_tokens=skip)
+
+    @contextmanager
+    def _renamed(self) -> Iterator[None]:
+        """Raise errors in fields of the chat request as errors in the fields from which they were made."""
+        try:
+            yield
+        except PromptError as error:
+            param = self._rename(error.param)
+            raise PromptError(param, str(error).replace(f"`{error.param}`", f"`{param}`"), error.code) from None
+        except APIError as error:
+            if error.param is not None:
+                param = self._rename(error.param)
+                error.param, error.message = param, error.message.replace(f"`{error.param}`", f"`{param}`")
+            raise
+
+    def _rename(self, param: str) -> str:
+        for pattern, name in self.renames:
+            if re.match(pattern, param):
+                return re.sub(pattern, name, param)
+        return param
+
+
+class _Stream:
+    """The events of one stream."""
+
+    def __init__(self, job: TranslatedJob, writer: Writer, splitter: OutputSplitter) -> None:
+        self._job = job
+        self._writer = writer
+        self._splitter = splitter
+        self._items = Items()
+        self._output = Output()
+        self._unsent = Output()  # tokens that no event has had
+
+    def events(self, delta: Output) -> Iterator[dict[str, Any]]:
+        writer, items, output, [choice] = self._writer, self._items, self._output, self._job.choices
+        if not output.token_ids and not items.items:
+            yield from writer.start(delta.cached_tokens)
+        output.add(delta)
+        self._unsent.add(delta)
+        self._job.unsent.add(choice, output, delta)
+        is_complete = delta.finish_reason is not None
+        for part in self._splitter.push(delta.token_ids, delta.text, is_complete=is_complete):
+            if items.end_reasoning(part, self._splitter.answer_start):
+                yield from self._extended("")
+            last = items.last if items.items else None
+            if items.add(part):
+                yield from () if last is None else writer.close(last, output)
+                yield from writer.open(items.last)
+            yield from self._extended(part.text if isinstance(part, TextPart | ArgumentsDelta) else "")
+        if is_complete:
+            if items.complete(len(output.token_ids)):
+                yield from writer.open(items.last)
+            yield from self._extended("")
+
+    def last_events(self) -> list[dict[str, Any]]:
+        return [*self._writer.end(self._items.items, self._output)]
+
+    def _extended(self, text: str) -> Iterator[dict[str, Any]]:
+        """Events of text and tokens that were added to the last item."""
+        item, unsent = self._items.last, self._unsent
+        count = item.tokens.stop - (len(self._output.token_ids) - len(unsent.token_ids))
+        logprobs = token_entries(self._job, self._job.choices[0], unsent, slice(count))
+        if text or logprobs:
+            yield from self._writer.extend(item, text, logprobs)
+        self._unsent = unsent.tokens_from(count)

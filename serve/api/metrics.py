@@ -55,6 +55,8 @@ class Metrics(Observer):
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens")
         self._scored_tokens = self._counter("prompt_logprobs_tokens", "Prompt tokens whose log-probs were returned")
         self._generated_tokens = self._counter("generation_tokens", "Generated tokens")
+        self._forced_tokens = self._counter("forced_tokens", "Generated tokens that were the only ones allowed")
+        self._grammar_errors = self._counter("grammar_errors", "Requests whose grammar could not continue")
         success = self._counters("request_success", "Finished requests", "finished_reason")
         self._success = {reason: success(str(reason)) for reason in FinishReason}
         rejections = Counter(
@@ -91,6 +93,9 @@ class Metrics(Observer):
         self._longest = self._histogram(
             "request_max_num_generation_tokens", "Generated tokens of the longest choice of a prompt", tokens
         )
+        self._add_http_metrics()
+
+    def _add_http_metrics(self) -> None:
         self._http_count = Counter(
             "http_requests", "HTTP responses", ("handler", "method", "status"), registry=self._process
         )
@@ -138,13 +143,17 @@ class Metrics(Observer):
     def on_preempted(self, count: int) -> None:
         self._preemptions.inc(count)
 
-    def on_token(self, request: RequestState, gap: float | None) -> None:
+    def on_token(self, request: RequestState, gap: float | None, *, forced: bool = False) -> None:
         self._generated_tokens.inc()
+        self._forced_tokens.inc(forced)
         if gap is None:
             self._first.observe(request.times.first - request.times.arrived)
             self._on_prompt(request)
         else:
             self._gap.observe(gap)
+
+    def on_grammar_error(self) -> None:
+        self._grammar_errors.inc()
 
     def on_finished(self, request: RequestState, reason: FinishReason) -> None:
         self._success[reason].inc()

@@ -23,7 +23,7 @@ from compiled.step import cache_index
 from model.kv_cache import NULL_PAGE, PAGE_SIZE
 from serve.engine.request import SamplingParams
 from serve.engine.request_state import RequestState
-from serve.engine.schedule import Chunk
+from serve.engine.schedule import Chunk, DecodeRow
 
 _ARRAYS = {field.name for field in fields(SamplingArrays)}
 # Fields of SamplingParams that are copied to the arrays of the same names; not the seed, which may have to be drawn.
@@ -55,36 +55,37 @@ def page_copies(copies: Sequence[tuple[int, int]]) -> PageCopies:
     return PageCopies(sources, targets)
 
 
-def decode_input(requests: Sequence[RequestState], shape: DecodeShape, padding_slot: int) -> DecodeInput:
-    """The last token of each request as [R]; the scheduler has already counted the next one."""
+def decode_input(rows: Sequence[DecodeRow], shape: DecodeShape, padding_slot: int) -> DecodeInput:
+    """The token before each row's as [R]."""
     tokens = np.zeros(shape.rows, np.int32)
     positions = np.full(shape.rows, -1, np.int32)
     tables = np.zeros((shape.rows, shape.pages), np.int32)
     slots = np.full(shape.rows, padding_slot, np.int32)
     requested_ids = no_requested_ids(shape.rows)
-    for row, request in enumerate(requests):
-        tokens[row] = _last_token(request)
-        positions[row] = request.num_tokens - 2
-        tables[row, : len(request.pages)] = request.pages
-        slots[row] = request.slot
+    for i, row in enumerate(rows):
+        request = row.request
+        tokens[i] = _token_before(row)
+        positions[i] = len(request.prompt_token_ids) + row.index - 1
+        tables[i, : len(request.pages)] = request.pages
+        slots[i] = request.slot
         if ids := request.params.requested_ids:
-            requested_ids[row, : len(ids)] = ids
+            requested_ids[i, : len(ids)] = ids
     return DecodeInput(tokens, positions, tables, slots, requested_ids)
 
 
-def sampling_arrays(requests: Sequence[RequestState], rows: int, vocab_size: int) -> SamplingArrays:
-    """Sampling parameters of each request [R]; padding rows are greedy."""
-    arrays = greedy_sampling(rows, vocab_size)
-    for row, request in enumerate(requests):
-        params, step = request.params, request.num_output_tokens - 1
+def sampling_arrays(rows: Sequence[DecodeRow], size: int, vocab_size: int) -> SamplingArrays:
+    """Sampling parameters of each row [R]; padding rows are greedy."""
+    arrays = greedy_sampling(size, vocab_size)
+    for i, row in enumerate(rows):
+        request, params = row.request, row.request.params
         for name in _COPIED:
-            getattr(arrays, name)[row] = getattr(params, name)
-        arrays.seed[row] = (request.seed >> 32) & 0xFFFFFFFF, request.seed & 0xFFFFFFFF
-        arrays.step[row] = step
-        arrays.penalized[row] = params.adjusts
-        words = request.mask.row(request.output_token_ids, step) if request.mask else None
+            getattr(arrays, name)[i] = getattr(params, name)
+        arrays.seed[i] = (request.seed >> 32) & 0xFFFFFFFF, request.seed & 0xFFFFFFFF
+        arrays.step[i] = row.index
+        arrays.penalized[i] = params.adjusts
+        words = request.mask.row(request.output_token_ids, row.index) if request.mask else None
         if words is not None:
-            arrays.mask[row] = words
+            arrays.mask[i] = words
     return arrays
 
 
@@ -117,9 +118,13 @@ def cache_indices(request: RequestState, start: int, size: int, count: int) -> N
     return indices
 
 
-def _last_token(request: RequestState) -> int:
-    """The token before the next one, or FROM_SLOT if it has not been read yet."""
-    count = request.num_output_tokens - 1
-    if len(request.output_token_ids) < count:
-        return FROM_SLOT
-    return request.output_token_ids[-1] if count else request.prompt_token_ids[-1]
+def _token_before(row: DecodeRow) -> int:
+    """The token before the row's, or FROM_SLOT if it has not been read yet."""
+    request, index = row.request, row.index - 1
+    if index < 0:
+        return request.prompt_token_ids[-1]
+    if index < len(request.output_token_ids):
+        return request.output_token_ids[index]
+    forced = request.mask.forced if request.mask else []
+    index -= len(request.output_token_ids)
+    return forced[index] if index < len(forced) else FROM_SLOT

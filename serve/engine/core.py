@@ -2,7 +2,7 @@
 
 A step is dispatched before the previous one is read: the device takes the tokens that it continues from out of its own
 slots. So the host knows each token one step late, and a step may contain a row of a request that has finished, whose
-result is discarded.
+result is discarded. A request whose mask depends on its last token decodes only after that has been read.
 """
 
 import time
@@ -29,11 +29,12 @@ from model.token_logprobs import TokenLogprobs
 from serve.engine import batch
 from serve.engine.batch import ScoreRow
 from serve.engine.logprob_store import begin_prompt_logprobs, has_nan, select_logprobs, store_prompt_logprobs, write
+from serve.engine.mask_updates import MaskUpdates
 from serve.engine.observer import EngineFault, EngineGauges, Observer
 from serve.engine.page_pool import PagePool
 from serve.engine.request import FinishReason, TokenEvent
 from serve.engine.request_state import Emitted, RequestState, RequestStatus
-from serve.engine.schedule import Schedule
+from serve.engine.schedule import DecodeRow, Schedule
 from serve.engine.scheduler import Scheduler
 from serve.engine.token_mask import TokenMask
 
@@ -68,7 +69,7 @@ class _Step:
     prefilled: Any = None  # ready when the chunks are computed
     blocks: list[tuple[Sequence[ScoreRow], TokenLogprobs]] = field(default_factory=list)
     scored: list[RequestState] = field(default_factory=list)
-    rows: list[RequestState] = field(default_factory=list)
+    rows: list[DecodeRow] = field(default_factory=list)
     output: StepOutput | None = None
 
 
@@ -87,6 +88,7 @@ class EngineCore:
         self._runner = runner
         self._observer = observer or Observer()
         self._pool = PagePool(runner.pages, caching=prefix_caching)
+        self._masks = MaskUpdates(runner.buckets.decode_rows[-1])
         self._unread: _Step | None = None
         self.in_flight = False  # the last step dispatched or read something; otherwise step() has nothing to do
         self._emitted: list[Emitted] = []  # by the current step; kept if it fails, as requests may have finished in it
@@ -107,6 +109,8 @@ class EngineCore:
     def add(self, request: RequestState) -> None:
         request.mask = TokenMask(request.params, self._runner.vocab_size)
         self.scheduler.add(request)
+        if request.mask.has_grammar and request.generates:
+            self._masks.start(request)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> Emitted | None:
         """Finish a request in any state, or unpin a finished one. Returns None if it had finished."""
@@ -136,13 +140,16 @@ class EngineCore:
         reads = self._unread is not None
         if self._must_read_first():
             self._read()
+        self._finish_masks()
+        if self._unread is not None and self.scheduler.must_preempt():
+            self._read()
         schedule = self.scheduler.schedule()
         if schedule.preempted:
             self._observer.on_preempted(len(schedule.preempted))
         dispatched = self._dispatch(schedule)
         self._read()
         self._unread = dispatched
-        self.in_flight = reads or dispatched is not None
+        self.in_flight = reads or dispatched is not None or self._masks.in_progress
         if not self.scheduler.num_requests:
             self.scheduler.check()
         return self._take_emitted()
@@ -170,11 +177,22 @@ class EngineCore:
             self._observer.on_scheduled(request)
 
     def _must_read_first(self) -> bool:
-        """True if the next step depends on tokens that have not been read."""
-        if self._unread is None:
-            return False
-        waits = any(request.mask is not None and request.mask.waits for request in self._unread.rows)
-        return waits or self.scheduler.must_preempt()
+        """True if the rows of the next step depend on tokens that have not been read."""
+        return self._unread is not None and any(row.request.waits_for_mask for row in self._unread.rows)
+
+    def _finish_masks(self) -> None:
+        """Let requests decode whose masks are done, and finish those that have none: the others wait."""
+        for request in self._masks.collect():
+            mask = request.mask
+            if mask is None or mask.forced or request.status is RequestStatus.FINISHED:
+                continue
+            if mask.is_complete:
+                self._read()  # log-probs of the prompt may be in flight
+                self._emitted.append(self._finalize(request, TokenEvent(), FinishReason.STOP))
+            elif mask.error is not None:
+                event = TokenEvent(error=mask.error, cached_tokens=request.num_cached or 0)
+                self._emitted.append(self._finish(request, event, FinishReason.ERROR))
+                self._observer.on_grammar_error()
 
     def _dispatch(self, schedule: Schedule) -> _Step | None:
         if not schedule:
@@ -198,6 +216,8 @@ class EngineCore:
             inputs = batch.decode_input(schedule.decodes, shape, self._runner.buckets.slots - 1)
             sampling = batch.sampling_arrays(schedule.decodes, shape.rows, self._runner.vocab_size)
             step.output = self._runner.decode(inputs, sampling)
+            for row in schedule.decodes:
+                row.request.waits_for_mask = row.request.mask is not None and row.request.mask.waits
         return step
 
     def _read(self) -> None:
@@ -213,25 +233,45 @@ class EngineCore:
                 self._emitted.append(self._finalize(request, TokenEvent(), FinishReason.LENGTH))
         if step.output is not None:
             output = self._runner.read(step.output)
-            for row, request in enumerate(step.rows):
+            for request, group in groupby(enumerate(step.rows), key=lambda item: item[1].request):
+                indices = [index for index, _ in group]
                 if request.status is not RequestStatus.FINISHED:
-                    self._emitted.append(self._append(request, output, row))
+                    self._emitted.append(self._append(request, output, slice(indices[0], indices[-1] + 1)))
 
-    def _append(self, request: RequestState, output: StepOutput, row: int) -> Emitted:
-        token = int(output.tokens[row])
-        logprobs = select_logprobs(output.logprobs, slice(row, row + 1), request.params.requested_ids)
-        event = TokenEvent([token], logprobs)
-        request.output_token_ids.append(token)
+    def _append(self, request: RequestState, output: StepOutput, rows: slice) -> Emitted:
+        params, mask = request.params, request.mask
+        tokens = output.tokens[rows].tolist()
+        num_forced = len(mask.forced) if mask else 0
+        event = TokenEvent(
+            tokens,
+            select_logprobs(output.logprobs, rows, params.requested_ids),
+            processed=select_logprobs(output.processed, rows, params.requested_ids)
+            if params.return_processed
+            else None,
+            allowed_mass=np.exp(output.allowed_logmass[rows]),
+            forced=[index < num_forced for index in range(len(tokens))],
+        )
+        request.output_token_ids += tokens
+        self._note_times(request, event.forced)
+        self.scheduler.register_pages(request)
+        if tokens[-1] in params.stop_token_ids:
+            event.stop_token_id = tokens[-1]
+            return self._finalize(request, event, FinishReason.STOP)
+        at_limit = len(request.output_token_ids) >= request.max_output_tokens
+        emitted = self._finalize(request, event, FinishReason.LENGTH if at_limit else None)
+        request.waits_for_mask = False
+        if mask is not None and mask.has_grammar and request.status is not RequestStatus.FINISHED:
+            self._masks.start(request)
+        return emitted
+
+    def _note_times(self, request: RequestState, forced: Sequence[bool]) -> None:
+        """Note that tokens were read now, the first of them after the last gap."""
         now, times = time.monotonic(), request.times
         gap = now - times.last if times.first else None
         times.first, times.last = times.first or now, now
-        self._observer.on_token(request, gap)
-        self.scheduler.register_pages(request)
-        if token in request.params.stop_token_ids:
-            event.stop_token_id = token
-            return self._finalize(request, event, FinishReason.STOP)
-        at_limit = len(request.output_token_ids) >= request.max_output_tokens
-        return self._finalize(request, event, FinishReason.LENGTH if at_limit else None)
+        for is_forced in forced:
+            self._observer.on_token(request, gap, forced=is_forced)
+            gap = 0.0
 
     def _finalize(self, request: RequestState, event: TokenEvent, reason: FinishReason | None) -> Emitted:
         """Complete an event and check it for NaN. Finishes the request if there is a reason, or if a log-prob is NaN.

@@ -37,8 +37,14 @@ class Observer:
     def on_preempted(self, count: int) -> None:
         """`count` requests were preempted."""
 
-    def on_token(self, request: RequestState, gap: float | None) -> None:
-        """A token was generated, `gap` seconds after the previous one; None for the first."""
+    def on_token(self, request: RequestState, gap: float | None, *, forced: bool = False) -> None:
+        """A token was generated, `gap` seconds after the previous one; None for the first.
+
+        `forced`: the request's grammar allowed no other.
+        """
+
+    def on_grammar_error(self) -> None:
+        """A request finished with an error, because its grammar could not continue."""
 
     def on_finished(self, request: RequestState, reason: FinishReason) -> None:
         """A request finished."""

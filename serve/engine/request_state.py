@@ -38,6 +38,7 @@ class RequestState:
     arrival: int = 0  # order of arrival
     slot: int = -1  # row of the device's SlotState while the request runs
     mask: "TokenMask | None" = None
+    waits_for_mask: bool = False  # the mask of the next token is not known: no decode step has a row of the request
     output_token_ids: list[int] = field(default_factory=list)
     max_output_tokens: int = 0  # max_tokens, or the rest of the context if that is less
     num_output_tokens: int = 0  # output tokens, including those not yet read from the device
@@ -71,6 +72,11 @@ class RequestState:
     def generates(self) -> bool:
         """False if only the prompt is scored: such a request needs no slot."""
         return self.max_output_tokens > 0
+
+    @property
+    def num_choices(self) -> int:
+        """Number of output tokens that one step can choose: the tokens that are forced, and the one after them."""
+        return 1 if self.mask is None else self.mask.num_choices
 
     @property
     def num_known(self) -> int:

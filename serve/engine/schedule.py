@@ -15,6 +15,14 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """A row of a decode step, which computes the token before output token `index`, and chooses that one."""
+
+    request: RequestState
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class Schedule:
     """The work of one step, in order of dispatch."""
 
@@ -23,10 +31,8 @@ class Schedule:
     prefills: list[Chunk] = field(default_factory=list)
     scores: list[Chunk] = field(default_factory=list)
     scored: list[RequestState] = field(default_factory=list)  # finished when this step is read: nothing to generate
-    started: list[RequestState] = field(
-        default_factory=list
-    )  # part of `decodes`: the first decode since the request waited
-    decodes: list[RequestState] = field(default_factory=list)
+    started: list[RequestState] = field(default_factory=list)  # their prompts are computed: they decode from now on
+    decodes: list[DecodeRow] = field(default_factory=list)  # rows of one request are neighbours, in order
 
     def __bool__(self) -> bool:
         return bool(self.prefills or self.scores or self.scored or self.decodes)

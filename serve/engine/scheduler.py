@@ -16,7 +16,7 @@ from compiled.shapes import Buckets
 from model.kv_cache import PAGE_SIZE
 from serve.engine.page_pool import PagePool, PageStarts, page_hash, root_hash, sortable
 from serve.engine.request_state import RequestState, RequestStatus
-from serve.engine.schedule import Chunk, Schedule
+from serve.engine.schedule import Chunk, DecodeRow, Schedule
 
 _MIN_COPIED = 8  # tokens: on a GPU fewer are computed about as fast as their page is copied
 _MIN_AWAITED = 16  # tokens that a request waits for if they are being computed, to copy them a step later
@@ -74,16 +74,14 @@ class Scheduler:
         self._index_filled()
         for request in self._decoding():
             self._reserve_or_preempt(request, schedule.preempted)
-        self._plan_prompts(schedule, self._max_num_batched_tokens - len(self._decoding()))
+        rows = min(self._max_num_seqs, sum(request.num_choices for request in self._decoding()))
+        self._plan_prompts(schedule, self._max_num_batched_tokens - rows)
         for request in self.running:
             prefilled = request.status is RequestStatus.PREFILL and request.num_computed >= request.prefill_end
             if prefilled and request.num_scored >= _num_score_rows(request):
                 request.status = RequestStatus.DECODE if request.generates else RequestStatus.SCORED
                 (schedule.started if request.generates else schedule.scored).append(request)
-        for request in self._decoding():
-            request.num_computed += 1
-            request.num_output_tokens += 1
-            schedule.decodes.append(request)
+        self._plan_rows(schedule)
         return schedule
 
     def register_pages(self, request: RequestState) -> None:
@@ -140,10 +138,22 @@ class Scheduler:
         return list(reversed(range(self._max_num_seqs)))
 
     def _decoding(self) -> list[RequestState]:
-        """Running requests that will generate another token, in queue order."""
-        return [
-            r for r in self.running if r.status is RequestStatus.DECODE and r.num_output_tokens < r.max_output_tokens
-        ]
+        """Running requests that can generate another token now, in queue order."""
+        decoding = (r for r in self.running if r.status is RequestStatus.DECODE and not r.waits_for_mask)
+        return [request for request in decoding if request.num_output_tokens < request.max_output_tokens]
+
+    def _plan_rows(self, schedule: Schedule) -> None:
+        """Plan a row for each decoding request, and others for its forced tokens while there are rows in the step."""
+        decoding = self._decoding()
+        spare = self._max_num_seqs - len(decoding)
+        for request in decoding:
+            first = request.num_output_tokens
+            room = min(request.max_output_tokens - first, len(request.pages) * PAGE_SIZE - request.num_tokens + 1)
+            count = min(request.num_choices, room, 1 + spare)
+            spare -= count - 1
+            request.num_computed += count
+            request.num_output_tokens += count
+            schedule.decodes.extend(DecodeRow(request, index) for index in range(first, first + count))
 
     def _plan_prompts(self, schedule: Schedule, budget: int) -> None:
         """Plan prompt chunks that fit into one prefill and a budget of tokens, and as many rows to score.

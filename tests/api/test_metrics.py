@@ -7,8 +7,12 @@ import re
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve.api.metrics import CONTENT_TYPE
-from tests.support.fake_runner import MAX_MODEL_LEN
+from serve.api.metrics import CONTENT_TYPE, Metrics
+from serve.engine.core import EngineCore
+from serve.engine.request import Request, SamplingParams
+from serve.engine.request_state import RequestState
+from tests.support.fake_runner import MAX_MODEL_LEN, FakeRunner
+from tests.support.grammars import FakeGrammar, sequence
 from tests.support.http_client import MODEL, Gate, Server, completion_body, serving
 
 LABELS = f'engine="0",model_name="{MODEL}"'
@@ -120,6 +124,23 @@ async def test_metrics_preemptions() -> None:
         assert value_of(samples, "prompt_tokens_total") == 2 * 100
 
 
+def test_metrics_of_grammars() -> None:
+    metrics = Metrics("m", max_model_len=100, vllm_names=False)
+    params = SamplingParams(8, temperature=0.0, grammar=sequence(7, 8, then=(30, 31)))
+    failing = SamplingParams(8, grammar=FakeGrammar(lambda _: (), error=lambda _: "it is wrong"))
+    core = EngineCore(FakeRunner(), max_model_len=100, max_num_batched_tokens=68, observer=metrics)
+    core.add(RequestState(Request("a", [1, 2, 3], params)))
+    core.add(RequestState(Request("b", [1, 2, 3], failing)))
+    while core.scheduler.num_requests:
+        core.step()
+    text = metrics.text().decode()
+    assert re.findall(r"^logprobd:(generation_tokens|forced_tokens|grammar_errors)_total\{.*\} (.*)$", text, re.M) == [
+        ("generation_tokens", "8.0"),
+        ("forced_tokens", "2.0"),
+        ("grammar_errors", "1.0"),
+    ]
+
+
 async def test_metrics_gauges() -> None:
     async with serving(max_waiting=5, vllm_names=True) as server:
         gate = Gate("decode")
@@ -182,7 +203,15 @@ VLLM = {
         request_prefill_kv_computed_tokens request_prefill_time_seconds request_prompt_tokens
         request_queue_time_seconds request_time_per_output_token_seconds time_to_first_token_seconds""",
 }
-OWN = {"counter": {"prompt_logprobs_tokens", "engine_failures+kind", "request_errors+code"}}
+OWN = {
+    "counter": {
+        "prompt_logprobs_tokens",
+        "engine_failures+kind",
+        "request_errors+code",
+        "forced_tokens",
+        "grammar_errors",
+    }
+}
 LATENCY = "0.3 0.5 0.8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960 1920 7680"
 VLLM_BUCKETS = {
     "e2e_request_latency_seconds": LATENCY,

@@ -55,11 +55,11 @@ class Bench:
         self.scheduler.check()
         for work in schedule.prefills:
             assert len(work.request.pages) * PAGE_SIZE >= work.end
-        for item in schedule.decodes:
+        for item in decoding(schedule):
             assert item.num_computed == item.num_tokens - 1
             assert len(item.pages) * PAGE_SIZE >= item.num_computed
         self.read()
-        self.unread = schedule.decodes
+        self.unread = decoding(schedule)
         return schedule
 
     def read(self) -> None:
@@ -73,7 +73,7 @@ class Bench:
         """step(), as ids and lengths."""
         schedule = self.step()
         prefills = [(work.request.id, work.start, work.end - work.start) for work in schedule.prefills]
-        return prefills, [item.id for item in schedule.decodes]
+        return prefills, [item.id for item in decoding(schedule)]
 
     def scores(self) -> list[tuple[str, int, int]]:
         """step(), as rows to score."""
@@ -106,6 +106,10 @@ def test_prefill_budget_includes_padding() -> None:
     bench.add(request("a", 10), request("b", 17), request("c", 50), request("d", 5))
     assert bench.plan() == ([("a", 0, 9), ("b", 0, 16), ("c", 0, 32)], ["a", "b"])
     assert bench.plan() == ([("c", 32, 17), ("d", 0, 4)], ["a", "b", "c", "d"])
+
+
+def decoding(schedule: Schedule) -> list[RequestState]:
+    return [row.request for row in schedule.decodes]
 
 
 def test_prefill_budget_excludes_decodes() -> None:
@@ -247,7 +251,7 @@ def test_scores_follow_prefill() -> None:
     assert bench.scores() == [("a", 64, 128)]
     schedule = bench.step()
     assert [(work.start, work.end) for work in schedule.scores] == [(128, 149)]
-    assert schedule.started == schedule.decodes == [a]
+    assert schedule.started == decoding(schedule) == [a]
     assert bench.scores() == []
 
 
@@ -268,7 +272,7 @@ def test_scores_of_cached_prompt_one_chunk_per_step() -> None:
     assert schedule.decodes == []
     schedule = bench.step()
     assert [(work.start, work.end) for work in schedule.scores] == [(192, 199)]
-    assert schedule.decodes == [b]
+    assert decoding(schedule) == [b]
 
 
 def test_scores_from_start() -> None:
@@ -318,7 +322,7 @@ def test_cached_prompt_still_computes_last_token() -> None:
     bench.add(b := request("b", 128))
     schedule = bench.step()
     assert not schedule.prefills
-    assert schedule.decodes == [b]
+    assert decoding(schedule) == [b]
     assert b.num_cached == 127
     assert schedule.copies == [(a_pages[1], b.pages[1])]
 

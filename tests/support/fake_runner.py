@@ -38,6 +38,7 @@ from serve.engine.request import (
     TokenEvent,
 )
 from serve.engine.request_state import RequestState
+from tests.support.grammars import FakeGrammar
 
 VOCAB_SIZE = 97  # V
 K = 3
@@ -183,14 +184,19 @@ class FakeRunner:
         live = int((inputs.positions >= 0).sum())
         assert (inputs.positions[:live] >= 0).all()
         assert (inputs.slots[live:] == self.buckets.slots - 1).all()
-        assert len(set(inputs.slots[:live])) == live
+        tables = {
+            (slot, *table) for slot, table in zip(inputs.slots[:live], inputs.tables[:live].tolist(), strict=True)
+        }
+        assert len(tables) == len(set(inputs.slots[:live]))  # rows of one slot are of one request
         self._call("decode", live)
         tokens = np.where(inputs.tokens >= 0, inputs.tokens, self._last[inputs.slots])
         hidden = [
             self._store(inputs.tables[row], tokens[row : row + 1], int(inputs.positions[row])) for row in range(live)
         ]
         output = self._choose(hidden + [0] * (rows - live), inputs, sampling)
+        used, counts = np.unique(inputs.slots, return_counts=True)
         self._last[inputs.slots] = output.tokens
+        self._last[used[counts > 1]] = -99  # any of several rows may be the last to write
         np.add.at(self._chosen, inputs.slots, 1)
         return Unread(output)
 
@@ -336,6 +342,10 @@ def outcome_of(events: Sequence[TokenEvent], start: int = 1) -> Outcome:
 
 
 def _forbidden(token: int, before: list[int], params: SamplingParams) -> bool:
+    if params.grammar is not None:
+        assert isinstance(params.grammar, FakeGrammar)
+        if token not in params.grammar.allowed(before):
+            return True
     if params.allowed_token_ids is not None and token not in params.allowed_token_ids:
         return True
     if len(before) < params.min_tokens and token in params.stop_token_ids:

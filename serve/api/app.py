@@ -38,6 +38,7 @@ from serve.engine.client import EngineClient
 from serve.text.chat import ChatFormat, PromptError
 from serve.text.chat_template import TemplateBusyError, TemplateSandbox
 from serve.text.decisions.plan import DecisionFormat
+from serve.tools.markup import markup_of
 
 
 def create_app(
@@ -105,6 +106,12 @@ def _make_context(engine: EngineClient, model: ServedModel, config: ServeConfig,
         Bodies(max_bytes=config.max_body_bytes, seconds=config.client_timeout),
         unsent,
         PromptLogprobsWriter(engine, model.tokenizer),
+        markup_of(
+            model.tokenizer.chat_template,
+            model.tokenizer.special_tokens,
+            call_parser=config.tool_call_parser,
+            reasoning_parser=config.reasoning_parser,
+        ),
     )
 
 

@@ -2,8 +2,12 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from serve.api.choices import ChoicesHandler
 from serve.api.context import Context
@@ -13,13 +17,19 @@ from serve.api.handler import Handler
 from serve.api.job import Job, choice_fields
 from serve.api.json_stream import dump_list
 from serve.api.logprobs import chat_content
+from serve.api.reply import ReplyWriter
 from serve.api.requests import ChatCompletionRequest, ChatPromptFields
 from serve.api.validation import check_ids, check_length, check_number_of_ids, check_top_k, truncate
 from serve.jobs.generate import generation_room
 from serve.jobs.output import Output
 from serve.text.chat import ROLES, check_messages
 from serve.text.detokenizer import Echo
+from serve.tools.definitions import ToolRequest, tool_request
+from serve.tools.markup import ChatMarkup, markup_of
+from serve.tools.reply import ReplyFormat, reply_format
 
+_THINKING = ("enable_thinking", "thinking")  # variables of templates
+_MAX_MARK = 16  # tokens
 _BLOCK = 256  # tokens whose entries are Python objects at the same time; they take five times as much as their JSON
 
 type _Job = Job[ChatCompletionRequest]
@@ -38,11 +48,12 @@ class ChatHandler[B: ChatCompletionRequest](Handler[B]):
         return body.top_logprobs or 0 if body.logprobs else None, None
 
     def _prompts(self, body: B) -> list[Prompt]:
-        context, limits = self._context, self._context.engine.limits
+        context, limits, tools = self._context, self._context.engine.limits, chat_tools(body)
         max_tokens_param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         max_tokens: int | None = getattr(body, max_tokens_param)
         if body.prompt_token_ids is not None:
             param, text, ids = "prompt_token_ids", "", body.prompt_token_ids
+            end = context.model.tokenizer.decode(ids[-_MAX_MARK:], skip_special_tokens=False)
             if not ids:
                 raise invalid(param, "`prompt_token_ids` must contain at least one id.", "empty_array")
             check_number_of_ids(param, ids, body, limits)
@@ -51,6 +62,7 @@ class ChatHandler[B: ChatCompletionRequest](Handler[B]):
                 text = context.model.tokenizer.decode(ids, skip_special_tokens=False)
         else:
             param, text = "messages", chat_text(body, context)
+            end = text
             check_length(param, text, body, context.model.tokenizer, limits)
             ids = context.chat_format.encode(text, add_special_tokens=bool(body.add_special_tokens))
         ids = truncate(ids, body, max_tokens, limits)
@@ -58,7 +70,15 @@ class ChatHandler[B: ChatCompletionRequest](Handler[B]):
         default = context.model.defaults.max_new_tokens
         if max_tokens is None and default is not None:
             room = min(room, default)
-        return [Prompt(ids, room, text, echo=Echo(self._reply_so_far(body) if body.echo else ""))]
+        echo = Echo(self._reply_so_far(body) if body.echo else "")
+        return [Prompt(ids, room, text, echo, self._reply_format(body, tools, end))]
+
+    def _reply_format(self, body: B, tools: ToolRequest | None, prompt: str) -> ReplyFormat | None:
+        """How the output after a prompt with this end is divided; None if all of it is content."""
+        separates = body.separate_reasoning is not False and body.reasoning_format != "none"
+        markup = chat_markup(body, self._context)
+        reply = reply_format(markup, tools, prompt, separates_reasoning=separates)
+        return None if reply.is_plain else reply
 
     def _reply_so_far(self, body: B) -> str:
         """Content of the last message if its role is that of the reply: an echo repeats it before the output."""
@@ -78,15 +98,25 @@ class ChatCompletions(ChatHandler[ChatCompletionRequest], ChoicesHandler[ChatCom
         }
         if job.body.return_prompt_text:
             answer["prompt_text"] = job.prompts[0].text
+        answer |= _warnings(job.prompts[0])
         return answer | self._prompt_fields(job, job.prompts[0])
 
     def _choices_of(self, job: _Job, batch: Sequence[tuple[Choice, Output]]) -> list[dict[str, Any]]:
         return [self._choice(job, *pair) for pair in batch]
 
     def _choice(self, job: _Job, choice: Choice, output: Output) -> dict[str, Any]:
-        content = job.prompts[0].echo.text + output.text
-        message = {"role": self._context.config.response_role, "content": content, "refusal": None}
-        return choice_fields(job, choice, output, {"message": message}, _logprobs(job, choice, output))
+        prompt, role = job.prompts[0], self._context.config.response_role
+        logprobs = _logprobs(job, choice, output)
+        if prompt.reply is None:
+            message = {"role": role, "content": prompt.echo.text + output.text, "refusal": None}
+            return choice_fields(job, choice, output, {"message": message}, logprobs)
+        writer = _writer(job, prompt.reply)
+        message = {"role": role, "content": None, "refusal": None}
+        message |= writer.message(output.parts, _values(choice, output))
+        if prompt.echo.text:
+            message["content"] = prompt.echo.text + (message["content"] or "")
+        fields = choice_fields(job, choice, output, {"message": message}, logprobs)
+        return _reply_fields(fields, output, writer, prompt.reply)
 
     async def _opening(self, job: _Job, choice: Choice) -> dict[str, Any]:
         """The role and the prompt's ids; in the first choice also the prompt's log-probs."""
@@ -99,12 +129,68 @@ class ChatCompletions(ChatHandler[ChatCompletionRequest], ChoicesHandler[ChatCom
             fields["prompt_token_ids"] = prompt.ids
         if job.body.return_prompt_text:
             fields["prompt_text"] = prompt.text
+        fields |= _warnings(prompt)
         if choice.is_first_of_prompt and job.prompt_logprobs.k is not None:
             fields |= await asyncio.to_thread(self._prompt_fields, job, prompt)
         return fields
 
-    async def _chunk_choice(self, job: _Job, choice: Choice, delta: Output) -> dict[str, Any]:
-        return choice_fields(job, choice, delta, {"delta": {"content": delta.text}}, _logprobs(job, choice, delta))
+    async def _chunk_choices(self, job: _Job, choice: Choice, delta: Output) -> list[dict[str, Any]]:
+        logprobs, reply = _logprobs(job, choice, delta), choice.prompt.reply
+        if reply is None:
+            return [choice_fields(job, choice, delta, {"delta": {"content": delta.text}}, logprobs)]
+        writer = choice.writer = choice.writer or _writer(job, reply)
+        deltas = writer.deltas(delta.parts, _values(choice, delta))
+        if not deltas and (logprobs or delta.finish_reason or job.body.return_token_ids):
+            deltas = [{}]
+        chunks = []
+        for i, fields in enumerate(deltas):
+            # The tokens come with the first of the deltas, the end with the last.
+            is_first, is_last = i == 0, i == len(deltas) - 1
+            part = replace(delta if is_first else Output(), finish_reason=delta.finish_reason if is_last else None)
+            part.stop_reason = delta.stop_reason
+            chunk = choice_fields(job, choice, part, {"delta": fields}, logprobs if is_first else None)
+            chunks.append(_reply_fields(chunk, delta, writer, reply) if is_last else chunk)
+        return chunks
+
+
+def _warnings(prompt: Prompt) -> dict[str, Any]:
+    return {"warnings": list(prompt.reply.warnings)} if prompt.reply is not None and prompt.reply.warnings else {}
+
+
+def _writer(job: _Job, reply: ReplyFormat) -> ReplyWriter:
+    return ReplyWriter(reply, includes_reasoning=job.body.include_reasoning is not False)
+
+
+def _values(choice: Choice, output: Output) -> NDArray[np.float32] | None:
+    """Log-prob of each token; None if log-probs are not requested."""
+    return None if choice.alternatives is None else output_logprobs(output, choice.alternatives).logprob
+
+
+def _reply_fields(fields: dict[str, Any], output: Output, writer: ReplyWriter, reply: ReplyFormat) -> dict[str, Any]:
+    """The fields of a choice whose output was divided, up to the end of `output`."""
+    if writer.has_calls and fields["finish_reason"] == "stop":
+        fields["finish_reason"] = "tool_calls"
+    if reply.reasoning is not None and output.answer_start is not None and not writer.has_answer:
+        writer.has_answer = True
+        fields["answer_start"] = output.answer_start
+    return fields
+
+
+def chat_tools(body: ChatPromptFields) -> ToolRequest | None:
+    """The tools of a chat. Raise PromptError for an invalid field."""
+    tools = tool_request(body.tools, body.tool_choice, parallel=body.parallel_tool_calls is not False)
+    if tools is not None and tools.is_required:
+        raise unsupported("tool_choice")
+    if tools is not None and (strict := [tool for tool in tools.callable if tool.strict]):
+        raise unsupported(strict[0].param)
+    return tools
+
+
+def chat_markup(body: ChatPromptFields, context: Context) -> ChatMarkup:
+    """That of the model's template, or of the one in the request."""
+    if body.chat_template is None:
+        return context.markup
+    return markup_of(body.chat_template, context.model.tokenizer.special_tokens, is_trusted=False)
 
 
 def chat_text(body: ChatPromptFields, context: Context) -> str:
@@ -120,9 +206,13 @@ def chat_text(body: ChatPromptFields, context: Context) -> str:
         message = "`chat_template` is only accepted if the server was started with --trust-request-chat-template."
         raise unsupported("chat_template", message)
     fields = {"documents": body.documents, "reasoning_effort": body.reasoning_effort}
-    variables = {name: value for name, value in fields.items() if value is not None}
+    variables: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
+    if body.reasoning_effort is not None:
+        variables |= dict.fromkeys(_THINKING, body.reasoning_effort != "none")
+    markup, tools = chat_markup(body, context), chat_tools(body)
+    variables |= markup.variables(tools)
     return context.chat_format.render(
-        _messages(body),
+        markup.messages(_messages(body), tools),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
         variables=variables | (body.chat_template_kwargs or {}),

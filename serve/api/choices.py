@@ -51,9 +51,13 @@ class ChoicesHandler[B: GenerationRequest](Handler[B]):
         ends_with_usage = forced or bool(options.include_usage)
         generated = cached = 0  # tokens
         opened: set[int] = set()
+        reasoning: dict[int, int] = {}  # tokens by choice
 
         def chunk(fields: dict[str, Any], *, with_usage: bool) -> dict[str, Any]:
-            return job.header | fields | ({"usage": usage(job.prompt_tokens, generated, cached)} if with_usage else {})
+            if not with_usage:
+                return job.header | fields
+            spent = sum(reasoning.values()) if job.has_reasoning else None
+            return job.header | fields | {"usage": usage(job.prompt_tokens, generated, cached, spent)}
 
         continuous = forced or (ends_with_usage and bool(options.continuous_usage_stats))
         async with aclosing(self._deltas(job)) as deltas:
@@ -64,7 +68,9 @@ class ChoicesHandler[B: GenerationRequest](Handler[B]):
                     if (opening := await self._opening(job, choice)) is not None:
                         yield chunk(opening, with_usage=continuous)
                 generated += len(delta.token_ids)
-                yield chunk({"choices": [await self._chunk_choice(job, choice, delta)]}, with_usage=continuous)
+                reasoning[choice.index] = delta.reasoning_tokens
+                for fields in await self._chunk_choices(job, choice, delta):
+                    yield chunk({"choices": [fields]}, with_usage=continuous)
         if ends_with_usage:
             yield chunk({"choices": []}, with_usage=True)
 
@@ -74,7 +80,8 @@ class ChoicesHandler[B: GenerationRequest](Handler[B]):
     def _total_usage(self, job: Job[B], outputs: Sequence[Output]) -> dict[str, Any]:
         pairs = zip(job.choices, outputs, strict=True)
         cached = sum(output.cached_tokens for choice, output in pairs if choice.is_first_of_prompt)
-        return usage(job.prompt_tokens, sum(len(output.token_ids) for output in outputs), cached)
+        reasoning = sum(output.reasoning_tokens for output in outputs) if job.has_reasoning else None
+        return usage(job.prompt_tokens, sum(len(output.token_ids) for output in outputs), cached, reasoning)
 
     @abstractmethod
     def _answer(self, job: Job[B], choices: list[Any], usage: dict[str, Any]) -> dict[str, Any]:
@@ -90,5 +97,5 @@ class ChoicesHandler[B: GenerationRequest](Handler[B]):
         return None
 
     @abstractmethod
-    async def _chunk_choice(self, job: Job[B], choice: Choice, delta: Output) -> dict[str, Any]:
-        """A choice in a chunk."""
+    async def _chunk_choices(self, job: Job[B], choice: Choice, delta: Output) -> list[dict[str, Any]]:
+        """What a delta adds to a choice, for a chunk each."""

@@ -101,10 +101,10 @@ class Completions(ChoicesHandler[CompletionRequest]):
             choices.append(_choice(job, choice, output) | prompt_fields)
         return choices
 
-    async def _chunk_choice(self, job: _Job, choice: Choice, delta: Output) -> dict[str, Any]:
+    async def _chunk_choices(self, job: _Job, choice: Choice, delta: Output) -> list[dict[str, Any]]:
         if choice.columns is not None:
-            return choice_fields(job, choice, delta, {"text": delta.text}, _logprobs(job, choice, delta))
-        return await asyncio.to_thread(self._first_chunk_choice, job, choice, delta)
+            return [choice_fields(job, choice, delta, {"text": delta.text}, _logprobs(job, choice, delta))]
+        return [await asyncio.to_thread(self._first_chunk_choice, job, choice, delta)]
 
     def _first_chunk_choice(self, job: _Job, choice: Choice, delta: Output) -> dict[str, Any]:
         fields = _choice(job, choice, delta)

@@ -13,6 +13,7 @@ from serve.text.chat import ChatFormat
 from serve.text.decisions.plan import DecisionFormat
 from serve.text.decisions.prompts import DecisionSettings
 from serve.text.tokenizer import Tokenizer
+from serve.tools.markup import ChatMarkup
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,5 +39,6 @@ class Context:
     bodies: Bodies
     unsent: Budget  # answers
     prompt_logprobs: PromptLogprobsWriter
+    markup: ChatMarkup  # of the model's chat template
     unknown_fields: set[str] = field(default_factory=set)  # of requests, each logged once
     created: int = field(default_factory=lambda: int(time.time()))  # Unix time, for the model cards

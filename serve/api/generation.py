@@ -10,6 +10,7 @@ from model.token_logprobs import TokenLogprobs
 from serve.api.errors import APIError, engine_error, shutting_down
 from serve.api.logprobs import CompletionLogprobs, wire_logprobs
 from serve.api.middleware import Work
+from serve.api.reply import ReplyWriter
 from serve.api.request_body import Holding
 from serve.api.requests import GenerationRequest
 from serve.engine.client import EngineClient, RequestHandle
@@ -24,6 +25,7 @@ from serve.engine.request import (
 )
 from serve.jobs.output import Output, OutputDecoder
 from serve.text.detokenizer import Echo
+from serve.tools.reply import ReplyFormat
 
 _DELTA = 1 << 10  # bytes of a delta's objects
 _MAX_ADMITTED = 64  # choices of one HTTP request in the engine; a long list of prompts must not fill the queue
@@ -37,6 +39,7 @@ class Prompt:
     max_tokens: int  # to generate
     text: str = ""  # of a chat, for `prompt_text`
     echo: Echo = field(default_factory=Echo)  # precedes the output
+    reply: ReplyFormat | None = None  # how its output is divided; None: all is content
     full_vocab_request: Request | None = None  # for log-probs over the full vocabulary, if they are requested
     token_logprobs: TokenLogprobs | None = None  # [len(ids) - 1], of every token but the first
 
@@ -60,6 +63,7 @@ class Choice:
     handle: RequestHandle | None = None  # once it is admitted
     num_tokens: int = 0  # generated so far
     columns: CompletionLogprobs | None = None  # of a completion whose first delta has been rendered
+    writer: ReplyWriter | None = None  # of a chat with a reply format whose first delta has been rendered
 
     def admit(self, engine: EngineClient, *, bypass_limits: bool) -> None:
         """Queue the request if it is not admitted yet, see `Engine.admit`."""

@@ -173,6 +173,8 @@ class Handler[B: GenerationRequest](ABC):
         skip, include = body.skip_special_tokens is not False, bool(body.include_stop_str_in_output)
 
         def make_decoder(prompt: Prompt) -> OutputDecoder:
+            reply = prompt.reply
+            splitter = None if reply is None else reply.splitter(tokenizer, skip_special_tokens=skip)
             detokenizer = Detokenizer(
                 tokenizer,
                 stop,
@@ -180,8 +182,9 @@ class Handler[B: GenerationRequest](ABC):
                 include_stop=include,
                 min_tokens=shared.min_tokens,
                 prefix=prompt.echo.tail,
+                kept_ids=() if splitter is None else splitter.kept_ids,
             )
-            return OutputDecoder(detokenizer, eos_token_ids)
+            return OutputDecoder(detokenizer, eos_token_ids, splitter)
 
         def new_request(prompt: Prompt, params: SamplingParams, queue_timeout: float = config.queue_timeout) -> Request:
             return Request(uuid.uuid4().hex, prompt.ids, params, priority, salt, queue_timeout, deadline, record.key)

@@ -28,6 +28,11 @@ class Job[B: GenerationRequest]:
     names: TokenNames
     unsent: Unsent
 
+    @property
+    def has_reasoning(self) -> bool:
+        """True if the reasoning of outputs is separated from the answer."""
+        return any(prompt.reply is not None and prompt.reply.reasoning is not None for prompt in self.prompts)
+
 
 def log_request(context: Context, header: dict[str, Any], body: GenerationRequest, prompts: list[list[int]]) -> None:
     decode, length = context.model.tokenizer.decode, context.config.max_log_len
@@ -60,11 +65,19 @@ def check_logprobs(job: Job[Any], outputs: Sequence[Output]) -> None:
                 prompt.logprobs(k, requested.start)
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-    """`usage`; a prompt counts once for all its choices, and `cached_tokens` of it were found in the prefix cache."""
-    return {
+def usage(
+    prompt_tokens: int, completion_tokens: int, cached_tokens: int, reasoning_tokens: int | None = None
+) -> dict[str, Any]:
+    """`usage`; a prompt counts once for all its choices, and `cached_tokens` of it were found in the prefix cache.
+
+    `reasoning_tokens` are those before the answers; None if they are not separated.
+    """
+    fields: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
+    if reasoning_tokens is not None:
+        fields["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return fields

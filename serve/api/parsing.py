@@ -23,7 +23,10 @@ from serve.jobs.score import is_huge_integer
 logger = logging.getLogger(__name__)
 
 # Large fields of a request that are not needed once it is tokenized.
-PROMPT_FIELDS = ("prompt", "messages", "prompt_token_ids", "documents", "chat_template", "chat_template_kwargs")
+PROMPT_FIELDS = (
+    *("prompt", "messages", "prompt_token_ids", "documents", "chat_template", "chat_template_kwargs"),
+    *("tools", "tool_choice"),
+)
 
 _MAX_LEVELS = 64  # of nested containers: templates, logs and libraries recurse over them
 _MAX_UNKNOWN = 1000  # names of unknown fields that are logged, so that clients cannot fill the memory
@@ -46,6 +49,7 @@ def validate[M: BaseModel](kind: type[M], data: dict[str, Any], unknown_fields: 
     extra = parsed.model_extra or {}
     if isinstance(parsed, ChatPromptFields):
         check_levels({"chat_template_kwargs": parsed.chat_template_kwargs, "documents": parsed.documents})
+        check_levels({"tools": data.get("tools"), "tool_choice": parsed.tool_choice})
         for i, message in enumerate(parsed.messages or ()):
             check_levels({"content": message.content, **(message.model_extra or {})}, f"messages[{i}].")
         parts = [

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from serve.config.config import LogprobsMode
 from serve.config.generation_config import SamplingFields
 from serve.text.chat import MAX_ITEMS, ROLES
+from serve.tools.definitions import ToolField
 
 _INT64 = 2**63
 _DAY = 86400
@@ -120,6 +121,12 @@ class ChatMessage(BaseModel):
     )
 
 
+_TOOL_CHOICE = {
+    "anyOf": [{"type": "string", "enum": ["none", "auto", "required"]}, {"type": "object"}],
+    "description": "or an object that names a tool or allowed tools",
+}
+
+
 class ChatPromptFields(BaseModel):
     """Fields that make up a chat's prompt, shared with /tokenize."""
 
@@ -132,6 +139,9 @@ class ChatPromptFields(BaseModel):
     add_special_tokens: bool | None = None
     chat_template: str | None = None  # needs --trust-request-chat-template
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[ToolField], Field(fail_fast=True, json_schema_extra={"minItems": 1})] | None = None
+    tool_choice: Annotated[Any, WithJsonSchema(_TOOL_CHOICE)] = None
+    parallel_tool_calls: bool | None = None
     documents: Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MAX_ITEMS)] | None = None
     reasoning_effort: str | None = None
 
@@ -148,6 +158,9 @@ class ChatCompletionRequest(GenerationRequest, ChatPromptFields):
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     max_completion_tokens: Count | None = None
     return_prompt_text: bool | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
+    reasoning_format: Literal["none", "auto", "deepseek"] | None = None
 
 
 class ScoreRequest(RequestFields):

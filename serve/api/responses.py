@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.token_logprobs import MIN_LOGPROB
+from serve.api.reply import ReplyDelta, ReplyMessage
 from serve.config.config import LogprobsMode
 
 _Logprob = Annotated[
@@ -15,6 +16,7 @@ _Rank = Annotated[
 ]
 _Bytes = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(description="bytes of the token")]
 _FinishReason = Literal["stop", "length"]
+_ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class Answer(BaseModel):
@@ -38,6 +40,10 @@ class CachedTokens(Answer):
     cached_tokens: int
 
 
+class ReasoningTokens(Answer):
+    reasoning_tokens: int
+
+
 class UsageAnswer(Answer):
     """Token counts; a prompt is counted once for all its choices."""
 
@@ -45,6 +51,7 @@ class UsageAnswer(Answer):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: ReasoningTokens | None = None
 
 
 class TokenAlternative(Answer):
@@ -100,19 +107,17 @@ class _Header(Answer):
     logprobs_mode: LogprobsMode | None = None
 
 
-class ReplyMessage(Answer):
-    role: str
-    content: str
-    refusal: None
+_AnswerStart = Annotated[int | None, Field(description="token at which the answer after the reasoning starts")]
 
 
 class ChatChoiceAnswer(Answer):
     index: int
     message: ReplyMessage
     logprobs: ChatLogprobsAnswer | None
-    finish_reason: _FinishReason
+    finish_reason: _ChatFinishReason
     stop_reason: str | int | None
     token_ids: list[int] | None
+    answer_start: _AnswerStart = None
 
 
 class ChatCompletionAnswer(_Header):
@@ -123,20 +128,17 @@ class ChatCompletionAnswer(_Header):
     prompt_text: str | None = None
     prompt_logprobs: PromptEntries | None
     prompt_logprobs_columns: PromptColumns | None = None
-
-
-class ReplyDelta(Answer):
-    role: str | None = None
-    content: str
+    warnings: list[str] | None = None
 
 
 class ChatChunkChoice(Answer):
     index: int
     delta: ReplyDelta
     logprobs: ChatLogprobsAnswer | None
-    finish_reason: _FinishReason | None
+    finish_reason: _ChatFinishReason | None
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None
+    answer_start: _AnswerStart = None
 
 
 class ChatChunk(_Header):
@@ -149,6 +151,7 @@ class ChatChunk(_Header):
     prompt_text: str | None = None
     prompt_logprobs: PromptEntries | None = None
     prompt_logprobs_columns: PromptColumns | None = None
+    warnings: list[str] | None = None
 
 
 class CompletionLogprobsAnswer(Answer):

@@ -185,8 +185,9 @@ class TranslatedHandler(ChatHandler[TranslatedChat]):
         return make_body(self._writer(job).document(items.items, output))
 
     def _splitter(self, job: TranslatedJob) -> OutputSplitter:
-        skip = job.body.skip_special_tokens is not False
-        return OutputSplitter(self._context.model.tokenizer, skip_special_tokens=skip)
+        skip, reply = job.body.skip_special_tokens is not False, job.prompts[0].reply
+        make = OutputSplitter if reply is None else reply.splitter
+        return make(self._context.model.tokenizer, skip_special_tokens=skip)
 
     @contextmanager
     def _renamed(self) -> Iterator[None]:

@@ -17,8 +17,8 @@ type NeutralValues = tuple[Any, ...]
 _FIELDS: dict[str, tuple[tuple[str, NeutralValues], ...]] = {
     "OpenAI": (
         ("response_format", ({"type": "text"},)),
-        ("tools functions", ([],)),
-        ("tool_choice function_call", ("none", "auto")),
+        ("functions", ([],)),
+        ("function_call", ("none", "auto")),
         ("suffix instructions", ("",)),
         ("modalities", (["text"],)),
         ("audio prediction web_search_options moderation input max_output_tokens previous_response_id", ()),
@@ -35,7 +35,6 @@ _FIELDS: dict[str, tuple[tuple[str, NeutralValues], ...]] = {
         ("logits_processors", ([],)),
         ("vllm_xargs kv_transfer_params ec_transfer_params mm_processor_kwargs media_io_kwargs", ({},)),
         ("thinking_token_budget", (-1,)),
-        ("include_reasoning", (True,)),
         ("routed_experts_prompt_start", (0,)),
         ("joint", (False,)),
         ("videos", ([],)),
@@ -48,6 +47,7 @@ _FIELDS: dict[str, tuple[tuple[str, NeutralValues], ...]] = {
         ("no_stop_trim use_audio_in_video require_reasoning no_logs return_logprob return_text_in_logprobs", (False,)),
         ("return_prompt_token_ids return_hidden_states return_routed_experts return_cached_tokens_details", (False,)),
         ("return_meta_info return_sampling_mask return_entropy", (False,)),
+        ("stream_reasoning", (True,)),
         ("min_new_tokens top_logprobs_num routed_experts_start_len", (0,)),
         ("sampling_params images_config custom_params session_params", ({},)),
         ("logprob_start_len", (-1,)),
@@ -74,7 +74,6 @@ _FIELDS: dict[str, tuple[tuple[str, NeutralValues], ...]] = {
         ("adaptive_decay", (0.9,)),
         ("grammar input_prefix input_suffix reasoning_budget_message", ("",)),
         ("grammar_triggers preserved_tokens lora multimodal_data input_extra response_fields", ([],)),
-        ("reasoning_format", ("none",)),
         ("parse_special", (True,)),
     ),
     "TGI": (
@@ -124,7 +123,7 @@ WITHOUT_EFFECT = frozenset(
     (
         # OpenAI
         *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
-        *("prompt_cache_options", "prompt_cache_retention", "parallel_tool_calls"),
+        *("prompt_cache_options", "prompt_cache_retention"),
         # vLLM
         *("spaces_between_special_tokens", "session_id", "stream_interval", "guided_decoding_backend"),
         "return_mm_kwargs",
@@ -133,7 +132,7 @@ WITHOUT_EFFECT = frozenset(
         # SGLang
         *("rid", "bootstrap_host", "bootstrap_port", "bootstrap_room", "routed_dp_rank", "data_parallel_rank"),
         *("disagg_prefill_dp_rank", "routing_key", "conversation_id", "ngram_corpus_id", "custom_labels"),
-        *("log_metrics", "separate_reasoning", "stream_reasoning"),
+        "log_metrics",
         # llama.cpp
         *("id_slot", "slot_id", "cache_prompt", "sse_ping_interval", "backend_sampling", "parse_tool_calls"),
         # Ollama, text-generation-webui

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from serve.config.api_keys import ApiKey  # pydantic is not needed to print --help
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs"]
+# Formats of serve.tools.formats, which takes time to import.
+CALL_PARSERS = (
+    *("auto", "functiongemma", "gemma4", "granite", "granite_20b", "hermes", "lfm2", "llama3", "mistral"),
+    *("mistral_v3", "olmo3", "phi4_mini", "pythonic", "qwen3_coder", "smollm3"),
+)
+REASONING_PARSERS = ("auto", "none", "gemma4", "mistral", "seed_oss", "think")
 
 _LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")  # as in a Host header
 
@@ -137,6 +143,20 @@ class ServeConfig(EngineConfig):
     )
     response_store_ttl: int = option(
         API, "time until a stored response is deleted", Between(1, 1 << 31, "SECONDS"), default=30 * 86400
+    )
+    tool_call_parser: str = option(
+        API,
+        "format of the model's tool calls, such as hermes or llama3; default: found in its chat template",
+        OneOf(CALL_PARSERS),
+        default="auto",
+        metavar="NAME",
+    )
+    reasoning_parser: str = option(
+        API,
+        "marks of the model's reasoning, such as think, or none; default: found in its chat template",
+        OneOf(REASONING_PARSERS),
+        default="auto",
+        metavar="NAME",
     )
     response_role: str = option(API, "role of generated messages", default="assistant", metavar="NAME")
     enable_force_include_usage: bool = switch(API, "send the token usage with every chunk of a stream")

@@ -7,10 +7,13 @@ import numpy as np
 from model.token_logprobs import TokenLogprobs, empty_logprobs
 from serve.engine.request import TokenEvent
 from serve.text.detokenizer import Detokenizer
+from serve.text.output_parts import Part
+from serve.text.output_splitter import OutputSplitter
 
 _BLOCK = 64  # steps whose log-probs are concatenated, so that the arrays of the steps are freed
 _TOKEN_BYTES, _LOGPROB_BYTES = 64, 12  # id and text; float32, id and rank
 _MASS_BYTES = 48  # a float32 object and a bool in lists
+_PART_BYTES = 256
 
 
 @dataclass(slots=True)
@@ -27,13 +30,18 @@ class Output:
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # stop string or stop token id that ended the text, unless it is EOS
     prompt_logprobs: TokenLogprobs | None = None
+    # With an OutputSplitter, whose fields the last two are.
+    parts: list[Part] = field(default_factory=list)
+    answer_start: int | None = None
+    reasoning_tokens: int = 0
 
     @property
     def nbytes(self) -> int:
         """Memory of the tokens and their log-probs, about."""
         parts = (*self.logprobs, *self.processed)
         numbers: int = sum(len(part.logprob) * (1 + part.top_ids.shape[1]) for part in parts)
-        return _TOKEN_BYTES * len(self.token_ids) + _LOGPROB_BYTES * numbers + _MASS_BYTES * len(self.allowed_mass)
+        tokens = _TOKEN_BYTES * len(self.token_ids) + _LOGPROB_BYTES * numbers + _MASS_BYTES * len(self.allowed_mass)
+        return tokens + _PART_BYTES * len(self.parts)
 
     def add(self, other: "Output") -> None:
         """Append the output of a later event."""
@@ -46,6 +54,8 @@ class Output:
         self.cached_tokens = other.cached_tokens
         self.finish_reason, self.stop_reason = other.finish_reason, other.stop_reason
         self.prompt_logprobs = other.prompt_logprobs or self.prompt_logprobs
+        self.parts += other.parts
+        self.answer_start, self.reasoning_tokens = other.answer_start, other.reasoning_tokens
 
     def tokens_from(self, start: int) -> "Output":
         """The tokens from index `start` on, without the text."""
@@ -81,32 +91,44 @@ def _extend(parts: list[TokenLogprobs], others: list[TokenLogprobs]) -> None:
 
 
 class OutputDecoder:
-    """Turns the events of one request into text, which ends at a stop string."""
+    """Turns the events of one request into text, which ends at a stop string, and its parts."""
 
-    def __init__(self, detokenizer: Detokenizer, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self, detokenizer: Detokenizer, eos_token_ids: frozenset[int], splitter: OutputSplitter | None = None
+    ) -> None:
         self._detokenizer = detokenizer
         self._eos_token_ids = eos_token_ids
+        self._splitter = splitter
 
     @property
     def found_stop(self) -> bool:
-        return self._detokenizer.stopped_by is not None
+        """True if the output ends here, whatever the engine generates."""
+        return self._detokenizer.stopped_by is not None or (self._splitter is not None and self._splitter.has_ended)
 
     def output(self, event: TokenEvent) -> Output:
         """Decode the next event. Tokens after a stop string are dropped."""
-        text, count = "", 0
+        text, count, parts = "", 0, list[Part]()
         for token_id in event.token_ids:
             count += 1
+            piece = ""
             if token_id != event.stop_token_id or self._detokenizer.include_stop:
-                text += self._detokenizer.push(token_id)
+                piece = self._detokenizer.push(token_id)
+                text += piece
+            if self._splitter is not None:
+                parts += self._splitter.push((token_id,), piece, is_complete=False)
             if self.found_stop:
                 break
         reason: str | None = event.finish_reason
         stop_reason: str | int | None = None
+        rest = ""
         if self.found_stop:
             reason, stop_reason = "stop", self._detokenizer.stopped_by
         elif reason is not None:
-            text += self._detokenizer.finish()
+            rest = self._detokenizer.finish()
+            text += rest
             stop_reason = None if event.stop_token_id in self._eos_token_ids else event.stop_token_id
+        if reason is not None and self._splitter is not None:
+            parts += self._splitter.push((), rest, is_complete=True)
         return Output(
             text=text,
             token_ids=event.token_ids[:count],
@@ -118,4 +140,7 @@ class OutputDecoder:
             finish_reason=reason,
             stop_reason=stop_reason,
             prompt_logprobs=event.prompt_logprobs,
+            parts=parts,
+            answer_start=self._splitter.answer_start if self._splitter else None,
+            reasoning_tokens=self._splitter.reasoning_tokens if self._splitter else 0,
         )

@@ -112,6 +112,9 @@ def _template_message(message: Mapping[str, Any], expected: _CallForm) -> dict[s
     if isinstance(calls, list):
         form["tool_calls"] = [_tool_call(call, expected.as_text) for call in calls] or None
     form = {key: value for key, value in form.items() if value is not None}
+    reasoning = form.get("reasoning_content", form.get("reasoning"))
+    if reasoning is not None:  # templates read either name
+        form |= {"reasoning_content": reasoning, "reasoning": reasoning}
     if "content" not in form and form.get("role") in ("assistant", "tool"):
         form["content"] = expected.content if "tool_calls" in form else ""
     return form

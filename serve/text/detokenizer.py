@@ -2,7 +2,7 @@
 
 import codecs
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Self
@@ -29,11 +29,18 @@ class Detokenizer:
         include_stop: bool = False,
         min_tokens: int = 0,
         prefix: bytes = b"",
+        kept_ids: Collection[int] = (),
     ) -> None:
-        """`prefix` is the start of an incomplete character, which the output completes."""
+        """Make a detokenizer.
+
+        Args:
+            prefix: start of an incomplete character, which the output completes.
+            kept_ids: special tokens that are never skipped.
+        """
         self._tokenizer = tokenizer
         self._held_tokens = min_tokens  # number of tokens to come that cannot complete a stop string
         self._skip_special_tokens = skip_special_tokens
+        self._kept_ids = kept_ids
         self.include_stop = include_stop  # the text includes the stop string
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._utf8.decode(prefix)
@@ -50,7 +57,8 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """Add a token. Returns the text that is now certain; "" after a stop string."""
         self._held_tokens -= 1
-        if self.stopped_by is not None or (self._skip_special_tokens and self._tokenizer.is_special(token_id)):
+        is_skipped = self._skip_special_tokens and self._tokenizer.is_special(token_id)
+        if self.stopped_by is not None or (is_skipped and token_id not in self._kept_ids):
             return ""
         return self._release(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
 

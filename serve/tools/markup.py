@@ -22,10 +22,7 @@ from serve.tools.formats import (
     reasoning_of,
 )
 
-AUTO, NONE = "auto", "none"
-CALL_PARSERS = (AUTO, *sorted(item.name for item in FORMATS))
-REASONING_PARSERS = (AUTO, NONE, *sorted(REASONING))
-
+AUTO = "auto"
 _TOOL_VARIABLES = ("tools", "xml_tools")  # the latter of SmolLM3
 _NEEDLE = "needle_function"
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}\Z")
@@ -48,6 +45,7 @@ class ChatMarkup:
     shows_calls: bool  # those of a history
     shows_results: bool  # messages of the role tool
     reasoning: ReasoningMarks | None
+    takes_system: bool = True  # messages of the role system
 
     def messages(self, messages: Sequence[dict[str, Any]], tools: ToolRequest | None) -> list[dict[str, Any]]:
         """The messages of `check_messages` with what the template would leave out."""
@@ -62,9 +60,11 @@ class ChatMarkup:
             return chat
         lines = "\n".join(json.dumps(tool.template_form, ensure_ascii=False) for tool in tools.tools)
         text = _INSTRUCTIONS.format(tools=lines)
-        if chat[0]["role"] in ("system", "developer"):
-            first = chat[0] | {"content": f"{chat[0]['content']}\n\n{text}"}
-            return [first, *chat[1:]]
+        first = chat[0]
+        if first["role"] in ("system", "developer"):
+            return [first | {"content": f"{first['content']}\n\n{text}"}, *chat[1:]]
+        if not self.takes_system and first["role"] == "user":
+            return [first | {"content": f"{text}\n\n{first['content']}"}, *chat[1:]]
         return [{"role": "system", "content": text}, *chat]
 
     def _instructs(self, tools: ToolRequest | None) -> bool:
@@ -94,8 +94,10 @@ def markup_of(
     """The markup of a chat template. `is_trusted`: it may be rendered here; else its text alone decides."""
     source = template or ""
     known = format_of(source) if call_parser == AUTO else next(item for item in FORMATS if item.name == call_parser)
-    variable = None
+    variable, takes_system = None, True
     if is_trusted:
+        system = [{"role": "system", "content": _NEEDLE}, {"role": "user", "content": "x"}]
+        takes_system = _NEEDLE in _rendered(source, system, dict(special_tokens))
         if known is not None:
             variable = next((name for name in _TOOL_VARIABLES if name in source and _shows_tools(source, name)), None)
         shows_calls, shows_results = _shows_history(source, special_tokens, variable)
@@ -106,7 +108,7 @@ def markup_of(
     reasoning = REASONING.get(reasoning_parser) if reasoning_parser != AUTO else reasoning_of(source)
     if variable is None and call_parser == AUTO:
         known = None
-    return ChatMarkup(known or HERMES, variable, shows_calls, shows_results, reasoning)
+    return ChatMarkup(known or HERMES, variable, shows_calls, shows_results, reasoning, takes_system)
 
 
 def _probe(variable: str | None) -> dict[str, Any]:

@@ -87,7 +87,7 @@ async def test_tokenizer_info(server: Server) -> None:
         ("/tokenize", {"prompt": ["a"]}, "prompt", "invalid_type"),
         ("/tokenize", {"messages": []}, "messages", "empty_array"),
         ("/tokenize", {"messages": [{"role": "user", "content": "refuse"}]}, "messages", "invalid_value"),
-        ("/tokenize", {"messages": [{"role": "user"}], "tools": [1]}, "tools", "unsupported_parameter"),
+        ("/tokenize", {"messages": [{"role": "user"}], "tools": [1]}, "tools[0]", "invalid_type"),
         ("/tokenize", {"prompt": "a", "return_token_strs": 1}, "return_token_strs", "invalid_type"),
         ("/tokenize", b"[", None, "invalid_json"),
         ("/detokenize", {}, "tokens", "missing_required_parameter"),

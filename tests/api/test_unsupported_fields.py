@@ -45,9 +45,9 @@ async def test_unsupported_field_without_effect_accepted(server: Server) -> None
         *(("custom_logit_processor", "a"), ("watermarking", True), ("dry_multiplier", 0.8), ("xtc_probability", 0.5)),
         *(("mirostat", 2), ("typical_p", 0.9), ("top_n_sigma", 1), ("dynatemp_range", 0.2), ("repeat_penalty", 1.1)),
         *(("samplers", ["top_k"]), ("do_sample", False), ("watermark", True), ("adapter_id", "a"), ("truncate", 5)),
-        *(("tools", [{"type": "function"}]), ("functions", [{"name": "f"}]), ("tool_choice", "required")),
+        ("functions", [{"name": "f"}]),
         *(("response_format", {"type": "json_object"}), ("guided_json", {}), ("structured_outputs", {"regex": "a"})),
-        *(("use_beam_search", True), ("include_reasoning", False), ("system", "Be brief."), ("stop_sequences", ["a"])),
+        *(("use_beam_search", True), ("stream_reasoning", False), ("system", "Be brief."), ("stop_sequences", ["a"])),
         *(
             ("verbosity", "low"),
             ("verbosity", "high"),
@@ -66,9 +66,7 @@ async def test_error_field_of_other_servers(server: Server, path: str, field: st
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": []},
         {"functions": []},
-        {"tools": [], "tool_choice": "auto"},
         {"dry_multiplier": 0, "dry_base": 1.75, "dry_allowed_length": 2, "mirostat": 0, "mirostat_tau": 5.0},
         {"xtc_probability": 0.0, "xtc_threshold": 0.1, "typical_p": 1.0, "cache_prompt": False},
         {"watermarking": False, "regex": None, "stop_regex": [], "grammar": ""},
@@ -180,7 +178,7 @@ async def test_error_field_of_a_message_that_other_servers_read(
     ("field", "value"),
     [
         *(("response_format", {"type": "text", "x": 1}), ("thinking", {"type": "disabled", "x": 1})),
-        *(("tools", [{"type": "function", "function": {"name": "f", "x": 1}}]), ("logit_bias", {"x": 1})),
+        ("logit_bias", {"x": 1}),
     ],
 )
 async def test_error_unknown_field_of_an_object_that_is_refused(server: Server, field: str, value: Any) -> None:

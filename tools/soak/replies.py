@@ -107,7 +107,7 @@ def _chat_reply(body: bytes, expected: Expectation) -> Reply:
     for each in returned.choices:
         choice = reply.choice(each.index)
         choice.prompt, choice.prompt_logprobs = prompt, logprobs
-        choice.text, choice.token_ids = each.message.content, each.token_ids or []
+        choice.text, choice.token_ids = each.message.content or "", each.token_ids or []
         choice.logprobs = _chat_logprobs(each.logprobs, expected)
         choice.finish_reason, choice.stop_reason = each.finish_reason, each.stop_reason
     return reply
@@ -124,7 +124,7 @@ def _streamed_chat_reply(events: Sequence[tuple[float, bytes]], expected: Expect
         reply.usage = chunk.usage or reply.usage
         for each in chunk.choices:
             choice = _unfinished(reply, each.index)
-            choice.text += each.delta.content
+            choice.text += each.delta.content or ""
             choice.token_ids += each.token_ids or []
             choice.logprobs += _chat_logprobs(each.logprobs, expected)
             choice.finish_reason, choice.stop_reason = each.finish_reason, each.stop_reason

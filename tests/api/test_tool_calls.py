@@ -1,0 +1,305 @@
+"""Tools and reasoning in chat completions: prompts, answers, streams, log-probs and errors."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.support.http_client import Server, answered, chat_body, error_of, serving
+
+ADD = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}},
+    },
+}
+NOW = {"type": "function", "function": {"name": "now"}}
+TOOLS = [ADD, NOW]
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "é"}}\n</tool_call>'
+PROMPT = [{"role": "user", "content": "Hi"}]
+# Shows tools and calls as Hermes does, and marks of reasoning.
+TEMPLATE = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}"
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %};{% endfor %}"
+    "{% if add_generation_prompt %}>{% if enable_thinking is defined and not enable_thinking %}<think></think>"
+    "{% elif opened %}<think>{% endif %}{% endif %}"
+)
+
+
+def joined(chunks: list[Any]) -> dict[str, Any]:
+    """The message of a streamed choice, put together as OpenAI's client does."""
+    message: dict[str, Any] = {"tool_calls": []}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            for name, value in choice["delta"].items():
+                if name == "tool_calls":
+                    assert len({entry["index"] for entry in value}) == len(value)
+                    for entry in value:
+                        if entry["index"] == len(message["tool_calls"]):
+                            assert {"id", "type"} <= entry.keys()
+                            message["tool_calls"].append({})
+                        add(message["tool_calls"][entry["index"]], entry)
+                else:
+                    message[name] = message.get(name, "") + value
+    for call in message["tool_calls"]:
+        del call["index"]
+    return message if message["tool_calls"] else {k: v for k, v in message.items() if k != "tool_calls"}
+
+
+def add(known: dict[str, Any], entry: dict[str, Any]) -> None:
+    for name, value in entry.items():
+        if isinstance(value, dict) and name != "logprobs":
+            texts = known.setdefault(name, {})
+            texts |= {key: texts.get(key, "") + text for key, text in value.items()}
+        else:
+            assert name == "index" or name not in known
+            known[name] = value
+
+
+async def both(server: Server, **fields: Any) -> tuple[dict[str, Any], list[Any]]:
+    """The choice of an answer and the chunks of the same one streamed, which must have the same message."""
+    answer = await server.chat(**fields)
+    chunks = await server.chat_stream(**fields)
+    (choice,) = answer["choices"]
+    message = joined(chunks)
+    for call, other in zip(message.get("tool_calls", ()), choice["message"].get("tool_calls", ()), strict=True):
+        call["id"] = other["id"]
+    expected = {name: value for name, value in choice["message"].items() if name != "refusal"}
+    if expected["content"] is None:
+        expected["content"] = ""
+    assert message == expected
+    assert chunks[-1]["choices"][0]["finish_reason"] == choice["finish_reason"]
+    if choice["logprobs"] is not None:
+        streamed = [
+            entry for chunk in chunks for c in chunk["choices"] for entry in (c["logprobs"] or {}).get("content", ())
+        ]
+        assert streamed == choice["logprobs"]["content"]
+    return choice, chunks
+
+
+async def test_call_with_logprobs() -> None:
+    async with serving(f"Sure.\n{CALL}".encode(), chat_template=TEMPLATE) as server:
+        choice, chunks = await both(server, tools=TOOLS, logprobs=True, top_logprobs=1)
+    message = choice["message"]
+    (call,) = message["tool_calls"]
+    assert (message["content"], choice["finish_reason"]) == ("Sure.", "tool_calls")
+    assert (call["type"], call["function"]["name"]) == ("function", "add")
+    assert json.loads(call["function"]["arguments"]) == {"a": 1, "b": "é"}
+    text = f"Sure.\n{CALL}".encode()
+    entries = choice["logprobs"]["content"]
+    assert [entry["token_id"] for entry in entries][:-1] == list(text)
+    span = call["logprobs"]
+    assert text[span["start"] : span["end"]].decode() == CALL[: -len("}\n</tool_call>")]
+    values = {item["name"]: text[item["start"] : item["end"]].decode() for item in span["arguments"]}
+    assert values == {"a": "1", "b": '"é"'}
+    for item in (span, *span["arguments"]):
+        total = sum(entry["logprob"] for entry in entries[item["start"] : item["end"]])
+        assert item["logprob"] == pytest.approx(total, rel=1e-5)
+    starts = [
+        entry
+        for chunk in chunks
+        for c in chunk["choices"]
+        for entry in c["delta"].get("tool_calls", ())
+        if "id" in entry
+    ]
+    assert [(entry["index"], entry["function"]) for entry in starts] == [(0, {"name": "add", "arguments": ""})]
+
+
+async def test_calls_without_logprobs() -> None:
+    async with serving(f"{CALL}\n{CALL}".encode(), chat_template=TEMPLATE) as server:
+        choice, _ = await both(server, tools=TOOLS)
+        assert [call.keys() for call in choice["message"]["tool_calls"]] == [{"id", "type", "function"}] * 2
+        assert (choice["message"]["content"], choice["logprobs"]) == (None, None)
+        single, _ = await both(server, tools=TOOLS, parallel_tool_calls=False, return_token_ids=True)
+        assert len(single["message"]["tool_calls"]) == 1
+        assert len(single["token_ids"]) < len(CALL) + 1
+        assert single["finish_reason"] == "tool_calls"
+
+
+async def test_cut_call_keeps_its_finish_reason() -> None:
+    async with serving(CALL.encode(), chat_template=TEMPLATE) as server:
+        choice, _ = await both(server, tools=TOOLS, max_tokens=50, logprobs=True)
+        assert choice["finish_reason"] == "length"
+        (call,) = choice["message"]["tool_calls"]
+        assert CALL.encode()[:50].decode().endswith(call["function"]["arguments"])
+        assert "logprobs" not in call
+        choice, _ = await both(server, tools=TOOLS, max_tokens=15)
+        assert (choice["message"]["content"], choice["finish_reason"]) == (CALL[:15], "length")
+
+
+@pytest.mark.parametrize("fields", [{}, {"tools": TOOLS, "tool_choice": "none"}])
+async def test_calls_are_content_without_tools(fields: dict[str, Any]) -> None:
+    async with serving(CALL.encode(), chat_template=TEMPLATE) as server:
+        choice, _ = await both(server, **fields)
+        assert (choice["message"]["content"], choice["finish_reason"]) == (CALL, "stop")
+        answer = await server.chat(**fields, return_prompt_text=True)
+        assert answer["prompt_text"] == "user:Hi;>"
+        assert "warnings" not in answer
+
+
+async def test_tools_in_the_prompt() -> None:
+    async with serving(b"No.", chat_template=TEMPLATE) as server:
+        answer = await server.chat(tools=TOOLS, return_prompt_text=True)
+        tools, _, rest = answer["prompt_text"].removeprefix("<tools>").partition("</tools>")
+        assert rest == "user:Hi;>"
+        empty = {"type": "object", "properties": {}}
+        assert json.loads(tools) == [
+            ADD,
+            {"type": "function", "function": {"name": "now", "description": "", "parameters": empty}},
+        ]
+        tokens = answered(await server.post("/tokenize", {"messages": PROMPT, "tools": TOOLS}))["tokens"]
+        assert bytes(tokens).decode() == answer["prompt_text"]
+        assert "warnings" not in answer
+    async with serving(CALL.encode(), max_model_len=2048) as server:
+        history = [
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": "c", "type": "function", "function": {"name": "now", "arguments": "{}"}}],
+            },
+            {"role": "tool", "tool_call_id": "c", "content": "7"},
+        ]
+        fields = {"tools": TOOLS, "messages": PROMPT + history, "return_prompt_text": True}
+        answer = await server.chat(**fields)
+        system, _, rest = answer["prompt_text"].partition(";user:")
+        assert '{"type": "function", "function": {"name": "add"' in system
+        call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+        assert rest == f"Hi;assistant:{call};user:<tool_response>\n7\n</tool_response>;>"
+        (warning,) = answer["warnings"]
+        assert "shows no tools" in warning
+        assert answer["choices"][0]["message"]["tool_calls"]
+        assert (await server.chat_stream(**fields))[0]["warnings"] == [warning]
+
+
+async def test_custom_tool() -> None:
+    call = '<tool_call>\n{"name": "sql", "arguments": {"input": "select \\"x\\""}}\n</tool_call>'
+    tool = {"type": "custom", "custom": {"name": "sql", "description": "Queries."}}
+    async with serving(call.encode(), chat_template=TEMPLATE) as server:
+        choice, _ = await both(server, tools=[ADD, tool], logprobs=True)
+        (made,) = choice["message"]["tool_calls"]
+        assert (made["type"], made["custom"]) == ("custom", {"name": "sql", "input": 'select "x"'})
+        assert [item["name"] for item in made["logprobs"]["arguments"]] == ["input"]
+        cut, _ = await both(server, tools=[tool], max_tokens=60)
+        assert cut["message"]["tool_calls"][0]["custom"]["name"] == "sql"
+
+
+async def test_reasoning() -> None:
+    text = "<think>\nHm.\n</think>\n\nYes."
+    async with serving(text.encode(), chat_template=TEMPLATE + "{# </think> #}") as server:
+        choice, chunks = await both(server, logprobs=True)
+        message = choice["message"]
+        assert (message["reasoning_content"], message["reasoning"], message["content"]) == ("Hm.", "Hm.", "Yes.")
+        assert (choice["answer_start"], choice["finish_reason"]) == (20, "stop")
+        assert [c["answer_start"] for chunk in chunks for c in chunk["choices"] if "answer_start" in c] == [20]
+        assert len(choice["logprobs"]["content"]) == len(text) + 1
+        usage = (await server.chat())["usage"]
+        assert usage["completion_tokens_details"] == {"reasoning_tokens": 20}
+        last = (await server.chat_stream(stream_options={"include_usage": True}))[-1]
+        assert last["usage"] == usage | {"prompt_tokens_details": last["usage"]["prompt_tokens_details"]}
+        hidden, _ = await both(server, include_reasoning=False)
+        assert hidden["message"].keys() == {"role", "content", "refusal"}
+        for fields in ({"separate_reasoning": False}, {"reasoning_format": "none"}):
+            whole, _ = await both(server, **fields)
+            assert (whole["message"]["content"], "answer_start" in whole) == (text, False)
+        cut, _ = await both(server, max_tokens=9)
+        assert (cut["message"]["reasoning"], cut["message"]["content"]) == ("H", "")
+        assert "answer_start" not in cut
+        assert (await server.chat(max_tokens=9))["usage"]["completion_tokens_details"] == {"reasoning_tokens": 9}
+
+
+async def test_reasoning_that_the_prompt_opens_or_closes() -> None:
+    template = TEMPLATE + "{# </think> #}"
+    async with serving(b"Hm.</think>Yes.", chat_template=template) as server:
+        choice, _ = await both(server, chat_template_kwargs={"opened": True})
+        assert (choice["message"]["reasoning"], choice["message"]["content"]) == ("Hm.", "Yes.")
+        ids = list(b"user:Hi;><think>")
+        answer = answered(await server.post("/v1/chat/completions", {"prompt_token_ids": ids, "temperature": 0}))
+        assert answer["choices"][0]["message"]["reasoning"] == "Hm."
+        for fields in ({"reasoning_effort": "none"}, {"chat_template_kwargs": {"enable_thinking": False}}):
+            choice, _ = await both(server, **fields)
+            assert choice["message"]["content"] == "Hm.</think>Yes."
+            assert choice["answer_start"] == 0
+            answer = await server.chat(**fields, return_prompt_text=True)
+            assert answer["prompt_text"].endswith("><think></think>")
+
+
+async def test_reasoning_before_a_call() -> None:
+    async with serving(f"<think>add?</think>{CALL}".encode(), chat_template=TEMPLATE + "{# </think> #}") as server:
+        choice, _ = await both(server, tools=TOOLS, logprobs=True)
+        assert choice["message"]["reasoning"] == "add?"
+        assert choice["finish_reason"] == "tool_calls"
+
+
+async def test_choices_have_calls_of_their_own() -> None:
+    async with serving(CALL.encode(), chat_template=TEMPLATE) as server:
+        answer = await server.chat(tools=TOOLS, n=2)
+        calls = [choice["message"]["tool_calls"] for choice in answer["choices"]]
+        assert calls[0][0]["id"] != calls[1][0]["id"]
+        chunks = await server.chat_stream(tools=TOOLS, n=2)
+        for index in range(2):
+            own = [{"choices": [c for c in chunk["choices"] if c["index"] == index]} for chunk in chunks]
+            assert joined(own)["tool_calls"][0]["function"] == calls[0][0]["function"]
+
+
+def named(name: Any, kind: str = "function") -> dict[str, Any]:
+    return {"type": kind, kind: {"name": name}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": []}, "tools"),
+        ({"tools": [ADD] * 2}, "tools[1].function.name"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name"),
+        ({"tools": [{"function": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 1}}]}, "tools[0].function.parameters"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
+            "tools[0].function.parameters",
+        ),
+        ({"tools": [{"type": "custom"}]}, "tools[0].custom"),
+        (
+            {"tools": [{"type": "custom", "custom": {"name": "f", "format": {"type": "grammar"}}}]},
+            "tools[0].custom.format.grammar",
+        ),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": named("add")}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": 1}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": named("other")}, "tool_choice.function.name"),
+        ({"tools": TOOLS, "tool_choice": named("add", "custom")}, "tool_choice.custom.name"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "add"}}, "tool_choice"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}},
+            "tool_choice",
+        ),
+        (
+            {
+                "tools": TOOLS,
+                "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named("other")]}},
+            },
+            "tool_choice.allowed_tools.tools[0].function.name",
+        ),
+        ({"reasoning_format": "x"}, "reasoning_format"),
+    ],
+)
+async def test_error_names_the_field(server: Server, fields: dict[str, Any], param: str) -> None:
+    error = error_of(await server.post("/v1/chat/completions", chat_body(**fields)), 400)
+    assert error["param"] == param
+
+
+async def test_nested_tools_are_refused(server: Server) -> None:
+    parameters: Any = {}
+    for _ in range(70):
+        parameters = {"properties": {"a": parameters}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    error = error_of(await server.post("/v1/chat/completions", chat_body(tools=[tool])), 400)
+    assert error["param"] == "tools"

@@ -7,6 +7,7 @@ from reprlib import Repr
 from typing import Any
 
 from model.families import FAMILIES, HEAD, Family, WeightSpec
+from model.layout import COLUMN_BLOCK
 from model.rope import Rope
 
 # Damaged numbers are rejected before memory is allocated for them.
@@ -48,6 +49,7 @@ class ModelConfig:
     attention_scale: float  # factor of the scores
     attention_cap: float = 0.0  # replaces a score by cap * tanh(score / cap); 0 = off
     logit_cap: float = 0.0  # the same for logits
+    shard_features: int = COLUMN_BLOCK  # F of a shard is a multiple of it, if there are several
 
     @property
     def traits(self) -> Family:

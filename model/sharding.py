@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from model.config import ModelConfig
 from model.families import WeightSpec
-from model.layout import COLUMN_BLOCK
 
 TENSOR = "tensor"  # the mesh axis
 # The sharded axes, by letters of ModelConfig.dims(); D of the residual stream and E are replicated.
@@ -117,7 +116,7 @@ class TensorParallel:
         return replace(
             self.config,
             vocab_size=self._width("V", _LANES),
-            intermediate_size=self._width("F", COLUMN_BLOCK),
+            intermediate_size=self._width("F", self.config.shard_features),
             num_heads=queries.shape[1],
             num_kv_heads=keys.shape[1],
         )
@@ -153,7 +152,7 @@ class TensorParallel:
             case "V":
                 return self._even(sizes["V"], self._width("V", _LANES))
             case "F":
-                return self._even(sizes["F"], self._width("F", COLUMN_BLOCK))
+                return self._even(sizes["F"], self._width("F", self.config.shard_features))
             case "Q" | "KV":
                 return _elements(self._heads()[letter == "KV"], self.config.head_dim)
             case "QKV":

@@ -3,7 +3,7 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from model.config import ConfigError
+from model.config import ConfigError, ModelConfig
 from model.formats import FLOATS
 from model.kernels import gpu, tpu
 from model.kernels.dispatch import Kernels, load_kernels
@@ -51,7 +51,8 @@ def load_model(
     """
     dtype = jnp.dtype(dtype_name)
     kernels = load_kernels() if kernels is None else kernels
-    config = checkpoint.config.for_length(max_model_len or checkpoint.config.max_position_embeddings)
+    storage = storage_of(dtype_name, quantization, kernels, shards=1 if mesh is None else mesh.size)
+    config = _sharded(checkpoint, storage).for_length(max_model_len or checkpoint.config.max_position_embeddings)
     specs = config.weights()
 
     def put(path: str, rows: Rows | Sequence[BlockRows]) -> Any:
@@ -61,7 +62,6 @@ def load_model(
         return _put_shards(parts, partition_spec(specs[path]), mesh)
 
     memory = Arena()
-    storage = storage_of(dtype_name, quantization, kernels, shards=1 if mesh is None else mesh.size)
     weights = load_weights(checkpoint, storage, put, progress)
     return bind(config, dtype, weights, kernels, mesh)
 
@@ -73,6 +73,15 @@ def storage_of(dtype_name: str, quantization: str, kernels: Kernels, *, shards: 
         quantization = "none"  # XLA would unpack all blocks in each call, which is several times slower
     packs = packs and on_cpu
     return Storage(np.dtype(jnp.dtype(dtype_name)), quantization, packs=packs, stacks=shards == 1)
+
+
+def _sharded(checkpoint: Checkpoint, storage: Storage) -> ModelConfig:
+    """The network; a shard's features of the MLP are full blocks of every format that they are columns of."""
+    config, stored = checkpoint.config, checkpoint.names()
+    specs = config.weights()
+    targets = (target for target in check_headers(checkpoint) if specs[target.path].tensors[0].shape[1:] == ("F",))
+    blocks = (form.block for target in targets for form in storage.formats(target, stored) if not form.is_float)
+    return replace(config, shard_features=max((config.shard_features, *blocks)))
 
 
 def _put(rows: Rows | Sequence[BlockRows], memory: Arena) -> Any:
@@ -172,7 +181,7 @@ def stored_weights(checkpoint: Checkpoint, storage: Storage, shards: int = 1) ->
         ModelLoadError: as `check_headers`.
     """
     stored, specs = checkpoint.names(), checkpoint.config.weights()
-    parallel = TensorParallel(checkpoint.config, shards)
+    parallel = TensorParallel(_sharded(checkpoint, storage), shards)
     matrices, nbytes, on_shard, vectors = Counter[str](), 0, 0, 0
     tensors = defaultdict[tuple[str, str], list[str]](list)
     array = next(name for name, dtype in FLOATS.items() if dtype == storage.dtype)

@@ -332,8 +332,31 @@ def test_shards_have_their_blocks(tmp_path: Path, kind: str, width: int, shards:
             np.testing.assert_array_equal(values, np.where(own_rows[:, None] < 0, 0, whole), err_msg=name)
 
 
+@pytest.mark.parametrize(("shards", "local"), [(2, 512), (3, 256), (4, 256)])
+def test_shards_of_the_mlp_are_padded_to_full_blocks(tmp_path: Path, shards: int, local: int) -> None:
+    """768 columns of the down projection; with 4 shards the last one holds only padding."""
+    tiny = TinyModel(width=8)
+    path, expected = tiny.write_gguf(tmp_path / "a.gguf", "Q4_K"), tiny.rounded("Q4_K").expected()
+    storage = Storage(F32, stacks=False)
+    with closing(open_checkpoint(ModelSource("m", path))) as checkpoint:
+        config = loader._sharded(checkpoint, storage)
+        assert TensorParallel(config, shards).local.intermediate_size == local
+        assert TensorParallel(checkpoint.config, 1).local.intermediate_size == 768
+
+        def parts_of(path: str, rows: Any) -> Any:
+            return sharded(rows, config, path, shards) if ".mlp." in path else read(rows)
+
+        weights = load_weights(checkpoint, storage, parts_of)
+    for name in ("layers.1.mlp.down.weight", "layers.0.mlp.gate_up.weight"):
+        parts, (own_rows, own_columns) = weights[name]
+        for part, rows, columns in zip(parts, own_rows, own_columns, strict=True):
+            whole = expected[name][np.ix_(rows.clip(0), columns.clip(0))]
+            is_padding = (rows[:, None] < 0) | (columns < 0)
+            np.testing.assert_array_equal(read(part)[1], np.where(is_padding, 0, whole), err_msg=name)
+
+
 def test_shards_that_split_a_block_are_refused(tmp_path: Path) -> None:
-    """384 of the 768 columns of the down projection are no multiple of 256."""
+    """Of the output projection, 128 of whose 512 columns are of the heads of one of four shards."""
     path = TinyModel(width=8).write_gguf(tmp_path / "a.gguf", "Q4_K")
     with closing(open_checkpoint(ModelSource("m", path))) as checkpoint:
         config = checkpoint.config
@@ -342,7 +365,7 @@ def test_shards_that_split_a_block_are_refused(tmp_path: Path) -> None:
             load_weights(
                 checkpoint,
                 Storage(F32, stacks=False),
-                lambda path, rows: sharded(rows, config, path),
+                lambda path, rows: sharded(rows, config, path, 4),
             )
 
 

@@ -57,7 +57,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, str, tuple[int, ...]]] = {
     "Q4_0": ("llama", {"head_dim": 32, **_ONE_LAYER}, "float32", "Q4_0", (2,)),
     "Q4_K": (
         "llama",
-        {"hidden_size": 256, "head_dim": 128, "intermediate_size": 512, **_ONE_LAYER},
+        {"hidden_size": 256, "head_dim": 128, "intermediate_size": 768, **_ONE_LAYER},  # 3 blocks for 2 devices
         "float32",
         "Q4_K",
         (2,),

@@ -18,6 +18,7 @@ from serve.config.engine_config import QUEUE_LIMITS, EngineConfig, EngineKeyword
 from serve.config.options import from_keywords
 from serve.engine.engine import Engine
 from serve.engine.request import EngineStoppedError
+from serve.grammar.compiler import GrammarCompiler
 from serve.jobs.decide import Decider
 from serve.jobs.generate import (
     DEFAULT_MAX_TOKENS,
@@ -90,11 +91,7 @@ class LLM:
 
     @classmethod
     def open(cls, config: EngineConfig, reporter: Reporter) -> Self:
-        """Load the model of a configuration.
-
-        Raises:
-            StartupError: the model cannot be loaded.
-        """
+        """Load the model of a configuration. Raise StartupError if it cannot be loaded."""
         llm = cls.__new__(cls)
         llm._start(config, reporter, shows_progress=False)
         return llm
@@ -107,11 +104,12 @@ class LLM:
         self.engine = self.loaded.start_engine()
         self.chats = ChatFormat(self.loaded.tokenizer)
         self.decisions = DecisionFormat(self.chats, self.loaded.decisions)
+        self.grammars = GrammarCompiler(self.loaded.tokenizer, self.loaded.limits.vocab_size)
         self._shows_progress = shows_progress
         self._worker = LoopThread()
         self._queue = self.new_queue()
         self._queues: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, RequestQueue] = weakref.WeakKeyDictionary()
-        self._finalizer = weakref.finalize(self, _close, self.engine, self._worker)
+        self._finalizer = weakref.finalize(self, _close, self.engine, self._worker, self.grammars)
 
     def generate(
         self, prompts: str | TokenIds | Sequence[str | TokenIds], **options: Unpack[SamplingKeywords]
@@ -248,7 +246,7 @@ class LLM:
 
     async def _stream(self, request: OutputRequest, options: GenerationOptions) -> AsyncGenerator[Output]:
         queue = self._queues.setdefault(asyncio.get_running_loop(), self.new_queue())
-        async with aclosing(Generator(queue, self.loaded.tokenizer, options).stream(request)) as outputs:
+        async with aclosing(Generator(queue, self.loaded.tokenizer, self.grammars, options).stream(request)) as outputs:
             async for output in outputs:
                 yield output
 
@@ -304,7 +302,7 @@ class LLM:
         return encoded
 
     def _generate(self, prompts: list[OutputRequest], options: GenerationOptions) -> Batch[Generation]:
-        results = Generator(self._queue, self.loaded.tokenizer, options).run(prompts)
+        results = Generator(self._queue, self.loaded.tokenizer, self.grammars, options).run(prompts)
         return Batch(self._collect("generating", len(prompts) * options.n, results))
 
     def _collect[R](self, label: str, count: int, stream: AsyncGenerator[R]) -> list[R]:
@@ -315,6 +313,7 @@ class LLM:
             return self._worker.collect(stream, advance)
 
 
-def _close(engine: Engine, worker: LoopThread) -> None:
+def _close(engine: Engine, worker: LoopThread, grammars: GrammarCompiler) -> None:
     engine.stop()
     worker.stop()
+    grammars.close()

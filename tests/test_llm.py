@@ -333,3 +333,40 @@ def test_close_ends_calls_and_refuses_later_ones(llm: LLM) -> None:
     llm.close()
     with pytest.raises(EngineStoppedError, match="closed"):
         llm.score("a")
+
+
+def test_structured_outputs(runner: ScriptedRunner, llm: LLM) -> None:
+    runner.script = b"!" * 20
+    outputs = llm.generate(["a", "b"], n=2, structured_outputs={"regex": "[xy]z"}, return_processed_logprobs=True)
+    assert [output.text for output in outputs] == ["xz"] * 4
+    for output in outputs:
+        assert output.finish_reason == "stop"
+        assert output.forced == [False, True, True]
+        assert output.allowed_mass is not None
+        assert output.allowed_mass.shape == (3,)
+        assert output.processed_logprobs is not None
+        assert output.processed_logprobs.tolist() == output.logprobs.tolist()
+    [output] = llm.chat([USER], response_format={"type": "json_schema", "json_schema": {"schema": {"const": 1}}})
+    assert output.text == "1"
+    [output] = llm.generate("a", max_tokens=1)
+    assert (output.allowed_mass, output.forced, output.processed_logprobs) == (None, None, None)
+
+
+async def test_stream_chat_follows_a_grammar(runner: ScriptedRunner, llm: LLM) -> None:
+    runner.script = b"!" * 20
+    stream = llm.stream_chat([USER], structured_outputs={"choice": ["yes", "no"]})
+    assert "".join([output.text async for output in stream]) == "no"
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"structured_outputs": {"regex": "a("}}, "structured_outputs.regex"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
+    ],
+)
+def test_error_of_a_grammar(llm: LLM, options: Any, param: str) -> None:
+    with pytest.raises(PromptError) as raised:
+        llm.generate("a", **options)
+    assert raised.value.param == param

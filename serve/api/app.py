@@ -35,6 +35,7 @@ from serve.api.unsent import unsent_bytes
 from serve.api.validation import served_name
 from serve.config.config import ServeConfig
 from serve.engine.client import EngineClient
+from serve.grammar.compiler import GrammarBusyError, GrammarCompiler
 from serve.text.chat import ChatFormat, PromptError
 from serve.text.chat_template import TemplateBusyError, TemplateSandbox
 from serve.text.decisions.plan import DecisionFormat
@@ -85,7 +86,9 @@ def create_app(
     app = Starlette(
         routes=routes,
         middleware=[*_cors(config), access],
-        exception_handlers=dict.fromkeys((APIError, PromptError, TemplateBusyError, HTTPException), _error),
+        exception_handlers=dict.fromkeys(
+            (APIError, PromptError, TemplateBusyError, GrammarBusyError, HTTPException), _error
+        ),
     )
     app.router.redirect_slashes = False
     return app
@@ -103,6 +106,7 @@ def _make_context(engine: EngineClient, model: ServedModel, config: ServeConfig,
         metrics,
         chat_format,
         DecisionFormat(chat_format, model.decisions),
+        GrammarCompiler(model.tokenizer, engine.limits.vocab_size),
         Bodies(max_bytes=config.max_body_bytes, seconds=config.client_timeout),
         unsent,
         PromptLogprobsWriter(engine, model.tokenizer),
@@ -239,6 +243,9 @@ async def _error(request: Request, error: Exception) -> Response:
         case TemplateBusyError():
             message = "Too many chat templates are being rendered. Try again later."
             error = APIError(503, message, None, "too_many_templates", {"Retry-After": "1"})
+        case GrammarBusyError():
+            message = "Too many grammars are being compiled. Try again later."
+            error = APIError(503, message, None, "too_many_grammars", {"Retry-After": "1"})
         case HTTPException(status_code=status):  # the router's 404 and 405
             message = f"{error.detail}: {request.method} {request.url.path[:200]}"
             code = {404: "not_found", 405: "method_not_allowed"}.get(status, "invalid_request")

@@ -14,7 +14,7 @@ from serve.api.context import Context
 from serve.api.errors import invalid, unsupported
 from serve.api.generation import Choice, Prompt, output_logprobs
 from serve.api.handler import Handler
-from serve.api.job import Job, choice_fields
+from serve.api.job import Job, choice_fields, token_details
 from serve.api.json_stream import dump_list
 from serve.api.logprobs import chat_content
 from serve.api.reply import ReplyWriter
@@ -240,9 +240,10 @@ def token_entries[B: ChatCompletionRequest](
     if choice.alternatives is None:
         return None
     ids, logprobs = output.token_ids[tokens], output_logprobs(output, choice.alternatives)[tokens]
+    details = token_details(job, choice, output)[tokens]
     with_chosen = job.body.logprob_token_ids is not None
     blocks = (
-        chat_content(job.names, ids[i : i + _BLOCK], logprobs[i : i + _BLOCK], with_chosen=with_chosen)
-        for i in range(0, len(ids), _BLOCK)
+        chat_content(job.names, ids[block], logprobs[block], details[block], with_chosen=with_chosen)
+        for block in (slice(i, i + _BLOCK) for i in range(0, len(ids), _BLOCK))
     )
     return dump_list(blocks) if len(ids) > _BLOCK else list(chain.from_iterable(blocks))

@@ -9,7 +9,7 @@ import orjson
 from serve.api.choices import ChoicesHandler
 from serve.api.errors import invalid
 from serve.api.generation import Choice, Prompt, output_logprobs
-from serve.api.job import Job, choice_fields
+from serve.api.job import Job, choice_fields, token_details
 from serve.api.json_stream import Placeholder, dump
 from serve.api.logprobs import CompletionLogprobs, LogprobRow, completion_columns
 from serve.api.requests import CompletionRequest
@@ -133,8 +133,9 @@ def _logprobs(job: _Job, choice: Choice, output: Output) -> dict[str, Any] | Non
             rows = choice.columns.echo(prompt.ids, logprobs, prompt.echo)
     if choice.alternatives is None:
         return None
+    details = token_details(job, choice, output).columns(len(rows))
     rows += choice.columns.output(output.token_ids, output_logprobs(output, choice.alternatives))
-    return completion_columns(rows)
+    return completion_columns(rows) | details
 
 
 def _max_tokens(body: CompletionRequest) -> int:

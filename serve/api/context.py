@@ -9,6 +9,7 @@ from serve.api.request_body import Bodies, Budget
 from serve.config.config import ServeConfig
 from serve.config.generation_config import GenerationDefaults
 from serve.engine.client import EngineClient
+from serve.grammar.compiler import GrammarCompiler
 from serve.text.chat import ChatFormat
 from serve.text.decisions.plan import DecisionFormat
 from serve.text.decisions.prompts import DecisionSettings
@@ -36,6 +37,7 @@ class Context:
     metrics: Metrics
     chat_format: ChatFormat
     decisions: DecisionFormat
+    grammars: GrammarCompiler
     bodies: Bodies
     unsent: Budget  # answers
     prompt_logprobs: PromptLogprobsWriter

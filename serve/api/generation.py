@@ -89,7 +89,7 @@ class Choice:
             if delta.prompt_logprobs is not None:
                 self.prompt.token_logprobs = delta.prompt_logprobs
             if self.alternatives is None:
-                delta.logprobs = []
+                delta.logprobs, delta.processed, delta.allowed_mass, delta.forced = [], [], [], []
             self.num_tokens += len(delta.token_ids)
             if decoder.found_stop:
                 self.handle.abort(FinishReason.STOP)

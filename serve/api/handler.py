@@ -7,6 +7,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request as HTTPRequest
@@ -35,6 +36,7 @@ from serve.api.validation import (
     served_name,
 )
 from serve.engine.request import PromptScoring, Request, SamplingParams
+from serve.grammar.fields import GrammarRequest, compile_grammar, grammar_request
 from serve.jobs.generate import choice_params
 from serve.jobs.output import Output, OutputDecoder
 from serve.text.detokenizer import Detokenizer, StopStrings
@@ -63,6 +65,8 @@ class Handler[B: GenerationRequest](ABC):
         """Validate a body and return a function that answers it. Raise APIError or PromptError if it is invalid."""
         record = record_of(request)
         job = await asyncio.to_thread(self._job, data, record)
+        if job.grammar is not None:
+            await self._compile(job.grammar, job.choices)
         record.charge(job.prompt_tokens + sum(choice.request.params.max_tokens for choice in job.choices))
         return lambda: self._respond(request, job)
 
@@ -87,6 +91,12 @@ class Handler[B: GenerationRequest](ABC):
             end()
             raise
 
+    async def _compile(self, request: GrammarRequest, choices: Sequence[Choice]) -> None:
+        """Give the choices their grammar. Raise PromptError if it cannot be used, GrammarBusyError for a full queue."""
+        grammar = await compile_grammar(request, self._context.grammars)
+        for choice in choices:
+            choice.request = replace(choice.request, params=replace(choice.request.params, grammar=grammar))
+
     def _job(self, data: bytes, record: AnswerRecord) -> Job[B]:
         """Validate and tokenize a request. Slow: run it in a thread."""
         context, config, limits = self._context, self._context.config, self._context.engine.limits
@@ -98,7 +108,10 @@ class Handler[B: GenerationRequest](ABC):
                 raise invalid("logprob_token_ids", "`logprob_token_ids` needs `logprobs`.")
             check_requested_ids("logprob_token_ids", body.logprob_token_ids, limits)
             alternatives = len(body.logprob_token_ids)
+        if body.return_processed_logprobs and alternatives is None:
+            raise invalid("return_processed_logprobs", "`return_processed_logprobs` needs `logprobs`.")
         prompt_logprobs = read_prompt_logprobs(body, echo_k, limits)
+        grammar = grammar_request(body, ignore_eos=bool(body.ignore_eos))
         header = self._header(body, record)
         prompts = self._prompts(body)
         ids = [prompt.ids for prompt in prompts]
@@ -131,6 +144,7 @@ class Handler[B: GenerationRequest](ABC):
             prompt_logprobs=prompt_logprobs,
             names=TokenNames(context.model.tokenizer, config.return_tokens_as_token_ids if as_ids is None else as_ids),
             unsent=unsent,
+            grammar=grammar,
         )
 
     def _read(self, data: dict[str, Any], record: AnswerRecord) -> B:

@@ -7,11 +7,12 @@ from typing import Any
 
 from serve.api.context import Context
 from serve.api.generation import Choice, Prompt, output_logprobs
-from serve.api.logprobs import TokenNames
+from serve.api.logprobs import TokenDetails, TokenNames
 from serve.api.parsing import PROMPT_FIELDS
 from serve.api.requests import GenerationRequest
 from serve.api.unsent import Unsent
 from serve.api.validation import PromptLogprobs
+from serve.grammar.fields import GrammarRequest
 from serve.jobs.output import Output
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ class Job[B: GenerationRequest]:
     prompt_logprobs: PromptLogprobs
     names: TokenNames
     unsent: Unsent
+    grammar: GrammarRequest | None  # of the outputs
 
     @property
     def has_reasoning(self) -> bool:
@@ -53,11 +55,22 @@ def choice_fields(
     return fields
 
 
+def token_details(job: Job[Any], choice: Choice, output: Output) -> TokenDetails:
+    """What is known of the output's tokens besides their log-probs, as far as the request asks for it."""
+    return TokenDetails.of(
+        output,
+        choice.alternatives or 0,
+        with_mass=job.grammar is not None,
+        with_processed=bool(job.body.return_processed_logprobs),
+    )
+
+
 def check_logprobs(job: Job[Any], outputs: Sequence[Output]) -> None:
     """Raise APIError 500 if any log-prob of the response is missing or NaN; outputs keep what the response contains."""
     for choice, output in zip(job.choices, outputs, strict=True):
         if choice.alternatives is not None:
             output.logprobs = [output_logprobs(output, choice.alternatives)]
+            token_details(job, choice, output)
     requested = job.prompt_logprobs
     for k in (requested.echo_k, None if requested.full_vocab else requested.k):
         if k is not None:

@@ -6,13 +6,14 @@ lm-eval compares `token_logprobs[i]` with the values of `top_logprobs[i]` for eq
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model.token_logprobs import TokenLogprobs, clamp_logprobs
 from serve.api.errors import engine_error
+from serve.jobs.output import Output
 from serve.text.detokenizer import Echo
 from serve.text.tokenizer import Tokenizer
 
@@ -60,8 +61,52 @@ def wire_logprobs(logprobs: TokenLogprobs, rows: int, k: int, *, first: int = 0)
     return TokenLogprobs(clamp(part.logprob), part.rank, part.top_ids[:, :k], tops, top_ranks=part.top_ranks[:, :k])
 
 
+@dataclass(frozen=True, slots=True)
+class TokenDetails:
+    """Values of generated tokens besides their log-probs; None if the request has no use for them."""
+
+    allowed_mass: Sequence[np.float32] | None = None
+    forced: Sequence[bool] | None = None
+    processed: NDArray[np.float32] | None = None  # log-probs in the sampling distribution
+
+    @classmethod
+    def of(cls, output: Output, alternatives: int, *, with_mass: bool, with_processed: bool) -> Self:
+        """Raise APIError 500 if values are missing, or are not numbers."""
+        count, mass, processed = len(output.token_ids), None, None
+        if with_mass:
+            mass = output.allowed_mass
+            if len(mass) != count or len(output.forced) != count or not np.isfinite(mass).all():
+                raise engine_error("The engine returned the wrong allowed probabilities.")
+        if with_processed:
+            processed = wire_logprobs(output.all_processed(alternatives), count, alternatives).logprob
+        return cls(mass, output.forced if with_mass else None, processed)
+
+    def __getitem__(self, rows: slice) -> "TokenDetails":
+        return TokenDetails(
+            self.allowed_mass and self.allowed_mass[rows],
+            self.forced and self.forced[rows],
+            None if self.processed is None else self.processed[rows],
+        )
+
+    def entry(self, row: int) -> dict[str, Any]:
+        """Keys of a token's entry in `logprobs.content`; `forced` only if it is true."""
+        entry: dict[str, Any] = {}
+        if self.processed is not None:
+            entry["processed_logprob"] = self.processed[row]
+        if self.allowed_mass is not None:
+            entry["allowed_mass"] = self.allowed_mass[row]
+        if self.forced is not None and self.forced[row]:
+            entry["forced"] = True
+        return entry
+
+    def columns(self, num_echoed: int) -> dict[str, list[Any]]:
+        """Columns of `logprobs` of completions, which start with null for echoed tokens."""
+        names = {"processed_logprobs": self.processed, "allowed_mass": self.allowed_mass, "forced": self.forced}
+        return {name: [*[None] * num_echoed, *column] for name, column in names.items() if column is not None}
+
+
 def chat_content(
-    names: TokenNames, token_ids: Sequence[int], logprobs: TokenLogprobs, *, with_chosen: bool
+    names: TokenNames, token_ids: Sequence[int], logprobs: TokenLogprobs, details: TokenDetails, *, with_chosen: bool
 ) -> list[dict[str, Any]]:
     """`logprobs.content` of chat: one entry per token, with its alternatives.
 
@@ -76,7 +121,7 @@ def chat_content(
         alternatives = [
             _chat_entry(names, other, tops[i, j], int(logprobs.top_ranks[i, j])) for j, other in enumerate(ids)
         ]
-        entries.append(entry | {"top_logprobs": chosen + alternatives})
+        entries.append(entry | details.entry(i) | {"top_logprobs": chosen + alternatives})
     return entries
 
 

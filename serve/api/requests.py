@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from serve.config.config import LogprobsMode
 from serve.config.generation_config import SamplingFields
+from serve.grammar.fields import GrammarFieldsOfOthers
 from serve.text.chat import MAX_ITEMS, ROLES
 from serve.tools.definitions import ToolField
 
@@ -59,9 +60,10 @@ class OutputFields(SamplingFields, RequestFields):
     logprob_token_ids: _TokenIds | None = None
     logprobs_mode: LogprobsMode | None = None
     return_tokens_as_token_ids: bool | None = None
+    return_processed_logprobs: bool | None = None
 
 
-class GenerationRequest(OutputFields):
+class GenerationRequest(OutputFields, GrammarFieldsOfOthers):
     """Fields that chat and completions share."""
 
     model_config = ConfigDict(extra="allow")

@@ -14,6 +14,7 @@ _Logprob = Annotated[
 _Rank = Annotated[
     int, Field(ge=1, description="rank in the full vocabulary; 1 is the most likely token; ties go to the lower id")
 ]
+_Mass = Annotated[float, Field(ge=0, description="probability that the model gave to all tokens that were allowed")]
 _Bytes = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(description="bytes of the token")]
 _FinishReason = Literal["stop", "length"]
 _ChatFinishReason = Literal["stop", "length", "tool_calls"]
@@ -65,6 +66,9 @@ class TokenAlternative(Answer):
 class TokenEntry(TokenAlternative):
     """A generated token and the most likely alternatives."""
 
+    processed_logprob: _Logprob | None = None
+    allowed_mass: _Mass | None = None
+    forced: Annotated[Literal[True] | None, Field(description="the grammar allowed no other token")] = None
     top_logprobs: list[TokenAlternative]
 
 
@@ -162,6 +166,9 @@ class CompletionLogprobsAnswer(Answer):
     top_logprobs: list[dict[str, _Logprob] | None]
     top_token_ids: list[list[int] | None]
     text_offset: Annotated[list[int], Field(description="code points of the text that precede the token")]
+    processed_logprobs: list[_Logprob | None] | None = None
+    allowed_mass: list[_Mass | None] | None = None
+    forced: list[bool | None] | None = None
 
 
 class CompletionChunkChoice(Answer):

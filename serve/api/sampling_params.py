@@ -40,6 +40,7 @@ def sampling_params(
         bad_words=bad_word_ids(body.bad_words or (), tokenizer),
         requested_ids=tuple(body.logprob_token_ids or ()),
         processed=processed,
+        return_processed=bool(body.return_processed_logprobs),
     )
     _check_tokens_remain(params, limits)
     return params

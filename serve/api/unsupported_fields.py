@@ -16,7 +16,6 @@ type NeutralValues = tuple[Any, ...]
 # Server -> pairs of fields and their values without effect. A field of several servers is listed for the first of them.
 _FIELDS: dict[str, tuple[tuple[str, NeutralValues], ...]] = {
     "OpenAI": (
-        ("response_format", ({"type": "text"},)),
         ("functions", ([],)),
         ("function_call", ("none", "auto")),
         ("suffix instructions", ("",)),
@@ -28,9 +27,8 @@ _FIELDS: dict[str, tuple[tuple[str, NeutralValues], ...]] = {
         ("background", (False,)),
     ),
     "vLLM": (
-        ("use_beam_search early_stopping guided_json_object watermarking return_token_offsets", (False,)),
+        ("use_beam_search early_stopping watermarking return_token_offsets", (False,)),
         ("length_penalty", (1,)),
-        ("structured_outputs guided_json guided_regex guided_choice guided_grammar guided_whitespace_pattern", ()),
         ("prompt_embeds repetition_detection", ()),
         ("logits_processors", ([],)),
         ("vllm_xargs kv_transfer_params ec_transfer_params mm_processor_kwargs media_io_kwargs", ({},)),
@@ -40,7 +38,7 @@ _FIELDS: dict[str, tuple[tuple[str, NeutralValues], ...]] = {
         ("videos", ([],)),
     ),
     "SGLang": (
-        ("regex ebnf json_schema structural_tag max_new_tokens sampling_seed input_ids input_embeds", ()),
+        ("max_new_tokens sampling_seed input_ids input_embeds", ()),
         ("max_dynamic_patch min_dynamic_patch lora_path lora_id custom_logit_processor extra_key reasoning", ()),
         ("max_thinking_tokens task token_ids_logprob", ()),
         ("stop_regex image_data video_data audio_data", ([],)),
@@ -72,7 +70,7 @@ _FIELDS: dict[str, tuple[tuple[str, NeutralValues], ...]] = {
         ("dry_sequence_breakers", (["\n", ":", '"', "*"],)),
         ("mirostat_tau", (5,)),
         ("adaptive_decay", (0.9,)),
-        ("grammar input_prefix input_suffix reasoning_budget_message", ("",)),
+        ("input_prefix input_suffix reasoning_budget_message", ("",)),
         ("grammar_triggers preserved_tokens lora multimodal_data input_extra response_fields", ([],)),
         ("parse_special", (True,)),
     ),

@@ -25,24 +25,33 @@ class GrammarError(ValueError):
     """A grammar that cannot be used. The message says what is wrong and where; clients may see it."""
 
 
-def load_schema(text: str) -> Any:
-    """The schema, an object or a boolean. Raise GrammarError if it is neither, or nested more than MAX_LEVELS deep."""
+def load(text: str) -> Any:
+    """The value of a JSON text. Raise GrammarError if it is invalid."""
     try:
-        schema = json.loads(text, parse_constant=_no_constant)
+        return json.loads(text, parse_constant=_no_constant)
     except RecursionError:
         raise GrammarError(f"the schema is nested more than {MAX_LEVELS} levels deep") from None
     except json.JSONDecodeError as error:
-        message = f"the schema is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
-        raise GrammarError(message) from None
+        raise GrammarError(f"the schema is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+
+
+def load_schema(text: str) -> Any:
+    """The schema, an object or a boolean. Raise GrammarError if it is neither, or nested more than MAX_LEVELS deep."""
+    schema = load(text)
     if not isinstance(schema, dict | bool):
         raise GrammarError("the schema must be an object or a boolean")
-    level = [schema]
+    check_levels(schema)
+    return schema
+
+
+def check_levels(value: Any) -> None:
+    """Raise GrammarError for a value that is nested more than MAX_LEVELS deep."""
+    level = [value]
     for _ in range(MAX_LEVELS):
         containers = [value for value in level if isinstance(value, dict | list)]
         level = [inner for value in containers for inner in (value.values() if isinstance(value, dict) else value)]
     if any(isinstance(value, dict | list) for value in level):
         raise GrammarError(f"the schema is nested more than {MAX_LEVELS} levels deep")
-    return schema
 
 
 def check_finite(schema: Any) -> None:
@@ -89,6 +98,14 @@ def _no_constant(name: str) -> NoReturn:
     raise GrammarError(f"the schema is not JSON: {name} is not a number")
 
 
+def closed(schema: Any) -> Any:
+    """The schema without properties that it does not name, unless it allows them itself."""
+    for _, part in _subschemas(schema):
+        if "properties" in part:
+            part.setdefault("additionalProperties", False)
+    return schema
+
+
 def with_whitespace(schema: Any, whitespace: str | None) -> Any:
     """The schema with options for llguidance; its own, in `x-guidance`, have precedence.
 
@@ -115,6 +132,15 @@ def schema_error(message: str, schema: Any) -> str:
     return f"{reason} at {shown}{' or further places' if len(paths) > _MAX_PATHS else ''}"
 
 
+def regex_error(message: str) -> str:
+    """The reason in llguidance's message, for a regular expression with the character that it points to."""
+    reason = re.search(r"(?m)^error: (.*)$", message)
+    if reason is None:
+        return message.partition("\n")[0].partition(" in regex ")[0]
+    caret = re.search(r"(?m)^    ( *)\^", message)
+    return reason[1] + (f" (character {len(caret[1]) + 1})" if caret else "")
+
+
 def _cause(message: str) -> tuple[str, _Test]:
     """The reason in words, and the test of the subschemas that can be at fault."""
     line = message.partition("\n")[0].strip()
@@ -129,8 +155,7 @@ def _cause(message: str) -> tuple[str, _Test]:
     if line.startswith("oneOf constraints"):
         return "`oneOf` is supported only if its alternatives exclude each other; use `anyOf`", _with_keyword("oneOf")
     if "regex parse error" in line or "regex" in line.lower():
-        reason = re.search(r"(?m)^error: (.*)$", message)
-        return reason[1] if reason else line, _with_keyword("pattern", "patternProperties")
+        return regex_error(message), _with_keyword("pattern", "patternProperties")
     if found := re.match(r"Invalid type: (.*)", line):
         name = found[1]
         return f"type `{name}` does not exist", lambda part: "type" if name in str(part.get("type")) else None

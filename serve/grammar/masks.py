@@ -22,6 +22,13 @@ class Vocabulary:
     special_ids: frozenset[int]  # allowed only where a grammar names them
     eos_token_ids: frozenset[int]  # allowed where the text may end
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Texts and ids of the special tokens."""
+        return {
+            self.tokens[index].decode("utf-8", "replace"): index for index in self.special_ids if self.tokens[index]
+        }
+
     def tokenizer(self) -> LLTokenizer:
         """Hold the interpreter for about 2 us per token."""
         return LLTokenizer(_Tokens(self), eos_token=sorted(self.eos_token_ids))  # type: ignore[arg-type]

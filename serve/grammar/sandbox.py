@@ -13,8 +13,9 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -102,7 +103,7 @@ def main() -> None:
     tokenizer = vocabulary.tokenizer()
     while (data := _read(pipe)) is not None:
         spec: GrammarSpec = pickle.loads(data)
-        _write(output, _in_child(lambda spec=spec: _answer(spec, tokenizer)))  # type: ignore[misc]
+        _write(output, _in_child(partial(_answer, spec, tokenizer, vocabulary.special_tokens)))
 
 
 def _in_child(answer: Callable[[], bytes]) -> bytes:
@@ -145,9 +146,9 @@ def _send(pipe: int, data: bytes) -> None:
         file.write(data)
 
 
-def _answer(spec: GrammarSpec, tokenizer: LLTokenizer) -> bytes:
+def _answer(spec: GrammarSpec, tokenizer: LLTokenizer, special_tokens: Mapping[str, int]) -> bytes:
     try:
-        source = spec.source()
+        source = spec.source(special_tokens)
         _, error = compile_source(tokenizer, source)
         answer = {"error": spec.explain(error)} if error else {"source": source}
     except GrammarError as error:

@@ -3,13 +3,24 @@
 import enum
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
-from serve.grammar.json_schema import GrammarError, check_finite, load_schema, schema_error, with_whitespace
+from serve.grammar.json_schema import (
+    GrammarError,
+    check_finite,
+    closed,
+    load,
+    load_schema,
+    regex_error,
+    schema_error,
+    with_whitespace,
+)
+from serve.grammar.structural_tag import structural_tag, tag_error
 
 _IS_LARK = re.compile(r"(?m)^\s*(%llguidance\b|start\s*:)")
 _POSITION = re.compile(r"(?:at )?(\d+)\((\d+)\): ")  # line and column in messages of llguidance
@@ -22,6 +33,7 @@ class GrammarKind(enum.StrEnum):
     REGEX = "regex"  # of the whole text
     CHOICE = "choice"  # JSON list of texts
     GRAMMAR = "grammar"  # Lark as in llguidance, or GBNF
+    STRUCTURAL_TAG = "structural_tag"  # JSON, see `structural_tag`
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +41,25 @@ class GrammarSpec:
     kind: GrammarKind
     text: str
     whitespace: str | None = None  # regular expression of whitespace in JSON; "" allows none; None is the default
+    closed: bool = False  # objects of a schema have only the properties that it names, unless it says otherwise
 
-    def source(self) -> str:
-        """The grammar in llguidance's own form. Raise GrammarError if the text is invalid."""
+    def source(self, special_tokens: Mapping[str, int]) -> str:
+        """The grammar in llguidance's own form.
+
+        `special_tokens`, texts and ids, count where structural tags contain them. Raise GrammarError if the text is
+        invalid.
+        """
         if self.kind is GrammarKind.JSON_SCHEMA:
             schema = load_schema(self.text)
             check_finite(schema)
+            schema = closed(schema) if self.closed else schema
             return _source(json_schema=with_whitespace(schema, self.whitespace))
         if self.kind is GrammarKind.REGEX:
             return _source(lark_grammar=f"start: /{regex_to_lark(self.text, '')}/")
         if self.kind is GrammarKind.CHOICE:
             return _source(lark_grammar="start: " + " | ".join(map(json.dumps, json.loads(self.text))))
+        if self.kind is GrammarKind.STRUCTURAL_TAG:
+            return _source(lark_grammar=structural_tag(load(self.text), special_tokens, self.whitespace))
         return _source(lark_grammar=self.text if _IS_LARK.search(self.text) else _from_gbnf(self.text))
 
     def explain(self, message: str) -> str:
@@ -49,21 +69,13 @@ class GrammarSpec:
         if self.kind is GrammarKind.JSON_SCHEMA:
             return schema_error(message, load_schema(self.text))
         if self.kind is GrammarKind.REGEX:
-            return regex_error(message)
+            return regex_error(_POSITION.sub("", message, count=1))
         position = _POSITION.match(message)
-        line = message[position.end() if position else 0 :].partition("\n")[0]
-        if "regex" in line:
-            line = regex_error(message[position.end() if position else 0 :])
+        text = message[position.end() if position else 0 :]
+        if self.kind is GrammarKind.STRUCTURAL_TAG:
+            return tag_error(text, load(self.text))
+        line = regex_error(text)
         return f"line {position[1]}, column {position[2]}: {line}" if position else line
-
-
-def regex_error(message: str) -> str:
-    """The reason in llguidance's message about a regular expression, with the character that it points to."""
-    reason = re.search(r"(?m)^error: (.*)$", message)
-    if reason is None:
-        return _POSITION.sub("", message, count=1).partition("\n")[0].partition(" in regex ")[0]
-    caret = re.search(r"(?m)^    ( *)\^", message)
-    return reason[1] + (f" (character {len(caret[1]) + 1})" if caret else "")
 
 
 def _source(**grammar: Any) -> str:

@@ -13,6 +13,8 @@ from pydantic import ConfigDict, Field, ValidationError
 from serve.config.generation_config import SamplingFieldKeywords, SamplingFields
 from serve.config.values import suggestion
 from serve.engine.request import EngineLimits, PromptScoring, Request, SamplingParams
+from serve.grammar.compiler import GrammarCompiler
+from serve.grammar.fields import GrammarFields, StructuredOutputs, compile_grammar, grammar_request
 from serve.jobs.output import Output, OutputDecoder
 from serve.jobs.request_queue import RequestQueue
 from serve.jobs.results import Generation, Tokens, token_columns
@@ -29,7 +31,7 @@ DEFAULT_MAX_TOKENS = 16  # of completions, as in OpenAI's API; a chat has no suc
 type _StopString = Annotated[str, Field(min_length=1)]
 
 
-class GenerationOptions(SamplingFields):
+class GenerationOptions(SamplingFields, GrammarFields):
     """Options of `LLM.generate` and `LLM.chat`. None leaves the model's default, or else OpenAI's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,6 +43,7 @@ class GenerationOptions(SamplingFields):
     ignore_eos: bool = False
     logprobs: Annotated[int, Field(ge=0)] = 0  # alternatives of each generated token
     prompt_logprobs: Annotated[int, Field(ge=0)] | None = None  # alternatives of each prompt token
+    return_processed_logprobs: bool = False
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -57,6 +60,9 @@ class SamplingKeywords(SamplingFieldKeywords, total=False):
     ignore_eos: bool
     logprobs: int
     prompt_logprobs: int | None
+    return_processed_logprobs: bool
+    response_format: dict[str, Any] | None
+    structured_outputs: StructuredOutputs | None
 
 
 def as_list(value: Any) -> list[Any]:
@@ -120,18 +126,28 @@ class OutputRequest:
 class Generator:
     """Generates with the same options for all prompts."""
 
-    def __init__(self, queue: RequestQueue, tokenizer: Tokenizer, options: GenerationOptions) -> None:
+    def __init__(
+        self, queue: RequestQueue, tokenizer: Tokenizer, grammars: GrammarCompiler, options: GenerationOptions
+    ) -> None:
+        """Raise PromptError if the options state an invalid grammar."""
         self._queue = queue
+        self._grammars = grammars
+        self._grammar = grammar_request(options, ignore_eos=options.ignore_eos)
         self._tokenizer = tokenizer
         self._options = options
         self._stop = StopStrings(options.stop_strings)
         self._eos_token_ids = frozenset() if options.ignore_eos else tokenizer.eos_token_ids
-        self._params = replace(sampling_params(options), stop_token_ids=self._eos_token_ids)
+        self._params = replace(
+            sampling_params(options),
+            stop_token_ids=self._eos_token_ids,
+            return_processed=options.return_processed_logprobs,
+        )
 
     async def stream(self, request: OutputRequest) -> AsyncGenerator[Output]:
         """Generate an output event by event; only choice 0 has the prompt's log-probs.
 
         Raises:
+            PromptError: the grammar cannot be used.
             RequestError: the engine failed on the request.
             EngineStoppedError: the engine has stopped.
         """
@@ -141,10 +157,13 @@ class Generator:
         params = choice_params(
             self._params, request.choice, max_tokens=request.max_tokens, seed=options.seed, prompt=scoring
         )
+        if self._grammar is not None:
+            params = replace(params, grammar=await compile_grammar(self._grammar, self._grammars))
         async with aclosing(self._queue.events(Request(uuid.uuid4().hex, request.token_ids, params))) as events:
             async for event in events:
                 delta = decoder.output(event)
                 delta.logprobs = [checked_logprobs(part, options.logprobs) for part in delta.logprobs]
+                delta.processed = [checked_logprobs(part, options.logprobs) for part in delta.processed]
                 if delta.prompt_logprobs is not None:
                     delta.prompt_logprobs = checked_logprobs(delta.prompt_logprobs, options.prompt_logprobs or 0)
                 yield delta
@@ -180,6 +199,11 @@ class Generator:
                     stop_reason=output.stop_reason,
                     prompt_token_ids=ids,
                     prompt=prompt_tokens,
+                    processed_logprobs=(
+                        output.all_processed(options.logprobs).logprob if options.return_processed_logprobs else None
+                    ),
+                    allowed_mass=None if self._grammar is None else np.array(output.allowed_mass, np.float32),
+                    forced=None if self._grammar is None else output.forced,
                     **columns,
                 )
 

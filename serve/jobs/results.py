@@ -51,6 +51,9 @@ class Generation(Tokens):
     stop_reason: str | int | None  # stop string that ended the text
     prompt_token_ids: list[int] = field(repr=False)
     prompt: Tokens | None = field(repr=False)  # with prompt_logprobs
+    processed_logprobs: NDArray[np.float32] | None = field(repr=False)  # [n], with return_processed_logprobs
+    allowed_mass: NDArray[np.float32] | None = field(repr=False)  # [n], of the tokens that a grammar allowed
+    forced: list[bool] | None = field(repr=False)  # [n], the grammar allowed no other token
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -39,14 +39,12 @@ async def test_unsupported_field_without_effect_accepted(server: Server) -> None
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("regex", "a+"), ("ebnf", 'root ::= "a"'), ("grammar", 'root ::= "a"'), ("json_schema", {"type": "object"})),
-        *(("structural_tag", "{}"), ("stop_regex", "a+"), ("stop_regex", ["a+"]), ("min_new_tokens", 3)),
+        *(("stop_regex", "a+"), ("stop_regex", ["a+"]), ("min_new_tokens", 3)),
         *(("max_new_tokens", 3), ("n_predict", 3), ("n_predict", -1), ("lora_path", "a"), ("lora", [{"id": 0}])),
         *(("custom_logit_processor", "a"), ("watermarking", True), ("dry_multiplier", 0.8), ("xtc_probability", 0.5)),
         *(("mirostat", 2), ("typical_p", 0.9), ("top_n_sigma", 1), ("dynatemp_range", 0.2), ("repeat_penalty", 1.1)),
         *(("samplers", ["top_k"]), ("do_sample", False), ("watermark", True), ("adapter_id", "a"), ("truncate", 5)),
         ("functions", [{"name": "f"}]),
-        *(("response_format", {"type": "json_object"}), ("guided_json", {}), ("structured_outputs", {"regex": "a"})),
         *(("use_beam_search", True), ("stream_reasoning", False), ("system", "Be brief."), ("stop_sequences", ["a"])),
         *(
             ("verbosity", "low"),
@@ -177,7 +175,7 @@ async def test_error_field_of_a_message_that_other_servers_read(
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("response_format", {"type": "text", "x": 1}), ("thinking", {"type": "disabled", "x": 1})),
+        ("thinking", {"type": "disabled", "x": 1}),
         ("logit_bias", {"x": 1}),
     ],
 )

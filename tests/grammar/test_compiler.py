@@ -33,8 +33,8 @@ def compiler(tokenizer: Tokenizer) -> Iterator[GrammarCompiler]:
     compiler.close()
 
 
-def schema(value: Any, **options: str) -> GrammarSpec:
-    return GrammarSpec(GrammarKind.JSON_SCHEMA, json.dumps(value), **options)
+def schema(value: Any) -> GrammarSpec:
+    return GrammarSpec(GrammarKind.JSON_SCHEMA, json.dumps(value))
 
 
 def allowed(matcher: Matcher) -> set[int]:
@@ -148,6 +148,94 @@ def test_matchers_are_independent(compiler: GrammarCompiler, tokenizer: Tokenize
     assert accepts(grammar, tokenizer, "no")
 
 
+def tag(value: Any) -> GrammarSpec:
+    return GrammarSpec(GrammarKind.STRUCTURAL_TAG, json.dumps(value))
+
+
+def tag_format(**fields: Any) -> GrammarSpec:
+    return tag({"type": "structural_tag", "format": fields})
+
+
+BOOLEAN = {"type": "json_schema", "json_schema": {"type": "boolean"}}
+TAG = {"type": "tag", "begin": "<a>", "content": BOOLEAN, "end": "</a>"}
+NULL_TAG = {"type": "tag", "begin": "<b>", "content": {"type": "const_string", "value": "null"}, "end": ["</b>", ";"]}
+ANY_TEXT = {"type": "any_text"}
+TRIGGERED = {"type": "triggered_tags", "triggers": ["<"], "tags": [TAG, NULL_TAG]}
+OLD_FORM = {"structures": [{"begin": "<f=x>", "schema": {"type": "boolean"}, "end": "</f>"}], "triggers": ["<f="]}
+
+
+@pytest.mark.parametrize(
+    ("spec", "valid", "invalid"),
+    [
+        (tag(OLD_FORM), ["", "text", "a <f=x>true</f> b <f=x>false</f>"], ["<f=y>", "<f=x>null</f>", "<f=x>true"]),
+        (tag_format(**TRIGGERED), ["", "x", "x<a>true</a>y<b>null;"], ["<c>", "x<a>1</a>"]),
+        (tag_format(**TRIGGERED, at_least_one=True), ["<a>true</a>y"], ["", "x"]),
+        (tag_format(**TRIGGERED, stop_after_first=True), ["x", "x<a>true</a>"], ["<a>true</a>y"]),
+        (tag_format(**TAG), ["<a>true</a>"], ["x<a>true</a>", "<a>true</a>x"]),
+        (tag_format(**{**TAG, "content": ANY_TEXT}), ["<a>x < y</a>"], ["<a>x", "<a></a></a>"]),
+        (tag_format(**ANY_TEXT), ["", "a\n<b>"], []),
+        (
+            tag_format(type="sequence", elements=[{"type": "const_string", "value": "x"}, BOOLEAN, ANY_TEXT]),
+            ["xtrue", "xfalse!"],
+            ["x", "xyz"],
+        ),
+        (tag_format(type="or", elements=[BOOLEAN, {"type": "regex", "pattern": "[0-9]+"}]), ["true", "17"], ["x", ""]),
+        (
+            tag_format(type="tags_with_separator", tags=[TAG, NULL_TAG], separator=", "),
+            ["", "<a>true</a>", "<a>true</a>, <b>null</b>, <a>false</a>"],
+            ["<a>true</a>,", "<a>true</a><b>null</b>"],
+        ),
+        (
+            tag_format(type="tags_with_separator", tags=[TAG], separator="", at_least_one=True, stop_after_first=True),
+            ["<a>true</a>"],
+            ["", "<a>true</a><a>true</a>"],
+        ),
+    ],
+)
+def test_structural_tag(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, spec: GrammarSpec, valid: list[str], invalid: list[str]
+) -> None:
+    grammar = compiler.compile_blocking(spec)
+    assert [text for text in valid if not accepts(grammar, tokenizer, text)] == []
+    assert [text for text in invalid if accepts(grammar, tokenizer, text)] == []
+
+
+def test_special_token_in_a_structural_tag(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    special = {"type": "tag", "begin": "call <jupyter_code>", "content": ANY_TEXT, "end": "<jupyter_output>."}
+    matcher = compiler.compile_blocking(tag_format(**special)).matcher()
+    for token in tokenizer.encode("call <jupyter_code>x<jupyter_output>.", add_special_tokens=False):
+        assert token in allowed(matcher)
+        matcher.advance(token)
+    assert matcher.is_finished
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "the structural tag must be an object"),
+        ({}, "`structures` must be a list that is not empty"),
+        ({"structures": [{}]}, "`structures[0]` must be an object with `begin`, `schema` and `end`"),
+        (OLD_FORM | {"triggers": []}, "`triggers` must be a list that is not empty"),
+        (OLD_FORM | {"triggers": ["x"]}, "`tags[0].begin` starts with none of the triggers"),
+        (OLD_FORM | {"structures": [{"schema": {}}]}, "`tags[0].begin` must be a string"),
+        ({"format": {"type": "qwen_xml_parameter"}}, "`format.type` must be one of `any_text`, `const_string`, "),
+        (
+            {"format": {"type": "sequence", "elements": [ANY_TEXT, ANY_TEXT]}},
+            "`format.elements[0]`: format `any_text` can only be the last part, or the only one of a tag",
+        ),
+        ({"format": {**ANY_TEXT, "excludes": ["x"]}}, "`format.excludes` is not supported"),
+        ({"format": {"type": "json_schema"}}, "`format.json_schema` must be an object or a boolean"),
+        (
+            {"format": {**TAG, "content": {"type": "json_schema", "json_schema": {"items": {"not": {}}}}}},
+            "`format.content.json_schema`: keyword `not` is not supported at `/items/not`",
+        ),
+        ({"format": {"type": "regex", "pattern": "("}}, "unclosed group"),
+    ],
+)
+def test_error_of_a_structural_tag_has_a_path(compiler: GrammarCompiler, value: Any, message: str) -> None:
+    assert error_of(compiler, tag(value)).startswith(message)
+
+
 @pytest.mark.parametrize(
     ("whitespace", "valid", "invalid"),
     [
@@ -190,7 +278,7 @@ NODE = {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}, "req
         ),
         (
             {"items": {"type": "string", "pattern": "(?=a)b"}},
-            "look-around, including look-ahead and look-behind, is not supported at `/items/pattern`",
+            "look-around, including look-ahead and look-behind, is not supported (character 1) at `/items/pattern`",
         ),
         ({"items": {"$ref": "#/$defs/a"}}, "Pointer '/$defs/a' does not exist at `/items/$ref`"),
         (
@@ -207,6 +295,15 @@ NODE = {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}, "req
 )
 def test_error_of_a_schema_names_keyword_and_path(compiler: GrammarCompiler, value: Any, message: str) -> None:
     assert error_of(compiler, schema(value)).startswith(message)
+
+
+def test_closed_schema_has_no_other_properties(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    inner = {"type": "object", "properties": {"x": {"type": "null"}}}
+    value = {"type": "object", "properties": {"a": inner, "b": inner | {"additionalProperties": True}}}
+    grammar = compiler.compile_blocking(GrammarSpec(GrammarKind.JSON_SCHEMA, json.dumps(value), closed=True))
+    assert accepts(grammar, tokenizer, '{"a": {"x": null}, "b": {"y": 1}}')
+    assert not accepts(grammar, tokenizer, '{"a": {"y": null}}')
+    assert not accepts(grammar, tokenizer, '{"c": 1}')
 
 
 def test_schema_that_may_contain_itself(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:

@@ -1,0 +1,212 @@
+"""Fields of requests that state a grammar: those of OpenAI, vLLM, SGLang and llama.cpp."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, TypedDict
+
+from pydantic import BaseModel, ConfigDict, WithJsonSchema
+
+from serve.grammar.compiler import GrammarCompiler
+from serve.grammar.json_schema import GrammarError
+from serve.grammar.masks import LlguidanceGrammar
+from serve.grammar.spec import GrammarKind, GrammarSpec
+from serve.text.chat import PromptError
+
+_SCHEMA = {"anyOf": [{"type": "object"}, {"type": "string"}], "description": "a JSON schema, or its text"}
+_TAG = {"anyOf": [{"type": "object"}, {"type": "string"}], "description": "a structural tag, or its text"}
+_TYPES = ("text", "json_object", "json_schema", "structural_tag")
+_RESPONSE_FORMAT = {
+    "type": "object",
+    "properties": {
+        "type": {"enum": list(_TYPES)},
+        "json_schema": {
+            "type": "object",
+            "properties": {"name": {"type": "string"}, "schema": {"type": "object"}, "strict": {"type": "boolean"}},
+        },
+    },
+    "required": ["type"],
+}
+_JSON_OBJECT = '{"type": "object"}'
+# Field of a request, or of `structured_outputs` -> kind of its value.
+_FIELDS = {
+    "json_schema": GrammarKind.JSON_SCHEMA,
+    "regex": GrammarKind.REGEX,
+    "ebnf": GrammarKind.GRAMMAR,
+    "grammar": GrammarKind.GRAMMAR,
+    "structural_tag": GrammarKind.STRUCTURAL_TAG,
+    "guided_json": GrammarKind.JSON_SCHEMA,
+    "guided_regex": GrammarKind.REGEX,
+    "guided_choice": GrammarKind.CHOICE,
+    "guided_grammar": GrammarKind.GRAMMAR,
+}
+_STRUCTURED = {
+    "json": GrammarKind.JSON_SCHEMA,
+    "regex": GrammarKind.REGEX,
+    "choice": GrammarKind.CHOICE,
+    "grammar": GrammarKind.GRAMMAR,
+    "structural_tag": GrammarKind.STRUCTURAL_TAG,
+}
+_OPTIONS = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
+
+_Schema = Annotated[Any, WithJsonSchema(_SCHEMA)]
+_Tag = Annotated[Any, WithJsonSchema(_TAG)]
+
+
+class StructuredOutputs(TypedDict, total=False):
+    """vLLM's `structured_outputs`: exactly one of the first six fields, and options of JSON."""
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")  # type: ignore[misc]
+
+    json: _Schema
+    regex: str | None
+    choice: list[str] | None
+    grammar: str | None
+    json_object: bool | None
+    structural_tag: _Tag
+    disable_any_whitespace: bool | None
+    disable_additional_properties: bool | None
+    whitespace_pattern: str | None
+
+
+class GrammarFields(BaseModel):
+    """Fields that state the grammar of an output."""
+
+    response_format: Annotated[dict[str, Any], WithJsonSchema(_RESPONSE_FORMAT)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+
+class GrammarFieldsOfOthers(GrammarFields):
+    """Also the names of SGLang, of llama.cpp, and of vLLM before `structured_outputs`. "" means the default."""
+
+    json_schema: _Schema = None
+    regex: str | None = None
+    ebnf: str | None = None
+    grammar: str | None = None
+    structural_tag: _Tag = None
+    guided_json: _Schema = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_json_object: bool | None = None
+    guided_whitespace_pattern: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarRequest:
+    spec: GrammarSpec
+    param: str  # the field that states it
+
+
+def grammar_request(fields: GrammarFields, *, ignore_eos: bool) -> GrammarRequest | None:
+    """The grammar that the fields state, if any.
+
+    Raises:
+        PromptError: a field has an invalid value, states a second grammar, or an output could not end.
+    """
+    found = [*_response_format(fields.response_format), *_structured_outputs(fields.structured_outputs)]
+    if isinstance(fields, GrammarFieldsOfOthers):
+        found += _others(fields)
+    if len({request.spec for request in found}) > 1:
+        first, second = found[0].param.partition(".")[0], found[1].param.partition(".")[0]
+        raise PromptError(second, f"`{second}` cannot be combined with `{first}`.")
+    if found and ignore_eos:
+        raise PromptError("ignore_eos", "`ignore_eos` cannot be combined with a grammar, which ends the output.")
+    return found[0] if found else None
+
+
+async def compile_grammar(request: GrammarRequest, compiler: GrammarCompiler) -> LlguidanceGrammar:
+    """Raise PromptError if the grammar cannot be used, GrammarBusyError if too many wait to be compiled."""
+    try:
+        return await compiler.compile(request.spec)
+    except GrammarError as error:
+        raise PromptError(request.param, f"`{request.param}`: {error}.") from None
+
+
+def _response_format(value: dict[str, Any] | None) -> Iterator[GrammarRequest]:
+    if value is None or value.get("type") == "text":
+        return
+    param, kind = "response_format", value.get("type")
+    if kind == "json_object":
+        schema = value.get("schema")  # llama.cpp's
+        yield _request(GrammarKind.JSON_SCHEMA, _JSON_OBJECT if schema is None else schema, f"{param}.schema")
+    elif kind == "json_schema":
+        inner = value.get("json_schema")
+        if inner is None and isinstance(value.get("schema"), dict):  # SGLang's form
+            inner, path = value, param
+        else:
+            path = f"{param}.json_schema"
+        if not isinstance(inner, dict):
+            raise PromptError(path, f"`{path}` must be an object.", "invalid_type")
+        if not isinstance(inner.get("strict"), bool | None):
+            raise PromptError(f"{path}.strict", f"`{path}.strict` must be a boolean.", "invalid_type")
+        schema = inner.get("schema")
+        yield _request(GrammarKind.JSON_SCHEMA, _JSON_OBJECT if schema is None else schema, f"{path}.schema")
+    elif kind == "structural_tag":
+        yield _request(GrammarKind.STRUCTURAL_TAG, value, param)
+    else:
+        raise PromptError(f"{param}.type", f"`{param}.type` must be one of {', '.join(map(repr, _TYPES))}.")
+
+
+def _structured_outputs(value: StructuredOutputs | None) -> Iterator[GrammarRequest]:
+    if value is None:
+        return
+    param = "structured_outputs"
+    given: dict[str, Any] = {name: item for name, item in value.items() if item is not None}
+    stated = {name: given[name] for name in (*_STRUCTURED, "json_object") if name in given}
+    if len(stated) != 1:
+        names = ", ".join(f"`{name}`" for name in (*_STRUCTURED, "json_object"))
+        raise PromptError(param, f"`{param}` must have exactly one of {names}.")
+    [(name, item)] = stated.items()
+    if name == "json_object":
+        request = _json_object(item, f"{param}.json_object")
+    else:
+        request = _request(_STRUCTURED[name], item, f"{param}.{name}")
+    yield _with_options(request, {name: given[name] for name in _OPTIONS if given.get(name)}, f"{param}.")
+
+
+def _others(fields: GrammarFieldsOfOthers) -> Iterator[GrammarRequest]:
+    for name, kind in _FIELDS.items():
+        if (item := getattr(fields, name)) not in (None, ""):
+            pattern = fields.guided_whitespace_pattern if name.startswith("guided_") else None
+            yield _with_options(
+                _request(kind, item, name), {"guided_whitespace_pattern": pattern} if pattern else {}, ""
+            )
+    if fields.guided_json_object:
+        yield _json_object(True, "guided_json_object")
+
+
+def _json_object(value: bool, param: str) -> GrammarRequest:
+    if not value:
+        raise PromptError(param, f"`{param}` must be true.")
+    return GrammarRequest(GrammarSpec(GrammarKind.JSON_SCHEMA, _JSON_OBJECT), param)
+
+
+def _request(kind: GrammarKind, value: Any, param: str) -> GrammarRequest:
+    if kind in (GrammarKind.JSON_SCHEMA, GrammarKind.STRUCTURAL_TAG):
+        if not isinstance(value, dict | bool | str):
+            raise PromptError(param, f"`{param}` must be an object or a string.", "invalid_type")
+        text = value if isinstance(value, str) else json.dumps(value)
+    elif kind is GrammarKind.CHOICE:
+        if not value:
+            raise PromptError(param, f"`{param}` must contain at least one text.", "empty_array")
+        text = json.dumps(value)
+    else:
+        text = value
+    if not text.strip():
+        raise PromptError(param, f"`{param}` must not be empty.")
+    return GrammarRequest(GrammarSpec(kind, text), param)
+
+
+def _with_options(request: GrammarRequest, options: Mapping[str, Any], prefix: str) -> GrammarRequest:
+    """The grammar with options of JSON, which other kinds do not have."""
+    spec = request.spec
+    for name, value in options.items():
+        param = prefix + name
+        if spec.kind is not GrammarKind.JSON_SCHEMA:
+            raise PromptError(param, f"`{param}` needs a JSON schema.")
+        if name == "disable_additional_properties":
+            spec = replace(spec, closed=True)
+        else:
+            spec = replace(spec, whitespace="" if value is True else value)
+    return replace(request, spec=spec)

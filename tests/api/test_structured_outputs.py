@@ -1,0 +1,267 @@
+"""Fields that state a grammar, the answers in it, and the errors of those that cannot be used."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from serve.grammar.compiler import GrammarBusyError
+from tests.support.http_client import (
+    CHAT,
+    COMPLETIONS,
+    END,
+    Server,
+    body_of,
+    chat_body,
+    completion_body,
+    error_of,
+    shared_server,
+)
+
+PATHS = pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+TAG = {"structures": [{"begin": "<f>", "schema": SCHEMA, "end": "</f>"}], "triggers": ["<f>"]}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A server whose model wants to write "!!!...": instead it writes the next byte that is allowed."""
+    with shared_server(b"!" * 100) as server:
+        yield server
+
+
+async def text_of(server: Server, path: str, **fields: Any) -> str:
+    if path == CHAT:
+        choice = (await server.chat(max_tokens=40, **fields))["choices"][0]
+        text = choice["message"]["content"]
+    else:
+        choice = (await server.complete(max_tokens=40, **fields))["choices"][0]
+        text = choice["text"]
+    assert choice["finish_reason"] in ("stop", "length")
+    return str(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"response_format": FORMAT}, '{"a":-0}'),
+        ({"response_format": {"type": "json_schema", "schema": SCHEMA}}, '{"a":-0}'),
+        ({"response_format": {"type": "json_object", "schema": {"const": "x"}}}, '"x"'),
+        ({"structured_outputs": {"json": SCHEMA}}, '{"a":-0}'),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA), "disable_any_whitespace": True}}, '{"a":-0}'),
+        ({"structured_outputs": {"json": SCHEMA, "whitespace_pattern": "!"}}, '{!"a"!:!-0!}'),
+        ({"structured_outputs": {"regex": "[b-d]{3}"}}, "bbb"),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, "no"),
+        ({"structured_outputs": {"grammar": 'root ::= "x" [5-9]'}}, "x5"),
+        ({"json_schema": {"const": 1}}, "1"),
+        ({"json_schema": '{"const": 1}'}, "1"),
+        ({"regex": "[b-d]{3}"}, "bbb"),
+        ({"ebnf": 'root ::= "x" [5-9]'}, "x5"),
+        ({"grammar": "start: /x[5-9]/"}, "x5"),
+        ({"guided_json": SCHEMA, "guided_whitespace_pattern": "!"}, '{!"a"!:!-0!}'),
+        ({"guided_regex": "[b-d]{3}"}, "bbb"),
+        ({"guided_choice": ["yes", "no"]}, "no"),
+        ({"guided_grammar": 'root ::= "x" [5-9]', "structured_outputs": {"grammar": 'root ::= "x" [5-9]'}}, "x5"),
+    ],
+)
+@PATHS
+async def test_answer_follows_the_grammar(server: Server, path: str, fields: dict[str, Any], text: str) -> None:
+    assert await text_of(server, path, **fields) == text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"json_object": True}},
+        {"guided_json_object": True},
+    ],
+)
+@PATHS
+async def test_json_object(server: Server, path: str, fields: dict[str, Any]) -> None:
+    assert (await text_of(server, path, **fields)).startswith('{"')
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "structural_tag", **TAG}},
+        {"structured_outputs": {"structural_tag": json.dumps(TAG)}},
+        {"structural_tag": json.dumps(TAG)},
+    ],
+)
+async def test_structural_tag(fields: dict[str, Any]) -> None:
+    with shared_server(b"x<f>" + b"!" * 20) as server:
+        text = await text_of(server, CHAT, **fields)
+    assert text.startswith('x<f>{"a":-0}</f>!')
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "text"}},
+        {"response_format": None, "structured_outputs": None, "json_schema": None},
+        {"regex": "", "ebnf": "", "grammar": "", "json_schema": "", "structural_tag": "", "guided_json_object": False},
+    ],
+)
+@PATHS
+async def test_field_without_grammar(server: Server, path: str, fields: dict[str, Any]) -> None:
+    assert await text_of(server, path, **fields) == "!" * 40
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@PATHS
+async def test_stream_and_choices(server: Server, path: str, n: int) -> None:
+    fields: dict[str, Any] = {"structured_outputs": {"choice": ["yes", "no"]}, "n": n, "max_tokens": 9}
+    texts, reasons = [""] * n, list[str]()
+    for chunk in await (server.chat_stream if path == CHAT else server.complete_stream)(**fields):
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["delta"]["content"] if path == CHAT else choice["text"]
+            reasons += [choice["finish_reason"]] if choice["finish_reason"] else []
+    assert texts == ["no"] * n
+    assert reasons == ["stop"] * n
+    answer = await (server.chat if path == CHAT else server.complete)(**fields)
+    assert [choice["message"]["content"] if path == CHAT else choice["text"] for choice in answer["choices"]] == texts
+
+
+async def test_many_prompts(server: Server) -> None:
+    answer = await server.complete(prompt=["a", "b", [99]], regex="z", max_tokens=4)
+    assert [choice["text"] for choice in answer["choices"]] == ["z"] * 3
+
+
+async def test_chat_entries_have_the_allowed_mass(server: Server) -> None:
+    fields: dict[str, Any] = {"regex": "[ab]c", "max_tokens": 9, "logprobs": True}
+    plain = await server.chat(**fields | {"regex": None, "max_tokens": 2})
+    assert not plain["choices"][0]["logprobs"]["content"][0].keys() & {"allowed_mass", "forced", "processed_logprob"}
+    entries = (await server.chat(**fields))["choices"][0]["logprobs"]["content"]
+    assert [entry["token_id"] for entry in entries] == [ord("a"), ord("c"), END]
+    assert all(0 <= entry["allowed_mass"] < 1 for entry in entries)
+    assert [entry.get("forced") for entry in entries] == [None, True, True]
+    assert not any("processed_logprob" in entry for entry in entries)
+    entries = (await server.chat(**fields, return_processed_logprobs=True))["choices"][0]["logprobs"]["content"]
+    assert [entry["processed_logprob"] for entry in entries] == [entry["logprob"] for entry in entries]
+
+
+async def test_stream_has_the_entries_of_the_answer(server: Server) -> None:
+    fields: dict[str, Any] = {"regex": "[ab]c", "max_tokens": 9, "logprobs": True, "return_processed_logprobs": True}
+    chunks = await server.chat_stream(**fields)
+    logprobs = [choice["logprobs"] for chunk in chunks for choice in chunk["choices"]]
+    entries = [entry for part in logprobs if part is not None for entry in part["content"]]
+    assert entries == (await server.chat(**fields))["choices"][0]["logprobs"]["content"]
+
+
+async def test_completion_columns_have_the_allowed_mass(server: Server) -> None:
+    fields: dict[str, Any] = {"regex": "[ab]c", "max_tokens": 9, "logprobs": 1, "prompt": "Hi", "echo": True}
+    columns = (await server.complete(**fields, return_processed_logprobs=True))["choices"][0]["logprobs"]
+    assert columns["tokens"][:4] == ["H", "i", "a", "c"]
+    assert columns["forced"] == [None, None, False, True, True]
+    assert columns["processed_logprobs"][2:] == columns["token_logprobs"][2:]
+    assert columns["processed_logprobs"][:2] == columns["allowed_mass"][:2] == [None, None]
+    assert all(0 <= mass < 1 for mass in columns["allowed_mass"][2:])
+    plain = (await server.complete(**fields | {"regex": None}))["choices"][0]["logprobs"]
+    assert not plain.keys() & {"processed_logprobs", "allowed_mass", "forced"}
+
+
+async def test_processed_logprobs_without_a_grammar(server: Server) -> None:
+    answer = await server.chat(logprobs=True, return_processed_logprobs=True, max_tokens=2)
+    for entry in answer["choices"][0]["logprobs"]["content"]:
+        assert entry["processed_logprob"] == entry["logprob"]
+        assert "allowed_mass" not in entry
+
+
+JSON_SCHEMA = "response_format.json_schema"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"response_format": {}}, "response_format.type", "must be one of 'text', 'json_object', 'json_schema', "),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "must be one of"),
+        ({"response_format": {"type": "json_schema"}}, JSON_SCHEMA, "must be an object"),
+        ({"response_format": {"type": "json_schema", "json_schema": []}}, JSON_SCHEMA, "must be an object"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": [], "name": "x"}}},
+            f"{JSON_SCHEMA}.schema",
+            "must be an object or a string",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": 1}}},
+            f"{JSON_SCHEMA}.strict",
+            "must be a boolean",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"items": {"not": {}}}}}},
+            f"{JSON_SCHEMA}.schema",
+            "keyword `not` is not supported at `/items/not`.",
+        ),
+        (
+            {"response_format": {"type": "structural_tag", "structures": []}},
+            "response_format",
+            "`structures` must be a list that is not empty.",
+        ),
+        ({"structured_outputs": {}}, "structured_outputs", "must have exactly one of `json`, `regex`, `choice`, "),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "must have exactly one of"),
+        ({"structured_outputs": {"xml": "a"}}, "structured_outputs.xml", "Extra inputs are not permitted"),
+        ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object", "must be true"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "must contain at least one text"),
+        ({"structured_outputs": {"choice": [1]}}, "structured_outputs.choice[0]", "valid string"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex", "must not be empty"),
+        ({"structured_outputs": {"grammar": " "}}, "structured_outputs.grammar", "must not be empty"),
+        ({"structured_outputs": {"json": 3}}, "structured_outputs.json", "must be an object or a string"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "the schema is not JSON: line 1, column 2:"),
+        (
+            {"structured_outputs": {"regex": "a", "whitespace_pattern": " "}},
+            "structured_outputs.whitespace_pattern",
+            "needs a JSON schema",
+        ),
+        ({"structured_outputs": {"regex": "a("}}, "structured_outputs.regex", "unclosed group (character 2)."),
+        ({"ebnf": 'root ::= "a" |\n('}, "ebnf", "line 2, column 2: "),
+        ({"regex": 3}, "regex", "valid string"),
+        ({"guided_choice": []}, "guided_choice", "must contain at least one text"),
+        ({"regex": "a", "ebnf": 'root ::= "a"'}, "ebnf", "`ebnf` cannot be combined with `regex`."),
+        ({"regex": "a", "response_format": FORMAT}, "regex", "cannot be combined with `response_format`"),
+        ({"regex": "a", "ignore_eos": True}, "ignore_eos", "cannot be combined with a grammar"),
+        ({"return_processed_logprobs": True}, "return_processed_logprobs", "needs `logprobs`"),
+    ],
+)
+@PATHS
+async def test_error(server: Server, path: str, fields: dict[str, Any], param: str, message: str) -> None:
+    error = error_of(await server.post(path, body_of(path, **fields)), 400)
+    assert error["param"] == param
+    assert f"`{param}`" in error["message"]
+    assert message in error["message"]
+
+
+async def test_error_of_a_large_schema(server: Server) -> None:
+    schema = {"description": "x" * 10_000_000}
+    error = error_of(await server.post(CHAT, chat_body(json_schema=schema)), 400)
+    assert (error["param"], error["message"]) == (
+        "json_schema",
+        "`json_schema`: the grammar has more than 1048576 characters.",
+    )
+
+
+@PATHS
+async def test_error_of_a_full_queue(server: Server, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def compile_grammar(*_: Any) -> None:
+        raise GrammarBusyError
+
+    monkeypatch.setattr("serve.grammar.compiler.GrammarCompiler.compile", compile_grammar)
+    response = await server.post(path, body_of(path, regex="a"))
+    assert error_of(response, 503)["code"] == "too_many_grammars"
+    assert response.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_grammar_that_fails_at_run_time_is_an_error(server: Server, stream: bool) -> None:
+    body = completion_body(regex="(.*[ab].{80}b|.*b.{90}a)*", max_tokens=200, stream=stream, min_tokens=200)
+    response = await server.post(COMPLETIONS, body | {"regex": "a", "min_tokens": 3})
+    if stream:
+        *_, error, done = [line for line in response.text.split("\n\n") if line]
+        assert done == "data: [DONE]"
+        message = json.loads(error.removeprefix("data: "))["error"]["message"]
+    else:
+        message = error_of(response, 500)["message"]
+    assert "grammar" in message

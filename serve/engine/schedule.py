@@ -35,4 +35,5 @@ class Schedule:
     decodes: list[DecodeRow] = field(default_factory=list)  # rows of one request are neighbours, in order
 
     def __bool__(self) -> bool:
-        return bool(self.prefills or self.scores or self.scored or self.decodes)
+        work = (self.copies, self.prefills, self.scores, self.scored, self.started, self.decodes)
+        return any(work)

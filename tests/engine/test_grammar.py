@@ -221,6 +221,26 @@ def test_grammar_that_raises_ends_its_request(bench: CoreBench, caplog: pytest.L
     assert "a grammar failed" in caplog.text
 
 
+def test_request_that_waits_for_its_first_mask_gets_its_cached_page(
+    bench: CoreBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.engine.mask_updates._MAX_WAIT", 0)
+    bench.add("a", prompt_of(10), SamplingParams(3, temperature=0.0))
+    bench.run()
+    ready = threading.Event()
+    grammar = FakeGrammar(lambda _: MANY, before_fill=lambda _: assert_set(ready))
+    b = bench.add("b", prompt_of(10), constrained(grammar, 4, frequency_penalty=1.0))
+    for _ in range(3):
+        bench.step()  # copies the part of a page that the prompts share, and has no row yet
+    ready.set()
+    bench.run()
+    assert bench.outcome("b") == alone(b)
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(60)
+
+
 @pytest.mark.parametrize("length", [0, 3])
 def test_finished_grammar_without_a_stop_token_ends_the_text(bench: CoreBench, length: int) -> None:
     grammar = FakeGrammar(lambda _: MANY, ends=lambda before: len(before) == length)

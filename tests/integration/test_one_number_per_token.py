@@ -1,5 +1,7 @@
 """Promise 2: the same token after the same prefix has one log-prob, bit by bit, however it is computed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,8 @@ from hypothesis import strategies as st
 from compiled.runner import ModelRunner
 from model.weights.source import default_model_path
 from serve.engine.request import PromptScoring, SamplingParams
+from serve.engine.token_mask import TokenMask
+from tests.support.grammars import hashed
 from tests.support.in_process import Answer, run
 from tests.support.runners import make_runner
 
@@ -36,6 +40,13 @@ def runner(request: pytest.FixtureRequest) -> ModelRunner:
 
 def _greedy(tokens: int, *, score: bool = False) -> SamplingParams:
     return SamplingParams(max_tokens=tokens, temperature=0, prompt=PromptScoring() if score else None)
+
+
+def _constrained(seed: int) -> SamplingParams:
+    """Sampled with filters from a grammar; with penalties if the seed is odd."""
+    params = SamplingParams(24, temperature=0.9, top_p=0.95, top_k=50, seed=seed, return_processed=True)
+    params = replace(params, grammar=hashed(_VOCABULARY, seed=seed))
+    return replace(params, presence_penalty=0.5, repetition_penalty=1.2) if seed % 2 else params
 
 
 def _prompt(seed: int, length: int) -> list[int]:
@@ -141,3 +152,25 @@ def test_penalties_choose_the_same_tokens_in_a_batch(runner: ModelRunner) -> Non
     again = run(runner, {"score": (mine[0] + alone.token_ids, _greedy(0, score=True))})["score"].prompt
     assert again is not None
     assert again.logprob[len(mine[0]) - 1 :].tobytes() == np.array(alone.logprobs, np.float32).tobytes()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_grammar_with_forced_tokens_equals_one_token_after_another(runner: ModelRunner, seed: int) -> None:
+    mine = (_prompt(60 + seed, 60 + seed), _constrained(seed))
+    alone = run(runner, {"mine": mine})["mine"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenMask, "num_choices", 1)
+        plain = run(runner, {"mine": mine})["mine"]
+    assert alone.num_events < plain.num_events == 24
+    others = {f"other {i}": (_prompt(i, 10), _constrained(i) if i % 2 else _greedy(20)) for i in range(9)}
+    for answer in (alone, run(runner, {**others, "mine": mine})["mine"]):
+        assert replace(answer, num_events=24) == plain
+    masses, forced = np.array(plain.allowed_mass), np.array(plain.forced)
+    assert (np.array(plain.processed)[forced] == 0).all()
+    assert masses[forced].tobytes() == np.exp(np.array(plain.logprobs)[forced]).tobytes()
+    assert (masses < 1).any()
+    assert (masses == 1).any()
+    again = run(runner, {"score": (mine[0] + plain.token_ids, _greedy(0, score=True))})["score"].prompt
+    assert again is not None
+    assert again.logprob[len(mine[0]) - 1 :].tobytes() == np.array(plain.logprobs, np.float32).tobytes()
+    assert again.rank[len(mine[0]) - 1 :].tolist() == plain.ranks

@@ -38,8 +38,8 @@ class FakeMatcher:
     def fill(self, words: NDArray[np.uint32]) -> None:
         self.grammar.before_fill(self.tokens)
         words[:] = 0
-        for token in self.grammar.allowed(self.tokens):
-            words[token // 32] |= np.uint32(1 << token % 32)
+        tokens = np.fromiter(self.grammar.allowed(self.tokens), np.int64)
+        np.bitwise_or.at(words, tokens // 32, np.uint32(1) << (tokens % 32).astype(np.uint32))
 
     def advance(self, token: int) -> None:
         assert token in self.grammar.allowed(self.tokens)

@@ -26,6 +26,10 @@ class Answer:
     logprobs: list[np.float32] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
     top_logprobs: list[bytes] = field(default_factory=list)
+    processed: list[np.float32] = field(default_factory=list)
+    allowed_mass: list[np.float32] = field(default_factory=list)
+    forced: list[bool] = field(default_factory=list)
+    num_events: int = 0
     prompt: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
 
@@ -58,6 +62,10 @@ def _answers(core: EngineCore, requests: dict[str, tuple[list[int], SamplingPara
             answer.logprobs += list(event.logprobs.logprob)
             answer.ranks += [int(rank) for rank in event.logprobs.rank]
             answer.top_logprobs += [row.tobytes() for row in event.logprobs.top_logprobs]
+            answer.processed += list(event.processed.logprob) if event.processed else []
+            answer.allowed_mass += list(event.allowed_mass)
+            answer.forced += event.forced
+            answer.num_events += 1
             answer.prompt = event.prompt_logprobs or answer.prompt
             answer.finish_reason = event.finish_reason
     return answers

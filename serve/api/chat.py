@@ -28,7 +28,7 @@ from serve.tools.definitions import ToolRequest, tool_request
 from serve.tools.markup import ChatMarkup, markup_of
 from serve.tools.reply import ReplyFormat, reply_format
 
-_THINKING = ("enable_thinking", "thinking")  # variables of templates
+THINKING_VARIABLES = ("enable_thinking", "thinking")  # variables of templates
 _MAX_MARK = 16  # tokens
 _BLOCK = 256  # tokens whose entries are Python objects at the same time; they take five times as much as their JSON
 
@@ -208,7 +208,7 @@ def chat_text(body: ChatPromptFields, context: Context) -> str:
     fields = {"documents": body.documents, "reasoning_effort": body.reasoning_effort}
     variables: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
     if body.reasoning_effort is not None:
-        variables |= dict.fromkeys(_THINKING, body.reasoning_effort != "none")
+        variables |= dict.fromkeys(THINKING_VARIABLES, body.reasoning_effort != "none")
     markup, tools = chat_markup(body, context), chat_tools(body)
     variables |= markup.variables(tools)
     return context.chat_format.render(

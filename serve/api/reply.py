@@ -169,15 +169,18 @@ class ReplyWriter:
                     text = custom_input(self._inputs.pop(part.index))
                     yield {"tool_calls": [{"index": part.index, "custom": {"input": text}}]}
                 if with_logprobs:
-                    yield {"tool_calls": [{"index": part.index, "logprobs": self._call_logprobs(part)}]}
+                    yield {"tool_calls": [{"index": part.index, "logprobs": call_logprobs(part, self._logprobs)}]}
 
-    def _call_logprobs(self, call: CallEnd) -> dict[str, Any]:
-        def span(tokens: range) -> dict[str, Any]:
-            total = float(np.sum(self._logprobs[tokens.start : tokens.stop], dtype=np.float64))
-            return {"start": tokens.start, "end": tokens.stop, "logprob": total}
 
-        arguments = [{"name": argument.name} | span(argument.tokens) for argument in call.arguments]
-        return span(call.tokens) | {"arguments": arguments}
+def call_logprobs(call: CallEnd, logprobs: Sequence[float] | NDArray[np.float32]) -> dict[str, Any]:
+    """The tokens of a call and of its arguments, with the sums of their log-probs; `logprobs` of the whole output."""
+
+    def span(tokens: range) -> dict[str, Any]:
+        total = float(np.sum(logprobs[tokens.start : tokens.stop], dtype=np.float64))
+        return {"start": tokens.start, "end": tokens.stop, "logprob": total}
+
+    arguments = [{"name": argument.name} | span(argument.tokens) for argument in call.arguments]
+    return span(call.tokens) | {"arguments": arguments}
 
 
 def _extend(delta: dict[str, Any], field: Mapping[str, Any]) -> bool:

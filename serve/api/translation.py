@@ -6,22 +6,25 @@ from abc import abstractmethod
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol
 
+import orjson
 from pydantic import PrivateAttr
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from serve.api.chat import ChatHandler, token_entries
 from serve.api.errors import APIError
+from serve.api.generation import output_logprobs
 from serve.api.job import Job
-from serve.api.json_stream import Body, make_body
+from serve.api.json_stream import Body, dump, make_body
 from serve.api.middleware import AnswerRecord
+from serve.api.parsing import validate
+from serve.api.reply import call_logprobs
 from serve.api.requests import ChatCompletionRequest, OutputFields
 from serve.jobs.output import Output
 from serve.text.chat import PromptError
 from serve.text.output_parts import ArgumentsDelta, CallEnd, CallStart, Part, TextPart
-from serve.text.output_splitter import OutputSplitter
 
 
 class TranslatedChat(ChatCompletionRequest):
@@ -29,19 +32,20 @@ class TranslatedChat(ChatCompletionRequest):
 
     _source: Any = PrivateAttr(None)
 
-    @classmethod
-    def make(cls, body: OutputFields, source: Any, **fields: Any) -> Self:
-        """The request with the fields that `body` shares with chat, and with `fields`."""
-        chat = cls.model_validate({name: getattr(body, name) for name in OutputFields.model_fields} | fields)
-        chat._source = source
-        return chat
-
     @property
     def source(self) -> Any:
         """What the answer needs of the request that was received."""
         return self._source
 
 
+@dataclass(frozen=True, slots=True)
+class Translation:
+    body: OutputFields  # whose fields chat has, too
+    fields: dict[str, Any]  # further fields of the chat request
+    source: Any = None  # what the answer needs of the request
+
+
+type Renames = Sequence[tuple[str, str]]  # pattern of a field of chat, and the field of the other API
 type TranslatedJob = Job[TranslatedChat]
 
 
@@ -143,31 +147,35 @@ class TranslatedHandler(ChatHandler[TranslatedChat]):
 
     model = TranslatedChat
     collects_streams = True
-    renames: ClassVar[Sequence[tuple[str, str]]]  # pattern of a field of chat, and the field here
+    renames: ClassVar[Renames]
 
     async def __call__(self, request: HTTPRequest) -> Response:
         try:
-            with self._renamed():
+            with renamed(self.renames):
                 return await super().__call__(request)
         except _ReceivedFieldError as error:
             raise error.cause from None
 
     def _read(self, data: dict[str, Any], record: AnswerRecord) -> TranslatedChat:
         try:
-            return self._translated(data, record)
+            translation = self._translated(data, record)
         except (APIError, PromptError) as error:
             raise _ReceivedFieldError(error) from None
+        shared = {name: getattr(translation.body, name) for name in OutputFields.model_fields}
+        chat = validate(TranslatedChat, shared | translation.fields, self._context.unknown_fields)
+        chat._source = translation.source
+        return chat
 
     @abstractmethod
-    def _translated(self, data: dict[str, Any], record: AnswerRecord) -> TranslatedChat:
-        """Validate the fields of a body and make the chat request. Raise APIError or PromptError if one is invalid."""
+    def _translated(self, data: dict[str, Any], record: AnswerRecord) -> Translation:
+        """Validate the fields of a body and translate them. Raise APIError or PromptError if one is invalid."""
 
     @abstractmethod
     def _writer(self, job: TranslatedJob) -> Writer: ...
 
     async def _chunks(self, job: TranslatedJob) -> AsyncGenerator[dict[str, Any]]:
-        stream = _Stream(job, self._writer(job), self._splitter(job))
-        with self._renamed():
+        stream = _Stream(job, self._writer(job))
+        with renamed(self.renames):
             async with aclosing(self._deltas(job)) as deltas:
                 async for _, delta in deltas:
                     for event in stream.events(delta):
@@ -177,46 +185,68 @@ class TranslatedHandler(ChatHandler[TranslatedChat]):
 
     def _checked_body(self, job: TranslatedJob, outputs: Sequence[Output]) -> Body:
         [output] = outputs
-        items, splitter = Items(), self._splitter(job)
-        for part in splitter.push(output.token_ids, output.text, is_complete=True):
-            items.end_reasoning(part, splitter.answer_start)
+        items = Items()
+        for part in _parts(job, output, 0):
+            items.end_reasoning(part, output.answer_start)
             items.add(part)
         items.complete(len(output.token_ids))
         return make_body(self._writer(job).document(items.items, output))
 
-    def _splitter(self, job: TranslatedJob) -> OutputSplitter:
-        skip, reply = job.body.skip_special_tokens is not False, job.prompts[0].reply
-        make = OutputSplitter if reply is None else reply.splitter
-        return make(self._context.model.tokenizer, skip_special_tokens=skip)
 
-    @contextmanager
-    def _renamed(self) -> Iterator[None]:
-        """Raise errors in fields of the chat request as errors in the fields from which they were made."""
-        try:
-            yield
-        except PromptError as error:
-            param = self._rename(error.param)
-            raise PromptError(param, str(error).replace(f"`{error.param}`", f"`{param}`"), error.code) from None
-        except APIError as error:
-            if error.param is not None:
-                param = self._rename(error.param)
-                error.param, error.message = param, error.message.replace(f"`{error.param}`", f"`{param}`")
-            raise
+@contextmanager
+def renamed(renames: Renames) -> Iterator[None]:
+    """Raise errors in fields of the chat request as errors in the fields from which they were made."""
+    try:
+        yield
+    except PromptError as error:
+        param = _rename(error.param, renames)
+        raise PromptError(param, str(error).replace(f"`{error.param}`", f"`{param}`"), error.code) from None
+    except APIError as error:
+        if error.param is not None:
+            param = _rename(error.param, renames)
+            error.param, error.message = param, error.message.replace(f"`{error.param}`", f"`{param}`")
+        raise
 
-    def _rename(self, param: str) -> str:
-        for pattern, name in self.renames:
-            if re.match(pattern, param):
-                return re.sub(pattern, name, param)
-        return param
+
+def _rename(param: str, renames: Renames) -> str:
+    return next((re.sub(pattern, name, param) for pattern, name in renames if re.match(pattern, param)), param)
+
+
+def _parts(job: TranslatedJob, delta: Output, start: int) -> list[Part]:
+    """The parts of a delta whose first token has the index `start` in the output."""
+    if job.prompts[0].reply is None:
+        return [TextPart("content", delta.text, range(start, start + len(delta.token_ids)))]
+    return delta.parts
+
+
+def item_logprobs(job: TranslatedJob, item: Item, output: Output) -> dict[str, Any]:
+    """Fields of an item of a finished output: entries of its tokens, and of a complete call the sums of its arguments.
+
+    Empty if log-probs are not requested.
+    """
+    [choice] = job.choices
+    entries = token_entries(job, choice, output, slice(item.tokens.start, item.tokens.stop))
+    if choice.alternatives is None:
+        return {}
+    fields: dict[str, Any] = {
+        "logprobs": entries if isinstance(entries, orjson.Fragment) else orjson.Fragment(dump(entries))
+    }
+    if item.end is not None:
+        fields["call_logprobs"] = call_logprobs(item.end, output_logprobs(output, choice.alternatives).logprob)
+    return fields
+
+
+def warnings_of(job: TranslatedJob) -> dict[str, Any]:
+    reply = job.prompts[0].reply
+    return {"warnings": list(reply.warnings)} if reply is not None and reply.warnings else {}
 
 
 class _Stream:
     """The events of one stream."""
 
-    def __init__(self, job: TranslatedJob, writer: Writer, splitter: OutputSplitter) -> None:
+    def __init__(self, job: TranslatedJob, writer: Writer) -> None:
         self._job = job
         self._writer = writer
-        self._splitter = splitter
         self._items = Items()
         self._output = Output()
         self._unsent = Output()  # tokens that no event has had
@@ -228,16 +258,15 @@ class _Stream:
         output.add(delta)
         self._unsent.add(delta)
         self._job.unsent.add(choice, output, delta)
-        is_complete = delta.finish_reason is not None
-        for part in self._splitter.push(delta.token_ids, delta.text, is_complete=is_complete):
-            if items.end_reasoning(part, self._splitter.answer_start):
+        for part in _parts(self._job, delta, len(output.token_ids) - len(delta.token_ids)):
+            if items.end_reasoning(part, delta.answer_start):
                 yield from self._extended("")
             last = items.last if items.items else None
             if items.add(part):
                 yield from () if last is None else writer.close(last, output)
                 yield from writer.open(items.last)
             yield from self._extended(part.text if isinstance(part, TextPart | ArgumentsDelta) else "")
-        if is_complete:
+        if delta.finish_reason is not None:
             if items.complete(len(output.token_ids)):
                 yield from writer.open(items.last)
             yield from self._extended("")

@@ -10,7 +10,7 @@ from serve.api.messages.responses import MessageAnswer, MessageErrorAnswer, Mess
 from serve.engine.request import FinishReason, TokenEvent
 from serve.text.chat import PromptError
 from tests.support.events import named_events, types_of, without
-from tests.support.http_client import MODEL, Server, alter_events, answered, serving, submitted
+from tests.support.http_client import END, MODEL, Server, alter_events, answered, serving, submitted
 
 PATH, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 USER = {"role": "user", "content": "Hi"}
@@ -194,6 +194,80 @@ def test_error_message(message: Any, param: str, code: str) -> None:
 )
 async def test_error_field(server: Server, fields: dict[str, Any], param: str, code: str) -> None:
     assert error_in(await server.post(PATH, body_of(**fields)), 400) == ("invalid_request_error", param, code)
+
+
+SCRIPT = b'<think>Hm.</think>So: <tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
+TOOLS: dict[str, Any] = {
+    "tools": [{"name": "f", "input_schema": {"type": "object", "properties": {"x": {"type": "integer"}}}}]
+}
+PARSERS: dict[str, Any] = {"tool_call_parser": "hermes", "reasoning_parser": "think", "max_model_len": 2048}
+
+
+@pytest.mark.parametrize("max_tokens", [100, 5, 25, 50])
+async def test_thinking_and_calls_are_blocks(max_tokens: int) -> None:
+    fields = TOOLS | {"logprobs": True, "max_tokens": max_tokens}
+    async with serving(SCRIPT, **PARSERS) as server:
+        answer, events = await create(server, **fields), await stream(server, **fields)
+    blocks = answer["content"]
+    tokens = [entry["token_id"] for block in blocks for entry in block["logprobs"]]
+    assert tokens == [*SCRIPT, END][:max_tokens]
+    deltas = [event for event in events if event["type"] == "content_block_delta"]
+    assert [entry["token_id"] for event in deltas for entry in event["logprobs"]] == tokens
+    starts = [event["content_block"] for event in events if event["type"] == "content_block_start"]
+    assert [block["type"] for block in starts] == [block["type"] for block in blocks]
+    if max_tokens == 100:
+        thinking, text, call = blocks
+        assert (thinking["thinking"], text["text"]) == ("Hm.", "So:")
+        assert (call["name"], call["input"], answer["stop_reason"]) == ("f", {"x": 1}, "tool_use")
+        json_text = "".join(event["delta"]["partial_json"] for event in deltas if event["index"] == 2)
+        assert json.loads(json_text) == call["input"]
+        stops = [event for event in events if event["type"] == "content_block_stop"]
+        assert stops[2]["call_logprobs"] == call["call_logprobs"]
+        assert call["call_logprobs"]["arguments"][0]["name"] == "x"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"tools": [{"name": "f"}]}, "tools[0].input_schema", "missing_required_parameter"),
+        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type", "invalid_value"),
+        ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name", "invalid_value"),
+        (
+            {"tools": [{"name": "f", "input_schema": {"type": "array"}}]},
+            "tools[0].input_schema",
+            "invalid_function_parameters",
+        ),
+        ({"tool_choice": {"type": "any"}}, "tool_choice", "invalid_value"),
+        (TOOLS | {"tool_choice": {"type": "tool"}}, "tool_choice.name", "invalid_value"),
+        (TOOLS | {"tool_choice": {"type": "tool", "name": "g"}}, "tool_choice.name", "invalid_value"),
+        (
+            {"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}},
+            "output_config.format.schema",
+            "invalid_value",
+        ),
+    ],
+)
+async def test_error_field_of_tools_and_formats(server: Server, fields: dict[str, Any], param: str, code: str) -> None:
+    assert error_in(await server.post(PATH, body_of(**fields)), 400)[1:] == (param, code)
+
+
+async def test_output_format_is_response_format_of_chat() -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"], "additionalProperties": False}
+    async with serving(b'{"a": "x"}') as server:
+        answer = await create(
+            server, output_config={"format": {"type": "json_schema", "schema": schema}}, logprobs=True
+        )
+    [block] = answer["content"]
+    assert block["text"] == '{"a": "x"}'
+    assert all("allowed_mass" in entry for entry in block["logprobs"])
+
+
+async def test_thinking_is_a_variable_of_the_template() -> None:
+    template = "{{ enable_thinking }} {{ reasoning_effort }}"
+    async with serving(chat_template=template) as server:
+        requests = submitted(server)
+        await create(server, thinking={"type": "disabled"}, output_config={"effort": "low"})
+    assert bytes(requests[0].prompt_token_ids).decode() == "False low"
 
 
 async def test_errors_of_the_server_have_the_envelope() -> None:

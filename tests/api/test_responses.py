@@ -12,11 +12,8 @@ import pytest
 
 from serve.api.responses_api.input_items import chat_messages, read_input
 from serve.api.responses_api.responses import DeletedResponse, InputItems, ResponsesAnswer, ResponsesEvent
-from serve.api.translation import TranslatedHandler
 from serve.engine.request import FinishReason, TokenEvent
 from serve.text.chat import PromptError
-from serve.text.output_splitter import OutputSplitter, ReasoningMarks
-from serve.tools.formats import HERMES
 from tests.support.events import named_events, types_of, without
 from tests.support.http_client import (
     END,
@@ -139,7 +136,7 @@ async def test_stream_without_log_probs_has_no_empty_delta() -> None:
         events = await stream(server)
         assert [event["delta"] for event in events if "delta" in event] == ["é"]
         deltas = [event for event in await stream(server, **LOGPROBS) if "delta" in event]
-        assert [(event["delta"], len(event["logprobs"])) for event in deltas] == [("é", 2), ("", 1)]
+        assert [(event["delta"], len(event["logprobs"])) for event in deltas] == [("", 1), ("é", 1), ("", 1)]
 
 
 async def test_output_without_text_is_an_empty_message() -> None:
@@ -322,24 +319,15 @@ async def test_disconnect_aborts_the_request_and_stores_nothing(stream: bool, tm
 
 
 SCRIPT = b'<think>Hm.</think>Let me see. <tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
+TOOL = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+CALLS: dict[str, Any] = {"tools": [TOOL]}
+PARSERS: dict[str, Any] = {"tool_call_parser": "hermes", "reasoning_parser": "think", "max_model_len": 2048}
 
 
-@pytest.fixture
-def split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs are split as those of a model that thinks and calls functions."""
-
-    def splitter(self: TranslatedHandler, _: Any) -> OutputSplitter:
-        marks, tokenizer = ReasoningMarks("<think>", "</think>"), self._context.model.tokenizer
-        return OutputSplitter(tokenizer, HERMES.parser({"f": {}}), reasoning=marks)
-
-    monkeypatch.setattr(TranslatedHandler, "_splitter", splitter)
-
-
-@pytest.mark.usefixtures("split")
-@pytest.mark.parametrize("max_tokens", [None, 5, 30, 45, 60])
+@pytest.mark.parametrize("max_tokens", [None, 5, 30, 45, 72])
 async def test_every_token_is_in_one_item(max_tokens: int | None) -> None:
-    async with serving(SCRIPT) as server:
-        fields = LOGPROBS | {"max_output_tokens": max_tokens}
+    async with serving(SCRIPT, **PARSERS) as server:
+        fields = LOGPROBS | CALLS | {"max_output_tokens": max_tokens}
         events, answer = await stream(server, **fields), await create(server, **fields)
     final = events[-1]["response"]
     assert without(final, *IDS, "call_id", "usage") == without(answer, *IDS, "call_id", "usage")
@@ -350,17 +338,20 @@ async def test_every_token_is_in_one_item(max_tokens: int | None) -> None:
     streamed = [entry for event in events if event["type"].endswith(".delta") for entry in event["logprobs"]]
     assert [entry["token_id"] for entry in streamed] == tokens
     assert [event["item"] for event in events if event["type"] == "response.output_item.done"] == final["output"]
+    if max_tokens == 72:
+        assert [item["status"] for item in items] == ["completed", "completed", "incomplete"]
 
 
-@pytest.mark.usefixtures("split")
 async def test_reasoning_and_calls_are_items() -> None:
-    async with serving(SCRIPT) as server:
-        answer, events = await create(server), await stream(server)
+    async with serving(SCRIPT, **PARSERS) as server:
+        answer, events = await create(server, **CALLS), await stream(server, **CALLS)
     reasoning, message, call = answer["output"]
     assert (reasoning["type"], reasoning["content"]) == ("reasoning", [{"type": "reasoning_text", "text": "Hm."}])
     assert message["content"][0]["text"] == "Let me see."
     assert (call["type"], call["name"], call["arguments"]) == ("function_call", "f", '{"x": 1}')
     assert answer["usage"]["output_tokens_details"]["reasoning_tokens"] == len("<think>Hm.</think>")
+    assert without(answer["tools"], "description", "strict") == [TOOL]
+    assert "warnings" in answer  # the template shows no tools
     assert types_of(events)[2:] == [
         "response.output_item.added",
         "response.reasoning_text.delta",
@@ -378,6 +369,75 @@ async def test_reasoning_and_calls_are_items() -> None:
         "response.output_item.done",
         "response.completed",
     ]
+
+
+async def test_call_has_log_probs_of_its_arguments() -> None:
+    async with serving(SCRIPT, **PARSERS) as server:
+        *_, call = (await create(server, **CALLS, **LOGPROBS))["output"]
+        chat_tools = [{"type": "function", "function": {name: TOOL[name] for name in ("name", "parameters")}}]
+        message = (await server.chat(tools=chat_tools, logprobs=True))["choices"][0]["message"]
+    assert call["call_logprobs"] == message["tool_calls"][0]["logprobs"]
+    [argument] = call["call_logprobs"]["arguments"]
+    start = SCRIPT.index(b"1}")
+    assert (argument["name"], argument["start"], argument["end"]) == ("x", start, start + 1)
+    assert argument["logprob"] == pytest.approx(-(start + 1) / 10, abs=1e-6)
+
+
+async def test_output_with_a_call_is_input_of_the_next() -> None:
+    async with serving(SCRIPT, **PARSERS) as server:
+        first = await create(server, **CALLS, **LOGPROBS)
+        call_id = first["output"][-1]["call_id"]
+        result = {"type": "function_call_output", "call_id": call_id, "output": "2"}
+        items = [{"role": "user", "content": "Hi"}, *first["output"], result]
+        prompt = await prompt_of(server, input=items, **CALLS)
+        assert '{"name": "f", "arguments": {"x": 1}}' in prompt
+        assert "Let me see." in prompt
+        assert prompt.index("Let me see.") < prompt.rindex("2")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"tools": [{"type": "web_search"}]}, ("tools[0].type", "invalid_value")),
+        ({"tools": [{"type": "function"}]}, ("tools[0].name", "missing_required_parameter")),
+        ({"tools": [TOOL | {"name": "a b"}]}, ("tools[0].name", "invalid_value")),
+        ({"tools": [TOOL, TOOL]}, ("tools[1].name", "invalid_value")),
+        ({"tools": [TOOL | {"parameters": {"type": "array"}}]}, ("tools[0].parameters", "invalid_function_parameters")),
+        ({"tool_choice": "required"}, ("tool_choice", "invalid_value")),
+        (CALLS | {"tool_choice": {"type": "function", "name": "g"}}, ("tool_choice.name", "invalid_value")),
+        (CALLS | {"tool_choice": {"type": "file_search"}}, ("tool_choice", "invalid_value")),
+        (
+            CALLS
+            | {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "g"}]}},
+            ("tool_choice.tools[0].name", "invalid_value"),
+        ),
+        ({"text": {"format": {"type": "xml"}}}, ("text.format.type", "invalid_value")),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"not": {}}}}},
+            ("text.format.schema", "invalid_value"),
+        ),
+        ({"text": {"verbosity": "low"}}, ("text.verbosity", "invalid_value")),
+        ({"response_format": {"type": "json_object"}}, ("response_format", "unsupported_parameter")),
+    ],
+)
+async def test_error_field_of_tools_and_formats(server: Server, fields: Any, expected: tuple[str, str]) -> None:
+    assert await refused(server, **fields) == expected
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"], "additionalProperties": False}
+
+
+async def test_text_format_is_response_format_of_chat() -> None:
+    async with serving(b'{"a": "x"}') as server:
+        form = {"type": "json_schema", "name": "n", "schema": SCHEMA, "strict": True}
+        answer = await create(server, text={"format": form}, **LOGPROBS)
+        chat_form = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}
+        [choice] = (await server.chat(response_format=chat_form, logprobs=True))["choices"]
+    [part] = answer["output"][0]["content"]
+    assert part["text"] == choice["message"]["content"] == '{"a": "x"}'
+    assert part["logprobs"] == choice["logprobs"]["content"]
+    assert all("allowed_mass" in entry for entry in part["logprobs"])
+    assert answer["text"]["format"] == form
 
 
 async def test_conversation_of_stored_responses(tmp_path: Path) -> None:

@@ -9,16 +9,32 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve.api.chat import chat_text, token_entries
+from serve.api.chat import THINKING_VARIABLES, chat_text
 from serve.api.context import Context
 from serve.api.errors import invalid
 from serve.api.json_stream import json_response
-from serve.api.messages.requests import CountTokensRequest, MessagesPromptFields, MessagesRequest, chat_messages
+from serve.api.messages.requests import (
+    AnthropicTool,
+    CountTokensRequest,
+    MessagesPromptFields,
+    MessagesRequest,
+    chat_choice,
+    chat_messages,
+)
 from serve.api.middleware import AnswerRecord
 from serve.api.parsing import check_extra, check_levels, validate
 from serve.api.request_body import json_object
 from serve.api.requests import ChatPromptFields
-from serve.api.translation import Item, TranslatedChat, TranslatedHandler, TranslatedJob
+from serve.api.translation import (
+    Item,
+    TranslatedChat,
+    TranslatedHandler,
+    TranslatedJob,
+    Translation,
+    item_logprobs,
+    renamed,
+    warnings_of,
+)
 from serve.api.validation import check_size, served_name
 from serve.jobs.output import Output
 
@@ -30,22 +46,30 @@ _DELTAS = {
 
 
 class Messages(TranslatedHandler):
-    renames = ((r"^max_completion_tokens$", "max_tokens"), (r"^stop$", "stop_sequences"))
+    renames = (
+        (r"^max_completion_tokens$", "max_tokens"),
+        (r"^stop$", "stop_sequences"),
+        (r"^response_format", "output_config.format"),
+        (r"^reasoning_effort$", "output_config.effort"),
+        (r"^tools\[(\d+)\]\.function\.parameters", r"tools[\1].input_schema"),
+        (r"^tools\[(\d+)\]\.function", r"tools[\1]"),
+        (r"^tool_choice\.function", "tool_choice"),
+    )
 
-    def _translated(self, data: dict[str, Any], record: AnswerRecord) -> TranslatedChat:
+    def _translated(self, data: dict[str, Any], record: AnswerRecord) -> Translation:
         del record
         body = validate(MessagesRequest, data, self._context.unknown_fields)
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs", "`top_logprobs` needs `logprobs` to be true.")
-        return TranslatedChat.make(
-            body,
-            None,
-            **_prompt(body, self._context),
-            stop=body.stop_sequences,
-            max_completion_tokens=body.max_tokens,
-            logprobs=body.logprobs,
-            top_logprobs=body.top_logprobs,
-        )
+        form = body.output_config.format if body.output_config else None
+        fields = {
+            "response_format": None if form is None else form.model_dump(by_alias=True),
+            "stop": body.stop_sequences,
+            "max_completion_tokens": body.max_tokens,
+            "logprobs": body.logprobs,
+            "top_logprobs": body.top_logprobs,
+        }
+        return Translation(body, _prompt(body, self._context) | fields)
 
     def _header(self, body: TranslatedChat, record: AnswerRecord) -> dict[str, Any]:
         header = super()._header(body, record)
@@ -82,8 +106,9 @@ class _Writer:
         yield event | ({} if logprobs is None else {"logprobs": logprobs})
 
     def close(self, item: Item, output: Output) -> Iterator[dict[str, Any]]:
-        del output
-        yield {"type": "content_block_stop", "index": item.index}
+        logprobs = item_logprobs(self._job, item, output) if item.end is not None else {}
+        others = {name: value for name, value in logprobs.items() if name != "logprobs"}
+        yield {"type": "content_block_stop", "index": item.index} | others
 
     def end(self, items: Sequence[Item], output: Output) -> Iterator[dict[str, Any]]:
         yield from self.close(items[-1], output)
@@ -92,16 +117,12 @@ class _Writer:
         yield {"type": "message_stop"}
 
     def document(self, items: Sequence[Item], output: Output) -> dict[str, Any]:
-        [choice] = self._job.choices
-        blocks = []
-        for item in items:
-            logprobs = token_entries(self._job, choice, output, slice(item.tokens.start, item.tokens.stop))
-            blocks.append(_block(item, item.text) | ({} if logprobs is None else {"logprobs": logprobs}))
+        blocks = [_block(item, item.text) | item_logprobs(self._job, item, output) for item in items]
         usage = _usage(self._job, output.cached_tokens, len(output.token_ids))
         return self._message(blocks, _stop(items, output), usage)
 
     def _message(self, content: list[Any], stop: dict[str, Any], usage: dict[str, Any]) -> dict[str, Any]:
-        return self._job.header | {"content": content} | stop | {"usage": usage}
+        return self._job.header | {"content": content} | stop | {"usage": usage} | warnings_of(self._job)
 
 
 def _block(item: Item, text: str) -> dict[str, Any]:
@@ -153,8 +174,21 @@ def _prompt(body: MessagesPromptFields, context: Context) -> dict[str, Any]:
     check_levels({"messages": body.messages, "system": body.system, "chat_template_kwargs": variables})
     messages, unread = chat_messages(body)
     check_extra(unread, (), context.unknown_fields, "messages[].content[].")
+    tools = [tool.model_dump() for tool in body.tools or ()]
+    check_levels({"tools": tools})
+    for tool in body.tools or ():
+        check_extra(tool.model_extra or {}, AnthropicTool.model_fields, context.unknown_fields, "tools[].")
+    if body.thinking is not None and body.thinking.type == "disabled":
+        variables = dict.fromkeys(THINKING_VARIABLES, False) | (variables or {})
     prefilled = messages[-1]["role"] == "assistant"
-    return {"messages": messages, "continue_final_message": prefilled or None, "chat_template_kwargs": variables}
+    return {
+        "messages": messages,
+        "continue_final_message": prefilled or None,
+        "chat_template_kwargs": variables,
+        "tools": [tool.chat_form for tool in body.tools] if body.tools else None,
+        "reasoning_effort": body.output_config.effort if body.output_config else None,
+        **chat_choice(body.tool_choice),
+    }
 
 
 class CountTokens:
@@ -169,6 +203,8 @@ class CountTokens:
         context = self._context
         body = validate(CountTokensRequest, json_object(data), context.unknown_fields)
         served_name(body.model, context.model.names)
-        text = chat_text(ChatPromptFields.model_validate(_prompt(body, context)), context)
-        check_size("messages", text, context.engine.limits)
-        return json_response({"input_tokens": len(context.chat_format.encode(text))})
+        fields = _prompt(body, context)
+        with renamed(Messages.renames):
+            text = chat_text(validate(ChatPromptFields, fields, context.unknown_fields), context)
+            check_size("messages", text, context.engine.limits)
+            return json_response({"input_tokens": len(context.chat_format.encode(text))})

@@ -20,17 +20,58 @@ _MESSAGE = {
 _BLOCK_FIELDS = {
     "text": ("text", "citations", "logprobs", "parsed_output"),
     "thinking": ("thinking", "signature", "logprobs"),
-    "tool_use": ("id", "name", "input", "caller", "logprobs"),
+    "tool_use": ("id", "name", "input", "caller", "logprobs", "call_logprobs"),
     "tool_result": ("tool_use_id", "content", "is_error"),
 }
 
 
-class ThinkingOff(BaseModel):
-    """`thinking`."""
-
+class _Options(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    type: Literal["disabled"]
+
+class Thinking(_Options):
+    """`thinking`. Adaptive: as the chat template has it."""
+
+    type: Literal["disabled", "adaptive"]
+
+
+class OutputFormat(_Options):
+    """`output_config.format`."""
+
+    type: Literal["json_schema"]
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(_Options):
+    """`output_config`."""
+
+    format: OutputFormat | None = None
+    effort: str | None = None  # variable of the chat template
+
+
+class AnthropicTool(BaseModel):
+    """An element of `tools`."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: Literal["custom"] | None = None
+    name: str
+    description: str | None = None
+    input_schema: dict[str, Any]
+    strict: bool | None = None
+
+    @property
+    def chat_form(self) -> dict[str, Any]:
+        function = {"name": self.name, "description": self.description, "parameters": self.input_schema}
+        return {"type": "function", "function": function | {"strict": self.strict}}
+
+
+class AnthropicToolChoice(_Options):
+    """`tool_choice`."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
 
 
 class MessagesPromptFields(BaseModel):
@@ -40,7 +81,10 @@ class MessagesPromptFields(BaseModel):
         Any, WithJsonSchema({"type": "array", "items": _MESSAGE, "minItems": 1, "maxItems": MAX_ITEMS})
     ] = None
     system: Annotated[Any, WithJsonSchema(_CONTENT)] = None
-    thinking: ThinkingOff | None = None
+    tools: Annotated[list[AnthropicTool], Field(fail_fast=True)] | None = None
+    tool_choice: AnthropicToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -61,6 +105,18 @@ class CountTokensRequest(MessagesPromptFields):
     model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"required": ["messages"]})
 
     model: str | None = None
+
+
+def chat_choice(choice: AnthropicToolChoice | None) -> dict[str, Any]:
+    """`tool_choice` and `parallel_tool_calls` of a chat. Raise PromptError for a choice without a name."""
+    if choice is None:
+        return {}
+    if (choice.name is None) == (choice.type == "tool"):
+        message = "`tool_choice.name` is needed for the type tool, and for no other."
+        raise PromptError("tool_choice.name", message)
+    named = {"type": "function", "function": {"name": choice.name}}
+    form = {"auto": "auto", "any": "required", "tool": named, "none": "none"}[choice.type]
+    return {"tool_choice": form, "parallel_tool_calls": not choice.disable_parallel_tool_use}
 
 
 def chat_messages(body: MessagesPromptFields) -> tuple[list[dict[str, Any]], dict[str, Any]]:

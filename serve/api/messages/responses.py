@@ -4,10 +4,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from serve.api.reply import CallLogprobs
 from serve.api.responses import Answer, TokenEntry
 from serve.config.config import LogprobsMode
 
 _Logprobs = Annotated[list[TokenEntry], Field(description="of all tokens of the block; not part of Anthropic's API")]
+_CallLogprobs = Annotated[CallLogprobs, Field(description="of a complete call; not part of Anthropic's API")]
 _StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
 
@@ -30,6 +32,7 @@ class ToolUseBlock(Answer):
     name: str
     input: dict[str, Any]
     logprobs: _Logprobs | None = None
+    call_logprobs: _CallLogprobs | None = None
 
 
 type Block = Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discriminator="type")]
@@ -53,6 +56,7 @@ class MessageAnswer(Answer):
     stop_reason: _StopReason | None
     stop_sequence: str | None
     usage: MessagesUsage
+    warnings: list[str] | None = None
 
 
 class MessageDelta(Answer):
@@ -97,6 +101,7 @@ class MessageEvent(Answer):
     delta: MessageDelta | None = None
     usage: MessagesUsage | None = None
     logprobs: _Logprobs | None = None
+    call_logprobs: _CallLogprobs | None = None
     error: MessageErrorDetail | None = None
 
 

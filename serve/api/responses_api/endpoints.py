@@ -15,10 +15,10 @@ from serve.api.json_stream import json_response
 from serve.api.middleware import AnswerRecord, record_of
 from serve.api.parsing import check_extra, check_levels, validate
 from serve.api.responses_api.input_items import chat_messages, listed, read_input, unread_fields
-from serve.api.responses_api.requests import LOGPROBS, ResponsesRequest
+from serve.api.responses_api.requests import LOGPROBS, ResponsesRequest, ResponsesTool, chat_choice
 from serve.api.responses_api.store import ResponseStore, StoredResponse
 from serve.api.responses_api.writer import ResponseSource, ResponseWriter
-from serve.api.translation import TranslatedChat, TranslatedHandler, TranslatedJob
+from serve.api.translation import TranslatedChat, TranslatedHandler, TranslatedJob, Translation
 
 _FLAG = "start the server with --response-store"
 _MAX_LISTED, _DEFAULT_LISTED = 100, 20  # items of a page
@@ -26,19 +26,28 @@ _METADATA = (16, 64, 512)  # pairs, characters of a key and of a value
 
 
 class Responses(TranslatedHandler):
-    renames = ((r"^messages.*", "input"), (r"^(max_tokens|max_completion_tokens)$", "max_output_tokens"))
-    collects_streams = True
+    renames = (
+        (r"^messages.*", "input"),
+        (r"^(max_tokens|max_completion_tokens)$", "max_output_tokens"),
+        (r"^response_format(\.json_schema)?", "text.format"),
+        (r"^reasoning_effort$", "reasoning.effort"),
+        (r"^tools\[(\d+)\]\.function", r"tools[\1]"),
+        (r"^tool_choice\.function", "tool_choice"),
+        (r"^tool_choice\.allowed_tools\.tools\[(\d+)\]\.function", r"tool_choice.tools[\1]"),
+        (r"^tool_choice\.allowed_tools", "tool_choice"),
+    )
 
     def __init__(self, context: Context, store: ResponseStore | None) -> None:
         super().__init__(context)
         self._store = store
 
-    def _translated(self, data: dict[str, Any], record: AnswerRecord) -> TranslatedChat:
+    def _translated(self, data: dict[str, Any], record: AnswerRecord) -> Translation:
         unknown = self._context.unknown_fields
         body = validate(ResponsesRequest, data, unknown)
-        check_levels(
-            {"input": body.input, "metadata": body.metadata, "chat_template_kwargs": body.chat_template_kwargs}
-        )
+        names = ("input", "metadata", "chat_template_kwargs", "tools", "tool_choice")
+        check_levels({name: data.get(name) for name in names})
+        for tool in body.tools or ():
+            check_extra(tool.model_extra or {}, ResponsesTool.model_fields, unknown, "tools[].")
         _check_metadata(body.metadata or {})
         items = read_input(body.input)
         for prefix, fields in zip(("input[].", "input[].content[]."), unread_fields(items), strict=True):
@@ -48,17 +57,22 @@ class Responses(TranslatedHandler):
         with_logprobs = LOGPROBS in (body.include or ())
         if body.top_logprobs and not with_logprobs:
             raise invalid("top_logprobs", f"`top_logprobs` needs {LOGPROBS!r} in `include`.")
-        return TranslatedChat.make(
-            body,
-            ResponseSource(body, record.owner, orjson.dumps(earlier + items) if self._stores(body) else None),
-            messages=instructions + chat_messages(earlier + items, stored=len(earlier)),
-            stop=body.stop,
-            max_completion_tokens=body.max_output_tokens,
-            logprobs=with_logprobs,
-            top_logprobs=body.top_logprobs,
-            reasoning_effort=body.reasoning.effort if body.reasoning else None,
-            chat_template_kwargs=body.chat_template_kwargs,
-        )
+        fields = {
+            "messages": instructions + chat_messages(earlier + items, stored=len(earlier)),
+            "stop": body.stop,
+            "max_completion_tokens": body.max_output_tokens,
+            "logprobs": with_logprobs,
+            "top_logprobs": body.top_logprobs,
+            "response_format": body.text.chat_form if body.text else None,
+            "structured_outputs": body.structured_outputs,
+            "reasoning_effort": body.reasoning.effort if body.reasoning else None,
+            "chat_template_kwargs": body.chat_template_kwargs,
+            "tools": [tool.chat_form for tool in body.tools] if body.tools else None,
+            "tool_choice": chat_choice(body.tool_choice),
+            "parallel_tool_calls": body.parallel_tool_calls,
+        }
+        kept = orjson.dumps(earlier + items) if self._stores(body) else None
+        return Translation(body, fields, ResponseSource(body, record.owner, kept))
 
     def _stores(self, body: ResponsesRequest) -> bool:
         if body.store and self._store is None:
@@ -94,7 +108,8 @@ class Responses(TranslatedHandler):
 def _without_logprobs(item: dict[str, Any]) -> dict[str, Any]:
     content = item.get("content") or ()
     parts = [{name: value for name, value in part.items() if name != "logprobs"} for part in content]
-    return {name: value for name, value in item.items() if name != "logprobs"} | ({"content": parts} if parts else {})
+    others = {name: value for name, value in item.items() if name not in ("logprobs", "call_logprobs")}
+    return others | ({"content": parts} if parts else {})
 
 
 def _check_metadata(metadata: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from serve.text.chat import MAX_ITEMS, PromptError
 _ROLES = ("user", "assistant", "system", "developer")
 _PART_TEXTS = {"input_text": "text", "output_text": "text", "refusal": "refusal"}
 # Known fields of items and parts, some of which change nothing.
-_COMMON = ("type", "id", "status", "logprobs")
+_COMMON = ("type", "id", "status", "logprobs", "call_logprobs")
 _ITEM_FIELDS = {
     "message": (*_COMMON, "role", "content", "phase"),
     "function_call": (*_COMMON, "call_id", "name", "arguments", "namespace", "parsed_arguments"),

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from serve.api.reply import CallLogprobs
 from serve.api.responses import Answer, TokenEntry
 from serve.config.config import LogprobsMode
 
@@ -48,6 +49,9 @@ class FunctionCallItem(Answer):
     name: str
     arguments: str
     logprobs: _Logprobs | None = None
+    call_logprobs: Annotated[CallLogprobs | None, Field(description="of a complete call; not part of OpenAI's API")] = (
+        None
+    )
 
 
 type OutputItem = Annotated[MessageItem | ReasoningItem | FunctionCallItem, Field(discriminator="type")]
@@ -113,6 +117,7 @@ class ResponsesAnswer(Answer):
     truncation: Literal["disabled"]
     usage: ResponsesUsage | None
     user: str | None
+    warnings: list[str] | None = None
 
 
 class ResponsesEvent(Answer):

@@ -5,13 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
-from serve.api.chat import token_entries
 from serve.api.json_stream import dump
 from serve.api.responses_api.requests import ResponsesRequest
 from serve.api.responses_api.store import ResponseStore, StoredResponse
-from serve.api.translation import Item, TranslatedJob
+from serve.api.translation import Item, TranslatedJob, item_logprobs, warnings_of
 from serve.jobs.output import Output
 
 _EVENTS = {"content": "output_text", "reasoning": "reasoning_text", "call": "function_call_arguments"}
@@ -43,7 +40,7 @@ class ResponseWriter:
             yield self._event(kind, response=self._response("in_progress"))
 
     def open(self, item: Item) -> Iterator[dict[str, Any]]:
-        added = self._item(item, "in_progress", "", [])
+        added = self._item(item, "in_progress", "", {})
         if item.kind != "call":
             added["content"] = []
         yield self._event("response.output_item.added", output_index=item.index, item=added)
@@ -79,12 +76,10 @@ class ResponseWriter:
 
     def _complete(self, item: Item, output: Output) -> dict[str, Any]:
         """The item as the response contains it."""
-        [choice] = self._job.choices
-        entries = token_entries(self._job, choice, output, slice(item.tokens.start, item.tokens.stop))
-        if isinstance(entries, list):
-            entries = orjson.Fragment(dump(entries))
         cut = output.finish_reason == "length" and item.tokens.stop == len(output.token_ids)
-        self._done.append(self._item(item, "incomplete" if cut else "completed", item.text, entries))
+        cut = cut or (item.kind == "call" and item.end is None)
+        logprobs = item_logprobs(self._job, item, output)
+        self._done.append(self._item(item, "incomplete" if cut else "completed", item.text, logprobs))
         return self._done[-1]
 
     def _final(self, items: Sequence[Item], output: Output) -> dict[str, Any]:
@@ -95,21 +90,20 @@ class ResponseWriter:
             self._store.put(self._call.owner, response["id"], StoredResponse(dump(response), self._call.items))
         return response
 
-    def _item(self, item: Item, status: str, text: str, logprobs: Any) -> dict[str, Any]:
-        """OpenAI has a place for the log-probs of messages alone; other items have them in a field of their own."""
+    def _item(self, item: Item, status: str, text: str, logprobs: dict[str, Any]) -> dict[str, Any]:
+        """OpenAI has a place for the log-probs of messages alone; other items have them in fields of their own."""
         fields: dict[str, Any] = {"id": self._item_id(item), "status": status}
-        others = {"logprobs": logprobs} if logprobs else {}
         match item.kind:
             case "content":
-                content = [_text_part(text, logprobs or [])]
+                content = [_text_part(text, logprobs.get("logprobs", []))]
                 return {"type": "message", **fields, "role": "assistant", "content": content}
             case "reasoning":
                 content = [{"type": "reasoning_text", "text": text}]
-                return {"type": "reasoning", **fields, "summary": [], "content": content} | others
+                return {"type": "reasoning", **fields, "summary": [], "content": content} | logprobs
             case "call":
                 assert item.call is not None
                 call = {"call_id": item.call.id, "name": item.call.name, "arguments": text}
-                return {"type": "function_call", **fields, **call} | others
+                return {"type": "function_call", **fields, **call} | logprobs
 
     def _item_id(self, item: Item) -> str:
         prefix = {"content": "msg", "reasoning": "rs", "call": "fc"}[item.kind]
@@ -143,14 +137,15 @@ class ResponseWriter:
             "service_tier": "default",
             "store": self._call.items is not None,
             "temperature": params.temperature,
-            "text": {"format": {"type": "text"}, "verbosity": "medium"},
-            "tool_choice": "auto",
-            "tools": [],
+            "text": {"format": (body.text and body.text.format) or {"type": "text"}, "verbosity": "medium"},
+            "tool_choice": body.tool_choice or "auto",
+            "tools": [tool.model_dump() for tool in body.tools or ()],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": params.top_p,
             "truncation": "disabled",
             "usage": None,
             "user": body.user,
+            **warnings_of(self._job),
         }
 
 

@@ -10,6 +10,7 @@ from openai import AsyncOpenAI, OpenAI
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam, ChatCompletionTokenLogprob
 from openai.types.chat.chat_completion import Choice
+from pydantic import BaseModel, Field
 
 from tools.clients.conftest import MODEL
 
@@ -189,3 +190,44 @@ def test_errors_map_to_the_clients_classes(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as wrong:
         client.chat.completions.create(model=MODEL, messages=MESSAGES, logprobs=True, top_logprobs=21)
     assert (wrong.value.type, wrong.value.param) == ("invalid_request_error", "top_logprobs")
+
+
+class City(BaseModel):
+    name: str = Field(max_length=20)
+    population: int = Field(ge=0, le=100_000_000)
+
+
+CITY: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Paris has 2 million inhabitants."}]
+
+
+def test_parse_returns_a_record_with_logprobs(client: OpenAI) -> None:
+    answer = client.chat.completions.parse(
+        model=MODEL, messages=CITY, response_format=City, max_tokens=200, temperature=0, logprobs=True
+    )
+    city = answer.choices[0].message.parsed
+    assert city is not None
+    assert city == City.model_validate_json(answer.choices[0].message.content or "")
+    assert answer.choices[0].logprobs is not None
+    for entry in answer.choices[0].logprobs.content or ():
+        extra = entry.model_extra or {}
+        assert 0 < extra["allowed_mass"] <= 1.001
+        assert entry.logprob <= 0
+
+
+def test_stream_helper_parses_a_record(client: OpenAI) -> None:
+    fields: Any = {"model": MODEL, "messages": CITY, "max_tokens": 200, "temperature": 0, "logprobs": True}
+    with client.chat.completions.stream(response_format=City, **fields) as stream:
+        deltas = [event.delta for event in stream if event.type == "content.delta"]
+        answer = stream.get_final_completion()
+    whole = client.chat.completions.parse(response_format=City, **fields)
+    assert "".join(deltas) == whole.choices[0].message.content
+    assert answer.choices[0].message.parsed == whole.choices[0].message.parsed
+    parsed, expected = answer.choices[0].logprobs, whole.choices[0].logprobs
+    assert parsed is not None
+    assert expected is not None
+    assert parsed.content == expected.content
+
+
+def test_parse_raises_for_an_answer_that_is_cut_off(client: OpenAI) -> None:
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(model=MODEL, messages=CITY, response_format=City, max_tokens=3)

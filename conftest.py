@@ -30,6 +30,7 @@ _GROUPS = {
     "tests/integration/test_llm.py": "server",
     "tests/integration/test_score_model.py": "server",
     "tests/integration/test_server.py": "server",
+    "tests/integration/test_structured_outputs.py": "server",
     "tests/integration/browser/test_decide.py": "server",
     "tests/integration/browser/test_inspector.py": "server",
     "tools/clients/test_openai_python.py": "server",

@@ -98,6 +98,8 @@ def _make_context(engine: EngineClient, model: ServedModel, config: ServeConfig,
     sandbox = TemplateSandbox() if config.trust_request_chat_template else None
     chat_format = ChatFormat(model.tokenizer, sandbox)
     unsent = Budget(unsent_bytes(config, engine.limits))
+    grammars = GrammarCompiler(model.tokenizer, engine.limits.vocab_size)
+    grammars.start()
     metrics.watch_unsent(lambda: unsent.used)
     return Context(
         engine,
@@ -106,7 +108,7 @@ def _make_context(engine: EngineClient, model: ServedModel, config: ServeConfig,
         metrics,
         chat_format,
         DecisionFormat(chat_format, model.decisions),
-        GrammarCompiler(model.tokenizer, engine.limits.vocab_size),
+        grammars,
         Bodies(max_bytes=config.max_body_bytes, seconds=config.client_timeout),
         unsent,
         PromptLogprobsWriter(engine, model.tokenizer),

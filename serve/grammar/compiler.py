@@ -40,6 +40,10 @@ class GrammarCompiler:
         self._tokenizer: LLTokenizer | None = None
         self._tokenizer_lock = threading.Lock()
 
+    def start(self) -> None:
+        """Build llguidance's tokenizer in a thread: it holds the interpreter, at best while no request runs."""
+        self._executor.submit(self._llguidance_tokenizer)
+
     async def compile(self, spec: GrammarSpec) -> LlguidanceGrammar:
         """Return the compiled grammar.
 
@@ -95,13 +99,16 @@ class GrammarCompiler:
                 self._num_waiting -= 1
 
     def _compile(self, source: str) -> LlguidanceGrammar:
-        with self._tokenizer_lock:
-            if self._tokenizer is None:
-                self._tokenizer = self._vocabulary.tokenizer()
-        start, error = compile_source(self._tokenizer, source)
+        start, error = compile_source(self._llguidance_tokenizer(), source)
         if error:
             raise GrammarError("the grammar cannot be compiled")
         return LlguidanceGrammar(start, source)
+
+    def _llguidance_tokenizer(self) -> LLTokenizer:
+        with self._tokenizer_lock:
+            if self._tokenizer is None:
+                self._tokenizer = self._vocabulary.tokenizer()
+            return self._tokenizer
 
 
 def _worn(future: Future[LlguidanceGrammar]) -> LlguidanceGrammar | None:

@@ -122,14 +122,14 @@ def _shows_tools(template: str, variable: str) -> bool:
 
 def _shows_history(template: str, special_tokens: Mapping[str, str], variable: str | None) -> tuple[bool, bool]:
     """Whether the template shows calls, and their results."""
-    call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": '{"needle": "call"}'}}
+    call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": '{"needle_argument": 1}'}}
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": "x"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "call00000", "content": "needle result"},
+        {"role": "tool", "tool_call_id": "call00000", "content": "needle_result"},
     ]
     text = _rendered(template, messages, {**special_tokens, **_probe(variable)})
-    return '"needle"' in text or "needle" in text.replace("needle result", ""), "needle result" in text
+    return "needle_argument" in text, "needle_result" in text
 
 
 def _rendered(template: str, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import numpy as np
 
 from compiled.state import mask_words
@@ -61,6 +61,8 @@ def json_schema(value: Any, *, is_schema: bool = True) -> Any:
     schema = {name: json_schema(item, is_schema=name != "properties") for name, item in value.items()}
     if schema.get("format") not in (None, "date", "date-time", "time", "email", "uri", "uuid"):
         del schema["format"]
+    if schema.get("type") in ("array", "tuple") and isinstance(schema.get("items"), dict) and "enum" in schema:
+        schema["items"] |= {"enum": schema.pop("enum")}  # of the elements
     kind = schema.pop("type", None)
     name = _TYPES.get(kind, kind) if isinstance(kind, str) else kind
     return schema if name is None else schema | {"type": name}

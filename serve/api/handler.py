@@ -35,6 +35,7 @@ from serve.api.validation import (
     read_prompt_logprobs,
     served_name,
 )
+from serve.engine.grammar import Grammar
 from serve.engine.request import PromptScoring, Request, SamplingParams
 from serve.grammar.fields import GrammarRequest, compile_grammar, grammar_request
 from serve.jobs.generate import choice_params
@@ -65,8 +66,9 @@ class Handler[B: GenerationRequest](ABC):
         """Validate a body and return a function that answers it. Raise APIError or PromptError if it is invalid."""
         record = record_of(request)
         job = await asyncio.to_thread(self._job, data, record)
-        if job.grammar is not None:
-            await self._compile(job.grammar, job.choices)
+        if (grammar := await self._compile(job)) is not None:
+            for choice in job.choices:
+                choice.request = replace(choice.request, params=replace(choice.request.params, grammar=grammar))
         record.charge(job.prompt_tokens + sum(choice.request.params.max_tokens for choice in job.choices))
         return lambda: self._respond(request, job)
 
@@ -91,11 +93,9 @@ class Handler[B: GenerationRequest](ABC):
             end()
             raise
 
-    async def _compile(self, request: GrammarRequest, choices: Sequence[Choice]) -> None:
-        """Give the choices their grammar. Raise PromptError if it cannot be used, GrammarBusyError for a full queue."""
-        grammar = await compile_grammar(request, self._context.grammars)
-        for choice in choices:
-            choice.request = replace(choice.request, params=replace(choice.request.params, grammar=grammar))
+    async def _compile(self, job: Job[B]) -> Grammar | None:
+        """The grammar of the outputs. Raise PromptError if it cannot be used, GrammarBusyError for a full queue."""
+        return None if job.grammar is None else await compile_grammar(job.grammar, self._context.grammars)
 
     def _job(self, data: bytes, record: AnswerRecord) -> Job[B]:
         """Validate and tokenize a request. Slow: run it in a thread."""
@@ -111,9 +111,9 @@ class Handler[B: GenerationRequest](ABC):
         if body.return_processed_logprobs and alternatives is None:
             raise invalid("return_processed_logprobs", "`return_processed_logprobs` needs `logprobs`.")
         prompt_logprobs = read_prompt_logprobs(body, echo_k, limits)
-        grammar = grammar_request(body, ignore_eos=bool(body.ignore_eos))
         header = self._header(body, record)
         prompts = self._prompts(body)
+        grammar = self._grammar(body, prompts)
         ids = [prompt.ids for prompt in prompts]
         # A choice of a stream is sent before the next one is rendered.
         copies = (body.n or 1) if self.repeats_prompt_logprobs and not body.stream else 1
@@ -146,6 +146,11 @@ class Handler[B: GenerationRequest](ABC):
             unsent=unsent,
             grammar=grammar,
         )
+
+    def _grammar(self, body: B, prompts: Sequence[Prompt]) -> GrammarRequest | None:
+        """The grammar of the outputs. Raise PromptError for an invalid field."""
+        del prompts
+        return grammar_request(body, ignore_eos=bool(body.ignore_eos))
 
     def _read(self, data: dict[str, Any], record: AnswerRecord) -> B:
         """Validate the fields of a body. Raise APIError or PromptError if one is invalid."""

@@ -123,6 +123,7 @@ class ChatMessage(BaseModel):
     )
 
 
+_Budget = Annotated[int, Field(ge=-1, lt=_INT64)]  # -1: none
 _TOOL_CHOICE = {
     "anyOf": [{"type": "string", "enum": ["none", "auto", "required"]}, {"type": "object"}],
     "description": "or an object that names a tool or allowed tools",
@@ -146,6 +147,7 @@ class ChatPromptFields(BaseModel):
     parallel_tool_calls: bool | None = None
     documents: Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MAX_ITEMS)] | None = None
     reasoning_effort: str | None = None
+    enable_thinking: bool | None = None
 
 
 class ChatCompletionRequest(GenerationRequest, ChatPromptFields):
@@ -163,6 +165,10 @@ class ChatCompletionRequest(GenerationRequest, ChatPromptFields):
     include_reasoning: bool | None = None
     separate_reasoning: bool | None = None
     reasoning_format: Literal["none", "auto", "deepseek"] | None = None
+    thinking_token_budget: _Budget | None = None
+    max_thinking_tokens: _Budget | None = None
+    reasoning_budget_tokens: _Budget | None = None
+    thinking_budget: _Budget | None = None
 
 
 class ScoreRequest(RequestFields):

@@ -32,7 +32,6 @@ _FIELDS: dict[str, tuple[tuple[str, NeutralValues], ...]] = {
         ("prompt_embeds repetition_detection", ()),
         ("logits_processors", ([],)),
         ("vllm_xargs kv_transfer_params ec_transfer_params mm_processor_kwargs media_io_kwargs", ({},)),
-        ("thinking_token_budget", (-1,)),
         ("routed_experts_prompt_start", (0,)),
         ("joint", (False,)),
         ("videos", ([],)),
@@ -40,7 +39,7 @@ _FIELDS: dict[str, tuple[tuple[str, NeutralValues], ...]] = {
     "SGLang": (
         ("max_new_tokens sampling_seed input_ids input_embeds", ()),
         ("max_dynamic_patch min_dynamic_patch lora_path lora_id custom_logit_processor extra_key reasoning", ()),
-        ("max_thinking_tokens task token_ids_logprob", ()),
+        ("task token_ids_logprob", ()),
         ("stop_regex image_data video_data audio_data", ([],)),
         ("no_stop_trim use_audio_in_video require_reasoning no_logs return_logprob return_text_in_logprobs", (False,)),
         ("return_prompt_token_ids return_hidden_states return_routed_experts return_cached_tokens_details", (False,)),
@@ -64,7 +63,7 @@ _FIELDS: dict[str, tuple[tuple[str, NeutralValues], ...]] = {
         ("n_cmpl typical_p tfs_z dynatemp_exponent repeat_penalty", (1,)),
         ("top_n_sigma dry_penalty_last_n", (-1, 0)),
         ("xtc_threshold mirostat_eta", (0.1,)),
-        ("repeat_last_n adaptive_target reasoning_budget_tokens", (-1,)),
+        ("repeat_last_n adaptive_target", (-1,)),
         ("dry_base", (1.75,)),
         ("dry_allowed_length", (2,)),
         ("dry_sequence_breakers", (["\n", ":", '"', "*"],)),
@@ -89,10 +88,7 @@ _FIELDS: dict[str, tuple[tuple[str, NeutralValues], ...]] = {
         ("max_tokens_to_sample container mcp_servers inference_geo diagnostics output_config output_format", ()),
         ("speed", ("standard",)),
     ),
-    "Model Studio": (
-        ("enable_thinking thinking_budget", ()),
-        ("enable_search", (False,)),
-    ),
+    "Model Studio": (("enable_search", (False,)),),
     "TypeSafe": (("assets", ({},)),),
     "Ollama": (
         ("options", ({},)),

@@ -4,19 +4,21 @@ import json
 import re
 from typing import Any
 
+from serve.grammar.json_schema import closed, load_schema
+from serve.grammar.spec import GrammarSpec
 from serve.text.chat import PromptError
 from serve.tools.definitions import Tool, ToolRequest
 from serve.tools.formats import CallFormat, WrittenCall
 
 _ANY_OBJECT = {"type": "object"}
-_TAG = re.compile(r"\btags\[(\d+)\]")
+_TAG = re.compile(r"`format[\w.\[\]]*\btags\[(\d+)\][\w.]*`: ")
 
 
-def call_grammar(tools: ToolRequest, calls: CallFormat, alternative: Any = None) -> str | None:
+def call_grammar(tools: ToolRequest, calls: CallFormat, alternative: GrammarSpec | None = None) -> str | None:
     """The structural tag of an output with these tools; None if none is needed.
 
     Args:
-        alternative: schema of the content where the model may choose between calls and content.
+        alternative: JSON schema of the content where the model may choose between calls and content.
 
     Raises:
         PromptError: the format of the calls cannot be held to a schema.
@@ -34,15 +36,19 @@ def call_grammar(tools: ToolRequest, calls: CallFormat, alternative: Any = None)
     elif alternative is None:
         form = _optional(tools, calls, written)
     else:
-        content = {"type": "json_schema", "json_schema": alternative}
+        schema = load_schema(alternative.text)
+        content = {"type": "json_schema", "json_schema": closed(schema) if alternative.closed else schema}
         form = {"type": "or", "elements": [content, _required(tools, written)]}
     return json.dumps({"type": "structural_tag", "format": form})
 
 
-def schema_param(tools: ToolRequest, message: str) -> str:
-    """The field at fault in an error about the grammar."""
+def schema_error(tools: ToolRequest, message: str) -> PromptError:
+    """An error about the grammar as one that names the field at fault."""
     found = _TAG.search(message)
-    return tools.callable[int(found[1])].param if found else "tools"
+    if found is None:
+        return PromptError("tools", message)
+    param = tools.callable[int(found[1])].param
+    return PromptError(param, f"`{param}`: {message[found.end() :]}")
 
 
 def _required(tools: ToolRequest, written: WrittenCall) -> dict[str, Any]:

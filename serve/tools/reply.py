@@ -3,25 +3,33 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from serve.engine.grammar import Grammar
+from serve.grammar.fields import GrammarRequest
+from serve.grammar.spec import GrammarKind, GrammarSpec
+from serve.text.chat import PromptError
 from serve.text.output_splitter import OutputSplitter, ReasoningMarks
 from serve.text.tokenizer import Tokenizer
+from serve.tools.call_grammar import call_grammar
 from serve.tools.definitions import ToolRequest
 from serve.tools.formats import HERMES, CallFormat
 from serve.tools.markup import ChatMarkup
+from serve.tools.thinking import ThinkingGrammar
 
 
 @dataclass(frozen=True, slots=True)
 class ReplyFormat:
     tools: ToolRequest | None
     calls: CallFormat | None  # None: calls are content
-    reasoning: ReasoningMarks | None
+    reasoning: ReasoningMarks | None  # None: it is content
     starts_in_reasoning: bool = False
+    thinking: ReasoningMarks | None = None  # of reasoning that may precede the answer, whether it is separated or not
+    budget: int | None = None  # tokens of the reasoning
     warnings: Sequence[str] = ()
 
     @property
     def is_plain(self) -> bool:
-        """True if all of the output is content."""
-        return self.calls is None and self.reasoning is None
+        """True if all of the output is content that starts at once."""
+        return self.calls is None and self.reasoning is None and self.thinking is None
 
     def splitter(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> OutputSplitter:
         parse = None if self.calls is None or self.tools is None else self.calls.parser(self.tools.schemas)
@@ -35,10 +43,45 @@ class ReplyFormat:
             single_call=self.tools is not None and self.tools.is_single and not self.tools.is_required,
         )
 
+    def grammar(self, stated: GrammarRequest | None) -> GrammarRequest | None:
+        """The grammar of an answer; `stated` is that of the request's other fields.
+
+        Raises:
+            PromptError: grammar and tools cannot be combined.
+        """
+        if self.calls is None or self.tools is None:
+            return stated
+        alternative = None
+        if stated is not None and not self.tools.is_required:
+            if stated.spec.kind is not GrammarKind.JSON_SCHEMA:
+                message = f"`{stated.param}` cannot be combined with tools that the model may call."
+                raise PromptError(stated.param, message)
+            alternative = stated.spec
+        text = call_grammar(self.tools, self.calls, alternative)
+        if text is None:
+            return None
+        whitespace = alternative.whitespace if alternative else None
+        return GrammarRequest(GrammarSpec(GrammarKind.STRUCTURAL_TAG, text, whitespace), "tools")
+
+    def with_thinking(self, tokenizer: Tokenizer, vocab_size: int, answer: Grammar | None) -> Grammar | None:
+        """The grammar of the output, which may start with reasoning."""
+        if self.thinking is None or (answer is None and self.budget is None):
+            return answer
+        return ThinkingGrammar(
+            tokenizer,
+            self.thinking,
+            answer,
+            is_open=self.starts_in_reasoning,
+            budget=self.budget,
+            vocab_size=vocab_size,
+        )
+
     def kept_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
         """Special tokens that are marks of calls or reasoning."""
         marks = (*(self.calls.marks if self.calls else ()),)
-        if self.reasoning is not None:
+        if self.thinking is not None:
+            marks += (self.thinking.start, self.thinking.end)
+        elif self.reasoning is not None:
             marks += (self.reasoning.start, self.reasoning.end)
         return frozenset(
             index
@@ -48,12 +91,24 @@ class ReplyFormat:
 
 
 def reply_format(
-    markup: ChatMarkup, tools: ToolRequest | None, prompt: str, *, separates_reasoning: bool = True
+    markup: ChatMarkup,
+    tools: ToolRequest | None,
+    prompt: str,
+    *,
+    separates_reasoning: bool,
+    budget: int | None,
 ) -> ReplyFormat:
     """The form of the output after a prompt."""
     calls = None
     if tools is not None and tools.callable:
         calls = HERMES if tools.is_required and markup.calls.written is None else markup.calls
-    reasoning = markup.reasoning if separates_reasoning else None
-    is_open = reasoning is not None and prompt.rstrip().endswith(reasoning.start)
-    return ReplyFormat(tools, calls, reasoning, is_open, markup.warnings(tools))
+    marks, end = markup.reasoning, prompt.rstrip()
+    return ReplyFormat(
+        tools,
+        calls,
+        marks if separates_reasoning else None,
+        starts_in_reasoning=marks is not None and end.endswith(marks.start),
+        thinking=None if marks is None or end.endswith(marks.end) else marks,
+        budget=budget,
+        warnings=markup.warnings(tools),
+    )

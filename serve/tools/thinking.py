@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from compiled.state import mask_words
 from serve.engine.grammar import Grammar, Matcher
 from serve.text.output_splitter import ReasoningMarks
 from serve.text.tokenizer import Tokenizer
@@ -23,6 +24,7 @@ class ThinkingGrammar:
         *,
         is_open: bool,
         budget: int | None,
+        vocab_size: int,
     ) -> None:
         """Make a grammar.
 
@@ -30,12 +32,14 @@ class ThinkingGrammar:
             answer: None allows any text.
             is_open: the prompt ends with the start mark; else the model may write it first.
             budget: maximum number of tokens between the marks.
+            vocab_size: the model's.
         """
         self.tokenizer = tokenizer
         self.start_ids = tokenizer.encode(marks.start, add_special_tokens=False)
         self.start = marks.start.encode()
         self.end_ids = tokenizer.encode(marks.end, add_special_tokens=False)
         self.end = marks.end.encode()
+        self.words = mask_words(vocab_size)
         self.answer = answer
         self.is_open = is_open
         self.budget = budget
@@ -52,7 +56,9 @@ class ThinkingMatcher:
         self._answer: Matcher | None = None if grammar.answer is None else grammar.answer.matcher()
         self._phase = "thinking" if grammar.is_open else "start"
         self._text = b""  # of the phase: all, or as much as may belong to the end mark
-        self._count = 0  # tokens of the reasoning
+        self._count = 0  # tokens of the reasoning, or of its start mark
+        self._may_think = grammar.answer is None or grammar.budget != 0
+        self._may_answer = True
         self._forced: list[int] = []  # tokens that come next
         if grammar.is_open:
             self._check_budget()
@@ -75,9 +81,11 @@ class ThinkingMatcher:
                 for index in self._grammar.tokenizer.eos_token_ids:
                     words[index // 32] &= ~np.uint32(1 << index % 32)
         else:
-            self._answer.fill(words)
-            if self._phase == "start" and self._grammar.budget != 0:
-                _allow(words, self._grammar.start_ids[:1])
+            words[:] = 0
+            if self._may_answer:
+                self._answer.fill(words)
+            if self._phase == "start" and self._may_think:
+                _allow(words, self._grammar.start_ids[self._count : self._count + 1])
 
     def advance(self, token: int) -> None:
         if self._forced:
@@ -93,18 +101,22 @@ class ThinkingMatcher:
 
     def _start(self, token: int) -> None:
         grammar = self._grammar
-        if self._answer is not None and not self._text:
-            if token != grammar.start_ids[0] or grammar.budget == 0:
-                self._phase = "answer"
-                self._answer.advance(token)
-                return
-            self._forced = grammar.start_ids[1:]
         self._text += grammar.tokenizer.token_bytes(token)
-        text = self._text.lstrip()
-        if text.startswith(grammar.start):
-            self._phase, self._text = "thinking", text[len(grammar.start) :]
+        if self._answer is None:
+            self._may_think = grammar.start.startswith(self._text.lstrip()[: len(grammar.start)])
+            starts = self._may_think and len(self._text.lstrip()) >= len(grammar.start)
+        else:
+            self._may_think = self._may_think and token == grammar.start_ids[self._count]
+            self._count += 1
+            starts = self._may_think and self._count == len(grammar.start_ids)
+            self._may_answer = self._may_answer and _is_allowed(self._answer, token, grammar.words)
+            if self._may_answer and not starts:
+                self._answer.advance(token)
+        if starts:
+            self._answer = None if grammar.answer is None else grammar.answer.matcher()
+            self._phase, self._count, self._text, self._may_answer = "thinking", 0, b"", True
             self._check_budget()
-        elif not grammar.start.startswith(text):
+        elif not self._may_think:
             self._phase = "answer"
 
     def _think(self, token: int) -> None:
@@ -121,6 +133,12 @@ class ThinkingMatcher:
     def _check_budget(self) -> None:
         if self._grammar.budget is not None and self._count >= self._grammar.budget:
             self._forced = list(self._grammar.end_ids)
+
+
+def _is_allowed(matcher: Matcher, token: int, size: int) -> bool:
+    words = np.zeros(size, np.uint32)
+    matcher.fill(words)
+    return bool(int(words[token // 32]) >> token % 32 & 1)
 
 
 def _allow(words: NDArray[np.uint32], ids: Iterable[int]) -> None:

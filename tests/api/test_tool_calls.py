@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.http_client import Server, answered, chat_body, error_of, serving
 
-ADD = {
+ADD: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "add",
@@ -303,3 +303,135 @@ async def test_nested_tools_are_refused(server: Server) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     error = error_of(await server.post("/v1/chat/completions", chat_body(tools=[tool])), 400)
     assert error["param"] == "tools"
+
+
+STRICT = {"type": "function", "function": ADD["function"] | {"strict": True}}
+SCRIPT_A = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "x"}}\n</tool_call>'
+NOW_CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "required",
+        named("add"),
+        {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named("add")]}},
+    ],
+)
+async def test_required_call_is_held_by_a_grammar(choice: Any) -> None:
+    async with serving(SCRIPT_A.encode(), max_model_len=2048) as server:
+        answer = await server.chat(tools=TOOLS, tool_choice=choice, logprobs=True)
+    (made,) = answer["choices"]
+    (call,) = made["message"]["tool_calls"]
+    assert (call["function"]["name"], made["message"]["content"]) == ("add", None)
+    assert json.loads(call["function"]["arguments"]) == {"a": 1, "b": "x"}
+    assert made["finish_reason"] == "tool_calls"
+    entries = made["logprobs"]["content"]
+    assert all("allowed_mass" in entry for entry in entries)
+    assert entries[0].get("forced")
+
+
+async def test_parallel_calls_that_are_required() -> None:
+    script = f"{SCRIPT_A}\n{NOW_CALL}".encode()
+    async with serving(script, max_model_len=2048) as server:
+        choice, _ = await both(server, tools=TOOLS, tool_choice="required")
+        assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["add", "now"]
+        choice, _ = await both(server, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
+        assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["add"]
+
+
+async def test_arguments_of_strict_tools_are_valid_if_the_model_may_choose() -> None:
+    text = '<tool_call>\n{"name": "add", "arguments": {"a": '
+    async with serving(f"Well: {text}true".encode(), chat_template=TEMPLATE, max_model_len=2048) as server:
+        choice, _ = await both(server, tools=[STRICT, NOW], max_tokens=len(text) + 7)
+        (call,) = choice["message"]["tool_calls"]
+        assert (choice["message"]["content"], call["function"]["name"]) == ("Well:", "add")
+        assert call["function"]["arguments"][:6] == '{"a": '
+        assert "t" not in call["function"]["arguments"]
+        choice, _ = await both(server, tools=TOOLS, max_tokens=len(text) + 7)
+        assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"a": t'
+    async with serving(b"Just text.", chat_template=TEMPLATE) as server:
+        choice, _ = await both(server, tools=[STRICT, NOW])
+        assert (choice["message"]["content"], choice["finish_reason"]) == ("Just text.", "stop")
+
+
+async def test_calls_or_content_of_a_format() -> None:
+    schema = {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "schema": {"type": "object", "properties": {"c": {"type": "integer"}}}},
+    }
+    for script in (NOW_CALL, '{"c": 1}'):
+        async with serving(script.encode(), chat_template=TEMPLATE, max_model_len=2048) as server:
+            choice, _ = await both(server, tools=TOOLS, response_format=schema)
+            assert choice["message"]["content"] == (script if script[0] == "{" else None)
+            error = error_of(await server.post("/v1/chat/completions", chat_body(tools=TOOLS, regex="a+")), 400)
+            assert error["param"] == "regex"
+
+
+async def test_grammar_starts_after_the_reasoning() -> None:
+    template = TEMPLATE + "{# </think> #}"
+    async with serving(f"<think>Hm.</think>{SCRIPT_A}".encode(), chat_template=template, max_model_len=2048) as server:
+        choice, _ = await both(server, tools=TOOLS, tool_choice="required", logprobs=True)
+        assert (choice["message"]["reasoning"], choice["finish_reason"]) == ("Hm.", "tool_calls")
+        masses = [entry["allowed_mass"] for entry in choice["logprobs"]["content"]]
+        assert len(masses) == len(choice["logprobs"]["content"])
+    async with serving(b'<think>Hm.</think>{"c": 1}', chat_template=template, max_model_len=2048) as server:
+        for fields in ({}, {"separate_reasoning": False}):
+            choice, _ = await both(server, response_format={"type": "json_object"}, **fields)
+            assert choice["message"]["content"].endswith('{"c": 1}')
+
+
+@pytest.mark.parametrize(
+    "name", ["thinking_token_budget", "max_thinking_tokens", "reasoning_budget_tokens", "thinking_budget"]
+)
+async def test_budget_of_reasoning(name: str) -> None:
+    async with serving(b"<think>abcdefghijklmnopqrstuvwxyz", chat_template=TEMPLATE + "{# </think> #}") as server:
+        choice, _ = await both(server, **{name: 3}, max_tokens=22)
+        assert (choice["message"]["reasoning"], choice["message"]["content"]) == ("abc", "lmno")
+        assert choice["answer_start"] == 18
+        choice, _ = await both(server, **{name: -1}, max_tokens=22)
+        assert choice["message"]["reasoning"] == "abcdefghijklmno"
+    async with serving(b"abc") as server:
+        error = error_of(await server.post("/v1/chat/completions", chat_body(**{name: 3})), 400)
+        assert error["param"] == name
+
+
+async def test_budget_without_reasoning() -> None:
+    template = TEMPLATE.replace("enable_thinking is defined and not enable_thinking", "false") + "{# </think> #}"
+    async with serving(b"abcdefghijklm", chat_template=template) as server:
+        fields = {"reasoning_effort": "none", "chat_template_kwargs": {"opened": True}}
+        choice, _ = await both(server, **fields)
+        assert (choice["message"]["content"], choice["answer_start"]) == ("ijklm", 8)
+
+
+async def test_error_of_a_schema_names_its_tool() -> None:
+    bad = {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"properties": {"a": {"not": {"type": "null"}}}}},
+    }
+    async with serving(b"abc", chat_template=TEMPLATE) as server:
+        body = chat_body(tools=[ADD, bad], tool_choice="required")
+        error = error_of(await server.post("/v1/chat/completions", body), 400)
+        assert error["param"] == "tools[1].function.parameters"
+        assert "`/properties/a/not`" in error["message"]
+        await server.chat(tools=[ADD, bad])
+        body = chat_body(tools=[ADD, bad], tool_choice=named("add"))
+        assert (await server.post("/v1/chat/completions", body)).status_code == 200
+
+
+async def test_custom_tool_with_a_regex() -> None:
+    tool = {
+        "type": "custom",
+        "custom": {
+            "name": "sql",
+            "format": {"type": "grammar", "grammar": {"syntax": "regex", "definition": "[a-c]+"}},
+        },
+    }
+    script = b'<tool_call>\n{"name": "sql", "arguments": {"input": "abcd"}}\n</tool_call>'
+    async with serving(script, chat_template=TEMPLATE, max_model_len=2048) as server:
+        choice, _ = await both(server, tools=[tool], tool_choice=named("sql", "custom"), max_tokens=52)
+        (call,) = choice["message"]["tool_calls"]
+        assert call["custom"]["name"] == "sql"
+        bad = json.loads(json.dumps(tool).replace("[a-c]+", "[a-"))
+        error = error_of(await server.post("/v1/chat/completions", chat_body(tools=[bad], tool_choice="required")), 400)
+        assert error["param"] == "tools[0].custom.format"

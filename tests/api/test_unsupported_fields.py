@@ -49,7 +49,6 @@ async def test_unsupported_field_without_effect_accepted(server: Server) -> None
         *(
             ("verbosity", "low"),
             ("verbosity", "high"),
-            ("enable_thinking", False),
             ("options", {"num_predict": 3}),
             ("num_predict", 3),
             ("top_a", 0.2),

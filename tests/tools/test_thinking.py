@@ -13,7 +13,7 @@ from tests.support.http_client import END, VOCAB_SIZE, byte_tokenizer
 
 MARKS = ReasoningMarks("<think>", "</think>")
 ALL = set(range(VOCAB_SIZE))
-TEXT = b"{}"
+TEXT = b"<t>{}"
 
 
 class FixedText:
@@ -48,7 +48,8 @@ class FixedTextMatcher:
 
 
 def grammar(*, answer: bool = True, is_open: bool = False, budget: int | None = None) -> ThinkingGrammar:
-    return ThinkingGrammar(byte_tokenizer(), MARKS, FixedText() if answer else None, is_open=is_open, budget=budget)
+    text = FixedText() if answer else None
+    return ThinkingGrammar(byte_tokenizer(), MARKS, text, is_open=is_open, budget=budget, vocab_size=VOCAB_SIZE)
 
 
 def allowed(matcher: ThinkingMatcher) -> set[int]:
@@ -67,22 +68,24 @@ def advance(matcher: ThinkingMatcher, tokens: Sequence[int]) -> None:
 
 def test_answer_without_reasoning() -> None:
     matcher = grammar().matcher()
-    assert allowed(matcher) == {*b"<", *b"{"}
-    advance(matcher, TEXT)
+    assert allowed(matcher) == {*b"<"}
+    advance(matcher, b"<t")
+    assert allowed(matcher) == {*b"h", *b">"}
+    advance(matcher, TEXT[2:])
     assert matcher.is_finished
     assert allowed(matcher) == {END}
 
 
 def test_answer_after_reasoning() -> None:
     matcher = grammar().matcher()
-    advance(matcher, b"<")
-    assert allowed(matcher) == {*b"t"}
-    advance(matcher, b"think>")
+    advance(matcher, b"<th")
+    assert allowed(matcher) == {*b"i"}
+    advance(matcher, b"ink>")
     assert allowed(matcher) == ALL - {END}
     advance(matcher, b"Hm. </thin</think")
     assert not matcher.is_finished
     advance(matcher, b">")
-    assert allowed(matcher) == {*b"{"}
+    assert allowed(matcher) == {*b"<"}
     advance(matcher, TEXT)
     assert matcher.is_finished
 
@@ -90,7 +93,7 @@ def test_answer_after_reasoning() -> None:
 def test_reasoning_that_the_prompt_opened() -> None:
     matcher = grammar(is_open=True).matcher()
     assert allowed(matcher) == ALL - {END}
-    advance(matcher, b"Hm.</think>{}")
+    advance(matcher, b"Hm.</think><t>{}")
     assert matcher.is_finished
 
 
@@ -98,7 +101,7 @@ def test_matchers_are_independent() -> None:
     shared = grammar()
     first, second = shared.matcher(), shared.matcher()
     advance(first, b"<think>")
-    assert allowed(second) == {*b"<", *b"{"}
+    advance(second, TEXT)
 
 
 @pytest.mark.parametrize("answer", [False, True])
@@ -109,7 +112,7 @@ def test_budget_forces_the_end(answer: bool, budget: int) -> None:
     for token in b"</think>":
         assert allowed(matcher) == {token}
         matcher.advance(token)
-    assert allowed(matcher) == ({*b"{"} if answer else ALL)
+    assert allowed(matcher) == ({*b"<"} if answer else ALL)
     assert not matcher.is_finished
 
 
@@ -130,15 +133,18 @@ def test_budget_of_an_answer_without_reasoning() -> None:
 
 def test_reasoning_that_ends_within_its_budget() -> None:
     matcher = grammar(is_open=True, budget=20).matcher()
-    advance(matcher, b"ab</think>{}")
+    advance(matcher, b"ab</think><t>{}")
     assert matcher.is_finished
 
 
 def test_budget_of_zero_allows_no_start_mark() -> None:
-    assert allowed(grammar(budget=0).matcher()) == {*b"{"}
+    matcher = grammar(budget=0).matcher()
+    advance(matcher, b"<t")
+    assert allowed(matcher) == {*b">"}
 
 
 def test_error_of_the_answer() -> None:
     matcher = grammar().matcher()
+    advance(matcher, b"<t>")
     matcher.advance(ord("x"))
     assert matcher.error == "no"

@@ -67,7 +67,6 @@ REQUESTS = 80
     params=[
         "llama-float32-float32",
         "llama-bfloat16-bfloat16",
-        "llama-Q8_0 bfloat16-bfloat16",
         "llama-Q4_1 float32-float32",
         "gemma2-bfloat16-float32",
         "gemma3-float32-bfloat16",

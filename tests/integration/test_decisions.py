@@ -28,8 +28,8 @@ def prompts() -> DecisionFormat:
 
 @pytest.fixture(scope="module")
 def runner() -> ModelRunner:
-    """Six of the default model's 30 layers, which are compiled alike."""
-    return make_runner(default_model_path(), "bfloat16", CROWD, layers=6)
+    """Two of the default model's 30 layers, which are compiled alike."""
+    return make_runner(default_model_path(), "bfloat16", CROWD, layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +73,6 @@ def bits(decisions: list[list[Decision]]) -> list[tuple[float, ...]]:
     return [(*d.probabilities, *d.evidence.logprobs, d.evidence.label_mass) for [d] in decisions]
 
 
-def test_bits_of_decisions(runner: ModelRunner, prompts: DecisionFormat) -> None:
-    assert_same_bits(runner, prompts, ScoringOptions())
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -87,10 +82,13 @@ def test_bits_of_decisions(runner: ModelRunner, prompts: DecisionFormat) -> None
     ],
     ids=lambda options: options.scoring,
 )
-def test_bits_of_decisions_of_the_whole_model(
-    whole_runner: ModelRunner, prompts: DecisionFormat, options: ScoringOptions
-) -> None:
-    assert_same_bits(whole_runner, prompts, options)
+def test_bits_of_decisions(runner: ModelRunner, prompts: DecisionFormat, options: ScoringOptions) -> None:
+    assert_same_bits(runner, prompts, options)
+
+
+@pytest.mark.slow
+def test_bits_of_decisions_of_the_whole_model(whole_runner: ModelRunner, prompts: DecisionFormat) -> None:
+    assert_same_bits(whole_runner, prompts, ScoringOptions())
 
 
 def assert_same_bits(runner: ModelRunner, prompts: DecisionFormat, options: ScoringOptions) -> None:
@@ -106,9 +104,7 @@ def assert_same_bits(runner: ModelRunner, prompts: DecisionFormat, options: Scor
 
 
 @pytest.mark.slow
-def test_2000_decisions_have_the_same_bits_again(prompts: DecisionFormat) -> None:
-    """Two layers of the default model, since all are compiled alike; other tests run all of them."""
-    runner = make_runner(default_model_path(), "bfloat16", CROWD, layers=2)
+def test_2000_decisions_have_the_same_bits_again(runner: ModelRunner, prompts: DecisionFormat) -> None:
     questions = {f"{name} {i}": question for i in range(10) for name, question in QUESTIONS.items()}
     requests = [decision_request({"state": f"Order {i} came late.", "questions": questions}) for i in range(50)]
     first = decide(runner, prompts, requests, together=True)

@@ -23,7 +23,7 @@ from tests.support.packed import CODED, random_blocks, random_weight
 WIDE = 9  # powers of ten of scales, down to float16's smallest
 SHAPES = [(1, 32, 2), (2, 1, 1), (3, 33, 31), (12, 64, 256), (13, 100, 257), (64, 300, 96), (100, 40, 90)]
 
-product = jax.jit(matmul, static_argnums=2)
+product, rows_of = jax.jit(matmul, static_argnums=2), jax.jit(take_rows)
 
 
 def normal(seed: int, *shape: int) -> Array:
@@ -62,7 +62,7 @@ def test_pack_pads_with_zeros(name: str, n: int, k: int) -> None:
     assert not np.asarray(padding.words).any()
     assert not np.asarray(padding.scales).any()
     rows = jnp.asarray([n - 1, 0, n - 1], jnp.int32)
-    np.testing.assert_array_equal(take_rows(weight, rows).astype(jnp.float32), values[np.asarray(rows)])
+    np.testing.assert_array_equal(rows_of(weight, rows).astype(jnp.float32), values[np.asarray(rows)])
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -109,7 +109,7 @@ def test_matmul_is_within_float32_rounding(name: str, form: str) -> None:
     kernels = load_kernels() if form == "kernels" else Kernels()
     if form == "kernels" and kernels.cpu is None:
         pytest.skip("no kernels here")
-    for m, n, k in SHAPES:
+    for m, n, k in SHAPES if form == "kernels" else SHAPES[1:5:3]:
         x, (weight, values) = normal(3, m, k), random_weight(name, n, k, seed=4)
         if name == "BF16":  # bfloat16 activations too
             y = np.asarray(product(x.astype(jnp.bfloat16), weight, kernels))

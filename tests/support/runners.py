@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from compiled.runner import ModelRunner
 from compiled.shapes import Buckets
 from model.kernels.dispatch import Kernels, load_kernels
-from model.weights.checkpoint import Checkpoint, TensorInfo
+from model.weights.checkpoint import TensorInfo
+from model.weights.gguf import GgufCheckpoint
 from model.weights.loader import load_model
 from model.weights.source import ModelSource
 from model.weights.weight_table import open_checkpoint
@@ -22,25 +23,21 @@ from tests.support.in_process import PAGES
 BUCKETS = Buckets(decode_rows=(1, 2, 4, 8, 16), prefill_chunks=(16, 64, 256), score_rows=64, pages_per_row=16)
 
 
-class _FirstLayers:
+class _FirstLayers(GgufCheckpoint):
     """The first layers of a .gguf file, as a model of their own."""
 
-    def __init__(self, whole: Checkpoint, layers: int) -> None:
-        self.path, self.naming, self.read = whole.path, whole.naming, whole.read
-        self.config = replace(whole.config, layers=whole.config.layers[:layers])
-        self._layers, self._whole = layers, whole
+    def __init__(self, path: Path, layers: int) -> None:
+        super().__init__(path)
+        self.config = replace(self.config, layers=self.config.layers[:layers])
 
     def names(self) -> Mapping[str, TensorInfo]:
         """Every tensor but those of later layers."""
         layer_of = re.compile(r"blk\.(\d+)\.")
         return {
             name: info
-            for name, info in self._whole.names().items()
-            if (found := layer_of.match(name)) is None or int(found[1]) < self._layers
+            for name, info in super().names().items()
+            if (found := layer_of.match(name)) is None or int(found[1]) < self.config.num_layers
         }
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._whole, name)
 
 
 def make_runner(
@@ -68,16 +65,9 @@ def make_runner(
     quantization = weights.split()[0] if " " in weights else {"bfloat16": "none"}.get(dtype, "auto")
     kernels = load_kernels() if kernels is None else kernels
     buckets = replace(buckets, segment=kernels.segment(jax.default_backend()))
-    checkpoint = open_checkpoint(ModelSource(path.name, path))
-    try:
-        model = load_model(
-            checkpoint if layers is None else _FirstLayers(checkpoint, layers),
-            dtype,
-            quantization=quantization,
-            kernels=kernels,
-        )
-    finally:
-        checkpoint.close()
+    source = ModelSource(path.name, path)
+    with closing(open_checkpoint(source) if layers is None else _FirstLayers(path, layers)) as checkpoint:
+        model = load_model(checkpoint, dtype, quantization=quantization, kernels=kernels)
     if kv_dtype is not None:
         model = replace(model, kv_dtype=jnp.dtype(kv_dtype))
     return ModelRunner(model, buckets, pages=pages, max_logprobs=20)

@@ -9,7 +9,7 @@ from llguidance import LLTokenizer
 
 from serve.grammar.json_schema import GrammarError
 from serve.grammar.masks import LlguidanceGrammar, Vocabulary, compile_source
-from serve.grammar.sandbox import GrammarSandbox
+from serve.grammar.sandbox import GrammarLimitError, GrammarSandbox
 from serve.grammar.spec import GrammarSpec
 from serve.text.tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ class GrammarCompiler:
         self._executor = ThreadPoolExecutor(1, "grammar")
         self._renewal_executor = ThreadPoolExecutor(1, "grammar-renewal")  # known grammars do not wait for new ones
         self._lock = threading.Lock()
-        # Least recently used first; GrammarErrors are cached, too.
+        # Least recently used first; GrammarErrors are cached, too, except those of limits.
         self._cache: OrderedDict[GrammarSpec, Future[LlguidanceGrammar]] = OrderedDict()
         self._num_waiting = 0
         self._tokenizer: LLTokenizer | None = None
@@ -70,7 +70,7 @@ class GrammarCompiler:
         with self._lock:
             known = self._cache.get(spec)
             worn = None if known is None else _worn(known)
-            if known is not None and worn is None:
+            if known is not None and worn is None and _is_final(known):
                 self._cache.move_to_end(spec)
                 return known
             if worn is not None:
@@ -109,6 +109,12 @@ class GrammarCompiler:
             if self._tokenizer is None:
                 self._tokenizer = self._vocabulary.tokenizer()
             return self._tokenizer
+
+
+def _is_final(future: Future[LlguidanceGrammar]) -> bool:
+    """True unless the compilation failed and may succeed another time."""
+    error = future.exception() if future.done() else None
+    return error is None or (isinstance(error, GrammarError) and not isinstance(error, GrammarLimitError))
 
 
 def _worn(future: Future[LlguidanceGrammar]) -> LlguidanceGrammar | None:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -34,6 +35,14 @@ _BYTES = 512 << 20  # of additional address space
 _STACK_BYTES = 4 << 20  # half of a thread's usual stack, in which the grammar is compiled again
 
 
+class GrammarLimitError(GrammarError):
+    """A grammar exceeds the limits of its compilation, perhaps because the machine is busy."""
+
+
+class SandboxError(Exception):
+    """A grammar could not be compiled because of a fault of the program."""
+
+
 class GrammarSandbox:
     """Compiles grammars in another process, which is started when it is first needed. Thread-safe."""
 
@@ -43,17 +52,26 @@ class GrammarSandbox:
         self._lock = threading.Lock()
 
     def source(self, spec: GrammarSpec) -> str:
-        """The grammar in llguidance's form, which can be compiled within the limits. Raise GrammarError if not."""
+        """The grammar in llguidance's form, which can be compiled within the limits.
+
+        Raises:
+            GrammarError: it is invalid, not supported, or exceeds the limits (GrammarLimitError).
+            SandboxError, OSError: the process failed; another one is started for the next grammar.
+        """
         with self._lock:
             process = self._running()
             assert process.stdin is not None
             assert process.stdout is not None
             _write(process.stdin, pickle.dumps(spec))
             answer = json.loads(_read(process.stdout) or b"{}")
-        if "source" not in answer:
-            raise GrammarError(answer.get("error", "the grammar cannot be compiled"))
-        source: str = answer["source"]
-        return source
+        match answer:
+            case {"source": str(source)}:
+                return source
+            case {"error": str(message)}:
+                raise GrammarError(message)
+            case {"limit": str(message)}:
+                raise GrammarLimitError(message)
+        raise SandboxError(answer.get("failure", "the process has ended"))
 
     def close(self) -> None:
         with self._lock:
@@ -66,7 +84,10 @@ class GrammarSandbox:
             command = (sys.executable, "-c", _PROGRAM, _ROOT)
             pipe = subprocess.PIPE
             # A session of its own: Ctrl-C ends the server, whose end of the pipe ends the process.
-            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+            # Overflows and panics are written to stderr, which clients must not fill.
+            self._process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True
+            )
             weakref.finalize(self, _stop, self._process)
             assert self._process.stdin is not None
             _write(self._process.stdin, pickle.dumps(self._vocabulary))
@@ -94,7 +115,7 @@ def _read(pipe: IO[bytes]) -> bytes | None:
 
 
 def main() -> None:
-    """Answer every GrammarSpec from stdin with JSON on stdout: `source`, or `error`."""
+    """Answer every GrammarSpec from stdin with JSON on stdout: `source`, `error`, `limit` or `failure`."""
     pipe, output = sys.stdin.buffer, sys.stdout.buffer
     data = _read(pipe)
     if data is None:
@@ -107,7 +128,7 @@ def main() -> None:
 
 
 def _in_child(answer: Callable[[], bytes]) -> bytes:
-    """The answer of a forked process within the limits, else JSON with an `error`."""
+    """The answer of a forked process within the limits, else JSON with a `limit`."""
     receiver, sender = os.pipe()
     process = os.fork()
     if process == 0:
@@ -122,16 +143,18 @@ def _in_child(answer: Callable[[], bytes]) -> bytes:
     parts: list[bytes] = []
     with selectors.DefaultSelector() as selector, open(receiver, "rb", 0) as pipe:
         selector.register(pipe, selectors.EVENT_READ)
-        while selector.select(_WALL_SECONDS) and (part := pipe.read(1 << 20)):
+        while is_ready := bool(selector.select(_WALL_SECONDS)):
+            if not (part := pipe.read(1 << 20)):
+                break
             parts.append(part)
-    with suppress(ProcessLookupError):
+    if not is_ready:
         os.kill(process, signal.SIGKILL)
     status = os.waitpid(process, 0)[1]
-    if parts:
+    if status == 0 and parts:
         return b"".join(parts)
     is_slow = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGKILL)
     reason = f"takes more than {_CPU_SECONDS:g} s to compile" if is_slow else "is too large or nested too deeply"
-    return json.dumps({"error": f"the grammar {reason}"}).encode()
+    return json.dumps({"limit": f"the grammar {reason}"}).encode()
 
 
 def _set_limits() -> None:
@@ -153,4 +176,8 @@ def _answer(spec: GrammarSpec, tokenizer: LLTokenizer, special_tokens: Mapping[s
         answer = {"error": spec.explain(error)} if error else {"source": source}
     except GrammarError as error:
         answer = {"error": str(error)}
+    except MemoryError:
+        answer = {"limit": "the grammar is too large"}
+    except Exception:  # noqa: BLE001 - the parent raises it
+        answer = {"failure": traceback.format_exc()}
     return json.dumps(answer).encode()

@@ -14,6 +14,7 @@ from model.weights.source import default_model_path
 from serve.engine.grammar import Grammar, Matcher
 from serve.grammar.compiler import MAX_CHARACTERS, GrammarBusyError, GrammarCompiler
 from serve.grammar.json_schema import GrammarError
+from serve.grammar.sandbox import GrammarLimitError, SandboxError
 from serve.grammar.spec import GrammarKind, GrammarSpec
 from serve.server.model_files import local_tokenizer
 from serve.text.tokenizer import Tokenizer
@@ -402,6 +403,27 @@ async def test_grammars_beyond_the_queue_are_refused(
     release.set()
     for error in await asyncio.gather(*waiting, return_exceptions=True):
         assert str(error) == "released"
+
+
+def test_failure_of_the_sandbox_is_not_cached(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = schema({"const": "failing"})
+    with monkeypatch.context() as patch:
+        patch.setattr(GrammarSpec, "__reduce__", lambda _: (divmod, (1, 0)), raising=False)  # fails when it is read
+        with pytest.raises(SandboxError):
+            compiler.compile_blocking(spec)
+    compiler.compile_blocking(spec)
+
+
+def test_error_of_limits_is_not_cached(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = schema({"const": "slow"})
+
+    def source(_: GrammarSpec) -> str:
+        raise GrammarLimitError("too slow")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler._sandbox, "source", source)
+        assert error_of(compiler, spec) == "too slow"
+    compiler.compile_blocking(spec)
 
 
 def test_sandbox_that_was_killed_is_started_again(compiler: GrammarCompiler) -> None:

@@ -31,7 +31,7 @@ from serve.tools.definitions import ToolRequest, tool_request
 from serve.tools.markup import ChatMarkup, markup_of
 from serve.tools.reply import ReplyFormat, reply_format
 
-THINKING_VARIABLES = ("enable_thinking", "thinking")  # variables of templates
+_THINKING = ("enable_thinking", "thinking")  # variables of templates
 _BUDGETS = ("thinking_token_budget", "max_thinking_tokens", "reasoning_budget_tokens", "thinking_budget")
 _MAX_MARK = 16  # tokens
 _BLOCK = 256  # tokens whose entries are Python objects at the same time; they take five times as much as their JSON
@@ -242,7 +242,7 @@ def chat_text(body: ChatPromptFields, context: Context) -> str:
     if thinks is None and body.reasoning_effort is not None:
         thinks = body.reasoning_effort != "none"
     if thinks is not None:
-        variables |= dict.fromkeys(THINKING_VARIABLES, thinks)
+        variables |= dict.fromkeys(_THINKING, thinks)
     markup, tools = chat_markup(body, context), chat_tools(body)
     variables |= markup.variables(tools)
     return context.chat_format.render(

@@ -159,11 +159,12 @@ async def _events(chunks: AsyncGenerator[dict[str, Any]], record: AnswerRecord, 
 async def _event(chunk: dict[str, Any]) -> AsyncGenerator[bytes]:
     large = "prompt_logprobs" in chunk or any("prompt_logprobs" in choice for choice in chunk.get("choices", ()))
     body = await asyncio.to_thread(make_body, chunk) if large else make_body(chunk)
-    name = f"event: {chunk['type']}\n".encode() if "type" in chunk else b""
-    body.parts[0] = name + b"data: " + body.parts[0]
+    is_named = "type" in chunk
+    body.parts[0] = (f"event: {chunk['type']}\n".encode() if is_named else b"") + b"data: " + body.parts[0]
     body.parts[-1] += b"\n\n"
-    async with aclosing(body.pieces()) as pieces, aclosing(_slices(pieces)) as slices:
-        async for piece in slices:
+    # The last events of a named stream repeat all of it.
+    async with aclosing(_slices(body.pieces()) if is_named else body.pieces()) as pieces:
+        async for piece in pieces:
             yield piece
 
 

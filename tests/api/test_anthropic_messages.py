@@ -187,7 +187,10 @@ def test_error_message(message: Any, param: str, code: str) -> None:
         ({"stop_sequences": [""]}, "stop_sequences", "invalid_value"),
         ({"stop": ["a"]}, "stop", "unsupported_parameter"),
         ({"top_logprobs": 1}, "top_logprobs", "invalid_value"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.type", "invalid_value"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.budget_tokens", "invalid_value"),
+        ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens", "invalid_value"),
+        ({"thinking": {"type": "disabled", "budget_tokens": 9}}, "thinking.budget_tokens", "invalid_value"),
+        ({"thinking": {"type": "on"}}, "thinking.type", "invalid_value"),
         ({"container": "c"}, "container", "unsupported_parameter"),
         ({"n": 2}, "n", "unsupported_parameter"),
     ],
@@ -260,6 +263,26 @@ async def test_output_format_is_response_format_of_chat() -> None:
     [block] = answer["content"]
     assert block["text"] == '{"a": "x"}'
     assert all("allowed_mass" in entry for entry in block["logprobs"])
+
+
+async def test_thinking_has_a_budget() -> None:
+    thinking = {"type": "enabled", "budget_tokens": 9}
+    async with serving(b"<think>I think and think.</think>Yes", reasoning_parser="think") as server:
+        answer = await create(server, thinking=thinking, logprobs=True)
+        message = (await server.chat(thinking_token_budget=9))["choices"][0]["message"]
+    thought, text = answer["content"]
+    assert thought["thinking"] == message["reasoning_content"] != "I think and think."
+    assert text["text"] == message["content"]
+
+
+async def test_required_tool_is_called() -> None:
+    script = b'<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    async with serving(script, **PARSERS) as server:
+        for choice in ({"type": "any"}, {"type": "tool", "name": "f"}):
+            answer = await create(server, **TOOLS, tool_choice=choice, logprobs=True, max_tokens=100)
+            [call] = answer["content"]
+            assert (call["name"], call["input"], answer["stop_reason"]) == ("f", {"x": 1}, "tool_use")
+            assert all("allowed_mass" in entry for entry in call["logprobs"])
 
 
 async def test_thinking_is_a_variable_of_the_template() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from serve.api.errors import APIError
+from serve.api.middleware import AnswerRecord
 from serve.api.responses_api.input_items import chat_messages, read_input
 from serve.api.responses_api.responses import DeletedResponse, InputItems, ResponsesAnswer, ResponsesEvent
 from serve.engine.request import FinishReason, TokenEvent
@@ -238,6 +240,7 @@ def test_error_item(item: Any, param: str, code: str) -> None:
         ({"input": None}, ("input", "missing_required_parameter")),
         ({"input": []}, ("input", "empty_array")),
         ({"input": 3}, ("input", "invalid_type")),
+        ({"input": [{"role": "user", "content": [[]]}]}, ("input[0].content[0].type", "unsupported_parameter")),
         ({"input": "x" * 100_000}, ("input", "context_length_exceeded")),
         ({"input": [{"role": "user", "content": "refuse"}]}, ("input", "invalid_value")),
         ({"max_output_tokens": 0}, ("max_output_tokens", "integer_below_min_value")),
@@ -297,6 +300,29 @@ async def test_engine_failure_in_a_stream_is_an_error_event(fresh_server: Server
     assert (last["type"], last["code"], last["param"]) == ("error", "engine_error", None)
     assert last["sequence_number"] == len(events) - 1
     assert error_of(await fresh_server.post(PATH, body_of()), 500)["code"] == "engine_error"
+
+
+def test_error_events_of_each_api() -> None:
+    error = APIError(503, "m", "p", "c")
+    assert error.event("/v1/responses", 7) == (
+        b'event: error\ndata: {"type":"error","sequence_number":7,"code":"c","message":"m","param":"p"}\n\n'
+    )
+    detail = b'{"type":"overloaded_error","message":"m","details":{"error_code":"c","param":"p"}}'
+    assert error.event("/v1/messages", 7) == b'event: error\ndata: {"type":"error","error":' + detail + b"}\n\n"
+    for path in ("/v1/chat/completions", "/v1/messages2", "/v1/responses2", ""):
+        assert error.event(path, 7).endswith(b'"code":"c"}}\n\ndata: [DONE]\n\n')
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_records_of_responses_have_tokens_and_route(stream: bool) -> None:
+    records: list[AnswerRecord] = []
+    async with serving(on_answer=records.append) as server:
+        await server.post(PATH, body_of(stream=stream))
+        assert b'handler="/v1/responses"' in (await server.client.get("/metrics")).content
+    [record, _] = records
+    assert (record.handler, record.status, record.error) == (PATH, 200, None)
+    assert record.work is not None
+    assert (record.work.prompt_tokens, record.work.completion_tokens) == (9, 6)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -381,6 +407,23 @@ async def test_call_has_log_probs_of_its_arguments() -> None:
     start = SCRIPT.index(b"1}")
     assert (argument["name"], argument["start"], argument["end"]) == ("x", start, start + 1)
     assert argument["logprob"] == pytest.approx(-(start + 1) / 10, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "required",
+        {"type": "function", "name": "f"},
+        {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]},
+    ],
+)
+async def test_required_function_is_called(choice: Any) -> None:
+    script = b'<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    async with serving(script, **PARSERS) as server:
+        answer = await create(server, **CALLS, **LOGPROBS, tool_choice=choice)
+        [call] = answer["output"]
+        assert (call["name"], call["arguments"], answer["tool_choice"]) == ("f", '{"x": 1}', choice)
+        assert all("allowed_mass" in entry for entry in call["logprobs"])
 
 
 async def test_output_with_a_call_is_input_of_the_next() -> None:

@@ -31,6 +31,7 @@ HIDE = "import runpy, sys; sys.modules[sys.argv[1]] = None; runpy.run_path(sys.a
         ("langchain_chat", "langchain_core", "langchain-openai"),
         ("litellm_completion", "litellm", "litellm"),
         ("online_chat_completion_logprobs", "openai", "openai"),
+        ("responses_logprobs", "openai", "openai"),
     ],
 )
 def test_example_without_its_package(file: str, module: str, package: str) -> None:

@@ -75,6 +75,20 @@ def test_openai_python(base_url: str, tmp_path: Path) -> None:
     assert printed["refused"] == ["top_logprobs", "integer_above_max_value"]
 
 
+def test_example(base_url: str, tmp_path: Path) -> None:
+    programs = python_environment("openai_decisions")
+    printed = run("python", "examples/responses_logprobs.py", base_url=base_url, home=tmp_path, programs=programs)
+    first, second = [part.splitlines() for part in printed.split("\n== ")[1:]]
+    text, entries = chat(base_url, ("user", QUESTION), max_tokens=32)
+    assert first[0] == QUESTION
+    assert first[1:-1] == [f"{json.dumps(entry['token'])} {entry['logprob']}" for entry in entries]
+    weakest = min(entries, key=lambda entry: entry["logprob"])
+    assert first[-1] == f"least certain: {json.dumps(weakest['token'])} {weakest['logprob']}"
+    history = (("user", QUESTION), ("assistant", text), ("user", "And of Italy?"))
+    _, entries = chat(base_url, *history, max_tokens=32)
+    assert second[1:-1] == [f"{json.dumps(entry['token'])} {entry['logprob']}" for entry in entries]
+
+
 def test_openai_agents(base_url: str, tmp_path: Path) -> None:
     printed = ask("openai_agents", "ask_agents", base_url, tmp_path)
     text, entries = chat(base_url, ("system", SYSTEM), ("user", QUESTION), top_logprobs=1)

@@ -6,14 +6,20 @@ from random import Random
 from typing import Any
 
 from serve.api.decisions.requests import DecisionsRequest, SystemOneRequest
+from serve.api.messages.requests import MessagesRequest
 from serve.api.requests import ChatCompletionRequest, CompletionRequest, ScoreRequest
+from serve.api.responses_api.requests import ResponsesRequest
 from serve.api.unsupported_fields import UNSUPPORTED, WITHOUT_EFFECT
 from tools.fuzz.byte_mutations import mutate_bytes
 from tools.fuzz.json_mutations import mutate_json, nested, random_value, serialize
 
 CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"
 DECISIONS, SYSTEM_ONE, SCORE, GENERATIVE_SCORING = "/v1/decisions", "/v1/systemone", "/v1/score", "/generative_scoring"
-PATHS = (CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE, "/invocations", DECISIONS, SYSTEM_ONE, SCORE, GENERATIVE_SCORING)
+RESPONSES, MESSAGES, COUNT_TOKENS = "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"
+PATHS = (
+    *(CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE, "/invocations", DECISIONS, SYSTEM_ONE, SCORE, GENERATIVE_SCORING),
+    *(RESPONSES, MESSAGES, COUNT_TOKENS),
+)
 
 _MESSAGES: tuple[Any, ...] = (
     [{"role": "user", "content": "Hi"}],
@@ -30,6 +36,17 @@ _ITEMS: list[Any] = [
     {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "x"}]},
     {"role": "user", "content": [{"type": "input_json", "data": {"a": [1]}}]},
 ]
+_CALLS: list[Any] = [
+    {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+    {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm"}]},
+    *_ITEMS[:2],
+]
+_BLOCKS: list[Any] = [
+    {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {"x": 1}}]},
+    {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "x"}]},
+]
+_LOGPROBS = ["message.output_text.logprobs"]
 # Values that get past validation, or nearly.
 _VALUES: dict[str, tuple[Any, ...]] = {
     "model": ("org/bytes", "alias", "gpt-9"),
@@ -78,10 +95,32 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({"mark": "!"}, {"messages": []}, {"a": {"b": [1]}}),
     "documents": ([{"title": "t", "text": "x"}], []),
     "reasoning_effort": ("low",),
+    "summary": ([], [{"type": "summary_text", "text": "x"}]),
     "role": ("system", "developer", "user", "assistant", "tool"),
     "content": ("Hi", "refuse", "", [{"type": "text", "text": "x"}], [], None),
     "type": ("text", "image_url", "predicate", "noul", "choice", "score", "function_call", "input_text", "input_image"),
     "input": ("Hi", _ITEMS, [{"role": "user", "content": "Hi"}]),
+    "instructions": ("x", ""),
+    "max_output_tokens": (1, 3, 20),
+    "include": (_LOGPROBS, [], ["web_search_call.results"]),
+    "text": ({"format": {"type": "text"}}, {"format": {"type": "json_object"}, "verbosity": "medium"}, {"format": {}}),
+    "reasoning": ({"effort": "low"}, {"effort": None}, {"summary": "auto"}),
+    "previous_response_id": ("resp_1",),
+    "metadata": ({"a": "b"}, {"a": 1}),
+    "tools": (
+        [{"type": "function", "name": "f", "parameters": {"type": "object"}}],
+        [{"name": "f", "input_schema": {"type": "object"}}],
+        [{"type": "function", "function": {"name": "f"}}],
+        [],
+    ),
+    "tool_choice": (
+        *("none", "auto", {"type": "auto"}, {"type": "tool", "name": "f"}, {"type": "function", "name": "f"}),
+        {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
+    ),
+    "system": ("x", [{"type": "text", "text": "x"}], []),
+    "thinking": ({"type": "disabled"}, {"type": "adaptive"}),
+    "output_config": ({"effort": "low"}, {"format": {"type": "json_schema", "schema": {"type": "object"}}}),
+    "stop_sequences": (["l"], [""], []),
     "state": ("Hi", {"a": 1}, ["x"], " "),
     "questions": ([_PREDICATE], [_PREDICATE] * 3, {"a.b": _NOUL}, {"q": _NOUL | {"criteria": {"true": {"k": 1}}}}),
     "choices": ([{"value": True}, {"value": "true"}], [{"value": "a"}] * 2),
@@ -102,11 +141,14 @@ _FLAGS = (
     *("stream", "echo", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "return_token_ids"),
     *("return_tokens_as_token_ids", "add_generation_prompt", "continue_final_message", "add_special_tokens"),
     *("return_prompt_text", "return_token_strs", "return_token_bytes", "include_usage"),
-    *("apply_softmax", "item_first", "return_token_logprobs"),
+    *("apply_softmax", "item_first", "return_token_logprobs", "store", "parallel_tool_calls"),
 )
 _MODELS = [
     name
-    for model in (ChatCompletionRequest, CompletionRequest, DecisionsRequest, SystemOneRequest, ScoreRequest)
+    for model in (
+        *(ChatCompletionRequest, CompletionRequest, DecisionsRequest, SystemOneRequest, ScoreRequest),
+        *(ResponsesRequest, MessagesRequest),
+    )
     for name in model.model_fields
 ]
 # Includes unknown fields. Fields with most effect occur twice.
@@ -150,6 +192,15 @@ def _seeds() -> list[tuple[str, dict[str, Any]]]:
         (SCORE, {"query": "Hi", "items": ["a", "b"], "label_token_ids": [65, 66], "apply_softmax": True}),
         (SCORE, {"query": [1], "items": [[2], [3]], "label_token_ids": [[65], [66]], "return_token_logprobs": True}),
         (GENERATIVE_SCORING, {"query": "Hi", "items": ["a"], "label_token_ids": [65], "item_first": True}),
+        (RESPONSES, {"input": "Hi", "temperature": 0, "max_output_tokens": 3, "include": _LOGPROBS, "top_logprobs": 1}),
+        (RESPONSES, {"input": _CALLS[:1], "instructions": "x", "max_output_tokens": 3, "stream": True}),
+        (
+            RESPONSES,
+            {"input": "Hi", "max_output_tokens": 3, "text": {"format": {"type": "text"}}, "metadata": {"a": "b"}},
+        ),
+        (MESSAGES, {"messages": _BLOCKS[:1], "system": "x", "max_tokens": 3, "logprobs": True, "top_logprobs": 1}),
+        (MESSAGES, {"messages": _BLOCKS[:1], "max_tokens": 3, "stop_sequences": ["l"], "stream": True}),
+        (COUNT_TOKENS, {"messages": _BLOCKS, "model": "alias"}),
         ("/invocations", text | {"echo": True}),
         ("/invocations", chat),
     ]

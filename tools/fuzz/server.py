@@ -9,9 +9,12 @@ from pydantic import BaseModel
 
 from serve.api import responses
 from serve.api.decisions.responses import DecisionsAnswer, SystemOneAnswer, ValidationErrors
+from serve.api.messages.responses import MessageAnswer, MessageErrorAnswer, MessageEvent, TokenCount
+from serve.api.responses_api.responses import ResponsesAnswer, ResponsesEvent
 from tests.support.engines import assert_idle
+from tests.support.events import named_events
 from tests.support.http_client import ExactRunner, Server, chunks_of, error_of, parse_unique, serving
-from tools.fuzz.bodies import DECISIONS, DETOKENIZE, SYSTEM_ONE, TOKENIZE
+from tools.fuzz.bodies import COUNT_TOKENS, DECISIONS, DETOKENIZE, MESSAGES, RESPONSES, SYSTEM_ONE, TOKENIZE
 
 SECONDS = 20  # per request
 _REJECTIONS = (400, 404, 413)
@@ -25,11 +28,15 @@ _ANSWERS: dict[str, type[BaseModel]] = {
     SYSTEM_ONE: SystemOneAnswer,
     "scoring": responses.ScoreAnswer,
     "list": responses.GenerativeScoringAnswer,
+    "response": ResponsesAnswer,
+    MESSAGES: MessageAnswer,
+    COUNT_TOKENS: TokenCount,
 }
 _CHUNKS: dict[str, type[BaseModel]] = {
     "chat.completion.chunk": responses.ChatChunk,
     "text_completion": responses.CompletionChunk,
 }
+_EVENTS: dict[str, type[BaseModel]] = {RESPONSES: ResponsesEvent, MESSAGES: MessageEvent}
 
 
 def fuzz_server() -> AbstractAsyncContextManager[Server]:
@@ -63,18 +70,32 @@ async def send(server: Server, path: str, body: bytes) -> int:
         elif path == SYSTEM_ONE and response.status_code == 422:
             ValidationErrors.model_validate_json(response.content)
         elif with_timeout and response.status_code == 504:
-            assert error_of(response, 504)["code"] == "deadline_exceeded"
+            assert _code(path, response) == "deadline_exceeded"
         else:
             assert response.status_code in _REJECTIONS, (response.status_code, response.text)
-            assert error_of(response, response.status_code)["type"] == "invalid_request_error"
+            assert _code(path, response)
     except Exception as error:
         error.add_note(f"POST {path} {body[:2000]!r}")
         raise
     return response.status_code
 
 
+def _code(path: str, response: httpx2.Response) -> str | None:
+    """The code of an error, whose envelope is checked."""
+    if path in (MESSAGES, COUNT_TOKENS):
+        return MessageErrorAnswer.model_validate_json(response.content).error.details["error_code"]
+    error = error_of(response, response.status_code)
+    assert error["type"] == ("timeout" if response.status_code == 504 else "invalid_request_error")
+    return str(error["code"])
+
+
 def _check_shape(path: str, response: httpx2.Response, *, with_timeout: bool) -> None:
-    if response.headers["content-type"].startswith("text/event-stream"):
+    is_stream = response.headers["content-type"].startswith("text/event-stream")
+    if is_stream and path in _EVENTS:
+        for event in named_events(response):
+            _EVENTS[path].model_validate_json(json.dumps(event))
+            assert event["type"] != "error" or with_timeout
+    elif is_stream:
         for chunk in chunks_of(response):
             if with_timeout and chunk.get("error", {}).get("code") == "deadline_exceeded":
                 continue

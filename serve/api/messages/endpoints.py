@@ -9,7 +9,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve.api.chat import THINKING_VARIABLES, chat_text
+from serve.api.chat import chat_text
 from serve.api.context import Context
 from serve.api.errors import invalid
 from serve.api.json_stream import json_response
@@ -43,6 +43,7 @@ _DELTAS = {
     "reasoning": ("thinking_delta", "thinking"),
     "call": ("input_json_delta", "partial_json"),
 }
+_THINKS = {"enabled": True, "disabled": False}  # type -> value of the template's variables
 
 
 class Messages(TranslatedHandler):
@@ -50,6 +51,7 @@ class Messages(TranslatedHandler):
         (r"^max_completion_tokens$", "max_tokens"),
         (r"^stop$", "stop_sequences"),
         (r"^response_format", "output_config.format"),
+        (r"^thinking_token_budget$", "thinking.budget_tokens"),
         (r"^reasoning_effort$", "output_config.effort"),
         (r"^tools\[(\d+)\]\.function\.parameters", r"tools[\1].input_schema"),
         (r"^tools\[(\d+)\]\.function", r"tools[\1]"),
@@ -63,6 +65,7 @@ class Messages(TranslatedHandler):
             raise invalid("top_logprobs", "`top_logprobs` needs `logprobs` to be true.")
         form = body.output_config.format if body.output_config else None
         fields = {
+            "thinking_token_budget": body.thinking.budget_tokens if body.thinking else None,
             "response_format": None if form is None else form.model_dump(by_alias=True),
             "stop": body.stop_sequences,
             "max_completion_tokens": body.max_tokens,
@@ -178,13 +181,16 @@ def _prompt(body: MessagesPromptFields, context: Context) -> dict[str, Any]:
     check_levels({"tools": tools})
     for tool in body.tools or ():
         check_extra(tool.model_extra or {}, AnthropicTool.model_fields, context.unknown_fields, "tools[].")
-    if body.thinking is not None and body.thinking.type == "disabled":
-        variables = dict.fromkeys(THINKING_VARIABLES, False) | (variables or {})
+    thinking = body.thinking
+    if thinking is not None and (thinking.type == "enabled") == (thinking.budget_tokens is None):
+        message = "`thinking.budget_tokens` is needed for the type enabled, and for no other."
+        raise invalid("thinking.budget_tokens", message)
     prefilled = messages[-1]["role"] == "assistant"
     return {
         "messages": messages,
         "continue_final_message": prefilled or None,
         "chat_template_kwargs": variables,
+        "enable_thinking": _THINKS.get(thinking.type) if thinking else None,
         "tools": [tool.chat_form for tool in body.tools] if body.tools else None,
         "reasoning_effort": body.output_config.effort if body.output_config else None,
         **chat_choice(body.tool_choice),

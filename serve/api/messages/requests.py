@@ -32,7 +32,9 @@ class _Options(BaseModel):
 class Thinking(_Options):
     """`thinking`. Adaptive: as the chat template has it."""
 
-    type: Literal["disabled", "adaptive"]
+    type: Literal["disabled", "adaptive", "enabled"]
+    budget_tokens: Annotated[Count, Field(ge=1)] | None = None  # of the type enabled
+    display: Literal["summarized"] | None = None
 
 
 class OutputFormat(_Options):

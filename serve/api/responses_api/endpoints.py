@@ -50,15 +50,16 @@ class Responses(TranslatedHandler):
             check_extra(tool.model_extra or {}, ResponsesTool.model_fields, unknown, "tools[].")
         _check_metadata(body.metadata or {})
         items = read_input(body.input)
-        for prefix, fields in zip(("input[].", "input[].content[]."), unread_fields(items), strict=True):
-            check_extra(fields, (), unknown, prefix)
         earlier = self._earlier(body, record)
+        messages = chat_messages(earlier + items, stored=len(earlier))
+        for prefix, unread in zip(("input[].", "input[].content[]."), unread_fields(items), strict=True):
+            check_extra(unread, (), unknown, prefix)
         instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
         with_logprobs = LOGPROBS in (body.include or ())
         if body.top_logprobs and not with_logprobs:
             raise invalid("top_logprobs", f"`top_logprobs` needs {LOGPROBS!r} in `include`.")
         fields = {
-            "messages": instructions + chat_messages(earlier + items, stored=len(earlier)),
+            "messages": instructions + messages,
             "stop": body.stop,
             "max_completion_tokens": body.max_output_tokens,
             "logprobs": with_logprobs,
@@ -71,6 +72,8 @@ class Responses(TranslatedHandler):
             "tool_choice": chat_choice(body.tool_choice),
             "parallel_tool_calls": body.parallel_tool_calls,
         }
+        # Not needed while the response is generated.
+        body.input = body.chat_template_kwargs = body.structured_outputs = None
         kept = orjson.dumps(earlier + items) if self._stores(body) else None
         return Translation(body, fields, ResponseSource(body, record.owner, kept))
 

@@ -111,8 +111,9 @@ class _Messages:
 
 
 def unread_fields(items: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Unknown fields of the items and of their parts."""
-    parts = [part for item in items if isinstance(item.get("content"), list) for part in item["content"]]
+    """Unknown fields of valid items and of their parts."""
+    with_parts = [item for item in items if item["type"] in ("message", "reasoning")]
+    parts = [part for item in with_parts if isinstance(item.get("content"), list) for part in item["content"]]
     return (
         {name: value for item in items for name, value in item.items() if name not in _ITEM_FIELDS[item["type"]]},
         {name: value for part in parts for name, value in part.items() if name not in _PART_FIELDS},

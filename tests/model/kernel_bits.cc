@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "dots.h"
 #include "head.h"
+#include "integers.h"
 #include "rows.h"
 #include "tiles.h"
 
@@ -97,7 +98,7 @@ class PackedWeight {
 
   Problem With(const void* x, int64_t m, int64_t n, int64_t k, int64_t stride) const {
     const int64_t words = depth_ * Format::kWords * kColumns, scales = depth_ * kColumns;
-    return {x, words_.data(), scales_.data(), nullptr, m, n, k, stride, words, scales, Format::kScaleBytes};
+    return {x, words_.data(), scales_.data(), nullptr, m, n, k, stride, 4 * stride, words, scales, Format::kScaleBytes};
   }
 
  private:
@@ -139,12 +140,12 @@ void CheckSame(const std::string& name, const float* a, const std::vector<float>
 constexpr int64_t kMaxRows = 25;
 
 // Prints products of 1 to kMaxRows rows; each row must have the same bits in all of them.
-void Products(const std::string& name, const Problem& full, Panel panel, int64_t x_bytes) {
+void Products(const std::string& name, const Problem& full, Panel panel) {
   const std::vector<float> y = Run(full, panel);
   for (const int64_t m : {1, 2, 3, 4, 5, 13, 25}) {
     Problem p = full;
     p.m = m;
-    p.x = static_cast<const char*>(full.x) + (full.m - m) * full.x_stride * x_bytes;  // the last rows
+    p.x = static_cast<const char*>(full.x) + (full.m - m) * full.row_bytes;  // the last rows
     const std::vector<float> some = Run(p, panel);
     const std::string here =
         "linear " + name + " " + std::to_string(m) + " " + std::to_string(p.n) + " " + std::to_string(p.k);
@@ -170,7 +171,27 @@ void Linear(const std::string& name) {
     const int64_t stride = (k + kStep - 1) / kStep * kStep;
     const PackedWeight<Format> weight(random, n, k);
     const std::vector<uint32_t> x = WideRows(random, k, stride);
-    Products(name, weight.With(x.data(), kMaxRows, n, k, stride), RunPanel<Format, false>, 4);
+    Problem p = weight.With(x.data(), kMaxRows, n, k, stride);
+    if constexpr (kIsInteger<Format>) {
+      using Row = Integers<Format::kGroup>;
+      const int64_t groups = (k + Format::kBlock - 1) / Format::kBlock * Format::kBlock / Format::kGroup;
+      std::vector<float> floats(static_cast<size_t>(kMaxRows * k));
+      for (int64_t r = 0; r < kMaxRows; ++r) {
+        std::memcpy(&floats[static_cast<size_t>(r * k)], &x[static_cast<size_t>(r * stride)],
+                    static_cast<size_t>(k) * sizeof(float));
+      }
+      std::vector<Row> rows(static_cast<size_t>(groups * kMaxRows));
+      for (int64_t r = 0; r < kMaxRows; ++r) FillIntegers<Format>(floats.data(), kMaxRows, k, r, rows.data());
+      p.x = rows.data(), p.x_stride = kMaxRows, p.row_bytes = sizeof(Row);
+      Products(name, p, RunIntegers<Format, ByteSums>);
+#if defined(__aarch64__)
+      if (HasByteDots()) {
+        CheckSame(name + " dots", Run(p, RunIntegers<Format, ByteSums>).data(), Run(p, RunIntegers<Format, DotSums>));
+      }
+#endif
+    } else {
+      Products(name, p, RunPanel<Format, false>);
+    }
   }
 }
 
@@ -182,7 +203,7 @@ void LinearOfBfloat16(int64_t n, int64_t k) {
   std::vector<uint32_t> x = WideRows(random, k, stride);
   for (uint32_t& bits : x) bits &= 0xffff0000;
   const Problem floats = weight.With(x.data(), kMaxRows, n, k, stride);
-  Products("bfloat16", floats, RunPanel<BFloat16, true>, 4);
+  Products("bfloat16", floats, RunPanel<BFloat16, true>);
 #if defined(__AVX512F__)
   if (!HasDots()) return;
   std::vector<uint16_t> rows(static_cast<size_t>(kMaxRows * k));

@@ -13,6 +13,7 @@
 #include "dots.h"
 #include "head.h"
 #include "parallel.h"
+#include "integers.h"
 #include "tiles.h"
 
 namespace {
@@ -81,9 +82,20 @@ void Products(Pool& pool, std::mt19937& random, Panel panel, int64_t m, int64_t 
   for (uint32_t& word : words) word = 0x3f003f00 + random() % 0x100 * 0x10001;
   const std::vector<uint16_t> scales(static_cast<size_t>(blocks * depth * kColumns), 0x3000);  // 1/8
   std::vector<float> alone(static_cast<size_t>(m * n)), shared(alone.size());
+  Problem p = {x.data(), words.data(), scales.data(), nullptr, m, n, k, stride,
+               stride * static_cast<int64_t>(sizeof(Element)),
+               depth * Format::kWords * kColumns, depth * kColumns, Format::kScaleBytes};
+  using Row = Integers<Format::kGroup>;
+  std::vector<Row> rows(static_cast<size_t>(kIsInteger<Format> ? depth * Format::kBlock / Format::kGroup * m : 0));
+  if constexpr (kIsInteger<Format>) {
+    std::vector<float> dense(static_cast<size_t>(m * k));
+    for (int64_t i = 0; i < m * k; ++i) dense[static_cast<size_t>(i)] = x[static_cast<size_t>(i / k * stride + i % k)];
+    for (int64_t r = 0; r < m; ++r) FillIntegers<Format>(dense.data(), m, k, r, rows.data());
+    p.x = rows.data(), p.x_stride = m, p.row_bytes = sizeof(Row);
+  }
   const auto run = [&](float* y) {
-    const Problem problem = {x.data(), words.data(), scales.data(), y, m, n, k, stride,
-                             depth * Format::kWords * kColumns, depth * kColumns, Format::kScaleBytes};
+    Problem problem = p;
+    problem.y = y;
     return [problem, panel](int64_t first, int64_t last) {
       const FloatMode mode;
       panel(problem, first, last);
@@ -139,7 +151,7 @@ int main() {
     MemoryRunsOut(pool, pool.num_threads(), count, below(count));
     const int64_t m = 1 + below(30), n = 1 + below(300), k = 1 + below(90);
     Products<BFloat16, float>(pool, random, RunPanel<BFloat16, true>, m, n, k);
-    Products<Q4K, float>(pool, random, RunPanel<Q4K, false>, m, n, k);
+    Products<Q4K, float>(pool, random, RunIntegers<Q4K, ByteSums>, m, n, k);
     Products<Q8_0, float>(pool, random, RunPanel<Q8_0, false>, m, n, k);
 #if defined(__AVX512F__)
     if (HasDots()) Products<BFloat16, uint16_t>(pool, random, RunDots, m, n, k);

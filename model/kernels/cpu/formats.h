@@ -48,15 +48,14 @@ LOGPROBD_INLINE Words FifthBits(Words word, int64_t quad) {
 struct NoScales {
   using Scales = uint16_t;
   static constexpr int64_t kScaleBytes = 0;
-  static constexpr bool kTinyFactors = false;
 };
 struct Float16Scales {
   using Scales = uint16_t;
   static constexpr int64_t kScaleBytes = 2;
-  static constexpr bool kTinyFactors = false;
 };
 
 struct Q4_0 : Float16Scales {
+  static constexpr int kZero = 8, kMaxCode = 15;
   static constexpr int64_t kBlock = 32, kWords = 4, kGroup = 32;
   static LOGPROBD_INLINE Scale ScaleOf(const uint32_t*, const Scales* scales, int64_t) {
     return Centered(LoadFloat16(scales), 8);
@@ -65,6 +64,7 @@ struct Q4_0 : Float16Scales {
 };
 
 struct Q4_1 : NoScales {
+  static constexpr int kZero = 0, kMaxCode = 15;
   static constexpr int64_t kBlock = 32, kWords = 5, kGroup = 32;
   static LOGPROBD_INLINE Scale ScaleOf(const uint32_t* words, const Scales*, int64_t) {
     return {LowFloat16(WordAt(words, 0)), HighFloat16(WordAt(words, 0))};
@@ -73,6 +73,7 @@ struct Q4_1 : NoScales {
 };
 
 struct Q5_0 : Float16Scales {
+  static constexpr int kZero = 16, kMaxCode = 31;
   static constexpr int64_t kBlock = 32, kWords = 5, kGroup = 32;
   static LOGPROBD_INLINE Scale ScaleOf(const uint32_t*, const Scales* scales, int64_t) {
     return Centered(LoadFloat16(scales), 16);
@@ -83,6 +84,7 @@ struct Q5_0 : Float16Scales {
 };
 
 struct Q5_1 : NoScales {
+  static constexpr int kZero = 0, kMaxCode = 31;
   static constexpr int64_t kBlock = 32, kWords = 6, kGroup = 32;
   static LOGPROBD_INLINE Scale ScaleOf(const uint32_t* words, const Scales* scales, int64_t group) {
     return Q4_1::ScaleOf(words, scales, group);
@@ -128,7 +130,7 @@ struct Iq4Xs : NoScales {
 struct Mxfp4 {
   using Scales = uint8_t;  // exponents
   static constexpr int64_t kScaleBytes = 1;
-  static constexpr bool kTinyFactors = true;  // which 2^-16 would make denormal
+  static constexpr int kZero = 12, kMaxCode = 24;
   static constexpr int64_t kBlock = 32, kWords = 4, kGroup = 32;
   static LOGPROBD_INLINE Scale ScaleOf(const uint32_t*, const Scales* scales, int64_t) {
     // 2^(e - 128); the two smallest exponents are denormal, which counts as zero.
@@ -149,6 +151,7 @@ LOGPROBD_INLINE Words TwoBits(const uint32_t* words, int64_t quad) {
 }
 
 struct Q2K : NoScales {
+  static constexpr int kZero = 0, kMaxCode = 3;
   static constexpr int64_t kBlock = 256, kWords = 21, kGroup = 16;
   static LOGPROBD_INLINE Scale ScaleOf(const uint32_t* words, const Scales*, int64_t group) {
     const Words both = ShiftRight(WordAt(words, group / 4), group % 4 * 8), factors = WordAt(words, 20);
@@ -159,6 +162,7 @@ struct Q2K : NoScales {
 };
 
 struct Q3K : Float16Scales {
+  static constexpr int kZero = 4, kMaxCode = 7;
   static constexpr int64_t kBlock = 256, kWords = 27, kGroup = 16;
   static LOGPROBD_INLINE Scale ScaleOf(const uint32_t* words, const Scales* scales, int64_t group) {
     const Words low = And(ShiftRight(WordAt(words, 24 + group % 8 / 4), group % 4 * 8 + group / 8 * 4), 0xf);
@@ -172,6 +176,7 @@ struct Q3K : Float16Scales {
 };
 
 struct Q4K : NoScales {
+  static constexpr int kZero = 0, kMaxCode = 15;
   static constexpr int64_t kBlock = 256, kWords = 36, kGroup = 32;
   // The 6-bit factor and minimum of a group are in words 1 to 3.
   static LOGPROBD_INLINE Scale ScaleOf(const uint32_t* words, const Scales*, int64_t group) {
@@ -195,6 +200,7 @@ struct Q4K : NoScales {
 };
 
 struct Q5K : NoScales {
+  static constexpr int kZero = 0, kMaxCode = 31;
   static constexpr int64_t kBlock = 256, kWords = 44, kGroup = 32;
   static LOGPROBD_INLINE Scale ScaleOf(const uint32_t* words, const Scales* scales, int64_t group) {
     return Q4K::ScaleOf(words, scales, group);
@@ -206,6 +212,7 @@ struct Q5K : NoScales {
 };
 
 struct Q6K : Float16Scales {
+  static constexpr int kZero = 32, kMaxCode = 63;
   static constexpr int64_t kBlock = 256, kWords = 52, kGroup = 16;
   static LOGPROBD_INLINE Scale ScaleOf(const uint32_t* words, const Scales* scales, int64_t group) {
     const Words byte = And(ShiftRight(WordAt(words, 48 + group / 4), group % 4 * 8), 0xff);
@@ -254,6 +261,12 @@ template <class Format>
 constexpr bool kIsFloat = std::is_same_v<Format, BFloat16> || std::is_same_v<Format, Float16> ||
                           std::is_same_v<Format, Float32>;
 
+// Whether products with a format are those of integers.h: its codes are kMaxCode at most, and mean code - kZero.
+template <class Format, class = void>
+constexpr bool kIsInteger = false;
+template <class Format>
+constexpr bool kIsInteger<Format, std::void_t<decltype(Format::kMaxCode)>> = true;
+
 // The scale, and its factor for codes that stay in a word's second or third byte: a mask then extracts them.
 template <class Format>
 struct Factors {
@@ -276,13 +289,8 @@ struct Factors {
     } else {
       const Words codes = Format::Codes(words, quad);
       w[0] = Fma(ToFloats(And(codes, 0xff)), scale.factor, scale.offset);
-      if constexpr (Format::kTinyFactors) {
-        w[1] = Fma(ToFloats(And(ShiftRight(codes, 8), 0xff)), scale.factor, scale.offset);
-        w[2] = Fma(ToFloats(And(ShiftRight(codes, 16), 0xff)), scale.factor, scale.offset);
-      } else {
-        w[1] = Fma(ToFloats(And(codes, 0xff00)), second, scale.offset);
-        w[2] = Fma(ToFloats(And(codes, 0xff0000)), third, scale.offset);
-      }
+      w[1] = Fma(ToFloats(And(codes, 0xff00)), second, scale.offset);
+      w[2] = Fma(ToFloats(And(codes, 0xff0000)), third, scale.offset);
       w[3] = Fma(ToFloats(ShiftRight(codes, 24)), scale.factor, scale.offset);
     }
   }

@@ -87,7 +87,7 @@ struct Head {
 void Logits(const Head& head, int64_t row, int64_t m, int64_t first, int64_t count, float* y) {
   Problem part = Columns(head.product.problem, first, count, y);
   part.m = m;
-  part.x = static_cast<const char*>(part.x) + row * part.x_stride * head.product.x_bytes;
+  part.x = static_cast<const char*>(part.x) + row * part.row_bytes;
   head.product.panel(part, 0, (count + kColumns - 1) / kColumns);
   if (head.cap > 0) SoftCapRow(y, head.cap, m * count, y);
 }
@@ -132,7 +132,7 @@ ffi::Error FromHidden(ffi::ThreadPool pool, ffi::AnyBuffer hidden, U32 words, ff
     std::optional<Product> product;
     if (xs.size() == 2) {
       const int64_t rows = std::clamp<int64_t>(*live.typed_data(), 0, xs[0]);
-      product = MakeProduct(hidden, {words, scales, format}, rows, vocab);
+      product = MakeProduct(pool, hidden, {words, scales, format}, rows, vocab);
     }
     if (!product) return ffi::Error::InvalidArgument("score takes hidden [M, K] and a packed weight [V, K]");
     const auto outputs = MakeOutputs(xs[0], vocab, ids, requested_ids, live, results);

@@ -31,7 +31,7 @@ class Target(StrEnum):
 
 # Instruction sets, the best first, and their compiler flags: a library is built for each.
 INSTRUCTION_SETS = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c", "-mpopcnt", "-mbmi"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c", "-mpopcnt", "-mbmi"),
     "avx2": ("-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi"),
     "neon": (),
 }

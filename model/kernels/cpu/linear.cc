@@ -27,7 +27,7 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, U32 words, ffi::AnyBuf
     // Rows after the live ones are padding: filled with zeros, not computed.
     const int64_t m = fits ? std::clamp<int64_t>(*live.typed_data(), 0, xs[0]) : 0;
     std::optional<Product> product;
-    if (fits) product = MakeProduct(x, {words, scales, format}, m, ys[1], kPath);
+    if (fits) product = MakeProduct(pool, x, {words, scales, format}, m, ys[1], kPath);
     if (!product) {
       return ffi::Error::InvalidArgument("linear takes x [M, K] and a packed weight [N, K], and gives y [M, N]");
     }

@@ -5,21 +5,56 @@
 #include <algorithm>
 
 #include "dots.h"
+#include "integers.h"
+#include "parallel.h"
 
 namespace LOGPROBD_NAMESPACE {
 
 namespace {
 
+// Rows of x as a panel reads them.
+struct Rows {
+  std::shared_ptr<const void> data;
+  int64_t stride, bytes;  // as in Problem
+};
+
 struct Layout {
   int64_t block, words, scale_bytes;
   Panel panel;
+  Rows (*integers)(ffi::ThreadPool pool, const float* x, int64_t m, int64_t k);  // null for float32 arithmetic
 };
 
+constexpr int64_t kMinElementsToShare = 1 << 15;
+
+template <class Format>
+Rows IntegersOf(ffi::ThreadPool pool, const float* x, int64_t m, int64_t k) {
+  constexpr int64_t kGroup = Format::kGroup;
+  const int64_t groups = (k + Format::kBlock - 1) / Format::kBlock * Format::kBlock / kGroup;
+  const std::shared_ptr<Integers<kGroup>[]> rows(new Integers<kGroup>[static_cast<size_t>(groups * m)]);
+  const auto convert = [=](int64_t first, int64_t last) {
+    const FloatMode mode;
+    for (int64_t r = first; r < last; ++r) FillIntegers<Format>(x, m, k, r, rows.get());
+  };
+  const int64_t threads = m * k < kMinElementsToShare ? 1 : std::min<int64_t>(pool.num_threads(), m);
+  if (!Share(pool, threads, m, convert)) throw std::bad_alloc();
+  return {rows, m, static_cast<int64_t>(sizeof(Integers<kGroup>))};
+}
+
+// The panel of a format, and how its x is made.
 std::optional<Layout> LayoutOf(std::string_view name) {
   std::optional<Layout> layout;
   WithFormat(name, [&](auto format) {
     using Format = decltype(format);
-    layout = {Format::kBlock, Format::kWords, Format::kScaleBytes, RunPanel<Format, false>};
+    layout = {Format::kBlock, Format::kWords, Format::kScaleBytes, nullptr, nullptr};
+    if constexpr (kIsInteger<Format>) {
+      layout->panel = RunIntegers<Format, ByteSums>;
+#if defined(__aarch64__)
+      if (HasByteDots()) layout->panel = RunIntegers<Format, DotSums>;
+#endif
+      layout->integers = IntegersOf<Format>;
+    } else {
+      layout->panel = RunPanel<Format, false>;
+    }
   });
   return layout;
 }
@@ -47,30 +82,33 @@ bool UsesDots(Path path, int64_t m) {
 
 // Rows of x as float32 with zeros up to a multiple of kStep.
 template <typename Element>
-std::shared_ptr<const float[]> Widened(const Element* x, int64_t m, int64_t k, int64_t stride) {
+Rows Widened(const Element* x, int64_t m, int64_t k) {
+  const int64_t stride = (k + kStep - 1) / kStep * kStep;
   const std::shared_ptr<float[]> rows(new float[static_cast<size_t>(m * stride)]);
   for (int64_t r = 0; r < m; ++r) {
     float* to = rows.get() + r * stride;
     for (int64_t i = 0; i < stride; i += kLanes) Store(to + i, LoadSome(x + r * k + i, k - i));
   }
-  return rows;
+  return {rows, stride, stride * 4};
 }
 
 }  // namespace
 
-std::optional<Product> MakeProduct(ffi::AnyBuffer x, const Weight& weight, int64_t m, int64_t n, Path path) {
+std::optional<Product> MakeProduct(ffi::ThreadPool pool, ffi::AnyBuffer x, const Weight& weight, int64_t m, int64_t n,
+                                   Path path) {
   const std::optional<Layout> layout = LayoutOf(weight.format);
   const auto size = x.dimensions();
   if (!layout || size.size() != 2 || !Fits(weight, *layout, n, size[1])) return std::nullopt;
-  const int64_t k = size[1], stride = (k + kStep - 1) / kStep * kStep;
-  const auto blocks = weight.words.dimensions();
+  const int64_t k = size[1], blocks = weight.words.dimensions()[1];
+  const bool is_bfloat16 = x.element_type() == ffi::BF16;
+  if (is_bfloat16 ? weight.format != "BF16" : x.element_type() != ffi::F32) return std::nullopt;
   Product product = {{x.untyped_data(), weight.words.typed_data(), weight.scales.untyped_data(), nullptr, m, n, k, k,
-                      blocks[1] * layout->words * kColumns, blocks[1] * kColumns, layout->scale_bytes},
+                      k * (is_bfloat16 ? 2 : 4), blocks * layout->words * kColumns, blocks * kColumns,
+                      layout->scale_bytes},
                      layout->panel,
-                     x.element_type() == ffi::BF16 ? 2 : 4,
                      nullptr};
-  if (x.element_type() == ffi::BF16) {
-    if (weight.format != "BF16") return std::nullopt;
+  Rows rows = {};
+  if (is_bfloat16) {
 #if defined(__AVX512F__)
     if (UsesDots(path, m)) {
       product.panel = RunDots;
@@ -78,17 +116,18 @@ std::optional<Product> MakeProduct(ffi::AnyBuffer x, const Weight& weight, int64
     }
 #endif
     product.panel = RunPanel<BFloat16, true>;
-    product.x = Widened(static_cast<const uint16_t*>(x.untyped_data()), m, k, stride);
-  } else if (x.element_type() == ffi::F32) {
-    if (k != stride) product.x = Widened(static_cast<const float*>(x.untyped_data()), m, k, stride);
+    rows = Widened(static_cast<const uint16_t*>(x.untyped_data()), m, k);
+  } else if (layout->integers != nullptr) {
+    rows = layout->integers(pool, static_cast<const float*>(x.untyped_data()), m, k);
+  } else if (k % kStep != 0) {
+    rows = Widened(static_cast<const float*>(x.untyped_data()), m, k);
   } else {
-    return std::nullopt;
+    return product;
   }
-  if (product.x != nullptr) {
-    product.problem.x = product.x.get();
-    product.problem.x_stride = stride;
-    product.x_bytes = 4;
-  }
+  product.x = rows.data;
+  product.problem.x = rows.data.get();
+  product.problem.x_stride = rows.stride;
+  product.problem.row_bytes = rows.bytes;
   return product;
 }
 

@@ -25,13 +25,12 @@ struct Weight {
 struct Product {
   Problem problem;
   Panel panel;
-  int64_t x_bytes;                   // of an element of x
-  std::shared_ptr<const float[]> x;  // of the problem, if the caller's had to be converted or padded
+  std::shared_ptr<const void> x;  // of the problem, if the caller's had to be converted or padded
 };
 
 // The product of the first m rows of x [M, K], float32 or bfloat16, and a weight with n rows. y stays to be set.
 // No value: the shapes or dtypes do not match.
-std::optional<Product> MakeProduct(ffi::AnyBuffer x, const Weight& weight, int64_t m, int64_t n,
+std::optional<Product> MakeProduct(ffi::ThreadPool pool, ffi::AnyBuffer x, const Weight& weight, int64_t m, int64_t n,
                                    Path path = Path::kFastest);
 
 }  // namespace LOGPROBD_NAMESPACE

@@ -1,4 +1,5 @@
-// The arithmetic of linear.cc: y = x W^T for a packed W (formats.h), some blocks of 32 output columns at a time.
+// The float32 arithmetic of linear.cc: y = x W^T for a packed W (formats.h), some blocks of 32 output columns at a time.
+// Formats whose codes have at most 6 bits have that of integers.h.
 //
 // Determinism: an output is one float32 accumulator over K in one fixed order, so a row has the same bits for every M,
 // every split over threads and every position in the batch, and on every CPU. Each weight is first rounded to its
@@ -27,11 +28,12 @@ constexpr int64_t kCachedRows = 64;  // maximum number of rows of x that stay in
 static_assert(kColumns == 2 * kLanes && kChunk % kStep == 0);
 
 struct Problem {
-  const void* x;          // [m, k], rows x_stride apart: float32, with zeros up to a multiple of kStep, or bfloat16
+  const void* x;          // [m, k], rows x_stride apart: float32, with zeros up to a multiple of kStep, or bfloat16;
+                          // or Integers of integers.h [groups of K, x_stride]
   const uint32_t* words;  // of W, as in formats.h
   const void* scales;
   float* y;  // [m, n]
-  int64_t m, n, k, x_stride;
+  int64_t m, n, k, x_stride, row_bytes;            // row_bytes: from a row of x to the next
   int64_t block_words, block_scales, scale_bytes;  // words and scales of a block of columns; size of a scale
 };
 

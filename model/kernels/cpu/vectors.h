@@ -23,6 +23,13 @@ namespace LOGPROBD_NAMESPACE {
 
 constexpr int64_t kLanes = 16;  // floats of a vector
 
+// A power of two: how many sums of two products of a code and a signed byte fit into 16 bits.
+constexpr int QuadsOf16Bits(int max_code) {
+  int quads = 1;
+  while (2 * quads * 256 * max_code < 32768) quads *= 2;
+  return quads;
+}
+
 inline float ToFloat(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float value;

@@ -116,6 +116,10 @@ LOGPROBD_INLINE Words LoadWords(const uint32_t* from) {
   const auto* halves = reinterpret_cast<const __m256i*>(from);
   return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
 }
+LOGPROBD_INLINE void StoreWords(uint32_t* to, Words value) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), value.low);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to) + 1, value.high);
+}
 LOGPROBD_INLINE Words LoadBytes(const uint8_t* from) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
@@ -136,6 +140,9 @@ LOGPROBD_INLINE Words Xor(Words a, uint32_t mask) {
   const __m256i all = _mm256_set1_epi32(static_cast<int>(mask));
   return {_mm256_xor_si256(a.low, all), _mm256_xor_si256(a.high, all)};
 }
+LOGPROBD_INLINE Words AddIntegers(Words a, Words b) {
+  return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+}
 LOGPROBD_INLINE Words Or(Words a, Words b) {
   return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
 }
@@ -147,6 +154,22 @@ LOGPROBD_INLINE Words Lookup(Words bytes, const uint8_t (&table)[16]) {
 LOGPROBD_INLINE Floats ToFloats(Words signed_words) {
   return {_mm256_cvtepi32_ps(signed_words.low), _mm256_cvtepi32_ps(signed_words.high)};
 }
+LOGPROBD_INLINE Words ToWords(Floats a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }
+LOGPROBD_INLINE Words FillWords(uint32_t word) {
+  return {_mm256_set1_epi32(static_cast<int>(word)), _mm256_set1_epi32(static_cast<int>(word))};
+}
+LOGPROBD_INLINE void StoreBytes(int8_t* to, Words a) {  // the lowest byte of each word
+  a = And(a, 0xff);
+  const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(a.low, a.high), 0xd8);
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+}
+LOGPROBD_INLINE int32_t SumOfIntegers(Words a) {
+  const __m256i eight = _mm256_add_epi32(a.low, a.high);
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
+}
 LOGPROBD_INLINE Floats FromBits(Words bits) { return {_mm256_castsi256_ps(bits.low), _mm256_castsi256_ps(bits.high)}; }
 // The low or the high half of each word, a float16.
 LOGPROBD_INLINE Floats LowFloat16(Words a) {
@@ -155,6 +178,36 @@ LOGPROBD_INLINE Floats LowFloat16(Words a) {
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
 }
 LOGPROBD_INLINE Floats HighFloat16(Words a) { return LowFloat16(ShiftRight(a, 16)); }
+
+// Sums of products of the unsigned bytes of codes and signed bytes, 4 in each of 16 columns, in 16 bits; they are added
+// to those of 32 bits before they can overflow.
+struct ByteSums {
+  static constexpr int kTileRows = 2;
+  static constexpr int Quads(int max_code, int quads) { return std::min(QuadsOf16Bits(max_code), quads); }
+
+  Words sums, pairs;
+
+  LOGPROBD_INLINE void Start(int32_t start) {
+    sums = {_mm256_set1_epi32(start), _mm256_set1_epi32(start)};
+    pairs = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+  }
+  LOGPROBD_INLINE void Add(Words codes, const int8_t* four) {
+    int32_t word;
+    std::memcpy(&word, four, sizeof word);
+    const __m256i all = _mm256_set1_epi32(word);
+    pairs = {_mm256_add_epi16(pairs.low, _mm256_maddubs_epi16(codes.low, all)),
+             _mm256_add_epi16(pairs.high, _mm256_maddubs_epi16(codes.high, all))};
+    __asm__("" : "+x"(pairs.low), "+x"(pairs.high));  // keeps GCC from holding all products, and adding them last
+  }
+  LOGPROBD_INLINE void Widen() {
+    sums = Total();
+    pairs = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+  }
+  LOGPROBD_INLINE Words Total() const {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return AddIntegers(sums, {_mm256_madd_epi16(pairs.low, ones), _mm256_madd_epi16(pairs.high, ones)});
+  }
+};
 
 // 16 pairs of bfloat16: the first of each, and the second.
 struct Pairs {

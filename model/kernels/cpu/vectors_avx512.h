@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "x86.h"
 
@@ -20,7 +21,7 @@ using Mask = __mmask16;
 
 inline bool RunsHere() {
   return HasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl");
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
 
 LOGPROBD_INLINE Floats Zeros() { return _mm512_setzero_ps(); }
@@ -87,6 +88,7 @@ using Words = __m512i;
 using UnsignedLanes = uint32_t __attribute__((vector_size(64)));
 
 LOGPROBD_INLINE Words LoadWords(const uint32_t* from) { return _mm512_loadu_si512(from); }
+LOGPROBD_INLINE void StoreWords(uint32_t* to, Words value) { _mm512_storeu_si512(to, value); }
 LOGPROBD_INLINE Words LoadBytes(const uint8_t* from) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
@@ -102,6 +104,7 @@ LOGPROBD_INLINE Words And(Words a, uint32_t mask) {
 LOGPROBD_INLINE Words Xor(Words a, uint32_t mask) {
   return _mm512_xor_si512(a, _mm512_set1_epi32(static_cast<int>(mask)));
 }
+LOGPROBD_INLINE Words AddIntegers(Words a, Words b) { return _mm512_add_epi32(a, b); }
 LOGPROBD_INLINE Words Or(Words a, Words b) { return _mm512_or_si512(a, b); }
 // table[byte] of each byte, which is below 16.
 LOGPROBD_INLINE Words Lookup(Words bytes, const uint8_t (&table)[16]) {
@@ -109,10 +112,38 @@ LOGPROBD_INLINE Words Lookup(Words bytes, const uint8_t (&table)[16]) {
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), bytes);
 }
 LOGPROBD_INLINE Floats ToFloats(Words signed_words) { return _mm512_cvtepi32_ps(signed_words); }
+LOGPROBD_INLINE Words ToWords(Floats a) { return _mm512_cvtps_epi32(a); }  // to nearest even
+LOGPROBD_INLINE Words FillWords(uint32_t word) { return _mm512_set1_epi32(static_cast<int>(word)); }
+LOGPROBD_INLINE void StoreBytes(int8_t* to, Words a) {  // the lowest byte of each word
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(a));
+}
+LOGPROBD_INLINE int32_t SumOfIntegers(Words a) { return _mm512_reduce_add_epi32(a); }
 LOGPROBD_INLINE Floats FromBits(Words bits) { return _mm512_castsi512_ps(bits); }
 // The low or the high half of each word, a float16.
 LOGPROBD_INLINE Floats LowFloat16(Words a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }
 LOGPROBD_INLINE Floats HighFloat16(Words a) { return LowFloat16(_mm512_srli_epi32(a, 16)); }
+
+LOGPROBD_INLINE Words FillBytes(const int8_t* four) {
+  int32_t word;
+  std::memcpy(&word, four, sizeof word);
+  return _mm512_set1_epi32(word);
+}
+
+// Sums of products of the unsigned bytes of codes and signed bytes, 4 in each of 16 columns.
+struct ByteSums {
+  static constexpr int kTileRows = 8;
+  static constexpr int Quads(int, int quads) { return quads; }
+
+  Words sums;
+
+  LOGPROBD_INLINE void Start(int32_t start) { sums = _mm512_set1_epi32(start); }
+  LOGPROBD_INLINE void Add(Words codes, const int8_t* four) {
+    sums = _mm512_dpbusd_epi32(sums, codes, FillBytes(four));
+    __asm__("" : "+v"(sums));  // keeps GCC from adding other sums first
+  }
+  LOGPROBD_INLINE void Widen() {}
+  LOGPROBD_INLINE Words Total() const { return sums; }
+};
 
 // 16 pairs of bfloat16: the first of each, and the second.
 struct Pairs {

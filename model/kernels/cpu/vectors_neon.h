@@ -3,6 +3,10 @@
 #pragma once
 
 #include <arm_neon.h>
+#if defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -147,6 +151,12 @@ LOGPROBD_INLINE Words MapWords(Operation operation) {
 LOGPROBD_INLINE Words LoadWords(const uint32_t* from) {
   return MapWords([&](int i) { return vld1q_u32(from + 4 * i); });
 }
+LOGPROBD_INLINE void StoreWords(uint32_t* to, Words value) {
+  for (int i = 0; i < 4; ++i) vst1q_u32(to + 4 * i, value.part[i]);
+}
+LOGPROBD_INLINE Words FillWords(uint32_t word) {
+  return MapWords([&](int) { return vdupq_n_u32(word); });
+}
 LOGPROBD_INLINE Words LoadBytes(const uint8_t* from) {
   const uint8x16_t bytes = vld1q_u8(from);
   const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_u8(vget_high_u8(bytes));
@@ -161,8 +171,17 @@ LOGPROBD_INLINE Words ShiftRight(Words a, int64_t bits) { return ShiftLeft(a, -b
 LOGPROBD_INLINE Words And(Words a, uint32_t mask) {
   return MapWords([&](int i) { return vandq_u32(a.part[i], vdupq_n_u32(mask)); });
 }
+// The same 4 bytes in each word.
+LOGPROBD_INLINE uint32x4_t FourBytes(const int8_t* four) {
+  uint32_t word;
+  std::memcpy(&word, four, sizeof word);
+  return vdupq_n_u32(word);
+}
 LOGPROBD_INLINE Words Xor(Words a, uint32_t mask) {
   return MapWords([&](int i) { return veorq_u32(a.part[i], vdupq_n_u32(mask)); });
+}
+LOGPROBD_INLINE Words AddIntegers(Words a, Words b) {
+  return MapWords([&](int i) { return vaddq_u32(a.part[i], b.part[i]); });
 }
 LOGPROBD_INLINE Words Or(Words a, Words b) {
   return MapWords([&](int i) { return vorrq_u32(a.part[i], b.part[i]); });
@@ -175,6 +194,18 @@ LOGPROBD_INLINE Words Lookup(Words bytes, const uint8_t (&table)[16]) {
 LOGPROBD_INLINE Floats ToFloats(Words signed_words) {
   return Map([&](int i) { return vcvtq_f32_s32(vreinterpretq_s32_u32(signed_words.part[i])); });
 }
+LOGPROBD_INLINE Words ToWords(Floats a) {  // to nearest even
+  return MapWords([&](int i) { return vreinterpretq_u32_s32(vcvtnq_s32_f32(a.part[i])); });
+}
+LOGPROBD_INLINE void StoreBytes(int8_t* to, Words a) {  // the lowest byte of each word
+  const uint16x8_t low = vcombine_u16(vmovn_u32(a.part[0]), vmovn_u32(a.part[1]));
+  const uint16x8_t high = vcombine_u16(vmovn_u32(a.part[2]), vmovn_u32(a.part[3]));
+  vst1q_s8(to, vreinterpretq_s8_u8(vcombine_u8(vmovn_u16(low), vmovn_u16(high))));
+}
+LOGPROBD_INLINE int32_t SumOfIntegers(Words a) {
+  const uint32x4_t four = vaddq_u32(vaddq_u32(a.part[0], a.part[1]), vaddq_u32(a.part[2], a.part[3]));
+  return static_cast<int32_t>(vaddvq_u32(four));
+}
 LOGPROBD_INLINE Floats FromBits(Words bits) {
   return Map([&](int i) { return vreinterpretq_f32_u32(bits.part[i]); });
 }
@@ -183,6 +214,55 @@ LOGPROBD_INLINE Floats LowFloat16(Words a) {
   return Map([&](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(a.part[i]))); });
 }
 LOGPROBD_INLINE Floats HighFloat16(Words a) { return LowFloat16(ShiftRight(a, 16)); }
+
+#if defined(__linux__)
+inline bool HasByteDots() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
+#else
+inline bool HasByteDots() { return true; }  // all of Apple's CPUs with Metal have it
+#endif
+
+// Sums of products of the bytes of codes, below 128, and signed bytes, 4 in each of 16 columns, by Armv8.2's sdot.
+struct DotSums {
+  static constexpr int kTileRows = 2;
+  static constexpr int Quads(int, int quads) { return quads; }
+
+  Words sums;
+
+  LOGPROBD_INLINE void Start(int32_t start) { sums = FillWords(static_cast<uint32_t>(start)); }
+  LOGPROBD_INLINE void Add(Words codes, const int8_t* four) {
+    const uint32x4_t all = FourBytes(four);
+    for (int i = 0; i < 4; ++i) {
+      // Inline assembly: the library needs no separate build with this instruction set.
+      __asm__(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b"
+              : "+w"(sums.part[i])
+              : "w"(codes.part[i]), "w"(all));
+    }
+  }
+  LOGPROBD_INLINE void Widen() {}
+  LOGPROBD_INLINE Words Total() const { return sums; }
+};
+
+// The same sums by instructions that all CPUs have.
+struct ByteSums {
+  static constexpr int kTileRows = 2;
+  static constexpr int Quads(int, int quads) { return quads; }
+
+  Words sums;
+
+  LOGPROBD_INLINE void Start(int32_t start) { sums = FillWords(static_cast<uint32_t>(start)); }
+  LOGPROBD_INLINE void Add(Words codes, const int8_t* four) {
+    const int8x16_t all = vreinterpretq_s8_u32(FourBytes(four));
+    for (int i = 0; i < 4; ++i) {
+      const int8x16_t bytes = vreinterpretq_s8_u32(codes.part[i]);
+      const int16x8_t low = vmull_s8(vget_low_s8(bytes), vget_low_s8(all)), high = vmull_high_s8(bytes, all);
+      const int32x4_t sum = vpadalq_s16(vreinterpretq_s32_u32(sums.part[i]), vpaddq_s16(low, high));
+      sums.part[i] = vreinterpretq_u32_s32(sum);
+      __asm__("" : "+w"(sums.part[i]));  // keeps GCC from holding all products, and adding them last
+    }
+  }
+  LOGPROBD_INLINE void Widen() {}
+  LOGPROBD_INLINE Words Total() const { return sums; }
+};
 
 // 16 pairs of bfloat16: the first of each, and the second.
 struct Pairs {

@@ -172,8 +172,8 @@ void Linear(const std::string& name) {
     const PackedWeight<Format> weight(random, n, k);
     const std::vector<uint32_t> x = WideRows(random, k, stride);
     Problem p = weight.With(x.data(), kMaxRows, n, k, stride);
-    if constexpr (kIsInteger<Format>) {
-      using Row = Integers<Format::kGroup>;
+    if constexpr (!kIsFloat<Format>) {
+      using Row = RowOf<Format>;
       const int64_t groups = (k + Format::kBlock - 1) / Format::kBlock * Format::kBlock / Format::kGroup;
       std::vector<float> floats(static_cast<size_t>(kMaxRows * k));
       for (int64_t r = 0; r < kMaxRows; ++r) {
@@ -183,10 +183,11 @@ void Linear(const std::string& name) {
       std::vector<Row> rows(static_cast<size_t>(groups * kMaxRows));
       for (int64_t r = 0; r < kMaxRows; ++r) FillIntegers<Format>(floats.data(), kMaxRows, k, r, rows.data());
       p.x = rows.data(), p.x_stride = kMaxRows, p.row_bytes = sizeof(Row);
-      Products(name, p, RunIntegers<Format, ByteSums>);
+      Products(name, p, RunIntegers<Format>);
 #if defined(__aarch64__)
       if (HasByteDots()) {
-        CheckSame(name + " dots", Run(p, RunIntegers<Format, ByteSums>).data(), Run(p, RunIntegers<Format, DotSums>));
+        using Sums = typename SumsOf<KindOf<Format>>::Fastest;
+        CheckSame(name + " dots", Run(p, RunIntegers<Format>).data(), Run(p, RunIntegers<Format, Sums>));
       }
 #endif
     } else {

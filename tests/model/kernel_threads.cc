@@ -85,12 +85,13 @@ void Products(Pool& pool, std::mt19937& random, Panel panel, int64_t m, int64_t 
   Problem p = {x.data(), words.data(), scales.data(), nullptr, m, n, k, stride,
                stride * static_cast<int64_t>(sizeof(Element)),
                depth * Format::kWords * kColumns, depth * kColumns, Format::kScaleBytes};
-  using Row = Integers<Format::kGroup>;
-  std::vector<Row> rows(static_cast<size_t>(kIsInteger<Format> ? depth * Format::kBlock / Format::kGroup * m : 0));
-  if constexpr (kIsInteger<Format>) {
+  std::vector<char> rows;
+  if constexpr (!kIsFloat<Format>) {
+    using Row = RowOf<Format>;
+    rows.resize(static_cast<size_t>(depth * Format::kBlock / Format::kGroup * m) * sizeof(Row));
     std::vector<float> dense(static_cast<size_t>(m * k));
     for (int64_t i = 0; i < m * k; ++i) dense[static_cast<size_t>(i)] = x[static_cast<size_t>(i / k * stride + i % k)];
-    for (int64_t r = 0; r < m; ++r) FillIntegers<Format>(dense.data(), m, k, r, rows.data());
+    for (int64_t r = 0; r < m; ++r) FillIntegers<Format>(dense.data(), m, k, r, reinterpret_cast<Row*>(rows.data()));
     p.x = rows.data(), p.x_stride = m, p.row_bytes = sizeof(Row);
   }
   const auto run = [&](float* y) {
@@ -151,8 +152,8 @@ int main() {
     MemoryRunsOut(pool, pool.num_threads(), count, below(count));
     const int64_t m = 1 + below(30), n = 1 + below(300), k = 1 + below(90);
     Products<BFloat16, float>(pool, random, RunPanel<BFloat16, true>, m, n, k);
-    Products<Q4K, float>(pool, random, RunIntegers<Q4K, ByteSums>, m, n, k);
-    Products<Q8_0, float>(pool, random, RunPanel<Q8_0, false>, m, n, k);
+    Products<Q4K, float>(pool, random, RunIntegers<Q4K>, m, n, k);
+    Products<Q8_0, float>(pool, random, RunIntegers<Q8_0>, m, n, k);
 #if defined(__AVX512F__)
     if (HasDots()) Products<BFloat16, uint16_t>(pool, random, RunDots, m, n, k);
 #endif

@@ -11,7 +11,7 @@ from model.formats import FORMATS
 from model.kernels import cpu
 from model.token_logprobs import NO_ID
 from tests.model.test_cpu_attention import crowd
-from tests.support.packed import random_weight
+from tests.support.packed import CODED, limit, random_weight
 
 SIZES = st.tuples(st.integers(1, 80), st.integers(1, 400), st.integers(1, 300))  # M, N, K
 # Format of the weight and dtype of x.
@@ -31,7 +31,7 @@ def test_linear_of_random_shapes(size: tuple[int, int, int], weights: tuple[str,
     weight, matrix = random_weight(name, n, k, seed % 1000)
     values = matrix.astype(np.float64)
     x64, y = np.asarray(x, np.float64), np.asarray(cpu.linear(x, weight))
-    assert (np.abs(y - x64 @ values.T) <= k * 2.0**-24 * (np.abs(x64) @ np.abs(values).T)).all()
+    assert (np.abs(y - x64 @ values.T) <= limit(x, matrix, weight if name in CODED else None)).all()
     row = int(random.integers(m))
     assert np.asarray(cpu.linear(x[row : row + 1], weight)).tobytes() == y[row].tobytes()
 

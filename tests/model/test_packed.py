@@ -18,15 +18,12 @@ from model.kernels.cpu import library
 from model.kernels.dispatch import Kernels, load_kernels
 from model.linear import matmul, take_rows
 from model.packed import _DECODERS, PackedWeight, StackedWeight, pack, unpack, unpack_rows
-from tests.support.packed import CODED, random_blocks, random_weight
+from tests.support.packed import CODED, limit, random_blocks, random_weight
 
 WIDE = 9  # powers of ten of scales, down to float16's smallest
 SHAPES = [(1, 32, 2), (2, 1, 1), (3, 33, 31), (12, 64, 256), (13, 100, 257), (64, 300, 96), (100, 40, 90)]
 
 product, rows_of = jax.jit(matmul, static_argnums=2), jax.jit(take_rows)
-
-# Formats that the kernels multiply in integers, and the code of a weight without its offset.
-ZERO = {"Q4_0": 8, "Q4_1": 0, "Q5_0": 16, "Q5_1": 0, "Q2_K": 0, "Q3_K": 4, "Q4_K": 0, "Q5_K": 0, "Q6_K": 32, "MXFP4": 12}
 
 
 def normal(seed: int, *shape: int) -> Array:
@@ -35,18 +32,6 @@ def normal(seed: int, *shape: int) -> Array:
 
 def in_float64(x: Array, values: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.asarray(x, np.float64) @ values.T.astype(np.float64)
-
-
-def limit(x: Array, values: NDArray[np.float32], name: str = "F32") -> NDArray[np.float64]:
-    """What the sums of a product can be off by: each at most half a unit in the last place of a partial sum.
-
-    In integers, an element also differs by half a unit in the last place of the largest one of its group.
-    """
-    magnitudes = np.abs(np.asarray(x, np.float64))
-    if name in ZERO:
-        magnitudes += magnitudes.max(axis=1, keepdims=True)
-    sums = magnitudes @ np.abs(values.T.astype(np.float64))
-    return np.asarray(values.shape[1] * 2.0**-24 * sums)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -127,10 +112,13 @@ def test_matmul_is_within_float32_rounding(name: str, form: str) -> None:
             y = np.asarray(product(x.astype(jnp.bfloat16), weight, kernels))
             np.testing.assert_array_equal(y, product(x.astype(jnp.bfloat16).astype(jnp.float32), weight, kernels))
         y = np.asarray(product(x, weight, kernels))
-        assert (np.abs(y - in_float64(x, values)) <= limit(x, values, name if form == "kernels" else "F32")).all()
+        assert (
+            np.abs(y - in_float64(x, values))
+            <= limit(x, values, weight if form == "kernels" and name in CODED else None)
+        ).all()
 
 
-@pytest.mark.parametrize("name", sorted(set(FORMATS) - set(ZERO)))
+@pytest.mark.parametrize("name", FLOATS)
 @pytest.mark.usefixtures("kernels")
 def test_linear_sums_in_ascending_order_by_fused_multiply_adds(name: str) -> None:
     k = 257
@@ -151,31 +139,25 @@ def integers(x: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.floa
     return np.rint(x / scale).astype(np.int64), scale
 
 
-@pytest.mark.parametrize("name", ZERO)
+@pytest.mark.parametrize("name", CODED)
 @pytest.mark.usefixtures("kernels")
 def test_linear_sums_integers_of_groups(name: str) -> None:
-    m, n, k, zero = 9, 70, 512, ZERO[name]
+    m, n, k = 9, 70, 512
     weight, _ = random_weight(name, n, k, seed=6)
     words, scales = weight.words.transpose(0, 3, 1, 2), weight.scales.transpose(0, 2, 1)
     codes, factors, minima = (part if part is None else np.asarray(part) for part in _DECODERS[name](words, scales))
     assert codes is not None
     assert factors is not None
     groups = factors.shape[-1] * factors.shape[-2]
-    codes = codes.reshape(-1, groups, k // groups)[:n].astype(np.int64) + zero  # [N, groups, kGroup]
+    codes = codes.reshape(-1, groups, k // groups)[:n].astype(np.int64)  # [N, groups, kGroup]
     factors = factors.reshape(-1, groups)[:n].astype(np.float64)
     x = np.asarray(normal(5, m, k)) * 10.0 ** np.random.default_rng(4).uniform(-8, 8, (m, k // 16)).repeat(16, axis=1)
     ints, scale = integers(x.astype(np.float32).reshape(m, groups, -1))
-    last = (ints + 128) % 256 - 128
-    middle = ((ints - last) // 256 + 128) % 256 - 128
-    first = (ints - last - 256 * middle) // 65536
     y = np.zeros((m, n), np.float32)
     for group in range(groups):
-        sums = [digits[:, group] @ codes[:, group].T for digits in (first, middle, last)]  # [M, N]
-        start = -zero * ints[:, group].sum(axis=1, keepdims=True)
-        low = (256 * sums[1] + sums[2] + start % 65536).astype(np.float32)
-        total = ((sums[0] + start // 65536) * 65536.0 + low) * scale[:, group]
+        sums = ((ints[:, group] @ codes[:, group].T) * scale[:, group]).astype(np.float32)  # [M, N], rounded once
         # A sum that float64 rounds first could differ, which chance spares here.
-        y = (y + total.astype(np.float32) * factors[:, group]).astype(np.float32)
+        y = (y + sums * factors[:, group]).astype(np.float32)
         if minima is not None:
             x_sum = ints[:, group].sum(axis=1, keepdims=True).astype(np.float32) * scale[:, group]
             y = (y - x_sum * minima.reshape(-1, groups)[:n, group].astype(np.float64)).astype(np.float32)
@@ -201,7 +183,7 @@ def test_products_of_any_magnitude(name: str, magnitude: float) -> None:
     x, (weight, values) = normal(1, 7, 256) * magnitude, random_weight(name, 40, 256)
     y = np.asarray(cpu.linear(x, weight))
     tiny = 256 * np.finfo(np.float32).tiny  # smaller ones count as zero
-    assert (np.abs(y - in_float64(x, values)) <= limit(x, values, name) + tiny * np.abs(values).max()).all()
+    assert (np.abs(y - in_float64(x, values)) <= limit(x, values, weight) + tiny * np.abs(values).max()).all()
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from model.formats import FLOATS, FORMATS
-from model.packed import PackedWeight
+from model.packed import _DECODERS, PackedWeight
 from model.packed import pack as pack_blocks
 from model.weights.rows import quantized
 
@@ -51,3 +51,26 @@ def random_weight(
     """A weight of random blocks, packed from two runs of rows, and its values [n, k]."""
     rows = random_blocks(name, n, k, seed, spread=spread)
     return pack_blocks((n, k), FORMATS[name], [rows[:5], rows[5:]]), values_of(name, rows, k)
+
+
+def limit(x: ArrayLike, values: NDArray[np.float32], weight: PackedWeight | None = None) -> NDArray[np.float64]:
+    """What the sums of a product can be off by: each at most half a unit in the last place of a partial sum.
+
+    With `weight`, in integers: an element of x also differs by half a unit in the last of 23 places of the largest in
+    its group, and products with codes and with offsets are added apart.
+    """
+    magnitudes, sizes = np.abs(np.asarray(x, np.float64)), np.abs(values.astype(np.float64))
+    if weight is not None:
+        magnitudes += 2 * magnitudes.max(axis=1, keepdims=True)
+        sizes = _sizes(weight)
+    return np.asarray(2.0**-24 * (values.shape[1] + 1) * (magnitudes @ sizes.T))
+
+
+def _sizes(weight: PackedWeight) -> NDArray[np.float64]:
+    """Sizes [n, k] of a coded weight's values before offsets are subtracted, plus those of the offsets."""
+    words, scales = weight.words.transpose(0, 3, 1, 2), weight.scales.transpose(0, 2, 1)
+    codes, factors, minima = _DECODERS[weight.format.name](words, scales)
+    sizes = np.abs(np.asarray(factors, np.float64))[..., None] * np.abs(np.asarray(codes)).reshape(*factors.shape, -1)
+    if minima is not None:
+        sizes += np.abs(np.asarray(minima, np.float64))[..., None]
+    return sizes.reshape(words.shape[0] * words.shape[1], -1)[: weight.n, : weight.k]

@@ -4,8 +4,8 @@
 // words of each of 32 columns, with the bytes of the file in the file's order. Where a block also has a scale that is no
 // full word, the scales are in an array of their own, [ceil(N/32)][ceil(K/B)][32]. Columns and K are padded with zeros.
 //
-// A weight's value is the float32 that `dequantize` of the gguf package gives: code * factor + offset, rounded once,
-// where the codes are unsigned bytes. Factor and offset are exact: a float16 times an integer of 8 bits at most.
+// A weight's value is that of `dequantize` of the gguf package: (code - zero) * factor + offset, where the codes are
+// unsigned bytes. Factor and offset are exact: a float16 times an integer of 8 bits at most.
 // The layouts of the blocks are those of the ggml project (ggml-common.h and gguf-py/gguf/quants.py).
 
 #pragma once
@@ -21,15 +21,15 @@ namespace LOGPROBD_NAMESPACE {
 
 constexpr int64_t kStep = 32;  // elements of K that are read together; every block size is a multiple of it
 
-// What the codes of a group of K have in common, for 16 columns: value = code * factor + offset.
+// What the codes of a group of K have in common, for 16 columns: value = (code - Format::kZero) * factor + offset.
 struct Scale {
   Floats factor, offset;
 };
-LOGPROBD_INLINE Scale Centered(Floats factor, float zero) { return {factor, Mul(factor, Fill(-zero))}; }
+LOGPROBD_INLINE Scale Centered(Floats factor) { return {factor, Zeros()}; }
 
 // In the following, `words` points to 16 columns of a block's first word, `scales` to those of the block's scale, and
 // `quad` is a position in the block divided by 4. kGroup elements of K have one Scale. Codes gives the codes of 4
-// elements of K in the bytes of a word, the first in the lowest.
+// elements of K in the bytes of a word, the first in the lowest; they are kMaxCode at most.
 
 LOGPROBD_INLINE Words WordAt(const uint32_t* words, int64_t index) { return LoadWords(words + index * kColumns); }
 
@@ -58,7 +58,7 @@ struct Q4_0 : Float16Scales {
   static constexpr int kZero = 8, kMaxCode = 15;
   static constexpr int64_t kBlock = 32, kWords = 4, kGroup = 32;
   static LOGPROBD_INLINE Scale ScaleOf(const uint32_t*, const Scales* scales, int64_t) {
-    return Centered(LoadFloat16(scales), 8);
+    return Centered(LoadFloat16(scales));
   }
   static LOGPROBD_INLINE Words Codes(const uint32_t* words, int64_t quad) { return Nibbles(words, quad); }
 };
@@ -76,7 +76,7 @@ struct Q5_0 : Float16Scales {
   static constexpr int kZero = 16, kMaxCode = 31;
   static constexpr int64_t kBlock = 32, kWords = 5, kGroup = 32;
   static LOGPROBD_INLINE Scale ScaleOf(const uint32_t*, const Scales* scales, int64_t) {
-    return Centered(LoadFloat16(scales), 16);
+    return Centered(LoadFloat16(scales));
   }
   static LOGPROBD_INLINE Words Codes(const uint32_t* words, int64_t quad) {
     return Or(Nibbles(words + kColumns, quad), FifthBits(WordAt(words, 0), quad));
@@ -93,9 +93,10 @@ struct Q5_1 : NoScales {
 };
 
 struct Q8_0 : Float16Scales {
+  static constexpr int kZero = 128, kMaxCode = 255;
   static constexpr int64_t kBlock = 32, kWords = 8, kGroup = 32;
   static LOGPROBD_INLINE Scale ScaleOf(const uint32_t*, const Scales* scales, int64_t) {
-    return Centered(LoadFloat16(scales), 128);
+    return Centered(LoadFloat16(scales));
   }
   static LOGPROBD_INLINE Words Codes(const uint32_t* words, int64_t quad) {
     return Xor(WordAt(words, quad), 0x80808080);  // signed: 128 more
@@ -103,9 +104,10 @@ struct Q8_0 : Float16Scales {
 };
 
 struct Iq4Nl : Float16Scales {
+  static constexpr int kZero = 128, kMaxCode = 241;
   static constexpr int64_t kBlock = 32, kWords = 4, kGroup = 32;
   static LOGPROBD_INLINE Scale ScaleOf(const uint32_t*, const Scales* scales, int64_t) {
-    return Centered(LoadFloat16(scales), 128);
+    return Centered(LoadFloat16(scales));
   }
   static LOGPROBD_INLINE Words Codes(const uint32_t* words, int64_t quad) {
     static constexpr uint8_t kValues[16] = {1,   24,  45,  63,  79,  93,  106, 118,  // 128 more
@@ -115,12 +117,13 @@ struct Iq4Nl : Float16Scales {
 };
 
 struct Iq4Xs : NoScales {
+  static constexpr int kZero = 128, kMaxCode = 241;
   static constexpr int64_t kBlock = 256, kWords = 34, kGroup = 32;
   static LOGPROBD_INLINE Scale ScaleOf(const uint32_t* words, const Scales*, int64_t group) {
     const Words first = WordAt(words, 0);
     const Words low = And(ShiftRight(WordAt(words, 1), 4 * group), 0xf);
     const Words high = ShiftLeft(And(ShiftRight(first, 16 + 2 * group), 3), 4);
-    return Centered(Mul(LowFloat16(first), Sub(ToFloats(Or(low, high)), Fill(32))), 128);
+    return Centered(Mul(LowFloat16(first), Sub(ToFloats(Or(low, high)), Fill(32))));
   }
   static LOGPROBD_INLINE Words Codes(const uint32_t* words, int64_t quad) {
     return Iq4Nl::Codes(words + (2 + quad / 8 * 4) * kColumns, quad % 8);
@@ -136,7 +139,7 @@ struct Mxfp4 {
     // 2^(e - 128); the two smallest exponents are denormal, which counts as zero.
     const Floats exponents = ToFloats(LoadBytes(scales));
     const Floats normal = FromBits(ShiftLeft(LoadBytes(scales), 23));  // 2^(e - 127), or 0
-    return Centered(Choose(Less(exponents, Fill(2)), Zeros(), Mul(normal, Fill(0.5f))), 12);
+    return Centered(Choose(Less(exponents, Fill(2)), Zeros(), Mul(normal, Fill(0.5f))));
   }
   static LOGPROBD_INLINE Words Codes(const uint32_t* words, int64_t quad) {
     static constexpr uint8_t kValues[16] = {12, 13, 14, 15, 16, 18, 20, 24,  // 12 more than twice the value
@@ -167,7 +170,7 @@ struct Q3K : Float16Scales {
   static LOGPROBD_INLINE Scale ScaleOf(const uint32_t* words, const Scales* scales, int64_t group) {
     const Words low = And(ShiftRight(WordAt(words, 24 + group % 8 / 4), group % 4 * 8 + group / 8 * 4), 0xf);
     const Words high = ShiftLeft(And(ShiftRight(WordAt(words, 26), group % 4 * 8 + group / 4 * 2), 3), 4);
-    return Centered(Mul(LoadFloat16(scales), Sub(ToFloats(Or(low, high)), Fill(32))), 4);
+    return Centered(Mul(LoadFloat16(scales), Sub(ToFloats(Or(low, high)), Fill(32))));
   }
   static LOGPROBD_INLINE Words Codes(const uint32_t* words, int64_t quad) {
     const Words high = And(ShiftRight(WordAt(words, quad % 8), quad / 8), 0x01010101);
@@ -217,7 +220,7 @@ struct Q6K : Float16Scales {
   static LOGPROBD_INLINE Scale ScaleOf(const uint32_t* words, const Scales* scales, int64_t group) {
     const Words byte = And(ShiftRight(WordAt(words, 48 + group / 4), group % 4 * 8), 0xff);
     const Floats factor = Sub(ToFloats(Xor(byte, 0x80)), Fill(128));  // signed
-    return Centered(Mul(LoadFloat16(scales), factor), 32);
+    return Centered(Mul(LoadFloat16(scales), factor));
   }
   static LOGPROBD_INLINE Words Codes(const uint32_t* words, int64_t quad) {
     const int64_t half = quad / 32, part = quad % 32 / 8;  // of the block: 128 elements, and 32 of them
@@ -260,41 +263,6 @@ struct Float32 : NoScales {
 template <class Format>
 constexpr bool kIsFloat = std::is_same_v<Format, BFloat16> || std::is_same_v<Format, Float16> ||
                           std::is_same_v<Format, Float32>;
-
-// Whether products with a format are those of integers.h: its codes are kMaxCode at most, and mean code - kZero.
-template <class Format, class = void>
-constexpr bool kIsInteger = false;
-template <class Format>
-constexpr bool kIsInteger<Format, std::void_t<decltype(Format::kMaxCode)>> = true;
-
-// The scale, and its factor for codes that stay in a word's second or third byte: a mask then extracts them.
-template <class Format>
-struct Factors {
-  Scale scale;
-  Floats second, third;
-
-  LOGPROBD_INLINE Factors() = default;
-  LOGPROBD_INLINE Factors(const uint32_t* words, const typename Format::Scales* scales, int64_t group) {
-    if constexpr (!kIsFloat<Format>) {
-      scale = Format::ScaleOf(words, scales, group);
-      second = Mul(scale.factor, Fill(0x1p-8f));
-      third = Mul(scale.factor, Fill(0x1p-16f));
-    }
-  }
-
-  // The values of 4 elements of K of 16 columns.
-  LOGPROBD_INLINE void Values(const uint32_t* words, int64_t quad, Floats (&w)[4]) const {
-    if constexpr (kIsFloat<Format>) {
-      Format::Values(words, quad, w);
-    } else {
-      const Words codes = Format::Codes(words, quad);
-      w[0] = Fma(ToFloats(And(codes, 0xff)), scale.factor, scale.offset);
-      w[1] = Fma(ToFloats(And(codes, 0xff00)), second, scale.offset);
-      w[2] = Fma(ToFloats(And(codes, 0xff0000)), third, scale.offset);
-      w[3] = Fma(ToFloats(ShiftRight(codes, 24)), scale.factor, scale.offset);
-    }
-  }
-};
 
 // Calls use(format) with the format of this name, as in `model/formats.py`; returns false for another name.
 template <typename Use>

@@ -1,20 +1,20 @@
-// Products with formats whose codes have at most 6 bits, by sums of integers: those are exact in any order.
+// Products with the formats of codes, by sums of integers: those are exact in any order.
 //
 // The elements of a group of K in a row of x (Format::kGroup of them) become integers of 24 bits and a power of two, so
-// an element that is as large as the group's largest one keeps all its bits but one. An integer is three signed bytes,
-// its digits of base 256. Of each digit, the products with the codes are added as 32-bit integers; the three sums then
-// become one float32, which is multiplied by the group's factor and added to the output. A weight's value is that of
-// formats.h before it is rounded: code * factor + offset.
+// an element that is as large as the group's largest one keeps all its bits but one. An integer is split into digits,
+// whose products with the codes are added as integers of 32 bits. Their sum, rounded to float32 once, is multiplied by
+// the group's factor and added to the output. A weight's value is that of formats.h before it is rounded:
+// code * factor + offset.
 //
-// Determinism: the sums of integers have one value, and groups are added in ascending order, each by the same steps.
+// Determinism: the sum of a group has one value, and groups are added in ascending order, each by the same steps.
 
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <memory>
+#include <type_traits>
 #include <utility>
 
 #include "formats.h"
@@ -23,21 +23,135 @@
 
 namespace LOGPROBD_NAMESPACE {
 
-constexpr int kDigits = 3;
-
-// A group of K in a row of x: x[i] = scale * (65536 * digits[0][i] + 256 * digits[1][i] + digits[2][i]), rounded.
-template <int64_t kSize>
-struct Integers {
-  int8_t digits[kDigits][kSize];
-  int32_t start[kDigits];        // where sums start: for codes that are centered, -kZero times the sum of the integers
-  float scale, high_scale, sum;  // high_scale = 65536 * scale; sum of the elements
+// A group of K in a row of x: x[i] = scale * integer[i], rounded.
+struct RowGroup {
+  int32_t high_start, low_start;  // where sums start: minus kZero times the sum of the integers, as 65536 * high + low
+  float scale, high_scale, sum;   // high_scale = 65536 * scale; sum of the elements
 };
+
+// The digits of 256 as signed bytes, the highest first.
+template <int64_t kSize>
+struct ByteDigits : RowGroup {
+  static constexpr int kDigits = 3;
+  int8_t digits[kDigits][kSize];
+
+  LOGPROBD_INLINE void Set(int64_t first, Words integers) {
+    const Words bytes = Xor(AddIntegers(integers, FillWords(0x808080)), 0x808080);
+    for (int d = 0; d < kDigits; ++d) StoreBytes(&digits[d][first], ShiftRight(bytes, 8 * (kDigits - 1 - d)));
+  }
+};
+
+// The sums of a group: high and low, 65536 * high + low.
+template <class Sums, int64_t kSize>
+struct ByteDigitSums {
+  using Row = ByteDigits<kSize>;
+  using Codes = Words;
+  static constexpr int kTileRows = Sums::kTileRows;
+  Sums sums[Row::kDigits];
+
+  static constexpr int64_t kCodeWords = 1;
+  static LOGPROBD_INLINE Words Split(Words codes) { return codes; }
+  static LOGPROBD_INLINE Words LoadCodes(const uint32_t* from) { return LoadWords(from); }
+  static LOGPROBD_INLINE void StoreCodes(uint32_t* to, Words codes) { StoreWords(to, codes); }
+
+  LOGPROBD_INLINE void Start(const Row& x) {
+    sums[0].Start(x.high_start);
+    sums[1].Start(0);
+    sums[2].Start(x.low_start);
+  }
+  template <int kMaxCode>
+  LOGPROBD_INLINE void Add(int quad, Words codes, const Row& x) {
+    Repeat<Row::kDigits>([&](auto d) LOGPROBD_UNROLLED {
+      sums[d].template Add<kMaxCode>(quad, codes, &x.digits[d][4 * quad]);
+    });
+  }
+  LOGPROBD_INLINE Words High() const { return sums[0].Total(); }
+  LOGPROBD_INLINE Words Low() const { return AddIntegers(ShiftLeft(sums[1].Total(), 8), sums[2].Total()); }
+};
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+// A low digit of 16 bits and a high one, for codes whose products with bytes have more than 16 bits. Of each 4 elements
+// of K, the second and third are exchanged.
+template <int64_t kSize>
+struct WordDigits : RowGroup {
+  int16_t digits[2][kSize];
+
+  LOGPROBD_INLINE void Set(int64_t first, Words integers) {
+    const Words low = ShiftRightSigned(ShiftLeft(integers, 16), 16);
+    StoreExchanged(&digits[0][first], ShiftRightSigned(SubIntegers(integers, low), 16));
+    StoreExchanged(&digits[1][first], low);
+  }
+};
+
+template <int64_t kSize>
+struct WordDigitSums {
+  using Row = WordDigits<kSize>;
+  struct Codes {
+    Words even, odd;
+  };
+  static constexpr int kTileRows = 3;
+  static constexpr int64_t kCodeWords = 2;
+  Words sums[2];
+
+  static LOGPROBD_INLINE Codes Split(Words codes) {
+    return {And(codes, 0x00ff00ff), And(ShiftRight(codes, 8), 0x00ff00ff)};
+  }
+  static LOGPROBD_INLINE Codes LoadCodes(const uint32_t* from) { return {LoadWords(from), LoadWords(from + kLanes)}; }
+  static LOGPROBD_INLINE void StoreCodes(uint32_t* to, Codes codes) {
+    StoreWords(to, codes.even);
+    StoreWords(to + kLanes, codes.odd);
+  }
+  LOGPROBD_INLINE void Start(const Row& x) {
+    sums[0] = FillWords(static_cast<uint32_t>(x.high_start));
+    sums[1] = FillWords(static_cast<uint32_t>(x.low_start));
+  }
+  template <int>
+  LOGPROBD_INLINE void Add(int quad, Codes codes, const Row& x) {
+    Repeat<2>([&](auto d) LOGPROBD_UNROLLED {
+      AddPairs(sums[d], codes.even, &x.digits[d][4 * quad]);
+      AddPairs(sums[d], codes.odd, &x.digits[d][4 * quad + 2]);
+    });
+  }
+  LOGPROBD_INLINE Words High() const { return sums[0]; }
+  LOGPROBD_INLINE Words Low() const { return sums[1]; }
+};
+
+#endif
+
+// What the arithmetic needs to know of a format: formats of one kind share code.
+template <int64_t kSize, bool kHasOffsets, int kMax>
+struct GroupKind {
+  static constexpr int64_t kGroup = kSize;
+  static constexpr int kQuads = kSize / 4, kMaxCode = kMax;
+  static constexpr bool kOffsets = kHasOffsets;
+};
+template <class Format>
+using KindOf = GroupKind<Format::kGroup, Format::kZero == 0, MaxCodeOfSums(Format::kMaxCode)>;
+
+// How sums are computed, with equal results: on all CPUs of an instruction set, and on those with HasByteDots().
+template <class Kind>
+struct SumsOf {
+#if defined(__AVX512F__)
+  using Portable = ByteDigitSums<ByteSums, Kind::kGroup>;
+  using Fastest = Portable;
+#elif defined(__AVX2__)
+  using Bytes = ByteDigitSums<ByteSums, Kind::kGroup>;
+  using Portable = std::conditional_t<Kind::kMaxCode <= 63, Bytes, WordDigitSums<Kind::kGroup>>;
+  using Fastest = Portable;
+#else
+  using Portable = ByteDigitSums<ByteSums, Kind::kGroup>;
+  using Fastest = ByteDigitSums<DotSums, Kind::kGroup>;
+#endif
+};
+template <class Format>
+using RowOf = typename SumsOf<KindOf<Format>>::Portable::Row;
 
 // The largest integer whose digits are bytes: 127 * (65536 + 256 + 1).
 constexpr float kMaxInteger = 8355711;
 
 template <class Format>
-void ToIntegers(const float* x, Integers<Format::kGroup>& to) {
+void ToIntegers(const float* x, RowOf<Format>& to) {
   constexpr int kVectors = Format::kGroup / kLanes;
   Floats values[kVectors], largest = Zeros(), zeros = Zeros();
   for (int v = 0; v < kVectors; ++v) {
@@ -58,55 +172,46 @@ void ToIntegers(const float* x, Integers<Format::kGroup>& to) {
     factor *= 0.5f;
     scale *= 2;
   }
-  Words total = ToWords(Zeros());
+  Words total = FillWords(0);
   for (int v = 0; v < kVectors; ++v) {
     const Words integers = ToWords(Mul(values[v], Fill(factor)));
-    const Words bytes = Xor(AddIntegers(integers, FillWords(0x808080)), 0x808080);
-    for (int d = 0; d < kDigits; ++d) StoreBytes(&to.digits[d][v * kLanes], ShiftRight(bytes, 8 * (kDigits - 1 - d)));
+    to.Set(v * kLanes, integers);
     total = AddIntegers(total, integers);
   }
   const int32_t sum = SumOfIntegers(total);
   const int64_t start = -int64_t{Format::kZero} * sum;
-  to.start[0] = static_cast<int32_t>(start >> 16);
-  to.start[1] = 0;
-  to.start[2] = static_cast<int32_t>(start & 0xffff);
+  to.high_start = static_cast<int32_t>(start >> 16);
+  to.low_start = static_cast<int32_t>(start & 0xffff);
   to.scale = scale + SumOf(zeros);
   to.high_scale = 65536 * to.scale;
   to.sum = static_cast<float>(sum) * to.scale;
 }
 
-// What the arithmetic needs to know of a format: formats of one kind share code.
-template <int64_t kSize, bool kHasOffsets, int kPeriod>
-struct GroupKind {
-  static constexpr int kQuads = kSize / 4;
-  static constexpr bool kOffsets = kHasOffsets;
-  static constexpr int kQuadsOfSums = kPeriod;  // after which sums of 16 bits are full
-  using Row = Integers<kSize>;
-};
-template <class Format, class Sums>
-using KindOf = GroupKind<Format::kGroup, Format::kZero == 0, Sums::Quads(Format::kMaxCode, Format::kGroup / 4)>;
+// Makes the groups [groups of K, m] of a row of x [m, k].
+template <class Format>
+void FillIntegers(const float* x, int64_t m, int64_t k, int64_t row, RowOf<Format>* to) {
+  const int64_t padded = (k + Format::kBlock - 1) / Format::kBlock * Format::kBlock;
+  for (int64_t first = 0; first < padded; first += Format::kGroup, to += m) {
+    float group[Format::kGroup] = {};
+    std::copy_n(x + row * k + first, std::clamp<int64_t>(k - first, 0, Format::kGroup), group);
+    ToIntegers<Format>(group, to[row]);
+  }
+}
 
 // Adds the products of kRows rows of x with the codes of a group, four at a time from codes_at, to outputs.
 template <class Kind, class Sums, int kRows, typename CodesAt>
-LOGPROBD_INLINE void AddGroups(const typename Kind::Row* x, const Scale& w, CodesAt codes_at, Floats (&outputs)[kRows]) {
-  Sums sums[kRows][kDigits];
-  Repeat<kRows>([&](auto r) LOGPROBD_UNROLLED {
-    Repeat<kDigits>([&](auto d) LOGPROBD_UNROLLED { sums[r][d].Start(x[r].start[d]); });
-  });
+LOGPROBD_INLINE void AddGroups(const typename Sums::Row* x, const Scale& w, CodesAt codes_at, Floats (&outputs)[kRows]) {
+  Sums sums[kRows];
+  Repeat<kRows>([&](auto r) LOGPROBD_UNROLLED { sums[r].Start(x[r]); });
   Repeat<Kind::kQuads>([&](auto q) LOGPROBD_UNROLLED {
-    const Words codes = codes_at(q);
-    Repeat<kRows>([&](auto r) LOGPROBD_UNROLLED {
-      Repeat<kDigits>([&](auto d) LOGPROBD_UNROLLED {
-        sums[r][d].Add(codes, &x[r].digits[d][4 * q]);
-        if constexpr ((q + 1) % Kind::kQuadsOfSums == 0 && q + 1 < Kind::kQuads) sums[r][d].Widen();
-      });
-    });
+    const typename Sums::Codes codes = codes_at(q);
+    Repeat<kRows>([&](auto r) LOGPROBD_UNROLLED { sums[r].template Add<Kind::kMaxCode>(q, codes, x[r]); });
   });
   Repeat<kRows>([&](auto r) LOGPROBD_UNROLLED {
-    const Words low = AddIntegers(ShiftLeft(sums[r][1].Total(), 8), sums[r][2].Total());
-    const Floats scaled = Mul(ToFloats(low), Fill(x[r].scale));
-    const Floats product = Fma(ToFloats(sums[r][0].Total()), Fill(x[r].high_scale), scaled);
-    outputs[r] = Fma(product, w.factor, outputs[r]);
+    // Both parts are exact in float32, whatever the digits were.
+    const Words low = sums[r].Low(), high = AddIntegers(sums[r].High(), ShiftRightSigned(low, 16));
+    const Floats scaled = Mul(ToFloats(And(low, 0xffff)), Fill(x[r].scale));
+    outputs[r] = Fma(Fma(ToFloats(high), Fill(x[r].high_scale), scaled), w.factor, outputs[r]);
     if constexpr (Kind::kOffsets) outputs[r] = Fma(w.offset, Fill(x[r].sum), outputs[r]);
   });
 }
@@ -116,7 +221,7 @@ template <class Format, class Sums, int kRows>
 void FewRowsOfIntegers(const Problem& p, int64_t row, int64_t block, int64_t last) {
   Floats outputs[2][kRows];
   Repeat<kRows>([&](auto r) LOGPROBD_UNROLLED { outputs[0][r] = outputs[1][r] = Zeros(); });
-  const auto* x = static_cast<const Integers<Format::kGroup>*>(p.x) + row;
+  const auto* x = static_cast<const typename Sums::Row*>(p.x) + row;
   for (int64_t first = 0; first < p.k; first += Format::kGroup, x += p.x_stride) {
     const int64_t ahead = first + kAhead;  // of this block, or of the beginning of the next one
     if (ahead < p.k) {
@@ -126,9 +231,9 @@ void FewRowsOfIntegers(const Problem& p, int64_t row, int64_t block, int64_t las
     }
     Repeat<2>([&](auto half) LOGPROBD_UNROLLED {
       const Position<Format> at(p, block, half, first);
-      const auto codes_at = [&](int64_t q) LOGPROBD_UNROLLED { return Format::Codes(at.words, at.quad + q); };
-      AddGroups<KindOf<Format, Sums>, Sums, kRows>(x, Format::ScaleOf(at.words, at.scales, at.group), codes_at,
-                                                   outputs[half]);
+      const auto codes_at = [&](int64_t q) LOGPROBD_UNROLLED { return Sums::Split(Format::Codes(at.words, at.quad + q)); };
+      AddGroups<KindOf<Format>, Sums, kRows>(x, Format::ScaleOf(at.words, at.scales, at.group), codes_at,
+                                             outputs[half]);
     });
   }
   Repeat<2>([&](auto half) LOGPROBD_UNROLLED {
@@ -141,21 +246,23 @@ void FewRowsOfIntegers(const Problem& p, int64_t row, int64_t block, int64_t las
 }
 
 // The codes and scales of a chunk of K of a block of columns.
+template <class Sums>
 struct UnpackedCodes {
-  alignas(64) uint32_t codes[kChunk / 4][kColumns];
+  alignas(64) uint32_t codes[kChunk / 4][2][Sums::kCodeWords * kLanes];
   alignas(64) float factors[kChunk / kLanes][kColumns], offsets[kChunk / kLanes][kColumns];  // of each group
 };
 
-template <class Format>
-void UnpackCodes(const Problem& p, int64_t block, int64_t k, int64_t count, UnpackedCodes& to) {
+template <class Format, class Sums>
+void UnpackCodes(const Problem& p, int64_t block, int64_t k, int64_t count, UnpackedCodes<Sums>& to) {
   for (int64_t group = 0; group < count / Format::kGroup; ++group) {
     for (int64_t half = 0; half < 2; ++half) {
       const Position<Format> at(p, block, half, k + group * Format::kGroup);
       const Scale scale = Format::ScaleOf(at.words, at.scales, at.group);
       Store(&to.factors[group][half * kLanes], scale.factor);
-      Store(&to.offsets[group][half * kLanes], scale.offset);
+      if constexpr (Format::kZero == 0) Store(&to.offsets[group][half * kLanes], scale.offset);
       for (int64_t q = 0; q < Format::kGroup / 4; ++q) {
-        StoreWords(&to.codes[group * Format::kGroup / 4 + q][half * kLanes], Format::Codes(at.words, at.quad + q));
+        uint32_t* codes = to.codes[group * Format::kGroup / 4 + q][half];
+        Sums::StoreCodes(codes, Sums::Split(Format::Codes(at.words, at.quad + q)));
       }
     }
   }
@@ -163,38 +270,39 @@ void UnpackCodes(const Problem& p, int64_t block, int64_t k, int64_t count, Unpa
 
 // Adds some groups of kRows rows to sums [kRows, kColumns]; x is the first group of the first row.
 template <class Kind, class Sums, int kRows>
-void IntegerTile(const typename Kind::Row* x, int64_t stride, const UnpackedCodes& w, int64_t groups, float* sums) {
+void IntegerTile(const typename Sums::Row* x, int64_t stride, const UnpackedCodes<Sums>& w, int64_t groups, float* sums) {
   for (int64_t half = 0; half < 2; ++half) {
     Floats outputs[kRows];
     Repeat<kRows>([&](auto r) LOGPROBD_UNROLLED { outputs[r] = Load(sums + r * kColumns + half * kLanes); });
     for (int64_t group = 0; group < groups; ++group) {
-      const uint32_t* codes = &w.codes[group * Kind::kQuads][half * kLanes];
-      const Scale scale = {Load(&w.factors[group][half * kLanes]), Load(&w.offsets[group][half * kLanes])};
-      const auto codes_at = [&](int64_t q) LOGPROBD_UNROLLED { return LoadWords(codes + q * kColumns); };
+      const auto* codes = &w.codes[group * Kind::kQuads];
+      const Scale scale = {Load(&w.factors[group][half * kLanes]),
+                           Kind::kOffsets ? Load(&w.offsets[group][half * kLanes]) : Zeros()};
+      const auto codes_at = [&](int64_t q) LOGPROBD_UNROLLED { return Sums::LoadCodes(codes[q][half]); };
       AddGroups<Kind, Sums, kRows>(x + group * stride, scale, codes_at, outputs);
     }
     Repeat<kRows>([&](auto r) LOGPROBD_UNROLLED { Store(sums + r * kColumns + half * kLanes, outputs[r]); });
   }
 }
 
-template <class Kind>
-using IntegerTileOfRows = void (*)(const typename Kind::Row*, int64_t, const UnpackedCodes&, int64_t, float*);
+template <class Sums>
+using IntegerTileOfRows = void (*)(const typename Sums::Row*, int64_t, const UnpackedCodes<Sums>&, int64_t, float*);
 
 template <class Kind, class Sums, int... kIndex>
-const IntegerTileOfRows<Kind>* IntegerTilesOf(std::integer_sequence<int, kIndex...>) {
-  static constexpr IntegerTileOfRows<Kind> table[] = {IntegerTile<Kind, Sums, kIndex + 1>...};
+const IntegerTileOfRows<Sums>* IntegerTilesOf(std::integer_sequence<int, kIndex...>) {
+  static constexpr IntegerTileOfRows<Sums> table[] = {IntegerTile<Kind, Sums, kIndex + 1>...};
   return table;
 }
 
 template <class Format, class Sums>
 void ManyRowsOfIntegers(const Problem& p, int64_t first, int64_t last) {
-  const auto* tile = IntegerTilesOf<KindOf<Format, Sums>, Sums>(std::make_integer_sequence<int, Sums::kTileRows>());
-  const auto* x = static_cast<const Integers<Format::kGroup>*>(p.x);
+  const auto* tile = IntegerTilesOf<KindOf<Format>, Sums>(std::make_integer_sequence<int, Sums::kTileRows>());
+  const auto* x = static_cast<const typename Sums::Row*>(p.x);
   const int64_t tiles = (p.m + Sums::kTileRows - 1) / Sums::kTileRows;
   const int64_t depth = (p.k + kStep - 1) / kStep * kStep;
   const int64_t together = std::min(p.m <= kCachedRows ? 4 : last - first, last - first);
   const std::unique_ptr<float[]> sums(new float[static_cast<size_t>(together * p.m * kColumns)]);  // of each block
-  UnpackedCodes w;
+  UnpackedCodes<Sums> w;
   for (int64_t start = first; start < last; start += together) {
     const int64_t end = std::min(last, start + together);
     std::fill_n(sums.get(), (end - start) * p.m * kColumns, 0.0f);
@@ -202,7 +310,7 @@ void ManyRowsOfIntegers(const Problem& p, int64_t first, int64_t last) {
       const int64_t count = std::min(kChunk, depth - from);
       const auto* of_chunk = x + from / Format::kGroup * p.x_stride;
       for (int64_t block = start; block < end; ++block) {
-        UnpackCodes<Format>(p, block, from, count, w);
+        UnpackCodes<Format, Sums>(p, block, from, count, w);
         if (block + 1 < end) {
           Prefetch<Format>(p, block + 1, from, count);
         } else if (from + count < depth) {
@@ -223,25 +331,14 @@ void ManyRowsOfIntegers(const Problem& p, int64_t first, int64_t last) {
   }
 }
 
-// A Panel. The problem's x is Integers [groups of K, rows].
-template <class Format, class Sums>
+// A Panel. The problem's x is RowOf<Format> [groups of K, rows].
+template <class Format, class Sums = typename SumsOf<KindOf<Format>>::Portable>
 void RunIntegers(const Problem& p, int64_t first, int64_t last) {
   if (p.m > kFewRows) return ManyRowsOfIntegers<Format, Sums>(p, first, last);
   for (int64_t block = first; block < last; ++block) {
     int64_t row = 0;
     for (; row + 1 < p.m; row += 2) FewRowsOfIntegers<Format, Sums, 2>(p, row, block, last);
     if (row < p.m) FewRowsOfIntegers<Format, Sums, 1>(p, row, block, last);
-  }
-}
-
-// Makes the Integers [groups of K, m] of a row of x [m, k].
-template <class Format>
-void FillIntegers(const float* x, int64_t m, int64_t k, int64_t row, Integers<Format::kGroup>* to) {
-  const int64_t padded = (k + Format::kBlock - 1) / Format::kBlock * Format::kBlock;
-  for (int64_t first = 0; first < padded; first += Format::kGroup, to += m) {
-    float group[Format::kGroup] = {};
-    std::copy_n(x + row * k + first, std::clamp<int64_t>(k - first, 0, Format::kGroup), group);
-    ToIntegers<Format>(group, to[row]);
   }
 }
 

@@ -28,16 +28,16 @@ constexpr int64_t kMinElementsToShare = 1 << 15;
 
 template <class Format>
 Rows IntegersOf(ffi::ThreadPool pool, const float* x, int64_t m, int64_t k) {
-  constexpr int64_t kGroup = Format::kGroup;
-  const int64_t groups = (k + Format::kBlock - 1) / Format::kBlock * Format::kBlock / kGroup;
-  const std::shared_ptr<Integers<kGroup>[]> rows(new Integers<kGroup>[static_cast<size_t>(groups * m)]);
+  using Row = RowOf<Format>;
+  const int64_t groups = (k + Format::kBlock - 1) / Format::kBlock * Format::kBlock / Format::kGroup;
+  const std::shared_ptr<Row[]> rows(new Row[static_cast<size_t>(groups * m)]);
   const auto convert = [=](int64_t first, int64_t last) {
     const FloatMode mode;
     for (int64_t r = first; r < last; ++r) FillIntegers<Format>(x, m, k, r, rows.get());
   };
   const int64_t threads = m * k < kMinElementsToShare ? 1 : std::min<int64_t>(pool.num_threads(), m);
   if (!Share(pool, threads, m, convert)) throw std::bad_alloc();
-  return {rows, m, static_cast<int64_t>(sizeof(Integers<kGroup>))};
+  return {rows, m, static_cast<int64_t>(sizeof(Row))};
 }
 
 // The panel of a format, and how its x is made.
@@ -46,11 +46,12 @@ std::optional<Layout> LayoutOf(std::string_view name) {
   WithFormat(name, [&](auto format) {
     using Format = decltype(format);
     layout = {Format::kBlock, Format::kWords, Format::kScaleBytes, nullptr, nullptr};
-    if constexpr (kIsInteger<Format>) {
-      layout->panel = RunIntegers<Format, ByteSums>;
-#if defined(__aarch64__)
-      if (HasByteDots()) layout->panel = RunIntegers<Format, DotSums>;
-#endif
+    if constexpr (!kIsFloat<Format>) {
+      using Sums = SumsOf<KindOf<Format>>;
+      layout->panel = RunIntegers<Format, typename Sums::Portable>;
+      if (!std::is_same_v<typename Sums::Portable, typename Sums::Fastest> && HasByteDots()) {
+        layout->panel = RunIntegers<Format, typename Sums::Fastest>;
+      }
       layout->integers = IntegersOf<Format>;
     } else {
       layout->panel = RunPanel<Format, false>;
@@ -109,12 +110,12 @@ std::optional<Product> MakeProduct(ffi::ThreadPool pool, ffi::AnyBuffer x, const
                      nullptr};
   Rows rows = {};
   if (is_bfloat16) {
-#if defined(__AVX512F__)
     if (UsesDots(path, m)) {
+#if defined(__AVX512F__)
       product.panel = RunDots;
+#endif
       return product;
     }
-#endif
     product.panel = RunPanel<BFloat16, true>;
     rows = Widened(static_cast<const uint16_t*>(x.untyped_data()), m, k);
   } else if (layout->integers != nullptr) {

@@ -1,9 +1,8 @@
 // The float32 arithmetic of linear.cc: y = x W^T for a packed W (formats.h), some blocks of 32 output columns at a time.
-// Formats whose codes have at most 6 bits have that of integers.h.
+// Formats of codes have that of integers.h.
 //
 // Determinism: an output is one float32 accumulator over K in one fixed order, so a row has the same bits for every M,
-// every split over threads and every position in the batch, and on every CPU. Each weight is first rounded to its
-// float32 value; then acc = fma(x, w, acc), K ascending. If x is bfloat16, as W is, the order is that of vdpbf16ps: pairs
+// every split over threads and every position in the batch, and on every CPU: acc = fma(x, w, acc), K ascending. If x is bfloat16, as W is, the order is that of vdpbf16ps: pairs
 // of K ascend, and a pair adds its second element first. Each step rounds once, to nearest even; denormal inputs and
 // results count as zero.
 
@@ -29,7 +28,7 @@ static_assert(kColumns == 2 * kLanes && kChunk % kStep == 0);
 
 struct Problem {
   const void* x;          // [m, k], rows x_stride apart: float32, with zeros up to a multiple of kStep, or bfloat16;
-                          // or Integers of integers.h [groups of K, x_stride]
+                          // or the integers of integers.h [groups of K, x_stride]
   const uint32_t* words;  // of W, as in formats.h
   const void* scales;
   float* y;  // [m, n]
@@ -110,11 +109,9 @@ void FewRows(const Problem& p, int64_t block, int64_t last) {
   });
   for (int64_t first = 0; first < p.k; first += Format::kGroup) {
     const uint32_t* words[kVectors];
-    Factors<Format> factors[kVectors];
     Repeat<kVectors>([&](auto v) LOGPROBD_UNROLLED {
       const Position<Format> at(p, block + v / 2, v % 2, first);
       words[v] = at.words;
-      factors[v] = Factors<Format>(at.words, at.scales, at.group);
     });
     // Of the same blocks, or of the beginning of the next ones.
     const int64_t ahead = first + kAhead, past = ahead >= p.k ? kVectors / 2 : 0;
@@ -126,7 +123,7 @@ void FewRows(const Problem& p, int64_t block, int64_t last) {
     for (int64_t q = 0; q < kQuads; ++q) {
       Repeat<kVectors>([&](auto v) LOGPROBD_UNROLLED {
         Floats w[4];
-        factors[v].Values(words[v], quad + q, w);
+        Format::Values(words[v], quad + q, w);
         Repeat<4>([&](auto i) LOGPROBD_UNROLLED {
           constexpr int kElement = InOrder<kPairs>(i);
           Repeat<kRows>([&](auto r) LOGPROBD_UNROLLED {
@@ -160,10 +157,9 @@ void Unpack(const Problem& p, int64_t block, int64_t k, int64_t count, float (&t
   for (int64_t i = 0; i < count; i += Format::kGroup) {
     for (int64_t half = 0; half < 2; ++half) {
       const Position<Format> at(p, block, half, k + i);
-      const Factors<Format> factors(at.words, at.scales, at.group);
       for (int64_t q = 0; q < kQuads; ++q) {
         Floats w[4];
-        factors.Values(at.words, at.quad + q, w);
+        Format::Values(at.words, at.quad + q, w);
         for (int64_t j = 0; j < 4; ++j) Store(&to[i + 4 * q + j][half * kLanes], w[j]);
       }
     }

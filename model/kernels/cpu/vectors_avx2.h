@@ -23,6 +23,7 @@ struct Mask {
   __m256 low, high;  // all bits of a lane set, or none
 };
 
+constexpr bool HasByteDots() { return true; }
 inline bool RunsHere() { return HasAvx2(); }
 
 LOGPROBD_INLINE Floats Zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -132,6 +133,9 @@ LOGPROBD_INLINE __m256i ShiftLeft(__m256i a, int64_t bits) {
 }
 LOGPROBD_INLINE Words ShiftRight(Words a, int64_t bits) { return {ShiftRight(a.low, bits), ShiftRight(a.high, bits)}; }
 LOGPROBD_INLINE Words ShiftLeft(Words a, int64_t bits) { return {ShiftLeft(a.low, bits), ShiftLeft(a.high, bits)}; }
+LOGPROBD_INLINE Words ShiftRightSigned(Words a, int bits) {
+  return {_mm256_srai_epi32(a.low, bits), _mm256_srai_epi32(a.high, bits)};
+}
 LOGPROBD_INLINE Words And(Words a, uint32_t mask) {
   const __m256i all = _mm256_set1_epi32(static_cast<int>(mask));
   return {_mm256_and_si256(a.low, all), _mm256_and_si256(a.high, all)};
@@ -142,6 +146,9 @@ LOGPROBD_INLINE Words Xor(Words a, uint32_t mask) {
 }
 LOGPROBD_INLINE Words AddIntegers(Words a, Words b) {
   return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+}
+LOGPROBD_INLINE Words SubIntegers(Words a, Words b) {
+  return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)};
 }
 LOGPROBD_INLINE Words Or(Words a, Words b) {
   return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
@@ -179,19 +186,28 @@ LOGPROBD_INLINE Floats LowFloat16(Words a) {
 }
 LOGPROBD_INLINE Floats HighFloat16(Words a) { return LowFloat16(ShiftRight(a, 16)); }
 
-// Sums of products of the unsigned bytes of codes and signed bytes, 4 in each of 16 columns, in 16 bits; they are added
-// to those of 32 bits before they can overflow.
+// Sums of products of the bytes of codes, at most 63, and signed bytes, 4 in each of 16 columns: in 16 bits, which are
+// added to those of 32 bits before they can overflow. Codes of one class overflow at the same time.
+constexpr int MaxCodeOfSums(int max_code) {
+  for (const int most : {15, 31, 63}) {
+    if (max_code <= most) return most;
+  }
+  return 255;
+}
 struct ByteSums {
   static constexpr int kTileRows = 2;
-  static constexpr int Quads(int max_code, int quads) { return std::min(QuadsOf16Bits(max_code), quads); }
-
   Words sums, pairs;
 
   LOGPROBD_INLINE void Start(int32_t start) {
-    sums = {_mm256_set1_epi32(start), _mm256_set1_epi32(start)};
-    pairs = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    sums = FillWords(static_cast<uint32_t>(start));
+    pairs = FillWords(0);
   }
-  LOGPROBD_INLINE void Add(Words codes, const int8_t* four) {
+  template <int kMaxCode>
+  LOGPROBD_INLINE void Add(int quad, Words codes, const int8_t* four) {
+    if (quad > 0 && quad % QuadsOf16Bits(kMaxCode) == 0) {
+      sums = Total();
+      pairs = FillWords(0);
+    }
     int32_t word;
     std::memcpy(&word, four, sizeof word);
     const __m256i all = _mm256_set1_epi32(word);
@@ -199,15 +215,26 @@ struct ByteSums {
              _mm256_add_epi16(pairs.high, _mm256_maddubs_epi16(codes.high, all))};
     __asm__("" : "+x"(pairs.low), "+x"(pairs.high));  // keeps GCC from holding all products, and adding them last
   }
-  LOGPROBD_INLINE void Widen() {
-    sums = Total();
-    pairs = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-  }
   LOGPROBD_INLINE Words Total() const {
     const __m256i ones = _mm256_set1_epi16(1);
     return AddIntegers(sums, {_mm256_madd_epi16(pairs.low, ones), _mm256_madd_epi16(pairs.high, ones)});
   }
 };
+
+// The low 16 bits of 16 words, with the second and third of each four exchanged.
+LOGPROBD_INLINE void StoreExchanged(int16_t* to, Words a) {
+  const __m256i low = _mm256_shuffle_epi32(a.low, 0xd8), high = _mm256_shuffle_epi32(a.high, 0xd8);
+  const __m256i halves = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+}
+// Adds the products of two 16-bit integers in each word with the two at `pair`.
+LOGPROBD_INLINE void AddPairs(Words& sums, Words a, const int16_t* pair) {
+  int32_t word;
+  std::memcpy(&word, pair, sizeof word);
+  const __m256i both = _mm256_set1_epi32(word);
+  sums = AddIntegers(sums, {_mm256_madd_epi16(a.low, both), _mm256_madd_epi16(a.high, both)});
+  __asm__("" : "+x"(sums.low), "+x"(sums.high));  // keeps GCC from holding all products, and adding them last
+}
 
 // 16 pairs of bfloat16: the first of each, and the second.
 struct Pairs {

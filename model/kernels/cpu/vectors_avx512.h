@@ -19,6 +19,7 @@ constexpr int kTileVectors = 4;  // of attention, with 6 rows
 using Floats = __m512;
 using Mask = __mmask16;
 
+constexpr bool HasByteDots() { return true; }
 inline bool RunsHere() {
   return HasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
@@ -98,6 +99,7 @@ LOGPROBD_INLINE Words ShiftRight(Words a, int64_t bits) {
 LOGPROBD_INLINE Words ShiftLeft(Words a, int64_t bits) {
   return reinterpret_cast<Words>(reinterpret_cast<UnsignedLanes>(a) << static_cast<uint32_t>(bits));
 }
+LOGPROBD_INLINE Words ShiftRightSigned(Words a, int bits) { return _mm512_srai_epi32(a, static_cast<unsigned>(bits)); }
 LOGPROBD_INLINE Words And(Words a, uint32_t mask) {
   return _mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(mask)));
 }
@@ -129,19 +131,18 @@ LOGPROBD_INLINE Words FillBytes(const int8_t* four) {
   return _mm512_set1_epi32(word);
 }
 
-// Sums of products of the unsigned bytes of codes and signed bytes, 4 in each of 16 columns.
+// Sums of products of the bytes of codes and signed bytes, 4 in each of 16 columns.
+constexpr int MaxCodeOfSums(int) { return 255; }
 struct ByteSums {
   static constexpr int kTileRows = 8;
-  static constexpr int Quads(int, int quads) { return quads; }
-
   Words sums;
 
   LOGPROBD_INLINE void Start(int32_t start) { sums = _mm512_set1_epi32(start); }
-  LOGPROBD_INLINE void Add(Words codes, const int8_t* four) {
+  template <int>
+  LOGPROBD_INLINE void Add(int, Words codes, const int8_t* four) {
     sums = _mm512_dpbusd_epi32(sums, codes, FillBytes(four));
     __asm__("" : "+v"(sums));  // keeps GCC from adding other sums first
   }
-  LOGPROBD_INLINE void Widen() {}
   LOGPROBD_INLINE Words Total() const { return sums; }
 };
 

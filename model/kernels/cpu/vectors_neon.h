@@ -168,6 +168,11 @@ LOGPROBD_INLINE Words ShiftLeft(Words a, int64_t bits) {
   return MapWords([&](int i) { return vshlq_u32(a.part[i], by); });
 }
 LOGPROBD_INLINE Words ShiftRight(Words a, int64_t bits) { return ShiftLeft(a, -bits); }
+LOGPROBD_INLINE Words ShiftRightSigned(Words a, int bits) {
+  return MapWords([&](int i) {
+    return vreinterpretq_u32_s32(vshlq_s32(vreinterpretq_s32_u32(a.part[i]), vdupq_n_s32(-bits)));
+  });
+}
 LOGPROBD_INLINE Words And(Words a, uint32_t mask) {
   return MapWords([&](int i) { return vandq_u32(a.part[i], vdupq_n_u32(mask)); });
 }
@@ -221,48 +226,51 @@ inline bool HasByteDots() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
 inline bool HasByteDots() { return true; }  // all of Apple's CPUs with Metal have it
 #endif
 
-// Sums of products of the bytes of codes, below 128, and signed bytes, 4 in each of 16 columns, by Armv8.2's sdot.
-struct DotSums {
-  static constexpr int kTileRows = 2;
-  static constexpr int Quads(int, int quads) { return quads; }
+constexpr int MaxCodeOfSums(int max_code) { return max_code > 127 ? 255 : 127; }
 
+// Sums of products of the bytes of codes and signed bytes, 4 in each of 16 columns. Codes above 127 are centered on
+// 128 and become signed bytes.
+template <class Instruction>
+struct SignedSums {
+  static constexpr int kTileRows = 2;
+  int32_t start;
   Words sums;
 
-  LOGPROBD_INLINE void Start(int32_t start) { sums = FillWords(static_cast<uint32_t>(start)); }
-  LOGPROBD_INLINE void Add(Words codes, const int8_t* four) {
-    const uint32x4_t all = FourBytes(four);
-    for (int i = 0; i < 4; ++i) {
-      // Inline assembly: the library needs no separate build with this instruction set.
-      __asm__(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b"
-              : "+w"(sums.part[i])
-              : "w"(codes.part[i]), "w"(all));
-    }
+  LOGPROBD_INLINE void Start(int32_t value) {
+    start = value;
+    sums = FillWords(0);
   }
-  LOGPROBD_INLINE void Widen() {}
-  LOGPROBD_INLINE Words Total() const { return sums; }
-};
-
-// The same sums by instructions that all CPUs have.
-struct ByteSums {
-  static constexpr int kTileRows = 2;
-  static constexpr int Quads(int, int quads) { return quads; }
-
-  Words sums;
-
-  LOGPROBD_INLINE void Start(int32_t start) { sums = FillWords(static_cast<uint32_t>(start)); }
-  LOGPROBD_INLINE void Add(Words codes, const int8_t* four) {
+  template <int kMaxCode>
+  LOGPROBD_INLINE void Add(int, Words codes, const int8_t* four) {
+    if constexpr (kMaxCode > 127) {
+      start = 0;
+      codes = Xor(codes, 0x80808080);
+    }
     const int8x16_t all = vreinterpretq_s8_u32(FourBytes(four));
     for (int i = 0; i < 4; ++i) {
-      const int8x16_t bytes = vreinterpretq_s8_u32(codes.part[i]);
-      const int16x8_t low = vmull_s8(vget_low_s8(bytes), vget_low_s8(all)), high = vmull_high_s8(bytes, all);
-      const int32x4_t sum = vpadalq_s16(vreinterpretq_s32_u32(sums.part[i]), vpaddq_s16(low, high));
+      int32x4_t sum = vreinterpretq_s32_u32(sums.part[i]);
+      Instruction::Add(sum, vreinterpretq_s8_u32(codes.part[i]), all);
       sums.part[i] = vreinterpretq_u32_s32(sum);
-      __asm__("" : "+w"(sums.part[i]));  // keeps GCC from holding all products, and adding them last
     }
   }
-  LOGPROBD_INLINE void Widen() {}
-  LOGPROBD_INLINE Words Total() const { return sums; }
+  LOGPROBD_INLINE Words Total() const { return AddIntegers(sums, FillWords(static_cast<uint32_t>(start))); }
 };
+
+struct MultiplyLong {
+  static LOGPROBD_INLINE void Add(int32x4_t& sum, int8x16_t codes, int8x16_t digits) {
+    const int16x8_t low = vmull_s8(vget_low_s8(codes), vget_low_s8(digits)), high = vmull_high_s8(codes, digits);
+    sum = vpadalq_s16(sum, vpaddq_s16(low, high));
+    __asm__("" : "+w"(sum));  // keeps GCC from holding all products, and adding them last
+  }
+};
+struct DotProduct {  // Armv8.2's sdot
+  static LOGPROBD_INLINE void Add(int32x4_t& sum, int8x16_t codes, int8x16_t digits) {
+    // Inline assembly: the library needs no separate build with this instruction set.
+    __asm__(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(codes), "w"(digits));
+  }
+};
+using ByteSums = SignedSums<MultiplyLong>;
+using DotSums = SignedSums<DotProduct>;
 
 // 16 pairs of bfloat16: the first of each, and the second.
 struct Pairs {

@@ -1,7 +1,9 @@
-"""MaskUpdates: computes the masks of grammars on threads, while the device works."""
+"""MaskUpdates: computes the masks of grammars, slow ones on threads."""
 
 import logging
 import os
+import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from serve.engine.request_state import RequestState, RequestStatus
@@ -9,15 +11,18 @@ from serve.engine.request_state import RequestState, RequestStatus
 logger = logging.getLogger(__name__)
 
 _MAX_WAIT = 0.005  # seconds that a step waits for the masks of its rows
+_SLOW = 0.001  # seconds of an update; most take 0.05 ms, which is less than to hand them to a thread and back
 
 
 class MaskUpdates:
-    """Computes the masks of requests with grammars on a few threads; those of one request one after another."""
+    """Computes the masks of requests with grammars: on a few threads the first mask of each, and all later ones after a
+    slow one; the others at once.
+    """
 
     def __init__(self, max_forced: int) -> None:
         self._max_forced = max_forced
         self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="mask")
-        self._futures: dict[RequestState, Future[None]] = {}
+        self._futures: dict[RequestState, Future[float]] = {}  # seconds of the update
 
     @property
     def in_progress(self) -> bool:
@@ -26,18 +31,25 @@ class MaskUpdates:
 
     def start(self, request: RequestState) -> None:
         """Compute the mask after the output, which has been read; until then no step has a row of the request."""
-        assert request.mask is not None
-        request.waits_for_mask = True
-        output = request.output_token_ids
+        mask, output = request.mask, request.output_token_ids
+        assert mask is not None
         limit = min(self._max_forced, request.max_output_tokens - len(output))
-        self._futures[request] = self._pool.submit(request.mask.update, output, limit)
+
+        def update() -> float:
+            start = time.thread_time()
+            mask.update(output, limit)
+            return time.thread_time() - start
+
+        request.waits_for_mask = True
+        self._futures[request] = _run(update) if mask.is_quick else self._pool.submit(update)
 
     def collect(self) -> list[RequestState]:
         """Requests whose masks are done; waits a moment for those that are needed now.
 
         One whose output is complete is not returned before its prompt is computed.
         """
-        if needed := [future for request, future in self._futures.items() if _decodes(request)]:
+        needed = [future for request, future in self._futures.items() if _decodes(request) and not future.done()]
+        if needed:
             wait(needed, _MAX_WAIT)
         collected = []
         for request, future in list(self._futures.items()):
@@ -50,8 +62,22 @@ class MaskUpdates:
             if (failure := future.exception()) is not None:
                 logger.error("a grammar failed", exc_info=failure)
                 mask.forced, mask.error = [], "the grammar failed"
+            elif mask.is_quick is None:
+                mask.is_quick = True
+            elif future.result() >= _SLOW:
+                mask.is_quick = False
             collected.append(request)
         return collected
+
+
+def _run[T](call: Callable[[], T]) -> Future[T]:
+    """The future of a call that is made now."""
+    future: Future[T] = Future()
+    try:
+        future.set_result(call())
+    except BaseException as error:  # noqa: BLE001  # as a thread pool does
+        future.set_exception(error)
+    return future
 
 
 def _decodes(request: RequestState) -> bool:

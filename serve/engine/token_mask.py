@@ -33,6 +33,7 @@ class TokenMask:
         self._matcher = params.grammar.matcher() if params.grammar else None
         self._num_read = 0  # output tokens that update() has seen
         self._next: Words | None = None  # mask of the token after the forced ones
+        self.is_quick: bool | None = None  # whether updates take little time; None before the first
         self.forced: list[int] = []  # tokens after the output: the mask of each allows no other
         self.error: str | None = None  # why the output cannot continue after the forced tokens
         self.is_complete = False  # nothing may follow them, not even a stop token

@@ -253,6 +253,7 @@ def test_finished_grammar_without_a_stop_token_ends_the_text(bench: CoreBench, l
 
 def test_slow_mask_does_not_stop_others(bench: CoreBench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.engine.mask_updates._MAX_WAIT", 0)
+    monkeypatch.setattr("serve.engine.mask_updates._SLOW", 0)
     released = threading.Event()
 
     def wait_once(before: Sequence[int]) -> None:
@@ -273,6 +274,21 @@ def test_slow_mask_does_not_stop_others(bench: CoreBench, monkeypatch: pytest.Mo
     while bench.core.scheduler.num_requests:
         bench.step()
     assert bench.outcome("a") == alone(a)
+
+
+@pytest.mark.parametrize(("slow", "expected"), [(60, [True, False, False, False]), (0, [True, False, True, True])])
+def test_threads_compute_first_masks_and_those_after_a_slow_one(
+    bench: CoreBench, monkeypatch: pytest.MonkeyPatch, slow: float, expected: list[bool]
+) -> None:
+    monkeypatch.setattr("serve.engine.mask_updates._SLOW", slow)
+    on_other_thread = []
+
+    def note_thread(_: Sequence[int]) -> None:
+        on_other_thread.append(threading.current_thread() is not threading.main_thread())
+
+    bench.add("a", prompt_of(10), constrained(FakeGrammar(lambda _: MANY, before_fill=note_thread), 4))
+    bench.run()
+    assert on_other_thread == expected
 
 
 def test_abort_while_a_mask_is_computed(bench: CoreBench) -> None:

@@ -65,7 +65,7 @@ class ThinkingMatcher:
 
     @property
     def error(self) -> str | None:
-        return self._answer.error if self._answer is not None and self._phase == "answer" else None
+        return self._answer.error if self._answer is not None and self._phase != "thinking" else None
 
     @property
     def is_finished(self) -> bool:

@@ -20,12 +20,9 @@ def weather(city: str, days: int) -> str:
 def main() -> None:
     model = OpenAIModel("SmolLM2-135M-Instruct", api_base=os.environ["OPENAI_BASE_URL"], api_key="none", temperature=0)
     question = [{"role": "user", "content": [{"type": "text", "text": "What is the weather in Oslo?"}]}]
-    message = model.generate(question, tools_to_call_from=[weather], max_tokens=200)
-    deltas = [
-        delta
-        for event in model.generate_stream(question, tools_to_call_from=[weather], max_tokens=200)
-        for delta in event.tool_calls or ()
-    ]
+    fields = {"tools_to_call_from": [weather], "max_tokens": 200, "parallel_tool_calls": False}
+    message = model.generate(question, **fields)
+    deltas = [delta for event in model.generate_stream(question, **fields) for delta in event.tool_calls or ()]
     (call,) = message.tool_calls
     arguments = call.function.arguments
     printed = {

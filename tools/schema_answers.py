@@ -33,7 +33,7 @@ def random_schema(source: random.Random, levels: int = 2) -> dict[str, Any]:
     scalars: list[dict[str, Any]] = [
         {"type": "string", "maxLength": source.randint(1, 12)},
         {"type": "string", "pattern": "^[A-Z][a-z]{2,8}$"},
-        {"type": "string", "format": "date"},
+        {"type": "string", "format": "ipv4"},
         {"type": "integer", "minimum": -source.randint(0, 99), "maximum": source.randint(1, 10_000)},
         {"enum": source.sample(["red", "green", 3, 4.5, None, True, "ü€"], 3)},
         {"type": ["boolean", "null"]},

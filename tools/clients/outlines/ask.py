@@ -6,10 +6,12 @@ from typing import Literal
 import outlines
 from openai import OpenAI
 from outlines.types import Regex
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class City(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # or a model may add properties without end
+
     name: str = Field(max_length=20)
     population: int = Field(ge=0, le=100_000_000)
 

@@ -83,7 +83,8 @@ class BadBodies:
             {"logit_bias": {"5": 1000}},
             {"allowed_token_ids": []},
             {"cache_salt": "a/b"},
-            {"response_format": {"type": "json_object"}},
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
+            {"structured_outputs": {"regex": "("}},
             {"prompt_logprobs": self._facts.max_logprobs + 1},
             {"prompt_logprobs": -2},
         )

@@ -1,6 +1,6 @@
 """BFCL: compile the tools of the Berkeley Function Calling Leaderboard as a server does, and check random calls.
 
-    python -m tools.bfcl FOLDER [--model MODEL] [--walks N]
+    python -m tools.bfcl FOLDER [--model MODEL] [--walks N] [--limit N]
 
 FOLDER is `bfcl_eval/data` of the wheel `bfcl-eval`, whose files simple, multiple and parallel are read. A walk makes a
 required call of tokens that the masks allow; its arguments must validate.
@@ -94,7 +94,8 @@ class Walker:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._random = random.Random(0)
-        self._ends = [i for i in range(tokenizer.vocab_size) if set(tokenizer.token_bytes(i)) & set(b'"}],')]
+        ends = [i for i in range(tokenizer.vocab_size) if set(tokenizer.token_bytes(i)) & set(b'"}],')]
+        self._ends = np.array(ends)  # tokens that may close something
 
     def walk(self, grammar: LlguidanceGrammar) -> list[int] | None:
         """Tokens of an output; None if it does not end in time."""
@@ -105,9 +106,9 @@ class Walker:
             bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: self._tokenizer.vocab_size]
             if any(bits[index] for index in self._tokenizer.eos_token_ids):
                 return tokens
-            closing = [index for index in self._ends if bits[index]]
-            allowed = closing if closing and self._random.random() < 0.5 else np.flatnonzero(bits).tolist()
-            tokens.append(self._random.choice(allowed))
+            closing = self._ends[bits[self._ends] > 0]
+            allowed = closing if len(closing) and self._random.random() < 0.5 else np.flatnonzero(bits)
+            tokens.append(int(allowed[self._random.randrange(len(allowed))]))
             matcher.advance(tokens[-1])
             assert matcher.error is None, matcher.error
         return tokens if matcher.is_finished else None
@@ -142,12 +143,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--walks", type=int, default=0, help="random calls of each entry")
+    parser.add_argument("--limit", type=int, help="number of entries of each file")
     options = parser.parse_args()
     tokenizer = local_tokenizer(options.model or default_model_path())
     compiler, walker = GrammarCompiler(tokenizer, tokenizer.vocab_size), Walker(tokenizer)
     counts, times = Counter[tuple[str, str]](), list[float]()
     for name, tools in entries(options.folder):
         category = name.partition(":")[0]
+        if options.limit is not None and counts[category, "entries"] == options.limit:
+            continue
         counts[category, "entries"] += 1
         start = time.perf_counter()
         try:
@@ -161,7 +165,7 @@ def main() -> None:
         counts[category, "compiled"] += 1
         for _ in range(options.walks):
             tokens = walker.walk(grammar)
-            counts[category, "unfinished"] += tokens is None
+            counts[category, "unfinished walks"] += tokens is None
             counts[category, "valid calls"] += 0 if tokens is None else check_calls(tokenizer, tools, tokens)
     compiler.close()
     for category in dict.fromkeys(category for category, _ in counts):

@@ -240,7 +240,9 @@ def span_attributes(body: GenerationRequest, header: Mapping[str, Any], *, opera
 
 
 def check_event(event: TokenEvent) -> None:
-    """Raise APIError 500 for an event that reports a failure."""
+    """Raise APIError for an event that reports a failure: 400 if the request's grammar is its cause, else 500."""
+    if event.grammar_failed:
+        raise APIError(400, f"The output cannot continue: {event.error}.", None, "grammar_error")
     if event.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
         raise engine_error(f"The engine failed: {event.error}." if event.error else "The request was aborted.")
 

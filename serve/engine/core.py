@@ -190,7 +190,7 @@ class EngineCore:
                 self._read()  # log-probs of the prompt may be in flight
                 self._emitted.append(self._finalize(request, TokenEvent(), FinishReason.STOP))
             elif mask.error is not None:
-                event = TokenEvent(error=mask.error, cached_tokens=request.num_cached or 0)
+                event = TokenEvent(error=mask.error, grammar_failed=True, cached_tokens=request.num_cached or 0)
                 self._emitted.append(self._finish(request, event, FinishReason.ERROR))
                 self._observer.on_grammar_error()
 

@@ -125,6 +125,7 @@ class TokenEvent:
     prompt_logprobs: TokenLogprobs | None = None
     cached_tokens: int = 0  # prompt tokens found in the prefix cache; equal in all events of a request
     error: str | None = None  # with FinishReason.ERROR, a message that clients may see
+    grammar_failed: bool = False  # with FinishReason.ERROR: the request's own constraints allow no token
     stopped: bool = False  # with FinishReason.ABORT, because the engine stops; iterating over the handle raises it
 
 

@@ -135,18 +135,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "query": ("Hi", "", [72, 105], None),
     "items": ("a", ["a", "b"], [[1], [2, 3]], []),
     "label_token_ids": ([65, 66], [[65], [66, 67]], [260], [1, 1]),
-    "response_format": (
-        {"type": "text"},
-        {"type": "json_object"},
-        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "integer"}, "strict": True}},
-    ),
-    "structured_outputs": (
-        {"regex": "[ab]{2}"},
-        {"choice": ["a", "b"]},
-        {"json": {"const": 1}},
-        {"grammar": "start: x"},
-    ),
-    "ebnf": ('root ::= "a"', "root ::= ("),
+    "response_format": ({"type": "text"}, {"type": "json_object"}),
 }
 _FLAGS = (
     *("stream", "echo", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "return_token_ids"),

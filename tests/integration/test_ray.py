@@ -31,10 +31,11 @@ _LONG = {"prompt": _STORY, "max_tokens": 450, "ignore_eos": True, "temperature":
 
 
 @pytest.fixture(scope="module")
-def flags(compilation_cache: Path) -> tuple[str, ...]:
+def flags(compilation_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     sizes = ("--max-num-seqs", "2", "--max-model-len", "512", "--max-num-batched-tokens", "18")
     limits = ("--max-unsent-bytes", str(_MAX_UNSENT))
-    return ("--dtype", "float32", *sizes, *limits, "--compilation-cache-dir", str(compilation_cache))
+    store = ("--response-store", str(tmp_path_factory.mktemp("responses") / "store.db"))
+    return ("--dtype", "float32", *sizes, *limits, *store, "--compilation-cache-dir", str(compilation_cache))
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,37 @@ def test_openai_client_streams(replicas: RayProcess) -> None:
     entries = [entry for chunk in chunks if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
     assert len(entries) > 5
     assert [entry.logprob for entry in entries] == [entry.logprob for entry in completion.choices[0].logprobs.content]
+
+
+def test_replicas_share_stored_responses(replicas: RayProcess) -> None:
+    options: dict[str, Any] = {
+        "model": "SmolLM2-135M-Instruct",
+        "max_output_tokens": 12,
+        "temperature": 0,
+        "include": ["message.output_text.logprobs"],
+    }
+    with OpenAI(base_url=f"{replicas.url}/v1", api_key="none", max_retries=0) as client:
+        first = client.responses.create(input="Say hello.", **options)
+        for _ in range(2):  # the replicas alternate
+            assert client.responses.retrieve(first.id) == first
+            follow_up = client.responses.create(input="Again.", previous_response_id=first.id, **options)
+            with client.responses.stream(input="Again.", previous_response_id=first.id, **options) as stream:
+                *_, last = stream
+            assert last.type == "response.incomplete"  # of its maximum length
+            assert last.response.output_text == follow_up.output_text
+        client.responses.delete(first.id)
+        for _ in range(2):
+            assert httpx2.get(f"{replicas.url}/v1/responses/{first.id}", timeout=_DEADLINE).status_code == 404
+
+
+def test_errors_of_messages_have_their_envelope(replicas: RayProcess) -> None:
+    """Those of the front and those of a replica."""
+    unknown = b'{"messages": [{"role": "user", "content": "Hi"}], "model": "claude"}'
+    for content, kind in ((b"{", "invalid_request_error"), (unknown, "not_found_error")):
+        headers = {"Content-Type": "application/json"}
+        refused = httpx2.post(f"{replicas.url}/v1/messages", content=content, headers=headers, timeout=_DEADLINE)
+        assert (refused.json()["type"], refused.json()["error"]["type"]) == ("error", kind)
+        assert refused.headers["request-id"] == refused.headers["x-request-id"]
 
 
 def test_errors_and_request_ids_are_relayed(replicas: RayProcess) -> None:

@@ -1,6 +1,7 @@
 """Promise 2: the same token after the same prefix has one log-prob, bit by bit, however it is computed."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compiled.runner import ModelRunner
+from compiled.shapes import Buckets
 from model.weights.source import default_model_path
 from serve.engine.request import PromptScoring, SamplingParams
 from serve.engine.token_mask import TokenMask
 from tests.support.grammars import hashed
 from tests.support.in_process import Answer, run
 from tests.support.runners import make_runner
+from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 
 _VOCABULARY = 49152
 _LAYERS = 2  # of 30, which are compiled alike: the other tests of a server's bits run all of them
@@ -42,15 +45,15 @@ def _greedy(tokens: int, *, score: bool = False) -> SamplingParams:
     return SamplingParams(max_tokens=tokens, temperature=0, prompt=PromptScoring() if score else None)
 
 
-def _constrained(seed: int) -> SamplingParams:
+def _constrained(seed: int, vocab_size: int) -> SamplingParams:
     """Sampled with filters from a grammar; with penalties if the seed is odd."""
     params = SamplingParams(24, temperature=0.9, top_p=0.95, top_k=50, seed=seed, return_processed=True)
-    params = replace(params, grammar=hashed(_VOCABULARY, seed=seed))
+    params = replace(params, grammar=hashed(vocab_size, seed=seed))
     return replace(params, presence_penalty=0.5, repetition_penalty=1.2) if seed % 2 else params
 
 
-def _prompt(seed: int, length: int) -> list[int]:
-    ids: list[int] = np.random.default_rng(seed).integers(20, _VOCABULARY, length).tolist()
+def _prompt(seed: int, length: int, vocab_size: int = _VOCABULARY) -> list[int]:
+    ids: list[int] = np.random.default_rng(seed).integers(20, vocab_size, length).tolist()
     return ids
 
 
@@ -156,13 +159,30 @@ def test_penalties_choose_the_same_tokens_in_a_batch(runner: ModelRunner) -> Non
 
 @pytest.mark.parametrize("seed", range(4))
 def test_grammar_with_forced_tokens_equals_one_token_after_another(runner: ModelRunner, seed: int) -> None:
-    mine = (_prompt(60 + seed, 60 + seed), _constrained(seed))
+    _check_forced_tokens(runner, seed)
+
+
+def test_forced_tokens_with_a_sliding_window(tmp_path: Path) -> None:
+    config = tiny_configs()["mistral"]
+    write_checkpoint(tmp_path, config, random_weights(config, seed=3))
+    buckets = Buckets(decode_rows=(1, 4), prefill_chunks=(16,), score_rows=64, pages_per_row=4)
+    runner = make_runner(tmp_path, "float32", buckets, pages=40)
+    for seed in range(3):
+        _check_forced_tokens(runner, seed)
+
+
+def _check_forced_tokens(runner: ModelRunner, seed: int) -> None:
+    """Check a request that is constrained and sampled: alone, in a batch, without forced tokens, and scored again."""
+    mine = (_prompt(60 + seed, 60 + seed, runner.vocab_size), _constrained(seed, runner.vocab_size))
     alone = run(runner, {"mine": mine})["mine"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TokenMask, "num_choices", 1)
         plain = run(runner, {"mine": mine})["mine"]
     assert alone.num_events < plain.num_events == 24
-    others = {f"other {i}": (_prompt(i, 10), _constrained(i) if i % 2 else _greedy(20)) for i in range(9)}
+    others = {
+        f"other {i}": (_prompt(i, 10, runner.vocab_size), _constrained(i, runner.vocab_size) if i % 2 else _greedy(20))
+        for i in range(9)
+    }
     for answer in (alone, run(runner, {**others, "mine": mine})["mine"]):
         assert replace(answer, num_events=24) == plain
     masses, forced = np.array(plain.allowed_mass), np.array(plain.forced)

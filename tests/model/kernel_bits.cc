@@ -87,6 +87,7 @@ class PackedWeight {
         words_[i] |= Wide(random) & 0xffff0000;
       }
       const auto word = static_cast<int64_t>(i) / kColumns % Format::kWords;
+      if (!kIsFloat<Format> && i % kColumns < 2) words_[i] = i % kColumns == 0 ? 0 : ~0u;  // the extremes of all codes
       if (std::is_same_v<Format, Float16> || word == FactorWord()) words_[i] &= 0x9fff9fff;  // less than 2^-7
     }
     for (auto& scale : scales_) {
@@ -174,11 +175,16 @@ void Linear(const std::string& name) {
     Problem p = weight.With(x.data(), kMaxRows, n, k, stride);
     if constexpr (!kIsFloat<Format>) {
       using Row = RowOf<Format>;
-      const int64_t groups = (k + Format::kBlock - 1) / Format::kBlock * Format::kBlock / Format::kGroup;
+      const int64_t groups = DepthOf(k) / Format::kGroup;
       std::vector<float> floats(static_cast<size_t>(kMaxRows * k));
       for (int64_t r = 0; r < kMaxRows; ++r) {
         std::memcpy(&floats[static_cast<size_t>(r * k)], &x[static_cast<size_t>(r * stride)],
                     static_cast<size_t>(k) * sizeof(float));
+      }
+      for (int64_t i = 0; i < k; ++i) {  // digits of -128 and of 127, and an integer that is halved
+        floats[static_cast<size_t>(i)] = i % 32 == 0 ? 1.0f : 127.0f / 128;
+        floats[static_cast<size_t>(k + i)] = -floats[static_cast<size_t>(i)];
+        floats[static_cast<size_t>(2 * k + i)] = 0x1.fffffep0f;
       }
       std::vector<Row> rows(static_cast<size_t>(groups * kMaxRows));
       for (int64_t r = 0; r < kMaxRows; ++r) FillIntegers<Format>(floats.data(), kMaxRows, k, r, rows.data());

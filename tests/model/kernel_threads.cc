@@ -12,8 +12,8 @@
 
 #include "dots.h"
 #include "head.h"
-#include "parallel.h"
 #include "integers.h"
+#include "parallel.h"
 #include "tiles.h"
 
 namespace {
@@ -91,7 +91,12 @@ void Products(Pool& pool, std::mt19937& random, Panel panel, int64_t m, int64_t 
     rows.resize(static_cast<size_t>(depth * Format::kBlock / Format::kGroup * m) * sizeof(Row));
     std::vector<float> dense(static_cast<size_t>(m * k));
     for (int64_t i = 0; i < m * k; ++i) dense[static_cast<size_t>(i)] = x[static_cast<size_t>(i / k * stride + i % k)];
-    for (int64_t r = 0; r < m; ++r) FillIntegers<Format>(dense.data(), m, k, r, reinterpret_cast<Row*>(rows.data()));
+    const bool filled = Share(pool, pool.num_threads(), m, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        FillIntegers<Format>(dense.data(), m, k, r, reinterpret_cast<Row*>(rows.data()));
+      }
+    });
+    Check(filled, "a conversion failed");
     p.x = rows.data(), p.x_stride = m, p.row_bytes = sizeof(Row);
   }
   const auto run = [&](float* y) {

@@ -139,11 +139,19 @@ def integers(x: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.floa
     return np.rint(x / scale).astype(np.int64), scale
 
 
+# The words of a block that hold nothing but codes.
+CODE_WORDS = {"Q4_1": (1, 5), "Q5_1": (1, 6), "Q2_K": (4, 20), "Q3_K": (0, 24), "Q4_K": (4, 36), "Q5_K": (4, 44)}
+CODE_WORDS |= {"Q6_K": (0, 48), "IQ4_XS": (2, 34)}
+
+
 @pytest.mark.parametrize("name", CODED)
 @pytest.mark.usefixtures("kernels")
 def test_linear_sums_integers_of_groups(name: str) -> None:
     m, n, k = 9, 70, 512
     weight, _ = random_weight(name, n, k, seed=6)
+    first, last = CODE_WORDS.get(name, (0, None))
+    extremes = weight.words.at[:, :, first:last, 0].set(0xFFFFFFFF).at[:, :, first:last, 1].set(0)
+    weight = replace(weight, words=extremes.at[:, :, first:last, 2].set(0xFF00FF00))
     words, scales = weight.words.transpose(0, 3, 1, 2), weight.scales.transpose(0, 2, 1)
     codes, factors, minima = (part if part is None else np.asarray(part) for part in _DECODERS[name](words, scales))
     assert codes is not None
@@ -152,6 +160,8 @@ def test_linear_sums_integers_of_groups(name: str) -> None:
     codes = codes.reshape(-1, groups, k // groups)[:n].astype(np.int64)  # [N, groups, kGroup]
     factors = factors.reshape(-1, groups)[:n].astype(np.float64)
     x = np.asarray(normal(5, m, k)) * 10.0 ** np.random.default_rng(4).uniform(-8, 8, (m, k // 16)).repeat(16, axis=1)
+    x[0], x[1], x[2] = 127 / 128, -127 / 128, 2 - 2.0**-23  # digits of -128 and 127, and an integer that is halved
+    x[:2, ::32] *= 128 / 127
     ints, scale = integers(x.astype(np.float32).reshape(m, groups, -1))
     y = np.zeros((m, n), np.float32)
     for group in range(groups):
@@ -164,7 +174,7 @@ def test_linear_sums_integers_of_groups(name: str) -> None:
     np.testing.assert_array_equal(cpu.linear(jnp.asarray(x, jnp.float32), weight), y)
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K", "Q8_0"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.usefixtures("kernels")
 def test_outputs_of_a_value_that_is_not_finite_are_nan(name: str, value: float) -> None:
@@ -177,7 +187,7 @@ def test_outputs_of_a_value_that_is_not_finite_are_nan(name: str, value: float) 
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-40, 1e-37, 1e-20, 1e20, 1e30])
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_K"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q8_0"])
 @pytest.mark.usefixtures("kernels")
 def test_products_of_any_magnitude(name: str, magnitude: float) -> None:
     x, (weight, values) = normal(1, 7, 256) * magnitude, random_weight(name, 40, 256)

@@ -60,10 +60,13 @@ def limit(x: ArrayLike, values: NDArray[np.float32], weight: PackedWeight | None
     its group, and products with codes and with offsets are added apart.
     """
     magnitudes, sizes = np.abs(np.asarray(x, np.float64)), np.abs(values.astype(np.float64))
-    if weight is not None:
-        magnitudes += 2 * magnitudes.max(axis=1, keepdims=True)
-        sizes = _sizes(weight)
-    return np.asarray(2.0**-24 * (values.shape[1] + 1) * (magnitudes @ sizes.T))
+    count = values.shape[1]
+    if weight is None:
+        return np.asarray(2.0**-24 * count * (magnitudes @ sizes.T))
+    sizes, largest = _sizes(weight), np.zeros_like(magnitudes)
+    for first in range(0, count, 32):
+        largest[:, first : first + 32] = magnitudes[:, first : first + 32].max(axis=1, keepdims=True)
+    return np.asarray((2.0**-24 * (count + 4) * magnitudes + 2.0**-23 * largest) @ sizes.T)
 
 
 def _sizes(weight: PackedWeight) -> NDArray[np.float64]:

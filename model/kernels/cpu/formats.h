@@ -4,8 +4,9 @@
 // words of each of 32 columns, with the bytes of the file in the file's order. Where a block also has a scale that is no
 // full word, the scales are in an array of their own, [ceil(N/32)][ceil(K/B)][32]. Columns and K are padded with zeros.
 //
-// A weight's value is that of `dequantize` of the gguf package: (code - zero) * factor + offset, where the codes are
-// unsigned bytes. Factor and offset are exact: a float16 times an integer of 8 bits at most.
+// A weight's value is (code - zero) * factor + offset, where the codes are unsigned bytes: `dequantize` of the gguf
+// package rounds it to float32, products use it as it is. Factor and offset are exact: a float16 times an integer of 8
+// bits at most.
 // The layouts of the blocks are those of the ggml project (ggml-common.h and gguf-py/gguf/quants.py).
 
 #pragma once

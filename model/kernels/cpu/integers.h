@@ -1,8 +1,8 @@
 // Products with the formats of codes, by sums of integers: those are exact in any order.
 //
 // The elements of a group of K in a row of x (Format::kGroup of them) become integers of 24 bits and a power of two, so
-// an element that is as large as the group's largest one keeps all its bits but one. An integer is split into digits,
-// whose products with the codes are added as integers of 32 bits. Their sum, rounded to float32 once, is multiplied by
+// an element as large as the group's largest one keeps 22 or 23 of its 24 bits. An integer is split into digits, whose
+// products with the codes are added as integers of 32 bits. Their sum, rounded to float32 once, is multiplied by
 // the group's factor and added to the output. A weight's value is that of formats.h before it is rounded:
 // code * factor + offset.
 //
@@ -147,6 +147,9 @@ struct SumsOf {
 template <class Format>
 using RowOf = typename SumsOf<KindOf<Format>>::Portable::Row;
 
+// Elements of K that are added, the last ones zeros: the same for any number of rows.
+constexpr int64_t DepthOf(int64_t k) { return (k + kStep - 1) / kStep * kStep; }
+
 // The largest integer whose digits are bytes: 127 * (65536 + 256 + 1).
 constexpr float kMaxInteger = 8355711;
 
@@ -190,17 +193,18 @@ void ToIntegers(const float* x, RowOf<Format>& to) {
 // Makes the groups [groups of K, m] of a row of x [m, k].
 template <class Format>
 void FillIntegers(const float* x, int64_t m, int64_t k, int64_t row, RowOf<Format>* to) {
-  const int64_t padded = (k + Format::kBlock - 1) / Format::kBlock * Format::kBlock;
-  for (int64_t first = 0; first < padded; first += Format::kGroup, to += m) {
+  for (int64_t first = 0; first < DepthOf(k); first += Format::kGroup, to += m) {
     float group[Format::kGroup] = {};
-    std::copy_n(x + row * k + first, std::clamp<int64_t>(k - first, 0, Format::kGroup), group);
+    const int64_t begin = std::min(first, k), end = std::min(first + Format::kGroup, k);
+    std::copy(x + row * k + begin, x + row * k + end, group);
     ToIntegers<Format>(group, to[row]);
   }
 }
 
 // Adds the products of kRows rows of x with the codes of a group, four at a time from codes_at, to outputs.
 template <class Kind, class Sums, int kRows, typename CodesAt>
-LOGPROBD_INLINE void AddGroups(const typename Sums::Row* x, const Scale& w, CodesAt codes_at, Floats (&outputs)[kRows]) {
+LOGPROBD_INLINE void AddGroups(const typename Sums::Row* x, const Scale& w, CodesAt codes_at,
+                               Floats (&outputs)[kRows]) {
   Sums sums[kRows];
   Repeat<kRows>([&](auto r) LOGPROBD_UNROLLED { sums[r].Start(x[r]); });
   Repeat<Kind::kQuads>([&](auto q) LOGPROBD_UNROLLED {
@@ -222,7 +226,7 @@ void FewRowsOfIntegers(const Problem& p, int64_t row, int64_t block, int64_t las
   Floats outputs[2][kRows];
   Repeat<kRows>([&](auto r) LOGPROBD_UNROLLED { outputs[0][r] = outputs[1][r] = Zeros(); });
   const auto* x = static_cast<const typename Sums::Row*>(p.x) + row;
-  for (int64_t first = 0; first < p.k; first += Format::kGroup, x += p.x_stride) {
+  for (int64_t first = 0; first < DepthOf(p.k); first += Format::kGroup, x += p.x_stride) {
     const int64_t ahead = first + kAhead;  // of this block, or of the beginning of the next one
     if (ahead < p.k) {
       Prefetch<Format>(p, block, ahead, Format::kGroup);
@@ -231,7 +235,9 @@ void FewRowsOfIntegers(const Problem& p, int64_t row, int64_t block, int64_t las
     }
     Repeat<2>([&](auto half) LOGPROBD_UNROLLED {
       const Position<Format> at(p, block, half, first);
-      const auto codes_at = [&](int64_t q) LOGPROBD_UNROLLED { return Sums::Split(Format::Codes(at.words, at.quad + q)); };
+      const auto codes_at = [&](int64_t q) LOGPROBD_UNROLLED {
+        return Sums::Split(Format::Codes(at.words, at.quad + q));
+      };
       AddGroups<KindOf<Format>, Sums, kRows>(x, Format::ScaleOf(at.words, at.scales, at.group), codes_at,
                                              outputs[half]);
     });
@@ -270,7 +276,8 @@ void UnpackCodes(const Problem& p, int64_t block, int64_t k, int64_t count, Unpa
 
 // Adds some groups of kRows rows to sums [kRows, kColumns]; x is the first group of the first row.
 template <class Kind, class Sums, int kRows>
-void IntegerTile(const typename Sums::Row* x, int64_t stride, const UnpackedCodes<Sums>& w, int64_t groups, float* sums) {
+void IntegerTile(const typename Sums::Row* x, int64_t stride, const UnpackedCodes<Sums>& w, int64_t groups,
+                 float* sums) {
   for (int64_t half = 0; half < 2; ++half) {
     Floats outputs[kRows];
     Repeat<kRows>([&](auto r) LOGPROBD_UNROLLED { outputs[r] = Load(sums + r * kColumns + half * kLanes); });
@@ -299,7 +306,7 @@ void ManyRowsOfIntegers(const Problem& p, int64_t first, int64_t last) {
   const auto* tile = IntegerTilesOf<KindOf<Format>, Sums>(std::make_integer_sequence<int, Sums::kTileRows>());
   const auto* x = static_cast<const typename Sums::Row*>(p.x);
   const int64_t tiles = (p.m + Sums::kTileRows - 1) / Sums::kTileRows;
-  const int64_t depth = (p.k + kStep - 1) / kStep * kStep;
+  const int64_t depth = DepthOf(p.k);
   const int64_t together = std::min(p.m <= kCachedRows ? 4 : last - first, last - first);
   const std::unique_ptr<float[]> sums(new float[static_cast<size_t>(together * p.m * kColumns)]);  // of each block
   UnpackedCodes<Sums> w;
@@ -334,6 +341,7 @@ void ManyRowsOfIntegers(const Problem& p, int64_t first, int64_t last) {
 // A Panel. The problem's x is RowOf<Format> [groups of K, rows].
 template <class Format, class Sums = typename SumsOf<KindOf<Format>>::Portable>
 void RunIntegers(const Problem& p, int64_t first, int64_t last) {
+  static_assert(Format::kMaxCode <= 127 || Format::kZero == 128, "signed sums of such codes are centered on 128");
   if (p.m > kFewRows) return ManyRowsOfIntegers<Format, Sums>(p, first, last);
   for (int64_t block = first; block < last; ++block) {
     int64_t row = 0;

@@ -1,5 +1,5 @@
 // y[M, N] = x[M, K] W[N, K]^T for a packed W, as handlers of XLA's foreign function interface. The layouts of W are in
-// formats.h, the arithmetic in tiles.h.
+// formats.h, the arithmetic in tiles.h and integers.h.
 
 #include <algorithm>
 #include <cstdint>

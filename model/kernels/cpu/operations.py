@@ -20,7 +20,7 @@ jax.tree_util.register_dataclass(TokenLogprobs)  # its own module imports no jax
 
 
 def linear(x: Array, weight: PackedWeight, live: Array | None = None) -> Array:
-    """y [M, n] float32 = x [M, k] times the weight transposed, summed in float32 in the order stated in tiles.h.
+    """y [M, n] float32 = x [M, k] times the weight transposed, summed as stated in tiles.h and integers.h.
 
     x is float32, or bfloat16 if the weight is, too. A row of y has the same bits for every M. Rows from `live`
     ([] int32, None = M) on are padding: they are not computed, and y is zero there.

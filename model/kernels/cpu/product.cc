@@ -3,6 +3,9 @@
 #include "product.h"
 
 #include <algorithm>
+#include <memory>
+#include <new>
+#include <type_traits>
 
 #include "dots.h"
 #include "integers.h"
@@ -29,7 +32,7 @@ constexpr int64_t kMinElementsToShare = 1 << 15;
 template <class Format>
 Rows IntegersOf(ffi::ThreadPool pool, const float* x, int64_t m, int64_t k) {
   using Row = RowOf<Format>;
-  const int64_t groups = (k + Format::kBlock - 1) / Format::kBlock * Format::kBlock / Format::kGroup;
+  const int64_t groups = DepthOf(k) / Format::kGroup;
   const std::shared_ptr<Row[]> rows(new Row[static_cast<size_t>(groups * m)]);
   const auto convert = [=](int64_t first, int64_t last) {
     const FloatMode mode;
@@ -49,8 +52,8 @@ std::optional<Layout> LayoutOf(std::string_view name) {
     if constexpr (!kIsFloat<Format>) {
       using Sums = SumsOf<KindOf<Format>>;
       layout->panel = RunIntegers<Format, typename Sums::Portable>;
-      if (!std::is_same_v<typename Sums::Portable, typename Sums::Fastest> && HasByteDots()) {
-        layout->panel = RunIntegers<Format, typename Sums::Fastest>;
+      if constexpr (!std::is_same_v<typename Sums::Portable, typename Sums::Fastest>) {
+        if (HasByteDots()) layout->panel = RunIntegers<Format, typename Sums::Fastest>;
       }
       layout->integers = IntegersOf<Format>;
     } else {

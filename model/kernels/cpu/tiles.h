@@ -1,10 +1,10 @@
-// The float32 arithmetic of linear.cc: y = x W^T for a packed W (formats.h), some blocks of 32 output columns at a time.
-// Formats of codes have that of integers.h.
+// The float32 arithmetic of linear.cc: y = x W^T for a W of float16, bfloat16 or float32, packed as in formats.h, some
+// blocks of 32 output columns at a time. Formats of codes have that of integers.h.
 //
 // Determinism: an output is one float32 accumulator over K in one fixed order, so a row has the same bits for every M,
-// every split over threads and every position in the batch, and on every CPU: acc = fma(x, w, acc), K ascending. If x is bfloat16, as W is, the order is that of vdpbf16ps: pairs
-// of K ascend, and a pair adds its second element first. Each step rounds once, to nearest even; denormal inputs and
-// results count as zero.
+// every split over threads and every position in the batch, and on every CPU: acc = fma(x, w, acc), K ascending. If x is
+// bfloat16, as W is, the order is that of vdpbf16ps: pairs of K ascend, and a pair adds its second element first. Each
+// step rounds once, to nearest even; denormal inputs and results count as zero.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// Vectors of 16 floats, in the registers of the target CPU, and conversions from and to bfloat16.
+// Vectors of 16 floats or 32-bit integers, in the registers of the target CPU, and conversions from and to bfloat16.
 //
 // Each of the files below implements the same operations with the same results, to the last bit: each rounds once, to
 // nearest even, and denormals are zeros (FloatMode). So code written with them has the same result on all CPUs.
@@ -22,13 +22,6 @@
 namespace LOGPROBD_NAMESPACE {
 
 constexpr int64_t kLanes = 16;  // floats of a vector
-
-// A power of two: how many sums of two products of a code and a signed byte fit into 16 bits.
-constexpr int QuadsOf16Bits(int max_code) {
-  int quads = 1;
-  while (2 * quads * 256 * max_code < 32768) quads *= 2;
-  return quads;
-}
 
 inline float ToFloat(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;

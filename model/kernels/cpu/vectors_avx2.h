@@ -23,7 +23,7 @@ struct Mask {
   __m256 low, high;  // all bits of a lane set, or none
 };
 
-constexpr bool HasByteDots() { return true; }
+constexpr bool HasByteDots() { return true; }  // or this instruction set has one way
 inline bool RunsHere() { return HasAvx2(); }
 
 LOGPROBD_INLINE Floats Zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -185,6 +185,13 @@ LOGPROBD_INLINE Floats LowFloat16(Words a) {
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
 }
 LOGPROBD_INLINE Floats HighFloat16(Words a) { return LowFloat16(ShiftRight(a, 16)); }
+
+// A power of two: how many sums of two products of a code and a signed byte fit into 16 bits.
+constexpr int QuadsOf16Bits(int max_code) {
+  int quads = 1;
+  while (2 * quads * 256 * max_code < 32768) quads *= 2;
+  return quads;
+}
 
 // Sums of products of the bytes of codes, at most 63, and signed bytes, 4 in each of 16 columns: in 16 bits, which are
 // added to those of 32 bits before they can overflow. Codes of one class overflow at the same time.

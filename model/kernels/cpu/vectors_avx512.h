@@ -19,7 +19,7 @@ constexpr int kTileVectors = 4;  // of attention, with 6 rows
 using Floats = __m512;
 using Mask = __mmask16;
 
-constexpr bool HasByteDots() { return true; }
+constexpr bool HasByteDots() { return true; }  // or this instruction set has one way
 inline bool RunsHere() {
   return HasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");

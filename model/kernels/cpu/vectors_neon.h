@@ -223,7 +223,7 @@ LOGPROBD_INLINE Floats HighFloat16(Words a) { return LowFloat16(ShiftRight(a, 16
 #if defined(__linux__)
 inline bool HasByteDots() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
 #else
-inline bool HasByteDots() { return true; }  // all of Apple's CPUs with Metal have it
+inline bool HasByteDots() { return true; }  // all Apple silicon
 #endif
 
 constexpr int MaxCodeOfSums(int max_code) { return max_code > 127 ? 255 : 127; }
@@ -259,7 +259,7 @@ struct SignedSums {
 struct MultiplyLong {
   static LOGPROBD_INLINE void Add(int32x4_t& sum, int8x16_t codes, int8x16_t digits) {
     const int16x8_t low = vmull_s8(vget_low_s8(codes), vget_low_s8(digits)), high = vmull_high_s8(codes, digits);
-    sum = vpadalq_s16(sum, vpaddq_s16(low, high));
+    sum = vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));  // two products can have 17 bits
     __asm__("" : "+w"(sum));  // keeps GCC from holding all products, and adding them last
   }
 };

@@ -222,6 +222,12 @@ def test_objects_in_other_orders(text: str, arguments: str) -> None:
     assert ([call.arguments for call in result.calls], result.content) == ([arguments], "")
 
 
+def test_values_without_quotes_have_the_types_of_the_schema() -> None:
+    text = _XML.replace("\nx\n", "\n1\n")
+    (call,) = both(BY_NAME["qwen3_coder"], text).calls
+    assert json.loads(call.arguments) == {"a": 1, "b": "1"}
+
+
 def test_spans_of_arguments_cover_their_values() -> None:
     text = (
         '<tool_call>{"name": "f", "arguments": { "a" : [1, 2] , "b\\"": "é, }" ,"c":null, "d": {"a": 3}}}</tool_call>'

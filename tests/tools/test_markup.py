@@ -73,6 +73,10 @@ def test_template_without_tools() -> None:
     assert system.startswith("system:Be brief.\n\nYou can call functions.")
     assert '\n{"type": "function", "function": {"name": "f"' in system
     assert rendered(markup, PLAIN, [USER]) == "user:Hi;"
+    assert rendered(markup, PLAIN, [USER], request()).startswith("system:You can call functions.")
+    assert rendered(markup, PLAIN, HISTORY).endswith(";tool:7;tool:8;")
+    instructed = rendered(markup, PLAIN, HISTORY, request())
+    assert instructed.endswith(";user:<tool_response>\n7\n</tool_response>\n<tool_response>\n8\n</tool_response>;")
     calls = (
         '<tool_call>\n{"name": "f", "arguments": {"a":1}}\n</tool_call>\n<tool_call>\n{"name": "g", "arguments": {}}'
     )

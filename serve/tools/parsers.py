@@ -292,4 +292,6 @@ class GemmaCall:
                 items.append(item)
             return items, index + 1
         end = next((i for i in range(index, len(text)) if text[i] in ",}]"), len(text))
+        if end == index:
+            raise CallFormatError
         return _typed(text[index:end].strip(), None), end

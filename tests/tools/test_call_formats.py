@@ -1,10 +1,13 @@
 """Tool calls in the formats of models: each example, whole and split at every character."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from serve.text.output_parts import (
     ArgumentsDelta,
@@ -188,12 +191,34 @@ def test_content_is_unchanged(item: CallFormat, text: str) -> None:
         ("lfm2", "<|tool_call_start|>[add(a=)]<|tool_call_end|>"),
         ("mistral", "[TOOL_CALLS]add[ARGS]7"),
         ("gemma4", '<|tool_call>call:add{a:<|"|>}<tool_call|>'),
+        ("gemma4", "<|tool_call>call:add{a:[}}<tool_call|>"),
+        ("gemma4", "<|tool_call>call:add{a:[1,}]}<tool_call|>"),
         ("gemma4", "<|tool_call>call:add{" + "a:{" * 3000 + "}" * 3000 + "}<tool_call|>"),
     ],
 )
 def test_text_that_is_no_call_is_content(name: str, text: str) -> None:
     result = both(BY_NAME[name], text)
     assert (result.content, result.calls) == (text, [])
+
+
+def markup(form: CallFormat) -> st.SearchStrategy[str]:
+    """Text made of what calls in the format consist of."""
+    texts = [text for name, text in EXAMPLES if name == form.name]
+    words = {word for text in texts for word in re.findall(r"<[^<>]*>|\w+|[^\w\s]", text)}
+    pieces = st.sampled_from(sorted({*form.marks, *words, *'{}[]()<>",:;= \n'}))
+    parts = st.tuples(st.sampled_from(texts), st.integers(0, 60), st.integers(0, 60)).map(
+        lambda item: item[0][item[1] : item[1] + item[2]]
+    )
+    starts = st.sampled_from(["", *form.marks, *(text[:end] for text in texts for end in (20, 30, 40))])
+    rest = st.lists(pieces | parts, max_size=12).map("".join)
+    return st.tuples(starts, rest).map("".join)
+
+
+@pytest.mark.parametrize("item", FORMATS, ids=lambda item: item.name)
+@given(data=st.data())
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_any_markup_is_read_alike_whole_and_streamed(item: CallFormat, data: st.DataObject) -> None:
+    both(item, data.draw(markup(item)))
 
 
 def test_content_around_calls() -> None:

@@ -75,7 +75,8 @@ class ToolRequest:
 
     @property
     def schemas(self) -> dict[str, Mapping[str, Any]]:
-        return {tool.name: tool.parameters for tool in self.tools}
+        """Parameters of the tools that may be called, by name."""
+        return {tool.name: tool.parameters for tool in self.callable}
 
 
 def tool_request(

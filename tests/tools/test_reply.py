@@ -124,6 +124,17 @@ def test_allowed_tools_are_held() -> None:
     assert '"f1"' in tag["begin"]
 
 
+def test_call_of_a_tool_that_is_not_allowed_is_content() -> None:
+    choice = {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "f1"}}]},
+    }
+    text = "[f0(a=1)]"
+    for tools, content in ((request(False, False, choice=choice), text), (request(False, False), "")):
+        output = decoded(ReplyFormat(tools, FORMAT["pythonic"], None), [*text.encode(), END])
+        assert "".join(part.text for part in output.parts if isinstance(part, TextPart)) == content
+
+
 def test_strict_tools_of_a_format_that_is_no_json() -> None:
     with pytest.raises(PromptError) as info:
         form_of(request(False, True), FORMAT["gemma4"])

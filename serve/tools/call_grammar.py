@@ -10,7 +10,7 @@ from serve.text.chat import PromptError
 from serve.tools.definitions import Tool, ToolRequest
 from serve.tools.formats import CallFormat, WrittenCall
 
-_ANY_OBJECT: dict[str, Any] = {"type": "object"}
+_ANY_OBJECT = {"type": "object"}
 _TAG = re.compile(r"`format[\w.\[\]]*\btags\[(\d+)\][\w.]*`: ")
 
 
@@ -94,4 +94,4 @@ def _tags(tools: ToolRequest, written: WrittenCall) -> list[dict[str, Any]]:
 
 
 def _schema(tool: Tool, tools: ToolRequest) -> Any:
-    return _ANY_OBJECT | tool.parameters if tools.is_required or tool.strict else _ANY_OBJECT
+    return {**_ANY_OBJECT, **tool.parameters} if tools.is_required or tool.strict else _ANY_OBJECT

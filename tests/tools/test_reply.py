@@ -107,7 +107,7 @@ def test_strict_tools_that_may_be_called() -> None:
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_arguments_are_an_object_if_the_schema_has_no_type(strict: bool) -> None:
-    tool = {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}, "strict": strict}
+    tool: dict[str, Any] = {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}, "strict": strict}
     field = ToolField.model_validate({"type": "function", "function": tool})
     tools = tool_request([field], None if strict else "required", parallel=True)
     assert tools is not None

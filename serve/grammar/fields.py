@@ -1,7 +1,7 @@
 """Fields of requests that state a grammar: those of OpenAI, vLLM, SGLang and llama.cpp."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypedDict
 
@@ -28,6 +28,8 @@ _RESPONSE_FORMAT = {
     "required": ["type"],
 }
 _JSON_OBJECT = '{"type": "object"}'
+_FORMAT_KEYS: dict[str, tuple[str, ...]] = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema",)}
+_SCHEMA_KEYS = ("name", "description", "schema", "strict")
 # Field of a request, or of `structured_outputs` -> kind of its value.
 _FIELDS = {
     "json_schema": GrammarKind.JSON_SCHEMA,
@@ -124,28 +126,40 @@ async def compile_grammar(request: GrammarRequest, compiler: GrammarCompiler) ->
 
 
 def _response_format(value: dict[str, Any] | None) -> Iterator[GrammarRequest]:
-    if value is None or value.get("type") == "text":
+    if value is None:
         return
     param, kind = "response_format", value.get("type")
+    if kind not in _TYPES:
+        raise PromptError(f"{param}.type", f"`{param}.type` must be one of {', '.join(map(repr, _TYPES))}.")
+    if kind == "structural_tag":
+        yield _request(GrammarKind.STRUCTURAL_TAG, value, param)
+        return
+    has_inline_schema = (
+        kind == "json_schema" and value.get("json_schema") is None and "schema" in value
+    )  # SGLang's form
+    _check_keys(value, ("type", *(_SCHEMA_KEYS if has_inline_schema else _FORMAT_KEYS[kind])), param)
     if kind == "json_object":
         schema = value.get("schema")  # llama.cpp's
         yield _request(GrammarKind.JSON_SCHEMA, _JSON_OBJECT if schema is None else schema, f"{param}.schema")
     elif kind == "json_schema":
-        inner = value.get("json_schema")
-        if inner is None and isinstance(value.get("schema"), dict):  # SGLang's form
-            inner, path = value, param
-        else:
-            path = f"{param}.json_schema"
-        if not isinstance(inner, dict):
-            raise PromptError(path, f"`{path}` must be an object.", "invalid_type")
-        if not isinstance(inner.get("strict"), bool | None):
-            raise PromptError(f"{path}.strict", f"`{path}.strict` must be a boolean.", "invalid_type")
-        schema = inner.get("schema")
-        yield _request(GrammarKind.JSON_SCHEMA, _JSON_OBJECT if schema is None else schema, f"{path}.schema")
-    elif kind == "structural_tag":
-        yield _request(GrammarKind.STRUCTURAL_TAG, value, param)
-    else:
-        raise PromptError(f"{param}.type", f"`{param}.type` must be one of {', '.join(map(repr, _TYPES))}.")
+        path = param if has_inline_schema else f"{param}.json_schema"
+        yield _named_schema(value if has_inline_schema else value.get("json_schema"), path)
+
+
+def _named_schema(value: Any, path: str) -> GrammarRequest:
+    if not isinstance(value, dict):
+        raise PromptError(path, f"`{path}` must be an object.", "invalid_type")
+    _check_keys(value, (*_SCHEMA_KEYS, "type"), path)
+    if not isinstance(value.get("strict"), bool | None):
+        raise PromptError(f"{path}.strict", f"`{path}.strict` must be a boolean.", "invalid_type")
+    return _request(GrammarKind.JSON_SCHEMA, value.get("schema", _JSON_OBJECT), f"{path}.schema")
+
+
+def _check_keys(value: Mapping[str, Any], known: Collection[str], path: str) -> None:
+    for name, item in value.items():
+        if name not in known and item is not None:
+            param = f"{path}.{name[:100]}"
+            raise PromptError(param, f"`{param}` is not a field.", "unsupported_parameter")
 
 
 def _structured_outputs(value: StructuredOutputs | None) -> Iterator[GrammarRequest]:

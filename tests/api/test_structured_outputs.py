@@ -75,6 +75,8 @@ async def test_answer_follows_the_grammar(server: Server, path: str, fields: dic
     "fields",
     [
         {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_object", "schema": None, "json_schema": None}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "description": "y"}}},
         {"structured_outputs": {"json_object": True}},
         {"guided_json_object": True},
     ],
@@ -196,6 +198,25 @@ JSON_SCHEMA = "response_format.json_schema"
             f"{JSON_SCHEMA}.schema",
             "keyword `not` is not supported at `/items/not`.",
         ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "shema": SCHEMA}}},
+            f"{JSON_SCHEMA}.shema",
+            "is not a field",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": None}}},
+            f"{JSON_SCHEMA}.schema",
+            "must be an object or a string",
+        ),
+        ({"response_format": {"type": "json_schema", "shema": SCHEMA}}, "response_format.shema", "is not a field"),
+        (
+            {"response_format": {"type": "json_schema", "schema": SCHEMA, "max": 1}},
+            "response_format.max",
+            "is not a field",
+        ),
+        ({"response_format": FORMAT | {"schema": SCHEMA}}, "response_format.schema", "is not a field"),
+        ({"response_format": FORMAT | {"type": "json_object"}}, JSON_SCHEMA, "is not a field"),
+        ({"response_format": FORMAT | {"type": "text"}}, JSON_SCHEMA, "is not a field"),
         (
             {"response_format": {"type": "structural_tag", "structures": []}},
             "response_format",

@@ -180,14 +180,20 @@ def _structured_outputs(value: StructuredOutputs | None) -> Iterator[GrammarRequ
 
 
 def _others(fields: GrammarFieldsOfOthers) -> Iterator[GrammarRequest]:
-    for name, kind in _FIELDS.items():
-        if (item := getattr(fields, name)) not in (None, ""):
-            pattern = fields.guided_whitespace_pattern if name.startswith("guided_") else None
-            yield _with_options(
-                _request(kind, item, name), {"guided_whitespace_pattern": pattern} if pattern else {}, ""
-            )
+    found = [
+        _request(kind, item, name)
+        for name, kind in _FIELDS.items()
+        if (item := getattr(fields, name)) not in (None, "")
+    ]
     if fields.guided_json_object:
-        yield _json_object(True, "guided_json_object")
+        found.append(_json_object(True, "guided_json_object"))
+    pattern, users = fields.guided_whitespace_pattern, ("guided_json", "guided_json_object")
+    if pattern and not any(request.param in users for request in found):
+        param = "guided_whitespace_pattern"
+        raise PromptError(param, f"`{param}` needs `guided_json` or `guided_json_object`.")
+    for request in found:
+        options = {"guided_whitespace_pattern": pattern} if pattern and request.param in users else {}
+        yield _with_options(request, options, "")
 
 
 def _json_object(value: bool, param: str) -> GrammarRequest:

@@ -1,7 +1,7 @@
 """Structural tags: free text with parts that follow a schema. The forms of vLLM and SGLang as a Lark grammar."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from llguidance import regex_to_lark
@@ -16,6 +16,20 @@ from serve.grammar.json_schema import (
 )
 
 _TEXT = r"/(.|\n)*/"
+_TAG_KEYS = ("type", "begin", "content", "end")
+_LIST_KEYS = ("type", "tags", "at_least_one", "stop_after_first")
+_KEYS: dict[str, tuple[str, ...]] = {
+    "any_text": ("type",),
+    "const_string": ("type", "value"),
+    "json_schema": ("type", "json_schema"),
+    "or": ("type", "elements"),
+    "regex": ("type", "pattern"),
+    "sequence": ("type", "elements"),
+    "tag": _TAG_KEYS,
+    "tags_with_separator": (*_LIST_KEYS, "separator"),
+    "triggered_tags": (*_LIST_KEYS, "triggers"),
+}
+_DEFAULTS: dict[str, Any] = {"excludes": [], "style": "json"}  # of other keys, which have no effect with these values
 _OPEN_ENDED = ("any_text", "triggered_tags")  # their text ends with the output, or at the end of a tag
 
 
@@ -34,6 +48,8 @@ def structural_tag(value: Any, special_tokens: Mapping[str, int], whitespace: st
     if not isinstance(value, dict):
         raise GrammarError("the structural tag must be an object")
     rules = _Rules(special_tokens, whitespace)
+    form = ("format",) if "format" in value else ("structures", "triggers")
+    _check_keys(value, ("type", *form), "")
     if "format" in value:
         start = rules.format(value["format"], "format", is_last=True)
     else:
@@ -65,7 +81,9 @@ def _schemas(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 def _structure(item: Any, path: str) -> dict[str, Any]:
     if not isinstance(item, dict) or "schema" not in item:
         raise GrammarError(f"`{path}` must be an object with `begin`, `schema` and `end`")
-    return {**item, "content": {"type": "json_schema", "json_schema": item["schema"]}}
+    _check_keys(item, ("begin", "schema", "end"), f"{path}.")
+    tag = {key: inner for key, inner in item.items() if key != "schema"}
+    return {**tag, "content": {"type": "json_schema", "json_schema": item["schema"]}}
 
 
 class _Rules:
@@ -94,6 +112,7 @@ class _Rules:
             raise GrammarError(f"`{path}.type` must be one of {names}")
         if kind in _OPEN_ENDED and not is_last:
             raise GrammarError(f"`{path}`: format `{kind}` can only be the last part, or the only one of a tag")
+        _check_keys(value, _KEYS[kind], f"{path}.")
         return self._formats[kind](value, path, is_last=is_last)
 
     def triggered_tags(self, value: dict[str, Any], path: str, *, is_last: bool) -> str:
@@ -136,9 +155,7 @@ class _Rules:
         return self._rule(f"{_TEXT} {json.dumps(end)}", lazy=True)
 
     def _any_text(self, value: dict[str, Any], path: str, *, is_last: bool) -> str:
-        del is_last
-        if value.get("excludes"):
-            raise GrammarError(f"`{path}.excludes` is not supported")
+        del value, path, is_last
         return _TEXT
 
     def _const_string(self, value: dict[str, Any], path: str, *, is_last: bool) -> str:
@@ -171,13 +188,14 @@ class _Rules:
 
     def _tag(self, value: Any, path: str, *, is_last: bool) -> str:
         begin = self._fixed(_string(value, "begin", path))
+        _check_keys(value, _TAG_KEYS, f"{path}.")
         end = value.get("end", "")
         ends = end if isinstance(end, list) else [end]
         if not ends or not all(isinstance(text, str) for text in ends):
             raise GrammarError(f"`{path}.end` must be a string or a list of strings")
         content = value.get("content")
         if isinstance(content, dict) and content.get("type") == "any_text" and all(ends):
-            self._any_text(content, f"{path}.content", is_last=True)
+            _check_keys(content, _KEYS["any_text"], f"{path}.content.")
             return f"{begin} ({' | '.join(map(self._text_before, ends))})"
         body = self.format(content, f"{path}.content", is_last=is_last and ends == [""])
         return f"{begin} {body} ({' | '.join(map(self._fixed, ends))})"
@@ -189,6 +207,14 @@ class _Rules:
         separator = self._fixed(_string(value, "separator", path))
         body = tag if value.get("stop_after_first") else f"{tag} ({separator} {tag})*"
         return body if value.get("at_least_one") else f"({body})?"
+
+
+def _check_keys(value: Mapping[str, Any], known: Collection[str], prefix: str) -> None:
+    for key, item in value.items():
+        if key not in known and item is not None and item != _DEFAULTS.get(key):
+            raise GrammarError(f"`{prefix}{key[:100]}` is not supported")
+        if key in ("at_least_one", "stop_after_first") and not isinstance(item, bool | None):
+            raise GrammarError(f"`{prefix}{key}` must be a boolean")
 
 
 def _string(value: Any, name: str, path: str) -> str:

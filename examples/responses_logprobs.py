@@ -18,12 +18,13 @@ MODEL = os.environ.get("MODEL", "SmolLM2-135M-Instruct")
 QUESTIONS = ("What is the capital of France?", "And of Italy?")
 
 
-def answer(client: OpenAI, question: str, previous: str | None) -> Response:
+def answer(client: OpenAI, question: str, previous: str | None, *, store: bool) -> Response:
     """Stream a response, print each token with its log-prob as it arrives, and return the response."""
     with client.responses.stream(
         model=MODEL,
         input=question,
         previous_response_id=previous,
+        store=store,
         temperature=0,
         max_output_tokens=32,
         include=["message.output_text.logprobs"],
@@ -61,11 +62,14 @@ def main() -> None:
     for question in QUESTIONS:
         try:
             print(f"\n== {question}")
-            response = answer(client, question, previous)
+            response = answer(client, question, previous, store=True)
         except APIConnectionError:
             sys.exit(f"no server at {client.base_url}: start one with `make serve` or set OPENAI_BASE_URL")
-        except BadRequestError as error:  # it stores no responses
-            sys.exit(error.message if previous is None else 0)
+        except BadRequestError as error:
+            if error.param != "store":
+                sys.exit(error.message)
+            print_weakest(answer(client, question, None, store=False))  # the server stores no responses
+            return
         print_weakest(response)
         previous = response.id
 

@@ -180,8 +180,9 @@ class TranslatedHandler(ChatHandler[TranslatedChat]):
                 async for _, delta in deltas:
                     for event in stream.events(delta):
                         yield event
-            for event in await asyncio.to_thread(stream.last_events):
-                yield event
+            events = stream.last_events()
+            while (last := await asyncio.to_thread(next, events, None)) is not None:
+                yield last
 
     def _checked_body(self, job: TranslatedJob, outputs: Sequence[Output]) -> Body:
         [output] = outputs
@@ -271,8 +272,8 @@ class _Stream:
                 yield from writer.open(items.last)
             yield from self._extended("")
 
-    def last_events(self) -> list[dict[str, Any]]:
-        return [*self._writer.end(self._items.items, self._output)]
+    def last_events(self) -> Iterator[dict[str, Any]]:
+        return self._writer.end(self._items.items, self._output)
 
     def _extended(self, text: str) -> Iterator[dict[str, Any]]:
         """Events of text and tokens that were added to the last item."""

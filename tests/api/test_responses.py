@@ -330,7 +330,7 @@ async def test_disconnect_aborts_the_request_and_stores_nothing(stream: bool, tm
     file = tmp_path / "store.db"
     async with serving(response_store=file) as server:
         gate = server.runner.before_call = Gate("decode", after=3)
-        connection = Connection(PATH, body_of(stream=stream, max_output_tokens=400, ignore_eos=True))
+        connection = Connection(PATH, body_of(stream=stream, store=True, max_output_tokens=400, ignore_eos=True))
         run = asyncio.create_task(connection.run(server.app))
         await gate.reached()
         if stream:
@@ -485,14 +485,15 @@ async def test_text_format_is_response_format_of_chat() -> None:
 
 async def test_conversation_of_stored_responses(tmp_path: Path) -> None:
     async with serving(response_store=tmp_path / "store.db") as server:
-        first = await create(server, **LOGPROBS, instructions="Be brief")
+        first = await create(server, **LOGPROBS, instructions="Be brief", store=True)
         assert first["store"] is True
         stored = await server.client.get(f"{PATH}/{first['id']}")
         assert answered(stored) == first
         assert await prompt_of(server, input="More", previous_response_id=first["id"]) == (
             "user:Hi;assistant:Hello;user:More;>"
         )
-        second = (await stream(server, input="More", previous_response_id=first["id"]))[-1]["response"]
+        fields = {"input": "More", "previous_response_id": first["id"], "store": True}
+        second = (await stream(server, **fields))[-1]["response"]
         assert second["previous_response_id"] == first["id"]
         assert answered(await server.client.get(f"{PATH}/{second['id']}")) == second
         answer = answered(await server.client.delete(f"{PATH}/{first['id']}"))
@@ -506,14 +507,26 @@ async def test_conversation_of_stored_responses(tmp_path: Path) -> None:
         assert await prompt_of(server, input="!", previous_response_id=second["id"]) == (
             "user:Hi;assistant:Hello;user:More;assistant:Hello;user:!;>"
         )
-        hidden = await create(server, store=False)
-        error_of(await server.client.get(f"{PATH}/{hidden['id']}"), 404)
+        for not_stored in ({"store": False}, {"store": None}, {}):
+            hidden = await create(server, **not_stored)
+            assert hidden["store"] is False
+            error_of(await server.client.get(f"{PATH}/{hidden['id']}"), 404)
+
+
+async def test_error_response_that_cannot_be_stored(tmp_path: Path) -> None:
+    async with serving(response_store=tmp_path / "store.db", response_store_bytes=1000) as server:
+        assert (await refused(server, store=True)) == ("store", "answer_too_large")
+        *events, done, error = await stream(server, store=True)
+        assert "".join(event["delta"] for event in events if "delta" in event) == "Hello"
+        assert (done["type"], done["item"]["content"][0]["text"]) == ("response.output_item.done", "Hello")
+        assert (error["type"], error["param"], error["code"]) == ("error", "store", "answer_too_large")
+        assert (await create(server))["status"] == "completed"
 
 
 async def test_input_items_are_pages(tmp_path: Path) -> None:
     async with serving(response_store=tmp_path / "store.db") as server:
-        first = await create(server)
-        second = await create(server, input="More", previous_response_id=first["id"])
+        first = await create(server, store=True)
+        second = await create(server, input="More", previous_response_id=first["id"], store=True)
         path = f"{PATH}/{second['id']}/input_items"
 
         async def page(**query: Any) -> Any:
@@ -538,7 +551,7 @@ async def test_stored_response_is_visible_to_its_key_alone(tmp_path: Path) -> No
     options: dict[str, Any] = {"response_store": tmp_path / "store.db"}
     one, two = ({"Authorization": f"Bearer {key}"} for key in ("sk-1", "sk-2"))
     async with serving(api_key=("sk-1", "sk-2"), **options) as server:
-        answer = answered(await server.post(PATH, body_of(), **one))
+        answer = answered(await server.post(PATH, body_of(store=True), **one))
         path = f"{PATH}/{answer['id']}"
         assert answered(await server.client.get(path, headers=one)) == answer
         for request in (server.client.get, server.client.delete):
@@ -555,6 +568,6 @@ async def test_stored_response_is_visible_to_its_key_alone(tmp_path: Path) -> No
 
 async def test_stream_of_a_stored_response_is_refused(tmp_path: Path) -> None:
     async with serving(response_store=tmp_path / "store.db") as server:
-        answer = await create(server)
+        answer = await create(server, store=True)
         error = error_of(await server.client.get(f"{PATH}/{answer['id']}?stream=true"), 400)
         assert error["param"] == "stream"

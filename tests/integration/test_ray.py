@@ -150,6 +150,7 @@ def test_replicas_share_stored_responses(replicas: RayProcess) -> None:
         "model": "SmolLM2-135M-Instruct",
         "max_output_tokens": 12,
         "temperature": 0,
+        "store": True,
         "include": ["message.output_text.logprobs"],
     }
     with OpenAI(base_url=f"{replicas.url}/v1", api_key="none", max_retries=0) as client:

@@ -80,7 +80,7 @@ class Responses(TranslatedHandler):
     def _stores(self, body: ResponsesRequest) -> bool:
         if body.store and self._store is None:
             raise invalid("store", f"`store` needs a store of responses: {_FLAG}.", "unsupported_parameter")
-        return self._store is not None and body.store is not False
+        return body.store is True
 
     def _earlier(self, body: ResponsesRequest, record: AnswerRecord) -> list[dict[str, Any]]:
         """The items of the previous response: its input and its output."""

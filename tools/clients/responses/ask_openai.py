@@ -13,6 +13,7 @@ REQUEST: dict[str, Any] = {
     "max_output_tokens": 16,
     "include": ["message.output_text.logprobs"],
     "top_logprobs": 2,
+    "store": True,
 }
 
 

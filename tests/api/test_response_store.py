@@ -73,6 +73,19 @@ def test_oldest_responses_make_room(path: Path, clock: list[float]) -> None:
     assert [i for i in range(5) if smaller.get("a", str(i))] == [3, 4]
 
 
+def test_owner_of_more_than_half_makes_room_of_its_own(path: Path, clock: list[float]) -> None:
+    store = make(path, 10_000)
+    for owner, name in (("b", "0"), ("a", "0"), ("a", "1"), ("a", "2")):
+        clock[0] += 1
+        store.put(owner, name, response(2500))
+    found = [(owner, name) for owner in "ab" for name in "012" if store.get(owner, name)]
+    assert found == [("a", "1"), ("a", "2"), ("b", "0")]
+    clock[0] += 1
+    store.put("c", "0", response(2500))  # less than half: the oldest of all go
+    assert store.get("b", "0") is None
+    assert [name for name in "012" if store.get("a", name)] == ["1", "2"]
+
+
 def test_error_response_larger_than_the_store(path: Path) -> None:
     store = make(path, 1000)
     store.put("a", "small", response())

@@ -38,7 +38,8 @@ class StoredResponse:
 class ResponseStore:
     """Thread-safe; several processes can share a file. All methods block.
 
-    Each response belongs to its owner, for whom alone it exists. The oldest are deleted when there is no room.
+    Each response belongs to its owner, for whom alone it exists. The oldest are deleted when there is no room: first
+    those of the owner of the new response if the owner would have more than half of the store.
     """
 
     def __init__(self, path: Path, *, max_bytes: int, seconds: float) -> None:
@@ -59,7 +60,7 @@ class ResponseStore:
             with self._connection() as connection, connection:
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.executescript(_TABLES)
-                self._evict(connection, 0)
+                self._evict(connection, None, 0)
         except (OSError, sqlite3.Error) as error:
             raise ValueError(f"argument --response-store: {path}: {error}") from None
 
@@ -74,7 +75,7 @@ class ResponseStore:
             message = f"The response has {size} bytes, more than the maximum of {self._max_bytes}"
             raise invalid("store", f"{message} (--response-store-bytes).", "answer_too_large")
         with self._transaction() as connection:
-            self._evict(connection, size)
+            self._evict(connection, owner, size)
             row = (owner, response_id, time.time(), size, stored.response, stored.items)
             connection.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?)", row)
 
@@ -91,15 +92,19 @@ class ResponseStore:
         with self._transaction() as connection:
             return connection.execute(query, (owner, response_id, time.time() - self._seconds)).rowcount > 0
 
-    def _evict(self, connection: sqlite3.Connection, size: int) -> None:
-        """Delete what has expired, and the oldest responses until there is room for `size` more bytes."""
+    def _evict(self, connection: sqlite3.Connection, owner: str | None, size: int) -> None:
+        """Delete what has expired, and old responses until there is room for `size` more bytes of the owner, if any."""
         connection.execute("DELETE FROM responses WHERE created <= ?", (time.time() - self._seconds,))
         (used,) = connection.execute("SELECT coalesce(sum(bytes), 0) FROM responses").fetchone()
         excess = used + size - self._max_bytes
         if excess <= 0:
             return
-        oldest = connection.execute("SELECT rowid, bytes FROM responses ORDER BY created").fetchall()
-        for row, freed in oldest:
+        (owned,) = connection.execute(
+            "SELECT coalesce(sum(bytes), 0) FROM responses WHERE owner = ?", (owner,)
+        ).fetchone()
+        first = owner if owned + size > self._max_bytes / 2 else None
+        query = "SELECT rowid, bytes FROM responses ORDER BY owner IS NOT ? AND ? IS NOT NULL, created"
+        for row, freed in connection.execute(query, (first, first)).fetchall():
             if excess <= 0:
                 break
             connection.execute("DELETE FROM responses WHERE rowid = ?", (row,))

@@ -1,6 +1,8 @@
 """create_app: routes, middleware, exception handlers, and endpoints about the server."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -80,6 +82,12 @@ def create_app(
         on_answer=on_end,
         tracer=tracer,
     )
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(context.grammars.close)
+
     routes = [*_generation_routes(context), *_status_routes(context, readiness), *inspector()]
     if not config.disable_fastapi_docs:
         routes += documentation(secured=bool(config.api_key))
@@ -89,6 +97,7 @@ def create_app(
         exception_handlers=dict.fromkeys(
             (APIError, PromptError, TemplateBusyError, GrammarBusyError, HTTPException), _error
         ),
+        lifespan=lifespan,
     )
     app.router.redirect_slashes = False
     return app

@@ -88,7 +88,7 @@ class EngineCore:
         self._runner = runner
         self._observer = observer or Observer()
         self._pool = PagePool(runner.pages, caching=prefix_caching)
-        self._masks = MaskUpdates(runner.buckets.decode_rows[-1])
+        self.masks = MaskUpdates(runner.buckets.decode_rows[-1])
         self._unread: _Step | None = None
         self.in_flight = False  # the last step dispatched or read something; otherwise step() has nothing to do
         self._emitted: list[Emitted] = []  # by the current step; kept if it fails, as requests may have finished in it
@@ -110,7 +110,7 @@ class EngineCore:
         request.mask = TokenMask(request.params, self._runner.vocab_size)
         self.scheduler.add(request)
         if request.mask.has_grammar and request.generates:
-            self._masks.start(request)
+            self.masks.start(request)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> Emitted | None:
         """Finish a request in any state, or unpin a finished one. Returns None if it had finished."""
@@ -149,7 +149,7 @@ class EngineCore:
         dispatched = self._dispatch(schedule)
         self._read()
         self._unread = dispatched
-        self.in_flight = reads or dispatched is not None or self._masks.in_progress
+        self.in_flight = reads or dispatched is not None or self.masks.in_progress
         if not self.scheduler.num_requests:
             self.scheduler.check()
         return self._take_emitted()
@@ -182,7 +182,7 @@ class EngineCore:
 
     def _finish_masks(self) -> None:
         """Let requests decode whose masks are done, and finish those that have none: the others wait."""
-        for request in self._masks.collect():
+        for request in self.masks.collect():
             mask = request.mask
             if mask is None or mask.forced or request.status is RequestStatus.FINISHED:
                 continue
@@ -261,7 +261,7 @@ class EngineCore:
         emitted = self._finalize(request, event, FinishReason.LENGTH if at_limit else None)
         request.waits_for_mask = False
         if mask is not None and mask.has_grammar and request.status is not RequestStatus.FINISHED:
-            self._masks.start(request)
+            self.masks.start(request)
         return emitted
 
     def _note_times(self, request: RequestState, forced: Sequence[bool]) -> None:

@@ -162,6 +162,7 @@ class Engine:
                 self._run_or_recover(lambda: self._deliver(self._core.step()), EngineFault.STEP)
         finally:
             self._streams.close(failed=self.failed or sys.exception() is not None)
+            self._core.masks.close()
 
     def _drain_inbox(self) -> bool:
         """Run the calls in the inbox; wait for one when idle. Returns False when the thread should exit."""

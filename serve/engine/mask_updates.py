@@ -29,6 +29,10 @@ class MaskUpdates:
         """True if collect() may return a request without another step."""
         return any(not future.done() or _decodes(request) for request, future in self._futures.items())
 
+    def close(self) -> None:
+        """End the threads after the masks that they compute now."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
     def start(self, request: RequestState) -> None:
         """Compute the mask after the output, which has been read; until then no step has a row of the request."""
         mask, output = request.mask, request.output_token_ids

@@ -1,12 +1,14 @@
 """Fields that state a grammar, the answers in it, and the errors of those that cannot be used."""
 
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from serve.grammar.compiler import GrammarBusyError
+from serve.grammar.compiler import GrammarBusyError, GrammarCompiler
+from serve.grammar.spec import GrammarKind, GrammarSpec
 from tests.support.http_client import (
     CHAT,
     COMPLETIONS,
@@ -299,3 +301,24 @@ async def test_grammar_that_fails_at_run_time_is_an_error(server: Server, stream
         found = error_of(response, 400)
     assert found["code"] == "grammar_error"
     assert "grammar" in found["message"]
+
+
+async def test_server_that_stops_ends_the_threads_of_grammars(monkeypatch: pytest.MonkeyPatch) -> None:
+    compilers = list[GrammarCompiler]()
+
+    class Known(GrammarCompiler):
+        def start(self) -> None:
+            compilers.append(self)
+
+    monkeypatch.setattr("serve.api.app.GrammarCompiler", Known)
+    others = {*threading.enumerate()}
+    with shared_server(b"!" * 9) as server:
+        async with server.app.router.lifespan_context(server.app):
+            assert await text_of(server, CHAT, regex="a") == "a"
+        threads = [thread for thread in {*threading.enumerate()} - others if thread.name.startswith("mask")]
+    assert threads
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        await compilers[0].compile(GrammarSpec(GrammarKind.REGEX, "b"))

@@ -57,7 +57,7 @@ class LLM:
     >>> llm = LLM(dtype="float32")  # SmolLM2-135M-Instruct
     >>> [answer] = llm.chat([{"role": "user", "content": "What is the capital of France?"}], temperature=0)
     >>> print(answer.text, answer.logprobs[:3], answer.ranks[:3])
-    The capital of France is Paris. [-1.8827152  -0.01966858 -0.01146698] [1 1 1]
+    The capital of France is Paris. [-1.8827019  -0.01966858 -0.01146698] [1 1 1]
     >>> [score] = llm.score([("The capital of France is", " Paris.")])
     >>> print(score.completion_logprob, score.is_greedy)
     -0.6382198333740234 True

@@ -207,7 +207,7 @@ def chat_tools(body: ChatPromptFields) -> ToolRequest | None:
 
 
 def thinking_budget(body: ChatCompletionRequest, *, has_reasoning: bool) -> int | None:
-    """Maximum number of tokens of the reasoning. Raise APIError 400 if there is none to limit."""
+    """Maximum number of tokens of the reasoning. Raise APIError 400 if the model does not reason."""
     given = {name: value for name in _BUDGETS if (value := getattr(body, name)) not in (None, -1)}
     names = [*given]
     if given and not has_reasoning:

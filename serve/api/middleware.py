@@ -99,7 +99,7 @@ class AnswerRecord:
 
     @property
     def owner(self) -> str:
-        """Whose data the request may read; empty without an API key."""
+        """Owner of the stored responses that the request may read; empty without an API key."""
         return "" if self.api_key is None else self.api_key.owner
 
     def priority(self, requested: int) -> int:

@@ -18,7 +18,7 @@ from serve.api.requests import (
     StreamOptions,
 )
 from serve.api.unsupported_fields import UNSUPPORTED, WITHOUT_EFFECT
-from serve.grammar.fields import GrammarFieldsOfOthers
+from serve.grammar.fields import GrammarAliases
 from serve.jobs.score import is_huge_integer
 
 logger = logging.getLogger(__name__)
@@ -175,6 +175,6 @@ def _location(parts: tuple[int | str, ...]) -> str:
 def release_texts(body: GenerationRequest) -> None:
     """Free the prompts' sources and unknown fields: they may be large, and generation takes long."""
     (body.model_extra or {}).clear()
-    for name in (*PROMPT_FIELDS, *GrammarFieldsOfOthers.model_fields):
+    for name in (*PROMPT_FIELDS, *GrammarAliases.model_fields):
         if name in type(body).model_fields:
             setattr(body, name, None)

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from serve.config.config import LogprobsMode
 from serve.config.generation_config import SamplingFields
-from serve.grammar.fields import GrammarFieldsOfOthers
+from serve.grammar.fields import GrammarAliases
 from serve.text.chat import MAX_ITEMS, ROLES
 from serve.tools.definitions import ToolField
 
@@ -63,7 +63,7 @@ class OutputFields(SamplingFields, RequestFields):
     return_processed_logprobs: bool | None = None
 
 
-class GenerationRequest(OutputFields, GrammarFieldsOfOthers):
+class GenerationRequest(OutputFields, GrammarAliases):
     """Fields that chat and completions share."""
 
     model_config = ConfigDict(extra="allow")

@@ -32,7 +32,7 @@ class GrammarCompiler:
         self._vocabulary = Vocabulary(tokens, tokenizer.special_ids, tokenizer.eos_token_ids)
         self._sandbox = GrammarSandbox(self._vocabulary)
         self._executor = ThreadPoolExecutor(1, "grammar")
-        self._renewal_executor = ThreadPoolExecutor(1, "grammar-renewal")  # known grammars do not wait for new ones
+        self._recompile_executor = ThreadPoolExecutor(1, "grammar-recompile")  # known grammars do not wait for new ones
         self._lock = threading.Lock()
         # Least recently used first; GrammarErrors are cached, too, except those of limits.
         self._cache: OrderedDict[GrammarSpec, Future[LlguidanceGrammar]] = OrderedDict()
@@ -58,7 +58,7 @@ class GrammarCompiler:
         return self._submit(spec).result()
 
     def close(self) -> None:
-        for executor in (self._executor, self._renewal_executor):
+        for executor in (self._executor, self._recompile_executor):
             executor.shutdown(wait=True, cancel_futures=True)
         self._sandbox.close()
 
@@ -69,12 +69,12 @@ class GrammarCompiler:
             raise GrammarError(f"the grammar has more than {MAX_CHARACTERS} characters")
         with self._lock:
             known = self._cache.get(spec)
-            worn = None if known is None else _worn(known)
-            if known is not None and worn is None and _is_final(known):
+            exhausted = None if known is None else _exhausted(known)
+            if known is not None and exhausted is None and _is_final(known):
                 self._cache.move_to_end(spec)
                 return known
-            if worn is not None:
-                future = self._renewal_executor.submit(self._compile, worn.source)
+            if exhausted is not None:
+                future = self._recompile_executor.submit(self._compile, exhausted.source)
             elif self._num_waiting < _MAX_WAITING:
                 self._num_waiting += 1
                 future = self._executor.submit(self._compile_new, spec)
@@ -85,7 +85,7 @@ class GrammarCompiler:
             return future
 
     def _evict(self) -> None:
-        for spec in [spec for spec, future in self._cache.items() if _worn(future) is not None]:
+        for spec in [spec for spec, future in self._cache.items() if _exhausted(future) is not None]:
             del self._cache[spec]
         size = sum(len(spec.text) for spec in self._cache)
         while self._cache and (len(self._cache) >= _MAX_CACHED or size > _MAX_CACHED_CHARACTERS):
@@ -117,9 +117,9 @@ def _is_final(future: Future[LlguidanceGrammar]) -> bool:
     return error is None or (isinstance(error, GrammarError) and not isinstance(error, GrammarLimitError))
 
 
-def _worn(future: Future[LlguidanceGrammar]) -> LlguidanceGrammar | None:
-    """The grammar if it is worn."""
+def _exhausted(future: Future[LlguidanceGrammar]) -> LlguidanceGrammar | None:
+    """The grammar if it is exhausted."""
     if not future.done() or future.exception() is not None:
         return None
     grammar = future.result()
-    return grammar if grammar.is_worn else None
+    return grammar if grammar.is_exhausted else None

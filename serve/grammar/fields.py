@@ -78,7 +78,7 @@ class GrammarFields(BaseModel):
     structured_outputs: StructuredOutputs | None = None
 
 
-class GrammarFieldsOfOthers(GrammarFields):
+class GrammarAliases(GrammarFields):
     """Also the names of SGLang, of llama.cpp, and of vLLM before `structured_outputs`. "" means the default."""
 
     json_schema: _Schema = None
@@ -107,7 +107,7 @@ def grammar_request(fields: GrammarFields, *, ignore_eos: bool) -> GrammarReques
         PromptError: a field has an invalid value, states a second grammar, or an output could not end.
     """
     found = [*_response_format(fields.response_format), *_structured_outputs(fields.structured_outputs)]
-    if isinstance(fields, GrammarFieldsOfOthers):
+    if isinstance(fields, GrammarAliases):
         found += _others(fields)
     if len({request.spec for request in found}) > 1:
         first, second = found[0].param.partition(".")[0], found[1].param.partition(".")[0]
@@ -179,7 +179,7 @@ def _structured_outputs(value: StructuredOutputs | None) -> Iterator[GrammarRequ
     yield _with_options(request, {name: given[name] for name in _OPTIONS if given.get(name)}, f"{param}.")
 
 
-def _others(fields: GrammarFieldsOfOthers) -> Iterator[GrammarRequest]:
+def _others(fields: GrammarAliases) -> Iterator[GrammarRequest]:
     found = [
         _request(kind, item, name)
         for name, kind in _FIELDS.items()

@@ -211,7 +211,7 @@ def _escape(key: str) -> str:
 
 
 def _resolve(value: Any, pointer: str) -> Any:
-    """The value at a JSON pointer; None if there is none."""
+    """The value at a JSON pointer; None if nothing stands there."""
     for part in pointer.split("/")[1:]:
         key = part.replace("~1", "/").replace("~0", "~")
         if isinstance(value, dict):

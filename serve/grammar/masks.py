@@ -50,7 +50,7 @@ class _Tokens:
 
 
 def compile_source(tokenizer: LLTokenizer, source: str) -> tuple[LLMatcher, str]:
-    """The initial state, with its first mask computed, and llguidance's error message, empty if there is none."""
+    """The initial state, with its first mask computed, and llguidance's error message, or an empty text."""
     matcher = LLMatcher(tokenizer, source, log_level=0, limits=_LIMITS)
     if not matcher.is_error():
         matcher.compute_bitmask()
@@ -62,7 +62,7 @@ class LlguidanceGrammar:
 
     def __init__(self, start: LLMatcher, source: str) -> None:
         self.source = source
-        self.is_worn = False  # its lexer has many states, or too many; new outputs need a grammar compiled again
+        self.is_exhausted = False  # its lexer has many states, or too many; new outputs need a grammar compiled again
         self._start = start
         self._num_tokens = 0
 
@@ -71,7 +71,7 @@ class LlguidanceGrammar:
 
     def count_token(self) -> None:
         self._num_tokens += 1
-        self.is_worn |= self._num_tokens >= _MAX_TOKENS
+        self.is_exhausted |= self._num_tokens >= _MAX_TOKENS
 
 
 class LlguidanceMatcher:
@@ -103,4 +103,4 @@ class LlguidanceMatcher:
         if self._state.is_error() and self._error is None:
             is_complex = self._state.get_error().startswith(("lexer error: ", "parser error: "))
             self._error = "the grammar is too complex" if is_complex else "the grammar allows no token"
-            self._grammar.is_worn |= is_complex
+            self._grammar.is_exhausted |= is_complex

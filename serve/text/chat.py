@@ -27,6 +27,15 @@ class PromptError(ValueError):
         self.code = code  # OpenAI's error code
 
 
+def required_string(item: Mapping[str, Any], key: str, path: str) -> str:
+    """The text at a key of the object at `path`. Raise PromptError if there is no text."""
+    value = item.get(key)
+    if not isinstance(value, str):
+        code = "missing_required_parameter" if value is None else "invalid_type"
+        raise PromptError(f"{path}.{key}", f"`{path}.{key}` must be a string.", code)
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
     """Renders and encodes the chats of one model."""

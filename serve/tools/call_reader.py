@@ -39,7 +39,7 @@ class CallReader:
         self._begin = 0
 
     def check(self, name: str) -> None:
-        """Raise CallFormatError for a name that is none."""
+        """Raise CallFormatError for an invalid name."""
         if not _NAME.match(name) or (self.known_only and name not in self.tools):
             raise CallFormatError
 

@@ -147,9 +147,6 @@ struct SumsOf {
 template <class Format>
 using RowOf = typename SumsOf<KindOf<Format>>::Portable::Row;
 
-// Elements of K that are added, the last ones zeros: the same for any number of rows.
-constexpr int64_t DepthOf(int64_t k) { return (k + kStep - 1) / kStep * kStep; }
-
 // The largest integer whose digits are bytes: 127 * (65536 + 256 + 1).
 constexpr float kMaxInteger = 8355711;
 
@@ -305,37 +302,14 @@ template <class Format, class Sums>
 void ManyRowsOfIntegers(const Problem& p, int64_t first, int64_t last) {
   const auto* tile = IntegerTilesOf<KindOf<Format>, Sums>(std::make_integer_sequence<int, Sums::kTileRows>());
   const auto* x = static_cast<const typename Sums::Row*>(p.x);
-  const int64_t tiles = (p.m + Sums::kTileRows - 1) / Sums::kTileRows;
-  const int64_t depth = DepthOf(p.k);
-  const int64_t together = std::min(p.m <= kCachedRows ? 4 : last - first, last - first);
-  const std::unique_ptr<float[]> sums(new float[static_cast<size_t>(together * p.m * kColumns)]);  // of each block
   UnpackedCodes<Sums> w;
-  for (int64_t start = first; start < last; start += together) {
-    const int64_t end = std::min(last, start + together);
-    std::fill_n(sums.get(), (end - start) * p.m * kColumns, 0.0f);
-    for (int64_t from = 0; from < depth; from += kChunk) {
-      const int64_t count = std::min(kChunk, depth - from);
-      const auto* of_chunk = x + from / Format::kGroup * p.x_stride;
-      for (int64_t block = start; block < end; ++block) {
-        UnpackCodes<Format, Sums>(p, block, from, count, w);
-        if (block + 1 < end) {
-          Prefetch<Format>(p, block + 1, from, count);
-        } else if (from + count < depth) {
-          Prefetch<Format>(p, start, from + count, std::min(kChunk, depth - from - count));
-        }
-        float* of_block = sums.get() + (block - start) * p.m * kColumns;
-        for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t row = p.m * t / tiles, rows = p.m * (t + 1) / tiles - row;
-          tile[rows - 1](of_chunk + row, p.x_stride, w, count / Format::kGroup, of_block + row * kColumns);
-        }
-      }
-    }
-    for (int64_t block = start; block < end; ++block) {
-      const float* of_block = sums.get() + (block - start) * p.m * kColumns;
-      const int64_t column = block * kColumns, columns = std::min(kColumns, p.n - column);
-      for (int64_t r = 0; r < p.m; ++r) std::copy_n(of_block + r * kColumns, columns, p.y + r * p.n + column);
-    }
-  }
+  ForEachTile<Format, Sums::kTileRows>(
+      p, first, last, [](int64_t, int64_t) {},
+      [&](int64_t block, int64_t from, int64_t count) { UnpackCodes<Format, Sums>(p, block, from, count, w); },
+      [&](int64_t row, int64_t rows, int64_t from, int64_t count, float* sums) {
+        const auto* of_tile = x + from / Format::kGroup * p.x_stride + row;
+        tile[rows - 1](of_tile, p.x_stride, w, count / Format::kGroup, sums);
+      });
 }
 
 // A Panel. The problem's x is RowOf<Format> [groups of K, rows].

@@ -36,6 +36,9 @@ struct Problem {
   int64_t block_words, block_scales, scale_bytes;  // words and scales of a block of columns; size of a scale
 };
 
+// Elements of K that are added, the last ones zeros: the same for any number of rows.
+constexpr int64_t DepthOf(int64_t k) { return (k + kStep - 1) / kStep * kStep; }
+
 // The part of a problem with columns [first, first + count), `first` at the beginning of a block, and y [M, count].
 inline Problem Columns(const Problem& full, int64_t first, int64_t count, float* y) {
   const int64_t block = first / kColumns;
@@ -204,24 +207,22 @@ const TileOfRows* TilesOf(std::integer_sequence<int, kIndex...>) {
   return table;
 }
 
-// Some blocks of columns take a chunk of K in turn, so that its part of x is copied once and stays in a cache.
-template <class Format, bool kPairs>
-void ManyRows(const Problem& p, int64_t first, int64_t last) {
-  const TileOfRows* tile = TilesOf<kPairs>(std::make_integer_sequence<int, kTileRows>());
-  const auto* x = static_cast<const float*>(p.x);
-  const int64_t tiles = (p.m + kTileRows - 1) / kTileRows, depth = (p.k + kStep - 1) / kStep * kStep;
+// Computes many rows of y for blocks [first, last) of columns, in tiles of kMaxRows rows at most. Some blocks take a chunk
+// of K in turn, so that its part of x stays in a cache: for elements [from, from + count) of K, enter(from, count); for
+// each block, unpack(block, from, count); for each tile, add(row, rows, from, count, sums), with sums [rows, kColumns].
+template <class Format, int kMaxRows, typename Enter, typename UnpackBlock, typename Add>
+void ForEachTile(const Problem& p, int64_t first, int64_t last, Enter enter, UnpackBlock unpack, Add add) {
+  const int64_t tiles = (p.m + kMaxRows - 1) / kMaxRows, depth = DepthOf(p.k);
   const int64_t together = std::min(p.m <= kCachedRows ? 4 : last - first, last - first);
-  const std::unique_ptr<float[]> chunk(new float[static_cast<size_t>(p.m * kChunk)]);              // [m, kChunk]
   const std::unique_ptr<float[]> sums(new float[static_cast<size_t>(together * p.m * kColumns)]);  // of each block
-  alignas(64) float w[kChunk][kColumns];
   for (int64_t start = first; start < last; start += together) {
     const int64_t end = std::min(last, start + together);
     std::fill_n(sums.get(), (end - start) * p.m * kColumns, 0.0f);
     for (int64_t from = 0; from < depth; from += kChunk) {
       const int64_t count = std::min(kChunk, depth - from);
-      for (int64_t r = 0; r < p.m; ++r) std::copy_n(x + r * p.x_stride + from, count, chunk.get() + r * kChunk);
+      enter(from, count);
       for (int64_t block = start; block < end; ++block) {
-        Unpack<Format>(p, block, from, count, w);
+        unpack(block, from, count);
         if (block + 1 < end) {
           Prefetch<Format>(p, block + 1, from, count);
         } else if (from + count < depth) {
@@ -229,8 +230,8 @@ void ManyRows(const Problem& p, int64_t first, int64_t last) {
         }
         float* of_block = sums.get() + (block - start) * p.m * kColumns;
         for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t row = p.m * t / tiles, rows = p.m * (t + 1) / tiles - row;
-          tile[rows - 1](chunk.get() + row * kChunk, w, count, of_block + row * kColumns);
+          const int64_t row = p.m * t / tiles;
+          add(row, p.m * (t + 1) / tiles - row, from, count, of_block + row * kColumns);
         }
       }
     }
@@ -240,6 +241,23 @@ void ManyRows(const Problem& p, int64_t first, int64_t last) {
       for (int64_t r = 0; r < p.m; ++r) std::copy_n(of_block + r * kColumns, columns, p.y + r * p.n + column);
     }
   }
+}
+
+template <class Format, bool kPairs>
+void ManyRows(const Problem& p, int64_t first, int64_t last) {
+  const TileOfRows* tile = TilesOf<kPairs>(std::make_integer_sequence<int, kTileRows>());
+  const auto* x = static_cast<const float*>(p.x);
+  const std::unique_ptr<float[]> chunk(new float[static_cast<size_t>(p.m * kChunk)]);  // of x, [m, kChunk]
+  alignas(64) float w[kChunk][kColumns];
+  ForEachTile<Format, kTileRows>(
+      p, first, last,
+      [&](int64_t from, int64_t count) {
+        for (int64_t r = 0; r < p.m; ++r) std::copy_n(x + r * p.x_stride + from, count, chunk.get() + r * kChunk);
+      },
+      [&](int64_t block, int64_t from, int64_t count) { Unpack<Format>(p, block, from, count, w); },
+      [&](int64_t row, int64_t rows, int64_t, int64_t count, float* sums) {
+        tile[rows - 1](chunk.get() + row * kChunk, w, count, sums);
+      });
 }
 
 template <class Format, bool kPairs>

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from serve.api.requests import Count, OutputFields, Strings
-from serve.text.chat import MAX_ITEMS, PromptError
+from serve.text.chat import MAX_ITEMS, PromptError, required_string
 
 _TEXT = {"type": "string"}
 _BLOCK = {"type": "object", "properties": {"type": _TEXT}, "required": ["type"]}
@@ -163,9 +163,9 @@ class _Reader:
         for block, block_path in self._blocks(content, f"{path}.content", kinds):
             match block["type"]:
                 case "text":
-                    texts.append(_string(block, "text", block_path))
+                    texts.append(required_string(block, "text", block_path))
                 case "thinking":
-                    thoughts.append(_string(block, "thinking", block_path))
+                    thoughts.append(required_string(block, "thinking", block_path))
                 case "tool_use":
                     calls.append(self._call(block, block_path))
                 case _:
@@ -179,7 +179,9 @@ class _Reader:
         """The text of a string or of text blocks, which are joined by line breaks."""
         if isinstance(content, str):
             return content
-        return "\n".join(_string(block, "text", where) for block, where in self._blocks(content, path, ("text",)))
+        return "\n".join(
+            required_string(block, "text", where) for block, where in self._blocks(content, path, ("text",))
+        )
 
     def _blocks(self, content: Any, path: str, kinds: Sequence[str]) -> list[tuple[Mapping[str, Any], str]]:
         if not isinstance(content, list):
@@ -198,25 +200,21 @@ class _Reader:
         return blocks
 
     def _call(self, block: Mapping[str, Any], path: str) -> dict[str, Any]:
-        call_id, name, arguments = _string(block, "id", path), _string(block, "name", path), block.get("input")
+        call_id, name, arguments = (
+            required_string(block, "id", path),
+            required_string(block, "name", path),
+            block.get("input"),
+        )
         if not isinstance(arguments, dict):
             raise PromptError(f"{path}.input", f"`{path}.input` must be an object.", "invalid_type")
         self._call_ids.add(call_id)
         return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
     def _result(self, block: Mapping[str, Any], path: str) -> dict[str, Any]:
-        call_id = _string(block, "tool_use_id", path)
+        call_id = required_string(block, "tool_use_id", path)
         if call_id not in self._call_ids:
             message = f"`{path}.tool_use_id`: no tool_use before this block has the id {call_id[:100]!r}."
             raise PromptError(f"{path}.tool_use_id", message)
         content = block.get("content")
         text = "" if content is None else self.text(content, f"{path}.content")
         return {"role": "tool", "tool_call_id": call_id, "content": text}
-
-
-def _string(block: Mapping[str, Any], key: str, path: str) -> str:
-    value = block.get(key)
-    if not isinstance(value, str):
-        code = "missing_required_parameter" if value is None else "invalid_type"
-        raise PromptError(f"{path}.{key}", f"`{path}.{key}` must be a string.", code)
-    return value

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.text.chat import MAX_ITEMS, PromptError
+from serve.text.chat import MAX_ITEMS, PromptError, required_string
 
 _ROLES = ("user", "assistant", "system", "developer")
 _PART_TEXTS = {"input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -42,7 +42,7 @@ def _item(item: Any, path: str) -> dict[str, Any]:
         message = f"`{path}.type`: only items of type {', '.join(_ITEM_FIELDS)} are supported."
         raise PromptError(f"{path}.type", message, "unsupported_parameter")
     if item.get("id") is not None:
-        _string(item, "id", path)
+        required_string(item, "id", path)
     prefix = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}[kind]
     return {**item, "type": kind, "id": item.get("id") or f"{prefix}_{uuid.uuid4().hex}"}
 
@@ -60,8 +60,8 @@ class _Messages:
             case "message":
                 self._message(item, path)
             case "function_call":
-                function = {name: _string(item, name, path) for name in ("name", "arguments")}
-                call_id = _string(item, "call_id", path)
+                function = {name: required_string(item, name, path) for name in ("name", "arguments")}
+                call_id = required_string(item, "call_id", path)
                 self.call_ids.add(call_id)
                 call = {"id": call_id, "type": "function", "function": function}
                 self._turn().setdefault("tool_calls", []).append(call)
@@ -91,7 +91,7 @@ class _Messages:
         self._turn()["content"] = content
 
     def _output(self, item: Mapping[str, Any], path: str) -> None:
-        call_id = _string(item, "call_id", path)
+        call_id = required_string(item, "call_id", path)
         if call_id not in self.call_ids:
             message = f"`{path}.call_id`: no function_call before this item has the call_id {call_id[:100]!r}."
             raise PromptError(f"{path}.call_id", message)
@@ -152,15 +152,7 @@ def _part_text(part: Any, path: str, kinds: Mapping[str, str]) -> str:
     if not isinstance(kind, str) or kind not in kinds:
         message = f"`{path}.type`: only parts of type {', '.join(kinds)} are supported."
         raise PromptError(f"{path}.type", message, "unsupported_parameter")
-    return _string(part, kinds[kind], path)
-
-
-def _string(item: Mapping[str, Any], key: str, path: str) -> str:
-    value = item.get(key)
-    if not isinstance(value, str):
-        code = "missing_required_parameter" if value is None else "invalid_type"
-        raise PromptError(f"{path}.{key}", f"`{path}.{key}` must be a string.", code)
-    return value
+    return required_string(part, kinds[kind], path)
 
 
 def listed(item: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class ResponseStore:
     """
 
     def __init__(self, path: Path, *, max_bytes: int, seconds: float) -> None:
-        """Create the file if there is none.
+        """Create the file if it does not exist.
 
         Args:
             max_bytes: of all responses with their items.
@@ -87,7 +87,7 @@ class ResponseStore:
         return None if row is None else StoredResponse(*row)
 
     def delete(self, owner: str, response_id: str) -> bool:
-        """Delete a response; False if there is none. Raises APIError 500 if the file cannot be written."""
+        """Delete a response; False if it does not exist. Raises APIError 500 if the file cannot be written."""
         query = "DELETE FROM responses WHERE owner = ? AND id = ? AND created > ?"
         with self._transaction() as connection:
             return connection.execute(query, (owner, response_id, time.time() - self._seconds)).rowcount > 0

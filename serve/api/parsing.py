@@ -57,6 +57,10 @@ def validate[M: BaseModel](kind: type[M], data: dict[str, Any], unknown_fields: 
             part for message in parsed.messages or () if isinstance(message.content, list) for part in message.content
         ]
         check_extra(_others(parts), (), unknown_fields, "messages[].content[].")
+        for tool in parsed.tools or ():
+            for path, part in (("", tool), ("function.", tool.function), ("custom.", tool.custom)):
+                if part is not None:
+                    check_extra(part.model_extra or {}, type(part).model_fields, unknown_fields, f"tools[].{path}")
     if isinstance(parsed, RequestFields):
         for name, value in extra.items():
             if value is not None and name in _GENERATION_FIELDS:

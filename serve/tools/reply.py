@@ -52,11 +52,11 @@ class ReplyFormat:
         if self.calls is None or self.tools is None:
             return stated
         alternative = None
-        if stated is not None and not self.tools.is_required:
+        if stated is not None:
             if stated.spec.kind is not GrammarKind.JSON_SCHEMA:
                 message = f"`{stated.param}` cannot be combined with tools that the model may call."
                 raise PromptError(stated.param, message)
-            alternative = stated.spec
+            alternative = None if self.tools.is_required else stated.spec  # a required call leaves no content
         text = call_grammar(self.tools, self.calls, alternative)
         if text is None:
             return None

@@ -305,6 +305,27 @@ async def test_nested_tools_are_refused(server: Server) -> None:
     assert error["param"] == "tools"
 
 
+@pytest.mark.parametrize(
+    ("tool", "param"),
+    [
+        ({"type": "function", "function": {"name": "f"}, "functions": 1}, "tools[].functions"),
+        ({"type": "function", "function": {"name": "f", "stricts": True}}, "tools[].function.stricts"),
+        ({"type": "custom", "custom": {"name": "f", "formats": {}}}, "tools[].custom.formats"),
+    ],
+)
+async def test_error_misspelt_field_of_a_tool(server: Server, tool: Any, param: str) -> None:
+    error = error_of(await server.post("/v1/chat/completions", chat_body(tools=[tool])), 400)
+    assert error["param"] == param
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", named("now")])
+async def test_error_other_grammar_beside_tools(choice: Any) -> None:
+    body = chat_body(tools=TOOLS, tool_choice=choice, structured_outputs={"choice": ["a", "b"]})
+    async with serving(b"a", max_model_len=2048) as server:
+        error = error_of(await server.post("/v1/chat/completions", body), 400)
+    assert error["param"] == "structured_outputs.choice"
+
+
 STRICT = {"type": "function", "function": ADD["function"] | {"strict": True}}
 SCRIPT_A = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "x"}}\n</tool_call>'
 NOW_CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'

@@ -56,11 +56,11 @@ class LLM:
     >>> from logprobd import LLM
     >>> llm = LLM(dtype="float32")  # SmolLM2-135M-Instruct
     >>> [answer] = llm.chat([{"role": "user", "content": "What is the capital of France?"}], temperature=0)
-    >>> print(answer.text, answer.logprobs[:3], answer.ranks[:3])
-    The capital of France is Paris. [-1.8827019  -0.01966858 -0.01146698] [1 1 1]
+    >>> print(answer.text, answer.logprobs[:3].round(4), answer.ranks[:3])
+    The capital of France is Paris. [-1.8827 -0.0197 -0.0115] [1 1 1]
     >>> [score] = llm.score([("The capital of France is", " Paris.")])
-    >>> print(score.completion_logprob, score.is_greedy)
-    -0.6382198333740234 True
+    >>> print(round(score.completion_logprob, 4), score.is_greedy)
+    -0.6382 True
 
     Methods may be called from several threads, and while an event loop runs, as in a notebook. Ctrl-C aborts a call.
     """

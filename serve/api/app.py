@@ -86,7 +86,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(context.grammars.close)
+        context.grammars.close()
 
     routes = [*_generation_routes(context), *_status_routes(context, readiness), *inspector()]
     if not config.disable_fastapi_docs:

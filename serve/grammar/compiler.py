@@ -58,8 +58,9 @@ class GrammarCompiler:
         return self._submit(spec).result()
 
     def close(self) -> None:
+        """End what is being compiled, without waiting for it."""
         for executor in (self._executor, self._recompile_executor):
-            executor.shutdown(wait=True, cancel_futures=True)
+            executor.shutdown(wait=False, cancel_futures=True)
         self._sandbox.close()
 
     def _submit(self, spec: GrammarSpec) -> Future[LlguidanceGrammar]:

@@ -74,10 +74,9 @@ class GrammarSandbox:
         raise SandboxError(answer.get("failure", "the process has ended"))
 
     def close(self) -> None:
-        with self._lock:
-            if self._process is not None:
-                _stop(self._process)
-                self._process = None
+        """End the process and what it compiles."""
+        if self._process is not None:
+            _stop(self._process)
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
@@ -95,7 +94,9 @@ class GrammarSandbox:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with the child that compiles, which has the pipes, too
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             with suppress(OSError):

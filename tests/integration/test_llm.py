@@ -104,9 +104,10 @@ def assert_chat_logprobs(output: Generation, content: list[dict[str, Any]]) -> N
 def test_the_docstring_shows_the_real_output(llm: LLM) -> None:
     [answer] = llm.chat(MESSAGES, temperature=0)
     [score] = llm.score([("The capital of France is", " Paris.")])
+    assert score.completion_logprob is not None
     for printed in (
-        f"{answer.text} {answer.logprobs[:3]} {answer.ranks[:3]}\n",
-        f"{score.completion_logprob} {score.is_greedy}\n",
+        f"{answer.text} {answer.logprobs[:3].round(4)} {answer.ranks[:3]}\n",
+        f"{round(score.completion_logprob, 4)} {score.is_greedy}\n",
     ):
         assert printed in (LLM.__doc__ or "")
 

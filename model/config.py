@@ -6,9 +6,10 @@ from dataclasses import dataclass, fields, replace
 from reprlib import Repr
 from typing import Any
 
-from model.families import FAMILIES, HEAD, Family, WeightSpec
+from model.families import FAMILIES, HEAD, Family
 from model.layout import COLUMN_BLOCK
 from model.rope import Rope
+from model.weight_specs import WeightSpec
 
 # Damaged numbers are rejected before memory is allocated for them.
 _MAX_LAYERS = 1000

@@ -5,78 +5,40 @@ A new family is a new row here; only a new kind of layer or tensor needs new cod
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One tensor of a checkpoint: its two names and its shape, in letters of `ModelConfig.dims()`."""
-
-    hf: str
-    gguf: str
-    shape: tuple[str, ...]
-    heads: str | None = None  # "H" or "K" if the rows are rotary heads, which some GGUF files store interleaved
-
-    @property
-    def is_norm(self) -> bool:
-        return self.hf.endswith("norm.weight")
-
-
-@dataclass(frozen=True, slots=True)
-class WeightSpec:
-    """One of our weights: a path into the Transformer ("{i}" is the layer) and the tensors stacked along axis 0."""
-
-    path: str
-    tensors: tuple[TensorSpec, ...]
-
-    @property
-    def is_per_layer(self) -> bool:
-        return "{i}" in self.path
-
-    def of_layer(self, i: int) -> "WeightSpec":
-        """The weight with the layer's number in all names."""
-        tensors = (replace(t, hf=t.hf.format(i=i), gguf=t.gguf.format(i=i)) for t in self.tensors)
-        return WeightSpec(self.path.format(i=i), tuple(tensors))
-
-
-def _tensor(hf: str, gguf: str, *shape: str, heads: str | None = None, kind: str = "weight") -> TensorSpec:
-    return TensorSpec(f"model.layers.{{i}}.{hf}.{kind}", f"blk.{{i}}.{gguf}.{kind}", shape, heads)
-
-
-def _weight(path: str, *tensors: TensorSpec) -> WeightSpec:
-    return WeightSpec(f"layers.{{i}}.{path}", tensors)
-
+from model.weight_specs import TensorSpec, WeightSpec, layer_weight, tensor_spec
 
 _EMBED = WeightSpec("embed.weight", (TensorSpec("model.embed_tokens.weight", "token_embd.weight", ("V", "D")),))
 _FINAL_NORM = WeightSpec("norm.weight", (TensorSpec("model.norm.weight", "output_norm.weight", ("D",)),))
 HEAD = WeightSpec("head.weight", (TensorSpec("lm_head.weight", "output.weight", ("V", "D")),))
 
-_QKV = _weight(
+_QKV = layer_weight(
     "attention.qkv.weight",
-    _tensor("self_attn.q_proj", "attn_q", "Q", "D", heads="H"),
-    _tensor("self_attn.k_proj", "attn_k", "KV", "D", heads="K"),
-    _tensor("self_attn.v_proj", "attn_v", "KV", "D"),
+    tensor_spec("self_attn.q_proj", "attn_q", "Q", "D", heads="H"),
+    tensor_spec("self_attn.k_proj", "attn_k", "KV", "D", heads="K"),
+    tensor_spec("self_attn.v_proj", "attn_v", "KV", "D"),
 )
-_GATE_UP = _weight(
+_GATE_UP = layer_weight(
     "mlp.gate_up.weight",
-    _tensor("mlp.gate_proj", "ffn_gate", "F", "D"),
-    _tensor("mlp.up_proj", "ffn_up", "F", "D"),
+    tensor_spec("mlp.gate_proj", "ffn_gate", "F", "D"),
+    tensor_spec("mlp.up_proj", "ffn_up", "F", "D"),
 )
-_FUSED_QKV = _weight("attention.qkv.weight", _tensor("self_attn.qkv_proj", "attn_qkv", "QKV", "D"))
-_FUSED_GATE_UP = _weight("mlp.gate_up.weight", _tensor("mlp.gate_up_proj", "ffn_up", "FF", "D"))
-_OUT = _weight("attention.out.weight", _tensor("self_attn.o_proj", "attn_output", "D", "Q"))
-_DOWN = _weight("mlp.down.weight", _tensor("mlp.down_proj", "ffn_down", "D", "F"))
-_QKV_BIAS = _weight(
+_FUSED_QKV = layer_weight("attention.qkv.weight", tensor_spec("self_attn.qkv_proj", "attn_qkv", "QKV", "D"))
+_FUSED_GATE_UP = layer_weight("mlp.gate_up.weight", tensor_spec("mlp.gate_up_proj", "ffn_up", "FF", "D"))
+_OUT = layer_weight("attention.out.weight", tensor_spec("self_attn.o_proj", "attn_output", "D", "Q"))
+_DOWN = layer_weight("mlp.down.weight", tensor_spec("mlp.down_proj", "ffn_down", "D", "F"))
+_QKV_BIAS = layer_weight(
     "attention.qkv.bias",
-    _tensor("self_attn.q_proj", "attn_q", "Q", heads="H", kind="bias"),
-    _tensor("self_attn.k_proj", "attn_k", "KV", heads="K", kind="bias"),
-    _tensor("self_attn.v_proj", "attn_v", "KV", kind="bias"),
+    tensor_spec("self_attn.q_proj", "attn_q", "Q", heads="H", kind="bias"),
+    tensor_spec("self_attn.k_proj", "attn_k", "KV", heads="K", kind="bias"),
+    tensor_spec("self_attn.v_proj", "attn_v", "KV", kind="bias"),
 )
-_ATTENTION_NORM = _weight("attention_norm.weight", _tensor("input_layernorm", "attn_norm", "D"))
+_ATTENTION_NORM = layer_weight("attention_norm.weight", tensor_spec("input_layernorm", "attn_norm", "D"))
 _POST_NORMS = (
-    _weight("attention_post_norm.weight", _tensor("post_attention_layernorm", "post_attention_norm", "D")),
-    _weight("mlp_post_norm.weight", _tensor("post_feedforward_layernorm", "post_ffw_norm", "D")),
+    layer_weight("attention_post_norm.weight", tensor_spec("post_attention_layernorm", "post_attention_norm", "D")),
+    layer_weight("mlp_post_norm.weight", tensor_spec("post_feedforward_layernorm", "post_ffw_norm", "D")),
 )
 
 
@@ -125,14 +87,14 @@ class Family:
         weights = [_EMBED]
         if self.pre_norm:
             mlp_norm = "pre_feedforward_layernorm" if self.post_norm else "post_attention_layernorm"
-            weights += [_ATTENTION_NORM, _weight("mlp_norm.weight", _tensor(mlp_norm, "ffn_norm", "D"))]
+            weights += [_ATTENTION_NORM, layer_weight("mlp_norm.weight", tensor_spec(mlp_norm, "ffn_norm", "D"))]
         weights += _POST_NORMS if self.post_norm else ()
         qkv, gate_up = (_FUSED_QKV, _FUSED_GATE_UP) if self.fused_tensors else (_QKV, _GATE_UP)
         weights += [qkv, _OUT, gate_up, _DOWN]
         weights += [_QKV_BIAS] if self.qkv_bias else ()
         for name, letter in zip("qk", self.qk_norm or (), strict=False):
-            tensor = _tensor(f"self_attn.{name}_norm", f"attn_{name}_norm", letter)
-            weights.append(_weight(f"attention.{name}_norm.weight", tensor))
+            tensor = tensor_spec(f"self_attn.{name}_norm", f"attn_{name}_norm", letter)
+            weights.append(layer_weight(f"attention.{name}_norm.weight", tensor))
         return (*weights, _FINAL_NORM, HEAD)
 
 

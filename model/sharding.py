@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from numpy.typing import NDArray
 
 from model.config import ModelConfig
-from model.families import WeightSpec
+from model.weight_specs import WeightSpec
 
 TENSOR = "tensor"  # the mesh axis
 # The sharded axes, by letters of ModelConfig.dims(); D of the residual stream and E are replicated.

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from model.config import ConfigError, ModelConfig
 from model.config_gguf import ROPE_TENSORS, config_from_gguf
-from model.families import TensorSpec
 from model.importance import Importance
 from model.rope import Rope, yarn_scale
+from model.weight_specs import TensorSpec
 from model.weights.checkpoint import Checkpoint, ModelLoadError
 from model.weights.gguf_header import read_parts
 from model.weights.quantize import quantize

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from model.config import ModelConfig
 from model.config_gguf import ROPE_TENSORS
-from model.families import HEAD, TensorSpec
+from model.families import HEAD
 from model.formats import FLOATS, FORMATS, BlockFormat
+from model.weight_specs import TensorSpec
 from model.weights.checkpoint import Checkpoint, ModelLoadError, TensorInfo
 from model.weights.gguf import GgufCheckpoint
 from model.weights.rows import BlockRows, Rows, quantized

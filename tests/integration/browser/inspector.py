@@ -35,6 +35,13 @@ class Inspector:
         for name, value in parameters.items():
             self.page.locator("#settings").get_by_label(name.replace("_", " "), exact=True).fill(str(value))
 
+    def set_grammar(self, kind: str, text: str) -> None:
+        """Choose a kind of grammar, by its name in the page, and enter its text."""
+        settings = self.page.locator("#settings")
+        settings.locator("details").evaluate("details => { details.open = true; }")
+        settings.locator("[name=grammar]").select_option(label=kind)
+        settings.get_by_label("Grammar text").fill(text)
+
     def pane(self, index: int = 0) -> "PaneView":
         """Return a pane, counted from the left."""
         return PaneView(self.page.locator(".pane").nth(index), self.page)

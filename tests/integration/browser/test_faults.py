@@ -64,6 +64,22 @@ def test_markup_is_shown_as_text(inspector: Inspector, tmp_path: Path) -> None:
         expect(inspector.page.locator("img, body script")).to_have_count(0)
 
 
+def test_grammar_that_is_refused_names_the_reason(inspector: Inspector, fake: tuple[str, Server]) -> None:
+    inspector.open(fake[0], MODEL)
+    pane = inspector.pane()
+    inspector.set_grammar("JSON schema", "")
+    inspector.page.locator("#settings details").evaluate("details => { details.open = false; }")
+    pane.run("Hi")
+    expect(inspector.page.get_by_label("Grammar text")).to_be_focused()  # the browser asks for it
+    inspector.set_grammar("JSON schema", '{"not": {}}')
+    pane.run()
+    expect(pane.error).to_contain_text("keyword `not` is not supported")
+    inspector.set_grammar("regular expression", "x[0-9]")
+    pane.run()
+    expect(pane.error).to_be_hidden()
+    expect(pane.status).to_contain_text("finished")
+
+
 def test_page_asks_for_the_api_key(inspector: Inspector) -> None:
     with listening(script=SCRIPT, api_key=("secret",)) as (url, _):
         page = inspector.page

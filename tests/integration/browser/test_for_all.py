@@ -48,6 +48,13 @@ def test_accessibility_audit_passes(page: Inspector, scheme: Any) -> None:
     expect(page.details).to_be_visible()
     assert audit(page.page) == []
     page.screenshot(scheme)
+    page.set_grammar("regular expression", "(yes|no)[.]")
+    page.page.locator("[name=colors]").select_option("allowed mass")
+    page.pane().run()
+    page.pane().cells.last.hover()
+    expect(page.details).to_contain_text("allowed mass")
+    assert audit(page.page) == []
+    page.screenshot(f"grammar-{scheme}")
 
 
 def decide(page: Inspector) -> Locator:

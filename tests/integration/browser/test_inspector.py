@@ -227,6 +227,55 @@ def test_export_as_tables(page: Inspector) -> None:
     assert exported["model"] == "SmolLM2-135M-Instruct"
 
 
+def test_grammar_shows_allowed_mass_and_forced_tokens(page: Inspector, server: ServerProcess) -> None:
+    pane = page.pane()
+    page.set_grammar("regular expression", r" (London|Berlin)\.")
+    pane.run(PROMPT)
+    tokens = pane.exported()["tokens"]
+    entries = ask(
+        server,
+        prompt_token_ids=[token["token_id"] for token in tokens[:5]],
+        max_tokens=8,
+        structured_outputs={"regex": r" (London|Berlin)\."},
+    )["choices"][0]["logprobs"]["content"]
+    names = ("token_id", "logprob", "allowed_mass")
+    assert [[token[name] for name in names] for token in tokens[5:]] == [
+        [entry[name] for name in names] for entry in entries
+    ]
+    forced = [entry.get("forced", False) for entry in entries]
+    assert [token["forced"] for token in tokens] == [None] * 5 + forced
+    assert True in forced
+    assert False in forced
+    expect(pane.status).to_contain_text(f"{sum(forced)} forced")
+    rows = list(csv.DictReader(io.StringIO(pane.download("Export CSV"), newline="")))
+    assert [row["allowed_mass"] for row in rows] == [""] * 5 + [repr(entry["allowed_mass"]) for entry in entries]
+    assert entries[0]["allowed_mass"] < 0.5  # the model would name another city
+    held = pane.cells.nth(5 + forced.index(True))
+    label = pane.cells.nth(5).get_attribute("aria-label") or ""
+    assert "allowed mass" in label
+    assert "forced" not in label
+    assert (held.get_attribute("aria-label") or "").endswith(", forced by the grammar")
+    pane.cells.nth(5).hover()
+    assert number(page.facts()["allowed mass"]) == pytest.approx(100 * entries[0]["allowed_mass"], abs=0.01)
+    assert "forced" not in page.facts()
+    page.page.locator("[name=colors]").select_option("allowed mass")
+    colors = [
+        page.page.locator(f".legend .m{i}").evaluate("cell => getComputedStyle(cell).backgroundColor")
+        for i in range(10)
+    ]
+    assert len(set(colors)) == 10
+    for i, entry in enumerate(entries, 5):
+        step = sum(-math.log(entry["allowed_mass"]) >= bound for bound in (0.05, 0.3, 0.7, 1.4, 2.3, 3.5, 5, 7, 10))
+        color = pane.cells.nth(i).evaluate("cell => getComputedStyle(cell).backgroundColor")
+        assert color == colors[step]
+    held.hover()
+    assert page.facts()["forced"] == "the grammar allowed no other token"
+    page.screenshot("grammar")
+    page.page.reload()
+    assert page.page.get_by_label("Grammar text").input_value() == r" (London|Berlin)\."
+    assert page.page.locator("html").get_attribute("data-colors") == "mass"
+
+
 def test_export_contains_the_run(page: Inspector) -> None:
     pane = page.pane()
     pane.run(PROMPT)

@@ -64,6 +64,8 @@ export class Cells {
     if (token.special) classes.push("special");
     if (typeof token.logprob === "number") classes.push(`s${step(token.logprob)}`);
     else classes.push(token.logprob === null ? "first" : "waiting");
+    if (token.allowedMass !== undefined) classes.push(`m${step(Math.log(token.allowedMass))}`);
+    if (token.forced) classes.push("forced");
     cell.className = classes.join(" ");
     const part = partOf(this.run.tokens, index);
     if (part?.last) cell.dataset.whole = escapeInvisible(part.character);

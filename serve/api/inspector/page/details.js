@@ -84,6 +84,8 @@ export class Details {
       facts.push(["log-prob", logprob(token.logprob)]);
       facts.push(["probability", percent(Math.exp(token.logprob))]);
       facts.push(["rank", count(token.rank)]);
+      if (token.allowedMass !== undefined) facts.push(["allowed mass", percent(token.allowedMass)]);
+      if (token.forced) facts.push(["forced", "the grammar allowed no other token"]);
     } else {
       facts.push(["log-prob", token.logprob === null ? "none (first token)" : "pending"]);
     }

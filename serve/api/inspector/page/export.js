@@ -11,7 +11,11 @@ export function asJson(run) {
 }
 
 const exportedTokens = (run) =>
-  run.tokens.map((token, position) => ({ position, origin: token.origin, ...entry(token), top: token.top.map(entry) }));
+  run.tokens.map((token, position) => {
+    const { origin, allowedMass: mass = null, forced, top } = token;
+    const grammar = { allowed_mass: mass, forced: mass === null ? null : forced };
+    return { position, origin, ...entry(token), ...grammar, top: top.map(entry) };
+  });
 
 const entry = ({ id, bytes, special, logprob = null, rank }) => ({
   token_id: id,
@@ -23,7 +27,7 @@ const entry = ({ id, bytes, special, logprob = null, rank }) => ({
   rank,
 });
 
-const COLUMNS = ["position", "origin", "token_id", "text", "bytes", "special", "logprob", "probability", "rank"];
+const COLUMNS = ["position", "origin", "token_id", "text", "bytes", "special", "logprob", "probability", "rank", "allowed_mass", "forced"];
 const TOP_COLUMNS = ["token_id", "text", "logprob"];
 
 /**

@@ -33,5 +33,7 @@ export function describe(token) {
   const kind = `${ORIGINS[token.origin]}${token.special ? ", special token" : ""}`;
   if (token.logprob === undefined) return `${kind}, log-prob pending`;
   if (token.logprob === null) return `${kind}, no log-prob (first token)`;
-  return `${kind}, log-prob ${logprob(token.logprob)}, ${percent(Math.exp(token.logprob))}, rank ${count(token.rank)}`;
+  const mass = token.allowedMass === undefined ? "" : `, allowed mass ${percent(token.allowedMass)}`;
+  const numbers = `log-prob ${logprob(token.logprob)}, ${percent(Math.exp(token.logprob))}, rank ${count(token.rank)}`;
+  return `${kind}, ${numbers}${mass}${token.forced ? ", forced by the grammar" : ""}`;
 }

@@ -8,6 +8,8 @@ import { isLink, linkTo, stateOf } from "./share.js";
 import { comparison } from "./sums.js";
 import { Tabs } from "./tabs.js";
 
+const PLACEHOLDERS = { json: '{"type": "object", …}', regex: "(yes|no)\\.", grammar: 'start: "yes" | "no"' };
+
 const get = (id) => document.getElementById(id);
 
 class Page {
@@ -21,6 +23,7 @@ class Page {
     this.tabs = new Tabs(get("tabs"), (name) => {
       get("compare").hidden = name !== "inspect";
       this.details.hide();
+      this.#showSettings();
       if (name === "decide") get("decide").append(this.decide.root);
       this.#save();
     });
@@ -55,7 +58,8 @@ class Page {
     for (const { name, value, type } of form.elements) {
       if (name && value !== "") fields[name] = type === "number" ? Number(value) : value;
     }
-    const { alternatives, stop, ...rest } = fields;
+    const { alternatives, stop, colors, grammar, grammar_text: text, ...rest } = fields;
+    if (grammar !== undefined) rest.structured_outputs = { [grammar]: text };
     if (stop !== undefined) rest.stop = stop.replaceAll("\\n", "\n");
     return { ...rest, top_logprobs: alternatives };
   }
@@ -117,7 +121,10 @@ class Page {
     });
     get("share").addEventListener("click", () => this.#share());
     get("theme").addEventListener("click", () => this.#toggleTheme());
-    get("settings").addEventListener("input", () => this.onEdit());
+    get("settings").addEventListener("input", () => {
+      this.#showSettings();
+      this.onEdit();
+    });
     get("settings").addEventListener("submit", (event) => event.preventDefault());
     addEventListener("hashchange", () => this.#readLink());
     addEventListener("scroll", () => this.details.follow(), { passive: true, capture: true });
@@ -126,6 +133,15 @@ class Page {
     });
     const theme = localStorage.getItem("theme");
     if (theme) document.documentElement.dataset.theme = theme;
+  }
+
+  /** Shows the colors, which are those of surprisal in other tabs, and the text of a grammar if there is one. */
+  #showSettings() {
+    const { colors, grammar, grammar_text: text } = get("settings").elements;
+    document.documentElement.dataset.colors = this.tabs.current === "inspect" ? colors.value : "surprisal";
+    text.hidden = grammar.value === "";
+    text.required = !text.hidden;
+    text.placeholder = PLACEHOLDERS[grammar.value] ?? "";
   }
 
   get #state() {
@@ -165,6 +181,7 @@ class Page {
     for (const [name, value] of Object.entries(settings)) {
       if (get("settings").elements[name]) get("settings").elements[name].value = value;
     }
+    this.#showSettings();
     this.#showPanes(panes.length);
     panes.slice(0, 2).forEach((state, i) => this.panes[i].editor.set(state));
     if (decide) this.decide.set(decide); // not in links of older versions

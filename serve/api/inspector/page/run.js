@@ -9,7 +9,8 @@ const FIRST_PIECE = 512; // tokens scored by the first request, to show numbers 
 
 /**
  * A token is {id, bytes, special, origin, logprob, rank, top}. `origin` is prompt, branch or generated. `logprob` is
- * undefined until it is known, and null for the first token. `top` contains {id, bytes, special, logprob, rank}.
+ * undefined until it is known, and null for the first token. `top` contains {id, bytes, special, logprob, rank}. A token
+ * that was generated in a grammar has `allowedMass`, a probability, and `forced`.
  */
 export class Run {
   /** `prompt` is the editor's {prompt} or {messages}. */
@@ -37,6 +38,8 @@ export class Run {
   get summary() {
     const generated = this.tokens.filter((token) => token.origin === "generated").length;
     const parts = [`${count(this.tokens.length - generated)} prompt tokens`, `${count(generated)} generated`];
+    const forced = this.tokens.filter((token) => token.forced).length;
+    if (forced) parts.push(`${count(forced)} forced`);
     if (this.seconds !== null) parts.push(`${this.seconds.toFixed(2)} s`);
     const cached = this.usage?.prompt_tokens_details.cached_tokens;
     if (cached) parts.push(`${count(cached)} cached`);
@@ -109,7 +112,8 @@ export class Run {
 
   #generated(entry) {
     const top = entry.top_logprobs.map((other) => this.#alternative(other));
-    return { ...this.#alternative(entry), origin: "generated", top };
+    const { allowed_mass: allowedMass, forced = false } = entry;
+    return { ...this.#alternative(entry), origin: "generated", top, allowedMass, forced };
   }
 
   #alternative({ token_id: id, bytes, logprob, rank }) {

@@ -44,6 +44,9 @@ _READ = frozenset(
 _WINDOWS = ("attention.sliding_window", "attention.sliding_window_pattern")
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 _LOCAL_BASE = "rope.freq_base_swa"
+# Architectures of multimodal models whose text is that of a family, and keys that concern the other half.
+_TEXT_HALVES = {"qwen2vl": "qwen2", "qwen3vl": "qwen3"}
+_AXES = {"rope.dimension_sections", "n_deepstack_layers"}
 _IGNORED = frozenset(
     ("attention.layer_norm_epsilon", "pooling_type", "rope.scaling.finetuned", "tensor_data_layout"),
 )
@@ -73,13 +76,16 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor: Tensor, *, has_output:
     """
     arch = metadata.get("general.architecture")
     in_gguf = {name: row for name, row in FAMILIES.items() if row.in_gguf}
+    in_gguf |= {name: FAMILIES[family] for name, family in _TEXT_HALVES.items()}
     family = in_gguf.get(arch) if isinstance(arch, str) else None
+    if arch == "clip":
+        raise ConfigError("general.architecture 'clip' is the part for images or audio; name the language model's file")
     if family is None:
         known = ", ".join(sorted(in_gguf))
         raise ConfigError(f"general.architecture {short_repr(arch)} is not known; known: {known}")
     key = f"{arch}.".__add__
     metadata = {**{key(name): value for name, value in family.gguf_defaults.items()}, **metadata}
-    _refuse_unsupported(metadata, family)
+    _refuse_unsupported(metadata, family, f"{arch}.")
     heads, hidden = int_of(metadata, key("attention.head_count")), int_of(metadata, key("embedding_length"))
     head_dim = head_dim_of(metadata, key("attention.key_length"), hidden, heads)
     for name in _HEAD_SIZES:
@@ -109,14 +115,14 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor: Tensor, *, has_output:
     )
 
 
-def _refuse_unsupported(metadata: Mapping[str, Any], family: Family) -> None:
+def _refuse_unsupported(metadata: Mapping[str, Any], family: Family, prefix: str) -> None:
     known = _READ | _IGNORED
+    known |= _AXES if prefix.removesuffix(".") in _TEXT_HALVES else set()
     if family.has_window and not family.window_flag:  # llama.cpp has no windows for the families with a flag
         known |= {*_WINDOWS}
     known |= {_WINDOWS[0]} if family.name == "llama" else set()  # of Mistral; llama.cpp has no windows here
     known |= {name for name in _CAPS if name in family.hf_defaults}
     known |= {_LOCAL_BASE} if family.local_theta else set()
-    prefix = f"{family.name}."
     values = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
     check_keys(values, known, _NEUTRAL, prefix)
 

@@ -24,6 +24,7 @@ from model.config import (
 from model.families import FAMILIES, Family
 from model.hf_keys import IGNORED, NEUTRAL, READ, ROPE_NEUTRAL, ROPE_READ
 from model.rope import Rope
+from model.text_half import text_config_of
 
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"  # entries of `layer_types`
 
@@ -34,6 +35,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ConfigError: names the key that is missing or not supported.
     """
+    config = text_config_of(config)
     family = _family(strings_of(config, "architectures"), config.get("model_type"))
     if family is None:
         known = ", ".join(sorted(row.hf_architecture for row in FAMILIES.values()))

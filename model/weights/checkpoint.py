@@ -51,8 +51,12 @@ class Checkpoint(Protocol):
     def config(self) -> ModelConfig:
         """Sizes of the network."""
 
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """Bytes of what is not read, by the name of the tensor or file: the parts for images and audio."""
+
     def names(self) -> Mapping[str, TensorInfo]:
-        """Every tensor in the file(s)."""
+        """Every tensor of the language model."""
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """A fresh array of rows start..stop-1 (along axis 0) of a tensor: bfloat16 if stored as bfloat16, else float32.

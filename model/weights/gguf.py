@@ -17,6 +17,7 @@ from model.formats import WIDER_FORMATS
 from model.weights.checkpoint import ModelLoadError, TensorInfo
 from model.weights.gguf_header import GgufHeader, GgufTensor, read_parts
 from model.weights.quantize import k_blocks
+from model.weights.source import OTHER_HALF
 
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _QUANTIZED = frozenset(
@@ -43,6 +44,8 @@ class GgufCheckpoint:
         """
         parts = read_parts(path)
         self.path = str(path)
+        # llama.cpp's files of the parts for images and audio.
+        self.skipped = {file.name: file.stat().st_size for file in sorted(path.parent.glob(f"*{OTHER_HALF}*.gguf"))}
         self.metadata: dict[str, Any] = parts[0][1].metadata  # str, int, float, bool, or a list of these
         self._tensors: dict[str, GgufTensor] = {}
         self._file_of: dict[str, BinaryIO] = {}

@@ -172,6 +172,7 @@ class StoredWeights:
     bits_per_weight: float  # of the matrices
     # Names of all matrices by their formats in memory and in the files.
     tensors: Mapping[tuple[str, str], Sequence[str]] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)  # as in Checkpoint
 
 
 def stored_weights(checkpoint: Checkpoint, storage: Storage, shards: int = 1) -> StoredWeights:
@@ -199,7 +200,8 @@ def stored_weights(checkpoint: Checkpoint, storage: Storage, shards: int = 1) ->
             local = tuple(indices.shape[1] for indices in parallel.weight_indices(specs[target.path]))
             on_shard += storage.nbytes(local, formats[0])
     bits_per_weight = 8 * nbytes / max(1, matrices.total())
-    return StoredWeights(vectors + (on_shard if shards > 1 else nbytes), matrices, bits_per_weight, tensors)
+    total = vectors + (on_shard if shards > 1 else nbytes)
+    return StoredWeights(total, matrices, bits_per_weight, tensors, checkpoint.skipped)
 
 
 def kernels_used(model: BoundModel) -> tuple[str, ...]:

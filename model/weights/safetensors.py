@@ -7,6 +7,7 @@ Formats: the safetensors README ("Format"), and the index that `transformers` wr
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from model.config import ConfigError, ModelConfig, short_repr
 from model.config_hf import config_from_hf
+from model.text_half import text_half_of, text_tensor
 from model.weights.checkpoint import ModelLoadError, TensorInfo
 
 _SINGLE = "model.safetensors"
@@ -61,9 +63,12 @@ class SafetensorsCheckpoint:
             ModelLoadError: a file is missing, truncated or of another format, or the model is not supported.
         """
         self.path = str(folder)
-        self.config = _config(folder / "config.json")
+        content = _json_object(folder / "config.json")
+        self.config = _config(folder / "config.json", content)
+        self._is_text_half = text_half_of(content) is not None
+        self.skipped: dict[str, int] = {}
         self._open_files = ExitStack()
-        self._file_of: dict[str, _Shard] = {}
+        self._file_of: dict[str, tuple[_Shard, str]] = {}  # and the name there
         self._tensors: dict[str, TensorInfo] = {}
         try:
             for path in _files(folder):
@@ -71,13 +76,18 @@ class SafetensorsCheckpoint:
         except BaseException:
             self.close()
             raise
+        if (
+            self._is_text_half and "lm_head.weight" in self._tensors
+        ):  # as transformers, if it differs from the embedding
+            self.config = replace(self.config, tie_word_embeddings=False)
 
     def names(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         try:
-            values = self._file_of[name].read(name, start, stop)
+            shard, stored_name = self._file_of[name]
+            values = shard.read(stored_name, start, stop)
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(f"cannot be read: {error}") from error
         return values.astype(np.float32) if values.dtype == np.float16 else values
@@ -93,20 +103,24 @@ class SafetensorsCheckpoint:
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(f"{path}: not a complete safetensors file: {error}") from error
         self._open_files.callback(shard.close)
-        for name in shard.file.offset_keys():
+        for stored_name in shard.file.offset_keys():
+            name = text_tensor(stored_name) if self._is_text_half else stored_name
             if name in self._tensors:
                 raise ModelLoadError(f"{path}: {name} is in another shard too")
-            header = shard.file.get_slice(name)
+            header = shard.file.get_slice(stored_name)
             shape, stored_as = tuple(header.get_shape()), str(header.get_dtype())
             size = _ITEM_BYTES.get(stored_as)
             nbytes = 0 if size is None else size * int(np.prod(shape, dtype=np.int64))
-            self._file_of[name] = shard
+            if name is None:
+                self.skipped[stored_name] = nbytes
+                continue
+            self._file_of[name] = shard, stored_name
             self._tensors[name] = TensorInfo(shape, stored_as, size is not None, nbytes)
 
 
-def _config(path: Path) -> ModelConfig:
+def _config(path: Path, content: Mapping[str, Any]) -> ModelConfig:
     try:
-        return config_from_hf(_json_object(path))
+        return config_from_hf(content)
     except ConfigError as error:
         raise ModelLoadError(f"{path}: {error}") from error
 

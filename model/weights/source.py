@@ -28,6 +28,8 @@ HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.
 # Other formats' copies of the same weights.
 HUB_IGNORED = ("*/*", "consolidated*", "*.py", "*.bin", "*.pt", "*.pth", "*.pkl")
 
+OTHER_HALF = "mmproj"  # in the names of GGUF files with the part for images or audio
+
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DEFAULT_LOCK = Path(__file__).with_name("default_model.txt")
@@ -155,7 +157,7 @@ def _find_weights(folder: Path) -> Path:
     has_safetensors = any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))
     if has_config and has_safetensors:
         return folder
-    gguf = sorted(folder.glob("*.gguf"))
+    gguf = sorted(path for path in folder.glob("*.gguf") if OTHER_HALF not in path.name)
     if len({_PART.sub("", path.name) for path in gguf}) == 1:
         return gguf[0]  # all are parts of one model, if there are several
     if gguf:

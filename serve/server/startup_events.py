@@ -129,7 +129,17 @@ def weights_loaded(size: int, stored: "StoredWeights", seconds: float, kernels: 
     fields |= {"tensors": tensors}
     if len(tensors) > 1 or any(name != in_file for name, in_file in stored.tensors):
         line = "\n".join([line, *(f"  {label}: {', '.join(patterns)}" for label, patterns in tensors.items())])
+    if stored.skipped:
+        count, nbytes = len(stored.skipped), sum(stored.skipped.values())
+        names = ", ".join(sorted({_section(name) for name in stored.skipped}))
+        line += f"\n  not served, for images or audio: {count} of {names}, {mb(nbytes)}"
+        fields |= {"skipped": {"count": count, "bytes": nbytes}}
     return Event("weights_loaded", line, fields)
+
+
+def _section(name: str) -> str:
+    """The part of a model that a skipped tensor belongs to, or the file's name."""
+    return name if name.endswith(".gguf") else name.removeprefix("model.").split(".")[0]
 
 
 type _Layers = dict[tuple[str, str], list[int]]  # what a tensor's name has before and after its layer -> layers

@@ -17,6 +17,8 @@ MAX_ITEMS = 10_000  # messages of a chat, parts of a message
 # make Model Studio, DeepSeek and Mistral continue the message.
 _UNSUPPORTED: dict[str, Any] = {"audio": None, "function_call": None, "images": [], "partial": False, "prefix": False}
 
+_MEDIA = ("image", "audio", "video")  # in types of content parts
+
 
 class PromptError(ValueError):
     """A prompt that cannot be used. The message is one sentence that names the field."""
@@ -142,6 +144,8 @@ def _text_of_part(part: Any, path: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in ("text", "refusal"):  # of an assistant, either
         message = f"`{path}.type`: only parts of type text are supported."
+        if isinstance(kind, str) and any(word in kind for word in _MEDIA):
+            message = f"`{path}.type`: {kind} is not supported: vision and audio parts of models are not served."
         raise PromptError(f"{path}.type", message, "unsupported_parameter")
     text = part.get(kind)
     if not isinstance(text, str):

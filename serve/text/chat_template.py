@@ -36,6 +36,7 @@ _RESERVED = frozenset(
     }
 )
 _TESTS_NONE = re.compile(r"content\b['\"]?\]?\s+is\s+(?:not\s+)?none\b")
+_LOOPS_OVER_PARTS = re.compile(r"\bin\s+\w+(\.content|\[['\"]content['\"]\])\s*%")
 _MAX_ERROR = 300  # characters: some errors quote the entire chat
 _MAX_PROCESSES = 2  # each blocks one of the threads that read requests
 _START_SECONDS = 30.0  # the first process imports modules
@@ -76,9 +77,12 @@ def render_chat(
     variables = {**special_tokens, **(template_kwargs or {})}
     has_calls = any(message.get("tool_calls") for message in messages)
     form = _call_form(template, variables) if has_calls else _CallForm()
+    chat = [_template_message(message, form) for message in messages]
+    if _LOOPS_OVER_PARTS.search(template) and _reads_only_parts(template, variables):
+        chat = [_with_parts(message) for message in chat]
     try:
         rendered, _ = render_jinja_template(
-            conversations=[[_template_message(message, form) for message in messages]],
+            conversations=[chat],
             chat_template=template,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -137,6 +141,24 @@ def _arguments(value: Any, as_text: bool) -> Any:
     except (ValueError, RecursionError):
         return value
     return parsed if isinstance(parsed, dict) else value
+
+
+def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return message | {"content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _reads_only_parts(template: str, variables: Mapping[str, Any]) -> bool:
+    """Whether a template omits contents that are strings, as those of some multimodal models do."""
+
+    def shows(message: dict[str, Any]) -> bool:
+        with suppress(Exception):  # a template may raise anything
+            texts, _ = render_jinja_template(conversations=[[message]], chat_template=template, **variables)
+            return "needle" in texts[0]
+        return False
+
+    message = {"role": "user", "content": "needle"}
+    return not shows(message) and shows(_with_parts(message))
 
 
 def _call_form(template: str, variables: Mapping[str, Any]) -> _CallForm:

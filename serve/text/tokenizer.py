@@ -201,7 +201,7 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, Backend):
         raise TokenizerError(f"{model_dir}: {type(loaded).__name__} is not a fast tokenizer")
-    template = loaded.chat_template
+    template = loaded.chat_template or _read_json(model_dir / "chat_template.json").get("chat_template")
     return Tokenizer(
         backend,
         eos_token_ids=eos_token_ids_of(model_dir) | ({loaded.eos_token_id} - {None}),
@@ -218,7 +218,9 @@ def eos_token_ids_of(path: Path) -> set[int]:
     """EOS ids of generation_config.json and config.json in a folder, or of one such file."""
     ids: set[int] = set()
     for file in (path / "generation_config.json", path / "config.json") if path.is_dir() else (path,):
-        value = _read_json(file).get("eos_token_id")
+        content = _read_json(file)
+        text = content.get("text_config")  # of a multimodal model
+        value = content.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
         values = [] if value is None else value if isinstance(value, list) else [value]
         if not all(type(index) is int for index in values):
             raise TokenizerError(f"{file}: eos_token_id must be an integer or a list of integers")

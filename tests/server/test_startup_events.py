@@ -132,6 +132,13 @@ def test_weights_in_the_one_format_of_their_file_are_one_line(form: str) -> None
     assert event.fields["tensors"] == {form: ["model.layers.*.mlp.up_proj"]}
 
 
+def test_weights_that_are_not_served_are_counted() -> None:
+    skipped = {"vision_tower.a.weight": 2_000_000, "model.vision_tower.b.weight": 500_000, "mmproj-F16.gguf": 500_000}
+    event = weights_loaded(1, StoredWeights(1, {"BF16": 3}, 16, {}, skipped), 1.0, ())
+    assert event.line.endswith("\n  not served, for images or audio: 3 of mmproj-F16.gguf, vision_tower, 3 MB")
+    assert event.fields["skipped"] == {"count": 3, "bytes": 3_000_000}
+
+
 def test_reporter_json_has_all_fields() -> None:
     reporter, stream = lines(as_json=True)
     start(reporter)

@@ -149,6 +149,27 @@ def test_malformed_tool_calls_reach_the_template(tool_calls: Any) -> None:
     assert rendered("{{ messages | length }}", calls(tool_calls=tool_calls)) == "1"
 
 
+def test_template_that_reads_only_parts_gets_them() -> None:
+    """The template of SmolVLM2, shortened; with strings it would render an empty prompt."""
+    source = "{% for message in messages %}{{ message['role'] }}:{% for line in message['content'] %}"
+    source += "{% if line['type'] == 'text' %}{{ line['text'] }}{% endif %}{% endfor %};{% endfor %}"
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    assert render_chat(source, chat, special_tokens={}, add_generation_prompt=False) == "user:Hi;assistant:Yes;"
+    either = source.replace(
+        "{% for line", "{% if message.content is string %}{{ message.content }}{% else %}{% for line"
+    )
+    either = either.replace("{% endfor %};", "{% endfor %}{% endif %};")
+    assert render_chat(either, chat, special_tokens={}, add_generation_prompt=False) == "user:Hi;assistant:Yes;"
+
+
+def test_media_parts_are_refused_by_their_type() -> None:
+    for kind in ("image_url", "input_audio", "video"):
+        with pytest.raises(
+            PromptError, match=f"{kind} is not supported: vision and audio parts of models are not served"
+        ):
+            check_messages([{"role": "user", "content": [{"type": kind}]}])
+
+
 def test_refusal_part_is_text() -> None:
     parts = [{"type": "refusal", "refusal": "No"}, {"type": "text", "text": "way"}]
     assert rendered(QWEN_2, {"role": "assistant", "content": parts}) == "<assistant>No\nway"

@@ -229,6 +229,14 @@ def test_load_tokenizer_reads_a_template_file(tmp_path: Path) -> None:
     assert chat(load_tokenizer(tmp_path), [{"role": "user", "content": "hi"}]) == "hi<end>"
 
 
+def test_load_tokenizer_of_a_multimodal_model(tmp_path: Path) -> None:
+    write_byte_level(tmp_path, config={"text_config": {"eos_token_id": [1, 5]}})
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_token_ids == {1, 5, 256}
+    assert chat(tokenizer, [{"role": "user", "content": "hi"}]) == "hi"
+
+
 def test_token_bytes_of_sentencepiece_pieces(tmp_path: Path) -> None:
     vocabulary = {"<unk>": 0, "▁a": 1, "<0xC3>": 2, "<0xA9>": 3}
     backend = Backend(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))

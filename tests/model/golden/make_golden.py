@@ -1,7 +1,7 @@
 # mypy: disable-error-code="import-not-found"
 """Remakes the golden files from the Hugging Face modules in torch. Run by hand; the tests need no torch.
 
-    python -m tests.model.golden.make_golden
+    python -m tests.model.golden.make_golden [CASE ...]
 
 from the repository's root, with torch and transformers installed (versions.json says which were used). Every file
 holds tokens [T] int32, token_logprobs [T-1] float32 and token_ranks [T-1] int32 of all tokens but the first, and, for
@@ -12,11 +12,12 @@ some positions [P] int32, float32 arrays under the names of our own sub-layers:
     .attention.heads [P, H * E] before and .attention [P, D] after the output map; .mlp_norm, .mlp [P, D];
     .attention_post_norm, .mlp_post_norm [P, D]; the layer's output [P, D] under the prefix itself
 
-A family has those of the norms that its layers have.
+A family has those of the norms that its layers have. multimodal.npz holds the logits [P, V] of multimodal modules.
 """
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,8 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from tests.support.tiny import random_tokens, random_weights, seed_of, tiny_configs
+from tests.support.tiny import random_tokens, random_weights, seed_of, tiny_configs, write_checkpoint
+from tests.support.tiny_multimodal import architecture, multimodal
 
 FOLDER = Path(__file__).parent
 # Both ends, some in between, and both sides of the border between two pages of 64 tokens.
@@ -39,10 +41,15 @@ SMALLEST_GAP = 5e-5  # of a token's logit to any other: ranks are then equal whe
 def main() -> None:
     """Writes one .npz per tiny model, and versions.json."""
     torch.set_num_threads(1)
+    chosen = sys.argv[1:]
     for name, config in tiny_configs().items():
+        if chosen and name not in chosen:
+            continue
         with torch.no_grad():
             arrays: dict[str, Any] = _golden(config, seed_of(name))
         np.savez_compressed(FOLDER / f"{name}.npz", **arrays)
+    with torch.no_grad():
+        np.savez_compressed(FOLDER / "multimodal.npz", **_multimodal())
     versions = {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
@@ -50,6 +57,19 @@ def main() -> None:
         "numpy": np.__version__,
     }
     (FOLDER / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+
+
+def _multimodal() -> dict[str, Any]:
+    """Logits [P, V] of the language models of multimodal modules, by architecture."""
+    logits = {}
+    for name, case in multimodal().items():
+        model_class = getattr(transformers, architecture(name)["architectures"][0])
+        with tempfile.TemporaryDirectory() as folder:  # the module has random weights for images
+            write_checkpoint(Path(folder), case.config | architecture(name), case.text_tensors())
+            model = model_class.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+        tokens = torch.from_numpy(random_tokens(tiny_configs()[case.text], seed_of(case.text)))[None].long()
+        logits[name] = model(input_ids=tokens, use_cache=False).logits[0][POSITIONS].numpy()
+    return logits
 
 
 def _golden(config: dict[str, Any], seed: int) -> dict[str, NDArray[Any]]:

@@ -75,7 +75,7 @@ class LLM:
         """Load a model.
 
         Args:
-            model: hub id, local directory or .gguf file; None loads SmolLM2-135M-Instruct.
+            model: hub id (see docs/models.md), local directory or .gguf file; None loads SmolLM2-135M-Instruct.
             progress: show progress on stderr, also in later calls. Defaults to True if stderr is a terminal.
             options: as documented by `logprobd serve --help`.
 

@@ -16,8 +16,8 @@ from model.config_gguf import config_from_gguf
 from model.formats import WIDER_FORMATS
 from model.weights.checkpoint import ModelLoadError, TensorInfo
 from model.weights.gguf_header import GgufHeader, GgufTensor, read_parts
+from model.weights.hub import OTHER_HALF
 from model.weights.quantize import k_blocks
-from model.weights.source import OTHER_HALF
 
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _QUANTIZED = frozenset(

@@ -118,6 +118,11 @@ class SafetensorsCheckpoint:
             self._tensors[name] = TensorInfo(shape, stored_as, size is not None, nbytes)
 
 
+def read_config(path: Path) -> ModelConfig:
+    """The network that a config.json describes; raises ModelLoadError."""
+    return _config(path, _json_object(path))
+
+
 def _config(path: Path, content: Mapping[str, Any]) -> ModelConfig:
     try:
         return config_from_hf(content)

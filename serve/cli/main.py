@@ -30,6 +30,8 @@ commands; each has its own --help:
   decide FILE        answer the questions of a file by the probabilities of their options
   chat [MODEL]       chat in the terminal, with tokens colored by surprise
   models [FOLDER]    list local models, and whether they can be served
+  models pull MODEL, models rm MODEL
+                     download a model of the hub, and delete it
   quantize MODEL OUTPUT
                      write a GGUF file with weights of 4 to 8 bits
   kl MODEL MODEL_B FILE

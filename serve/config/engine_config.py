@@ -32,7 +32,10 @@ class EngineConfig:
     needs_chat_template: ClassVar[bool] = False  # refuse a model without a chat template
 
     model: str | None = option(
-        MODEL, "hub id, local folder or .gguf file; default: SmolLM2-135M-Instruct", metavar="MODEL"
+        MODEL,
+        "hub id (org/name, org/name:Q4_K_M or org/name/file.gguf), local folder or .gguf file; default: "
+        "SmolLM2-135M-Instruct",
+        metavar="MODEL",
     )
     tokenizer: Path | None = option(MODEL, "local folder or .gguf file; default: the model's own", Path, metavar="PATH")
     revision: str | None = option(MODEL, "branch, tag or commit of a hub id", metavar="NAME")

@@ -45,14 +45,14 @@ class ModelFiles:
 def open_model(config: EngineConfig, on_prepare: Callable[[str], None]) -> Iterator[ModelFiles]:
     """Open a model, downloading it if necessary; the checkpoint is closed at the end of the context.
 
-    `on_prepare` gets each line about the download of the default model.
+    `on_prepare` gets each line about a download.
 
     Raises:
         STARTUP_ERRORS: the files are damaged, not supported, or do not fit the options.
     """
     chat_template = read_template(config)
     if config.model:
-        source = resolve_model(config.model, config.revision)
+        source = resolve_model(config.model, config.revision, on_prepare)
     else:
         source = ModelSource(DEFAULT_MODEL, default_model_path(on_prepare))
     defaults = defaults_of(config.generation_config, config.override_generation_config, source.path)

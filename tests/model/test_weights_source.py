@@ -1,27 +1,14 @@
-"""The files that a model's name resolves to. No network: the hub is its local cache or a fake."""
+"""The files that a model's name resolves to, on this machine."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from fnmatch import fnmatch
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any
 
-import httpx2
 import pytest
-from huggingface_hub import constants
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from model.weights import source
 from model.weights.checkpoint import ModelLoadError
@@ -59,7 +46,7 @@ def test_resolve_model_directory_of_safetensors(tmp_path: Path, weights: str) ->
 
 
 def test_resolve_model_directory_with_one_gguf(tmp_path: Path) -> None:
-    touch(tmp_path, "config.json", "a.gguf", "README.md")
+    touch(tmp_path, "config.json", "a.gguf", "mmproj-a.gguf", "README.md")
     assert resolve_model(str(tmp_path), None).path == tmp_path / "a.gguf"
 
 
@@ -73,6 +60,7 @@ def test_resolve_model_expands_the_home_directory(tmp_path: Path, monkeypatch: p
     ("files", "message"),
     [
         (["a.gguf", "b.gguf"], "contains 2 .gguf files; name one: a.gguf, b.gguf"),
+        (["mmproj-F16.gguf"], "contains no config.json with *.safetensors and no .gguf file"),
         (["model.safetensors"], "contains *.safetensors but no config.json"),
         (["config.json", "pytorch_model.bin"], "contains no *.safetensors and no .gguf file"),
         ([], "contains no config.json with *.safetensors and no .gguf file"),
@@ -96,79 +84,6 @@ def test_resolve_model_missing_path(model: str) -> None:
 def test_resolve_model_revision_of_a_local_path(tmp_path: Path) -> None:
     touch(tmp_path, "a.gguf")
     assert "for hub ids only" in one_line(str(tmp_path), "main")
-
-
-def test_resolve_model_downloads_no_file_that_could_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, dict[str, Any]]] = []
-
-    def download(repo: str, **options: Any) -> str:
-        calls.append((repo, options))
-        return str(touch(tmp_path, "config.json", "model.safetensors"))
-
-    monkeypatch.setattr(source, "snapshot_download", download)
-    resolved = resolve_model("org/name", "v1")
-    assert (resolved.name, resolved.path) == ("org/name", tmp_path)
-    ((repo, options),) = calls
-    assert (repo, options["revision"]) == ("org/name", "v1")
-    expected = [
-        "config.json",
-        "model-00001-of-00002.safetensors",
-        "tokenizer.model",
-        "merges.txt",
-        "chat_template.jinja",
-    ]
-    refused = ["modeling_x.py", "tokenizer_x.py", "pytorch_model.bin", "tokenizer.pkl", "onnx/config.json", "a.gguf"]
-
-    def matches(name: str, patterns: list[str]) -> bool:
-        return any(fnmatch(name, pattern) for pattern in patterns)
-
-    allowed = [name for name in expected + refused if matches(name, options["allow_patterns"])]
-    assert [name for name in allowed if not matches(name, options["ignore_patterns"])] == expected
-
-
-def test_resolve_model_hub_id_in_the_local_cache(offline_cache: Path) -> None:
-    repo = offline_cache / "models--org--name"
-    touch(repo / "snapshots" / "0123abc", "config.json", "model.safetensors")
-    (touch(repo / "refs") / "main").write_text("0123abc")
-    assert resolve_model("org/name", None).path == repo / "snapshots" / "0123abc"
-
-
-@pytest.mark.usefixtures("offline_cache")
-def test_resolve_model_unknown_hub_id() -> None:
-    assert "the hub is unreachable" in one_line("org/name")
-
-
-@pytest.fixture
-def offline_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    return tmp_path
-
-
-def http(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
-    return kind("404\n\nlong story", response=httpx2.Response(404, request=httpx2.Request("GET", "https://hub.test")))
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: http(GatedRepoError), "access is restricted"),
-        (lambda: http(RepositoryNotFoundError), "not a public model"),
-        (lambda: http(RevisionNotFoundError), "revision v9 does not exist"),
-        (lambda: LocalEntryNotFoundError("x"), "the hub is unreachable"),
-        (lambda: http(HfHubHTTPError), "cannot be downloaded: 404"),
-        (lambda: httpx2.ReadError("cut off"), "cannot be downloaded: cut off"),
-        (lambda: HFValidationError("bad id"), "cannot be downloaded: bad id"),
-        (lambda: OSError(28, "No space left on device"), "No space left"),
-        (lambda: httpx2.ReadTimeout(""), "cannot be downloaded: ReadTimeout"),
-    ],
-)
-def test_resolve_model_hub_errors(make: Callable[[], Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(*_: Any, **__: Any) -> str:
-        raise make()
-
-    monkeypatch.setattr(source, "snapshot_download", download)
-    assert message in one_line("org/name", "v9")
 
 
 def test_default_model_is_found_without_importing_its_package() -> None:

@@ -193,7 +193,7 @@ async def _process[C: BatchConfig, S: LineSums](
 
 def _identity(config: BatchConfig, on_prepare: Callable[[str], None]) -> dict[str, Any]:
     """Everything that determines the rows and is known before the model is loaded."""
-    source = config.model and resolve_model(config.model, config.revision)
+    source = config.model and resolve_model(config.model, config.revision, on_prepare)
     values = config.identity() | {"weights": files_digest(source.path if source else default_model_path(on_prepare))}
     if config.tokenizer is not None:
         values["tokenizer"] += f" ({files_digest(config.tokenizer.expanduser())})"

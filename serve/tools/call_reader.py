@@ -12,6 +12,7 @@ from serve.text.output_parts import (
     CallEnd,
     CallFormatError,
     CallStart,
+    CutOffError,
     PartReader,
     Reading,
 )
@@ -37,6 +38,7 @@ class CallReader:
         self.known_only = False  # a call of an unknown tool is content
         self._short_ids = short_ids
         self._begin = 0
+        self._is_between = False  # after a separator: no further call has started
 
     def check(self, name: str) -> None:
         """Raise CallFormatError for an invalid name."""
@@ -45,12 +47,25 @@ class CallReader:
 
     def start(self, name: str, begin: int, call_id: str | None = None) -> Reading[None]:
         """Yield the start of the call that stands at `begin`."""
-        self._begin = begin
+        self._begin, self._is_between = begin, False
         tokens = self.reader.tokens(begin, self.reader.position)
         digits = uuid.uuid4().hex
         yield CallStart(self.count, call_id or (digits[:9] if self._short_ids else f"call_{digits[:24]}"), name, tokens)
         self.count += 1
         self.reader.release()
+
+    def separate(self) -> Reading[None]:
+        """Leave the calls so far: if no further one follows, the text from here on is content."""
+        yield from self.reader.skip_spaces()
+        self.reader.release()
+        self._is_between = True
+
+    def recover(self, error: CallFormatError) -> None:
+        """After an error behind a call: the rest is content, unless the output ends within a call that has started."""
+        if isinstance(error, CutOffError) and not self._is_between:
+            self.reader.drop()
+        else:
+            self.reader.rewind()
 
     def arguments(self, text: str, start: int, end: int) -> Reading[None]:
         yield ArgumentsDelta(self.count - 1, text, self.reader.tokens(start, end))
@@ -92,6 +107,7 @@ class CallReader:
             yield from self._object(begin)
             begin = self.reader.position
             yield from self.reader.accept(",", ";")
+            yield from self.separate()
 
     def _object(self, begin: int) -> Reading[None]:
         reader, number = self.reader, self.count

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from serve.text.output_parts import CallFormatError, CutOffError, Reading
+from serve.text.output_parts import CallFormatError, Reading
 from serve.tools.call_reader import CallReader
 
 _CONSTANTS: dict[str, Any] = {"true": True, "false": False, "null": None, "none": None}
@@ -34,8 +34,8 @@ class Marked:
                     reader.rewind()
                     yield from reader.emit("content", begin + len(mark))
                     continue
-                if isinstance(error, CutOffError):
-                    reader.drop()
+                calls.recover(error)
+                continue
             yield from reader.skip_spaces()
             reader.release()
 
@@ -54,15 +54,12 @@ class Leading:
             yield from reader.skip_spaces()
             if (yield from reader.peek()) == self.first:
                 yield from self.read(calls, reader.position)
-        except CutOffError:
             if calls.count:
-                reader.drop()
-        except CallFormatError:
-            pass
-        if calls.count:
-            yield from reader.skip_spaces()
-            reader.release()
-        else:
+                yield from reader.skip_spaces()
+                reader.release()
+        except CallFormatError as error:
+            calls.recover(error)
+        if not calls.count:
             reader.rewind()
         yield from self.marked(calls)
 
@@ -72,6 +69,7 @@ def json_objects(calls: CallReader, begin: int) -> Reading[None]:
     yield from calls.objects(begin)
     while (yield from calls.reader.accept(";")) is not None:
         begin = calls.reader.position
+        yield from calls.separate()
         yield from calls.objects(begin)
 
 
@@ -150,6 +148,7 @@ def python_list(calls: CallReader, begin: int) -> Reading[None]:
         yield from python_call(calls, begin)
         begin = calls.reader.position
         yield from calls.reader.accept(",")
+        yield from calls.separate()
 
 
 def python_lines(calls: CallReader, begin: int) -> Reading[None]:
@@ -158,7 +157,7 @@ def python_lines(calls: CallReader, begin: int) -> Reading[None]:
     while True:
         yield from python_call(calls, begin)
         begin = reader.position
-        yield from reader.skip_spaces()
+        yield from calls.separate()
         if (reader.is_complete and not reader.available()) or not (yield from reader.peek()).isalpha():
             return
 

@@ -201,6 +201,24 @@ def test_text_that_is_no_call_is_content(name: str, text: str) -> None:
     assert (result.content, result.calls) == (text, [])
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "content"),
+    [
+        ("granite", f'<|tool_call|>[{_JSON}, {{"name": 7}}]', '{"name": 7}]'),
+        ("granite", f'<|tool_call|>[{_JSON}, {{"name": "no', '{"name": "no'),
+        ("granite", f'<|tool_call|>[{_JSON}, {{"name": "now", "arguments": {{', ""),
+        ("hermes", f"<tool_call>{_JSON[:-1]}, 7}} x", ", 7} x"),
+        ("llama3", f'{_JSON}; {{"name": "other", "parameters": {{}}}}', '{"name": "other", "parameters": {}}'),
+        ("llama3", f'{_JSON}; {{"na', '{"na'),
+        ("pythonic", "[add(a=1), other(b=2)]", "other(b=2)]"),
+        ("olmo3", "<function_calls>add(a=1)\nnow(1)\n</function_calls>", "now(1)\n</function_calls>"),
+    ],
+)
+def test_text_of_a_broken_later_call_is_content(name: str, text: str, content: str) -> None:
+    result = both(BY_NAME[name], text)
+    assert (result.calls[0].name, result.content) == ("add", content)
+
+
 def markup(form: CallFormat) -> st.SearchStrategy[str]:
     """Text made of what calls in the format consist of."""
     texts = [text for name, text in EXAMPLES if name == form.name]

@@ -98,6 +98,7 @@ class GrammarAliases(GrammarFields):
 class GrammarRequest:
     spec: GrammarSpec
     param: str  # the field that states it
+    unused: "GrammarRequest | None" = None  # has no effect, but must be valid
 
 
 def grammar_request(fields: GrammarFields, *, ignore_eos: bool) -> GrammarRequest | None:
@@ -119,6 +120,8 @@ def grammar_request(fields: GrammarFields, *, ignore_eos: bool) -> GrammarReques
 
 async def compile_grammar(request: GrammarRequest, compiler: GrammarCompiler) -> LlguidanceGrammar:
     """Raise PromptError if the grammar cannot be used, GrammarBusyError if too many wait to be compiled."""
+    if request.unused is not None:
+        await compile_grammar(request.unused, compiler)
     try:
         return await compiler.compile(request.spec)
     except GrammarError as error:

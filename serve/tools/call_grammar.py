@@ -4,8 +4,8 @@ import json
 import re
 from typing import Any
 
+from serve.grammar.fields import GrammarRequest
 from serve.grammar.json_schema import closed, load_schema
-from serve.grammar.spec import GrammarSpec
 from serve.text.chat import PromptError
 from serve.tools.definitions import Tool, ToolRequest
 from serve.tools.formats import CallFormat, WrittenCall
@@ -14,11 +14,11 @@ _ANY_OBJECT = {"type": "object"}
 _TAG = re.compile(r"`format[\w.\[\]]*\btags\[(\d+)\][\w.]*`: ")
 
 
-def call_grammar(tools: ToolRequest, calls: CallFormat, alternative: GrammarSpec | None = None) -> str | None:
+def call_grammar(tools: ToolRequest, calls: CallFormat, alternative: GrammarRequest | None = None) -> str | None:
     """The structural tag of an output with these tools; None if none is needed.
 
     Args:
-        alternative: JSON schema of the content where the model may choose between calls and content.
+        alternative: states the JSON schema of the content where the model may choose between calls and content.
 
     Raises:
         PromptError: the format of the calls cannot be held to a schema.
@@ -28,6 +28,10 @@ def call_grammar(tools: ToolRequest, calls: CallFormat, alternative: GrammarSpec
     if not tools.is_required and not is_held and alternative is None:
         return None
     if written is None:  # the caller chose a format that is, unless the model may choose
+        if alternative is not None and not is_held:
+            param = alternative.param
+            message = f"`{param}` cannot be combined with tools that the model may call: its calls are no JSON."
+            raise PromptError(param, message, "unsupported_parameter")
         param = next((tool.param for tool in tools.callable if tool.strict), "tool_choice")
         message = f"`{param}`: calls of this model are no JSON: a schema can hold them only if a call is required."
         raise PromptError(param, message, "unsupported_parameter")
@@ -36,8 +40,8 @@ def call_grammar(tools: ToolRequest, calls: CallFormat, alternative: GrammarSpec
     elif alternative is None:
         form = _optional(tools, calls, written)
     else:
-        schema = load_schema(alternative.text)
-        content = {"type": "json_schema", "json_schema": closed(schema) if alternative.closed else schema}
+        schema = load_schema(alternative.spec.text)
+        content = {"type": "json_schema", "json_schema": closed(schema) if alternative.spec.closed else schema}
         form = {"type": "or", "elements": [content, _required(tools, written)]}
     return json.dumps({"type": "structural_tag", "format": form})
 

@@ -51,17 +51,20 @@ class ReplyFormat:
         """
         if self.calls is None or self.tools is None:
             return stated
-        alternative = None
+        is_required = self.tools.is_required
         if stated is not None:
-            if stated.spec.kind is not GrammarKind.JSON_SCHEMA:
-                message = f"`{stated.param}` cannot be combined with tools that the model may call."
+            may_be = stated.spec.kind is GrammarKind.JSON_SCHEMA
+            if not may_be or (is_required and not stated.param.startswith("response_format")):
+                verb = "must" if is_required else "may"
+                message = f"`{stated.param}` cannot be combined with tools that the model {verb} call."
                 raise PromptError(stated.param, message)
-            alternative = None if self.tools.is_required else stated.spec  # a required call leaves no content
+        alternative = None if is_required else stated
         text = call_grammar(self.tools, self.calls, alternative)
         if text is None:
             return None
-        whitespace = alternative.whitespace if alternative else None
-        return GrammarRequest(GrammarSpec(GrammarKind.STRUCTURAL_TAG, text, whitespace), "tools")
+        whitespace = alternative.spec.whitespace if alternative else None
+        unused = stated if is_required else None
+        return GrammarRequest(GrammarSpec(GrammarKind.STRUCTURAL_TAG, text, whitespace), "tools", unused)
 
     def with_thinking(self, tokenizer: Tokenizer, vocab_size: int, answer: Grammar | None) -> Grammar | None:
         """The grammar of the output, which may start with reasoning."""

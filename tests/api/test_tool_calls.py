@@ -389,6 +389,20 @@ async def test_calls_or_content_of_a_format() -> None:
             assert error["param"] == "regex"
 
 
+async def test_response_format_beside_a_required_call_is_checked() -> None:
+    fields: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required"}
+    async with serving(NOW_CALL.encode(), chat_template=TEMPLATE, max_model_len=2048) as server:
+        choice, _ = await both(server, **fields, response_format={"type": "json_object"})
+        assert len(choice["message"]["tool_calls"]) == 1
+        bad = {"type": "object", "properties": {"a": {"not": {"type": "null"}}}}
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": bad}}
+        error = error_of(await server.post("/v1/chat/completions", chat_body(**fields, response_format=form)), 400)
+        assert error["param"] == "response_format.json_schema.schema"
+        body = chat_body(**fields, structured_outputs={"json_object": True})
+        error = error_of(await server.post("/v1/chat/completions", body), 400)
+        assert error["param"] == "structured_outputs.json_object"
+
+
 async def test_grammar_starts_after_the_reasoning() -> None:
     template = TEMPLATE + "{# </think> #}"
     async with serving(f"<think>Hm.</think>{SCRIPT_A}".encode(), chat_template=template, max_model_len=2048) as server:

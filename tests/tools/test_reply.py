@@ -1,6 +1,7 @@
 """How a request's output is decoded and divided: marks that are special tokens, and the grammar of calls."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -168,6 +169,16 @@ def test_grammar_beside_tools() -> None:
         may.grammar(regex)
     assert info.value.param == "regex"
     must = ReplyFormat(request(False, choice="required"), HERMES, None)
-    assert must.grammar(regex) == must.grammar(None)
+    held, alone = must.grammar(schema), must.grammar(None)
+    assert held is not None
+    assert alone is not None
+    assert (held.spec, held.unused, alone.unused) == (alone.spec, schema, None)
+    for stated in (regex, replace(schema, param="structured_outputs.json")):
+        with pytest.raises(PromptError) as info:
+            must.grammar(stated)
+        assert info.value.param == stated.param
+    with pytest.raises(PromptError) as info:
+        ReplyFormat(request(False), FORMAT["gemma4"], None).grammar(schema)
+    assert info.value.param == "response_format"
     none = ReplyFormat(request(False, choice="none"), None, None)
     assert none.grammar(regex) is regex

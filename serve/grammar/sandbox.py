@@ -63,7 +63,10 @@ class GrammarSandbox:
             assert process.stdin is not None
             assert process.stdout is not None
             _write(process.stdin, pickle.dumps(spec))
-            answer = json.loads(_read(process.stdout) or b"{}")
+            data = _read(process.stdout)
+            if data is None:
+                _stop(process)  # it may take a while to end, and must not get the next grammar
+            answer = json.loads(data or b"{}")
         match answer:
             case {"source": str(source)}:
                 return source

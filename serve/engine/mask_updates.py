@@ -66,10 +66,8 @@ class MaskUpdates:
             if (failure := future.exception()) is not None:
                 logger.error("a grammar failed", exc_info=failure)
                 mask.forced, mask.error = [], "the grammar failed"
-            elif mask.is_quick is None:
-                mask.is_quick = True
-            elif future.result() >= _SLOW:
-                mask.is_quick = False
+            elif mask.is_quick is not False:
+                mask.is_quick = future.result() < _SLOW
             collected.append(request)
         return collected
 

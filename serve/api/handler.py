@@ -95,7 +95,9 @@ class Handler[B: GenerationRequest](ABC):
 
     async def _compile(self, job: Job[B]) -> Grammar | None:
         """The grammar of the outputs. Raise PromptError if it cannot be used, GrammarBusyError for a full queue."""
-        return None if job.grammar is None else await compile_grammar(job.grammar, self._context.grammars)
+        if job.grammar is None:
+            return None
+        return await compile_grammar(job.grammar, self._context.grammars, job.choices[0].request.owner)
 
     def _job(self, data: bytes, record: AnswerRecord) -> Job[B]:
         """Validate and tokenize a request. Slow: run it in a thread."""

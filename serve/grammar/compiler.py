@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from llguidance import LLTokenizer
@@ -16,11 +16,11 @@ from serve.text.tokenizer import Tokenizer
 MAX_CHARACTERS = 1 << 20  # of one grammar
 _MAX_CACHED = 64  # grammars
 _MAX_CACHED_CHARACTERS = 4 << 20  # of all cached grammars
-_MAX_WAITING = 64
+_MAX_WAITING = 64  # half of them for one key
 
 
 class GrammarBusyError(Exception):
-    """The maximum number of grammars waits to be compiled; try again later."""
+    """The maximum number of grammars, of all or of this key, waits to be compiled; try again later."""
 
 
 class GrammarCompiler:
@@ -36,7 +36,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         # Least recently used first; GrammarErrors are cached, too, except those of limits.
         self._cache: OrderedDict[GrammarSpec, Future[LlguidanceGrammar]] = OrderedDict()
-        self._num_waiting = 0
+        self._waiting: Counter[str | None] = Counter()  # new grammars by the key that sent them first
         self._tokenizer: LLTokenizer | None = None
         self._tokenizer_lock = threading.Lock()
 
@@ -44,18 +44,21 @@ class GrammarCompiler:
         """Build llguidance's tokenizer in a thread: it holds the interpreter, at best while no request runs."""
         self._executor.submit(self._llguidance_tokenizer)
 
-    async def compile(self, spec: GrammarSpec) -> LlguidanceGrammar:
+    async def compile(self, spec: GrammarSpec, key: str | None = None) -> LlguidanceGrammar:
         """Return the compiled grammar.
+
+        Args:
+            key: name of the API key that sends it, if there are keys.
 
         Raises:
             GrammarError: it is invalid, not supported, or exceeds the limits.
             GrammarBusyError: too many grammars wait to be compiled.
         """
-        return await asyncio.shield(asyncio.wrap_future(self._submit(spec)))
+        return await asyncio.shield(asyncio.wrap_future(self._submit(spec, key)))
 
     def compile_blocking(self, spec: GrammarSpec) -> LlguidanceGrammar:
         """As `compile`, for threads that may wait."""
-        return self._submit(spec).result()
+        return self._submit(spec, None).result()
 
     def close(self) -> None:
         """End what is being compiled, without waiting for it."""
@@ -63,7 +66,7 @@ class GrammarCompiler:
             executor.shutdown(wait=False, cancel_futures=True)
         self._sandbox.close()
 
-    def _submit(self, spec: GrammarSpec) -> Future[LlguidanceGrammar]:
+    def _submit(self, spec: GrammarSpec, key: str | None) -> Future[LlguidanceGrammar]:
         if not self._vocabulary.eos_token_ids:
             raise GrammarError("the model has no token that ends an output")
         if len(spec.text) > MAX_CHARACTERS:
@@ -76,11 +79,12 @@ class GrammarCompiler:
                 return known
             if exhausted is not None:
                 future = self._recompile_executor.submit(self._compile, exhausted.source)
-            elif self._num_waiting < _MAX_WAITING:
-                self._num_waiting += 1
-                future = self._executor.submit(self._compile_new, spec)
             else:
-                raise GrammarBusyError
+                share = _MAX_WAITING if key is None else _MAX_WAITING // 2
+                if self._waiting.total() >= _MAX_WAITING or self._waiting[key] >= share:
+                    raise GrammarBusyError
+                future = self._executor.submit(self._compile_new, spec, key)
+                self._waiting[key] += 1
             self._evict()
             self._cache[spec] = future
             return future
@@ -92,12 +96,12 @@ class GrammarCompiler:
         while self._cache and (len(self._cache) >= _MAX_CACHED or size > _MAX_CACHED_CHARACTERS):
             size -= len(self._cache.popitem(last=False)[0].text)
 
-    def _compile_new(self, spec: GrammarSpec) -> LlguidanceGrammar:
+    def _compile_new(self, spec: GrammarSpec, key: str | None) -> LlguidanceGrammar:
         try:
             return self._compile(self._sandbox.source(spec))
         finally:
             with self._lock:
-                self._num_waiting -= 1
+                self._waiting -= Counter([key])  # without zeros
 
     def _compile(self, source: str) -> LlguidanceGrammar:
         start, error = compile_source(self._llguidance_tokenizer(), source)

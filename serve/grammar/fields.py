@@ -118,12 +118,14 @@ def grammar_request(fields: GrammarFields, *, ignore_eos: bool) -> GrammarReques
     return found[0] if found else None
 
 
-async def compile_grammar(request: GrammarRequest, compiler: GrammarCompiler) -> LlguidanceGrammar:
+async def compile_grammar(
+    request: GrammarRequest, compiler: GrammarCompiler, key: str | None = None
+) -> LlguidanceGrammar:
     """Raise PromptError if the grammar cannot be used, GrammarBusyError if too many wait to be compiled."""
     if request.unused is not None:
-        await compile_grammar(request.unused, compiler)
+        await compile_grammar(request.unused, compiler, key)
     try:
-        return await compiler.compile(request.spec)
+        return await compiler.compile(request.spec, key)
     except GrammarError as error:
         raise PromptError(request.param, f"`{request.param}`: {error}.") from None
 

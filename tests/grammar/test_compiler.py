@@ -397,23 +397,28 @@ async def test_request_that_ends_does_not_cancel_a_grammar(compiler: GrammarComp
     assert await waiting[1] is await compiler.compile(spec)
 
 
+@pytest.mark.parametrize(("keys", "refused"), [([None] * 64, None), (["a"] * 32, "a"), (["a"] * 32 + ["b"] * 32, "c")])
 async def test_grammars_beyond_the_queue_are_refused(
-    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, keys: list[str | None], refused: str | None
 ) -> None:
     release = threading.Event()
 
     def source(_: GrammarSpec) -> str:
         release.wait()
-        raise GrammarError("released")
+        raise GrammarLimitError("released")
 
     monkeypatch.setattr(compiler._sandbox, "source", source)
-    waiting = [asyncio.ensure_future(compiler.compile(schema({"const": i}))) for i in range(64)]
+    waiting = [asyncio.ensure_future(compiler.compile(schema({"const": i}), key)) for i, key in enumerate(keys)]
     await asyncio.sleep(0)
     with pytest.raises(GrammarBusyError):
-        await compiler.compile(schema({"const": 64}))
+        await compiler.compile(schema({"const": 64}), refused)
+    if len(keys) < 64:
+        waiting.append(asyncio.ensure_future(compiler.compile(schema({"const": 64}), "other")))
     release.set()
     for error in await asyncio.gather(*waiting, return_exceptions=True):
         assert str(error) == "released"
+    with pytest.raises(GrammarLimitError):  # its places are free again
+        await compiler.compile(schema({"const": 0}), refused)
 
 
 def test_failure_of_the_sandbox_is_not_cached(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def _is_finite(part: _Schema, root: Any, finite: set[int]) -> bool:
         return value if isinstance(value, list) else []
 
     reference, types = part.get("$ref"), part.get("type")
-    if isinstance(reference, str) and reference.startswith("#") and not known(_resolve(root, reference[1:])):
+    if isinstance(reference, str) and reference.startswith("#") and not known(resolve(root, reference[1:])):
         return False
     if not all(map(known, values("allOf"))):
         return False
@@ -202,7 +202,7 @@ def _subschemas(root: Any) -> Iterator[tuple[str, _Schema]]:
             children += [(f"{path}/{name}/{_escape(key)}", value) for key, value in items]
         reference = schema.get("$ref")
         if isinstance(reference, str) and reference.startswith("#"):
-            children.append((reference[1:], _resolve(root, reference[1:])))
+            children.append((reference[1:], resolve(root, reference[1:])))
         queue += reversed(children)
 
 
@@ -210,7 +210,7 @@ def _escape(key: str) -> str:
     return key.replace("~", "~0").replace("/", "~1")
 
 
-def _resolve(value: Any, pointer: str) -> Any:
+def resolve(value: Any, pointer: str) -> Any:
     """The value at a JSON pointer; None if nothing stands there."""
     for part in pointer.split("/")[1:]:
         key = part.replace("~1", "/").replace("~0", "~")

@@ -6,6 +6,7 @@ from typing import Any
 
 from llguidance import regex_to_lark
 
+from serve.grammar.argument_styles import STYLES, arguments
 from serve.grammar.json_schema import (
     GrammarError,
     check_finite,
@@ -15,19 +16,19 @@ from serve.grammar.json_schema import (
     with_whitespace,
 )
 
-_TEXT = r"/(.|\n)*/"
+_TEXT = r"(.|\n)*"
 _TAG_KEYS = ("type", "begin", "content", "end")
 _LIST_KEYS = ("type", "tags", "at_least_one", "stop_after_first")
 _KEYS: dict[str, tuple[str, ...]] = {
-    "any_text": ("type",),
+    "any_text": ("type", "excludes"),
     "const_string": ("type", "value"),
-    "json_schema": ("type", "json_schema"),
+    "json_schema": ("type", "json_schema", "style"),
     "or": ("type", "elements"),
-    "regex": ("type", "pattern"),
+    "regex": ("type", "pattern", "excludes"),
     "sequence": ("type", "elements"),
     "tag": _TAG_KEYS,
     "tags_with_separator": (*_LIST_KEYS, "separator"),
-    "triggered_tags": (*_LIST_KEYS, "triggers"),
+    "triggered_tags": (*_LIST_KEYS, "triggers", "excludes"),
 }
 _DEFAULTS: dict[str, Any] = {"excludes": [], "style": "json"}  # of other keys, which have no effect with these values
 _OPEN_ENDED = ("any_text", "triggered_tags")  # their text ends with the output, or at the end of a tag
@@ -91,6 +92,7 @@ class _Rules:
 
     def __init__(self, special_tokens: Mapping[str, int], whitespace: str | None) -> None:
         self.lines: list[str] = []
+        self._names: dict[str, str] = {}
         self._special_tokens = special_tokens
         self._whitespace = whitespace
         self._formats: dict[str, Callable[..., str]] = {
@@ -118,6 +120,7 @@ class _Rules:
     def triggered_tags(self, value: dict[str, Any], path: str, *, is_last: bool) -> str:
         prefix = f"{path}." if path else ""
         triggers = _strings(value, "triggers", prefix)
+        text = self.regex(_TEXT, _excludes(value, prefix))
         bodies: dict[str, list[str]] = {trigger: [] for trigger in triggers}
         for i, tag in enumerate(_list(value, "tags", prefix)):
             begin = _string(tag, "begin", f"{prefix}tags[{i}]")
@@ -127,52 +130,76 @@ class _Rules:
             rest = {**tag, "begin": begin.removeprefix(trigger)}
             bodies[trigger].append(self._tag(rest, f"{prefix}tags[{i}]", is_last=is_last))
         tags = [
-            self._rule(f"{self._text_before(trigger)} ({' | '.join(body)})") for trigger, body in bodies.items() if body
+            self.rule(f"{self.before(text, trigger)} ({' | '.join(body)})") for trigger, body in bodies.items() if body
         ]
         tag = f"({' | '.join(tags)})"
         if value.get("stop_after_first"):
-            return tag if value.get("at_least_one") else f"({tag} | {_TEXT})"
-        return f"{tag}{'+' if value.get('at_least_one') else '*'} {_TEXT}"
+            return tag if value.get("at_least_one") else f"({tag} | {text})"
+        return f"{tag}{'+' if value.get('at_least_one') else '*'} {text}"
 
-    def _rule(self, body: str, *, lazy: bool = False) -> str:
-        name = f"r{len(self.lines)}"
-        self.lines.append(f"{name}{'[lazy]' if lazy else ''}: {body}")
-        return name
+    def rule(self, body: str, *, lazy: bool = False) -> str:
+        return self._line(f"r{len(self.lines)}", f"{'[lazy]' if lazy else ''}: {body}")
 
-    def _fixed(self, text: str) -> str:
+    def _line(self, name: str, definition: str) -> str:
+        """The name of a rule or terminal; equal ones have one name."""
+        if definition not in self._names:
+            self._names[definition] = name
+            self.lines.append(f"{name}{definition}")
+        return self._names[definition]
+
+    def fixed(self, text: str) -> str:
         """An expression of a fixed text, special tokens included."""
         found = [(text.find(token), -len(token), token) for token in self._special_tokens if token in text]
         if not found:
             return json.dumps(text) if text else ""
         start, _, token = min(found)
-        before, after = self._fixed(text[:start]), self._fixed(text[start + len(token) :])
+        before, after = self.fixed(text[:start]), self.fixed(text[start + len(token) :])
         return f"{before} <[{self._special_tokens[token]}]> {after}".strip()
 
-    def _text_before(self, end: str) -> str:
-        """Any text up to the first `end`."""
+    def json(self, schema: Any) -> str:
+        check_finite(schema)
+        return self.rule(f"%json {json.dumps(with_whitespace(schema, self._whitespace))}")
+
+    def regex(self, pattern: str, excludes: list[str]) -> str:
+        """A terminal of the texts that a pattern matches and that contain none of `excludes`."""
+        expression = f"/{regex_to_lark(pattern, '')}/"
+        if not excludes:
+            return expression
+        marks = "|".join("".join(f"\\x{{{ord(char):x}}}" for char in text) for text in excludes)
+        return self._line(f"T{len(self.lines)}", f": {expression} & ~/(.|\\n)*({marks})(.|\\n)*/")
+
+    def before(self, text: str, end: str) -> str:
         if end.startswith(tuple(self._special_tokens)):
-            return f"{_TEXT} {self._fixed(end)}"
-        return self._rule(f"{_TEXT} {json.dumps(end)}", lazy=True)
+            return f"{text} {self.fixed(end)}"
+        return self.rule(f"{text} {json.dumps(end)}", lazy=True)
 
     def _any_text(self, value: dict[str, Any], path: str, *, is_last: bool) -> str:
-        del value, path, is_last
-        return _TEXT
+        del is_last
+        return self.regex(_TEXT, _excludes(value, f"{path}."))
 
     def _const_string(self, value: dict[str, Any], path: str, *, is_last: bool) -> str:
         del is_last
-        return self._fixed(_string(value, "value", path))
+        return self.fixed(_string(value, "value", path))
 
     def _json_schema(self, value: dict[str, Any], path: str, *, is_last: bool) -> str:
         del is_last
         schema = value.get("json_schema")
         if not isinstance(schema, dict | bool):
             raise GrammarError(f"`{path}.json_schema` must be an object or a boolean")
-        check_finite(schema)
-        return self._rule(f"%json {json.dumps(with_whitespace(schema, self._whitespace))}")
+        style = "json" if value.get("style") is None else value["style"]
+        if style == "json":
+            return self.json(schema)
+        if not isinstance(style, str) or style not in STYLES:
+            names = ", ".join(f"`{name}`" for name in ("json", *STYLES))
+            raise GrammarError(f"`{path}.style` must be one of {names}")
+        try:
+            return arguments(schema, STYLES[style], self)
+        except GrammarError as error:
+            raise GrammarError(f"`{path}.json_schema`: {error}") from None
 
     def _regex(self, value: dict[str, Any], path: str, *, is_last: bool) -> str:
         del is_last
-        return f"/{regex_to_lark(_string(value, 'pattern', path), '')}/"
+        return self.regex(_string(value, "pattern", path), _excludes(value, f"{path}."))
 
     def _or(self, value: dict[str, Any], path: str, *, is_last: bool) -> str:
         elements = enumerate(_list(value, "elements", f"{path}."))
@@ -187,7 +214,7 @@ class _Rules:
         return " ".join(parts)
 
     def _tag(self, value: Any, path: str, *, is_last: bool) -> str:
-        begin = self._fixed(_string(value, "begin", path))
+        begin = self.fixed(_string(value, "begin", path))
         _check_keys(value, _TAG_KEYS, f"{path}.")
         end = value.get("end", "")
         ends = end if isinstance(end, list) else [end]
@@ -196,15 +223,16 @@ class _Rules:
         content = value.get("content")
         if isinstance(content, dict) and content.get("type") == "any_text" and all(ends):
             _check_keys(content, _KEYS["any_text"], f"{path}.content.")
-            return f"{begin} ({' | '.join(map(self._text_before, ends))})"
+            text = self._any_text(content, f"{path}.content", is_last=False)
+            return f"{begin} ({' | '.join(self.before(text, end) for end in ends)})"
         body = self.format(content, f"{path}.content", is_last=is_last and ends == [""])
-        return f"{begin} {body} ({' | '.join(map(self._fixed, ends))})"
+        return f"{begin} {body} ({' | '.join(map(self.fixed, ends))})"
 
     def _tags_with_separator(self, value: dict[str, Any], path: str, *, is_last: bool) -> str:
         del is_last
         tags = enumerate(_list(value, "tags", f"{path}."))
         tag = f"({' | '.join(self._tag(item, f'{path}.tags[{i}]', is_last=False) for i, item in tags)})"
-        separator = self._fixed(_string(value, "separator", path))
+        separator = self.fixed(_string(value, "separator", path))
         body = tag if value.get("stop_after_first") else f"{tag} ({separator} {tag})*"
         return body if value.get("at_least_one") else f"({body})?"
 
@@ -215,6 +243,10 @@ def _check_keys(value: Mapping[str, Any], known: Collection[str], prefix: str) -
             raise GrammarError(f"`{prefix}{key[:100]}` is not supported")
         if key in ("at_least_one", "stop_after_first") and not isinstance(item, bool | None):
             raise GrammarError(f"`{prefix}{key}` must be a boolean")
+
+
+def _excludes(value: Mapping[str, Any], prefix: str) -> list[str]:
+    return _strings(value, "excludes", prefix) if value.get("excludes") else []
 
 
 def _string(value: Any, name: str, path: str) -> str:

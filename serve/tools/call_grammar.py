@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 from serve.grammar.fields import GrammarRequest
@@ -9,8 +10,11 @@ from serve.grammar.json_schema import closed, load_schema
 from serve.text.chat import PromptError
 from serve.tools.definitions import Tool, ToolRequest
 from serve.tools.formats import CallFormat, WrittenCall
+from serve.tools.parsers import Leading
 
 _ANY_OBJECT = {"type": "object"}
+# Text whose first character after white space, as `str.isspace` defines it, is not the first one of a call.
+_CONTENT = r"[\s\x1c-\x1f]*([^\s\x1c-\x1f{}](.|\n)*)?"
 _TAG = re.compile(r"`format[\w.\[\]]*\btags\[(\d+)\][\w.]*`: ")
 
 
@@ -19,22 +23,12 @@ def call_grammar(tools: ToolRequest, calls: CallFormat, alternative: GrammarRequ
 
     Args:
         alternative: states the JSON schema of the content where the model may choose between calls and content.
-
-    Raises:
-        PromptError: the format of the calls cannot be held to a schema.
     """
-    written = calls.written
     is_held = any(tool.strict for tool in tools.callable) or len(tools.callable) < len(tools.tools)
     if not tools.is_required and not is_held and alternative is None:
         return None
-    if written is None:  # the caller chose a format that is, unless the model may choose
-        if alternative is not None and not is_held:
-            param = alternative.param
-            message = f"`{param}` cannot be combined with tools that the model may call: its calls are no JSON."
-            raise PromptError(param, message, "unsupported_parameter")
-        param = next((tool.param for tool in tools.callable if tool.strict), "tool_choice")
-        message = f"`{param}`: calls of this model are no JSON: a schema can hold them only if a call is required."
-        raise PromptError(param, message, "unsupported_parameter")
+    written = calls.written or calls.styled
+    assert written is not None
     if tools.is_required:
         form = _required(tools, written)
     elif alternative is None:
@@ -65,37 +59,48 @@ def _required(tools: ToolRequest, written: WrittenCall) -> dict[str, Any]:
     }
     if not written.open:
         return calls
-    open_, close = ({"type": "const_string", "value": text} for text in (written.open, written.close))
-    return {"type": "sequence", "elements": [open_, calls, close]}
+    return {"type": "sequence", "elements": [_text(written.open), calls, _text(written.close)]}
 
 
 def _optional(tools: ToolRequest, calls: CallFormat, written: WrittenCall) -> dict[str, Any]:
+    """Calls, or text that `calls` reads as content."""
+    parse = calls.parse
+    if isinstance(parse, Leading):
+        marks, ends = parse.marked.begin, parse.marked.end
+        held = _required(tools, written)
+        marked = {"type": "sequence", "elements": [_text(marks[0]), held, *map(_text, ends[:1])]}
+        content = {"type": "regex", "pattern": _CONTENT.format(re.escape(parse.first)), "excludes": marks}
+        return {"type": "or", "elements": [held, marked, content]}
     if written.open:
-        tag = {
-            "begin": written.open,
-            "content": _required(tools, WrittenCall("", *_body(written))),
-            "end": written.close,
-        }
-        return {"type": "triggered_tags", "triggers": [written.open], "tags": [tag]}
-    start = written.before.partition("NAME")[0]
-    trigger = next((mark for mark in calls.marks if start.startswith(mark)), start)
-    return {"type": "triggered_tags", "triggers": [trigger], "tags": _tags(tools, written)}
+        body = replace(written, open="", close="")
+        tags = [{"begin": written.open, "content": _required(tools, body), "end": written.close}]
+        trigger = written.open
+    else:
+        start = written.before.partition("NAME")[0]
+        tags, trigger = _tags(tools, written), next(filter(start.startswith, calls.marks), start)
+    return {"type": "triggered_tags", "triggers": [trigger], "tags": tags, "excludes": parse.begin}
 
 
-def _body(written: WrittenCall) -> tuple[str, str, str]:
-    return written.before, written.after, written.separator
+def _text(value: str) -> dict[str, Any]:
+    return {"type": "const_string", "value": value}
 
 
 def _tags(tools: ToolRequest, written: WrittenCall) -> list[dict[str, Any]]:
     return [
         {
             "begin": written.before.replace("NAME", tool.name),
-            "content": {"type": "json_schema", "json_schema": _schema(tool, tools)},
+            "content": _arguments(tool, tools, written.style),
             "end": written.after,
         }
         for tool in tools.callable
     ]
 
 
-def _schema(tool: Tool, tools: ToolRequest) -> Any:
-    return {**_ANY_OBJECT, **tool.parameters} if tools.is_required or tool.strict else _ANY_OBJECT
+def _arguments(tool: Tool, tools: ToolRequest, style: str) -> dict[str, Any]:
+    """The content of a call. Styles other than JSON have no form of any object."""
+    is_held = tools.is_required or tool.strict or style != "json"
+    return {
+        "type": "json_schema",
+        "json_schema": {**_ANY_OBJECT, **tool.parameters} if is_held else _ANY_OBJECT,
+        "style": style,
+    }

@@ -22,16 +22,17 @@ from serve.tools.parsers import (
 
 @dataclass(frozen=True, slots=True)
 class WrittenCall:
-    """How calls are written if a grammar holds the model to them; arguments are JSON."""
+    """How calls are written if a grammar holds the model to them."""
 
     open: str
     before: str  # the arguments; NAME is the tool's
     after: str
     separator: str
     close: str = ""
+    style: str = "json"  # of the arguments, see `serve.grammar.argument_styles`
 
     def text(self, calls: Sequence[tuple[str, str]]) -> str:
-        """Calls, each a name and the JSON of its arguments."""
+        """Calls with arguments in JSON, each a name and the arguments."""
         texts = (f"{self.before.replace('NAME', name)}{arguments}{self.after}" for name, arguments in calls)
         return f"{self.open}{self.separator.join(texts)}{self.close}"
 
@@ -46,7 +47,8 @@ class CallFormat:
     marks: tuple[str, ...]  # all texts that may be special tokens
     parse: Leading | Marked
     hints: tuple[str, ...] = ()  # a template of this format contains one of them
-    written: WrittenCall | None = None  # None: as Hermes, which `parse` does not read
+    written: WrittenCall | None = None  # with arguments in JSON; None: as Hermes, which `parse` does not read
+    styled: WrittenCall | None = None  # with arguments that are no JSON
     short_ids: bool = False
 
     def parser(self, tools: Mapping[str, Mapping[str, Any]]) -> Parser:
@@ -76,30 +78,35 @@ FORMATS = (
         ("<tool_call>", "</tool_call>"),
         Marked(("<tool_call>", "<function="), ("</tool_call>",), qwen_coder),
         ("<function=",),
+        styled=WrittenCall("", "<tool_call>\n<function=NAME>\n", "</function>\n</tool_call>", "\n", style="qwen_xml"),
     ),
     CallFormat(
         "gemma4",
         ("<|tool_call>", "<tool_call|>", '<|"|>'),
         Marked(("<|tool_call>",), (), GemmaCall('<|"|>', "<tool_call|>")),
         ("<|tool_call>",),
+        styled=WrittenCall("", "<|tool_call>call:NAME{", "}<tool_call|>", "", style="gemma4"),
     ),
     CallFormat(
         "functiongemma",
         ("<start_function_call>", "<end_function_call>", "<escape>"),
         Marked(("<start_function_call>",), (), GemmaCall("<escape>", "<end_function_call>")),
         ("<start_function_call>",),
+        styled=WrittenCall("", "<start_function_call>call:NAME{", "}<end_function_call>", "", style="functiongemma"),
     ),
     CallFormat(
         "lfm2",
         ("<|tool_call_start|>", "<|tool_call_end|>"),
         Marked(("<|tool_call_start|>",), ("<|tool_call_end|>",), python_list),
         ("<|tool_call_start|>", "<|tool_list_start|>"),
+        styled=WrittenCall("<|tool_call_start|>[", "NAME(", ")", ", ", "]<|tool_call_end|>", "python"),
     ),
     CallFormat(
         "olmo3",
         ("<function_calls>", "</function_calls>"),
         Marked(("<function_calls>",), ("</function_calls>",), python_lines),
         ("<function_calls>",),
+        styled=WrittenCall("<function_calls>", "NAME(", ")", "\n", "</function_calls>", "python"),
     ),
     CallFormat(
         "mistral",
@@ -143,6 +150,7 @@ FORMATS = (
         ("<|python_start|>", "<|python_end|>"),
         Leading("[", python_list, Marked(("<|python_start|>",), ("<|python_end|>",), python_list)),
         ("<|python_start|>",),
+        styled=WrittenCall("[", "NAME(", ")", ", ", "]", "python"),
     ),
     CallFormat(
         "llama3",

@@ -176,6 +176,10 @@ OLD_FORM = {"structures": [{"begin": "<f=x>", "schema": {"type": "boolean"}, "en
         (tag_format(**TAG), ["<a>true</a>"], ["x<a>true</a>", "<a>true</a>x"]),
         (tag_format(**{**TAG, "content": ANY_TEXT}), ["<a>x < y</a>"], ["<a>x", "<a></a></a>"]),
         (tag_format(**ANY_TEXT), ["", "a\n<b>"], []),
+        (tag_format(**ANY_TEXT, excludes=["<b>", "/"]), ["", "a\n<b"], ["<b>", "a/b"]),
+        (tag_format(type="regex", pattern="[a-c]+", excludes=["ab"]), ["ba"], ["ab", "cab", ""]),
+        (tag_format(**{**TAG, "content": {**ANY_TEXT, "excludes": ["x"]}}), ["<a>y</a>"], ["<a>x</a>"]),
+        (tag_format(**TRIGGERED, excludes=["!"]), ["x", "x<a>true</a>y"], ["!", "x!<a>true</a>", "<a>true</a>!"]),
         (
             tag_format(type="sequence", elements=[{"type": "const_string", "value": "x"}, BOOLEAN, ANY_TEXT]),
             ["xtrue", "xfalse!"],
@@ -228,14 +232,12 @@ def test_special_token_in_a_structural_tag(compiler: GrammarCompiler, tokenizer:
         (OLD_FORM | {"at_least_one": True}, "`at_least_one` is not supported"),
         (OLD_FORM | {"structures": [{"schema": {}, "begin": "<f=", "ends": ""}]}, "`structures[0].ends` is not"),
         ({"format": ANY_TEXT, "triggers": ["<"]}, "`triggers` is not supported"),
-        ({"format": {**BOOLEAN, "style": "qwen_xml"}}, "`format.style` is not supported"),
+        ({"format": {**BOOLEAN, "style": "xml"}}, "`format.style` must be one of `json`, `python`, "),
+        ({"format": {**BOOLEAN, "style": []}}, "`format.style` must be one of `json`, `python`, "),
         ({"format": {**TRIGGERED, "at_least_one": 1}}, "`format.at_least_one` must be a boolean"),
         ({"format": {**TRIGGERED, "tags": [{**TAG, "stop": 1}]}}, "`format.tags[0].stop` is not supported"),
-        (
-            {"format": {**TAG, "content": {**ANY_TEXT, "excludes": ["x"]}}},
-            "`format.content.excludes` is not supported",
-        ),
-        ({"format": {**ANY_TEXT, "excludes": ["x"]}}, "`format.excludes` is not supported"),
+        ({"format": {**ANY_TEXT, "excludes": [""]}}, "`format.excludes` must be a list of strings that are not empty"),
+        ({"format": {**TAG, "excludes": ["x"]}}, "`format.excludes` is not supported"),
         ({"format": {"type": "json_schema"}}, "`format.json_schema` must be an object or a boolean"),
         (
             {"format": {**TAG, "content": {"type": "json_schema", "json_schema": {"items": {"not": {}}}}}},
@@ -246,6 +248,32 @@ def test_special_token_in_a_structural_tag(compiler: GrammarCompiler, tokenizer:
 )
 def test_error_of_a_structural_tag_has_a_path(compiler: GrammarCompiler, value: Any, message: str) -> None:
     assert error_of(compiler, tag(value)).startswith(message)
+
+
+def properties(**schemas: Any) -> Any:
+    return {"type": "object", "properties": schemas, "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("style", "schema_of_arguments", "message"),
+    [
+        ("python", properties(**{"from": {}}), "the name 'from' cannot be written"),
+        ("python", {"anyOf": [{}]}, "keyword `anyOf` is not supported at `/anyOf`"),
+        ("python", {"type": "object"}, "an object without `properties` is not supported"),
+        ("python", properties(a={"not": {}}), "keyword `not` is not supported"),
+        ("python", {"type": "object", "properties": 1}, "the schema is not valid"),
+        ("qwen_xml", properties(a={"type": "string", "format": "date"}), "keyword `format` is not supported at `/prop"),
+        ("qwen_xml", properties(a={"type": "string", "pattern": "^a|b$"}), "keyword `pattern` must match the whole"),
+        ("qwen_xml", properties(a={"type": "string", "enum": ["</parameter>"]}), "a value contains '</parameter>'"),
+        ("gemma4", properties(a={"oneOf": [{}]}), "a schema without `type` is not supported at `/properties/a`"),
+        ("gemma4", properties(a={"enum": [[]]}), "a value of `enum` or `const` is not supported at `/properties/a`"),
+        ("gemma4", properties(a={"$ref": "#/properties/a"}), "the reference is not supported at `/properties/a/$ref`"),
+        ("gemma4", properties(a=False), "the schema allows nothing at `/properties/a`"),
+    ],
+)
+def test_error_of_a_style(compiler: GrammarCompiler, style: str, schema_of_arguments: Any, message: str) -> None:
+    spec = tag_format(type="json_schema", json_schema=schema_of_arguments, style=style)
+    assert f"`format.json_schema`: {message}" in error_of(compiler, spec)
 
 
 @pytest.mark.parametrize(

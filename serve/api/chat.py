@@ -88,8 +88,9 @@ class ChatHandler[B: ChatCompletionRequest](Handler[B]):
     def _grammar(self, body: B, prompts: Sequence[Prompt]) -> GrammarRequest | None:
         stated, reply = super()._grammar(body, prompts), prompts[0].reply
         grammar = stated if reply is None else reply.grammar(stated)
-        if grammar is not stated and body.ignore_eos:
-            raise invalid("ignore_eos", "`ignore_eos` cannot be combined with tools that a grammar holds.")
+        for name in ("ignore_eos", "grammar_start"):
+            if grammar is not stated and getattr(body, name) not in (None, False):
+                raise invalid(name, f"`{name}` cannot be combined with tools that a grammar holds.")
         return grammar
 
     async def _compile(self, job: Job[B]) -> Grammar | None:
@@ -101,7 +102,7 @@ class ChatHandler[B: ChatCompletionRequest](Handler[B]):
                 raise
             raise schema_error(reply.tools, str(error)) from None
         context = self._context
-        if reply is None:
+        if reply is None or job.body.grammar_start is not None:
             return grammar
         return reply.with_thinking(context.model.tokenizer, context.engine.limits.vocab_size, grammar)
 

@@ -29,6 +29,7 @@ from serve.api.unsent import Unsent
 from serve.api.validation import (
     PromptLogprobs,
     check_common,
+    check_grammar_start,
     check_prompt_logprobs,
     check_requested_ids,
     check_start,
@@ -37,7 +38,7 @@ from serve.api.validation import (
 )
 from serve.engine.grammar import Grammar
 from serve.engine.request import PromptScoring, Request, SamplingParams
-from serve.grammar.fields import GrammarRequest, compile_grammar, grammar_request
+from serve.grammar.fields import GrammarRequest, compile_grammar, grammar_request, resume_grammar
 from serve.jobs.generate import choice_params
 from serve.jobs.output import Output, OutputDecoder
 from serve.text.detokenizer import Detokenizer, StopStrings
@@ -97,7 +98,9 @@ class Handler[B: GenerationRequest](ABC):
         """The grammar of the outputs. Raise PromptError if it cannot be used, GrammarBusyError for a full queue."""
         if job.grammar is None:
             return None
-        return await compile_grammar(job.grammar, self._context.grammars, job.choices[0].request.owner)
+        grammar = await compile_grammar(job.grammar, self._context.grammars, job.choices[0].request.owner)
+        start = job.body.grammar_start
+        return grammar if start is None else await resume_grammar(grammar, job.prompts[0].ids[start:])
 
     def _job(self, data: bytes, record: AnswerRecord) -> Job[B]:
         """Validate and tokenize a request. Slow: run it in a thread."""
@@ -151,8 +154,9 @@ class Handler[B: GenerationRequest](ABC):
 
     def _grammar(self, body: B, prompts: Sequence[Prompt]) -> GrammarRequest | None:
         """The grammar of the outputs. Raise PromptError for an invalid field."""
-        del prompts
-        return grammar_request(body, ignore_eos=bool(body.ignore_eos))
+        grammar = grammar_request(body, ignore_eos=bool(body.ignore_eos))
+        check_grammar_start(body, grammar, [prompt.ids for prompt in prompts])
+        return grammar
 
     def _read(self, data: dict[str, Any], record: AnswerRecord) -> B:
         """Validate the fields of a body. Raise APIError or PromptError if one is invalid."""

@@ -77,6 +77,7 @@ class GenerationRequest(OutputFields, GrammarAliases):
     prompt_logprobs_start: Count | None = None
     prompt_logprobs_format: Literal["entries", "columns"] | None = None
     prompt_logprob_token_ids: _TokenIds | None = None
+    grammar_start: Count | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=_INT64)] | None = None
     truncation_side: Literal["left", "right"] | None = None
     request_id: RequestId | None = None

@@ -175,6 +175,19 @@ def check_start(body: GenerationRequest, prompts: Sequence[Sequence[int]]) -> No
         raise invalid("prompt_logprobs_start", message)
 
 
+def check_grammar_start(body: GenerationRequest, grammar: object, prompts: Sequence[Sequence[int]]) -> None:
+    """Check that `grammar_start` is within the only prompt of a request with a grammar."""
+    start, param = body.grammar_start, "grammar_start"
+    if start is None:
+        return
+    if grammar is None:
+        raise invalid(param, f"`{param}` needs a grammar.")
+    if len(prompts) > 1:
+        raise invalid(param, f"`{param}` needs a single prompt.")
+    if start > len(prompts[0]):
+        raise invalid(param, f"`{param}` is {start}, but the prompt has {len(prompts[0])} tokens.")
+
+
 def check_prompt_logprobs(
     requested: PromptLogprobs, prompts: Sequence[Sequence[int]], copies: int, limits: EngineLimits
 ) -> None:

@@ -1,7 +1,8 @@
 """Fields of requests that state a grammar: those of OpenAI, vLLM, SGLang and llama.cpp."""
 
+import asyncio
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypedDict
 
@@ -9,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, WithJsonSchema
 
 from serve.grammar.compiler import GrammarCompiler
 from serve.grammar.json_schema import GrammarError
-from serve.grammar.masks import LlguidanceGrammar
+from serve.grammar.masks import LlguidanceGrammar, ResumedGrammar
 from serve.grammar.spec import GrammarKind, GrammarSpec
 from serve.text.chat import PromptError
 
@@ -116,6 +117,14 @@ def grammar_request(fields: GrammarFields, *, ignore_eos: bool) -> GrammarReques
     if found and ignore_eos:
         raise PromptError("ignore_eos", "`ignore_eos` cannot be combined with a grammar, which ends the output.")
     return found[0] if found else None
+
+
+async def resume_grammar(grammar: LlguidanceGrammar, tokens: Sequence[int]) -> ResumedGrammar:
+    """The rest of a grammar after `tokens`. Raise PromptError if it does not allow them."""
+    try:
+        return await asyncio.to_thread(grammar.after, tokens)
+    except GrammarError as error:
+        raise PromptError("grammar_start", f"`grammar_start`: {error}.") from None
 
 
 async def compile_grammar(

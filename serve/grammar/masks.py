@@ -7,6 +7,8 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
+from serve.grammar.json_schema import GrammarError
+
 type Words = NDArray[np.uint32]  # packed mask [W], as in SamplingArrays.mask
 
 # A lexer state takes up to 600 bytes, and a token of a string with `maxLength` adds about 20.
@@ -69,9 +71,28 @@ class LlguidanceGrammar:
     def matcher(self) -> "LlguidanceMatcher":
         return LlguidanceMatcher(self._start.deep_copy(), self)
 
+    def after(self, tokens: Sequence[int]) -> "ResumedGrammar":
+        """This grammar for the rest of a text that begins with `tokens`. Raise GrammarError if it forbids one."""
+        matcher = self.matcher()
+        for index, token in enumerate(tokens):
+            matcher.advance(token)
+            if matcher.error is not None:
+                raise GrammarError(f"the grammar does not allow token {token} at index {index} of its text")
+        return ResumedGrammar(matcher)
+
     def count_token(self) -> None:
         self._num_tokens += 1
         self.is_exhausted |= self._num_tokens >= _MAX_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class ResumedGrammar:
+    """The rest of a grammar. Thread-safe."""
+
+    start: "LlguidanceMatcher"
+
+    def matcher(self) -> "LlguidanceMatcher":
+        return self.start.copy()
 
 
 class LlguidanceMatcher:
@@ -81,6 +102,9 @@ class LlguidanceMatcher:
         self._state = state
         self._grammar = grammar
         self._error: str | None = None
+
+    def copy(self) -> "LlguidanceMatcher":
+        return LlguidanceMatcher(self._state.deep_copy(), self._grammar)
 
     @property
     def error(self) -> str | None:

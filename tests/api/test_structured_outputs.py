@@ -74,6 +74,29 @@ async def test_answer_follows_the_grammar(server: Server, path: str, fields: dic
     assert await text_of(server, path, **fields) == text
 
 
+@pytest.mark.parametrize("count", [0, 3, 7])
+@PATHS
+async def test_grammar_that_starts_in_the_prompt(server: Server, path: str, count: int) -> None:
+    prompt = [72, 105]
+    post, name = (server.chat, "prompt_token_ids") if path == CHAT else (server.complete, "prompt")
+    fields = {"messages": None, "response_format": FORMAT, "return_token_ids": True, "max_tokens": 40}
+
+    async def choice(ids: list[int], **others: Any) -> Any:
+        return (await post(**{name: ids}, **fields, **others))["choices"][0]
+
+    whole = await choice(prompt)
+    rest = await choice([*prompt, *whole["token_ids"][:count]], grammar_start=len(prompt))
+    assert rest["token_ids"] == whole["token_ids"][count:]
+    assert rest["finish_reason"] == whole["finish_reason"] == "stop"
+
+
+async def test_grammar_that_starts_in_the_prompt_of_several(server: Server) -> None:
+    error = error_of(
+        await server.post(COMPLETIONS, completion_body(prompt=["a", "a"], regex="a*", grammar_start=0)), 400
+    )
+    assert (error["param"], error["message"]) == ("grammar_start", "`grammar_start` needs a single prompt.")
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -258,6 +281,9 @@ JSON_SCHEMA = "response_format.json_schema"
         ({"regex": "a", "ebnf": 'root ::= "a"'}, "ebnf", "`ebnf` cannot be combined with `regex`."),
         ({"regex": "a", "response_format": FORMAT}, "regex", "cannot be combined with `response_format`"),
         ({"regex": "a", "ignore_eos": True}, "ignore_eos", "cannot be combined with a grammar"),
+        ({"grammar_start": 0}, "grammar_start", "needs a grammar"),
+        ({"grammar_start": 1_000, "regex": "a"}, "grammar_start", "is 1000, but the prompt has"),
+        ({"grammar_start": 0, "regex": "!*"}, "grammar_start", "the grammar does not allow token "),
         ({"return_processed_logprobs": True}, "return_processed_logprobs", "needs `logprobs`"),
     ],
 )

@@ -276,6 +276,27 @@ def test_grammar_shows_allowed_mass_and_forced_tokens(page: Inspector, server: S
     assert page.page.locator("html").get_attribute("data-colors") == "mass"
 
 
+def test_grammar_goes_on_after_continue_and_in_branches(page: Inspector) -> None:
+    pane = page.pane()
+    page.set_grammar("regular expression", " (London|Paris|Berlin) is large, and so is Rome[.]")
+    page.set(max_tokens=20)
+    pane.run(PROMPT)
+    whole = pane.exported()["tokens"]
+    page.set(max_tokens=3)
+    pane.run()
+    page.set(max_tokens=20)
+    pane.run(button="Continue")
+    assert pane.exported()["tokens"] == whole
+    pane.cells.nth(5).hover()
+    page.alternatives.filter(has_text="London").click()
+    expect(pane.root.get_by_role("navigation").get_by_role("button")).to_have_count(2)
+    pane.wait()
+    assert "".join(pane.texts()).startswith(f"{PROMPT} London is large, and so is Rome.")
+    pane.cells.nth(6).hover()
+    page.alternatives.filter(has_text=",").first.click()
+    expect(pane.error).to_contain_text("the grammar does not allow token")
+
+
 def test_export_contains_the_run(page: Inspector) -> None:
     pane = page.pane()
     pane.run(PROMPT)

@@ -20,6 +20,7 @@ export class Run {
     this.prompt = prompt;
     this.tokens = [];
     this.fills = []; // parameters of requests, each with the position `from` which its tokens were requested
+    this.form = null; // {grammar, start}: JSON of the grammar that holds the end of the text, and where its text begins
     this.source = null; // {model, fingerprint} that computed the numbers
     this.finish = null; // stop or length, after the end
     this.usage = null;
@@ -32,6 +33,7 @@ export class Run {
     run.tokens = this.tokens.slice(0, length);
     run.fills = this.fills.filter((fill) => fill.from < length);
     run.source = this.source;
+    if (this.form?.start <= length) run.form = this.form;
     return run;
   }
 
@@ -55,7 +57,8 @@ export class Run {
 
   /** Scores tokens without numbers and generates new ones. Calls `onChange(from)` when tokens from `from` on change. */
   async fill(settings, alternatives, onChange, signal) {
-    const common = { ...settings, logprobs: true, top_logprobs: alternatives, stream_options: { include_usage: true } };
+    const { structured_outputs: grammar, ...others } = settings;
+    const common = { ...others, logprobs: true, top_logprobs: alternatives, stream_options: { include_usage: true } };
     const startTime = performance.now();
     const ids = this.tokens.map((token) => token.id);
     Object.assign(this, { finish: null, usage: null, seconds: null });
@@ -65,7 +68,11 @@ export class Run {
       if (end <= this.#unknown || this.#unknown < 0) continue;
       await this.#request({ ...common, max_tokens: 0, prompt_token_ids: ids.slice(0, end) }, alternatives, onChange, signal);
     }
-    const { finish, usage } = await this.#request({ ...common, prompt_token_ids: ids }, alternatives, onChange, signal);
+    const body = { ...common, ...this.#grammarFields(grammar), prompt_token_ids: ids };
+    const { finish, usage, answerStart } = await this.#request(body, alternatives, onChange, signal);
+    if (this.form?.start === ids.length && usage?.completion_tokens_details) {
+      this.form = answerStart === null ? null : { ...this.form, start: ids.length + answerStart }; // after the reasoning
+    }
     Object.assign(this, { finish, usage });
     this.seconds = (performance.now() - startTime) / 1000;
   }
@@ -75,10 +82,19 @@ export class Run {
     return this.tokens.findIndex((token) => token.logprob === undefined);
   }
 
-  /** Sends one request; returns its {finish, usage}. */
+  /** Fields for a grammar. Tokens that were generated in it belong to its text, which goes on. */
+  #grammarFields(grammar) {
+    const { length } = this.tokens;
+    const isSame = grammar && this.form?.grammar === JSON.stringify(grammar);
+    if (!isSame) this.form = grammar ? { grammar: JSON.stringify(grammar), start: length } : null;
+    if (!grammar) return {};
+    return { structured_outputs: grammar, ...(this.form.start < length && { grammar_start: this.form.start }) };
+  }
+
+  /** Sends one request; returns its {finish, usage, answerStart}; the last is null without reasoning before an answer. */
   async #request(body, alternatives, onChange, signal) {
     const start = this.#unknown;
-    const result = { finish: null, usage: null };
+    const result = { finish: null, usage: null, answerStart: null };
     const scoring = { prompt_logprobs: alternatives, prompt_logprobs_start: start, prompt_logprobs_format: "columns" };
     for await (const event of this.server.stream(start < 0 ? body : { ...body, ...scoring }, signal)) {
       this.source = sourceOf(event, this.source); // throws if another model answers
@@ -91,6 +107,7 @@ export class Run {
       for (const entry of choice?.logprobs?.content ?? []) this.tokens.push(this.#generated(entry));
       if (choice?.finish_reason) result.finish = choice.finish_reason;
       if (event.usage) result.usage = event.usage;
+      result.answerStart = choice?.answer_start ?? result.answerStart;
       if (this.tokens.length > from) onChange(from);
     }
     return result;

@@ -10,7 +10,7 @@ from jax import Array
 from model.kernels import cpu
 from model.kernels.dispatch import Kernels
 from model.layers import soft_cap_in_xla
-from model.linear import all_live, matmul, operand
+from model.linear import all_live, matmul, operands
 from model.packed import PackedWeight
 from model.reduce import log_sum_exp, parts_of
 from model.sharding import UNSHARDED, VocabAxis
@@ -59,7 +59,7 @@ def head_logprobs(
     options: dict[str, Any] = {"k": k, "cap": module.config.logit_cap}
     xla = partial(_score_in_xla, kernels=kernels, **options)
     with jax.named_scope("head"):
-        arguments = (operand(hidden, weight), weight, ids, requested_ids, live)
+        arguments = (*operands(hidden, weight), ids, requested_ids, live)
         logprobs: TokenLogprobs = kernels.dispatch(*arguments, on_cpu=partial(cpu.score, **options), xla=xla)
         return logprobs
 

@@ -1,7 +1,11 @@
-"""Formats of packed weights: how their blocks are stored in GGUF files, and how the kernels read them.
+"""Formats of packed weights: the blocks of GGUF files, blocks of our own for quantized safetensors, and floats.
 
 A packed weight [N, K] has, for each 32 columns of the product and each block of B elements of K, W words of 32 bits per
-column: the bytes of the file in the file's order. A scale that is no full word is stored beside them.
+column: the bytes of the GGUF file in the file's order. A scale that is no full word is stored beside them.
+
+Our own formats start with a word of a float32 scale. In INT4 and INT8 the scale is a float16 or bfloat16, whose lowest
+13 bits as float32 are zero: they hold the zero point, and a value is scale * (code - zero point). FP8 is e4m3, rounded
+to float32 once: scale * value.
 Layouts of the blocks: ggml-common.h of the ggml project. `kernels/cpu/formats.h` describes the arithmetic.
 """
 
@@ -15,18 +19,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MAX_EXPONENT = 249  # of MXFP4; the kernels' sums of larger values would overflow
+_MAX_SCALE_BITS = (127 + 100) << 23  # 2^100; the same for float32 scales
 
 
 @dataclass(frozen=True, slots=True)
 class BlockFormat:
     """The layout of a block: `words` words of 32 bits, and a scale of `scale_bytes` bytes, 0 for none."""
 
-    name: str  # ggml's
+    name: str  # ggml's, or ours: the type of the codes and B
     block: int  # B, elements of K
     words: int  # W
     scale_bytes: int = 0
     scale_first: bool = True  # in the file: before the words, else after them
     float16_at: tuple[int, ...] = ()  # bytes of the file's block where its float16 factors start
+    has_float32_scale: bool = False  # in the first word
 
     @property
     def block_bytes(self) -> int:
@@ -45,10 +51,13 @@ class BlockFormat:
         return np.dtype(np.uint8 if self.scale_bytes == 1 else np.uint16)
 
     def has_finite_scales(self, rows: NDArray[np.uint8]) -> bool:
-        """Whether all values of rows of blocks are finite; of floats it is not checked."""
+        """Whether all values of rows of blocks are finite and not too large; of floats it is not checked."""
         blocks = rows.reshape(-1, self.block_bytes)
         if self.name == "MXFP4":
             return bool((blocks[:, 0] <= _MAX_EXPONENT).all())
+        if self.has_float32_scale:
+            is_finite = bool((np.ascontiguousarray(blocks[:, :4]).view("<u4") & 0x7FFFFFFF < _MAX_SCALE_BITS).all())
+            return is_finite and (self.name != "FP8_128" or bool((blocks[:, 4:] & 0x7F != 0x7F).all()))
         return all((blocks[:, at + 1] & 0x7C != 0x7C).all() for at in self.float16_at)
 
     def depth(self, k: int) -> int:
@@ -82,6 +91,9 @@ FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
             BlockFormat("IQ4_NL", 32, 4, 2, float16_at=(0,)),
             BlockFormat("IQ4_XS", 256, 34, float16_at=(0,)),
             BlockFormat("MXFP4", 32, 4, 1),
+            *(BlockFormat(f"INT4_{block}", block, 1 + block // 8, has_float32_scale=True) for block in (32, 64, 128)),
+            *(BlockFormat(f"INT8_{block}", block, 1 + block // 4, has_float32_scale=True) for block in (32, 128)),
+            BlockFormat("FP8_128", 128, 33, has_float32_scale=True),
             *(BlockFormat(name, 32, 8 * dtype.itemsize) for name, dtype in FLOATS.items()),
         )
     }

@@ -8,7 +8,7 @@ READ = frozenset(
         *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
         *("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act", "hidden_activation"),
         *("tie_word_embeddings", "max_position_embeddings", "original_max_position_embeddings", "layer_types"),
-        *("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"),
+        *("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "quantization_config"),
     )
 )
 # Without effect: written by transformers 4 and 5 for bookkeeping, training and generation, or by common tools.

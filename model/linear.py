@@ -33,14 +33,16 @@ def matmul(x: Array, weight: Weight, kernels: Kernels, live: Array | None = None
     if isinstance(weight, StackedWeight):
         return jnp.concatenate([matmul(x, part, kernels, live) for part in weight.parts], axis=1)
     y: Array = kernels.dispatch(
-        operand(x, weight), weight, live, on_cpu=cpu.linear, on_gpu=_by_blocks, on_tpu=_by_blocks, xla=_in_xla
+        *operands(x, weight), live, on_cpu=cpu.linear, on_gpu=_by_blocks, on_tpu=_by_blocks, xla=_in_xla
     )
     return y
 
 
-def operand(x: Array, weight: PackedWeight) -> Array:
-    """x as the kernels multiply it with the weight: bfloat16 if both are, else float32."""
-    return x if weight.format.name == "BF16" else x.astype(jnp.float32)
+def operands(x: Array, weight: PackedWeight) -> tuple[Array, PackedWeight]:
+    """x and the weight as the kernels multiply them: x bfloat16 if both are, else float32, its columns in the order of
+    the weight's blocks."""
+    x = x if weight.format.name == "BF16" else x.astype(jnp.float32)
+    return (x, weight) if weight.order is None else (x[:, weight.order], replace(weight, order=None))
 
 
 def all_live(x: Array) -> Array:

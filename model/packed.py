@@ -21,7 +21,8 @@ class PackedWeight:
     """A weight [n, k] in a block format.
 
     `words` [ceil(n/32), D, W, 32] uint32 and `scales` [ceil(n/32), D, 32] uint8 or uint16, or [ceil(n/32), 0, 32] if
-    the format has none; D is the number of blocks of K. Padded with zeros.
+    the format has none; D is the number of blocks of K. Padded with zeros. With `order` [k] int32, the columns of the
+    blocks are the weight's columns order[0], order[1], ...
     """
 
     words: Array
@@ -29,6 +30,7 @@ class PackedWeight:
     format: BlockFormat = field(metadata={"static": True})
     n: int = field(metadata={"static": True})
     k: int = field(metadata={"static": True})
+    order: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +45,11 @@ type Packed = PackedWeight | StackedWeight
 
 
 def pack(
-    shape: tuple[int, ...], block_format: BlockFormat, runs: Iterable[NDArray[np.uint8]], memory: Arena | None = None
+    shape: tuple[int, ...],
+    block_format: BlockFormat,
+    runs: Iterable[NDArray[np.uint8]],
+    memory: Arena | None = None,
+    order: NDArray[np.int32] | None = None,
 ) -> PackedWeight:
     """Pack a weight [n, k] that comes in runs of rows, each as the bytes of its blocks; only their order changes."""
     memory = Arena(0) if memory is None else memory
@@ -62,7 +68,8 @@ def pack(
             own = np.ascontiguousarray(parts[..., start : start + block_format.scale_bytes]).view(scales.dtype)
             scales[block:stop] = own[..., 0].transpose(0, 2, 1)
         block = stop
-    return PackedWeight(jax.device_put(words), jax.device_put(scales), block_format, n, k)
+    columns = None if order is None else jax.device_put(order)
+    return PackedWeight(jax.device_put(words), jax.device_put(scales), block_format, n, k, columns)
 
 
 def _column_blocks(runs: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
@@ -82,13 +89,18 @@ def unpack_rows(weight: PackedWeight, rows: Array) -> Array:
     """Rows `rows` [M] int32 (each in 0 .. n-1), exact: [M, k], bfloat16 if the weight is, else float32."""
     block, column = rows // COLUMN_BLOCK, rows % COLUMN_BLOCK
     values = _values(weight.format, weight.words[block, :, :, column], weight.scales[block, :, column])
-    return values.reshape(rows.shape[0], -1)[:, : weight.k]
+    return _natural_order(values.reshape(rows.shape[0], -1)[:, : weight.k], weight.order)
 
 
 def unpack(weight: PackedWeight) -> Array:
     """The full weight [n, k], of the dtype of `unpack_rows`."""
     values = _values(weight.format, weight.words.transpose(0, 3, 1, 2), weight.scales.transpose(0, 2, 1))
-    return values.reshape(weight.words.shape[0] * COLUMN_BLOCK, -1)[: weight.n, : weight.k]
+    rows = values.reshape(weight.words.shape[0] * COLUMN_BLOCK, -1)
+    return _natural_order(rows[: weight.n, : weight.k], weight.order)
+
+
+def _natural_order(values: Array, order: Array | None) -> Array:
+    return values if order is None else jnp.zeros_like(values).at[:, order].set(values)
 
 
 def _values(block_format: BlockFormat, words: Array, scales: Array) -> Array:
@@ -104,6 +116,10 @@ def _values(block_format: BlockFormat, words: Array, scales: Array) -> Array:
             values = jax.lax.bitcast_convert_type(words, jnp.float16).astype(jnp.float32)
         case "F32":
             values = jax.lax.bitcast_convert_type(words, jnp.float32)
+        case "FP8_128":
+            scale = jax.lax.bitcast_convert_type(words[..., :1], jnp.float32)
+            codes = _bytes(words[..., 1:]).astype(jnp.uint8)
+            values = jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32) * scale
         case _:
             codes, factors, minima = _DECODERS[block_format.name](words, scales)  # [..., D, B], twice [..., D, groups]
             groups = codes.reshape(*factors.shape, -1).astype(jnp.float32)
@@ -232,6 +248,20 @@ def _mxfp4(words: Array, scales: Array) -> _Decoded:
     return _lookup(_FP4_VALUES, _parts(_bytes(words), 4, 16)), factor, None
 
 
+def _scale_and_minimum(words: Array, center: int) -> tuple[Array, Array]:
+    """The scale [..., 1] of blocks, and (zero point - center) * scale, both exact."""
+    scale = jax.lax.bitcast_convert_type(words[..., :1] & np.uint32(0xFFFFE000), jnp.float32)
+    return scale, ((words[..., :1] & 0x1FFF).astype(jnp.int32) - center).astype(jnp.float32) * scale
+
+
+def _int4(words: Array, _: Array) -> _Decoded:
+    return _parts(_bytes(words[..., 1:]), 4, 16) - 8, *_scale_and_minimum(words, 8)
+
+
+def _int8(words: Array, _: Array) -> _Decoded:
+    return _signed(_bytes(words[..., 1:])), *_scale_and_minimum(words, 128)
+
+
 _DECODERS: Mapping[str, Callable[[Array, Array], _Decoded]] = MappingProxyType(
     {
         "Q4_0": _q4_0,
@@ -247,5 +277,7 @@ _DECODERS: Mapping[str, Callable[[Array, Array], _Decoded]] = MappingProxyType(
         "IQ4_NL": _iq4_nl,
         "IQ4_XS": _iq4_xs,
         "MXFP4": _mxfp4,
+        **dict.fromkeys(("INT4_32", "INT4_64", "INT4_128"), _int4),
+        **dict.fromkeys(("INT8_32", "INT8_128"), _int8),
     }
 )

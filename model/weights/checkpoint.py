@@ -1,9 +1,10 @@
 """The interface of a file format, and the error that all of them raise."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self
 
+import numpy as np
 from numpy.typing import NDArray
 
 from model.config import ModelConfig
@@ -28,6 +29,8 @@ class TensorInfo:
     stored_as: str  # the format's name of the type, such as "BF16" or "Q4_1"
     supported: bool  # whether `Checkpoint.read` can decode this type
     nbytes: int  # in the file; 0 if the type is not supported
+    # Columns [K] as `Checkpoint.read_blocks` has them; None: in their own order.
+    order: NDArray[np.int32] | None = field(default=None, compare=False)
 
     @property
     def block_format(self) -> BlockFormat | None:
@@ -65,6 +68,13 @@ class Checkpoint(Protocol):
             ModelLoadError: the bytes cannot be read or decoded; the message does not repeat the name.
             KeyError: no such tensor.
         """
+
+    def read_blocks(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        """Rows start..stop-1 of a matrix in its `TensorInfo.block_format`: [R, bytes of a row]; raises as `read`."""
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether the configuration asks for quantized activations, which are not imitated."""
 
     def close(self) -> None:
         """Close the files. Arrays already read stay valid."""

@@ -35,6 +35,7 @@ class GgufCheckpoint:
     """A GGUF model in one or more files. Headers are read immediately, tensors on demand."""
 
     naming: Literal["gguf"] = "gguf"
+    quantizes_activations = False
 
     def __init__(self, path: Path) -> None:
         """Read the headers; `path` is any file of a model in several files.
@@ -75,7 +76,6 @@ class GgufCheckpoint:
         return values.reshape(_rows_of(tensor, start, stop), *tensor.shape[1:])
 
     def read_blocks(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
-        """Rows start..stop-1 of a matrix in its `TensorInfo.block_format`: [R, bytes of a row]; raises as `read`."""
         tensor = self._tensors[name]
         blocks = self._read_rows(name, start, stop)
         if tensor.type_name in WIDER_FORMATS:

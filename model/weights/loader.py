@@ -88,7 +88,7 @@ def _put(rows: Rows | Sequence[BlockRows], memory: Arena) -> Any:
     """Put a weight on the default device."""
     if isinstance(rows, Rows):
         return jax.device_put(rows.read())
-    packed = tuple(pack(part.shape, part.format, part.runs, memory) for part in rows)
+    packed = tuple(pack(part.shape, part.format, part.runs, memory, part.order) for part in rows)
     return packed[0] if len(packed) == 1 else StackedWeight(packed)
 
 

@@ -41,6 +41,7 @@ class BlockRows:
     shape: tuple[int, ...]
     format: BlockFormat
     runs: Iterator[NDArray[np.uint8]]
+    order: NDArray[np.int32] | None = None  # the columns in the blocks; None: in their own order
 
 
 def quantized(matrix: NDArray[Any], block_format: BlockFormat) -> NDArray[np.uint8]:

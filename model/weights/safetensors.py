@@ -5,7 +5,8 @@ Formats: the safetensors README ("Format"), and the index that `transformers` wr
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from model.config import ConfigError, ModelConfig, short_repr
 from model.config_hf import config_from_hf
 from model.text_half import text_half_of, text_tensor
 from model.weights.checkpoint import ModelLoadError, TensorInfo
+from model.weights.hf_packing import QuantizedTensor, quantized_tensors
+from model.weights.hf_quantization import Quantization, quantization_of
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -34,14 +37,29 @@ class _Shard:
         self._read_bytes = 0
         self.file = self._open()
 
-    def read(self, name: str, start: int, stop: int | None) -> NDArray[Any]:
+    def read(self, name: str, *index: slice) -> NDArray[Any]:
+        """A part of a tensor, which has as many axes as slices or more; FP8 as bytes, of slices of rows only."""
         if self._read_bytes > _MAPPED_BYTES:
             self.close()
             self._read_bytes, self.file = 0, self._open()
+        header = self.file.get_slice(name)
         # A view of a copy that safetensors made of the mapping.
-        values: NDArray[Any] = self.file.get_slice(name)[start:stop]
+        if header.get_dtype() == "F8_E4M3":  # numpy has no such type
+            values = self._read_bytes_of(name, header.get_shape(), *index)
+        else:
+            values = header[index] if index else self.file.get_tensor(name)
         self._read_bytes += values.nbytes
         return values
+
+    def _read_bytes_of(self, name: str, shape: Sequence[int], rows: slice) -> NDArray[np.uint8]:
+        """Rows of a tensor whose elements are bytes."""
+        size = math.prod(shape[1:])
+        with self._path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            first = 8 + length + json.loads(file.read(length))[name]["data_offsets"][0]
+            start, stop, _ = rows.indices(shape[0])
+            file.seek(first + start * size)
+            return np.fromfile(file, np.uint8, (stop - start) * size).reshape(stop - start, *shape[1:])
 
     def close(self) -> None:
         self.file.__exit__(None, None, None)
@@ -64,7 +82,7 @@ class SafetensorsCheckpoint:
         """
         self.path = str(folder)
         content = _json_object(folder / "config.json")
-        self.config = _config(folder / "config.json", content)
+        self.config, quantization = _config(folder / "config.json", content)
         self._is_text_half = text_half_of(content) is not None
         self.skipped: dict[str, int] = {}
         self._open_files = ExitStack()
@@ -73,6 +91,12 @@ class SafetensorsCheckpoint:
         try:
             for path in _files(folder):
                 self._add(path)
+            self._quantized: Mapping[str, QuantizedTensor] = {}
+            self.quantizes_activations = quantization is not None and quantization.quantizes_activations
+            if quantization is not None:
+                self._quantized, parts = quantized_tensors(quantization, self._tensors, self._read)
+                plain = {name: info for name, info in self._tensors.items() if name not in parts}
+                self._tensors = plain | {name: tensor.info for name, tensor in self._quantized.items()}
         except BaseException:
             self.close()
             raise
@@ -85,12 +109,20 @@ class SafetensorsCheckpoint:
         return self._tensors
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        if name in self._quantized:
+            return self._quantized[name].read(start, self._tensors[name].shape[0] if stop is None else stop)
+        values = self._read(name, slice(start, stop))
+        return values.astype(np.float32) if values.dtype == np.float16 else values
+
+    def read_blocks(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        return self._quantized[name].read_blocks(start, stop)
+
+    def _read(self, name: str, *index: slice) -> NDArray[Any]:
         try:
             shard, stored_name = self._file_of[name]
-            values = shard.read(stored_name, start, stop)
+            return shard.read(stored_name, *index)
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(f"cannot be read: {error}") from error
-        return values.astype(np.float32) if values.dtype == np.float16 else values
 
     def close(self) -> None:
         self._open_files.close()
@@ -120,12 +152,12 @@ class SafetensorsCheckpoint:
 
 def read_config(path: Path) -> ModelConfig:
     """The network that a config.json describes; raises ModelLoadError."""
-    return _config(path, _json_object(path))
+    return _config(path, _json_object(path))[0]
 
 
-def _config(path: Path, content: Mapping[str, Any]) -> ModelConfig:
+def _config(path: Path, content: Mapping[str, Any]) -> tuple[ModelConfig, Quantization | None]:
     try:
-        return config_from_hf(content)
+        return config_from_hf(content), quantization_of(content)
     except ConfigError as error:
         raise ModelLoadError(f"{path}: {error}") from error
 

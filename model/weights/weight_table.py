@@ -91,7 +91,7 @@ class Storage:
     def _format_of(self, info: TensorInfo) -> BlockFormat | None:
         if self.quantization not in ("auto", "none"):
             return FORMATS[self.quantization]
-        coded = info.block_format if self.quantization == "auto" else None
+        coded = info.block_format if self.quantization == "auto" and (self.stacks or info.order is None) else None
         return self._float_format(info) if coded is None and self.packs else coded
 
     def _float_format(self, info: TensorInfo) -> BlockFormat:
@@ -136,10 +136,12 @@ def _rows(reader: "_Reader", target: Target, formats: Sequence[BlockFormat]) -> 
     if not formats:
         return Rows(target.shape, reader.dtype_of(target), _prefetch(reader.runs(target)))
     stacked = []
-    for block_format, group in groupby(zip(formats, target.parts, strict=True), key=itemgetter(0)):
-        parts = [part for _, part in group]
+    orders = [reader.order_of(part, block_format) for part, block_format in zip(target.parts, formats, strict=True)]
+    keys = [(item, b"" if order is None else order.tobytes()) for item, order in zip(formats, orders, strict=True)]
+    for (block_format, _), group in groupby(zip(keys, target.parts, orders, strict=True), key=itemgetter(0)):
+        _, parts, columns = zip(*group, strict=True)
         shape = (sum(part.shape[0] for part in parts), target.shape[1])
-        stacked.append(BlockRows(shape, block_format, _prefetch(reader.block_runs(parts, block_format))))
+        stacked.append(BlockRows(shape, block_format, _prefetch(reader.block_runs(parts, block_format)), columns[0]))
     return stacked
 
 
@@ -191,12 +193,11 @@ class _Reader:
     def block_runs(self, parts: Sequence[Part], block_format: BlockFormat) -> Iterator[NDArray[np.uint8]]:
         """The rows of stacked parts in a format: the stored blocks, or rounded to it."""
         for part in parts:
-            checkpoint, is_stored = self._checkpoint, self._stored[part.name].block_format == block_format
             for start, stop in _runs_of(part):
-                if is_stored and isinstance(checkpoint, GgufCheckpoint):
-                    blocks = self._read(part, checkpoint.read_blocks, start, stop)
+                if self._stored[part.name].block_format == block_format:
+                    blocks = self._read(part, self._checkpoint.read_blocks, start, stop)
                 else:
-                    values = self._read(part, checkpoint.read, start, stop)
+                    values = self._read(part, self._checkpoint.read, start, stop)
                     self._check(part, values)
                     try:
                         blocks = quantized(values, block_format)
@@ -207,6 +208,11 @@ class _Reader:
                     self._check(part, blocks.view(FLOATS[block_format.name]))
                 self._check_blocks(part, blocks, block_format)
                 yield _half_split(blocks, part.interleaved_heads)
+
+    def order_of(self, part: Part, block_format: BlockFormat) -> NDArray[np.int32] | None:
+        """The order of a matrix's columns in `block_runs`."""
+        info = self._stored[part.name]
+        return info.order if info.block_format == block_format else None
 
     def _read(self, part: Part, read: Callable[[str, int, int], NDArray[Any]], start: int, stop: int) -> NDArray[Any]:
         try:

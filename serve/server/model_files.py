@@ -140,7 +140,7 @@ def resolve_dtype(config: EngineConfig, checkpoint: Checkpoint) -> str:
     if config.dtype != "auto":
         return config.dtype
     matrices = [info for info in checkpoint.names().values() if len(info.shape) > 1]
-    is_quantized = checkpoint.naming == "gguf" and any(info.stored_as not in FLOATS for info in matrices)
+    is_quantized = any(info.stored_as not in FLOATS for info in matrices)
     if config.quantization != "auto":
         is_quantized = config.quantization != "none"
     return "float32" if is_quantized or {info.stored_as for info in matrices} == {"F32"} else "bfloat16"

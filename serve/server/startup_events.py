@@ -72,6 +72,8 @@ def model_found(files: "ModelFiles", device: "jax.Device") -> Event:
     stored = f"{', '.join(sorted(formats))} with " if formats and config.quantization == "auto" else ""
     weights = f"{family}, {_count(parameters)} parameters, {stored}{weights_as}"
     weights += f" with a {config.kv_dtype} cache" if config.kv_dtype != config.dtype else ""
+    if files.checkpoint.quantizes_activations:
+        weights += "; activations are not quantized, although quantization_config asks for it"
     placement = platform if device.device_kind.lower() == platform else f"{platform} ({device.device_kind})"
     placement += f", sharded across {devices} devices" if devices > 1 else ""
     requests = f"up to {max_num_seqs} concurrent requests of {max_model_len:,} tokens"

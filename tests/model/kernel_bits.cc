@@ -106,6 +106,7 @@ class PackedWeight {
   // The word of a block that holds float16 factors.
   static constexpr int64_t FactorWord() {
     if (std::is_same_v<Format, Q2K>) return 20;
+    if (std::is_same_v<Format, Fp8>) return 0;  // a float32 scale, also of Int4 and Int8
     return kIsFloat<Format> || Format::kScaleBytes > 0 ? -1 : 0;
   }
 
@@ -354,6 +355,8 @@ int main() {
   Linear<Q3K>("Q3_K");
   Linear<Q4K>("Q4_K");
   Linear<Mxfp4>("MXFP4");
+  Linear<Int4<64>>("INT4_64");
+  Linear<Fp8>("FP8_128");
   Linear<BFloat16>("BF16");
   for (const auto& [n, k] : kSizes) LinearOfBfloat16(n, k);
   Attention<uint16_t>(1, 200, 9, 3, 64, 0);
@@ -380,6 +383,10 @@ int main() {
   Linear<Q6K>("Q6_K");
   Linear<Iq4Nl>("IQ4_NL");
   Linear<Iq4Xs>("IQ4_XS");
+  Linear<Int4<32>>("INT4_32");
+  Linear<Int4<128>>("INT4_128");
+  Linear<Int8<32>>("INT8_32");
+  Linear<Int8<128>>("INT8_128");
   Linear<Float16>("F16");
   Linear<Float32>("F32");
 #endif

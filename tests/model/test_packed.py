@@ -18,7 +18,7 @@ from model.kernels.cpu import library
 from model.kernels.dispatch import Kernels, load_kernels
 from model.linear import matmul, take_rows
 from model.packed import _DECODERS, PackedWeight, StackedWeight, pack, unpack, unpack_rows
-from tests.support.packed import CODED, limit, random_blocks, random_weight
+from tests.support.packed import CODED, IN_GGUF, limit, random_blocks, random_weight
 
 WIDE = 9  # powers of ten of scales, down to float16's smallest
 SHAPES = [(1, 32, 2), (2, 1, 1), (3, 33, 31), (12, 64, 256), (13, 100, 257), (64, 300, 96), (100, 40, 90)]
@@ -34,7 +34,7 @@ def in_float64(x: Array, values: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.asarray(x, np.float64) @ values.T.astype(np.float64)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FLOATS, *IN_GGUF])
 def test_blocks_have_the_size_of_the_file(name: str) -> None:
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
     block_format = FORMATS[name]
@@ -118,7 +118,7 @@ def test_matmul_is_within_float32_rounding(name: str, form: str) -> None:
         ).all()
 
 
-@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("name", [*FLOATS, "FP8_128"])
 @pytest.mark.usefixtures("kernels")
 def test_linear_sums_in_ascending_order_by_fused_multiply_adds(name: str) -> None:
     k = 257
@@ -141,7 +141,11 @@ def integers(x: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.floa
 
 # The words of a block that hold nothing but codes.
 CODE_WORDS = {"Q4_1": (1, 5), "Q5_1": (1, 6), "Q2_K": (4, 20), "Q3_K": (0, 24), "Q4_K": (4, 36), "Q5_K": (4, 44)}
-CODE_WORDS |= {"Q6_K": (0, 48), "IQ4_XS": (2, 34)}
+CODE_WORDS |= {
+    "Q6_K": (0, 48),
+    "IQ4_XS": (2, 34),
+    **{name: (1, FORMATS[name].words) for name in CODED if "INT" in name},
+}
 
 
 @pytest.mark.parametrize("name", CODED)
@@ -156,7 +160,10 @@ def test_linear_sums_integers_of_groups(name: str) -> None:
     codes, factors, minima = (part if part is None else np.asarray(part) for part in _DECODERS[name](words, scales))
     assert codes is not None
     assert factors is not None
-    groups = factors.shape[-1] * factors.shape[-2]
+    groups = max(factors.shape[-1] * factors.shape[-2], k // 32)
+    repeats = groups // (factors.shape[-1] * factors.shape[-2])  # groups of a block of our own formats are alike
+    factors = factors.repeat(repeats, axis=-1)
+    minima = None if minima is None else minima.repeat(repeats, axis=-1)
     codes = codes.reshape(-1, groups, k // groups)[:n].astype(np.int64)  # [N, groups, kGroup]
     factors = factors.reshape(-1, groups)[:n].astype(np.float64)
     x = np.asarray(normal(5, m, k)) * 10.0 ** np.random.default_rng(4).uniform(-8, 8, (m, k // 16)).repeat(16, axis=1)
@@ -255,7 +262,7 @@ def test_matmul_on_an_accelerator_unpacks_blocks(name: str) -> None:
     """The implementation for accelerators, run on this CPU: less than the blocks of one part, and several parts."""
     for m, n, k in ((3, 40, 33), (2, 4097, 64)):
         weight, values = random_weight(name, n, k, seed=3)
-        x = linear.operand(normal(4, m, k).astype(jnp.bfloat16), weight)
+        x, weight = linear.operands(normal(4, m, k).astype(jnp.bfloat16), weight)
         y = np.asarray(jax.jit(linear._by_blocks)(x, weight, jnp.int32(m)))
         assert (np.abs(y - in_float64(x, values)) <= limit(x, values)).all()
 

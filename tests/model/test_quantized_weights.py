@@ -26,13 +26,13 @@ from model.weights.source import ModelSource
 from model.weights.weight_table import Storage, load_weights, open_checkpoint
 from serve.engine.request import PromptScoring, SamplingParams
 from tests.support.in_process import run
-from tests.support.packed import CODED, random_blocks, values_of
+from tests.support.packed import IN_GGUF, random_blocks, values_of
 from tests.support.runners import make_runner
 from tests.support.tiny_checkpoints import BF16, F32, TinyModel, gguf_name
 
 UP = "model.layers.1.mlp.up_proj.weight"
 QKV = "layers.0.attention.qkv.weight"
-BY_32 = tuple(name for name in CODED if FORMATS[name].block == 32 and name != "IQ4_NL")
+BY_32 = tuple(name for name in IN_GGUF if FORMATS[name].block == 32 and name != "IQ4_NL")
 OURS = ("Q4_K", "Q5_K", "Q6_K")  # blocks of 256 that we can round to
 BUCKETS = Buckets(decode_rows=(1,), prefill_chunks=(16,), score_rows=16, pages_per_row=2)
 INT8 = Storage(BF16, "Q8_0")
@@ -235,7 +235,7 @@ def test_values_too_large_for_the_format_are_refused(tmp_path: Path, target: str
         load(tiny.write_hf(tmp_path / "hf"), Storage(F32, target))
 
 
-@pytest.mark.parametrize("kind", CODED)
+@pytest.mark.parametrize("kind", IN_GGUF)
 def test_damaged_scales_are_refused(tmp_path: Path, kind: str) -> None:
     tiny, name, block_format = TinyModel(width=8), gguf_name(UP), FORMATS[kind]
     n, k = tiny.tensors.pop(UP).shape

@@ -49,6 +49,7 @@ FILES: Any = SimpleNamespace(
     checkpoint=SimpleNamespace(
         config=SimpleNamespace(family="llama"),
         names=lambda: {"weight": TensorInfo((FACTS["parameters"],), "BF16", True, 0)},
+        quantizes_activations=False,
     ),
     max_model_len=8192,
 )
@@ -70,6 +71,13 @@ NAMES = ("zero_state", "decode_1", "prefill_16")
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def test_activations_that_are_not_quantized_are_reported() -> None:
+    checkpoint = SimpleNamespace(**vars(FILES.checkpoint) | {"quantizes_activations": True})
+    line = model_found(SimpleNamespace(**vars(FILES) | {"checkpoint": checkpoint}), DEVICE).line  # type: ignore[arg-type]
+    assert "bfloat16; activations are not quantized, although quantization_config asks for it on cpu" in line
+    assert "activations" not in MODEL.line
 
 
 def program(name: str) -> Any:

@@ -1,6 +1,7 @@
 """Packed weights: rounded from arrays, or of random blocks."""
 
 import gguf
+import ml_dtypes
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 from jax.typing import ArrayLike
@@ -11,7 +12,8 @@ from model.packed import _DECODERS, PackedWeight
 from model.packed import pack as pack_blocks
 from model.weights.rows import quantized
 
-CODED = tuple(name for name in FORMATS if name not in FLOATS)
+CODED = tuple(_DECODERS)  # multiplied as integers
+IN_GGUF = tuple(name for name in CODED if name in GGMLQuantizationType.__members__)
 
 
 def pack(w: ArrayLike, name: str = "BF16") -> PackedWeight:
@@ -32,17 +34,45 @@ def random_blocks(name: str, n: int, k: int, seed: int = 0, *, spread: int = 2) 
     for start in block_format.float16_at:
         scales = random.standard_normal((n, depth, 1)) * 10.0 ** random.integers(-spread, 1, (n, depth, 1))
         blocks[..., start : start + 2] = scales.astype(np.float16).view(np.uint8)
+    if block_format.has_float32_scale:
+        scales = random.standard_normal((n, depth, 1)) * 10.0 ** random.integers(-spread, 1, (n, depth, 1))
+        words = scales.astype(np.float32).view(np.uint32)
+        if name.startswith("INT"):  # scales are float16 or bfloat16
+            scales[1::2] = scales[1::2].astype(ml_dtypes.bfloat16)
+            zeros = random.integers(0, 17 if name.startswith("INT4") else 256, words.shape, np.uint32)
+            words = (
+                np.where(np.arange(n)[:, None, None] % 2, scales, scales.astype(np.float16)).astype(np.float32)
+            ).view(np.uint32) | zeros
+        else:
+            blocks[blocks & 0x7F == 0x7F] = 0  # NaN
+        blocks[..., :4] = words.view(np.uint8)
     if name == "MXFP4":
         blocks[..., 0] = random.integers(127 - spread, 129, blocks.shape[:2])
     return blocks.reshape(n, -1)
 
 
 def values_of(name: str, rows: NDArray[np.uint8], k: int) -> NDArray[np.float32]:
-    """The float32 values [n, k] of rows of blocks, by the gguf package."""
+    """The float32 values [n, k] of rows of blocks, by the gguf package, or by the definition of our own formats."""
     if name in FLOATS:
         return rows.view(FLOATS[name]).astype(np.float32)[:, :k]
+    if FORMATS[name].has_float32_scale:
+        return _values_of_ours(name, rows.reshape(len(rows), -1, FORMATS[name].block_bytes))[:, :k]
     values: NDArray[np.float32] = gguf.quants.dequantize(rows, GGMLQuantizationType[name])
     return values[:, :k]
+
+
+def _values_of_ours(name: str, blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
+    word, codes = blocks[..., :4].copy().view(np.uint32), blocks[..., 4:]
+    if name == "FP8_128":
+        values = codes.copy().view(ml_dtypes.float8_e4m3fn).astype(np.float32) * word.view(np.float32)
+        return np.asarray(values.reshape(len(blocks), -1))
+    scale, zero = (word & 0xFFFFE000).view(np.float32), (word & 0x1FFF).astype(np.float32)
+    if name.startswith("INT4"):
+        halves = codes.reshape(*codes.shape[:2], -1, 1, 16)
+        codes = np.concatenate([halves & np.uint8(15), halves >> np.uint8(4)], axis=-2).reshape(*codes.shape[:2], -1)
+    else:
+        codes = codes ^ np.uint8(0x80)
+    return np.asarray(((codes.astype(np.float32) - zero) * scale).reshape(len(blocks), -1))
 
 
 def random_weight(

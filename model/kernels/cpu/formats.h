@@ -1,4 +1,5 @@
-// Packed weights: the block formats of GGUF files, and float16, bfloat16 and float32, reordered for vectors.
+// Packed weights: the block formats of GGUF files and our own (model/formats.py), and float16, bfloat16 and float32,
+// reordered for vectors.
 //
 // A weight [N, K] is stored as words [ceil(N/32)][ceil(K/B)][W][32] of 32 bits: for each block of B elements of K, W
 // words of each of 32 columns, with the bytes of the file in the file's order. Where a block also has a scale that is no
@@ -149,6 +150,39 @@ struct Mxfp4 {
   }
 };
 
+// Blocks of our own: a word with a scale of at most 11 significant bits as float32, its lowest 13 bits the zero point.
+// The offset is what the zero point differs from kZero, so that it is 0 in symmetric formats.
+template <int kCenter>
+LOGPROBD_INLINE Scale ScaleWithZeroPoint(const uint32_t* words) {
+  const Words first = WordAt(words, 0);
+  const Floats factor = FromBits(And(first, 0xffffe000));
+  return {factor, Mul(factor, Sub(Fill(kCenter), ToFloats(And(first, 0x1fff))))};
+}
+
+template <int64_t kSize>
+struct Int4 : NoScales {
+  static constexpr int kZero = 8, kMaxCode = 15;
+  static constexpr int64_t kBlock = kSize, kWords = 1 + kSize / 8, kGroup = 32;
+  static LOGPROBD_INLINE Scale ScaleOf(const uint32_t* words, const Scales*, int64_t) {
+    return ScaleWithZeroPoint<kZero>(words);
+  }
+  static LOGPROBD_INLINE Words Codes(const uint32_t* words, int64_t quad) {
+    return Nibbles(words + (1 + quad / 8 * 4) * kColumns, quad % 8);
+  }
+};
+
+template <int64_t kSize>
+struct Int8 : NoScales {
+  static constexpr int kZero = 128, kMaxCode = 255;
+  static constexpr int64_t kBlock = kSize, kWords = 1 + kSize / 4, kGroup = 32;
+  static LOGPROBD_INLINE Scale ScaleOf(const uint32_t* words, const Scales*, int64_t) {
+    return ScaleWithZeroPoint<kZero>(words);
+  }
+  static LOGPROBD_INLINE Words Codes(const uint32_t* words, int64_t quad) {
+    return Q8_0::Codes(words + kColumns, quad);
+  }
+};
+
 // 256 codes of 2 bits in 16 words: for each half of the block 8 words, and for each 32 elements of it 2 bits.
 LOGPROBD_INLINE Words TwoBits(const uint32_t* words, int64_t quad) {
   return And(ShiftRight(WordAt(words, quad / 32 * 8 + quad % 8), quad % 32 / 8 * 2), 0x03030303);
@@ -261,9 +295,33 @@ struct Float32 : NoScales {
   }
 };
 
+// A word with a float32 scale, then floats of 8 bits (e4m3).
+struct Fp8 : NoScales {
+  static constexpr int64_t kBlock = 128, kWords = 33, kGroup = 32;
+  static LOGPROBD_INLINE void Values(const uint32_t* words, int64_t quad, Floats (&w)[4]) {
+    // With the bits of a float16 the value is 2^8 times smaller.
+    const Floats scale = Mul(FromBits(WordAt(words, 0)), Fill(256));
+    const Words codes = WordAt(words, 1 + quad);
+    for (int64_t odd = 0; odd < 2; ++odd) {
+      const Words pair = ShiftRight(codes, 8 * odd);
+      const Words halves = Or(ShiftLeft(And(pair, 0x00800080), 8), ShiftLeft(And(pair, 0x007f007f), 7));
+      w[odd] = Mul(LowFloat16(halves), scale);
+      w[2 + odd] = Mul(HighFloat16(halves), scale);
+    }
+  }
+};
+
 template <class Format>
 constexpr bool kIsFloat = std::is_same_v<Format, BFloat16> || std::is_same_v<Format, Float16> ||
-                          std::is_same_v<Format, Float32>;
+                          std::is_same_v<Format, Float32> || std::is_same_v<Format, Fp8>;
+
+// Whether a format has offsets. Without them every Scale is Centered.
+template <class Format>
+constexpr bool kHasOffsets = Format::kZero == 0;
+template <int64_t kSize>
+constexpr bool kHasOffsets<Int4<kSize>> = true;
+template <int64_t kSize>
+constexpr bool kHasOffsets<Int8<kSize>> = true;
 
 // Calls use(format) with the format of this name, as in `model/formats.py`; returns false for another name.
 template <typename Use>
@@ -277,7 +335,9 @@ bool WithFormat(std::string_view name, Use use) {
          matches("Q8_0", Q8_0()) || matches("Q2_K", Q2K()) || matches("Q3_K", Q3K()) || matches("Q4_K", Q4K()) ||
          matches("Q5_K", Q5K()) || matches("Q6_K", Q6K()) || matches("IQ4_NL", Iq4Nl()) ||
          matches("IQ4_XS", Iq4Xs()) || matches("MXFP4", Mxfp4()) || matches("BF16", BFloat16()) ||
-         matches("F16", Float16()) || matches("F32", Float32());
+         matches("F16", Float16()) || matches("F32", Float32()) || matches("INT4_32", Int4<32>()) ||
+         matches("INT4_64", Int4<64>()) || matches("INT4_128", Int4<128>()) || matches("INT8_32", Int8<32>()) ||
+         matches("INT8_128", Int8<128>()) || matches("FP8_128", Fp8());
 }
 
 }  // namespace LOGPROBD_NAMESPACE

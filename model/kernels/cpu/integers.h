@@ -127,7 +127,7 @@ struct GroupKind {
   static constexpr bool kOffsets = kHasOffsets;
 };
 template <class Format>
-using KindOf = GroupKind<Format::kGroup, Format::kZero == 0, MaxCodeOfSums(Format::kMaxCode)>;
+using KindOf = GroupKind<Format::kGroup, kHasOffsets<Format>, MaxCodeOfSums(Format::kMaxCode)>;
 
 // How sums are computed, with equal results: on all CPUs of an instruction set, and on those with HasByteDots().
 template <class Kind>
@@ -262,7 +262,7 @@ void UnpackCodes(const Problem& p, int64_t block, int64_t k, int64_t count, Unpa
       const Position<Format> at(p, block, half, k + group * Format::kGroup);
       const Scale scale = Format::ScaleOf(at.words, at.scales, at.group);
       Store(&to.factors[group][half * kLanes], scale.factor);
-      if constexpr (Format::kZero == 0) Store(&to.offsets[group][half * kLanes], scale.offset);
+      if constexpr (kHasOffsets<Format>) Store(&to.offsets[group][half * kLanes], scale.offset);
       for (int64_t q = 0; q < Format::kGroup / 4; ++q) {
         uint32_t* codes = to.codes[group * Format::kGroup / 4 + q][half];
         Sums::StoreCodes(codes, Sums::Split(Format::Codes(at.words, at.quad + q)));

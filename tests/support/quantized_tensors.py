@@ -108,7 +108,13 @@ def awq(group: int = 32) -> Layout:
 
 def _ct(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A quantization_config of compressed-tensors as llm-compressor writes it."""
-    arguments = {"actorder": None, "block_structure": None, "dynamic": False, "group_size": None, "observer": "minmax"}
+    arguments: dict[str, Any] = {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": False,
+        "group_size": None,
+        "observer": "minmax",
+    }
     arguments |= {"observer_kwargs": {}, "strategy": "channel", "symmetric": True, "type": "int", **weights}
     group = {"input_activations": inputs, "output_activations": None, "targets": ["Linear"], "weights": arguments}
     config = {"config_groups": {"group_0": group}, "format": "pack-quantized", "global_compression_ratio": 1.5}
@@ -188,7 +194,12 @@ def fp8(shape: str, *, is_ct: bool = False, dtype: Any = np.float32) -> Layout:
         weights |= {"block_structure": [128, 128]} if shape == "block" else {}
         inputs = {"dynamic": True, "num_bits": 8, "strategy": "token", "symmetric": True, "type": "float"}
         return Layout(write, _ct(weights, inputs) | {"format": "float-quantized"}, "FP8_128", 4)
-    config = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+    config: dict[str, Any] = {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    }
     if shape == "tensor":
         config |= {"activation_scheme": "static", "weight_block_size": None, "ignored_layers": ["lm_head"]}
     return Layout(write, config, "FP8_128", 4)

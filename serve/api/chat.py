@@ -20,18 +20,15 @@ from serve.api.logprobs import chat_content
 from serve.api.reply import ReplyWriter
 from serve.api.requests import ChatCompletionRequest, ChatPromptFields
 from serve.api.validation import check_ids, check_length, check_number_of_ids, check_top_k, truncate
-from serve.engine.grammar import Grammar
 from serve.grammar.fields import GrammarRequest
 from serve.jobs.generate import generation_room
 from serve.jobs.output import Output
-from serve.text.chat import ROLES, PromptError, check_messages
+from serve.text.chat import ROLES, check_messages
 from serve.text.detokenizer import Echo
-from serve.tools.call_grammar import schema_error
 from serve.tools.definitions import ToolRequest, tool_request
 from serve.tools.markup import ChatMarkup, markup_of
-from serve.tools.reply import ReplyFormat, reply_format
+from serve.tools.reply import ReplyFormat, reply_format, thinking_budget, thinking_variables
 
-_THINKING = ("enable_thinking", "thinking")  # variables of templates
 _BUDGETS = ("thinking_token_budget", "max_thinking_tokens", "reasoning_budget_tokens", "thinking_budget")
 _MAX_MARK = 16  # tokens
 _BLOCK = 256  # tokens whose entries are Python objects at the same time; they take five times as much as their JSON
@@ -81,30 +78,17 @@ class ChatHandler[B: ChatCompletionRequest](Handler[B]):
         """How the output after a prompt with this end is divided; None if all of it is content."""
         separates = body.separate_reasoning is not False and body.reasoning_format != "none"
         markup = chat_markup(body, self._context)
-        budget = thinking_budget(body, has_reasoning=markup.reasoning is not None)
+        budgets = {name: getattr(body, name) for name in _BUDGETS}
+        budget = thinking_budget(budgets, body.reasoning_effort, has_reasoning=markup.reasoning is not None)
         reply = reply_format(markup, tools, prompt, separates_reasoning=separates, budget=budget)
         return None if reply.is_plain else reply
 
     def _grammar(self, body: B, prompts: Sequence[Prompt]) -> GrammarRequest | None:
         stated, reply = super()._grammar(body, prompts), prompts[0].reply
-        grammar = stated if reply is None else reply.grammar(stated)
-        for name in ("ignore_eos", "grammar_start"):
-            if grammar is not stated and getattr(body, name) not in (None, False):
-                raise invalid(name, f"`{name}` cannot be combined with tools that a grammar holds.")
+        grammar = stated if reply is None else reply.grammar(stated, ignore_eos=bool(body.ignore_eos))
+        if grammar is not stated and body.grammar_start is not None:
+            raise invalid("grammar_start", "`grammar_start` cannot be combined with tools that a grammar holds.")
         return grammar
-
-    async def _compile(self, job: Job[B]) -> Grammar | None:
-        reply = job.prompts[0].reply
-        try:
-            grammar = await super()._compile(job)
-        except PromptError as error:
-            if error.param != "tools" or reply is None or reply.tools is None:
-                raise
-            raise schema_error(reply.tools, str(error)) from None
-        context = self._context
-        if reply is None or job.body.grammar_start is not None:
-            return grammar
-        return reply.with_thinking(context.model.tokenizer, context.engine.limits.vocab_size, grammar)
 
     def _reply_so_far(self, body: B) -> str:
         """Content of the last message if its role is that of the reply: an echo repeats it before the output."""
@@ -207,17 +191,6 @@ def chat_tools(body: ChatPromptFields) -> ToolRequest | None:
     return tool_request(body.tools, body.tool_choice, parallel=body.parallel_tool_calls is not False)
 
 
-def thinking_budget(body: ChatCompletionRequest, *, has_reasoning: bool) -> int | None:
-    """Maximum number of tokens of the reasoning. Raise APIError 400 if the model does not reason."""
-    given = {name: value for name in _BUDGETS if (value := getattr(body, name)) not in (None, -1)}
-    names = [*given]
-    if given and not has_reasoning:
-        raise invalid(names[0], f"`{names[0]}`: this model has no marks of reasoning.")
-    if len(set(given.values())) > 1:
-        raise invalid(names[1], f"`{names[1]}` differs from `{names[0]}`.")
-    return 0 if body.reasoning_effort == "none" and has_reasoning else next(iter(given.values()), None)
-
-
 def chat_markup(body: ChatPromptFields, context: Context) -> ChatMarkup:
     """That of the model's template, or of the one in the request."""
     if body.chat_template is None:
@@ -237,13 +210,9 @@ def chat_text(body: ChatPromptFields, context: Context) -> str:
     if body.chat_template is not None and context.chat_format.sandbox is None:
         message = "`chat_template` is only accepted if the server was started with --trust-request-chat-template."
         raise unsupported("chat_template", message)
-    fields = {"documents": body.documents, "reasoning_effort": body.reasoning_effort}
-    variables: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
-    thinks = body.enable_thinking
-    if thinks is None and body.reasoning_effort is not None:
-        thinks = body.reasoning_effort != "none"
-    if thinks is not None:
-        variables |= dict.fromkeys(_THINKING, thinks)
+    variables = thinking_variables(body.reasoning_effort, body.enable_thinking)
+    if body.documents is not None:
+        variables["documents"] = body.documents
     markup, tools = chat_markup(body, context), chat_tools(body)
     variables |= markup.variables(tools)
     return context.chat_format.render(

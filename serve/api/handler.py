@@ -42,6 +42,7 @@ from serve.grammar.fields import GrammarRequest, compile_grammar, grammar_reques
 from serve.jobs.generate import choice_params
 from serve.jobs.output import Output, OutputDecoder
 from serve.text.detokenizer import Detokenizer, StopStrings
+from serve.tools.reply import compile_output
 
 
 class Handler[B: GenerationRequest](ABC):
@@ -96,11 +97,11 @@ class Handler[B: GenerationRequest](ABC):
 
     async def _compile(self, job: Job[B]) -> Grammar | None:
         """The grammar of the outputs. Raise PromptError if it cannot be used, GrammarBusyError for a full queue."""
-        if job.grammar is None:
-            return None
-        grammar = await compile_grammar(job.grammar, self._context.grammars, job.choices[0].request.owner)
-        start = job.body.grammar_start
-        return grammar if start is None else await resume_grammar(grammar, job.prompts[0].ids[start:])
+        start, prompt, grammars = job.body.grammar_start, job.prompts[0], self._context.grammars
+        key = job.choices[0].request.owner
+        if start is None or job.grammar is None:
+            return await compile_output(job.grammar, prompt.reply, grammars, key)
+        return await resume_grammar(await compile_grammar(job.grammar, grammars, key), prompt.ids[start:])
 
     def _job(self, data: bytes, record: AnswerRecord) -> Job[B]:
         """Validate and tokenize a request. Slow: run it in a thread."""

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serve.text.output_parts import ArgumentsDelta, CallEnd, CallStart, Part, TextPart
 from serve.tools.definitions import custom_input
-from serve.tools.reply import ReplyFormat
+from serve.tools.reply import Call, Reply, ReplyFormat, logprob_of
 
 
 class _Fields(BaseModel):
@@ -100,8 +100,7 @@ class ReplyWriter:
     """Writes one output, whole or step by step."""
 
     def __init__(self, reply: ReplyFormat, *, includes_reasoning: bool = True) -> None:
-        tools = reply.tools.by_name if reply.tools else {}
-        self._custom = {name for name, tool in tools.items() if tool.is_custom}
+        self._reply = reply
         self._includes_reasoning = includes_reasoning
         self._logprobs: list[float] = []  # of all tokens so far
         self._inputs: dict[int, str] = {}  # arguments so far of calls of custom tools
@@ -124,27 +123,23 @@ class ReplyWriter:
 
     def message(self, parts: Sequence[Part], logprobs: NDArray[np.float32] | None = None) -> dict[str, Any]:
         """The fields of a message without a role: `content` and others that are not empty."""
-        texts: dict[str, list[str]] = {}
-        calls: list[dict[str, Any]] = []
-        arguments: dict[int, list[str]] = {}
-        for delta in self.deltas(parts, logprobs):
-            for name, value in delta.items():
-                if name != "tool_calls":
-                    texts.setdefault(name, []).append(value)
-                    continue
-                for entry in value:
-                    index, fields = entry["index"], {key: item for key, item in entry.items() if key != "index"}
-                    if index == len(calls):
-                        calls.append(fields)
-                        arguments[index] = []
-                    else:
-                        calls[index] |= {key: item for key, item in fields.items() if key not in _INNER}
-                        arguments[index] += [text for key in _INNER & fields.keys() for text in fields[key].values()]
-        for index, call in enumerate(calls):
-            call[call["type"]] |= {_TEXT[call["type"]]: "".join(arguments[index])}
-        message: dict[str, Any] = {name: "".join(items) for name, items in texts.items()}
-        message.setdefault("content", None if calls else "")
-        return message | ({"tool_calls": calls} if calls else {})
+        if logprobs is not None:
+            self._logprobs += logprobs.tolist()
+        reply = Reply.of(parts, self._reply)
+        self.has_calls = bool(reply.calls)
+        message: dict[str, Any] = {"content": reply.content or (None if reply.calls else "")}
+        if reply.reasoning is not None and self._includes_reasoning:
+            message |= {"reasoning_content": reply.reasoning, "reasoning": reply.reasoning}
+        if reply.calls:
+            message["tool_calls"] = [self._call(call, with_logprobs=logprobs is not None) for call in reply.calls]
+        return message
+
+    def _call(self, call: Call, *, with_logprobs: bool) -> dict[str, Any]:
+        kind = "custom" if call.is_custom else "function"
+        fields: dict[str, Any] = {"id": call.id, "type": kind, kind: {"name": call.name, _TEXT[kind]: call.text}}
+        if with_logprobs and call.end is not None:
+            fields["logprobs"] = call_logprobs(call.end, self._logprobs)
+        return fields
 
     def _fields(self, part: Part, *, with_logprobs: bool) -> Iterable[dict[str, Any]]:
         match part:
@@ -155,7 +150,7 @@ class ReplyWriter:
                     yield {"reasoning_content": part.text, "reasoning": part.text}
             case CallStart():
                 self.has_calls = True
-                kind = "custom" if part.name in self._custom else "function"
+                kind = "custom" if part.name in self._reply.custom_names else "function"
                 if kind == "custom":
                     self._inputs[part.index] = ""
                 function = {"name": part.name, _TEXT[kind]: ""}
@@ -176,8 +171,7 @@ def call_logprobs(call: CallEnd, logprobs: Sequence[float] | NDArray[np.float32]
     """The tokens of a call and of its arguments, with the sums of their log-probs; `logprobs` of the whole output."""
 
     def span(tokens: range) -> dict[str, Any]:
-        total = float(np.sum(logprobs[tokens.start : tokens.stop], dtype=np.float64))
-        return {"start": tokens.start, "end": tokens.stop, "logprob": total}
+        return {"start": tokens.start, "end": tokens.stop, "logprob": logprob_of(tokens, logprobs)}
 
     arguments = [{"name": argument.name} | span(argument.tokens) for argument in call.arguments]
     return span(call.tokens) | {"arguments": arguments}

@@ -28,6 +28,8 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         """`vocab_size` is the model's."""
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
         tokens = [tokenizer.token_bytes(index) for index in range(vocab_size)]
         self._vocabulary = Vocabulary(tokens, tokenizer.special_ids, tokenizer.eos_token_ids)
         self._sandbox = GrammarSandbox(self._vocabulary)

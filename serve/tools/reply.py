@@ -1,19 +1,27 @@
-"""ReplyFormat: how the output of one request is divided into reasoning, content and calls."""
+"""ReplyFormat: how the output of one request is divided into reasoning, content and calls; Reply: these parts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from serve.engine.grammar import Grammar
-from serve.grammar.fields import GrammarRequest
+from serve.grammar.compiler import GrammarCompiler
+from serve.grammar.fields import GrammarRequest, compile_grammar
 from serve.grammar.spec import GrammarKind, GrammarSpec
 from serve.text.chat import PromptError
+from serve.text.output_parts import ArgumentsDelta, CallEnd, CallStart, Part, TextPart
 from serve.text.output_splitter import OutputSplitter, ReasoningMarks
 from serve.text.tokenizer import Tokenizer
-from serve.tools.call_grammar import call_grammar
-from serve.tools.definitions import ToolRequest
+from serve.tools.call_grammar import call_grammar, schema_error
+from serve.tools.definitions import ToolRequest, custom_input
 from serve.tools.formats import HERMES, CallFormat
 from serve.tools.markup import ChatMarkup
 from serve.tools.thinking import ThinkingGrammar
+
+_THINKING = ("enable_thinking", "thinking")  # variables of templates
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +51,11 @@ class ReplyFormat:
             single_call=self.tools is not None and self.tools.is_single and not self.tools.is_required,
         )
 
-    def grammar(self, stated: GrammarRequest | None) -> GrammarRequest | None:
+    @property
+    def custom_names(self) -> frozenset[str]:
+        return frozenset(tool.name for tool in self.tools.tools if tool.is_custom) if self.tools else frozenset()
+
+    def grammar(self, stated: GrammarRequest | None, *, ignore_eos: bool = False) -> GrammarRequest | None:
         """The grammar of an answer; `stated` is that of the request's other fields.
 
         Raises:
@@ -62,6 +74,9 @@ class ReplyFormat:
         text = call_grammar(self.tools, self.calls, alternative)
         if text is None:
             return None
+        if ignore_eos:
+            message = "`ignore_eos` cannot be combined with tools that a grammar holds."
+            raise PromptError("ignore_eos", message)
         whitespace = alternative.spec.whitespace if alternative else None
         unused = stated if is_required else None
         return GrammarRequest(GrammarSpec(GrammarKind.STRUCTURAL_TAG, text, whitespace), "tools", unused)
@@ -115,3 +130,90 @@ def reply_format(
         budget=budget,
         warnings=markup.warnings(tools),
     )
+
+
+def thinking_variables(effort: str | None, thinks: bool | None) -> dict[str, Any]:
+    """Variables of the template for a request's `reasoning_effort` and `enable_thinking`."""
+    if thinks is None and effort is not None:
+        thinks = effort != "none"
+    variables: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+    return variables if thinks is None else variables | dict.fromkeys(_THINKING, thinks)
+
+
+def thinking_budget(given: Mapping[str, int | None], effort: str | None, *, has_reasoning: bool) -> int | None:
+    """Maximum number of tokens of the reasoning, from the fields that may state it; -1 states none.
+
+    Raises:
+        PromptError: the model does not reason, or the fields differ.
+    """
+    budgets = {name: value for name, value in given.items() if value not in (None, -1)}
+    names = [*budgets]
+    if budgets and not has_reasoning:
+        raise PromptError(names[0], f"`{names[0]}`: this model has no marks of reasoning.")
+    if len(set(budgets.values())) > 1:
+        raise PromptError(names[1], f"`{names[1]}` differs from `{names[0]}`.")
+    return 0 if effort == "none" and has_reasoning else next(iter(budgets.values()), None)
+
+
+async def compile_output(
+    request: GrammarRequest | None, reply: ReplyFormat | None, compiler: GrammarCompiler, key: str | None = None
+) -> Grammar | None:
+    """The grammar of an output, with its reasoning. Raises as `compile_grammar`."""
+    try:
+        grammar = None if request is None else await compile_grammar(request, compiler, key)
+    except PromptError as error:
+        if error.param != "tools" or reply is None or reply.tools is None:
+            raise
+        raise schema_error(reply.tools, str(error)) from None
+    return grammar if reply is None else reply.with_thinking(compiler.tokenizer, compiler.vocab_size, grammar)
+
+
+@dataclass(slots=True)
+class Call:
+    id: str
+    name: str
+    is_custom: bool
+    arguments: str = ""
+    end: CallEnd | None = None  # None: the output ended within the call
+
+    @property
+    def text(self) -> str:
+        """The arguments of a function, or the input of a custom tool once it is complete."""
+        if not self.is_custom:
+            return self.arguments
+        return custom_input(self.arguments) if self.end else ""
+
+
+@dataclass(slots=True)
+class Reply:
+    """The parts of one output, joined."""
+
+    content: str
+    reasoning: str | None
+    calls: list[Call]
+
+    @classmethod
+    def of(cls, parts: Iterable[Part], reply: ReplyFormat) -> "Reply":
+        content, reasoning, arguments = list[str](), list[str](), list[list[str]]()
+        calls: list[Call] = []
+        for part in parts:
+            match part:
+                case TextPart(kind="content"):
+                    content.append(part.text)
+                case TextPart():
+                    reasoning.append(part.text)
+                case CallStart():
+                    calls.append(Call(part.id, part.name, part.name in reply.custom_names))
+                    arguments.append([])
+                case ArgumentsDelta():
+                    arguments[part.index].append(part.text)
+                case CallEnd():
+                    calls[part.index].end = part
+        for call, texts in zip(calls, arguments, strict=True):
+            call.arguments = "".join(texts)
+        return cls("".join(content), "".join(reasoning) if reasoning else None, calls)
+
+
+def logprob_of(tokens: range, logprobs: Sequence[float] | NDArray[np.float32]) -> float:
+    """Sum of the log-probs of some tokens; `logprobs` are those of the whole output."""
+    return float(np.sum(logprobs[tokens.start : tokens.stop], dtype=np.float64))

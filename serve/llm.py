@@ -19,6 +19,7 @@ from serve.config.options import from_keywords
 from serve.engine.engine import Engine
 from serve.engine.request import EngineStoppedError
 from serve.grammar.compiler import GrammarCompiler
+from serve.jobs.chat import ChatKeywords, ChatOptions, ChatPrompts
 from serve.jobs.decide import Decider
 from serve.jobs.generate import (
     DEFAULT_MAX_TOKENS,
@@ -39,7 +40,7 @@ from serve.jobs.score import EncodedText, ScoreRequest, TextEncoder, checked_tok
 from serve.server.console import Reporter, progress_bar
 from serve.server.model_files import STARTUP_ERRORS, StartupError
 from serve.server.startup import load
-from serve.text.chat import ChatFormat, PromptError, check_messages, encode_text
+from serve.text.chat import ChatFormat, PromptError, encode_text
 from serve.text.decisions.plan import DecisionFormat
 from serve.text.decisions.questions import ScoringKeywords, decision_request, scoring_options
 
@@ -103,6 +104,7 @@ class LLM:
             raise StartupError(str(error)) from error
         self.engine = self.loaded.start_engine()
         self.chats = ChatFormat(self.loaded.tokenizer)
+        self._prompts = ChatPrompts(self.chats)
         self.decisions = DecisionFormat(self.chats, self.loaded.decisions)
         self.grammars = GrammarCompiler(self.loaded.tokenizer, self.loaded.limits.vocab_size)
         self._shows_progress = shows_progress
@@ -142,21 +144,19 @@ class LLM:
     def chat(
         self,
         messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
-        *,
-        chat_template_kwargs: dict[str, Any] | None = None,
-        **options: Unpack[SamplingKeywords],
+        **options: Unpack[ChatKeywords],
     ) -> Batch[Generation]:
         """Answer conversations. Raises as `generate`.
 
         Args:
             messages: a conversation, or a list of conversations; a message is a dict with role and content.
-            chat_template_kwargs: variables of the chat template.
-            options: as in `generate`, but `max_tokens` defaults to all that fit, or to the model's max_new_tokens.
+            options: as in `generate`, but `max_tokens` defaults to all that fit, or to the model's max_new_tokens; and,
+                as in chat completions, `chat_template_kwargs` and the fields of tools and reasoning.
 
         Returns:
             `n` generations for each conversation.
         """
-        sampling = self.sampling_options(**options)
+        sampling = self._chat_options(options)
         if isinstance(messages, Mapping):
             raise PromptError("messages", "`messages` must be a list of messages.")
         single = bool(messages) and isinstance(messages[0], dict)
@@ -164,8 +164,7 @@ class LLM:
         requests = []
         for index, conversation in enumerate(conversations):
             param = "messages" if single else f"messages[{index}]"
-            request = self._chat_request(conversation, sampling, chat_template_kwargs, param)
-            requests.append(replace(request, index=index))
+            requests.append(replace(self._chat_request(conversation, sampling, param), index=index))
         return self._generate(requests, sampling)
 
     def stream_chat(
@@ -173,21 +172,18 @@ class LLM:
         messages: Sequence[dict[str, Any]],
         *,
         max_new_tokens: int | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
-        **options: Unpack[SamplingKeywords],
+        **options: Unpack[ChatKeywords],
     ) -> AsyncGenerator[Output]:
         """Answer one conversation and yield the pieces, on the caller's event loop. Raises as `generate`.
 
         Args:
             max_new_tokens: maximum length without `max_tokens`, if that fits; None: the model's max_new_tokens.
-            chat_template_kwargs: variables of the chat template.
             options: as in `chat`; `n` has no effect.
         """
         if max_new_tokens is not None and max_new_tokens < 0:
             raise ValueError(f"max_new_tokens: {max_new_tokens} is negative")
-        sampling = self.sampling_options(**options)
-        request = self._chat_request(messages, sampling, chat_template_kwargs, limit=max_new_tokens)
-        return self._stream(request, sampling)
+        sampling = self._chat_options(options)
+        return self._stream(self._chat_request(messages, sampling, limit=max_new_tokens), sampling)
 
     def score(self, texts: Any, *, logprobs: int = 0, add_special_tokens: bool = True) -> Batch[Score]:
         """Log-probs and ranks of all tokens of texts. Raises as `generate`.
@@ -232,7 +228,10 @@ class LLM:
 
     def sampling_options(self, **options: Unpack[SamplingKeywords]) -> GenerationOptions:
         """Validated options, with the model's defaults. Raises as `generate`."""
-        return self.loaded.defaults.fill(make_options(options, self.loaded.limits.max_logprobs))
+        return self.loaded.defaults.fill(make_options(options, self.loaded.limits.max_logprobs, GenerationOptions))
+
+    def _chat_options(self, options: ChatKeywords) -> ChatOptions:
+        return self.loaded.defaults.fill(make_options(options, self.loaded.limits.max_logprobs, ChatOptions))
 
     def close(self) -> None:
         """Abort running calls and stop the engine. Later calls raise EngineStoppedError."""
@@ -257,21 +256,16 @@ class LLM:
         return RequestQueue(self.engine, requests, _MAX_PROMPT_TOKENS)
 
     def _chat_request(
-        self,
-        messages: Sequence[dict[str, Any]],
-        sampling: GenerationOptions,
-        variables: dict[str, Any] | None,
-        param: str = "messages",
-        limit: int | None = None,
+        self, messages: Any, options: ChatOptions, param: str = "messages", limit: int | None = None
     ) -> OutputRequest:
         """A request to answer a conversation; `limit` replaces the model's max_new_tokens."""
-        text = self.chats.render(check_messages(messages, param=param), variables=variables, param=param)
+        text, reply = self._prompts.render(messages, options, param)
         check_text_length(param, text, self.loaded.tokenizer, self.loaded.limits)
         ids = self.chats.encode(text, param=param)
-        room = self._room(param, len(ids), sampling.max_tokens)
-        if sampling.max_tokens is None:
+        room = self._room(param, len(ids), options.max_tokens)
+        if options.max_tokens is None:
             room = min(room, self.loaded.defaults.max_new_tokens or room if limit is None else limit)
-        return OutputRequest(0, ids, room)
+        return OutputRequest(0, ids, room, reply=reply)
 
     def _prompt_ids(self, prompt: Any, param: str) -> list[int]:
         if isinstance(prompt, str):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from serve import llm as llm_module
 from serve.config.engine_config import EngineConfig, EngineKeywords
 from serve.config.options import from_keywords
 from serve.engine.request import EngineStoppedError
+from serve.jobs.chat import ChatKeywords, ChatOptions
 from serve.jobs.generate import GenerationOptions, SamplingKeywords
 from serve.jobs.request_queue import RequestError
 from serve.jobs.results import Tokens
@@ -114,7 +115,8 @@ def test_chat_takes_null_contents_of_histories(llm: LLM) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     spoken = {"role": "assistant", "content": None, "tool_calls": [call]}
     [output] = llm.chat([USER, spoken, {"role": "tool", "tool_call_id": "1", "content": None}])
-    assert bytes(output.prompt_token_ids) == b"user:Hi;assistant:;tool:;>"
+    written = b'<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'  # the template shows no calls
+    assert bytes(output.prompt_token_ids) == b"user:Hi;assistant:" + written + b";tool:;>"
 
 
 def test_chat_defaults_to_the_tokens_that_fit(runner: ScriptedRunner, llm: LLM) -> None:
@@ -285,6 +287,7 @@ def test_llm_reports_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
 
 def test_keywords_are_the_fields_of_the_options() -> None:
     assert SamplingKeywords.__annotations__.keys() == GenerationOptions.model_fields.keys()
+    assert get_type_hints(ChatKeywords).keys() == ChatOptions.model_fields.keys()
     flags = {field.name for field in dataclasses.fields(EngineConfig) if "option" in field.metadata}
     assert EngineKeywords.__annotations__.keys() == flags - {"model", *llm_module._PROCESS_OPTIONS}
 

@@ -8,20 +8,22 @@ from numbers import Integral
 from typing import Annotated, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, ValidationError
 
 from serve.config.generation_config import SamplingFieldKeywords, SamplingFields
 from serve.config.values import suggestion
 from serve.engine.request import EngineLimits, PromptScoring, Request, SamplingParams
 from serve.grammar.compiler import GrammarCompiler
-from serve.grammar.fields import GrammarFields, StructuredOutputs, compile_grammar, grammar_request
+from serve.grammar.fields import GrammarFields, StructuredOutputs, grammar_request
 from serve.jobs.output import Output, OutputDecoder
 from serve.jobs.request_queue import RequestQueue
-from serve.jobs.results import Generation, Tokens, token_columns
+from serve.jobs.results import CallArgument, Generation, Tokens, ToolCall, token_columns
 from serve.jobs.score import checked_logprobs
 from serve.text.chat import PromptError
 from serve.text.detokenizer import Detokenizer, StopStrings
 from serve.text.tokenizer import Tokenizer
+from serve.tools.reply import Call, Reply, ReplyFormat, compile_output, logprob_of
 
 _GREEDY_BELOW = 1e-5  # lower temperatures are greedy
 _MIN_TEMPERATURE = 0.01
@@ -73,7 +75,7 @@ def as_list(value: Any) -> list[Any]:
     return [items] if items and isinstance(items[0], Integral | dict) else items
 
 
-def make_options(values: Mapping[str, Any], max_logprobs: int) -> GenerationOptions:
+def make_options[O: GenerationOptions](values: Mapping[str, Any], max_logprobs: int, kind: type[O]) -> O:
     """Validate options; `max_logprobs` is the number of alternatives per token that the model computes.
 
     Raises:
@@ -81,13 +83,15 @@ def make_options(values: Mapping[str, Any], max_logprobs: int) -> GenerationOpti
         ValueError: a value is not valid; the message names the option.
     """
     for name in values:
-        if name not in GenerationOptions.model_fields:
-            raise TypeError(f"{name!r} is not an option{suggestion(name, GenerationOptions.model_fields)}")
+        if name not in kind.model_fields:
+            raise TypeError(f"{name!r} is not an option{suggestion(name, kind.model_fields)}")
     try:
-        options = GenerationOptions.model_validate(dict(values))
+        options = kind.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise ValueError(f"{first['loc'][0]}: {first['msg']}") from None
+        field, *inner = first["loc"] if first["loc"][0] == "tools" else first["loc"][:1]
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inner)
+        raise ValueError(f"{field}{path}: {first['msg']}") from None
     check_alternatives("logprobs", options.logprobs, max_logprobs)
     check_alternatives("prompt_logprobs", options.prompt_logprobs, max_logprobs)
     return options
@@ -121,6 +125,7 @@ class OutputRequest:
     token_ids: list[int]  # of the prompt
     max_tokens: int
     choice: int = 0  # number of the output for this prompt
+    reply: ReplyFormat | None = None  # how the output is divided; None: all of it is content
 
 
 class Generator:
@@ -151,14 +156,24 @@ class Generator:
             RequestError: the engine failed on the request.
             EngineStoppedError: the engine has stopped.
         """
-        options = self._options
-        decoder = OutputDecoder(Detokenizer(self._tokenizer, self._stop), self._eos_token_ids)
+        async with aclosing(self._outputs(request, await self._request_params(request))) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def _request_params(self, request: OutputRequest) -> SamplingParams:
+        options, reply = self._options, request.reply
         scoring = None if options.prompt_logprobs is None else PromptScoring()
         params = choice_params(
             self._params, request.choice, max_tokens=request.max_tokens, seed=options.seed, prompt=scoring
         )
-        if self._grammar is not None:
-            params = replace(params, grammar=await compile_grammar(self._grammar, self._grammars))
+        stated = self._grammar if reply is None else reply.grammar(self._grammar, ignore_eos=options.ignore_eos)
+        return replace(params, grammar=await compile_output(stated, reply, self._grammars))
+
+    async def _outputs(self, request: OutputRequest, params: SamplingParams) -> AsyncGenerator[Output]:
+        options, reply = self._options, request.reply
+        splitter = None if reply is None else reply.splitter(self._tokenizer, skip_special_tokens=True)
+        detokenizer = Detokenizer(self._tokenizer, self._stop, kept_ids=() if splitter is None else splitter.kept_ids)
+        decoder = OutputDecoder(detokenizer, self._eos_token_ids, splitter)
         async with aclosing(self._queue.events(Request(uuid.uuid4().hex, request.token_ids, params))) as events:
             async for event in events:
                 delta = decoder.output(event)
@@ -168,44 +183,70 @@ class Generator:
                     delta.prompt_logprobs = checked_logprobs(delta.prompt_logprobs, options.prompt_logprobs or 0)
                 yield delta
                 if delta.finish_reason is not None:
-                    return  # closing the events aborts a request that a stop string ended
+                    return  # closing the events aborts a request that ended in the text
 
     async def run(self, prompts: Iterable[OutputRequest]) -> AsyncGenerator[Generation]:
         """Generate `n` outputs for each prompt, at the same time; yield them in order. Raises as `stream`."""
 
-        async def generate(request: OutputRequest) -> tuple[OutputRequest, Output]:
-            output = Output()
-            async with aclosing(self.stream(request)) as deltas:
+        async def generate(request: OutputRequest) -> tuple[OutputRequest, SamplingParams, Output]:
+            output, params = Output(), await self._request_params(request)
+            async with aclosing(self._outputs(request, params)) as deltas:
                 async for delta in deltas:
                     output.add(delta)
-            return request, output
+            return request, params, output
 
-        options, tokenizer = self._options, self._tokenizer
-        requests = (replace(prompt, choice=choice) for prompt in prompts for choice in range(options.n))
+        requests = (replace(prompt, choice=choice) for prompt in prompts for choice in range(self._options.n))
         prompt_tokens: Tokens | None = None  # scored by the first output of the prompt
         async with aclosing(self._queue.run_in_order(requests, generate, lambda item: len(item.token_ids))) as results:
-            async for request, output in results:
+            async for request, params, output in results:
                 ids, logprobs = request.token_ids, output.prompt_logprobs
                 if logprobs is not None:
-                    prompt_tokens = Tokens(**token_columns(tokenizer, ids, logprobs, starts_sequence=True))
-                columns = token_columns(
-                    tokenizer, output.token_ids, output.all_logprobs(options.logprobs), starts_sequence=False
-                )
-                yield Generation(
-                    index=request.index,
-                    choice=request.choice,
-                    text=output.text,
-                    finish_reason=str(output.finish_reason),
-                    stop_reason=output.stop_reason,
-                    prompt_token_ids=ids,
-                    prompt=prompt_tokens,
-                    processed_logprobs=(
-                        output.all_processed(options.logprobs).logprob if options.return_processed_logprobs else None
-                    ),
-                    allowed_mass=None if self._grammar is None else np.array(output.allowed_mass, np.float32),
-                    forced=None if self._grammar is None else output.forced,
-                    **columns,
-                )
+                    prompt_tokens = Tokens(**token_columns(self._tokenizer, ids, logprobs, starts_sequence=True))
+                yield self._generation(request, output, prompt_tokens, has_grammar=params.grammar is not None)
+
+    def _generation(
+        self, request: OutputRequest, output: Output, prompt: Tokens | None, *, has_grammar: bool
+    ) -> Generation:
+        options, logprobs = self._options, output.all_logprobs(self._options.logprobs)
+        reply = Reply(output.text, None, []) if request.reply is None else Reply.of(output.parts, request.reply)
+        ends_in_call = bool(reply.calls) and output.finish_reason == "stop"
+        has_reasoning = request.reply is not None and request.reply.reasoning is not None
+        return Generation(
+            index=request.index,
+            choice=request.choice,
+            text=output.text,
+            content=reply.content,
+            reasoning=reply.reasoning,
+            answer_start=output.answer_start if has_reasoning else None,
+            tool_calls=tuple(_tool_call(call, logprobs.logprob) for call in reply.calls),
+            finish_reason="tool_calls" if ends_in_call else str(output.finish_reason),
+            stop_reason=output.stop_reason,
+            prompt_token_ids=request.token_ids,
+            prompt=prompt,
+            processed_logprobs=(
+                output.all_processed(options.logprobs).logprob if options.return_processed_logprobs else None
+            ),
+            allowed_mass=np.array(output.allowed_mass, np.float32) if has_grammar else None,
+            forced=output.forced if has_grammar else None,
+            **token_columns(self._tokenizer, output.token_ids, logprobs, starts_sequence=False),
+        )
+
+
+def _tool_call(call: Call, logprobs: NDArray[np.float32]) -> ToolCall:
+    spans = () if call.end is None else call.end.arguments
+    tokens = None if call.end is None else call.end.tokens
+    return ToolCall(
+        id=call.id,
+        type="custom" if call.is_custom else "function",
+        name=call.name,
+        arguments=call.text,
+        tokens=tokens,
+        logprob=None if tokens is None else logprob_of(tokens, logprobs),
+        argument_logprobs=tuple(
+            CallArgument(name=span.name, tokens=span.tokens, logprob=logprob_of(span.tokens, logprobs))
+            for span in spans
+        ),
+    )
 
 
 def check_alternatives(param: str, count: int | None, max_logprobs: int) -> None:

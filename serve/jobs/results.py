@@ -4,7 +4,7 @@ import math
 from collections import UserList
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,28 @@ class Tokens:
         return perplexity(self.logprob, int((self.ranks > 0).sum()))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallArgument:
+    """A top-level argument of a call."""
+
+    name: str
+    tokens: range  # of its value, in the output; the first and the last may reach beyond it
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A call in an output. One that the output's end cuts off has no tokens and no log-probs."""
+
+    id: str
+    type: Literal["function", "custom"]
+    name: str
+    arguments: str  # JSON; of a custom tool, its input
+    tokens: range | None  # of the output, with the mark before it
+    logprob: float | None
+    argument_logprobs: tuple[CallArgument, ...]
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Generation(Tokens):
     """One output for one prompt. The columns are of the generated tokens, including one that ended the text."""
@@ -47,7 +69,11 @@ class Generation(Tokens):
     index: int  # of the prompt
     choice: int  # number of the output for this prompt, from 0
     text: str
-    finish_reason: str  # "stop" or "length"
+    content: str  # the text without reasoning and calls, which a chat divides as chat completions do
+    reasoning: str | None
+    answer_start: int | None  # index of the token after the reasoning; None before its end, and without marks of one
+    tool_calls: tuple[ToolCall, ...]
+    finish_reason: str  # "stop", "length" or "tool_calls"
     stop_reason: str | int | None  # stop string that ended the text
     prompt_token_ids: list[int] = field(repr=False)
     prompt: Tokens | None = field(repr=False)  # with prompt_logprobs

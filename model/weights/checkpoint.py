@@ -35,7 +35,7 @@ class TensorInfo:
     @property
     def block_format(self) -> BlockFormat | None:
         """The format for kernels that holds exactly a matrix's values; None for floats, and without such a format."""
-        is_coded = len(self.shape) == 2 and self.stored_as not in FLOATS
+        is_coded = len(self.shape) >= 2 and self.stored_as not in FLOATS
         return FORMATS.get(WIDER_FORMATS.get(self.stored_as, self.stored_as)) if is_coded else None
 
 

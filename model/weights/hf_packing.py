@@ -1,17 +1,20 @@
-"""Quantized matrices of safetensors: tensors of codes, scales and zero points as one weight [N, K].
+"""Quantized matrices of safetensors: tensors of codes, scales and zero points as one weight [N, K], or of experts.
 
 A weight is `scale * (code - zero point)`, or `scale * value` of FP8, in float32. The layouts are those of AutoGPTQ and
 AutoAWQ (`qweight`, `qzeros`, `scales`, `g_idx`), compressed-tensors (`weight_packed`, `weight_scale`, ...) and
-DeepSeek's FP8 (`weight_scale_inv`). G is the number of groups of columns that share a scale.
+DeepSeek's FP8 (`weight_scale_inv`), and gpt-oss's MXFP4 (`*_blocks`, `*_scales`). G is the number of groups of columns
+that share a scale.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from model.weights.checkpoint import ModelLoadError, TensorInfo
@@ -21,6 +24,7 @@ _ITEM_BYTES = {"I64": 8, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1, "F16": 2, "BF
 _BLOCKS = {"INT4": (128, 64, 32), "INT8": (128, 32), "FP8": (128,)}  # sizes of model/formats.py
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the 4 bits of a word that hold column 0, 1, ...
 _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+_MXFP4 = "_blocks"
 # Scales of activations and caches, which are not quantized here.
 _ACTIVATIONS = ("input_scale", "output_scale", "input_zero_point", "k_scale", "v_scale", "q_scale", "prob_scale")
 
@@ -36,9 +40,26 @@ class CodedRows:
     zeros: NDArray[np.uint32] | None  # [R, G]
 
 
+class QuantizedTensor(Protocol):
+    """A quantized weight."""
+
+    @property
+    def info(self) -> TensorInfo: ...
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the stored tensors that it consists of."""
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Values [R, K] of rows start..stop-1, of all axes but the last one together."""
+
+    def read_blocks(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """The same rows as bytes of blocks [R, bytes], their columns in the order of `info`."""
+
+
 @dataclass(frozen=True, slots=True)
-class QuantizedTensor:
-    """A quantized weight and the stored tensors that it consists of."""
+class _CodedTensor:
+    """A matrix of codes, scales and zero points."""
 
     info: TensorInfo
     sources: tuple[str, ...]
@@ -46,7 +67,6 @@ class QuantizedTensor:
     rows: Callable[[int, int], CodedRows]
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Values [R, K] of rows start..stop-1."""
         rows = self.rows(start, stop)
         scales = rows.scales[:, self.groups]
         if rows.zeros is None:
@@ -54,7 +74,6 @@ class QuantizedTensor:
         return np.asarray((rows.codes.astype(np.float32) - rows.zeros.astype(np.float32)[:, self.groups]) * scales)
 
     def read_blocks(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """Rows start..stop-1 as bytes of blocks [R, bytes], their columns in the order of `info`."""
         rows, block_format = self.rows(start, stop), self.info.block_format
         assert block_format is not None
         (count, k), block = rows.codes.shape, block_format.block
@@ -67,6 +86,29 @@ class QuantizedTensor:
             words = words | rows.zeros[:, groups[::block]]
             codes = _halves(codes) if block_format.name.startswith("INT4") else codes ^ np.uint8(0x80)
         return np.concatenate([words[..., None].view(np.uint8), codes], axis=-1).reshape(count, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mxfp4Tensor:
+    """Matrices of experts [X, N, K] in MXFP4."""
+
+    info: TensorInfo
+    sources: tuple[str, ...]
+    stored: Read
+
+    def read(self, start: int, stop: int) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = dequantize(self.read_blocks(start, stop), GGMLQuantizationType.MXFP4)
+        return values
+
+    def read_blocks(self, start: int, stop: int) -> NDArray[np.uint8]:
+        n = self.info.shape[1]
+        expert, row, count = start // n, start % n, stop - start
+        rows = (slice(expert, -(-stop // n)), slice(row, row + count) if row + count <= n else slice(None))
+        codes, scales = (self.stored(name, *rows) for name in self.sources)
+        first = row if row + count > n else 0
+        codes = _codes(codes.reshape(-1, 16), 4)
+        blocks = np.concatenate([scales.reshape(-1, 1), _halves(codes)], axis=1)
+        return blocks.reshape(-1, 17 * scales.shape[2])[first : first + count]
 
 
 def _halves(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -83,7 +125,7 @@ def quantized_tensors(
     for name in stored:
         stem, _, kind = name.rpartition(".")
         if (tensor := packing.tensor(stem, kind)) is not None:
-            tensors[f"{stem}.weight"] = tensor
+            tensors[name.removesuffix(_MXFP4) if name.endswith(_MXFP4) else f"{stem}.weight"] = tensor
     parts = {source for tensor in tensors.values() for source in tensor.sources}
     if quantization.quantizes_activations:
         parts |= {name for name in stored if name.rpartition(".")[2] in _ACTIVATIONS}
@@ -105,9 +147,11 @@ class _Packing:
             return self._packed(stem)
         if kind == "weight" and method in ("compressed-tensors", "fp8") and dtype in ("F8_E4M3", "I8"):
             return self._bytes(stem, is_fp8=dtype == "F8_E4M3")
+        if kind.endswith(_MXFP4) and method == "mxfp4":
+            return self._mxfp4(f"{stem}.{kind}")
         return None
 
-    def _columns(self, stem: str, *, is_awq: bool) -> QuantizedTensor | None:
+    def _columns(self, stem: str, *, is_awq: bool) -> _CodedTensor | None:
         """`qweight`, in GPTQ [K/8, N] and in AWQ [K, N/8], `qzeros` [G, N/8] and `scales` [G, N]."""
         main, qzeros, scales, g_idx = (f"{stem}.{kind}" for kind in ("qweight", "qzeros", "scales", "g_idx"))
         if not {qzeros, scales} <= self.stored.keys():
@@ -133,7 +177,7 @@ class _Packing:
         groups = self._groups(k, count, g_idx, self.quantization.group_size) if fits else None
         return self._tensor((main, qzeros, scales, g_idx), (n, k), f"INT{bits}", groups, read_rows)
 
-    def _packed(self, stem: str) -> QuantizedTensor | None:
+    def _packed(self, stem: str) -> _CodedTensor | None:
         """`weight_packed` [N, K/8], `weight_scale` [N, G], and for other zero points `weight_zero_point` [N/8, G]."""
         kinds = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
         main, scales, shape, zero_points, g_idx = names = tuple(f"{stem}.{kind}" for kind in kinds)
@@ -158,7 +202,7 @@ class _Packing:
 
         return self._tensor(names, (n, k), f"INT{bits}", self._groups(k, count, g_idx) if fits else None, read_rows)
 
-    def _bytes(self, stem: str, *, is_fp8: bool) -> QuantizedTensor | None:
+    def _bytes(self, stem: str, *, is_fp8: bool) -> _CodedTensor | None:
         """`weight` [N, K] of int8 or FP8, a scale per tensor, row, group of a row or block, and int8 zero points."""
         main, zero_points = f"{stem}.weight", f"{stem}.weight_zero_point"
         scales = f"{stem}.weight_scale"
@@ -188,6 +232,17 @@ class _Packing:
 
         return self._tensor((main, scales, zero_points), (n, k), "FP8" if is_fp8 else "INT8", groups, read_rows)
 
+    def _mxfp4(self, blocks: str) -> QuantizedTensor | None:
+        """`*_blocks` [X, N, G, 16], two codes per byte, and `*_scales` [X, N, G], exponents."""
+        scales = f"{blocks.removesuffix(_MXFP4)}_scales"
+        if scales not in self.stored:
+            return None
+        shape, dtypes = self.stored[blocks].shape, {self.stored[name].stored_as for name in (blocks, scales)}
+        fits = len(shape) == 4 and shape[3] == 16 and self.stored[scales].shape == shape[:3] and dtypes == {"U8"}
+        described = "MXFP4" if fits else "mxfp4 tensors whose shapes do not fit"
+        info = TensorInfo((*shape[:2], 32 * shape[2]) if fits else (), described, fits, 17 * math.prod(shape) // 16)
+        return _Mxfp4Tensor(info, (blocks, scales), self.read)
+
     def _matrix(self, name: str) -> tuple[int, int]:
         """A stored tensor's shape; zeros if it is no matrix."""
         shape = self.stored[name].shape
@@ -211,7 +266,7 @@ class _Packing:
         kind: str,
         groups: NDArray[np.int32] | None,
         rows: Callable[[int, int], CodedRows],
-    ) -> QuantizedTensor:
+    ) -> _CodedTensor:
         """The weight in the widest block whose columns share a scale; without one it is stored as floats."""
         sources = tuple(name for name in names if name in self.stored)
         nbytes = sum(
@@ -219,7 +274,7 @@ class _Packing:
         )
         if groups is None:
             described = f"{self.quantization.method} tensors whose shapes do not fit"
-            return QuantizedTensor(TensorInfo(shape, described, False, 0), sources, np.zeros(0, np.int32), rows)
+            return _CodedTensor(TensorInfo(shape, described, False, 0), sources, np.zeros(0, np.int32), rows)
         order = None if (np.diff(groups) >= 0).all() else np.argsort(groups, kind="stable").astype(np.int32)
         columns = groups if order is None else groups[order]
         is_exact = kind == "FP8" or any(
@@ -228,7 +283,7 @@ class _Packing:
         sizes = [size for size in _BLOCKS[kind] if is_exact and _share(columns, size)]
         stored_as = f"{kind}_{sizes[0]}" if sizes else kind
         info = TensorInfo(shape, stored_as, True, nbytes, order if sizes else None)
-        return QuantizedTensor(info, sources, groups, rows)
+        return _CodedTensor(info, sources, groups, rows)
 
 
 def _share(groups: NDArray[np.int32], size: int) -> bool:

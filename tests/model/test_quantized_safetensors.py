@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from compiled.shapes import Buckets
 from model.config import ConfigError
+from model.formats import FORMATS
 from model.kernels.dispatch import Kernels, load_kernels
 from model.linear import matmul, take_rows
 from model.packed import StackedWeight
 from model.weights import loader
-from model.weights.checkpoint import ModelLoadError
+from model.weights.checkpoint import ModelLoadError, TensorInfo
+from model.weights.hf_packing import quantized_tensors
 from model.weights.hf_quantization import quantization_of
 from model.weights.rows import Arena, BlockRows, Rows
 from model.weights.source import ModelSource
@@ -189,6 +191,31 @@ def test_damaged_values_are_refused(tmp_path: Path) -> None:
         write_quantized(tmp_path, layout, changes={f"{UP}.{kind}": values for kind, values in change.items()})
         with pytest.raises(ModelLoadError, match=f"  {UP}.weight: {problem}$"):
             load(tmp_path, Storage(F32))
+
+
+def test_mxfp4_of_experts() -> None:
+    """Two codes per byte, the first in its low half; rows of all experts together, from any row on."""
+    random, (experts, n, groups) = np.random.default_rng(1), (3, 5, 2)
+    tensors = {"up_blocks": random.integers(0, 256, (experts, n, groups, 16), np.uint8)}
+    tensors["up_scales"] = random.integers(100, 130, (experts, n, groups), np.uint8)
+    stored = {f"mlp.{name}": TensorInfo(values.shape, "U8", False, 0) for name, values in tensors.items()}
+    quantization = quantization_of({"quantization_config": {"quant_method": "mxfp4"}})
+    assert quantization is not None
+    found, parts = quantized_tensors(quantization, stored, lambda name, *index: tensors[name[4:]][index])
+    assert parts == stored.keys()
+    up = found["mlp.up"]
+    assert up.info.shape == (experts, n, 32 * groups)
+    assert up.info.nbytes == sum(values.nbytes for values in tensors.values())
+    steps = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    codes = np.stack([tensors["up_blocks"] & 15, tensors["up_blocks"] >> 4], axis=-1).reshape(experts, n, groups, 32)
+    values = steps[codes] * np.exp2(tensors["up_scales"].astype(np.float32) - 127)[..., None]
+    values = values.reshape(experts * n, -1)
+    assert up.info.block_format == FORMATS["MXFP4"]
+    for start, stop in ((0, 15), (2, 4), (5, 10), (7, 8), (3, 12)):
+        np.testing.assert_array_equal(up.read(start, stop), values[start:stop])
+        np.testing.assert_array_equal(values_of("MXFP4", up.read_blocks(start, stop), 64), values[start:stop])
+    stored["mlp.up_scales"] = TensorInfo((experts, n, 3), "U8", False, 0)
+    assert not quantized_tensors(quantization, stored, lambda name, *_: tensors[name])[0]["mlp.up"].info.supported
 
 
 def settings(layout: Layout, **changes: Any) -> dict[str, Any]:

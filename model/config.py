@@ -26,10 +26,21 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """Properties of attention that differ between layers."""
+    """Properties that differ between layers."""
 
     rope: Rope | None  # None: no rotary embedding
     window: int = 0  # tokens that a query attends to, itself included; 0 = all before it
+    is_sparse: bool = False  # the MLP is a mixture of experts
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The mixture of experts that sparse layers have as MLP."""
+
+    count: int  # X
+    per_token: int  # experts that a token is routed to
+    size: int  # XF, features of an expert
+    normalized: bool  # the weights of a token's experts add up to 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +61,7 @@ class ModelConfig:
     attention_scale: float  # factor of the scores
     attention_cap: float = 0.0  # replaces a score by cap * tanh(score / cap); 0 = off
     logit_cap: float = 0.0  # the same for logits
+    experts: Experts | None = None
     shard_features: int = COLUMN_BLOCK  # F of a shard is a multiple of it, if there are several
 
     @property
@@ -66,7 +78,7 @@ class ModelConfig:
         return replace(self, layers=tuple(layers))
 
     def dims(self) -> dict[str, int]:
-        """Axis sizes by the letters of the weight table: V, D, F, Q = H*E, KV = K*E, QKV, FF = 2 F, E, H, K."""
+        """Axis sizes by the letters of the weight table: V, D, F, Q = H*E, KV = K*E, QKV, FF = 2 F, E, H, K, X, XF."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return {
             "V": self.vocab_size,
@@ -79,13 +91,18 @@ class ModelConfig:
             "E": self.head_dim,
             "H": self.num_heads,
             "K": self.num_kv_heads,
+            **({"X": self.experts.count, "XF": self.experts.size} if self.experts else {}),
         }
 
     def weights(self) -> dict[str, WeightSpec]:
         """Every weight of the network, by its path."""
-        specs = [spec for spec in self.traits.weights if not (self.tie_word_embeddings and spec == HEAD)]
-        layers = ((spec, range(self.num_layers) if spec.is_per_layer else range(1)) for spec in specs)
-        return {spec.path.format(i=i): spec.of_layer(i) for spec, numbers in layers for i in numbers}
+        dense = self.traits.weights()
+        sparse = self.traits.weights(self.experts.count) if self.experts else dense
+        tables = [sparse if kind.is_sparse else dense for kind in self.layers]
+        layers = [spec.of_layer(i) for i, table in enumerate(tables) for spec in table if spec.is_per_layer]
+        embedding, *last = [spec for spec in dense if not spec.is_per_layer]
+        specs = (embedding, *layers, *(spec for spec in last if not (self.tie_word_embeddings and spec == HEAD)))
+        return {spec.path: spec for spec in specs}
 
     def __post_init__(self) -> None:
         for name in ("num_layers", *(field.name for field in fields(self) if field.type is int)):
@@ -100,6 +117,9 @@ class ModelConfig:
             raise ConfigError(f"head_dim {self.head_dim} is odd; rotary embedding needs an even size")
         for kind in set(self.layers):
             self._check_layer(kind)
+        experts = self.experts
+        if experts and not 1 <= experts.per_token <= experts.count:
+            raise ConfigError(f"{experts.per_token} experts per token are not from 1 to {experts.count} experts")
 
     def _check_layer(self, kind: LayerKind) -> None:
         if kind.window < 0:

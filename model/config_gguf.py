@@ -1,6 +1,7 @@
 """ModelConfig from GGUF metadata (key names: the GGUF specification, `docs/gguf.md` of the ggml project)."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from model import rope as ropes
@@ -17,6 +18,7 @@ from model.config import (
     layer_kinds,
     short_repr,
 )
+from model.config_experts import GGUF_KEYS, GGUF_NEUTRAL, experts_from_gguf
 from model.families import FAMILIES, Family
 from model.rope import Rope
 
@@ -80,6 +82,8 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor: Tensor, *, has_output:
     family = in_gguf.get(arch) if isinstance(arch, str) else None
     if arch == "clip":
         raise ConfigError("general.architecture 'clip' is the part for images or audio; name the language model's file")
+    if metadata.get(f"{arch}.expert_count"):
+        family = _sparse_family(arch) or family
     if family is None:
         known = ", ".join(sorted(in_gguf))
         raise ConfigError(f"general.architecture {short_repr(arch)} is not known; known: {known}")
@@ -94,7 +98,9 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor: Tensor, *, has_output:
     tokens = metadata.get("tokenizer.ggml.tokens") or []
     if not isinstance(tokens, list):
         raise ConfigError("tokenizer.ggml.tokens must be a list")
-    layers = _layers(metadata, family, key, tensor, head_dim)
+    layers, experts = _layers(metadata, family, key, tensor, head_dim), experts_from_gguf(metadata, key, family)
+    if experts is not None:
+        layers = tuple(replace(kind, is_sparse=True) for kind in layers)
     by_hidden = (family.name, len(layers)) in _SCALED_BY_HIDDEN
     return ModelConfig(
         family=family.name,
@@ -112,7 +118,13 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor: Tensor, *, has_output:
         attention_scale=float((hidden / heads if by_hidden else head_dim) ** -0.5),
         attention_cap=float_of(metadata, key("attn_logit_softcapping"), 0.0),
         logit_cap=float_of(metadata, key("final_logit_softcapping"), 0.0),
+        experts=experts,
     )
+
+
+def _sparse_family(arch: Any) -> Family | None:
+    """The family with experts whose files have the architecture of another family, which has none."""
+    return next((row for row in FAMILIES.values() if row.experts and row.experts.gguf_architecture == arch), None)
 
 
 def _refuse_unsupported(metadata: Mapping[str, Any], family: Family, prefix: str) -> None:
@@ -123,8 +135,11 @@ def _refuse_unsupported(metadata: Mapping[str, Any], family: Family, prefix: str
     known |= {_WINDOWS[0]} if family.name == "llama" else set()  # of Mistral; llama.cpp has no windows here
     known |= {name for name in _CAPS if name in family.hf_defaults}
     known |= {_LOCAL_BASE} if family.local_theta else set()
+    neutral = _NEUTRAL
+    if family.experts:
+        known, neutral = known | GGUF_KEYS, _NEUTRAL | GGUF_NEUTRAL
     values = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
-    check_keys(values, known, _NEUTRAL, prefix)
+    check_keys(values, known, neutral, prefix)
 
 
 def _layers(

@@ -21,6 +21,7 @@ from model.config import (
     short_repr,
     strings_of,
 )
+from model.config_experts import HF_KEYS, experts_from_hf, sparse_layers
 from model.families import FAMILIES, Family
 from model.hf_keys import IGNORED, NEUTRAL, READ, ROPE_NEUTRAL, ROPE_READ
 from model.rope import Rope
@@ -56,13 +57,14 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=int_of(config, "num_key_value_heads", heads),
         head_dim=head_dim,
-        layers=_layers(config, family, head_dim),
+        layers=sparse_layers(config, family, _layers(config, family, head_dim)),
         rms_norm_eps=float_of(config, "rms_norm_eps", 1e-6),
         max_position_embeddings=int_of(config, "max_position_embeddings"),
         tie_word_embeddings=bool_of(config, "tie_word_embeddings", False),
         attention_scale=float(float_of(config, "query_pre_attn_scalar", head_dim, above=0) ** -0.5),
         attention_cap=_cap(config, "attn_logit_softcapping"),
         logit_cap=_cap(config, "final_logit_softcapping"),
+        experts=experts_from_hf(config, family),
     )
 
 
@@ -80,6 +82,7 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
             raise ConfigError(f"{key} {short_repr(config[key])} is not supported; known: {known}")
     keys = READ | IGNORED | family.hf_defaults.keys()
     keys |= {"attention_bias"} if family.qkv_bias else set()
+    keys |= HF_KEYS if family.experts else set()
     if not family.has_window and config.get("use_sliding_window") is False:
         keys |= {"sliding_window"}
     if config.get("sliding_window_size") == config.get("sliding_window"):  # Gemma 2 has both

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from model.weight_specs import TensorSpec, WeightSpec, layer_weight, tensor_spec
+from model.weight_specs import ExpertTraits, TensorSpec, WeightSpec, expert_weights, layer_weight, tensor_spec
 
 _EMBED = WeightSpec("embed.weight", (TensorSpec("model.embed_tokens.weight", "token_embd.weight", ("V", "D")),))
 _FINAL_NORM = WeightSpec("norm.weight", (TensorSpec("model.norm.weight", "output_norm.weight", ("D",)),))
@@ -67,6 +67,7 @@ class Family:
     hf_defaults: Mapping[str, Any] = field(default_factory=dict)
     gguf_defaults: Mapping[str, Any] = field(default_factory=dict)  # defaults of llama.cpp, without the architecture
     ignored: tuple[str, ...] = ()  # checkpoint tensors that are not needed
+    experts: ExpertTraits | None = None  # of a family whose layers may have a mixture of experts as MLP
 
     @property
     def has_window(self) -> bool:
@@ -81,16 +82,16 @@ class Family:
     def activation_names(self) -> tuple[str, ...]:
         return ("silu",) if self.activation == "silu" else ("gelu_pytorch_tanh", "gelu_new")
 
-    @property
-    def weights(self) -> tuple[WeightSpec, ...]:
-        """The weight table; a weight of the layers is in it once."""
+    def weights(self, experts: int = 0) -> tuple[WeightSpec, ...]:
+        """The weight table with layers that have a dense MLP or that many experts; each is in it once."""
         weights = [_EMBED]
         if self.pre_norm:
             mlp_norm = "pre_feedforward_layernorm" if self.post_norm else "post_attention_layernorm"
             weights += [_ATTENTION_NORM, layer_weight("mlp_norm.weight", tensor_spec(mlp_norm, "ffn_norm", "D"))]
         weights += _POST_NORMS if self.post_norm else ()
         qkv, gate_up = (_FUSED_QKV, _FUSED_GATE_UP) if self.fused_tensors else (_QKV, _GATE_UP)
-        weights += [qkv, _OUT, gate_up, _DOWN]
+        mlp = (gate_up, _DOWN) if not (experts and self.experts) else expert_weights(self.experts, experts)
+        weights += [qkv, _OUT, *mlp]
         weights += [_QKV_BIAS] if self.qkv_bias else ()
         for name, letter in zip("qk", self.qk_norm or (), strict=False):
             tensor = tensor_spec(f"self_attn.{name}_norm", f"attn_{name}_norm", letter)
@@ -208,6 +209,46 @@ FAMILIES: dict[str, Family] = {
                 "rope_local_base_freq": 10000.0,
                 "sliding_window_pattern": 6,
             },
+        ),
+        Family(
+            name="qwen3moe",
+            hf_architecture="Qwen3MoeForCausalLM",
+            hf_model_type="qwen3_moe",
+            qk_norm=("E", "E"),
+            hf_defaults={
+                "num_key_value_heads": 4,
+                "use_sliding_window": False,
+                "sliding_window": 4096,
+                "num_experts_per_tok": 8,
+                "moe_intermediate_size": 768,
+                "norm_topk_prob": False,
+                "mlp_only_layers": None,
+                "decoder_sparse_step": 1,
+            },
+            experts=ExpertTraits(hf_size="moe_intermediate_size"),
+        ),
+        Family(  # its GGUF files are of architecture "llama" and have no window
+            name="mixtral",
+            hf_architecture="MixtralForCausalLM",
+            in_gguf=False,
+            gguf_interleaved_rotary=True,
+            hf_defaults={
+                "num_key_value_heads": 8,
+                "sliding_window": None,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 1e6,
+                "max_position_embeddings": 4096 * 32,
+                "num_experts_per_tok": 2,
+            },
+            ignored=_IGNORED,
+            experts=ExpertTraits(hf_block="block_sparse_moe", hf_names=("w1", "w3", "w2"), gguf_architecture="llama"),
+        ),
+        Family(
+            name="olmoe",
+            hf_architecture="OlmoeForCausalLM",
+            qk_norm=("Q", "KV"),
+            hf_defaults={"rms_norm_eps": 1e-5, "num_experts_per_tok": 8, "norm_topk_prob": False},
+            experts=ExpertTraits(gguf_normalized=False),
         ),
     )
 }

@@ -24,6 +24,7 @@ IGNORED = frozenset(
         *("transformers_version", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache"),
         # training
         *("attention_dropout", "chunk_size_feed_forward", "embd_pdrop", "pretraining_tp", "resid_pdrop"),
+        *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
         # generation
         *("assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids", "begin_suppress_tokens"),
         *("bos_token_id", "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample"),

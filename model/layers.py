@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from model.attention import attend, rotate_and_store
 from model.config import LayerKind
+from model.experts import combine, dispatched, expert_matmul, route, router_logits
 from model.kernels import ScoreOptions, cpu
 from model.kernels.dispatch import Kernels
 from model.kv_cache import Addresses, LayerPages
@@ -167,6 +168,39 @@ class MLP(nnx.Module):
         return self.down(hidden.reshape(*x.shape[:-1], -1), live)
 
 
+class ExpertMLP(nnx.Module):
+    """A mixture of experts: each token's gated MLPs are those that a router chooses for it (Shazeer et al. 2017).
+
+    A token's result is the same to the last bit whatever other tokens are routed with it.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        config = spec.parallel.local
+        assert config.experts is not None
+        self.experts = config.experts
+        X, XF, D = self.experts.count, self.experts.size, config.hidden_size
+        self.router = Linear(X, D, spec)
+        self.gate, self.up = Linear(X * XF, D, spec), Linear(X * XF, D, spec)
+        self.down = Linear(X * D, XF, spec)
+        self.activation = config.traits.activation
+        self.parallel, self.dtype, self.kernels = spec.parallel, spec.dtype, spec.kernels
+
+    def __call__(self, x: Array, live: Array | None = None) -> Array:
+        """x [R, T, D] -> [R, T, D]; `live` as in Linear."""
+        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        live = all_live(rows) if live is None else live
+        logits = router_logits(rows, self.router.weight.get_value(), self.kernels, live)
+        weights, ids = route(logits, self.experts, self.kernels)
+        routes = dispatched(ids, live, self.experts.count)
+        tokens = rows[routes.order // ids.shape[1]]
+        gate, up = (
+            expert_matmul(tokens, each.weight.get_value(), routes, self.kernels) for each in (self.gate, self.up)
+        )
+        hidden = gated(jnp.concatenate([gate, up], axis=1), routes.live, self.activation, self.dtype, self.kernels)
+        y = combine(expert_matmul(hidden, self.down.weight.get_value(), routes, self.kernels), routes, weights)
+        return (self.parallel.psum(y) if self.parallel.shards > 1 else y).reshape(x.shape)
+
+
 class Layer(nnx.Module):
     """One decoder layer: x + attention(x), then x + mlp(x), each with a norm before it, after it, or both."""
 
@@ -182,7 +216,7 @@ class Layer(nnx.Module):
         self.attention = Attention(spec, kind)
         self.attention_post_norm = norm(traits.post_norm, _FLOAT32)
         self.mlp_norm = norm(traits.pre_norm, spec.dtype)
-        self.mlp = MLP(spec)
+        self.mlp: MLP | ExpertMLP = ExpertMLP(spec) if kind.is_sparse else MLP(spec)
         self.mlp_post_norm = norm(traits.post_norm, _FLOAT32)
 
     def __call__(

@@ -25,7 +25,7 @@ from model.weight_specs import WeightSpec
 
 TENSOR = "tensor"  # the mesh axis
 # The sharded axes, by letters of ModelConfig.dims(); D of the residual stream and E are replicated.
-_SHARDED = {"V", "F", "FF", "Q", "KV", "QKV"}
+_SHARDED = {"V", "F", "FF", "XF", "Q", "KV", "QKV"}
 _LANES = 128  # a shard's vocabulary is a multiple of it: full blocks of the top-k, full words of a mask
 
 type ShardIndices = NDArray[np.int64]  # [shards, n]: the indices of an axis that each shard holds; -1 is padding
@@ -113,8 +113,10 @@ class TensorParallel:
         if self.shards == 1:
             return self.config
         queries, keys = self._heads()
+        experts = self.config.experts
         return replace(
             self.config,
+            experts=experts and replace(experts, size=self._width("XF", self.config.shard_features)),
             vocab_size=self._width("V", _LANES),
             intermediate_size=self._width("F", self.config.shard_features),
             num_heads=queries.shape[1],
@@ -151,8 +153,8 @@ class TensorParallel:
         match letter:
             case "V":
                 return self._even(sizes["V"], self._width("V", _LANES))
-            case "F":
-                return self._even(sizes["F"], self._width("F", self.config.shard_features))
+            case "F" | "XF":
+                return self._even(sizes[letter], self._width(letter, self.config.shard_features))
             case "Q" | "KV":
                 return _elements(self._heads()[letter == "KV"], self.config.head_dim)
             case "QKV":

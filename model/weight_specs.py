@@ -1,6 +1,16 @@
 """Which tensors of a checkpoint are one of our weights: their names, shapes and places in it."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSlice:
+    """An expert's matrix in a tensor [X, parts * rows, ...] of all experts, which holds `parts` matrices of each."""
+
+    expert: int
+    parts: int = 1
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,6 +21,8 @@ class TensorSpec:
     gguf: str
     shape: tuple[str, ...]
     heads: str | None = None  # "H" or "K" if the rows are rotary heads, which some GGUF files store interleaved
+    hf_slice: ExpertSlice | None = None  # of the tensor with this name, None if it is the expert's own
+    gguf_slice: ExpertSlice | None = None
 
     @property
     def is_norm(self) -> bool:
@@ -23,6 +35,7 @@ class WeightSpec:
 
     path: str
     tensors: tuple[TensorSpec, ...]
+    role: Literal["plain", "router", "experts"] = "plain"  # a router is never rounded, experts are read one by one
 
     @property
     def is_per_layer(self) -> bool:
@@ -31,7 +44,7 @@ class WeightSpec:
     def of_layer(self, i: int) -> "WeightSpec":
         """The weight with the layer's number in all names."""
         tensors = (replace(t, hf=t.hf.format(i=i), gguf=t.gguf.format(i=i)) for t in self.tensors)
-        return WeightSpec(self.path.format(i=i), tuple(tensors))
+        return WeightSpec(self.path.format(i=i), tuple(tensors), self.role)
 
 
 def tensor_spec(hf: str, gguf: str, *shape: str, heads: str | None = None, kind: str = "weight") -> TensorSpec:
@@ -40,3 +53,41 @@ def tensor_spec(hf: str, gguf: str, *shape: str, heads: str | None = None, kind:
 
 def layer_weight(path: str, *tensors: TensorSpec) -> WeightSpec:
     return WeightSpec(f"layers.{{i}}.{path}", tensors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertTraits:
+    """How the checkpoints of a family of mixtures of experts name and store them."""
+
+    hf_block: str = "mlp"  # module of router and experts
+    hf_router: str = "gate"
+    hf_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # of one expert's matrices
+    hf_fused: tuple[str, str] | None = None  # instead: tensors of all experts, gate and up in the first
+    hf_size: str = "intermediate_size"  # key of config.json: features of an expert
+    gguf_architecture: str | None = None  # None: the family's name
+    gguf_normalized: bool = True  # whether weights of the chosen experts add up to 1, unless a file's key says so
+
+
+# Our name, GGUF's name and the axes of an expert's matrices.
+_EXPERT_MATRICES = (
+    ("gate", "ffn_gate_exps", ("XF", "D")),
+    ("up", "ffn_up_exps", ("XF", "D")),
+    ("down", "ffn_down_exps", ("D", "XF")),
+)
+
+
+def expert_weights(traits: ExpertTraits, count: int) -> tuple[WeightSpec, ...]:
+    """The router and the matrices of all experts of a layer, of which each is stacked: [X * XF, D] or [X * D, XF]."""
+    block = f"model.layers.{{i}}.{traits.hf_block}"
+    router = TensorSpec(f"{block}.{traits.hf_router}.weight", "blk.{i}.ffn_gate_inp.weight", ("X", "D"))
+    weights = [WeightSpec("layers.{i}.mlp.router.weight", (router,), "router")]
+    for place, (name, gguf, shape) in enumerate(_EXPERT_MATRICES):
+        tensors = []
+        for expert in range(count):
+            hf, part = f"{block}.experts.{expert}.{traits.hf_names[place]}.weight", None
+            if traits.hf_fused is not None:
+                hf = f"{block}.{traits.hf_fused[name == 'down']}.weight"
+                part = ExpertSlice(expert) if name == "down" else ExpertSlice(expert, 2, place)
+            tensors.append(TensorSpec(hf, f"blk.{{i}}.{gguf}.weight", shape, None, part, ExpertSlice(expert)))
+        weights.append(WeightSpec(f"layers.{{i}}.mlp.{name}.weight", tuple(tensors), "experts"))
+    return tuple(weights)

@@ -62,7 +62,10 @@ class Checkpoint(Protocol):
         """Every tensor of the language model."""
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """A fresh array of rows start..stop-1 (along axis 0) of a tensor: bfloat16 if stored as bfloat16, else float32.
+        """A fresh array of rows start..stop-1 of a tensor: bfloat16 if stored as bfloat16, else float32.
+
+        Rows are along axis 0. Of a tensor with more than two axes they are those of all axes but the last one
+        together, and the result has two axes; they are of one index of axis 0.
 
         Raises:
             ModelLoadError: the bytes cannot be read or decoded; the message does not repeat the name.

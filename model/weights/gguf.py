@@ -1,5 +1,6 @@
 """Reads a GGUF file: configuration, tokenizer metadata and tensors, as values or as blocks."""
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -73,7 +74,7 @@ class GgufCheckpoint:
             values = _dequantize(values, GGMLQuantizationType(tensor.type_number))
         elif tensor.type_name == "F16":
             values = values.astype(np.float32)
-        return values.reshape(_rows_of(tensor, start, stop), *tensor.shape[1:])
+        return values.reshape(_rows_of(tensor, start, stop), *tensor.shape[1:][-1:])
 
     def read_blocks(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         tensor = self._tensors[name]
@@ -124,8 +125,8 @@ class GgufCheckpoint:
 
 
 def _rows_of(tensor: GgufTensor, start: int, stop: int | None) -> int:
-    """Number of rows from `start` up to `stop`; a tensor without axes has one."""
-    count = tensor.shape[0] if tensor.shape else 1
+    """Number of rows from `start` up to `stop`; a tensor with one axis has its size, one without axes has one."""
+    count = math.prod(tensor.shape[:-1] or tensor.shape)
     return (count if stop is None else min(stop, count)) - start
 
 

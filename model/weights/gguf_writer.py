@@ -69,7 +69,12 @@ class OutputModel:
 
 
 def output_of_gguf(checkpoint: Checkpoint) -> OutputModel:
-    """The model in an open GGUF file, with all metadata of the file but what says how it was rounded."""
+    """The model in an open GGUF file, with all metadata of the file but what says how it was rounded.
+
+    Raises:
+        ModelLoadError: it has experts.
+    """
+    _refuse_experts(checkpoint)
     path = read_parts(Path(checkpoint.path))[0][0]
     metadata = {}
     for field in GGUFReader(path).fields.values():
@@ -91,6 +96,7 @@ def output_of_folder(checkpoint: Checkpoint, tokenizer: Mapping[str, Any]) -> Ou
     Raises:
         ModelLoadError: GGUF has no keys for a part of the configuration.
     """
+    _refuse_experts(checkpoint)
     config = checkpoint.config
     architecture = config.family if config.traits.in_gguf else "llama"
     metadata, extra = _metadata(config, architecture)
@@ -112,6 +118,11 @@ def output_of_folder(checkpoint: Checkpoint, tokenizer: Mapping[str, Any]) -> Ou
             shape = tuple(dims[letter] for letter in tensor.shape)
             tensors.append(OutputTensor(tensor.gguf, shape, path, _converter(checkpoint, tensor, shape)))
     return OutputModel(config, architecture, {key: _typed(value) for key, value in metadata.items()}, tensors)
+
+
+def _refuse_experts(checkpoint: Checkpoint) -> None:
+    if checkpoint.config.experts is not None:
+        raise ModelLoadError(f"{checkpoint.path}: mixtures of experts cannot be rounded to a GGUF file")
 
 
 def _single_run(values: Sequence[float]) -> Iterator[NDArray[Any]]:

@@ -79,7 +79,9 @@ def _sharded(checkpoint: Checkpoint, storage: Storage) -> ModelConfig:
     """The network; a shard's features of the MLP are full blocks of every format that they are columns of."""
     config, stored = checkpoint.config, checkpoint.names()
     specs = config.weights()
-    targets = (target for target in check_headers(checkpoint) if specs[target.path].tensors[0].shape[1:] == ("F",))
+    targets = (
+        target for target in check_headers(checkpoint) if specs[target.path].tensors[0].shape[1:] in (("F",), ("XF",))
+    )
     blocks = (form.block for target in targets for form in storage.formats(target, stored) if not form.is_float)
     return replace(config, shard_features=max((config.shard_features, *blocks)))
 

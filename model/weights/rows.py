@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
@@ -13,6 +14,8 @@ from model.weights.quantize import quantize
 
 _ALIGNMENT = 64  # bytes; XLA:CPU takes over arrays that start at a multiple of it without a copy (`jax.device_put`)
 _ARENA_BYTES = 1 << 26
+_CHECK_VALUES = 1 << 20  # values checked at once, so that a check needs little memory
+_BF16_EXPONENT = np.uint16(0x7F80)  # all ones: infinite or NaN
 _LARGEST = 127
 _BATCH_VALUES = 1 << 16  # values rounded at once: they stay in a core's cache
 
@@ -92,6 +95,26 @@ def _round_rows(matrix: NDArray[np.float32], values: NDArray[np.int8], scales: N
         # Divide by the stored scale: its rounding to float16 then adds no second error.
         rounded = np.where(steps > 0, np.rint(groups / steps), 0)
         values[:] = np.clip(np.nan_to_num(rounded), -_LARGEST, _LARGEST)
+
+
+def half_split(values: NDArray[Any], heads: int) -> NDArray[Any]:
+    """Reorder rows from [heads, E/2, 2], the order in GGUF files of the Llama family, to [heads, 2, E/2]."""
+    if not heads:
+        return values
+    pairs = values.reshape(heads, -1, 2, *values.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(values.shape)
+
+
+def all_finite(values: NDArray[Any]) -> bool:
+    flat = values.reshape(-1)
+    is_bf16 = values.dtype == ml_dtypes.bfloat16
+    for start in range(0, flat.size, _CHECK_VALUES):
+        run = flat[start : start + _CHECK_VALUES]
+        # ml_dtypes' isfinite is many times slower than a test of the bits.
+        finite = (run.view(np.uint16) & _BF16_EXPONENT) != _BF16_EXPONENT if is_bf16 else np.isfinite(run)
+        if not finite.all():
+            return False
+    return True
 
 
 class Arena:

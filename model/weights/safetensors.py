@@ -111,7 +111,13 @@ class SafetensorsCheckpoint:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         if name in self._quantized:
             return self._quantized[name].read(start, self._tensors[name].shape[0] if stop is None else stop)
-        values = self._read(name, slice(start, stop))
+        shape = self._tensors[name].shape
+        if len(shape) > 2:
+            first, row = divmod(start, shape[1])
+            rows = slice(row, shape[1] if stop is None else row + stop - start)
+            values = self._read(name, slice(first, first + 1), rows).reshape(-1, shape[-1])
+        else:
+            values = self._read(name, slice(start, stop))
         return values.astype(np.float32) if values.dtype == np.float16 else values
 
     def read_blocks(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -16,16 +16,15 @@ from model.config import ModelConfig
 from model.config_gguf import ROPE_TENSORS
 from model.families import HEAD
 from model.formats import FLOATS, FORMATS, BlockFormat
+from model.layout import COLUMN_BLOCK
 from model.weight_specs import TensorSpec
 from model.weights.checkpoint import Checkpoint, ModelLoadError, TensorInfo
 from model.weights.gguf import GgufCheckpoint
-from model.weights.rows import BlockRows, Rows, quantized
+from model.weights.rows import BlockRows, Rows, all_finite, half_split, quantized
 from model.weights.safetensors import SafetensorsCheckpoint
 from model.weights.source import ModelSource
 
 _RUN_VALUES = 1 << 20  # values read at once
-_CHECK_VALUES = 1 << 20  # values checked at once, so that a check needs little memory
-_BF16_EXPONENT = np.uint16(0x7F80)  # all ones: infinite or NaN
 
 type Put[T] = Callable[[str, Any], T]  # takes Rows, or BlockRows of stacked tensors
 type Progress = Callable[[int, int], None]
@@ -33,12 +32,18 @@ type Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A tensor of the checkpoint and its expected properties."""
+    """A tensor of the checkpoint, or an expert's rows of one, and its expected properties."""
 
     name: str
     shape: tuple[int, ...]
     interleaved_heads: int  # heads whose rows are stored as [E/2, 2]; 0 if stored as ours
     offset: float  # added to the values
+    stored: tuple[int, ...]  # shape of the full tensor
+    first: int = 0  # its row from which on it is read, of all axes but the last one together
+
+    def nbytes(self, stored: Mapping[str, TensorInfo]) -> float:
+        """Bytes of the part in the file(s)."""
+        return stored[self.name].nbytes * math.prod(self.shape) / max(1, math.prod(self.stored))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,7 @@ class Target:
 
     path: str
     parts: tuple[Part, ...]
+    role: Literal["plain", "router", "experts"] = "plain"  # as in WeightSpec
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,10 +79,17 @@ class Storage:
 
     def formats(self, target: "Target", stored: Mapping[str, TensorInfo]) -> tuple[BlockFormat, ...]:
         """The format of each tensor of a matrix; empty: a plain array of the dtype."""
+        if target.role == "router":
+            info = stored[target.parts[0].name]
+            return (FORMATS[info.stored_as if info.stored_as in FLOATS else "F32"],) if self.packs else ()
         formats = tuple(self._format_of(stored[part.name]) for part in target.parts)
         if len(target.shape) != 2 or not any(formats):
             return ()
-        if len(set(formats)) > 1 and not self.stacks:
+        is_expert = target.role == "experts"
+        if is_expert and target.parts[0].shape[0] % COLUMN_BLOCK:  # an expert starts inside a block
+            return ()
+        has_orders = is_expert and any(stored[part.name].order is not None for part in target.parts)
+        if has_orders or (len(set(formats)) > 1 and (is_expert or not self.stacks)):
             return (FORMATS["F32"],) * len(formats)
         return tuple(
             self._float_format(stored[part.name]) if item is None else item
@@ -171,13 +184,13 @@ class _Reader:
         self._dtype = dtype
         self._progress = progress
         self._stored = checkpoint.names()
-        self._total = sum(self._stored[part.name].nbytes for target in targets for part in target.parts)
+        self._total = round(sum(part.nbytes(self._stored) for target in targets for part in target.parts))
         self._bytes_read = 0.0
         self.problems: dict[str, str] = {}  # by the part's name
 
     def dtype_of(self, target: Target) -> np.dtype[Any]:
-        """The model's dtype for a matrix, else float32."""
-        return self._dtype if len(target.shape) > 1 else np.dtype(np.float32)
+        """The model's dtype for a matrix that is not a router's, else float32."""
+        return self._dtype if len(target.shape) > 1 and target.role != "router" else np.dtype(np.float32)
 
     def runs(self, target: Target) -> Iterator[NDArray[Any]]:
         """The rows of a target, converted to its dtype."""
@@ -185,7 +198,7 @@ class _Reader:
         for part in target.parts:
             for start, stop in _runs_of(part):
                 values = self._read(part, self._checkpoint.read, start, stop)
-                run = _half_split(values, part.interleaved_heads).astype(dtype, copy=False)
+                run = half_split(values, part.interleaved_heads).astype(dtype, copy=False)
                 run = run + np.float32(part.offset) if part.offset else run
                 self._check(part, run)
                 yield run
@@ -207,7 +220,7 @@ class _Reader:
                 if block_format.name in FLOATS:  # rounding to a narrower one may overflow
                     self._check(part, blocks.view(FLOATS[block_format.name]))
                 self._check_blocks(part, blocks, block_format)
-                yield _half_split(blocks, part.interleaved_heads)
+                yield half_split(blocks, part.interleaved_heads)
 
     def order_of(self, part: Part, block_format: BlockFormat) -> NDArray[np.int32] | None:
         """The order of a matrix's columns in `block_runs`."""
@@ -216,17 +229,17 @@ class _Reader:
 
     def _read(self, part: Part, read: Callable[[str, int, int], NDArray[Any]], start: int, stop: int) -> NDArray[Any]:
         try:
-            run = read(part.name, start, stop)
+            run = read(part.name, part.first + start, part.first + stop)
         except ModelLoadError as error:
             self.problems[part.name] = str(error)
             raise _UnreadableError from error
-        self._bytes_read += (stop - start) / part.shape[0] * self._stored[part.name].nbytes
+        self._bytes_read += (stop - start) / part.shape[0] * part.nbytes(self._stored)
         if self._progress is not None:
             self._progress(round(self._bytes_read), self._total)
         return run
 
     def _check(self, part: Part, values: NDArray[Any]) -> None:
-        if not _all_finite(values):
+        if not all_finite(values):
             self.problems[part.name] = "holds values that are not finite"
 
     def _check_blocks(self, part: Part, blocks: NDArray[np.uint8], block_format: BlockFormat) -> None:
@@ -254,18 +267,28 @@ def _runs_of(part: Part) -> Iterator[tuple[int, int]]:
 
 def _plan(checkpoint: Checkpoint) -> list[Target]:
     weights = checkpoint.config.weights().items()
-    return [Target(path, tuple(_part(checkpoint, tensor) for tensor in weight.tensors)) for path, weight in weights]
+    dims = checkpoint.config.dims()
+    return [
+        Target(path, tuple(_part(checkpoint, tensor, dims) for tensor in weight.tensors), weight.role)
+        for path, weight in weights
+    ]
 
 
-def _part(checkpoint: Checkpoint, tensor: TensorSpec) -> Part:
+def _part(checkpoint: Checkpoint, tensor: TensorSpec, dims: Mapping[str, int]) -> Part:
     config, is_gguf = checkpoint.config, checkpoint.naming == "gguf"
-    dims = config.dims()
+    shape = tuple(dims[letter] for letter in tensor.shape)
+    place, stored, first = tensor.gguf_slice if is_gguf else tensor.hf_slice, shape, 0
+    if place is not None:
+        stored = (dims["X"], place.parts * shape[0], *shape[1:])
+        first = (place.expert * place.parts + place.part) * shape[0]
     interleaved = is_gguf and config.traits.gguf_interleaved_rotary and tensor.heads is not None
     return Part(
         tensor.gguf if is_gguf else tensor.hf,
-        tuple(dims[letter] for letter in tensor.shape),
+        shape,
         dims[tensor.heads] if interleaved and tensor.heads is not None else 0,
         0.0 if is_gguf or not tensor.is_norm else config.traits.hf_norm_offset,
+        stored,
+        first,
     )
 
 
@@ -278,8 +301,8 @@ def _problems(checkpoint: Checkpoint, targets: list[Target], stored: Mapping[str
         if info is None:
             problems.append(f"{part.name}: missing")
             continue
-        if info.shape != part.shape:
-            problems.append(f"{part.name}: has shape {list(info.shape)}, must be {list(part.shape)}")
+        if info.shape != part.stored:
+            problems.append(f"{part.name}: has shape {list(info.shape)}, must be {list(part.stored)}")
         if not info.supported:
             problems.append(f"{part.name}: stored as {info.stored_as}, which is not supported")
     known = expected.keys() | set(_ignored(checkpoint.config))
@@ -294,23 +317,3 @@ def _ignored(config: ModelConfig) -> Iterator[str]:
     if config.tie_word_embeddings:  # a copy of the embedding
         for tensor in HEAD.tensors:
             yield from (tensor.hf, tensor.gguf)
-
-
-def _half_split(values: NDArray[Any], heads: int) -> NDArray[Any]:
-    """Reorder rows from [heads, E/2, 2], the order in GGUF files of the Llama family, to [heads, 2, E/2]."""
-    if not heads:
-        return values
-    pairs = values.reshape(heads, -1, 2, *values.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(values.shape)
-
-
-def _all_finite(values: NDArray[Any]) -> bool:
-    flat = values.reshape(-1)
-    is_bf16 = values.dtype == ml_dtypes.bfloat16
-    for start in range(0, flat.size, _CHECK_VALUES):
-        run = flat[start : start + _CHECK_VALUES]
-        # ml_dtypes' isfinite is many times slower than a test of the bits.
-        finite = (run.view(np.uint16) & _BF16_EXPONENT) != _BF16_EXPONENT if is_bf16 else np.isfinite(run)
-        if not finite.all():
-            return False
-    return True

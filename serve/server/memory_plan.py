@@ -158,5 +158,8 @@ def _cgroup_free(files: tuple[Path, Path]) -> int | None:
 
 def _workspace(config: ModelConfig, buckets: Buckets) -> int:
     logits = _LOGITS * buckets.decode_rows[-1] * config.vocab_size
-    activations = _ACTIVATIONS * buckets.prefill_chunks[-1] * (2 * config.intermediate_size + config.hidden_size)
+    features = 2 * config.intermediate_size + config.hidden_size
+    if experts := config.experts:  # a token's rows for each of its experts
+        features = max(features, experts.per_token * (2 * experts.size + config.hidden_size))
+    activations = _ACTIVATIONS * buckets.prefill_chunks[-1] * features
     return 4 * max(logits, activations) + _SLOT_BYTES * buckets.slots * config.vocab_size

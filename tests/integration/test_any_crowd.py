@@ -57,6 +57,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "gemma3_text",
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "qwen3moe": CONFIG
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 256,
+        "norm_topk_prob": True,
+    },
 }
 BUCKETS = Buckets(decode_rows=(1, 2, 4), prefill_chunks=(16, 64), score_rows=64, pages_per_row=4)
 REQUESTS = 80
@@ -70,6 +79,8 @@ REQUESTS = 80
         "llama-Q4_1 float32-float32",
         "gemma2-bfloat16-float32",
         "gemma3-float32-bfloat16",
+        "qwen3moe-bfloat16-bfloat16",
+        "qwen3moe-Q4_1 float32-float32",
     ],
 )
 def small_runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:

@@ -145,7 +145,7 @@ def test_gguf_gemma_defaults_are_those_of_llama_cpp() -> None:
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"expert_count": 8}, "llama.expert_count 8"),
+        ({"expert_count": 8}, "llama.expert_used_count is missing"),
         ({"attention.scale": 0.5}, "llama.attention.scale"),
         ({"attention.sliding_window_pattern": 2}, "llama.attention.sliding_window_pattern 2"),
         ({"attn_logit_softcapping": 50.0}, "llama.attn_logit_softcapping"),

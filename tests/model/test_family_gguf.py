@@ -22,7 +22,7 @@ CASES = sorted(tiny_configs().keys() - {"mistral"})  # whose GGUF files are llam
 def write_gguf(path: Path, hf: dict[str, Any], weights: dict[str, NDArray[np.float32]], config: ModelConfig) -> Path:
     """Write the file as llama.cpp's converter does."""
     family = config.traits
-    arch = family.name
+    arch = (family.experts and family.experts.gguf_architecture) or family.name
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -41,8 +41,15 @@ def write_gguf(path: Path, hf: dict[str, Any], weights: dict[str, NDArray[np.flo
     for key, cap in (("attn_logit_softcapping", config.attention_cap), ("final_logit_softcapping", config.logit_cap)):
         if cap:
             writer.add_float32(f"{arch}.{key}", cap)
+    if config.experts:
+        writer.add_expert_count(config.experts.count)
+        writer.add_expert_used_count(config.experts.per_token)
+        writer.add_expert_feed_forward_length(config.experts.size)
     _add_rope(writer, hf, rope)
     for weight in config.weights().values():
+        if weight.role == "experts":
+            writer.add_tensor(weight.tensors[0].gguf, np.stack([weights[tensor.hf] for tensor in weight.tensors]))
+            continue
         for tensor in weight.tensors:
             values = weights[tensor.hf]
             if tensor.is_norm:
@@ -89,6 +96,8 @@ def test_gguf_file_equals_the_hf_directory(tmp_path: Path, case: str) -> None:
         hf = hf | {"num_hidden_layers": 6, "layer_types": kinds, "query_pre_attn_scalar": 16}
     if case == "gemma2":
         hf = hf | {"query_pre_attn_scalar": 16}
+    if case == "qwen3moe":  # nor are dense layers
+        hf = hf | {"mlp_only_layers": []}
     weights = random_weights(hf, 1)
     folder = tmp_path / "hf"
     folder.mkdir()

@@ -64,6 +64,17 @@ CASES: dict[str, tuple[str, dict[str, Any], str, str, tuple[int, ...]]] = {
     ),
 }
 
+CASES |= {
+    name: (
+        "qwen3moe",
+        {"hidden_size": 96, "moe_intermediate_size": 96, "mlp_only_layers": [], **_ONE_LAYER},
+        dtype,
+        quantization,
+        (2,),
+    )
+    for name, dtype, quantization in (("experts", "float32", "auto"), ("experts, Q8_0", "bfloat16", "Q8_0"))
+}
+
 _COPIED = 5  # page that the prompt is computed in; rows use copies
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 SEED = 1
 # Cases in which SEED gives near ties, whose ranks could differ by rounding.
-OTHER_SEEDS = {"mistral": 2, "olmo2": 2, "gemma3": 4}
+OTHER_SEEDS = {"mistral": 2, "olmo2": 2, "gemma3": 4, "qwen3moe": 2, "mixtral": 2}
 TOKENS = 70  # more than one page of 64
 
 
@@ -91,6 +91,26 @@ def tiny_configs() -> dict[str, dict[str, Any]]:
             },
             **_GELU,
         ),
+        "qwen3moe": _config(
+            "Qwen3Moe",
+            48,
+            64,
+            126,
+            (6, 2),
+            1e-6,
+            model_type="qwen3_moe",
+            head_dim=16,
+            rope_theta=1000000.0,
+            num_experts=7,
+            num_experts_per_tok=3,
+            moe_intermediate_size=40,
+            mlp_only_layers=[0],
+            norm_topk_prob=True,
+        ),
+        "mixtral": _config(
+            "Mixtral", 40, 56, 118, (4, 2), 1e-5, num_local_experts=5, num_experts_per_tok=2, rope_theta=1000000.0
+        ),
+        "olmoe": _config("Olmoe", 48, 40, 124, (6, 3), 1e-5, num_experts=6, num_experts_per_tok=3, rope_theta=10000.0),
     }
 
 
@@ -108,6 +128,13 @@ _GELU: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 _ONE_ADDED = ("gemma2", "gemma3_text")  # families that add 1 to norm weights
+
+# Modules of router and experts, and the names of an expert's matrices.
+_EXPERTS = {
+    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+    "olmoe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+}
 
 
 def seed_of(case: str) -> int:
@@ -179,13 +206,13 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     D, V = config["hidden_size"], config["vocab_size"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
     for i in range(config["num_hidden_layers"]):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in _layer_shapes(config).items()}
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in _layer_shapes(config, i).items()}
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (V, D)
     return shapes
 
 
-def _layer_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def _layer_shapes(config: dict[str, Any], i: int) -> dict[str, tuple[int, ...]]:
     D, F = config["hidden_size"], config["intermediate_size"]
     H, K = config["num_attention_heads"], config["num_key_value_heads"]
     E = config.get("head_dim", D // H)
@@ -196,18 +223,30 @@ def _layer_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     else:
         shapes |= {f"self_attn.{n}_proj.weight": (size * E, D) for n, size in (("q", H), ("k", K), ("v", K))}
     shapes |= {"self_attn.o_proj.weight": (D, H * E), "post_attention_layernorm.weight": (D,)}
-    if kind == "phi3":
-        shapes["mlp.gate_up_proj.weight"] = (2 * F, D)
+    if kind in _EXPERTS and i not in config.get("mlp_only_layers", ()):
+        shapes |= _expert_shapes(config)
+    elif kind == "phi3":
+        shapes |= {"mlp.gate_up_proj.weight": (2 * F, D), "mlp.down_proj.weight": (D, F)}
     else:
-        shapes |= {"mlp.gate_proj.weight": (F, D), "mlp.up_proj.weight": (F, D)}
-    shapes["mlp.down_proj.weight"] = (D, F)
+        shapes |= {"mlp.gate_proj.weight": (F, D), "mlp.up_proj.weight": (F, D), "mlp.down_proj.weight": (D, F)}
     if kind == "qwen2":
         shapes |= {f"self_attn.{n}_proj.bias": (size * E,) for n, size in (("q", H), ("k", K), ("v", K))}
-    if kind in ("qwen3", "gemma3_text", "olmo2"):
-        q, k = (H * E, K * E) if kind == "olmo2" else (E, E)
+    if kind in ("qwen3", "gemma3_text", "olmo2", "qwen3_moe", "olmoe"):
+        q, k = (H * E, K * E) if kind in ("olmo2", "olmoe") else (E, E)
         shapes |= {"self_attn.q_norm.weight": (q,), "self_attn.k_norm.weight": (k,)}
     if kind in (*_ONE_ADDED, "olmo2"):
         shapes["post_feedforward_layernorm.weight"] = (D,)
     if kind in _ONE_ADDED:
         shapes["pre_feedforward_layernorm.weight"] = (D,)
+    return shapes
+
+
+def _expert_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    D, F = config["hidden_size"], config.get("moe_intermediate_size", config["intermediate_size"])
+    X = config.get("num_experts") or config["num_local_experts"]
+    block, names = _EXPERTS[config["model_type"]]
+    shapes: dict[str, tuple[int, ...]] = {f"{block}.gate.weight": (X, D)}
+    for expert in range(X):
+        sizes = zip(names, ((F, D), (F, D), (D, F)), strict=True)
+        shapes |= {f"{block}.experts.{expert}.{name}.weight": shape for name, shape in sizes}
     return shapes

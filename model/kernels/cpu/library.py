@@ -19,6 +19,7 @@ class Target(StrEnum):
     """Names of the kernels in the library and in compiled programs."""
 
     LINEAR = "logprobd_linear"
+    EXPERTS = "logprobd_experts"
     ATTENTION = "logprobd_attention"
     NORM = "logprobd_norm"
     SWIGLU = "logprobd_swiglu"

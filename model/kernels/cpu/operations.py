@@ -34,6 +34,21 @@ def linear(x: Array, weight: PackedWeight, live: Array | None = None) -> Array:
     return call(x, weight.words, weight.scales, live, format=weight.format.name)
 
 
+def expert_linear(x: Array, weight: PackedWeight, starts: Array) -> Array:
+    """y [M, N] = x [M, K] times the weights of experts, [X * N, K], transposed: `linear` with rows of the same bits.
+
+    Rows starts[e] to starts[e + 1] - 1 of x, with starts [X + 1] int32, are multiplied by rows e N to (e + 1) N - 1 of
+    the weight, and a weight without rows is not read. Rows from starts[X] on are zero. N is a multiple of 32.
+
+    Raises:
+        TypeError, ValueError: x has another dtype or width.
+    """
+    _check_input(x, weight)
+    shape = (x.shape[0], weight.n // (starts.shape[0] - 1))
+    call = jax.ffi.ffi_call(Target.EXPERTS, jax.ShapeDtypeStruct(shape, jnp.float32))
+    return call(x, weight.words, weight.scales, starts, format=weight.format.name)
+
+
 def _check_input(x: Array, weight: PackedWeight) -> None:
     """Raise TypeError or ValueError unless x [M, k] suits the weight."""
     if x.dtype != jnp.float32 and not (x.dtype == jnp.bfloat16 and weight.format.name == "BF16"):

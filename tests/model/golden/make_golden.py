@@ -3,7 +3,8 @@
 
     python -m tests.model.golden.make_golden [CASE ...]
 
-from the repository's root, with torch and transformers installed (versions.json says which were used). Every file
+from the repository's root, with torch and transformers installed (versions.json says which were used); arguments are
+the cases to make, without any all of them. Every file
 holds tokens [T] int32, token_logprobs [T-1] float32 and token_ranks [T-1] int32 of all tokens but the first, and, for
 some positions [P] int32, float32 arrays under the names of our own sub-layers:
 
@@ -35,16 +36,16 @@ from tests.support.tiny_multimodal import architecture, multimodal
 FOLDER = Path(__file__).parent
 # Both ends, some in between, and both sides of the border between two pages of 64 tokens.
 POSITIONS = np.array([0, 1, 2, 5, 13, 22, 40, 62, 63, 64, 65, 69], np.int32)
+_MATRICES = (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
 SMALLEST_GAP = 5e-5  # of a token's logit to any other: ranks are then equal wherever logits are within 2e-5
 
 
 def main() -> None:
     """Writes one .npz per tiny model, and versions.json."""
     torch.set_num_threads(1)
-    chosen = sys.argv[1:]
-    for name, config in tiny_configs().items():
-        if chosen and name not in chosen:
-            continue
+    configs = tiny_configs()
+    for name in sys.argv[1:] or configs:
+        config = configs[name]
         with torch.no_grad():
             arrays: dict[str, Any] = _golden(config, seed_of(name))
         np.savez_compressed(FOLDER / f"{name}.npz", **arrays)
@@ -106,11 +107,29 @@ def _module(config: dict[str, Any], seed: int) -> Any:
     hf_config = model_class.config_class(**config, pad_token_id=0, attn_implementation="eager")
     model = model_class(hf_config).eval().float()
     weights = {name: torch.from_numpy(array) for name, array in random_weights(config, seed).items()}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing, unexpected = model.load_state_dict(_fused(weights), strict=False)
     if unexpected or missing != (["lm_head.weight"] if config["tie_word_embeddings"] else []):
         raise ValueError(f"missing {missing}, unexpected {unexpected}")
     model.tie_weights()
     return model
+
+
+def _fused(weights: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of experts as the modules have them: of all experts together, gate before up."""
+    fused: dict[str, Any] = {}
+    experts: dict[str, dict[tuple[int, int], Any]] = {}
+    for name, values in weights.items():
+        block, _, rest = name.replace(".block_sparse_moe.", ".mlp.").partition(".experts.")
+        if not rest:
+            fused[block] = values
+            continue
+        expert, matrix, _ = rest.split(".")
+        place = next(i for i, names in enumerate(_MATRICES) if matrix in names)
+        experts.setdefault(f"{block}.experts", {})[place, int(expert)] = values
+    for path, parts in experts.items():
+        gate, up, down = (torch.stack([parts[place, e] for e in range(len(parts) // 3)]) for place in range(3))
+        fused |= {f"{path}.gate_up_proj": torch.cat([gate, up], 1), f"{path}.down_proj": down}
+    return fused
 
 
 def _record_layers(model: Any, values: dict[str, Any]) -> None:

@@ -1,0 +1,148 @@
+"""Mixtures of experts: the choice of a token's experts, and products of tokens that are sorted by expert.
+
+Shapes do not depend on the choice: M tokens with k experts each are M k rows, in the order of their experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from model.config import Experts
+from model.kernels import cpu
+from model.kernels.dispatch import Kernels
+from model.layout import COLUMN_BLOCK
+from model.linear import matmul, operands
+from model.packed import Packed, PackedWeight
+
+_BLOCK_ROWS = 16  # rows of a product in XLA: the same for any number of tokens, as its last bits depend on it
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """M k rows, row m k + j being the j-th expert of token m, sorted by expert; those of padding are last."""
+
+    order: Array  # [M k] int32: the row at each place
+    starts: Array  # [X + 1] int32: places where the rows of each expert start, and their end
+
+    @property
+    def live(self) -> Array:
+        """Number of places that are not padding, [] int32."""
+        return self.starts[-1]
+
+
+def router_logits(x: Array, weight: Array | Packed, kernels: Kernels, live: Array) -> Array:
+    """x [M, D] times the router's weight [X, D], in float32: [M, X]. Rows from `live` on are padding.
+
+    XLA:CPU computes few columns by code that depends on the number of rows.
+    """
+    if not isinstance(weight, Array):
+        return matmul(x, weight, kernels, live)
+    logits: Array = kernels.dispatch(
+        x.astype(weight.dtype), weight, live, on_gpu=_plain, on_tpu=_plain, xla=_with_equal_bits
+    )
+    return logits
+
+
+def _plain(x: Array, weight: Array, _live: Array) -> Array:
+    return matmul(x, weight, Kernels())
+
+
+def _with_equal_bits(x: Array, weight: Array, live: Array) -> Array:
+    return _by_blocks(x, weight, jnp.stack([jnp.int32(0), live]))
+
+
+def route(logits: Array, experts: Experts, kernels: Kernels) -> tuple[Array, Array]:
+    """Weights [M, k] float32 and ids [M, k] int32 of each token's experts, the best first, of logits [M, X] float32.
+
+    The weights are the softmax over all experts, or over the chosen ones. Of equal logits the lower id is chosen.
+    """
+    choose = partial(_choose, experts=experts)
+    routed: tuple[Array, Array] = kernels.dispatch(
+        logits, on_gpu=choose, on_tpu=choose, xla=partial(_choose_by_blocks, choose)
+    )
+    return routed
+
+
+def _choose(logits: Array, *, experts: Experts) -> tuple[Array, Array]:
+    best, ids = jax.lax.top_k(logits, experts.per_token)
+    chosen = jnp.exp(best - best[:, :1])
+    total = jnp.sum(chosen if experts.normalized else jnp.exp(logits - best[:, :1]), axis=1, keepdims=True)
+    return chosen / total, ids
+
+
+def _choose_by_blocks(choose: Callable[[Array], tuple[Array, Array]], logits: Array) -> tuple[Array, Array]:
+    """XLA:CPU adds few numbers in another order than many, and takes exponentials by other code: so by equal blocks."""
+    M, X = logits.shape
+    count = max(2, -(-M // _BLOCK_ROWS))  # of one block XLA would make no loop
+    blocks = jnp.pad(logits, ((0, count * _BLOCK_ROWS - M), (0, 0))).reshape(count, _BLOCK_ROWS, X)
+    weights, ids = jax.lax.map(choose, blocks)
+    return weights.reshape(-1, weights.shape[2])[:M], ids.reshape(-1, ids.shape[2])[:M]
+
+
+def dispatched(ids: Array, live: Array, count: int) -> Routes:
+    """The routes of tokens with experts `ids` [M, k] of `count`; tokens from `live` on are padding."""
+    M, k = ids.shape
+    keys = jnp.where(jnp.arange(M)[:, None] < live, ids, count).reshape(M * k)
+    starts = jnp.sum(keys[:, None] < jnp.arange(count + 1), axis=0, dtype=jnp.int32)
+    return Routes(jnp.argsort(keys, stable=True).astype(jnp.int32), starts)
+
+
+def combine(y: Array, routes: Routes, weights: Array) -> Array:
+    """The weighted sum [M, D] of each token's experts, the best first, of rows y [M k, D] float32 in sorted order."""
+    M, k = weights.shape
+    places = jnp.zeros_like(routes.order).at[routes.order].set(jnp.arange(M * k, dtype=jnp.int32))
+    of_tokens = y[places].reshape(M, k, -1)
+    return reduce(jnp.add, (of_tokens[:, j] * weights[:, j, None] for j in range(k)))
+
+
+def expert_matmul(x: Array, weight: Array | Packed, routes: Routes, kernels: Kernels) -> Array:
+    """Rows x [M k, K], sorted by expert, times their experts' matrices of a weight [X N, K]: [M k, N] float32.
+
+    The arithmetic is that of `matmul`. Rows of padding are undefined.
+    """
+    if not isinstance(weight, PackedWeight):
+        assert isinstance(weight, Array)
+        return _by_blocks(x.astype(weight.dtype), weight, routes.starts)
+    y: Array = kernels.dispatch(*operands(x, weight), routes.starts, on_cpu=cpu.expert_linear, xla=_by_blocks)
+    return y
+
+
+def _by_blocks(x: Array, weight: Array | PackedWeight, starts: Array) -> Array:
+    """The products on any platform: blocks of rows of one expert, one after another.
+
+    A block may reach into the rows of the next expert; what it leaves there is overwritten by later blocks.
+    """
+    rows, count = x.shape[0], starts.shape[0] - 1
+    sizes = -(-(starts[1:] - starts[:-1]) // _BLOCK_ROWS)  # of each expert in blocks
+    ends = jnp.cumsum(sizes)
+    padded = jnp.pad(x, ((0, _BLOCK_ROWS), (0, 0)))
+
+    def add_block(i: Array, y: Array) -> Array:
+        expert = jnp.sum(ends <= i)
+        start = starts[expert] + (i - ends[expert] + sizes[expert]) * _BLOCK_ROWS
+        block = jax.lax.dynamic_slice_in_dim(padded, start, _BLOCK_ROWS)
+        product = matmul(block, _matrix(weight, expert, count), Kernels())
+        return jax.lax.dynamic_update_slice_in_dim(y, product, start, 0)
+
+    N = (weight.n if isinstance(weight, PackedWeight) else weight.shape[0]) // count
+    empty = jnp.zeros((rows + _BLOCK_ROWS, N), jnp.float32)
+    y: Array = jax.lax.fori_loop(0, ends[-1], add_block, empty)
+    return y[:rows]
+
+
+def _matrix(weight: Array | PackedWeight, expert: Array, count: int) -> Array | PackedWeight:
+    """The matrix [N, K] of one of `count` experts."""
+    if isinstance(weight, Array):
+        N = weight.shape[0] // count
+        return jax.lax.dynamic_slice_in_dim(weight, expert * N, N)
+    N = weight.n // count
+    blocks = N // COLUMN_BLOCK
+    arrays: PackedWeight = jax.tree.map(
+        lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, expert * blocks, blocks), weight
+    )
+    return replace(arrays, n=N)

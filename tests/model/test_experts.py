@@ -1,0 +1,186 @@
+"""Mixtures of experts: the router's choice, products by expert, and the independence of a token from its company."""
+
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+from safetensors.numpy import load_file, save_file
+
+from model.config import Experts
+from model.experts import combine, dispatched, expert_matmul, route
+from model.kernels import cpu
+from model.kernels.dispatch import Kernels, load_kernels
+from model.layers import ExpertMLP
+from model.packed import PackedWeight
+from model.transformer import BoundModel
+from model.weights.checkpoint import ModelLoadError
+from model.weights.loader import load_model
+from model.weights.source import ModelSource
+from model.weights.weight_table import check_headers, open_checkpoint
+from tests.support.packed import random_weight
+from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
+
+COUNT, N = 5, 64
+TOKENS = 40
+CONFIG: dict[str, Any] = tiny_configs()["qwen3moe"] | {
+    "hidden_size": 256,
+    "moe_intermediate_size": 256,
+    "num_experts": 6,
+    "mlp_only_layers": [],
+    "num_hidden_layers": 1,
+}
+
+
+def normal(*shape: int, seed: int = 0) -> Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
+def part_of(weight: PackedWeight, expert: int) -> PackedWeight:
+    blocks = slice(expert * N // 32, (expert + 1) * N // 32)
+    return PackedWeight(weight.words[blocks], weight.scales[blocks], weight.format, N, weight.k)
+
+
+def test_route_chooses_the_lower_of_equal_experts() -> None:
+    logits = jnp.array([[0.0, 2.0, 1.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0, 3.0]])
+    weights, ids = route(logits, Experts(5, 3, 8, normalized=True), Kernels())
+    assert ids.tolist() == [[1, 3, 2], [0, 1, 2]]
+    chosen = np.exp([2.0, 2.0, 1.0])
+    np.testing.assert_allclose(weights, [chosen / chosen.sum(), [1 / 3] * 3], rtol=1e-6)
+    weights, _ = route(logits, Experts(5, 3, 8, normalized=False), Kernels())
+    np.testing.assert_allclose(weights, [chosen / np.exp(logits[0]).sum(), [0.2] * 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("count", "k", "normalized"), [(6, 3, True), (128, 8, True), (64, 8, False), (5, 2, False)])
+def test_route_gives_a_token_the_same_bits_in_any_company(count: int, k: int, normalized: bool) -> None:
+    run = jax.jit(partial(route, experts=Experts(count, k, 8, normalized), kernels=Kernels()))
+    logits = 3 * normal(256, count)
+    full, _ = run(logits)
+    for size in (1, 2, 4, 7, 16, 80):
+        for start in range(0, 256 - size, 37):
+            weights, _ = run(logits[start : start + size])
+            np.testing.assert_array_equal(weights, full[start : start + size])
+
+
+def test_dispatch_sorts_by_expert_and_puts_padding_last() -> None:
+    ids = jnp.array([[3, 0], [0, 1], [3, 4], [2, 2]])
+    routes = dispatched(ids, jnp.int32(3), 5)
+    assert routes.starts.tolist() == [0, 2, 3, 3, 5, 6]
+    assert routes.order.tolist() == [1, 2, 3, 0, 4, 5, 6, 7]
+    places = ids.reshape(-1)[routes.order].astype(jnp.float32)[:, None]
+    weights = jnp.array([[1.0, 10.0], [1.0, 10.0], [1.0, 10.0], [0.0, 0.0]])
+    assert combine(places, routes, weights)[:3, 0].tolist() == [3.0, 10.0, 43.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("F32", "float32"), ("BF16", "bfloat16"), ("Q4_0", "float32"), ("Q6_K", "float32")]
+)
+def test_expert_products_have_the_bits_of_linear(kernels: cpu.CpuKernels, name: str, dtype: str) -> None:
+    """However many rows an expert has; the weight of one without rows is not read."""
+    del kernels
+    k = 256 if name == "Q6_K" else 96
+    weight, _ = random_weight(name, COUNT * N, k)
+    x = normal(60, k).astype(dtype)
+    starts = [0, 1, 1, 4, 21, 55]  # the second has none; five rows are padding
+    unused = jnp.asarray(weight.words).at[N // 32 : 2 * N // 32].set(0x7FC07FC0)  # NaN in the formats of floats
+    weight = PackedWeight(unused, weight.scales, weight.format, weight.n, k)
+    y = np.asarray(cpu.expert_linear(x, weight, jnp.array(starts, jnp.int32)))
+    for expert in range(COUNT):
+        rows = slice(starts[expert], starts[expert + 1])
+        if rows.stop > rows.start:
+            np.testing.assert_array_equal(y[rows], np.asarray(cpu.linear(x[rows], part_of(weight, expert))))
+    assert not y[55:].any()
+
+
+def test_expert_products_check_their_arguments(kernels: cpu.CpuKernels) -> None:
+    del kernels
+    weight, _ = random_weight("F32", COUNT * N, 96)
+    with pytest.raises(ValueError, match="has shape"):
+        cpu.expert_linear(normal(3, 64), weight, jnp.zeros(COUNT + 1, jnp.int32))
+    for starts in ([0, 2, 1, 3, 3, 3], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 4]):
+        with pytest.raises(Exception, match="starts"):
+            jax.block_until_ready(cpu.expert_linear(normal(3, 96), weight, jnp.array(starts, jnp.int32)))
+
+
+@pytest.mark.parametrize("name", ["array", "F32", "Q4_0"])
+def test_products_without_kernels_are_those_of_each_expert(name: str) -> None:
+    packed, values = random_weight("F32" if name == "array" else name, COUNT * N, 96)
+    weight = jnp.asarray(values) if name == "array" else packed
+    x = normal(70, 96)
+    ids = jnp.asarray(np.random.default_rng(1).integers(0, COUNT - 1, (70, 1)))  # the last has no rows
+    routes = dispatched(ids, jnp.int32(66), COUNT)
+    y = expert_matmul(x[routes.order], weight, routes, Kernels())
+    for place, row in enumerate(routes.order.tolist()[:66]):
+        expected = values.reshape(COUNT, N, 96)[int(ids[row, 0])].astype(np.float64) @ np.asarray(x)[row]
+        np.testing.assert_allclose(y[place], expected, rtol=0, atol=2e-4)
+
+
+def model_of(folder: Path, quantization: str, dtype: str, kernels: Kernels) -> BoundModel:
+    with closing(open_checkpoint(ModelSource("m", folder))) as checkpoint:
+        return load_model(checkpoint, dtype, quantization=quantization, kernels=kernels)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("experts")
+    write_checkpoint(path, CONFIG, random_weights(CONFIG, 1))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "has_kernels"),
+    [("auto", "float32", True), ("auto", "bfloat16", True), ("Q4_K", "float32", True), ("none", "float32", False)],
+)
+def test_a_token_has_the_same_bits_in_any_company(
+    folder: Path, quantization: str, dtype: str, has_kernels: bool
+) -> None:
+    model = model_of(folder, quantization, dtype, load_kernels() if has_kernels else Kernels())
+
+    @jax.jit
+    def run(leaves: tuple[Array, ...], x: Array, live: Array) -> Array:
+        mlp = model.merge(leaves).layers[0].mlp
+        assert isinstance(mlp, ExpertMLP)
+        return mlp(x[None], live)[0]
+
+    x = normal(TOKENS, 256)
+    full = np.asarray(run(model.leaves, x, jnp.int32(TOKENS)))
+    assert np.isfinite(full).all()
+    for size in (1, 5, 16):
+        for start in (0, 7, 24):
+            part = run(model.leaves, x[start : start + size], jnp.int32(size))
+            np.testing.assert_array_equal(np.asarray(part), full[start : start + size], err_msg=f"{size} from {start}")
+    padded = jnp.concatenate([x[3:10], jnp.full((9, 256), jnp.nan)])
+    np.testing.assert_array_equal(np.asarray(run(model.leaves, padded, jnp.int32(7)))[:7], full[3:10])
+
+
+def test_missing_experts_and_another_router_are_listed_together(tmp_path: Path) -> None:
+    weights = random_weights(CONFIG, 1)
+    weights["model.layers.0.mlp.gate.weight"] = weights["model.layers.0.mlp.gate.weight"][:5]
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        del weights[f"model.layers.0.mlp.experts.4.{name}.weight"]
+    weights["model.layers.0.mlp.experts.6.up_proj.weight"] = np.zeros((256, 256), np.float32)
+    write_checkpoint(tmp_path, CONFIG, weights)
+    with closing(open_checkpoint(ModelSource("m", tmp_path))) as checkpoint, pytest.raises(ModelLoadError) as caught:
+        check_headers(checkpoint)
+    first, *problems = str(caught.value).split("\n")
+    assert first.endswith("5 problems with the weights")
+    assert [line.strip() for line in problems] == [
+        "model.layers.0.mlp.gate.weight: has shape [5, 256], must be [6, 256]",
+        *(f"model.layers.0.mlp.experts.4.{name}_proj.weight: missing" for name in ("gate", "up", "down")),
+        "model.layers.0.mlp.experts.6.up_proj.weight: unexpected",
+    ]
+
+
+def test_a_value_of_an_expert_that_is_not_finite_is_refused(tmp_path: Path, folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.experts.2.up_proj.weight"
+    tensors[name][3, 5] = np.inf
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelLoadError, match=f"{name}: holds values that are not finite"):
+        model_of(tmp_path, "auto", "float32", load_kernels())

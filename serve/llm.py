@@ -106,7 +106,8 @@ class LLM:
         self.chats = ChatFormat(self.loaded.tokenizer)
         self._prompts = ChatPrompts(self.chats)
         self.decisions = DecisionFormat(self.chats, self.loaded.decisions)
-        self.grammars = GrammarCompiler(self.loaded.tokenizer, self.loaded.limits.vocab_size)
+        vocab_size, fast_forward = self.loaded.limits.vocab_size, config.grammar_fast_forward
+        self.grammars = GrammarCompiler(self.loaded.tokenizer, vocab_size, fast_forward=fast_forward)
         self._shows_progress = shows_progress
         self._worker = LoopThread()
         self._queue = self.new_queue()

@@ -107,7 +107,7 @@ def _make_context(engine: EngineClient, model: ServedModel, config: ServeConfig,
     sandbox = TemplateSandbox() if config.trust_request_chat_template else None
     chat_format = ChatFormat(model.tokenizer, sandbox)
     unsent = Budget(unsent_bytes(config, engine.limits))
-    grammars = GrammarCompiler(model.tokenizer, engine.limits.vocab_size)
+    grammars = GrammarCompiler(model.tokenizer, engine.limits.vocab_size, fast_forward=config.grammar_fast_forward)
     grammars.start()
     metrics.watch_unsent(lambda: unsent.used)
     return Context(

@@ -10,7 +10,7 @@ from llguidance import LLTokenizer
 from serve.grammar.json_schema import GrammarError
 from serve.grammar.masks import LlguidanceGrammar, Vocabulary, compile_source
 from serve.grammar.sandbox import GrammarLimitError, GrammarSandbox
-from serve.grammar.spec import GrammarSpec
+from serve.grammar.spec import GrammarSpec, forced
 from serve.text.tokenizer import Tokenizer
 
 MAX_CHARACTERS = 1 << 20  # of one grammar
@@ -26,10 +26,16 @@ class GrammarBusyError(Exception):
 class GrammarCompiler:
     """Compiles grammars for one tokenizer, in a thread that no valid grammar occupies for long. Thread-safe."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """`vocab_size` is the model's."""
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, *, fast_forward: bool = False) -> None:
+        """Start no process yet.
+
+        Args:
+            vocab_size: the model's.
+            fast_forward: allow only the tokenizer's own tokens for text that a grammar fixes.
+        """
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
+        self._fast_forward = fast_forward
         tokens = [tokenizer.token_bytes(index) for index in range(vocab_size)]
         self._vocabulary = Vocabulary(tokens, tokenizer.special_ids, tokenizer.eos_token_ids)
         self._sandbox = GrammarSandbox(self._vocabulary)
@@ -106,6 +112,7 @@ class GrammarCompiler:
                 self._waiting -= Counter([key])  # without zeros
 
     def _compile(self, source: str) -> LlguidanceGrammar:
+        source = forced(source) if self._fast_forward else source
         start, error = compile_source(self._llguidance_tokenizer(), source)
         if error:
             raise GrammarError("the grammar cannot be compiled")
@@ -114,7 +121,8 @@ class GrammarCompiler:
     def _llguidance_tokenizer(self) -> LLTokenizer:
         with self._tokenizer_lock:
             if self._tokenizer is None:
-                self._tokenizer = self._vocabulary.tokenizer()
+                encode = self.tokenizer.encode_plain if self._fast_forward else None
+                self._tokenizer = self._vocabulary.tokenizer(encode)
             return self._tokenizer
 
 

@@ -1,7 +1,8 @@
 """Grammars that llguidance compiled for a tokenizer, and the state of one output in such a grammar."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from serve.grammar.json_schema import GrammarError
 
+type Encode = Callable[[str], list[int]]
 type Words = NDArray[np.uint32]  # packed mask [W], as in SamplingArrays.mask
 
 # A lexer state takes up to 600 bytes, and a token of a string with `maxLength` adds about 20.
@@ -31,9 +33,12 @@ class Vocabulary:
             self.tokens[index].decode("utf-8", "replace"): index for index in self.special_ids if self.tokens[index]
         }
 
-    def tokenizer(self) -> LLTokenizer:
-        """Hold the interpreter for about 2 us per token."""
-        return LLTokenizer(_Tokens(self), eos_token=sorted(self.eos_token_ids))  # type: ignore[arg-type]
+    def tokenizer(self, encode: Encode | None = None) -> LLTokenizer:
+        """Hold the interpreter for about 2 us per token.
+
+        With `encode`, a grammar without `no_forcing` allows only the tokens that it gives for text that is fixed.
+        """
+        return LLTokenizer(_Tokens(self, encode), eos_token=sorted(self.eos_token_ids))  # type: ignore[arg-type]
 
 
 class _Tokens:
@@ -42,13 +47,36 @@ class _Tokens:
     is_tokenizer_wrapper = True
     bos_token_id = None
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, encode: Encode | None) -> None:
         self.eos_token_id = min(vocabulary.eos_token_ids)
         self.tokens = list(vocabulary.tokens)
         self.special_token_ids = sorted(vocabulary.special_ids | vocabulary.eos_token_ids)
+        self._encode = encode
 
-    def __call__(self, text: bytes) -> list[int]:
-        raise NotImplementedError("grammars are compiled without fixed tokens")
+    def __call__(self, text: str) -> list[int]:
+        if self._encode is None:
+            raise NotImplementedError("grammars are compiled without fixed tokens")
+        ids, data = self._encode(text), text.encode()
+        # A tokenizer may add a space or normalize the text; llguidance needs tokens of this text.
+        return ids if b"".join(self.tokens[index] for index in ids) == data else self._longest(data)
+
+    def _longest(self, data: bytes) -> list[int]:
+        """The longest token at each position."""
+        ids: list[int] = []
+        while data:
+            lengths = range(min(len(data), self._max_length), 0, -1)
+            ids.append(next(self._ids[data[:length]] for length in lengths if data[:length] in self._ids))
+            data = data[len(self.tokens[ids[-1]]) :]
+        return ids
+
+    @cached_property
+    def _ids(self) -> dict[bytes, int]:
+        special = {*self.special_token_ids}
+        return {token: index for index, token in enumerate(self.tokens) if token and index not in special}
+
+    @cached_property
+    def _max_length(self) -> int:
+        return max(map(len, self._ids))
 
 
 def compile_source(tokenizer: LLTokenizer, source: str) -> tuple[LLMatcher, str]:

@@ -82,6 +82,11 @@ def _source(**grammar: Any) -> str:
     return json.dumps({"grammars": [grammar, _ANY_TOKENS]})
 
 
+def forced(source: str) -> str:
+    """A grammar in llguidance's form that allows only the tokenizer's own tokens for text that is fixed."""
+    return json.dumps({"grammars": [part for part in json.loads(source)["grammars"] if part != _ANY_TOKENS]})
+
+
 def _from_gbnf(text: str) -> str:
     try:
         return gbnf_to_lark(text).removeprefix("%llguidance {}\n\n")

@@ -179,7 +179,7 @@ def _compile(
 
 
 def system_fingerprint(config: EngineConfig, buckets: Buckets, kernels: Sequence[str]) -> str:
-    """Identify what the log-probs depend on besides the weights: versions, platform, kernels, shapes, options.
+    """Identify what outputs and log-probs depend on besides the weights: versions, platform, kernels, shapes, options.
 
     On one CPU, equal weights and fingerprints give equal bits. On different CPUs they do too, except where XLA
     multiplies matrices, since its order of summation depends on the CPU. On a GPU, XLA chooses among implementations
@@ -187,7 +187,7 @@ def system_fingerprint(config: EngineConfig, buckets: Buckets, kernels: Sequence
     """
     options = (
         *(config.computed_logprobs, config.batched_tokens),
-        *(config.enable_prefix_caching, config.tensor_parallel_size, config.kv_dtype),
+        *(config.enable_prefix_caching, config.tensor_parallel_size, config.kv_dtype, config.grammar_fast_forward),
     )
     versions = (__version__, jaxlib.version.__version__)
     digest = hashlib.sha256(repr((versions, buckets, options)).encode()).hexdigest()[:8]

@@ -12,6 +12,8 @@ import pytest
 from compiled.state import mask_words
 from model.weights.source import default_model_path
 from serve.engine.grammar import Grammar, Matcher
+from serve.engine.request import SamplingParams
+from serve.engine.token_mask import TokenMask
 from serve.grammar.compiler import MAX_CHARACTERS, GrammarBusyError, GrammarCompiler
 from serve.grammar.json_schema import GrammarError
 from serve.grammar.sandbox import GrammarLimitError, SandboxError
@@ -86,6 +88,32 @@ def test_any_tokens_may_spell_a_text_that_is_fixed(compiler: GrammarCompiler, to
     matcher = compiler.compile_blocking(GrammarSpec(GrammarKind.CHOICE, '["hello"]')).matcher()
     texts = {tokenizer.token_text(index) for index in allowed(matcher)}
     assert texts == {"h", "he", "hel", "hell", "hello"}
+
+
+@pytest.mark.parametrize("encodes", [True, False])
+def test_fast_forward_forces_the_tokenizers_own_tokens(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, encodes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = properties(first_name={"enum": ["xy", "z"]}) | {"required": ["first_name"]}
+    spec = GrammarSpec(GrammarKind.JSON_SCHEMA, json.dumps(record), whitespace="")
+
+    def forced(compiler: GrammarCompiler) -> list[int]:
+        mask = TokenMask(SamplingParams(99, grammar=compiler.compile_blocking(spec)), VOCAB_SIZE)
+        mask.update([], 99)
+        return mask.forced
+
+    expected = tokenizer.encode_plain('{"first_name":"')
+    if not encodes:  # as a tokenizer that adds a space before a text
+        encode = tokenizer.encode_plain
+        monkeypatch.setattr(tokenizer, "encode_plain", lambda text: encode(f" {text}"))
+    assert forced(compiler) == []
+    fast = GrammarCompiler(tokenizer, VOCAB_SIZE, fast_forward=True)
+    tokens = forced(fast)
+    fast.close()
+    assert len(tokens) > 2
+    assert b'{"first_name":"'.startswith(b"".join(map(tokenizer.token_bytes, tokens)))
+    if encodes:
+        assert tokens == expected[: len(tokens)]
 
 
 def test_special_tokens_are_not_part_of_a_text(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:

@@ -48,6 +48,7 @@ def test_fingerprint_of_a_cache_dtype_that_auto_means() -> None:
         ("--max-logprobs", "5"),
         ("--max-logprobs", "-1"),
         ("--no-enable-prefix-caching",),
+        ("--grammar-fast-forward",),
     ],
     ids=" ".join,
 )

@@ -15,7 +15,7 @@ from tests.support.server_process import ROOT, ServerProcess
 from tools.guides.__main__ import FOLDER, GUIDES, GuideError, GuideRun, is_alike, run_guide
 
 # In the order in which they start, the longest first.
-ORDER = ("lm-eval", "decisions", "scoring", "hlo", "deploying", "uncertainty", "extraction", "teacher")
+ORDER = ("lm-eval", "decisions", "scoring", "hlo", "deploying", "uncertainty", "extraction", "teacher", "own-model")
 # Of docker, make portability, lm-eval and the runner; other flags of lm-eval have underscores.
 OTHER_FLAGS = {"build-arg", "target", "tasks", "write"}
 TEXTS = {path.stem: path.read_text("utf-8") for path in sorted(FOLDER.glob("*.md"))}
@@ -43,8 +43,8 @@ def runs(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ORDER[::-1])
 def test_guide_prints_its_outputs(name: str, runs: dict[str, Future[GuideRun]]) -> None:
-    if name == "hlo" and cpu.load_library() is None:
-        pytest.skip("the guide shows programs with the CPU kernels")
+    if name in ("hlo", "own-model") and cpu.load_library() is None:
+        pytest.skip("the guide shows what the CPU kernels do")
     run = runs[name].result()
     assert run.outputs
     assert [*run.differences()] == []
@@ -53,7 +53,9 @@ def test_guide_prints_its_outputs(name: str, runs: dict[str, Future[GuideRun]]) 
 def test_guides_are_in_the_index() -> None:
     assert set(ORDER) == set(GUIDES)
     index = re.findall(r"^\| \[.+\]\((.+)\.md\) \|", TEXTS["README"], re.MULTILINE)
-    assert index == ["scoring", "lm-eval", "decisions", "uncertainty", "extraction", "teacher", "hlo", "deploying"]
+    assert index == [
+        *("own-model", "scoring", "lm-eval", "decisions", "uncertainty", "extraction", "teacher", "hlo", "deploying")
+    ]
 
 
 @pytest.mark.parametrize("name", TEXTS)

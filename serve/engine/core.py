@@ -2,12 +2,12 @@
 
 A step is dispatched before the previous one is read: the device takes the tokens that it continues from out of its own
 slots. So the host knows each token one step late, and a step may contain a row of a request that has finished, whose
-result is discarded. A request whose mask depends on its last token decodes only after that has been read.
+result is discarded. A request whose mask depends on its last token decodes only after that has been read. The device
+is idle then, so only tokens and masks come before the next step; events are made while it runs.
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -27,15 +27,15 @@ from compiled.state import (
 )
 from model.token_logprobs import TokenLogprobs
 from serve.engine import batch
-from serve.engine.batch import ScoreRow
-from serve.engine.logprob_store import begin_prompt_logprobs, has_nan, select_logprobs, store_prompt_logprobs, write
+from serve.engine.logprob_store import begin_prompt_logprobs, has_nan, store_prompt_logprobs
 from serve.engine.mask_updates import MaskUpdates
 from serve.engine.observer import EngineFault, EngineGauges, Observer
 from serve.engine.page_pool import PagePool
 from serve.engine.request import FinishReason, TokenEvent
 from serve.engine.request_state import Emitted, RequestState, RequestStatus
-from serve.engine.schedule import DecodeRow, Schedule
+from serve.engine.schedule import Schedule
 from serve.engine.scheduler import Scheduler
+from serve.engine.step import Chosen, Step, ending, token_event, write_prompt_logprobs
 from serve.engine.token_mask import TokenMask
 
 _NAN_ERROR = "the model computed a log-probability that is not a number"
@@ -62,17 +62,6 @@ class Runner(Protocol):
     def reset(self) -> None: ...
 
 
-@dataclass(slots=True)
-class _Step:
-    """A dispatched step that has not been read."""
-
-    prefilled: Any = None  # ready when the chunks are computed
-    blocks: list[tuple[Sequence[ScoreRow], TokenLogprobs]] = field(default_factory=list)
-    scored: list[RequestState] = field(default_factory=list)
-    rows: list[DecodeRow] = field(default_factory=list)
-    output: StepOutput | None = None
-
-
 class EngineCore:
     """Runs the scheduler's steps on the runner. Not thread-safe."""
 
@@ -89,7 +78,7 @@ class EngineCore:
         self._observer = observer or Observer()
         self._pool = PagePool(runner.pages, caching=prefix_caching)
         self.masks = MaskUpdates(runner.buckets.decode_rows[-1])
-        self._unread: _Step | None = None
+        self._unread: Step | None = None
         self.in_flight = False  # the last step dispatched or read something; otherwise step() has nothing to do
         self._emitted: list[Emitted] = []  # by the current step; kept if it fails, as requests may have finished in it
         self.scheduler = Scheduler(
@@ -138,8 +127,8 @@ class EngineCore:
     def step(self) -> list[Emitted]:
         """Dispatch a step and read the previous one. Events are in the order in which tokens were computed."""
         reads = self._unread is not None
-        if self._must_read_first():
-            self._read()
+        if self._unread is not None and any(row.request.waits_for_mask for row in self._unread.rows):
+            self._read_tokens(self._unread)
         self._finish_masks()
         if self._unread is not None and self.scheduler.must_preempt():
             self._read()
@@ -176,29 +165,27 @@ class EngineCore:
             request.times.scheduled = time.monotonic()
             self._observer.on_scheduled(request)
 
-    def _must_read_first(self) -> bool:
-        """True if the rows of the next step depend on tokens that have not been read."""
-        return self._unread is not None and any(row.request.waits_for_mask for row in self._unread.rows)
-
     def _finish_masks(self) -> None:
         """Let requests decode whose masks are done, and finish those that have none: the others wait."""
         for request in self.masks.collect():
             mask = request.mask
-            if mask is None or mask.forced or request.status is RequestStatus.FINISHED:
+            if mask is None or mask.forced or not (mask.is_complete or mask.error is not None):
+                continue
+            self._read()  # events of earlier tokens come first
+            if request.status is RequestStatus.FINISHED:
                 continue
             if mask.is_complete:
-                self._read()  # log-probs of the prompt may be in flight
                 self._emitted.append(self._finalize(request, TokenEvent(), FinishReason.STOP))
-            elif mask.error is not None:
+            else:
                 event = TokenEvent(error=mask.error, grammar_failed=True, cached_tokens=request.num_cached or 0)
                 self._emitted.append(self._finish(request, event, FinishReason.ERROR))
                 self._observer.on_grammar_error()
 
-    def _dispatch(self, schedule: Schedule) -> _Step | None:
+    def _dispatch(self, schedule: Schedule) -> Step | None:
         if not schedule:
             return None
         self._observer.on_step(sum(chunk.end - chunk.start for chunk in schedule.prefills) + len(schedule.decodes))
-        step = _Step(scored=schedule.scored, rows=schedule.decodes)
+        step = Step(scored=schedule.scored, rows=schedule.decodes)
         for start in range(0, len(schedule.copies), PAGE_COPIES):
             self._runner.copy_pages(batch.page_copies(schedule.copies[start : start + PAGE_COPIES]))
         if schedule.prefills:
@@ -227,42 +214,36 @@ class EngineCore:
         if step.prefilled is not None and step.output is None and not step.blocks:
             self._runner.read(step.prefilled)  # no result is needed, but the host must not run ahead of the device
         for block, logprobs in step.blocks:
-            _write_prompt_logprobs(block, self._runner.read(logprobs))
+            write_prompt_logprobs(block, self._runner.read(logprobs))
         for request in step.scored:
             if request.status is not RequestStatus.FINISHED:
                 self._emitted.append(self._finalize(request, TokenEvent(), FinishReason.LENGTH))
-        if step.output is not None:
-            output = self._runner.read(step.output)
-            for request, group in groupby(enumerate(step.rows), key=lambda item: item[1].request):
-                indices = [index for index, _ in group]
-                if request.status is not RequestStatus.FINISHED:
-                    self._emitted.append(self._append(request, output, slice(indices[0], indices[-1] + 1)))
+        self._read_tokens(step)
+        self._emit_chosen(step)
 
-    def _append(self, request: RequestState, output: StepOutput, rows: slice) -> Emitted:
-        params, mask = request.params, request.mask
-        tokens = output.tokens[rows].tolist()
-        num_forced = len(mask.forced) if mask else 0
-        event = TokenEvent(
-            tokens,
-            select_logprobs(output.logprobs, rows, params.requested_ids),
-            processed=select_logprobs(output.processed, rows, params.requested_ids)
-            if params.return_processed
-            else None,
-            allowed_mass=np.exp(output.allowed_logmass[rows]),
-            forced=[index < num_forced for index in range(len(tokens))],
-        )
-        request.output_token_ids += tokens
-        self._note_times(request, event.forced)
-        self.scheduler.register_pages(request)
-        if tokens[-1] in params.stop_token_ids:
-            event.stop_token_id = tokens[-1]
-            return self._finalize(request, event, FinishReason.STOP)
-        at_limit = len(request.output_token_ids) >= request.max_output_tokens
-        emitted = self._finalize(request, event, FinishReason.LENGTH if at_limit else None)
-        request.waits_for_mask = False
-        if mask is not None and mask.has_grammar and request.status is not RequestStatus.FINISHED:
-            self.masks.start(request)
-        return emitted
+    def _read_tokens(self, step: Step) -> None:
+        """Append the tokens of a step to its requests, and compute the masks after them."""
+        if step.output is None or step.chosen is not None:
+            return
+        step.output, step.chosen = self._runner.read(step.output), []
+        for request, group in groupby(enumerate(step.rows), key=lambda item: item[1].request):
+            indices, mask = [index for index, _ in group], request.mask
+            if request.status is RequestStatus.FINISHED:
+                continue
+            chosen = Chosen(request, slice(indices[0], indices[-1] + 1), len(mask.forced) if mask else 0)
+            step.chosen.append(chosen)
+            request.output_token_ids += step.output.tokens[chosen.rows].tolist()
+            self.scheduler.register_pages(request)
+            request.waits_for_mask = mask is not None and mask.has_grammar
+            if request.waits_for_mask and ending(request) is None:
+                self.masks.start(request)
+
+    def _emit_chosen(self, step: Step) -> None:
+        for chosen in step.chosen or ():
+            assert step.output is not None
+            event = token_event(chosen, step.output)
+            self._note_times(chosen.request, event.forced)
+            self._emitted.append(self._finalize(chosen.request, event, ending(chosen.request)))
 
     def _note_times(self, request: RequestState, forced: Sequence[bool]) -> None:
         """Note that tokens were read now, the first of them after the last gap."""
@@ -304,17 +285,3 @@ class EngineCore:
     def _take_emitted(self) -> list[Emitted]:
         emitted, self._emitted = self._emitted, []
         return emitted
-
-
-def _write_prompt_logprobs(block: Sequence[ScoreRow], logprobs: TokenLogprobs) -> None:
-    """Copy a block's log-probs to its requests, all consecutive rows of a request together."""
-    start = 0
-    for request, rows in groupby(block, key=lambda row: row[0]):
-        indices = [index for _, index in rows]
-        end = start + len(indices)
-        scoring = request.params.prompt
-        assert request.prompt_logprobs is not None
-        assert scoring is not None
-        selected = select_logprobs(logprobs, slice(start, end), scoring.requested_ids)
-        write(request.prompt_logprobs, slice(indices[0], indices[-1] + 1), selected)
-        start = end

@@ -109,7 +109,7 @@ class TokenMask:
         others = self._static(recent, len(output_token_ids) + len(self.forced))
         if others is not None:
             words &= others
-        if not words.any():
+        if not (words != 0).any():  # several times as fast as words.any()
             self.error = "the grammar and the other constraints of the request allow no token"
             return None
         return words
@@ -136,11 +136,12 @@ def _only(token: int, size: int) -> Words:
 
 def _single_token(words: Words) -> int | None:
     """The token that a mask allows, or None if it allows several or none."""
-    indices = np.flatnonzero(words)
-    if len(indices) != 1:
+    used = words != 0
+    if np.count_nonzero(used) != 1:
         return None
-    word = int(words[indices[0]])
-    return None if word & (word - 1) else int(indices[0]) * 32 + word.bit_length() - 1
+    index = int(used.argmax())
+    word = int(words[index])
+    return None if word & (word - 1) else index * 32 + word.bit_length() - 1
 
 
 def _contains_any(words: Words, tokens: Iterable[int]) -> bool:

@@ -38,7 +38,6 @@ def test_hf_takes_all_keys_that_transformers_writes(family: Any) -> None:
     ("change", "name"),
     [
         ({"residual_multiplier": 0.5}, "residual_multiplier 0.5"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"text_config": {"hidden_size": 8}}, "text_config"),
         ({"sliding_window": 64}, "sliding_window 64"),
         ({"query_pre_attn_scalar": 64}, "query_pre_attn_scalar"),

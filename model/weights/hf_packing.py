@@ -35,7 +35,7 @@ type Read = Callable[..., NDArray[Any]]  # takes the name of a stored tensor and
 class CodedRows:
     """Rows of a quantized weight."""
 
-    codes: NDArray[np.uint8]  # [R, K]; the bits of FP8 if there are no zero points
+    codes: NDArray[np.uint8]  # [R, K], or [R, ceil(K/2)] with two of 4 bits per byte; FP8 if there are no zero points
     scales: NDArray[np.float32]  # [R, G]
     zeros: NDArray[np.uint32] | None  # [R, G]
 
@@ -66,26 +66,34 @@ class _CodedTensor:
     groups: NDArray[np.int32]  # [K], of each column
     rows: Callable[[int, int], CodedRows]
 
+    @property
+    def has_pairs(self) -> bool:
+        return self.info.stored_as.startswith("INT4")
+
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         rows = self.rows(start, stop)
+        codes = _codes(rows.codes, 4)[:, : self.info.shape[1]] if self.has_pairs else rows.codes
         scales = rows.scales[:, self.groups]
         if rows.zeros is None:
-            return np.asarray(_E4M3[rows.codes] * scales)
-        return np.asarray((rows.codes.astype(np.float32) - rows.zeros.astype(np.float32)[:, self.groups]) * scales)
+            return np.asarray(_E4M3[codes] * scales)
+        return np.asarray((codes.astype(np.float32) - rows.zeros.astype(np.float32)[:, self.groups]) * scales)
 
     def read_blocks(self, start: int, stop: int) -> NDArray[np.uint8]:
-        rows, block_format = self.rows(start, stop), self.info.block_format
+        rows, block_format, order = self.rows(start, stop), self.info.block_format, self.info.order
         assert block_format is not None
-        (count, k), block = rows.codes.shape, block_format.block
         codes, groups = rows.codes, self.groups
-        if self.info.order is not None:
-            codes, groups = codes[:, self.info.order], groups[self.info.order]
-        codes = np.pad(codes, ((0, 0), (0, -k % block))).reshape(count, -1, block)
-        words = np.ascontiguousarray(rows.scales[:, groups[::block]]).view(np.uint32)
+        if order is not None:
+            codes = _pairs(_codes(codes, 4)[:, order]) if self.has_pairs else codes[:, order]
+            groups = groups[order]
+        width = block_format.block // 2 if self.has_pairs else block_format.block  # bytes of a block's codes
+        if codes.shape[1] % width:
+            codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % width)))
+        codes = codes.reshape(len(codes), -1, width)
+        words = np.ascontiguousarray(rows.scales[:, groups[:: block_format.block]]).view(np.uint32)
         if rows.zeros is not None:
-            words = words | rows.zeros[:, groups[::block]]
-            codes = _halves(codes) if block_format.name.startswith("INT4") else codes ^ np.uint8(0x80)
-        return np.concatenate([words[..., None].view(np.uint8), codes], axis=-1).reshape(count, -1)
+            words = words | rows.zeros[:, groups[:: block_format.block]]
+            codes = _halves(codes) if self.has_pairs else codes ^ np.uint8(0x80)
+        return np.concatenate([words[..., None].view(np.uint8), codes], axis=-1).reshape(len(codes), -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +114,23 @@ class _Mxfp4Tensor:
         rows = (slice(expert, -(-stop // n)), slice(row, row + count) if row + count <= n else slice(None))
         codes, scales = (self.stored(name, *rows) for name in self.sources)
         first = row if row + count > n else 0
-        codes = _codes(codes.reshape(-1, 16), 4)
-        blocks = np.concatenate([scales.reshape(-1, 1), _halves(codes)], axis=1)
+        blocks = np.concatenate([scales.reshape(-1, 1), _halves(codes.reshape(-1, 16))], axis=1)
         return blocks.reshape(-1, 17 * scales.shape[2])[first : first + count]
 
 
-def _halves(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Of each 32 codes [..., B] of 4 bits, the first 16 in the low halves of bytes and the others in the high ones."""
-    halves = codes.reshape(*codes.shape[:-1], -1, 2, 16)
-    return (halves[..., 0, :] | halves[..., 1, :] << np.uint8(4)).reshape(*codes.shape[:-1], -1)
+def _pairs(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Codes [R, K] of 4 bits, two per byte, the first in its low half: [R, ceil(K/2)]."""
+    pairs = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
+    return pairs[:, ::2] | pairs[:, 1::2] << np.uint8(4)
+
+
+def _halves(pairs: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Codes [..., B/2] as of `_pairs` as blocks have them: of each 32 the first 16 in the low halves of 16 bytes."""
+    groups = pairs.reshape(*pairs.shape[:-1], -1, 2, 8)
+    first, second, halves = groups[..., 0, :], groups[..., 1, :], np.empty((*groups.shape[:-2], 8, 2), np.uint8)
+    halves[..., 0] = first & 0x0F | second << 4
+    halves[..., 1] = first >> 4 | second & 0xF0
+    return halves.reshape(pairs.shape)
 
 
 def quantized_tensors(
@@ -166,9 +182,9 @@ class _Packing:
             inside = slice(start - words.start * size, stop - words.start * size)
             zeros = _codes(self.read(qzeros, everything, words), bits, order)[:, inside].T
             if is_awq:
-                codes = _codes(self.read(main, everything, words), bits, order)[:, inside].T
+                codes = _pairs(_codes(self.read(main, everything, words), bits, order)[:, inside].T)
             else:
-                codes = _codes(self.read(main, everything, slice(start, stop)).T, bits)
+                codes = np.ascontiguousarray(self.read(main, everything, slice(start, stop)).T).view(np.uint8)
             if offset and (zeros == (1 << bits) - 1).any():
                 raise ModelLoadError(f"holds a zero point that some libraries read as {1 << bits} and others as 0")
             factors = self.read(scales, everything, slice(start, stop)).T.astype(np.float32)
@@ -191,7 +207,7 @@ class _Packing:
         fits &= not has_zeros or self._matrix(zero_points) == (-(-n // size), count)
 
         def read_rows(start: int, stop: int) -> CodedRows:
-            codes = _codes(self.read(main, slice(start, stop)), bits)[:, :k]
+            codes = self.read(main, slice(start, stop)).view(np.uint8)[:, : -(-k * bits // 8)]
             factors = self.read(scales, slice(start, stop)).astype(np.float32)
             zeros = np.full(factors.shape, 1 << (bits - 1), np.uint32)
             if has_zeros:

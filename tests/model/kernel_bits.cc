@@ -383,10 +383,7 @@ int main() {
   Linear<Q6K>("Q6_K");
   Linear<Iq4Nl>("IQ4_NL");
   Linear<Iq4Xs>("IQ4_XS");
-  Linear<Int4<32>>("INT4_32");
-  Linear<Int4<128>>("INT4_128");
   Linear<Int8<32>>("INT8_32");
-  Linear<Int8<128>>("INT8_128");
   Linear<Float16>("F16");
   Linear<Float32>("F32");
 #endif

@@ -99,7 +99,7 @@ class GrammarAliases(GrammarFields):
 class GrammarRequest:
     spec: GrammarSpec
     param: str  # the field that states it
-    unused: "GrammarRequest | None" = None  # has no effect, but must be valid
+    unused: tuple["GrammarRequest", ...] = ()  # have no effect themselves, but must be valid
 
 
 def grammar_request(fields: GrammarFields, *, ignore_eos: bool) -> GrammarRequest | None:
@@ -131,8 +131,8 @@ async def compile_grammar(
     request: GrammarRequest, compiler: GrammarCompiler, key: str | None = None
 ) -> LlguidanceGrammar:
     """Raise PromptError if the grammar cannot be used, GrammarBusyError if too many wait to be compiled."""
-    if request.unused is not None:
-        await compile_grammar(request.unused, compiler, key)
+    for unused in request.unused:
+        await compile_grammar(unused, compiler, key)
     try:
         return await compiler.compile(request.spec, key)
     except GrammarError as error:

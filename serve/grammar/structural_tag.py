@@ -22,6 +22,7 @@ _LIST_KEYS = ("type", "tags", "at_least_one", "stop_after_first")
 _KEYS: dict[str, tuple[str, ...]] = {
     "any_text": ("type", "excludes"),
     "const_string": ("type", "value"),
+    "grammar": ("type", "grammar"),
     "json_schema": ("type", "json_schema", "style"),
     "or": ("type", "elements"),
     "regex": ("type", "pattern", "excludes"),
@@ -98,6 +99,7 @@ class _Rules:
         self._formats: dict[str, Callable[..., str]] = {
             "any_text": self._any_text,
             "const_string": self._const_string,
+            "grammar": self._grammar,
             "json_schema": self._json_schema,
             "or": self._or,
             "regex": self._regex,
@@ -180,6 +182,10 @@ class _Rules:
     def _const_string(self, value: dict[str, Any], path: str, *, is_last: bool) -> str:
         del is_last
         return self.fixed(_string(value, "value", path))
+
+    def _grammar(self, value: dict[str, Any], path: str, *, is_last: bool) -> str:
+        del is_last
+        return self.rule(f"%lark {{\n{_string(value, 'grammar', path)}\n}}")
 
     def _json_schema(self, value: dict[str, Any], path: str, *, is_last: bool) -> str:
         del is_last

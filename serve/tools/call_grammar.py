@@ -5,8 +5,10 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from serve.grammar.argument_styles import STYLES, ArgumentStyle
 from serve.grammar.fields import GrammarRequest
-from serve.grammar.json_schema import closed, load_schema
+from serve.grammar.json_schema import GrammarError, closed, load_schema
+from serve.grammar.json_text import escaped_lark
 from serve.text.chat import PromptError
 from serve.tools.definitions import Tool, ToolRequest
 from serve.tools.formats import CallFormat, WrittenCall
@@ -96,8 +98,23 @@ def _tags(tools: ToolRequest, written: WrittenCall) -> list[dict[str, Any]]:
     ]
 
 
+def _lark(tool: Tool, text: str, style: str) -> dict[str, Any]:
+    """The argument `input` of a custom tool with a Lark grammar."""
+    form = STYLES.get(style, ArgumentStyle('{"NAME": ', "}", ""))
+    is_json = not form.quote and not form.raw_end
+    quote = '"' if is_json else form.quote
+    before, after = f"{form.before.replace('NAME', 'input')}{quote}", f"{quote}{form.after}"
+    try:
+        text = escaped_lark(text) if is_json else text
+    except GrammarError as error:
+        raise PromptError(tool.param, f"`{tool.param}`: {error}.") from None
+    return {"type": "sequence", "elements": [_text(before), {"type": "grammar", "grammar": text}, _text(after)]}
+
+
 def _arguments(tool: Tool, tools: ToolRequest, style: str) -> dict[str, Any]:
     """The content of a call. Styles other than JSON have no form of any object."""
+    if tool.lark is not None:
+        return _lark(tool, tool.lark, style)
     is_held = tools.is_required or tool.strict or style != "json"
     return {
         "type": "json_schema",

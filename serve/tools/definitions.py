@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from serve.text.chat import PromptError
 
 MAX_TOOLS = 512
+_MAX_LARK = 16  # tools; each of their grammars is also compiled alone
 _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
@@ -58,6 +59,7 @@ class Tool:
     param: str  # of the schema in the request
     strict: bool = False
     is_custom: bool = False  # called with a text, its argument `input`
+    lark: str | None = None  # grammar of this text
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,9 @@ def tool_request(
             path = f"{param}[{i}].{field.type}.name"
             raise PromptError(path, f"`{path}`: another tool has the name {tool.name!r}.")
         tools[tool.name] = tool
+    if sum(tool.lark is not None for tool in tools.values()) > _MAX_LARK:
+        message = f"`{param}` has more than {_MAX_LARK} tools with a Lark grammar."
+        raise PromptError(param, message, "array_above_max_length")
     return _with_choice(tools, choice, is_single=not parallel)
 
 
@@ -127,25 +132,28 @@ def _tool(field: ToolField, path: str) -> Tool:
 def _custom(definition: CustomField, path: str) -> Tool:
     """A custom tool as a function with one text argument."""
     text: dict[str, Any] = {"type": "string"}
-    description = definition.description or ""
+    description, where, lark = definition.description or "", path, None
     rule = definition.format.grammar if definition.format else None
     if definition.format and definition.format.type == "grammar":
         if rule is None:
             where = f"{path}.format.grammar"
             raise PromptError(where, f"`{where}` is missing.", "missing_required_parameter")
+        where = f"{path}.format"
         if rule.syntax == "lark":
-            where = f"{path}.format.grammar.syntax"
-            raise PromptError(where, f"`{where}`: only `regex` is supported.", "unsupported_parameter")
-        text["pattern"] = f"^(?:{rule.definition})$"
+            where, lark = f"{path}.format.grammar.definition", rule.definition
+            description = f"{description}\n\nThe input follows this Lark grammar:\n{lark}".strip()
+        else:
+            text["pattern"] = f"^(?:{rule.definition})$"
     parameters = {"type": "object", "properties": {"input": text}, "required": ["input"], "additionalProperties": False}
     form = {"name": definition.name, "description": description, "parameters": parameters}
     return Tool(
         definition.name,
         parameters,
         {"type": "function", "function": form},
-        f"{path}.format" if rule else path,
+        where,
         strict=rule is not None,
         is_custom=True,
+        lark=lark,
     )
 
 

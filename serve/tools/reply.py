@@ -59,7 +59,7 @@ class ReplyFormat:
         """The grammar of an answer; `stated` is that of the request's other fields.
 
         Raises:
-            PromptError: grammar and tools cannot be combined.
+            PromptError: grammar and tools cannot be combined, or a tool's grammar is not supported.
         """
         if self.calls is None or self.tools is None:
             return stated
@@ -78,7 +78,12 @@ class ReplyFormat:
             message = "`ignore_eos` cannot be combined with tools that a grammar holds."
             raise PromptError("ignore_eos", message)
         whitespace = alternative.spec.whitespace if alternative else None
-        unused = stated if is_required else None
+        unused: tuple[GrammarRequest, ...] = (stated,) if stated is not None and is_required else ()
+        unused += tuple(  # for errors that name their lines
+            GrammarRequest(GrammarSpec(GrammarKind.GRAMMAR, f"{tool.lark}\n%llguidance {{}}"), tool.param)
+            for tool in self.tools.callable
+            if tool.lark is not None
+        )
         return GrammarRequest(GrammarSpec(GrammarKind.STRUCTURAL_TAG, text, whitespace), "tools", unused)
 
     def with_thinking(self, tokenizer: Tokenizer, vocab_size: int, answer: Grammar | None) -> Grammar | None:

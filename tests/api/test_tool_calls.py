@@ -1,6 +1,7 @@
 """Tools and reasoning in chat completions: prompts, answers, streams, log-probs and errors."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -452,6 +453,42 @@ async def test_error_of_a_schema_names_its_tool() -> None:
         await server.chat(tools=[ADD, bad])
         body = chat_body(tools=[ADD, bad], tool_choice=named("add"))
         assert (await server.post("/v1/chat/completions", body)).status_code == 200
+
+
+LARK = 'start: word+\nword: "say " /"[a-z\\n]*"/ ";"'
+
+
+def custom(definition: str) -> dict[str, Any]:
+    form = {"type": "grammar", "grammar": {"syntax": "lark", "definition": definition}}
+    return {"type": "custom", "custom": {"name": "sql", "format": form}}
+
+
+async def test_custom_tool_with_a_lark_grammar() -> None:
+    script = b'<tool_call>\n{"name": "sql", "arguments": {"input": "say \\"a\\nb!\\";"}}\n</tool_call>'
+    fields = {"tools": [custom(LARK)], "tool_choice": named("sql", "custom"), "max_tokens": 90}
+    async with serving(script, chat_template=TEMPLATE, max_model_len=2048) as server:
+        choice, _ = await both(server, **fields)
+        (call,) = choice["message"]["tool_calls"]
+        text = call["custom"]["input"]
+        assert text.startswith('say "a\nb')
+        assert re.fullmatch(r'(say "[a-z\n]*";)+', text)  # without the "!" of the script
+
+
+async def test_error_of_a_lark_grammar_has_its_line() -> None:
+    refused = "line 3, column 4: `%lark` is not supported in the grammar of a tool."
+    messages = {
+        'start: "a" b\nb: missing': 'line 2, column 4: unknown name: "missing"',
+        "b: /a/": "no start rule found",
+        'start: "a"\n}\nr: %lark {\nstart: "b"': refused,
+        'start: "a" |\n /(/': "line 2, column ",
+    }
+    async with serving(b"", chat_template=TEMPLATE, max_model_len=2048) as server:
+        for definition, message in messages.items():
+            for choice in ("auto", "required"):
+                body = chat_body(tools=[custom(definition)], tool_choice=choice, max_tokens=1)
+                error = error_of(await server.post("/v1/chat/completions", body), 400)
+                assert error["param"] == "tools[0].custom.format.grammar.definition"
+                assert f"`: {message}" in error["message"]
 
 
 async def test_custom_tool_with_a_regex() -> None:

@@ -16,6 +16,7 @@ from serve.engine.request import SamplingParams
 from serve.engine.token_mask import TokenMask
 from serve.grammar.compiler import MAX_CHARACTERS, GrammarBusyError, GrammarCompiler
 from serve.grammar.json_schema import GrammarError
+from serve.grammar.json_text import escaped_lark
 from serve.grammar.sandbox import GrammarLimitError, SandboxError
 from serve.grammar.spec import GrammarKind, GrammarSpec
 from serve.server.model_files import local_tokenizer
@@ -276,6 +277,51 @@ def test_special_token_in_a_structural_tag(compiler: GrammarCompiler, tokenizer:
 )
 def test_error_of_a_structural_tag_has_a_path(compiler: GrammarCompiler, value: Any, message: str) -> None:
     assert error_of(compiler, tag(value)).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "valid", "invalid"),
+    [
+        ("start: A+\nA: /[^a]/", ['b"\\\n', "é\x01"], ["ab", ""]),
+        ('start: "say \\"hi\\"\\n" W  // "x"\nW: /\\w+\\s[\\S]./', ['say "hi"\na "b'], ['say "hi"\na "\n', "say"]),
+        ("start: /a(?s:.)b./", ["a\nbc"], ["a\nb\n"]),
+        ('start: /"[^"]*"/ "z"i', ['"q\\"Z'], ['"q"y']),
+        ('start: (N WS)* S\n%import common.NUMBER -> N\n%import common.WS\nS: "a".."c"', ["1.5 2\nb"], ["1d", "1"]),
+        (r"start: /[\]\"\[a-]{2}\x22\u{5c}\//", [']""\\/', 'a-"\\/'], ['b""\\/']),
+        ("%llguidance {}\nstart: X~2..3\nX: /(?i)x/", ["xX"], ["x"]),
+    ],
+)
+def test_escaped_lark_allows_the_same_texts(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, grammar: str, valid: list[str], invalid: list[str]
+) -> None:
+    whole = compiler.compile_blocking(GrammarSpec(GrammarKind.GRAMMAR, grammar))
+    inner = compiler.compile_blocking(tag_format(type="grammar", grammar=escaped_lark(grammar)))
+    for text in (*valid, *invalid):
+        if not set(text) - set(map(chr, range(32, 127))):  # the tokenizer lacks others
+            assert accepts(whole, tokenizer, text) == (text in valid)
+        assert accepts(inner, tokenizer, json.dumps(text, ensure_ascii=False)[1:-1]) == (text in valid)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        ('start: "a"\n  b: /[a[b]]/', "line 2, column 6: nested classes"),
+        ("start: %json {}", "line 1, column 8: `%json` is not supported"),
+        ("start: A & B", "line 1, column 10: `&` is not supported"),
+        ("start: ~A", "line 1, column 8: `~` is not supported"),
+        ("start: <a>", "line 1, column 8: `<` is not supported"),
+        (r"start: /\pL/", "line 1, column 8: properties of Unicode are not supported"),
+        ("start: /a/x", "line 1, column 8: the flag x is not supported"),
+        ("start: /(?x)a/", "line 1, column 8: the flag x is not supported"),
+        (r'start: "\n"i', "line 1, column 8: characters that JSON escapes"),
+        ("start: /[z-a]/", "line 1, column 8: '/[z-a]/' is not supported"),
+        ("%import common.SQL", "line 1, column 1: `common.SQL` is not supported"),
+    ],
+)
+def test_error_of_lark_that_cannot_be_escaped(grammar: str, message: str) -> None:
+    with pytest.raises(GrammarError) as raised:
+        escaped_lark(grammar)
+    assert str(raised.value).startswith(message)
 
 
 def properties(**schemas: Any) -> Any:

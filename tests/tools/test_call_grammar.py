@@ -16,6 +16,7 @@ from serve.text.output_splitter import OutputSplitter
 from serve.tools.call_grammar import call_grammar
 from serve.tools.definitions import ToolField, ToolRequest, tool_request
 from serve.tools.formats import FORMATS, CallFormat
+from serve.tools.reply import Reply, ReplyFormat
 from tests.support.http_client import BEGIN, END, byte_tokenizer
 
 FORMAT = {item.name: item for item in FORMATS}
@@ -136,3 +137,34 @@ def test_calls_that_are_allowed_are_read_and_valid(tokenizer: LLTokenizer, name:
 )  # fmt: skip
 def test_no_spelling_of_a_call_escapes(tokenizer: LLTokenizer, name: str, text: str, allowed: str) -> None:
     assert accepted(compiled(tokenizer, tools_of(ONE), FORMAT[name]), text) == allowed
+
+
+LARK_TEXT = 'say "a\\\n";'
+
+
+@pytest.mark.parametrize("name", sorted(FORMAT))
+def test_lark_grammar_of_a_custom_tool(tokenizer: LLTokenizer, name: str) -> None:
+    definition = 'start: "say " /"[a\\\\\\n]+"/ ";"'
+    grammar = {"type": "grammar", "grammar": {"syntax": "lark", "definition": definition}}
+    field = ToolField.model_validate({"type": "custom", "custom": {"name": "f0", "format": grammar}})
+    tools, form = tool_request([field], None, parallel=True), FORMAT[name]
+    assert tools is not None
+    matcher, written = compiled(tokenizer, tools, form), form.written or form.styled
+    assert written is not None
+    for value in (LARK_TEXT, 'say "b";', "say"):
+        argument = {
+            "json": json.dumps({"input": value}),
+            "python": f"input={json.dumps(value)}",
+            "qwen_xml": f"<parameter=input>\n{value}\n</parameter>\n",
+            "gemma4": f'input:<|"|>{value}<|"|>',
+            "functiongemma": f"input:<escape>{value}<escape>",
+        }[written.style]
+        call = written.before.replace("NAME", "f0") + argument + written.after
+        text = f"{written.open}{call}{written.close}"
+        assert (accepted(matcher, text) == f"{text}$") == (value == LARK_TEXT)
+        if value == LARK_TEXT:
+            parts = OutputSplitter(byte_tokenizer(), form.parser(tools.schemas)).push(
+                list(text.encode()), text, is_complete=True
+            )
+            [made] = Reply.of(parts, ReplyFormat(tools, form, None)).calls
+            assert made.text == LARK_TEXT

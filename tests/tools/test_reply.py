@@ -166,7 +166,7 @@ def test_grammar_beside_tools() -> None:
     held, alone = must.grammar(schema), must.grammar(None)
     assert held is not None
     assert alone is not None
-    assert (held.spec, held.unused, alone.unused) == (alone.spec, schema, None)
+    assert (held.spec, held.unused, alone.unused) == (alone.spec, (schema,), ())
     for stated in (regex, replace(schema, param="structured_outputs.json")):
         with pytest.raises(PromptError) as info:
             must.grammar(stated)

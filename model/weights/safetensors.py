@@ -6,7 +6,7 @@ Formats: the safetensors README ("Format"), and the index that `transformers` wr
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +95,7 @@ class SafetensorsCheckpoint:
             self.quantizes_activations = quantization is not None and quantization.quantizes_activations
             if quantization is not None:
                 self._quantized, parts = quantized_tensors(quantization, self._tensors, self._read)
+                parts |= set(self._zero_biases())
                 plain = {name: info for name, info in self._tensors.items() if name not in parts}
                 self._tensors = plain | {name: tensor.info for name, tensor in self._quantized.items()}
         except BaseException:
@@ -109,9 +110,9 @@ class SafetensorsCheckpoint:
         return self._tensors
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        if name in self._quantized:
-            return self._quantized[name].read(start, self._tensors[name].shape[0] if stop is None else stop)
         shape = self._tensors[name].shape
+        if name in self._quantized:
+            return self._quantized[name].read(start, math.prod(shape[:-1]) if stop is None else stop)
         if len(shape) > 2:
             first, row = divmod(start, shape[1])
             rows = slice(row, shape[1] if stop is None else row + stop - start)
@@ -122,6 +123,19 @@ class SafetensorsCheckpoint:
 
     def read_blocks(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         return self._quantized[name].read_blocks(start, stop)
+
+    def _zero_biases(self) -> Iterator[str]:
+        """Biases of quantized weights that the network does not have: AutoGPTQ wrote zeros for all."""
+        known = {tensor.hf for weight in self.config.weights().values() for tensor in weight.tensors}
+        for name in self._tensors:
+            stem = name.removesuffix(".bias")
+            if (
+                stem != name
+                and name not in known
+                and f"{stem}.weight" in self._quantized
+                and not self._read(name).any()
+            ):
+                yield name
 
     def _read(self, name: str, *index: slice) -> NDArray[Any]:
         try:

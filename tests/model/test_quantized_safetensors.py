@@ -29,9 +29,18 @@ from tests.support.in_process import run
 from tests.support.packed import values_of
 from tests.support.quantized_tensors import Layout, awq, fp8, gptq, int8, packed, write_quantized
 from tests.support.runners import make_runner
+from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 from tests.support.tiny_checkpoints import BF16, F32, TinyModel
 
 BUCKETS = Buckets(decode_rows=(1,), prefill_chunks=(16,), score_rows=16, pages_per_row=2)
+EXPERTS: dict[str, Any] = tiny_configs()["qwen3moe"] | {
+    "hidden_size": 256,
+    "moe_intermediate_size": 256,
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "mlp_only_layers": [],
+    "num_hidden_layers": 1,
+}
 IN_ORDER = gptq(is_ordered=True)
 LAYOUTS = {
     "gptq": gptq(),
@@ -179,6 +188,14 @@ def test_missing_and_misshapen_parts_are_listed(tmp_path: Path) -> None:
         assert refused(tmp_path / "b") == [f"  {message}"], change
 
 
+def test_biases_of_zeros_are_ignored(tmp_path: Path) -> None:
+    name, layout = f"{UP}.bias", gptq()
+    write_quantized(tmp_path / "a", layout, changes={name: np.zeros(192, np.float16)})
+    load(tmp_path / "a", Storage(F32))
+    write_quantized(tmp_path / "b", layout, changes={name: np.ones(192, np.float16)})
+    assert refused(tmp_path / "b") == [f"  {name}: unexpected"]
+
+
 def test_damaged_values_are_refused(tmp_path: Path) -> None:
     for layout, change, problem in (
         (gptq(), {"scales": np.full((4, 192), np.nan, np.float16)}, NOT_FINITE),
@@ -191,6 +208,26 @@ def test_damaged_values_are_refused(tmp_path: Path) -> None:
         write_quantized(tmp_path, layout, changes={f"{UP}.{kind}": values for kind, values in change.items()})
         with pytest.raises(ModelLoadError, match=f"  {UP}.weight: {problem}$"):
             load(tmp_path, Storage(F32))
+
+
+@pytest.mark.parametrize("name", ["gptq of 128", "gptq in order", "fp8 of blocks"])
+def test_experts_have_the_values_of_the_definition(tmp_path: Path, name: str) -> None:
+    """In one format; as floats if their columns are in different orders."""
+    tensors, values, layout = random_weights(EXPERTS, 1), random_weights(EXPERTS, 1), LAYOUTS[name]
+    random = np.random.default_rng(2)
+    for key in [key for key in tensors if ".experts." in key]:
+        n, k = tensors.pop(key).shape
+        parts, values[key] = layout.write(n, k, random)
+        tensors |= {f"{key.removesuffix('weight')}{kind}": np.ascontiguousarray(part) for kind, part in parts.items()}
+    for kind in ("plain", "coded"):
+        (tmp_path / kind).mkdir()
+    write_checkpoint(tmp_path / "plain", EXPERTS, values)
+    write_checkpoint(tmp_path / "coded", EXPERTS | {"quantization_config": layout.config}, tensors)
+    found, formats = load(tmp_path / "coded", Storage(F32, packs=True)), set[str]()
+    for path, (_, expected) in load(tmp_path / "plain", Storage(F32)).items():
+        np.testing.assert_array_equal(found[path][1], expected, err_msg=path)
+        formats |= found[path][0]
+    assert formats == ({"F32"} if name == "gptq in order" else {"F32", layout.format})
 
 
 def test_mxfp4_of_experts() -> None:

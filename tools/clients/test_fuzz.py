@@ -16,7 +16,7 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 
 def test_schemathesis_two_thousand_requests(tmp_path: Path) -> None:
     # A short context: many requests say nothing of their length, and would fill it.
-    process = ServerProcess("--max-model-len", "128")
+    process = ServerProcess("--max-model-len", "128", "--response-store", str(tmp_path / "responses.db"))
     (tmp_path / "schemathesis.toml").write_text(SETTINGS)
     try:
         options = f"-n 140 --seed 1 --phases coverage,fuzzing --checks {CHECKS} --request-timeout 120".split()

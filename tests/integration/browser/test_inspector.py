@@ -251,6 +251,7 @@ def test_grammar_shows_allowed_mass_and_forced_tokens(page: Inspector, server: S
     assert [row["allowed_mass"] for row in rows] == [""] * 5 + [repr(entry["allowed_mass"]) for entry in entries]
     assert entries[0]["allowed_mass"] < 0.5  # the model would name another city
     held = pane.cells.nth(5 + forced.index(True))
+    expect(held).to_have_css("border-bottom-style", "double")
     label = pane.cells.nth(5).get_attribute("aria-label") or ""
     assert "allowed mass" in label
     assert "forced" not in label

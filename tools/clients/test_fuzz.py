@@ -25,6 +25,7 @@ def test_schemathesis_two_thousand_requests(tmp_path: Path) -> None:
         printed = run(*command, base_url=process.url, home=tmp_path, programs=programs, folder=tmp_path)
     finally:
         code = process.terminate()
+        print("".join(line for line in process.log if "access_log" not in line))  # shown if the test fails
     found = re.search(r"(\d+) generated", printed)
     assert found is not None, printed
     assert int(found[1]) >= 2000

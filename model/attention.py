@@ -19,10 +19,14 @@ _MASKED = -1e30  # finite, so that a row of padding gives no NaN
 
 
 def rotary_angles(positions: Array, head_dim: int, rope: Rope | None) -> tuple[Array, Array]:
-    """cos and sin [R, T, 1, E/2] float32 of each position, computed in float32; without a rope, of angle 0."""
+    """cos and sin [R, T, 1, e] float32 of each position, computed in float32; without a rope, of angle 0.
+
+    e is half the number of rotated dimensions: E/2, if the rope does not say otherwise.
+    """
     if rope is None:
         shape = (*positions.shape, 1, head_dim // 2)
         return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+    head_dim = rope.dims or head_dim
     frequencies = 1.0 / (rope.theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
     if rope.divisors:
         frequencies = frequencies / jnp.asarray(rope.divisors, jnp.float32)
@@ -32,9 +36,11 @@ def rotary_angles(positions: Array, head_dim: int, rope: Rope | None) -> tuple[A
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate the pairs (e, e + E/2) of x [R, T, heads, E] float32 by the angles of its positions."""
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    """Rotate the pairs (i, i + e) of x [R, T, heads, E] float32 by the angles of its positions; i < e."""
+    half = cos.shape[-1]
+    a, b, rest = jnp.split(x, (half, 2 * half), axis=-1)
+    rotated = [a * cos - b * sin, b * cos + a * sin]
+    return jnp.concatenate([*rotated, rest] if rest.shape[-1] else rotated, axis=-1)
 
 
 def rotate_and_store(

@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields, replace
 from reprlib import Repr
 from typing import Any
 
-from model.families import FAMILIES, HEAD, Family
+from model.families import FAMILIES
+from model.family import HEAD, QKV_BIAS, Family
 from model.layout import COLUMN_BLOCK
 from model.rope import Rope
 from model.weight_specs import WeightSpec
@@ -31,6 +32,7 @@ class LayerKind:
     rope: Rope | None  # None: no rotary embedding
     window: int = 0  # tokens that a query attends to, itself included; 0 = all before it
     is_sparse: bool = False  # the MLP is a mixture of experts
+    query_growth: tuple[float, int] | None = None  # (b, n): queries at position p are times 1 + b log(1 + floor(p / n))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +64,20 @@ class ModelConfig:
     attention_cap: float = 0.0  # replaces a score by cap * tanh(score / cap); 0 = off
     logit_cap: float = 0.0  # the same for logits
     experts: Experts | None = None
+    qkv_bias: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of the outputs of attention and MLP
+    logit_scale: float = 1.0
     shard_features: int = COLUMN_BLOCK  # F of a shard is a multiple of it, if there are several
 
     @property
     def traits(self) -> Family:
         return FAMILIES[self.family]
+
+    @property
+    def rotated_dims(self) -> int:
+        """The first dimensions of a head, which are rotated."""
+        return next((kind.rope.dims for kind in self.layers if kind.rope), 0) or self.head_dim
 
     @property
     def num_layers(self) -> int:
@@ -78,7 +89,7 @@ class ModelConfig:
         return replace(self, layers=tuple(layers))
 
     def dims(self) -> dict[str, int]:
-        """Axis sizes by the letters of the weight table: V, D, F, Q = H*E, KV = K*E, QKV, FF = 2 F, E, H, K, X, XF."""
+        """Axis sizes by letters of the weight table: V, D, F, Q = H*E, KV = K*E, QKV, FF = 2 F, E, H, K, X, XF, 1."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return {
             "V": self.vocab_size,
@@ -92,6 +103,7 @@ class ModelConfig:
             "H": self.num_heads,
             "K": self.num_kv_heads,
             **({"X": self.experts.count, "XF": self.experts.size} if self.experts else {}),
+            "1": 1,
         }
 
     def weights(self) -> dict[str, WeightSpec]:
@@ -101,15 +113,17 @@ class ModelConfig:
         tables = [sparse if kind.is_sparse else dense for kind in self.layers]
         layers = [spec.of_layer(i) for i, table in enumerate(tables) for spec in table if spec.is_per_layer]
         embedding, *last = [spec for spec in dense if not spec.is_per_layer]
-        specs = (embedding, *layers, *(spec for spec in last if not (self.tie_word_embeddings and spec == HEAD)))
-        return {spec.path: spec for spec in specs}
+        absent = {HEAD.path} if self.tie_word_embeddings else set()
+        absent |= set() if self.qkv_bias else {QKV_BIAS.path.format(i=i) for i in range(self.num_layers)}
+        return {spec.path: spec for spec in (embedding, *layers, *last) if spec.path not in absent}
 
     def __post_init__(self) -> None:
         for name in ("num_layers", *(field.name for field in fields(self) if field.type is int)):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         caps = [name for name in ("attention_cap", "logit_cap") if getattr(self, name)]
-        for name in ("rms_norm_eps", "attention_scale", *caps):
+        scales = ("attention_scale", "embedding_scale", "residual_scale", "logit_scale")
+        for name in ("rms_norm_eps", *scales, *caps):
             _check_positive(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
@@ -126,10 +140,12 @@ class ModelConfig:
             raise ConfigError(f"a sliding window must be at least 1, got {kind.window}")
         if kind.rope is None:
             return
+        if not 0 <= kind.rope.dims <= self.head_dim or kind.rope.dims % 2:
+            raise ConfigError(f"{kind.rope.dims} rotated dimensions do not fit head_dim {self.head_dim}")
         _check_positive("rope_theta", kind.rope.theta)
         _check_positive("rotary scale", kind.rope.scale)
         for divisors in (kind.rope.divisors, kind.rope.long_divisors):
-            if divisors and len(divisors) != self.head_dim // 2:
+            if divisors and len(divisors) != (kind.rope.dims or self.head_dim) // 2:
                 raise ConfigError(f"{len(divisors)} rotary factors do not fit head_dim {self.head_dim}")
             for divisor in divisors:
                 _check_positive("a rotary factor", divisor)
@@ -145,10 +161,16 @@ def short_repr(value: object) -> str:
     return _SHORT.repr(value)
 
 
-def layer_kinds(windows: list[int], uses_rope: list[bool], rope: Rope, local_rope: Rope) -> tuple[LayerKind, ...]:
+def layer_kinds(
+    windows: list[int],
+    uses_rope: list[bool],
+    rope: Rope,
+    local_rope: Rope,
+    query_growth: tuple[float, int] | None = None,
+) -> tuple[LayerKind, ...]:
     """Layers by window and use of RoPE; `local_rope` is that of layers with a window."""
     return tuple(
-        LayerKind((local_rope if window else rope) if is_rotary else None, window)
+        LayerKind((local_rope if window else rope) if is_rotary else None, window, query_growth=query_growth)
         for window, is_rotary in zip(windows, uses_rope, strict=True)
     )
 

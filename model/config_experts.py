@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from model.config import ConfigError, Experts, LayerKind, bool_of, int_of, short_repr
-from model.families import Family
+from model.family import Family
 
 _MAX_EXPERTS = 1 << 14
 HF_KEYS = frozenset(("num_experts", "num_local_experts"))  # of families with experts, besides their `hf_defaults`

@@ -19,7 +19,8 @@ from model.config import (
     short_repr,
 )
 from model.config_experts import GGUF_KEYS, GGUF_NEUTRAL, experts_from_gguf
-from model.families import FAMILIES, Family
+from model.families import FAMILIES
+from model.family import Family
 from model.rope import Rope
 
 type Tensor = Callable[[str], tuple[float, ...]]
@@ -41,16 +42,24 @@ _READ = frozenset(
         *("attention.head_count", "attention.head_count_kv", "attention.key_length"),
         *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scale_linear", "rope.scaling.attn_factor"),
         *("rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.type", *_HEAD_SIZES),
+        "attention.layer_norm_epsilon",
     )
 )
 _WINDOWS = ("attention.sliding_window", "attention.sliding_window_pattern")
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 _LOCAL_BASE = "rope.freq_base_swa"
+_SCALES = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")
+# Keys of single families.
+_OWN = {
+    "granite": _SCALES,
+    "cohere2": ("logit_scale",),
+    "mistral3": ("attention.temperature_scale", "rope.scaling.yarn_log_multiplier"),
+}
 # Architectures of multimodal models whose text is that of a family, and keys that concern the other half.
 _TEXT_HALVES = {"qwen2vl": "qwen2", "qwen3vl": "qwen3"}
 _AXES = {"rope.dimension_sections", "n_deepstack_layers"}
 _IGNORED = frozenset(
-    ("attention.layer_norm_epsilon", "pooling_type", "rope.scaling.finetuned", "tensor_data_layout"),
+    ("pooling_type", "rope.scaling.finetuned", "tensor_data_layout"),
 )
 # Values at which keys that are not supported have no effect.
 _NEUTRAL = {
@@ -65,17 +74,61 @@ _NEUTRAL = {
 }
 
 
-def config_from_gguf(metadata: Mapping[str, Any], tensor: Tensor, *, has_output: bool) -> ModelConfig:
+def config_from_gguf(
+    metadata: Mapping[str, Any], tensor: Tensor, *, has_output: bool, has_qkv_bias: bool = False
+) -> ModelConfig:
     """Read the metadata of a file.
 
     Args:
         metadata: key -> Python value; `tokenizer.ggml.tokens` gives the vocabulary size if no key does.
         tensor: returns the values of one of ROPE_TENSORS, empty if the file lacks it.
         has_output: whether the file has `output.weight`; without it the head is the embedding.
+        has_qkv_bias: whether it has biases of q, k and v, in families that may have them.
 
     Raises:
         ConfigError: names the key that is missing or not supported.
     """
+    arch, family = _family(metadata)
+    key = f"{arch}.".__add__
+    metadata = {**{key(name): value for name, value in family.gguf_defaults.items()}, **metadata}
+    _refuse_unsupported(metadata, family, f"{arch}.")
+    heads, hidden = int_of(metadata, key("attention.head_count")), int_of(metadata, key("embedding_length"))
+    head_dim = head_dim_of(metadata, key("attention.key_length"), hidden, heads)
+    is_partial = family.partial_rotary is not None
+    for name in _HEAD_SIZES[:3] if is_partial else _HEAD_SIZES:
+        if int_of(metadata, key(name), head_dim) != head_dim:
+            raise ConfigError(f"{key(name)} differs from the head size {head_dim}: not supported")
+    rotated = int_of(metadata, key("rope.dimension_count"), head_dim, low=2, high=head_dim)
+    layers, experts = _layers(metadata, family, key, tensor, rotated), experts_from_gguf(metadata, key, family)
+    if experts is not None:
+        layers = tuple(replace(kind, is_sparse=True) for kind in layers)
+    if rotated != head_dim:
+        layers = tuple(replace(kind, rope=kind.rope and replace(kind.rope, dims=rotated)) for kind in layers)
+    epsilon = "attention.layer_norm_rms_epsilon" if family.norm == "rms" else "attention.layer_norm_epsilon"
+    by_hidden = (family.name, len(layers)) in _SCALED_BY_HIDDEN
+    return ModelConfig(
+        family=family.name,
+        vocab_size=_vocab_size(metadata, key("vocab_size")),
+        hidden_size=hidden,
+        intermediate_size=int_of(metadata, key("feed_forward_length")),
+        num_heads=heads,
+        num_kv_heads=int_of(metadata, key("attention.head_count_kv"), heads),
+        head_dim=head_dim,
+        layers=layers,
+        # Stored as float32: 9.99999974738e-06 is read as 1e-5.
+        rms_norm_eps=float(f"{float_of(metadata, key(epsilon)):.6g}"),
+        max_position_embeddings=int_of(metadata, key("context_length")),
+        tie_word_embeddings=not has_output,
+        attention_cap=float_of(metadata, key("attn_logit_softcapping"), 0.0),
+        logit_cap=float_of(metadata, key("final_logit_softcapping"), 0.0),
+        experts=experts,
+        qkv_bias=has_qkv_bias if isinstance(family.qkv_bias, str) else family.qkv_bias,
+        **_scales(metadata, key, family, hidden, hidden / heads if by_hidden else head_dim),
+    )
+
+
+def _family(metadata: Mapping[str, Any]) -> tuple[str, Family]:
+    """The architecture of a file, and its family."""
     arch = metadata.get("general.architecture")
     in_gguf = {name: row for name, row in FAMILIES.items() if row.in_gguf}
     in_gguf |= {name: FAMILIES[family] for name, family in _TEXT_HALVES.items()}
@@ -87,39 +140,9 @@ def config_from_gguf(metadata: Mapping[str, Any], tensor: Tensor, *, has_output:
     if family is None:
         known = ", ".join(sorted(in_gguf))
         raise ConfigError(f"general.architecture {short_repr(arch)} is not known; known: {known}")
-    key = f"{arch}.".__add__
-    metadata = {**{key(name): value for name, value in family.gguf_defaults.items()}, **metadata}
-    _refuse_unsupported(metadata, family, f"{arch}.")
-    heads, hidden = int_of(metadata, key("attention.head_count")), int_of(metadata, key("embedding_length"))
-    head_dim = head_dim_of(metadata, key("attention.key_length"), hidden, heads)
-    for name in _HEAD_SIZES:
-        if int_of(metadata, key(name), head_dim) != head_dim:
-            raise ConfigError(f"{key(name)} differs from the head size {head_dim}: not supported")
-    tokens = metadata.get("tokenizer.ggml.tokens") or []
-    if not isinstance(tokens, list):
-        raise ConfigError("tokenizer.ggml.tokens must be a list")
-    layers, experts = _layers(metadata, family, key, tensor, head_dim), experts_from_gguf(metadata, key, family)
-    if experts is not None:
-        layers = tuple(replace(kind, is_sparse=True) for kind in layers)
-    by_hidden = (family.name, len(layers)) in _SCALED_BY_HIDDEN
-    return ModelConfig(
-        family=family.name,
-        vocab_size=len(tokens) or int_of(metadata, key("vocab_size")),
-        hidden_size=hidden,
-        intermediate_size=int_of(metadata, key("feed_forward_length")),
-        num_heads=heads,
-        num_kv_heads=int_of(metadata, key("attention.head_count_kv"), heads),
-        head_dim=head_dim,
-        layers=layers,
-        # Stored as float32: 9.99999974738e-06 is read as 1e-5.
-        rms_norm_eps=float(f"{float_of(metadata, key('attention.layer_norm_rms_epsilon')):.6g}"),
-        max_position_embeddings=int_of(metadata, key("context_length")),
-        tie_word_embeddings=not has_output,
-        attention_scale=float((hidden / heads if by_hidden else head_dim) ** -0.5),
-        attention_cap=float_of(metadata, key("attn_logit_softcapping"), 0.0),
-        logit_cap=float_of(metadata, key("final_logit_softcapping"), 0.0),
-        experts=experts,
-    )
+    if family.name == "olmo2" and metadata.get(f"{arch}.{_WINDOWS[0]}"):
+        family = FAMILIES["olmo3"]
+    return str(arch), family
 
 
 def _sparse_family(arch: Any) -> Family | None:
@@ -127,12 +150,38 @@ def _sparse_family(arch: Any) -> Family | None:
     return next((row for row in FAMILIES.values() if row.experts and row.experts.gguf_architecture == arch), None)
 
 
+def _vocab_size(metadata: Mapping[str, Any], name: str) -> int:
+    tokens = metadata.get("tokenizer.ggml.tokens") or []
+    if not isinstance(tokens, list):
+        raise ConfigError("tokenizer.ggml.tokens must be a list")
+    return len(tokens) or int_of(metadata, name)
+
+
+def _scales(
+    metadata: Mapping[str, Any], key: Callable[[str], str], family: Family, hidden: int, query_size: float
+) -> dict[str, Any]:
+    logit_scale = _scale(metadata, key("logit_scale"), 1.0)
+    return {
+        "attention_scale": _scale(metadata, key("attention.scale"), query_size**-0.5),
+        "embedding_scale": _scale(metadata, key("embedding_scale"), hidden**0.5 if family.scaled_embedding else 1.0),
+        "residual_scale": _scale(metadata, key("residual_scale"), 1.0),
+        "logit_scale": 1 / logit_scale if family.name == "granite" else logit_scale,
+    }
+
+
+def _scale(metadata: Mapping[str, Any], name: str, default: float) -> float:
+    """A factor, rounded to six digits, since it is stored as float32; 0 is off, as in llama.cpp."""
+    value = float_of(metadata, name, 0.0)
+    return float(f"{value:.6g}") if value else float(default)
+
+
 def _refuse_unsupported(metadata: Mapping[str, Any], family: Family, prefix: str) -> None:
     known = _READ | _IGNORED
     known |= _AXES if prefix.removesuffix(".") in _TEXT_HALVES else set()
     if family.has_window and not family.window_flag:  # llama.cpp has no windows for the families with a flag
         known |= {*_WINDOWS}
-    known |= {_WINDOWS[0]} if family.name == "llama" else set()  # of Mistral; llama.cpp has no windows here
+    # Of Mistral; llama.cpp has no windows here.
+    known |= {_WINDOWS[0]} if family.name == "llama" else {*_OWN.get(family.name, ())}
     known |= {name for name in _CAPS if name in family.hf_defaults}
     known |= {_LOCAL_BASE} if family.local_theta else set()
     neutral = _NEUTRAL
@@ -149,11 +198,17 @@ def _layers(
     local = rope
     if family.local_theta is not None:  # stretched in none of its ways, but scaled
         scale = float_of(metadata, key("rope.scaling.attn_factor"), 1.0)
-        local = Rope(float_of(metadata, key(_LOCAL_BASE), family.local_theta, above=1), scale=scale)
+        theta = rope.theta if family.name == "olmo3" else family.local_theta
+        scale = 1.0 if family.name == "olmo3" else scale
+        local = Rope(float_of(metadata, key(_LOCAL_BASE), theta, above=1), scale=scale)
     windows = _windows(metadata, family, key)
     period = family.no_rope_period
     uses_rope = [not period or (i + 1) % period != 0 for i in range(len(windows))]
-    return layer_kinds(windows, uses_rope, rope, local)
+    if family.rope_in_windows and any(windows):
+        uses_rope = [window > 0 for window in windows]
+    beta = _scale(metadata, key("attention.temperature_scale"), 0.0)
+    growth = (beta, int_of(metadata, key("rope.scaling.original_context_length"), low=1)) if beta else None
+    return layer_kinds(windows, uses_rope, rope, local, growth)
 
 
 def _windows(metadata: Mapping[str, Any], family: Family, key: Callable[[str], str]) -> list[int]:
@@ -184,6 +239,8 @@ def _rope(metadata: Mapping[str, Any], key: Callable[[str], str], tensor: Tensor
             pass
         case "yarn":
             scale *= ropes.yarn_scale(factor)
+            if multiplier := float_of(metadata, key("rope.scaling.yarn_log_multiplier"), 0.0):
+                scale /= ropes.yarn_scale(factor, multiplier)
             stretch = ropes.yarn_divisors(
                 theta, head_dim, factor=factor, fast=32, slow=1, original=original, truncate=True, min_width=0.001
             )

@@ -1,6 +1,7 @@
 """ModelConfig from a Hugging Face `config.json`."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from model import rope as ropes
@@ -22,8 +23,9 @@ from model.config import (
     strings_of,
 )
 from model.config_experts import HF_KEYS, experts_from_hf, sparse_layers
-from model.families import FAMILIES, Family
-from model.hf_keys import IGNORED, NEUTRAL, READ, ROPE_NEUTRAL, ROPE_READ
+from model.families import FAMILIES
+from model.family import Family
+from model.hf_keys import IGNORED, NEUTRAL, READ, ROPE_READ
 from model.rope import Rope
 from model.text_half import text_config_of
 
@@ -58,14 +60,27 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         num_kv_heads=int_of(config, "num_key_value_heads", heads),
         head_dim=head_dim,
         layers=sparse_layers(config, family, _layers(config, family, head_dim)),
-        rms_norm_eps=float_of(config, "rms_norm_eps", 1e-6),
+        rms_norm_eps=float_of(config, family.norm_eps, 1e-6),
         max_position_embeddings=int_of(config, "max_position_embeddings"),
         tie_word_embeddings=bool_of(config, "tie_word_embeddings", False),
-        attention_scale=float(float_of(config, "query_pre_attn_scalar", head_dim, above=0) ** -0.5),
         attention_cap=_cap(config, "attn_logit_softcapping"),
         logit_cap=_cap(config, "final_logit_softcapping"),
         experts=experts_from_hf(config, family),
+        qkv_bias=family.qkv_bias if isinstance(family.qkv_bias, bool) else bool_of(config, family.qkv_bias, False),
+        **_scales(config, family, hidden, head_dim),
     )
+
+
+def _scales(config: Mapping[str, Any], family: Family, hidden: int, head_dim: int) -> dict[str, Any]:
+    """Constant factors of the network; `_refuse_unsupported` has refused those of other families."""
+    scalar = float_of(config, "query_pre_attn_scalar", head_dim, above=0)
+    embedding = float(hidden**0.5) if family.scaled_embedding else 1.0
+    return {
+        "attention_scale": float_of(config, "attention_multiplier", float(scalar**-0.5)),
+        "embedding_scale": float_of(config, "embedding_multiplier", embedding),
+        "residual_scale": float_of(config, "residual_multiplier", 1.0),
+        "logit_scale": float_of(config, "logit_scale", 1.0) / float_of(config, "logits_scaling", 1.0, above=0),
+    }
 
 
 def _family(architectures: list[str], model_type: Any) -> Family | None:
@@ -81,13 +96,13 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
             known = ", ".join(family.activation_names)
             raise ConfigError(f"{key} {short_repr(config[key])} is not supported; known: {known}")
     keys = READ | IGNORED | family.hf_defaults.keys()
-    keys |= {"attention_bias"} if family.qkv_bias else set()
+    keys |= {"attention_bias"} if family.qkv_bias is True else set()
     keys |= HF_KEYS if family.experts else set()
     if not family.has_window and config.get("use_sliding_window") is False:
         keys |= {"sliding_window"}
     if config.get("sliding_window_size") == config.get("sliding_window"):  # Gemma 2 has both
         keys |= {"sliding_window_size"}
-    check_keys(config, keys, NEUTRAL)
+    check_keys(config, keys, {**NEUTRAL, **family.hf_neutral})
 
 
 def _cap(config: Mapping[str, Any], key: str) -> float:
@@ -100,7 +115,14 @@ def _layers(config: Mapping[str, Any], family: Family, head_dim: int) -> tuple[L
         windows = [0 if is_rotary else window for window, is_rotary in zip(windows, uses_rope, strict=True)]
     rope = _rope(config, _GLOBAL, family, head_dim)
     local_rope = _rope(config, _LOCAL, family, head_dim) if family.local_theta else rope
-    return layer_kinds(windows, uses_rope, rope, local_rope)
+    return layer_kinds(windows, uses_rope, rope, local_rope, _query_growth(config))
+
+
+def _query_growth(config: Mapping[str, Any]) -> tuple[float, int] | None:
+    """Ministral 3's growth of queries with their position."""
+    parameters = mapping_of(config, "rope_scaling") or mapping_of(config, "rope_parameters")
+    beta = float_of(parameters, "llama_4_scaling_beta", 0.0)
+    return (beta, _original(parameters)) if beta else None
 
 
 def _windows(config: Mapping[str, Any], family: Family) -> list[int]:
@@ -109,9 +131,11 @@ def _windows(config: Mapping[str, Any], family: Family) -> list[int]:
     has_window = family.has_window and (not family.window_flag or bool_of(config, "use_sliding_window", False))
     window = int_of(config, "sliding_window", low=1) if has_window and config.get("sliding_window") is not None else 0
     first = int_of(config, "max_window_layers", 0) if "max_window_layers" in family.hf_defaults else 0
-    period = family.local_period and int_of(config, "sliding_window_pattern", family.local_period, low=1)
-    windows = [0 if i < first or (period and (i + 1) % period == 0) else window for i in range(count)]
     types = strings_of(config, "layer_types")
+    period = family.local_period
+    if period and not types and config.get("sliding_window_pattern") is not None:
+        period = int_of(config, "sliding_window_pattern", low=1)
+    windows = [0 if i < first or (period and (i + 1) % period == 0) else window for i in range(count)]
     if not types:
         return windows
     if len(types) != count or not set(types) <= {_GLOBAL, _LOCAL}:
@@ -127,6 +151,8 @@ def _windows(config: Mapping[str, Any], family: Family) -> list[int]:
 def _uses_rope(config: Mapping[str, Any], family: Family) -> list[bool]:
     """Whether each layer applies RoPE."""
     count = layer_count(config, "num_hidden_layers")
+    if family.rope_in_windows and config.get("sliding_window") is not None:
+        return [window > 0 for window in _windows(config, family)]
     if not family.no_rope_period:
         return [True] * count
     flags = config.get("no_rope_layers")
@@ -141,7 +167,25 @@ def _uses_rope(config: Mapping[str, Any], family: Family) -> list[bool]:
 def _rope(config: Mapping[str, Any], kind: str, family: Family, head_dim: int) -> Rope:
     """The angles of one kind of layer."""
     key, parameters = _rope_parameters(config, kind, family)
-    check_keys(parameters, ROPE_READ, ROPE_NEUTRAL, f"{key}.")
+    check_keys(parameters, ROPE_READ | {*family.rope_keys}, {}, f"{key}.")
+    rotated = _rotated(parameters, head_dim)
+    rope = _stretched(config, key, parameters, family, rotated)
+    return rope if rotated == head_dim else replace(rope, dims=rotated)
+
+
+def _rotated(parameters: Mapping[str, Any], head_dim: int) -> int:
+    share = float_of(parameters, "partial_rotary_factor", 1.0, above=0)
+    if share == 1:
+        return head_dim
+    if not 2 <= int(head_dim * share) <= head_dim or int(head_dim * share) % 2:
+        raise ConfigError(f"partial_rotary_factor {share} does not give an even part of head_dim {head_dim}")
+    return int(head_dim * share)
+
+
+def _stretched(
+    config: Mapping[str, Any], key: str, parameters: Mapping[str, Any], family: Family, head_dim: int
+) -> Rope:
+    """The angles of `head_dim` rotated dimensions."""
     theta = float_of(parameters, "rope_theta", above=1)
     names = [parameters[name] for name in ("rope_type", "type") if name in parameters]
     names = [family.rope_aliases.get(name, name) if isinstance(name, str) else name for name in names]
@@ -158,8 +202,13 @@ def _rope(config: Mapping[str, Any], kind: str, family: Family, head_dim: int) -
             return _yarn(theta, head_dim, parameters)
         case "longrope":
             return _longrope(theta, parameters, int_of(config, "max_position_embeddings"))
+        case "dynamic":
+            power = head_dim / (head_dim - 2)
+            if "alpha" in family.rope_keys and parameters.get("alpha"):
+                return Rope(theta * float_of(parameters, "alpha", above=0) ** power)
+            return Rope(theta, ntk=(factor_of(parameters, "factor"), int_of(config, "max_position_embeddings"), power))
         case type_:
-            known = ", ".join(("default, linear, llama3, yarn, longrope", *sorted(family.rope_aliases)))
+            known = ", ".join(("default, linear, llama3, yarn, longrope, dynamic", *sorted(family.rope_aliases)))
             raise ConfigError(f"{key} of type {short_repr(type_)} is not supported; known: {known}")
 
 
@@ -180,12 +229,16 @@ def _rope_parameters(config: Mapping[str, Any], kind: str, family: Family) -> tu
         check_keys(new, (_GLOBAL, _LOCAL), {}, "rope_parameters.")
         key, parameters, fixed = f"rope_parameters.{kind}", mapping_of(new, kind), {}
         if kind == _LOCAL:
-            theta = {"rope_theta": config.get("rope_local_base_freq")}
+            theta = {"rope_theta": config.get("rope_local_base_freq", family.local_theta)}
         elif old:
             key, parameters = "rope_scaling", {**(parameters if new else {"rope_type": "default"}), **old}
         check_keys({"truncate": parameters.get("truncate")}, (), {"truncate": True}, f"{key}.")
-    if parameters.get("partial_rotary_factor") is None:
-        check_keys({"partial_rotary_factor": config.get("partial_rotary_factor")}, (), ROPE_NEUTRAL)
+    nested, outer = parameters.get("partial_rotary_factor"), config.get("partial_rotary_factor")
+    share = outer if nested is None else nested
+    if family.partial_rotary is None:
+        name = "" if nested is None else f"{key}."
+        check_keys({"partial_rotary_factor": share}, (), {"partial_rotary_factor": 1}, name)
+    fixed |= {"partial_rotary_factor": family.partial_rotary if share is None else share}
     return key, {**theta, **length, **parameters, **fixed}
 
 

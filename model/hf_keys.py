@@ -64,7 +64,6 @@ ROPE_READ = frozenset(
     (
         *("rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings", "attention_factor"),
         *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "short_factor", "long_factor"),
-        *("low_freq_factor", "high_freq_factor"),
+        *("low_freq_factor", "high_freq_factor", "partial_rotary_factor"),
     )
 )
-ROPE_NEUTRAL: dict[str, Any] = {"partial_rotary_factor": 1}

@@ -1,4 +1,4 @@
-"""The blocks of a decoder layer: RMSNorm, attention, gated MLP. A family's traits determine which of them it has.
+"""The blocks of a decoder layer: norms, attention, MLP. A family's traits determine which of them it has.
 
 The residual stream is float32 throughout; inputs of linear maps and of the cache are rounded to the model's dtype. On
 the default model in bfloat16 this takes the mean log-prob error from 0.043 to the figure in docs/design.md.
@@ -9,11 +9,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from model.attention import attend, rotate_and_store
+from model.attention import attend, rotate, rotate_and_store
 from model.config import LayerKind
 from model.experts import combine, dispatched, expert_matmul, route, router_logits
 from model.kernels import ScoreOptions, cpu
@@ -28,11 +29,15 @@ _FLOAT32 = jnp.dtype(jnp.float32)
 class RMSNorm(nnx.Module):
     """x / rms(x) * weight in float32 (Zhang and Sennrich 2019), rounded to dtype. Weight [D] float32.
 
-    `sharded_axis` is the letter of D if D is sharded: the mean is then over all shards.
+    `sharded_axis` is the letter of D if D is sharded: the mean is then over all shards. The result is multiplied by
+    `scale`.
     """
 
-    def __init__(self, size: int, spec: ModelSpec, dtype: jnp.dtype, *, sharded_axis: str | None = None) -> None:
+    def __init__(
+        self, size: int, spec: ModelSpec, dtype: jnp.dtype, *, sharded_axis: str | None = None, scale: float = 1.0
+    ) -> None:
         self.weight = nnx.Param(jnp.zeros((size,), jnp.float32))
+        self.scale = scale
         self.epsilon = spec.parallel.config.rms_norm_eps
         self.dtype = dtype
         self.kernels = spec.kernels
@@ -41,6 +46,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Array, live: Array | None = None) -> Array:
         """x [..., D] float32 -> [..., D]; `live` as in Linear."""
         rows, weight = x.reshape(-1, x.shape[-1]), self.weight.get_value()
+        weight = weight if self.scale == 1 else weight * jnp.float32(self.scale)
         if self.sharded is not None:
             parallel, axis = self.sharded
             mean_square = parallel.psum(row_sum(rows * rows))[:, None] / parallel.count(axis)
@@ -53,6 +59,31 @@ class RMSNorm(nnx.Module):
             xla=partial(rms_norm_in_xla, epsilon=self.epsilon, dtype=self.dtype),
         )
         return y.reshape(x.shape)
+
+
+class LayerNorm(RMSNorm):
+    """(x - mean) / std * weight + bias (Ba et al. 2016), the RMSNorm of x - mean; some families have no bias."""
+
+    def __init__(self, size: int, spec: ModelSpec, dtype: jnp.dtype, *, scale: float = 1.0) -> None:
+        has_bias = spec.parallel.config.traits.norm_bias
+        super().__init__(size, spec, _FLOAT32 if has_bias else dtype, scale=scale)
+        self.bias = nnx.Param(jnp.zeros((size,), jnp.float32)) if has_bias else None
+        self.biased_dtype = dtype
+
+    def __call__(self, x: Array, live: Array | None = None) -> Array:
+        """x [..., D] float32 -> [..., D]; `live` as in Linear."""
+        rows = x.reshape(-1, x.shape[-1])
+        y = super().__call__(rows - row_sum(rows)[:, None] / rows.shape[1], live)
+        if self.bias is not None:
+            y = (y + self.bias.get_value() * jnp.float32(self.scale)).astype(self.biased_dtype)
+        return y.reshape(x.shape)
+
+
+def norm_of(spec: ModelSpec, dtype: jnp.dtype, *, scale: float = 1.0) -> RMSNorm:
+    """The norm of hidden states of the family's kind."""
+    config = spec.parallel.config
+    kind = RMSNorm if config.traits.norm == "rms" else LayerNorm
+    return kind(config.hidden_size, spec, dtype, scale=scale)
 
 
 def rms_norm_in_xla(x: Array, weight: Array, _live: Array, *, epsilon: float, dtype: DTypeLike) -> Array:
@@ -88,6 +119,22 @@ def geglu_in_xla(gate_up: Array, _live: Array, *, dtype: DTypeLike) -> Array:
     return (gate * share * up).astype(dtype)
 
 
+def relu2(x: Array, _coefficients: Array | None) -> Array:
+    """max(x, 0)^2 (So et al. 2021)."""
+    return jnp.square(jnp.maximum(x, 0.0))
+
+
+def xielu(x: Array, coefficients: Array | None) -> Array:
+    """xIELU (Huang and Schlag 2024) with coefficients [4]: alpha_p and alpha_n before softplus, beta, epsilon."""
+    assert coefficients is not None
+    alphas, beta, epsilon = jax.nn.softplus(coefficients[:2]), coefficients[2], coefficients[3]
+    negative = (jnp.expm1(jnp.minimum(x, epsilon)) - x) * (beta + alphas[1])
+    return jnp.where(x > 0, alphas[0] * x * x, negative) + beta * x
+
+
+_ACTIVATIONS = {"relu2": relu2, "xielu": xielu}  # of MLPs without a gate
+
+
 def soft_cap(x: Array, live: Array | None, cap: float, kernels: Kernels) -> Array:
     """cap * tanh(x / cap) of x [M, N] float32, or x if cap is 0; `live` as in Linear."""
     if not cap:
@@ -112,7 +159,7 @@ class Attention(nnx.Module):
         self.config = config
         self.kind = kind
         self.kernels = spec.kernels
-        self.qkv = Linear(dims["QKV"], dims["D"], spec, bias=traits.qkv_bias)
+        self.qkv = Linear(dims["QKV"], dims["D"], spec, bias=config.qkv_bias)
 
         def qk_norm(axis: str | None) -> RMSNorm | None:
             is_sharded = parallel.shards > 1 and axis != "E"
@@ -126,7 +173,13 @@ class Attention(nnx.Module):
     ) -> tuple[Array, LayerPages]:
         """x [R, T, D] -> [R, T, D] and this layer's pages with the new tokens stored."""
         config, kernels, live = self.config, self.kernels, addresses.live
-        queries, pages = rotate_and_store(self.heads(x, live), angles, pages, addresses, kernels)
+        heads = self.heads(x, live)
+        if config.traits.qk_norm_after_rope:
+            cos, sin = angles
+            heads, angles = self.rotated(heads, angles, live), (jnp.ones_like(cos), jnp.zeros_like(sin))
+        queries, pages = rotate_and_store(heads, angles, pages, addresses, kernels)
+        if self.kind.query_growth is not None:
+            queries = queries * self.query_growth(addresses.positions)
         options = ScoreOptions(config.attention_scale, self.kind.window, config.attention_cap)
         context = attend(queries, pages, addresses, kernels, options)
         return self.out(context, live), pages
@@ -136,8 +189,26 @@ class Attention(nnx.Module):
         R, T, _ = x.shape
         H, K, E = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         heads = self.qkv(x, live).reshape(R, T, H + 2 * K, E)
+        return heads if self.config.traits.qk_norm_after_rope else self._normed(heads, live)
+
+    def rotated(self, heads: Array, angles: tuple[Array, Array], live: Array | None = None) -> Array:
+        """Heads as of `heads` with rotated queries and keys, which are normed here if the family does it so."""
+        H, K = self.config.num_heads, self.config.num_kv_heads
+        heads = jnp.concatenate([rotate(heads[:, :, : H + K], *angles), heads[:, :, H + K :]], axis=2)
+        return self._normed(heads, live) if self.config.traits.qk_norm_after_rope else heads
+
+    def query_growth(self, positions: Array) -> Array:
+        """Factors [R, T, 1, 1] of queries at positions [R, T], from a table: equal to the bit in every batch."""
+        assert self.kind.query_growth is not None
+        beta, length = self.kind.query_growth
+        table = 1 + beta * np.log1p(np.arange(self.config.max_position_embeddings // length + 1))
+        factors: Array = jnp.asarray(table, jnp.float32)[jnp.maximum(positions, 0) // length]
+        return factors[..., None, None]
+
+    def _normed(self, heads: Array, live: Array | None) -> Array:
         if self.q_norm is None or self.k_norm is None:
             return heads
+        H, K = self.config.num_heads, self.config.num_kv_heads
         q, k, v = jnp.split(heads, (H, H + K), axis=2)
         return jnp.concatenate([_norm_heads(q, self.q_norm, live), _norm_heads(k, self.k_norm, live), v], axis=2)
 
@@ -151,12 +222,13 @@ def _norm_heads(heads: Array, norm: RMSNorm, live: Array | None) -> Array:
 
 
 class MLP(nnx.Module):
-    """A gated MLP (Shazeer 2020) with gate and up in one product."""
+    """An MLP, usually gated (Shazeer 2020): gate and up are one product. Without a gate, `gate_up` is up."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        config = spec.parallel.local
-        self.gate_up = Linear(2 * config.intermediate_size, config.hidden_size, spec)
+        config, self.is_gated = spec.parallel.local, spec.parallel.local.traits.gated
+        self.gate_up = Linear(config.intermediate_size * (1 + self.is_gated), config.hidden_size, spec)
         self.activation = config.traits.activation
+        self.coefficients = nnx.Param(jnp.zeros((4,), jnp.float32)) if self.activation == "xielu" else None
         self.dtype = spec.dtype
         self.kernels = spec.kernels
         self.down = Linear(config.hidden_size, config.intermediate_size, spec, psum=True)
@@ -164,6 +236,9 @@ class MLP(nnx.Module):
     def __call__(self, x: Array, live: Array | None = None) -> Array:
         """x [R, T, D] -> [R, T, D]; `live` as in Linear."""
         gate_up = self.gate_up(x, live)
+        if not self.is_gated:
+            coefficients = None if self.coefficients is None else self.coefficients.get_value()
+            return self.down(_ACTIVATIONS[self.activation](gate_up, coefficients), live)
         hidden = gated(gate_up.reshape(-1, gate_up.shape[-1]), live, self.activation, self.dtype, self.kernels)
         return self.down(hidden.reshape(*x.shape[:-1], -1), live)
 
@@ -202,22 +277,27 @@ class ExpertMLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One decoder layer: x + attention(x), then x + mlp(x), each with a norm before it, after it, or both."""
+    """One decoder layer: x + attention(x), then x + mlp(x), each with a norm before it, after it, or both.
+
+    In a parallel block the MLP reads the input of attention.
+    """
 
     def __init__(self, spec: ModelSpec, kind: LayerKind) -> None:
         config = spec.parallel.config
         traits = config.traits
 
         def norm(exists: bool, dtype: jnp.dtype) -> RMSNorm | None:
-            return RMSNorm(config.hidden_size, spec, dtype) if exists else None
+            return norm_of(spec, dtype) if exists else None
 
         # The output of a post-norm is added to the residual stream, which is float32.
         self.attention_norm = norm(traits.pre_norm, spec.dtype)
         self.attention = Attention(spec, kind)
         self.attention_post_norm = norm(traits.post_norm, _FLOAT32)
-        self.mlp_norm = norm(traits.pre_norm, spec.dtype)
+        self.mlp_norm = norm(traits.pre_norm and not traits.parallel_block, spec.dtype)
         self.mlp: MLP | ExpertMLP = ExpertMLP(spec) if kind.is_sparse else MLP(spec)
         self.mlp_post_norm = norm(traits.post_norm, _FLOAT32)
+        self.is_parallel = traits.parallel_block
+        self.residual_scale = config.residual_scale
 
     def __call__(
         self, x: Array, angles: tuple[Array, Array], pages: LayerPages, addresses: Addresses
@@ -227,10 +307,13 @@ class Layer(nnx.Module):
         with jax.named_scope("attention"):
             normed = _apply(self.attention_norm, x, live)
             y, pages = self.attention(normed, angles, pages, addresses)
-            x = x + _apply(self.attention_post_norm, y, live)
+            x = self._add(x, _apply(self.attention_post_norm, y, live))
         with jax.named_scope("mlp"):
-            y = self.mlp(_apply(self.mlp_norm, x, live), live)
-            return x + _apply(self.mlp_post_norm, y, live), pages
+            y = self.mlp(normed if self.is_parallel else _apply(self.mlp_norm, x, live), live)
+            return self._add(x, _apply(self.mlp_post_norm, y, live)), pages
+
+    def _add(self, x: Array, y: Array) -> Array:
+        return x + (y if self.residual_scale == 1 else y * jnp.float32(self.residual_scale))
 
 
 def _apply(norm: RMSNorm | None, x: Array, live: Array) -> Array:

@@ -19,11 +19,18 @@ class Rope:
     scale: float = 1.0  # of cosines and sines
     long_divisors: tuple[float, ...] = ()  # used instead if requests may be longer than `short_length` tokens
     short_length: int = 0
+    dims: int = 0  # the first dimensions of a head, which are rotated; 0: all
+    # Factor, length and power of `dynamic`: theta is larger if requests may be longer.
+    ntk: tuple[float, int, float] | None = None
     # Factor and original length of YaRN, if they give the divisors: its other parameters are the usual ones.
     yarn: tuple[float, int] | None = field(default=None, compare=False)
 
     def for_length(self, tokens: int) -> Self:
         """The angles of a server whose requests have up to `tokens` tokens."""
+        if self.ntk is not None:
+            factor, length, power = self.ntk
+            growth = max(1.0, factor * tokens / length - (factor - 1)) ** power
+            return replace(self, theta=self.theta * growth, ntk=None)
         if not self.long_divisors:
             return self
         divisors = self.long_divisors if tokens > self.short_length else self.divisors

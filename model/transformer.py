@@ -4,7 +4,6 @@ Flax NNX only defines the modules. At load the abstract module is split once int
 tracing a step merges them again.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from model.attention import rotary_angles
 from model.config import ModelConfig
 from model.kernels.dispatch import Kernels
 from model.kv_cache import CacheLayout, PagedCache, addresses_of, write_hidden
-from model.layers import Layer, RMSNorm, soft_cap
+from model.layers import Layer, norm_of, soft_cap
 from model.linear import Linear, ModelSpec, Weight, matmul, take_rows
 from model.sharding import TensorParallel
 
@@ -30,7 +29,7 @@ class Embedding(nnx.Module):
     def __init__(self, spec: ModelSpec) -> None:
         config = spec.parallel.local
         self.weight = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), spec.dtype))
-        self.scale = math.sqrt(config.hidden_size) if config.traits.scaled_embedding else 1.0
+        self.scale = config.embedding_scale
         self.parallel = spec.parallel
 
     def __call__(self, tokens: Array) -> Array:
@@ -76,7 +75,8 @@ class Transformer(nnx.Module):
         self.config = config = spec.parallel.local
         self.embed = Embedding(spec)
         self.layers = nnx.List([Layer(spec, kind) for kind in config.layers])
-        self.norm = RMSNorm(config.hidden_size, spec, spec.dtype)
+        # Of hidden states that are only multiplied by the head.
+        self.norm = norm_of(spec, spec.dtype, scale=config.logit_scale)
         self.head = None if config.tie_word_embeddings else Linear(config.vocab_size, config.hidden_size, spec)
 
     def __call__(self, tokens: Array, positions: Array, tables: Array, cache: PagedCache) -> tuple[Array, PagedCache]:

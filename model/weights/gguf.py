@@ -111,7 +111,9 @@ class GgufCheckpoint:
 
     def _read_config(self) -> ModelConfig:
         try:
-            return config_from_gguf(self.metadata, self._numbers, has_output="output.weight" in self._tensors)
+            present = {"has_output": "output.weight", "has_qkv_bias": "blk.0.attn_q.bias"}
+            flags = {flag: name in self._tensors for flag, name in present.items()}
+            return config_from_gguf(self.metadata, self._numbers, **flags)
         except (ConfigError, ModelLoadError) as error:
             raise ModelLoadError(f"{self.path}: {error}") from error
 

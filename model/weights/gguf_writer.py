@@ -74,7 +74,7 @@ def output_of_gguf(checkpoint: Checkpoint) -> OutputModel:
     Raises:
         ModelLoadError: it has experts.
     """
-    _refuse_experts(checkpoint)
+    _refuse_unwritable(checkpoint)
     path = read_parts(Path(checkpoint.path))[0][0]
     metadata = {}
     for field in GGUFReader(path).fields.values():
@@ -96,7 +96,7 @@ def output_of_folder(checkpoint: Checkpoint, tokenizer: Mapping[str, Any]) -> Ou
     Raises:
         ModelLoadError: GGUF has no keys for a part of the configuration.
     """
-    _refuse_experts(checkpoint)
+    _refuse_unwritable(checkpoint)
     config = checkpoint.config
     architecture = config.family if config.traits.in_gguf else "llama"
     metadata, extra = _metadata(config, architecture)
@@ -104,11 +104,11 @@ def output_of_folder(checkpoint: Checkpoint, tokenizer: Mapping[str, Any]) -> Ou
     keys = {"general.architecture": architecture, **metadata}
     problem = f"{checkpoint.path}: a GGUF file of {architecture} cannot express its config.json"
     try:
-        found = config_from_gguf(keys, lambda name: extra.get(name, ()), has_output=not config.tie_word_embeddings)
+        present = {"has_output": not config.tie_word_embeddings, "has_qkv_bias": config.qkv_bias}
+        found = config_from_gguf(keys, lambda name: extra.get(name, ()), **present)
     except ConfigError as error:
         raise ModelLoadError(f"{problem}: {error}") from error
-    # An epsilon is read with six digits.
-    expected = replace(config, family=architecture, rms_norm_eps=found.rms_norm_eps)
+    expected = replace(config, family=architecture, rms_norm_eps=found.rms_norm_eps)  # which is read with six digits
     if _with_float32_scales(found) != _with_float32_scales(expected) or not _has_known_rope(config):
         raise ModelLoadError(f"{problem}, such as its rotary scaling or its kinds of layers")
     tensors = [OutputTensor(name, (len(values),), "", partial(_single_run, values)) for name, values in extra.items()]
@@ -120,9 +120,10 @@ def output_of_folder(checkpoint: Checkpoint, tokenizer: Mapping[str, Any]) -> Ou
     return OutputModel(config, architecture, {key: _typed(value) for key, value in metadata.items()}, tensors)
 
 
-def _refuse_experts(checkpoint: Checkpoint) -> None:
-    if checkpoint.config.experts is not None:
-        raise ModelLoadError(f"{checkpoint.path}: mixtures of experts cannot be rounded to a GGUF file")
+def _refuse_unwritable(checkpoint: Checkpoint) -> None:
+    if (config := checkpoint.config).experts is not None or not (config.traits.in_gguf or config.family == "mistral"):
+        kind = config.family if config.experts is None else "mixtures of experts"
+        raise ModelLoadError(f"{checkpoint.path}: {kind} cannot be rounded to a GGUF file")
 
 
 def _single_run(values: Sequence[float]) -> Iterator[NDArray[Any]]:
@@ -164,7 +165,7 @@ def _metadata(config: ModelConfig, architecture: str) -> tuple[dict[str, Any], d
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.dimension_count": config.head_dim,
+        "rope.dimension_count": config.rotated_dims,
         "vocab_size": config.vocab_size,
     }
     values |= {"attention.sliding_window": window} if window else {}

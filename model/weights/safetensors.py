@@ -47,7 +47,7 @@ class _Shard:
         if header.get_dtype() == "F8_E4M3":  # numpy has no such type
             values = self._read_bytes_of(name, header.get_shape(), *index)
         else:
-            values = header[index] if index else self.file.get_tensor(name)
+            values = header[index] if index and header.get_shape() else np.atleast_1d(self.file.get_tensor(name))
         self._read_bytes += values.nbytes
         return values
 
@@ -160,7 +160,7 @@ class SafetensorsCheckpoint:
             if name in self._tensors:
                 raise ModelLoadError(f"{path}: {name} is in another shard too")
             header = shard.file.get_slice(stored_name)
-            shape, stored_as = tuple(header.get_shape()), str(header.get_dtype())
+            shape, stored_as = tuple(header.get_shape()) or (1,), str(header.get_dtype())
             size = _ITEM_BYTES.get(stored_as)
             nbytes = 0 if size is None else size * int(np.prod(shape, dtype=np.int64))
             if name is None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from model.config import ModelConfig
 from model.config_gguf import ROPE_TENSORS
-from model.families import HEAD
+from model.family import HEAD
 from model.formats import FLOATS, FORMATS, BlockFormat
 from model.layout import COLUMN_BLOCK
 from model.weight_specs import TensorSpec
@@ -36,7 +36,7 @@ class Part:
 
     name: str
     shape: tuple[int, ...]
-    interleaved_heads: int  # heads whose rows are stored as [E/2, 2]; 0 if stored as ours
+    interleaved: tuple[int, int]  # heads whose first 2 e rows are stored as [e, 2], and 2 e; 0 heads if stored as ours
     offset: float  # added to the values
     stored: tuple[int, ...]  # shape of the full tensor
     first: int = 0  # its row from which on it is read, of all axes but the last one together
@@ -198,7 +198,7 @@ class _Reader:
         for part in target.parts:
             for start, stop in _runs_of(part):
                 values = self._read(part, self._checkpoint.read, start, stop)
-                run = half_split(values, part.interleaved_heads).astype(dtype, copy=False)
+                run = half_split(values, *part.interleaved).astype(dtype, copy=False)
                 run = run + np.float32(part.offset) if part.offset else run
                 self._check(part, run)
                 yield run
@@ -220,7 +220,7 @@ class _Reader:
                 if block_format.name in FLOATS:  # rounding to a narrower one may overflow
                     self._check(part, blocks.view(FLOATS[block_format.name]))
                 self._check_blocks(part, blocks, block_format)
-                yield half_split(blocks, part.interleaved_heads)
+                yield half_split(blocks, *part.interleaved)
 
     def order_of(self, part: Part, block_format: BlockFormat) -> NDArray[np.int32] | None:
         """The order of a matrix's columns in `block_runs`."""
@@ -260,7 +260,7 @@ def _runs_of(part: Part) -> Iterator[tuple[int, int]]:
     """Start and stop of each run of rows. Rows that are reordered are one run."""
     count = part.shape[0]
     size = max(1, _RUN_VALUES // max(1, math.prod(part.shape[1:])))
-    size = count if part.interleaved_heads or len(part.shape) == 1 else size
+    size = count if part.interleaved[0] or len(part.shape) == 1 else size
     for start in range(0, count, size):
         yield start, min(count, start + size)
 
@@ -281,12 +281,12 @@ def _part(checkpoint: Checkpoint, tensor: TensorSpec, dims: Mapping[str, int]) -
     if place is not None:
         stored = (dims["X"], place.parts * shape[0], *shape[1:])
         first = (place.expert * place.parts + place.part) * shape[0]
-    interleaved = is_gguf and config.traits.gguf_interleaved_rotary and tensor.heads is not None
+    traits, interleaved = config.traits, config.traits.has_interleaved_rotary(is_gguf)
     return Part(
         tensor.gguf if is_gguf else tensor.hf,
         shape,
-        dims[tensor.heads] if interleaved and tensor.heads is not None else 0,
-        0.0 if is_gguf or not tensor.is_norm else config.traits.hf_norm_offset,
+        (dims[tensor.heads] if interleaved and tensor.heads is not None else 0, config.rotated_dims),
+        0.0 if is_gguf or not tensor.is_norm else traits.hf_norm_offset,
         stored,
         first,
     )

@@ -62,8 +62,10 @@ def test_hf_phi3_with_a_nested_partial_rotary_factor() -> None:
     parameters = {"rope_type": "default", "rope_theta": 10000.0}
     phi3 = HF | {"architectures": ["Phi3ForCausalLM"]}
     assert ropes(config_from_hf(phi3 | {"rope_parameters": parameters})) == [Rope(10000.0)] * 3
-    with pytest.raises(ConfigError, match=r"rope_parameters\.partial_rotary_factor 0.75 is not supported"):
-        config_from_hf(phi3 | {"rope_parameters": parameters | {"partial_rotary_factor": 0.75}})
+    partial = config_from_hf(phi3 | {"rope_parameters": parameters | {"partial_rotary_factor": 0.75}})
+    assert ropes(partial) == [Rope(10000.0, dims=6)] * 3
+    with pytest.raises(ConfigError, match=r"partial_rotary_factor 0.4 does not give an even part of head_dim 8"):
+        config_from_hf(phi3 | {"partial_rotary_factor": 0.4})
 
 
 def test_hf_rope_scaling_takes_precedence_as_in_transformers() -> None:

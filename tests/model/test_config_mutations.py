@@ -17,7 +17,7 @@ from model.rope import Rope
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "configs.json").read_text("utf-8"))
 # Of all cases: (accepted here, accepted by transformers).
-COUNTS = {(True, True): 602, (True, False): 25, (False, True): 118, (False, False): 65}
+COUNTS = {(True, True): 603, (True, False): 25, (False, True): 117, (False, False): 65}
 
 
 def changed_keys(value: dict[str, Any]) -> set[str]:
@@ -35,6 +35,7 @@ def read(case: dict[str, Any]) -> ModelConfig | ConfigError:
 
 
 def check_rope(rope: Rope, head_dim: int, short: int, long: int, scale: float) -> None:
+    head_dim = rope.dims or head_dim
     frequencies = rope.theta ** (-np.arange(0, head_dim, 2) / head_dim)
     for divisors, table in ((rope.divisors, short), (rope.long_divisors or rope.divisors, long)):
         np.testing.assert_allclose(frequencies / (divisors or 1.0), GOLDEN["tables"][table], rtol=3e-6)
@@ -58,7 +59,7 @@ def check(config: ModelConfig, case: dict[str, Any]) -> None:
     assert config.attention_scale == pytest.approx(case["scale"])
     assert [config.attention_cap, config.logit_cap] == [cap or 0.0 for cap in case["caps"]]
     assert config.traits.activation == case["activation"]
-    biases = {f"self_attn.{name}_proj.bias" for name in "qkv"} if config.traits.qkv_bias else set()
+    biases = {f"self_attn.{name}_proj.bias" for name in "qkv"} if config.qkv_bias else set()
     assert {*case["biases"]} == biases
 
 

@@ -16,13 +16,14 @@ from model.weights.source import ModelSource
 from model.weights.weight_table import Storage, load_weights, open_checkpoint
 from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 
-CASES = sorted(tiny_configs().keys() - {"mistral"})  # whose GGUF files are llama's
+CASES = sorted(tiny_configs().keys() - {"mistral", "apertus", "helium"})  # Mistral's GGUF files are llama's
 
 
 def write_gguf(path: Path, hf: dict[str, Any], weights: dict[str, NDArray[np.float32]], config: ModelConfig) -> Path:
     """Write the file as llama.cpp's converter does."""
     family = config.traits
-    arch = (family.experts and family.experts.gguf_architecture) or family.name
+    expert_arch = family.experts and family.experts.gguf_architecture
+    arch = {"olmo3": "olmo2"}.get(family.name, expert_arch or family.name)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -32,7 +33,23 @@ def write_gguf(path: Path, hf: dict[str, Any], weights: dict[str, NDArray[np.flo
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if family.norm == "layer":
+        writer.add_layer_norm_eps(config.rms_norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if family.partial_rotary:
+        writer.add_rope_dimension_count(config.rotated_dims)
+    if family.name in ("granite", "cohere2"):
+        writer.add_logit_scale(hf["logits_scaling"] if family.name == "granite" else config.logit_scale)
+    if family.name == "granite":
+        writer.add_embedding_scale(config.embedding_scale)
+        writer.add_residual_scale(config.residual_scale)
+        writer.add_attention_scale(config.attention_scale)
+    if family.name in ("olmo3", "exaone4", "cohere2"):
+        writer.add_sliding_window_pattern([kind.window > 0 for kind in config.layers])
+    if growth := config.layers[0].query_growth:
+        writer.add_attn_temperature_scale(growth[0])
+        writer.add_rope_scaling_yarn_log_mul(1.0)
     writer.add_vocab_size(config.vocab_size)
     rope = next(kind.rope for kind in reversed(config.layers) if kind.rope is not None)
     writer.add_rope_freq_base(rope.theta)
@@ -51,7 +68,7 @@ def write_gguf(path: Path, hf: dict[str, Any], weights: dict[str, NDArray[np.flo
             writer.add_tensor(weight.tensors[0].gguf, np.stack([weights[tensor.hf] for tensor in weight.tensors]))
             continue
         for tensor in weight.tensors:
-            values = weights[tensor.hf]
+            values = np.atleast_1d(weights[tensor.hf])
             if tensor.is_norm:
                 values = values + np.float32(family.hf_norm_offset)
             if tensor.heads and family.gguf_interleaved_rotary:
@@ -66,7 +83,8 @@ def write_gguf(path: Path, hf: dict[str, Any], weights: dict[str, NDArray[np.flo
 
 
 def _add_rope(writer: gguf.GGUFWriter, hf: dict[str, Any], rope: Any) -> None:
-    scaling = hf.get("rope_scaling") or (hf.get("rope_parameters") or {}).get("full_attention") or {}
+    parameters = hf.get("rope_parameters") or {}
+    scaling = hf.get("rope_scaling") or parameters.get("full_attention") or parameters
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind == "llama3":
         writer.add_tensor("rope_freqs.weight", np.array(rope.divisors, np.float32))
@@ -119,6 +137,7 @@ def _rounded(config: ModelConfig) -> ModelConfig:
     def short(value: float) -> float:
         return float(f"{value:.6g}")
 
+    scales = {name: short(getattr(config, name)) for name in ("attention_scale", "logit_scale", "rms_norm_eps")}
     layers = []
     for kind in config.layers:
         rope = kind.rope
@@ -128,4 +147,4 @@ def _rounded(config: ModelConfig) -> ModelConfig:
                 rope, theta=short(rope.theta), divisors=divisors, long_divisors=long, scale=short(rope.scale)
             )
         layers.append(replace(kind, rope=rope))
-    return replace(config, layers=tuple(layers))
+    return replace(config, layers=tuple(layers), **scales)  # type: ignore[arg-type]

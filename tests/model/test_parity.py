@@ -14,7 +14,7 @@ import pytest
 from jax import Array
 from numpy.typing import NDArray
 
-from model.attention import attend, rotary_angles, rotate
+from model.attention import attend, rotary_angles
 from model.kernels import ScoreOptions
 from model.kernels.dispatch import load_kernels
 from model.kv_cache import Addresses, PagedCache, SplitPages, addresses_of
@@ -22,7 +22,15 @@ from model.layers import Attention
 from model.transformer import BoundModel, bind
 from model.weights.source import resolve_model
 from model.weights.weight_table import Storage, load_weights, open_checkpoint
-from tests.support.tiny import TOKENS, random_tokens, random_weights, seed_of, tiny_configs, write_checkpoint
+from tests.support.tiny import (
+    TOKENS,
+    newer_configs,
+    random_tokens,
+    random_weights,
+    seed_of,
+    tiny_configs,
+    write_checkpoint,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(tiny_configs())
@@ -46,7 +54,10 @@ BEFORE, AFTER = ("attention_norm", "mlp_norm"), ("attention_post_norm", "mlp_pos
 def names_of(case: str) -> list[str]:
     """Names of the outputs that a case's golden file must have."""
     kind = tiny_configs()[case]["model_type"]
-    norms = (() if kind == "olmo2" else BEFORE) + (AFTER if kind in ("olmo2", "gemma2", "gemma3_text") else ())
+    norms: tuple[str, ...] = (
+        () if kind in ("olmo2", "olmo3", "exaone4") else BEFORE[:1] if kind == "cohere2" else BEFORE
+    )
+    norms += AFTER if kind in ("olmo2", "olmo3", "exaone4", "gemma2", "gemma3_text", "glm4") else ()
     layers = [f"layers.{i}.{name}" for i in range(2) for name in (*SUB_LAYERS, *norms)]
     return ["embed", *layers, "layers.0", "layers.1", "norm", "logits"]
 
@@ -107,11 +118,12 @@ def trace(bound: BoundModel, leaves: tuple[Array, ...], tokens: Array) -> dict[s
         y = outputs["attention"]
         if layer.attention_post_norm is not None:
             y = outputs["attention_post_norm"] = layer.attention_post_norm(y)
-        outputs["mlp_norm"] = x + y if layer.mlp_norm is None else layer.mlp_norm(x + y)
+        y = x + y * bound.config.residual_scale
+        outputs["mlp_norm"] = normed if layer.is_parallel else y if layer.mlp_norm is None else layer.mlp_norm(y)
         outputs["mlp"] = layer.mlp(outputs["mlp_norm"])
         if layer.mlp_post_norm is not None:
             outputs["mlp_post_norm"] = layer.mlp_post_norm(outputs["mlp"])
-        absent = () if layer.mlp_norm is not None else BEFORE
+        absent = () if layer.mlp_norm is not None else BEFORE[1:] if layer.is_parallel else BEFORE
         values |= {f"layers.{i}.{name}": value for name, value in outputs.items() if name not in absent}
         x, _ = layer(x, angles, pages, addresses)
         values[f"layers.{i}"] = x
@@ -124,10 +136,13 @@ def trace_attention(
     attention: Attention, x: Array, angles: tuple[Array, Array], pages: SplitPages, addresses: Addresses
 ) -> dict[str, Array]:
     """The parts of attention up to its output map."""
-    config = attention.config
-    q, k, v = jnp.split(attention.heads(x), (config.num_heads, config.num_heads + config.num_kv_heads), axis=2)
+    config, heads = attention.config, attention.heads(x)
+    ends = (config.num_heads, config.num_heads + config.num_kv_heads)
+    q, k, v = jnp.split(heads, ends, axis=2)
     options = ScoreOptions(config.attention_scale, attention.kind.window, config.attention_cap)
-    q_rotated, k_rotated = rotate(q, *angles), rotate(k, *angles)
+    q_rotated, k_rotated, _ = jnp.split(attention.rotated(heads, angles), ends, axis=2)
+    if attention.kind.query_growth is not None:
+        q_rotated *= attention.query_growth(addresses.positions)
     stored = pages.store(k_rotated, v, addresses)
     return {
         "attention.q": q,
@@ -174,6 +189,8 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_model_equals_the_golden_values(case: Case, way: Way) -> None:
+    if case.name in newer_configs() and way not in (WAYS["one_chunk"], WAYS["decode_over_the_page_border"]):
+        pytest.skip("other splits add nothing for families whose attention and cache are those of the others")
     hidden, logits = run(case, way)
     golden, positions = case.golden, case.golden["positions"]
     np.testing.assert_allclose(hidden[positions], golden["norm"], rtol=0, atol=TOLERANCE)

@@ -15,7 +15,16 @@ from safetensors.numpy import save_file
 
 SEED = 1
 # Cases in which SEED gives near ties, whose ranks could differ by rounding.
-OTHER_SEEDS = {"mistral": 2, "olmo2": 2, "gemma3": 4, "qwen3moe": 2, "mixtral": 2}
+OTHER_SEEDS = {
+    "mistral": 2,
+    "olmo2": 2,
+    "gemma3": 4,
+    "qwen3moe": 2,
+    "mixtral": 2,
+    "olmo3": 2,
+    "granite": 2,
+    "stablelm": 2,
+}
 TOKENS = 70  # more than one page of 64
 
 
@@ -111,6 +120,101 @@ def tiny_configs() -> dict[str, dict[str, Any]]:
             "Mixtral", 40, 56, 118, (4, 2), 1e-5, num_local_experts=5, num_experts_per_tok=2, rope_theta=1000000.0
         ),
         "olmoe": _config("Olmoe", 48, 40, 124, (6, 3), 1e-5, num_experts=6, num_experts_per_tok=3, rope_theta=10000.0),
+        **newer_configs(),
+    }
+
+
+def newer_configs() -> dict[str, dict[str, Any]]:
+    """Families that differ from the others in one kind of block each."""
+    windows: dict[str, Any] = {"sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"]}
+    long = {"type": "longrope", "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.2, 1.9, 2.7]}
+    growth = {"llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 24, "mscale": 1.0, "mscale_all_dim": 1.0}
+    return {
+        "phi4": _config(
+            "Phi3",
+            48,
+            64,
+            114,
+            (6, 2),
+            1e-5,
+            partial_rotary_factor=0.75,
+            original_max_position_embeddings=64,
+            rope_scaling=long,
+            tie_word_embeddings=True,
+        ),
+        "olmo3": _config("Olmo3", 48, 64, 123, (6, 3), 1e-6, rope_theta=500000.0, rope_scaling=_YARN, **windows),
+        "ministral3": _config(
+            "Ministral3",
+            40,
+            72,
+            117,
+            (4, 2),
+            1e-5,
+            head_dim=12,
+            rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, **growth},
+        ),
+        "granite": _config(
+            "Granite",
+            40,
+            72,
+            119,
+            (4, 2),
+            1e-5,
+            embedding_multiplier=9.0,
+            attention_multiplier=0.21,
+            residual_multiplier=0.37,
+            logits_scaling=0.7,
+        ),
+        "seed_oss": _config(
+            "SeedOss",
+            48,
+            64,
+            121,
+            (6, 2),
+            1e-6,
+            model_type="seed_oss",
+            head_dim=12,
+            rope_theta=1e6,
+            attention_bias=True,
+        ),
+        "glm4": _config("Glm4", 48, 64, 125, (4, 2), 1e-5, head_dim=16, partial_rotary_factor=0.5, attention_bias=True),
+        "exaone4": _config("Exaone4", 48, 64, 127, (6, 2), 1e-5, rope_scaling=_LLAMA3, rope_theta=1e6, **windows),
+        "ernie4_5": _config(
+            "Ernie4_5", 48, 64, 129, (6, 2), 1e-5, head_dim=12, rope_theta=500000.0, tie_word_embeddings=True
+        ),
+        "hunyuan": _config(
+            "HunYuanDenseV1",
+            40,
+            72,
+            131,
+            (4, 2),
+            1e-5,
+            model_type="hunyuan_v1_dense",
+            head_dim=12,
+            rope_scaling={"type": "dynamic", "alpha": 50.0, "factor": 1.0},
+        ),
+        "cohere2": _config(
+            "Cohere2",
+            48,
+            64,
+            133,
+            (6, 2),
+            1e-5,
+            layer_norm_eps=1e-5,
+            logit_scale=1.7,
+            tie_word_embeddings=True,
+            **windows,
+        ),
+        "stablelm": _config(
+            "StableLm", 48, 64, 135, (4, 2), 1e-5, layer_norm_eps=1e-5, partial_rotary_factor=0.5, use_qkv_bias=True
+        ),
+        "apertus": _config(
+            "Apertus", 48, 64, 137, (6, 2), 1e-5, hidden_act="xielu", rope_theta=1e6, rope_scaling=_LLAMA3
+        ),
+        "arcee": _config(
+            "Arcee", 48, 64, 139, (6, 2), 1e-5, hidden_act="relu2", rope_theta=10000.0, rope_scaling=_YARN
+        ),
+        "helium": _config("Helium", 48, 64, 141, (6, 3), 1e-8, head_dim=8, rope_theta=100000.0),
     }
 
 
@@ -128,6 +232,14 @@ _GELU: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 _ONE_ADDED = ("gemma2", "gemma3_text")  # families that add 1 to norm weights
+_POST_NORM = ("olmo2", "olmo3", "exaone4")  # families without norms of inputs
+# Norms of a layer, of families that name them in other ways than Llama.
+_NORMS: dict[str, tuple[str, ...]] = {
+    "glm4": ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+    "cohere2": ("input_layernorm",),
+    "apertus": ("attention_layernorm", "feedforward_layernorm"),
+}
+_XIELU: dict[str, Any] = {"alpha_p": [0.3], "alpha_n": [-0.4], "beta": 0.5, "eps": -1e-6}
 
 # Modules of router and experts, and the names of an expert's matrices.
 _EXPERTS = {
@@ -173,6 +285,8 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, NDArray[np.fl
     for name, shape in _shapes(config).items():
         if name == "model.embed_tokens.weight":
             weights[name] = _uniform(bits, shape, 0.0, 0.2)
+        elif ".act_fn." in name:
+            weights[name] = np.array(_XIELU[name.rsplit(".", 1)[1]], np.float32)
         elif name.endswith("norm.weight"):
             weights[name] = _uniform(bits, shape, 0.0 if config["model_type"] in _ONE_ADDED else 1.0, 0.5)
         elif name.endswith(".bias"):
@@ -205,6 +319,7 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return Hugging Face tensor name -> shape, in the order in which random bits are used."""
     D, V = config["hidden_size"], config["vocab_size"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    shapes |= {"model.norm.bias": (D,)} if config["model_type"] == "stablelm" else {}
     for i in range(config["num_hidden_layers"]):
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in _layer_shapes(config, i).items()}
     if not config["tie_word_embeddings"]:
@@ -217,24 +332,36 @@ def _layer_shapes(config: dict[str, Any], i: int) -> dict[str, tuple[int, ...]]:
     H, K = config["num_attention_heads"], config["num_key_value_heads"]
     E = config.get("head_dim", D // H)
     kind = config["model_type"]
-    shapes: dict[str, tuple[int, ...]] = {} if kind == "olmo2" else {"input_layernorm.weight": (D,)}
+    if kind in _NORMS:
+        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (D,) for name in _NORMS[kind]}
+    else:
+        shapes = {} if kind in _POST_NORM else {"input_layernorm.weight": (D,)}
     if kind == "phi3":
         shapes["self_attn.qkv_proj.weight"] = ((H + 2 * K) * E, D)
     else:
         shapes |= {f"self_attn.{n}_proj.weight": (size * E, D) for n, size in (("q", H), ("k", K), ("v", K))}
-    shapes |= {"self_attn.o_proj.weight": (D, H * E), "post_attention_layernorm.weight": (D,)}
+    shapes["self_attn.o_proj.weight"] = (D, H * E)
+    shapes |= {} if kind in _NORMS else {"post_attention_layernorm.weight": (D,)}
     if kind in _EXPERTS and i not in config.get("mlp_only_layers", ()):
         shapes |= _expert_shapes(config)
-    elif kind == "phi3":
+    elif kind in ("phi3", "glm4"):
         shapes |= {"mlp.gate_up_proj.weight": (2 * F, D), "mlp.down_proj.weight": (D, F)}
+    elif kind in ("apertus", "arcee"):
+        shapes |= {"mlp.up_proj.weight": (F, D), "mlp.down_proj.weight": (D, F)}
     else:
         shapes |= {"mlp.gate_proj.weight": (F, D), "mlp.up_proj.weight": (F, D), "mlp.down_proj.weight": (D, F)}
-    if kind == "qwen2":
+    if kind == "qwen2" or config.get("attention_bias") or config.get("use_qkv_bias"):
         shapes |= {f"self_attn.{n}_proj.bias": (size * E,) for n, size in (("q", H), ("k", K), ("v", K))}
-    if kind in ("qwen3", "gemma3_text", "olmo2", "qwen3_moe", "olmoe"):
-        q, k = (H * E, K * E) if kind in ("olmo2", "olmoe") else (E, E)
+    if kind == "stablelm":
+        shapes |= {"input_layernorm.bias": (D,), "post_attention_layernorm.bias": (D,)}
+    if kind == "apertus":
+        shapes |= {"mlp.act_fn.alpha_p": (1,), "mlp.act_fn.alpha_n": (1,), "mlp.act_fn.beta": (), "mlp.act_fn.eps": ()}
+    if kind == "hunyuan_v1_dense":
+        shapes |= {"self_attn.query_layernorm.weight": (E,), "self_attn.key_layernorm.weight": (E,)}
+    if kind in ("qwen3", "gemma3_text", "olmo2", "olmo3", "exaone4", "apertus", "qwen3_moe", "olmoe"):
+        q, k = (H * E, K * E) if kind in ("olmo2", "olmo3", "olmoe") else (E, E)
         shapes |= {"self_attn.q_norm.weight": (q,), "self_attn.k_norm.weight": (k,)}
-    if kind in (*_ONE_ADDED, "olmo2"):
+    if kind in (*_ONE_ADDED, *_POST_NORM):
         shapes["post_feedforward_layernorm.weight"] = (D,)
     if kind in _ONE_ADDED:
         shapes["pre_feedforward_layernorm.weight"] = (D,)

@@ -88,16 +88,16 @@ ffi::Error CapRows(ffi::ThreadPool pool, F32 x, Live live, ffi::Result<F32> y, f
 }
 
 struct Heads {
-  const float *heads, *cos, *sin;  // [R, T, H + 2 K, E], [R, T, E / 2] twice
+  const float *heads, *cos, *sin;  // [R, T, H + 2 K, E], [R, T, half] twice; 2 half dimensions of a head are rotated
   const int32_t *tables, *positions;
   float* queries;  // [R, T, H, E]
-  int64_t tokens, query_heads, kv_heads, size, table;
+  int64_t tokens, query_heads, kv_heads, size, half, table;
 };
 
 // Rotates the queries and keys of one token and stores its keys and values in their page. Padding is not stored.
 template <typename Element>
 void StoreToken(const Heads& h, int64_t token, Element* keys, Element* values) {
-  const int64_t position = h.positions[token], size = h.size, half = size / 2;
+  const int64_t position = h.positions[token], size = h.size, half = h.half, rest = size - 2 * half;
   float* queries = h.queries + token * h.query_heads * size;
   if (position < 0) {
     std::fill_n(queries, h.query_heads * size, 0.0f);
@@ -107,11 +107,13 @@ void StoreToken(const Heads& h, int64_t token, Element* keys, Element* values) {
   const float *cos = h.cos + token * half, *sin = h.sin + token * half;
   for (int64_t head = 0; head < h.query_heads; ++head, from += size) {
     RotateHead(from, cos, sin, half, queries + head * size);
+    CopyHead(from + 2 * half, rest, queries + head * size + 2 * half);
   }
   const int64_t page = h.tables[token / h.tokens * h.table + position / kPage];
   for (int64_t head = 0; head < h.kv_heads; ++head, from += size) {
     const int64_t offset = ((page * h.kv_heads + head) * kPage + position % kPage) * size;
     RotateHead(from, cos, sin, half, keys + offset);
+    CopyHead(from + 2 * half, rest, keys + offset + 2 * half);
     CopyHead(from + h.kv_heads * size, size, values + offset);
   }
 }
@@ -131,14 +133,15 @@ bool InBounds(const Heads& h, int64_t all, int64_t pages) {
 ffi::Error RotateAndStore(ffi::ThreadPool pool, F32 heads, F32 cos, F32 sin, ffi::AnyBuffer keys_in,
                           ffi::AnyBuffer values_in, S32 tables, S32 positions, ffi::Result<F32> queries, AnyResult keys,
                           AnyResult values) {
-  const auto in = heads.dimensions(), q = queries->dimensions(), k = keys->dimensions(), t = tables.dimensions();
+  const auto in = heads.dimensions(), q = queries->dimensions(), k = keys->dimensions(), t = tables.dimensions(),
+             c = cos.dimensions();
   if (in.size() != 4 || q.size() != 4 || k.size() != 4 || t.size() != 2 || k[2] != kPage || k[3] != in[3] ||
       values->element_count() != keys->element_count() || values->element_type() != keys->element_type() ||
-      in[3] % 2 != 0 || in[2] != q[2] + 2 * k[1] || t[0] != in[0] ||
+      in[2] != q[2] + 2 * k[1] || t[0] != in[0] ||
       positions.element_count() != static_cast<size_t>(in[0] * in[1]) || cos.element_count() != sin.element_count() ||
-      cos.element_count() != static_cast<size_t>(in[0] * in[1] * in[3] / 2)) {
+      c.size() != 4 || cos.element_count() != static_cast<size_t>(in[0] * in[1] * c[3]) || 2 * c[3] > in[3]) {
     return ffi::Error::InvalidArgument(
-        "rotate takes heads [R, T, H + 2 K, E], cos and sin [R, T, E / 2], pages [N, K, 64, E], tables [R, P], "
+        "rotate takes heads [R, T, H + 2 K, E], cos and sin [R, T, 1, e] with 2 e <= E, pages [N, K, 64, E], tables [R, P], "
         "positions [R, T]");
   }
   if (keys->untyped_data() != keys_in.untyped_data() || values->untyped_data() != values_in.untyped_data()) {
@@ -154,6 +157,7 @@ ffi::Error RotateAndStore(ffi::ThreadPool pool, F32 heads, F32 cos, F32 sin, ffi
                    q[2],
                    k[1],
                    in[3],
+                   c[3],
                    t[1]};
   const int64_t all = in[0] * in[1];
   if (!InBounds(h, all, k[0])) return ffi::Error::InvalidArgument("rotate: a page or a position is out of bounds");

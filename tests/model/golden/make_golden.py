@@ -136,26 +136,38 @@ def _record_layers(model: Any, values: dict[str, Any]) -> None:
     """Has every sub-layer put its output into `values`."""
     core = model.model
     core.layers[0].register_forward_pre_hook(_keep_input(values, "embed"))
-    core.norm.register_forward_hook(_keep(values, "norm"))
+    config = model.config
+    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    core.norm.register_forward_hook(_keep(values, "norm", scale))  # ours includes the scale of logits
     for i, layer in enumerate(core.layers):
         at = f"layers.{i}"
         named = {at: layer, f"{at}.attention": layer.self_attn, f"{at}.mlp": layer.mlp}
-        after_attention, after_mlp = layer.post_attention_layernorm, getattr(layer, "post_feedforward_layernorm", None)
-        if after_mlp is None:
-            named[f"{at}.mlp_norm"] = after_attention
-        else:
-            named |= {f"{at}.attention_post_norm": after_attention, f"{at}.mlp_post_norm": after_mlp}
-        for name, module in (("attention_norm", "input_layernorm"), ("mlp_norm", "pre_feedforward_layernorm")):
-            if hasattr(layer, module):
-                named[f"{at}.{name}"] = getattr(layer, module)
+        named |= {f"{at}.{name}": module for name, module in _norms(layer).items()}
         for name, module in named.items():
             module.register_forward_hook(_keep(values, name))
         layer.self_attn.o_proj.register_forward_pre_hook(_keep_input(values, f"{at}.attention.heads"))
 
 
-def _keep(values: dict[str, Any], name: str) -> Callable[[Any, Any, Any], None]:
+def _norms(layer: Any) -> dict[str, Any]:
+    """Our name of a norm -> module."""
+    has_both = hasattr(layer, "post_self_attn_layernorm")
+    has_post = not has_both and hasattr(layer, "post_feedforward_layernorm")
+    names = {
+        "input_layernorm": "attention_norm",
+        "attention_layernorm": "attention_norm",
+        "feedforward_layernorm": "mlp_norm",
+        "pre_feedforward_layernorm": "mlp_norm",
+        "post_self_attn_layernorm": "attention_post_norm",
+        "post_attention_layernorm": "attention_post_norm" if has_post else "mlp_norm",
+        "post_feedforward_layernorm": "mlp_post_norm",
+        "post_mlp_layernorm": "mlp_post_norm",
+    }
+    return {name: getattr(layer, module) for module, name in names.items() if hasattr(layer, module)}
+
+
+def _keep(values: dict[str, Any], name: str, scale: float = 1.0) -> Callable[[Any, Any, Any], None]:
     def hook(_module: Any, _inputs: Any, output: Any) -> None:
-        values[name] = output[0] if isinstance(output, tuple) else output
+        values[name] = output[0] if isinstance(output, tuple) else output * scale
 
     return hook
 
@@ -165,6 +177,14 @@ def _keep_input(values: dict[str, Any], name: str) -> Callable[[Any, Any], None]
         values[name] = inputs[0]
 
     return hook
+
+
+def _half_split(heads: Any, config: Any) -> Any:
+    """Heads [1, h, T, E] in our order of dimensions: the first of all pairs before the second."""
+    if config.model_type not in ("glm4", "ernie4_5", "cohere2", "helium"):
+        return heads
+    size = int(heads.shape[-1] * (config.rope_parameters.get("partial_rotary_factor") or 1))
+    return torch.cat([heads[..., 0:size:2], heads[..., 1:size:2], heads[..., size:]], -1)
 
 
 @contextmanager
@@ -181,8 +201,12 @@ def _recording_attention(model: Any, values: dict[str, Any]) -> Iterator[None]:
     def recording_attention(module: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         found = {"q_rotated": query, "k_rotated": key, "v": value, "q": query, "k": key, **before}  # [1, heads, T, E]
         before.clear()
+        for name in ("q", "k"):  # of StableLM, which gives the rotated part only
+            rest = found[f"{name}_rotated"][..., found[name].shape[-1] :]
+            found[name] = torch.cat([found[name], rest], -1)
         for name, heads in found.items():
-            values[f"layers.{module.layer_idx}.attention.{name}"] = heads[0].transpose(0, 1)
+            ours = heads if name == "v" else _half_split(heads, model.config)
+            values[f"layers.{module.layer_idx}.attention.{name}"] = ours[0].transpose(0, 1)
         return attention(module, query, key, value, *args, **kwargs)
 
     with (

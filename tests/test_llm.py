@@ -373,3 +373,12 @@ def test_error_of_a_grammar(llm: LLM, options: Any, param: str) -> None:
     with pytest.raises(PromptError) as raised:
         llm.generate("a", **options)
     assert raised.value.param == param
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_fast_forward_is_an_option(runner: ScriptedRunner, monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    monkeypatch.setattr(llm_module, "load", fake_load(runner))
+    with LLM(grammar_fast_forward=fast) as llm:
+        [output] = llm.generate("a", structured_outputs={"choice": ["\0\1y", "\0\1z"]})
+    assert output.forced is not None
+    assert output.forced[0] == fast  # the token of both bytes, which may also be spelled by two

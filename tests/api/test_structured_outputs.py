@@ -18,6 +18,7 @@ from tests.support.http_client import (
     chat_body,
     completion_body,
     error_of,
+    serving,
     shared_server,
 )
 
@@ -348,3 +349,11 @@ async def test_server_that_stops_ends_the_threads_of_grammars(monkeypatch: pytes
         assert not thread.is_alive()
     with pytest.raises(RuntimeError, match="after shutdown"):
         await compilers[0].compile(GrammarSpec(GrammarKind.REGEX, "b"))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+async def test_fast_forward_is_a_flag(fast: bool) -> None:
+    async with serving(b"x", grammar_fast_forward=fast) as server:
+        answer = await server.chat(structured_outputs={"choice": ["\0\1y", "\0\1z"]}, logprobs=True)
+    entries = answer["choices"][0]["logprobs"]["content"]
+    assert entries[0].get("forced", False) == fast  # the token of both bytes, which may also be spelled by two

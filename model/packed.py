@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,9 @@ from numpy.typing import NDArray
 from model.formats import BlockFormat
 from model.layout import COLUMN_BLOCK
 from model.weights.rows import Arena
+
+_CACHE_LINE = 64  # bytes
+_RUN_BYTES = 1 << 18  # transposed at once: they stay in a core's cache
 
 
 @jax.tree_util.register_dataclass
@@ -57,29 +61,56 @@ def pack(
     depth, blocks, block = block_format.depth(k), -(-n // COLUMN_BLOCK), 0
     words = memory.empty((blocks, depth, block_format.words, COLUMN_BLOCK), np.uint32)
     scales = memory.empty((blocks, depth if block_format.scale_bytes else 0, COLUMN_BLOCK), block_format.scale_dtype)
-    first = block_format.scale_bytes if block_format.scale_first else 0
-    for rows in _column_blocks(runs):
+    for rows in _column_blocks(runs, block_format.depth(k) * block_format.block_bytes):
         stop = block + len(rows) // COLUMN_BLOCK
-        parts = rows.reshape(stop - block, COLUMN_BLOCK, depth, block_format.block_bytes)
-        in_words = np.ascontiguousarray(parts[..., first : first + 4 * block_format.words]).view(np.uint32)
-        words[block:stop] = in_words.transpose(0, 2, 3, 1)
+        parts = rows.view(_block_type(block_format)).reshape(stop - block, COLUMN_BLOCK, depth)
+        _transpose(parts["words"], words[block:stop])
         if block_format.scale_bytes:
-            start = 0 if block_format.scale_first else 4 * block_format.words
-            own = np.ascontiguousarray(parts[..., start : start + block_format.scale_bytes]).view(scales.dtype)
-            scales[block:stop] = own[..., 0].transpose(0, 2, 1)
+            scales[block:stop] = parts["scale"].transpose(0, 2, 1)
         block = stop
     columns = None if order is None else jax.device_put(order)
     return PackedWeight(jax.device_put(words), jax.device_put(scales), block_format, n, k, columns)
 
 
-def _column_blocks(runs: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
-    """The rows in runs of full column blocks; the last block is padded with zeros."""
+def _block_type(block_format: BlockFormat) -> np.dtype[Any]:
+    """A block as its words, in one item, and its scale."""
+    words, scale = 4 * block_format.words, block_format.scale_bytes
+    names, formats, offsets = ["words"], [f"V{words}"], [scale if block_format.scale_first else 0]
+    if scale:
+        names, formats = [*names, "scale"], [*formats, block_format.scale_dtype.str]
+        offsets.append(0 if block_format.scale_first else words)
+    return np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": block_format.block_bytes})
+
+
+def _transpose(items: NDArray[np.void], words: NDArray[np.uint32]) -> None:
+    """Write items [blocks, 32, D] of W words each to `words` [blocks, D, W, 32].
+
+    The rows are copied to an odd number of cache lines each: at a multiple of some power of two, the 32 elements that
+    are written together would evict each other from the cache.
+    """
+    blocks, columns, depth = items.shape
+    row = depth * items.itemsize
+    stride = (-(-row // _CACHE_LINE) | 1) * _CACHE_LINE
+    buffer = np.empty((blocks, columns, stride), np.uint8)[..., :row]
+    buffer.view(items.dtype)[:] = items
+    words[:] = buffer.view(np.uint32).transpose(0, 2, 1).reshape(words.shape)
+
+
+def _column_blocks(runs: Iterable[NDArray[np.uint8]], row: int) -> Iterator[NDArray[np.uint8]]:
+    """The rows of `row` bytes in small runs of full column blocks; the last block is padded with zeros."""
+    size = max(1, _RUN_BYTES // (row * COLUMN_BLOCK)) * COLUMN_BLOCK
     remainder: NDArray[np.uint8] | None = None
     for run in runs:
-        rows = run if remainder is None else np.concatenate([remainder, run])
+        rows = run
+        if remainder is not None:
+            count = COLUMN_BLOCK - len(remainder)
+            remainder, rows = np.concatenate([remainder, rows[:count]]), rows[count:]
+            if len(remainder) < COLUMN_BLOCK:
+                continue
+            yield remainder
         full = len(rows) // COLUMN_BLOCK * COLUMN_BLOCK
-        if full:
-            yield rows[:full]
+        for start in range(0, full, size):
+            yield rows[start : min(full, start + size)]
         remainder = rows[full:] if full < len(rows) else None
     if remainder is not None:
         yield np.pad(remainder, ((0, -len(remainder) % COLUMN_BLOCK), (0, 0)))

@@ -4,6 +4,7 @@ Formats: `block_*` of the ggml project. In here a block's elements are the secon
 sums over a block are then sums of rows.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
@@ -60,7 +61,7 @@ def quantize(matrix: Floats, kind: str, importance: Floats | None = None) -> Byt
         raise ValueError("holds values that are not finite")
     if np.abs(matrix).max(initial=0) > _LARGEST:
         raise ValueError(_TOO_LARGE)
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # its default of some more threads takes memory, but no less time
         [*pool.map(run, range(0, n, count))]
     return result
 

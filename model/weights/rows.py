@@ -57,11 +57,16 @@ def quantized(matrix: NDArray[Any], block_format: BlockFormat) -> NDArray[np.uin
         return _round_to_q8_0(matrix)
     n, k = matrix.shape
     if block_format.name in FLOATS:
-        padded = np.zeros((n, block_format.depth(k) * block_format.block), FLOATS[block_format.name])
+        dtype = FLOATS[block_format.name]
+        if matrix.dtype == dtype and k % block_format.block == 0 and matrix.flags.c_contiguous:
+            return matrix.view(np.uint8)
+        padded = np.zeros((n, block_format.depth(k) * block_format.block), dtype)
         padded[:, :k] = matrix
         return padded.view(np.uint8)
-    padded = np.pad(matrix.astype(np.float32), ((0, 0), (0, -k % block_format.block)))
-    return quantize(padded, block_format.name)
+    values = matrix.astype(np.float32, copy=False)
+    if padding := -k % block_format.block:
+        values = np.pad(values, ((0, 0), (0, padding)))
+    return quantize(values, block_format.name)
 
 
 def _round_to_q8_0(matrix: NDArray[Any]) -> NDArray[np.uint8]:

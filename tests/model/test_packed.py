@@ -320,3 +320,19 @@ def test_pack_takes_runs_of_any_length() -> None:
         parts: PackedWeight = pack((150, 256), FORMATS["Q5_K"], (rows[i : i + step] for i in range(0, 150, step)))
         for mine, other in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
             np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.parametrize("name", ["BF16", "Q8_0", "Q4_K", "INT4_32"])
+def test_pack_only_changes_the_order_of_a_large_weight(name: str) -> None:
+    """Larger than what is transposed at once, and with rows of a power of two."""
+    block_format = FORMATS[name]
+    n, depth = 200, 4096 // block_format.block
+    rows = np.random.default_rng(3).integers(0, 256, (n, depth * block_format.block_bytes), np.uint8)
+    weight = pack((n, 4096), block_format, [rows])
+    blocks = np.pad(rows, ((0, 24), (0, 0))).reshape(7, 32, depth, block_format.block_bytes)
+    first = block_format.scale_bytes if block_format.scale_first else 0
+    words = np.ascontiguousarray(blocks[..., first : first + 4 * block_format.words]).view(np.uint32)
+    np.testing.assert_array_equal(weight.words, words.transpose(0, 2, 3, 1))
+    if block_format.scale_bytes:
+        scales = np.ascontiguousarray(blocks[..., : block_format.scale_bytes]).view(block_format.scale_dtype)
+        np.testing.assert_array_equal(weight.scales, scales[..., 0].transpose(0, 2, 1))

@@ -26,7 +26,10 @@ _BLOCK_ROWS = 16  # rows of a product in XLA: the same for any number of tokens,
 class Routes:
     """M k rows, row m k + j being the j-th expert of token m, sorted by expert; those of padding are last."""
 
+    weights: Array  # [M, k] float32 of each token's experts, the best first
+    ids: Array  # [M, k] int32 of the experts
     order: Array  # [M k] int32: the row at each place
+    places: Array  # [M k] int32: the place of each row
     starts: Array  # [X + 1] int32: places where the rows of each expert start, and their end
 
     @property
@@ -56,22 +59,39 @@ def _with_equal_bits(x: Array, weight: Array, live: Array) -> Array:
     return _by_blocks(x, weight, jnp.stack([jnp.int32(0), live]))
 
 
-def route(logits: Array, experts: Experts, kernels: Kernels) -> tuple[Array, Array]:
-    """Weights [M, k] float32 and ids [M, k] int32 of each token's experts, the best first, of logits [M, X] float32.
+def route(logits: Array, live: Array, experts: Experts, kernels: Kernels) -> Routes:
+    """The routes of tokens with logits [M, X] float32; tokens from `live` on are padding.
 
-    The weights are the softmax over all experts, or over the chosen ones. Of equal logits the lower id is chosen.
+    Weights are the softmax over all experts, or over the chosen ones. Of equal logits the lower id is chosen.
     """
-    choose = partial(_choose, experts=experts)
-    routed: tuple[Array, Array] = kernels.dispatch(
-        logits, on_gpu=choose, on_tpu=choose, xla=partial(_choose_by_blocks, choose)
+    k, normalized = experts.per_token, experts.normalized
+    choose = partial(_choose, k=k, normalized=normalized)
+    fields = kernels.dispatch(
+        logits,
+        live,
+        on_cpu=partial(cpu.route, k=k, normalized=normalized),
+        on_gpu=partial(_route_in_xla, choose),
+        on_tpu=partial(_route_in_xla, choose),
+        xla=partial(_route_in_xla, partial(_choose_by_blocks, choose)),
     )
-    return routed
+    return Routes(*fields)
 
 
-def _choose(logits: Array, *, experts: Experts) -> tuple[Array, Array]:
-    best, ids = jax.lax.top_k(logits, experts.per_token)
+def _route_in_xla(choose: Callable[[Array], tuple[Array, Array]], logits: Array, live: Array) -> tuple[Array, ...]:
+    """The fields of Routes in order."""
+    weights, ids = choose(logits)
+    (M, k), count = ids.shape, logits.shape[1]
+    keys = jnp.where(jnp.arange(M)[:, None] < live, ids, count).reshape(M * k)
+    starts = jnp.sum(keys[:, None] < jnp.arange(count + 1), axis=0, dtype=jnp.int32)
+    order = jnp.argsort(keys, stable=True).astype(jnp.int32)
+    places = jnp.zeros_like(order).at[order].set(jnp.arange(M * k, dtype=jnp.int32))
+    return weights, ids, order, places, starts
+
+
+def _choose(logits: Array, *, k: int, normalized: bool) -> tuple[Array, Array]:
+    best, ids = jax.lax.top_k(logits, k)
     chosen = jnp.exp(best - best[:, :1])
-    total = jnp.sum(chosen if experts.normalized else jnp.exp(logits - best[:, :1]), axis=1, keepdims=True)
+    total = jnp.sum(chosen if normalized else jnp.exp(logits - best[:, :1]), axis=1, keepdims=True)
     return chosen / total, ids
 
 
@@ -84,18 +104,14 @@ def _choose_by_blocks(choose: Callable[[Array], tuple[Array, Array]], logits: Ar
     return weights.reshape(-1, weights.shape[2])[:M], ids.reshape(-1, ids.shape[2])[:M]
 
 
-def dispatched(ids: Array, live: Array, count: int) -> Routes:
-    """The routes of tokens with experts `ids` [M, k] of `count`; tokens from `live` on are padding."""
-    M, k = ids.shape
-    keys = jnp.where(jnp.arange(M)[:, None] < live, ids, count).reshape(M * k)
-    starts = jnp.sum(keys[:, None] < jnp.arange(count + 1), axis=0, dtype=jnp.int32)
-    return Routes(jnp.argsort(keys, stable=True).astype(jnp.int32), starts)
-
-
-def combine(y: Array, routes: Routes, weights: Array) -> Array:
+def combine(y: Array, routes: Routes, live: Array, kernels: Kernels) -> Array:
     """The weighted sum [M, D] of each token's experts, the best first, of rows y [M k, D] float32 in sorted order."""
+    combined: Array = kernels.dispatch(y, routes.places, routes.weights, live, on_cpu=cpu.combine, xla=_combine_in_xla)
+    return combined
+
+
+def _combine_in_xla(y: Array, places: Array, weights: Array, _live: Array) -> Array:
     M, k = weights.shape
-    places = jnp.zeros_like(routes.order).at[routes.order].set(jnp.arange(M * k, dtype=jnp.int32))
     of_tokens = y[places].reshape(M, k, -1)
     return reduce(jnp.add, (of_tokens[:, j] * weights[:, j, None] for j in range(k)))
 

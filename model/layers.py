@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from model.attention import attend, rotate, rotate_and_store
 from model.config import LayerKind
-from model.experts import combine, dispatched, expert_matmul, route, router_logits
+from model.experts import combine, expert_matmul, route, router_logits
 from model.kernels import ScoreOptions, cpu
 from model.kernels.dispatch import Kernels
 from model.kv_cache import Addresses, LayerPages
@@ -265,14 +265,14 @@ class ExpertMLP(nnx.Module):
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         live = all_live(rows) if live is None else live
         logits = router_logits(rows, self.router.weight.get_value(), self.kernels, live)
-        weights, ids = route(logits, self.experts, self.kernels)
-        routes = dispatched(ids, live, self.experts.count)
-        tokens = rows[routes.order // ids.shape[1]]
+        routes = route(logits, live, self.experts, self.kernels)
+        tokens = rows[routes.order // self.experts.per_token]
         gate, up = (
             expert_matmul(tokens, each.weight.get_value(), routes, self.kernels) for each in (self.gate, self.up)
         )
         hidden = gated(jnp.concatenate([gate, up], axis=1), routes.live, self.activation, self.dtype, self.kernels)
-        y = combine(expert_matmul(hidden, self.down.weight.get_value(), routes, self.kernels), routes, weights)
+        y = expert_matmul(hidden, self.down.weight.get_value(), routes, self.kernels)
+        y = combine(y, routes, live, self.kernels)
         return (self.parallel.psum(y) if self.parallel.shards > 1 else y).reshape(x.shape)
 
 

@@ -79,7 +79,6 @@ REQUESTS = 80
         "llama-Q4_1 float32-float32",
         "gemma2-bfloat16-float32",
         "gemma3-float32-bfloat16",
-        "qwen3moe-bfloat16-bfloat16",
         "qwen3moe-Q4_1 float32-float32",
     ],
 )

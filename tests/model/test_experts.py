@@ -13,7 +13,7 @@ from jax import Array
 from safetensors.numpy import load_file, save_file
 
 from model.config import Experts
-from model.experts import combine, dispatched, expert_matmul, route
+from model.experts import Routes, combine, expert_matmul, route
 from model.kernels import cpu
 from model.kernels.dispatch import Kernels, load_kernels
 from model.layers import ExpertMLP
@@ -46,35 +46,65 @@ def part_of(weight: PackedWeight, expert: int) -> PackedWeight:
     return PackedWeight(weight.words[blocks], weight.scales[blocks], weight.format, N, weight.k)
 
 
-def test_route_chooses_the_lower_of_equal_experts() -> None:
+@pytest.fixture(params=["kernels", "xla"])
+def either(request: pytest.FixtureRequest) -> Kernels:
+    return Kernels() if request.param == "xla" else Kernels(request.getfixturevalue("kernels"))
+
+
+def routed(logits: Array, live: int, experts: Experts, kernels: Kernels) -> Routes:
+    return route(logits, jnp.int32(live), experts, kernels)
+
+
+def test_route_chooses_the_lower_of_equal_experts(either: Kernels) -> None:
     logits = jnp.array([[0.0, 2.0, 1.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0, 3.0]])
-    weights, ids = route(logits, Experts(5, 3, 8, normalized=True), Kernels())
-    assert ids.tolist() == [[1, 3, 2], [0, 1, 2]]
+    routes = routed(logits, 2, Experts(5, 3, 8, normalized=True), either)
+    assert routes.ids.tolist() == [[1, 3, 2], [0, 1, 2]]
     chosen = np.exp([2.0, 2.0, 1.0])
-    np.testing.assert_allclose(weights, [chosen / chosen.sum(), [1 / 3] * 3], rtol=1e-6)
-    weights, _ = route(logits, Experts(5, 3, 8, normalized=False), Kernels())
-    np.testing.assert_allclose(weights, [chosen / np.exp(logits[0]).sum(), [0.2] * 3], rtol=1e-6)
+    np.testing.assert_allclose(routes.weights, [chosen / chosen.sum(), [1 / 3] * 3], rtol=1e-6)
+    routes = routed(logits, 2, Experts(5, 3, 8, normalized=False), either)
+    np.testing.assert_allclose(routes.weights, [chosen / np.exp(logits[0]).sum(), [0.2] * 3], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("count", "k", "normalized"), [(6, 3, True), (128, 8, True), (64, 8, False), (5, 2, False)])
-def test_route_gives_a_token_the_same_bits_in_any_company(count: int, k: int, normalized: bool) -> None:
-    run = jax.jit(partial(route, experts=Experts(count, k, 8, normalized), kernels=Kernels()))
+def test_weights_of_logits_that_are_no_numbers_are_none(either: Kernels) -> None:
+    logits = jnp.array([[0.0, jnp.nan, 1.0, 2.0], [0.0, -jnp.inf, -jnp.inf, 2.0]])
+    routes = routed(logits, 2, Experts(4, 3, 8, normalized=False), either)
+    assert np.isnan(routes.weights[0]).all()
+    assert len(set(routes.ids[1].tolist())) == 3
+    assert routes.weights[1, 2] == 0
+
+
+def test_kernel_and_xla_choose_the_same_experts(kernels: cpu.CpuKernels) -> None:
+    logits = jnp.round(4 * normal(300, 40))  # many are equal
+    for normalized in (True, False):
+        experts = Experts(40, 6, 8, normalized)
+        ours, reference = (routed(logits, 290, experts, each) for each in (Kernels(kernels), Kernels()))
+        assert (ours.ids == reference.ids)[:290].all()
+        np.testing.assert_allclose(ours.weights[:290], reference.weights[:290], rtol=2e-6)
+        assert (ours.starts == reference.starts).all()
+        assert (ours.places == reference.places).all()
+        assert (ours.order == reference.order).all()
+
+
+@pytest.mark.parametrize(("count", "k", "normalized"), [(6, 3, True), (64, 8, False)])
+def test_route_gives_a_token_the_same_bits_in_any_company(
+    either: Kernels, count: int, k: int, normalized: bool
+) -> None:
+    run = jax.jit(partial(routed, experts=Experts(count, k, 8, normalized), kernels=either))
     logits = 3 * normal(256, count)
-    full, _ = run(logits)
-    for size in (1, 2, 4, 7, 16, 80):
-        for start in range(0, 256 - size, 37):
-            weights, _ = run(logits[start : start + size])
-            np.testing.assert_array_equal(weights, full[start : start + size])
+    full = run(logits, 256).weights
+    for size in (1, 7, 80):
+        for start in range(0, 256 - size, 59):
+            np.testing.assert_array_equal(run(logits[start : start + size], size).weights, full[start : start + size])
 
 
-def test_dispatch_sorts_by_expert_and_puts_padding_last() -> None:
-    ids = jnp.array([[3, 0], [0, 1], [3, 4], [2, 2]])
-    routes = dispatched(ids, jnp.int32(3), 5)
-    assert routes.starts.tolist() == [0, 2, 3, 3, 5, 6]
-    assert routes.order.tolist() == [1, 2, 3, 0, 4, 5, 6, 7]
-    places = ids.reshape(-1)[routes.order].astype(jnp.float32)[:, None]
-    weights = jnp.array([[1.0, 10.0], [1.0, 10.0], [1.0, 10.0], [0.0, 0.0]])
-    assert combine(places, routes, weights)[:3, 0].tolist() == [3.0, 10.0, 43.0]
+def test_routes_are_sorted_by_expert_with_padding_last(either: Kernels) -> None:
+    logits = jnp.array([[0.0, 8, 0, 9, 0], [9, 8, 0, 0, 0], [0, 0, 0, 9, 8], [0, 0, 9, 8, 0]])
+    routes = routed(logits, 3, Experts(5, 2, 8, normalized=True), either)
+    assert routes.starts.tolist() == [0, 1, 3, 3, 5, 6]
+    assert routes.order.tolist() == [2, 1, 3, 0, 4, 5, 6, 7]
+    sorted_rows = jnp.arange(8, dtype=jnp.float32)[routes.order][:, None]
+    expected = [[2 * m * share + (2 * m + 1) * (1 - share)] for m, share in enumerate([1 / (1 + np.exp(-1))] * 3)]
+    np.testing.assert_allclose(combine(sorted_rows, routes, jnp.int32(3), either)[:3], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +143,7 @@ def test_products_without_kernels_are_those_of_each_expert(name: str) -> None:
     weight = jnp.asarray(values) if name == "array" else packed
     x = normal(70, 96)
     ids = jnp.asarray(np.random.default_rng(1).integers(0, COUNT - 1, (70, 1)))  # the last has no rows
-    routes = dispatched(ids, jnp.int32(66), COUNT)
+    routes = routed(100 * jax.nn.one_hot(ids[:, 0], COUNT), 66, Experts(COUNT, 1, N, normalized=True), Kernels())
     y = expert_matmul(x[routes.order], weight, routes, Kernels())
     for place, row in enumerate(routes.order.tolist()[:66]):
         expected = values.reshape(COUNT, N, 96)[int(ids[row, 0])].astype(np.float64) @ np.asarray(x)[row]

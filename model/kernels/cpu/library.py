@@ -20,6 +20,8 @@ class Target(StrEnum):
 
     LINEAR = "logprobd_linear"
     EXPERTS = "logprobd_experts"
+    ROUTE = "logprobd_route"
+    COMBINE = "logprobd_combine"
     ATTENTION = "logprobd_attention"
     NORM = "logprobd_norm"
     SWIGLU = "logprobd_swiglu"

@@ -49,6 +49,21 @@ def expert_linear(x: Array, weight: PackedWeight, starts: Array) -> Array:
     return call(x, weight.words, weight.scales, starts, format=weight.format.name)
 
 
+def route(logits: Array, live: Array, *, k: int, normalized: bool) -> tuple[Array, Array, Array, Array, Array]:
+    """The fields of `model.experts.Routes` in order, for logits [M, X] float32."""
+    M, X = logits.shape
+    shapes = [((M, k), jnp.float32), *(((M, k), jnp.int32),), *(((M * k,), jnp.int32),) * 2, ((X + 1,), jnp.int32)]
+    call = jax.ffi.ffi_call(Target.ROUTE, tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes))
+    weights, ids, order, places, starts = call(logits, live, normalized=normalized)
+    return weights, ids, order, places, starts
+
+
+def combine(y: Array, places: Array, weights: Array, live: Array) -> Array:
+    """Rows y[places] of each token [M k, N], times weights [M, k], added in order: [M, N]."""
+    call = jax.ffi.ffi_call(Target.COMBINE, jax.ShapeDtypeStruct((weights.shape[0], y.shape[1]), jnp.float32))
+    return call(y, places, weights, live)
+
+
 def _check_input(x: Array, weight: PackedWeight) -> None:
     """Raise TypeError or ValueError unless x [M, k] suits the weight."""
     if x.dtype != jnp.float32 and not (x.dtype == jnp.bfloat16 and weight.format.name == "BF16"):

@@ -87,6 +87,59 @@ ffi::Error CapRows(ffi::ThreadPool pool, F32 x, Live live, ffi::Result<F32> y, f
                          [=](int64_t i) { SoftCapRow(from + i * size, cap, size, to + i * size); }));
 }
 
+// Weights and ids [M, k] of the experts of each token, from logits [M, X]; the M k rows, row m k + j being expert j of
+// token m, sorted by expert, those of padding last; the place of each row, and where the rows of each expert start.
+ffi::Error Route(ffi::ThreadPool pool, F32 logits, Live live, ffi::Result<F32> weights, ffi::Result<S32> ids,
+                 ffi::Result<S32> order, ffi::Result<S32> places, ffi::Result<S32> starts, bool normalized) {
+  const auto in = logits.dimensions(), out = weights->dimensions();
+  const bool fits = in.size() == 2 && out.size() == 2 && out[0] == in[0] && out[1] >= 1 && out[1] <= in[1];
+  const size_t rows = weights->element_count();
+  if (!fits || ids->element_count() != rows || order->element_count() != rows || places->element_count() != rows ||
+      starts->element_count() != static_cast<size_t>(in[1]) + 1) {
+    return ffi::Error::InvalidArgument(
+        "route takes logits [M, X] and gives weights [M, k], ids [M, k], order [M k], places [M k], starts [X + 1]");
+  }
+  const int64_t count = in[1], k = out[1], tokens = std::clamp<int64_t>(*live.typed_data(), 0, in[0]);
+  const float* from = logits.typed_data();
+  float* shares = weights->typed_data();
+  int32_t *chosen = ids->typed_data(), *sorted = order->typed_data(), *first = starts->typed_data();
+  std::fill_n(chosen + tokens * k, (in[0] - tokens) * k, 0);
+  const bool done = ForRows(pool, in[0], tokens, count, shares, k * sizeof(float), [=](int64_t i) {
+    ChooseExperts(from + i * count, count, k, normalized, shares + i * k, chosen + i * k);
+  });
+  if (!done) return Outcome(false);
+  std::fill_n(first, count + 1, 0);
+  for (int64_t r = 0; r < tokens * k; ++r) ++first[chosen[r] + 1];
+  for (int64_t e = 0; e < count; ++e) first[e + 1] += first[e];
+  for (int64_t r = 0; r < in[0] * k; ++r) {
+    const int64_t place = r < tokens * k ? first[chosen[r]]++ : r;
+    places->typed_data()[r] = static_cast<int32_t>(place);
+    sorted[place] = static_cast<int32_t>(r);
+  }
+  std::copy_backward(first, first + count, first + count + 1);  // each is now where the next one starts
+  first[0] = 0;
+  return ffi::Error::Success();
+}
+
+ffi::Error Combine(ffi::ThreadPool pool, F32 x, S32 places, F32 weights, Live live, ffi::Result<F32> y) {
+  const auto in = x.dimensions(), by = weights.dimensions(), out = y->dimensions();
+  const int64_t rows = in.size() == 2 ? in[0] : -1;
+  if (by.size() != 2 || out.size() != 2 || out[0] != by[0] || rows != by[0] * by[1] || out[1] != in[1] ||
+      places.element_count() != static_cast<size_t>(rows)) {
+    return ffi::Error::InvalidArgument("combine takes x [M k, N], places [M k], weights [M, k] and gives y [M, N]");
+  }
+  const int32_t* at = places.typed_data();
+  if (std::any_of(at, at + rows, [rows](int32_t place) { return place < 0 || place >= rows; })) {
+    return ffi::Error::InvalidArgument("combine: a place is out of bounds");
+  }
+  const float *from = x.typed_data(), *of = weights.typed_data();
+  float* to = y->typed_data();
+  const int64_t k = by[1], size = in[1];
+  return Outcome(ForRows(pool, by[0], *live.typed_data(), k * size, to, size * sizeof(float), [=](int64_t i) {
+    CombineRow(from, at + i * k, of + i * k, k, size, to + i * size);
+  }));
+}
+
 struct Heads {
   const float *heads, *cos, *sin;  // [R, T, H + 2 K, E], [R, T, half] twice; 2 half dimensions of a head are rotated
   const int32_t *tables, *positions;
@@ -177,6 +230,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_norm, Norm,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_swiglu, Swiglu, GatedBinding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_geglu, Geglu, GatedBinding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_soft_cap, CapRows, (Bind<F32, Live>().Ret<F32>().Attr<float>("cap")));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    logprobd_route, Route,
+    (Bind<F32, Live>().Ret<F32>().Ret<S32>().Ret<S32>().Ret<S32>().Ret<S32>().Attr<bool>("normalized")));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_combine, Combine, (Bind<F32, S32, F32, Live>().Ret<F32>()));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_rotate, RotateAndStore,
                               (Bind<F32, F32, F32, ffi::AnyBuffer, ffi::AnyBuffer, S32, S32>()
                                    .Ret<F32>()

@@ -5,8 +5,10 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "vectors.h"
 
@@ -62,6 +64,46 @@ void RotateHead(const float* x, const float* cos, const float* sin, int64_t half
     const Floats c = LoadSome(cos + i, half - i), s = LoadSome(sin + i, half - i);
     StoreSome(y + i, half - i, NegatedFma(b, s, Mul(a, c)));
     StoreSome(y + half + i, half - i, Fma(b, c, Mul(a, s)));
+  }
+}
+
+// The k largest of `count` logits, the largest first and of equal ones the first, and their shares of the sum of
+// exponentials of all logits, or of the chosen ones. With a NaN among the logits all shares are NaN.
+inline void ChooseExperts(const float* logits, int64_t count, int64_t k, bool normalized, float* shares, int32_t* ids) {
+  int64_t found = 0;
+  bool is_number = true;
+  for (int64_t i = 0; i < count; ++i) {
+    is_number = is_number && logits[i] == logits[i];
+    int64_t at = found;
+    while (at > 0 && logits[i] > logits[ids[at - 1]]) --at;
+    if (at == k) continue;
+    found = std::min(found + 1, k);
+    std::copy_backward(ids + at, ids + found - 1, ids + found);
+    ids[at] = static_cast<int32_t>(i);
+  }
+  const float best = logits[ids[0]];
+  for (int64_t i = 0; i < k; ++i) shares[i] = logits[ids[i]];
+  const auto exponentials = [best](const float* from, int64_t left) {
+    alignas(64) float some[kLanes];
+    std::fill_n(some, kLanes, -std::numeric_limits<float>::infinity());
+    std::copy_n(from, std::min<int64_t>(left, kLanes), some);
+    return ExpOfNegative(Sub(Load(some), Fill(best)));
+  };
+  const float* summed = normalized ? shares : logits;
+  Floats sum = Zeros();
+  for (int64_t i = 0; i < (normalized ? k : count); i += kLanes) {
+    sum = Add(sum, exponentials(summed + i, (normalized ? k : count) - i));
+  }
+  const Floats total = Fill(is_number ? SumOf(sum) : std::numeric_limits<float>::quiet_NaN());
+  for (int64_t i = 0; i < k; i += kLanes) StoreSome(shares + i, k - i, Div(exponentials(shares + i, k - i), total));
+}
+
+// y = the sum of k rows of x, times their weights, in order.
+inline void CombineRow(const float* x, const int32_t* rows, const float* weights, int64_t k, int64_t size, float* y) {
+  for (int64_t i = 0; i < size; i += kLanes) {
+    Floats sum = Zeros();
+    for (int64_t j = 0; j < k; ++j) sum = Fma(LoadSome(x + rows[j] * size + i, size - i), Fill(weights[j]), sum);
+    StoreSome(y + i, size - i, sum);
   }
 }
 

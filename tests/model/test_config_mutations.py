@@ -17,7 +17,7 @@ from model.rope import Rope
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "configs.json").read_text("utf-8"))
 # Of all cases: (accepted here, accepted by transformers).
-COUNTS = {(True, True): 603, (True, False): 25, (False, True): 117, (False, False): 65}
+COUNTS = {(True, True): 861, (True, False): 54, (False, True): 178, (False, False): 107}
 
 
 def changed_keys(value: dict[str, Any]) -> set[str]:
@@ -60,7 +60,17 @@ def check(config: ModelConfig, case: dict[str, Any]) -> None:
     assert [config.attention_cap, config.logit_cap] == [cap or 0.0 for cap in case["caps"]]
     assert config.traits.activation == case["activation"]
     biases = {f"self_attn.{name}_proj.bias" for name in "qkv"} if config.qkv_bias else set()
-    assert {*case["biases"]} == biases
+    assert {name for name in case["biases"] if "norm" not in name and name != "bias"} == biases
+    check_factors(config, case)
+
+
+def check_factors(config: ModelConfig, case: dict[str, Any]) -> None:
+    """Constants that only some families have."""
+    if "embedding_multiplier" in case:
+        assert config.embedding_scale == case["embedding_multiplier"]
+        assert config.residual_scale == case["residual_multiplier"]
+    assert config.logit_scale == pytest.approx(case.get("logit_scale", 1.0) / case.get("logits_scaling", 1.0))
+    assert {kind.query_growth for kind in config.layers} == {tuple(case["growth"]) if "growth" in case else None}
 
 
 @pytest.mark.parametrize("base", GOLDEN["bases"])

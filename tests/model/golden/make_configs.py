@@ -29,6 +29,7 @@ Mutation = Callable[[], dict[str, Any]]
 
 FILE = Path(__file__).with_name("configs.json")
 CASES = 810
+NEWER_CASES = 390  # of the families below these
 LAYERS = 6
 FULL, SLIDING = "full_attention", "sliding_attention"
 _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # architecture -> model_type and the keys that the family needs
@@ -41,6 +42,21 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # architecture -> model_ty
     "Phi3": ("phi3", {"original_max_position_embeddings": 64, "pad_token_id": 0}),
     "Gemma2": ("gemma2", {"head_dim": 16, "hidden_activation": "gelu_pytorch_tanh"}),
     "Gemma3": ("gemma3_text", {"head_dim": 16, "hidden_activation": "gelu_pytorch_tanh"}),
+}
+_NEWER: dict[str, tuple[str, dict[str, Any]]] = {
+    "Olmo3": ("olmo3", {"sliding_window": 9}),
+    "Ministral3": ("ministral3", {"head_dim": 16}),
+    "Granite": ("granite", {}),
+    "SeedOss": ("seed_oss", {"head_dim": 16}),
+    "Glm4": ("glm4", {"head_dim": 16}),
+    "Exaone4": ("exaone4", {"sliding_window": 9}),
+    "Ernie4_5": ("ernie4_5", {"head_dim": 16}),
+    "HunYuanDenseV1": ("hunyuan_v1_dense", {"head_dim": 16}),
+    "Cohere2": ("cohere2", {"sliding_window": 9, "layer_norm_eps": 1e-5}),
+    "StableLm": ("stablelm", {"layer_norm_eps": 1e-5}),
+    "Apertus": ("apertus", {"hidden_act": "xielu"}),
+    "Arcee": ("arcee", {"hidden_act": "relu2"}),
+    "Helium": ("helium", {"head_dim": 16}),
 }
 _IGNORED = {
     "attention_dropout": 0.5,
@@ -75,13 +91,13 @@ def bases() -> dict[str, dict[str, Any]]:
             "pad_token_id": 0,
         }
         | keys
-        for name, (model_type, keys) in _FAMILIES.items()
+        for name, (model_type, keys) in (_FAMILIES | _NEWER).items()
     }
 
 
 def scaling(random: Random, name: str, *, nested: bool = False) -> dict[str, Any]:
     """Rotary parameters of any type, some of them contradictory or incomplete."""
-    kinds = ["default", "linear", "llama3", "yarn", "yarn", "longrope"]
+    kinds = ["default", "linear", "llama3", "yarn", "yarn", "longrope", *["dynamic"] * (name in _NEWER)]
     kind = random.choice(["default", "longrope", "longrope", "su", "yarn", "linear"] if name == "Phi3" else kinds)
     values: dict[str, Any] = {random.choice(["rope_type"] * 3 + ["type"]): kind}
     if kind in ("longrope", "su") or (name == "Phi3" and kind == "yarn"):
@@ -155,6 +171,7 @@ def mutations(random: Random, name: str) -> list[Mutation]:
         lambda: dict([random.choice(list(_IGNORED.items()))]),
     ]
     # Keys that only some families have.
+    growth = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     windows = [
         value("use_sliding_window", True, True, False),
         value("max_window_layers", 0, 2, 4),
@@ -168,6 +185,26 @@ def mutations(random: Random, name: str) -> list[Mutation]:
             lambda: {"no_rope_layers": [random.choice([0, 1]) for _ in range(LAYERS)]},
             value("no_rope_layer_interval", 2, 3),
         ],
+        "Ministral3": [value("rope_scaling", *(growth | {"llama_4_scaling_beta": beta} for beta in (0.1, 0.3)))],
+        "Granite": [
+            value("embedding_multiplier", 2.0, 12),
+            value("attention_multiplier", 0.5, 0.1),
+            value("residual_multiplier", 0.3),
+            value("logits_scaling", 4.0, 3),
+        ],
+        "SeedOss": [value("attention_bias", True, False), value("attention_out_bias", True, False)],
+        "Glm4": [value("attention_bias", True, False), value("partial_rotary_factor", 0.25, 1.0, 0.75)],
+        "Exaone4": [value("sliding_window_pattern", 2, 3), value("sliding_window", None)],
+        "Ernie4_5": [value("use_bias", True, False)],
+        "HunYuanDenseV1": [value("rope_scaling", {"type": "dynamic", "alpha": 50.0, "factor": 1.0})],
+        "Cohere2": [value("logit_scale", 0.5, 2), value("sliding_window_pattern", 2, 3), value("layer_norm_eps", 1e-3)],
+        "StableLm": [
+            value("use_qkv_bias", True, False),
+            value("partial_rotary_factor", 0.5, 1.0),
+            value("use_parallel_residual", True),
+            value("qk_layernorm", True),
+            value("layer_norm_eps", 1e-3),
+        ],
         "Gemma2": [value("query_pre_attn_scalar", 16, 20), value("attn_logit_softcapping", None, 20.0)],
         "Gemma3": [
             value("sliding_window_pattern", 2, 3),
@@ -176,7 +213,7 @@ def mutations(random: Random, name: str) -> list[Mutation]:
         ],
     }
     foreign: list[Mutation] = [
-        *(change for changes in own.values() for change in changes),
+        *(change for key, changes in own.items() for change in changes if name in _NEWER or key not in _NEWER),
         value("hidden_act", "silu", "gelu", "gelu_pytorch_tanh"),
         value("hidden_activation", "gelu_pytorch_tanh", "silu"),
         value("attention_bias", True, False),
@@ -219,9 +256,10 @@ def network(config: dict[str, Any], tables: Tables) -> dict[str, Any]:
         "layers": layers,
         "head_dim": first.self_attn.head_dim,
         "num_kv_heads": loaded.num_key_value_heads,
-        "rms_norm_eps": loaded.rms_norm_eps,
+        "rms_norm_eps": getattr(loaded, "layer_norm_eps", None) or loaded.rms_norm_eps,
         "tied": bool(loaded.tie_word_embeddings),
         "scale": first.self_attn.scaling,
+        **_factors(loaded),
         "caps": _caps(loaded),
         "activation": _activation(first.mlp),
         "biases": sorted(
@@ -230,13 +268,24 @@ def network(config: dict[str, Any], tables: Tables) -> dict[str, Any]:
     }
 
 
+def _factors(config: Any) -> dict[str, float]:
+    """Constants that only some families have, and the growth of queries."""
+    names = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale")
+    beta = (config.rope_parameters or {}).get("llama_4_scaling_beta")
+    growth = {} if beta is None else {"growth": [beta, config.rope_parameters["original_max_position_embeddings"]]}
+    return {name: getattr(config, name) for name in names if hasattr(config, name)} | growth
+
+
 def _layer(model: Any, index: int, tables: Tables) -> list[Any]:
     attention, rotary, config = model.model.layers[index].self_attn, model.model.rotary_emb, model.config
-    everywhere = config.sliding_window if config.model_type in ("mistral", "phi3") else None
+    everywhere = config.sliding_window if config.model_type in ("mistral", "phi3", "ministral3") else None
     window = getattr(attention, "sliding_window", everywhere) or 0
-    if not getattr(attention, "use_rope", True):
+    uses_rope = getattr(attention, "use_rope", True)
+    if config.model_type == "exaone4":
+        uses_rope, window = attention.sliding_window is None or attention.is_sliding, window * attention.is_sliding
+    if not uses_rope or (config.model_type == "cohere2" and not window):
         return [window]
-    kind = config.layer_types[index] if config.model_type == "gemma3_text" else None
+    kind = config.layer_types[index] if config.model_type in ("gemma3_text", "olmo3") else None
     prefix = f"{kind}_" if kind else ""
     type_ = rotary.rope_type[kind] if kind else rotary.rope_type
     short = tables.index(getattr(rotary, f"{prefix}inv_freq"))
@@ -259,6 +308,10 @@ def _activation(mlp: Any) -> str:
     probe = torch.tensor([-1.0, 0.5, 2.0])
     function = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.activation_fn
     known = {"silu": torch.nn.functional.silu, "gelu": lambda x: torch.nn.functional.gelu(x, approximate="tanh")}
+    known |= {
+        "relu2": lambda x: torch.relu(x) ** 2,
+        "xielu": transformers.activations.XIELUActivation(dtype=torch.float32),
+    }
     names = [name for name, other in known.items() if torch.allclose(function(probe), other(probe), atol=1e-6)]
     return names[0] if names else "other"
 
@@ -281,26 +334,30 @@ def _ids(value: int | list[int] | None) -> list[int]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
+def _case(random: Random, name: str, tables: Tables) -> dict[str, Any]:
+    """One mutated configuration, and what transformers makes of it."""
+    change: dict[str, Any] = {}
+    for mutate in random.sample(mutations(random, name), random.choice([1, 1, 2, 2, 3])):
+        change |= mutate()
+    keys = ["num_key_value_heads", "rms_norm_eps", "head_dim"]
+    drop = [random.choice(keys)] if random.random() < 0.1 else []
+    config = {key: value for key, value in (bases()[name] | change).items() if key not in drop}
+    try:
+        with torch.no_grad():
+            found = network(json.loads(json.dumps(config)), tables)
+    except Exception as error:  # noqa: BLE001 - whatever transformers and torch raise
+        found = {"error": type(error).__name__}
+    return {"base": name, "change": change, "drop": drop} | found
+
+
 def main() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    random, tables, cases = Random(24), Tables(), []
-    names = list(_FAMILIES)
-    for i in range(CASES):
-        name = names[i % len(names)]
-        change: dict[str, Any] = {}
-        for mutate in random.sample(mutations(random, name), random.choice([1, 1, 2, 2, 3])):
-            change |= mutate()
-        keys = ["num_key_value_heads", "rms_norm_eps", "head_dim"]
-        drop = [random.choice(keys)] if random.random() < 0.1 else []
-        config = {key: value for key, value in (bases()[name] | change).items() if key not in drop}
-        try:
-            with torch.no_grad():
-                found = network(json.loads(json.dumps(config)), tables)
-        except Exception as error:  # noqa: BLE001 - whatever transformers and torch raise
-            found = {"error": type(error).__name__}
-        cases.append({"base": name, "change": change, "drop": drop} | found)
+    tables, cases = Tables(), []
+    older, newer = list(_FAMILIES), list(_NEWER)
+    for random, names, count in ((Random(24), older, CASES), (Random(25), newer, NEWER_CASES)):
+        cases += [_case(random, names[i % len(names)], tables) for i in range(count)]
     content: dict[str, Any] = {"bases": bases(), "tables": tables.rows, "cases": cases, "eos": eos_cases(Random(5))}
     lines = [f'"{key}": {json.dumps(content[key])}' for key in ("bases", "tables")]
     for key in ("cases", "eos"):

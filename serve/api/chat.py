@@ -54,11 +54,11 @@ class ChatHandler[B: ChatCompletionRequest](Handler[B]):
         max_tokens: int | None = getattr(body, max_tokens_param)
         if body.prompt_token_ids is not None:
             param, text, ids = "prompt_token_ids", "", body.prompt_token_ids
-            end = context.model.tokenizer.decode(ids[-_MAX_MARK:], skip_special_tokens=False)
             if not ids:
                 raise invalid(param, "`prompt_token_ids` must contain at least one id.", "empty_array")
             check_number_of_ids(param, ids, body, limits)
             check_ids(param, ids, limits)
+            end = context.model.tokenizer.decode(ids[-_MAX_MARK:], skip_special_tokens=False)
             if body.return_prompt_text:
                 text = context.model.tokenizer.decode(ids, skip_special_tokens=False)
         else:

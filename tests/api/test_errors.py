@@ -109,6 +109,7 @@ async def test_error_names_field(server: Server, path: str, fields: dict[str, An
         ({"messages": None}, "messages", "missing_required_parameter"),
         ({"prompt_token_ids": []}, "prompt_token_ids", "empty_array"),
         ({"prompt_token_ids": [4, VOCAB_SIZE]}, "prompt_token_ids", "invalid_value"),
+        ({"prompt_token_ids": [2**32]}, "prompt_token_ids", "invalid_value"),
         ({"prompt_token_ids": [-1]}, "prompt_token_ids[0]", "integer_below_min_value"),
         ({"prompt_token_ids": [1.0]}, "prompt_token_ids[0]", "invalid_type"),
         ({"prompt_token_ids": [4] * (MAX_MODEL_LEN + 1)}, "prompt_token_ids", "context_length_exceeded"),

@@ -52,6 +52,7 @@ _SCALES = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale"
 # Keys of single families.
 _OWN = {
     "granite": _SCALES,
+    "granitemoe": _SCALES,
     "cohere2": ("logit_scale",),
     "mistral3": ("attention.temperature_scale", "rope.scaling.yarn_log_multiplier"),
 }
@@ -165,7 +166,7 @@ def _scales(
         "attention_scale": _scale(metadata, key("attention.scale"), query_size**-0.5),
         "embedding_scale": _scale(metadata, key("embedding_scale"), hidden**0.5 if family.scaled_embedding else 1.0),
         "residual_scale": _scale(metadata, key("residual_scale"), 1.0),
-        "logit_scale": 1 / logit_scale if family.name == "granite" else logit_scale,
+        "logit_scale": 1 / logit_scale if family.name in ("granite", "granitemoe") else logit_scale,
     }
 
 

@@ -150,6 +150,20 @@ FAMILIES: dict[str, Family] = {
             experts=ExpertTraits(hf_block="block_sparse_moe", hf_names=("w1", "w3", "w2"), gguf_architecture="llama"),
         ),
         Family(
+            name="granitemoe",
+            hf_architecture="GraniteMoeForCausalLM",
+            gguf_interleaved_rotary=True,
+            hf_defaults={
+                **dict.fromkeys(
+                    ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"), 1.0
+                ),
+                "num_experts_per_tok": 2,
+            },
+            experts=ExpertTraits(
+                hf_block="block_sparse_moe", hf_router="router.layer", hf_fused=("input_linear", "output_linear")
+            ),
+        ),
+        Family(
             name="olmoe",
             hf_architecture="OlmoeForCausalLM",
             qk_norm=("Q", "KV"),

@@ -11,12 +11,18 @@ import pytest
 from numpy.typing import NDArray
 
 from model.config import ModelConfig
+from model.weight_specs import TensorSpec
 from model.weights.checkpoint import Checkpoint
 from model.weights.source import ModelSource
 from model.weights.weight_table import Storage, load_weights, open_checkpoint
 from tests.support.tiny import random_weights, tiny_configs, write_checkpoint
 
 CASES = sorted(tiny_configs().keys() - {"mistral", "apertus", "helium"})  # Mistral's GGUF files are llama's
+
+
+def of_expert(weights: dict[str, NDArray[Any]], tensor: TensorSpec) -> NDArray[Any]:
+    values, place = weights[tensor.hf], tensor.hf_slice
+    return values if place is None else np.split(values[place.expert], place.parts)[place.part]
 
 
 def write_gguf(path: Path, hf: dict[str, Any], weights: dict[str, NDArray[np.float32]], config: ModelConfig) -> Path:
@@ -39,9 +45,9 @@ def write_gguf(path: Path, hf: dict[str, Any], weights: dict[str, NDArray[np.flo
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if family.partial_rotary:
         writer.add_rope_dimension_count(config.rotated_dims)
-    if family.name in ("granite", "cohere2"):
-        writer.add_logit_scale(hf["logits_scaling"] if family.name == "granite" else config.logit_scale)
-    if family.name == "granite":
+    if family.name in ("granite", "granitemoe", "cohere2"):
+        writer.add_logit_scale(hf["logits_scaling"] if family.name != "cohere2" else config.logit_scale)
+    if family.name in ("granite", "granitemoe"):
         writer.add_embedding_scale(config.embedding_scale)
         writer.add_residual_scale(config.residual_scale)
         writer.add_attention_scale(config.attention_scale)
@@ -65,7 +71,9 @@ def write_gguf(path: Path, hf: dict[str, Any], weights: dict[str, NDArray[np.flo
     _add_rope(writer, hf, rope)
     for weight in config.weights().values():
         if weight.role == "experts":
-            writer.add_tensor(weight.tensors[0].gguf, np.stack([weights[tensor.hf] for tensor in weight.tensors]))
+            writer.add_tensor(
+                weight.tensors[0].gguf, np.stack([of_expert(weights, tensor) for tensor in weight.tensors])
+            )
             continue
         for tensor in weight.tensors:
             values = np.atleast_1d(weights[tensor.hf])

@@ -51,7 +51,7 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
     return load_weights(checkpoint, Storage(np.dtype(np.float32), "none"), lambda _, rows: rows.read())
 
 
-EXPERTS = {"qwen3moe", "mixtral", "olmoe"}
+EXPERTS = {"qwen3moe", "mixtral", "olmoe", "granitemoe"}
 UNWRITABLE = {"apertus", "cohere2", "exaone4", "granite", "helium", "ministral3", "olmo3", "stablelm"}
 
 

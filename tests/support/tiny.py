@@ -119,6 +119,20 @@ def tiny_configs() -> dict[str, dict[str, Any]]:
         "mixtral": _config(
             "Mixtral", 40, 56, 118, (4, 2), 1e-5, num_local_experts=5, num_experts_per_tok=2, rope_theta=1000000.0
         ),
+        "granitemoe": _config(
+            "GraniteMoe",
+            40,
+            48,
+            118,
+            (4, 2),
+            1e-5,
+            num_local_experts=5,
+            num_experts_per_tok=2,
+            embedding_multiplier=9.0,
+            attention_multiplier=0.21,
+            residual_multiplier=0.37,
+            logits_scaling=0.7,
+        ),
         "olmoe": _config("Olmoe", 48, 40, 124, (6, 3), 1e-5, num_experts=6, num_experts_per_tok=3, rope_theta=10000.0),
         **newer_configs(),
     }
@@ -342,7 +356,7 @@ def _layer_shapes(config: dict[str, Any], i: int) -> dict[str, tuple[int, ...]]:
         shapes |= {f"self_attn.{n}_proj.weight": (size * E, D) for n, size in (("q", H), ("k", K), ("v", K))}
     shapes["self_attn.o_proj.weight"] = (D, H * E)
     shapes |= {} if kind in _NORMS else {"post_attention_layernorm.weight": (D,)}
-    if kind in _EXPERTS and i not in config.get("mlp_only_layers", ()):
+    if kind in (*_EXPERTS, "granitemoe") and i not in config.get("mlp_only_layers", ()):
         shapes |= _expert_shapes(config)
     elif kind in ("phi3", "glm4"):
         shapes |= {"mlp.gate_up_proj.weight": (2 * F, D), "mlp.down_proj.weight": (D, F)}
@@ -371,8 +385,15 @@ def _layer_shapes(config: dict[str, Any], i: int) -> dict[str, tuple[int, ...]]:
 def _expert_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     D, F = config["hidden_size"], config.get("moe_intermediate_size", config["intermediate_size"])
     X = config.get("num_experts") or config["num_local_experts"]
+    if config["model_type"] == "granitemoe":
+        shapes: dict[str, tuple[int, ...]] = {
+            "router.layer": (X, D),
+            "input_linear": (X, 2 * F, D),
+            "output_linear": (X, D, F),
+        }
+        return {f"block_sparse_moe.{name}.weight": shape for name, shape in shapes.items()}
     block, names = _EXPERTS[config["model_type"]]
-    shapes: dict[str, tuple[int, ...]] = {f"{block}.gate.weight": (X, D)}
+    shapes = {f"{block}.gate.weight": (X, D)}
     for expert in range(X):
         sizes = zip(names, ((F, D), (F, D), (D, F)), strict=True)
         shapes |= {f"{block}.experts.{expert}.{name}.weight": shape for name, shape in sizes}

@@ -36,6 +36,11 @@ from tests.support.tiny_multimodal import architecture, multimodal
 FOLDER = Path(__file__).parent
 # Both ends, some in between, and both sides of the border between two pages of 64 tokens.
 POSITIONS = np.array([0, 1, 2, 5, 13, 22, 40, 62, 63, 64, 65, 69], np.int32)
+_GRANITE = {
+    "mlp.router.layer.weight": "block_sparse_moe.router.weight",
+    "mlp.input_linear.weight": "block_sparse_moe.experts.gate_up_proj",
+    "mlp.output_linear.weight": "block_sparse_moe.experts.down_proj",
+}
 _MATRICES = (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
 SMALLEST_GAP = 5e-5  # of a token's logit to any other: ranks are then equal wherever logits are within 2e-5
 
@@ -121,6 +126,8 @@ def _fused(weights: dict[str, Any]) -> dict[str, Any]:
     for name, values in weights.items():
         block, _, rest = name.replace(".block_sparse_moe.", ".mlp.").partition(".experts.")
         if not rest:
+            for ours, theirs in _GRANITE.items():
+                block = block.replace(ours, theirs)
             fused[block] = values
             continue
         expert, matrix, _ = rest.split(".")
@@ -141,7 +148,11 @@ def _record_layers(model: Any, values: dict[str, Any]) -> None:
     core.norm.register_forward_hook(_keep(values, "norm", scale))  # ours includes the scale of logits
     for i, layer in enumerate(core.layers):
         at = f"layers.{i}"
-        named = {at: layer, f"{at}.attention": layer.self_attn, f"{at}.mlp": layer.mlp}
+        named = {
+            at: layer,
+            f"{at}.attention": layer.self_attn,
+            f"{at}.mlp": getattr(layer, "mlp", None) or layer.block_sparse_moe,
+        }
         named |= {f"{at}.{name}": module for name, module in _norms(layer).items()}
         for name, module in named.items():
             module.register_forward_hook(_keep(values, name))

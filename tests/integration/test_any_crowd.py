@@ -66,6 +66,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 256,
         "norm_topk_prob": True,
     },
+    "cohere2": CONFIG
+    | {
+        "architectures": ["Cohere2ForCausalLM"],
+        "model_type": "cohere2",
+        "sliding_window": 70,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "logit_scale": 0.7,
+    },
 }
 BUCKETS = Buckets(decode_rows=(1, 2, 4), prefill_chunks=(16, 64), score_rows=64, pages_per_row=4)
 REQUESTS = 80
@@ -79,7 +87,9 @@ REQUESTS = 80
         "llama-Q4_1 float32-float32",
         "gemma2-bfloat16-float32",
         "gemma3-float32-bfloat16",
+        "qwen3moe-bfloat16-bfloat16",
         "qwen3moe-Q4_1 float32-float32",
+        "cohere2-float32-float32",
     ],
 )
 def small_runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:

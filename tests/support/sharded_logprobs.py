@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, str, tuple[int, ...]]] = {
 CASES |= {
     name: (
         "qwen3moe",
-        {"hidden_size": 96, "moe_intermediate_size": 96, "mlp_only_layers": [], **_ONE_LAYER},
+        {"hidden_size": 96, "head_dim": 32, "moe_intermediate_size": 96, "mlp_only_layers": [], **_ONE_LAYER},
         dtype,
         quantization,
         (2,),

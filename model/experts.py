@@ -18,6 +18,7 @@ from model.layout import COLUMN_BLOCK
 from model.linear import matmul, operands
 from model.packed import Packed, PackedWeight
 
+_LANES = 16  # float32 in the longest vector
 _BLOCK_ROWS = 16  # rows of a product in XLA: the same for any number of tokens, as its last bits depend on it
 
 
@@ -90,9 +91,29 @@ def _route_in_xla(choose: Callable[[Array], tuple[Array, Array]], logits: Array,
 
 def _choose(logits: Array, *, k: int, normalized: bool) -> tuple[Array, Array]:
     best, ids = jax.lax.top_k(logits, k)
-    chosen = jnp.exp(best - best[:, :1])
-    total = jnp.sum(chosen if normalized else jnp.exp(logits - best[:, :1]), axis=1, keepdims=True)
-    return chosen / total, ids
+    largest = best[:, :1]
+    chosen = _exponentials(best, largest)
+    total = _sum(chosen if normalized else _exponentials(logits, largest))
+    return (chosen / total)[:, :k], ids
+
+
+def _exponentials(x: Array, largest: Array) -> Array:
+    """exp(x - largest) [M, W] of x [M, N], with zeros up to full vectors: XLA has other code for the rest of a loop."""
+    missing = -x.shape[1] % _LANES
+    exponentials = jnp.exp(jnp.pad(x, ((0, 0), (0, missing)), constant_values=-jnp.inf) - largest)
+    # Otherwise XLA computes them again for the levels of a sum.
+    kept: Array = jax.lax.optimization_barrier(exponentials)
+    return kept
+
+
+def _sum(x: Array) -> Array:
+    """Sum over the last axis of x [M, W], as a tree: XLA's order would depend on the place of a row."""
+    width = 1 << (x.shape[1] - 1).bit_length()
+    x = jnp.pad(x, ((0, 0), (0, width - x.shape[1])))
+    while width > 1:
+        width //= 2
+        x = x[:, :width] + x[:, width:]
+    return x
 
 
 def _choose_by_blocks(choose: Callable[[Array], tuple[Array, Array]], logits: Array) -> tuple[Array, Array]:

@@ -85,7 +85,7 @@ def test_kernel_and_xla_choose_the_same_experts(kernels: cpu.CpuKernels) -> None
         assert (ours.order == reference.order).all()
 
 
-@pytest.mark.parametrize(("count", "k", "normalized"), [(6, 3, True), (64, 8, False)])
+@pytest.mark.parametrize(("count", "k", "normalized"), [(6, 3, True), (6, 3, False), (64, 8, False)])
 def test_route_gives_a_token_the_same_bits_in_any_company(
     either: Kernels, count: int, k: int, normalized: bool
 ) -> None:

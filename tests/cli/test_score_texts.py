@@ -196,7 +196,10 @@ def test_read_renders_another_template_with_tools() -> None:
         ({"messages": [{"content": "a"}]}, r"messages\[0\]` is not a message with a role"),
         ({"messages": [USER, "a"]}, r"messages\[1\]` is not a message"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\]\.content` is missing"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "only parts of type text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "image is not supported: vision and audio parts",
+        ),
         ({"messages": [{"role": "user", "content": "refuse"}]}, "It is refused"),
     ],
     ids=str,

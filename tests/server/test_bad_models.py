@@ -126,7 +126,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "absurd layers": (changed(num_hidden_layers=10**6), "num_hidden_layers must be from 1 to 1000"),
     "unknown architecture": (
         changed(architectures=["MambaForCausalLM"]),
-        "architecture ['MambaForCausalLM'] is not known; known: Gemma2ForCausalLM, Gemma3ForCausalLM, LlamaForCausalLM",
+        "architecture ['MambaForCausalLM'] is not known; known: ApertusForCausalLM, ",
     ),
     "decision model": (changed(architectures=["JevForDecision"], model_type="jev"), "architecture ['JevForDecision']"),
     "decision model without architecture": (

@@ -9,9 +9,10 @@ from serve.grammar.argument_styles import STYLES, ArgumentStyle
 from serve.grammar.fields import GrammarRequest
 from serve.grammar.json_schema import GrammarError, closed, load_schema
 from serve.grammar.json_text import escaped_lark
+from serve.grammar.structural_tag import structural_tag
 from serve.text.chat import PromptError
 from serve.tools.definitions import Tool, ToolRequest
-from serve.tools.formats import CallFormat, WrittenCall
+from serve.tools.formats import HERMES, CallFormat, WrittenCall
 from serve.tools.parsers import Leading
 
 _ANY_OBJECT = {"type": "object"}
@@ -40,6 +41,17 @@ def call_grammar(tools: ToolRequest, calls: CallFormat, alternative: GrammarRequ
         content = {"type": "json_schema", "json_schema": closed(schema) if alternative.spec.closed else schema}
         form = {"type": "or", "elements": [content, _required(tools, written)]}
     return json.dumps({"type": "structural_tag", "format": form})
+
+
+def required_format(tools: ToolRequest, calls: CallFormat) -> CallFormat:
+    """The format of calls that are required: Hermes if that of the model cannot express the arguments of a tool."""
+    if calls.written is not None:
+        return calls
+    try:
+        structural_tag(json.loads(call_grammar(tools, calls) or ""), {}, None)
+    except (GrammarError, PromptError):
+        return HERMES
+    return calls
 
 
 def schema_error(tools: ToolRequest, message: str) -> PromptError:

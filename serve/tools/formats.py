@@ -47,7 +47,7 @@ class CallFormat:
     marks: tuple[str, ...]  # all texts that may be special tokens
     parse: Leading | Marked
     hints: tuple[str, ...] = ()  # a template of this format contains one of them
-    written: WrittenCall | None = None  # with arguments in JSON; None: as Hermes, which `parse` does not read
+    written: WrittenCall | None = None  # with arguments in JSON
     styled: WrittenCall | None = None  # with arguments that are no JSON
     short_ids: bool = False
 

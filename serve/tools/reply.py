@@ -15,9 +15,9 @@ from serve.text.chat import PromptError
 from serve.text.output_parts import ArgumentsDelta, CallEnd, CallStart, Part, TextPart
 from serve.text.output_splitter import OutputSplitter, ReasoningMarks
 from serve.text.tokenizer import Tokenizer
-from serve.tools.call_grammar import call_grammar, schema_error
+from serve.tools.call_grammar import call_grammar, required_format, schema_error
 from serve.tools.definitions import ToolRequest, custom_input
-from serve.tools.formats import HERMES, CallFormat
+from serve.tools.formats import CallFormat
 from serve.tools.markup import ChatMarkup
 from serve.tools.thinking import ThinkingGrammar
 
@@ -124,7 +124,7 @@ def reply_format(
     """The form of the output after a prompt."""
     calls = None
     if tools is not None and tools.callable:
-        calls = HERMES if tools.is_required and markup.calls.written is None else markup.calls
+        calls = required_format(tools, markup.calls) if tools.is_required else markup.calls
     marks, end = markup.reasoning, prompt.rstrip()
     return ReplyFormat(
         tools,

@@ -13,9 +13,9 @@ from serve.grammar.masks import Vocabulary, compile_source
 from serve.grammar.spec import GrammarKind, GrammarSpec
 from serve.text.output_parts import ArgumentsDelta, CallEnd, CallStart, TextPart
 from serve.text.output_splitter import OutputSplitter
-from serve.tools.call_grammar import call_grammar
+from serve.tools.call_grammar import call_grammar, required_format
 from serve.tools.definitions import ToolField, ToolRequest, tool_request
-from serve.tools.formats import FORMATS, CallFormat
+from serve.tools.formats import FORMATS, HERMES, CallFormat
 from serve.tools.reply import Reply, ReplyFormat
 from tests.support.http_client import BEGIN, END, byte_tokenizer
 
@@ -168,3 +168,36 @@ def test_lark_grammar_of_a_custom_tool(tokenizer: LLTokenizer, name: str) -> Non
             )
             [made] = Reply.of(parts, ReplyFormat(tools, form, None)).calls
             assert made.text == LARK_TEXT
+
+
+STYLED = [name for name in sorted(FORMAT) if FORMAT[name].written is None]
+
+
+def required_tools(schema: Any) -> ToolRequest:
+    field = ToolField.model_validate({"type": "function", "function": {"name": "f0", "parameters": schema}})
+    tools = tool_request([field], "required", parallel=True)
+    assert tools is not None
+    return tools
+
+
+@pytest.mark.parametrize("name", STYLED)
+def test_required_calls_have_the_form_of_the_model(tokenizer: LLTokenizer, name: str) -> None:
+    tools, form, choose = required_tools(ONE), FORMAT[name], random.Random(0)
+    assert required_format(tools, form) is form
+    matcher = compiled(tokenizer, tools, form)
+    outputs = [random_output(matcher, "", choose) for _ in range(3)]
+    for data in filter(None, outputs):
+        parts = OutputSplitter(byte_tokenizer(), form.parser(tools.schemas)).push(
+            list(data), data.decode(), is_complete=True
+        )
+        reply = Reply.of(parts, ReplyFormat(tools, form, None))
+        assert not reply.content
+        assert reply.calls
+        for call in reply.calls:
+            jsonschema.validate(json.loads(call.text), ONE)
+    assert any(outputs)
+
+
+@pytest.mark.parametrize("name", STYLED)
+def test_required_calls_that_the_model_cannot_write_have_the_form_of_hermes(name: str) -> None:
+    assert required_format(required_tools({"type": "object"}), FORMAT[name]) is HERMES

@@ -18,8 +18,9 @@ from model.attention import rotary_angles
 from model.config import ModelConfig
 from model.kernels.dispatch import Kernels
 from model.kv_cache import CacheLayout, PagedCache, addresses_of, write_hidden
-from model.layers import Layer, norm_of, soft_cap
+from model.layers import Layer, soft_cap
 from model.linear import Linear, ModelSpec, Weight, matmul, take_rows
+from model.norms import norm_of
 from model.sharding import TensorParallel
 
 

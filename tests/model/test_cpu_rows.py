@@ -11,7 +11,8 @@ from model.kernels import cpu
 from model.kernels.cpu import library
 from model.kernels.dispatch import load_kernels
 from model.kv_cache import PAGE_SIZE, SplitPages, addresses_of
-from model.layers import geglu_in_xla, rms_norm_in_xla, soft_cap_in_xla, swiglu_in_xla
+from model.layers import geglu_in_xla, soft_cap_in_xla, swiglu_in_xla
+from model.norms import rms_norm_in_xla
 from model.rope import Rope
 
 DTYPES = ["float32", "bfloat16"]

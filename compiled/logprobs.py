@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from model.activations import soft_cap_in_xla
 from model.kernels import cpu
 from model.kernels.dispatch import Kernels
-from model.layers import soft_cap_in_xla
 from model.linear import all_live, matmul, operands
 from model.packed import PackedWeight
 from model.reduce import log_sum_exp, parts_of

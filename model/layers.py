@@ -4,80 +4,22 @@ The residual stream is float32 throughout; inputs of linear maps and of the cach
 the default model in bfloat16 this takes the mean log-prob error from 0.043 to the figure in docs/design.md.
 """
 
-import math
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.typing import DTypeLike
 
+from model.activations import UNGATED, gated
 from model.attention import attend, rotate, rotate_and_store
 from model.config import LayerKind
 from model.experts import combine, expert_matmul, route, router_logits
-from model.kernels import ScoreOptions, cpu
-from model.kernels.dispatch import Kernels
+from model.kernels import ScoreOptions
 from model.kv_cache import Addresses, LayerPages
 from model.linear import Linear, ModelSpec, all_live
 from model.norms import RMSNorm, norm_of
 
 _FLOAT32 = jnp.dtype(jnp.float32)
-
-
-def gated(gate_up: Array, live: Array | None, activation: str, dtype: jnp.dtype, kernels: Kernels) -> Array:
-    """activation(gate) * up of gate_up [M, 2 F] float32, gate first: [M, F], rounded to dtype; `live` as in Linear."""
-    live = all_live(gate_up) if live is None else live
-    on_cpu, xla = (cpu.swiglu, swiglu_in_xla) if activation == "silu" else (cpu.geglu, geglu_in_xla)
-    y: Array = kernels.dispatch(gate_up, live, on_cpu=partial(on_cpu, dtype=dtype), xla=partial(xla, dtype=dtype))
-    return y
-
-
-def swiglu_in_xla(gate_up: Array, _live: Array, *, dtype: DTypeLike) -> Array:
-    """silu(gate) * up on any platform; results of rows from `live` on are undefined."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return (jax.nn.silu(gate) * up).astype(dtype)
-
-
-def geglu_in_xla(gate_up: Array, _live: Array, *, dtype: DTypeLike) -> Array:
-    """gelu(gate) * up on any platform, gelu by its tanh approximation; as `swiglu_in_xla`.
-
-    (1 + tanh(u)) / 2 is written as sigmoid(2 u), which is accurate where it is small.
-    """
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    share = jax.nn.sigmoid(jnp.float32(2 * math.sqrt(2 / math.pi)) * (gate + jnp.float32(0.044715) * gate**3))
-    return (gate * share * up).astype(dtype)
-
-
-def relu2(x: Array, _coefficients: Array | None) -> Array:
-    """max(x, 0)^2 (So et al. 2021)."""
-    return jnp.square(jnp.maximum(x, 0.0))
-
-
-def xielu(x: Array, coefficients: Array | None) -> Array:
-    """xIELU (Huang and Schlag 2024) with coefficients [4]: alpha_p and alpha_n before softplus, beta, epsilon."""
-    assert coefficients is not None
-    alphas, beta, epsilon = jax.nn.softplus(coefficients[:2]), coefficients[2], coefficients[3]
-    negative = (jnp.expm1(jnp.minimum(x, epsilon)) - x) * (beta + alphas[1])
-    return jnp.where(x > 0, alphas[0] * x * x, negative) + beta * x
-
-
-_ACTIVATIONS = {"relu2": relu2, "xielu": xielu}  # of MLPs without a gate
-
-
-def soft_cap(x: Array, live: Array | None, cap: float, kernels: Kernels) -> Array:
-    """cap * tanh(x / cap) of x [M, N] float32, or x if cap is 0; `live` as in Linear."""
-    if not cap:
-        return x
-    live = all_live(x) if live is None else live
-    y: Array = kernels.dispatch(x, live, on_cpu=partial(cpu.soft_cap, cap=cap), xla=partial(soft_cap_in_xla, cap=cap))
-    return y
-
-
-def soft_cap_in_xla(x: Array, _live: Array, *, cap: float) -> Array:
-    """`soft_cap` on any platform."""
-    return jnp.float32(cap) * jnp.tanh(x / jnp.float32(cap))
 
 
 class Attention(nnx.Module):
@@ -169,7 +111,7 @@ class MLP(nnx.Module):
         gate_up = self.gate_up(x, live)
         if not self.is_gated:
             coefficients = None if self.coefficients is None else self.coefficients.get_value()
-            return self.down(_ACTIVATIONS[self.activation](gate_up, coefficients), live)
+            return self.down(UNGATED[self.activation](gate_up, coefficients), live)
         hidden = gated(gate_up.reshape(-1, gate_up.shape[-1]), live, self.activation, self.dtype, self.kernels)
         return self.down(hidden.reshape(*x.shape[:-1], -1), live)
 

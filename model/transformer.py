@@ -14,11 +14,12 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
+from model.activations import soft_cap
 from model.attention import rotary_angles
 from model.config import ModelConfig
 from model.kernels.dispatch import Kernels
 from model.kv_cache import CacheLayout, PagedCache, addresses_of, write_hidden
-from model.layers import Layer, soft_cap
+from model.layers import Layer
 from model.linear import Linear, ModelSpec, Weight, matmul, take_rows
 from model.norms import norm_of
 from model.sharding import TensorParallel

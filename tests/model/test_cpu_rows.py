@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from model.activations import geglu_in_xla, soft_cap_in_xla, swiglu_in_xla
 from model.attention import rotary_angles, rotate_and_store, rotate_and_store_in_xla
 from model.kernels import cpu
 from model.kernels.cpu import library
 from model.kernels.dispatch import load_kernels
 from model.kv_cache import PAGE_SIZE, SplitPages, addresses_of
-from model.layers import geglu_in_xla, soft_cap_in_xla, swiglu_in_xla
 from model.norms import rms_norm_in_xla
 from model.rope import Rope
 

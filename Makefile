@@ -60,7 +60,7 @@ docs: .venv/.docs
 
 # The pictures of the README, drawn by the browser tests.
 screenshots: .venv/.dev .venv/.programs kernels
-	SCREENSHOTS=docs/images $(PY) -m pytest tests/integration/browser -k "hovering or side_by_side or answers_show"
+	SCREENSHOTS=docs/images $(PY) -m pytest tests/integration/browser -k "docked or side_by_side or answers_show"
 
 # Measures a running server (URL=http://...), or one that it starts for MODEL.
 bench: $(READY)

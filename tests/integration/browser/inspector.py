@@ -53,13 +53,13 @@ class Inspector:
 
     @property
     def details(self) -> Locator:
-        """The box with one token's details."""
+        """The panel with one token's details."""
         return self.page.locator("#details")
 
     @property
     def alternatives(self) -> Locator:
-        """Its buttons."""
-        return self.details.get_by_role("button")
+        """The buttons of its table."""
+        return self.details.locator(".alternatives button")
 
     def facts(self) -> dict[str, str]:
         """The names and values in it."""

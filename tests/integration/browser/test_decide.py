@@ -223,8 +223,8 @@ def test_prompt_tokens_and_the_token_after_them(decide: DecideView, server: Serv
     cells.last.hover()
     labels = dict(zip("ABC", evidence["logprobs"], strict=True))
     found = 0
-    for button in decide.inspector.alternatives.all():  # a label's log-prob is that of the next token
-        text, value = button.locator(".cell").inner_text(), button.locator(".lp").inner_text()
+    for row in decide.inspector.details.locator("tbody tr").all():  # a label's log-prob is that of the next token
+        text, value = row.locator(".cell").inner_text(), row.locator("td").nth(4).inner_text()
         if text in labels:
             found += 1
             assert number(value) == pytest.approx(labels[text], abs=5.1e-5)

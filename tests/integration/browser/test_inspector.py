@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,29 +84,45 @@ def test_cell_colors_follow_the_logprobs(page: Inspector) -> None:
     assert len(set(colors)) == 10
 
 
-def test_hovering_shows_token_details(page: Inspector) -> None:
+def test_details_are_docked_and_can_be_pinned(page: Inspector) -> None:
     pane = page.pane()
+    page.set(alternatives=20)
     pane.run(PROMPT)
-    pane.cells.nth(3).hover()
-    token = pane.exported()["tokens"][3]
-    pane.cells.nth(3).hover()
-    expect(page.details).to_be_visible()
+    token = pane.exported()["tokens"][1]
+    pane.cells.nth(1).hover()
     facts = page.facts()
     assert facts["id"] == str(token["token_id"])
-    assert bytes.fromhex(facts["bytes"]) == b" France"
+    assert bytes.fromhex(facts["bytes"]) == b" capital"
     assert number(facts["log-prob"]) == pytest.approx(token["logprob"], abs=1e-4)
     assert number(facts["probability"]) == pytest.approx(100 * math.exp(token["logprob"]), abs=0.01)
-    assert number(facts["rank"]) == token["rank"]
-    # The five best, and the token itself where it is none of them, each with a bar as long as it is likely.
-    others = [other["token_id"] for other in token["top"]]
-    expect(page.alternatives).to_have_count(5 + (token["token_id"] not in others))
+    assert number(facts["rank"]) == token["rank"] > 20
+    # The best, and the token itself, which is none of them and in view at both ends of the table.
+    rows = [row.locator("td").all_inner_texts() for row in page.details.locator("tbody tr").all()]
+    assert [int(row[5]) for row in rows] == [other["token_id"] for other in token["top"]] + [token["token_id"]]
+    cumulative = np.cumsum([math.exp(other["logprob"]) for other in token["top"]])
+    assert [number(row[3]) for row in rows[:20]] == pytest.approx(100 * cumulative, abs=0.006)
+    assert [number(row[4]) for row in rows[:20]] == pytest.approx([o["logprob"] for o in token["top"]], abs=1e-4)
+    assert [bytes.fromhex(row[6]) for row in rows[:20]] == [bytes(other["bytes"]) for other in token["top"]]
     shares = page.details.locator(".bar").evaluate_all("bars => bars.map(bar => bar.style.getPropertyValue('--share'))")
-    assert [float(share) for share in shares[:5]] == pytest.approx([math.exp(o["logprob"]) for o in token["top"]])
+    assert [float(share) for share in shares[:20]] == pytest.approx([math.exp(o["logprob"]) for o in token["top"]])
+    page.page.set_viewport_size({"width": 1280, "height": 620})  # too low for 20 rows
+    own, scroller = page.details.locator(".own td").first, page.details.locator(".scroller")
+    for end in (0, 10_000):
+        scroller.evaluate("(element, end) => element.scrollTo(0, end)", end)
+        expect(own).to_be_in_viewport(ratio=0.99)
+    page.page.set_viewport_size({"width": 1280, "height": 900})
     page.screenshot("inspector")
     page.page.mouse.move(5, 5)
-    expect(page.details).to_be_hidden()
+    expect(page.details).to_be_visible()  # it covers nothing
     pane.cells.nth(0).hover()
     assert page.facts()["log-prob"] == "none (first token)"
+    pane.cells.nth(3).click()
+    pane.cells.nth(2).hover()
+    assert bytes.fromhex(page.facts()["bytes"]) == b" France"
+    expect(pane.cells.nth(3)).to_have_class(re.compile("pinned"))
+    page.page.keyboard.press("Escape")
+    pane.cells.nth(4).hover()
+    assert bytes.fromhex(page.facts()["bytes"]) == b" is"
 
 
 def test_alternative_starts_a_branch(page: Inspector, server: ServerProcess) -> None:

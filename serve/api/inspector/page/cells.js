@@ -6,16 +6,17 @@ import { step } from "./totals.js";
 import { describe } from "./format.js";
 
 export class Cells {
-  /** `on` has callbacks: point(index, cell) when a cell is hovered or focused, leave() and enter() (the Enter key). */
-  constructor(element, on) {
+  /** Shows tokens of `view` in `details`: those under the pointer, with the focus, and clicked. */
+  constructor(element, view, details) {
     this.element = element;
-    this.on = on;
+    this.view = view;
+    this.details = details;
     this.run = null;
     this.current = 0;
     this.indexes = new WeakMap(); // cell -> index
     element.addEventListener("pointerover", (event) => this.#over(event));
-    element.addEventListener("pointerleave", () => on.leave());
     element.addEventListener("focusin", (event) => this.#focused(event));
+    element.addEventListener("click", (event) => this.#clicked(event));
     element.addEventListener("keydown", (event) => this.#key(event));
   }
 
@@ -79,7 +80,7 @@ export class Cells {
   #over(event) {
     if (event.pointerType !== "mouse") return; // touching a cell focuses it
     const index = this.#indexOf(event.target);
-    if (index >= 0) this.on.point(index, this.cell(index));
+    if (index >= 0) this.details.preview(this.view, index, this.cell(index));
   }
 
   #focused(event) {
@@ -89,7 +90,12 @@ export class Cells {
     Object.assign(this.cell(this.current) ?? {}, { tabIndex: -1, ariaSelected: "false" });
     Object.assign(cell, { tabIndex: 0, ariaSelected: "true" });
     this.current = index;
-    this.on.point(index, cell);
+    this.details.show(this.view, index, cell);
+  }
+
+  #clicked(event) {
+    const index = this.#indexOf(event.target);
+    if (index >= 0) this.details.pin(this.view, index, this.cell(index));
   }
 
   #key(event) {
@@ -104,7 +110,7 @@ export class Cells {
       PageDown: () => this.current + 50,
       PageUp: () => this.current - 50,
     };
-    if (event.key === "Enter") this.on.enter();
+    if (event.key === "Enter") this.details.enter();
     else if (moves[event.key]) this.focus(moves[event.key]());
     else return;
     event.preventDefault();

@@ -1,30 +1,55 @@
-// The details of one token in a box next to its cell: id, bytes, numbers, and the alternatives as buttons.
+// The details of one token in a docked panel: id, bytes, numbers, and a table of alternatives to continue with.
 
 import { bar, make } from "./dom.js";
 import { ORIGINS, count, logprob, percent } from "./format.js";
 import { draw, escapeInvisible, hex, partOf, plain } from "./text.js";
 
-const HIDE_AFTER = 250; // ms, for moving the pointer from the cell to the box
+const COLUMNS = ["rank", "token", "probability", "cumulative", "log-prob", "id", "bytes"];
 
 export class Details {
-  constructor(element) {
+  /** `side` is the place of the panel on wide screens; `narrow` a MediaQueryList. */
+  constructor(element, side, narrow) {
     this.element = element;
-    this.timer = null;
+    this.side = side;
+    this.narrow = narrow;
+    this.pinned = false;
     this.pane = null; // of the token shown
     this.run = null;
     this.index = null;
     this.cell = null;
-    element.addEventListener("pointerenter", () => clearTimeout(this.timer));
-    element.addEventListener("pointerleave", () => this.hideSoon());
     element.addEventListener("keydown", (event) => this.#key(event));
+    document.addEventListener("keydown", (event) => event.key === "Escape" && this.unpin());
+    narrow.addEventListener("change", () => this.pane && this.#dock());
   }
 
-  /** Shows a token of the pane's current run next to its cell. */
+  /** Shows the token under the pointer, unless another one is pinned, or the panel would move the text. */
+  preview(pane, index, cell) {
+    if (!this.pinned && !this.narrow.matches) this.show(pane, index, cell);
+  }
+
+  /** Shows a token and keeps it while the pointer moves over others. */
+  pin(pane, index, cell) {
+    this.pinned = true;
+    this.show(pane, index, cell);
+  }
+
+  /** Shows a token of the pane's current run. A pin moves to it. */
   show(pane, index, cell) {
-    clearTimeout(this.timer);
+    const before = cell.getBoundingClientRect().top;
+    this.#mark(false);
     Object.assign(this, { pane, run: pane.run, index, cell });
+    this.#dock();
     this.element.hidden = false;
     this.#draw();
+    if (this.element.parentNode !== this.side) this.#uncover(before);
+  }
+
+  /** Lets the panel show the token under the pointer again. On narrow screens it closes. */
+  unpin() {
+    if (!this.pinned) return;
+    this.pinned = false;
+    if (this.narrow.matches) this.hide();
+    else this.#draw();
   }
 
   /** Redraws after tokens of a run from `from` on have received numbers. */
@@ -32,45 +57,53 @@ export class Details {
     if (!this.element.hidden && this.run === run && this.index >= from) this.#draw();
   }
 
-  hideSoon() {
-    clearTimeout(this.timer);
-    this.timer = setTimeout(() => this.hide(), HIDE_AFTER);
-  }
-
   hide() {
-    clearTimeout(this.timer);
+    this.pinned = false;
+    this.#mark(false);
     this.element.hidden = true;
   }
 
-  /** Hides the box if it shows a token of this pane. */
+  /** Hides the panel if it shows a token of this pane. */
   hideFor(pane) {
     if (pane === this.pane) this.hide();
   }
 
-  /** Focuses the first alternative. */
+  /** Pins the token and focuses its first alternative. */
   enter() {
-    this.element.hidden = false;
-    this.element.querySelector("button")?.focus();
+    this.pinned = true;
+    this.#draw();
+    this.element.querySelector(".alternatives button")?.focus();
   }
 
-  /** Moves the box with its cell when the page scrolls, and hides it when the cell is out of view. */
-  follow() {
-    if (this.element.hidden) return;
-    const box = this.cell.getBoundingClientRect();
-    const frame = this.cell.parentNode?.getBoundingClientRect();
-    if (!frame || box.bottom < frame.top || box.top > frame.bottom) this.hide();
-    else this.#place();
+  /** Moves the panel to its place: beside the panes, or at the text. */
+  #dock() {
+    const place = this.narrow.matches || !this.pane.usesSide ? this.pane.dock : this.side;
+    if (this.element.parentNode !== place) place.prepend(this.element);
+  }
+
+  /** Scrolls so that the token stays at `top` when the panel opens, and never under the panel. */
+  #uncover(top) {
+    scrollBy({ top: this.cell.getBoundingClientRect().top - top, behavior: "instant" });
+    const gap = this.cell.getClientRects()[0].top - this.element.getBoundingClientRect().bottom;
+    if (this.narrow.matches && gap < 0) scrollBy({ top: gap - 8, behavior: "instant" });
+  }
+
+  #mark(shown) {
+    this.cell?.classList.toggle("shown", shown);
+    this.cell?.classList.toggle("pinned", shown && this.pinned);
   }
 
   #draw() {
     const token = this.run.tokens[this.index];
-    this.element.replaceChildren(this.#head(token), this.#facts(token), this.#list(token));
-    this.#place();
+    this.#mark(true);
+    this.element.replaceChildren(this.#head(token), this.#facts(token), this.#table(token));
   }
 
   #head(token) {
     const kind = `token ${count(this.index)}, ${ORIGINS[token.origin]}${token.special ? ", special" : ""}`;
-    return make("div", { className: "head" }, name(token), make("span", { className: "kind" }, kind));
+    const close = make("button", { type: "button", className: "unpin", hidden: !this.pinned, title: "Escape" }, "Unpin");
+    close.addEventListener("click", () => this.unpin());
+    return make("div", { className: "head" }, name(token), make("span", { className: "kind" }, kind), close);
   }
 
   #facts(token) {
@@ -81,9 +114,9 @@ export class Details {
     ];
     if (part) facts.push(["part of", escapeInvisible(part.character)]);
     if (typeof token.logprob === "number") {
-      facts.push(["log-prob", logprob(token.logprob)]);
-      facts.push(["probability", percent(Math.exp(token.logprob))]);
       facts.push(["rank", count(token.rank)]);
+      facts.push(["probability", percent(Math.exp(token.logprob))]);
+      facts.push(["log-prob", logprob(token.logprob)]);
       if (token.allowedMass !== undefined) facts.push(["allowed mass", percent(token.allowedMass)]);
       if (token.forced) facts.push(["forced", "the grammar allowed no other token"]);
     } else {
@@ -92,54 +125,56 @@ export class Details {
     return make("dl", { className: "facts" }, ...facts.flatMap(([term, text]) => [make("dt", {}, term), make("dd", {}, text)]));
   }
 
-  #list(token) {
-    const own = token.top.some((other) => other.id === token.id) ? [] : [token];
-    const others = typeof token.logprob === "number" ? [...token.top, ...own] : [];
-    const items = others.map((other) => this.#alternative(other, other.id === token.id));
-    return make("ol", { className: "alternatives", ariaLabel: "Alternatives: choose one to continue from there" }, ...items);
+  /** The alternatives in a table that scrolls; the row of the token itself stays in view. */
+  #table(token) {
+    if (typeof token.logprob !== "number") return "";
+    const isListed = token.top.some((other) => other.id === token.id);
+    let sum = 0;
+    const rows = token.top.map((other) => this.#alternative(other, (sum += Math.exp(other.logprob)), token));
+    if (!isListed) rows.push(this.#alternative(token, null, token));
+    const head = make("tr", {}, ...COLUMNS.map((column) => make("th", { scope: "col" }, column)));
+    const table = make("table", { className: "alternatives" }, make("thead", {}, head), make("tbody", {}, ...rows));
+    table.createCaption().textContent = `${count(token.top.length)} most likely; choose one to continue with it`;
+    return make("div", { className: "scroller", tabIndex: 0, role: "group", ariaLabel: "Alternatives" }, table);
   }
 
-  #alternative(other, isOwn) {
+  /** A row. `cumulative` is the probability of this token and of all that are more likely; null if not known. */
+  #alternative(other, cumulative, token) {
     const { run, index } = this;
+    const isOwn = other.id === token.id;
     const rank = count(other.rank);
-    const probability = Math.exp(other.logprob);
+    const probability = percent(Math.exp(other.logprob));
     const title = isOwn ? "this token; generate again from here" : "continue with this token";
-    const ariaLabel = `${plain(other.bytes)}, rank ${rank}, ${percent(probability)}: ${title}`;
-    const button = make(
-      "button",
-      { type: "button", title, ariaLabel },
-      make("span", { className: "rank" }, rank),
-      name(other),
-      bar(probability),
-      make("span", { className: "p" }, percent(probability)),
-      make("span", { className: "lp" }, logprob(other.logprob)),
-    );
-    button.addEventListener("click", () => this.pane.branch(run, index, other));
-    return make("li", { className: isOwn ? "own" : "" }, button);
+    const ariaLabel = `${plain(other.bytes)}, rank ${rank}, ${probability}: ${title}`;
+    const button = make("button", { type: "button", title, ariaLabel }, name(other));
+    const bytes = Array.from(other.bytes, hex).join(" ");
+    const cells = [
+      rank,
+      button,
+      make("span", { className: "p" }, bar(Math.exp(other.logprob)), probability),
+      cumulative === null ? "–" : percent(Math.min(1, cumulative)),
+      logprob(other.logprob),
+      String(other.id),
+      make("code", { title: bytes }, bytes),
+    ];
+    const row = make("tr", { className: isOwn ? "own" : "" }, ...cells.map((cell) => make("td", {}, cell)));
+    row.addEventListener("click", () => this.pane.branch(run, index, other));
+    return row;
   }
 
   #key(event) {
-    const buttons = [...this.element.querySelectorAll("button")];
+    const buttons = [...this.element.querySelectorAll(".alternatives button")];
     const current = buttons.indexOf(document.activeElement);
     if (event.key === "Escape") {
-      this.pane.cells.focus(this.index);
-      this.hide();
-    } else if (event.key === "ArrowDown") buttons[Math.min(current + 1, buttons.length - 1)]?.focus();
-    else if (event.key === "ArrowUp") buttons[Math.max(current - 1, 0)]?.focus();
+      const { pane, index } = this;
+      pane.cells.focus(index);
+      this.unpin();
+    } else if (current < 0) return;
+    else if (event.key === "ArrowDown") buttons[Math.min(current + 1, buttons.length - 1)].focus();
+    else if (event.key === "ArrowUp") buttons[Math.max(current - 1, 0)].focus();
     else return;
     event.preventDefault();
     event.stopPropagation();
-  }
-
-  /** Places the box below the cell, or above it if there is no room. On narrow screens, CSS overrides this. */
-  #place() {
-    const [box] = this.cell.getClientRects();
-    const { offsetWidth: width, offsetHeight: height } = this.element;
-    const view = document.documentElement;
-    const below = box.bottom + height <= view.clientHeight || box.top < height;
-    const left = Math.max(4, Math.min(box.left, view.clientWidth - width - 4));
-    this.element.style.left = `${left}px`;
-    this.element.style.top = `${below ? box.bottom : box.top - height}px`;
   }
 }
 

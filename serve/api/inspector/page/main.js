@@ -10,13 +10,17 @@ import { Tabs } from "./tabs.js";
 
 const PLACEHOLDERS = { json: '{"type": "object", …}', regex: "(yes|no)\\.", grammar: 'start: "yes" | "no"' };
 
+const NARROW = "(max-width: 63.99rem)"; // as in the style sheet
+
+const MAX_ALTERNATIVES = 100; // rows that the details show
+
 const get = (id) => document.getElementById(id);
 
 class Page {
   constructor() {
     this.server = new Server(() => sessionStorage.getItem("key"));
     this.model = null;
-    this.details = new Details(get("details"));
+    this.details = new Details(get("details"), get("side"), matchMedia(NARROW));
     this.panes = [new Pane(this)];
     get("panes").append(this.panes[0].root);
     this.decide = new Decide(this);
@@ -43,8 +47,8 @@ class Page {
     const { id, max_model_len: length, max_logprobs: maximum } = this.model;
     get("model").textContent = `${id}, ${length.toLocaleString("en")} tokens`;
     const { alternatives } = get("settings").elements;
-    alternatives.max = maximum;
-    alternatives.value = Math.min(alternatives.value, maximum);
+    alternatives.max = Math.min(maximum, MAX_ALTERNATIVES);
+    alternatives.value = Math.min(alternatives.value, alternatives.max);
     get("key").hidden = true;
     return this.model;
   }
@@ -127,10 +131,6 @@ class Page {
     });
     get("settings").addEventListener("submit", (event) => event.preventDefault());
     addEventListener("hashchange", () => this.#readLink());
-    addEventListener("scroll", () => this.details.follow(), { passive: true, capture: true });
-    document.addEventListener("pointerdown", (event) => {
-      if (!event.target.closest("#details, .cells")) this.details.hide();
-    });
     const theme = localStorage.getItem("theme");
     if (theme) document.documentElement.dataset.theme = theme;
   }

@@ -25,11 +25,9 @@ export class Pane {
       if (error) this.#refuse(error);
       page.onEdit();
     });
-    this.cells = new Cells(this.#part(".cells"), {
-      point: (index, cell) => page.details.show(this, index, cell),
-      leave: () => page.details.hideSoon(),
-      enter: () => page.details.enter(),
-    });
+    this.dock = this.#part(".dock"); // of the details on narrow screens
+    this.usesSide = true; // on others
+    this.cells = new Cells(this.#part(".cells"), this, page.details);
     this.sums = new Sums(this.root, this.cells);
     this.#listen();
   }

@@ -17,11 +17,9 @@ export class Prompts {
     this.error.role = "alert";
     const box = make("div", { className: "cells", ariaLabel: "Tokens", ariaOrientation: "horizontal", dir: "auto" });
     box.role = "listbox";
-    this.cells = new Cells(box, {
-      point: (index, cell) => page.details.show(this, index, cell),
-      leave: () => page.details.hideSoon(),
-      enter: () => page.details.enter(),
-    });
+    this.dock = make("div", { className: "dock" }); // of the details
+    this.usesSide = false;
+    this.cells = new Cells(box, this, page.details);
     this.buttons = prompts.map(({ title, ids }) => {
       const button = make("button", { type: "button", ariaPressed: "false" }, title);
       button.addEventListener("click", () => this.#show(button, ids));
@@ -29,7 +27,7 @@ export class Prompts {
     });
     const nav = make("nav", { className: "branches", ariaLabel: "Prompts", hidden: prompts.length < 2 }, ...this.buttons);
     const summary = make("summary", {}, prompts.length < 2 ? "Tokens of the prompt" : `Tokens of the ${prompts.length} prompts`);
-    this.root = make("details", {}, summary, nav, this.error, box);
+    this.root = make("details", {}, summary, nav, this.error, make("div", { className: "docked" }, this.dock, box));
     this.root.addEventListener("toggle", () => {
       if (!this.root.open) this.stop();
       else if (this.run === null) this.#show(this.buttons[0], prompts[0].ids);

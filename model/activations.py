@@ -18,7 +18,11 @@ from model.linear import all_live
 def gated(gate_up: Array, live: Array | None, activation: str, dtype: jnp.dtype, kernels: Kernels) -> Array:
     """activation(gate) * up of gate_up [M, 2 F] float32, gate first: [M, F], rounded to dtype; `live` as in Linear."""
     live = all_live(gate_up) if live is None else live
-    on_cpu, xla = (cpu.swiglu, swiglu_in_xla) if activation == "silu" else (cpu.geglu, geglu_in_xla)
+    on_cpu, xla = {
+        "silu": (cpu.swiglu, swiglu_in_xla),
+        "gelu": (cpu.geglu, geglu_in_xla),
+        "clamped_silu": (cpu.clamped_swiglu, clamped_swiglu_in_xla),
+    }[activation]
     y: Array = kernels.dispatch(gate_up, live, on_cpu=partial(on_cpu, dtype=dtype), xla=partial(xla, dtype=dtype))
     return y
 
@@ -37,6 +41,16 @@ def geglu_in_xla(gate_up: Array, _live: Array, *, dtype: DTypeLike) -> Array:
     gate, up = jnp.split(gate_up, 2, axis=-1)
     share = jax.nn.sigmoid(jnp.float32(2 * math.sqrt(2 / math.pi)) * (gate + jnp.float32(0.044715) * gate**3))
     return (gate * share * up).astype(dtype)
+
+
+def clamped_swiglu_in_xla(gate_up: Array, _live: Array, *, dtype: DTypeLike) -> Array:
+    """gate * sigmoid(1.702 gate) * (up + 1) on any platform, of gate up to 7 and up from -7 to 7; as `swiglu_in_xla`.
+
+    The activation of gpt-oss (OpenAI 2025, "gpt-oss-120b & gpt-oss-20b Model Card", and its published code).
+    """
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+    return (gate * jax.nn.sigmoid(jnp.float32(1.702) * gate) * (up + 1)).astype(dtype)
 
 
 def relu2(x: Array, _coefficients: Array | None) -> Array:

@@ -85,7 +85,14 @@ def rotate_and_store_in_xla(
     return rotate(heads[:, :, :H], cos, sin), stored
 
 
-def attend(queries: Array, pages: LayerPages, addresses: Addresses, kernels: Kernels, options: ScoreOptions) -> Array:
+def attend(
+    queries: Array,
+    pages: LayerPages,
+    addresses: Addresses,
+    kernels: Kernels,
+    options: ScoreOptions,
+    sinks: Array | None = None,
+) -> Array:
     """Causal attention of each query over its row's cached tokens, itself included.
 
     In every implementation the cost follows the true length, and pages add to a query's result in the same order in a
@@ -97,6 +104,7 @@ def attend(queries: Array, pages: LayerPages, addresses: Addresses, kernels: Ker
         addresses: of the queries' tokens.
         kernels: the model's.
         options: the layer's.
+        sinks: [H] float32, a further score of each head, whose value is zero (Xiao et al. 2023, "attention sinks").
 
     Returns:
         [R, T, H * E] float32, undefined for padding.
@@ -107,10 +115,11 @@ def attend(queries: Array, pages: LayerPages, addresses: Addresses, kernels: Ker
         implementations["on_cpu"] = _attend_on_cpu
         if gpu.supports_pages(queries.shape[3], pages.keys.dtype):
             implementations["on_gpu"] = _attend_on_gpu
-    elif tpu.supports_tables(tables.shape):
+    elif tpu.supports_tables(tables.shape) and sinks is None:
         implementations["on_tpu"] = _attend_on_tpu
     bound = {platform: partial(function, options=options) for platform, function in implementations.items()}
-    result: Array = kernels.dispatch(queries, pages, tables, addresses.positions, **bound)
+    arguments = (queries, pages, tables, addresses.positions, *(() if sinks is None else (sinks,)))
+    result: Array = kernels.dispatch(*arguments, **bound)
     return result
 
 
@@ -129,7 +138,13 @@ def _attend_on_tpu(queries: Array, pages: JoinedPages, *arguments: Array, option
 
 
 def attend_in_xla(
-    queries: Array, pages: LayerPages, tables: Array, positions: Array, *, options: ScoreOptions
+    queries: Array,
+    pages: LayerPages,
+    tables: Array,
+    positions: Array,
+    sinks: Array | None = None,
+    *,
+    options: ScoreOptions,
 ) -> Array:
     """`attend` on any platform, as XLA compiles it.
 
@@ -168,11 +183,11 @@ def attend_in_xla(
         return new_best, total * scale + p.sum(-1), out
 
     shape = (R, K, Q)
-    start = (
-        jnp.full(shape, _MASKED, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros((*shape, lanes), jnp.float32),
-    )
+    best, total = jnp.full(shape, _MASKED, jnp.float32), jnp.zeros(shape, jnp.float32)
+    if sinks is not None:  # as if they were scores of a page before the first
+        of_queries = jnp.repeat(sinks.reshape(K, G), T, axis=1)
+        best, total = jnp.broadcast_to(jnp.pad(of_queries, ((0, 0), (0, padding))), shape), jnp.ones_like(total)
+    start = (best, total, jnp.zeros((*shape, lanes), jnp.float32))
     end = jnp.max(positions) // PAGE_SIZE + 1
     lowest = jnp.min(jnp.where(positions < 0, jnp.max(positions), positions))
     first = jnp.maximum(lowest - window + 1, 0) // PAGE_SIZE if window else 0

@@ -45,6 +45,7 @@ def attend(
     values: Array,
     tables: Array,
     positions: Array,
+    sinks: Array | None = None,
     *,
     options: ScoreOptions,
     interpret: bool = False,
@@ -94,6 +95,11 @@ def attend(
         interpret=interpret,
         name="logprobd_attention",
     )(q, query_positions, tables, keys, values)
+    if sinks is not None:  # one more part, whose values are zero
+        scores = jnp.tile(sinks.reshape(K, G), (1, -(-best.shape[3] // G)))[:, : best.shape[3]]
+        out = jnp.concatenate([jnp.zeros_like(out[:1]), out])
+        best = jnp.concatenate([jnp.broadcast_to(scores, best[:1].shape), best])
+        total = jnp.concatenate([jnp.ones_like(total[:1]), total])
     result = _sum_parts(out, best, total)[:, :, : T * G].reshape(R, K, T, G, E)
     return result.transpose(0, 2, 1, 3, 4).reshape(R, T, H * E)
 

@@ -237,12 +237,13 @@ void AttendAll(const Pages& p) {
 
 template <typename Element>
 void Attention(int64_t tokens, int64_t before, int64_t heads, int64_t kv_heads, int64_t size, int64_t window,
-               float cap = 0) {
+               float cap = 0, bool has_sinks = false) {
   Random random(static_cast<uint64_t>(tokens * 1000 + before * 100 + size));
   const int64_t rows = 2, table = (before + tokens + kPage - 1) / kPage, pages = rows * table + 1;
   const auto queries = Filled<float>(random, rows * tokens * heads * size, -3, 3);
   const auto keys = Filled<Element>(random, pages * kv_heads * kPage * size, -2, 2);
   const auto values = Filled<Element>(random, pages * kv_heads * kPage * size, -2, 2);
+  const auto sinks = Filled<float>(random, heads, -3, 3);
   std::vector<int32_t> tables, positions;
   for (int64_t i = 0; i < rows * table; ++i) tables.push_back(static_cast<int32_t>(pages - 1 - i));
   for (int64_t i = 0; i < rows * tokens; ++i) {
@@ -265,7 +266,8 @@ void Attention(int64_t tokens, int64_t before, int64_t heads, int64_t kv_heads, 
                    pages,
                    window,
                    1 / __builtin_sqrtf(static_cast<float>(size)),
-                   cap};
+                   cap,
+                   has_sinks ? sinks.data() : nullptr};
   AttendAll<Element>(p);
   // The same tokens packed, one in a row, with the table of its request.
   std::vector<int32_t> repeated;
@@ -282,7 +284,7 @@ void Attention(int64_t tokens, int64_t before, int64_t heads, int64_t kv_heads, 
   }
   Print("attention " + std::to_string(tokens) + " after " + std::to_string(before) + " of " + std::to_string(heads) +
             "x" + std::to_string(size) + " window " + std::to_string(window) + (cap > 0 ? " capped" : "") +
-            NameOf<Element>(),
+            (has_sinks ? " sinks" : "") + NameOf<Element>(),
         out);
 }
 
@@ -295,6 +297,8 @@ void Rows(int64_t size) {
   SwigluRow(x.data(), x.data() + size, size, swiglu.data());
   std::vector<Element> geglu(static_cast<size_t>(size));
   GegluRow(x.data(), x.data() + size, size, geglu.data());
+  std::vector<Element> clamped(static_cast<size_t>(size));
+  ClampedSwigluRow(x.data(), x.data() + size, size, clamped.data());
   std::vector<float> capped(static_cast<size_t>(2 * size));
   SoftCapRow(x.data(), 7, 2 * size, capped.data());
   CopyHead(x.data(), size, copy.data());
@@ -303,6 +307,7 @@ void Rows(int64_t size) {
   Print("norm " + name, norm);
   Print("swiglu " + name, swiglu);
   Print("geglu " + name, geglu);
+  Print("clamped swiglu " + name, clamped);
   Print("soft cap " + name, capped);
   Print("copy " + name, copy);
   Print("rotate " + name, turned);
@@ -365,6 +370,7 @@ int main() {
   Attention<float>(40, 100, 3, 3, 6, 50);
   Attention<uint16_t>(33, 0, 8, 1, 128, 7);
   Attention<float>(40, 100, 4, 2, 16, 50, 2);
+  Attention<uint16_t>(40, 100, 6, 2, 16, 50, 0, true);
   for (const int64_t size : {1, 15, 16, 17, 96, 577}) {
     Rows<float>(size);
     Rows<uint16_t>(size);

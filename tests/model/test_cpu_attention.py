@@ -33,11 +33,12 @@ def run(
     *,
     window: int = 0,
     cap: float = 0.0,
+    sinks: Floats | None = None,
 ) -> Floats:
     """Attention over the crowd's pages by a compiled implementation."""
     pages = (SplitPages(crowd.keys, crowd.values),) if form is attend_in_xla else (crowd.keys, crowd.values)
     program = compiled(form, options=ScoreOptions(queries.shape[-1] ** -0.5, window, cap))
-    return np.asarray(program(queries, *pages, tables, positions))
+    return np.asarray(program(queries, *pages, tables, positions, *(() if sinks is None else (sinks,))))
 
 
 class Rows(Crowd):
@@ -82,6 +83,21 @@ def test_attend_with_capped_scores(dtype: str, window: int) -> None:
         np.testing.assert_array_equal(rows.chunk(1, start, end, window=window, cap=1.5), full[start:end])
     out = run(attend_in_xla, rows, rows.queries[1:], rows.tables[1:], rows.positions(1, 0, 200), window=window, cap=1.5)
     np.testing.assert_allclose(out[0], full, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_attend_with_sinks(window: int) -> None:
+    rows = crowd((6, 2, 16), (1, 200))
+    sinks = np.linspace(-3, 6, 6, dtype=np.float32)  # the last takes most of the weight
+    positions = rows.positions(1, 0, 200)
+    full = run(cpu.attend, rows, rows.queries[1:], rows.tables[1:], positions, window=window, sinks=sinks)
+    np.testing.assert_allclose(full[0], rows.in_float64(1, window=window, sinks=sinks), rtol=0, atol=4e-6)
+    for start, end in ((0, 1), (63, 65), (134, 200)):
+        queries, part = rows.queries[1:, start:end], rows.positions(1, start, end)
+        chunk = run(cpu.attend, rows, queries, rows.tables[1:], part, window=window, sinks=sinks)
+        np.testing.assert_array_equal(chunk[0], full[0, start:end])
+    out = run(attend_in_xla, rows, rows.queries[1:], rows.tables[1:], positions, window=window, sinks=sinks)
+    np.testing.assert_allclose(out, full, rtol=0, atol=4e-6)
 
 
 @pytest.mark.parametrize("window", [0, 40])

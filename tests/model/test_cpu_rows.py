@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from model.activations import geglu_in_xla, soft_cap_in_xla, swiglu_in_xla
+from model.activations import clamped_swiglu_in_xla, geglu_in_xla, soft_cap_in_xla, swiglu_in_xla
 from model.attention import rotary_angles, rotate_and_store, rotate_and_store_in_xla
 from model.kernels import cpu
 from model.kernels.cpu import library
@@ -90,6 +90,25 @@ def test_geglu_of_extreme_gates_neither_overflows_nor_swallows_nan() -> None:
     y = geglu(x, all_of(x))[0]
     np.testing.assert_allclose(y[:8], [0, 0, 0, 0, 0, 10, 200, 1e12], rtol=1e-6, atol=1e-6)
     assert np.isnan(y[8])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_clamped_swiglu_is_within_float32_rounding(width: int) -> None:
+    x = 8 * normal(7, 5, 2 * width)
+    gate, up = np.split(np.asarray(x, np.float64), 2, axis=1)
+    gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+    exact = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+    ours, xla = (form(x, all_of(x), dtype="float32") for form in (cpu.clamped_swiglu, clamped_swiglu_in_xla))
+    np.testing.assert_allclose(ours, exact, rtol=4e-6, atol=1e-6)
+    np.testing.assert_allclose(xla, exact, rtol=4e-6, atol=1e-6)
+
+
+def test_clamped_swiglu_of_extreme_values_keeps_nan() -> None:
+    gates, ups = [-1e30, 1e30, 1.0, 1.0, np.nan, 1.0], [1.0, 1e30, -1e30, 2.0, 1.0, np.nan]
+    y = np.asarray(cpu.clamped_swiglu(jnp.asarray([gates + ups], jnp.float32), jnp.int32(1), dtype="float32"))[0]
+    one = 1 / (1 + np.exp(-1.702))
+    np.testing.assert_allclose(y[:4], [0, 56 / (1 + np.exp(-1.702 * 7)), -6 * one, 3 * one], rtol=1e-6, atol=1e-36)
+    assert np.isnan(y[4:]).all()
 
 
 @pytest.mark.parametrize("width", WIDTHS)

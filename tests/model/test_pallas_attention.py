@@ -126,6 +126,17 @@ def test_attend_of_a_row_of_several_parts(run: Run, platform: str) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE[platform])
 
 
+def test_attend_with_sinks_equals_xla_on_a_gpu() -> None:
+    rows, sinks = crowd((6, 2, 16), (700,)), np.linspace(-3, 6, 6, dtype=np.float32)  # of more parts than one
+    options = ScoreOptions(0.25, window=600)
+    ours = compiled(gpu.attend, optimized=False, options=options, interpret=True)
+    for start in (660, 699):
+        arguments = (rows.queries[:, start:], rows.keys, rows.values, rows.tables, rows.positions(0, start, 700), sinks)
+        xla = compiled(attend_in_xla, options=options)
+        theirs = xla(arguments[0], SplitPages(rows.keys, rows.values), *arguments[3:])
+        np.testing.assert_allclose(ours(*arguments), theirs, rtol=0, atol=TOLERANCE["gpu"])
+
+
 def test_attend_with_padding_is_finite(run: Run) -> None:
     rows = crowd((9, 3, 64), LENGTHS)
     queries, positions = last_tokens(rows)

@@ -29,7 +29,9 @@ class Crowd:
         positions = np.arange(start, end, dtype=np.int32)
         return np.where(positions < self.lengths[row], positions, -1)[None]
 
-    def in_float64(self, row: int, *, window: int = 0, cap: float = 0.0) -> NDArray[np.float64]:
+    def in_float64(
+        self, row: int, *, window: int = 0, cap: float = 0.0, sinks: Floats | None = None
+    ) -> NDArray[np.float64]:
         """Return the reference output [T, H * E], computed in float64."""
         T = self.lengths[row]
         _, _, H, E = self.queries.shape
@@ -49,7 +51,8 @@ class Crowd:
             visible &= positions > positions[:, None] - window
         scores = np.where(visible, scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
+        sink = 0.0 if sinks is None else np.exp(sinks[:, None, None] - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True) + sink
         out: NDArray[np.float64] = np.einsum("hts,hse->the", weights, heads_of(self.values))
         return out.reshape(T, H * E)
 

@@ -6,6 +6,7 @@ They know arrays, not models. Their functions may be called once `load_library()
 from model.kernels.cpu.library import CpuKernels as CpuKernels
 from model.kernels.cpu.library import load_library as load_library
 from model.kernels.cpu.operations import attend as attend
+from model.kernels.cpu.operations import clamped_swiglu as clamped_swiglu
 from model.kernels.cpu.operations import combine as combine
 from model.kernels.cpu.operations import expert_linear as expert_linear
 from model.kernels.cpu.operations import geglu as geglu

@@ -52,15 +52,17 @@ bool InBounds(const Pages& p) {
 }
 
 ffi::Error Attention(ffi::ThreadPool pool, F32 queries, ffi::AnyBuffer keys, ffi::AnyBuffer values, S32 tables,
-                     S32 positions, ffi::Result<F32> out, int64_t window, float scale, float cap) {
+                     S32 positions, F32 sinks, ffi::Result<F32> out, int64_t window, float scale, float cap) {
   const auto q = queries.dimensions(), k = keys.dimensions(), v = values.dimensions(), t = tables.dimensions();
   const auto p = positions.dimensions();
   if (q.size() != 4 || k.size() != 4 || v.size() != 4 || t.size() != 2 || p.size() != 2 ||
       !std::equal(k.begin(), k.end(), v.begin()) || k[2] != kPage || k[3] != q[3] || q[3] % 2 != 0 || k[1] < 1 ||
       q[2] % k[1] != 0 || t[0] != q[0] || p[0] != q[0] || p[1] != q[1] ||
-      out->element_count() != queries.element_count() || keys.element_type() != values.element_type()) {
+      out->element_count() != queries.element_count() || keys.element_type() != values.element_type() ||
+      (sinks.element_count() != 0 && sinks.element_count() != static_cast<size_t>(q[2]))) {
     return ffi::Error::InvalidArgument(
-        "attention takes q [R, T, H, E], keys and values [N, K, 64, E], tables [R, P], positions [R, T]");
+        "attention takes q [R, T, H, E], keys and values [N, K, 64, E], tables [R, P], positions [R, T], sinks [H] "
+        "or [0]");
   }
   const Pages pages = {tables.typed_data(),
                        positions.typed_data(),
@@ -77,7 +79,8 @@ ffi::Error Attention(ffi::ThreadPool pool, F32 queries, ffi::AnyBuffer keys, ffi
                        k[0],
                        window,
                        scale,
-                       cap};
+                       cap,
+                       sinks.element_count() != 0 ? sinks.typed_data() : nullptr};
   if (!InBounds(pages)) return ffi::Error::InvalidArgument("attention: a page or a position is out of bounds");
   if (keys.element_type() == ffi::BF16) return Outcome(AttendAll<uint16_t>(pool, pages));
   if (keys.element_type() == ffi::F32) return Outcome(AttendAll<float>(pool, pages));
@@ -87,7 +90,7 @@ ffi::Error Attention(ffi::ThreadPool pool, F32 queries, ffi::AnyBuffer keys, ffi
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_attention, Attention,
-                              (Bind<F32, ffi::AnyBuffer, ffi::AnyBuffer, S32, S32>()
+                              (Bind<F32, ffi::AnyBuffer, ffi::AnyBuffer, S32, S32, F32>()
                                    .Ret<F32>()
                                    .Attr<int64_t>("window")
                                    .Attr<float>("scale")

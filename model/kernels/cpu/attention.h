@@ -5,7 +5,7 @@
 // page has the same 64 slots for every caller, and each sum runs in one fixed order: a score over the head's
 // elements ascending, an output over the page's keys ascending, by one fused multiply-add each. So a query has the same
 // bits in a prefill chunk of any size, in a decode step of any number of rows, and with any padding.
-// A masked key has weight +0, which changes no sum.
+// A masked key has weight +0, which changes no sum. A sink comes before all keys.
 //
 // Online softmax over pages: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
 
@@ -35,8 +35,9 @@ struct Pages {
   float* out;                // [R, T, H * E]
   int64_t rows, tokens, heads, kv_heads, size, table, pages;
   int64_t window;  // keys that a query attends to, itself included; 0 = all
-  float scale;     // of a score
-  float cap;       // replaces a score by cap * tanh(score / cap); 0 = off
+  float scale;         // of a score
+  float cap;           // replaces a score by cap * tanh(score / cap); 0 = off
+  const float* sinks;  // [H] a further score of each head, whose value is zero; null = none
 };
 
 // Tokens [from, to) of all R * T in order. They have one table: rows of one request may follow each other.
@@ -258,6 +259,10 @@ inline Queries Begin(const Pages& p, const Unit& unit, const Scratch& scratch) {
     }
     Store(scratch.total + q * kLanes, Zeros());
     scratch.best[q] = -std::numeric_limits<float>::infinity();
+    if (p.sinks != nullptr) {
+      scratch.total[q * kLanes] = 1.0f;
+      scratch.best[q] = p.sinks[unit.head * group + q % group];
+    }
   }
   return queries;
 }

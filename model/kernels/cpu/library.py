@@ -26,6 +26,7 @@ class Target(StrEnum):
     NORM = "logprobd_norm"
     SWIGLU = "logprobd_swiglu"
     GEGLU = "logprobd_geglu"
+    CLAMPED_SWIGLU = "logprobd_clamped_swiglu"
     SOFT_CAP = "logprobd_soft_cap"
     ROTATE = "logprobd_rotate"
     LOGPROBS = "logprobd_logprobs"

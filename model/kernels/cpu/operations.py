@@ -73,13 +73,21 @@ def _check_input(x: Array, weight: PackedWeight) -> None:
 
 
 def attend(
-    queries: Array, keys: Array, values: Array, tables: Array, positions: Array, *, options: ScoreOptions
+    queries: Array,
+    keys: Array,
+    values: Array,
+    tables: Array,
+    positions: Array,
+    sinks: Array | None = None,
+    *,
+    options: ScoreOptions,
 ) -> Array:
     """`model.attention.attend` with pages keys, values [N, K, 64, E] bfloat16 or float32; see attention.h."""
     R, T, H, E = queries.shape
     call = jax.ffi.ffi_call(Target.ATTENTION, jax.ShapeDtypeStruct((R, T, H * E), jnp.float32))
     attributes = {"window": np.int64(options.window), "scale": np.float32(options.scale)}
-    return call(queries, keys, values, tables, positions, cap=np.float32(options.cap), **attributes)
+    sinks = jnp.zeros((0,), jnp.float32) if sinks is None else sinks
+    return call(queries, keys, values, tables, positions, sinks, cap=np.float32(options.cap), **attributes)
 
 
 def rms_norm(x: Array, weight: Array, live: Array, *, epsilon: float, dtype: DTypeLike) -> Array:
@@ -96,6 +104,11 @@ def swiglu(gate_up: Array, live: Array, *, dtype: DTypeLike) -> Array:
 def geglu(gate_up: Array, live: Array, *, dtype: DTypeLike) -> Array:
     """gelu(gate) * up, gelu by its tanh approximation; as `swiglu`."""
     return _gated(Target.GEGLU, gate_up, live, dtype)
+
+
+def clamped_swiglu(gate_up: Array, live: Array, *, dtype: DTypeLike) -> Array:
+    """gate * sigmoid(1.702 gate) * (up + 1) of clamped gate and up; as `swiglu`."""
+    return _gated(Target.CLAMPED_SWIGLU, gate_up, live, dtype)
 
 
 def soft_cap(x: Array, live: Array, *, cap: float) -> Array:

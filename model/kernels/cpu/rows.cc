@@ -75,6 +75,10 @@ ffi::Error Geglu(ffi::ThreadPool pool, F32 x, Live live, AnyResult y) {
   return Gated(pool, x, live, y, [](auto... row) { GegluRow(row...); });
 }
 
+ffi::Error ClampedSwiglu(ffi::ThreadPool pool, F32 x, Live live, AnyResult y) {
+  return Gated(pool, x, live, y, [](auto... row) { ClampedSwigluRow(row...); });
+}
+
 ffi::Error CapRows(ffi::ThreadPool pool, F32 x, Live live, ffi::Result<F32> y, float cap) {
   const auto xs = x.dimensions();
   if (xs.size() != 2 || y->element_count() != x.element_count() || !(cap > 0)) {
@@ -229,6 +233,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_norm, Norm,
                               (Bind<F32, F32, Live>().Ret<ffi::AnyBuffer>().Attr<float>("epsilon")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_swiglu, Swiglu, GatedBinding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_geglu, Geglu, GatedBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_clamped_swiglu, ClampedSwiglu, GatedBinding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(logprobd_soft_cap, CapRows, (Bind<F32, Live>().Ret<F32>().Attr<float>("cap")));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     logprobd_route, Route,

@@ -50,6 +50,18 @@ void GegluRow(const float* gate, const float* up, int64_t size, Element* y) {
   }
 }
 
+// y = gate * sigmoid(1.702 gate) * (up + 1) with gate up to 7 and up from -7 to 7 (gpt-oss). NaN stays.
+template <typename Element>
+void ClampedSwigluRow(const float* gate, const float* up, int64_t size, Element* y) {
+  const Floats low = Fill(-7.0f), slope = Fill(1.702f), one = Fill(1.0f);
+  const auto negative = [](Floats x) { return Sub(Zeros(), x); };
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const Floats g = negative(Max(low, negative(LoadSome(gate + i, size - i))));
+    const Floats u = Max(low, negative(Max(low, negative(LoadSome(up + i, size - i)))));
+    StoreSome(y + i, size - i, Mul(Mul(g, Sigmoid(Mul(g, slope))), Add(u, one)));
+  }
+}
+
 // y = cap * tanh(x / cap).
 inline void SoftCapRow(const float* x, float cap, int64_t size, float* y) {
   const Floats bound = Fill(cap);

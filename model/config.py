@@ -7,7 +7,7 @@ from reprlib import Repr
 from typing import Any
 
 from model.families import FAMILIES
-from model.family import HEAD, QKV_BIAS, Family
+from model.family import HEAD, OUT_BIAS, QKV_BIAS, Family
 from model.layout import COLUMN_BLOCK
 from model.rope import Rope
 from model.weight_specs import WeightSpec
@@ -114,7 +114,11 @@ class ModelConfig:
         layers = [spec.of_layer(i) for i, table in enumerate(tables) for spec in table if spec.is_per_layer]
         embedding, *last = [spec for spec in dense if not spec.is_per_layer]
         absent = {HEAD.path} if self.tie_word_embeddings else set()
-        absent |= set() if self.qkv_bias else {QKV_BIAS.path.format(i=i) for i in range(self.num_layers)}
+        absent |= (
+            set()
+            if self.qkv_bias
+            else {bias.path.format(i=i) for bias in (QKV_BIAS, OUT_BIAS) for i in range(self.num_layers)}
+        )
         return {spec.path: spec for spec in (embedding, *layers, *last) if spec.path not in absent}
 
     def __post_init__(self) -> None:

@@ -195,7 +195,7 @@ def _refuse_unsupported(metadata: Mapping[str, Any], family: Family, prefix: str
 def _layers(
     metadata: Mapping[str, Any], family: Family, key: Callable[[str], str], tensor: Tensor, head_dim: int
 ) -> tuple[LayerKind, ...]:
-    rope = _rope(metadata, key, tensor, head_dim)
+    rope = _rope(metadata, key, tensor, head_dim, truncate=family.gguf_yarn_truncate)
     local = rope
     if family.local_theta is not None:  # stretched in none of its ways, but scaled
         scale = float_of(metadata, key("rope.scaling.attn_factor"), 1.0)
@@ -225,7 +225,9 @@ def _windows(metadata: Mapping[str, Any], family: Family, key: Callable[[str], s
     return [0 if period and (i + 1) % period == 0 else window for i in range(count)]
 
 
-def _rope(metadata: Mapping[str, Any], key: Callable[[str], str], tensor: Tensor, head_dim: int) -> Rope:
+def _rope(
+    metadata: Mapping[str, Any], key: Callable[[str], str], tensor: Tensor, head_dim: int, *, truncate: bool
+) -> Rope:
     """The angles of global layers, by llama.cpp's rules."""
     theta = float_of(metadata, key("rope.freq_base"), 10000.0, above=1)
     length, long = int_of(metadata, key("context_length")), tensor(_LONG)
@@ -243,7 +245,7 @@ def _rope(metadata: Mapping[str, Any], key: Callable[[str], str], tensor: Tensor
             if multiplier := float_of(metadata, key("rope.scaling.yarn_log_multiplier"), 0.0):
                 scale /= ropes.yarn_scale(factor, multiplier)
             stretch = ropes.yarn_divisors(
-                theta, head_dim, factor=factor, fast=32, slow=1, original=original, truncate=True, min_width=0.001
+                theta, head_dim, factor=factor, fast=32, slow=1, original=original, truncate=truncate, min_width=0.001
             )
         case type_ if type_ == "linear" or (type_ == "longrope" and long):
             stretch = (factor,) * (head_dim // 2) if factor != 1 else ()

@@ -149,6 +149,13 @@ def expert_matmul(x: Array, weight: Array | Packed, routes: Routes, kernels: Ker
     return y
 
 
+def add_biases(y: Array, biases: Array | None, routes: Routes) -> Array:
+    """Rows y [M k, N], sorted by expert, plus their experts' rows of biases [X N]."""
+    if biases is None:
+        return y
+    return y + biases.reshape(-1, y.shape[1])[routes.ids.reshape(-1)[routes.order]]
+
+
 def _by_blocks(x: Array, weight: Array | PackedWeight, starts: Array) -> Array:
     """The products on any platform: blocks of rows of one expert, one after another.
 

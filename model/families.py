@@ -21,6 +21,26 @@ _GEMMA = {
     "final_logit_softcapping": None,
 }
 _GEMMA2_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+_GPT_OSS = {
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000.0,
+    "max_position_embeddings": 131072,
+    "sliding_window": 128,
+    "layer_types": None,
+    "attention_bias": True,
+    "num_experts_per_tok": 4,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    # Copies of other values, which transformers does not read.
+    "experts_per_token": None,
+    "initial_context_length": None,
+}
 # Old checkpoints carry the rotary frequencies, which follow from rope_theta.
 _IGNORED = ("model.layers.{i}.self_attn.rotary_emb.inv_freq",)
 
@@ -160,7 +180,9 @@ FAMILIES: dict[str, Family] = {
                 "num_experts_per_tok": 2,
             },
             experts=ExpertTraits(
-                hf_block="block_sparse_moe", hf_router="router.layer", hf_fused=("input_linear", "output_linear")
+                hf_block="block_sparse_moe",
+                hf_router="router.layer",
+                hf_fused=("input_linear.weight", "output_linear.weight"),
             ),
         ),
         Family(
@@ -169,6 +191,27 @@ FAMILIES: dict[str, Family] = {
             qk_norm=("Q", "KV"),
             hf_defaults={"rms_norm_eps": 1e-5, "num_experts_per_tok": 8, "norm_topk_prob": False},
             experts=ExpertTraits(gguf_normalized=False),
+        ),
+        Family(
+            name="gpt-oss",
+            hf_architecture="GptOssForCausalLM",
+            hf_model_type="gpt_oss",
+            activation="clamped_silu",
+            qkv_bias="attention_bias",
+            out_bias=True,
+            sinks=True,
+            local_period=2,
+            gguf_yarn_truncate=False,
+            norm_names={"mlp_norm": ("post_attention_layernorm", "post_attention_norm")},
+            hf_defaults=_GPT_OSS,
+            hf_neutral={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+            experts=ExpertTraits(
+                hf_router="router",
+                hf_fused=("experts.gate_up_proj", "experts.down_proj"),
+                hf_interleaved=True,
+                hf_transposed=True,
+                bias=True,
+            ),
         ),
         *NEWER_FAMILIES,
     )

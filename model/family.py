@@ -42,7 +42,11 @@ QKV_BIAS = layer_weight(
     tensor_spec("self_attn.k_proj", "attn_k", "KV", heads="K", kind="bias"),
     tensor_spec("self_attn.v_proj", "attn_v", "KV", kind="bias"),
 )
-_ACTIVATIONS = {"gelu": ("gelu_pytorch_tanh", "gelu_new")}
+OUT_BIAS = layer_weight("attention.out.bias", tensor_spec("self_attn.o_proj", "attn_output", "D", kind="bias"))
+_SINKS = layer_weight(
+    "attention.sinks", TensorSpec("model.layers.{i}.self_attn.sinks", "blk.{i}.attn_sinks.weight", ("H",))
+)
+_ACTIVATIONS = {"gelu": ("gelu_pytorch_tanh", "gelu_new"), "clamped_silu": ("silu",)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +61,8 @@ class Family:
     interleaved_rotary: bool = False  # so do all their checkpoints
     fused: tuple[str, ...] = ()  # "qkv": q, k and v are one tensor; "gate_up": gate and up are
     qkv_bias: bool | str = False  # a name: the key of config.json that turns them on
+    out_bias: bool = False  # attention's output has a bias, too, if q, k and v have one
+    sinks: bool = False  # each head of attention has a further score, whose value is zero
     qk_norm: tuple[str, str] | None = None  # RMSNorm of q and k: letters of the axes, one head or all
     qk_norm_after_rope: bool = False
     norm: Literal["rms", "layer"] = "rms"
@@ -64,7 +70,8 @@ class Family:
     parallel_block: bool = False  # attention and MLP read the same normed input, and both are added to it
     pre_norm: bool = True  # norms of the inputs of attention and MLP
     post_norm: bool = False  # norms of their outputs
-    activation: Literal["silu", "gelu", "relu2", "xielu"] = "silu"  # gelu by its tanh approximation
+    # gelu by its tanh approximation; clamped_silu is that of `clamped_swiglu_in_xla`
+    activation: Literal["silu", "gelu", "relu2", "xielu", "clamped_silu"] = "silu"
     gated: bool = True  # the MLP multiplies the activation of a gate; else it is that of `up`
     scaled_embedding: bool = False  # multiplied by sqrt(D)
     hf_norm_offset: float = 0.0  # added to a norm's weight by Hugging Face's modules, already included in GGUF files
@@ -77,6 +84,7 @@ class Family:
     rope_aliases: Mapping[str, str] = field(default_factory=dict)  # other names of rotary scaling in config.json
     # Keys of config.json that only some families have, and defaults of transformers for keys that it lacks.
     hf_defaults: Mapping[str, Any] = field(default_factory=dict)
+    gguf_yarn_truncate: bool = True  # YaRN's `truncate`, which GGUF files do not have
     gguf_defaults: Mapping[str, Any] = field(default_factory=dict)  # defaults of llama.cpp, without the architecture
     hf_neutral: Mapping[str, Any] = field(default_factory=dict)  # values at which other keys have no effect
     ignored: tuple[str, ...] = ()  # checkpoint tensors that are not needed
@@ -116,6 +124,8 @@ class Family:
         mlp = (gate_up, _DOWN) if not (experts and self.experts) else expert_weights(self.experts, experts)
         weights += [_FUSED_QKV if "qkv" in self.fused else _QKV, _OUT, *mlp]
         weights += [QKV_BIAS] if self.qkv_bias else []
+        weights += [OUT_BIAS] if self.out_bias else []
+        weights += [_SINKS] if self.sinks else []
         weights += [_XIELU] if self.activation == "xielu" else []
         for name, letter in zip("qk", self.qk_norm or (), strict=False):
             path = f"{name}_norm"

@@ -13,7 +13,7 @@ from jax import Array
 from model.activations import UNGATED, gated
 from model.attention import attend, rotate, rotate_and_store
 from model.config import LayerKind
-from model.experts import combine, expert_matmul, route, router_logits
+from model.experts import add_biases, combine, expert_matmul, route, router_logits
 from model.kernels import ScoreOptions
 from model.kv_cache import Addresses, LayerPages
 from model.linear import Linear, ModelSpec, all_live
@@ -39,7 +39,8 @@ class Attention(nnx.Module):
             return RMSNorm(dims[axis], spec, _FLOAT32, sharded_axis=axis if is_sharded else None) if axis else None
 
         self.q_norm, self.k_norm = map(qk_norm, traits.qk_norm or (None, None))
-        self.out = Linear(dims["D"], dims["Q"], spec, psum=True)
+        self.out = Linear(dims["D"], dims["Q"], spec, bias=config.qkv_bias and traits.out_bias, psum=True)
+        self.sinks = nnx.Param(jnp.zeros((dims["H"],), jnp.float32)) if traits.sinks else None
 
     def __call__(
         self, x: Array, angles: tuple[Array, Array], pages: LayerPages, addresses: Addresses
@@ -54,7 +55,8 @@ class Attention(nnx.Module):
         if self.kind.query_growth is not None:
             queries = queries * self.query_growth(addresses.positions)
         options = ScoreOptions(config.attention_scale, self.kind.window, config.attention_cap)
-        context = attend(queries, pages, addresses, kernels, options)
+        sinks = None if self.sinks is None else self.sinks.get_value()
+        context = attend(queries, pages, addresses, kernels, options, sinks)
         return self.out(context, live), pages
 
     def heads(self, x: Array, live: Array | None = None) -> Array:
@@ -127,9 +129,10 @@ class ExpertMLP(nnx.Module):
         assert config.experts is not None
         self.experts = config.experts
         X, XF, D = self.experts.count, self.experts.size, config.hidden_size
-        self.router = Linear(X, D, spec)
-        self.gate, self.up = Linear(X * XF, D, spec), Linear(X * XF, D, spec)
-        self.down = Linear(X * D, XF, spec)
+        has_bias = config.traits.experts is not None and config.traits.experts.bias
+        self.router = Linear(X, D, spec, bias=has_bias)
+        self.gate, self.up = Linear(X * XF, D, spec, bias=has_bias), Linear(X * XF, D, spec, bias=has_bias)
+        self.down = Linear(X * D, XF, spec, bias=has_bias)
         self.activation = config.traits.activation
         self.parallel, self.dtype, self.kernels = spec.parallel, spec.dtype, spec.kernels
 
@@ -138,15 +141,25 @@ class ExpertMLP(nnx.Module):
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         live = all_live(rows) if live is None else live
         logits = router_logits(rows, self.router.weight.get_value(), self.kernels, live)
+        if (bias := _bias_of(self.router)) is not None:
+            logits = logits + bias
         routes = route(logits, live, self.experts, self.kernels)
         tokens = rows[routes.order // self.experts.per_token]
         gate, up = (
-            expert_matmul(tokens, each.weight.get_value(), routes, self.kernels) for each in (self.gate, self.up)
+            add_biases(expert_matmul(tokens, each.weight.get_value(), routes, self.kernels), _bias_of(each), routes)
+            for each in (self.gate, self.up)
         )
         hidden = gated(jnp.concatenate([gate, up], axis=1), routes.live, self.activation, self.dtype, self.kernels)
         y = expert_matmul(hidden, self.down.weight.get_value(), routes, self.kernels)
+        down_bias = _bias_of(self.down)  # of one shard only, since the shards' sums are added
+        y = add_biases(y, None if down_bias is None else self.parallel.once(down_bias), routes)
         y = combine(y, routes, live, self.kernels)
         return (self.parallel.psum(y) if self.parallel.shards > 1 else y).reshape(x.shape)
+
+
+def _bias_of(linear: Linear) -> Array | None:
+    bias: Array | None = None if linear.bias is None else linear.bias.get_value()
+    return bias
 
 
 class Layer(nnx.Module):

@@ -25,7 +25,7 @@ from model.weight_specs import WeightSpec
 
 TENSOR = "tensor"  # the mesh axis
 # The sharded axes, by letters of ModelConfig.dims(); D of the residual stream and E are replicated.
-_SHARDED = {"V", "F", "FF", "XF", "Q", "KV", "QKV"}
+_SHARDED = {"V", "F", "FF", "XF", "H", "Q", "KV", "QKV"}
 _LANES = 128  # a shard's vocabulary is a multiple of it: full blocks of the top-k, full words of a mask
 
 type ShardIndices = NDArray[np.int64]  # [shards, n]: the indices of an axis that each shard holds; -1 is padding
@@ -131,6 +131,10 @@ class TensorParallel:
     def psum(self, x: Array) -> Array:
         return self.vocab_axis.psum(x)
 
+    def once(self, x: Array) -> Array:
+        """x in the first shard, zeros in the others: what is added to a part of a sum over shards."""
+        return x if self.shards == 1 else jnp.where(jax.lax.axis_index(TENSOR) == 0, x, jnp.zeros_like(x))
+
     def shard_hidden(self, hidden: Array) -> Array:
         """The features of hidden states [..., D] that this shard stores."""
         return self.vocab_axis.shard(hidden, self.hidden_size)
@@ -155,6 +159,8 @@ class TensorParallel:
                 return self._even(sizes["V"], self._width("V", _LANES))
             case "F" | "XF":
                 return self._even(sizes[letter], self._width(letter, self.config.shard_features))
+            case "H":
+                return self._heads()[0]
             case "Q" | "KV":
                 return _elements(self._heads()[letter == "KV"], self.config.head_dim)
             case "QKV":

@@ -6,11 +6,12 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class ExpertSlice:
-    """An expert's matrix in a tensor [X, parts * rows, ...] of all experts, which holds `parts` matrices of each."""
+    """An expert's matrix or bias in a tensor [X, parts * rows, ...] of all experts, which holds `parts` of each."""
 
     expert: int
     parts: int = 1
     part: int = 0
+    interleaved: bool = False  # the rows of the parts alternate; else each part's rows follow each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,9 @@ class ExpertTraits:
     hf_router: str = "gate"
     hf_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # of one expert's matrices
     hf_fused: tuple[str, str] | None = None  # instead: tensors of all experts, gate and up in the first
+    hf_interleaved: bool = False  # rows of gate and up alternate in it
+    hf_transposed: bool = False  # floats of these tensors are stored as [X, columns, rows]
+    bias: bool = False  # of the router and of all matrices, in tensors of all experts with "_bias" after the name
     hf_size: str = "intermediate_size"  # key of config.json: features of an expert
     gguf_architecture: str | None = None  # None: the family's name
     gguf_normalized: bool = True  # whether weights of the chosen experts add up to 1, unless a file's key says so
@@ -81,13 +85,20 @@ def expert_weights(traits: ExpertTraits, count: int) -> tuple[WeightSpec, ...]:
     block = f"model.layers.{{i}}.{traits.hf_block}"
     router = TensorSpec(f"{block}.{traits.hf_router}.weight", "blk.{i}.ffn_gate_inp.weight", ("X", "D"))
     weights = [WeightSpec("layers.{i}.mlp.router.weight", (router,), "router")]
+    if traits.bias:
+        router = TensorSpec(f"{block}.{traits.hf_router}.bias", "blk.{i}.ffn_gate_inp.bias", ("X",))
+        weights.append(WeightSpec("layers.{i}.mlp.router.bias", (router,)))
     for place, (name, gguf, shape) in enumerate(_EXPERT_MATRICES):
-        tensors = []
+        tensors, biases = [], []
         for expert in range(count):
             hf, part = f"{block}.experts.{expert}.{traits.hf_names[place]}.weight", None
             if traits.hf_fused is not None:
-                hf = f"{block}.{traits.hf_fused[name == 'down']}.weight"
-                part = ExpertSlice(expert) if name == "down" else ExpertSlice(expert, 2, place)
-            tensors.append(TensorSpec(hf, f"blk.{{i}}.{gguf}.weight", shape, None, part, ExpertSlice(expert)))
+                hf = f"{block}.{traits.hf_fused[name == 'down']}"
+                two = ExpertSlice(expert, 2, place, traits.hf_interleaved)
+                part = ExpertSlice(expert) if name == "down" else two
+            own = ExpertSlice(expert)
+            tensors.append(TensorSpec(hf, f"blk.{{i}}.{gguf}.weight", shape, None, part, own))
+            biases.append(TensorSpec(f"{hf}_bias", f"blk.{{i}}.{gguf}.bias", shape[:1], None, part, own))
         weights.append(WeightSpec(f"layers.{{i}}.mlp.{name}.weight", tuple(tensors), "experts"))
+        weights += [WeightSpec(f"layers.{{i}}.mlp.{name}.bias", tuple(biases))] if traits.bias else []
     return tuple(weights)

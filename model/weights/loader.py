@@ -216,7 +216,8 @@ def kernels_used(model: BoundModel) -> tuple[str, ...]:
         case "gpu":
             return ("triton-attention",) if gpu.supports_pages(model.config.head_dim, model.kv_dtype) and nvidia else ()
         case "tpu":
-            return ("ragged-paged-attention",) if tpu.supports_pages(model.config.head_dim, model.kv_dtype) else ()
+            is_supported = tpu.supports_pages(model.config.head_dim, model.kv_dtype) and not model.config.traits.sinks
+            return ("ragged-paged-attention",) if is_supported else ()
     kernels = model.kernels.cpu
     if model.platform != "cpu" or kernels is None:
         return ()

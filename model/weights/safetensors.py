@@ -116,13 +116,20 @@ class SafetensorsCheckpoint:
         if len(shape) > 2:
             first, row = divmod(start, shape[1])
             rows = slice(row, shape[1] if stop is None else row + stop - start)
-            values = self._read(name, slice(first, first + 1), rows).reshape(-1, shape[-1])
+            if self._is_transposed(name):
+                values = np.ascontiguousarray(self._read(name, slice(first, first + 1), slice(None), rows)[0].T)
+            else:
+                values = self._read(name, slice(first, first + 1), rows).reshape(-1, shape[-1])
         else:
             values = self._read(name, slice(start, stop))
         return values.astype(np.float32) if values.dtype == np.float16 else values
 
     def read_blocks(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         return self._quantized[name].read_blocks(start, stop)
+
+    def _is_transposed(self, name: str) -> bool:
+        experts = self.config.traits.experts
+        return experts is not None and experts.hf_transposed and name.endswith(experts.hf_fused or ())
 
     def _zero_biases(self) -> Iterator[str]:
         """Biases of quantized weights that the network does not have: AutoGPTQ wrote zeros for all."""
@@ -163,6 +170,8 @@ class SafetensorsCheckpoint:
             shape, stored_as = tuple(header.get_shape()) or (1,), str(header.get_dtype())
             size = _ITEM_BYTES.get(stored_as)
             nbytes = 0 if size is None else size * int(np.prod(shape, dtype=np.int64))
+            if len(shape) == 3 and name is not None and self._is_transposed(name):
+                shape = (shape[0], shape[2], shape[1])
             if name is None:
                 self.skipped[stored_name] = nbytes
                 continue

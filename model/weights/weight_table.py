@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,46 +17,17 @@ from model.config_gguf import ROPE_TENSORS
 from model.family import HEAD
 from model.formats import FLOATS, FORMATS, BlockFormat
 from model.layout import COLUMN_BLOCK
-from model.weight_specs import TensorSpec
 from model.weights.checkpoint import Checkpoint, ModelLoadError, TensorInfo
 from model.weights.gguf import GgufCheckpoint
 from model.weights.rows import BlockRows, Rows, all_finite, half_split, quantized
 from model.weights.safetensors import SafetensorsCheckpoint
 from model.weights.source import ModelSource
+from model.weights.targets import Part, Target, targets_of
 
 _RUN_VALUES = 1 << 20  # values read at once
 
 type Put[T] = Callable[[str, Any], T]  # takes Rows, or BlockRows of stacked tensors
 type Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A tensor of the checkpoint, or an expert's rows of one, and its expected properties."""
-
-    name: str
-    shape: tuple[int, ...]
-    interleaved: tuple[int, int]  # heads whose first 2 e rows are stored as [e, 2], and 2 e; 0 heads if stored as ours
-    offset: float  # added to the values
-    stored: tuple[int, ...]  # shape of the full tensor
-    first: int = 0  # its row from which on it is read, of all axes but the last one together
-
-    def nbytes(self, stored: Mapping[str, TensorInfo]) -> float:
-        """Bytes of the part in the file(s)."""
-        return stored[self.name].nbytes * math.prod(self.shape) / max(1, math.prod(self.stored))
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One of our weights and the tensors that are stacked along axis 0."""
-
-    path: str
-    parts: tuple[Part, ...]
-    role: Literal["plain", "router", "experts"] = "plain"  # as in WeightSpec
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
 
 
 def open_checkpoint(source: ModelSource) -> Checkpoint:
@@ -77,7 +48,7 @@ class Storage:
     packs: bool = False  # floats are packed for kernels, too
     stacks: bool = True  # stacked tensors may differ in format
 
-    def formats(self, target: "Target", stored: Mapping[str, TensorInfo]) -> tuple[BlockFormat, ...]:
+    def formats(self, target: Target, stored: Mapping[str, TensorInfo]) -> tuple[BlockFormat, ...]:
         """The format of each tensor of a matrix; empty: a plain array of the dtype."""
         if target.role == "router":
             info = stored[target.parts[0].name]
@@ -164,7 +135,7 @@ def check_headers(checkpoint: Checkpoint) -> Sequence[Target]:
     Raises:
         ModelLoadError: lists every missing, superfluous or unsupported tensor.
     """
-    targets = _plan(checkpoint)
+    targets = targets_of(checkpoint)
     if problems := _problems(checkpoint, targets, checkpoint.names()):
         raise ModelLoadError.of_problems(checkpoint.path, problems)
     return targets
@@ -229,7 +200,7 @@ class _Reader:
 
     def _read(self, part: Part, read: Callable[[str, int, int], NDArray[Any]], start: int, stop: int) -> NDArray[Any]:
         try:
-            run = read(part.name, part.first + start, part.first + stop)
+            run = part.read(read, start, stop)
         except ModelLoadError as error:
             self.problems[part.name] = str(error)
             raise _UnreadableError from error
@@ -263,33 +234,6 @@ def _runs_of(part: Part) -> Iterator[tuple[int, int]]:
     size = count if part.interleaved[0] or len(part.shape) == 1 else size
     for start in range(0, count, size):
         yield start, min(count, start + size)
-
-
-def _plan(checkpoint: Checkpoint) -> list[Target]:
-    weights = checkpoint.config.weights().items()
-    dims = checkpoint.config.dims()
-    return [
-        Target(path, tuple(_part(checkpoint, tensor, dims) for tensor in weight.tensors), weight.role)
-        for path, weight in weights
-    ]
-
-
-def _part(checkpoint: Checkpoint, tensor: TensorSpec, dims: Mapping[str, int]) -> Part:
-    config, is_gguf = checkpoint.config, checkpoint.naming == "gguf"
-    shape = tuple(dims[letter] for letter in tensor.shape)
-    place, stored, first = tensor.gguf_slice if is_gguf else tensor.hf_slice, shape, 0
-    if place is not None:
-        stored = (dims["X"], place.parts * shape[0], *shape[1:])
-        first = (place.expert * place.parts + place.part) * shape[0]
-    traits, interleaved = config.traits, config.traits.has_interleaved_rotary(is_gguf)
-    return Part(
-        tensor.gguf if is_gguf else tensor.hf,
-        shape,
-        (dims[tensor.heads] if interleaved and tensor.heads is not None else 0, config.rotated_dims),
-        0.0 if is_gguf or not tensor.is_norm else traits.hf_norm_offset,
-        stored,
-        first,
-    )
 
 
 def _problems(checkpoint: Checkpoint, targets: list[Target], stored: Mapping[str, TensorInfo]) -> list[str]:

@@ -22,7 +22,12 @@ CASES = sorted(tiny_configs().keys() - {"mistral", "apertus", "helium"})  # Mist
 
 def of_expert(weights: dict[str, NDArray[Any]], tensor: TensorSpec) -> NDArray[Any]:
     values, place = weights[tensor.hf], tensor.hf_slice
-    return values if place is None else np.split(values[place.expert], place.parts)[place.part]
+    if place is None:
+        return values
+    own = (
+        values[place.expert].T if place.interleaved or tensor.hf.endswith("experts.down_proj") else values[place.expert]
+    )
+    return own[place.part :: place.parts] if place.interleaved else np.split(own, place.parts)[place.part]
 
 
 def write_gguf(path: Path, hf: dict[str, Any], weights: dict[str, NDArray[np.float32]], config: ModelConfig) -> Path:
@@ -70,7 +75,7 @@ def write_gguf(path: Path, hf: dict[str, Any], weights: dict[str, NDArray[np.flo
         writer.add_expert_feed_forward_length(config.experts.size)
     _add_rope(writer, hf, rope)
     for weight in config.weights().values():
-        if weight.role == "experts":
+        if weight.tensors[0].gguf_slice is not None:
             writer.add_tensor(
                 weight.tensors[0].gguf, np.stack([of_expert(weights, tensor) for tensor in weight.tensors])
             )

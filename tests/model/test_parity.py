@@ -144,13 +144,14 @@ def trace_attention(
     if attention.kind.query_growth is not None:
         q_rotated *= attention.query_growth(addresses.positions)
     stored = pages.store(k_rotated, v, addresses)
+    sinks = None if attention.sinks is None else attention.sinks.get_value()
     return {
         "attention.q": q,
         "attention.k": k,
         "attention.v": v,
         "attention.q_rotated": q_rotated,
         "attention.k_rotated": k_rotated,
-        "attention.heads": attend(q_rotated, stored, addresses, attention.kernels, options),
+        "attention.heads": attend(q_rotated, stored, addresses, attention.kernels, options, sinks),
     }
 
 

@@ -133,6 +133,21 @@ def tiny_configs() -> dict[str, dict[str, Any]]:
             residual_multiplier=0.37,
             logits_scaling=0.7,
         ),
+        "gpt_oss": _config(
+            "GptOss",
+            48,
+            40,
+            128,
+            (6, 2),
+            1e-5,
+            model_type="gpt_oss",
+            head_dim=16,
+            sliding_window=20,
+            rope_theta=150000.0,
+            rope_scaling=_YARN | {"truncate": False},
+            num_local_experts=5,
+            num_experts_per_tok=2,
+        ),
         "olmoe": _config("Olmoe", 48, 40, 124, (6, 3), 1e-5, num_experts=6, num_experts_per_tok=3, rope_theta=10000.0),
         **newer_configs(),
     }
@@ -303,7 +318,13 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, NDArray[np.fl
             weights[name] = np.array(_XIELU[name.rsplit(".", 1)[1]], np.float32)
         elif name.endswith("norm.weight"):
             weights[name] = _uniform(bits, shape, 0.0 if config["model_type"] in _ONE_ADDED else 1.0, 0.5)
-        elif name.endswith(".bias"):
+        elif name.endswith(".sinks"):
+            weights[name] = _uniform(bits, shape, 0.0, 2.0)
+        elif name.endswith("gate_up_proj_bias"):  # far enough from 0 for the clamped activation
+            weights[name] = _uniform(bits, shape, 0.0, 9.0)
+        elif name.endswith(("experts.gate_up_proj", "experts.down_proj")):  # transposed
+            weights[name] = _uniform(bits, shape, 0.0, math.sqrt(3 / shape[-2]))
+        elif name.endswith("bias"):
             weights[name] = _uniform(bits, shape, 0.0, 0.5)
         else:
             weights[name] = _uniform(bits, shape, 0.0, math.sqrt(3 / shape[-1]))
@@ -356,7 +377,7 @@ def _layer_shapes(config: dict[str, Any], i: int) -> dict[str, tuple[int, ...]]:
         shapes |= {f"self_attn.{n}_proj.weight": (size * E, D) for n, size in (("q", H), ("k", K), ("v", K))}
     shapes["self_attn.o_proj.weight"] = (D, H * E)
     shapes |= {} if kind in _NORMS else {"post_attention_layernorm.weight": (D,)}
-    if kind in (*_EXPERTS, "granitemoe") and i not in config.get("mlp_only_layers", ()):
+    if kind in (*_EXPERTS, "granitemoe", "gpt_oss") and i not in config.get("mlp_only_layers", ()):
         shapes |= _expert_shapes(config)
     elif kind in ("phi3", "glm4"):
         shapes |= {"mlp.gate_up_proj.weight": (2 * F, D), "mlp.down_proj.weight": (D, F)}
@@ -365,6 +386,9 @@ def _layer_shapes(config: dict[str, Any], i: int) -> dict[str, tuple[int, ...]]:
     else:
         shapes |= {"mlp.gate_proj.weight": (F, D), "mlp.up_proj.weight": (F, D), "mlp.down_proj.weight": (D, F)}
     if kind == "qwen2" or config.get("attention_bias") or config.get("use_qkv_bias"):
+        shapes |= {f"self_attn.{n}_proj.bias": (size * E,) for n, size in (("q", H), ("k", K), ("v", K))}
+    if kind == "gpt_oss":
+        shapes |= {"self_attn.o_proj.bias": (D,), "self_attn.sinks": (H,)}
         shapes |= {f"self_attn.{n}_proj.bias": (size * E,) for n, size in (("q", H), ("k", K), ("v", K))}
     if kind == "stablelm":
         shapes |= {"input_layernorm.bias": (D,), "post_attention_layernorm.bias": (D,)}
@@ -392,6 +416,15 @@ def _expert_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             "output_linear": (X, D, F),
         }
         return {f"block_sparse_moe.{name}.weight": shape for name, shape in shapes.items()}
+    if config["model_type"] == "gpt_oss":
+        return {
+            "mlp.router.weight": (X, D),
+            "mlp.router.bias": (X,),
+            "mlp.experts.gate_up_proj": (X, D, 2 * F),
+            "mlp.experts.gate_up_proj_bias": (X, 2 * F),
+            "mlp.experts.down_proj": (X, F, D),
+            "mlp.experts.down_proj_bias": (X, D),
+        }
     block, names = _EXPERTS[config["model_type"]]
     shapes = {f"{block}.gate.weight": (X, D)}
     for expert in range(X):

@@ -125,10 +125,10 @@ def _fused(weights: dict[str, Any]) -> dict[str, Any]:
     experts: dict[str, dict[tuple[int, int], Any]] = {}
     for name, values in weights.items():
         block, _, rest = name.replace(".block_sparse_moe.", ".mlp.").partition(".experts.")
-        if not rest:
+        if "." not in rest:  # of no single expert
             for ours, theirs in _GRANITE.items():
                 block = block.replace(ours, theirs)
-            fused[block] = values
+            fused[f"{block}.experts.{rest}" if rest else block] = values
             continue
         expert, matrix, _ = rest.split(".")
         place = next(i for i, names in enumerate(_MATRICES) if matrix in names)

@@ -8,6 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from gguf.constants import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from model.config import ModelConfig
@@ -27,10 +28,18 @@ def of_expert(weights: dict[str, NDArray[Any]], tensor: TensorSpec) -> NDArray[A
     own = (
         values[place.expert].T if place.interleaved or tensor.hf.endswith("experts.down_proj") else values[place.expert]
     )
-    return own[place.part :: place.parts] if place.interleaved else np.split(own, place.parts)[place.part]
+    part: NDArray[Any] = own[place.part :: place.parts] if place.interleaved else np.split(own, place.parts)[place.part]
+    return part
 
 
-def write_gguf(path: Path, hf: dict[str, Any], weights: dict[str, NDArray[np.float32]], config: ModelConfig) -> Path:
+def write_gguf(
+    path: Path,
+    hf: dict[str, Any],
+    weights: dict[str, NDArray[np.float32]],
+    config: ModelConfig,
+    *,
+    experts_as: GGMLQuantizationType = GGMLQuantizationType.F32,
+) -> Path:
     """Write the file as llama.cpp's converter does."""
     family = config.traits
     expert_arch = family.experts and family.experts.gguf_architecture
@@ -76,9 +85,9 @@ def write_gguf(path: Path, hf: dict[str, Any], weights: dict[str, NDArray[np.flo
     _add_rope(writer, hf, rope)
     for weight in config.weights().values():
         if weight.tensors[0].gguf_slice is not None:
-            writer.add_tensor(
-                weight.tensors[0].gguf, np.stack([of_expert(weights, tensor) for tensor in weight.tensors])
-            )
+            values = np.stack([of_expert(weights, tensor) for tensor in weight.tensors])
+            kind = experts_as if weight.role == "experts" else GGMLQuantizationType.F32
+            writer.add_tensor(weight.tensors[0].gguf, gguf.quants.quantize(values, kind), raw_dtype=kind)
             continue
         for tensor in weight.tensors:
             values = np.atleast_1d(weights[tensor.hf])

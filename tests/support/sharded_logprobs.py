@@ -53,6 +53,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, str, tuple[int, ...]]] = {
     "norms of each head, tied": ("gemma3", {}, "float32", "auto", (4,)),
     "soft caps": ("gemma2", _ONE_LAYER, "float32", "auto", (4,)),
     "q, k, v in one tensor, bfloat16": ("phi3", _ONE_LAYER, "bfloat16", "auto", (4,)),
+    "sinks, biases of experts": ("gpt_oss", {"hidden_size": 64, **_ONE_LAYER}, "float32", "auto", (4,)),
     "Q8_0, bfloat16": ("llama", {"head_dim": 32, **_ONE_LAYER}, "bfloat16", "Q8_0", (2,)),
     "Q4_0": ("llama", {"head_dim": 32, **_ONE_LAYER}, "float32", "Q4_0", (2,)),
     "Q4_K": (

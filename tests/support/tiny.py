@@ -323,7 +323,8 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, NDArray[np.fl
         elif name.endswith("gate_up_proj_bias"):  # far enough from 0 for the clamped activation
             weights[name] = _uniform(bits, shape, 0.0, 9.0)
         elif name.endswith(("experts.gate_up_proj", "experts.down_proj")):  # transposed
-            weights[name] = _uniform(bits, shape, 0.0, math.sqrt(3 / shape[-2]))
+            scale = 0.1 if name.endswith("down_proj") else 1.0  # the activation's values are large
+            weights[name] = _uniform(bits, shape, 0.0, scale * math.sqrt(3 / shape[-2]))
         elif name.endswith("bias"):
             weights[name] = _uniform(bits, shape, 0.0, 0.5)
         else:
